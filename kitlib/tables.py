@@ -1,0 +1,148 @@
+"""The tables that every stage reads and writes: their columns, the check at the door, Parquet in and out.
+
+Identifiers are bare (`5776db0cec75`, not `5776db0cec75_study`): the suffixes belong to the submission file alone. Boxes are
+`xmin, ymin, xmax, ymax` in pixels of the original DICOM image, x along columns. Columns beyond a table's own are allowed
+and kept.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kitlib.atomic import replacing
+from kitlib.classes import STUDY_CLASSES
+
+BOX = ("xmin", "ymin", "xmax", "ymax")
+
+# Column -> kind. "probability" is a float in 0..1, NaN where unknown; "pixel" a finite float.
+SCHEMAS: dict[str, dict[str, str]] = {
+    # One row an image. `path` points to the DICOM file; rows and columns are the original size, 0 where it is not known yet.
+    "images": {
+        "image_id": "id",
+        "study_id": "id",
+        "patient_id": "id",
+        "path": "text",
+        "rows": "count",
+        "columns": "count",
+        "source": "text",
+        "view": "text",
+    },
+    # One row a study; exactly one class is 1 in SIIM's own labels, NaN where unknown.
+    "labels": {"id": "id", **dict.fromkeys(STUDY_CLASSES, "probability")},
+    "boxes": {"image_id": "id", **dict.fromkeys(BOX, "pixel")},
+    # One row an image (id is an image_id).
+    "folds": {"id": "id", "fold": "count"},
+    "study_scores": {"study_id": "id", "model": "text", "fold": "integer", **dict.fromkeys(STUDY_CLASSES, "probability")},
+    "image_scores": {"image_id": "id", "model": "text", "fold": "integer", "none": "probability"},
+    "detections": {
+        "image_id": "id",
+        "model": "text",
+        "fold": "integer",
+        "score": "probability",
+        **dict.fromkeys(BOX, "pixel"),
+    },
+}
+
+# Tables in which these columns name a row.
+KEYS: dict[str, tuple[str, ...]] = {
+    "images": ("image_id",),
+    "labels": ("id",),
+    "folds": ("id",),
+    "study_scores": ("study_id", "model", "fold"),
+    "image_scores": ("image_id", "model", "fold"),
+}
+
+
+class TableError(ValueError):
+    """A table that does not keep its contract: which table, which column, which rows."""
+
+
+def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame:
+    """Return `table` with the contract's columns first and its dtypes; raise TableError where it breaks the contract.
+
+    `where` (a file, a stage) is put into the message.
+    """
+    if name not in SCHEMAS:
+        raise TableError(f"no table is called {name!r}; there are: {', '.join(SCHEMAS)}")
+    schema = SCHEMAS[name]
+    place = f"table {name}" + (f" from {where}" if where else "")
+    missing = [column for column in schema if column not in table.columns]
+    if missing:
+        raise TableError(f"{place}: missing column(s) {', '.join(missing)}; has: {', '.join(map(str, table.columns))}")
+    table = table[[*schema, *(column for column in table.columns if column not in schema)]].copy()
+    for column, kind in schema.items():
+        table[column] = _typed(table[column], kind, f"{place}, column {column}")
+    if name in KEYS:
+        key = list(KEYS[name])
+        twice = table.duplicated(key, keep=False)
+        if twice.any():
+            first = _first(table, twice, key)
+            raise TableError(f"{place}: {int(twice.sum())} rows share their {', '.join(key)}, first {first}")
+    if "xmin" in schema:
+        bad = ~((table.xmin < table.xmax) & (table.ymin < table.ymax))
+        if bad.any():
+            first = _first(table, bad, ["image_id", *BOX])
+            raise TableError(f"{place}: {int(bad.sum())} boxes without area, first {first}")
+    return table.reset_index(drop=True)
+
+
+def empty_table(name: str) -> pd.DataFrame:
+    """The table `name` without rows, in its own dtypes."""
+    return check_table(pd.DataFrame({column: [] for column in SCHEMAS[name]}), name)
+
+
+def write_table(table: pd.DataFrame, name: str, path: str | Path) -> None:
+    """Check, then write as Parquet beside and rename."""
+    checked = check_table(table, name, str(path))
+    with replacing(path) as beside:
+        checked.to_parquet(beside, index=False)
+
+
+def read_table(name: str, path: str | Path) -> pd.DataFrame:
+    """Read one Parquet table and check it; a missing or damaged file is a TableError that names it."""
+    path = Path(path)
+    if not path.is_file():
+        there = sorted(entry.name for entry in path.parent.glob("*")) if path.parent.is_dir() else "no such folder"
+        raise TableError(f"{path} is missing (table {name}); in {path.parent}: {there}")
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these two
+        raise TableError(f"{path} cannot be read as Parquet: {error}") from error
+    return check_table(table, name, str(path))
+
+
+def concatenate(tables: Iterable[pd.DataFrame], name: str) -> pd.DataFrame:
+    """All rows under one index, checked; without rows, the empty table."""
+    filled = [table for table in tables if len(table)]
+    return check_table(pd.concat(filled, ignore_index=True), name) if filled else empty_table(name)
+
+
+def _typed(column: pd.Series, kind: str, place: str) -> pd.Series:
+    if kind in ("id", "text"):
+        text = column.astype(object).where(column.notna(), "").astype(str)
+        if kind == "id" and (text == "").any():
+            raise TableError(f"{place}: empty in row {int(np.flatnonzero(text == '')[0])}")
+        return text.astype(object)
+    try:
+        number = pd.to_numeric(column).astype("float64")
+    except (TypeError, ValueError) as error:
+        raise TableError(f"{place}: not numeric: {error}") from error
+    if kind in ("count", "integer"):
+        bad = ~np.isfinite(number) | (number != number.round()) | ((number < 0) if kind == "count" else False)
+        wanted = "whole numbers" + (" from 0" if kind == "count" else "")
+    elif kind == "probability":
+        bad = (number < 0) | (number > 1)
+        wanted = "0..1 or NaN"
+    else:
+        bad = ~np.isfinite(number)
+        wanted = "finite pixels"
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise TableError(f"{place}: {int(bad.sum())} value(s) are not {wanted}, first {number.iloc[row]} in row {row}")
+    return number.astype("int64") if kind in ("count", "integer") else number
+
+
+def _first(table: pd.DataFrame, rows: pd.Series, columns: list[str]) -> dict[str, object]:
+    return table.loc[rows, columns].iloc[0].to_dict()
