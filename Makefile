@@ -1,0 +1,33 @@
+# The first of these that runs; `make PYTHON=/path/to/python3.12 ...` chooses another.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+UV := .venv/bin/uv pip install --quiet --python .venv/bin/python
+READY := .venv/.ready
+
+# Without compiled files every import of torch takes half a minute.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test lint bench clean
+demo: $(READY)
+	.venv/bin/python -m kitlib demo
+
+test: $(READY)
+	.venv/bin/python -m pytest $(PYTEST)
+
+lint: $(READY)
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+bench: $(READY)
+	for script in benchmarks/*.py; do echo "== $$script"; .venv/bin/python $$script || exit 1; done
+
+clean:
+	rm -rf .venv build runs inputs/demo inputs/demo-truth
+
+# headless OpenCV goes in last: it shares its folder with opencv-python, whose build wants libGL from the system.
+$(READY): requirements.txt kitlib/kaggle_image.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "Installing into .venv (about 3.5 GB come down: torch with its CUDA libraries)"
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
+	$(UV) -r requirements.txt
+	$(UV) --reinstall --no-deps $$(grep -o '^opencv-python-headless==[0-9.]*' requirements.txt)
+	touch $@

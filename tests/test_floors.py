@@ -1,0 +1,36 @@
+"""A file of kitlib imports only from files before it in this list; the list is the map of the library."""
+
+import ast
+from pathlib import Path
+
+KITLIB = Path(__file__).resolve().parent.parent / "kitlib"
+
+FLOORS = {
+    "vocabulary": "classes atomic tables geometry recipes paths",
+    "reading": "grey codestream decoders dicom dicom_writing cache siim near_duplicates folds phantom phantom_competition",
+    "models": "device bundle classifier faster_rcnn yolo",
+    "running": "xray_dataset training train_study train_detector predict",
+    "judging": "submission scoring fusion tuning reports figures",
+    "delivering": "validate submit kernel_spec wheels kernel stand_in rehearse run_notebook demo __main__",
+}
+ORDER = [module for floor in FLOORS.values() for module in floor.split()]
+
+
+def test_every_file_stands_on_a_floor():
+    files = {path.stem for path in KITLIB.glob("*.py")} - {"__init__"}
+    assert files == set(ORDER)
+
+
+def test_files_import_only_from_below():
+    upward = []
+    for place, module in enumerate(ORDER):
+        tree = ast.parse((KITLIB / f"{module}.py").read_text())
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module] if node.module != "kitlib" else [f"kitlib.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            below = ORDER[:place]
+            upward += [(module, name) for name in names if name.startswith("kitlib.") and name.split(".")[1] not in below]
+    assert upward == []

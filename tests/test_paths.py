@@ -1,0 +1,15 @@
+import pytest
+
+from kitlib.paths import InputNotFound, find_input
+
+
+@pytest.mark.parametrize("layout", ["weights", "competitions/weights", "datasets/somebody/weights"])
+def test_an_input_is_found_in_all_of_kaggles_mount_layouts(tmp_path, layout):
+    (tmp_path / layout).mkdir(parents=True)
+    assert find_input("weights", tmp_path) == tmp_path / layout
+
+
+def test_a_missing_input_lists_what_is_there(tmp_path):
+    (tmp_path / "competitions" / "other").mkdir(parents=True)
+    with pytest.raises(InputNotFound, match=r"no input 'weights'.*\n.*competitions\n.*competitions/other"):
+        find_input("weights", tmp_path)

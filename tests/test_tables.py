@@ -1,0 +1,63 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from kitlib.tables import SCHEMAS, TableError, check_table, concatenate, empty_table, read_table, write_table
+
+DETECTIONS = pd.DataFrame(
+    {
+        "image_id": ["a", "a"],
+        "model": "m",
+        "fold": 0,
+        "score": [0.5, 0.25],
+        "xmin": [1.5, 2],
+        "ymin": [1, 2],
+        "xmax": [10, 20],
+        "ymax": [10, 20],
+    }
+)
+
+
+def test_a_table_returns_from_its_file_as_it_went(tmp_path):
+    write_table(DETECTIONS.assign(extra="kept"), "detections", tmp_path / "d.parquet")
+    back = read_table("detections", tmp_path / "d.parquet")
+    pd.testing.assert_frame_equal(back, check_table(DETECTIONS.assign(extra="kept"), "detections"))
+    assert list(back.columns) == [*SCHEMAS["detections"], "extra"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": [0.5, 1.5]}, r"column score: 1 value\(s\) are not 0..1 or NaN, first 1.5 in row 1"),
+        ({"xmax": [1, 20]}, "1 boxes without area"),
+        ({"ymin": [np.nan, 0]}, "not finite pixels"),
+        ({"fold": ["x", 0]}, "column fold: not numeric"),
+        ({"image_id": [None, "a"]}, "column image_id: empty in row 0"),
+    ],
+)
+def test_a_broken_value_is_named(change, message):
+    with pytest.raises(TableError, match=message):
+        check_table(DETECTIONS.assign(**change), "detections")
+
+
+def test_missing_columns_and_doubled_keys_are_named():
+    with pytest.raises(TableError, match=r"missing column\(s\) score"):
+        check_table(DETECTIONS.drop(columns="score"), "detections")
+    with pytest.raises(TableError, match="2 rows share their id"):
+        check_table(pd.DataFrame({"id": ["a", "a"], "fold": [0, 1]}), "folds")
+    with pytest.raises(TableError, match="no table is called 'fold'"):
+        check_table(DETECTIONS, "fold")
+
+
+def test_nothing_concatenated_is_an_empty_table_with_its_dtypes():
+    nothing = concatenate([], "detections")
+    assert len(nothing) == 0
+    assert nothing.dtypes.to_dict() == check_table(DETECTIONS, "detections").dtypes.to_dict()
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    (tmp_path / "folds.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(TableError, match="cannot be read as Parquet"):
+        read_table("folds", tmp_path / "folds.parquet")
+    with pytest.raises(TableError, match=r"images\.parquet is missing .*folds\.parquet"):
+        read_table("images", tmp_path / "images.parquet")
