@@ -47,11 +47,13 @@ class DetectorRecipe:
 
     family: str = "faster_rcnn"  # or "yolo"
     backbone: str = "resnext101_32x8d"  # faster_rcnn: a timm name; yolo: an ultralytics name such as "yolov5lu"
-    pretrained_file: str = ""
-    image_size: int = 512
+    pretrained_file: str = ""  # weights as a local file: timm's for the backbone, or a YOLO bundle's weights.safetensors
+    channels: int = 1  # faster_rcnn: 1 grey, 3 for weights that want RGB; yolo always sees the grey image three times
+    image_size: int = 512  # a multiple of 32
     placement: str = "letterbox"
     epochs: int = 50
     batch_size: int = 10
+    nominal_batch: int = 0  # images a step of the optimiser, gathered over batches; 0: one batch
     optimizer: str = "sgd"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -60,7 +62,14 @@ class DetectorRecipe:
     horizontal_flip: float = 0.3
     rotate_degrees: float = 0.0  # the report's 20 degrees inflate boxes; a parameter
     brightness_contrast: float = 0.3
+    mosaic: float = 0.0  # yolo: probability that four images make one
+    mixup: float = 0.0  # yolo: probability that two images are blended
     negatives: float = 1.0  # images without a box in an epoch, as a share of those with one; 0 is Heidelberg's choice
+    fpn_channels: int = 256  # faster_rcnn: width of the feature pyramid
+    box_hidden: int = 1024  # faster_rcnn: units of the two hidden layers that judge a region
+    box_samples: int = 512  # faster_rcnn: regions an image that training judges
+    proposals: int = 1000  # faster_rcnn: regions an image that reach the second stage
+    nms_iou: float = 0.5  # of two boxes that overlap more, the lower score goes
     max_detections: int = 100  # boxes kept an image at prediction
     min_score: float = 0.001  # low-confidence boxes earn average precision; see VOC 2010 AP
 
@@ -75,9 +84,13 @@ RECIPES: dict[str, StudyRecipe | DetectorRecipe] = {
         backbone="yolov5lu",
         epochs=35,
         batch_size=16,
+        nominal_batch=64,
         learning_rate=0.01,
         weight_decay=5e-4,
+        warmup_epochs=3.0,
         horizontal_flip=0.5,
+        mosaic=1.0,
+        mixup=0.5,
     ),
 }
 
