@@ -1,0 +1,128 @@
+"""Faster R-CNN with a feature pyramid on any timm backbone whose features come at strides 4, 8, 16 and 32."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import timm
+import torch
+from torch import nn
+from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from kitlib.recipes import DetectorRecipe, from_dict, override
+
+STRIDES = (4, 8, 16, 32)  # of the pyramid's levels; max pooling adds stride 64
+# Side of an anchor as a share of the canvas, one a level: opacities reach from a twentieth of a chest film to most of it.
+ANCHOR_SHARES = (1 / 16, 1 / 8, 1 / 5, 1 / 3, 1 / 2)
+ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
+
+
+class Pyramid(nn.Module):
+    """A timm backbone's features at strides 4 to 32, brought to `out_channels` by a feature pyramid."""
+
+    def __init__(self, recipe: DetectorRecipe):
+        super().__init__()
+        self.body = _backbone(recipe)
+        self.levels = _levels(recipe.backbone, self.body.feature_info.reduction())
+        self.out_channels = recipe.fpn_channels
+        channels = self.body.feature_info.channels()
+        self.fpn = FeaturePyramidNetwork([channels[level] for level in self.levels], self.out_channels, LastLevelMaxPool())
+
+    def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+        features = self.body(images)
+        return self.fpn(OrderedDict((str(place), features[level]) for place, level in enumerate(self.levels)))
+
+
+class FasterRCNNDetector(nn.Module):
+    """Takes canvases as they are: grey uint8 of the recipe's size, scaled and normalised here and nowhere else."""
+
+    family = "faster_rcnn"
+
+    def __init__(self, recipe: DetectorRecipe):
+        super().__init__()
+        self.recipe = recipe
+        pyramid = Pyramid(recipe)
+        self.mean, self.std = _normalisation(pyramid.body, recipe.channels)
+        levels = len(ANCHOR_SHARES)
+        self.model = FasterRCNN(
+            pyramid,
+            # Equal to the canvas: torchvision's own resizing is by a factor of one, at training and at prediction.
+            min_size=recipe.image_size,
+            max_size=recipe.image_size,
+            image_mean=self.mean,
+            image_std=self.std,
+            rpn_anchor_generator=AnchorGenerator(
+                tuple((share * recipe.image_size,) for share in ANCHOR_SHARES), (ASPECT_RATIOS,) * levels
+            ),
+            rpn_pre_nms_top_n_train=2 * recipe.proposals,
+            rpn_pre_nms_top_n_test=recipe.proposals,
+            rpn_post_nms_top_n_train=recipe.proposals,
+            rpn_post_nms_top_n_test=recipe.proposals,
+            box_roi_pool=MultiScaleRoIAlign([str(level) for level in range(len(STRIDES))], output_size=7, sampling_ratio=2),
+            box_head=TwoMLPHead(recipe.fpn_channels * 7 * 7, recipe.box_hidden),
+            box_predictor=FastRCNNPredictor(recipe.box_hidden, 2),  # background, opacity
+            box_batch_size_per_image=recipe.box_samples,
+            box_score_thresh=recipe.min_score,
+            box_nms_thresh=recipe.nms_iou,
+            box_detections_per_img=recipe.max_detections,
+        )
+
+    def losses(self, pixels: torch.Tensor, boxes: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The four losses of a batch: `pixels` uint8 (n, side, side), `boxes` n float tensors (k, 4) in canvas pixels.
+
+        An image without boxes is (0, 4): all of it is background. Only in training mode.
+        """
+        targets = [
+            {"boxes": each, "labels": torch.ones(len(each), dtype=torch.int64, device=each.device)}
+            for each in (each.reshape(-1, 4).to(pixels.device, torch.float32) for each in boxes)
+        ]
+        return self.model(self._images(pixels), targets)
+
+    @torch.inference_mode()
+    def predict(self, pixels: torch.Tensor) -> list[np.ndarray]:
+        """For canvases uint8 (n, side, side), n float arrays (k, 5): xmin, ymin, xmax, ymax in canvas pixels and score 0..1,
+        best first, k at most `max_detections`."""
+        self.model.eval()
+        found = self.model(self._images(pixels))
+        return [torch.cat([each["boxes"], each["scores"][:, None]], dim=1).float().cpu().numpy() for each in found]
+
+    def _images(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        side = self.recipe.image_size
+        if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (side, side):
+            raise ValueError(f"wants uint8 canvases (n, {side}, {side}), got {pixels.dtype} {tuple(pixels.shape)}")
+        images = pixels.to(next(self.parameters()).device)[:, None].expand(-1, self.recipe.channels, -1, -1)
+        return list(images.float() / 255)
+
+
+def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device) -> FasterRCNNDetector:
+    """A detector from a bundle's record and weights, ready to predict on `device`. Raises where the weights do not fit."""
+    recipe = from_dict(DetectorRecipe, record["recipe"])
+    detector = FasterRCNNDetector(override(recipe, pretrained_file=""))
+    detector.load_state_dict(state_dict, strict=True)
+    return detector.eval().to(device)
+
+
+def _backbone(recipe: DetectorRecipe) -> nn.Module:
+    options = {"features_only": True, "in_chans": recipe.channels}
+    if recipe.pretrained_file:
+        overlay = {"file": recipe.pretrained_file}
+        return timm.create_model(recipe.backbone, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    return timm.create_model(recipe.backbone, pretrained=False, **options)
+
+
+def _levels(backbone: str, strides: list[int]) -> list[int]:
+    """Which of the backbone's features are the pyramid's, one a stride."""
+    if not set(STRIDES) <= set(strides):
+        raise ValueError(f"backbone {backbone!r} gives features at strides {strides}; Faster R-CNN needs {STRIDES}")
+    return [strides.index(stride) for stride in STRIDES]
+
+
+def _normalisation(body: nn.Module, channels: int) -> tuple[list[float], list[float]]:
+    """The backbone's own mean and spread (for pixels 0..1), averaged over its channels where the input is grey."""
+    mean, std = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
+    if channels == len(mean):
+        return list(mean), list(std)
+    return [float(np.mean(mean))] * channels, [float(np.mean(std))] * channels
