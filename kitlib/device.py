@@ -1,0 +1,80 @@
+"""The one place that chooses the device and its precision, and sets the random seeds."""
+
+import logging
+import random
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+
+
+def pick_device() -> torch.device:
+    """The first GPU if this build of torch can really compute on it, otherwise the CPU; the reason is logged as a warning.
+
+    `torch.cuda.is_available()` is not enough: on a P100 a build without its architecture says yes and dies at the first
+    operation.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", 0)
+    name = torch.cuda.get_device_name(device)
+    capability, built_for = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    if not supports(capability, built_for):
+        logger.warning(
+            "using the CPU: torch %s is built for %s, not for %s (sm_%d%d); choose another accelerator",
+            torch.__version__,
+            ", ".join(built_for),
+            name,
+            *capability,
+        )
+        return torch.device("cpu")
+    try:
+        torch.ones(2, device=device).sum().item()
+    except RuntimeError as error:
+        logger.warning("using the CPU: %s fails at its first operation: %s", name, error)
+        return torch.device("cpu")
+    return device
+
+
+def supports(capability: tuple[int, int], built_for: list[str]) -> bool:
+    """Whether code for one of `built_for` runs on a GPU of this compute capability.
+
+    Machine code ("sm_75") runs on its own major version from its minor version on, intermediate code ("compute_90") on
+    everything from its version on (CUDA C++ programming guide, binary and PTX compatibility).
+    """
+    for arch in built_for:
+        kind, _, digits = arch.partition("_")
+        digits = digits.rstrip("abcdefghijklmnopqrstuvwxyz")
+        version = (int(digits[:-1]), int(digits[-1]))
+        if capability >= version and (kind == "compute" or capability[0] == version[0]):
+            return True
+    return False
+
+
+def precision(device: torch.device) -> str:
+    """Lightning's name of the fastest safe precision: "bf16-mixed", "16-mixed" (T4s emulate bf16), "32-true" on CPU."""
+    if device.type != "cuda":
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """The context in which a model predicts on `device`: the precision it trained in, full precision on CPU."""
+    dtype = _DTYPES.get(precision(device))
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(derived_seed(seed))  # noqa: NPY002  libraries that we call draw from the global state
+    torch.manual_seed(seed)
+
+
+def derived_seed(*parts: int) -> int:
+    """One seed (0..2^32 - 1) out of several, such as a run's seed and an epoch: near inputs give unrelated seeds."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])

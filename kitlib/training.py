@@ -1,0 +1,362 @@
+"""What every training under pytorch-lightning shares: the split, the schedule, exact resume, the history and its curves."""
+
+import json
+import logging
+import math
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.warnings import PossibleUserWarning
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
+from timm.optim import param_groups_weight_decay
+from tqdm import tqdm
+
+from kitlib.atomic import replacing, write_json, write_text
+from kitlib.bundle import versions
+from kitlib.device import derived_seed, precision
+from kitlib.recipes import DetectorRecipe, StudyRecipe
+
+logger = logging.getLogger(__name__)
+
+# Heidelberg's schedule ends at a twentieth of its first learning rate.
+LEARNING_RATE_FLOOR = 0.05
+
+
+class ResumeError(ValueError):
+    """A run folder holds another run than the one asked for; the message names each difference."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How a training went.
+
+    `history` has a row an epoch, counted from 1: epoch, seconds (with validation), images_per_s (of training alone),
+    learning_rate (at its end), and whatever the module logged.
+    """
+
+    history: pd.DataFrame
+    best_epoch: int
+
+    def metrics(self, device: torch.device) -> dict[str, Any]:
+        """The part of a run's metrics.json that every training has, in JSON's types; rates in training images a second."""
+        best = self.history.loc[self.history.epoch == self.best_epoch].iloc[0]
+        return {
+            "best_epoch": self.best_epoch,
+            "epochs": len(self.history),
+            "best": {name: float(value) for name, value in best.items() if math.isfinite(value)},
+            "seconds": round(float(self.history.seconds.sum()), 2),
+            "images_per_s": round(float(self.history.images_per_s.median()), 2),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "precision": precision(device),
+            "versions": versions(),
+        }
+
+
+class RecipeTraining(pl.LightningModule):
+    """A network under a recipe's optimiser and schedule. A subclass adds `training_step` and validation.
+
+    Its validation must log `score` (greater is better): the best epoch, early stopping and the curves go by it. Everything
+    logged once an epoch becomes a column of the history. Only the weights of `model` are kept as the best ones.
+    """
+
+    def __init__(self, model: torch.nn.Module, recipe: StudyRecipe | DetectorRecipe) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = make_optimizer(self.model, self.recipe)
+        steps = self.trainer.num_training_batches
+        total, warmup = steps * self.recipe.epochs, round(steps * self.recipe.warmup_epochs)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def make_optimizer(model: torch.nn.Module, recipe: StudyRecipe | DetectorRecipe) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum 0.9, or AdamW, over what is not frozen; biases and norms do not decay."""
+    groups = param_groups_weight_decay(model, recipe.weight_decay)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+    raise ValueError(f"recipe.optimizer is {recipe.optimizer!r}; there are: sgd, adamw")
+
+
+def learning_rate_factor(step: int, total: int, warmup: int) -> float:
+    """Share of the recipe's learning rate at a step (from 0): up linearly over `warmup` steps, then half a cosine down.
+
+    0.5 (1 + cos(pi t / T)) 0.95 + 0.05, the Heidelberg project's schedule, taken a step and not every other epoch.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return LEARNING_RATE_FLOOR + (1 - LEARNING_RATE_FLOOR) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def split(
+    images: pd.DataFrame,
+    folds: pd.DataFrame,
+    fold: int,
+    seed: int,
+    limit_train: int | None = None,
+    limit_validation: int | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Images of all folds but `fold`, and images of `fold`; those marked `false_none` or without a fold are in neither.
+
+    A limit is a number of images: patients are drawn by `seed` and kept whole as long as they fit.
+    """
+    known = images.set_index("image_id", drop=False)
+    missing = folds.loc[~folds.id.isin(known.index), "id"]
+    if len(missing):
+        raise ValueError(f"{len(missing)} images of the folds are not in the table images, first {missing.iloc[0]}")
+    kept = folds[~folds.id.map(known.false_none).astype(bool)] if "false_none" in images.columns else folds
+    parts = []
+    for chosen, limit in ((kept.fold != fold, limit_train), (kept.fold == fold, limit_validation)):
+        part = known.loc[kept.id[chosen]].reset_index(drop=True)
+        if limit is not None:
+            part = _whole_patients(part, limit, seed)
+        if part.empty:
+            raise ValueError(
+                f"fold {fold} leaves nothing to train or to validate on; folds: {sorted(set(kept.fold))}, limit {limit}"
+            )
+        parts.append(part)
+    return parts[0], parts[1]
+
+
+def _whole_patients(images: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
+    patients = np.random.default_rng(seed).permutation(images.patient_id.unique())
+    sizes = images.patient_id.value_counts()
+    drawn, room = set(), limit
+    for patient in patients:
+        if sizes[patient] <= room:
+            drawn.add(patient)
+            room -= sizes[patient]
+    return images[images.patient_id.isin(drawn)].reset_index(drop=True)
+
+
+def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> bool:
+    """Make a run folder ready for the run that `identity` (JSON types) describes; True if it already holds its results.
+
+    With `resume`, a folder that holds a run of another identity is refused with ResumeError; without, it is emptied of its
+    checkpoints and of metrics.json, the mark of a finished run.
+    """
+    run_folder = Path(run_folder)
+    described = run_folder / "checkpoints" / "run.json"
+    if not resume:
+        shutil.rmtree(described.parent, ignore_errors=True)
+        (run_folder / "metrics.json").unlink(missing_ok=True)
+    if not described.is_file():
+        write_json(described, identity)
+        return False
+    there = _flat(json.loads(described.read_text(encoding="utf-8")))
+    here = _flat(json.loads(json.dumps(identity)))
+    differing = [name for name in sorted(there | here) if there.get(name, "-") != here.get(name, "-")]
+    if differing:
+        listing = "; ".join(f"{name}: {there.get(name, '-')!r} there, {here.get(name, '-')!r} here" for name in differing)
+        raise ResumeError(
+            f"{run_folder} holds another run and cannot be resumed ({listing}); ask for the same run, name another "
+            "folder, or start it over with resume=False"
+        )
+    return (run_folder / "metrics.json").is_file()
+
+
+def fit(
+    module: RecipeTraining,
+    train_batches: Iterable,
+    validation_batches: Iterable,
+    run_folder: str | Path,
+    device: torch.device,
+    seed: int,
+    progress: bool = True,
+    title: str = "training",
+) -> Fitted:
+    """Train until the recipe's epochs or patience are over, and leave the best epoch's weights in `module.model` on the CPU.
+
+    After each epoch `run_folder/checkpoints/last.ckpt` holds all that is needed to go on and `best.safetensors` the best
+    weights; an existing last.ckpt is resumed from. What an epoch draws depends on `seed` and its number alone, so on a CPU a
+    resumed training equals an uninterrupted one bit for bit.
+    """
+    folder = Path(run_folder) / "checkpoints"
+    last = folder / "last.ckpt"
+    keeper = _EpochKeeper(folder, module.recipe.patience, seed)
+    with _quiet_lightning():
+        trainer = pl.Trainer(
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=[device.index or 0] if device.type == "cuda" else 1,
+            precision=precision(device),
+            max_epochs=module.recipe.epochs,
+            callbacks=[keeper, *([_Progress(title)] if progress else [])],
+            benchmark=device.type == "cuda",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            default_root_dir=run_folder,
+        )
+        # The checkpoint is a pickle of our own making; weights_only keeps it from running code all the same.
+        history = _history(last)
+        if history and is_over(history, module.recipe.epochs, module.recipe.patience):
+            keeper.history = history
+        else:
+            trainer.fit(module, train_batches, validation_batches, ckpt_path=last if history else None, weights_only=True)
+    module.to("cpu")
+    module.model.load_state_dict(load_file(folder / "best.safetensors"))
+    return Fitted(pd.DataFrame(keeper.history), best_row(keeper.history) + 1)
+
+
+def best_row(history: list[dict[str, float]]) -> int:
+    """Index of the first row with the highest score."""
+    return max(range(len(history)), key=lambda row: (history[row]["score"], -row))
+
+
+def is_over(history: list[dict[str, float]], epochs: int, patience: int) -> bool:
+    """Whether the epochs are used up, or `patience` of them have passed since the best one."""
+    return len(history) >= epochs or len(history) - 1 - best_row(history) >= patience
+
+
+def write_history(fitted: Fitted, run_folder: str | Path) -> None:
+    """tables/history.csv and figures/curves.png of a run."""
+    write_text(Path(run_folder) / "tables" / "history.csv", fitted.history.to_csv(index=False))
+    draw_curves(fitted, Path(run_folder) / "figures" / "curves.png")
+
+
+def draw_curves(fitted: Fitted, path: str | Path) -> None:
+    """Losses on the left, the score and its parts on the right, the best epoch marked."""
+    history, figure = fitted.history, Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    parts = history.columns.difference(["epoch", "seconds", "images_per_s", "learning_rate"], sort=False)
+    for name in parts:
+        axes = left if "loss" in name else right
+        strong = "loss" in name or name == "score"
+        axes.plot(
+            history.epoch, history[name], marker=".", label=name, linewidth=2 if strong else 1, alpha=1 if strong else 0.6
+        )
+    for axes, label in ((left, "loss"), (right, "validation")):
+        axes.axvline(fitted.best_epoch, color="grey", linestyle=":", label="best epoch")
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.legend(fontsize="small")
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=110)
+
+
+class _EpochKeeper(pl.Callback):
+    """Seeds each epoch, keeps the history, the best weights and the checkpoint, and ends the training."""
+
+    def __init__(self, folder: Path, patience: int, seed: int) -> None:
+        self.folder, self.patience, self.seed = folder, patience, seed
+        self.history: list[dict[str, float]] = []
+        self.started = self.trained = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict["history"]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        torch.manual_seed(derived_seed(self.seed, trainer.current_epoch))
+        self.started = time.perf_counter()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.trained = time.perf_counter()
+
+    # The end of the training epoch and not of its validation, or Lightning would resume inside the epoch.
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if not math.isfinite(logged.get("score", math.nan)):
+            raise ValueError(f"epoch {trainer.current_epoch + 1}: no finite validation score; logged: {logged}")
+        images = trainer.num_training_batches * trainer.train_dataloader.batch_size
+        self.history.append(
+            {
+                "epoch": trainer.current_epoch + 1,
+                "seconds": time.perf_counter() - self.started,
+                "images_per_s": images / max(1e-9, self.trained - self.started),
+                "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+                **logged,
+            }
+        )
+        if best_row(self.history) == len(self.history) - 1:
+            weights = {name: value.detach().cpu().clone() for name, value in pl_module.model.state_dict().items()}
+            with replacing(self.folder / "best.safetensors") as beside:
+                save_file(weights, beside)
+        with replacing(self.folder / "last.ckpt") as beside:
+            trainer.save_checkpoint(beside)
+        trainer.should_stop = is_over(self.history, trainer.max_epochs, self.patience)
+
+
+class _Progress(pl.Callback):
+    """One bar over all batches of a training, with the last epoch's loss and score."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        steps = trainer.num_training_batches
+        self.bar = tqdm(
+            desc=self.title,
+            total=steps * trainer.max_epochs,
+            initial=steps * trainer.current_epoch,
+            unit="batch",
+            # Each refresh is a line of its own in a log file.
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+            maxinterval=60,
+        )
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.bar.update()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        shown = {
+            name: f"{float(trainer.callback_metrics[name]):.3f}"
+            for name in ("train_loss", "score")
+            if name in trainer.callback_metrics
+        }
+        self.bar.set_postfix({"epoch": trainer.current_epoch + 1, **shown}, refresh=False)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+def _history(checkpoint: Path) -> list[dict[str, float]]:
+    if not checkpoint.is_file():
+        return []
+    return torch.load(checkpoint, weights_only=True, map_location="cpu")["callbacks"][_EpochKeeper.__qualname__]["history"]
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Without Lightning's notes about devices and tips, and its advice on workers; warnings of other kinds pass."""
+    names = ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [each.level for each in loggers]
+    try:
+        for each in loggers:
+            each.setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PossibleUserWarning)
+            yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
+    return flat
