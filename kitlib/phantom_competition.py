@@ -1,0 +1,395 @@
+"""Writes a competition of phantoms: the SIIM folder with its DICOM files and tables, and the test set's truth apart."""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+from pydicom.uid import (
+    JPEG2000,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
+from tqdm.auto import tqdm
+
+from kitlib import dicom_writing, phantom
+from kitlib.atomic import replacing, write_json
+from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
+from kitlib.dicom_writing import write_xray
+from kitlib.phantom import draw_exposure, draw_near_duplicate, draw_opacities, draw_patient, render
+
+COMPETITION = "siim-covid19-detection"
+MARKER = "phantom.json"  # written last, so that a folder with it is whole; holds what the folder was made from
+
+# Shares in SIIM's training set.
+CLASS_SHARES = {"negative": 0.28, "typical": 0.47, "indeterminate": 0.17, "atypical": 0.08}
+MONOCHROME1_SHARE = 0.27
+# Nine in ten of SIIM's files are uncompressed and the rest JPEG Lossless; other hospitals send the others.
+SYNTAX_SHARES = {
+    ExplicitVRLittleEndian: 0.62,
+    JPEGLosslessSV1: 0.12,
+    ImplicitVRLittleEndian: 0.08,
+    JPEGLossless: 0.03,
+    JPEGLSLossless: 0.03,
+    JPEG2000Lossless: 0.03,
+    RLELossless: 0.03,
+    DeflatedExplicitVRLittleEndian: 0.02,
+    ExplicitVRBigEndian: 0.02,
+    JPEG2000: 0.01,
+    JPEGBaseline8Bit: 0.01,
+}
+BITS_SHARES = {12: 0.62, 15: 0.19, 8: 0.08, 14: 0.05, 16: 0.04, 10: 0.02}
+# A study of one image is the rule; shares of studies with a near-duplicate image that nobody annotated, and with others.
+DUPLICATE_SHARE, SERIES_SHARE = 0.05, 0.03
+ODDITIES = ("window width 0", "skull", "padding")
+ODDITY_SHARE = 0.01
+DAMAGES = ("truncated", "garbage", "empty")
+
+
+@dataclass(frozen=True)
+class PlannedImage:
+    image_id: str
+    series_id: str
+    duplicate: bool = False  # of the study's first image
+    oddity: str = ""
+    damage: str = ""
+
+
+@dataclass(frozen=True)
+class PlannedStudy:
+    split: str  # "train" or "test"
+    study_id: str
+    patient_id: str
+    patient_seed: int
+    study_class: str
+    seed: int
+    images: tuple[PlannedImage, ...]
+
+
+def write_competition(
+    folder: str | Path,
+    truth: str | Path,
+    *,
+    train_studies: int,
+    test_studies: int,
+    side: int,
+    seed: int,
+    damaged_test_files: int = 3,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write FOLDER/siim-covid19-detection and, into `truth`, the test set's two label tables; return the former.
+
+    The folder has the competition's own files: `train/` and `test/` with <study>/<series>/<image>.dcm,
+    `train_study_level.csv`, `train_image_level.csv`, `sample_submission.csv`. `side` is the longer side of an image in
+    pixels. As in the real set, a near-duplicate image of a positive study has no box in the training table; in the truth
+    of the test set it has its boxes, because the hidden labels were mended. `damaged_test_files` of the test images cannot
+    be read whole; they keep their rows.
+
+    The same parameters give the same bytes, whatever `workers` (default: the machine's cores, fewer for a small set). The
+    folder appears when it is whole: after an interruption, call again. If it is there and made with these parameters by
+    this code, nothing is done; made with others, it is replaced. Raises FileExistsError where it holds something else,
+    ValueError for numbers that give no competition.
+    """
+    if min(train_studies, test_studies) < len(STUDY_CLASSES):
+        raise ValueError(f"every class needs a study in train and test: at least 4, got {train_studies} and {test_studies}")
+    if side < 32:
+        raise ValueError(f"a chest of {side} pixels shows nothing: at least 32")
+    parameters = {
+        "train_studies": train_studies,
+        "test_studies": test_studies,
+        "side": side,
+        "seed": seed,
+        "damaged_test_files": damaged_test_files,
+        "generator": _generator_fingerprint(),
+    }
+    competition, truth = Path(folder) / COMPETITION, Path(truth)
+    if _made_with(competition, truth, parameters):
+        logging.getLogger(__name__).info("%s is there already, made with these parameters", competition)
+        return competition
+    studies = [
+        *plan_split("train", train_studies, seed, 0),
+        *plan_split("test", test_studies, seed, damaged_test_files),
+    ]
+    partial = competition.with_name(f".{COMPETITION}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    rows: list[dict[str, Any]] = []
+    images = sum(len(study.images) for study in studies)
+    with tqdm(total=images, desc="phantoms", unit="image", disable=not progress) as bar:
+        for written in _write_studies(partial, studies, side, workers or min(_cores(), 1 + images // 100)):
+            rows.extend(written)
+            bar.update(len(written))
+    table = pd.DataFrame(rows)
+    train, test = (table[table.split == split] for split in ("train", "test"))
+    _write_label_tables(train, partial)
+    _write_label_tables(test, truth)
+    _write_sample_submission(test, partial / "sample_submission.csv")
+    write_json(partial / MARKER, parameters)
+    if competition.exists():
+        shutil.rmtree(competition)
+    partial.rename(competition)
+    return competition
+
+
+def plan_split(split: str, studies: int, seed: int, damaged: int) -> list[PlannedStudy]:
+    """Which studies, images, duplicates, oddities and damages a split holds. No patient is in both splits.
+
+    Raises ValueError where fewer images than `damaged` are left that keep their study readable.
+    """
+    rng = np.random.default_rng([seed, ("train", "test").index(split)])
+    classes = rng.permutation(_apportion(studies))
+    patients = rng.permutation(_patients(studies, rng))
+    positive = np.flatnonzero(classes != "negative")
+    duplicated = set(rng.choice(positive, max(1, round(DUPLICATE_SHARE * studies)), replace=False))
+    others = [index for index in rng.permutation(studies) if index not in duplicated]
+    several = set(others[: max(1, round(SERIES_SHARE * studies))])
+    planned = []
+    for index in range(studies):
+        study_id = _hex_id(seed, split, "study", index)
+        count = 1 + (index in duplicated) + (int(rng.integers(1, 3)) if index in several else 0)
+        images = tuple(
+            PlannedImage(
+                image_id=_hex_id(seed, split, "image", index, place),
+                series_id=_hex_id(seed, split, "series", index, place),
+                duplicate=index in duplicated and place > 0,
+            )
+            for place in range(count)
+        )
+        patient = int(patients[index])
+        planned.append(
+            PlannedStudy(
+                split=split,
+                study_id=study_id,
+                patient_id=_hex_id(seed, split, "patient", patient),
+                patient_seed=int(hashlib.sha256(f"{seed} {split} {patient}".encode()).hexdigest()[:8], 16),
+                study_class=str(classes[index]),
+                seed=int(rng.integers(2**31)),
+                images=images,
+            )
+        )
+    return _with_oddities(planned, damaged, rng)
+
+
+def _with_oddities(planned: list[PlannedStudy], damaged: int, rng: np.random.Generator) -> list[PlannedStudy]:
+    places = [(study, image) for study in range(len(planned)) for image in range(len(planned[study].images))]
+    if damaged > len(places) // 2:
+        raise ValueError(f"damaged_test_files = {damaged}, but the test set has {len(places)} images: at most half of them")
+    order = rng.permutation(len(places))
+    odd = max(len(ODDITIES), round(ODDITY_SHARE * len(ODDITIES) * len(places)))
+    changes = [{"damage": DAMAGES[k % len(DAMAGES)]} for k in range(damaged)]
+    changes += [{"oddity": ODDITIES[k % len(ODDITIES)]} for k in range(odd)]
+    for place, change in zip(order, changes, strict=False):
+        study, image = places[place]
+        images = list(planned[study].images)
+        images[image] = replace(images[image], **change)
+        planned[study] = replace(planned[study], images=tuple(images))
+    return planned
+
+
+def _apportion(studies: int) -> list[str]:
+    """`studies` class names in the real set's shares, by largest remainder, every class at least once."""
+    exact = {name: share * studies for name, share in CLASS_SHARES.items()}
+    counts = {name: max(1, int(value)) for name, value in exact.items()}
+    for name in sorted(exact, key=lambda name: int(exact[name]) - exact[name]):
+        if sum(counts.values()) < studies:
+            counts[name] += 1
+    while sum(counts.values()) > studies:
+        counts[max(counts, key=counts.__getitem__)] -= 1
+    return [name for name in STUDY_CLASSES for _ in range(counts[name])]
+
+
+def _patients(studies: int, rng: np.random.Generator) -> list[int]:
+    """The patient's number of every study: six in ten have one study, others up to four."""
+    numbers: list[int] = []
+    patient = 0
+    while len(numbers) < studies:
+        numbers += [patient] * int(rng.choice([1, 2, 3, 4], p=[0.62, 0.2, 0.1, 0.08]))
+        patient += 1
+    return numbers[:studies]
+
+
+def _write_studies(root: Path, studies: list[PlannedStudy], side: int, workers: int) -> Iterator[list[dict[str, Any]]]:
+    """Write every study's files; yield its images' rows in the order planned, so that results do not depend on `workers`."""
+    if workers <= 1:
+        for study in studies:
+            yield _write_study(root, study, side)
+        return
+    # Spawned, not forked: OpenCV's and PyTorch's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+        yield from pool.map(
+            _write_study, [root] * len(studies), studies, [side] * len(studies), chunksize=max(1, min(8, 2000 // side))
+        )
+
+
+def _write_study(root: Path, study: PlannedStudy, side: int) -> list[dict[str, Any]]:
+    """Write one study's files; return a row an image with its ids, class and boxes (n, 4) in the image's pixels."""
+    patient = draw_patient(np.random.default_rng(study.patient_seed))
+    rng = np.random.default_rng(study.seed)
+    opacities = draw_opacities(rng, study.study_class)
+    first = draw_exposure(rng, side)
+    rows = []
+    for place, image in enumerate(study.images):
+        exposure = first
+        if image.duplicate:
+            exposure = draw_near_duplicate(rng, first)
+        elif place > 0:
+            exposure = draw_exposure(rng, side)
+        grey, boxes = render(patient, exposure, opacities)
+        path = root / study.split / study.study_id / image.series_id / f"{image.image_id}.dcm"
+        _write_dicom(path, grey, study, image, rng)
+        _damage(path, image.damage, rng)
+        annotated = study.split == "test" or not image.duplicate
+        rows.append(
+            {
+                "split": study.split,
+                "study_id": study.study_id,
+                "image_id": image.image_id,
+                "study_class": study.study_class,
+                "boxes": boxes if annotated else boxes[:0],
+            }
+        )
+    return rows
+
+
+def _write_dicom(path: Path, grey: np.ndarray, study: PlannedStudy, image: PlannedImage, rng: np.random.Generator) -> None:
+    """Store grey 0..1 in a bit depth, photometric interpretation, window and transfer syntax drawn from `rng`."""
+    syntax = ExplicitVRLittleEndian if image.oddity == "padding" else _draw(rng, SYNTAX_SHARES)
+    bits = 8 if syntax == JPEGBaseline8Bit else _draw(rng, BITS_SHARES)
+    photometric = "MONOCHROME1" if rng.random() < MONOCHROME1_SHARE else "MONOCHROME2"
+    top = 2**bits - 1
+    black, white = rng.uniform(0.0, 0.1) * top, rng.uniform(0.8, 1.0) * top
+    levels = grey * np.float32(white - black)
+    levels += np.float32(black)
+    if photometric == "MONOCHROME1":
+        np.subtract(np.float32(top), levels, out=levels)
+        black, white = top - white, top - black
+    stored = np.rint(levels, out=levels).astype(np.uint8 if bits == 8 else np.uint16)
+    window = None
+    if rng.random() < 0.6:
+        window = (round((black + white) / 2, 1), round((white - black) * rng.uniform(0.9, 1.1), 1))
+    function = _draw(rng, {"": 0.5, "LINEAR": 0.3, "LINEAR_EXACT": 0.1, "SIGMOID": 0.1}) if window else ""
+    if image.oddity == "window width 0":
+        window = (round((black + white) / 2, 1), 0.0)
+    extra: dict[str, Any] = {
+        "Modality": _draw(rng, {"CR": 0.45, "DX": 0.55}),
+        "ViewPosition": _draw(rng, {"AP": 0.5, "PA": 0.3, "": 0.2}),
+        "PatientSex": _draw(rng, {"F": 0.45, "M": 0.55}),
+        "BodyPartExamined": "SKULL" if image.oddity == "skull" else "CHEST",
+    }
+    if rng.random() < 0.5:
+        extra["PresentationLUTShape"] = "INVERSE" if photometric == "MONOCHROME1" else "IDENTITY"
+    if image.oddity == "padding":
+        extra["PixelData"] = stored.tobytes() + b"\0" * (2048 + stored.nbytes % 2)
+    write_xray(
+        path,
+        stored,
+        transfer_syntax=syntax,
+        photometric=photometric,
+        bits_stored=bits,
+        window=window,
+        voi_function=function or None,
+        patient_id=study.patient_id,
+        study_id=study.study_id,
+        series_id=image.series_id,
+        image_id=image.image_id,
+        extra=extra,
+    )
+
+
+def _damage(path: Path, kind: str, rng: np.random.Generator) -> None:
+    content = path.read_bytes() if kind else b""
+    if kind == "truncated":
+        path.write_bytes(content[: max(1, int(0.5 * len(content)))])
+    elif kind == "garbage":
+        path.write_bytes(rng.bytes(min(len(content), 4096)))
+    elif kind == "empty":
+        path.write_bytes(b"")
+
+
+def _write_label_tables(images: pd.DataFrame, folder: Path) -> None:
+    studies = images.drop_duplicates("study_id").sort_values("study_id")
+    study_level = pd.DataFrame({"id": studies.study_id + "_study"})
+    for column, name in STUDY_LABEL_COLUMNS.items():
+        study_level[column] = (studies.study_class == name).astype(int)
+    images = images.sort_values("image_id")
+    image_level = pd.DataFrame(
+        {
+            "id": images.image_id + "_image",
+            "boxes": images.boxes.map(_boxes_cell),
+            "label": images.boxes.map(_label_cell),
+            "StudyInstanceUID": images.study_id,
+        }
+    )
+    for name, table in (("train_study_level.csv", study_level), ("train_image_level.csv", image_level)):
+        with replacing(folder / name) as beside:
+            table.to_csv(beside, index=False)
+
+
+def _write_sample_submission(images: pd.DataFrame, path: Path) -> None:
+    studies = [(f"{name}_study", "negative 1 0 0 1 1") for name in sorted(images.study_id.unique())]
+    single = [(f"{name}_image", "none 1 0 0 1 1") for name in sorted(images.image_id)]
+    with replacing(path) as beside:
+        pd.DataFrame(studies + single, columns=["id", "PredictionString"]).to_csv(beside, index=False)
+
+
+def _boxes_cell(boxes: np.ndarray) -> str | None:
+    cells = [dict(zip(("x", "y", "width", "height"), _origin_and_size(box), strict=True)) for box in boxes]
+    return str(cells) if cells else None
+
+
+def _label_cell(boxes: np.ndarray) -> str:
+    corners = [(x, y, x + width, y + height) for x, y, width, height in map(_origin_and_size, boxes)]
+    return " ".join("opacity 1 " + " ".join(f"{edge:.10g}" for edge in box) for box in corners) or "none 1 0 0 1 1"
+
+
+def _origin_and_size(box: np.ndarray) -> tuple[float, float, float, float]:
+    xmin, ymin, xmax, ymax = (round(float(edge), 5) for edge in box)
+    return xmin, ymin, round(xmax - xmin, 5), round(ymax - ymin, 5)
+
+
+def _draw(rng: np.random.Generator, shares: dict[Any, float]) -> Any:
+    return list(shares)[int(rng.choice(len(shares), p=np.array(list(shares.values())) / sum(shares.values())))]
+
+
+def _hex_id(*parts: object) -> str:
+    """Twelve hexadecimal digits, as the competition's own ids."""
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:12]
+
+
+def _made_with(competition: Path, truth: Path, parameters: dict[str, Any]) -> bool:
+    if not competition.exists() or not any(competition.iterdir()):
+        return False
+    marker = competition / MARKER
+    if not marker.is_file():
+        raise FileExistsError(f"{competition} holds no phantom competition; choose another folder or move it away")
+    tables = all((truth / name).is_file() for name in ("train_study_level.csv", "train_image_level.csv"))
+    return tables and json.loads(marker.read_text(encoding="utf-8")) == parameters
+
+
+def _generator_fingerprint() -> str:
+    """Changes with the code that draws and writes, so that a newer kit does not take an older kit's phantoms for its own."""
+    sources = (Path(phantom.__file__), Path(dicom_writing.__file__), Path(__file__))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
