@@ -31,6 +31,16 @@ def scratch_root() -> Path:
     return Path("/tmp/kit") if on_kaggle() else project_root() / "runs" / "scratch"
 
 
+def run_path(name: str | Path) -> Path:
+    """Where the run `name` is written: below the runs' root, unless it is an absolute path."""
+    return runs_root() / name
+
+
+def find_run(name: str | Path) -> Path:
+    """A finished run to read: made here, or attached as a Kaggle input. Raises InputNotFound."""
+    return run_path(name) if run_path(name).is_dir() else find_input(str(name))
+
+
 def find_input(slug: str, root: str | Path | None = None) -> Path:
     """The folder of the dataset or competition `slug` in any of Kaggle's three mount layouts, below `root`.
 

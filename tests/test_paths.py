@@ -1,6 +1,7 @@
 import pytest
 
-from kitlib.paths import InputNotFound, find_input
+from kitlib import paths
+from kitlib.paths import InputNotFound, find_input, find_run
 
 
 @pytest.mark.parametrize("layout", ["weights", "competitions/weights", "datasets/somebody/weights"])
@@ -13,3 +14,12 @@ def test_a_missing_input_lists_what_is_there(tmp_path):
     (tmp_path / "competitions" / "other").mkdir(parents=True)
     with pytest.raises(InputNotFound, match=r"no input 'weights'.*\n.*competitions\n.*competitions/other"):
         find_input("weights", tmp_path)
+
+
+def test_a_run_is_read_from_where_it_was_made_or_from_an_input(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "project_root", lambda: tmp_path)
+    (tmp_path / "inputs" / "study").mkdir(parents=True)
+    assert find_run("study") == tmp_path / "inputs" / "study"
+    (tmp_path / "runs" / "study").mkdir(parents=True)
+    assert find_run("study") == tmp_path / "runs" / "study"
+    assert find_run(tmp_path / "inputs" / "study") == tmp_path / "inputs" / "study"
