@@ -1,0 +1,118 @@
+"""Folds that keep a patient, and images that are nearly the same, on one side; and the check that proves it."""
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from kitlib.classes import STUDY_CLASSES
+from kitlib.tables import check_table
+
+
+class LeakError(ValueError):
+    """A patient, or a group of near-duplicate images, has images in more than one fold."""
+
+
+def make_folds(
+    images: pd.DataFrame,
+    labels: pd.DataFrame,
+    boxes: pd.DataFrame,
+    n_folds: int,
+    seed: int = 0,
+    near_duplicates: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """The table folds (id = image_id, fold from 0) over the images that are not `false_none`.
+
+    Images that share a patient or a group of `near_duplicates` (columns image_id, group), directly or through others, share
+    a fold. Each fold gets the whole set's shares of study class and box presence as closely as whole groups allow. Depends
+    on `seed` and the rows, not on their order. Raises ValueError where there are fewer groups than folds, an image's
+    study has no label, or `n_folds` is below 2.
+    """
+    kept = check_table(images, "images").sort_values("image_id", ignore_index=True)
+    if "false_none" in kept:
+        kept = kept[~kept.false_none.astype(bool)].reset_index(drop=True)
+    groups = leak_groups(kept, near_duplicates)
+    found = len(np.unique(groups))
+    if not 2 <= n_folds <= found:
+        raise ValueError(f"{n_folds} folds of {found} groups of patients: from 2 to as many folds as groups are possible")
+    strata = _strata(kept, labels, boxes)
+    counts = pd.crosstab(groups, strata).to_numpy()
+    fold = _spread_evenly(counts, n_folds, np.random.default_rng(seed))[groups]
+    folds = check_table(pd.DataFrame({"id": kept.image_id, "fold": fold}), "folds")
+    check_no_leak(folds, kept, near_duplicates)
+    return folds
+
+
+def leak_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> np.ndarray:
+    """A group number for every row of `images`: connected through patients and near-duplicates, chains included."""
+    links = [pd.factorize(images.patient_id)[0]]
+    if near_duplicates is not None:
+        group = images.image_id.map(near_duplicates.set_index("image_id").group)
+        # An image without a group is near nothing but itself.
+        links.append(pd.factorize(group.astype(object).where(group.notna(), images.image_id + " alone"))[0])
+    rows = np.arange(len(images))
+    edges, nodes = [], len(images)
+    for link in links:
+        edges.append((rows, nodes + link))
+        nodes += int(link.max(initial=-1)) + 1
+    start, end = (np.concatenate(part) for part in zip(*edges, strict=True))
+    graph = coo_array((np.ones(len(start), dtype=bool), (start, end)), shape=(nodes, nodes))
+    return connected_components(graph, directed=False)[1][: len(images)]
+
+
+def check_no_leak(folds: pd.DataFrame, images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> None:
+    """Raise LeakError, naming patients and images, where something that must stay together lies in several folds.
+
+    Also raises it where an image of `folds` is not in `images`: whose patient it shows cannot be checked then.
+    """
+    placed = check_table(folds, "folds").rename(columns={"id": "image_id"})
+    placed = placed.merge(images[["image_id", "patient_id"]], on="image_id", how="left")
+    unknown = placed[placed.patient_id.isna()]
+    if len(unknown):
+        raise LeakError(
+            f"{len(unknown)} images in the folds are not in the table of images, first {unknown.image_id.iloc[0]}"
+        )
+    _refuse_spread(placed, "patient_id", "patients")
+    if near_duplicates is not None:
+        _refuse_spread(placed.merge(near_duplicates, on="image_id"), "group", "groups of near-duplicate images")
+
+
+def _refuse_spread(placed: pd.DataFrame, column: str, name: str) -> None:
+    spread = placed.groupby(column).fold.nunique()
+    leaking = sorted(spread[spread > 1].index)
+    if leaking:
+        shown = "; ".join(
+            f"{value} (" + ", ".join(f"{row.image_id} in fold {row.fold}" for row in rows.itertuples()) + ")"
+            for value, rows in placed[placed[column].isin(leaking[:5])].groupby(column)
+        )
+        raise LeakError(
+            f"{len(leaking)} {name} lie in more than one fold, first: {shown}. Make the folds again with make_folds"
+        )
+
+
+def _spread_evenly(counts: np.ndarray, n_folds: int, rng: np.random.Generator) -> np.ndarray:
+    """A fold for every group, given its number of images in each stratum (groups, strata).
+
+    Largest groups first, each into the fold where the squared distances from an even split, each relative to the stratum's
+    size, grow least; the many groups of one image then fill what is left. scikit-learn's StratifiedGroupKFold, whose order
+    follows the spread within a group, ends up to 5 points off on SIIM's training set.
+    """
+    even = counts.sum(axis=0) / n_folds
+    filled = np.zeros((n_folds, counts.shape[1]))
+    fold = np.empty(len(counts), dtype=int)
+    order = rng.permutation(len(counts))
+    for group in order[np.argsort(-counts[order].sum(axis=1), kind="stable")]:
+        growth = (counts[group] * (2 * (filled - even) + counts[group]) / even).sum(axis=1)
+        fold[group] = growth.argmin()
+        filled[fold[group]] += counts[group]
+    return fold
+
+
+def _strata(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> np.ndarray:
+    """Study class and box presence of every image as one number."""
+    classes = check_table(labels, "labels").set_index("id")[list(STUDY_CLASSES)]
+    missing = sorted(set(images.study_id) - set(classes.index))
+    if missing:
+        raise ValueError(f"{len(missing)} studies have images and no label, first {missing[0]}: drop them or label them")
+    study_class = classes.loc[images.study_id].fillna(0).to_numpy().argmax(axis=1)
+    return 2 * study_class + images.image_id.isin(boxes.image_id).to_numpy()
