@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 import numpy as np
 import timm
@@ -12,6 +13,8 @@ from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from kitlib.bundle import BundleError, read_weights
+from kitlib.device import autocast
 from kitlib.recipes import DetectorRecipe, from_dict, override
 
 STRIDES = (4, 8, 16, 32)  # of the pyramid's levels; max pooling adds stride 64
@@ -32,8 +35,11 @@ class Pyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork([channels[level] for level in self.levels], self.out_channels, LastLevelMaxPool())
 
     def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
-        features = self.body(images)
-        return self.fpn(OrderedDict((str(place), features[level]) for place, level in enumerate(self.levels)))
+        with autocast(images.device):
+            features = self.body(images)
+            maps = self.fpn(OrderedDict((str(place), features[level]) for place, level in enumerate(self.levels)))
+        # Half precision ends here: bfloat16 coordinates would be off by four pixels.
+        return OrderedDict((name, each.float()) for name, each in maps.items())
 
 
 class FasterRCNNDetector(nn.Module):
@@ -79,15 +85,17 @@ class FasterRCNNDetector(nn.Module):
             {"boxes": each, "labels": torch.ones(len(each), dtype=torch.int64, device=each.device)}
             for each in (each.reshape(-1, 4).to(pixels.device, torch.float32) for each in boxes)
         ]
-        return self.model(self._images(pixels), targets)
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.model(self._images(pixels), targets)
 
     @torch.inference_mode()
     def predict(self, pixels: torch.Tensor) -> list[np.ndarray]:
         """For canvases uint8 (n, side, side), n float arrays (k, 5): xmin, ymin, xmax, ymax in canvas pixels and score 0..1,
         best first, k at most `max_detections`."""
         self.model.eval()
-        found = self.model(self._images(pixels))
-        return [torch.cat([each["boxes"], each["scores"][:, None]], dim=1).float().cpu().numpy() for each in found]
+        with torch.autocast(pixels.device.type, enabled=False):
+            found = self.model(self._images(pixels))
+        return [torch.cat([each["boxes"], each["scores"][:, None]], dim=1).cpu().numpy() for each in found]
 
     def _images(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         side = self.recipe.image_size
@@ -106,11 +114,27 @@ def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device
 
 
 def _backbone(recipe: DetectorRecipe) -> nn.Module:
-    options = {"features_only": True, "in_chans": recipe.channels}
-    if recipe.pretrained_file:
-        overlay = {"file": recipe.pretrained_file}
-        return timm.create_model(recipe.backbone, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-    return timm.create_model(recipe.backbone, pretrained=False, **options)
+    if not timm.is_model(recipe.backbone):
+        near = get_close_matches(recipe.backbone.partition(".")[0], timm.list_models(), n=5)
+        raise ValueError(f"timm has no backbone {recipe.backbone!r}; near: {', '.join(near) or 'nothing'}")
+    if not recipe.pretrained_file:
+        return timm.create_model(recipe.backbone, pretrained=False, features_only=True, in_chans=recipe.channels)
+    weights = read_weights(recipe.pretrained_file)
+    of_classifier = {name: each for name, each in weights.items() if name.startswith("backbone.")}
+    weights = {name.removeprefix("backbone."): each for name, each in (of_classifier or weights).items()}
+    with torch.device("meta"):
+        wanted = timm.create_model(recipe.backbone, num_classes=0).state_dict()
+    missing = [name for name in wanted if name not in weights]
+    if missing:
+        raise BundleError(
+            f"{recipe.pretrained_file} lacks {len(missing)} of the {len(wanted)} tensors of {recipe.backbone!r}, such as "
+            f"{missing[0]}; name weights of that very backbone"
+        )
+    # timm itself renames them for features_only and sums the first convolution for a grey input.
+    overlay = {"state_dict": weights}
+    return timm.create_model(
+        recipe.backbone, pretrained=True, pretrained_cfg_overlay=overlay, features_only=True, in_chans=recipe.channels
+    )
 
 
 def _levels(backbone: str, strides: list[int]) -> list[int]:

@@ -53,7 +53,7 @@ class DetectorRecipe:
     placement: str = "letterbox"
     epochs: int = 50
     batch_size: int = 10
-    nominal_batch: int = 0  # images a step of the optimiser, gathered over batches; 0: one batch
+    nominal_batch: int = 0  # yolo: images a step of the optimiser, gathered over batches; 0: one batch
     optimizer: str = "sgd"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -64,7 +64,7 @@ class DetectorRecipe:
     brightness_contrast: float = 0.3
     mosaic: float = 0.0  # yolo: probability that four images make one
     mixup: float = 0.0  # yolo: probability that two images are blended
-    negatives: float = 1.0  # images without a box in an epoch, as a share of those with one; 0 is Heidelberg's choice
+    negatives: float = 1.0  # images without a box to train on, at most this share of those with one; Heidelberg: 0
     fpn_channels: int = 256  # faster_rcnn: width of the feature pyramid
     box_hidden: int = 1024  # faster_rcnn: units of the two hidden layers that judge a region
     box_samples: int = 512  # faster_rcnn: regions an image that training judges

@@ -1,6 +1,5 @@
 """YOLO of any generation that ultralytics builds from a model YAML, without ultralytics' pickles, downloads or telemetry."""
 
-import logging
 import os
 import tempfile
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 from torchvision.ops import box_convert, nms
 
+from kitlib.bundle import BundleError, load_starting_weights
 from kitlib.recipes import DetectorRecipe, from_dict, override
 
 # Read by ultralytics when it is imported: without them it asks the network, for up to 20 seconds where there is none.
@@ -20,12 +20,10 @@ os.environ.setdefault("YOLO_VERBOSE", "False")
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
 
-from safetensors.torch import load_file  # noqa: E402
 from ultralytics.nn.tasks import DetectionModel  # noqa: E402
 from ultralytics.utils import SETTINGS  # noqa: E402
 
 SETTINGS["sync"] = False  # telemetry
-log = logging.getLogger(__name__)
 
 STRIDE = 32  # the coarsest grid: a canvas must be a multiple of it
 CANDIDATES = 3000  # boxes an image, best first, that reach non-maximum suppression
@@ -37,7 +35,8 @@ class YoloDetector(nn.Module):
     family = "yolo"
     mean, std = [0.0] * 3, [1.0] * 3
 
-    def __init__(self, recipe: DetectorRecipe):
+    def __init__(self, recipe: DetectorRecipe, model: DetectionModel | None = None):
+        """`model`: a network that is already built, such as training's moving average; otherwise the recipe's."""
         super().__init__()
         if recipe.image_size % STRIDE:
             raise ValueError(
@@ -45,7 +44,21 @@ class YoloDetector(nn.Module):
                 f"take {recipe.image_size // STRIDE * STRIDE or STRIDE}"
             )
         self.recipe = recipe
-        self.model = build_model(recipe)
+        if model is not None:
+            self.model = model
+            return
+        try:
+            self.model = DetectionModel(f"{recipe.backbone}.yaml", ch=3, nc=1, verbose=False)
+        except FileNotFoundError as error:
+            raise ValueError(f"ultralytics has no model {recipe.backbone!r}; try yolov5lu or yolo11n") from error
+        if recipe.pretrained_file:
+            report = load_starting_weights(self, recipe.pretrained_file, prefix="model.")
+            # Another count of classes costs the head's last layers alone.
+            if len(report["random"]) > 0.1 * len(self.state_dict()):
+                raise BundleError(
+                    f"{recipe.pretrained_file} lacks {len(report['random'])} tensors of {recipe.backbone!r}, such as "
+                    f"{report['random'][0]}; name weights of that very model"
+                )
 
     @torch.inference_mode()
     def predict(self, pixels: torch.Tensor) -> list[np.ndarray]:
@@ -55,8 +68,12 @@ class YoloDetector(nn.Module):
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (side, side):
             raise ValueError(f"wants uint8 canvases (n, {side}, {side}), got {pixels.dtype} {tuple(pixels.shape)}")
         self.model.eval()
-        images = pixels.to(next(self.parameters()).device)[:, None].expand(-1, 3, -1, -1).float() / 255
-        return [self._best(each).float().cpu().numpy() for each in self._candidates(self.model(images))]
+        device = next(self.parameters()).device
+        images = pixels.to(device)[:, None].expand(-1, 3, -1, -1).float() / 255
+        # float16 places a box within a quarter of a pixel; bfloat16 would be off by two.
+        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+            output = self.model(images)
+        return [self._best(each).cpu().numpy() for each in self._candidates(output)]
 
     def _candidates(self, output: tuple | torch.Tensor) -> list[torch.Tensor]:
         """Boxes (n, any, 5) of the head's raw output: corners in canvas pixels, score."""
@@ -68,22 +85,12 @@ class YoloDetector(nn.Module):
 
     def _best(self, boxes: torch.Tensor) -> torch.Tensor:
         # Not ultralytics' own suppression: it stops at a time limit, so that a slow machine silently loses boxes.
-        boxes = boxes[boxes[:, 4] >= self.recipe.min_score].float()
+        boxes = boxes.float()
+        boxes = boxes[boxes[:, 4] >= self.recipe.min_score]
         boxes = boxes[boxes[:, 4].argsort(descending=True, stable=True)[:CANDIDATES]]
         boxes[:, :4] = boxes[:, :4].clamp(0, self.recipe.image_size)
         boxes = boxes[(boxes[:, 2:4] > boxes[:, :2]).all(dim=1)]
         return boxes[nms(boxes[:, :4], boxes[:, 4], self.recipe.nms_iou)[: self.recipe.max_detections]]
-
-
-def build_model(recipe: DetectorRecipe) -> DetectionModel:
-    """ultralytics' network of that name for one class, with random weights or those of `pretrained_file`."""
-    try:
-        model = DetectionModel(f"{recipe.backbone}.yaml", ch=3, nc=1, verbose=False)
-    except FileNotFoundError as error:
-        raise ValueError(f"ultralytics has no model {recipe.backbone!r}; it has yolov5lu, yolov8n, yolo11n ...") from error
-    if recipe.pretrained_file:
-        _start_from(model, Path(recipe.pretrained_file), recipe.backbone)
-    return model
 
 
 def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device) -> YoloDetector:
@@ -91,14 +98,3 @@ def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device
     detector = YoloDetector(override(from_dict(DetectorRecipe, record["recipe"]), pretrained_file=""))
     detector.load_state_dict(state_dict, strict=True)
     return detector.eval().to(device)
-
-
-def _start_from(model: DetectionModel, path: Path, name: str) -> None:
-    """Weights of a safetensors file whose names and shapes fit; another count of classes costs the last layers alone."""
-    weights = {key.removeprefix("model.model."): value for key, value in load_file(path).items()}
-    own = model.model.state_dict()
-    fitting = {key: value for key, value in weights.items() if key in own and value.shape == own[key].shape}
-    if len(fitting) < 0.9 * len(own):
-        raise ValueError(f"{path} fits {len(fitting)} of the {len(own)} tensors of {name!r}: weights of another model?")
-    model.model.load_state_dict(fitting, strict=False)
-    log.info("%s: %d of %d tensors of %s start from it", path, len(fitting), len(own), name)

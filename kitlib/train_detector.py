@@ -1,0 +1,164 @@
+"""Training of an opacity detector of any family on all folds but one, and its out-of-fold boxes of that one."""
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kitlib.atomic import write_json
+from kitlib.average_precision import average_precision, box_hits
+from kitlib.bundle import data_fingerprint, save_bundle
+from kitlib.cache import XrayCache
+from kitlib.device import pick_device, seed_everything
+from kitlib.predict import load_predictor
+from kitlib.recipes import DetectorRecipe
+from kitlib.tables import check_table, concatenate, read_table, write_table
+from kitlib.training import open_run, split, write_history
+from kitlib.xray_dataset import XrayDataset
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DetectorRun:
+    """A finished run. `detections` are out of fold, in original pixels: of images that the model has not seen."""
+
+    run_folder: Path
+    metrics: dict[str, Any]
+    history: pd.DataFrame
+    detections: pd.DataFrame
+
+
+def train_detector(
+    images: pd.DataFrame,
+    labels: pd.DataFrame,
+    boxes: pd.DataFrame,
+    folds: pd.DataFrame,
+    fold: int,
+    cache: XrayCache,
+    recipe: DetectorRecipe,
+    run_folder: str | Path,
+    model_name: str,
+    seed: int = 0,
+    workers: int = 0,
+    limit_train: int | None = None,
+    limit_validation: int | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> DetectorRun:
+    """Train, keep the best epoch, predict the validation fold; `run_folder` gets bundle, tables, figures, metrics.json.
+
+    The best epoch is that of the highest opacity AP on the validation fold, images without boxes included. An interrupted
+    run goes on where it was and gives what an uninterrupted one gives; a finished one is read back. Raises ResumeError if
+    the folder holds a run of other data or settings. Limits are numbers of images, whole patients.
+    """
+    run_folder = Path(run_folder)
+    images, labels, boxes, folds = (
+        check_table(table, name)
+        for table, name in ((images, "images"), (labels, "labels"), (boxes, "boxes"), (folds, "folds"))
+    )
+    train_images, validation_images = split(images, folds, fold, seed, limit_train, limit_validation)
+    train_images = with_negatives(train_images, boxes, recipe.negatives, seed)
+    for part, name in ((train_images, "training"), (validation_images, f"validation fold {fold}")):
+        if not part.image_id.isin(boxes.image_id).any():
+            raise ValueError(f"{model_name}: none of the {len(part)} images of the {name} has a box; raise the limit")
+    fingerprint = data_fingerprint(images=images, labels=labels, boxes=boxes, folds=folds)
+    identity = {
+        "model": model_name,
+        "fold": fold,
+        "recipe": dataclasses.asdict(recipe),
+        "seed": seed,
+        "limit_train": limit_train,
+        "limit_validation": limit_validation,
+        "data_fingerprint": fingerprint,
+    }
+    if open_run(run_folder, identity, resume):
+        log.info("%s is finished; reading its results", run_folder)
+        return read_detector_run(run_folder)
+
+    seed_everything(seed)
+    device = pick_device()
+    build, fit = _family(recipe.family)
+    detector = build(recipe)
+    train = XrayDataset(train_images, labels, boxes, cache, recipe, augment=recipe.family != "yolo", seed=seed)
+    validation = XrayDataset(validation_images, labels, boxes, cache, recipe)
+    title = f"{model_name} fold {fold}"
+    fitted = fit(detector, train, validation, canvas_precision, run_folder, device, seed, workers, progress, title)
+    save_bundle(
+        run_folder / "bundle",
+        detector.state_dict(),
+        {
+            "family": recipe.family,
+            "model": model_name,
+            "classes": ["opacity"],
+            "recipe": dataclasses.asdict(recipe),
+            "architecture": {"parameters": sum(each.numel() for each in detector.parameters())},
+            "image_size": recipe.image_size,
+            "placement": recipe.placement,
+            "mean": list(detector.mean),
+            "std": list(detector.std),
+            "fold": fold,
+            "data_fingerprint": fingerprint,
+            "validation": {"score": float(fitted.history.score[fitted.best_epoch - 1])},
+        },
+    )
+    predictor = load_predictor(run_folder / "bundle", device, 2 * recipe.batch_size)
+    chunks = predictor.predict(cache.read(image_id) for image_id in validation_images.image_id)
+    write_table(concatenate(chunks, "detections"), "detections", run_folder / "tables" / "detections.parquet")
+    write_history(fitted, run_folder)
+    counts = {
+        "starting_weights": recipe.pretrained_file or "from scratch",
+        "train_images": len(train),
+        "train_images_with_boxes": int((train.none == 0).sum()),
+        "validation_images": len(validation),
+    }
+    write_json(run_folder / "metrics.json", {**identity, **counts, **fitted.metrics(device)})
+    return read_detector_run(run_folder)
+
+
+def read_detector_run(run_folder: str | Path) -> DetectorRun:
+    """The results of a finished run; without metrics.json, which marks one, FileNotFoundError."""
+    run_folder = Path(run_folder)
+    metrics = json.loads((run_folder / "metrics.json").read_text(encoding="utf-8"))
+    tables = run_folder / "tables"
+    return DetectorRun(
+        run_folder, metrics, pd.read_csv(tables / "history.csv"), read_table("detections", tables / "detections.parquet")
+    )
+
+
+def with_negatives(images: pd.DataFrame, boxes: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
+    """The images with a box, and of the others at most `share` times as many, drawn by `seed`; in the order of `images`."""
+    if share < 0:
+        raise ValueError(f"recipe.negatives is {share}; it is a share of the images with boxes, from 0")
+    boxed = images.image_id.isin(boxes.image_id).to_numpy()
+    others = np.random.default_rng(seed).permutation(np.flatnonzero(~boxed))
+    kept = np.concatenate([np.flatnonzero(boxed), others[: round(share * boxed.sum())]])
+    return images.iloc[np.sort(kept)].reset_index(drop=True)
+
+
+def canvas_precision(found: list[np.ndarray], true: list[np.ndarray]) -> float:
+    """Opacity AP (VOC 2010) over images: `found` (k, 5) boxes and score, `true` (m, 4) boxes an image, in canvas pixels."""
+    image, true_image = (np.repeat(np.arange(len(each)), [len(boxes) for boxes in each]) for each in (found, true))
+    boxes, true_boxes = np.concatenate(found), np.concatenate(true)
+    hits = box_hits(image, boxes[:, 4], boxes[:, :4], true_image, true_boxes)
+    return average_precision(boxes[:, 4], hits, len(true_boxes))
+
+
+def _family(name: str):
+    """(class of the detector, function that trains it). Only here: each family's import is slow, and one may be missing."""
+    if name == "faster_rcnn":
+        from kitlib.faster_rcnn import FasterRCNNDetector
+        from kitlib.train_faster_rcnn import fit_faster_rcnn
+
+        return FasterRCNNDetector, fit_faster_rcnn
+    if name == "yolo":
+        from kitlib.train_yolo import fit_yolo
+        from kitlib.yolo import YoloDetector
+
+        return YoloDetector, fit_yolo
+    raise ValueError(f"recipe.family is {name!r}; there are: faster_rcnn, yolo")

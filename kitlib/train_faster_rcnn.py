@@ -1,0 +1,64 @@
+"""Training of a Faster R-CNN by pytorch-lightning."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kitlib.faster_rcnn import FasterRCNNDetector
+from kitlib.training import Fitted, RecipeTraining, fit
+from kitlib.xray_dataset import XrayDataset, batches
+
+
+class FasterRCNNTraining(RecipeTraining):
+    """Losses and validation over batches of `XrayDataset`; the score is `judge` of the found and the true boxes."""
+
+    def __init__(self, model: FasterRCNNDetector, judge: Callable[[list, list], float]) -> None:
+        super().__init__(model, model.recipe)
+        self.judge = judge
+        self.found: list[np.ndarray] = []
+        self.true: list[np.ndarray] = []
+
+    def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
+        losses = self.model.losses(batch["pixels"], batch["boxes"])
+        loss = sum(losses.values())
+        self.log_dict({"train_loss": loss.detach(), **losses}, on_step=False, on_epoch=True, batch_size=len(batch["pixels"]))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.found, self.true = [], []
+
+    def validation_step(self, batch: dict[str, Any], _: int) -> None:
+        self.found += self.model.predict(batch["pixels"])
+        self.true += [each.cpu().numpy() for each in batch["boxes"]]
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("score", self.judge(self.found, self.true))
+
+
+def fit_faster_rcnn(
+    detector: FasterRCNNDetector,
+    train: XrayDataset,
+    validation: XrayDataset,
+    judge: Callable[[list, list], float],
+    run_folder: Path,
+    device: torch.device,
+    seed: int,
+    workers: int,
+    progress: bool,
+    title: str,
+) -> Fitted:
+    """Train until the recipe ends it, and leave the best epoch's weights in `detector`, on the CPU."""
+    size = detector.recipe.batch_size
+    return fit(
+        FasterRCNNTraining(detector, judge),
+        batches(train, size, workers, shuffle=True, seed=seed),
+        batches(validation, 2 * size, workers),
+        run_folder,
+        device,
+        seed,
+        progress,
+        title,
+    )

@@ -1,0 +1,267 @@
+"""Training of a YOLO by ultralytics' own trainer, fed from the kit's data set and judged by the kit's score.
+
+ultralytics owns the network, losses, optimiser, schedule, moving average and augmentation. Four things are replaced: files
+(canvases come from the cache, so that nothing is written or resized a second time), validation (the same score as
+every other detector), checkpoints (tensors and not pickled modules) and the console.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from kitlib.atomic import replacing
+from kitlib.device import derived_seed, precision, seed_everything
+from kitlib.recipes import DetectorRecipe
+from kitlib.training import LEARNING_RATE_FLOOR, Fitted, best_row, is_over
+from kitlib.xray_dataset import XrayDataset, batches
+from kitlib.yolo import YoloDetector  # before ultralytics, whose import it makes silent and offline
+
+from ultralytics.data.dataset import YOLODataset  # isort: skip
+from ultralytics.models.yolo.detect import DetectionTrainer  # isort: skip
+
+OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
+DATA = {"names": {0: "opacity"}, "nc": 1, "channels": 3}
+MOSAIC_OFF = 10  # last epochs see whole images only, as in ultralytics; a third of a shorter training
+
+
+class Canvases(YOLODataset):
+    """The canvases and boxes of an `XrayDataset` in the form that ultralytics augments: three equal channels."""
+
+    def __init__(self, examples: XrayDataset, augment: bool, settings: Any) -> None:
+        self.examples = examples
+        super().__init__(
+            img_path="", imgsz=examples.side, augment=augment, hyp=settings, data=DATA, batch_size=settings.batch
+        )
+
+    def get_img_files(self, img_path: str) -> list[str]:
+        return list(self.examples.image_ids)
+
+    def get_labels(self) -> list[dict[str, Any]]:
+        side = self.examples.side
+        labels = []
+        for index, image_id in enumerate(self.examples.image_ids):
+            xmin, ymin, xmax, ymax = (self.examples[index]["boxes"].numpy() / side).T
+            labels.append(
+                {
+                    "im_file": image_id,
+                    "shape": (side, side),
+                    "cls": np.zeros((len(xmin), 1), dtype=np.float32),
+                    "bboxes": np.stack([(xmin + xmax) / 2, (ymin + ymax) / 2, xmax - xmin, ymax - ymin], axis=1),
+                    "segments": [],
+                    "keypoints": None,
+                    "normalized": True,
+                    "bbox_format": "xywh",
+                }
+            )
+        return labels
+
+    def load_image(self, i: int, *_: Any, **__: Any) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
+        canvas = self.examples[i]["pixels"].numpy()
+        if self.augment:  # mosaic draws its partners from here
+            self.buffer = [*self.buffer, i][-max(1, self.max_buffer_length) :]
+        return np.repeat(canvas[..., None], 3, axis=2), canvas.shape, canvas.shape
+
+
+class Trainer(DetectionTrainer):
+    """Everything that an epoch draws depends on the seed and its number, so that a resumed training repeats it exactly.
+
+    (But where `nominal_batch` gathers several batches a step: gradients in hand at the end of an epoch are not kept.)
+    """
+
+    def __init__(
+        self,
+        detector: YoloDetector,
+        train: XrayDataset,
+        validation: XrayDataset,
+        judge: Callable[[list, list], float],
+        run_folder: Path,
+        device: torch.device,
+        seed: int,
+        workers: int,
+        bar: tqdm,
+    ) -> None:
+        self.detector, self.examples, self.judge, self.bar = detector, {"train": train, "val": validation}, judge, bar
+        self.folder, self.kit_seed = run_folder / "checkpoints", seed
+        self.judged = batches(validation, 2 * detector.recipe.batch_size, workers)
+        self.history: list[dict[str, float]] = []
+        super().__init__(overrides=settings(detector.recipe, self.folder, device, seed, workers))
+        self.model = detector.model
+        self.last = self.folder / "last.ckpt"
+        self.add_callback("on_pretrain_routine_end", lambda _: self._half_precision(device))
+        self.add_callback("on_train_epoch_start", lambda _: self._begin_epoch())
+        self.add_callback("on_train_batch_end", lambda _: self.bar.update())
+        self.add_callback("on_train_epoch_end", lambda _: self._end_of_batches())
+
+    def get_dataset(self) -> dict[str, Any]:
+        return {**DATA, "train": "", "val": ""}
+
+    def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Canvases:
+        return Canvases(self.examples[mode], mode == "train", self.args)
+
+    def validate(self) -> tuple[dict[str, float], float]:
+        average = YoloDetector(self.detector.recipe, self.ema.ema)
+        found, true = [], []
+        for batch in self.judged:
+            found += average.predict(batch["pixels"])
+            true += [each.numpy() for each in batch["boxes"]]
+        return {}, self.judge(found, true)
+
+    def save_metrics(self, metrics: dict[str, float]) -> None:
+        losses = {name.removeprefix("train/"): value for name, value in metrics.items() if name.startswith("train/")}
+        self.history.append(
+            {
+                "epoch": self.epoch + 1,
+                "seconds": time.perf_counter() - self.epoch_began,
+                "images_per_s": len(self.train_loader.dataset) / max(1e-9, self.batches_ended - self.epoch_began),
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "train_loss": sum(losses.values()),
+                **losses,
+                "score": self.fitness,
+            }
+        )
+        self.stop |= is_over(self.history, self.epochs, self.detector.recipe.patience)
+        shown = {name: f"{self.history[-1][name]:.3f}" for name in ("train_loss", "score")}
+        self.bar.set_postfix({"epoch": self.epoch + 1, **shown}, refresh=False)
+
+    def save_model(self) -> bool:
+        if best_row(self.history) == len(self.history) - 1:
+            with replacing(self.folder / "best.safetensors") as beside:
+                save_file({name: value.contiguous() for name, value in self.ema.ema.state_dict().items()}, beside)
+        state = {
+            "epoch": self.epoch,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "ema": self.ema.ema.state_dict(),
+            "updates": self.ema.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        with replacing(self.last) as beside:
+            torch.save(state, beside)
+        return True
+
+    def resume_training(self, ckpt: None) -> None:
+        if self.last.is_file():
+            self.resume = True
+            super().resume_training(torch.load(self.last, map_location=self.device, weights_only=True))
+            self.bar.update(self.start_epoch * len(self.train_loader))
+
+    def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
+        self.history = ckpt["history"]
+        self.model.load_state_dict(ckpt["model"])
+        self.ema.ema.load_state_dict(ckpt["ema"])
+        self.ema.updates = ckpt["updates"]
+        self.optimizer.load_state_dict(ckpt["optimizer"])
+        self.scaler.load_state_dict(ckpt["scaler"])
+
+    def _handle_nan_recovery(self, epoch: int) -> bool:
+        if not torch.isfinite(self.loss) or not np.isfinite(self.fitness):
+            raise ValueError(
+                f"epoch {epoch + 1}: loss {float(self.loss)}, validation score {self.fitness}; lower recipe.learning_rate "
+                f"({self.args.lr0}), or check that the validation fold has boxes"
+            )
+        return False
+
+    def final_eval(self) -> None:
+        """The caller predicts with the bundle."""
+
+    def _half_precision(self, device: torch.device) -> None:
+        # ultralytics' own switch for float16 first downloads a pickled model to try it out.
+        if precision(device) == "16-mixed":
+            self.amp, self.scaler = True, torch.amp.GradScaler("cuda", init_scale=self.scaler.get_scale() or 2.0**16)
+
+    def _begin_epoch(self) -> None:
+        self.epoch_began = time.perf_counter()
+        self.train_loader.generator.manual_seed(derived_seed(self.kit_seed, self.epoch))
+        self.train_loader.dataset.buffer = []
+        self.train_loader.reset()
+        seed_everything(derived_seed(self.kit_seed, self.epoch))
+
+    def _end_of_batches(self) -> None:
+        self.batches_ended = time.perf_counter()
+
+
+def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: int, workers: int) -> dict[str, Any]:
+    """ultralytics' arguments for a recipe; what it does not name is ultralytics' own (loss gains, translation, scale)."""
+    if recipe.optimizer not in OPTIMIZERS:
+        raise ValueError(f"recipe.optimizer is {recipe.optimizer!r}; there are: {', '.join(OPTIMIZERS)}")
+    return {
+        "task": "detect",
+        "model": f"{recipe.backbone}.yaml",
+        "data": "",
+        "project": str(folder.resolve()),
+        "name": "ultralytics",
+        "exist_ok": True,
+        "device": str(device.index or 0) if device.type == "cuda" else "cpu",
+        "seed": seed,
+        "deterministic": False,
+        "workers": workers,
+        "plots": False,
+        "verbose": False,
+        "amp": "bf16" if precision(device) == "bf16-mixed" else False,
+        "imgsz": recipe.image_size,
+        "epochs": recipe.epochs,
+        "patience": 0,
+        "batch": recipe.batch_size,
+        "nbs": recipe.nominal_batch or recipe.batch_size,
+        "optimizer": OPTIMIZERS[recipe.optimizer],
+        "lr0": recipe.learning_rate,
+        "lrf": LEARNING_RATE_FLOOR,
+        "cos_lr": True,
+        "momentum": 0.937 if recipe.optimizer == "sgd" else 0.9,
+        "weight_decay": recipe.weight_decay,
+        "warmup_epochs": recipe.warmup_epochs,
+        "warmup_bias_lr": 0.1 if recipe.optimizer == "sgd" else 0.0,
+        "hsv_h": 0.0,
+        "hsv_s": 0.0,
+        "hsv_v": recipe.brightness_contrast,
+        "degrees": recipe.rotate_degrees,
+        "fliplr": recipe.horizontal_flip,
+        "mosaic": recipe.mosaic,
+        "mixup": recipe.mixup,
+        "close_mosaic": min(MOSAIC_OFF, recipe.epochs // 3),
+    }
+
+
+def fit_yolo(
+    detector: YoloDetector,
+    train: XrayDataset,
+    validation: XrayDataset,
+    judge: Callable[[list, list], float],
+    run_folder: Path,
+    device: torch.device,
+    seed: int,
+    workers: int,
+    progress: bool,
+    title: str,
+) -> Fitted:
+    """Train until the recipe ends it, and leave the best epoch's moving average in `detector`, on the CPU."""
+    steps = -(-len(train) // detector.recipe.batch_size)
+    with tqdm(
+        desc=title,
+        total=steps * detector.recipe.epochs,
+        unit="batch",
+        # Each refresh is a line of its own in a log file.
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+        maxinterval=60,
+        disable=not progress,
+    ) as bar:
+        trainer = Trainer(detector, train, validation, judge, run_folder, device, seed, workers, bar)
+        trainer.history = _history(trainer.last)
+        if not trainer.history or not is_over(trainer.history, detector.recipe.epochs, detector.recipe.patience):
+            trainer.train()
+    detector.to("cpu")
+    detector.model.load_state_dict(load_file(trainer.folder / "best.safetensors"))
+    return Fitted(pd.DataFrame(trainer.history), best_row(trainer.history) + 1)
+
+
+def _history(checkpoint: Path) -> list[dict[str, float]]:
+    return torch.load(checkpoint, weights_only=True, map_location="cpu")["history"] if checkpoint.is_file() else []
