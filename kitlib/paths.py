@@ -1,6 +1,7 @@
 """The one place that knows where inputs are and where results go: on Kaggle, and elsewhere."""
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -8,8 +9,13 @@ class InputNotFound(FileNotFoundError):
     """No folder for an input; the message lists what is there."""
 
 
+def kaggle_root() -> Path:
+    """`/kaggle`, or KIT_KAGGLE_ROOT where a rehearsal cannot make that folder."""
+    return Path(os.environ.get("KIT_KAGGLE_ROOT", "/kaggle"))
+
+
 def on_kaggle() -> bool:
-    return Path("/kaggle/working").is_dir()
+    return (kaggle_root() / "working").is_dir()
 
 
 def project_root() -> Path:
@@ -18,17 +24,17 @@ def project_root() -> Path:
 
 
 def inputs_root() -> Path:
-    return Path("/kaggle/input") if on_kaggle() else project_root() / "inputs"
+    return kaggle_root() / "input" if on_kaggle() else project_root() / "inputs"
 
 
 def runs_root() -> Path:
     """Where run folders are made: kept by Kaggle as the kernel's output, or `runs/` of the project."""
-    return Path("/kaggle/working") if on_kaggle() else project_root() / "runs"
+    return kaggle_root() / "working" if on_kaggle() else project_root() / "runs"
 
 
 def scratch_root() -> Path:
     """For what need not be kept (decoded images): outside Kaggle's 20 GB output folder."""
-    return Path("/tmp/kit") if on_kaggle() else project_root() / "runs" / "scratch"
+    return Path(tempfile.gettempdir()) / "kit" if on_kaggle() else project_root() / "runs" / "scratch"
 
 
 def run_path(name: str | Path) -> Path:
