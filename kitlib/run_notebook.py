@@ -64,7 +64,7 @@ def run_notebook(
     reader.start()
     code = process.wait()
     reader.join()
-    problem = _problem(output) if output.is_file() else "papermill wrote no notebook"
+    problem = first_problem(output) if output.is_file() else "papermill wrote no notebook"
     if code or problem or not result.is_file():
         problem = problem or (f"papermill's exit code is {code}" if code else f"it ended without writing {result}")
         raise NotebookFailed(f"{notebook.name}: {problem}\n  executed copy: {output}\n  log: {log}\n{_tail(log)}")
@@ -80,7 +80,7 @@ def _keep_log(process: subprocess.Popen, log: Path, cells: int, on_cell: Callabl
                 on_cell(int(started[1]), cells)
 
 
-def _problem(executed: Path) -> str:
+def first_problem(executed: Path) -> str:
     """The first cell that failed or never ran, in words; empty where all completed."""
     cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
     # papermill marks a failed notebook with cells of its own, which would shift the count

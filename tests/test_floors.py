@@ -11,7 +11,7 @@ FLOORS = {
     "models": "device bundle classifier faster_rcnn yolo",
     "running": "xray_dataset training train_study train_detector predict",
     "judging": "submission scoring fusion tuning reports figures",
-    "delivering": "validate submit kernel_spec wheels kernel stand_in rehearse run_notebook demo __main__",
+    "delivering": "validate submit run_notebook kernel_spec wheels kernel_start kernel stand_in sandbox rehearse demo __main__",
 }
 ORDER = [module for floor in FLOORS.values() for module in floor.split()]
 
