@@ -7,7 +7,8 @@ KITLIB = Path(__file__).resolve().parent.parent / "kitlib"
 
 FLOORS = {
     "vocabulary": "classes atomic tables geometry recipes paths",
-    "reading": "grey codestream decoders dicom dicom_writing cache siim near_duplicates folds phantom phantom_competition",
+    "reading": "grey codestream decoders dicom dicom_writing cache siim near_duplicates folds "
+    "phantom_patients phantom phantom_plan phantom_competition",
     "models": "device bundle classifier faster_rcnn yolo",
     "running": "xray_dataset training train_study train_detector predict",
     "judging": "submission scoring fusion tuning reports figures",

@@ -1,0 +1,159 @@
+"""Draws at random what a phantom radiograph shows: a patient, an exposure, and the opacities of a study class.
+
+Places are in thorax units: u to the image's right, v downwards, the lungs within about -1..1 on both axes, the patient's
+right lung at negative u.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kitlib.classes import STUDY_CLASSES
+
+
+@dataclass(frozen=True)
+class Opacity:
+    """One opacity: an ellipse with a wavy rim, in thorax units."""
+
+    u: float
+    v: float
+    radius_u: float
+    radius_v: float
+    density: float  # share of the air that is replaced, 0..1
+    softness: float  # width of the rim as a share of the radius: 0.15 a sharp consolidation, 0.8 ground glass
+    seed: int
+    boxed: bool = True  # annotators box opacities, not effusions
+
+
+@dataclass(frozen=True)
+class Patient:
+    """What stays the same in all of a patient's images."""
+
+    width: float  # body size against the mean, as height
+    height: float
+    heart: float  # how far the heart reaches to the left, against the mean
+    diaphragm: float  # thorax units by which the diaphragm stands lower than the mean
+    tissue: float  # attenuation of the soft tissue, grey
+    bone: float  # attenuation of the bones against the mean
+    stomach_gas: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """One image of a patient: its size, how the patient stands in it, and the machine's settings."""
+
+    rows: int
+    columns: int
+    shift_u: float
+    shift_v: float
+    zoom: float
+    rotation: float  # degrees
+    gamma: float
+    gain: float
+    noise: float  # standard deviation, grey
+    marker: str  # "L", "R" or "" for none, burnt in at the side it names
+    marker_height: float  # its place as a share of the rows
+    border: float  # unexposed margin, share of the longer side
+    seed: int
+
+
+def draw_patient(rng: np.random.Generator) -> Patient:
+    return Patient(
+        width=rng.uniform(0.92, 1.08),
+        height=rng.uniform(0.9, 1.08),
+        heart=rng.uniform(0.82, 1.18),
+        diaphragm=rng.uniform(-0.12, 0.08),
+        tissue=rng.uniform(0.56, 0.66),
+        bone=rng.uniform(0.7, 1.3),
+        stomach_gas=bool(rng.random() < 0.35),
+        seed=int(rng.integers(2**31)),
+    )
+
+
+def draw_exposure(rng: np.random.Generator, side: int) -> Exposure:
+    """A random exposure whose longer side has `side` pixels; three in five are landscape, and none is square."""
+    other = min(side - 1, round(side * rng.uniform(0.8, 0.97)))
+    rows, columns = (other, side) if rng.random() < 0.6 else (side, other)
+    return Exposure(
+        rows=rows,
+        columns=columns,
+        shift_u=rng.uniform(-0.14, 0.14),
+        shift_v=rng.uniform(-0.1, 0.1),
+        zoom=rng.uniform(0.9, 1.08),
+        rotation=rng.normal(0, 2.5),
+        gamma=rng.uniform(0.85, 1.2),
+        gain=rng.uniform(0.88, 1.05),
+        noise=rng.uniform(0.006, 0.016),
+        marker=str(rng.choice(["L", "R", ""], p=[0.45, 0.4, 0.15])),
+        marker_height=rng.uniform(0.1, 0.25),
+        border=float(rng.choice([0.0, rng.uniform(0.005, 0.02)])),
+        seed=int(rng.integers(2**31)),
+    )
+
+
+def draw_near_duplicate(rng: np.random.Generator, exposure: Exposure) -> Exposure:
+    """The same exposure processed again: up to 4 per cent cropped off each axis, other contrast, other noise."""
+    rows = round(exposure.rows * rng.uniform(0.96, 1.0))
+    columns = round(exposure.columns * rng.uniform(0.96, 1.0))
+    return replace(
+        exposure,
+        rows=rows,
+        columns=columns,
+        # Keeps the patient's size in pixels while the image shrinks.
+        zoom=exposure.zoom * min(exposure.columns, exposure.rows) / min(columns, rows),
+        gamma=exposure.gamma * rng.uniform(0.93, 1.07),
+        gain=exposure.gain * rng.uniform(0.95, 1.05),
+        seed=int(rng.integers(2**31)),
+    )
+
+
+def draw_opacities(rng: np.random.Generator, study_class: str) -> tuple[Opacity, ...]:
+    """Opacities as the reporting classes describe them (Litmanovich et al., Journal of Thoracic Imaging 2020).
+
+    negative: none. typical: ground glass in both lungs, peripheral and lower, two or more. indeterminate: diffuse and
+    perihilar, in one lung or both. atypical: in the upper zones one sharp lobar consolidation or two nodules, or a pleural
+    effusion, which has no box. Raises ValueError for another class.
+    """
+    side = float(rng.choice([-1, 1]))
+    if study_class == "negative":
+        return ()
+    if study_class == "typical":
+        lower = [_patch(rng, s, (0.66, 0.8), (0.2, 0.48), (0.25, 0.34), (0.27, 0.4), (0.5, 0.7), 0.7) for s in (-side, side)]
+        if rng.random() < 0.12:
+            lower.append(_patch(rng, side, (0.58, 0.68), (-0.5, -0.42), (0.18, 0.22), (0.17, 0.22), (0.5, 0.65), 0.7))
+        return tuple(lower)
+    if study_class == "indeterminate":
+        sides = (side,) if rng.random() < 0.65 else (-side, side)
+        return tuple(_patch(rng, s, (0.42, 0.5), (-0.15, 0.1), (0.23, 0.3), (0.3, 0.42), (0.5, 0.65), 0.85) for s in sides)
+    if study_class == "atypical":
+        kind = rng.choice(["consolidation", "nodules", "effusion"], p=[0.65, 0.2, 0.15])
+        if kind == "consolidation":
+            return (_patch(rng, side, (0.46, 0.58), (-0.62, -0.46), (0.25, 0.34), (0.2, 0.28), (0.85, 0.95), 0.15),)
+        if kind == "nodules":
+            nodule = ((0.14, 0.18), (0.14, 0.18), (0.8, 0.95), 0.15)
+            return (
+                _patch(rng, side, (0.42, 0.6), (-0.65, -0.5), *nodule),
+                _patch(rng, -side, (0.45, 0.66), (-0.6, -0.15), *nodule),
+            )
+        fluid = _patch(rng, side, (0.85, 0.95), (0.95, 1.05), (0.5, 0.6), (0.4, 0.5), (0.9, 1.0), 0.15)
+        return (replace(fluid, boxed=False),)
+    raise ValueError(f"no study class is called {study_class!r}; there are: {', '.join(STUDY_CLASSES)}")
+
+
+def _patch(
+    rng: np.random.Generator,
+    side: float,
+    u: tuple[float, float],
+    v: tuple[float, float],
+    radius_u: tuple[float, float],
+    radius_v: tuple[float, float],
+    density: tuple[float, float],
+    softness: float,
+) -> Opacity:
+    """An opacity with its numbers drawn from the ranges given; u counts from the midline towards `side`."""
+    u_drawn, v_drawn, radius_u_drawn, radius_v_drawn, density_drawn = (
+        float(rng.uniform(*bounds)) for bounds in (u, v, radius_u, radius_v, density)
+    )
+    seed = int(rng.integers(2**31))
+    return Opacity(side * u_drawn, v_drawn, radius_u_drawn, radius_v_drawn, density_drawn, softness, seed)
