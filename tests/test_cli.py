@@ -1,0 +1,102 @@
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from kitlib.__main__ import app
+from kitlib.classes import SCORED_CLASSES, STUDY_LABEL_COLUMNS
+from kitlib.submission import write_all_negative
+
+IDS = ["s1_study", "s2_study", "i1_image", "i2_image"]
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    table = pd.DataFrame(0, index=range(2), columns=list(STUDY_LABEL_COLUMNS))
+    table.iloc[0, 0] = table.iloc[1, 1] = 1
+    table.insert(0, "id", IDS[:2])
+    table.to_csv(tmp_path / "train_study_level.csv", index=False)
+    (tmp_path / "train_image_level.csv").write_text(
+        "id,boxes,label,StudyInstanceUID\ni1_image,,none 1 0 0 1 1,s1\n"
+        "i2_image,\"[{'x': 1, 'y': 2, 'width': 3, 'height': 4}]\",opacity 1 1 2 4 6,s2\n"
+    )
+    write_all_negative(tmp_path / "submission.csv", IDS)
+    return tmp_path
+
+
+def test_score_prints_one_json_object(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "kitlib", "score", "--truth", folder, "--submission", folder / "submission.csv", "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    found = json.loads(done.stdout)
+    assert set(found) == {"score", *SCORED_CLASSES, "opacity_boxed"}
+    # negative and none: one of two; typical and opacity: nothing found; the other two classes are not in the truth.
+    assert found == {
+        **{"score": 0.25, "negative": 0.5, "typical": 0, "indeterminate": None, "atypical": None},
+        **{"none": 0.5, "opacity": 0, "opacity_boxed": 0},
+    }
+    assert "no indeterminate" in done.stderr
+
+
+def test_score_prints_a_table(folder):
+    done = run("score", "--truth", folder, "--submission", folder / "submission.csv")
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[0].split() == ["score", "0.2500"]
+    assert len(done.stdout.splitlines()) == 8
+
+
+def test_score_of_an_incomplete_file_fails_with_the_ids(folder):
+    write_all_negative(folder / "submission.csv", IDS[1:])
+    done = run("score", "--truth", folder, "--submission", folder / "submission.csv", "--json")
+    assert done.exit_code == 1 and done.stdout == ""
+    assert "s1_study" in done.stderr
+
+
+def test_validate_accepts(folder):
+    done = run("validate", "--sample", folder / "submission.csv", "--submission", folder / "submission.csv", "--json")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout) == {"valid": True, "faults": []}
+
+
+def test_validate_lists_the_faults(folder):
+    write_all_negative(folder / "sample.csv", ["s0_study", *IDS])
+    with open(folder / "submission.csv", "a") as file:
+        file.write("s1_study,negative 2 0 0 1 1\n")
+    call = ("validate", "--sample", folder / "sample.csv", "--submission", folder / "submission.csv")
+    done = run(*call, "--json")
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)
+    assert found["valid"] is False
+    assert [(fault["row"], fault["id"]) for fault in found["faults"]] == [
+        (6, "s1_study"),
+        (6, "s1_study"),
+        (None, "s0_study"),
+    ]
+    done = run(*call)
+    assert done.exit_code == 1
+    assert "row 6, s1_study: duplicate id" in done.stdout and "3 faults" in done.stdout
+
+
+def test_an_absent_submission_is_a_fault_and_an_absent_sample_a_wrong_call(folder):
+    assert run("validate", "--sample", folder / "submission.csv", "--submission", folder / "no.csv").exit_code == 1
+    assert run("validate", "--sample", folder / "no.csv", "--submission", folder / "submission.csv").exit_code == 2
+    assert run("score", "--truth", folder).exit_code == 2
+    assert run("score", "--truth", folder, "--submission", folder / "no.csv").exit_code == 1
+
+
+def test_score_and_validate_load_neither_torch_nor_a_decoder(folder):
+    code = (
+        "import sys; from kitlib.scoring import score_files; from kitlib.validate import validate; import kitlib.__main__\n"
+        "print([name for name in ('torch', 'pydicom', 'cv2', 'matplotlib', 'sklearn') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

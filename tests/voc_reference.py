@@ -1,0 +1,36 @@
+"""PASCAL VOC 2010 average precision by its definition, in plain Python on exact fractions: slow, independent of kitlib."""
+
+import math
+from fractions import Fraction
+
+
+def iou(a, b):
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return Fraction(0)
+    shared = width * height
+    return Fraction(shared, (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def slow_average_precision(detections, truth):
+    """VOC 2010 in plain Python on exact fractions; detections (image, score, box), truth (image, box)."""
+    if not truth:
+        return math.nan
+    claimed, curve, hits, shown = set(), [], 0, 0
+    for level in sorted({confidence for _, confidence, _ in detections}, reverse=True):
+        for image, confidence, box in detections:
+            if confidence != level:
+                continue
+            shown += 1
+            here = [(n, other) for n, (there, other) in enumerate(truth) if there == image]
+            candidates = [(iou(box, other), [-side for side in other], n) for n, other in here]
+            overlap, _, n = max(candidates, default=(0, 0, 0))
+            if overlap > Fraction(1, 2) and n not in claimed:
+                claimed.add(n)
+                hits += 1
+        curve.append((Fraction(hits, len(truth)), Fraction(hits, shown)))
+    area, before = Fraction(0), Fraction(0)
+    for place, (recall, _) in enumerate(curve):
+        area += (recall - before) * max(precision for _, precision in curve[place:])
+        before = recall
+    return float(area)
