@@ -27,6 +27,8 @@ class StudyClassifier(nn.Module):
         self.mean, self.std = _normalisation(self.backbone, recipe.channels)
         if recipe.frozen_backbone:
             self.backbone.requires_grad_(False)
+            # Lightning trains a model in the mode it is given.
+            self.train()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalised x (n, channels, side, side) to logits (n, 5): STUDY_CLASSES, then none."""

@@ -61,10 +61,9 @@ def train_study(
     ResumeError if the folder holds a run of other data or settings. Limits are numbers of images, whole patients.
     """
     run_folder = Path(run_folder)
-    images, labels, boxes, folds = (
-        check_table(table, name)
-        for table, name in ((images, "images"), (labels, "labels"), (boxes, "boxes"), (folds, "folds"))
-    )
+    tables = {"images": images, "labels": labels, "boxes": boxes, "folds": folds}
+    tables = {name: check_table(table, name) for name, table in tables.items()}
+    images, labels, boxes, folds = tables.values()
     train_images, validation_images = split(images, folds, fold, seed, limit_train, limit_validation)
     fingerprint = data_fingerprint(**tables)
     identity = {

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # Heidelberg's schedule ends at a twentieth of its first learning rate.
 LEARNING_RATE_FLOOR = 0.05
+# Columns of every history; the others are what a module logged.
+COUNTED = ("epoch", "seconds", "images_per_s", "learning_rate")
 
 
 class ResumeError(ValueError):
@@ -55,7 +57,7 @@ class Fitted:
         return {
             "best_epoch": self.best_epoch,
             "epochs": len(self.history),
-            "best": {name: float(value) for name, value in best.items() if math.isfinite(value)},
+            "best": {name: float(value) for name, value in best.items() if math.isfinite(value) and name not in COUNTED},
             "seconds": round(float(self.history.seconds.sum()), 2),
             "images_per_s": round(float(self.history.images_per_s.median()), 2),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -78,8 +80,8 @@ class RecipeTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = make_optimizer(self.model, self.recipe)
-        steps = self.trainer.num_training_batches
-        total, warmup = steps * self.recipe.epochs, round(steps * self.recipe.warmup_epochs)
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = round(total * self.recipe.warmup_epochs / self.recipe.epochs)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -181,12 +183,13 @@ def fit(
     seed: int,
     progress: bool = True,
     title: str = "training",
+    gathered: int = 1,
 ) -> Fitted:
     """Train until the recipe's epochs or patience are over, and leave the best epoch's weights in `module.model` on the CPU.
 
     After each epoch `run_folder/checkpoints/last.ckpt` holds all that is needed to go on and `best.safetensors` the best
-    weights; an existing last.ckpt is resumed from. What an epoch draws depends on `seed` and its number alone, so on a CPU a
-    resumed training equals an uninterrupted one bit for bit.
+    weights; an existing last.ckpt is resumed from. What an epoch draws depends on `seed` and its number alone, so on a CPU (with as many
+    threads) a resumed training equals an uninterrupted one bit for bit. The optimiser steps once in `gathered` batches.
     """
     folder = Path(run_folder) / "checkpoints"
     last = folder / "last.ckpt"
@@ -197,6 +200,7 @@ def fit(
             devices=[device.index or 0] if device.type == "cuda" else 1,
             precision=precision(device),
             max_epochs=module.recipe.epochs,
+            accumulate_grad_batches=gathered,
             callbacks=[keeper, *([_Progress(title)] if progress else [])],
             benchmark=device.type == "cuda",
             logger=False,
@@ -238,7 +242,7 @@ def draw_curves(fitted: Fitted, path: str | Path) -> None:
     """Losses on the left, the score and its parts on the right, the best epoch marked."""
     history, figure = fitted.history, Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    parts = history.columns.difference(["epoch", "seconds", "images_per_s", "learning_rate"], sort=False)
+    parts = history.columns.difference(COUNTED, sort=False)
     for name in parts:
         axes = left if "loss" in name else right
         strong = "loss" in name or name == "score"
@@ -349,6 +353,7 @@ def _quiet_lightning() -> Iterator[None]:
             each.setLevel(logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PossibleUserWarning)
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             yield
     finally:
         for each, level in zip(loggers, levels, strict=True):

@@ -1,0 +1,68 @@
+"""Tables and a cache in memory: small grey pictures whose brightness is their study's class, with a white block a box."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from kitlib.cache import CachedXray
+
+from kitlib.classes import STUDY_CLASSES
+from kitlib.geometry import letterbox
+from kitlib.recipes import StudyRecipe
+
+ROWS, COLUMNS = 80, 100  # original size; the cache holds half of it
+BOX = (20.0, 10.0, 60.0, 50.0)
+
+RECIPE = StudyRecipe(
+    backbone="test_resnet", image_size=32, epochs=3, batch_size=4, optimizer="adamw", learning_rate=1e-3, hidden=16
+)
+
+
+@dataclass
+class SmallXrays:
+    """`count` images, two a study and two studies a patient; classes in turn, every class but negative with one box."""
+
+    count: int = 32
+    folds: int = 2
+    pixels: dict[str, np.ndarray] = field(init=False)
+
+    def __post_init__(self) -> None:
+        numbers = np.arange(self.count)
+        self.image_ids = [f"image{number:03d}" for number in numbers]
+        kinds = numbers // 2 % 4
+        study_ids = [f"study{number // 2:03d}" for number in numbers]
+        self.images = pd.DataFrame(
+            {
+                "image_id": self.image_ids,
+                "study_id": study_ids,
+                "patient_id": [f"patient{number // 4:03d}" for number in numbers],
+                "path": "",
+                "rows": ROWS,
+                "columns": COLUMNS,
+                "source": "small",
+                "view": "",
+            }
+        )
+        self.labels = pd.DataFrame(np.eye(4)[kinds[::2]], columns=list(STUDY_CLASSES))
+        self.labels.insert(0, "id", study_ids[::2])
+        self.boxes = pd.DataFrame(
+            [(image_id, *BOX) for image_id, kind in zip(self.image_ids, kinds, strict=True) if kind],
+            columns=["image_id", "xmin", "ymin", "xmax", "ymax"],
+        )
+        # Two patients in turn, so that each fold has all four classes.
+        self.fold_table = pd.DataFrame({"id": self.image_ids, "fold": numbers // 8 % self.folds})
+        self.pixels = {}
+        placement = letterbox(ROWS, COLUMNS, (ROWS // 2, COLUMNS // 2))
+        for image_id, kind in zip(self.image_ids, kinds, strict=True):
+            noise = np.random.default_rng(int(image_id[5:])).integers(0, 20, (ROWS // 2, COLUMNS // 2))
+            picture = (noise + 50 * kind).astype(np.uint8)
+            if kind:
+                xmin, ymin, xmax, ymax = placement.boxes_to_canvas(np.array(BOX))[0].round().astype(int)
+                picture[ymin:ymax, xmin:xmax] = 255
+            self.pixels[image_id] = picture
+
+    def read(self, image_id: str) -> CachedXray:
+        return CachedXray(image_id=image_id, pixels=self.pixels[image_id], rows=ROWS, columns=COLUMNS)
+
+    def stream(self):
+        return (self.read(image_id) for image_id in self.image_ids)

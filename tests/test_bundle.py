@@ -1,0 +1,189 @@
+"""Bundles: what is saved is read, what is damaged is refused; starting weights; fingerprints."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from small_xrays import SmallXrays
+from torch import nn
+
+from kitlib.bundle import BundleError, data_fingerprint, load_starting_weights, read_bundle, read_weights, save_bundle
+
+RECORD = {
+    "family": "study",
+    "model": "small",
+    "classes": ("negative", "typical"),
+    "recipe": {"backbone": "test_resnet"},
+    "architecture": {},
+    "image_size": 32,
+    "placement": "letterbox",
+    "mean": [0.5],
+    "std": [0.25],
+    "fold": 1,
+    "data_fingerprint": "f",
+    "validation": {"score": 0.5},
+}
+WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3)}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool]),
+)
+def test_weights_and_record_come_back(tmp_path_factory, shapes, dtype):
+    folder = tmp_path_factory.mktemp("bundle")
+    weights = {f"layer.{number}": torch.randint(0, 2, shape).to(dtype) for number, shape in enumerate(shapes)}
+    save_bundle(folder, weights, RECORD)
+    record, found = read_bundle(folder)
+    assert {key: record[key] for key in RECORD} == RECORD | {"classes": ["negative", "typical"]}
+    assert found.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+
+
+def test_the_record_states_versions_and_nothing_else_lies_in_the_folder(tmp_path):
+    save_bundle(tmp_path, WEIGHTS, RECORD)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "weights.safetensors"]
+    assert read_bundle(tmp_path)[0]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+
+
+def test_tied_and_overlapping_tensors_come_back(tmp_path):
+    layer = nn.Linear(8, 8, bias=False)
+    whole = torch.arange(10.0)
+    weights = {"a.weight": layer.weight, "b.weight": layer.weight, "half": whole[:5], "turned": whole.reshape(2, 5).T}
+    save_bundle(tmp_path, weights, RECORD)
+    record, found = read_bundle(tmp_path)
+    assert record["tied"] == {"b.weight": "a.weight"}
+    # 64 + 5 + 10 float32 numbers, each stored once, and a header
+    assert (tmp_path / "weights.safetensors").stat().st_size < 4 * 79 + 512
+    for name, tensor in weights.items():
+        assert torch.equal(found[name], tensor)
+
+
+def test_one_changed_byte_is_noticed(tmp_path):
+    save_bundle(tmp_path, WEIGHTS, RECORD)
+    path = tmp_path / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"weights\.safetensors has SHA-256 .* copy both again"):
+        read_bundle(tmp_path)
+
+
+def test_a_bundle_whose_writing_was_killed_does_not_read(tmp_path, monkeypatch):
+    save_bundle(tmp_path, WEIGHTS, RECORD)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kitlib.bundle.write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_bundle(tmp_path, {"a": torch.zeros(3)}, RECORD)
+    with pytest.raises(BundleError, match=r"model\.json is missing"):
+        read_bundle(tmp_path)
+
+
+def edited(folder, **changes):
+    path = folder / "model.json"
+    record = json.loads(path.read_text())
+    record.update(changes)
+    path.write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fold": None}, r"model\.json: missing keys \['fold'\]"),
+        ({"colour": 1}, r"unknown keys \['colour'\]"),
+        ({"fold": "one"}, r"fold is 'one', wanted int"),
+        ({"tied": {"b": "c"}}, r"ties 'b' to 'c'"),
+    ],
+)
+def test_a_record_that_is_not_understood_is_refused(tmp_path, changes, message):
+    save_bundle(tmp_path, WEIGHTS, RECORD)
+    edited(tmp_path, **changes)
+    with pytest.raises(BundleError, match=message):
+        read_bundle(tmp_path)
+
+
+def test_a_record_that_would_not_read_is_not_written(tmp_path):
+    with pytest.raises(BundleError, match=r"missing keys \['fold'\]"):
+        save_bundle(tmp_path, WEIGHTS, {key: value for key, value in RECORD.items() if key != "fold"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_json_and_no_folder_are_named(tmp_path):
+    with pytest.raises(BundleError, match="no such folder"):
+        read_bundle(tmp_path / "nowhere")
+    save_bundle(tmp_path, WEIGHTS, RECORD)
+    (tmp_path / "model.json").write_text("{")
+    with pytest.raises(BundleError, match="is no JSON"):
+        read_bundle(tmp_path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was loaded",)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_a_pickle_is_never_loaded(tmp_path, name):
+    (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(BundleError, match=r"Pickles are never loaded.*save_file"):
+        read_weights(tmp_path / name)
+
+
+class Model(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(channels, 2, 3), nn.Linear(4, 4))
+        self.head = nn.Linear(4, 5)
+
+
+def test_starting_weights_of_a_backbone_are_summed_for_grey(tmp_path):
+    torch.manual_seed(0)
+    colours, grey = Model(3), Model(1)
+    before = grey.head.weight.clone()
+    weights = {
+        name.removeprefix("backbone."): value for name, value in colours.backbone.state_dict(prefix="backbone.").items()
+    }
+    save_file(weights | {"fc.weight": torch.zeros(1000, 4)}, tmp_path / "timm.safetensors")
+    report = load_starting_weights(grey, tmp_path / "timm.safetensors")
+    assert report["loaded"] == [f"backbone.{name}" for name in ("0.bias", "0.weight", "1.bias", "1.weight")]
+    assert report["random"] == ["head.bias", "head.weight"] and report["unused"] == ["fc.weight"]
+    assert torch.equal(grey.head.weight, before)
+    # the same grey picture in all three colours gives the same features as once
+    picture = torch.rand(1, 1, 5, 5)
+    torch.testing.assert_close(grey.backbone[0](picture), colours.backbone[0](picture.expand(-1, 3, -1, -1)))
+
+
+def test_starting_weights_of_a_whole_model_take_the_head_too(tmp_path):
+    one, other = Model(1), Model(1)
+    save_file(one.state_dict(), tmp_path / "whole.safetensors")
+    assert load_starting_weights(other, tmp_path / "whole.safetensors")["random"] == []
+    assert torch.equal(one.head.weight, other.head.weight)
+
+
+def test_starting_weights_that_fit_nowhere_are_an_error(tmp_path):
+    save_file({"0.weight": torch.zeros(7, 7)}, tmp_path / "other.safetensors")
+    with pytest.raises(BundleError, match="fits nowhere"):
+        load_starting_weights(Model(1), tmp_path / "other.safetensors")
+    with pytest.raises(BundleError, match="nothing is downloaded"):
+        load_starting_weights(Model(1), tmp_path / "missing.safetensors")
+
+
+def test_a_fingerprint_follows_the_data_and_not_its_order_or_place():
+    small = SmallXrays(8)
+    tables = {"images": small.images, "labels": small.labels, "boxes": small.boxes, "folds": small.fold_table}
+    reference = data_fingerprint(**tables)
+    shuffled = {name: table.sample(frac=1, random_state=1) for name, table in tables.items()}
+    assert data_fingerprint(**shuffled | {"images": shuffled["images"].assign(path="/elsewhere", rows=0)}) == reference
+    assert data_fingerprint(**tables | {"folds": tables["folds"].assign(fold=1)}) != reference
+    assert data_fingerprint(**tables | {"boxes": tables["boxes"].assign(xmax=61.0)}) != reference
+    assert data_fingerprint(**tables | {"labels": tables["labels"].assign(typical=0.5)}) != reference
+    assert data_fingerprint(**tables | {"images": tables["images"].iloc[1:]}) != reference

@@ -1,0 +1,85 @@
+"""Choosing a device against faked GPUs, precision, and seeds."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kitlib import device
+
+KAGGLE_BUILD = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # torch 2.10 for CUDA 12.8
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((6, 0), KAGGLE_BUILD, False),  # P100
+        ((7, 5), KAGGLE_BUILD, True),  # T4
+        ((8, 9), KAGGLE_BUILD, True),  # L4: sm_86 code runs on a later minor version
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_80"], False),  # machine code does not cross major versions
+        ((9, 0), ["compute_80"], True),  # intermediate code does
+        ((9, 0), ["sm_90a"], True),
+        ((7, 5), [], False),
+    ],
+)
+def test_supports_follows_cudas_compatibility_rules(capability, built_for, runs):
+    assert device.supports(capability, built_for) is runs
+
+
+def fake_gpu(monkeypatch, name, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: KAGGLE_BUILD)
+
+
+def test_a_gpu_without_code_for_it_is_passed_over_aloud(monkeypatch, caplog):
+    fake_gpu(monkeypatch, "Tesla P100", (6, 0))
+    assert device.pick_device() == torch.device("cpu")
+    assert "Tesla P100" in caplog.text and "sm_60" in caplog.text
+
+
+def test_a_gpu_that_fails_at_its_first_operation_is_passed_over_aloud(monkeypatch, caplog):
+    fake_gpu(monkeypatch, "Tesla T4", (7, 5))
+
+    def fails(*_, **__):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(torch, "ones", fails)
+    assert device.pick_device() == torch.device("cpu")
+    assert "no kernel image" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("real_bf16", "name", "dtype"), [(False, "16-mixed", torch.float16), (True, "bf16-mixed", torch.bfloat16)]
+)
+def test_emulated_bf16_does_not_count(monkeypatch, real_bf16, name, dtype):
+    # A T4 says yes as long as emulation counts.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or real_bf16)
+    assert device.precision(torch.device("cuda")) == name
+    assert device._DTYPES[name] == dtype
+
+
+def test_the_cpu_computes_in_full_precision():
+    assert device.precision(torch.device("cpu")) == "32-true"
+    with device.autocast(torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_a_seed_repeats_what_three_generators_draw():
+    def draw():
+        device.seed_everything(3)
+        return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+
+    assert draw() == draw()
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), unique=True, min_size=2, max_size=20))
+def test_derived_seeds_differ_and_fit_numpy(pairs):
+    seeds = [device.derived_seed(*pair) for pair in pairs]
+    assert len(set(seeds)) == len(pairs)
+    assert all(0 <= seed < 2**32 for seed in seeds)

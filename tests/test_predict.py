@@ -1,0 +1,221 @@
+"""Prediction from bundles: light imports, memory, mirror images, boxes back in original pixels, the thread's manners."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from kitlib.cache import CachedXray
+from small_xrays import COLUMNS, RECIPE, ROWS, SmallXrays
+
+from kitlib.bundle import BundleError, save_bundle
+from kitlib.classes import STUDY_CLASSES
+from kitlib.classifier import OUTPUTS, StudyClassifier
+from kitlib.geometry import PLACEMENTS
+from kitlib.predict import Predictor, load_predictor, study_and_image_scores
+from kitlib.recipes import override
+
+CPU = torch.device("cpu")
+RECORD = {
+    "family": "study",
+    "model": "small",
+    "classes": OUTPUTS,
+    "recipe": {"backbone": "test_resnet", "image_size": 32, "hidden": 16},
+    "architecture": {},
+    "image_size": 32,
+    "placement": "letterbox",
+    "mean": [0.5],
+    "std": [0.5],
+    "fold": 2,
+    "data_fingerprint": "",
+    "validation": {},
+}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("bundle")
+    save_bundle(folder, StudyClassifier(RECIPE).state_dict(), RECORD)
+    return folder
+
+
+def test_prediction_imports_no_training_library():
+    heavy = ("pytorch_lightning", "lightning_fabric", "albumentations", "ultralytics", "matplotlib")
+    code = f"import sys, kitlib.predict; print(*(name for name in {heavy} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_a_study_model_gives_a_row_an_image_whatever_the_batch(bundle):
+    small = SmallXrays(10)
+    tables = [pd.concat(load_predictor(bundle, CPU, size).predict(small.stream())) for size in (1, 4, 10)]
+    assert list(tables[0].columns) == ["image_id", "model", "fold", *STUDY_CLASSES, "none"]
+    assert tables[0].image_id.tolist() == small.image_ids
+    assert set(tables[0].fold) == {2} and set(tables[0].model) == {"small"}
+    for other in tables[1:]:
+        np.testing.assert_allclose(other[list(OUTPUTS)], tables[0][list(OUTPUTS)], atol=1e-5)
+
+
+def test_the_batch_size_makes_the_chunks(bundle):
+    chunks = list(load_predictor(bundle, CPU, 4).predict(SmallXrays(10).stream()))
+    assert [len(chunk) for chunk in chunks] == [4, 4, 2]
+    assert list(load_predictor(bundle, CPU, 4).predict(iter(()))) == []
+
+
+def test_mirroring_makes_image_and_mirror_image_equal(bundle):
+    small = SmallXrays(8)
+    mirrored = SmallXrays(8)
+    mirrored.pixels = {name: np.ascontiguousarray(pixels[:, ::-1]) for name, pixels in small.pixels.items()}
+    # 100 columns on a canvas of 32 without padding left or right, so that mirroring commutes with the letterbox
+    plain, flipped = (pd.concat(load_predictor(bundle, CPU, flip=True).predict(each.stream())) for each in (small, mirrored))
+    np.testing.assert_allclose(plain[list(OUTPUTS)], flipped[list(OUTPUTS)], atol=1e-4)
+    once = pd.concat(load_predictor(bundle, CPU).predict(small.stream()))
+    assert np.abs(once[list(OUTPUTS)].to_numpy() - plain[list(OUTPUTS)].to_numpy()).max() > 1e-5
+
+
+class Detector:
+    """Finds the white blocks of SmallXrays in canvas pixels; has memory for `room` images at a time."""
+
+    def __init__(self, room=100):
+        self.room, self.calls = room, []
+
+    def predict(self, pixels):
+        self.calls.append(len(pixels))
+        if len(pixels) > self.room:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return [self.found(each.numpy()) for each in pixels]
+
+    @staticmethod
+    def found(canvas):
+        ys, xs = np.nonzero(canvas > 200)
+        if not len(ys):
+            return np.zeros((0, 5))
+        return np.array([[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1, 0.5]])
+
+
+def detecting(placement="letterbox", size=160, room=100, batch_size=8, flip=False):
+    record = RECORD | {"family": "faster_rcnn", "image_size": size, "placement": placement}
+    return Predictor(record, Detector(room), CPU, batch_size, flip)
+
+
+@pytest.mark.parametrize("placement", ["letterbox", "stretch"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_boxes_come_back_in_original_pixels(placement, flip):
+    small = SmallXrays(16)
+    found = pd.concat(detecting(placement, flip=flip).predict(small.stream()))
+    assert set(found.model) == ({"small", "small_flip"} if flip else {"small"})
+    for _, rows in found.groupby("model"):
+        merged = rows.merge(small.boxes, on="image_id", suffixes=("", "_true"))
+        assert sorted(rows.image_id) == sorted(small.boxes.image_id) and len(merged) == len(small.boxes)
+        for side in ("xmin", "ymin", "xmax", "ymax"):
+            # one canvas pixel is 0.625 original ones at most, and a cached one is two: blocks blur by that much
+            assert (merged[side] - merged[f"{side}_true"]).abs().max() < 1.3
+
+
+def test_exact_boxes_return_exactly_and_are_cut_at_the_images_edge():
+    placement = PLACEMENTS["letterbox"](3001, 2003, 512)
+    truth = np.array([[100.25, 200.5, 1800.75, 2900.125]])
+
+    class Exact:
+        def predict(self, pixels):
+            inside = np.c_[placement.boxes_to_canvas(truth), [0.25]]
+            beyond = [[0.0, 0.0, 512.0, 512.0, 1.0], [0.0, 0.0, float(placement.left), 512.0, 0.9]]
+            return [np.r_[inside, beyond]]
+
+    xray = CachedXray(image_id="a", pixels=np.zeros((300, 200), np.uint8), rows=3001, columns=2003)
+    found = next(Predictor(RECORD | {"family": "yolo", "image_size": 512}, Exact(), CPU, 1).predict([xray]))
+    # the box in the padding left of the image is gone, the one around everything is the image
+    np.testing.assert_allclose(found[["xmin", "ymin", "xmax", "ymax"]], [truth[0], [0, 0, 2003, 3001]], atol=1e-3)
+    assert found.score.tolist() == [0.25, 1.0]
+
+
+def test_out_of_memory_halves_the_batch_for_good_and_loses_nothing(caplog):
+    small = SmallXrays(32)
+    whole = pd.concat(detecting().predict(small.stream()))
+    predictor = detecting(room=3, batch_size=16)
+    found = pd.concat(predictor.predict(small.stream()))
+    pd.testing.assert_frame_equal(found.reset_index(drop=True), whole.reset_index(drop=True))
+    assert predictor.batch_size == 2 and predictor.network.calls[:3] == [16, 8, 4]
+    assert max(predictor.network.calls[3:]) == 2
+    assert "out of GPU memory at 16 images, going on with 8" in caplog.text
+
+
+def test_one_image_that_does_not_fit_is_an_error():
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        list(detecting(room=0).predict(SmallXrays(4).stream()))
+
+
+def test_an_error_of_the_stream_reaches_the_caller():
+    def broken():
+        yield from SmallXrays(4).stream()
+        raise OSError("the disk is gone")
+
+    chunks = detecting(batch_size=2).predict(broken())
+    assert len(next(chunks)) == 0 and len(next(chunks)) == 2
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(chunks)
+
+
+def test_reading_runs_ahead_but_not_far_and_ends_with_the_caller():
+    read = []
+
+    def endless():
+        small = SmallXrays(8)
+        while True:
+            read.append(1)
+            yield small.read(small.image_ids[len(read) % 8])
+
+    before = threading.active_count()
+    chunks = detecting(batch_size=2).predict(endless())
+    next(chunks)
+    deadline = time.monotonic() + 5
+    while len(read) < 8 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert 8 <= len(read) <= 12  # one batch out, three waiting, one in the thread's hands
+    chunks.close()
+    assert threading.active_count() == before
+
+
+def test_an_unknown_family_is_refused(tmp_path):
+    save_bundle(tmp_path, {"a": torch.zeros(1)}, RECORD | {"family": "mask_rcnn"})
+    with pytest.raises(BundleError, match="'mask_rcnn'; there are: study, faster_rcnn, yolo"):
+        load_predictor(tmp_path, CPU)
+
+
+def test_study_scores_are_the_mean_over_a_studys_images():
+    images = pd.DataFrame({"image_id": ["a", "b", "c"], "study_id": ["s", "s", "t"]})
+    chunk = pd.DataFrame(
+        [["a", "m", 0, 0.5, 0.5, 0, 0, 0.1], ["c", "m", 0, 0, 0, 1, 0, 0.3]],
+        columns=["image_id", "model", "fold", *STUDY_CLASSES, "none"],
+    )
+    later = chunk.iloc[:1].assign(image_id="b", negative=0.1, typical=0.9)
+    studies, per_image = study_and_image_scores([chunk, later], images)
+    assert studies.set_index("study_id").loc["s", list(STUDY_CLASSES)].tolist() == pytest.approx([0.3, 0.7, 0, 0])
+    assert studies.set_index("study_id").loc["t", "indeterminate"] == 1
+    assert per_image.set_index("image_id").none.to_dict() == {"a": 0.1, "b": 0.1, "c": 0.3}
+
+
+def test_no_predictions_give_empty_tables_and_strangers_are_named():
+    images = pd.DataFrame({"image_id": ["a"], "study_id": ["s"]})
+    studies, per_image = study_and_image_scores([], images)
+    assert len(studies) == len(per_image) == 0
+    stranger = pd.DataFrame([["x", "m", 0, 1, 0, 0, 0, 0.5]], columns=["image_id", "model", "fold", *STUDY_CLASSES, "none"])
+    with pytest.raises(ValueError, match="1 predicted images are not in the table images, first x"):
+        study_and_image_scores([stranger], images)
+
+
+def test_the_bundles_weights_are_what_predicts(bundle):
+    small = SmallXrays(4)
+    torch.manual_seed(0)
+    model = StudyClassifier(override(RECIPE)).eval()
+    canvas = PLACEMENTS["letterbox"](ROWS, COLUMNS, 32).image(small.pixels["image003"])
+    with torch.inference_mode():
+        logits = model(model.normalise(torch.from_numpy(canvas)[None]))[0]
+    expected = [*logits[:4].softmax(0).tolist(), logits[4].sigmoid().item()]
+    found = pd.concat(load_predictor(bundle, CPU).predict(small.stream()))
+    assert found.loc[found.image_id == "image003", list(OUTPUTS)].to_numpy()[0] == pytest.approx(expected, abs=1e-5)

@@ -1,0 +1,190 @@
+"""A run's outputs, exact resume, refusal of another run, and the validation score."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small_xrays import RECIPE, SmallXrays
+
+from kitlib import train_study as module
+from kitlib.bundle import data_fingerprint, read_bundle
+from kitlib.classes import STUDY_CLASSES
+from kitlib.recipes import override
+from kitlib.tables import read_table
+from kitlib.train_study import StudyTraining, train_study, validation_scores
+from kitlib.training import ResumeError
+
+TIMES = ["seconds", "images_per_s"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(folder, small=None, recipe=RECIPE, **options):
+    small = small or SmallXrays(32)
+    options = {"fold": 1, "progress": False} | options
+    return train_study(
+        small.images,
+        small.labels,
+        small.boxes,
+        small.fold_table,
+        cache=small,
+        recipe=recipe,
+        run_folder=folder,
+        model_name="small",
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("run"))
+
+
+def test_a_run_leaves_what_later_stages_read(uninterrupted):
+    small, folder = SmallXrays(32), uninterrupted.run_folder
+    fold = small.fold_table[small.fold_table.fold == 1]
+    images = read_table("image_scores", folder / "tables" / "image_scores.parquet")
+    studies = read_table("study_scores", folder / "tables" / "study_scores.parquet")
+    assert set(images.image_id) == set(fold.id) and set(images.model) == {"small"} and set(images.fold) == {1}
+    assert set(studies.study_id) == set(small.images.study_id[small.images.image_id.isin(fold.id)])
+    assert studies[list(STUDY_CLASSES)].sum(axis=1).to_numpy() == pytest.approx(np.ones(len(studies)), abs=1e-5)
+    record, _ = read_bundle(folder / "bundle")
+    assert record["classes"] == [*STUDY_CLASSES, "none"] and record["recipe"]["backbone"] == "test_resnet"
+    assert record["fold"] == 1 and record["validation"]["score"] == pytest.approx(uninterrupted.metrics["best"]["score"])
+    assert uninterrupted.history.epoch.tolist() == [1, 2, 3]
+    assert uninterrupted.metrics["starting_weights"] == "from scratch" and uninterrupted.metrics["device"] == "cpu"
+    assert (folder / "figures" / "curves.png").is_file()
+
+
+def test_the_out_of_fold_tables_have_the_score_that_chose_the_epoch(uninterrupted):
+    # The same images through another path: bundle from disk, prediction's own canvases, study means of its own.
+    small = SmallXrays(32)
+    studies, images = uninterrupted.study_scores, uninterrupted.image_scores
+    truth = small.labels.set_index("id").loc[studies.study_id, list(STUDY_CLASSES)].to_numpy()
+    studies_alone = validation_scores(
+        np.c_[studies[list(STUDY_CLASSES)], np.zeros(len(studies))], studies.study_id.to_numpy(), truth, np.zeros(len(truth))
+    )
+    none = (~images.image_id.isin(small.boxes.image_id)).to_numpy(float)
+    images_alone = validation_scores(
+        np.c_[np.zeros((len(images), 4)), images.none], images.image_id.to_numpy(), np.full((len(images), 4), np.nan), none
+    )
+    best = uninterrupted.metrics["best"]
+    for name in STUDY_CLASSES:
+        assert studies_alone[name] == pytest.approx(best[name], abs=1e-6)
+    assert images_alone["none"] == pytest.approx(best["none"], abs=1e-6)
+
+
+def stop_at(monkeypatch, epoch, batch):
+    """Make training die in this epoch and batch (from 0), once."""
+    step = StudyTraining.training_step
+
+    def dying(self, batch_of_images, number):
+        if (self.current_epoch, number) == (epoch, batch):
+            raise ConnectionError("the session ended")
+        return step(self, batch_of_images, number)
+
+    monkeypatch.setattr(StudyTraining, "training_step", dying)
+
+
+@pytest.mark.parametrize(("epoch", "batch"), [(0, 2), (1, 0), (2, 3)])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, uninterrupted, epoch, batch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, epoch, batch)
+        with pytest.raises(ConnectionError):
+            train(tmp_path)
+    assert not (tmp_path / "metrics.json").exists()
+    torch.manual_seed(12345)  # the random state of a new session
+    resumed = train(tmp_path)
+    for name, value in read_bundle(uninterrupted.run_folder / "bundle")[1].items():
+        assert torch.equal(read_bundle(tmp_path / "bundle")[1][name], value), name
+    pd.testing.assert_frame_equal(
+        resumed.history.drop(columns=TIMES), uninterrupted.history.drop(columns=TIMES), check_exact=True
+    )
+    pd.testing.assert_frame_equal(resumed.image_scores, uninterrupted.image_scores, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.study_scores, uninterrupted.study_scores, check_exact=True)
+
+
+def test_a_run_that_ended_early_and_died_before_its_results_trains_no_further(tmp_path, monkeypatch):
+    recipe = override(RECIPE, epochs=6, patience=1, learning_rate=1e-12)  # nothing gets better after the first epoch
+
+    def dies(*_):
+        raise ConnectionError("the session ended")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_bundle", dies)
+        with pytest.raises(ConnectionError):
+            train(tmp_path, recipe=recipe)
+    patched = []
+    monkeypatch.setattr(StudyTraining, "training_step", lambda *_: patched.append(1))
+    run = train(tmp_path, recipe=recipe)
+    assert patched == [] and run.metrics["epochs"] == 2 and run.metrics["best_epoch"] == 1
+
+
+def test_a_finished_run_is_read_back(uninterrupted, monkeypatch):
+    monkeypatch.setattr(module, "fit", lambda *_, **__: pytest.fail("trained again"))
+    again = train(uninterrupted.run_folder)
+    assert again.metrics == uninterrupted.metrics
+    pd.testing.assert_frame_equal(again.study_scores, uninterrupted.study_scores)
+    pd.testing.assert_frame_equal(again.history, uninterrupted.history)
+
+
+def test_another_recipe_fold_or_data_is_refused(uninterrupted):
+    folder = uninterrupted.run_folder
+    with pytest.raises(ResumeError, match=r"recipe\.dropout: 0\.5 there, 0\.1 here"):
+        train(folder, recipe=override(RECIPE, dropout=0.1))
+    with pytest.raises(ResumeError, match="fold: 1 there, 0 here"):
+        train(folder, fold=0)
+    changed = SmallXrays(32)
+    changed.boxes = changed.boxes.iloc[1:]
+    with pytest.raises(ResumeError, match="data_fingerprint"):
+        train(folder, changed)
+
+
+def test_training_learns_starts_from_a_bundle_and_freezes(tmp_path, caplog):
+    # The classes are four brightnesses; a fold of the unseen patients must be told apart almost perfectly.
+    learnt = train(
+        tmp_path / "learnt", recipe=override(RECIPE, epochs=8, learning_rate=1e-2, batch_size=8, brightness_contrast=0.0)
+    )
+    assert learnt.metrics["best"]["score"] > 0.9  # a constant guess earns 0.25
+    weights = tmp_path / "learnt" / "bundle" / "weights.safetensors"
+    recipe = override(RECIPE, epochs=1, frozen_backbone=True, pretrained_file=str(weights))
+    with caplog.at_level("INFO"):
+        started = train(tmp_path / "started", recipe=recipe, limit_train=8, limit_validation=4)
+    assert "tensors loaded" in caplog.text and "left random: nothing" in caplog.text
+    assert started.metrics["starting_weights"].startswith(str(weights))
+    assert started.metrics["train_images"] == 8 and len(started.image_scores) == 4
+    before, after = (read_bundle(tmp_path / name / "bundle")[1] for name in ("learnt", "started"))
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("backbone"))
+    assert not torch.equal(before["head.3.weight"], after["head.3.weight"])
+
+
+def test_the_score_is_the_mean_over_what_has_positives():
+    study = np.eye(4)[[0, 0, 1, 2]]
+    found = np.c_[study, [0.9, 0.2, 0.8, 0.1]]
+    scores = validation_scores(found, np.array(list("abcd")), study, np.array([1.0, 0, 0, np.nan]))
+    assert np.isnan(scores["atypical"])
+    assert scores["score"] == scores["negative"] == scores["none"] == 1
+
+
+def test_classes_are_judged_over_studies():
+    # Study a's two images average to 0.55 against b's 0.5: right over studies, wrong over images.
+    study = np.array([[1.0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]])
+    found = np.array([[0.9, 0.1, 0, 0, 0], [0.2, 0.8, 0, 0, 0], [0.5, 0.5, 0, 0, 0]])
+    scores = validation_scores(found, np.array(["a", "a", "b"]), study, np.zeros(3))
+    assert scores["negative"] == 1 and scores["typical"] == 1
+
+
+def test_metrics_name_what_a_run_was(uninterrupted):
+    small = SmallXrays(32)
+    metrics = json.loads((uninterrupted.run_folder / "metrics.json").read_text())
+    fingerprint = data_fingerprint(images=small.images, labels=small.labels, boxes=small.boxes, folds=small.fold_table)
+    assert metrics["data_fingerprint"] == fingerprint
+    assert metrics["epochs"] == 3 and metrics["images_per_s"] > 0 and metrics["precision"] == "32-true"
