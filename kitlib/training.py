@@ -188,8 +188,9 @@ def fit(
     """Train until the recipe's epochs or patience are over, and leave the best epoch's weights in `module.model` on the CPU.
 
     After each epoch `run_folder/checkpoints/last.ckpt` holds all that is needed to go on and `best.safetensors` the best
-    weights; an existing last.ckpt is resumed from. What an epoch draws depends on `seed` and its number alone, so on a CPU (with as many
-    threads) a resumed training equals an uninterrupted one bit for bit. The optimiser steps once in `gathered` batches.
+    weights; an existing last.ckpt is resumed from. What an epoch draws depends on `seed` and its number alone, so on a CPU,
+    with as many threads, a resumed training equals an uninterrupted one bit for bit. The optimiser steps once in `gathered`
+    batches.
     """
     folder = Path(run_folder) / "checkpoints"
     last = folder / "last.ckpt"
@@ -240,7 +241,7 @@ def write_history(fitted: Fitted, run_folder: str | Path) -> None:
 
 def draw_curves(fitted: Fitted, path: str | Path) -> None:
     """Losses on the left, the score and its parts on the right, the best epoch marked."""
-    history, figure = fitted.history, Figure(figsize=(10, 4), layout="constrained")
+    history, figure = fitted.history, Figure(figsize=(10, 4))
     left, right = figure.subplots(1, 2)
     parts = history.columns.difference(COUNTED, sort=False)
     for name in parts:
