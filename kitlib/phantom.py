@@ -154,36 +154,36 @@ def _soft_tissue(patient: Patient, view: _View) -> np.ndarray:
 
 
 def _bones(view: _View, rng: np.random.Generator) -> np.ndarray:
-    """Ribs, clavicles, shoulders and the spine, as grey to add."""
+    """Ribs, clavicles, shoulders and the spine, as grey to add: what crosses adds up."""
     t = np.linspace(0, 1, 14)
     rib = np.arange(10)[:, None]
     start = -1.02 + 0.19 * rib * rng.uniform(0.95, 1.05)
     reach = np.interp(rib, [0, 2, 5, 9], [0.5, 0.86, 1.03, 1.08])
     back_u = 0.1 + (reach - 0.1) * np.sin(t * np.pi / 2) ** 0.9
-    back_v = start - 0.09 * np.sin(t * np.pi * 0.8) + 0.42 * t**2.6
+    back_v = start - 0.06 * np.sin(t * np.pi * 0.7) + 0.16 * t + 0.34 * t**3
     front_u = reach - (reach - 0.42) * t
-    front_v = start + 0.36 + 0.3 * t - 0.1 * np.sin(t * np.pi)
+    front_v = start + 0.42 + 0.36 * t - 0.06 * np.sin(t * np.pi)
     collar = np.stack([0.12 + 1.1 * t, -0.76 - 0.24 * t - 0.08 * np.sin(2 * np.pi * t)], axis=-1)
     blade = np.array([(0.98, -0.95), (1.16, -0.5), (1.2, -0.05)])
     back, front, shoulders, spine = (view.canvas() for _ in range(4))
     for side in (-1, 1):
-        _bars(view, back, np.stack([side * back_u, back_v], axis=-1), 0.075, 0.5)
-        _bars(view, front, np.stack([side * front_u, front_v], axis=-1)[1:7], 0.085, 0.28)
-        view.fill(shoulders, _ellipse(side * 1.42, -0.82, 0.15, 0.17), 0.7)
-        view.lines(shoulders, _mirrored(blade, side), 0.03, 0.4)
-        _bars(view, shoulders, _mirrored(collar, side), 0.09, 0.8)
+        _bars(view, back, np.stack([side * back_u, back_v], axis=-1), 0.08, 0.3)
+        _bars(view, front, np.stack([side * front_u, front_v], axis=-1)[1:7], 0.085, 0.17)
+        view.fill(shoulders, _ellipse(side * 1.42, -0.82, 0.15, 0.17), 0.35)
+        view.lines(shoulders, _mirrored(blade, side), 0.03, 0.2)
+        _bars(view, shoulders, _mirrored(collar, side), 0.09, 0.4)
     level = np.arange(-1.9, 2.0, 0.21)[:, None, None]
     vertebra = np.array([(-0.12, 0), (0.12, 0), (0.11, 0.16), (-0.11, 0.16)])
-    view.fill(spine, vertebra + level * (0, 1), 0.4)
-    view.lines(spine, np.array([(0, 0.04), (0, 0.12)]) + level * (0, 1), 0.04, 0.65)
-    layers = [view.blur(layer, 0.008) for layer in (back, front, shoulders, spine)]
-    return sum(layer * np.float32(0.125 / 255) for layer in layers)
+    view.fill(spine, vertebra + level * (0, 1), 0.2)
+    view.lines(spine, np.array([(0, 0.04), (0, 0.12)]) + level * (0, 1), 0.04, 0.33)
+    bones = cv2.add(cv2.add(back, front), cv2.add(shoulders, spine))
+    return view.blur(bones, 0.008) * np.float32(0.25 / 255)
 
 
 def _bars(view: _View, canvas: np.ndarray, curves: np.ndarray, width: float, value: float) -> None:
     """Bones seen from the side: their compact rims are brighter than their middle."""
     view.lines(canvas, curves, width, value)
-    view.lines(canvas, curves, 0.6 * width, 0.6 * value)
+    view.lines(canvas, curves, 0.65 * width, 0.6 * value)
 
 
 def _vessels(view: _View, rng: np.random.Generator) -> np.ndarray:

@@ -127,11 +127,11 @@ def draw_opacities(rng: np.random.Generator, study_class: str) -> tuple[Opacity,
         sides = (side,) if rng.random() < 0.65 else (-side, side)
         return tuple(_patch(rng, s, (0.42, 0.5), (-0.15, 0.1), (0.23, 0.3), (0.3, 0.42), (0.5, 0.65), 0.85) for s in sides)
     if study_class == "atypical":
-        kind = rng.choice(["consolidation", "nodules", "effusion"], p=[0.65, 0.2, 0.15])
+        kind = rng.choice(["consolidation", "nodules", "effusion"], p=[0.7, 0.2, 0.1])
         if kind == "consolidation":
-            return (_patch(rng, side, (0.46, 0.58), (-0.62, -0.46), (0.25, 0.34), (0.2, 0.28), (0.85, 0.95), 0.15),)
+            return (_patch(rng, side, (0.46, 0.58), (-0.62, -0.46), (0.27, 0.36), (0.22, 0.3), (0.9, 1.0), 0.15),)
         if kind == "nodules":
-            nodule = ((0.14, 0.18), (0.14, 0.18), (0.8, 0.95), 0.15)
+            nodule = ((0.15, 0.19), (0.15, 0.19), (0.9, 1.0), 0.15)
             return (
                 _patch(rng, side, (0.42, 0.6), (-0.65, -0.5), *nodule),
                 _patch(rng, -side, (0.45, 0.66), (-0.6, -0.15), *nodule),
