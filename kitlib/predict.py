@@ -40,6 +40,7 @@ class Predictor:
         self.model, self.fold, self.record = record["model"], record["fold"], record
         self.network, self.device, self.flip = network, device, flip
         self.batch_size = batch_size or BATCH_SIZES[device.type]
+        self.seen: list[str] = []  # image_ids whose predictions have left, with a box or without
         self._place = PLACEMENTS[record["placement"]]
 
     def predict(self, stream: Iterable[CachedXray]) -> Iterator[pd.DataFrame]:
@@ -49,7 +50,10 @@ class Predictor:
         images without a box. An error of the stream is raised here; closing the iterator ends the thread.
         """
         for image_ids, placements, pixels in _ahead(self._canvases(stream)):
-            yield self._studies(image_ids, pixels) if self.kind == "study" else self._boxes(image_ids, placements, pixels)
+            studies = self.kind == "study"
+            table = self._studies(image_ids, pixels) if studies else self._boxes(image_ids, placements, pixels)
+            self.seen += image_ids
+            yield table
 
     def _canvases(self, stream: Iterable[CachedXray]) -> Iterator[tuple[list[str], list[Placement], torch.Tensor]]:
         image_ids, placements, canvases = [], [], []
