@@ -8,6 +8,7 @@ from pydicom.uid import JPEG2000TransferSyntaxes, JPEGLSTransferSyntaxes, JPEGTr
 # Start-of-frame markers: baseline, extended, lossless Huffman; JPEG-LS. Progressive ones may hide any number of scans.
 JPEG_FRAMES = (0xC0, 0xC1, 0xC3)
 JPEG_LS_FRAMES = (0xF7,)
+MAX_BLOCKS = 2**20
 END = b"\xff\xd9"
 
 
@@ -71,8 +72,23 @@ def _jpeg_2000(frame: bytes) -> Promise:
     components = _enough(frame, start + 42, 3 * samples)
     if any(components[3 * n + 1 : 3 * n + 3] != b"\x01\x01" for n in range(samples)):
         raise ValueError("JPEG 2000 with subsampled components")
+    _check_blocks(frame, start + 42 + 3 * samples, bottom - top, right - left)
     precision = 1 + max(components[3 * n] & 0x7F for n in range(samples))
     return Promise(bottom - top, right - left, samples, precision, ends=END in frame[-64:])
+
+
+def _check_blocks(frame: bytes, at: int, rows: int, columns: int) -> None:
+    """A decoder keeps a hundred bytes and more for every code-block and precinct; the coding style may ask for 4 x 4 pixels."""
+    at = frame.find(b"\xff\x52", at, at + 4096)
+    if at < 0:
+        raise ValueError("JPEG 2000 without a coding style")
+    style, levels, width, height = (_enough(frame, at, 14)[n] for n in (4, 9, 10, 11))
+    width, height = (width & 15) + 2, (height & 15) + 2
+    if style & 1:  # precincts are told, one byte a resolution, the full one last
+        largest = _enough(frame, at + 14, levels + 1)[-1]
+        width, height = min(width, largest & 15), min(height, largest >> 4)
+    if rows * columns >> (width + height) > MAX_BLOCKS:
+        raise ValueError(f"JPEG 2000 of {rows} x {columns} in blocks of {2**width} x {2**height}")
 
 
 def _enough(frame: bytes, at: int, length: int) -> bytes:

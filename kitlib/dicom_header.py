@@ -19,9 +19,9 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-# Refused before memory is allocated. The largest mammograms are near 40 million pixels and 80 MB.
-MAX_FILE_BYTES = 512 * 1024**2
-MAX_SAMPLES = 100_000_000
+# Refused before memory is allocated. The largest X-rays, digitised mammograms, are near 40 million pixels and 80 MB.
+MAX_FILE_BYTES = 2**29
+MAX_SAMPLES = 2**26
 
 IDS = ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID")
 TEXTS = ("Modality", "BodyPartExamined", "ViewPosition", "PhotometricInterpretation", "VOILUTFunction")

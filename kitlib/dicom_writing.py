@@ -67,8 +67,8 @@ def write_xray(
     `transfer_syntax` is a UID of WRITABLE; JPEG baseline takes uint8 alone and, like JPEG 2000 (.91), is lossy.
     `bits_stored` defaults to all bits of the dtype. `window` is (centre, width) after the modality LUT; `voi_function` one
     of LINEAR, LINEAR_EXACT, SIGMOID. The ids go into StudyInstanceUID, SeriesInstanceUID and SOPInstanceUID as they are:
-    SIIM's are short hex strings, no UIDs. `extra` maps DICOM keywords to values and wins over what is derived here; the value None
-    leaves the element out. Raises ValueError.
+    SIIM's are short hex strings, no UIDs. `extra` maps DICOM keywords to values and wins over what is derived here; the
+    value None leaves the element out. Raises ValueError.
     """
     if transfer_syntax not in WRITABLE:
         raise ValueError(f"cannot write transfer syntax {transfer_syntax!r}; there are: {', '.join(WRITABLE)}")
