@@ -1,7 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
@@ -67,6 +67,7 @@ def test_priors_alone_are_a_whole_file(tmp_path):
     assert found.studies["score"].sum() == pytest.approx(2, abs=1e-6)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.floats(0, 1))
 def test_confidences_are_plain_decimals_of_seven_digits(tmp_path_factory, p):
     path = tmp_path_factory.mktemp("s") / "s.csv"
@@ -114,14 +115,12 @@ def test_what_kaggle_would_refuse_is_not_written(tmp_path, given_, words):
     assert list(tmp_path.iterdir()) == [path]
 
 
+confidence = st.floats(1e-6, 1).map(lambda p: float(f"{p:.7g}"))
 coordinate = st.floats(-50, 5000).map(lambda x: round(x, 1))
 
 
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["i1", "i2"]), st.floats(1e-6, 1).map(lambda p: float(f"{p:.7g}")), coordinate, coordinate)
-    )
-)
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["i1", "i2"]), confidence, coordinate, coordinate)))
 def test_reading_gives_back_what_was_written(tmp_path_factory, found):
     path = tmp_path_factory.mktemp("s") / "s.csv"
     table = boxes(*[(name, p, x, y, round(x + 20, 1), round(y + 30.5, 1)) for name, p, x, y in found])
