@@ -94,9 +94,10 @@ def kernel_notebook(spec: KernelSpec) -> nbformat.NotebookNode:
         raise SpecError(f"parameters: {error}") from error
     notebook = nbformat.read(path, as_version=4)
     place = next(n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
-    injected = _code_cell("injected-parameters", PythonTranslator.codify(parameters), tags=["injected-parameters"])
+    injected = _code_cell(PythonTranslator.codify(parameters), "injected-parameters")
     cells = [*_start_cells(spec), *notebook.cells[: place + 1], injected, *notebook.cells[place + 1 :]]
-    for cell in cells:
+    for number, cell in enumerate(cells):
+        cell.id = f"cell-{number}"  # nbformat makes ids up at random where a notebook has none
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -106,14 +107,13 @@ def kernel_notebook(spec: KernelSpec) -> nbformat.NotebookNode:
 def _start_cells(spec: KernelSpec) -> list[nbformat.NotebookNode]:
     packed = "\n".join(textwrap.wrap(packed_library(), 120))
     return [
-        _code_cell("install-wheels", f"{inspect.getsource(kernel_start)}\n\ninstall_wheels({spec.wheels_slug!r});"),
-        _code_cell("unpack-library", f'unpack_library("""\n{packed}\n""");'),
+        _code_cell(f"{inspect.getsource(kernel_start)}\n\ninstall_wheels({spec.wheels_slug!r});"),
+        _code_cell(f'unpack_library("""\n{packed}\n""");'),
     ]
 
 
-def _code_cell(name: str, source: str, tags: list[str] | None = None) -> nbformat.NotebookNode:
-    # nbformat would make the id up at random.
-    return nbformat.v4.new_code_cell(source, id=name, metadata={"tags": tags or []})
+def _code_cell(source: str, *tags: str) -> nbformat.NotebookNode:
+    return nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)})
 
 
 def _write_kernel(spec: KernelSpec, folder: Path) -> None:

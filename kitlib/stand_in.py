@@ -13,7 +13,6 @@ import shutil
 import sys
 import venv
 from collections.abc import Mapping
-from importlib.util import cache_from_source
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -111,21 +110,17 @@ def _link(kept: list[importlib.metadata.Distribution], folder: Path) -> None:
 
 def _link_compiled(folder: Path) -> None:
     """Link what has been compiled since: a kernel cannot write it, and without it torch takes half a minute to import."""
-    site = _site()
+    site, ending = str(_site()), f".{sys.implementation.cache_tag}.pyc"
     for parent, _, files in os.walk(folder):
-        if parent.endswith("__pycache__"):
+        origin = f"{site}{parent.removeprefix(str(folder))}/__pycache__"
+        if parent.endswith("__pycache__") or not os.path.isdir(origin):
             continue
-        sources = [file for file in files if file.endswith(".py")]
-        origin = site / Path(parent).relative_to(folder) / "__pycache__"
-        if not sources or not origin.is_dir():
-            continue
-        compiled, have = Path(parent) / "__pycache__", set()
-        if compiled.is_dir():
-            have = set(os.listdir(compiled))
-        names = {Path(cache_from_source(file)).name for file in sources}
-        for name in (names & set(os.listdir(origin))) - have:
-            compiled.mkdir(exist_ok=True)
-            _link_file(origin / name, compiled / name)
+        compiled = f"{parent}/__pycache__"
+        have = os.listdir(compiled) if os.path.isdir(compiled) else []
+        wanted = {file[:-3] + ending for file in files if file.endswith(".py")} & set(os.listdir(origin))
+        for name in wanted.difference(have):
+            os.makedirs(compiled, exist_ok=True)
+            _link_file(Path(origin, name), Path(compiled, name))
 
 
 def _link_file(source: Path, target: Path) -> None:

@@ -1,0 +1,67 @@
+"""Wheels, bundles and submissions small enough to build a kernel of in a test."""
+
+import base64
+import hashlib
+import zipfile
+from pathlib import Path
+
+import nbformat
+import torch
+import yaml
+
+from kitlib.bundle import save_bundle
+
+PARAMETERS = 'competition = "siim-covid19-detection"\nweights = "nothing"\ntime_limit_s = 1.0\nbatch_size = 16'
+
+
+def make_wheel(folder, name, version, requires=(), tag="py3-none-any", python=None, modules=None) -> Path:
+    """A wheel that pip can install; `requires` are Requires-Dist lines, `modules` maps file names to sources."""
+    path = Path(folder) / f"{name}-{version}-{tag}.whl"
+    info = f"{name}-{version}.dist-info"
+    metadata = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}", *(f"Requires-Dist: {line}" for line in requires)]
+    metadata += [f"Requires-Python: {python}"] if python else []
+    files = dict(modules or {}) | {
+        f"{info}/METADATA": "\n".join(metadata) + "\n",
+        f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {tag}\n",
+    }
+    record = []
+    for file, text in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+        record.append(f"{file},sha256={digest},{len(text.encode())}")
+    files[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,"]) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as opened:
+        for file, text in files.items():
+            opened.writestr(file, text)
+    return path
+
+
+def make_run(folder, model="effnet", fold=0, family="study") -> Path:
+    """A run folder whose bundle holds one tensor."""
+    stated = {"family": family, "model": model, "classes": ["a"], "recipe": {}, "architecture": {}, "image_size": 8}
+    stated |= {"placement": "letterbox", "mean": [0.0], "std": [1.0], "fold": fold, "data_fingerprint": "", "validation": {}}
+    save_bundle(Path(folder) / "bundle", {"weight": torch.full((2, 3), float(fold))}, stated)
+    return Path(folder)
+
+
+def make_notebook(path, *cells, parameters=PARAMETERS) -> Path:
+    """A notebook of code cells behind a title and a `parameters` cell, ids made up as usual."""
+    new = nbformat.v4
+    opening = [new.new_markdown_cell("# Submit"), new.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new.new_notebook(cells=[*opening, *map(new.new_code_cell, cells)], metadata=kernel), path)
+    return Path(path)
+
+
+def make_submission(folder, *cells, **keys) -> Path:
+    """A submission's YAML file with its notebook and one run beside it; `keys` replace or add keys, None drops one."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"title": "Small test kernel", "slug": "small-test-kernel", "owner": "somebody"}
+    values |= {"notebook": str(make_notebook(folder / "submit.ipynb", *cells))}
+    if "runs" not in keys:
+        values["runs"] = [str(make_run(folder / "run"))]
+    values = {key: value for key, value in (values | keys).items() if value is not None}
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
