@@ -78,7 +78,7 @@ def _jpeg_2000(frame: bytes) -> Promise:
 
 
 def _check_blocks(frame: bytes, at: int, rows: int, columns: int) -> None:
-    """A decoder keeps a hundred bytes and more for every code-block and precinct; the coding style may ask for 4 x 4 pixels."""
+    """A decoder keeps a hundred bytes and more for every code-block and precinct, and they may be of 4 x 4 pixels."""
     at = frame.find(b"\xff\x52", at, at + 4096)
     if at < 0:
         raise ValueError("JPEG 2000 without a coding style")
