@@ -8,11 +8,10 @@ lung without its air.
 import cv2
 import numpy as np
 
-from kitlib.phantom_patients import Exposure, Opacity, Patient
+from kitlib.phantom_patients import LUNG_ASPECT, Exposure, Opacity, Patient
 
 WORK_SIDE = 512  # pixels of the longer side at which anatomy is drawn
-LUNG_SHARE = 0.74  # share of the image that the lungs fill, the median in SIIM's training set
-LUNG_ASPECT = 1.17  # width over height of the pair of lungs, the same median
+LUNG_SHARE = 0.74  # share of the image that the lungs fill, the median of SIIM's training set
 BOX_LEVEL = 0.35  # a box encloses what is denser than this share of the opacity's own density
 SHIFT = 4  # fractional bits of the coordinates that cv2 draws with
 

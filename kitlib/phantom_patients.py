@@ -10,6 +10,8 @@ import numpy as np
 
 from kitlib.classes import STUDY_CLASSES
 
+LUNG_ASPECT = 1.17  # width over height of the pair of lungs, the median of SIIM's training set
+
 
 @dataclass(frozen=True)
 class Opacity:
@@ -96,12 +98,13 @@ def draw_near_duplicate(rng: np.random.Generator, exposure: Exposure) -> Exposur
     """The same exposure processed again: up to 4 per cent cropped off each axis, other contrast, other noise."""
     rows = round(exposure.rows * rng.uniform(0.96, 1.0))
     columns = round(exposure.columns * rng.uniform(0.96, 1.0))
+    # Keeps the patient's size in pixels while the image shrinks.
+    shrunk = min(columns, rows * LUNG_ASPECT) / min(exposure.columns, exposure.rows * LUNG_ASPECT)
     return replace(
         exposure,
         rows=rows,
         columns=columns,
-        # Keeps the patient's size in pixels while the image shrinks.
-        zoom=exposure.zoom * min(exposure.columns, exposure.rows) / min(columns, rows),
+        zoom=exposure.zoom / shrunk,
         gamma=exposure.gamma * rng.uniform(0.93, 1.07),
         gain=exposure.gain * rng.uniform(0.95, 1.05),
         seed=int(rng.integers(2**31)),

@@ -295,24 +295,23 @@ def _with_headers(images: pd.DataFrame, folder: Path, faults: _Faults, outcome: 
         headers = list(
             tqdm(pool.map(_header, images.path), total=len(images), desc="headers", unit="file", disable=not progress)
         )
-    columns: dict[str, list[Any]] = {name: [] for name in ("patient_id", "rows", "columns", "view", "readable")}
-    for row, header in zip(images.itertuples(), headers, strict=True):
-        readable = isinstance(header, XrayHeader)
-        if not readable:
-            faults.add(_below(row.path, folder), row.image_id, f"header cannot be read ({header.reason}); {outcome}")
-        columns["patient_id"].append((header.patient_id if readable else "") or row.study_id)
-        columns["rows"].append(header.rows if readable else 0)
-        columns["columns"].append(header.columns if readable else 0)
-        columns["view"].append(header.view if readable else "")
-        columns["readable"].append(readable)
-    return images.assign(**columns, source="siim")
+    read = []
+    for row, (header, reason) in zip(images.itertuples(), headers, strict=True):
+        if reason:
+            faults.add(_below(row.path, folder), row.image_id, f"header cannot be read ({reason}); {outcome}")
+        patient, *size_and_view = (header.patient_id, header.rows, header.columns, header.view) if header else ("", 0, 0, "")
+        read.append((patient or row.study_id, *size_and_view, not reason))
+    columns = pd.DataFrame(read, columns=["patient_id", "rows", "columns", "view", "readable"], index=images.index)
+    return images.join(columns).assign(source="siim")
 
 
-def _header(path: str) -> XrayHeader | UnreadableXray:
+def _header(path: str) -> tuple[XrayHeader | None, str]:
+    """The header, if any, and why it is of no use."""
     try:
-        return read_header(path)
+        header = read_header(path)
     except UnreadableXray as error:
-        return error
+        return None, error.reason
+    return header, "" if header.rows and header.columns else "it says no image size"
 
 
 def _below(path: str | Path, folder: Path) -> str:
