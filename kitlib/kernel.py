@@ -81,7 +81,8 @@ def kernel_notebook(spec: KernelSpec) -> nbformat.NotebookNode:
     path = project_root() / spec.notebook
     if not path.is_file():
         raise SpecError(f"notebook: there is no {path}")
-    own = {"competition": spec.competition, "weights": spec.weights_slug, "time_limit_s": spec.time_limit_s}
+    own = {"competition": spec.competition, "weights": spec.weights_slug, "wheels": spec.wheels_slug}
+    own["time_limit_s"] = spec.time_limit_s
     twice = sorted(set(own) & set(spec.parameters))
     if twice:
         raise SpecError(
@@ -95,7 +96,7 @@ def kernel_notebook(spec: KernelSpec) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     place = next(n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
     injected = _code_cell(PythonTranslator.codify(parameters), "injected-parameters")
-    cells = [*_start_cells(spec), *notebook.cells[: place + 1], injected, *notebook.cells[place + 1 :]]
+    cells = [_start_cell(), *notebook.cells[: place + 1], injected, *notebook.cells[place + 1 :]]
     for number, cell in enumerate(cells):
         cell.id = f"cell-{number}"  # nbformat makes ids up at random where a notebook has none
         if cell.cell_type == "code":
@@ -104,12 +105,9 @@ def kernel_notebook(spec: KernelSpec) -> nbformat.NotebookNode:
     return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernelspec, "language_info": {"name": "python"}})
 
 
-def _start_cells(spec: KernelSpec) -> list[nbformat.NotebookNode]:
+def _start_cell() -> nbformat.NotebookNode:
     packed = "\n".join(textwrap.wrap(packed_library(), 120))
-    return [
-        _code_cell(f"{inspect.getsource(kernel_start)}\n\ninstall_wheels({spec.wheels_slug!r});"),
-        _code_cell(f'unpack_library("""\n{packed}\n""");'),
-    ]
+    return _code_cell(f'{inspect.getsource(kernel_start)}\n\nstart_kernel("""\n{packed}\n""");')
 
 
 def _code_cell(source: str, *tags: str) -> nbformat.NotebookNode:

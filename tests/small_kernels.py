@@ -11,7 +11,7 @@ import yaml
 
 from kitlib.bundle import save_bundle
 
-PARAMETERS = 'competition = "siim-covid19-detection"\nweights = "nothing"\ntime_limit_s = 1.0\nbatch_size = 16'
+PARAMETERS = 'competition = "siim-covid19-detection"\nweights = "nothing"\nwheels = ""\ntime_limit_s = 1.0\nbatch_size = 16'
 
 
 def make_wheel(folder, name, version, requires=(), tag="py3-none-any", python=None, modules=None) -> Path:
@@ -45,9 +45,10 @@ def make_run(folder, model="effnet", fold=0, family="study") -> Path:
 
 
 def make_notebook(path, *cells, parameters=PARAMETERS) -> Path:
-    """A notebook of code cells behind a title and a `parameters` cell, ids made up as usual."""
+    """A notebook of code cells behind a title, a `parameters` cell and the wheels' installation, ids made up as usual."""
     new = nbformat.v4
     opening = [new.new_markdown_cell("# Submit"), new.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    opening.append(new.new_code_cell("from kitlib.install_wheels import install_wheels\ninstall_wheels(wheels)"))
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(new.new_notebook(cells=[*opening, *map(new.new_code_cell, cells)], metadata=kernel), path)
     return Path(path)

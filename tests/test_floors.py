@@ -6,13 +6,14 @@ from pathlib import Path
 KITLIB = Path(__file__).resolve().parent.parent / "kitlib"
 
 FLOORS = {
-    "vocabulary": "classes atomic tables geometry recipes paths",
-    "reading": "grey codestream decoders dicom dicom_writing cache siim near_duplicates folds "
-    "phantom_patients phantom phantom_plan phantom_competition",
+    "vocabulary": "classes atomic tables geometry recipes paths average_precision",
+    "reading": "grey codestream decoders stored_values dicom_header dicom dicom_writing decode_worker cache siim "
+    "near_duplicates folds phantom phantom_patients phantom_plan phantom_competition",
     "models": "device bundle classifier faster_rcnn yolo",
-    "running": "xray_dataset training train_study train_detector predict",
+    "running": "deadline xray_dataset predict training train_study train_faster_rcnn train_yolo train_detector",
     "judging": "submission scoring fusion tuning reports figures",
-    "delivering": "validate submit run_notebook kernel_spec wheels kernel_start kernel stand_in sandbox rehearse demo __main__",
+    "delivering": "validate install_wheels submit run_notebook kernel_spec wheels kernel_start kernel stand_in sandbox "
+    "rehearse demo __main__",
 }
 ORDER = [module for floor in FLOORS.values() for module in floor.split()]
 

@@ -16,10 +16,11 @@ from safetensors.numpy import load_file
 from small_kernels import PARAMETERS, make_notebook, make_run, make_submission, make_wheel
 
 import kitlib
-from kitlib import kernel, kernel_start
+from kitlib import install_wheels, kernel, kernel_start
 from kitlib.bundle import BundleError
 from kitlib.kernel import KernelError, build_kernel
 from kitlib.kernel_spec import SpecError, read_spec, slug_of
+from kitlib.paths import InputNotFound
 from kitlib.wheels import WheelError
 
 
@@ -105,24 +106,25 @@ def test_parameters_are_injected_where_and_as_papermill_does(tmp_path, wheel):
     spec = read_spec(make_submission(tmp_path, "print(batch_size)", parameters={"batch_size": 4}, time_limit_hours=2))
     build_kernel(spec, tmp_path / "out", [wheel])
     cells = built_notebook(tmp_path / "out").cells
-    values = {"competition": "siim-covid19-detection", "weights": "small-test-kernel-weights", "time_limit_s": 7200.0}
+    values = {"competition": "siim-covid19-detection", "weights": "small-test-kernel-weights"}
+    values |= {"wheels": "small-test-kernel-wheels", "time_limit_s": 7200.0}
     by_papermill = parameterize_notebook(papermill.iorw.load_notebook_node(spec.notebook), values | {"batch_size": 4})
-    assert [cell.source for cell in cells[2:]] == [cell.source for cell in by_papermill.cells]
-    assert cells[4].metadata.tags == ["injected-parameters"]
-    assert cells[3].source == PARAMETERS
+    assert [cell.source for cell in cells[1:]] == [cell.source for cell in by_papermill.cells]
+    assert cells[3].metadata.tags == ["injected-parameters"]
+    assert cells[2].source == PARAMETERS
 
 
 def test_the_library_travels_whole(tmp_path, wheel, monkeypatch):
     build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
-    packed = built_notebook(tmp_path / "out").cells[1].source.split('"""')[1]
+    packed = built_notebook(tmp_path / "out").cells[0].source.split('"""')[-2]
     with zipfile.ZipFile(io.BytesIO(base64.b64decode(packed))) as opened:
         names = opened.namelist()
     sources = Path(kitlib.__file__).parent
     assert names == sorted(f"kitlib/{path.name}" for path in sources.glob("*.py"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("KIT_ROOT", "PYTHONPATH"):
+    for name in ("KIT_ROOT", "PYTHONPATH", "KIT_STARTED"):
         monkeypatch.setenv(name, "")
-    folder = kernel_start.unpack_library(packed)
+    folder = kernel_start.start_kernel(packed)
     assert all((folder / name).read_bytes() == (sources.parent / name).read_bytes() for name in names)
     assert [sys.path[0], os.environ["KIT_ROOT"], os.environ["PYTHONPATH"]] == [str(folder)] * 3
 
@@ -164,7 +166,7 @@ def test_two_bundles_of_one_name_are_refused(tmp_path, wheel):
 
 def test_an_unknown_parameter_is_refused_with_the_valid_ones(tmp_path, wheel):
     spec = read_spec(make_submission(tmp_path, parameters={"batchsize": 4}))
-    with pytest.raises(SpecError, match=r"no parameter batchsize; it has: competition, weights, time_limit_s, batch_size"):
+    with pytest.raises(SpecError, match=r"no parameter batchsize; it has: competition, weights, wheels, time_limit_s, batch_size"):
         build_kernel(spec, tmp_path / "out", [wheel])
 
 
@@ -243,29 +245,24 @@ def test_slugs_are_made_as_kaggle_makes_them():
     assert slug_of("SIIM COVID-19: Detection (v2)") == "siim-covid-19-detection-v2"
 
 
-@pytest.mark.parametrize("layout", ["extra-wheels", "datasets/somebody/extra-wheels"])
-def test_the_wheel_dataset_is_found_where_kaggle_puts_it(tmp_path, monkeypatch, layout):
-    monkeypatch.setenv("KIT_KAGGLE_ROOT", str(tmp_path))
-    (tmp_path / "input" / layout).mkdir(parents=True)
-    assert kernel_start.attached_folder("extra-wheels") == tmp_path / "input" / layout
-
-
 def test_a_wheel_dataset_that_is_not_attached_is_named_with_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("KIT_KAGGLE_ROOT", str(tmp_path))
     (tmp_path / "input" / "other").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"'extra-wheels' is not attached. Below .*input there is:\n.*other"):
-        kernel_start.install_wheels("extra-wheels")
+    (tmp_path / "working").mkdir()
+    with pytest.raises(InputNotFound, match=r"no input 'extra-wheels' below .*input(.|\n)*\n  other"):
+        install_wheels.install_wheels("extra-wheels")
 
 
 def test_wheels_that_are_installed_already_cost_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("KIT_KAGGLE_ROOT", str(tmp_path))
+    (tmp_path / "working").mkdir()
     make_wheel(tmp_path / "input" / "extra-wheels", "pydicom", "3.0.2")
-    monkeypatch.setattr(kernel_start.subprocess, "run", lambda *_, **__: pytest.fail("pip was started"))
-    assert kernel_start.install_wheels("extra-wheels") == []
+    monkeypatch.setattr(install_wheels.subprocess, "run", lambda *_, **__: pytest.fail("pip was started"))
+    assert install_wheels.install_wheels("extra-wheels") == []
 
 
 def test_a_notebook_without_the_common_parameters_is_refused(tmp_path, wheel):
     path = make_submission(tmp_path)
     make_notebook(tmp_path / "submit.ipynb", parameters="competition = ''")
-    with pytest.raises(SpecError, match="no parameter time_limit_s, weights; it has: competition"):
+    with pytest.raises(SpecError, match="no parameter time_limit_s, weights, wheels; it has: competition"):
         build_kernel(read_spec(path), tmp_path / "out", [wheel])

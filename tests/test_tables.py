@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kitlib.tables import SCHEMAS, TableError, check_table, concatenate, empty_table, read_table, write_table
+from kitlib.tables import SCHEMAS, TableError, check_table, concatenate, read_table, write_table
 
 DETECTIONS = pd.DataFrame(
     {

@@ -1,0 +1,194 @@
+"""A submission under everything that goes wrong: slow models, broken ones, broken files, no time, other test sets."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from kitlib.bundle import save_bundle
+from kitlib.classifier import StudyClassifier
+from kitlib.fusion import FusionSettings, write_settings
+from kitlib.paths import project_root
+from kitlib.phantom_competition import write_competition
+from kitlib.predict import Predictor
+from kitlib.recipes import StudyRecipe
+from kitlib.submission import PRIORS, read_submission
+from kitlib.submit import SubmissionRun, SubmitSettings
+from kitlib.validate import validate
+
+DAMAGED = 2
+SETTINGS = SubmitSettings(time_limit_s=600, longest_side=64, workers=1, batch_size=4)
+RECIPE = StudyRecipe(backbone="test_resnet", image_size=32, hidden=8)
+
+
+@pytest.fixture(scope="module")
+def competition(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("phantoms")
+    sizes = {"train_studies": 4, "test_studies": 12, "side": 96, "damaged_test_files": DAMAGED}
+    return write_competition(folder, folder / "truth", seed=3, workers=1, progress=False, **sizes)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """Two folds of an untrained classifier, laid out as build_kernel.py does."""
+    folder, bundles = tmp_path_factory.mktemp("weights"), []
+    for fold in (0, 1):
+        torch.manual_seed(fold)
+        model = StudyClassifier(RECIPE)
+        record = {
+            "family": "study",
+            "model": "small",
+            "classes": [],
+            "recipe": asdict(RECIPE),
+            "architecture": {},
+            "image_size": RECIPE.image_size,
+            "placement": RECIPE.placement,
+            "mean": model.mean,
+            "std": model.std,
+            "fold": fold,
+            "data_fingerprint": "",
+            "validation": {},
+        }
+        save_bundle(folder / f"small-fold{fold}", model.state_dict(), record)
+        bundles.append({"folder": f"small-fold{fold}", "kind": "study", "model": "small", "fold": fold})
+    (folder / "weights.json").write_text(json.dumps({"bundles": bundles}))
+    write_settings(FusionSettings(), folder / "fusion.json")
+    return folder
+
+
+def on_priors(path: Path) -> set[str]:
+    """Studies whose `typical` is the prior's."""
+    studies = read_submission(path).studies
+    return set(studies.study_id[(studies.label == "typical") & ((studies.score - PRIORS["typical"]).abs() < 1e-6)])
+
+
+def submit(competition, weights, folder, settings=SETTINGS) -> tuple[Path, pd.DataFrame]:
+    run = SubmissionRun(competition, folder / "submission.csv", settings)
+    run.predict(weights, folder / "scratch")
+    print(run.ledger.to_string())
+    return run.output, run.finish()
+
+
+def test_every_row_is_predicted_but_those_of_damaged_files(competition, weights, tmp_path):
+    path, ledger = submit(competition, weights, tmp_path)
+    assert validate(competition / "sample_submission.csv", path) == []
+    decoding = ledger[ledger.stage == "decode"]
+    assert len(decoding) == DAMAGED
+    files = pd.Series({each.stem: each.parts[-3] for each in competition.glob("test/*/*/*.dcm")})
+    damaged = {note.split()[0] for note in decoding.note}
+    readable = set(files[~files.index.isin(damaged)])
+    assert on_priors(path) == set(files) - readable
+    assert ledger.stage.tolist().count("fuse and write") == 2
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_broken_model_costs_nothing_but_itself(competition, weights, tmp_path):
+    broken = tmp_path / "weights"
+    shutil.copytree(weights, broken)
+    (broken / "small-fold0" / "weights.safetensors").write_bytes(b"no weights")
+    path, ledger = submit(competition, broken, tmp_path)
+    assert "failed: BundleError" in ledger.set_index("stage").note["small-fold0"]
+    assert ledger.set_index("stage").note["small-fold1"] == ""
+    assert len(on_priors(path)) <= DAMAGED
+
+
+def test_without_any_weights_the_priors_stand(competition, tmp_path):
+    path, ledger = submit(competition, tmp_path / "nothing", tmp_path)
+    assert "failed: FileNotFoundError" in ledger.set_index("stage").note["predict"]
+    assert validate(competition / "sample_submission.csv", path) == []
+
+
+def test_it_ends_in_time_whatever_the_models_need(competition, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("kitlib.predict.Predictor._probabilities", lambda *_: time.sleep(30))
+    began = time.monotonic()
+    settings = SubmitSettings(time_limit_s=10, share=0.5, longest_side=64, workers=1, batch_size=4)
+    path, ledger = submit(competition, weights, tmp_path, settings)
+    assert time.monotonic() - began < 10
+    assert "time was up" in ledger.set_index("stage").note["deadline"]
+    assert validate(competition / "sample_submission.csv", path) == []
+
+
+def test_the_first_model_keeps_what_it_had_predicted_when_time_was_up(competition, weights, tmp_path, monkeypatch):
+    batches, quick = [], Predictor._probabilities
+
+    def third_is_struck(self, pixels):
+        batches.append(len(pixels))
+        if len(batches) == 3:
+            signal.raise_signal(signal.SIGALRM)
+        return quick(self, pixels)
+
+    monkeypatch.setattr(Predictor, "_probabilities", third_is_struck)
+    path, ledger = submit(competition, weights, tmp_path)
+    notes = ledger.set_index("stage")
+    assert (notes.files["small-fold0"], notes.note["small-fold0"]) == (8, "time was up")
+    assert "small-fold1" not in notes.index
+    assert 0 < len(on_priors(path)) < read_submission(path).studies.study_id.nunique()
+
+
+def test_a_further_model_must_fit_whole(competition, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("kitlib.submit.IMAGES_BEFORE_JUDGING", 4)
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    fuse = run._fuse
+    # After the first model's fusion hardly any time is left.
+    monkeypatch.setattr(run, "_fuse", lambda *done: (fuse(*done), monkeypatch.setattr(run.deadline, "left", lambda: 1e-3)))
+    run.predict(weights, tmp_path / "scratch")
+    notes = run.finish().set_index("stage")
+    assert notes.files["small-fold1"] == 0
+    assert notes.note["small-fold1"].startswith("dropped: it needs")
+    assert len(on_priors(run.output)) <= DAMAGED
+
+
+def test_killed_while_it_predicts_a_valid_file_is_there(competition, weights, tmp_path):
+    script = (
+        "import sys, time\n"
+        "from kitlib import submit\n"
+        "run = submit.SubmissionRun(sys.argv[1], sys.argv[2], submit.SubmitSettings(longest_side=64, workers=1))\n"
+        "print('priors', flush=True)\n"
+        "run.predict(sys.argv[3], sys.argv[4])"
+    )
+    path = tmp_path / "submission.csv"
+    command = [sys.executable, "-c", script, competition, path, weights, tmp_path / "scratch"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=project_root())
+    assert process.stdout.readline() == "priors\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert validate(competition / "sample_submission.csv", path) == []
+
+
+@pytest.mark.parametrize("kind", ["hidden", "no sample", "no files", "no images", "no studies"])
+def test_any_test_set_gets_its_rows(competition, weights, tmp_path, kind):
+    other = tmp_path / "competition"
+    shutil.copytree(competition / "test", other / "test")
+    sample = pd.read_csv(competition / "sample_submission.csv")
+    studies = sorted(path.name for path in (other / "test").iterdir())
+    if kind == "hidden":
+        sample = sample[~sample.id.str.startswith(tuple(studies[::2]))]
+        for study in studies[::2]:
+            images = [path.stem for path in (other / "test" / study).glob("*/*.dcm")]
+            sample = sample[~sample.id.str.startswith(tuple(images))]
+            shutil.rmtree(other / "test" / study)
+    elif kind == "no files":
+        shutil.rmtree(other / "test")
+    elif kind in ("no images", "no studies"):
+        sample = sample[sample.id.str.endswith("_study" if kind == "no images" else "_image")]
+    expected = set(sample.id)
+    if kind != "no sample":
+        sample.to_csv(other / "sample_submission.csv", index=False)
+    path, ledger = submit(other, weights, tmp_path)
+    assert set(pd.read_csv(path).id) == expected
+    assert ledger.stage.iloc[-1] == "validate"
+
+
+def test_the_priors_need_no_package_that_kaggles_image_lacks():
+    absent = ["pebble", "imagecodecs", "ensemble_boxes", "ultralytics", "pylibjpeg", "torch"]
+    script = f"import sys; sys.modules |= dict.fromkeys({absent}); import kitlib.submit"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=project_root())
