@@ -1,0 +1,59 @@
+"""What a finished run folder holds, read by the stages after it."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kitlib.tables import concatenate, read_table
+
+PREPARED_TABLES = ("images", "labels", "boxes", "folds")
+PREDICTED_TABLES = ("study_scores", "image_scores", "detections")
+
+
+class RunError(ValueError):
+    """A folder that is no finished run, or not of the kind asked for; the message says what to run first."""
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """Predictions of models on images they have not seen, from several runs together; tables may be empty."""
+
+    study_scores: pd.DataFrame
+    image_scores: pd.DataFrame
+    detections: pd.DataFrame
+
+
+def read_metrics(run: str | Path) -> dict[str, Any]:
+    """The run's metrics.json, which its notebook writes last. Raises RunError where it is missing."""
+    path = Path(run) / "metrics.json"
+    if not path.is_file():
+        there = sorted(entry.name for entry in Path(run).glob("*")) if Path(run).is_dir() else "no such folder"
+        raise RunError(f"{path} is missing: the run is not finished, or another folder is meant; in {run}: {there}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_prepared(run: str | Path) -> dict[str, pd.DataFrame]:
+    """The tables of a prepared run by their names: images, labels, boxes, folds."""
+    read_metrics(run)
+    return {name: read_table(name, Path(run) / "tables" / f"{name}.parquet") for name in PREPARED_TABLES}
+
+
+def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
+    """The out-of-fold predictions of trained runs. Raises RunError for a run without any, and for two of one model name."""
+    found: dict[str, list[pd.DataFrame]] = {name: [] for name in PREDICTED_TABLES}
+    models: dict[str, Path] = {}
+    for run in map(Path, runs):
+        model = read_metrics(run).get("model")
+        if model in models:
+            raise RunError(f"{run} and {models[model]} both call their model {model!r}; train one with another model_name")
+        models[model] = run
+        there = [name for name in PREDICTED_TABLES if (run / "tables" / f"{name}.parquet").is_file()]
+        if not there:
+            raise RunError(f"{run} has no tables of predictions; name runs of the training notebooks")
+        for name in there:
+            found[name].append(read_table(name, run / "tables" / f"{name}.parquet"))
+    return OutOfFold(**{name: concatenate(tables, name) for name, tables in found.items()})
