@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from ensemble_boxes import non_maximum_weighted, weighted_boxes_fusion
 from ensemble_boxes.ensemble_boxes_nms import cpu_soft_nms_float, nms
+from joblib import Parallel, delayed
 
 from kitlib.atomic import write_json
 from kitlib.classes import STUDY_CLASSES
@@ -31,6 +32,7 @@ class FusionSettings:
     box_method: str = "wbf"  # one of BOX_METHODS, used where two or more lists of boxes meet
     box_iou: float = 0.6  # IoU above which boxes are one (1st and 11th place 0.6, Heidelberg 0.55, 5th 0.625)
     box_min_score: float = 0.001  # boxes below are dropped before fusion; low ones still earn average precision
+    box_limit: int = 50  # boxes of each list that are merged, the most confident: time grows with the square
     box_confidence: str = "avg"  # one of CONFIDENCES, of wbf alone
     # none = the mean, with these weights, of the parts below that an image has:
     none_classifier: float = 1.0  # the classifier's own `none`
@@ -52,6 +54,8 @@ class FusionSettings:
         for name, value in weights.items():
             if not (isinstance(value, int | float) and 0 <= value < np.inf):
                 raise RecipeError(f"FusionSettings: the weight of {name} is finite and not negative, not {value!r}")
+        if self.box_limit < 1:
+            raise RecipeError(f"FusionSettings.box_limit is at least 1, not {self.box_limit}")
         if not any(getattr(self, name) for name in NONE_PARTS):
             raise RecipeError(f"FusionSettings needs a weight above 0 among {', '.join(NONE_PARTS)}")
 
@@ -82,14 +86,16 @@ def fuse(
     images: pd.DataFrame,
     settings: FusionSettings,
     coverage: pd.DataFrame | None = None,
+    workers: int = 1,
 ) -> Fused:
     """Fuse the tables study_scores, image_scores and detections over the images and studies of `images`.
 
-    None or an empty table: no such model; what no model has answered gets PRIORS. `coverage` as in `fuse_boxes`.
+    None or an empty table: no such model; what no model has answered gets PRIORS. `coverage` and `workers` as
+    in `fuse_boxes`.
     """
     studies = fuse_scores(study_scores, "study_scores", settings)
     nones = fuse_scores(image_scores, "image_scores", settings)
-    boxes = fuse_boxes(detections, images, settings, coverage)
+    boxes = fuse_boxes(detections, images, settings, coverage, workers)
     has_boxes = seen_images(detections, images, coverage)
     return combine(studies, nones, boxes, has_boxes, images, settings)
 
@@ -113,6 +119,7 @@ def fuse_boxes(
     images: pd.DataFrame,
     settings: FusionSettings,
     coverage: pd.DataFrame | None = None,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """One list of boxes an image from those of every (model, fold): image_id, score, box in original pixels.
 
@@ -121,7 +128,8 @@ def fuse_boxes(
     half-way does not lower the scores of images it never saw. Without it, every model has seen every image, with as many
     folds as it shows at most on one image. Each model has its weight, shared by its folds. A single list passes as it is.
 
-    Boxes are cut at the image's edges. Raises ValueError for an image whose size is unknown or that is not in `images`.
+    Boxes are cut at the image's edges; `workers` processes share the images. Raises ValueError for an image whose size is
+    unknown or that is not in `images`.
     """
     boxes = _boxes_inside(detections, images)
     boxes = boxes[(boxes["score"] >= settings.box_min_score) & (boxes["score"] > 0)]
@@ -130,37 +138,33 @@ def fuse_boxes(
         return boxes[["image_id", "score", *BOX]].reset_index(drop=True)
     image, image_ids = pd.factorize(boxes["image_id"])
     model, models = pd.factorize(boxes["model"])
-    order = np.lexsort((boxes["fold"], model, image))
+    order = np.lexsort((-boxes["score"], boxes["fold"], model, image))
     boxes, image, model = boxes.iloc[order], image[order], model[order]
-    fold, score, corners = boxes["fold"].to_numpy(), boxes["score"].to_numpy(), boxes[list(BOX)].to_numpy()
+    score, corners = boxes["score"].to_numpy(), boxes[list(BOX)].to_numpy()
     size = boxes[["columns", "rows", "columns", "rows"]].to_numpy(dtype=float)
-    starts = _starts(image, model, fold)  # of lists
+    starts = _starts(image, model, boxes["fold"].to_numpy())  # of lists
+    ends = np.append(starts[1:], len(image))
     found = np.zeros((len(image_ids), len(models)), dtype=int)
     np.add.at(found, (image[starts], model[starts]), 1)
     there = np.maximum(found, _lists_an_image(coverage, image_ids, models, found))
     weight = np.array([settings.weight(name) for name in models])
-    ends = np.append(starts[1:], len(image))
-    kept_image, kept_score, kept_box = [], [], []
+    images_with_boxes, tasks = [], []
     for first, last in _spans(image[starts]):
         here = image[starts[first]]
-        span = slice(starts[first], ends[last - 1])
-        merged, merged_score = corners[span], score[span]
-        if there[here].sum() > 1:
+        if there[here].sum() == 1:
+            lists, weights = [slice(starts[first], ends[first])], np.ones(1)
+        else:
             share = weight / np.maximum(there[here], 1)
-            lists = [slice(starts[k], ends[k]) for k in range(first, last)]
-            merged, merged_score = merge_boxes(
-                [corners[rows] / size[rows] for rows in lists],
-                [score[rows] for rows in lists],
-                np.concatenate([share[model[starts[first:last]]], np.repeat(share, there[here] - found[here])]),
-                settings,
-            )
-            merged = merged * size[span.start]
-        kept_image.append(np.full(len(merged), here))
-        kept_score.append(merged_score)
-        kept_box.append(merged)
-    table = pd.DataFrame(np.concatenate(kept_box), columns=list(BOX))
-    table.insert(0, "image_id", image_ids.to_numpy(dtype=object)[np.concatenate(kept_image)])
-    table.insert(1, "score", np.concatenate(kept_score))
+            lists = [slice(starts[k], min(ends[k], starts[k] + settings.box_limit)) for k in range(first, last)]
+            weights = np.concatenate([share[model[starts[first:last]]], np.repeat(share, there[here] - found[here])])
+        images_with_boxes.append((here, size[starts[first]]))
+        tasks.append(([corners[rows] / size[rows] for rows in lists], [score[rows] for rows in lists], weights, settings))
+    merged = Parallel(workers)(delayed(merge_boxes)(*task) for task in tasks)
+    parts = [box * side for (_, side), (box, _) in zip(images_with_boxes, merged, strict=True)]
+    table = pd.DataFrame(np.concatenate(parts), columns=list(BOX))
+    here = np.repeat([place for place, _ in images_with_boxes], [len(part) for part in parts])
+    table.insert(0, "image_id", image_ids.to_numpy(dtype=object)[here])
+    table.insert(1, "score", np.concatenate([scores for _, scores in merged]))
     return table
 
 
@@ -169,8 +173,8 @@ def merge_boxes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Merge one image's lists of boxes (k, 4) and scores (k,), all in 0..1, by ensemble-boxes into (n, 4) and (n,).
 
-    `weights` has one entry a list; entries beyond them stand for lists that are empty. Raises ValueError for what
-    ensemble-boxes would swap, clamp or leave the process for.
+    `weights` has one entry a list; entries beyond them stand for lists that are empty. A single list stays as it is.
+    Raises ValueError for what ensemble-boxes would swap, clamp or leave the process for.
     """
     weights = np.asarray(weights, dtype=float)
     if len(boxes) != len(scores) or len(weights) < len(boxes) or not (weights > 0).all():
@@ -183,6 +187,8 @@ def merge_boxes(
             raise ValueError(f"boxes must lie in 0..1 with xmin < xmax and ymin < ymax; got {box.tolist()}")
         if not ((score > 0) & (score <= 1)).all():
             raise ValueError(f"scores must lie in 0..1 and not be 0; got {score.tolist()}")
+    if len(weights) == 1:
+        return boxes[0], scores[0]
     if not any(len(score) for score in scores):
         return np.empty((0, 4)), np.empty(0)
     empty = len(weights) - len(boxes)

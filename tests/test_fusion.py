@@ -139,7 +139,7 @@ def test_merged_boxes_are_boxes_with_scores_inside_the_hull(lists, method, confi
     chosen = FusionSettings(box_method=method, box_confidence=confidence)
     merged, score = merge_boxes(boxes, scores, np.array(weights[: len(lists) + 1]), chosen)
     assert merged.shape == (len(score), 4)
-    assert ((score > 0) & (score <= 1)).all() or not len(score)
+    assert ((score > 0) & (score <= 1)).all()
     assert (merged[:, :2] < merged[:, 2:]).all()
     every = np.concatenate(boxes)
     if len(every):
@@ -150,11 +150,10 @@ def test_merged_boxes_are_boxes_with_scores_inside_the_hull(lists, method, confi
 
 
 def test_soft_nms_decays_the_overlapping_box_alone():
-    boxes = np.array([[0.0, 0, 0.5, 0.5], [0.0, 0, 0.5, 0.4], [0.6, 0.6, 0.9, 0.9]])
-    merged, score = merge_boxes(
-        [boxes], [np.array([0.5, 0.9, 0.7])], [1.0], FusionSettings(box_method="soft_nms", box_iou=0.5)
-    )
-    # IoU of the first two is 0.8; linear soft-NMS: 0.5 * (1 - 0.8).
+    boxes = np.array([[0.0, 0, 0.5, 0.5], [0.6, 0.6, 0.9, 0.9]]), np.array([[0.0, 0, 0.5, 0.4]])
+    linear = FusionSettings(box_method="soft_nms", box_iou=0.5)
+    merged, score = merge_boxes(boxes, [np.array([0.5, 0.7]), np.array([0.9])], [1.0, 1.0], linear)
+    # IoU of the first and the last is 0.8; linear soft-NMS: 0.5 * (1 - 0.8).
     assert dict(zip(map(tuple, merged), score, strict=True)) == pytest.approx(
         {(0, 0, 0.5, 0.4): 0.9, (0.6, 0.6, 0.9, 0.9): 0.7, (0, 0, 0.5, 0.5): 0.1}
     )
@@ -230,6 +229,12 @@ def test_every_study_and_image_gets_its_row_once():
     assert part.nones["prior"].tolist() == [False, False, True]
 
 
+def test_the_most_confident_boxes_of_each_list_are_merged():
+    rows = [("a", model, 0, p, x, 0.0, x + 50, 50.0) for model in "mn" for p, x in ((0.2, 0.0), (0.9, 500.0), (0.5, 900.0))]
+    found = fuse_boxes(detections(*rows), IMAGES, FusionSettings(box_limit=2))
+    assert sorted(found["xmin"]) == pytest.approx([500, 900], abs=1e-3)
+
+
 def test_order_of_rows_is_free():
     rng = np.random.default_rng(0)
     table = detections(
@@ -265,6 +270,7 @@ def test_settings_survive_json(tmp_path):
         {"box_method": "median"},
         {"box_confidence": "mean"},
         {"box_iou": 1.5},
+        {"box_limit": 0},
         {"opacity_power": -1.0},
         {"none_classifier": 0.0},
         {"model_weights": {"m": -1}},
