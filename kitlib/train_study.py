@@ -81,7 +81,8 @@ def train_study(
 
     seed_everything(seed)
     device = pick_device()
-    model = StudyClassifier(recipe)
+    # Convolutions are up to a third faster with the channels last.
+    model = StudyClassifier(recipe).to(memory_format=torch.channels_last)
     start = "from scratch"
     if recipe.pretrained_file:
         report = load_starting_weights(model, recipe.pretrained_file)

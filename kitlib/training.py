@@ -295,7 +295,8 @@ class _EpochKeeper(pl.Callback):
             }
         )
         if best_row(self.history) == len(self.history) - 1:
-            weights = {name: value.detach().cpu().clone() for name, value in pl_module.model.state_dict().items()}
+            weights = pl_module.model.state_dict().items()
+            weights = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in weights}
             with replacing(self.folder / "best.safetensors") as beside:
                 save_file(weights, beside)
         with replacing(self.folder / "last.ckpt") as beside:
