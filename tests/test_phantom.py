@@ -72,7 +72,7 @@ def test_a_box_is_where_the_opacity_changes_the_image(seed, study_class):
     change = with_it - without
     xmin, ymin, xmax, ymax = boxes[0].round().astype(int)
     assert change.min() > -0.02  # an opacity is never darker than the lung
-    assert change[ymin:ymax, xmin:xmax].sum() > 0.9 * change.sum()
+    assert change[ymin:ymax, xmin:xmax].sum() > 0.85 * change.sum()
     assert change.max() > 0.08  # to be seen through noise of at most 0.016
     ys, xs = np.nonzero(change > 0.2 * change.max())
     assert overlap(boxes[0], np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])) > 0.6
@@ -255,10 +255,10 @@ def test_numbers_that_give_no_competition_are_refused(wrong, tmp_path):
 @settings(max_examples=10, deadline=None)
 @given(SEEDS)
 def test_a_near_duplicate_shows_the_same_opacities(seed):
-    """Cropped by up to 4 % and not rescaled: boxes of the same size to two pixels of 200."""
+    """Cropped by up to 4 % and not rescaled: boxes of the same size to eight pixels of 200, for the wavy rim is cut anew."""
     rng = np.random.default_rng(seed)
     patient, exposure, opacities = scene(seed, "indeterminate", 200)
     again = draw_near_duplicate(rng, exposure)
     one, other = (render(patient, view, opacities)[1] for view in (exposure, again))
-    np.testing.assert_allclose(one[:, 2:] - one[:, :2], other[:, 2:] - other[:, :2], atol=2)
+    np.testing.assert_allclose(one[:, 2:] - one[:, :2], other[:, 2:] - other[:, :2], atol=8)
     assert again.rows <= exposure.rows and again.columns <= exposure.columns
