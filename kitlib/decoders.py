@@ -20,13 +20,16 @@ from pydicom.uid import (
     JPEGLSNearLossless,
 )
 
+from kitlib.codestream import END
+
 HAS_IMAGECODECS = importlib.util.find_spec("imagecodecs") is not None
 PLUGIN = "imagecodecs"
 
 _JPEG = (JPEGBaseline8Bit, JPEGLossless, JPEGLosslessSV1)
 _JPEG_LS = (JPEGLSLossless, JPEGLSNearLossless)
 _JPEG_2000 = (JPEG2000Lossless, JPEG2000)
-# Not JPEG Extended: of 12-bit lossy pixels some differ by one from pylibjpeg's.
+# Not JPEG Extended, of whose lossy 12-bit pixels some differ by one from pylibjpeg's. Not RLE, whose damaged frames end
+# imagecodecs' process; pylibjpeg's decoder is Rust and panics.
 SYNTAXES = (*_JPEG, *_JPEG_LS, *_JPEG_2000)
 
 # What pydicom asks of a plug-in's module, with `is_available`.
@@ -45,7 +48,8 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> np.ndarray:
     if syntax in _JPEG:
         pixels = imagecodecs.jpeg8_decode(frame)
     elif syntax in _JPEG_LS:
-        pixels = imagecodecs.jpegls_decode(frame)
+        # CharLS runs on past the end of a frame that was cut short, for half a minute; an end marker stops it.
+        pixels = imagecodecs.jpegls_decode(frame + END)
     else:
         pixels = imagecodecs.jpeg2k_decode(frame, numthreads=1)
     if pixels.ndim == 3:

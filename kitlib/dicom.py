@@ -43,7 +43,7 @@ def _one_error(read: Callable[[str | Path], T]) -> Callable[[str | Path], T]:
                 raise
             reason = f"the decoder panicked: {error}"
         # Not "from error": a kept traceback would keep the file's bytes and pixels in memory.
-        raise UnreadableXray(path, reason)
+        raise UnreadableXray(path, " ".join(reason.split()))
 
     return reading
 

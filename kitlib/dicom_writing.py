@@ -124,7 +124,7 @@ def _pixel_data(stored: np.ndarray, transfer_syntax: str, bits: int) -> DataElem
         raw = stored.astype(stored.dtype.newbyteorder(order)).tobytes()
         return DataElement("PixelData", "OW" if stored.itemsize == 2 else "OB", raw + b"\0" * (len(raw) % 2))
     if transfer_syntax == RLELossless:
-        frame = next(_rle_frames(stored, bits))
+        frame = next(_rle_frames(stored))
     else:
         samples = np.ascontiguousarray(stored)
         if transfer_syntax not in (JPEG2000Lossless, JPEG2000):
@@ -137,7 +137,7 @@ def _pixel_data(stored: np.ndarray, transfer_syntax: str, bits: int) -> DataElem
     return element
 
 
-def _rle_frames(stored: np.ndarray, bits: int):
+def _rle_frames(stored: np.ndarray):
     return get_encoder(RLELossless).iter_encode(
         np.ascontiguousarray(stored),
         rows=stored.shape[0],
@@ -145,7 +145,7 @@ def _rle_frames(stored: np.ndarray, bits: int):
         number_of_frames=1,
         samples_per_pixel=1,
         bits_allocated=stored.itemsize * 8,
-        bits_stored=bits,
+        bits_stored=stored.itemsize * 8,
         pixel_representation=int(stored.dtype.kind == "i"),
         photometric_interpretation="MONOCHROME2",
     )
