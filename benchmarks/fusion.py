@@ -1,4 +1,4 @@
-"""Seconds to fuse boxes of three detectors, 100 boxes each, on 200 images, and from that on the 1,263 of the public test set.
+"""Seconds to fuse the boxes of three detectors, 100 each, on 200 images; from that, on the 1,263 of the public test set.
 
 python benchmarks/fusion.py
 """
@@ -38,9 +38,8 @@ def main() -> None:
         began = time.perf_counter()
         found = fuse_boxes(table, images, settings)
         seconds = time.perf_counter() - began
-        print(
-            f"{method:<9}{seconds:6.1f} s, for {PUBLIC_TEST} images {seconds * PUBLIC_TEST / IMAGES:6.1f} s; {len(table)} boxes to {len(found)}"
-        )
+        whole = seconds * PUBLIC_TEST / IMAGES
+        print(f"{method:<9}{seconds:6.1f} s, {PUBLIC_TEST} images {whole:6.1f} s; {len(table)} boxes to {len(found)}")
 
 
 if __name__ == "__main__":

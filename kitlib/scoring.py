@@ -96,7 +96,11 @@ def score(truth: Truth, submission: Submission) -> dict[str, float]:
     precision["none"] = _one_pixel_precision(nones, "image_id", np.array(truth.image_ids, dtype=object)[truth.is_none])
     opacities = submission.images[submission.images["label"] == "opacity"]
     hits = _hits(opacities, "image_id", truth.boxes)
-    return _summary(precision, *opacity_precisions(opacities, hits, truth.boxes))
+    found = _summary(precision, *opacity_precisions(opacities, hits, truth.boxes))
+    absent = [label for label in SCORED_CLASSES if np.isnan(found[label])]
+    if absent:
+        log.warning("the truth has no %s; the score is the mean of the other classes", " and no ".join(absent))
+    return found
 
 
 def score_tables(
@@ -149,9 +153,6 @@ def competition_score(precision: dict[str, float]) -> float:
 
 def _summary(precision: dict[str, float], opacity: float, opacity_boxed: float) -> dict[str, float]:
     precision = {**precision, "opacity": opacity}
-    absent = [label for label in SCORED_CLASSES if np.isnan(precision[label])]
-    if absent:
-        log.warning("the truth has no %s; the score is the mean of the other classes", " and no ".join(absent))
     return {"score": competition_score(precision), **precision, "opacity_boxed": opacity_boxed}
 
 

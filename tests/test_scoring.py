@@ -138,13 +138,14 @@ def test_other_ids_than_the_truths_are_refused(competition):
         score_files(competition, path)
 
 
-def test_a_class_absent_from_the_truth_is_left_out_of_the_mean(caplog):
+def test_a_class_absent_from_the_truth_is_left_out_of_the_mean(tmp_path, caplog):
     labels = pd.DataFrame(
         {"id": ["a", "b"], "negative": [1.0, 0], "typical": [0, 1.0], "indeterminate": 0.0, "atypical": 0.0}
     )
     truth = Truth(labels, ("a", "b"), pd.DataFrame({"image_id": ["b"], "xmin": 0.0, "ymin": 0.0, "xmax": 9.0, "ymax": 9.0}))
-    found = score_tables(truth, *perfect(truth))
-    assert found["score"] == 1 and math.isnan(found["atypical"])
+    found = score(truth, read_submission(write(tmp_path / "s.csv", truth, perfect(truth))))
+    assert found["score"] == score_tables(truth, *perfect(truth))["score"] == 1
+    assert math.isnan(found["atypical"])
     assert "no indeterminate and no atypical" in caplog.text
 
 

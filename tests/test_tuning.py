@@ -1,0 +1,129 @@
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+
+# Compiling ensemble-boxes' loops takes longer than running them; it must be said before they are imported.
+os.environ["NUMBA_DISABLE_JIT"] = "1"
+
+from kitlib.classes import STUDY_CLASSES
+from kitlib.fusion import FusionSettings, coverage_of_folds, fuse
+from kitlib.scoring import Truth, score_tables
+from kitlib.tables import BOX
+from kitlib.tuning import TuningError, tune
+
+N = 36
+
+
+@pytest.fixture(scope="module")
+def oof():
+    """A third of the images is healthy; a classifier good at `none`, a detector that fires everywhere, and a blind one."""
+    rng = np.random.default_rng(0)
+    names = [f"i{n:02}" for n in range(N)]
+    images = pd.DataFrame({"image_id": names, "study_id": [f"s{n:02}" for n in range(N)], "rows": 1000, "columns": 1000})
+    classes = np.arange(N) % 6 % 4
+    labels = pd.DataFrame(np.eye(4)[classes], columns=list(STUDY_CLASSES))
+    labels.insert(0, "id", images["study_id"])
+    corner = rng.uniform(100, 500, (N, 2))
+    boxes = pd.DataFrame(np.hstack([corner, corner + 350]), columns=list(BOX))
+    boxes.insert(0, "image_id", names)
+    boxes = boxes[classes > 0].reset_index(drop=True)
+    folds = pd.DataFrame({"id": names, "fold": np.arange(N) % 3})
+    own = {"model": "c", "fold": folds["fold"]}
+    probabilities = np.exp(1.5 * np.eye(4)[classes] + rng.normal(0, 1, (N, 4)))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    study = pd.DataFrame({"study_id": images["study_id"], **own, **dict(zip(STUDY_CLASSES, probabilities.T, strict=True))})
+    none = np.clip((classes == 0) * 0.6 + rng.uniform(0, 0.4, N), 0, 1)
+    image = pd.DataFrame({"image_id": names, **own, "none": none})
+    rows = []
+    for n, name in enumerate(names):
+        for model, spread in (("good", 30), ("blind", 900)):
+            for _ in range(2):
+                x, y = corner[n] + rng.normal(0, spread, 2)
+                x, y = np.clip([x, y], 0, 900)
+                rows.append((name, model, n % 3, rng.uniform(0.2, 0.9), x, y, min(1000, x + 350), min(1000, y + 350)))
+    detections = pd.DataFrame(rows, columns=["image_id", "model", "fold", "score", *BOX])
+    return {
+        "study_scores": study,
+        "image_scores": image,
+        "detections": detections,
+        "images": images,
+        "labels": labels,
+        "boxes": boxes,
+        "folds": folds,
+    }
+
+
+@pytest.fixture(scope="module")
+def tuned(oof):
+    return tune(**oof)
+
+
+def score_of(oof, settings):
+    coverage = coverage_of_folds(oof["detections"], oof["folds"])
+    fused = fuse(*(oof[name] for name in ("study_scores", "image_scores", "detections", "images")), settings, coverage)
+    truth = Truth(oof["labels"], tuple(oof["images"]["image_id"]), oof["boxes"])
+    return score_tables(truth, fused.studies, fused.nones, fused.detections)["score"]
+
+
+def test_every_kept_step_gains_and_the_settings_keep_the_promised_score(oof, tuned):
+    settings, steps = tuned
+    assert steps.loc[0, ["setting", "score", "gain"]].tolist() == ["default", score_of(oof, FusionSettings()), 0]
+    assert (steps["gain"] >= 0).all()
+    assert steps["score"].diff().iloc[1:].tolist() == pytest.approx(steps["gain"].iloc[1:].tolist())
+    assert steps["score"].iloc[-1] == pytest.approx(score_of(oof, settings))
+    assert ((steps["value"] == "as it was") == (steps["gain"] == 0)).iloc[1:].all()
+
+
+def test_it_finds_what_the_data_was_made_for(tuned):
+    settings, steps = tuned
+    # Boxes without an idea of the place are only false positives; those on healthy images are as confident as others.
+    assert settings.weight("blind") < settings.weight("good")
+    assert settings.opacity_power > 0
+    assert steps["score"].iloc[-1] > steps["score"].iloc[0] + 0.03
+
+
+def test_order_of_rows_is_free(oof, tuned):
+    shuffled = {name: table.sample(frac=1, random_state=3) for name, table in oof.items()}
+    assert tune(**shuffled)[0] == tuned[0]
+
+
+def test_predictions_of_two_folds_for_one_image_are_refused(oof):
+    twice = pd.concat([oof["image_scores"], oof["image_scores"].iloc[[4]].assign(fold=2)])
+    with pytest.raises(TuningError, match="i04 has predictions of several folds of c"):
+        tune(**{**oof, "image_scores": twice, "folds": None})
+
+
+def test_predictions_of_a_model_that_saw_the_image_are_refused(oof):
+    seen = oof["detections"].assign(fold=lambda t: (t["fold"] + 1) % 3)
+    with pytest.raises(TuningError, match=r"was seen by"):
+        tune(**{**oof, "detections": seen})
+
+
+def test_images_that_no_annotator_looked_at_do_not_count(oof):
+    marked = oof["images"].assign(false_none=[n >= 18 for n in range(N)])
+    half = {name: table[table.iloc[:, 0].str[1:].astype(int) < 18] for name, table in oof.items()}
+    settings, steps = tune(**{**oof, "images": marked}, rounds=1)
+    expected, expected_steps = tune(**half, rounds=1)
+    assert settings == expected
+    pd.testing.assert_frame_equal(steps, expected_steps)
+
+
+def test_only_images_that_every_model_predicted_are_scored(oof):
+    one_fold = {**oof, "image_scores": oof["image_scores"][oof["image_scores"]["fold"] == 0]}
+    _, steps = tune(**one_fold, rounds=0)
+    ids = set(one_fold["image_scores"]["image_id"])
+    studies = {name.replace("i", "s") for name in ids}
+    small = {name: table[table.iloc[:, 0].isin(ids | studies)] for name, table in oof.items()}
+    assert steps["score"].iloc[0] == pytest.approx(tune(**small, rounds=0)[1]["score"].iloc[0])
+    with pytest.raises(TuningError, match="no image has predictions of every model"):
+        tune(**{**oof, "image_scores": oof["image_scores"].assign(image_id=lambda t: t["image_id"] + "x"), "folds": None})
+
+
+def test_without_a_detector_or_without_a_classifier(oof):
+    settings, _ = tune(**{**oof, "detections": oof["detections"].iloc[:0]}, rounds=1)
+    assert settings.opacity_power == 0
+    nothing = {name: oof[name].iloc[:0] for name in ("study_scores", "image_scores")}
+    _, steps = tune(**{**oof, **nothing}, rounds=1)
+    assert steps["score"].iloc[-1] >= steps["score"].iloc[0] > 0
