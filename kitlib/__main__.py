@@ -65,6 +65,40 @@ def validate(sample: File, submission: Submission, as_json: Json = False) -> Non
         raise typer.Exit(1)
 
 
+@app.command()
+def phantom(
+    folder: Annotated[Path, typer.Option()],
+    truth: Annotated[Path, typer.Option()],
+    train_studies: int = 240,
+    test_studies: int = 80,
+    side: int = 320,
+    seed: int = 0,
+) -> None:
+    """Write a phantom competition into FOLDER/siim-covid19-detection, its test set's truth into TRUTH. SIDE in pixels."""
+    from kitlib.phantom_competition import write_competition
+
+    sizes = {"train_studies": train_studies, "test_studies": test_studies, "side": side}
+    try:
+        typer.echo(str(write_competition(folder, truth, seed=seed, **sizes)))
+    except (ValueError, FileExistsError) as error:
+        _fail(error)
+
+
+@app.command()
+def demo() -> None:
+    """From a phantom competition's DICOM files to a scored submission.csv, through every notebook and an offline kernel."""
+    from rich.console import Console
+
+    from kitlib.demo import DemoFailed, project_demo, run_demo
+    from kitlib.run_notebook import NotebookFailed
+
+    logging.getLogger("papermill").setLevel(logging.WARNING)
+    try:
+        run_demo(project_demo(), Console())
+    except (DemoFailed, NotebookFailed) as error:
+        _fail(error)
+
+
 def _fail(error: Exception) -> None:
     typer.echo(f"error: {error}", err=True)
     raise typer.Exit(1)

@@ -1,0 +1,153 @@
+"""The whole kit on a phantom competition: from DICOM files to a scored submission.csv, in minutes, on two CPU cores."""
+
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kitlib.atomic import replacing
+from kitlib.classes import SCORED_CLASSES
+from kitlib.paths import inputs_root, project_root, runs_root
+from kitlib.phantom_competition import COMPETITION, write_competition
+from kitlib.run_notebook import run_notebook
+from kitlib.scoring import score_files
+
+
+class DemoFailed(RuntimeError):
+    """The demo ended without a valid submission that clearly beats the all-negative floor."""
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How much the demo does. The defaults are what two cores finish in four minutes."""
+
+    train_studies: int = 240
+    test_studies: int = 80
+    side: int = 320  # of the phantoms, pixels
+    study: dict[str, Any] = field(default_factory=dict)  # overrides of the three recipes
+    faster_rcnn: dict[str, Any] = field(default_factory=dict)
+    yolo: dict[str, Any] = field(default_factory=dict)
+    times_the_floor: float = 3.0  # a model that ignores its images stays near the floor; less than this is a failure
+
+
+DEMO = DemoSize()
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Where one demo lives: phantoms in `inputs`, their truth apart, stages below `runs`, the kernel by `submission`."""
+
+    runs: Path
+    inputs: Path
+    truth: Path
+    submission: Path  # a YAML file that names the runs below
+    size: DemoSize = DEMO
+
+    def stages(self) -> list[list[tuple[str, str, dict[str, Any]]]]:
+        """(notebook, run, parameters) in their order; those of one inner list run side by side."""
+        trained = {"prepare_run": str(self.runs / "prepare"), "folds": [0, 1]}
+        prepare = {"competition": str(self.inputs / COMPETITION), "longest_side": self.size.side, "n_folds": 2}
+        runs = [str(self.runs / name) for name in ("study", "faster_rcnn", "yolo")]
+        return [
+            [("01_prepare", "prepare", prepare)],
+            [
+                ("02_train_study", "study", {"overrides": self.size.study, **trained}),
+                ("03_train_detector", "yolo", {"recipe": "heidelberg_yolo", "overrides": self.size.yolo, **trained}),
+                ("03_train_detector", "faster_rcnn", {"overrides": self.size.faster_rcnn, **trained}),
+            ],
+            [("04_fuse", "fuse", {"prepare_run": str(self.runs / "prepare"), "runs": runs})],
+        ]
+
+    def report(self) -> list[tuple[str, str, dict[str, Any]]]:
+        parameters = {"prepare_run": str(self.runs / "prepare"), "fuse_run": str(self.runs / "fuse")}
+        parameters |= {"submission": str(self.runs / "submission.csv"), "truth": str(self.truth)}
+        return [("06_report", "report", {**parameters, "competition": str(self.inputs / COMPETITION)})]
+
+
+def project_demo() -> Demo:
+    """The demo of `make demo`."""
+    inputs = inputs_root()
+    submission = project_root() / "submissions" / "demo.yaml"
+    return Demo(runs_root() / "demo", inputs / "demo", inputs / "demo-truth", submission)
+
+
+def run_demo(demo: Demo, console: Console) -> dict[str, float]:
+    """Make the phantom competition, train, fuse, build the kernel, rehearse it offline, score its submission, report.
+
+    Leaves `submission.csv` in the demo's runs; returns its score and the parts. Raises DemoFailed, or whatever stopped a
+    stage.
+    """
+    began = time.monotonic()
+    with _progress(console) as progress:
+        bar = progress.add_task("phantom competition", total=1, cell="")
+        sizes = {"train_studies": demo.size.train_studies, "test_studies": demo.size.test_studies, "side": demo.size.side}
+        write_competition(demo.inputs, demo.truth, seed=2021, progress=False, **sizes)
+        progress.update(bar, completed=1)
+        for stage in demo.stages():
+            _run_side_by_side(demo.runs, stage, progress)
+    console.rule("the kernel, built and rehearsed offline")
+    _build_and_rehearse(demo)
+    with _progress(console) as progress:
+        _run_side_by_side(demo.runs, demo.report(), progress)
+    return _judge(demo, console, time.monotonic() - began)
+
+
+def _progress(console: Console) -> Progress:
+    columns = TextColumn("{task.description:32}"), BarColumn(), TextColumn("{task.fields[cell]:>12}"), TimeElapsedColumn()
+    return Progress(*columns, console=console)
+
+
+def _run_side_by_side(runs: Path, stage: list[tuple[str, str, dict[str, Any]]], progress: Progress) -> None:
+    # Two at a time with a thread each: small models gain little from a second thread.
+    threads = 1 if len(stage) > 1 else None
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [
+            pool.submit(_run_stage, runs / run, progress, threads, notebook, parameters)
+            for notebook, run, parameters in stage
+        ]
+        for done in waiting:
+            done.result()
+
+
+def _run_stage(run: Path, progress: Progress, threads: int | None, notebook: str, parameters: dict[str, Any]) -> None:
+    bar = progress.add_task(f"{notebook} ({run.name})", total=None, cell="starts")
+
+    def on_cell(started: int, total: int) -> None:
+        progress.update(bar, total=total, completed=started - 1, cell=f"cell {started}/{total}")
+
+    parameters = {"run_folder": str(run), **parameters}
+    if "train" in notebook:
+        parameters["model_name"] = run.name
+    source = project_root() / "notebooks" / f"{notebook}.ipynb"
+    run_notebook(source, run / "notebook.ipynb", parameters, run / "metrics.json", on_cell, threads)
+    progress.update(bar, completed=progress.tasks[bar].total, cell="done")
+
+
+def _build_and_rehearse(demo: Demo) -> None:
+    out = demo.runs / "kernel"
+    command = [sys.executable, str(project_root() / "build_kernel.py"), str(demo.submission), "--out", str(out)]
+    command += ["--rehearse", "--inputs", str(demo.inputs), "--time-limit", "300"]
+    if subprocess.run(command, cwd=project_root(), check=False).returncode:
+        raise DemoFailed(f"the rehearsal failed; its log is {out / 'rehearsal.log'}")
+    with replacing(demo.runs / "submission.csv") as beside:
+        shutil.copyfile(out / "working" / "submission.csv", beside)
+
+
+def _judge(demo: Demo, console: Console, seconds: float) -> dict[str, float]:
+    submission, sample = demo.runs / "submission.csv", demo.inputs / COMPETITION / "sample_submission.csv"
+    scores, floor = score_files(demo.truth, submission), score_files(demo.truth, sample)
+    table = Table("", "submission", "all-negative floor", title=f"{submission}, after {seconds:.0f} s")
+    for name in (*SCORED_CLASSES, "opacity_boxed", "score"):
+        table.add_row(name, f"{scores[name]:.4f}", f"{floor[name]:.4f}")
+    console.print(table)
+    if not scores["score"] > demo.size.times_the_floor * floor["score"]:
+        raise DemoFailed(f"score {scores['score']:.4f} does not clearly beat the floor {floor['score']:.4f}")
+    return scores
