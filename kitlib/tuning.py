@@ -56,7 +56,7 @@ def tune(
     rounds: int = 2,
     workers: int = 1,
 ) -> tuple[FusionSettings, pd.DataFrame]:
-    """The best FusionSettings, and a table of steps: step, setting, value, score, gain; the first row is the plain default.
+    """The best FusionSettings, and a table of steps: step, setting (as chosen), score, gain; the first row is the default.
 
     The tables hold out-of-fold predictions; images marked `false_none` are left out. With `folds`, each row must come from
     its image's own fold, and detectors count as having seen every image of the folds they have boxes in. Scored are the
@@ -74,7 +74,7 @@ def tune(
     judge = _Judge(study_scores, image_scores, detections, images, labels, boxes, coverage, workers)
     settings = FusionSettings()
     best = judge(settings)
-    rows = [(0, "default", "", best, 0.0)]
+    rows = [("0 default", "", best, 0.0)]
     grids = _grids(judge.classifiers, judge.detectors)
     for _ in range(rounds):
         before = best
@@ -84,11 +84,11 @@ def tune(
             gain = max(0.0, tried[value] - best)
             if gain > 0:
                 settings, best = change(settings, value), tried[value]
-            rows.append((len(rows), name, str(value) if gain > 0 else "as it was", best, gain))
-            log.info("step %d, %s: %s, score %.4f, gain %.4f", *rows[-1])
+            rows.append((f"{len(rows)} {name}", str(value) if gain > 0 else "as it was", best, gain))
+            log.info("step %s: %s, score %.4f, gain %.4f", *rows[-1])
         if best == before:
             break
-    return settings, pd.DataFrame(rows, columns=["step", "setting", "value", "score", "gain"])
+    return settings, pd.DataFrame(rows, columns=["step", "setting", "score", "gain"])
 
 
 class _Judge:

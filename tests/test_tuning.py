@@ -69,11 +69,11 @@ def score_of(oof, settings):
 
 def test_every_kept_step_gains_and_the_settings_keep_the_promised_score(oof, tuned):
     settings, steps = tuned
-    assert steps.loc[0, ["setting", "score", "gain"]].tolist() == ["default", score_of(oof, FusionSettings()), 0]
-    assert (steps["gain"] >= 0).all()
+    assert steps.iloc[0].tolist() == ["0 default", "", score_of(oof, FusionSettings()), 0]
+    assert (steps["gain"] >= 0).all() and steps["step"].is_unique
     assert steps["score"].diff().iloc[1:].tolist() == pytest.approx(steps["gain"].iloc[1:].tolist())
     assert steps["score"].iloc[-1] == pytest.approx(score_of(oof, settings))
-    assert ((steps["value"] == "as it was") == (steps["gain"] == 0)).iloc[1:].all()
+    assert ((steps["setting"] == "as it was") == (steps["gain"] == 0)).iloc[1:].all()
 
 
 def test_it_finds_what_the_data_was_made_for(tuned):
