@@ -65,6 +65,9 @@ class DetectorRecipe:
     mosaic: float = 0.0  # yolo: probability that four images make one
     mixup: float = 0.0  # yolo: probability that two images are blended
     negatives: float = 1.0  # images without a box to train on, at most this share of those with one; Heidelberg: 0
+    zoom: float = 0.5  # yolo: scale of a training image, between 1 - zoom and 1 + zoom
+    width: float = 1.0  # yolo: channels, as a share of the named model's
+    norm_momentum: float = 0.03  # yolo: a batch's weight in the running statistics; a short training needs more
     fpn_channels: int = 256  # faster_rcnn: width of the feature pyramid
     box_hidden: int = 1024  # faster_rcnn: units of the two hidden layers that judge a region
     box_samples: int = 512  # faster_rcnn: regions an image that training judges
@@ -91,6 +94,30 @@ RECIPES: dict[str, StudyRecipe | DetectorRecipe] = {
         horizontal_flip=0.5,
         mosaic=1.0,
         mixup=0.5,
+    ),
+    "small_faster_rcnn": DetectorRecipe(
+        backbone="test_resnet",
+        image_size=128,
+        epochs=4,
+        batch_size=4,
+        optimizer="adamw",
+        learning_rate=3e-3,
+        fpn_channels=32,
+        box_hidden=64,
+        box_samples=32,
+        proposals=40,
+    ),
+    "small_yolo": DetectorRecipe(
+        family="yolo",
+        backbone="yolov8n",
+        width=0.25,
+        image_size=128,
+        epochs=6,
+        batch_size=8,
+        optimizer="adamw",
+        learning_rate=8e-3,
+        zoom=0.2,
+        norm_momentum=0.1,
     ),
 }
 
