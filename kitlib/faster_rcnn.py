@@ -17,19 +17,24 @@ from kitlib.bundle import BundleError, read_weights
 from kitlib.device import autocast
 from kitlib.recipes import DetectorRecipe, from_dict, override
 
-STRIDES = (4, 8, 16, 32)  # of the pyramid's levels; max pooling adds stride 64
-# Side of an anchor as a share of the canvas, one a level: opacities reach from a twentieth of a chest film to most of it.
-ANCHOR_SHARES = (1 / 16, 1 / 8, 1 / 5, 1 / 3, 1 / 2)
+STRIDES = (4, 8, 16, 32)  # of the backbone's features; max pooling of the last adds 64
+# An anchor's side in strides of its map: torchvision's, and two smaller ones for canvases that use the finest maps only.
+ANCHOR_SIDES = (8 / 2, 8 / 2**0.5, 8)
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
 
 
 class Pyramid(nn.Module):
-    """A timm backbone's features at strides 4 to 32, brought to `out_channels` by a feature pyramid."""
+    """A timm backbone's features, brought to `out_channels` by a feature pyramid.
+
+    `strides` are those of its maps: 4 upwards, as long as the largest anchor is at most half of the canvas (one map at
+    least). All four of the backbone's features flow into each.
+    """
 
     def __init__(self, recipe: DetectorRecipe):
         super().__init__()
         self.body = _backbone(recipe)
         self.levels = _levels(recipe.backbone, self.body.feature_info.reduction())
+        self.strides = [each for each in (*STRIDES, 64) if each == 4 or 2 * ANCHOR_SIDES[-1] * each <= recipe.image_size]
         self.out_channels = recipe.fpn_channels
         channels = self.body.feature_info.channels()
         self.fpn = FeaturePyramidNetwork([channels[level] for level in self.levels], self.out_channels, LastLevelMaxPool())
@@ -39,7 +44,7 @@ class Pyramid(nn.Module):
             features = self.body(images)
             maps = self.fpn(OrderedDict((str(place), features[level]) for place, level in enumerate(self.levels)))
         # Half precision ends here: bfloat16 coordinates would be off by four pixels.
-        return OrderedDict((name, each.float()) for name, each in maps.items())
+        return OrderedDict((name, maps[name].float()) for name in list(maps)[: len(self.strides)])
 
 
 class FasterRCNNDetector(nn.Module):
@@ -52,7 +57,6 @@ class FasterRCNNDetector(nn.Module):
         self.recipe = recipe
         pyramid = Pyramid(recipe)
         self.mean, self.std = _normalisation(pyramid.body, recipe.channels)
-        levels = len(ANCHOR_SHARES)
         self.model = FasterRCNN(
             pyramid,
             # Equal to the canvas: torchvision's own resizing is by a factor of one, at training and at prediction.
@@ -61,13 +65,15 @@ class FasterRCNNDetector(nn.Module):
             image_mean=self.mean,
             image_std=self.std,
             rpn_anchor_generator=AnchorGenerator(
-                tuple((share * recipe.image_size,) for share in ANCHOR_SHARES), (ASPECT_RATIOS,) * levels
+                tuple(tuple(side * stride for side in ANCHOR_SIDES) for stride in pyramid.strides),
+                (ASPECT_RATIOS,) * len(pyramid.strides),
             ),
             rpn_pre_nms_top_n_train=2 * recipe.proposals,
             rpn_pre_nms_top_n_test=recipe.proposals,
             rpn_post_nms_top_n_train=recipe.proposals,
             rpn_post_nms_top_n_test=recipe.proposals,
-            box_roi_pool=MultiScaleRoIAlign([str(level) for level in range(len(STRIDES))], output_size=7, sampling_ratio=2),
+            # Not from the pooled map, as in torchvision.
+            box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"][: len(pyramid.strides)], output_size=7, sampling_ratio=2),
             box_head=TwoMLPHead(recipe.fpn_channels * 7 * 7, recipe.box_hidden),
             box_predictor=FastRCNNPredictor(recipe.box_hidden, 2),  # background, opacity
             box_batch_size_per_image=recipe.box_samples,
@@ -110,7 +116,7 @@ def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device
     recipe = from_dict(DetectorRecipe, record["recipe"])
     detector = FasterRCNNDetector(override(recipe, pretrained_file=""))
     detector.load_state_dict(state_dict, strict=True)
-    return detector.eval().to(device)
+    return detector.eval().to(device, memory_format=torch.channels_last)
 
 
 def _backbone(recipe: DetectorRecipe) -> nn.Module:

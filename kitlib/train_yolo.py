@@ -94,6 +94,9 @@ class Trainer(DetectionTrainer):
         self.history: list[dict[str, float]] = []
         super().__init__(overrides=settings(detector.recipe, self.folder, device, seed, workers))
         self.model = detector.model
+        for part in self.model.modules():
+            if isinstance(part, torch.nn.BatchNorm2d):
+                part.momentum = detector.recipe.norm_momentum
         self.last = self.folder / "last.ckpt"
         self.add_callback("on_pretrain_routine_end", lambda _: self._half_precision(device))
         self.add_callback("on_train_epoch_start", lambda _: self._begin_epoch())
@@ -165,7 +168,7 @@ class Trainer(DetectionTrainer):
     def _handle_nan_recovery(self, epoch: int) -> bool:
         if not torch.isfinite(self.loss) or not np.isfinite(self.fitness):
             raise ValueError(
-                f"epoch {epoch + 1}: loss {float(self.loss)}, validation score {self.fitness}; lower recipe.learning_rate "
+                f"epoch {epoch + 1}: loss {self.loss.item()}, validation score {self.fitness}; lower recipe.learning_rate "
                 f"({self.args.lr0}), or check that the validation fold has boxes"
             )
         return False
@@ -190,7 +193,7 @@ class Trainer(DetectionTrainer):
 
 
 def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: int, workers: int) -> dict[str, Any]:
-    """ultralytics' arguments for a recipe; what it does not name is ultralytics' own (loss gains, translation, scale)."""
+    """ultralytics' arguments for a recipe; what it does not name is ultralytics' own (loss gains, translation)."""
     if recipe.optimizer not in OPTIMIZERS:
         raise ValueError(f"recipe.optimizer is {recipe.optimizer!r}; there are: {', '.join(OPTIMIZERS)}")
     return {
@@ -223,6 +226,7 @@ def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: i
         "hsv_h": 0.0,
         "hsv_s": 0.0,
         "hsv_v": recipe.brightness_contrast,
+        "scale": recipe.zoom,
         "degrees": recipe.rotate_degrees,
         "fliplr": recipe.horizontal_flip,
         "mosaic": recipe.mosaic,

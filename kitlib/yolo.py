@@ -20,12 +20,11 @@ os.environ.setdefault("YOLO_VERBOSE", "False")
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
 
-from ultralytics.nn.tasks import DetectionModel  # noqa: E402
+from ultralytics.nn.tasks import DetectionModel, yaml_model_load  # noqa: E402
 from ultralytics.utils import SETTINGS  # noqa: E402
 
 SETTINGS["sync"] = False  # telemetry
 
-STRIDE = 32  # the coarsest grid: a canvas must be a multiple of it
 CANDIDATES = 3000  # boxes an image, best first, that reach non-maximum suppression
 
 
@@ -38,19 +37,17 @@ class YoloDetector(nn.Module):
     def __init__(self, recipe: DetectorRecipe, model: DetectionModel | None = None):
         """`model`: a network that is already built, such as training's moving average; otherwise the recipe's."""
         super().__init__()
-        if recipe.image_size % STRIDE:
-            raise ValueError(
-                f"image_size {recipe.image_size} of {recipe.backbone!r} is no multiple of {STRIDE}; "
-                f"take {recipe.image_size // STRIDE * STRIDE or STRIDE}"
-            )
         self.recipe = recipe
         if model is not None:
             self.model = model
             return
-        try:
-            self.model = DetectionModel(f"{recipe.backbone}.yaml", ch=3, nc=1, verbose=False)
-        except FileNotFoundError as error:
-            raise ValueError(f"ultralytics has no model {recipe.backbone!r}; try yolov5lu or yolo11n") from error
+        self.model = DetectionModel(_architecture(recipe), ch=3, nc=1, verbose=False)
+        stride = int(self.model.stride.max())
+        if recipe.image_size % stride:
+            raise ValueError(
+                f"recipe.image_size {recipe.image_size} is no multiple of {stride}, the grid of {recipe.backbone!r}; "
+                f"take {max(1, round(recipe.image_size / stride)) * stride}"
+            )
         if recipe.pretrained_file:
             report = load_starting_weights(self, recipe.pretrained_file, prefix="model.")
             # Another count of classes costs the head's last layers alone.
@@ -98,3 +95,17 @@ def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device
     detector = YoloDetector(override(from_dict(DetectorRecipe, record["recipe"]), pretrained_file=""))
     detector.load_state_dict(state_dict, strict=True)
     return detector.eval().to(device)
+
+
+def _architecture(recipe: DetectorRecipe) -> dict:
+    """ultralytics' description of the named model, its channels multiplied by the recipe's width."""
+    try:
+        architecture = yaml_model_load(f"{recipe.backbone}.yaml")
+    except FileNotFoundError as error:
+        raise ValueError(f"ultralytics has no model {recipe.backbone!r}; try yolov5lu or yolo11n") from error
+    if recipe.width == 1:
+        return architecture
+    if "scales" not in architecture:
+        raise ValueError(f"{recipe.backbone!r} has one width only; recipe.width {recipe.width} needs one such as yolo11n")
+    depth, width, most = architecture["scales"][architecture["scale"]]
+    return {**architecture, "scales": {architecture["scale"]: [depth, width * recipe.width, most]}}

@@ -1,0 +1,255 @@
+"""For both families: a run's outputs, exact resume, learning; and what ultralytics is given to train on."""
+
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small_xrays import COLUMNS, ROWS, SmallXrays
+
+from kitlib import train_detector as module
+from kitlib.average_precision import average_precision, box_hits
+from kitlib.bundle import read_bundle
+from kitlib.geometry import letterbox
+from kitlib.recipes import DetectorRecipe, override
+from kitlib.tables import BOX, read_table
+from kitlib.train_detector import canvas_precision, train_detector, with_negatives
+from kitlib.train_faster_rcnn import FasterRCNNTraining
+from kitlib.train_yolo import Canvases, Trainer, settings
+from kitlib.training import ResumeError
+from kitlib.xray_dataset import XrayDataset
+
+from ultralytics.cfg import get_cfg  # isort: skip  (kitlib.yolo makes the import offline)
+
+TIMES = ["seconds", "images_per_s"]
+FASTER_RCNN = DetectorRecipe(
+    backbone="test_resnet",
+    image_size=32,
+    placement="stretch",
+    epochs=2,
+    batch_size=4,
+    optimizer="adamw",
+    learning_rate=2e-3,
+    fpn_channels=16,
+    box_hidden=16,
+    box_samples=16,
+    proposals=20,
+)
+YOLO = override(FASTER_RCNN, family="yolo", backbone="yolov8n", width=0.25, mosaic=0.5, mixup=0.2)
+RECIPES = {"faster_rcnn": FASTER_RCNN, "yolo": YOLO}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(folder, recipe, small=None, **options):
+    small = small or SmallXrays(16)
+    options = {"fold": 1, "progress": False} | options
+    return train_detector(
+        small.images,
+        small.labels,
+        small.boxes,
+        small.fold_table,
+        cache=small,
+        recipe=recipe,
+        run_folder=folder,
+        model_name="small",
+        **options,
+    )
+
+
+@pytest.fixture(scope="module", params=list(RECIPES))
+def uninterrupted(request, tmp_path_factory):
+    elsewhere, before = tmp_path_factory.mktemp("elsewhere"), os.getcwd()
+    os.chdir(elsewhere)
+    try:
+        run = train(tmp_path_factory.mktemp("run"), RECIPES[request.param])
+    finally:
+        os.chdir(before)
+    assert not list(elsewhere.iterdir())  # ultralytics likes to leave runs/detect where one stands
+    return run
+
+
+def test_a_run_leaves_what_later_stages_read(uninterrupted):
+    small, folder = SmallXrays(16), uninterrupted.run_folder
+    fold = small.fold_table[small.fold_table.fold == 1]
+    detections = read_table("detections", folder / "tables" / "detections.parquet")
+    assert set(detections.image_id) <= set(fold.id) and set(detections.model) == {"small"} and set(detections.fold) == {1}
+    assert detections[["xmin", "ymin"]].min().min() >= 0  # cut at the edges of the original image
+    assert detections.xmax.max() <= COLUMNS and detections.ymax.max() <= ROWS
+    record, _ = read_bundle(folder / "bundle")
+    assert record["family"] == uninterrupted.metrics["recipe"]["family"]
+    assert record["classes"] == ["opacity"] and record["fold"] == 1
+    assert record["validation"]["score"] == pytest.approx(uninterrupted.metrics["best"]["score"])
+    assert uninterrupted.history.epoch.tolist() == [1, 2]
+    # 8 images in the fold, 6 with a box; as many in the other.
+    counts = [uninterrupted.metrics[name] for name in ("train_images", "train_images_with_boxes", "validation_images")]
+    assert counts == [8, 6, 8]
+    assert (folder / "figures" / "curves.png").is_file() and not list(folder.rglob("*.pt"))
+
+
+def test_the_out_of_fold_boxes_have_the_score_that_chose_the_epoch(uninterrupted):
+    # The same images through another path: bundle from disk, prediction's own canvases, boxes in original pixels. A
+    # stretched canvas has no padding where boxes could be cut, and IoU does not change with the scale of an axis.
+    small, found = SmallXrays(16), uninterrupted.detections
+    true = small.boxes[small.boxes.image_id.isin(small.fold_table.id[small.fold_table.fold == 1])]
+    hits = box_hits(found.image_id, found.score, found[list(BOX)], true.image_id, true[list(BOX)])
+    again = average_precision(found.score.to_numpy(), hits, len(true))
+    assert again == pytest.approx(uninterrupted.metrics["best"]["score"], abs=1e-6)
+
+
+def stop_at(patch, epoch, batch):
+    """Make training of either family die in this epoch and batch (from 0)."""
+    step = FasterRCNNTraining.training_step
+
+    def dying_step(self, batch_of_images, number):
+        if (self.current_epoch, number) == (epoch, batch):
+            raise ConnectionError("the session ended")
+        return step(self, batch_of_images, number)
+
+    prepare = Trainer.preprocess_batch
+
+    def dying_batch(self, batch_of_images):
+        self.batches_seen = 0 if getattr(self, "seen_epoch", -1) != self.epoch else self.batches_seen + 1
+        self.seen_epoch = self.epoch
+        if (self.epoch, self.batches_seen) == (epoch, batch):
+            raise ConnectionError("the session ended")
+        return prepare(self, batch_of_images)
+
+    patch.setattr(FasterRCNNTraining, "training_step", dying_step)
+    patch.setattr(Trainer, "preprocess_batch", dying_batch)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, uninterrupted):
+    recipe = RECIPES[uninterrupted.metrics["recipe"]["family"]]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, 1)
+        with pytest.raises(ConnectionError):
+            train(tmp_path, recipe)
+    assert not (tmp_path / "metrics.json").exists()
+    torch.manual_seed(12345)  # the random state of a new session
+    np.random.seed(12345)  # noqa: NPY002
+    resumed = train(tmp_path, recipe)
+    pd.testing.assert_frame_equal(
+        resumed.history.drop(columns=TIMES), uninterrupted.history.drop(columns=TIMES), check_exact=True
+    )
+    for name, value in read_bundle(uninterrupted.run_folder / "bundle")[1].items():
+        assert torch.equal(read_bundle(tmp_path / "bundle")[1][name], value), name
+    pd.testing.assert_frame_equal(resumed.detections, uninterrupted.detections, check_exact=True)
+
+
+def test_a_finished_run_is_read_back_and_another_is_refused(uninterrupted, monkeypatch):
+    recipe = RECIPES[uninterrupted.metrics["recipe"]["family"]]
+    monkeypatch.setattr(module, "_family", lambda _: pytest.fail("trained again"))
+    again = train(uninterrupted.run_folder, recipe)
+    assert again.metrics == uninterrupted.metrics
+    pd.testing.assert_frame_equal(again.detections, uninterrupted.detections)
+    with pytest.raises(ResumeError, match=r"recipe\.nms_iou: 0\.5 there, 0\.4 here"):
+        train(uninterrupted.run_folder, override(recipe, nms_iou=0.4))
+
+
+def test_patience_ends_a_run_and_the_best_epoch_is_kept(tmp_path):
+    # Nothing is learnt at this rate, so the first epoch stays the best.
+    for family, recipe in RECIPES.items():
+        run = train(tmp_path / family, override(recipe, epochs=9, patience=1, learning_rate=1e-12))
+        assert (run.metrics["epochs"], run.metrics["best_epoch"]) == (2, 1), family
+
+
+@pytest.mark.parametrize("family", list(RECIPES))
+def test_training_learns_a_white_block(tmp_path, family):
+    # One box at one place in three of four images; predicting it everywhere earns an AP of 0.75.
+    changes = {"image_size": 64, "mosaic": 0.0, "mixup": 0.0, "zoom": 0.1, "norm_momentum": 0.1}
+    recipe = override(RECIPES[family], epochs=10, learning_rate=5e-3, **changes)
+    run = train(tmp_path, recipe, SmallXrays(32))
+    assert run.history.train_loss.iloc[-1] < run.history.train_loss.iloc[0]
+    assert run.metrics["best"]["score"] > 0.8
+
+
+def test_a_loss_that_is_no_number_ends_a_yolo_with_advice(tmp_path, monkeypatch):
+    step = Trainer.optimizer_step
+
+    def spoil(self):
+        step(self)
+        self.loss = self.loss * float("nan")
+
+    monkeypatch.setattr(Trainer, "optimizer_step", spoil)
+    with pytest.raises(ValueError, match=r"epoch 1: loss nan.*lower recipe\.learning_rate"):
+        train(tmp_path, YOLO)
+
+
+def test_a_fold_without_boxes_is_refused(tmp_path):
+    small = SmallXrays(16)
+    fold = small.fold_table.id[small.fold_table.fold == 1]
+    small.boxes = small.boxes[~small.boxes.image_id.isin(fold)]
+    with pytest.raises(ValueError, match="none of the 8 images of the validation fold 1 has a box"):
+        train(tmp_path, FASTER_RCNN, small)
+
+
+def test_an_unknown_family_is_named(tmp_path):
+    with pytest.raises(ValueError, match="family is 'ssd'; there are: faster_rcnn, yolo"):
+        train(tmp_path, override(FASTER_RCNN, family="ssd"))
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 24), (0.25, 24 + 6), (1.0, 32), (9.0, 32)])
+def test_negatives_are_a_share_of_the_images_with_boxes(share, expected):
+    small = SmallXrays(32)  # 24 with a box, 8 without
+    kept = with_negatives(small.images, small.boxes, share, seed=3)
+    assert len(kept) == expected and kept.image_id.is_monotonic_increasing
+    assert set(small.boxes.image_id) <= set(kept.image_id)
+    again = with_negatives(small.images, small.boxes, share, seed=3)
+    assert kept.image_id.tolist() == again.image_id.tolist()
+
+
+def test_canvas_precision_of_a_case_worked_by_hand():
+    true = [np.array([[0, 0, 10, 10.0]]), np.zeros((0, 4)), np.array([[0, 0, 10, 10], [20, 20, 30, 30.0]])]
+    found = [
+        np.array([[0, 0, 10, 10, 0.9], [0, 0, 10, 9, 0.5]]),  # right; a second one of the same box, wrong
+        np.array([[0, 0, 10, 10, 0.8]]),  # no box there
+        np.array([[20, 20, 30, 30, 0.7]]),  # right; the other box is never found
+    ]
+    # Recall 1/3 at precision 1, 2/3 at 2/3: the area is (1 + 2/3) / 3.
+    assert canvas_precision(found, true) == pytest.approx(5 / 9)
+    assert canvas_precision([np.zeros((0, 5))] * 3, true) == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"zoom": 0.5, "mosaic": 1.0}, {"rotate_degrees": 15.0, "horizontal_flip": 1.0}])
+def test_ultralytics_moves_boxes_with_the_picture(tmp_path, changes):
+    # Every image is its own white block on black: what is white must be what the boxes frame.
+    small = SmallXrays(16)
+    for image_id in small.image_ids:
+        small.pixels[image_id] = (small.pixels[image_id] == 255).astype(np.uint8) * 255
+    still = {"zoom": 0.0, "mosaic": 0.0, "mixup": 0.0, "horizontal_flip": 0.0, "brightness_contrast": 0.0}
+    recipe = override(YOLO, placement="letterbox", image_size=64, **(still | changes))
+    examples = XrayDataset(small.images, small.labels, small.boxes, small, recipe)
+    hyp = settings(recipe, tmp_path, torch.device("cpu"), seed=0, workers=0)
+    canvases = Canvases(examples, augment=True, settings=get_cfg(overrides=hyp))
+    framed, missed = 0, []
+    for index in range(len(canvases)):
+        example = canvases[index]
+        white = (example["img"][0] > 127).numpy()
+        mask = np.zeros_like(white)
+        for x, y, width, height in example["bboxes"].numpy() * 64:
+            left, top = int(np.floor(x - width / 2)), int(np.floor(y - height / 2))
+            mask[max(0, top) : int(np.ceil(y + height / 2)), max(0, left) : int(np.ceil(x + width / 2))] = True
+            framed += 1
+        # ultralytics drops what is cut to a sliver, so that an image may lose a box; a frame in the wrong place loses all.
+        missed.append((white & ~mask).sum() / max(1, white.sum()))
+    assert framed > 8 and np.median(missed) < 0.02 and np.mean(missed) < 0.1
+
+
+def test_an_unaugmented_canvas_reaches_ultralytics_as_it_is(tmp_path):
+    small, recipe = SmallXrays(4), override(YOLO, placement="letterbox", image_size=64)
+    examples = XrayDataset(small.images, small.labels, small.boxes, small, recipe)
+    hyp = settings(recipe, tmp_path, torch.device("cpu"), seed=0, workers=0)
+    example = Canvases(examples, augment=False, settings=get_cfg(overrides=hyp))[2]
+    place = letterbox(ROWS, COLUMNS, 64)
+    np.testing.assert_array_equal(example["img"].numpy(), np.stack([place.image(small.pixels["image002"])] * 3))
+    x, y, width, height = example["bboxes"].numpy()[0] * 64
+    corners = place.boxes_to_original(np.array([[x - width / 2, y - height / 2, x + width / 2, y + height / 2]]))
+    np.testing.assert_allclose(corners[0], small.boxes.iloc[0][list(BOX)].to_numpy(float), atol=1e-3)
