@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from kitlib.fusion import Fused
 from kitlib.tables import concatenate, read_table
 
 PREPARED_TABLES = ("images", "labels", "boxes", "folds")
@@ -57,3 +58,12 @@ def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
         for name in there:
             found[name].append(read_table(name, run / "tables" / f"{name}.parquet"))
     return OutOfFold(**{name: concatenate(tables, name) for name, tables in found.items()})
+
+
+def read_fused(run: str | Path) -> Fused:
+    """The fused out-of-fold answer of a run of the fusion notebook, without rows that only hold priors."""
+    read_metrics(run)
+    tables = {name: pd.read_parquet(Path(run) / "tables" / f"{name}.parquet") for name in ("studies", "nones", "detections")}
+    for name in ("studies", "nones"):
+        tables[name] = tables[name][~tables[name].prior].reset_index(drop=True)
+    return Fused(**tables)

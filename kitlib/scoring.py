@@ -71,6 +71,12 @@ def read_truth(folder: str | Path) -> Truth:
     return Truth(labels, tuple(image_ids), boxes)
 
 
+def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> Truth:
+    """The truth of `images` and their studies, from the tables of a prepared run."""
+    of_images = boxes["image_id"].isin(images["image_id"])
+    return Truth(labels[labels["id"].isin(images["study_id"])], tuple(images["image_id"]), boxes[of_images])
+
+
 def score_files(truth_folder: str | Path, submission: str | Path) -> dict[str, float]:
     """`score` of a submission.csv. Raises SubmissionError, ScoringError, as its parts do."""
     return score(read_truth(truth_folder), read_submission(submission))

@@ -139,6 +139,19 @@ def _group_table(key: str, parts: list[tuple[str, list[int], np.ndarray]]) -> pd
     return table
 
 
+def as_tables(submission: Submission) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """A submission as fused tables: studies (study_id, the four classes), nones (image_id, none), detections.
+
+    Of a label that a row names twice the highest confidence counts; one that it does not name is 0.
+    """
+    of_label = submission.studies.astype({"label": str})
+    studies = of_label.pivot_table("score", "study_id", "label", "max", fill_value=0.0)
+    nones = submission.images[submission.images.label == "none"].groupby("image_id", as_index=False).score.max()
+    detections = submission.images[submission.images.label == "opacity"].drop(columns="label").reset_index(drop=True)
+    studies = studies.reindex(columns=list(STUDY_CLASSES), fill_value=0.0).rename_axis(columns=None).reset_index()
+    return studies, nones.rename(columns={"score": "none"}), detections
+
+
 def write_submission(
     path: str | Path,
     ids: Iterable[str],

@@ -166,7 +166,8 @@ def test_two_bundles_of_one_name_are_refused(tmp_path, wheel):
 
 def test_an_unknown_parameter_is_refused_with_the_valid_ones(tmp_path, wheel):
     spec = read_spec(make_submission(tmp_path, parameters={"batchsize": 4}))
-    with pytest.raises(SpecError, match=r"no parameter batchsize; it has: competition, weights, wheels, time_limit_s, batch_size"):
+    valid = "competition, weights, wheels, time_limit_s, batch_size"
+    with pytest.raises(SpecError, match=f"no parameter batchsize; it has: {valid}"):
         build_kernel(spec, tmp_path / "out", [wheel])
 
 

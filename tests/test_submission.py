@@ -8,6 +8,7 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.submission import (
     PRIORS,
     SubmissionError,
+    as_tables,
     read_ids,
     read_submission,
     split_id,
@@ -167,3 +168,15 @@ def test_a_row_of_many_thousand_boxes_is_read(tmp_path):
     table = boxes(*[("i1", 0.5, n, 0, n + 10, 10) for n in range(6000)])
     write_submission(tmp_path / "s.csv", ["i1_image"], None, nones(i1=0.1), table)
     assert len(read_submission(tmp_path / "s.csv").images) == 6001
+
+
+def test_a_submission_comes_back_as_the_tables_it_was_written_from(tmp_path):
+    studies = pd.DataFrame({"study_id": ["s"], "negative": 0.5, "typical": 0.25, "indeterminate": 0.125, "atypical": 0.0625})
+    nones = pd.DataFrame({"image_id": ["i", "j"], "none": [0.75, 0.5]})
+    boxes = pd.DataFrame(
+        {"image_id": ["i", "i"], "score": [0.5, 0.25], "xmin": 1.0, "ymin": 2.0, "xmax": [9.0, 7.5], "ymax": 8.0}
+    )
+    ids = submission_ids(["s"], ["i", "j"])
+    write_submission(tmp_path / "submission.csv", ids, studies, nones, boxes)
+    for written, read in zip((studies, nones, boxes), as_tables(read_submission(tmp_path / "submission.csv")), strict=True):
+        pd.testing.assert_frame_equal(read, written, check_dtype=False)
