@@ -6,10 +6,12 @@ import zlib
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from pydicom import Dataset, dcmread
 from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import RawDataElement
 from pydicom.filereader import read_preamble
 from pydicom.tag import Tag
 from pydicom.uid import (
@@ -22,6 +24,7 @@ from pydicom.uid import (
 # Refused before memory is allocated. The largest X-rays, digitised mammograms, are near 40 million pixels and 80 MB.
 MAX_FILE_BYTES = 2**29
 MAX_SAMPLES = 2**26
+DEFER_BYTES = 2**18  # longer than any LUT
 
 IDS = ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID")
 TEXTS = ("Modality", "BodyPartExamined", "ViewPosition", "PhotometricInterpretation", "VOILUTFunction")
@@ -61,17 +64,25 @@ class XrayHeader:
 class Elements:
     """The elements of one dataset by keyword, converted one at a time."""
 
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, source: bytes = b""):
+        """`source` is the file that the offsets of deferred elements point into."""
+        self.dataset, self.source = dataset, memoryview(source)
+        self._elements = dict(dataset.items())
 
-    def raw(self, keyword: str) -> bytes:
-        """The value's bytes, empty where the element is absent."""
-        value = self._element(keyword).value if keyword in self.dataset else None
-        return value if isinstance(value, bytes) else b""
+    def __contains__(self, keyword: str) -> bool:
+        return Tag(keyword) in self._elements
+
+    def raw(self, keyword: str) -> bytes | memoryview:
+        """The value's bytes, empty where the element is absent; of a deferred element a view of the file."""
+        element = self._elements.get(Tag(keyword))
+        if isinstance(element, RawDataElement) and element.value is None and element.length:
+            length = len(self.source) if self.is_encapsulated(keyword) else element.length
+            return self.source[element.value_tell : element.value_tell + length]
+        return element.value if element is not None and isinstance(element.value, bytes) else b""
 
     def text(self, keyword: str) -> str:
         """The first value, stripped; UTF-8, or Latin-1 where it is not (which keeps different ids different)."""
-        value = self.raw(keyword)
+        value = bytes(self.raw(keyword))
         try:
             text = value.decode("utf-8")
         except UnicodeDecodeError:
@@ -80,10 +91,10 @@ class Elements:
 
     def numbers(self, keyword: str) -> list[float]:
         """All values; empty where the element is absent or has none. Raises LyingHeader where one is no number."""
-        value = self.raw(keyword)
+        value = bytes(self.raw(keyword))
         if not value:
             return []
-        vr = self._element(keyword).VR
+        vr = self.vr(keyword)
         # Implicit files do not say the VR, and a damaged one may say nonsense.
         vr = vr if vr in BINARY or vr in ("DS", "IS") else dictionary_VR(keyword)
         if vr in BINARY:
@@ -111,20 +122,17 @@ class Elements:
 
     def items(self, keyword: str) -> list["Elements"]:
         """The items of a sequence, none where it is absent."""
-        return [Elements(item) for item in (self.dataset[keyword].value or [])] if keyword in self.dataset else []
+        return [Elements(item) for item in (self.dataset[keyword].value or [])] if keyword in self else []
 
     def vr(self, keyword: str) -> str:
-        return self._element(keyword).VR or ""
+        return self._elements[Tag(keyword)].VR or ""
 
     def is_little_endian(self, keyword: str) -> bool:
-        return getattr(self._element(keyword), "is_little_endian", True)
+        return getattr(self._elements[Tag(keyword)], "is_little_endian", True)
 
     def is_encapsulated(self, keyword: str) -> bool:
-        element = self._element(keyword)
+        element = self._elements[Tag(keyword)]
         return bool(getattr(element, "is_undefined_length", False)) or getattr(element, "length", 0) == 0xFFFFFFFF
-
-    def _element(self, keyword: str):
-        return self.dataset.get_item(Tag(keyword))
 
 
 def read_elements(path: str | Path, with_pixels: bool = True) -> tuple[Elements, str]:
@@ -141,9 +149,9 @@ def read_elements(path: str | Path, with_pixels: bool = True) -> tuple[Elements,
         with open(path, "rb") as file:
             if DeflatedExplicitVRLittleEndian.encode() not in file.read(2048):
                 file.seek(0)
-                return _parsed(file, with_pixels)
+                return _parsed(file)
     # From memory, a length that lies reads what is there; from a file, Python first allocates what the length promises.
-    return _parsed(BytesIO(_inflated(Path(path).read_bytes())), with_pixels)
+    return _parsed(BytesIO(source := _inflated(Path(path).read_bytes())), source)
 
 
 def header_of(elements: Elements, transfer_syntax: str) -> XrayHeader:
@@ -164,13 +172,20 @@ def header_of(elements: Elements, transfer_syntax: str) -> XrayHeader:
     )
 
 
-def _parsed(file, with_pixels: bool) -> tuple[Elements, str]:
-    dataset = dcmread(file, force=True, specific_tags=list(KEYWORDS), stop_before_pixels=not with_pixels)
+def _parsed(file: BinaryIO, source: bytes = b"") -> tuple[Elements, str]:
+    """With the `source` that the file holds come the pixels, as a view of it and not a copy."""
+    dataset = dcmread(
+        file,
+        force=True,
+        specific_tags=list(KEYWORDS),
+        stop_before_pixels=not source,
+        defer_size=DEFER_BYTES if source else None,
+    )
     syntax = str(dataset.file_meta.get("TransferSyntaxUID") or "")
     if not syntax:
         implicit, little = dataset.original_encoding
         syntax = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-    return Elements(dataset), syntax
+    return Elements(dataset, source), syntax
 
 
 def _inflated(raw: bytes) -> bytes:

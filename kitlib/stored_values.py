@@ -36,8 +36,8 @@ class Stored:
 
 def read_stored(elements: Elements, syntax: str) -> Stored:
     """The first frame. Raises ValueError, or whatever a decoder makes of a damaged one."""
-    if "PixelData" not in elements.dataset:
-        other = [name for name in ("FloatPixelData", "DoubleFloatPixelData") if name in elements.dataset]
+    if "PixelData" not in elements:
+        other = [name for name in ("FloatPixelData", "DoubleFloatPixelData") if name in elements]
         raise ValueError(f"has {other[0]}, wanted PixelData" if other else "no PixelData: not an image, or cut short")
     rows, columns, samples = elements.whole("Rows", 0), elements.whole("Columns", 0), elements.whole("SamplesPerPixel", 1)
     frames = max(1, elements.whole("NumberOfFrames", 1))
@@ -56,7 +56,8 @@ def read_stored(elements: Elements, syntax: str) -> Stored:
         warnings.append(f"PhotometricInterpretation is {photometric!r}: taken for {fallback}")
         photometric = fallback
 
-    data, native = elements.raw("PixelData"), syntax in NATIVE
+    native = syntax in NATIVE
+    data = elements.raw("PixelData") if native else bytes(elements.raw("PixelData"))
     if native == elements.is_encapsulated("PixelData"):
         raise ValueError(f"transfer syntax {syntax} does not go with {'encapsulated' if native else 'plain'} pixel data")
     frame = b"" if native else get_frame(data, 0, number_of_frames=frames)
@@ -94,7 +95,7 @@ def read_stored(elements: Elements, syntax: str) -> Stored:
     else:
         decoder = get_decoder(UID(syntax))
         patterns, told = decoder.as_array(
-            data,
+            bytes(data),
             index=0,
             raw=True,
             correct_unused_bits=False,
@@ -118,7 +119,7 @@ def _checked_promise(frame: bytes, syntax: str, rows: int, columns: int, samples
     return promise
 
 
-def _plain(elements: Elements, data: bytes, syntax: str, rows: int, columns: int, allocated: int) -> np.ndarray:
+def _plain(elements: Elements, data: memoryview, syntax: str, rows: int, columns: int, allocated: int) -> np.ndarray:
     """Uncompressed patterns without a copy where the bytes lie as the machine wants them; what follows them is padding."""
     wanted = rows * columns * allocated // 8
     if len(data) < wanted:
