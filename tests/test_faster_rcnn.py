@@ -96,7 +96,7 @@ def test_a_bundle_s_weights_predict_alike_and_nothing_else_is_read(detector):
     record = {"recipe": {**vars(RECIPE), "pretrained_file": "/gone/weights.safetensors"}}
     loaded = load(record, detector.state_dict(), torch.device("cpu"))
     for boxes, again in zip(detector.predict(NOISE), loaded.predict(NOISE), strict=True):
-        np.testing.assert_array_equal(boxes, again)
+        np.testing.assert_allclose(again, boxes, rtol=1e-4, atol=1e-3)  # another memory order adds up in another order
     with pytest.raises(RuntimeError, match="Missing key"):
         load(record, {}, torch.device("cpu"))
 
