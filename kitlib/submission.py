@@ -144,11 +144,12 @@ def as_tables(submission: Submission) -> tuple[pd.DataFrame, pd.DataFrame, pd.Da
 
     Of a label that a row names twice the highest confidence counts; one that it does not name is 0.
     """
-    of_label = submission.studies.astype({"label": str})
-    studies = of_label.pivot_table("score", "study_id", "label", "max", fill_value=0.0)
-    nones = submission.images[submission.images.label == "none"].groupby("image_id", as_index=False).score.max()
-    detections = submission.images[submission.images.label == "opacity"].drop(columns="label").reset_index(drop=True)
+    studies = submission.studies.astype({"study_id": object, "label": object})
+    studies = studies.pivot_table("score", "study_id", "label", "max", fill_value=0.0)
     studies = studies.reindex(columns=list(STUDY_CLASSES), fill_value=0.0).rename_axis(columns=None).reset_index()
+    images = submission.images.astype({"image_id": object, "label": object})
+    nones = images[images.label == "none"].groupby("image_id", as_index=False).score.max()
+    detections = images[images.label == "opacity"].drop(columns="label").reset_index(drop=True)
     return studies, nones.rename(columns={"score": "none"}), detections
 
 
