@@ -58,7 +58,7 @@ def example_images(
 
 
 def fold_shares(folds: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> Figure:
-    """Share of each study class, and of images with no label of their own kind, by fold: bars of a class should be level."""
+    """Share of each study class among a fold's images: the bars of a class should be level."""
     joined = folds.merge(images, left_on="id", right_on="image_id").merge(labels, left_on="study_id", right_on="id")
     shares = joined.groupby("fold")[list(STUDY_CLASSES)].mean()
     figure = Figure(figsize=(7, 3), layout="constrained")
@@ -90,7 +90,7 @@ def precision_recall_figure(curves: dict[str, pd.DataFrame]) -> Figure:
     figure = Figure(figsize=(5.5, 4), layout="constrained")
     axis = figure.subplots()
     for name, curve in curves.items():
-        axis.step(curve.recall, curve.precision, where="post", label=name)
+        axis.step(curve.recall, curve.precision, where="pre", label=name)
     axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axis.legend(fontsize=7)
     return figure

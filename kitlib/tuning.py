@@ -39,6 +39,7 @@ OPACITY_POWERS = (0.0, 0.1, 0.16 / 0.84, 0.3, 0.4, 0.6, 0.8, 1.0)
 NEGATIVE_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 Change = Callable[[FusionSettings, Any], FusionSettings]
+Grid = tuple[str, Change, tuple[Any, ...]]  # name of the step, how a value changes the settings, the values
 
 
 class TuningError(ValueError):
@@ -61,7 +62,7 @@ def tune(
     The tables hold out-of-fold predictions; images marked `false_none` are left out. With `folds`, each row must come from
     its image's own fold, and detectors count as having seen every image of the folds they have boxes in. Scored are the
     images that every model has predicted. Each step tries a grid for one setting and keeps the best value only if the
-    score gains by it; `rounds` go over all settings again until none gains.
+    score gains by it. Up to `rounds` go over them again until none gains, the fusion of boxes excepted, which is slow.
 
     Raises TuningError where an image or study has predictions of two folds of one model.
     """
@@ -75,10 +76,10 @@ def tune(
     settings = FusionSettings()
     best = judge(settings)
     rows = [("0 default", "", best, 0.0)]
-    grids = _grids(judge.classifiers, judge.detectors)
-    for _ in range(rounds):
+    for number in range(rounds):
         before = best
-        for name, change, values in grids:
+        boxes_first = _box_grids(judge.detectors) if number == 0 else []
+        for name, change, values in boxes_first + _score_grids(judge.classifiers):
             tried = {value: judge(candidate) for value in values if (candidate := change(settings, value)) != settings}
             value = max(tried, key=tried.__getitem__)
             gain = max(0.0, tried[value] - best)
@@ -142,16 +143,18 @@ class _Judge:
         return self.merged[key]
 
 
-def _grids(classifiers: list[str], detectors: list[str]) -> list[tuple[str, Change, tuple[Any, ...]]]:
-    """The steps: name, how a value changes the settings, the values. What costs little and gains most comes last."""
-    grids: list[tuple[str, Change, tuple[Any, ...]]] = []
-    for models in (classifiers, detectors):
-        if len(models) > 1:
-            grids += [(f"weight of {model}", _weigh(model, models), MODEL_WEIGHTS) for model in models]
-    if len(detectors) > 1:
-        grids += [("box_method", _field("box_method"), BOX_METHODS), ("box_iou", _field("box_iou"), BOX_IOUS)]
+def _box_grids(detectors: list[str]) -> list[Grid]:
+    """How the boxes of several detectors meet; each value costs a fusion of all boxes, ten times what other steps cost."""
+    if len(detectors) < 2:
+        return []
+    ways: list[Grid] = [("box_method", _field("box_method"), BOX_METHODS), ("box_iou", _field("box_iou"), BOX_IOUS)]
+    return [(f"weight of {model}", _weigh(model, detectors), MODEL_WEIGHTS) for model in detectors] + ways
+
+
+def _score_grids(classifiers: list[str]) -> list[Grid]:
+    weights: list[Grid] = [(f"weight of {model}", _weigh(model, classifiers), MODEL_WEIGHTS) for model in classifiers]
     return [
-        *grids,
+        *(weights if len(weights) > 1 else []),
         ("none: " + ", ".join(part.removeprefix("none_") for part in NONE_PARTS), _mix_none, NONE_MIXTURES),
         ("opacity_power", _field("opacity_power"), OPACITY_POWERS),
         ("negative_share", _field("negative_share"), NEGATIVE_SHARES),
