@@ -32,13 +32,12 @@ class DemoSize:
     train_studies: int = 240
     test_studies: int = 80
     side: int = 320  # of the phantoms, pixels
-    study: dict[str, Any] = field(default_factory=dict)  # overrides of the three recipes
-    faster_rcnn: dict[str, Any] = field(default_factory=dict)
-    yolo: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the recipe small_<model>, by model
     times_the_floor: float = 3.0  # a model that ignores its images stays near the floor; less than this is a failure
 
 
 DEMO = DemoSize()
+DETECTORS = ("yolo", "faster_rcnn")
 
 
 @dataclass(frozen=True)
@@ -53,18 +52,18 @@ class Demo:
 
     def stages(self) -> list[list[tuple[str, str, dict[str, Any]]]]:
         """(notebook, run, parameters) in their order; those of one inner list run side by side."""
-        trained = {"prepare_run": str(self.runs / "prepare"), "folds": [0, 1]}
         prepare = {"competition": str(self.inputs / COMPETITION), "longest_side": self.size.side, "n_folds": 2}
-        runs = [str(self.runs / name) for name in ("study", "faster_rcnn", "yolo")]
+        runs = [str(self.runs / name) for name in ("study", *DETECTORS)]
         return [
             [("01_prepare", "prepare", prepare)],
-            [
-                ("02_train_study", "study", {"overrides": self.size.study, **trained}),
-                ("03_train_detector", "yolo", {"recipe": "heidelberg_yolo", "overrides": self.size.yolo, **trained}),
-                ("03_train_detector", "faster_rcnn", {"overrides": self.size.faster_rcnn, **trained}),
-            ],
+            [self._training("02_train_study", "study"), *(self._training("03_train_detector", name) for name in DETECTORS)],
             [("04_fuse", "fuse", {"prepare_run": str(self.runs / "prepare"), "runs": runs})],
         ]
+
+    def _training(self, notebook: str, model: str) -> tuple[str, str, dict[str, Any]]:
+        parameters = {"prepare_run": str(self.runs / "prepare"), "folds": [0, 1], "model_name": model}
+        parameters |= {"recipe": f"small_{model}", "overrides": self.size.overrides.get(model, {})}
+        return notebook, model, parameters
 
     def report(self) -> list[tuple[str, str, dict[str, Any]]]:
         parameters = {"prepare_run": str(self.runs / "prepare"), "fuse_run": str(self.runs / "fuse")}
@@ -124,8 +123,6 @@ def _run_stage(run: Path, progress: Progress, threads: int | None, notebook: str
         progress.update(bar, total=total, completed=started - 1, cell=f"cell {started}/{total}")
 
     parameters = {"run_folder": str(run), **parameters}
-    if "train" in notebook:
-        parameters["model_name"] = run.name
     source = project_root() / "notebooks" / f"{notebook}.ipynb"
     run_notebook(source, run / "notebook.ipynb", parameters, run / "metrics.json", on_cell, threads)
     progress.update(bar, completed=progress.tasks[bar].total, cell="done")

@@ -95,6 +95,20 @@ RECIPES: dict[str, StudyRecipe | DetectorRecipe] = {
         mosaic=1.0,
         mixup=0.5,
     ),
+    "small_study": StudyRecipe(
+        backbone="test_efficientnet",
+        image_size=128,
+        hidden=128,
+        dropout=0.2,
+        epochs=12,
+        batch_size=8,
+        optimizer="adamw",
+        learning_rate=4e-3,
+        weight_decay=0.02,
+        warmup_epochs=1.0,
+        rotate_degrees=5.0,
+        brightness_contrast=0.1,
+    ),
     "small_faster_rcnn": DetectorRecipe(
         backbone="test_resnet",
         image_size=128,
@@ -106,6 +120,7 @@ RECIPES: dict[str, StudyRecipe | DetectorRecipe] = {
         box_hidden=64,
         box_samples=32,
         proposals=40,
+        max_detections=30,
     ),
     "small_yolo": DetectorRecipe(
         family="yolo",
@@ -118,6 +133,7 @@ RECIPES: dict[str, StudyRecipe | DetectorRecipe] = {
         learning_rate=8e-3,
         zoom=0.2,
         norm_momentum=0.1,
+        max_detections=30,
     ),
 }
 
