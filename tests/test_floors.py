@@ -8,7 +8,7 @@ KITLIB = Path(__file__).resolve().parent.parent / "kitlib"
 FLOORS = {
     "vocabulary": "classes atomic tables geometry recipes paths average_precision",
     "reading": "dicom_header grey codestream decoders stored_values dicom dicom_writing decode_worker cache siim "
-    "near_duplicates folds phantom phantom_patients phantom_plan phantom_competition",
+    "near_duplicates folds phantom_patients phantom phantom_plan phantom_competition",
     "models": "device bundle classifier faster_rcnn yolo",
     "running": "deadline xray_dataset predict training train_study train_faster_rcnn train_yolo train_detector",
     "judging": "submission scoring fusion runs tuning reports figures",
