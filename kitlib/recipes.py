@@ -111,7 +111,7 @@ RECIPES: dict[str, StudyRecipe | DetectorRecipe] = {
     ),
     "small_faster_rcnn": DetectorRecipe(
         backbone="test_resnet",
-        image_size=128,
+        image_size=96,
         epochs=4,
         batch_size=4,
         optimizer="adamw",
