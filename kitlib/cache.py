@@ -1,6 +1,7 @@
 """The decode-once cache: every X-ray decoded in parallel, one time, and kept small beside its original size."""
 
 import errno
+import hashlib
 import json
 import os
 import time
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -15,10 +17,9 @@ from pebble import ProcessExpired, ProcessPool
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from kitlib import codestream, decode_worker, decoders, dicom, dicom_header, geometry, grey, stored_values
 from kitlib.decode_worker import LightContext, Outcome, decode_into, source_of, start_worker
 
-# Part of an entry's place: raise it when the same file would decode to other pixels, and old entries are not seen.
-DECODE_VERSION = 1
 # A worker is replaced after so many files, so that what a decoder leaks stays small.
 FILES_A_WORKER = 500
 STALE_SECONDS = 3600
@@ -26,6 +27,20 @@ STALE_SECONDS = 3600
 
 class CacheError(RuntimeError):
     """The cache itself is at fault, not an image: a full disk, a damaged entry, ids that cannot be kept."""
+
+
+def fingerprint(*modules: ModuleType) -> str:
+    """16 hexadecimal digits that change with the modules' code, so that a newer kit does not take an older one's files."""
+    return hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()[:16]
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, which on a shared machine are fewer than it has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# Part of an entry's place: code under which the same file may become other pixels does not see older entries.
+DECODER = fingerprint(dicom, dicom_header, grey, codestream, decoders, stored_values, decode_worker, geometry)[:8]
 
 
 @dataclass(frozen=True)
@@ -40,14 +55,15 @@ class XrayCache:
     """Decoded X-rays in `folder`, at most `longest_side` pixels a side.
 
     An entry is one safetensors file, written whole or not at all. Entries of another side or another version of the decoder
-    lie in another sub-folder and are not seen; an entry whose source file has another size or time is decoded again.
+    lie in another sub-folder and are not seen. An entry serves for a file, wherever it lies, with the size, the time of
+    change and the samples of bytes (see `source_of`) of the one it was made from; for any other it is made again.
     """
 
     def __init__(self, folder: str | Path, longest_side: int = 1024):
         if longest_side < 1:
             raise ValueError(f"longest_side is {longest_side}, wanted at least 1 pixel")
         self.longest_side = longest_side
-        self.folder = Path(folder) / f"{longest_side}px_v{DECODE_VERSION}"
+        self.folder = Path(folder) / f"{longest_side}px_{DECODER}"
 
     def decode(self, images: pd.DataFrame, workers: int | None = None, timeout_s: float = 20.0) -> Iterator[Outcome]:
         """Yield one Outcome an image as they get done, in any order. `images` has the columns image_id and path.
@@ -58,7 +74,7 @@ class XrayCache:
         """
         ids, paths = self._checked(images)
         self._remove_abandoned()
-        workers = workers or len(os.sched_getaffinity(0))
+        workers = workers or usable_cores()
         pool = ProcessPool(workers, max_tasks=FILES_A_WORKER, initializer=start_worker, context=LightContext())
         running: dict[Future, tuple[str, float]] = {}
         try:

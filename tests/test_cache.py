@@ -2,10 +2,12 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 from pydicom.uid import ExplicitVRLittleEndian
 
 import kitlib.cache
-from kitlib.cache import CacheError, XrayCache
+from kitlib.cache import DECODER, CacheError, XrayCache, fingerprint
 from kitlib.decode_worker import decode_into, shrink
 from kitlib.dicom import read_xray
 from kitlib.dicom_writing import write_xray
@@ -71,6 +73,54 @@ def test_fill_read_resume_and_notice_changes(tmp_path):
     assert "image1" not in other
     with pytest.raises(KeyError, match="decode it first"):
         other.read("image1")
+
+
+def test_another_file_of_the_same_size_and_time_is_decoded(tmp_path):
+    """As two archives unpack with one time for all files: only the pixels in the middle of the file differ."""
+    images = write_images(tmp_path, 1, 400, 400)
+    path = Path(images.path[0])
+    cache = XrayCache(tmp_path / "c")
+    cache.fill(images, workers=1)
+    before, status = path.read_bytes(), path.stat()
+    kept = cache.read("image0").pixels
+    middle = len(before) // 2
+    path.write_bytes(before[: middle - 50] + bytes(100) + before[middle + 50 :])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    assert cache.fill(images, workers=1).status.tolist() == ["decoded"]
+    # 100 bytes of 16-bit pixels.
+    assert (cache.read("image0").pixels != kept).sum() in range(45, 52)
+
+
+def test_a_copy_with_its_time_is_known_and_a_touched_file_is_not(tmp_path):
+    images = write_images(tmp_path, 1)
+    cache = XrayCache(tmp_path / "c")
+    cache.fill(images, workers=1)
+    copy = shutil.copy2(images.path[0], tmp_path / "copy.dcm")
+    assert cache.fill(images.assign(path=str(copy)), workers=1).status.tolist() == ["cached"]
+    os.utime(copy)
+    assert cache.fill(images.assign(path=str(copy)), workers=1).status.tolist() == ["decoded"]
+
+
+def test_a_pipe_in_the_place_of_a_known_file_stops_nothing(tmp_path):
+    images = write_images(tmp_path, 1)
+    cache = XrayCache(tmp_path / "c")
+    cache.fill(images, workers=1)
+    Path(images.path[0]).unlink()
+    os.mkfifo(images.path[0])
+    table = cache.fill(images, workers=1)
+    assert table.status.tolist() == ["failed"] and table.reason[0] == "not a regular file"
+
+
+def test_changed_code_has_another_fingerprint(tmp_path):
+    module = types.ModuleType("decoding")
+    module.__file__ = str(tmp_path / "decoding.py")
+    found = set()
+    for source in ("A = 1", "A = 2", "A = 1"):
+        Path(module.__file__).write_text(source)
+        found.add(fingerprint(module))
+    assert len(found) == 2
+    assert XrayCache(tmp_path, 64).folder.name.removeprefix("64px_") == DECODER
 
 
 def test_small_images_are_not_enlarged():
