@@ -24,7 +24,8 @@ from rich.table import Table
 
 from kitlib.decode_worker import shrink
 from kitlib.dicom import read_xray
-from kitlib.dicom_writing import NATIVE, WRITABLE, write_xray
+from kitlib.dicom_writing import WRITABLE, write_xray
+from kitlib.stored_values import NATIVE
 
 ROWS, COLUMNS, SIDE, REPEATS = 2800, 2400, 1024, 7
 # Times faster than the recipe; every other syntax must not be slower.

@@ -1,5 +1,6 @@
 """Reads a chest X-ray from a DICOM file: pixels as a radiologist sees them, or one error that names file and reason."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -55,8 +56,14 @@ class Xray:
 
 
 def read_xray(path: str | Path) -> np.ndarray:
-    """uint8 (rows, columns), 255 = white as a radiologist sees it. Raises UnreadableXray. See `decode_xray`."""
-    return decode_xray(path).pixels
+    """uint8 (rows, columns), 255 = white as a radiologist sees it; its warnings go to the log. Raises UnreadableXray.
+
+    See `decode_xray`, which logs nothing.
+    """
+    xray = decode_xray(path)
+    if xray.warnings:
+        logging.getLogger(__name__).warning("%s: %s", path, "; ".join(xray.warnings))
+    return xray.pixels
 
 
 @_one_error
@@ -93,7 +100,7 @@ def read_stored_values(path: str | Path) -> np.ndarray:
 
 @_one_error
 def read_header(path: str | Path) -> XrayHeader:
-    """Ids, size and view, without the pixels. Raises UnreadableXray."""
+    """Ids, size and view, without the pixels. Raises UnreadableXray, also for a file with none of an X-ray's elements."""
     return header_of(*read_elements(path, with_pixels=False))
 
 

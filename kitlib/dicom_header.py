@@ -155,6 +155,9 @@ def read_elements(path: str | Path, with_pixels: bool = True) -> tuple[Elements,
 
 
 def header_of(elements: Elements, transfer_syntax: str) -> XrayHeader:
+    """Raises ValueError where there is none of an X-ray's elements: any bytes pass for an empty dataset."""
+    if not any(keyword in elements for keyword in KEYWORDS):
+        raise ValueError("none of an X-ray's DICOM elements: empty, cut short or of another kind")
     image_id, study_id, series_id, patient_id = map(elements.text, IDS)
     return XrayHeader(
         image_id=image_id,

@@ -13,10 +13,7 @@ from pydicom.pixels import get_encoder
 from pydicom.uid import (
     JPEG2000,
     UID,
-    DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
     JPEGLossless,
@@ -26,6 +23,7 @@ from pydicom.uid import (
 )
 
 from kitlib.atomic import replacing
+from kitlib.stored_values import NATIVE
 
 DIGITAL_X_RAY = UID("1.2.840.10008.5.1.4.1.1.1.1")
 
@@ -43,7 +41,6 @@ ENCODERS: dict[str, Callable[[np.ndarray, int], bytes]] = {
         samples, level=50, codecformat="j2k", reversible=False, bitspersample=bits
     ),
 }
-NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
 WRITABLE = (*NATIVE, RLELossless, *ENCODERS)
 
 

@@ -24,7 +24,8 @@ from pydicom.uid import (
 )
 
 from kitlib.dicom import UnreadableXray, decode_xray, read_header, read_stored_values, read_xray
-from kitlib.dicom_writing import NATIVE, WRITABLE, write_xray
+from kitlib.dicom_writing import WRITABLE, write_xray
+from kitlib.stored_values import NATIVE
 
 LOSSLESS = (*NATIVE, RLELossless, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless)
 RNG = np.random.default_rng(0)
@@ -190,6 +191,19 @@ def test_what_a_header_cannot_mean_is_left_out_with_a_warning(tmp_path, extra, t
     assert told in xray.warnings[0]
 
 
+def test_warnings_are_logged_once_a_file_by_read_xray_alone(tmp_path, caplog):
+    lies = {"WindowCenter": "2000", "WindowWidth": "0", "BitsStored": 20}
+    path = write(tmp_path / "lies.dcm", image("u2", 12), extra=lies)
+    warnings = decode_xray(path).warnings
+    assert len(warnings) == 2 and not caplog.records
+    read_xray(path)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert all(text in record.message for text in (str(path), *warnings))
+    read_xray(write(tmp_path / "plain.dcm", image("u2", 12), bits_stored=12))
+    assert len(caplog.records) == 1
+
+
 def test_text_where_a_number_belongs(tmp_path):
     path = write(tmp_path / "x.dcm", image("u2", 12), bits_stored=12, window=(2000, 3000))
     plain = read_xray(write(tmp_path / "plain.dcm", image("u2", 12) * 0 + read_stored_values(path), bits_stored=12))
@@ -303,6 +317,19 @@ def test_unreadable_things_name_file_and_reason(tmp_path):
             read_xray(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
         assert caught.value.reason
+
+
+def test_a_header_of_no_dicom_file_is_refused(tmp_path):
+    whole = write(tmp_path / "whole.dcm", image("u2", 12)).read_bytes()
+    for content in (b"", b"garbage", b"not an image " * 100, RNG.bytes(4096), bytes(4096), whole[:200]):
+        path = tmp_path / "x.dcm"
+        path.write_bytes(content)
+        with pytest.raises(UnreadableXray) as caught:
+            read_header(path)
+        assert caught.value.path == str(path) and caught.value.reason
+    # Cut within the pixels, the header is whole.
+    path.write_bytes(whole[:-1000])
+    assert read_header(path) == read_header(tmp_path / "whole.dcm")
 
 
 def test_damaged_files_have_one_error_class(tmp_path):
