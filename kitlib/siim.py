@@ -8,6 +8,7 @@ import ast
 import logging
 import math
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class SiimTest:
     faults: pd.DataFrame
     study_ids: tuple[str, ...]  # every study and image that a submission needs: the sample's in its order, then
     image_ids: tuple[str, ...]  # those that have files alone
+    sample_ids: tuple[str, ...]  # the sample's own ids as it has them (..._study, ..._image), each once; empty without one
 
 
 def read_train(folder: str | Path, progress: bool = True) -> SiimTrain:
@@ -93,7 +95,11 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
     if not sample.is_file() and not test.is_dir():
         raise SiimLayoutError(f"{folder} has neither {SAMPLE} nor a folder test; see inputs/README.md for its layout")
     faults = _Faults()
-    listed = _sample_ids(sample, faults)
+    sample_ids = _sample_ids(sample, faults)
+    listed: dict[str, list[str]] = {"study": [], "image": []}
+    for name in sample_ids:
+        bare, _, kind = name.rpartition("_")
+        listed[kind].append(bare)
     if not test.is_dir():
         faults.add("test", "", "the folder is missing; there are only the sample submission's ids")
     files = _dicom_files(test, faults)  # none where there is no folder
@@ -114,7 +120,7 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
         )
     else:
         images = files.assign(patient_id=files.study_id, rows=0, columns=0, view="", source="siim")
-    return SiimTest(check_table(images, "images", str(folder)), faults.table(), *ids)
+    return SiimTest(check_table(images, "images", str(folder)), faults.table(), *ids, sample_ids)
 
 
 def read_label_tables(folder: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -250,22 +256,19 @@ def _cut_at_edges(images: pd.DataFrame, boxes: pd.DataFrame, faults: _Faults) ->
     return images[~images.image_id.isin(lost)], cut[~cut.image_id.isin(lost)].reset_index(drop=True)
 
 
-def _sample_ids(path: Path, faults: _Faults) -> dict[str, list[str]]:
-    """Bare study and image ids of the sample submission, in its order."""
+def _sample_ids(path: Path, faults: _Faults) -> tuple[str, ...]:
+    """The sample submission's ids that end in _study or _image, each once, in its order."""
     if not path.is_file():
         faults.add(SAMPLE, "", "the file is missing; ids are taken from the files below test")
-        return {"study": [], "image": []}
+        return ()
     ids = _read_csv(path, ("id",)).id
     for name in ids[ids.duplicated()]:
         faults.add(SAMPLE, name, "the id occurs again; it gets one row")
-    listed: dict[str, list[str]] = {"study": [], "image": []}
-    for name in ids.drop_duplicates():
-        bare, _, kind = name.rpartition("_")
-        if bare and kind in listed:
-            listed[kind].append(bare)
-        else:
-            faults.add(SAMPLE, name, "the id ends neither in _study nor in _image; left out")
-    return listed
+    ids = ids.drop_duplicates()
+    usable = ids.str.fullmatch(r".+_(?:study|image)", flags=re.DOTALL)
+    for name in ids[~usable]:
+        faults.add(SAMPLE, name, "the id ends neither in _study nor in _image; left out")
+    return tuple(ids[usable])
 
 
 def _dicom_files(root: Path, faults: _Faults) -> pd.DataFrame:

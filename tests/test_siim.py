@@ -178,11 +178,29 @@ def test_a_test_set_of_another_size_than_the_sample_keeps_both(layout):
     sample(layout, ["s4_study", "s0_study", "e_image", "z_image", "e_image", "odd"])
     test = read_test(layout, progress=False)
     assert test.study_ids == ("s4", "s0", "s5") and test.image_ids == ("e", "z", "f", "g")
+    assert test.sample_ids == ("s4_study", "s0_study", "e_image", "z_image")
     assert sorted(test.faults.row) == ["e_image", "f", "g", "odd", "s0_study", "s5", "z_image"]
 
 
-def test_test_files_that_cannot_be_read_keep_their_row(layout):
-    (layout / "test/s4/series-e/e.dcm").write_bytes(b"")
+@pytest.mark.parametrize("odd", ["", "_study", "_image", "s4", "s4_study ", "s4_patient"])
+def test_the_samples_own_ids_are_as_written_in_its_order_without_odd_ones(layout, odd):
+    sample(layout, ["g_image", odd, "s4_study", "a_b_study", "g_image"])
+    test = read_test(layout, progress=False)
+    assert test.sample_ids == ("g_image", "s4_study", "a_b_study")
+    assert test.study_ids == ("s4", "a_b", "s5") and test.image_ids == ("g", "e", "f")
+    assert "left out" in told(test.faults, odd) and "one row" in told(test.faults, "g_image")
+
+
+def test_a_sample_of_nothing_or_none_has_no_ids(layout):
+    sample(layout, [])
+    assert read_test(layout, progress=False).sample_ids == ()
+    (layout / "sample_submission.csv").unlink()
+    assert read_test(layout, progress=False).sample_ids == ()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 1000])
+def test_test_files_that_cannot_be_read_keep_their_row(layout, content):
+    (layout / "test/s4/series-e/e.dcm").write_bytes(content)
     test = read_test(layout, progress=False)
     row = test.images.set_index("image_id").loc["e"]
     assert (row.study_id, row.patient_id, row["rows"], row["columns"]) == ("s4", "s4", 0, 0)
