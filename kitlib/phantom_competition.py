@@ -4,8 +4,8 @@ import hashlib
 import json
 import logging
 import multiprocessing
-import os
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from kitlib import dicom_writing, phantom, phantom_patients, phantom_plan
 from kitlib.atomic import replacing, write_json
+from kitlib.cache import fingerprint, usable_cores
 from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
 from kitlib.dicom_writing import write_xray
 from kitlib.phantom import render
@@ -38,7 +39,10 @@ from kitlib.phantom_patients import draw_exposure, draw_near_duplicate, draw_opa
 from kitlib.phantom_plan import PlannedImage, PlannedStudy, plan_split
 
 COMPETITION = "siim-covid19-detection"
-MARKER = "phantom.json"  # written last, so that a folder with it is whole; holds what the folder was made from
+LABEL_TABLES = ("train_study_level.csv", "train_image_level.csv")
+# Beside the competition, which has SIIM's files and no other; says what the competition was made from, and of which tables.
+MARKER = ".phantom.json"
+MARKER_INSIDE = "phantom.json"  # where kits before this one put it
 
 # Shares in SIIM's training set.
 MONOCHROME1_SHARE = 0.27
@@ -73,7 +77,7 @@ def write_competition(
 ) -> Path:
     """Write FOLDER/siim-covid19-detection and, into `truth`, the test set's two label tables; return the former.
 
-    The folder has the competition's own files: `train/` and `test/` with <study>/<series>/<image>.dcm,
+    The folder has the competition's own files and no other: `train/` and `test/` with <study>/<series>/<image>.dcm,
     `train_study_level.csv`, `train_image_level.csv`, `sample_submission.csv`. `side` is the longer side of an image in
     pixels. As in the real set, a near-duplicate image of a positive study has no box in the training table; in the truth
     of the test set it has its boxes, because the hidden labels were mended. `damaged_test_files` of the test images cannot
@@ -81,8 +85,8 @@ def write_competition(
 
     The same parameters give the same bytes, whatever `workers` (default: the machine's cores, fewer for a small set). The
     folder appears when it is whole: after an interruption, call again. If it is there and made with these parameters by
-    this code, nothing is done; made with others, it is replaced. Raises FileExistsError where it holds something else,
-    ValueError for numbers that give no competition.
+    this code, which FOLDER/.phantom.json says, nothing is done; made with others, it is replaced. Raises FileExistsError
+    where it holds something else, ValueError for numbers that give no competition.
     """
     if min(train_studies, test_studies) < len(STUDY_CLASSES):
         raise ValueError(f"every class needs a study in train and test: at least 4, got {train_studies} and {test_studies}")
@@ -94,7 +98,7 @@ def write_competition(
         "side": side,
         "seed": seed,
         "damaged_test_files": damaged_test_files,
-        "generator": _generator_fingerprint(),
+        "generator": fingerprint(phantom, phantom_patients, phantom_plan, dicom_writing, sys.modules[__name__]),
     }
     competition, truth = Path(folder) / COMPETITION, Path(truth)
     if _made_with(competition, truth, parameters):
@@ -104,12 +108,13 @@ def write_competition(
         *plan_split("train", train_studies, seed, 0),
         *plan_split("test", test_studies, seed, damaged_test_files),
     ]
-    partial = competition.with_name(f".{COMPETITION}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, replaced = (competition.with_name(f".{COMPETITION}.{suffix}") for suffix in ("partial", "replaced"))
+    for left_behind in (partial, replaced):
+        shutil.rmtree(left_behind, ignore_errors=True)
     rows: list[dict[str, Any]] = []
     images = sum(len(study.images) for study in studies)
     with tqdm(total=images, desc="phantoms", unit="image", disable=not progress) as bar:
-        for written in _write_studies(partial, studies, side, workers or min(_cores(), 1 + images // 100)):
+        for written in _write_studies(partial, studies, side, workers or min(usable_cores(), 1 + images // 100)):
             rows.extend(written)
             bar.update(len(written))
     table = pd.DataFrame(rows)
@@ -117,10 +122,12 @@ def write_competition(
     _write_label_tables(train, partial)
     _write_label_tables(test, truth)
     _write_sample_submission(test, partial / "sample_submission.csv")
-    write_json(partial / MARKER, parameters)
+    # Killed between any two of these, the next call finds either a competition that fits its marker or none.
     if competition.exists():
-        shutil.rmtree(competition)
+        competition.rename(replaced)
+    write_json(competition.with_name(MARKER), parameters | {"tables": _tables_digest(partial)})
     partial.rename(competition)
+    shutil.rmtree(replaced, ignore_errors=True)
     return competition
 
 
@@ -237,7 +244,7 @@ def _write_label_tables(images: pd.DataFrame, folder: Path) -> None:
             "StudyInstanceUID": images.study_id,
         }
     )
-    for name, table in (("train_study_level.csv", study_level), ("train_image_level.csv", image_level)):
+    for name, table in zip(LABEL_TABLES, (study_level, image_level), strict=True):
         with replacing(folder / name) as beside:
             table.to_csv(beside, index=False)
 
@@ -271,19 +278,16 @@ def _draw(rng: np.random.Generator, shares: dict[Any, float]) -> Any:
 def _made_with(competition: Path, truth: Path, parameters: dict[str, Any]) -> bool:
     if not competition.exists() or not any(competition.iterdir()):
         return False
-    marker = competition / MARKER
-    if not marker.is_file():
+    if (competition / MARKER_INSIDE).is_file():
+        return False
+    marker = competition.with_name(MARKER)
+    made = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
+    # The tables tell ours from a real competition that was unpacked where phantoms were once.
+    if made.get("tables") != _tables_digest(competition):
         raise FileExistsError(f"{competition} holds no phantom competition; choose another folder or move it away")
-    tables = all((truth / name).is_file() for name in ("train_study_level.csv", "train_image_level.csv"))
-    return tables and json.loads(marker.read_text(encoding="utf-8")) == parameters
+    return all((truth / name).is_file() for name in LABEL_TABLES) and parameters.items() <= made.items()
 
 
-def _generator_fingerprint() -> str:
-    """Changes with the code that draws and writes, so that a newer kit does not take an older kit's phantoms for its own."""
-    sources = [Path(module.__file__) for module in (phantom, phantom_patients, phantom_plan, dicom_writing)]
-    sources.append(Path(__file__))
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _tables_digest(competition: Path) -> str:
+    tables = [competition / name for name in (*LABEL_TABLES, "sample_submission.csv")]
+    return hashlib.sha256(b"".join(table.read_bytes() for table in tables if table.is_file())).hexdigest()[:16]

@@ -222,7 +222,10 @@ def test_writing_again_does_nothing_and_other_numbers_replace(tmp_path):
     partial.mkdir(parents=True)  # left behind by a run that was killed
     (partial / "old.dcm").write_bytes(b"old")
     competition = write_competition(tmp_path / "demo", tmp_path / "truth", **few)
-    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["siim-covid19-detection"]
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [".phantom.json", "siim-covid19-detection"]
+    assert {path.name for path in competition.iterdir()} == {
+        *("train", "test", "train_study_level.csv", "train_image_level.csv", "sample_submission.csv")
+    }
     assert not list(competition.rglob("old.dcm"))
     before = fingerprint(competition)
     canary = competition / "canary"
@@ -234,6 +237,14 @@ def test_writing_again_does_nothing_and_other_numbers_replace(tmp_path):
     assert not canary.exists() and fingerprint(competition) == before
     write_competition(tmp_path / "demo", tmp_path / "truth", **(few | {"seed": 6}))
     assert fingerprint(competition) != before
+    # As it was with the marker inside.
+    (tmp_path / "demo" / ".phantom.json").rename(competition / "phantom.json")
+    write_competition(tmp_path / "demo", tmp_path / "truth", **few)
+    assert fingerprint(competition) == before
+    # The real one, unpacked where the phantoms were.
+    (competition / "train_image_level.csv").write_text("id,boxes,label,StudyInstanceUID\n")
+    with pytest.raises(FileExistsError, match="no phantom competition"):
+        write_competition(tmp_path / "demo", tmp_path / "truth", **(few | {"seed": 6}))
 
 
 def test_what_it_did_not_write_it_does_not_replace(tmp_path):
