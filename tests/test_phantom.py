@@ -237,6 +237,11 @@ def test_writing_again_does_nothing_and_other_numbers_replace(tmp_path):
     assert not canary.exists() and fingerprint(competition) == before
     write_competition(tmp_path / "demo", tmp_path / "truth", **(few | {"seed": 6}))
     assert fingerprint(competition) != before
+    # Killed while the new one takes the old one's place.
+    competition.rename(competition.with_name(".siim-covid19-detection.replaced"))
+    write_competition(tmp_path / "demo", tmp_path / "truth", **few)
+    assert fingerprint(competition) == before and len(list((tmp_path / "demo").iterdir())) == 2
+    write_competition(tmp_path / "demo", tmp_path / "truth", **(few | {"seed": 6}))
     # As it was with the marker inside.
     (tmp_path / "demo" / ".phantom.json").rename(competition / "phantom.json")
     write_competition(tmp_path / "demo", tmp_path / "truth", **few)
