@@ -22,6 +22,7 @@ from kitlib.tables import BOX, check_table, empty_table
 
 BOX_METHODS = ("wbf", "nms", "soft_nms", "nmw")
 CONFIDENCES = ("avg", "max", "box_and_model_avg", "absent_model_aware_avg")
+FEW_IMAGES = 500  # so many are merged in less time than further processes take to start
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def fuse(
     studies = fuse_scores(study_scores, "study_scores", settings)
     nones = fuse_scores(image_scores, "image_scores", settings)
     boxes = fuse_boxes(detections, images, settings, coverage, workers)
-    has_boxes = seen_images(detections, images, coverage)
+    has_boxes = seen_images(detections, images, settings, coverage)
     return combine(studies, nones, boxes, has_boxes, images, settings)
 
 
@@ -124,12 +125,12 @@ def fuse_boxes(
     """One list of boxes an image from those of every (model, fold): image_id, score, box in original pixels.
 
     A box that only some of an image's lists have found is scaled down, so it matters how many lists there are, empty ones
-    too. `coverage` (image_id, model, fold) says which detector has seen which image, so that a model that was stopped
-    half-way does not lower the scores of images it never saw. Without it, every model has seen every image, with as many
-    folds as it shows at most on one image. Each model has its weight, shared by its folds. A single list passes as it is.
+    too. The table `coverage` says which detector has seen which image, so that a model that was stopped half-way does not
+    lower the scores of images it never saw. Without it, every model has seen every image, with as many folds as it shows
+    at most on one image. Each model has its weight, shared by its folds. A single list passes as it is.
 
-    Boxes are cut at the image's edges; `workers` processes share the images. Raises ValueError for an image whose size is
-    unknown or that is not in `images`.
+    Boxes are cut at the image's edges; `workers` processes share the images, where there are many. Raises ValueError for an
+    image whose size is unknown or that is not in `images`.
     """
     boxes = _boxes_inside(detections, images)
     boxes = boxes[(boxes["score"] >= settings.box_min_score) & (boxes["score"] > 0)]
@@ -137,7 +138,10 @@ def fuse_boxes(
     if boxes.empty:
         return boxes[["image_id", "score", *BOX]].reset_index(drop=True)
     image, image_ids = pd.factorize(boxes["image_id"])
-    model, models = pd.factorize(boxes["model"])
+    # A model that has found nothing anywhere is in the coverage alone, and its lists count too.
+    names = set(boxes["model"]) | (set() if coverage is None else set(coverage["model"]))
+    models = pd.Index(sorted(name for name in names if settings.weight(name)))
+    model = models.get_indexer(boxes["model"])
     order = np.lexsort((-boxes["score"], boxes["fold"], model, image))
     boxes, image, model = boxes.iloc[order], image[order], model[order]
     score, corners = boxes["score"].to_numpy(), boxes[list(BOX)].to_numpy()
@@ -159,7 +163,8 @@ def fuse_boxes(
             weights = np.concatenate([share[model[starts[first:last]]], np.repeat(share, there[here] - found[here])])
         images_with_boxes.append((here, size[starts[first]]))
         tasks.append(([corners[rows] / size[rows] for rows in lists], [score[rows] for rows in lists], weights, settings))
-    merged = Parallel(workers)(delayed(merge_boxes)(*task) for task in tasks)
+    meeting = sum(len(task[2]) > 1 for task in tasks)
+    merged = Parallel(workers if meeting > FEW_IMAGES else 1)(delayed(merge_boxes)(*task) for task in tasks)
     parts = [box * side for (_, side), (box, _) in zip(images_with_boxes, merged, strict=True)]
     table = pd.DataFrame(np.concatenate(parts), columns=list(BOX))
     here = np.repeat([place for place, _ in images_with_boxes], [len(part) for part in parts])
@@ -256,19 +261,16 @@ def combine(
     return Fused(studies.assign(prior=prior).rename_axis("study_id").reset_index(), nones, rescored)
 
 
-def seen_images(detections: pd.DataFrame | None, images: pd.DataFrame, coverage: pd.DataFrame | None = None) -> np.ndarray:
-    """Which of `images` (n,) a detector has looked at; without `coverage`, all where there are any detections."""
-    if detections is None:
-        detections = empty_table("detections")
+def seen_images(
+    detections: pd.DataFrame | None, images: pd.DataFrame, settings: FusionSettings, coverage: pd.DataFrame | None = None
+) -> np.ndarray:
+    """Which of `images` (n,) a detector with a weight has looked at; without `coverage`, all where there are detections."""
+    detections = empty_table("detections") if detections is None else detections
+    looked = pd.concat([table for table in (detections, coverage) if table is not None])[["image_id", "model"]]
+    looked = looked[looked["model"].map(settings.weight).astype(float) > 0]
     if coverage is None:
-        return np.full(len(images), len(detections) > 0)
-    return images["image_id"].isin(pd.concat([coverage["image_id"], detections["image_id"]])).to_numpy()
-
-
-def coverage_of_folds(detections: pd.DataFrame, folds: pd.DataFrame) -> pd.DataFrame:
-    """Coverage of out-of-fold detections: each (model, fold) among them has seen every image of that fold."""
-    runs = detections[["model", "fold"]].drop_duplicates()
-    return runs.merge(folds.rename(columns={"id": "image_id"}), on="fold")[["image_id", "model", "fold"]]
+        return np.full(len(images), len(looked) > 0)
+    return images["image_id"].isin(looked["image_id"]).to_numpy()
 
 
 def write_settings(settings: FusionSettings, path: str | Path) -> None:

@@ -8,10 +8,9 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import brier_score_loss, confusion_matrix, roc_auc_score
 
-from kitlib.average_precision import average_precision, box_hits, precision_recall
+from kitlib.average_precision import average_precision, precision_recall
 from kitlib.classes import SCORED_CLASSES, STUDY_CLASSES
-from kitlib.scoring import SCORE_KEYS, Truth, class_precision, competition_score
-from kitlib.tables import BOX
+from kitlib.scoring import SCORE_KEYS, Truth, class_precision, competition_score, table_hits
 
 
 def confusion(truth: Truth, studies: pd.DataFrame) -> pd.DataFrame:
@@ -66,7 +65,9 @@ def precision_recall_curves(
     """Columns recall and precision (VOC's envelope) for each class of the truth, by `class (AP 0.123)`."""
     of_ids = _answers(truth, studies, nones).items()
     answers = {name: (predicted, positive, positive.sum()) for name, (positive, predicted) in of_ids}
-    answers["opacity"] = detections["score"].to_numpy(), _hits(truth, detections), len(truth.boxes)
+    known = detections[detections["image_id"].isin(truth.image_ids)]
+    hits = table_hits(known, "image_id", truth.boxes)
+    answers["opacity"] = known["score"].to_numpy(), hits, len(truth.boxes)
     curves = {}
     for name, (score, hit, positives) in answers.items():
         if positives:
@@ -102,7 +103,7 @@ def bootstrap(
     places = pd.Index(truth.image_ids)
     boxed = codes[places.get_indexer(truth.boxes["image_id"])]
     known = detections[detections["image_id"].isin(places)].sort_values("score", ascending=False)
-    hits, found = _hits(truth, known), codes[places.get_indexer(known["image_id"])]
+    hits, found = table_hits(known, "image_id", truth.boxes), codes[places.get_indexer(known["image_id"])]
     on_boxed = known["image_id"].isin(truth.boxes["image_id"]).to_numpy()
     scores, answers = known["score"].to_numpy(), _answers(truth, studies, nones)
 
@@ -137,14 +138,3 @@ def _in_order(table: pd.DataFrame, key: str, ids: pd.Series | tuple[str, ...], c
     if values.isna().any(axis=None):
         raise ValueError(f"{key} {values.index[values.isna().any(axis=1)][0]} of the truth has no {', '.join(columns)}")
     return values.to_numpy()
-
-
-def _hits(truth: Truth, detections: pd.DataFrame) -> np.ndarray:
-    places = pd.Index(truth.image_ids)
-    return box_hits(
-        places.get_indexer(detections["image_id"]),
-        detections["score"],
-        detections[list(BOX)],
-        places.get_indexer(truth.boxes["image_id"]),
-        truth.boxes[list(BOX)],
-    )

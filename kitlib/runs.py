@@ -12,7 +12,7 @@ from kitlib.fusion import Fused
 from kitlib.tables import concatenate, read_table
 
 PREPARED_TABLES = ("images", "labels", "boxes", "folds")
-PREDICTED_TABLES = ("study_scores", "image_scores", "detections")
+PREDICTED_TABLES = ("study_scores", "image_scores", "detections", "coverage")
 
 
 class RunError(ValueError):
@@ -21,11 +21,15 @@ class RunError(ValueError):
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """Predictions of models on images they have not seen, from several runs together; tables may be empty."""
+    """Predictions of models on images they have not seen, from several runs together; tables may be empty.
+
+    `coverage` (image_id, model, fold) has a row for each image that a detector looked at, also where it found nothing.
+    """
 
     study_scores: pd.DataFrame
     image_scores: pd.DataFrame
     detections: pd.DataFrame
+    coverage: pd.DataFrame
 
 
 def read_metrics(run: str | Path) -> dict[str, Any]:
@@ -44,7 +48,10 @@ def read_prepared(run: str | Path) -> dict[str, pd.DataFrame]:
 
 
 def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
-    """The out-of-fold predictions of trained runs. Raises RunError for a run without any, and for two of one model name."""
+    """The out-of-fold predictions of trained runs.
+
+    Raises RunError for a run without any, for detections without their coverage, and for two runs of one model name.
+    """
     found: dict[str, list[pd.DataFrame]] = {name: [] for name in PREDICTED_TABLES}
     models: dict[str, Path] = {}
     for run in map(Path, runs):
@@ -55,6 +62,8 @@ def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
         there = [name for name in PREDICTED_TABLES if (run / "tables" / f"{name}.parquet").is_file()]
         if not there:
             raise RunError(f"{run} has no tables of predictions; name runs of the training notebooks")
+        if "detections" in there and "coverage" not in there:
+            raise RunError(f"{run} has detections but no tables/coverage.parquet; train the detector again")
         for name in there:
             found[name].append(read_table(name, run / "tables" / f"{name}.parquet"))
     return OutOfFold(**{name: concatenate(tables, name) for name, tables in found.items()})
@@ -67,3 +76,19 @@ def read_fused(run: str | Path) -> Fused:
     for name in ("studies", "nones"):
         tables[name] = tables[name][~tables[name].prior].reset_index(drop=True)
     return Fused(**tables)
+
+
+def judged_images(images: pd.DataFrame, fused: Fused) -> pd.DataFrame:
+    """The rows of `images` that have a `none` and whose study has an answer, priors not counted: what can be scored.
+
+    Raises RunError where none is left.
+    """
+    studies, nones = fused.studies, fused.nones
+    answered = images["image_id"].isin(nones.loc[~nones["prior"], "image_id"])
+    judged = images[answered & images["study_id"].isin(studies.loc[~studies["prior"], "study_id"])]
+    if judged.empty:
+        raise RunError(
+            f"no image has both a `none` and a study that is answered ({int(answered.sum())} have a `none`); "
+            "include a study run, of folds that the detectors have too, among the runs that are fused"
+        )
+    return judged.reset_index(drop=True)

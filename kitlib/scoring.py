@@ -17,7 +17,7 @@ from kitlib.classes import SCORED_CLASSES, STUDY_CLASSES, STUDY_LABEL_COLUMNS
 from kitlib.submission import ONE_PIXEL, Submission, read_submission, submission_ids
 from kitlib.tables import BOX
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SCORE_KEYS = ("score", *SCORED_CLASSES, "opacity_boxed")
 
@@ -101,11 +101,11 @@ def score(truth: Truth, submission: Submission) -> dict[str, float]:
     nones = submission.images[submission.images["label"] == "none"]
     precision["none"] = _one_pixel_precision(nones, "image_id", np.array(truth.image_ids, dtype=object)[truth.is_none])
     opacities = submission.images[submission.images["label"] == "opacity"]
-    hits = _hits(opacities, "image_id", truth.boxes)
+    hits = table_hits(opacities, "image_id", truth.boxes)
     found = _summary(precision, *opacity_precisions(opacities, hits, truth.boxes))
     absent = [label for label in SCORED_CLASSES if np.isnan(found[label])]
     if absent:
-        log.warning("the truth has no %s; the score is the mean of the other classes", " and no ".join(absent))
+        logger.warning("the truth has no %s; the score is the mean of the other classes", " and no ".join(absent))
     return found
 
 
@@ -132,7 +132,7 @@ def score_tables(
     if not known.all():
         detections, matches = detections[known], None if matches is None else matches[known]
     if matches is None:
-        hits = _hits(detections, "image_id", truth.boxes)
+        hits = table_hits(detections, "image_id", truth.boxes)
     else:
         hits = first_hits(detections["score"].to_numpy(), matches)
     return _summary(precision, *opacity_precisions(detections, hits, truth.boxes))
@@ -151,6 +151,15 @@ def opacity_precisions(detections: pd.DataFrame, hits: np.ndarray, boxes: pd.Dat
     return average_precision(scores, hits, len(boxes)), average_precision(scores[boxed], hits[boxed], len(boxes))
 
 
+def table_hits(rows: pd.DataFrame, key: str, truth: pd.DataFrame) -> np.ndarray:
+    """Which `rows` (n,) of scored boxes are hits on the boxes of `truth`; both name their image or study in column `key`."""
+    # Numbers for names: comparing strings would take most of the time.
+    names = pd.Index(truth[key].unique())
+    return box_hits(
+        names.get_indexer(rows[key]), rows["score"], rows[list(BOX)], names.get_indexer(truth[key]), truth[list(BOX)]
+    )
+
+
 def competition_score(precision: dict[str, float]) -> float:
     """The mean of the six APs of SCORED_CLASSES, without those that the truth cannot give; NaN without any."""
     given = [precision[label] for label in SCORED_CLASSES if not np.isnan(precision[label])]
@@ -164,15 +173,7 @@ def _summary(precision: dict[str, float], opacity: float, opacity_boxed: float) 
 
 def _one_pixel_precision(rows: pd.DataFrame, key: str, positive: np.ndarray | pd.Series) -> float:
     truth = pd.DataFrame({key: np.asarray(positive), **dict(zip(BOX, ONE_PIXEL, strict=True))})
-    return average_precision(rows["score"], _hits(rows, key, truth), len(truth))
-
-
-def _hits(rows: pd.DataFrame, key: str, truth: pd.DataFrame) -> np.ndarray:
-    # Numbers for names: comparing strings would take most of the time.
-    names = pd.Index(truth[key].unique())
-    return box_hits(
-        names.get_indexer(rows[key]), rows["score"], rows[list(BOX)], names.get_indexer(truth[key]), truth[list(BOX)]
-    )
+    return average_precision(rows["score"], table_hits(rows, key, truth), len(truth))
 
 
 def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from kitlib.atomic import write_text
 from kitlib.classes import IMAGE_CLASSES, SCORED_CLASSES, STUDY_CLASSES
 from kitlib.tables import BOX
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 HEADER = ["id", "PredictionString"]
 ONE_PIXEL = (0.0, 0.0, 1.0, 1.0)
@@ -186,11 +186,11 @@ def write_submission(
     if len(set(ids)) < len(ids):
         raise ValueError(f"ids for {path} repeat: {len(ids) - len(set(ids))} too many")
     if known < len(studies) + len(nones):
-        log.warning(
+        logger.warning(
             "%s: predictions of %d ids that were not asked for are left out", path, len(studies) + len(nones) - known
         )
     if on_priors:
-        log.info("%s: %d of %d rows hold priors", path, len(on_priors), len(ids))
+        logger.info("%s: %d of %d rows hold priors", path, len(on_priors), len(ids))
     write_text(path, "\n".join(lines) + "\n")
     return tuple(on_priors)
 

@@ -43,6 +43,8 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "score": "probability",
         **dict.fromkeys(BOX, "pixel"),
     },
+    # One row an image that a detector looked at, also where it found no box.
+    "coverage": {"image_id": "id", "model": "text", "fold": "integer"},
 }
 
 # Tables in which these columns name a row.
@@ -52,6 +54,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "folds": ("id",),
     "study_scores": ("study_id", "model", "fold"),
     "image_scores": ("image_id", "model", "fold"),
+    "coverage": ("image_id", "model", "fold"),
 }
 
 

@@ -9,13 +9,15 @@ import numpy as np
 import pandas as pd
 
 from kitlib.average_precision import match_boxes
-from kitlib.fusion import NONE_PARTS, FusionSettings, combine, coverage_of_folds, fuse_boxes, fuse_scores, seen_images
-from kitlib.scoring import Truth, score_tables
+from kitlib.fusion import NONE_PARTS, Fused, FusionSettings, combine, fuse_boxes, fuse_scores, seen_images
+from kitlib.scoring import Truth, score_tables, truth_of
 from kitlib.tables import BOX
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
+LEAST_GAIN = 1e-4  # of the score; less is the noise of the images at hand
 MODEL_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0)
+BOX_CONFIDENCES = ("avg", "max", "box_and_model_avg")
 BOX_IOUS = (0.45, 0.5, 0.55, 0.6, 0.65, 0.7)  # published: 0.55 to 0.625
 BOX_METHODS = ("wbf", "nms")  # soft_nms and nmw take too long to be tried on thousands of images
 # Weights of NONE_PARTS: each alone, the published mixtures (3rd place 0.7 and 0.3, 11th half and half) and others like them.
@@ -50,43 +52,84 @@ def tune(
     study_scores: pd.DataFrame,
     image_scores: pd.DataFrame,
     detections: pd.DataFrame,
+    coverage: pd.DataFrame,
     images: pd.DataFrame,
     labels: pd.DataFrame,
     boxes: pd.DataFrame,
-    folds: pd.DataFrame | None = None,
+    folds: pd.DataFrame,
     rounds: int = 2,
     workers: int = 1,
 ) -> tuple[FusionSettings, pd.DataFrame]:
     """The best FusionSettings, and a table of steps: step, setting (as chosen), score, gain; the first row is the default.
 
-    The tables hold out-of-fold predictions; images marked `false_none` are left out. With `folds`, each row must come from
-    its image's own fold, and detectors count as having seen every image of the folds they have boxes in. Scored are the
-    images that every model has predicted. Each step tries a grid for one setting and keeps the best value only if the
-    score gains by it. Up to `rounds` go over them again until none gains, the fusion of boxes excepted, which is slow.
+    Scored are the images of `folds` that every classifier has predicted and every detector covered, without those marked
+    `false_none`. Each step tries a grid for one setting and keeps the best value if the score gains LEAST_GAIN by it. Up to
+    `rounds` go over them until none gains; how boxes meet is tried in the first alone, being slow. `box_min_score` and
+    `box_limit` are never tuned: they cut what is too weak or too much to matter. The last score is too good, as it is of
+    the predictions that the settings were chosen on; see `cross_fit`.
 
-    Raises TuningError where an image or study has predictions of two folds of one model.
+    Raises TuningError for predictions that are not out of fold, detections without coverage, and where no image is left.
     """
-    if "false_none" in images:
-        images = images[~images["false_none"].astype(bool)]
-    kept, coverage = _out_of_fold(study_scores, image_scores, detections, images, folds)
-    images = images[images["image_id"].isin(kept)].reset_index(drop=True)
-    if images.empty:
-        raise TuningError("no image has predictions of every model; give tables of folds that all models were trained for")
-    judge = _Judge(study_scores, image_scores, detections, images, labels, boxes, coverage, workers)
+    judge = _Judge(study_scores, image_scores, detections, coverage, images, labels, boxes, folds, workers)
+    return _climb(judge, judge.truth, rounds)
+
+
+def cross_fit(
+    study_scores: pd.DataFrame,
+    image_scores: pd.DataFrame,
+    detections: pd.DataFrame,
+    coverage: pd.DataFrame,
+    images: pd.DataFrame,
+    labels: pd.DataFrame,
+    boxes: pd.DataFrame,
+    folds: pd.DataFrame,
+    rounds: int = 2,
+    workers: int = 1,
+) -> float:
+    """The score 0..1 of images fused by settings tuned on the other folds: what `tune` can expect of new images.
+
+    The answers of all folds are scored together. Same images, grids and errors as `tune`; NaN with fewer than two folds.
+    Boxes are fused once for all folds that try the same settings, so it takes between one and, where every fold chooses
+    otherwise, as many times the time of `tune` as there are folds.
+    """
+    judge = _Judge(study_scores, image_scores, detections, coverage, images, labels, boxes, folds, workers)
+    numbers = sorted(set(judge.images["fold"]))
+    if len(numbers) < 2:
+        return float("nan")
+    answers = []
+    for fold in numbers:
+        held = judge.images["fold"] == fold
+        settings, _ = _climb(judge, truth_of(judge.images[~held], labels, boxes), rounds)
+        fused, of_fold = judge.fuse(settings)[0], judge.images[held]
+        answers.append(
+            (
+                fused.studies[fused.studies["study_id"].isin(of_fold["study_id"])],
+                fused.nones[fused.nones["image_id"].isin(of_fold["image_id"])],
+                fused.detections[fused.detections["image_id"].isin(of_fold["image_id"])],
+            )
+        )
+    studies, nones, found = (pd.concat(tables, ignore_index=True) for tables in zip(*answers, strict=True))
+    return score_tables(judge.truth, studies, nones, found)["score"]
+
+
+def _climb(judge: "_Judge", truth: Truth, rounds: int) -> tuple[FusionSettings, pd.DataFrame]:
     settings = FusionSettings()
-    best = judge(settings)
+    best = judge.score(settings, truth)
     rows = [("0 default", "", best, 0.0)]
     for number in range(rounds):
         before = best
         boxes_first = _box_grids(judge.detectors) if number == 0 else []
         for name, change, values in boxes_first + _score_grids(judge.classifiers):
-            tried = {value: judge(candidate) for value in values if (candidate := change(settings, value)) != settings}
+            candidates = {value: change(settings, value) for value in values}
+            tried = {value: judge.score(new, truth) for value, new in candidates.items() if new != settings}
             value = max(tried, key=tried.__getitem__)
-            gain = max(0.0, tried[value] - best)
-            if gain > 0:
-                settings, best = change(settings, value), tried[value]
-            rows.append((f"{len(rows)} {name}", str(value) if gain > 0 else "as it was", best, gain))
-            log.info("step %s: %s, score %.4f, gain %.4f", *rows[-1])
+            gain = tried[value] - best
+            if gain < LEAST_GAIN:
+                rows.append((f"{len(rows)} {name}", "as it was", best, 0.0))
+            else:
+                settings, best = candidates[value], tried[value]
+                rows.append((f"{len(rows)} {name}", str(value), best, gain))
+            logger.info("step %s: %s, score %.4f, gain %.4f", *rows[-1])
         if best == before:
             break
     return settings, pd.DataFrame(rows, columns=["step", "setting", "score", "gain"])
@@ -100,31 +143,35 @@ class _Judge:
         study_scores: pd.DataFrame,
         image_scores: pd.DataFrame,
         detections: pd.DataFrame,
+        coverage: pd.DataFrame,
         images: pd.DataFrame,
         labels: pd.DataFrame,
         boxes: pd.DataFrame,
-        coverage: pd.DataFrame | None,
+        folds: pd.DataFrame,
         workers: int,
     ) -> None:
+        self.images = images = _scored_images(study_scores, image_scores, detections, coverage, images, folds)
         self.study_scores = study_scores[study_scores["study_id"].isin(images["study_id"])]
         self.image_scores = image_scores[image_scores["image_id"].isin(images["image_id"])]
         self.detections = detections[detections["image_id"].isin(images["image_id"])]
-        self.images, self.coverage, self.workers = images, coverage, workers
-        self.truth = Truth(
-            labels[labels["id"].isin(images["study_id"])],
-            tuple(images["image_id"]),
-            boxes[boxes["image_id"].isin(images["image_id"])],
-        )
-        self.seen = seen_images(self.detections, images, coverage)
+        self.coverage, self.workers = coverage, workers
+        self.truth = truth_of(images, labels, boxes)
+        # Every detector has covered every image, so weights make no difference to what was seen.
+        self.seen = seen_images(self.detections, images, FusionSettings(), coverage)
         self.merged: dict[tuple[Any, ...], tuple[pd.DataFrame, np.ndarray]] = {}
         self.averaged: dict[tuple[float, ...], tuple[pd.DataFrame, pd.DataFrame]] = {}
         self.classifiers = sorted({*self.study_scores["model"], *self.image_scores["model"]})
-        self.detectors = sorted(set(self.detections["model"]))
+        self.detectors = sorted(set(coverage["model"]))
 
-    def __call__(self, settings: FusionSettings) -> float:
+    def score(self, settings: FusionSettings, truth: Truth) -> float:
+        """Of the images of `truth`, which are some of `images`."""
+        fused, matches = self.fuse(settings)
+        return score_tables(truth, fused.studies, fused.nones, fused.detections, matches)["score"]
+
+    def fuse(self, settings: FusionSettings) -> tuple[Fused, np.ndarray]:
+        """The answer for all images, and the true box of each detection."""
         found, matches = self._boxes(settings)
-        fused = combine(*self._probabilities(settings), found, self.seen, self.images, settings)
-        return score_tables(self.truth, fused.studies, fused.nones, fused.detections, matches)["score"]
+        return combine(*self._probabilities(settings), found, self.seen, self.images, settings), matches
 
     def _probabilities(self, settings: FusionSettings) -> tuple[pd.DataFrame, pd.DataFrame]:
         key = tuple(settings.weight(model) for model in self.classifiers)
@@ -134,7 +181,10 @@ class _Judge:
         return self.averaged[key]
 
     def _boxes(self, settings: FusionSettings) -> tuple[pd.DataFrame, np.ndarray]:
-        key = (*(settings.weight(model) for model in self.detectors), settings.box_method, settings.box_iou)
+        weights = [settings.weight(model) for model in self.detectors]
+        key: tuple[Any, ...] = tuple(weight / max(weights) for weight in weights)
+        if np.count_nonzero(weights) > 1:  # boxes of one detector meet no others
+            key += settings.box_method, settings.box_iou, settings.box_confidence if settings.box_method == "wbf" else ""
         if key not in self.merged:
             found = fuse_boxes(self.detections, self.images, settings, self.coverage, self.workers)
             images, true = pd.Index(self.truth.image_ids), self.truth.boxes
@@ -147,7 +197,11 @@ def _box_grids(detectors: list[str]) -> list[Grid]:
     """How the boxes of several detectors meet; each value costs a fusion of all boxes, ten times what other steps cost."""
     if len(detectors) < 2:
         return []
-    ways: list[Grid] = [("box_method", _field("box_method"), BOX_METHODS), ("box_iou", _field("box_iou"), BOX_IOUS)]
+    ways: list[Grid] = [
+        ("box_method", _field("box_method"), BOX_METHODS),
+        ("box_confidence", _field("box_confidence"), BOX_CONFIDENCES),
+        ("box_iou", _field("box_iou"), BOX_IOUS),
+    ]
     return [(f"weight of {model}", _weigh(model, detectors), MODEL_WEIGHTS) for model in detectors] + ways
 
 
@@ -179,37 +233,36 @@ def _weigh(model: str, models: list[str]) -> Change:
     return change
 
 
-def _out_of_fold(
+def _scored_images(
     study_scores: pd.DataFrame,
     image_scores: pd.DataFrame,
     detections: pd.DataFrame,
+    coverage: pd.DataFrame,
     images: pd.DataFrame,
-    folds: pd.DataFrame | None,
-) -> tuple[set[str], pd.DataFrame | None]:
-    """Check that predictions are out of fold; the ids of images that every model has predicted, and detectors' coverage."""
-    tables = (("study_id", study_scores), ("image_id", image_scores), ("image_id", detections))
-    own_fold = None if folds is None else images.merge(folds.rename(columns={"id": "image_id"}), on="image_id")
-    kept = set(images["image_id"])
-    for key, table in tables:
-        runs = table[[key, "model", "fold"]].drop_duplicates()
-        twice = runs.duplicated([key, "model"])
-        if twice.any():
-            row = runs[twice].iloc[0]
-            raise TuningError(f"{key} {row[key]} has predictions of several folds of {row['model']}, so not out of fold")
-        if own_fold is not None:
-            beside = runs.merge(own_fold[[key, "fold"]].drop_duplicates(), on=key, suffixes=("", "_own"))
-            wrong = beside[beside["fold"] != beside["fold_own"]]
-            if len(wrong):
-                row = wrong.iloc[0]
-                raise TuningError(
-                    f"{key} {row[key]} of fold {row['fold_own']} was seen by {row['model']} of fold {row['fold']}"
-                )
-        if table is not detections:
-            for _, ids in runs.groupby("model")[key]:
-                kept &= set(images.loc[images[key].isin(ids), "image_id"])
-    if folds is None:
-        return kept, None
-    coverage = coverage_of_folds(detections, folds)
-    for _, ids in coverage.groupby("model")["image_id"]:
-        kept &= set(ids)
-    return kept, coverage
+    folds: pd.DataFrame,
+) -> pd.DataFrame:
+    """The images, with their fold, that every model has predicted. Raises TuningError as `tune` does."""
+    runs = ["image_id", "model", "fold"]
+    uncovered = detections[~pd.MultiIndex.from_frame(detections[runs]).isin(pd.MultiIndex.from_frame(coverage[runs]))]
+    if len(uncovered):
+        row = uncovered.iloc[0]
+        raise TuningError(
+            f"{len(uncovered)} detections are of images that their coverage lacks, first {row.image_id} by {row.model} "
+            f"of fold {row.fold}; give the coverage of the same runs"
+        )
+    images = images.drop(columns="fold", errors="ignore").merge(folds.rename(columns={"id": "image_id"}), on="image_id")
+    if "false_none" in images:
+        images = images[~images["false_none"].astype(bool)]
+    kept = pd.Series(True, images.index)
+    for key, table in (("study_id", study_scores), ("image_id", image_scores), ("image_id", coverage)):
+        own = images[[key, "fold"]].drop_duplicates()
+        beside = table[[key, "model", "fold"]].merge(own, on=key, suffixes=("", "_own"))
+        wrong = beside[beside["fold"] != beside["fold_own"]]
+        if len(wrong):
+            row = wrong.iloc[0]
+            raise TuningError(f"{key} {row[key]} of fold {row.fold_own} was seen by {row.model} of fold {row.fold}")
+        for _, ids in table.groupby("model")[key]:
+            kept &= images[key].isin(ids)
+    if not kept.any():
+        raise TuningError("no image has predictions of every model; give runs of folds that all models were trained for")
+    return images[kept].reset_index(drop=True)

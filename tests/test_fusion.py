@@ -16,12 +16,12 @@ from kitlib.fusion import (
     BOX_METHODS,
     CONFIDENCES,
     FusionSettings,
-    coverage_of_folds,
     fuse,
     fuse_boxes,
     fuse_scores,
     merge_boxes,
     read_settings,
+    seen_images,
     write_settings,
 )
 from kitlib.recipes import RecipeError, from_dict
@@ -251,10 +251,25 @@ def test_order_of_rows_is_free():
     pd.testing.assert_frame_equal(first, other)
 
 
-def test_coverage_of_folds_names_every_image_of_a_fold_that_has_detections():
-    folds = pd.DataFrame({"id": ["a", "b", "c"], "fold": [0, 0, 1]})
-    found = coverage_of_folds(detections(("a", "m", 0, 0.5, *ONE), ("c", "n", 1, 0.5, *ONE)), folds)
-    assert found.to_numpy().tolist() == [["a", "m", 0], ["b", "m", 0], ["c", "n", 1]]
+def test_a_detector_that_found_nothing_anywhere_still_halves_the_others():
+    coverage = pd.DataFrame([("a", "m", 0), ("a", "n", 0)], columns=["image_id", "model", "fold"])
+    table = detections(("a", "m", 0, 0.6, *ONE))
+    assert fuse_boxes(table, IMAGES, PLAIN, coverage)["score"].tolist() == pytest.approx([0.3])
+    without = FusionSettings(model_weights={"n": 0.0})
+    assert fuse_boxes(table, IMAGES, without, coverage)["score"].tolist() == [0.6]
+
+
+def test_only_images_that_a_detector_with_a_weight_covered_are_seen():
+    table = detections(("a", "m", 0, 0.6, *ONE))
+    coverage = pd.DataFrame([("a", "m", 0), ("b", "m", 0), ("c", "n", 0)], columns=["image_id", "model", "fold"])
+    assert seen_images(table, IMAGES, PLAIN).tolist() == [True, True, True]
+    assert seen_images(table, IMAGES, PLAIN, coverage).tolist() == [True, True, True]
+    assert seen_images(table, IMAGES, FusionSettings(model_weights={"n": 0.0}), coverage).tolist() == [True, True, False]
+    assert seen_images(None, IMAGES, PLAIN, coverage.iloc[:0]).tolist() == [False, False, False]
+    # What no detector has looked at is no `none`, but a prior.
+    fused = fuse(None, None, table, IMAGES, PLAIN, coverage[coverage["model"] == "m"])
+    assert fused.nones["none"].tolist() == pytest.approx([0.4, 1.0, PRIORS["none"]])
+    assert fused.nones["prior"].tolist() == [False, False, True]
 
 
 def test_settings_survive_json(tmp_path):

@@ -72,6 +72,13 @@ def test_area_under_the_curves_is_the_average_precision(case):
         assert (curve["precision"].diff().dropna() <= 0).all()
 
 
+def test_boxes_on_images_outside_the_truth_do_not_count(case):
+    truth, studies, nones, found, _ = case
+    other = pd.concat([found, found.assign(image_id="elsewhere", score=1.0)])
+    curves, expected = (reports.precision_recall_curves(truth, studies, nones, boxes) for boxes in (other, found))
+    assert list(curves) == list(expected)
+
+
 def test_bootstrap_brackets_the_score(case):
     truth, studies, nones, found, images = case
     table = reports.bootstrap(truth, studies, nones, found, images, samples=50).set_index("name")

@@ -2,8 +2,10 @@ import pandas as pd
 import pytest
 
 from kitlib.atomic import write_json
-from kitlib.runs import RunError, read_metrics, read_out_of_fold
-from kitlib.tables import write_table
+from kitlib.classes import STUDY_CLASSES
+from kitlib.fusion import Fused
+from kitlib.runs import RunError, judged_images, read_metrics, read_out_of_fold
+from kitlib.tables import BOX, write_table
 
 SCORES = pd.DataFrame({"image_id": ["a", "b"], "model": "study", "fold": [0, 1], "none": [0.25, 0.5]})
 
@@ -36,3 +38,26 @@ def test_a_run_that_is_unfinished_or_of_another_kind_is_named(tmp_path):
         read_out_of_fold([make_run(tmp_path / "prepare", None)])
     with pytest.raises(RunError, match="both call their model 'study'"):
         read_out_of_fold([run, make_run(tmp_path / "again", "study", image_scores=SCORES)])
+
+
+def test_detections_come_with_the_images_that_were_looked_at(tmp_path):
+    box = pd.DataFrame([("a", "yolo", 0, 0.5, 0, 0, 9, 9)], columns=["image_id", "model", "fold", "score", *BOX])
+    coverage = SCORES.assign(model="yolo")[["image_id", "model", "fold"]]
+    found = read_out_of_fold([make_run(tmp_path / "yolo", "yolo", detections=box, coverage=coverage)])
+    assert found.detections["image_id"].tolist() == ["a"]
+    assert found.coverage.to_numpy().tolist() == [["a", "yolo", 0], ["b", "yolo", 1]]
+    with pytest.raises(RunError, match=r"older has detections but no tables/coverage\.parquet"):
+        read_out_of_fold([make_run(tmp_path / "older", "yolo", detections=box)])
+
+
+def test_judged_are_images_with_a_none_and_an_answered_study():
+    images = pd.DataFrame({"image_id": list("abcd"), "study_id": ["s", "t", "u", "v"]})
+    studies = pd.DataFrame(
+        {"study_id": ["s", "t", "u"], **dict.fromkeys(STUDY_CLASSES, 0.25), "prior": [False, True, False]}
+    )
+    nones = pd.DataFrame({"image_id": list("abcd"), "none": 0.5, "prior": [False, False, True, False]})
+    found = pd.DataFrame(columns=["image_id", "score", *BOX])
+    # `b` has a study on priors, `c` a none on priors, and the study of `d` no answer at all.
+    assert judged_images(images, Fused(studies, nones, found))["image_id"].tolist() == ["a"]
+    with pytest.raises(RunError, match=r"\(3 have a `none`\); include a study run"):
+        judged_images(images, Fused(studies.assign(prior=True), nones, found))

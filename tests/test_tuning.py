@@ -8,10 +8,10 @@ import pytest
 os.environ["NUMBA_DISABLE_JIT"] = "1"
 
 from kitlib.classes import STUDY_CLASSES
-from kitlib.fusion import FusionSettings, coverage_of_folds, fuse
+from kitlib.fusion import FusionSettings, fuse
 from kitlib.scoring import Truth, score_tables
 from kitlib.tables import BOX
-from kitlib.tuning import TuningError, tune
+from kitlib.tuning import LEAST_GAIN, TuningError, cross_fit, tune
 
 N = 36
 
@@ -48,6 +48,7 @@ def oof():
         "study_scores": study,
         "image_scores": image,
         "detections": detections,
+        "coverage": detections[["image_id", "model", "fold"]].drop_duplicates().reset_index(drop=True),
         "images": images,
         "labels": labels,
         "boxes": boxes,
@@ -61,8 +62,8 @@ def tuned(oof):
 
 
 def score_of(oof, settings):
-    coverage = coverage_of_folds(oof["detections"], oof["folds"])
-    fused = fuse(*(oof[name] for name in ("study_scores", "image_scores", "detections", "images")), settings, coverage)
+    parts = (oof[name] for name in ("study_scores", "image_scores", "detections", "images"))
+    fused = fuse(*parts, settings, oof["coverage"])
     truth = Truth(oof["labels"], tuple(oof["images"]["image_id"]), oof["boxes"])
     return score_tables(truth, fused.studies, fused.nones, fused.detections)["score"]
 
@@ -70,7 +71,7 @@ def score_of(oof, settings):
 def test_every_kept_step_gains_and_the_settings_keep_the_promised_score(oof, tuned):
     settings, steps = tuned
     assert steps.iloc[0].tolist() == ["0 default", "", score_of(oof, FusionSettings()), 0]
-    assert (steps["gain"] >= 0).all() and steps["step"].is_unique
+    assert ((steps["gain"] == 0) | (steps["gain"] >= LEAST_GAIN)).all() and steps["step"].is_unique
     assert steps["score"].diff().iloc[1:].tolist() == pytest.approx(steps["gain"].iloc[1:].tolist())
     assert steps["score"].iloc[-1] == pytest.approx(score_of(oof, settings))
     assert ((steps["setting"] == "as it was") == (steps["gain"] == 0)).iloc[1:].all()
@@ -91,14 +92,57 @@ def test_order_of_rows_is_free(oof, tuned):
 
 def test_predictions_of_two_folds_for_one_image_are_refused(oof):
     twice = pd.concat([oof["image_scores"], oof["image_scores"].iloc[[4]].assign(fold=2)])
-    with pytest.raises(TuningError, match="i04 has predictions of several folds of c"):
-        tune(**{**oof, "image_scores": twice, "folds": None})
+    with pytest.raises(TuningError, match="image_id i04 of fold 1 was seen by c of fold 2"):
+        tune(**{**oof, "image_scores": twice})
 
 
 def test_predictions_of_a_model_that_saw_the_image_are_refused(oof):
-    seen = oof["detections"].assign(fold=lambda t: (t["fold"] + 1) % 3)
-    with pytest.raises(TuningError, match=r"was seen by"):
-        tune(**{**oof, "detections": seen})
+    seen = {name: oof[name].assign(fold=lambda t: (t["fold"] + 1) % 3) for name in ("detections", "coverage")}
+    with pytest.raises(TuningError, match="was seen by"):
+        tune(**{**oof, **seen})
+    with pytest.raises(
+        TuningError, match="144 detections are of images that their coverage lacks, first i00 by good of fold 1"
+    ):
+        tune(**{**oof, "detections": seen["detections"]})
+
+
+def test_an_image_that_a_detector_covered_but_found_nothing_on_is_scored(oof):
+    silent = {**oof, "detections": oof["detections"][oof["detections"]["image_id"] != "i00"]}
+    _, steps = tune(**silent, rounds=0)
+    assert steps["score"].iloc[0] == pytest.approx(score_of(silent, FusionSettings()))
+    uncovered = {**silent, "coverage": oof["coverage"][oof["coverage"]["image_id"] != "i00"]}
+    rest = {name: table[~table.iloc[:, 0].isin(["i00", "s00"])] for name, table in oof.items()}
+    _, steps = tune(**uncovered, rounds=0)
+    assert steps["score"].iloc[0] == pytest.approx(score_of(rest, FusionSettings()))
+
+
+def test_cross_fit_judges_each_fold_by_settings_of_the_others(oof):
+    # The same by hand: tune on two folds, fuse the third, score all together.
+    answers = []
+    for fold in range(3):
+        ids = set(oof["folds"].loc[oof["folds"]["fold"] == fold, "id"])
+        ids |= {name.replace("i", "s") for name in ids}
+        others = {name: table[~table.iloc[:, 0].isin(ids)] for name, table in oof.items()}
+        held = {name: table[table.iloc[:, 0].isin(ids)] for name, table in oof.items()}
+        parts = (held[name] for name in ("study_scores", "image_scores", "detections", "images"))
+        answers.append(fuse(*parts, tune(**others, rounds=1)[0], held["coverage"]))
+    tables = [pd.concat([getattr(answer, name) for answer in answers]) for name in ("studies", "nones", "detections")]
+    expected = score_tables(Truth(oof["labels"], tuple(oof["images"]["image_id"]), oof["boxes"]), *tables)["score"]
+    found = cross_fit(**oof, rounds=1)
+    assert found == pytest.approx(expected)
+    # Settings chosen without the fold cannot fit it as well as those chosen with it.
+    assert found < tune(**oof, rounds=1)[1]["score"].iloc[-1]
+
+
+def test_cross_fit_needs_two_folds(oof):
+    one = {**oof, "folds": oof["folds"][oof["folds"]["fold"] == 0]}
+    assert np.isnan(cross_fit(**one))
+
+
+def test_a_gain_below_the_least_is_not_kept(oof, monkeypatch):
+    monkeypatch.setattr("kitlib.tuning.LEAST_GAIN", 0.5)
+    settings, steps = tune(**oof, rounds=1)
+    assert settings == FusionSettings() and (steps["gain"] == 0).all()
 
 
 def test_images_that_no_annotator_looked_at_do_not_count(oof):
@@ -118,11 +162,12 @@ def test_only_images_that_every_model_predicted_are_scored(oof):
     small = {name: table[table.iloc[:, 0].isin(ids | studies)] for name, table in oof.items()}
     assert steps["score"].iloc[0] == pytest.approx(tune(**small, rounds=0)[1]["score"].iloc[0])
     with pytest.raises(TuningError, match="no image has predictions of every model"):
-        tune(**{**oof, "image_scores": oof["image_scores"].assign(image_id=lambda t: t["image_id"] + "x"), "folds": None})
+        tune(**{**oof, "image_scores": oof["image_scores"].assign(image_id=lambda t: t["image_id"] + "x")})
 
 
 def test_without_a_detector_or_without_a_classifier(oof):
-    settings, _ = tune(**{**oof, "detections": oof["detections"].iloc[:0]}, rounds=1)
+    no_boxes = {name: oof[name].iloc[:0] for name in ("detections", "coverage")}
+    settings, _ = tune(**{**oof, **no_boxes}, rounds=1)
     assert settings.opacity_power == 0
     nothing = {name: oof[name].iloc[:0] for name in ("study_scores", "image_scores")}
     _, steps = tune(**{**oof, **nothing}, rounds=1)
