@@ -22,7 +22,8 @@ bench: $(READY)
 clean:
 	rm -rf .venv build runs inputs/demo inputs/demo-truth
 
-# headless OpenCV goes in last: it shares its folder with opencv-python, whose build wants libGL from the system.
+# Headless OpenCV goes in last: it shares its folder with opencv-python, whose build wants libGL from the system. kit.pth lets
+# a notebook find kitlib wherever it is started.
 $(READY): requirements.txt kitlib/kaggle_image.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo "Installing into .venv (about 3.5 GB come down: torch with its CUDA libraries)"
@@ -30,4 +31,5 @@ $(READY): requirements.txt kitlib/kaggle_image.txt
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
 	$(UV) -r requirements.txt
 	$(UV) --reinstall --no-deps $$(grep -o '^opencv-python-headless==[0-9.]*' requirements.txt)
+	echo "$(CURDIR)" > $$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kit.pth
 	touch $@

@@ -26,7 +26,9 @@ def main(
     rehearsed: Annotated[bool, typer.Option("--rehearse", help="run the built kernel offline, as Kaggle would")] = False,
     inputs: Annotated[Path | None, typer.Option(help="folder whose folders appear below /kaggle/input")] = None,
     truth: Annotated[Path | None, typer.Option(help="folder with the truth's two CSV files, to score the rehearsal")] = None,
-    time_limit: Annotated[float | None, typer.Option(help="seconds the rehearsal may take; else the submission's")] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(min=1, help="seconds the rehearsal may take; else the submission's")
+    ] = None,
     owner: Annotated[str | None, typer.Option(help="Kaggle user name; else KAGGLE_USERNAME, else the submission's")] = None,
 ) -> None:
     """Build OUT/kernel, OUT/wheels and OUT/weights; exit code 0 only if that, and the rehearsal if asked for, went well."""
@@ -43,7 +45,11 @@ def main(
             return
         console.rule("rehearsal")
         result = rehearse(
-            out, inputs, time_limit or spec.time_limit_s, truth, on_line=lambda line: console.out(line, highlight=False)
+            out,
+            inputs,
+            spec.time_limit_s if time_limit is None else time_limit,
+            truth,
+            on_line=lambda line: console.out(line, highlight=False),
         )
     except EXPECTED as error:
         console.print(f"[red]{type(error).__name__}[/red]", end=": ")

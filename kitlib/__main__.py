@@ -95,7 +95,7 @@ def demo() -> None:
     logging.getLogger("papermill").setLevel(logging.WARNING)
     try:
         run_demo(project_demo(), Console())
-    except (DemoFailed, NotebookFailed) as error:
+    except (DemoFailed, NotebookFailed, FileExistsError) as error:
         _fail(error)
 
 

@@ -6,7 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # decode workers start without pandas
+    import pandas as pd
 
 
 @contextmanager
@@ -36,6 +39,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: str | Path, table: "pd.DataFrame") -> None:
+    with replacing(path) as beside:
+        table.to_csv(beside, index=False)
 
 
 def write_json(path: str | Path, value: Any) -> None:

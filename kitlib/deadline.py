@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+STRIKES_S = 2.0  # seconds between two
+
 
 class OutOfTime(BaseException):
     """The deadline has struck. No `Exception`, so that no library's handler takes it for a fault of its own."""
@@ -34,7 +36,8 @@ class Deadline:
             yield
             return
         before = signal.signal(signal.SIGALRM, self._strike)
-        signal.setitimer(signal.ITIMER_REAL, max(self.left(), 1e-3))
+        # Again and again: a strike inside a destructor or a callback of the interpreter is only printed.
+        signal.setitimer(signal.ITIMER_REAL, max(self.left(), 1e-3), STRIKES_S)
         try:
             yield
         finally:

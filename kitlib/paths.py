@@ -42,21 +42,30 @@ def run_path(name: str | Path) -> Path:
     return runs_root() / name
 
 
+def start_run(name: str | Path) -> Path:
+    """The folder of the run `name`, made if need be, without the metrics.json that marks a finished one."""
+    folder = run_path(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").unlink(missing_ok=True)
+    return folder
+
+
 def find_run(name: str | Path) -> Path:
     """A finished run to read: made here, or attached as a Kaggle input. Raises InputNotFound."""
-    return run_path(name) if run_path(name).is_dir() else find_input(str(name))
+    return run_path(name) if run_path(name).is_dir() else find_input(name)
 
 
-def find_input(slug: str, root: str | Path | None = None) -> Path:
-    """The folder of the dataset or competition `slug` in any of Kaggle's three mount layouts, below `root`.
+def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
+    """The folder of the input `slug` below `root`, in any of Kaggle's mount layouts. A path (with a `/`) is taken as it is.
 
-    An existing path is returned as it is. Otherwise: `<root>/<slug>`, `<root>/competitions/<slug>` and
-    `<root>/datasets/<owner>/<slug>`. Raises InputNotFound.
+    `<root>/<slug>`, `<root>/competitions/<slug>`, `<root>/datasets/<owner>/<slug>`, and for a run saved by a kernel
+    `<root>/<kernel>/<slug>` or `<root>/notebooks/<owner>/<kernel>/<slug>`. Raises InputNotFound.
     """
-    root = Path(root) if root else inputs_root()
-    direct = [Path(slug), root / slug, root / "competitions" / slug]
-    owned = sorted((root / "datasets").glob(f"*/{Path(slug).name}")) if (root / "datasets").is_dir() else []
-    for folder in (*direct, *owned):
+    root, slug = Path(root) if root else inputs_root(), str(slug)
+    if "/" in slug and Path(slug).is_dir():
+        return Path(slug)
+    layouts = (slug, f"competitions/{slug}", f"datasets/*/{slug}", f"*/{slug}", f"notebooks/*/*/{slug}")
+    for folder in (found for layout in layouts for found in sorted(root.glob(layout))):
         if folder.is_dir():
             return folder
     there = sorted(str(entry.relative_to(root)) for pattern in ("*", "*/*") for entry in root.glob(pattern))

@@ -218,7 +218,7 @@ def _run_until(
     started = time.monotonic()
     process = subprocess.Popen(
         command,
-        env=environment,
+        env=environment | {"KIT_STARTED": str(started)},
         cwd=working,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -247,7 +247,8 @@ def _kill_all(process: int) -> None:
     """The process and its descendants: a notebook's kernel leads a process group of its own."""
     try:
         first = psutil.Process(process)
-        family = [first, *first.children(recursive=True)]
+        first.suspend()  # so that it starts no further child while its family is counted
+        family = [*first.children(recursive=True), first]
     except psutil.NoSuchProcess:
         return
     for member in family:

@@ -7,11 +7,13 @@ functions: the first file is written before any of it.
 import json
 import logging
 import os
-import shutil
+import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,21 +21,22 @@ import pandas as pd
 
 from kitlib.deadline import Deadline, OutOfTime, session_limit
 from kitlib.install_wheels import install_wheels
+from kitlib.paths import find_input
 from kitlib.siim import read_test
-from kitlib.submission import read_ids, submission_ids, write_submission
+from kitlib.submission import submission_ids, write_submission
 from kitlib.tables import concatenate
 from kitlib.validate import validate
 
 if TYPE_CHECKING:
-    from kitlib.cache import CachedXray, Outcome, XrayCache
+    from kitlib.cache import CachedXray, XrayCache
     from kitlib.fusion import FusionSettings
 
 logger = logging.getLogger(__name__)
 
-# A model is judged too slow only after this many images: the first batches carry its start-up.
+# A model is judged too slow only after this many images beyond its first batch, which carries its start-up.
 IMAGES_BEFORE_JUDGING = 32
-# Kept back at the end for fusing and writing, at least this share of what is planned for.
-SHARE_FOR_FUSION = 0.05
+# Fusing may go on until this share of the limit, beyond what is planned for predicting.
+LAST_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,34 @@ class SubmitSettings:
 
     time_limit_s: float = 9 * 3600.0  # the competition's limit for a notebook
     share: float = 0.65  # of the limit that is planned for: a scored rerun may be slower than the rehearsal
-    longest_side: int = 1024  # pixels of the decoded copy that every model reads
+    longest_side: int = 0  # pixels of the decoded copy that every model reads; 0: as in training
     file_timeout_s: float = 20.0  # a file that takes longer to decode is given up
     workers: int = 0  # processes that decode; 0: one a core
     batch_size: int = 16
 
 
+@dataclass
+class Model:
+    """One bundle of a submission and what it has predicted so far."""
+
+    folder: Path
+    kind: str  # "study" or "detector"
+    longest_side: int  # pixels of the decoded copy it was trained on
+    chunks: list[pd.DataFrame] = field(default_factory=list)
+    seen: list[str] = field(default_factory=list)  # image_ids, with a box or without
+    rows_as: tuple[str, int] = ("", 0)  # model and fold of its rows
+    stopped: bool = False  # at its share of the time; it may go on later
+
+    def drop(self) -> None:
+        self.chunks, self.seen = [], []
+
+    def coverage(self) -> pd.DataFrame:
+        """Which images this model has seen, as a table of image_id, model, fold."""
+        return pd.DataFrame({"image_id": self.seen, "model": self.rows_as[0], "fold": self.rows_as[1]})
+
+
 class SubmissionRun:
-    """One test set on its way to one file: making it writes the priors, then `predict`, then `finish`.
+    """One test set on its way to one file: making it writes the priors, then `install`, `predict`, `finish`.
 
     `ledger` has a row a stage: the files it covered, its seconds, and what was dropped and why.
     """
@@ -58,20 +81,18 @@ class SubmissionRun:
         """`competition` holds `test/` and `sample_submission.csv`, which names the rows; without it the files do."""
         began = time.monotonic()
         self.settings, self.output, self.sample = settings, Path(output), Path(competition) / "sample_submission.csv"
-        limit = session_limit(settings.time_limit_s)
-        self.deadline = Deadline(limit * settings.share, _session_start())
+        limit, start = session_limit(settings.time_limit_s), _session_start()
+        self.deadline, self.last_deadline = Deadline(limit * settings.share, start), Deadline(limit * LAST_SHARE, start)
         self.rows: list[dict[str, Any]] = []
+        self.models: list[Model] = []
         test = read_test(competition, headers=False)
         # Kaggle asks for the sample's rows, no more and no fewer; the files name them only where there is no sample.
-        listed = read_ids(self.sample) if self.sample.is_file() else []
-        self.ids = listed or submission_ids(test.study_ids, test.image_ids)
+        self.ids = test.sample_ids or submission_ids(test.study_ids, test.image_ids)
         self.images = test.images
-        self.predicted: dict[str, list[pd.DataFrame]] = {"study": [], "detector": []}
-        self.coverage: list[pd.DataFrame] = []  # which detector has seen which image
         write_submission(self.output, self.ids)
         self._note("priors", len(self.ids), began, f"{limit:.0f} s allowed, {limit * settings.share:.0f} s planned for")
         for fault in test.faults.itertuples():
-            self._note("listing", 1, began, f"{fault.file}: {fault.problem}")
+            self._note("listing", 1, began, f"{fault.file} {fault.row}: {fault.problem}")
 
     @property
     def ledger(self) -> pd.DataFrame:
@@ -86,35 +107,33 @@ class SubmissionRun:
             with self.deadline.enforced():
                 self._note("wheels", len(install_wheels(wheels)), began)
         except (Exception, OutOfTime) as error:  # models that need no wheel may still run, and the file is there
-            self._note("wheels", 0, began, f"failed: {type(error).__name__}: {error}")
+            self._note("wheels", 0, began, _failure(error))
 
-    def predict(self, weights: str | Path, scratch: str | Path) -> None:
-        """Run the bundles of `weights`/weights.json in their order as far as time allows; replace the file after each.
+    def predict(self, weights: str, scratch: str | Path) -> None:
+        """Run the bundles of the input `weights` in their order as far as time allows; replace the file after each.
 
-        A bundle that fails or does not fit is a row of the ledger, never an error: what was fused before stays. `scratch`
-        takes the decoded images and is removed at the end.
+        A bundle that fails or does not fit is a row of the ledger, never an error: what was fused before stays. Decoded
+        images go into a new folder below `scratch` that is removed at the end.
         """
-        began, weights = time.monotonic(), Path(weights)
-        try:
-            with self.deadline.enforced():
-                from kitlib.cache import XrayCache
-                from kitlib.fusion import read_settings
+        began = time.monotonic()
+        Path(scratch).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder:
+            xrays = None
+            try:
+                with self.deadline.enforced():
+                    from kitlib.cache import XrayCache
 
-                settings = read_settings(weights / "fusion.json")
-                bundles = json.loads((weights / "weights.json").read_text(encoding="utf-8"))["bundles"]
-                xrays = DecodedOnce(XrayCache(scratch, self.settings.longest_side), self.images, self.settings)
-                for place, bundle in enumerate(bundles):
-                    kinds_ahead = {later["kind"] for later in bundles[place:]}
-                    self._run(weights / bundle["folder"], bundle["kind"], kinds_ahead, xrays, settings)
-                for failed in (outcome for outcome in xrays.outcomes if outcome.status == "failed"):
-                    self._note("decode", 1, time.monotonic(), f"{failed.image_id} keeps its prior: {failed.reason}")
-        except Exception as error:
-            logger.exception("predicting failed")
-            self._note("predict", 0, began, f"failed: {type(error).__name__}: {error}")
-        except OutOfTime:
-            self._note("deadline", 0, began, "time was up; the file holds all that was fused by then")
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+                    fusion = self._read_weights(find_input(weights))
+                    longest_side = self.settings.longest_side or max(model.longest_side for model in self.models)
+                    xrays = DecodedOnce(XrayCache(folder, longest_side), self.images, self.settings)
+                self._predict_all(xrays, fusion)
+            except (Exception, OutOfTime) as error:
+                logger.exception("predicting failed")
+                self._note("predict", 0, began, _failure(error))
+            finally:
+                if xrays:
+                    xrays.close()
+                    self._note_decoding(xrays)
 
     def finish(self) -> pd.DataFrame:
         """Validate the file against the sample and return the ledger. Raises ValueError if Kaggle would refuse it."""
@@ -128,101 +147,165 @@ class SubmissionRun:
             raise ValueError(f"{self.output} would be refused: {len(faults)} faults, first: {faults[0]}")
         return self.ledger
 
-    def _run(self, folder: Path, kind: str, kinds_ahead: set[str], xrays: "DecodedOnce", settings: "FusionSettings") -> None:
-        began, total = time.monotonic(), len(self.images)
-        # The first model of a kind may end with a part of the images: a part predicted is worth more than none. It leaves
-        # the other kinds their share of the time. Any further model must fit whole.
-        uncovered = {other for other in kinds_ahead if not self.predicted[other]}
-        first_of_kind = kind in uncovered
-        budget = self.deadline.left() * (1 - SHARE_FOR_FUSION) / (len(uncovered) if first_of_kind else 1)
-        chunks: list[pd.DataFrame] = []
-        seen, note, struck = [], "", False
+    def _read_weights(self, weights: Path) -> "FusionSettings":
+        from kitlib.fusion import FusionSettings, read_settings
+
+        for entry in json.loads((weights / "weights.json").read_text(encoding="utf-8"))["bundles"]:
+            record = json.loads((weights / entry["folder"] / "model.json").read_text(encoding="utf-8"))
+            self.models.append(Model(weights / entry["folder"], entry["kind"], record["longest_side"]))
+        tuned = weights / "fusion.json"
+        return read_settings(tuned) if tuned.is_file() else FusionSettings()
+
+    def _predict_all(self, xrays: "DecodedOnce", fusion: "FusionSettings") -> None:
+        for place, model in enumerate(self.models):
+            # The first model of a kind may end with a part of the images: a part predicted is worth more than none. It
+            # leaves the other kinds their share of the time. Any further model must fit whole.
+            predicted = {other.kind for other in self.models if other.seen}
+            kinds_to_come = {other.kind for other in self.models[place:]} - predicted
+            first_of_kind = model.kind in kinds_to_come
+            budget = self.deadline.left() / (len(kinds_to_come) if first_of_kind else 1)
+            if not self._run(model, xrays, fusion, budget, may_stop=first_of_kind):
+                return
+        for model in self.models:
+            if model.stopped and not self._run(model, xrays, fusion, self.deadline.left(), may_stop=True):
+                return
+
+    def _run(self, model: Model, xrays: "DecodedOnce", fusion: "FusionSettings", budget: float, may_stop: bool) -> bool:
+        """Predict with one model and fuse; False once the planned time is up."""
+        began, already, in_time = time.monotonic(), len(model.seen), True
         try:
-            from kitlib.predict import load_predictor
-
-            predictor = load_predictor(folder, batch_size=self.settings.batch_size)
-            seen = predictor.seen
-            for chunk in predictor.predict(xrays):
-                chunks.append(chunk)
-                used = time.monotonic() - began
-                needed = used * total / len(seen)
-                if first_of_kind and used > budget and len(seen) < total:
-                    note = f"stopped after its share of {budget:.0f} s; the other images keep their priors"
-                    break
-                if not first_of_kind and len(seen) >= min(total, IMAGES_BEFORE_JUDGING) and needed > budget:
-                    note = f"dropped: it needs {needed:.0f} s and {budget:.0f} s were left"
-                    break
-        except OutOfTime:  # fusing takes a moment, and the planned share leaves one
-            struck, note = True, "time was up"
+            with self.deadline.enforced():
+                note = self._predict_with(model, xrays, budget, may_stop)
+        except OutOfTime:
+            note, in_time = "time was up", False
         except Exception as error:  # one model's fault must cost neither the others nor the file
-            logger.exception("%s failed", folder.name)
-            note = f"failed: {type(error).__name__}: {error}"
-        if note and not first_of_kind:
-            chunks = []
-        self._note(folder.name, len(seen) if chunks else 0, began, note)
-        if chunks:
-            self.predicted[kind] += chunks
-            if kind == "detector":
-                names = pd.concat(chunks)[["model", "fold"]].drop_duplicates()
-                self.coverage.append(pd.DataFrame({"image_id": seen}).merge(names, how="cross"))
-            self._fuse(xrays.outcomes, settings)
-        if struck:
-            raise OutOfTime
+            logger.exception("%s failed", model.folder.name)
+            note = _failure(error)
+        if note and not may_stop:
+            model.drop()
+        self._note(model.folder.name, max(0, len(model.seen) - already), began, note)
+        if len(model.seen) > already:
+            self._fuse(xrays, fusion)
+        return in_time
 
-    def _fuse(self, outcomes: list["Outcome"], settings: "FusionSettings") -> None:
+    def _predict_with(self, model: Model, xrays: "DecodedOnce", budget: float, may_stop: bool) -> str:
+        """Let the model predict what it has not seen yet; why it ended before the last image, "" if it did not."""
+        from kitlib.predict import load_predictor
+
+        began, total, model.stopped = time.monotonic(), len(self.images), False
+        predictor = load_predictor(model.folder, batch_size=self.settings.batch_size)
+        model.rows_as = predictor.model, predictor.fold
+        already, first = list(model.seen), None
+        with closing(predictor.predict(xrays.without(set(already)))) as chunks:
+            for chunk in chunks:
+                model.chunks.append(chunk)
+                model.seen = [*already, *predictor.seen]
+                now, seen = time.monotonic(), len(predictor.seen)
+                first = first or (now, seen)
+                left = total - len(model.seen)
+                if may_stop and now - began > budget and left:
+                    model.stopped = True
+                    return f"stopped after its share of {budget:.0f} s; other images wait"
+                if not may_stop and seen - first[1] >= IMAGES_BEFORE_JUDGING:
+                    needed = now - began + left * (now - first[0]) / (seen - first[1])
+                    if needed > budget:
+                        return f"dropped: it needs {needed:.0f} s and {budget:.0f} s were left"
+        return ""
+
+    def _fuse(self, xrays: "DecodedOnce", fusion: "FusionSettings") -> None:
         """Fuse all that has been predicted, and replace the file."""
         from kitlib.fusion import fuse
         from kitlib.predict import study_and_image_scores
 
         began = time.monotonic()
         try:
-            sizes = {each.image_id: (each.rows, each.columns) for each in list(outcomes) if each.status != "failed"}
-            images = self.images[self.images.image_id.isin(sizes)].copy()
-            images[["rows", "columns"]] = [sizes[name] for name in images.image_id]
-            study_scores, image_scores = study_and_image_scores(self.predicted["study"], images)
-            detections = concatenate(self.predicted["detector"], "detections")
-            coverage = pd.concat(self.coverage) if self.coverage else None
-            fused = fuse(study_scores, image_scores, detections, images, settings, coverage)
-            studies, nones = fused.studies[~fused.studies.prior], fused.nones[~fused.nones.prior]
-            on_priors = write_submission(self.output, self.ids, studies, nones, fused.detections)
-            self._note("fuse and write", len(self.ids) - len(on_priors), began, f"{len(on_priors)} rows keep priors")
-        except Exception as error:  # the file of the step before stays, and later models may fuse again
+            with self.last_deadline.enforced():
+                images = xrays.sized(self.images)
+                chunks = {kind: [] for kind in ("study", "detector")}
+                for model in self.models:
+                    chunks[model.kind] += model.chunks
+                study_scores, image_scores = study_and_image_scores(chunks["study"], images)
+                detections = concatenate(chunks["detector"], "detections")
+                covered = [model.coverage() for model in self.models if model.kind == "detector"]
+                coverage = pd.concat(covered) if covered else None
+                fused = fuse(study_scores, image_scores, detections, images, fusion, coverage)
+                studies, nones = fused.studies[~fused.studies.prior], fused.nones[~fused.nones.prior]
+                on_priors = write_submission(self.output, self.ids, studies, nones, fused.detections)
+                self._note("fuse and write", len(self.ids) - len(on_priors), began, f"{len(on_priors)} rows keep priors")
+        except (Exception, OutOfTime) as error:  # the file of the step before stays, and later models may fuse again
             logger.exception("fusing failed")
-            self._note("fuse and write", 0, began, f"failed: {type(error).__name__}: {error}")
+            self._note("fuse and write", 0, began, _failure(error))
 
     def _note(self, stage: str, files: int, began: float, note: str = "") -> None:
         seconds = time.monotonic() - began
         self.rows.append({"stage": stage, "files": files, "seconds": round(seconds, 1), "note": note})
         logger.info("%s: %d files in %.1f s. %s", stage, files, seconds, note)
 
+    def _note_decoding(self, xrays: "DecodedOnce") -> None:
+        now, outcomes = time.monotonic(), list(xrays.outcomes)
+        for failed in (outcome for outcome in outcomes if outcome.status == "failed"):
+            self._note("decode", 1, now, f"{failed.image_id} keeps its prior: {failed.reason}")
+        for warning, count in Counter(warning for outcome in outcomes for warning in outcome.warnings).most_common():
+            self._note("decode", count, now, f"read all the same: {warning}")
+        if len(outcomes) < len(self.images):
+            self._note(
+                "decode", len(self.images) - len(outcomes), now, f"never decoded; {xrays.error or 'no model asked for them'}"
+            )
+
 
 class DecodedOnce:
     """All readable images of a test set, as often as asked: the first pass decodes, side by side with the model that reads.
 
-    `outcomes` holds what became of each file so far. Passes may overlap: a model that was stopped may still be reading ahead
-    in its thread when the next one begins.
+    `outcomes` holds what became of each file so far; an error of the decoding itself ends every pass and stays in `error`.
+    Passes may overlap: a model that was stopped may still be reading ahead in its thread when the next one begins.
     """
 
     def __init__(self, cache: "XrayCache", images: pd.DataFrame, settings: SubmitSettings) -> None:
-        self.cache, self.outcomes = cache, []
+        self.cache, self.outcomes, self.error = cache, [], ""
         self._coming = cache.decode(images, workers=settings.workers or None, timeout_s=settings.file_timeout_s)
         self._one_at_a_time = threading.Lock()
 
-    def __iter__(self) -> Iterator["CachedXray"]:
+    def without(self, image_ids: set[str]) -> Iterator["CachedXray"]:
+        """One pass over all images but these."""
         place = 0
-        while True:
-            with self._one_at_a_time:
-                if place == len(self.outcomes):
-                    outcome = next(self._coming, None)
-                    if outcome is None:
-                        return
-                    self.outcomes.append(outcome)
+        while self._reaches(place):
             outcome = self.outcomes[place]
             place += 1
-            if outcome.status != "failed":
+            if outcome.status != "failed" and outcome.image_id not in image_ids:
                 yield self.cache.read(outcome.image_id)
+
+    def sized(self, images: pd.DataFrame) -> pd.DataFrame:
+        """Those of `images` that are decoded so far, with their original rows and columns."""
+        sizes = {each.image_id: (each.rows, each.columns) for each in list(self.outcomes) if each.status != "failed"}
+        images = images[images.image_id.isin(sizes)].copy()
+        images[["rows", "columns"]] = [sizes[name] for name in images.image_id]
+        return images
+
+    def close(self) -> None:
+        """Stop decoding, unless a thread that nobody listens to any more is still waiting for a file."""
+        if self._one_at_a_time.acquire(timeout=2):
+            self._coming.close()
+            self._coming = iter(())
+            self._one_at_a_time.release()
+
+    def _reaches(self, place: int) -> bool:
+        with self._one_at_a_time:
+            if place == len(self.outcomes):
+                try:
+                    self.outcomes.append(next(self._coming))
+                except StopIteration:
+                    return False
+                except Exception as error:
+                    logger.exception("decoding failed")
+                    self.error = _failure(error)
+                    return False
+            return True
+
+
+def _failure(error: BaseException) -> str:
+    return "time was up" if isinstance(error, OutOfTime) else f"failed: {type(error).__name__}: {error}"
 
 
 def _session_start() -> float | None:
-    """When a kernel's first cell ran, in seconds of time.monotonic(); None outside a kernel."""
+    """When the session began, in seconds of time.monotonic(), as a kernel or its rehearsal says; None elsewhere."""
     return float(os.environ["KIT_STARTED"]) if "KIT_STARTED" in os.environ else None

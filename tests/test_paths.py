@@ -4,7 +4,10 @@ from kitlib import paths
 from kitlib.paths import InputNotFound, find_input, find_run
 
 
-@pytest.mark.parametrize("layout", ["weights", "competitions/weights", "datasets/somebody/weights"])
+@pytest.mark.parametrize(
+    "layout",
+    ["weights", "competitions/weights", "datasets/somebody/weights", "kernel/weights", "notebooks/somebody/kernel/weights"],
+)
 def test_an_input_is_found_in_all_of_kaggles_mount_layouts(tmp_path, layout):
     (tmp_path / layout).mkdir(parents=True)
     assert find_input("weights", tmp_path) == tmp_path / layout

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from kitlib.bundle import save_bundle
+from kitlib.cache import CacheError, XrayCache
 from kitlib.classifier import StudyClassifier
 from kitlib.fusion import FusionSettings, write_settings
 from kitlib.paths import project_root
@@ -49,6 +50,7 @@ def weights(tmp_path_factory) -> Path:
             "classes": [],
             "recipe": asdict(RECIPE),
             "architecture": {},
+            "longest_side": 64,
             "image_size": RECIPE.image_size,
             "placement": RECIPE.placement,
             "mean": model.mean,
@@ -87,7 +89,7 @@ def test_every_row_is_predicted_but_those_of_damaged_files(competition, weights,
     readable = set(files[~files.index.isin(damaged)])
     assert on_priors(path) == set(files) - readable
     assert ledger.stage.tolist().count("fuse and write") == 2
-    assert not (tmp_path / "scratch").exists()
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 def test_a_broken_model_costs_nothing_but_itself(competition, weights, tmp_path):
@@ -102,7 +104,7 @@ def test_a_broken_model_costs_nothing_but_itself(competition, weights, tmp_path)
 
 def test_without_any_weights_the_priors_stand(competition, tmp_path):
     path, ledger = submit(competition, tmp_path / "nothing", tmp_path)
-    assert "failed: FileNotFoundError" in ledger.set_index("stage").note["predict"]
+    assert "failed: InputNotFound" in ledger.set_index("stage").note["predict"]
     assert validate(competition / "sample_submission.csv", path) == []
 
 
@@ -112,7 +114,7 @@ def test_it_ends_in_time_whatever_the_models_need(competition, weights, tmp_path
     settings = SubmitSettings(time_limit_s=10, share=0.5, longest_side=64, workers=1, batch_size=4)
     path, ledger = submit(competition, weights, tmp_path, settings)
     assert time.monotonic() - began < 10
-    assert "time was up" in ledger.set_index("stage").note["deadline"]
+    assert ledger.set_index("stage").note["small-fold0"] == "time was up"
     assert validate(competition / "sample_submission.csv", path) == []
 
 
@@ -133,12 +135,51 @@ def test_the_first_model_keeps_what_it_had_predicted_when_time_was_up(competitio
     assert 0 < len(on_priors(path)) < read_submission(path).studies.study_id.nunique()
 
 
+def test_a_first_model_that_leaves_others_their_share_goes_on_at_the_end(competition, weights, tmp_path, monkeypatch):
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    budgets = iter([0.0, 60.0, 60.0])  # of the first model, of the second, and of the first once more
+    predict_with = run._predict_with
+    monkeypatch.setattr(run, "_predict_with", lambda model, xrays, _, may: predict_with(model, xrays, next(budgets), may))
+    run.predict(weights, tmp_path / "scratch")
+    rows = [row for row in run.rows if row["stage"] == "small-fold0"]
+    readable = len(run.images) - DAMAGED
+    assert [row["files"] for row in rows] == [SETTINGS.batch_size, readable - SETTINGS.batch_size]
+    assert rows[0]["note"].startswith("stopped after its share")
+    assert len(on_priors(run.output)) <= DAMAGED
+
+
+def test_without_tuned_fusion_the_defaults_serve(competition, weights, tmp_path):
+    untuned = tmp_path / "weights"
+    shutil.copytree(weights, untuned)
+    (untuned / "fusion.json").unlink()
+    path, _ = submit(competition, untuned, tmp_path)
+    assert len(on_priors(path)) <= DAMAGED
+
+
+def test_a_full_disk_costs_what_is_not_decoded_and_is_told(competition, weights, tmp_path, monkeypatch):
+    decode = XrayCache.decode
+
+    def full_after_five(self, *args, **kwargs):
+        for number, outcome in enumerate(decode(self, *args, **kwargs)):
+            if number == 5:
+                raise CacheError("no space left")
+            yield outcome
+
+    monkeypatch.setattr(XrayCache, "decode", full_after_five)
+    path, ledger = submit(competition, weights, tmp_path)
+    last = ledger[ledger.stage == "decode"].iloc[-1]
+    assert (last.files, last.note) == (
+        len(list(competition.glob("test/*/*/*.dcm"))) - 5,
+        "never decoded; failed: CacheError: no space left",
+    )
+    assert 0 < len(on_priors(path)) < read_submission(path).studies.study_id.nunique()
+
+
 def test_a_further_model_must_fit_whole(competition, weights, tmp_path, monkeypatch):
     monkeypatch.setattr("kitlib.submit.IMAGES_BEFORE_JUDGING", 4)
     run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
-    fuse = run._fuse
-    # After the first model's fusion hardly any time is left.
-    monkeypatch.setattr(run, "_fuse", lambda *done: (fuse(*done), monkeypatch.setattr(run.deadline, "left", lambda: 1e-3)))
+    budgets, predict_with = iter([60.0, 1e-3]), run._predict_with
+    monkeypatch.setattr(run, "_predict_with", lambda model, xrays, _, may: predict_with(model, xrays, next(budgets), may))
     run.predict(weights, tmp_path / "scratch")
     notes = run.finish().set_index("stage")
     assert notes.files["small-fold1"] == 0
