@@ -89,8 +89,8 @@ def cross_fit(
     """The score 0..1 of images fused by settings tuned on the other folds: what `tune` can expect of new images.
 
     The answers of all folds are scored together. Same images, grids and errors as `tune`; NaN with fewer than two folds.
-    Boxes are fused once for all folds that try the same settings, so it takes between one and, where every fold chooses
-    otherwise, as many times the time of `tune` as there are folds.
+    Boxes are fused once for each way that any fold tries, so it takes as long as `tune` where the folds agree, and up to as
+    many times that as there are folds where none do.
     """
     judge = _Judge(study_scores, image_scores, detections, coverage, images, labels, boxes, folds, workers)
     numbers = sorted(set(judge.images["fold"]))
