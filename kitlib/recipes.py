@@ -53,7 +53,7 @@ class DetectorRecipe:
     placement: str = "letterbox"
     epochs: int = 50
     batch_size: int = 10
-    nominal_batch: int = 0  # yolo: images a step of the optimiser, gathered over batches; 0: one batch
+    nominal_batch: int = 0  # images a step of the optimiser, gathered over whole batches; 0: one batch
     optimizer: str = "sgd"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0

@@ -1,8 +1,5 @@
 """Training of an opacity detector of any family on all folds but one, and its out-of-fold boxes of that one."""
 
-import dataclasses
-import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,28 +7,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kitlib.atomic import write_json
 from kitlib.average_precision import average_precision, box_hits
-from kitlib.bundle import data_fingerprint, save_bundle
 from kitlib.cache import XrayCache
 from kitlib.device import pick_device, seed_everything
 from kitlib.predict import load_predictor
 from kitlib.recipes import DetectorRecipe
 from kitlib.tables import check_table, concatenate, read_table, write_table
-from kitlib.training import open_run, split, write_history
+from kitlib.training_run import finish_run, open_run, read_finished, run_identity, save_trained, split
 from kitlib.xray_dataset import XrayDataset
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class DetectorRun:
-    """A finished run. `detections` are out of fold, in original pixels: of images that the model has not seen."""
+    """A finished run. `detections` are out of fold, in original pixels: of images that the model was not trained on.
+
+    `coverage` has a row an image of the fold, also where nothing was found.
+    """
 
     run_folder: Path
     metrics: dict[str, Any]
     history: pd.DataFrame
     detections: pd.DataFrame
+    coverage: pd.DataFrame
 
 
 def train_detector(
@@ -58,27 +55,16 @@ def train_detector(
     the folder holds a run of other data or settings. Limits are numbers of images, whole patients.
     """
     run_folder = Path(run_folder)
-    images, labels, boxes, folds = (
-        check_table(table, name)
-        for table, name in ((images, "images"), (labels, "labels"), (boxes, "boxes"), (folds, "folds"))
-    )
+    tables = {"images": images, "labels": labels, "boxes": boxes, "folds": folds}
+    tables = {name: check_table(table, name) for name, table in tables.items()}
+    images, labels, boxes, folds = tables.values()
     train_images, validation_images = split(images, folds, fold, seed, limit_train, limit_validation)
     train_images = with_negatives(train_images, boxes, recipe.negatives, seed)
     for part, name in ((train_images, "training"), (validation_images, f"validation fold {fold}")):
         if not part.image_id.isin(boxes.image_id).any():
             raise ValueError(f"{model_name}: none of the {len(part)} images of the {name} has a box; raise the limit")
-    fingerprint = data_fingerprint(images=images, labels=labels, boxes=boxes, folds=folds)
-    identity = {
-        "model": model_name,
-        "fold": fold,
-        "recipe": dataclasses.asdict(recipe),
-        "seed": seed,
-        "limit_train": limit_train,
-        "limit_validation": limit_validation,
-        "data_fingerprint": fingerprint,
-    }
+    identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation)
     if open_run(run_folder, identity, resume):
-        log.info("%s is finished; reading its results", run_folder)
         return read_detector_run(run_folder)
 
     seed_everything(seed)
@@ -89,45 +75,33 @@ def train_detector(
     validation = XrayDataset(validation_images, labels, boxes, cache, recipe)
     title = f"{model_name} fold {fold}"
     fitted = fit(detector, train, validation, canvas_precision, run_folder, device, seed, workers, progress, title)
-    save_bundle(
-        run_folder / "bundle",
-        detector.state_dict(),
-        {
-            "family": recipe.family,
-            "model": model_name,
-            "classes": ["opacity"],
-            "recipe": dataclasses.asdict(recipe),
-            "architecture": {"parameters": sum(each.numel() for each in detector.parameters())},
-            "image_size": recipe.image_size,
-            "placement": recipe.placement,
-            "mean": list(detector.mean),
-            "std": list(detector.std),
-            "fold": fold,
-            "data_fingerprint": fingerprint,
-            "validation": {"score": float(fitted.history.score[fitted.best_epoch - 1])},
-        },
-    )
+    save_trained(run_folder, detector, recipe.family, ["opacity"], identity, fitted)
     predictor = load_predictor(run_folder / "bundle", device, 2 * recipe.batch_size)
     chunks = predictor.predict(cache.read(image_id) for image_id in validation_images.image_id)
     write_table(concatenate(chunks, "detections"), "detections", run_folder / "tables" / "detections.parquet")
-    write_history(fitted, run_folder)
+    coverage = pd.DataFrame({"image_id": predictor.seen, "model": model_name, "fold": fold})
+    write_table(coverage, "coverage", run_folder / "tables" / "coverage.parquet")
     counts = {
         "starting_weights": recipe.pretrained_file or "from scratch",
         "train_images": len(train),
         "train_images_with_boxes": int((train.none == 0).sum()),
         "validation_images": len(validation),
     }
-    write_json(run_folder / "metrics.json", {**identity, **counts, **fitted.metrics(device)})
+    finish_run(run_folder, identity, counts, fitted, device)
     return read_detector_run(run_folder)
 
 
 def read_detector_run(run_folder: str | Path) -> DetectorRun:
     """The results of a finished run; without metrics.json, which marks one, FileNotFoundError."""
     run_folder = Path(run_folder)
-    metrics = json.loads((run_folder / "metrics.json").read_text(encoding="utf-8"))
+    metrics, history = read_finished(run_folder)
     tables = run_folder / "tables"
     return DetectorRun(
-        run_folder, metrics, pd.read_csv(tables / "history.csv"), read_table("detections", tables / "detections.parquet")
+        run_folder,
+        metrics,
+        history,
+        read_table("detections", tables / "detections.parquet"),
+        read_table("coverage", tables / "coverage.parquet"),
     )
 
 

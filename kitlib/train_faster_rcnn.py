@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from kitlib.faster_rcnn import FasterRCNNDetector
-from kitlib.training import Fitted, RecipeTraining, fit
+from kitlib.training import RecipeTraining, fit
+from kitlib.training_run import Fitted
 from kitlib.xray_dataset import XrayDataset, batches
 
 
@@ -52,6 +53,7 @@ def fit_faster_rcnn(
 ) -> Fitted:
     """Train until the recipe ends it, and leave the best epoch's weights in `detector`, on the CPU."""
     size = detector.recipe.batch_size
+    gathered = max(1, round(detector.recipe.nominal_batch / size))  # as ultralytics rounds
     return fit(
         FasterRCNNTraining(detector, judge),
         batches(train, size, workers, shuffle=True, seed=seed),
@@ -61,4 +63,5 @@ def fit_faster_rcnn(
         seed,
         progress,
         title,
+        gathered,
     )

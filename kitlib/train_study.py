@@ -1,8 +1,5 @@
 """Training of a study classifier on all folds but one, and its out-of-fold predictions of that one."""
 
-import dataclasses
-import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +8,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kitlib.atomic import write_json
 from kitlib.average_precision import average_precision
-from kitlib.bundle import data_fingerprint, load_starting_weights, save_bundle
+from kitlib.bundle import load_starting_weights
 from kitlib.cache import XrayCache
 from kitlib.classes import STUDY_CLASSES
 from kitlib.classifier import OUTPUTS, StudyClassifier, probabilities, study_loss
@@ -21,10 +17,9 @@ from kitlib.device import pick_device, seed_everything
 from kitlib.predict import load_predictor, study_and_image_scores
 from kitlib.recipes import StudyRecipe
 from kitlib.tables import check_table, read_table, write_table
-from kitlib.training import RecipeTraining, fit, open_run, split, write_history
+from kitlib.training import RecipeTraining, fit
+from kitlib.training_run import finish_run, open_run, read_finished, run_identity, save_trained, split
 from kitlib.xray_dataset import XrayDataset, batches
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,25 +53,22 @@ def train_study(
     """Train, keep the best epoch and predict the validation fold with it; `run_folder` gets all of it, metrics.json last.
 
     An interrupted run goes on where it was and gives what an uninterrupted one gives; a finished one is read back. Raises
-    ResumeError if the folder holds a run of other data or settings. Limits are numbers of images, whole patients.
+    ResumeError if the folder holds a run of other data or settings, ValueError if the recipe freezes random weights.
+    Limits are numbers of images, whole patients.
     """
     run_folder = Path(run_folder)
+    if recipe.frozen_backbone and not recipe.pretrained_file:
+        raise ValueError(
+            f"{model_name}: the recipe freezes {recipe.backbone} at random weights, from which nothing is learnt; "
+            'give overrides {"pretrained_file": "..."} (a .safetensors file of the NIH or ImageNet backbone) or '
+            '{"frozen_backbone": false}'
+        )
     tables = {"images": images, "labels": labels, "boxes": boxes, "folds": folds}
     tables = {name: check_table(table, name) for name, table in tables.items()}
     images, labels, boxes, folds = tables.values()
     train_images, validation_images = split(images, folds, fold, seed, limit_train, limit_validation)
-    fingerprint = data_fingerprint(**tables)
-    identity = {
-        "model": model_name,
-        "fold": fold,
-        "recipe": dataclasses.asdict(recipe),
-        "seed": seed,
-        "limit_train": limit_train,
-        "limit_validation": limit_validation,
-        "data_fingerprint": fingerprint,
-    }
+    identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation)
     if open_run(run_folder, identity, resume):
-        logger.info("%s is finished; reading its results", run_folder)
         return read_study_run(run_folder)
 
     seed_everything(seed)
@@ -100,48 +92,26 @@ def train_study(
         progress,
         title=f"{model_name} fold {fold}",
     )
-    best = {name: float(fitted.history[name].iloc[fitted.best_epoch - 1]) for name in ("score", *OUTPUTS)}
-    save_bundle(
-        run_folder / "bundle",
-        model.state_dict(),
-        {
-            "family": "study",
-            "model": model_name,
-            "classes": OUTPUTS,
-            "recipe": dataclasses.asdict(recipe),
-            "architecture": {
-                "features": model.head[0].in_features,
-                "parameters": sum(p.numel() for p in model.parameters()),
-            },
-            "image_size": recipe.image_size,
-            "placement": recipe.placement,
-            "mean": model.mean,
-            "std": model.std,
-            "fold": fold,
-            "data_fingerprint": fingerprint,
-            "validation": {name: value for name, value in best.items() if np.isfinite(value)},
-        },
-    )
+    save_trained(run_folder, model, "study", OUTPUTS, identity, fitted)
     predictor = load_predictor(run_folder / "bundle", device, 2 * recipe.batch_size)
     chunks = predictor.predict(cache.read(image_id) for image_id in validation_images.image_id)
     study_scores, image_scores = study_and_image_scores(chunks, validation_images)
     write_table(study_scores, "study_scores", run_folder / "tables" / "study_scores.parquet")
     write_table(image_scores, "image_scores", run_folder / "tables" / "image_scores.parquet")
-    write_history(fitted, run_folder)
     counts = {"starting_weights": start, "train_images": len(train), "validation_images": len(validation)}
-    write_json(run_folder / "metrics.json", {**identity, **counts, **fitted.metrics(device)})
+    finish_run(run_folder, identity, counts, fitted, device)
     return read_study_run(run_folder)
 
 
 def read_study_run(run_folder: str | Path) -> StudyRun:
     """The results of a finished run; without metrics.json, which marks one, FileNotFoundError."""
     run_folder = Path(run_folder)
-    metrics = json.loads((run_folder / "metrics.json").read_text(encoding="utf-8"))
+    metrics, history = read_finished(run_folder)
     tables = run_folder / "tables"
     return StudyRun(
         run_folder,
         metrics,
-        pd.read_csv(tables / "history.csv"),
+        history,
         read_table("study_scores", tables / "study_scores.parquet"),
         read_table("image_scores", tables / "image_scores.parquet"),
     )

@@ -1,69 +1,30 @@
-"""What every training under pytorch-lightning shares: the split, the schedule, exact resume, the history and its curves."""
+"""Training under pytorch-lightning: the optimiser, the schedule, early stopping and exact resume."""
 
-import json
 import logging
 import math
-import shutil
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.warnings import PossibleUserWarning
-from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from timm.optim import param_groups_weight_decay
 from tqdm import tqdm
 
-from kitlib.atomic import replacing, write_json, write_text
-from kitlib.bundle import versions
+from kitlib.atomic import replacing
 from kitlib.device import derived_seed, precision
 from kitlib.recipes import DetectorRecipe, StudyRecipe
-
-logger = logging.getLogger(__name__)
+from kitlib.training_run import Fitted
 
 # Heidelberg's schedule ends at a twentieth of its first learning rate.
 LEARNING_RATE_FLOOR = 0.05
-# Columns of every history; the others are what a module logged.
-COUNTED = ("epoch", "seconds", "images_per_s", "learning_rate")
-
-
-class ResumeError(ValueError):
-    """A run folder holds another run than the one asked for; the message names each difference."""
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """How a training went.
-
-    `history` has a row an epoch, counted from 1: epoch, seconds (with validation), images_per_s (of training alone),
-    learning_rate (at its end), and whatever the module logged.
-    """
-
-    history: pd.DataFrame
-    best_epoch: int
-
-    def metrics(self, device: torch.device) -> dict[str, Any]:
-        """The part of a run's metrics.json that every training has, in JSON's types; rates in training images a second."""
-        best = self.history.loc[self.history.epoch == self.best_epoch].iloc[0]
-        return {
-            "best_epoch": self.best_epoch,
-            "epochs": len(self.history),
-            "best": {name: float(value) for name, value in best.items() if math.isfinite(value) and name not in COUNTED},
-            "seconds": round(float(self.history.seconds.sum()), 2),
-            "images_per_s": round(float(self.history.images_per_s.median()), 2),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "precision": precision(device),
-            "versions": versions(),
-        }
 
 
 class RecipeTraining(pl.LightningModule):
@@ -105,73 +66,6 @@ def learning_rate_factor(step: int, total: int, warmup: int) -> float:
         return (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, total - warmup))
     return LEARNING_RATE_FLOOR + (1 - LEARNING_RATE_FLOOR) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def split(
-    images: pd.DataFrame,
-    folds: pd.DataFrame,
-    fold: int,
-    seed: int,
-    limit_train: int | None = None,
-    limit_validation: int | None = None,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Images of all folds but `fold`, and images of `fold`; those marked `false_none` or without a fold are in neither.
-
-    A limit is a number of images: patients are drawn by `seed` and kept whole as long as they fit.
-    """
-    known = images.set_index("image_id", drop=False)
-    missing = folds.loc[~folds.id.isin(known.index), "id"]
-    if len(missing):
-        raise ValueError(f"{len(missing)} images of the folds are not in the table images, first {missing.iloc[0]}")
-    kept = folds[~folds.id.map(known.false_none).astype(bool)] if "false_none" in images.columns else folds
-    parts = []
-    for chosen, limit in ((kept.fold != fold, limit_train), (kept.fold == fold, limit_validation)):
-        part = known.loc[kept.id[chosen]].reset_index(drop=True)
-        if limit is not None:
-            part = _whole_patients(part, limit, seed)
-        if part.empty:
-            raise ValueError(
-                f"fold {fold} leaves nothing to train or to validate on; folds: {sorted(set(kept.fold))}, limit {limit}"
-            )
-        parts.append(part)
-    return parts[0], parts[1]
-
-
-def _whole_patients(images: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
-    patients = np.random.default_rng(seed).permutation(images.patient_id.unique())
-    sizes = images.patient_id.value_counts()
-    drawn, room = set(), limit
-    for patient in patients:
-        if sizes[patient] <= room:
-            drawn.add(patient)
-            room -= sizes[patient]
-    return images[images.patient_id.isin(drawn)].reset_index(drop=True)
-
-
-def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> bool:
-    """Make a run folder ready for the run that `identity` (JSON types) describes; True if it already holds its results.
-
-    With `resume`, a folder that holds a run of another identity is refused with ResumeError; without, it is emptied of its
-    checkpoints and of metrics.json, the mark of a finished run.
-    """
-    run_folder = Path(run_folder)
-    described = run_folder / "checkpoints" / "run.json"
-    if not resume:
-        shutil.rmtree(described.parent, ignore_errors=True)
-        (run_folder / "metrics.json").unlink(missing_ok=True)
-    if not described.is_file():
-        write_json(described, identity)
-        return False
-    there = _flat(json.loads(described.read_text(encoding="utf-8")))
-    here = _flat(json.loads(json.dumps(identity)))
-    differing = [name for name in sorted(there | here) if there.get(name, "-") != here.get(name, "-")]
-    if differing:
-        listing = "; ".join(f"{name}: {there.get(name, '-')!r} there, {here.get(name, '-')!r} here" for name in differing)
-        raise ResumeError(
-            f"{run_folder} holds another run and cannot be resumed ({listing}); ask for the same run, name another "
-            "folder, or start it over with resume=False"
-        )
-    return (run_folder / "metrics.json").is_file()
 
 
 def fit(
@@ -231,31 +125,6 @@ def best_row(history: list[dict[str, float]]) -> int:
 def is_over(history: list[dict[str, float]], epochs: int, patience: int) -> bool:
     """Whether the epochs are used up, or `patience` of them have passed since the best one."""
     return len(history) >= epochs or len(history) - 1 - best_row(history) >= patience
-
-
-def write_history(fitted: Fitted, run_folder: str | Path) -> None:
-    """tables/history.csv and figures/curves.png of a run."""
-    write_text(Path(run_folder) / "tables" / "history.csv", fitted.history.to_csv(index=False))
-    draw_curves(fitted, Path(run_folder) / "figures" / "curves.png")
-
-
-def draw_curves(fitted: Fitted, path: str | Path) -> None:
-    """Losses on the left, the score and its parts on the right, the best epoch marked."""
-    history, figure = fitted.history, Figure(figsize=(10, 4))
-    left, right = figure.subplots(1, 2)
-    parts = history.columns.difference(COUNTED, sort=False)
-    for name in parts:
-        axes = left if "loss" in name else right
-        strong = "loss" in name or name == "score"
-        axes.plot(
-            history.epoch, history[name], marker=".", label=name, linewidth=2 if strong else 1, alpha=1 if strong else 0.6
-        )
-    for axes, label in ((left, "loss"), (right, "validation")):
-        axes.axvline(fitted.best_epoch, color="grey", linestyle=":", label="best epoch")
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.legend(fontsize="small")
-    with replacing(path) as beside:
-        figure.savefig(beside, dpi=110)
 
 
 class _EpochKeeper(pl.Callback):
@@ -360,10 +229,3 @@ def _quiet_lightning() -> Iterator[None]:
     finally:
         for each, level in zip(loggers, levels, strict=True):
             each.setLevel(level)
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
-    return flat

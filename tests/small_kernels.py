@@ -39,7 +39,15 @@ def make_wheel(folder, name, version, requires=(), tag="py3-none-any", python=No
 def make_run(folder, model="effnet", fold=0, family="study") -> Path:
     """A run folder whose bundle holds one tensor."""
     stated = {"family": family, "model": model, "classes": ["a"], "recipe": {}, "architecture": {}, "image_size": 8}
-    stated |= {"placement": "letterbox", "mean": [0.0], "std": [1.0], "fold": fold, "data_fingerprint": "", "validation": {}}
+    stated |= {
+        "longest_side": 8,
+        "placement": "letterbox",
+        "mean": [0.0],
+        "std": [1.0],
+        "fold": fold,
+        "data_fingerprint": "",
+        "validation": {},
+    }
     save_bundle(Path(folder) / "bundle", {"weight": torch.full((2, 3), float(fold))}, stated)
     return Path(folder)
 

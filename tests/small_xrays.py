@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
-from kitlib.cache import CachedXray
 
+from kitlib.cache import CachedXray
 from kitlib.classes import STUDY_CLASSES
 from kitlib.geometry import letterbox
 from kitlib.recipes import StudyRecipe
@@ -25,6 +25,7 @@ class SmallXrays:
     count: int = 32
     folds: int = 2
     pixels: dict[str, np.ndarray] = field(init=False)
+    longest_side: int = max(ROWS, COLUMNS) // 2
 
     def __post_init__(self) -> None:
         numbers = np.arange(self.count)

@@ -19,6 +19,7 @@ RECORD = {
     "classes": ("negative", "typical"),
     "recipe": {"backbone": "test_resnet"},
     "architecture": {},
+    "longest_side": 50,
     "image_size": 32,
     "placement": "letterbox",
     "mean": [0.5],

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from kitlib.cache import CachedXray
 from small_xrays import COLUMNS, RECIPE, ROWS, SmallXrays
 
 from kitlib.bundle import BundleError, save_bundle
+from kitlib.cache import CachedXray
 from kitlib.classes import STUDY_CLASSES
 from kitlib.classifier import OUTPUTS, StudyClassifier
 from kitlib.geometry import PLACEMENTS
@@ -26,6 +26,7 @@ RECORD = {
     "classes": OUTPUTS,
     "recipe": {"backbone": "test_resnet", "image_size": 32, "hidden": 16},
     "architecture": {},
+    "longest_side": 50,
     "image_size": 32,
     "placement": "letterbox",
     "mean": [0.5],

@@ -17,7 +17,7 @@ from kitlib.tables import BOX, read_table
 from kitlib.train_detector import canvas_precision, train_detector, with_negatives
 from kitlib.train_faster_rcnn import FasterRCNNTraining
 from kitlib.train_yolo import Canvases, Trainer, settings
-from kitlib.training import ResumeError
+from kitlib.training_run import ResumeError
 from kitlib.xray_dataset import XrayDataset
 
 from ultralytics.cfg import get_cfg  # isort: skip  (kitlib.yolo makes the import offline)
@@ -83,9 +83,14 @@ def test_a_run_leaves_what_later_stages_read(uninterrupted):
     assert set(detections.image_id) <= set(fold.id) and set(detections.model) == {"small"} and set(detections.fold) == {1}
     assert detections[["xmin", "ymin"]].min().min() >= 0  # cut at the edges of the original image
     assert detections.xmax.max() <= COLUMNS and detections.ymax.max() <= ROWS
+    # Images without a detection, too, have been looked at.
+    coverage = read_table("coverage", folder / "tables" / "coverage.parquet")
+    expected = pd.DataFrame({"image_id": fold.id, "model": "small", "fold": 1}).reset_index(drop=True)
+    pd.testing.assert_frame_equal(coverage, expected)
+    pd.testing.assert_frame_equal(uninterrupted.coverage, coverage)
     record, _ = read_bundle(folder / "bundle")
     assert record["family"] == uninterrupted.metrics["recipe"]["family"]
-    assert record["classes"] == ["opacity"] and record["fold"] == 1
+    assert record["classes"] == ["opacity"] and record["fold"] == 1 and record["longest_side"] == 50
     assert record["validation"]["score"] == pytest.approx(uninterrupted.metrics["best"]["score"])
     assert uninterrupted.history.epoch.tolist() == [1, 2]
     # 8 images in the fold, 6 with a box; as many in the other.
@@ -152,6 +157,16 @@ def test_a_finished_run_is_read_back_and_another_is_refused(uninterrupted, monke
     pd.testing.assert_frame_equal(again.detections, uninterrupted.detections)
     with pytest.raises(ResumeError, match=r"recipe\.nms_iou: 0\.5 there, 0\.4 here"):
         train(uninterrupted.run_folder, override(recipe, nms_iou=0.4))
+    with pytest.raises(ResumeError, match="longest_side: 50 there, 40 here"):
+        train(uninterrupted.run_folder, recipe, SmallXrays(16, longest_side=40))
+
+
+@pytest.mark.parametrize(("nominal_batch", "steps"), [(0, 4), (8, 2)])
+def test_a_faster_rcnn_gathers_batches_into_a_step(tmp_path, nominal_batch, steps):
+    # Two epochs of two batches of four images.
+    train(tmp_path, override(FASTER_RCNN, nominal_batch=nominal_batch))
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == steps
 
 
 def test_patience_ends_a_run_and_the_best_epoch_is_kept(tmp_path):

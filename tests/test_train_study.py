@@ -14,7 +14,7 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.recipes import override
 from kitlib.tables import read_table
 from kitlib.train_study import StudyTraining, train_study, validation_scores
-from kitlib.training import ResumeError
+from kitlib.training_run import ResumeError
 
 TIMES = ["seconds", "images_per_s"]
 
@@ -59,6 +59,7 @@ def test_a_run_leaves_what_later_stages_read(uninterrupted):
     record, _ = read_bundle(folder / "bundle")
     assert record["classes"] == [*STUDY_CLASSES, "none"] and record["recipe"]["backbone"] == "test_resnet"
     assert record["fold"] == 1 and record["validation"]["score"] == pytest.approx(uninterrupted.metrics["best"]["score"])
+    assert record["longest_side"] == uninterrupted.metrics["longest_side"] == 50
     assert uninterrupted.history.epoch.tolist() == [1, 2, 3]
     assert uninterrupted.metrics["starting_weights"] == "from scratch" and uninterrupted.metrics["device"] == "cpu"
     assert (folder / "figures" / "curves.png").is_file()
@@ -119,7 +120,7 @@ def test_a_run_that_ended_early_and_died_before_its_results_trains_no_further(tm
         raise ConnectionError("the session ended")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_bundle", dies)
+        patch.setattr(module, "save_trained", dies)
         with pytest.raises(ConnectionError):
             train(tmp_path, recipe=recipe)
     patched = []
@@ -146,6 +147,14 @@ def test_another_recipe_fold_or_data_is_refused(uninterrupted):
     changed.boxes = changed.boxes.iloc[1:]
     with pytest.raises(ResumeError, match="data_fingerprint"):
         train(folder, changed)
+    with pytest.raises(ResumeError, match="longest_side: 50 there, 40 here"):
+        train(folder, SmallXrays(32, longest_side=40))
+
+
+def test_a_backbone_frozen_at_random_weights_is_refused_with_what_to_give(tmp_path):
+    with pytest.raises(ValueError, match=r'test_resnet at random.*"pretrained_file".*"frozen_backbone": false'):
+        train(tmp_path, recipe=override(RECIPE, frozen_backbone=True))
+    assert not list(tmp_path.iterdir())
 
 
 def test_training_learns_starts_from_a_bundle_and_freezes(tmp_path, caplog):
