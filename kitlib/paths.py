@@ -65,6 +65,8 @@ def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
     if "/" in slug and Path(slug).is_dir():
         return Path(slug)
     layouts = (slug, f"competitions/{slug}", f"datasets/*/{slug}", f"*/{slug}", f"notebooks/*/*/{slug}")
+    if Path(slug).is_absolute():
+        layouts = ()
     for folder in (found for layout in layouts for found in sorted(root.glob(layout))):
         if folder.is_dir():
             return folder
