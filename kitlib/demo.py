@@ -29,7 +29,7 @@ class DemoFailed(RuntimeError):
 class DemoSize:
     """How much the demo does. The defaults are what two cores finish in four minutes."""
 
-    train_studies: int = 240
+    train_studies: int = 180
     test_studies: int = 80
     side: int = 320  # of the phantoms, pixels
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the recipe small_<model>, by model
