@@ -57,7 +57,7 @@ class Demo:
         return [
             [("01_prepare", "prepare", prepare)],
             [self._training("02_train_study", "study"), *(self._training("03_train_detector", name) for name in DETECTORS)],
-            [("04_fuse", "fuse", {"prepare_run": str(self.runs / "prepare"), "runs": runs})],
+            [("04_fuse", "fuse", {"prepare_run": str(self.runs / "prepare"), "runs": runs, "cross_fitted": False})],
         ]
 
     def _training(self, notebook: str, model: str) -> tuple[str, str, dict[str, Any]]:

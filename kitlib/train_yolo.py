@@ -20,8 +20,7 @@ from tqdm import tqdm
 from kitlib.atomic import replacing
 from kitlib.device import derived_seed, precision, seed_everything
 from kitlib.recipes import DetectorRecipe
-from kitlib.training import LEARNING_RATE_FLOOR, best_row, is_over
-from kitlib.training_run import Fitted
+from kitlib.training_run import LEARNING_RATE_FLOOR, Fitted, best_row, is_over
 from kitlib.xray_dataset import XrayDataset, batches
 from kitlib.yolo import YoloDetector  # before ultralytics, whose import it makes silent and offline
 

@@ -21,10 +21,7 @@ from tqdm import tqdm
 from kitlib.atomic import replacing
 from kitlib.device import derived_seed, precision
 from kitlib.recipes import DetectorRecipe, StudyRecipe
-from kitlib.training_run import Fitted
-
-# Heidelberg's schedule ends at a twentieth of its first learning rate.
-LEARNING_RATE_FLOOR = 0.05
+from kitlib.training_run import LEARNING_RATE_FLOOR, Fitted, best_row, is_over
 
 
 class RecipeTraining(pl.LightningModule):
@@ -115,16 +112,6 @@ def fit(
     module.to("cpu")
     module.model.load_state_dict(load_file(folder / "best.safetensors"))
     return Fitted(pd.DataFrame(keeper.history), best_row(keeper.history) + 1)
-
-
-def best_row(history: list[dict[str, float]]) -> int:
-    """Index of the first row with the highest score."""
-    return max(range(len(history)), key=lambda row: (history[row]["score"], -row))
-
-
-def is_over(history: list[dict[str, float]], epochs: int, patience: int) -> bool:
-    """Whether the epochs are used up, or `patience` of them have passed since the best one."""
-    return len(history) >= epochs or len(history) - 1 - best_row(history) >= patience
 
 
 class _EpochKeeper(pl.Callback):

@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 COUNTED = ("epoch", "seconds", "images_per_s", "learning_rate")
 
 
+# Heidelberg's schedule ends at a twentieth of its first learning rate.
+LEARNING_RATE_FLOOR = 0.05
+
+
 class ResumeError(ValueError):
     """A run folder holds another run than the one asked for; the message names each difference."""
 
@@ -211,3 +215,13 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, inner in value.items():
         flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
     return flat
+
+
+def best_row(history: list[dict[str, float]]) -> int:
+    """Index of the first row with the highest score."""
+    return max(range(len(history)), key=lambda row: (history[row]["score"], -row))
+
+
+def is_over(history: list[dict[str, float]], epochs: int, patience: int) -> bool:
+    """Whether the epochs are used up, or `patience` of them have passed since the best one."""
+    return len(history) >= epochs or len(history) - 1 - best_row(history) >= patience

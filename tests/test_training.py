@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from small_xrays import RECIPE
 
 from kitlib.recipes import override
-from kitlib.training import best_row, is_over, learning_rate_factor, make_optimizer
+from kitlib.training import learning_rate_factor, make_optimizer
+from kitlib.training_run import best_row, is_over
 
 
 def test_the_schedule_is_the_published_one():
