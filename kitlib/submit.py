@@ -127,8 +127,7 @@ class SubmissionRun:
                     longest_side = self.settings.longest_side or max(model.longest_side for model in self.models)
                     xrays = DecodedOnce(XrayCache(folder, longest_side), self.images, self.settings)
                 self._predict_all(xrays, fusion)
-            except (Exception, OutOfTime) as error:
-                logger.exception("predicting failed")
+            except (Exception, OutOfTime) as error:  # the file is there, whatever happens to the models
                 self._note("predict", 0, began, _failure(error))
             finally:
                 if xrays:
@@ -179,7 +178,6 @@ class SubmissionRun:
         except OutOfTime:
             note, in_time = "time was up", False
         except Exception as error:  # one model's fault must cost neither the others nor the file
-            logger.exception("%s failed", model.folder.name)
             note = _failure(error)
         if note and not may_stop:
             model.drop()
@@ -233,7 +231,6 @@ class SubmissionRun:
                 on_priors = write_submission(self.output, self.ids, studies, nones, fused.detections)
                 self._note("fuse and write", len(self.ids) - len(on_priors), began, f"{len(on_priors)} rows keep priors")
         except (Exception, OutOfTime) as error:  # the file of the step before stays, and later models may fuse again
-            logger.exception("fusing failed")
             self._note("fuse and write", 0, began, _failure(error))
 
     def _note(self, stage: str, files: int, began: float, note: str = "") -> None:
@@ -296,14 +293,17 @@ class DecodedOnce:
                 except StopIteration:
                     return False
                 except Exception as error:
-                    logger.exception("decoding failed")
                     self.error = _failure(error)
                     return False
             return True
 
 
 def _failure(error: BaseException) -> str:
-    return "time was up" if isinstance(error, OutOfTime) else f"failed: {type(error).__name__}: {error}"
+    """The error in the ledger's words; its traceback goes to the log."""
+    if isinstance(error, OutOfTime):
+        return "time was up"
+    logger.error("a stage failed", exc_info=error)
+    return f"failed: {type(error).__name__}: {error}"
 
 
 def _session_start() -> float | None:
