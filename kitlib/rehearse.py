@@ -84,7 +84,7 @@ def rehearse(
     executed.write_text("", encoding="utf-8")
     with tempfile.TemporaryDirectory(dir=out, prefix=".rehearsal-", ignore_cleanup_errors=True) as private:
         attached = _attached(out, inputs, metadata, Path(private) / "wheels")
-        prepare = _in_the_open if no_sandbox_reason() else _in_a_room
+        prepare = _open_command if no_sandbox_reason() else _isolated_command
         command, environment = prepare(
             Path(private), packages, attached, out / "kernel" / metadata["code_file"], working, executed
         )
@@ -137,7 +137,7 @@ def _attached(out: Path, inputs: Path, metadata: dict[str, Any], replaced: Path)
     return attached
 
 
-def _in_a_room(
+def _isolated_command(
     private: Path, packages: Path, attached: dict[str, Path], code: Path, working: Path, executed: Path
 ) -> tuple[list[str], dict[str, str]]:
     """The command that runs the notebook, and its environment. `private` is a folder for what is thrown away afterwards."""
@@ -166,7 +166,7 @@ def _in_a_room(
     return command, _environment(python, home="/tmp/home")
 
 
-def _in_the_open(
+def _open_command(
     private: Path, packages: Path, attached: dict[str, Path], code: Path, working: Path, executed: Path
 ) -> tuple[list[str], dict[str, str]]:
     """The same where the system has no private namespaces: links instead of mounts."""
