@@ -26,7 +26,7 @@ clean:
 # a notebook find kitlib wherever it is started.
 $(READY): requirements.txt kitlib/kaggle_image.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	@echo "Installing into .venv (about 3.5 GB come down: torch with its CUDA libraries)"
+	@echo "Installing into .venv (torch brings its CUDA libraries: several GB come down)"
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
 	$(UV) -r requirements.txt

@@ -211,6 +211,7 @@ def _quiet_lightning() -> Iterator[None]:
             each.setLevel(logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PossibleUserWarning)
+            # Lightning's loader asks torch for a name that torch has deprecated; neither side is ours.
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             yield
     finally:
