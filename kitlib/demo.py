@@ -55,9 +55,9 @@ class Demo:
         prepare = {"competition": str(self.inputs / COMPETITION), "longest_side": self.size.side, "n_folds": 2}
         runs = [str(self.runs / name) for name in ("study", *DETECTORS)]
         return [
-            [("01_prepare", "prepare", prepare)],
-            [self._training("02_train_study", "study"), *(self._training("03_train_detector", name) for name in DETECTORS)],
-            [("04_fuse", "fuse", {"prepare_run": str(self.runs / "prepare"), "runs": runs, "cross_fitted": False})],
+            [("10_prepare", "prepare", prepare)],
+            [self._training("30_train_study", "study"), *(self._training("40_train_detector", name) for name in DETECTORS)],
+            [("60_fuse", "fuse", {"prepare_run": str(self.runs / "prepare"), "runs": runs, "cross_fitted": False})],
         ]
 
     def _training(self, notebook: str, model: str) -> tuple[str, str, dict[str, Any]]:
@@ -68,7 +68,7 @@ class Demo:
     def report(self) -> list[tuple[str, str, dict[str, Any]]]:
         parameters = {"prepare_run": str(self.runs / "prepare"), "fuse_run": str(self.runs / "fuse")}
         parameters |= {"submission": str(self.runs / "submission.csv"), "truth": str(self.truth)}
-        return [("06_report", "report", {**parameters, "competition": str(self.inputs / COMPETITION)})]
+        return [("80_report", "report", {**parameters, "competition": str(self.inputs / COMPETITION)})]
 
 
 def project_demo() -> Demo:

@@ -31,7 +31,7 @@ class KernelSpec:
     competition: str = "siim-covid19-detection"
     accelerator: str = "NvidiaTeslaT4"  # two T4, or "none" for a CPU kernel
     time_limit_hours: float = 9.0
-    notebook: str = "notebooks/05_submit.ipynb"
+    notebook: str = "notebooks/70_submit.ipynb"
     parameters: dict[str, Any] = field(default_factory=dict)  # for the notebook's `parameters` cell
     runs: tuple[str, ...] = ()  # run folders or globs of them, most valuable first; each holds `bundle/`
     fusion: str | None = None  # fusion.json, tuned out of fold

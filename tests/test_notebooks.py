@@ -42,7 +42,7 @@ def test_the_demo_runs_every_notebook_and_leaves_a_valid_submission(ended):
     assert all(math.isfinite(scores[name]) for name in ("score", "negative", "none", "opacity"))
     assert validate(demo.inputs / COMPETITION / "sample_submission.csv", demo.runs / "submission.csv") == []
     executed = [notebook for stage in [*demo.stages(), demo.report()] for notebook, _, _ in stage]
-    assert {*executed, "05_submit"} == {path.stem for path in NOTEBOOKS}
+    assert {*executed, "70_submit"} == {path.stem for path in NOTEBOOKS}
 
 
 def test_the_rehearsed_kernel_used_every_model(ended):
