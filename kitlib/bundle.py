@@ -15,7 +15,7 @@ from torch import nn
 
 import kitlib
 from kitlib.atomic import replacing, write_json
-from kitlib.tables import SCHEMAS
+from kitlib.tables import OPEN, SCHEMAS
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +153,8 @@ def data_fingerprint(**tables: pd.DataFrame) -> str:
     digest = hashlib.sha256()
     for name in sorted(tables):
         columns = ["image_id", "study_id", "patient_id"] if name == "images" else sorted(SCHEMAS[name])
+        if name in OPEN:
+            columns = sorted(tables[name].columns)
         rows = tables[name][columns].sort_values(columns).to_csv(index=False, float_format="%.6f", lineterminator="\n")
         digest.update(f"{name}\n{rows}".encode())
     return digest.hexdigest()

@@ -1,6 +1,7 @@
-"""The study classifier: any timm backbone with the Heidelberg head, four study classes and the image-level `none`."""
+"""Classifiers: any timm backbone with the Heidelberg head, for a study's classes and `none`, or for an image's findings."""
 
 import difflib
+from collections.abc import Sequence
 
 import timm
 import torch
@@ -8,22 +9,22 @@ from torch import nn
 from torch.nn import functional
 
 from kitlib.classes import STUDY_CLASSES
-from kitlib.recipes import StudyRecipe, from_dict, override
+from kitlib.recipes import ClassifierRecipe, FindingsRecipe, StudyRecipe, from_dict, override
 
 OUTPUTS = (*STUDY_CLASSES, "none")
 
 
-class StudyClassifier(nn.Module):
+class Classifier(nn.Module):
     """Pooled features of a backbone, then Linear-ReLU-Dropout-Linear; weights are random until somebody loads them.
 
-    A frozen backbone takes no gradients and keeps its batch-norm statistics, in training mode too.
+    A frozen backbone takes no gradients and, where the recipe freezes statistics too, stays in evaluation mode.
     """
 
-    def __init__(self, recipe: StudyRecipe) -> None:
+    def __init__(self, recipe: ClassifierRecipe, outputs: int) -> None:
         super().__init__()
         self.recipe = recipe
         self.backbone = _backbone(recipe)
-        self.head = head(self.backbone.head_hidden_size, recipe.hidden, recipe.dropout)
+        self.head = head(self.backbone.head_hidden_size, recipe.hidden, recipe.dropout, outputs)
         self.mean, self.std = _normalisation(self.backbone, recipe.channels)
         if recipe.frozen_backbone:
             self.backbone.requires_grad_(False)
@@ -31,7 +32,7 @@ class StudyClassifier(nn.Module):
             self.train()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalised x (n, channels, side, side) to logits (n, 5): STUDY_CLASSES, then none."""
+        """Normalised x (n, channels, side, side) to logits (n, outputs)."""
         return self.head(self.backbone(x))
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -41,11 +42,35 @@ class StudyClassifier(nn.Module):
         x = (pixels[:, None].float() / 255 - mean) / std
         return x.contiguous(memory_format=torch.channels_last)
 
-    def train(self, mode: bool = True) -> "StudyClassifier":
+    def train(self, mode: bool = True) -> "Classifier":
         super().train(mode)
-        if self.recipe.frozen_backbone:
+        if self.recipe.frozen_backbone and self.recipe.frozen_statistics:
             self.backbone.eval()
         return self
+
+
+class StudyClassifier(Classifier):
+    """The four study classes, then the image-level `none`: five outputs in the order of OUTPUTS."""
+
+    def __init__(self, recipe: StudyRecipe) -> None:
+        super().__init__(recipe, len(OUTPUTS))
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (n, 5) to float32 probabilities: the four study classes sum to 1, none stands alone."""
+        return probabilities(logits)
+
+
+class FindingsClassifier(Classifier):
+    """One output a class of `classes`, in their order."""
+
+    def __init__(self, recipe: FindingsRecipe, classes: Sequence[str]) -> None:
+        super().__init__(recipe, len(classes))
+        self.classes = tuple(classes)
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (n, classes) to float32 probabilities, each for itself, or summing to 1 where exactly one class is true."""
+        logits = logits.float()
+        return logits.sigmoid() if self.recipe.multi_label else logits.softmax(dim=1)
 
 
 def head(features: int, hidden: int, dropout: float, outputs: int = len(OUTPUTS)) -> nn.Sequential:
@@ -74,14 +99,19 @@ def study_loss(logits: torch.Tensor, study: torch.Tensor, none: torch.Tensor, no
     return loss
 
 
-def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device) -> StudyClassifier:
+def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device) -> Classifier:
     """A classifier from a bundle's record and weights, ready to predict on `device`. Raises where the weights do not fit."""
-    model = StudyClassifier(override(from_dict(StudyRecipe, record["recipe"]), pretrained_file=""))
+    if record["family"] == "study":
+        model = StudyClassifier(override(from_dict(StudyRecipe, record["recipe"]), starting_weights=""))
+    else:
+        model = FindingsClassifier(
+            override(from_dict(FindingsRecipe, record["recipe"]), starting_weights=""), record["classes"]
+        )
     model.load_state_dict(state_dict, strict=True)
     return model.eval().to(device, memory_format=torch.channels_last)
 
 
-def _backbone(recipe: StudyRecipe) -> nn.Module:
+def _backbone(recipe: ClassifierRecipe) -> nn.Module:
     if not timm.is_model(recipe.backbone):
         near = difflib.get_close_matches(recipe.backbone.partition(".")[0], timm.list_models(), n=5)
         raise ValueError(

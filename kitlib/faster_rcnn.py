@@ -114,7 +114,7 @@ class FasterRCNNDetector(nn.Module):
 def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device) -> FasterRCNNDetector:
     """A detector from a bundle's record and weights, ready to predict on `device`. Raises where the weights do not fit."""
     recipe = from_dict(DetectorRecipe, record["recipe"])
-    detector = FasterRCNNDetector(override(recipe, pretrained_file=""))
+    detector = FasterRCNNDetector(override(recipe, starting_weights=""))
     detector.load_state_dict(state_dict, strict=True)
     return detector.eval().to(device, memory_format=torch.channels_last)
 
@@ -123,9 +123,9 @@ def _backbone(recipe: DetectorRecipe) -> nn.Module:
     if not timm.is_model(recipe.backbone):
         near = get_close_matches(recipe.backbone.partition(".")[0], timm.list_models(), n=5)
         raise ValueError(f"timm has no backbone {recipe.backbone!r}; near: {', '.join(near) or 'nothing'}")
-    if not recipe.pretrained_file:
+    if not recipe.starting_weights:
         return timm.create_model(recipe.backbone, pretrained=False, features_only=True, in_chans=recipe.channels)
-    weights = read_weights(recipe.pretrained_file)
+    weights = read_weights(recipe.starting_weights)
     of_classifier = {name: each for name, each in weights.items() if name.startswith("backbone.")}
     weights = {name.removeprefix("backbone."): each for name, each in (of_classifier or weights).items()}
     with torch.device("meta"):
@@ -133,7 +133,7 @@ def _backbone(recipe: DetectorRecipe) -> nn.Module:
     missing = [name for name in wanted if name not in weights]
     if missing:
         raise BundleError(
-            f"{recipe.pretrained_file} lacks {len(missing)} of the {len(wanted)} tensors of {recipe.backbone!r}, such as "
+            f"{recipe.starting_weights} lacks {len(missing)} of the {len(wanted)} tensors of {recipe.backbone!r}, such as "
             f"{missing[0]}; name weights of that very backbone"
         )
     # timm itself renames them for features_only and sums the first convolution for a grey input.

@@ -5,7 +5,6 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from kitlib.classes import STUDY_CLASSES
 from kitlib.tables import check_table
 
 
@@ -21,16 +20,18 @@ def make_folds(
     seed: int = 0,
     near_duplicates: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """The table folds (id = image_id, fold from 0) over the images that are not `false_none`.
+    """The table folds (id = image_id, fold from 0) over the images that are not `false_none` and not of the split "test".
 
     Images that share a patient or a group of `near_duplicates` (columns image_id, group), directly or through others, share
-    a fold. Each fold gets the whole set's shares of study class and box presence as closely as whole groups allow. Depends
-    on `seed` and the rows, not on their order. Raises ValueError where there are fewer groups than folds, an image's
-    study has no label, or `n_folds` is below 2.
+    a fold. Each fold gets the whole set's shares of classes (an image counts for the rarest of its own) and of box presence
+    as closely as whole groups allow. Depends on `seed` and the rows, not on their order. Raises ValueError where there are
+    fewer groups than folds, an image's study has no label, or `n_folds` is below 2.
     """
     kept = check_table(images, "images").sort_values("image_id", ignore_index=True)
     if "false_none" in kept:
         kept = kept[~kept.false_none.astype(bool)].reset_index(drop=True)
+    if "split" in kept:
+        kept = kept[kept.split != "test"].reset_index(drop=True)
     groups = leak_groups(kept, near_duplicates)
     found = len(np.unique(groups))
     if not 2 <= n_folds <= found:
@@ -108,10 +109,12 @@ def _spread_evenly(counts: np.ndarray, n_folds: int, rng: np.random.Generator) -
 
 
 def _strata(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> np.ndarray:
-    """Study class and box presence of every image as one number."""
-    classes = check_table(labels, "labels").set_index("id")[list(STUDY_CLASSES)]
+    """The rarest class that is true of every image, and box presence, as one number."""
+    classes = check_table(labels, "labels").set_index("id")
     missing = sorted(set(images.study_id) - set(classes.index))
     if missing:
         raise ValueError(f"{len(missing)} studies have images and no label, first {missing[0]}: drop them or label them")
-    study_class = classes.loc[images.study_id].fillna(0).to_numpy().argmax(axis=1)
-    return 2 * study_class + images.image_id.isin(boxes.image_id).to_numpy()
+    true = classes.loc[images.study_id].fillna(0).to_numpy() > 0.5
+    rarest_first = true[:, np.argsort(true.sum(axis=0), kind="stable")]
+    rarest = np.where(rarest_first.any(axis=1), rarest_first.argmax(axis=1), true.shape[1])
+    return 2 * rarest + images.image_id.isin(boxes.image_id).to_numpy()

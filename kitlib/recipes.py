@@ -17,54 +17,104 @@ class RecipeError(ValueError):
 
 
 @dataclass(frozen=True)
-class StudyRecipe:
-    """Study-level classifier. Defaults: Heidelberg SIIM project, report section on the study model, as the kit mends it."""
+class TrainingRecipe:
+    """What every training has: starting point, canvas, optimiser, augmentation, and the views that a prediction averages.
+
+    Defaults: Heidelberg SIIM project, report section 3, as the kit mends it. A `_p` is the probability that an image meets
+    the augmentation.
+    """
 
     backbone: str = "resnext101_32x8d"  # any timm name; Heidelberg's NIH backbone
-    pretrained_file: str = ""  # ImageNet weights as a local file; empty: from scratch, and the record says so
+    starting_weights: str = (
+        ""  # a run's bundle folder, or a .safetensors or .npz file; empty: from scratch, as the record says
+    )
     channels: int = 1  # 1 grey, 3 for weights that want RGB
     image_size: int = 512  # side of the square canvas, pixels
-    placement: str = "letterbox"  # or "stretch", as most public solutions do
-    hidden: int = 1024  # units of the head's hidden layer (2048-1024-ReLU-dropout-5)
-    dropout: float = 0.5
-    none_weight: float = 0.5  # weight of the image-level `none` loss beside the study's cross entropy
-    epochs: int = 58
-    batch_size: int = 15
-    optimizer: str = "sgd"  # or "adamw"
-    learning_rate: float = 5e-4
-    weight_decay: float = 0.0
-    warmup_epochs: float = 0.0
-    patience: int = 10  # epochs without a better validation score before training stops
-    frozen_backbone: bool = False  # frozen means batch-norm statistics too
-    horizontal_flip: float = 0.5  # probabilities and strengths of the training augmentation
-    rotate_degrees: float = 10.0
-    brightness_contrast: float = 0.2
-
-
-@dataclass(frozen=True)
-class DetectorRecipe:
-    """Opacity detector of either family. Defaults: Heidelberg SIIM project, report section on Faster R-CNN."""
-
-    family: str = "faster_rcnn"  # or "yolo"
-    backbone: str = "resnext101_32x8d"  # faster_rcnn: a timm name; yolo: an ultralytics name such as "yolov5lu"
-    pretrained_file: str = ""  # weights as a local file: timm's for the backbone, or a YOLO bundle's weights.safetensors
-    channels: int = 1  # faster_rcnn: 1 grey, 3 for weights that want RGB; yolo always sees the grey image three times
-    image_size: int = 512  # a multiple of 32
-    placement: str = "letterbox"
+    placement: str = "letterbox"  # or "stretch", as most public solutions do, or "centre_crop"
     epochs: int = 50
     batch_size: int = 10
     nominal_batch: int = 0  # images a step of the optimiser, gathered over whole batches; 0: one batch
-    optimizer: str = "sgd"
+    optimizer: str = "sgd"  # or "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     warmup_epochs: float = 0.0
-    patience: int = 10
-    horizontal_flip: float = 0.3
-    rotate_degrees: float = 0.0  # the report's 20 degrees inflate boxes; a parameter
-    brightness_contrast: float = 0.3
+    schedule_every: int = 0  # epochs between steps of the cosine; 0: every batch; Heidelberg's 2 never reaches the floor
+    patience: int = 10  # epochs without a better validation score before training stops
+    ema_decay: float = 0.0  # of the moving average of the weights that is judged and kept; 0: the weights themselves
+    views: tuple[str, ...] = ("full",)  # of "full", "flip", "lungs", "lungs_flip": what a prediction averages
+    horizontal_flip: float = 0.5  # probability
+    vertical_flip: float = 0.0  # probability; of Heidelberg's YOLO
+    rotate_degrees: float = 0.0  # to either side; inflates boxes
+    shift: float = 0.0  # to either side, share of the canvas
+    turn_p: float = 0.5  # of rotation and shift, together
+    brightness_contrast: float = 0.2  # strength of each
+    brightness_contrast_p: float = 0.5
+    sharpen_p: float = 0.0  # sharpened or blurred, never both
+    blur_p: float = 0.0
+    cutouts: int = 0  # most square holes, each a sixteenth of the canvas's side
+    cutouts_p: float = 0.3
+    erase_p: float = 0.0  # one rectangle of 1 to 10 % of the canvas
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe(TrainingRecipe):
+    """A backbone with Heidelberg's head: 2048-1024-ReLU-dropout-classes."""
+
+    hidden: int = 1024  # units of the head's hidden layer
+    dropout: float = 0.5
+    frozen_backbone: bool = False
+    frozen_statistics: bool = True  # of a frozen backbone's batch norm; Heidelberg's code lets them run on
+    unfreeze_every: int = 0  # epochs after which one more stage of a frozen backbone learns, the last first; 0: none does
+    unfrozen_rate: float = 0.1  # learning rate of such stages, share of the head's
+    label_smoothing: float = 0.0  # share of the truth that is spread evenly over the classes
+    mixup: float = 0.0  # of the beta distribution that draws how two images are blended; 0: none; Zhang et al. 2018
+    cutmix: float = 0.0  # the same for a rectangle of the other image; Yun et al. 2019
+
+
+@dataclass(frozen=True)
+class StudyRecipe(ClassifierRecipe):
+    """Study-level classifier with the image-level `none` beside it. Defaults: report section 3.4."""
+
+    outputs: str = "both"  # "study", "none" (a classifier of its own, 15th place) or both: what is learnt and answered
+    none_weight: float = 0.5  # weight of the image-level `none` loss beside the study's cross entropy
+    segmentation: float = 0.0  # weight of the auxiliary loss of the boxes' mask (0.6 BCE + 0.4 Dice, 1st place); 0: no head
+    epochs: int = 58
+    batch_size: int = 15
+    learning_rate: float = 5e-4
+    rotate_degrees: float = 10.0
+
+
+@dataclass(frozen=True)
+class FindingsRecipe(ClassifierRecipe):
+    """Classifier of single images over the classes of their table labels. Defaults: report section 3.1, the NIH backbone."""
+
+    multi_label: bool = True  # each class for itself (BCE), or exactly one is true (cross entropy)
+    channels: int = 3
+    image_size: int = 224
+    placement: str = "centre_crop"  # the shorter side is resized to 256, its middle 224 are the canvas
+    epochs: int = 35
+    batch_size: int = 32
+    schedule_every: int = 1
+    rotate_degrees: float = 20.0
+    turn_p: float = 1.0
+    brightness_contrast: float = 0.0
+    blur_p: float = 0.3
+    erase_p: float = 0.3
+
+
+@dataclass(frozen=True)
+class DetectorRecipe(TrainingRecipe):
+    """Opacity detector of either family. Defaults: report section 3.1, Faster R-CNN."""
+
+    family: str = "faster_rcnn"  # or "yolo", whose backbone is an ultralytics name such as "yolov5lu" or "squeezenet1_1"
+    inference_size: int = 0  # side of the canvas at prediction, a multiple of 32; 0: as in training
+    negatives: float = 1.0  # images without a box to train on, at most this share of those with one; Heidelberg: 0
+    box_loss: str = ""  # faster_rcnn: "smooth_l1" or "ciou"; yolo: "ciou" or "giou"; empty: the first
+    box_gain: float = 7.5  # yolo: weights of the losses, ultralytics' own
+    class_gain: float = 0.5
+    dfl_gain: float = 1.5
     mosaic: float = 0.0  # yolo: probability that four images make one
     mixup: float = 0.0  # yolo: probability that two images are blended
-    negatives: float = 1.0  # images without a box to train on, at most this share of those with one; Heidelberg: 0
     zoom: float = 0.5  # yolo: scale of a training image, between 1 - zoom and 1 + zoom
     width: float = 1.0  # yolo: channels, as a share of the named model's
     norm_momentum: float = 0.03  # yolo: a batch's weight in the running statistics; a short training needs more
@@ -75,25 +125,125 @@ class DetectorRecipe:
     nms_iou: float = 0.5  # of two boxes that overlap more, the lower score goes
     max_detections: int = 100  # boxes kept an image at prediction
     min_score: float = 0.001  # low-confidence boxes earn average precision; see VOC 2010 AP
+    horizontal_flip: float = 0.3
+    brightness_contrast: float = 0.3
+    schedule_every: int = 1
 
+
+# Heidelberg's augmentation of the Faster R-CNN, report section 3.1.
+_HEIDELBERG_BOXES = {
+    "rotate_degrees": 20.0,
+    "shift": 0.0625,  # albumentations' own, which the report leaves at its default
+    "turn_p": 0.3,
+    "brightness_contrast": 0.2,
+    "brightness_contrast_p": 0.3,
+    "sharpen_p": 0.5,
+    "blur_p": 0.25,
+    "cutouts": 6,
+}
+_HEIDELBERG_YOLO = DetectorRecipe(
+    family="yolo",
+    backbone="yolov5lu",
+    epochs=35,
+    batch_size=16,
+    nominal_batch=64,
+    learning_rate=0.01,
+    weight_decay=5e-4,
+    warmup_epochs=3.0,
+    horizontal_flip=0.5,
+    vertical_flip=0.1,
+    mosaic=1.0,
+    mixup=0.5,
+    box_loss="giou",
+)
 
 # The published settings, and sizes that two CPU cores finish in a minute.
-RECIPES: dict[str, StudyRecipe | DetectorRecipe] = {
-    "heidelberg_study": StudyRecipe(frozen_backbone=True),
-    "heidelberg_faster_rcnn": DetectorRecipe(),
-    # Gains and mosaic are ultralytics' own; the optimiser's settings are the report's.
-    "heidelberg_yolo": DetectorRecipe(
-        family="yolo",
-        backbone="yolov5lu",
-        epochs=35,
-        batch_size=16,
-        nominal_batch=64,
+RECIPES: dict[str, TrainingRecipe] = {
+    "heidelberg_backbone": FindingsRecipe(),
+    "heidelberg_study": StudyRecipe(frozen_backbone=True, schedule_every=1),
+    "heidelberg_faster_rcnn": DetectorRecipe(inference_size=1024, **_HEIDELBERG_BOXES),
+    "heidelberg_yolo": _HEIDELBERG_YOLO,
+    # 6th place, the leanest of the strong ones: one classifier and one Faster R-CNN, mirror images averaged.
+    "lean_study": StudyRecipe(
+        backbone="tf_efficientnet_b7",
+        channels=3,
+        image_size=600,
+        epochs=20,
+        batch_size=8,
+        nominal_batch=32,
+        optimizer="adamw",
+        learning_rate=2e-4,
+        weight_decay=0.01,
+        warmup_epochs=1.0,
+        views=("full", "flip"),
+    ),
+    "lean_faster_rcnn": DetectorRecipe(
+        backbone="resnet101d",
+        channels=3,
+        image_size=1024,
+        epochs=20,
+        batch_size=4,
+        nominal_batch=16,
         learning_rate=0.01,
-        weight_decay=5e-4,
-        warmup_epochs=3.0,
-        horizontal_flip=0.5,
-        mosaic=1.0,
-        mixup=0.5,
+        weight_decay=1e-4,
+        warmup_epochs=1.0,
+        views=("full", "flip"),
+        rotate_degrees=10.0,
+    ),
+    # What the strongest have in common: auxiliary segmentation, moving averages, lung crops.
+    "strong_study": StudyRecipe(
+        backbone="tf_efficientnetv2_m",
+        channels=3,
+        epochs=20,
+        batch_size=16,
+        nominal_batch=32,
+        optimizer="adamw",
+        learning_rate=2e-4,
+        weight_decay=0.01,
+        warmup_epochs=1.0,
+        segmentation=1.0,
+        ema_decay=0.998,
+        label_smoothing=0.05,
+        views=("full", "flip", "lungs", "lungs_flip"),
+    ),
+    "strong_faster_rcnn": DetectorRecipe(
+        backbone="resnet101d",
+        channels=3,
+        image_size=1024,
+        epochs=20,
+        batch_size=4,
+        nominal_batch=16,
+        learning_rate=0.01,
+        weight_decay=1e-4,
+        warmup_epochs=1.0,
+        ema_decay=0.998,
+        views=("full", "flip"),
+        rotate_degrees=10.0,
+    ),
+    "strong_yolo": dataclasses.replace(
+        _HEIDELBERG_YOLO,
+        backbone="yolo11x",
+        image_size=768,
+        epochs=40,
+        vertical_flip=0.0,
+        box_loss="",
+        views=("full", "flip"),
+    ),
+    "small_backbone": FindingsRecipe(
+        backbone="test_efficientnet",
+        channels=1,
+        image_size=96,
+        hidden=64,
+        dropout=0.2,
+        epochs=6,
+        batch_size=8,
+        optimizer="adamw",
+        learning_rate=4e-3,
+        weight_decay=0.02,
+        warmup_epochs=1.0,
+        schedule_every=0,
+        rotate_degrees=5.0,
+        erase_p=0.0,
     ),
     "small_study": StudyRecipe(
         backbone="test_efficientnet",
@@ -116,6 +266,7 @@ RECIPES: dict[str, StudyRecipe | DetectorRecipe] = {
         batch_size=4,
         optimizer="adamw",
         learning_rate=3e-3,
+        schedule_every=0,
         fpn_channels=32,
         box_hidden=64,
         box_samples=32,

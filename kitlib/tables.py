@@ -29,12 +29,14 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "source": "text",
         "view": "text",
     },
-    # One row a study; exactly one class is 1 in SIIM's own labels, NaN where unknown.
-    "labels": {"id": "id", **dict.fromkeys(STUDY_CLASSES, "probability")},
+    # One row a study; every further column is a class of the data set, NaN where unknown.
+    "labels": {"id": "id"},
     "boxes": {"image_id": "id", **dict.fromkeys(BOX, "pixel")},
     # One row an image (id is an image_id).
     "folds": {"id": "id", "fold": "count"},
     "study_scores": {"study_id": "id", "model": "text", "fold": "integer", **dict.fromkeys(STUDY_CLASSES, "probability")},
+    # Of a classifier of images; every further column is one of its classes.
+    "class_scores": {"image_id": "id", "model": "text", "fold": "integer"},
     "image_scores": {"image_id": "id", "model": "text", "fold": "integer", "none": "probability"},
     "detections": {
         "image_id": "id",
@@ -47,6 +49,9 @@ SCHEMAS: dict[str, dict[str, str]] = {
     "coverage": {"image_id": "id", "model": "text", "fold": "integer"},
 }
 
+# Tables whose further columns are all classes: probabilities, at least one.
+OPEN = ("labels", "class_scores")
+
 # Tables in which these columns name a row.
 KEYS: dict[str, tuple[str, ...]] = {
     "images": ("image_id",),
@@ -54,6 +59,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "folds": ("id",),
     "study_scores": ("study_id", "model", "fold"),
     "image_scores": ("image_id", "model", "fold"),
+    "class_scores": ("image_id", "model", "fold"),
     "coverage": ("image_id", "model", "fold"),
 }
 
@@ -77,6 +83,12 @@ def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame
     table = table[[*schema, *(column for column in table.columns if column not in schema)]].copy()
     for column, kind in schema.items():
         table[column] = _typed(table[column], kind, f"{place}, column {column}")
+    if name in OPEN:
+        classes = class_columns(table, name)
+        if len(table) and not classes:
+            raise TableError(f"{place}: no class, only {', '.join(schema)}")
+        for column in classes:
+            table[column] = _typed(table[column], "probability", f"{place}, column {column}")
     if name in KEYS:
         key = list(KEYS[name])
         twice = table.duplicated(key, keep=False)
@@ -89,6 +101,23 @@ def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame
             first = _first(table, bad, ["image_id", *BOX])
             raise TableError(f"{place}: {int(bad.sum())} boxes without area, first {first}")
     return table.reset_index(drop=True)
+
+
+def class_columns(table: pd.DataFrame, name: str) -> list[str]:
+    """The classes of a table `labels` or `class_scores`, in its order."""
+    return [column for column in table.columns if column not in SCHEMAS[name]]
+
+
+def study_labels(labels: pd.DataFrame, where: str = "") -> pd.DataFrame:
+    """The table labels of a data set with SIIM's study classes, these first; TableError for another data set's."""
+    labels = check_table(labels, "labels", where)
+    missing = [name for name in STUDY_CLASSES if name not in labels.columns]
+    if missing:
+        raise TableError(
+            f"labels{' from ' + where if where else ''} lack the study class(es) {', '.join(missing)}; they have: "
+            f"{', '.join(class_columns(labels, 'labels')) or 'no class'}. Is it another data set's run?"
+        )
+    return labels[["id", *STUDY_CLASSES]]
 
 
 def empty_table(name: str) -> pd.DataFrame:

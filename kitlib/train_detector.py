@@ -82,7 +82,7 @@ def train_detector(
     coverage = pd.DataFrame({"image_id": predictor.seen, "model": model_name, "fold": fold})
     write_table(coverage, "coverage", run_folder / "tables" / "coverage.parquet")
     counts = {
-        "starting_weights": recipe.pretrained_file or "from scratch",
+        "starting_weights": recipe.starting_weights or "from scratch",
         "train_images": len(train),
         "train_images_with_boxes": int((train.none == 0).sum()),
         "validation_images": len(validation),

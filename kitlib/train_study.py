@@ -16,7 +16,7 @@ from kitlib.classifier import OUTPUTS, StudyClassifier, probabilities, study_los
 from kitlib.device import pick_device, seed_everything
 from kitlib.predict import load_predictor, study_and_image_scores
 from kitlib.recipes import StudyRecipe
-from kitlib.tables import check_table, read_table, write_table
+from kitlib.tables import check_table, read_table, study_labels, write_table
 from kitlib.training import RecipeTraining, fit
 from kitlib.training_run import finish_run, open_run, read_finished, run_identity, save_trained, split
 from kitlib.xray_dataset import XrayDataset, batches
@@ -57,14 +57,14 @@ def train_study(
     Limits are numbers of images, whole patients.
     """
     run_folder = Path(run_folder)
-    if recipe.frozen_backbone and not recipe.pretrained_file:
+    if recipe.frozen_backbone and not recipe.starting_weights:
         raise ValueError(
             f"{model_name}: the recipe freezes {recipe.backbone} at random weights, from which nothing is learnt; "
-            'give overrides {"pretrained_file": "..."} (a .safetensors file of the NIH or ImageNet backbone) or '
+            'give overrides {"starting_weights": "..."} (a .safetensors file of the NIH or ImageNet backbone) or '
             '{"frozen_backbone": false}'
         )
     tables = {"images": images, "labels": labels, "boxes": boxes, "folds": folds}
-    tables = {name: check_table(table, name) for name, table in tables.items()}
+    tables = {name: check_table(table, name) for name, table in tables.items()} | {"labels": study_labels(labels)}
     images, labels, boxes, folds = tables.values()
     train_images, validation_images = split(images, folds, fold, seed, limit_train, limit_validation)
     identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation)
@@ -76,9 +76,9 @@ def train_study(
     # Convolutions are up to a third faster with the channels last.
     model = StudyClassifier(recipe).to(memory_format=torch.channels_last)
     start = "from scratch"
-    if recipe.pretrained_file:
-        report = load_starting_weights(model, recipe.pretrained_file)
-        start = f"{recipe.pretrained_file}: {len(report['loaded'])} tensors"
+    if recipe.starting_weights:
+        report = load_starting_weights(model, recipe.starting_weights)
+        start = f"{recipe.starting_weights}: {len(report['loaded'])} tensors"
     train = XrayDataset(train_images, labels, boxes, cache, recipe, augment=True, seed=seed)
     validation = XrayDataset(validation_images, labels, boxes, cache, recipe)
     module = StudyTraining(model, validation, validation_images.study_id.to_numpy())
@@ -136,10 +136,10 @@ class StudyTraining(RecipeTraining):
         self.found[batch["index"].cpu().numpy()] = probabilities(logits).double().cpu().numpy()
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(validation_scores(self.found, self.study_ids, self.validation.study, self.validation.none))
+        self.log_dict(validation_scores(self.found, self.study_ids, self.validation.label, self.validation.none))
 
     def _loss(self, batch: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
-        return study_loss(logits, batch["study"], batch["none"], self.recipe.none_weight)
+        return study_loss(logits, batch["label"], batch["none"], self.recipe.none_weight)
 
 
 def validation_scores(found: np.ndarray, study_ids: np.ndarray, study: np.ndarray, none: np.ndarray) -> dict[str, float]:

@@ -15,7 +15,6 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations
 
 from kitlib.cache import XrayCache
-from kitlib.classes import STUDY_CLASSES
 from kitlib.device import derived_seed
 from kitlib.geometry import PLACEMENTS, clip_boxes
 from kitlib.recipes import DetectorRecipe, StudyRecipe
@@ -28,9 +27,9 @@ KEPT_BYTES = 2**29
 class XrayDataset(Dataset):
     """One example an image of `images`, in its order.
 
-    An example is a dict: `pixels` uint8 (side, side), grey, on the recipe's canvas; `study` float32 (4,) in the order of
-    STUDY_CLASSES, NaN where unknown; `none` float32, 1 where the image has no box; `boxes` float32 (k, 4) in canvas pixels,
-    moved with the image; `index`, its row in `images`.
+    An example is a dict: `pixels` uint8 (side, side), grey, on the recipe's canvas; `label` float32 (classes,) in the order of
+    the table labels, NaN where unknown; `none` float32, 1 where the image has no box; `boxes` float32 (k, 4) in canvas
+    pixels, moved with the image; `index`, its row in `images`.
 
     The key is an index, or (epoch, index) as `EpochSampler` gives it: augmentation depends on `seed` and the key alone,
     whatever process draws it, so a resumed training sees what an uninterrupted one sees.
@@ -49,7 +48,7 @@ class XrayDataset(Dataset):
         self.cache, self.side, self.seed = cache, recipe.image_size, seed
         self.image_ids = images.image_id.tolist()
         self.place = _placement(recipe)
-        self.study = labels.set_index("id")[list(STUDY_CLASSES)].reindex(images.study_id).to_numpy(np.float32)
+        self.label = labels.set_index("id").reindex(images.study_id).to_numpy(np.float32)
         corners = {image_id: rows[list(BOX)].to_numpy(float) for image_id, rows in boxes.groupby("image_id")}
         self.boxes = [corners.get(image_id, np.zeros((0, 4))) for image_id in self.image_ids]
         self.none = np.array([float(not len(each)) for each in self.boxes], dtype=np.float32)
@@ -69,7 +68,7 @@ class XrayDataset(Dataset):
             pixels, boxes = changed["image"], np.asarray(changed["bboxes"]).reshape(-1, 4)
         return {
             "pixels": torch.from_numpy(pixels),
-            "study": torch.from_numpy(self.study[index]),
+            "label": torch.from_numpy(self.label[index]),
             "none": torch.tensor(self.none[index]),
             "boxes": torch.from_numpy(boxes.astype(np.float32)),
             "index": index,
@@ -127,8 +126,8 @@ def batches(dataset: XrayDataset, batch_size: int, workers: int = 0, shuffle: bo
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacked `pixels` (n, side, side), `study` (n, 4), `none` (n,), `index` (n,); `boxes`, a list of n tensors (k, 4)."""
-    batch = {name: torch.stack([each[name] for each in examples]) for name in ("pixels", "study", "none")}
+    """Stacked `pixels` (n, side, side), `label` (n, classes), `none` (n,), `index` (n,); `boxes`, n tensors (k, 4)."""
+    batch = {name: torch.stack([each[name] for each in examples]) for name in ("pixels", "label", "none")}
     batch["boxes"] = [each["boxes"] for each in examples]
     batch["index"] = torch.tensor([each["index"] for each in examples])
     return batch

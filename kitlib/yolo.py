@@ -48,12 +48,12 @@ class YoloDetector(nn.Module):
                 f"recipe.image_size {recipe.image_size} is no multiple of {stride}, the grid of {recipe.backbone!r}; "
                 f"take {max(1, round(recipe.image_size / stride)) * stride}"
             )
-        if recipe.pretrained_file:
-            report = load_starting_weights(self, recipe.pretrained_file, prefix="model.")
+        if recipe.starting_weights:
+            report = load_starting_weights(self, recipe.starting_weights, prefix="model.")
             # Another count of classes costs the head's last layers alone.
             if len(report["random"]) > 0.1 * len(self.state_dict()):
                 raise BundleError(
-                    f"{recipe.pretrained_file} lacks {len(report['random'])} tensors of {recipe.backbone!r}, such as "
+                    f"{recipe.starting_weights} lacks {len(report['random'])} tensors of {recipe.backbone!r}, such as "
                     f"{report['random'][0]}; name weights of that very model"
                 )
 
@@ -92,7 +92,7 @@ class YoloDetector(nn.Module):
 
 def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device) -> YoloDetector:
     """A detector from a bundle's record and weights, ready to predict on `device`. Raises where the weights do not fit."""
-    detector = YoloDetector(override(from_dict(DetectorRecipe, record["recipe"]), pretrained_file=""))
+    detector = YoloDetector(override(from_dict(DetectorRecipe, record["recipe"]), starting_weights=""))
     detector.load_state_dict(state_dict, strict=True)
     return detector.eval().to(device)
 

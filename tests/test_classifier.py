@@ -107,9 +107,12 @@ def test_a_batch_without_any_label_costs_nothing_and_still_has_gradients():
 
 
 def test_a_loaded_model_needs_no_starting_weights_and_all_of_its_own():
-    recipe = override(RECIPE, pretrained_file="/gone/imagenet.safetensors")
+    recipe = override(RECIPE, starting_weights="/gone/imagenet.safetensors")
     weights = StudyClassifier(recipe).state_dict()
-    record = {"recipe": {"backbone": "test_resnet", "image_size": 32, "hidden": 16, "pretrained_file": "/gone"}}
+    record = {
+        "family": "study",
+        "recipe": {"backbone": "test_resnet", "image_size": 32, "hidden": 16, "starting_weights": "/gone"},
+    }
     model = load(record, weights, torch.device("cpu"))
     assert not model.training
     del weights["head.3.bias"]

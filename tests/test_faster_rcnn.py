@@ -93,7 +93,7 @@ def test_a_canvas_of_another_size_or_type_is_refused(detector):
 
 
 def test_a_bundle_s_weights_predict_alike_and_nothing_else_is_read(detector):
-    record = {"recipe": {**vars(RECIPE), "pretrained_file": "/gone/weights.safetensors"}}
+    record = {"recipe": {**vars(RECIPE), "starting_weights": "/gone/weights.safetensors"}}
     loaded = load(record, detector.state_dict(), torch.device("cpu"))
     for boxes, again in zip(detector.predict(NOISE), loaded.predict(NOISE), strict=True):
         np.testing.assert_allclose(again, boxes, rtol=1e-4, atol=1e-3)  # another memory order adds up in another order
@@ -116,7 +116,7 @@ def test_starting_weights_come_from_timm_s_file_or_a_study_classifier(tmp_path, 
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     expected = study.backbone.forward_features(x)
     for name in ("study", "timm"):
-        recipe = override(RECIPE, backbone=backbone, channels=3, pretrained_file=str(tmp_path / f"{name}.safetensors"))
+        recipe = override(RECIPE, backbone=backbone, channels=3, starting_weights=str(tmp_path / f"{name}.safetensors"))
         found = FasterRCNNDetector(recipe).eval().model.backbone.body(x)[-1]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -124,7 +124,7 @@ def test_starting_weights_come_from_timm_s_file_or_a_study_classifier(tmp_path, 
 def test_a_grey_network_sums_the_first_convolution(tmp_path):
     model = timm.create_model("test_resnet", num_classes=0)
     save_file(model.state_dict(), tmp_path / "timm.safetensors")
-    grey = FasterRCNNDetector(override(RECIPE, pretrained_file=str(tmp_path / "timm.safetensors")))
+    grey = FasterRCNNDetector(override(RECIPE, starting_weights=str(tmp_path / "timm.safetensors")))
     first = next(iter(grey.model.backbone.body.parameters()))
     torch.testing.assert_close(first, next(iter(model.parameters())).sum(dim=1, keepdim=True))
 
@@ -132,4 +132,4 @@ def test_a_grey_network_sums_the_first_convolution(tmp_path):
 def test_weights_of_another_backbone_are_refused(tmp_path):
     save_file(timm.create_model("test_efficientnet", num_classes=0).state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(BundleError, match=r"other.safetensors lacks \d+ of the \d+ tensors of 'test_resnet'"):
-        FasterRCNNDetector(override(RECIPE, pretrained_file=str(tmp_path / "other.safetensors")))
+        FasterRCNNDetector(override(RECIPE, starting_weights=str(tmp_path / "other.safetensors")))

@@ -12,7 +12,7 @@ def test_overrides_replace_fields_and_leave_the_published_recipe_alone():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: recipe("heidelberg", StudyRecipe), "no recipe is called 'heidelberg'; there are: heidelberg_study"),
+        (lambda: recipe("heidelberg", StudyRecipe), "no recipe is called 'heidelberg'; there are: heidelberg_backbone"),
         (lambda: recipe("heidelberg_yolo", StudyRecipe), "is a DetectorRecipe, wanted a StudyRecipe: heidelberg_study"),
         (lambda: override(StudyRecipe(), epoch=3), "no field 'epoch'; it has: backbone"),
         (lambda: override(StudyRecipe(), epochs="3"), "epochs wants int, got '3'"),

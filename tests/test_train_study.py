@@ -152,7 +152,7 @@ def test_another_recipe_fold_or_data_is_refused(uninterrupted):
 
 
 def test_a_backbone_frozen_at_random_weights_is_refused_with_what_to_give(tmp_path):
-    with pytest.raises(ValueError, match=r'test_resnet at random.*"pretrained_file".*"frozen_backbone": false'):
+    with pytest.raises(ValueError, match=r'test_resnet at random.*"starting_weights".*"frozen_backbone": false'):
         train(tmp_path, recipe=override(RECIPE, frozen_backbone=True))
     assert not list(tmp_path.iterdir())
 
@@ -164,7 +164,7 @@ def test_training_learns_starts_from_a_bundle_and_freezes(tmp_path, caplog):
     )
     assert learnt.metrics["best"]["score"] > 0.9  # a constant guess earns 0.25
     weights = tmp_path / "learnt" / "bundle" / "weights.safetensors"
-    recipe = override(RECIPE, epochs=1, frozen_backbone=True, pretrained_file=str(weights))
+    recipe = override(RECIPE, epochs=1, frozen_backbone=True, starting_weights=str(weights))
     with caplog.at_level("INFO"):
         started = train(tmp_path / "started", recipe=recipe, limit_train=8, limit_validation=4)
     assert "tensors loaded" in caplog.text and "left random: nothing" in caplog.text

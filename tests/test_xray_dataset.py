@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kitlib.cache import CachedXray
 from small_xrays import BOX, COLUMNS, RECIPE, ROWS, SmallXrays
 
+from kitlib.cache import CachedXray
 from kitlib.recipes import override
 from kitlib.xray_dataset import EpochSampler, XrayDataset, batches
 
@@ -21,7 +21,7 @@ def dataset(small, recipe=RECIPE, **options):
 
 
 def same(one, other):
-    return all(torch.equal(one[name], other[name]) for name in ("pixels", "study", "none", "boxes"))
+    return all(torch.equal(one[name], other[name]) for name in ("pixels", "label", "none", "boxes"))
 
 
 def test_an_example_holds_canvas_targets_and_boxes():
@@ -29,7 +29,7 @@ def test_an_example_holds_canvas_targets_and_boxes():
     examples = dataset(small)
     healthy, sick = examples[0], examples[2]
     assert sick["pixels"].dtype == torch.uint8 and sick["pixels"].shape == (32, 32)
-    assert healthy["study"].tolist() == [1, 0, 0, 0] and sick["study"].tolist() == [0, 1, 0, 0]
+    assert healthy["label"].tolist() == [1, 0, 0, 0] and sick["label"].tolist() == [0, 1, 0, 0]
     assert healthy["none"] == 1 and healthy["boxes"].shape == (0, 4)
     assert sick["none"] == 0
     # 80 x 100 on 32 x 32: 0.32 along x; rows become round(25.6) = 26, three black ones above and below
@@ -51,7 +51,7 @@ def test_stretching_fills_the_canvas():
 def test_unknown_labels_are_nan():
     small = SmallXrays(8)
     small.labels = small.labels[small.labels.id != "study001"]
-    assert dataset(small)[2]["study"].isnan().all() and not dataset(small)[0]["study"].isnan().any()
+    assert dataset(small)[2]["label"].isnan().all() and not dataset(small)[0]["label"].isnan().any()
 
 
 class Disc:
@@ -139,7 +139,7 @@ def test_an_epoch_visits_every_image_once(length, seed, epoch):
 def test_batches_stack_images_and_list_boxes():
     small = SmallXrays(8)
     batch = next(iter(batches(dataset(small), 6)))
-    assert batch["pixels"].shape == (6, 32, 32) and batch["study"].shape == (6, 4)
+    assert batch["pixels"].shape == (6, 32, 32) and batch["label"].shape == (6, 4)
     assert [len(each) for each in batch["boxes"]] == [0, 0, 1, 1, 1, 1]
     assert batch["none"].tolist() == [1, 1, 0, 0, 0, 0] and batch["index"].tolist() == list(range(6))
 

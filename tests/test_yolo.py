@@ -98,7 +98,7 @@ def test_settings_that_cannot_be_are_named(detector):
 
 
 def test_a_bundle_s_weights_predict_alike_and_nothing_else_is_read(detector):
-    record = {"recipe": {**vars(RECIPE), "pretrained_file": "/gone/weights.safetensors"}}
+    record = {"recipe": {**vars(RECIPE), "starting_weights": "/gone/weights.safetensors"}}
     loaded = load(record, detector.state_dict(), torch.device("cpu"))
     for boxes, again in zip(detector.predict(NOISE), loaded.predict(NOISE), strict=True):
         np.testing.assert_array_equal(boxes, again)
@@ -115,11 +115,11 @@ def test_starting_weights_are_a_bundle_s_or_ultralytics_own_names(detector, tmp_
         theirs[name] = theirs[name].repeat_interleave(80, dim=0)
     save_file(theirs, tmp_path / "ultralytics.safetensors")
     for file, random in (("bundle", 0), ("ultralytics", 3)):
-        started = YoloDetector(override(RECIPE, pretrained_file=str(tmp_path / f"{file}.safetensors"))).state_dict()
+        started = YoloDetector(override(RECIPE, starting_weights=str(tmp_path / f"{file}.safetensors"))).state_dict()
         assert sum(not torch.equal(started[name], value) for name, value in detector.state_dict().items()) == random
     save_file({"model.0.conv.weight": theirs["model.0.conv.weight"]}, tmp_path / "other.safetensors")
     with pytest.raises(BundleError, match=r"other\.safetensors lacks .* tensors of 'yolov8n'"):
-        YoloDetector(override(RECIPE, pretrained_file=str(tmp_path / "other.safetensors")))
+        YoloDetector(override(RECIPE, starting_weights=str(tmp_path / "other.safetensors")))
 
 
 def test_prediction_imports_no_training_library_and_never_opens_a_connection(tmp_path):
