@@ -9,7 +9,7 @@ FLOORS = {
     "vocabulary": "classes atomic tables geometry recipes paths average_precision",
     "reading": "dicom_header grey codestream decoders stored_values dicom dicom_writing decode_worker cache siim "
     "near_duplicates folds phantom_patients phantom phantom_plan phantom_competition",
-    "models": "device bundle classifier faster_rcnn yolo",
+    "models": "device bundle squeezenet starting_weights classifier faster_rcnn yolo",
     "running": "deadline xray_dataset predict training_run training train_study train_faster_rcnn train_yolo train_detector",
     "judging": "submission scoring fusion runs tuning reports figures",
     "delivering": "validate install_wheels submit run_notebook kernel_spec wheels kernel_start kernel stand_in sandbox "

@@ -1,0 +1,132 @@
+"""SqueezeNet 1.1 as a timm backbone: importing this file registers it under the name `squeezenet1_1`."""
+
+import torch
+import torchvision
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import nn
+
+FEATURES = 512  # channels of the last map
+
+
+class SqueezeNet(torchvision.models.SqueezeNet):
+    """torchvision's SqueezeNet 1.1 with its key names (`features.N...`, `classifier.1...`), spoken to as timm's models are.
+
+    Its features come at strides 4, 8 and 16. The first convolution pads nothing, so a side of 16 k pixels gives maps of
+    4 k - 1, 2 k - 1 and k - 1 cells, and it is all one whether the pools round up or, as Keras's do, down. Without
+    `num_classes` the model gives pooled features (n, 512). Iandola et al. 2016, arXiv 1602.07360.
+    """
+
+    def __init__(self, num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.5, global_pool: str = "avg") -> None:
+        super().__init__("1_1", 1, drop_rate)
+        if in_chans != 3:
+            self.features[0] = nn.Conv2d(in_chans, 64, kernel_size=3, stride=2)
+            nn.init.kaiming_uniform_(self.features[0].weight)
+            nn.init.zeros_(self.features[0].bias)
+        self.drop_rate = drop_rate
+        self.num_features = self.head_hidden_size = FEATURES
+        self.feature_info = [
+            {"num_chs": 128, "reduction": 4, "module": "features.4"},
+            {"num_chs": 256, "reduction": 8, "module": "features.7"},
+            {"num_chs": FEATURES, "reduction": 16, "module": "features.12"},
+        ]
+        self.reset_classifier(num_classes, global_pool)
+
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
+        """Another number of classes, from random weights; 0 leaves pooled features, with `global_pool` "" the last map."""
+        if global_pool not in ("", "avg") or (num_classes and not global_pool):
+            raise ValueError(f"squeezenet1_1 has global_pool 'avg', or '' without classes; got {global_pool!r}")
+        self.num_classes = num_classes
+        pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if global_pool else []
+        if not num_classes:
+            self.classifier = nn.Sequential(*pool)
+            return
+        last = nn.Conv2d(FEATURES, num_classes, kernel_size=1)
+        nn.init.normal_(last.weight, std=0.01)
+        nn.init.zeros_(last.bias)
+        self.classifier = nn.Sequential(nn.Dropout(self.drop_rate), last, nn.ReLU(inplace=True), *pool)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """x (n, in_chans, rows, columns) to the last map (n, 512, ~rows / 16, ~columns / 16)."""
+        return self.features(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return x.mean(dim=(2, 3)) if pre_logits else self.classifier(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """The maps at strides 4, 8 and 16 that `indices` names, after the last one; timm's contract."""
+        if output_fmt != "NCHW":
+            raise ValueError(f"squeezenet1_1 gives NCHW maps, not {output_fmt!r}")
+        wanted, last = feature_take_indices(len(self.feature_info), indices)
+        places = {int(info["module"].partition(".")[2]): number for number, info in enumerate(self.feature_info)}
+        maps: list[torch.Tensor] = []
+        for place, layer in enumerate(self.features):
+            x = layer(x)
+            if places.get(place) in wanted:
+                maps.append(x)
+            if stop_early and places.get(place) == last:
+                break
+        return maps if intermediates_only else (x, maps)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """Parameters by depth, timm's contract; coarse: a group a stride."""
+        if not coarse:
+            return {"stem": r"^features\.0\.", "blocks": [(r"^features\.(\d+)\.", None)]}
+        return {
+            "stem": r"^features\.0\.",
+            "blocks": [
+                (r"^features\.[34]\.", (0,)),
+                (r"^features\.[67]\.", (1,)),
+                (r"^features\.(?:9|1\d)\.", (2,)),
+            ],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        if enable:
+            raise ValueError("squeezenet1_1 has no gradient checkpointing")
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "squeezenet1_1": {
+            "url": "",
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "pool_size": (13, 13),
+            "crop_pct": 0.875,
+            "interpolation": "bilinear",
+            # ImageNet's, averaged over the colours: with one mean and spread for all, a grey picture is the same number in
+            # each colour, and summing the first convolution over the colours is exact.
+            "mean": (0.449,) * 3,
+            "std": (0.226,) * 3,
+            "first_conv": "features.0",
+            "classifier": "classifier.1",
+        }
+    }
+)
+
+
+@register_model
+def squeezenet1_1(pretrained: bool = False, **options: object) -> SqueezeNet:
+    """For `timm.create_model`, which passes its options on."""
+    return build_model_with_cfg(
+        SqueezeNet,
+        "squeezenet1_1",
+        pretrained,
+        feature_cfg={"out_indices": options.pop("out_indices", (0, 1, 2)), "flatten_sequential": True},
+        **options,
+    )
