@@ -11,7 +11,7 @@ FLOORS = {
     "near_duplicates folds phantom_patients phantom phantom_plan phantom_competition",
     "models": "device bundle squeezenet starting_weights classifier faster_rcnn yolo",
     "running": "deadline xray_dataset predict training_run training train_study train_faster_rcnn train_yolo train_detector",
-    "judging": "submission scoring fusion runs tuning reports figures",
+    "judging": "submission scoring fusion runs tuning reports detection_report figures",
     "delivering": "validate install_wheels submit run_notebook kernel_spec wheels kernel_start kernel stand_in sandbox "
     "rehearse demo __main__",
 }
