@@ -1,0 +1,162 @@
+"""What each addition to the training is worth on phantoms, out of fold: `python benchmarks/phantoms/ablation.py`.
+
+Every row trains the same small models on the same folds and seeds with one field of the recipe changed; the table gives the
+mean average precision of the study's outputs (or the opacity's) and the paired difference to the first row, with the 95 %
+interval of a bootstrap over patients. Runs are kept in --folder, so that an interrupted table goes on. An hour on two cores.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import typer
+
+from kitlib.atomic import write_text
+from kitlib.cache import XrayCache
+from kitlib.classes import STUDY_CLASSES
+from kitlib.detection_report import detection_draws, interval
+from kitlib.folds import make_folds
+from kitlib.phantom_competition import write_competition
+from kitlib.recipes import DetectorRecipe, StudyRecipe, recipe
+from kitlib.scoring import class_precision
+from kitlib.siim import read_train
+from kitlib.tables import concatenate
+from kitlib.train_detector import train_detector
+from kitlib.train_study import train_study
+
+STUDY: dict[str, dict[str, Any]] = {
+    "small_study": {},
+    "auxiliary segmentation": {"segmentation": 1.0},
+    "moving average of the weights": {"ema_decay": 0.98},
+    "label smoothing": {"label_smoothing": 0.1},
+    "mixup": {"mixup": 0.4},
+    "cutmix": {"cutmix": 1.0},
+    "mirror image": {"views": ("full", "flip")},
+    "mirror image and lung crops": {"views": ("full", "flip", "lungs", "lungs_flip")},
+    "study alone": {"outputs": "study"},
+    "none alone": {"outputs": "none"},
+}
+DETECTOR: dict[str, dict[str, dict[str, Any]]] = {
+    "small_yolo": {
+        "small_yolo": {},
+        "GIoU instead of CIoU": {"box_loss": "giou"},
+        "mirror image": {"views": ("full", "flip")},
+        "mixup": {"mixup": 0.5},
+        "images with boxes alone": {"negatives": 0.0},
+    },
+    "small_faster_rcnn": {
+        "small_faster_rcnn": {},
+        "CIoU instead of smooth L1": {"box_loss": "ciou"},
+        "moving average of the weights": {"ema_decay": 0.98},
+        "mirror image": {"views": ("full", "flip")},
+        "images with boxes alone": {"negatives": 0.0},
+    },
+}
+
+
+def main(
+    folder: Annotated[Path, typer.Option(help="where phantoms, decoded copies and runs are kept")] = Path("runs/ablation"),
+    studies: int = 160,
+    side: int = 256,
+    seeds: int = 2,
+    samples: int = 500,
+    only: Annotated[str, typer.Option(help="one of study, small_yolo, small_faster_rcnn; empty: all")] = "",
+) -> None:
+    """Train what is missing, print the tables as Markdown and keep them in FOLDER/ablation.md."""
+    sizes = {"train_studies": studies, "test_studies": 4, "side": side, "damaged_test_files": 0}
+    competition = write_competition(folder / "inputs", folder / "truth", seed=7, progress=False, **sizes)
+    data = read_train(competition, progress=False)
+    cache = XrayCache(folder / "xrays", side)
+    cache.fill(data.images)
+    tables = {"images": data.images, "labels": data.labels, "boxes": data.boxes}
+    tables["folds"] = make_folds(**tables, n_folds=2)
+    text = []
+    if only in ("", "study"):
+        text += [_study_table(tables, cache, folder, seeds, samples)]
+    text += [_detector_table(name, tables, cache, folder, seeds, samples) for name in DETECTOR if only in ("", name)]
+    write_text(folder / f"ablation{'_' * bool(only)}{only}.md", "\n\n".join(text) + "\n")
+    print("\n\n".join(text))
+
+
+def _study_table(tables: dict[str, pd.DataFrame], cache: XrayCache, folder: Path, seeds: int, samples: int) -> str:
+    rows, first = [], None
+    for name, changes in STUDY.items():
+        settings = recipe("small_study", StudyRecipe, **changes)
+        draws = []
+        for seed in range(seeds):
+            place = folder / "runs" / "study" / f"{name.replace(' ', '_')}_seed{seed}"
+            common = {"cache": cache, "recipe": settings, "model_name": "study", "seed": seed, "progress": False}
+            runs = [train_study(**tables, fold=fold, run_folder=place / f"fold{fold}", **common) for fold in (0, 1)]
+            study_scores = concatenate([run.study_scores for run in runs], "study_scores")
+            image_scores = concatenate([run.image_scores for run in runs], "image_scores")
+            draws.append(_study_draws(study_scores, image_scores, tables, samples))
+        mean = np.mean(draws, axis=0)  # (1 + samples, 2): the study classes' mean AP, and none's
+        first = mean if first is None else first
+        rows.append((name, *(_cell(mean[:, place], first[:, place]) for place in (0, 1))))
+    return _markdown(["addition", "study classes", "none"], rows)
+
+
+def _study_draws(
+    study_scores: pd.DataFrame, image_scores: pd.DataFrame, tables: dict[str, pd.DataFrame], samples: int
+) -> np.ndarray:
+    """AP (1 + samples, 2) of the study classes (mean) and of none, NaN for what the model does not answer."""
+    images = tables["images"][tables["images"].image_id.isin(tables["folds"].id)]
+    patients = np.sort(images.patient_id.unique())
+    of_study = images.drop_duplicates("study_id").set_index("study_id").patient_id
+    of_image = images.set_index("image_id").patient_id
+    labels = tables["labels"].set_index("id")
+    boxed = set(tables["boxes"].image_id)
+    study = np.searchsorted(patients, of_study.loc[study_scores.study_id])
+    image = np.searchsorted(patients, of_image.loc[image_scores.image_id])
+    empty = ~image_scores.image_id.isin(boxed).to_numpy()
+    rng = np.random.default_rng(0)
+    draws = []
+    for number in range(1 + samples):
+        times = np.ones(len(patients))
+        if number:
+            times = rng.multinomial(len(patients), np.full(len(patients), 1 / len(patients)))
+        found = [
+            class_precision(study_scores[name], labels.loc[study_scores.study_id, name] == 1, times[study])
+            for name in STUDY_CLASSES
+            if len(study_scores)
+        ]
+        none = class_precision(image_scores.none, empty, times[image]) if len(image_scores) else np.nan
+        draws.append((np.nanmean(found) if found else np.nan, none))
+    return np.array(draws)
+
+
+def _detector_table(
+    model: str, tables: dict[str, pd.DataFrame], cache: XrayCache, folder: Path, seeds: int, samples: int
+) -> str:
+    rows, first = [], None
+    for name, changes in DETECTOR[model].items():
+        settings = recipe(model, DetectorRecipe, **changes)
+        draws = []
+        for seed in range(seeds):
+            place = folder / "runs" / model / f"{name.replace(' ', '_')}_seed{seed}"
+            common = {"cache": cache, "recipe": settings, "model_name": model, "seed": seed, "progress": False}
+            runs = [train_detector(**tables, fold=fold, run_folder=place / f"fold{fold}", **common) for fold in (0, 1)]
+            found, seen = (concatenate([getattr(run, each) for run in runs], each) for each in ("detections", "coverage"))
+            draws.append(detection_draws(found, seen, tables["images"], tables["boxes"], samples))
+        mean = np.mean(draws, axis=0)
+        first = mean if first is None else first
+        rows.append((name, _cell(mean, first)))
+    return _markdown(["addition", "opacity"], rows)
+
+
+def _cell(draws: np.ndarray, first: np.ndarray) -> str:
+    if np.isnan(draws[0]):
+        return "-"
+    if draws is first or np.array_equal(draws, first):
+        return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**interval(draws))
+    return f"{draws[0]:.3f}, " + "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**interval(draws - first))
+
+
+def _markdown(columns: list[str], rows: list[tuple[str, ...]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)
