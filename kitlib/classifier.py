@@ -5,19 +5,25 @@ from collections.abc import Sequence
 
 import timm
 import torch
+from timm.models._manipulate import group_parameters
 from torch import nn
 from torch.nn import functional
 
+import kitlib.squeezenet  # noqa: F401  registers squeezenet1_1
+from kitlib.box_mask import mask_decoder
 from kitlib.classes import STUDY_CLASSES
 from kitlib.recipes import ClassifierRecipe, FindingsRecipe, StudyRecipe, from_dict, override
 
 OUTPUTS = (*STUDY_CLASSES, "none")
+# What a study recipe's `outputs` lets a network learn, as places in OUTPUTS.
+LEARNT = {"study": slice(0, 4), "none": slice(4, 5), "both": slice(0, 5)}
 
 
 class Classifier(nn.Module):
     """Pooled features of a backbone, then Linear-ReLU-Dropout-Linear; weights are random until somebody loads them.
 
-    A frozen backbone takes no gradients and, where the recipe freezes statistics too, stays in evaluation mode.
+    A frozen backbone takes no gradients and, where the recipe freezes statistics too, stays in evaluation mode. `stages` are
+    the names of its parameters, stage by stage from the input on, as timm groups them; `unfreeze` lets the last ones learn.
     """
 
     def __init__(self, recipe: ClassifierRecipe, outputs: int) -> None:
@@ -26,6 +32,7 @@ class Classifier(nn.Module):
         self.backbone = _backbone(recipe)
         self.head = head(self.backbone.head_hidden_size, recipe.hidden, recipe.dropout, outputs)
         self.mean, self.std = _normalisation(self.backbone, recipe.channels)
+        self.stages = _stages(self.backbone)
         if recipe.frozen_backbone:
             self.backbone.requires_grad_(False)
             # Lightning trains a model in the mode it is given.
@@ -42,22 +49,64 @@ class Classifier(nn.Module):
         x = (pixels[:, None].float() / 255 - mean) / std
         return x.contiguous(memory_format=torch.channels_last)
 
+    def unfreeze(self, epoch: int) -> None:
+        """Let those stages of a frozen backbone learn that the recipe gives free by this epoch (from 0), the last first."""
+        if not (self.recipe.frozen_backbone and self.recipe.unfreeze_every):
+            return
+        free = min(epoch // self.recipe.unfreeze_every, len(self.stages))
+        for stage in self.stages[len(self.stages) - free :]:
+            for name in stage:
+                self.backbone.get_parameter(name).requires_grad_(True)
+        self.train(self.training)
+
+    def rates(self) -> dict[str, float]:
+        """Prefixes of parameters that do not learn at the recipe's rate, and their share of it; see `make_optimizer`."""
+        thaws = self.recipe.frozen_backbone and self.recipe.unfreeze_every
+        return {"backbone.": self.recipe.unfrozen_rate} if thaws else {}
+
     def train(self, mode: bool = True) -> "Classifier":
         super().train(mode)
         if self.recipe.frozen_backbone and self.recipe.frozen_statistics:
-            self.backbone.eval()
+            free = {}
+            for name, module in self.backbone.named_modules():
+                own = [each.requires_grad for each in module.parameters()]
+                # What has no parameters, such as dropout, does as the block around it.
+                free[name] = all(own) if own else free[name.rpartition(".")[0]]
+                module.training = mode and free[name]
         return self
 
 
 class StudyClassifier(Classifier):
-    """The four study classes, then the image-level `none`: five outputs in the order of OUTPUTS."""
+    """The four study classes, then the image-level `none`: five outputs in the order of OUTPUTS.
+
+    With `recipe.segmentation` it also has a decoder of the boxes' mask, which only `with_mask` computes.
+    """
 
     def __init__(self, recipe: StudyRecipe) -> None:
         super().__init__(recipe, len(OUTPUTS))
+        if recipe.outputs not in LEARNT:
+            raise ValueError(f"recipe.outputs is {recipe.outputs!r}; there are: {', '.join(LEARNT)}")
+        if recipe.segmentation:
+            self.mask_decoder = mask_decoder(self.backbone)
+            stride = self.mask_decoder.stride
+            if recipe.image_size % stride:
+                raise ValueError(
+                    f"recipe.image_size is {recipe.image_size}; for segmentation with {recipe.backbone} it must be a "
+                    f"multiple of {stride}, such as {recipe.image_size // stride * stride}"
+                )
+            self.mask_cells = recipe.image_size // stride
+
+    def with_mask(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits as of `forward`, and those of the mask (n, cells, cells); see `kitlib.box_mask.box_mask`."""
+        last, maps = self.backbone.forward_intermediates(x, indices=self.mask_decoder.indices)
+        return self.head(self.backbone.forward_head(last)), self.mask_decoder(maps, self.mask_cells)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (n, 5) to float32 probabilities: the four study classes sum to 1, none stands alone."""
-        return probabilities(logits)
+        """Logits (n, 5) to float32 probabilities: study classes sum to 1, none stands alone; NaN for what is not learnt."""
+        found = torch.full_like(logits, torch.nan, dtype=torch.float32)
+        learnt = LEARNT[self.recipe.outputs]
+        found[:, learnt] = probabilities(logits)[:, learnt]
+        return found
 
 
 class FindingsClassifier(Classifier):
@@ -74,8 +123,12 @@ class FindingsClassifier(Classifier):
 
 
 def head(features: int, hidden: int, dropout: float, outputs: int = len(OUTPUTS)) -> nn.Sequential:
-    """Heidelberg's head, 2048-1024-ReLU-dropout-outputs in the report, for a backbone of any width."""
-    return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, outputs))
+    """Heidelberg's head, 2048-1024-ReLU-dropout-outputs, for a backbone of any width; Xavier's weights (section 3.4)."""
+    layers = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, outputs))
+    for layer in (layers[0], layers[3]):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return layers
 
 
 def probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -84,19 +137,35 @@ def probabilities(logits: torch.Tensor) -> torch.Tensor:
     return torch.cat([logits[:, :4].softmax(dim=1), logits[:, 4:].sigmoid()], dim=1)
 
 
-def study_loss(logits: torch.Tensor, study: torch.Tensor, none: torch.Tensor, none_weight: float) -> torch.Tensor:
+def study_loss(
+    logits: torch.Tensor,
+    study: torch.Tensor,
+    none: torch.Tensor,
+    none_weight: float,
+    outputs: str = "both",
+    smoothing: float = 0.0,
+) -> torch.Tensor:
     """Cross entropy over the study classes + `none_weight` x binary cross entropy of none, each the mean over what is known.
 
-    `study` (n, 4) are class probabilities, a row with a NaN is unknown; `none` (n,) is 0..1 or NaN.
+    `study` (n, 4) are class probabilities, a row with a NaN is unknown; `none` (n,) is 0..1 or NaN. Of `outputs` "study" or
+    "none" only that part counts, unweighted. `smoothing` is the share of the truth that is spread evenly, over the
+    four classes and over none and its opposite.
     """
     logits = logits.float()
-    known, told = ~study.isnan().any(dim=1), ~none.isnan()
     loss = logits.sum() * 0  # keeps the graph where nothing is known
-    if known.any():
-        loss = loss + functional.cross_entropy(logits[known, :4], study[known])
-    if told.any():
-        loss = loss + none_weight * functional.binary_cross_entropy_with_logits(logits[told, 4], none[told])
+    known, told = ~study.isnan().any(dim=1), ~none.isnan()
+    if outputs != "none" and known.any():
+        loss = loss + functional.cross_entropy(logits[known, :4], study[known], label_smoothing=smoothing)
+    if outputs != "study" and told.any():
+        weight = 1.0 if outputs == "none" else none_weight
+        truth = smoothed(none[told], smoothing, classes=2)
+        loss = loss + weight * functional.binary_cross_entropy_with_logits(logits[told, 4], truth)
     return loss
+
+
+def smoothed(truth: torch.Tensor, share: float, classes: int) -> torch.Tensor:
+    """Probabilities with `share` of them spread evenly over `classes` (Szegedy et al. 2016, section 7); 2 for yes or no."""
+    return truth * (1 - share) + share / classes
 
 
 def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device) -> Classifier:
@@ -122,6 +191,17 @@ def _backbone(recipe: ClassifierRecipe) -> nn.Module:
     if timm.get_pretrained_cfg(recipe.backbone).fixed_input_size:
         options["img_size"] = recipe.image_size
     return timm.create_model(recipe.backbone, **options)
+
+
+def _stages(backbone: nn.Module) -> list[list[str]]:
+    """Names of the parameters by timm's coarse groups, input first; norms in a group of their own join the one before."""
+    stages: list[list[str]] = []
+    for names in group_parameters(backbone, backbone.group_matcher(coarse=True)).values():
+        if stages and all(backbone.get_parameter(name).ndim < 2 for name in names):
+            stages[-1] += names
+        else:
+            stages.append(list(names))
+    return stages
 
 
 def _normalisation(backbone: nn.Module, channels: int) -> tuple[list[float], list[float]]:

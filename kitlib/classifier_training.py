@@ -1,0 +1,56 @@
+"""Training of a classifier, whatever its classes: mixed batches, unfreezing, and the validation's probabilities."""
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+
+from kitlib.batch_mixing import mix_batch
+from kitlib.classifier import Classifier
+from kitlib.training import RecipeTraining
+
+
+class ClassifierTraining(RecipeTraining):
+    """Trains `model` under its recipe, over batches of `XrayDataset`; a subclass says what is lost and how it is judged.
+
+    It gives `loss` and `scores`, and may give `targets` and `training_loss`. After each validation
+    `found` (validation images, outputs) float64 holds the probabilities of `self.judged`, in the data set's order.
+    """
+
+    def __init__(self, model: Classifier, validation_images: int) -> None:
+        super().__init__(model, model.recipe)
+        self.found = np.full((validation_images, model.head[-1].out_features), np.nan)
+
+    @abstractmethod
+    def loss(self, batch: dict[str, Any], logits: torch.Tensor, smoothing: float) -> torch.Tensor:
+        """The scalar loss of logits (n, outputs); `smoothing`: share of the truth to spread evenly, 0 in validation."""
+
+    @abstractmethod
+    def scores(self) -> dict[str, float]:
+        """What is logged after a validation, out of `self.found`; `score` chooses the epoch, greater is better."""
+
+    def targets(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A training batch with the targets that a subclass adds, such as `mask`; its images are not mixed yet."""
+        return batch
+
+    def training_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The loss of a batch whose images are mixed already; a subclass adds its auxiliary losses here."""
+        return self.loss(batch, self.model(self.model.normalise(batch["pixels"])), self.recipe.label_smoothing)
+
+    def on_train_epoch_start(self) -> None:
+        # By the epoch's number, so that in a resumed training as much learns as in an uninterrupted one.
+        self.model.unfreeze(self.current_epoch)
+
+    def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
+        loss = self.training_loss(mix_batch(self.targets(batch), self.recipe.mixup, self.recipe.cutmix))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["pixels"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], _: int) -> None:
+        logits = self.judged(self.judged.normalise(batch["pixels"]))
+        self.log("validation_loss", self.loss(batch, logits, smoothing=0.0), batch_size=len(batch["pixels"]))
+        self.found[batch["index"].cpu().numpy()] = self.judged.probabilities(logits).double().cpu().numpy()
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.scores())
