@@ -175,10 +175,11 @@ def bootstrap_auc(given: Answers, samples: int = 200, level: float = 0.95, seed:
     drawn = np.array([judge(rng.multinomial(len(patients), share).astype(float)) for _ in range(samples)])
     value = judge(np.ones(len(patients)))
     # A class that no sample can judge has no interval, and numpy would warn of it.
-    low, high = np.full((2, len(value)), np.nan)
+    bounds = np.full((2, len(value)), np.nan)
     judged = np.isfinite(drawn).any(axis=0)
-    low[judged], high[judged] = np.nanquantile(drawn[:, judged], [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return pd.DataFrame({"name": ["mean", *given.classes], "value": value, "low": low, "high": high})
+    if judged.any():
+        bounds[:, judged] = np.nanquantile(drawn[:, judged], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return pd.DataFrame({"name": ["mean", *given.classes], "value": value, "low": bounds[0], "high": bounds[1]})
 
 
 def roc_curves(given: Answers) -> dict[str, pd.DataFrame]:

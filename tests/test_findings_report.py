@@ -130,6 +130,11 @@ def test_a_class_without_positives_is_not_judged():
     intervals = bootstrap_auc(given_answers, samples=5).set_index("name")
     assert intervals.loc["Nodule"].isna().all() and intervals.loc["mean"].notna().all()
     assert not any(title.startswith("Nodule") for title in roc_curves(given_answers))
+    labels[CLASSES] = 0.0
+    nothing = answers(scores, images, labels)
+    assert bootstrap_auc(nothing, samples=5)[["value", "low", "high"]].isna().all(axis=None)
+    assert roc_curves(nothing) == {} and class_report(nothing, np.full(3, 0.5)).f1.isna().all()
+    assert heidelberg_figures(nothing, np.full(3, 0.5)).f1.isna().tolist() == [False, True, True]
 
 
 def test_the_interval_holds_the_value_and_follows_patients_not_images():

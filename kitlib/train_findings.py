@@ -1,0 +1,198 @@
+"""Training of a findings classifier, such as the NIH backbone, and its predictions of images that it has not seen."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch.nn import functional
+
+from kitlib.cache import XrayCache
+from kitlib.classifier import FindingsClassifier
+from kitlib.classifier_training import ClassifierTraining
+from kitlib.device import pick_device, seed_everything
+from kitlib.predict import Predictor, load_predictor
+from kitlib.recipes import FindingsRecipe
+from kitlib.roc_auc import mean_auc
+from kitlib.starting_weights import load_starting_weights
+from kitlib.tables import check_table, class_columns, concatenate, empty_table, read_table, write_table
+from kitlib.training import fit, gathered_batches
+from kitlib.training_run import finish_run, open_run, read_finished, run_identity, save_trained, split
+from kitlib.xray_dataset import XrayDataset, batches
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FindingsRun:
+    """A finished run. `class_scores` are out of fold; `test_scores` are of the data set's own test images, often none."""
+
+    run_folder: Path
+    metrics: dict[str, Any]
+    history: pd.DataFrame
+    class_scores: pd.DataFrame
+    test_scores: pd.DataFrame
+
+
+def train_findings(
+    images: pd.DataFrame,
+    labels: pd.DataFrame,
+    boxes: pd.DataFrame,
+    folds: pd.DataFrame,
+    fold: int,
+    cache: XrayCache,
+    recipe: FindingsRecipe,
+    run_folder: str | Path,
+    model_name: str,
+    seed: int = 0,
+    workers: int = 0,
+    limit_train: int | None = None,
+    limit_validation: int | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> FindingsRun:
+    """Train, keep the best epoch, predict the validation fold and the images of the split "test" with it.
+
+    The classes are those of `labels`, in their order. `run_folder` gets all of it, metrics.json last: the bundle is where a
+    study classifier or a detector may start. An interrupted run goes on where it was and gives what an uninterrupted one
+    gives; a finished one is read back. Limits are numbers of images, whole patients; `limit_validation` is the test images'
+    too. Raises ResumeError if the folder holds a run of other data or settings, ValueError if the recipe freezes random
+    weights, test images are in a fold, or labels of exclusive classes do not sum to 1.
+    """
+    run_folder = Path(run_folder)
+    tables = {"images": images, "labels": labels, "boxes": boxes, "folds": folds}
+    tables = {name: check_table(table, name) for name, table in tables.items()}
+    images, labels, boxes, folds = tables.values()
+    classes = class_columns(labels, "labels")
+    check_findings(images, labels, folds, recipe, model_name)
+    train_images, validation_images = split(images, folds, fold, seed, limit_train, limit_validation)
+    test_images = unseen_test_images(images, train_images, limit_validation)
+    identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation)
+    if open_run(run_folder, identity, resume):
+        return read_findings_run(run_folder)
+
+    seed_everything(seed)
+    device = pick_device()
+    model = FindingsClassifier(recipe, classes).to(memory_format=torch.channels_last)
+    start = "from scratch"
+    if recipe.starting_weights:
+        report = load_starting_weights(model, recipe.starting_weights)
+        start = f"{recipe.starting_weights}: {len(report['loaded'])} tensors"
+    train = XrayDataset(train_images, labels, boxes, cache, recipe, augment=True, seed=seed)
+    validation = XrayDataset(validation_images, labels, boxes, cache, recipe)
+    fitted = fit(
+        FindingsTraining(model, validation),
+        batches(train, recipe.batch_size, workers, shuffle=True, seed=seed),
+        batches(validation, 2 * recipe.batch_size, workers),
+        run_folder,
+        device,
+        seed,
+        progress,
+        title=f"{model_name} fold {fold}",
+        gathered=gathered_batches(recipe),
+    )
+    save_trained(run_folder, model, "findings", classes, identity, fitted)
+    predictor = load_predictor(run_folder / "bundle", device, 2 * recipe.batch_size)
+    for name, shown in (("class_scores", validation_images), ("test_scores", test_images)):
+        write_table(_scores(predictor, cache, shown), "class_scores", run_folder / "tables" / f"{name}.parquet")
+    counts = {
+        "classes": classes,
+        "starting_weights": start,
+        "train_images": len(train),
+        "validation_images": len(validation),
+        "test_images": len(test_images),
+    }
+    finish_run(run_folder, identity, counts, fitted, device)
+    return read_findings_run(run_folder)
+
+
+def read_findings_run(run_folder: str | Path) -> FindingsRun:
+    """The results of a finished run; without metrics.json, which marks one, FileNotFoundError."""
+    run_folder = Path(run_folder)
+    metrics, history = read_finished(run_folder)
+    found = [
+        read_table("class_scores", run_folder / "tables" / f"{name}.parquet") for name in ("class_scores", "test_scores")
+    ]
+    return FindingsRun(run_folder, metrics, history, *found)
+
+
+def check_findings(
+    images: pd.DataFrame, labels: pd.DataFrame, folds: pd.DataFrame, recipe: FindingsRecipe, model_name: str
+) -> None:
+    """Raise ValueError where these tables and settings cannot be trained on, with what to change."""
+    if recipe.frozen_backbone and not recipe.starting_weights:
+        raise ValueError(
+            f"{model_name}: the recipe freezes {recipe.backbone} at random weights, from which nothing is learnt; "
+            'give overrides {"starting_weights": "..."} or {"frozen_backbone": false}'
+        )
+    if "split" in images:
+        test = set(images.image_id[images.split == "test"])
+        inside = folds.id[folds.id.isin(test)]
+        if len(inside):
+            raise ValueError(
+                f"{len(inside)} images of the split 'test' are in folds, first {inside.iloc[0]}; use make_folds"
+            )
+    if not recipe.multi_label:
+        classes = class_columns(labels, "labels")
+        known = labels[labels[classes].notna().all(axis=1)]
+        wrong = known[(known[classes].sum(axis=1) - 1).abs() > 1e-6]
+        if len(wrong):
+            raise ValueError(
+                f"{model_name}: with multi_label false exactly one class is true, but {len(wrong)} labels do not sum to 1, "
+                f'first {wrong["id"].iloc[0]}; give overrides {{"multi_label": true}}'
+            )
+
+
+def unseen_test_images(images: pd.DataFrame, train_images: pd.DataFrame, limit: int | None = None) -> pd.DataFrame:
+    """Images of the split "test" of patients that the model was not trained on, the first `limit` of them."""
+    if "split" not in images:
+        return images.iloc[:0]
+    test = images[images.split == "test"]
+    seen = test.patient_id.isin(train_images.patient_id)
+    if seen.any():
+        logger.warning(
+            "%d test images are of patients that are trained on and are not predicted, first %s",
+            int(seen.sum()),
+            test.image_id[seen].iloc[0],
+        )
+    return test[~seen].iloc[:limit].reset_index(drop=True)
+
+
+class FindingsTraining(ClassifierTraining):
+    """Loss and validation over batches of `XrayDataset`; the score is that of `mean_auc`."""
+
+    def __init__(self, model: FindingsClassifier, validation: XrayDataset) -> None:
+        super().__init__(model, len(validation))
+        self.truth = validation.label
+
+    def loss(self, batch: dict[str, Any], logits: torch.Tensor, smoothing: float) -> torch.Tensor:
+        return findings_loss(logits, batch["label"], self.recipe.multi_label, smoothing)
+
+    def scores(self) -> dict[str, float]:
+        return mean_auc(self.truth, self.found, self.model.classes)
+
+
+def findings_loss(logits: torch.Tensor, label: torch.Tensor, multi_label: bool, smoothing: float = 0.0) -> torch.Tensor:
+    """Binary cross entropy, the mean over all known labels, or cross entropy, the mean over the images with all known.
+
+    `logits` and `label` (n, classes); labels are 0..1, soft ones included, or NaN where unknown. 0 where nothing is known.
+    `smoothing` is the share of the truth that goes evenly to what else could be: both sides of a label, or all classes.
+    """
+    logits = logits.float()
+    known = ~label.isnan()
+    if not multi_label:
+        known = known.all(dim=1)
+    if not known.any():
+        return logits.sum() * 0  # keeps the graph
+    if multi_label:
+        wanted = label[known] * (1 - smoothing) + smoothing / 2
+        return functional.binary_cross_entropy_with_logits(logits[known], wanted)
+    return functional.cross_entropy(logits[known], label[known], label_smoothing=smoothing)
+
+
+def _scores(predictor: Predictor, cache: XrayCache, images: pd.DataFrame) -> pd.DataFrame:
+    if images.empty:
+        return empty_table("class_scores")
+    return concatenate(predictor.predict(cache.read(image_id) for image_id in images.image_id), "class_scores")

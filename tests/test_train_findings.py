@@ -1,0 +1,237 @@
+"""A findings run's outputs, the loss, unknown labels, test images, exact resume, and what is refused."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_xrays import SmallXrays
+from torch.nn import functional
+
+from kitlib.bundle import read_bundle
+from kitlib.classes import STUDY_CLASSES
+from kitlib.classifier import StudyClassifier
+from kitlib.recipes import FindingsRecipe, StudyRecipe, override
+from kitlib.roc_auc import mean_auc
+from kitlib.starting_weights import load_starting_weights
+from kitlib.tables import read_table
+from kitlib.train_findings import FindingsTraining, findings_loss, train_findings
+from kitlib.training_run import ResumeError
+
+TIMES = ["seconds", "images_per_s"]
+FINDINGS = ["Mass", "No Finding"]
+RECIPE = FindingsRecipe(
+    backbone="test_resnet",
+    channels=1,
+    image_size=32,
+    placement="letterbox",
+    epochs=3,
+    batch_size=4,
+    optimizer="adamw",
+    learning_rate=1e-3,
+    hidden=16,
+    rotate_degrees=0.0,
+    blur_p=0.0,
+    erase_p=0.0,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class SmallFindings(SmallXrays):
+    """Two findings of each study, one its opposite; the last patient's images are the data set's test images."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        mass = (self.labels[list(STUDY_CLASSES)].to_numpy() @ [0, 0, 1, 1]).astype(float)
+        self.labels = pd.DataFrame({"id": self.labels["id"], "Mass": mass, "No Finding": 1 - mass})
+        last = self.images.patient_id == self.images.patient_id.iloc[-1]
+        self.images = self.images.assign(split=np.where(last, "test", "train"))
+        self.fold_table = self.fold_table[~self.fold_table.id.isin(self.images.image_id[last])].reset_index(drop=True)
+
+
+def train(folder, small=None, recipe=RECIPE, **options):
+    small = small or SmallFindings(32)
+    return train_findings(
+        small.images,
+        small.labels,
+        small.boxes,
+        small.fold_table,
+        cache=small,
+        recipe=recipe,
+        run_folder=folder,
+        model_name="nih",
+        **{"fold": 1, "progress": False} | options,
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("run"))
+
+
+def test_a_run_leaves_a_bundle_and_the_scores_of_unseen_images(uninterrupted):
+    small, folder = SmallFindings(32), uninterrupted.run_folder
+    scores = read_table("class_scores", folder / "tables" / "class_scores.parquet")
+    assert set(scores.image_id) == set(small.fold_table.id[small.fold_table.fold == 1])
+    assert scores.columns.tolist() == ["image_id", "model", "fold", *FINDINGS]
+    assert set(scores.model) == {"nih"} and set(scores.fold) == {1}
+    test = read_table("class_scores", folder / "tables" / "test_scores.parquet")
+    assert test.image_id.tolist() == small.image_ids[-4:] and test.columns.tolist() == scores.columns.tolist()
+    record, weights = read_bundle(folder / "bundle")
+    assert record["family"] == "findings" and record["classes"] == FINDINGS
+    assert weights["head.3.weight"].shape == (2, 16)
+    metrics = uninterrupted.metrics
+    assert (metrics["train_images"], metrics["validation_images"], metrics["test_images"]) == (16, 12, 4)
+    assert record["validation"] == {name: metrics["best"][name] for name in ("score", *FINDINGS)}
+    assert (folder / "figures" / "curves.png").is_file()
+
+
+def test_the_out_of_fold_table_has_the_score_that_chose_the_epoch(uninterrupted):
+    # The same images through another path: bundle from disk, prediction's own canvases.
+    small, scores = SmallFindings(32), uninterrupted.class_scores
+    studies = small.images.set_index("image_id").study_id[scores.image_id]
+    truth = small.labels.set_index("id").loc[studies, FINDINGS].to_numpy()
+    found = mean_auc(truth, scores[FINDINGS].to_numpy(), FINDINGS)
+    assert found == pytest.approx({name: uninterrupted.metrics["best"][name] for name in found}, abs=1e-6)
+
+
+def test_it_learns_and_a_study_classifier_starts_from_it(tmp_path):
+    # The classes are brightnesses: unseen patients must be told apart almost perfectly.
+    learnt = train(tmp_path / "learnt", recipe=override(RECIPE, epochs=8, learning_rate=1e-2, batch_size=8))
+    assert learnt.metrics["best"]["score"] > 0.9  # chance is 0.5
+    study = StudyClassifier(StudyRecipe(backbone="test_resnet", image_size=32, hidden=16))
+    report = load_starting_weights(study, tmp_path / "learnt" / "bundle")
+    assert all(name.startswith("head.") for name in report["random"])
+    weights = read_bundle(tmp_path / "learnt" / "bundle")[1]
+    assert all(torch.equal(weights[f"backbone.{name}"], each) for name, each in study.backbone.state_dict().items())
+    again = train(
+        tmp_path / "again", recipe=override(RECIPE, epochs=1, starting_weights=str(tmp_path / "learnt" / "bundle"))
+    )
+    assert again.metrics["starting_weights"].endswith(f"bundle: {len(weights)} tensors")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1, "ema_decay": 0.9},
+        {"nominal_batch": 8, "schedule_every": 1, "optimizer": "sgd", "learning_rate": 0.05},
+    ],
+    ids=["mixed", "gathered"],
+)
+def test_every_option_of_training_learns(tmp_path, changes):
+    recipe = override(RECIPE, **{"epochs": 8, "learning_rate": 1e-2, "dropout": 0.0} | changes)
+    assert train(tmp_path, recipe=recipe).metrics["best"]["score"] > 0.8  # chance is 0.5
+
+
+def test_exactly_one_class_is_learnt_as_such(tmp_path):
+    run = train(tmp_path, recipe=override(RECIPE, multi_label=False, epochs=1))
+    assert run.class_scores[FINDINGS].sum(axis=1).to_numpy() == pytest.approx(np.ones(12), abs=1e-6)
+    several = SmallFindings(32)
+    several.labels.loc[0, FINDINGS] = 1.0
+    with pytest.raises(ValueError, match=r'1 labels do not sum to 1, first study000; .*"multi_label": true'):
+        train(tmp_path / "several", several, recipe=override(RECIPE, multi_label=False))
+
+
+def test_images_with_unknown_labels_are_trained_on_and_not_counted(tmp_path):
+    small = SmallFindings(32)
+    small.labels.loc[::3, "Mass"] = np.nan
+    run = train(tmp_path, small, recipe=override(RECIPE, epochs=1))
+    scores = run.class_scores.assign(study_id=run.class_scores.image_id.map(small.images.set_index("image_id").study_id))
+    truth = small.labels.set_index("id").loc[scores.study_id, FINDINGS].to_numpy()
+    assert np.isnan(truth).any()
+    assert mean_auc(truth, scores[FINDINGS].to_numpy(), FINDINGS)["Mass"] == pytest.approx(run.metrics["best"]["Mass"])
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one_and_another_is_refused(tmp_path, monkeypatch, uninterrupted):
+    step = FindingsTraining.training_step
+
+    def dying(self, batch, number):
+        if (self.current_epoch, number) == (1, 2):
+            raise ConnectionError("the session ended")
+        return step(self, batch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FindingsTraining, "training_step", dying)
+        with pytest.raises(ConnectionError):
+            train(tmp_path)
+    torch.manual_seed(12345)
+    resumed = train(tmp_path)
+    pd.testing.assert_frame_equal(resumed.class_scores, uninterrupted.class_scores, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.test_scores, uninterrupted.test_scores, check_exact=True)
+    pd.testing.assert_frame_equal(
+        resumed.history.drop(columns=TIMES), uninterrupted.history.drop(columns=TIMES), check_exact=True
+    )
+    monkeypatch.setattr("kitlib.train_findings.fit", lambda *_, **__: pytest.fail("trained again"))
+    pd.testing.assert_frame_equal(train(tmp_path).class_scores, resumed.class_scores)
+    with pytest.raises(ResumeError, match=r"recipe\.dropout"):
+        train(tmp_path, recipe=override(RECIPE, dropout=0.1))
+
+
+def test_test_images_of_trained_patients_are_not_predicted(tmp_path, caplog):
+    small = SmallFindings(32)
+    # The test images' first one is now of a patient in fold 0, which is trained on.
+    small.images.loc[28, "patient_id"] = "patient000"
+    with caplog.at_level("WARNING"):
+        run = train(tmp_path, small, recipe=override(RECIPE, epochs=1))
+    assert run.test_scores.image_id.tolist() == small.image_ids[29:]
+    assert "1 test images are of patients that are trained on and are not predicted, first image028" in caplog.text
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r'test_resnet at random.*"frozen_backbone": false'):
+        train(tmp_path, recipe=override(RECIPE, frozen_backbone=True))
+    leaking = SmallFindings(32)
+    leaking.fold_table = SmallXrays(32).fold_table
+    with pytest.raises(ValueError, match="4 images of the split 'test' are in folds, first image028"):
+        train(tmp_path, leaking)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_data_set_without_test_images_has_no_test_scores(tmp_path):
+    small = SmallFindings(32)
+    small.images = small.images.drop(columns="split")
+    run = train(tmp_path, small, recipe=override(RECIPE, epochs=1), limit_train=8, limit_validation=13)
+    # whole patients of four images
+    assert run.metrics["train_images"] == 8 and len(run.class_scores) == 12
+    assert run.test_scores.empty and run.metrics["test_images"] == 0
+
+
+@pytest.mark.parametrize("multi_label", [True, False])
+def test_unknown_labels_do_not_touch_the_loss(multi_label):
+    torch.manual_seed(0)
+    logits, label = torch.randn(4, 3), torch.eye(3)[[0, 1, 2, 0]]
+    known = findings_loss(logits[:2], label[:2], multi_label)
+    label[2:] = torch.nan
+    assert torch.equal(findings_loss(logits, label, multi_label), known)
+    reference = functional.binary_cross_entropy_with_logits if multi_label else functional.cross_entropy
+    torch.testing.assert_close(known, reference(logits[:2], label[:2]))
+    logits.requires_grad_()
+    nothing = findings_loss(logits, torch.full((4, 3), torch.nan), multi_label)
+    nothing.backward()
+    assert nothing == 0 and torch.equal(logits.grad, torch.zeros(4, 3))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), multi_label=st.booleans(), step=st.floats(0.1, 3))
+def test_a_better_prediction_costs_less(seed, multi_label, step):
+    torch.manual_seed(seed)
+    logits, label = torch.randn(3, 4), torch.eye(4)[torch.randint(0, 4, (3,))]
+    better = logits + step * (2 * label - 1)
+    assert findings_loss(better, label, multi_label) < findings_loss(logits, label, multi_label)
+
+
+@pytest.mark.parametrize("multi_label", [True, False])
+def test_smoothing_is_cheapest_at_the_smoothed_truth(multi_label):
+    # a quarter spread over two sides leaves 7/8, over four classes 13/16 for the true one and 1/16 for each other
+    wanted = torch.tensor([[7 / 8, 1 / 8, 1 / 8, 1 / 8]]) if multi_label else torch.tensor([[13 / 16, *[1 / 16] * 3]])
+    logits = (wanted.logit() if multi_label else wanted.log()).requires_grad_()
+    findings_loss(logits, torch.eye(4)[:1], multi_label, smoothing=0.25).backward()
+    torch.testing.assert_close(logits.grad, torch.zeros(1, 4), atol=1e-6, rtol=0)
