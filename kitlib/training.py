@@ -15,54 +15,111 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.warnings import PossibleUserWarning
 from safetensors.torch import load_file, save_file
-from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 from kitlib.atomic import replacing
 from kitlib.device import derived_seed, precision
-from kitlib.recipes import DetectorRecipe, StudyRecipe
+from kitlib.recipes import TrainingRecipe
 from kitlib.training_run import LEARNING_RATE_FLOOR, Fitted, best_row, is_over
 
 
 class RecipeTraining(pl.LightningModule):
     """A network under a recipe's optimiser and schedule. A subclass adds `training_step` and validation.
 
-    Its validation must log `score` (greater is better): the best epoch, early stopping and the curves go by it. Everything
-    logged once an epoch becomes a column of the history. Only the weights of `model` are kept as the best ones.
+    Training runs `model`, validation must run `judged`, in evaluation mode, and log `score` (greater is better): the best
+    epoch, early stopping and the curves go by it. Everything logged once an epoch becomes a column of the history. Only the
+    weights of `judged` are kept as the best ones.
     """
 
-    def __init__(self, model: torch.nn.Module, recipe: StudyRecipe | DetectorRecipe) -> None:
+    def __init__(self, model: torch.nn.Module, recipe: TrainingRecipe) -> None:
         super().__init__()
+        if not 0 <= recipe.ema_decay < 1:
+            raise ValueError(
+                f"recipe.ema_decay is {recipe.ema_decay}, wanted at least 0 (no average) and below 1, e.g. 0.998"
+            )
         self.model = model
         self.recipe = recipe
+        # A part of this module, so that it moves to the GPU and into the checkpoint with it.
+        self.average = moving_average(model, recipe.ema_decay) if recipe.ema_decay else None
+
+    @property
+    def judged(self) -> torch.nn.Module:
+        """The moving average of `model` if the recipe asks for one, else `model`."""
+        return self.model if self.average is None else self.average.module
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = make_optimizer(self.model, self.recipe)
-        total = int(self.trainer.estimated_stepping_batches)
-        warmup = round(total * self.recipe.warmup_epochs / self.recipe.epochs)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, warmup))
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, self.recipe))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        super().optimizer_step(*arguments, **options)
+        if self.average is not None:
+            # Lightning counts the step only after this hook.
+            self.average.update(self.model, step=self.trainer.global_step + 1)
 
-def make_optimizer(model: torch.nn.Module, recipe: StudyRecipe | DetectorRecipe) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum 0.9, or AdamW, over what is not frozen; biases and norms do not decay."""
-    groups = param_groups_weight_decay(model, recipe.weight_decay)
+
+def moving_average(model: torch.nn.Module, decay: float) -> ModelEmaV3:
+    """The exponential moving average of a network's weights and running statistics, which learns nothing itself.
+
+    Step n keeps min(decay, 1 - n^-3/4) of the average so far, so that the random start is soon forgotten: with 0.998
+    the decay is reached after 4,000 steps, and a training of a hundred steps averages over its last thirty or so.
+    """
+    average = ModelEmaV3(model, decay, use_warmup=True, warmup_power=0.75)
+    average.requires_grad_(False)
+    return average
+
+
+def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum 0.9, or AdamW, over what is not frozen; biases and norms do not decay.
+
+    A network may have a method `rates()`: prefix of parameter names -> share of the recipe's learning rate, the longest
+    prefix counts. Parameters under such a prefix are taken also while they are frozen, so that they can learn later.
+    Raises ValueError for an unknown optimiser, a prefix that no parameter has, or a network with nothing to learn.
+    """
+    rates = model.rates() if hasattr(model, "rates") else {}
+    unmet = set(rates)
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        prefixes = [prefix for prefix in rates if name.startswith(prefix)]
+        unmet -= set(prefixes)
+        if prefixes or parameter.requires_grad:
+            rate = rates[max(prefixes, key=len)] if prefixes else 1.0
+            decay = 0.0 if parameter.ndim <= 1 or name.endswith(".bias") else recipe.weight_decay
+            groups.setdefault((recipe.learning_rate * rate, decay), []).append(parameter)
+    if unmet or not groups:
+        raise ValueError(f"{type(model).__name__} has no parameter {' or '.join(sorted(unmet)) or 'that is not frozen'}")
+    described = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
+        return torch.optim.SGD(described, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+        return torch.optim.AdamW(described, lr=recipe.learning_rate)
     raise ValueError(f"recipe.optimizer is {recipe.optimizer!r}; there are: sgd, adamw")
 
 
-def learning_rate_factor(step: int, total: int, warmup: int) -> float:
-    """Share of the recipe's learning rate at a step (from 0): up linearly over `warmup` steps, then half a cosine down.
+def learning_rate_factor(step: int, steps: int, recipe: TrainingRecipe) -> float:
+    """Share of the recipe's learning rate at a step (from 0) of `steps`, which the recipe's epochs share evenly.
 
-    0.5 (1 + cos(pi t / T)) 0.95 + 0.05, the Heidelberg project's schedule, taken a step and not every other epoch.
+    Up linearly over `warmup_epochs`, and half a cosine down: 0.5 (1 + cos(pi t / T)) 0.95 + 0.05, Heidelberg report, eq. 1.
+    With schedule_every = 0, t and T are steps after the warm-up, and the end is the floor, 0.05. With e = 1 or more, t
+    rises by one every e epochs from the training's start and T is the number of epochs: published is e = 2, which ends
+    half-way, at t of nearly T / 2 and a factor of nearly 0.525; e = 1 ends one step above the floor.
     """
-    if step < warmup:
-        return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
-    return LEARNING_RATE_FLOOR + (1 - LEARNING_RATE_FLOOR) * 0.5 * (1 + math.cos(math.pi * done))
+    warmup = round(steps * recipe.warmup_epochs / recipe.epochs)
+    if recipe.schedule_every:
+        epoch = step * recipe.epochs // steps
+        done = min(1.0, epoch // recipe.schedule_every / recipe.epochs)
+    else:
+        done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+    risen = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    return risen * (LEARNING_RATE_FLOOR + (1 - LEARNING_RATE_FLOOR) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def gathered_batches(recipe: TrainingRecipe) -> int:
+    """Batches whose gradients make one step of the optimiser: nominal_batch / batch_size, rounded as ultralytics does."""
+    return max(1, round(recipe.nominal_batch / recipe.batch_size))
 
 
 def fit(
@@ -78,10 +135,12 @@ def fit(
 ) -> Fitted:
     """Train until the recipe's epochs or patience are over, and leave the best epoch's weights in `module.model` on the CPU.
 
+    They are those of `module.judged`: its moving average, where the recipe has one.
+
     After each epoch `run_folder/checkpoints/last.ckpt` holds all that is needed to go on and `best.safetensors` the best
     weights; an existing last.ckpt is resumed from. What an epoch draws depends on `seed` and its number alone, so on a CPU,
     with as many threads, a resumed training equals an uninterrupted one bit for bit. The optimiser steps once in `gathered`
-    batches.
+    batches and at an epoch's end; a last group that is not full counts for as much as its images.
     """
     folder = Path(run_folder) / "checkpoints"
     last = folder / "last.ckpt"
@@ -146,12 +205,12 @@ class _EpochKeeper(pl.Callback):
                 "epoch": trainer.current_epoch + 1,
                 "seconds": time.perf_counter() - self.started,
                 "images_per_s": images / max(1e-9, self.trained - self.started),
-                "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+                "learning_rate": max(group["lr"] for group in trainer.optimizers[0].param_groups),
                 **logged,
             }
         )
         if best_row(self.history) == len(self.history) - 1:
-            weights = pl_module.model.state_dict().items()
+            weights = pl_module.judged.state_dict().items()
             weights = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in weights}
             with replacing(self.folder / "best.safetensors") as beside:
                 save_file(weights, beside)

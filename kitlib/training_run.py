@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 
 from kitlib.atomic import replacing, write_json, write_text
 from kitlib.bundle import data_fingerprint, save_bundle, versions
-from kitlib.cache import XrayCache
+from kitlib.cache import CachedXray, XrayCache
 from kitlib.device import precision
-from kitlib.recipes import DetectorRecipe, StudyRecipe
+from kitlib.recipes import TrainingRecipe
+from kitlib.tables import check_table, class_columns, concatenate
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,89 @@ class Fitted:
         }
 
 
+@dataclass(frozen=True)
+class ExtraImages:
+    """Further images to train on, such as pseudo-labelled ones or another data set's; no model is validated on them.
+
+    The tables are those of `kitlib.tables`; an optional column `none` of images is a soft target, see XrayDataset.
+    """
+
+    images: pd.DataFrame
+    labels: pd.DataFrame
+    boxes: pd.DataFrame
+    cache: XrayCache
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these images from others, in JSON's types."""
+        # The fingerprint reads none of the images but which they are: soft targets are given to it as labels.
+        none = self.images.set_index("image_id").reindex(columns=["none"]).rename_axis("id").reset_index()
+        return {
+            "images": len(self.images),
+            "longest_side": self.cache.longest_side,
+            "data_fingerprint": data_fingerprint(images=self.images, labels=self.labels, boxes=self.boxes),
+            "none_fingerprint": data_fingerprint(labels=none),
+        }
+
+
+class _BothCaches:
+    """Reads an image from the cache that has it."""
+
+    def __init__(self, cache: XrayCache, extra: ExtraImages) -> None:
+        self.cache, self.extra = cache, extra.cache
+        self.extra_ids = frozenset(extra.images.image_id)
+        self.longest_side = cache.longest_side
+
+    def read(self, image_id: str) -> CachedXray:
+        return (self.extra if image_id in self.extra_ids else self.cache).read(image_id)
+
+
+def with_extra(
+    train_images: pd.DataFrame,
+    labels: pd.DataFrame,
+    boxes: pd.DataFrame,
+    cache: XrayCache,
+    extra: ExtraImages | None,
+    validation_images: pd.DataFrame,
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, XrayCache]:
+    """The training images with the extra ones after them, and labels, boxes and a cache for both.
+
+    Extra images marked `false_none` stay out. The labels keep their classes: an extra image's label is NaN (unknown) where
+    the extra table lacks the class. Raises ValueError for extra images that are validated on, by image_id, study_id or
+    patient_id, or that are trained on already.
+    """
+    if extra is None:
+        return train_images, labels, boxes, cache
+    added = check_table(extra.images, "images", "the extra images")
+    added_labels = check_table(extra.labels, "labels", "the extra images")
+    if "false_none" in added.columns:
+        added = added[~added.false_none.fillna(False).astype(bool)]
+    for there, meaning, columns in (
+        (validation_images, "validated on", ("image_id", "study_id", "patient_id")),
+        (train_images, "trained on already", ("image_id", "study_id")),
+    ):
+        for column in columns:
+            shared = added.loc[added[column].isin(there[column]), column]
+            if len(shared):
+                raise ValueError(
+                    f"{len(shared)} of {len(added)} extra images are {meaning}, by {column}, first {shared.iloc[0]!r}; "
+                    "leave them out of the extra run"
+                )
+    classes = class_columns(labels, "labels")
+    unknown = [name for name in classes if name not in added_labels or added_labels[name].isna().all()]
+    if unknown:
+        logger.warning("the extra images tell nothing about %s: these labels count as unknown", ", ".join(unknown))
+    added_boxes = check_table(extra.boxes, "boxes", "the extra images")
+    # Each table speaks only for its own images: an extra box must not reach a validation image.
+    labels, added_labels = labels[~labels.id.isin(added.study_id)], added_labels[added_labels.id.isin(added.study_id)]
+    boxes, added_boxes = boxes[~boxes.image_id.isin(added.image_id)], added_boxes[added_boxes.image_id.isin(added.image_id)]
+    return (
+        concatenate((train_images, added), "images"),
+        concatenate((labels, added_labels.reindex(columns=labels.columns).astype(dict.fromkeys(classes, float))), "labels"),
+        concatenate((boxes, added_boxes), "boxes"),
+        _BothCaches(cache, extra),
+    )
+
+
 def split(
     images: pd.DataFrame,
     folds: pd.DataFrame,
@@ -99,11 +183,12 @@ def run_identity(
     tables: dict[str, pd.DataFrame],
     fold: int,
     cache: XrayCache,
-    recipe: StudyRecipe | DetectorRecipe,
+    recipe: TrainingRecipe,
     model_name: str,
     seed: int,
     limit_train: int | None,
     limit_validation: int | None,
+    extra: ExtraImages | None = None,
 ) -> dict[str, Any]:
     """All that a run's weights follow from, in JSON's types; `tables` are images, labels, boxes and folds by name."""
     return {
@@ -115,6 +200,7 @@ def run_identity(
         "limit_validation": limit_validation,
         "longest_side": cache.longest_side,
         "data_fingerprint": data_fingerprint(**tables),
+        **({"extra": extra.identity()} if extra is not None else {}),
     }
 
 

@@ -17,7 +17,7 @@ import albumentations
 from kitlib.cache import XrayCache
 from kitlib.device import derived_seed
 from kitlib.geometry import PLACEMENTS, clip_boxes
-from kitlib.recipes import DetectorRecipe, StudyRecipe
+from kitlib.recipes import TrainingRecipe
 from kitlib.tables import BOX
 
 # Canvases stay in memory as long as a data set's fit; decoding a cache entry and resizing it costs more than augmentation.
@@ -27,9 +27,10 @@ KEPT_BYTES = 2**29
 class XrayDataset(Dataset):
     """One example an image of `images`, in its order.
 
-    An example is a dict: `pixels` uint8 (side, side), grey, on the recipe's canvas; `label` float32 (classes,) in the order of
-    the table labels, NaN where unknown; `none` float32, 1 where the image has no box; `boxes` float32 (k, 4) in canvas
-    pixels, moved with the image; `index`, its row in `images`.
+    An example is a dict: `pixels` uint8 (side, side), grey, on the recipe's canvas; `label` float32 (classes,) in the order
+    of the table labels, NaN where unknown; `none` float32, the probability that the image has no opacity: that of a column
+    `none` of `images` where it is known, else 1 without a box and 0 with one; `boxes` float32 (k, 4) in canvas pixels,
+    moved with the image; `index`, its row in `images`.
 
     The key is an index, or (epoch, index) as `EpochSampler` gives it: augmentation depends on `seed` and the key alone,
     whatever process draws it, so a resumed training sees what an uninterrupted one sees.
@@ -41,7 +42,7 @@ class XrayDataset(Dataset):
         labels: pd.DataFrame,
         boxes: pd.DataFrame,
         cache: XrayCache,
-        recipe: StudyRecipe | DetectorRecipe,
+        recipe: TrainingRecipe,
         augment: bool = False,
         seed: int = 0,
     ) -> None:
@@ -52,6 +53,11 @@ class XrayDataset(Dataset):
         corners = {image_id: rows[list(BOX)].to_numpy(float) for image_id, rows in boxes.groupby("image_id")}
         self.boxes = [corners.get(image_id, np.zeros((0, 4))) for image_id in self.image_ids]
         self.none = np.array([float(not len(each)) for each in self.boxes], dtype=np.float32)
+        if "none" in images.columns:
+            told = images.none.to_numpy(np.float32)
+            if ((told < 0) | (told > 1)).any():
+                raise ValueError(f"images, column none: wanted 0..1 or NaN, got {np.nanmin(told)} to {np.nanmax(told)}")
+            self.none = np.where(np.isnan(told), self.none, told)
         self.augmentation = augmentation(recipe) if augment else None
         self.kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.keep = len(self.image_ids) * self.side**2 <= KEPT_BYTES
@@ -133,7 +139,7 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def augmentation(recipe: StudyRecipe | DetectorRecipe) -> albumentations.Compose:
+def augmentation(recipe: TrainingRecipe) -> albumentations.Compose:
     """Mirror, turn (half of the images, black around), change brightness and contrast (half), as strongly as `recipe` says.
 
     A turned box becomes the frame of its inscribed ellipse: that of its corners would be too large for round findings.
@@ -155,7 +161,7 @@ def augmentation(recipe: StudyRecipe | DetectorRecipe) -> albumentations.Compose
     )
 
 
-def _placement(recipe: StudyRecipe | DetectorRecipe):
+def _placement(recipe: TrainingRecipe):
     if recipe.placement not in PLACEMENTS:
         raise ValueError(f"recipe.placement is {recipe.placement!r}; there are: {', '.join(PLACEMENTS)}")
     return PLACEMENTS[recipe.placement]

@@ -1,4 +1,4 @@
-"""The schedule, early stopping and the optimiser's groups as pure functions."""
+"""The schedule, early stopping, the optimiser's groups, gathered batches, and the moving average through a resume."""
 
 import math
 
@@ -6,28 +6,52 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from small_xrays import RECIPE
 
-from kitlib.recipes import override
-from kitlib.training import learning_rate_factor, make_optimizer
+from kitlib.recipes import FindingsRecipe, override, recipe
+from kitlib.training import RecipeTraining, fit, gathered_batches, learning_rate_factor, make_optimizer
 from kitlib.training_run import best_row, is_over
+
+STEPWISE = override(RECIPE, schedule_every=0, warmup_epochs=0.0, epochs=10)
+BACKBONE = recipe("heidelberg_backbone", FindingsRecipe)
+
+
+def published(t, epochs):
+    return 0.5 * (1 + math.cos(math.pi * t / epochs)) * 0.95 + 0.05  # Heidelberg report, equation 1
 
 
 def test_the_schedule_is_the_published_one():
-    # lr_t = (0.5 (1 + cos(pi t / T)) 0.95 + 0.05) lr_0: 1 at the start, 0.525 half-way, 0.05 at the end
-    assert [learning_rate_factor(step, 100, 0) for step in (0, 50, 100)] == pytest.approx([1, 0.525, 0.05])
-    assert learning_rate_factor(25, 100, 0) == pytest.approx(0.5 * (1 + math.sqrt(0.5)) * 0.95 + 0.05)
+    # 1 at the start, 0.525 half-way, 0.05 at the end
+    assert [learning_rate_factor(step, 100, STEPWISE) for step in (0, 50, 100)] == pytest.approx([1, 0.525, 0.05])
+    assert learning_rate_factor(25, 100, STEPWISE) == pytest.approx(published(1, 4))
 
 
 def test_warm_up_is_linear_and_the_cosine_takes_the_rest():
-    assert [learning_rate_factor(step, 24, 4) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
-    assert learning_rate_factor(14, 24, 4) == pytest.approx(0.525)
+    warm = override(STEPWISE, epochs=6, warmup_epochs=1.0)  # of 24 steps, four
+    assert [learning_rate_factor(step, 24, warm) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert learning_rate_factor(14, 24, warm) == pytest.approx(0.525)
 
 
-@given(st.integers(1, 200), st.integers(0, 50))
-def test_the_learning_rate_stays_in_bounds_and_falls_after_the_warm_up(total, warmup):
-    factors = [learning_rate_factor(step, total, warmup) for step in range(total + warmup + 1)]
+def test_an_epochwise_schedule_is_a_staircase():
+    # The published NIH training: 35 epochs. Every epoch it ends one step above the floor, every other one half-way.
+    assert BACKBONE.epochs == 35 and BACKBONE.schedule_every == 1
+    every_other = override(BACKBONE, schedule_every=2)
+    for epoch in range(35):
+        for step in (7 * epoch, 7 * epoch + 6):
+            assert learning_rate_factor(step, 245, BACKBONE) == pytest.approx(published(epoch, 35))
+            assert learning_rate_factor(step, 245, every_other) == pytest.approx(published(epoch // 2, 35))
+    assert learning_rate_factor(244, 245, BACKBONE) == pytest.approx(0.05191, abs=1e-5)
+    assert learning_rate_factor(244, 245, every_other) == pytest.approx(0.54631, abs=1e-5)  # t = 17
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.floats(0, 5), st.integers(0, 4))
+def test_the_learning_rate_stays_in_bounds_and_falls_after_the_warm_up(epochs, an_epoch, warmup_epochs, every):
+    drawn = override(RECIPE, epochs=epochs, warmup_epochs=min(warmup_epochs, float(epochs)), schedule_every=every)
+    steps = epochs * an_epoch
+    factors = [learning_rate_factor(step, steps, drawn) for step in range(steps + 1)]
     assert all(0 < factor <= 1 for factor in factors)
+    warmup = round(steps * drawn.warmup_epochs / epochs)
     assert all(later <= earlier for earlier, later in zip(factors[warmup:], factors[warmup + 1 :], strict=False))
 
 
@@ -59,3 +83,117 @@ def test_biases_and_norms_do_not_decay_and_what_is_frozen_is_left_out():
     assert decays[id(model[2].bias)] == decays[id(model[1].weight)] == 0
     with pytest.raises(ValueError, match="'lion'; there are: sgd, adamw"):
         make_optimizer(model, override(RECIPE, optimizer="lion"))
+
+
+class Staged(torch.nn.Module):
+    """A frozen part, of which one stage is to learn later, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("first", "last")})
+        self.backbone.requires_grad_(False)
+        self.head = torch.nn.Linear(2, 1)
+        self.shares = {"backbone.": 0.1, "backbone.last.": 0.5}
+
+    def rates(self):
+        return self.shares
+
+
+def test_a_network_may_ask_for_other_rates_and_for_what_is_still_frozen():
+    model = Staged()
+    optimizer = make_optimizer(model, override(RECIPE, learning_rate=0.2, weight_decay=0.1))
+    groups = {id(each): group for group in optimizer.param_groups for each in group["params"]}
+    rates = {name: groups[id(parameter)]["lr"] for name, parameter in model.named_parameters()}
+    expected = {"backbone.first.": 0.02, "backbone.last.": 0.1, "head.": 0.2}
+    assert rates == pytest.approx({start + end: rate for start, rate in expected.items() for end in ("weight", "bias")})
+    assert groups[id(model.backbone["last"].bias)]["weight_decay"] == 0
+    model.shares = {"neck.": 0.1}
+    with pytest.raises(ValueError, match=r"Staged has no parameter neck\."):
+        make_optimizer(model, RECIPE)
+    with pytest.raises(ValueError, match="Linear has no parameter that is not frozen"):
+        make_optimizer(torch.nn.Linear(2, 1).requires_grad_(False), RECIPE)
+
+
+@pytest.mark.parametrize(("batch", "nominal", "gathered"), [(16, 64, 4), (10, 0, 1), (16, 8, 1), (24, 64, 3), (8, 32, 4)])
+def test_the_nominal_batch_is_rounded_to_whole_batches(batch, nominal, gathered):
+    assert gathered_batches(override(RECIPE, batch_size=batch, nominal_batch=nominal)) == gathered
+
+
+class Slope(RecipeTraining):
+    """y = w x on numbers; its validation notes the weight that it judged."""
+
+    def __init__(self, recipe, dies_at=None):
+        super().__init__(torch.nn.Linear(1, 1, bias=False), recipe)
+        torch.nn.init.ones_(self.model.weight)
+        if self.average is not None:
+            self.average.set(self.model)
+        self.dies_at, self.seen, self.judged_weights = dies_at, [], []
+
+    def training_step(self, batch, number):
+        if (self.current_epoch, number) == self.dies_at:
+            raise ConnectionError("the session ended")
+        self.seen.append(self.model.weight.item())
+        return (self.model(batch) ** 2).mean() / 2
+
+    def on_validation_epoch_start(self):
+        self.judged_weights.append(self.judged.weight.item())
+
+    def validation_step(self, batch, _):
+        assert not self.judged.training
+        self.log("score", -(self.judged(batch) ** 2).mean())
+
+
+def slope_batches(count, size=2):
+    return torch.utils.data.DataLoader(torch.ones(count * size, 1), batch_size=size)
+
+
+def train_slope(folder, recipe, gathered=1, count=6, dies_at=None):
+    module = Slope(recipe, dies_at)
+    fitted = fit(module, slope_batches(count), slope_batches(1), folder, torch.device("cpu"), 0, False, gathered=gathered)
+    return module, fitted
+
+
+FLAT = override(RECIPE, optimizer="sgd", learning_rate=0.1, epochs=4, schedule_every=0)
+
+
+def test_an_incomplete_group_of_batches_steps_at_the_epochs_end_and_counts_by_its_images(tmp_path):
+    # By hand: the gradient of a batch of ones is w; Nesterov SGD 0.9; groups of 4 and 2 of the 6 batches, each over 4.
+    module, _ = train_slope(tmp_path, override(FLAT, epochs=2), gathered=4)
+    weight, momentum, expected = 1.0, 0.0, []
+    for step, batches in enumerate((4, 2, 4, 2)):
+        expected += [weight] * batches
+        gradient = weight * batches / 4
+        momentum = 0.9 * momentum + gradient
+        weight -= 0.1 * learning_rate_factor(step, 4, override(FLAT, epochs=2)) * (gradient + 0.9 * momentum)
+    assert module.seen == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_moving_average_follows_its_formula_and_is_what_is_judged_and_kept(tmp_path):
+    module, fitted = train_slope(tmp_path, override(FLAT, ema_decay=0.6), count=5)
+    after = [*module.seen[1:], None]  # the weight after each of the 20 steps but the last
+    average, judged = 1.0, []
+    for step in range(1, 20):
+        decay = min(0.6, 1 - step**-0.75)
+        average = decay * average + (1 - decay) * after[step - 1]
+        if step % 5 == 0:
+            judged.append(average)
+    assert module.judged_weights[:3] == pytest.approx(judged, rel=1e-5)
+    best = module.judged_weights[fitted.best_epoch - 1]
+    assert module.model.weight.item() == load_file(tmp_path / "checkpoints" / "best.safetensors")["weight"].item() == best
+    assert fitted.best()["score"] == pytest.approx(-(best**2), rel=1e-5)
+    with pytest.raises(ValueError, match=r"ema_decay is 1\.0"):
+        Slope(override(FLAT, ema_decay=1.0))
+
+
+@pytest.mark.parametrize("dies_at", [(0, 3), (2, 0), (3, 4)])
+def test_a_resumed_moving_average_with_gathered_batches_equals_an_uninterrupted_one(tmp_path, dies_at):
+    averaged = override(FLAT, ema_decay=0.9)
+    whole, fitted = train_slope(tmp_path / "whole", averaged, gathered=4)
+    with pytest.raises(ConnectionError):
+        train_slope(tmp_path / "cut", averaged, gathered=4, dies_at=dies_at)
+    resumed, again = train_slope(tmp_path / "cut", averaged, gathered=4)
+    # At least what came after the break: the checkpoint before it carries the average, its step and the momentum.
+    assert resumed.judged_weights == whole.judged_weights[-len(resumed.judged_weights) :]
+    assert len(resumed.judged_weights) == 4 - dies_at[0]
+    assert again.history.score.tolist() == fitted.history.score.tolist()
+    assert torch.equal(resumed.model.weight, whole.model.weight)
