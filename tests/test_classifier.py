@@ -15,9 +15,22 @@ def size(module):
     return sum(each.numel() for each in module.parameters())
 
 
-def test_the_head_has_the_published_size():
-    # 2048-1024-ReLU-4: 2,102,276 parameters, published by the Heidelberg project
+def test_the_heads_have_the_published_sizes():
+    # Published by the Heidelberg project: 2048-1024-ReLU-15 of the NIH backbone, 2048-1024-ReLU-4 of the study model
+    assert size(head(2048, 1024, 0.5, outputs=15)) == 2_113_551
     assert size(head(2048, 1024, 0.5, outputs=4)) == 2_102_276
+    # The kit's fifth output, none, adds a row of weights and a bias.
+    assert size(head(2048, 1024, 0.5)) == 2_102_276 + 1025
+
+
+def test_the_head_starts_with_xaviers_weights():
+    # Glorot and Bengio 2010, eq. 16: uniform within sqrt(6 / (inputs + outputs)), of variance 2 / (inputs + outputs)
+    torch.manual_seed(0)
+    made = head(300, 200, 0.5)
+    for layer in (made[0], made[3]):
+        spread = 6 / sum(layer.weight.shape)
+        assert layer.weight.abs().max() <= spread**0.5 and not layer.bias.any()
+        assert layer.weight.var().item() == pytest.approx(spread / 3, rel=0.1)
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 8))
@@ -31,6 +44,9 @@ def test_the_heidelberg_backbone_gives_the_head_2048_features():
     assert size(model.head) == 2049 * 1024 + 1025 * 5
     # torchvision's resnext101_32x8d has 88,791,336, its last layer 2049 * 1000; one colour instead of three at the stem
     assert size(model.backbone) == 88_791_336 - 2049 * 1000 - 64 * 2 * 7 * 7
+    with torch.device("meta"):
+        colours = StudyClassifier(override(StudyRecipe(), channels=3))
+    assert size(colours.backbone) + 2049 * 1000 == 88_791_336
 
 
 # A residual net, a ConvNeXt, an EfficientNet whose head is wider than its features, a transformer built for one side.
@@ -57,15 +73,99 @@ def test_grey_is_normalised_by_the_mean_over_the_colours():
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_frozen_means_batch_norm_statistics_too(frozen):
+    assert parts_changed_by_a_step(override(RECIPE, frozen_backbone=frozen)) == (
+        {"head"} if frozen else {"backbone", "head"}
+    )
+
+
+def test_statistics_of_a_frozen_backbone_may_run_on_as_heidelbergs_did():
     torch.manual_seed(0)
-    model = StudyClassifier(override(RECIPE, frozen_backbone=frozen)).train()
+    model = StudyClassifier(override(RECIPE, frozen_backbone=True, frozen_statistics=False))
+    changed = changed_by_a_step(model)
+    running = {name for name in model.state_dict() if "running_" in name or "num_batches" in name}
+    assert running and {name for name in changed if name.startswith("backbone")} == running
+
+
+def changed_by_a_step(model):
+    """Names of tensors that one step of training changes."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
     pixels = torch.randint(0, 256, (4, 32, 32), dtype=torch.uint8)
     study_loss(model(model.normalise(pixels)), torch.eye(4), torch.zeros(4), 0.5).backward()
     optimizer.step()
-    changed = {name.partition(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == ({"head"} if frozen else {"backbone", "head"})
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def parts_changed_by_a_step(recipe, epoch=0):
+    """Of the head and the stages of test_resnet, those whose weights or statistics one step of that epoch changes."""
+    torch.manual_seed(0)
+    model = StudyClassifier(recipe).train()
+    model.unfreeze(epoch)
+    parts = set()
+    for name in changed_by_a_step(model):
+        owner, _, rest = name.partition(".")
+        layered = recipe.unfreeze_every and owner == "backbone"
+        parts.add((rest.partition(".")[0] if rest.startswith("layer") else "stem") if layered else owner)
+    return parts
+
+
+def test_stages_are_given_free_the_last_first():
+    recipe = override(RECIPE, frozen_backbone=True, unfreeze_every=2)
+    stages = ["layer4", "layer3", "layer2", "layer1", "stem"]
+    for epoch in (0, 1, 2, 3, 4, 6, 8, 10, 90):
+        expected = {"head", *stages[: epoch // 2]}
+        assert parts_changed_by_a_step(recipe, epoch) == expected, epoch
+
+
+@pytest.mark.parametrize(
+    "backbone", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit", "densenet121", "vgg11_bn"]
+)
+def test_stages_hold_each_parameter_once_in_the_networks_order(backbone):
+    with torch.device("meta"):
+        model = StudyClassifier(override(RECIPE, backbone=backbone, image_size=64))
+    names = [name for name, _ in model.backbone.named_parameters()]
+    assert sorted(name for stage in model.stages for name in stage) == sorted(names)
+    # A stage of norms alone would be an unfreezing of next to nothing.
+    assert all(any(model.backbone.get_parameter(name).ndim > 1 for name in stage) for stage in model.stages)
+    assert names[0] in model.stages[0] and len(model.stages) >= 5
+
+
+def test_what_is_given_free_learns_at_its_own_rate():
+    frozen = override(RECIPE, frozen_backbone=True)
+    assert StudyClassifier(override(frozen, unfreeze_every=1, unfrozen_rate=0.2)).rates() == {"backbone.": 0.2}
+    assert StudyClassifier(frozen).rates() == StudyClassifier(override(RECIPE, unfreeze_every=1)).rates() == {}
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit", "squeezenet1_1"])
+def test_the_mask_comes_beside_the_same_logits_and_prediction_does_not_compute_it(backbone):
+    torch.manual_seed(0)
+    recipe = override(RECIPE, backbone=backbone, image_size=64, segmentation=1.0)
+    model = StudyClassifier(recipe).eval()
+    x = model.normalise(torch.randint(0, 256, (2, 64, 64), dtype=torch.uint8))
+    logits, mask = model.with_mask(x)
+    stride = 16 if backbone == "test_vit" else 8  # a vision transformer has but one size of map
+    assert mask.shape == (2, 64 // stride, 64 // stride) and model.mask_decoder.stride == stride
+    model.mask_decoder.register_forward_hook(lambda *_: pytest.fail("the decoder was computed"))
+    assert torch.allclose(model(x), logits, atol=1e-5)
+
+
+def test_segmentation_names_what_it_cannot_work_with():
+    with pytest.raises(ValueError, match=r"image_size is 44.*multiple of 8, such as 40"):
+        StudyClassifier(override(RECIPE, image_size=44, segmentation=1.0))
+    with pytest.raises(ValueError, match=r"maps inside the backbone.*segmentation=0"), torch.device("meta"):
+        StudyClassifier(override(RECIPE, backbone="densenet121", segmentation=1.0))
+
+
+def test_a_model_answers_what_it_has_learnt():
+    logits = torch.randn(3, 5)
+    both = StudyClassifier(RECIPE).probabilities(logits)
+    assert torch.equal(both, probabilities(logits))
+    study = StudyClassifier(override(RECIPE, outputs="study")).probabilities(logits)
+    none = StudyClassifier(override(RECIPE, outputs="none")).probabilities(logits)
+    assert torch.equal(study[:, :4], both[:, :4]) and study[:, 4].isnan().all()
+    assert torch.equal(none[:, 4], both[:, 4]) and none[:, :4].isnan().all()
+    with pytest.raises(ValueError, match="outputs is 'all'; there are: study, none, both"):
+        StudyClassifier(override(RECIPE, outputs="all"))
 
 
 @settings(max_examples=50)
@@ -84,6 +184,21 @@ def test_the_loss_is_its_formula():
     entropy = -(study.numpy() * log_p).sum(axis=1).mean()
     binary = (np.log1p(np.exp(-1)) + np.log1p(np.exp(-2))) / 2
     assert study_loss(logits, study, none, 0.3).item() == pytest.approx(entropy + 0.3 * binary, abs=1e-6)
+
+
+def test_the_loss_of_one_output_is_its_part_of_the_formula():
+    torch.manual_seed(0)
+    logits, study, none = torch.randn(3, 5), torch.eye(4)[:3], torch.tensor([1.0, 0, 1])
+    parts = [study_loss(logits, study, none, 0.3, outputs).item() for outputs in ("study", "none")]
+    assert study_loss(logits, study, none, 0.3).item() == pytest.approx(parts[0] + 0.3 * parts[1], abs=1e-6)
+
+
+def test_smoothing_spreads_a_share_of_the_truth_evenly():
+    torch.manual_seed(0)
+    logits, study, none = torch.randn(3, 5), torch.eye(4)[:3], torch.tensor([1.0, 0, 0.5])
+    # 0.2 of the truth: 0.05 for each of four classes, and none becomes 0.9, 0.1 and stays at 0.5.
+    by_hand = study_loss(logits, study * 0.8 + 0.05, torch.tensor([0.9, 0.1, 0.5]), 0.5)
+    assert study_loss(logits, study, none, 0.5, smoothing=0.2).item() == pytest.approx(by_hand.item(), abs=1e-6)
 
 
 def test_unknown_labels_do_not_count():
