@@ -1,5 +1,6 @@
 """Cached X-rays as training examples: uint8 canvases, targets and augmentation that repeats exactly."""
 
+import mmap
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -20,8 +21,9 @@ from kitlib.geometry import PLACEMENTS, clip_boxes
 from kitlib.recipes import TrainingRecipe
 from kitlib.tables import BOX
 
-# Canvases stay in memory as long as a data set's fit; decoding a cache entry and resizing it costs more than augmentation.
-KEPT_BYTES = 2**29
+# Canvases stay in memory where a data set's fit: reading a cache entry and resizing it costs more than augmentation. SIIM's
+# at 512 pixels a side take 1.6 GB, at 1024 they are too many.
+KEPT_BYTES = 2**32
 
 
 class XrayDataset(Dataset):
@@ -58,9 +60,8 @@ class XrayDataset(Dataset):
             if ((told < 0) | (told > 1)).any():
                 raise ValueError(f"images, column none: wanted 0..1 or NaN, got {np.nanmin(told)} to {np.nanmax(told)}")
             self.none = np.where(np.isnan(told), self.none, told)
-        self.augmentation = augmentation(recipe) if augment else None
-        self.kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self.keep = len(self.image_ids) * self.side**2 <= KEPT_BYTES
+        self.augmentation = Augmentation(recipe) if augment else None
+        self.kept = _KeptCanvases(len(self), self.side) if len(self) * self.side**2 <= KEPT_BYTES else None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -69,9 +70,7 @@ class XrayDataset(Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         pixels, boxes = self._canvas(index)
         if self.augmentation is not None:
-            self.augmentation.set_random_seed(derived_seed(self.seed, epoch, index))
-            changed = self.augmentation(image=pixels, bboxes=boxes)
-            pixels, boxes = changed["image"], np.asarray(changed["bboxes"]).reshape(-1, 4)
+            pixels, boxes = self.augmentation(pixels, boxes, derived_seed(self.seed, epoch, index))
         return {
             "pixels": torch.from_numpy(pixels),
             "label": torch.from_numpy(self.label[index]),
@@ -81,15 +80,42 @@ class XrayDataset(Dataset):
         }
 
     def _canvas(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        if index in self.kept:
-            return self.kept[index]
-        xray = self.cache.read(self.image_ids[index])
-        placement = self.place(xray.rows, xray.columns, self.side)
-        boxes, inside = clip_boxes(self.boxes[index], xray.rows, xray.columns)
-        canvas = placement.image(xray.pixels), placement.boxes_to_canvas(boxes[inside])
-        if self.keep:
-            self.kept[index] = canvas
-        return canvas
+        """Pixels and boxes on the canvas; boxes are cut at its edges, and gone where less than a pixel a side is left."""
+        kept = self.kept.get(index) if self.kept is not None else None
+        if kept is None:
+            xray = self.cache.read(self.image_ids[index])
+            rows, columns = xray.rows, xray.columns
+            pixels = self.place(rows, columns, self.side).image(xray.pixels)
+            if self.kept is not None:
+                self.kept.put(index, pixels, rows, columns)
+        else:
+            pixels, rows, columns = kept
+        boxes, inside = clip_boxes(self.boxes[index], rows, columns)
+        boxes, inside = clip_boxes(self.place(rows, columns, self.side).boxes_to_canvas(boxes[inside]), self.side, self.side)
+        return pixels, boxes[inside]
+
+
+class _KeptCanvases:
+    """Canvases uint8 (side, side) and the original sizes of their images, in memory that forked workers share.
+
+    Each canvas is there once, whichever worker made it; the system gives the memory as it is filled.
+    """
+
+    def __init__(self, count: int, side: int) -> None:
+        # Anonymous and not in /dev/shm, which containers keep small.
+        self.pixels = np.frombuffer(mmap.mmap(-1, max(1, count * side**2)), np.uint8)[: count * side**2]
+        self.pixels = self.pixels.reshape(count, side, side)
+        self.sizes = np.frombuffer(mmap.mmap(-1, max(1, count * 8)), np.int32)[: count * 2].reshape(count, 2)
+
+    def get(self, index: int) -> tuple[np.ndarray, int, int] | None:
+        """Pixels, which must not be written to, rows and columns; None where nothing was put."""
+        columns, rows = self.sizes[index].tolist()
+        return (self.pixels[index], rows, columns) if rows else None
+
+    def put(self, index: int, pixels: np.ndarray, rows: int, columns: int) -> None:
+        self.pixels[index] = pixels
+        self.sizes[index, 0] = columns
+        self.sizes[index, 1] = rows  # last: it tells the other workers that the canvas is whole
 
 
 class EpochSampler(Sampler):
@@ -124,6 +150,8 @@ def batches(dataset: XrayDataset, batch_size: int, workers: int = 0, shuffle: bo
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
+        # Kept canvases are shared with forked processes alone.
+        multiprocessing_context="fork" if workers else None,
         pin_memory=torch.cuda.is_available(),
         # Its own stream: the seeds of workers would otherwise be drawn from dropout's.
         generator=torch.Generator(),
@@ -139,26 +167,71 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def augmentation(recipe: TrainingRecipe) -> albumentations.Compose:
-    """Mirror, turn (half of the images, black around), change brightness and contrast (half), as strongly as `recipe` says.
+class Augmentation:
+    """What a recipe does to a training canvas: mirrors and turns it with its boxes, then changes its pixels alone.
 
-    A turned box becomes the frame of its inscribed ellipse: that of its corners would be too large for round findings.
+    Turned and shifted images are black where nothing was. A turned box becomes the frame of its inscribed ellipse (Kalra
+    et al., Towards Rotation Invariance in Object Detection, 2021): that of its corners would be too large for round
+    findings. Cut-outs and erased rectangles are black, and hide no box from the loss. Raises ValueError for
+    probabilities that are none.
     """
-    strength = recipe.brightness_contrast
-    return albumentations.Compose(
-        [
-            albumentations.HorizontalFlip(p=recipe.horizontal_flip),
+
+    def __init__(self, recipe: TrainingRecipe) -> None:
+        names = ("horizontal_flip", "vertical_flip", "turn_p", "brightness_contrast_p", "sharpen_p", "blur_p", "cutouts_p")
+        for name in (*names, "erase_p"):
+            if not 0 <= getattr(recipe, name) <= 1:
+                raise ValueError(f"recipe.{name} is {getattr(recipe, name)}, wanted a probability, 0..1")
+        if recipe.sharpen_p + recipe.blur_p > 1:
+            raise ValueError(
+                f"recipe.sharpen_p {recipe.sharpen_p} and recipe.blur_p {recipe.blur_p} add to more than 1: an image is "
+                "sharpened or blurred, never both"
+            )
+        self.geometry = albumentations.Compose(
+            _moving(recipe),
+            bbox_params=albumentations.BboxParams("pascal_voc", label_fields=[], clip=True, min_width=1, min_height=1),
+        )
+        # Apart from the boxes, which albumentations' cut-outs would filter.
+        self.pixels = albumentations.Compose(_pixel_changes(recipe))
+
+    def __call__(self, pixels: np.ndarray, boxes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 (side, side) and boxes (k, 4) in its pixels, changed as `seed` alone decides; the arguments stay."""
+        self.geometry.set_random_seed(seed)
+        self.pixels.set_random_seed(derived_seed(seed, 1))
+        moved = self.geometry(image=pixels, bboxes=boxes)
+        return self.pixels(image=moved["image"])["image"], np.asarray(moved["bboxes"], dtype=float).reshape(-1, 4)
+
+
+def _moving(recipe: TrainingRecipe) -> list[albumentations.BasicTransform]:
+    moving = [albumentations.HorizontalFlip(p=recipe.horizontal_flip), albumentations.VerticalFlip(p=recipe.vertical_flip)]
+    if recipe.rotate_degrees or recipe.shift:
+        side_ways = (-recipe.shift, recipe.shift)
+        moving.append(
             albumentations.Affine(
+                translate_percent={"x": side_ways, "y": side_ways},
                 rotate=(-recipe.rotate_degrees, recipe.rotate_degrees),
                 rotate_method="ellipse",
                 border_mode=cv2.BORDER_CONSTANT,
                 fill=0,
-                p=0.5 if recipe.rotate_degrees else 0,
-            ),
-            albumentations.RandomBrightnessContrast(strength, strength, p=0.5 if strength else 0),
-        ],
-        bbox_params=albumentations.BboxParams("pascal_voc", label_fields=[], clip=True, min_width=1, min_height=1),
-    )
+                p=recipe.turn_p,
+            )
+        )
+    return moving
+
+
+def _pixel_changes(recipe: TrainingRecipe) -> list[albumentations.BasicTransform]:
+    changes, strength, hole = [], recipe.brightness_contrast, max(1, recipe.image_size // 16)
+    if strength:
+        changes.append(albumentations.RandomBrightnessContrast(strength, strength, p=recipe.brightness_contrast_p))
+    if recipe.sharpen_p or recipe.blur_p:
+        # OneOf chooses by the share of each in the sum.
+        either = [albumentations.Sharpen(p=recipe.sharpen_p), albumentations.Blur(p=recipe.blur_p)]
+        changes.append(albumentations.OneOf(either, p=recipe.sharpen_p + recipe.blur_p))
+    if recipe.cutouts:
+        square = {"hole_height_range": (hole, hole), "hole_width_range": (hole, hole)}
+        changes.append(albumentations.CoarseDropout(num_holes_range=(1, recipe.cutouts), **square, p=recipe.cutouts_p))
+    if recipe.erase_p:
+        changes.append(albumentations.Erasing(scale=(0.01, 0.1), p=recipe.erase_p))
+    return changes
 
 
 def _placement(recipe: TrainingRecipe):

@@ -9,15 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_xrays import BOX, COLUMNS, RECIPE, ROWS, SmallXrays
 
+from kitlib import xray_dataset
 from kitlib.cache import CachedXray
 from kitlib.recipes import override
-from kitlib.xray_dataset import EpochSampler, XrayDataset, batches
+from kitlib.xray_dataset import Augmentation, EpochSampler, XrayDataset, batches
 
 STILL = override(RECIPE, horizontal_flip=0.0, rotate_degrees=0.0, brightness_contrast=0.0)
 
 
-def dataset(small, recipe=RECIPE, **options):
-    return XrayDataset(small.images, small.labels, small.boxes, small, recipe, **options)
+def dataset(small, recipe=RECIPE, images=None, **options):
+    return XrayDataset(small.images if images is None else images, small.labels, small.boxes, small, recipe, **options)
 
 
 def same(one, other):
@@ -44,7 +45,7 @@ def test_stretching_fills_the_canvas():
     example = dataset(small, override(RECIPE, placement="stretch"))[2]
     torch.testing.assert_close(example["boxes"], torch.tensor([BOX]) * torch.tensor([0.32, 0.4, 0.32, 0.4]))
     assert (example["pixels"][0] > 0).all()
-    with pytest.raises(ValueError, match="'squash'; there are: letterbox, stretch"):
+    with pytest.raises(ValueError, match=r"'squash'; there are: .*letterbox.*stretch"):
         dataset(small, override(RECIPE, placement="squash"))
 
 
@@ -111,6 +112,148 @@ def test_augmentation_leaves_the_kept_canvas_alone():
     for epoch in range(20):
         examples[(epoch, 2)]
     assert np.array_equal(examples._canvas(2)[0], dataset(small)[2]["pixels"].numpy())
+
+
+def test_a_soft_none_counts_where_it_is_known():
+    small = SmallXrays(8)
+    small.images = small.images.assign(none=[np.nan, 0.25, np.nan, 0.75, *[np.nan] * 4])
+    assert dataset(small).none.tolist() == [1, 0.25, 0, 0.75, 0, 0, 0, 0]
+    with pytest.raises(ValueError, match=r"column none: wanted 0\.\.1 or NaN, got 0\.25 to 1\.5"):
+        dataset(SmallXrays(8), images=small.images.assign(none=[0.25, 1.5, *[np.nan] * 6]))
+
+
+class Ellipse:
+    """A cache of one picture, 160 x 160: a white ellipse of these centre and half axes on grey; its frame is the box."""
+
+    image_ids = ("ellipse",)
+    images, labels = Disc.images.assign(image_id="ellipse"), Disc.labels
+
+    def __init__(self, x, y, wide, high):
+        grid_y, grid_x = np.mgrid[:160, :160] + 0.5
+        self.white = ((grid_x - x) / wide) ** 2 + ((grid_y - y) / high) ** 2 <= 1
+        corners = {"xmin": [x - wide], "ymin": [y - high], "xmax": [x + wide], "ymax": [y + high]}
+        self.boxes = pd.DataFrame({"image_id": ["ellipse"]} | corners)
+
+    def read(self, image_id):
+        return CachedXray(image_id, np.where(self.white, 255, 60).astype(np.uint8), rows=160, columns=160)
+
+
+EVERYTHING = override(
+    RECIPE,
+    image_size=160,
+    horizontal_flip=0.5,
+    vertical_flip=0.5,
+    rotate_degrees=30.0,
+    shift=0.0625,
+    turn_p=0.8,
+    brightness_contrast=0.2,
+    brightness_contrast_p=0.8,
+    sharpen_p=0.5,
+    blur_p=0.5,
+    cutouts=6,
+    cutouts_p=0.8,
+    erase_p=0.5,
+)
+inside = st.floats(60, 100)
+half = st.floats(12, 30)
+
+
+@settings(max_examples=60)
+@given(inside, inside, half, half, st.integers(0, 1000))
+def test_a_white_spot_stays_under_its_box_through_every_augmentation(x, y, wide, high, epoch):
+    spot = Ellipse(x, y, wide, high)
+    moved_only = override(EVERYTHING, brightness_contrast=0.0, sharpen_p=0.0, blur_p=0.0, cutouts=0, erase_p=0.0)
+    moved = dataset(spot, moved_only, augment=True)[(epoch, 0)]
+    changed = dataset(spot, EVERYTHING, augment=True)[(epoch, 0)]
+    # Changes of pixels move no box and drop none; the frame of the moved spot is its box, within pixels of resampling.
+    assert torch.equal(moved["boxes"], changed["boxes"]) and len(moved["boxes"]) == 1
+    ys, xs = np.nonzero(moved["pixels"].numpy() > 157)
+    seen = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    assert np.abs(moved["boxes"][0].numpy() - seen).max() < 2.5
+
+
+def share(recipe, changed, draws=400):
+    """How many of the draws of a still grey picture with a few bright pixels differ from it as `changed` tells."""
+    canvas = np.full((160, 160), 120, np.uint8)
+    canvas[::8, ::8] = 160
+    augmentation = Augmentation(override(STILL, image_size=160, **recipe))
+    return np.mean([changed(canvas, augmentation(canvas, np.zeros((0, 4)), seed)[0]) for seed in range(draws)])
+
+
+def differs(before, after):
+    return not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "probability"),
+    [
+        ({"brightness_contrast": 0.3, "brightness_contrast_p": 0.3}, 0.3),
+        ({"sharpen_p": 0.5}, 0.5),
+        ({"blur_p": 0.3}, 0.3),
+        ({"sharpen_p": 0.5, "blur_p": 0.25}, 0.75),
+        ({"cutouts": 6, "cutouts_p": 0.3}, 0.3),
+        ({"erase_p": 0.3}, 0.3),
+        ({"horizontal_flip": 0.3}, 0.3),
+        ({"vertical_flip": 0.1}, 0.1),
+        ({"shift": 0.0625, "turn_p": 0.3}, 0.3),
+    ],
+)
+def test_each_augmentation_meets_the_share_of_images_that_its_recipe_says(recipe, probability):
+    # 400 draws: four standard deviations are at most 0.1.
+    assert share(recipe, differs) == pytest.approx(probability, abs=0.1)
+
+
+def test_sharpening_and_blurring_exclude_each_other():
+    recipe = {"sharpen_p": 0.5, "blur_p": 0.25}
+    # Single pixels stand out by 40: less when blurred over nine pixels or more, more when sharpened.
+    assert share(recipe, lambda _, after: np.ptp(after.astype(int)) < 20) == pytest.approx(0.25, abs=0.1)
+    assert share(recipe, lambda _, after: np.ptp(after.astype(int)) > 40) == pytest.approx(0.5, abs=0.1)
+    with pytest.raises(ValueError, match=r"sharpen_p 0\.7 and recipe\.blur_p 0\.5 add to more than 1"):
+        Augmentation(override(RECIPE, sharpen_p=0.7, blur_p=0.5))
+    with pytest.raises(ValueError, match=r"recipe\.erase_p is 1\.5, wanted a probability"):
+        Augmentation(override(RECIPE, erase_p=1.5))
+
+
+def test_cutouts_are_squares_of_a_sixteenth_and_one_erased_rectangle_has_the_published_area():
+    white = np.full((160, 160), 255, np.uint8)
+    none = np.zeros((0, 4))
+    cut = Augmentation(override(STILL, image_size=160, cutouts=6, cutouts_p=1.0))
+    erase = Augmentation(override(STILL, image_size=160, erase_p=1.0))
+    counts = set()
+    for seed in range(60):
+        holes, sizes = cv2.connectedComponentsWithStats(np.uint8(cut(white, none, seed)[0] == 0))[1:3]
+        area = (holes > 0).sum()
+        counts.add(len(sizes) - 1)
+        assert area <= 6 * 10 * 10 and all(size[cv2.CC_STAT_WIDTH] >= 10 <= size[cv2.CC_STAT_HEIGHT] for size in sizes[1:])
+        if len(sizes) == 2:
+            assert area == 100 or sizes[1][cv2.CC_STAT_AREA] > 100
+        erased = (erase(white, none, seed)[0] == 0).mean()
+        assert 0.009 < erased < 0.105  # 1 to 10 %, in whole pixels
+    assert counts >= {1, 2, 3, 4, 5}
+
+
+def test_a_box_cut_off_by_the_canvas_is_cut_at_its_edge():
+    # The crop shows the middle of the image, which the box covers.
+    small = SmallXrays(8)
+    small.boxes.loc[0, ["xmin", "ymin", "xmax", "ymax"]] = 0.0, 0.0, float(COLUMNS), float(ROWS)
+    box = dataset(small, override(STILL, placement="centre_crop"))[2]["boxes"][0]
+    assert box.tolist() == [0, 0, 32, 32]
+
+
+def test_workers_share_the_canvases_and_a_second_epoch_reads_nothing():
+    small = SmallXrays(8)
+    examples = dataset(small)
+    loader = batches(examples, 4, workers=2)
+    first = [batch["pixels"] for batch in loader]
+    assert (examples.kept.sizes == [COLUMNS, ROWS]).all()  # filled by the workers, seen here
+    small.pixels.clear()
+    assert all(torch.equal(examples[index]["pixels"], torch.cat(first)[index]) for index in range(8))
+
+
+def test_too_many_canvases_are_read_anew(monkeypatch):
+    monkeypatch.setattr(xray_dataset, "KEPT_BYTES", 8 * 32 * 32 - 1)
+    examples = dataset(SmallXrays(8))
+    assert examples.kept is None and same(examples[2], dataset(SmallXrays(8))[2])
 
 
 def read(loader, epoch):
