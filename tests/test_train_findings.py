@@ -12,11 +12,12 @@ from torch.nn import functional
 from kitlib.bundle import read_bundle
 from kitlib.classes import STUDY_CLASSES
 from kitlib.classifier import StudyClassifier
-from kitlib.recipes import FindingsRecipe, StudyRecipe, override
+from kitlib.recipes import RECIPES, FindingsRecipe, StudyRecipe, override
 from kitlib.roc_auc import mean_auc
 from kitlib.starting_weights import load_starting_weights
 from kitlib.tables import read_table
 from kitlib.train_findings import FindingsTraining, findings_loss, train_findings
+from kitlib.training import learning_rate_factor
 from kitlib.training_run import ResumeError
 
 TIMES = ["seconds", "images_per_s"]
@@ -129,6 +130,19 @@ def test_it_learns_and_a_study_classifier_starts_from_it(tmp_path):
 def test_every_option_of_training_learns(tmp_path, changes):
     recipe = override(RECIPE, **{"epochs": 8, "learning_rate": 1e-2, "dropout": 0.0} | changes)
     assert train(tmp_path, recipe=recipe).metrics["best"]["score"] > 0.8  # chance is 0.5
+
+
+def test_the_backbone_learns_at_the_published_rates(tmp_path):
+    # Heidelberg report, eq. 1, a step an epoch: (0.5 (1 + cos(pi t / T)) 0.95 + 0.05) 1e-3. The history has the rate at an
+    # epoch's end, when the next one's is set: t = 1, 2, 3 of T = 3, cosines 1/2, -1/2, -1.
+    published = RECIPES["heidelberg_backbone"]
+    assert (published.learning_rate, published.optimizer, published.schedule_every) == (1e-3, "sgd", 1)
+    rates = {"learning_rate": published.learning_rate, "optimizer": published.optimizer, "schedule_every": 1}
+    history = train(tmp_path, recipe=override(RECIPE, **rates), limit_train=8).history
+    assert history.learning_rate.tolist() == pytest.approx([0.7625e-3, 0.2875e-3, 0.05e-3])
+    # 35 epochs, the last one at t = 34: 0.5 (1 + cos(34 pi / 35)) = 0.00201
+    assert learning_rate_factor(0, 35 * 10, published) == 1
+    assert learning_rate_factor(35 * 10 - 1, 35 * 10, published) == pytest.approx(0.05 + 0.95 * 0.00201, abs=1e-5)
 
 
 def test_exactly_one_class_is_learnt_as_such(tmp_path):
