@@ -9,22 +9,36 @@ import pandas as pd
 import torch
 
 from kitlib.average_precision import average_precision
-from kitlib.bundle import load_starting_weights
+from kitlib.box_mask import box_mask, mask_loss
 from kitlib.cache import XrayCache
 from kitlib.classes import STUDY_CLASSES
-from kitlib.classifier import OUTPUTS, StudyClassifier, probabilities, study_loss
+from kitlib.classifier import OUTPUTS, StudyClassifier, study_loss
+from kitlib.classifier_training import ClassifierTraining
 from kitlib.device import pick_device, seed_everything
 from kitlib.predict import load_predictor, study_and_image_scores
 from kitlib.recipes import StudyRecipe
+from kitlib.starting_weights import load_starting_weights
 from kitlib.tables import check_table, read_table, study_labels, write_table
-from kitlib.training import RecipeTraining, fit
-from kitlib.training_run import finish_run, open_run, read_finished, run_identity, save_trained, split
+from kitlib.training import fit, gathered_batches
+from kitlib.training_run import (
+    ExtraImages,
+    finish_run,
+    open_run,
+    read_finished,
+    run_identity,
+    save_trained,
+    split,
+    with_extra,
+)
 from kitlib.xray_dataset import XrayDataset, batches
 
 
 @dataclass(frozen=True)
 class StudyRun:
-    """A finished run. The scores are out of fold: of images that the model has not seen."""
+    """A finished run. The scores are out of fold: of images that the model has not seen.
+
+    A recipe whose outputs are "study" or "none" leaves the table of the other empty.
+    """
 
     run_folder: Path
     metrics: dict[str, Any]
@@ -47,14 +61,16 @@ def train_study(
     workers: int = 0,
     limit_train: int | None = None,
     limit_validation: int | None = None,
+    extra: ExtraImages | None = None,
     resume: bool = True,
     progress: bool = True,
 ) -> StudyRun:
     """Train, keep the best epoch and predict the validation fold with it; `run_folder` gets all of it, metrics.json last.
 
     An interrupted run goes on where it was and gives what an uninterrupted one gives; a finished one is read back. Raises
-    ResumeError if the folder holds a run of other data or settings, ValueError if the recipe freezes random weights.
-    Limits are numbers of images, whole patients.
+    ResumeError if the folder holds a run of other data or settings, ValueError if the recipe freezes random weights or if
+    `extra` images, which are trained on as well, are among those validated on. Limits are numbers of images, whole
+    patients; they do not touch `extra`.
     """
     run_folder = Path(run_folder)
     if recipe.frozen_backbone and not recipe.starting_weights:
@@ -67,7 +83,8 @@ def train_study(
     tables = {name: check_table(table, name) for name, table in tables.items()} | {"labels": study_labels(labels)}
     images, labels, boxes, folds = tables.values()
     train_images, validation_images = split(images, folds, fold, seed, limit_train, limit_validation)
-    identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation)
+    identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation, extra)
+    seen = with_extra(train_images, labels, boxes, cache, extra, validation_images)
     if open_run(run_folder, identity, resume):
         return read_study_run(run_folder)
 
@@ -79,7 +96,14 @@ def train_study(
     if recipe.starting_weights:
         report = load_starting_weights(model, recipe.starting_weights)
         start = f"{recipe.starting_weights}: {len(report['loaded'])} tensors"
-    train = XrayDataset(train_images, labels, boxes, cache, recipe, augment=True, seed=seed)
+        random = sorted(f"backbone.{name}" for name, _ in model.backbone.named_parameters())
+        random = [name for name in random if name in report["random"]]
+        if recipe.frozen_backbone and random:
+            raise ValueError(
+                f"{recipe.starting_weights} leaves {len(random)} tensors of the frozen {recipe.backbone} random, first "
+                f'{random[0]}; give weights of this backbone or overrides {{"frozen_backbone": false}}'
+            )
+    train = XrayDataset(*seen, recipe, augment=True, seed=seed)
     validation = XrayDataset(validation_images, labels, boxes, cache, recipe)
     module = StudyTraining(model, validation, validation_images.study_id.to_numpy())
     fitted = fit(
@@ -91,6 +115,7 @@ def train_study(
         seed,
         progress,
         title=f"{model_name} fold {fold}",
+        gathered=gathered_batches(recipe),
     )
     save_trained(run_folder, model, "study", OUTPUTS, identity, fitted)
     predictor = load_predictor(run_folder / "bundle", device, 2 * recipe.batch_size)
@@ -117,48 +142,60 @@ def read_study_run(run_folder: str | Path) -> StudyRun:
     )
 
 
-class StudyTraining(RecipeTraining):
-    """Loss and validation of the classifier, over batches of `XrayDataset`; the score is that of `validation_scores`."""
+class StudyTraining(ClassifierTraining):
+    """Loss and validation of the study classifier; the score is that of `validation_scores`."""
 
     def __init__(self, model: StudyClassifier, validation: XrayDataset, study_ids: np.ndarray) -> None:
-        super().__init__(model, model.recipe)
+        super().__init__(model, len(validation))
         self.validation, self.study_ids = validation, study_ids
-        self.found = np.zeros((len(validation), len(OUTPUTS)))
 
-    def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
-        loss = self._loss(batch, self.model(self.model.normalise(batch["pixels"])))
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["pixels"]))
-        return loss
+    def targets(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if not self.recipe.segmentation:
+            return batch
+        cells, stride = self.model.mask_cells, self.model.mask_decoder.stride
+        return batch | {"mask": torch.stack([box_mask(boxes, cells, stride) for boxes in batch["boxes"]])}
 
-    def validation_step(self, batch: dict[str, Any], _: int) -> None:
-        logits = self.model(self.model.normalise(batch["pixels"]))
-        self.log("validation_loss", self._loss(batch, logits), batch_size=len(batch["pixels"]))
-        self.found[batch["index"].cpu().numpy()] = probabilities(logits).double().cpu().numpy()
+    def training_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        if not self.recipe.segmentation:
+            return super().training_loss(batch)
+        logits, mask = self.model.with_mask(self.model.normalise(batch["pixels"]))
+        auxiliary = mask_loss(mask, batch["mask"])
+        self.log("train_mask_loss", auxiliary, on_step=False, on_epoch=True, batch_size=len(mask))
+        return self.loss(batch, logits, self.recipe.label_smoothing) + self.recipe.segmentation * auxiliary
 
-    def on_validation_epoch_end(self) -> None:
-        self.log_dict(validation_scores(self.found, self.study_ids, self.validation.label, self.validation.none))
+    def loss(self, batch: dict[str, Any], logits: torch.Tensor, smoothing: float) -> torch.Tensor:
+        recipe = self.recipe
+        return study_loss(logits, batch["label"], batch["none"], recipe.none_weight, recipe.outputs, smoothing)
 
-    def _loss(self, batch: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
-        return study_loss(logits, batch["label"], batch["none"], self.recipe.none_weight)
+    def scores(self) -> dict[str, float]:
+        truth = self.validation.label, self.validation.none
+        return validation_scores(self.found, self.study_ids, *truth, self.recipe.outputs)
 
 
-def validation_scores(found: np.ndarray, study_ids: np.ndarray, study: np.ndarray, none: np.ndarray) -> dict[str, float]:
+def validation_scores(
+    found: np.ndarray, study_ids: np.ndarray, study: np.ndarray, none: np.ndarray, outputs: str = "both"
+) -> dict[str, float]:
     """Average precision (VOC 2010, as in the competition) of each of the five outputs, and `score`, their mean.
 
     `found` (n, 5) are an image's probabilities, `study` (n, 4) and `none` (n,) its truth, NaN where unknown. The classes are
-    judged over studies, by the mean over a study's images, none over images. A class without a positive is NaN and does
-    not count in the mean; all NaN gives NaN.
+    judged over studies, by the mean over a study's images, none over images. Of `outputs` "study" or "none" only those
+    are judged. A class without a positive is NaN and does not count in the mean; all NaN gives NaN.
     """
-    names = list(STUDY_CLASSES)
-    truth = pd.DataFrame(study, columns=names).groupby(study_ids).first()
-    mean = pd.DataFrame(found[:, :4], columns=names).groupby(study_ids).mean()
     scores = {}
-    for name in names:
-        known = truth[name].notna().to_numpy()
-        hits = truth[name].to_numpy()[known] > 0.5
-        scores[name] = average_precision(mean[name].to_numpy()[known], hits, int(hits.sum()))
-    told = ~np.isnan(none)
-    hits = none[told] > 0.5
-    scores["none"] = average_precision(found[told, 4], hits, int(hits.sum()))
+    if outputs != "none":
+        names = list(STUDY_CLASSES)
+        truth = pd.DataFrame(study, columns=names).groupby(study_ids).first()
+        mean = pd.DataFrame(found[:, :4], columns=names).groupby(study_ids).mean()
+        for name in names:
+            known = truth[name].notna().to_numpy()
+            scores[name] = _precision(mean[name].to_numpy()[known], truth[name].to_numpy()[known])
+    if outputs != "study":
+        told = ~np.isnan(none)
+        scores["none"] = _precision(found[told, 4], none[told])
     finite = [value for value in scores.values() if np.isfinite(value)]
     return {"score": float(np.mean(finite)) if finite else float("nan"), **scores}
+
+
+def _precision(found: np.ndarray, truth: np.ndarray) -> float:
+    hits = truth > 0.5
+    return average_precision(found, hits, int(hits.sum()))

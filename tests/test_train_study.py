@@ -1,5 +1,6 @@
 """A run's outputs, exact resume, refusal of another run, and the validation score."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,9 +15,10 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.recipes import override
 from kitlib.tables import read_table
 from kitlib.train_study import StudyTraining, train_study, validation_scores
-from kitlib.training_run import ResumeError
+from kitlib.training_run import ExtraImages, ResumeError
 
 TIMES = ["seconds", "images_per_s"]
+TABLES = ["images", "labels", "boxes"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -175,12 +177,62 @@ def test_training_learns_starts_from_a_bundle_and_freezes(tmp_path, caplog):
     assert not torch.equal(before["head.3.weight"], after["head.3.weight"])
 
 
+class Renamed(SmallXrays):
+    """The same pictures under other names: `extra003` for `image003`, of patients and studies of their own."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for table in (self.images, self.labels, self.boxes):
+            for column in table.columns.intersection(["image_id", "study_id", "patient_id", "id"]):
+                table[column] = table[column].str.replace("image", "extra").str.replace("study", "extra_study")
+        self.images["patient_id"] = "extra_" + self.images.patient_id
+
+    def read(self, image_id):
+        return dataclasses.replace(super().read(image_id.replace("extra", "image")), image_id=image_id)
+
+    def extra(self):
+        return ExtraImages(self.images, self.labels, self.boxes, self)
+
+
+def test_extra_images_are_trained_on_and_never_validated_on(tmp_path, uninterrupted):
+    recipe = override(RECIPE, epochs=1)
+    run = train(tmp_path, recipe=recipe, extra=Renamed(8).extra(), limit_train=4)
+    assert run.metrics["train_images"] == 4 + 8 and run.metrics["validation_images"] == 16
+    assert set(run.image_scores.image_id) == set(uninterrupted.image_scores.image_id)
+    with pytest.raises(ResumeError, match="extra"):
+        train(tmp_path, recipe=recipe, limit_train=4)
+    with pytest.raises(ValueError, match="image"):
+        train(
+            tmp_path / "leak",
+            recipe=recipe,
+            extra=ExtraImages(*(getattr(SmallXrays(), name) for name in TABLES), SmallXrays()),
+        )
+    assert not (tmp_path / "leak").exists()
+
+
+def test_extra_images_teach(tmp_path):
+    # The one patient of its own has two of the four classes; the extra ones show all of them.
+    recipe = override(RECIPE, epochs=8, patience=8, learning_rate=1e-2, batch_size=8, brightness_contrast=0.0)
+    taught = train(tmp_path, recipe=recipe, limit_train=4, extra=Renamed(32).extra())
+    assert taught.metrics["best"]["score"] > 0.8
+
+
 def test_the_score_is_the_mean_over_what_has_positives():
     study = np.eye(4)[[0, 0, 1, 2]]
     found = np.c_[study, [0.9, 0.2, 0.8, 0.1]]
     scores = validation_scores(found, np.array(list("abcd")), study, np.array([1.0, 0, 0, np.nan]))
     assert np.isnan(scores["atypical"])
     assert scores["score"] == scores["negative"] == scores["none"] == 1
+
+
+def test_only_what_is_learnt_is_judged():
+    study = np.eye(4)[[0, 1, 2, 3]]
+    found = np.c_[study[:, ::-1], [0.9, 0.2, 0.8, 0.1]]  # the classes all wrong, none right
+    none = np.array([1.0, 0, 0, 0])
+    alone = validation_scores(found, np.arange(4), study, none, "none")
+    assert alone == {"score": 1, "none": 1}
+    classes = validation_scores(np.c_[study, [np.nan] * 4], np.arange(4), study, none, "study")
+    assert classes == dict.fromkeys(["score", *STUDY_CLASSES], 1)
 
 
 def test_classes_are_judged_over_studies():
