@@ -35,7 +35,7 @@ def run(tmp_path_factory):
         "prepare_run": str(prepared),
         "run_folder": str(done),
         "recipe": "small_backbone",
-        "overrides": {"image_size": 32, "placement": "letterbox", "epochs": 4, "rotate_degrees": 0.0, "blur_p": 0.0},
+        "overrides": {"image_size": 32, "epochs": 4, "rotate_degrees": 0.0, "blur_p": 0.0},
         "folds": [0, 1],
         "epochs": 1,
     }
