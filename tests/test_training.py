@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from small_xrays import RECIPE
 
+from kitlib import training
 from kitlib.recipes import FindingsRecipe, override, recipe
 from kitlib.training import RecipeTraining, fit, gathered_batches, learning_rate_factor, make_optimizer
 from kitlib.training_run import best_row, is_over
@@ -197,3 +198,13 @@ def test_a_resumed_moving_average_with_gathered_batches_equals_an_uninterrupted_
     assert len(resumed.judged_weights) == 4 - dies_at[0]
     assert again.history.score.tolist() == fitted.history.score.tolist()
     assert torch.equal(resumed.model.weight, whole.model.weight)
+
+
+def test_half_precision_leaves_weights_and_average_in_full(tmp_path, monkeypatch):
+    # What a GPU with bf16 does, on the CPU: Lightning autocasts, and nothing of ours casts back or scales.
+    monkeypatch.setattr(training, "precision", lambda _: "bf16-mixed")
+    module, _ = train_slope(tmp_path, override(FLAT, ema_decay=0.9))
+    assert module.model.weight.dtype == module.judged.weight.dtype == torch.float32
+    assert module.judged_weights[-1] < module.judged_weights[0] < 1
+    full, _ = train_slope(tmp_path / "full", override(FLAT, ema_decay=0.9))
+    assert module.judged_weights == pytest.approx(full.judged_weights, abs=0.02)

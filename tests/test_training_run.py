@@ -2,13 +2,16 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_xrays import SmallXrays
+from small_xrays import RECIPE, SmallXrays
 
-from kitlib.training_run import Fitted, ResumeError, draw_curves, open_run, split
+from kitlib.classes import STUDY_CLASSES
+from kitlib.training_run import ExtraImages, Fitted, ResumeError, draw_curves, open_run, run_identity, split, with_extra
+from kitlib.xray_dataset import XrayDataset
 
 
 def test_the_split_keeps_folds_apart_and_drops_false_none_images():
@@ -58,3 +61,86 @@ def test_curves_show_what_was_logged(tmp_path):
     history = pd.DataFrame(columns | {"train_loss": [2.0, 1.0], "score": [0.4, 0.5], "typical": [math.nan, 0.5]})
     draw_curves(Fitted(history, 2), tmp_path / "figures" / "curves.png")
     assert (tmp_path / "figures" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def renamed(small, columns=("image_id", "study_id", "patient_id"), prefix="x"):
+    """The same pictures as extra images, under other names in `columns`."""
+    images = small.images.assign(**{column: prefix + small.images[column] for column in columns})
+    labels, boxes = small.labels, small.boxes
+    if "study_id" in columns:
+        labels = labels.assign(id=prefix + labels.id)
+    if "image_id" in columns:
+        boxes = boxes.assign(image_id=prefix + boxes.image_id)
+        small.pixels = {prefix + image_id: pixels for image_id, pixels in small.pixels.items()}
+    return ExtraImages(images, labels, boxes, small)
+
+
+def joined(small, extra):
+    train, validation = split(small.images, small.fold_table, 0, seed=0)
+    return with_extra(train, small.labels, small.boxes, small, extra, validation)
+
+
+def test_extra_images_are_trained_on_beside_the_others_each_from_its_own_cache():
+    small, brighter = SmallXrays(16), SmallXrays(8)
+    brighter.pixels = {image_id: pixels // 2 for image_id, pixels in brighter.pixels.items()}
+    extra = renamed(brighter)
+    soft = extra.labels.assign(negative=0.25)
+    extra = ExtraImages(extra.images.assign(none=0.4), soft, extra.boxes, extra.cache)
+    images, labels, boxes, cache = joined(small, extra)
+    assert images.image_id.tolist() == [*small.image_ids[8:], *("x" + each for each in small.image_ids[:8])]
+    examples = XrayDataset(images, labels, boxes, cache, RECIPE)
+    alone = XrayDataset(small.images, small.labels, small.boxes, small, RECIPE)
+    ours, theirs = examples[2], examples[10]
+    assert np.array_equal(ours["pixels"], alone[10]["pixels"]) and ours["none"] == alone[10]["none"]
+    assert theirs["pixels"].max() == 127 and theirs["none"] == pytest.approx(0.4)
+    assert theirs["label"].tolist() == [0.25, 1, 0, 0] and len(theirs["boxes"]) == 1
+    assert cache.longest_side == small.longest_side
+    assert joined(small, None)[1:] == (small.labels, small.boxes, small)
+
+
+@pytest.mark.parametrize("shared", ["image_id", "study_id", "patient_id"])
+def test_extra_images_that_are_validated_on_are_refused(shared):
+    others = [column for column in ("image_id", "study_id", "patient_id") if column != shared]
+    with pytest.raises(ValueError, match=f"8 of 16 extra images are validated on, by {shared}, first '{shared[:5]}"):
+        joined(SmallXrays(16), renamed(SmallXrays(16), others))
+
+
+def test_extra_images_that_are_trained_on_already_are_refused_and_false_none_ones_left_out():
+    small, extra = SmallXrays(16), renamed(SmallXrays(16))
+    train, _ = split(small.images, small.fold_table, 0, seed=0)
+    again = ExtraImages(train, small.labels, small.boxes, small)
+    with pytest.raises(ValueError, match="8 of 8 extra images are trained on already, by image_id, first 'image008'"):
+        joined(small, again)
+    marked = ExtraImages(extra.images.assign(false_none=[True] * 12 + [False] * 4), extra.labels, extra.boxes, extra.cache)
+    assert len(joined(small, marked)[0]) == 8 + 4
+
+
+def test_extra_tables_say_nothing_about_other_images(caplog):
+    # A stray box and a label of another data set's classes must not reach what is validated.
+    small, extra = SmallXrays(16), renamed(SmallXrays(16))
+    stray = pd.concat([extra.boxes, small.boxes], ignore_index=True)
+    opacity = extra.labels[["id"]].assign(opacity=1.0)
+    _, labels, boxes, _ = joined(small, ExtraImages(extra.images, opacity, stray, extra.cache))
+    assert len(boxes) == 2 * len(small.boxes) and not boxes.duplicated().any()
+    assert list(labels.columns) == ["id", *STUDY_CLASSES] and labels.iloc[len(small.labels) :, 1:].isna().all(axis=None)
+    assert "tell nothing about negative, typical, indeterminate, atypical" in caplog.text
+
+
+def identity(extra=None):
+    tables = {"images": SMALL.images, "labels": SMALL.labels, "boxes": SMALL.boxes, "folds": SMALL.fold_table}
+    return run_identity(tables, 0, SMALL, RECIPE, "small", 0, None, None, extra)
+
+
+def test_a_run_is_known_by_its_extra_images_too(tmp_path):
+    extra = renamed(SmallXrays(8))
+    softer = ExtraImages(extra.images.assign(none=0.5), extra.labels, extra.boxes, extra.cache)
+    relabelled = ExtraImages(extra.images, extra.labels.assign(typical=0.5), extra.boxes, extra.cache)
+    assert "extra" not in identity()
+    known = [identity(each)["extra"] for each in (extra, softer, relabelled)]
+    assert all(one != other for place, one in enumerate(known) for other in known[:place])
+    assert identity(renamed(SmallXrays(8))) == identity(extra)
+    open_run(tmp_path, identity(extra), resume=True)
+    with pytest.raises(ResumeError, match=r"extra\.none_fingerprint: '\w+' there, '\w+' here"):
+        open_run(tmp_path, identity(softer), resume=True)
+    with pytest.raises(ResumeError, match=r"extra\.images: 8 there, '-' here"):
+        open_run(tmp_path, identity(), resume=True)
