@@ -4,17 +4,22 @@ All boxes are float arrays (n, 4) of xmin, ymin, xmax, ymax in pixels; a pixel's
 columns spans 0..W.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 
+# Shorter side of an image, in pixels, of which `centre_crop` keeps the middle 224: ImageNet's habit, and Heidelberg's.
+CROPPED_FROM = 256 / 224
+
 
 @dataclass(frozen=True)
 class Placement:
-    """How an image of `rows` x `columns` is laid on a canvas: resized to `inner_rows` x `inner_columns`, then padded.
+    """How a frame of an image of `rows` x `columns` is laid on a canvas: resized to `inner_rows` x `inner_columns`, then
+    padded, or cut where `top` or `left` are negative. The frame is the whole image, unless `within` names a part.
 
-    The scale of each axis is inner size / original size *after* rounding to whole pixels, so that the inverse is exact (one
+    The scale of each axis is inner size / frame size *after* rounding to whole pixels, so that the inverse is exact (one
     common scale is off by up to half a pixel of the canvas at the far edge).
     """
 
@@ -26,39 +31,54 @@ class Placement:
     inner_columns: int
     top: int
     left: int
+    frame: tuple[float, float, float, float] | None = None  # xmin, ymin, xmax, ymax in original pixels; None: the whole
 
     @property
     def scale(self) -> np.ndarray:
         """Canvas pixels an original pixel along x, y, x, y."""
-        x, y = self.inner_columns / self.columns, self.inner_rows / self.rows
+        xmin, ymin, xmax, ymax = self._frame
+        x, y = self.inner_columns / (xmax - xmin), self.inner_rows / (ymax - ymin)
         return np.array([x, y, x, y])
 
     @property
     def offset(self) -> np.ndarray:
-        return np.array([self.left, self.top, self.left, self.top], dtype=float)
+        """Where the original's corner lies on the canvas, or outside of it: x, y, x, y."""
+        padding = np.array([self.left, self.top, self.left, self.top], dtype=float)
+        return padding - self.scale * (self._frame[:2] * 2)
+
+    @property
+    def _frame(self) -> tuple[float, float, float, float]:
+        return self.frame or (0.0, 0.0, float(self.columns), float(self.rows))
 
     def image(self, pixels: np.ndarray, fill: int = 0) -> np.ndarray:
-        """Lay uint8 `pixels` of any size with this aspect ratio on the canvas.
+        """Lay uint8 `pixels` of any size with the original's aspect ratio on the canvas.
 
         The pixels may already be smaller than `rows` x `columns`: the decode-once cache keeps images at a reduced size
         while boxes stay in original pixels.
         """
+        if self.frame:
+            xmin, ymin, xmax, ymax = self.frame
+            x, y = pixels.shape[1] / self.columns, pixels.shape[0] / self.rows
+            pixels = pixels[round(ymin * y) : round(ymax * y), round(xmin * x) : round(xmax * x)]
         shrinks = pixels.shape[0] >= self.inner_rows
         resized = cv2.resize(
             pixels, (self.inner_columns, self.inner_rows), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         )
         canvas = np.full((self.canvas_rows, self.canvas_columns, *pixels.shape[2:]), fill, dtype=pixels.dtype)
-        canvas[self.top : self.top + self.inner_rows, self.left : self.left + self.inner_columns] = resized
+        shown = resized[max(0, -self.top) :, max(0, -self.left) :][: self.canvas_rows, : self.canvas_columns]
+        top, left = max(0, self.top), max(0, self.left)
+        canvas[top : top + shown.shape[0], left : left + shown.shape[1]] = shown
         return canvas
 
     def boxes_to_canvas(self, boxes: np.ndarray) -> np.ndarray:
+        """Original pixels to the canvas's; what lies outside of frame or canvas keeps its place there."""
         return np.asarray(boxes, dtype=float).reshape(-1, 4) * self.scale + self.offset
 
     def boxes_to_original(self, boxes: np.ndarray) -> np.ndarray:
         return (np.asarray(boxes, dtype=float).reshape(-1, 4) - self.offset) / self.scale
 
 
-def letterbox(rows: int, columns: int, size: int | tuple[int, int]) -> Placement:
+def letterbox(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
     """Keep the aspect ratio, centre, pad: the longer side fills the canvas. `size` is a side or (rows, columns)."""
     _check_size(rows, columns)
     canvas_rows, canvas_columns = (size, size) if isinstance(size, int) else size
@@ -69,14 +89,40 @@ def letterbox(rows: int, columns: int, size: int | tuple[int, int]) -> Placement
     return Placement(rows, columns, canvas_rows, canvas_columns, inner_rows, inner_columns, top, left)
 
 
-def stretch(rows: int, columns: int, size: int | tuple[int, int]) -> Placement:
+def stretch(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
     """Fill the canvas, whatever becomes of the aspect ratio."""
     _check_size(rows, columns)
     canvas_rows, canvas_columns = (size, size) if isinstance(size, int) else size
     return Placement(rows, columns, canvas_rows, canvas_columns, canvas_rows, canvas_columns, 0, 0)
 
 
-PLACEMENTS = {"letterbox": letterbox, "stretch": stretch}
+def centre_crop(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
+    """Keep the aspect ratio and the middle: the shorter side is resized to 256/224 of the canvas, the rest is cut.
+
+    Heidelberg SIIM report, section 3.1 (256 and 224 pixels).
+    """
+    _check_size(rows, columns)
+    canvas_rows, canvas_columns = (size, size) if isinstance(size, int) else size
+    scale = CROPPED_FROM * max(canvas_rows / rows, canvas_columns / columns)
+    inner_rows, inner_columns = max(canvas_rows, round(rows * scale)), max(canvas_columns, round(columns * scale))
+    top, left = (canvas_rows - inner_rows) // 2, (canvas_columns - inner_columns) // 2
+    return Placement(rows, columns, canvas_rows, canvas_columns, inner_rows, inner_columns, top, left)
+
+
+Place = Callable[[float, float, int | tuple[int, int]], Placement]
+PLACEMENTS: dict[str, Place] = {"letterbox": letterbox, "stretch": stretch, "centre_crop": centre_crop}
+
+
+def within(place: Place, frame: np.ndarray, rows: int, columns: int, size: int | tuple[int, int]) -> Placement:
+    """`place` for a part of the image alone: `frame` (4,) xmin, ymin, xmax, ymax in original pixels.
+
+    Where the pixels are a reduced copy, a frame on that copy's own grid is cut exactly. Raises ValueError for a frame
+    without area or beyond the image.
+    """
+    xmin, ymin, xmax, ymax = map(float, frame)
+    if not (0 <= xmin < xmax <= columns and 0 <= ymin < ymax <= rows):
+        raise ValueError(f"frame {[xmin, ymin, xmax, ymax]} is no part of an image of {rows} x {columns} pixels")
+    return replace(place(ymax - ymin, xmax - xmin, size), rows=rows, columns=columns, frame=(xmin, ymin, xmax, ymax))
 
 
 def clip_boxes(boxes: np.ndarray, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,6 +139,6 @@ def flip_boxes(boxes: np.ndarray, columns: int) -> np.ndarray:
     return np.stack([columns - boxes[:, 2], boxes[:, 1], columns - boxes[:, 0], boxes[:, 3]], axis=1)
 
 
-def _check_size(rows: int, columns: int) -> None:
+def _check_size(rows: float, columns: float) -> None:
     if rows < 1 or columns < 1:
         raise ValueError(f"an image of {rows} x {columns} pixels has no place on a canvas; read its size first")

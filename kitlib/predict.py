@@ -3,7 +3,8 @@
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,94 +17,158 @@ from kitlib.bundle import BundleError, read_bundle
 from kitlib.cache import CachedXray
 from kitlib.classes import STUDY_CLASSES
 from kitlib.device import autocast, pick_device
-from kitlib.geometry import PLACEMENTS, Placement, clip_boxes, flip_boxes
-from kitlib.tables import BOX, check_table, concatenate, empty_table
+from kitlib.geometry import PLACEMENTS, Placement, clip_boxes, flip_boxes, within
+from kitlib.lung_box import lung_box
+from kitlib.tables import BOX, check_table, empty_table
 
 logger = logging.getLogger(__name__)
 
 BATCH_SIZES = {"cuda": 64, "cpu": 8}
 BATCHES_AHEAD = 3  # placed on canvases while the model computes
+# Which canvas a view sees, and whether mirrored.
+VIEWS = {"full": ("full", False), "flip": ("full", True), "lungs": ("lungs", False), "lungs_flip": ("lungs", True)}
+# Of boxes from different views; 1st place used it between models.
+VIEWS_IOU = 0.6
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images on their canvases: `placements` and `pixels` (n, side, side) for each canvas that the views want."""
+
+    image_ids: list[str]
+    placements: dict[str, list[Placement]]
+    pixels: dict[str, torch.Tensor]
 
 
 class Predictor:
     """One model and how its input is made. Boxes leave it in original pixels.
 
-    `batch_size` is halved for good whenever the GPU's memory does not suffice. With `flip` a study's probabilities are the
-    mean over the image and its mirror image; a detector gives the mirror image's boxes, mirrored back, as those of a further
-    model, named with `_flip`.
+    `views` (keys of VIEWS; by default those of the model's recipe) are averaged: probabilities by their mean, boxes, brought
+    back to the original, by weighted box fusion into one list. Where no lungs are found, their view is of the whole image;
+    `lungs_missed` counts how often. `batch_size` is halved for good whenever the GPU's memory does not suffice.
     """
 
     def __init__(
-        self, record: dict[str, Any], network: Any, device: torch.device, batch_size: int | None = None, flip: bool = False
+        self,
+        record: dict[str, Any],
+        network: Any,
+        device: torch.device,
+        batch_size: int | None = None,
+        views: Sequence[str] | None = None,
     ) -> None:
-        self.kind = "study" if record["family"] == "study" else "detector"
-        self.model, self.fold, self.record = record["model"], record["fold"], record
-        self.network, self.device, self.flip = network, device, flip
+        self.kind = record["family"] if record["family"] in ("study", "findings") else "detector"
+        self.model, self.fold, self.classes = record["model"], record["fold"], list(record["classes"])
+        self.network, self.device = network, device
         self.batch_size = batch_size or BATCH_SIZES[device.type]
         self.seen: list[str] = []  # image_ids whose predictions have left, with a box or without
+        self.lungs_missed = 0
+        recipe = record["recipe"]
+        self.views = tuple(views or recipe.get("views") or ("full",))
+        unknown = [view for view in self.views if view not in VIEWS]
+        if unknown or len(set(self.views)) < len(self.views):
+            raise ValueError(f"{self.model}: views {list(self.views)}; there are, each once: {', '.join(VIEWS)}")
+        self._canvas_names = sorted({VIEWS[view][0] for view in self.views})
+        self._outputs = recipe.get("outputs", "both")
+        self._side = recipe.get("inference_size") or record["image_size"]
         self._place = PLACEMENTS[record["placement"]]
 
     def predict(self, stream: Iterable[CachedXray]) -> Iterator[pd.DataFrame]:
         """A table a batch, while a thread reads ahead in `stream`.
 
-        Study: image_id, model, fold, the four classes and none, a row an image. Detector: table detections, no row for
-        images without a box. An error of the stream is raised here; closing the iterator ends the thread.
+        Study: image_id, model, fold, the four classes and none, a row an image; NaN for what the model has not learnt.
+        Findings: table class_scores. Detector: table detections, no row for images without a box. An error of the stream is
+        raised here; closing the iterator ends the thread.
         """
-        for image_ids, placements, pixels in _ahead(self._canvases(stream)):
-            studies = self.kind == "study"
-            table = self._studies(image_ids, pixels) if studies else self._boxes(image_ids, placements, pixels)
-            self.seen += image_ids
+        for batch in _ahead(self._batches(stream)):
+            table = self._boxes(batch) if self.kind == "detector" else self._probabilities(batch)
+            self.seen += batch.image_ids
             yield table
 
-    def _canvases(self, stream: Iterable[CachedXray]) -> Iterator[tuple[list[str], list[Placement], torch.Tensor]]:
-        image_ids, placements, canvases = [], [], []
+    def _batches(self, stream: Iterable[CachedXray]) -> Iterator[Batch]:
+        xrays: list[CachedXray] = []
         for xray in stream:
-            placement = self._place(xray.rows, xray.columns, self.record["image_size"])
-            image_ids.append(xray.image_id)
-            placements.append(placement)
-            canvases.append(placement.image(xray.pixels))
-            if len(canvases) >= self.batch_size:
-                yield image_ids, placements, torch.from_numpy(np.stack(canvases))
-                image_ids, placements, canvases = [], [], []
-        if canvases:
-            yield image_ids, placements, torch.from_numpy(np.stack(canvases))
+            xrays.append(xray)
+            if len(xrays) >= self.batch_size:
+                yield self._batch(xrays)
+                xrays = []
+        if xrays:
+            yield self._batch(xrays)
 
-    def _studies(self, image_ids: list[str], pixels: torch.Tensor) -> pd.DataFrame:
-        found = np.concatenate(self._fitting(self._probabilities, pixels))
-        table = pd.DataFrame(found, columns=[*STUDY_CLASSES, "none"])
-        table.insert(0, "image_id", image_ids)
+    def _batch(self, xrays: list[CachedXray]) -> Batch:
+        placements = {name: [self._placement(xray, name) for xray in xrays] for name in self._canvas_names}
+        pixels = {
+            name: torch.from_numpy(np.stack([place.image(xray.pixels) for place, xray in zip(places, xrays, strict=True)]))
+            for name, places in placements.items()
+        }
+        return Batch([xray.image_id for xray in xrays], placements, pixels)
+
+    def _placement(self, xray: CachedXray, canvas: str) -> Placement:
+        if canvas == "lungs":
+            lungs = lung_box(xray.pixels)
+            if lungs is not None:
+                rows, columns = xray.pixels.shape
+                frame = lungs / [columns, rows, columns, rows] * [xray.columns, xray.rows, xray.columns, xray.rows]
+                return within(self._place, frame, xray.rows, xray.columns, self._side)
+            self.lungs_missed += 1
+        return self._place(xray.rows, xray.columns, self._side)
+
+    def _probabilities(self, batch: Batch) -> pd.DataFrame:
+        found = np.mean([self._fitting(self._classified, pixels) for pixels, _ in self._seen_by(batch)], axis=0)
+        table = pd.DataFrame(found, columns=self.classes)
+        if self.kind == "study" and self._outputs != "both":
+            table[[name for name in self.classes if (name == "none") != (self._outputs == "none")]] = np.nan
+        table.insert(0, "image_id", batch.image_ids)
         table.insert(1, "model", self.model)
         table.insert(2, "fold", self.fold)
         return table
 
-    def _probabilities(self, pixels: torch.Tensor) -> list[np.ndarray]:
+    def _classified(self, pixels: torch.Tensor) -> list[np.ndarray]:
         with torch.inference_mode(), autocast(self.device):
-            x = self.network.normalise(pixels)
-            found = classifier.probabilities(self.network(x))
-            if self.flip:
-                found = (found + classifier.probabilities(self.network(x.flip(-1)))) / 2
-        return [found.double().cpu().numpy()]
+            found = self.network.probabilities(self.network(self.network.normalise(pixels)))
+        return list(found.double().cpu().numpy())
 
-    def _boxes(self, image_ids: list[str], placements: list[Placement], pixels: torch.Tensor) -> pd.DataFrame:
-        tables = []
-        for image_id, placement, found in zip(
-            image_ids, placements, self._fitting(self.network.predict, pixels), strict=True
-        ):
-            tables.append(self._detections(image_id, self.model, placement, found[:, :4], found[:, 4]))
-        if self.flip:
-            mirrored = self._fitting(lambda each: self.network.predict(each.flip(-1)), pixels)
-            for image_id, placement, found in zip(image_ids, placements, mirrored, strict=True):
-                boxes = flip_boxes(found[:, :4], placement.canvas_columns)
-                tables.append(self._detections(image_id, f"{self.model}_flip", placement, boxes, found[:, 4]))
-        return concatenate(tables, "detections")
+    def _seen_by(self, batch: Batch) -> Iterator[tuple[torch.Tensor, list[Placement]]]:
+        """Pixels and placements of each view, in the order of `views`; mirrored ones are mirrored here."""
+        for canvas, mirrored in (VIEWS[view] for view in self.views):
+            pixels = batch.pixels[canvas]
+            yield pixels.flip(-1) if mirrored else pixels, batch.placements[canvas]
 
-    def _detections(
-        self, image_id: str, model: str, placement: Placement, boxes: np.ndarray, scores: np.ndarray
-    ) -> pd.DataFrame:
-        """Boxes of one canvas in original pixels, cut at the image's edges; what keeps less than a pixel is dropped."""
-        corners, inside = clip_boxes(placement.boxes_to_original(boxes), placement.rows, placement.columns)
-        table = pd.DataFrame(corners[inside], columns=list(BOX))
-        return table.assign(image_id=image_id, model=model, fold=self.fold, score=scores[inside].astype(float).clip(0, 1))
+    def _boxes(self, batch: Batch) -> pd.DataFrame:
+        views = [
+            [
+                self._in_original(place, found, VIEWS[view][1])
+                for place, found in zip(placements, self._fitting(self.network.predict, pixels), strict=True)
+            ]
+            for view, (pixels, placements) in zip(self.views, self._seen_by(batch), strict=True)
+        ]
+        found = [
+            self._merged(lists, place) for *lists, place in zip(*views, batch.placements[self._canvas_names[0]], strict=True)
+        ]
+        table = pd.DataFrame(np.concatenate([boxes for boxes, _ in found]), columns=list(BOX))
+        table.insert(0, "image_id", np.repeat(np.array(batch.image_ids, dtype=object), [len(boxes) for boxes, _ in found]))
+        table = table.assign(model=self.model, fold=self.fold, score=np.concatenate([scores for _, scores in found]))
+        return check_table(table, "detections")
+
+    def _in_original(self, place: Placement, found: np.ndarray, mirrored: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes (k, 4) of one canvas in original pixels, cut at the image's edges, less what keeps less than a pixel."""
+        boxes = flip_boxes(found[:, :4], place.canvas_columns) if mirrored else found[:, :4]
+        boxes, inside = clip_boxes(place.boxes_to_original(boxes), place.rows, place.columns)
+        return boxes[inside], found[inside, 4].astype(float).clip(0, 1)
+
+    def _merged(self, lists: list[tuple[np.ndarray, np.ndarray]], place: Placement) -> tuple[np.ndarray, np.ndarray]:
+        """One list of boxes in original pixels and their scores, from those of every view."""
+        if len(lists) == 1:
+            return lists[0]
+        # Only here: its import takes a second, and Kaggle's image lacks it where no detector was sent along.
+        from kitlib.box_merging import merge_boxes
+
+        side = np.array([place.columns, place.rows] * 2, dtype=float)
+        boxes, scores = [], []
+        for box, score in lists:
+            boxes.append(box[score > 0] / side)
+            scores.append(score[score > 0])
+        merged, score = merge_boxes(boxes, scores, np.ones(len(lists)), iou=VIEWS_IOU)
+        return merged * side, score
 
     def _fitting(self, compute: Callable[[torch.Tensor], list[np.ndarray]], pixels: torch.Tensor) -> list[np.ndarray]:
         """`compute` over as many images at a time as memory allows, its lists joined."""
@@ -129,12 +194,18 @@ class Predictor:
 
 
 def load_predictor(
-    bundle_folder: str | Path, device: torch.device | None = None, batch_size: int | None = None, flip: bool = False
+    bundle_folder: str | Path,
+    device: torch.device | None = None,
+    batch_size: int | None = None,
+    views: Sequence[str] | None = None,
 ) -> Predictor:
-    """The bundle's model on `device` (default: `pick_device`). Raises BundleError for a bundle that cannot be trusted."""
+    """The bundle's model on `device` (default: `pick_device`); `views` instead of its recipe's.
+
+    Raises BundleError for a bundle that cannot be trusted.
+    """
     record, state_dict = read_bundle(bundle_folder)
     device = device or pick_device()
-    if record["family"] == "study":
+    if record["family"] in ("study", "findings"):
         load = classifier.load
     elif record["family"] == "faster_rcnn":
         from kitlib.faster_rcnn import load
@@ -142,12 +213,15 @@ def load_predictor(
         # Only here: ultralytics is slow to import and missing where no YOLO was sent along.
         from kitlib.yolo import load
     else:
-        raise BundleError(f"{bundle_folder}: no family {record['family']!r}; there are: study, faster_rcnn, yolo")
-    return Predictor(record, load(record, state_dict, device), device, batch_size, flip)
+        raise BundleError(f"{bundle_folder}: no family {record['family']!r}; there are: study, findings, faster_rcnn, yolo")
+    return Predictor(record, load(record, state_dict, device), device, batch_size, views)
 
 
 def study_and_image_scores(chunks: Iterable[pd.DataFrame], images: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Tables study_scores (mean over a study's images) and image_scores out of a study model's predictions of images."""
+    """Tables study_scores (mean over a study's images) and image_scores out of a study model's predictions of images.
+
+    What a model has not learnt (NaN) has no row.
+    """
     chunks = [chunk for chunk in chunks if len(chunk)]
     if not chunks:
         return empty_table("study_scores"), empty_table("image_scores")
@@ -158,7 +232,8 @@ def study_and_image_scores(chunks: Iterable[pd.DataFrame], images: pd.DataFrame)
         raise ValueError(f"{len(unknown)} predicted images are not in the table images, first {unknown.iloc[0]}")
     found["study_id"] = found.image_id.map(studies)
     mean = found.groupby(["study_id", "model", "fold"], as_index=False)[list(STUDY_CLASSES)].mean()
-    return check_table(mean, "study_scores"), check_table(found[["image_id", "model", "fold", "none"]], "image_scores")
+    nones = found[["image_id", "model", "fold", "none"]]
+    return check_table(mean.dropna(), "study_scores"), check_table(nones.dropna(), "image_scores")
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kitlib.geometry import PLACEMENTS, clip_boxes, flip_boxes, letterbox
+from kitlib.geometry import PLACEMENTS, centre_crop, clip_boxes, flip_boxes, letterbox, within
 
 sides = st.integers(16, 5000)
 
@@ -18,6 +18,8 @@ def test_boxes_return_from_the_canvas_within_a_thousandth_of_a_pixel(rows, colum
     place = PLACEMENTS[placement](rows, columns, size)
     on_canvas = place.boxes_to_canvas(boxes)
     assert np.abs(place.boxes_to_original(on_canvas) - boxes).max() < 1e-3
+    if placement == "centre_crop":
+        return
     assert (on_canvas[:, :2] >= -1e-9).all()
     assert (on_canvas[:, 2] <= place.canvas_columns + 1e-9).all()
     assert (on_canvas[:, 3] <= place.canvas_rows + 1e-9).all()
@@ -39,7 +41,7 @@ def test_pixels_and_boxes_land_in_the_same_place(placement, shape):
     pixels[40:120, 60:180] = 255
     place = PLACEMENTS[placement](*shape, 256)
     ys, xs = np.nonzero(place.image(pixels) > 127)
-    sent = place.boxes_to_canvas([[60, 40, 180, 120]])[0]
+    sent = place.boxes_to_canvas([[60, 40, 180, 120]])[0].clip(0, 256)
     assert np.abs(np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) - sent).max() <= 1
 
 
@@ -66,3 +68,40 @@ def test_clipping_drops_what_is_left_of_no_pixel():
 def test_an_image_of_unknown_size_is_an_error():
     with pytest.raises(ValueError, match="read its size first"):
         letterbox(0, 100, 64)
+
+
+def test_a_centre_crop_is_heidelbergs_256_to_224():
+    # 3028 x 2544 at 224: the shorter side becomes 256, the longer one 256 * 3028 / 2544 = 304.7.
+    place = centre_crop(3028, 2544, 224)
+    assert (place.inner_rows, place.inner_columns, place.top, place.left) == (305, 256, -41, -16)
+    assert place.image(np.zeros((303, 254), np.uint8)).shape == (224, 224)
+
+
+@given(sides, sides, st.sampled_from(sorted(PLACEMENTS)), st.integers(0, 10**6))
+def test_boxes_return_from_a_part_of_the_image(rows, columns, placement, seed):
+    rng = np.random.default_rng(seed)
+    frame = np.sort(rng.uniform(0, 1, (2, 2)), axis=0) * [columns, rows]
+    if (frame[1] - frame[0]).min() < 1:
+        return
+    place = within(PLACEMENTS[placement], frame.ravel(), rows, columns, 512)
+    boxes = rng.uniform(0, 1, (20, 4)) * [columns, rows, columns, rows]
+    assert np.abs(place.boxes_to_original(place.boxes_to_canvas(boxes)) - boxes).max() < 1e-3
+    corners = place.boxes_to_canvas(frame.ravel())[0]
+    inner = [place.left, place.top, place.left + place.inner_columns, place.top + place.inner_rows]
+    assert corners == pytest.approx(inner, abs=1e-6)
+
+
+def test_a_part_is_cut_from_a_reduced_copy_where_its_boxes_are():
+    # The copy is 4 times smaller; a block on its pixels 30..50, 20..40 lies at 120..200, 80..160 of the original.
+    pixels = np.zeros((100, 80), np.uint8)
+    pixels[20:40, 30:50] = 255
+    place = within(letterbox, np.array([40.0, 20.0, 280.0, 380.0]), 400, 320, 360)
+    ys, xs = np.nonzero(place.image(pixels) > 127)
+    found = place.boxes_to_original([[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]])[0]
+    assert np.abs(found - [120, 80, 200, 160]).max() <= 4 / 2
+
+
+@pytest.mark.parametrize("frame", [[0, 0, 0, 10], [-1, 0, 10, 10], [0, 0, 321, 10]])
+def test_a_frame_that_is_no_part_is_refused(frame):
+    with pytest.raises(ValueError, match="no part of an image of 400 x 320"):
+        within(letterbox, np.array(frame), 400, 320, 64)

@@ -14,10 +14,11 @@ from small_xrays import COLUMNS, RECIPE, ROWS, SmallXrays
 from kitlib.bundle import BundleError, save_bundle
 from kitlib.cache import CachedXray
 from kitlib.classes import STUDY_CLASSES
-from kitlib.classifier import OUTPUTS, StudyClassifier
+from kitlib.classifier import OUTPUTS, FindingsClassifier, StudyClassifier
 from kitlib.geometry import PLACEMENTS
-from kitlib.predict import Predictor, load_predictor, study_and_image_scores
-from kitlib.recipes import override
+from kitlib.predict import VIEWS, Predictor, load_predictor, study_and_image_scores
+from kitlib.recipes import FindingsRecipe, override
+from kitlib.tables import check_table
 
 CPU = torch.device("cpu")
 RECORD = {
@@ -73,7 +74,9 @@ def test_mirroring_makes_image_and_mirror_image_equal(bundle):
     mirrored = SmallXrays(8)
     mirrored.pixels = {name: np.ascontiguousarray(pixels[:, ::-1]) for name, pixels in small.pixels.items()}
     # 100 columns on a canvas of 32 without padding left or right, so that mirroring commutes with the letterbox
-    plain, flipped = (pd.concat(load_predictor(bundle, CPU, flip=True).predict(each.stream())) for each in (small, mirrored))
+    plain, flipped = (
+        pd.concat(load_predictor(bundle, CPU, views=("full", "flip")).predict(each.stream())) for each in (small, mirrored)
+    )
     np.testing.assert_allclose(plain[list(OUTPUTS)], flipped[list(OUTPUTS)], atol=1e-4)
     once = pd.concat(load_predictor(bundle, CPU).predict(small.stream()))
     assert np.abs(once[list(OUTPUTS)].to_numpy() - plain[list(OUTPUTS)].to_numpy()).max() > 1e-5
@@ -99,23 +102,69 @@ class Detector:
         return np.array([[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1, 0.5]])
 
 
-def detecting(placement="letterbox", size=160, room=100, batch_size=8, flip=False):
+def detecting(placement="letterbox", size=160, room=100, batch_size=8, views=("full",)):
     record = RECORD | {"family": "faster_rcnn", "image_size": size, "placement": placement}
-    return Predictor(record, Detector(room), CPU, batch_size, flip)
+    return Predictor(record, Detector(room), CPU, batch_size, views)
 
 
 @pytest.mark.parametrize("placement", ["letterbox", "stretch"])
-@pytest.mark.parametrize("flip", [False, True])
-def test_boxes_come_back_in_original_pixels(placement, flip):
+@pytest.mark.parametrize("views", [("full",), ("flip",), ("lungs",), ("lungs_flip",), tuple(VIEWS)])
+def test_boxes_come_back_in_original_pixels_from_every_view(placement, views, monkeypatch):
+    # A frame with odd sides on the cached copy's grid (50 x 40), around the white block at 10..30, 5..25.
+    monkeypatch.setattr("kitlib.predict.lung_box", lambda pixels: np.array([3.0, 2.0, 44.0, 39.0]))
     small = SmallXrays(16)
-    found = pd.concat(detecting(placement, flip=flip).predict(small.stream()))
-    assert set(found.model) == ({"small", "small_flip"} if flip else {"small"})
-    for _, rows in found.groupby("model"):
-        merged = rows.merge(small.boxes, on="image_id", suffixes=("", "_true"))
-        assert sorted(rows.image_id) == sorted(small.boxes.image_id) and len(merged) == len(small.boxes)
-        for side in ("xmin", "ymin", "xmax", "ymax"):
-            # one canvas pixel is 0.625 original ones at most, and a cached one is two: blocks blur by that much
-            assert (merged[side] - merged[f"{side}_true"]).abs().max() < 1.3
+    rows = pd.concat(detecting(placement, views=views).predict(small.stream()))
+    merged = rows.merge(small.boxes, on="image_id", suffixes=("", "_true"))
+    # Views of one block are one box, with the mean of equal scores.
+    assert sorted(rows.image_id) == sorted(small.boxes.image_id) and len(merged) == len(small.boxes)
+    assert rows.score.to_numpy() == pytest.approx(0.5) and set(rows.model) == {"small"}
+    for side in ("xmin", "ymin", "xmax", "ymax"):
+        # one canvas pixel is 0.625 original ones at most, and a cached one is two: blocks blur by that much
+        assert (merged[side] - merged[f"{side}_true"]).abs().max() < 1.3
+
+
+def test_without_lungs_their_view_is_the_whole_image_and_counted(monkeypatch):
+    monkeypatch.setattr("kitlib.predict.lung_box", lambda pixels: None)
+    small = SmallXrays(16)
+    lungs = detecting(views=("lungs",))
+    pd.testing.assert_frame_equal(pd.concat(lungs.predict(small.stream())), pd.concat(detecting().predict(small.stream())))
+    assert lungs.lungs_missed == 16
+
+
+def test_unknown_views_are_refused():
+    with pytest.raises(ValueError, match="there are, each once: full, flip, lungs, lungs_flip"):
+        detecting(views=("left",))
+
+
+def test_a_canvas_of_its_own_side_at_prediction():
+    record = RECORD | {"family": "yolo", "recipe": {"inference_size": 320}}
+    seen = []
+
+    class Network:
+        def predict(self, pixels):
+            seen.append(tuple(pixels.shape))
+            return [np.zeros((0, 5))] * len(pixels)
+
+    list(Predictor(record, Network(), CPU, 8).predict(SmallXrays(8).stream()))
+    assert seen == [(8, 320, 320)]
+
+
+@pytest.mark.parametrize(("outputs", "studies", "nones"), [("both", 8, 16), ("study", 8, 0), ("none", 0, 16)])
+def test_a_model_answers_for_what_it_has_learnt(bundle, outputs, studies, nones):
+    small = SmallXrays(16)
+    whole = load_predictor(bundle, CPU)
+    record = RECORD | {"recipe": RECORD["recipe"] | {"outputs": outputs}}
+    chunks = Predictor(record, whole.network, CPU, 4).predict(small.stream())
+    study_scores, image_scores = study_and_image_scores(chunks, small.images)
+    assert (len(study_scores), len(image_scores)) == (studies, nones)
+
+
+def test_findings_are_a_table_of_class_scores():
+    recipe = FindingsRecipe(backbone="test_resnet", image_size=32, hidden=16, channels=1)
+    network = FindingsClassifier(recipe, ["Mass", "Edema"]).eval()
+    record = RECORD | {"family": "findings", "classes": ["Mass", "Edema"], "recipe": {}}
+    found = pd.concat(Predictor(record, network, CPU, 4).predict(SmallXrays(8).stream()))
+    assert list(check_table(found, "class_scores").columns) == ["image_id", "model", "fold", "Mass", "Edema"]
 
 
 def test_exact_boxes_return_exactly_and_are_cut_at_the_images_edge():
@@ -184,7 +233,7 @@ def test_reading_runs_ahead_but_not_far_and_ends_with_the_caller():
 
 def test_an_unknown_family_is_refused(tmp_path):
     save_bundle(tmp_path, {"a": torch.zeros(1)}, RECORD | {"family": "mask_rcnn"})
-    with pytest.raises(BundleError, match="'mask_rcnn'; there are: study, faster_rcnn, yolo"):
+    with pytest.raises(BundleError, match="'mask_rcnn'; there are: study, findings, faster_rcnn, yolo"):
         load_predictor(tmp_path, CPU)
 
 
