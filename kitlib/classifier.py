@@ -28,6 +28,7 @@ class Classifier(nn.Module):
 
     def __init__(self, recipe: ClassifierRecipe, outputs: int) -> None:
         super().__init__()
+        _check(recipe)
         self.recipe = recipe
         self.backbone = _backbone(recipe)
         self.head = head(self.backbone.head_hidden_size, recipe.hidden, recipe.dropout, outputs)
@@ -178,6 +179,20 @@ def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device
         )
     model.load_state_dict(state_dict, strict=True)
     return model.eval().to(device, memory_format=torch.channels_last)
+
+
+def _check(recipe: ClassifierRecipe) -> None:
+    """Raises ValueError for settings that would do nothing or mean nothing."""
+    for name in ("mixup", "cutmix", "unfreeze_every", "unfrozen_rate"):
+        if getattr(recipe, name) < 0:
+            raise ValueError(f"recipe.{name} is {getattr(recipe, name)}, wanted at least 0")
+    if not 0 <= recipe.label_smoothing < 1:
+        raise ValueError(f"recipe.label_smoothing is {recipe.label_smoothing}, wanted at least 0 and below 1, e.g. 0.05")
+    if recipe.unfreeze_every and not recipe.frozen_backbone:
+        raise ValueError(
+            f"recipe.unfreeze_every is {recipe.unfreeze_every}, but nothing is frozen: set frozen_backbone=True, or "
+            "unfreeze_every=0"
+        )
 
 
 def _backbone(recipe: ClassifierRecipe) -> nn.Module:

@@ -133,7 +133,20 @@ def test_stages_hold_each_parameter_once_in_the_networks_order(backbone):
 def test_what_is_given_free_learns_at_its_own_rate():
     frozen = override(RECIPE, frozen_backbone=True)
     assert StudyClassifier(override(frozen, unfreeze_every=1, unfrozen_rate=0.2)).rates() == {"backbone.": 0.2}
-    assert StudyClassifier(frozen).rates() == StudyClassifier(override(RECIPE, unfreeze_every=1)).rates() == {}
+    assert StudyClassifier(frozen).rates() == StudyClassifier(RECIPE).rates() == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unfreeze_every": 1}, "unfreeze_every is 1, but nothing is frozen: set frozen_backbone=True"),
+        ({"mixup": -0.1}, "mixup is -0.1, wanted at least 0"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0, wanted at least 0 and below 1"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        StudyClassifier(override(RECIPE, **changes))
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit", "squeezenet1_1"])

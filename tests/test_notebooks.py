@@ -59,6 +59,7 @@ def test_every_stage_shows_pictures(ended):
     assert pictures == {
         "prepare/figures/examples.png",
         "prepare/figures/folds.png",
+        "study/figures/examples.png",
         "yolo/figures/examples.png",
         "faster_rcnn/figures/examples.png",
         "fuse/figures/steps.png",
