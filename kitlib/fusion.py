@@ -9,19 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from ensemble_boxes import non_maximum_weighted, weighted_boxes_fusion
-from ensemble_boxes.ensemble_boxes_nms import cpu_soft_nms_float, nms
 from joblib import Parallel, delayed
 
 from kitlib.atomic import write_json
+from kitlib.box_calibration import calibrated
+from kitlib.box_merging import CONFIDENCES, METHODS, merge_boxes
 from kitlib.classes import STUDY_CLASSES
 from kitlib.geometry import clip_boxes
 from kitlib.recipes import RecipeError, from_dict
 from kitlib.submission import PRIORS
 from kitlib.tables import BOX, check_table, empty_table
 
-BOX_METHODS = ("wbf", "nms", "soft_nms", "nmw")
-CONFIDENCES = ("avg", "max", "box_and_model_avg", "absent_model_aware_avg")
 FEW_IMAGES = 500  # so many are merged in less time than further processes take to start
 
 
@@ -30,7 +28,9 @@ class FusionSettings:
     """How predictions become one answer. The defaults are the plainest: equal weights, no rescoring."""
 
     model_weights: dict[str, float] = field(default_factory=dict)  # model -> weight; 1 if not named, 0 leaves it out
-    box_method: str = "wbf"  # one of BOX_METHODS, used where two or more lists of boxes meet
+    # detector -> slope and offset that make its scores probabilities, see box_calibration; as they are if not named
+    calibration: dict[str, tuple[float, float]] = field(default_factory=dict)
+    box_method: str = "wbf"  # one of box_merging.METHODS, used where two or more lists of boxes meet
     box_iou: float = 0.6  # IoU above which boxes are one (1st and 11th place 0.6, Heidelberg 0.55, 5th 0.625)
     box_min_score: float = 0.001  # boxes below are dropped before fusion; low ones still earn average precision
     box_limit: int = 50  # boxes of each list that are merged, the most confident: time grows with the square
@@ -44,7 +44,7 @@ class FusionSettings:
     negative_share: float = 1.0  # negative = share * negative + (1 - share) * mean none of the study; 11th place 0.7
 
     def __post_init__(self) -> None:
-        choices = (("box_method", BOX_METHODS), ("box_confidence", CONFIDENCES))
+        choices = (("box_method", METHODS), ("box_confidence", CONFIDENCES))
         for name, valid in choices:
             if getattr(self, name) not in valid:
                 raise RecipeError(f"FusionSettings.{name} is one of {', '.join(valid)}, not {getattr(self, name)!r}")
@@ -55,6 +55,15 @@ class FusionSettings:
         for name, value in weights.items():
             if not (isinstance(value, int | float) and 0 <= value < np.inf):
                 raise RecipeError(f"FusionSettings: the weight of {name} is finite and not negative, not {value!r}")
+        for name, line in self.calibration.items():
+            numbers = isinstance(line, list | tuple) and len(line) == 2 and all(type(each) in (int, float) for each in line)
+            if not (numbers and np.isfinite(line).all() and line[0] > 0):
+                raise RecipeError(
+                    f"FusionSettings.calibration of {name} is a slope above 0 and an offset, both finite, not {line!r}"
+                )
+        # JSON knows no tuples; settings that were read must equal those that were written.
+        pairs = {name: (float(slope), float(offset)) for name, (slope, offset) in self.calibration.items()}
+        object.__setattr__(self, "calibration", pairs)
         if self.box_limit < 1:
             raise RecipeError(f"FusionSettings.box_limit is at least 1, not {self.box_limit}")
         if not any(getattr(self, name) for name in NONE_PARTS):
@@ -71,7 +80,8 @@ NONE_PARTS = ("none_classifier", "none_negative", "none_no_box", "none_product")
 class Fused:
     """One answer for every study and image of the images table; `prior` marks rows that no model has answered.
 
-    `studies`: study_id, the four classes, prior. `nones`: image_id, none, prior. `detections`: image_id, score, box in
+    `studies`: study_id, the four classes, prior. `nones`: image_id, none, prior, and `seen`, whether a detector with a weight
+    has looked at the image. `detections`: image_id, score, box in
     original pixels. After the negative share the four classes need not add to 1.
     """
 
@@ -127,7 +137,8 @@ def fuse_boxes(
     A box that only some of an image's lists have found is scaled down, so it matters how many lists there are, empty ones
     too. The table `coverage` says which detector has seen which image, so that a model that was stopped half-way does not
     lower the scores of images it never saw. Without it, every model has seen every image, with as many folds as it shows
-    at most on one image. Each model has its weight, shared by its folds. A single list passes as it is.
+    at most on one image. Each model has its weight, shared by its folds. A single list passes as it is, but for its scores
+    where the model is calibrated.
 
     Boxes are cut at the image's edges; `workers` processes share the images, where there are many. Raises ValueError for an
     image whose size is unknown or that is not in `images`.
@@ -135,6 +146,9 @@ def fuse_boxes(
     boxes = _boxes_inside(detections, images)
     boxes = boxes[(boxes["score"] >= settings.box_min_score) & (boxes["score"] > 0)]
     boxes = boxes[boxes["model"].map(settings.weight).astype(float) > 0]
+    for name, line in settings.calibration.items():
+        own = boxes["model"] == name
+        boxes.loc[own, "score"] = calibrated(boxes.loc[own, "score"], *line)
     if boxes.empty:
         return boxes[["image_id", "score", *BOX]].reset_index(drop=True)
     image, image_ids = pd.factorize(boxes["image_id"])
@@ -152,6 +166,7 @@ def fuse_boxes(
     np.add.at(found, (image[starts], model[starts]), 1)
     there = np.maximum(found, _lists_an_image(coverage, image_ids, models, found))
     weight = np.array([settings.weight(name) for name in models])
+    way = settings.box_method, settings.box_iou, settings.box_confidence, settings.box_min_score
     images_with_boxes, tasks = [], []
     for first, last in _spans(image[starts]):
         here = image[starts[first]]
@@ -162,7 +177,7 @@ def fuse_boxes(
             lists = [slice(starts[k], min(ends[k], starts[k] + settings.box_limit)) for k in range(first, last)]
             weights = np.concatenate([share[model[starts[first:last]]], np.repeat(share, there[here] - found[here])])
         images_with_boxes.append((here, size[starts[first]]))
-        tasks.append(([corners[rows] / size[rows] for rows in lists], [score[rows] for rows in lists], weights, settings))
+        tasks.append(([corners[rows] / size[rows] for rows in lists], [score[rows] for rows in lists], weights, *way))
     meeting = sum(len(task[2]) > 1 for task in tasks)
     merged = Parallel(workers if meeting > FEW_IMAGES else 1)(delayed(merge_boxes)(*task) for task in tasks)
     parts = [box * side for (_, side), (box, _) in zip(images_with_boxes, merged, strict=True)]
@@ -171,55 +186,6 @@ def fuse_boxes(
     table.insert(0, "image_id", image_ids.to_numpy(dtype=object)[here])
     table.insert(1, "score", np.concatenate([scores for _, scores in merged]))
     return table
-
-
-def merge_boxes(
-    boxes: list[np.ndarray], scores: list[np.ndarray], weights: np.ndarray, settings: FusionSettings
-) -> tuple[np.ndarray, np.ndarray]:
-    """Merge one image's lists of boxes (k, 4) and scores (k,), all in 0..1, by ensemble-boxes into (n, 4) and (n,).
-
-    `weights` has one entry a list; entries beyond them stand for lists that are empty. A single list stays as it is.
-    Raises ValueError for what ensemble-boxes would swap, clamp or leave the process for.
-    """
-    weights = np.asarray(weights, dtype=float)
-    if len(boxes) != len(scores) or len(weights) < len(boxes) or not (weights > 0).all():
-        raise ValueError(f"{len(boxes)} lists of boxes, {len(scores)} of scores, weights {weights}: want as many, above 0")
-    for box, score in zip(boxes, scores, strict=True):
-        if box.shape != (len(score), 4):
-            raise ValueError(f"boxes {box.shape} and scores {score.shape} do not fit; want (k, 4) and (k,)")
-        # A NaN fails every comparison.
-        if not ((box >= 0) & (box <= 1)).all() or not (box[:, :2] < box[:, 2:]).all():
-            raise ValueError(f"boxes must lie in 0..1 with xmin < xmax and ymin < ymax; got {box.tolist()}")
-        if not ((score > 0) & (score <= 1)).all():
-            raise ValueError(f"scores must lie in 0..1 and not be 0; got {score.tolist()}")
-    if len(weights) == 1:
-        return boxes[0], scores[0]
-    if not any(len(score) for score in scores):
-        return np.empty((0, 4)), np.empty(0)
-    empty = len(weights) - len(boxes)
-    boxes, scores = [*boxes, *[np.empty((0, 4))] * empty], [*scores, *[np.empty(0)] * empty]
-    labels = [np.zeros(len(score)) for score in scores]
-    if settings.box_method == "wbf":
-        merged, score, _ = weighted_boxes_fusion(
-            boxes, scores, labels, weights, iou_thr=settings.box_iou, conf_type=settings.box_confidence
-        )
-    elif settings.box_method == "nmw":
-        merged, score, _ = non_maximum_weighted(boxes, scores, labels, weights, iou_thr=settings.box_iou)
-    else:
-        # The package divides by the sum of weights, which would shrink the scores by the number of models.
-        scores = [score * weight / weights.max() for score, weight in zip(scores, weights, strict=True)]
-        if settings.box_method == "nms":
-            merged, score, _ = nms(boxes, scores, labels, iou_thr=settings.box_iou)
-        else:
-            # The package's soft_nms gives scores back undecayed; what it calls sorts and decays them in place.
-            merged, score = np.concatenate(boxes), np.concatenate(scores)
-            least = settings.box_min_score
-            kept = cpu_soft_nms_float(merged, score, Nt=settings.box_iou, sigma=0.5, thresh=least, method=1)
-            merged, score = merged[kept], score[score > least]
-    # "avg" passes 1 where one list has several boxes in a cluster and more than its share of the weight.
-    merged, score = np.clip(merged, 0, 1), np.clip(score, 0, 1)
-    whole = (merged[:, :2] < merged[:, 2:]).all(axis=1)
-    return merged[whole].astype(float), score[whole].astype(float)
 
 
 def combine(
@@ -256,7 +222,8 @@ def combine(
     share = np.where(np.isnan(of_study), 1.0, settings.negative_share)
     prior = ~study_ids.isin(study_probabilities["study_id"])
     studies["negative"] = share * studies["negative"] + (1 - share) * np.nan_to_num(of_study)
-    nones = pd.DataFrame({"image_id": image_ids, "none": none, "prior": np.isnan(none)}).fillna({"none": PRIORS["none"]})
+    nones = pd.DataFrame({"image_id": image_ids, "none": none, "prior": np.isnan(none), "seen": seen})
+    nones = nones.fillna({"none": PRIORS["none"]})
     rescored = boxes.assign(score=score * (1 - nones["none"].to_numpy()[place]) ** settings.opacity_power)
     return Fused(studies.assign(prior=prior).rename_axis("study_id").reset_index(), nones, rescored)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from kitlib.average_precision import match_boxes
+from kitlib.box_calibration import fit_calibration
 from kitlib.fusion import NONE_PARTS, Fused, FusionSettings, combine, fuse_boxes, fuse_scores, seen_images
 from kitlib.scoring import Truth, score_tables, truth_of
 from kitlib.tables import BOX
@@ -63,7 +64,7 @@ def tune(
     """The best FusionSettings, and a table of steps: step, setting (as chosen), score, gain; the first row is the default.
 
     Scored are the images of `folds` that every classifier has predicted and every detector covered, without those marked
-    `false_none`. Each step tries a grid for one setting and keeps the best value if the score gains LEAST_GAIN by it. Up to
+    `false_none`. The calibration of box scores is fitted to the same images. Each step tries a grid for one setting and keeps the best value if the score gains LEAST_GAIN by it. Up to
     `rounds` go over them until none gains; how boxes meet is tried in the first alone, being slow. `box_min_score` and
     `box_limit` are never tuned: they cut what is too weak or too much to matter. The last score is too good, as it is of
     the predictions that the settings were chosen on; see `cross_fit`.
@@ -115,10 +116,11 @@ def cross_fit(
 def _climb(judge: "_Judge", truth: Truth, rounds: int) -> tuple[FusionSettings, pd.DataFrame]:
     settings = FusionSettings()
     best = judge.score(settings, truth)
+    calibration = judge.calibration(truth)
     rows = [("0 default", "", best, 0.0)]
     for number in range(rounds):
         before = best
-        boxes_first = _box_grids(judge.detectors) if number == 0 else []
+        boxes_first = _box_grids(judge.detectors, calibration) if number == 0 else []
         for name, change, values in boxes_first + _score_grids(judge.classifiers):
             candidates = {value: change(settings, value) for value in values}
             tried = {value: judge.score(new, truth) for value, new in candidates.items() if new != settings}
@@ -159,6 +161,7 @@ class _Judge:
         # Every detector has covered every image, so weights make no difference to what was seen.
         self.seen = seen_images(self.detections, images, FusionSettings(), coverage)
         self.merged: dict[tuple[Any, ...], tuple[pd.DataFrame, np.ndarray]] = {}
+        self.raw_hits: np.ndarray | None = None  # which of the detections, as they came, lie on a true box
         self.averaged: dict[tuple[float, ...], tuple[pd.DataFrame, pd.DataFrame]] = {}
         self.classifiers = sorted({*self.study_scores["model"], *self.image_scores["model"]})
         self.detectors = sorted(set(coverage["model"]))
@@ -173,6 +176,19 @@ class _Judge:
         found, matches = self._boxes(settings)
         return combine(*self._probabilities(settings), found, self.seen, self.images, settings), matches
 
+    def calibration(self, truth: Truth) -> dict[str, tuple[float, float]]:
+        """What makes the detectors' scores probabilities, learnt on the images of `truth`; without those that teach nothing."""
+        if self.raw_hits is None:
+            self.raw_hits = self._match(self.detections) >= 0
+        lines = {}
+        for model in self.detectors:
+            chosen = (self.detections["model"] == model) & self.detections["image_id"].isin(truth.image_ids)
+            chosen &= self.detections["score"] >= FusionSettings().box_min_score  # others are never fused
+            line = fit_calibration(self.detections.loc[chosen, "score"], self.raw_hits[chosen])
+            if line:
+                lines[model] = line
+        return lines
+
     def _probabilities(self, settings: FusionSettings) -> tuple[pd.DataFrame, pd.DataFrame]:
         key = tuple(settings.weight(model) for model in self.classifiers)
         if key not in self.averaged:
@@ -182,27 +198,36 @@ class _Judge:
 
     def _boxes(self, settings: FusionSettings) -> tuple[pd.DataFrame, np.ndarray]:
         weights = [settings.weight(model) for model in self.detectors]
-        key: tuple[Any, ...] = tuple(weight / max(weights) for weight in weights)
+        key: tuple[Any, ...] = tuple(weight / max(weights) for weight in weights), tuple(settings.calibration.items())
         if np.count_nonzero(weights) > 1:  # boxes of one detector meet no others
             key += settings.box_method, settings.box_iou, settings.box_confidence if settings.box_method == "wbf" else ""
         if key not in self.merged:
             found = fuse_boxes(self.detections, self.images, settings, self.coverage, self.workers)
-            images, true = pd.Index(self.truth.image_ids), self.truth.boxes
-            place, true_place = images.get_indexer(found["image_id"]), images.get_indexer(true["image_id"])
-            self.merged[key] = found, match_boxes(place, found[list(BOX)], true_place, true[list(BOX)])
+            self.merged[key] = found, self._match(found)
         return self.merged[key]
 
+    def _match(self, found: pd.DataFrame) -> np.ndarray:
+        """The row of the true box that each of `found` (n,) belongs to, -1 where there is none."""
+        images, true = pd.Index(self.truth.image_ids), self.truth.boxes
+        place, true_place = images.get_indexer(found["image_id"]), images.get_indexer(true["image_id"])
+        return match_boxes(place, found[list(BOX)], true_place, true[list(BOX)])
 
-def _box_grids(detectors: list[str]) -> list[Grid]:
-    """How the boxes of several detectors meet; each value costs a fusion of all boxes, ten times what other steps cost."""
+
+def _box_grids(detectors: list[str], calibration: dict[str, tuple[float, float]]) -> list[Grid]:
+    """How the boxes of several detectors meet; each value costs a fusion of all boxes, ten times what other steps cost.
+
+    One detector has its scores calibrated alone: what lowers them by `none`, or makes a `none` of them, gains by that too.
+    """
+    first: list[Grid] = [("calibration", _calibrate(calibration), ("fitted",))] if calibration else []
     if len(detectors) < 2:
-        return []
+        return first
     ways: list[Grid] = [
         ("box_method", _field("box_method"), BOX_METHODS),
         ("box_confidence", _field("box_confidence"), BOX_CONFIDENCES),
         ("box_iou", _field("box_iou"), BOX_IOUS),
     ]
-    return [(f"weight of {model}", _weigh(model, detectors), MODEL_WEIGHTS) for model in detectors] + ways
+    weights: list[Grid] = [(f"weight of {model}", _weigh(model, detectors), MODEL_WEIGHTS) for model in detectors]
+    return first + weights + ways
 
 
 def _score_grids(classifiers: list[str]) -> list[Grid]:
@@ -217,6 +242,10 @@ def _score_grids(classifiers: list[str]) -> list[Grid]:
 
 def _field(name: str) -> Change:
     return lambda settings, value: replace(settings, **{name: value})
+
+
+def _calibrate(calibration: dict[str, tuple[float, float]]) -> Change:
+    return lambda settings, _: replace(settings, calibration=calibration)
 
 
 def _mix_none(settings: FusionSettings, weights: tuple[float, ...]) -> FusionSettings:

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 from dataclasses import asdict, replace
 
@@ -11,15 +12,13 @@ from hypothesis import strategies as st
 # Compiling ensemble-boxes' loops takes longer than running them; it must be said before they are imported.
 os.environ["NUMBA_DISABLE_JIT"] = "1"
 
+from kitlib.box_merging import CONFIDENCES, METHODS, merge_boxes
 from kitlib.classes import STUDY_CLASSES
 from kitlib.fusion import (
-    BOX_METHODS,
-    CONFIDENCES,
     FusionSettings,
     fuse,
     fuse_boxes,
     fuse_scores,
-    merge_boxes,
     read_settings,
     seen_images,
     write_settings,
@@ -128,7 +127,7 @@ unit_boxes = st.lists(unit_box.map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(unit_boxes, min_size=1, max_size=3),
-    st.sampled_from(BOX_METHODS),
+    st.sampled_from(METHODS),
     st.sampled_from(CONFIDENCES),
     st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=4, max_size=4),
 )
@@ -136,8 +135,7 @@ def test_merged_boxes_are_boxes_with_scores_inside_the_hull(lists, method, confi
     boxes = [np.array([row[:4] for row in rows], float).reshape(-1, 4) / 100 for rows in lists]
     scores = [np.array([row[4] for row in rows], float) / 100 for rows in lists]
     before = [box.copy() for box in boxes], [score.copy() for score in scores]
-    chosen = FusionSettings(box_method=method, box_confidence=confidence)
-    merged, score = merge_boxes(boxes, scores, np.array(weights[: len(lists) + 1]), chosen)
+    merged, score = merge_boxes(boxes, scores, np.array(weights[: len(lists) + 1]), method, confidence=confidence)
     assert merged.shape == (len(score), 4)
     assert ((score > 0) & (score <= 1)).all()
     assert (merged[:, :2] < merged[:, 2:]).all()
@@ -151,8 +149,7 @@ def test_merged_boxes_are_boxes_with_scores_inside_the_hull(lists, method, confi
 
 def test_soft_nms_decays_the_overlapping_box_alone():
     boxes = np.array([[0.0, 0, 0.5, 0.5], [0.6, 0.6, 0.9, 0.9]]), np.array([[0.0, 0, 0.5, 0.4]])
-    linear = FusionSettings(box_method="soft_nms", box_iou=0.5)
-    merged, score = merge_boxes(boxes, [np.array([0.5, 0.7]), np.array([0.9])], [1.0, 1.0], linear)
+    merged, score = merge_boxes(boxes, [np.array([0.5, 0.7]), np.array([0.9])], [1.0, 1.0], "soft_nms", 0.5)
     # IoU of the first and the last is 0.8; linear soft-NMS: 0.5 * (1 - 0.8).
     assert dict(zip(map(tuple, merged), score, strict=True)) == pytest.approx(
         {(0, 0, 0.5, 0.4): 0.9, (0.6, 0.6, 0.9, 0.9): 0.7, (0, 0, 0.5, 0.5): 0.1}
@@ -173,7 +170,7 @@ def test_soft_nms_decays_the_overlapping_box_alone():
 )
 def test_what_ensemble_boxes_would_clamp_or_exit_for_is_an_error(box, score, weights):
     with pytest.raises(ValueError):
-        merge_boxes([np.array(box, float)], [np.array(score)], np.array(weights, float), PLAIN)
+        merge_boxes([np.array(box, float)], [np.array(score)], np.array(weights, float))
 
 
 SCORES = (
@@ -270,10 +267,23 @@ def test_only_images_that_a_detector_with_a_weight_covered_are_seen():
     fused = fuse(None, None, table, IMAGES, PLAIN, coverage[coverage["model"] == "m"])
     assert fused.nones["none"].tolist() == pytest.approx([0.4, 1.0, PRIORS["none"]])
     assert fused.nones["prior"].tolist() == [False, False, True]
+    assert fused.nones["seen"].tolist() == [True, True, False]
+
+
+def test_calibrated_scores_meet_on_one_scale():
+    # logit(0.9) = log 9: slope 0.5 makes odds of 3 of it, the offset log(2) odds of 6; logit(0.5) = 0 gives odds of 2.
+    line = FusionSettings(calibration={"m": (0.5, math.log(2))})
+    table = detections(("a", "m", 0, 0.9, *ONE), ("a", "m", 0, 0.5, *FAR), ("b", "m", 0, 0.0005, *ONE))
+    alone = fuse_boxes(table, IMAGES, line)
+    assert alone["image_id"].tolist() == ["a", "a"]  # what is too weak is told by the score as it came
+    assert alone["score"].tolist() == pytest.approx([6 / 7, 2 / 3])
+    both = fuse_boxes(pd.concat([table, detections(("a", "n", 0, 0.5, *ONE))]), IMAGES, line).sort_values("xmin")
+    assert both["score"].tolist() == pytest.approx([(6 / 7 + 0.5) / 2, (2 / 3) / 2])
 
 
 def test_settings_survive_json(tmp_path):
     chosen = FusionSettings(model_weights={"m": 2.0, "n": 0.5}, box_method="nmw", none_no_box=0.3)
+    chosen = replace(chosen, calibration={"m": (0.7, -1.5)})
     write_settings(chosen, tmp_path / "fusion.json")
     assert read_settings(tmp_path / "fusion.json") == chosen
     assert from_dict(FusionSettings, json.loads(json.dumps(asdict(PLAIN)))) == PLAIN
@@ -290,6 +300,10 @@ def test_settings_survive_json(tmp_path):
         {"none_classifier": 0.0},
         {"model_weights": {"m": -1}},
         {"model_weights": {"m": "heavy"}},
+        {"calibration": {"m": (0.0, 1.0)}},
+        {"calibration": {"m": (1.0, float("inf"))}},
+        {"calibration": {"m": 2.0}},
+        {"calibration": {"m": ("1", 0)}},
         {"iou": 0.5},
     ],
 )

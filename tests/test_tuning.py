@@ -10,7 +10,7 @@ os.environ["NUMBA_DISABLE_JIT"] = "1"
 from kitlib.classes import STUDY_CLASSES
 from kitlib.fusion import FusionSettings, fuse
 from kitlib.scoring import Truth, score_tables
-from kitlib.tables import BOX
+from kitlib.tables import BOX, empty_table
 from kitlib.tuning import LEAST_GAIN, TuningError, cross_fit, tune
 
 N = 36
@@ -83,6 +83,59 @@ def test_it_finds_what_the_data_was_made_for(tuned):
     assert settings.weight("blind") < settings.weight("good")
     assert settings.opacity_power > 0
     assert steps["score"].iloc[-1] > steps["score"].iloc[0] + 0.03
+
+
+@pytest.fixture(scope="module")
+def two_scales():
+    """Two detectors of 300 images: both know how sure they are, but one says 0.05 where the other says 0.75."""
+    rng = np.random.default_rng(5)
+    names = [f"i{n}" for n in range(300)]
+    images = pd.DataFrame({"image_id": names, "study_id": names, "rows": 1000, "columns": 1000})
+    labels = pd.DataFrame(np.eye(4)[np.arange(300) % 4], columns=list(STUDY_CLASSES)).assign(id=names)
+    boxes = pd.DataFrame([(name, 100.0, 100, 500, 500) for name in names], columns=["image_id", *BOX])
+    rows = []
+    for n, name in enumerate(names):
+        for model, power in (("loud", 1.0), ("quiet", 12.0)):
+            for right in rng.random(3) < 0.4:
+                p = rng.beta(4, 2) if right else rng.beta(2, 4)
+                x, y = (rng.uniform(80, 120, 2)) if right else rng.uniform(500, 600, 2)
+                rows.append((name, model, n % 2, p**power, x, y, x + 400, y + 400))
+    detections = pd.DataFrame(rows, columns=["image_id", "model", "fold", "score", *BOX])
+    folds = pd.DataFrame({"id": names, "fold": np.arange(300) % 2})
+    nothing = {"study_scores": empty_table("study_scores"), "image_scores": empty_table("image_scores")}
+    coverage = detections[["image_id", "model", "fold"]].drop_duplicates().reset_index(drop=True)
+    tables = {"images": images, "labels": labels, "boxes": boxes, "folds": folds}
+    return {**nothing, "detections": detections, "coverage": coverage, **tables}
+
+
+@pytest.fixture
+def few_ways(monkeypatch):
+    monkeypatch.setattr("kitlib.tuning.MODEL_WEIGHTS", (0.5, 1.0))
+    monkeypatch.setattr("kitlib.tuning.BOX_IOUS", (0.5, 0.6))
+    monkeypatch.setattr("kitlib.tuning.BOX_METHODS", ("wbf", "nms"))
+    monkeypatch.setattr("kitlib.tuning.BOX_CONFIDENCES", ("avg", "max"))
+
+
+def test_calibration_gains_where_detectors_speak_on_two_scales(two_scales, few_ways):
+    settings, steps = tune(**two_scales, rounds=1)
+    step = steps.set_index("step").loc["1 calibration"]
+    assert step["setting"] == "fitted" and step["gain"] > 0.005
+    # p^12 is spread over more of the logit's scale: the quiet one needs the smaller slope and the larger offset.
+    (loud, up), (quiet, further) = settings.calibration["loud"], settings.calibration["quiet"]
+    assert quiet < loud and further > up
+
+
+def test_a_folds_calibration_is_fitted_to_the_others(two_scales, few_ways, monkeypatch):
+    fitted = []
+    monkeypatch.setattr("kitlib.tuning.fit_calibration", lambda score, hit: fitted.append((len(score), hit.sum())))
+    assert cross_fit(**two_scales, rounds=1) > 0
+    detections, fold_of = two_scales["detections"], two_scales["folds"].set_index("id")["fold"]
+    detections = detections[detections["score"] >= FusionSettings().box_min_score]
+    assert [count for count, _ in fitted] == [
+        int(((detections["model"] == model) & (detections["image_id"].map(fold_of) != fold)).sum())
+        for fold in (0, 1)
+        for model in ("loud", "quiet")
+    ]
 
 
 def test_order_of_rows_is_free(oof, tuned):
