@@ -192,6 +192,9 @@ class _EpochKeeper(pl.Callback):
         self.started = time.perf_counter()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            # Steps are only queued until then, and the rate would be too high.
+            torch.cuda.synchronize(pl_module.device)
         self.trained = time.perf_counter()
 
     # The end of the training epoch and not of its validation, or Lightning would resume inside the epoch.
