@@ -44,7 +44,7 @@ class Classifier(nn.Module):
         return self.head(self.backbone(x))
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Grey canvases uint8 (n, side, side) to the network's input, on the device where they lie."""
+        """Grey canvases (n, side, side), 0..255, uint8 or mixed to float, to the network's input, on their device."""
         shape = (1, self.recipe.channels, 1, 1)
         mean, std = (pixels.new_tensor(each, dtype=torch.float32).view(shape) for each in (self.mean, self.std))
         x = (pixels[:, None].float() / 255 - mean) / std

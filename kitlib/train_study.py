@@ -95,7 +95,7 @@ def train_study(
     start = "from scratch"
     if recipe.starting_weights:
         report = load_starting_weights(model, recipe.starting_weights)
-        start = f"{recipe.starting_weights}: {len(report['loaded'])} tensors"
+        start = f"{recipe.starting_weights}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
         random = sorted(f"backbone.{name}" for name, _ in model.backbone.named_parameters())
         random = [name for name in random if name in report["random"]]
         if recipe.frozen_backbone and random:
