@@ -80,9 +80,9 @@ NONE_PARTS = ("none_classifier", "none_negative", "none_no_box", "none_product")
 class Fused:
     """One answer for every study and image of the images table; `prior` marks rows that no model has answered.
 
-    `studies`: study_id, the four classes, prior. `nones`: image_id, none, prior, and `seen`, whether a detector with a weight
-    has looked at the image. `detections`: image_id, score, box in
-    original pixels. After the negative share the four classes need not add to 1.
+    `studies`: study_id, the four classes, prior. `nones`: image_id, none, prior, and `seen`: a detector with a weight has
+    looked at the image. `detections`: image_id, score, box in original pixels. After the negative share the four classes
+    need not add to 1.
     """
 
     studies: pd.DataFrame

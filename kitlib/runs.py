@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from kitlib.fusion import Fused
+from kitlib.fusion import Fused, FusionSettings, fuse
 from kitlib.tables import concatenate, read_table
 
 PREPARED_TABLES = ("images", "labels", "boxes", "folds")
@@ -69,12 +69,26 @@ def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
     return OutOfFold(**{name: concatenate(tables, name) for name, tables in found.items()})
 
 
+def read_answer(run: str | Path, images: pd.DataFrame) -> Fused:
+    """The out-of-fold answer of one trained run, as it is, for `images`; what it has not predicted is a prior, and not seen.
+
+    Raises RunError as `read_out_of_fold` does.
+    """
+    found = read_out_of_fold([run])
+    detections, coverage = (
+        table[table["image_id"].isin(images["image_id"])] for table in (found.detections, found.coverage)
+    )
+    return fuse(found.study_scores, found.image_scores, detections, images, FusionSettings(), coverage)
+
+
 def read_fused(run: str | Path) -> Fused:
     """The fused out-of-fold answer of a run of the fusion notebook, without rows that only hold priors."""
     read_metrics(run)
     tables = {name: pd.read_parquet(Path(run) / "tables" / f"{name}.parquet") for name in ("studies", "nones", "detections")}
     for name in ("studies", "nones"):
         tables[name] = tables[name][~tables[name].prior].reset_index(drop=True)
+    if "seen" not in tables["nones"]:
+        raise RunError(f"{run}/tables/nones.parquet lacks the column seen: an older kitlib has written it; fuse again")
     return Fused(**tables)
 
 

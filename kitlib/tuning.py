@@ -64,10 +64,11 @@ def tune(
     """The best FusionSettings, and a table of steps: step, setting (as chosen), score, gain; the first row is the default.
 
     Scored are the images of `folds` that every classifier has predicted and every detector covered, without those marked
-    `false_none`. The calibration of box scores is fitted to the same images. Each step tries a grid for one setting and keeps the best value if the score gains LEAST_GAIN by it. Up to
-    `rounds` go over them until none gains; how boxes meet is tried in the first alone, being slow. `box_min_score` and
-    `box_limit` are never tuned: they cut what is too weak or too much to matter. The last score is too good, as it is of
-    the predictions that the settings were chosen on; see `cross_fit`.
+    `false_none`. Each step tries a grid for one setting and keeps the best value if the score gains LEAST_GAIN by it; the
+    calibration of box scores is fitted to the same images, and kept on the same condition. Up to `rounds` go over them until
+    none gains; how boxes meet is tried in the first alone, being slow. `box_min_score` and `box_limit` are never tuned: they
+    cut what is too weak or too much to matter. The last score is too good, as it is of the predictions that the settings
+    were chosen on; see `cross_fit`.
 
     Raises TuningError for predictions that are not out of fold, detections without coverage, and where no image is left.
     """
@@ -177,7 +178,7 @@ class _Judge:
         return combine(*self._probabilities(settings), found, self.seen, self.images, settings), matches
 
     def calibration(self, truth: Truth) -> dict[str, tuple[float, float]]:
-        """What makes the detectors' scores probabilities, learnt on the images of `truth`; without those that teach nothing."""
+        """What makes a detector's scores probabilities, learnt on the images of `truth`; not of those that teach nothing."""
         if self.raw_hits is None:
             self.raw_hits = self._match(self.detections) >= 0
         lines = {}

@@ -4,7 +4,7 @@ import pytest
 from kitlib.atomic import write_json
 from kitlib.classes import STUDY_CLASSES
 from kitlib.fusion import Fused
-from kitlib.runs import RunError, judged_images, read_metrics, read_out_of_fold
+from kitlib.runs import RunError, judged_images, read_answer, read_fused, read_metrics, read_out_of_fold
 from kitlib.tables import BOX, write_table
 
 SCORES = pd.DataFrame({"image_id": ["a", "b"], "model": "study", "fold": [0, 1], "none": [0.25, 0.5]})
@@ -61,3 +61,31 @@ def test_judged_are_images_with_a_none_and_an_answered_study():
     assert judged_images(images, Fused(studies, nones, found))["image_id"].tolist() == ["a"]
     with pytest.raises(RunError, match=r"\(3 have a `none`\); include a study run"):
         judged_images(images, Fused(studies.assign(prior=True), nones, found))
+
+
+def test_a_run_answers_for_what_it_has_predicted(tmp_path):
+    images = pd.DataFrame({"image_id": list("ab"), "study_id": ["s", "t"], "rows": 100, "columns": 100})
+    box = pd.DataFrame(
+        [(name, "yolo", 0, 0.5, 0, 0, 9, 9) for name in "ac"], columns=["image_id", "model", "fold", "score", *BOX]
+    )
+    coverage = box[["image_id", "model", "fold"]]
+    answer = read_answer(make_run(tmp_path / "yolo", "yolo", detections=box, coverage=coverage), images)
+    assert answer.detections["image_id"].tolist() == ["a"] and answer.nones["seen"].tolist() == [True, False]
+    assert answer.studies["prior"].all()
+
+
+def test_a_fused_answer_comes_back_without_priors(tmp_path):
+    tables = {
+        "studies": pd.DataFrame({"study_id": ["s", "t"], **dict.fromkeys(STUDY_CLASSES, 0.25), "prior": [False, True]}),
+        "nones": pd.DataFrame({"image_id": ["a", "b"], "none": 0.5, "prior": [True, False], "seen": [False, True]}),
+        "detections": pd.DataFrame([("b", 0.5, 0, 0, 9, 9)], columns=["image_id", "score", *BOX]),
+    }
+    (tmp_path / "tables").mkdir()
+    write_json(tmp_path / "metrics.json", {})
+    for name, table in tables.items():
+        table.to_parquet(tmp_path / "tables" / f"{name}.parquet")
+    fused = read_fused(tmp_path)
+    assert fused.studies["study_id"].tolist() == ["s"] and fused.nones["image_id"].tolist() == ["b"]
+    tables["nones"].drop(columns="seen").to_parquet(tmp_path / "tables" / "nones.parquet")
+    with pytest.raises(RunError, match=r"nones\.parquet lacks the column seen.*; fuse again"):
+        read_fused(tmp_path)
