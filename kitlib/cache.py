@@ -17,7 +17,7 @@ from pebble import ProcessExpired, ProcessPool
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from kitlib import codestream, decode_worker, decoders, dicom, dicom_header, geometry, grey, stored_values
+from kitlib import codestream, decode_worker, decoders, dicom, dicom_header, geometry, grey, image_file, stored_values
 from kitlib.decode_worker import LightContext, Outcome, decode_into, source_of, start_worker
 
 # A worker is replaced after so many files, so that what a decoder leaks stays small.
@@ -40,7 +40,8 @@ def usable_cores() -> int:
 
 
 # Part of an entry's place: code under which the same file may become other pixels does not see older entries.
-DECODER = fingerprint(dicom, dicom_header, grey, codestream, decoders, stored_values, decode_worker, geometry)[:8]
+_DECODING = (dicom, dicom_header, grey, codestream, decoders, stored_values, image_file, decode_worker, geometry)
+DECODER = fingerprint(*_DECODING)[:8]
 
 
 @dataclass(frozen=True)

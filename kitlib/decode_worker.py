@@ -1,4 +1,4 @@
-"""What a worker of the decode-once cache does: one DICOM file to one entry. Imports little, so that it starts fast."""
+"""What a worker of the decode-once cache does: one image file to one entry. Imports little, so that it starts fast."""
 
 import hashlib
 import json
@@ -21,6 +21,7 @@ from safetensors.numpy import save
 from kitlib.atomic import replacing
 from kitlib.dicom import UnreadableXray, decode_xray
 from kitlib.geometry import letterbox
+from kitlib.image_file import decode_image, image_format
 
 # Beside the largest X-ray in every decoder's hands, this is room for a damaged file to fail in and not for two.
 WORKER_DATA_BYTES = 3 * 2**30
@@ -45,7 +46,7 @@ def decode_into(entry: Path, image_id: str, path: str, longest_side: int) -> Out
     began = time.perf_counter()
     try:
         source = source_of(path)
-        xray = decode_xray(path)
+        xray = decode_image(path) if image_format(path) else decode_xray(path)
     except (UnreadableXray, OSError) as error:
         return Outcome(image_id, "failed", getattr(error, "reason", str(error)), seconds=time.perf_counter() - began)
     rows, columns = xray.pixels.shape

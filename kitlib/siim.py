@@ -9,34 +9,19 @@ import logging
 import math
 import os
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
-from kitlib.dicom import UnreadableXray, XrayHeader, read_header
+from kitlib.dataset import Dataset, Faults, LayoutError, cut_at_edges, read_csv, read_headers
 from kitlib.tables import BOX, check_table
 
 STUDY_TABLE, IMAGE_TABLE, SAMPLE = "train_study_level.csv", "train_image_level.csv", "sample_submission.csv"
-HEADER_THREADS = 16  # the time goes into waiting for the disk
-
-
-class SiimLayoutError(ValueError):
-    """A folder or table that the layout cannot do without is missing or has other columns; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class SiimTrain:
-    images: pd.DataFrame  # table images; `false_none` marks those that no annotator looked at
-    labels: pd.DataFrame  # table labels, id = study_id
-    boxes: pd.DataFrame
-    faults: pd.DataFrame
+# Of the training set, counted from the competition's own tables and DICOM headers.
+PUBLISHED = {"images": 6334, "studies": 6054, "patients": 3261, "boxes": 7853, "false_none": 217}
 
 
 @dataclass(frozen=True)
@@ -48,7 +33,7 @@ class SiimTest:
     sample_ids: tuple[str, ...]  # the sample's own ids as it has them (..._study, ..._image), each once; empty without one
 
 
-def read_train(folder: str | Path, progress: bool = True) -> SiimTrain:
+def read_train(folder: str | Path, progress: bool = True) -> Dataset:
     """Training images, study labels and boxes (original pixels, cut at the image's edges) of the competition in `folder`.
 
     `false_none` is True where an image has no box and another image of its study has one: annotators looked at one image a
@@ -56,13 +41,13 @@ def read_train(folder: str | Path, progress: bool = True) -> SiimTrain:
 
     Left out, with a fault: rows without a file, files without a row, images without a study label, images with an
     unreadable header (their patient is unknown) or with a box that cannot be read (the image would pass for a healthy one).
-    Raises SiimLayoutError where the train folder, a CSV file or a column is missing.
+    Raises LayoutError where the train folder, a CSV file or a column is missing.
     """
     folder = Path(folder)
     labels, boxes, rows, faults = _label_tables(folder)
     train = folder / "train"
     if not train.is_dir():
-        raise SiimLayoutError(f"{train} is missing: unpack the competition's training files there, see inputs/README.md")
+        raise LayoutError(f"{train} is missing: unpack the competition's training files there, see inputs/README.md")
     files = _dicom_files(train, faults)
     for image_id in sorted(set(rows.image_id) - set(files.image_id)):
         faults.add(IMAGE_TABLE, f"{image_id}_image", "has no file below train; left out")
@@ -75,10 +60,10 @@ def read_train(folder: str | Path, progress: bool = True) -> SiimTrain:
         )
     images = _with_headers(images, folder, faults, "left out", progress)
     images = images[images.readable].drop(columns=["readable", "study_id_of_file"])
-    images, boxes = _cut_at_edges(images, boxes[boxes.image_id.isin(images.image_id)], faults)
+    images, boxes = cut_at_edges(images, boxes[boxes.image_id.isin(images.image_id)], faults, IMAGE_TABLE, "_image")
     for study_id in sorted(set(labels.id) - set(images.study_id)):
         faults.add(STUDY_TABLE, f"{study_id}_study", "has no usable image")
-    return SiimTrain(check_table(images, "images", str(folder)), labels, boxes, faults.table())
+    return Dataset(check_table(images, "images", str(folder)), labels, boxes, faults.table(), dict(PUBLISHED))
 
 
 def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -> SiimTest:
@@ -88,13 +73,13 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
 
     The two need not agree (the public and the hidden test set differ, and either may hold no study or no image): what only
     one of them has is a fault, and has its id in the result. An image with an unreadable header keeps its row, with its
-    study from the path and that study as its patient. Raises SiimLayoutError where both are missing.
+    study from the path and that study as its patient. Raises LayoutError where both are missing.
     """
     folder = Path(folder)
     sample, test = folder / SAMPLE, folder / "test"
     if not sample.is_file() and not test.is_dir():
-        raise SiimLayoutError(f"{folder} has neither {SAMPLE} nor a folder test; see inputs/README.md for its layout")
-    faults = _Faults()
+        raise LayoutError(f"{folder} has neither {SAMPLE} nor a folder test; see inputs/README.md for its layout")
+    faults = Faults()
     sample_ids = _sample_ids(sample, faults)
     listed: dict[str, list[str]] = {"study": [], "image": []}
     for name in sample_ids:
@@ -126,7 +111,7 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
 def read_label_tables(folder: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """The two label CSVs alone: labels (id = study_id), boxes in original pixels, and image_id, study_id, false_none.
 
-    Without the DICOM files boxes are cut at zero only. Faults are logged. Raises SiimLayoutError.
+    Without the DICOM files boxes are cut at zero only. Faults are logged. Raises LayoutError.
     """
     labels, boxes, images, faults = _label_tables(Path(folder))
     for fault in faults.rows:
@@ -134,21 +119,10 @@ def read_label_tables(folder: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, p
     return labels, boxes, images
 
 
-class _Faults:
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, str, str]] = []
-
-    def add(self, file: str, row: str, problem: str) -> None:
-        self.rows.append((file, row, problem))
-
-    def table(self) -> pd.DataFrame:
-        return pd.DataFrame(self.rows, columns=["file", "row", "problem"], dtype=object)
-
-
-def _label_tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, _Faults]:
-    faults = _Faults()
+def _label_tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, Faults]:
+    faults = Faults()
     labels = _study_labels(folder / STUDY_TABLE, faults)
-    table = _read_csv(folder / IMAGE_TABLE, ("id", "boxes", "label", "StudyInstanceUID"))
+    table = read_csv(folder / IMAGE_TABLE, ("id", "boxes", "label", "StudyInstanceUID"))
     table["image_id"] = _bare_ids(table.id, "_image", IMAGE_TABLE, faults)
     known = set(labels.id)
     kept, boxes, marked = [], [], set()
@@ -169,12 +143,12 @@ def _label_tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFram
         boxes += [(row.image_id, *box) for box in found]
     images = pd.DataFrame(kept, columns=["image_id", "study_id", "false_none"], dtype=object)
     images["false_none"] = images.false_none.astype(bool) & images.study_id.isin(marked)
-    images, boxes = _cut_at_edges(images, pd.DataFrame(boxes, columns=["image_id", *BOX]), faults)
+    images, boxes = cut_at_edges(images, pd.DataFrame(boxes, columns=["image_id", *BOX]), faults, IMAGE_TABLE, "_image")
     return labels, boxes, images.sort_values("image_id", ignore_index=True), faults
 
 
-def _study_labels(path: Path, faults: _Faults) -> pd.DataFrame:
-    table = _read_csv(path, ("id", *STUDY_LABEL_COLUMNS))
+def _study_labels(path: Path, faults: Faults) -> pd.DataFrame:
+    table = read_csv(path, ("id", *STUDY_LABEL_COLUMNS))
     labels = pd.DataFrame({"id": _bare_ids(table.id, "_study", STUDY_TABLE, faults)})
     for column, name in STUDY_LABEL_COLUMNS.items():
         labels[name] = pd.to_numeric(table[column], errors="coerce")
@@ -185,21 +159,7 @@ def _study_labels(path: Path, faults: _Faults) -> pd.DataFrame:
     return check_table(labels[one_hot & (labels.id != "")], "labels", str(path))
 
 
-def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """All cells as text, empty ones as ""."""
-    if not path.is_file():
-        raise SiimLayoutError(f"{path} is missing: copy the competition's file there, see inputs/README.md")
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise SiimLayoutError(f"{path} is no CSV file ({error}): fetch the competition's file again") from error
-    missing = [column for column in columns if column not in table.columns]
-    if missing:
-        raise SiimLayoutError(f"{path} lacks the column(s) {missing}, it has {list(table.columns)}: is it another file?")
-    return table
-
-
-def _bare_ids(ids: pd.Series, suffix: str, file: str, faults: _Faults) -> pd.Series:
+def _bare_ids(ids: pd.Series, suffix: str, file: str, faults: Faults) -> pd.Series:
     """Ids without their suffix; "" for those that have another one, or repeat an earlier row."""
     bare = ids.str.removesuffix(suffix)
     wrong = ~ids.str.endswith(suffix) | (bare == "")
@@ -235,33 +195,12 @@ def _corners(entry: Any) -> tuple[float, float, float, float]:
     return corners
 
 
-def _cut_at_edges(images: pd.DataFrame, boxes: pd.DataFrame, faults: _Faults) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Boxes cut at zero and at the images' far edges where `images` has sizes; images that lose a box leave with it."""
-    sizes = {"xmin": 0, "ymin": 0, "xmax": math.inf, "ymax": math.inf}
-    boxes = check_table(boxes, "boxes", IMAGE_TABLE)
-    placed = boxes[["image_id"]].merge(images, on="image_id", how="left")
-    if "columns" in images:
-        sizes |= {"xmax": placed["columns"].to_numpy(), "ymax": placed["rows"].to_numpy()}
-    cut = boxes.copy()
-    for low, high in (("xmin", "xmax"), ("ymin", "ymax")):
-        cut[low], cut[high] = boxes[low].clip(lower=sizes[low]), np.minimum(boxes[high], sizes[high])
-    reach = (boxes[list(BOX)] - cut[list(BOX)]).abs().max(axis=1)
-    nothing = (cut.xmax - cut.xmin < 1) | (cut.ymax - cut.ymin < 1)
-    for index in np.flatnonzero((reach > 0) & ~nothing):
-        name = f"{boxes.image_id[index]}_image"
-        faults.add(IMAGE_TABLE, name, f"a box reaches {reach[index]:.1f} pixels beyond the image; cut at its edge")
-    lost = set(boxes.image_id[nothing])
-    for image_id in sorted(lost):
-        faults.add(IMAGE_TABLE, f"{image_id}_image", "a box lies outside the image or is thinner than a pixel; left out")
-    return images[~images.image_id.isin(lost)], cut[~cut.image_id.isin(lost)].reset_index(drop=True)
-
-
-def _sample_ids(path: Path, faults: _Faults) -> tuple[str, ...]:
+def _sample_ids(path: Path, faults: Faults) -> tuple[str, ...]:
     """The sample submission's ids that end in _study or _image, each once, in its order."""
     if not path.is_file():
         faults.add(SAMPLE, "", "the file is missing; ids are taken from the files below test")
         return ()
-    ids = _read_csv(path, ("id",)).id
+    ids = read_csv(path, ("id",)).id
     for name in ids[ids.duplicated()]:
         faults.add(SAMPLE, name, "the id occurs again; it gets one row")
     ids = ids.drop_duplicates()
@@ -271,7 +210,7 @@ def _sample_ids(path: Path, faults: _Faults) -> tuple[str, ...]:
     return tuple(ids[usable])
 
 
-def _dicom_files(root: Path, faults: _Faults) -> pd.DataFrame:
+def _dicom_files(root: Path, faults: Faults) -> pd.DataFrame:
     """image_id, study_id and path of every <study>/<series>/<image>.dcm below `root`, sorted by image_id."""
     found: dict[str, tuple[str, str, str]] = {}
     for folder, _, names in sorted(os.walk(root)):
@@ -292,29 +231,16 @@ def _dicom_files(root: Path, faults: _Faults) -> pd.DataFrame:
     return pd.DataFrame([found[name] for name in sorted(found)], columns=["image_id", "study_id", "path"], dtype=object)
 
 
-def _with_headers(images: pd.DataFrame, folder: Path, faults: _Faults, outcome: str, progress: bool) -> pd.DataFrame:
+def _with_headers(images: pd.DataFrame, folder: Path, faults: Faults, outcome: str, progress: bool) -> pd.DataFrame:
     """Columns patient_id, rows, columns, view, source, and `readable`; `outcome` says what becomes of the others."""
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        headers = list(
-            tqdm(pool.map(_header, images.path), total=len(images), desc="headers", unit="file", disable=not progress)
-        )
     read = []
-    for row, (header, reason) in zip(images.itertuples(), headers, strict=True):
-        if reason:
-            faults.add(_below(row.path, folder), row.image_id, f"header cannot be read ({reason}); {outcome}")
-        patient, *size_and_view = (header.patient_id, header.rows, header.columns, header.view) if header else ("", 0, 0, "")
-        read.append((patient or row.study_id, *size_and_view, not reason))
+    for row, header in zip(images.itertuples(), read_headers(images.path, progress), strict=True):
+        if header.problem:
+            faults.add(_below(row.path, folder), row.image_id, f"header cannot be read ({header.problem}); {outcome}")
+        patient = header.patient_id or row.study_id
+        read.append((patient, header.rows, header.columns, header.view, not header.problem))
     columns = pd.DataFrame(read, columns=["patient_id", "rows", "columns", "view", "readable"], index=images.index)
     return images.join(columns).assign(source="siim")
-
-
-def _header(path: str) -> tuple[XrayHeader | None, str]:
-    """The header, if any, and why it is of no use."""
-    try:
-        header = read_header(path)
-    except UnreadableXray as error:
-        return None, error.reason
-    return header, "" if header.rows and header.columns else "it says no image size"
 
 
 def _below(path: str | Path, folder: Path) -> str:

@@ -1,0 +1,39 @@
+"""Which data sets the kit reads, and how what is here compares with what their makers published."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from kitlib.dataset import Dataset
+from kitlib.nih import read_nih
+from kitlib.rsna import read_rsna
+from kitlib.siim import read_train
+from kitlib.tables import class_columns
+
+READERS: dict[str, Callable[..., Dataset]] = {"siim": read_train, "nih": read_nih, "rsna": read_rsna}
+
+
+def read_dataset(name: str, folder: str | Path, progress: bool = True) -> Dataset:
+    """The training set `name` (a key of READERS) in `folder`. Raises ValueError; LayoutError where a piece is missing."""
+    if name not in READERS:
+        raise ValueError(f"no data set is called {name!r}; there are: {', '.join(READERS)}")
+    return READERS[name](folder, progress=progress)
+
+
+def compare_with_published(dataset: Dataset) -> pd.DataFrame:
+    """A row a count: what, here, published (NA where nothing is), and share, of the published one."""
+    images, labels = dataset.images, dataset.labels
+    here = {
+        "images": len(images),
+        "studies": images.study_id.nunique(),
+        "patients": images.patient_id.nunique(),
+        "boxes": len(dataset.boxes),
+        "faults": len(dataset.faults),
+    }
+    if "false_none" in images:
+        here["false_none"] = int(images.false_none.sum())
+    here |= {name: int((labels[name] > 0.5).sum()) for name in class_columns(labels, "labels")}
+    published = pd.Series({name: dataset.published.get(name, pd.NA) for name in here}, dtype="Int64")
+    table = pd.DataFrame({"here": pd.Series(here, dtype="Int64"), "published": published})
+    return table.assign(share=(table.here / table.published).round(4)).rename_axis("what").reset_index()

@@ -1,0 +1,84 @@
+"""PNG and JPEG chests: grey as the file shows it, and one error that names the file for whatever is wrong with it."""
+
+import struct
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from kitlib.cache import XrayCache
+from kitlib.dicom import UnreadableXray
+from kitlib.image_file import decode_image, image_format, image_size
+
+GREY = np.random.default_rng(0).integers(40, 90, (48, 64)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("grey.png", Image.fromarray(GREY)),
+        # Some of NIH's PNGs are RGBA, of equal colours.
+        ("rgba.png", Image.fromarray(np.dstack([GREY, GREY, GREY, np.full_like(GREY, 255)]))),
+        ("sixteen_bits.png", Image.fromarray((GREY.astype(np.uint16) << 8) + 77)),
+        ("png_called.jpg", Image.fromarray(GREY)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_pixels_are_as_the_file_shows_them(tmp_path, name, image):
+    image.save(tmp_path / name, format="PNG")
+    assert image_format(tmp_path / name) == "PNG" and image_size(tmp_path / name) == (48, 64)
+    # Not stretched: 40..90 stays 40..90.
+    np.testing.assert_array_equal(decode_image(tmp_path / name).pixels, GREY)
+
+
+def test_a_jpeg_is_near_and_colour_becomes_its_luma(tmp_path):
+    Image.fromarray(np.full((16, 16, 3), (255, 0, 0), np.uint8)).save(tmp_path / "red.jpg", quality=100)
+    assert image_format(tmp_path / "red.jpg") == "JPEG"
+    # ITU-R BT.601: 0.299 of red.
+    assert np.abs(decode_image(tmp_path / "red.jpg").pixels.astype(int) - round(0.299 * 255)).max() <= 2
+
+
+@pytest.mark.parametrize("kept", [0, 4, 20, 40, 400, -20])
+def test_a_file_that_ends_early_is_unreadable(tmp_path, kept):
+    Image.fromarray(GREY).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:kept])
+    with pytest.raises(UnreadableXray, match=r"a\.png"):
+        decode_image(tmp_path / "a.png")
+
+
+def test_a_promise_of_gigabytes_is_refused_before_decoding(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "a.png")
+    damaged = bytearray((tmp_path / "a.png").read_bytes())
+    damaged[16:24] = struct.pack(">II", 100_000, 100_000)
+    (tmp_path / "a.png").write_bytes(damaged)
+    with pytest.raises(UnreadableXray, match="promises 100000 x 100000"):
+        image_size(tmp_path / "a.png")
+
+
+def test_damaged_bytes_give_pixels_or_the_one_error(tmp_path):
+    rng = np.random.default_rng(1)
+    for suffix in ("png", "jpg"):
+        encoded = cv2.imencode(f".{suffix}", GREY)[1]
+        for _ in range(150):
+            damaged = encoded.copy()
+            places = rng.integers(0, len(damaged), 3)
+            damaged[places] = rng.integers(0, 256, 3)
+            (tmp_path / "a").write_bytes(damaged.tobytes())
+            try:
+                pixels = decode_image(tmp_path / "a").pixels
+            except UnreadableXray:
+                continue
+            assert pixels.dtype == np.uint8 and pixels.ndim == 2
+
+
+def test_the_cache_takes_them_beside_dicom(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no image")
+    cache = XrayCache(tmp_path / "xrays", 32)
+    images = pd.DataFrame({"image_id": ["a", "b"], "path": [str(tmp_path / f"{name}.png") for name in "ab"]})
+    outcomes = cache.fill(images, workers=1)
+    assert outcomes.status.tolist() == ["decoded", "failed"]
+    xray = cache.read("a")
+    assert xray.pixels.shape == (24, 32) and (xray.rows, xray.columns) == (48, 64)
