@@ -11,8 +11,7 @@ from matplotlib.patches import Rectangle
 
 from kitlib.atomic import replacing
 from kitlib.cache import CachedXray, XrayCache
-from kitlib.classes import STUDY_CLASSES
-from kitlib.tables import BOX
+from kitlib.tables import BOX, class_columns
 
 TRUTH, PREDICTION = "limegreen", "orange"
 # Boxes below this confidence earn average precision, but would cover the picture.
@@ -42,7 +41,7 @@ def example_images(
     rows = max(1, math.ceil(len(images) / a_row))
     figure = Figure(figsize=(3.2 * a_row, 3.5 * rows), layout="constrained")
     axes = figure.subplots(rows, a_row, squeeze=False).ravel()
-    classes = {} if labels is None else labels.set_index("id")[list(STUDY_CLASSES)].idxmax(axis=1).to_dict()
+    classes = {} if labels is None else _true_classes(labels[labels["id"].isin(images.study_id)])
     for axis in axes:
         axis.axis("off")
     for axis, image in zip(axes, images.itertuples(), strict=False):
@@ -58,12 +57,13 @@ def example_images(
 
 
 def fold_shares(folds: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> Figure:
-    """Share of each study class among a fold's images: the bars of a class should be level."""
+    """Share of each class among a fold's images: the bars of a class should be level."""
+    classes = class_columns(labels, "labels")
     joined = folds.merge(images, left_on="id", right_on="image_id").merge(labels, left_on="study_id", right_on="id")
-    shares = joined.groupby("fold")[list(STUDY_CLASSES)].mean()
-    figure = Figure(figsize=(7, 3), layout="constrained")
+    shares = joined.groupby("fold")[classes].mean()
+    figure = Figure(figsize=(max(7, len(classes)), 3), layout="constrained")
     axis = figure.subplots()
-    shares.T.plot.bar(ax=axis, rot=0, width=0.8)
+    shares.T.plot.bar(ax=axis, rot=0 if len(classes) < 6 else 30, width=0.8)
     axis.set_ylabel("share of the fold's images")
     axis.legend(title="fold", fontsize=7, ncols=len(shares))
     return figure
@@ -132,3 +132,13 @@ def _draw_boxes(axis: Axes, xray: CachedXray, boxes: pd.DataFrame, colour: str) 
         axis.add_patch(Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, edgecolor=colour, linewidth=1.3))
         if hasattr(row, "score"):
             axis.text(xmin, ymin - 1, f"{row.score:.2f}", color=colour, fontsize=6, va="bottom")
+
+
+def _true_classes(labels: pd.DataFrame) -> dict[str, str]:
+    """id -> the classes that are true of it, joined by commas."""
+    classes = class_columns(labels, "labels")
+    true = labels[classes].to_numpy() > 0.5
+    return {
+        name: ", ".join(each for each, holds in zip(classes, row, strict=True) if holds)
+        for name, row in zip(labels["id"], true, strict=True)
+    }
