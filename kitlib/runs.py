@@ -8,8 +8,12 @@ from typing import Any
 
 import pandas as pd
 
+from kitlib.bundle import RECORD, data_fingerprint
+from kitlib.cache import XrayCache
 from kitlib.fusion import Fused, FusionSettings, fuse
+from kitlib.paths import find_run
 from kitlib.tables import concatenate, read_table
+from kitlib.training_run import ExtraImages
 
 PREPARED_TABLES = ("images", "labels", "boxes", "folds")
 PREDICTED_TABLES = ("study_scores", "image_scores", "detections", "coverage")
@@ -67,6 +71,65 @@ def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
         for name in there:
             found[name].append(read_table(name, run / "tables" / f"{name}.parquet"))
     return OutOfFold(**{name: concatenate(tables, name) for name, tables in found.items()})
+
+
+def read_models(
+    runs: Iterable[str | Path],
+    prepared: dict[str, pd.DataFrame],
+    folds: Iterable[int] = (),
+    extra: Iterable[ExtraImages] = (),
+) -> pd.DataFrame:
+    """The trained models of `runs`, those of `folds` or all: model, fold, bundle (its folder).
+
+    Raises RunError where it is not known what a model has been trained on: `prepared` are the tables of the prepared run
+    that all of them come from, `extra` the further images of those that had any. And for a run without a bundle.
+    """
+    expected, known = data_fingerprint(**prepared), [one.identity() for one in extra]
+    chosen, rows = set(folds), []
+    for run in map(Path, runs):
+        bundles = sorted(run.glob(f"fold*/bundle/{RECORD}"))
+        if not bundles:
+            raise RunError(f"{run} has no fold*/bundle/{RECORD}; name runs of the training notebooks")
+        for path in bundles:
+            record, metrics = json.loads(path.read_text(encoding="utf-8")), read_metrics(path.parent.parent)
+            if record["data_fingerprint"] != expected:
+                raise RunError(f"{path}: trained on another prepared run, so what it has seen is not known; name that one")
+            if metrics.get("extra") and metrics["extra"] not in known:
+                raise RunError(f"{path}: trained on extra images too; name their run, so that what it has seen is known")
+            if not chosen or record["fold"] in chosen:
+                rows.append((record["model"], record["fold"], str(path.parent)))
+    if not rows:
+        raise RunError(f"no model of the folds {sorted(chosen)} in {', '.join(map(str, runs))}")
+    return pd.DataFrame(rows, columns=["model", "fold", "bundle"])
+
+
+def read_extra(run: str | Path, for_boxes: bool = False) -> ExtraImages:
+    """Images to train on beside one's own: of a pseudo-labelled run (notebook 50) or of any prepared one (notebook 10).
+
+    Of a prepared run those in its folds: no official test images, none that no annotator looked at. `for_boxes` leaves out
+    pseudo-labelled images whose boxes are not sure enough for a detector. Raises RunError where the run is of another kind
+    or its decoded images are not at hand.
+    """
+    run, metrics = Path(run), read_metrics(run)
+    if "longest_side" not in metrics:
+        raise RunError(f"{run} is no run of notebook 10 or 50: its metrics.json does not say longest_side")
+    tables = {name: read_table(name, run / "tables" / f"{name}.parquet") for name in ("images", "labels", "boxes")}
+    images = tables["images"]
+    folds = run / "tables" / "folds.parquet"
+    if folds.is_file():
+        images = images[images["image_id"].isin(read_table("folds", folds)["id"])]
+    if for_boxes and "unsure_boxes" in images.columns:
+        images = images[~images["unsure_boxes"].astype(bool)]
+    # A pseudo-labelled run names the run whose decoded images it uses, if they are not its own.
+    home = find_run(metrics["xrays_run"]) if metrics.get("xrays_run") else run
+    cache = XrayCache(home / "xrays", metrics["longest_side"])
+    absent = [image_id for image_id in images["image_id"] if image_id not in cache]
+    if absent:
+        raise RunError(
+            f"{len(absent)} of {len(images)} images are not decoded in {cache.folder}, first {absent[0]}; attach {home} "
+            "whole, or run it again with this kitlib"
+        )
+    return ExtraImages(images.reset_index(drop=True), tables["labels"], tables["boxes"], cache)
 
 
 def read_answer(run: str | Path, images: pd.DataFrame) -> Fused:

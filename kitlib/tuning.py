@@ -87,31 +87,23 @@ def cross_fit(
     folds: pd.DataFrame,
     rounds: int = 2,
     workers: int = 1,
-) -> float:
-    """The score 0..1 of images fused by settings tuned on the other folds: what `tune` can expect of new images.
+) -> pd.DataFrame:
+    """What `tune` can expect of new images: a row a fold with fold, images, default and cross_fitted.
 
-    The answers of all folds are scored together. Same images, grids and errors as `tune`; NaN with fewer than two folds.
-    Boxes are fused once for each way that any fold tries, so it takes as long as `tune` where the folds agree, and up to as
-    many times that as there are folds where none do.
+    `cross_fitted` is the score 0..1 of the fold's images under settings tuned on the other folds, `default` that under the
+    untuned ones; no rows with fewer than two folds. Each fold is scored alone: settings of different folds put scores on
+    different scales, and sorting these together would judge the mixture. Same images, grids and errors as `tune`. Boxes are
+    fused once for each way that any fold tries, so it takes as long as `tune` where the folds agree, and up to as many times
+    that as there are folds where none do.
     """
     judge = _Judge(study_scores, image_scores, detections, coverage, images, labels, boxes, folds, workers)
-    numbers = sorted(set(judge.images["fold"]))
-    if len(numbers) < 2:
-        return float("nan")
-    answers = []
-    for fold in numbers:
+    numbers, rows = sorted(set(judge.images["fold"])), []
+    for fold in numbers if len(numbers) > 1 else []:
         held = judge.images["fold"] == fold
         settings, _ = _climb(judge, truth_of(judge.images[~held], labels, boxes), rounds)
-        fused, of_fold = judge.fuse(settings)[0], judge.images[held]
-        answers.append(
-            (
-                fused.studies[fused.studies["study_id"].isin(of_fold["study_id"])],
-                fused.nones[fused.nones["image_id"].isin(of_fold["image_id"])],
-                fused.detections[fused.detections["image_id"].isin(of_fold["image_id"])],
-            )
-        )
-    studies, nones, found = (pd.concat(tables, ignore_index=True) for tables in zip(*answers, strict=True))
-    return score_tables(judge.truth, studies, nones, found)["score"]
+        truth = truth_of(judge.images[held], labels, boxes)
+        rows.append((fold, int(held.sum()), judge.score(FusionSettings(), truth), judge.score(settings, truth)))
+    return pd.DataFrame(rows, columns=["fold", "images", "default", "cross_fitted"])
 
 
 def _climb(judge: "_Judge", truth: Truth, rounds: int) -> tuple[FusionSettings, pd.DataFrame]:

@@ -1,9 +1,14 @@
 """Fixtures that several test files share."""
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# Compiling ensemble-boxes' loops takes longer than running them. Said before any test file imports them: once numba is
+# loaded, half of it would hear and half would not.
+os.environ["NUMBA_DISABLE_JIT"] = "1"
 
 # Examples are timed by nobody: machines are shared, and a slow moment is no fault.
 settings.register_profile("kit", deadline=None)

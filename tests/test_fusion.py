@@ -1,6 +1,5 @@
 import json
 import math
-import os
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -8,9 +7,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-# Compiling ensemble-boxes' loops takes longer than running them; it must be said before they are imported.
-os.environ["NUMBA_DISABLE_JIT"] = "1"
 
 from kitlib.box_merging import CONFIDENCES, METHODS, merge_boxes
 from kitlib.classes import STUDY_CLASSES

@@ -1,10 +1,29 @@
+import json
+import shutil
+
 import pandas as pd
 import pytest
+from pydicom.uid import ExplicitVRLittleEndian
+from small_kernels import make_run as make_bundle
+from small_xrays import SmallXrays
 
 from kitlib.atomic import write_json
+from kitlib.bundle import data_fingerprint
+from kitlib.cache import XrayCache
 from kitlib.classes import STUDY_CLASSES
+from kitlib.dicom_writing import write_xray
 from kitlib.fusion import Fused
-from kitlib.runs import RunError, judged_images, read_answer, read_fused, read_metrics, read_out_of_fold
+from kitlib.runs import (
+    RunError,
+    judged_images,
+    read_answer,
+    read_extra,
+    read_fused,
+    read_metrics,
+    read_models,
+    read_out_of_fold,
+    read_prepared,
+)
 from kitlib.tables import BOX, write_table
 
 SCORES = pd.DataFrame({"image_id": ["a", "b"], "model": "study", "fold": [0, 1], "none": [0.25, 0.5]})
@@ -89,3 +108,85 @@ def test_a_fused_answer_comes_back_without_priors(tmp_path):
     tables["nones"].drop(columns="seen").to_parquet(tmp_path / "tables" / "nones.parquet")
     with pytest.raises(RunError, match=r"nones\.parquet lacks the column seen.*; fuse again"):
         read_fused(tmp_path)
+
+
+def prepared_run(folder, small, **metrics):
+    """A prepared run of SmallXrays whose images lie decoded in its cache."""
+    images = small.images.assign(path=[str(folder / f"{image_id}.dcm") for image_id in small.image_ids])
+    for image_id, pixels in small.pixels.items():
+        write_xray(folder / f"{image_id}.dcm", pixels, transfer_syntax=ExplicitVRLittleEndian)
+    XrayCache(folder / "xrays", 50).fill(images, workers=1)
+    tables = {"images": images, "labels": small.labels, "boxes": small.boxes, "folds": small.fold_table}
+    for name, table in tables.items():
+        write_table(table, name, folder / "tables" / f"{name}.parquet")
+    write_json(folder / "metrics.json", {"longest_side": 50, **metrics})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    small = SmallXrays(8)
+    small.fold_table = small.fold_table.head(6)  # two images that no annotator looked at
+    return prepared_run(tmp_path_factory.mktemp("prepared"), small)
+
+
+def test_extra_images_of_a_prepared_run_are_those_in_its_folds(prepared):
+    extra = read_extra(prepared)
+    assert extra.images["image_id"].tolist() == [f"image{n:03d}" for n in range(6)]
+    assert extra.cache.read("image003").pixels.shape == (40, 50)
+
+
+def test_extra_images_of_a_labelled_run_lie_in_the_run_that_it_names(tmp_path, prepared):
+    tables = read_prepared(prepared)
+    for name in ("labels", "boxes"):
+        write_table(tables[name], name, tmp_path / "tables" / f"{name}.parquet")
+    images = tables["images"].assign(none=0.25, unsure_boxes=[n % 2 == 1 for n in range(8)])
+    write_table(images, "images", tmp_path / "tables" / "images.parquet")
+    write_json(tmp_path / "metrics.json", {"longest_side": 50, "xrays_run": str(prepared)})
+    extra = read_extra(tmp_path)
+    assert len(extra.images) == 8 and extra.images["none"].tolist() == [0.25] * 8
+    assert extra.cache.read("image000").pixels.shape == (40, 50)
+    assert read_extra(tmp_path, for_boxes=True).images["image_id"].tolist() == [f"image{n:03d}" for n in (0, 2, 4, 6)]
+
+
+def test_extra_images_that_cannot_be_read_are_refused_at_once(tmp_path, prepared):
+    write_json(tmp_path / "metrics.json", {"model": "study"})
+    with pytest.raises(RunError, match="is no run of notebook 10 or 50"):
+        read_extra(tmp_path)
+    shutil.copytree(prepared / "tables", tmp_path / "tables")
+    write_json(tmp_path / "metrics.json", {"longest_side": 50})
+    with pytest.raises(RunError, match=r"6 of 6 images are not decoded in .*, first image000"):
+        read_extra(tmp_path)
+
+
+def trained_run(folder, tables, model="c", extra=None, folds=(0, 1)):
+    for fold in folds:
+        record = json.loads((make_bundle(folder / f"fold{fold}", model, fold) / "bundle" / "model.json").read_text())
+        record["data_fingerprint"] = data_fingerprint(**tables)
+        write_json(folder / f"fold{fold}" / "bundle" / "model.json", record)
+        write_json(folder / f"fold{fold}" / "metrics.json", {"model": model, **({"extra": extra} if extra else {})})
+    return folder
+
+
+def test_models_are_named_with_their_folds(tmp_path, prepared):
+    tables = read_prepared(prepared)
+    runs = [trained_run(tmp_path / model, tables, model) for model in "cd"]
+    found = read_models(runs, tables)
+    assert found[["model", "fold"]].to_numpy().tolist() == [["c", 0], ["c", 1], ["d", 0], ["d", 1]]
+    assert found["bundle"].iloc[3] == str(tmp_path / "d" / "fold1" / "bundle")
+    assert read_models(runs, tables, folds=[1])[["model", "fold"]].to_numpy().tolist() == [["c", 1], ["d", 1]]
+    with pytest.raises(RunError, match=r"no model of the folds \[4\]"):
+        read_models(runs, tables, folds=[4])
+    with pytest.raises(RunError, match="has no fold"):
+        read_models([prepared], tables)
+
+
+def test_models_that_have_seen_unknown_images_are_refused(tmp_path, prepared):
+    tables, extra = read_prepared(prepared), read_extra(prepared)
+    other = {**tables, "folds": tables["folds"].assign(fold=1)}
+    with pytest.raises(RunError, match="trained on another prepared run"):
+        read_models([trained_run(tmp_path / "c", other)], tables)
+    more = trained_run(tmp_path / "d", tables, extra=extra.identity())
+    with pytest.raises(RunError, match="trained on extra images too; name their run"):
+        read_models([more], tables)
+    assert len(read_models([more], tables, extra=[extra])) == 2

@@ -1,11 +1,6 @@
-import os
-
 import numpy as np
 import pandas as pd
 import pytest
-
-# Compiling ensemble-boxes' loops takes longer than running them; it must be said before they are imported.
-os.environ["NUMBA_DISABLE_JIT"] = "1"
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.fusion import FusionSettings, fuse
@@ -128,7 +123,7 @@ def test_calibration_gains_where_detectors_speak_on_two_scales(two_scales, few_w
 def test_a_folds_calibration_is_fitted_to_the_others(two_scales, few_ways, monkeypatch):
     fitted = []
     monkeypatch.setattr("kitlib.tuning.fit_calibration", lambda score, hit: fitted.append((len(score), hit.sum())))
-    assert cross_fit(**two_scales, rounds=1) > 0
+    assert (cross_fit(**two_scales, rounds=1)["cross_fitted"] > 0).all()
     detections, fold_of = two_scales["detections"], two_scales["folds"].set_index("id")["fold"]
     detections = detections[detections["score"] >= FusionSettings().box_min_score]
     assert [count for count, _ in fitted] == [
@@ -172,26 +167,21 @@ def test_an_image_that_a_detector_covered_but_found_nothing_on_is_scored(oof):
 def test_cross_fit_judges_each_fold_by_settings_of_the_others(oof, monkeypatch):
     monkeypatch.setattr("kitlib.tuning.MODEL_WEIGHTS", (0.0, 1.0, 2.0))
     monkeypatch.setattr("kitlib.tuning.BOX_IOUS", (0.5, 0.6))
-    # The same by hand: tune on two folds, fuse the third, score all together.
-    answers = []
-    for fold in range(3):
-        ids = set(oof["folds"].loc[oof["folds"]["fold"] == fold, "id"])
+    found = cross_fit(**oof, rounds=1)
+    # The same by hand: tune on two folds, fuse and score the third.
+    for row in found.itertuples():
+        ids = set(oof["folds"].loc[oof["folds"]["fold"] == row.fold, "id"])
         ids |= {name.replace("i", "s") for name in ids}
         others = {name: table[~table.iloc[:, 0].isin(ids)] for name, table in oof.items()}
         held = {name: table[table.iloc[:, 0].isin(ids)] for name, table in oof.items()}
-        parts = (held[name] for name in ("study_scores", "image_scores", "detections", "images"))
-        answers.append(fuse(*parts, tune(**others, rounds=1)[0], held["coverage"]))
-    tables = [pd.concat([getattr(answer, name) for answer in answers]) for name in ("studies", "nones", "detections")]
-    expected = score_tables(Truth(oof["labels"], tuple(oof["images"]["image_id"]), oof["boxes"]), *tables)["score"]
-    found = cross_fit(**oof, rounds=1)
-    assert found == pytest.approx(expected)
-    # Settings chosen without the fold cannot fit it as well as those chosen with it.
-    assert found < tune(**oof, rounds=1)[1]["score"].iloc[-1]
+        assert row.cross_fitted == pytest.approx(score_of(held, tune(**others, rounds=1)[0]))
+        assert row.default == pytest.approx(score_of(held, FusionSettings())) and row.images == 12
+    assert found["fold"].tolist() == [0, 1, 2]
 
 
 def test_cross_fit_needs_two_folds(oof):
     one = {**oof, "folds": oof["folds"][oof["folds"]["fold"] == 0]}
-    assert np.isnan(cross_fit(**one))
+    assert cross_fit(**one).empty
 
 
 def test_a_gain_below_the_least_is_not_kept(oof, monkeypatch):
