@@ -1,17 +1,11 @@
 """Writes a competition of phantoms: the SIIM folder with its DICOM files and tables, and the test set's truth apart."""
 
-import hashlib
-import json
 import logging
-import multiprocessing
-import shutil
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pandas as pd
 from pydicom.uid import (
@@ -30,17 +24,17 @@ from pydicom.uid import (
 from tqdm.auto import tqdm
 
 from kitlib import dicom_writing, phantom, phantom_patients, phantom_plan
-from kitlib.atomic import replacing, write_json
-from kitlib.cache import fingerprint, usable_cores
+from kitlib.atomic import replacing
+from kitlib.cache import fingerprint
 from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
 from kitlib.dicom_writing import write_xray
 from kitlib.phantom import render
+from kitlib.phantom_folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order
 from kitlib.phantom_patients import draw_exposure, draw_near_duplicate, draw_opacities, draw_patient
 from kitlib.phantom_plan import PlannedImage, PlannedStudy, plan_split
 
 COMPETITION = "siim-covid19-detection"
 LABEL_TABLES = ("train_study_level.csv", "train_image_level.csv")
-# Beside the competition, which has SIIM's files and no other; says what the competition was made from, and of which tables.
 MARKER = ".phantom.json"
 MARKER_INSIDE = "phantom.json"  # where kits before this one put it
 
@@ -90,8 +84,8 @@ def write_competition(
     """
     if min(train_studies, test_studies) < len(STUDY_CLASSES):
         raise ValueError(f"every class needs a study in train and test: at least 4, got {train_studies} and {test_studies}")
-    if side < 32:
-        raise ValueError(f"a chest of {side} pixels shows nothing: at least 32")
+    if side < LEAST_SIDE:
+        raise ValueError(f"a chest of {side} pixels shows nothing: at least {LEAST_SIDE}")
     parameters = {
         "train_studies": train_studies,
         "test_studies": test_studies,
@@ -101,48 +95,31 @@ def write_competition(
         "generator": fingerprint(phantom, phantom_patients, phantom_plan, dicom_writing, sys.modules[__name__]),
     }
     competition, truth = Path(folder) / COMPETITION, Path(truth)
-    if _made_with(competition, truth, parameters):
+    target = PhantomFolder(competition, competition.with_name(MARKER), (*LABEL_TABLES, "sample_submission.csv"))
+    older = (competition / MARKER_INSIDE).is_file()
+    if not older and target.made_with(parameters) and all((truth / name).is_file() for name in LABEL_TABLES):
         logging.getLogger(__name__).info("%s is there already, made with these parameters", competition)
         return competition
     studies = [
         *plan_split("train", train_studies, seed, 0),
         *plan_split("test", test_studies, seed, damaged_test_files),
     ]
-    partial, replaced = (competition.with_name(f".{COMPETITION}.{suffix}") for suffix in ("partial", "replaced"))
-    for left_behind in (partial, replaced):
-        shutil.rmtree(left_behind, ignore_errors=True)
     rows: list[dict[str, Any]] = []
     images = sum(len(study.images) for study in studies)
-    with tqdm(total=images, desc="phantoms", unit="image", disable=not progress) as bar:
-        for written in _write_studies(partial, studies, side, workers or min(usable_cores(), 1 + images // 100)):
+    with (
+        target.replacing(parameters) as root,
+        tqdm(total=images, desc="phantoms", unit="image", disable=not progress) as bar,
+    ):
+        write = partial(_write_study, root, side=side)
+        for written in each_in_order(write, studies, workers or default_workers(images), side):
             rows.extend(written)
             bar.update(len(written))
-    table = pd.DataFrame(rows)
-    train, test = (table[table.split == split] for split in ("train", "test"))
-    _write_label_tables(train, partial)
-    _write_label_tables(test, truth)
-    _write_sample_submission(test, partial / "sample_submission.csv")
-    # Killed between any two of these, the next call finds either a competition that fits its marker or none.
-    if competition.exists():
-        competition.rename(replaced)
-    write_json(competition.with_name(MARKER), parameters | {"tables": _tables_digest(partial)})
-    partial.rename(competition)
-    shutil.rmtree(replaced, ignore_errors=True)
+        table = pd.DataFrame(rows)
+        train, test = (table[table.split == split] for split in ("train", "test"))
+        _write_label_tables(train, root)
+        _write_label_tables(test, truth)
+        _write_sample_submission(test, root / "sample_submission.csv")
     return competition
-
-
-def _write_studies(root: Path, studies: list[PlannedStudy], side: int, workers: int) -> Iterator[list[dict[str, Any]]]:
-    """Write every study's files; yield its images' rows in the order planned, so that results do not depend on `workers`."""
-    if workers <= 1:
-        for study in studies:
-            yield _write_study(root, study, side)
-        return
-    # Spawned, not forked: OpenCV's and PyTorch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        yield from pool.map(
-            _write_study, [root] * len(studies), studies, [side] * len(studies), chunksize=max(1, min(8, 2000 // side))
-        )
 
 
 def _write_study(root: Path, study: PlannedStudy, side: int) -> list[dict[str, Any]]:
@@ -273,21 +250,3 @@ def _origin_and_size(box: np.ndarray) -> tuple[float, float, float, float]:
 
 def _draw(rng: np.random.Generator, shares: dict[Any, float]) -> Any:
     return list(shares)[int(rng.choice(len(shares), p=np.array(list(shares.values())) / sum(shares.values())))]
-
-
-def _made_with(competition: Path, truth: Path, parameters: dict[str, Any]) -> bool:
-    if not competition.exists() or not any(competition.iterdir()):
-        return False
-    if (competition / MARKER_INSIDE).is_file():
-        return False
-    marker = competition.with_name(MARKER)
-    made = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
-    # The tables tell ours from a real competition that was unpacked where phantoms were once.
-    if made.get("tables") != _tables_digest(competition):
-        raise FileExistsError(f"{competition} holds no phantom competition; choose another folder or move it away")
-    return all((truth / name).is_file() for name in LABEL_TABLES) and parameters.items() <= made.items()
-
-
-def _tables_digest(competition: Path) -> str:
-    tables = [competition / name for name in (*LABEL_TABLES, "sample_submission.csv")]
-    return hashlib.sha256(b"".join(table.read_bytes() for table in tables if table.is_file())).hexdigest()[:16]

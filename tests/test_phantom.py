@@ -248,7 +248,7 @@ def test_writing_again_does_nothing_and_other_numbers_replace(tmp_path):
     assert fingerprint(competition) == before
     # The real one, unpacked where the phantoms were.
     (competition / "train_image_level.csv").write_text("id,boxes,label,StudyInstanceUID\n")
-    with pytest.raises(FileExistsError, match="no phantom competition"):
+    with pytest.raises(FileExistsError, match="something else than phantoms"):
         write_competition(tmp_path / "demo", tmp_path / "truth", **(few | {"seed": 6}))
 
 
@@ -256,7 +256,7 @@ def test_what_it_did_not_write_it_does_not_replace(tmp_path):
     real = tmp_path / "siim-covid19-detection" / "train"
     real.mkdir(parents=True)
     (real / "precious.dcm").write_bytes(b"120 GB")
-    with pytest.raises(FileExistsError, match="no phantom competition"):
+    with pytest.raises(FileExistsError, match="something else than phantoms"):
         write_competition(tmp_path, tmp_path / "truth", **SMALL)
     assert (real / "precious.dcm").exists()
 
