@@ -144,6 +144,41 @@ def draw_opacities(rng: np.random.Generator, study_class: str) -> tuple[Opacity,
     raise ValueError(f"no study class is called {study_class!r}; there are: {', '.join(STUDY_CLASSES)}")
 
 
+# Findings of NIH's that phantoms show, each by its own look, so that a network can tell them apart.
+DRAWN_FINDINGS = ("Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Consolidation", "No Finding")
+
+
+def draw_finding(rng: np.random.Generator, finding: str, patient: Patient) -> tuple[Patient, tuple[Opacity, ...]]:
+    """What shows one of DRAWN_FINDINGS: the patient with a heart of its size, and opacities.
+
+    Cardiomegaly is a heart beyond any other patient's. Infiltration is ground glass in the middle zones, of both lungs in
+    half the images; Pneumonia a half-dense, half-sharp patch low in one lung; Consolidation a dense, sharp one high up; Mass
+    and Nodule round, dense and sharp, large and small; Effusion fluid in one lung's lower corner, which has no box. Raises
+    ValueError for another finding.
+    """
+    if finding not in DRAWN_FINDINGS:
+        raise ValueError(f"phantoms do not show {finding!r}; they show: {', '.join(DRAWN_FINDINGS)}")
+    heart = rng.uniform(1.3, 1.45) if finding == "Cardiomegaly" else min(patient.heart, 1.08)
+    patient, side = replace(patient, heart=float(heart)), float(rng.choice([-1, 1]))
+    if finding == "Infiltration":
+        sides = (side,) if rng.random() < 0.5 else (-side, side)
+        return patient, tuple(
+            _patch(rng, s, (0.5, 0.66), (-0.1, 0.3), (0.24, 0.32), (0.28, 0.4), (0.5, 0.65), 0.8) for s in sides
+        )
+    if finding == "Pneumonia":
+        return patient, (_patch(rng, side, (0.56, 0.68), (0.25, 0.45), (0.24, 0.3), (0.2, 0.28), (0.75, 0.85), 0.4),)
+    if finding == "Consolidation":
+        return patient, (_patch(rng, side, (0.46, 0.58), (-0.62, -0.4), (0.27, 0.36), (0.22, 0.3), (0.9, 1.0), 0.15),)
+    if finding in ("Mass", "Nodule"):
+        radius = rng.uniform(0.17, 0.22) if finding == "Mass" else rng.uniform(0.08, 0.11)
+        round_one = _patch(rng, side, (0.45, 0.68), (-0.5, 0.35), (radius, radius), (radius, radius), (0.9, 1.0), 0.15)
+        return patient, (round_one,)
+    if finding == "Effusion":
+        fluid = _patch(rng, side, (0.85, 0.95), (0.95, 1.05), (0.5, 0.6), (0.4, 0.5), (0.9, 1.0), 0.15)
+        return patient, (replace(fluid, boxed=False),)
+    return patient, ()
+
+
 def _patch(
     rng: np.random.Generator,
     side: float,

@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kitlib.classes import STUDY_CLASSES
-
 # Shares in SIIM's training set.
 CLASS_SHARES = {"negative": 0.28, "typical": 0.47, "indeterminate": 0.17, "atypical": 0.08}
 # A study of one image is the rule; shares of studies with a near-duplicate image that nobody annotated, and with others.
@@ -42,8 +40,8 @@ def plan_split(split: str, studies: int, seed: int, damaged: int) -> list[Planne
     Raises ValueError where fewer images than `damaged` are left that keep their study readable.
     """
     rng = np.random.default_rng([seed, ("train", "test").index(split)])
-    classes = rng.permutation(_apportion(studies))
-    patients = rng.permutation(_patients(studies, rng))
+    classes = rng.permutation(apportion(studies, CLASS_SHARES))
+    patients = rng.permutation(patient_numbers(studies, rng))
     positive = np.flatnonzero(classes != "negative")
     duplicated = set(rng.choice(positive, max(1, round(DUPLICATE_SHARE * studies)), replace=False))
     others = [index for index in rng.permutation(studies) if index not in duplicated]
@@ -91,20 +89,20 @@ def _with_oddities(planned: list[PlannedStudy], damaged: int, rng: np.random.Gen
     return planned
 
 
-def _apportion(studies: int) -> list[str]:
-    """`studies` class names in the real set's shares, by largest remainder, every class at least once."""
-    exact = {name: share * studies for name, share in CLASS_SHARES.items()}
+def apportion(count: int, shares: dict[str, float]) -> list[str]:
+    """`count` names, in the order of `shares` (which sum to one), by largest remainder and every name at least once."""
+    exact = {name: share * count for name, share in shares.items()}
     counts = {name: max(1, int(value)) for name, value in exact.items()}
     for name in sorted(exact, key=lambda name: int(exact[name]) - exact[name]):
-        if sum(counts.values()) < studies:
+        if sum(counts.values()) < count:
             counts[name] += 1
-    while sum(counts.values()) > studies:
+    while sum(counts.values()) > count:
         counts[max(counts, key=counts.__getitem__)] -= 1
-    return [name for name in STUDY_CLASSES for _ in range(counts[name])]
+    return [name for name in shares for _ in range(counts[name])]
 
 
-def _patients(studies: int, rng: np.random.Generator) -> list[int]:
-    """The patient's number of every study: six in ten have one study, others up to four."""
+def patient_numbers(studies: int, rng: np.random.Generator) -> list[int]:
+    """The patient's number of every study, from 0 in order: six patients in ten have one study, others up to four."""
     numbers: list[int] = []
     patient = 0
     while len(numbers) < studies:
