@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import kitlib
 from kitlib.atomic import replacing, write_json
@@ -104,47 +103,6 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "backbone.") -> dict[str, list[str]]:
-    """Copy into `model` what fits from a local safetensors file; the rest of the model keeps its random weights.
-
-    The file's names are those of the whole model or those of its part `prefix` (a plain timm checkpoint), whichever fits
-    more tensors. A first convolution for 3 colours is summed for a grey model (timm's rule), which is right when
-    the grey input is normalised like the colours. Returns and logs the names: `loaded`, `random` (of the model), `unused`
-    (of the file). Raises BundleError if nothing fits.
-    """
-    found, target = read_weights(path), model.state_dict()
-    prefix = max(("", prefix), key=lambda start: sum(start + name in target for name in found))
-    loaded = {}
-    for name, tensor in found.items():
-        wanted = target.get(prefix + name)
-        if wanted is None:
-            continue
-        if tensor.ndim == 4 and wanted.ndim == 4 and tensor.shape[1] == 3 and wanted.shape[1] == 1:
-            tensor = tensor.sum(dim=1, keepdim=True)
-        if tensor.shape == wanted.shape:
-            loaded[prefix + name] = tensor
-    if not loaded:
-        raise BundleError(
-            f"{path} fits nowhere: it begins with {sorted(found)[:3]}, the model with {sorted(target)[:3]}; "
-            "choose the backbone that these weights belong to"
-        )
-    model.load_state_dict(loaded, strict=False)
-    report = {
-        "loaded": sorted(loaded),
-        "random": sorted(set(target) - set(loaded)),
-        "unused": sorted(name for name in found if prefix + name not in loaded),
-    }
-    logger.info(
-        "starting weights %s: %d of the model's %d tensors loaded; left random: %s; unused: %s",
-        path,
-        len(loaded),
-        len(target),
-        _shortened(report["random"]),
-        _shortened(report["unused"]),
-    )
-    return report
-
-
 def data_fingerprint(**tables: pd.DataFrame) -> str:
     """SHA-256 (hex) over what makes a training set: ids, labels, boxes and folds, whatever the order of rows or columns.
 
@@ -194,8 +152,3 @@ def _untied(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
 def _sha256(path: Path) -> str:
     with open(path, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _shortened(names: list[str], most: int = 6) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) + rest) if names else "nothing"

@@ -1,6 +1,6 @@
 """Training of an opacity detector of any family on all folds but one, and its out-of-fold boxes of that one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,18 @@ from kitlib.average_precision import average_precision, box_hits
 from kitlib.cache import XrayCache
 from kitlib.device import pick_device, seed_everything
 from kitlib.predict import load_predictor
-from kitlib.recipes import DetectorRecipe
+from kitlib.recipes import DetectorRecipe, override
 from kitlib.tables import check_table, concatenate, read_table, write_table
-from kitlib.training_run import finish_run, open_run, read_finished, run_identity, save_trained, split
+from kitlib.training_run import (
+    ExtraImages,
+    finish_run,
+    open_run,
+    read_finished,
+    run_identity,
+    save_trained,
+    split,
+    with_extra,
+)
 from kitlib.xray_dataset import XrayDataset
 
 
@@ -47,23 +56,26 @@ def train_detector(
     limit_validation: int | None = None,
     resume: bool = True,
     progress: bool = True,
+    extra: ExtraImages | None = None,
 ) -> DetectorRun:
     """Train, keep the best epoch, predict the validation fold; `run_folder` gets bundle, tables, figures, metrics.json.
 
     The best epoch is that of the highest opacity AP on the validation fold, images without boxes included. An interrupted
     run goes on where it was and gives what an uninterrupted one gives; a finished one is read back. Raises ResumeError if
-    the folder holds a run of other data or settings. Limits are numbers of images, whole patients.
+    the folder holds a run of other data or settings. Limits are numbers of images, whole patients; they do not touch
+    `extra`, which is trained on as well, but for its images marked `unsure`.
     """
     run_folder = Path(run_folder)
     tables = {"images": images, "labels": labels, "boxes": boxes, "folds": folds}
     tables = {name: check_table(table, name) for name, table in tables.items()}
     images, labels, boxes, folds = tables.values()
     train_images, validation_images = split(images, folds, fold, seed, limit_train, limit_validation)
-    train_images = with_negatives(train_images, boxes, recipe.negatives, seed)
+    identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation, extra)
+    seen = with_extra(train_images, labels, boxes, cache, _sure(extra), validation_images)
+    train_images = with_negatives(seen[0], seen[2], recipe.negatives, seed)
     for part, name in ((train_images, "training"), (validation_images, f"validation fold {fold}")):
-        if not part.image_id.isin(boxes.image_id).any():
+        if not part.image_id.isin(seen[2].image_id).any():
             raise ValueError(f"{model_name}: none of the {len(part)} images of the {name} has a box; raise the limit")
-    identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation)
     if open_run(run_folder, identity, resume):
         return read_detector_run(run_folder)
 
@@ -71,8 +83,10 @@ def train_detector(
     device = pick_device()
     build, fit = _family(recipe.family)
     detector = build(recipe)
-    train = XrayDataset(train_images, labels, boxes, cache, recipe, augment=recipe.family != "yolo", seed=seed)
-    validation = XrayDataset(validation_images, labels, boxes, cache, recipe)
+    train = XrayDataset(train_images, *seen[1:], recipe, augment=recipe.family != "yolo", seed=seed)
+    # Judged on the canvas that it will predict on.
+    judged = override(recipe, image_size=recipe.inference_size or recipe.image_size)
+    validation = XrayDataset(validation_images, labels, boxes, cache, judged)
     title = f"{model_name} fold {fold}"
     fitted = fit(detector, train, validation, canvas_precision, run_folder, device, seed, workers, progress, title)
     save_trained(run_folder, detector, recipe.family, ["opacity"], identity, fitted)
@@ -82,7 +96,7 @@ def train_detector(
     coverage = pd.DataFrame({"image_id": predictor.seen, "model": model_name, "fold": fold})
     write_table(coverage, "coverage", run_folder / "tables" / "coverage.parquet")
     counts = {
-        "starting_weights": recipe.starting_weights or "from scratch",
+        "starting_weights": detector.starting_weights,
         "train_images": len(train),
         "train_images_with_boxes": int((train.none == 0).sum()),
         "validation_images": len(validation),
@@ -113,6 +127,13 @@ def with_negatives(images: pd.DataFrame, boxes: pd.DataFrame, share: float, seed
     others = np.random.default_rng(seed).permutation(np.flatnonzero(~boxed))
     kept = np.concatenate([np.flatnonzero(boxed), others[: round(share * boxed.sum())]])
     return images.iloc[np.sort(kept)].reset_index(drop=True)
+
+
+def _sure(extra: ExtraImages | None) -> ExtraImages | None:
+    """Without images that may have an opacity or not: as a place for false positives they would teach what is wrong."""
+    if extra is None or "unsure" not in extra.images:
+        return extra
+    return replace(extra, images=extra.images[~extra.images.unsure.astype(bool)])
 
 
 def canvas_precision(found: list[np.ndarray], true: list[np.ndarray]) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kitlib.faster_rcnn import FasterRCNNDetector
-from kitlib.training import RecipeTraining, fit
+from kitlib.training import RecipeTraining, fit, gathered_batches
 from kitlib.training_run import Fitted
 from kitlib.xray_dataset import XrayDataset, batches
 
@@ -32,7 +32,7 @@ class FasterRCNNTraining(RecipeTraining):
         self.found, self.true = [], []
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
-        self.found += self.model.predict(batch["pixels"])
+        self.found += self.judged.predict(batch["pixels"])
         self.true += [each.cpu().numpy() for each in batch["boxes"]]
 
     def on_validation_epoch_end(self) -> None:
@@ -53,9 +53,8 @@ def fit_faster_rcnn(
 ) -> Fitted:
     """Train until the recipe ends it, and leave the best epoch's weights in `detector`, on the CPU."""
     size = detector.recipe.batch_size
-    gathered = max(1, round(detector.recipe.nominal_batch / size))  # as ultralytics rounds
     return fit(
-        FasterRCNNTraining(detector, judge),
+        FasterRCNNTraining(detector.to(memory_format=torch.channels_last), judge),
         batches(train, size, workers, shuffle=True, seed=seed),
         batches(validation, 2 * size, workers),
         run_folder,
@@ -63,5 +62,5 @@ def fit_faster_rcnn(
         seed,
         progress,
         title,
-        gathered,
+        gathered_batches(detector.recipe),
     )

@@ -29,6 +29,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer  # isort: skip
 
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 DATA = {"names": {0: "opacity"}, "nc": 1, "channels": 3}
+NOT_OF_YOLO = ("sharpen_p", "blur_p", "cutouts", "erase_p", "ema_decay", "shift")
 MOSAIC_OFF = 10  # last epochs see whole images only, as in ultralytics; a third of a shorter training
 
 
@@ -193,9 +194,14 @@ class Trainer(DetectionTrainer):
 
 
 def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: int, workers: int) -> dict[str, Any]:
-    """ultralytics' arguments for a recipe; what it does not name is ultralytics' own (loss gains, translation)."""
+    """ultralytics' arguments for a recipe; what it does not name is ultralytics' own (translation)."""
     if recipe.optimizer not in OPTIMIZERS:
         raise ValueError(f"recipe.optimizer is {recipe.optimizer!r}; there are: {', '.join(OPTIMIZERS)}")
+    without = [name for name in NOT_OF_YOLO if getattr(recipe, name)]
+    if without:
+        raise ValueError(
+            f"recipe.{', recipe.'.join(without)}: ultralytics' own augmentation and average know no such setting"
+        )
     return {
         "task": "detect",
         "model": f"{recipe.backbone}.yaml",
@@ -229,6 +235,10 @@ def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: i
         "scale": recipe.zoom,
         "degrees": recipe.rotate_degrees,
         "fliplr": recipe.horizontal_flip,
+        "flipud": recipe.vertical_flip,
+        "box": recipe.box_gain,
+        "cls": recipe.class_gain,
+        "dfl": recipe.dfl_gain,
         "mosaic": recipe.mosaic,
         "mixup": recipe.mixup,
         "close_mosaic": min(MOSAIC_OFF, recipe.epochs // 3),

@@ -7,11 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from small_xrays import SmallXrays
 from torch import nn
 
-from kitlib.bundle import BundleError, data_fingerprint, load_starting_weights, read_bundle, read_weights, save_bundle
+from kitlib.bundle import BundleError, data_fingerprint, read_bundle, read_weights, save_bundle
 
 RECORD = {
     "family": "study",
@@ -144,38 +143,6 @@ class Model(nn.Module):
         super().__init__()
         self.backbone = nn.Sequential(nn.Conv2d(channels, 2, 3), nn.Linear(4, 4))
         self.head = nn.Linear(4, 5)
-
-
-def test_starting_weights_of_a_backbone_are_summed_for_grey(tmp_path):
-    torch.manual_seed(0)
-    colours, grey = Model(3), Model(1)
-    before = grey.head.weight.clone()
-    weights = {
-        name.removeprefix("backbone."): value for name, value in colours.backbone.state_dict(prefix="backbone.").items()
-    }
-    save_file(weights | {"fc.weight": torch.zeros(1000, 4)}, tmp_path / "timm.safetensors")
-    report = load_starting_weights(grey, tmp_path / "timm.safetensors")
-    assert report["loaded"] == [f"backbone.{name}" for name in ("0.bias", "0.weight", "1.bias", "1.weight")]
-    assert report["random"] == ["head.bias", "head.weight"] and report["unused"] == ["fc.weight"]
-    assert torch.equal(grey.head.weight, before)
-    # the same grey picture in all three colours gives the same features as once
-    picture = torch.rand(1, 1, 5, 5)
-    torch.testing.assert_close(grey.backbone[0](picture), colours.backbone[0](picture.expand(-1, 3, -1, -1)))
-
-
-def test_starting_weights_of_a_whole_model_take_the_head_too(tmp_path):
-    one, other = Model(1), Model(1)
-    save_file(one.state_dict(), tmp_path / "whole.safetensors")
-    assert load_starting_weights(other, tmp_path / "whole.safetensors")["random"] == []
-    assert torch.equal(one.head.weight, other.head.weight)
-
-
-def test_starting_weights_that_fit_nowhere_are_an_error(tmp_path):
-    save_file({"0.weight": torch.zeros(7, 7)}, tmp_path / "other.safetensors")
-    with pytest.raises(BundleError, match="fits nowhere"):
-        load_starting_weights(Model(1), tmp_path / "other.safetensors")
-    with pytest.raises(BundleError, match="nothing is downloaded"):
-        load_starting_weights(Model(1), tmp_path / "missing.safetensors")
 
 
 def test_a_fingerprint_follows_the_data_and_not_its_order_or_place():

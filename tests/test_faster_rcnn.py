@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from kitlib.bundle import BundleError
-from kitlib.classifier import StudyClassifier
+from kitlib.classifier import FindingsClassifier, StudyClassifier
 from kitlib.faster_rcnn import FasterRCNNDetector, load
-from kitlib.recipes import DetectorRecipe, StudyRecipe, override
+from kitlib.recipes import DetectorRecipe, FindingsRecipe, StudyRecipe, override, recipe
 
 RECIPE = DetectorRecipe(
     backbone="test_resnet", image_size=64, fpn_channels=16, box_hidden=16, proposals=20, box_samples=16, max_detections=7
@@ -36,7 +36,7 @@ def detector():
 def test_the_network_sees_the_canvas_normalised_once_and_at_its_own_size(side, channels, training):
     detector = FasterRCNNDetector(override(RECIPE, backbone="test_efficientnet", image_size=side, channels=channels))
     canvas = torch.randint(0, 256, (1, side, side), dtype=torch.uint8)
-    images, _ = detector.model.transform.train(training)(detector._images(canvas))
+    images, _ = detector.model.transform.train(training)(detector._images(canvas, side))
     assert images.image_sizes == [(side, side)]
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's, timm's configuration
     if channels == 1:
@@ -102,7 +102,7 @@ def test_a_bundle_s_weights_predict_alike_and_nothing_else_is_read(detector):
 
 
 def test_backbones_that_cannot_serve_are_named():
-    with pytest.raises(ValueError, match=r"strides \[16, 16, 16\].*needs \(4, 8, 16, 32\)"):
+    with pytest.raises(ValueError, match=r"strides \[16, 16, 16\].*needs 4, 8 and 16"):
         FasterRCNNDetector(override(RECIPE, backbone="test_vit"))
     with pytest.raises(ValueError, match=r"no backbone 'resnet19'; near: .*resnet18"):
         FasterRCNNDetector(override(RECIPE, backbone="resnet19"))
@@ -133,3 +133,93 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
     save_file(timm.create_model("test_efficientnet", num_classes=0).state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(BundleError, match=r"other.safetensors lacks \d+ of the \d+ tensors of 'test_resnet'"):
         FasterRCNNDetector(override(RECIPE, starting_weights=str(tmp_path / "other.safetensors")))
+
+
+def test_a_larger_canvas_at_prediction_reaches_the_backbone_as_it_is():
+    # The Heidelberg code asked for 1,024 pixels at inference, and torchvision resized them back to 512.
+    detector = FasterRCNNDetector(override(RECIPE, image_size=64, inference_size=128))
+    seen = []
+    detector.model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    detector.train().losses(NOISE, [torch.tensor([[8.0, 8, 40, 40]])] * 3)
+    found = detector.predict(torch.randint(0, 256, (1, 128, 128), dtype=torch.uint8))[0]
+    assert seen == [(3, 1, 64, 64), (1, 1, 128, 128)]
+    assert found[:, :4].max() > 64
+    with pytest.raises(ValueError, match=r"canvases \(n, 128, 128\)"):
+        detector.predict(NOISE)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_squeezenet_s_maps_have_a_cell_a_stride(channels):
+    detector = FasterRCNNDetector(override(RECIPE, backbone="squeezenet1_1", image_size=512, channels=channels))
+    maps = detector.model.backbone(torch.zeros(1, channels, 512, 512))
+    # Strides 4, 8 and 16 of the backbone, 32 pooled: 512 / stride cells, so that torchvision places anchors right.
+    assert [each.shape[-1] for each in maps.values()] == [128, 64, 32, 16]
+    assert detector.model.backbone.strides == [4, 8, 16, 32]
+
+
+def test_squeezenet_s_cells_lie_where_the_picture_is():
+    # What cell (4, 4) of stride 16 sees of the picture is centred on that cell's middle, 4 * 16 + 8.
+    pyramid = FasterRCNNDetector(override(RECIPE, backbone="squeezenet1_1", image_size=256)).model.backbone.eval()
+    for part in pyramid.body.modules():
+        if isinstance(part, torch.nn.Conv2d):
+            torch.nn.init.ones_(part.weight)
+            torch.nn.init.zeros_(part.bias)
+    pixels = torch.rand(1, 1, 256, 256, requires_grad=True)
+    features = pyramid.body(torch.nn.functional.pad(pixels, (pyramid.padding, 0) * 2))[-1]
+    features[0, 0, 4, 4].backward()
+    rows = torch.nonzero(pixels.grad[0, 0].sum(dim=1))
+    assert abs((rows.min() + rows.max() + 1).item() / 2 - (4 * 16 + 8)) <= 12
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_findings_bundle_starts_a_detector(tmp_path, channels):
+    grey = FindingsClassifier(
+        FindingsRecipe(backbone="squeezenet1_1", channels=1, image_size=64, hidden=8), ["Mass", "Edema"]
+    ).eval()
+    save_file(grey.state_dict(), tmp_path / "findings.safetensors")
+    chosen = override(
+        RECIPE, backbone="squeezenet1_1", channels=channels, starting_weights=str(tmp_path / "findings.safetensors")
+    )
+    detector = FasterRCNNDetector(chosen).eval()
+    assert "50 tensors of the backbone; pyramid and heads left random" in detector.starting_weights
+    x = torch.rand(1, 1, 80, 80)
+    expected = grey.backbone.forward_features(x)
+    found = detector.model.backbone.body(x.expand(-1, channels, -1, -1))[-1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_trained_detector_starts_another_with_all_it_has(detector, tmp_path):
+    save_file({name: value.contiguous() for name, value in detector.state_dict().items()}, tmp_path / "rsna.safetensors")
+    started = FasterRCNNDetector(override(RECIPE, starting_weights=str(tmp_path / "rsna.safetensors")))
+    assert all(torch.equal(started.state_dict()[name], value) for name, value in detector.state_dict().items())
+    assert started.starting_weights.endswith(f"{len(detector.state_dict())} tensors, 0 left random")
+
+
+def test_the_ciou_loss_is_torchvision_s_own_of_the_decoded_boxes():
+    torch.manual_seed(0)
+    plain, complete = FasterRCNNDetector(RECIPE), FasterRCNNDetector(override(RECIPE, box_loss="ciou"))
+    complete.load_state_dict(plain.state_dict())
+    losses = {}
+    for name, detector in (("smooth_l1", plain), ("ciou", complete)):
+        torch.manual_seed(1)  # which regions are sampled
+        found = detector.train().losses(NOISE, [torch.tensor([[8.0, 8, 40, 40]])] * 3)
+        losses[name] = {part: value.item() for part, value in found.items()}
+    assert losses["ciou"]["loss_classifier"] == pytest.approx(losses["smooth_l1"]["loss_classifier"], rel=1e-4)
+    # Of untrained offsets the boxes are the proposals, which overlap theirs by more than a half: CIoU below 1 of each box,
+    # and a quarter of the sampled regions at most have one.
+    assert 0 < losses["ciou"]["loss_box_reg"] < 0.25 * 1.0
+    assert losses["ciou"]["loss_box_reg"] != losses["smooth_l1"]["loss_box_reg"]
+    with pytest.raises(ValueError, match="Faster R-CNN has: smooth_l1, ciou"):
+        FasterRCNNDetector(override(RECIPE, box_loss="giou"))
+
+
+def test_the_published_network_has_its_parameters():
+    with torch.device("meta"):
+        detector = FasterRCNNDetector(override(recipe("heidelberg_faster_rcnn", DetectorRecipe), channels=3))
+    parts = {name: sum(each.numel() for each in part.parameters()) for name, part in detector.model.named_children()}
+    body = sum(each.numel() for each in detector.model.backbone.body.parameters())
+    # resnext101_32x8d without its classifier: 88,791,336 - 2,049,000. The pyramid: 1x1 convolutions of 256, 512, 1024 and
+    # 2048 channels to 256 and four 3x3 ones, with biases. Two layers of 1,024 on 256 x 7 x 7, then 2 scores and 8 offsets.
+    assert body == 88_791_336 - 2_049_000
+    assert parts["backbone"] - body == (256 + 512 + 1024 + 2048) * 256 + 4 * 256 + 4 * (256 * 256 * 9 + 256)
+    assert parts["roi_heads"] == (256 * 49 + 1) * 1024 + 1025 * 1024 + 1025 * 2 + 1025 * 8

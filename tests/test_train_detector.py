@@ -11,13 +11,16 @@ from small_xrays import COLUMNS, ROWS, SmallXrays
 from kitlib import train_detector as module
 from kitlib.average_precision import average_precision, box_hits
 from kitlib.bundle import read_bundle
+from kitlib.faster_rcnn import load as load_faster_rcnn
 from kitlib.geometry import letterbox
+from kitlib.predict import Predictor
 from kitlib.recipes import DetectorRecipe, override
+from kitlib.recipes import recipe as find_recipe
 from kitlib.tables import BOX, read_table
 from kitlib.train_detector import canvas_precision, train_detector, with_negatives
 from kitlib.train_faster_rcnn import FasterRCNNTraining
 from kitlib.train_yolo import Canvases, Trainer, settings
-from kitlib.training_run import ResumeError
+from kitlib.training_run import ExtraImages, ResumeError
 from kitlib.xray_dataset import XrayDataset
 
 from ultralytics.cfg import get_cfg  # isort: skip  (kitlib.yolo makes the import offline)
@@ -35,6 +38,7 @@ FASTER_RCNN = DetectorRecipe(
     box_hidden=16,
     box_samples=16,
     proposals=20,
+    schedule_every=0,
 )
 YOLO = override(FASTER_RCNN, family="yolo", backbone="yolov8n", width=0.25, mosaic=0.5, mixup=0.2)
 RECIPES = {"faster_rcnn": FASTER_RCNN, "yolo": YOLO}
@@ -268,3 +272,53 @@ def test_an_unaugmented_canvas_reaches_ultralytics_as_it_is(tmp_path):
     x, y, width, height = example["bboxes"].numpy()[0] * 64
     corners = place.boxes_to_original(np.array([[x - width / 2, y - height / 2, x + width / 2, y + height / 2]]))
     np.testing.assert_allclose(corners[0], small.boxes.iloc[0][list(BOX)].to_numpy(float), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sharpen_p", "ema_decay", "erase_p"])
+def test_a_setting_that_ultralytics_does_not_know_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"recipe.{name}.*know no such setting"):
+        settings(override(YOLO, **{name: 0.5}), tmp_path, torch.device("cpu"), 0, 0)
+
+
+def test_the_published_settings_reach_ultralytics(tmp_path):
+    # Heidelberg report, section 3.2: flips, learning rate, decay, nominal batch.
+    given = settings(find_recipe("heidelberg_yolo", DetectorRecipe), tmp_path, torch.device("cpu"), 0, 0)
+    expected = {"flipud": 0.1, "fliplr": 0.5, "lr0": 0.01, "momentum": 0.937, "weight_decay": 5e-4, "nbs": 64, "mixup": 0.5}
+    assert {name: given[name] for name in expected} == expected and given["imgsz"] == 512
+    published = settings(find_recipe("heidelberg_yolo_published", DetectorRecipe), tmp_path, torch.device("cpu"), 0, 0)
+    assert (published["box"], published["cls"]) == (0.075, 0.8)
+
+
+def test_the_moving_average_is_what_is_judged_and_kept(tmp_path):
+    # A decay so near to 1 that the average hardly leaves its beginning.
+    kept = train(tmp_path / "average", override(FASTER_RCNN, ema_decay=0.5)).metrics["best"]
+    plain = train(tmp_path / "plain", FASTER_RCNN).metrics["best"]
+    assert kept["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-6) and kept["score"] != plain["score"]
+
+
+def test_extra_images_are_trained_on_but_for_unsure_ones(tmp_path):
+    small, other = SmallXrays(16), SmallXrays(32)
+    added = other.images.iloc[16:].assign(unsure=[False] * 12 + [True] * 4)
+    extra = ExtraImages(added, other.labels, other.boxes, other)
+    run = train(tmp_path, override(FASTER_RCNN, epochs=1, negatives=9.0), small, extra=extra)
+    assert run.metrics["train_images"] == 8 + 12 and run.metrics["validation_images"] == 8
+    with pytest.raises(ResumeError, match="extra"):
+        train(tmp_path, override(FASTER_RCNN, epochs=1, negatives=9.0), small)
+
+
+def test_letterbox_and_stretch_judge_a_detector_alike(tmp_path):
+    # One trained detector on canvases of either kind; it was trained on stretched ones of nearly the same shape (4 : 5).
+    small = SmallXrays(32)
+    recipe = override(FASTER_RCNN, image_size=64, epochs=8, learning_rate=5e-3)
+    run = train(tmp_path, recipe, small)
+    record, weights = read_bundle(run.run_folder / "bundle")
+    network = load_faster_rcnn(record, weights, torch.device("cpu"))
+    held = small.fold_table.id[small.fold_table.fold == 1]
+    scores = {}
+    for placement in ("stretch", "letterbox"):
+        chunks = Predictor(record | {"placement": placement}, network, torch.device("cpu"), 4).predict(map(small.read, held))
+        found = pd.concat(chunks)
+        true = small.boxes[small.boxes.image_id.isin(held)]
+        hits = box_hits(found.image_id, found.score, found[list(BOX)], true.image_id, true[list(BOX)])
+        scores[placement] = average_precision(found.score.to_numpy(), hits, len(true))
+    assert scores["stretch"] > 0.7 and abs(scores["stretch"] - scores["letterbox"]) < 0.15

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from kitlib.bundle import BundleError
-from kitlib.recipes import DetectorRecipe, override
-from kitlib.yolo import YoloDetector, load
+from kitlib.classifier import FindingsClassifier
+from kitlib.recipes import DetectorRecipe, FindingsRecipe, override
+from kitlib.yolo import GeneralisedIoU, YoloDetector, load
 
+from ultralytics.cfg import get_cfg  # isort: skip
 from ultralytics.utils.nms import non_max_suppression  # isort: skip  (kitlib.yolo makes the import offline)
 
 RECIPE = DetectorRecipe(family="yolo", backbone="yolov8n", width=0.25, image_size=64, max_detections=7)
@@ -141,3 +143,84 @@ assert not heavy, heavy
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "here", env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and not list((tmp_path / "here").iterdir())
+
+
+def of_squeezenet(**changes):
+    return YoloDetector(override(RECIPE, backbone="squeezenet1_1", **changes))
+
+
+def test_squeezenet_carries_the_head_at_strides_8_16_and_32():
+    detector = of_squeezenet(image_size=256)
+    assert detector.model.stride.tolist() == [8, 16, 32]
+    narrow = sum(each.numel() for each in detector.parameters())
+    assert narrow < sum(each.numel() for each in of_squeezenet(width=1.0).parameters())
+    assert all(len(boxes) <= 7 for boxes in detector.eval().predict(torch.zeros(2, 256, 256, dtype=torch.uint8)))
+
+
+def test_a_findings_bundle_s_squeezenet_sees_the_same_picture(tmp_path):
+    grey = FindingsClassifier(FindingsRecipe(backbone="squeezenet1_1", channels=1, image_size=64, hidden=8), ["Mass"]).eval()
+    save_file(grey.state_dict(), tmp_path / "findings.safetensors")
+    detector = of_squeezenet(starting_weights=str(tmp_path / "findings.safetensors")).eval()
+    assert "50 tensors of the backbone; neck and head left random" in detector.starting_weights
+    # The classifier wants normalised grey, the detector plain pixels in three colours.
+    expected = grey.backbone.forward_features(grey.normalise(NOISE))
+    found = detector.model.model[1]((NOISE[:, None] / 255).repeat(1, 3, 1, 1))[-1]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_without_all_of_squeezenet_are_refused(tmp_path):
+    save_file(
+        {"features.0.weight": torch.zeros(64, 3, 3, 3), "features.0.bias": torch.zeros(64)}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(BundleError, match=r"lacks 48 tensors of SqueezeNet 1\.1, such as model\.model\.1\.m\.3\.squeeze"):
+        of_squeezenet(starting_weights=str(tmp_path / "a.safetensors"))
+
+
+def test_a_larger_canvas_at_prediction():
+    found = varied(YoloDetector(override(RECIPE, inference_size=128))).predict(
+        torch.randint(0, 256, (1, 128, 128), dtype=torch.uint8)
+    )
+    assert found[0][:, :4].max() > 64
+
+
+def box_losses(**changes):
+    """ultralytics' loss parts (box, class, dfl) of one batch, by the gains in `changes`."""
+    torch.manual_seed(0)
+    detector = YoloDetector(override(RECIPE, **{name: value for name, value in changes.items() if name == "box_loss"}))
+    gains = {"box": 7.5, "cls": 0.5, "dfl": 1.5} | {name: value for name, value in changes.items() if name != "box_loss"}
+    detector.model.args = get_cfg(overrides=gains)
+    batch = {
+        "img": (NOISE[:, None] / 255).repeat(1, 3, 1, 1),
+        "batch_idx": torch.tensor([0.0, 2.0]),
+        "cls": torch.zeros(2, 1),
+        "bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.6], [0.3, 0.4, 0.3, 0.3]]),
+    }
+    return detector.model.train().loss(batch)[0].detach()
+
+
+def test_gains_reach_the_loss():
+    plain = box_losses()
+    for place, name in enumerate(("box", "cls", "dfl")):
+        doubled = box_losses(**{name: 2 * {"box": 7.5, "cls": 0.5, "dfl": 1.5}[name]})
+        expected = plain.clone()
+        expected[place] *= 2
+        torch.testing.assert_close(doubled, expected)
+
+
+def test_giou_replaces_ciou_in_the_box_loss_alone():
+    complete, generalised = box_losses(box_loss="ciou"), box_losses(box_loss="giou")
+    assert complete[0] != generalised[0]
+    torch.testing.assert_close(complete[1:], generalised[1:])
+    with pytest.raises(ValueError, match="YOLO has: ciou, giou"):
+        box_losses(box_loss="smooth_l1")
+
+
+def test_the_generalised_iou_is_torchvision_s():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [5.0, 5, 20, 20]]), torch.tensor([[0.0, 0, 10, 5], [30.0, 30, 40, 40]])
+    weight = torch.tensor([[0.5], [1.0]])
+    loss, _ = GeneralisedIoU(1)(
+        torch.zeros(2, 4), boxes[0], torch.ones(2, 2), boxes[1], weight, weight.sum(), torch.ones(2, dtype=torch.bool),
+        torch.tensor([64.0, 64.0]), torch.ones(2, 1),
+    )  # fmt: skip
+    # IoU 1/2 in a hull that is the larger box: 1/2. Apart, 225 and 100 in a hull of 35 x 35: -(1225 - 325) / 1225.
+    assert loss.item() == pytest.approx((0.5 * (1 - 0.5) + 1.0 * (1 + 900 / 1225)) / 1.5, abs=1e-5)
