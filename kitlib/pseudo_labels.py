@@ -39,7 +39,7 @@ class Predictions:
 class PseudoLabels:
     """Tables to train on, and what did not get into them.
 
-    `images` has two columns more: `none`, the soft target, and `unsure_boxes`, True where the boxes are no lesson for a
+    `images` has two columns more: `none`, the soft target, and `unsure`, True where the boxes are no lesson for a
     detector. `labels` has the four study classes, adding to 1, for studies that a classifier has judged. `boxes` has a
     column `score`. `left_out` has image_id and reason.
     """
@@ -51,11 +51,20 @@ class PseudoLabels:
 
 
 def duplicate_groups(sources: Iterable[tuple[pd.DataFrame, XrayCache]], max_distance: int = MAX_DISTANCE) -> pd.DataFrame:
-    """Columns image_id and group over the decoded images of several (table images, cache); near-duplicates share a group."""
+    """Columns image_id and group over the images of several (table images, cache); near-duplicates share a group.
+
+    Raises ValueError for an image that is not decoded: what it resembles would go unnoticed.
+    """
     caches = {image_id: cache for images, cache in sources for image_id in images["image_id"]}
-    known = [image_id for image_id, cache in caches.items() if image_id in cache]
-    hashes = [perceptual_hash(caches[image_id].read(image_id).pixels) for image_id in tqdm(known, desc="near-duplicates")]
-    return pd.DataFrame({"image_id": pd.Series(known, dtype=object), "group": group_hashes(hashes, max_distance)})
+    absent = [image_id for image_id, cache in caches.items() if image_id not in cache]
+    if absent:
+        raise ValueError(
+            f"{len(absent)} of {len(caches)} images are not decoded, first {absent[0]}; run notebook 10 again by this kit"
+        )
+    hashes = [
+        perceptual_hash(cache.read(image_id).pixels) for image_id, cache in tqdm(caches.items(), desc="near-duplicates")
+    ]
+    return pd.DataFrame({"image_id": pd.Series(list(caches), dtype=object), "group": group_hashes(hashes, max_distance)})
 
 
 def seen_by(
@@ -155,7 +164,7 @@ def pseudo_labels(
     best = images["image_id"].map(found.groupby("image_id")["score"].max()).fillna(0.0)
     unsure = ~images["image_id"].map(nones["seen"]) | ((best >= low) & (best < high))
     images = images.drop(columns="false_none", errors="ignore")
-    images = images.assign(none=images["image_id"].map(nones["none"]), unsure_boxes=unsure)
+    images = images.assign(none=images["image_id"].map(nones["none"]), unsure=unsure)
     studies = fused.studies[~fused.studies["prior"] & fused.studies["study_id"].isin(images["study_id"])]
     classes = list(STUDY_CLASSES)
     labels = studies[classes].div(studies[classes].sum(axis=1), axis=0)  # after the negative share they add to another sum

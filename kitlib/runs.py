@@ -118,8 +118,8 @@ def read_extra(run: str | Path, for_boxes: bool = False) -> ExtraImages:
     folds = run / "tables" / "folds.parquet"
     if folds.is_file():
         images = images[images["image_id"].isin(read_table("folds", folds)["id"])]
-    if for_boxes and "unsure_boxes" in images.columns:
-        images = images[~images["unsure_boxes"].astype(bool)]
+    if for_boxes and "unsure" in images.columns:
+        images = images[~images["unsure"].astype(bool)]
     # A pseudo-labelled run names the run whose decoded images it uses, if they are not its own.
     home = find_run(metrics["xrays_run"]) if metrics.get("xrays_run") else run
     cache = XrayCache(home / "xrays", metrics["longest_side"])

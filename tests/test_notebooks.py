@@ -42,7 +42,9 @@ def test_the_demo_runs_every_notebook_and_leaves_a_valid_submission(ended):
     assert all(math.isfinite(scores[name]) for name in ("score", "negative", "none", "opacity"))
     assert validate(demo.inputs / COMPETITION / "sample_submission.csv", demo.runs / "submission.csv") == []
     executed = [notebook for stage in [*demo.stages(), demo.report()] for notebook, _, _ in stage]
-    assert {*executed, "70_submit"} == {path.stem for path in NOTEBOOKS}
+    # The kernel runs 70; 20 and 50 have tests of their own.
+    apart = {"20_pretrain_backbone", "50_pseudo_label", "70_submit"}
+    assert {*executed} | apart == {path.stem for path in NOTEBOOKS}
 
 
 def test_the_rehearsed_kernel_used_every_model(ended):

@@ -3,14 +3,12 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_xrays import RECIPE, SmallXrays
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.fusion import FusionSettings, fuse
 from kitlib.predict import study_and_image_scores
-from kitlib.pseudo_labels import Predictions, duplicate_groups, predict_unseen, pseudo_labels, seen_by
+from kitlib.pseudo_labels import Predictions, duplicate_groups, pseudo_labels, seen_by
 from kitlib.tables import BOX, empty_table
-from kitlib.train_study import train_study
 
 MODELS = pd.DataFrame([("c", 0), ("c", 1), ("d", 0)], columns=["model", "fold"])
 PLAIN = FusionSettings()
@@ -87,13 +85,12 @@ def test_near_duplicates_are_found_across_two_caches():
             return type("Xray", (), {"pixels": self.pixels[image_id]})
 
     other = rng.integers(0, 255, (200, 200)).astype(np.uint8)
-    groups = duplicate_groups(
-        [
-            (images_of(("mine", "s", "p"), ("lost", "s", "p")), Cache(mine=one)),
-            (images_of(("theirs", "t", "q"), ("else", "u", "r")), Cache(theirs=copy, **{"else": other})),
-        ]
-    ).set_index("image_id")["group"]
-    assert groups["mine"] == groups["theirs"] != groups["else"] and "lost" not in groups
+    mine = images_of(("mine", "s", "p")), Cache(mine=one)
+    theirs = images_of(("theirs", "t", "q"), ("else", "u", "r")), Cache(theirs=copy, **{"else": other})
+    groups = duplicate_groups([mine, theirs]).set_index("image_id")["group"]
+    assert groups["mine"] == groups["theirs"] != groups["else"]
+    with pytest.raises(ValueError, match="1 of 3 images are not decoded, first mine"):
+        duplicate_groups([(mine[0], Cache()), theirs])
 
 
 IMAGES = images_of(*[(name, name.upper(), f"p{name}") for name in "abcd"])
@@ -120,7 +117,7 @@ def test_labels_are_means_over_models_that_have_not_seen_the_image():
     assert labels["typical"].to_dict() == pytest.approx({"A": 0.2, "B": 0.4, "D": 0.3})
     assert found.left_out.to_numpy().tolist() == [["c", "seen by every model that could judge it"]]
     # No detector has looked at any of them: nothing is known of boxes.
-    assert found.images["unsure_boxes"].all() and found.boxes.empty
+    assert found.images["unsure"].all() and found.boxes.empty
 
 
 def test_boxes_are_kept_and_doubtful_images_marked():
@@ -128,7 +125,7 @@ def test_boxes_are_kept_and_doubtful_images_marked():
     boxes += [("b", "d", 0, 0.45, *ONE), ("c", "d", 0, 0.05, *ONE)]
     found = pseudo_labels(predictions(boxes), IMAGES, empty_table("coverage"), PLAIN, low=0.1, kept=0.3, high=0.5)
     # b has a best box between low and high; on c the best is too weak to be anything, on d there is none.
-    assert found.images["unsure_boxes"].tolist() == [False, True, False, False]
+    assert found.images["unsure"].tolist() == [False, True, False, False]
     assert found.boxes[["image_id", "score"]].to_numpy().tolist() == [["a", 0.8], ["a", 0.35], ["b", 0.45]]
 
 
@@ -137,7 +134,7 @@ def test_boxes_of_a_detector_that_has_seen_the_image_do_not_count():
     seen = pd.DataFrame([("a", "d", 0), ("b", "d", 0), ("b", "d", 1)], columns=["image_id", "model", "fold"])
     found = pseudo_labels(predictions(boxes, coverage=(("d", 0), ("d", 1))), IMAGES, seen, PLAIN)
     assert found.boxes["score"].tolist() == [0.6]  # one list is left, and no empty one lowers it
-    assert found.images.set_index("image_id")["unsure_boxes"].to_dict() == {"a": False, "b": True, "c": False, "d": False}
+    assert found.images.set_index("image_id")["unsure"].to_dict() == {"a": False, "b": True, "c": False, "d": False}
 
 
 @settings(max_examples=15)
@@ -183,19 +180,3 @@ def test_an_image_that_was_not_predicted_is_left_out():
     images = pd.concat([IMAGES, images_of(("e", "E", "pe"))], ignore_index=True)
     found = pseudo_labels(predictions(), images, empty_table("coverage"), PLAIN)
     assert found.left_out.to_numpy().tolist() == [["e", "predicted by no model"]]
-
-
-def test_bundles_predict_what_they_have_not_seen(tmp_path):
-    small = SmallXrays(16)
-    tables = {"images": small.images, "labels": small.labels, "boxes": small.boxes, "folds": small.fold_table}
-    for fold in (0, 1):
-        train_study(**tables, fold=fold, cache=small, recipe=RECIPE, run_folder=tmp_path / f"fold{fold}", model_name="c")
-    models = pd.DataFrame({"model": "c", "fold": [0, 1], "bundle": [str(tmp_path / f"fold{n}/bundle") for n in (0, 1)]})
-    seen = seen_by(small.images, small.images, small.fold_table, models)
-    predicted = predict_unseen(models, small.images, small, seen)
-    # Every image once, by the model of its own fold: the out-of-fold predictions of the training.
-    assert dict(zip(predicted.probabilities["image_id"], predicted.probabilities["fold"], strict=True)) == dict(
-        zip(small.fold_table["id"], small.fold_table["fold"], strict=True)
-    )
-    found = pseudo_labels(predicted, small.images, seen, PLAIN)
-    assert len(found.images) == 16 and len(found.labels) == 8 and found.left_out.empty

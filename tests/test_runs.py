@@ -140,7 +140,7 @@ def test_extra_images_of_a_labelled_run_lie_in_the_run_that_it_names(tmp_path, p
     tables = read_prepared(prepared)
     for name in ("labels", "boxes"):
         write_table(tables[name], name, tmp_path / "tables" / f"{name}.parquet")
-    images = tables["images"].assign(none=0.25, unsure_boxes=[n % 2 == 1 for n in range(8)])
+    images = tables["images"].assign(none=0.25, unsure=[n % 2 == 1 for n in range(8)])
     write_table(images, "images", tmp_path / "tables" / "images.parquet")
     write_json(tmp_path / "metrics.json", {"longest_side": 50, "xrays_run": str(prepared)})
     extra = read_extra(tmp_path)
