@@ -39,7 +39,8 @@ class TrainingRecipe:
     weight_decay: float = 0.0
     warmup_epochs: float = 0.0
     schedule_every: int = 0  # epochs between steps of the cosine; 0: every batch; Heidelberg's 2 never reaches the floor
-    patience: int = 10  # epochs without a better validation score before training stops
+    keep: str = "best"  # the epoch that validates best; or "last", where nothing may be chosen on the fold that is predicted
+    patience: int = 10  # epochs without a better validation score before training stops; not if the last one is kept
     ema_decay: float = 0.0  # of the moving average of the weights that is judged and kept; 0: the weights themselves
     views: tuple[str, ...] = ("full",)  # of "full", "flip", "lungs", "lungs_flip": what a prediction averages
     horizontal_flip: float = 0.5  # probability

@@ -58,7 +58,7 @@ def train_detector(
     progress: bool = True,
     extra: ExtraImages | None = None,
 ) -> DetectorRun:
-    """Train, keep the best epoch, predict the validation fold; `run_folder` gets bundle, tables, figures, metrics.json.
+    """Train, keep the recipe's epoch, predict the validation fold; `run_folder` gets bundle, tables, figures, metrics.json.
 
     The best epoch is that of the highest opacity AP on the validation fold, images without boxes included. An interrupted
     run goes on where it was and gives what an uninterrupted one gives; a finished one is read back. Raises ResumeError if

@@ -51,7 +51,7 @@ def fit_faster_rcnn(
     progress: bool,
     title: str,
 ) -> Fitted:
-    """Train until the recipe ends it, and leave the best epoch's weights in `detector`, on the CPU."""
+    """Train until the recipe ends it, and leave the kept epoch's weights in `detector`, on the CPU."""
     size = detector.recipe.batch_size
     return fit(
         FasterRCNNTraining(detector.to(memory_format=torch.channels_last), judge),

@@ -53,7 +53,7 @@ def train_findings(
     resume: bool = True,
     progress: bool = True,
 ) -> FindingsRun:
-    """Train, keep the best epoch, predict the validation fold and the images of the split "test" with it.
+    """Train, keep the recipe's epoch, predict the validation fold and the images of the split "test" with it.
 
     The classes are those of `labels`, in their order. `run_folder` gets all of it, metrics.json last: the bundle is where a
     study classifier or a detector may start. An interrupted run goes on where it was and gives what an uninterrupted one

@@ -65,7 +65,7 @@ def train_study(
     resume: bool = True,
     progress: bool = True,
 ) -> StudyRun:
-    """Train, keep the best epoch and predict the validation fold with it; `run_folder` gets all of it, metrics.json last.
+    """Train, keep the recipe's epoch, predict the validation fold with it; `run_folder` gets all of it, metrics.json last.
 
     An interrupted run goes on where it was and gives what an uninterrupted one gives; a finished one is read back. Raises
     ResumeError if the folder holds a run of other data or settings, ValueError if the recipe freezes random weights or if

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from kitlib.atomic import replacing
 from kitlib.device import derived_seed, precision, seed_everything
 from kitlib.recipes import DetectorRecipe
-from kitlib.training_run import LEARNING_RATE_FLOOR, Fitted, best_row, is_over
+from kitlib.training_run import LEARNING_RATE_FLOOR, Fitted, is_over, kept_row
 from kitlib.xray_dataset import XrayDataset, batches
 from kitlib.yolo import YoloDetector  # before ultralytics, whose import it makes silent and offline
 
@@ -131,12 +131,12 @@ class Trainer(DetectionTrainer):
                 "score": self.fitness,
             }
         )
-        self.stop |= is_over(self.history, self.epochs, self.detector.recipe.patience)
+        self.stop |= is_over(self.history, self.detector.recipe)
         shown = {name: f"{self.history[-1][name]:.3f}" for name in ("train_loss", "score")}
         self.bar.set_postfix({"epoch": self.epoch + 1, **shown}, refresh=False)
 
     def save_model(self) -> bool:
-        if best_row(self.history) == len(self.history) - 1:
+        if kept_row(self.history, self.detector.recipe) == len(self.history) - 1:
             with replacing(self.folder / "best.safetensors") as beside:
                 save_file({name: value.contiguous() for name, value in self.ema.ema.state_dict().items()}, beside)
         state = {
@@ -257,7 +257,7 @@ def fit_yolo(
     progress: bool,
     title: str,
 ) -> Fitted:
-    """Train until the recipe ends it, and leave the best epoch's moving average in `detector`, on the CPU."""
+    """Train until the recipe ends it, and leave the kept epoch's moving average in `detector`, on the CPU."""
     steps = -(-len(train) // detector.recipe.batch_size)
     with tqdm(
         desc=title,
@@ -270,11 +270,11 @@ def fit_yolo(
     ) as bar:
         trainer = Trainer(detector, train, validation, judge, run_folder, device, seed, workers, bar)
         trainer.history = _history(trainer.last)
-        if not trainer.history or not is_over(trainer.history, detector.recipe.epochs, detector.recipe.patience):
+        if not trainer.history or not is_over(trainer.history, detector.recipe):
             trainer.train()
     detector.to("cpu")
     detector.model.load_state_dict(load_file(trainer.folder / "best.safetensors"))
-    return Fitted(pd.DataFrame(trainer.history), best_row(trainer.history) + 1)
+    return Fitted(pd.DataFrame(trainer.history), kept_row(trainer.history, detector.recipe) + 1)
 
 
 def _history(checkpoint: Path) -> list[dict[str, float]]:

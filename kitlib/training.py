@@ -21,7 +21,7 @@ from tqdm import tqdm
 from kitlib.atomic import replacing
 from kitlib.device import derived_seed, precision
 from kitlib.recipes import TrainingRecipe
-from kitlib.training_run import LEARNING_RATE_FLOOR, Fitted, best_row, is_over
+from kitlib.training_run import LEARNING_RATE_FLOOR, Fitted, is_over, kept_row
 
 
 class RecipeTraining(pl.LightningModule):
@@ -133,7 +133,7 @@ def fit(
     title: str = "training",
     gathered: int = 1,
 ) -> Fitted:
-    """Train until the recipe's epochs or patience are over, and leave the best epoch's weights in `module.model` on the CPU.
+    """Train until the recipe's epochs or patience are over, and leave the kept epoch's weights in `module.model` on the CPU.
 
     They are those of `module.judged`: its moving average, where the recipe has one.
 
@@ -144,7 +144,7 @@ def fit(
     """
     folder = Path(run_folder) / "checkpoints"
     last = folder / "last.ckpt"
-    keeper = _EpochKeeper(folder, module.recipe.patience, seed)
+    keeper = _EpochKeeper(folder, module.recipe, seed)
     with _quiet_lightning():
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -164,20 +164,20 @@ def fit(
         )
         # The checkpoint is a pickle of our own making; weights_only keeps it from running code all the same.
         history = _history(last)
-        if history and is_over(history, module.recipe.epochs, module.recipe.patience):
+        if history and is_over(history, module.recipe):
             keeper.history = history
         else:
             trainer.fit(module, train_batches, validation_batches, ckpt_path=last if history else None, weights_only=True)
     module.to("cpu")
     module.model.load_state_dict(load_file(folder / "best.safetensors"))
-    return Fitted(pd.DataFrame(keeper.history), best_row(keeper.history) + 1)
+    return Fitted(pd.DataFrame(keeper.history), kept_row(keeper.history, module.recipe) + 1)
 
 
 class _EpochKeeper(pl.Callback):
     """Seeds each epoch, keeps the history, the best weights and the checkpoint, and ends the training."""
 
-    def __init__(self, folder: Path, patience: int, seed: int) -> None:
-        self.folder, self.patience, self.seed = folder, patience, seed
+    def __init__(self, folder: Path, recipe: TrainingRecipe, seed: int) -> None:
+        self.folder, self.recipe, self.seed = folder, recipe, seed
         self.history: list[dict[str, float]] = []
         self.started = self.trained = 0.0
 
@@ -212,14 +212,14 @@ class _EpochKeeper(pl.Callback):
                 **logged,
             }
         )
-        if best_row(self.history) == len(self.history) - 1:
+        if kept_row(self.history, self.recipe) == len(self.history) - 1:
             weights = pl_module.judged.state_dict().items()
             weights = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in weights}
             with replacing(self.folder / "best.safetensors") as beside:
                 save_file(weights, beside)
         with replacing(self.folder / "last.ckpt") as beside:
             trainer.save_checkpoint(beside)
-        trainer.should_stop = is_over(self.history, trainer.max_epochs, self.patience)
+        trainer.should_stop = is_over(self.history, self.recipe)
 
 
 class _Progress(pl.Callback):

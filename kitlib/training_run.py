@@ -48,7 +48,7 @@ class Fitted:
     best_epoch: int
 
     def best(self) -> dict[str, float]:
-        """What the module logged in the best epoch, where finite."""
+        """What the module logged in the kept epoch, where finite."""
         row = self.history.loc[self.history.epoch == self.best_epoch].iloc[0]
         return {name: float(value) for name, value in row.items() if math.isfinite(value) and name not in COUNTED}
 
@@ -267,7 +267,7 @@ def read_finished(run_folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
 
 
 def draw_curves(fitted: Fitted, path: str | Path) -> None:
-    """Losses on the left, the score and its parts on the right, the best epoch marked."""
+    """Losses on the left, the score and its parts on the right, the kept epoch marked."""
     history, figure = fitted.history, Figure(figsize=(10, 4))
     left, right = figure.subplots(1, 2)
     parts = history.columns.difference(COUNTED, sort=False)
@@ -278,7 +278,7 @@ def draw_curves(fitted: Fitted, path: str | Path) -> None:
             history.epoch, history[name], marker=".", label=name, linewidth=2 if strong else 1, alpha=1 if strong else 0.6
         )
     for axes, label in ((left, "loss"), (right, "validation")):
-        axes.axvline(fitted.best_epoch, color="grey", linestyle=":", label="best epoch")
+        axes.axvline(fitted.best_epoch, color="grey", linestyle=":", label="kept epoch")
         axes.set(xlabel="epoch", ylabel=label)
         axes.legend(fontsize="small")
     with replacing(path) as beside:
@@ -303,11 +303,15 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def best_row(history: list[dict[str, float]]) -> int:
-    """Index of the first row with the highest score."""
+def kept_row(history: list[dict[str, float]], recipe: TrainingRecipe) -> int:
+    """Index of the epoch whose weights the recipe keeps: the first with the highest score, or the last."""
+    if recipe.keep not in ("best", "last"):
+        raise ValueError(f"recipe.keep is {recipe.keep!r}; there are: best, last")
+    if recipe.keep == "last":
+        return len(history) - 1
     return max(range(len(history)), key=lambda row: (history[row]["score"], -row))
 
 
-def is_over(history: list[dict[str, float]], epochs: int, patience: int) -> bool:
-    """Whether the epochs are used up, or `patience` of them have passed since the best one."""
-    return len(history) >= epochs or len(history) - 1 - best_row(history) >= patience
+def is_over(history: list[dict[str, float]], recipe: TrainingRecipe) -> bool:
+    """Whether the epochs are used up, or as many as the recipe's patience have passed since the one that is kept."""
+    return len(history) >= recipe.epochs or len(history) - 1 - kept_row(history, recipe) >= recipe.patience

@@ -12,7 +12,7 @@ from small_xrays import RECIPE
 from kitlib import training
 from kitlib.recipes import FindingsRecipe, override, recipe
 from kitlib.training import RecipeTraining, fit, gathered_batches, learning_rate_factor, make_optimizer
-from kitlib.training_run import best_row, is_over
+from kitlib.training_run import is_over, kept_row
 
 STEPWISE = override(RECIPE, schedule_every=0, warmup_epochs=0.0, epochs=10)
 BACKBONE = recipe("heidelberg_backbone", FindingsRecipe)
@@ -71,8 +71,13 @@ def rows(*scores):
     ],
 )
 def test_patience_and_epochs_end_a_training(scores, best, over):
-    assert best_row(rows(*scores)) == best
-    assert is_over(rows(*scores), epochs=5, patience=2) is over
+    best_kept = override(RECIPE, epochs=5, patience=2)
+    assert kept_row(rows(*scores), best_kept) == best
+    assert is_over(rows(*scores), best_kept) is over
+    # The last epoch is kept whatever the fold says of it, and none ends a training early.
+    last = override(best_kept, keep="last")
+    assert kept_row(rows(*scores), last) == len(scores) - 1
+    assert is_over(rows(*scores), last) is (len(scores) == 5)
 
 
 def test_biases_and_norms_do_not_decay_and_what_is_frozen_is_left_out():
