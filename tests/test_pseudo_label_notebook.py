@@ -68,9 +68,7 @@ def ended(tmp_path_factory):
         "runs": [str(folder / "study"), str(folder / "rcnn")],
         "source_run": str(other),
         "run_folder": str(done),
-        "low": 0.0,
-        "kept": 0.0,
-        "high": 0.0,
+        "thresholds": [0.0, 0.0, 0.0],
         "workers": 1,
     }
     run_notebook(NOTEBOOK, folder / "executed.ipynb", parameters, done / "metrics.json", threads=1)
