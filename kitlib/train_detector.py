@@ -1,6 +1,6 @@
 """Training of an opacity detector of any family on all folds but one, and its out-of-fold boxes of that one."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def train_detector(
     The best epoch is that of the highest opacity AP on the validation fold, images without boxes included. An interrupted
     run goes on where it was and gives what an uninterrupted one gives; a finished one is read back. Raises ResumeError if
     the folder holds a run of other data or settings. Limits are numbers of images, whole patients; they do not touch
-    `extra`, which is trained on as well, but for its images marked `unsure`.
+    `extra`, which is trained on as well (see kitlib.runs.read_extra).
     """
     run_folder = Path(run_folder)
     tables = {"images": images, "labels": labels, "boxes": boxes, "folds": folds}
@@ -71,7 +71,7 @@ def train_detector(
     images, labels, boxes, folds = tables.values()
     train_images, validation_images = split(images, folds, fold, seed, limit_train, limit_validation)
     identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation, extra)
-    seen = with_extra(train_images, labels, boxes, cache, _sure(extra), validation_images)
+    seen = with_extra(train_images, labels, boxes, cache, extra, validation_images)
     train_images = with_negatives(seen[0], seen[2], recipe.negatives, seed)
     for part, name in ((train_images, "training"), (validation_images, f"validation fold {fold}")):
         if not part.image_id.isin(seen[2].image_id).any():
@@ -127,13 +127,6 @@ def with_negatives(images: pd.DataFrame, boxes: pd.DataFrame, share: float, seed
     others = np.random.default_rng(seed).permutation(np.flatnonzero(~boxed))
     kept = np.concatenate([np.flatnonzero(boxed), others[: round(share * boxed.sum())]])
     return images.iloc[np.sort(kept)].reset_index(drop=True)
-
-
-def _sure(extra: ExtraImages | None) -> ExtraImages | None:
-    """Without images that may have an opacity or not: as a place for false positives they would teach what is wrong."""
-    if extra is None or "unsure" not in extra.images:
-        return extra
-    return replace(extra, images=extra.images[~extra.images.unsure.astype(bool)])
 
 
 def canvas_precision(found: list[np.ndarray], true: list[np.ndarray]) -> float:

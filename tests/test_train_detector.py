@@ -296,12 +296,11 @@ def test_the_moving_average_is_what_is_judged_and_kept(tmp_path):
     assert kept["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-6) and kept["score"] != plain["score"]
 
 
-def test_extra_images_are_trained_on_but_for_unsure_ones(tmp_path):
+def test_extra_images_are_trained_on_and_never_validated_on(tmp_path):
     small, other = SmallXrays(16), SmallXrays(32)
-    added = other.images.iloc[16:].assign(unsure=[False] * 12 + [True] * 4)
-    extra = ExtraImages(added, other.labels, other.boxes, other)
+    extra = ExtraImages(other.images.iloc[16:], other.labels, other.boxes, other)
     run = train(tmp_path, override(FASTER_RCNN, epochs=1, negatives=9.0), small, extra=extra)
-    assert run.metrics["train_images"] == 8 + 12 and run.metrics["validation_images"] == 8
+    assert run.metrics["train_images"] == 8 + 16 and run.metrics["validation_images"] == 8
     with pytest.raises(ResumeError, match="extra"):
         train(tmp_path, override(FASTER_RCNN, epochs=1, negatives=9.0), small)
 
