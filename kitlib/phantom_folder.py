@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +14,7 @@ import cv2
 
 from kitlib.atomic import write_json
 from kitlib.cache import usable_cores
+from kitlib.decode_worker import LightContext
 
 LEAST_SIDE = 32  # pixels; a smaller chest shows nothing
 
@@ -76,7 +76,5 @@ def each_in_order(write: Callable[[Item], Written], items: Sequence[Item], worke
     if workers <= 1:
         yield from map(write, items)
         return
-    # Spawned, not forked: OpenCV's and PyTorch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=LightContext(), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
         yield from pool.map(write, items, chunksize=max(1, min(8, 2000 // side)))
