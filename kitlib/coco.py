@@ -1,0 +1,202 @@
+"""The tables images, boxes and folds as one COCO JSON file, and back: for annotation tools and other people's detectors.
+
+COCO: https://cocodataset.org/#format-data. Its boxes are x, y, width, height in pixels of the original image.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kitlib.atomic import write_text
+from kitlib.tables import BOX, check_table
+
+CATEGORY = "opacity"  # of boxes without a column `finding`
+# Sums and differences of coordinates are rounded to so many decimals of a pixel: all that an annotator has given comes back
+# as the same number, and no file says 1026.6566200000002.
+DECIMALS = 9
+MOST_PIXELS = 1e9  # a larger coordinate is a mistake, as NaN is
+# What COCO says of an image itself; a column of this name would get lost.
+_TAKEN = {"id", "file_name", "width", "height", "fold"}
+
+
+class AnnotationError(ValueError):
+    """Tables that have no such file, or a file that has no such tables: which entry, which value, what to do."""
+
+
+def write_coco(path: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, folds: pd.DataFrame | None = None) -> None:
+    """Write every image of `images`, also those without a box, with all columns of its row and, if given, its fold.
+
+    `file_name` is `<image_id>.png`. Categories are the boxes' column `finding`, in the alphabet's order, or `opacity`.
+    Raises AnnotationError: an image of unknown size, a box or fold of an unknown image, a box thinner than DECIMALS tell.
+    """
+    images, boxes, categories = checked(images, boxes)
+    taken = _TAKEN & set(images.columns)
+    if taken:
+        raise AnnotationError(f"images have the column(s) {', '.join(sorted(taken))}, which COCO calls its own: rename them")
+    known = images.drop(columns=["rows", "columns"])
+    # JSON knows no NaN.
+    rows = known.astype(object).where(known.notna(), None).to_dict("records")
+    entries = [
+        {"id": number, "file_name": f"{row['image_id']}.png", "width": width, "height": height, **row}
+        for number, (row, width, height) in enumerate(
+            zip(rows, images["columns"].tolist(), images["rows"].tolist(), strict=True), 1
+        )
+    ]
+    if folds is not None:
+        _add_folds(entries, check_table(folds, "folds"))
+    number_of = {entry["image_id"]: entry["id"] for entry in entries}
+    corners = boxes[list(BOX)].to_numpy(float)
+    sizes = np.round(corners[:, 2:] - corners[:, :2], DECIMALS)
+    annotations = [
+        {
+            "id": number,
+            "image_id": number_of[image_id],
+            "category_id": 1 + category,
+            "bbox": [*box[:2].tolist(), *size.tolist()],
+            "area": round(float(size.prod()), DECIMALS),
+            "iscrowd": 0,
+        }
+        for number, (image_id, category, box, size) in enumerate(
+            zip(boxes["image_id"], category_numbers(boxes, categories), corners, sizes, strict=True), 1
+        )
+    ]
+    named = [{"id": number, "name": name, "supercategory": "finding"} for number, name in enumerate(categories, 1)]
+    parts = {"categories": named, "images": entries, "annotations": annotations}
+    # An entry a line: a person can read it, and a version control system tell what has changed.
+    lists = (f"{json.dumps(name)}: [\n{_lines(part)}\n]" for name, part in parts.items())
+    write_text(path, "{" + ",\n".join(lists) + "}\n")
+
+
+def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
+    """The tables `images` and `boxes` of any COCO file of boxes, and `folds` where `write_coco` was given them.
+
+    Every coordinate that has at most nine decimals is the number that was written, others are within 1e-9 pixels. Images
+    keep their columns; of a file from elsewhere, image_id is the file's name without suffix, and study and patient are
+    the image. Boxes have the column `finding` unless the only category is `opacity`. Raises AnnotationError.
+    """
+    content = _content(Path(path))
+    where = {name: f"{path}, {name}" for name in ("images", "annotations", "categories")}
+    names = {category["id"]: str(category["name"]) for category in _entries(content, "categories", ("id", "name"), where)}
+    entries = _entries(content, "images", ("id", "file_name", "width", "height"), where)
+    if not entries:
+        raise AnnotationError(f"{where['images']}: the list is empty, so there is nothing to read")
+    image_of = {entry["id"]: str(entry.get("image_id", Path(str(entry["file_name"])).stem)) for entry in entries}
+    boxes = []
+    for entry in _entries(content, "annotations", ("id", "image_id", "category_id", "bbox"), where):
+        place = f"{where['annotations']}, id {entry['id']!r}"
+        if not _known(entry["image_id"], image_of) or not _known(entry["category_id"], names):
+            raise AnnotationError(
+                f"{place}: no image {entry['image_id']!r} or no category {entry['category_id']!r} is listed"
+            )
+        boxes.append((image_of[entry["image_id"]], *_corners(entry["bbox"], place), names[entry["category_id"]]))
+    table = pd.DataFrame(boxes, columns=["image_id", *BOX, "finding"])
+    if list(names.values()) == [CATEGORY]:
+        table = table.drop(columns="finding")
+    images = pd.DataFrame([_image_row(entry, image_of[entry["id"]], where["images"]) for entry in entries])
+    tables = {"images": images.drop(columns="fold", errors="ignore"), "boxes": table}
+    if "fold" in images:
+        tables["folds"] = images.loc[images["fold"].notna(), ["image_id", "fold"]].rename(columns={"image_id": "id"})
+    return {name: check_table(table, name, str(path)) for name, table in tables.items()}
+
+
+def checked(images: pd.DataFrame, boxes: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Both tables, checked, and the categories of the boxes.
+
+    Raises AnnotationError where an image's size is unknown, a box belongs to no image, has no finding or is too thin.
+    """
+    images, boxes = check_table(images, "images"), check_table(boxes, "boxes")
+    unsized = images.loc[(images["rows"] < 1) | (images["columns"] < 1), "image_id"]
+    if len(unsized):
+        raise AnnotationError(
+            f"{len(unsized)} of {len(images)} images have no rows and columns, first {unsized.iloc[0]}: "
+            "prepare the data set with notebook 10, which reads the sizes from the files"
+        )
+    strange = boxes.loc[~boxes["image_id"].isin(images["image_id"]), "image_id"]
+    if len(strange):
+        raise AnnotationError(f"{len(strange)} boxes belong to none of the images, first {strange.iloc[0]}: leave them out")
+    thin = np.round(boxes[["xmax", "ymax"]].to_numpy() - boxes[["xmin", "ymin"]].to_numpy(), DECIMALS).min(axis=1) <= 0
+    if thin.any():
+        raise AnnotationError(f"image {boxes['image_id'][thin].iloc[0]} has a box thinner than {10.0**-DECIMALS:g} pixels")
+    if "finding" not in boxes:
+        return images, boxes, [CATEGORY]
+    named = boxes["finding"].map(lambda name: isinstance(name, str) and name.strip() == name != "")
+    if not named.all():
+        raise AnnotationError(f"image {boxes['image_id'][~named].iloc[0]} has a box whose finding is no name")
+    return images, boxes, sorted(boxes["finding"].unique())
+
+
+def category_numbers(boxes: pd.DataFrame, categories: list[str]) -> list[int]:
+    """The place in `categories` of every box."""
+    if "finding" not in boxes:
+        return [0] * len(boxes)
+    return boxes["finding"].map({name: place for place, name in enumerate(categories)}).tolist()
+
+
+def _add_folds(entries: list[dict[str, Any]], folds: pd.DataFrame) -> None:
+    fold_of = dict(zip(folds["id"], folds["fold"].tolist(), strict=True))
+    strange = set(fold_of) - {entry["image_id"] for entry in entries}
+    if strange:
+        raise AnnotationError(f"{len(strange)} images of the folds are none of the images, first {min(strange)}")
+    for entry in entries:
+        if entry["image_id"] in fold_of:
+            entry["fold"] = fold_of[entry["image_id"]]
+
+
+def _lines(entries: list[dict[str, Any]]) -> str:
+    try:
+        return ",\n".join(json.dumps(entry, allow_nan=False) for entry in entries)
+    except (TypeError, ValueError) as error:
+        raise AnnotationError(
+            f"a column of images holds what JSON has no words for ({error}): leave the column out"
+        ) from error
+
+
+def _content(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise AnnotationError(f"{path} is missing: name a COCO JSON file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AnnotationError(f"{path} is no JSON ({error}): export it again") from error
+    if not isinstance(content, dict):
+        raise AnnotationError(f"{path} is no COCO file: wanted an object with images, annotations and categories")
+    return content
+
+
+def _entries(content: dict[str, Any], name: str, wanted: tuple[str, ...], where: dict[str, str]) -> list[dict[str, Any]]:
+    entries = content.get(name)
+    if not isinstance(entries, list):
+        raise AnnotationError(f"{where[name]}: the list is missing; the file has: {', '.join(content)}")
+    seen = set()
+    for place, entry in enumerate(entries):
+        missing = [key for key in wanted if not isinstance(entry, dict) or key not in entry]
+        if missing:
+            raise AnnotationError(f"{where[name]}, entry {place}: lacks {', '.join(missing)}")
+        if not isinstance(entry["id"], int | str) or entry["id"] in seen:
+            raise AnnotationError(f"{where[name]}, entry {place}: id {entry['id']!r} occurs again or is no id")
+        seen.add(entry["id"])
+    return entries
+
+
+def _known(key: Any, among: dict[Any, str]) -> bool:
+    return isinstance(key, int | str) and key in among
+
+
+def _corners(bbox: Any, place: str) -> tuple[float, float, float, float]:
+    numbers = isinstance(bbox, list) and len(bbox) == 4 and all(type(edge) in (int, float) for edge in bbox)
+    if not numbers or not all(abs(edge) < MOST_PIXELS for edge in bbox) or min(bbox[2:]) <= 0:
+        raise AnnotationError(f"{place}: bbox {bbox!r} is not x, y, width, height in pixels, the last two above 0")
+    x, y, width, height = map(float, bbox)
+    return x, y, round(x + width, DECIMALS), round(y + height, DECIMALS)
+
+
+def _image_row(entry: dict[str, Any], image_id: str, where: str) -> dict[str, Any]:
+    sizes = (entry["height"], entry["width"])
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise AnnotationError(f"{where}, id {entry['id']!r}: height {sizes[0]!r} and width {sizes[1]!r} are no pixels")
+    row = {"study_id": image_id, "patient_id": image_id, "path": str(entry["file_name"]), "source": "coco", "view": ""}
+    row |= {name: value for name, value in entry.items() if name not in _TAKEN - {"fold"}}
+    return row | {"image_id": image_id, "rows": sizes[0], "columns": sizes[1]}
