@@ -3,8 +3,9 @@
 import json
 import logging
 import math
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -65,21 +66,41 @@ def validate(sample: File, submission: Submission, as_json: Json = False) -> Non
         raise typer.Exit(1)
 
 
+class Layout(StrEnum):
+    SIIM = "siim"
+    NIH = "nih"
+    RSNA = "rsna"
+
+
 @app.command()
 def phantom(
     folder: Annotated[Path, typer.Option()],
-    truth: Annotated[Path, typer.Option()],
-    train_studies: int = 240,
-    test_studies: int = 80,
-    side: int = 320,
+    layout: Annotated[Layout, typer.Option(help="Whose files they are.")] = Layout.SIIM,
+    truth: Annotated[Path | None, typer.Option(help="siim: where the test set's labels go.")] = None,
+    train_studies: Annotated[int | None, typer.Option(help="siim: 240 unless told.")] = None,
+    test_studies: Annotated[int | None, typer.Option(help="siim: 80 unless told.")] = None,
+    images: Annotated[int | None, typer.Option(help="nih, rsna: 400 unless told.")] = None,
+    side: Annotated[int, typer.Option(help="Pixels.")] = 320,
     seed: int = 0,
 ) -> None:
-    """Write a phantom competition into FOLDER/siim-covid19-detection, its test set's truth into TRUTH. SIDE in pixels."""
-    from kitlib.phantom_competition import write_competition
-
-    sizes = {"train_studies": train_studies, "test_studies": test_studies, "side": side}
+    """Write phantoms into FOLDER: siim-covid19-detection, nih-chest-xrays or rsna-pneumonia-detection-challenge."""
+    given = {"truth": truth, "train_studies": train_studies, "test_studies": test_studies, "images": images}
+    sizes: dict[str, Any] = {"train_studies": 240, "test_studies": 80} if layout is Layout.SIIM else {"images": 400}
+    for name in [name for name, value in given.items() if value is not None]:
+        if name not in sizes and (name != "truth" or layout is not Layout.SIIM):
+            raise typer.BadParameter(f"--{name.replace('_', '-')} has no meaning with --layout {layout}")
+        sizes[name] = given[name]
+    if layout is Layout.SIIM and truth is None:
+        raise typer.BadParameter("--layout siim wants --truth, a folder for the test set's labels")
     try:
-        typer.echo(str(write_competition(folder, truth, seed=seed, **sizes)))
+        if layout is Layout.SIIM:
+            from kitlib.phantom_competition import write_competition as write
+        elif layout is Layout.NIH:
+            from kitlib.phantom_nih import write_nih as write
+        else:
+            from kitlib.phantom_rsna import write_rsna as write
+
+        typer.echo(str(write(folder, **sizes, side=side, seed=seed)))
     except (ValueError, FileExistsError) as error:
         _fail(error)
 

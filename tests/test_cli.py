@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from kitlib.__main__ import app
 from kitlib.classes import SCORED_CLASSES, STUDY_LABEL_COLUMNS
+from kitlib.read_dataset import read_dataset
 from kitlib.submission import write_all_negative
 
 IDS = ["s1_study", "s2_study", "i1_image", "i2_image"]
@@ -92,6 +93,24 @@ def test_an_absent_submission_is_a_fault_and_an_absent_sample_a_wrong_call(folde
     assert run("validate", "--sample", folder / "no.csv", "--submission", folder / "submission.csv").exit_code == 2
     assert run("score", "--truth", folder).exit_code == 2
     assert run("score", "--truth", folder, "--submission", folder / "no.csv").exit_code == 1
+
+
+def test_phantoms_of_each_layout_are_read_by_its_reader(tmp_path):
+    sizes = {"nih": ("--images", 16), "rsna": ("--images", 6), "siim": ("--train-studies", 4, "--test-studies", 4)}
+    for layout, size in sizes.items():
+        truth = ("--truth", tmp_path / "truth") if layout == "siim" else ()
+        done = run("phantom", "--folder", tmp_path, "--layout", layout, *truth, *size, "--side", 32)
+        assert done.exit_code == 0, done.stderr
+        data = read_dataset(layout, done.stdout.strip().splitlines()[-1], progress=False)
+        assert len(data.images) >= size[1] and len(data.boxes)
+
+
+def test_phantoms_refuse_what_has_no_meaning(tmp_path):
+    for words in (("--layout", "chexpert"), ("--layout", "nih", "--truth", "x"), ("--images", 4, "--truth", "x"), ()):
+        assert run("phantom", "--folder", tmp_path, *words).exit_code == 2
+    few = run("phantom", "--folder", tmp_path, "--layout", "rsna", "--images", 0)
+    assert few.exit_code == 1 and "at least 3 images" in few.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_score_and_validate_load_neither_torch_nor_a_decoder(folder):
