@@ -102,6 +102,34 @@ def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
     return {name: check_table(table, name, str(path)) for name, table in tables.items()}
 
 
+def read_coco_boxes(path: str | Path, images: pd.DataFrame) -> pd.DataFrame:
+    """The table boxes of a COCO file about `images`, as annotation tools give it back: they drop all other columns.
+
+    Raises AnnotationError as `read_coco` does, and where the file lists an image that `images` lacks, lacks one of them, or
+    gives it another size, since its boxes are then in other pixels.
+    """
+    tables = read_coco(path)
+    sizes = images[["image_id", "rows", "columns"]].merge(
+        tables["images"][["image_id", "rows", "columns"]],
+        on="image_id",
+        how="outer",
+        suffixes=("", "_there"),
+        indicator=True,
+    )
+    for side, problem in (("left_only", "are not in the file"), ("right_only", "of the file are unknown here")):
+        alone = sizes.loc[sizes["_merge"] == side, "image_id"]
+        if len(alone):
+            raise AnnotationError(f"{path}: {len(alone)} images {problem}, first {alone.iloc[0]}: export the same images")
+    other = sizes[(sizes["rows"] != sizes["rows_there"]) | (sizes["columns"] != sizes["columns_there"])]
+    if len(other):
+        raise AnnotationError(
+            f"{path}: {len(other)} images have another size, first {other.image_id.iloc[0]} with "
+            f"{other.columns_there.iloc[0]:.0f} x {other.rows_there.iloc[0]:.0f} instead of "
+            f"{other['columns'].iloc[0]} x {other['rows'].iloc[0]} pixels: annotate images of full size"
+        )
+    return tables["boxes"]
+
+
 def checked(images: pd.DataFrame, boxes: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """Both tables, checked, and the categories of the boxes.
 

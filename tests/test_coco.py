@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kitlib.coco import AnnotationError, read_coco, write_coco
+from kitlib.coco import AnnotationError, read_coco, read_coco_boxes, write_coco
 from kitlib.tables import check_table
 
 IMAGES = pd.DataFrame(
@@ -114,6 +114,19 @@ def test_a_file_from_elsewhere(tmp_path):
     )
     assert image.path == "set/00000001_000.jpg" and "folds" not in tables
     assert box.tolist() == ["00000001_000", 10, 20, 40.5, 60, "Nodule"]
+
+
+def test_boxes_of_the_same_images_in_the_same_pixels(tmp_path):
+    path = tmp_path / "a.json"
+    write_coco(path, IMAGES.iloc[::-1], BOXES)
+    same(read_coco_boxes(path, IMAGES), BOXES, "boxes")
+    with pytest.raises(AnnotationError, match="1 images of the file are unknown here, first c"):
+        read_coco_boxes(path, IMAGES.head(2))
+    with pytest.raises(AnnotationError, match="first a with 2000 x 2600 instead of 1000 x 1300 pixels"):
+        read_coco_boxes(path, IMAGES.assign(rows=[3000, 1300, 100], columns=[2500, 1000, 90]))
+    write_coco(path, IMAGES.head(2), BOXES)
+    with pytest.raises(AnnotationError, match="1 images are not in the file, first c"):
+        read_coco_boxes(path, IMAGES)
 
 
 IMAGE = {"id": 1, "file_name": "a.png", "width": 10, "height": 10}
