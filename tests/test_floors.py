@@ -13,8 +13,8 @@ FLOORS = {
     "models": "device bundle squeezenet starting_weights box_mask classifier faster_rcnn yolo",
     "running": "deadline xray_dataset predict training_run training batch_mixing classifier_training train_study "
     "train_findings train_faster_rcnn train_yolo train_detector",
-    "judging": "submission scoring fusion runs pseudo_labels tuning reports heidelberg_report detection_report findings_report figures "
-    "study_figures findings_figures",
+    "judging": "submission scoring fusion runs annotation_files pseudo_labels tuning reports heidelberg_report "
+    "detection_report findings_report figures study_figures findings_figures",
     "delivering": "validate install_wheels submit run_notebook kernel_spec wheels kernel_start kernel stand_in sandbox "
     "rehearse demo __main__",
 }
