@@ -54,7 +54,7 @@ def test_extra_images_were_seen_in_every_fold():
     assert barred(seen) == {(name, *model) for name in "xy" for model in (("c", 0), ("c", 1), ("d", 0))}
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 2)), min_size=2, max_size=12))
 def test_what_may_be_judged_has_nothing_in_common_with_what_was_trained_on(rows):
     """However studies, patients and folds cross: an image left to a model shares nothing with its training images."""
@@ -137,7 +137,7 @@ def test_boxes_of_a_detector_that_has_seen_the_image_do_not_count():
     assert found.images.set_index("image_id")["unsure"].to_dict() == {"a": False, "b": True, "c": False, "d": False}
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.sets(st.tuples(st.sampled_from("abcd"), st.sampled_from(["c", "d"]), st.integers(0, 1))))
 def test_what_a_model_has_seen_never_touches_its_label(rows):
     """Changing what barred models say changes nothing; the rest is what fusing the others alone gives."""
