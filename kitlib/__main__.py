@@ -5,12 +5,9 @@ import logging
 import math
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -67,14 +64,6 @@ def validate(sample: File, submission: Submission, as_json: Json = False) -> Non
         typer.echo(f"{submission}: {f'{len(faults)} faults' if faults else 'valid'}")
     if faults:
         raise typer.Exit(1)
-
-
-class BoxFormat(StrEnum):
-    COCO = "coco"
-    YOLO = "yolo"
-
-
-Format = Annotated[BoxFormat, typer.Option("--format", help="How boxes are written.")]
 
 
 class Layout(StrEnum):
@@ -160,57 +149,6 @@ def import_(
 
 
 @app.command()
-def export(
-    run: Annotated[Path, typer.Option(exists=True, file_okay=False, help="A run of notebook 10.")],
-    as_format: Format,
-    out: Annotated[Path, typer.Option(help="Folder for annotations.json, or for labels/ and data.yaml.")],
-    images: Annotated[bool, typer.Option("--images", help="Also OUT/images: 8-bit PNG files of full size.")] = False,
-) -> None:
-    """Write a prepared run's images, boxes and folds for annotation tools and other detectors.
-
-    Images of which not all boxes are known are left out: a detector would learn them as negatives.
-    """
-    from kitlib.coco import write_coco
-    from kitlib.tables import TableError
-    from kitlib.yolo_labels import write_yolo
-
-    try:
-        known, boxes, folds = _annotated(run)
-        if as_format is BoxFormat.COCO:
-            write_coco(out / "annotations.json", known, boxes, folds)
-        else:
-            write_yolo(out, known, boxes, folds)
-        if images:
-            from kitlib.png_export import write_pngs
-
-            write_pngs(known, out / "images")
-    except (TableError, ValueError, FileExistsError) as error:
-        _fail(error)
-    typer.echo(f"{out}: {len(known)} images, {len(boxes)} boxes")
-
-
-@app.command("import")
-def import_boxes(
-    run: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The run of notebook 10 that was exported.")],
-    as_format: Format,
-    source: Annotated[Path, typer.Option(exists=True, help="A COCO JSON file, or a folder with labels/ and classes.txt.")],
-    out: Annotated[Path, typer.Option(help="The table boxes.parquet to write, for example over the one in RUN/tables.")],
-) -> None:
-    """Write the table of boxes that somebody has drawn or corrected on the images of a prepared run."""
-    from kitlib.coco import read_coco_boxes
-    from kitlib.tables import TableError, write_table
-    from kitlib.yolo_labels import read_yolo
-
-    try:
-        known, before, _ = _annotated(run)
-        boxes = (read_coco_boxes if as_format is BoxFormat.COCO else read_yolo)(source, known)
-        write_table(boxes, "boxes", out)
-    except (TableError, ValueError) as error:
-        _fail(error)
-    typer.echo(f"{out}: {len(boxes)} boxes on {boxes.image_id.nunique()} of {len(known)} images; {len(before)} in {run}")
-
-
-@app.command()
 def demo() -> None:
     """From a phantom competition's DICOM files to a scored submission.csv, through every notebook and an offline kernel."""
     from rich.console import Console
@@ -223,17 +161,6 @@ def demo() -> None:
         run_demo(project_demo(), Console())
     except (DemoFailed, NotebookFailed, FileExistsError) as error:
         _fail(error)
-
-
-def _annotated(run: Path) -> tuple["DataFrame", "DataFrame", "DataFrame"]:
-    """A prepared run's images whose boxes are known, with their boxes and folds."""
-    from kitlib.coco import annotated_images
-    from kitlib.tables import read_table
-
-    tables = {name: read_table(name, run / "tables" / f"{name}.parquet") for name in ("images", "boxes", "folds")}
-    images = annotated_images(tables["images"], tables["boxes"])
-    boxes, folds = tables["boxes"], tables["folds"]
-    return images, boxes[boxes.image_id.isin(images.image_id)], folds[folds.id.isin(images.image_id)]
 
 
 def _fail(error: Exception) -> None:
