@@ -130,6 +130,17 @@ def read_coco_boxes(path: str | Path, images: pd.DataFrame) -> pd.DataFrame:
     return tables["boxes"]
 
 
+def annotated_images(images: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `images` of which all boxes are known, so that one without a box is a true negative.
+
+    Left out: what no annotator looked at (SIIM's `false_none`), and NIH's images without a box, because its list boxes few
+    of the images that show a finding.
+    """
+    unseen = images["false_none"].astype(bool) if "false_none" in images else pd.Series(False, images.index)
+    unboxed = (images["source"] == "nih") & ~images["image_id"].isin(boxes["image_id"])
+    return images[~unseen & ~unboxed].reset_index(drop=True)
+
+
 def checked(images: pd.DataFrame, boxes: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """Both tables, checked, and the categories of the boxes.
 

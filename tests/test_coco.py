@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kitlib.coco import AnnotationError, read_coco, read_coco_boxes, write_coco
+from kitlib.coco import AnnotationError, annotated_images, read_coco, read_coco_boxes, write_coco
 from kitlib.tables import check_table
 
 IMAGES = pd.DataFrame(
@@ -127,6 +127,12 @@ def test_boxes_of_the_same_images_in_the_same_pixels(tmp_path):
     write_coco(path, IMAGES.head(2), BOXES)
     with pytest.raises(AnnotationError, match="1 images are not in the file, first c"):
         read_coco_boxes(path, IMAGES)
+
+
+def test_images_whose_boxes_are_unknown_are_no_negatives():
+    assert annotated_images(IMAGES, BOXES).image_id.tolist() == ["b", "c"]
+    assert annotated_images(IMAGES.assign(source="nih", false_none=False), BOXES).image_id.tolist() == ["b", "a"]
+    assert len(annotated_images(IMAGES.drop(columns="false_none"), BOXES)) == 3
 
 
 IMAGE = {"id": 1, "file_name": "a.png", "width": 10, "height": 10}

@@ -8,7 +8,7 @@ KITLIB = Path(__file__).resolve().parent.parent / "kitlib"
 FLOORS = {
     "vocabulary": "classes atomic tables geometry recipes paths average_precision box_merging roc_auc box_calibration",
     "reading": "dicom_header grey codestream decoders stored_values dicom image_file dicom_writing decode_worker "
-    "cache lung_box dataset siim nih rsna read_dataset near_duplicates folds coco yolo_labels png_export "
+    "cache lung_box dataset siim nih rsna read_dataset near_duplicates folds coco yolo_labels "
     "phantom_patients phantom phantom_plan phantom_folder phantom_competition phantom_rsna phantom_nih",
     "models": "device bundle squeezenet starting_weights box_mask classifier faster_rcnn yolo",
     "running": "deadline xray_dataset predict training_run training batch_mixing classifier_training train_study "
