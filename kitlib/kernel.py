@@ -166,6 +166,8 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
             if (bundle / file).is_file():
                 shutil.copyfile(bundle / file, folder / name / file)
         record, _ = read_bundle(folder / name)  # of the copy, so that copying is checked too
+        if record["family"] == "findings":
+            raise SpecError(f"runs: {bundle} knows findings, which no submission asks for; name models that start from it")
         kind = "study" if record["family"] == "study" else "detector"
         entry = {"folder": name, "kind": kind} | {key: record[key] for key in ("family", "model", "fold", "weights_sha256")}
         manifest.append(entry)

@@ -45,7 +45,8 @@ class Predictor:
 
     `views` (keys of VIEWS; by default those of the model's recipe) are averaged: probabilities by their mean, boxes, brought
     back to the original, by weighted box fusion into one list. Where no lungs are found, their view is of the whole image;
-    `lungs_missed` counts how often. `batch_size` is halved for good whenever the GPU's memory does not suffice.
+    `lungs_missed` counts how often, among the images of `seen`. `batch_size` is halved for good whenever the GPU's memory
+    does not suffice.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Predictor:
         for batch in _ahead(self._batches(stream)):
             table = self._boxes(batch) if self.kind == "detector" else self._probabilities(batch)
             self.seen += batch.image_ids
+            self.lungs_missed += sum(place.frame is None for place in batch.placements.get("lungs", []))
             yield table
 
     def _batches(self, stream: Iterable[CachedXray]) -> Iterator[Batch]:
@@ -109,7 +111,6 @@ class Predictor:
                 rows, columns = xray.pixels.shape
                 frame = lungs / [columns, rows, columns, rows] * [xray.columns, xray.rows, xray.columns, xray.rows]
                 return within(self._place, frame, xray.rows, xray.columns, self._side)
-            self.lungs_missed += 1
         return self._place(xray.rows, xray.columns, self._side)
 
     def _probabilities(self, batch: Batch) -> pd.DataFrame:

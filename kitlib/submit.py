@@ -56,15 +56,16 @@ class Model:
     """One bundle of a submission and what it has predicted so far."""
 
     folder: Path
-    kind: str  # "study" or "detector"
+    answers: frozenset[str]  # of "study", "none" and "boxes"
     longest_side: int  # pixels of the decoded copy it was trained on
     chunks: list[pd.DataFrame] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)  # image_ids, with a box or without
     rows_as: tuple[str, int] = ("", 0)  # model and fold of its rows
     stopped: bool = False  # at its share of the time; it may go on later
+    lungs_missed: int = 0  # of those seen, in whole instead of their lungs
 
     def drop(self) -> None:
-        self.chunks, self.seen = [], []
+        self.chunks, self.seen, self.lungs_missed = [], [], 0
 
     def coverage(self) -> pd.DataFrame:
         """Which images this model has seen, as a table of image_id, model, fold."""
@@ -150,20 +151,28 @@ class SubmissionRun:
         from kitlib.fusion import FusionSettings, read_settings
 
         for entry in json.loads((weights / "weights.json").read_text(encoding="utf-8"))["bundles"]:
-            record = json.loads((weights / entry["folder"] / "model.json").read_text(encoding="utf-8"))
-            self.models.append(Model(weights / entry["folder"], entry["kind"], record["longest_side"]))
+            began, folder = time.monotonic(), weights / entry["folder"]
+            try:
+                record = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+                self.models.append(Model(folder, _answers(record), record["longest_side"]))
+            except (OSError, ValueError, KeyError) as error:  # the other bundles may be whole
+                self._note(folder.name, 0, began, _failure(error))
+        if not self.models:
+            raise ValueError(f"{weights / 'weights.json'} names no bundle that can be used; see the rows above")
         tuned = weights / "fusion.json"
         return read_settings(tuned) if tuned.is_file() else FusionSettings()
 
     def _predict_all(self, xrays: "DecodedOnce", fusion: "FusionSettings") -> None:
         for place, model in enumerate(self.models):
-            # The first model of a kind may end with a part of the images: a part predicted is worth more than none. It
-            # leaves the other kinds their share of the time. Any further model must fit whole.
-            predicted = {other.kind for other in self.models if other.seen}
-            kinds_to_come = {other.kind for other in self.models[place:]} - predicted
-            first_of_kind = model.kind in kinds_to_come
-            budget = self.deadline.left() / (len(kinds_to_come) if first_of_kind else 1)
-            if not self._run(model, xrays, fusion, budget, may_stop=first_of_kind):
+            # The first model to give an answer may end with a part of the images: a part predicted is worth more than none.
+            # It leaves the first ones of other answers their share of the time. Any further model must fit whole.
+            given = frozenset[str]().union(*(other.answers for other in self.models if other.seen))
+            first, firsts = not model.answers <= given, 0
+            for other in self.models[place:]:
+                firsts += not other.answers <= given
+                given |= other.answers
+            budget = self.deadline.left() / (firsts if first else 1)
+            if not self._run(model, xrays, fusion, budget, may_stop=first):
                 return
         for model in self.models:
             if model.stopped and not self._run(model, xrays, fusion, self.deadline.left(), may_stop=True):
@@ -182,6 +191,8 @@ class SubmissionRun:
         if note and not may_stop:
             model.drop()
         self._note(model.folder.name, max(0, len(model.seen) - already), began, note)
+        if model.lungs_missed:
+            self._note(model.folder.name, model.lungs_missed, began, "no lungs found so far; seen whole in their place")
         if len(model.seen) > already:
             self._fuse(xrays, fusion)
         return in_time
@@ -193,11 +204,12 @@ class SubmissionRun:
         began, total, model.stopped = time.monotonic(), len(self.images), False
         predictor = load_predictor(model.folder, batch_size=self.settings.batch_size)
         model.rows_as = predictor.model, predictor.fold
-        already, first = list(model.seen), None
+        already, missed, first = list(model.seen), model.lungs_missed, None
         with closing(predictor.predict(xrays.without(set(already)))) as chunks:
             for chunk in chunks:
                 model.chunks.append(chunk)
                 model.seen = [*already, *predictor.seen]
+                model.lungs_missed = missed + predictor.lungs_missed
                 now, seen = time.monotonic(), len(predictor.seen)
                 first = first or (now, seen)
                 left = total - len(model.seen)
@@ -219,13 +231,12 @@ class SubmissionRun:
         try:
             with self.last_deadline.enforced():
                 images = xrays.sized(self.images)
-                chunks = {kind: [] for kind in ("study", "detector")}
-                for model in self.models:
-                    chunks[model.kind] += model.chunks
-                study_scores, image_scores = study_and_image_scores(chunks["study"], images)
-                detections = concatenate(chunks["detector"], "detections")
-                covered = [model.coverage() for model in self.models if model.kind == "detector"]
-                coverage = pd.concat(covered) if covered else None
+                detectors = [model for model in self.models if "boxes" in model.answers]
+                classifiers = [model for model in self.models if "boxes" not in model.answers]
+                probabilities = [chunk for model in classifiers for chunk in model.chunks]
+                study_scores, image_scores = study_and_image_scores(probabilities, images)
+                detections = concatenate([chunk for model in detectors for chunk in model.chunks], "detections")
+                coverage = pd.concat([model.coverage() for model in detectors]) if detectors else None
                 fused = fuse(study_scores, image_scores, detections, images, fusion, coverage)
                 studies, nones = fused.studies[~fused.studies.prior], fused.nones[~fused.nones.prior]
                 on_priors = write_submission(self.output, self.ids, studies, nones, fused.detections)
@@ -296,6 +307,19 @@ class DecodedOnce:
                     self.error = _failure(error)
                     return False
             return True
+
+
+def _answers(record: dict[str, Any]) -> frozenset[str]:
+    """What a bundle's model says of a test set. Raises ValueError for one that answers no row of a submission."""
+    if record["family"] == "findings":
+        raise ValueError(
+            f"{record['model']} knows findings ({', '.join(map(str, record['classes'][:3]))}, ...), which no row of a "
+            "submission asks for; start a study model or a detector from it and submit that"
+        )
+    if record["family"] != "study":
+        return frozenset({"boxes"})
+    outputs = record["recipe"].get("outputs", "both")
+    return frozenset({"study", "none"} if outputs == "both" else {outputs})
 
 
 def _failure(error: BaseException) -> str:

@@ -158,6 +158,12 @@ def test_a_damaged_bundle_is_refused(tmp_path, wheel):
         build_kernel(read_spec(make_submission(tmp_path / "spec", runs=[str(run)])), tmp_path / "out", [wheel])
 
 
+def test_a_backbone_is_no_model_of_a_submission(tmp_path, wheel):
+    runs = [str(make_run(tmp_path / "nih", family="findings"))]
+    with pytest.raises(SpecError, match="nih/bundle knows findings, which no submission asks for"):
+        build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs)), tmp_path / "out", [wheel])
+
+
 def test_two_bundles_of_one_name_are_refused(tmp_path, wheel):
     runs = [str(make_run(tmp_path / name)) for name in ("one", "two")]
     with pytest.raises(SpecError, match="two/bundle is a second effnet-fold0"):

@@ -8,18 +8,20 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from kitlib.bundle import save_bundle
 from kitlib.cache import CacheError, XrayCache
-from kitlib.classifier import StudyClassifier
+from kitlib.classifier import OUTPUTS, StudyClassifier
 from kitlib.fusion import FusionSettings, write_settings
 from kitlib.paths import project_root
 from kitlib.phantom_competition import write_competition
-from kitlib.predict import Predictor
+from kitlib.predict import VIEWS, Predictor
 from kitlib.recipes import StudyRecipe
 from kitlib.submission import PRIORS, read_submission
 from kitlib.submit import SubmissionRun, SubmitSettings
@@ -47,7 +49,7 @@ def weights(tmp_path_factory) -> Path:
         record = {
             "family": "study",
             "model": "small",
-            "classes": [],
+            "classes": OUTPUTS,
             "recipe": asdict(RECIPE),
             "architecture": {},
             "longest_side": 64,
@@ -121,11 +123,11 @@ def test_it_ends_in_time_whatever_the_models_need(competition, weights, tmp_path
 def test_the_first_model_keeps_what_it_had_predicted_when_time_was_up(competition, weights, tmp_path, monkeypatch):
     batches, quick = [], Predictor._probabilities
 
-    def third_is_struck(self, pixels):
-        batches.append(len(pixels))
+    def third_is_struck(self, batch):
+        batches.append(batch)
         if len(batches) == 3:
             signal.raise_signal(signal.SIGALRM)
-        return quick(self, pixels)
+        return quick(self, batch)
 
     monkeypatch.setattr(Predictor, "_probabilities", third_is_struck)
     path, ledger = submit(competition, weights, tmp_path)
@@ -185,6 +187,84 @@ def test_a_further_model_must_fit_whole(competition, weights, tmp_path, monkeypa
     assert notes.files["small-fold1"] == 0
     assert notes.note["small-fold1"].startswith("dropped: it needs")
     assert len(on_priors(run.output)) <= DAMAGED
+
+
+def with_recipe(weights, copy, names=("small-fold0", "small-fold1"), **fields) -> Path:
+    """A copy of `weights` whose bundles of these names have other fields in their recipe."""
+    shutil.copytree(weights, copy)
+    for name in names:
+        record = json.loads((copy / name / "model.json").read_text())
+        record["recipe"] |= fields
+        (copy / name / "model.json").write_text(json.dumps(record))
+    return copy
+
+
+def test_a_bundles_views_run_and_missed_lungs_are_told(competition, weights, tmp_path, monkeypatch):
+    calls, classified = [], Predictor._classified
+    monkeypatch.setattr("kitlib.predict.lung_box", lambda _: None)
+    monkeypatch.setattr(Predictor, "_classified", lambda self, pixels: calls.append(len(pixels)) or classified(self, pixels))
+    path, ledger = submit(competition, with_recipe(weights, tmp_path / "weights", views=list(VIEWS)), tmp_path)
+    readable = len(list(competition.glob("test/*/*/*.dcm"))) - DAMAGED
+    assert sum(calls) == 2 * len(VIEWS) * readable  # two folds
+    told = ledger[ledger.note.str.startswith("no lungs found")]
+    assert told.stage.tolist() == ["small-fold0", "small-fold1"] and told.files.tolist() == [readable] * 2
+    assert len(on_priors(path)) <= DAMAGED
+
+
+@pytest.mark.parametrize(("views", "fits"), [(["full"], True), (list(VIEWS), False)])
+def test_a_model_is_judged_by_the_pace_of_its_views(competition, weights, tmp_path, monkeypatch, views, fits):
+    # Every batch of 4 images takes one second a view, by a clock that nothing else moves.
+    clock, classified = [0.0], Predictor._classified
+
+    def in_a_second(self, pixels):
+        clock[0] += 1
+        return classified(self, pixels)
+
+    monkeypatch.setattr(Predictor, "_classified", in_a_second)
+    monkeypatch.setattr("kitlib.submit.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("kitlib.submit.IMAGES_BEFORE_JUDGING", 4)
+    monkeypatch.setattr("kitlib.predict.lung_box", lambda pixels: np.array([0, 0, *pixels.shape[::-1]]))
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    batches = -(-len(run.images) // SETTINGS.batch_size)
+    budgets, predict_with = iter([1e3, 2.0 * batches]), run._predict_with
+    monkeypatch.setattr(run, "_predict_with", lambda model, xrays, _, may: predict_with(model, xrays, next(budgets), may))
+    run.predict(with_recipe(weights, tmp_path / "weights", ["small-fold1"], views=views), tmp_path / "scratch")
+    told = run.finish().set_index("stage").note["small-fold1"]
+    needed = len(views) * len(run.images) / SETTINGS.batch_size
+    dropped = f"dropped: it needs {needed:.0f} s and {2 * batches:.0f} s were left"
+    assert told == ("" if fits else dropped)
+
+
+def test_a_model_of_none_alone_is_the_first_of_its_answer(competition, weights, tmp_path, monkeypatch):
+    shared = with_recipe(weights, tmp_path / "study", ["small-fold0"], outputs="study")
+    shared = with_recipe(shared, tmp_path / "weights", ["small-fold1"], outputs="none")
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    told, predict_with = [], run._predict_with
+
+    def asked(model, xrays, budget, may_stop):
+        told.append((budget / run.deadline.left(), may_stop))
+        return predict_with(model, xrays, budget, may_stop)
+
+    monkeypatch.setattr(run, "_predict_with", asked)
+    run.predict(shared, tmp_path / "scratch")
+    # The first leaves half of the time to the second, which may end with a part as well.
+    assert told == [(pytest.approx(0.5, abs=0.01), True), (pytest.approx(1, abs=0.01), True)]
+    assert len(on_priors(run.output)) <= DAMAGED
+
+
+def test_findings_and_unreadable_bundles_are_refused_and_told(competition, weights, tmp_path):
+    other = tmp_path / "weights"
+    shutil.copytree(weights, other)
+    record = json.loads((other / "small-fold0" / "model.json").read_text())
+    (other / "small-fold0" / "model.json").write_text(json.dumps(record | {"family": "findings", "classes": ["Mass"]}))
+    manifest = json.loads((other / "weights.json").read_text())
+    manifest["bundles"].insert(0, manifest["bundles"][0] | {"folder": "gone"})
+    (other / "weights.json").write_text(json.dumps(manifest))
+    path, ledger = submit(competition, other, tmp_path)
+    notes = ledger.set_index("stage").note
+    assert "small knows findings (Mass, ...), which no row of a submission asks for" in notes["small-fold0"]
+    assert notes["gone"].startswith("failed: FileNotFoundError")
+    assert notes["small-fold1"] == "" and len(on_priors(path)) <= DAMAGED
 
 
 def test_killed_while_it_predicts_a_valid_file_is_there(competition, weights, tmp_path):
