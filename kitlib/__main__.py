@@ -136,9 +136,9 @@ def import_(
     source: Annotated[Path, typer.Option(exists=True, help="coco: the JSON file. yolo: the folder with labels.")],
     file_format: Format,
     out: Annotated[Path, typer.Option()],
-    run: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="yolo: the run of its images.")] = None,
+    run: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="The run that was exported.")] = None,
 ) -> None:
-    """Write what SOURCE holds as the kit's tables, OUT/boxes.parquet and, of coco, images and folds."""
+    """Write the boxes of SOURCE as OUT/boxes.parquet; of coco without RUN also its images and folds."""
     from kitlib.annotation_files import import_tables
 
     try:

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from kitlib.atomic import replacing
 from kitlib.cache import usable_cores
-from kitlib.coco import AnnotationError, read_coco, write_coco
+from kitlib.coco import AnnotationError, annotated_images, read_coco, read_coco_boxes, write_coco
 from kitlib.dicom import UnreadableXray, decode_xray
 from kitlib.image_file import decode_image, image_format
 from kitlib.runs import read_prepared
@@ -29,17 +29,15 @@ def export_run(
 ) -> list[str]:
     """Write FOLDER/annotations.json or FOLDER/labels (`file_format`: see FORMATS) of a prepared run; return what is amiss.
 
-    Images that no annotator looked at (`false_none`) are left out: other programs would take them for images without an
-    opacity. With `with_images` FOLDER/images has every image at its original size, 8-bit grey, decoded from its own file;
-    one that cannot be decoded is left out of the labels too, and is a line of what is returned. Raises ValueError for
-    another format, RunError and AnnotationError, and FileExistsError where YOLO's labels are there already.
+    Images of which not all boxes are known (see `annotated_images`) are left out: other programs would take them for images
+    without an opacity. With `with_images` FOLDER/images has every image at its original size, 8-bit grey, decoded from its
+    own file; one that cannot be decoded is left out of the labels too, and is a line of what is returned. Raises ValueError
+    for another format, RunError and AnnotationError, and FileExistsError where YOLO's labels are there already.
     """
     if file_format not in FORMATS:
         raise ValueError(f"no format is called {file_format!r}; there are: {', '.join(FORMATS)}")
     folder, tables, amiss = Path(folder), read_prepared(run), {}
-    images = tables["images"]
-    if "false_none" in images:
-        images = images[~images["false_none"].astype(bool)]
+    images = annotated_images(tables["images"], tables["boxes"])
     if with_images:
         with ThreadPoolExecutor(usable_cores()) as pool:
             write = partial(_write_png, folder / "images")
@@ -57,23 +55,23 @@ def export_run(
 
 
 def import_tables(source: str | Path, out: str | Path, file_format: str, run: str | Path | None = None) -> dict[str, int]:
-    """Write OUT/boxes.parquet, of COCO also images and, if it says folds, folds; return their rows by table.
+    """Write OUT/boxes.parquet and return the rows written, by table.
 
-    `source` is COCO's JSON file, or the folder that holds YOLO's `labels`: these are shares of an image's size, so they want
-    the prepared `run` of their images. Raises ValueError for another format, a run too many or too few, RunError and
-    AnnotationError.
+    `source` is COCO's JSON file, or the folder that holds YOLO's `labels`. With a prepared `run` the file must be about the
+    images that `export_run` writes of it, as an annotation tool gives it back; YOLO's shares of an image's size always want
+    one. Without, COCO's images, and folds if there are any, are written too. Raises ValueError for another format or YOLO
+    without a run, RunError and AnnotationError.
     """
     if file_format not in FORMATS:
         raise ValueError(f"no format is called {file_format!r}; there are: {', '.join(FORMATS)}")
-    if (file_format == "yolo") != (run is not None):
-        raise ValueError("yolo wants a prepared run, whose images' sizes make pixels of its shares; coco takes none")
+    if file_format == "yolo" and run is None:
+        raise ValueError("yolo wants a prepared run, whose images' sizes make pixels of its shares")
     if run is None:
         tables = read_coco(source)
     else:
-        images = read_prepared(run)["images"]
-        if "false_none" in images:
-            images = images[~images["false_none"].astype(bool)]
-        tables = {"boxes": read_yolo(source, images)}
+        prepared = read_prepared(run)
+        images = annotated_images(prepared["images"], prepared["boxes"])
+        tables = {"boxes": (read_coco_boxes if file_format == "coco" else read_yolo)(source, images)}
     for name, table in tables.items():
         write_table(table, name, Path(out) / f"{name}.parquet")
     return {name: len(table) for name, table in tables.items()}

@@ -49,6 +49,9 @@ def test_coco_and_back(prepared, tmp_path):
     for name in ("boxes", "folds"):
         found = read_table(name, tmp_path / "tables" / f"{name}.parquet").sort_values(list(tables[name]), ignore_index=True)
         pd.testing.assert_frame_equal(found, tables[name].sort_values(list(tables[name]), ignore_index=True))
+    again = run("import", "--run", folder, "--format", "coco", "--source", source, "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.stderr
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["boxes.parquet"]
 
 
 def test_yolo_with_images_and_back(prepared, tmp_path):
