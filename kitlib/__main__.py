@@ -149,7 +149,11 @@ def import_(
 
 
 @app.command()
-def demo() -> None:
+def demo(
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Pre-train and pseudo-label, too, on NIH's and RSNA's phantoms.")
+    ] = False,
+) -> None:
     """From a phantom competition's DICOM files to a scored submission.csv, through every notebook and an offline kernel."""
     from rich.console import Console
 
@@ -158,7 +162,7 @@ def demo() -> None:
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
     try:
-        run_demo(project_demo(), Console())
+        run_demo(project_demo(whole), Console())
     except (DemoFailed, NotebookFailed, FileExistsError) as error:
         _fail(error)
 

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,10 @@ from kitlib.atomic import replacing
 from kitlib.classes import SCORED_CLASSES
 from kitlib.paths import inputs_root, project_root, runs_root
 from kitlib.phantom_competition import COMPETITION, write_competition
+from kitlib.phantom_nih import NAME as NIH
+from kitlib.phantom_nih import write_nih
+from kitlib.phantom_rsna import SLUG as RSNA
+from kitlib.phantom_rsna import write_rsna
 from kitlib.run_notebook import run_notebook
 from kitlib.scoring import score_files
 
@@ -33,10 +38,11 @@ class DemoSize:
     test_studies: int = 80
     side: int = 320  # of the phantoms, pixels
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the recipe small_<model>, by model
+    whole: bool = False  # with the stages around them: NIH's and RSNA's phantoms, pre-training on them, pseudo-labels
+    pretraining_images: int = 160  # of NIH's phantoms, and of RSNA's
     times_the_floor: float = 3.0  # a model that ignores its images stays near the floor; less than this is a failure
 
 
-DEMO = DemoSize()
 DETECTORS = ("yolo", "faster_rcnn")
 
 
@@ -48,34 +54,66 @@ class Demo:
     inputs: Path
     truth: Path
     submission: Path  # a YAML file that names the runs below
-    size: DemoSize = DEMO
+    size: DemoSize = DemoSize()
 
     def stages(self) -> list[list[tuple[str, str, dict[str, Any]]]]:
         """(notebook, run, parameters) in their order; those of one inner list run side by side."""
-        prepare = {"competition": str(self.inputs / COMPETITION), "longest_side": self.size.side, "n_folds": 2}
         runs = [str(self.runs / name) for name in ("study", *DETECTORS)]
-        return [
-            [("10_prepare", "prepare", prepare)],
-            [self._training("30_train_study", "study"), *(self._training("40_train_detector", name) for name in DETECTORS)],
-            [("60_fuse", "fuse", {"prepare_run": str(self.runs / "prepare"), "runs": runs, "cross_fitted": False})],
+        prepare = [self._prepare("siim", "prepare", COMPETITION)]
+        training = [
+            self._training("30_train_study", "study", self._start("backbone")),
+            self._training("40_train_detector", "yolo", self._start("rsna_yolo")),
+            self._training("40_train_detector", "faster_rcnn"),
         ]
+        fuse = {"prepare_run": str(self.runs / "prepare"), "runs": runs, "cross_fitted": False}
+        if not self.size.whole:
+            return [prepare, training, [("60_fuse", "fuse", fuse)]]
+        prepare += [self._prepare("nih", "nih", NIH), self._prepare("rsna", "rsna", RSNA)]
+        pretraining = [
+            self._training("20_pretrain_backbone", "backbone", run="backbone", prepared="nih", folds=[0]),
+            self._training("40_train_detector", "yolo", run="rsna_yolo", prepared="rsna", folds=[0]),
+        ]
+        # The student's fold is 0, which the models of fold 0 have not met either.
+        pseudo = {"prepare_run": str(self.runs / "prepare"), "runs": runs, "folds": [0]}
+        pseudo |= {"competition": str(self.inputs / COMPETITION)}
+        pseudo |= {"extra_runs": [str(self.runs / "nih"), str(self.runs / "rsna")]}
+        student = self._training("30_train_study", "study", run="student", folds=[0])
+        student[2]["extra_run"] = str(self.runs / "pseudo")
+        stages = [prepare, pretraining, training, [("50_pseudo_label", "pseudo", pseudo)], [student]]
+        return [*stages, [("60_fuse", "fuse", fuse)]]
 
-    def _training(self, notebook: str, model: str) -> tuple[str, str, dict[str, Any]]:
-        parameters = {"prepare_run": str(self.runs / "prepare"), "folds": [0, 1], "model_name": model}
-        parameters |= {"recipe": f"small_{model}", "overrides": self.size.overrides.get(model, {})}
-        return notebook, model, parameters
+    def _prepare(self, dataset: str, run: str, folder: str) -> tuple[str, str, dict[str, Any]]:
+        parameters = {"dataset": dataset, "competition": str(self.inputs / folder), "longest_side": self.size.side}
+        return "10_prepare", run, {**parameters, "n_folds": 2}
+
+    def _training(
+        self,
+        notebook: str,
+        model: str,
+        start: dict[str, Any] | None = None,
+        run: str = "",
+        prepared: str = "prepare",
+        folds: Sequence[int] = (0, 1),
+    ) -> tuple[str, str, dict[str, Any]]:
+        parameters = {"prepare_run": str(self.runs / prepared), "folds": list(folds), "model_name": run or model}
+        overrides = {**self.size.overrides.get(model, {}), **(start or {})}
+        return notebook, run or model, {**parameters, "recipe": f"small_{model}", "overrides": overrides}
+
+    def _start(self, run: str) -> dict[str, Any]:
+        return {"starting_weights": str(self.runs / run / "fold0")} if self.size.whole else {}
 
     def report(self) -> list[tuple[str, str, dict[str, Any]]]:
         parameters = {"prepare_run": str(self.runs / "prepare"), "fuse_run": str(self.runs / "fuse")}
+        parameters |= {"runs": [str(self.runs / name) for name in ("study", *DETECTORS)]}
         parameters |= {"submission": str(self.runs / "submission.csv"), "truth": str(self.truth)}
         return [("80_report", "report", {**parameters, "competition": str(self.inputs / COMPETITION)})]
 
 
-def project_demo() -> Demo:
-    """The demo of `make demo`."""
+def project_demo(whole: bool = False) -> Demo:
+    """The demo of `make demo`; `whole` as in DemoSize."""
     inputs = inputs_root()
     submission = project_root() / "submissions" / "demo.yaml"
-    return Demo(runs_root() / "demo", inputs / "demo", inputs / "demo-truth", submission)
+    return Demo(runs_root() / "demo", inputs / "demo", inputs / "demo-truth", submission, DemoSize(whole=whole))
 
 
 def run_demo(demo: Demo, console: Console) -> dict[str, float]:
@@ -91,6 +129,9 @@ def run_demo(demo: Demo, console: Console) -> dict[str, float]:
         bar = progress.add_task("phantom competition", total=1, cell="")
         sizes = {"train_studies": demo.size.train_studies, "test_studies": demo.size.test_studies, "side": demo.size.side}
         write_competition(demo.inputs, demo.truth, seed=2021, progress=False, **sizes)
+        if demo.size.whole:
+            for write in (write_nih, write_rsna):
+                write(demo.inputs, images=demo.size.pretraining_images, side=demo.size.side, seed=2021, progress=False)
         progress.update(bar, completed=1)
         for stage in demo.stages():
             _run_side_by_side(demo.runs, stage, progress)
