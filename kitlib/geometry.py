@@ -59,7 +59,9 @@ class Placement:
         if self.frame:
             xmin, ymin, xmax, ymax = self.frame
             x, y = pixels.shape[1] / self.columns, pixels.shape[0] / self.rows
-            pixels = pixels[round(ymin * y) : round(ymax * y), round(xmin * x) : round(xmax * x)]
+            top, left = round(ymin * y), round(xmin * x)
+            top, left = min(top, pixels.shape[0] - 1), min(left, pixels.shape[1] - 1)
+            pixels = pixels[top : max(top + 1, round(ymax * y)), left : max(left + 1, round(xmax * x))]
         shrinks = pixels.shape[0] >= self.inner_rows
         resized = cv2.resize(
             pixels, (self.inner_columns, self.inner_rows), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR

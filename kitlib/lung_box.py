@@ -1,7 +1,8 @@
-"""Where the lungs are, by their darkness alone: a millisecond an image, and it says when it is not sure.
+"""Where the lungs are, by their darkness alone: some milliseconds an image, and it says when it is not sure.
 
 On 401 real COVID chests with masks drawn by people (tests/test_lung_box.py) the frame holds the whole lungs in half of the
-images and nine tenths of them in 95 %, at 0.78 of the image's area; in 23 % of the images it finds none.
+images and 0.95 of them in 95 %, at 0.86 of the image's area; in 22 % of the images it finds none. Small children's chests
+(Kermany's) are harder: 0.80 of the lungs in 95 %, none in 37 %.
 """
 
 import cv2
@@ -13,8 +14,8 @@ LUNG_AREA = (0.02, 0.32)  # of the image, each lung
 LEAST_HEIGHT = 0.2  # of the image, each lung
 # Opacities are as bright as what surrounds the lungs, so that a dark area may be a part of one; a chest's frame is about as
 # high as it is wide.
-MARGIN = 0.1  # of the frame's sides, added around
-LEAST_ASPECT = 0.9  # height of the frame, in widths; a lower one is lengthened at the bottom
+MARGIN = 0.13  # of the frame's sides, added around
+LEAST_ASPECT = 0.95  # height of the frame, in widths; a lower one is lengthened at the bottom
 LEAST_SIDE = 0.55  # of the image; a smaller frame is no chest
 
 

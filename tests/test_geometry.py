@@ -105,3 +105,18 @@ def test_a_part_is_cut_from_a_reduced_copy_where_its_boxes_are():
 def test_a_frame_that_is_no_part_is_refused(frame):
     with pytest.raises(ValueError, match="no part of an image of 400 x 320"):
         within(letterbox, np.array(frame), 400, 320, 64)
+
+
+@given(sides, sides, st.sampled_from(sorted(PLACEMENTS)), st.integers(0, 10**6))
+def test_any_part_of_any_copy_fills_its_canvas(rows, columns, placement, seed):
+    # Parts smaller than a pixel of the copy too: of a white image every part is white.
+    rng = np.random.default_rng(seed)
+    side = rng.uniform(1 / 16, 1, 2) * [columns, rows]
+    corner = rng.uniform(0, 1, 2) * ([columns, rows] - side)
+    if side.min() < 1:
+        return
+    place = within(PLACEMENTS[placement], np.r_[corner, corner + side], rows, columns, 32)
+    canvas = place.image(np.full((max(1, rows // 20), max(1, columns // 20)), 255, np.uint8))
+    top, left = max(0, place.top), max(0, place.left)
+    inner = canvas[top : top + place.inner_rows, left : left + place.inner_columns]
+    assert canvas.shape == (32, 32) and inner.min() == 255

@@ -33,7 +33,7 @@ def test_the_opacities_of_phantoms_lie_in_the_frame():
         assert (frame == frame.round()).all()
         middle = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside += ((middle >= frame[:2]) & (middle <= frame[2:])).all()
-    assert found >= 20 and inside >= 0.9 * found
+    assert found >= 36 and inside >= 0.95 * found
 
 
 @pytest.mark.parametrize("pixels", [np.zeros((200, 160), np.uint8), np.full((3, 5), 90, np.uint8)], ids=["black", "tiny"])
@@ -49,11 +49,12 @@ def test_the_frame_scales_with_the_image():
 
 @pytest.mark.real_data
 def test_real_lungs_lie_in_the_frame():
-    # 401 COVID chests with masks of the whole lung: of those that are found, half are inside whole, 95 % by nine tenths.
+    # 401 COVID chests with masks of the whole lung. Measured: found in 0.78 of them; of these, half are inside whole and
+    # 95 % by 0.955, in frames of 0.865 of the image.
     table = SHARED / "cxr_seg" / "labels.csv"
     if not table.is_file():
         pytest.skip(f"{table} is missing")
-    inside = []
+    inside, areas = [], []
     with open(table) as opened:
         rows = [row for row in csv.DictReader(opened) if row["mask"].startswith("cxr_seg/lung_v7/")]
     for row in rows:
@@ -62,5 +63,7 @@ def test_real_lungs_lie_in_the_frame():
         if frame is not None:
             xmin, ymin, xmax, ymax = frame.astype(int)
             inside.append((mask[ymin:ymax, xmin:xmax] > 0).sum() / (mask > 0).sum())
-    assert len(inside) >= 0.7 * len(rows)
-    assert np.median(inside) > 0.99 and np.quantile(inside, 0.05) > 0.88
+            areas.append((xmax - xmin) * (ymax - ymin) / mask.size)
+    assert len(inside) >= 0.75 * len(rows)
+    assert np.median(inside) > 0.99 and np.quantile(inside, 0.05) > 0.94
+    assert np.median(areas) < 0.89
