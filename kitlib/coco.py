@@ -4,19 +4,18 @@ COCO: https://cocodataset.org/#format-data. Its boxes are x, y, width, height in
 """
 
 import json
+from decimal import Context, Decimal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from kitlib.atomic import write_text
 from kitlib.tables import BOX, check_table
 
 CATEGORY = "opacity"  # of boxes without a column `finding`
-# Sums and differences of coordinates are rounded to so many decimals of a pixel: all that an annotator has given comes back
-# as the same number, and no file says 1026.6566200000002.
-DECIMALS = 9
+# Digits enough for the exact sum or difference of any two coordinates as they are written: floats would lose the last one.
+EXACT = Context(prec=400)
 MOST_PIXELS = 1e9  # a larger coordinate is a mistake, as NaN is
 # What COCO says of an image itself; a column of this name would get lost.
 _TAKEN = {"id", "file_name", "width", "height", "fold"}
@@ -30,7 +29,7 @@ def write_coco(path: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fold
     """Write every image of `images`, also those without a box, with all columns of its row and, if given, its fold.
 
     `file_name` is `<image_id>.png`. Categories are the boxes' column `finding`, in the alphabet's order, or `opacity`.
-    Raises AnnotationError: an image of unknown size, a box or fold of an unknown image, a box thinner than DECIMALS tell.
+    Raises AnnotationError: an image of unknown size, a box or fold of an unknown image.
     """
     images, boxes, categories = checked(images, boxes)
     taken = _TAKEN & set(images.columns)
@@ -48,34 +47,25 @@ def write_coco(path: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fold
     if folds is not None:
         _add_folds(entries, check_table(folds, "folds"))
     number_of = {entry["image_id"]: entry["id"] for entry in entries}
-    corners = boxes[list(BOX)].to_numpy(float)
-    sizes = np.round(corners[:, 2:] - corners[:, :2], DECIMALS)
+    boxed = zip(boxes["image_id"], category_numbers(boxes, categories), boxes[list(BOX)].to_numpy().tolist(), strict=True)
     annotations = [
-        {
-            "id": number,
-            "image_id": number_of[image_id],
-            "category_id": 1 + category,
-            "bbox": [*box[:2].tolist(), *size.tolist()],
-            "area": round(float(size.prod()), DECIMALS),
-            "iscrowd": 0,
-        }
-        for number, (image_id, category, box, size) in enumerate(
-            zip(boxes["image_id"], category_numbers(boxes, categories), corners, sizes, strict=True), 1
-        )
+        _annotation(number, number_of[image_id], 1 + category, box)
+        for number, (image_id, category, box) in enumerate(boxed, 1)
     ]
+    separator = ",\n"
     named = [{"id": number, "name": name, "supercategory": "finding"} for number, name in enumerate(categories, 1)]
-    parts = {"categories": named, "images": entries, "annotations": annotations}
+    parts = {"categories": _lines(named), "images": _lines(entries), "annotations": annotations}
     # An entry a line: a person can read it, and a version control system tell what has changed.
-    lists = (f"{json.dumps(name)}: [\n{_lines(part)}\n]" for name, part in parts.items())
+    lists = (f"{json.dumps(name)}: [\n{separator.join(lines)}\n]" for name, lines in parts.items())
     write_text(path, "{" + ",\n".join(lists) + "}\n")
 
 
 def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
     """The tables `images` and `boxes` of any COCO file of boxes, and `folds` where `write_coco` was given them.
 
-    Every coordinate that has at most nine decimals is the number that was written, others are within 1e-9 pixels. Images
-    keep their columns; of a file from elsewhere, image_id is the file's name without suffix, and study and patient are
-    the image. Boxes have the column `finding` unless the only category is `opacity`. Raises AnnotationError.
+    Every coordinate is, bit for bit, the number that `write_coco` was given. Images keep their columns; of a file from
+    elsewhere, image_id is the file's name without suffix, and study and patient are the image. Boxes have the column
+    `finding` unless the only category is `opacity`. Raises AnnotationError.
     """
     content = _content(Path(path))
     where = {name: f"{path}, {name}" for name in ("images", "annotations", "categories")}
@@ -144,7 +134,7 @@ def annotated_images(images: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
 def checked(images: pd.DataFrame, boxes: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """Both tables, checked, and the categories of the boxes.
 
-    Raises AnnotationError where an image's size is unknown, a box belongs to no image, has no finding or is too thin.
+    Raises AnnotationError where an image's size is unknown, a box belongs to no image or has no finding.
     """
     images, boxes = check_table(images, "images"), check_table(boxes, "boxes")
     unsized = images.loc[(images["rows"] < 1) | (images["columns"] < 1), "image_id"]
@@ -156,9 +146,6 @@ def checked(images: pd.DataFrame, boxes: pd.DataFrame) -> tuple[pd.DataFrame, pd
     strange = boxes.loc[~boxes["image_id"].isin(images["image_id"]), "image_id"]
     if len(strange):
         raise AnnotationError(f"{len(strange)} boxes belong to none of the images, first {strange.iloc[0]}: leave them out")
-    thin = np.round(boxes[["xmax", "ymax"]].to_numpy() - boxes[["xmin", "ymin"]].to_numpy(), DECIMALS).min(axis=1) <= 0
-    if thin.any():
-        raise AnnotationError(f"image {boxes['image_id'][thin].iloc[0]} has a box thinner than {10.0**-DECIMALS:g} pixels")
     if "finding" not in boxes:
         return images, boxes, [CATEGORY]
     named = boxes["finding"].map(lambda name: isinstance(name, str) and name.strip() == name != "")
@@ -184,9 +171,19 @@ def _add_folds(entries: list[dict[str, Any]], folds: pd.DataFrame) -> None:
             entry["fold"] = fold_of[entry["image_id"]]
 
 
-def _lines(entries: list[dict[str, Any]]) -> str:
+def _annotation(number: int, image: int, category: int, box: list[float]) -> str:
+    """One annotation as JSON. The sizes are written by hand, for no float has all the digits of such a difference."""
+    x, y, xmax, ymax = (Decimal(repr(edge)) for edge in box)
+    width, height = EXACT.subtract(xmax, x), EXACT.subtract(ymax, y)
+    return (
+        f'{{"id": {number}, "image_id": {image}, "category_id": {category}, "bbox": [{x}, {y}, {width}, {height}], '
+        f'"area": {float(width) * float(height)!r}, "iscrowd": 0}}'
+    )
+
+
+def _lines(entries: list[dict[str, Any]]) -> list[str]:
     try:
-        return ",\n".join(json.dumps(entry, allow_nan=False) for entry in entries)
+        return [json.dumps(entry, allow_nan=False) for entry in entries]
     except (TypeError, ValueError) as error:
         raise AnnotationError(
             f"a column of images holds what JSON has no words for ({error}): leave the column out"
@@ -197,7 +194,7 @@ def _content(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise AnnotationError(f"{path} is missing: name a COCO JSON file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AnnotationError(f"{path} is no JSON ({error}): export it again") from error
     if not isinstance(content, dict):
@@ -225,11 +222,11 @@ def _known(key: Any, among: dict[Any, str]) -> bool:
 
 
 def _corners(bbox: Any, place: str) -> tuple[float, float, float, float]:
-    numbers = isinstance(bbox, list) and len(bbox) == 4 and all(type(edge) in (int, float) for edge in bbox)
+    numbers = isinstance(bbox, list) and len(bbox) == 4 and all(type(edge) in (int, Decimal) for edge in bbox)
     if not numbers or not all(abs(edge) < MOST_PIXELS for edge in bbox) or min(bbox[2:]) <= 0:
         raise AnnotationError(f"{place}: bbox {bbox!r} is not x, y, width, height in pixels, the last two above 0")
-    x, y, width, height = map(float, bbox)
-    return x, y, round(x + width, DECIMALS), round(y + height, DECIMALS)
+    x, y, width, height = map(Decimal, bbox)
+    return float(x), float(y), float(EXACT.add(x, width)), float(EXACT.add(y, height))
 
 
 def _image_row(entry: dict[str, Any], image_id: str, where: str) -> dict[str, Any]:
@@ -237,5 +234,9 @@ def _image_row(entry: dict[str, Any], image_id: str, where: str) -> dict[str, An
     if not all(type(size) is int and size > 0 for size in sizes):
         raise AnnotationError(f"{where}, id {entry['id']!r}: height {sizes[0]!r} and width {sizes[1]!r} are no pixels")
     row = {"study_id": image_id, "patient_id": image_id, "path": str(entry["file_name"]), "source": "coco", "view": ""}
-    row |= {name: value for name, value in entry.items() if name not in _TAKEN - {"fold"}}
+    row |= {
+        name: float(value) if isinstance(value, Decimal) else value
+        for name, value in entry.items()
+        if name not in _TAKEN - {"fold"}
+    }
     return row | {"image_id": image_id, "rows": sizes[0], "columns": sizes[1]}

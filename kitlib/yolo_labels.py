@@ -4,21 +4,23 @@ Format: https://docs.ultralytics.com/datasets/detect. A line is `class cx cy wid
 empty file.
 """
 
-import math
 import shutil
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import yaml
 
 from kitlib.atomic import write_text
-from kitlib.coco import CATEGORY, DECIMALS, AnnotationError, category_numbers, checked
+from kitlib.coco import CATEGORY, AnnotationError, category_numbers, checked
 from kitlib.tables import BOX, check_table
 
 LABELS, CLASSES = "labels", "classes.txt"
 # Most programs write six decimals, so that a box at the image's edge may seem to reach beyond it, as a share of its side.
-OVERHANG = 1e-5
+OVERHANG = Decimal("1e-5")
+# Shares are written with the 28 digits of Python's decimals. So many decimals of a pixel survive: more than a float of a
+# thousandth of a pixel has, so that nothing is lost.
+DECIMALS = 20
 
 
 def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, folds: pd.DataFrame | None = None) -> None:
@@ -56,7 +58,7 @@ def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fo
 def read_yolo(folder: str | Path, images: pd.DataFrame) -> pd.DataFrame:
     """The table boxes of FOLDER/labels, in the order of `images`, whose rows and columns make pixels of shares.
 
-    Every coordinate that has at most nine decimals is the number that `write_yolo` was given, others are within 1e-9 pixels.
+    Every coordinate that is 0 or at least a thousandth of a pixel is, bit for bit, the number that `write_yolo` was given.
     Column `finding` as in `read_coco`. Raises AnnotationError with file and line, and where an image has no label file or a
     label file no image.
     """
@@ -77,11 +79,10 @@ def read_yolo(folder: str | Path, images: pd.DataFrame) -> pd.DataFrame:
         )
     rows = []
     for image in images.itertuples(index=False):
-        size = np.array([image.columns, image.rows], dtype=float)
         path = files[image.image_id]
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if line.strip():
-                rows.append((image.image_id, *_box(line, size, classes, f"{path}, line {number}")))
+                rows.append((image.image_id, *_box(line, (image.columns, image.rows), classes, f"{path}, line {number}")))
     table = pd.DataFrame(rows, columns=["image_id", *BOX, "finding"])
     return check_table(table.drop(columns="finding") if classes == [CATEGORY] else table, "boxes", str(folder))
 
@@ -95,10 +96,13 @@ def _lines(images: pd.DataFrame, boxes: pd.DataFrame, numbers: list[int]) -> dic
         raise AnnotationError(
             f"image {boxes['image_id'][beyond].iloc[0]} has a box that reaches beyond it: cut it at the edge"
         )
-    shares = np.concatenate([(low + high) / 2 / sizes, (high - low) / sizes], axis=1)
     lines: dict[str, list[str]] = {}
-    for image_id, number, share in zip(boxes["image_id"], numbers, shares.tolist(), strict=True):
-        lines.setdefault(image_id, []).append(f"{number} {' '.join(map(repr, share))}\n")
+    corners = zip(low.tolist(), high.tolist(), sizes.astype(int).tolist(), strict=True)
+    for image_id, number, (lows, highs, size) in zip(boxes["image_id"], numbers, corners, strict=True):
+        edges = [(Decimal(lows[axis]), Decimal(highs[axis]), size[axis]) for axis in (0, 1)]
+        shares = [(first + last) / 2 / side for first, last, side in edges]
+        shares += [(last - first) / side for first, last, side in edges]
+        lines.setdefault(image_id, []).append(f"{number} {' '.join(f'{share:f}' for share in shares)}\n")
     return lines
 
 
@@ -108,21 +112,25 @@ def _classes(path: Path) -> list[str]:
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _box(line: str, size: np.ndarray, classes: list[str], place: str) -> tuple[float, float, float, float, str]:
+def _box(line: str, size: tuple[int, int], classes: list[str], place: str) -> tuple[float, float, float, float, str]:
+    """The corners and class of one line; `size` is the image's columns and rows."""
     words = line.split()
     try:
-        number, shares = int(words[0]), [float(word) for word in words[1:]]
-    except ValueError:
+        number, shares = int(words[0]), [Decimal(word) for word in words[1:]]
+    except (ValueError, InvalidOperation):
         number, shares = -1, []
-    if len(shares) != 4 or not all(map(math.isfinite, shares)):
+    if len(shares) != 4 or not all(share.is_finite() for share in shares):
         raise AnnotationError(f"{place}: {line.strip()!r} is not `class cx cy width height`")
     if not 0 <= number < len(classes):
         raise AnnotationError(f"{place}: class {number}, but {CLASSES} names {len(classes)}, counted from 0")
-    centre, extent = np.array(shares[:2]), np.array(shares[2:])
-    low, high = centre - extent / 2, centre + extent / 2
-    if (extent <= 0).any() or (low < -OVERHANG).any() or (high > 1 + OVERHANG).any():
-        raise AnnotationError(
-            f"{place}: the box {shares} reaches beyond the image or has no area; wanted shares of its size"
-        )
-    low, high = (np.round(edge.clip(0, 1) * size, DECIMALS).tolist() for edge in (low, high))
-    return *low, *high, classes[number]
+    problem = f"{place}: the box {' '.join(words[1:])} reaches beyond the image or has no area; wanted shares of its size"
+    if not all(0 <= share <= 1 + OVERHANG for share in shares) or not all(shares[2:]):
+        raise AnnotationError(problem)
+    corners = []
+    for sign in (-1, 1):
+        for centre, extent, side in zip(shares[:2], shares[2:], size, strict=True):
+            edge = centre + sign * extent / 2
+            if not -OVERHANG <= edge <= 1 + OVERHANG:
+                raise AnnotationError(problem)
+            corners.append(float(round(min(max(edge, Decimal(0)), Decimal(1)) * side, DECIMALS)))
+    return *corners, classes[number]
