@@ -1,0 +1,35 @@
+"""Compares trained detectors out of fold: AP with its interval, and the paired difference to the first one, as Markdown.
+
+PYTHONPATH=. python benchmarks/real/compare.py --prepared runs/real/rsna runs/real/yolo_scratch runs/real/yolo_nih
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kitlib.detection_report import detection_draws, interval
+from kitlib.runs import read_metrics, read_prepared
+from kitlib.tables import read_table
+
+
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="run folders of notebook 40, the first one is compared with")],
+    prepared: Annotated[Path, typer.Option(help="the run of notebook 10 that they were trained on")],
+    samples: int = 1000,
+) -> None:
+    tables = read_prepared(prepared)
+    first = None
+    print("| run | starting weights | AP at IoU 0.5 | difference to the first |\n|---|---|---|---|")
+    for run in runs:
+        detections, coverage = (read_table(name, run / "tables" / f"{name}.parquet") for name in ("detections", "coverage"))
+        draws = detection_draws(detections, coverage, tables["images"], tables["boxes"], samples)
+        first = draws if first is None else first
+        told = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**interval(draws))
+        difference = "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**interval(draws - first)) if run != runs[0] else ""
+        start = read_metrics(run)["starting_weights"].rpartition("/")[2]
+        print(f"| {run.name} | {start} | {told} | {difference} |")
+
+
+if __name__ == "__main__":
+    typer.run(main)
