@@ -1,4 +1,4 @@
-"""Compares trained detectors out of fold: AP with its interval, and the paired difference to the first one, as Markdown.
+"""Compares detectors on the images that all of them held out: AP with its interval, and the paired difference to the first.
 
 PYTHONPATH=. python benchmarks/real/compare.py --prepared runs/real/rsna runs/real/yolo_scratch runs/real/yolo_nih
 """
@@ -19,16 +19,20 @@ def main(
     samples: int = 1000,
 ) -> None:
     tables = read_prepared(prepared)
+    looked = [set(read_table("coverage", run / "tables" / "coverage.parquet").image_id) for run in runs]
+    shared = set.intersection(*looked)
     first = None
     print("| run | starting weights | AP at IoU 0.5 | difference to the first |\n|---|---|---|---|")
     for run in runs:
         detections, coverage = (read_table(name, run / "tables" / f"{name}.parquet") for name in ("detections", "coverage"))
+        coverage = coverage[coverage.image_id.isin(shared)]
         draws = detection_draws(detections, coverage, tables["images"], tables["boxes"], samples)
         first = draws if first is None else first
         told = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**interval(draws))
         difference = "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**interval(draws - first)) if run != runs[0] else ""
         start = read_metrics(run)["starting_weights"].rpartition("/")[2]
         print(f"| {run.name} | {start} | {told} | {difference} |")
+    print(f"\n{len(shared)} images that every run has held out")
 
 
 if __name__ == "__main__":
