@@ -52,7 +52,7 @@ def example_images(
         if detections is not None:
             found = detections[(detections.image_id == image.image_id) & (detections.score >= shown_score)]
             _draw_boxes(axis, xray, found, PREDICTION)
-        axis.set_title(f"{image.image_id}  {classes.get(image.study_id, '')}", fontsize=8)
+        axis.set_title(f"{image.image_id}\n{classes.get(image.study_id, '')}", fontsize=8)
     return figure
 
 
