@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 STRIDES = (4, 8, 16, 32, 64)  # of the pyramid's maps; the last of them may be pooled from the one before
 BACKBONE_STRIDES = (4, 8, 16, 32)
-# Black pixels before the first row and column: SqueezeNet's own layers pad too little, so that its cells would lie up to
-# half a stride off, and one a side would be missing.
+# Pixels of the mean grey before the first row and column: SqueezeNet's own layers pad too little, so that its cells would
+# lie up to half a stride off, and one a side would be missing.
 PADDED = {"squeezenet1_1": 4}
 BOX_LOSSES = ("smooth_l1", "ciou")
 # An anchor's side in strides of its map: torchvision's, and two smaller ones for canvases that use the finest maps only.

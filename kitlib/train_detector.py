@@ -23,7 +23,7 @@ from kitlib.training_run import (
     split,
     with_extra,
 )
-from kitlib.xray_dataset import XrayDataset
+from kitlib.xray_dataset import XrayDataset, batches
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,15 @@ def train_detector(
     detector = build(recipe)
     train = XrayDataset(train_images, *seen[1:], recipe, augment=recipe.family != "yolo", seed=seed)
     # Judged on the canvas that it will predict on.
-    judged = override(recipe, image_size=recipe.inference_size or recipe.image_size)
-    validation = XrayDataset(validation_images, labels, boxes, cache, judged)
+    side = recipe.inference_size or recipe.image_size
+    validation = XrayDataset(validation_images, labels, boxes, cache, override(recipe, image_size=side))
+    # Without gradients twice as many fit the memory that training needs, and fewer where they are larger.
+    at_once = max(1, int(2 * recipe.batch_size * (recipe.image_size / side) ** 2))
+    judged = batches(validation, at_once, workers)
     title = f"{model_name} fold {fold}"
-    fitted = fit(detector, train, validation, canvas_precision, run_folder, device, seed, workers, progress, title)
+    fitted = fit(detector, train, judged, canvas_precision, run_folder, device, seed, workers, progress, title)
     save_trained(run_folder, detector, recipe.family, ["opacity"], identity, fitted)
-    predictor = load_predictor(run_folder / "bundle", device, 2 * recipe.batch_size)
+    predictor = load_predictor(run_folder / "bundle", device, at_once)
     chunks = predictor.predict(cache.read(image_id) for image_id in validation_images.image_id)
     write_table(concatenate(chunks, "detections"), "detections", run_folder / "tables" / "detections.parquet")
     coverage = pd.DataFrame({"image_id": predictor.seen, "model": model_name, "fold": fold})

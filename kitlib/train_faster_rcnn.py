@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from kitlib.faster_rcnn import FasterRCNNDetector
 from kitlib.training import RecipeTraining, fit, gathered_batches
@@ -42,7 +43,7 @@ class FasterRCNNTraining(RecipeTraining):
 def fit_faster_rcnn(
     detector: FasterRCNNDetector,
     train: XrayDataset,
-    validation: XrayDataset,
+    validation: DataLoader,
     judge: Callable[[list, list], float],
     run_folder: Path,
     device: torch.device,
@@ -52,11 +53,10 @@ def fit_faster_rcnn(
     title: str,
 ) -> Fitted:
     """Train until the recipe ends it, and leave the kept epoch's weights in `detector`, on the CPU."""
-    size = detector.recipe.batch_size
     return fit(
         FasterRCNNTraining(detector.to(memory_format=torch.channels_last), judge),
-        batches(train, size, workers, shuffle=True, seed=seed),
-        batches(validation, 2 * size, workers),
+        batches(train, detector.recipe.batch_size, workers, shuffle=True, seed=seed),
+        validation,
         run_folder,
         device,
         seed,

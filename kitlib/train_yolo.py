@@ -15,13 +15,14 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from kitlib.atomic import replacing
 from kitlib.device import derived_seed, precision, seed_everything
 from kitlib.recipes import DetectorRecipe
 from kitlib.training_run import LEARNING_RATE_FLOOR, Fitted, is_over, kept_row
-from kitlib.xray_dataset import XrayDataset, batches
+from kitlib.xray_dataset import XrayDataset
 from kitlib.yolo import YoloDetector  # before ultralytics, whose import it makes silent and offline
 
 from ultralytics.data.dataset import YOLODataset  # isort: skip
@@ -81,7 +82,7 @@ class Trainer(DetectionTrainer):
         self,
         detector: YoloDetector,
         train: XrayDataset,
-        validation: XrayDataset,
+        validation: DataLoader,
         judge: Callable[[list, list], float],
         run_folder: Path,
         device: torch.device,
@@ -89,9 +90,9 @@ class Trainer(DetectionTrainer):
         workers: int,
         bar: tqdm,
     ) -> None:
-        self.detector, self.examples, self.judge, self.bar = detector, {"train": train, "val": validation}, judge, bar
+        self.detector, self.judged, self.judge, self.bar = detector, validation, judge, bar
+        self.examples = {"train": train, "val": validation.dataset}
         self.folder, self.kit_seed = run_folder / "checkpoints", seed
-        self.judged = batches(validation, 2 * detector.recipe.batch_size, workers)
         self.history: list[dict[str, float]] = []
         super().__init__(overrides=settings(detector.recipe, self.folder, device, seed, workers))
         self.model = detector.model
@@ -248,7 +249,7 @@ def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: i
 def fit_yolo(
     detector: YoloDetector,
     train: XrayDataset,
-    validation: XrayDataset,
+    validation: DataLoader,
     judge: Callable[[list, list], float],
     run_folder: Path,
     device: torch.device,

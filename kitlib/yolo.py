@@ -120,11 +120,13 @@ class YoloDetector(nn.Module):
         self.model = Network(_architecture(recipe), ch=3, nc=1, verbose=False)
         self.model.box_loss = recipe.box_loss or BOX_LOSSES[0]
         stride = int(self.model.stride.max())
-        if recipe.image_size % stride:
-            raise ValueError(
-                f"recipe.image_size {recipe.image_size} is no multiple of {stride}, the grid of {recipe.backbone!r}; "
-                f"take {max(1, round(recipe.image_size / stride)) * stride}"
-            )
+        for name in ("image_size", "inference_size"):
+            side = getattr(recipe, name)
+            if side % stride:
+                raise ValueError(
+                    f"recipe.{name} {side} is no multiple of {stride}, the grid of {recipe.backbone!r}; "
+                    f"take {max(1, round(side / stride)) * stride}"
+                )
         self.starting_weights = self._start()
 
     @torch.inference_mode()

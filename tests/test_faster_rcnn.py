@@ -195,20 +195,29 @@ def test_a_trained_detector_starts_another_with_all_it_has(detector, tmp_path):
     assert started.starting_weights.endswith(f"{len(detector.state_dict())} tensors, 0 left random")
 
 
-def test_the_ciou_loss_is_torchvision_s_own_of_the_decoded_boxes():
+def test_the_ciou_loss_is_that_of_the_decoded_boxes():
     torch.manual_seed(0)
     plain, complete = FasterRCNNDetector(RECIPE), FasterRCNNDetector(override(RECIPE, box_loss="ciou"))
+    # Offsets of nought: what is found is the proposal itself.
+    torch.nn.init.zeros_(plain.model.roi_heads.box_predictor.bbox_pred.weight)
+    torch.nn.init.zeros_(plain.model.roi_heads.box_predictor.bbox_pred.bias)
     complete.load_state_dict(plain.state_dict())
-    losses = {}
-    for name, detector in (("smooth_l1", plain), ("ciou", complete)):
-        torch.manual_seed(1)  # which regions are sampled
-        found = detector.train().losses(NOISE, [torch.tensor([[8.0, 8, 40, 40]])] * 3)
-        losses[name] = {part: value.item() for part, value in found.items()}
-    assert losses["ciou"]["loss_classifier"] == pytest.approx(losses["smooth_l1"]["loss_classifier"], rel=1e-4)
-    # Of untrained offsets the boxes are the proposals, which overlap theirs by more than a half: CIoU below 1 of each box,
-    # and a quarter of the sampled regions at most have one.
-    assert 0 < losses["ciou"]["loss_box_reg"] < 0.25 * 1.0
-    assert losses["ciou"]["loss_box_reg"] != losses["smooth_l1"]["loss_box_reg"]
+    losses = []
+    for heads in (plain.train().model.roi_heads, complete.train().model.roi_heads):
+        # The true box is as wide as the region and half as high; a second region is background.
+        regions, offsets = torch.tensor([[8.0, 8, 28, 28], [40, 40, 60, 60]]), torch.zeros(2, 4)
+        offsets[0] = heads.box_coder.encode_single(torch.tensor([[8.0, 8, 28, 18]]), regions[:1])
+        heads.select_training_samples = lambda *_, given=(regions, offsets): (
+            [given[0]], None, [torch.tensor([1, 0])], [given[1]]
+        )  # fmt: skip
+        losses.append(heads({"0": torch.rand(1, 16, 16, 16, generator=torch.Generator().manual_seed(1))}, [], [(64, 64)])[1])
+    # Zheng et al. 2020: IoU 1/2; centres 5 apart in a hull of 20 x 20; v = 4 / pi^2 (atan 2 - atan 1)^2, weighted by
+    # v / (1 - IoU + v). Over both regions.
+    v = 4 / np.pi**2 * (np.arctan(2) - np.arctan(1)) ** 2
+    expected = (0.5 + 25 / 800 + v**2 / (0.5 + v)) / 2
+    assert losses[1]["loss_box_reg"].item() == pytest.approx(expected, abs=1e-5)
+    assert losses[1]["loss_classifier"].item() == pytest.approx(losses[0]["loss_classifier"].item(), rel=1e-5)
+    assert losses[0]["loss_box_reg"].item() != pytest.approx(expected, abs=1e-2)
     with pytest.raises(ValueError, match="Faster R-CNN has: smooth_l1, ciou"):
         FasterRCNNDetector(override(RECIPE, box_loss="giou"))
 

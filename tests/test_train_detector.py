@@ -21,7 +21,7 @@ from kitlib.train_detector import canvas_precision, train_detector, with_negativ
 from kitlib.train_faster_rcnn import FasterRCNNTraining
 from kitlib.train_yolo import Canvases, Trainer, settings
 from kitlib.training_run import ExtraImages, ResumeError
-from kitlib.xray_dataset import XrayDataset
+from kitlib.xray_dataset import XrayDataset, batches
 
 from ultralytics.cfg import get_cfg  # isort: skip  (kitlib.yolo makes the import offline)
 
@@ -103,14 +103,29 @@ def test_a_run_leaves_what_later_stages_read(uninterrupted):
     assert (folder / "figures" / "curves.png").is_file() and not list(folder.rglob("*.pt"))
 
 
+def pooled_precision(small, found):
+    true = small.boxes[small.boxes.image_id.isin(small.fold_table.id[small.fold_table.fold == 1])]
+    hits = box_hits(found.image_id, found.score, found[list(BOX)], true.image_id, true[list(BOX)])
+    return average_precision(found.score.to_numpy(), hits, len(true))
+
+
 def test_the_out_of_fold_boxes_have_the_score_that_chose_the_epoch(uninterrupted):
     # The same images through another path: bundle from disk, prediction's own canvases, boxes in original pixels. A
     # stretched canvas has no padding where boxes could be cut, and IoU does not change with the scale of an axis.
-    small, found = SmallXrays(16), uninterrupted.detections
-    true = small.boxes[small.boxes.image_id.isin(small.fold_table.id[small.fold_table.fold == 1])]
-    hits = box_hits(found.image_id, found.score, found[list(BOX)], true.image_id, true[list(BOX)])
-    again = average_precision(found.score.to_numpy(), hits, len(true))
+    again = pooled_precision(SmallXrays(16), uninterrupted.detections)
     assert again == pytest.approx(uninterrupted.metrics["best"]["score"], abs=1e-6)
+
+
+@pytest.mark.parametrize("family", list(RECIPES))
+def test_a_detector_is_judged_on_the_canvas_that_it_predicts_on(tmp_path, monkeypatch, family):
+    sizes = []
+    monkeypatch.setattr(
+        module, "batches", lambda dataset, size, workers: sizes.append(size) or batches(dataset, size, workers)
+    )
+    run = train(tmp_path, override(RECIPES[family], epochs=1, inference_size=64))
+    # Four times the pixels of training's 32 x 32: a fourth of the eight images that would be judged at once.
+    assert sizes == [2]
+    assert pooled_precision(SmallXrays(16), run.detections) == pytest.approx(run.metrics["best"]["score"], abs=1e-6)
 
 
 def stop_at(patch, epoch, batch):

@@ -91,6 +91,8 @@ def test_every_generation_returns_boxes_of_the_canvas_best_first_and_limited(bac
 def test_settings_that_cannot_be_are_named(detector):
     with pytest.raises(ValueError, match=r"image_size 100 is no multiple of 32.*take 96"):
         YoloDetector(override(RECIPE, image_size=100))
+    with pytest.raises(ValueError, match=r"inference_size 136 is no multiple of 32.*take 128"):
+        YoloDetector(override(RECIPE, inference_size=136))
     with pytest.raises(ValueError, match="no model 'yolo99n'"):
         YoloDetector(override(RECIPE, backbone="yolo99n"))
     with pytest.raises(ValueError, match="'yolov9t' has one width only"):
