@@ -1,16 +1,19 @@
 """Reads a chest X-ray from a PNG or JPEG file, as NIH's and many re-packed data sets have them, and its size alone."""
 
-import struct
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from kitlib.dicom import UnreadableXray, Xray
 from kitlib.dicom_header import MAX_SAMPLES
 
 SIGNATURES = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG"}
+# Not PIL.Image.open, which ultralytics replaces by one that hides what is wrong with a file.
+OPENERS = {"PNG": PngImageFile, "JPEG": JpegImageFile}
 
 
 def image_format(path: str | Path) -> str:
@@ -22,19 +25,8 @@ def image_format(path: str | Path) -> str:
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """Rows and columns as the header promises them, without decoding. Raises UnreadableXray."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(24)
-            if start.startswith(b"\x89PNG\r\n\x1a\n") and len(start) == 24:
-                columns, rows = struct.unpack(">II", start[16:])
-            else:
-                # Pillow opens lazily: it reads the header and no pixel.
-                with Image.open(path, formats=("PNG", "JPEG")) as image:
-                    columns, rows = image.size
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableXray(path, f"no PNG or JPEG image: {' '.join(str(error).split())}") from None
-    if not rows or not columns or rows * columns > MAX_SAMPLES:
-        raise UnreadableXray(path, f"promises {rows} x {columns} pixels; wanted 1 to {MAX_SAMPLES}")
+    with _opened(path) as image:
+        columns, rows = image.size
     return rows, columns
 
 
@@ -44,15 +36,13 @@ def decode_image(path: str | Path) -> Xray:
     Nothing is stretched: whoever made the file has chosen how it looks. Raises UnreadableXray, also for a file that ends
     early.
     """
-    image_size(path)
-    try:
-        encoded = np.fromfile(path, np.uint8)
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
+    with _opened(path) as image:
+        try:
             # Pillow refuses what is cut off or fails its checksums; OpenCV would fill in grey.
             image.load()
-        pixels = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, cv2.error) as error:
-        raise UnreadableXray(path, f"damaged image: {' '.join(str(error).split())}") from None
+            pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+        except (OSError, SyntaxError, ValueError, cv2.error) as error:
+            raise UnreadableXray(path, f"damaged image: {' '.join(str(error).split())}") from None
     if pixels is None:
         raise UnreadableXray(path, "damaged image: nothing could be decoded")
     if pixels.dtype == np.uint16:
@@ -60,3 +50,19 @@ def decode_image(path: str | Path) -> Xray:
     if pixels.ndim == 3:
         pixels = cv2.cvtColor(pixels[..., :3], cv2.COLOR_BGR2GRAY) if pixels.shape[2] >= 3 else pixels[..., 0]
     return Xray(np.ascontiguousarray(pixels), ())
+
+
+def _opened(path: str | Path) -> Image.Image:
+    """The image with its header read and no pixel yet; its size is one that a chest can have."""
+    try:
+        name = image_format(path)
+        if not name:
+            raise ValueError("no PNG or JPEG image")
+        image = OPENERS[name](path)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UnreadableXray(path, f"cannot be opened: {' '.join(str(error).split())}") from None
+    columns, rows = image.size
+    if not rows or not columns or rows * columns > MAX_SAMPLES:
+        image.close()
+        raise UnreadableXray(path, f"promises {rows} x {columns} pixels; wanted 1 to {MAX_SAMPLES}")
+    return image

@@ -1,6 +1,7 @@
 """PNG and JPEG chests: grey as the file shows it, and one error that names the file for whatever is wrong with it."""
 
 import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -52,6 +53,7 @@ def test_a_promise_of_gigabytes_is_refused_before_decoding(tmp_path):
     Image.fromarray(GREY).save(tmp_path / "a.png")
     damaged = bytearray((tmp_path / "a.png").read_bytes())
     damaged[16:24] = struct.pack(">II", 100_000, 100_000)
+    damaged[29:33] = struct.pack(">I", zlib.crc32(damaged[12:29]))
     (tmp_path / "a.png").write_bytes(damaged)
     with pytest.raises(UnreadableXray, match="promises 100000 x 100000"):
         image_size(tmp_path / "a.png")
