@@ -164,10 +164,11 @@ RECIPES: dict[str, TrainingRecipe] = {
     "heidelberg_study": StudyRecipe(frozen_backbone=True, schedule_every=1),
     "heidelberg_faster_rcnn": DetectorRecipe(inference_size=1024, **_HEIDELBERG_BOXES),
     # The losses' gains are ultralytics' own: those of the report's equation 2 belong to YOLOv5's anchors, whose losses are
-    # scaled otherwise.
+    # scaled otherwise, and make the boxes' gradients a hundredth, so that SGD at the published rate learns less of them.
     "heidelberg_yolo": _HEIDELBERG_YOLO,
-    # Those gains all the same (with one class and no objectness the class output carries both of theirs), and the report's
-    # thresholds, which cut off boxes that would earn average precision.
+    # Those gains all the same (with one class and no objectness the class output carries both of theirs; dfl, which the
+    # report's network has not, keeps ultralytics' ratio to the box), and the report's thresholds, which cut off boxes that
+    # would earn average precision.
     "heidelberg_yolo_published": dataclasses.replace(
         _HEIDELBERG_YOLO, box_gain=0.075, class_gain=0.05 + 0.75, dfl_gain=0.015, nms_iou=0.2, min_score=0.1
     ),
