@@ -107,8 +107,8 @@ def read_extra(run: str | Path, for_boxes: bool = False) -> ExtraImages:
     """Images to train on beside one's own: of a pseudo-labelled run (notebook 50) or of any prepared one (notebook 10).
 
     Of a prepared run those in its folds: no official test images, none that no annotator looked at. `for_boxes` leaves out
-    pseudo-labelled images whose boxes are not sure enough for a detector. Raises RunError where the run is of another kind,
-    its decoded images are not at hand, or boxes are asked of NIH's images.
+    images whose boxes are no lesson for a detector: unsure pseudo-labels, and all of NIH's. Raises RunError where the run is
+    of another kind or its decoded images are not at hand.
     """
     run, metrics = Path(run), read_metrics(run)
     if "longest_side" not in metrics:
@@ -119,12 +119,8 @@ def read_extra(run: str | Path, for_boxes: bool = False) -> ExtraImages:
     if folds.is_file():
         images = images[images["image_id"].isin(read_table("folds", folds)["id"])]
     if metrics.get("dataset") == "nih":
-        if for_boxes:
-            raise RunError(
-                f"{run} is of NIH's images, on which nobody has marked opacities; name one of RSNA's or notebook 50's"
-            )
-        # No box there says nothing about opacities.
-        images = images.assign(none=float("nan"))
+        # Nobody has marked opacities there: no box says nothing.
+        images = images.assign(none=float("nan"), unsure=True)
     if for_boxes and "unsure" in images.columns:
         images = images[~images["unsure"].astype(bool)]
     # A pseudo-labelled run names the run whose decoded images it uses, if they are not its own.

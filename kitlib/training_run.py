@@ -122,6 +122,8 @@ def with_extra(
     added_labels = check_table(extra.labels, "labels", "the extra images")
     if "false_none" in added.columns:
         added = added[~added.false_none.fillna(False).astype(bool)]
+    if added.empty:
+        raise ValueError("the extra run has no image to learn this from (detectors: NIH's have no boxes); name another")
     for there, meaning, columns in (
         (validation_images, "validated on", ("image_id", "study_id", "patient_id")),
         (train_images, "trained on already", ("image_id", "study_id")),

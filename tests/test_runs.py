@@ -25,6 +25,7 @@ from kitlib.runs import (
     read_prepared,
 )
 from kitlib.tables import BOX, write_table
+from kitlib.training_run import with_extra
 
 SCORES = pd.DataFrame({"image_id": ["a", "b"], "model": "study", "fold": [0, 1], "none": [0.25, 0.5]})
 
@@ -190,3 +191,14 @@ def test_models_that_have_seen_unknown_images_are_refused(tmp_path, prepared):
     with pytest.raises(RunError, match="trained on extra images too; name their run"):
         read_models([more], tables)
     assert len(read_models([more], tables, extra=[extra])) == 2
+
+
+def test_images_without_marked_opacities_teach_no_detector(tmp_path):
+    small = SmallXrays(8)
+    prepared_run(tmp_path / "nih", small)
+    metrics = json.loads((tmp_path / "nih" / "metrics.json").read_text())
+    write_json(tmp_path / "nih" / "metrics.json", {**metrics, "dataset": "nih"})
+    assert read_extra(tmp_path / "nih").images["none"].isna().all()
+    nothing = read_extra(tmp_path / "nih", for_boxes=True)
+    with pytest.raises(ValueError, match="detectors: NIH's have no boxes"):
+        with_extra(small.images.head(0), small.labels, small.boxes, small, nothing, small.images)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kitlib.detection_report import detection_draws, interval
-from kitlib.runs import read_metrics, read_prepared
+from kitlib.runs import read_prepared
 from kitlib.tables import read_table
 
 
@@ -22,7 +22,7 @@ def main(
     looked = [set(read_table("coverage", run / "tables" / "coverage.parquet").image_id) for run in runs]
     shared = set.intersection(*looked)
     first = None
-    print("| run | starting weights | AP at IoU 0.5 | difference to the first |\n|---|---|---|---|")
+    print("| run | AP at IoU 0.5 | difference to the first |\n|---|---|---|")
     for run in runs:
         detections, coverage = (read_table(name, run / "tables" / f"{name}.parquet") for name in ("detections", "coverage"))
         coverage = coverage[coverage.image_id.isin(shared)]
@@ -30,8 +30,7 @@ def main(
         first = draws if first is None else first
         told = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**interval(draws))
         difference = "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**interval(draws - first)) if run != runs[0] else ""
-        start = read_metrics(run)["starting_weights"].rpartition("/")[2]
-        print(f"| {run.name} | {start} | {told} | {difference} |")
+        print(f"| {run.name} | {told} | {difference} |")
     print(f"\n{len(shared)} images that every run has held out")
 
 
