@@ -19,14 +19,13 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.device import autocast, pick_device
 from kitlib.geometry import PLACEMENTS, Placement, clip_boxes, flip_boxes, within
 from kitlib.lung_box import lung_box
+from kitlib.recipes import VIEWS
 from kitlib.tables import BOX, check_table, empty_table
 
 logger = logging.getLogger(__name__)
 
 BATCH_SIZES = {"cuda": 64, "cpu": 8}
 BATCHES_AHEAD = 3  # placed on canvases while the model computes
-# Which canvas a view sees, and whether mirrored.
-VIEWS = {"full": ("full", False), "flip": ("full", True), "lungs": ("lungs", False), "lungs_flip": ("lungs", True)}
 # Of boxes from different views; 1st place used it between models.
 VIEWS_IOU = 0.6
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 R = TypeVar("R")
+# The canvases a model can look at, each as it is or mirrored.
+VIEWS = {"full": ("full", False), "flip": ("full", True), "lungs": ("lungs", False), "lungs_flip": ("lungs", True)}
 
 
 class RecipeError(ValueError):
@@ -55,6 +57,11 @@ class TrainingRecipe:
     cutouts: int = 0  # most square holes, each a sixteenth of the canvas's side
     cutouts_p: float = 0.3
     erase_p: float = 0.0  # one rectangle of 1 to 10 % of the canvas
+
+    def __post_init__(self) -> None:
+        # Before a training, and not when it predicts at its end.
+        if not self.views or set(self.views) - VIEWS.keys():
+            raise RecipeError(f"views are {list(self.views)}; there are: {', '.join(VIEWS)}")
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def read_extra(run: str | Path, for_boxes: bool = False) -> ExtraImages:
         images = images[images["image_id"].isin(read_table("folds", folds)["id"])]
     if metrics.get("dataset") == "nih":
         # Nobody has marked opacities there: no box says nothing.
-        images = images.assign(none=float("nan"), unsure=True)
+        images = images.assign(boxes_known=False, unsure=True)
     if for_boxes and "unsure" in images.columns:
         images = images[~images["unsure"].astype(bool)]
     # A pseudo-labelled run names the run whose decoded images it uses, if they are not its own.

@@ -101,7 +101,7 @@ def train_detector(
     counts = {
         "starting_weights": detector.starting_weights,
         "train_images": len(train),
-        "train_images_with_boxes": int((train.none == 0).sum()),
+        "train_images_with_boxes": sum(len(each) > 0 for each in train.boxes),
         "validation_images": len(validation),
     }
     finish_run(run_folder, identity, counts, fitted, device)

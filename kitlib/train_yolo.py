@@ -94,6 +94,7 @@ class Trainer(DetectionTrainer):
         self.examples = {"train": train, "val": validation.dataset}
         self.folder, self.kit_seed = run_folder / "checkpoints", seed
         self.history: list[dict[str, float]] = []
+        self.kept_scaler: dict[str, Any] = {}
         super().__init__(overrides=settings(detector.recipe, self.folder, device, seed, workers))
         self.model = detector.model
         for part in self.model.modules():
@@ -165,7 +166,7 @@ class Trainer(DetectionTrainer):
         self.ema.ema.load_state_dict(ckpt["ema"])
         self.ema.updates = ckpt["updates"]
         self.optimizer.load_state_dict(ckpt["optimizer"])
-        self.scaler.load_state_dict(ckpt["scaler"])
+        self.kept_scaler = ckpt["scaler"]
 
     def _handle_nan_recovery(self, epoch: int) -> bool:
         if not torch.isfinite(self.loss) or not np.isfinite(self.fitness):
@@ -181,7 +182,8 @@ class Trainer(DetectionTrainer):
     def _half_precision(self, device: torch.device) -> None:
         # ultralytics' own switch for float16 first downloads a pickled model to try it out.
         if precision(device) == "16-mixed":
-            self.amp, self.scaler = True, torch.amp.GradScaler("cuda", init_scale=self.scaler.get_scale() or 2.0**16)
+            self.amp, self.scaler = True, torch.amp.GradScaler("cuda")
+            self.scaler.load_state_dict(self.kept_scaler or self.scaler.state_dict())
 
     def _begin_epoch(self) -> None:
         self.epoch_began = time.perf_counter()

@@ -31,8 +31,9 @@ class XrayDataset(Dataset):
 
     An example is a dict: `pixels` uint8 (side, side), grey, on the recipe's canvas; `label` float32 (classes,) in the order
     of the table labels, NaN where unknown; `none` float32, the probability that the image has no opacity: that of a column
-    `none` of `images` where it is known, else 1 without a box and 0 with one; `boxes` float32 (k, 4) in canvas pixels,
-    moved with the image; `index`, its row in `images`.
+    `none` of `images` where it is known, else 1 without a box and 0 with one, or NaN where a column `boxes_known` is False
+    (nobody has marked opacities there); `boxes` float32 (k, 4) in canvas pixels, moved with the image; `index`, its row in
+    `images`.
 
     The key is an index, or (epoch, index) as `EpochSampler` gives it: augmentation depends on `seed` and the key alone,
     whatever process draws it, so a resumed training sees what an uninterrupted one sees.
@@ -55,6 +56,8 @@ class XrayDataset(Dataset):
         corners = {image_id: rows[list(BOX)].to_numpy(float) for image_id, rows in boxes.groupby("image_id")}
         self.boxes = [corners.get(image_id, np.zeros((0, 4))) for image_id in self.image_ids]
         self.none = np.array([float(not len(each)) for each in self.boxes], dtype=np.float32)
+        if "boxes_known" in images.columns:
+            self.none[images.boxes_known.eq(False).to_numpy()] = np.nan
         if "none" in images.columns:
             told = images.none.to_numpy(np.float32)
             if ((told < 0) | (told > 1)).any():
