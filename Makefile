@@ -29,7 +29,7 @@ $(READY): requirements.txt kitlib/kaggle_image.txt
 	@echo "Installing into .venv (torch brings its CUDA libraries: several GB come down)"
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
-	$(UV) -r requirements.txt
+	$(UV) -r requirements.txt --override kitlib/kaggle_image.txt
 	$(UV) --reinstall --no-deps $$(grep -o '^opencv-python-headless==[0-9.]*' requirements.txt)
 	echo "$(CURDIR)" > $$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kit.pth
 	touch $@
