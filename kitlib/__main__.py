@@ -149,6 +149,59 @@ def import_(
 
 
 @app.command()
+def run(
+    plan: Annotated[Path, typer.Argument(help="Such as submissions/plans/demo.yaml.")],
+    engine: Annotated[list[str] | None, typer.Argument(help="After --: arguments of Snakemake.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of one of its variables, in YAML.")] = None,
+    runs: Annotated[Path | None, typer.Option(help="The folder of the runs' folders, instead of the plan's own.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A step; it and what it needs are done, nothing else.")] = None,
+    cores: Annotated[int | None, typer.Option(min=1, help="Of this machine; all unless told.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="Of this machine; the visible ones unless told.")] = None,
+    retries: Annotated[int, typer.Option(min=0, help="How often a run that failed is tried again.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be done.")] = False,
+    graph: Annotated[Path | None, typer.Option(help="Only draw the plan into this .png or .svg file.")] = None,
+) -> None:
+    """Do what is not done yet of PLAN: runs of notebooks and what they need, on this machine or a cluster."""
+    import yaml
+    from rich.console import Console
+
+    from kitlib.atomic import replacing
+    from kitlib.plan import PlanError, read_plan
+    from kitlib.plan_graph import plan_graph
+    from kitlib.run_plan import PlanFailed, describe_plan, run_plan
+
+    logging.getLogger("papermill").setLevel(logging.WARNING)
+    pairs = [change.partition("=") for change in changes or []]
+    if not all(separator for _, separator, _ in pairs):
+        raise typer.BadParameter("--set wants NAME=VALUE")
+    try:
+        read = read_plan(plan, runs, {name: yaml.safe_load(value) for name, _, value in pairs})
+        if graph:
+            with replacing(graph) as beside:
+                plan_graph(read).savefig(beside, dpi=110)
+        if dry_run:
+            Console().print(describe_plan(read))
+        if not (graph or dry_run):
+            run_plan(read, Console(), only or (), cores, gpus, retries, engine or ())
+    except (PlanError, PlanFailed) as error:
+        _fail(error)
+
+
+@app.command(hidden=True)
+def run_planned(described: Annotated[Path, typer.Argument(exists=True)], name: str) -> None:
+    """One run of a plan, as the engine calls it."""
+    from kitlib.plan import PlanError
+    from kitlib.run_planned import RunFailed
+    from kitlib.run_planned import run_planned as work
+
+    logging.getLogger("papermill").setLevel(logging.WARNING)
+    try:
+        work(described, name)
+    except (PlanError, RunFailed) as error:
+        _fail(error)
+
+
+@app.command()
 def demo(
     whole: Annotated[
         bool, typer.Option("--whole", help="Pre-train and pseudo-label, too, on NIH's and RSNA's phantoms.")
@@ -157,13 +210,14 @@ def demo(
     """From a phantom competition's DICOM files to a scored submission.csv, through every notebook and an offline kernel."""
     from rich.console import Console
 
-    from kitlib.demo import DemoFailed, project_demo, run_demo
-    from kitlib.run_notebook import NotebookFailed
+    from kitlib.demo import DemoFailed, demo_plan, run_demo
+    from kitlib.plan import PlanError
+    from kitlib.run_plan import PlanFailed
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
     try:
-        run_demo(project_demo(whole), Console())
-    except (DemoFailed, NotebookFailed, FileExistsError) as error:
+        run_demo(demo_plan(whole), Console())
+    except (DemoFailed, PlanError, PlanFailed) as error:
         _fail(error)
 
 

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import papermill
 import yaml
 
 from kitlib.atomic import write_text
+from kitlib.kill_family import kill_family
 from kitlib.paths import project_root
 
 
@@ -40,12 +41,15 @@ def run_notebook(
     result: str | Path,
     on_cell: Callable[[int, int], None] | None = None,
     threads: int | None = None,
+    time_limit_s: float | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> None:
     """Execute `notebook` with `parameters`; the executed copy goes to `output`, the log beside it.
 
     `result` is a file that the notebook's last cell writes: an old one is removed first, and the run has failed unless it
     is there afterwards. `on_cell(done, total)` is called as cells start. `threads` bounds the CPU threads of the
-    notebook's libraries. Raises ValueError for an unknown parameter, NotebookFailed for everything else.
+    notebook's libraries, `variables` are added to its environment, and after `time_limit_s` it is killed. Raises
+    ValueError for an unknown parameter, NotebookFailed for everything else.
     """
     notebook, output, result = Path(notebook), Path(output), Path(result)
     check_parameters(notebook, parameters)
@@ -55,19 +59,26 @@ def run_notebook(
     write_text(settings, yaml.safe_dump(parameters, sort_keys=False))
     command = [sys.executable, "-m", "papermill", str(notebook), str(output), "-f", str(settings)]
     command += ["--cwd", str(project_root()), "--no-progress-bar", "--log-output", "-k", "python3"]
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    environment = {**os.environ, **(variables or {}), **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=project_root(), env=environment
     )
     cells = len(json.loads(notebook.read_text(encoding="utf-8"))["cells"]) + 1  # papermill adds the injected one
     reader = threading.Thread(target=_keep_log, args=(process, log, cells, on_cell))
     reader.start()
-    code = process.wait()
+    try:
+        code, late = process.wait(time_limit_s), ""
+    except subprocess.TimeoutExpired:
+        code, late = -1, f"stopped after its {time_limit_s / 60:g} minutes"
+    finally:
+        # Also where this process is told to end: the notebook's kernel would go on by itself.
+        kill_family(process.pid)
+        process.wait()
     reader.join()
-    problem = first_problem(output) if output.is_file() else "papermill wrote no notebook"
+    problem = late or (first_problem(output) if output.is_file() else "papermill wrote no notebook")
     if code or problem or not result.is_file():
         problem = problem or (f"papermill's exit code is {code}" if code else f"it ended without writing {result}")
-        raise NotebookFailed(f"{notebook.name}: {problem}\n  executed copy: {output}\n  log: {log}\n{_tail(log)}")
+        raise NotebookFailed(f"{notebook.name}: {problem}\n  executed copy: {output}\n  log: {log}\n{log_tail(log)}")
 
 
 def _keep_log(process: subprocess.Popen, log: Path, cells: int, on_cell: Callable[[int, int], None] | None) -> None:
@@ -95,5 +106,6 @@ def first_problem(executed: Path) -> str:
     return ""
 
 
-def _tail(log: Path, lines: int = 15) -> str:
+def log_tail(log: Path, lines: int = 15) -> str:
+    """A log's last lines, each marked as a quotation."""
     return "\n".join("  | " + line for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

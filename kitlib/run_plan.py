@@ -1,0 +1,209 @@
+"""Carry out a plan with Snakemake: it decides what runs when and where, this file asks it and shows how far it is."""
+
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kitlib.atomic import write_json
+from kitlib.paths import project_root
+from kitlib.plan import Plan, PlanError
+from kitlib.run_notebook import log_tail
+from kitlib.run_planned import SHARED_GPUS, state_file
+
+ENGINE_LOG = "engine.log"
+POLL_S = 0.5
+
+
+class PlanFailed(RuntimeError):
+    """A plan of which not every run is done: names those that failed, and why."""
+
+
+def run_plan(
+    plan: Plan,
+    console: Console,
+    only: Iterable[str] = (),
+    cores: int | None = None,
+    gpus: int | None = None,
+    retries: int = 0,
+    engine: Sequence[str] = (),
+) -> dict[str, dict[str, Any]]:
+    """Do what is not done yet of the plan, or of the steps `only` and what they need; what is told of each run, by its name.
+
+    `engine` are further arguments of Snakemake, such as --executor slurm --jobs 8. Without an executor runs share this
+    machine: its `cores` (default: all) and `gpus` (default: those that are visible; 0 gives GPU runs the CPU). A run that
+    fails stops only those that need it. Raises PlanError, and PlanFailed in the end if a run has failed.
+    """
+    folder = plan.runs / f".{plan.path.stem}"
+    folder.mkdir(parents=True, exist_ok=True)
+    described = folder / "runs.json"
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PlanError(f"{plan.path} is being carried out in {plan.runs} already; wait for that") from error
+        states = plan.states()  # refuses foreign folders before anything starts
+        wanted = plan.of_steps(only) if only else list(plan.planned)
+        write_json(described, {name: run.as_json() for name, run in plan.planned.items()})
+        for name, state in states.items():
+            if state != "done":
+                state_file(described, name).unlink(missing_ok=True)
+        local = not {"--executor", "-e", "--profile"} & set(engine)
+        shared = _gpu_indices() if gpus is None else list(map(str, range(gpus)))
+        limit = len(shared) if local or gpus is not None else None
+        write_json(folder / "config.json", _configuration(plan, described, wanted, limit, retries))
+        command = [sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("plan.smk"))]
+        command += ["--configfile", str(folder / "config.json"), "--directory", str(folder), "--keep-going", "--nocolor"]
+        # Marks carry the key of all that they follow from: they alone decide. The lock is ours, and gone with its process.
+        command += ["--rerun-incomplete", "--rerun-triggers", "input", "--nolock"]
+        if local:
+            command += ["--cores", str(cores or len(os.sched_getaffinity(0))), "--resources", f"gpu={len(shared)}"]
+            command += [f"mem_mb={psutil.virtual_memory().total // 2**20}"]
+        environment = {**os.environ, **({SHARED_GPUS: ",".join(shared)} if local else {})}
+        code = _follow(plan, described, states, [*command, *engine], environment, console)
+    told = {name: _told(described, name) for name in plan.planned}
+    ended = plan.states()
+    unfinished = [name for name in _with_needs(plan, wanted) if ended[name] != "done"]
+    if code or unfinished:
+        raise PlanFailed(_failure(plan, told, unfinished, folder / ENGINE_LOG))
+    return told
+
+
+def describe_plan(plan: Plan) -> Table:
+    """What would be done: each run with its state, what it needs and what it asks for."""
+    table = Table("run", "state", "notebook or command", "needs", "CPU", "GPU", "GB", "minutes", title=str(plan.path))
+    for column in table.columns[2:4]:
+        column.no_wrap, column.overflow = True, "ellipsis"
+    states = plan.states()
+    for name, run in plan.planned.items():
+        what = run.notebook.stem if run.notebook else shlex.join(run.command)
+        asked = [f"{value:g}" if value else "" for value in (run.threads, run.gpus, run.memory_gb, run.minutes)]
+        table.add_row(name, states[name], what, ", ".join(run.needs), *asked)
+    return table
+
+
+def _configuration(plan: Plan, described: Path, wanted: list[str], gpus: int | None, retries: int) -> dict[str, Any]:
+    runs, memory_mb = [], psutil.virtual_memory().total // 2**20
+    for name, run in plan.planned.items():
+        gpu = run.gpus if gpus is None else min(run.gpus, gpus)
+        # On this machine a run that asks for more than there is gets what there is, and the machine for itself.
+        resources = {"mem_mb": round(run.memory_gb * 1024) if gpus is None else min(round(run.memory_gb * 1024), memory_mb)}
+        resources |= {"gpu": gpu} if gpu else {}
+        resources |= {"runtime": max(1, round(run.minutes))} if run.minutes else {}
+        # The project's folder is where `inputs` and `notebooks` lie, and -m kitlib is found from it without being installed.
+        command = ["cd", str(project_root()), "&&", sys.executable, "-m", "kitlib", "run-planned", str(described), name]
+        runs.append(
+            {
+                "rule": name.replace("-", "_").replace(".", "_"),
+                "input": [str(plan.planned[need].mark) for need in run.needs],
+                "mark": str(run.mark),
+                "threads": run.threads,
+                "resources": resources,
+                "command": " ".join(word if word == "&&" else shlex.quote(word) for word in command),
+            }
+        )
+    return {"runs": runs, "targets": [str(plan.planned[name].mark) for name in wanted], "retries": retries}
+
+
+def _gpu_indices() -> list[str]:
+    """The GPUs that a process started here may use. By nvidia-smi: importing torch takes seconds and memory on the GPU."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [each for each in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if each and each != "-1"]
+    try:
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        return []
+    return [str(index) for index, _ in enumerate(line for line in found.stdout.splitlines() if line.startswith("GPU "))]
+
+
+def _follow(
+    plan: Plan,
+    described: Path,
+    states: dict[str, str],
+    command: list[str],
+    environment: dict[str, str],
+    console: Console,
+) -> int:
+    """Run the engine to its end, with a bar for the plan and one for each run that is going on; the engine's exit code."""
+    waiting = [name for name, state in states.items() if state != "done"]
+    columns = TextColumn("{task.description:32}"), BarColumn(), TextColumn("{task.fields[cell]:>12}"), TimeElapsedColumn()
+    with (
+        (described.parent / ENGINE_LOG).open("w", encoding="utf-8") as log,
+        Progress(*columns, console=console) as progress,
+    ):
+        done = len(states) - len(waiting)
+        overall = progress.add_task(plan.path.stem, total=len(states), completed=done, cell=f"{done}/{len(states)} done")
+        bars: dict[str, Any] = {}
+        # A session of its own, so that an interruption reaches it once and from here.
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        try:
+            while True:
+                code = process.poll()
+                for name in list(waiting):
+                    told = _told(described, name)
+                    if not told:
+                        continue
+                    if name not in bars:
+                        bars[name] = progress.add_task(name, total=None, cell="starts")
+                    if told.get("cells"):
+                        cell = f"cell {told['cell']}/{told['cells']}"
+                        progress.update(bars[name], total=told["cells"], completed=told["cell"] - 1, cell=cell)
+                    if told["state"] == "done":
+                        waiting.remove(name)
+                        done += 1
+                        progress.update(overall, completed=done, cell=f"{done}/{len(states)} done")
+                        progress.update(bars[name], total=1, completed=1, cell="done")
+                    elif told["state"] == "failed":
+                        progress.update(bars[name], cell="failed")
+                if code is not None:
+                    return code
+                time.sleep(POLL_S)
+        except BaseException:
+            console.print("ending the runs that are going on; the same command goes on with the plan")
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            raise
+
+
+def _told(described: Path, name: str) -> dict[str, Any]:
+    path = state_file(described, name)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _with_needs(plan: Plan, wanted: Iterable[str]) -> list[str]:
+    found, waiting = set(), list(wanted)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += plan.planned[name].needs
+    return [name for name in plan.planned if name in found]
+
+
+def _failure(plan: Plan, told: dict[str, dict[str, Any]], unfinished: list[str], log: Path) -> str:
+    failed = [name for name in unfinished if told[name].get("state") == "failed"]
+    # A killed process could not say that it has failed.
+    vanished = [name for name in unfinished if told[name].get("state") == "running"]
+    waiting = [name for name in unfinished if name not in (*failed, *vanished)]
+    lines = [f"{plan.path}: {len(plan.planned) - len(unfinished)} of {len(plan.planned)} runs are done"]
+    lines += [f"{name} failed on {told[name]['host']}: {told[name]['problem']}" for name in failed]
+    lines += [
+        f"{name} was killed on {told[name]['host']} without a word; its folder: {plan.planned[name].folder}"
+        for name in vanished
+    ]
+    lines += [f"not begun: {', '.join(waiting)}"] if waiting else []
+    if not failed and not vanished:
+        lines += [f"the engine says, in {log}:", log_tail(log)]
+    return "\n".join([*lines, "the same command goes on with what is not done"])
