@@ -99,15 +99,14 @@ def _begin(run: PlannedRun) -> None:
 
 @contextmanager
 def _gpus(count: int) -> Iterator[dict[str, str]]:
-    """What tells a process which GPUs are its own: `count` of those that are shared out here, held until the run ends."""
+    """What tells a process its GPUs: `count` of those that are shared out here, or as many as there are, held meanwhile."""
     if SHARED_GPUS not in os.environ:
         yield {}
         return
     folder = Path(tempfile.gettempdir()) / f"kit-gpus-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     shared, held = list(filter(None, os.environ[SHARED_GPUS].split(","))), {}
-    if count > len(shared):
-        raise RunFailed(f"it wants {count} GPUs, there are {len(shared)}; give the plan more of them with --gpus")
+    count = min(count, len(shared))
     try:
         while len(held) < count:
             for gpu in shared:

@@ -15,8 +15,8 @@ FLOORS = {
     "train_findings train_faster_rcnn train_yolo train_detector",
     "judging": "submission scoring fusion runs annotation_files pseudo_labels tuning reports heidelberg_report "
     "detection_report findings_report figures study_figures findings_figures",
-    "delivering": "validate install_wheels submit kill_family run_notebook plan run_planned run_plan plan_graph kernel_spec wheels kernel_start kernel stand_in sandbox "
-    "rehearse demo __main__",
+    "delivering": "validate install_wheels submit kill_family run_notebook plan plan_graph run_planned run_plan kernel_spec "
+    "wheels kernel_start kernel stand_in sandbox rehearse demo __main__",
 }
 ORDER = [module for floor in FLOORS.values() for module in floor.split()]
 
