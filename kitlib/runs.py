@@ -52,24 +52,29 @@ def read_prepared(run: str | Path) -> dict[str, pd.DataFrame]:
 
 
 def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
-    """The out-of-fold predictions of trained runs.
+    """The out-of-fold predictions of trained runs; a model's folds may come from several runs.
 
-    Raises RunError for a run without any, for detections without their coverage, and for two runs of one model name.
+    Raises RunError for a run without any, for detections without their coverage, and for one fold of a model in two runs.
     """
     found: dict[str, list[pd.DataFrame]] = {name: [] for name in PREDICTED_TABLES}
-    models: dict[str, Path] = {}
+    trained: dict[tuple[str, int], Path] = {}
     for run in map(Path, runs):
         model = read_metrics(run).get("model")
-        if model in models:
-            raise RunError(f"{run} and {models[model]} both call their model {model!r}; train one with another model_name")
-        models[model] = run
         there = [name for name in PREDICTED_TABLES if (run / "tables" / f"{name}.parquet").is_file()]
         if not there:
             raise RunError(f"{run} has no tables of predictions; name runs of the training notebooks")
         if "detections" in there and "coverage" not in there:
             raise RunError(f"{run} has detections but no tables/coverage.parquet; train the detector again")
-        for name in there:
-            found[name].append(read_table(name, run / "tables" / f"{name}.parquet"))
+        tables = {name: read_table(name, run / "tables" / f"{name}.parquet") for name in there}
+        for fold in sorted({fold for table in tables.values() for fold in table["fold"]}):
+            if (model, fold) in trained:
+                raise RunError(
+                    f"{run} and {trained[model, fold]} both have fold {fold} of a model {model!r}; name one, or train one "
+                    "with another model_name"
+                )
+            trained[model, fold] = run
+        for name, table in tables.items():
+            found[name].append(table)
     return OutOfFold(**{name: concatenate(tables, name) for name, tables in found.items()})
 
 
@@ -135,16 +140,24 @@ def read_extra(run: str | Path, for_boxes: bool = False) -> ExtraImages:
     return ExtraImages(images.reset_index(drop=True), tables["labels"], tables["boxes"], cache)
 
 
-def read_answer(run: str | Path, images: pd.DataFrame) -> Fused:
-    """The out-of-fold answer of one trained run, as it is, for `images`; what it has not predicted is a prior, and not seen.
+def read_answer(runs: str | Path | Iterable[str | Path], images: pd.DataFrame) -> Fused:
+    """The out-of-fold answer of one model's run or runs, as it is, for `images`.
 
-    Raises RunError as `read_out_of_fold` does.
+    What it has not predicted is a prior, and not seen. Raises RunError as `read_out_of_fold` does.
     """
-    found = read_out_of_fold([run])
+    found = read_out_of_fold([runs] if isinstance(runs, str | Path) else runs)
     detections, coverage = (
         table[table["image_id"].isin(images["image_id"])] for table in (found.detections, found.coverage)
     )
     return fuse(found.study_scores, found.image_scores, detections, images, FusionSettings(), coverage)
+
+
+def read_answers(runs: Iterable[str | Path], images: pd.DataFrame) -> dict[str, Fused]:
+    """The answer of each model by its name, as `read_answer` gives it: runs that hold folds of one model answer together."""
+    by_model: dict[str, list[str | Path]] = {}
+    for run in runs:
+        by_model.setdefault(read_metrics(run)["model"], []).append(run)
+    return {model: read_answer(of_it, images) for model, of_it in by_model.items()}
 
 
 def read_fused(run: str | Path) -> Fused:

@@ -19,6 +19,7 @@ from kitlib.runs import (
     RunError,
     judged_images,
     read_answer,
+    read_answers,
     read_extra,
     read_fused,
     read_metrics,
@@ -53,13 +54,25 @@ def test_predictions_of_several_runs_come_together(tmp_path):
     assert len(found.detections) == len(found.study_scores) == 0
 
 
+def test_the_folds_of_a_model_may_come_from_several_runs(tmp_path):
+    both = [make_run(tmp_path / f"study-{fold}", "study", image_scores=SCORES[SCORES.fold == fold]) for fold in (0, 1)]
+    pd.testing.assert_frame_equal(read_out_of_fold(both).image_scores, SCORES)
+    other = make_run(tmp_path / "other", "other", image_scores=SCORES.assign(model="other", none=1.0))
+    images = pd.DataFrame({"image_id": ["a", "b"], "study_id": "s", "rows": 9, "columns": 9})
+    answers = read_answers([*both, other], images)
+    assert {model: answer.nones.set_index("image_id").none.to_dict() for model, answer in answers.items()} == {
+        "study": {"a": 0.25, "b": 0.5},
+        "other": {"a": 1.0, "b": 1.0},
+    }
+
+
 def test_a_run_that_is_unfinished_or_of_another_kind_is_named(tmp_path):
     run = make_run(tmp_path / "run", "study", image_scores=SCORES)
     with pytest.raises(RunError, match=r"metrics\.json is missing: .*no such folder"):
         read_metrics(tmp_path / "nothing")
     with pytest.raises(RunError, match="has no tables of predictions"):
         read_out_of_fold([make_run(tmp_path / "prepare", None)])
-    with pytest.raises(RunError, match="both call their model 'study'"):
+    with pytest.raises(RunError, match="both have fold 0 of a model 'study'"):
         read_out_of_fold([run, make_run(tmp_path / "again", "study", image_scores=SCORES)])
 
 
