@@ -55,6 +55,7 @@ class _File:
     extends: str = ""  # another plan's file, beside this one: what stands here is added to it or replaces it
     runs: str = ""  # the folder of the runs' folders; relative to the project's root
     variables: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)  # notebook -> fields of its steps that do not say otherwise
     steps: dict[str, Any] = field(default_factory=dict)
 
 
@@ -157,7 +158,7 @@ def read_plan(path: str | Path, runs: str | Path | None = None, changes: Mapping
     if not (runs or read.runs):
         raise PlanError(f"{path}: runs is missing, the folder for the runs' folders, such as runs/siim")
     folder = (project_root() / (runs or read.runs)).resolve()
-    steps = {name: _step(path, name, values) for name, values in read.steps.items()}
+    steps = {name: _step(path, name, values, read.defaults) for name, values in read.steps.items()}
     _check_names(path, steps, variables)
     planned: dict[str, PlannedRun] = {}
     for name in _in_order(path, steps, variables):
@@ -192,11 +193,12 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return base | changes | both
 
 
-def _step(path: Path, name: str, values: Any) -> Step:
+def _step(path: Path, name: str, values: Any, defaults: dict[str, Any]) -> Step:
     if not re.fullmatch(r"[a-z]\w*", name):
         raise PlanError(f"{path}: a step cannot be called {name!r}: letters, digits and _, a small letter first")
     try:
-        step = from_dict(Step, values)
+        usual = defaults.get(values.get("notebook"), {}) if isinstance(values, dict) else {}
+        step = from_dict(Step, _merged(usual, values) if usual else values)
     except RecipeError as error:
         raise PlanError(f"{path}, step {name}: {error}") from error
     if bool(step.notebook) == bool(step.command):

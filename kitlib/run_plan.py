@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -82,15 +83,22 @@ def run_plan(
 
 
 def describe_plan(plan: Plan) -> Table:
-    """What would be done: each run with its state, what it needs and what it asks for."""
-    table = Table("run", "state", "notebook or command", "needs", "CPU", "GPU", "GB", "minutes", title=str(plan.path))
-    for column in table.columns[2:4]:
-        column.no_wrap, column.overflow = True, "ellipsis"
+    """What would be done: each step with the state of its runs, and what a run of it asks for."""
+    table = Table("step", "runs", "does", "asks for", title=str(plan.path), box=SIMPLE)
+    for column in (table.columns[0], table.columns[2], table.columns[3]):
+        column.no_wrap = True
+    table.columns[2].max_width = 24
     states = plan.states()
-    for name, run in plan.planned.items():
-        what = run.notebook.stem if run.notebook else shlex.join(run.command)
-        asked = [f"{value:g}" if value else "" for value in (run.threads, run.gpus, run.memory_gb, run.minutes)]
-        table.add_row(name, states[name], what, ", ".join(run.needs), *asked)
+    for step in dict.fromkeys(run.step for run in plan.planned.values()):
+        runs = [plan.planned[name] for name in plan.of_steps([step])]
+        by_state: dict[str, list[str]] = {}
+        for run in runs:
+            by_state.setdefault(states[run.name], []).append(run.name.removeprefix(step).removeprefix("-"))
+        said = "; ".join(" ".join([state, *labels]).strip() for state, labels in by_state.items())
+        what = runs[0].notebook.stem if runs[0].notebook else shlex.join(runs[0].command)
+        asked = {"CPU": runs[0].threads, "GPU": runs[0].gpus, "GB": runs[0].memory_gb, "min": runs[0].minutes}
+        asks = ", ".join(f"{value:g} {unit}" for unit, value in asked.items() if value)
+        table.add_row(step, said, what, asks)
     return table
 
 

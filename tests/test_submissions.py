@@ -1,44 +1,38 @@
-"""The submissions that are shipped: each builds from its runs, and the commands in its head make exactly these runs."""
+"""The submissions that are shipped: each builds from its runs, and its plan makes exactly these runs."""
 
 import json
-import shlex
 from pathlib import Path
 
 import pytest
-import yaml
 from small_kernels import make_run, make_wheel
 
 from kitlib.fusion import FusionSettings, read_settings, write_settings
 from kitlib.kernel import build_kernel
 from kitlib.kernel_spec import read_spec
 from kitlib.paths import project_root
+from kitlib.plan import Plan, read_plan
 from kitlib.recipes import RECIPES, recipe
-from kitlib.run_notebook import check_parameters
 
 ROOT = project_root()
 SIIM = sorted((ROOT / "submissions").glob("siim_*.yaml"))
 TRAINING = ("20_pretrain_backbone", "30_train_study", "40_train_detector")
 
 
-def commands(path: Path) -> list[tuple[str, dict]]:
-    """(notebook, parameters) of each `# papermill` line and the indented lines that go on with it."""
-    joined: list[str] = []
-    for line in path.read_text().splitlines():
-        if line.startswith("# papermill "):
-            joined.append(line[2:])
-        elif line.startswith("#   ") and joined:
-            joined[-1] += " " + line[4:]
-    parsed = []
-    for line in joined:
-        _, notebook, _, option, values = shlex.split(line)
-        assert option == "-y"
-        parsed.append((Path(notebook).stem, yaml.safe_load(values)))
-    return parsed
+def plan_of(path: Path) -> Plan:
+    return read_plan(ROOT / "submissions" / "plans" / path.name)
 
 
-def made(path: Path) -> dict[str, tuple[str, dict]]:
-    """Run folder -> the notebook that makes it and its parameters."""
-    return {parameters["run_folder"]: (notebook, parameters) for notebook, parameters in commands(path)}
+def trained(path: Path) -> dict[str, tuple[str, int, dict]]:
+    """What the submission names -> the model's name and fold and the parameters of the planned run that makes it."""
+    plan, found = plan_of(path), {}
+    for run in read_spec(path, owner="someone").runs:
+        folder = (ROOT / run).parent
+        (planned,) = (each for each in plan.planned.values() if each.folder == folder)
+        default = {"30_train_study": "study", "40_train_detector": "faster_rcnn"}[planned.notebook.stem]
+        fold = int(run.rpartition("fold")[2])
+        assert fold in planned.parameters["folds"]
+        found[run] = planned.parameters.get("model_name", default), fold, planned.parameters
+    return found
 
 
 def test_three_are_shipped_beside_the_demo():
@@ -47,13 +41,13 @@ def test_three_are_shipped_beside_the_demo():
 
 @pytest.mark.parametrize("path", SIIM, ids=lambda path: path.stem)
 def test_the_kernel_builds_from_its_runs(path, tmp_path, monkeypatch):
+    names = trained(path)
     monkeypatch.setenv("KIT_ROOT", str(tmp_path))
     monkeypatch.delenv("KAGGLE_USERNAME", raising=False)
     (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
     spec = read_spec(path)
     for run in spec.runs:
-        name = made(path)[str(Path(run).parent.relative_to("runs"))][1].get("model_name", Path(run).parent.name)
-        make_run(tmp_path / run, model=name, fold=int(run[-1]))
+        make_run(tmp_path / run, model=names[run][0], fold=names[run][1])
     write_settings(FusionSettings(box_iou=0.55), tmp_path / spec.fusion)
     parts = build_kernel(spec, tmp_path / "out", [make_wheel(tmp_path / "wheels", "kit_extra", "1.2", [])])
     bundles = json.loads((parts["weights"] / "weights.json").read_text())["bundles"]
@@ -64,32 +58,28 @@ def test_the_kernel_builds_from_its_runs(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", SIIM, ids=lambda path: path.stem)
-def test_its_commands_are_right_and_in_order(path):
-    runs: set[str] = set()
-    for notebook, parameters in commands(path):
-        check_parameters(ROOT / "notebooks" / f"{notebook}.ipynb", parameters)
-        overrides = parameters.get("overrides", {})
-        if notebook in TRAINING:
-            recipe(parameters["recipe"], type(RECIPES[parameters["recipe"]]), **overrides)
-        # What a run reads has been made by a command above it.
-        read = [parameters.get(name) for name in ("prepare_run", "fuse_run", "source_run", "extra_run")]
-        read += parameters.get("runs", []) + parameters.get("extra_runs", [])
-        start = overrides.get("starting_weights", "")
-        read += [start.removesuffix("/fold0/bundle")] if start.endswith("/bundle") else []
-        assert {name for name in read if name} <= runs
-        runs.add(parameters["run_folder"])
+def test_its_plan_trains_and_fuses_its_models(path):
+    plan, spec, models = plan_of(path), read_spec(path, owner="someone"), trained(path)
+    assert len({(name, fold) for name, fold, _ in models.values()}) == len(spec.runs)
+    (fuse,) = (run for run in plan.planned.values() if run.notebook.stem == "60_fuse")
+    assert fuse.folder == (ROOT / spec.fusion).parent
+    assert set(fuse.parameters["runs"]) == {str((ROOT / run).parent) for run in spec.runs}
 
 
 @pytest.mark.parametrize("path", SIIM, ids=lambda path: path.stem)
-def test_its_commands_make_its_runs(path):
-    spec, commanded = read_spec(path), made(path)
-    for run in spec.runs:
-        _, parameters = commanded[str(Path(run).parent.relative_to("runs"))]
-        assert int(run[-1]) in parameters.get("folds", range(5))
-    used = {str(Path(run).parent.relative_to("runs")) for run in spec.runs}
-    fuse = commanded[str(Path(spec.fusion).parent.relative_to("runs"))][1]
-    assert set(fuse["runs"]) == used
-    # Fused together, models need names of their own: those the training notebooks give by default count too.
-    default = {"30_train_study": "study", "40_train_detector": "faster_rcnn"}
-    names = [commanded[name][1].get("model_name", default[commanded[name][0]]) for name in used]
-    assert len(set(names)) == len(used)
+def test_its_plan_names_recipes_and_fields_that_there_are(path):
+    for run in plan_of(path).planned.values():
+        if run.notebook.stem in TRAINING:
+            named = run.parameters["recipe"]
+            recipe(named, type(RECIPES[named]), **run.parameters.get("overrides", {}))
+
+
+def test_a_second_round_learns_from_models_that_have_not_met_its_fold():
+    planned = read_plan(ROOT / "submissions" / "plans" / "siim_strong.yaml").planned
+    for name in ("study", "none", "study_b7", "faster_rcnn", "yolo"):
+        for fold in range(5):
+            pseudo = planned[Path(planned[f"{name}-{fold}"].parameters["extra_run"]).name].parameters
+            assert pseudo["folds"] == [fold]
+            assert [Path(run).name for run in pseudo["runs"]] == [
+                f"first_{model}-{fold}" for model in ("study", "faster_rcnn", "yolo")
+            ]
