@@ -233,7 +233,10 @@ def _in_order(path: Path, steps: dict[str, Step], variables: dict[str, Any]) -> 
         missing = sorted(set(step.needs) - set(steps))
         if missing:
             raise PlanError(f"{path}, step {name}: needs {', '.join(missing)}; there are: {', '.join(steps)}")
-        graph[name] = [other for other in steps if other in _named(step, variables)]
+        named, known = _named(step, variables), [*variables, *step.matrix, *steps, "run"]
+        if unknown := sorted(named.difference(known)):
+            raise PlanError(f"{path}, step {name}: {{{unknown[0]}}} stands for nothing; there are: {', '.join(known)}")
+        graph[name] = [other for other in steps if other in named]
     try:
         return list(TopologicalSorter(graph).static_order())
     except CycleError as error:
@@ -318,9 +321,6 @@ def _filled(value: Any, names: Mapping[str, Any]) -> Any:
     if not isinstance(value, str):
         return value
     found = PLACEHOLDER.findall(value)
-    unknown = [name for name in found if name not in names]
-    if unknown:
-        raise PlanError(f"{value!r} names {', '.join(unknown)}; there are: {', '.join(sorted(names))}")
     several = [name for name in found if isinstance(names[name], _Several)]
     if several:
         return _Several(_filled(value, {**names, several[0]: one}) for one in names[several[0]])

@@ -180,7 +180,7 @@ def _follow(
                 time.sleep(POLL_S)
         except BaseException:
             console.print("ending the runs that are going on; the same command goes on with the plan")
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGINT)
             process.wait()
             raise
 

@@ -1,0 +1,185 @@
+"""Plans carried out by the real engine: what is done, what is not done again, and how failures and killed processes end."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+
+import nbformat
+import psutil
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_notebook
+from rich.console import Console
+
+from kitlib.kill_family import kill_family
+from kitlib.plan import PlanError, read_plan
+from kitlib.run_plan import PlanFailed, describe_plan, run_plan
+
+# One line a start of a run, so that a second start shows.
+NOTE = 'echo {run} >> "{log}"; echo ok > "{run}/metrics.json"'
+
+
+def shell(script, **more):
+    return {"command": ["sh", "-c", script], **more}
+
+
+def write_plan(folder, steps, **variables):
+    path = folder / "plan.yaml"
+    variables = {"log": str(folder / "log.txt"), **variables}
+    path.write_text(yaml.safe_dump({"runs": str(folder / "runs"), "variables": variables, "steps": steps}, sort_keys=False))
+    return path
+
+
+def carry_out(path, console=None, **options):
+    return run_plan(read_plan(path), console or Console(file=io.StringIO()), **options)
+
+
+def started(folder):
+    log = folder / "log.txt"
+    return sorted(line.rpartition("/")[2] for line in log.read_text().split()) if log.is_file() else []
+
+
+def test_done_runs_are_skipped_and_changed_ones_take_those_that_need_them_along(tmp_path):
+    steps = {
+        "first": shell(NOTE),
+        "each": shell(f"test {{number}} -gt 0 && {NOTE}", matrix={"number": [1, 2]}, needs=["first"]),
+        "other": shell(NOTE),
+        "last": shell(f"cat {{log}}; {NOTE} # {{value}}", needs=["each"]),
+    }
+    path, shown = write_plan(tmp_path, steps, value=1), io.StringIO()
+    told = carry_out(path, Console(file=shown, width=100))
+    assert {name: run["state"] for name, run in told.items()} == dict.fromkeys(
+        ("first", "each-1", "each-2", "other", "last"), "done"
+    )
+    assert "5/5 done" in shown.getvalue()
+    assert started(tmp_path) == ["each-1", "each-2", "first", "last", "other"]
+    # `last` was begun after all that it needs: its log holds their lines.
+    assert "each-2" in (tmp_path / "runs" / "last" / "command.log").read_text()
+    (tmp_path / "log.txt").unlink()
+    carry_out(path)
+    assert started(tmp_path) == []
+    steps["each"]["matrix"] = {"number": [2, 3]}
+    path = write_plan(tmp_path, steps, value=1)
+    listed = Console(file=io.StringIO(), width=100)
+    listed.print(describe_plan(read_plan(path)))
+    rows = {line.split()[0]: line for line in listed.file.getvalue().splitlines() if line.strip()}
+    assert "done 2; new 3" in rows["each"] and "changed" in rows["last"] and "done" in rows["other"]
+    carry_out(path)
+    assert started(tmp_path) == ["each-3", "last"]
+
+
+def test_a_failure_is_named_stops_only_what_needs_it_and_is_done_next_time(tmp_path):
+    steps = {
+        "good": shell(NOTE),
+        "bad": shell("echo broken pipe organ >&2; exit 3"),
+        "silent": shell("true"),
+        "slow": shell("sleep 60", minutes=0.01),
+        "last": shell(NOTE, needs=["good", "bad"]),
+    }
+    path = write_plan(tmp_path, steps)
+    with pytest.raises(PlanFailed) as failed:
+        carry_out(path)
+    message = str(failed.value)
+    assert "1 of 5 runs are done" in message
+    assert "exit code 3" in message and "broken pipe organ" in message and "runs/bad/command.log" in message
+    assert "silent failed" in message and "it ended without" in message
+    assert "stopped after its 0.01 minutes" in message
+    assert "not begun: last" in message
+    assert started(tmp_path) == ["good"]
+    fixed = {**steps, "bad": shell(NOTE), "silent": shell(NOTE), "slow": shell(NOTE, minutes=1)}
+    carry_out(write_plan(tmp_path, fixed))
+    assert started(tmp_path) == ["bad", "good", "last", "silent", "slow"]
+
+
+def test_only_the_steps_asked_for_and_what_they_need(tmp_path):
+    steps = {"first": shell(NOTE), "second": shell(NOTE, needs=["first"]), "third": shell(NOTE, needs=["second"])}
+    told = carry_out(write_plan(tmp_path, steps), only=["second"])
+    assert started(tmp_path) == ["first", "second"]
+    assert told["third"] == {}
+
+
+def test_gpus_are_shared_out_and_hidden_from_runs_without(tmp_path):
+    # Each claims a GPU and waits until the other has one, too: they can only end together.
+    meet = 'echo $CUDA_VISIBLE_DEVICES > "{run}.gpu"; while [ $(ls {run}/.. | grep -c gpu$) -lt 2 ]; do sleep 0.1; done; '
+    steps = {
+        "train": shell(f'{meet} echo ok > "{{run}}/metrics.json"', matrix={"fold": [0, 1]}, gpus=1, minutes=1),
+        "none": shell('test "$CUDA_VISIBLE_DEVICES" = "" && echo ok > "{run}/metrics.json"'),
+    }
+    carry_out(write_plan(tmp_path, steps), gpus=2, cores=2)
+    assert sorted(path.read_text().strip() for path in (tmp_path / "runs").glob("*.gpu")) == ["0", "1"]
+
+
+def test_more_gpus_than_there_are_mean_those_that_there_are(tmp_path):
+    steps = {"train": shell('test "$CUDA_VISIBLE_DEVICES" = "" && echo ok > "{run}/metrics.json"', gpus=2)}
+    assert carry_out(write_plan(tmp_path, steps), gpus=0)["train"]["state"] == "done"
+
+
+def test_retries_and_a_run_that_is_killed_without_a_word(tmp_path):
+    once = 'if [ -e "{run}/again" ]; then echo ok > "{run}/metrics.json"; else touch "{run}/again"; exit 1; fi'
+    assert carry_out(write_plan(tmp_path, {"flaky": shell(once)}), retries=1)["flaky"]["state"] == "done"
+    # The parent of the shell is the process that the engine has started.
+    path = write_plan(tmp_path, {"victim": shell("kill -9 $PPID; sleep 60")})
+    with pytest.raises(PlanFailed, match=r"victim was killed on .* without a word"):
+        carry_out(path)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.05)
+
+
+def test_a_plan_whose_processes_are_all_killed_goes_on_where_it_was(tmp_path):
+    steps = {
+        "first": shell(NOTE),
+        "slow": shell(f'touch "{{run}}/begun"; if [ -e {{go}} ]; then {NOTE}; else sleep 600; fi', needs=["first"]),
+    }
+    path = write_plan(tmp_path, steps, go=str(tmp_path / "go"))
+    process = subprocess.Popen([sys.executable, "-m", "kitlib", "run", str(path)], stdout=subprocess.DEVNULL)
+    wait_for((tmp_path / "runs" / "slow" / "begun").exists)
+    with pytest.raises(PlanError, match=r"is being carried out in .* already"):
+        carry_out(path)
+    kill_family(process.pid)
+    process.wait()
+    (tmp_path / "go").touch()
+    carry_out(path)
+    assert started(tmp_path) == ["first", "slow"]
+
+
+def test_an_interrupted_plan_ends_its_runs(tmp_path):
+    path = write_plan(tmp_path, {"slow": shell('echo $$ > "{run}/pid"; sleep 600')})
+    process = subprocess.Popen([sys.executable, "-m", "kitlib", "run", str(path)], stdout=subprocess.DEVNULL)
+    pid = tmp_path / "runs" / "slow" / "pid"
+    wait_for(lambda: pid.exists() and pid.read_text().strip())
+    process.send_signal(2)
+    process.wait(60)
+    wait_for(lambda: not psutil.pid_exists(int(pid.read_text())), seconds=20)
+
+
+def test_a_failed_notebook_is_named_with_its_cell_and_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIT_ROOT", str(tmp_path))
+    parameters = new_code_cell("run_folder = ''\nfold = 0", metadata={"tags": ["parameters"]})
+    cells = [
+        parameters,
+        new_code_cell("assert fold, 'no fold zero'"),
+        new_code_cell("from pathlib import Path\nPath(run_folder, 'metrics.json').write_text('{}')"),
+    ]
+    (tmp_path / "notebooks").mkdir()
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), tmp_path / "notebooks" / "train.ipynb")
+    path = write_plan(
+        tmp_path, {"train": {"notebook": "train", "matrix": {"fold": [0, 1]}, "parameters": {"fold": "{fold}"}}}
+    )
+    with pytest.raises(PlanFailed) as failed:
+        carry_out(path)
+    message = str(failed.value)
+    assert "train-0 failed on" in message
+    assert "train.ipynb: cell 3 raised AssertionError: no fold zero" in message
+    assert f"{tmp_path}/runs/train-0/notebook.log" in message
+    done = read_plan(path).planned["train-1"]
+    assert json.loads(done.mark.read_text())["state"] == "done"
+    assert os.path.isfile(done.folder / "notebook.ipynb")
