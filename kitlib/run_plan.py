@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import shlex
 import signal
@@ -61,17 +62,18 @@ def run_plan(
         for name, state in states.items():
             if state != "done":
                 state_file(described, name).unlink(missing_ok=True)
-        local = not {"--executor", "-e", "--profile"} & set(engine)
+        local = not {"--executor", "-e", "--profile"} & {argument.partition("=")[0] for argument in engine}
         shared = _gpu_indices() if gpus is None else list(map(str, range(gpus)))
-        limit = len(shared) if local or gpus is not None else None
-        write_json(folder / "config.json", _configuration(plan, described, wanted, limit, retries))
+        # On this machine a run that asks for more than there is gets what there is, and the machine for itself.
+        most = {"gpu": len(shared), "mem_mb": psutil.virtual_memory().total // 2**20} if local else {}
+        write_json(folder / "config.json", _configuration(plan, described, wanted, most, retries))
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("plan.smk"))]
         command += ["--configfile", str(folder / "config.json"), "--directory", str(folder), "--keep-going", "--nocolor"]
         # Marks carry the key of all that they follow from: they alone decide. The lock is ours, and gone with its process.
         command += ["--rerun-incomplete", "--rerun-triggers", "input", "--nolock"]
         if local:
-            command += ["--cores", str(cores or len(os.sched_getaffinity(0))), "--resources", f"gpu={len(shared)}"]
-            command += [f"mem_mb={psutil.virtual_memory().total // 2**20}"]
+            command += ["--cores", str(cores or len(os.sched_getaffinity(0)))]
+            command += ["--resources", *(f"{name}={value}" for name, value in most.items())]
         environment = {**os.environ, **({SHARED_GPUS: ",".join(shared)} if local else {})}
         code = _follow(plan, described, states, [*command, *engine], environment, console)
     told = {name: _told(described, name) for name in plan.planned}
@@ -102,14 +104,12 @@ def describe_plan(plan: Plan) -> Table:
     return table
 
 
-def _configuration(plan: Plan, described: Path, wanted: list[str], gpus: int | None, retries: int) -> dict[str, Any]:
-    runs, memory_mb = [], psutil.virtual_memory().total // 2**20
+def _configuration(plan: Plan, described: Path, wanted: list[str], most: dict[str, int], retries: int) -> dict[str, Any]:
+    runs = []
     for name, run in plan.planned.items():
-        gpu = run.gpus if gpus is None else min(run.gpus, gpus)
-        # On this machine a run that asks for more than there is gets what there is, and the machine for itself.
-        resources = {"mem_mb": round(run.memory_gb * 1024) if gpus is None else min(round(run.memory_gb * 1024), memory_mb)}
-        resources |= {"gpu": gpu} if gpu else {}
-        resources |= {"runtime": max(1, round(run.minutes))} if run.minutes else {}
+        asked = {"mem_mb": round(run.memory_gb * 1024), "gpu": run.gpus, "runtime": math.ceil(run.minutes)}
+        resources = {what: min(amount, most.get(what, amount)) for what, amount in asked.items()}
+        resources = {what: amount for what, amount in resources.items() if amount}
         # The project's folder is where `inputs` and `notebooks` lie, and -m kitlib is found from it without being installed.
         command = ["cd", str(project_root()), "&&", sys.executable, "-m", "kitlib", "run-planned", str(described), name]
         runs.append(
