@@ -160,6 +160,14 @@ def test_every_plan_that_is_shipped_can_be_read(path):
         done.add(name)
 
 
+def test_the_plan_in_the_readme_is_one(tmp_path):
+    readme = (project_root() / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(readme.partition("```yaml\n")[2].partition("```")[0])
+    planned = read_plan(tmp_path / "mine.yaml").planned
+    assert list(planned) == ["prepare", *(f"study-{fold}" for fold in range(5)), "fuse"]
+    assert len(planned["fuse"].parameters["runs"]) == 5
+
+
 def test_parameters_without_effect_are_some_notebooks():
     import papermill
 
