@@ -144,37 +144,15 @@ def _follow(
     environment: dict[str, str],
     console: Console,
 ) -> int:
-    """Run the engine to its end, with a bar for the plan and one for each run that is going on; the engine's exit code."""
-    waiting = [name for name, state in states.items() if state != "done"]
-    columns = TextColumn("{task.description:32}"), BarColumn(), TextColumn("{task.fields[cell]:>12}"), TimeElapsedColumn()
-    with (
-        (described.parent / ENGINE_LOG).open("w", encoding="utf-8") as log,
-        Progress(*columns, console=console) as progress,
-    ):
-        done = len(states) - len(waiting)
-        overall = progress.add_task(plan.path.stem, total=len(states), completed=done, cell=f"{done}/{len(states)} done")
-        bars: dict[str, Any] = {}
+    """Run the engine to its end and show how far the plan is; the engine's exit code."""
+    with (described.parent / ENGINE_LOG).open("w", encoding="utf-8") as log, _Board(plan, states, console) as board:
         # A session of its own, so that an interruption reaches it once and from here.
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
         try:
             while True:
                 code = process.poll()
-                for name in list(waiting):
-                    told = _told(described, name)
-                    if not told:
-                        continue
-                    if name not in bars:
-                        bars[name] = progress.add_task(name, total=None, cell="starts")
-                    if told.get("cells"):
-                        cell = f"cell {told['cell']}/{told['cells']}"
-                        progress.update(bars[name], total=told["cells"], completed=told["cell"] - 1, cell=cell)
-                    if told["state"] == "done":
-                        waiting.remove(name)
-                        done += 1
-                        progress.update(overall, completed=done, cell=f"{done}/{len(states)} done")
-                        progress.update(bars[name], total=1, completed=1, cell="done")
-                    elif told["state"] == "failed":
-                        progress.update(bars[name], cell="failed")
+                for name in list(board.waiting):
+                    board.show(name, _told(described, name))
                 if code is not None:
                     return code
                 time.sleep(POLL_S)
@@ -183,6 +161,52 @@ def _follow(
             os.killpg(process.pid, signal.SIGINT)
             process.wait()
             raise
+
+
+class _Board:
+    """How far a plan is: on a terminal a bar for it and one for each run that has begun, elsewhere a line a change."""
+
+    def __init__(self, plan: Plan, states: dict[str, str], console: Console) -> None:
+        self.waiting = [name for name, state in states.items() if state != "done"]
+        self.runs, self.bars, self.shown = len(states), {}, dict.fromkeys(states, "")
+        columns = (
+            TextColumn("{task.description:32}"),
+            BarColumn(),
+            TextColumn("{task.fields[cell]:>12}"),
+            TimeElapsedColumn(),
+        )
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.overall = self.progress.add_task(plan.path.stem, total=self.runs, cell=self._done())
+
+    def __enter__(self) -> "_Board":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self, name: str, told: dict[str, Any]) -> None:
+        if not told:
+            return
+        if name not in self.bars:
+            self.bars[name] = self.progress.add_task(name, total=None, cell="starts")
+        if told["state"] == "done":
+            self.waiting.remove(name)
+            self.progress.update(self.bars[name], total=1, completed=1, cell="done")
+        elif told["state"] == "failed":
+            self.progress.update(self.bars[name], cell="failed")
+        elif told.get("cells"):
+            cell = f"cell {told['cell']}/{told['cells']}"
+            self.progress.update(self.bars[name], total=told["cells"], completed=told["cell"] - 1, cell=cell)
+        self.progress.update(self.overall, completed=self.runs - len(self.waiting), cell=self._done())
+        if told["state"] != self.shown[name] and self.progress.disable:
+            self.progress.console.print(
+                f"{time.strftime('%H:%M:%S')} {name} {told['state']}, {self._done()}", highlight=False
+            )
+        self.shown[name] = told["state"]
+
+    def _done(self) -> str:
+        return f"{self.runs - len(self.waiting)}/{self.runs} done"
 
 
 def _told(described: Path, name: str) -> dict[str, Any]:
