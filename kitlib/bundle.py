@@ -56,7 +56,7 @@ def save_bundle(folder: str | Path, state_dict: dict[str, torch.Tensor], record:
     (folder / RECORD).unlink(missing_ok=True)
     with replacing(folder / WEIGHTS) as beside:
         save_file(stored, beside)
-        digest = _sha256(beside)
+        digest = file_digest(beside)
     write_json(folder / RECORD, {**record, "tied": tied, "weights_sha256": digest, "versions": versions()})
 
 
@@ -75,7 +75,7 @@ def read_bundle(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Ten
     if not isinstance(record, dict):
         raise BundleError(f"{record_path} holds a {type(record).__name__} instead of an object; copy the bundle again")
     _check_record(record, STATED | ADDED, str(record_path))
-    digest = _sha256(weights_path)
+    digest = file_digest(weights_path)
     if digest != record["weights_sha256"]:
         raise BundleError(
             f"{weights_path} has SHA-256 {digest}, but {record_path} promises {record['weights_sha256']}: "
@@ -149,6 +149,7 @@ def _untied(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
     return stored, tied
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: str | Path) -> str:
+    """SHA-256 (hex) of a file."""
     with open(path, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

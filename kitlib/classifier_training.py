@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kitlib import data_parallel
 from kitlib.batch_mixing import mix_batch
 from kitlib.classifier import Classifier
 from kitlib.training import RecipeTraining
@@ -44,13 +45,15 @@ class ClassifierTraining(RecipeTraining):
 
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
         loss = self.training_loss(mix_batch(self.targets(batch), self.recipe.mixup, self.recipe.cutmix))
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["pixels"]))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["pixels"]), sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
         logits = self.judged(self.judged.normalise(batch["pixels"]))
-        self.log("validation_loss", self.loss(batch, logits, smoothing=0.0), batch_size=len(batch["pixels"]))
+        size = len(batch["pixels"])
+        self.log("validation_loss", self.loss(batch, logits, smoothing=0.0), batch_size=size, sync_dist=True)
         self.found[batch["index"].cpu().numpy()] = self.judged.probabilities(logits).double().cpu().numpy()
 
     def on_validation_epoch_end(self) -> None:
+        self.found = data_parallel.gather_rows(self.found)
         self.log_dict(self.scores())

@@ -12,6 +12,10 @@ logger = logging.getLogger(__name__)
 _DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
+class GpuError(RuntimeError):
+    """A GPU on which nothing can be trained: why, and what to choose instead."""
+
+
 def pick_device() -> torch.device:
     """The first GPU if this build of torch can really compute on it, otherwise the CPU; the reason is logged as a warning.
 
@@ -21,23 +25,34 @@ def pick_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", 0)
+    if reason := _useless(device):
+        logger.warning("using the CPU: %s", reason)
+        return torch.device("cpu")
+    return device
+
+
+def training_device() -> torch.device:
+    """The same for a training, which would take days on the CPU: raises GpuError where a GPU is there and of no use."""
+    if torch.cuda.is_available() and (reason := _useless(torch.device("cuda", 0))):
+        raise GpuError(
+            f"{reason}. On Kaggle choose the accelerator 'GPU T4 x2' (accelerator: NvidiaTeslaT4), elsewhere a torch that "
+            "is built for this GPU; to train on the CPU on purpose, set CUDA_VISIBLE_DEVICES to nothing"
+        )
+    return pick_device()
+
+
+def _useless(device: torch.device) -> str:
+    """Why nothing can be computed on a GPU, empty where it can."""
     name = torch.cuda.get_device_name(device)
     capability, built_for = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
     if not supports(capability, built_for):
-        logger.warning(
-            "using the CPU: torch %s is built for %s, not for %s (sm_%d%d); choose another accelerator",
-            torch.__version__,
-            ", ".join(built_for),
-            name,
-            *capability,
-        )
-        return torch.device("cpu")
+        major, minor = capability
+        return f"torch {torch.__version__} is built for {', '.join(built_for)}, not for the {name} (sm_{major}{minor})"
     try:
         torch.ones(2, device=device).sum().item()
     except RuntimeError as error:
-        logger.warning("using the CPU: %s fails at its first operation: %s", name, error)
-        return torch.device("cpu")
-    return device
+        return f"{name} fails at its first operation: {error}"
+    return ""
 
 
 def supports(capability: tuple[int, int], built_for: list[str]) -> bool:

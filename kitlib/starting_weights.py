@@ -1,5 +1,6 @@
 """Where a network starts: weights of a finished run, a .safetensors or a .npz file, copied in as far as they fit."""
 
+import json
 import logging
 import zipfile
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kitlib.bundle import BundleError, read_bundle, read_weights
+from kitlib.bundle import RECORD, BundleError, file_digest, read_bundle, read_weights
 from kitlib.paths import InputNotFound, find_run
 from kitlib.squeezenet import default_cfgs
 
@@ -49,6 +50,14 @@ def read_starting_weights(path: str | Path) -> dict[str, torch.Tensor]:
     if found.is_dir():
         return read_bundle(found)[1]
     return _read_arrays(found) if found.suffix == ".npz" else read_weights(found)
+
+
+def starting_weights_digest(path: str | Path) -> str:
+    """SHA-256 (hex) of the weights that `find_starting_weights` finds; of a bundle the one that its record promises."""
+    found = find_starting_weights(path)
+    if not found.is_dir():
+        return file_digest(found)
+    return json.loads((found / RECORD).read_text(encoding="utf-8"))["weights_sha256"]
 
 
 def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "backbone.") -> dict[str, list[str]]:

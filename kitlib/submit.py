@@ -6,7 +6,6 @@ functions: the first file is written before any of it.
 
 import json
 import logging
-import os
 import tempfile
 import threading
 import time
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from kitlib.deadline import Deadline, OutOfTime, session_limit
+from kitlib.deadline import Deadline, OutOfTime, session_limit, session_start
 from kitlib.install_wheels import install_wheels
 from kitlib.paths import find_input
 from kitlib.siim import read_test
@@ -82,7 +81,7 @@ class SubmissionRun:
         """`competition` holds `test/` and `sample_submission.csv`, which names the rows; without it the files do."""
         began = time.monotonic()
         self.settings, self.output, self.sample = settings, Path(output), Path(competition) / "sample_submission.csv"
-        limit, start = session_limit(settings.time_limit_s), _session_start()
+        limit, start = session_limit(settings.time_limit_s), session_start()
         self.deadline, self.last_deadline = Deadline(limit * settings.share, start), Deadline(limit * LAST_SHARE, start)
         self.rows: list[dict[str, Any]] = []
         self.models: list[Model] = []
@@ -328,8 +327,3 @@ def _failure(error: BaseException) -> str:
         return "time was up"
     logger.error("a stage failed", exc_info=error)
     return f"failed: {type(error).__name__}: {error}"
-
-
-def _session_start() -> float | None:
-    """When the session began, in seconds of time.monotonic(), as a kernel or its rehearsal says; None elsewhere."""
-    return float(os.environ["KIT_STARTED"]) if "KIT_STARTED" in os.environ else None

@@ -7,15 +7,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from kitlib import data_parallel
 from kitlib.average_precision import average_precision, box_hits
 from kitlib.cache import XrayCache
-from kitlib.device import pick_device, seed_everything
+from kitlib.deadline import Deadline
+from kitlib.device import seed_everything, training_device
 from kitlib.predict import load_predictor
 from kitlib.recipes import DetectorRecipe, override
 from kitlib.tables import check_table, concatenate, read_table, write_table
 from kitlib.training_run import (
     ExtraImages,
-    finish_run,
+    finish_fold,
     open_run,
     read_finished,
     run_identity,
@@ -57,7 +59,8 @@ def train_detector(
     resume: bool = True,
     progress: bool = True,
     extra: ExtraImages | None = None,
-) -> DetectorRun:
+    deadline: Deadline | None = None,
+) -> DetectorRun | None:
     """Train, keep the recipe's epoch, predict the validation fold; `run_folder` gets bundle, tables, figures, metrics.json.
 
     The best epoch is that of the highest opacity AP on the validation fold, images without boxes included. An interrupted
@@ -80,7 +83,7 @@ def train_detector(
         return read_detector_run(run_folder)
 
     seed_everything(seed)
-    device = pick_device()
+    device = training_device()
     build, fit = _family(recipe.family)
     detector = build(recipe)
     train = XrayDataset(train_images, *seen[1:], recipe, augment=recipe.family != "yolo", seed=seed)
@@ -91,7 +94,9 @@ def train_detector(
     at_once = max(1, int(2 * recipe.batch_size * (recipe.image_size / side) ** 2))
     judged = batches(validation, at_once, workers)
     title = f"{model_name} fold {fold}"
-    fitted = fit(detector, train, judged, canvas_precision, run_folder, device, seed, workers, progress, title)
+    fitted = fit(detector, train, judged, canvas_precision, run_folder, device, seed, workers, progress, title, deadline)
+    if not data_parallel.is_first():
+        return None
     save_trained(run_folder, detector, recipe.family, ["opacity"], identity, fitted)
     predictor = load_predictor(run_folder / "bundle", device, at_once)
     chunks = predictor.predict(cache.read(image_id) for image_id in validation_images.image_id)
@@ -104,7 +109,7 @@ def train_detector(
         "train_images_with_boxes": sum(len(each) > 0 for each in train.boxes),
         "validation_images": len(validation),
     }
-    finish_run(run_folder, identity, counts, fitted, device)
+    finish_fold(run_folder, identity, counts, fitted, device)
     return read_detector_run(run_folder)
 
 

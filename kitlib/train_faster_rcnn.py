@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from kitlib import data_parallel
+from kitlib.deadline import Deadline
 from kitlib.faster_rcnn import FasterRCNNDetector
 from kitlib.training import RecipeTraining, fit, gathered_batches
 from kitlib.training_run import Fitted
@@ -37,7 +39,7 @@ class FasterRCNNTraining(RecipeTraining):
         self.true += [each.cpu().numpy() for each in batch["boxes"]]
 
     def on_validation_epoch_end(self) -> None:
-        self.log("score", self.judge(self.found, self.true))
+        self.log("score", self.judge(data_parallel.gather_list(self.found), data_parallel.gather_list(self.true)))
 
 
 def fit_faster_rcnn(
@@ -51,8 +53,9 @@ def fit_faster_rcnn(
     workers: int,
     progress: bool,
     title: str,
+    deadline: Deadline | None,
 ) -> Fitted:
-    """Train until the recipe ends it, and leave the kept epoch's weights in `detector`, on the CPU."""
+    """Train until the recipe or the session ends it, and leave the kept epoch's weights in `detector`, on the CPU."""
     return fit(
         FasterRCNNTraining(detector.to(memory_format=torch.channels_last), judge),
         batches(train, detector.recipe.batch_size, workers, shuffle=True, seed=seed),
@@ -63,4 +66,5 @@ def fit_faster_rcnn(
         progress,
         title,
         gathered_batches(detector.recipe),
+        deadline,
     )

@@ -9,17 +9,19 @@ import pandas as pd
 import torch
 from torch.nn import functional
 
+from kitlib import data_parallel
 from kitlib.cache import XrayCache
 from kitlib.classifier import FindingsClassifier
 from kitlib.classifier_training import ClassifierTraining
-from kitlib.device import pick_device, seed_everything
+from kitlib.deadline import Deadline
+from kitlib.device import seed_everything, training_device
 from kitlib.predict import Predictor, load_predictor
 from kitlib.recipes import FindingsRecipe
 from kitlib.roc_auc import mean_auc
 from kitlib.starting_weights import load_starting_weights
 from kitlib.tables import check_table, class_columns, concatenate, empty_table, read_table, write_table
 from kitlib.training import fit, gathered_batches
-from kitlib.training_run import finish_run, open_run, read_finished, run_identity, save_trained, split
+from kitlib.training_run import finish_fold, open_run, read_finished, run_identity, save_trained, split
 from kitlib.xray_dataset import XrayDataset, batches
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,8 @@ def train_findings(
     limit_validation: int | None = None,
     resume: bool = True,
     progress: bool = True,
-) -> FindingsRun:
+    deadline: Deadline | None = None,
+) -> FindingsRun | None:
     """Train, keep the recipe's epoch, predict the validation fold and the images of the split "test" with it.
 
     The classes are those of `labels`, in their order. `run_folder` gets all of it, metrics.json last: the bundle is where a
@@ -74,7 +77,7 @@ def train_findings(
         return read_findings_run(run_folder)
 
     seed_everything(seed)
-    device = pick_device()
+    device = training_device()
     model = FindingsClassifier(recipe, classes).to(memory_format=torch.channels_last)
     start = "from scratch"
     if recipe.starting_weights:
@@ -92,7 +95,10 @@ def train_findings(
         progress,
         title=f"{model_name} fold {fold}",
         gathered=gathered_batches(recipe),
+        deadline=deadline,
     )
+    if not data_parallel.is_first():
+        return None
     save_trained(run_folder, model, "findings", classes, identity, fitted)
     predictor = load_predictor(run_folder / "bundle", device, 2 * recipe.batch_size)
     for name, shown in (("class_scores", validation_images), ("test_scores", test_images)):
@@ -104,7 +110,7 @@ def train_findings(
         "validation_images": len(validation),
         "test_images": len(test_images),
     }
-    finish_run(run_folder, identity, counts, fitted, device)
+    finish_fold(run_folder, identity, counts, fitted, device)
     return read_findings_run(run_folder)
 
 

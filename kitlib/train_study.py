@@ -8,13 +8,15 @@ import numpy as np
 import pandas as pd
 import torch
 
+from kitlib import data_parallel
 from kitlib.average_precision import average_precision
 from kitlib.box_mask import box_mask, mask_loss
 from kitlib.cache import XrayCache
 from kitlib.classes import STUDY_CLASSES
 from kitlib.classifier import OUTPUTS, StudyClassifier, study_loss
 from kitlib.classifier_training import ClassifierTraining
-from kitlib.device import pick_device, seed_everything
+from kitlib.deadline import Deadline
+from kitlib.device import seed_everything, training_device
 from kitlib.predict import load_predictor, study_and_image_scores
 from kitlib.recipes import StudyRecipe
 from kitlib.starting_weights import load_starting_weights
@@ -22,7 +24,7 @@ from kitlib.tables import check_table, read_table, study_labels, write_table
 from kitlib.training import fit, gathered_batches
 from kitlib.training_run import (
     ExtraImages,
-    finish_run,
+    finish_fold,
     open_run,
     read_finished,
     run_identity,
@@ -64,7 +66,8 @@ def train_study(
     extra: ExtraImages | None = None,
     resume: bool = True,
     progress: bool = True,
-) -> StudyRun:
+    deadline: Deadline | None = None,
+) -> StudyRun | None:
     """Train, keep the recipe's epoch, predict the validation fold with it; `run_folder` gets all of it, metrics.json last.
 
     An interrupted run goes on where it was and gives what an uninterrupted one gives; a finished one is read back. Raises
@@ -89,7 +92,7 @@ def train_study(
         return read_study_run(run_folder)
 
     seed_everything(seed)
-    device = pick_device()
+    device = training_device()
     # Convolutions are up to a third faster with the channels last.
     model = StudyClassifier(recipe).to(memory_format=torch.channels_last)
     start = "from scratch"
@@ -116,7 +119,10 @@ def train_study(
         progress,
         title=f"{model_name} fold {fold}",
         gathered=gathered_batches(recipe),
+        deadline=deadline,
     )
+    if not data_parallel.is_first():
+        return None
     save_trained(run_folder, model, "study", OUTPUTS, identity, fitted)
     predictor = load_predictor(run_folder / "bundle", device, 2 * recipe.batch_size)
     chunks = predictor.predict(cache.read(image_id) for image_id in validation_images.image_id)
@@ -124,7 +130,7 @@ def train_study(
     write_table(study_scores, "study_scores", run_folder / "tables" / "study_scores.parquet")
     write_table(image_scores, "image_scores", run_folder / "tables" / "image_scores.parquet")
     counts = {"starting_weights": start, "train_images": len(train), "validation_images": len(validation)}
-    finish_run(run_folder, identity, counts, fitted, device)
+    finish_fold(run_folder, identity, counts, fitted, device)
     return read_study_run(run_folder)
 
 

@@ -5,6 +5,7 @@ ultralytics owns the network, losses, optimiser, schedule, moving average and au
 every other detector), checkpoints (tensors and not pickled modules) and the console.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from kitlib import data_parallel
 from kitlib.atomic import replacing
+from kitlib.deadline import Deadline, SessionOver, epoch_fits
 from kitlib.device import derived_seed, precision, seed_everything
 from kitlib.recipes import DetectorRecipe
 from kitlib.training_run import LEARNING_RATE_FLOOR, Fitted, is_over, kept_row
@@ -27,6 +30,8 @@ from kitlib.yolo import YoloDetector  # before ultralytics, whose import it make
 
 from ultralytics.data.dataset import YOLODataset  # isort: skip
 from ultralytics.models.yolo.detect import DetectionTrainer  # isort: skip
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 DATA = {"names": {0: "opacity"}, "nc": 1, "channels": 3}
@@ -89,11 +94,13 @@ class Trainer(DetectionTrainer):
         seed: int,
         workers: int,
         bar: tqdm,
+        deadline: Deadline | None,
     ) -> None:
         self.detector, self.judged, self.judge, self.bar = detector, validation, judge, bar
         self.examples = {"train": train, "val": validation.dataset}
         self.folder, self.kit_seed = run_folder / "checkpoints", seed
         self.history: list[dict[str, float]] = []
+        self.deadline, self.session = deadline, []  # seconds of this session's epochs
         self.kept_scaler: dict[str, Any] = {}
         super().__init__(overrides=settings(detector.recipe, self.folder, device, seed, workers))
         self.model = detector.model
@@ -122,10 +129,11 @@ class Trainer(DetectionTrainer):
 
     def save_metrics(self, metrics: dict[str, float]) -> None:
         losses = {name.removeprefix("train/"): value for name, value in metrics.items() if name.startswith("train/")}
+        self.session.append(time.perf_counter() - self.epoch_began)
         self.history.append(
             {
                 "epoch": self.epoch + 1,
-                "seconds": time.perf_counter() - self.epoch_began,
+                "seconds": self.session[-1],
                 "images_per_s": len(self.train_loader.dataset) / max(1e-9, self.batches_ended - self.epoch_began),
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
                 "train_loss": sum(losses.values()),
@@ -133,7 +141,8 @@ class Trainer(DetectionTrainer):
                 "score": self.fitness,
             }
         )
-        self.stop |= is_over(self.history, self.detector.recipe)
+        self.stop |= is_over(self.history, self.detector.recipe) or not epoch_fits(self.deadline, self.session)
+        logger.info("epoch %d of %d: score %.4f", self.epoch + 1, self.epochs, self.fitness)
         shown = {name: f"{self.history[-1][name]:.3f}" for name in ("train_loss", "score")}
         self.bar.set_postfix({"epoch": self.epoch + 1, **shown}, refresh=False)
 
@@ -259,8 +268,11 @@ def fit_yolo(
     workers: int,
     progress: bool,
     title: str,
+    deadline: Deadline | None,
 ) -> Fitted:
-    """Train until the recipe ends it, and leave the kept epoch's moving average in `detector`, on the CPU."""
+    """Train until the recipe or the session ends it, and leave the kept epoch's moving average in `detector`, on the CPU."""
+    if data_parallel.share()[1] > 1:
+        raise ValueError("a YOLO is trained by one process; train its folds side by side, one a GPU")
     steps = -(-len(train) // detector.recipe.batch_size)
     with tqdm(
         desc=title,
@@ -271,10 +283,13 @@ def fit_yolo(
         maxinterval=60,
         disable=not progress,
     ) as bar:
-        trainer = Trainer(detector, train, validation, judge, run_folder, device, seed, workers, bar)
-        trainer.history = _history(trainer.last)
-        if not trainer.history or not is_over(trainer.history, detector.recipe):
-            trainer.train()
+        trainer = Trainer(detector, train, validation, judge, run_folder, device, seed, workers, bar, deadline)
+        trainer.history = history = _history(trainer.last)
+        if not history or not is_over(history, detector.recipe):
+            if epoch_fits(deadline, [row["seconds"] for row in history]):
+                trainer.train()
+            if not is_over(trainer.history, detector.recipe):
+                raise SessionOver(run_folder, len(trainer.history), detector.recipe.epochs)
     detector.to("cpu")
     detector.model.load_state_dict(load_file(trainer.folder / "best.safetensors"))
     return Fitted(pd.DataFrame(trainer.history), kept_row(trainer.history, detector.recipe) + 1)

@@ -18,10 +18,14 @@ from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
+from kitlib import data_parallel
 from kitlib.atomic import replacing
+from kitlib.deadline import Deadline, SessionOver, epoch_fits
 from kitlib.device import derived_seed, precision
 from kitlib.recipes import TrainingRecipe
 from kitlib.training_run import LEARNING_RATE_FLOOR, Fitted, is_over, kept_row
+
+logger = logging.getLogger(__name__)
 
 
 class RecipeTraining(pl.LightningModule):
@@ -132,6 +136,7 @@ def fit(
     progress: bool = True,
     title: str = "training",
     gathered: int = 1,
+    deadline: Deadline | None = None,
 ) -> Fitted:
     """Train until the recipe's epochs or patience are over, and leave the kept epoch's weights in `module.model` on the CPU.
 
@@ -140,15 +145,21 @@ def fit(
     After each epoch `run_folder/checkpoints/last.ckpt` holds all that is needed to go on and `best.safetensors` the best
     weights; an existing last.ckpt is resumed from. What an epoch draws depends on `seed` and its number alone, so on a CPU,
     with as many threads, a resumed training equals an uninterrupted one bit for bit. The optimiser steps once in `gathered`
-    batches and at an epoch's end; a last group that is not full counts for as much as its images.
+    batches and at an epoch's end; a last group that is not full counts for as much as its images. Raises SessionOver,
+    after a checkpoint, when another epoch would not end before `deadline`.
+
+    Where several processes share the training (kitlib.data_parallel), each calls this with its share of the batches; the
+    first alone writes, and it alone has the kept weights in the end.
     """
     folder = Path(run_folder) / "checkpoints"
     last = folder / "last.ckpt"
-    keeper = _EpochKeeper(folder, module.recipe, seed)
+    processes = data_parallel.share()[1]
+    keeper = _EpochKeeper(folder, module.recipe, seed, deadline)
     with _quiet_lightning():
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=[device.index or 0] if device.type == "cuda" else 1,
+            devices=processes if processes > 1 else [device.index or 0] if device.type == "cuda" else 1,
+            strategy="ddp" if processes > 1 else "auto",
             precision=precision(device),
             max_epochs=module.recipe.epochs,
             accumulate_grad_batches=gathered,
@@ -166,19 +177,25 @@ def fit(
         history = _history(last)
         if history and is_over(history, module.recipe):
             keeper.history = history
+        elif not epoch_fits(deadline, [row["seconds"] for row in history]):
+            raise SessionOver(Path(run_folder), len(history), module.recipe.epochs)
         else:
             trainer.fit(module, train_batches, validation_batches, ckpt_path=last if history else None, weights_only=True)
+    if not is_over(keeper.history, module.recipe):
+        raise SessionOver(Path(run_folder), len(keeper.history), module.recipe.epochs)
     module.to("cpu")
-    module.model.load_state_dict(load_file(folder / "best.safetensors"))
+    if data_parallel.is_first():
+        module.model.load_state_dict(load_file(folder / "best.safetensors"))
     return Fitted(pd.DataFrame(keeper.history), kept_row(keeper.history, module.recipe) + 1)
 
 
 class _EpochKeeper(pl.Callback):
     """Seeds each epoch, keeps the history, the best weights and the checkpoint, and ends the training."""
 
-    def __init__(self, folder: Path, recipe: TrainingRecipe, seed: int) -> None:
-        self.folder, self.recipe, self.seed = folder, recipe, seed
+    def __init__(self, folder: Path, recipe: TrainingRecipe, seed: int, deadline: Deadline | None) -> None:
+        self.folder, self.recipe, self.seed, self.deadline = folder, recipe, seed, deadline
         self.history: list[dict[str, float]] = []
+        self.session: list[float] = []  # seconds of this session's epochs
         self.started = self.trained = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,7 +205,9 @@ class _EpochKeeper(pl.Callback):
         self.history = state_dict["history"]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        torch.manual_seed(derived_seed(self.seed, trainer.current_epoch))
+        # What several processes draw, such as dropout, must differ between them.
+        rank = data_parallel.share()[0]
+        torch.manual_seed(derived_seed(self.seed, trainer.current_epoch, *([rank] if rank else [])))
         self.started = time.perf_counter()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -202,16 +221,27 @@ class _EpochKeeper(pl.Callback):
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not math.isfinite(logged.get("score", math.nan)):
             raise ValueError(f"epoch {trainer.current_epoch + 1}: no finite validation score; logged: {logged}")
-        images = trainer.num_training_batches * trainer.train_dataloader.batch_size
+        images = trainer.num_training_batches * trainer.train_dataloader.batch_sampler.batch_size
+        self.session.append(time.perf_counter() - self.started)
         self.history.append(
             {
                 "epoch": trainer.current_epoch + 1,
-                "seconds": time.perf_counter() - self.started,
+                "seconds": self.session[-1],
                 "images_per_s": images / max(1e-9, self.trained - self.started),
                 "learning_rate": max(group["lr"] for group in trainer.optimizers[0].param_groups),
                 **logged,
             }
         )
+        if trainer.is_global_zero:
+            self._write(trainer, pl_module)
+        else:
+            trainer.save_checkpoint(self.folder / "last.ckpt")  # takes part, and writes nothing
+        # One decision for all processes, whose clocks differ.
+        over = is_over(self.history, self.recipe) or not epoch_fits(self.deadline, self.session)
+        trainer.should_stop = trainer.strategy.broadcast(over)
+        logger.info("epoch %d of %d: score %.4f", len(self.history), self.recipe.epochs, self.history[-1]["score"])
+
+    def _write(self, trainer: pl.Trainer, pl_module: RecipeTraining) -> None:
         if kept_row(self.history, self.recipe) == len(self.history) - 1:
             weights = pl_module.judged.state_dict().items()
             weights = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in weights}
@@ -219,7 +249,6 @@ class _EpochKeeper(pl.Callback):
                 save_file(weights, beside)
         with replacing(self.folder / "last.ckpt") as beside:
             trainer.save_checkpoint(beside)
-        trainer.should_stop = is_over(self.history, self.recipe)
 
 
 class _Progress(pl.Callback):

@@ -20,6 +20,7 @@ from kitlib.bundle import data_fingerprint, save_bundle, versions
 from kitlib.cache import CachedXray, XrayCache
 from kitlib.device import precision
 from kitlib.recipes import TrainingRecipe
+from kitlib.starting_weights import starting_weights_digest
 from kitlib.tables import check_table, class_columns, concatenate
 
 logger = logging.getLogger(__name__)
@@ -202,6 +203,8 @@ def run_identity(
         "limit_validation": limit_validation,
         "longest_side": cache.longest_side,
         "data_fingerprint": data_fingerprint(**tables),
+        "folds_fingerprint": data_fingerprint(folds=tables["folds"]),
+        "starting_weights_sha256": starting_weights_digest(recipe.starting_weights) if recipe.starting_weights else "",
         **({"extra": extra.identity()} if extra is not None else {}),
     }
 
@@ -220,8 +223,10 @@ def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> 
     if not described.is_file():
         write_json(described, identity)
         return False
-    there = _flat(json.loads(described.read_text(encoding="utf-8")))
-    here = _flat(json.loads(json.dumps(identity)))
+    there, here = _flat(json.loads(described.read_text(encoding="utf-8"))), _flat(json.loads(json.dumps(identity)))
+    for one in (there, here):
+        # What counts is their content: another session finds the same weights at another place.
+        one.pop("recipe.starting_weights", None)
     differing = [name for name in sorted(there | here) if there.get(name, "-") != here.get(name, "-")]
     if differing:
         listing = "; ".join(f"{name}: {there.get(name, '-')!r} there, {here.get(name, '-')!r} here" for name in differing)
@@ -233,6 +238,43 @@ def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> 
     if finished:
         logger.info("%s is finished; reading its results", run_folder)
     return finished
+
+
+def continue_from(earlier: Path, run: Path) -> list[str]:
+    """Copy the folds of an earlier session's run, which may be read-only, into `run`, to go on with; a line on each.
+
+    Each appears whole or not at all. A fold that has got as far here already stays as it is. Raises ResumeError where
+    `earlier` has no fold to go on with.
+    """
+    folds = sorted(path.parent.parent for path in earlier.glob("fold*/checkpoints/run.json"))
+    if not folds:
+        there = ", ".join(sorted(entry.name for entry in earlier.iterdir())) or "nothing"
+        raise ResumeError(f"{earlier} has no fold*/checkpoints/run.json to go on with; there is: {there}")
+    lines = []
+    for fold in folds:
+        here = run / fold.name
+        if (here / "checkpoints").is_dir() and _progress(here) >= _progress(fold):
+            lines.append(f"{fold.name}: kept, the one in {earlier} is no further")
+            continue
+        beside = run / f".{fold.name}.copying"
+        shutil.rmtree(beside, ignore_errors=True)
+        # The bytes alone: an input's files and folders are read-only.
+        for path in sorted(fold.rglob("*")):
+            target = beside / path.relative_to(fold)
+            if path.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+        shutil.rmtree(here, ignore_errors=True)
+        beside.replace(here)
+        lines.append(f"{fold.name}: goes on from {fold}")
+    return lines
+
+
+def _progress(fold: Path) -> tuple[bool, int]:
+    """Whether it is finished, and the number of its last epoch, -1 where none is."""
+    checkpoint = fold / "checkpoints" / "last.ckpt"
+    last = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["epoch"] if checkpoint.is_file() else -1
+    return (fold / "metrics.json").is_file(), last
 
 
 def save_trained(
@@ -253,7 +295,7 @@ def save_trained(
     save_bundle(run_folder / "bundle", model.state_dict(), record)
 
 
-def finish_run(
+def finish_fold(
     run_folder: Path, identity: dict[str, Any], counts: dict[str, Any], fitted: Fitted, device: torch.device
 ) -> None:
     """tables/history.csv, figures/curves.png and, last, metrics.json, which marks a finished run."""

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations
 
+from kitlib import data_parallel
 from kitlib.cache import XrayCache
 from kitlib.device import derived_seed
 from kitlib.geometry import PLACEMENTS, clip_boxes
@@ -143,13 +144,19 @@ class EpochSampler(Sampler):
 
 
 def batches(dataset: XrayDataset, batch_size: int, workers: int = 0, shuffle: bool = False, seed: int = 0) -> DataLoader:
-    """Batches as `collate` makes them; shuffled ones come in a new order each epoch and leave out the last, smaller one."""
+    """Batches as `collate` makes them; shuffled ones come in a new order each epoch and leave out the last, smaller one.
+
+    Where several processes train together, each gets its share of every shuffled batch, or every so-manieth image.
+    """
+    (rank, processes), batch_size = data_parallel.share(), min(batch_size, len(dataset))
+    if shuffle:
+        # A last batch may be a single image, on which batch norm fails: it is left out.
+        chosen = {"batch_sampler": data_parallel.SharedBatches(EpochSampler(len(dataset), seed), batch_size)}
+    else:
+        chosen = {"sampler": range(rank, len(dataset), processes), "batch_size": max(1, batch_size // processes)}
     return DataLoader(
         dataset,
-        batch_size=min(batch_size, len(dataset)),
-        sampler=EpochSampler(len(dataset), seed) if shuffle else None,
-        # Batch norm fails on a single image, which a last batch may be.
-        drop_last=shuffle,
+        **chosen,
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,

@@ -10,12 +10,12 @@ FLOORS = {
     "reading": "dicom_header grey codestream decoders stored_values dicom image_file dicom_writing decode_worker "
     "cache lung_box dataset siim nih rsna read_dataset near_duplicates folds coco yolo_labels "
     "phantom_patients phantom phantom_plan phantom_folder phantom_competition phantom_rsna phantom_nih",
-    "models": "device bundle squeezenet starting_weights box_mask classifier faster_rcnn yolo",
-    "running": "deadline xray_dataset predict training_run training batch_mixing classifier_training train_study "
-    "train_findings train_faster_rcnn train_yolo train_detector",
+    "models": "device bundle run_record squeezenet starting_weights box_mask classifier faster_rcnn yolo",
+    "running": "kill_family deadline data_parallel xray_dataset predict training_run training batch_mixing "
+    "classifier_training train_study train_findings train_faster_rcnn train_yolo train_detector train_folds",
     "judging": "submission scoring fusion runs annotation_files pseudo_labels tuning reports heidelberg_report "
     "detection_report findings_report figures study_figures findings_figures",
-    "delivering": "validate install_wheels submit kill_family run_notebook plan plan_graph run_planned run_plan kernel_spec "
+    "delivering": "validate install_wheels submit run_notebook plan plan_graph run_planned run_plan kernel_spec "
     "wheels kernel_start kernel stand_in sandbox rehearse demo __main__",
 }
 ORDER = [module for floor in FLOORS.values() for module in floor.split()]

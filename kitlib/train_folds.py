@@ -1,0 +1,158 @@
+"""The folds of one model: one after the other, side by side with a GPU each, or each on several GPUs together."""
+
+import logging
+import logging.handlers
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kitlib.data_parallel import train_together
+from kitlib.deadline import Deadline, SessionOver
+from kitlib.kill_family import kill_family
+
+logger = logging.getLogger(__name__)
+
+LOG = "train.log"
+FAILED, OVER = 1, 75  # exit codes of a fold's process; 75: try again later (sysexits.h)
+
+
+class FoldsFailed(RuntimeError):
+    """Folds whose training failed, the others being done: each with its error and its log."""
+
+
+def train_folds(
+    train: Callable[..., Any],
+    folds: Iterable[int],
+    run: Path,
+    deadline: Deadline | None = None,
+    at_once: int = 0,
+    processes: int = 1,
+    **arguments: Any,
+) -> list[Any]:
+    """What `train(fold=..., run_folder=run / "fold<n>", deadline=..., **arguments)` gives for each fold that is finished.
+
+    `train` is one of the kit's three. `at_once` folds train side by side, each in a process of its own with a GPU of its
+    own, its share of the CPU's threads and its log in fold<n>/train.log; 0: as many as there are GPUs, 1: in this process.
+    `processes` train each fold together, see kitlib.data_parallel. Folds that the session's end has stopped are left out,
+    and said. Side by side, a fold that fails stops no other: FoldsFailed names all of them in the end.
+    """
+    folds, gpus = list(folds), torch.cuda.device_count()
+    if processes > 1 and at_once > 1:
+        raise ValueError(f"at_once {at_once} and processes {processes}: choose folds side by side, or one on several GPUs")
+    if processes < 1 or at_once < 0:
+        raise ValueError(f"at_once {at_once} and processes {processes}; wanted at least 0 and 1")
+    side_by_side = min(len(folds), at_once or (max(1, gpus) if processes == 1 else 1))
+    if side_by_side > 1:
+        _side_by_side(train, folds, run, deadline, side_by_side, arguments)
+    trained = []
+    for fold in folds:
+        common = {**arguments, "fold": fold, "deadline": deadline}
+        try:
+            if processes > 1:
+                trained.append(train_together(train, run / f"fold{fold}", processes, **common))
+            elif side_by_side == 1 or (run / f"fold{fold}" / "metrics.json").is_file():
+                trained.append(train(run_folder=run / f"fold{fold}", **common))
+        except SessionOver as over:
+            print(f"fold {fold} stopped after {over.done} of {over.epochs} epochs: the session ends")
+    if len(trained) < len(folds):
+        print(
+            f"{len(folds) - len(trained)} of {len(folds)} folds are not finished. Run this notebook again with the same "
+            f"parameters to go on; in a new Kaggle session attach this one's output and set resume_from to {run.name!r}"
+        )
+    return trained
+
+
+def _side_by_side(
+    train: Callable[..., Any],
+    folds: list[int],
+    run: Path,
+    deadline: Deadline | None,
+    at_once: int,
+    arguments: dict[str, Any],
+) -> None:
+    """Train until each fold is finished, stopped by the deadline, or has failed."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+    # Spawned, because a forked process cannot use a GPU that its parent has touched.
+    context = multiprocessing.get_context("spawn")
+    said, waiting, running = context.Queue(), list(folds), {}
+    failed: list[int] = []
+    listener = logging.handlers.QueueListener(said, _Printer())
+    listener.start()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                fold = waiting.pop(0)
+                slot = min(set(range(at_once)) - {slot for _, slot, _ in running.values()})
+                common = {**arguments, "fold": fold, "run_folder": run / f"fold{fold}", "deadline": deadline}
+                gpu = visible[slot % len(visible)]
+                process = context.Process(target=_train_one, args=(train, common, gpu, threads, os.getpid(), said))
+                process.start()
+                running[process.sentinel] = process, slot, fold
+            for sentinel in multiprocessing.connection.wait(list(running)):
+                process, _, fold = running.pop(sentinel)
+                process.join()
+                if process.exitcode not in (0, OVER):
+                    failed.append(fold)
+                logger.info("fold %d ended with exit code %s", fold, process.exitcode)
+    finally:
+        for process, _, _ in running.values():
+            kill_family(process.pid)
+        listener.stop()
+    if failed:
+        told = [f"fold {fold}: {_last_line(run / f'fold{fold}' / LOG)}" for fold in sorted(failed)]
+        raise FoldsFailed("\n".join([f"{len(failed)} of {len(folds)} folds failed, the others are done:", *told]))
+
+
+def _train_one(train: Callable[..., Any], arguments: dict[str, Any], gpu: str, threads: int, parent: int, said: Any) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    _end_with(parent)
+    torch.set_num_threads(threads)
+    log = arguments["run_folder"] / LOG
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as kept:
+        for stream in (1, 2):
+            os.dup2(kept.fileno(), stream)
+    form = logging.Formatter(f"%(asctime)s fold {arguments['fold']}: %(message)s", "%H:%M:%S")
+    to_log, to_parent = logging.StreamHandler(), logging.handlers.QueueHandler(said)
+    to_log.setFormatter(form)
+    to_parent.setFormatter(form)
+    logging.basicConfig(level=logging.INFO, handlers=[to_log, to_parent])
+    try:
+        train(**arguments)
+    except SessionOver as over:
+        logging.info("%s", over)
+        sys.exit(OVER)
+    except BaseException as error:
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(FAILED)
+
+
+def _end_with(parent: int) -> None:
+    """Have the system kill this process when the one that started it dies; without, a killed notebook's folds train on."""
+    import ctypes
+    import signal
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
+    if os.getppid() != parent:
+        sys.exit(FAILED)
+
+
+class _Printer(logging.Handler):
+    """Shows lines in the notebook, which shows nothing of a log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), flush=True)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    return f"{lines[-1] if lines else 'killed without a word'}\n  log: {log}"
