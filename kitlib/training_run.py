@@ -220,6 +220,10 @@ def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> 
     if not resume:
         shutil.rmtree(described.parent, ignore_errors=True)
         (run_folder / "metrics.json").unlink(missing_ok=True)
+    # What a killed process was writing; weights are large.
+    for kind in ("last", "best"):
+        for half in described.parent.glob(f".{kind}.*"):
+            half.unlink()
     if not described.is_file():
         write_json(described, identity)
         return False
@@ -358,4 +362,6 @@ def kept_row(history: list[dict[str, float]], recipe: TrainingRecipe) -> int:
 
 def is_over(history: list[dict[str, float]], recipe: TrainingRecipe) -> bool:
     """Whether the epochs are used up, or as many as the recipe's patience have passed since the one that is kept."""
+    if not history:
+        return False
     return len(history) >= recipe.epochs or len(history) - 1 - kept_row(history, recipe) >= recipe.patience
