@@ -16,10 +16,11 @@ import torch
 from matplotlib.figure import Figure
 
 from kitlib.atomic import replacing, write_json, write_text
-from kitlib.bundle import data_fingerprint, save_bundle, versions
+from kitlib.bundle import data_fingerprint, save_bundle
 from kitlib.cache import CachedXray, XrayCache
 from kitlib.device import precision
 from kitlib.recipes import TrainingRecipe
+from kitlib.run_record import process_record
 from kitlib.starting_weights import starting_weights_digest
 from kitlib.tables import check_table, class_columns, concatenate
 
@@ -63,7 +64,6 @@ class Fitted:
             "images_per_s": round(float(self.history.images_per_s.median()), 2),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "precision": precision(device),
-            "versions": versions(),
         }
 
 
@@ -302,10 +302,13 @@ def save_trained(
 def finish_fold(
     run_folder: Path, identity: dict[str, Any], counts: dict[str, Any], fitted: Fitted, device: torch.device
 ) -> None:
-    """tables/history.csv, figures/curves.png and, last, metrics.json, which marks a finished run."""
+    """tables/history.csv, figures/curves.png and, last, metrics.json, which marks a finished run.
+
+    It holds all that is given, what `fitted` says of itself, and the process's record (see kitlib.run_record).
+    """
     write_text(run_folder / "tables" / "history.csv", fitted.history.to_csv(index=False))
     draw_curves(fitted, run_folder / "figures" / "curves.png")
-    write_json(run_folder / "metrics.json", {**identity, **counts, **fitted.metrics(device)})
+    write_json(run_folder / "metrics.json", {**identity, **counts, **fitted.metrics(device), **process_record()})
 
 
 def read_finished(run_folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:

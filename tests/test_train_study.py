@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
@@ -251,4 +252,8 @@ def test_metrics_name_what_a_run_was(uninterrupted):
     metrics = json.loads((uninterrupted.run_folder / "metrics.json").read_text())
     fingerprint = data_fingerprint(images=small.images, labels=small.labels, boxes=small.boxes, folds=small.fold_table)
     assert metrics["data_fingerprint"] == fingerprint
+    assert metrics["folds_fingerprint"] == data_fingerprint(folds=small.fold_table)
     assert metrics["epochs"] == 3 and metrics["images_per_s"] > 0 and metrics["precision"] == "32-true"
+    # A process with torch in it takes more than 100 MB.
+    assert metrics["peak_memory_mb"] > 100 and metrics["gpu"] is None and metrics["peak_gpu_memory_mb"] is None
+    assert metrics["versions"]["torch"] == version("torch") and "timm" in metrics["versions"]
