@@ -1,4 +1,4 @@
-"""Build a Kaggle kernel from submissions/NAME.yaml, and rehearse it as Kaggle would run it."""
+"""Build a Kaggle kernel from a YAML file, rehearse it as Kaggle would run it, and push it."""
 
 import logging
 from pathlib import Path
@@ -11,52 +11,59 @@ from rich.table import Table
 
 from kitlib.bundle import BundleError
 from kitlib.kernel import KernelError, build_kernel, folder_bytes
-from kitlib.kernel_spec import SpecError, read_spec
+from kitlib.kernel_spec import KernelSpec, SpecError, read_spec
+from kitlib.push import Pushed, PushError, push
 from kitlib.rehearse import Rehearsal, RehearsalError, rehearse
 from kitlib.stand_in import StandInError
 from kitlib.wheels import WheelError, inference_pins, kaggle_wheels
 
 console = Console()
-EXPECTED = (SpecError, KernelError, WheelError, BundleError, StandInError, RehearsalError)
+EXPECTED = (SpecError, KernelError, WheelError, BundleError, StandInError, RehearsalError, PushError)
 
 
 def main(
-    submission: Annotated[Path, typer.Argument(help="submissions/NAME.yaml")],
-    out: Annotated[Path, typer.Option(help="folder for kernel/, wheels/ and weights/")],
+    kernel: Annotated[Path, typer.Argument(help="submissions/NAME.yaml or submissions/kernels/NAME.yaml")],
+    out: Annotated[Path, typer.Option(help="folder for kernel/, wheels/ and, of a submission, weights/")],
     rehearsed: Annotated[bool, typer.Option("--rehearse", help="run the built kernel offline, as Kaggle would")] = False,
-    inputs: Annotated[Path | None, typer.Option(help="folder whose folders appear below /kaggle/input")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="folder that holds a folder SLUG for each of the inputs")] = None,
     truth: Annotated[Path | None, typer.Option(help="folder with the truth's two CSV files, to score the rehearsal")] = None,
-    time_limit: Annotated[
-        float | None, typer.Option(min=1, help="seconds the rehearsal may take; else the submission's")
-    ] = None,
-    owner: Annotated[str | None, typer.Option(help="Kaggle user name; else KAGGLE_USERNAME, else the submission's")] = None,
+    time_limit: Annotated[float | None, typer.Option(min=1, help="seconds for the rehearsal; else the kernel's")] = None,
+    owner: Annotated[str | None, typer.Option(help="Kaggle user name; else KAGGLE_USERNAME, else the file's")] = None,
+    pushed: Annotated[bool, typer.Option("--push", help="then push it with its datasets; needs an API token")] = False,
 ) -> None:
-    """Build OUT/kernel, OUT/wheels and OUT/weights; exit code 0 only if that, and the rehearsal if asked for, went well."""
+    """Build OUT/kernel, OUT/wheels and OUT/weights, rehearse and push if asked to; exit code 0 only if all of it went well.
+
+    1: the rehearsal failed. 2: an error, which is named. 3: the rehearsal's session ended before its training did. What did
+    not pass is not pushed.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     logging.getLogger("papermill").setLevel(logging.WARNING)
     if rehearsed and inputs is None:
-        raise typer.BadParameter("--rehearse needs --inputs DIR, the folder that holds the competition's folder")
+        raise typer.BadParameter("--rehearse needs --inputs DIR, the folder that holds the folders of the kernel's inputs")
     try:
-        spec = read_spec(submission, owner)
+        spec = read_spec(kernel, owner)
         parts = build_kernel(spec, out, kaggle_wheels(inference_pins()))
         console.print(_sizes(parts))
-        console.print(_how_to_push(parts), highlight=False, soft_wrap=True)
-        if not rehearsed:
-            return
-        console.rule("rehearsal")
-        result = rehearse(
-            out,
-            inputs,
-            spec.time_limit_s if time_limit is None else time_limit,
-            truth,
-            on_line=lambda line: console.out(line, highlight=False),
-        )
+        if rehearsed:
+            _rehearse(spec, out, inputs, truth, time_limit)
+        if pushed:
+            console.rule("push")
+            _tell_pushed(push(out))
+        else:
+            console.print(_how_to_push(spec, parts), highlight=False, soft_wrap=True)
     except EXPECTED as error:
         console.print(f"[red]{type(error).__name__}[/red]", end=": ")
         console.out(str(error), highlight=False)
         raise typer.Exit(2) from error
+
+
+def _rehearse(spec: KernelSpec, out: Path, inputs: Path, truth: Path | None, time_limit: float | None) -> None:
+    console.rule("rehearsal")
+    limit = spec.time_limit_s if time_limit is None else time_limit
+    result = rehearse(spec, out, inputs, limit, truth, on_line=lambda line: console.out(line, highlight=False))
     _tell(result)
-    raise typer.Exit(0 if result.passed else 1)
+    if not result.passed:
+        raise typer.Exit(3 if result.unfinished else 1)
 
 
 def _sizes(parts: dict[str, Path]) -> Table:
@@ -70,23 +77,32 @@ def _sizes(parts: dict[str, Path]) -> Table:
     return table
 
 
-def _how_to_push(parts: dict[str, Path]) -> str:
-    return "\n".join(
-        [
-            "To push (datasets first; `version -m NOTE` in place of `create` from the second time on):",
-            f"  kaggle datasets create -p {parts['wheels']}",
-            # without -r the client leaves the bundles' folders out
-            f"  kaggle datasets create -p {parts['weights']} -r zip",
-            f"  kaggle kernels push -p {parts['kernel']}",
-        ]
-    )
+def _how_to_push(spec: KernelSpec, parts: dict[str, Path]) -> str:
+    lines = ["To push it with its datasets, give --push."]
+    if spec.kernel_sources:
+        lines.append("First these kernels must have run on Kaggle: " + ", ".join(spec.sources(spec.kernel_sources)))
+    lines.append("By hand (datasets first; `version -m NOTE` in place of `create` from the second time on):")
+    # without -r the client leaves the bundles' folders out
+    lines += [f"  kaggle datasets create -p {folder} -r zip" for part, folder in parts.items() if part != "kernel"]
+    return "\n".join([*lines, f"  kaggle kernels push -p {parts['kernel']}"])
+
+
+def _tell_pushed(result: Pushed) -> None:
+    table = Table("pushed", "", title="")
+    for name, done in result.datasets.items():
+        table.add_row(name, done)
+    table.add_row(f"version {result.version}", result.url)
+    console.print(table)
 
 
 def _tell(result: Rehearsal) -> None:
     table = Table("rehearsal", "", title="")
     table.add_row("notebook", result.problem or "ran to its end")
     table.add_row("time", f"{result.seconds:.1f} s of {result.limit_s:g} s" + ("" if result.in_time else ", stopped"))
-    table.add_row("submission.csv", "valid" if not result.faults else f"{len(result.faults)} faults: {result.faults[0]}")
+    if result.unfinished:
+        table.add_row(result.result, "not yet: the session ended before the training; its checkpoint is kept")
+    elif result.result:
+        table.add_row(result.result, "valid" if not result.faults else f"{len(result.faults)} faults: {result.faults[0]}")
     table.add_row("isolation", result.not_isolated or "private mounts, processes and network")
     for name, value in (result.scores or {}).items():
         table.add_row(name, f"{value:.4f}")
@@ -95,7 +111,8 @@ def _tell(result: Rehearsal) -> None:
     console.print(table)
     for fault in result.faults[1:20]:
         console.out(f"  {fault}", highlight=False)
-    console.print("[green]passed[/green]" if result.passed else "[red]not passed[/red]")
+    verdict = "[yellow]unfinished[/yellow]" if result.unfinished else "[red]not passed[/red]"
+    console.print("[green]passed[/green]" if result.passed else verdict)
 
 
 if __name__ == "__main__":

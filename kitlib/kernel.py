@@ -1,4 +1,4 @@
-"""From a submission's YAML to three folders that Kaggle takes: the kernel, the wheel dataset, the weights dataset.
+"""From a kernel's YAML to folders that Kaggle takes: the kernel, its dataset of wheels and, if it submits, of weights.
 
 The same sources give the same bytes: names sorted, dates fixed, nothing random.
 """
@@ -25,14 +25,12 @@ from kitlib.atomic import write_json
 from kitlib.bundle import RECORD, WEIGHTS, read_bundle
 from kitlib.kernel_spec import KernelSpec, SpecError
 from kitlib.paths import project_root
-from kitlib.run_notebook import check_parameters
 from kitlib.wheels import check_wheels, image_pins
 
 # Kaggle refuses a larger notebook.
 NOTEBOOK_BYTES = 1_000_000
 # Kaggle refuses a larger dataset.
 DATASET_BYTES = 200 * 10**9
-NOT_EMBEDDED = {"kaggle_image.txt"}
 
 
 class KernelError(ValueError):
@@ -40,22 +38,25 @@ class KernelError(ValueError):
 
 
 def build_kernel(spec: KernelSpec, out: str | Path, wheels: Iterable[Path]) -> dict[str, Path]:
-    """Write `out`/kernel, `out`/wheels and `out`/weights, each replaced whole; nothing is replaced where something fails.
+    """Write `out`/kernel, `out`/wheels and, of a kernel that submits, `out`/weights; an old one of another kernel goes.
 
-    Raises SpecError (an unknown notebook parameter, runs without a bundle), WheelError, BundleError, KernelError (size).
+    Each is replaced whole, and nothing is replaced where something fails. Raises SpecError (an unknown notebook parameter,
+    runs without a bundle), WheelError, BundleError, KernelError (size).
     """
     out, wheels = Path(out), sorted(wheels)
     check_wheels(wheels, image_pins())
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as beside:
-        built = {part: Path(beside) / part for part in ("kernel", "wheels", "weights")}
-        _write_weights(spec, built["weights"])
+        built = {part: Path(beside) / part for part in ("kernel", "wheels", *(("weights",) if spec.submits else ()))}
+        if spec.submits:
+            _write_weights(spec, built["weights"])
         _write_wheels(spec, built["wheels"], wheels)
         _write_kernel(spec, built["kernel"])
-        for part, folder in built.items():
+        for part in ("kernel", "wheels", "weights"):
             if (out / part).exists():
                 shutil.rmtree(out / part)
-            folder.replace(out / part)
+            if part in built:
+                built[part].replace(out / part)
     return {part: out / part for part in built}
 
 
@@ -64,39 +65,27 @@ def folder_bytes(folder: str | Path) -> int:
 
 
 def packed_library() -> str:
-    """kitlib as base64 of a zip. bzip2, because zlib's output differs between its implementations."""
+    """kitlib's modules as base64 of a zip. bzip2, because zlib's output differs between its implementations."""
     packed = io.BytesIO()
     source = Path(kitlib.__file__).parent
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_BZIP2, compresslevel=9) as opened:
-        for path in sorted(source.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts and path.name not in NOT_EMBEDDED:
-                entry = zipfile.ZipInfo(path.relative_to(source.parent).as_posix(), date_time=(1980, 1, 1, 0, 0, 0))
-                entry.create_system, entry.external_attr = 3, 0o644 << 16
-                opened.writestr(entry, path.read_bytes(), zipfile.ZIP_BZIP2)
+        for path in sorted(source.glob("*.py")):
+            entry = zipfile.ZipInfo(path.relative_to(source.parent).as_posix(), date_time=(1980, 1, 1, 0, 0, 0))
+            entry.create_system, entry.external_attr = 3, 0o644 << 16
+            opened.writestr(entry, path.read_bytes(), zipfile.ZIP_BZIP2)
     return base64.b64encode(packed.getvalue()).decode("ascii")
 
 
 def kernel_notebook(spec: KernelSpec) -> nbformat.NotebookNode:
-    """The submission notebook, the library in front, its parameters injected as papermill does, but alike each time."""
-    path = project_root() / spec.notebook
-    if not path.is_file():
-        raise SpecError(f"notebook: there is no {path}")
-    own = {"competition": spec.competition, "weights": spec.weights_slug, "wheels": spec.wheels_slug}
-    own["time_limit_s"] = spec.time_limit_s
-    twice = sorted(set(own) & set(spec.parameters))
-    if twice:
-        raise SpecError(
-            f"parameters: {', '.join(twice)} come from the submission's own keys (competition, slug, time_limit_hours)"
-        )
-    parameters = own | spec.parameters
-    try:
-        check_parameters(path, parameters)
-    except ValueError as error:
-        raise SpecError(f"parameters: {error}") from error
-    notebook = nbformat.read(path, as_version=4)
-    place = next(n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
-    injected = _code_cell(PythonTranslator.codify(parameters), "injected-parameters")
-    cells = [_start_cell(), *notebook.cells[: place + 1], injected, *notebook.cells[place + 1 :]]
+    """The notebook, the library in front, its parameters injected as papermill does, but alike each time."""
+    parameters = spec.injected()
+    spec.run_folder(rehearsed=True)  # a folder that Kaggle would not keep is refused
+    notebook = nbformat.read(spec.notebook_path, as_version=4)
+    cells = [_start_cell(spec)]
+    for cell in notebook.cells:
+        cells.append(cell)
+        if parameters and "parameters" in cell.metadata.get("tags", []):
+            cells.append(_code_cell(PythonTranslator.codify(parameters), "injected-parameters"))
     for number, cell in enumerate(cells):
         cell.id = f"cell-{number}"  # nbformat makes ids up at random where a notebook has none
         if cell.cell_type == "code":
@@ -105,9 +94,11 @@ def kernel_notebook(spec: KernelSpec) -> nbformat.NotebookNode:
     return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernelspec, "language_info": {"name": "python"}})
 
 
-def _start_cell() -> nbformat.NotebookNode:
+def _start_cell(spec: KernelSpec) -> nbformat.NotebookNode:
     packed = "\n".join(textwrap.wrap(packed_library(), 120))
-    return _code_cell(f'{inspect.getsource(kernel_start)}\n\nstart_kernel("""\n{packed}\n""");')
+    # A notebook with the parameter installs its wheels itself, when whatever must not depend on them is done.
+    wheels = "" if "wheels" in spec.notebook_parameters() else spec.wheels_slug
+    return _code_cell(f'{inspect.getsource(kernel_start)}\n\nstart_kernel("""\n{packed}\n""", {wheels!r});')
 
 
 def _code_cell(source: str, *tags: str) -> nbformat.NotebookNode:
@@ -121,6 +112,7 @@ def _write_kernel(spec: KernelSpec, folder: Path) -> None:
     size = code.stat().st_size
     if size > NOTEBOOK_BYTES:
         raise KernelError(f"{code.name} has {size:,} bytes, Kaggle takes {NOTEBOOK_BYTES:,}; strip pictures and outputs")
+    built = ([spec.weights_slug] if spec.submits else []) + [spec.wheels_slug]
     metadata: dict[str, Any] = {
         "id": f"{spec.owner}/{spec.slug}",
         "title": spec.title,
@@ -130,14 +122,14 @@ def _write_kernel(spec: KernelSpec, folder: Path) -> None:
         "is_private": True,
         "enable_gpu": spec.accelerator != "none",
         "enable_tpu": False,
-        "enable_internet": False,
-        "dataset_sources": [f"{spec.owner}/{slug}" for slug in (spec.weights_slug, spec.wheels_slug)],
-        "competition_sources": [spec.competition],
-        "kernel_sources": [],
+        "enable_internet": spec.internet,
+        # as Kaggle itself writes it for a kernel without accelerator
+        "machine_shape": "None" if spec.accelerator == "none" else spec.accelerator,
+        "dataset_sources": spec.sources((*built, *spec.dataset_sources)),
+        "competition_sources": [spec.competition] if spec.competition else [],
+        "kernel_sources": spec.sources(spec.kernel_sources),
         "model_sources": [],
     }
-    if spec.accelerator != "none":
-        metadata["machine_shape"] = spec.accelerator
     write_json(folder / "kernel-metadata.json", metadata)
 
 
@@ -145,11 +137,13 @@ def _write_wheels(spec: KernelSpec, folder: Path, wheels: list[Path]) -> None:
     folder.mkdir()
     for wheel in wheels:
         shutil.copyfile(wheel, folder / wheel.name)
-    _write_dataset_metadata(spec, folder, "wheels", spec.wheels_slug)
+    # Wheels of several kernels are one dataset, which has one title.
+    title = spec.wheels.replace("-", " ").capitalize() if spec.wheels else f"{spec.title} wheels"
+    _write_dataset_metadata(folder, title, f"{spec.owner}/{spec.wheels_slug}")
 
 
 def _write_weights(spec: KernelSpec, folder: Path) -> None:
-    """One sub-folder a bundle, weights.json (bundles by value) and, where the submission names one, fusion.json."""
+    """One sub-folder a bundle, weights.json (bundles by value) and, where the kernel names one, fusion.json."""
     folder.mkdir()
     manifest: list[dict[str, Any]] = []
     for bundle in spec.bundles():
@@ -177,13 +171,12 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
             raise SpecError(f"fusion: there is no {fusion}; run the fusion notebook first, or leave the key out")
         shutil.copyfile(fusion, folder / "fusion.json")
     write_json(folder / "weights.json", {"bundles": manifest})
-    _write_dataset_metadata(spec, folder, "weights", spec.weights_slug)
+    _write_dataset_metadata(folder, f"{spec.title} weights", f"{spec.owner}/{spec.weights_slug}")
 
 
-def _write_dataset_metadata(spec: KernelSpec, folder: Path, word: str, slug: str) -> None:
+def _write_dataset_metadata(folder: Path, title: str, name: str) -> None:
     size = folder_bytes(folder)
     if size > DATASET_BYTES:
-        raise KernelError(f"the {word} dataset has {size:,} bytes, Kaggle takes {DATASET_BYTES:,}; leave out the last runs")
+        raise KernelError(f"the dataset {name} has {size:,} bytes, Kaggle takes {DATASET_BYTES:,}; leave out the last runs")
     # "other": the wheels have several licences, and weights inherit those of what made them.
-    metadata = {"title": f"{spec.title} {word}", "id": f"{spec.owner}/{slug}", "licenses": [{"name": "other"}]}
-    write_json(folder / "dataset-metadata.json", metadata)
+    write_json(folder / "dataset-metadata.json", {"title": title, "id": name, "licenses": [{"name": "other"}]})

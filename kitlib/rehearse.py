@@ -1,5 +1,6 @@
 """A built kernel run as Kaggle would run it: its image's packages, its folders, no network, a clock that ends it."""
 
+import base64
 import json
 import logging
 import os
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+import yaml
 
+from kitlib.kernel_spec import KernelSpec
+from kitlib.kill_family import kill_family
 from kitlib.paths import project_root
 from kitlib.run_notebook import first_problem
 from kitlib.sandbox import no_sandbox_reason, sandboxed
@@ -28,6 +31,15 @@ logger = logging.getLogger(__name__)
 # Settings of this machine that its GPU or its libraries cannot do without; all others stay outside.
 PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "TZ")
 WORKING, REHEARSAL, ENVIRONMENT = Path("/kaggle/working"), Path("/rehearsal"), Path("/environment")
+# Where Kaggle mounts a kernel's inputs below /kaggle/input: each by its slug, or by kind and owner. Both occur.
+LAYOUTS = {
+    "plain": {"competition_sources": "{slug}", "dataset_sources": "{slug}", "kernel_sources": "{slug}"},
+    "nested": {
+        "competition_sources": "competitions/{slug}",
+        "dataset_sources": "datasets/{owner}/{slug}",
+        "kernel_sources": "notebooks/{owner}/{slug}",
+    },
+}
 
 
 class RehearsalError(RuntimeError):
@@ -41,8 +53,10 @@ class Rehearsal:
     seconds: float
     limit_s: float
     problem: str  # why the notebook did not run to its end; empty if it did
-    faults: tuple[str, ...]  # of submission.csv; "there is no submission.csv" is one
-    scores: dict[str, float] | None  # where the truth is known and the file is valid
+    unfinished: bool  # it ended as it should when its session did, before its run was finished
+    result: str  # the file that a finished kernel leaves, below `working`; empty where the notebook names none
+    faults: tuple[str, ...]  # of that file; that there is none is one
+    scores: dict[str, float] | None  # of a valid submission where the truth is known
     not_isolated: str  # what the system did not allow, empty if all was private
     working: Path
     log: Path
@@ -54,51 +68,63 @@ class Rehearsal:
 
     @property
     def passed(self) -> bool:
-        return self.in_time and not self.problem and not self.faults
+        return self.in_time and not self.problem and not self.faults and not self.unfinished
 
 
 def rehearse(
+    spec: KernelSpec,
     out: str | Path,
     inputs: str | Path,
     time_limit_s: float,
     truth: str | Path | None = None,
     on_line: Callable[[str], None] | None = None,
+    layout: str = "plain",
 ) -> Rehearsal:
-    """Run `out`/kernel with `out`/wheels, `out`/weights and the folders in `inputs` attached; stop it after `time_limit_s`.
+    """Run `out`/kernel, built of `spec`, with its rehearsal's parameters; stop it after `time_limit_s`.
 
-    Replaces `out`/working, `out`/rehearsal.log and `out`/rehearsal.ipynb. `on_line` gets each line that the kernel prints.
-    `truth` is a folder with train_study_level.csv and train_image_level.csv. A link in `inputs` that leads into the
-    project's folder or below /tmp is broken for the kernel, which sees neither. Raises RehearsalError, StandInError,
-    WheelError.
+    What it names as its inputs is attached and nothing else: `out`/wheels, `out`/weights, and for everything else the folder
+    of that slug in `inputs`, at the places of `layout` (of LAYOUTS). Replaces `out`/working, `out`/rehearsal.log and
+    `out`/rehearsal.ipynb. `on_line` gets each line that the kernel prints. `truth`, for a kernel that submits, is a folder
+    with train_study_level.csv and train_image_level.csv. A link in an input that leads into the project's folder or below
+    /tmp is broken for the kernel, which sees neither. Raises RehearsalError, SpecError, StandInError, WheelError.
     """
     out, inputs = Path(out).resolve(), Path(inputs).resolve()
-    metadata = _metadata(out)
-    competition = metadata["competition_sources"][0]
-    sample = inputs / competition / "sample_submission.csv"
-    if not sample.is_file():
-        raise RehearsalError(f"there is no {sample}; the inputs are a folder that holds {competition}/")
+    metadata = _metadata(spec, out)
+    built = _built(out)
+    folders = _folders(metadata, built, inputs, LAYOUTS[layout])
+    if truth and not spec.submits:
+        raise RehearsalError(f"{spec.slug} submits nothing that the truth could score; leave the truth out")
+    sample = inputs / spec.competition / "sample_submission.csv"
+    if spec.submits and not sample.is_file():
+        raise RehearsalError(f"there is no {sample}; the inputs are a folder that holds {spec.competition}/")
     packages = stand_in()
     working, log, executed = out / "working", out / "rehearsal.log", out / "rehearsal.ipynb"
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir()
     executed.write_text("", encoding="utf-8")
     with tempfile.TemporaryDirectory(dir=out, prefix=".rehearsal-", ignore_cleanup_errors=True) as private:
-        attached = _attached(out, inputs, metadata, Path(private) / "wheels")
+        wheels = _fitting_wheels(out / "wheels", Path(private) / "wheels")
+        attached = {place: wheels if folder == out / "wheels" else folder for place, folder in folders.items()}
         prepare = _open_command if no_sandbox_reason() else _isolated_command
         command, environment = prepare(
             Path(private), packages, attached, out / "kernel" / metadata["code_file"], working, executed
         )
+        if spec.rehearsal:
+            # papermill replaces the cell of injected parameters, so that it needs them all
+            said = yaml.safe_dump(spec.injected(rehearsed=True), sort_keys=False)
+            command += ["--parameters_base64", base64.b64encode(said.encode()).decode()]
         environment["KIT_TIME_LIMIT_S"] = f"{time_limit_s:g}"
         exit_code, seconds = _run_until(command, environment, working, time_limit_s, log, on_line)
-    faults = tuple(map(str, validate(sample, working / "submission.csv")))
-    if not (working / "submission.csv").is_file():
-        faults = (f"there is no submission.csv in {working}",)
+    problem = _problem(exit_code, seconds > time_limit_s, executed)
+    result, unfinished, faults = _left(spec, working, sample)
     return Rehearsal(
         seconds=seconds,
         limit_s=time_limit_s,
-        problem=_problem(exit_code, seconds > time_limit_s, executed),
-        faults=faults,
-        scores=score_files(truth, working / "submission.csv") if truth and not faults else None,
+        problem=problem,
+        unfinished=unfinished and not problem,
+        result=result,
+        faults=() if unfinished and not problem else faults,
+        scores=score_files(truth, working / result) if truth and not faults else None,
         not_isolated=no_sandbox_reason(),
         working=working,
         log=log,
@@ -106,35 +132,70 @@ def rehearse(
     )
 
 
-def _metadata(out: Path) -> dict[str, Any]:
+def _metadata(spec: KernelSpec, out: Path) -> dict[str, Any]:
     described = out / "kernel" / "kernel-metadata.json"
     if not described.is_file():
         raise RehearsalError(f"there is no {described}; build the kernel first")
-    return json.loads(described.read_text(encoding="utf-8"))
+    metadata = json.loads(described.read_text(encoding="utf-8"))
+    if metadata["id"] != f"{spec.owner}/{spec.slug}":
+        raise RehearsalError(f"{out} holds {metadata['id']}, not {spec.owner}/{spec.slug}; build the kernel first")
+    if metadata["enable_internet"]:
+        logger.warning("On Kaggle this kernel has the internet; its rehearsal has none.")
+    return metadata
 
 
-def _attached(out: Path, inputs: Path, metadata: dict[str, Any], replaced: Path) -> dict[str, Path]:
-    """Folders by their names below /kaggle/input. Where Kaggle's wheels do not fit this Python, others go to `replaced`."""
-    attached = {folder.name: folder for folder in sorted(inputs.iterdir()) if folder.is_dir()}
-    datasets = {}
-    for part in ("wheels", "weights"):
-        told = json.loads((out / part / "dataset-metadata.json").read_text(encoding="utf-8"))
-        datasets[told["id"]] = out / part
-    wheels = sorted((out / "wheels").glob("*.whl"))
-    if not suits_running(wheels):
-        logger.warning(
-            "The wheels for Kaggle's Python 3.12 do not fit this Python: the same versions for it take their place."
-        )
-        replaced.mkdir()
-        for wheel in running_wheels(pins_of(wheels)):
-            shutil.copyfile(wheel, replaced / wheel.name)
-        datasets = {name: replaced if folder == out / "wheels" else folder for name, folder in datasets.items()}
-    for source in metadata["dataset_sources"]:
-        slug = source.split("/")[1]
-        if source not in datasets or slug in attached:
-            raise RehearsalError(f"the kernel wants {source}: it must be built in {out} and not lie in {inputs} too")
-        attached[slug] = datasets[source]
-    return attached
+def _built(out: Path) -> dict[str, Path]:
+    """The datasets that were built with the kernel, by OWNER/SLUG."""
+    told = {folder: folder / "dataset-metadata.json" for folder in (out / "wheels", out / "weights")}
+    return {json.loads(file.read_text(encoding="utf-8"))["id"]: folder for folder, file in told.items() if file.is_file()}
+
+
+def _folders(metadata: dict[str, Any], built: dict[str, Path], inputs: Path, layout: dict[str, str]) -> dict[str, Path]:
+    """The inputs' folders by their places below /kaggle/input. Raises RehearsalError with all that are missing."""
+    folders, missing = {}, []
+    for kind, place in layout.items():
+        for source in metadata[kind]:
+            owner, _, slug = source.rpartition("/")
+            folder = inputs / slug
+            if source in built and folder.is_dir():
+                raise RehearsalError(f"the kernel wants {source}, which was built and lies in {inputs} too: remove one")
+            folder = built.get(source, folder)
+            if not folder.is_dir():
+                got = f"kaggle kernels output {source} -p {folder}" if kind == "kernel_sources" else "see inputs/README.md"
+                missing.append(f"{folder} for {source} of its {kind} ({got})")
+            folders[place.format(owner=owner, slug=slug)] = folder
+    if missing:
+        raise RehearsalError("the kernel's inputs are not all there: there is no " + "; no ".join(missing))
+    return folders
+
+
+def _fitting_wheels(wheels: Path, replaced: Path) -> Path:
+    """The folder `wheels` or, where its wheels do not fit this Python, `replaced` with the same versions that do."""
+    found = sorted(wheels.glob("*.whl"))
+    if suits_running(found):
+        return wheels
+    logger.warning("The wheels for Kaggle's Python 3.12 do not fit this Python: the same versions for it take their place.")
+    replaced.mkdir()
+    for wheel in running_wheels(pins_of(found)):
+        shutil.copyfile(wheel, replaced / wheel.name)
+    return replaced
+
+
+def _left(spec: KernelSpec, working: Path, sample: Path) -> tuple[str, bool, tuple[str, ...]]:
+    """The file that marks a finished kernel, whether it was merely not finished yet, and the file's faults."""
+    if spec.submits:
+        result = working / "submission.csv"
+        faults = tuple(map(str, validate(sample, result))) if result.is_file() else (f"there is no {result}",)
+        return result.name, False, faults
+    run = spec.run_folder(rehearsed=True)
+    if run is None:
+        return "", False, ()
+    result, started = working / run / "metrics.json", working / run / "record.json"
+    if result.is_file():
+        return f"{run}/{result.name}", False, ()
+    # What a session leaves that ended before its training did.
+    unfinished = started.is_file() and any((working / run).rglob("checkpoints"))
+    return f"{run}/{result.name}", unfinished, (f"there is no {result}",)
 
 
 def _isolated_command(
@@ -179,6 +240,7 @@ def _open_command(
     for folder in (root / "input", private / "tmp" / "home"):
         folder.mkdir(parents=True)
     for name, folder in attached.items():
+        (root / "input" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "input" / name).symlink_to(folder, target_is_directory=True)
     (root / "working").symlink_to(working, target_is_directory=True)
     python = fresh_environment(private / "environment", packages)
@@ -227,7 +289,7 @@ def _run_until(
         errors="replace",
         start_new_session=True,
     )
-    clock = threading.Timer(time_limit_s, _kill_all, [process.pid])
+    clock = threading.Timer(time_limit_s, kill_family, [process.pid])
     clock.start()
     try:
         with log.open("w", encoding="utf-8") as kept:
@@ -239,23 +301,8 @@ def _run_until(
         return process.wait(), time.monotonic() - started
     finally:
         clock.cancel()
-        _kill_all(process.pid)
+        kill_family(process.pid)
         process.wait()
-
-
-def _kill_all(process: int) -> None:
-    """The process and its descendants: a notebook's kernel leads a process group of its own."""
-    try:
-        first = psutil.Process(process)
-        first.suspend()  # so that it starts no further child while its family is counted
-        family = [*first.children(recursive=True), first]
-    except psutil.NoSuchProcess:
-        return
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
 
 
 def _problem(exit_code: int, too_late: bool, executed: Path) -> str:

@@ -1,4 +1,4 @@
-"""Wheels, bundles and submissions small enough to build a kernel of in a test."""
+"""Wheels, bundles and kernels' files small enough to build a kernel of in a test."""
 
 import base64
 import hashlib
@@ -12,6 +12,8 @@ import yaml
 from kitlib.bundle import save_bundle
 
 PARAMETERS = 'competition = "siim-covid19-detection"\nweights = "nothing"\nwheels = ""\ntime_limit_s = 1.0\nbatch_size = 16'
+INSTALL = "from kitlib.install_wheels import install_wheels\ninstall_wheels(wheels)"
+TRAINING = 'prepare_run = "prepare"\nrun_folder = "study"\nepochs = 50'
 
 
 def make_wheel(folder, name, version, requires=(), tag="py3-none-any", python=None, modules=None) -> Path:
@@ -53,10 +55,9 @@ def make_run(folder, model="effnet", fold=0, family="study") -> Path:
 
 
 def make_notebook(path, *cells, parameters=PARAMETERS) -> Path:
-    """A notebook of code cells behind a title, a `parameters` cell and the wheels' installation, ids made up as usual."""
+    """A notebook of code cells behind a title and a `parameters` cell, ids made up as usual."""
     new = nbformat.v4
-    opening = [new.new_markdown_cell("# Submit"), new.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
-    opening.append(new.new_code_cell("from kitlib.install_wheels import install_wheels\ninstall_wheels(wheels)"))
+    opening = [new.new_markdown_cell("# A stage"), new.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(new.new_notebook(cells=[*opening, *map(new.new_code_cell, cells)], metadata=kernel), path)
     return Path(path)
@@ -67,10 +68,22 @@ def make_submission(folder, *cells, **keys) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = {"title": "Small test kernel", "slug": "small-test-kernel", "owner": "somebody"}
-    values |= {"notebook": str(make_notebook(folder / "submit.ipynb", *cells))}
+    values |= {"notebook": str(make_notebook(folder / "submit.ipynb", INSTALL, *cells))}
     if "runs" not in keys:
         values["runs"] = [str(make_run(folder / "run"))]
-    values = {key: value for key, value in (values | keys).items() if value is not None}
+    return _write_spec(folder, values | keys)
+
+
+def make_training(folder, *cells, notebook_parameters=TRAINING, **keys) -> Path:
+    """The same of a notebook that makes a run out of others and has nothing to do with weights, wheels or a competition."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    notebook = make_notebook(folder / "train.ipynb", *cells, parameters=notebook_parameters)
+    values = {"title": "Small test kernel", "slug": "small-test-kernel", "owner": "somebody", "competition": ""}
+    return _write_spec(folder, values | {"notebook": str(notebook)} | keys)
+
+
+def _write_spec(folder: Path, values) -> Path:
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
     return path

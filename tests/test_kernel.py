@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import papermill
 import pytest
 from papermill.parameterize import parameterize_notebook
 from safetensors.numpy import load_file
-from small_kernels import PARAMETERS, make_notebook, make_run, make_submission, make_wheel
+from small_kernels import PARAMETERS, make_run, make_submission, make_training, make_wheel
 
 import kitlib
 from kitlib import install_wheels, kernel, kernel_start
@@ -76,11 +77,11 @@ def test_kernel_metadata_says_everything_that_kaggle_would_otherwise_guess(tmp_p
         "enable_gpu": True,
         "enable_tpu": False,
         "enable_internet": False,
+        "machine_shape": "NvidiaTeslaT4",
         "dataset_sources": ["somebody/small-test-kernel-weights", "somebody/small-test-kernel-wheels"],
         "competition_sources": ["siim-covid19-detection"],
         "kernel_sources": [],
         "model_sources": [],
-        "machine_shape": "NvidiaTeslaT4",
     }
 
 
@@ -89,7 +90,7 @@ def test_a_kernel_without_accelerator_asks_for_none(tmp_path, wheel):
     metadata = json.loads((tmp_path / "out/kernel/kernel-metadata.json").read_text())
     assert metadata["enable_gpu"] is False
     assert metadata["enable_internet"] is False
-    assert "machine_shape" not in metadata
+    assert metadata["machine_shape"] == "None"
 
 
 @pytest.mark.parametrize("word", ["weights", "wheels"])
@@ -179,7 +180,7 @@ def test_an_unknown_parameter_is_refused_with_the_valid_ones(tmp_path, wheel):
 
 def test_a_parameter_that_has_a_key_of_its_own_is_refused(tmp_path, wheel):
     spec = read_spec(make_submission(tmp_path, parameters={"time_limit_s": 4}))
-    with pytest.raises(SpecError, match="time_limit_s come from the submission's own keys"):
+    with pytest.raises(SpecError, match="parameters: time_limit_s come from the kernel's own keys"):
         build_kernel(spec, tmp_path / "out", [wheel])
 
 
@@ -193,7 +194,7 @@ def test_a_notebook_over_a_megabyte_is_refused_and_the_last_good_build_stays(tmp
 
 def test_a_dataset_over_the_limit_is_refused(tmp_path, wheel, monkeypatch):
     monkeypatch.setattr(kernel, "DATASET_BYTES", 100)
-    with pytest.raises(KernelError, match=r"weights dataset has .* bytes, Kaggle takes 100"):
+    with pytest.raises(KernelError, match=r"dataset somebody/small-test-kernel-weights has .* bytes, Kaggle takes 100"):
         build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
 
 
@@ -208,7 +209,7 @@ def test_wheels_that_do_not_suit_the_image_are_refused(tmp_path):
     [
         (
             {"titel": "x"},
-            "no field 'titel'; it has: title, slug, owner, competition, accelerator, time_limit_hours",
+            "no field 'titel'; it has: title, slug, owner, competition, dataset_sources, kernel_sources, wheels",
         ),
         ({"title": None}, "title is missing"),
         ({"owner": None}, "owner is missing"),
@@ -230,7 +231,7 @@ def test_a_submission_is_read_strictly(tmp_path, keys, message):
 
 def test_a_missing_submission_lists_what_there_is(tmp_path):
     make_submission(tmp_path)
-    with pytest.raises(SpecError, match=r"no submission .*other\.yaml; there are: .*small\.yaml"):
+    with pytest.raises(SpecError, match=r"no file .*other\.yaml; there are: .*small\.yaml"):
         read_spec(tmp_path / "other.yaml")
 
 
@@ -268,8 +269,118 @@ def test_wheels_that_are_installed_already_cost_nothing(tmp_path, monkeypatch):
     assert install_wheels.install_wheels("extra-wheels") == []
 
 
-def test_a_notebook_without_the_common_parameters_is_refused(tmp_path, wheel):
-    path = make_submission(tmp_path)
-    make_notebook(tmp_path / "submit.ipynb", parameters="competition = ''")
-    with pytest.raises(SpecError, match="no parameter time_limit_s, weights, wheels; it has: competition"):
-        build_kernel(read_spec(path), tmp_path / "out", [wheel])
+def training(folder, wheel, *cells, **keys):
+    """The metadata and the notebook of a kernel that makes a run."""
+    build_kernel(read_spec(make_training(folder / "spec", *cells, **keys)), folder / "out", [wheel])
+    return json.loads((folder / "out/kernel/kernel-metadata.json").read_text()), built_notebook(folder / "out")
+
+
+def test_a_notebook_that_trains_becomes_a_kernel_on_the_runs_of_others(tmp_path, wheel):
+    sources = {"kernel_sources": ["prepared-runs", "other/their-runs"], "dataset_sources": ["other/weights-file"]}
+    metadata, notebook = training(tmp_path, wheel, "print(epochs)", parameters={"prepare_run": "siim"}, **sources)
+    assert metadata["kernel_sources"] == ["somebody/prepared-runs", "other/their-runs"]
+    assert metadata["dataset_sources"] == ["somebody/small-test-kernel-wheels", "other/weights-file"]
+    assert [metadata["competition_sources"], metadata["model_sources"]] == [[], []]
+    assert [metadata["enable_gpu"], metadata["enable_internet"]] == [True, False]
+    # The notebook has none of the kernel's own parameters, so that it is given none.
+    assert notebook.cells[3].source == '# Parameters\nprepare_run = "siim"\n'
+    # It knows nothing of wheels either: they are installed before its first cell.
+    assert notebook.cells[0].source.endswith('\n""", \'small-test-kernel-wheels\');')
+    assert not (tmp_path / "out" / "weights").exists()
+
+
+def test_the_start_leaves_wheels_to_a_notebook_that_installs_them_itself(tmp_path, wheel):
+    build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
+    assert built_notebook(tmp_path / "out").cells[0].source.endswith('\n""", \'\');')
+
+
+def test_a_kernel_may_have_the_internet(tmp_path, wheel):
+    assert training(tmp_path, wheel, internet=True)[0]["enable_internet"] is True
+
+
+def test_kernels_may_share_their_wheels(tmp_path, wheel):
+    """The shared dataset is the same bytes whichever kernel it was built with."""
+    for name in ("first", "second"):
+        keys = {"title": f"The {name} kernel", "slug": f"the-{name}-kernel", "wheels": "chest-kit-wheels"}
+        spec = read_spec(make_training(tmp_path / name / "spec", **keys))
+        build_kernel(spec, tmp_path / name / "out", [wheel])
+        metadata = json.loads((tmp_path / name / "out/kernel/kernel-metadata.json").read_text())
+        assert metadata["dataset_sources"] == ["somebody/chest-kit-wheels"]
+    assert contents(tmp_path / "first/out/wheels") == contents(tmp_path / "second/out/wheels")
+    assert json.loads((tmp_path / "first/out/wheels/dataset-metadata.json").read_text()) == {
+        "title": "Chest kit wheels",
+        "id": "somebody/chest-kit-wheels",
+        "licenses": [{"name": "other"}],
+    }
+
+
+def test_the_weights_of_an_earlier_build_do_not_stay_beside_a_kernel_without(tmp_path, wheel):
+    build_kernel(read_spec(make_submission(tmp_path / "submission")), tmp_path / "out", [wheel])
+    build_kernel(read_spec(make_training(tmp_path / "training")), tmp_path / "out", [wheel])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["kernel", "wheels"]
+
+
+def test_the_competition_is_given_to_a_notebook_that_asks_for_it(tmp_path, wheel):
+    parameters = 'competition = "siim-covid19-detection"\nrun_folder = "prepare"'
+    _, notebook = training(tmp_path / "one", wheel, notebook_parameters=parameters, competition="rsna")
+    assert notebook.cells[3].source == '# Parameters\ncompetition = "rsna"\n'
+    keys = {"dataset_sources": ["nih/data"], "parameters": {"competition": "data"}}
+    metadata, notebook = training(tmp_path / "two", wheel, notebook_parameters=parameters, **keys)
+    assert notebook.cells[3].source == '# Parameters\ncompetition = "data"\n'
+    assert metadata["competition_sources"] == []
+
+
+@pytest.mark.parametrize("key", ["parameters", "rehearsal"])
+def test_parameters_of_a_rehearsal_are_checked_like_the_others(tmp_path, wheel, key):
+    with pytest.raises(SpecError, match=f"{key}: train.ipynb has no parameter epoch; it has: prepare_run, run_folder"):
+        training(tmp_path, wheel, **{key: {"epoch": 1}})
+
+
+def test_a_rehearsal_replaces_parameters_and_the_kernel_does_not_know(tmp_path, wheel):
+    keys = {"parameters": {"epochs": 30, "prepare_run": "siim"}, "rehearsal": {"epochs": 1}}
+    _, notebook = training(tmp_path, wheel, **keys)
+    spec = read_spec(tmp_path / "spec" / "small.yaml")
+    assert spec.injected() == {"epochs": 30, "prepare_run": "siim"}
+    assert spec.injected(rehearsed=True) == {"epochs": 1, "prepare_run": "siim"}
+    assert "epochs = 30" in notebook.cells[3].source
+
+
+@pytest.mark.parametrize("folder", ["/elsewhere/study", "../study", ""])
+def test_a_run_that_kaggle_would_not_keep_is_refused(tmp_path, wheel, folder):
+    with pytest.raises(SpecError, match=r"run_folder is .*; Kaggle keeps what is below /kaggle/working"):
+        training(tmp_path, wheel, parameters={"run_folder": folder})
+
+
+def test_every_shipped_notebook_may_be_a_kernel(tmp_path, wheel):
+    for path in sorted((kernel.project_root() / "notebooks").glob("*.ipynb")):
+        spec = dataclasses.replace(read_spec(make_training(tmp_path / "spec")), notebook=str(path))
+        if not spec.submits:
+            notebook = kernel.kernel_notebook(spec)
+            assert len(nbformat.writes(notebook)) < kernel.NOTEBOOK_BYTES
+            assert spec.run_folder()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"runs": ["runs/study"]}, "runs and fusion make a dataset of weights, and train.ipynb has no parameter `weights`"),
+        ({"fusion": "fusion.json"}, "runs and fusion make a dataset of weights"),
+        ({"notebook": "notebooks/99_nothing.ipynb"}, r"small\.yaml: notebook: there is no .*99_nothing\.ipynb"),
+        ({"kernel_sources": ["one"]}, "kernel_sources: the slug 'one' has 3 characters, Kaggle wants 5 to 50"),
+        ({"kernel_sources": ["a/b/c"]}, "kernel_sources wants slugs, of the owner's or as OWNER/SLUG, got 'a/b/c'"),
+        ({"dataset_sources": [7]}, "dataset_sources wants slugs, .* got 7"),
+        ({"dataset_sources": ["some body/data"], "kernel_sources": ["one/data-set", "two/data-set"]}, "the slug data-set"),
+        ({"wheels": "mine/wheels-of-all"}, "the slug 'mine/wheels-of-all' has more than letters, digits, - and _"),
+        ({"wheels": "five5"}, "the slug 'five5' has 5 characters, Kaggle wants 6 to 50"),
+        ({"internet": "yes"}, "internet wants bool, got 'yes'"),
+        ({"kernel_source": []}, "no field 'kernel_source'; it has: .*kernel_sources.*rehearsal.*fusion"),
+    ],
+)
+def test_a_kernel_is_read_strictly(tmp_path, keys, message):
+    with pytest.raises(SpecError, match=message):
+        read_spec(make_training(tmp_path, **keys))
+
+
+def test_a_submission_needs_its_competition(tmp_path):
+    with pytest.raises(SpecError, match="competition is missing"):
+        read_spec(make_submission(tmp_path, competition=""))

@@ -1,0 +1,105 @@
+"""Kaggle as its client sees it: a server on this machine that answers as told and keeps what it was asked."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+
+class SmallKaggle:
+    """Answers each request by its name ("SaveKernel"); `answers` replaces one by (status, body) or by what gives these."""
+
+    def __init__(self, user="somebody"):
+        self.user, self.asked, self.uploads = user, [], {}
+        self.datasets, self.pending, self.files = {}, {}, {}
+        self.answers, self.upload_status = {}, 200
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def requests(self, name):
+        return [body for asked, body in self.asked if asked == name]
+
+    def answer(self, name, body):
+        told = self.answers.get(name)
+        if told is not None:
+            return told(body) if callable(told) else told
+        return getattr(self, f"_{name}")(body)
+
+    def _IntrospectToken(self, body):
+        return 200, {"active": body["token"] == "good", "username": self.user}
+
+    def _GetDatasetStatus(self, body):
+        name = f"{body['ownerSlug']}/{body['datasetSlug']}"
+        if name not in self.datasets:
+            return 404, {"code": 404, "message": "Not Found"}
+        if self.pending.get(name, 0):
+            self.pending[name] -= 1
+            return 200, {"status": "BLOBS_RECEIVED"}
+        return 200, {"status": "READY"}
+
+    def _GetDataset(self, body):
+        name = f"{body['ownerSlug']}/{body['datasetSlug']}"
+        return 200, {"ref": name, "currentVersionNumber": self.datasets[name]}
+
+    def _ListDatasetFiles(self, body):
+        files = self.files[f"{body['ownerSlug']}/{body['datasetSlug']}"]
+        return 200, {"datasetFiles": [{"name": name, "totalBytes": size} for name, size in files.items()]}
+
+    def _StartBlobUpload(self, body):
+        return 200, {"token": f"token of {body['name']}", "createUrl": f"{self.url}/upload/{body['name']}"}
+
+    def _CreateDataset(self, body):
+        name = f"{body['ownerSlug']}/{body['slug']}"
+        self.datasets[name], self.pending[name] = 1, 2
+        return 200, {"ref": name, "url": f"https://www.kaggle.com/datasets/{name}", "status": "Ok"}
+
+    def _CreateDatasetVersion(self, body):
+        name = f"{body['ownerSlug']}/{body['datasetSlug']}"
+        self.datasets[name] += 1
+        return 200, {"ref": name, "url": f"https://www.kaggle.com/datasets/{name}", "status": "Ok"}
+
+    def _SaveKernel(self, body):
+        url = f"https://www.kaggle.com/code/{body['slug']}"
+        return 200, {"ref": f"/{body['slug']}", "url": url, "versionNumber": 3}
+
+    def _handler(kaggle):
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                name = urlsplit(self.path).path.rsplit("/", 1)[1]
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                kaggle.asked.append((name, body))
+                self._reply(*kaggle.answer(name, body))
+
+            def do_PUT(self):
+                size = int(self.headers.get("Content-Length") or 0)
+                content = self.rfile.read(size) if size else self._chunks()
+                name = urlsplit(self.path).path.rsplit("/", 1)[1]
+                if kaggle.upload_status == 200:
+                    kaggle.uploads[name] = content
+                self._reply(kaggle.upload_status, {})
+
+            def _chunks(self):
+                content = b""
+                while size := int(self.rfile.readline(), 16):
+                    content += self.rfile.read(size)
+                    self.rfile.readline()
+                self.rfile.readline()
+                return content
+
+            def _reply(self, status, body):
+                text = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            def log_message(self, *_):
+                pass
+
+        return Handler
