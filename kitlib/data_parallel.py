@@ -42,8 +42,6 @@ class SharedBatches(Sampler):
 
     def __init__(self, sampler: Sampler, batch_size: int) -> None:
         self.sampler, self.batch_size = sampler, batch_size
-        if batch_size % share()[1]:
-            raise ValueError(f"recipe.batch_size is {batch_size}, which {share()[1]} processes cannot share evenly")
 
     def __len__(self) -> int:
         return len(self.sampler) // self.batch_size
@@ -85,8 +83,11 @@ def _from_all(value: Any) -> list[Any]:
 def train_together(train: Callable[..., Any], run_folder: Path, processes: int, **arguments: Any) -> Any:
     """`train(run_folder=..., **arguments)` by several processes, whose output goes to run_folder/processes; what it gives.
 
-    Raises what a process has raised on the session's end, else ParallelFailed.
+    `arguments` have the `recipe`, whose batch the processes share. Raises ValueError where they cannot, SessionOver as
+    `train` does, and ParallelFailed for everything else that a process has raised.
     """
+    if arguments["recipe"].batch_size % processes:
+        raise ValueError(f"{processes} processes cannot share a batch of {arguments['recipe'].batch_size} images evenly")
     if not (run_folder / "metrics.json").is_file():
         logs = run_folder / "processes"
         logs.mkdir(parents=True, exist_ok=True)
@@ -94,6 +95,7 @@ def train_together(train: Callable[..., Any], run_folder: Path, processes: int, 
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=processes,
+            max_restarts=0,
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from kitlib.data_parallel import train_together
-from kitlib.deadline import Deadline, SessionOver
+from kitlib.deadline import Deadline, SessionOver, session_deadline
 from kitlib.kill_family import kill_family
+from kitlib.paths import find_input
+from kitlib.training_run import continue_from
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +29,22 @@ class FoldsFailed(RuntimeError):
     """Folds whose training failed, the others being done: each with its error and its log."""
 
 
+def begin_session(run: Path, hours: float = 0, resume_from: str | Path = "") -> Deadline | None:
+    """The end of this session, see `session_deadline`; and the folds of an earlier one are copied into `run`, to go on with.
+
+    `resume_from` is that session's run: an attached input's name, or a path. What becomes of each fold is printed.
+    """
+    deadline = session_deadline(hours)
+    if resume_from:
+        print(*continue_from(find_input(resume_from), run), sep="\n")
+    return deadline
+
+
 def train_folds(
     train: Callable[..., Any],
     folds: Iterable[int],
     run: Path,
+    /,  # so that `arguments` may have the table `folds`
     deadline: Deadline | None = None,
     at_once: int = 0,
     processes: int = 1,

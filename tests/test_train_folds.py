@@ -1,0 +1,160 @@
+"""Folds side by side and one model by two processes: what comes out is what one process gives."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+from small_xrays import RECIPE, SmallXrays
+
+from kitlib.bundle import read_bundle
+from kitlib.data_parallel import ParallelFailed
+from kitlib.deadline import Deadline
+from kitlib.recipes import override
+from kitlib.train_folds import FoldsFailed, train_folds
+from kitlib.train_study import train_study
+
+TIMES = ["seconds", "images_per_s"]
+QUICK = override(RECIPE, epochs=2)
+# Without batch norm and dropout an image's gradient is the same whatever images are beside it.
+ALONE = override(QUICK, backbone="squeezenet1_1", image_size=64, dropout=0.0, optimizer="sgd", batch_size=8, blur_p=0.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def arguments(recipe=QUICK, small=None):
+    small = small or SmallXrays(16)
+    tables = {"images": small.images, "labels": small.labels, "boxes": small.boxes, "folds": small.fold_table}
+    return {**tables, "cache": small, "recipe": recipe, "model_name": "small", "progress": False}
+
+
+def assert_equal_runs(first, second, tolerance=0.0):
+    found, expected = (read_bundle(run.run_folder / "bundle")[1] for run in (first, second))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=name)
+    histories = (run.history.drop(columns=TIMES) for run in (first, second))
+    pd.testing.assert_frame_equal(*histories, check_exact=not tolerance, atol=10 * tolerance)
+
+
+def test_folds_side_by_side_equal_folds_one_after_the_other(tmp_path, monkeypatch, capfd):
+    alone = [train_study(**arguments(), fold=fold, run_folder=tmp_path / f"alone{fold}") for fold in (0, 1)]
+    # Two processes have a thread each, as this one.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    together = train_folds(train_study, [0, 1], tmp_path / "together", at_once=2, **arguments())
+    for first, second in zip(together, alone, strict=True):
+        assert_equal_runs(first, second)
+    # An epoch's line comes from each as it ends, and the rest of the output is in its log.
+    said = capfd.readouterr().out
+    for fold in (0, 1):
+        assert f"fold {fold}: epoch 2 of 2: score" in said
+        assert "epoch 1 of 2" in (tmp_path / "together" / f"fold{fold}" / "train.log").read_text()
+
+
+def deadly(fold, **others):
+    if fold == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_study(fold=fold, **others)
+
+
+def test_folds_that_fail_or_are_killed_are_named_and_stop_no_other(tmp_path):
+    with pytest.raises(FoldsFailed) as failed:
+        train_folds(deadly, [7, 1, 0], tmp_path, at_once=2, **arguments())
+    message = str(failed.value)
+    assert "2 of 3 folds failed, the others are done" in message
+    assert "fold 7: ValueError: fold 7 leaves nothing to train or to validate on" in message
+    assert f"fold 1: killed without a word\n  log: {tmp_path}/fold1/train.log" in message
+    assert (tmp_path / "fold0" / "metrics.json").is_file()
+
+
+def test_folds_that_the_session_stops_are_left_out_and_said(tmp_path, capfd):
+    finished = train_folds(train_study, [0], tmp_path, at_once=1, **arguments())
+    over = Deadline(1, started=time.monotonic() - 2)
+    again = train_folds(train_study, [0, 1], tmp_path, over, at_once=1, **arguments())
+    assert [run.metrics for run in again] == [run.metrics for run in finished]
+    said = capfd.readouterr().out
+    assert "fold 1 stopped after 0 of 2 epochs" in said
+    assert "1 of 2 folds are not finished. Run this notebook again" in said and f"resume_from to '{tmp_path.name}'" in said
+
+
+ENDLESS = """
+import sys, time
+from pathlib import Path
+from kitlib.train_folds import train_folds
+
+def train(fold, run_folder, deadline):
+    Path(sys.argv[1], f"{fold}.begun").touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    train_folds(train, [0, 1], Path(sys.argv[1]), at_once=2)
+"""
+
+
+def test_the_folds_of_a_killed_notebook_do_not_train_on(tmp_path):
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "endless.py"), str(tmp_path)])
+    end = time.monotonic() + 120
+    while len(list(tmp_path.glob("*.begun"))) < 2:
+        assert time.monotonic() < end and parent.poll() is None
+        time.sleep(0.1)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert len(children) >= 2
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == []
+
+
+def test_two_processes_train_one_model_as_one_process_does(tmp_path):
+    alone = train_study(**arguments(ALONE), fold=1, run_folder=tmp_path / "alone")
+    (run,) = train_folds(train_study, [1], tmp_path / "together", processes=2, **arguments(ALONE))
+    assert run.metrics["train_images"] == alone.metrics["train_images"]
+    # They add the same numbers in another order.
+    assert_equal_runs(run, alone, tolerance=1e-5)
+    pd.testing.assert_frame_equal(run.study_scores, alone.study_scores, atol=1e-4)
+    assert len(list((tmp_path / "together" / "fold1" / "processes").rglob("stderr.log"))) == 2
+
+
+def test_a_training_of_one_process_goes_on_with_two(tmp_path, monkeypatch):
+    (whole,) = train_folds(train_study, [1], tmp_path / "whole", at_once=1, **arguments(ALONE))
+    after_one = OneEpoch()
+    assert train_folds(train_study, [1], tmp_path / "parts", after_one, at_once=1, **arguments(ALONE)) == []
+    (run,) = train_folds(train_study, [1], tmp_path / "parts", processes=2, **arguments(ALONE))
+    assert_equal_runs(run, whole, tolerance=1e-5)
+
+
+class OneEpoch(Deadline):
+    """Time enough to begin, and none after the first epoch."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def left(self):
+        self.asked += 1
+        return math.inf if self.asked == 1 else 0.0
+
+
+def test_what_processes_cannot_share_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at_once 2 and processes 2: choose"):
+        train_folds(train_study, [0, 1], tmp_path, at_once=2, processes=2)
+    with pytest.raises(ValueError, match="2 processes cannot share a batch of 7 images evenly"):
+        train_folds(train_study, [1], tmp_path, processes=2, **arguments(override(ALONE, batch_size=7)))
+
+
+def test_a_process_that_fails_ends_the_shared_training_with_its_error_and_log(tmp_path):
+    with pytest.raises(ParallelFailed) as failed:
+        train_folds(train_study, [7], tmp_path, processes=2, **arguments(ALONE))
+    assert "fold 7 leaves nothing to train or to validate on" in str(failed.value)
+    assert f"logs: {tmp_path}/fold7/processes" in str(failed.value)
