@@ -86,6 +86,7 @@ def test_a_notebook_keeps_the_house_rules(path):
     parameters = [cell.source for cell in book.cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(parameters) == 1
     assert all("  # " in line for line in parameters[0].splitlines())
-    code = [cell.source for cell in book.cells if cell.cell_type == "code"]
+    # A form is as long as it must be.
+    code = [cell.source for cell in book.cells if cell.cell_type == "code" and cell.source not in parameters]
     assert max(len(source.splitlines()) for source in code) <= 15
     assert not any("def " in source for source in code)
