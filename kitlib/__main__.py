@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import signal
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -171,6 +173,8 @@ def run(
     from kitlib.run_plan import PlanFailed, describe_plan, run_plan
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
+    # As Ctrl-C does: an engine that was left alone would go on.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     pairs = [change.partition("=") for change in changes or []]
     if not all(separator for _, separator, _ in pairs):
         raise typer.BadParameter("--set wants NAME=VALUE")

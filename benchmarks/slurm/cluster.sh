@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# A SLURM cluster of one controller and two nodes on this one machine, to try plans on: no systemd, all state in FOLDER.
+#
+#   benchmarks/slurm/cluster.sh start FOLDER    needs root and Debian's packages slurm-wlm and munge
+#                                               (makes /etc/slurm/slurm.conf, where sbatch and Snakemake look)
+#   benchmarks/slurm/cluster.sh kill FOLDER n1  a node dies, and what runs on it
+#   benchmarks/slurm/cluster.sh revive FOLDER n1
+#   benchmarks/slurm/cluster.sh stop FOLDER
+set -euo pipefail
+
+NODES=(n1 n2)
+command=${1:?start, kill, revive or stop} folder=$(realpath -m "${2:?the folder for its state}") node=${3:-}
+# Not in the environment: Snakemake takes SLURM's variables out of it, as of an outer job.
+config=/etc/slurm/slurm.conf
+
+fail() {
+    echo "cluster.sh: $1" >&2
+    exit 1
+}
+
+wait_for() { # SECONDS WHAT COMMAND...
+    local left=$1 what=$2
+    shift 2
+    until "$@" >/dev/null 2>&1; do
+        ((left-- > 0)) || fail "$what did not come up; logs are in $folder"
+        sleep 1
+    done
+}
+
+configure() {
+    local host cores memory
+    host=$(hostname -s) cores=$(nproc) memory=$(awk '/MemTotal/ {print int($2 / 1024 / 2.2)}' /proc/meminfo)
+    # Both nodes have all cores of the machine, but each only its share of the memory.
+    [[ ! -e $config || $(readlink $config) == "$folder/slurm.conf" ]] || fail "$config is there: this machine has a cluster"
+    cat >"$folder/slurm.conf" <<EOF
+ClusterName=toy
+SlurmctldHost=$host
+SlurmctldPort=16817
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket=$folder/munge.socket
+StateSaveLocation=$folder/state
+SlurmdSpoolDir=$folder/spool-%n
+SlurmctldPidFile=$folder/slurmctld.pid
+SlurmdPidFile=$folder/slurmd-%n.pid
+SlurmctldLogFile=$folder/slurmctld.log
+SlurmdLogFile=$folder/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+# A dead node is noticed, and its jobs are given to others, in seconds; ended jobs stay visible to squeue.
+SlurmdTimeout=10
+ReturnToService=2
+JobRequeue=1
+MinJobAge=3600
+SchedulerParameters=sched_interval=2
+NodeName=n1 NodeHostname=$host Port=16821 CPUs=$cores RealMemory=$memory
+NodeName=n2 NodeHostname=$host Port=16822 CPUs=$cores RealMemory=$memory
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+EOF
+    mkdir -p "${config%/*}"
+    ln -sf "$folder/slurm.conf" $config
+}
+
+start_node() {
+    mkdir -p "$folder/spool-$1"
+    slurmd -N "$1"
+}
+
+node_is_idle() { sinfo -h -n "$1" -o %T | grep -qx idle; }
+
+start() {
+    [[ $EUID == 0 ]] || fail "it has to run as root"
+    for program in munged slurmctld slurmd; do
+        command -v $program >/dev/null || fail "$program is missing: apt-get install slurm-wlm munge"
+    done
+    [[ ! -e $folder/slurmctld.pid ]] || fail "$folder has a running cluster, or one that died: stop it first"
+    mkdir -p "$folder/state"
+    chmod 755 "$folder"
+    configure
+    (umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")
+    munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
+        --log-file="$folder/munged.log" --seed-file="$folder/munged.seed" 2>"$folder/munged.out" ||
+        fail "munged: $(cat "$folder/munged.out")"
+    slurmctld
+    wait_for 20 slurmctld scontrol ping
+    for each in "${NODES[@]}"; do start_node "$each"; done
+    for each in "${NODES[@]}"; do wait_for 30 "node $each" node_is_idle "$each"; done
+    sinfo -N -o "%N %T %c cores %m MB"
+}
+
+kill_node() { # the daemon, and the processes of its jobs, as a power cut would
+    [[ -n $node && -e $folder/slurmd-$node.pid ]] || fail "there is no node ${node:-(none named)} in $folder"
+    local daemon steps
+    daemon=$(cat "$folder/slurmd-$node.pid")
+    # Each job has a slurmstepd, which leads a session of its own and says in its name which job it is.
+    steps=$(squeue -h -w "$node" -t R -o %A | while read -r job; do pgrep -f "slurmstepd: \[$job\." || true; done)
+    kill -9 "$daemon"
+    for step in $steps; do
+        # shellcheck disable=SC2046
+        kill -9 "$step" $(descendants "$step") 2>/dev/null || true
+    done
+    rm -f "$folder/slurmd-$node.pid"
+    echo "$node is dead"
+}
+
+descendants() {
+    local child
+    for child in $(pgrep -P "$1"); do
+        descendants "$child"
+        echo "$child"
+    done
+}
+
+stop() {
+    for each in "${NODES[@]}" ctld; do
+        local file=$folder/slurmd-$each.pid
+        [[ $each == ctld ]] && file=$folder/slurmctld.pid
+        [[ -e $file ]] && kill "$(cat "$file")" 2>/dev/null || true
+        rm -f "$file"
+    done
+    [[ -e $folder/munged.pid ]] && kill "$(cat "$folder/munged.pid")" 2>/dev/null || true
+    rm -f "$folder/munged.pid"
+    [[ $(readlink $config) == "$folder/slurm.conf" ]] && rm $config || true
+}
+
+case $command in
+    start) start ;;
+    kill) kill_node ;;
+    revive) start_node "$node" && wait_for 30 "node $node" node_is_idle "$node" ;;
+    stop) stop ;;
+    *) fail "unknown command $command: start, kill, revive or stop" ;;
+esac
