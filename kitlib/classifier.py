@@ -152,16 +152,21 @@ def study_loss(
     "none" only that part counts, unweighted. `smoothing` is the share of the truth that is spread evenly, over the
     four classes and over none and its opposite.
     """
-    logits = logits.float()
-    loss = logits.sum() * 0  # keeps the graph where nothing is known
-    known, told = ~study.isnan().any(dim=1), ~none.isnan()
-    if outputs != "none" and known.any():
-        loss = loss + functional.cross_entropy(logits[known, :4], study[known], label_smoothing=smoothing)
-    if outputs != "study" and told.any():
-        weight = 1.0 if outputs == "none" else none_weight
-        truth = smoothed(none[told], smoothing, classes=2)
-        loss = loss + weight * functional.binary_cross_entropy_with_logits(logits[told, 4], truth)
+    logits, loss = logits.float(), 0.0
+    if outputs != "none":
+        each = functional.cross_entropy(logits[:, :4], study.nan_to_num(), label_smoothing=smoothing, reduction="none")
+        loss = loss + mean_of_known(each, ~study.isnan().any(dim=1))
+    if outputs != "study":
+        truth = smoothed(none.nan_to_num(), smoothing, classes=2)
+        each = functional.binary_cross_entropy_with_logits(logits[:, 4], truth, reduction="none")
+        loss = loss + (1.0 if outputs == "none" else none_weight) * mean_of_known(each, ~none.isnan())
     return loss
+
+
+def mean_of_known(losses: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """The mean of those losses whose place in `known`, of their shape, is True; 0, with a gradient, where none is."""
+    # Taking the known ones out would make the processor wait for the GPU at every step, to learn how many they are.
+    return (losses * known).sum() / known.sum().clamp(min=1)
 
 
 def smoothed(truth: torch.Tensor, share: float, classes: int) -> torch.Tensor:

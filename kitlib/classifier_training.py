@@ -8,8 +8,40 @@ import torch
 
 from kitlib import data_parallel
 from kitlib.batch_mixing import mix_batch
+from kitlib.bundle import BundleError
 from kitlib.classifier import Classifier
+from kitlib.starting_weights import load_starting_weights
 from kitlib.training import RecipeTraining
+
+# Of the backbone's parameters that starting weights may leave random: a first convolution for other channels, not a
+# backbone of another kind with a few names in common.
+MOST_RANDOM = 0.1
+
+
+def start_from_weights(model: Classifier) -> str:
+    """Load the starting weights that the model's recipe names; what was loaded and what was left random, in words.
+
+    Raises ValueError where they leave anything of a frozen backbone random, and BundleError where more than a tenth of the
+    parameters of one that learns.
+    """
+    recipe = model.recipe
+    if not recipe.starting_weights:
+        return "from scratch"
+    report = load_starting_weights(model, recipe.starting_weights)
+    sizes = {name: each.numel() for name, each in model.backbone.named_parameters(prefix="backbone")}
+    random = [name for name in report["random"] if name in sizes]
+    if random and recipe.frozen_backbone:
+        raise ValueError(
+            f"{recipe.starting_weights} leaves {len(random)} tensors of the frozen {recipe.backbone} random, first "
+            f'{random[0]}; give weights of this backbone or overrides {{"frozen_backbone": false}}'
+        )
+    share = sum(sizes[name] for name in random) / sum(sizes.values())
+    if share > MOST_RANDOM:
+        raise BundleError(
+            f"{recipe.starting_weights} leaves {share:.0%} of {recipe.backbone} random, such as {random[0]}; "
+            "name weights of this very backbone"
+        )
+    return f"{recipe.starting_weights}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
 
 
 class ClassifierTraining(RecipeTraining):

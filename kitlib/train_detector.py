@@ -27,6 +27,15 @@ from kitlib.training_run import (
 )
 from kitlib.xray_dataset import XrayDataset, batches
 
+# Settings that one family alone knows. ultralytics brings augmentation, average and schedule of its own.
+OF_ONE_FAMILY = {
+    "faster_rcnn": (
+        *("fpn_channels", "box_hidden", "box_samples", "proposals", "ema_decay", "schedule_every", "shift", "turn_p"),
+        *("sharpen_p", "blur_p", "cutouts", "cutouts_p", "erase_p", "brightness_contrast_p"),
+    ),
+    "yolo": ("box_gain", "class_gain", "dfl_gain", "mosaic", "mixup", "zoom", "width", "norm_momentum"),
+}
+
 
 @dataclass(frozen=True)
 class DetectorRun:
@@ -69,6 +78,7 @@ def train_detector(
     `extra`, which is trained on as well (see kitlib.runs.read_extra).
     """
     run_folder = Path(run_folder)
+    check_family(recipe)
     tables = {"images": images, "labels": labels, "boxes": boxes, "folds": folds}
     tables = {name: check_table(table, name) for name, table in tables.items()}
     images, labels, boxes, folds = tables.values()
@@ -127,6 +137,18 @@ def read_detector_run(run_folder: str | Path) -> DetectorRun:
     )
 
 
+def check_family(recipe: DetectorRecipe) -> None:
+    """Raise ValueError for an unknown family, and for settings that only another one would heed."""
+    if recipe.family not in OF_ONE_FAMILY:
+        raise ValueError(f"recipe.family is {recipe.family!r}; there are: {', '.join(OF_ONE_FAMILY)}")
+    usual = DetectorRecipe()
+    for family, names in OF_ONE_FAMILY.items():
+        set_ = [name for name in names if getattr(recipe, name) != getattr(usual, name)]
+        if family != recipe.family and set_:
+            told = ", ".join(f"{name} (leave it at {getattr(usual, name)})" for name in set_)
+            raise ValueError(f"{recipe.backbone} is a {recipe.family}, which heeds no {told}: settings of {family} alone")
+
+
 def with_negatives(images: pd.DataFrame, boxes: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
     """The images with a box, and of the others at most `share` times as many, drawn by `seed`; in the order of `images`."""
     if share < 0:
@@ -152,9 +174,7 @@ def _family(name: str):
         from kitlib.train_faster_rcnn import fit_faster_rcnn
 
         return FasterRCNNDetector, fit_faster_rcnn
-    if name == "yolo":
-        from kitlib.train_yolo import fit_yolo
-        from kitlib.yolo import YoloDetector
+    from kitlib.train_yolo import fit_yolo
+    from kitlib.yolo import YoloDetector
 
-        return YoloDetector, fit_yolo
-    raise ValueError(f"recipe.family is {name!r}; there are: faster_rcnn, yolo")
+    return YoloDetector, fit_yolo

@@ -11,14 +11,13 @@ from torch.nn import functional
 
 from kitlib import data_parallel
 from kitlib.cache import XrayCache
-from kitlib.classifier import FindingsClassifier
-from kitlib.classifier_training import ClassifierTraining
+from kitlib.classifier import FindingsClassifier, mean_of_known, smoothed
+from kitlib.classifier_training import ClassifierTraining, start_from_weights
 from kitlib.deadline import Deadline
 from kitlib.device import seed_everything, training_device
 from kitlib.predict import Predictor, load_predictor
 from kitlib.recipes import FindingsRecipe
 from kitlib.roc_auc import mean_auc
-from kitlib.starting_weights import load_starting_weights
 from kitlib.tables import check_table, class_columns, concatenate, empty_table, read_table, write_table
 from kitlib.training import fit, gathered_batches
 from kitlib.training_run import finish_fold, open_run, read_finished, run_identity, save_trained, split
@@ -79,10 +78,7 @@ def train_findings(
     seed_everything(seed)
     device = training_device()
     model = FindingsClassifier(recipe, classes).to(memory_format=torch.channels_last)
-    start = "from scratch"
-    if recipe.starting_weights:
-        report = load_starting_weights(model, recipe.starting_weights)
-        start = f"{recipe.starting_weights}: {len(report['loaded'])} tensors"
+    start = start_from_weights(model)
     train = XrayDataset(train_images, labels, boxes, cache, recipe, augment=True, seed=seed)
     validation = XrayDataset(validation_images, labels, boxes, cache, recipe)
     fitted = fit(
@@ -186,16 +182,12 @@ def findings_loss(logits: torch.Tensor, label: torch.Tensor, multi_label: bool, 
     `logits` and `label` (n, classes); labels are 0..1, soft ones included, or NaN where unknown. 0 where nothing is known.
     `smoothing` is the share of the truth that goes evenly to what else could be: both sides of a label, or all classes.
     """
-    logits = logits.float()
-    known = ~label.isnan()
-    if not multi_label:
-        known = known.all(dim=1)
-    if not known.any():
-        return logits.sum() * 0  # keeps the graph
+    logits, known, truth = logits.float(), ~label.isnan(), label.nan_to_num()
     if multi_label:
-        wanted = label[known] * (1 - smoothing) + smoothing / 2
-        return functional.binary_cross_entropy_with_logits(logits[known], wanted)
-    return functional.cross_entropy(logits[known], label[known], label_smoothing=smoothing)
+        truth = smoothed(truth, smoothing, classes=2)
+        return mean_of_known(functional.binary_cross_entropy_with_logits(logits, truth, reduction="none"), known)
+    each = functional.cross_entropy(logits, truth, label_smoothing=smoothing, reduction="none")
+    return mean_of_known(each, known.all(dim=1))
 
 
 def _scores(predictor: Predictor, cache: XrayCache, images: pd.DataFrame) -> pd.DataFrame:

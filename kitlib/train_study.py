@@ -14,12 +14,11 @@ from kitlib.box_mask import box_mask, mask_loss
 from kitlib.cache import XrayCache
 from kitlib.classes import STUDY_CLASSES
 from kitlib.classifier import OUTPUTS, StudyClassifier, study_loss
-from kitlib.classifier_training import ClassifierTraining
+from kitlib.classifier_training import ClassifierTraining, start_from_weights
 from kitlib.deadline import Deadline
 from kitlib.device import seed_everything, training_device
 from kitlib.predict import load_predictor, study_and_image_scores
 from kitlib.recipes import StudyRecipe
-from kitlib.starting_weights import load_starting_weights
 from kitlib.tables import check_table, read_table, study_labels, write_table
 from kitlib.training import fit, gathered_batches
 from kitlib.training_run import (
@@ -95,17 +94,7 @@ def train_study(
     device = training_device()
     # Convolutions are up to a third faster with the channels last.
     model = StudyClassifier(recipe).to(memory_format=torch.channels_last)
-    start = "from scratch"
-    if recipe.starting_weights:
-        report = load_starting_weights(model, recipe.starting_weights)
-        start = f"{recipe.starting_weights}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
-        random = sorted(f"backbone.{name}" for name, _ in model.backbone.named_parameters())
-        random = [name for name in random if name in report["random"]]
-        if recipe.frozen_backbone and random:
-            raise ValueError(
-                f"{recipe.starting_weights} leaves {len(random)} tensors of the frozen {recipe.backbone} random, first "
-                f'{random[0]}; give weights of this backbone or overrides {{"frozen_backbone": false}}'
-            )
+    start = start_from_weights(model)
     train = XrayDataset(*seen, recipe, augment=True, seed=seed)
     validation = XrayDataset(validation_images, labels, boxes, cache, recipe)
     module = StudyTraining(model, validation, validation_images.study_id.to_numpy())

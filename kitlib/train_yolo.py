@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 DATA = {"names": {0: "opacity"}, "nc": 1, "channels": 3}
-NOT_OF_YOLO = ("sharpen_p", "blur_p", "cutouts", "erase_p", "ema_decay", "shift")
 MOSAIC_OFF = 10  # last epochs see whole images only, as in ultralytics; a third of a shorter training
 
 
@@ -209,11 +208,6 @@ def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: i
     """ultralytics' arguments for a recipe; what it does not name is ultralytics' own (translation)."""
     if recipe.optimizer not in OPTIMIZERS:
         raise ValueError(f"recipe.optimizer is {recipe.optimizer!r}; there are: {', '.join(OPTIMIZERS)}")
-    without = [name for name in NOT_OF_YOLO if getattr(recipe, name)]
-    if without:
-        raise ValueError(
-            f"recipe.{', recipe.'.join(without)}: ultralytics' own augmentation and average know no such setting"
-        )
     return {
         "task": "detect",
         "model": f"{recipe.backbone}.yaml",

@@ -6,9 +6,10 @@ import torch
 from safetensors.torch import save_file
 from small_xrays import RECIPE, SmallXrays
 
-from kitlib.bundle import read_bundle
-from kitlib.classifier import StudyClassifier
-from kitlib.recipes import override
+from kitlib.bundle import BundleError, read_bundle
+from kitlib.classifier import FindingsClassifier, StudyClassifier
+from kitlib.classifier_training import start_from_weights
+from kitlib.recipes import FindingsRecipe, override
 from kitlib.train_study import StudyTraining, train_study
 
 LEARNING = override(
@@ -108,6 +109,28 @@ def test_a_file_that_leaves_the_frozen_backbone_random_is_refused(tmp_path):
         ValueError, match=r"half\.safetensors leaves \d+ tensors of the frozen test_resnet random, first backbone\.layer4"
     ):
         train(tmp_path / "run", recipe)
+
+
+def test_weights_that_fit_next_to_nothing_are_refused_and_what_is_left_random_is_said(tmp_path):
+    whole = StudyClassifier(RECIPE).backbone.state_dict()
+    # Of test_resnet's 0.47 million parameters layer4 has more than half, layer1's first convolution less than a tenth.
+    for name, left_out in (("little", "layer4"), ("most", "layer1.0.conv1")):
+        kept = {key: value for key, value in whole.items() if not key.startswith(left_out)}
+        save_file(kept, tmp_path / f"{name}.safetensors")
+
+    def started(make, name):
+        return start_from_weights(make(f"{tmp_path / name}.safetensors"))
+
+    for make in (
+        lambda path: StudyClassifier(override(RECIPE, starting_weights=path)),
+        lambda path: FindingsClassifier(FindingsRecipe(backbone="test_resnet", hidden=8, starting_weights=path), ["Mass"]),
+    ):
+        with pytest.raises(
+            BundleError, match=r"little\.safetensors leaves [5-9]\d% of test_resnet random, such as backbone\.layer4"
+        ):
+            started(make, "little")
+        # The convolution and the head's two layers.
+        assert started(make, "most").endswith(f"most.safetensors: {len(whole) - 1} tensors, 5 left random")
 
 
 ALL_ON = {

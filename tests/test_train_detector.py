@@ -14,10 +14,11 @@ from kitlib.bundle import read_bundle
 from kitlib.faster_rcnn import load as load_faster_rcnn
 from kitlib.geometry import letterbox
 from kitlib.predict import Predictor
+from kitlib.recipes import RECIPES as SHIPPED
 from kitlib.recipes import DetectorRecipe, override
 from kitlib.recipes import recipe as find_recipe
 from kitlib.tables import BOX, read_table
-from kitlib.train_detector import canvas_precision, train_detector, with_negatives
+from kitlib.train_detector import canvas_precision, check_family, train_detector, with_negatives
 from kitlib.train_faster_rcnn import FasterRCNNTraining
 from kitlib.train_yolo import Canvases, Trainer, settings
 from kitlib.training_run import ExtraImages, ResumeError
@@ -26,7 +27,7 @@ from kitlib.xray_dataset import XrayDataset, batches
 from ultralytics.cfg import get_cfg  # isort: skip  (kitlib.yolo makes the import offline)
 
 TIMES = ["seconds", "images_per_s"]
-FASTER_RCNN = DetectorRecipe(
+COMMON = DetectorRecipe(
     backbone="test_resnet",
     image_size=32,
     placement="stretch",
@@ -34,13 +35,9 @@ FASTER_RCNN = DetectorRecipe(
     batch_size=4,
     optimizer="adamw",
     learning_rate=2e-3,
-    fpn_channels=16,
-    box_hidden=16,
-    box_samples=16,
-    proposals=20,
-    schedule_every=0,
 )
-YOLO = override(FASTER_RCNN, family="yolo", backbone="yolov8n", width=0.25, mosaic=0.5, mixup=0.2)
+YOLO = override(COMMON, family="yolo", backbone="yolov8n", width=0.25, mosaic=0.5, mixup=0.2)
+FASTER_RCNN = override(COMMON, fpn_channels=16, box_hidden=16, box_samples=16, proposals=20, schedule_every=0)
 RECIPES = {"faster_rcnn": FASTER_RCNN, "yolo": YOLO}
 
 
@@ -198,8 +195,8 @@ def test_patience_ends_a_run_and_the_best_epoch_is_kept(tmp_path):
 @pytest.mark.parametrize("family", list(RECIPES))
 def test_training_learns_a_white_block(tmp_path, family):
     # One box at one place in three of four images; predicting it everywhere earns an AP of 0.75.
-    changes = {"image_size": 64, "mosaic": 0.0, "mixup": 0.0, "zoom": 0.1, "norm_momentum": 0.1}
-    recipe = override(RECIPES[family], epochs=10, learning_rate=5e-3, **changes)
+    plain = {"mosaic": 0.0, "mixup": 0.0, "zoom": 0.1, "norm_momentum": 0.1} if family == "yolo" else {}
+    recipe = override(RECIPES[family], image_size=64, epochs=10, learning_rate=5e-3, **plain)
     run = train(tmp_path, recipe, SmallXrays(32))
     assert run.history.train_loss.iloc[-1] < run.history.train_loss.iloc[0]
     assert run.metrics["best"]["score"] > 0.8
@@ -289,10 +286,29 @@ def test_an_unaugmented_canvas_reaches_ultralytics_as_it_is(tmp_path):
     np.testing.assert_allclose(corners[0], small.boxes.iloc[0][list(BOX)].to_numpy(float), atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["sharpen_p", "ema_decay", "erase_p"])
-def test_a_setting_that_ultralytics_does_not_know_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=f"recipe.{name}.*know no such setting"):
-        settings(override(YOLO, **{name: 0.5}), tmp_path, torch.device("cpu"), 0, 0)
+@pytest.mark.parametrize(
+    ("recipe", "changes", "told"),
+    [
+        (YOLO, {"sharpen_p": 0.5, "ema_decay": 0.9}, r"yolov8n is a yolo, which heeds no ema_decay \(.* 0\.0\), sharpen_p"),
+        (YOLO, {"schedule_every": 0}, r"schedule_every \(leave it at 1\): settings of faster_rcnn alone"),
+        (YOLO, {"fpn_channels": 32}, r"fpn_channels \(leave it at 256\)"),
+        (
+            FASTER_RCNN,
+            {"mosaic": 1.0, "zoom": 0.2},
+            r"is a faster_rcnn, which heeds no mosaic \(.* 0\.0\), zoom \(.* 0\.5\)",
+        ),
+        (FASTER_RCNN, {"width": 0.5}, r"width \(leave it at 1\.0\): settings of yolo alone"),
+    ],
+)
+def test_a_setting_of_the_other_family_is_refused_before_anything_is_written(tmp_path, recipe, changes, told):
+    with pytest.raises(ValueError, match=told):
+        train(tmp_path, override(recipe, **changes))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in SHIPPED.items() if isinstance(recipe, DetectorRecipe)])
+def test_the_recipes_that_ship_keep_to_their_family(name):
+    check_family(SHIPPED[name])
 
 
 def test_the_published_settings_reach_ultralytics(tmp_path):

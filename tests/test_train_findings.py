@@ -116,7 +116,7 @@ def test_it_learns_and_a_study_classifier_starts_from_it(tmp_path):
     again = train(
         tmp_path / "again", recipe=override(RECIPE, epochs=1, starting_weights=str(tmp_path / "learnt" / "bundle"))
     )
-    assert again.metrics["starting_weights"].endswith(f"bundle: {len(weights)} tensors")
+    assert again.metrics["starting_weights"].endswith(f"bundle: {len(weights)} tensors, 0 left random")
 
 
 @pytest.mark.parametrize(
