@@ -79,8 +79,11 @@ class Canvases(YOLODataset):
 class Trainer(DetectionTrainer):
     """Everything that an epoch draws depends on the seed and its number, so that a resumed training repeats it exactly.
 
-    (But where `nominal_batch` gathers several batches a step: gradients in hand at the end of an epoch are not kept.)
+    Unlike Lightning, ultralytics goes on gathering batches for a step across an epoch's end: what is in hand then is kept.
     """
+
+    # Batches since the last step, and by how many ultralytics miscounts them after a resume, until its first step.
+    in_hand = miscounted = 0
 
     def __init__(
         self,
@@ -101,6 +104,7 @@ class Trainer(DetectionTrainer):
         self.history: list[dict[str, float]] = []
         self.deadline, self.session = deadline, []  # seconds of this session's epochs
         self.kept_scaler: dict[str, Any] = {}
+        self.gradients: dict[str, torch.Tensor] = {}  # of batches before a resume
         super().__init__(overrides=settings(detector.recipe, self.folder, device, seed, workers))
         self.model = detector.model
         for part in self.model.modules():
@@ -108,7 +112,9 @@ class Trainer(DetectionTrainer):
                 part.momentum = detector.recipe.norm_momentum
         self.last = self.folder / "last.ckpt"
         self.add_callback("on_pretrain_routine_end", lambda _: self._half_precision(device))
+        self.add_callback("on_train_start", lambda _: self._count_on())
         self.add_callback("on_train_epoch_start", lambda _: self._begin_epoch())
+        self.add_callback("on_train_batch_start", lambda _: self._take_in_hand())
         self.add_callback("on_train_batch_end", lambda _: self.bar.update())
         self.add_callback("on_train_epoch_end", lambda _: self._end_of_batches())
 
@@ -157,6 +163,8 @@ class Trainer(DetectionTrainer):
             "updates": self.ema.updates,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "in_hand": self.in_hand,
+            "gradients": {name: each.grad for name, each in self.model.named_parameters() if each.grad is not None},
         }
         with replacing(self.last) as beside:
             torch.save(state, beside)
@@ -174,7 +182,20 @@ class Trainer(DetectionTrainer):
         self.ema.ema.load_state_dict(ckpt["ema"])
         self.ema.updates = ckpt["updates"]
         self.optimizer.load_state_dict(ckpt["optimizer"])
-        self.kept_scaler = ckpt["scaler"]
+        self.kept_scaler, self.in_hand, self.gradients = ckpt["scaler"], ckpt["in_hand"], ckpt["gradients"]
+
+    @property
+    def accumulate(self) -> int:
+        """Batches a step, as ultralytics counts them."""
+        return self.gathered + self.miscounted
+
+    @accumulate.setter
+    def accumulate(self, batches: int) -> None:
+        self.gathered = batches
+
+    def optimizer_step(self) -> None:
+        super().optimizer_step()
+        self.in_hand = self.miscounted = 0
 
     def _handle_nan_recovery(self, epoch: int) -> bool:
         if not torch.isfinite(self.loss) or not np.isfinite(self.fitness):
@@ -193,7 +214,19 @@ class Trainer(DetectionTrainer):
             self.amp, self.scaler = True, torch.amp.GradScaler("cuda")
             self.scaler.load_state_dict(self.kept_scaler or self.scaler.state_dict())
 
+    def _count_on(self) -> None:
+        # It counts batches from the training's start, and believes the last step to have been before that.
+        if self.start_epoch:
+            self.miscounted = self.start_epoch * len(self.train_loader) - self.in_hand
+
+    def _take_in_hand(self) -> None:
+        self.in_hand += 1
+
     def _begin_epoch(self) -> None:
+        # Only here, because ultralytics discards all gradients before its first epoch.
+        for name, gradient in self.gradients.items():
+            self.model.get_parameter(name).grad = gradient
+        self.gradients = {}
         self.epoch_began = time.perf_counter()
         self.train_loader.generator.manual_seed(derived_seed(self.kit_seed, self.epoch))
         self.train_loader.dataset.buffer = []

@@ -35,8 +35,8 @@ FAMILIES = {
     "study": (train_study, SmallXrays, override(RECIPE, **MIXED, segmentation=0.5), ("study_scores", "image_scores")),
     "findings": (train_findings, SmallFindings, override(FINDINGS, **MIXED), ("class_scores", "test_scores")),
     "faster_rcnn": (train_detector, SmallXrays, override(FASTER_RCNN, ema_decay=0.9, nominal_batch=8), ("detections",)),
-    # Batches that are gathered across an epoch's end are the one thing that ultralytics' training does not go on with.
-    "yolo": (train_detector, SmallXrays, YOLO, ("detections",)),
+    # Three batches a step and two an epoch: at an epoch's end there are gradients in hand.
+    "yolo": (train_detector, SmallXrays, override(YOLO, nominal_batch=12), ("detections",)),
 }
 
 
