@@ -156,6 +156,21 @@ def bootstrap_auc(given: Answers, samples: int = 200, level: float = 0.95, seed:
     Whole patients are drawn with replacement. A sample without a class's positives or negatives leaves that class out of its
     mean.
     """
+    draws = auc_draws(given, samples, seed)
+    # A class that no sample can judge has no interval, and numpy would warn of it.
+    bounds = np.full((2, draws.shape[1]), np.nan)
+    judged = np.isfinite(draws.iloc[1:]).any(axis=0).to_numpy()
+    if judged.any():
+        bounds[:, judged] = np.nanquantile(draws.iloc[1:, judged], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    value = draws.iloc[0].to_numpy()
+    return pd.DataFrame({"name": draws.columns, "value": value, "low": bounds[0], "high": bounds[1]})
+
+
+def auc_draws(given: Answers, samples: int = 200, seed: int = 0) -> pd.DataFrame:
+    """ROC AUC as columns `mean` and each class; the first row is of all patients, then one for each of the draws.
+
+    Answers for the same patients and one seed get the same draws: the difference of their tables is a paired comparison.
+    """
     patients, codes = np.unique(given.patient, return_inverse=True)
     known = [~np.isnan(column) for column in given.truth.T]
     ranks = [dense_ranks(found[told]) for found, told in zip(given.found.T, known, strict=True)]
@@ -170,16 +185,9 @@ def bootstrap_auc(given: Answers, samples: int = 200, level: float = 0.95, seed:
         finite = [each for each in aucs if np.isfinite(each)]
         return [float(np.mean(finite)) if finite else float("nan"), *aucs]
 
-    rng = np.random.default_rng(seed)
-    share = np.full(len(patients), 1 / len(patients))
-    drawn = np.array([judge(rng.multinomial(len(patients), share).astype(float)) for _ in range(samples)])
-    value = judge(np.ones(len(patients)))
-    # A class that no sample can judge has no interval, and numpy would warn of it.
-    bounds = np.full((2, len(value)), np.nan)
-    judged = np.isfinite(drawn).any(axis=0)
-    if judged.any():
-        bounds[:, judged] = np.nanquantile(drawn[:, judged], [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return pd.DataFrame({"name": ["mean", *given.classes], "value": value, "low": bounds[0], "high": bounds[1]})
+    rng, share = np.random.default_rng(seed), np.full(len(patients), 1 / len(patients))
+    times = [np.ones(len(patients)), *(rng.multinomial(len(patients), share).astype(float) for _ in range(samples))]
+    return pd.DataFrame([judge(each) for each in times], columns=["mean", *given.classes])
 
 
 def roc_curves(given: Answers) -> dict[str, pd.DataFrame]:

@@ -93,6 +93,25 @@ def bootstrap(
     Whole patients are drawn with replacement (`images` has image_id, study_id, patient_id), since images of one patient are
     no independent evidence. A sample without a class leaves it out of that sample's mean.
     """
+    draws = score_draws(truth, studies, nones, detections, images, samples, seed)
+    low, high = np.nanquantile(draws.iloc[1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return pd.DataFrame({"name": SCORE_KEYS, "value": draws.iloc[0].to_numpy(), "low": low, "high": high})
+
+
+def score_draws(
+    truth: Truth,
+    studies: pd.DataFrame | None,
+    nones: pd.DataFrame | None,
+    detections: pd.DataFrame | None,
+    images: pd.DataFrame,
+    samples: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """SCORE_KEYS as columns; the first row is of all patients, then one for each of the bootstrap's draws, see `bootstrap`.
+
+    None: not answered, so NaN, and the score is the mean of what is. Answers for one truth and seed get the same draws: the
+    difference of their tables is a paired comparison.
+    """
     patient = images.set_index("image_id")["patient_id"].reindex(list(truth.image_ids))
     patient_of_study = images.drop_duplicates("study_id").set_index("study_id")["patient_id"].reindex(truth.labels["id"])
     unknown = [*patient.index[patient.isna()], *patient_of_study.index[patient_of_study.isna()]]
@@ -102,35 +121,43 @@ def bootstrap(
     study_codes = pd.Index(patients).get_indexer(patient_of_study)
     places = pd.Index(truth.image_ids)
     boxed = codes[places.get_indexer(truth.boxes["image_id"])]
-    known = detections[detections["image_id"].isin(places)].sort_values("score", ascending=False)
-    hits, found = table_hits(known, "image_id", truth.boxes), codes[places.get_indexer(known["image_id"])]
-    on_boxed = known["image_id"].isin(truth.boxes["image_id"]).to_numpy()
-    scores, answers = known["score"].to_numpy(), _answers(truth, studies, nones)
+    answers = _answers(truth, studies, nones)
+    if detections is not None:
+        known = detections[detections["image_id"].isin(places)].sort_values("score", ascending=False)
+        hits, found = table_hits(known, "image_id", truth.boxes), codes[places.get_indexer(known["image_id"])]
+        on_boxed = known["image_id"].isin(truth.boxes["image_id"]).to_numpy()
+        scores = known["score"].to_numpy()
 
     def judge(times: np.ndarray) -> list[float]:
-        precision = {
+        precision = dict.fromkeys(SCORED_CLASSES, float("nan")) | {
             name: class_precision(predicted, positive, times[codes if name == "none" else study_codes])
             for name, (positive, predicted) in answers.items()
         }
-        positives, weight = times[boxed].sum(), times[found]
-        precision["opacity"] = average_precision(scores, hits, positives, weight)
-        alone = average_precision(scores[on_boxed], hits[on_boxed], positives, weight[on_boxed])
+        alone = float("nan")
+        if detections is not None:
+            positives, weight = times[boxed].sum(), times[found]
+            precision["opacity"] = average_precision(scores, hits, positives, weight)
+            alone = average_precision(scores[on_boxed], hits[on_boxed], positives, weight[on_boxed])
         return [competition_score(precision), *(precision[name] for name in SCORED_CLASSES), alone]
 
-    rng = np.random.default_rng(seed)
-    drawn = [judge(rng.multinomial(len(patients), np.full(len(patients), 1 / len(patients)))) for _ in range(samples)]
-    low, high = np.nanquantile(np.array(drawn, dtype=float), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    value = judge(np.ones(len(patients)))
-    return pd.DataFrame({"name": SCORE_KEYS, "value": value, "low": low, "high": high})
+    rng, even = np.random.default_rng(seed), np.full(len(patients), 1 / len(patients))
+    times = [np.ones(len(patients)), *(rng.multinomial(len(patients), even) for _ in range(samples))]
+    return pd.DataFrame([judge(each) for each in times], columns=list(SCORE_KEYS))
 
 
-def _answers(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Class -> whether it is true (n,) bool and its probability (n,), of studies, and of images for `none`."""
-    probabilities = _in_order(studies, "study_id", truth.labels["id"], list(STUDY_CLASSES))
-    answers = {
-        name: (truth.labels[name].to_numpy() == 1, probabilities[:, place]) for place, name in enumerate(STUDY_CLASSES)
-    }
-    return {**answers, "none": (truth.is_none, _in_order(nones, "image_id", truth.image_ids, ["none"])[:, 0])}
+def _answers(
+    truth: Truth, studies: pd.DataFrame | None, nones: pd.DataFrame | None
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Class -> whether it is true (n,) bool and its probability (n,), of studies, and of images for `none`, where given."""
+    answers = {}
+    if studies is not None:
+        probabilities = _in_order(studies, "study_id", truth.labels["id"], list(STUDY_CLASSES))
+        answers = {
+            name: (truth.labels[name].to_numpy() == 1, probabilities[:, place]) for place, name in enumerate(STUDY_CLASSES)
+        }
+    if nones is not None:
+        answers["none"] = truth.is_none, _in_order(nones, "image_id", truth.image_ids, ["none"])[:, 0]
+    return answers
 
 
 def _in_order(table: pd.DataFrame, key: str, ids: pd.Series | tuple[str, ...], columns: list[str]) -> np.ndarray:

@@ -9,6 +9,7 @@ from sklearn.metrics import accuracy_score, average_precision_score, f1_score, p
 
 from kitlib.findings_report import (
     answers,
+    auc_draws,
     best_thresholds,
     bootstrap_auc,
     class_report,
@@ -150,6 +151,17 @@ def test_the_interval_holds_the_value_and_follows_patients_not_images():
     of_many = pd.concat([images.assign(image_id=images.image_id + f"-{n}") for n in copies])
     again = bootstrap_auc(answers(many, of_many, labels), samples=100).set_index("name")
     pd.testing.assert_frame_equal(again, intervals, atol=1e-9, rtol=0)
+
+
+def test_two_models_of_the_same_patients_meet_the_same_draws():
+    scores, images, labels = tables()
+    other = scores.assign(Mass=0.5, model="other")[::-1]
+    one, two = (auc_draws(answers(each, images, labels), samples=5) for each in (scores, other))
+    assert list(one.columns) == ["mean", *CLASSES] and len(one) == 1 + 5
+    # Equal answers differ by nothing in any draw, and what knows nothing has one half.
+    pd.testing.assert_frame_equal(one[CLASSES[1:]], two[CLASSES[1:]])
+    assert two["Mass"].tolist() == pytest.approx([0.5] * 6)
+    assert one["mean"].to_numpy() == pytest.approx(one[CLASSES].mean(axis=1).to_numpy())
 
 
 def test_an_interval_holds_the_truth_about_as_often_as_it_says():

@@ -107,3 +107,17 @@ def test_missing_rows_are_named(case):
         reports.confusion(truth, studies.drop(3))
     with pytest.raises(ValueError, match="images table, first i5"):
         reports.bootstrap(truth, studies, nones, found, images.drop(5))
+
+
+def test_the_score_of_some_parts_is_their_mean_and_its_draws_pair_up(case):
+    truth, studies, nones, found, images = case
+    whole = reports.score_draws(truth, studies, nones, found, images, 5)
+    expected = score_tables(truth, studies, nones, found)
+    assert whole.iloc[0].to_dict() == pytest.approx(expected) and len(whole) == 1 + 5
+    parts = reports.score_draws(truth, studies, nones, None, images, 5)
+    assert parts["score"].iloc[0] == pytest.approx(np.mean([expected[name] for name in (*STUDY_CLASSES, "none")]))
+    assert parts[["opacity", "opacity_boxed"]].isna().all(axis=None)
+    # The same patients are drawn, whatever else is answered.
+    pd.testing.assert_frame_equal(parts[["atypical", "none"]], whole[["atypical", "none"]])
+    boxes = reports.score_draws(truth, None, None, found, images, 5)
+    pd.testing.assert_series_equal(boxes["score"], whole["opacity"], check_names=False)
