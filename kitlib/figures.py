@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import pandas as pd
@@ -121,6 +122,38 @@ def fusion_steps(steps: pd.DataFrame) -> Figure:
         axis.text(row.score, place, f" {row.score:.4f} ({row.gain:+.4f})", va="center", fontsize=7)
     axis.set_xlabel("score, out of fold")
     axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def rankings_figure(table: pd.DataFrame) -> Figure:
+    """A panel a ranking, the best on top: its score as a dot with its interval, beside it recipe and changes.
+
+    `table` has ranking, name, figure, score, low, high, images, recipe, changes and folds_fingerprint, a row a model.
+    """
+    rankings = [rows for _, rows in table.groupby("ranking")]
+    heights = [len(rows) + 2 for rows in rankings] or [1]
+    figure = Figure(figsize=(9, 0.6 + 0.3 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights).ravel()
+    for axis in axes:
+        axis.axis("off")
+    # Panels of one group of folds have one colour.
+    groups = list(dict.fromkeys(table["folds_fingerprint"]))
+    for axis, rows in zip(axes, rankings, strict=False):
+        first, places = rows.iloc[0], range(len(rows))
+        axis.axis("on")
+        axis.hlines(places, rows.low, rows.high, color=f"C{groups.index(first.folds_fingerprint) % 10}", linewidth=2)
+        axis.plot(rows.score, places, "o", color="black", markersize=4)
+        for place, row in enumerate(rows.itertuples()):
+            made = shorten("; ".join(filter(None, (row.recipe, row.changes))), 70)
+            beside = f"{row.score:.3f}  {made}"
+            axis.text(1.01, place, beside, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
+        axis.set_yticks(places, rows.name, fontsize=8)
+        left, right = axis.get_xlim()
+        axis.set(xlim=(max(left, 0.0), min(right, 1.0)), ylim=(len(rows) - 0.4, -0.6))
+        axis.tick_params(axis="x", labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+        title = f"{first.figure}, {first.images} images, folds {first.folds_fingerprint}"
+        axis.set_title(title, fontsize=9, loc="left")
     return figure
 
 

@@ -15,8 +15,8 @@ FLOORS = {
     "classifier_training train_study train_findings train_faster_rcnn train_yolo train_detector train_folds",
     "judging": "submission scoring fusion runs annotation_files pseudo_labels tuning reports heidelberg_report "
     "detection_report findings_report figures study_figures findings_figures",
-    "delivering": "validate install_wheels submit run_notebook plan plan_graph run_planned run_plan kernel_spec "
-    "wheels kernel_start kernel push stand_in sandbox rehearse demo __main__",
+    "delivering": "validate install_wheels submit run_notebook plan plan_graph run_planned run_plan "
+    "run_listing leaderboard kernel_spec wheels kernel_start kernel push stand_in sandbox rehearse demo __main__",
 }
 ORDER = [module for floor in FLOORS.values() for module in floor.split()]
 
