@@ -42,14 +42,6 @@ def run_path(name: str | Path) -> Path:
     return runs_root() / name
 
 
-def start_run(name: str | Path) -> Path:
-    """The folder of the run `name`, made if need be, without the metrics.json that marks a finished one."""
-    folder = run_path(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").unlink(missing_ok=True)
-    return folder
-
-
 def find_run(name: str | Path) -> Path:
     """A finished run to read: made here, or attached as a Kaggle input. Raises InputNotFound."""
     return run_path(name) if run_path(name).is_dir() else find_input(name)
