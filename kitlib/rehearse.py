@@ -106,13 +106,8 @@ def rehearse(
         wheels = _fitting_wheels(out / "wheels", Path(private) / "wheels")
         attached = {place: wheels if folder == out / "wheels" else folder for place, folder in folders.items()}
         prepare = _open_command if no_sandbox_reason() else _isolated_command
-        command, environment = prepare(
-            Path(private), packages, attached, out / "kernel" / metadata["code_file"], working, executed
-        )
-        if spec.rehearsal:
-            # papermill replaces the cell of injected parameters, so that it needs them all
-            said = yaml.safe_dump(spec.injected(rehearsed=True), sort_keys=False)
-            command += ["--parameters_base64", base64.b64encode(said.encode()).decode()]
+        code, options = out / "kernel" / metadata["code_file"], _options(spec)
+        command, environment = prepare(Path(private), packages, attached, code, working, executed, options)
         environment["KIT_TIME_LIMIT_S"] = f"{time_limit_s:g}"
         exit_code, seconds = _run_until(command, environment, working, time_limit_s, log, on_line)
     problem = _problem(exit_code, seconds > time_limit_s, executed)
@@ -185,7 +180,9 @@ def _left(spec: KernelSpec, working: Path, sample: Path) -> tuple[str, bool, tup
     """The file that marks a finished kernel, whether it was merely not finished yet, and the file's faults."""
     if spec.submits:
         result = working / "submission.csv"
-        faults = tuple(map(str, validate(sample, result))) if result.is_file() else (f"there is no {result}",)
+        faults = (
+            tuple(map(str, validate(sample, result))) if result.is_file() else (f"there is no {result.name} in {working}",)
+        )
         return result.name, False, faults
     run = spec.run_folder(rehearsed=True)
     if run is None:
@@ -195,11 +192,17 @@ def _left(spec: KernelSpec, working: Path, sample: Path) -> tuple[str, bool, tup
         return f"{run}/{result.name}", False, ()
     # What a session leaves that ended before its training did.
     unfinished = started.is_file() and any((working / run).rglob("checkpoints"))
-    return f"{run}/{result.name}", unfinished, (f"there is no {result}",)
+    return f"{run}/{result.name}", unfinished, (f"there is no {run}/{result.name} in {working}",)
 
 
 def _isolated_command(
-    private: Path, packages: Path, attached: dict[str, Path], code: Path, working: Path, executed: Path
+    private: Path,
+    packages: Path,
+    attached: dict[str, Path],
+    code: Path,
+    working: Path,
+    executed: Path,
+    options: list[str],
 ) -> tuple[list[str], dict[str, str]]:
     """The command that runs the notebook, and its environment. `private` is a folder for what is thrown away afterwards."""
     for name in ("root", "tmp/home"):
@@ -211,7 +214,7 @@ def _isolated_command(
         REHEARSAL / "executed.ipynb",
     )
     command = sandboxed(
-        _papermill(python, code_inside, executed_inside, WORKING),
+        _papermill(python, code_inside, executed_inside, WORKING, options),
         root=private / "root",
         read_only={f"/kaggle/input/{name}": folder for name, folder in attached.items()}
         | {"/image": packages, str(code_inside): code},
@@ -228,7 +231,13 @@ def _isolated_command(
 
 
 def _open_command(
-    private: Path, packages: Path, attached: dict[str, Path], code: Path, working: Path, executed: Path
+    private: Path,
+    packages: Path,
+    attached: dict[str, Path],
+    code: Path,
+    working: Path,
+    executed: Path,
+    options: list[str],
 ) -> tuple[list[str], dict[str, str]]:
     """The same where the system has no private namespaces: links instead of mounts."""
     logger.warning(
@@ -246,7 +255,7 @@ def _open_command(
     python = fresh_environment(private / "environment", packages)
     environment = _environment(python, home=str(private / "tmp" / "home"))
     environment |= {"KIT_KAGGLE_ROOT": str(root), "TMPDIR": str(private / "tmp")}
-    return _papermill(python, code, executed, working), environment
+    return _papermill(python, code, executed, working, options), environment
 
 
 def _environment(python: Path, home: str) -> dict[str, str]:
@@ -263,9 +272,17 @@ def _environment(python: Path, home: str) -> dict[str, str]:
     }
 
 
-def _papermill(python: Path, notebook: Path, executed: Path, working: Path) -> list[str]:
+def _options(spec: KernelSpec) -> list[str]:
+    """Papermill's, for the rehearsal's parameters: it replaces the cell of injected ones, so that it needs them all."""
+    if not spec.rehearsal:
+        return []
+    said = yaml.safe_dump(spec.injected(rehearsed=True), sort_keys=False)
+    return ["--parameters_base64", base64.b64encode(said.encode()).decode("ascii")]
+
+
+def _papermill(python: Path, notebook: Path, executed: Path, working: Path, options: list[str]) -> list[str]:
     command = [str(python), "-m", "papermill", str(notebook), str(executed), "--cwd", str(working)]
-    return [*command, "--no-progress-bar", "--log-output", "-k", "python3"]
+    return [*command, "--no-progress-bar", "--log-output", "-k", "python3", *options]
 
 
 def _run_until(

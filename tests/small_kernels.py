@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import importlib.metadata
 import zipfile
 from pathlib import Path
 
@@ -35,6 +36,18 @@ def make_wheel(folder, name, version, requires=(), tag="py3-none-any", python=No
     with zipfile.ZipFile(path, "w") as opened:
         for file, text in files.items():
             opened.writestr(file, text)
+    return path
+
+
+def installed_wheel(folder, name) -> Path:
+    """A wheel of an installed package, for the Python that runs this: what a test installs without a network."""
+    found = importlib.metadata.distribution(name)
+    path = Path(folder) / f"{found.name.replace('-', '_')}-{found.version}-py3-none-any.whl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as opened:
+        for file in found.files:
+            if ".." not in file.parts and file.suffix != ".pyc" and found.locate_file(file).is_file():
+                opened.write(found.locate_file(file), str(file))
     return path
 
 

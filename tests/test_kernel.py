@@ -22,6 +22,7 @@ from kitlib.bundle import BundleError
 from kitlib.kernel import KernelError, build_kernel
 from kitlib.kernel_spec import SpecError, read_spec, slug_of
 from kitlib.paths import InputNotFound
+from kitlib.recipes import RECIPES, recipe
 from kitlib.wheels import WheelError
 
 
@@ -384,3 +385,38 @@ def test_a_kernel_is_read_strictly(tmp_path, keys, message):
 def test_a_submission_needs_its_competition(tmp_path):
     with pytest.raises(SpecError, match="competition is missing"):
         read_spec(make_submission(tmp_path, competition=""))
+
+
+SHIPPED = {path.stem: path for path in sorted((kernel.project_root() / "submissions" / "kernels").glob("*.yaml"))}
+
+
+def runs_named(spec) -> set[str]:
+    """The runs that a kernel reads: the first folder of each path that its parameters name."""
+    given = spec.injected()
+    named = [given.get("prepare_run", "prepare")] if "prepare_run" in spec.notebook_parameters() else []
+    named += given.get("runs", [])
+    named += [given.get("overrides", {}).get("starting_weights", "")]
+    return {name.split("/")[0] for name in named if name}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_kernel_builds(name, tmp_path, wheel):
+    spec = read_spec(SHIPPED[name], owner="somebody")
+    build_kernel(spec, tmp_path / "out", [wheel])
+    metadata = json.loads((tmp_path / "out/kernel/kernel-metadata.json").read_text())
+    assert metadata["dataset_sources"][0] == "somebody/chest-kit-wheels"
+    assert metadata["enable_gpu"] is (spec.notebook[10:12] in ("20", "30", "40"))
+    assert not (tmp_path / "out" / "weights").exists()
+    for given in (spec.injected(), spec.injected(rehearsed=True)):
+        if "recipe" in given:
+            recipe(given["recipe"], type(RECIPES[given["recipe"]]), **given.get("overrides", {}))
+
+
+def test_the_shipped_kernels_are_a_chain():
+    """Each reads nothing but the runs of the kernels that it attaches; SIIM's begins with NIH's backbone."""
+    specs = {spec.slug: spec for spec in (read_spec(path, owner="somebody") for path in SHIPPED.values())}
+    made = {slug: spec.run_folder() for slug, spec in specs.items()}
+    for spec in specs.values():
+        assert {made[slug] for slug in spec.kernel_sources} == runs_named(spec)
+    assert specs["chest-siim-fuse"].kernel_sources == ("chest-siim-prepare", "chest-siim-study", "chest-siim-detector")
+    assert specs["chest-nih-backbone"].kernel_sources == ("chest-nih-prepare",)
