@@ -158,7 +158,9 @@ def run(
     runs: Annotated[Path | None, typer.Option(help="The folder of the runs' folders, instead of the plan's own.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="A step; it and what it needs are done, nothing else.")] = None,
     cores: Annotated[int | None, typer.Option(min=1, help="Of this machine; all unless told.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=0, help="Of this machine; the visible ones unless told.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=0, help="Of this machine, the visible ones unless told; 0: all runs use the CPU.")
+    ] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often a run that failed is tried again.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be done.")] = False,
     graph: Annotated[Path | None, typer.Option(help="Only draw the plan into this .png or .svg file.")] = None,

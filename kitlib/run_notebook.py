@@ -21,6 +21,8 @@ from kitlib.atomic import write_text
 from kitlib.kill_family import kill_family
 from kitlib.paths import project_root
 
+WITHOUT = "(as a training does whose session is over: run it again, and it goes on)"
+
 
 class NotebookFailed(RuntimeError):
     """A notebook that did not run to its end: the notebook, the cell, the error and the log."""
@@ -77,7 +79,7 @@ def run_notebook(
     reader.join()
     problem = late or (first_problem(output) if output.is_file() else "papermill wrote no notebook")
     if code or problem or not result.is_file():
-        problem = problem or (f"papermill's exit code is {code}" if code else f"it ended without writing {result}")
+        problem = problem or (f"papermill's exit code is {code}" if code else f"it ended without writing {result} {WITHOUT}")
         raise NotebookFailed(f"{notebook.name}: {problem}\n  executed copy: {output}\n  log: {log}\n{log_tail(log)}")
 
 

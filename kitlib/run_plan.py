@@ -45,8 +45,8 @@ def run_plan(
     """Do what is not done yet of the plan, or of the steps `only` and what they need; what is told of each run, by its name.
 
     `engine` are further arguments of Snakemake, such as --executor slurm --jobs 8. Without an executor runs share this
-    machine: its `cores` (default: all) and `gpus` (default: those that are visible; 0 gives GPU runs the CPU). A run that
-    fails stops only those that need it. Raises PlanError, and PlanFailed in the end if a run has failed.
+    machine: its `cores` (default: all) and `gpus` (default: those that are visible). With an executor `gpus` are the most that
+    a run asks for: 0 gives all of them the CPU. A run that fails stops only those that need it. Raises PlanError, and PlanFailed in the end if a run has failed.
     """
     folder = plan.runs / f".{plan.path.stem}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,8 @@ def run_plan(
         local = not {"--executor", "-e", "--profile"} & {argument.partition("=")[0] for argument in engine}
         shared = _gpu_indices() if gpus is None else list(map(str, range(gpus)))
         # On this machine a run that asks for more than there is gets what there is, and the machine for itself.
-        most = {"gpu": len(shared), "mem_mb": psutil.virtual_memory().total // 2**20} if local else {}
+        most = {"gpu": len(shared)} if local or gpus is not None else {}
+        most |= {"mem_mb": psutil.virtual_memory().total // 2**20} if local else {}
         write_json(folder / "config.json", _configuration(plan, described, wanted, most, retries))
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("plan.smk"))]
         command += ["--configfile", str(folder / "config.json"), "--directory", str(folder), "--keep-going", "--nocolor"]

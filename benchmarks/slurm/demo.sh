@@ -9,7 +9,7 @@ folder=$(realpath -m "${1:?a folder for the cluster and both runs}")
 shift
 mkdir -p "$folder"
 # Without accounting Snakemake has to ask squeue; and it need not wait long for short runs.
-engine=(--executor slurm --jobs 4 --slurm-status-command squeue --slurm-init-seconds-before-status-checks 5)
+engine=(--gpus 0 -- --executor slurm --jobs 4 --slurm-status-command squeue --slurm-init-seconds-before-status-checks 5)
 
 carry_out() { # RUNS [ARGUMENTS...]
     local runs=$1
@@ -35,7 +35,7 @@ echo "== on the cluster"
 benchmarks/slurm/cluster.sh start "$folder/cluster-state"
 trap 'benchmarks/slurm/cluster.sh stop "$folder/cluster-state"' EXIT
 SECONDS=0
-carry_out "$folder/cluster" "$@" -- "${engine[@]}" &
+carry_out "$folder/cluster" "$@" "${engine[@]}" &
 plan=$!
 wait_for_file "$folder/cluster/study/fold0/checkpoints/last.ckpt"
 node=$(squeue -h -t R -o "%N %k" | awk '$2 == "rule_study" {print $1}')
@@ -44,7 +44,7 @@ killed=$SECONDS
 if wait "$plan"; then
     how="the running plan went on by itself: SLURM gave the dead node's runs to the other"
 else
-    carry_out "$folder/cluster" "$@" -- "${engine[@]}"
+    carry_out "$folder/cluster" "$@" "${engine[@]}"
     how="the same command went on"
 fi
 echo "== $node died after $killed s, in the middle of a training; $how; the cluster took $SECONDS s, this machine alone $alone s"
