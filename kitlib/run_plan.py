@@ -45,8 +45,9 @@ def run_plan(
     """Do what is not done yet of the plan, or of the steps `only` and what they need; what is told of each run, by its name.
 
     `engine` are further arguments of Snakemake, such as --executor slurm --jobs 8. Without an executor runs share this
-    machine: its `cores` (default: all) and `gpus` (default: those that are visible). With an executor `gpus` are the most that
-    a run asks for: 0 gives all of them the CPU. A run that fails stops only those that need it. Raises PlanError, and PlanFailed in the end if a run has failed.
+    machine: its `cores` (default: all) and `gpus` (default: those that are visible). With one, `gpus` are the most that a
+    run asks for: with 0 all use the CPU. A run that fails stops only those that need it. Raises PlanError, and PlanFailed in
+    the end if a run has failed.
     """
     folder = plan.runs / f".{plan.path.stem}"
     folder.mkdir(parents=True, exist_ok=True)
