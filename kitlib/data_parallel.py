@@ -18,6 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.data import Sampler
 
 from kitlib.deadline import SessionOver
+from kitlib.recipes import TrainingRecipe
 
 
 class ParallelFailed(RuntimeError):
@@ -86,8 +87,7 @@ def train_together(train: Callable[..., Any], run_folder: Path, processes: int, 
     `arguments` have the `recipe`, whose batch the processes share. Raises ValueError where they cannot, SessionOver as
     `train` does, and ParallelFailed for everything else that a process has raised.
     """
-    if arguments["recipe"].batch_size % processes:
-        raise ValueError(f"{processes} processes cannot share a batch of {arguments['recipe'].batch_size} images evenly")
+    _check(arguments["recipe"], processes)
     if not (run_folder / "metrics.json").is_file():
         logs = run_folder / "processes"
         logs.mkdir(parents=True, exist_ok=True)
@@ -110,6 +110,16 @@ def train_together(train: Callable[..., Any], run_folder: Path, processes: int, 
         if ended[0] is not None:
             raise ended[0]
     return train(run_folder=run_folder, **arguments)
+
+
+def _check(recipe: TrainingRecipe, processes: int) -> None:
+    if recipe.batch_size % processes:
+        raise ValueError(f"{processes} processes cannot share a batch of {recipe.batch_size} images evenly")
+    if getattr(recipe, "unfreeze_every", 0):
+        # torch gathers the gradients of what learns at the start, and of nothing else.
+        raise ValueError(f"recipe.unfreeze_every is {recipe.unfreeze_every}: what learns later is not shared by processes")
+    if getattr(recipe, "family", "") == "yolo":
+        raise ValueError("a YOLO is trained by one process; train its folds side by side, one a GPU")
 
 
 def _one_of_them(train: Callable[..., Any], arguments: dict[str, Any]) -> Exception | None:

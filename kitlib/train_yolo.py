@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from kitlib import data_parallel
 from kitlib.atomic import replacing
 from kitlib.deadline import Deadline, SessionOver, epoch_fits
 from kitlib.device import derived_seed, precision, seed_everything
@@ -298,8 +297,6 @@ def fit_yolo(
     deadline: Deadline | None,
 ) -> Fitted:
     """Train until the recipe or the session ends it, and leave the kept epoch's moving average in `detector`, on the CPU."""
-    if data_parallel.share()[1] > 1:
-        raise ValueError("a YOLO is trained by one process; train its folds side by side, one a GPU")
     steps = -(-len(train) // detector.recipe.batch_size)
     with tqdm(
         desc=title,

@@ -16,7 +16,8 @@ from small_xrays import RECIPE, SmallXrays
 from kitlib.bundle import read_bundle
 from kitlib.data_parallel import ParallelFailed
 from kitlib.deadline import Deadline
-from kitlib.recipes import override
+from kitlib.recipes import DetectorRecipe, override
+from kitlib.train_detector import train_detector
 from kitlib.train_folds import FoldsFailed, train_folds
 from kitlib.train_study import train_study
 
@@ -151,6 +152,10 @@ def test_what_processes_cannot_share_is_refused(tmp_path):
         train_folds(train_study, [0, 1], tmp_path, at_once=2, processes=2)
     with pytest.raises(ValueError, match="2 processes cannot share a batch of 7 images evenly"):
         train_folds(train_study, [1], tmp_path, processes=2, **arguments(override(ALONE, batch_size=7)))
+    with pytest.raises(ValueError, match="what learns later is not shared by processes"):
+        train_folds(train_study, [1], tmp_path, processes=2, **arguments(override(ALONE, unfreeze_every=2)))
+    with pytest.raises(ValueError, match="a YOLO is trained by one process"):
+        train_folds(train_detector, [1], tmp_path, processes=2, **arguments(DetectorRecipe(family="yolo", batch_size=4)))
 
 
 def test_a_process_that_fails_ends_the_shared_training_with_its_error_and_log(tmp_path):
