@@ -156,8 +156,9 @@ def _folders(metadata: dict[str, Any], built: dict[str, Path], inputs: Path, lay
                 raise RehearsalError(f"the kernel wants {source}, which was built and lies in {inputs} too: remove one")
             folder = built.get(source, folder)
             if not folder.is_dir():
-                got = f"kaggle kernels output {source} -p {folder}" if kind == "kernel_sources" else "see inputs/README.md"
-                missing.append(f"{folder} for {source} of its {kind} ({got})")
+                got = "that kernel's output, or a link to its rehearsal's working/"
+                got = got if kind == "kernel_sources" else "see inputs/README.md"
+                missing.append(f"{folder} for {source} of its {kind}: {got}")
             folders[place.format(owner=owner, slug=slug)] = folder
     if missing:
         raise RehearsalError("the kernel's inputs are not all there: there is no " + "; no ".join(missing))

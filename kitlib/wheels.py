@@ -1,4 +1,4 @@
-"""The wheel dataset: what the kit's inference imports and Kaggle's image lacks, at the pins of requirements.txt."""
+"""The wheel dataset: what the kit's notebooks import and Kaggle's image lacks, at the pins of requirements.txt."""
 
 import logging
 import os
@@ -19,6 +19,7 @@ from kitlib.paths import project_root
 
 logger = logging.getLogger(__name__)
 
+# Training needs no more than inference. What carries out plans and pushes kernels (Snakemake, Kaggle's client) stays here.
 INFERENCE = (
     "ultralytics",
     "ultralytics-thop",
@@ -30,9 +31,12 @@ INFERENCE = (
     "imagecodecs",
     "pebble",
 )
-# (wheel, requirement): why the kernel does without it. Both were seen not to be imported by loading and running a detector.
+# (wheel, requirement): why the kernel does without it. Both were seen not to be imported by training and running a detector.
 HARMLESS = {
-    ("ultralytics", "nvidia-ml-py"): "pynvml is imported only to choose an idle GPU (device=-1) and to log a training",
+    (
+        "ultralytics",
+        "nvidia-ml-py",
+    ): "pynvml is imported only to choose an idle GPU (device=-1) or for the web service",
     ("ultralytics", "ultralytics-platform"): "a client of a web service, imported when one of its classes is asked for",
 }
 IMAGE_PYTHON = (3, 12)
