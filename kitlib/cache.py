@@ -4,6 +4,9 @@ import errno
 import hashlib
 import json
 import os
+import shutil
+import tarfile
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -18,7 +21,9 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from kitlib import codestream, decode_worker, decoders, dicom, dicom_header, geometry, grey, image_file, stored_values
+from kitlib.atomic import replacing
 from kitlib.decode_worker import LightContext, Outcome, decode_into, source_of, start_worker
+from kitlib.paths import scratch_root
 
 # A worker is replaced after so many files, so that what a decoder leaks stays small.
 FILES_A_WORKER = 500
@@ -55,9 +60,10 @@ class CachedXray:
 class XrayCache:
     """Decoded X-rays in `folder`, at most `longest_side` pixels a side.
 
-    An entry is one safetensors file, written whole or not at all. Entries of another side or another version of the decoder
-    lie in another sub-folder and are not seen. An entry serves for a file, wherever it lies, with the size, the time of
-    change and the samples of bytes (see `source_of`) of the one it was made from; for any other it is made again.
+    An entry is one safetensors file, written whole or not at all; `pack` makes one file of all, which is read alike. Entries
+    of another side or another version of the decoder lie in another sub-folder and are not seen. An entry serves for a file,
+    wherever it lies, with the size, the time of change and the samples of bytes (see `source_of`) of the one it was made
+    from; for any other it is made again.
     """
 
     def __init__(self, folder: str | Path, longest_side: int = 1024):
@@ -65,6 +71,9 @@ class XrayCache:
             raise ValueError(f"longest_side is {longest_side}, wanted at least 1 pixel")
         self.longest_side = longest_side
         self.folder = Path(folder) / f"{longest_side}px_{DECODER}"
+        self.packed = self.folder.with_suffix(".tar")
+        if self.packed.is_file() and not self.folder.is_dir():
+            self.folder = _unpacked(self.packed)
 
     def decode(self, images: pd.DataFrame, workers: int | None = None, timeout_s: float = 20.0) -> Iterator[Outcome]:
         """Yield one Outcome an image as they get done, in any order. `images` has the columns image_id and path.
@@ -111,6 +120,19 @@ class XrayCache:
                 return CachedXray(image_id, opened.get_tensor("pixels"), int(told["rows"]), int(told["columns"]))
         except (SafetensorError, KeyError, TypeError) as error:
             raise CacheError(f"{entry} is damaged ({error}): delete it and decode again") from error
+
+    def pack(self) -> Path:
+        """Make one file of all entries, in place of them: Kaggle chokes on an output of thousands of files.
+
+        It is for the end: entries are read again by a new XrayCache, which unpacks them outside of what Kaggle keeps.
+        """
+        if not self.folder.is_dir():
+            raise CacheError(f"{self.folder} has no entries to pack; decode the images first")
+        with replacing(self.packed) as beside, tarfile.open(beside, "w") as archive:
+            for entry in sorted(self.folder.glob("[!.]*.safetensors")):
+                archive.add(entry, entry.name)
+        shutil.rmtree(self.packed.with_suffix(""), ignore_errors=True)
+        return self.packed
 
     def __contains__(self, image_id: str) -> bool:
         return self._entry(image_id).is_file()
@@ -166,3 +188,23 @@ class XrayCache:
                     part.unlink()
             except FileNotFoundError:  # the other run was quicker
                 continue
+
+
+def _unpacked(packed: Path) -> Path:
+    """A folder with a packed cache's entries, made once a machine; where the archive changes, another one."""
+    told = packed.stat()
+    place = hashlib.sha256(f"{packed.resolve()} {told.st_size} {told.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = scratch_root() / "xrays" / place
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
+    try:
+        with tarfile.open(packed) as archive:
+            archive.extractall(beside, filter="data")
+        beside.rename(folder)
+    except (tarfile.TarError, OSError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if not folder.is_dir():  # else another process was quicker
+            raise CacheError(f"{packed} cannot be unpacked into {folder.parent}: {error}") from error
+    return folder

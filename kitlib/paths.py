@@ -51,12 +51,14 @@ def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
     """The folder of the input `slug` below `root`, in any of Kaggle's mount layouts. A path (with a `/`) is taken as it is.
 
     `<root>/<slug>`, `<root>/competitions/<slug>`, `<root>/datasets/<owner>/<slug>`, and for a run saved by a kernel
-    `<root>/<kernel>/<slug>` or `<root>/notebooks/<owner>/<kernel>/<slug>`. Raises InputNotFound.
+    `<root>/<kernel>/<slug>` or `<root>/notebooks/<owner>/<kernel>/<slug>`; where several kernels have runs of one name,
+    `<kernel>/<run>` tells them apart. Raises InputNotFound.
     """
     root, slug = Path(root) if root else inputs_root(), str(slug)
     if "/" in slug and Path(slug).is_dir():
         return Path(slug)
-    layouts = (slug, f"competitions/{slug}", f"datasets/*/{slug}", f"*/{slug}", f"notebooks/*/*/{slug}")
+    layouts = (slug, f"competitions/{slug}", f"datasets/*/{slug}", f"notebooks/*/{slug}", f"*/{slug}")
+    layouts += (f"datasets/*/*/{slug}", f"notebooks/*/*/{slug}")
     if Path(slug).is_absolute():
         layouts = ()
     for folder in (found for layout in layouts for found in sorted(root.glob(layout))):

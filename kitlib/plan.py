@@ -19,7 +19,7 @@ from kitlib.recipes import RecipeError, from_dict
 from kitlib.run_notebook import check_parameters
 
 # Parameters of notebooks that change how long a run takes, or where it goes on, and not what comes out of it.
-WITHOUT_EFFECT = frozenset({"workers", "at_once", "session_hours", "resume_from"})
+WITHOUT_EFFECT = frozenset({"workers", "at_once", "session_hours", "resume_from", "packed"})
 RECORD = "plan.json"  # in a run's folder: which plan has begun it, with which key
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 

@@ -46,6 +46,38 @@ def misbehave(entry, image_id, path, longest_side):
     return decode_into(entry, image_id, path, longest_side)
 
 
+def test_a_packed_cache_is_one_file_and_reads_and_goes_on_alike(tmp_path, monkeypatch):
+    monkeypatch.setattr(kitlib.cache, "scratch_root", lambda: tmp_path / "scratch")
+    images = write_images(tmp_path, 4)
+    cache = XrayCache(tmp_path / "cache", longest_side=45)
+    cache.fill(images.head(3), workers=1)
+    before = {image_id: cache.read(image_id) for image_id in images.image_id.head(3)}
+    packed = cache.pack()
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [packed]
+    packed.chmod(0o444)
+    for _ in range(2):  # unpacked, and found unpacked
+        again = XrayCache(tmp_path / "cache", longest_side=45)
+        for image_id, kept in before.items():
+            np.testing.assert_array_equal(again.read(image_id).pixels, kept.pixels)
+            assert again.read(image_id).rows == kept.rows
+        assert "image3" not in again
+    assert again.fill(images, workers=1).status.tolist() == ["cached", "cached", "cached", "decoded"]
+    assert "image3" in XrayCache(again.pack().parent, longest_side=45)
+    assert len(list((tmp_path / "scratch" / "xrays").iterdir())) == 2
+
+
+def test_what_cannot_be_packed_or_unpacked_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(kitlib.cache, "scratch_root", lambda: tmp_path / "scratch")
+    cache = XrayCache(tmp_path / "cache", longest_side=45)
+    with pytest.raises(CacheError, match="has no entries to pack"):
+        cache.pack()
+    cache.packed.parent.mkdir()
+    cache.packed.write_bytes(b"half a file")
+    with pytest.raises(CacheError, match=r"\.tar cannot be unpacked into"):
+        XrayCache(tmp_path / "cache", longest_side=45)
+    assert list((tmp_path / "scratch" / "xrays").iterdir()) == []
+
+
 def test_fill_read_resume_and_notice_changes(tmp_path):
     images = write_images(tmp_path, 5)
     (tmp_path / "3.dcm").write_bytes(b"damaged")

@@ -6,11 +6,25 @@ from kitlib.paths import InputNotFound, find_input, find_run
 
 @pytest.mark.parametrize(
     "layout",
-    ["weights", "competitions/weights", "datasets/somebody/weights", "kernel/weights", "notebooks/somebody/kernel/weights"],
+    [
+        "weights",
+        "competitions/weights",
+        "datasets/somebody/weights",
+        "datasets/somebody/saved/weights",
+        "kernel/weights",
+        "notebooks/somebody/kernel/weights",
+    ],
 )
 def test_an_input_is_found_in_all_of_kaggles_mount_layouts(tmp_path, layout):
     (tmp_path / layout).mkdir(parents=True)
     assert find_input("weights", tmp_path) == tmp_path / layout
+
+
+@pytest.mark.parametrize("layout", ["", "notebooks/somebody/"])
+def test_of_two_kernels_with_runs_of_one_name_one_is_named(tmp_path, layout):
+    for kernel in ("first", "second"):
+        (tmp_path / layout / kernel / "study").mkdir(parents=True)
+    assert find_input("second/study", tmp_path) == tmp_path / layout / "second" / "study"
 
 
 def test_a_missing_input_lists_what_is_there(tmp_path):

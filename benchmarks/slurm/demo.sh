@@ -48,13 +48,8 @@ else
     how="the same command went on"
 fi
 echo "== $node died after $killed s, in the middle of a training; $how; the cluster took $SECONDS s, this machine alone $alone s"
-for log in "$folder"/cluster/.demo/.snakemake/slurm_logs/*/*.log; do
-    job=$(basename "$log" .log)
-    scontrol show job "$job" | awk -v rule="$(basename "$(dirname "$log")")" -v job="$job" '
-        match($0, /JobState=[A-Z_]+/) {state = substr($0, RSTART + 9, RLENGTH - 9)}
-        match($0, /Restarts=[0-9]+/) {restarts = substr($0, RSTART + 9, RLENGTH - 9)}
-        match($0, /^ +NodeList=.*/) {node = $0; sub(/.*=/, "", node)}
-        END {print "   ", job, rule, "on", node, state, "restarts " restarts}'
+for job in $(squeue -h -t all -o %i | sort -n); do
+    echo "   $(squeue -h -t all -j "$job" -o "%k on %N: %T"), $(scontrol show job "$job" | grep -o "Restarts=[0-9]*")"
 done
 cmp "$folder/alone/kernel/working/submission.csv" "$folder/cluster/kernel/working/submission.csv"
 echo "== both submissions are the same, byte for byte"
