@@ -1,0 +1,61 @@
+"""Two folds of one model: one after the other, side by side, and each by two processes together. Part of `make bench`.
+
+On a machine with two GPUs: `python benchmarks/folds.py --full --workers 2`. On a CPU the threads are shared out, so
+that all three use the same cores; then it shows what the processes cost, and not what a second GPU gains.
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from training import NoisyXrays
+
+from kitlib.recipes import StudyRecipe, override, recipe
+from kitlib.train_folds import train_folds
+from kitlib.train_study import train_study
+
+WAYS = {"one after the other": {"at_once": 1}, "side by side": {"at_once": 2}, "two processes a model": {"processes": 2}}
+
+
+def arguments(xrays: NoisyXrays, settings: StudyRecipe, workers: int) -> dict[str, Any]:
+    images = xrays.images.assign(path="", rows=xrays.longest_side, columns=xrays.longest_side, source="noise", view="")
+    folds = pd.DataFrame({"id": xrays.ids, "fold": np.arange(xrays.count) // 4 % 2})
+    tables = {"images": images, "labels": xrays.labels, "boxes": xrays.boxes, "folds": folds}
+    return {**tables, "cache": xrays, "recipe": settings, "model_name": "noise", "workers": workers, "progress": False}
+
+
+def main(images: int = 512, epochs: int = 4, full: bool = False, workers: int = 0) -> None:
+    settings = override(recipe("small_study", StudyRecipe), epochs=epochs)
+    if full:
+        settings = override(recipe("strong_study", StudyRecipe), epochs=epochs, starting_weights="")
+    xrays = NoisyXrays(images, settings.image_size)
+    table = Table("two folds", "seconds", "of them training", "images a second", "times the first way")
+    speeds = {}
+    for way, options in WAYS.items():
+        with tempfile.TemporaryDirectory() as run:
+            start = time.perf_counter()
+            trained = train_folds(train_study, [0, 1], Path(run), **options, **arguments(xrays, settings, workers))
+            seconds = time.perf_counter() - start
+        training = max(one.metrics["seconds"] for one in trained) if way == "side by side" else None
+        training = training or sum(one.metrics["seconds"] for one in trained)
+        speeds[way] = images * epochs / training  # each fold trains on half of the images
+        ratio = speeds[way] / speeds["one after the other"]
+        table.add_row(way, f"{seconds:.1f}", f"{training:.1f}", f"{speeds[way]:.0f}", f"{ratio:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(f"{images} images, {epochs} epochs, {torch.cuda.device_count()} GPUs; the rest of the time is starting up")
+
+
+if __name__ == "__main__":
+    typer.run(main)
