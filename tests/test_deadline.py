@@ -1,3 +1,4 @@
+import pickle
 import subprocess
 import sys
 import threading
@@ -5,7 +6,7 @@ import time
 
 import pytest
 
-from kitlib.deadline import Deadline, OutOfTime, session_limit
+from kitlib.deadline import Deadline, OutOfTime, session_deadline, session_limit
 
 
 def test_the_deadline_interrupts_a_wait():
@@ -42,3 +43,22 @@ def test_the_surroundings_may_end_a_session_earlier(monkeypatch):
     monkeypatch.setenv("KIT_TIME_LIMIT_S", "12.5")
     assert session_limit(9 * 3600) == 12.5
     assert session_limit(10) == 10
+
+
+def test_a_session_counts_from_its_start_and_has_an_end_only_where_somebody_says_so(monkeypatch):
+    assert session_deadline(0) is None
+    assert session_deadline(2).left() == pytest.approx(7200, abs=60)
+    monkeypatch.setenv("KIT_STARTED", str(time.monotonic() - 3600))
+    assert session_deadline(2).left() == pytest.approx(3600, abs=60)
+    # A rehearsal's limit holds with hours and without.
+    monkeypatch.setenv("KIT_TIME_LIMIT_S", "4000")
+    assert [session_deadline(hours).left() for hours in (2, 0)] == pytest.approx([400, 400], abs=60)
+    with pytest.raises(ValueError, match="a session has -1 hours"):
+        session_deadline(-1)
+
+
+def test_a_deadline_is_the_same_in_another_process():
+    script = "import pickle, sys; print(pickle.load(sys.stdin.buffer).left())"
+    given = pickle.dumps(Deadline(500))
+    done = subprocess.run([sys.executable, "-c", script], input=given, capture_output=True, timeout=60, check=True)
+    assert float(done.stdout) == pytest.approx(500, abs=60)

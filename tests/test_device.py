@@ -54,6 +54,15 @@ def test_a_gpu_that_fails_at_its_first_operation_is_passed_over_aloud(monkeypatc
     assert "no kernel image" in caplog.text
 
 
+def test_a_training_does_not_fall_back_on_the_cpu_in_silence(monkeypatch):
+    fake_gpu(monkeypatch, "Tesla P100", (6, 0))
+    with pytest.raises(device.GpuError, match=r"not for the Tesla P100 \(sm_60\)\. On Kaggle choose .*'GPU T4 x2'"):
+        device.training_device()
+    # On purpose, and where there is none, it may.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.training_device() == torch.device("cpu")
+
+
 @pytest.mark.parametrize(
     ("real_bf16", "name", "dtype"), [(False, "16-mixed", torch.float16), (True, "bf16-mixed", torch.bfloat16)]
 )
