@@ -106,7 +106,9 @@ def train_together(train: Callable[..., Any], run_folder: Path, processes: int, 
         try:
             ended = elastic_launch(config, _one_of_them)(train, {**arguments, "run_folder": run_folder})
         except ChildFailedError as error:
-            raise ParallelFailed(f"{run_folder}: {error.get_first_failure()[1].message}\n  logs: {logs}") from error
+            told = error.get_first_failure()[1].message
+            told = told["message"] if isinstance(told, dict) else told
+            raise ParallelFailed(f"{run_folder}: {told}\n  logs: {logs}") from error
         if ended[0] is not None:
             raise ended[0]
     return train(run_folder=run_folder, **arguments)

@@ -53,6 +53,8 @@ class Pyramid(nn.Module):
         self.out_channels = recipe.fpn_channels
         channels = self.body.feature_info.channels()
         self.fpn = FeaturePyramidNetwork([channels[level] for level in self.levels], self.out_channels, LastLevelMaxPool())
+        # No loss reaches the layers of the maps that are left out; several processes would wait for their gradients.
+        self.fpn.layer_blocks[len(self.strides) :].requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
         with autocast(images.device):

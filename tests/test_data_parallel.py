@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from small_xrays import RECIPE, SmallXrays
+from test_train_detector import FASTER_RCNN, pooled_precision
 
-from kitlib.data_parallel import train_together
+from kitlib.data_parallel import ParallelFailed, train_together
 from kitlib.recipes import override
+from kitlib.train_detector import train_detector
 from kitlib.train_study import train_study
 
 
@@ -22,3 +24,19 @@ def test_the_model_that_is_kept_is_the_one_that_both_have_judged(tmp_path):
     truth = ~run.image_scores.image_id.isin(SmallXrays(16).boxes.image_id)
     probability = np.where(truth, run.image_scores.none, 1 - run.image_scores.none)
     assert run.metrics["best"]["validation_loss"] == pytest.approx(-np.log(probability).mean(), rel=1e-5)
+
+
+def test_two_processes_judge_a_detector_by_all_boxes_together(tmp_path):
+    # At 64 pixels a side the pyramid leaves out its coarser maps, whose layers get no gradients.
+    recipe = override(FASTER_RCNN, image_size=64, epochs=3, learning_rate=5e-3, ema_decay=0.9, nominal_batch=8)
+    run = train_together(train_detector, tmp_path, 2, **arguments(recipe))
+    assert run.metrics["best"]["score"] > 0
+    assert pooled_precision(SmallXrays(16), run.detections) == pytest.approx(run.metrics["best"]["score"], abs=1e-6)
+
+
+def test_what_fails_in_a_process_is_told_in_its_own_words(tmp_path):
+    with pytest.raises(ParallelFailed) as failed:
+        train_together(train_study, tmp_path, 2, **arguments(override(RECIPE, backbone="resnet51")))
+    first, second = str(failed.value).splitlines()
+    assert first.startswith(f"{tmp_path}: ValueError: timm") and "has no backbone 'resnet51'" in first
+    assert second == f"  logs: {tmp_path / 'processes'}"
