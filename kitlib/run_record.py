@@ -48,6 +48,9 @@ PACKAGES = (
 # How Kaggle's image tells which it is: its Dockerfile writes the two files, and its notebooks have the variable.
 IMAGE_VARIABLE, IMAGE_FILES = "KAGGLE_DOCKER_IMAGE", {"commit": "/etc/git_commit", "built": "/etc/build_date"}
 
+# ru_maxrss is in KiB on Linux, in bytes on macOS.
+MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
+
 # IPython's history of a notebook, in its globals.
 HISTORY = ("In", "Out")
 
@@ -102,18 +105,27 @@ def finish_run(run: str | Path, metrics: Mapping[str, Any]) -> None:
 def process_record() -> dict[str, Any]:
     """Versions, peak memory and GPU of this process so far, in JSON's types; memory in MB of 10^6 bytes.
 
-    `peak_memory_mb` is this process's, `peak_child_memory_mb` that of the largest of its children that have ended;
+    `peak_memory_mb` is this process's, `peak_child_memory_mb` that of the largest of its children that have ended, None
+    where none was larger than this process (a started program counts as large as what started it);
     `gpu` and `peak_gpu_memory_mb` (tensors of torch, the fullest GPU) are None where torch has used none.
     """
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    own, children = (resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own, children = _peak_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * MAXRSS_BYTES
     return {
         "versions": package_versions(),
         "peak_memory_mb": round(own / 1e6),
-        "peak_child_memory_mb": round(children / 1e6),
+        "peak_child_memory_mb": round(children / 1e6) if children > own else None,
         **_gpu_record(),
     }
+
+
+def _peak_bytes() -> int:
+    # What a program started with in its parent's place counts in ru_maxrss too, but not here.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES
 
 
 def package_versions() -> dict[str, str]:

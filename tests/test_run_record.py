@@ -99,8 +99,9 @@ def test_memory_of_children_is_told_in_a_process_that_hardly_has_any():
         "record = process_record(); print(record['peak_memory_mb'], record['peak_child_memory_mb'], record['gpu'])"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    # Started by a process as large as this one, the child would count as large as that.
     own, child = map(int, told[:2])
-    assert own < 150 and 200 <= child < 400
+    assert own < 150 and child >= 200
     assert told[2] == "None"
 
 

@@ -257,7 +257,7 @@ def test_too_many_canvases_are_read_anew(monkeypatch):
 
 
 def read(loader, epoch):
-    loader.sampler.set_epoch(epoch)
+    loader.batch_sampler.sampler.set_epoch(epoch)
     return list(loader)
 
 
