@@ -41,12 +41,7 @@ FASTER_RCNN = override(COMMON, fpn_channels=16, box_hidden=16, box_samples=16, p
 RECIPES = {"faster_rcnn": FASTER_RCNN, "yolo": YOLO}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(folder, recipe, small=None, **options):

@@ -26,12 +26,7 @@ QUICK = override(RECIPE, epochs=2)
 ALONE = override(RECIPE, backbone="squeezenet1_1", image_size=64, dropout=0.0, optimizer="sgd", batch_size=8, blur_p=0.0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def arguments(recipe=QUICK, small=None):

@@ -22,12 +22,7 @@ TIMES = ["seconds", "images_per_s"]
 TABLES = ["images", "labels", "boxes"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(folder, small=None, recipe=RECIPE, **options):
