@@ -3,13 +3,14 @@
 #
 #   benchmarks/slurm/cluster.sh start FOLDER    needs root and Debian's packages slurm-wlm and munge
 #                                               (makes /etc/slurm/slurm.conf, where sbatch and Snakemake look)
+#   benchmarks/slurm/cluster.sh status FOLDER   nodes, and all jobs with the node of each
 #   benchmarks/slurm/cluster.sh kill FOLDER n1  a node dies, and what runs on it
 #   benchmarks/slurm/cluster.sh revive FOLDER n1
 #   benchmarks/slurm/cluster.sh stop FOLDER
 set -euo pipefail
 
 NODES=(n1 n2)
-command=${1:?start, kill, revive or stop} folder=$(realpath -m "${2:?the folder for its state}") node=${3:-}
+command=${1:?start, status, kill, revive or stop} folder=$(realpath -m "${2:?the folder for its state}") node=${3:-}
 # Not in the environment: Snakemake takes SLURM's variables out of it, as of an outer job.
 config=/etc/slurm/slurm.conf
 
@@ -19,10 +20,10 @@ fail() {
 }
 
 wait_for() { # SECONDS WHAT COMMAND...
-    local left=$1 what=$2
+    local seconds=$1 left=$1 what=$2
     shift 2
     until "$@" >/dev/null 2>&1; do
-        ((left-- > 0)) || fail "$what did not come up; logs are in $folder"
+        ((left-- > 0)) || fail "$what: not after $seconds s; logs are in $folder"
         sleep 1
     done
 }
@@ -65,7 +66,7 @@ EOF
 
 start_node() {
     mkdir -p "$folder/spool-$1"
-    slurmd -N "$1"
+    slurmd -N "$1" || fail "slurmd of $1 did not start; its log is $folder/slurmd-$1.log"
 }
 
 node_is_idle() { sinfo -h -n "$1" -o %T | grep -qx idle; }
@@ -79,15 +80,25 @@ start() {
     mkdir -p "$folder/state"
     chmod 755 "$folder"
     configure
+    trap stop_daemons EXIT  # a start that fails leaves nothing behind but its logs
     (umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")
     munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
         --log-file="$folder/munged.log" --seed-file="$folder/munged.seed" 2>"$folder/munged.out" ||
         fail "munged: $(cat "$folder/munged.out")"
-    slurmctld
+    slurmctld || fail "slurmctld did not start; its log is $folder/slurmctld.log"
     wait_for 20 slurmctld scontrol ping
     for each in "${NODES[@]}"; do start_node "$each"; done
     for each in "${NODES[@]}"; do wait_for 30 "node $each" node_is_idle "$each"; done
-    sinfo -N -o "%N %T %c cores %m MB"
+    trap - EXIT
+    show_nodes
+}
+
+show_nodes() { sinfo -h -N -o "%N %T, %c cores, %m MB"; }
+
+status() {
+    [[ -e $folder/slurmctld.pid ]] || fail "no cluster runs in $folder"
+    show_nodes
+    squeue -a -t all -S i -o "%i %k %T on %N, %M"
 }
 
 kill_node() { # the daemon, and the processes of its jobs, as a power cut would
@@ -113,22 +124,41 @@ descendants() {
     done
 }
 
+no_jobs() { [[ -z $(squeue -h -t running,completing) ]]; }
+
+ended() { ! kill -0 "$1"; }
+
 stop() {
-    for each in "${NODES[@]}" ctld; do
-        local file=$folder/slurmd-$each.pid
-        [[ $each == ctld ]] && file=$folder/slurmctld.pid
-        [[ -e $file ]] && kill "$(cat "$file")" 2>/dev/null || true
+    if [[ -e $folder/slurmctld.pid ]] && scontrol ping >/dev/null 2>&1; then
+        # slurmd leaves its jobs alone when it ends. A dead node never says that its jobs are gone.
+        scancel --state=pending --user=root
+        scancel --state=running --user=root
+        for _ in {1..20}; do
+            no_jobs && break
+            sleep 1
+        done
+    fi
+    stop_daemons
+}
+
+stop_daemons() {
+    local file daemon
+    for file in "${NODES[@]/#/slurmd-}" slurmctld munged; do
+        file=$folder/$file.pid
+        [[ -e $file ]] || continue
+        daemon=$(cat "$file")
+        kill "$daemon" 2>/dev/null || true
+        wait_for 20 "the end of process $daemon ($file)" ended "$daemon"
         rm -f "$file"
     done
-    [[ -e $folder/munged.pid ]] && kill "$(cat "$folder/munged.pid")" 2>/dev/null || true
-    rm -f "$folder/munged.pid"
-    [[ $(readlink $config) == "$folder/slurm.conf" ]] && rm $config || true
+    [[ $(readlink $config) != "$folder/slurm.conf" ]] || rm $config
 }
 
 case $command in
     start) start ;;
+    status) status ;;
     kill) kill_node ;;
     revive) start_node "$node" && wait_for 30 "node $node" node_is_idle "$node" ;;
     stop) stop ;;
-    *) fail "unknown command $command: start, kill, revive or stop" ;;
+    *) fail "unknown command $command: start, status, kill, revive or stop" ;;
 esac

@@ -2,14 +2,23 @@
 # The demo's plan on a SLURM cluster of two nodes, one of which dies in the middle of a training: the plan is resumed, and its
 # submission must be, byte for byte, that of the same plan on this machine without a cluster.
 #
-#   benchmarks/slurm/demo.sh FOLDER [--set NAME=VALUE ...]    as root; a smaller demo: --set train_studies=48 --set side=128
+#   benchmarks/slurm/demo.sh FOLDER [--no-requeue] [--set NAME=VALUE ...]    as root; FOLDER must be new
+#
+# SLURM gives a dead node's runs to the other one, and the plan waits for that; with --no-requeue these runs fail, the plan
+# ends with an error, and the same command is given again. A smaller demo: --set train_studies=48 --set side=128
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=$(realpath -m "${1:?a folder for the cluster and both runs}")
 shift
-mkdir -p "$folder"
+[[ ! -e $folder ]] || { echo "demo.sh: $folder is there already; name a new folder" >&2 && exit 1; }
 # Without accounting Snakemake has to ask squeue; and it need not wait long for short runs.
 engine=(--gpus 0 -- --executor slurm --jobs 4 --slurm-status-command squeue --slurm-init-seconds-before-status-checks 5)
+if [[ ${1:-} == --no-requeue ]]; then
+    engine+=(--slurm-no-requeue)
+    shift
+fi
+state=$folder/cluster-state plan='' requeued=0
+mkdir -p "$folder"
 
 carry_out() { # RUNS [ARGUMENTS...]
     local runs=$1
@@ -19,37 +28,52 @@ carry_out() { # RUNS [ARGUMENTS...]
         --set "truth=$folder/truth" --set "submission=$runs.submission.yaml" "$@"
 }
 
+clean_up() {
+    # The plan is a child of the shell that runs in the background.
+    if [[ -n $plan ]]; then pkill -TERM -P "$plan" && wait "$plan"; fi || true
+    benchmarks/slurm/cluster.sh stop "$state"
+}
+
 wait_for_file() {
     until [[ -e $1 ]]; do
-        kill -0 "$plan" 2>/dev/null || { echo "the plan ended before there was $1" >&2; exit 1; }
+        kill -0 "$plan" 2>/dev/null || { echo "the plan ended before there was $1" >&2 && exit 1; }
         sleep 0.5
     done
 }
 
 echo "== on this machine, uninterrupted"
 SECONDS=0
-carry_out "$folder/alone" "$@"
+carry_out "$folder/alone" "$@" --gpus 0
 alone=$SECONDS
 
 echo "== on the cluster"
-benchmarks/slurm/cluster.sh start "$folder/cluster-state"
-trap 'benchmarks/slurm/cluster.sh stop "$folder/cluster-state"' EXIT
+benchmarks/slurm/cluster.sh start "$state"
+trap clean_up EXIT
 SECONDS=0
 carry_out "$folder/cluster" "$@" "${engine[@]}" &
 plan=$!
 wait_for_file "$folder/cluster/study/fold0/checkpoints/last.ckpt"
 node=$(squeue -h -t R -o "%N %k" | awk '$2 == "rule_study" {print $1}')
-benchmarks/slurm/cluster.sh kill "$folder/cluster-state" "$node"
+[[ -n $node ]] || { echo "the training ended before its node could die: train more studies" >&2 && exit 1; }
+squeue -h -t R -o "   %k on %N"
+benchmarks/slurm/cluster.sh kill "$state" "$node"
 killed=$SECONDS
 if wait "$plan"; then
-    how="the running plan went on by itself: SLURM gave the dead node's runs to the other"
+    plan='' how="the running plan went on by itself"
 else
+    plan='' how="the same command went on"
+    echo "== the same command again"
     carry_out "$folder/cluster" "$@" "${engine[@]}"
-    how="the same command went on"
 fi
 echo "== $node died after $killed s, in the middle of a training; $how; the cluster took $SECONDS s, this machine alone $alone s"
 for job in $(squeue -h -t all -o %i | sort -n); do
-    echo "   $(squeue -h -t all -j "$job" -o "%k on %N: %T"), $(scontrol show job "$job" | grep -o "Restarts=[0-9]*")"
+    restarts=$(scontrol show job "$job" | grep -o "Restarts=[0-9]*")
+    [[ $restarts == Restarts=0 ]] || requeued=$((requeued + 1))
+    squeue -h -t all -j "$job" -o "   job %i, %k on %N: %T, $restarts"
 done
+echo "== $requeued jobs given to another node; the training went on at:"
+begun=$(tr '\r' '\n' <"$folder/cluster/study/notebook.log" | grep -m1 -o "study fold 0: .*/[0-9]*")
+echo "   $begun"
+[[ $begun != *" 0/"* ]] || { echo "it began anew" >&2 && exit 1; }
 cmp "$folder/alone/kernel/working/submission.csv" "$folder/cluster/kernel/working/submission.csv"
 echo "== both submissions are the same, byte for byte"
