@@ -12,6 +12,14 @@ from typing import Any, TypeVar
 R = TypeVar("R")
 # The canvases a model can look at, each as it is or mirrored.
 VIEWS = {"full": ("full", False), "flip": ("full", True), "lungs": ("lungs", False), "lungs_flip": ("lungs", True)}
+# Fields that take one of a few words.
+CHOICES = {
+    "lungs": ("darkness", "masks"),
+    "trained_on": ("full", "lungs", "either"),
+    "schedule": ("cosine", "plateau"),
+    "network": ("unet", "resunet", "fc_densenet103"),
+    "loss": ("dice", "cross_entropy"),
+}
 
 
 class RecipeError(ValueError):
@@ -45,6 +53,9 @@ class TrainingRecipe:
     patience: int = 10  # epochs without a better validation score before training stops; not if the last one is kept
     ema_decay: float = 0.0  # of the moving average of the weights that is judged and kept; 0: the weights themselves
     views: tuple[str, ...] = ("full",)  # of "full", "flip", "lungs", "lungs_flip": what a prediction averages
+    lungs: str = "darkness"  # who finds them: "darkness" (kitlib.lung_box), or "masks" of a trained segmenter
+    trained_on: str = "full"  # what training sees: "full" images, crops of the "lungs", or "either", drawn image by image
+    masked: bool = False  # outside of the lungs' mask all is black, in training and prediction; wants lungs "masks"
     horizontal_flip: float = 0.5  # probability
     vertical_flip: float = 0.0  # probability; of Heidelberg's YOLO
     rotate_degrees: float = 0.0  # to either side; inflates boxes
@@ -62,6 +73,18 @@ class TrainingRecipe:
         # Before a training, and not when it predicts at its end.
         if not self.views or set(self.views) - VIEWS.keys():
             raise RecipeError(f"views are {list(self.views)}; there are: {', '.join(VIEWS)}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name, choices[0]) not in choices:
+                raise RecipeError(f"{name} is {getattr(self, name)!r}; there are: {', '.join(choices)}")
+        if self.masked and self.lungs != "masks":
+            raise RecipeError(
+                f'masked is true and lungs is {self.lungs!r}; what darkness finds is no mask: set lungs="masks"'
+            )
+        if self.trained_on == "lungs" and any(VIEWS[view][0] != "lungs" for view in self.views):
+            raise RecipeError(
+                f"trained_on is 'lungs' and views are {list(self.views)}: a model of crops knows no whole images; set views to "
+                "lungs and lungs_flip, or trained_on to either"
+            )
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,9 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "score": "probability",
         **dict.fromkeys(BOX, "pixel"),
     },
+    # One row an image whose lungs were looked for: "found" or why not, their share of the canvas, and their frame, which is
+    # the whole image where they were not found.
+    "lungs": {"image_id": "id", "verdict": "text", "area": "probability", **dict.fromkeys(BOX, "pixel")},
     # One row an image that a detector looked at, also where it found no box.
     "coverage": {"image_id": "id", "model": "text", "fold": "integer"},
 }
@@ -61,6 +64,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "image_scores": ("image_id", "model", "fold"),
     "class_scores": ("image_id", "model", "fold"),
     "coverage": ("image_id", "model", "fold"),
+    "lungs": ("image_id",),
 }
 
 

@@ -1,0 +1,75 @@
+"""Where the lungs of an image are, whoever says so: their darkness, a finished run's masks, or a model on the spot."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from kitlib.bundle import file_digest
+from kitlib.cache import CachedXray
+from kitlib.classes import LUNG_CODES
+from kitlib.lung_box import lung_box
+from kitlib.mask_store import MaskStore
+from kitlib.tables import BOX, read_table
+
+FOUND = "found"
+
+
+@dataclass(frozen=True)
+class Lungs:
+    """The lungs of one image, as far as they were found."""
+
+    frame: np.ndarray | None  # (4,) xmin, ymin, xmax, ymax in original pixels; None: not found, the whole image counts
+    mask: np.ndarray | None = None  # bool, of the shape of the cached pixels; None: nobody drew one
+
+
+class LungFinder(Protocol):
+    """Says where the lungs are, image by image of a batch."""
+
+    def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]: ...
+
+
+class DarkLungs:
+    """By their darkness alone, see kitlib.lung_box; no masks."""
+
+    def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
+        found = []
+        for xray in xrays:
+            box, (height, width) = lung_box(xray.pixels), xray.pixels.shape
+            whole = np.array([xray.columns, xray.rows] * 2)
+            # In this order, so that a frame at the far edge is not beyond it by a rounding.
+            found.append(Lungs(None if box is None else box / [width, height, width, height] * whole))
+        return found
+
+
+class StoredLungs:
+    """As a run of the notebook that applies a segmenter has found them: its table lungs and its masks.
+
+    An image that the run does not know counts as not found. `fingerprint` (hex) tells one run's lungs from another's.
+    """
+
+    def __init__(self, run_folder: str | Path) -> None:
+        table_path = Path(run_folder) / "tables" / "lungs.parquet"
+        table = read_table("lungs", table_path)
+        self.fingerprint = file_digest(table_path)
+        found = table[table.verdict == FOUND]
+        self.frames = dict(zip(found.image_id, found[list(BOX)].to_numpy(float), strict=True))
+        self.masks = MaskStore(Path(run_folder) / "masks")
+
+    def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
+        return [self.of(xray) for xray in xrays]
+
+    def of(self, xray: CachedXray) -> Lungs:
+        """The same for one image. Raises ValueError for a mask that was made of a copy of another size."""
+        frame = self.frames.get(xray.image_id)
+        if frame is None or xray.image_id not in self.masks:
+            return Lungs(frame)
+        codes = self.masks.read(xray.image_id)
+        if codes.shape != xray.pixels.shape:
+            raise ValueError(
+                f"{self.masks.folder}: the mask of {xray.image_id} has {codes.shape} pixels, its decoded copy "
+                f"{xray.pixels.shape}; apply the segmenter to this prepared run"
+            )
+        return Lungs(frame, np.isin(codes, LUNG_CODES))

@@ -1,0 +1,76 @@
+"""Masks of a run's images: label images as PNG bytes in a few Arrow files, which are mapped and not read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+
+from kitlib.atomic import replacing
+
+SCHEMA = pa.schema({"image_id": pa.string(), "png": pa.binary()})
+
+
+class MaskError(ValueError):
+    """A mask that is missing, damaged or of another size than its image: names the file or the image, and what to do."""
+
+
+class MaskStore:
+    """One label image an image_id in `folder`, at the size of its decoded copy: uint8 (height, width), codes as MASK_CODES.
+
+    Each `add` writes one more file, whole or not at all, so that an interrupted stage goes on after the last one. A few
+    files hold all, because Kaggle chokes on an output of thousands; memory stays flat, because they are memory-mapped.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._place: dict[str, tuple[pa.ChunkedArray, int]] = {}
+        self._parts = 0
+        for part in sorted(self.folder.glob("part-*.arrow")):
+            self._open(part)
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self._place)
+
+    def __contains__(self, image_id: str) -> bool:
+        return image_id in self._place
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def read(self, image_id: str) -> np.ndarray:
+        """Raises KeyError where the image has no mask, MaskError where it is damaged."""
+        if image_id not in self._place:
+            raise KeyError(f"no mask of image {image_id!r} in {self.folder}, which has {len(self)}")
+        column, row = self._place[image_id]
+        codes = cv2.imdecode(np.frombuffer(column[row].as_buffer(), np.uint8), cv2.IMREAD_UNCHANGED)
+        if codes is None or codes.ndim != 2:
+            raise MaskError(f"the mask of image {image_id!r} in {self.folder} is damaged: delete the folder, make it again")
+        return codes
+
+    def add(self, masks: Mapping[str, np.ndarray]) -> None:
+        """Write label images, by image_id, as one more file. Raises ValueError for one that is there already."""
+        there = [image_id for image_id in masks if image_id in self]
+        if there:
+            raise ValueError(f"{self.folder} has a mask of image {there[0]!r} already, and of {len(there) - 1} others")
+        if not masks:
+            return
+        png = [cv2.imencode(".png", np.ascontiguousarray(codes, np.uint8))[1].tobytes() for codes in masks.values()]
+        table = pa.table({"image_id": list(masks), "png": png}, schema=SCHEMA)
+        part = self.folder / f"part-{self._parts:05d}.arrow"
+        with replacing(part) as beside, pa.OSFile(str(beside), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+            writer.write_table(table)
+        self._open(part)
+
+    def _open(self, part: Path) -> None:
+        try:
+            table = pa.ipc.open_file(pa.memory_map(str(part))).read_all()
+            ids, png = table["image_id"].to_pylist(), table["png"]
+        except (pa.ArrowInvalid, KeyError) as error:
+            raise MaskError(
+                f"{part} is no file of masks ({error}): delete {self.folder} and make the masks again"
+            ) from error
+        self._place |= {image_id: (png, row) for row, image_id in enumerate(ids)}
+        self._parts = int(part.stem.removeprefix("part-")) + 1
