@@ -34,7 +34,7 @@ NIH_FINDINGS = (
 # What a pixel of a label image shows; 0 is background. Sides are the patient's. "lungs" are both as one.
 MASK_CODES = {"lungs": 1, "heart": 2, "left_lung": 3, "right_lung": 4}
 LUNG_CODES = tuple(code for name, code in MASK_CODES.items() if "lung" in name)
-# Whether those who drew a set's lungs left out what lies behind the heart (JSRT, Montgomery, Shenzhen) or took it in (Darwin).
+# Whether who drew a set's lungs left out what lies behind the heart (JSRT, Montgomery, Shenzhen) or took it in (Darwin).
 MASK_CONVENTIONS = ("lung_fields", "with_heart")
 
 # RSNA Pneumonia Detection Challenge, stage_2_detailed_class_info.csv.

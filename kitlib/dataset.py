@@ -26,10 +26,11 @@ class LayoutError(ValueError):
 class Dataset:
     """The tables of one data set as in kitlib.tables, what is broken in it, and the counts that its makers published.
 
-    `images` may have `false_none` (SIIM: nobody looked at it), `split` ("train" or "test", where an official list says
-    so) and `convention` (of MASK_CONVENTIONS). `masks`, of sets that have them, has the columns image_id, structure (a key
-    of MASK_CODES) and path; several rows of one image and structure count together. `faults` has the columns file, row (an id as it stands in the file, or a path) and problem, which also says what was
-    done about it. `published` is name -> count, of the whole set.
+    `images` may have `false_none` (SIIM: nobody looked at it), `split` ("train" or "test", where an official list says so)
+    and `convention` (of MASK_CONVENTIONS). `masks`, of sets that have them, has the columns image_id, structure (a key of
+    MASK_CODES) and path; several rows of one image and structure count together. `faults` has the columns file, row (an id
+    as it stands in the file, or a path) and problem, which also says what was done about it. `published` is name -> count,
+    of the whole set.
     """
 
     images: pd.DataFrame

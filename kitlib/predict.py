@@ -1,8 +1,6 @@
 """Predictions of one trained model over a stream of X-rays. Imports no training library: a submission starts in seconds."""
 
 import logging
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +17,13 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.device import autocast, pick_device
 from kitlib.geometry import PLACEMENTS, Placement, clip_boxes, flip_boxes, within
 from kitlib.lung_box import lung_box
+from kitlib.read_ahead import ahead
 from kitlib.recipes import VIEWS
 from kitlib.tables import BOX, check_table, empty_table
 
 logger = logging.getLogger(__name__)
 
 BATCH_SIZES = {"cuda": 64, "cpu": 8}
-BATCHES_AHEAD = 3  # placed on canvases while the model computes
 # Of boxes from different views; 1st place used it between models.
 VIEWS_IOU = 0.6
 
@@ -79,7 +77,7 @@ class Predictor:
         Findings: table class_scores. Detector: table detections, no row for images without a box. An error of the stream is
         raised here; closing the iterator ends the thread.
         """
-        for batch in _ahead(self._batches(stream)):
+        for batch in ahead(self._batches(stream)):
             table = self._boxes(batch) if self.kind == "detector" else self._probabilities(batch)
             self.seen += batch.image_ids
             self.lungs_missed += sum(place.frame is None for place in batch.placements.get("lungs", []))
@@ -234,41 +232,3 @@ def study_and_image_scores(chunks: Iterable[pd.DataFrame], images: pd.DataFrame)
     mean = found.groupby(["study_id", "model", "fold"], as_index=False)[list(STUDY_CLASSES)].mean()
     nones = found[["image_id", "model", "fold", "none"]]
     return check_table(mean.dropna(), "study_scores"), check_table(nones.dropna(), "image_scores")
-
-
-def _ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, made by a thread that stays at most BATCHES_AHEAD in front."""
-    done, stopped = object(), threading.Event()
-    made: queue.Queue = queue.Queue(BATCHES_AHEAD)
-
-    def put(item: Any) -> None:
-        while not stopped.is_set():
-            try:
-                return made.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put((item, None))
-                if stopped.is_set():
-                    return
-            put((done, None))
-        except BaseException as error:  # the consumer raises it, whatever it is
-            put((done, error))
-
-    thread = threading.Thread(target=work, name="canvases", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = made.get()
-            if error is not None:
-                raise error
-            if item is done:
-                return
-            yield item
-    finally:
-        stopped.set()
-        # A stream that waits for a slow file must not hold up whoever has stopped listening.
-        thread.join(timeout=1)

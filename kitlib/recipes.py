@@ -9,6 +9,8 @@ import typing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from kitlib.classes import MASK_CODES
+
 R = TypeVar("R")
 # The canvases a model can look at, each as it is or mirrored.
 VIEWS = {"full": ("full", False), "flip": ("full", True), "lungs": ("lungs", False), "lungs_flip": ("lungs", True)}
@@ -44,11 +46,15 @@ class TrainingRecipe:
     epochs: int = 50
     batch_size: int = 10
     nominal_batch: int = 0  # images a step of the optimiser, gathered over whole batches; 0: one batch
-    optimizer: str = "sgd"  # or "adamw"
+    optimizer: str = "sgd"  # "adam" or "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     warmup_epochs: float = 0.0
-    schedule_every: int = 0  # epochs between steps of the cosine; 0: every batch; Heidelberg's 2 never reaches the floor
+    schedule: str = "cosine"  # or "plateau": a tenth of the rate where the validation score has stopped to rise
+    plateau_epochs: int = 5  # without a better score until the rate falls
+    schedule_every: int = (
+        0  # of the cosine: epochs a step; 0: every batch; Heidelberg's 2 never reaches the floor
+    )
     keep: str = "best"  # the epoch that validates best; or "last", where nothing may be chosen on the fold that is predicted
     patience: int = 10  # epochs without a better validation score before training stops; not if the last one is kept
     ema_decay: float = 0.0  # of the moving average of the weights that is judged and kept; 0: the weights themselves
@@ -82,8 +88,8 @@ class TrainingRecipe:
             )
         if self.trained_on == "lungs" and any(VIEWS[view][0] != "lungs" for view in self.views):
             raise RecipeError(
-                f"trained_on is 'lungs' and views are {list(self.views)}: a model of crops knows no whole images; set views to "
-                "lungs and lungs_flip, or trained_on to either"
+                f"trained_on is 'lungs' and views are {list(self.views)}: a model of crops knows no whole images; set views "
+                "to lungs and lungs_flip, or trained_on to either"
             )
 
 
@@ -159,6 +165,58 @@ class DetectorRecipe(TrainingRecipe):
     horizontal_flip: float = 0.3
     brightness_contrast: float = 0.3
     schedule_every: int = 1
+
+
+@dataclass(frozen=True)
+class SegmenterRecipe(TrainingRecipe):
+    """Network that draws the lungs' mask, and what is made of it. Defaults: UNet + HRNet paper, sections 3.2, 3.3 and 4.
+
+    Its schedule and the number of epochs without gain are the kit's; the paper names none.
+    """
+
+    network: str = "unet"  # or "resunet", "fc_densenet103"
+    width: float = 1.0  # channels, as a share of the published network's
+    structures: tuple[str, ...] = ("lungs",)  # of MASK_CODES: one has a sigmoid; several, and background, a softmax
+    loss: str = "dice"  # with squared denominators; or "cross_entropy"
+    background_weight: float = 1.0  # of the background in cross entropy
+    equalise: bool = False  # the histogram, as Patched FLANNEL does
+    gamma: float = 1.0  # grey 0..1 to this power, after that
+    backbone: str = ""
+    image_size: int = 512
+    epochs: int = 25
+    batch_size: int = 8
+    optimizer: str = "adam"
+    learning_rate: float = 0.005
+    schedule: str = "plateau"
+    horizontal_flip: float = 0.0
+    rotate_degrees: float = 45.0
+    turn_p: float = 1.0
+    brightness_contrast: float = 0.0
+    scale_x: tuple[float, float] = (0.8, 1.1)  # of widths, drawn evenly between the two
+    scale_y: tuple[float, float] = (1.0, 1.0)
+    shear_degrees: float = 11.3  # along x, to either side; tan of it is the paper's 0.2
+    shear_p: float = 0.7
+    gamma_drawn: tuple[float, float] = (0.5, 3.0)  # of the grey of training images, drawn evenly between the two
+    salt_pepper: float = 0.01  # share of pixels that turn black or white
+    salt_pepper_p: float = 0.3
+    blur_p: float = 0.5  # Gaussian, 11 x 11 pixels, sigma 0.5
+    noise: float = 0.05  # standard deviation, of grey 0..1; the paper's 0.5 has no unit
+    noise_p: float = 0.3
+    # What becomes of a mask before anything is cropped to it: published for 512 pixels a side, and done at that size.
+    dilations: int = 8  # by 3 x 3 pixels
+    closings: int = 2
+    least_area: float = 50_000 / 512**2  # of the canvas, after that; smaller masks are not trusted
+    least_width: float = 0.65  # of the lungs' frame, in heights; a narrower one holds one lung
+    margin: float = 0.05  # of the frame's sides, added around
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.structures or set(self.structures) - MASK_CODES.keys() or len(set(self.structures)) < len(self.structures):
+            raise RecipeError(f"structures are {list(self.structures)}; there are, each once: {', '.join(MASK_CODES)}")
+        if "lungs" in self.structures and {"left_lung", "right_lung"} & set(self.structures):
+            raise RecipeError(f"structures are {list(self.structures)}; lungs are both sides as one: take them or the sides")
+        if self.ema_decay or self.views != ("full",) or self.trained_on != "full" or self.cutouts or self.erase_p:
+            raise RecipeError("a segmenter takes no ema_decay, views, trained_on, cutouts or erase_p")
 
 
 # Heidelberg's augmentation of the Faster R-CNN, report section 3.1.
@@ -267,6 +325,56 @@ RECIPES: dict[str, TrainingRecipe] = {
         vertical_flip=0.0,
         box_loss="",
         views=("full", "flip"),
+    ),
+    "unet_lungs": SegmenterRecipe(),
+    # ResUNet + ensembles, sections 4.1 and 4.2; the optimiser's settings are the kit's.
+    "resunet_lungs": SegmenterRecipe(
+        network="resunet",
+        image_size=256,
+        epochs=45,
+        batch_size=16,
+        learning_rate=1e-3,
+        horizontal_flip=0.5,
+        rotate_degrees=180.0,
+        shift=0.3,
+        scale_x=(0.8, 1.2),
+        scale_y=(0.8, 1.2),
+        shear_p=1.0,
+        gamma_drawn=(1.0, 1.0),
+        salt_pepper_p=0.0,
+        blur_p=0.0,
+        noise_p=0.0,
+    ),
+    # Patched FLANNEL, section 2.1, and Oh et al.'s code, whose network it is.
+    "fc_densenet103_lungs": SegmenterRecipe(
+        network="fc_densenet103",
+        structures=("heart", "left_lung", "right_lung"),
+        loss="cross_entropy",
+        background_weight=0.5,
+        equalise=True,
+        gamma=0.5,
+        image_size=256,
+        epochs=100,
+        batch_size=2,
+        learning_rate=1e-4,
+        weight_decay=1e-6,
+        rotate_degrees=0.0,
+        scale_x=(1.0, 1.0),
+        shear_p=0.0,
+        gamma_drawn=(1.0, 1.0),
+        salt_pepper_p=0.0,
+        blur_p=0.0,
+        noise_p=0.0,
+    ),
+    "small_lungs": SegmenterRecipe(
+        width=0.25,
+        image_size=96,
+        epochs=12,
+        batch_size=4,
+        learning_rate=4e-3,
+        rotate_degrees=10.0,
+        gamma_drawn=(0.7, 1.5),
+        noise_p=0.0,
     ),
     "small_backbone": FindingsRecipe(
         backbone="test_efficientnet",

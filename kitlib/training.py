@@ -5,7 +5,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ class RecipeTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = make_optimizer(self.model, self.recipe)
+        if self.recipe.schedule == "plateau":  # set by _EpochKeeper, who knows the scores
+            return {"optimizer": optimizer}
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, self.recipe))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -77,7 +79,7 @@ def moving_average(model: torch.nn.Module, decay: float) -> ModelEmaV3:
 
 
 def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum 0.9, or AdamW, over what is not frozen; biases and norms do not decay.
+    """SGD with Nesterov momentum 0.9, Adam or AdamW, over what is not frozen; biases and norms do not decay.
 
     A network may have a method `rates()`: prefix of parameter names -> share of the recipe's learning rate, the longest
     prefix counts. Parameters under such a prefix are taken also while they are frozen, so that they can learn later.
@@ -98,9 +100,11 @@ def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.opti
     described = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(described, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(described, lr=recipe.learning_rate)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(described, lr=recipe.learning_rate)
-    raise ValueError(f"recipe.optimizer is {recipe.optimizer!r}; there are: sgd, adamw")
+    raise ValueError(f"recipe.optimizer is {recipe.optimizer!r}; there are: sgd, adam, adamw")
 
 
 def learning_rate_factor(step: int, steps: int, recipe: TrainingRecipe) -> float:
@@ -119,6 +123,18 @@ def learning_rate_factor(step: int, steps: int, recipe: TrainingRecipe) -> float
         done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
     risen = min(1.0, (step + 1) / warmup) if warmup else 1.0
     return risen * (LEARNING_RATE_FLOOR + (1 - LEARNING_RATE_FLOOR) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def plateau_factor(scores: Sequence[float], recipe: TrainingRecipe) -> float:
+    """Share of the recipe's learning rate after epochs of these scores: a tenth for each plateau, as torch counts them.
+
+    It follows from the scores alone, so that a resumed training takes the rate that it would have had.
+    """
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(stand_in, "max", factor=0.1, patience=recipe.plateau_epochs)
+    for score in scores:
+        schedule.step(score)
+    return stand_in.param_groups[0]["lr"]
 
 
 def gathered_batches(recipe: TrainingRecipe) -> int:
@@ -208,6 +224,10 @@ class _EpochKeeper(pl.Callback):
         # What several processes draw, such as dropout, must differ between them.
         rank = data_parallel.share()[0]
         torch.manual_seed(derived_seed(self.seed, trainer.current_epoch, *([rank] if rank else [])))
+        if self.recipe.schedule == "plateau":
+            factor = plateau_factor([row["score"] for row in self.history], self.recipe)
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
         self.started = time.perf_counter()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

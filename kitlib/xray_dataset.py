@@ -2,7 +2,7 @@
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cv2
@@ -65,7 +65,7 @@ class XrayDataset(Dataset):
                 raise ValueError(f"images, column none: wanted 0..1 or NaN, got {np.nanmin(told)} to {np.nanmax(told)}")
             self.none = np.where(np.isnan(told), self.none, told)
         self.augmentation = Augmentation(recipe) if augment else None
-        self.kept = _KeptCanvases(len(self), self.side) if len(self) * self.side**2 <= KEPT_BYTES else None
+        self.kept = KeptCanvases(len(self), self.side) if len(self) * self.side**2 <= KEPT_BYTES else None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -99,7 +99,7 @@ class XrayDataset(Dataset):
         return pixels, boxes[inside]
 
 
-class _KeptCanvases:
+class KeptCanvases:
     """Canvases uint8 (side, side) and the original sizes of their images, in memory that forked workers share.
 
     Each canvas is there once, whichever worker made it; the system gives the memory as it is filled.
@@ -143,8 +143,17 @@ class EpochSampler(Sampler):
         return ((self.epoch, int(index)) for index in order)
 
 
-def batches(dataset: XrayDataset, batch_size: int, workers: int = 0, shuffle: bool = False, seed: int = 0) -> DataLoader:
-    """Batches as `collate` makes them; shuffled ones come in a new order each epoch and leave out the last, smaller one.
+def batches(
+    dataset: Dataset,
+    batch_size: int,
+    workers: int = 0,
+    shuffle: bool = False,
+    seed: int = 0,
+    joined: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+) -> DataLoader:
+    """Batches as `joined` makes them of examples, by default `collate`.
+
+    Shuffled ones come in a new order each epoch and leave out the last, smaller one.
 
     Where several processes train together, each gets its share of every shuffled batch, or every so-manieth image.
     """
@@ -157,7 +166,7 @@ def batches(dataset: XrayDataset, batch_size: int, workers: int = 0, shuffle: bo
     return DataLoader(
         dataset,
         **chosen,
-        collate_fn=collate,
+        collate_fn=joined or collate,
         num_workers=workers,
         persistent_workers=workers > 0,
         # Kept canvases are shared with forked processes alone.

@@ -11,7 +11,7 @@ FLOORS = {
     "cache lung_box mask_store dataset siim nih rsna read_dataset near_duplicates folds coco yolo_labels "
     "phantom_patients phantom phantom_plan phantom_folder phantom_competition phantom_rsna phantom_nih",
     "models": "device bundle lungs run_record squeezenet starting_weights box_mask classifier faster_rcnn yolo",
-    "running": "kill_family deadline data_parallel xray_dataset predict training_run training batch_mixing "
+    "running": "read_ahead kill_family deadline data_parallel xray_dataset predict training_run training batch_mixing "
     "classifier_training train_study train_findings train_faster_rcnn train_yolo train_detector train_folds",
     "judging": "submission scoring fusion runs annotation_files pseudo_labels tuning reports heidelberg_report "
     "detection_report findings_report figures study_figures findings_figures",

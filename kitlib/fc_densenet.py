@@ -1,0 +1,92 @@
+"""FC-DenseNet103 (Jegou et al. 2017, The One Hundred Layers Tiramisu, table 2), Patched FLANNEL's segmenter."""
+
+import torch
+from torch import nn
+
+FIRST = 48  # channels of the first convolution
+GROWTH = 16  # channels that a layer adds
+DOWN, BOTTLENECK, UP = (4, 5, 7, 10, 12), 15, (12, 10, 7, 5, 4)  # layers a block
+DROPOUT = 0.2
+
+
+class FCDenseNet103(nn.Module):
+    """Dense blocks down, a bottleneck, dense blocks up; 103 convolutions and, with four outputs, 9,319,428 parameters.
+
+    The bottleneck and the blocks on the way up, except the last one, pass on their new features alone. Any sides of at
+    least 32 pixels: what is up-sampled is cut to the skipped map's size.
+    """
+
+    multiple = 1
+    least = 32
+
+    def __init__(self, outputs: int, width: float = 1.0) -> None:
+        super().__init__()
+        channels, growth = max(1, round(FIRST * width)), max(1, round(GROWTH * width))
+        self.first = nn.Conv2d(1, channels, 3, padding=1)
+        self.down, self.smaller, skipped = nn.ModuleList(), nn.ModuleList(), []
+        for layers in DOWN:
+            self.down.append(DenseBlock(channels, growth, layers))
+            channels += growth * layers
+            skipped.append(channels)
+            self.smaller.append(_transition_down(channels))
+        self.bottleneck = DenseBlock(channels, growth, BOTTLENECK)
+        new = growth * BOTTLENECK
+        self.larger, self.up = nn.ModuleList(), nn.ModuleList()
+        for layers in UP:
+            self.larger.append(nn.ConvTranspose2d(new, new, 3, stride=2))
+            channels = new + skipped.pop()
+            self.up.append(DenseBlock(channels, growth, layers))
+            new = growth * layers
+        self.last = nn.Conv2d(channels + new, outputs, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (n, 1, rows, columns) to logits (n, outputs, rows, columns)."""
+        x, skipped = self.first(x), []
+        for block, smaller in zip(self.down, self.smaller, strict=True):
+            x = torch.cat([x, block(x)], dim=1)
+            skipped.append(x)
+            x = smaller(x)
+        new = self.bottleneck(x)
+        for larger, block in zip(self.larger, self.up, strict=True):
+            finer = skipped.pop()
+            x = torch.cat([_centre(larger(new), *finer.shape[-2:]), finer], dim=1)
+            new = block(x)
+        return self.last(torch.cat([x, new], dim=1))
+
+
+class DenseBlock(nn.Module):
+    """Layers of BN-ReLU-conv 3 x 3-dropout, each of which sees the block's input and all layers before it."""
+
+    def __init__(self, channels: int, growth: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.BatchNorm2d(channels + growth * done),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(channels + growth * done, growth, 3, padding=1),
+                nn.Dropout2d(DROPOUT),
+            )
+            for done in range(layers)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (n, channels, rows, columns) to the new features alone (n, growth x layers, rows, columns)."""
+        seen = [x]
+        for layer in self.layers:
+            seen.append(layer(torch.cat(seen, dim=1)))
+        return torch.cat(seen[1:], dim=1)
+
+
+def _transition_down(channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.BatchNorm2d(channels),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(channels, channels, 1),
+        nn.Dropout2d(DROPOUT),
+        nn.MaxPool2d(2),
+    )
+
+
+def _centre(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    top, left = (x.shape[-2] - rows) // 2, (x.shape[-1] - columns) // 2
+    return x[..., top : top + rows, left : left + columns]

@@ -1,0 +1,61 @@
+"""ResUNet (Zhang et al. 2018, Road Extraction by Deep Residual U-Net, table I), as ResUNet + ensembles has it, table 5."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+CHANNELS = (64, 128, 256, 512)
+
+
+class ResUNet(nn.Module):
+    """Three residual units down and a bridge, of stride 1, 2, 2, 2; three up, after bilinear up-sampling and concatenation.
+
+    Sides of x must be multiples of `multiple`.
+    """
+
+    multiple = 8
+
+    def __init__(self, outputs: int, width: float = 1.0) -> None:
+        super().__init__()
+        channels = [max(1, round(each * width)) for each in CHANNELS]
+        self.down = nn.ModuleList(
+            ResidualUnit(before, after, stride=2 if level else 1, first=not level)
+            for level, (before, after) in enumerate(zip([1, *channels[:-1]], channels, strict=True))
+        )
+        upward = channels[::-1]
+        self.up = nn.ModuleList(
+            ResidualUnit(before + after, after) for before, after in zip(upward[:-1], upward[1:], strict=True)
+        )
+        self.last = nn.Conv2d(channels[0], outputs, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (n, 1, rows, columns) to logits (n, outputs, rows, columns)."""
+        skipped = []
+        for unit in self.down:
+            x = unit(x)
+            skipped.append(x)
+        skipped.pop()
+        for unit in self.up:
+            finer = skipped.pop()
+            x = functional.interpolate(x, finer.shape[-2:], mode="bilinear", align_corners=False)
+            x = unit(torch.cat([x, finer], dim=1))
+        return self.last(x)
+
+
+class ResidualUnit(nn.Module):
+    """BN-ReLU-conv 3 x 3, twice, plus a 1 x 1 convolution of the input; the network's first unit has no leading BN-ReLU."""
+
+    def __init__(self, before: int, after: int, stride: int = 1, first: bool = False) -> None:
+        super().__init__()
+        leading = [] if first else [nn.BatchNorm2d(before), nn.ReLU(inplace=True)]
+        self.path = nn.Sequential(
+            *leading,
+            nn.Conv2d(before, after, 3, stride, padding=1),
+            nn.BatchNorm2d(after),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(after, after, 3, padding=1),
+        )
+        self.shortcut = nn.Conv2d(before, after, 1, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.path(x) + self.shortcut(x)
