@@ -72,6 +72,16 @@ class Placement:
         canvas[top : top + shown.shape[0], left : left + shown.shape[1]] = shown
         return canvas
 
+    def back(self, canvas: np.ndarray, rows: int, columns: int) -> np.ndarray:
+        """The canvas's pixels, uint8, where the original's lie, on a copy of it of `rows` x `columns`; 0 beyond the canvas.
+
+        The inverse of `image`, between pixels linear.
+        """
+        x, y = self.scale[:2] * [self.columns / columns, self.rows / rows]
+        # From a pixel's middle on the copy to its place on the canvas, whose pixels' middles count from 0.
+        place = np.array([[x, 0, self.offset[0] + x / 2 - 0.5], [0, y, self.offset[1] + y / 2 - 0.5]])
+        return cv2.warpAffine(canvas, place, (columns, rows), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+
     def boxes_to_canvas(self, boxes: np.ndarray) -> np.ndarray:
         """Original pixels to the canvas's; what lies outside of frame or canvas keeps its place there."""
         return np.asarray(boxes, dtype=float).reshape(-1, 4) * self.scale + self.offset

@@ -1,7 +1,6 @@
 """Predictions of one trained model over a stream of X-rays. Imports no training library: a submission starts in seconds."""
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ from kitlib.bundle import BundleError, read_bundle
 from kitlib.cache import CachedXray
 from kitlib.classes import STUDY_CLASSES
 from kitlib.device import autocast, pick_device
+from kitlib.fitted_batches import FittedBatches
 from kitlib.geometry import PLACEMENTS, Placement, clip_boxes, flip_boxes, within
 from kitlib.lung_box import lung_box
 from kitlib.read_ahead import ahead
 from kitlib.recipes import VIEWS
 from kitlib.tables import BOX, check_table, empty_table
-
-logger = logging.getLogger(__name__)
 
 BATCH_SIZES = {"cuda": 64, "cpu": 8}
 # Of boxes from different views; 1st place used it between models.
@@ -42,8 +40,7 @@ class Predictor:
 
     `views` (keys of VIEWS; by default those of the model's recipe) are averaged: probabilities by their mean, boxes, brought
     back to the original, by weighted box fusion into one list. Where no lungs are found, their view is of the whole image;
-    `lungs_missed` counts how often, among the images of `seen`. `batch_size` is halved for good whenever the GPU's memory
-    does not suffice.
+    `lungs_missed` counts how often, among the images of `seen`.
     """
 
     def __init__(
@@ -57,7 +54,7 @@ class Predictor:
         self.kind = record["family"] if record["family"] in ("study", "findings") else "detector"
         self.model, self.fold, self.classes = record["model"], record["fold"], list(record["classes"])
         self.network, self.device = network, device
-        self.batch_size = batch_size or BATCH_SIZES[device.type]
+        self.fitted = FittedBatches(self.model, device, batch_size or BATCH_SIZES[device.type])
         self.seen: list[str] = []  # image_ids whose predictions have left, with a box or without
         self.lungs_missed = 0
         recipe = record["recipe"]
@@ -87,7 +84,7 @@ class Predictor:
         xrays: list[CachedXray] = []
         for xray in stream:
             xrays.append(xray)
-            if len(xrays) >= self.batch_size:
+            if len(xrays) >= self.fitted.size:
                 yield self._batch(xrays)
                 xrays = []
         if xrays:
@@ -111,7 +108,7 @@ class Predictor:
         return self._place(xray.rows, xray.columns, self._side)
 
     def _probabilities(self, batch: Batch) -> pd.DataFrame:
-        found = np.mean([self._fitting(self._classified, pixels) for pixels, _ in self._seen_by(batch)], axis=0)
+        found = np.mean([self.fitted(self._classified, pixels) for pixels, _ in self._seen_by(batch)], axis=0)
         table = pd.DataFrame(found, columns=self.classes)
         if self.kind == "study" and self._outputs != "both":
             table[[name for name in self.classes if (name == "none") != (self._outputs == "none")]] = np.nan
@@ -135,7 +132,7 @@ class Predictor:
         views = [
             [
                 self._in_original(place, found, VIEWS[view][1])
-                for place, found in zip(placements, self._fitting(self.network.predict, pixels), strict=True)
+                for place, found in zip(placements, self.fitted(self.network.predict, pixels), strict=True)
             ]
             for view, (pixels, placements) in zip(self.views, self._seen_by(batch), strict=True)
         ]
@@ -167,28 +164,6 @@ class Predictor:
             scores.append(score[score > 0])
         merged, score = merge_boxes(boxes, scores, np.ones(len(lists)), iou=VIEWS_IOU)
         return merged * side, score
-
-    def _fitting(self, compute: Callable[[torch.Tensor], list[np.ndarray]], pixels: torch.Tensor) -> list[np.ndarray]:
-        """`compute` over as many images at a time as memory allows, its lists joined."""
-        found: list[np.ndarray] = []
-        start = 0
-        while start < len(pixels):
-            piece = pixels[start : start + self.batch_size]
-            try:
-                found += compute(piece.to(self.device, non_blocking=True))
-            except torch.cuda.OutOfMemoryError:
-                if len(piece) == 1:
-                    raise
-                self.batch_size = (len(piece) + 1) // 2
-                logger.warning(
-                    "%s: out of GPU memory at %d images, going on with %d", self.model, len(piece), self.batch_size
-                )
-            else:
-                start += len(piece)
-                continue
-            # Outside the handler: the error's traceback holds the tensors that are to be freed.
-            torch.cuda.empty_cache()
-        return found
 
 
 def load_predictor(

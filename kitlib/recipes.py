@@ -52,9 +52,7 @@ class TrainingRecipe:
     warmup_epochs: float = 0.0
     schedule: str = "cosine"  # or "plateau": a tenth of the rate where the validation score has stopped to rise
     plateau_epochs: int = 5  # without a better score until the rate falls
-    schedule_every: int = (
-        0  # of the cosine: epochs a step; 0: every batch; Heidelberg's 2 never reaches the floor
-    )
+    schedule_every: int = 0  # of the cosine: epochs a step; 0: every batch; Heidelberg's 2 never reaches the floor
     keep: str = "best"  # the epoch that validates best; or "last", where nothing may be chosen on the fold that is predicted
     patience: int = 10  # epochs without a better validation score before training stops; not if the last one is kept
     ema_decay: float = 0.0  # of the moving average of the weights that is judged and kept; 0: the weights themselves
@@ -211,7 +209,11 @@ class SegmenterRecipe(TrainingRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.structures or set(self.structures) - MASK_CODES.keys() or len(set(self.structures)) < len(self.structures):
+        if (
+            not self.structures
+            or set(self.structures) - MASK_CODES.keys()
+            or len(set(self.structures)) < len(self.structures)
+        ):
             raise RecipeError(f"structures are {list(self.structures)}; there are, each once: {', '.join(MASK_CODES)}")
         if "lungs" in self.structures and {"left_lung", "right_lung"} & set(self.structures):
             raise RecipeError(f"structures are {list(self.structures)}; lungs are both sides as one: take them or the sides")

@@ -190,7 +190,7 @@ def test_out_of_memory_halves_the_batch_for_good_and_loses_nothing(caplog):
     predictor = detecting(room=3, batch_size=16)
     found = pd.concat(predictor.predict(small.stream()))
     pd.testing.assert_frame_equal(found.reset_index(drop=True), whole.reset_index(drop=True))
-    assert predictor.batch_size == 2 and predictor.network.calls[:3] == [16, 8, 4]
+    assert predictor.fitted.size == 2 and predictor.network.calls[:3] == [16, 8, 4]
     assert max(predictor.network.calls[3:]) == 2
     assert "out of GPU memory at 16 images, going on with 8" in caplog.text
 

@@ -1,0 +1,170 @@
+"""A trained segmenter at work: label images of X-rays, what of them is plausible as lungs, and the frame to crop to.
+
+Imports no training library: a submission starts in seconds.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from kitlib import segmenter
+from kitlib.bundle import BundleError, read_bundle
+from kitlib.cache import CachedXray
+from kitlib.classes import LUNG_CODES, MASK_CODES
+from kitlib.device import autocast, pick_device
+from kitlib.fitted_batches import FittedBatches
+from kitlib.geometry import PLACEMENTS, Placement
+from kitlib.lungs import FOUND, Lungs
+from kitlib.mask_dataset import on_canvas, placement
+from kitlib.read_ahead import ahead
+from kitlib.recipes import SegmenterRecipe
+
+BATCH_SIZES = {"cuda": 64, "cpu": 8}
+CLEAN_SIDE = 512  # pixels of the canvas at which masks are cleaned up: what was published counts these
+# Why lungs are not taken as found.
+EMPTY, SMALL, NARROW = "no lung found", "too small", "too narrow for two lungs"
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """What was found in one image."""
+
+    image_id: str
+    verdict: str  # FOUND, EMPTY, SMALL or NARROW
+    area: float  # of the cleaned lungs, share of the canvas
+    frame: np.ndarray  # (4,) xmin, ymin, xmax, ymax in original pixels; the whole image where not found
+    codes: np.ndarray  # uint8 of MASK_CODES, of the shape of the cached pixels; "lungs" is what the clean-up has added
+
+
+class LungSegmenter:
+    """A segmenter under its bundle's recipe, a `LungFinder`. `missed` counts the images whose lungs were not found."""
+
+    def __init__(
+        self, record: dict[str, Any], network: segmenter.Segmenter, device: torch.device, batch_size: int | None = None
+    ) -> None:
+        self.model, self.recipe, self.network, self.device = record["model"], network.recipe, network, device
+        self.fitted = FittedBatches(self.model, device, batch_size or BATCH_SIZES[device.type])
+        self.missed = 0
+
+    def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
+        """The frame and the mask of each; neither where the mask is not plausible."""
+        found = [
+            segmented(xray, codes, place, self.recipe)
+            for xray, codes, place in zip(xrays, *self._canvases_of(xrays), strict=True)
+        ]
+        self.missed += sum(each.verdict != FOUND for each in found)
+        return [
+            Lungs(each.frame, np.isin(each.codes, LUNG_CODES)) if each.verdict == FOUND else Lungs(None) for each in found
+        ]
+
+    def label_images(self, stream: Iterable[CachedXray]) -> Iterator[tuple[CachedXray, np.ndarray, Placement]]:
+        """Each X-ray with its label image on the network's canvas, uint8 (side, side) of MASK_CODES, and the placement.
+
+        A thread reads and places ahead of the network.
+        """
+        for xrays, places, pixels in ahead(self._batches(stream)):
+            yield from zip(xrays, self.fitted(self._compute, pixels), places, strict=True)
+
+    def _batches(self, stream: Iterable[CachedXray]) -> Iterator[tuple[list[CachedXray], list[Placement], torch.Tensor]]:
+        xrays: list[CachedXray] = []
+        for xray in stream:
+            xrays.append(xray)
+            if len(xrays) >= self.fitted.size:
+                yield xrays, *self._placed(xrays)
+                xrays = []
+        if xrays:
+            yield xrays, *self._placed(xrays)
+
+    def _placed(self, xrays: Sequence[CachedXray]) -> tuple[list[Placement], torch.Tensor]:
+        places = [placement(xray, self.recipe) for xray in xrays]
+        canvases = [on_canvas(xray, place, self.recipe) for xray, place in zip(xrays, places, strict=True)]
+        return places, torch.from_numpy(np.stack(canvases))
+
+    def _canvases_of(self, xrays: Sequence[CachedXray]) -> tuple[list[np.ndarray], list[Placement]]:
+        places, pixels = self._placed(xrays)
+        return self.fitted(self._compute, pixels), places
+
+    def _compute(self, pixels: torch.Tensor) -> list[np.ndarray]:
+        with torch.inference_mode(), autocast(self.device):
+            probabilities = self.network.probabilities(self.network(self.network.normalise(pixels)))
+        return list(self.network.label_images(probabilities).cpu().numpy())
+
+
+def load_segmenter(
+    bundle_folder: str | Path, device: torch.device | None = None, batch_size: int | None = None
+) -> LungSegmenter:
+    """The bundle's segmenter on `device` (default: `pick_device`). Raises BundleError for a bundle of another kind."""
+    record, state_dict = read_bundle(bundle_folder)
+    if record["family"] != "segmenter":
+        raise BundleError(f"{bundle_folder} holds a {record['family']} model; name the bundle of a run that segments lungs")
+    device = device or pick_device()
+    return LungSegmenter(record, segmenter.load(record, state_dict, device), device, batch_size)
+
+
+def on_copy(codes: np.ndarray, place: Placement, shape: tuple[int, int]) -> np.ndarray:
+    """A label image of the canvas as one of the decoded copy, uint8 `shape`: each structure between pixels, cut at one half."""
+    laid = np.zeros(shape, np.uint8)
+    for code in np.unique(codes[codes > 0]):
+        laid[place.back((codes == code).astype(np.uint8) * 255, *shape) > 127] = code
+    return laid
+
+
+def segmented(xray: CachedXray, codes: np.ndarray, place: Placement, recipe: SegmenterRecipe) -> Segmented:
+    """The verdict on one image's label image, which lies on the canvas as `place` says.
+
+    The lungs are dilated and closed by 3 x 3 pixels on a canvas of 512 pixels a side, and not trusted below an area: UNet +
+    HRNet paper, section 3.2. Nor is a frame narrower than two lungs.
+    """
+    shape = xray.pixels.shape
+    lungs = np.isin(codes, LUNG_CODES)
+    large = PLACEMENTS[recipe.placement](xray.rows, xray.columns, CLEAN_SIDE)
+    clean = cv2.resize(lungs.astype(np.uint8) * 255, (CLEAN_SIDE, CLEAN_SIDE), interpolation=cv2.INTER_LINEAR)
+    clean = cleaned(clean > 127, recipe.dilations, recipe.closings)
+    area = float(clean.mean())
+    raw, inside = on_copy(codes, place, shape), large.back(clean.astype(np.uint8) * 255, *shape) > 127
+    kept = np.where(np.isin(raw, LUNG_CODES), raw, MASK_CODES["lungs"])
+    found = np.where(inside, kept, np.where(raw == MASK_CODES["heart"], raw, 0)).astype(np.uint8)
+    whole, frame = np.array([0.0, 0.0, xray.columns, xray.rows]), lung_frame(inside, recipe.margin)
+    verdict = EMPTY if frame is None else FOUND
+    if frame is not None:
+        frame, tight = (_in_original(each, shape, whole) for each in (frame, lung_frame(inside, 0.0)))
+        width, height = tight[2:] - tight[:2]
+        if area < recipe.least_area:
+            verdict = SMALL
+        elif width < recipe.least_width * height:
+            verdict = NARROW
+    return Segmented(xray.image_id, verdict, area, frame if verdict == FOUND else whole, found)
+
+
+def cleaned(lungs: np.ndarray, dilations: int, closings: int) -> np.ndarray:
+    """A bool mask (rows, columns), dilated and then closed so many times by 3 x 3 pixels."""
+    square, clean = np.ones((3, 3), np.uint8), lungs.astype(np.uint8)
+    if dilations:
+        clean = cv2.dilate(clean, square, iterations=dilations)
+    if closings:
+        clean = cv2.morphologyEx(clean, cv2.MORPH_CLOSE, square, iterations=closings)
+    return clean > 0
+
+
+def lung_frame(lungs: np.ndarray, margin: float) -> np.ndarray | None:
+    """xmin, ymin, xmax, ymax around a bool mask (rows, columns), on whole pixels, with a share of its sides added around.
+
+    None for an empty mask.
+    """
+    across, down = np.flatnonzero(lungs.any(axis=0)), np.flatnonzero(lungs.any(axis=1))
+    if not len(across):
+        return None
+    low, high = np.array([across[0], down[0]]), np.array([across[-1], down[-1]]) + 1
+    added = margin * (high - low)
+    low, high = np.floor(low - added).clip(min=0), np.ceil(high + added)
+    return np.concatenate([low, np.minimum(high, [lungs.shape[1], lungs.shape[0]])])
+
+
+def _in_original(box: np.ndarray, shape: tuple[int, int], whole: np.ndarray) -> np.ndarray:
+    # In this order, so that a frame at the far edge is not beyond it by a rounding.
+    return box / [shape[1], shape[0], shape[1], shape[0]] * whole[[2, 3, 2, 3]]
