@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 class FittedBatches:
-    """Computes over a batch in pieces of at most `size` images; `size` is halved for good whenever memory does not suffice."""
+    """Computes over a batch in pieces of at most `size` images, halved for good whenever memory does not suffice."""
 
     def __init__(self, model: str, device: torch.device, size: int) -> None:
         self.model, self.device, self.size = model, device, size

@@ -12,10 +12,10 @@ from torch.utils.data import Dataset
 from kitlib.cache import CachedXray, XrayCache
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.device import derived_seed
-from kitlib.geometry import PLACEMENTS, Placement
-from kitlib.intensity import adjusted
+from kitlib.geometry import Placement
 from kitlib.mask_store import MaskError, MaskStore
 from kitlib.recipes import SegmenterRecipe
+from kitlib.segment_lungs import on_canvas, placement
 from kitlib.xray_dataset import KEPT_BYTES, KeptCanvases
 
 
@@ -67,17 +67,6 @@ class MaskDataset(Dataset):
             for kept, canvas in zip(self.kept, (pixels, truth), strict=True):
                 kept.put(index, canvas, xray.rows, xray.columns)
         return pixels, truth
-
-
-def placement(xray: CachedXray, recipe: SegmenterRecipe) -> Placement:
-    """Where the whole image lies on the recipe's canvas."""
-    return PLACEMENTS[recipe.placement](xray.rows, xray.columns, recipe.image_size)
-
-
-def on_canvas(xray: CachedXray, place: Placement, recipe: SegmenterRecipe) -> np.ndarray:
-    """What the network sees, uint8 (side, side): the image's grey adjusted, then laid on the canvas, black around it."""
-    # In this order: the canvas's padding is no part of the image's histogram.
-    return place.image(adjusted(xray.pixels, recipe.equalise, recipe.gamma))
 
 
 def truth_on_canvas(codes: np.ndarray, place: Placement, recipe: SegmenterRecipe, xray: CachedXray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Masks of a run's images: label images as PNG bytes in a few Arrow files, which are mapped and not read."""
 
+import hashlib
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,6 +31,12 @@ class MaskStore:
         self._parts = 0
         for part in sorted(self.folder.glob("part-*.arrow")):
             self._open(part)
+
+    @classmethod
+    def afresh(cls, folder: str | Path) -> "MaskStore":
+        """An empty one; what was in the folder goes."""
+        shutil.rmtree(folder, ignore_errors=True)
+        return cls(folder)
 
     @property
     def ids(self) -> list[str]:
@@ -63,6 +71,14 @@ class MaskStore:
         with replacing(part) as beside, pa.OSFile(str(beside), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             writer.write_table(table)
         self._open(part)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over all masks, in whichever files they lie."""
+        digest = hashlib.sha256()
+        for image_id in sorted(self.ids):
+            column, row = self._place[image_id]
+            digest.update(image_id.encode() + hashlib.sha256(column[row].as_buffer()).digest())
+        return digest.hexdigest()
 
     def _open(self, part: Path) -> None:
         try:

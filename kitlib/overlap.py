@@ -4,9 +4,9 @@ import numpy as np
 
 
 def overlap(found: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """Dice 2 |A and B| / (|A| + |B|) and Jaccard |A and B| / |A or B| of two bool arrays of one shape; 1 where both are empty.
+    """Dice 2 |A and B| / (|A| + |B|) and Jaccard |A and B| / |A or B| of two bool arrays of one shape.
 
-    Jaccard is Dice / (2 - Dice).
+    Both are 1 where both masks are empty. Jaccard is Dice / (2 - Dice).
     """
     if found.shape != truth.shape:
         raise ValueError(f"masks of {found.shape} and {truth.shape} pixels cannot be compared")

@@ -1,5 +1,7 @@
 """ResUNet (Zhang et al. 2018, Road Extraction by Deep Residual U-Net, table I), as ResUNet + ensembles has it, table 5."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -22,10 +24,7 @@ class ResUNet(nn.Module):
             ResidualUnit(before, after, stride=2 if level else 1, first=not level)
             for level, (before, after) in enumerate(zip([1, *channels[:-1]], channels, strict=True))
         )
-        upward = channels[::-1]
-        self.up = nn.ModuleList(
-            ResidualUnit(before + after, after) for before, after in zip(upward[:-1], upward[1:], strict=True)
-        )
+        self.up = nn.ModuleList(ResidualUnit(before + after, after) for before, after in pairwise(channels[::-1]))
         self.last = nn.Conv2d(channels[0], outputs, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,8 @@ from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.device import autocast, pick_device
 from kitlib.fitted_batches import FittedBatches
 from kitlib.geometry import PLACEMENTS, Placement
+from kitlib.intensity import adjusted
 from kitlib.lungs import FOUND, Lungs
-from kitlib.mask_dataset import on_canvas, placement
 from kitlib.read_ahead import ahead
 from kitlib.recipes import SegmenterRecipe
 
@@ -106,8 +106,19 @@ def load_segmenter(
     return LungSegmenter(record, segmenter.load(record, state_dict, device), device, batch_size)
 
 
+def placement(xray: CachedXray, recipe: SegmenterRecipe) -> Placement:
+    """Where the whole image lies on the recipe's canvas."""
+    return PLACEMENTS[recipe.placement](xray.rows, xray.columns, recipe.image_size)
+
+
+def on_canvas(xray: CachedXray, place: Placement, recipe: SegmenterRecipe) -> np.ndarray:
+    """What the network sees, uint8 (side, side): the image's grey adjusted, then laid on the canvas, black around it."""
+    # In this order: the canvas's padding is no part of the image's histogram.
+    return place.image(adjusted(xray.pixels, recipe.equalise, recipe.gamma))
+
+
 def on_copy(codes: np.ndarray, place: Placement, shape: tuple[int, int]) -> np.ndarray:
-    """A label image of the canvas as one of the decoded copy, uint8 `shape`: each structure between pixels, cut at one half."""
+    """A label image of the canvas as one of the decoded copy, uint8 `shape`; each structure linear, cut at one half."""
     laid = np.zeros(shape, np.uint8)
     for code in np.unique(codes[codes > 0]):
         laid[place.back((codes == code).astype(np.uint8) * 255, *shape) > 127] = code

@@ -49,12 +49,12 @@ class Segmenter(nn.Module):
         return torch.cat([1 - inside, inside], dim=1)
 
     def label_images(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """The most probable of background and structures, pixel by pixel, as uint8 codes of MASK_CODES (n, rows, columns)."""
+        """The most probable of background and structures at each pixel, as uint8 codes of MASK_CODES (n, rows, columns)."""
         return self.codes[probabilities.argmax(dim=1)].to(torch.uint8)
 
 
 def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, recipe: SegmenterRecipe) -> torch.Tensor:
-    """The recipe's loss of logits (n, outputs, rows, columns) against places (n, rows, columns): 0 background, k structure k.
+    """The recipe's loss of logits (n, outputs, rows, columns) against places (n, rows, columns), 0 for background.
 
     "dice": 1 - 2 sum(p g) / (sum(p^2) + sum(g^2)), UNet + HRNet paper, equation 1, the mean over images and structures; 1 is
     added above and below, so that an empty mask costs 0 where nothing is found. "cross_entropy": the mean over pixels,

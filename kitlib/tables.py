@@ -48,6 +48,11 @@ SCHEMAS: dict[str, dict[str, str]] = {
     # One row an image whose lungs were looked for: "found" or why not, their share of the canvas, and their frame, which is
     # the whole image where they were not found.
     "lungs": {"image_id": "id", "verdict": "text", "area": "probability", **dict.fromkeys(BOX, "pixel")},
+    # How well a found structure (of MASK_CODES) agrees with the drawn one, on the decoded copy's pixels.
+    "mask_scores": {
+        **{"image_id": "id", "model": "text", "fold": "integer", "structure": "text"},
+        **{"dice": "probability", "jaccard": "probability"},
+    },
     # One row an image that a detector looked at, also where it found no box.
     "coverage": {"image_id": "id", "model": "text", "fold": "integer"},
 }
@@ -64,6 +69,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "image_scores": ("image_id", "model", "fold"),
     "class_scores": ("image_id", "model", "fold"),
     "coverage": ("image_id", "model", "fold"),
+    "mask_scores": ("image_id", "model", "fold", "structure"),
     "lungs": ("image_id",),
 }
 

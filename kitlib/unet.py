@@ -1,5 +1,7 @@
 """UNet (Ronneberger et al. 2015) as the UNet + HRNet paper has it, table 4: half the original's channels, padded."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -20,8 +22,7 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(
             _convolutions(before, after) for before, after in zip([1, *channels[:-1]], channels, strict=True)
         )
-        upward = channels[::-1]
-        pairs = list(zip(upward[:-1], upward[1:], strict=True))
+        pairs = list(pairwise(channels[::-1]))
         self.up = nn.ModuleList(nn.ConvTranspose2d(before, after, 2, stride=2) for before, after in pairs)
         self.joined = nn.ModuleList(_convolutions(2 * after, after) for _, after in pairs)
         self.last = nn.Conv2d(channels[0], outputs, 1)

@@ -11,8 +11,8 @@ FLOORS = {
     "cache lung_box intensity mask_store dataset siim nih rsna read_dataset near_duplicates folds coco yolo_labels "
     "phantom_patients phantom phantom_plan phantom_folder phantom_competition phantom_rsna phantom_nih",
     "models": "device bundle lungs run_record squeezenet starting_weights box_mask classifier faster_rcnn yolo unet resunet fc_densenet segmenter",
-    "running": "read_ahead fitted_batches kill_family deadline data_parallel xray_dataset mask_dataset segment_lungs predict training_run training batch_mixing "
-    "classifier_training train_study train_findings train_faster_rcnn train_yolo train_detector train_folds",
+    "running": "read_ahead fitted_batches kill_family deadline data_parallel xray_dataset segment_lungs mask_dataset predict training_run training batch_mixing "
+    "classifier_training train_study train_findings train_lungs train_faster_rcnn train_yolo train_detector train_folds",
     "judging": "submission scoring fusion runs annotation_files pseudo_labels tuning reports heidelberg_report "
     "detection_report findings_report figures study_figures findings_figures",
     "delivering": "validate install_wheels submit run_notebook plan plan_graph run_planned run_plan "
