@@ -19,18 +19,19 @@ class MaskError(ValueError):
 
 
 class MaskStore:
-    """One label image an image_id in `folder`, at the size of its decoded copy: uint8 (height, width), codes as MASK_CODES.
+    """One label image an image_id, at the size of its decoded copy: uint8 (height, width), codes as MASK_CODES.
 
-    Each `add` writes one more file, whole or not at all, so that an interrupted stage goes on after the last one. A few
-    files hold all, because Kaggle chokes on an output of thousands; memory stays flat, because they are memory-mapped.
+    They lie in `folder`, to which `add` writes, and in any `others`, such as those of a model's other folds. Each `add`
+    writes one more file, whole or not at all, so that an interrupted stage goes on after the last one. A few files hold all,
+    because Kaggle chokes on an output of thousands; memory stays flat, because they are memory-mapped.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *others: str | Path) -> None:
         self.folder = Path(folder)
         self._place: dict[str, tuple[pa.ChunkedArray, int]] = {}
-        self._parts = 0
-        for part in sorted(self.folder.glob("part-*.arrow")):
-            self._open(part)
+        for each in (self.folder, *map(Path, others)):
+            for part in sorted(each.glob("part-*.arrow")):
+                self._open(part)
 
     @classmethod
     def afresh(cls, folder: str | Path) -> "MaskStore":
@@ -67,7 +68,8 @@ class MaskStore:
             return
         png = [cv2.imencode(".png", np.ascontiguousarray(codes, np.uint8))[1].tobytes() for codes in masks.values()]
         table = pa.table({"image_id": list(masks), "png": png}, schema=SCHEMA)
-        part = self.folder / f"part-{self._parts:05d}.arrow"
+        parts = [int(part.stem.removeprefix("part-")) for part in self.folder.glob("part-*.arrow")]
+        part = self.folder / f"part-{max(parts, default=-1) + 1:05d}.arrow"
         with replacing(part) as beside, pa.OSFile(str(beside), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             writer.write_table(table)
         self._open(part)
@@ -89,4 +91,3 @@ class MaskStore:
                 f"{part} is no file of masks ({error}): delete {self.folder} and make the masks again"
             ) from error
         self._place |= {image_id: (png, row) for row, image_id in enumerate(ids)}
-        self._parts = int(part.stem.removeprefix("part-")) + 1

@@ -1,0 +1,79 @@
+"""Prepares real chest X-rays with masks that people drew, each convention by itself, as runs that notebook 12 reads.
+
+PYTHONPATH=. .venv/bin/python benchmarks/real/lungs.py --data ../shared/data --out runs/lungs
+
+The data are not part of this project; it needs the tables cxr_seg/labels.csv and cxr_cls/labels.csv. Patients are merged with
+near-duplicates where those tables say so.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import cv2
+import numpy as np
+import pandas as pd
+import typer
+
+from kitlib.atomic import write_json
+from kitlib.cache import XrayCache
+from kitlib.classes import MASK_CODES
+from kitlib.folds import check_no_leak, make_folds
+from kitlib.mask_store import MaskStore
+from kitlib.near_duplicates import near_duplicate_groups
+from kitlib.tables import empty_table, write_table
+
+LONGEST_SIDE = 512
+# Folder of the run -> the annotator as the table has it, the folds, and what the lungs' masks count.
+SETS = {
+    "v7": ("v7labs", 5, "with_heart"),
+    "kermany": ("v7labs_semantic(aligned)", 5, "with_heart"),
+    "shenzhen": ("arcus.ml", 2, "lung_fields"),
+}
+
+
+def main(data: Annotated[Path, typer.Option()], out: Annotated[Path, typer.Option()]) -> None:
+    masks = pd.read_csv(data / "cxr_seg" / "labels.csv")
+    groups = pd.read_csv(data / "cxr_cls" / "labels.csv").set_index("file").group.dropna()
+    for name, (annotator, n_folds, convention) in SETS.items():
+        rows = masks[masks.annotator == annotator].reset_index(drop=True)
+        prepare(data, rows, groups, out / name, n_folds, convention)
+
+
+def prepare(data: Path, rows: pd.DataFrame, groups: pd.Series, run: Path, n_folds: int, convention: str) -> None:
+    ids = [Path(mask).stem for mask in rows["mask"]]
+    images = pd.DataFrame(
+        {
+            "image_id": ids,
+            "study_id": ids,
+            "patient_id": groups.reindex(rows.image).fillna(rows.patient_id.set_axis(rows.image)).to_numpy(),
+            "path": [str(data / path) for path in rows.image],
+            "source": run.name,
+            "view": rows["view"].fillna(""),
+            "convention": convention,
+        }
+    )
+    cache, store = XrayCache(run / "xrays", LONGEST_SIDE), MaskStore.afresh(run / "masks")
+    outcomes = cache.fill(images)
+    if (outcomes.status == "failed").any():
+        raise SystemExit(outcomes[outcomes.status == "failed"].to_string())
+    images = images.assign(rows=outcomes["rows"].to_numpy(), columns=outcomes["columns"].to_numpy())
+    drawn = {}
+    for image_id, path in zip(ids, rows["mask"], strict=True):
+        mask = cv2.imread(str(data / path), cv2.IMREAD_GRAYSCALE)
+        if mask.shape != cache.read(image_id).pixels.shape:
+            raise SystemExit(f"{path}: {mask.shape} pixels, its image {cache.read(image_id).pixels.shape}")
+        drawn[image_id] = np.where(mask > 127, MASK_CODES["lungs"], 0)
+    store.add(drawn)
+    labels = pd.get_dummies(rows.label, dtype=float)
+    labels.insert(0, "id", ids)
+    duplicates = near_duplicate_groups(cache, images.image_id, 32)
+    folds = make_folds(images, labels, empty_table("boxes"), n_folds, 0, duplicates)
+    check_no_leak(folds, images, duplicates)
+    for name, table in {"images": images, "labels": labels, "boxes": empty_table("boxes"), "folds": folds}.items():
+        write_table(table, name, run / "tables" / f"{name}.parquet")
+    write_json(run / "metrics.json", {"longest_side": LONGEST_SIDE, "images": len(images), "convention": convention})
+    print(f"{run}: {len(images)} images of {images.patient_id.nunique()} groups in {n_folds} folds, masks: {convention}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
