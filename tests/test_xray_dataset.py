@@ -11,6 +11,8 @@ from small_xrays import BOX, COLUMNS, RECIPE, ROWS, SmallXrays
 
 from kitlib import xray_dataset
 from kitlib.cache import CachedXray
+from kitlib.geometry import PLACEMENTS, within
+from kitlib.lungs import Lungs
 from kitlib.recipes import override
 from kitlib.xray_dataset import Augmentation, EpochSampler, XrayDataset, batches
 
@@ -111,7 +113,7 @@ def test_augmentation_leaves_the_kept_canvas_alone():
     examples = dataset(small, augment=True)
     for epoch in range(20):
         examples[(epoch, 2)]
-    assert np.array_equal(examples._canvas(2)[0], dataset(small)[2]["pixels"].numpy())
+    assert np.array_equal(examples.kept.get(2)[0], dataset(small)[2]["pixels"].numpy())
 
 
 def test_a_soft_none_counts_where_it_is_known():
@@ -292,3 +294,160 @@ def test_training_leaves_out_the_last_smaller_batch_and_validation_does_not():
     assert [len(batch["pixels"]) for batch in batches(dataset(small), 3)] == [3, 3, 2]
     assert [len(batch["pixels"]) for batch in batches(dataset(small), 3, shuffle=True)] == [3, 3]
     assert [len(batch["pixels"]) for batch in batches(dataset(small), 100, shuffle=True)] == [8]
+
+
+FRAME = np.array([10.0, 6.0, 71.0, 67.0])  # original pixels: half the cached copy's 5, 3, 35.5, 33.5
+CROPS = override(STILL, lungs="masks", trained_on="lungs", views=["lungs"])
+EITHER = override(STILL, lungs="masks", trained_on="either")
+
+
+class Finder:
+    """Finds one frame in every image but those `missed`, and the mask of its pixels; counts whom it is asked for."""
+
+    def __init__(self, missed=(), frame=FRAME):
+        self.missed, self.frame, self.asked = missed, frame, []
+
+    def find(self, xrays):
+        self.asked += [xray.image_id for xray in xrays]
+        return [Lungs(None) if xray.image_id in self.missed else Lungs(self.frame, self.mask(xray)) for xray in xrays]
+
+    def mask(self, xray):
+        mask = np.zeros(xray.pixels.shape, bool)
+        mask[4:30, 6:20] = True
+        return mask
+
+
+def pixels_of(examples, keys):
+    return [examples[key]["pixels"].numpy() for key in keys]
+
+
+@pytest.mark.parametrize("placement", sorted(PLACEMENTS))
+def test_a_training_on_lungs_sees_their_frame(placement):
+    small, place = SmallXrays(8), PLACEMENTS[placement]
+    examples = dataset(small, override(CROPS, placement=placement), lungs=Finder())
+    canvas = within(place, FRAME, ROWS, COLUMNS, 32)
+    for keys in (range(8), [(3, index) for index in range(8)]):
+        for index, pixels in enumerate(pixels_of(examples, keys)):
+            np.testing.assert_array_equal(pixels, canvas.image(small.pixels[f"image{index:03d}"]))
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(sorted(PLACEMENTS)),
+    st.lists(st.floats(0, 30), min_size=2, max_size=2),
+    st.lists(st.floats(35, 80), min_size=2, max_size=2),
+    st.booleans(),
+)
+def test_boxes_come_back_from_a_crop_as_far_as_it_shows_them(placement, low, high, kept):
+    small, frame = SmallXrays(4), np.array([*low, *high])
+    examples = dataset(small, override(CROPS, placement=placement, image_size=64), lungs=Finder(frame=frame))
+    place = within(PLACEMENTS[placement], frame, ROWS, COLUMNS, 64)
+    if kept:
+        examples[2]
+        small.pixels.clear()
+    window = place.boxes_to_original(np.array([[0, 0, 64, 64]]))[0]
+    low, high = (pick(frame[half], window[half]) for pick, half in ((np.maximum, slice(2)), (np.minimum, slice(2, 4))))
+    expected = np.concatenate([np.maximum(BOX[:2], low), np.minimum(BOX[2:], high)])
+    found = examples[2]["boxes"].numpy().astype(float)
+    if (expected[2:] - expected[:2]).min() > 2:
+        # float32 canvases: 64 / 2^24 of a pixel, at a scale of at least 0.64
+        np.testing.assert_allclose(place.boxes_to_original(found), [expected], atol=3e-5)
+
+
+def test_a_box_outside_of_the_frame_is_gone_and_the_image_keeps_its_label():
+    example = dataset(SmallXrays(8), CROPS, lungs=Finder(frame=np.array([61.0, 51.0, 100.0, 80.0])))[2]
+    assert example["boxes"].shape == (0, 4) and example["none"] == 0 and example["label"].tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"trained_on": "lungs", "views": ["lungs"]}, {"trained_on": "either"}, {"masked": True}]
+)
+@pytest.mark.parametrize("finder", [None, Finder(SmallXrays(8).image_ids)], ids=["nobody", "finds none"])
+def test_where_no_lungs_are_found_all_is_as_without_them_and_counted(changes, finder):
+    small, keys = SmallXrays(8), [*range(8), *((1, index) for index in range(8))]
+    plain = dataset(small, RECIPE, augment=True, seed=4)
+    whole = dataset(small, override(RECIPE, lungs="masks", **changes), augment=True, seed=4, lungs=finder)
+    assert all(same(plain[key], whole[key]) for key in keys)
+    assert (plain.lungs_missed(), whole.lungs_missed()) == (0, 8)
+
+
+def test_missed_lungs_are_counted_whoever_was_asked_for_them():
+    finder = Finder(["image001", "image006"])
+    examples = dataset(SmallXrays(8), CROPS, lungs=finder)
+    list(batches(examples, 4, workers=2))  # asked by the workers, known here
+    assert finder.asked == [] and examples.lungs_missed() == 2
+    fresh, names = dataset(SmallXrays(8), CROPS, lungs=finder), SmallXrays(8).image_ids
+    fresh[1]
+    assert fresh.lungs_missed() == 2
+    assert finder.asked == ["image001", *(name for name in names if name != "image001")]
+
+
+@given(st.integers(0, 5), st.integers(0, 1000))
+@settings(max_examples=20)
+def test_either_draws_by_seed_epoch_and_index_alone(seed, epoch):
+    small = SmallXrays(16)
+    keys = [(epoch, index) for index in range(16)]
+    whole, crops = (pixels_of(dataset(small, recipe, lungs=Finder()), range(16)) for recipe in (STILL, CROPS))
+    drawn = pixels_of(dataset(small, EITHER, seed=seed, lungs=Finder()), keys)
+    for one, full, cropped in zip(drawn, whole, crops, strict=True):
+        assert np.array_equal(one, full) != np.array_equal(one, cropped)
+    again = dataset(small, EITHER, seed=seed, lungs=Finder())
+    assert all(np.array_equal(*each) for each in zip(pixels_of(again, keys[::-1])[::-1], drawn, strict=True))
+
+
+def test_either_shows_half_of_the_images_as_crops_and_validation_the_whole():
+    small = SmallXrays(8)
+    examples, whole = dataset(small, EITHER, lungs=Finder()), pixels_of(dataset(small, STILL), range(8))
+    # 400 draws: four standard deviations of a half are 0.1.
+    crops = [
+        not np.array_equal(pixels, whole[index])
+        for epoch in range(50)
+        for index, pixels in enumerate(pixels_of(examples, [(epoch, index) for index in range(8)]))
+    ]
+    assert np.mean(crops) == pytest.approx(0.5, abs=0.1)
+    # Every image is drawn both ways, and another seed draws otherwise.
+    assert all(0 < sum(crops[index::8]) < 50 for index in range(8))
+    other = pixels_of(dataset(small, EITHER, seed=1, lungs=Finder()), [(epoch, 0) for epoch in range(50)])
+    assert [not np.array_equal(pixels, whole[0]) for pixels in other] != crops[::8]
+    assert all(np.array_equal(*each) for each in zip(pixels_of(examples, range(8)), whole, strict=True))
+
+
+@pytest.mark.parametrize("trained_on", ["full", "lungs"])
+def test_a_masked_training_sees_black_outside_of_the_mask(trained_on):
+    small, finder = SmallXrays(8), Finder(["image003"])
+    recipe = override(STILL, lungs="masks", masked=True, trained_on=trained_on, views=["lungs"], placement="stretch")
+    examples = dataset(small, override(recipe, image_size=61), lungs=finder)
+    frame = FRAME if trained_on == "lungs" else np.array([0.0, 0.0, COLUMNS, ROWS])
+    place = within(PLACEMENTS["stretch"], frame, ROWS, COLUMNS, 61)
+    mask = np.array([[12.0, 8.0, 40.0, 60.0]])  # the mask's 6..20, 4..30 in original pixels
+    xmin, ymin, xmax, ymax = place.boxes_to_canvas(mask)[0].clip(0, 61)
+    for _ in range(2):  # the second time from the kept canvas
+        pixels = examples[2]["pixels"].numpy()
+        inside = np.zeros((61, 61), bool)
+        inside[int(ymin) : int(np.ceil(ymax)), int(xmin) : int(np.ceil(xmax))] = True
+        # Resizing blurs the edge over two pixels of the copy.
+        near = cv2.dilate(inside.astype(np.uint8), np.ones((11, 11))) > 0
+        assert (pixels[~near] == 0).all() and (pixels[cv2.erode(inside.astype(np.uint8), np.ones((11, 11))) > 0] > 40).all()
+    whole = dataset(small, override(STILL, placement="stretch", image_size=61))[3]["pixels"]
+    assert torch.equal(examples[3]["pixels"], whole) and examples.lungs_missed() == 1
+
+
+def test_kept_crops_and_whole_images_do_not_mix(monkeypatch):
+    small = SmallXrays(8)
+    keys = [*range(8), *((epoch, index) for epoch in range(4) for index in range(8))]
+    fresh = [dataset(small, EITHER, lungs=Finder())[key] for key in keys]
+    for room in (0, 1, 2):  # nothing kept, whole images alone, both
+        monkeypatch.setattr(xray_dataset, "KEPT_BYTES", room * 8 * 32 * 32)
+        finder = Finder()
+        examples = dataset(small, EITHER, lungs=finder)
+        assert (0 if examples.kept is None else len(examples.kept.pixels)) == room * 8
+        assert all(same(examples[key], example) for _ in range(2) for key, example in zip(keys, fresh, strict=True))
+        assert len(finder.asked) == len(set(finder.asked))  # a frame is found once
+
+
+def test_darkness_finds_the_lungs_of_recipes_that_say_so(monkeypatch):
+    monkeypatch.setattr("kitlib.lungs.lung_box", lambda pixels: np.array([5.0, 3.0, 35.0, 33.0]))
+    small = SmallXrays(8)
+    dark = dataset(small, override(CROPS, lungs="darkness"))
+    told = dataset(small, CROPS, lungs=Finder(frame=np.array([10.0, 6.0, 70.0, 66.0])))
+    assert all(same(dark[index], told[index]) for index in range(8))
