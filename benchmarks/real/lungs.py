@@ -2,8 +2,8 @@
 
 PYTHONPATH=. .venv/bin/python benchmarks/real/lungs.py --data ../shared/data --out runs/lungs
 
-The data are not part of this project; it needs the tables cxr_seg/labels.csv and cxr_cls/labels.csv. Patients are merged with
-near-duplicates where those tables say so.
+The data are not part of this project; it needs the tables cxr_seg/labels.csv and cxr_cls/labels.csv. Patients are merged
+with near-duplicates where those tables say so.
 """
 
 from pathlib import Path
