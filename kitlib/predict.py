@@ -15,8 +15,9 @@ from kitlib.cache import CachedXray
 from kitlib.classes import STUDY_CLASSES
 from kitlib.device import autocast, pick_device
 from kitlib.fitted_batches import FittedBatches
-from kitlib.geometry import PLACEMENTS, Placement, clip_boxes, flip_boxes, within
-from kitlib.lung_box import lung_box
+from kitlib.geometry import PLACEMENTS, Placement, clip_boxes, flip_boxes
+from kitlib.lung_crop import crop, finder_for, only_lungs, seen_lungs
+from kitlib.lungs import LungFinder, Lungs
 from kitlib.read_ahead import ahead
 from kitlib.recipes import VIEWS
 from kitlib.tables import BOX, check_table, empty_table
@@ -28,19 +29,24 @@ VIEWS_IOU = 0.6
 
 @dataclass(frozen=True)
 class Batch:
-    """Images on their canvases: `placements` and `pixels` (n, side, side) for each canvas that the views want."""
+    """Images on their canvases: `placements` and `pixels` (n, side, side) for each canvas that the views want.
+
+    `lungs_missed` of them are seen whole because their lungs were looked for and not found.
+    """
 
     image_ids: list[str]
     placements: dict[str, list[Placement]]
     pixels: dict[str, torch.Tensor]
+    lungs_missed: int
 
 
 class Predictor:
     """One model and how its input is made. Boxes leave it in original pixels.
 
     `views` (keys of VIEWS; by default those of the model's recipe) are averaged: probabilities by their mean, boxes, brought
-    back to the original, by weighted box fusion into one list. Where no lungs are found, their view is of the whole image;
-    `lungs_missed` counts how often, among the images of `seen`.
+    back to the original, by weighted box fusion into one list. `lungs` finds the lungs, batch by batch, for a recipe whose
+    lungs are "masks" (see kitlib.lung_crop). Where they are not found, frame or, for a masked recipe, mask, the image is seen
+    whole and as it is; `lungs_missed` counts how often, among the images of `seen`.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class Predictor:
         device: torch.device,
         batch_size: int | None = None,
         views: Sequence[str] | None = None,
+        lungs: LungFinder | None = None,
     ) -> None:
         self.kind = record["family"] if record["family"] in ("study", "findings") else "detector"
         self.model, self.fold, self.classes = record["model"], record["fold"], list(record["classes"])
@@ -63,6 +70,8 @@ class Predictor:
         if unknown or len(set(self.views)) < len(self.views):
             raise ValueError(f"{self.model}: views {list(self.views)}; there are, each once: {', '.join(VIEWS)}")
         self._canvas_names = sorted({VIEWS[view][0] for view in self.views})
+        self._masked, found_by = recipe.get("masked", False), recipe.get("lungs", "darkness")
+        self._finder = finder_for(found_by, lungs) if looks_at_lungs(recipe, self.views) else None
         self._outputs = recipe.get("outputs", "both")
         self._side = recipe.get("inference_size") or record["image_size"]
         self._place = PLACEMENTS[record["placement"]]
@@ -77,7 +86,7 @@ class Predictor:
         for batch in ahead(self._batches(stream)):
             table = self._boxes(batch) if self.kind == "detector" else self._probabilities(batch)
             self.seen += batch.image_ids
-            self.lungs_missed += sum(place.frame is None for place in batch.placements.get("lungs", []))
+            self.lungs_missed += batch.lungs_missed
             yield table
 
     def _batches(self, stream: Iterable[CachedXray]) -> Iterator[Batch]:
@@ -91,21 +100,21 @@ class Predictor:
             yield self._batch(xrays)
 
     def _batch(self, xrays: list[CachedXray]) -> Batch:
-        placements = {name: [self._placement(xray, name) for xray in xrays] for name in self._canvas_names}
+        lungs = seen_lungs(self._finder, xrays, self._masked) if self._finder else [Lungs(None)] * len(xrays)
+        placements = {
+            name: [
+                crop(self._place, each.frame if name == "lungs" else None, xray.rows, xray.columns, self._side)
+                for xray, each in zip(xrays, lungs, strict=True)
+            ]
+            for name in self._canvas_names
+        }
+        shown = [only_lungs(xray.pixels, each.mask) for xray, each in zip(xrays, lungs, strict=True)]
         pixels = {
-            name: torch.from_numpy(np.stack([place.image(xray.pixels) for place, xray in zip(places, xrays, strict=True)]))
+            name: torch.from_numpy(np.stack([place.image(each) for place, each in zip(places, shown, strict=True)]))
             for name, places in placements.items()
         }
-        return Batch([xray.image_id for xray in xrays], placements, pixels)
-
-    def _placement(self, xray: CachedXray, canvas: str) -> Placement:
-        if canvas == "lungs":
-            lungs = lung_box(xray.pixels)
-            if lungs is not None:
-                rows, columns = xray.pixels.shape
-                frame = lungs / [columns, rows, columns, rows] * [xray.columns, xray.rows, xray.columns, xray.rows]
-                return within(self._place, frame, xray.rows, xray.columns, self._side)
-        return self._place(xray.rows, xray.columns, self._side)
+        missed = sum(each.frame is None for each in lungs) if self._finder else 0
+        return Batch([xray.image_id for xray in xrays], placements, pixels, missed)
 
     def _probabilities(self, batch: Batch) -> pd.DataFrame:
         found = np.mean([self.fitted(self._classified, pixels) for pixels, _ in self._seen_by(batch)], axis=0)
@@ -166,13 +175,20 @@ class Predictor:
         return merged * side, score
 
 
+def looks_at_lungs(recipe: dict[str, Any], views: Sequence[str] | None = None) -> bool:
+    """Whether a model of `recipe`, as a bundle's record has it, asks where the lungs are; `views` instead of its own."""
+    shown = views or recipe.get("views") or ("full",)
+    return recipe.get("masked", False) or any(VIEWS[view][0] == "lungs" for view in shown)
+
+
 def load_predictor(
     bundle_folder: str | Path,
     device: torch.device | None = None,
     batch_size: int | None = None,
     views: Sequence[str] | None = None,
+    lungs: LungFinder | None = None,
 ) -> Predictor:
-    """The bundle's model on `device` (default: `pick_device`); `views` instead of its recipe's.
+    """The bundle's model on `device` (default: `pick_device`); `views` instead of its recipe's; `lungs` as Predictor says.
 
     Raises BundleError for a bundle that cannot be trusted.
     """
@@ -187,7 +203,7 @@ def load_predictor(
         from kitlib.yolo import load
     else:
         raise BundleError(f"{bundle_folder}: no family {record['family']!r}; there are: study, findings, faster_rcnn, yolo")
-    return Predictor(record, load(record, state_dict, device), device, batch_size, views)
+    return Predictor(record, load(record, state_dict, device), device, batch_size, views, lungs)
 
 
 def study_and_image_scores(chunks: Iterable[pd.DataFrame], images: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -9,16 +9,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_xrays import COLUMNS, RECIPE, ROWS, SmallXrays
 
 from kitlib.bundle import BundleError, save_bundle
 from kitlib.cache import CachedXray
 from kitlib.classes import STUDY_CLASSES
 from kitlib.classifier import OUTPUTS, FindingsClassifier, StudyClassifier
-from kitlib.geometry import PLACEMENTS
+from kitlib.geometry import PLACEMENTS, flip_boxes, within
+from kitlib.lungs import Lungs
 from kitlib.predict import VIEWS, Predictor, load_predictor, study_and_image_scores
 from kitlib.recipes import FindingsRecipe, override
-from kitlib.tables import check_table
+from kitlib.tables import BOX, check_table
+from kitlib.xray_dataset import XrayDataset
 
 CPU = torch.device("cpu")
 RECORD = {
@@ -102,16 +106,16 @@ class Detector:
         return np.array([[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1, 0.5]])
 
 
-def detecting(placement="letterbox", size=160, room=100, batch_size=8, views=("full",)):
-    record = RECORD | {"family": "faster_rcnn", "image_size": size, "placement": placement}
-    return Predictor(record, Detector(room), CPU, batch_size, views)
+def detecting(placement="letterbox", size=160, room=100, batch_size=8, views=("full",), lungs=None, recipe=None):
+    record = RECORD | {"family": "faster_rcnn", "image_size": size, "placement": placement, "recipe": recipe or {}}
+    return Predictor(record, Detector(room), CPU, batch_size, views, lungs)
 
 
 @pytest.mark.parametrize("placement", ["letterbox", "stretch"])
 @pytest.mark.parametrize("views", [("full",), ("flip",), ("lungs",), ("lungs_flip",), tuple(VIEWS)])
 def test_boxes_come_back_in_original_pixels_from_every_view(placement, views, monkeypatch):
     # A frame with odd sides on the cached copy's grid (50 x 40), around the white block at 10..30, 5..25.
-    monkeypatch.setattr("kitlib.predict.lung_box", lambda pixels: np.array([3.0, 2.0, 44.0, 39.0]))
+    monkeypatch.setattr("kitlib.lungs.lung_box", lambda pixels: np.array([3.0, 2.0, 44.0, 39.0]))
     small = SmallXrays(16)
     rows = pd.concat(detecting(placement, views=views).predict(small.stream()))
     merged = rows.merge(small.boxes, on="image_id", suffixes=("", "_true"))
@@ -124,11 +128,120 @@ def test_boxes_come_back_in_original_pixels_from_every_view(placement, views, mo
 
 
 def test_without_lungs_their_view_is_the_whole_image_and_counted(monkeypatch):
-    monkeypatch.setattr("kitlib.predict.lung_box", lambda pixels: None)
+    monkeypatch.setattr("kitlib.lungs.lung_box", lambda pixels: None)
     small = SmallXrays(16)
     lungs = detecting(views=("lungs",))
     pd.testing.assert_frame_equal(pd.concat(lungs.predict(small.stream())), pd.concat(detecting().predict(small.stream())))
     assert lungs.lungs_missed == 16
+
+
+class Finder:
+    """Finds this frame in every image but those `missed`, and a mask of the copy's left half; `batches` are whom it met."""
+
+    def __init__(self, frame=(6.0, 4.0, 88.0, 78.0), missed=(), masks=True):
+        self.frame, self.missed, self.masks, self.batches = np.array(frame), missed, masks, []
+
+    def find(self, xrays):
+        self.batches.append([xray.image_id for xray in xrays])
+        return [Lungs(None) if xray.image_id in self.missed else Lungs(self.frame, self.mask(xray)) for xray in xrays]
+
+    def mask(self, xray):
+        if not self.masks:
+            return None
+        mask = np.zeros(xray.pixels.shape, bool)
+        mask[:, : mask.shape[1] // 2] = True
+        return mask
+
+
+@pytest.mark.parametrize("placement", sorted(PLACEMENTS))
+@settings(max_examples=30)
+@given(st.tuples(*[st.floats(0, 400)] * 2), st.tuples(*[st.floats(1500, 2003)] * 2), st.booleans())
+def test_boxes_return_exactly_from_a_crop(placement, low, high, mirrored):
+    rows, columns, frame = 3001, 2003, np.array([*low, *high])
+    truth = np.array([[700.25, 800.5, 1100.75, 1200.125]])  # in the middle of each crop
+    place = within(PLACEMENTS[placement], frame, rows, columns, 512)
+
+    class Exact:
+        def predict(self, pixels):
+            boxes = place.boxes_to_canvas(truth)
+            return [np.c_[flip_boxes(boxes, 512) if mirrored else boxes, [0.25]]]
+
+    record = RECORD | {"family": "yolo", "image_size": 512, "placement": placement, "recipe": {"lungs": "masks"}}
+    xray = CachedXray(image_id="a", pixels=np.zeros((300, 200), np.uint8), rows=rows, columns=columns)
+    views = ["lungs_flip" if mirrored else "lungs"]
+    found = next(Predictor(record, Exact(), CPU, 1, views, Finder(frame)).predict([xray]))
+    np.testing.assert_allclose(found[list(BOX)], truth, rtol=0, atol=1e-6)
+
+
+def test_lungs_are_looked_for_in_batches_and_the_missed_ones_seen_whole():
+    small, finder = SmallXrays(16), Finder(missed=["image003", "image014"])
+    predictor = detecting(views=("lungs",), lungs=finder, batch_size=4, recipe={"lungs": "masks"})
+    found = pd.concat(predictor.predict(small.stream())).set_index("image_id")
+    assert [len(batch) for batch in finder.batches] == [4] * 4 and predictor.lungs_missed == 2
+    assert set(found.index) == set(small.boxes.image_id)
+    whole = pd.concat(detecting().predict(small.stream())).set_index("image_id")
+    # From another canvas the block has other edges, by parts of a pixel.
+    differ = (found[list(BOX)] != whole[list(BOX)]).any(axis=1)
+    assert differ[differ].index.tolist() == [name for name in found.index if name not in finder.missed]
+
+
+@pytest.mark.parametrize("recipe", [{}, {"masked": True}], ids=["plain", "masked"])
+@pytest.mark.parametrize("finder", [None, Finder(missed=SmallXrays(16).image_ids)], ids=["nobody", "finds none"])
+def test_where_no_lungs_are_found_all_is_as_without_them_and_counted(recipe, finder):
+    small, views = SmallXrays(16), ("full", "lungs", "flip", "lungs_flip")
+    lungs = detecting(views=views, lungs=finder, recipe={"lungs": "masks"} | recipe)
+    whole = detecting(views=("full", "flip"))
+    for one, other in zip(lungs.predict(small.stream()), whole.predict(small.stream()), strict=True):
+        pd.testing.assert_frame_equal(one, other)
+    assert (lungs.lungs_missed, whole.lungs_missed) == (16, 0)
+
+
+def test_nobody_is_asked_where_no_view_wants_the_lungs():
+    finder = Finder()
+    predictor = detecting(views=("full", "flip"), lungs=finder, recipe={"lungs": "masks"})
+    list(predictor.predict(SmallXrays(8).stream()))
+    assert finder.batches == [] and predictor.lungs_missed == 0
+
+
+@pytest.mark.parametrize("views", [("full",), ("lungs",)])
+def test_a_masked_model_sees_black_outside_of_the_mask_and_misses_what_has_none(views):
+    class Network:
+        def __init__(self):
+            self.seen = []
+
+        def predict(self, pixels):
+            self.seen += list(pixels.numpy())
+            return [np.zeros((0, 5))] * len(pixels)
+
+    small, seen = SmallXrays(8), {}
+    for masks in (True, False):
+        finder, network = Finder(masks=masks), Network()
+        record = RECORD | {"family": "yolo", "placement": "stretch", "recipe": {"lungs": "masks", "masked": True}}
+        predictor = Predictor(record, network, CPU, 4, views, finder)
+        list(predictor.predict(small.stream()))
+        seen[masks], missed = network.seen, predictor.lungs_missed
+        assert missed == (0 if masks else 8)
+    frame = finder.frame if views == ("lungs",) else np.array([0.0, 0.0, COLUMNS, ROWS])
+    place = within(PLACEMENTS["stretch"], frame, ROWS, COLUMNS, 32)
+    edge = place.boxes_to_canvas(np.array([0.0, 0.0, COLUMNS / 2, ROWS]))[0, 2]
+    for index, pixels in enumerate(seen[True]):
+        # An area that is shrunk reaches over one pixel of the canvas.
+        assert (pixels[:, int(edge) + 2 :] == 0).all() and (pixels[:, : int(edge) - 1] > 0).mean() > 0.5
+        whole = PLACEMENTS["stretch"](ROWS, COLUMNS, 32).image(small.pixels[f"image{index:03d}"])
+        np.testing.assert_array_equal(seen[False][index], whole)
+
+
+def test_a_model_predicts_on_the_crop_that_its_training_saw(bundle):
+    small, finder = SmallXrays(8), Finder()
+    trained = override(RECIPE, lungs="masks", trained_on="lungs", views=["lungs"], masked=True)
+    examples = XrayDataset(small.images, small.labels, small.boxes, small, trained, lungs=finder)
+    record = RECORD | {"recipe": RECORD["recipe"] | {"lungs": "masks", "views": ["lungs"], "masked": True}}
+    network = load_predictor(bundle, CPU).network
+    with torch.inference_mode():
+        pixels = torch.stack([examples[index]["pixels"] for index in range(8)])
+        expected = network.probabilities(network(network.normalise(pixels))).numpy()
+    found = pd.concat(Predictor(record, network, CPU, 8, lungs=finder).predict(small.stream()))
+    np.testing.assert_allclose(found[list(OUTPUTS)], expected, atol=1e-6)
 
 
 def test_unknown_views_are_refused():
