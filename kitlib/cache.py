@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from pebble import ProcessExpired, ProcessPool
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from kitlib import codestream, decode_worker, decoders, dicom, dicom_header, geometry, grey, image_file, stored_values
@@ -120,6 +121,13 @@ class XrayCache:
                 return CachedXray(image_id, opened.get_tensor("pixels"), int(told["rows"]), int(told["columns"]))
         except (SafetensorError, KeyError, TypeError) as error:
             raise CacheError(f"{entry} is damaged ({error}): delete it and decode again") from error
+
+    def put(self, xray: CachedXray) -> None:
+        """Write an entry that is no file's decoded copy, such as one that was changed; it replaces what is there."""
+        entry = self._entry(xray.image_id)
+        told = {"rows": str(xray.rows), "columns": str(xray.columns), "warnings": "[]"}
+        with replacing(entry) as beside:
+            beside.write_bytes(save({"pixels": np.ascontiguousarray(xray.pixels)}, metadata=told))
 
     def pack(self) -> Path:
         """Make one file of all entries, in place of them: Kaggle chokes on an output of thousands of files.
