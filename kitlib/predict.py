@@ -45,8 +45,8 @@ class Predictor:
 
     `views` (keys of VIEWS; by default those of the model's recipe) are averaged: probabilities by their mean, boxes, brought
     back to the original, by weighted box fusion into one list. `lungs` finds the lungs, batch by batch, for a recipe whose
-    lungs are "masks" (see kitlib.lung_crop). Where they are not found, frame or, for a masked recipe, mask, the image is seen
-    whole and as it is; `lungs_missed` counts how often, among the images of `seen`.
+    lungs are "masks" (see kitlib.lung_crop). Where they are not found, frame or, for a masked recipe, mask, the image is
+    seen whole and as it is; `lungs_missed` counts how often, among the images of `seen`.
     """
 
     def __init__(

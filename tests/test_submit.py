@@ -201,7 +201,7 @@ def with_recipe(weights, copy, names=("small-fold0", "small-fold1"), **fields) -
 
 def test_a_bundles_views_run_and_missed_lungs_are_told(competition, weights, tmp_path, monkeypatch):
     calls, classified = [], Predictor._classified
-    monkeypatch.setattr("kitlib.predict.lung_box", lambda _: None)
+    monkeypatch.setattr("kitlib.lungs.lung_box", lambda _: None)
     monkeypatch.setattr(Predictor, "_classified", lambda self, pixels: calls.append(len(pixels)) or classified(self, pixels))
     path, ledger = submit(competition, with_recipe(weights, tmp_path / "weights", views=list(VIEWS)), tmp_path)
     readable = len(list(competition.glob("test/*/*/*.dcm"))) - DAMAGED
@@ -223,7 +223,7 @@ def test_a_model_is_judged_by_the_pace_of_its_views(competition, weights, tmp_pa
     monkeypatch.setattr(Predictor, "_classified", in_a_second)
     monkeypatch.setattr("kitlib.submit.time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr("kitlib.submit.IMAGES_BEFORE_JUDGING", 4)
-    monkeypatch.setattr("kitlib.predict.lung_box", lambda pixels: np.array([0, 0, *pixels.shape[::-1]]))
+    monkeypatch.setattr("kitlib.lungs.lung_box", lambda pixels: np.array([0, 0, *pixels.shape[::-1]]))
     run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
     batches = -(-len(run.images) // SETTINGS.batch_size)
     budgets, predict_with = iter([1e3, 2.0 * batches]), run._predict_with
