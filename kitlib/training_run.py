@@ -19,6 +19,7 @@ from kitlib.atomic import replacing, write_json, write_text
 from kitlib.bundle import data_fingerprint, save_bundle
 from kitlib.cache import CachedXray, XrayCache
 from kitlib.device import precision
+from kitlib.lungs import StoredLungs
 from kitlib.recipes import TrainingRecipe
 from kitlib.run_record import process_record
 from kitlib.starting_weights import starting_weights_digest
@@ -192,6 +193,7 @@ def run_identity(
     limit_train: int | None,
     limit_validation: int | None,
     extra: ExtraImages | None = None,
+    lungs: StoredLungs | None = None,
 ) -> dict[str, Any]:
     """All that a run's weights follow from, in JSON's types; `tables` are images, labels, boxes and folds by name."""
     return {
@@ -206,6 +208,7 @@ def run_identity(
         "folds_fingerprint": data_fingerprint(folds=tables["folds"]),
         "starting_weights_sha256": starting_weights_digest(recipe.starting_weights) if recipe.starting_weights else "",
         **({"extra": extra.identity()} if extra is not None else {}),
+        **({"lungs_fingerprint": lungs.fingerprint} if lungs is not None else {}),
     }
 
 

@@ -1,6 +1,7 @@
 """The split, who may use a run folder, and what one holds at the end."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -126,9 +127,19 @@ def test_extra_tables_say_nothing_about_other_images(caplog):
     assert "tell nothing about negative, typical, indeterminate, atypical" in caplog.text
 
 
-def identity(extra=None):
+def identity(extra=None, lungs=None):
     tables = {"images": SMALL.images, "labels": SMALL.labels, "boxes": SMALL.boxes, "folds": SMALL.fold_table}
-    return run_identity(tables, 0, SMALL, RECIPE, "small", 0, None, None, extra)
+    return run_identity(tables, 0, SMALL, RECIPE, "small", 0, None, None, extra, lungs)
+
+
+def test_a_run_is_known_by_the_lungs_that_it_saw(tmp_path):
+    one, other = (SimpleNamespace(fingerprint=digest) for digest in ("ab" * 32, "cd" * 32))
+    assert "lungs_fingerprint" not in identity()
+    open_run(tmp_path, identity(lungs=one), resume=True)
+    assert open_run(tmp_path, identity(lungs=one), resume=True) is False
+    for differs, told in ((identity(lungs=other), "cd" * 32), (identity(), "-")):
+        with pytest.raises(ResumeError, match=rf"lungs_fingerprint: 'abab\w+' there, '{told}' here"):
+            open_run(tmp_path, differs, resume=True)
 
 
 def test_a_run_is_known_by_its_extra_images_too(tmp_path):
