@@ -17,6 +17,8 @@ from kitlib.classifier import OUTPUTS, StudyClassifier, study_loss
 from kitlib.classifier_training import ClassifierTraining, start_from_weights
 from kitlib.deadline import Deadline
 from kitlib.device import seed_everything, training_device
+from kitlib.lung_crop import check_finder
+from kitlib.lungs import StoredLungs
 from kitlib.predict import load_predictor, study_and_image_scores
 from kitlib.recipes import StudyRecipe
 from kitlib.tables import check_table, read_table, study_labels, write_table
@@ -66,15 +68,17 @@ def train_study(
     resume: bool = True,
     progress: bool = True,
     deadline: Deadline | None = None,
+    lungs: StoredLungs | None = None,
 ) -> StudyRun | None:
     """Train, keep the recipe's epoch, predict the validation fold with it; `run_folder` gets all of it, metrics.json last.
 
     An interrupted run goes on where it was and gives what an uninterrupted one gives; a finished one is read back. Raises
     ResumeError if the folder holds a run of other data or settings, ValueError if the recipe freezes random weights or if
-    `extra` images, which are trained on as well, are among those validated on. Limits are numbers of images, whole
-    patients; they do not touch `extra`.
+    `extra` images, which are trained on as well, are among those validated on, or where `lungs` are not what the
+    recipe's field asks for (see check_finder). Limits are numbers of images, whole patients; they do not touch `extra`.
     """
     run_folder = Path(run_folder)
+    check_finder(recipe, lungs, model_name)
     if recipe.frozen_backbone and not recipe.starting_weights:
         raise ValueError(
             f"{model_name}: the recipe freezes {recipe.backbone} at random weights, from which nothing is learnt; "
@@ -85,7 +89,7 @@ def train_study(
     tables = {name: check_table(table, name) for name, table in tables.items()} | {"labels": study_labels(labels)}
     images, labels, boxes, folds = tables.values()
     train_images, validation_images = split(images, folds, fold, seed, limit_train, limit_validation)
-    identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation, extra)
+    identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation, extra, lungs)
     seen = with_extra(train_images, labels, boxes, cache, extra, validation_images)
     if open_run(run_folder, identity, resume):
         return read_study_run(run_folder)
@@ -95,8 +99,8 @@ def train_study(
     # Convolutions are up to a third faster with the channels last.
     model = StudyClassifier(recipe).to(memory_format=torch.channels_last)
     start = start_from_weights(model)
-    train = XrayDataset(*seen, recipe, augment=True, seed=seed)
-    validation = XrayDataset(validation_images, labels, boxes, cache, recipe)
+    train = XrayDataset(*seen, recipe, augment=True, seed=seed, lungs=lungs)
+    validation = XrayDataset(validation_images, labels, boxes, cache, recipe, lungs=lungs)
     module = StudyTraining(model, validation, validation_images.study_id.to_numpy())
     fitted = fit(
         module,
@@ -113,12 +117,17 @@ def train_study(
     if not data_parallel.is_first():
         return None
     save_trained(run_folder, model, "study", OUTPUTS, identity, fitted)
-    predictor = load_predictor(run_folder / "bundle", device, 2 * recipe.batch_size)
+    predictor = load_predictor(run_folder / "bundle", device, 2 * recipe.batch_size, lungs=lungs)
     chunks = predictor.predict(cache.read(image_id) for image_id in validation_images.image_id)
     study_scores, image_scores = study_and_image_scores(chunks, validation_images)
     write_table(study_scores, "study_scores", run_folder / "tables" / "study_scores.parquet")
     write_table(image_scores, "image_scores", run_folder / "tables" / "image_scores.parquet")
-    counts = {"starting_weights": start, "train_images": len(train), "validation_images": len(validation)}
+    counts = {
+        "starting_weights": start,
+        "train_images": len(train),
+        "validation_images": len(validation),
+        "lungs_missed": {"training": train.lungs_missed(), "predicted": predictor.lungs_missed},
+    }
     finish_fold(run_folder, identity, counts, fitted, device)
     return read_study_run(run_folder)
 

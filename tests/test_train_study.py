@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small_lungs import stored_lungs
 from small_xrays import RECIPE, SmallXrays
 
 from kitlib import train_study as module
@@ -214,6 +215,51 @@ def test_extra_images_teach(tmp_path):
     recipe = override(RECIPE, epochs=8, patience=8, learning_rate=1e-2, batch_size=8, brightness_contrast=0.0)
     taught = train(tmp_path, recipe=recipe, limit_train=4, extra=Renamed(32).extra())
     assert taught.metrics["best"]["score"] > 0.8
+
+
+CROPS = override(RECIPE, lungs="masks", trained_on="lungs", views=["lungs"], masked=True)
+
+
+def test_a_run_on_lung_crops_is_judged_on_crops_and_tells_what_it_missed(tmp_path):
+    small = SmallXrays(32)
+    held = small.fold_table.id[small.fold_table.fold == 1].tolist()
+    lungs = stored_lungs(tmp_path / "lungs", small, missed=[held[0], held[1], "image000"])
+    run = train(tmp_path / "run", small, override(CROPS, epochs=2), lungs=lungs)
+    assert run.metrics["lungs_missed"] == {"training": 1, "predicted": 2}
+    assert run.metrics["lungs_fingerprint"] == lungs.fingerprint
+    # The same images through another path: the predictor's own crops.
+    images = run.image_scores
+    none = (~images.image_id.isin(small.boxes.image_id)).to_numpy(float)
+    found = np.c_[np.zeros((len(images), 4)), images.none]
+    alone = validation_scores(found, images.image_id.to_numpy(), np.full((len(images), 4), np.nan), none)
+    assert alone["none"] == pytest.approx(run.metrics["best"]["none"], abs=1e-6)
+    other = stored_lungs(tmp_path / "other", small)
+    with pytest.raises(ResumeError, match="lungs_fingerprint"):
+        train(tmp_path / "run", small, override(CROPS, epochs=2), lungs=other)
+
+
+def test_a_training_on_either_resumes_bit_for_bit(tmp_path, monkeypatch):
+    small = SmallXrays(32)
+    lungs, recipe = stored_lungs(tmp_path / "lungs", small), override(RECIPE, lungs="masks", trained_on="either")
+    whole = train(tmp_path / "whole", small, recipe, lungs=lungs)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, 2)
+        with pytest.raises(ConnectionError):
+            train(tmp_path / "stopped", small, recipe, lungs=lungs)
+    resumed = train(tmp_path / "stopped", small, recipe, lungs=lungs)
+    assert all(torch.equal(value, weights_of(resumed)[name]) for name, value in weights_of(whole).items())
+    # Whole images alone teach something else.
+    full = train(tmp_path / "full", small, override(recipe, trained_on="full"), lungs=lungs)
+    assert not all(torch.equal(value, weights_of(full)[name]) for name, value in weights_of(whole).items())
+
+
+def test_masks_that_do_not_suit_the_recipe_are_refused_before_anything_is_written(tmp_path):
+    lungs = stored_lungs(tmp_path / "lungs", SmallXrays(32))
+    with pytest.raises(ValueError, match=r"small: .*set lungs_run"):
+        train(tmp_path / "run", recipe=CROPS)
+    with pytest.raises(ValueError, match=r'small: .*\{"lungs": "masks"\}'):
+        train(tmp_path / "run", lungs=lungs)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_score_is_the_mean_over_what_has_positives():
