@@ -15,6 +15,8 @@ from kitlib.classifier import FindingsClassifier, mean_of_known, smoothed
 from kitlib.classifier_training import ClassifierTraining, start_from_weights
 from kitlib.deadline import Deadline
 from kitlib.device import seed_everything, training_device
+from kitlib.lung_crop import check_finder
+from kitlib.lungs import StoredLungs
 from kitlib.predict import Predictor, load_predictor
 from kitlib.recipes import FindingsRecipe
 from kitlib.roc_auc import mean_auc
@@ -54,6 +56,7 @@ def train_findings(
     resume: bool = True,
     progress: bool = True,
     deadline: Deadline | None = None,
+    lungs: StoredLungs | None = None,
 ) -> FindingsRun | None:
     """Train, keep the recipe's epoch, predict the validation fold and the images of the split "test" with it.
 
@@ -61,9 +64,11 @@ def train_findings(
     study classifier or a detector may start. An interrupted run goes on where it was and gives what an uninterrupted one
     gives; a finished one is read back. Limits are numbers of images, whole patients; `limit_validation` is the test images'
     too. Raises ResumeError if the folder holds a run of other data or settings, ValueError if the recipe freezes random
-    weights, test images are in a fold, or labels of exclusive classes do not sum to 1.
+    weights, test images are in a fold, labels of exclusive classes do not sum to 1, or where `lungs` are not what the
+    recipe's field asks for (see check_finder).
     """
     run_folder = Path(run_folder)
+    check_finder(recipe, lungs, model_name)
     tables = {"images": images, "labels": labels, "boxes": boxes, "folds": folds}
     tables = {name: check_table(table, name) for name, table in tables.items()}
     images, labels, boxes, folds = tables.values()
@@ -71,7 +76,7 @@ def train_findings(
     check_findings(images, labels, folds, recipe, model_name)
     train_images, validation_images = split(images, folds, fold, seed, limit_train, limit_validation)
     test_images = unseen_test_images(images, train_images, limit_validation)
-    identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation)
+    identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation, lungs=lungs)
     if open_run(run_folder, identity, resume):
         return read_findings_run(run_folder)
 
@@ -79,8 +84,8 @@ def train_findings(
     device = training_device()
     model = FindingsClassifier(recipe, classes).to(memory_format=torch.channels_last)
     start = start_from_weights(model)
-    train = XrayDataset(train_images, labels, boxes, cache, recipe, augment=True, seed=seed)
-    validation = XrayDataset(validation_images, labels, boxes, cache, recipe)
+    train = XrayDataset(train_images, labels, boxes, cache, recipe, augment=True, seed=seed, lungs=lungs)
+    validation = XrayDataset(validation_images, labels, boxes, cache, recipe, lungs=lungs)
     fitted = fit(
         FindingsTraining(model, validation),
         batches(train, recipe.batch_size, workers, shuffle=True, seed=seed),
@@ -96,7 +101,7 @@ def train_findings(
     if not data_parallel.is_first():
         return None
     save_trained(run_folder, model, "findings", classes, identity, fitted)
-    predictor = load_predictor(run_folder / "bundle", device, 2 * recipe.batch_size)
+    predictor = load_predictor(run_folder / "bundle", device, 2 * recipe.batch_size, lungs=lungs)
     for name, shown in (("class_scores", validation_images), ("test_scores", test_images)):
         write_table(_scores(predictor, cache, shown), "class_scores", run_folder / "tables" / f"{name}.parquet")
     counts = {
@@ -105,6 +110,7 @@ def train_findings(
         "train_images": len(train),
         "validation_images": len(validation),
         "test_images": len(test_images),
+        "lungs_missed": {"training": train.lungs_missed(), "predicted": predictor.lungs_missed},
     }
     finish_fold(run_folder, identity, counts, fitted, device)
     return read_findings_run(run_folder)

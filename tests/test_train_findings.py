@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_lungs import stored_lungs
 from small_xrays import SmallXrays
 from torch.nn import functional
 
@@ -244,3 +245,16 @@ def test_smoothing_is_cheapest_at_the_smoothed_truth(multi_label):
     logits = (wanted.logit() if multi_label else wanted.log()).requires_grad_()
     findings_loss(logits, torch.eye(4)[:1], multi_label, smoothing=0.25).backward()
     torch.testing.assert_close(logits.grad, torch.zeros(1, 4), atol=1e-6, rtol=0)
+
+
+def test_a_backbone_of_lung_crops_scores_validation_and_test_images_on_theirs(tmp_path):
+    small, recipe = SmallFindings(32), override(RECIPE, epochs=1, lungs="masks", trained_on="lungs", views=["lungs"])
+    test = small.image_ids[-1]
+    lungs = stored_lungs(tmp_path / "lungs", small, missed=[test])
+    run = train(tmp_path / "run", small, recipe, lungs=lungs)
+    assert run.metrics["lungs_missed"] == {"training": 0, "predicted": 1}
+    assert run.metrics["lungs_fingerprint"] == lungs.fingerprint and test in set(run.test_scores.image_id)
+    with pytest.raises(ValueError, match=r"nih: .*set lungs_run"):
+        train(tmp_path / "refused", small, recipe)
+    with pytest.raises(ResumeError, match="lungs_fingerprint"):
+        train(tmp_path / "run", small, recipe, lungs=stored_lungs(tmp_path / "other", small))
