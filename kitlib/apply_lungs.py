@@ -24,7 +24,7 @@ from kitlib.training_run import open_run
 
 PART = 256  # images a file of masks: an interrupted run repeats fewer than so many
 # Of the segmenter's recipe: what becomes of a mask, which does not need another training.
-CLEAN_UP = ("dilations", "closings", "least_area", "least_width", "margin")
+CLEAN_UP = ("least_island", "dilations", "closings", "least_area", "least_width", "margin")
 
 
 def apply_lungs(
@@ -69,7 +69,7 @@ def apply_lungs(
         for start in range(0, len(waiting), PART):
             stream = (cache.read(image_id) for image_id in waiting[start : start + PART])
             # The clean-up of one image and the network's work on the next ones overlap.
-            found = list(pool.map(lambda given: _finished(*given, recipe, masked), segmenter.label_images(stream)))
+            found = list(pool.map(lambda given: _finished(*given, recipe, masked), segmenter.maps(stream)))
             # The masks last: they say what is done.
             part = run_folder / "checkpoints" / f"lungs-{len(masks):06d}.parquet"
             rows.append(_table(found))
@@ -91,9 +91,9 @@ def _done(run_folder: Path, resume: bool) -> tuple[MaskStore, list[pd.DataFrame]
 
 
 def _finished(
-    xray: CachedXray, codes: np.ndarray, place: Placement, recipe: SegmenterRecipe, masked: XrayCache | None
+    xray: CachedXray, maps: np.ndarray, place: Placement, recipe: SegmenterRecipe, masked: XrayCache | None
 ) -> Segmented:
-    found = segmented(xray, codes, place, recipe)
+    found = segmented(xray, maps, place, recipe)
     if masked is not None:
         inside = np.isin(found.codes, LUNG_CODES) if found.verdict == FOUND else True
         masked.put(dataclasses.replace(xray, pixels=np.where(inside, xray.pixels, 0).astype(np.uint8)))

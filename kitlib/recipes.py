@@ -201,6 +201,7 @@ class SegmenterRecipe(TrainingRecipe):
     noise: float = 0.05  # standard deviation, of grey 0..1; the paper's 0.5 has no unit
     noise_p: float = 0.3
     # What becomes of a mask before anything is cropped to it: published for 512 pixels a side, and done at that size.
+    least_island: float = 0.01  # of the canvas; a smaller part of a mask is dropped before all else, by the kit's own rule
     dilations: int = 8  # by 3 x 3 pixels
     closings: int = 2
     least_area: float = 50_000 / 512**2  # of the canvas, after that; smaller masks are not trusted

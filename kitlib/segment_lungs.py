@@ -54,18 +54,18 @@ class LungSegmenter:
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
         """The frame and the mask of each; neither where the mask is not plausible."""
         found = [
-            segmented(xray, codes, place, self.recipe)
-            for xray, codes, place in zip(xrays, *self._canvases_of(xrays), strict=True)
+            segmented(xray, maps, place, self.recipe)
+            for xray, maps, place in zip(xrays, *self._canvases_of(xrays), strict=True)
         ]
         self.missed += sum(each.verdict != FOUND for each in found)
         return [
             Lungs(each.frame, np.isin(each.codes, LUNG_CODES)) if each.verdict == FOUND else Lungs(None) for each in found
         ]
 
-    def label_images(self, stream: Iterable[CachedXray]) -> Iterator[tuple[CachedXray, np.ndarray, Placement]]:
-        """Each X-ray with its label image on the network's canvas, uint8 (side, side) of MASK_CODES, and the placement.
+    def maps(self, stream: Iterable[CachedXray]) -> Iterator[tuple[CachedXray, np.ndarray, Placement]]:
+        """Each X-ray with the probability of each structure on the network's canvas, and the placement.
 
-        A thread reads and places ahead of the network.
+        Probabilities are uint8 (structures, side, side), 255 for 1. A thread reads and places ahead of the network.
         """
         for xrays, places, pixels in ahead(self._batches(stream)):
             yield from zip(xrays, self.fitted(self._compute, pixels), places, strict=True)
@@ -92,7 +92,7 @@ class LungSegmenter:
     def _compute(self, pixels: torch.Tensor) -> list[np.ndarray]:
         with torch.inference_mode(), autocast(self.device):
             probabilities = self.network.probabilities(self.network(self.network.normalise(pixels)))
-        return list(self.network.label_images(probabilities).cpu().numpy())
+        return list((255 * probabilities[:, 1:]).round().to(torch.uint8).cpu().numpy())
 
 
 def load_segmenter(
@@ -117,39 +117,47 @@ def on_canvas(xray: CachedXray, place: Placement, recipe: SegmenterRecipe) -> np
     return place.image(adjusted(xray.pixels, recipe.equalise, recipe.gamma))
 
 
-def on_copy(codes: np.ndarray, place: Placement, shape: tuple[int, int]) -> np.ndarray:
-    """A label image of the canvas as one of the decoded copy, uint8 `shape`; each structure linear, cut at one half."""
-    laid = np.zeros(shape, np.uint8)
-    for code in np.unique(codes[codes > 0]):
-        laid[place.back((codes == code).astype(np.uint8) * 255, *shape) > 127] = code
-    return laid
+def on_copy(maps: np.ndarray, place: Placement, shape: tuple[int, int], recipe: SegmenterRecipe) -> np.ndarray:
+    """Maps as of `LungSegmenter.maps` as a label image of the decoded copy, uint8 `shape`, of MASK_CODES.
+
+    Probabilities are linear between the canvas's pixels; the most probable of background and structures counts.
+    """
+    codes = np.array([0, *(MASK_CODES[name] for name in recipe.structures)], np.uint8)
+    laid = [place.back(each, *shape) for each in (255 - maps.sum(axis=0).clip(max=255).astype(np.uint8), *maps)]
+    return codes[np.argmax(laid, axis=0)]
 
 
-def segmented(xray: CachedXray, codes: np.ndarray, place: Placement, recipe: SegmenterRecipe) -> Segmented:
-    """The verdict on one image's label image, which lies on the canvas as `place` says.
+def segmented(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: SegmenterRecipe) -> Segmented:
+    """The verdict on the maps of one image, which lie on the canvas as `place` says.
 
     The lungs are dilated and closed by 3 x 3 pixels on a canvas of 512 pixels a side, and not trusted below an area: UNet +
-    HRNet paper, section 3.2. Nor is a frame narrower than two lungs.
+    HRNet paper, section 3.2. Nor are a frame narrower than two lungs and, before all that, small islands.
     """
     shape = xray.pixels.shape
-    lungs = np.isin(codes, LUNG_CODES)
-    large = PLACEMENTS[recipe.placement](xray.rows, xray.columns, CLEAN_SIDE)
-    clean = cv2.resize(lungs.astype(np.uint8) * 255, (CLEAN_SIDE, CLEAN_SIDE), interpolation=cv2.INTER_LINEAR)
-    clean = cleaned(clean > 127, recipe.dilations, recipe.closings)
-    area = float(clean.mean())
-    raw, inside = on_copy(codes, place, shape), large.back(clean.astype(np.uint8) * 255, *shape) > 127
+    likely = np.max(
+        [maps[number] for number, name in enumerate(recipe.structures) if MASK_CODES[name] in LUNG_CODES], axis=0
+    )
+    likely = cv2.resize(likely, (CLEAN_SIDE, CLEAN_SIDE), interpolation=cv2.INTER_LINEAR)
+    clean = cleaned(without_islands(likely > 127, recipe.least_island), recipe.dilations, recipe.closings)
+    area, large = float(clean.mean()), PLACEMENTS[recipe.placement](xray.rows, xray.columns, CLEAN_SIDE)
+    raw, inside = on_copy(maps, place, shape, recipe), large.back(clean.astype(np.uint8) * 255, *shape) > 127
     kept = np.where(np.isin(raw, LUNG_CODES), raw, MASK_CODES["lungs"])
-    found = np.where(inside, kept, np.where(raw == MASK_CODES["heart"], raw, 0)).astype(np.uint8)
-    whole, frame = np.array([0.0, 0.0, xray.columns, xray.rows]), lung_frame(inside, recipe.margin)
-    verdict = EMPTY if frame is None else FOUND
-    if frame is not None:
-        frame, tight = (_in_original(each, shape, whole) for each in (frame, lung_frame(inside, 0.0)))
-        width, height = tight[2:] - tight[:2]
-        if area < recipe.least_area:
-            verdict = SMALL
-        elif width < recipe.least_width * height:
-            verdict = NARROW
-    return Segmented(xray.image_id, verdict, area, frame if verdict == FOUND else whole, found)
+    codes = np.where(inside, kept, np.where(raw == MASK_CODES["heart"], raw, 0)).astype(np.uint8)
+    whole, tight = np.array([0.0, 0.0, xray.columns, xray.rows]), lung_frame(inside, 0.0)
+    if tight is None:
+        return Segmented(xray.image_id, EMPTY, area, whole, codes)
+    width, height = np.diff(_in_original(tight, shape, whole).reshape(2, 2), axis=0)[0]
+    verdict = SMALL if area < recipe.least_area else NARROW if width < recipe.least_width * height else FOUND
+    frame = _in_original(lung_frame(inside, recipe.margin), shape, whole) if verdict == FOUND else whole
+    return Segmented(xray.image_id, verdict, area, frame, codes)
+
+
+def without_islands(lungs: np.ndarray, least: float) -> np.ndarray:
+    """A bool mask (rows, columns) less its connected parts of less than a share of its pixels."""
+    count, places, stats, _ = cv2.connectedComponentsWithStats(lungs.astype(np.uint8), connectivity=8)
+    large = stats[:, cv2.CC_STAT_AREA] >= least * lungs.size
+    large[0] = False  # what is around them
+    return large[places] if count > 1 else lungs
 
 
 def cleaned(lungs: np.ndarray, dilations: int, closings: int) -> np.ndarray:

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kitlib.classes import MASK_CODES
 from kitlib.fc_densenet import FCDenseNet103
 from kitlib.recipes import SegmenterRecipe, from_dict, override
 from kitlib.resunet import ResUNet
@@ -22,7 +21,6 @@ class Segmenter(nn.Module):
         structures = len(recipe.structures)
         self.network = NETWORKS[recipe.network](1 if structures == 1 else structures + 1, recipe.width)
         self.mean, self.std = [0.5], [0.25]
-        self.register_buffer("codes", torch.tensor([0, *(MASK_CODES[name] for name in recipe.structures)]), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalised x (n, 1, rows, columns) of any size to logits (n, outputs, rows, columns).
@@ -47,10 +45,6 @@ class Segmenter(nn.Module):
             return logits.softmax(dim=1)
         inside = logits.sigmoid()
         return torch.cat([1 - inside, inside], dim=1)
-
-    def label_images(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """The most probable of background and structures at each pixel, as uint8 codes of MASK_CODES (n, rows, columns)."""
-        return self.codes[probabilities.argmax(dim=1)].to(torch.uint8)
 
 
 def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, recipe: SegmenterRecipe) -> torch.Tensor:

@@ -136,8 +136,8 @@ def score_masks(
     "lungs", by both sides together.
     """
     rows, kept = [], {}
-    for xray, codes, place in segmenter.label_images(cache.read(image_id) for image_id in image_ids):
-        here, truth = on_copy(codes, place, xray.pixels.shape), masks.read(xray.image_id)
+    for xray, maps, place in segmenter.maps(cache.read(image_id) for image_id in image_ids):
+        here, truth = on_copy(maps, place, xray.pixels.shape, segmenter.recipe), masks.read(xray.image_id)
         for structure in dict.fromkeys([*segmenter.recipe.structures, "lungs"]):
             wanted = LUNG_CODES if structure == "lungs" else (MASK_CODES[structure],)
             agreement = overlap(np.isin(here, wanted), np.isin(truth, wanted))
