@@ -122,9 +122,14 @@ def on_copy(maps: np.ndarray, place: Placement, shape: tuple[int, int], recipe: 
 
     Probabilities are linear between the canvas's pixels; the most probable of background and structures counts.
     """
-    codes = np.array([0, *(MASK_CODES[name] for name in recipe.structures)], np.uint8)
-    laid = [place.back(each, *shape) for each in (255 - maps.sum(axis=0).clip(max=255).astype(np.uint8), *maps)]
-    return codes[np.argmax(laid, axis=0)]
+    codes, alone = np.zeros(shape, np.uint8), len(maps) == 1
+    # One structure alone has to be more probable than not, which saves the background's map.
+    best = np.uint8(127) if alone else place.back(255 - maps.sum(axis=0).clip(max=255).astype(np.uint8), *shape)
+    for name, each in zip(recipe.structures, maps, strict=True):
+        likely = place.back(each, *shape)
+        codes[likely > best] = MASK_CODES[name]
+        best = np.maximum(best, likely)
+    return codes
 
 
 def segmented(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: SegmenterRecipe) -> Segmented:
@@ -134,9 +139,8 @@ def segmented(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: Segm
     HRNet paper, section 3.2. Nor are a frame narrower than two lungs and, before all that, small islands.
     """
     shape = xray.pixels.shape
-    likely = np.max(
-        [maps[number] for number, name in enumerate(recipe.structures) if MASK_CODES[name] in LUNG_CODES], axis=0
-    )
+    sides = [number for number, name in enumerate(recipe.structures) if MASK_CODES[name] in LUNG_CODES]
+    likely = maps[sides].max(axis=0)
     likely = cv2.resize(likely, (CLEAN_SIDE, CLEAN_SIDE), interpolation=cv2.INTER_LINEAR)
     clean = cleaned(without_islands(likely > 127, recipe.least_island), recipe.dilations, recipe.closings)
     area, large = float(clean.mean()), PLACEMENTS[recipe.placement](xray.rows, xray.columns, CLEAN_SIDE)
