@@ -12,6 +12,8 @@ from kitlib.average_precision import average_precision, box_hits
 from kitlib.cache import XrayCache
 from kitlib.deadline import Deadline
 from kitlib.device import seed_everything, training_device
+from kitlib.lung_crop import check_finder
+from kitlib.lungs import StoredLungs
 from kitlib.predict import load_predictor
 from kitlib.recipes import DetectorRecipe, override
 from kitlib.tables import check_table, concatenate, read_table, write_table
@@ -69,21 +71,24 @@ def train_detector(
     progress: bool = True,
     extra: ExtraImages | None = None,
     deadline: Deadline | None = None,
+    lungs: StoredLungs | None = None,
 ) -> DetectorRun | None:
     """Train, keep the recipe's epoch, predict the validation fold; `run_folder` gets bundle, tables, figures, metrics.json.
 
     The best epoch is that of the highest opacity AP on the validation fold, images without boxes included. An interrupted
     run goes on where it was and gives what an uninterrupted one gives; a finished one is read back. Raises ResumeError if
-    the folder holds a run of other data or settings. Limits are numbers of images, whole patients; they do not touch
-    `extra`, which is trained on as well (see kitlib.runs.read_extra).
+    the folder holds a run of other data or settings, ValueError where `lungs` are not what the recipe's field asks for (see
+    check_finder). Limits are numbers of images, whole patients; they do not touch `extra`, which is trained on as well (see
+    kitlib.runs.read_extra). Epochs on lung crops are judged by the boxes as far as these show them, the tables by all.
     """
     run_folder = Path(run_folder)
+    check_finder(recipe, lungs, model_name)
     check_family(recipe)
     tables = {"images": images, "labels": labels, "boxes": boxes, "folds": folds}
     tables = {name: check_table(table, name) for name, table in tables.items()}
     images, labels, boxes, folds = tables.values()
     train_images, validation_images = split(images, folds, fold, seed, limit_train, limit_validation)
-    identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation, extra)
+    identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation, extra, lungs)
     seen = with_extra(train_images, labels, boxes, cache, extra, validation_images)
     train_images = with_negatives(seen[0], seen[2], recipe.negatives, seed)
     for part, name in ((train_images, "training"), (validation_images, f"validation fold {fold}")):
@@ -96,10 +101,10 @@ def train_detector(
     device = training_device()
     build, fit = _family(recipe.family)
     detector = build(recipe)
-    train = XrayDataset(train_images, *seen[1:], recipe, augment=recipe.family != "yolo", seed=seed)
+    train = XrayDataset(train_images, *seen[1:], recipe, augment=recipe.family != "yolo", seed=seed, lungs=lungs)
     # Judged on the canvas that it will predict on.
     side = recipe.inference_size or recipe.image_size
-    validation = XrayDataset(validation_images, labels, boxes, cache, override(recipe, image_size=side))
+    validation = XrayDataset(validation_images, labels, boxes, cache, override(recipe, image_size=side), lungs=lungs)
     # Without gradients twice as many fit the memory that training needs, and fewer where they are larger.
     at_once = max(1, int(2 * recipe.batch_size * (recipe.image_size / side) ** 2))
     judged = batches(validation, at_once, workers)
@@ -108,7 +113,7 @@ def train_detector(
     if not data_parallel.is_first():
         return None
     save_trained(run_folder, detector, recipe.family, ["opacity"], identity, fitted)
-    predictor = load_predictor(run_folder / "bundle", device, at_once)
+    predictor = load_predictor(run_folder / "bundle", device, at_once, lungs=lungs)
     chunks = predictor.predict(cache.read(image_id) for image_id in validation_images.image_id)
     write_table(concatenate(chunks, "detections"), "detections", run_folder / "tables" / "detections.parquet")
     coverage = pd.DataFrame({"image_id": predictor.seen, "model": model_name, "fold": fold})
@@ -118,6 +123,7 @@ def train_detector(
         "train_images": len(train),
         "train_images_with_boxes": sum(len(each) > 0 for each in train.boxes),
         "validation_images": len(validation),
+        "lungs_missed": {"training": train.lungs_missed(), "predicted": predictor.lungs_missed},
     }
     finish_fold(run_folder, identity, counts, fitted, device)
     return read_detector_run(run_folder)

@@ -38,10 +38,14 @@ MOSAIC_OFF = 10  # last epochs see whole images only, as in ultralytics; a third
 
 
 class Canvases(YOLODataset):
-    """The canvases and boxes of an `XrayDataset` in the form that ultralytics augments: three equal channels."""
+    """The canvases and boxes of an `XrayDataset` in the form that ultralytics augments: three equal channels.
+
+    Where it augments, they are those of `epoch`, which the trainer sets: a recipe may show other parts of an image in each.
+    """
 
     def __init__(self, examples: XrayDataset, augment: bool, settings: Any) -> None:
-        self.examples = examples
+        self.examples, self.epoch = examples, 0
+        self.latest: tuple[Any, dict[str, Any]] = (None, {})  # an example by its key: its boxes and its pixels are one
         super().__init__(
             img_path="", imgsz=examples.side, augment=augment, hyp=settings, data=DATA, batch_size=settings.batch
         )
@@ -50,26 +54,34 @@ class Canvases(YOLODataset):
         return list(self.examples.image_ids)
 
     def get_labels(self) -> list[dict[str, Any]]:
+        return [self.label(index) for index in range(len(self.examples))]
+
+    def label(self, index: int) -> dict[str, Any]:
         side = self.examples.side
-        labels = []
-        for index, image_id in enumerate(self.examples.image_ids):
-            xmin, ymin, xmax, ymax = (self.examples[index]["boxes"].numpy() / side).T
-            labels.append(
-                {
-                    "im_file": image_id,
-                    "shape": (side, side),
-                    "cls": np.zeros((len(xmin), 1), dtype=np.float32),
-                    "bboxes": np.stack([(xmin + xmax) / 2, (ymin + ymax) / 2, xmax - xmin, ymax - ymin], axis=1),
-                    "segments": [],
-                    "keypoints": None,
-                    "normalized": True,
-                    "bbox_format": "xywh",
-                }
-            )
-        return labels
+        xmin, ymin, xmax, ymax = (self.example(index)["boxes"].numpy() / side).T
+        return {
+            "im_file": self.examples.image_ids[index],
+            "shape": (side, side),
+            "cls": np.zeros((len(xmin), 1), dtype=np.float32),
+            "bboxes": np.stack([(xmin + xmax) / 2, (ymin + ymax) / 2, xmax - xmin, ymax - ymin], axis=1),
+            "segments": [],
+            "keypoints": None,
+            "normalized": True,
+            "bbox_format": "xywh",
+        }
+
+    def example(self, index: int) -> dict[str, Any]:
+        key = (self.epoch, index) if self.augment else index
+        if self.latest[0] != key:
+            self.latest = key, self.examples[key]
+        return self.latest[1]
+
+    def get_image_and_label(self, index: int) -> dict[str, Any]:
+        self.labels[index] = self.label(index)
+        return super().get_image_and_label(index)
 
     def load_image(self, i: int, *_: Any, **__: Any) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
-        canvas = self.examples[i]["pixels"].numpy()
+        canvas = self.example(i)["pixels"].numpy()
         if self.augment:  # mosaic draws its partners from here
             self.buffer = [*self.buffer, i][-max(1, self.max_buffer_length) :]
         return np.repeat(canvas[..., None], 3, axis=2), canvas.shape, canvas.shape
@@ -228,7 +240,7 @@ class Trainer(DetectionTrainer):
         self.gradients = {}
         self.epoch_began = time.perf_counter()
         self.train_loader.generator.manual_seed(derived_seed(self.kit_seed, self.epoch))
-        self.train_loader.dataset.buffer = []
+        self.train_loader.dataset.buffer, self.train_loader.dataset.epoch = [], self.epoch
         self.train_loader.reset()
         seed_everything(derived_seed(self.kit_seed, self.epoch))
 

@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small_lungs import FRAME, stored_lungs
 from small_xrays import COLUMNS, ROWS, SmallXrays
 
 from kitlib import train_detector as module
 from kitlib.average_precision import average_precision, box_hits
 from kitlib.bundle import read_bundle
 from kitlib.faster_rcnn import load as load_faster_rcnn
-from kitlib.geometry import letterbox
+from kitlib.geometry import letterbox, stretch, within
 from kitlib.predict import Predictor
 from kitlib.recipes import RECIPES as SHIPPED
 from kitlib.recipes import DetectorRecipe, override
@@ -279,6 +280,72 @@ def test_an_unaugmented_canvas_reaches_ultralytics_as_it_is(tmp_path):
     x, y, width, height = example["bboxes"].numpy()[0] * 64
     corners = place.boxes_to_original(np.array([[x - width / 2, y - height / 2, x + width / 2, y + height / 2]]))
     np.testing.assert_allclose(corners[0], small.boxes.iloc[0][list(BOX)].to_numpy(float), atol=1e-3)
+
+
+EITHER = {"lungs": "masks", "trained_on": "either"}
+
+
+def test_ultralytics_is_given_crops_with_their_own_boxes_by_epoch(tmp_path):
+    small, recipe = SmallXrays(16), override(YOLO, image_size=64, **EITHER)
+    lungs = stored_lungs(tmp_path / "lungs", small)
+    examples = XrayDataset(small.images, small.labels, small.boxes, small, recipe, seed=3, lungs=lungs)
+    hyp = settings(recipe, tmp_path, torch.device("cpu"), seed=0, workers=0)
+    canvases, crops = Canvases(examples, augment=True, settings=get_cfg(overrides=hyp)), []
+    places = stretch(ROWS, COLUMNS, 64), within(stretch, FRAME, ROWS, COLUMNS, 64)
+    for epoch in range(6):
+        canvases.epoch = epoch
+        for index in (2, 12, 15):
+            given = canvases.get_image_and_label(index)
+            np.testing.assert_array_equal(given["img"][..., 0], examples[epoch, index]["pixels"].numpy())
+            whole, crop = (np.array_equal(given["img"][..., 0], p.image(small.pixels[f"image{index:03d}"])) for p in places)
+            assert whole != crop
+            crops.append(crop)
+            x, y, width, height = given["instances"].bboxes[0] * 64
+            corners = np.array([[x - width / 2, y - height / 2, x + width / 2, y + height / 2]])
+            true = small.boxes.iloc[0][list(BOX)].to_numpy(float)  # every image's
+            np.testing.assert_allclose(places[crop].boxes_to_original(corners)[0], true, atol=1e-3)
+    assert 0 < sum(crops) < len(crops)
+
+
+@pytest.mark.parametrize("family", list(RECIPES))
+def test_a_detector_of_lung_crops_leaves_boxes_in_original_pixels(tmp_path, family):
+    small, changes = (
+        SmallXrays(16),
+        {"lungs": "masks", "trained_on": "lungs", "views": ["lungs"], "masked": True, "epochs": 1},
+    )
+    held = small.fold_table.id[small.fold_table.fold == 1].tolist()
+    lungs = stored_lungs(tmp_path / "lungs", small, missed=held[:2])
+    run = train(tmp_path / "run", override(RECIPES[family], **changes), small, lungs=lungs)
+    assert run.metrics["lungs_missed"] == {"training": 0, "predicted": 2}
+    assert run.metrics["lungs_fingerprint"] == lungs.fingerprint
+    assert set(run.coverage.image_id) == set(held)
+    found = run.detections[~run.detections.image_id.isin(held[:2])]
+    # No box of a crop reaches beyond its frame, and stretched crops have no padding.
+    assert len(found) and (found[["xmin", "ymin"]].to_numpy() >= np.array(FRAME[:2]) - 1e-6).all()
+    assert (found[["xmax", "ymax"]].to_numpy() <= np.array(FRAME[2:]) + 1e-6).all()
+    with pytest.raises(ValueError, match=r"small: .*set lungs_run"):
+        train(tmp_path / "refused", override(RECIPES[family], **changes), small)
+
+
+def test_a_yolo_on_either_resumes_bit_for_bit(tmp_path, monkeypatch):
+    small, recipe = SmallXrays(16), override(YOLO, **EITHER)
+    lungs = stored_lungs(tmp_path / "lungs", small)
+    whole = train(tmp_path / "whole", recipe, small, lungs=lungs, workers=1)
+    validate, calls = Trainer.validate, []
+
+    def dies_in_the_second_epoch(self):
+        calls.append(self.epoch)
+        if len(calls) == 2:
+            raise ConnectionError("the session ended")
+        return validate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "validate", dies_in_the_second_epoch)
+        with pytest.raises(ConnectionError):
+            train(tmp_path / "stopped", recipe, small, lungs=lungs)
+    resumed = train(tmp_path / "stopped", recipe, small, lungs=lungs)
+    pairs = [read_bundle(run.run_folder / "bundle")[1] for run in (whole, resumed)]
+    assert all(torch.equal(value, pairs[1][name]) for name, value in pairs[0].items())
 
 
 @pytest.mark.parametrize(
