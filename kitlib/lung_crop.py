@@ -4,13 +4,14 @@ Training and prediction share it, so that a model predicts on what it has learnt
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from kitlib.cache import CachedXray
 from kitlib.geometry import Placement, clip_boxes, within
 from kitlib.lungs import DarkLungs, LungFinder, Lungs
-from kitlib.recipes import TrainingRecipe
+from kitlib.recipes import VIEWS, TrainingRecipe
 
 
 class NobodysLungs:
@@ -23,6 +24,17 @@ class NobodysLungs:
 def finder_for(recipe_lungs: str, given: LungFinder | None) -> LungFinder:
     """Who finds the lungs for a recipe's field `lungs`: its "darkness" alone, or for "masks" who is given, if anybody."""
     return DarkLungs() if recipe_lungs == "darkness" else given or NobodysLungs()
+
+
+def looks_at_lungs(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
+    """Whether a model of `recipe`, as a bundle's record has it, asks where the lungs are; `views` instead of its own."""
+    shown = views or recipe.get("views") or ("full",)
+    return recipe.get("masked", False) or any(VIEWS[view][0] == "lungs" for view in shown if view in VIEWS)
+
+
+def wants_masks(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
+    """Whether such a model asks a segmenter for them."""
+    return recipe.get("lungs", "darkness") == "masks" and looks_at_lungs(recipe, views)
 
 
 def check_finder(recipe: TrainingRecipe, given: LungFinder | None, model: str) -> None:

@@ -16,7 +16,7 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.device import autocast, pick_device
 from kitlib.fitted_batches import FittedBatches
 from kitlib.geometry import PLACEMENTS, Placement, clip_boxes, flip_boxes
-from kitlib.lung_crop import crop, finder_for, only_lungs, seen_lungs
+from kitlib.lung_crop import crop, finder_for, looks_at_lungs, only_lungs, seen_lungs, wants_masks
 from kitlib.lungs import LungFinder, Lungs
 from kitlib.read_ahead import ahead
 from kitlib.recipes import VIEWS
@@ -72,6 +72,7 @@ class Predictor:
         self._canvas_names = sorted({VIEWS[view][0] for view in self.views})
         self._masked, found_by = recipe.get("masked", False), recipe.get("lungs", "darkness")
         self._finder = finder_for(found_by, lungs) if looks_at_lungs(recipe, self.views) else None
+        self.wants_masks = wants_masks(recipe, self.views)
         self._outputs = recipe.get("outputs", "both")
         self._side = recipe.get("inference_size") or record["image_size"]
         self._place = PLACEMENTS[record["placement"]]
@@ -173,12 +174,6 @@ class Predictor:
             scores.append(score[score > 0])
         merged, score = merge_boxes(boxes, scores, np.ones(len(lists)), iou=VIEWS_IOU)
         return merged * side, score
-
-
-def looks_at_lungs(recipe: dict[str, Any], views: Sequence[str] | None = None) -> bool:
-    """Whether a model of `recipe`, as a bundle's record has it, asks where the lungs are; `views` instead of its own."""
-    shown = views or recipe.get("views") or ("full",)
-    return recipe.get("masked", False) or any(VIEWS[view][0] == "lungs" for view in shown)
 
 
 def load_predictor(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from small_xrays import RECIPE, SmallXrays
 
 from kitlib.geometry import PLACEMENTS
-from kitlib.lung_crop import boxes_shown, check_finder, crop, finder_for, only_lungs, seen_lungs
+from kitlib.lung_crop import boxes_shown, check_finder, crop, finder_for, looks_at_lungs, only_lungs, seen_lungs, wants_masks
 from kitlib.lungs import DarkLungs, Lungs
 from kitlib.recipes import override
 
@@ -84,6 +84,21 @@ def test_a_recipe_says_who_is_asked():
     assert finder_for("masks", told) is told and isinstance(finder_for("darkness", told), DarkLungs)
     xrays = list(SmallXrays(8).stream())
     assert [lungs.frame for lungs in finder_for("masks", None).find(xrays)] == [None] * 8
+
+
+@pytest.mark.parametrize(
+    ("recipe", "looks", "masks"),
+    [
+        ({}, False, False),  # a bundle of a kit that knew no such fields
+        ({"views": ["full", "lungs_flip"]}, True, False),
+        ({"views": ["full", "flip"], "lungs": "masks"}, False, False),
+        ({"views": ["lungs"], "lungs": "masks"}, True, True),
+        ({"views": ["full"], "lungs": "masks", "masked": True}, True, True),
+    ],
+)
+def test_a_record_tells_whether_the_model_looks_at_lungs_and_whose(recipe, looks, masks):
+    assert (looks_at_lungs(recipe), wants_masks(recipe)) == (looks, masks)
+    assert looks_at_lungs(recipe, ["lungs"]) and wants_masks(recipe, ["lungs"]) == (recipe.get("lungs") == "masks")
 
 
 def test_masks_that_are_missing_or_that_nobody_heeds_are_refused_with_what_to_set():
