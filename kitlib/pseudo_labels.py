@@ -15,6 +15,7 @@ from tqdm import tqdm
 from kitlib.cache import XrayCache
 from kitlib.classes import STUDY_CLASSES
 from kitlib.fusion import FusionSettings, fuse
+from kitlib.lungs import LungFinder
 from kitlib.near_duplicates import MAX_DISTANCE, group_hashes, perceptual_hash
 from kitlib.predict import load_predictor, study_and_image_scores
 from kitlib.tables import check_table, concatenate
@@ -101,20 +102,37 @@ def seen_by(
 
 
 def predict_unseen(
-    models: pd.DataFrame, images: pd.DataFrame, cache: XrayCache, seen: pd.DataFrame, batch_size: int | None = None
+    models: pd.DataFrame,
+    images: pd.DataFrame,
+    cache: XrayCache,
+    seen: pd.DataFrame,
+    batch_size: int | None = None,
+    lungs: LungFinder | None = None,
 ) -> Predictions:
     """What each of `models` (model, fold, bundle: a folder) says of those of `images` that `seen` does not bar it from.
 
-    Raises ValueError for a model of findings, which knows none of these labels; BundleError as `load_predictor` does.
+    `lungs` finds the lungs of `images` for models that want a segmenter's; how many were not found is logged. Raises
+    ValueError for such a model without them and for a model of findings, which knows none of these labels; BundleError as
+    `load_predictor` does.
     """
     probabilities, detections, coverage = [], [], []
     for row in models.itertuples():
-        predictor = load_predictor(row.bundle, batch_size=batch_size)
+        predictor = load_predictor(row.bundle, batch_size=batch_size, lungs=lungs)
         if predictor.kind == "findings":
             raise ValueError(f"{row.bundle} is a classifier of findings; name runs of study classifiers and detectors")
+        if predictor.wants_masks and lungs is None:
+            raise ValueError(
+                f"{row.bundle} looks at the lungs that a segmenter has found; set lungs_run to the run of notebook 14 that "
+                "has those of these images"
+            )
         barred = set(seen.loc[(seen["model"] == row.model) & (seen["fold"] == row.fold), "image_id"])
         unseen = [image_id for image_id in images["image_id"] if image_id not in barred]
         chunks = list(predictor.predict(map(cache.read, tqdm(unseen, desc=f"{row.model}, fold {row.fold}"))))
+        if predictor.lungs_missed:
+            missed = predictor.lungs_missed
+            logger.info(
+                "%s, fold %d: no lungs found in %d of %d images, seen whole", row.model, row.fold, missed, len(unseen)
+            )
         if predictor.kind == "study":
             probabilities += chunks
         else:

@@ -1,13 +1,20 @@
+from dataclasses import asdict
+
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_lungs import stored_lungs
+from small_xrays import RECIPE, SmallXrays
 
+from kitlib.bundle import save_bundle
 from kitlib.classes import STUDY_CLASSES
+from kitlib.classifier import OUTPUTS, StudyClassifier
 from kitlib.fusion import FusionSettings, fuse
 from kitlib.predict import study_and_image_scores
-from kitlib.pseudo_labels import Predictions, duplicate_groups, pseudo_labels, seen_by
+from kitlib.pseudo_labels import Predictions, duplicate_groups, predict_unseen, pseudo_labels, seen_by
+from kitlib.recipes import override
 from kitlib.tables import BOX, empty_table
 
 MODELS = pd.DataFrame([("c", 0), ("c", 1), ("d", 0)], columns=["model", "fold"])
@@ -180,3 +187,24 @@ def test_an_image_that_was_not_predicted_is_left_out():
     images = pd.concat([IMAGES, images_of(("e", "E", "pe"))], ignore_index=True)
     found = pseudo_labels(predictions(), images, empty_table("coverage"), PLAIN)
     assert found.left_out.to_numpy().tolist() == [["e", "predicted by no model"]]
+
+
+def test_models_of_a_segmenters_lungs_judge_by_them_and_others_need_none(tmp_path, caplog):
+    small, network = SmallXrays(8), StudyClassifier(RECIPE)
+    record = {"family": "study", "classes": OUTPUTS, "architecture": {}, "longest_side": 50, "image_size": 32}
+    record |= {"placement": "letterbox", "mean": [0.5], "std": [0.5], "data_fingerprint": "", "validation": {}, "fold": 0}
+    of_lungs = override(RECIPE, lungs="masks", trained_on="lungs", views=["lungs"], masked=True)
+    for name, recipe in (("crops", of_lungs), ("whole", RECIPE)):
+        save_bundle(tmp_path / name, network.state_dict(), record | {"model": name, "recipe": asdict(recipe)})
+    models = pd.DataFrame({"model": ["crops", "whole"], "fold": 0, "bundle": [tmp_path / "crops", tmp_path / "whole"]})
+    images, seen = small.images, empty_table("coverage")
+    with pytest.raises(ValueError, match=r"crops looks at the lungs that a segmenter has found; set lungs_run"):
+        predict_unseen(models, images, small, seen)
+    assert len(predict_unseen(models.tail(1), images, small, seen).probabilities) == 8
+    lungs = stored_lungs(tmp_path / "lungs", small, missed=["image001", "image004"])
+    with caplog.at_level("INFO"):
+        told = predict_unseen(models, images, small, seen, lungs=lungs).probabilities.set_index(["model", "image_id"])
+    assert "crops, fold 0: no lungs found in 2 of 8 images, seen whole" in caplog.text and "whole, fold" not in caplog.text
+    # One network: what differs is what it was shown.
+    same = (told.loc["crops", "none"] - told.loc["whole", "none"]).abs() < 1e-6
+    assert same[same].index.tolist() == ["image001", "image004"]
