@@ -1,0 +1,91 @@
+"""Chests of two dark ellipses and a heart between them, in memory, with their masks in a folder."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+
+from kitlib.cache import CachedXray
+from kitlib.classes import MASK_CODES
+from kitlib.mask_store import MaskStore
+from kitlib.recipes import SegmenterRecipe
+from kitlib.tables import empty_table
+
+ROWS, COLUMNS = 120, 100  # original size; the cache holds half of it
+
+# A hundred parameters or so of each size, no augmentation: it learns dark from bright in some dozen steps.
+RECIPE = SegmenterRecipe(
+    network="resunet",
+    width=0.0625,
+    image_size=32,
+    epochs=3,
+    batch_size=4,
+    learning_rate=0.01,
+    rotate_degrees=5.0,
+    shear_p=0.0,
+    gamma_drawn=(0.9, 1.1),
+    salt_pepper_p=0.0,
+    blur_p=0.0,
+    noise_p=0.0,
+)
+
+
+@dataclass
+class SmallMasks:
+    """`count` images, one a study and two a patient, patients in turn in `folds`; `sides` tells the lungs apart."""
+
+    folder: Path
+    count: int = 16
+    folds: int = 2
+    sides: bool = False
+    pixels: dict[str, np.ndarray] = field(init=False)
+    longest_side: int = max(ROWS, COLUMNS) // 2
+
+    def __post_init__(self) -> None:
+        numbers = np.arange(self.count)
+        self.image_ids = [f"chest{number:03d}" for number in numbers]
+        self.images = pd.DataFrame(
+            {
+                "image_id": self.image_ids,
+                "study_id": self.image_ids,
+                "patient_id": [f"patient{number // 2:03d}" for number in numbers],
+                "path": "",
+                "rows": ROWS,
+                "columns": COLUMNS,
+                "source": "small",
+                "view": "",
+                "convention": "lung_fields",
+            }
+        )
+        self.labels = pd.DataFrame({"id": self.image_ids, "ill": numbers // 2 % 2 * 1.0, "well": 1.0 - numbers // 2 % 2})
+        self.boxes = empty_table("boxes")
+        self.fold_table = pd.DataFrame({"id": self.image_ids, "fold": numbers // 2 % self.folds})
+        self.masks, self.pixels, drawn = MaskStore(self.folder), {}, {}
+        for number, image_id in enumerate(self.image_ids):
+            self.pixels[image_id], drawn[image_id] = chest(number, self.sides)
+        self.masks.add(drawn)
+
+    def read(self, image_id: str) -> CachedXray:
+        return CachedXray(image_id=image_id, pixels=self.pixels[image_id], rows=ROWS, columns=COLUMNS)
+
+    def stream(self):
+        return (self.read(image_id) for image_id in self.image_ids)
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        return {"images": self.images, "labels": self.labels, "boxes": self.boxes, "folds": self.fold_table}
+
+
+def chest(number: int, sides: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels and codes uint8 (60, 50) of a chest whose place and width `number` decides."""
+    rng = np.random.default_rng(number)
+    middle = 25 + int(rng.integers(-2, 3))
+    codes = np.zeros((ROWS // 2, COLUMNS // 2), np.uint8)
+    cv2.ellipse(codes, (middle + 3, 38), (6, 9), 0, 0, 360, MASK_CODES["heart"], -1)
+    for name, place in (("right_lung", middle - 11), ("left_lung", middle + 11)):
+        cv2.ellipse(codes, (place, 30), (8, 19), 0, 0, 360, MASK_CODES[name if sides else "lungs"], -1)
+    lungs = codes > 0
+    lungs &= codes != MASK_CODES["heart"]
+    pixels = np.where(lungs, 60, np.where(codes > 0, 230, 170)) + rng.integers(-15, 16, codes.shape)
+    return pixels.clip(0, 255).astype(np.uint8), codes if sides else np.where(lungs, codes, 0).astype(np.uint8)
