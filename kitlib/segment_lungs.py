@@ -27,7 +27,8 @@ from kitlib.recipes import SegmenterRecipe
 BATCH_SIZES = {"cuda": 64, "cpu": 8}
 CLEAN_SIDE = 512  # pixels of the canvas at which masks are cleaned up: what was published counts these
 # Why lungs are not taken as found.
-EMPTY, SMALL, NARROW = "no lung found", "too small", "too narrow for two lungs"
+BLANK, EMPTY, SMALL, NARROW = "blank image", "no lung found", "too small", "too narrow for two lungs"
+BLANK_SPREAD = 8  # grey levels from the darkest to the brightest pixel; a network finds lungs even in less
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Segmented:
     """What was found in one image."""
 
     image_id: str
-    verdict: str  # FOUND, EMPTY, SMALL or NARROW
+    verdict: str  # FOUND, BLANK, EMPTY, SMALL or NARROW
     area: float  # of the cleaned lungs, share of the canvas
     frame: np.ndarray  # (4,) xmin, ymin, xmax, ymax in original pixels; the whole image where not found
     codes: np.ndarray  # uint8 of MASK_CODES, of the shape of the cached pixels; "lungs" is what the clean-up has added
@@ -138,7 +139,9 @@ def segmented(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: Segm
     The lungs are dilated and closed by 3 x 3 pixels on a canvas of 512 pixels a side, and not trusted below an area: UNet +
     HRNet paper, section 3.2. Nor are a frame narrower than two lungs and, before all that, small islands.
     """
-    shape = xray.pixels.shape
+    shape, whole = xray.pixels.shape, np.array([0.0, 0.0, xray.columns, xray.rows])
+    if int(xray.pixels.max()) - int(xray.pixels.min()) < BLANK_SPREAD:
+        return Segmented(xray.image_id, BLANK, 0.0, whole, np.zeros(shape, np.uint8))
     sides = [number for number, name in enumerate(recipe.structures) if MASK_CODES[name] in LUNG_CODES]
     likely = maps[sides].max(axis=0)
     likely = cv2.resize(likely, (CLEAN_SIDE, CLEAN_SIDE), interpolation=cv2.INTER_LINEAR)
@@ -147,7 +150,7 @@ def segmented(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: Segm
     raw, inside = on_copy(maps, place, shape, recipe), large.back(clean.astype(np.uint8) * 255, *shape) > 127
     kept = np.where(np.isin(raw, LUNG_CODES), raw, MASK_CODES["lungs"])
     codes = np.where(inside, kept, np.where(raw == MASK_CODES["heart"], raw, 0)).astype(np.uint8)
-    whole, tight = np.array([0.0, 0.0, xray.columns, xray.rows]), lung_frame(inside, 0.0)
+    tight = lung_frame(inside, 0.0)
     if tight is None:
         return Segmented(xray.image_id, EMPTY, area, whole, codes)
     width, height = np.diff(_in_original(tight, shape, whole).reshape(2, 2), axis=0)[0]

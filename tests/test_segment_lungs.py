@@ -15,6 +15,7 @@ from kitlib.geometry import letterbox
 from kitlib.lungs import FOUND
 from kitlib.recipes import RECIPES, SegmenterRecipe, override
 from kitlib.segment_lungs import (
+    BLANK,
     EMPTY,
     NARROW,
     SMALL,
@@ -34,7 +35,7 @@ PLAIN = override(PUBLISHED, dilations=0, closings=0, margin=0.0, least_area=0.01
 
 
 def xray(rows=1000, columns=800, height=500, width=400):
-    return CachedXray("a", np.full((height, width), 120, np.uint8), rows, columns)
+    return CachedXray("a", np.tile(np.arange(width, dtype=np.uint8), (height, 1)), rows, columns)
 
 
 def maps_of(mask, image, recipe, structures=1):
@@ -126,16 +127,18 @@ def test_eight_dilations_grow_a_mask_by_eight_pixels_at_512_whatever_the_canvas(
         recipe = override(PUBLISHED, image_size=side, margin=0.0)
         found = segmented(image, *maps_of(mask, image, recipe), recipe)
         before = lung_frame(mask, 0.0)
-        assert np.abs(found.frame - (before + [-8, -8, 8, 8])).max() <= 512 / side / 2 + 1
+        assert np.abs(found.frame - before - [-8, -8, 8, 8]).max() <= 512 / side / 2 + 1
 
 
-def test_nothing_one_lung_and_specks_are_no_lungs():
+def test_nothing_one_lung_specks_and_blank_images_are_no_lungs():
     image = xray()
     lungs = two_lungs(image)
     one = lungs.copy()
     one[:, image.pixels.shape[1] // 2 :] = False
     specks = np.zeros_like(lungs)
     specks[::40, ::40] = True
+    blank = CachedXray("b", np.full_like(image.pixels, 100), image.rows, image.columns)
+    assert segmented(blank, *maps_of(lungs, image, PLAIN), PLAIN).verdict == BLANK
     for mask, verdict in ((lungs, FOUND), (one, NARROW), (specks, EMPTY), (lungs & False, EMPTY)):
         found = segmented(image, *maps_of(mask, image, PLAIN), PLAIN)
         assert found.verdict == verdict
