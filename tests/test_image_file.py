@@ -1,9 +1,8 @@
-"""PNG and JPEG chests: grey as the file shows it, and one error that names the file for whatever is wrong with it."""
+"""PNG, JPEG, GIF and raw chests: grey as the file shows it, and one error that names the file for whatever is wrong."""
 
 import struct
 import zlib
 
-import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -34,6 +33,40 @@ def test_pixels_are_as_the_file_shows_them(tmp_path, name, image):
     np.testing.assert_array_equal(decode_image(tmp_path / name).pixels, GREY)
 
 
+def test_a_gif_is_read_through_its_palette(tmp_path):
+    indices = Image.fromarray((GREY > 60).astype(np.uint8), mode="P")
+    # ITU-R BT.601: 0.587 of green.
+    indices.putpalette([10, 10, 10, 0, 255, 0])
+    indices.save(tmp_path / "a.gif")
+    assert image_format(tmp_path / "a.gif") == "GIF" and image_size(tmp_path / "a.gif") == (48, 64)
+    np.testing.assert_array_equal(decode_image(tmp_path / "a.gif").pixels, np.where(GREY > 60, 150, 10))
+
+
+def test_a_raw_file_of_jsrt_is_inverted(tmp_path):
+    values = np.random.default_rng(2).integers(0, 4096, (2048, 2048))
+    values[0, :3] = [0, 4095, 16]
+    path = tmp_path / "JPCLN001.IMG"
+    path.write_bytes(values.astype(">u2").tobytes())
+    assert image_format(path) == "JSRT" and image_size(path) == (2048, 2048)
+    pixels = decode_image(path).pixels
+    # Of 12 bits the upper 8; the largest value is the darkest.
+    assert pixels[0, :3].tolist() == [255, 0, 254]
+    np.testing.assert_array_equal(pixels, 255 - values // 16)
+
+
+def test_no_other_file_is_taken_for_jsrts(tmp_path):
+    raw = bytes(2 * 2048 * 2048)
+    for name, content in (("short.IMG", raw[:-1]), ("other.raw", raw), ("empty.IMG", b"")):
+        (tmp_path / name).write_bytes(content)
+        assert image_format(tmp_path / name) == ""
+        with pytest.raises(UnreadableXray, match=name):
+            decode_image(tmp_path / name)
+    # Little-endian: 4095 reads as 0xff0f.
+    (tmp_path / "swapped.IMG").write_bytes(np.full((2048, 2048), 4095, "<u2").tobytes())
+    with pytest.raises(UnreadableXray, match=r"swapped\.IMG.*65295.*12 bits"):
+        decode_image(tmp_path / "swapped.IMG")
+
+
 def test_a_jpeg_is_near_and_colour_becomes_its_luma(tmp_path):
     Image.fromarray(np.full((16, 16, 3), (255, 0, 0), np.uint8)).save(tmp_path / "red.jpg", quality=100)
     assert image_format(tmp_path / "red.jpg") == "JPEG"
@@ -61,8 +94,9 @@ def test_a_promise_of_gigabytes_is_refused_before_decoding(tmp_path):
 
 def test_damaged_bytes_give_pixels_or_the_one_error(tmp_path):
     rng = np.random.default_rng(1)
-    for suffix in ("png", "jpg"):
-        encoded = cv2.imencode(f".{suffix}", GREY)[1]
+    for suffix in ("png", "jpg", "gif"):
+        Image.fromarray(GREY).save(tmp_path / f"whole.{suffix}")
+        encoded = np.fromfile(tmp_path / f"whole.{suffix}", np.uint8)
         for _ in range(150):
             damaged = encoded.copy()
             places = rng.integers(0, len(damaged), 3)
