@@ -1,0 +1,67 @@
+"""Frames to crop to, out of fold: how much of the drawn lungs they hold, by a segmenter's masks and by darkness alone.
+
+PYTHONPATH=. .venv/bin/python benchmarks/real/lung_frames.py runs/lungs/v7 runs/lungs/unet_v7
+
+The first is a prepared run with masks, the second a run of notebook 12 on it.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import typer
+from rich.console import Console
+
+from kitlib.cache import CachedXray, XrayCache
+from kitlib.lungs import DarkLungs, LungFinder
+from kitlib.mask_store import MaskStore
+from kitlib.runs import read_metrics
+from kitlib.segment_lungs import load_segmenter
+from kitlib.tables import read_table
+
+BATCH = 16
+
+
+def main(prepared: Path, segmented: Path) -> None:
+    cache, masks = XrayCache(prepared / "xrays", read_metrics(prepared)["longest_side"]), MaskStore(prepared / "masks")
+    rows = []
+    for fold in sorted(segmented.glob("fold*")):
+        ids = read_table("mask_scores", fold / "tables" / "mask_scores.parquet").image_id.unique()
+        finders = {"masks": load_segmenter(fold / "bundle"), "darkness": DarkLungs()}
+        for start in range(0, len(ids), BATCH):
+            xrays = [cache.read(image_id) for image_id in ids[start : start + BATCH]]
+            for name, finder in finders.items():
+                rows += [(name, *held) for held in judge(finder, xrays, masks)]
+    table = pd.DataFrame(rows, columns=["finder", "not found", "lungs held", "area"])
+    found = table[~table["not found"]].groupby("finder")
+    told = pd.DataFrame(
+        {
+            "images": table.groupby("finder").size(),
+            "not found": table.groupby("finder")["not found"].mean(),
+            "whole lungs held": found["lungs held"].apply(lambda held: (held > 0.995).mean()),
+            "held in 95 %": found["lungs held"].quantile(0.05),
+            "least held": found["lungs held"].min(),
+            "share of the image": found["area"].mean(),
+        }
+    )
+    Console().print(told.round(3).to_string())
+
+
+def judge(finder: LungFinder, xrays: list[CachedXray], masks: MaskStore) -> list[tuple[bool, float, float]]:
+    """For each image whether nothing was found, the share of the drawn lungs inside the frame, and the frame's of the image."""
+    rows = []
+    for xray, lungs in zip(xrays, finder.find(xrays), strict=True):
+        if lungs.frame is None:
+            rows.append((True, 1.0, 1.0))
+            continue
+        drawn = np.argwhere(masks.read(xray.image_id) > 0) + 0.5
+        scale = [xray.columns / xray.pixels.shape[1], xray.rows / xray.pixels.shape[0]]
+        x, y = drawn[:, 1] * scale[0], drawn[:, 0] * scale[1]
+        xmin, ymin, xmax, ymax = lungs.frame
+        held = float(((x > xmin) & (x < xmax) & (y > ymin) & (y < ymax)).mean())
+        rows.append((False, held, (xmax - xmin) * (ymax - ymin) / (xray.rows * xray.columns)))
+    return rows
+
+
+if __name__ == "__main__":
+    typer.run(main)
