@@ -48,7 +48,7 @@ def main(prepared: Path, segmented: Path) -> None:
 
 
 def judge(finder: LungFinder, xrays: list[CachedXray], masks: MaskStore) -> list[tuple[bool, float, float]]:
-    """For each image whether nothing was found, the share of the drawn lungs inside the frame, and the frame's of the image."""
+    """For each image whether nothing was found, the share of the drawn lungs in the frame, and its share of the image."""
     rows = []
     for xray, lungs in zip(xrays, finder.find(xrays), strict=True):
         if lungs.frame is None:
