@@ -23,7 +23,9 @@ class NobodysLungs:
 
 def finder_for(recipe_lungs: str, given: LungFinder | None) -> LungFinder:
     """Who finds the lungs for a recipe's field `lungs`: its "darkness" alone, or for "masks" who is given, if anybody."""
-    return DarkLungs() if recipe_lungs == "darkness" else given or NobodysLungs()
+    if recipe_lungs == "darkness":
+        return DarkLungs()
+    return NobodysLungs() if given is None else given
 
 
 def looks_at_lungs(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:

@@ -101,7 +101,9 @@ class Predictor:
             yield self._batch(xrays)
 
     def _batch(self, xrays: list[CachedXray]) -> Batch:
-        lungs = seen_lungs(self._finder, xrays, self._masked) if self._finder else [Lungs(None)] * len(xrays)
+        lungs = [Lungs(None)] * len(xrays)
+        if self._finder is not None:
+            lungs = seen_lungs(self._finder, xrays, self._masked)
         placements = {
             name: [
                 crop(self._place, each.frame if name == "lungs" else None, xray.rows, xray.columns, self._side)
@@ -114,7 +116,7 @@ class Predictor:
             name: torch.from_numpy(np.stack([place.image(each) for place, each in zip(places, shown, strict=True)]))
             for name, places in placements.items()
         }
-        missed = sum(each.frame is None for each in lungs) if self._finder else 0
+        missed = sum(each.frame is None for each in lungs) if self._finder is not None else 0
         return Batch([xray.image_id for xray in xrays], placements, pixels, missed)
 
     def _probabilities(self, batch: Batch) -> pd.DataFrame:

@@ -82,6 +82,14 @@ def test_a_masked_model_takes_no_frame_without_a_mask_and_others_take_no_mask():
 def test_a_recipe_says_who_is_asked():
     told = Told(Lungs(None))
     assert finder_for("masks", told) is told and isinstance(finder_for("darkness", told), DarkLungs)
+
+    class Empty(Told):
+        """One that counts, and has found nothing yet."""
+
+        def __len__(self):
+            return 0
+
+    assert isinstance(finder_for("masks", Empty(Lungs(None))), Empty)
     xrays = list(SmallXrays(8).stream())
     assert [lungs.frame for lungs in finder_for("masks", None).find(xrays)] == [None] * 8
 
