@@ -29,6 +29,7 @@ from kitlib.validate import validate
 if TYPE_CHECKING:
     from kitlib.cache import CachedXray, XrayCache
     from kitlib.fusion import FusionSettings
+    from kitlib.lungs_once import LungsOnce
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class Model:
     folder: Path
     answers: frozenset[str]  # of "study", "none" and "boxes"
     longest_side: int  # pixels of the decoded copy it was trained on
+    wants_masks: bool = False  # whether it asks the submission's segmenter where the lungs are
+    masked: bool = False  # and for their masks
     chunks: list[pd.DataFrame] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)  # image_ids, with a box or without
     rows_as: tuple[str, int] = ("", 0)  # model and fold of its rows
@@ -85,6 +88,7 @@ class SubmissionRun:
         self.deadline, self.last_deadline = Deadline(limit * settings.share, start), Deadline(limit * LAST_SHARE, start)
         self.rows: list[dict[str, Any]] = []
         self.models: list[Model] = []
+        self.lungs: LungsOnce | None = None
         test = read_test(competition, headers=False)
         # Kaggle asks for the sample's rows, no more and no fewer; the files name them only where there is no sample.
         self.ids = test.sample_ids or submission_ids(test.study_ids, test.image_ids)
@@ -133,6 +137,7 @@ class SubmissionRun:
                 if xrays:
                     xrays.close()
                     self._note_decoding(xrays)
+                self._note_lungs()
 
     def finish(self) -> pd.DataFrame:
         """Validate the file against the sample and return the ledger. Raises ValueError if Kaggle would refuse it."""
@@ -148,16 +153,25 @@ class SubmissionRun:
 
     def _read_weights(self, weights: Path) -> "FusionSettings":
         from kitlib.fusion import FusionSettings, read_settings
+        from kitlib.lung_crop import wants_masks
 
-        for entry in json.loads((weights / "weights.json").read_text(encoding="utf-8"))["bundles"]:
+        told = json.loads((weights / "weights.json").read_text(encoding="utf-8"))
+        for entry in told["bundles"]:
             began, folder = time.monotonic(), weights / entry["folder"]
             try:
                 record = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-                self.models.append(Model(folder, _answers(record), record["longest_side"]))
+                recipe, answers = record["recipe"], _answers(record)
+                masked = recipe.get("masked", False)
+                self.models.append(Model(folder, answers, record["longest_side"], wants_masks(recipe), masked))
             except (OSError, ValueError, KeyError) as error:  # the other bundles may be whole
                 self._note(folder.name, 0, began, _failure(error))
         if not self.models:
             raise ValueError(f"{weights / 'weights.json'} names no bundle that can be used; see the rows above")
+        if any(model.wants_masks for model in self.models):
+            from kitlib.lungs_once import LungsOnce
+
+            bundle, masked = weights / told["lungs"] if "lungs" in told else None, any(each.masked for each in self.models)
+            self.lungs = LungsOnce(bundle, masked, self.settings.batch_size)
         tuned = weights / "fusion.json"
         return read_settings(tuned) if tuned.is_file() else FusionSettings()
 
@@ -201,7 +215,9 @@ class SubmissionRun:
         from kitlib.predict import load_predictor
 
         began, total, model.stopped = time.monotonic(), len(self.images), False
-        predictor = load_predictor(model.folder, batch_size=self.settings.batch_size)
+        if model.wants_masks:
+            self.lungs.begin()
+        predictor = load_predictor(model.folder, batch_size=self.settings.batch_size, lungs=self.lungs)
         model.rows_as = predictor.model, predictor.fold
         already, missed, first = list(model.seen), model.lungs_missed, None
         with closing(predictor.predict(xrays.without(set(already)))) as chunks:
@@ -247,6 +263,16 @@ class SubmissionRun:
         seconds = time.monotonic() - began
         self.rows.append({"stage": stage, "files": files, "seconds": round(seconds, 1), "note": note})
         logger.info("%s: %d files in %.1f s. %s", stage, files, seconds, note)
+
+    def _note_lungs(self) -> None:
+        if self.lungs is None:
+            return
+        now, found = time.monotonic(), self.lungs
+        if found.fault:
+            self._note("lungs", 0, now, found.fault)
+        if found.segmented:
+            note = f"{found.missed} without plausible lungs: seen whole" if found.missed else ""
+            self._note("lungs", found.segmented, now - found.seconds, note)
 
     def _note_decoding(self, xrays: "DecodedOnce") -> None:
         now, outcomes = time.monotonic(), list(xrays.outcomes)
@@ -314,6 +340,10 @@ def _answers(record: dict[str, Any]) -> frozenset[str]:
         raise ValueError(
             f"{record['model']} knows findings ({', '.join(map(str, record['classes'][:3]))}, ...), which no row of a "
             "submission asks for; start a study model or a detector from it and submit that"
+        )
+    if record["family"] == "segmenter":
+        raise ValueError(
+            f"{record['model']} draws lungs, which no row of a submission asks for; name its run by the kernel's key `lungs`"
         )
     if record["family"] != "study":
         return frozenset({"boxes"})

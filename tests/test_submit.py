@@ -19,10 +19,12 @@ from kitlib.bundle import save_bundle
 from kitlib.cache import CacheError, XrayCache
 from kitlib.classifier import OUTPUTS, StudyClassifier
 from kitlib.fusion import FusionSettings, write_settings
+from kitlib.lungs import Lungs
 from kitlib.paths import project_root
 from kitlib.phantom_competition import write_competition
 from kitlib.predict import VIEWS, Predictor
-from kitlib.recipes import StudyRecipe
+from kitlib.recipes import SegmenterRecipe, StudyRecipe
+from kitlib.segmenter import Segmenter
 from kitlib.submission import PRIORS, read_submission
 from kitlib.submit import SubmissionRun, SubmitSettings
 from kitlib.validate import validate
@@ -265,6 +267,111 @@ def test_findings_and_unreadable_bundles_are_refused_and_told(competition, weigh
     assert "small knows findings (Mass, ...), which no row of a submission asks for" in notes["small-fold0"]
     assert notes["gone"].startswith("failed: FileNotFoundError")
     assert notes["small-fold1"] == "" and len(on_priors(path)) <= DAMAGED
+
+
+OF_MASKS = {"lungs": "masks", "views": ["lungs"]}
+
+
+def with_lungs(folder) -> Path:
+    """The bundle of an untrained segmenter, put into the weights as build_kernel.py does."""
+    torch.manual_seed(5)
+    recipe = SegmenterRecipe(image_size=64, width=0.125)
+    model = Segmenter(recipe)
+    record = {"family": "segmenter", "model": "unet", "classes": ["lungs"], "recipe": asdict(recipe), "architecture": {}}
+    record |= {"longest_side": 64, "image_size": 64, "placement": recipe.placement, "mean": model.mean, "std": model.std}
+    save_bundle(folder / "lungs", model.state_dict(), record | {"fold": 0, "data_fingerprint": "", "validation": {}})
+    told = json.loads((folder / "weights.json").read_text())
+    (folder / "weights.json").write_text(json.dumps(told | {"lungs": "lungs"}))
+    return folder
+
+
+class Segmenting:
+    """Finds a frame in every image but two, and the mask of its left half; `asked` lists the images in turn."""
+
+    def __init__(self):
+        self.asked, self.missed = [], set()
+
+    def find(self, xrays):
+        self.asked += [xray.image_id for xray in xrays]
+        self.missed |= set(self.asked[:2])
+        return [self.lungs(xray) for xray in xrays]
+
+    def lungs(self, xray):
+        if xray.image_id in self.missed:
+            return Lungs(None)
+        mask = np.zeros(xray.pixels.shape, bool)
+        mask[:, : mask.shape[1] // 2] = True
+        return Lungs(np.array([0, 0, xray.columns / 2, xray.rows]), mask)
+
+
+@pytest.fixture(scope="module")
+def of_whole_images(competition, weights, tmp_path_factory) -> pd.Series:
+    return scores_of(submit(competition, weights, tmp_path_factory.mktemp("whole"))[0])
+
+
+def scores_of(path) -> pd.Series:
+    studies = read_submission(path).studies
+    return studies.set_index(["study_id", "label"]).score.sort_index()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_each_image_is_segmented_once_for_all_models_and_the_missed_are_told(
+    competition, weights, of_whole_images, tmp_path, monkeypatch, masked
+):
+    segmenter = Segmenting()
+    monkeypatch.setattr("kitlib.lungs_once.load_segmenter", lambda *_, **__: segmenter)
+    shared = with_lungs(with_recipe(weights, tmp_path / "weights", **OF_MASKS, masked=masked))
+    path, ledger = submit(competition, shared, tmp_path)
+    readable = len(list(competition.glob("test/*/*/*.dcm"))) - DAMAGED
+    assert sorted(segmenter.asked) == sorted(set(segmenter.asked)) and len(segmenter.asked) == readable
+    notes = ledger.set_index("stage")
+    assert (notes.files["lungs"], notes.note["lungs"]) == (readable, "2 without plausible lungs: seen whole")
+    told = ledger[ledger.note.str.startswith("no lungs found")]
+    assert told.stage.tolist() == ["small-fold0", "small-fold1"] and told.files.tolist() == [2, 2]
+    assert len(on_priors(path)) <= DAMAGED
+    assert (scores_of(path) - of_whole_images).abs().max() > 1e-4
+
+
+def test_a_real_segmenter_runs_where_a_model_asks_for_it(competition, weights, tmp_path):
+    # Untrained: what it finds is of no interest, that it looked at each image once is.
+    shared = with_lungs(with_recipe(weights, tmp_path / "weights", ["small-fold1"], **OF_MASKS))
+    path, ledger = submit(competition, shared, tmp_path)
+    assert ledger.set_index("stage").files["lungs"] == len(list(competition.glob("test/*/*/*.dcm"))) - DAMAGED
+    assert len(on_priors(path)) <= DAMAGED and not ledger.note.str.contains("failed").any()
+    _, ledger = submit(competition, with_lungs(with_recipe(weights, tmp_path / "unused")), tmp_path / "second")
+    assert "lungs" not in set(ledger.stage)
+
+
+@pytest.mark.parametrize("fault", ["no bundle", "damaged", "another family", "breaks"])
+def test_without_a_segmenter_that_works_every_image_is_seen_whole(
+    competition, weights, of_whole_images, tmp_path, monkeypatch, fault
+):
+    shared = with_recipe(weights, tmp_path / "weights", **OF_MASKS)
+    if fault != "no bundle":
+        with_lungs(shared)
+    if fault == "damaged":
+        (shared / "lungs" / "weights.safetensors").write_bytes(b"no weights")
+    elif fault == "another family":
+        shutil.copytree(shared / "small-fold0", shared / "lungs", dirs_exist_ok=True)
+    elif fault == "breaks":
+        monkeypatch.setattr("kitlib.segment_lungs.LungSegmenter.find", lambda *_: {}["a bug"])
+    path, ledger = submit(competition, shared, tmp_path)
+    rows = ledger[ledger.stage == "lungs"]
+    assert rows.files.tolist() == [0] and rows.note.iloc[0].startswith("failed: ")
+    assert rows.note.iloc[0].endswith("images are seen whole from here on")
+    readable = len(list(competition.glob("test/*/*/*.dcm"))) - DAMAGED
+    assert ledger[ledger.note.str.startswith("no lungs found")].files.tolist() == [readable] * 2
+    assert (scores_of(path) - of_whole_images).abs().max() < 1e-6 and len(on_priors(path)) <= DAMAGED
+
+
+def test_a_segmenter_is_no_model_of_a_submission(competition, weights, tmp_path):
+    other = with_lungs(shutil.copytree(weights, tmp_path / "weights"))
+    told = json.loads((other / "weights.json").read_text())
+    told["bundles"].insert(0, {"folder": "lungs"})
+    (other / "weights.json").write_text(json.dumps(told))
+    path, ledger = submit(competition, other, tmp_path)
+    assert "unet draws lungs, which no row of a submission asks for" in ledger.set_index("stage").note["lungs"]
+    assert len(on_priors(path)) <= DAMAGED
 
 
 def test_killed_while_it_predicts_a_valid_file_is_there(competition, weights, tmp_path):
