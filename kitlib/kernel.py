@@ -24,6 +24,7 @@ from kitlib import kernel_start
 from kitlib.atomic import write_json
 from kitlib.bundle import RECORD, WEIGHTS, read_bundle
 from kitlib.kernel_spec import KernelSpec, SpecError
+from kitlib.lung_crop import wants_masks
 from kitlib.paths import project_root
 from kitlib.wheels import check_wheels, image_pins
 
@@ -41,7 +42,7 @@ def build_kernel(spec: KernelSpec, out: str | Path, wheels: Iterable[Path]) -> d
     """Write `out`/kernel, `out`/wheels and, of a kernel that submits, `out`/weights; an old one of another kernel goes.
 
     Each is replaced whole, and nothing is replaced where something fails. Raises SpecError (an unknown notebook parameter,
-    runs without a bundle), WheelError, BundleError, KernelError (size).
+    runs without a bundle, models of a segmenter's lungs without one), WheelError, BundleError, KernelError (size).
     """
     out, wheels = Path(out), sorted(wheels)
     check_wheels(wheels, image_pins())
@@ -143,9 +144,10 @@ def _write_wheels(spec: KernelSpec, folder: Path, wheels: list[Path]) -> None:
 
 
 def _write_weights(spec: KernelSpec, folder: Path) -> None:
-    """One sub-folder a bundle, weights.json (bundles by value) and, where the kernel names one, fusion.json."""
+    """One sub-folder a bundle, weights.json (bundles by value) and, where the kernel names them, `lungs` and fusion.json."""
     folder.mkdir()
     manifest: list[dict[str, Any]] = []
+    lungs = _write_lungs(spec, folder)
     for bundle in spec.bundles():
         record = json.loads((bundle / RECORD).read_text(encoding="utf-8")) if (bundle / RECORD).is_file() else {}
         name = f"{record.get('model')}-fold{record.get('fold')}"
@@ -155,13 +157,15 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
             )
         if any(entry["folder"] == name for entry in manifest):
             raise SpecError(f"runs: {bundle} is a second {name}; name one run a model and fold")
-        (folder / name).mkdir()
-        for file in (WEIGHTS, RECORD):
-            if (bundle / file).is_file():
-                shutil.copyfile(bundle / file, folder / name / file)
-        record, _ = read_bundle(folder / name)  # of the copy, so that copying is checked too
+        record = _copy_bundle(bundle, folder / name)
         if record["family"] == "findings":
             raise SpecError(f"runs: {bundle} knows findings, which no submission asks for; name models that start from it")
+        if record["family"] == "segmenter":
+            raise SpecError(f"runs: {bundle} draws lungs, which no submission asks for; name its run by the key `lungs`")
+        if wants_masks(record["recipe"]) and not lungs:
+            raise SpecError(
+                f"runs: {bundle} looks at the lungs that a segmenter finds; name the segmenter by the key `lungs`"
+            )
         kind = "study" if record["family"] == "study" else "detector"
         entry = {"folder": name, "kind": kind} | {key: record[key] for key in ("family", "model", "fold", "weights_sha256")}
         manifest.append(entry)
@@ -170,8 +174,28 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
         if not fusion.is_file():
             raise SpecError(f"fusion: there is no {fusion}; run the fusion notebook first, or leave the key out")
         shutil.copyfile(fusion, folder / "fusion.json")
-    write_json(folder / "weights.json", {"bundles": manifest})
+    write_json(folder / "weights.json", {"bundles": manifest} | lungs)
     _write_dataset_metadata(folder, f"{spec.title} weights", f"{spec.owner}/{spec.weights_slug}")
+
+
+def _write_lungs(spec: KernelSpec, folder: Path) -> dict[str, str]:
+    """The segmenter's bundle in the sub-folder `lungs`, and what weights.json says of it; nothing where there is none."""
+    bundle = spec.lungs_bundle()
+    if bundle is None:
+        return {}
+    family = _copy_bundle(bundle, folder / "lungs")["family"]
+    if family != "segmenter":
+        raise SpecError(f"lungs: {bundle} holds a {family} model; name the fold's folder of a run that segments lungs")
+    return {"lungs": "lungs"}
+
+
+def _copy_bundle(bundle: Path, folder: Path) -> dict[str, Any]:
+    """Copy a bundle into a new folder; its record, read with the weights from the copy, so that copying is checked too."""
+    folder.mkdir()
+    for file in (WEIGHTS, RECORD):
+        if (bundle / file).is_file():
+            shutil.copyfile(bundle / file, folder / file)
+    return read_bundle(folder)[0]
 
 
 def _write_dataset_metadata(folder: Path, title: str, name: str) -> None:

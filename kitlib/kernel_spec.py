@@ -45,6 +45,7 @@ class KernelSpec:
     rehearsal: dict[str, Any] = field(default_factory=dict)  # parameters that replace others where it is only rehearsed
     runs: tuple[str, ...] = ()  # run folders or globs of them, most valuable first; each holds `bundle/`
     fusion: str | None = None  # fusion.json, tuned out of fold
+    lungs: str | None = None  # run folder, holding `bundle/`, of the segmenter that finds the lungs of test images
 
     @property
     def weights_slug(self) -> str:
@@ -114,6 +115,15 @@ class KernelSpec:
         """`entries` as OWNER/SLUG."""
         return [entry if "/" in entry else f"{self.owner}/{entry}" for entry in entries]
 
+    def lungs_bundle(self) -> Path | None:
+        """The segmenter's bundle folder; None where the kernel names no run. Raises SpecError where that has none."""
+        if not self.lungs:
+            return None
+        bundle = project_root() / self.lungs / "bundle"
+        if not bundle.is_dir():
+            raise SpecError(f"lungs: there is no {bundle}; name the fold's folder of a run that segments lungs")
+        return bundle
+
     def bundles(self) -> list[Path]:
         """Bundle folders in order of value; a run named twice counts once. Raises SpecError for an entry that names none."""
         found: dict[Path, None] = {}
@@ -155,9 +165,9 @@ def _faults(spec: KernelSpec) -> list[str]:
     submits = spec.submits
     needed = ("title", "slug", "owner", *(("competition", "runs") if submits else ()))
     faults = [f"{key} is missing" for key in needed if not getattr(spec, key)]
-    if not submits and (spec.runs or spec.fusion):
+    if not submits and (spec.runs or spec.fusion or spec.lungs):
         faults.append(
-            f"runs and fusion make a dataset of weights, and {spec.notebook_path.name} has no parameter `weights`; "
+            f"runs, fusion and lungs make a dataset of weights, and {spec.notebook_path.name} has no parameter `weights`; "
             "a run that a kernel made is attached by kernel_sources"
         )
     if spec.title and slug_of(spec.title) != spec.slug:

@@ -51,9 +51,9 @@ def installed_wheel(folder, name) -> Path:
     return path
 
 
-def make_run(folder, model="effnet", fold=0, family="study") -> Path:
+def make_run(folder, model="effnet", fold=0, family="study", **recipe) -> Path:
     """A run folder whose bundle holds one tensor."""
-    stated = {"family": family, "model": model, "classes": ["a"], "recipe": {}, "architecture": {}, "image_size": 8}
+    stated = {"family": family, "model": model, "classes": ["a"], "recipe": recipe, "architecture": {}, "image_size": 8}
     stated |= {
         "longest_side": 8,
         "placement": "letterbox",

@@ -166,6 +166,45 @@ def test_a_backbone_is_no_model_of_a_submission(tmp_path, wheel):
         build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs)), tmp_path / "out", [wheel])
 
 
+def test_a_segmenters_bundle_goes_along_apart_from_the_models(tmp_path, wheel):
+    lungs = make_run(tmp_path / "lungs" / "fold0", "unet", family="segmenter")
+    runs = [str(make_run(tmp_path / "study", lungs="masks", views=["lungs"]))]
+    spec = read_spec(make_submission(tmp_path / "spec", runs=runs, lungs=str(lungs)))
+    for out in ("out", "again"):
+        build_kernel(spec, tmp_path / out, [wheel])
+    weights = tmp_path / "out" / "weights"
+    told = json.loads((weights / "weights.json").read_text())
+    assert told["lungs"] == "lungs" and [entry["folder"] for entry in told["bundles"]] == ["effnet-fold0"]
+    assert contents(weights / "lungs") == contents(lungs / "bundle")
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    # Without the key nothing is said of lungs, also where it was named before.
+    build_kernel(read_spec(make_submission(tmp_path / "plain")), tmp_path / "out", [wheel])
+    assert set(json.loads((weights / "weights.json").read_text())) == {"bundles"} and not (weights / "lungs").exists()
+
+
+def test_a_model_of_a_segmenters_lungs_and_its_segmenter_go_together_or_not_at_all(tmp_path, wheel):
+    segmenter = str(make_run(tmp_path / "unet", "unet", family="segmenter"))
+    crops = str(make_run(tmp_path / "crops", "crops", lungs="masks", masked=True))
+    unused = str(make_run(tmp_path / "unused", "unused", lungs="masks", views=["full"]))
+    for keys, told in (
+        (
+            {"runs": [crops]},
+            r"crops/bundle looks at the lungs that a segmenter finds; name the segmenter by the key `lungs`",
+        ),
+        ({"runs": [segmenter]}, r"unet/bundle draws lungs, which no submission asks for; name its run by the key `lungs`"),
+        ({"runs": [crops], "lungs": crops}, r"lungs: .*crops/bundle holds a study model; name the fold's folder"),
+        ({"runs": [crops], "lungs": str(tmp_path / "none")}, r"lungs: there is no .*none/bundle"),
+    ):
+        with pytest.raises(SpecError, match=told):
+            build_kernel(read_spec(make_submission(tmp_path / "spec", **keys)), tmp_path / "out", [wheel])
+    damaged = make_run(tmp_path / "damaged", "unet", family="segmenter") / "bundle" / "weights.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
+    spec = make_submission(tmp_path / "spec", runs=[crops], lungs=str(damaged.parents[1]))
+    with pytest.raises(BundleError, match="SHA-256"):
+        build_kernel(read_spec(spec), tmp_path / "out", [wheel])
+    build_kernel(read_spec(make_submission(tmp_path / "spec", runs=[unused])), tmp_path / "out", [wheel])
+
+
 def test_two_bundles_of_one_name_are_refused(tmp_path, wheel):
     runs = [str(make_run(tmp_path / name)) for name in ("one", "two")]
     with pytest.raises(SpecError, match="two/bundle is a second effnet-fold0"):
@@ -364,8 +403,12 @@ def test_every_shipped_notebook_may_be_a_kernel(tmp_path, wheel):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"runs": ["runs/study"]}, "runs and fusion make a dataset of weights, and train.ipynb has no parameter `weights`"),
-        ({"fusion": "fusion.json"}, "runs and fusion make a dataset of weights"),
+        (
+            {"runs": ["runs/study"]},
+            "runs, fusion and lungs make a dataset of weights, and train.ipynb has no parameter `weights`",
+        ),
+        ({"fusion": "fusion.json"}, "runs, fusion and lungs make a dataset of weights"),
+        ({"lungs": "runs/lungs/fold0"}, "runs, fusion and lungs make a dataset of weights"),
         ({"notebook": "notebooks/99_nothing.ipynb"}, r"small\.yaml: notebook: there is no .*99_nothing\.ipynb"),
         ({"kernel_sources": ["one"]}, "kernel_sources: the slug 'one' has 3 characters, Kaggle wants 5 to 50"),
         ({"kernel_sources": ["a/b/c"]}, "kernel_sources wants slugs, of the owner's or as OWNER/SLUG, got 'a/b/c'"),
