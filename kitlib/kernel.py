@@ -185,7 +185,7 @@ def _write_lungs(spec: KernelSpec, folder: Path) -> dict[str, str]:
         return {}
     family = _copy_bundle(bundle, folder / "lungs")["family"]
     if family != "segmenter":
-        raise SpecError(f"lungs: {bundle} holds a {family} model; name the fold's folder of a run that segments lungs")
+        raise SpecError(f"lungs: {bundle} holds a {family} model; name a run of notebook 14, or a fold of notebook 12")
     return {"lungs": "lungs"}
 
 

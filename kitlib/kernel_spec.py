@@ -45,7 +45,7 @@ class KernelSpec:
     rehearsal: dict[str, Any] = field(default_factory=dict)  # parameters that replace others where it is only rehearsed
     runs: tuple[str, ...] = ()  # run folders or globs of them, most valuable first; each holds `bundle/`
     fusion: str | None = None  # fusion.json, tuned out of fold
-    lungs: str | None = None  # run folder, holding `bundle/`, of the segmenter that finds the lungs of test images
+    lungs: str | None = None  # run of notebook 14 (or fold of 12) whose `bundle/` finds the lungs of test images
 
     @property
     def weights_slug(self) -> str:
@@ -121,7 +121,7 @@ class KernelSpec:
             return None
         bundle = project_root() / self.lungs / "bundle"
         if not bundle.is_dir():
-            raise SpecError(f"lungs: there is no {bundle}; name the fold's folder of a run that segments lungs")
+            raise SpecError(f"lungs: there is no {bundle}; name a run of notebook 14, or a fold of notebook 12")
         return bundle
 
     def bundles(self) -> list[Path]:

@@ -192,7 +192,7 @@ def test_a_model_of_a_segmenters_lungs_and_its_segmenter_go_together_or_not_at_a
             r"crops/bundle looks at the lungs that a segmenter finds; name the segmenter by the key `lungs`",
         ),
         ({"runs": [segmenter]}, r"unet/bundle draws lungs, which no submission asks for; name its run by the key `lungs`"),
-        ({"runs": [crops], "lungs": crops}, r"lungs: .*crops/bundle holds a study model; name the fold's folder"),
+        ({"runs": [crops], "lungs": crops}, r"lungs: .*crops/bundle holds a study model; name a run of notebook 14"),
         ({"runs": [crops], "lungs": str(tmp_path / "none")}, r"lungs: there is no .*none/bundle"),
     ):
         with pytest.raises(SpecError, match=told):
@@ -438,7 +438,7 @@ def runs_named(spec) -> set[str]:
     given = spec.injected()
     named = [given.get("prepare_run", "prepare")] if "prepare_run" in spec.notebook_parameters() else []
     named += given.get("runs", [])
-    named += [given.get("overrides", {}).get("starting_weights", "")]
+    named += [given.get("overrides", {}).get("starting_weights", ""), given.get("segmenter", ""), given.get("lungs_run", "")]
     return {name.split("/")[0] for name in named if name}
 
 
@@ -448,7 +448,7 @@ def test_a_shipped_kernel_builds(name, tmp_path, wheel):
     build_kernel(spec, tmp_path / "out", [wheel])
     metadata = json.loads((tmp_path / "out/kernel/kernel-metadata.json").read_text())
     assert metadata["dataset_sources"][0] == "somebody/chest-kit-wheels"
-    assert metadata["enable_gpu"] is (spec.notebook[10:12] in ("20", "30", "40"))
+    assert metadata["enable_gpu"] is (spec.notebook[10:12] in ("12", "14", "20", "30", "40"))
     assert not (tmp_path / "out" / "weights").exists()
     for given in (spec.injected(), spec.injected(rehearsed=True)):
         if "recipe" in given:
