@@ -5,12 +5,14 @@ import json
 import pandas as pd
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian
+from small_lungs import lungs_run
 from test_train_findings import SmallFindings
 
 from kitlib.atomic import write_json
 from kitlib.bundle import data_fingerprint, read_bundle
 from kitlib.cache import XrayCache
 from kitlib.dicom_writing import write_xray
+from kitlib.lungs import StoredLungs
 from kitlib.paths import project_root
 from kitlib.recipes import FindingsRecipe
 from kitlib.recipes import recipe as find_recipe
@@ -34,16 +36,19 @@ def run(tmp_path_factory):
     for name, table in tables.items():
         write_table(table, name, prepared / "tables" / f"{name}.parquet")
     write_json(prepared / "metrics.json", {"longest_side": 64})
+    lungs = StoredLungs(lungs_run(folder / "lungs", small, frame=(5.0, 3.0, 35.0, 33.0)))
     changes = {"image_size": 32, "rotate_degrees": 0.0, "blur_p": 0.0}
+    changes |= {"lungs": "masks", "trained_on": "either", "views": ["full", "lungs"]}
     parameters = {
         "prepare_run": str(prepared),
         "recipe": "small_backbone",
         "overrides": {**changes, "epochs": 4},
         "epochs": 1,
         "folds": [0, 1],
+        "lungs_run": str(folder / "lungs"),
     }
     begun = find_recipe("small_backbone", FindingsRecipe, **changes, epochs=1), folder / "first" / "fold0", "backbone"
-    train_findings(*tables.values(), 0, XrayCache(prepared / "xrays", 64), *begun, progress=False)
+    train_findings(*tables.values(), 0, XrayCache(prepared / "xrays", 64), *begun, progress=False, lungs=lungs)
 
     def session(name, **more):
         executed = folder / f"{name}.ipynb"
@@ -80,6 +85,8 @@ def test_a_session_that_ends_says_how_to_go_on_and_the_next_one_does(run):
 def test_the_notebook_leaves_what_later_stages_read(run):
     record, _ = read_bundle(run / "fold1" / "bundle")
     assert record["family"] == "findings" and record["recipe"]["epochs"] == 1
+    of_fold = json.loads((run / "fold1" / "metrics.json").read_text())
+    assert of_fold["lungs_fingerprint"] and of_fold["lungs_missed"] == {"training": 0, "predicted": 0}
     scores = read_table("class_scores", run / "tables" / "class_scores.parquet")
     assert len(scores) == 28 and set(scores.fold) == {0, 1}
     # each fold's model scores the four test images
