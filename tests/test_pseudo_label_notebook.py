@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from small_lungs import lungs_run
 from small_xrays import RECIPE, SmallXrays
 from test_runs import prepared_run
 
 from kitlib.cache import XrayCache
 from kitlib.classes import STUDY_CLASSES
+from kitlib.lungs import StoredLungs
 from kitlib.paths import project_root
 from kitlib.recipes import DetectorRecipe
 from kitlib.run_notebook import run_notebook
@@ -20,6 +22,8 @@ from kitlib.train_study import train_study
 
 NOTEBOOK = project_root() / "notebooks" / "50_pseudo_label.ipynb"
 QUICK = replace(RECIPE, epochs=1)
+OF_LUNGS = replace(QUICK, lungs="masks", trained_on="lungs", views=("lungs",))
+FRAME = (5.0, 3.0, 35.0, 33.0)
 DETECTOR = DetectorRecipe(
     backbone="test_resnet",
     image_size=64,
@@ -56,17 +60,22 @@ def ended(tmp_path_factory):
     small.pixels["image010"] = np.random.default_rng(5).integers(0, 255, (40, 50)).astype(np.uint8)  # like no other
     prepare, other = folder / "prepare", folder / "other"
     prepared_run(prepare, small)
-    prepared_run(other, other_images(small))
+    others = other_images(small)
+    prepared_run(other, others)
+    lungs = StoredLungs(lungs_run(folder / "lungs", small, frame=FRAME))
+    lungs_run(folder / "other_lungs", others, frame=FRAME)
     tables = read_prepared(prepare)
     common = {**tables, "cache": XrayCache(prepare / "xrays", 50), "progress": False}
     for fold in (0, 1):
-        train_study(**common, fold=fold, recipe=QUICK, run_folder=folder / f"study/fold{fold}", model_name="study")
+        of_fold = {"fold": fold, "run_folder": folder / f"study/fold{fold}", "lungs": lungs}
+        train_study(**common, **of_fold, recipe=OF_LUNGS, model_name="study")
     train_detector(**common, fold=0, recipe=DETECTOR, run_folder=folder / "rcnn/fold0", model_name="rcnn")
     done = folder / "done"
     parameters = {
         "prepare_run": str(prepare),
         "runs": [str(folder / "study"), str(folder / "rcnn")],
         "source_run": str(other),
+        "lungs_run": str(folder / "other_lungs"),
         "run_folder": str(done),
         "thresholds": [0.0, 0.0, 0.0],
         "workers": 1,
