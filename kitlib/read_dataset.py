@@ -5,13 +5,24 @@ from pathlib import Path
 
 import pandas as pd
 
+from kitlib.darwin import read_darwin
 from kitlib.dataset import Dataset
+from kitlib.jsrt import read_jsrt
 from kitlib.nih import read_nih
 from kitlib.rsna import read_rsna
 from kitlib.siim import read_train
 from kitlib.tables import class_columns
+from kitlib.tb_lungs import read_montgomery, read_shenzhen
 
-READERS: dict[str, Callable[..., Dataset]] = {"siim": read_train, "nih": read_nih, "rsna": read_rsna}
+READERS: dict[str, Callable[..., Dataset]] = {
+    "siim": read_train,
+    "nih": read_nih,
+    "rsna": read_rsna,
+    "jsrt": read_jsrt,
+    "montgomery": read_montgomery,
+    "shenzhen": read_shenzhen,
+    "darwin": read_darwin,
+}
 
 
 def read_dataset(name: str, folder: str | Path, progress: bool = True) -> Dataset:
@@ -22,7 +33,7 @@ def read_dataset(name: str, folder: str | Path, progress: bool = True) -> Datase
 
 
 def compare_with_published(dataset: Dataset) -> pd.DataFrame:
-    """A row a count: what, here, published (NA where nothing is), and share, of the published one."""
+    """A row a count: what, here, published (NA where nothing is), and share, of the published one; masks are of images."""
     images, labels = dataset.images, dataset.labels
     here = {
         "images": len(images),
@@ -33,6 +44,8 @@ def compare_with_published(dataset: Dataset) -> pd.DataFrame:
     }
     if "false_none" in images:
         here["false_none"] = int(images.false_none.sum())
+    if dataset.masks is not None:
+        here["masks"] = dataset.masks.image_id.nunique()
     here |= {name: int((labels[name] > 0.5).sum()) for name in class_columns(labels, "labels")}
     published = pd.Series({name: dataset.published.get(name, pd.NA) for name in here}, dtype="Int64")
     table = pd.DataFrame({"here": pd.Series(here, dtype="Int64"), "published": published})

@@ -10,6 +10,7 @@ from kitlib.cache import XrayCache
 from kitlib.dataset import LayoutError
 from kitlib.mask_file import fill_masks
 from kitlib.mask_store import MaskStore
+from kitlib.read_dataset import compare_with_published, read_dataset
 from kitlib.tb_lungs import read_montgomery, read_shenzhen
 
 RIGHT, LEFT = np.zeros((60, 80), bool), np.zeros((60, 80), bool)
@@ -76,6 +77,13 @@ def test_shenzhen_has_masks_of_most_images(shenzhen):
     # Months and days of a year of 365.25; without a unit nobody knows.
     assert ages[:3] == pytest.approx([45, 16 / 12, 64 / 365.25]) and math.isnan(ages[3])
     assert [data.published[name] for name in ("images", "normal", "tuberculosis", "masks")] == [662, 326, 336, 566]
+
+
+def test_images_with_masks_are_compared_with_the_published_ones(shenzhen, montgomery):
+    table = compare_with_published(read_dataset("shenzhen", shenzhen, progress=False)).set_index("what")
+    assert table.here.masks == 3 and table.share.masks == round(3 / 566, 4) and table.share.images == round(4 / 662, 4)
+    # Two files an image.
+    assert compare_with_published(read_montgomery(montgomery, progress=False)).set_index("what").here.masks == 3
 
 
 @pytest.mark.parametrize("cohort", ["montgomery", "shenzhen"])
