@@ -18,6 +18,7 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.detection_report import interval
 from kitlib.findings_report import answers, auc_draws, mean_over_folds
 from kitlib.fusion import FusionSettings, fuse_scores
+from kitlib.lungs_report import dice_draws
 from kitlib.paths import InputNotFound, find_run
 from kitlib.reports import score_draws
 from kitlib.run_listing import SHORT, ListedRun, describe, list_run
@@ -33,11 +34,12 @@ FIGURES = {
     ("nones",): "AP of none",
     ("detections",): "AP of opacity",
     ("findings",): "mean ROC AUC",
+    ("masks",): "mean Dice of the lungs",
 }
 COLUMNS = [
     *("ranking", "name", "kind", "model", "state", "recipe", "changes", "folds", "images", "figure", "score", "low", "high"),
-    *("studies", "none", "opacity", "auc", "cross_fitted", "remark", "started", "wall_s", "training_s", "memory_mb", "gpu"),
-    *("gpu_memory_mb", "host", "commit", "data_fingerprint", "folds_fingerprint"),
+    *("studies", "none", "opacity", "auc", "dice", "cross_fitted", "remark", "started", "wall_s", "training_s", "memory_mb"),
+    *("gpu", "gpu_memory_mb", "host", "commit", "data_fingerprint", "folds_fingerprint"),
 ]
 
 
@@ -54,10 +56,13 @@ class Answer:
     nones: pd.DataFrame | None = None
     detections: pd.DataFrame | None = None
     findings: pd.DataFrame | None = None
+    masks: pd.DataFrame | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return tuple(name for name in ("studies", "nones", "detections", "findings") if getattr(self, name) is not None)
+        return tuple(
+            name for name in ("studies", "nones", "detections", "findings", "masks") if getattr(self, name) is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -224,7 +229,17 @@ def _by_model(runs: list[ListedRun]) -> list[tuple[ListedRun, ...]]:
 
 
 # Of a fold's metrics: what all folds of one model have in common.
-SAME = ("model", "recipe", "seed", "limit_train", "limit_validation", "longest_side", "data_fingerprint", "extra")
+SAME = (
+    "model",
+    "recipe",
+    "seed",
+    "limit_train",
+    "limit_validation",
+    "longest_side",
+    "data_fingerprint",
+    "extra",
+    "masks_fingerprint",
+)
 
 
 def _entry(together: tuple[ListedRun, ...], runs: list[ListedRun], prepared: _PreparedRuns, folds: frozenset[int]) -> Entry:
@@ -240,7 +255,7 @@ def _entry(together: tuple[ListedRun, ...], runs: list[ListedRun], prepared: _Pr
     told = {fold["folds_fingerprint"] for source in sources for fold in source.folds.values() if "folds_fingerprint" in fold}
     if len(prints) == 1:
         entry = replace(entry, folds_fingerprint=told.pop() if len(told) == 1 else "", data_fingerprint=prints[0])
-    if run.state != "finished" or run.kind not in ("study", "detector", "findings", "fusion"):
+    if run.state != "finished" or run.kind not in ("study", "detector", "findings", "lungs", "fusion"):
         return entry
     try:
         if len(prints) != 1:
@@ -276,6 +291,12 @@ def _answer(runs: tuple[ListedRun, ...], tables: dict[str, pd.DataFrame], folds:
         _check_out_of_fold(scores, "image_id", fold_of)
         scores = scores[scores["image_id"].isin(images["image_id"])]
         return Answer(images[images["image_id"].isin(scores["image_id"])], findings=mean_over_folds(scores))
+    if runs[0].kind == "lungs":
+        read = [read_table("mask_scores", run.folder / "tables" / "mask_scores.parquet") for run in runs]
+        scores = concatenate(read, "mask_scores")
+        _check_out_of_fold(scores, "image_id", fold_of)
+        scores = scores[(scores.structure == "lungs") & scores.image_id.isin(images.image_id)]
+        return Answer(images[images.image_id.isin(scores.image_id)], masks=scores)
     found = read_out_of_fold([run.folder for run in runs])
     fold_of_study = images.drop_duplicates("study_id").set_index("study_id")["image_id"].map(fold_of)
     _check_out_of_fold(
@@ -308,6 +329,8 @@ def _draws(answer: Answer, tables: dict[str, pd.DataFrame], samples: int, seed: 
         scores = answer.findings.set_index("image_id").loc[answer.images["image_id"]].reset_index()
         drawn = auc_draws(answers(scores, answer.images, tables["labels"]), samples, seed)
         return drawn.rename(columns={"mean": "score"})
+    if answer.masks is not None:
+        return dice_draws(answer.masks, answer.images, samples, seed)
     truth = truth_of(answer.images, tables["labels"], tables["boxes"])
     if answer.studies is None:
         truth = replace(truth, labels=truth.labels.head(0))
@@ -330,6 +353,8 @@ def _figures(entry: Entry, draws: pd.DataFrame) -> dict[str, Any]:
     figures = {name: value.get(name) for name in ("studies", "none", "opacity")}
     if entry.answer.findings is not None:
         figures = {"auc": told["value"]}
+    elif entry.answer.masks is not None:
+        figures = {"dice": told["value"]}
     spread = {"score": told["value"], "low": told["low"], "high": told["high"]}
     return {"images": len(entry.answer.images), "figure": FIGURES[entry.answer.parts], **spread, **figures}
 

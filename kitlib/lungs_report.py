@@ -37,11 +37,26 @@ def clustered_interval(
     values: np.ndarray, patients: np.ndarray, samples: int = 500, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
     """Percentile interval of the mean of `values` (n,), whole `patients` (n,) drawn with replacement."""
+    low, high = np.quantile(_means(values, patients, samples, seed), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def dice_draws(scores: pd.DataFrame, images: pd.DataFrame, samples: int = 200, seed: int = 0) -> pd.DataFrame:
+    """Mean Dice as the column `score`: of all `images` first, then of each of the draws of whole patients.
+
+    `scores` has one row an image. The same images and one seed give the same draws: the difference of two such tables is a
+    paired comparison.
+    """
+    dice = scores.set_index("image_id").dice.loc[images.image_id].to_numpy()
+    drawn = _means(dice, images.patient_id.to_numpy(), samples, seed)
+    return pd.DataFrame({"score": [dice.mean(), *drawn]})
+
+
+def _means(values: np.ndarray, patients: np.ndarray, samples: int, seed: int) -> np.ndarray:
     _, codes = np.unique(patients, return_inverse=True)
     sums, counts = np.bincount(codes, values), np.bincount(codes)
     times = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=samples)
-    low, high = np.quantile(times @ sums / (times @ counts), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return times @ sums / (times @ counts)
 
 
 def verdicts(lungs: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:

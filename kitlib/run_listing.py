@@ -24,6 +24,8 @@ KINDS = {
     "study": ("tables/study_scores.parquet", "tables/image_scores.parquet"),
     "detector": ("tables/coverage.parquet", "tables/detections.parquet"),
     "findings": ("tables/class_scores.parquet",),
+    "lungs": ("tables/mask_scores.parquet",),
+    "applied lungs": ("tables/lungs.parquet",),
     "prepared": ("tables/folds.parquet",),
     "pseudo-labels": ("left_out.csv",),
     "report": ("comparison.csv",),

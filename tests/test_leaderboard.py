@@ -262,3 +262,20 @@ def test_the_notebook_lists_and_compares(tmp_path):
     assert pd.read_csv(out / "differences.csv").difference.tolist() == pytest.approx([-0.6])
     assert pd.read_csv(out / "compared.csv").set_index("figure").difference["studies"] == pytest.approx(-0.75)
     assert (out / "figures" / "rankings.png").is_file()
+
+
+def test_segmenters_are_ranked_by_the_lungs_dice_and_a_better_one_by_its_paired_difference(tmp_path):
+    prepare(tmp_path / "prepare", TABLES)
+    rows = [(each.id, "m", each.fold, name) for each in TABLES["folds"].itertuples() for name in ("lungs", "heart")]
+    masks = pd.DataFrame(rows, columns=["image_id", "model", "fold", "structure"])
+    for name, dice in (("good", 0.9), ("poor", 0.8)):
+        # A Dice of d is a Jaccard of d / (2 - d); the heart counts for nothing here.
+        found = masks.assign(dice=dice, jaccard=dice / (2 - dice)).assign(
+            dice=lambda t, d=dice: d * (t.structure == "lungs")
+        )
+        train(tmp_path / name, TABLES, model=name, mask_scores=found)
+    found = board(tmp_path)
+    table = found.table.set_index("name")
+    assert table.score.dropna().to_dict() == pytest.approx({"good": 0.9, "poor": 0.8})
+    assert table.loc["good", ["kind", "figure", "images"]].tolist() == ["lungs", "mean Dice of the lungs", 32]
+    assert found.differences.loc[0, ["difference", "low", "high"]].tolist() == pytest.approx([-0.1, -0.1, -0.1])
