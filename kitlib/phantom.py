@@ -1,4 +1,4 @@
-"""Renders a synthetic frontal chest radiograph from a patient, an exposure and opacities, with the opacities' boxes.
+"""Renders a synthetic frontal chest radiograph from a patient, an exposure and opacities, with boxes, lungs and heart.
 
 Everything smooth is drawn at `WORK_SIDE` pixels or less and enlarged; noise and markers are drawn at full size. What is
 drawn follows how an X-ray comes about: soft tissue and bone add attenuation, aerated lung takes it away, and an opacity is
@@ -37,6 +37,26 @@ def render(patient: Patient, exposure: Exposure, opacities: tuple[Opacity, ...] 
     grey -= air * (np.float32(0.42) - vessels * np.float32(0.6) - texture * np.float32(0.012))
     boxed = [box for box, opacity in zip(boxes, opacities, strict=True) if opacity.boxed]
     return _expose(grey, exposure), np.array(boxed).reshape(-1, 4) * view.enlargement
+
+
+def structures(patient: Patient, exposure: Exposure) -> dict[str, np.ndarray]:
+    """Masks of left_lung, right_lung and heart as `render` draws them, bool (rows, columns); sides are the patient's.
+
+    Lungs are what has air, opacities included. The heart is what lies between them, from the hila to the diaphragm, and
+    nowhere lung: nothing else in the picture says where it ends.
+    """
+    view = _View(patient, exposure)
+    right, left = _lung_outlines(patient, np.random.default_rng([patient.seed, 1]))
+    outlines = {"left_lung": left, "right_lung": right, "heart": _heart_outline(patient)}
+    masks = {}
+    for name, outline in outlines.items():
+        # The drawing's pixels are enlarged about their middles, which cv2 counts from 0.
+        points = (view.pixels(outline) + 0.5) * view.enlargement[:2] - 0.5
+        canvas = np.zeros((exposure.rows, exposure.columns), np.uint8)
+        cv2.fillPoly(canvas, [np.round(points * 2**SHIFT).astype(np.int32)], 255, cv2.LINE_AA, SHIFT)
+        masks[name] = canvas > 127
+    masks["heart"] &= ~(masks["left_lung"] | masks["right_lung"])
+    return masks
 
 
 class _View:
@@ -90,17 +110,41 @@ class _View:
 
 
 def _lungs(patient: Patient, view: _View, rng: np.random.Generator) -> np.ndarray:
-    low, heart = patient.diaphragm, patient.heart
-    right_base = [(0.85, 0.78 + low), (0.6, 0.64 + low), (0.36, 0.68 + low), (0.24, 0.8 + low)]
-    right_heart = [(0.3 * heart, 0.55), (0.29 * heart, 0.25), (0.2, 0.0)]
-    left_base = [(0.9, 0.88 + low), (0.76, 0.76 + low), (0.68, 0.77 + low)]
-    left_heart = [(0.66 * heart, 0.7), (0.56 * heart, 0.4), (0.36, 0.12), (0.25, -0.05), (0.29, -0.2), (0.22, -0.32)]
     canvas = view.canvas()
-    for side, base, edge in ((-1, right_base, right_heart), (1, left_base, left_heart)):
+    for outline in _lung_outlines(patient, rng):
+        view.fill(canvas, outline[None])
+    return canvas
+
+
+def _lung_outlines(patient: Patient, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The closed outlines (points, 2) of the right and the left lung."""
+    low = patient.diaphragm
+    right_base = [(0.85, 0.78 + low), (0.6, 0.64 + low), (0.36, 0.68 + low), (0.24, 0.8 + low)]
+    left_base = [(0.9, 0.88 + low), (0.76, 0.76 + low), (0.68, 0.77 + low)]
+    outlines = []
+    for side, base, edge in ((-1, right_base, _right_heart(patient)), (1, left_base, _left_heart(patient))):
         outline = np.array(CHEST_WALL + base + edge + MEDIASTINUM_TOP)
         outline += rng.normal(0, 0.012, outline.shape)
-        view.fill(canvas, _mirrored(_rounded(outline), side))
-    return canvas
+        outlines.append(_rounded(outline) * (side, 1))
+    return outlines[0], outlines[1]
+
+
+def _right_heart(patient: Patient) -> list[tuple[float, float]]:
+    """The lung's edge along the heart from its base upwards, u counted away from the midline."""
+    return [(0.3 * patient.heart, 0.55), (0.29 * patient.heart, 0.25), (0.2, 0.0)]
+
+
+def _left_heart(patient: Patient) -> list[tuple[float, float]]:
+    """The same of the left lung; the last two points are beside the aorta."""
+    heart = patient.heart
+    return [(0.66 * heart, 0.7), (0.56 * heart, 0.4), (0.36, 0.12), (0.25, -0.05), (0.29, -0.2), (0.22, -0.32)]
+
+
+def _heart_outline(patient: Patient) -> np.ndarray:
+    """The closed outline (points, 2), which reaches into both lungs a little, so that no gap is left between."""
+    right, left = np.array(_right_heart(patient)) * (-1, 1), np.array(_left_heart(patient)[3::-1])
+    base = np.array([(0.5 * patient.heart, 0.82 + patient.diaphragm), (-0.24, 0.8 + patient.diaphragm)])
+    return _rounded(np.concatenate([right, left, base]) * (1.07, 1))
 
 
 def _replace_air(air: np.ndarray, inside: np.ndarray, opacity: Opacity, view: _View) -> np.ndarray:

@@ -6,6 +6,7 @@ import hashlib
 import re
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
 from kitlib.dicom import UnreadableXray, read_header, read_xray
-from kitlib.phantom import render
+from kitlib.phantom import render, structures
 from kitlib.phantom_competition import write_competition
 from kitlib.phantom_patients import draw_exposure, draw_near_duplicate, draw_opacities, draw_patient
 from kitlib.phantom_plan import CLASS_SHARES, plan_split
@@ -58,6 +59,42 @@ def test_same_scene_gives_same_pixels_in_range(seed, study_class, side):
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= (exposure.columns, exposure.rows)).all()
     assert (boxes[:, 2:] > boxes[:, :2]).all()
     assert len(boxes) == sum(opacity.boxed for opacity in opacities)
+
+
+@settings(max_examples=15, deadline=None)
+@given(SEEDS, st.integers(100, 700))
+def test_masks_lie_on_what_is_drawn(seed, side):
+    """Lungs are darker than all around them; the heart, which has no air, is brighter, and beside both of them."""
+    patient, exposure, _ = scene(seed, "negative", side)
+    exposure = dataclasses.replace(quiet(exposure), rotation=0.0)
+    grey, _ = render(patient, exposure)
+    masks = structures(patient, exposure)
+    assert list(masks) == ["left_lung", "right_lung", "heart"]
+    assert all(mask.shape == grey.shape and mask.dtype == bool for mask in masks.values())
+    assert not (masks["heart"] & (masks["left_lung"] | masks["right_lung"])).any()
+    assert not (masks["left_lung"] & masks["right_lung"]).any()
+    for name in ("left_lung", "right_lung"):
+        mask = masks[name].astype(np.uint8)
+        kernel = np.ones((3, 3), np.uint8)
+        # Five hundredths of the side beyond the edge and as far within, as the edge itself is soft.
+        far = max(2, round(0.05 * side / 2))
+        around = (cv2.dilate(mask, kernel, iterations=far) > 0) & (cv2.dilate(mask, kernel, iterations=far // 2) == 0)
+        within = (cv2.erode(mask, kernel, iterations=far // 2) > 0) & (cv2.erode(mask, kernel, iterations=far) == 0)
+        assert np.median(grey[within]) < np.median(grey[around & ~masks["heart"]]) - 0.05
+        assert np.median(grey[masks["heart"]]) > np.median(grey[within]) + 0.15
+    # The patient's left is at the image's right, and most of the heart lies there.
+    columns = {name: np.nonzero(mask)[1].mean() for name, mask in masks.items()}
+    assert columns["right_lung"] < columns["heart"] < columns["left_lung"]
+
+
+def test_masks_of_a_large_image_are_those_of_a_small_one():
+    """The drawing is done small and enlarged; its masks are drawn at full size, and an area's share stays."""
+    patient, exposure, _ = scene(3, "negative", 400)
+    large = dataclasses.replace(exposure, rows=4 * exposure.rows, columns=4 * exposure.columns)
+    small, enlarged = structures(patient, exposure), structures(patient, large)
+    for name, mask in small.items():
+        shrunk = cv2.resize(enlarged[name].astype(np.uint8) * 255, mask.shape[::-1], interpolation=cv2.INTER_AREA) > 127
+        assert 2 * (shrunk & mask).sum() / (shrunk.sum() + mask.sum()) > 0.98
 
 
 @settings(max_examples=15, deadline=None)
