@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,6 +73,10 @@ class Layout(StrEnum):
     SIIM = "siim"
     NIH = "nih"
     RSNA = "rsna"
+    JSRT = "jsrt"
+    MONTGOMERY = "montgomery"
+    SHENZHEN = "shenzhen"
+    DARWIN = "darwin"
 
 
 @app.command()
@@ -81,13 +86,21 @@ def phantom(
     truth: Annotated[Path | None, typer.Option(help="siim: where the test set's labels go.")] = None,
     train_studies: Annotated[int | None, typer.Option(help="siim: 240 unless told.")] = None,
     test_studies: Annotated[int | None, typer.Option(help="siim: 80 unless told.")] = None,
-    images: Annotated[int | None, typer.Option(help="nih, rsna: 400 unless told.")] = None,
-    side: Annotated[int, typer.Option(help="Pixels.")] = 320,
+    images: Annotated[int | None, typer.Option(help="All but siim: 400 unless told; jsrt: 24, of 8 MB each.")] = None,
+    side: Annotated[int | None, typer.Option(help="Pixels, 320 unless told; jsrt: always 2048.")] = None,
     seed: int = 0,
 ) -> None:
-    """Write phantoms into FOLDER: siim-covid19-detection, nih-chest-xrays or rsna-pneumonia-detection-challenge."""
-    given = {"truth": truth, "train_studies": train_studies, "test_studies": test_studies, "images": images}
-    sizes: dict[str, Any] = {"train_studies": 240, "test_studies": 80} if layout is Layout.SIIM else {"images": 400}
+    """Write phantoms into a folder of FOLDER.
+
+    siim, nih and rsna make siim-covid19-detection, nih-chest-xrays and rsna-pneumonia-detection-challenge; the sets of lung
+    masks a folder of their own name.
+    """
+    given = {"truth": truth, "train_studies": train_studies, "test_studies": test_studies, "images": images, "side": side}
+    sizes: dict[str, Any] = {"images": 24 if layout is Layout.JSRT else 400}
+    if layout is Layout.SIIM:
+        sizes = {"train_studies": 240, "test_studies": 80}
+    if layout is not Layout.JSRT:
+        sizes["side"] = 320
     for name in [name for name, value in given.items() if value is not None]:
         if name not in sizes and (name != "truth" or layout is not Layout.SIIM):
             raise typer.BadParameter(f"--{name.replace('_', '-')} has no meaning with --layout {layout}")
@@ -99,10 +112,14 @@ def phantom(
             from kitlib.phantom_competition import write_competition as write
         elif layout is Layout.NIH:
             from kitlib.phantom_nih import write_nih as write
-        else:
+        elif layout is Layout.RSNA:
             from kitlib.phantom_rsna import write_rsna as write
+        else:
+            from kitlib.phantom_lungs import write_lungs
 
-        typer.echo(str(write(folder, **sizes, side=side, seed=seed)))
+            write = partial(write_lungs, layout=layout.value)
+
+        typer.echo(str(write(folder, **sizes, seed=seed)))
     except (ValueError, FileExistsError) as error:
         _fail(error)
 

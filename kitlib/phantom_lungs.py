@@ -65,8 +65,8 @@ def write_lungs(
     layout: str,
     *,
     images: int,
-    side: int,
     seed: int,
+    side: int = JSRT_SIDE,
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:

@@ -103,11 +103,19 @@ def test_phantoms_of_each_layout_are_read_by_its_reader(tmp_path):
         assert done.exit_code == 0, done.stderr
         data = read_dataset(layout, done.stdout.strip().splitlines()[-1], progress=False)
         assert len(data.images) >= size[1] and len(data.boxes)
+    for layout, size in {"jsrt": (), "montgomery": ("--side", 32), "shenzhen": ("--side", 32), "darwin": ()}.items():
+        done = run("phantom", "--folder", tmp_path, "--layout", layout, "--images", 4, *size)
+        assert done.exit_code == 0, done.stderr
+        data = read_dataset(layout, done.stdout.strip().splitlines()[-1], progress=False)
+        # One of Darwin's is tagged as lateral, one of Shenzhen's has no mask.
+        assert len(data.images) == 4 - (layout == "darwin")
+        assert data.masks.image_id.nunique() == 4 - (layout in ("darwin", "shenzhen"))
 
 
 def test_phantoms_refuse_what_has_no_meaning(tmp_path):
     for words in (("--layout", "chexpert"), ("--layout", "nih", "--truth", "x"), ("--images", 4, "--truth", "x"), ()):
         assert run("phantom", "--folder", tmp_path, *words).exit_code == 2
+    assert run("phantom", "--folder", tmp_path, "--layout", "jsrt", "--side", 512).exit_code == 2
     few = run("phantom", "--folder", tmp_path, "--layout", "rsna", "--images", 0)
     assert few.exit_code == 1 and "at least 3 images" in few.stderr
     assert not list(tmp_path.iterdir())
