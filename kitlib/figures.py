@@ -12,6 +12,8 @@ from matplotlib.patches import Rectangle
 
 from kitlib.atomic import replacing
 from kitlib.cache import CachedXray, XrayCache
+from kitlib.classes import MASK_CODES
+from kitlib.mask_store import MaskStore
 from kitlib.tables import BOX, class_columns
 
 TRUTH, PREDICTION = "limegreen", "orange"
@@ -34,10 +36,12 @@ def example_images(
     detections: pd.DataFrame | None = None,
     a_row: int = 4,
     shown_score: float = SHOWN_SCORE,
+    masks: MaskStore | None = None,
 ) -> Figure:
     """The rows of `images` as pictures with annotated boxes (green) and predicted ones (orange, with their score).
 
-    Tables as in `kitlib.tables`, boxes in original pixels; detections below `shown_score` are left out.
+    Tables as in `kitlib.tables`, boxes in original pixels; detections below `shown_score` are left out. Of images that
+    `masks` has, the outline of every structure is drawn, in green.
     """
     rows = max(1, math.ceil(len(images) / a_row))
     figure = Figure(figsize=(3.2 * a_row, 3.5 * rows), layout="constrained")
@@ -48,6 +52,8 @@ def example_images(
     for axis, image in zip(axes, images.itertuples(), strict=False):
         xray = cache.read(image.image_id)
         axis.imshow(xray.pixels, cmap="gray", vmin=0, vmax=255)
+        if masks is not None and image.image_id in masks:
+            draw_outlines(axis, masks.read(image.image_id), TRUTH)
         if boxes is not None:
             _draw_boxes(axis, xray, boxes[boxes.image_id == image.image_id], TRUTH)
         if detections is not None:
@@ -55,6 +61,13 @@ def example_images(
             _draw_boxes(axis, xray, found, PREDICTION)
         axis.set_title(f"{image.image_id}\n{classes.get(image.study_id, '')}", fontsize=8)
     return figure
+
+
+def draw_outlines(axis: Axes, codes: np.ndarray, colour: str) -> None:
+    """The outline of each structure of a label image, which has the size of the picture in `axis`."""
+    for code in MASK_CODES.values():
+        if (codes == code).any():
+            axis.contour(codes == code, levels=[0.5], colors=colour, linewidths=1)
 
 
 def fold_shares(folds: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> Figure:

@@ -5,7 +5,8 @@ import pytest
 
 from kitlib import figures
 from kitlib.cache import CachedXray
-from kitlib.classes import STUDY_CLASSES
+from kitlib.classes import MASK_CODES, STUDY_CLASSES
+from kitlib.mask_store import MaskStore
 from kitlib.tables import BOX
 
 
@@ -40,6 +41,18 @@ def test_boxes_lie_where_the_original_pixels_say():
     assert colours[0] != colours[1]
     assert [text.get_text() for text in ill.texts] == ["0.70"]
     assert "typical" in ill.get_title()
+
+
+def test_masks_are_outlined(tmp_path):
+    codes = np.zeros((80, 60), np.uint8)
+    codes[10:50, 5:25], codes[10:50, 35:55] = MASK_CODES["right_lung"], MASK_CODES["left_lung"]
+    masks = MaskStore(tmp_path)
+    masks.add({"i1": codes})
+    bare, drawn = figures.example_images(Cache(), IMAGES, LABELS, a_row=2, masks=masks).axes
+    assert not bare.collections
+    boxes = [outline.get_paths()[0].get_extents().extents.tolist() for outline in drawn.collections]
+    # matplotlib counts pixels from their middles: the edge before pixel 5 is at 4.5.
+    assert sorted(boxes) == [[4.5, 9.5, 24.5, 49.5], [34.5, 9.5, 54.5, 49.5]]
 
 
 def test_folds_have_a_bar_a_class():
