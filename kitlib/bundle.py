@@ -62,19 +62,8 @@ def save_bundle(folder: str | Path, state_dict: dict[str, torch.Tensor], record:
 
 def read_bundle(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The record and the weights (on the CPU). Raises BundleError: missing file, wrong hash, missing or unknown keys."""
-    folder = Path(folder)
-    record_path, weights_path = folder / RECORD, folder / WEIGHTS
-    for path in (record_path, weights_path):
-        if not path.is_file():
-            there = sorted(entry.name for entry in folder.glob("*")) if folder.is_dir() else "no such folder"
-            raise BundleError(f"{path} is missing; in {folder}: {there}. Name the `bundle` folder of a finished run")
-    try:
-        record = json.loads(record_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BundleError(f"{record_path} is no JSON ({error}); copy the bundle again from its run") from error
-    if not isinstance(record, dict):
-        raise BundleError(f"{record_path} holds a {type(record).__name__} instead of an object; copy the bundle again")
-    _check_record(record, STATED | ADDED, str(record_path))
+    record = read_record(folder)
+    record_path, weights_path = Path(folder) / RECORD, Path(folder) / WEIGHTS
     digest = file_digest(weights_path)
     if digest != record["weights_sha256"]:
         raise BundleError(
@@ -87,6 +76,24 @@ def read_bundle(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Ten
             raise BundleError(f"{record_path} ties {alias!r} to {name!r}, which {weights_path} lacks; copy both again")
         weights[alias] = weights[name]
     return record, weights
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """The record alone, without looking at the weights. Raises BundleError: missing file, missing or unknown keys."""
+    folder = Path(folder)
+    for path in (folder / RECORD, folder / WEIGHTS):
+        if not path.is_file():
+            there = sorted(entry.name for entry in folder.glob("*")) if folder.is_dir() else "no such folder"
+            raise BundleError(f"{path} is missing; in {folder}: {there}. Name the `bundle` folder of a finished run")
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{path} is no JSON ({error}); copy the bundle again from its run") from error
+    if not isinstance(record, dict):
+        raise BundleError(f"{path} holds a {type(record).__name__} instead of an object; copy the bundle again")
+    _check_record(record, STATED | ADDED, str(path))
+    return record
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:

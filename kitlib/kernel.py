@@ -25,6 +25,7 @@ from kitlib.atomic import write_json
 from kitlib.bundle import RECORD, WEIGHTS, read_bundle
 from kitlib.kernel_spec import KernelSpec, SpecError
 from kitlib.lung_crop import wants_masks
+from kitlib.lungs import segmenter_digest
 from kitlib.paths import project_root
 from kitlib.wheels import check_wheels, image_pins
 
@@ -147,7 +148,7 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
     """One sub-folder a bundle, weights.json (bundles by value) and, where the kernel names them, `lungs` and fusion.json."""
     folder.mkdir()
     manifest: list[dict[str, Any]] = []
-    lungs = _write_lungs(spec, folder)
+    segmenter = _write_lungs(spec, folder)
     for bundle in spec.bundles():
         record = json.loads((bundle / RECORD).read_text(encoding="utf-8")) if (bundle / RECORD).is_file() else {}
         name = f"{record.get('model')}-fold{record.get('fold')}"
@@ -162,9 +163,10 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
             raise SpecError(f"runs: {bundle} knows findings, which no submission asks for; name models that start from it")
         if record["family"] == "segmenter":
             raise SpecError(f"runs: {bundle} draws lungs, which no submission asks for; name its run by the key `lungs`")
-        if wants_masks(record["recipe"]) and not lungs:
+        if wants_masks(record["recipe"]) and record["architecture"].get("segmenter") != segmenter:
             raise SpecError(
-                f"runs: {bundle} looks at the lungs that a segmenter finds; name the segmenter by the key `lungs`"
+                f"runs: {bundle} looks at the lungs that a segmenter finds, and the key `lungs` names "
+                f"{'another one' if segmenter else 'none'}; name the run of notebook 14 that was its lungs_run"
             )
         kind = "study" if record["family"] == "study" else "detector"
         entry = {"folder": name, "kind": kind} | {key: record[key] for key in ("family", "model", "fold", "weights_sha256")}
@@ -174,19 +176,21 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
         if not fusion.is_file():
             raise SpecError(f"fusion: there is no {fusion}; run the fusion notebook first, or leave the key out")
         shutil.copyfile(fusion, folder / "fusion.json")
-    write_json(folder / "weights.json", {"bundles": manifest} | lungs)
+    write_json(folder / "weights.json", {"bundles": manifest} | ({"lungs": "lungs"} if segmenter else {}))
     _write_dataset_metadata(folder, f"{spec.title} weights", f"{spec.owner}/{spec.weights_slug}")
 
 
-def _write_lungs(spec: KernelSpec, folder: Path) -> dict[str, str]:
-    """The segmenter's bundle in the sub-folder `lungs`, and what weights.json says of it; nothing where there is none."""
+def _write_lungs(spec: KernelSpec, folder: Path) -> str:
+    """The segmenter's bundle in the sub-folder `lungs`, and its digest; "" where the kernel names none."""
     bundle = spec.lungs_bundle()
     if bundle is None:
-        return {}
-    family = _copy_bundle(bundle, folder / "lungs")["family"]
-    if family != "segmenter":
-        raise SpecError(f"lungs: {bundle} holds a {family} model; name a run of notebook 14, or a fold of notebook 12")
-    return {"lungs": "lungs"}
+        return ""
+    record = _copy_bundle(bundle, folder / "lungs")
+    if record["family"] != "segmenter":
+        raise SpecError(
+            f"lungs: {bundle} holds a {record['family']} model; name a run of notebook 14, or a fold of notebook 12"
+        )
+    return segmenter_digest(record)
 
 
 def _copy_bundle(bundle: Path, folder: Path) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Where the lungs of an image are, whoever says so: their darkness, a finished run's masks, or a model on the spot."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from kitlib.bundle import file_digest
+from kitlib.bundle import file_digest, read_record
 from kitlib.cache import CachedXray
 from kitlib.classes import LUNG_CODES
 from kitlib.lung_box import lung_box
@@ -44,19 +46,27 @@ class DarkLungs:
         return found
 
 
+def segmenter_digest(record: dict[str, Any]) -> str:
+    """SHA-256 (hex) of what a segmenter's masks follow from: a bundle's weights, and its recipe with the clean-up."""
+    told = json.dumps([record["weights_sha256"], record["recipe"]], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
 class StoredLungs:
     """As a run of the notebook that applies a segmenter has found them: its table lungs and its masks.
 
-    An image that the run does not know counts as not found. `fingerprint` (hex) tells one run's lungs from another's.
+    An image that the run does not know counts as not found. `fingerprint` (hex) tells one run's lungs from another's, and
+    `segmenter` who drew them, see `segmenter_digest`.
     """
 
     def __init__(self, run_folder: str | Path) -> None:
         table_path = Path(run_folder) / "tables" / "lungs.parquet"
         table = read_table("lungs", table_path)
-        self.fingerprint = file_digest(table_path)
+        self.segmenter = segmenter_digest(read_record(Path(run_folder) / "bundle"))
         found = table[table.verdict == FOUND]
         self.frames = dict(zip(found.image_id, found[list(BOX)].to_numpy(float), strict=True))
         self.masks = MaskStore(Path(run_folder) / "masks")
+        self.fingerprint = hashlib.sha256(f"{file_digest(table_path)} {self.masks.fingerprint()}".encode()).hexdigest()
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
         return [self.of(xray) for xray in xrays]

@@ -27,11 +27,15 @@ class MaskStore:
     """
 
     def __init__(self, folder: str | Path, *others: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder, self.others = Path(folder), tuple(map(Path, others))
         self._place: dict[str, tuple[pa.ChunkedArray, int]] = {}
-        for each in (self.folder, *map(Path, others)):
+        for each in (self.folder, *self.others):
             for part in sorted(each.glob("part-*.arrow")):
                 self._open(part)
+
+    def __reduce__(self) -> tuple[type["MaskStore"], tuple[Path, ...]]:
+        # A process of its own maps the files again, where copying would read them all.
+        return MaskStore, (self.folder, *self.others)
 
     @classmethod
     def afresh(cls, folder: str | Path) -> "MaskStore":

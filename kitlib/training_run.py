@@ -208,7 +208,7 @@ def run_identity(
         "folds_fingerprint": data_fingerprint(folds=tables["folds"]),
         "starting_weights_sha256": starting_weights_digest(recipe.starting_weights) if recipe.starting_weights else "",
         **({"extra": extra.identity()} if extra is not None else {}),
-        **({"lungs_fingerprint": lungs.fingerprint} if lungs is not None else {}),
+        **({"lungs_fingerprint": lungs.fingerprint, "segmenter": lungs.segmenter} if lungs is not None else {}),
     }
 
 
@@ -292,7 +292,8 @@ def save_trained(
     record = {key: identity[key] for key in ("model", "fold", "recipe", "longest_side", "data_fingerprint")} | {
         "family": family,
         "classes": list(classes),
-        "architecture": {"parameters": sum(each.numel() for each in model.parameters())},
+        "architecture": {"parameters": sum(each.numel() for each in model.parameters())}
+        | {key: identity[key] for key in ("segmenter",) if key in identity},
         "image_size": recipe.image_size,
         "placement": recipe.placement,
         "mean": list(model.mean),

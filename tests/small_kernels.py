@@ -51,10 +51,11 @@ def installed_wheel(folder, name) -> Path:
     return path
 
 
-def make_run(folder, model="effnet", fold=0, family="study", **recipe) -> Path:
+def make_run(folder, model="effnet", fold=0, family="study", architecture=None, **recipe) -> Path:
     """A run folder whose bundle holds one tensor."""
-    stated = {"family": family, "model": model, "classes": ["a"], "recipe": recipe, "architecture": {}, "image_size": 8}
+    stated = {"family": family, "model": model, "classes": ["a"], "recipe": recipe, "image_size": 8}
     stated |= {
+        "architecture": architecture or {},
         "longest_side": 8,
         "placement": "letterbox",
         "mean": [0.0],

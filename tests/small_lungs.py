@@ -1,14 +1,18 @@
 """The run of a segmenter without one: frames and masks of SmallXrays, as the notebook that applies one leaves them."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from small_xrays import COLUMNS, ROWS, SmallXrays
 
+from kitlib.bundle import save_bundle
 from kitlib.classes import MASK_CODES
 from kitlib.lungs import FOUND, StoredLungs
 from kitlib.mask_store import MaskStore
+from kitlib.recipes import SegmenterRecipe
+from kitlib.segmenter import Segmenter
 from kitlib.tables import BOX, write_table
 
 # In original pixels, on the pixels of the cached copy, around the white block; the mask is all of the frame.
@@ -27,8 +31,30 @@ def lungs_run(folder: Path, small: SmallXrays, missed=(), frame=FRAME) -> Path:
     mask = np.zeros((ROWS // 2, COLUMNS // 2), np.uint8)
     mask[ymin:ymax, xmin:xmax] = MASK_CODES["lungs"]
     MaskStore(folder / "masks").add({name: mask for name in small.image_ids if name not in missed})
+    bright_segmenter(folder / "bundle")
     return folder
 
 
 def stored_lungs(folder: Path, small: SmallXrays, **changes) -> StoredLungs:
     return StoredLungs(lungs_run(folder, small, **changes))
+
+
+def bright_segmenter(folder: Path, **clean_up) -> Path:
+    """The bundle of a UNet whose weights say that bright is lung: it passes the image through, and nothing else."""
+    rules = {"dilations": 0, "closings": 0, "least_area": 0.01, "least_width": 0.5, "least_island": 0.001, "margin": 0.1}
+    recipe = SegmenterRecipe(width=1 / 32, image_size=64, **(rules | clean_up))
+    network = Segmenter(recipe)
+    for parameter in network.parameters():
+        parameter.data.zero_()
+    down, joined, last = network.network.down[0], network.network.joined[3], network.network.last
+    # The second of the two joined maps is the image's own; the other one comes from the depths.
+    for convolution, channel in ((down[0], 0), (down[2], 0), (joined[0], 1), (joined[2], 0)):
+        convolution.weight.data[0, channel, 1, 1] = 1
+    last.weight.data.fill_(10), last.bias.data.fill_(-1)
+    record = {
+        **{"family": "segmenter", "model": "bright", "classes": ["lungs"], "recipe": dataclasses.asdict(recipe)},
+        **{"architecture": {}, "longest_side": 50, "image_size": 64, "placement": "letterbox", "mean": network.mean},
+        **{"std": network.std, "fold": 0, "data_fingerprint": "", "validation": {}},
+    }
+    save_bundle(folder, network.state_dict(), record)
+    return folder

@@ -18,9 +18,10 @@ from small_kernels import PARAMETERS, make_run, make_submission, make_training, 
 
 import kitlib
 from kitlib import install_wheels, kernel, kernel_start
-from kitlib.bundle import BundleError
+from kitlib.bundle import BundleError, read_record
 from kitlib.kernel import KernelError, build_kernel
 from kitlib.kernel_spec import SpecError, read_spec, slug_of
+from kitlib.lungs import segmenter_digest
 from kitlib.paths import InputNotFound
 from kitlib.recipes import RECIPES, recipe
 from kitlib.wheels import WheelError
@@ -168,7 +169,8 @@ def test_a_backbone_is_no_model_of_a_submission(tmp_path, wheel):
 
 def test_a_segmenters_bundle_goes_along_apart_from_the_models(tmp_path, wheel):
     lungs = make_run(tmp_path / "lungs" / "fold0", "unet", family="segmenter")
-    runs = [str(make_run(tmp_path / "study", lungs="masks", views=["lungs"]))]
+    seen = {"segmenter": segmenter_digest(read_record(lungs / "bundle"))}
+    runs = [str(make_run(tmp_path / "study", architecture=seen, lungs="masks", views=["lungs"]))]
     spec = read_spec(make_submission(tmp_path / "spec", runs=runs, lungs=str(lungs)))
     for out in ("out", "again"):
         build_kernel(spec, tmp_path / out, [wheel])
@@ -184,13 +186,16 @@ def test_a_segmenters_bundle_goes_along_apart_from_the_models(tmp_path, wheel):
 
 def test_a_model_of_a_segmenters_lungs_and_its_segmenter_go_together_or_not_at_all(tmp_path, wheel):
     segmenter = str(make_run(tmp_path / "unet", "unet", family="segmenter"))
-    crops = str(make_run(tmp_path / "crops", "crops", lungs="masks", masked=True))
+    other = str(make_run(tmp_path / "other", "unet", family="segmenter", dilations=3))
+    seen = {"segmenter": segmenter_digest(read_record(tmp_path / "unet" / "bundle"))}
+    crops = str(make_run(tmp_path / "crops", "crops", architecture=seen, lungs="masks", masked=True))
     unused = str(make_run(tmp_path / "unused", "unused", lungs="masks", views=["full"]))
     for keys, told in (
         (
             {"runs": [crops]},
-            r"crops/bundle looks at the lungs that a segmenter finds; name the segmenter by the key `lungs`",
+            r"crops/bundle looks at the lungs that a segmenter finds, and the key `lungs` names none; name the run",
         ),
+        ({"runs": [crops], "lungs": other}, r"and the key `lungs` names another one; name the run of notebook 14"),
         ({"runs": [segmenter]}, r"unet/bundle draws lungs, which no submission asks for; name its run by the key `lungs`"),
         ({"runs": [crops], "lungs": crops}, r"lungs: .*crops/bundle holds a study model; name a run of notebook 14"),
         ({"runs": [crops], "lungs": str(tmp_path / "none")}, r"lungs: there is no .*none/bundle"),

@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from small_lungs import lungs_run
+from small_lungs import bright_segmenter
 from small_xrays import RECIPE, SmallXrays
 from test_runs import prepared_run
 
+from kitlib.apply_lungs import apply_lungs
 from kitlib.cache import XrayCache
 from kitlib.classes import STUDY_CLASSES
 from kitlib.lungs import StoredLungs
@@ -23,7 +24,6 @@ from kitlib.train_study import train_study
 NOTEBOOK = project_root() / "notebooks" / "50_pseudo_label.ipynb"
 QUICK = replace(RECIPE, epochs=1)
 OF_LUNGS = replace(QUICK, lungs="masks", trained_on="lungs", views=("lungs",))
-FRAME = (5.0, 3.0, 35.0, 33.0)
 DETECTOR = DetectorRecipe(
     backbone="test_resnet",
     image_size=64,
@@ -62,8 +62,10 @@ def ended(tmp_path_factory):
     prepared_run(prepare, small)
     others = other_images(small)
     prepared_run(other, others)
-    lungs = StoredLungs(lungs_run(folder / "lungs", small, frame=FRAME))
-    lungs_run(folder / "other_lungs", others, frame=FRAME)
+    xrays = XrayCache(prepare / "xrays", 50)
+    apply_lungs(small.images, xrays, bright_segmenter(folder / "bright"), folder / "lungs", progress=False)
+    lungs = StoredLungs(folder / "lungs")
+    assert 0 < len(lungs.frames) < len(small.image_ids)
     tables = read_prepared(prepare)
     common = {**tables, "cache": XrayCache(prepare / "xrays", 50), "progress": False}
     for fold in (0, 1):
@@ -75,7 +77,7 @@ def ended(tmp_path_factory):
         "prepare_run": str(prepare),
         "runs": [str(folder / "study"), str(folder / "rcnn")],
         "source_run": str(other),
-        "lungs_run": str(folder / "other_lungs"),
+        "lungs_run": str(folder / "lungs"),
         "run_folder": str(done),
         "thresholds": [0.0, 0.0, 0.0],
         "workers": 1,

@@ -48,6 +48,8 @@ def test_the_kernel_builds_from_its_runs(path, tmp_path, monkeypatch):
     spec = read_spec(path)
     for run in spec.runs:
         make_run(tmp_path / run, model=names[run][0], fold=names[run][1])
+    if spec.lungs:
+        make_run(tmp_path / spec.lungs, family="segmenter")
     write_settings(FusionSettings(box_iou=0.55), tmp_path / spec.fusion)
     parts = build_kernel(spec, tmp_path / "out", [make_wheel(tmp_path / "wheels", "kit_extra", "1.2", [])])
     bundles = json.loads((parts["weights"] / "weights.json").read_text())["bundles"]
@@ -64,6 +66,9 @@ def test_its_plan_trains_and_fuses_its_models(path):
     (fuse,) = (run for run in plan.planned.values() if run.notebook.stem == "60_fuse")
     assert fuse.folder == (ROOT / spec.fusion).parent
     assert set(fuse.parameters["runs"]) == {str((ROOT / run).parent) for run in spec.runs}
+    # The segmenter that crops the test images is the one whose lungs the models were trained on.
+    cropped = {given["lungs_run"] for _, _, given in models.values() if given.get("lungs_run")}
+    assert cropped == ({str(ROOT / spec.lungs)} if spec.lungs else set())
 
 
 @pytest.mark.parametrize("path", SIIM, ids=lambda path: path.stem)
