@@ -33,13 +33,13 @@ MONTGOMERY = _Cohort(
     "montgomery",
     "MCUCXR",
     got="unpack MontgomerySet there, see inputs/README.md",
-    published={"images": 138, "patients": 138, "normal": 80, "tuberculosis": 58, "masks": 138},
+    published={"images": 138, "normal": 80, "tuberculosis": 58, "masks": 138},
 )
 SHENZHEN = _Cohort(
     "shenzhen",
     "CHNCXR",
     got="unpack ChinaSet_AllFiles and the masks of shcxr-lung-mask there, see inputs/README.md",
-    published={"images": 662, "patients": 662, "normal": 326, "tuberculosis": 336, "masks": 566},
+    published={"images": 662, "normal": 326, "tuberculosis": 336, "masks": 566},
 )
 
 
