@@ -23,7 +23,7 @@ QUICK = {"parameters": {"epochs": 1, "overrides": {"image_size": 64}}}
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory) -> tuple[Plan, dict[str, float]]:
     folder = tmp_path_factory.mktemp("demo")
-    spec = (ROOT / "submissions" / "demo.yaml").read_text().replace("runs/demo", str(folder / "runs"))
+    spec = (ROOT / "submissions" / "demo_whole.yaml").read_text().replace("runs/demo", str(folder / "runs"))
     (folder / "submission.yaml").write_text(spec)
     plan = {
         "extends": str(ROOT / "submissions" / "plans" / "demo_whole.yaml"),
@@ -31,9 +31,12 @@ def ended(tmp_path_factory) -> tuple[Plan, dict[str, float]]:
         "variables": {
             **{"inputs": str(folder / "inputs"), "truth": str(folder / "truth")},
             **{"submission": str(folder / "submission.yaml")},
-            **{"train_studies": 24, "test_studies": 8, "pretraining_images": 24, "side": 96},
+            **{"train_studies": 24, "test_studies": 8, "pretraining_images": 24, "lung_images": 16, "side": 96},
         },
-        "steps": dict.fromkeys(("backbone", "rsna_yolo", "study", "yolo", "faster_rcnn", "student"), QUICK),
+        "steps": {
+            **dict.fromkeys(("backbone", "rsna_yolo", "study", "yolo", "faster_rcnn", "student"), QUICK),
+            "segment_lungs": {"parameters": {"epochs": 6}},
+        },
     }
     (folder / "small.yaml").write_text(yaml.safe_dump(plan))
     small = read_plan(folder / "small.yaml")
@@ -62,7 +65,9 @@ def test_every_stage_shows_pictures(ended):
     plan, _ = ended
     pictures = {path.relative_to(plan.runs).as_posix() for path in plan.runs.glob("*/figures/*.png")}
     assert pictures == {
-        *(f"{run}/figures/{name}.png" for run in ("prepare", "nih", "rsna") for name in ("examples", "folds")),
+        *(f"{run}/figures/{name}.png" for run in ("prepare", "lung_masks", "nih", "rsna") for name in ("examples", "folds")),
+        *(f"segment_lungs/figures/{name}.png" for name in ("examples", "overlap")),
+        *(f"lungs/figures/{name}.png" for name in ("doubtful", "found")),
         *(f"backbone/figures/{name}.png" for name in ("examples", "intervals", "roc", "test_roc")),
         *(f"{run}/figures/examples.png" for run in ("study", "yolo", "faster_rcnn", "rsna_yolo", "pseudo", "student")),
         "fuse/figures/steps.png",
@@ -74,7 +79,7 @@ def test_every_stage_shows_pictures(ended):
         "report/figures/submission.png",
         "report/figures/submission_confusion.png",
     }
-    assert len(list(plan.runs.glob("*/fold?/figures/curves.png"))) == 6 + 3
+    assert len(list(plan.runs.glob("*/fold?/figures/curves.png"))) == 6 + 4
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
