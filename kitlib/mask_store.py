@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from kitlib.atomic import replacing
+from kitlib.classes import MASK_CODES
 
 SCHEMA = pa.schema({"image_id": pa.string(), "png": pa.binary()})
 
@@ -28,7 +29,7 @@ class MaskStore:
 
     def __init__(self, folder: str | Path, *others: str | Path) -> None:
         self.folder, self.others = Path(folder), tuple(map(Path, others))
-        self._place: dict[str, tuple[pa.ChunkedArray, int]] = {}
+        self._place: dict[str, tuple[Path, pa.ChunkedArray, int]] = {}
         for each in (self.folder, *self.others):
             for part in sorted(each.glob("part-*.arrow")):
                 self._open(part)
@@ -57,17 +58,24 @@ class MaskStore:
         """Raises KeyError where the image has no mask, MaskError where it is damaged."""
         if image_id not in self._place:
             raise KeyError(f"no mask of image {image_id!r} in {self.folder}, which has {len(self)}")
-        column, row = self._place[image_id]
-        codes = cv2.imdecode(np.frombuffer(column[row].as_buffer(), np.uint8), cv2.IMREAD_UNCHANGED)
-        if codes is None or codes.ndim != 2:
-            raise MaskError(f"the mask of image {image_id!r} in {self.folder} is damaged: delete the folder, make it again")
+        part, column, row = self._place[image_id]
+        png = np.frombuffer(column[row].as_py() or b"", np.uint8)
+        codes = cv2.imdecode(png, cv2.IMREAD_UNCHANGED) if png.size else None
+        if codes is None or codes.ndim != 2 or codes.dtype != np.uint8:
+            raise MaskError(f"{part}: the mask of image {image_id!r} is damaged; delete {part.parent}, make the masks again")
         return codes
 
     def add(self, masks: Mapping[str, np.ndarray]) -> None:
-        """Write label images, by image_id, as one more file. Raises ValueError for one that is there already."""
+        """Write label images, by image_id, as one more file.
+
+        Raises ValueError for one that is there already, or that has other sides or codes than a label image.
+        """
         there = [image_id for image_id in masks if image_id in self]
         if there:
             raise ValueError(f"{self.folder} has a mask of image {there[0]!r} already, and of {len(there) - 1} others")
+        for image_id, codes in masks.items():
+            if codes.ndim != 2 or not codes.size or codes.min() < 0 or codes.max() > max(MASK_CODES.values()):
+                raise ValueError(f"the mask of image {image_id!r} is no label image: wanted (rows, columns) of {MASK_CODES}")
         if not masks:
             return
         png = [cv2.imencode(".png", np.ascontiguousarray(codes, np.uint8))[1].tobytes() for codes in masks.values()]
@@ -82,16 +90,16 @@ class MaskStore:
         """SHA-256 (hex) over all masks, in whichever files they lie."""
         digest = hashlib.sha256()
         for image_id in sorted(self.ids):
-            column, row = self._place[image_id]
+            _, column, row = self._place[image_id]
             digest.update(image_id.encode() + hashlib.sha256(column[row].as_buffer()).digest())
         return digest.hexdigest()
 
     def _open(self, part: Path) -> None:
         try:
             table = pa.ipc.open_file(pa.memory_map(str(part))).read_all()
-            ids, png = table["image_id"].to_pylist(), table["png"]
-        except (pa.ArrowInvalid, KeyError) as error:
-            raise MaskError(
-                f"{part} is no file of masks ({error}): delete {self.folder} and make the masks again"
-            ) from error
-        self._place |= {image_id: (png, row) for row, image_id in enumerate(ids)}
+            if table.schema != SCHEMA:
+                raise pa.ArrowInvalid(f"it has {', '.join(f'{field.name} {field.type}' for field in table.schema)}")
+        except pa.ArrowInvalid as error:
+            raise MaskError(f"{part} is no file of masks ({error}); delete {part.parent}, make the masks again") from error
+        ids, png = table["image_id"].to_pylist(), table["png"]
+        self._place |= {image_id: (part, png, row) for row, image_id in enumerate(ids)}
