@@ -114,7 +114,13 @@ class XrayCache:
         """Raises KeyError where the image was not decoded, CacheError where its entry is damaged."""
         entry = self._entry(image_id)
         if not entry.is_file():
-            raise KeyError(f"no image {image_id!r} in {self.folder}: decode it first; if it failed, its Outcome says why")
+            others = ", ".join(sorted(path.name for path in self.folder.parent.glob("*px_*") if path != self.folder))
+            why = (
+                f"; {others} are of another size or another version of the decoder: prepare the run again" if others else ""
+            )
+            raise KeyError(
+                f"no image {image_id!r} in {self.folder}: decode it first; if it failed, its Outcome says why{why}"
+            )
         try:
             with safe_open(entry, framework="numpy") as opened:
                 told = opened.metadata()

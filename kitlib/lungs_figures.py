@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from kitlib.cache import CachedXray, XrayCache
-from kitlib.classes import MASK_CODES
-from kitlib.figures import PREDICTION, TRUTH
+from kitlib.figures import PREDICTION, TRUTH, draw_outlines
 from kitlib.lungs import FOUND
 from kitlib.lungs_report import HUMAN_AGREEMENT
 from kitlib.mask_store import MaskStore
@@ -38,7 +37,7 @@ def mask_images(
         _show(axis, cache.read(image_id), title)
         for store, colour in ((drawn, TRUTH), (masks, PREDICTION)):
             if store is not None and image_id in store:
-                _outline(axis, store.read(image_id), colour)
+                draw_outlines(axis, store.read(image_id), colour)
     return figure
 
 
@@ -69,9 +68,3 @@ def _grid(count: int, a_row: int = 4) -> tuple[Figure, np.ndarray]:
 def _show(axis: Axes, xray: CachedXray, title: str) -> None:
     axis.imshow(xray.pixels, cmap="gray", vmin=0, vmax=255)
     axis.set_title(title, fontsize=8)
-
-
-def _outline(axis: Axes, codes: np.ndarray, colour: str) -> None:
-    for code in MASK_CODES.values():
-        if (codes == code).any():
-            axis.contour(codes == code, levels=[0.5], colors=colour, linewidths=1)

@@ -19,8 +19,12 @@ def overlap_report(
     of 95 %, the median and the lowest.
 
     `scores` is a table mask_scores with one row an image and structure; images, labels as in kitlib.tables. Intervals are
-    percentiles of means over whole patients drawn with replacement, the same draws for each row of a class.
+    percentiles of means over whole patients drawn with replacement, the same draws for each row of a class. Raises
+    ValueError for images that are not in `images` or come twice, as of several models.
     """
+    twice = scores.image_id[scores.duplicated(["image_id", "structure"])]
+    if len(twice):
+        raise ValueError(f"{twice.nunique()} images have several rows of scores, first {twice.iloc[0]}; give one model's")
     joined = _with_classes(check_table(scores, "mask_scores"), images, labels)
     rows = []
     for (structure, name), part in joined.groupby(["structure", "class"], sort=False):

@@ -378,6 +378,7 @@ RECIPES: dict[str, TrainingRecipe] = {
         rotate_degrees=10.0,
         gamma_drawn=(0.7, 1.5),
         noise_p=0.0,
+        least_area=0.1,  # the published rule refuses small chests whose lungs are right
     ),
     "small_backbone": FindingsRecipe(
         backbone="test_efficientnet",

@@ -4,10 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from small_masks import RECIPE, SmallMasks
+from test_sessions import EndsAfter
 
 from kitlib.bundle import BundleError, read_bundle
 from kitlib.classes import LUNG_CODES, MASK_CODES
-from kitlib.deadline import Deadline, SessionOver
+from kitlib.deadline import SessionOver
 from kitlib.mask_store import MaskError, MaskStore
 from kitlib.recipes import override
 from kitlib.segment_lungs import load_segmenter
@@ -68,18 +69,6 @@ def test_sides_and_heart_are_judged_each_and_the_lungs_together(tmp_path):
         found, drawn = run.masks.read(image_id), small.masks.read(image_id)
         left = found == MASK_CODES["left_lung"], drawn == MASK_CODES["left_lung"]
         assert dice.left_lung[image_id] == pytest.approx(2 * (left[0] & left[1]).sum() / (left[0].sum() + left[1].sum()))
-
-
-class EndsAfter(Deadline):
-    """Lets so many epochs pass."""
-
-    def __init__(self, epochs):
-        super().__init__(1.0)
-        self.asked, self.epochs = 0, epochs
-
-    def left(self):
-        self.asked += 1
-        return float("inf") if self.asked <= self.epochs else 0.0
 
 
 @pytest.mark.parametrize("schedule", ["plateau", "cosine"])
