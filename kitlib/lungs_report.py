@@ -22,10 +22,11 @@ def overlap_report(
     percentiles of means over whole patients drawn with replacement, the same draws for each row of a class. Raises
     ValueError for images that are not in `images` or come twice, as of several models.
     """
+    scores = check_table(scores, "mask_scores")
     twice = scores.image_id[scores.duplicated(["image_id", "structure"])]
     if len(twice):
         raise ValueError(f"{twice.nunique()} images have several rows of scores, first {twice.iloc[0]}; give one model's")
-    joined = _with_classes(check_table(scores, "mask_scores"), images, labels)
+    joined = _with_classes(scores, images, labels)
     rows = []
     for (structure, name), part in joined.groupby(["structure", "class"], sort=False):
         row = {"structure": structure, "class": name, "images": len(part), "patients": part.patient_id.nunique()}
