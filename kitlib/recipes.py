@@ -22,6 +22,11 @@ CHOICES = {
     "network": ("unet", "resunet", "fc_densenet103"),
     "loss": ("dice", "cross_entropy"),
 }
+# Fields of every training that a segmenter would not heed.
+NOT_OF_SEGMENTERS = (
+    *("backbone", "channels", "ema_decay", "views", "lungs", "trained_on", "masked"),
+    *("sharpen_p", "cutouts", "erase_p"),
+)
 
 
 class RecipeError(ValueError):
@@ -80,6 +85,8 @@ class TrainingRecipe:
         for name, choices in CHOICES.items():
             if getattr(self, name, choices[0]) not in choices:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; there are: {', '.join(choices)}")
+        if self.schedule == "plateau" and self.warmup_epochs:
+            raise RecipeError(f"schedule is 'plateau', which has no warm-up; set warmup_epochs=0, not {self.warmup_epochs}")
         if self.masked and self.lungs != "masks":
             raise RecipeError(
                 f'masked is true and lungs is {self.lungs!r}; what darkness finds is no mask: set lungs="masks"'
@@ -218,8 +225,11 @@ class SegmenterRecipe(TrainingRecipe):
             raise RecipeError(f"structures are {list(self.structures)}; there are, each once: {', '.join(MASK_CODES)}")
         if "lungs" in self.structures and {"left_lung", "right_lung"} & set(self.structures):
             raise RecipeError(f"structures are {list(self.structures)}; lungs are both sides as one: take them or the sides")
-        if self.ema_decay or self.views != ("full",) or self.trained_on != "full" or self.cutouts or self.erase_p:
-            raise RecipeError("a segmenter takes no ema_decay, views, trained_on, cutouts or erase_p")
+        usual = SegmenterRecipe.__dataclass_fields__
+        told = [name for name in NOT_OF_SEGMENTERS if getattr(self, name) != usual[name].default]
+        if told:
+            leave = ", ".join(f"{name} (leave it at {usual[name].default!r})" for name in told)
+            raise RecipeError(f"a segmenter takes no {leave}")
 
 
 # Heidelberg's augmentation of the Faster R-CNN, report section 3.1.
