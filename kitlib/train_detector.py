@@ -32,8 +32,9 @@ from kitlib.xray_dataset import XrayDataset, batches
 # Settings that one family alone knows. ultralytics brings augmentation, average and schedule of its own.
 OF_ONE_FAMILY = {
     "faster_rcnn": (
-        *("fpn_channels", "box_hidden", "box_samples", "proposals", "ema_decay", "schedule_every", "shift", "turn_p"),
-        *("sharpen_p", "blur_p", "cutouts", "cutouts_p", "erase_p", "brightness_contrast_p"),
+        *("fpn_channels", "box_hidden", "box_samples", "proposals", "ema_decay", "schedule", "plateau_epochs"),
+        *("schedule_every", "shift", "turn_p", "sharpen_p", "blur_p", "cutouts", "cutouts_p", "erase_p"),
+        "brightness_contrast_p",
     ),
     "yolo": ("box_gain", "class_gain", "dfl_gain", "mosaic", "mixup", "zoom", "width", "norm_momentum"),
 }

@@ -352,6 +352,7 @@ def test_a_yolo_on_either_resumes_bit_for_bit(tmp_path, monkeypatch):
     ("recipe", "changes", "told"),
     [
         (YOLO, {"sharpen_p": 0.5, "ema_decay": 0.9}, r"yolov8n is a yolo, which heeds no ema_decay \(.* 0\.0\), sharpen_p"),
+        (YOLO, {"schedule": "plateau"}, r"yolov8n is a yolo, which heeds no schedule \(leave it at cosine\)"),
         (YOLO, {"schedule_every": 0}, r"schedule_every \(leave it at 1\): settings of faster_rcnn alone"),
         (YOLO, {"fpn_channels": 32}, r"fpn_channels \(leave it at 256\)"),
         (
