@@ -11,7 +11,14 @@ from small_xrays import RECIPE
 
 from kitlib import training
 from kitlib.recipes import FindingsRecipe, override, recipe
-from kitlib.training import RecipeTraining, fit, gathered_batches, learning_rate_factor, make_optimizer
+from kitlib.training import (
+    RecipeTraining,
+    fit,
+    gathered_batches,
+    learning_rate_factor,
+    make_optimizer,
+    plateau_factor,
+)
 from kitlib.training_run import is_over, kept_row
 
 STEPWISE = override(RECIPE, schedule_every=0, warmup_epochs=0.0, epochs=10)
@@ -87,8 +94,64 @@ def test_biases_and_norms_do_not_decay_and_what_is_frozen_is_left_out():
     decays = {id(each): group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
     assert len(decays) == 4 and decays[id(model[2].weight)] == 0.1
     assert decays[id(model[2].bias)] == decays[id(model[1].weight)] == 0
-    with pytest.raises(ValueError, match="'lion'; there are: sgd, adamw"):
+    with pytest.raises(ValueError, match="'lion'; there are: sgd, adam, adamw"):
         make_optimizer(model, override(RECIPE, optimizer="lion"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)]
+)
+def test_an_optimizer_is_the_one_that_is_named(name, kind):
+    optimizer = make_optimizer(torch.nn.Linear(2, 1), override(RECIPE, optimizer=name, learning_rate=0.01))
+    assert type(optimizer) is kind and {group["lr"] for group in optimizer.param_groups} == {0.01}
+
+
+def test_adam_steps_as_kingma_and_ba_have_it():
+    # Algorithm 1 of 2015, decay added to the gradient: what Patched FLANNEL's code trains with.
+    layer = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(layer.weight)
+    optimizer = make_optimizer(layer, override(RECIPE, optimizer="adam", learning_rate=0.1, weight_decay=0.5))
+    weight, first, second = 1.0, 0.0, 0.0
+    for step in range(1, 6):
+        optimizer.zero_grad()
+        (layer(torch.ones(1, 1)) ** 2 / 2).sum().backward()
+        optimizer.step()
+        gradient = weight + 0.5 * weight
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        weight -= 0.1 * (first / (1 - 0.9**step)) / (math.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        assert layer.weight.item() == pytest.approx(weight, rel=1e-5)
+
+
+PLATEAU = override(RECIPE, schedule="plateau", plateau_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("scores", "factors"),
+    [
+        ([], [1]),
+        ([0.1, 0.2, 0.3, 0.4], [1, 1, 1, 1, 1]),
+        # The second epoch without a better one, then again the second after that.
+        ([0.5, 0.6, 0.6, 0.6, 0.6, 0.6], [1, 1, 1, 1, 0.1, 0.1, 0.01]),
+        # A better one in between begins the count anew.
+        ([0.5, 0.4, 0.6, 0.5, 0.7, 0.6, 0.6], [1, 1, 1, 1, 1, 1, 1, 0.1]),
+        # The best so far counts, not the one before.
+        ([0.9, 0.1, 0.2, 0.3], [1, 1, 1, 0.1, 0.1]),
+    ],
+)
+def test_a_plateau_takes_a_tenth_of_the_rate(scores, factors):
+    found = [plateau_factor(scores[:epochs], PLATEAU) for epochs in range(len(scores) + 1)]
+    assert found == pytest.approx(factors)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), max_size=25), st.integers(0, 5))
+def test_each_plateau_is_counted_from_the_one_before(scores, patience):
+    best, bad, factor = -math.inf, 0, 1.0
+    for score in scores:
+        best, bad = (score, 0) if score > best else (best, bad + 1)
+        if bad > patience:
+            factor, bad = factor / 10, 0
+    # torch's own rate ends at 1e-8, below which nothing moves.
+    assert plateau_factor(scores, override(PLATEAU, plateau_epochs=patience)) == pytest.approx(max(factor, 1e-8), rel=1e-6)
 
 
 class Staged(torch.nn.Module):
@@ -213,3 +276,43 @@ def test_half_precision_leaves_weights_and_average_in_full(tmp_path, monkeypatch
     assert module.judged_weights[-1] < module.judged_weights[0] < 1
     full, _ = train_slope(tmp_path / "full", override(FLAT, ema_decay=0.9))
     assert module.judged_weights == pytest.approx(full.judged_weights, abs=0.02)
+
+
+class Told(Slope):
+    """Its validation says what it is told to, epoch by epoch."""
+
+    scores = (0.5, 0.6, 0.6, 0.4, 0.6, 0.5)
+
+    def validation_step(self, batch, _):
+        self.log("score", self.scores[self.current_epoch])
+
+
+def train_told(folder, dies_at=None):
+    recipe = override(FLAT, epochs=6, schedule="plateau", plateau_epochs=1, patience=10)
+    module = Told(recipe, dies_at)
+    return module, fit(module, slope_batches(5), slope_batches(1), folder, torch.device("cpu"), 0, False)
+
+
+def test_a_plateaus_rate_is_that_of_the_next_epoch(tmp_path):
+    module, fitted = train_told(tmp_path)
+    rates = [0.1, 0.1, 0.1, 0.1, 0.01, 0.01]  # epochs 3 and 4 were no better than the second
+    assert fitted.history.learning_rate.tolist() == pytest.approx(rates)
+    # By hand: the gradient of w^2 / 2 is w; Nesterov SGD 0.9.
+    weight, momentum, expected = 1.0, 0.0, []
+    for rate in rates:
+        for _ in range(5):
+            expected.append(weight)
+            gradient, momentum = weight, 0.9 * momentum + weight
+            weight -= rate * (gradient + 0.9 * momentum)
+    assert module.seen == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("dies_at", [(0, 3), (3, 0), (4, 2), (5, 4)])
+def test_a_resumed_plateau_equals_an_uninterrupted_one(tmp_path, dies_at):
+    whole, fitted = train_told(tmp_path / "whole")
+    with pytest.raises(ConnectionError):
+        train_told(tmp_path / "cut", dies_at)
+    resumed, again = train_told(tmp_path / "cut")
+    assert again.history.learning_rate.tolist() == fitted.history.learning_rate.tolist()
+    assert resumed.seen == whole.seen[-len(resumed.seen) :] and len(resumed.seen) == 5 * (6 - dies_at[0])
+    assert torch.equal(resumed.model.weight, whole.model.weight)
