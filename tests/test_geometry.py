@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kitlib.geometry import PLACEMENTS, centre_crop, clip_boxes, flip_boxes, letterbox, within
+from kitlib.geometry import PLACEMENTS, centre_crop, clip_boxes, flip_boxes, letterbox, stretch, within
 
 sides = st.integers(16, 5000)
 
@@ -120,3 +120,64 @@ def test_any_part_of_any_copy_fills_its_canvas(rows, columns, placement, seed):
     top, left = max(0, place.top), max(0, place.left)
     inner = canvas[top : top + place.inner_rows, left : left + place.inner_columns]
     assert canvas.shape == (32, 32) and inner.min() == 255
+
+
+def middles(place, rows, columns):
+    """Where the middles of the pixels of a copy of `rows` x `columns` lie on the canvas: y (rows,) and x (columns,)."""
+    y, x = (np.arange(rows) + 0.5) * place.rows / rows, (np.arange(columns) + 0.5) * place.columns / columns
+    return y * place.scale[1] + place.offset[1], x * place.scale[0] + place.offset[0]
+
+
+@given(
+    st.integers(16, 500),
+    st.integers(16, 500),
+    st.floats(0.1, 1.5),
+    st.sampled_from(sorted(PLACEMENTS)),
+    st.booleans(),
+    st.integers(0, 10**6),
+)
+def test_a_canvas_comes_back_to_where_its_boxes_do(rows, columns, share, placement, part, seed):
+    # A canvas that brightens evenly is as bright at a pixel of the copy as its middle's place on the canvas says.
+    rng = np.random.default_rng(seed)
+    copy_rows, copy_columns = max(1, round(share * rows)), max(1, round(share * columns))
+    place = PLACEMENTS[placement](rows, columns, 120)
+    if part:
+        low, high = rng.uniform(0, 0.4, 2) * [columns, rows], rng.uniform(0.6, 1, 2) * [columns, rows]
+        place = within(PLACEMENTS[placement], np.r_[low, high], rows, columns, 120)
+    y, x = middles(place, copy_rows, copy_columns)
+    inside = ((y >= 0.5) & (y <= 119.5))[:, None] & ((x >= 0.5) & (x <= 119.5))
+    beyond = ((y < -0.6) | (y > 120.6))[:, None] | ((x < -0.6) | (x > 120.6))
+    for down, right in ((2, 0), (0, 2), (1, 1)):
+        even = (down * np.arange(120)[:, None] + right * np.arange(120)).astype(np.uint8)
+        found = place.back(even, copy_rows, copy_columns)
+        assert found.shape == (copy_rows, copy_columns) and found.dtype == np.uint8
+        wanted = down * (y[:, None] - 0.5) + right * (x - 0.5)
+        # Half a grey of rounding, and OpenCV's thirty-second of a pixel along each side.
+        assert np.abs(found - wanted)[inside].max(initial=0) <= 0.5 + 2 / 32
+        assert not found[beyond].any()
+
+
+def test_what_was_laid_on_a_canvas_of_its_own_size_comes_back_as_it_was():
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120)).astype(np.uint8)
+    for place in (letterbox(90, 120, 120), letterbox(900, 1200, 120), stretch(90, 120, (90, 120))):
+        assert np.array_equal(place.back(place.image(pixels), 90, 120), pixels)
+    # Of a centre crop the middle comes back, and black around it; of 256 rows it keeps 224 as they are.
+    place = centre_crop(256, 320, 224)
+    back = place.back(np.full((224, 224), 255, np.uint8), 256, 320)
+    expected = np.zeros((256, 320), np.uint8)
+    expected[16:240, 48:272] = 255
+    assert np.array_equal(back, expected)
+
+
+@pytest.mark.parametrize("placement", ["letterbox", "stretch"])
+@pytest.mark.parametrize("shape", [(300, 200), (151, 397), (64, 64)])
+def test_a_mask_returns_to_its_place_on_a_smaller_copy(placement, shape):
+    mask = np.zeros(shape, np.uint8)
+    rows, columns = shape
+    mask[rows // 4 : rows // 2, columns // 5 : columns // 2] = 255
+    place = PLACEMENTS[placement](10 * rows, 10 * columns, 256)
+    back = place.back(place.image(mask), rows, columns) > 127
+    ys, xs = np.nonzero(back)
+    found = [ys.min(), ys.max() + 1, xs.min(), xs.max() + 1]
+    # A canvas's pixel is up to 1.6 of the copy's: an edge moves by half of that.
+    assert np.abs(np.array(found) - [rows // 4, rows // 2, columns // 5, columns // 2]).max() <= 1
