@@ -61,3 +61,33 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         read_table("folds", tmp_path / "folds.parquet")
     with pytest.raises(TableError, match=r"images\.parquet is missing .*folds\.parquet"):
         read_table("images", tmp_path / "images.parquet")
+
+
+LUNGS = pd.DataFrame({"image_id": ["a", "b"], "verdict": ["found", "too small"], "area": [0.3, 0.0]}).assign(
+    xmin=[10.0, 0.0], ymin=[5.0, 0.0], xmax=[90.0, 100.0], ymax=[70.0, 80.0]
+)
+MASK_SCORES = pd.DataFrame({"image_id": ["a", "a"], "model": "m", "fold": -1, "structure": ["lungs", "heart"]}).assign(
+    dice=[0.9, 0.5], jaccard=[9 / 11, 1 / 3]
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "change", "message"),
+    [
+        ("lungs", LUNGS, {}, None),
+        ("lungs", LUNGS, {"area": [0.3, 1.2]}, r"column area: 1 value\(s\) are not 0..1 or NaN, first 1.2 in row 1"),
+        ("lungs", LUNGS, {"image_id": "a"}, "2 rows share their image_id"),
+        ("lungs", LUNGS, {"xmax": [90.0, 0.0]}, "1 boxes without area"),
+        ("lungs", LUNGS, {"ymax": [np.nan, 80.0]}, "column ymax: .* not finite pixels"),
+        ("mask_scores", MASK_SCORES, {}, None),
+        ("mask_scores", MASK_SCORES, {"structure": "lungs"}, "2 rows share their image_id, model, fold, structure"),
+        ("mask_scores", MASK_SCORES, {"dice": [90, 50]}, r"column dice: 2 value\(s\) are not 0..1"),
+    ],
+)
+def test_tables_of_lungs_keep_their_contracts(name, table, change, message, tmp_path):
+    if message is None:
+        write_table(table, name, tmp_path / "t.parquet")
+        pd.testing.assert_frame_equal(read_table(name, tmp_path / "t.parquet"), check_table(table, name))
+    else:
+        with pytest.raises(TableError, match=message):
+            check_table(table.assign(**change), name)
