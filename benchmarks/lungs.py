@@ -26,7 +26,7 @@ from kitlib.device import pick_device
 from kitlib.phantom import render
 from kitlib.phantom_patients import draw_exposure, draw_patient
 from kitlib.recipes import SegmenterRecipe, recipe
-from kitlib.segment_lungs import load_segmenter, segmented
+from kitlib.segment_lungs import load_segmenter
 from kitlib.segmenter import Segmenter
 
 SIDE = 512  # of the decoded copies, pixels
@@ -63,9 +63,9 @@ def one_by_one(images: pd.DataFrame, cache: XrayCache, segmenter: Path, run: Pat
     run.mkdir()
     alone = load_segmenter(segmenter, batch_size=1)
     for image_id in images.image_id:
-        # A stream of one: nothing overlaps.
-        for xray, maps, place in alone.maps([cache.read(image_id)]):
-            cv2.imwrite(str(run / f"{image_id}.png"), segmented(xray, maps, place, alone.recipe).codes)
+        (lungs,) = alone.find([cache.read(image_id)])
+        mask = np.zeros((SIDE, SIDE), bool) if lungs.mask is None else lungs.mask
+        cv2.imwrite(str(run / f"{image_id}.png"), mask.astype(np.uint8))
 
 
 def main(count: int = 256, full: bool = False) -> None:
