@@ -132,6 +132,22 @@ def test_fc_densenet_takes_any_sides_of_at_least_32_pixels(sides):
     assert given_sides == [tuple(max(32, side) for side in sides)]
 
 
+def test_fc_densenet_cuts_the_middle_of_what_it_enlarges_to_the_skipped_map():
+    network = FCDenseNet103(1, 0.0625).eval()
+    enlarged, skipped, joined = [], [], []
+    for larger, up, smaller in zip(network.larger, network.up, network.smaller, strict=True):
+        larger.register_forward_hook(lambda _, x, out: enlarged.append(out))
+        up.register_forward_pre_hook(lambda _, x: joined.append(x[0]))
+        smaller.register_forward_pre_hook(lambda _, x: skipped.append(x[0]))
+    with torch.inference_mode():
+        network(torch.randn(1, 1, 33, 47))
+    for whole, finer, both in zip(enlarged, reversed(skipped), joined, strict=True):
+        # n pixels become 2 n + 1, of which 2 n or 2 n + 1 are wanted: the middle of them begins at the first.
+        rows, columns = finer.shape[-2:]
+        assert {whole.shape[-2] - rows, whole.shape[-1] - columns} <= {0, 1}
+        assert torch.equal(both, torch.cat([whole[..., :rows, :columns], finer], dim=1))
+
+
 @pytest.mark.parametrize("loss", ["dice", "cross_entropy"])
 @pytest.mark.parametrize("name", NARROW)
 def test_every_parameter_learns(name, loss):
