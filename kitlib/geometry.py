@@ -80,7 +80,14 @@ class Placement:
         x, y = self.scale[:2] * [self.columns / columns, self.rows / rows]
         # From a pixel's middle on the copy to its place on the canvas, whose pixels' middles count from 0.
         place = np.array([[x, 0, self.offset[0] + x / 2 - 0.5], [0, y, self.offset[1] + y / 2 - 0.5]])
-        return cv2.warpAffine(canvas, place, (columns, rows), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        laid = cv2.warpAffine(canvas, place, (columns, rows), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+        # The border's pixels reach to the canvas's edge, and no farther.
+        across = x * (np.arange(columns) + 0.5) + self.offset[0]
+        down = y * (np.arange(rows) + 0.5) + self.offset[1]
+        laid[:, (across < 0) | (across > self.canvas_columns)] = 0
+        laid[(down < 0) | (down > self.canvas_rows)] = 0
+        return laid
 
     def boxes_to_canvas(self, boxes: np.ndarray) -> np.ndarray:
         """Original pixels to the canvas's; what lies outside of frame or canvas keeps its place there."""

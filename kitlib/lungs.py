@@ -74,8 +74,8 @@ class StoredLungs:
     def of(self, xray: CachedXray) -> Lungs:
         """The same for one image. Raises ValueError for a mask that was made of a copy of another size."""
         frame = self.frames.get(xray.image_id)
-        if frame is None or xray.image_id not in self.masks:
-            return Lungs(frame)
+        if frame is None:
+            return Lungs(None)
         codes = self.masks.read(xray.image_id)
         if codes.shape != xray.pixels.shape:
             raise ValueError(

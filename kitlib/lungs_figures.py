@@ -51,7 +51,8 @@ def lungs_montage(cache: XrayCache, masks: MaskStore, lungs: pd.DataFrame) -> Fi
         _show(axis, dimmed, f"{row.image_id[:24]}\n{row.verdict}, {row.area:.0%}")
         if row.verdict == FOUND:
             x, y = xray.pixels.shape[1] / xray.columns, xray.pixels.shape[0] / xray.rows
-            corner, size = (row.xmin * x, row.ymin * y), ((row.xmax - row.xmin) * x, (row.ymax - row.ymin) * y)
+            # matplotlib counts from the first pixel's middle.
+            corner, size = (row.xmin * x - 0.5, row.ymin * y - 0.5), ((row.xmax - row.xmin) * x, (row.ymax - row.ymin) * y)
             axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=PREDICTION, linewidth=1.5))
     return figure
 

@@ -225,6 +225,11 @@ class SegmenterRecipe(TrainingRecipe):
             raise RecipeError(f"structures are {list(self.structures)}; there are, each once: {', '.join(MASK_CODES)}")
         if "lungs" in self.structures and {"left_lung", "right_lung"} & set(self.structures):
             raise RecipeError(f"structures are {list(self.structures)}; lungs are both sides as one: take them or the sides")
+        if self.horizontal_flip and {"left_lung", "right_lung"} & set(self.structures):
+            raise RecipeError(
+                f"horizontal_flip is {self.horizontal_flip}, and structures are {list(self.structures)}: a mirrored left "
+                "lung looks like a right one; set horizontal_flip=0.0, or structures to lungs"
+            )
         usual = SegmenterRecipe.__dataclass_fields__
         told = [name for name in NOT_OF_SEGMENTERS if getattr(self, name) != usual[name].default]
         if told:

@@ -161,6 +161,9 @@ def test_what_was_laid_on_a_canvas_of_its_own_size_comes_back_as_it_was():
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120)).astype(np.uint8)
     for place in (letterbox(90, 120, 120), letterbox(900, 1200, 120), stretch(90, 120, (90, 120))):
         assert np.array_equal(place.back(place.image(pixels), 90, 120), pixels)
+    # The last pixels' colour reaches to the canvas's edge, also where the copy is finer.
+    white = np.full((30, 30), 255, np.uint8)
+    assert (letterbox(90, 90, 30).back(white, 90, 90) == 255).all()
     # Of a centre crop the middle comes back, and black around it; of 256 rows it keeps 224 as they are.
     place = centre_crop(256, 320, 224)
     back = place.back(np.full((224, 224), 255, np.uint8), 256, 320)

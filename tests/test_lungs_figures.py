@@ -78,8 +78,10 @@ def test_a_montage_dims_what_is_no_lung_and_frames_what_was_found(small):
     assert [axis.get_title() for axis in (first, second)] == ["chest000\nfound, 30%", "chest001\ntoo small, 1%"]
     assert len(empty) == 4 and not any(axis.images for axis in empty)
     (frame,) = first.patches
-    # The copy has half of the original's pixels.
-    assert frame.get_bbox().extents.tolist() == [10, 12, 40, 50] and to_hex(frame.get_edgecolor()) == to_hex(PREDICTION)
+    # The copy has half of the original's pixels, and a picture's first one begins at -0.5.
+    assert frame.get_bbox().extents.tolist() == [9.5, 11.5, 39.5, 49.5] and to_hex(frame.get_edgecolor()) == to_hex(
+        PREDICTION
+    )
     assert len(second.patches) == 0
     shown, inside = first.images[0].get_array(), small.masks.read("chest000") > 0
     assert np.array_equal(shown[inside], small.pixels["chest000"][inside])
