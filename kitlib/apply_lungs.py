@@ -11,8 +11,9 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from kitlib import fc_densenet, geometry, intensity, resunet, segment_lungs, segmenter, unet
 from kitlib.bundle import ADDED, data_fingerprint, read_bundle, save_bundle
-from kitlib.cache import CachedXray, XrayCache, usable_cores
+from kitlib.cache import DECODER, CachedXray, XrayCache, fingerprint, usable_cores
 from kitlib.classes import LUNG_CODES
 from kitlib.geometry import Placement
 from kitlib.lungs import FOUND
@@ -22,6 +23,8 @@ from kitlib.segment_lungs import Segmented, load_segmenter, segmented
 from kitlib.tables import BOX, check_table, concatenate, read_table, write_table
 from kitlib.training_run import open_run
 
+# Masks of an older kit are not taken for this one's, with which a submission would crop.
+CODE = fingerprint(segment_lungs, segmenter, unet, resunet, fc_densenet, intensity, geometry) + DECODER
 PART = 256  # images a file of masks: an interrupted run repeats fewer than so many
 # Of the segmenter's recipe: what becomes of a mask, which does not need another training.
 CLEAN_UP = ("least_island", "dilations", "closings", "least_area", "least_width", "margin")
@@ -51,14 +54,15 @@ def apply_lungs(
     if unknown:
         raise RecipeError(f"the clean-up has no field {unknown[0]!r}; it has: {', '.join(CLEAN_UP)}")
     record, weights = read_bundle(bundle)
-    segmenter = load_segmenter(bundle, device, batch_size)
-    recipe = segmenter.recipe = override(segmenter.recipe, **changes)
+    model = load_segmenter(bundle, device, batch_size)
+    recipe = model.recipe = override(model.recipe, **changes)
     identity = {
         "segmenter": record["weights_sha256"],
         "recipe": dataclasses.asdict(recipe),
         "longest_side": cache.longest_side,
         "data_fingerprint": data_fingerprint(images=images),
         "masked_images": masked_images,
+        "code": CODE,
     }
     open_run(run_folder, identity, resume)
     masks, rows = _done(run_folder, resume)
@@ -69,7 +73,7 @@ def apply_lungs(
         for start in range(0, len(waiting), PART):
             stream = (cache.read(image_id) for image_id in waiting[start : start + PART])
             # The clean-up of one image and the network's work on the next ones overlap.
-            found = list(pool.map(lambda given: _finished(*given, recipe, masked), segmenter.maps(stream)))
+            found = list(pool.map(lambda given: _finished(*given, recipe, masked), model.maps(stream)))
             # The masks last: they say what is done.
             part = run_folder / "checkpoints" / f"lungs-{len(masks):06d}.parquet"
             rows.append(_table(found))

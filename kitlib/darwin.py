@@ -21,7 +21,7 @@ VIEW = re.compile(r"\b(AP|PA)\b")
 LEAST_SIDE = 256  # pixels
 METADATA = "metadata.csv"  # of ieee8023/covid-chestxray-dataset, the source of the images of COVID-19
 # Names of Kermany's images, the source of the others: a patient may have several.
-KERMANY_PATIENT = re.compile(r"(person\d+)_(?:bacteria|virus)_\d+", re.IGNORECASE)
+KERMANY_PATIENT = re.compile(r"(person\d+)_(?:bacteria|virus)_\d+|((?:NORMAL2-)?IM-\d+)-\d+", re.IGNORECASE)
 GOT = "`darwin dataset pull v7-labs/covid-19-chest-x-ray-dataset:all-images`, see inputs/README.md"
 # Images and masks in its own repository, github.com/v7labs/covid-19-xray-dataset.
 PUBLISHED = {"images": 6504}
@@ -159,7 +159,7 @@ def _patients(
     for image_id in kept:
         names = [image_id, *(Path(name).stem for name in (told[image_id][1].names if image_id in told else ()))]
         matches = (KERMANY_PATIENT.match(name) for name in names)
-        kermany = next((f"kermany-{match[1].lower()}" for match in matches if match), f"darwin-{image_id}")
+        kermany = next((f"kermany-{(match[1] or match[2]).lower()}" for match in matches if match), f"darwin-{image_id}")
         patients[image_id] = next((known[name] for name in names if known.get(name)), kermany)
     return patients
 

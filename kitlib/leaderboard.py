@@ -239,6 +239,7 @@ SAME = (
     "data_fingerprint",
     "extra",
     "masks_fingerprint",
+    "lungs_fingerprint",
 )
 
 

@@ -55,7 +55,7 @@ def segmenter_digest(record: dict[str, Any]) -> str:
 class StoredLungs:
     """As a run of the notebook that applies a segmenter has found them: its table lungs and its masks.
 
-    An image that the run does not know counts as not found. `fingerprint` (hex) tells one run's lungs from another's, and
+    `fingerprint` (hex) tells one run's lungs from another's, and
     `segmenter` who drew them, see `segmenter_digest`.
     """
 
@@ -63,6 +63,7 @@ class StoredLungs:
         table_path = Path(run_folder) / "tables" / "lungs.parquet"
         table = read_table("lungs", table_path)
         self.segmenter = segmenter_digest(read_record(Path(run_folder) / "bundle"))
+        self.run, self.known = Path(run_folder), frozenset(table.image_id)
         found = table[table.verdict == FOUND]
         self.frames = dict(zip(found.image_id, found[list(BOX)].to_numpy(float), strict=True))
         self.masks = MaskStore(Path(run_folder) / "masks")
@@ -72,7 +73,13 @@ class StoredLungs:
         return [self.of(xray) for xray in xrays]
 
     def of(self, xray: CachedXray) -> Lungs:
-        """The same for one image. Raises ValueError for a mask that was made of a copy of another size."""
+        """The same for one image. Raises ValueError for one the run has not looked at, or has seen in another size."""
+        if xray.image_id not in self.known:
+            raise ValueError(
+                f"{self.run}, of {len(self.known)} images, has not looked at {xray.image_id!r}: apply the segmenter to the "
+                "prepared run that is trained on. Extra images go with models that see whole ones in training (trained_on "
+                "full, not masked)"
+            )
         frame = self.frames.get(xray.image_id)
         if frame is None:
             return Lungs(None)

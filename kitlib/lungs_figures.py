@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from kitlib.cache import CachedXray, XrayCache
+from kitlib.classes import LUNG_CODES
 from kitlib.figures import PREDICTION, TRUTH, draw_outlines
 from kitlib.lungs import FOUND
 from kitlib.lungs_report import HUMAN_AGREEMENT
@@ -46,7 +47,7 @@ def lungs_montage(cache: XrayCache, masks: MaskStore, lungs: pd.DataFrame) -> Fi
     figure, axes = _grid(len(lungs), a_row=6)
     for axis, row in zip(axes, lungs.itertuples(), strict=False):
         xray = cache.read(row.image_id)
-        inside = masks.read(row.image_id) > 0
+        inside = np.isin(masks.read(row.image_id), LUNG_CODES)
         dimmed = CachedXray(xray.image_id, np.where(inside, xray.pixels, xray.pixels // 3), xray.rows, xray.columns)
         _show(axis, dimmed, f"{row.image_id[:24]}\n{row.verdict}, {row.area:.0%}")
         if row.verdict == FOUND:

@@ -54,12 +54,26 @@ class LungsOnce:
             self.begin()
             began, new = time.monotonic(), [xray for xray in xrays if xray.image_id not in self._known]
             if new and not self.fault:
-                try:
-                    self._keep(new, self._segmenter.find(new))
-                except Exception as error:
-                    self._give_up(error)
+                self._segment(new)
             self.seconds += time.monotonic() - began
             return [self._kept(xray.image_id) for xray in xrays]
+
+    def _segment(self, xrays: list[CachedXray]) -> None:
+        """One image that the segmenter fails at is missed alone; where it fails at all of a batch, it is given up."""
+        try:
+            self._keep(xrays, self._segmenter.find(xrays))
+            return
+        except Exception as error:
+            failure = error
+        failed = 0
+        for xray in xrays:
+            try:
+                self._keep([xray], self._segmenter.find([xray]))
+            except Exception as error:
+                failure, failed = error, failed + 1
+                self._keep([xray], [Lungs(None)])
+        if failed == len(xrays):
+            self._give_up(failure)
 
     def _keep(self, xrays: Sequence[CachedXray], found: list[Lungs]) -> None:
         for xray, lungs in zip(xrays, found, strict=True):

@@ -73,6 +73,7 @@ class Predictor:
         self._masked, found_by = recipe.get("masked", False), recipe.get("lungs", "darkness")
         self._finder = finder_for(found_by, lungs) if looks_at_lungs(recipe, self.views) else None
         self.wants_masks = wants_masks(recipe, self.views)
+        self.segmenter = record.get("architecture", {}).get("segmenter", "")  # whose lungs it was trained on
         self._outputs = recipe.get("outputs", "both")
         self._side = recipe.get("inference_size") or record["image_size"]
         self._place = PLACEMENTS[record["placement"]]

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from kitlib.cache import XrayCache
 from kitlib.classes import STUDY_CLASSES
 from kitlib.fusion import FusionSettings, fuse
-from kitlib.lungs import LungFinder
+from kitlib.lungs import StoredLungs
 from kitlib.near_duplicates import MAX_DISTANCE, group_hashes, perceptual_hash
 from kitlib.predict import load_predictor, study_and_image_scores
+from kitlib.segment_lungs import LungSegmenter
 from kitlib.tables import check_table, concatenate
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def predict_unseen(
     cache: XrayCache,
     seen: pd.DataFrame,
     batch_size: int | None = None,
-    lungs: LungFinder | None = None,
+    lungs: StoredLungs | LungSegmenter | None = None,
 ) -> Predictions:
     """What each of `models` (model, fold, bundle: a folder) says of those of `images` that `seen` does not bar it from.
 
@@ -120,10 +121,10 @@ def predict_unseen(
         predictor = load_predictor(row.bundle, batch_size=batch_size, lungs=lungs)
         if predictor.kind == "findings":
             raise ValueError(f"{row.bundle} is a classifier of findings; name runs of study classifiers and detectors")
-        if predictor.wants_masks and lungs is None:
+        if predictor.wants_masks and (lungs is None or lungs.segmenter != predictor.segmenter):
             raise ValueError(
-                f"{row.bundle} looks at the lungs that a segmenter has found; set lungs_run to the run of notebook 14 that "
-                "has those of these images"
+                f"{row.bundle} looks at the lungs that {'another' if lungs else 'a'} segmenter has found; set lungs_run "
+                "to the run of notebook 14 that it was trained with"
             )
         barred = set(seen.loc[(seen["model"] == row.model) & (seen["fold"] == row.fold), "image_id"])
         unseen = [image_id for image_id in images["image_id"] if image_id not in barred]

@@ -225,6 +225,10 @@ class SegmenterRecipe(TrainingRecipe):
             raise RecipeError(f"structures are {list(self.structures)}; there are, each once: {', '.join(MASK_CODES)}")
         if "lungs" in self.structures and {"left_lung", "right_lung"} & set(self.structures):
             raise RecipeError(f"structures are {list(self.structures)}; lungs are both sides as one: take them or the sides")
+        if "lungs" not in self.structures and not {"left_lung", "right_lung"} <= set(self.structures):
+            raise RecipeError(
+                f"structures are {list(self.structures)}; wanted lungs, or left_lung and right_lung, among them"
+            )
         if self.horizontal_flip and {"left_lung", "right_lung"} & set(self.structures):
             raise RecipeError(
                 f"horizontal_flip is {self.horizontal_flip}, and structures are {list(self.structures)}: a mirrored left "

@@ -20,7 +20,7 @@ from kitlib.device import autocast, pick_device
 from kitlib.fitted_batches import FittedBatches
 from kitlib.geometry import PLACEMENTS, Placement
 from kitlib.intensity import adjusted
-from kitlib.lungs import FOUND, Lungs
+from kitlib.lungs import FOUND, Lungs, segmenter_digest
 from kitlib.read_ahead import ahead
 from kitlib.recipes import SegmenterRecipe
 
@@ -49,6 +49,7 @@ class LungSegmenter:
         self, record: dict[str, Any], network: segmenter.Segmenter, device: torch.device, batch_size: int | None = None
     ) -> None:
         self.model, self.recipe, self.network, self.device = record["model"], network.recipe, network, device
+        self.segmenter = segmenter_digest(record) if "weights_sha256" in record else ""
         self.fitted = FittedBatches(self.model, device, batch_size or BATCH_SIZES[device.type])
         self.missed = 0
 
@@ -143,10 +144,12 @@ def segmented(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: Segm
     if int(xray.pixels.max()) - int(xray.pixels.min()) < BLANK_SPREAD:
         return Segmented(xray.image_id, BLANK, 0.0, whole, np.zeros(shape, np.uint8))
     sides = [number for number, name in enumerate(recipe.structures) if MASK_CODES[name] in LUNG_CODES]
-    likely = maps[sides].max(axis=0)
-    likely = cv2.resize(likely, (CLEAN_SIDE, CLEAN_SIDE), interpolation=cv2.INTER_LINEAR)
-    clean = cleaned(without_islands(likely > 127, recipe.least_island), recipe.dilations, recipe.closings)
-    area, large = float(clean.mean()), PLACEMENTS[recipe.placement](xray.rows, xray.columns, CLEAN_SIDE)
+    # By way of the copy: the two canvases round their bars each for itself.
+    likely = place.back(maps[sides].sum(axis=0, dtype=np.uint16).clip(max=255).astype(np.uint8), *shape)
+    large = PLACEMENTS[recipe.placement](xray.rows, xray.columns, CLEAN_SIDE)
+    clean = without_islands(large.image(likely) > 127, recipe.least_island)
+    clean = cleaned(clean, recipe.dilations, recipe.closings)
+    area = float(clean.mean())
     raw, inside = on_copy(maps, place, shape, recipe), large.back(clean.astype(np.uint8) * 255, *shape) > 127
     kept = np.where(np.isin(raw, LUNG_CODES), raw, MASK_CODES["lungs"])
     codes = np.where(inside, kept, np.where(raw == MASK_CODES["heart"], raw, 0)).astype(np.uint8)

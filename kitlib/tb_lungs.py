@@ -151,7 +151,9 @@ def _patients(names: Iterable[str], texts: dict[str, str]) -> dict[str, str]:
     patients = {name: name.split("_")[1] for name in names}
     for name, text in texts.items():
         for number in SAME_PATIENT.findall(text):
-            joined = {patients.get(name), number}
+            # By the patient that this number has come to stand for, where an earlier reading has joined it to another.
+            other = next((patient for each, patient in patients.items() if each.split("_")[1] == number), number)
+            joined = {patients.get(name), other}
             patients |= {each: min(joined) for each, patient in patients.items() if name in patients and patient in joined}
     return patients
 

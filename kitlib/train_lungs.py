@@ -126,6 +126,17 @@ def with_masks(images: pd.DataFrame, folds: pd.DataFrame, masks: MaskStore) -> t
     return known, folds[folds.id.isin(known.image_id)]
 
 
+def check_other_source(home: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
+    """Raise ValueError where images of `other`, another run's table, are of images or patients of `home`."""
+    for column in ("image_id", "patient_id"):
+        shared = other.loc[other[column].isin(home[column]), column]
+        if len(shared):
+            raise ValueError(
+                f"{name} is no other source: {len(shared)} of its images are of the training set, by {column}, first "
+                f"{shared.iloc[0]!r}; take it out of also_on"
+            )
+
+
 def score_masks(
     segmenter: LungSegmenter, cache: XrayCache, masks: MaskStore, image_ids: pd.Series, found: MaskStore | None = None
 ) -> pd.DataFrame:

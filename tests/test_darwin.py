@@ -167,3 +167,12 @@ def test_a_missing_piece_names_itself_and_where_it_is_got(darwin):
     (darwin.root / "images").mkdir()
     with pytest.raises(LayoutError, match="no frontal X-ray of 256 pixels"):
         darwin.read()
+
+
+def test_kermanys_normal_images_of_one_patient_are_one_patient(tmp_path):
+    names = ("IM-0011-0001", "IM-0011-0001-0002", "NORMAL2-IM-0173-0001-0001", "NORMAL2-IM-0173-0001-0002")
+    folder = Folder(tmp_path)
+    for number, name in enumerate(names):
+        folder.image(f"{name}.jpeg")
+        folder.annotation(number, f"{number:08d}.jpeg", f"{name}.jpeg", ["No Pneumonia (healthy)", "PA"])
+    assert sorted(folder.read().images.patient_id.value_counts()) == [2, 2]

@@ -73,14 +73,16 @@ def test_heart_is_no_lung_and_either_side_is(small, tmp_path):
     assert np.array_equal(mask, np.isin(codes, LUNG_CODES)) and mask.sum() == 3 * 5 * ROWS // 2
 
 
-def test_what_was_not_found_or_is_not_known_has_no_lungs(small, tmp_path):
+def test_what_was_not_found_has_no_lungs_and_what_was_never_looked_at_is_an_error(small, tmp_path):
     folder = lungs_run(tmp_path, small, missed=["image003"])
     # Its mask lies there all the same, as notebook 14 leaves it.
     MaskStore(folder / "masks").add({"image003": np.ones((ROWS // 2, COLUMNS // 2), np.uint8)})
     stored = StoredLungs(folder)
     stranger = CachedXray("image999", np.zeros((40, 50), np.uint8), ROWS, COLUMNS)
-    found = stored.find([small.read("image003"), stranger, small.read("image004")])
-    assert [each.frame is None for each in found] == [each.mask is None for each in found] == [True, True, False]
+    found = stored.find([small.read("image003"), small.read("image004")])
+    assert [each.frame is None for each in found] == [each.mask is None for each in found] == [True, False]
+    with pytest.raises(ValueError, match="has not looked at 'image999': apply the segmenter to the prepared run"):
+        stored.of(stranger)
 
 
 def test_a_mask_of_another_copy_is_refused_with_the_mend(small, tmp_path):

@@ -17,14 +17,14 @@ XRAYS = list(SMALL.stream())
 
 
 class Segmenter:
-    """Finds a frame and a mask that differ from image to image, none in the first; breaks at the image `breaks`."""
+    """Finds a frame and a mask that differ from image to image, none in the first; breaks at the images `breaks`."""
 
-    def __init__(self, breaks=""):
+    def __init__(self, breaks=()):
         self.breaks, self.asked = breaks, []
 
     def find(self, xrays):
         self.asked += [xray.image_id for xray in xrays]
-        if self.breaks in self.asked:
+        if set(self.breaks) & {xray.image_id for xray in xrays}:
             raise RuntimeError("no kernel image is available")
         return [self.of(xray) for xray in xrays]
 
@@ -72,13 +72,20 @@ def test_without_a_bundle_or_with_a_damaged_one_no_lungs_are_found_and_it_says_w
         assert re.search(told, lungs.fault)
 
 
-def test_an_error_costs_the_lungs_from_there_on(segmenter, tmp_path):
-    segmenter.breaks, lungs = "image005", LungsOnce(tmp_path, masked=False)
-    for start in (0, 4):
-        lungs.find(XRAYS[start : start + 4])
+def test_an_image_that_the_segmenter_fails_at_is_missed_alone(segmenter, tmp_path):
+    segmenter.breaks, lungs = ["image005"], LungsOnce(tmp_path, masked=False)
+    found = lungs.find(XRAYS)
+    assert [each.frame is not None for each in found] == [False, True, True, True, True, False, True, True]
+    assert lungs.fault == "" and (lungs.segmented, lungs.missed) == (8, 2)
+
+
+def test_a_segmenter_that_fails_at_a_whole_batch_is_given_up(segmenter, tmp_path):
+    segmenter.breaks, lungs = ["image002", "image003"], LungsOnce(tmp_path, masked=False)
+    for start in (0, 2, 4, 6):
+        lungs.find(XRAYS[start : start + 2])
     frames = [each.frame is not None for each in lungs.find(XRAYS)]
-    # The batch that failed is seen whole, by every model; nobody asks again.
-    assert frames == [False, True, True, True, *[False] * 4] and len(segmenter.asked) == 8
+    # Images of the first batch keep what was found; the later ones are not asked about: 2, 2 and then each of these alone.
+    assert frames == [False, True, *[False] * 6] and len(segmenter.asked) == 6
     assert lungs.fault.startswith("failed: RuntimeError: no kernel image is available; images are seen whole")
 
 

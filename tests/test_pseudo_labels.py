@@ -194,14 +194,22 @@ def test_models_of_a_segmenters_lungs_judge_by_them_and_others_need_none(tmp_pat
     record = {"family": "study", "classes": OUTPUTS, "architecture": {}, "longest_side": 50, "image_size": 32}
     record |= {"placement": "letterbox", "mean": [0.5], "std": [0.5], "data_fingerprint": "", "validation": {}, "fold": 0}
     of_lungs = override(RECIPE, lungs="masks", trained_on="lungs", views=["lungs"], masked=True)
-    for name, recipe in (("crops", of_lungs), ("whole", RECIPE)):
-        save_bundle(tmp_path / name, network.state_dict(), record | {"model": name, "recipe": asdict(recipe)})
+    lungs = stored_lungs(tmp_path / "lungs", small, missed=["image001", "image004"])
+    for name, recipe, segmenter in (
+        ("crops", of_lungs, lungs.segmenter),
+        ("whole", RECIPE, ""),
+        ("other", of_lungs, "else"),
+    ):
+        told = {"model": name, "recipe": asdict(recipe), "architecture": {"segmenter": segmenter}}
+        save_bundle(tmp_path / name, network.state_dict(), record | told)
     models = pd.DataFrame({"model": ["crops", "whole"], "fold": 0, "bundle": [tmp_path / "crops", tmp_path / "whole"]})
     images, seen = small.images, empty_table("coverage")
     with pytest.raises(ValueError, match=r"crops looks at the lungs that a segmenter has found; set lungs_run"):
         predict_unseen(models, images, small, seen)
+    other = models.head(1).assign(model="other", bundle=tmp_path / "other")
+    with pytest.raises(ValueError, match=r"other looks at the lungs that another segmenter has found; set lungs_run"):
+        predict_unseen(other, images, small, seen, lungs=lungs)
     assert len(predict_unseen(models.tail(1), images, small, seen).probabilities) == 8
-    lungs = stored_lungs(tmp_path / "lungs", small, missed=["image001", "image004"])
     with caplog.at_level("INFO"):
         told = predict_unseen(models, images, small, seen, lungs=lungs).probabilities.set_index(["model", "image_id"])
     assert "crops, fold 0: no lungs found in 2 of 8 images, seen whole" in caplog.text and "whole, fold" not in caplog.text

@@ -86,6 +86,7 @@ def test_what_goes_together_is_taken(fields):
         ({"lungs": "masks", "masked": True}, r"takes no lungs \(leave it at 'darkness'\), masked \(leave it at False\)"),
         ({"backbone": "resnet50", "channels": 3}, r"takes no backbone \(leave it at ''\), channels \(leave it at 1\)"),
         ({"sharpen_p": 0.5, "erase_p": 0.1}, r"takes no sharpen_p \(leave it at 0\.0\), erase_p"),
+        ({"structures": ("heart",)}, "wanted lungs, or left_lung and right_lung, among them"),
         ({"horizontal_flip": 0.5, "structures": ("heart", "left_lung", "right_lung")}, "a mirrored left lung"),
     ],
 )

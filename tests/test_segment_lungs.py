@@ -130,6 +130,25 @@ def test_eight_dilations_grow_a_mask_by_eight_pixels_at_512_whatever_the_canvas(
         assert np.abs(found.frame - before - [-8, -8, 8, 8]).max() <= 512 / side / 2 + 1
 
 
+@pytest.mark.parametrize("size", [(1680, 2048, 840, 1024), (1024, 845, 1024, 845), (805, 1024, 805, 1024)])
+@pytest.mark.parametrize("side", [96, 256, 512])
+def test_a_frame_is_where_the_mask_is_however_the_canvases_round_their_bars(size, side):
+    image = xray(*size)
+    mask = two_lungs(image, 0.2, 0.6)
+    recipe = override(PLAIN, image_size=side, least_area=0.0)
+    maps, place = maps_of(mask, image, recipe)
+    found, raw = segmented(image, maps, place, recipe), on_copy(maps, place, image.pixels.shape, recipe) > 0
+    # One pixel of the canvas of 512 at which masks are cleaned is up to two of the copy's.
+    assert np.abs(lung_frame(found.codes > 0, 0.0) - lung_frame(raw, 0.0)).max() <= 2
+
+
+def test_a_pixel_is_lung_where_both_sides_together_are_more_probable_than_not():
+    image, recipe = xray(512, 512, 512, 512), override(RECIPES["fc_densenet103_lungs"], image_size=512, dilations=0)
+    shares = {"heart": 0.0, "left_lung": 0.45, "right_lung": 0.39}
+    maps = np.stack([two_lungs(image) * np.uint8(255 * shares[name]) for name in recipe.structures])
+    assert segmented(image, maps, letterbox(512, 512, 512), recipe).verdict == FOUND
+
+
 def test_nothing_one_lung_specks_and_blank_images_are_no_lungs():
     image = xray()
     lungs = two_lungs(image)

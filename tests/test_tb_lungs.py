@@ -143,3 +143,12 @@ def test_real_images_have_their_masks(real_data):
     # Adult normals, 750 pixels reduced to 512.
     assert len(data.images) == len(data.masks) == 11 and (data.labels.normal == 1).all()
     assert data.images[["rows", "columns"]].max(axis=1).max() == 512
+
+
+def test_readings_that_name_one_another_in_a_chain_are_one_patient(montgomery):
+    root = montgomery / "MontgomerySet"
+    name = "MCUCXR_0031_1"
+    save(root / "CXR_png" / f"{name}.png", np.full((60, 80), 90))
+    read_text(root / "ClinicalReadings" / f"{name}.txt", "NO REPORT (same pt as MCUCXR_0023_1)")
+    patients = read_montgomery(montgomery, progress=False).images.set_index("image_id").patient_id
+    assert patients[["MCUCXR_0017_1", "MCUCXR_0023_1", name]].unique().tolist() == ["montgomery-0017"]
