@@ -81,7 +81,11 @@ class PlannedRun:
     @property
     def mark(self) -> Path:
         """The file that says: this run is done, with these parameters and on these inputs."""
-        return self.folder / f"done-{self.key}.json"
+        return self.mark_of(self.key)
+
+    def mark_of(self, key: str) -> Path:
+        """The file that says the same of another key, with which this folder may have been begun."""
+        return self.folder / f"done-{key}.json"
 
     def state(self) -> str:
         """done, new, "goes on" (begun with this key), or changed (done or begun with another)."""
@@ -261,6 +265,11 @@ def _planned(
 ) -> PlannedRun:
     step, run_name = steps[name], "-".join([name, *map(str, values.values())])
     meant = {other: _meant(planned.values(), other, steps[other].matrix, values) for other in steps if other != name}
+    named = _named(step, variables)
+    for other in meant:
+        if other in named and not meant[other]:
+            there = ", ".join(run for run in planned if planned[run].step == other)
+            raise PlanError(f"{run_name} needs a run of {other} with the same values; there are: {there}")
 
     def filled(places: Mapping[str, str]) -> Any:
         """The step's texts with a run's place wherever its name stands."""
@@ -274,7 +283,7 @@ def _planned(
         names = variables | values | runs | {"run": places[run_name]}
         return _filled([step.parameters, step.command, step.result], names)
 
-    needs = [run for other in meant if other in _named(step, variables) for run in meant[other]]
+    needs = [run for other in meant if other in named for run in meant[other]]
     folders = {run.name: str(run.folder) for run in planned.values()} | {run_name: str(folder / run_name)}
     parameters, command, result = filled(folders)
     notebook = None

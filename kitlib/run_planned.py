@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import random
 import shutil
 import signal
 import subprocess
@@ -45,6 +46,7 @@ def state_file(described: str | Path, name: str) -> Path:
 def run_planned(described: str | Path, name: str) -> None:
     """Do one run of a plan, unless it is done; goes on in its folder if that was begun with the same key, else starts over.
 
+    What is done with another key is renamed to NAME.old-KEY, in place of an older one of that key, and said in the log.
     Raises RunFailed, and PlanError for a folder that no plan has begun.
     """
     run, told = planned_runs(described)[name], state_file(described, name)
@@ -92,8 +94,15 @@ def _held(folder: Path) -> Iterator[None]:
 def _begin(run: PlannedRun) -> None:
     begun = run.begun_key()
     if begun not in (None, run.key):
-        logger.info("%s: begun with other parameters or on other inputs, starting over", run.folder)
-        shutil.rmtree(run.folder)
+        if run.mark_of(begun).is_file():
+            # Days of training may be in it, and a forgotten --set looks like a wish for another run.
+            old = run.folder.with_name(f"{run.name}.old-{begun}")
+            shutil.rmtree(old, ignore_errors=True)
+            run.folder.rename(old)
+            logger.warning("%s: done with other parameters or on other inputs, kept as %s", run.folder, old)
+        else:
+            logger.warning("%s: begun with other parameters or on other inputs, starting over", run.folder)
+            shutil.rmtree(run.folder)
     write_json(run.folder / RECORD, {"key": run.key, "run": run.as_json()})
 
 
@@ -113,11 +122,18 @@ def _gpus(count: int) -> Iterator[dict[str, str]]:
                 if gpu not in held and len(held) < count and (lock := _try_lock(folder / gpu)):
                     held[gpu] = lock
             if len(held) < count:
-                time.sleep(1)
+                # Two that each kept what they have would wait for each other for ever.
+                _let_go(held)
+                time.sleep(random.uniform(0.5, 1.5))
         yield {"CUDA_VISIBLE_DEVICES": ",".join(held)}
     finally:
-        for lock in held.values():
-            lock.close()
+        _let_go(held)
+
+
+def _let_go(held: dict[str, IO]) -> None:
+    for lock in held.values():
+        lock.close()
+    held.clear()
 
 
 def _try_lock(path: Path) -> IO | None:

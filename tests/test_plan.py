@@ -119,7 +119,7 @@ def test_a_folder_that_no_plan_has_made_is_left_alone(tmp_path):
         ({"steps": {"x": {"notebook": "10_prepare", "gpus": "two"}}}, "Step.gpus wants int, got 'two'"),
         ({"steps": {"x": {}}}, "step x: wanted exactly one of notebook and command"),
         ({"steps": {"x": {"command": ["true"], "parameters": {"a": 1}}}}, "step x: parameters are a notebook's"),
-        ({"steps": {"x": {"notebook": "11_prepare"}}}, "no notebook '11_prepare'; there are: 10_prepare, 20_"),
+        ({"steps": {"x": {"notebook": "11_prepare"}}}, "no notebook '11_prepare'; there are: 10_prepare, 1"),
         ({"steps": {"x": {"notebook": "10_prepare", "parameters": {"fold": 1}}}}, "no parameter fold; it has: dataset"),
         (
             {"steps": {"x": {"command": ["{nothing}"]}}},
@@ -131,6 +131,14 @@ def test_a_folder_that_no_plan_has_made_is_left_alone(tmp_path):
         ({"steps": {"x": {"command": ["true"], "matrix": {"fold": ["a b"]}}}}, "matrix fold wants a list of different"),
         ({"steps": {"data": {"command": ["true"]}}}, "data: a step, a variable and a matrix need names of their own"),
         ({"steps": {"X": {"command": ["true"]}}}, "a step cannot be called 'X'"),
+        (
+            {"steps": {"x": {"command": ["{study}"], "matrix": {"fold": [1, 2]}}}},
+            "step x: x-2 needs a run of study with the same values; there are: study-0, study-1",
+        ),
+        (
+            {"steps": {"x": {"command": ["true"], "matrix": {"fold": [2]}, "needs": ["study"]}}},
+            "step x: x-2 needs a run of study with the same values; there are: study-0, study-1",
+        ),
         ({"variables": {"data": "{data}"}}, "step prepare: a variable that stands for itself"),
     ],
 )
