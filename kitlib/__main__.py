@@ -3,8 +3,6 @@
 import json
 import logging
 import math
-import signal
-import sys
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -192,8 +190,6 @@ def run(
     from kitlib.run_plan import PlanFailed, describe_plan, run_plan
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
-    # As Ctrl-C does: an engine that was left alone would go on.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     pairs = [change.partition("=") for change in changes or []]
     if not all(separator for _, separator, _ in pairs):
         raise typer.BadParameter("--set wants NAME=VALUE")

@@ -5,11 +5,14 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kitlib.atomic import write_json
+from kitlib.kill_family import kill_family
 from kitlib.paths import project_root
 from kitlib.plan import Plan, PlanError
 from kitlib.run_notebook import log_tail
@@ -27,6 +31,7 @@ from kitlib.run_planned import SHARED_GPUS, state_file
 
 ENGINE_LOG = "engine.log"
 POLL_S = 0.5
+ENDING_S = 60.0  # for the engine to end its runs, or to cancel them on a cluster, before it is killed
 
 
 class PlanFailed(RuntimeError):
@@ -41,22 +46,24 @@ def run_plan(
     gpus: int | None = None,
     retries: int = 0,
     engine: Sequence[str] = (),
+    afresh: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Do what is not done yet of the plan, or of the steps `only` and what they need; what is told of each run, by its name.
 
     `engine` are further arguments of Snakemake, such as --executor slurm --jobs 8. Without an executor runs share this
     machine: its `cores` (default: all) and `gpus` (default: those that are visible). With one, `gpus` are the most that a
-    run asks for: with 0 all use the CPU. A run that fails stops only those that need it. Raises PlanError, and PlanFailed in
+    run asks for: with 0 all use the CPU. `afresh` removes all that is in the plan's folder first. A run that fails stops
+    only those that need it. SIGTERM and SIGHUP end the runs, too, and raise SystemExit. Raises PlanError, and PlanFailed in
     the end if a run has failed.
     """
     folder = plan.runs / f".{plan.path.stem}"
     folder.mkdir(parents=True, exist_ok=True)
     described = folder / "runs.json"
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PlanError(f"{plan.path} is being carried out in {plan.runs} already; wait for that") from error
+    with ExitStack() as held:
+        held.enter_context(_signals_end_it())
+        _lock(folder / "lock", plan, held)
+        if afresh:
+            _remove_runs(plan, folder / "lock", held)
         states = plan.states()  # refuses foreign folders before anything starts
         wanted = plan.of_steps(only) if only else list(plan.planned)
         write_json(described, {name: run.as_json() for name, run in plan.planned.items()})
@@ -64,7 +71,7 @@ def run_plan(
             if state != "done":
                 state_file(described, name).unlink(missing_ok=True)
         local = not {"--executor", "-e", "--profile"} & {argument.partition("=")[0] for argument in engine}
-        shared = _gpu_indices() if gpus is None else list(map(str, range(gpus)))
+        shared = _shared_gpus(gpus) if local else list(map(str, range(gpus or 0)))
         # On this machine a run that asks for more than there is gets what there is, and the machine for itself.
         most = {"gpu": len(shared)} if local or gpus is not None else {}
         most |= {"mem_mb": psutil.virtual_memory().total // 2**20} if local else {}
@@ -82,8 +89,48 @@ def run_plan(
     ended = plan.states()
     unfinished = [name for name in _with_needs(plan, wanted) if ended[name] != "done"]
     if code or unfinished:
-        raise PlanFailed(_failure(plan, told, unfinished, folder / ENGINE_LOG))
+        done = sum(state == "done" for state in ended.values())
+        raise PlanFailed(_failure(plan, told, done, unfinished, folder / ENGINE_LOG))
     return told
+
+
+def _lock(path: Path, plan: Plan, held: ExitStack) -> None:
+    lock = held.enter_context(open(path, "w"))  # noqa: SIM115  `held` closes it
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise PlanError(f"{plan.path} is being carried out in {plan.runs} already; wait for that") from error
+
+
+def _remove_runs(plan: Plan, own: Path, held: ExitStack) -> None:
+    """Empty the plan's folder but for its locks, which would hold nobody off once they were removed."""
+    locks = sorted(plan.runs.glob(".*/lock"))
+    for lock in locks:
+        if lock != own:  # of another plan with the same folder
+            _lock(lock, plan, held)
+    for folder in (plan.runs, *(lock.parent for lock in locks)):
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                if entry / "lock" not in locks:
+                    shutil.rmtree(entry)
+            elif entry not in locks:
+                entry.unlink()
+
+
+@contextmanager
+def _signals_end_it() -> Iterator[None]:
+    """Make an exit of SIGTERM and of a closed terminal, as Ctrl-C makes an exception: an engine left alone would go on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # What is ignored stays so: nohup asks for that.
+    numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def describe_plan(plan: Plan) -> Table:
@@ -108,7 +155,7 @@ def describe_plan(plan: Plan) -> Table:
 
 def _configuration(plan: Plan, described: Path, wanted: list[str], most: dict[str, int], retries: int) -> dict[str, Any]:
     runs = []
-    for name, run in plan.planned.items():
+    for number, (name, run) in enumerate(plan.planned.items()):
         asked = {"mem_mb": round(run.memory_gb * 1024), "gpu": run.gpus, "runtime": math.ceil(run.minutes)}
         resources = {what: min(amount, most.get(what, amount)) for what, amount in asked.items()}
         resources = {what: amount for what, amount in resources.items() if amount}
@@ -116,7 +163,8 @@ def _configuration(plan: Plan, described: Path, wanted: list[str], most: dict[st
         command = ["cd", str(project_root()), "&&", sys.executable, "-m", "kitlib", "run-planned", str(described), name]
         runs.append(
             {
-                "rule": name.replace("-", "_").replace(".", "_"),
+                # By number, as names that differ in a sign alone would become one.
+                "rule": f"r{number}_{name.replace('-', '_').replace('.', '_')}",
                 "input": [str(plan.planned[need].mark) for need in run.needs],
                 "mark": str(run.mark),
                 "threads": run.threads,
@@ -125,6 +173,13 @@ def _configuration(plan: Plan, described: Path, wanted: list[str], most: dict[st
             }
         )
     return {"runs": runs, "targets": [str(plan.planned[name].mark) for name in wanted], "retries": retries}
+
+
+def _shared_gpus(wanted: int | None) -> list[str]:
+    there = _gpu_indices() if wanted != 0 else []
+    if wanted is not None and len(there) < wanted:
+        raise PlanError(f"{wanted} GPUs are asked for; there are: {', '.join(there) or 'none'}")
+    return there[:wanted]
 
 
 def _gpu_indices() -> list[str]:
@@ -149,7 +204,10 @@ def _follow(
     """Run the engine to its end and show how far the plan is; the engine's exit code."""
     with (described.parent / ENGINE_LOG).open("w", encoding="utf-8") as log, _Board(plan, states, console) as board:
         # A session of its own, so that an interruption reaches it once and from here.
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        with _heard_interruptions():
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
         try:
             while True:
                 code = process.poll()
@@ -159,10 +217,28 @@ def _follow(
                     return code
                 time.sleep(POLL_S)
         except BaseException:
-            console.print("ending the runs that are going on; the same command goes on with the plan")
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait()
+            try:
+                with suppress(OSError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, signal.SIGINT)
+                    console.print("ending the runs that are going on; the same command goes on with the plan")
+                    process.wait(ENDING_S)
+            finally:
+                kill_family(process.pid)
+                process.wait()
             raise
+
+
+@contextmanager
+def _heard_interruptions() -> Iterator[None]:
+    """A process started meanwhile can be interrupted, also where this one cannot: scripts ignore SIGINT for `&`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Board:
@@ -226,12 +302,12 @@ def _with_needs(plan: Plan, wanted: Iterable[str]) -> list[str]:
     return [name for name in plan.planned if name in found]
 
 
-def _failure(plan: Plan, told: dict[str, dict[str, Any]], unfinished: list[str], log: Path) -> str:
+def _failure(plan: Plan, told: dict[str, dict[str, Any]], done: int, unfinished: list[str], log: Path) -> str:
     failed = [name for name in unfinished if told[name].get("state") == "failed"]
     # A killed process could not say that it has failed.
     vanished = [name for name in unfinished if told[name].get("state") == "running"]
     waiting = [name for name in unfinished if name not in (*failed, *vanished)]
-    lines = [f"{plan.path}: {len(plan.planned) - len(unfinished)} of {len(plan.planned)} runs are done"]
+    lines = [f"{plan.path}: {done} of {len(plan.planned)} runs are done"]
     lines += [f"{name} failed on {told[name]['host']}: {told[name]['problem']}" for name in failed]
     lines += [
         f"{name} was killed on {told[name]['host']} without a word; its folder: {plan.planned[name].folder}"

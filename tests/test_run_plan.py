@@ -1,5 +1,6 @@
 """Plans carried out by the real engine: what is done, what is not done again, and how failures and killed processes end."""
 
+import fcntl
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from kitlib.kill_family import kill_family
 from kitlib.plan import PlanError, read_plan
-from kitlib.run_plan import PlanFailed, describe_plan, run_plan
+from kitlib.run_plan import PlanFailed, _configuration, describe_plan, run_plan
 
 # One line a start of a run, so that a second start shows.
 NOTE = 'echo {run} >> "{log}"; echo ok > "{run}/metrics.json"'
@@ -99,9 +100,13 @@ def test_only_the_steps_asked_for_and_what_they_need(tmp_path):
     told = carry_out(write_plan(tmp_path, steps), only=["second"])
     assert started(tmp_path) == ["first", "second"]
     assert told["third"] == {}
+    steps["second"] = shell("exit 3", needs=["first"])
+    with pytest.raises(PlanFailed, match="1 of 3 runs are done"):
+        carry_out(write_plan(tmp_path, steps), only=["second"])
 
 
-def test_gpus_are_shared_out_and_hidden_from_runs_without(tmp_path):
+def test_gpus_are_shared_out_and_hidden_from_runs_without(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
     # Each claims a GPU and waits until the other has one, too: they can only end together.
     meet = 'echo $CUDA_VISIBLE_DEVICES > "{run}.gpu"; while [ $(ls {run}/.. | grep -c gpu$) -lt 2 ]; do sleep 0.1; done; '
     steps = {
@@ -109,7 +114,9 @@ def test_gpus_are_shared_out_and_hidden_from_runs_without(tmp_path):
         "none": shell('test "$CUDA_VISIBLE_DEVICES" = "" && echo ok > "{run}/metrics.json"'),
     }
     carry_out(write_plan(tmp_path, steps), gpus=2, cores=2)
-    assert sorted(path.read_text().strip() for path in (tmp_path / "runs").glob("*.gpu")) == ["0", "1"]
+    assert sorted(path.read_text().strip() for path in (tmp_path / "runs").glob("*.gpu")) == ["3", "5"]
+    with pytest.raises(PlanError, match="4 GPUs are asked for; there are: 3, 5, 7"):
+        carry_out(write_plan(tmp_path, steps), gpus=4)
 
 
 def test_more_gpus_than_there_are_mean_those_that_there_are(tmp_path):
@@ -150,14 +157,64 @@ def test_a_plan_whose_processes_are_all_killed_goes_on_where_it_was(tmp_path):
     assert started(tmp_path) == ["first", "slow"]
 
 
-def test_an_interrupted_plan_ends_its_runs(tmp_path):
+# As a script does with `&`: SIGINT is ignored from the start.
+DEAF = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+
+
+@pytest.mark.parametrize(("number", "deaf"), [(2, False), (15, True), (1, True)])
+def test_an_interrupted_terminated_or_hung_up_plan_ends_its_runs(tmp_path, number, deaf):
     path = write_plan(tmp_path, {"slow": shell('echo $$ > "{run}/pid"; sleep 600')})
-    process = subprocess.Popen([sys.executable, "-m", "kitlib", "run", str(path)], stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "kitlib", "run", str(path)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", DEAF, *command] if deaf else command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     pid = tmp_path / "runs" / "slow" / "pid"
     wait_for(lambda: pid.exists() and pid.read_text().strip())
-    process.send_signal(2)
-    process.wait(60)
+    process.send_signal(number)
+    # Long before the engine would be killed.
+    process.wait(30)
     wait_for(lambda: not psutil.pid_exists(int(pid.read_text())), seconds=20)
+
+
+def test_an_engine_that_does_not_end_is_killed_with_its_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("kitlib.run_plan.ENDING_S", 0.2)
+    path, pid = write_plan(tmp_path, {"slow": shell('echo $$ > "{run}/pid"; sleep 600')}), tmp_path / "runs/slow/pid"
+
+    def told(*_):
+        if pid.exists() and pid.read_text().strip():
+            raise KeyboardInterrupt
+        return {}
+
+    monkeypatch.setattr("kitlib.run_plan._told", told)
+    monkeypatch.setattr("os.killpg", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(path)
+    wait_for(lambda: not psutil.pid_exists(int(pid.read_text())), seconds=20)
+
+
+def test_nothing_is_removed_of_a_plan_that_is_being_carried_out(tmp_path):
+    path, made = write_plan(tmp_path, {"only": shell(NOTE)}), tmp_path / "runs" / "only" / "metrics.json"
+    made.parent.mkdir(parents=True)
+    made.touch()
+    mine, other = tmp_path / "runs" / ".plan" / "lock", tmp_path / "runs" / ".other" / "lock"
+    mine.parent.mkdir()
+    other.parent.mkdir()
+    for lock in (mine, other):
+        with open(lock, "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            with pytest.raises(PlanError, match=r"is being carried out in .* already"):
+                carry_out(path, afresh=True)
+    assert made.is_file()
+    locks = mine.stat().st_ino, other.stat().st_ino
+    carry_out(path, afresh=True)
+    assert started(tmp_path) == ["only"] and made.read_text() == "ok\n"
+    assert (mine.stat().st_ino, other.stat().st_ino) == locks
+
+
+def test_names_that_differ_in_a_sign_alone_are_two_rules(tmp_path):
+    plan = read_plan(write_plan(tmp_path, {"a": shell(NOTE, matrix={"of": [1]}), "a_1": shell(NOTE)}))
+    runs = _configuration(plan, tmp_path / "runs.json", [], {}, 0)["runs"]
+    assert [run["rule"] for run in runs] == ["r0_a_1", "r1_a_1"]
 
 
 def test_a_failed_notebook_is_named_with_its_cell_and_log(tmp_path, monkeypatch):
