@@ -5,6 +5,7 @@ can leave a notebook that looks finished.
 """
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ from kitlib.atomic import write_text
 from kitlib.kill_family import kill_family
 from kitlib.paths import project_root
 
+logger = logging.getLogger(__name__)
 WITHOUT = "(as a training does whose session is over: run it again, and it goes on)"
 
 
@@ -63,7 +65,13 @@ def run_notebook(
     command += ["--cwd", str(project_root()), "--no-progress-bar", "--log-output", "-k", "python3"]
     environment = {**os.environ, **(variables or {}), **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=project_root(), env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        cwd=project_root(),
+        env=environment,
     )
     cells = len(json.loads(notebook.read_text(encoding="utf-8"))["cells"]) + 1  # papermill adds the injected one
     reader = threading.Thread(target=_keep_log, args=(process, log, cells, on_cell))
@@ -86,11 +94,15 @@ def run_notebook(
 def _keep_log(process: subprocess.Popen, log: Path, cells: int, on_cell: Callable[[int, int], None] | None) -> None:
     with log.open("w", encoding="utf-8") as kept:
         for line in process.stdout:
-            kept.write(line)
-            kept.flush()
             started = re.search(r"Executing Cell (\d+)", line)
-            if started and on_cell:
-                on_cell(int(started[1]), cells)
+            # Whatever happens here, the rest is read: a notebook whose output nobody takes waits for ever.
+            try:
+                kept.write(line)
+                kept.flush()
+                if started and on_cell:
+                    on_cell(int(started[1]), cells)
+            except Exception:
+                logger.exception("a line of %s's output is not kept, or not told of", log)
 
 
 def first_problem(executed: Path) -> str:

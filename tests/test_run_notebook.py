@@ -40,6 +40,23 @@ def test_a_run_reports_its_cells_and_keeps_the_types_of_its_parameters(tmp_path)
     assert seen == [(number, 5) for number in range(1, 6)]
 
 
+def test_a_run_ends_whatever_its_output_is_and_whoever_listens_fails(tmp_path):
+    # More than a pipe holds, from outside of Python and in no encoding.
+    shout = "import os, pathlib\nerr = os.open(f'/proc/{os.getppid()}/fd/2', os.O_WRONLY)\n"
+    shout += "os.write(err, b'\\xff\\n')\nos.write(err, b'y\\n' * 150_000)"
+    write_notebook(tmp_path / "n.ipynb", shout, WRITE)
+
+    def deaf(*_):
+        raise OSError("no space left")
+
+    run_notebook(
+        tmp_path / "n.ipynb", tmp_path / "out.ipynb", {"result": str(tmp_path / "r")}, tmp_path / "r", deaf, time_limit_s=60
+    )
+    assert (tmp_path / "r").read_text() == "done"
+    log = (tmp_path / "out.log").read_text()
+    assert "\ufffd\n" in log and "Executing Cell 3" in log
+
+
 def test_an_unknown_parameter_is_refused_before_anything_runs(tmp_path):
     write_notebook(tmp_path / "n.ipynb", WRITE)
     with pytest.raises(ValueError, match=r"n\.ipynb has no parameter epoch; it has: result"):
