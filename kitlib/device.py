@@ -1,6 +1,7 @@
 """The one place that chooses the device and its precision, and sets the random seeds."""
 
 import logging
+import os
 import random
 from contextlib import AbstractContextManager
 
@@ -17,14 +18,16 @@ class GpuError(RuntimeError):
 
 
 def pick_device() -> torch.device:
-    """The first GPU if this build of torch can really compute on it, otherwise the CPU; the reason is logged as a warning.
+    """A GPU if this build of torch can really compute on it, otherwise the CPU; the reason is logged as a warning.
+
+    It is the first GPU, unless several processes train together: then each has its own.
 
     `torch.cuda.is_available()` is not enough: on a P100 a build without its architecture says yes and dies at the first
     operation.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", 0)
+    device = _own_gpu()
     if reason := _useless(device):
         logger.warning("using the CPU: %s", reason)
         return torch.device("cpu")
@@ -33,12 +36,17 @@ def pick_device() -> torch.device:
 
 def training_device() -> torch.device:
     """The same for a training, which would take days on the CPU: raises GpuError where a GPU is there and of no use."""
-    if torch.cuda.is_available() and (reason := _useless(torch.device("cuda", 0))):
+    if torch.cuda.is_available() and (reason := _useless(_own_gpu())):
         raise GpuError(
             f"{reason}. On Kaggle choose the accelerator 'GPU T4 x2' (accelerator: NvidiaTeslaT4), elsewhere a torch that "
             "is built for this GPU; to train on the CPU on purpose, set CUDA_VISIBLE_DEVICES to nothing"
         )
     return pick_device()
+
+
+def _own_gpu() -> torch.device:
+    # Its number among the processes that share a training on this machine, as torch's launcher sets it.
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def _useless(device: torch.device) -> str:

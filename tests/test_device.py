@@ -54,6 +54,16 @@ def test_a_gpu_that_fails_at_its_first_operation_is_passed_over_aloud(monkeypatc
     assert "no kernel image" in caplog.text
 
 
+def test_each_process_of_a_shared_training_has_a_gpu_of_its_own(monkeypatch):
+    fake_gpu(monkeypatch, "Tesla T4", (7, 5))
+    tried, real = [], torch.ones
+    monkeypatch.setattr(torch, "ones", lambda size, device: tried.append(device) or real(size))
+    assert device.training_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device.training_device() == torch.device("cuda", 1)
+    assert tried == [torch.device("cuda", number) for number in (0, 0, 1, 1)]
+
+
 def test_a_training_does_not_fall_back_on_the_cpu_in_silence(monkeypatch):
     fake_gpu(monkeypatch, "Tesla P100", (6, 0))
     with pytest.raises(device.GpuError, match=r"not for the Tesla P100 \(sm_60\)\. On Kaggle choose .*'GPU T4 x2'"):
