@@ -19,6 +19,7 @@ from torch.utils.data import Sampler
 
 from kitlib.deadline import SessionOver
 from kitlib.recipes import TrainingRecipe
+from kitlib.training_run import start_over
 
 
 class ParallelFailed(RuntimeError):
@@ -84,10 +85,14 @@ def _from_all(value: Any) -> list[Any]:
 def train_together(train: Callable[..., Any], run_folder: Path, processes: int, **arguments: Any) -> Any:
     """`train(run_folder=..., **arguments)` by several processes, whose output goes to run_folder/processes; what it gives.
 
+    With resume=False, the folder is emptied of an earlier run once, before they start.
     `arguments` have the `recipe`, whose batch the processes share. Raises ValueError where they cannot, SessionOver as
     `train` does, and ParallelFailed for everything else that a process has raised.
     """
     _check(arguments["recipe"], processes)
+    if not arguments.get("resume", True):
+        start_over(run_folder)
+        arguments["resume"] = True  # or each process would empty the folder, and reading the results train them again
     if not (run_folder / "metrics.json").is_file():
         logs = run_folder / "processes"
         logs.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from kitlib.data_parallel import train_together
 from kitlib.deadline import Deadline, SessionOver, session_deadline
 from kitlib.kill_family import kill_family
 from kitlib.paths import find_input
-from kitlib.training_run import continue_from
+from kitlib.training_run import continue_from, start_over
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ FAILED, OVER = 1, 75  # exit codes of a fold's process; 75: try again later (sys
 
 
 class FoldsFailed(RuntimeError):
-    """Folds whose training failed, the others being done: each with its error and its log."""
+    """Folds whose training failed, each with its error and its log, and those that the session's end has stopped."""
 
 
 def begin_session(run: Path, hours: float = 0, resume_from: str | Path = "") -> Deadline | None:
@@ -55,7 +55,8 @@ def train_folds(
     `train` is one of the kit's three. `at_once` folds train side by side, each in a process of its own with a GPU of its
     own, its share of the CPU's threads and its log in fold<n>/train.log; 0: as many as there are GPUs, 1: in this process.
     `processes` train each fold together, see kitlib.data_parallel. Folds that the session's end has stopped are left out,
-    and said. Side by side, a fold that fails stops no other: FoldsFailed names all of them in the end.
+    and said; once it has stopped one, no further fold is begun. With resume=False, all folds are started over. Side by
+    side, a fold that fails stops no other: FoldsFailed names all of them in the end.
     """
     folds, gpus = list(folds), torch.cuda.device_count()
     if processes > 1 and at_once > 1:
@@ -63,24 +64,36 @@ def train_folds(
     if processes < 1 or at_once < 0:
         raise ValueError(f"at_once {at_once} and processes {processes}; wanted at least 0 and 1")
     side_by_side = min(len(folds), at_once or (max(1, gpus) if processes == 1 else 1))
+    if not arguments.get("resume", True):
+        for fold in folds:
+            start_over(run / f"fold{fold}")
+        arguments["resume"] = True  # or reading the results would train them again
     if side_by_side > 1:
         _side_by_side(train, folds, run, deadline, side_by_side, arguments)
-    trained = []
+    trained, over = [], side_by_side > 1
     for fold in folds:
         common = {**arguments, "fold": fold, "deadline": deadline}
+        if over and not _is_finished(run, fold):
+            # Without a finished epoch nothing tells how long one takes, and it would be begun in vain.
+            continue
         try:
             if processes > 1:
                 trained.append(train_together(train, run / f"fold{fold}", processes, **common))
-            elif side_by_side == 1 or (run / f"fold{fold}" / "metrics.json").is_file():
+            else:
                 trained.append(train(run_folder=run / f"fold{fold}", **common))
-        except SessionOver as over:
-            print(f"fold {fold} stopped after {over.done} of {over.epochs} epochs: the session ends")
+        except SessionOver as stopped:
+            over = True
+            print(f"fold {fold} stopped after {stopped.done} of {stopped.epochs} epochs: the session ends")
     if len(trained) < len(folds):
         print(
             f"{len(folds) - len(trained)} of {len(folds)} folds are not finished. Run this notebook again with the same "
             f"parameters to go on; in a new Kaggle session attach this one's output and set resume_from to {run.name!r}"
         )
     return trained
+
+
+def _is_finished(run: Path, fold: int) -> bool:
+    return (run / f"fold{fold}" / "metrics.json").is_file()
 
 
 def _side_by_side(
@@ -93,11 +106,12 @@ def _side_by_side(
 ) -> None:
     """Train until each fold is finished, stopped by the deadline, or has failed."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+    threads = max(1, torch.get_num_threads() // at_once)
     # Spawned, because a forked process cannot use a GPU that its parent has touched.
     context = multiprocessing.get_context("spawn")
     said, waiting, running = context.Queue(), list(folds), {}
     failed: list[int] = []
+    stopped: list[int] = []
     listener = logging.handlers.QueueListener(said, _Printer())
     listener.start()
     try:
@@ -113,7 +127,11 @@ def _side_by_side(
             for sentinel in multiprocessing.connection.wait(list(running)):
                 process, _, fold = running.pop(sentinel)
                 process.join()
-                if process.exitcode not in (0, OVER):
+                if process.exitcode == OVER:
+                    # A fold without a finished epoch would be begun in vain: nothing tells how long one takes.
+                    stopped += [fold, *(each for each in waiting if not _is_finished(run, each))]
+                    waiting.clear()
+                elif process.exitcode:
                     failed.append(fold)
                 logger.info("fold %d ended with exit code %s", fold, process.exitcode)
     finally:
@@ -122,7 +140,8 @@ def _side_by_side(
         listener.stop()
     if failed:
         told = [f"fold {fold}: {_last_line(run / f'fold{fold}' / LOG)}" for fold in sorted(failed)]
-        raise FoldsFailed("\n".join([f"{len(failed)} of {len(folds)} folds failed, the others are done:", *told]))
+        rest = f"the session's end has stopped {', '.join(map(str, sorted(stopped)))}" if stopped else "the others are done"
+        raise FoldsFailed("\n".join([f"{len(failed)} of {len(folds)} folds failed, {rest}:", *told]))
 
 
 def _train_one(train: Callable[..., Any], arguments: dict[str, Any], gpu: str, threads: int, parent: int, said: Any) -> None:

@@ -221,12 +221,11 @@ def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> 
     run_folder = Path(run_folder)
     described = run_folder / "checkpoints" / "run.json"
     if not resume:
-        shutil.rmtree(described.parent, ignore_errors=True)
-        (run_folder / "metrics.json").unlink(missing_ok=True)
+        start_over(run_folder)
     # What a killed process was writing; weights are large.
     for kind in ("last", "best"):
         for half in described.parent.glob(f".{kind}.*"):
-            half.unlink()
+            half.unlink(missing_ok=True)  # processes that train together all do this
     if not described.is_file():
         write_json(described, identity)
         return False
@@ -245,6 +244,12 @@ def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> 
     if finished:
         logger.info("%s is finished; reading its results", run_folder)
     return finished
+
+
+def start_over(run_folder: Path) -> None:
+    """Remove the checkpoints, and first metrics.json, the mark of a finished run."""
+    (run_folder / "metrics.json").unlink(missing_ok=True)
+    shutil.rmtree(run_folder / "checkpoints", ignore_errors=True)
 
 
 def continue_from(earlier: Path, run: Path) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from small_xrays import RECIPE, SmallXrays
 
 from kitlib.bundle import read_bundle
-from kitlib.deadline import Deadline
+from kitlib.deadline import Deadline, SessionOver
 from kitlib.recipes import DetectorRecipe, override
 from kitlib.train_detector import train_detector
 from kitlib.train_folds import FoldsFailed, train_folds
@@ -43,10 +43,8 @@ def assert_equal_runs(first, second, tolerance=0.0):
     pd.testing.assert_frame_equal(*histories, check_exact=not tolerance, atol=10 * tolerance)
 
 
-def test_folds_side_by_side_equal_folds_one_after_the_other(tmp_path, monkeypatch, capfd):
+def test_folds_side_by_side_equal_folds_one_after_the_other(tmp_path, capfd):
     alone = [train_study(**arguments(), fold=fold, run_folder=tmp_path / f"alone{fold}") for fold in (0, 1)]
-    # Two processes have a thread each, as this one.
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     together = train_folds(train_study, [0, 1], tmp_path / "together", at_once=2, **arguments())
     for first, second in zip(together, alone, strict=True):
         assert_equal_runs(first, second)
@@ -81,6 +79,51 @@ def test_folds_that_the_session_stops_are_left_out_and_said(tmp_path, capfd):
     said = capfd.readouterr().out
     assert "fold 1 stopped after 0 of 2 epochs" in said
     assert "1 of 2 folds are not finished. Run this notebook again" in said and f"resume_from to '{tmp_path.name}'" in said
+
+
+def noted(fold, run_folder, deadline=None, resume=True):
+    """A training of no time: fold 1 fails, and a deadline ends fold 0."""
+    with open(run_folder.parent / "begun.txt", "a") as begun:
+        begun.write(f"{fold} {torch.get_num_threads()} {resume}\n")
+    if deadline is not None and fold == 1:
+        raise ValueError("no such fold")
+    if deadline is not None and fold == 0:
+        raise SessionOver(run_folder, 0, 2)
+    if not (run_folder / "metrics.json").is_file():
+        (run_folder / "metrics.json").write_text("{}")
+    return fold
+
+
+def begun(folder):
+    return (folder / "begun.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_after_a_fold_that_the_session_stops_no_other_is_begun(tmp_path, at_once, capfd):
+    (tmp_path / "fold5").mkdir()
+    (tmp_path / "fold5" / "metrics.json").write_text("{}")
+    folds = [0, 3, 5, 4] if at_once == 1 else [0, 0, 3, 5, 4]
+    found = train_folds(noted, folds, tmp_path, Deadline(600), at_once=at_once)
+    # What is finished already is read.
+    assert found == [5]
+    assert {line.split()[0] for line in begun(tmp_path)} == {"0", "5"}
+    assert f"{len(folds) - 1} of {len(folds)} folds are not finished" in capfd.readouterr().out
+
+
+def test_a_failure_does_not_call_done_what_the_session_has_stopped(tmp_path):
+    with pytest.raises(FoldsFailed, match=r"1 of 2 folds failed, the session's end has stopped 0:\nfold 1: ValueError"):
+        train_folds(noted, [0, 1], tmp_path, Deadline(600), at_once=2)
+
+
+def test_folds_side_by_side_share_the_threads_and_are_started_over_once(tmp_path):
+    torch.set_num_threads(5)
+    for fold in (2, 3):
+        (tmp_path / f"fold{fold}" / "checkpoints").mkdir(parents=True)
+        (tmp_path / f"fold{fold}" / "metrics.json").write_text("{}")
+    assert train_folds(noted, [2, 3], tmp_path, at_once=2, resume=False) == [2, 3]
+    # Each is trained in a process with half of the threads, and then read here.
+    assert sorted(begun(tmp_path)) == ["2 2 True", "2 5 True", "3 2 True", "3 5 True"]
+    assert list(tmp_path.glob("*/checkpoints")) == []
 
 
 ENDLESS = """
