@@ -1,6 +1,7 @@
 """Which run is best: out-of-fold figures of all runs, computed anew from their tables and ranked only where they compare.
 
-Runs are ranked together that share the folds' fingerprint, the images that are judged, and what they answer. Two figures
+Runs are ranked together that share the folds' fingerprint, the images that are judged and their truth, and what they
+answer. Two figures
 of different rankings say nothing about which model is better.
 """
 
@@ -101,8 +102,8 @@ class Leaderboard:
         groups = ranked["folds_fingerprint"].unique()
         said = [
             f"{len(ranked)} models in {ranked['ranking'].nunique()} rankings, {len(rest)} further runs without a figure. "
-            "Ranked together is what shares folds, judged images and what it answers; figures of different rankings are "
-            "not comparable."
+            "Ranked together is what shares folds, judged images, their truth and what it answers; figures of different "
+            "rankings are not comparable."
         ]
         if len(groups) > 1:
             said.append(
@@ -111,8 +112,8 @@ class Leaderboard:
             )
         if ranked.groupby(["folds_fingerprint", "figure"])["ranking"].nunique().gt(1).any():
             said.append(
-                "Models of one group that are judged on different images stand apart: name `folds` that all of them have, "
-                "or `compare` two."
+                "Models of one group that are judged on different images, or against different labels or boxes, stand "
+                "apart: name `folds` that all of them have, or `compare` two."
             )
         return "\n".join(said)
 
@@ -131,14 +132,14 @@ def rank(entries: Iterable[Entry], samples: int = 200, seed: int = 0) -> Leaderb
     """Figures with intervals of 95 % over `samples` draws of whole patients, and paired differences within each ranking."""
     if samples < 1:
         raise LeaderboardError(f"samples is {samples}; intervals need at least 1 draw, and some hundreds to be steady")
-    rankings: dict[tuple[str, int, str], list[tuple[Entry, pd.DataFrame]]] = {}
+    rankings: dict[tuple[str, int, str, str], list[tuple[Entry, pd.DataFrame]]] = {}
     rest = []
     for entry in entries:
         if entry.answer is None:
             rest.append(_row(entry))
         else:
             figure = list(FIGURES).index(entry.answer.parts)
-            key = entry.folds_fingerprint, figure, _digest(entry.answer.images["image_id"])
+            key = entry.folds_fingerprint, figure, _digest(entry.answer.images["image_id"]), _truth_digest(entry)
             rankings.setdefault(key, []).append((entry, _draws(entry.answer, entry.tables, samples, seed)))
     rows, differences = [], []
     for number, key in enumerate(sorted(rankings), start=1):
@@ -410,3 +411,16 @@ def _joined(names: list[str]) -> str:
 
 def _digest(image_ids: pd.Series) -> str:
     return hashlib.sha256("\n".join(image_ids).encode()).hexdigest()
+
+
+def _truth_digest(entry: Entry) -> str:
+    """Of what the answer is judged against: other images of a prepared run may differ, and paths as well."""
+    answer, tables = entry.answer, entry.tables
+    if answer.masks is not None:
+        told = {str(fold.get("masks_fingerprint")) for run in entry.runs for fold in run.folds.values()}
+        return " ".join(sorted(told))
+    labels, boxes = tables["labels"], tables["boxes"]
+    return data_fingerprint(
+        labels=labels[labels["id"].isin(answer.images["study_id"])],
+        boxes=boxes[boxes["image_id"].isin(answer.images["image_id"])],
+    )

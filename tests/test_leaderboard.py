@@ -111,6 +111,17 @@ def test_runs_of_different_folds_are_neither_ranked_together_nor_compared_unaske
     assert (across.images == 32).all()
 
 
+def test_models_that_are_judged_against_other_boxes_are_not_ranked_together(tmp_path):
+    fewer = {**TABLES, "boxes": TABLES["boxes"].iloc[1:]}
+    prepare(tmp_path / "prepare", TABLES)
+    prepare(tmp_path / "prepare_again", fewer)
+    train(tmp_path / "one", TABLES, **both_right())
+    train(tmp_path / "other", fewer, parameters={"prepare_run": "prepare_again"}, **both_right())
+    found = board(tmp_path)
+    assert sorted(rows.name.tolist() for rows in found.rankings().values()) == [["one"], ["other"]]
+    assert "or against different labels or boxes, stand apart" in found.says()
+
+
 def test_models_of_some_folds_are_ranked_with_the_others_part_if_asked(tmp_path):
     prepare(tmp_path / "prepare", TABLES)
     train(tmp_path / "all", TABLES, **both_right())
