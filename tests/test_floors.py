@@ -14,8 +14,8 @@ FLOORS = {
     "phantom_competition phantom_rsna phantom_nih phantom_lungs",
     "models": "device bundle lungs lung_crop run_record squeezenet starting_weights box_mask classifier faster_rcnn yolo "
     "unet resunet fc_densenet segmenter",
-    "running": "read_ahead fitted_batches kill_family deadline data_parallel xray_dataset segment_lungs lungs_once "
-    "mask_dataset predict training_run training batch_mixing classifier_training train_study train_findings "
+    "running": "read_ahead fitted_batches kill_family deadline training_run data_parallel xray_dataset "
+    "segment_lungs lungs_once mask_dataset predict training batch_mixing classifier_training train_study train_findings "
     "train_lungs apply_lungs train_faster_rcnn train_yolo train_detector train_folds",
     "judging": "submission scoring fusion runs annotation_files pseudo_labels tuning reports heidelberg_report "
     "detection_report findings_report lungs_report figures study_figures findings_figures lungs_figures",

@@ -133,7 +133,7 @@ def identity(extra=None, lungs=None):
 
 
 def test_a_run_is_known_by_the_lungs_that_it_saw(tmp_path):
-    one, other = (SimpleNamespace(fingerprint=digest) for digest in ("ab" * 32, "cd" * 32))
+    one, other = (SimpleNamespace(fingerprint=digest, segmenter="ef" * 32) for digest in ("ab" * 32, "cd" * 32))
     assert "lungs_fingerprint" not in identity()
     open_run(tmp_path, identity(lungs=one), resume=True)
     assert open_run(tmp_path, identity(lungs=one), resume=True) is False
