@@ -65,15 +65,17 @@ class LungsOnce:
             return
         except Exception as error:
             failure = error
-        failed = 0
+        alone: list[Lungs | None] = []
         for xray in xrays:
             try:
-                self._keep([xray], self._segmenter.find([xray]))
+                alone += self._segmenter.find([xray])
             except Exception as error:
-                failure, failed = error, failed + 1
-                self._keep([xray], [Lungs(None)])
-        if failed == len(xrays):
+                failure = error
+                alone.append(None)
+        if all(lungs is None for lungs in alone):
             self._give_up(failure)
+        else:
+            self._keep(xrays, [lungs or Lungs(None) for lungs in alone])
 
     def _keep(self, xrays: Sequence[CachedXray], found: list[Lungs]) -> None:
         for xray, lungs in zip(xrays, found, strict=True):

@@ -66,4 +66,4 @@ def test_a_caller_that_fails_ends_the_thread():
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     # Three taken, two waiting, one in the thread's hands.
-    assert threading.active_count() == before and len(made) <= 6
+    assert threading.active_count() <= before and len(made) <= 6

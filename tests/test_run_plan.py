@@ -158,16 +158,16 @@ def test_a_plan_whose_processes_are_all_killed_goes_on_where_it_was(tmp_path):
 
 
 # As a script does with `&`: SIGINT is ignored from the start.
-DEAF = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+HEEDS = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_{}); os.execv(sys.executable, sys.argv[1:])"
 
 
 @pytest.mark.parametrize(("number", "deaf"), [(2, False), (15, True), (1, True)])
 def test_an_interrupted_terminated_or_hung_up_plan_ends_its_runs(tmp_path, number, deaf):
     path = write_plan(tmp_path, {"slow": shell('echo $$ > "{run}/pid"; sleep 600')})
     command = [sys.executable, "-m", "kitlib", "run", str(path)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", DEAF, *command] if deaf else command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    # Either way said, because these tests may be run with `&` themselves.
+    heeds = HEEDS.format("IGN" if deaf else "DFL")
+    process = subprocess.Popen([sys.executable, "-c", heeds, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     pid = tmp_path / "runs" / "slow" / "pid"
     wait_for(lambda: pid.exists() and pid.read_text().strip())
     process.send_signal(number)
