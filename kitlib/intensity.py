@@ -13,7 +13,6 @@ def adjusted(pixels: np.ndarray, equalise: bool, gamma: float) -> np.ndarray:
         raise ValueError(f"gamma is {gamma}, wanted a positive power, such as 0.5")
     table = np.arange(256)
     if equalise:
-        # Over all rows at once and on integers: np.histogram would take ten times as long.
         counts = np.bincount(pixels.ravel(), minlength=256).cumsum()
         darkest = counts[counts > 0][0] if counts[-1] else 0
         table = (counts - darkest).clip(min=0) * 255 // max(1, counts[-1] - darkest)

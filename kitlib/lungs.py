@@ -39,11 +39,16 @@ class DarkLungs:
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
         found = []
         for xray in xrays:
-            box, (height, width) = lung_box(xray.pixels), xray.pixels.shape
-            whole = np.array([xray.columns, xray.rows] * 2)
-            # In this order, so that a frame at the far edge is not beyond it by a rounding.
-            found.append(Lungs(None if box is None else box / [width, height, width, height] * whole))
+            box = lung_box(xray.pixels)
+            found.append(Lungs(None if box is None else in_original(box, xray)))
         return found
+
+
+def in_original(box: np.ndarray, xray: CachedXray) -> np.ndarray:
+    """xmin, ymin, xmax, ymax (4,) on the pixels of the decoded copy, in those of the original."""
+    height, width = xray.pixels.shape
+    # In this order, so that a frame at the far edge is not beyond it by a rounding.
+    return box / [width, height, width, height] * np.array([xray.columns, xray.rows] * 2)
 
 
 def segmenter_digest(record: dict[str, Any]) -> str:
@@ -55,8 +60,7 @@ def segmenter_digest(record: dict[str, Any]) -> str:
 class StoredLungs:
     """As a run of the notebook that applies a segmenter has found them: its table lungs and its masks.
 
-    `fingerprint` (hex) tells one run's lungs from another's, and
-    `segmenter` who drew them, see `segmenter_digest`.
+    `fingerprint` (hex) tells one run's lungs from another's, and `segmenter` who drew them, see `segmenter_digest`.
     """
 
     def __init__(self, run_folder: str | Path) -> None:

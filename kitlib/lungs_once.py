@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 class LungsOnce:
     """Asks the segmenter of `bundle` about each image once; a `LungFinder`.
 
-    From what goes wrong on, with the bundle or with an image, it finds no more lungs, and `fault` says why ("" before).
+    An image that it fails at has no lungs. Without a bundle that works, or once it has failed at each image of a batch, it
+    finds no more, and `fault` says why ("" before).
     `segmented` is the number of images that it has looked at, `missed` those of them without plausible lungs, `seconds` the
     time that took. Frames are kept, and masks, as PNG, where they are asked for by `masked`. Several threads may ask.
     """

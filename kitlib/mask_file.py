@@ -22,7 +22,7 @@ CODES_BELOW = 16
 ASPECT_TOLERANCE = 0.01
 # What is drawn first is covered by what is drawn later: where a lung and the heart overlap, it is lung.
 DRAWN_IN_ORDER = ("heart", "lungs", "left_lung", "right_lung")
-# Of 1,036 real masks of both lungs, 1,035 had two parts of at least this share, together 0.66 of their height wide or more.
+# A part of less than this share of a mask is no lung; one lung alone is narrower than this, in heights.
 LEAST_PART, LONE_LUNG = 0.05, 0.65
 PART = 128  # images a file of masks, so that few are in memory at once
 

@@ -20,7 +20,7 @@ from kitlib.device import autocast, pick_device
 from kitlib.fitted_batches import FittedBatches
 from kitlib.geometry import PLACEMENTS, Placement
 from kitlib.intensity import adjusted
-from kitlib.lungs import FOUND, Lungs, segmenter_digest
+from kitlib.lungs import FOUND, Lungs, in_original, segmenter_digest
 from kitlib.read_ahead import ahead
 from kitlib.recipes import SegmenterRecipe
 
@@ -156,9 +156,9 @@ def segmented(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: Segm
     tight = lung_frame(inside, 0.0)
     if tight is None:
         return Segmented(xray.image_id, EMPTY, area, whole, codes)
-    width, height = np.diff(_in_original(tight, shape, whole).reshape(2, 2), axis=0)[0]
+    width, height = np.diff(in_original(tight, xray).reshape(2, 2), axis=0)[0]
     verdict = SMALL if area < recipe.least_area else NARROW if width < recipe.least_width * height else FOUND
-    frame = _in_original(lung_frame(inside, recipe.margin), shape, whole) if verdict == FOUND else whole
+    frame = in_original(lung_frame(inside, recipe.margin), xray) if verdict == FOUND else whole
     return Segmented(xray.image_id, verdict, area, frame, codes)
 
 
@@ -192,8 +192,3 @@ def lung_frame(lungs: np.ndarray, margin: float) -> np.ndarray | None:
     added = margin * (high - low)
     low, high = np.floor(low - added).clip(min=0), np.ceil(high + added)
     return np.concatenate([low, np.minimum(high, [lungs.shape[1], lungs.shape[0]])])
-
-
-def _in_original(box: np.ndarray, shape: tuple[int, int], whole: np.ndarray) -> np.ndarray:
-    # In this order, so that a frame at the far edge is not beyond it by a rounding.
-    return box / [shape[1], shape[0], shape[1], shape[0]] * whole[[2, 3, 2, 3]]
