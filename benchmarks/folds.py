@@ -21,7 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from training import NoisyXrays
 
-from kitlib.recipes import StudyRecipe, override, recipe
+from kitlib.named_recipes import recipe
+from kitlib.recipes import StudyRecipe
+from kitlib.settings import override
 from kitlib.train_folds import train_folds
 from kitlib.train_study import train_study
 

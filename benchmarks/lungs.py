@@ -23,9 +23,10 @@ from kitlib.apply_lungs import apply_lungs
 from kitlib.bundle import save_bundle
 from kitlib.cache import CachedXray, XrayCache
 from kitlib.device import pick_device
+from kitlib.named_recipes import recipe
 from kitlib.phantom import render
 from kitlib.phantom_patients import draw_exposure, draw_patient
-from kitlib.recipes import SegmenterRecipe, recipe
+from kitlib.recipes import SegmenterRecipe
 from kitlib.segment_lungs import load_segmenter
 from kitlib.segmenter import Segmenter
 

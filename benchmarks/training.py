@@ -26,7 +26,9 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.classifier import StudyClassifier
 from kitlib.device import autocast, pick_device, precision, seed_everything
 from kitlib.faster_rcnn import FasterRCNNDetector
-from kitlib.recipes import DetectorRecipe, StudyRecipe, TrainingRecipe, override, recipe
+from kitlib.named_recipes import recipe
+from kitlib.recipes import DetectorRecipe, StudyRecipe, TrainingRecipe
+from kitlib.settings import override
 from kitlib.tables import BOX
 from kitlib.train_faster_rcnn import FasterRCNNTraining
 from kitlib.train_study import StudyTraining

@@ -18,8 +18,9 @@ from kitlib.classes import LUNG_CODES
 from kitlib.geometry import Placement
 from kitlib.lungs import FOUND
 from kitlib.mask_store import MaskStore
-from kitlib.recipes import RecipeError, SegmenterRecipe, override
+from kitlib.recipes import SegmenterRecipe
 from kitlib.segment_lungs import Segmented, load_segmenter, segmented
+from kitlib.settings import RecipeError, override
 from kitlib.tables import BOX, check_table, concatenate, read_table, write_table
 from kitlib.training_run import open_run
 

@@ -12,7 +12,8 @@ from torch.nn import functional
 import kitlib.squeezenet  # noqa: F401  registers squeezenet1_1
 from kitlib.box_mask import mask_decoder
 from kitlib.classes import STUDY_CLASSES
-from kitlib.recipes import ClassifierRecipe, FindingsRecipe, StudyRecipe, from_dict, override
+from kitlib.recipes import ClassifierRecipe, FindingsRecipe, StudyRecipe
+from kitlib.settings import from_dict, override
 
 OUTPUTS = (*STUDY_CLASSES, "none")
 # What a study recipe's `outputs` lets a network learn, as places in OUTPUTS.

@@ -20,7 +20,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from kitlib import squeezenet  # noqa: F401  registers itself with timm
 from kitlib.bundle import BundleError
 from kitlib.device import autocast
-from kitlib.recipes import DetectorRecipe, from_dict, override
+from kitlib.recipes import DetectorRecipe
+from kitlib.settings import from_dict, override
 from kitlib.starting_weights import load_starting_weights, read_starting_weights
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from kitlib.box_calibration import calibrated
 from kitlib.box_merging import CONFIDENCES, METHODS, merge_boxes
 from kitlib.classes import STUDY_CLASSES
 from kitlib.geometry import clip_boxes
-from kitlib.recipes import RecipeError, from_dict
+from kitlib.settings import RecipeError, from_dict
 from kitlib.submission import PRIORS
 from kitlib.tables import BOX, check_table, empty_table
 

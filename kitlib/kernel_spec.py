@@ -12,8 +12,8 @@ import papermill
 import yaml
 
 from kitlib.paths import project_root
-from kitlib.recipes import RecipeError, from_dict
 from kitlib.run_notebook import check_parameters
+from kitlib.settings import RecipeError, from_dict
 
 ACCELERATORS = ("NvidiaTeslaT4", "none")
 # Kaggle's limits on characters; its client wants more of a slug that it makes a dataset of, or finds a kernel by.

@@ -15,8 +15,8 @@ import papermill
 import yaml
 
 from kitlib.paths import project_root
-from kitlib.recipes import RecipeError, from_dict
 from kitlib.run_notebook import check_parameters
+from kitlib.settings import RecipeError, from_dict
 
 # Parameters of notebooks that change how long a run takes, or where it goes on, and not what comes out of it.
 WITHOUT_EFFECT = frozenset({"workers", "at_once", "session_hours", "resume_from", "packed"})

@@ -1,36 +1,37 @@
-"""Recipes: a published system's settings as frozen dataclasses, and strict overrides of single fields.
+"""What a recipe may set: each kind of training as a frozen dataclass, its fields with their defaults and what they rule out.
 
-A notebook names a recipe and may override fields; a name or a type that does not exist is an error that lists what does.
+The published systems, by name, are in kitlib.named_recipes.
 """
 
-import dataclasses
-import types
-import typing
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from kitlib.classes import MASK_CODES
+from kitlib.settings import RecipeError
 
-R = TypeVar("R")
 # The canvases a model can look at, each as it is or mirrored.
 VIEWS = {"full": ("full", False), "flip": ("full", True), "lungs": ("lungs", False), "lungs_flip": ("lungs", True)}
 # Fields that take one of a few words.
 CHOICES = {
     "lungs": ("darkness", "masks"),
     "trained_on": ("full", "lungs", "either"),
-    "schedule": ("cosine", "plateau"),
+    "schedule": ("cosine", "plateau", "step"),
+    "probe": ("", "border", "outside_lungs"),
+    "normalisation": ("backbone", "half"),
+    "judged_by": ("auc", "macro_f1", "accuracy"),
+    "patch_score": ("votes", "mean_softmax"),
     "network": ("unet", "resunet", "fc_densenet103"),
     "loss": ("dice", "cross_entropy"),
 }
 # Fields of every training that a segmenter would not heed.
 NOT_OF_SEGMENTERS = (
     *("backbone", "channels", "ema_decay", "views", "lungs", "trained_on", "masked"),
-    *("sharpen_p", "cutouts", "erase_p"),
+    *("sharpen_p", "cutouts", "erase_p", "canvas", "probe", "l1"),
 )
-
-
-class RecipeError(ValueError):
-    """An unknown recipe, an unknown field, or a value of the wrong type."""
+# Those that a detector would not heed.
+NOT_OF_DETECTORS = (
+    *("canvas", "probe", "l1", "equalise", "gamma", "scale_x", "scale_y", "shear_degrees", "shear_p"),
+    *("gamma_drawn", "salt_pepper", "salt_pepper_p", "blur_pixels", "noise", "noise_p"),
+)
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,24 @@ class TrainingRecipe:
     )
     channels: int = 1  # 1 grey, 3 for weights that want RGB
     image_size: int = 512  # side of the square canvas, pixels
+    canvas: int = (
+        0  # side of a larger canvas: training sees a random square of image_size of it, prediction its middle; 0: none
+    )
     placement: str = "letterbox"  # or "stretch", as most public solutions do, or "centre_crop"
+    equalise: bool = False  # the histogram, as Patched FLANNEL does
+    gamma: float = 1.0  # grey 0..1 to this power, after that
     epochs: int = 50
     batch_size: int = 10
     nominal_batch: int = 0  # images a step of the optimiser, gathered over whole batches; 0: one batch
     optimizer: str = "sgd"  # "adam" or "adamw"
+    momentum: float = 0.9  # of SGD, Nesterov's
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
+    l1: float = 0.0  # times the sum of the absolute weights, added to the loss, as Oh et al. do
     warmup_epochs: float = 0.0
-    schedule: str = "cosine"  # or "plateau": a tenth of the rate where the validation score has stopped to rise
+    schedule: str = "cosine"  # "step"; or "plateau": a tenth of the rate where the validation score has stopped to rise
+    milestones: tuple[int, ...] = ()  # of the steps: after so many epochs the rate is multiplied
+    step_factor: float = 0.1  # by this
     plateau_epochs: int = 5  # without a better score until the rate falls
     schedule_every: int = 0  # of the cosine: epochs a step; 0: every batch; Heidelberg's 2 never reaches the floor
     keep: str = "best"  # the epoch that validates best; or "last", where nothing may be chosen on the fold that is predicted
@@ -65,15 +75,26 @@ class TrainingRecipe:
     lungs: str = "darkness"  # who finds them: "darkness" (kitlib.lung_box), or "masks" of a trained segmenter
     trained_on: str = "full"  # what training sees: "full" images, crops of the "lungs", or "either", drawn image by image
     masked: bool = False  # outside of the lungs' mask all is black, in training and prediction; wants lungs "masks"
+    probe: str = ""  # what a shortcut would read: the "border" alone, or "outside_lungs", whose mask is black; wants "masks"
     horizontal_flip: float = 0.5  # probability
     vertical_flip: float = 0.0  # probability; of Heidelberg's YOLO
     rotate_degrees: float = 0.0  # to either side; inflates boxes
     shift: float = 0.0  # to either side, share of the canvas
-    turn_p: float = 0.5  # of rotation and shift, together
+    scale_x: tuple[float, float] = (1.0, 1.0)  # of widths, drawn evenly between the two
+    scale_y: tuple[float, float] = (1.0, 1.0)
+    turn_p: float = 0.5  # of rotation, shift and scale, together
+    shear_degrees: float = 0.0  # along x, to either side
+    shear_p: float = 0.0
     brightness_contrast: float = 0.2  # strength of each
     brightness_contrast_p: float = 0.5
+    gamma_drawn: tuple[float, float] = (1.0, 1.0)  # of the grey of training images, drawn evenly between the two
+    salt_pepper: float = 0.0  # share of pixels that turn black or white
+    salt_pepper_p: float = 0.0
     sharpen_p: float = 0.0  # sharpened or blurred, never both
     blur_p: float = 0.0
+    blur_pixels: int = 0  # side of a Gaussian blur, sigma 0.5; 0: plain means of 3 to 7 pixels
+    noise: float = 0.0  # standard deviation, of grey 0..1
+    noise_p: float = 0.0
     cutouts: int = 0  # most square holes, each a sixteenth of the canvas's side
     cutouts_p: float = 0.3
     erase_p: float = 0.0  # one rectangle of 1 to 10 % of the canvas
@@ -85,8 +106,22 @@ class TrainingRecipe:
         for name, choices in CHOICES.items():
             if getattr(self, name, choices[0]) not in choices:
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; there are: {', '.join(choices)}")
-        if self.schedule == "plateau" and self.warmup_epochs:
-            raise RecipeError(f"schedule is 'plateau', which has no warm-up; set warmup_epochs=0, not {self.warmup_epochs}")
+        if self.schedule != "cosine" and self.warmup_epochs:
+            raise RecipeError(
+                f"schedule is {self.schedule!r}, which has no warm-up; set warmup_epochs=0, not {self.warmup_epochs}"
+            )
+        if self.milestones and self.schedule != "step":
+            raise RecipeError(
+                f'milestones are {list(self.milestones)} and schedule is {self.schedule!r}; set schedule="step"'
+            )
+        if self.canvas and self.canvas < self.image_size:
+            raise RecipeError(
+                f"canvas is {self.canvas}, of which {self.image_size} pixels a side are to be seen; set it larger, or 0"
+            )
+        if self.probe == "outside_lungs" and (self.lungs != "masks" or self.masked):
+            raise RecipeError(
+                'probe is "outside_lungs", where the mask of the lungs is black: set lungs="masks", masked=False'
+            )
         if self.masked and self.lungs != "masks":
             raise RecipeError(
                 f'masked is true and lungs is {self.lungs!r}; what darkness finds is no mask: set lungs="masks"'
@@ -102,10 +137,12 @@ class TrainingRecipe:
 class ClassifierRecipe(TrainingRecipe):
     """A backbone with Heidelberg's head: 2048-1024-ReLU-dropout-classes."""
 
-    hidden: int = 1024  # units of the head's hidden layer
+    hidden: int = 1024  # units of the head's hidden layer; 0: dropout and one linear layer
     dropout: float = 0.5
+    normalisation: str = "backbone"  # mean and spread of the backbone's own training; or "half": both one half
     frozen_backbone: bool = False
     frozen_statistics: bool = True  # of a frozen backbone's batch norm; Heidelberg's code lets them run on
+    thawed_statistics: bool = True  # those of stages that learn again run on; ResUNet + ensembles keeps them
     unfreeze_every: int = 0  # epochs after which one more stage of a frozen backbone learns, the last first; 0: none does
     unfrozen_rate: float = 0.1  # learning rate of such stages, share of the head's
     label_smoothing: float = 0.0  # share of the truth that is spread evenly over the classes
@@ -131,6 +168,10 @@ class FindingsRecipe(ClassifierRecipe):
     """Classifier of single images over the classes of their table labels. Defaults: report section 3.1, the NIH backbone."""
 
     multi_label: bool = True  # each class for itself (BCE), or exactly one is true (cross entropy)
+    one_logit: bool = False  # of two exclusive classes: one output, a sigmoid for the first
+    class_weights: bool = False  # images of a class weigh N / (C n) in the loss, of N images, C classes, n of the class
+    judged_by: str = "auc"  # the score that keeps the epoch: mean ROC AUC, or of exclusive classes "macro_f1", "accuracy"
+    auxiliary: float = 0.0  # weight of the loss of inception_v3's auxiliary head; 0: without that head
     channels: int = 3
     image_size: int = 224
     placement: str = "centre_crop"  # the shorter side is resized to 256, its middle 224 are the canvas
@@ -142,6 +183,41 @@ class FindingsRecipe(ClassifierRecipe):
     brightness_contrast: float = 0.0
     blur_p: float = 0.3
     erase_p: float = 0.3
+
+
+@dataclass(frozen=True)
+class PatchRecipe(FindingsRecipe):
+    """Classifier of patches of the lungs, whose answers become the image's. Defaults: Patched FLANNEL, section 2.2.
+
+    Image and mask are stretched to `canvas`, what lies outside of the lungs is black, and patches of `image_size`, unscaled,
+    are centred on pixels of the lungs.
+    """
+
+    patches: int = 100  # an image, at prediction
+    patch_score: str = "votes"  # an image's class is the share of patches that name it; or "mean_softmax"
+    validation_patches: int = 8  # an image, after each epoch
+    least_lungs: float = 0.01  # share of the canvas; with less, and with none, the whole image is one patch, and counted
+    multi_label: bool = False
+    judged_by: str = "macro_f1"
+    canvas: int = 1024
+    placement: str = "stretch"
+    lungs: str = "masks"
+    masked: bool = True
+    equalise: bool = True
+    gamma: float = 0.5
+    hidden: int = 0
+    dropout: float = 0.0
+    epochs: int = 200
+    batch_size: int = 16
+    optimizer: str = "adam"
+    learning_rate: float = 1e-5
+    weight_decay: float = 1e-4
+    l1: float = 1e-5
+    schedule: str = "step"
+    horizontal_flip: float = 0.0
+    rotate_degrees: float = 0.0
+    blur_p: float = 0.0
+    erase_p: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -171,6 +247,10 @@ class DetectorRecipe(TrainingRecipe):
     brightness_contrast: float = 0.3
     schedule_every: int = 1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse(self, NOT_OF_DETECTORS, "a detector")
+
 
 @dataclass(frozen=True)
 class SegmenterRecipe(TrainingRecipe):
@@ -184,8 +264,6 @@ class SegmenterRecipe(TrainingRecipe):
     structures: tuple[str, ...] = ("lungs",)  # of MASK_CODES: one has a sigmoid; several, and background, a softmax
     loss: str = "dice"  # with squared denominators; or "cross_entropy"
     background_weight: float = 1.0  # of the background in cross entropy
-    equalise: bool = False  # the histogram, as Patched FLANNEL does
-    gamma: float = 1.0  # grey 0..1 to this power, after that
     backbone: str = ""
     image_size: int = 512
     epochs: int = 25
@@ -197,15 +275,15 @@ class SegmenterRecipe(TrainingRecipe):
     rotate_degrees: float = 45.0
     turn_p: float = 1.0
     brightness_contrast: float = 0.0
-    scale_x: tuple[float, float] = (0.8, 1.1)  # of widths, drawn evenly between the two
-    scale_y: tuple[float, float] = (1.0, 1.0)
-    shear_degrees: float = 11.3  # along x, to either side; tan of it is the paper's 0.2
+    scale_x: tuple[float, float] = (0.8, 1.1)
+    shear_degrees: float = 11.3  # tan of it is the paper's 0.2
     shear_p: float = 0.7
-    gamma_drawn: tuple[float, float] = (0.5, 3.0)  # of the grey of training images, drawn evenly between the two
-    salt_pepper: float = 0.01  # share of pixels that turn black or white
+    gamma_drawn: tuple[float, float] = (0.5, 3.0)
+    salt_pepper: float = 0.01
     salt_pepper_p: float = 0.3
-    blur_p: float = 0.5  # Gaussian, 11 x 11 pixels, sigma 0.5
-    noise: float = 0.05  # standard deviation, of grey 0..1; the paper's 0.5 has no unit
+    blur_p: float = 0.5
+    blur_pixels: int = 11
+    noise: float = 0.05  # the paper's 0.5 has no unit
     noise_p: float = 0.3
     # What becomes of a mask before anything is cropped to it: published for 512 pixels a side, and done at that size.
     least_island: float = 0.01  # of the canvas; a smaller part of a mask is dropped before all else, by the kit's own rule
@@ -234,271 +312,13 @@ class SegmenterRecipe(TrainingRecipe):
                 f"horizontal_flip is {self.horizontal_flip}, and structures are {list(self.structures)}: a mirrored left "
                 "lung looks like a right one; set horizontal_flip=0.0, or structures to lungs"
             )
-        usual = SegmenterRecipe.__dataclass_fields__
-        told = [name for name in NOT_OF_SEGMENTERS if getattr(self, name) != usual[name].default]
-        if told:
-            leave = ", ".join(f"{name} (leave it at {usual[name].default!r})" for name in told)
-            raise RecipeError(f"a segmenter takes no {leave}")
+        refuse(self, NOT_OF_SEGMENTERS, "a segmenter")
 
 
-# Heidelberg's augmentation of the Faster R-CNN, report section 3.1.
-_HEIDELBERG_BOXES = {
-    "rotate_degrees": 20.0,
-    "shift": 0.0625,  # albumentations' own, which the report leaves at its default
-    "turn_p": 0.3,
-    "brightness_contrast": 0.2,
-    "brightness_contrast_p": 0.3,
-    "sharpen_p": 0.5,
-    "blur_p": 0.25,
-    "cutouts": 6,
-}
-_HEIDELBERG_YOLO = DetectorRecipe(
-    family="yolo",
-    backbone="yolov5lu",
-    epochs=35,
-    batch_size=16,
-    nominal_batch=64,
-    learning_rate=0.01,
-    weight_decay=5e-4,
-    warmup_epochs=3.0,
-    horizontal_flip=0.5,
-    vertical_flip=0.1,
-    mosaic=1.0,
-    mixup=0.5,
-    box_loss="giou",
-)
-
-# The published settings, and sizes that two CPU cores finish in a minute.
-RECIPES: dict[str, TrainingRecipe] = {
-    "heidelberg_backbone": FindingsRecipe(),
-    "heidelberg_study": StudyRecipe(frozen_backbone=True, schedule_every=1),
-    "heidelberg_faster_rcnn": DetectorRecipe(inference_size=1024, **_HEIDELBERG_BOXES),
-    # The losses' gains are ultralytics' own: those of the report's equation 2 belong to YOLOv5's anchors, whose losses are
-    # scaled otherwise, and make the boxes' gradients a hundredth, so that SGD at the published rate learns less of them.
-    "heidelberg_yolo": _HEIDELBERG_YOLO,
-    # Those gains all the same (with one class and no objectness the class output carries both of theirs; dfl, which the
-    # report's network has not, keeps ultralytics' ratio to the box), and the report's thresholds, which cut off boxes that
-    # would earn average precision.
-    "heidelberg_yolo_published": dataclasses.replace(
-        _HEIDELBERG_YOLO, box_gain=0.075, class_gain=0.05 + 0.75, dfl_gain=0.015, nms_iou=0.2, min_score=0.1
-    ),
-    # 6th place, the leanest of the strong ones: one classifier and one Faster R-CNN, mirror images averaged.
-    "lean_study": StudyRecipe(
-        backbone="tf_efficientnet_b7",
-        channels=3,
-        image_size=600,
-        epochs=20,
-        batch_size=8,
-        nominal_batch=32,
-        optimizer="adamw",
-        learning_rate=2e-4,
-        weight_decay=0.01,
-        warmup_epochs=1.0,
-        views=("full", "flip"),
-    ),
-    "lean_faster_rcnn": DetectorRecipe(
-        backbone="resnet101d",
-        channels=3,
-        image_size=1024,
-        epochs=20,
-        batch_size=4,
-        nominal_batch=16,
-        learning_rate=0.01,
-        weight_decay=1e-4,
-        warmup_epochs=1.0,
-        views=("full", "flip"),
-        rotate_degrees=10.0,
-    ),
-    # What the strongest have in common: auxiliary segmentation, moving averages, lung crops.
-    "strong_study": StudyRecipe(
-        backbone="tf_efficientnetv2_m",
-        channels=3,
-        epochs=20,
-        batch_size=16,
-        nominal_batch=32,
-        optimizer="adamw",
-        learning_rate=2e-4,
-        weight_decay=0.01,
-        warmup_epochs=1.0,
-        segmentation=1.0,
-        ema_decay=0.998,
-        label_smoothing=0.05,
-        views=("full", "flip", "lungs", "lungs_flip"),
-    ),
-    "strong_faster_rcnn": DetectorRecipe(
-        backbone="resnet101d",
-        channels=3,
-        image_size=1024,
-        epochs=20,
-        batch_size=4,
-        nominal_batch=16,
-        learning_rate=0.01,
-        weight_decay=1e-4,
-        warmup_epochs=1.0,
-        ema_decay=0.998,
-        views=("full", "flip"),
-        rotate_degrees=10.0,
-    ),
-    "strong_yolo": dataclasses.replace(
-        _HEIDELBERG_YOLO,
-        backbone="yolo11x",
-        image_size=768,
-        epochs=40,
-        vertical_flip=0.0,
-        box_loss="",
-        views=("full", "flip"),
-    ),
-    "unet_lungs": SegmenterRecipe(),
-    # ResUNet + ensembles, sections 4.1 and 4.2; the optimiser's settings are the kit's.
-    "resunet_lungs": SegmenterRecipe(
-        network="resunet",
-        image_size=256,
-        epochs=45,
-        batch_size=16,
-        learning_rate=1e-3,
-        horizontal_flip=0.5,
-        rotate_degrees=180.0,
-        shift=0.3,
-        scale_x=(0.8, 1.2),
-        scale_y=(0.8, 1.2),
-        shear_p=1.0,
-        gamma_drawn=(1.0, 1.0),
-        salt_pepper_p=0.0,
-        blur_p=0.0,
-        noise_p=0.0,
-    ),
-    # Patched FLANNEL, section 2.1, and Oh et al.'s code, whose network it is.
-    "fc_densenet103_lungs": SegmenterRecipe(
-        network="fc_densenet103",
-        structures=("heart", "left_lung", "right_lung"),
-        loss="cross_entropy",
-        background_weight=0.5,
-        equalise=True,
-        gamma=0.5,
-        image_size=256,
-        epochs=100,
-        batch_size=2,
-        learning_rate=1e-4,
-        weight_decay=1e-6,
-        rotate_degrees=0.0,
-        scale_x=(1.0, 1.0),
-        shear_p=0.0,
-        gamma_drawn=(1.0, 1.0),
-        salt_pepper_p=0.0,
-        blur_p=0.0,
-        noise_p=0.0,
-    ),
-    "small_lungs": SegmenterRecipe(
-        width=0.25,
-        image_size=96,
-        epochs=12,
-        batch_size=4,
-        learning_rate=4e-3,
-        rotate_degrees=10.0,
-        gamma_drawn=(0.7, 1.5),
-        noise_p=0.0,
-        least_area=0.1,  # the published rule refuses small chests whose lungs are right
-    ),
-    "small_backbone": FindingsRecipe(
-        backbone="test_efficientnet",
-        channels=1,
-        image_size=96,
-        hidden=64,
-        dropout=0.2,
-        epochs=6,
-        batch_size=8,
-        optimizer="adamw",
-        learning_rate=4e-3,
-        weight_decay=0.02,
-        warmup_epochs=1.0,
-        schedule_every=0,
-        rotate_degrees=5.0,
-        erase_p=0.0,
-    ),
-    "small_study": StudyRecipe(
-        backbone="test_efficientnet",
-        image_size=128,
-        hidden=128,
-        dropout=0.2,
-        epochs=10,
-        batch_size=8,
-        optimizer="adamw",
-        learning_rate=4e-3,
-        weight_decay=0.02,
-        warmup_epochs=1.0,
-        rotate_degrees=5.0,
-        brightness_contrast=0.1,
-    ),
-    "small_faster_rcnn": DetectorRecipe(
-        backbone="test_resnet",
-        image_size=96,
-        epochs=3,
-        batch_size=4,
-        optimizer="adamw",
-        learning_rate=3e-3,
-        schedule_every=0,
-        fpn_channels=32,
-        box_hidden=64,
-        box_samples=32,
-        proposals=40,
-        max_detections=30,
-    ),
-    "small_yolo": DetectorRecipe(
-        family="yolo",
-        backbone="yolov8n",
-        width=0.25,
-        image_size=128,
-        epochs=7,
-        batch_size=8,
-        optimizer="adamw",
-        learning_rate=5e-3,
-        zoom=0.2,
-        norm_momentum=0.1,
-        max_detections=30,
-    ),
-}
-
-
-def recipe(name: str, kind: type[R], **overrides: Any) -> R:
-    """The recipe `name`, which must be a `kind`, with fields replaced. Raises RecipeError with the valid names."""
-    if name not in RECIPES:
-        raise RecipeError(f"no recipe is called {name!r}; there are: {', '.join(RECIPES)}")
-    found = RECIPES[name]
-    if not isinstance(found, kind):
-        fitting = [other for other, value in RECIPES.items() if isinstance(value, kind)]
-        raise RecipeError(f"recipe {name!r} is a {type(found).__name__}, wanted a {kind.__name__}: {', '.join(fitting)}")
-    return override(found, **overrides)
-
-
-def override(settings: R, **overrides: Any) -> R:
-    """A copy of a frozen dataclass with fields replaced, names and types checked. An int passes for a float."""
-    hints = typing.get_type_hints(type(settings))
-    fields = {field.name: hints[field.name] for field in dataclasses.fields(settings)}
-    for name, value in overrides.items():
-        if name not in fields:
-            raise RecipeError(f"{type(settings).__name__} has no field {name!r}; it has: {', '.join(fields)}")
-        overrides[name] = _checked(value, fields[name], f"{type(settings).__name__}.{name}")
-    return dataclasses.replace(settings, **overrides)
-
-
-def from_dict(kind: type[R], values: dict[str, Any]) -> R:
-    """A settings dataclass from JSON or YAML: missing fields keep their default, unknown or ill-typed ones are errors."""
-    if not isinstance(values, dict):
-        raise RecipeError(f"{kind.__name__} wants a mapping of its fields, got {values!r}")
-    return override(kind(), **values)
-
-
-def _checked(value: Any, kind: Any, place: str) -> Any:
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        choices = typing.get_args(kind)
-        if value is None and type(None) in choices:
-            return None
-        return _checked(value, next(choice for choice in choices if choice is not type(None)), place)
-    if kind is float and type(value) is int:
-        return float(value)
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(value)
-    if type(value) is not (origin or kind):
-        raise RecipeError(f"{place} wants {getattr(kind, '__name__', kind)}, got {value!r} ({type(value).__name__})")
-    return value
+def refuse(recipe: TrainingRecipe, names: tuple[str, ...], who: str) -> None:
+    """Raise RecipeError where one of these fields, which `who` does not heed, is not left at its default."""
+    usual = type(recipe).__dataclass_fields__
+    told = [name for name in names if getattr(recipe, name) != usual[name].default]
+    if told:
+        leave = ", ".join(f"{name} (leave it at {usual[name].default!r})" for name in told)
+        raise RecipeError(f"{who} takes no {leave}")

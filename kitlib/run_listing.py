@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kitlib.named_recipes import RECIPES
 from kitlib.plan import RECORD as PLANNED
-from kitlib.recipes import RECIPES
 from kitlib.run_planned import state_file
 from kitlib.run_record import METRICS, RECORD
 

@@ -5,8 +5,9 @@ from torch import nn
 from torch.nn import functional
 
 from kitlib.fc_densenet import FCDenseNet103
-from kitlib.recipes import SegmenterRecipe, from_dict, override
+from kitlib.recipes import SegmenterRecipe
 from kitlib.resunet import ResUNet
+from kitlib.settings import from_dict, override
 from kitlib.unet import UNet
 
 NETWORKS = {"unet": UNet, "resunet": ResUNet, "fc_densenet103": FCDenseNet103}

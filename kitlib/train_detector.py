@@ -15,7 +15,8 @@ from kitlib.device import seed_everything, training_device
 from kitlib.lung_crop import check_finder
 from kitlib.lungs import StoredLungs
 from kitlib.predict import load_predictor
-from kitlib.recipes import DetectorRecipe, override
+from kitlib.recipes import DetectorRecipe
+from kitlib.settings import override
 from kitlib.tables import check_table, concatenate, read_table, write_table
 from kitlib.training_run import (
     ExtraImages,

@@ -11,7 +11,8 @@ from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, nms
 
 from kitlib.bundle import BundleError
-from kitlib.recipes import DetectorRecipe, from_dict, override
+from kitlib.recipes import DetectorRecipe
+from kitlib.settings import from_dict, override
 from kitlib.squeezenet import default_cfgs
 from kitlib.starting_weights import load_starting_weights, read_starting_weights, renormalised
 

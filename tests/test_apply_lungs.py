@@ -11,8 +11,8 @@ from kitlib.cache import CachedXray, XrayCache
 from kitlib.classes import LUNG_CODES
 from kitlib.lungs import FOUND, StoredLungs
 from kitlib.mask_store import MaskStore
-from kitlib.recipes import RecipeError, override
 from kitlib.segment_lungs import BLANK, EMPTY, load_segmenter
+from kitlib.settings import RecipeError, override
 from kitlib.tables import BOX, read_table
 from kitlib.train_lungs import train_lungs
 from kitlib.training_run import ResumeError

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from small_xrays import RECIPE
 
 from kitlib.classifier import StudyClassifier, head, load, probabilities, study_loss
-from kitlib.recipes import StudyRecipe, override
+from kitlib.recipes import StudyRecipe
+from kitlib.settings import override
 
 
 def size(module):

@@ -9,7 +9,8 @@ from small_xrays import RECIPE, SmallXrays
 from kitlib.bundle import BundleError, read_bundle
 from kitlib.classifier import FindingsClassifier, StudyClassifier
 from kitlib.classifier_training import start_from_weights
-from kitlib.recipes import FindingsRecipe, override
+from kitlib.recipes import FindingsRecipe
+from kitlib.settings import override
 from kitlib.train_study import StudyTraining, train_study
 
 LEARNING = override(

@@ -5,7 +5,7 @@ from small_xrays import RECIPE, SmallXrays
 from test_train_detector import FASTER_RCNN, pooled_precision
 
 from kitlib.data_parallel import ParallelFailed, train_together
-from kitlib.recipes import override
+from kitlib.settings import override
 from kitlib.train_detector import train_detector
 from kitlib.train_study import train_study
 

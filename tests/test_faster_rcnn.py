@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 from kitlib.bundle import BundleError
 from kitlib.classifier import FindingsClassifier, StudyClassifier
 from kitlib.faster_rcnn import FasterRCNNDetector, load
-from kitlib.recipes import DetectorRecipe, FindingsRecipe, StudyRecipe, override, recipe
+from kitlib.named_recipes import recipe
+from kitlib.recipes import DetectorRecipe, FindingsRecipe, StudyRecipe
+from kitlib.settings import override
 
 RECIPE = DetectorRecipe(
     backbone="test_resnet", image_size=64, fpn_channels=16, box_hidden=16, proposals=20, box_samples=16, max_detections=7

@@ -6,8 +6,8 @@ from pathlib import Path
 KITLIB = Path(__file__).resolve().parent.parent / "kitlib"
 
 FLOORS = {
-    "vocabulary": "classes atomic tables geometry recipes paths average_precision box_merging roc_auc box_calibration "
-    "overlap",
+    "vocabulary": "classes atomic tables geometry settings recipes named_recipes paths average_precision box_merging "
+    "roc_auc box_calibration overlap",
     "reading": "dicom_header grey codestream decoders stored_values dicom image_file dicom_writing decode_worker cache "
     "lung_box intensity mask_store darwin_json dataset mask_file siim nih rsna jsrt tb_lungs darwin read_dataset "
     "near_duplicates folds coco yolo_labels phantom_patients phantom phantom_plan phantom_folder "

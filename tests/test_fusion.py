@@ -19,7 +19,7 @@ from kitlib.fusion import (
     seen_images,
     write_settings,
 )
-from kitlib.recipes import RecipeError, from_dict
+from kitlib.settings import RecipeError, from_dict
 from kitlib.submission import PRIORS
 from kitlib.tables import BOX
 

@@ -22,8 +22,8 @@ from kitlib.bundle import BundleError, read_record
 from kitlib.kernel import KernelError, build_kernel
 from kitlib.kernel_spec import SpecError, read_spec, slug_of
 from kitlib.lungs import segmenter_digest
+from kitlib.named_recipes import RECIPES, recipe
 from kitlib.paths import InputNotFound
-from kitlib.recipes import RECIPES, recipe
 from kitlib.wheels import WheelError
 
 

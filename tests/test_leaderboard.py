@@ -18,10 +18,11 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.detection_report import detection_draws, interval
 from kitlib.figures import rankings_figure
 from kitlib.leaderboard import LeaderboardError, compare, rank, read_entries
+from kitlib.named_recipes import RECIPES
 from kitlib.paths import project_root
-from kitlib.recipes import RECIPES, override
 from kitlib.run_listing import list_runs
 from kitlib.run_notebook import run_notebook
+from kitlib.settings import override
 
 # 32 images of 16 studies, a quarter of each class; 24 images have one box, 12 in each fold.
 TABLES = tables_of(SmallXrays())

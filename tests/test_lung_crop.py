@@ -9,7 +9,7 @@ from small_xrays import RECIPE, SmallXrays
 from kitlib.geometry import PLACEMENTS
 from kitlib.lung_crop import boxes_shown, check_finder, crop, finder_for, looks_at_lungs, only_lungs, seen_lungs, wants_masks
 from kitlib.lungs import DarkLungs, Lungs
-from kitlib.recipes import override
+from kitlib.settings import override
 
 ROWS, COLUMNS = 3001, 2003
 sides = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted)

@@ -17,7 +17,9 @@ from kitlib.geometry import PLACEMENTS, letterbox
 from kitlib.intensity import adjusted
 from kitlib.mask_dataset import MaskAugmentation, MaskDataset, collate_masks, truth_on_canvas
 from kitlib.mask_store import MaskError, MaskStore
-from kitlib.recipes import RECIPES, SegmenterRecipe, override
+from kitlib.named_recipes import RECIPES
+from kitlib.recipes import SegmenterRecipe
+from kitlib.settings import override
 
 # No augmentation at all.
 STILL = SegmenterRecipe(

@@ -20,7 +20,8 @@ from kitlib.classifier import OUTPUTS, FindingsClassifier, StudyClassifier
 from kitlib.geometry import PLACEMENTS, flip_boxes, within
 from kitlib.lungs import Lungs
 from kitlib.predict import VIEWS, Predictor, load_predictor, study_and_image_scores
-from kitlib.recipes import FindingsRecipe, override
+from kitlib.recipes import FindingsRecipe
+from kitlib.settings import override
 from kitlib.tables import BOX, check_table
 from kitlib.xray_dataset import XrayDataset
 

@@ -13,9 +13,9 @@ from kitlib.bundle import data_fingerprint, read_bundle
 from kitlib.cache import XrayCache
 from kitlib.dicom_writing import write_xray
 from kitlib.lungs import StoredLungs
+from kitlib.named_recipes import recipe as find_recipe
 from kitlib.paths import project_root
 from kitlib.recipes import FindingsRecipe
-from kitlib.recipes import recipe as find_recipe
 from kitlib.run_notebook import NotebookFailed, run_notebook
 from kitlib.tables import read_table, write_table
 from kitlib.train_findings import train_findings

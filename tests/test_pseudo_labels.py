@@ -14,7 +14,7 @@ from kitlib.classifier import OUTPUTS, StudyClassifier
 from kitlib.fusion import FusionSettings, fuse
 from kitlib.predict import study_and_image_scores
 from kitlib.pseudo_labels import Predictions, duplicate_groups, predict_unseen, pseudo_labels, seen_by
-from kitlib.recipes import override
+from kitlib.settings import override
 from kitlib.tables import BOX, empty_table
 
 MODELS = pd.DataFrame([("c", 0), ("c", 1), ("d", 0)], columns=["model", "fold"])

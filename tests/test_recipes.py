@@ -1,16 +1,8 @@
 import pytest
 
-from kitlib.recipes import (
-    NOT_OF_SEGMENTERS,
-    RECIPES,
-    DetectorRecipe,
-    RecipeError,
-    SegmenterRecipe,
-    StudyRecipe,
-    from_dict,
-    override,
-    recipe,
-)
+from kitlib.named_recipes import RECIPES, recipe
+from kitlib.recipes import NOT_OF_SEGMENTERS, DetectorRecipe, SegmenterRecipe, StudyRecipe
+from kitlib.settings import RecipeError, from_dict, override
 
 
 def test_overrides_replace_fields_and_leave_the_published_recipe_alone():
@@ -43,7 +35,7 @@ def test_unknown_names_and_types_are_errors_that_list_what_is_valid(call, messag
         ({"views": ["full", "left"]}, r"views are \['full', 'left'\]; there are: full"),
         ({"lungs": "mask"}, "lungs is 'mask'; there are: darkness, masks"),
         ({"trained_on": "crops"}, "trained_on is 'crops'; there are: full, lungs, either"),
-        ({"schedule": "step"}, "schedule is 'step'; there are: cosine, plateau"),
+        ({"schedule": "steps"}, "schedule is 'steps'; there are: cosine, plateau, step"),
         ({"schedule": "plateau", "warmup_epochs": 1.0}, r"plateau', which has no warm-up; set warmup_epochs=0, not 1\.0"),
         ({"masked": True}, "masked is true and lungs is 'darkness'"),
         ({"trained_on": "lungs", "views": ["lungs", "flip"]}, "a model of crops knows no whole images"),

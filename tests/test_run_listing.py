@@ -5,8 +5,9 @@ from small_runs import coverage, false_boxes, prepare, study_scores, tables_of, 
 from small_xrays import RECIPE, SmallXrays
 
 from kitlib.atomic import write_json
-from kitlib.recipes import RECIPES, override
+from kitlib.named_recipes import RECIPES
 from kitlib.run_listing import describe, list_runs
+from kitlib.settings import override
 
 TABLES = tables_of(SmallXrays())
 

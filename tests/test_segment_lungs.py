@@ -13,7 +13,8 @@ from kitlib.cache import CachedXray
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.geometry import letterbox
 from kitlib.lungs import FOUND
-from kitlib.recipes import RECIPES, SegmenterRecipe, override
+from kitlib.named_recipes import RECIPES
+from kitlib.recipes import SegmenterRecipe
 from kitlib.segment_lungs import (
     BLANK,
     EMPTY,
@@ -28,6 +29,7 @@ from kitlib.segment_lungs import (
     without_islands,
 )
 from kitlib.segmenter import Segmenter
+from kitlib.settings import override
 
 CPU = torch.device("cpu")
 PUBLISHED = RECIPES["unet_lungs"]

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kitlib.fc_densenet import FCDenseNet103
-from kitlib.recipes import RECIPES, SegmenterRecipe, override
+from kitlib.named_recipes import RECIPES
+from kitlib.recipes import SegmenterRecipe
 from kitlib.resunet import ResUNet
 from kitlib.segmenter import Segmenter, load, segmentation_loss
+from kitlib.settings import override
 from kitlib.unet import UNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")

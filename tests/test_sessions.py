@@ -20,7 +20,7 @@ from test_training import FLAT, train_slope
 from kitlib import train_yolo
 from kitlib.bundle import read_bundle
 from kitlib.deadline import Deadline, SessionOver, epoch_fits
-from kitlib.recipes import override
+from kitlib.settings import override
 from kitlib.starting_weights import find_starting_weights
 from kitlib.train_detector import train_detector
 from kitlib.train_findings import train_findings

@@ -9,9 +9,9 @@ from small_kernels import make_run, make_wheel
 from kitlib.fusion import FusionSettings, read_settings, write_settings
 from kitlib.kernel import build_kernel
 from kitlib.kernel_spec import read_spec
+from kitlib.named_recipes import RECIPES, recipe
 from kitlib.paths import project_root
 from kitlib.plan import Plan, read_plan
-from kitlib.recipes import RECIPES, recipe
 
 ROOT = project_root()
 SIIM = sorted((ROOT / "submissions").glob("siim_*.yaml"))

@@ -14,10 +14,11 @@ from kitlib.average_precision import average_precision, box_hits
 from kitlib.bundle import read_bundle
 from kitlib.faster_rcnn import load as load_faster_rcnn
 from kitlib.geometry import letterbox, stretch, within
+from kitlib.named_recipes import RECIPES as SHIPPED
+from kitlib.named_recipes import recipe as find_recipe
 from kitlib.predict import Predictor
-from kitlib.recipes import RECIPES as SHIPPED
-from kitlib.recipes import DetectorRecipe, override
-from kitlib.recipes import recipe as find_recipe
+from kitlib.recipes import DetectorRecipe
+from kitlib.settings import override
 from kitlib.tables import BOX, read_table
 from kitlib.train_detector import canvas_precision, check_family, train_detector, with_negatives
 from kitlib.train_faster_rcnn import FasterRCNNTraining

@@ -13,8 +13,10 @@ from torch.nn import functional
 from kitlib.bundle import read_bundle
 from kitlib.classes import STUDY_CLASSES
 from kitlib.classifier import StudyClassifier
-from kitlib.recipes import RECIPES, FindingsRecipe, StudyRecipe, override
+from kitlib.named_recipes import RECIPES
+from kitlib.recipes import FindingsRecipe, StudyRecipe
 from kitlib.roc_auc import mean_auc
+from kitlib.settings import override
 from kitlib.starting_weights import load_starting_weights
 from kitlib.tables import read_table
 from kitlib.train_findings import FindingsTraining, findings_loss, train_findings

@@ -15,7 +15,8 @@ from small_xrays import RECIPE, SmallXrays
 
 from kitlib.bundle import read_bundle
 from kitlib.deadline import Deadline, SessionOver
-from kitlib.recipes import DetectorRecipe, override
+from kitlib.recipes import DetectorRecipe
+from kitlib.settings import override
 from kitlib.train_detector import train_detector
 from kitlib.train_folds import FoldsFailed, train_folds
 from kitlib.train_study import train_study

@@ -10,8 +10,8 @@ from kitlib.bundle import BundleError, read_bundle
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.deadline import SessionOver
 from kitlib.mask_store import MaskError, MaskStore
-from kitlib.recipes import override
 from kitlib.segment_lungs import load_segmenter
+from kitlib.settings import override
 from kitlib.train_lungs import score_masks, train_lungs
 from kitlib.training_run import ResumeError
 

@@ -14,7 +14,7 @@ from small_xrays import RECIPE, SmallXrays
 from kitlib import train_study as module
 from kitlib.bundle import data_fingerprint, read_bundle
 from kitlib.classes import STUDY_CLASSES
-from kitlib.recipes import override
+from kitlib.settings import override
 from kitlib.tables import read_table
 from kitlib.train_study import StudyTraining, train_study, validation_scores
 from kitlib.training_run import ExtraImages, ResumeError

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from small_xrays import RECIPE
 
 from kitlib import training
-from kitlib.recipes import FindingsRecipe, override, recipe
+from kitlib.named_recipes import recipe
+from kitlib.recipes import FindingsRecipe
+from kitlib.settings import override
 from kitlib.training import (
     RecipeTraining,
     fit,

@@ -13,7 +13,7 @@ from kitlib import xray_dataset
 from kitlib.cache import CachedXray
 from kitlib.geometry import PLACEMENTS, within
 from kitlib.lungs import Lungs
-from kitlib.recipes import override
+from kitlib.settings import override
 from kitlib.xray_dataset import Augmentation, EpochSampler, XrayDataset, batches
 
 STILL = override(RECIPE, horizontal_flip=0.0, rotate_degrees=0.0, brightness_contrast=0.0)

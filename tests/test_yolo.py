@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from kitlib.bundle import BundleError
 from kitlib.classifier import FindingsClassifier
-from kitlib.recipes import DetectorRecipe, FindingsRecipe, override
+from kitlib.recipes import DetectorRecipe, FindingsRecipe
+from kitlib.settings import override
 from kitlib.yolo import GeneralisedIoU, YoloDetector, load
 
 from ultralytics.cfg import get_cfg  # isort: skip

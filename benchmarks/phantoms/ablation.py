@@ -18,8 +18,9 @@ from kitlib.cache import XrayCache
 from kitlib.classes import STUDY_CLASSES
 from kitlib.detection_report import detection_draws, interval
 from kitlib.folds import make_folds
+from kitlib.named_recipes import recipe
 from kitlib.phantom_competition import write_competition
-from kitlib.recipes import DetectorRecipe, StudyRecipe, recipe
+from kitlib.recipes import DetectorRecipe, StudyRecipe
 from kitlib.scoring import class_precision
 from kitlib.siim import read_train
 from kitlib.tables import concatenate
