@@ -39,3 +39,28 @@ MASK_CONVENTIONS = ("lung_fields", "with_heart")
 
 # RSNA Pneumonia Detection Challenge, stage_2_detailed_class_info.csv.
 RSNA_CLASSES = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")
+
+# What a reader of a set with one diagnosis an image may say of it. "pneumonia" is one whose germ is not told, "other" any
+# other finding.
+DIAGNOSES = ("COVID-19", "viral", "bacterial", "pneumonia", "normal", "other")
+
+# Scheme -> diagnosis -> class; a diagnosis that a scheme lacks has no place in it. A scheme's classes stand in the order in
+# which they occur first. flannel: Qiao et al., JAMIA 2021. three: normal, other pneumonia, COVID-19. covid: COVID-19 or not.
+CLASS_SCHEMES: dict[str, dict[str, str]] = {
+    "flannel": {"COVID-19": "COVID-19", "viral": "viral", "bacterial": "bacterial", "normal": "normal"},
+    "three": {
+        "normal": "normal",
+        "viral": "pneumonia",
+        "bacterial": "pneumonia",
+        "pneumonia": "pneumonia",
+        "COVID-19": "COVID-19",
+    },
+    "covid": {"COVID-19": "COVID-19"} | dict.fromkeys(DIAGNOSES[1:], "not COVID-19"),
+}
+
+
+def scheme_classes(scheme: str) -> tuple[str, ...]:
+    """The classes of a key of CLASS_SCHEMES, in their order. Raises ValueError, which lists the schemes, for another."""
+    if scheme not in CLASS_SCHEMES:
+        raise ValueError(f"no scheme of classes is called {scheme!r}; there are: {', '.join(CLASS_SCHEMES)}")
+    return tuple(dict.fromkeys(CLASS_SCHEMES[scheme].values()))
