@@ -37,6 +37,9 @@ SCHEMAS: dict[str, dict[str, str]] = {
     "study_scores": {"study_id": "id", "model": "text", "fold": "integer", **dict.fromkeys(STUDY_CLASSES, "probability")},
     # Of a classifier of images; every further column is one of its classes.
     "class_scores": {"image_id": "id", "model": "text", "fold": "integer"},
+    # Of a classifier that saw neither the fold `outer` (-1: there is none) nor `fold`, on which its epoch was chosen. With f
+    # the image's own fold: a test prediction where outer == f, out of fold where fold == f, of a training image elsewhere.
+    "nested_scores": {"image_id": "id", "model": "text", "outer": "integer", "fold": "integer"},
     "image_scores": {"image_id": "id", "model": "text", "fold": "integer", "none": "probability"},
     "detections": {
         "image_id": "id",
@@ -58,7 +61,7 @@ SCHEMAS: dict[str, dict[str, str]] = {
 }
 
 # Tables whose further columns are all classes: probabilities, at least one.
-OPEN = ("labels", "class_scores")
+OPEN = ("labels", "class_scores", "nested_scores")
 
 # Tables in which these columns name a row.
 KEYS: dict[str, tuple[str, ...]] = {
@@ -68,6 +71,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "study_scores": ("study_id", "model", "fold"),
     "image_scores": ("image_id", "model", "fold"),
     "class_scores": ("image_id", "model", "fold"),
+    "nested_scores": ("image_id", "model", "outer", "fold"),
     "coverage": ("image_id", "model", "fold"),
     "mask_scores": ("image_id", "model", "fold", "structure"),
     "lungs": ("image_id",),
@@ -114,7 +118,7 @@ def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame
 
 
 def class_columns(table: pd.DataFrame, name: str) -> list[str]:
-    """The classes of a table `labels` or `class_scores`, in its order."""
+    """The classes of a table of OPEN, in its order."""
     return [column for column in table.columns if column not in SCHEMAS[name]]
 
 

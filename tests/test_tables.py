@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kitlib.tables import SCHEMAS, TableError, check_table, concatenate, read_table, write_table
+from kitlib.tables import SCHEMAS, TableError, check_table, class_columns, concatenate, read_table, write_table
 
 DETECTIONS = pd.DataFrame(
     {
@@ -91,3 +91,22 @@ def test_tables_of_lungs_keep_their_contracts(name, table, change, message, tmp_
     else:
         with pytest.raises(TableError, match=message):
             check_table(table.assign(**change), name)
+
+
+NESTED = pd.DataFrame({"image_id": ["a", "a"], "model": "m", "outer": [-1, 2], "fold": 0, "sick": [0.2, 0.4], "well": 0.6})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"outer": 2}, "2 rows share their image_id, model, outer, fold"),
+        ({"outer": ["none", 2]}, "column outer: not numeric"),
+        ({"well": [0.5, 1.5]}, r"column well: 1 value\(s\) are not 0..1"),
+    ],
+)
+def test_nested_scores_have_a_row_an_outer_and_an_inner_fold_and_any_classes(change, message, tmp_path):
+    write_table(NESTED, "nested_scores", tmp_path / "t.parquet")
+    back = read_table("nested_scores", tmp_path / "t.parquet")
+    assert class_columns(back, "nested_scores") == ["sick", "well"] and back.outer.tolist() == [-1, 2]
+    with pytest.raises(TableError, match=message):
+        check_table(NESTED.assign(**change), "nested_scores")
