@@ -36,7 +36,11 @@ def begin_session(run: Path, hours: float = 0, resume_from: str | Path = "") -> 
     """
     deadline = session_deadline(hours)
     if resume_from:
-        print(*continue_from(find_input(resume_from), run), sep="\n")
+        earlier = find_input(resume_from)
+        # Nested folds lie a folder deeper.
+        nested = {path.parents[2] for path in earlier.glob("outer*/fold*/checkpoints/run.json")}
+        for part in sorted(nested) or [earlier]:
+            print(*continue_from(part, run / part.relative_to(earlier)), sep="\n")
     return deadline
 
 
