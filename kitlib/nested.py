@@ -21,7 +21,7 @@ class NestedScores:
 
     `nested` is the table nested_scores. `judged` is a table class_scores with one answer an image: of an outer fold's images
     the mean over the models that were trained without it (fold: the outer one), else the out-of-fold answer. `test` are the
-    answers for images of the split "test", a row a model.
+    answers for images of the split "test", a row a `fold`: the mean over the outer folds, where there are several.
     """
 
     nested: pd.DataFrame
@@ -90,11 +90,14 @@ def gather(trained: dict[int, list[FindingsRun]], folds: pd.DataFrame) -> Nested
             judged += [model.class_scores for model in models]
         elif models:
             answers = pd.concat([model.test_scores[model.test_scores.image_id.isin(folds.id)] for model in models])
-            classes = class_columns(answers, "class_scores")
-            means = answers.groupby(["image_id", "model"], as_index=False, sort=False)[classes].mean()
-            judged.append(means.assign(fold=outer))
+            judged.append(_mean(answers.assign(fold=outer)))
     return NestedScores(
         concatenate(nested, "nested_scores") if nested else empty_table("nested_scores"),
         concatenate(judged, "class_scores"),
-        concatenate(test, "class_scores"),
+        concatenate([_mean(pd.concat(test))] if test else [], "class_scores"),
     )
+
+
+def _mean(scores: pd.DataFrame) -> pd.DataFrame:
+    classes = class_columns(scores, "class_scores")
+    return scores.groupby(["image_id", "model", "fold"], as_index=False, sort=False)[classes].mean()
