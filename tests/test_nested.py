@@ -83,7 +83,7 @@ def test_each_row_says_what_its_model_had_not_seen(tmp_path, split):
 def test_the_judged_answer_is_the_mean_of_the_models_without_the_images_fold(tmp_path, split):
     found = gather(train_all(tmp_path, [0, 1, 2], split), FOLDS)
     judged = found.judged.set_index("image_id")
-    assert len(judged) == 12 and (judged.fold == FOLDS.set_index("id").fold).all()
+    assert len(judged) == 12 and judged.fold.to_dict() == FOLDS.set_index("id").fold.to_dict()
     # Of image0, in fold 0: models of the inner folds 1 and 2 say 0.6 and 0.7.
     assert judged.yes["image0"] == pytest.approx(0.65)
     assert judged.yes["image1"] == pytest.approx(0.60) and judged.yes["image2"] == pytest.approx(0.55)
