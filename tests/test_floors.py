@@ -9,7 +9,7 @@ FLOORS = {
     "vocabulary": "classes atomic tables geometry settings recipes named_recipes paths average_precision box_merging "
     "roc_auc box_calibration overlap",
     "reading": "dicom_header grey codestream decoders stored_values dicom image_file dicom_writing decode_worker cache "
-    "lung_box intensity mask_store darwin_json dataset mask_file siim nih rsna jsrt tb_lungs darwin read_dataset "
+    "lung_box intensity mask_store darwin_json dataset mask_file siim nih rsna jsrt tb_lungs darwin diagnoses kermany read_dataset "
     "near_duplicates folds coco yolo_labels phantom_patients phantom phantom_plan phantom_folder "
     "phantom_competition phantom_rsna phantom_nih phantom_lungs phantom_diagnoses",
     "models": "device bundle lungs lung_crop run_record squeezenet starting_weights box_mask classifier faster_rcnn yolo "
@@ -18,7 +18,8 @@ FLOORS = {
     "segment_lungs lungs_once mask_dataset predict training batch_mixing classifier_training train_study train_findings "
     "train_lungs apply_lungs train_faster_rcnn train_yolo train_detector train_folds nested",
     "judging": "submission scoring fusion runs annotation_files pseudo_labels tuning reports heidelberg_report "
-    "detection_report findings_report lungs_report figures study_figures findings_figures lungs_figures",
+    "detection_report findings_report "
+    "classification_report lungs_report figures study_figures findings_figures lungs_figures",
     "delivering": "validate install_wheels submit run_notebook plan plan_graph run_planned run_plan run_listing leaderboard "
     "kernel_spec wheels kernel_start kernel push stand_in sandbox rehearse demo __main__",
 }
