@@ -40,8 +40,8 @@ MASK_CONVENTIONS = ("lung_fields", "with_heart")
 # RSNA Pneumonia Detection Challenge, stage_2_detailed_class_info.csv.
 RSNA_CLASSES = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")
 
-# What a reader of a set with one diagnosis an image may say of it. "pneumonia" is one whose germ is not told, "other" any
-# other finding.
+# What a reader of a set with one diagnosis an image may say of it. "pneumonia" is one of another kind, or of no known one;
+# "other" is any other finding.
 DIAGNOSES = ("COVID-19", "viral", "bacterial", "pneumonia", "normal", "other")
 
 # Scheme -> diagnosis -> class; a diagnosis that a scheme lacks has no place in it. A scheme's classes stand in the order in

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from kitlib.covid_chestxray import read_covid_chestxray
 from kitlib.darwin import read_darwin
 from kitlib.dataset import Dataset
 from kitlib.jsrt import read_jsrt
+from kitlib.kermany import read_kermany
 from kitlib.nih import read_nih
 from kitlib.rsna import read_rsna
 from kitlib.siim import read_train
@@ -22,6 +24,8 @@ READERS: dict[str, Callable[..., Dataset]] = {
     "montgomery": read_montgomery,
     "shenzhen": read_shenzhen,
     "darwin": read_darwin,
+    "covid_chestxray": read_covid_chestxray,
+    "kermany": read_kermany,
 }
 
 

@@ -7,10 +7,10 @@ KITLIB = Path(__file__).resolve().parent.parent / "kitlib"
 
 FLOORS = {
     "vocabulary": "classes atomic tables geometry settings recipes named_recipes paths average_precision box_merging "
-    "roc_auc box_calibration overlap",
+    "roc_auc exclusive_classes box_calibration overlap",
     "reading": "dicom_header grey codestream decoders stored_values dicom image_file dicom_writing decode_worker cache "
-    "lung_box intensity mask_store darwin_json dataset mask_file siim nih rsna jsrt tb_lungs darwin diagnoses kermany read_dataset "
-    "near_duplicates folds coco yolo_labels phantom_patients phantom phantom_plan phantom_folder "
+    "lung_box intensity mask_store darwin_json dataset mask_file siim nih rsna jsrt tb_lungs darwin "
+    "diagnoses covid_chestxray kermany read_dataset near_duplicates folds coco yolo_labels phantom_patients phantom phantom_plan phantom_folder "
     "phantom_competition phantom_rsna phantom_nih phantom_lungs phantom_diagnoses",
     "models": "device bundle lungs lung_crop run_record squeezenet starting_weights box_mask classifier faster_rcnn yolo "
     "patches unet resunet fc_densenet segmenter flannel",
