@@ -17,9 +17,9 @@ FLOORS = {
     "running": "read_ahead fitted_batches kill_family deadline training_run data_parallel xray_dataset "
     "segment_lungs lungs_once mask_dataset predict training batch_mixing classifier_training train_study train_findings "
     "train_lungs apply_lungs train_faster_rcnn train_yolo train_detector train_folds nested",
-    "judging": "submission scoring fusion runs annotation_files pseudo_labels tuning reports heidelberg_report "
+    "judging": "submission scoring fusion stacking runs annotation_files pseudo_labels tuning reports heidelberg_report "
     "detection_report findings_report "
-    "classification_report lungs_report figures study_figures findings_figures lungs_figures",
+    "classification_report classification_bootstrap lungs_report figures study_figures findings_figures lungs_figures",
     "delivering": "validate install_wheels submit run_notebook plan plan_graph run_planned run_plan run_listing leaderboard "
     "kernel_spec wheels kernel_start kernel push stand_in sandbox rehearse demo __main__",
 }
