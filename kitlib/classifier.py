@@ -1,4 +1,4 @@
-"""Classifiers: any timm backbone with the Heidelberg head, for a study's classes and `none`, or for an image's findings."""
+"""Classifiers: any timm backbone with a head, for a study's classes and `none`, or for an image's findings or its class."""
 
 import difflib
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import torch
 from timm.models._manipulate import group_parameters
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import kitlib.squeezenet  # noqa: F401  registers squeezenet1_1
 from kitlib.box_mask import mask_decoder
@@ -21,19 +22,21 @@ LEARNT = {"study": slice(0, 4), "none": slice(4, 5), "both": slice(0, 5)}
 
 
 class Classifier(nn.Module):
-    """Pooled features of a backbone, then Linear-ReLU-Dropout-Linear; weights are random until somebody loads them.
+    """Pooled features of a backbone, then a head (see `head`); weights are random until somebody loads them.
 
-    A frozen backbone takes no gradients and, where the recipe freezes statistics too, stays in evaluation mode. `stages` are
-    the names of its parameters, stage by stage from the input on, as timm groups them; `unfreeze` lets the last ones learn.
+    `answers` is the number of its probabilities, by default one an output. A frozen backbone takes no gradients and, where
+    the recipe freezes statistics too, stays in evaluation mode. `stages` are the names of its parameters, stage by stage
+    from the input on, as timm groups them; `unfreeze` lets the last ones learn, whose batch norm stays in evaluation mode
+    all the same where thawed statistics are kept.
     """
 
     def __init__(self, recipe: ClassifierRecipe, outputs: int) -> None:
         super().__init__()
         _check(recipe)
-        self.recipe = recipe
-        self.backbone = _backbone(recipe)
+        self.recipe, self.answers = recipe, outputs
+        self.backbone = _backbone(recipe, outputs)
         self.head = head(self.backbone.head_hidden_size, recipe.hidden, recipe.dropout, outputs)
-        self.mean, self.std = _normalisation(self.backbone, recipe.channels)
+        self.mean, self.std = _normalisation(self.backbone, recipe)
         self.stages = _stages(self.backbone)
         if recipe.frozen_backbone:
             self.backbone.requires_grad_(False)
@@ -74,7 +77,8 @@ class Classifier(nn.Module):
                 own = [each.requires_grad for each in module.parameters()]
                 # What has no parameters, such as dropout, does as the block around it.
                 free[name] = all(own) if own else free[name.rpartition(".")[0]]
-                module.training = mode and free[name]
+                still = isinstance(module, _BatchNorm) and not self.recipe.thawed_statistics
+                module.training = mode and free[name] and not still
         return self
 
 
@@ -112,24 +116,65 @@ class StudyClassifier(Classifier):
 
 
 class FindingsClassifier(Classifier):
-    """One output a class of `classes`, in their order."""
+    """One output a class of `classes`, in their order; with `recipe.one_logit` one for the first of two classes.
+
+    With `recipe.auxiliary` an inception_v3 has its auxiliary head too, which only `with_auxiliary` computes.
+    """
 
     def __init__(self, recipe: FindingsRecipe, classes: Sequence[str]) -> None:
-        super().__init__(recipe, len(classes))
-        self.classes = tuple(classes)
+        check_classes(recipe, classes)
+        super().__init__(recipe, 1 if recipe.one_logit else len(classes))
+        self.classes, self.answers = tuple(classes), len(classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised x (n, channels, side, side) to logits (n, outputs)."""
+        if not self.recipe.auxiliary:
+            return super().forward(x)
+        return self.head(self.backbone.forward_head(self.backbone.forward_postaux(self.backbone.forward_preaux(x))))
+
+    def with_auxiliary(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits as of `forward`, and those of the auxiliary head, of the same shape."""
+        features, auxiliary = self.backbone(x)
+        return self.head(features), auxiliary
+
+    def class_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Outputs to float32 logits (n, classes): a lone z becomes (z, 0), whose softmax is sigmoid(z) and the rest to 1."""
+        logits = logits.float()
+        return torch.cat([logits, torch.zeros_like(logits)], dim=1) if self.recipe.one_logit else logits
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (n, classes) to float32 probabilities, each for itself, or summing to 1 where exactly one class is true."""
-        logits = logits.float()
+        """Outputs to float32 probabilities (n, classes), each for itself, or with the sum 1 where exactly one is true."""
+        logits = self.class_logits(logits)
         return logits.sigmoid() if self.recipe.multi_label else logits.softmax(dim=1)
 
 
+def check_classes(recipe: FindingsRecipe, classes: Sequence[str]) -> None:
+    """Raise ValueError where what the recipe asks for cannot be with these classes, with what to change."""
+    exclusive = [name for name in ("one_logit", "class_weights") if getattr(recipe, name)]
+    exclusive += ["judged_by"] if recipe.judged_by != "auc" else []
+    if recipe.multi_label and exclusive:
+        named = " and ".join(f"{name}={getattr(recipe, name)!r}" for name in exclusive)
+        raise ValueError(f"{named}: only for classes of which exactly one is true; set multi_label=False")
+    if recipe.one_logit and len(classes) != 2:
+        raise ValueError(f"one_logit answers 2 classes, and there are {len(classes)}: {', '.join(classes)}; set it to False")
+    if recipe.auxiliary and (recipe.backbone.partition(".")[0] != "inception_v3" or recipe.frozen_backbone):
+        raise ValueError(
+            f"auxiliary is {recipe.auxiliary}, the weight of the second head of an inception_v3 that learns, not of "
+            f"{'a frozen ' * recipe.frozen_backbone}{recipe.backbone}; set auxiliary=0.0"
+        )
+
+
 def head(features: int, hidden: int, dropout: float, outputs: int = len(OUTPUTS)) -> nn.Sequential:
-    """Heidelberg's head, 2048-1024-ReLU-dropout-outputs, for a backbone of any width; Xavier's weights (section 3.4)."""
-    layers = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, outputs))
-    for layer in (layers[0], layers[3]):
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    """Heidelberg's head, 2048-1024-ReLU-dropout-outputs, for a backbone of any width; Xavier's weights (section 3.4).
+
+    Without hidden units dropout and one linear layer, as ImageNet's networks have it.
+    """
+    last = [nn.Dropout(dropout), nn.Linear(hidden or features, outputs)]
+    layers = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), *last) if hidden else nn.Sequential(*last)
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
     return layers
 
 
@@ -189,8 +234,8 @@ def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device
 
 def _check(recipe: ClassifierRecipe) -> None:
     """Raises ValueError for settings that would do nothing or mean nothing."""
-    for name in ("mixup", "cutmix", "unfreeze_every", "unfrozen_rate"):
-        if getattr(recipe, name) < 0:
+    for name in ("hidden", "mixup", "cutmix", "unfreeze_every", "unfrozen_rate", "auxiliary"):
+        if getattr(recipe, name, 0) < 0:
             raise ValueError(f"recipe.{name} is {getattr(recipe, name)}, wanted at least 0")
     if not 0 <= recipe.label_smoothing < 1:
         raise ValueError(f"recipe.label_smoothing is {recipe.label_smoothing}, wanted at least 0 and below 1, e.g. 0.05")
@@ -199,9 +244,14 @@ def _check(recipe: ClassifierRecipe) -> None:
             f"recipe.unfreeze_every is {recipe.unfreeze_every}, but nothing is frozen: set frozen_backbone=True, or "
             "unfreeze_every=0"
         )
+    if not recipe.thawed_statistics and not (recipe.frozen_backbone and recipe.frozen_statistics):
+        raise ValueError(
+            "recipe.thawed_statistics is False, but no statistics are frozen first: set frozen_backbone=True and "
+            "frozen_statistics=True, or thawed_statistics=True"
+        )
 
 
-def _backbone(recipe: ClassifierRecipe) -> nn.Module:
+def _backbone(recipe: ClassifierRecipe, outputs: int) -> nn.Module:
     if not timm.is_model(recipe.backbone):
         near = difflib.get_close_matches(recipe.backbone.partition(".")[0], timm.list_models(), n=5)
         raise ValueError(
@@ -211,7 +261,12 @@ def _backbone(recipe: ClassifierRecipe) -> nn.Module:
     # Transformers with learnt positions are built for one side; the others take any.
     if timm.get_pretrained_cfg(recipe.backbone).fixed_input_size:
         options["img_size"] = recipe.image_size
-    return timm.create_model(recipe.backbone, **options)
+    if not getattr(recipe, "auxiliary", 0):
+        return timm.create_model(recipe.backbone, **options)
+    # Built for our classes, so that the auxiliary head answers them; the head after the backbone is the kit's.
+    backbone = timm.create_model(recipe.backbone, **options | {"num_classes": outputs, "aux_logits": True})
+    backbone.reset_classifier(0)
+    return backbone
 
 
 def _stages(backbone: nn.Module) -> list[list[str]]:
@@ -225,9 +280,14 @@ def _stages(backbone: nn.Module) -> list[list[str]]:
     return stages
 
 
-def _normalisation(backbone: nn.Module, channels: int) -> tuple[list[float], list[float]]:
-    """Mean and spread that the backbone's weights expect of pixels 0..1, averaged over the colours for a grey input."""
+def _normalisation(backbone: nn.Module, recipe: ClassifierRecipe) -> tuple[list[float], list[float]]:
+    """Mean and spread that are taken of pixels 0..1: a half, or what the backbone's weights expect.
+
+    The latter are averaged over the colours for a grey input.
+    """
+    if recipe.normalisation == "half":
+        return [0.5] * recipe.channels, [0.5] * recipe.channels
     mean, std = backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"]
-    if channels == len(mean):
+    if recipe.channels == len(mean):
         return list(mean), list(std)
-    return [sum(mean) / len(mean)] * channels, [sum(std) / len(std)] * channels
+    return [sum(mean) / len(mean)] * recipe.channels, [sum(std) / len(std)] * recipe.channels
