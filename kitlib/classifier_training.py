@@ -53,7 +53,7 @@ class ClassifierTraining(RecipeTraining):
 
     def __init__(self, model: Classifier, validation_images: int) -> None:
         super().__init__(model, model.recipe)
-        self.found = np.full((validation_images, model.head[-1].out_features), np.nan)
+        self.found = np.full((validation_images, model.answers), np.nan)
 
     @abstractmethod
     def loss(self, batch: dict[str, Any], logits: torch.Tensor, smoothing: float) -> torch.Tensor:
@@ -77,8 +77,9 @@ class ClassifierTraining(RecipeTraining):
 
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
         loss = self.training_loss(mix_batch(self.targets(batch), self.recipe.mixup, self.recipe.cutmix))
+        # Without the penalty, so that it is beside the validation's in the curves.
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["pixels"]), sync_dist=True)
-        return loss
+        return loss + self.penalty() if self.recipe.l1 else loss
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
         logits = self.judged(self.judged.normalise(batch["pixels"]))

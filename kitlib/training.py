@@ -60,6 +60,10 @@ class RecipeTraining(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, self.recipe))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def penalty(self) -> torch.Tensor:
+        """The recipe's l1 times the sum of the absolute values of all that learns; Oh et al. 2020 add it to their loss."""
+        return self.recipe.l1 * sum(each.abs().sum() for each in self.model.parameters() if each.requires_grad)
+
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         super().optimizer_step(*arguments, **options)
         if self.average is not None:
@@ -79,7 +83,7 @@ def moving_average(model: torch.nn.Module, decay: float) -> ModelEmaV3:
 
 
 def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum 0.9, Adam or AdamW, over what is not frozen; biases and norms do not decay.
+    """SGD with Nesterov's momentum, Adam or AdamW, over what is not frozen; biases and norms do not decay.
 
     A network may have a method `rates()`: prefix of parameter names -> share of the recipe's learning rate, the longest
     prefix counts. Parameters under such a prefix are taken also while they are frozen, so that they can learn later.
@@ -99,7 +103,8 @@ def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.opti
         raise ValueError(f"{type(model).__name__} has no parameter {' or '.join(sorted(unmet)) or 'that is not frozen'}")
     described = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(described, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
+        momentum = recipe.momentum
+        return torch.optim.SGD(described, lr=recipe.learning_rate, momentum=momentum, nesterov=momentum > 0)
     if recipe.optimizer == "adam":
         return torch.optim.Adam(described, lr=recipe.learning_rate)
     if recipe.optimizer == "adamw":
@@ -114,7 +119,12 @@ def learning_rate_factor(step: int, steps: int, recipe: TrainingRecipe) -> float
     With schedule_every = 0, t and T are steps after the warm-up, and the end is the floor, 0.05. With e = 1 or more, t
     rises by one every e epochs from the training's start and T is the number of epochs: published is e = 2, which ends
     half-way, at t of nearly T / 2 and a factor of nearly 0.525; e = 1 ends one step above the floor.
+
+    With schedule "step": step_factor to the power of the milestones, in epochs, that are over.
     """
+    if recipe.schedule == "step":
+        # In whole numbers: the first step after a milestone has the new rate, whatever the number of steps.
+        return recipe.step_factor ** sum(step * recipe.epochs >= milestone * steps for milestone in recipe.milestones)
     warmup = round(steps * recipe.warmup_epochs / recipe.epochs)
     if recipe.schedule_every:
         epoch = step * recipe.epochs // steps
