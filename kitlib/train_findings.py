@@ -5,16 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch.nn import functional
 
 from kitlib import data_parallel
 from kitlib.cache import XrayCache
-from kitlib.classifier import FindingsClassifier, mean_of_known, smoothed
+from kitlib.classifier import FindingsClassifier, check_classes, mean_of_known, smoothed
 from kitlib.classifier_training import ClassifierTraining, start_from_weights
 from kitlib.deadline import Deadline
 from kitlib.device import seed_everything, training_device
+from kitlib.exclusive_classes import class_weights, exclusive_scores
 from kitlib.lung_crop import check_finder
 from kitlib.lungs import StoredLungs
 from kitlib.predict import Predictor, load_predictor
@@ -27,16 +29,23 @@ from kitlib.xray_dataset import XrayDataset, batches
 
 logger = logging.getLogger(__name__)
 
+# What a run predicts, the last one only where it is asked for.
+TABLES = ("class_scores", "test_scores", "training_scores")
+
 
 @dataclass(frozen=True)
 class FindingsRun:
-    """A finished run. `class_scores` are out of fold; `test_scores` are of the data set's own test images, often none."""
+    """A finished run. `class_scores` are out of fold; `test_scores` are of the data set's own test images, often none.
+
+    `training_scores` are of the images that it was trained on, if they were asked for.
+    """
 
     run_folder: Path
     metrics: dict[str, Any]
     history: pd.DataFrame
     class_scores: pd.DataFrame
     test_scores: pd.DataFrame
+    training_scores: pd.DataFrame
 
 
 def train_findings(
@@ -57,15 +66,18 @@ def train_findings(
     progress: bool = True,
     deadline: Deadline | None = None,
     lungs: StoredLungs | None = None,
+    in_sample: bool = False,
 ) -> FindingsRun | None:
     """Train, keep the recipe's epoch, predict the validation fold and the images of the split "test" with it.
 
     The classes are those of `labels`, in their order. `run_folder` gets all of it, metrics.json last: the bundle is where a
     study classifier or a detector may start. An interrupted run goes on where it was and gives what an uninterrupted one
-    gives; a finished one is read back. Limits are numbers of images, whole patients; `limit_validation` is the test images'
-    too. Raises ResumeError if the folder holds a run of other data or settings, ValueError if the recipe freezes random
-    weights, test images are in a fold, labels of exclusive classes do not sum to 1, or where `lungs` are not what the
-    recipe's field asks for (see check_finder).
+    gives; a finished one is read back. With `in_sample` the training images, as they are, are predicted too
+    (tables/training_scores.parquet): FLANNEL was published stacked on such. Limits are numbers of images, whole patients;
+    `limit_validation` is the test images' too. Raises ResumeError if the folder holds a run of other data or settings,
+    ValueError if the recipe freezes random weights, test images are in a fold, labels of exclusive classes do not sum to 1,
+    a setting does not go with the classes (see check_classes), or where `lungs` are not what the recipe's field asks for
+    (see check_finder).
     """
     run_folder = Path(run_folder)
     check_finder(recipe, lungs, model_name)
@@ -77,17 +89,19 @@ def train_findings(
     train_images, validation_images = split(images, folds, fold, seed, limit_train, limit_validation)
     test_images = unseen_test_images(images, train_images, limit_validation)
     identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation, lungs=lungs)
-    if open_run(run_folder, identity, resume):
+    finished, device = open_run(run_folder, identity, resume), training_device()
+    shown = dict(zip(TABLES, (validation_images, test_images, *([train_images] if in_sample else [])), strict=False))
+    if finished:
+        _predict(run_folder, shown, device, cache, recipe, lungs)
         return read_findings_run(run_folder)
 
     seed_everything(seed)
-    device = training_device()
     model = FindingsClassifier(recipe, classes).to(memory_format=torch.channels_last)
     start = start_from_weights(model)
     train = XrayDataset(train_images, labels, boxes, cache, recipe, augment=True, seed=seed, lungs=lungs)
     validation = XrayDataset(validation_images, labels, boxes, cache, recipe, lungs=lungs)
     fitted = fit(
-        FindingsTraining(model, validation),
+        FindingsTraining(model, validation, class_weights(train.label) if recipe.class_weights else None),
         batches(train, recipe.batch_size, workers, shuffle=True, seed=seed),
         batches(validation, 2 * recipe.batch_size, workers),
         run_folder,
@@ -101,16 +115,20 @@ def train_findings(
     if not data_parallel.is_first():
         return None
     save_trained(run_folder, model, "findings", classes, identity, fitted)
-    predictor = load_predictor(run_folder / "bundle", device, 2 * recipe.batch_size, lungs=lungs)
-    for name, shown in (("class_scores", validation_images), ("test_scores", test_images)):
-        write_table(_scores(predictor, cache, shown), "class_scores", run_folder / "tables" / f"{name}.parquet")
+    for name in TABLES:
+        (run_folder / "tables" / f"{name}.parquet").unlink(missing_ok=True)
+    lungs_missed = _predict(run_folder, shown, device, cache, recipe, lungs)
     counts = {
         "classes": classes,
         "starting_weights": start,
         "train_images": len(train),
         "validation_images": len(validation),
         "test_images": len(test_images),
-        "lungs_missed": {"training": train.lungs_missed(), "predicted": predictor.lungs_missed},
+        "lungs_missed": {"training": train.lungs_missed(), "predicted": lungs_missed},
+        "classes_without_images": {
+            "training": _absent(train.label, classes),
+            "validation": _absent(validation.label, classes),
+        },
     }
     finish_fold(run_folder, identity, counts, fitted, device)
     return read_findings_run(run_folder)
@@ -120,10 +138,9 @@ def read_findings_run(run_folder: str | Path) -> FindingsRun:
     """The results of a finished run; without metrics.json, which marks one, FileNotFoundError."""
     run_folder = Path(run_folder)
     metrics, history = read_finished(run_folder)
-    found = [
-        read_table("class_scores", run_folder / "tables" / f"{name}.parquet") for name in ("class_scores", "test_scores")
-    ]
-    return FindingsRun(run_folder, metrics, history, *found)
+    *asked, training = (run_folder / "tables" / f"{name}.parquet" for name in TABLES)
+    in_sample = read_table("class_scores", training) if training.is_file() else empty_table("class_scores")
+    return FindingsRun(run_folder, metrics, history, *(read_table("class_scores", path) for path in asked), in_sample)
 
 
 def check_findings(
@@ -135,6 +152,7 @@ def check_findings(
             f"{model_name}: the recipe freezes {recipe.backbone} at random weights, from which nothing is learnt; "
             'give overrides {"starting_weights": "..."} or {"frozen_backbone": false}'
         )
+    check_classes(recipe, class_columns(labels, "labels"))
     if "split" in images:
         test = set(images.image_id[images.split == "test"])
         inside = folds.id[folds.id.isin(test)]
@@ -169,31 +187,81 @@ def unseen_test_images(images: pd.DataFrame, train_images: pd.DataFrame, limit: 
 
 
 class FindingsTraining(ClassifierTraining):
-    """Loss and validation over batches of `XrayDataset`; the score is that of `mean_auc`."""
+    """Loss and validation over batches of `XrayDataset`; the score is that of the recipe's `judged_by`.
 
-    def __init__(self, model: FindingsClassifier, validation: XrayDataset) -> None:
+    `weights` (classes,), such as `class_weights`, multiply the losses of a class's images.
+    """
+
+    def __init__(self, model: FindingsClassifier, validation: XrayDataset, weights: np.ndarray | None = None) -> None:
         super().__init__(model, len(validation))
         self.truth = validation.label
+        told = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+        # It follows from the data, and no checkpoint has to hold it.
+        self.register_buffer("weights", told, persistent=False)
 
     def loss(self, batch: dict[str, Any], logits: torch.Tensor, smoothing: float) -> torch.Tensor:
-        return findings_loss(logits, batch["label"], self.recipe.multi_label, smoothing)
+        logits = self.model.class_logits(logits)
+        return findings_loss(logits, batch["label"], self.recipe.multi_label, smoothing, self.weights)
+
+    def training_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        if not self.recipe.auxiliary:
+            return super().training_loss(batch)
+        outputs = self.model.with_auxiliary(self.model.normalise(batch["pixels"]))
+        loss, beside = (self.loss(batch, logits, self.recipe.label_smoothing) for logits in outputs)
+        return loss + self.recipe.auxiliary * beside
 
     def scores(self) -> dict[str, float]:
-        return mean_auc(self.truth, self.found, self.model.classes)
+        if self.recipe.judged_by == "auc":
+            return mean_auc(self.truth, self.found, self.model.classes)
+        return exclusive_scores(self.truth, self.found, self.model.classes, self.recipe.judged_by)
 
 
-def findings_loss(logits: torch.Tensor, label: torch.Tensor, multi_label: bool, smoothing: float = 0.0) -> torch.Tensor:
+def findings_loss(
+    logits: torch.Tensor,
+    label: torch.Tensor,
+    multi_label: bool,
+    smoothing: float = 0.0,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Binary cross entropy, the mean over all known labels, or cross entropy, the mean over the images with all known.
 
     `logits` and `label` (n, classes); labels are 0..1, soft ones included, or NaN where unknown. 0 where nothing is known.
     `smoothing` is the share of the truth that goes evenly to what else could be: both sides of a label, or all classes.
+    `weights` (classes,) multiply the losses of exclusive classes' images; the mean is over the images, as Keras takes it.
     """
     logits, known, truth = logits.float(), ~label.isnan(), label.nan_to_num()
     if multi_label:
         truth = smoothed(truth, smoothing, classes=2)
         return mean_of_known(functional.binary_cross_entropy_with_logits(logits, truth, reduction="none"), known)
     each = functional.cross_entropy(logits, truth, label_smoothing=smoothing, reduction="none")
+    if weights is not None:
+        each = each * (truth @ weights)
     return mean_of_known(each, known.all(dim=1))
+
+
+def _predict(
+    run_folder: Path,
+    shown: dict[str, pd.DataFrame],
+    device: torch.device,
+    cache: XrayCache,
+    recipe: FindingsRecipe,
+    lungs: StoredLungs | None,
+) -> int:
+    """Write those tables of `shown`, images by the table's name, that are not there; how many images' lungs were missed."""
+    paths = {name: run_folder / "tables" / f"{name}.parquet" for name in shown}
+    missing = [name for name, path in paths.items() if not path.is_file()]
+    if not missing:
+        return 0
+    predictor = load_predictor(run_folder / "bundle", device, 2 * recipe.batch_size, lungs=lungs)
+    for name in missing:
+        write_table(_scores(predictor, cache, shown[name]), "class_scores", paths[name])
+    return predictor.lungs_missed
+
+
+def _absent(label: np.ndarray, classes: list[str]) -> list[str]:
+    """Classes that no image is known to have."""
+    present = (np.nan_to_num(label) >= 0.5).any(axis=0)
+    return [name for name, there in zip(classes, present, strict=True) if not there]
 
 
 def _scores(predictor: Predictor, cache: XrayCache, images: pd.DataFrame) -> pd.DataFrame:
