@@ -6,7 +6,7 @@ A notebook names one and may override fields.
 import dataclasses
 from typing import Any
 
-from kitlib.recipes import DetectorRecipe, FindingsRecipe, SegmenterRecipe, StudyRecipe, TrainingRecipe
+from kitlib.recipes import DetectorRecipe, FindingsRecipe, PatchRecipe, SegmenterRecipe, StudyRecipe, TrainingRecipe
 from kitlib.settings import R, RecipeError, override
 
 # Heidelberg's augmentation of the Faster R-CNN, report section 3.1.
@@ -182,6 +182,43 @@ RECIPES: dict[str, TrainingRecipe] = {
         schedule_every=0,
         rotate_degrees=5.0,
         erase_p=0.0,
+    ),
+    "small_learner": FindingsRecipe(
+        backbone="test_efficientnet",
+        channels=1,
+        image_size=96,
+        placement="letterbox",
+        hidden=0,
+        dropout=0.2,
+        multi_label=False,
+        judged_by="macro_f1",
+        epochs=8,
+        batch_size=8,
+        optimizer="adamw",
+        learning_rate=4e-3,
+        weight_decay=0.02,
+        warmup_epochs=1.0,
+        schedule_every=0,
+        rotate_degrees=5.0,
+        blur_p=0.0,
+        erase_p=0.0,
+    ),
+    "small_patches": PatchRecipe(
+        backbone="test_efficientnet",
+        channels=1,
+        canvas=128,
+        image_size=48,
+        patches=8,
+        validation_patches=4,
+        epochs=8,
+        batch_size=8,
+        optimizer="adamw",
+        learning_rate=4e-3,
+        weight_decay=0.02,
+        l1=0.0,
+        schedule="cosine",
+        schedule_every=0,
+        warmup_epochs=1.0,
     ),
     "small_study": StudyRecipe(
         backbone="test_efficientnet",
