@@ -1,4 +1,4 @@
-"""Published figures against the counts behind them: UNet + HRNet paper, Tables 6 and 7, 41 positives, 50 negatives a fold."""
+"""Published figures against the counts behind them: UNet + HRNet paper, Tables 6 and 7: 41 positives, 50 others a fold."""
 
 import numpy as np
 import pytest
