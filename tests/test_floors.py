@@ -10,8 +10,8 @@ FLOORS = {
     "roc_auc exclusive_classes box_calibration overlap",
     "reading": "dicom_header grey codestream decoders stored_values dicom image_file dicom_writing decode_worker cache "
     "lung_box intensity mask_store darwin_json dataset mask_file siim nih rsna jsrt tb_lungs darwin "
-    "diagnoses covid_chestxray kermany read_dataset near_duplicates folds coco yolo_labels phantom_patients phantom phantom_plan phantom_folder "
-    "phantom_competition phantom_rsna phantom_nih phantom_lungs phantom_diagnoses",
+    "diagnoses covid_chestxray kermany read_dataset pooled_dataset near_duplicates folds coco yolo_labels phantom_patients "
+    "phantom phantom_plan phantom_folder phantom_competition phantom_rsna phantom_nih phantom_lungs phantom_diagnoses",
     "models": "device bundle lungs lung_crop run_record squeezenet starting_weights box_mask classifier faster_rcnn yolo "
     "patches unet resunet fc_densenet segmenter flannel",
     "running": "read_ahead fitted_batches kill_family deadline training_run data_parallel xray_dataset "
@@ -20,7 +20,7 @@ FLOORS = {
     "judging": "submission scoring fusion stacking runs annotation_files pseudo_labels tuning reports heidelberg_report "
     "detection_report findings_report "
     "classification_report classification_bootstrap "
-    "reported_counts lungs_report figures study_figures findings_figures lungs_figures",
+    "reported_counts published_tables lungs_report figures study_figures findings_figures lungs_figures",
     "delivering": "validate install_wheels submit run_notebook plan plan_graph run_planned run_plan run_listing leaderboard "
     "kernel_spec wheels kernel_start kernel push stand_in sandbox rehearse demo __main__",
 }
