@@ -5,7 +5,7 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from kitlib.tables import check_table
+from kitlib.tables import check_table, empty_table
 
 
 class LeakError(ValueError):
@@ -27,9 +27,7 @@ def make_folds(
     as closely as whole groups allow. Depends on `seed` and the rows, not on their order. Raises ValueError where there are
     fewer groups than folds, an image's study has no label, or `n_folds` is below 2.
     """
-    kept = check_table(images, "images").sort_values("image_id", ignore_index=True)
-    if "false_none" in kept:
-        kept = kept[~kept.false_none.astype(bool)].reset_index(drop=True)
+    kept = _looked_at(images)
     if "split" in kept:
         kept = kept[kept.split != "test"].reset_index(drop=True)
     groups = leak_groups(kept, near_duplicates)
@@ -38,8 +36,58 @@ def make_folds(
         raise ValueError(f"{n_folds} folds of {found} groups of patients: from 2 to as many folds as groups are possible")
     strata = _strata(kept, labels, boxes)
     counts = pd.crosstab(groups, strata).to_numpy()
-    fold = _spread_evenly(counts, n_folds, np.random.default_rng(seed))[groups]
+    fold = _spread_evenly(counts, np.full(n_folds, n_folds), np.random.default_rng(seed))[groups]
     folds = check_table(pd.DataFrame({"id": kept.image_id, "fold": fold}), "folds")
+    check_no_leak(folds, kept, near_duplicates)
+    return folds
+
+
+def hold_out_test(
+    images: pd.DataFrame,
+    labels: pd.DataFrame,
+    share: float,
+    seed: int = 0,
+    near_duplicates: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """`images` with the column `split`, "test" for about `share` of them and "train" for the others; in place of any other.
+
+    Images that share a patient or a group of near-duplicates are on one side, and each class has its share on both as
+    closely as whole groups allow; `false_none` images are of "train". With a share of 0.1, nine folds of the rest give
+    80/10/10. Depends on `seed` and the rows, not on their order. Raises ValueError for a share that is not between 0 and 1,
+    and where a side would be empty.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the share of test images is {share}, wanted more than 0 and less than 1")
+    kept = _looked_at(images)
+    groups = leak_groups(kept, near_duplicates)
+    counts = pd.crosstab(groups, _strata(kept, labels, empty_table("boxes"))).to_numpy()
+    parts = np.array([1 / (1 - share), 1 / share])
+    side = _spread_evenly(counts, parts, np.random.default_rng([seed, 1]))[groups]
+    if len(set(side)) < 2:
+        raise ValueError(f"{len(counts)} groups of patients cannot be parted with a share of {share}: one side is empty")
+    check_no_leak(pd.DataFrame({"id": kept.image_id, "fold": side}), kept, near_duplicates)
+    return images.assign(split=np.where(images.image_id.isin(kept.image_id[side == 1]), "test", "train"))
+
+
+def source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The table folds in which each source is a fold, numbered in the order of the alphabet: leave one source out.
+
+    Over the images that make_folds takes. Images whose patient, or near-duplicate, is in another source too are in no fold:
+    wherever they stood, something would leak. Raises ValueError where there is one source, or one loses all its images.
+    """
+    kept = _looked_at(images)
+    if "split" in kept:
+        kept = kept[kept.split != "test"].reset_index(drop=True)
+    sources = sorted(set(kept.source))
+    if len(sources) < 2:
+        raise ValueError(f"the images are of one source, {', '.join(sources)}: folds by source need at least two")
+    apart = kept.source.groupby(leak_groups(kept, near_duplicates)).transform("nunique") == 1
+    lost = sorted(set(sources) - set(kept.source[apart]))
+    if lost:
+        raise ValueError(f"every image of {', '.join(lost)} shows a patient, or is a near-duplicate, of another source")
+    kept = kept[apart]
+    folds = pd.DataFrame({"id": kept.image_id, "fold": kept.source.map(sources.index)})
+    folds = check_table(folds, "folds")
     check_no_leak(folds, kept, near_duplicates)
     return folds
 
@@ -76,6 +124,12 @@ def check_no_leak(folds: pd.DataFrame, images: pd.DataFrame, near_duplicates: pd
         _refuse_spread(placed.merge(near_duplicates, on="image_id"), "group", "groups of near-duplicate images")
 
 
+def _looked_at(images: pd.DataFrame) -> pd.DataFrame:
+    """In the order of their ids, without what no annotator looked at."""
+    kept = check_table(images, "images").sort_values("image_id", ignore_index=True)
+    return kept[~kept.false_none.astype(bool)].reset_index(drop=True) if "false_none" in kept else kept
+
+
 def _refuse_spread(placed: pd.DataFrame, column: str, name: str) -> None:
     spread = placed.groupby(column).fold.nunique()
     leaking = sorted(spread[spread > 1].index)
@@ -87,18 +141,19 @@ def _refuse_spread(placed: pd.DataFrame, column: str, name: str) -> None:
         raise LeakError(f"{len(leaking)} {name} lie in several folds, first: {shown}. Make the folds anew with make_folds")
 
 
-def _spread_evenly(counts: np.ndarray, n_folds: int, rng: np.random.Generator) -> np.ndarray:
+def _spread_evenly(counts: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A fold for every group, given its number of images in each stratum (groups, strata).
 
-    Largest groups first, each into the fold where the squared distances from an even split, each relative to the stratum's
-    size, grow least; the many groups of one image then fill what is left. scikit-learn's StratifiedGroupKFold, whose order
+    `parts` (folds,) are the reciprocals of the folds' shares, which sum to one: n folds of the same size have n each.
+    Largest groups first, each into the fold where the squared distances from its share of every stratum, each relative to
+    that, grow least; the many groups of one image then fill what is left. scikit-learn's StratifiedGroupKFold, whose order
     follows the spread within a group, ends up to 5 points off on SIIM's training set.
     """
     # The number of images settles ties. Without it a set whose strata are all rare would fill one fold only.
     counts = np.column_stack([counts, counts.sum(axis=1)])
     weight = np.r_[np.ones(counts.shape[1] - 1), 1e-3]
-    even = counts.sum(axis=0) / n_folds
-    filled = np.zeros((n_folds, counts.shape[1]))
+    even = counts.sum(axis=0) / np.asarray(parts, dtype=float)[:, None]
+    filled = np.zeros(even.shape)
     fold = np.empty(len(counts), dtype=int)
     order = rng.permutation(len(counts))
     for group in order[np.argsort(-counts[order].sum(axis=1), kind="stable")]:

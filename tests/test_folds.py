@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
-from kitlib.folds import LeakError, check_no_leak, leak_groups, make_folds
+from kitlib.folds import LeakError, check_no_leak, hold_out_test, leak_groups, make_folds, source_folds
 from kitlib.siim import read_label_tables
 
 
@@ -113,6 +113,66 @@ def test_a_study_without_label_is_refused():
     images, labels, boxes = tables([1, 2, 3], [0, 1, 2], [True] * 3)
     with pytest.raises(ValueError, match=r"1 studies.*first s1"):
         make_folds(images, labels[labels.id != "s1"], boxes, 2)
+
+
+@settings(max_examples=12, deadline=None)
+@given(sets(), st.sampled_from([0.1, 0.2, 0.5]), st.integers(0, 100))
+def test_held_out_images_share_nothing_with_the_rest(drawn, share, seed):
+    (images, labels, _), rng = drawn
+    near = images[["image_id"]].assign(group=rng.integers(0, len(images), len(images)))
+    images.loc[images.index[-1], "false_none"] = True
+    if len(set(leak_groups(images[~images.false_none], near))) < 6:
+        return
+    parted = hold_out_test(images, labels, share, seed, near)
+    assert parted.image_id.equals(images.image_id) and set(parted.split) == {"train", "test"}
+    assert parted.split.iloc[-1] == "train"
+    looked_at = parted[~parted.false_none].merge(near, on="image_id")
+    for column in ("patient_id", "group"):
+        assert looked_at.groupby(column).split.nunique().max() == 1
+    again = hold_out_test(images.sample(frac=1, random_state=1), labels, share, seed, near)
+    assert again.set_index("image_id").split.to_dict() == parted.set_index("image_id").split.to_dict()
+
+
+def test_a_tenth_held_out_and_nine_folds_are_80_10_10():
+    """500 patients of one image, four classes of 320, 100, 60 and 20: each has a tenth of its images in each part."""
+    classes = np.repeat(range(4), (320, 100, 60, 20))
+    images, labels, boxes = tables(list(range(500)), classes.tolist(), [False] * 500)
+    parted = hold_out_test(images, labels, 0.1, 3)
+    test = parted.split == "test"
+    assert np.bincount(classes[test]).tolist() == [32, 10, 6, 2]
+    folds = make_folds(parted, labels, boxes, 9, 3)
+    assert set(folds.id) == set(images.image_id[~test])
+    counts = pd.crosstab(folds.id.str[1:].astype(int).map(dict(enumerate(classes))), folds.fold).to_numpy()
+    assert counts.tolist() == [[32] * 9, [10] * 9, [6] * 9, [2] * 9]
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1])
+def test_an_impossible_share_is_refused(share):
+    images, labels, _ = tables([0, 1, 2], [0, 1, 2], [False] * 3)
+    with pytest.raises(ValueError, match=f"share of test images is {share}"):
+        hold_out_test(images, labels, share)
+    with pytest.raises(ValueError, match="one side is empty"):
+        hold_out_test(images.assign(patient_id="p"), labels, 0.5)
+
+
+def test_a_source_is_a_fold_and_what_two_share_is_in_none():
+    images, *_ = tables([0, 1, 2, 2, 3, 4, 5], [0] * 7, [False] * 7)
+    images["source"] = ["b", "a", "a", "b", "c", "c", "b"]
+    # Patient 2 is in both a and b; i5 looks like i6, of another source.
+    near = pd.DataFrame({"image_id": ["i5", "i6", "i4"], "group": [1, 1, 2]})
+    folds = source_folds(images, near)
+    assert folds.set_index("id").fold.to_dict() == {"i0": 1, "i1": 0, "i4": 2}
+    assert source_folds(images.assign(split=["test", *["train"] * 6]), None).set_index("id").fold.to_dict() == {
+        "i1": 0,
+        "i4": 2,
+        "i5": 2,
+        "i6": 1,
+    }
+    with pytest.raises(ValueError, match="one source, a: "):
+        source_folds(images.assign(source="a"))
+    images.loc[2:3, "source"] = ["b", "d"]
+    with pytest.raises(ValueError, match="every image of d shows"):
+        source_folds(images)
 
 
 @pytest.mark.real_data
