@@ -1,4 +1,4 @@
-"""The head's size, freezing, probabilities, the loss, and that any kind of backbone fits."""
+"""The networks' and heads' sizes, freezing, probabilities, the loss, and that any kind of backbone fits."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_xrays import RECIPE
+from torch.nn import functional
 
-from kitlib.classifier import StudyClassifier, head, load, probabilities, study_loss
-from kitlib.recipes import StudyRecipe
+from kitlib.classifier import FindingsClassifier, StudyClassifier, check_classes, head, load, probabilities, study_loss
+from kitlib.recipes import FindingsRecipe, StudyRecipe
 from kitlib.settings import override
 
 
@@ -37,6 +38,29 @@ def test_the_head_starts_with_xaviers_weights():
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 8))
 def test_the_heads_size_in_closed_form(features, hidden, outputs):
     assert size(head(features, hidden, 0.0, outputs)) == (features + 1) * hidden + (hidden + 1) * outputs
+
+
+def test_a_head_without_hidden_units_is_dropout_and_one_layer():
+    plain = head(2208, 0, 0.25, outputs=4)
+    assert [type(layer).__name__ for layer in plain] == ["Dropout", "Linear"] and plain[0].p == 0.25
+    assert size(plain) == 2209 * 4
+
+
+# facts/systems.md section 7: torchvision's networks, and timm's HRNets, with ImageNet's thousand classes.
+PUBLISHED_SIZES = {
+    **{"densenet161": 28_681_000, "resnet152": 60_192_808, "resnext101_32x8d": 88_791_336, "vgg19_bn": 143_678_248},
+    **{"vgg19": 143_667_240, "densenet201": 20_013_928, "densenet121": 7_978_856, "efficientnet_b4": 19_341_616},
+    **{"hrnet_w18": 21_299_004, "hrnet_w32": 41_232_680, "hrnet_w48": 77_469_864, "inception_v3": 27_161_264},
+}
+
+
+@pytest.mark.parametrize("backbone", PUBLISHED_SIZES)
+def test_networks_with_a_plain_head_have_their_published_sizes(backbone):
+    recipe = FindingsRecipe(backbone=backbone, hidden=0, multi_label=False)
+    recipe = override(recipe, auxiliary=0.4) if backbone == "inception_v3" else recipe
+    with torch.device("meta"):
+        model = FindingsClassifier(recipe, [str(number) for number in range(1000)])
+    assert size(model) == PUBLISHED_SIZES[backbone]
 
 
 def test_the_heidelberg_backbone_gives_the_head_2048_features():
@@ -70,6 +94,14 @@ def test_grey_is_normalised_by_the_mean_over_the_colours():
     # ImageNet: 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225
     assert model.mean == pytest.approx([0.449]) and model.std == pytest.approx([0.226])
     assert model.normalise(torch.full((1, 32, 32), 255, dtype=torch.uint8))[0, 0, 0, 0] == pytest.approx(0.551 / 0.226)
+
+
+def test_a_half_is_taken_of_pixels_where_the_recipe_says_so():
+    model = StudyClassifier(override(RECIPE, normalisation="half", channels=3))
+    assert model.mean == model.std == [0.5] * 3
+    x = model.normalise(torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 3).expand(1, 32, 3))
+    # (0 - 1/2) / (1/2), (1/5 - 1/2) / (1/2), (1 - 1/2) / (1/2), alike in the three channels
+    assert torch.allclose(x[0, :, 5], torch.tensor([-1.0, -0.6, 1.0]).expand(3, 3))
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -119,6 +151,49 @@ def test_stages_are_given_free_the_last_first():
 
 
 @pytest.mark.parametrize(
+    ("backbone", "last_first"),
+    [
+        ("resnet152", ["layer4", "layer3", "layer2", "layer1", "conv1 bn1"]),
+        (
+            "densenet201",
+            ["features.denseblock4 features.norm5"]
+            + [f"features.denseblock{number} features.transition{number}" for number in (3, 2, 1)]
+            + ["features.conv0 features.norm0"],
+        ),
+        # Its two large layers, then one convolution after the other.
+        ("vgg19", ["pre_logits", "features.34", "features.32", "features.30", "features.28", "features.25"]),
+    ],
+)
+def test_what_learns_after_each_unfreezing_is_exactly_the_last_stages(backbone, last_first):
+    recipe = FindingsRecipe(backbone=backbone, frozen_backbone=True, unfreeze_every=5, multi_label=False)
+    with torch.device("meta"):
+        model = FindingsClassifier(recipe, ["normal", "pneumonia", "COVID-19"])
+    for epoch in (0, 4, 5, 9, 10, 15, 20, 25):
+        model.unfreeze(epoch)
+        starts = tuple(f"{part}." for stage in last_first[: epoch // 5] for part in stage.split())
+        learning = {name for name, each in model.backbone.named_parameters() if each.requires_grad}
+        expected = {name for name, _ in model.backbone.named_parameters() if name.startswith(starts)}
+        assert learning == expected, epoch
+        assert all(each.requires_grad for each in model.head.parameters())
+
+
+def test_statistics_of_thawed_stages_stay_where_the_recipe_keeps_them():
+    torch.manual_seed(0)
+    recipe = override(RECIPE, frozen_backbone=True, unfreeze_every=1, thawed_statistics=False)
+    model = StudyClassifier(recipe).train()
+    for epoch in (2, 5):  # two of the five stages, all of them
+        model.unfreeze(epoch)
+        changed = changed_by_a_step(model)
+        assert not any("running_" in name or "num_batches" in name for name in changed)
+        stages = {name.split(".")[1] for name in changed if name.startswith("backbone.layer")}
+        assert stages == ({"layer4", "layer3"} if epoch == 2 else {"layer4", "layer3", "layer2", "layer1"})
+        # The norms' weights learn all the same.
+        assert "backbone.layer4.0.bn2.weight" in changed
+        dropout = [module for module in model.head if isinstance(module, torch.nn.Dropout)]
+        assert dropout[0].training
+
+
+@pytest.mark.parametrize(
     "backbone", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit", "densenet121", "vgg11_bn"]
 )
 def test_stages_hold_each_parameter_once_in_the_networks_order(backbone):
@@ -141,6 +216,8 @@ def test_what_is_given_free_learns_at_its_own_rate():
     ("changes", "message"),
     [
         ({"unfreeze_every": 1}, "unfreeze_every is 1, but nothing is frozen: set frozen_backbone=True"),
+        ({"thawed_statistics": False}, "thawed_statistics is False, but no statistics are frozen first"),
+        ({"hidden": -1}, "hidden is -1, wanted at least 0"),
         ({"mixup": -0.1}, "mixup is -0.1, wanted at least 0"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0, wanted at least 0 and below 1"),
     ],
@@ -148,6 +225,56 @@ def test_what_is_given_free_learns_at_its_own_rate():
 def test_settings_that_mean_nothing_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         StudyClassifier(override(RECIPE, **changes))
+
+
+EXCLUSIVE = FindingsRecipe(backbone="test_resnet", channels=1, image_size=32, hidden=0, multi_label=False)
+COVID = ["COVID-19", "not COVID-19"]
+
+
+def test_one_logit_is_the_softmax_of_it_and_nothing():
+    torch.manual_seed(0)
+    model = FindingsClassifier(override(EXCLUSIVE, one_logit=True), COVID).eval()
+    logits = model(model.normalise(torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)))
+    assert logits.shape == (3, 1) and model.head[-1].out_features == 1 and model.answers == 2
+    found = model.probabilities(logits)
+    assert torch.allclose(found[:, 0], logits[:, 0].sigmoid()) and torch.allclose(found.sum(dim=1), torch.ones(3))
+    assert torch.allclose(found, torch.stack([logits[:, 0], torch.zeros(3)], dim=1).softmax(dim=1))
+    # The cross entropy over both is the binary one of the first class.
+    label = torch.eye(2)[[0, 1, 0]]
+    binary = functional.binary_cross_entropy_with_logits(logits[:, 0], label[:, 0])
+    assert torch.allclose(functional.cross_entropy(model.class_logits(logits), label), binary)
+
+
+@pytest.mark.parametrize(
+    ("changes", "classes", "message"),
+    [
+        ({"one_logit": True}, ["a", "b", "c"], "one_logit answers 2 classes, and there are 3: a, b, c; set it to False"),
+        (
+            {"one_logit": True, "class_weights": True, "multi_label": True},
+            COVID,
+            "one_logit=True and class_weights=True: only for classes of which exactly one is true; set multi_label=False",
+        ),
+        ({"judged_by": "macro_f1", "multi_label": True}, COVID, "judged_by='macro_f1': only for classes"),
+        ({"auxiliary": 0.4}, COVID, "auxiliary is 0.4, the weight of .* an inception_v3 that learns, not of test_resnet"),
+        ({"auxiliary": 0.4, "backbone": "inception_v3", "frozen_backbone": True}, COVID, "not of a frozen inception_v3"),
+    ],
+)
+def test_settings_that_do_not_go_with_the_classes_are_refused(changes, classes, message):
+    with pytest.raises(ValueError, match=message):
+        check_classes(override(EXCLUSIVE, **changes), classes)
+
+
+def test_inceptions_auxiliary_head_answers_the_same_classes_and_prediction_does_not_compute_it():
+    torch.manual_seed(0)
+    recipe = override(EXCLUSIVE, backbone="inception_v3", channels=3, image_size=299, auxiliary=0.4)
+    model = FindingsClassifier(recipe, ["a", "b", "c"]).eval()
+    x = model.normalise(torch.randint(0, 256, (1, 299, 299), dtype=torch.uint8))
+    with torch.inference_mode():
+        logits, beside = model.with_auxiliary(x)
+        assert logits.shape == beside.shape == (1, 3) and not torch.allclose(logits, beside)
+        model.backbone.AuxLogits.register_forward_hook(lambda *_: pytest.fail("the auxiliary head was computed"))
+        assert torch.allclose(model(x), logits, atol=1e-5)
+    assert size(model.backbone.AuxLogits) == 27_161_264 - 23_834_568 - 769 * (1000 - 3)  # timm's with and without it
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit", "squeezenet1_1"])
