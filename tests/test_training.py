@@ -55,6 +55,17 @@ def test_an_epochwise_schedule_is_a_staircase():
     assert learning_rate_factor(244, 245, every_other) == pytest.approx(0.54631, abs=1e-5)  # t = 17
 
 
+@pytest.mark.parametrize("an_epoch", [1, 7])
+def test_a_step_schedule_falls_after_its_milestones(an_epoch):
+    # UNet + HRNet paper, Table 5: a tenth at 30, 60 and 90; FLANNEL's: at 150 of 200.
+    for epochs, milestones in ((100, (30, 60, 90)), (200, (150,))):
+        stepped = override(RECIPE, schedule="step", milestones=milestones, epochs=epochs)
+        for step in range(epochs * an_epoch):
+            over = sum(step // an_epoch >= milestone for milestone in milestones)
+            assert learning_rate_factor(step, epochs * an_epoch, stepped) == pytest.approx(0.1**over)
+    assert learning_rate_factor(999, 1000, override(RECIPE, schedule="step")) == 1
+
+
 @given(st.integers(1, 20), st.integers(1, 20), st.floats(0, 5), st.integers(0, 4))
 def test_the_learning_rate_stays_in_bounds_and_falls_after_the_warm_up(epochs, an_epoch, warmup_epochs, every):
     drawn = override(RECIPE, epochs=epochs, warmup_epochs=min(warmup_epochs, float(epochs)), schedule_every=every)
@@ -106,6 +117,12 @@ def test_biases_and_norms_do_not_decay_and_what_is_frozen_is_left_out():
 def test_an_optimizer_is_the_one_that_is_named(name, kind):
     optimizer = make_optimizer(torch.nn.Linear(2, 1), override(RECIPE, optimizer=name, learning_rate=0.01))
     assert type(optimizer) is kind and {group["lr"] for group in optimizer.param_groups} == {0.01}
+
+
+def test_momentum_is_the_recipes():
+    for momentum in (0.8, 0.0):
+        (group,) = make_optimizer(torch.nn.Linear(2, 1, bias=False), override(FLAT, momentum=momentum)).param_groups
+        assert group["momentum"] == momentum and group["nesterov"] == (momentum > 0)
 
 
 def test_adam_steps_as_kingma_and_ba_have_it():
@@ -278,6 +295,39 @@ def test_half_precision_leaves_weights_and_average_in_full(tmp_path, monkeypatch
     assert module.judged_weights[-1] < module.judged_weights[0] < 1
     full, _ = train_slope(tmp_path / "full", override(FLAT, ema_decay=0.9))
     assert module.judged_weights == pytest.approx(full.judged_weights, abs=0.02)
+
+
+STEPPED = override(FLAT, schedule="step", milestones=(1, 3), step_factor=0.5, momentum=0.8)
+
+
+def test_a_resumed_step_schedule_equals_an_uninterrupted_one_and_its_closed_form(tmp_path):
+    whole, fitted = train_slope(tmp_path / "whole", STEPPED)
+    # By hand: the gradient of w^2 / 2 is w; Nesterov SGD 0.8; half the rate after one epoch, a quarter after three.
+    weight, momentum, expected = 1.0, 0.0, []
+    for rate in (0.1, 0.05, 0.05, 0.025):
+        for _ in range(6):
+            expected.append(weight)
+            momentum = 0.8 * momentum + weight
+            weight -= rate * (expected[-1] + 0.8 * momentum)
+    assert whole.seen == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for number, dies_at in enumerate([(1, 0), (3, 2)]):
+        with pytest.raises(ConnectionError):
+            train_slope(tmp_path / str(number), STEPPED, dies_at=dies_at)
+        resumed, again = train_slope(tmp_path / str(number), STEPPED)
+        assert torch.equal(resumed.model.weight, whole.model.weight)
+        assert again.history.learning_rate.tolist() == fitted.history.learning_rate.tolist()
+
+
+def test_the_penalty_is_the_sum_of_absolute_weights_that_learn():
+    module = Slope(override(FLAT, l1=0.5))
+    module.model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    module.model[0].weight.data = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
+    module.model[0].bias.data = torch.tensor([-0.5, 0.5])
+    module.model[1].requires_grad_(False)
+    penalty = module.penalty()
+    assert penalty.item() == 0.5 * (1 + 2 + 3 + 4 + 0.5 + 0.5)
+    penalty.backward()
+    assert torch.equal(module.model[0].weight.grad, 0.5 * torch.tensor([[1.0, -1.0], [1.0, -1.0]]))
 
 
 class Told(Slope):
