@@ -20,7 +20,8 @@ FLOORS = {
     "judging": "submission scoring fusion stacking runs annotation_files pseudo_labels tuning reports heidelberg_report "
     "detection_report findings_report "
     "classification_report classification_bootstrap "
-    "reported_counts published_tables lungs_report figures study_figures findings_figures lungs_figures",
+    "reported_counts published_tables lungs_report figures study_figures findings_figures "
+    "classification_figures lungs_figures",
     "delivering": "validate install_wheels submit run_notebook plan plan_graph run_planned run_plan run_listing leaderboard "
     "kernel_spec wheels kernel_start kernel push stand_in sandbox rehearse demo __main__",
 }
