@@ -96,12 +96,13 @@ class Predictor:
         for xray in stream:
             xrays.append(xray)
             if len(xrays) >= self.fitted.size:
-                yield self._batch(xrays)
+                yield self.canvases(xrays)
                 xrays = []
         if xrays:
-            yield self._batch(xrays)
+            yield self.canvases(xrays)
 
-    def _batch(self, xrays: list[CachedXray]) -> Batch:
+    def canvases(self, xrays: list[CachedXray]) -> Batch:
+        """What the model sees of these X-rays."""
         lungs = [Lungs(None)] * len(xrays)
         if self._finder is not None:
             lungs = seen_lungs(self._finder, xrays, self._masked)
