@@ -13,10 +13,10 @@ FLOORS = {
     "diagnoses covid_chestxray kermany read_dataset pooled_dataset near_duplicates folds coco yolo_labels phantom_patients "
     "phantom phantom_plan phantom_folder phantom_competition phantom_rsna phantom_nih phantom_lungs phantom_diagnoses",
     "models": "device bundle lungs lung_crop run_record squeezenet starting_weights box_mask classifier faster_rcnn yolo "
-    "patches unet resunet fc_densenet segmenter flannel",
-    "running": "read_ahead fitted_batches kill_family deadline training_run data_parallel xray_dataset "
+    "fitted_batches patches patch_classifier unet resunet fc_densenet segmenter flannel",
+    "running": "read_ahead kill_family deadline training_run data_parallel xray_dataset "
     "segment_lungs lungs_once mask_dataset predict training batch_mixing classifier_training train_study train_findings "
-    "train_lungs apply_lungs train_faster_rcnn train_yolo train_detector train_folds nested",
+    "train_lungs apply_lungs train_faster_rcnn train_yolo train_detector train_flannel train_folds nested",
     "judging": "submission scoring fusion stacking runs annotation_files pseudo_labels tuning reports heidelberg_report "
     "detection_report findings_report data_sheet "
     "classification_report classification_bootstrap "
