@@ -1,4 +1,4 @@
-"""A findings run's outputs, the loss, unknown labels, test images, exact resume, and what is refused."""
+"""A findings run's outputs, the loss, unknown labels, exclusive classes, test images, exact resume, what is refused."""
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from kitlib.bundle import read_bundle
 from kitlib.classes import STUDY_CLASSES
-from kitlib.classifier import StudyClassifier
+from kitlib.classifier import FindingsClassifier, StudyClassifier
+from kitlib.exclusive_classes import class_weights, exclusive_scores
 from kitlib.named_recipes import RECIPES
 from kitlib.recipes import FindingsRecipe, StudyRecipe
 from kitlib.roc_auc import mean_auc
@@ -150,6 +151,83 @@ def test_exactly_one_class_is_learnt_as_such(tmp_path):
     several.labels.loc[0, FINDINGS] = 1.0
     with pytest.raises(ValueError, match=r'1 labels do not sum to 1, first study000; .*"multi_label": true'):
         train(tmp_path / "several", several, recipe=override(RECIPE, multi_label=False))
+
+
+EXCLUSIVE = override(
+    RECIPE, multi_label=False, judged_by="macro_f1", hidden=0, dropout=0.0, epochs=8, learning_rate=1e-2, batch_size=8
+)
+
+
+def test_a_learner_of_exclusive_classes_learns_and_scores_its_own_images_where_asked(tmp_path):
+    small = SmallFindings(32)
+    recipe = override(EXCLUSIVE, one_logit=True, class_weights=True, normalisation="half", l1=1e-5)
+    run = train(tmp_path, small, recipe, in_sample=True)
+    assert run.metrics["best"]["score"] > 0.7  # of a constant answer at most 0.4, of chance 0.5
+    assert run.class_scores[FINDINGS].sum(axis=1).to_numpy() == pytest.approx(np.ones(12), abs=1e-6)
+    assert set(run.training_scores.image_id) == set(small.fold_table.id[small.fold_table.fold != 1])
+    assert not set(run.training_scores.image_id) & set(run.class_scores.image_id)
+    assert run.metrics["classes_without_images"] == {"training": [], "validation": []}
+    # The kept epoch's score again, from the table; the images of the fold are told by the most probable class.
+    studies = small.images.set_index("image_id").study_id[run.class_scores.image_id]
+    truth = small.labels.set_index("id").loc[studies, FINDINGS].to_numpy()
+    again = exclusive_scores(truth, run.class_scores[FINDINGS].to_numpy(), FINDINGS, "macro_f1")
+    assert again == pytest.approx({name: run.metrics["best"][name] for name in again}, abs=1e-6)
+    # A finished run is asked for what it has not said yet.
+    (tmp_path / "tables" / "training_scores.parquet").unlink()
+    assert train(tmp_path, small, recipe).training_scores.empty
+    pd.testing.assert_frame_equal(train(tmp_path, small, recipe, in_sample=True).training_scores, run.training_scores)
+
+
+def test_a_fold_without_a_class_is_trained_on_judged_by_the_others_and_counted(tmp_path):
+    small = SmallFindings(32)
+    small.labels["Edema"] = 0.0  # nobody has it
+    recipe = override(EXCLUSIVE, epochs=1, class_weights=True)
+    run = train(tmp_path, small, recipe)
+    metrics = run.metrics
+    assert metrics["classes_without_images"] == {"training": ["Edema"], "validation": ["Edema"]}
+    assert np.isfinite(metrics["best"]["score"]) and run.history.Edema.isna().all()
+
+
+def test_what_does_not_go_with_the_classes_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"judged_by='macro_f1': only for classes .* set multi_label=False"):
+        train(tmp_path, recipe=override(RECIPE, judged_by="macro_f1"))
+    small = SmallFindings(32)
+    small.labels["Edema"] = 0.0
+    with pytest.raises(ValueError, match="one_logit answers 2 classes, and there are 3"):
+        train(tmp_path, small, recipe=override(EXCLUSIVE, one_logit=True))
+    assert not list(tmp_path.iterdir())
+
+
+class OneBatch:
+    """A validation data set's truth, for a training that is never run."""
+
+    label = np.eye(2)[[0, 1, 1, 1]]
+
+    def __len__(self):
+        return 4
+
+
+def test_the_loss_of_a_batch_has_its_weights_its_auxiliary_head_and_its_penalty(monkeypatch):
+    torch.manual_seed(0)
+    model = FindingsClassifier(override(EXCLUSIVE, l1=0.25), FINDINGS)
+    training = FindingsTraining(model, OneBatch(), class_weights(OneBatch.label))
+    monkeypatch.setattr(training, "log", lambda *_, **__: None)
+    batch = {"pixels": torch.randint(0, 256, (4, 32, 32), dtype=torch.uint8), "label": torch.tensor(OneBatch.label).float()}
+    model.eval()
+    logits = model(model.normalise(batch["pixels"]))
+    # Weights 4 / (2 x 1) and 4 / (2 x 3); the mean over the four images.
+    each = functional.cross_entropy(logits, torch.tensor([0, 1, 1, 1]), reduction="none")
+    data = (2 * each[0] + each[1:].sum() * 2 / 3) / 4
+    torch.testing.assert_close(training.training_loss(batch), data)
+    weights = sum(each.abs().sum() for each in model.parameters())
+    torch.testing.assert_close(training.training_step(batch, 0), data + 0.25 * weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "with_auxiliary", lambda x: (model(x), torch.zeros(4, 2)), raising=False)
+        patch.setattr(
+            training, "recipe", override(FindingsRecipe(backbone="inception_v3", multi_label=False), auxiliary=0.4)
+        )
+        # An undecided second head costs the logarithm of 2 an image, and weights are 1 on average.
+        torch.testing.assert_close(training.training_loss(batch), data + 0.4 * np.log(2))
 
 
 def test_images_with_unknown_labels_are_trained_on_and_not_counted(tmp_path):
