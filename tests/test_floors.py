@@ -12,7 +12,7 @@ FLOORS = {
     "lung_box intensity mask_store darwin_json dataset mask_file siim nih rsna jsrt tb_lungs darwin "
     "diagnoses covid_chestxray kermany read_dataset pooled_dataset near_duplicates folds coco yolo_labels phantom_patients "
     "phantom phantom_plan phantom_folder phantom_competition phantom_rsna phantom_nih phantom_lungs phantom_diagnoses",
-    "models": "device bundle lungs lung_crop run_record squeezenet starting_weights box_mask classifier faster_rcnn yolo "
+    "models": "device bundle lungs lung_crop canvas run_record squeezenet starting_weights box_mask classifier faster_rcnn yolo "
     "fitted_batches patches patch_classifier unet resunet fc_densenet segmenter flannel",
     "running": "read_ahead kill_family deadline training_run data_parallel xray_dataset "
     "segment_lungs lungs_once mask_dataset predict training batch_mixing classifier_training train_study train_findings "
