@@ -1,4 +1,4 @@
-"""Notebook 10 on a set of lung masks: what a segmenter reads lies beside the decoded copy, what is broken in faults.csv."""
+"""Notebook 10 on sets of lung masks and of diagnoses: what later stages read, what is put aside, what is flagged."""
 
 import numpy as np
 import pandas as pd
@@ -6,6 +6,7 @@ import pandas as pd
 from kitlib.cache import XrayCache
 from kitlib.mask_store import MaskStore
 from kitlib.paths import project_root
+from kitlib.phantom_diagnoses import plan_diagnoses, write_covid_chestxray, write_kermany
 from kitlib.phantom_lungs import write_lungs
 from kitlib.run_notebook import run_notebook
 from kitlib.runs import read_metrics, read_prepared
@@ -34,3 +35,33 @@ def test_masks_lie_beside_the_decoded_copy(tmp_path):
     # A mask that cannot be read is there, and of no use.
     assert (metrics["masks"], metrics["masked"], metrics["mask_faults"]) == (6, 5, 1)
     assert (run / "figures" / "examples.png").is_file()
+
+
+def test_two_sets_as_one_with_a_test_set_put_aside_and_folds_by_source(tmp_path):
+    parts = {"seed": 4, "images": 30, "side": 48, "progress": False}
+    children, adults = write_kermany(tmp_path, **parts), write_covid_chestxray(tmp_path, **parts)
+    run = tmp_path / "run"
+    parameters = {"dataset": "kermany", "competition": str(children), "pool": {"covid_chestxray": str(adults)}}
+    parameters |= {"classes": "flannel", "run_folder": str(run), "longest_side": 48, "folds_by": "source", "test_share": 0.2}
+    run_notebook(NOTEBOOK, tmp_path / "10.ipynb", parameters | {"workers": 1}, run / "metrics.json")
+    tables, metrics = read_prepared(run), read_metrics(run)
+    images, folds = tables["images"], tables["folds"]
+    assert list(tables["labels"]) == ["id", "COVID-19", "viral", "bacterial", "normal"]
+    assert set(folds.id) == set(images.image_id[images.split == "train"])
+    placed = folds.merge(images, left_on="id", right_on="image_id")
+    assert placed.groupby("source").fold.unique().map(list).to_dict() == {"ieee8023": [0], "kermany": [1]}
+    assert (metrics["n_folds"], metrics["folds_by"], metrics["classes"]) == (2, "source", "flannel")
+    # 29 and 29 images are readable; each set's phantoms have one image of a patient again as another's.
+    assert abs((images.split == "test").mean() - 0.2) < 0.05
+    again = plan_diagnoses("covid_chestxray", 30, seed=4)
+    place = next(index for index, image in enumerate(again) if image.again)
+    ids = [f"phantom-{image.patient:04d}-{image.follow_up}" for image in again[place - 1 : place + 1]]
+    assert len(set(images.set_index("image_id").split[ids])) == 1
+    flags = pd.read_csv(run / "data_sheet" / "flags.csv")
+    assert metrics["data_sheet_flags"] == len(flags)
+    assert ("one source", "COVID-19") in set(zip(flags.kind, flags.which, strict=True))
+    assert pd.read_csv(run / "data_sheet" / "source.csv").drop(columns="class").to_numpy().sum() == len(images)
+    assert (run / "figures" / "data_sheet.png").is_file()
+    # What the scheme has no class for, and what could not be read.
+    faults = pd.read_csv(run / "faults.csv")
+    assert faults.problem.str.contains("no class for").sum() == 2 and faults.file.str.startswith("kermany: ").sum() == 1
