@@ -12,11 +12,12 @@ import pandas as pd
 
 from kitlib.classification_bootstrap import intervals
 from kitlib.classification_report import Judged
+from kitlib.reported_counts import check_table
 
 
 @dataclass(frozen=True)
 class PublishedTable:
-    """One table: `rows` has a row a model, NaN where nothing is printed; `spread` the printed standard deviations or {}."""
+    """One table: `rows` has a row a model, NaN where nothing is printed; `spread` the standard deviations, if any."""
 
     title: str  # document and number
     rows: pd.DataFrame
@@ -24,6 +25,7 @@ class PublishedTable:
     protocol: str  # how it was split, chosen and averaged
     faults: str  # why a figure may not mean what it says; empty: nothing known
     spread: pd.DataFrame | None = None
+    counts: tuple[int, int] | None = None  # positives and negatives behind each row, where the rows are single tests
 
 
 def _percent(columns: tuple[str, ...], rows: dict[str, tuple[float, ...]]) -> pd.DataFrame:
@@ -96,6 +98,7 @@ TABLES = {
         _HRNET_DATA,
         _HRNET_PROTOCOL,
         _NPV,
+        counts=(41, 50),
     ),
     "hrnet": PublishedTable(
         "UNet + HRNet, Table 7",
@@ -111,6 +114,7 @@ TABLES = {
         _HRNET_DATA,
         f"{_HRNET_PROTOCOL}; the baselines are of one fold, their best",
         _NPV,
+        counts=(41, 50),
     ),
     "ensemble_three": PublishedTable(
         "ResUNet + ensembles, section 4.1 and Table 6, three classes",
@@ -143,6 +147,18 @@ TABLES = {
         "A fifth is 170 images: 95 % of such accuracies lie within 6 points of the true one.",
     ),
 }
+
+
+def check_counts(table: PublishedTable) -> pd.DataFrame:
+    """Whether each row can come from the counts behind it: see `kitlib.reported_counts.check_table`; without rows of means.
+
+    Empty for a table whose counts are not known.
+    """
+    if table.counts is None:
+        return pd.DataFrame()
+    single = table.rows[["mean" not in name for name in table.rows.index]]
+    percent = (single * 100).round(2).rename(columns=lambda name: name.partition(" ")[0])
+    return check_table(percent, *table.counts)
 
 
 class UnknownTable(ValueError):

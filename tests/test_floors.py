@@ -19,7 +19,7 @@ FLOORS = {
     "train_lungs apply_lungs train_faster_rcnn train_yolo train_detector train_flannel train_folds nested",
     "judging": "submission scoring fusion stacking ensembles runs annotation_files pseudo_labels tuning reports heidelberg_report "
     "detection_report findings_report data_sheet "
-    "classification_report classification_bootstrap "
+    "classification_report classification_bootstrap classification_runs "
     "reported_counts published_tables lungs_report figures study_figures findings_figures "
     "classification_figures heat_maps lungs_figures",
     "delivering": "validate install_wheels submit run_notebook plan plan_graph run_planned run_plan run_listing leaderboard "
