@@ -11,7 +11,6 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-import papermill
 import yaml
 
 from kitlib.paths import project_root
@@ -341,6 +340,8 @@ def _filled(value: Any, names: Mapping[str, Any]) -> Any:
 def _key(step: Step, stated: list[Any], needs: list[str]) -> str:
     parameters, command, result = stated
     if step.notebook:
+        import papermill  # a process that does one command of a plan does not wait for it
+
         path = project_root() / "notebooks" / f"{step.notebook}.ipynb"
         known = papermill.inspect_notebook(str(path)).items()
         parameters = {name: ast.literal_eval(told["default"]) for name, told in known} | parameters

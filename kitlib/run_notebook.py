@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import papermill
 import yaml
 
 from kitlib.atomic import write_text
@@ -32,6 +31,8 @@ class NotebookFailed(RuntimeError):
 
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
     """Raise ValueError if the notebook's `parameters` cell does not have one of these names."""
+    import papermill  # a process that does one command of a plan does not wait for it
+
     known = papermill.inspect_notebook(str(notebook))
     unknown = sorted(set(parameters) - set(known))
     if unknown:
