@@ -31,7 +31,8 @@ def finder_for(recipe_lungs: str, given: LungFinder | None) -> LungFinder:
 def looks_at_lungs(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
     """Whether a model of `recipe`, as a bundle's record has it, asks where the lungs are; `views` instead of its own."""
     shown = views or recipe.get("views") or ("full",)
-    return recipe.get("masked", False) or any(VIEWS[view][0] == "lungs" for view in shown if view in VIEWS)
+    by_mask = recipe.get("masked", False) or recipe.get("probe") == "outside_lungs"
+    return by_mask or any(VIEWS[view][0] == "lungs" for view in shown if view in VIEWS)
 
 
 def wants_masks(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
@@ -54,7 +55,7 @@ def check_finder(recipe: TrainingRecipe, given: LungFinder | None, model: str) -
 
 
 def seen_lungs(finder: LungFinder, xrays: Sequence[CachedXray], masked: bool) -> list[Lungs]:
-    """What a model takes of what is found: where it is `masked` and an image has no mask, nothing, and otherwise no mask."""
+    """What a model takes of what is found: where it wants masks and an image has none, nothing, and otherwise no mask."""
     found = finder.find(xrays)
     if not masked:
         return [Lungs(lungs.frame) for lungs in found]

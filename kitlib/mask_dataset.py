@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import albumentations
-import cv2
 import numpy as np
 import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
+from kitlib.augmentation import MaskAugmentation
 from kitlib.cache import CachedXray, XrayCache
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.device import derived_seed
@@ -95,67 +94,3 @@ def collate_masks(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacked `pixels` and `truth` (n, side, side), and `index` (n,)."""
     batch = {name: torch.stack([each[name] for each in examples]) for name in ("pixels", "truth")}
     return batch | {"index": torch.tensor([each["index"] for each in examples])}
-
-
-class MaskAugmentation:
-    """What a recipe does to a training canvas and its mask: turns both alike, then changes the pixels alone.
-
-    Around a turned or smaller image all is black, and no structure. Table 3 of the UNet + HRNet paper, and sections 4.1 of
-    ResUNet + ensembles, as `unet_lungs` and `resunet_lungs` give them. Raises ValueError for probabilities that are none.
-    """
-
-    def __init__(self, recipe: SegmenterRecipe) -> None:
-        for name in ("horizontal_flip", "vertical_flip", "turn_p", "shear_p", "brightness_contrast_p", "salt_pepper_p"):
-            _check_probability(recipe, name)
-        for name in ("blur_p", "noise_p"):
-            _check_probability(recipe, name)
-        self.geometry = albumentations.Compose(_moving(recipe))
-        self.pixels = albumentations.Compose(_grey_changes(recipe))
-
-    def __call__(self, pixels: np.ndarray, truth: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Both uint8 (side, side), changed as `seed` alone decides; the arguments stay."""
-        self.geometry.set_random_seed(seed)
-        self.pixels.set_random_seed(derived_seed(seed, 1))
-        moved = self.geometry(image=pixels, mask=truth)
-        return self.pixels(image=moved["image"])["image"], moved["mask"]
-
-
-def _check_probability(recipe: SegmenterRecipe, name: str) -> None:
-    if not 0 <= getattr(recipe, name) <= 1:
-        raise ValueError(f"recipe.{name} is {getattr(recipe, name)}, wanted a probability, 0..1")
-
-
-def _moving(recipe: SegmenterRecipe) -> list[albumentations.BasicTransform]:
-    moving = [albumentations.HorizontalFlip(p=recipe.horizontal_flip), albumentations.VerticalFlip(p=recipe.vertical_flip)]
-    border = {"border_mode": cv2.BORDER_CONSTANT, "fill": 0, "fill_mask": 0, "mask_interpolation": cv2.INTER_NEAREST}
-    side_ways = (-recipe.shift, recipe.shift)
-    moving.append(
-        albumentations.Affine(
-            scale={"x": recipe.scale_x, "y": recipe.scale_y},
-            translate_percent={"x": side_ways, "y": side_ways},
-            rotate=(-recipe.rotate_degrees, recipe.rotate_degrees),
-            p=recipe.turn_p,
-            **border,
-        )
-    )
-    if recipe.shear_p:
-        sheared = {"x": (-recipe.shear_degrees, recipe.shear_degrees), "y": (0.0, 0.0)}
-        moving.append(albumentations.Affine(shear=sheared, p=recipe.shear_p, **border))
-    return moving
-
-
-def _grey_changes(recipe: SegmenterRecipe) -> list[albumentations.BasicTransform]:
-    changes, strength = [], recipe.brightness_contrast
-    low, high = recipe.gamma_drawn
-    if (low, high) != (1.0, 1.0):
-        changes.append(albumentations.RandomGamma(gamma_limit=(100 * low, 100 * high), p=1.0))
-    if strength:
-        changes.append(albumentations.RandomBrightnessContrast(strength, strength, p=recipe.brightness_contrast_p))
-    if recipe.salt_pepper_p:
-        amount = (recipe.salt_pepper, recipe.salt_pepper)
-        changes.append(albumentations.SaltAndPepper(amount=amount, p=recipe.salt_pepper_p))
-    if recipe.blur_p:
-        changes.append(albumentations.GaussianBlur(blur_limit=(11, 11), sigma_limit=(0.5, 0.5), p=recipe.blur_p))
-    if recipe.noise_p:
-        changes.append(albumentations.GaussNoise(std_range=(recipe.noise, recipe.noise), p=recipe.noise_p))
-    return changes

@@ -12,11 +12,12 @@ import torch
 from kitlib import classifier
 from kitlib.bundle import BundleError, read_bundle
 from kitlib.cache import CachedXray
+from kitlib.canvas import canvas_of
 from kitlib.classes import STUDY_CLASSES
 from kitlib.device import autocast, pick_device
 from kitlib.fitted_batches import FittedBatches
 from kitlib.geometry import PLACEMENTS, Placement, clip_boxes, flip_boxes
-from kitlib.lung_crop import crop, finder_for, looks_at_lungs, only_lungs, seen_lungs, wants_masks
+from kitlib.lung_crop import crop, finder_for, looks_at_lungs, seen_lungs, wants_masks
 from kitlib.lungs import LungFinder, Lungs
 from kitlib.read_ahead import ahead
 from kitlib.recipes import VIEWS
@@ -45,7 +46,7 @@ class Predictor:
 
     `views` (keys of VIEWS; by default those of the model's recipe) are averaged: probabilities by their mean, boxes, brought
     back to the original, by weighted box fusion into one list. `lungs` finds the lungs, batch by batch, for a recipe whose
-    lungs are "masks" (see kitlib.lung_crop). Where they are not found, frame or, for a masked recipe, mask, the image is
+    lungs are "masks" (see kitlib.lung_crop). Where they are not found, frame or, where the mask counts, mask, the image is
     seen whole and as it is; `lungs_missed` counts how often, among the images of `seen`.
     """
 
@@ -70,12 +71,13 @@ class Predictor:
         if unknown or len(set(self.views)) < len(self.views):
             raise ValueError(f"{self.model}: views {list(self.views)}; there are, each once: {', '.join(VIEWS)}")
         self._canvas_names = sorted({VIEWS[view][0] for view in self.views})
-        self._masked, found_by = recipe.get("masked", False), recipe.get("lungs", "darkness")
+        # A detector may look at a larger canvas than it was trained on.
+        self._canvas = canvas_of(recipe, recipe.get("inference_size") or record["image_size"])
+        found_by = recipe.get("lungs", "darkness")
         self._finder = finder_for(found_by, lungs) if looks_at_lungs(recipe, self.views) else None
         self.wants_masks = wants_masks(recipe, self.views)
         self.segmenter = record.get("architecture", {}).get("segmenter", "")  # whose lungs it was trained on
         self._outputs = recipe.get("outputs", "both")
-        self._side = recipe.get("inference_size") or record["image_size"]
         self._place = PLACEMENTS[record["placement"]]
 
     def predict(self, stream: Iterable[CachedXray]) -> Iterator[pd.DataFrame]:
@@ -105,21 +107,20 @@ class Predictor:
         """What the model sees of these X-rays."""
         lungs = [Lungs(None)] * len(xrays)
         if self._finder is not None:
-            lungs = seen_lungs(self._finder, xrays, self._masked)
-        placements = {
-            name: [
-                crop(self._place, each.frame if name == "lungs" else None, xray.rows, xray.columns, self._side)
-                for xray, each in zip(xrays, lungs, strict=True)
-            ]
-            for name in self._canvas_names
-        }
-        shown = [only_lungs(xray.pixels, each.mask) for xray, each in zip(xrays, lungs, strict=True)]
+            lungs = seen_lungs(self._finder, xrays, self._canvas.needs_mask)
+        frames = {"full": [None] * len(xrays), "lungs": [each.frame for each in lungs]}
+        placements = {name: list(map(self._placement, xrays, frames[name])) for name in self._canvas_names}
+        shown = [self._canvas.grey(xray.pixels, each.mask) for xray, each in zip(xrays, lungs, strict=True)]
         pixels = {
-            name: torch.from_numpy(np.stack([place.image(each) for place, each in zip(places, shown, strict=True)]))
+            name: torch.from_numpy(np.stack(list(map(self._canvas.lay, shown, places))))
             for name, places in placements.items()
         }
         missed = sum(each.frame is None for each in lungs) if self._finder is not None else 0
         return Batch([xray.image_id for xray in xrays], placements, pixels, missed)
+
+    def _placement(self, xray: CachedXray, frame: np.ndarray | None) -> Placement:
+        """Where the image, or its frame, lies on the square that the model sees."""
+        return self._canvas.middle(crop(self._place, frame, xray.rows, xray.columns, self._canvas.whole))
 
     def _probabilities(self, batch: Batch) -> pd.DataFrame:
         found = np.mean([self.fitted(self._classified, pixels) for pixels, _ in self._seen_by(batch)], axis=0)

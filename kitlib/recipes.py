@@ -118,6 +118,11 @@ class TrainingRecipe:
             raise RecipeError(
                 f"canvas is {self.canvas}, of which {self.image_size} pixels a side are to be seen; set it larger, or 0"
             )
+        if self.probe == "border" and self.canvas > self.image_size:
+            raise RecipeError(
+                f'probe is "border", of which the middle {self.image_size} of a canvas of {self.canvas} show nothing: set '
+                "canvas=0"
+            )
         if self.probe == "outside_lungs" and (self.lungs != "masks" or self.masked):
             raise RecipeError(
                 'probe is "outside_lungs", where the mask of the lungs is black: set lungs="masks", masked=False'

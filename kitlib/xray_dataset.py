@@ -1,7 +1,6 @@
 """Cached X-rays as training examples: uint8 canvases, targets and augmentation that repeats exactly."""
 
 import mmap
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,15 +10,13 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# albumentations asks the network for its newest version, for up to ten seconds where there is none.
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-import albumentations
-
 from kitlib import data_parallel
+from kitlib.augmentation import Augmentation
 from kitlib.cache import CachedXray, XrayCache
+from kitlib.canvas import canvas_of
 from kitlib.device import derived_seed
-from kitlib.geometry import PLACEMENTS
-from kitlib.lung_crop import boxes_shown, crop, finder_for, only_lungs, seen_lungs
+from kitlib.geometry import PLACEMENTS, Placement
+from kitlib.lung_crop import boxes_shown, crop, finder_for, seen_lungs
 from kitlib.lungs import LungFinder, Lungs
 from kitlib.recipes import TrainingRecipe
 from kitlib.tables import BOX
@@ -45,8 +42,12 @@ class XrayDataset(Dataset):
 
     A recipe trained on "lungs" sees their frame in place of the whole image; one trained on "either" sees the one or the
     other as seed and key decide, and the whole for an index alone, as in validation. A masked one sees black outside of
-    their mask. `lungs` finds them where the recipe's lungs are "masks" (see kitlib.lung_crop). Where they are not found,
-    frame or, for a masked recipe, mask, the whole image is seen as it is; `lungs_missed` counts these.
+    their mask, and the probe "outside_lungs" black inside (see kitlib.canvas). `lungs` finds them where the recipe's lungs
+    are "masks" (see kitlib.lung_crop). Where they are not found, frame or, where the mask counts, mask, the whole image is
+    seen as it is; `lungs_missed` counts these.
+
+    Of a recipe's larger `canvas`, which is what is kept, training sees a square of image_size anywhere, and what is not
+    augmented the one in the middle.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class XrayDataset(Dataset):
         seed: int = 0,
         lungs: LungFinder | None = None,
     ) -> None:
-        self.cache, self.side, self.seed = cache, recipe.image_size, seed
+        self.cache, self.side, self.seed, self.canvas = cache, recipe.image_size, seed, canvas_of(recipe)
         self.image_ids = images.image_id.tolist()
         self.place = _placement(recipe)
         self.label = labels.set_index("id").reindex(images.study_id).to_numpy(np.float32)
@@ -75,18 +76,22 @@ class XrayDataset(Dataset):
                 raise ValueError(f"images, column none: wanted 0..1 or NaN, got {np.nanmin(told)} to {np.nanmax(told)}")
             self.none = np.where(np.isnan(told), self.none, told)
         self.augmentation = Augmentation(recipe) if augment else None
-        self.finder, self.masked, self.shown = finder_for(recipe.lungs, lungs), recipe.masked, SHOWN[recipe.trained_on]
-        self.frames = KeptFrames(len(self)) if recipe.masked or "lungs" in self.shown else None
-        fitting = min(len(self.shown), KEPT_BYTES // max(1, len(self) * self.side**2))
-        self.kept = KeptCanvases(fitting * len(self), self.side) if fitting else None
+        self.finder, self.shown = finder_for(recipe.lungs, lungs), SHOWN[recipe.trained_on]
+        self.frames = KeptFrames(len(self)) if self.canvas.needs_mask or "lungs" in self.shown else None
+        fitting = min(len(self.shown), KEPT_BYTES // max(1, len(self) * self.canvas.whole**2))
+        self.kept = KeptCanvases(fitting * len(self), self.canvas.whole) if fitting else None
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        pixels, boxes = self._canvas(index, self._drawn(key))
-        if self.augmentation is not None:
+        pixels, place = self._laid(index, self._drawn(key))
+        # Boxes are cut at the canvas's edges, and gone where less than a pixel a side is left.
+        if self.augmentation is None:
+            pixels, boxes = self.canvas.middle_of(pixels), boxes_shown(self.canvas.middle(place), self.boxes[index])
+        else:
+            boxes = boxes_shown(place, self.boxes[index])
             pixels, boxes = self.augmentation(pixels, boxes, derived_seed(self.seed, epoch, index))
         return {
             "pixels": torch.from_numpy(pixels),
@@ -108,9 +113,9 @@ class XrayDataset(Dataset):
         """The canvas of `shown` that the key shows."""
         return self.shown[derived_seed(self.seed, *key, 2) % len(self.shown) if isinstance(key, tuple) else 0]
 
-    def _canvas(self, index: int, canvas: str) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels and boxes on the canvas; boxes are cut at its edges, and gone where less than a pixel a side is left."""
-        looks = self.masked or canvas == "lungs"
+    def _laid(self, index: int, canvas: str) -> tuple[np.ndarray, Placement]:
+        """The whole canvas with the image on it, and where it lies there."""
+        looks = self.canvas.needs_mask or canvas == "lungs"
         kept_at = self.shown.index(canvas) * len(self) + index
         keeps = self.kept is not None and kept_at < len(self.kept.pixels)
         kept = self.kept.get(kept_at) if keeps else None
@@ -119,18 +124,18 @@ class XrayDataset(Dataset):
             rows, columns, lungs = xray.rows, xray.columns, self._lungs(index, xray) if looks else Lungs(None)
         else:
             (pixels, rows, columns), lungs = kept, self.frames.get(index) if looks else Lungs(None)
-        place = crop(self.place, lungs.frame if canvas == "lungs" else None, rows, columns, self.side)
+        place = crop(self.place, lungs.frame if canvas == "lungs" else None, rows, columns, self.canvas.whole)
         if kept is None:
-            pixels = place.image(only_lungs(xray.pixels, lungs.mask))
+            pixels = self.canvas.lay(self.canvas.grey(xray.pixels, lungs.mask), place)
             if keeps:
                 self.kept.put(kept_at, pixels, rows, columns)
-        return pixels, boxes_shown(place, self.boxes[index])
+        return pixels, place
 
     def _lungs(self, index: int, xray: CachedXray) -> Lungs:
         """What the recipe takes of the image's lungs. Frames are kept; masks, which are large, are found each time."""
-        if not self.masked and self.frames.asked[index]:
+        if not self.canvas.needs_mask and self.frames.asked[index]:
             return self.frames.get(index)
-        (lungs,) = seen_lungs(self.finder, [xray], self.masked)
+        (lungs,) = seen_lungs(self.finder, [xray], self.canvas.needs_mask)
         self.frames.put(index, lungs.frame)
         return lungs
 
@@ -238,73 +243,6 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     batch["boxes"] = [each["boxes"] for each in examples]
     batch["index"] = torch.tensor([each["index"] for each in examples])
     return batch
-
-
-class Augmentation:
-    """What a recipe does to a training canvas: mirrors and turns it with its boxes, then changes its pixels alone.
-
-    Turned and shifted images are black where nothing was. A turned box becomes the frame of its inscribed ellipse (Kalra
-    et al., Towards Rotation Invariance in Object Detection, 2021): that of its corners would be too large for round
-    findings. Cut-outs and erased rectangles are black, and hide no box from the loss. Raises ValueError for
-    probabilities that are none.
-    """
-
-    def __init__(self, recipe: TrainingRecipe) -> None:
-        names = ("horizontal_flip", "vertical_flip", "turn_p", "brightness_contrast_p", "sharpen_p", "blur_p", "cutouts_p")
-        for name in (*names, "erase_p"):
-            if not 0 <= getattr(recipe, name) <= 1:
-                raise ValueError(f"recipe.{name} is {getattr(recipe, name)}, wanted a probability, 0..1")
-        if recipe.sharpen_p + recipe.blur_p > 1:
-            raise ValueError(
-                f"recipe.sharpen_p {recipe.sharpen_p} and recipe.blur_p {recipe.blur_p} add to more than 1: an image is "
-                "sharpened or blurred, never both"
-            )
-        self.geometry = albumentations.Compose(
-            _moving(recipe),
-            bbox_params=albumentations.BboxParams("pascal_voc", label_fields=[], clip=True, min_width=1, min_height=1),
-        )
-        # Apart from the boxes, which albumentations' cut-outs would filter.
-        self.pixels = albumentations.Compose(_pixel_changes(recipe))
-
-    def __call__(self, pixels: np.ndarray, boxes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (side, side) and boxes (k, 4) in its pixels, changed as `seed` alone decides; the arguments stay."""
-        self.geometry.set_random_seed(seed)
-        self.pixels.set_random_seed(derived_seed(seed, 1))
-        moved = self.geometry(image=pixels, bboxes=boxes)
-        return self.pixels(image=moved["image"])["image"], np.asarray(moved["bboxes"], dtype=float).reshape(-1, 4)
-
-
-def _moving(recipe: TrainingRecipe) -> list[albumentations.BasicTransform]:
-    moving = [albumentations.HorizontalFlip(p=recipe.horizontal_flip), albumentations.VerticalFlip(p=recipe.vertical_flip)]
-    if recipe.rotate_degrees or recipe.shift:
-        side_ways = (-recipe.shift, recipe.shift)
-        moving.append(
-            albumentations.Affine(
-                translate_percent={"x": side_ways, "y": side_ways},
-                rotate=(-recipe.rotate_degrees, recipe.rotate_degrees),
-                rotate_method="ellipse",
-                border_mode=cv2.BORDER_CONSTANT,
-                fill=0,
-                p=recipe.turn_p,
-            )
-        )
-    return moving
-
-
-def _pixel_changes(recipe: TrainingRecipe) -> list[albumentations.BasicTransform]:
-    changes, strength, hole = [], recipe.brightness_contrast, max(1, recipe.image_size // 16)
-    if strength:
-        changes.append(albumentations.RandomBrightnessContrast(strength, strength, p=recipe.brightness_contrast_p))
-    if recipe.sharpen_p or recipe.blur_p:
-        # OneOf chooses by the share of each in the sum.
-        either = [albumentations.Sharpen(p=recipe.sharpen_p), albumentations.Blur(p=recipe.blur_p)]
-        changes.append(albumentations.OneOf(either, p=recipe.sharpen_p + recipe.blur_p))
-    if recipe.cutouts:
-        square = {"hole_height_range": (hole, hole), "hole_width_range": (hole, hole)}
-        changes.append(albumentations.CoarseDropout(num_holes_range=(1, recipe.cutouts), **square, p=recipe.cutouts_p))
-    if recipe.erase_p:
-        changes.append(albumentations.Erasing(scale=(0.01, 0.1), p=recipe.erase_p))
-    return changes
 
 
 def _placement(recipe: TrainingRecipe):

@@ -11,11 +11,12 @@ from small_masks import COLUMNS, ROWS, SmallMasks
 from torch.utils.data import DataLoader
 
 from kitlib import mask_dataset
+from kitlib.augmentation import MaskAugmentation
 from kitlib.cache import CachedXray
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.geometry import PLACEMENTS, letterbox
 from kitlib.intensity import adjusted
-from kitlib.mask_dataset import MaskAugmentation, MaskDataset, collate_masks, truth_on_canvas
+from kitlib.mask_dataset import MaskDataset, collate_masks, truth_on_canvas
 from kitlib.mask_store import MaskError, MaskStore
 from kitlib.named_recipes import RECIPES
 from kitlib.recipes import SegmenterRecipe

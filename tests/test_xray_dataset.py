@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from small_xrays import BOX, COLUMNS, RECIPE, ROWS, SmallXrays
 
 from kitlib import xray_dataset
+from kitlib.augmentation import Augmentation
 from kitlib.cache import CachedXray
 from kitlib.geometry import PLACEMENTS, within
 from kitlib.lungs import Lungs
 from kitlib.settings import override
-from kitlib.xray_dataset import Augmentation, EpochSampler, XrayDataset, batches
+from kitlib.xray_dataset import EpochSampler, XrayDataset, batches
 
 STILL = override(RECIPE, horizontal_flip=0.0, rotate_degrees=0.0, brightness_contrast=0.0)
 
