@@ -41,7 +41,7 @@ MASK_CONVENTIONS = ("lung_fields", "with_heart")
 RSNA_CLASSES = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")
 
 # What a reader of a set with one diagnosis an image may say of it. "pneumonia" is one of another kind, or of no known one;
-# "other" is any other finding.
+# "other" is anything else than the named ones.
 DIAGNOSES = ("COVID-19", "viral", "bacterial", "pneumonia", "normal", "other")
 
 # Scheme -> diagnosis -> class; a diagnosis that a scheme lacks has no place in it. A scheme's classes stand in the order in

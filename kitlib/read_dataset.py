@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pandas as pd
 
+from kitlib.bimcv import read_bimcv
 from kitlib.covid_chestxray import read_covid_chestxray
+from kitlib.covidgr import read_covidgr
+from kitlib.covidx import read_covidx
 from kitlib.darwin import read_darwin
 from kitlib.dataset import Dataset
 from kitlib.jsrt import read_jsrt
 from kitlib.kermany import read_kermany
 from kitlib.nih import read_nih
+from kitlib.ricord import read_ricord
 from kitlib.rsna import read_rsna
 from kitlib.siim import read_train
 from kitlib.tables import class_columns
@@ -26,6 +30,10 @@ READERS: dict[str, Callable[..., Dataset]] = {
     "darwin": read_darwin,
     "covid_chestxray": read_covid_chestxray,
     "kermany": read_kermany,
+    "covidx": read_covidx,
+    "covidgr": read_covidgr,
+    "ricord": read_ricord,
+    "bimcv": read_bimcv,
 }
 
 

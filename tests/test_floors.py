@@ -10,11 +10,12 @@ FLOORS = {
     "roc_auc exclusive_classes box_calibration overlap",
     "reading": "dicom_header grey codestream decoders stored_values dicom image_file dicom_writing decode_worker cache "
     "lung_box intensity mask_store darwin_json dataset mask_file siim nih rsna jsrt tb_lungs darwin "
-    "diagnoses covid_chestxray kermany read_dataset pooled_dataset near_duplicates folds coco yolo_labels phantom_patients "
-    "phantom phantom_plan phantom_folder phantom_competition phantom_rsna phantom_nih phantom_lungs phantom_diagnoses",
+    "diagnoses covid_chestxray kermany covidx covidgr ricord bimcv read_dataset pooled_dataset near_duplicates folds coco "
+    "yolo_labels phantom_patients phantom phantom_plan phantom_folder phantom_competition phantom_rsna phantom_nih "
+    "phantom_lungs phantom_diagnoses",
     "models": "device bundle lungs lung_crop canvas run_record squeezenet starting_weights box_mask classifier faster_rcnn yolo "
     "fitted_batches patches patch_classifier unet resunet fc_densenet segmenter flannel",
-    "running": "read_ahead kill_family deadline training_run data_parallel augmentation xray_dataset "
+    "running": "read_ahead kill_family deadline training_run data_parallel augmentation xray_dataset patch_dataset "
     "segment_lungs lungs_once mask_dataset predict training batch_mixing classifier_training train_study train_findings "
     "train_lungs apply_lungs train_faster_rcnn train_yolo train_detector train_flannel train_folds nested",
     "judging": "submission scoring fusion stacking ensembles runs annotation_files pseudo_labels tuning reports heidelberg_report "
