@@ -75,6 +75,8 @@ class Layout(StrEnum):
     MONTGOMERY = "montgomery"
     SHENZHEN = "shenzhen"
     DARWIN = "darwin"
+    KERMANY = "kermany"
+    COVID_CHESTXRAY = "covid_chestxray"
 
 
 @app.command()
@@ -91,7 +93,7 @@ def phantom(
     """Write phantoms into a folder of FOLDER.
 
     siim, nih and rsna make siim-covid19-detection, nih-chest-xrays and rsna-pneumonia-detection-challenge; the sets of lung
-    masks a folder of their own name.
+    masks and of diagnoses a folder of their own name.
     """
     given = {"truth": truth, "train_studies": train_studies, "test_studies": test_studies, "images": images, "side": side}
     sizes: dict[str, Any] = {"images": 24 if layout is Layout.JSRT else 400}
@@ -112,6 +114,10 @@ def phantom(
             from kitlib.phantom_nih import write_nih as write
         elif layout is Layout.RSNA:
             from kitlib.phantom_rsna import write_rsna as write
+        elif layout in (Layout.KERMANY, Layout.COVID_CHESTXRAY):
+            from kitlib.phantom_diagnoses import write_diagnoses
+
+            write = partial(write_diagnoses, layout=layout.value)
         else:
             from kitlib.phantom_lungs import write_lungs
 
