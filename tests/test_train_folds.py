@@ -1,11 +1,14 @@
 """Folds side by side and one model by two processes: what comes out is what one process gives."""
 
+import logging
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
-import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pandas as pd
 import psutil
@@ -44,6 +47,24 @@ def assert_equal_runs(first, second, tolerance=0.0):
     pd.testing.assert_frame_equal(*histories, check_exact=not tolerance, atol=10 * tolerance)
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Folds side by side in copies of this process, which need not load torch; one test spawns them as notebooks do."""
+    fork = multiprocessing.get_context("fork")
+
+    class AsSpawned(fork.Process):
+        def run(self):
+            # What pytest has put in these places is none of a new process's.
+            sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
+            logging.getLogger().handlers.clear()
+            super().run()
+
+    context = SimpleNamespace(Process=AsSpawned, Queue=fork.Queue)
+    seen = SimpleNamespace(get_context=lambda _: context, connection=multiprocessing.connection)
+    monkeypatch.setattr("kitlib.train_folds.multiprocessing", seen)
+    return context
+
+
 def test_folds_side_by_side_equal_folds_one_after_the_other(tmp_path, capfd):
     alone = [train_study(**arguments(), fold=fold, run_folder=tmp_path / f"alone{fold}") for fold in (0, 1)]
     together = train_folds(train_study, [0, 1], tmp_path / "together", at_once=2, **arguments())
@@ -62,6 +83,7 @@ def deadly(fold, **others):
     return train_study(fold=fold, **others)
 
 
+@pytest.mark.usefixtures("forked")
 def test_folds_that_fail_or_are_killed_are_named_and_stop_no_other(tmp_path):
     with pytest.raises(FoldsFailed) as failed:
         train_folds(deadly, [7, 1, 0], tmp_path, at_once=2, **arguments())
@@ -100,6 +122,7 @@ def begun(folder):
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.usefixtures("forked")
 def test_after_a_fold_that_the_session_stops_no_other_is_begun(tmp_path, at_once, capfd):
     (tmp_path / "fold5").mkdir()
     (tmp_path / "fold5" / "metrics.json").write_text("{}")
@@ -111,11 +134,13 @@ def test_after_a_fold_that_the_session_stops_no_other_is_begun(tmp_path, at_once
     assert f"{len(folds) - 1} of {len(folds)} folds are not finished" in capfd.readouterr().out
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_failure_does_not_call_done_what_the_session_has_stopped(tmp_path):
     with pytest.raises(FoldsFailed, match=r"1 of 2 folds failed, the session's end has stopped 0:\nfold 1: ValueError"):
         train_folds(noted, [0, 1], tmp_path, Deadline(600), at_once=2)
 
 
+@pytest.mark.usefixtures("forked")
 def test_folds_side_by_side_share_the_threads_and_are_started_over_once(tmp_path):
     torch.set_num_threads(5)
     for fold in (2, 3):
@@ -127,31 +152,21 @@ def test_folds_side_by_side_share_the_threads_and_are_started_over_once(tmp_path
     assert list(tmp_path.glob("*/checkpoints")) == []
 
 
-ENDLESS = """
-import sys, time
-from pathlib import Path
-from kitlib.train_folds import train_folds
-
-def train(fold, run_folder, deadline):
-    Path(sys.argv[1], f"{fold}.begun").touch()
+def endless(fold, run_folder, deadline):
+    (run_folder.parent / f"{fold}.begun").write_text(str(os.getpid()))
     time.sleep(600)
 
-if __name__ == "__main__":
-    train_folds(train, [0, 1], Path(sys.argv[1]), at_once=2)
-"""
 
-
-def test_the_folds_of_a_killed_notebook_do_not_train_on(tmp_path):
-    (tmp_path / "endless.py").write_text(ENDLESS)
-    parent = subprocess.Popen([sys.executable, str(tmp_path / "endless.py"), str(tmp_path)])
+def test_the_folds_of_a_killed_notebook_do_not_train_on(tmp_path, forked):
+    parent = forked.Process(target=train_folds, args=(endless, [0, 1], tmp_path), kwargs={"at_once": 2})
+    parent.start()
     end = time.monotonic() + 120
-    while len(list(tmp_path.glob("*.begun"))) < 2:
-        assert time.monotonic() < end and parent.poll() is None
+    while len(told := [path.read_text() for path in tmp_path.glob("*.begun")]) < 2 or not all(told):
+        assert time.monotonic() < end and parent.exitcode is None
         time.sleep(0.1)
-    children = psutil.Process(parent.pid).children(recursive=True)
-    assert len(children) >= 2
+    children = [psutil.Process(int(number)) for number in told]
     parent.kill()
-    parent.wait()
+    parent.join()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert alive == []
 
