@@ -22,7 +22,7 @@ WEIGHTS, RECORD = "weights.safetensors", "model.json"
 
 # Keys of a record and their types: what the caller states, and what `save_bundle` adds.
 STATED: dict[str, type | tuple[type, ...]] = {
-    "family": str,  # "study", "findings", "faster_rcnn" or "yolo": who rebuilds the model
+    "family": str,  # "study", "findings", "patches", "segmenter", "faster_rcnn" or "yolo": who rebuilds the model
     "model": str,  # the name that its rows carry in tables
     "classes": list,
     "recipe": dict,  # fields of the recipe's dataclass

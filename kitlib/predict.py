@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kitlib import classifier
+from kitlib import classifier, patch_classifier
 from kitlib.bundle import BundleError, read_bundle
 from kitlib.cache import CachedXray
 from kitlib.canvas import canvas_of
@@ -19,6 +19,7 @@ from kitlib.fitted_batches import FittedBatches
 from kitlib.geometry import PLACEMENTS, Placement, clip_boxes, flip_boxes
 from kitlib.lung_crop import crop, finder_for, looks_at_lungs, seen_lungs, wants_masks
 from kitlib.lungs import LungFinder, Lungs
+from kitlib.patches import image_seed, patch_canvas, places
 from kitlib.read_ahead import ahead
 from kitlib.recipes import VIEWS
 from kitlib.tables import BOX, check_table, empty_table
@@ -32,6 +33,8 @@ VIEWS_IOU = 0.6
 class Batch:
     """Images on their canvases: `placements` and `pixels` (n, side, side) for each canvas that the views want.
 
+    Of a patch model `pixels` has one canvas, "full", on which `where` are the centres of its patches, and no placement.
+
     `lungs_missed` of them are seen whole because their lungs were looked for and not found.
     """
 
@@ -39,6 +42,7 @@ class Batch:
     placements: dict[str, list[Placement]]
     pixels: dict[str, torch.Tensor]
     lungs_missed: int
+    where: torch.Tensor | None = None  # of a patch model: int64 (m, 3), see kitlib.patches.places
 
 
 class Predictor:
@@ -47,7 +51,8 @@ class Predictor:
     `views` (keys of VIEWS; by default those of the model's recipe) are averaged: probabilities by their mean, boxes, brought
     back to the original, by weighted box fusion into one list. `lungs` finds the lungs, batch by batch, for a recipe whose
     lungs are "masks" (see kitlib.lung_crop). Where they are not found, frame or, where the mask counts, mask, the image is
-    seen whole and as it is; `lungs_missed` counts how often, among the images of `seen`.
+    seen whole and as it is; `lungs_missed` counts how often, among the images of `seen`. A patch model takes it as one patch
+    then; else the centres of its patches follow from the image's name, so that a prediction repeats.
     """
 
     def __init__(
@@ -59,7 +64,7 @@ class Predictor:
         views: Sequence[str] | None = None,
         lungs: LungFinder | None = None,
     ) -> None:
-        self.kind = record["family"] if record["family"] in ("study", "findings") else "detector"
+        self.kind = record["family"] if record["family"] in ("study", "findings", "patches") else "detector"
         self.model, self.fold, self.classes = record["model"], record["fold"], list(record["classes"])
         self.network, self.device = network, device
         self.fitted = FittedBatches(self.model, device, batch_size or BATCH_SIZES[device.type])
@@ -70,6 +75,8 @@ class Predictor:
         unknown = [view for view in self.views if view not in VIEWS]
         if unknown or len(set(self.views)) < len(self.views):
             raise ValueError(f"{self.model}: views {list(self.views)}; there are, each once: {', '.join(VIEWS)}")
+        if self.kind == "patches" and self.views != ("full",):
+            raise ValueError(f"{self.model}: views {list(self.views)}; a patch model has no other than full")
         self._canvas_names = sorted({VIEWS[view][0] for view in self.views})
         # A detector may look at a larger canvas than it was trained on.
         self._canvas = canvas_of(recipe, recipe.get("inference_size") or record["image_size"])
@@ -84,8 +91,8 @@ class Predictor:
         """A table a batch, while a thread reads ahead in `stream`.
 
         Study: image_id, model, fold, the four classes and none, a row an image; NaN for what the model has not learnt.
-        Findings: table class_scores. Detector: table detections, no row for images without a box. An error of the stream is
-        raised here; closing the iterator ends the thread.
+        Findings and patches: table class_scores. Detector: table detections, no row for images without a box. An error of
+        the stream is raised here; closing the iterator ends the thread.
         """
         for batch in ahead(self._batches(stream)):
             table = self._boxes(batch) if self.kind == "detector" else self._probabilities(batch)
@@ -105,6 +112,8 @@ class Predictor:
 
     def canvases(self, xrays: list[CachedXray]) -> Batch:
         """What the model sees of these X-rays."""
+        if self.kind == "patches":
+            return self._patch_canvases(xrays)
         lungs = [Lungs(None)] * len(xrays)
         if self._finder is not None:
             lungs = seen_lungs(self._finder, xrays, self._canvas.needs_mask)
@@ -118,12 +127,24 @@ class Predictor:
         missed = sum(each.frame is None for each in lungs) if self._finder is not None else 0
         return Batch([xray.image_id for xray in xrays], placements, pixels, missed)
 
+    def _patch_canvases(self, xrays: list[CachedXray]) -> Batch:
+        names, recipe = [xray.image_id for xray in xrays], self.network.recipe
+        lungs = seen_lungs(self._finder, xrays, masked=True)
+        laid = [patch_canvas(xray, each, recipe) for xray, each in zip(xrays, lungs, strict=True)]
+        where = places([each.centres(recipe.patches, image_seed(name)) for each, name in zip(laid, names, strict=True)])
+        pixels = torch.from_numpy(np.stack([each.pixels for each in laid]))
+        return Batch(names, {}, {"full": pixels}, sum(each.mask is None for each in laid), where)
+
     def _placement(self, xray: CachedXray, frame: np.ndarray | None) -> Placement:
         """Where the image, or its frame, lies on the square that the model sees."""
         return self._canvas.middle(crop(self._place, frame, xray.rows, xray.columns, self._canvas.whole))
 
     def _probabilities(self, batch: Batch) -> pd.DataFrame:
-        found = np.mean([self.fitted(self._classified, pixels) for pixels, _ in self._seen_by(batch)], axis=0)
+        if self.kind == "patches":
+            with torch.inference_mode(), autocast(self.device):
+                found = self.network.image_probabilities(batch.pixels["full"], batch.where).numpy()
+        else:
+            found = np.mean([self.fitted(self._classified, pixels) for pixels, _ in self._seen_by(batch)], axis=0)
         table = pd.DataFrame(found, columns=self.classes)
         if self.kind == "study" and self._outputs != "both":
             table[[name for name in self.classes if (name == "none") != (self._outputs == "none")]] = np.nan
@@ -196,13 +217,16 @@ def load_predictor(
     device = device or pick_device()
     if record["family"] in ("study", "findings"):
         load = classifier.load
+    elif record["family"] == "patches":
+        load = patch_classifier.load
     elif record["family"] == "faster_rcnn":
         from kitlib.faster_rcnn import load
     elif record["family"] == "yolo":
         # Only here: ultralytics is slow to import and missing where no YOLO was sent along.
         from kitlib.yolo import load
     else:
-        raise BundleError(f"{bundle_folder}: no family {record['family']!r}; there are: study, findings, faster_rcnn, yolo")
+        known = "study, findings, patches, faster_rcnn, yolo"
+        raise BundleError(f"{bundle_folder}: no family {record['family']!r}; there are: {known}")
     return Predictor(record, load(record, state_dict, device), device, batch_size, views, lungs)
 
 
