@@ -159,7 +159,7 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
         if any(entry["folder"] == name for entry in manifest):
             raise SpecError(f"runs: {bundle} is a second {name}; name one run a model and fold")
         record = _copy_bundle(bundle, folder / name)
-        if record["family"] == "findings":
+        if record["family"] in ("findings", "patches"):
             raise SpecError(f"runs: {bundle} knows findings, which no submission asks for; name models that start from it")
         if record["family"] == "segmenter":
             raise SpecError(f"runs: {bundle} draws lungs, which no submission asks for; name its run by the key `lungs`")

@@ -119,7 +119,7 @@ def predict_unseen(
     probabilities, detections, coverage = [], [], []
     for row in models.itertuples():
         predictor = load_predictor(row.bundle, batch_size=batch_size, lungs=lungs)
-        if predictor.kind == "findings":
+        if predictor.kind in ("findings", "patches"):
             raise ValueError(f"{row.bundle} is a classifier of findings; name runs of study classifiers and detectors")
         if predictor.wants_masks and (lungs is None or lungs.segmenter != predictor.segmenter):
             raise ValueError(

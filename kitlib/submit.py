@@ -336,7 +336,7 @@ class DecodedOnce:
 
 def _answers(record: dict[str, Any]) -> frozenset[str]:
     """What a bundle's model says of a test set. Raises ValueError for one that answers no row of a submission."""
-    if record["family"] == "findings":
+    if record["family"] in ("findings", "patches"):
         raise ValueError(
             f"{record['model']} knows findings ({', '.join(map(str, record['classes'][:3]))}, ...), which no row of a "
             "submission asks for; start a study model or a detector from it and submit that"
