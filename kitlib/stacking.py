@@ -98,17 +98,21 @@ class LearnerScores:
         return self._stack(rows, f"what fold {fold} learns from")
 
     def has_in_sample(self) -> bool:
-        """Whether the learners' predictions of their own training images are there, for every fold that is judged."""
+        """Whether every learner's predictions of its own training images are there, for every fold that is judged."""
         place = "outer" if self.protocol == NESTED else "fold"
-        own = self.rows[(self.rows["own"] != self.rows["outer"]) & (self.rows["own"] != self.rows["fold"])]
-        return set(self.folds) <= set(own[place])
+        trained = self.rows[self._trained_on()]
+        there = set(zip(trained["model"], trained[place], strict=True))
+        return there >= {(learner, fold) for learner in self.learners for fold in self.folds}
 
-    def everything(self) -> Stack:
+    def everything(self, stack_on: str = "out_of_fold") -> Stack:
         """Every image once, by models that were not trained on it: what the ensemble that is kept learns from.
 
         Of models without an outer fold, else the test predictions, else (where not every outer fold was trained) any.
+        `in_sample`: by the models that were trained on it.
         """
         rows = self.rows
+        if stack_on == "in_sample":
+            return self._stack(rows[self._trained_on()], "training images of all folds")
         kinds = [
             (rows["outer"] == -1) & (rows["fold"] == rows["own"]),
             rows["outer"] == rows["own"],
@@ -117,6 +121,9 @@ class LearnerScores:
         rank = np.select(kinds, range(3), default=3)
         best = pd.Series(rank, rows.index).groupby(rows["id"]).transform("min")
         return self._stack(rows[(rank == best) & (rank < 3)], "all folds")
+
+    def _trained_on(self) -> pd.Series:
+        return (self.rows["own"] != self.rows["outer"]) & (self.rows["own"] != self.rows["fold"])
 
     def _stack(self, rows: pd.DataFrame, purpose: str) -> Stack:
         """One row an id and learner; several models of one learner are their mean."""

@@ -54,6 +54,7 @@ ENSEMBLES = {
     "vote": EnsembleSettings(method="vote"),
     "weighted": EnsembleSettings(method="weighted"),
     "flannel": EnsembleSettings(),
+    "flannel_in_sample": EnsembleSettings(stack_on="in_sample"),  # the published fault alone, to see what it costs
     # Values of the authors' code (github.com/qxiaobu/FLANNEL), in-sample stacking included.
     "flannel_published": EnsembleSettings(
         stack_on="in_sample",

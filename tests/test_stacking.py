@@ -92,6 +92,16 @@ def test_studies_are_stacked_too():
     assert found.everything().truth.tolist() == [0, 1, 2] and found.judged(2).ids.tolist() == ["s2"]
 
 
+def test_training_images_serve_by_name_alone_and_only_where_every_learner_has_them():
+    found = gather([nested("one"), nested("two")], *PREPARED)
+    # image a, of fold 0, by the models (1, 2) and (2, 1): .23 and .32
+    np.testing.assert_allclose(found.everything("in_sample").probabilities[0, :, 0], (0.23 + 0.32) / 2)
+    without = nested("two")
+    own = without.image_id.map(OWN)
+    without = without[(without.outer == own) | (without.fold == own)]
+    assert not gather([nested("one"), without], *PREPARED).has_in_sample()
+
+
 def test_what_no_learner_has_answered_is_counted():
     found = gather([plain("one").iloc[:-1], plain("other").iloc[:-1]], *PREPARED)
     assert found.unanswered == 1 and found.everything().ids.tolist() == list("abcde")
