@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -13,8 +13,12 @@ from safetensors.numpy import load_file, save_file
 
 import kitlib
 from kitlib.atomic import replacing, write_json
-from kitlib.ensembles import Weights, combine
+from kitlib.ensembles import IN_SAMPLE, Weights, combine, learn
 from kitlib.temperature import scaled
+
+if TYPE_CHECKING:
+    from kitlib.stacking import LearnerScores
+    from kitlib.train_flannel import EnsembleSettings
 
 WEIGHTS, RECORD = "weights.safetensors", "ensemble.json"
 KEYS = ("image_id", "study_id")
@@ -97,6 +101,16 @@ def read_ensemble(folder: str | Path) -> Ensemble:
     ensemble = Ensemble(**fields, weights=weights)
     _check(ensemble, str(folder))
     return ensemble
+
+
+def learnt_ensemble(found: "LearnerScores", name: str, settings: "EnsembleSettings", temperature: float = 1.0) -> Ensemble:
+    """The ensemble to keep: learnt from every image, by models that have not seen it (or, in sample, that have)."""
+    learning = settings.method in ("weighted", "flannel")
+    weights = learn(found.everything(settings.stack_on), settings) if learning else {}
+    protocol = IN_SAMPLE if learning and settings.stack_on == "in_sample" else found.protocol
+    folds = tuple(sorted(int(fold) for fold in found.rows["own"].unique()))
+    known = {"temperature": temperature, "settings": asdict(settings), "folds": folds, "protocol": protocol}
+    return Ensemble(name, settings.method, found.learners, found.classes, found.key, **known, weights=weights)
 
 
 def apply_ensemble(ensemble: Ensemble, scores: pd.DataFrame) -> pd.DataFrame:

@@ -10,12 +10,15 @@ import pandas as pd
 
 from kitlib.bundle import RECORD, data_fingerprint
 from kitlib.cache import XrayCache
+from kitlib.ensemble_bundle import read_ensemble
 from kitlib.fusion import Fused, FusionSettings, fuse
 from kitlib.paths import find_run
+from kitlib.stacking import LearnerScores, gather
 from kitlib.tables import concatenate, read_table
 from kitlib.training_run import ExtraImages
 
 PREPARED_TABLES = ("images", "labels", "boxes", "folds")
+STACKED_TABLES = ("nested_scores", "class_scores", "study_scores")  # the first that is there is the fullest
 PREDICTED_TABLES = ("study_scores", "image_scores", "detections", "coverage")
 
 
@@ -76,6 +79,41 @@ def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
         for name, table in tables.items():
             found[name].append(table)
     return OutOfFold(**{name: concatenate(tables, name) for name, tables in found.items()})
+
+
+def read_learners(runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame]) -> LearnerScores:
+    """The scores of trained runs, to be stacked: of classifiers of images (notebooks 25 and 20), or study models (30).
+
+    `prepared` are the tables of the prepared run that all come from. A learner's folds, and outer folds, may come from
+    several runs. Raises RunError for a run without scores, StackError where they do not belong together.
+    """
+    tables = []
+    for run in map(Path, runs):
+        read_metrics(run)
+        there = [name for name in STACKED_TABLES if (run / "tables" / f"{name}.parquet").is_file()]
+        if not there:
+            raise RunError(f"{run} has none of the tables {', '.join(STACKED_TABLES)}; name runs of notebooks 25, 20 or 30")
+        tables.append(read_table(there[0], run / "tables" / f"{there[0]}.parquet"))
+    return gather(tables, prepared["images"], prepared["labels"], prepared["folds"])
+
+
+def read_study_ensemble(run: str | Path, study_scores: pd.DataFrame) -> pd.DataFrame:
+    """The cross-fitted study_scores of an ensemble's run (notebook 65), in the place of those of its learners.
+
+    Raises RunError where it is no ensemble of study models, or `study_scores` has other models than its learners: what is
+    tuned must be what the submission sees.
+    """
+    ensemble = read_ensemble(Path(run) / "ensemble")
+    path = Path(run) / "tables" / "study_scores.parquet"
+    if not path.is_file():
+        raise RunError(f"{run} has no tables/study_scores.parquet; name a run of notebook 65 on study models")
+    others = sorted(set(study_scores["model"]) ^ set(ensemble.learners))
+    if others:
+        raise RunError(
+            f"{', '.join(others)}: either no learner of the ensemble {run} or not among the runs; name the study models "
+            f"that it was made of: {', '.join(ensemble.learners)}"
+        )
+    return read_table("study_scores", path)
 
 
 def read_models(

@@ -13,6 +13,7 @@ from kitlib.bundle import data_fingerprint
 from kitlib.cache import XrayCache
 from kitlib.classes import STUDY_CLASSES
 from kitlib.dicom_writing import write_xray
+from kitlib.ensemble_bundle import Ensemble, write_ensemble
 from kitlib.fusion import Fused
 from kitlib.recipes import StudyRecipe
 from kitlib.runs import (
@@ -22,10 +23,12 @@ from kitlib.runs import (
     read_answers,
     read_extra,
     read_fused,
+    read_learners,
     read_metrics,
     read_models,
     read_out_of_fold,
     read_prepared,
+    read_study_ensemble,
 )
 from kitlib.tables import BOX, write_table
 from kitlib.training_run import with_extra
@@ -220,3 +223,26 @@ def test_images_without_marked_opacities_teach_no_detector(tmp_path):
     nothing = read_extra(tmp_path / "nih", for_boxes=True)
     with pytest.raises(ValueError, match="detectors: NIH's have no boxes"):
         with_extra(small.images.head(0), small.labels, small.boxes, small, nothing, small.images)
+
+
+def test_learners_are_read_from_the_fullest_table_of_each_run_and_an_ensemble_stands_for_them(tmp_path):
+    studies = ["s0", "s1", "s2"]
+    images = pd.DataFrame({"image_id": studies, "study_id": studies, "patient_id": studies})
+    labels = pd.DataFrame(np.eye(4)[:3], columns=list(STUDY_CLASSES)).assign(id=studies)
+    prepared = {"images": images, "labels": labels, "folds": pd.DataFrame({"id": studies, "fold": [0, 1, 2]})}
+    scores = pd.DataFrame({"study_id": studies, "fold": [0, 1, 2]}).assign(**dict.fromkeys(STUDY_CLASSES, 0.25))
+    one, two = scores.assign(model="one"), scores.assign(model="two")
+    runs = [make_run(tmp_path / name, name, study_scores=table) for name, table in (("one", one), ("two", two))]
+    found = read_learners(runs, prepared)
+    assert found.learners == ("one", "two") and found.key == "study_id"
+    of_images = scores.rename(columns={"study_id": "image_id"})
+    nested = of_images.assign(model="net", outer=[0, 1, 2], fold=[1, 2, 0])
+    both = make_run(tmp_path / "net", "net", nested_scores=nested, class_scores=of_images.assign(model="net"))
+    assert read_learners([both], prepared).folds == [0, 1, 2] and read_learners([both], prepared).protocol == "nested"
+    with pytest.raises(RunError, match="none has none of the tables nested_scores, class_scores, study_scores"):
+        read_learners([make_run(tmp_path / "none", "none")], prepared)
+    ensemble = make_run(tmp_path / "ensemble", "mean", study_scores=scores.assign(model="mean"))
+    write_ensemble(ensemble / "ensemble", Ensemble("mean", "mean", ("one", "two"), STUDY_CLASSES, "study_id"))
+    assert read_study_ensemble(ensemble, pd.concat([one, two])).model.unique().tolist() == ["mean"]
+    with pytest.raises(RunError, match="two: either no learner of the ensemble"):
+        read_study_ensemble(ensemble, one)
