@@ -6,6 +6,7 @@ A notebook names one and may override fields.
 import dataclasses
 from typing import Any
 
+from kitlib.named_learners import LEARNERS
 from kitlib.recipes import DetectorRecipe, FindingsRecipe, PatchRecipe, SegmenterRecipe, StudyRecipe, TrainingRecipe
 from kitlib.settings import R, RecipeError, override
 
@@ -156,6 +157,7 @@ RECIPES: dict[str, TrainingRecipe] = {
         blur_p=0.0,
         noise_p=0.0,
     ),
+    **LEARNERS,
     "small_lungs": SegmenterRecipe(
         width=0.25,
         image_size=96,

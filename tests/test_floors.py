@@ -6,8 +6,8 @@ from pathlib import Path
 KITLIB = Path(__file__).resolve().parent.parent / "kitlib"
 
 FLOORS = {
-    "vocabulary": "classes atomic tables geometry settings recipes named_learners named_recipes paths average_precision box_merging "
-    "roc_auc exclusive_classes box_calibration overlap",
+    "vocabulary": "classes atomic tables geometry settings recipes named_learners named_recipes paths average_precision "
+    "box_merging roc_auc exclusive_classes box_calibration overlap",
     "reading": "dicom_header grey codestream decoders stored_values dicom image_file dicom_writing decode_worker cache "
     "lung_box intensity mask_store darwin_json dataset mask_file siim nih rsna jsrt tb_lungs darwin "
     "diagnoses covid_chestxray kermany covidx covidgr ricord bimcv read_dataset pooled_dataset near_duplicates folds coco "
@@ -21,7 +21,7 @@ FLOORS = {
     "judging": "submission scoring fusion temperature stacking ensembles ensemble_bundle runs annotation_files pseudo_labels tuning "
     "reports heidelberg_report "
     "detection_report findings_report data_sheet "
-    "classification_report ensemble_report classification_bootstrap classification_runs "
+    "classification_report ensemble_report classification_bootstrap classification_runs calibration_report "
     "reported_counts published_tables lungs_report figures study_figures findings_figures "
     "classification_figures heat_maps lungs_figures",
     "delivering": "validate install_wheels submit run_notebook plan plan_graph run_planned run_plan run_listing leaderboard "
