@@ -40,7 +40,7 @@ def test_flannel_has_five_networks_whole_and_patched():
     for name in FLANNEL_NETWORKS:
         whole, patched = RECIPES[f"flannel_{name}"], RECIPES[f"patched_{name}"]
         assert whole.backbone == patched.backbone == name and isinstance(patched, PatchRecipe)
-        # systems.md sections 1 and 2: 224 of 336 pixels, inception 299; Adam 1e-3, 1e-4, batches of 10, a tenth at 150 of 200.
+        # systems.md sections 1 and 2: 224 of 336, inception 299; Adam 1e-3, 1e-4, batches of 10, a tenth at 150 of 200.
         assert (whole.image_size, whole.canvas) == ((299, 448) if name == "inception_v3" else (224, 336))
         assert patched.image_size == whole.image_size and (patched.canvas, patched.patches) == (1024, 100)
         assert (whole.optimizer, whole.learning_rate, whole.weight_decay, whole.batch_size) == ("adam", 1e-3, 1e-4, 10)
