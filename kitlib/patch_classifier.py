@@ -23,7 +23,7 @@ class PatchClassifier(FindingsClassifier):
     """
 
     def __init__(self, recipe: PatchRecipe, classes: Sequence[str]) -> None:
-        _check(recipe)
+        check_patches(recipe)
         super().__init__(recipe, classes)
         self.chunk = 0  # patches that fit into memory together, once that is known
 
@@ -57,8 +57,8 @@ def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device
     return model.eval().to(device, memory_format=torch.channels_last)
 
 
-def _check(recipe: PatchRecipe) -> None:
-    """Raises ValueError for settings that patches have no use for."""
+def check_patches(recipe: PatchRecipe) -> None:
+    """Raise ValueError for settings that patches have no use for."""
     for name, wanted in (
         ("masked", True),
         ("multi_label", False),

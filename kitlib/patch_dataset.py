@@ -15,7 +15,7 @@ from kitlib.lung_crop import finder_for, seen_lungs
 from kitlib.lungs import LungFinder
 from kitlib.patches import PatchCanvas, cut, image_seed, patch_canvas, places
 from kitlib.recipes import PatchRecipe
-from kitlib.xray_dataset import KEPT_BYTES, Augmentation, KeptCanvases, KeptFrames, collate
+from kitlib.xray_dataset import KEPT_BYTES, Augmentation, KeptCanvases, KeptFrames
 
 
 class PatchDataset(Dataset):
@@ -26,13 +26,15 @@ class PatchDataset(Dataset):
     validation example (`augment` False) has in place of it `canvas`, uint8 (canvas, canvas), and `centres`, int64 (k, 2), of
     the recipe's `validation_patches`, which follow from the image's name.
 
-    `lungs_missed` counts the images that are one patch, see `kitlib.patches.patch_canvas`.
+    Boxes are taken as `XrayDataset` takes them, and not shown. `lungs_missed` counts the images that are one patch, see
+    `kitlib.patches.patch_canvas`.
     """
 
     def __init__(
         self,
         images: pd.DataFrame,
         labels: pd.DataFrame,
+        boxes: pd.DataFrame,
         cache: XrayCache,
         recipe: PatchRecipe,
         augment: bool = False,
@@ -44,7 +46,6 @@ class PatchDataset(Dataset):
         self.label = labels.set_index("id").reindex(images.study_id).to_numpy(np.float32)
         # It is given patches, not canvases to crop.
         self.augmentation = Augmentation(dataclasses.replace(recipe, canvas=0)) if augment else None
-        self.joined = collate if augment else collate_canvases
         self.finder = finder_for(recipe.lungs, lungs)
         self.frames = KeptFrames(len(self))
         self.kept = KeptPatchCanvases(len(self), recipe)
@@ -111,7 +112,10 @@ class KeptPatchCanvases:
 
 
 def collate_canvases(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacked `canvases` (n, canvas, canvas), `label` (n, classes), `index` (n,); `where` (m, 3), see `places`."""
+    """Stacked `canvases` (n, canvas, canvas), `label` (n, classes), `index` (n,); `where` (m, 3), see `places`.
+
+    It joins validation's examples; training's are joined as `XrayDataset`'s are.
+    """
     return {
         "canvases": torch.stack([each["canvas"] for each in examples]),
         "where": places([each["centres"] for each in examples]),

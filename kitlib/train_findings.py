@@ -1,6 +1,7 @@
-"""Training of a findings classifier, such as the NIH backbone, and its predictions of images that it has not seen."""
+"""Training of a findings classifier, of images or of their patches, and its predictions of images that it has not seen."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from kitlib.device import seed_everything, training_device
 from kitlib.exclusive_classes import class_weights, exclusive_scores
 from kitlib.lung_crop import check_finder
 from kitlib.lungs import StoredLungs
+from kitlib.patch_classifier import PatchClassifier, check_patches
+from kitlib.patch_dataset import PatchDataset, collate_canvases
 from kitlib.predict import Predictor, load_predictor
-from kitlib.recipes import FindingsRecipe
+from kitlib.recipes import FindingsRecipe, PatchRecipe
 from kitlib.roc_auc import mean_auc
 from kitlib.tables import check_table, class_columns, concatenate, empty_table, read_table, write_table
 from kitlib.training import fit, gathered_batches
@@ -73,7 +76,8 @@ def train_findings(
     The classes are those of `labels`, in their order. `run_folder` gets all of it, metrics.json last: the bundle is where a
     study classifier or a detector may start. An interrupted run goes on where it was and gives what an uninterrupted one
     gives; a finished one is read back. With `in_sample` the training images, as they are, are predicted too
-    (tables/training_scores.parquet): FLANNEL was published stacked on such. Limits are numbers of images, whole patients;
+    (tables/training_scores.parquet): FLANNEL was published stacked on such. A PatchRecipe trains a classifier of patches, a
+    patch of each image an epoch; an image is judged and predicted by several. Limits are numbers of images, whole patients;
     `limit_validation` is the test images' too. Raises ResumeError if the folder holds a run of other data or settings,
     ValueError if the recipe freezes random weights, test images are in a fold, labels of exclusive classes do not sum to 1,
     a setting does not go with the classes (see check_classes), or where `lungs` are not what the recipe's field asks for
@@ -96,14 +100,15 @@ def train_findings(
         return read_findings_run(run_folder)
 
     seed_everything(seed)
-    model = FindingsClassifier(recipe, classes).to(memory_format=torch.channels_last)
+    way = PATCHES if isinstance(recipe, PatchRecipe) else IMAGES
+    model = way.network(recipe, classes).to(memory_format=torch.channels_last)
     start = start_from_weights(model)
-    train = XrayDataset(train_images, labels, boxes, cache, recipe, augment=True, seed=seed, lungs=lungs)
-    validation = XrayDataset(validation_images, labels, boxes, cache, recipe, lungs=lungs)
+    train = way.dataset(train_images, labels, boxes, cache, recipe, augment=True, seed=seed, lungs=lungs)
+    validation = way.dataset(validation_images, labels, boxes, cache, recipe, lungs=lungs)
     fitted = fit(
-        FindingsTraining(model, validation, class_weights(train.label) if recipe.class_weights else None),
+        way.training(model, validation, class_weights(train.label) if recipe.class_weights else None),
         batches(train, recipe.batch_size, workers, shuffle=True, seed=seed),
-        batches(validation, 2 * recipe.batch_size, workers),
+        batches(validation, max(1, round(way.validated * recipe.batch_size)), workers, joined=way.joined),
         run_folder,
         device,
         seed,
@@ -114,7 +119,7 @@ def train_findings(
     )
     if not data_parallel.is_first():
         return None
-    save_trained(run_folder, model, "findings", classes, identity, fitted)
+    save_trained(run_folder, model, way.family, classes, identity, fitted)
     for name in TABLES:
         (run_folder / "tables" / f"{name}.parquet").unlink(missing_ok=True)
     lungs_missed = _predict(run_folder, shown, device, cache, recipe, lungs)
@@ -152,6 +157,8 @@ def check_findings(
             f"{model_name}: the recipe freezes {recipe.backbone} at random weights, from which nothing is learnt; "
             'give overrides {"starting_weights": "..."} or {"frozen_backbone": false}'
         )
+    if isinstance(recipe, PatchRecipe):
+        check_patches(recipe)
     check_classes(recipe, class_columns(labels, "labels"))
     if "split" in images:
         test = set(images.image_id[images.split == "test"])
@@ -214,6 +221,35 @@ class FindingsTraining(ClassifierTraining):
         if self.recipe.judged_by == "auc":
             return mean_auc(self.truth, self.found, self.model.classes)
         return exclusive_scores(self.truth, self.found, self.model.classes, self.recipe.judged_by)
+
+
+class PatchTraining(FindingsTraining):
+    """The same over batches of `PatchDataset`: a validation image is judged by the answer of several of its patches."""
+
+    def validation_step(self, batch: dict[str, Any], _: int) -> None:
+        where, size = batch["where"], len(batch["canvases"])
+        logits = self.judged.patch_logits(batch["canvases"], where)
+        loss = self.loss({"label": batch["label"][where[:, 0]]}, logits, smoothing=0.0)
+        self.log("validation_loss", loss, batch_size=size, sync_dist=True)
+        found = self.judged.scored(self.judged.probabilities(logits), where, size)
+        self.found[batch["index"].cpu().numpy()] = found.numpy()
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a family of classifiers is trained; `validated`: a validation batch's images, as a share of a training one's."""
+
+    family: str
+    network: type[FindingsClassifier]
+    dataset: type[XrayDataset] | type[PatchDataset]
+    training: type[FindingsTraining]
+    joined: Callable[[list[dict[str, Any]]], dict[str, Any]] | None
+    validated: float
+
+
+IMAGES = Way("findings", FindingsClassifier, XrayDataset, FindingsTraining, None, 2)
+# Whole canvases: few, since workers hand them over through memory that containers keep small.
+PATCHES = Way("patches", PatchClassifier, PatchDataset, PatchTraining, collate_canvases, 0.5)
 
 
 def findings_loss(

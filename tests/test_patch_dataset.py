@@ -9,7 +9,7 @@ from small_xrays import COLUMNS, ROWS, SmallXrays
 from kitlib.geometry import PLACEMENTS
 from kitlib.intensity import adjusted
 from kitlib.lungs import Lungs
-from kitlib.patch_dataset import PatchDataset
+from kitlib.patch_dataset import PatchDataset, collate_canvases
 from kitlib.patches import centres, cut, image_seed
 from kitlib.recipes import PatchRecipe
 from kitlib.settings import override
@@ -35,7 +35,7 @@ class Finder:
 
 
 def dataset(small, recipe=RECIPE, lungs=None, **options):
-    return PatchDataset(small.images, small.labels, small, recipe, lungs=lungs or Finder(), **options)
+    return PatchDataset(small.images, small.labels, small.boxes, small, recipe, lungs=lungs or Finder(), **options)
 
 
 def canvas(small, image_id):
@@ -100,12 +100,12 @@ def test_without_lungs_all_of_the_image_is_one_patch_and_counted():
 def test_batches_hold_canvases_with_unlike_numbers_of_centres():
     small = SmallXrays(4)
     examples = dataset(small, lungs=Finder(["image001"]))
-    (batch,) = batches(examples, 4, joined=examples.joined)
+    (batch,) = batches(examples, 4, joined=collate_canvases)
     assert batch["canvases"].shape == (4, 60, 60) and batch["canvases"].dtype == torch.uint8
     assert batch["where"][:, 0].tolist() == [0, 0, 0, 1, 2, 2, 2, 3, 3, 3] and batch["where"][3].tolist() == [1, 7, 7]
     assert batch["label"].shape == (4, 4) and batch["index"].tolist() == [0, 1, 2, 3]
     training = dataset(small, augment=True)
-    first = next(iter(batches(training, 4, shuffle=True, joined=training.joined)))
+    first = next(iter(batches(training, 4, shuffle=True)))
     assert first["pixels"].shape == (4, 15, 15) and first["none"].isnan().all()
 
 
@@ -128,9 +128,7 @@ def test_workers_share_the_canvases_and_change_nothing():
     small, finder = SmallXrays(8), Finder(["image003"])
     alone = dataset(small, lungs=Finder(["image003"]), augment=True)
     helped = dataset(small, lungs=finder, augment=True)
-    ways = [
-        batches(each, 4, workers=workers, shuffle=True, joined=each.joined) for each, workers in ((alone, 0), (helped, 2))
-    ]
+    ways = [batches(each, 4, workers=workers, shuffle=True) for each, workers in ((alone, 0), (helped, 2))]
     for one, other in zip(*ways, strict=True):
         assert torch.equal(one["pixels"], other["pixels"]) and torch.equal(one["index"], other["index"])
     small.pixels.clear()

@@ -12,7 +12,7 @@ from kitlib.bundle import save_bundle
 from kitlib.classes import STUDY_CLASSES
 from kitlib.lungs import Lungs
 from kitlib.patch_classifier import PatchClassifier
-from kitlib.patch_dataset import PatchDataset
+from kitlib.patch_dataset import PatchDataset, collate_canvases
 from kitlib.predict import load_predictor
 from kitlib.recipes import PatchRecipe
 from kitlib.settings import override
@@ -77,9 +77,9 @@ def test_a_prediction_is_a_table_of_class_scores_and_counts_what_had_no_lungs(fo
 
 def test_a_prediction_sees_what_validation_sees(found, network):
     small = SmallXrays(8)
-    examples = PatchDataset(small.images, small.labels, small, RECIPE, lungs=Finder())
+    examples = PatchDataset(small.images, small.labels, small.boxes, small, RECIPE, lungs=Finder())
     with torch.inference_mode():
-        (batch,) = batches(examples, 8, joined=examples.joined)
+        (batch,) = batches(examples, 8, joined=collate_canvases)
         expected = network.image_probabilities(batch["canvases"], batch["where"])
     np.testing.assert_allclose(found[0][list(STUDY_CLASSES)], expected, atol=1e-6)
     assert examples.lungs_missed() == 2
@@ -105,10 +105,12 @@ def test_a_patch_model_has_one_view(bundle):
 
 def test_votes_are_whole_patches(network):
     small = SmallXrays(2)
-    examples = PatchDataset(small.images, small.labels, small, override(RECIPE, patch_score="votes"), lungs=Finder())
+    examples = PatchDataset(
+        small.images, small.labels, small.boxes, small, override(RECIPE, patch_score="votes"), lungs=Finder()
+    )
     voting = PatchClassifier(override(RECIPE, patch_score="votes"), STUDY_CLASSES).eval()
     voting.load_state_dict(network.state_dict())
-    (batch,) = batches(examples, 2, joined=examples.joined)
+    (batch,) = batches(examples, 2, joined=collate_canvases)
     with torch.inference_mode():
         counted = 5 * voting.image_probabilities(batch["canvases"], batch["where"])
     torch.testing.assert_close(counted, counted.round(), atol=1e-9, rtol=0)
