@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# FLANNEL's experiment on nearly its own data, at sizes that two CPU cores finish in an hour or two: five small learners of whole
+# images, one of patches of the lungs, two shortcut probes; each image is judged by models and ensembles that have not met its fold.
+# First: PYTHONPATH=. .venv/bin/python benchmarks/real/covid_layouts.py --data ../shared/data --out inputs/real
+#   and: benchmarks/real/lungs.sh, whose UNet finds the lungs
+# Then:  bash benchmarks/real/flannel.sh SQUEEZENET, the file of SqueezeNet's ImageNet weights
+# With a GPU and the five networks' weights files: the plan submissions/plans/flannel.yaml.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+weights=$(realpath "$1")
+runs=$PWD/runs/flannel
+mkdir -p "$runs/executed"
+
+notebook() { # NOTEBOOK NAME PARAMETERS
+  OMP_NUM_THREADS=1 .venv/bin/papermill "notebooks/$1.ipynb" "$runs/executed/$2.ipynb" --no-progress-bar -y "$3"
+}
+
+common="placement: stretch, epochs: 6, batch_size: 16, keep: last"
+learner() { # NAME OVERRIDES [RECIPE]
+  notebook 25_train_classifier "$1" "{prepare_run: $runs/prepare, lungs_run: $runs/lungs, run_folder: $runs/$1, model_name: $1, \
+recipe: ${3:-small_learner}, folds: [0, 1, 2], outer_folds: ${outer:-[0, 1, 2]}, in_sample: true, overrides: {$common, $2}}"
+}
+
+notebook 10_prepare prepare "{dataset: kermany, competition: $PWD/inputs/real/chest-xray-pneumonia, \
+pool: {covid_chestxray: $PWD/inputs/real/covid-chestxray}, classes: flannel, n_folds: 3, longest_side: 256, run_folder: $runs/prepare}"
+notebook 14_apply_lungs lungs "{prepare_run: $runs/prepare, segmenter: $PWD/runs/lungs/unet_v7/fold0, run_folder: $runs/lungs}"
+
+squeezenet="backbone: squeezenet1_1, channels: 3, starting_weights: $weights"
+{ learner squeezenet "$squeezenet, learning_rate: 0.0005"
+  learner lcnet "backbone: lcnet_035"
+  learner patched "$squeezenet, learning_rate: 0.0005, image_size: 64, canvas: 256, patches: 16" small_patches
+} &
+{ learner efficientnet ""
+  learner vit "backbone: test_vit, learning_rate: 0.001"
+  learner squeezenet_frozen "$squeezenet, frozen_backbone: true, hidden: 128, image_size: 128"
+  outer="[]"  # nothing learns from a probe
+  learner border "probe: border"
+  learner outside_lungs "probe: outside_lungs, lungs: masks"
+} &
+wait -n
+wait
+notebook 65_ensemble ensemble "{prepare_run: $runs/prepare, run_folder: $runs/ensemble, \
+runs: [$runs/squeezenet, $runs/lcnet, $runs/efficientnet, $runs/vit, $runs/squeezenet_frozen]}"
+notebook 85_classification_report report "{prepare_run: $runs/prepare, run_folder: $runs/report, runs: [$runs/ensemble, $runs/patched], \
+probes: [$runs/border, $runs/outside_lungs], published: flannel, lungs_run: $runs/lungs}"
