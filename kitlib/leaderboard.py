@@ -9,21 +9,22 @@ import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from kitlib.bundle import data_fingerprint
 from kitlib.classes import STUDY_CLASSES
+from kitlib.classification_bootstrap import draws as class_draws
+from kitlib.classification_report import by_model, judged
 from kitlib.detection_report import interval
 from kitlib.findings_report import answers, auc_draws, mean_over_folds
 from kitlib.fusion import FusionSettings, fuse_scores
 from kitlib.lungs_report import dice_draws
-from kitlib.paths import InputNotFound, find_run
+from kitlib.prepared_runs import PreparedRuns, named_folder
 from kitlib.reports import score_draws
 from kitlib.run_listing import SHORT, ListedRun, describe, list_run
-from kitlib.runs import judged_images, read_fused, read_out_of_fold, read_prepared
+from kitlib.runs import judged_images, read_fused, read_out_of_fold
 from kitlib.scoring import truth_of
 from kitlib.tables import concatenate, read_table
 
@@ -35,12 +36,26 @@ FIGURES = {
     ("nones",): "AP of none",
     ("detections",): "AP of opacity",
     ("findings",): "mean ROC AUC",
+    ("classes",): "macro F1",
     ("masks",): "mean Dice of the lungs",
 }
 COLUMNS = [
     *("ranking", "name", "kind", "model", "state", "recipe", "changes", "folds", "images", "figure", "score", "low", "high"),
-    *("studies", "none", "opacity", "auc", "dice", "cross_fitted", "remark", "started", "wall_s", "training_s", "memory_mb"),
-    *("gpu", "gpu_memory_mb", "host", "commit", "data_fingerprint", "folds_fingerprint"),
+    *(
+        "studies",
+        "none",
+        "opacity",
+        "auc",
+        "accuracy",
+        "dice",
+        "cross_fitted",
+        "remark",
+        "started",
+        "wall_s",
+        "training_s",
+        "memory_mb",
+    ),
+    *("memory_mb", "gpu", "gpu_memory_mb", "host", "commit", "data_fingerprint", "folds_fingerprint"),
 ]
 
 
@@ -50,25 +65,28 @@ class LeaderboardError(ValueError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says out of fold of `images`, rows of that table in the order of their ids; a part may be None."""
+    """What a model says out of fold of `images`, rows of that table in the order of their ids; a part may be None.
+
+    `findings` and `classes` are both tables class_scores, the second of classes of which exactly one is true.
+    """
 
     images: pd.DataFrame
     studies: pd.DataFrame | None = None
     nones: pd.DataFrame | None = None
     detections: pd.DataFrame | None = None
     findings: pd.DataFrame | None = None
+    classes: pd.DataFrame | None = None
     masks: pd.DataFrame | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return tuple(
-            name for name in ("studies", "nones", "detections", "findings", "masks") if getattr(self, name) is not None
-        )
+        known = ("studies", "nones", "detections", "findings", "classes", "masks")
+        return tuple(name for name in known if getattr(self, name) is not None)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the leaderboard: a run, or runs that hold the folds of one model.
+    """One line of the leaderboard: a run, runs that hold the folds of one model, or one ensemble, `model`, of a run.
 
     `answer` is None for what has no out-of-fold figure, and `remark` says why where there should be one. `tables` are those
     of the prepared run that it was trained on.
@@ -81,6 +99,7 @@ class Entry:
     data_fingerprint: str = ""
     answer: Answer | None = None
     tables: dict[str, pd.DataFrame] | None = None
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,11 +140,14 @@ class Leaderboard:
 def read_entries(runs: Iterable[ListedRun], folds: Iterable[int] = ()) -> list[Entry]:
     """The entries of listed runs. `folds`: answers are judged on the images of these alone; none given: of all.
 
-    Runs in one folder that hold different folds of one model, trained alike, are one entry.
+    Runs in one folder that hold different folds of one model, trained alike, are one entry; of a run of ensembles each is
+    one, and its learners have theirs by their own runs.
     """
     runs, chosen = list(runs), frozenset(folds)
-    prepared = _PreparedRuns(runs)
-    return [_entry(together, runs, prepared, chosen) for together in _by_model(runs)]
+    prepared = PreparedRuns(runs)
+    return [
+        _entry(together, runs, prepared, chosen, model) for together in _by_model(runs) for model in _ensembles(together[0])
+    ]
 
 
 def rank(entries: Iterable[Entry], samples: int = 200, seed: int = 0) -> Leaderboard:
@@ -191,27 +213,16 @@ def compare(
     return pd.DataFrame(rows)
 
 
-class _PreparedRuns:
-    """Tables of prepared runs, found by the data fingerprint of what was trained on them."""
-
-    def __init__(self, runs: list[ListedRun]) -> None:
-        self._unread = [run.folder for run in runs if run.kind == "prepared" and run.state == "finished"]
-        self._found: dict[str, tuple[str, dict[str, pd.DataFrame]]] = {}
-
-    def find(self, fingerprint: str, run: ListedRun) -> tuple[str, dict[str, pd.DataFrame]] | None:
-        """The folds' fingerprint and the tables; also where `run` names its prepared run, not among those listed."""
-        named = _folder(run.parameters.get("prepare_run"), run)
-        # The one that is named first: computing a fingerprint takes seconds.
-        self._unread.sort(key=lambda folder: named is None or folder.resolve() != named.resolve())
-        if named is not None and named not in self._unread:
-            self._unread.insert(0, named)
-        while fingerprint not in self._found and self._unread:
-            try:
-                tables = read_prepared(self._unread.pop(0))
-            except (OSError, ValueError):
-                continue  # it has a line of its own, which says so
-            self._found[data_fingerprint(**tables)] = data_fingerprint(folds=tables["folds"]), tables
-        return self._found.get(fingerprint)
+def _ensembles(run: ListedRun) -> list[str]:
+    """The ensembles of such a run that have scores; of any other run one without a name."""
+    path = run.folder / "tables" / "class_scores.parquet"
+    if run.kind != "ensemble" or run.state != "finished" or not path.is_file():
+        return [""]
+    try:
+        models = by_model(read_table("class_scores", path))
+    except (OSError, ValueError):
+        return [""]  # its one line says what is wrong
+    return [name for name in models if name not in run.metrics.get("learners", ())] or [""]
 
 
 def _by_model(runs: list[ListedRun]) -> list[tuple[ListedRun, ...]]:
@@ -219,6 +230,10 @@ def _by_model(runs: list[ListedRun]) -> list[tuple[ListedRun, ...]]:
     groups: dict[Any, list[ListedRun]] = {}
     for place, run in enumerate(runs):
         known = [{key: value for key, value in fold.items() if key in SAME} for fold in run.folds.values()]
+        if run.nested:
+            # Each outer fold leaves other data; that they are of one prepared run is found out with it.
+            whole = {"data_fingerprint": run.metrics.get("folds_fingerprint")}
+            known = [fold | whole for fold in known]
         alike = run.state == "finished" and known and all(each == known[0] for each in known)
         key = (run.folder.parent, repr(sorted(known[0].items()))) if alike else place
         groups.setdefault(key, []).append(run)
@@ -244,10 +259,13 @@ SAME = (
 )
 
 
-def _entry(together: tuple[ListedRun, ...], runs: list[ListedRun], prepared: _PreparedRuns, folds: frozenset[int]) -> Entry:
+def _entry(
+    together: tuple[ListedRun, ...], runs: list[ListedRun], prepared: PreparedRuns, folds: frozenset[int], model: str
+) -> Entry:
     run = together[0]
     remarks = dict.fromkeys(each.remark for each in together if each.remark)
-    entry = Entry(_joined([each.name for each in together]), together, "; ".join(remarks))
+    name = _joined([each.name for each in together])
+    entry = Entry(f"{name}: {model}" if model else name, together, "; ".join(remarks), model=model)
     sources = list(together)
     if run.kind == "fusion":
         sources = [found for name in run.metrics.get("runs", ()) if (found := _listed(name, run, runs)) is not None]
@@ -257,16 +275,20 @@ def _entry(together: tuple[ListedRun, ...], runs: list[ListedRun], prepared: _Pr
     told = {fold["folds_fingerprint"] for source in sources for fold in source.folds.values() if "folds_fingerprint" in fold}
     if len(prints) == 1:
         entry = replace(entry, folds_fingerprint=told.pop() if len(told) == 1 else "", data_fingerprint=prints[0])
-    if run.state != "finished" or run.kind not in ("study", "detector", "findings", "lungs", "fusion"):
+    if run.state != "finished" or run.kind not in ("study", "detector", "findings", "ensemble", "lungs", "fusion"):
         return entry
     try:
-        if len(prints) != 1:
-            raise LeaderboardError(f"its models were trained on {len(prints)} sets of data instead of one")
-        there = prepared.find(prints[0], run)
-        if there is None:
-            raise LeaderboardError(f"the prepared run with data fingerprint {prints[0][:SHORT]} is not here")
-        entry = replace(entry, folds_fingerprint=there[0], data_fingerprint=prints[0])
-        answer = _answer(together, there[1], folds)
+        if run.kind == "ensemble" or run.nested:
+            there = prepared.find_whole(together)
+            entry = replace(entry, folds_fingerprint=there[0], data_fingerprint=data_fingerprint(**there[1]))
+        else:
+            if len(prints) != 1:
+                raise LeaderboardError(f"its models were trained on {len(prints)} sets of data instead of one")
+            there = prepared.find(prints[0], run)
+            if there is None:
+                raise LeaderboardError(f"the prepared run with data fingerprint {prints[0][:SHORT]} is not here")
+            entry = replace(entry, folds_fingerprint=there[0], data_fingerprint=prints[0])
+        answer = _answer(together, there[1], folds, model)
         if answer.images.empty:
             raise LeaderboardError(f"no image of the folds {sorted(folds)} is answered")
         return replace(entry, answer=answer, tables=there[1])
@@ -278,7 +300,7 @@ def _entry(together: tuple[ListedRun, ...], runs: list[ListedRun], prepared: _Pr
         return replace(entry, remark="; ".join(filter(None, (entry.remark, f"no figure: {why}{said}"))))
 
 
-def _answer(runs: tuple[ListedRun, ...], tables: dict[str, pd.DataFrame], folds: frozenset[int]) -> Answer:
+def _answer(runs: tuple[ListedRun, ...], tables: dict[str, pd.DataFrame], folds: frozenset[int], model: str = "") -> Answer:
     """The out-of-fold answer of one model, on images of `folds`. Raises LeaderboardError for one that is not out of fold."""
     fold_of = tables["folds"].set_index("id")["fold"]
     images = tables["images"][tables["images"]["image_id"].isin(fold_of.index)].sort_values("image_id")
@@ -287,12 +309,18 @@ def _answer(runs: tuple[ListedRun, ...], tables: dict[str, pd.DataFrame], folds:
     if runs[0].kind == "fusion":
         fused = read_fused(runs[0].folder)
         return Answer(judged_images(images, fused), fused.studies, fused.nones, fused.detections)
-    if runs[0].kind == "findings":
+    if runs[0].kind == "findings" or model:
         read = [read_table("class_scores", run.folder / "tables" / "class_scores.parquet") for run in runs]
-        scores = concatenate(read, "class_scores")
+        scores = concatenate([table[table["model"] == model] if model else table for table in read], "class_scores")
         _check_out_of_fold(scores, "image_id", fold_of)
         scores = scores[scores["image_id"].isin(images["image_id"])]
-        return Answer(images[images["image_id"].isin(scores["image_id"])], findings=mean_over_folds(scores))
+        images, scores = images[images["image_id"].isin(scores["image_id"])], mean_over_folds(scores)
+        recipes = [fold.get("recipe") or {} for run in runs for fold in run.folds.values()]
+        if not model and any(recipe.get("multi_label", True) for recipe in recipes):
+            return Answer(images, findings=scores)
+        if len(scores):
+            judged(scores, images, tables["labels"])  # says now what cannot be judged
+        return Answer(images, classes=scores)
     if runs[0].kind == "lungs":
         read = [read_table("mask_scores", run.folder / "tables" / "mask_scores.parquet") for run in runs]
         scores = concatenate(read, "mask_scores")
@@ -331,6 +359,10 @@ def _draws(answer: Answer, tables: dict[str, pd.DataFrame], samples: int, seed: 
         scores = answer.findings.set_index("image_id").loc[answer.images["image_id"]].reset_index()
         drawn = auc_draws(answers(scores, answer.images, tables["labels"]), samples, seed)
         return drawn.rename(columns={"mean": "score"})
+    if answer.classes is not None:
+        drawn = class_draws(judged(answer.classes, answer.images, tables["labels"]), samples, seed)
+        kept = {"f1 macro": "score", "accuracy": "accuracy", "roc_auc macro": "auc", "log_loss": "log_loss"}
+        return drawn[list(kept)].rename(columns=kept)
     if answer.masks is not None:
         return dice_draws(answer.masks, answer.images, samples, seed)
     truth = truth_of(answer.images, tables["labels"], tables["boxes"])
@@ -347,7 +379,8 @@ def _told(draws: pd.Series) -> dict[str, float]:
 
 def _row(entry: Entry) -> dict[str, Any]:
     known = {"data_fingerprint": entry.data_fingerprint[:SHORT], "folds_fingerprint": entry.folds_fingerprint[:SHORT]}
-    return {"name": entry.name, **describe(entry.runs), "remark": entry.remark, **known}
+    named = {"model": entry.model} if entry.model else {}
+    return {"name": entry.name, **describe(entry.runs), **named, "remark": entry.remark, **known}
 
 
 def _figures(entry: Entry, draws: pd.DataFrame) -> dict[str, Any]:
@@ -355,6 +388,8 @@ def _figures(entry: Entry, draws: pd.DataFrame) -> dict[str, Any]:
     figures = {name: value.get(name) for name in ("studies", "none", "opacity")}
     if entry.answer.findings is not None:
         figures = {"auc": told["value"]}
+    elif entry.answer.classes is not None:
+        figures = {name: value[name] for name in ("auc", "accuracy")}
     elif entry.answer.masks is not None:
         figures = {"dice": told["value"]}
     spread = {"score": told["value"], "low": told["low"], "high": told["high"]}
@@ -371,21 +406,8 @@ def _of_prepared(run: ListedRun) -> dict[str, str]:
     return {"folds_fingerprint": str(told)}
 
 
-def _folder(name: Any, run: ListedRun) -> Path | None:
-    """Where the run that `run` calls `name` is, also if its folder has been moved together with it."""
-    if not name or not isinstance(name, str):
-        return None
-    for folder in (run.folder.parent / name, run.folder.parent / Path(name).name):
-        if folder.is_dir():
-            return folder
-    try:
-        return find_run(name)
-    except InputNotFound:
-        return None
-
-
 def _listed(name: Any, run: ListedRun, runs: list[ListedRun]) -> ListedRun | None:
-    folder = _folder(name, run)
+    folder = named_folder(name, run)
     if folder is None:
         return None
     there = [each for each in runs if each.folder.resolve() == folder.resolve()]

@@ -21,6 +21,7 @@ SHORT = 8  # digits of a fingerprint or a commit that are shown
 # A file that only runs of a kind have; the first that fits.
 KINDS = {
     "fusion": ("fusion.json",),
+    "ensemble": ("ensemble/ensemble.json",),
     "study": ("tables/study_scores.parquet", "tables/image_scores.parquet"),
     "detector": ("tables/coverage.parquet", "tables/detections.parquet"),
     "findings": ("tables/class_scores.parquet",),
@@ -37,7 +38,7 @@ class ListedRun:
     """A run folder: `state` is finished, unfinished, failed or damaged, `remark` says what there is to say about that.
 
     `record`, `metrics` and `plan` are the folder's JSON files, empty where one is missing or damaged; `folds` has the
-    metrics of each fold that is trained.
+    metrics of each fold that is trained, by its number or, of nested folds, by "outer/inner", such as "2/0".
     """
 
     name: str
@@ -48,7 +49,12 @@ class ListedRun:
     record: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
-    folds: dict[int, dict[str, Any]] = field(default_factory=dict)
+    folds: dict[int | str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def nested(self) -> bool:
+        """Whether folds were held out from its models, so that none was trained on all of the prepared run's."""
+        return any(isinstance(fold, str) for fold in self.folds)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -124,7 +130,7 @@ def describe(runs: Sequence[ListedRun]) -> dict[str, Any]:
     }
     gpus = dict.fromkeys(str(each["gpu"]) for each in both if each.get("gpu"))
     recipe, changes = _recipe(first, folds)
-    asked = [fold for run in runs if "recipe" in run.parameters for fold in run.parameters.get("folds") or ()]
+    asked = [fold for run in runs if "recipe" in run.parameters for fold in _asked(run)]
     commits = dict.fromkeys(_commit(record) for record in records if record)
     return {
         "kind": first.kind,
@@ -132,7 +138,8 @@ def describe(runs: Sequence[ListedRun]) -> dict[str, Any]:
         "state": first.state,
         "recipe": recipe,
         "changes": changes,
-        "folds": ", ".join(map(str, sorted(trained))) + (f" of {len(asked)}" if len(asked) > len(folds) else ""),
+        "folds": ", ".join(map(str, sorted(trained, key=_in_order)))
+        + (f" of {len(asked)}" if len(asked) > len(folds) else ""),
         "cross_fitted": first.metrics.get("cross_fitted_score"),
         "started": min((str(record["started"]) for record in records if "started" in record), default=""),
         "wall_s": sum(numbers["wall_s"]) or None,
@@ -175,9 +182,24 @@ def _begun(folder: Path, name: str | None) -> tuple[str, str]:
     return "unfinished", f"at cell {newest.get('cell')} of {newest.get('cells')} on {newest.get('host')}, or killed there"
 
 
-def _folds(folder: Path) -> dict[int, Path]:
-    found = {path.name.removeprefix("fold"): path for path in folder.glob("fold*")}
-    return {int(number): found[number] for number in sorted(found) if number.isdigit()}
+def _folds(folder: Path) -> dict[int | str, Path]:
+    numbered = {path.name.removeprefix("fold"): path for path in folder.glob("fold*")}
+    found: dict[int | str, Path] = {int(number): numbered[number] for number in sorted(numbered) if number.isdigit()}
+    for path in sorted(folder.glob("outer*/fold*")):
+        outer, inner = path.parent.name.removeprefix("outer"), path.name.removeprefix("fold")
+        if outer.isdigit() and inner.isdigit():
+            found[f"{outer}/{inner}"] = path
+    return found
+
+
+def _in_order(fold: int | str) -> list[int]:
+    return [int(part) for part in str(fold).split("/")]
+
+
+def _asked(run: ListedRun) -> list[Any]:
+    """The folds, or pairs of an outer and an inner one, that its parameters ask for."""
+    folds, outer_folds = (run.parameters.get(name) or [] for name in ("folds", "outer_folds"))
+    return [(outer, fold) for outer in outer_folds for fold in folds if fold != outer] if outer_folds else folds
 
 
 def _kind(folder: Path, plan: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ FLOORS = {
     "ensemble_report classification_bootstrap classification_runs calibration_report reported_counts published_tables "
     "lungs_report figures study_figures findings_figures classification_figures heat_maps lungs_figures",
     "delivering": "validate install_wheels submit run_notebook plan plan_graph run_planned run_plan run_listing "
-    "leaderboard kernel_spec wheels kernel_start kernel push stand_in sandbox rehearse demo __main__",
+    "prepared_runs leaderboard kernel_spec wheels kernel_start kernel push stand_in sandbox rehearse demo __main__",
 }
 ORDER = [module for floor in FLOORS.values() for module in floor.split()]
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pandas as pd
 import pytest
 from small_runs import (
@@ -14,6 +15,7 @@ from small_runs import (
 from small_xrays import RECIPE, SmallXrays
 
 from kitlib.atomic import write_json
+from kitlib.bundle import data_fingerprint
 from kitlib.classes import STUDY_CLASSES
 from kitlib.detection_report import detection_draws, interval
 from kitlib.figures import rankings_figure
@@ -23,6 +25,7 @@ from kitlib.paths import project_root
 from kitlib.run_listing import list_runs
 from kitlib.run_notebook import run_notebook
 from kitlib.settings import override
+from kitlib.tables import write_table
 
 # 32 images of 16 studies, a quarter of each class; 24 images have one box, 12 in each fold.
 TABLES = tables_of(SmallXrays())
@@ -291,3 +294,68 @@ def test_segmenters_are_ranked_by_the_lungs_dice_and_a_better_one_by_its_paired_
     assert table.score.dropna().to_dict() == pytest.approx({"good": 0.9, "poor": 0.8})
     assert table.loc["good", ["kind", "figure", "images"]].tolist() == ["lungs", "mean Dice of the lungs", 32]
     assert found.differences.loc[0, ["difference", "low", "high"]].tolist() == pytest.approx([-0.1, -0.1, -0.1])
+
+
+# Four classes of which exactly one is true, an image a study of its own, three folds.
+EXCLUSIVE = {
+    "images": TABLES["images"].assign(study_id=TABLES["images"].image_id),
+    "labels": pd.DataFrame(np.eye(4)[np.arange(32) // 2 % 4], columns=list("abcd")).assign(id=TABLES["images"].image_id),
+    "boxes": TABLES["boxes"],
+    "folds": TABLES["folds"].assign(fold=np.arange(32) // 4 % 3),
+}
+CLASSIFIER = override(RECIPES["small_backbone"], multi_label=False)
+
+
+def class_scores(model, wrong=0):
+    """Sure and right, but for the first images, which are called the next class."""
+    truth = EXCLUSIVE["labels"][list("abcd")].to_numpy().argmax(axis=1)
+    truth[:wrong] = (truth[:wrong] + 1) % 4
+    folds = EXCLUSIVE["folds"]
+    found = pd.DataFrame(np.eye(4)[truth], columns=list("abcd"))
+    return found.assign(image_id=folds.id, fold=folds.fold, model=model)
+
+
+def nested_run(folder, model, outer, wrong=0):
+    """A run that holds out one outer fold: its models in outer<k>/fold<n>, its scores of that fold's images."""
+    rest = {**EXCLUSIVE, "folds": EXCLUSIVE["folds"][EXCLUSIVE["folds"].fold != outer].reset_index(drop=True)}
+    inner = [fold for fold in range(3) if fold != outer]
+    train(folder / f"outer{outer}", rest, folds=inner, model=model, recipe=CLASSIFIER, finished=False)
+    (folder / f"outer{outer}" / "record.json").rename(folder / "record.json")
+    scores = class_scores(model, wrong)
+    write_table(scores[scores.fold == outer], "class_scores", folder / "tables" / "class_scores.parquet")
+    parameters = {"prepare_run": "prepare", "recipe": "small_backbone", "folds": [0, 1, 2], "outer_folds": [outer]}
+    write_json(folder / "record.json", {"parameters": parameters})
+    write_json(folder / "metrics.json", {"model": model, "folds_fingerprint": data_fingerprint(folds=EXCLUSIVE["folds"])})
+
+
+def test_exclusive_classes_of_nested_folds_and_ensembles_are_ranked_by_macro_f1(tmp_path):
+    prepare(tmp_path / "prepare", EXCLUSIVE)
+    train(tmp_path / "plain", EXCLUSIVE, (0, 1, 2), "plain", CLASSIFIER, class_scores=class_scores("plain", 4))
+    for outer in range(3):
+        nested_run(tmp_path / f"learner-{outer}", "learner", outer, wrong=2)
+    scores = pd.concat([class_scores("learner", 2), class_scores("mean", 1), class_scores("flannel")])
+    write_table(scores, "class_scores", tmp_path / "ensemble" / "tables" / "class_scores.parquet")
+    write_json(tmp_path / "ensemble" / "ensemble" / "ensemble.json", {"method": "flannel"})
+    write_json(tmp_path / "ensemble" / "record.json", {"parameters": {"prepare_run": "prepare"}})
+    known = {"model": "flannel", "learners": ["learner"], "folds_fingerprint": data_fingerprint(folds=EXCLUSIVE["folds"])}
+    write_json(tmp_path / "ensemble" / "metrics.json", known)
+    found = board(tmp_path)
+    assert len(found.rankings()) == 1
+    rows = found.rankings()[1].set_index("name")
+    assert rows.index.tolist() == ["ensemble: flannel", "ensemble: mean", "learner-[0,1,2]", "plain"]
+    assert rows.figure.unique().tolist() == ["macro F1"] and rows.images.tolist() == [32] * 4
+    assert rows.accuracy.to_dict() == {
+        **{"ensemble: flannel": 1.0, "ensemble: mean": 31 / 32, "learner-[0,1,2]": 30 / 32, "plain": 28 / 32}
+    }
+    # By hand: of 8 images of each class one is called b instead of a; F1 14/15 and 16/17.
+    assert rows.score["ensemble: mean"] == pytest.approx((14 / 15 + 16 / 17 + 2) / 4)
+    assert rows.folds["learner-[0,1,2]"] == "0/1, 0/2, 1/0, 1/2, 2/0, 2/1" and rows.model["ensemble: mean"] == "mean"
+    compared = compare(read_entries(list_runs([tmp_path])), "learner-[0,1,2]", "ensemble: flannel", samples=5)
+    assert compared.set_index("figure").difference["accuracy"] == pytest.approx(2 / 32)
+
+
+def test_nested_models_of_other_data_have_no_figure(tmp_path):
+    prepare(tmp_path / "prepare", {**EXCLUSIVE, "labels": EXCLUSIVE["labels"].assign(a=0.0, b=1.0, c=0.0, d=0.0)})
+    nested_run(tmp_path / "learner", "learner", 0)
+    remark = board(tmp_path).table.set_index("name").remark["learner"]
+    assert "without fold 0 is not what its fold 0/1 was trained on" in remark
