@@ -21,6 +21,7 @@ from kitlib.classifier import Classifier, FindingsClassifier
 from kitlib.lungs import LungFinder
 from kitlib.predict import Predictor
 
+LONGEST_NAME = 28  # letters beside a row of pictures
 COLUMNS = ["image_id", "class", "heat_inside", "area_inside", "concentration"]
 
 
@@ -111,7 +112,8 @@ def heat_figure(found: Mapping[str, Sequence[Heat]], lungs: LungFinder | None = 
     for axis in axes.ravel():
         axis.set(xticks=[], yticks=[])
     for row, (name, heats) in enumerate({"image": first, **found}.items()):
-        axes[row, 0].set_ylabel(name, fontsize=9)
+        # A run may be named by its whole path, whose end tells it from others.
+        axes[row, 0].set_ylabel(name[-LONGEST_NAME:], fontsize=9)
         for axis, each in zip(axes[row], heats, strict=False):
             axis.imshow(each.xray.pixels, cmap="gray", vmin=0, vmax=255)
             if row:
