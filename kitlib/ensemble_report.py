@@ -8,7 +8,7 @@ from kitlib import classification_report as report
 from kitlib.ensembles import Judged
 from kitlib.findings_report import Answers
 from kitlib.stacking import LearnerScores
-from kitlib.temperature import cross_scaled
+from kitlib.temperature import cross_scaled, fit_temperature
 
 
 def comparison(judged: Judged, found: LearnerScores) -> pd.DataFrame:
@@ -28,10 +28,14 @@ def comparison(judged: Judged, found: LearnerScores) -> pd.DataFrame:
 
 
 def cross_scaled_scores(judged: Judged, found: LearnerScores, model: str, name: str) -> tuple[pd.DataFrame, pd.Series]:
-    """The rows of `model` under the name `name`, each fold at the temperature of the others; the temperatures by fold."""
+    """The rows of `model` under the name `name`, each fold at the temperature of the others; the temperatures by fold.
+
+    At "all" there is that of all its rows. Raises ValueError for a single fold.
+    """
     rows = judged.scores[judged.scores["model"] == model].reset_index(drop=True)
     truth = found.answers["truth"].loc[rows[found.key]].to_numpy()
     scaled, temperatures = cross_scaled(rows, found.classes, truth)
+    temperatures["all"] = fit_temperature(rows[list(found.classes)].to_numpy(dtype=float), truth)
     return scaled.assign(model=name), temperatures
 
 

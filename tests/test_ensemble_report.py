@@ -46,7 +46,7 @@ def test_the_table_has_a_line_for_each_learner_and_ensemble(found):
 def test_scores_are_scaled_by_the_other_fold_and_the_kept_ensemble_knows_its_own(found):
     judged = judge_ensembles(found, {"mean": ENSEMBLES["mean"]})
     scaled, temperatures = cross_scaled_scores(judged, found, "good", "good scaled")
-    assert set(scaled.model) == {"good scaled"} and set(temperatures.index) == {0, 1}
+    assert set(scaled.model) == {"good scaled"} and set(temperatures.index) == {0, 1, "all"}
     rows = judged.scores[(judged.scores.model == "good") & (judged.scores.fold == 1)]
     truth = found.answers.truth.loc[rows.image_id].to_numpy()
     assert temperatures[0] == pytest.approx(fit_temperature(rows[CLASSES].to_numpy(), truth))
