@@ -1,0 +1,108 @@
+"""Patches of many images in one batched forward, against the published loop of patch after patch, and the bare forward.
+
+Part of `make bench`. With a GPU: `python benchmarks/patches.py --full`, the five published networks, 100 patches an image.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kitlib.device import autocast, pick_device
+from kitlib.named_recipes import recipe
+from kitlib.patch_classifier import CHUNKS, PatchClassifier
+from kitlib.patches import centres, places
+from kitlib.recipes import PatchRecipe
+
+CLASSES = ("COVID-19", "viral", "bacterial", "normal")
+# Patched FLANNEL's five, side of a patch in pixels; images, and patches of each.
+PUBLISHED = [
+    (PatchRecipe(backbone=name, image_size=299 if name == "inception_v3" else 224), 8, 100)
+    for name in ("densenet161", "inception_v3", "resnet152", "resnext101_32x8d", "vgg19_bn")
+]
+# What two cores do in a minute.
+SHORT = [
+    (recipe("small_patches", PatchRecipe), 4, 50),
+    (PatchRecipe(backbone="mobilenetv3_small_050"), 2, 25),
+    (PatchRecipe(backbone="densenet161"), 1, 8),
+]
+
+
+def chests(count: int, side: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Canvases of noise, black outside of two ellipses, and their mask: only the number of pixels matters here."""
+    y, x = np.mgrid[:side, :side] / side - 0.5
+    mask = ((np.abs(x) - 0.22) / 0.16) ** 2 + (y / 0.38) ** 2 < 1
+    noise = np.random.default_rng(0).integers(0, 256, (count, side, side)).astype(np.uint8)
+    return torch.from_numpy(noise * mask), mask
+
+
+def one_by_one(model: PatchClassifier, canvases: torch.Tensor, where: torch.Tensor) -> np.ndarray:
+    """The published way: cut one patch, bring it to the device, compute it, fetch its answer, then the next."""
+    side = model.recipe.image_size
+    before, after = side // 2, side - 1 - side // 2
+    padded = np.pad(canvases.numpy(), ((0, 0), (before, after), (before, after)))
+    device, found = next(model.parameters()).device, []
+    for image, row, column in where.tolist():
+        patch = torch.from_numpy(padded[image, row : row + side, column : column + side].copy())[None].to(device)
+        found.append(model.probabilities(model(model.normalise(patch))).cpu().numpy())
+    return np.concatenate(found)
+
+
+def batched(model: PatchClassifier, canvases: torch.Tensor, where: torch.Tensor) -> np.ndarray:
+    return model.probabilities(model.patch_logits(canvases, where)).cpu().numpy()
+
+
+def bare_forward(model: PatchClassifier, canvases: torch.Tensor, where: torch.Tensor) -> None:
+    """The floor: as many patches, ready on the device in full batches, through the network and nothing else."""
+    chunk = min(len(where), model.chunk)
+    ready = model.normalise(canvases.new_zeros(chunk, *[model.recipe.image_size] * 2).to(next(model.parameters()).device))
+    for start in range(0, len(where), chunk):
+        last = model(ready[: len(where) - start])
+    last.cpu()
+
+
+def seconds(way: Callable, *arguments: object) -> float:
+    """On a CPU, which others use too, this process's own time, a thread's share of it; with a GPU as it passes."""
+    clock, threads = (time.perf_counter, 1) if torch.cuda.is_available() else (time.process_time, torch.get_num_threads())
+    start = clock()
+    way(*arguments)
+    return (clock() - start) / threads
+
+
+def main(full: bool = False, rounds: int = 2, threads: int = 0) -> None:
+    device = pick_device()
+    if threads:
+        torch.set_num_threads(threads)
+    table = Table("network, pixels", "loop, patches a second", "batched", "bare forward", "batched / loop", "floor / loop")
+    apart = 0.0
+    for settings, images, patches in PUBLISHED if full else SHORT:
+        model = PatchClassifier(settings, CLASSES).eval().to(device, memory_format=torch.channels_last)
+        side = settings.image_size
+        canvases, mask = chests(images, settings.canvas)
+        where = places([centres(mask, patches, seed) for seed in range(images)])
+        model.chunk = max(1, CHUNKS[device.type] // side**2)
+        with torch.inference_mode(), autocast(device):
+            few = where[:: max(1, len(where) // 4)]
+            apart = max(apart, float(np.abs(one_by_one(model, canvases, few) - batched(model, canvases, few)).max()))
+            batched(model, canvases, where)
+            # In turn, so that a busy moment of the machine meets all three; the best of each.
+            ways = (one_by_one, batched, bare_forward)
+            each = [[seconds(way, model, canvases, where) for way in ways] for _ in range(rounds)]
+        loop, kit, floor = (len(where) / min(times) for times in zip(*each, strict=True))
+        speeds = f"{loop:.1f}", f"{kit:.1f}", f"{floor:.1f}", f"{kit / loop:.1f}", f"{floor / loop:.1f}"
+        table.add_row(f"{settings.backbone}, {side}", *speeds)
+    console = Console()
+    console.print(table)
+    console.print(f"{device}, {torch.get_num_threads()} threads; a patch's probability differs by at most {apart:.1e}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
