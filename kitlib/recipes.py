@@ -123,6 +123,8 @@ class TrainingRecipe:
                 f'probe is "border", of which the middle {self.image_size} of a canvas of {self.canvas} show nothing: set '
                 "canvas=0"
             )
+        if self.probe == "border" and self.masked:
+            raise RecipeError('probe is "border", and masked blackens what lies outside of the lungs: set masked=False')
         if self.probe == "outside_lungs" and (self.lungs != "masks" or self.masked):
             raise RecipeError(
                 'probe is "outside_lungs", where the mask of the lungs is black: set lungs="masks", masked=False'
