@@ -23,6 +23,10 @@ import kitlib
 from kitlib import kernel_start
 from kitlib.atomic import write_json
 from kitlib.bundle import RECORD, WEIGHTS, read_bundle
+from kitlib.classes import STUDY_CLASSES
+from kitlib.ensemble_bundle import RECORD as ENSEMBLE_RECORD
+from kitlib.ensemble_bundle import WEIGHTS as ENSEMBLE_WEIGHTS
+from kitlib.ensemble_bundle import read_ensemble
 from kitlib.kernel_spec import KernelSpec, SpecError
 from kitlib.lung_crop import wants_masks
 from kitlib.lungs import segmenter_digest
@@ -145,10 +149,10 @@ def _write_wheels(spec: KernelSpec, folder: Path, wheels: list[Path]) -> None:
 
 
 def _write_weights(spec: KernelSpec, folder: Path) -> None:
-    """One sub-folder a bundle, weights.json (bundles by value) and, where the kernel names them, `lungs` and fusion.json."""
+    """A sub-folder a bundle, weights.json (bundles by value), and what the kernel names of ensemble, lungs, fusion.json."""
     folder.mkdir()
     manifest: list[dict[str, Any]] = []
-    segmenter = _write_lungs(spec, folder)
+    segmenter, study_models = _write_lungs(spec, folder), set()
     for bundle in spec.bundles():
         record = json.loads((bundle / RECORD).read_text(encoding="utf-8")) if (bundle / RECORD).is_file() else {}
         name = f"{record.get('model')}-fold{record.get('fold')}"
@@ -169,6 +173,8 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
                 f"{'another one' if segmenter else 'none'}; name the run of notebook 14 that was its lungs_run"
             )
         kind = "study" if record["family"] == "study" else "detector"
+        if kind == "study" and record["recipe"].get("outputs") != "none":
+            study_models.add(record["model"])
         entry = {"folder": name, "kind": kind} | {key: record[key] for key in ("family", "model", "fold", "weights_sha256")}
         manifest.append(entry)
     if spec.fusion:
@@ -176,8 +182,32 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
         if not fusion.is_file():
             raise SpecError(f"fusion: there is no {fusion}; run the fusion notebook first, or leave the key out")
         shutil.copyfile(fusion, folder / "fusion.json")
-    write_json(folder / "weights.json", {"bundles": manifest} | ({"lungs": "lungs"} if segmenter else {}))
+    further = {"ensemble": _write_ensemble(spec, folder, study_models), "lungs": "lungs" if segmenter else ""}
+    write_json(folder / "weights.json", {"bundles": manifest} | {key: name for key, name in further.items() if name})
     _write_dataset_metadata(folder, f"{spec.title} weights", f"{spec.owner}/{spec.weights_slug}")
+
+
+def _write_ensemble(spec: KernelSpec, folder: Path, study_models: set[str]) -> str:
+    """The name of the sub-folder that the ensemble's bundle is copied to; "" where the kernel names none.
+
+    Raises SpecError where it is not one of exactly the study models of the kernel.
+    """
+    bundle = spec.ensemble_bundle()
+    if bundle is None:
+        return ""
+    ensemble = read_ensemble(bundle)
+    if ensemble.key != "study_id" or set(ensemble.classes) != set(STUDY_CLASSES):
+        raise SpecError(f"ensemble: {bundle} tells {', '.join(ensemble.classes)} apart; name one of study models")
+    if set(ensemble.learners) != study_models:
+        raise SpecError(
+            f"ensemble: {bundle} stacks {', '.join(sorted(ensemble.learners))}, and runs has the study models "
+            f"{', '.join(sorted(study_models)) or 'none'}; name the same ones in both"
+        )
+    (folder / "ensemble").mkdir()
+    for file in (ENSEMBLE_WEIGHTS, ENSEMBLE_RECORD):
+        shutil.copyfile(bundle / file, folder / "ensemble" / file)
+    read_ensemble(folder / "ensemble")  # so that copying is checked too
+    return "ensemble"
 
 
 def _write_lungs(spec: KernelSpec, folder: Path) -> str:

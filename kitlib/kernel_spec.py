@@ -45,6 +45,7 @@ class KernelSpec:
     rehearsal: dict[str, Any] = field(default_factory=dict)  # parameters that replace others where it is only rehearsed
     runs: tuple[str, ...] = ()  # run folders or globs of them, most valuable first; each holds `bundle/`
     fusion: str | None = None  # fusion.json, tuned out of fold
+    ensemble: str | None = None  # run of notebook 65 that stacks the study models of `runs`
     lungs: str | None = None  # run of notebook 14 (or fold of 12) whose `bundle/` finds the lungs of test images
 
     @property
@@ -124,6 +125,15 @@ class KernelSpec:
             raise SpecError(f"lungs: there is no {bundle}; name a run of notebook 14, or a fold of notebook 12")
         return bundle
 
+    def ensemble_bundle(self) -> Path | None:
+        """The folder of the ensemble's bundle; None where the kernel names no run. Raises SpecError where that has none."""
+        if not self.ensemble:
+            return None
+        bundle = project_root() / self.ensemble / "ensemble"
+        if not bundle.is_dir():
+            raise SpecError(f"ensemble: there is no {bundle}; name a run of notebook 65 on study models")
+        return bundle
+
     def bundles(self) -> list[Path]:
         """Bundle folders in order of value; a run named twice counts once. Raises SpecError for an entry that names none."""
         found: dict[Path, None] = {}
@@ -165,10 +175,10 @@ def _faults(spec: KernelSpec) -> list[str]:
     submits = spec.submits
     needed = ("title", "slug", "owner", *(("competition", "runs") if submits else ()))
     faults = [f"{key} is missing" for key in needed if not getattr(spec, key)]
-    if not submits and (spec.runs or spec.fusion or spec.lungs):
+    if not submits and (spec.runs or spec.fusion or spec.lungs or spec.ensemble):
         faults.append(
-            f"runs, fusion and lungs make a dataset of weights, and {spec.notebook_path.name} has no parameter `weights`; "
-            "a run that a kernel made is attached by kernel_sources"
+            f"runs, fusion, ensemble and lungs make a dataset of weights, and {spec.notebook_path.name} has no parameter "
+            "`weights`; a run that a kernel made is attached by kernel_sources"
         )
     if spec.title and slug_of(spec.title) != spec.slug:
         faults.append(f"slug is {spec.slug!r}, but Kaggle makes {slug_of(spec.title)!r} of the title {spec.title!r}")

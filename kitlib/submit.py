@@ -28,6 +28,7 @@ from kitlib.validate import validate
 
 if TYPE_CHECKING:
     from kitlib.cache import CachedXray, XrayCache
+    from kitlib.ensemble_bundle import Ensemble
     from kitlib.fusion import FusionSettings
     from kitlib.lungs_once import LungsOnce
 
@@ -89,6 +90,8 @@ class SubmissionRun:
         self.rows: list[dict[str, Any]] = []
         self.models: list[Model] = []
         self.lungs: LungsOnce | None = None
+        self.ensemble: Ensemble | None = None
+        self.stacked: tuple[int, float, str] | None = None  # studies, seconds and note of the last fusing
         test = read_test(competition, headers=False)
         # Kaggle asks for the sample's rows, no more and no fewer; the files name them only where there is no sample.
         self.ids = test.sample_ids or submission_ids(test.study_ids, test.image_ids)
@@ -138,6 +141,9 @@ class SubmissionRun:
                     xrays.close()
                     self._note_decoding(xrays)
                 self._note_lungs()
+                if self.stacked:
+                    studies, seconds, note = self.stacked
+                    self._note("ensemble", studies, time.monotonic() - seconds, note)
 
     def finish(self) -> pd.DataFrame:
         """Validate the file against the sample and return the ledger. Raises ValueError if Kaggle would refuse it."""
@@ -172,8 +178,19 @@ class SubmissionRun:
 
             bundle, masked = weights / told["lungs"] if "lungs" in told else None, any(each.masked for each in self.models)
             self.lungs = LungsOnce(bundle, masked, self.settings.batch_size)
+        if "ensemble" in told:
+            self._read_ensemble(weights / told["ensemble"])
         tuned = weights / "fusion.json"
         return read_settings(tuned) if tuned.is_file() else FusionSettings()
+
+    def _read_ensemble(self, folder: Path) -> None:
+        began = time.monotonic()
+        try:
+            from kitlib.ensemble_bundle import read_ensemble
+
+            self.ensemble = read_ensemble(folder)
+        except Exception as error:  # its learners are there all the same
+            self._note("ensemble", 0, began, f"{_failure(error)}; the study models are fused as they are")
 
     def _predict_all(self, xrays: "DecodedOnce", fusion: "FusionSettings") -> None:
         for place, model in enumerate(self.models):
@@ -252,12 +269,35 @@ class SubmissionRun:
                 study_scores, image_scores = study_and_image_scores(probabilities, images)
                 detections = concatenate([chunk for model in detectors for chunk in model.chunks], "detections")
                 coverage = pd.concat([model.coverage() for model in detectors]) if detectors else None
+                study_scores = self._stacked(study_scores)
                 fused = fuse(study_scores, image_scores, detections, images, fusion, coverage)
                 studies, nones = fused.studies[~fused.studies.prior], fused.nones[~fused.nones.prior]
                 on_priors = write_submission(self.output, self.ids, studies, nones, fused.detections)
                 self._note("fuse and write", len(self.ids) - len(on_priors), began, f"{len(on_priors)} rows keep priors")
         except (Exception, OutOfTime) as error:  # the file of the step before stays, and later models may fuse again
             self._note("fuse and write", 0, began, _failure(error))
+
+    def _stacked(self, study_scores: pd.DataFrame) -> pd.DataFrame:
+        """The ensemble's study_scores in the place of its learners'; as they are where there is none, or it fails."""
+        if self.ensemble is None or study_scores.empty:
+            return study_scores
+        began, ensemble = time.monotonic(), self.ensemble
+        try:
+            from kitlib.ensemble_bundle import apply_ensemble
+
+            answer = apply_ensemble(ensemble, study_scores).assign(model=ensemble.name, fold=0)
+            others = study_scores[~study_scores["model"].isin(ensemble.learners)]
+            stacked = concatenate([answer.drop(columns="answered"), others], "study_scores")
+        except Exception as error:
+            self.stacked = 0, time.monotonic() - began, f"{_failure(error)}; the study models are fused as they are"
+            return study_scores
+        absent, note = answer["answered"] < len(ensemble.learners), ""
+        if absent.any():
+            there = set(study_scores["model"])
+            lost = ", ".join(name for name in ensemble.learners if name not in there) or "a learner that was stopped"
+            note = f"{int(absent.sum())} of {len(answer)} studies lack {lost}: they have the plain mean of the others"
+        self.stacked = int((~absent).sum()), time.monotonic() - began, note
+        return stacked
 
     def _note(self, stage: str, files: int, began: float, note: str = "") -> None:
         seconds = time.monotonic() - began

@@ -19,6 +19,8 @@ from small_kernels import PARAMETERS, make_run, make_submission, make_training, 
 import kitlib
 from kitlib import install_wheels, kernel, kernel_start
 from kitlib.bundle import BundleError, read_record
+from kitlib.classes import STUDY_CLASSES
+from kitlib.ensemble_bundle import Ensemble, write_ensemble
 from kitlib.kernel import KernelError, build_kernel
 from kitlib.kernel_spec import SpecError, read_spec, slug_of
 from kitlib.lungs import segmenter_digest
@@ -165,6 +167,29 @@ def test_a_backbone_is_no_model_of_a_submission(tmp_path, wheel):
     runs = [str(make_run(tmp_path / "nih", family="findings"))]
     with pytest.raises(SpecError, match="nih/bundle knows findings, which no submission asks for"):
         build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs)), tmp_path / "out", [wheel])
+
+
+def test_an_ensemble_goes_along_with_exactly_its_learners(tmp_path, wheel):
+    runs = [str(make_run(tmp_path / name, name)) for name in ("one", "two")]
+    runs.append(str(make_run(tmp_path / "none", "none", outputs="none")))  # answers no study
+    known = {"method": "mean", "learners": ("one", "two"), "classes": STUDY_CLASSES, "key": "study_id"}
+    write_ensemble(tmp_path / "stack" / "ensemble", Ensemble("mean", **known))
+    write_ensemble(tmp_path / "images" / "ensemble", Ensemble("mean", **known | {"key": "image_id"}))
+    stack = str(tmp_path / "stack")
+    build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs, ensemble=stack)), tmp_path / "out", [wheel])
+    weights = tmp_path / "out" / "weights"
+    assert json.loads((weights / "weights.json").read_text())["ensemble"] == "ensemble"
+    assert contents(weights / "ensemble") == contents(tmp_path / "stack" / "ensemble")
+    for keys, told in (
+        ({"runs": runs[1:], "ensemble": stack}, r"stacks one, two, and runs has the study models two; name the same"),
+        ({"runs": runs, "ensemble": str(tmp_path / "images")}, r"images/ensemble tells negative, .* name one of study"),
+        (
+            {"runs": runs, "ensemble": str(tmp_path / "gone")},
+            r"ensemble: there is no .*gone/ensemble; name a run of notebook 65",
+        ),
+    ):
+        with pytest.raises(SpecError, match=told):
+            build_kernel(read_spec(make_submission(tmp_path / "spec", **keys)), tmp_path / "out", [wheel])
 
 
 def test_a_segmenters_bundle_goes_along_apart_from_the_models(tmp_path, wheel):

@@ -17,16 +17,20 @@ import torch
 
 from kitlib.bundle import save_bundle
 from kitlib.cache import CacheError, XrayCache
+from kitlib.classes import STUDY_CLASSES
 from kitlib.classifier import OUTPUTS, StudyClassifier
+from kitlib.ensemble_bundle import Ensemble, read_ensemble, write_ensemble
+from kitlib.ensembles import combine
 from kitlib.fusion import FusionSettings, write_settings
 from kitlib.lungs import Lungs
 from kitlib.paths import project_root
 from kitlib.phantom_competition import write_competition
-from kitlib.predict import VIEWS, Predictor
+from kitlib.predict import VIEWS, Predictor, study_and_image_scores
 from kitlib.recipes import SegmenterRecipe, StudyRecipe
 from kitlib.segmenter import Segmenter
 from kitlib.submission import PRIORS, read_submission
 from kitlib.submit import SubmissionRun, SubmitSettings
+from kitlib.temperature import scaled
 from kitlib.validate import validate
 
 DAMAGED = 2
@@ -372,6 +376,57 @@ def test_a_segmenter_is_no_model_of_a_submission(competition, weights, tmp_path)
     path, ledger = submit(competition, other, tmp_path)
     assert "unet draws lungs, which no row of a submission asks for" in ledger.set_index("stage").note["lungs"]
     assert len(on_priors(path)) <= DAMAGED
+
+
+def with_ensemble(weights, copy) -> Path:
+    """The two folds of `weights` as two models, small and other, and a FLANNEL of both, as build_kernel.py puts it there."""
+    shutil.copytree(weights, copy)
+    record = json.loads((copy / "small-fold1" / "model.json").read_text())
+    (copy / "small-fold1" / "model.json").write_text(json.dumps(record | {"model": "other", "fold": 0}))
+    rng = np.random.default_rng(2)
+    learnt = {"weight": rng.normal(size=(2, 64)), "bias": np.array([1.0, -0.5])}
+    known = {"method": "flannel", "learners": ("other", "small"), "classes": STUDY_CLASSES[::-1], "key": "study_id"}
+    write_ensemble(copy / "ensemble", Ensemble("stacked", **known, temperature=0.5, weights=learnt))
+    told = json.loads((copy / "weights.json").read_text())
+    (copy / "weights.json").write_text(json.dumps(told | {"ensemble": "ensemble"}))
+    return copy
+
+
+def test_study_models_are_stacked_by_the_kernels_ensemble(competition, weights, tmp_path):
+    shared = with_ensemble(weights, tmp_path / "weights")
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    run.predict(shared, tmp_path / "scratch")
+    notes = run.finish().set_index("stage")
+    scores, _ = study_and_image_scores([chunk for model in run.models for chunk in model.chunks], run.images)
+    assert scores.model.value_counts().to_dict() == dict.fromkeys(("small", "other"), scores.study_id.nunique())
+    assert (notes.files["ensemble"], notes.note["ensemble"]) == (scores.study_id.nunique(), "")
+    ensemble = read_ensemble(shared / "ensemble")
+    written = scores_of(run.output)
+    for study, rows in scores.groupby("study_id"):
+        found = rows.set_index("model").loc[["other", "small"], list(ensemble.classes)].to_numpy()
+        expected = scaled(combine("flannel", ensemble.weights, found[None]), 0.5)[0]
+        assert written[study][list(ensemble.classes)].to_numpy() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("fault", ["learner", "ensemble"])
+def test_without_a_learner_or_the_ensemble_the_plain_mean_serves_and_is_told(competition, weights, tmp_path, fault):
+    shared = with_ensemble(weights, tmp_path / "weights")
+    broken = shared / ("small-fold1" if fault == "learner" else "ensemble")
+    (broken / "weights.safetensors").write_bytes(b"no weights")
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    run.predict(shared, tmp_path / "scratch")
+    notes = run.finish().set_index("stage")
+    scores, _ = study_and_image_scores([chunk for model in run.models for chunk in model.chunks], run.images)
+    studies = scores.study_id.nunique()
+    if fault == "learner":
+        told = f"{studies} of {studies} studies lack other: they have the plain mean of the others"
+        assert (notes.files["ensemble"], notes.note["ensemble"]) == (0, told) and set(scores.model) == {"small"}
+    else:
+        assert notes.note["ensemble"].startswith("failed: EnsembleError: ") and set(scores.model) == {"small", "other"}
+        assert notes.note["ensemble"].endswith("promises another; copy both again; the study models are fused as they are")
+    written = scores_of(run.output)
+    for study, mean in scores.groupby("study_id")[list(STUDY_CLASSES)].mean().iterrows():
+        assert written[study][mean.index].to_numpy() == pytest.approx(mean.to_numpy(), abs=1e-6)
 
 
 def test_killed_while_it_predicts_a_valid_file_is_there(competition, weights, tmp_path):
