@@ -12,14 +12,21 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from pytorch_grad_cam import GradCAM
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
 from kitlib.cache import CachedXray
 from kitlib.classifier import Classifier, FindingsClassifier
 from kitlib.lungs import LungFinder
 from kitlib.predict import Predictor
+
+try:
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+except ImportError as error:  # such as on Kaggle, for which it has no wheel
+    raise ImportError(
+        "heat maps want the package grad-cam: pip install grad-cam and ttach at the versions of requirements.txt, or leave "
+        "heat_runs empty"
+    ) from error
 
 LONGEST_NAME = 28  # letters beside a row of pictures
 COLUMNS = ["image_id", "class", "heat_inside", "area_inside", "concentration"]
