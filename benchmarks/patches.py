@@ -81,7 +81,7 @@ def main(full: bool = False, rounds: int = 2, threads: int = 0) -> None:
     device = pick_device()
     if threads:
         torch.set_num_threads(threads)
-    table = Table("network, pixels", "loop, patches a second", "batched", "bare forward", "batched / loop", "floor / loop")
+    table = Table("network", "pixels", "loop", "batched", "bare forward", "batched / loop", "bare / loop")
     apart = 0.0
     for settings, images, patches in PUBLISHED if full else SHORT:
         model = PatchClassifier(settings, CLASSES).eval().to(device, memory_format=torch.channels_last)
@@ -98,9 +98,10 @@ def main(full: bool = False, rounds: int = 2, threads: int = 0) -> None:
             each = [[seconds(way, model, canvases, where) for way in ways] for _ in range(rounds)]
         loop, kit, floor = (len(where) / min(times) for times in zip(*each, strict=True))
         speeds = f"{loop:.1f}", f"{kit:.1f}", f"{floor:.1f}", f"{kit / loop:.1f}", f"{floor / loop:.1f}"
-        table.add_row(f"{settings.backbone}, {side}", *speeds)
+        table.add_row(settings.backbone, str(side), *speeds)
     console = Console()
     console.print(table)
+    console.print("patches a second" + (", a second of the processor's own time" if device.type == "cpu" else ""))
     console.print(f"{device}, {torch.get_num_threads()} threads; a patch's probability differs by at most {apart:.1e}")
 
 

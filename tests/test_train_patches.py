@@ -107,7 +107,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
 
 
 def test_it_learns_and_penalises(tmp_path, lungs):
-    recipe = override(RECIPE, epochs=8, learning_rate=1e-2, patch_score="mean_softmax", l1=1e-5, normalisation="half")
+    recipe = override(RECIPE, epochs=12, learning_rate=1e-2, patch_score="mean_softmax", l1=1e-5, normalisation="half")
     learnt = train(tmp_path, lungs, recipe)
     assert learnt.metrics["best"]["score"] > 0.7  # macro F1 of four classes, chance is 0.25
     assert learnt.class_scores[CLASSES].sum(axis=1).to_numpy() == pytest.approx(np.ones(16), abs=1e-6)
