@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,7 +95,7 @@ def train_flannel(
     alpha = class_weights(target[~held], scores.shape[2], settings.alpha)
     train, validation = (scores[~held], target[~held]), (scores[held], target[held])
     losses: list[float] = []
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(settings.seed)
         model = _beginning(*scores.shape[1:], settings)
         rate, decay = settings.learning_rate, settings.weight_decay
@@ -110,6 +112,17 @@ def train_flannel(
             if not held.any() or not since:
                 best = copy.deepcopy(model.linear.state_dict())
     return {name: best[name].numpy() for name in ("weight", "bias")}, losses
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices this small cost threads far more than they gain, most of all on busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _beginning(learners: int, classes: int, settings: EnsembleSettings) -> FlannelWeights:
