@@ -8,17 +8,18 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 weights=$(realpath "$1")
-runs=$PWD/runs/flannel
+runs=$PWD/runs/small_flannel
 mkdir -p "$runs/executed"
 
 notebook() { # NOTEBOOK NAME PARAMETERS
   OMP_NUM_THREADS=1 .venv/bin/papermill "notebooks/$1.ipynb" "$runs/executed/$2.ipynb" --no-progress-bar -y "$3"
 }
 
-common="placement: stretch, epochs: 6, batch_size: 16, keep: last"
+common="placement: stretch, batch_size: 16, keep: last"
+epochs=6 outer="[0, 1, 2]"
 learner() { # NAME OVERRIDES [RECIPE]
   notebook 25_train_classifier "$1" "{prepare_run: $runs/prepare, lungs_run: $runs/lungs, run_folder: $runs/$1, model_name: $1, \
-recipe: ${3:-small_learner}, folds: [0, 1, 2], outer_folds: ${outer:-[0, 1, 2]}, in_sample: true, overrides: {$common, $2}}"
+recipe: ${3:-small_learner}, folds: [0, 1, 2], outer_folds: $outer, in_sample: true, epochs: $epochs, overrides: {$common, $2}}"
 }
 
 notebook 10_prepare prepare "{dataset: kermany, competition: $PWD/inputs/real/chest-xray-pneumonia, \
@@ -28,7 +29,8 @@ notebook 14_apply_lungs lungs "{prepare_run: $runs/prepare, segmenter: $PWD/runs
 squeezenet="backbone: squeezenet1_1, channels: 3, starting_weights: $weights"
 { learner squeezenet "$squeezenet, learning_rate: 0.0005"
   learner lcnet "backbone: lcnet_035"
-  learner patched "$squeezenet, learning_rate: 0.0005, image_size: 64, canvas: 256, patches: 16" small_patches
+  epochs=12
+  learner patched "$squeezenet, learning_rate: 0.0005, image_size: 64, canvas: 256, patches: 9, validation_patches: 2" small_patches
 } &
 { learner efficientnet ""
   learner vit "backbone: test_vit, learning_rate: 0.001"
@@ -42,4 +44,4 @@ wait
 notebook 65_ensemble ensemble "{prepare_run: $runs/prepare, run_folder: $runs/ensemble, \
 runs: [$runs/squeezenet, $runs/lcnet, $runs/efficientnet, $runs/vit, $runs/squeezenet_frozen]}"
 notebook 85_classification_report report "{prepare_run: $runs/prepare, run_folder: $runs/report, runs: [$runs/ensemble, $runs/patched], \
-probes: [$runs/border, $runs/outside_lungs], published: flannel, lungs_run: $runs/lungs}"
+probes: [$runs/border, $runs/outside_lungs], heat_runs: [$runs/squeezenet], published: flannel, lungs_run: $runs/lungs}"
