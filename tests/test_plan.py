@@ -6,8 +6,11 @@ import shutil
 import pytest
 import yaml
 
+from kitlib.lung_crop import check_finder
+from kitlib.named_recipes import recipe
 from kitlib.paths import project_root
 from kitlib.plan import RECORD, WITHOUT_EFFECT, PlanError, read_plan
+from kitlib.recipes import TrainingRecipe
 
 PLANS = sorted((project_root() / "submissions" / "plans").glob("*.yaml"))
 PREPARE = {"notebook": "10_prepare", "parameters": {"competition": "{data}"}}
@@ -166,6 +169,15 @@ def test_every_plan_that_is_shipped_can_be_read(path):
     for name, run in plan.planned.items():
         assert set(run.needs) <= done
         done.add(name)
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_a_shipped_plan_gives_masks_to_the_recipes_that_ask_for_them_and_to_no_other(path):
+    for name, run in read_plan(path).planned.items():
+        # Segmenters draw masks and ask for none.
+        if "recipe" in run.parameters and run.notebook.stem != "12_segment_lungs":
+            settings = recipe(run.parameters["recipe"], TrainingRecipe, **run.parameters.get("overrides", {}))
+            check_finder(settings, run.parameters.get("lungs_run") or None, name)
 
 
 def test_the_plan_in_the_readme_is_one(tmp_path):
