@@ -7,6 +7,7 @@ import pandas as pd
 
 from kitlib.dataset import Dataset, Faults, LayoutError
 from kitlib.diagnoses import count_fault, diagnosis_dataset
+from kitlib.rsna import MAPPING, nih_patients
 
 PARTS = ("train", "val", "test")
 # Three classes, or of the later lists two; who is negative may have any other pneumonia, or none.
@@ -17,8 +18,8 @@ SOURCES = {
     "cohen": ("ieee8023", "ieee"),
     "ricord": ("ricord", "ricord"),
     "bimcv": ("bimcv", "bimcv"),
-    "rsna": ("rsna", "rsna"),
 }
+RSNA = "rsna"
 UNTOLD = "covidx"  # the source of lists of three columns
 GOT = "`kaggle datasets download andyczhao/covidx-cxr2`, see inputs/README.md"
 
@@ -29,8 +30,10 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
     A list is called `train.txt`, or `train_COVIDx5.txt` and the like; older ones have no source. Columns are parted by
     blanks, and a file's name may have some. image_id is the file's name without suffix, with it where two share it. `split`
     is "test" for the official test set, and "train". Patients of sources that the kit reads by themselves have the id that
-    they have there. Left out, with a fault: lines that cannot be understood, files named again, missing or damaged. Raises
-    LayoutError where the list of train or test is missing, there are several, or no image is there.
+    they have there. RSNA's patientIds are images, and most share an NIH patient with another: with RSNA's MAPPING in the
+    folder their patients are NIH's, without it a fault says that they leak. Left out, with a fault: lines that cannot be
+    understood, files named again, missing or damaged. Raises LayoutError where the list of train or test is missing, there
+    are several, or no image is there.
     """
     folder, faults = Path(folder), Faults()
     found: dict[str, tuple[str, ...]] = {}
@@ -52,6 +55,8 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
     count_fault(faults, "train, val, test", missing, "have no file; left out")
     if not found:
         raise LayoutError(f"{folder / 'train'} and {folder / 'test'} hold no image that a list names: {GOT}")
+    maybe_rsna = any(source in (RSNA, UNTOLD) for _, _, source, _ in found.values())
+    people = nih_patients(folder / MAPPING, faults) if maybe_rsna else {}
     names = pd.Series([Path(path).name for path in found], dtype=object)
     stems = names.map(lambda name: Path(name).stem)
     ids = stems.mask(stems.duplicated(keep=False), names)
@@ -59,7 +64,7 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
     rows = pd.DataFrame(
         {
             "image_id": ids.mask(ids.duplicated(keep=False), placed + ids),
-            "patient_id": [_patient(patient, source) for patient, _, source, _ in found.values()],
+            "patient_id": [_patient(patient, source, people) for patient, _, source, _ in found.values()],
             "path": list(found),
             "source": [SOURCES.get(source, (source,))[0] for _, _, source, _ in found.values()],
             "view": "",
@@ -91,6 +96,8 @@ def _lines(path: Path) -> Iterator[tuple[int, tuple[str, str, str, str] | None]]
         yield number, (cells[0], " ".join(cells[1:-1]), cells[-1].lower(), source) if understood else None
 
 
-def _patient(patient: str, source: str) -> str:
+def _patient(patient: str, source: str, people: dict[str, str]) -> str:
+    if source == RSNA or patient in people:
+        return people.get(patient, patient)
     bare = patient.removeprefix("MIDRC-RICORD-1C-").removeprefix("sub-")
     return f"{SOURCES.get(source, ('', f'covidx-{source}'))[1]}-{bare}"

@@ -50,7 +50,7 @@ def read_rsna(folder: str | Path, progress: bool = True) -> Dataset:
     for image_id, header in zip(image_ids, headers, strict=True):
         if header.problem:
             faults.add(files[image_id].name, image_id, f"{header.problem}; left out")
-    patients = _patients(folder / MAPPING, faults)
+    patients = nih_patients(folder / MAPPING, faults)
     images = pd.DataFrame(
         {
             "image_id": image_ids,
@@ -96,8 +96,8 @@ def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame,
     return labels, boxes[whole & ~boxes.image_id.isin(bad)].reset_index(drop=True)
 
 
-def _patients(path: Path, faults: Faults) -> dict[str, str]:
-    """patientId -> NIH's patient."""
+def nih_patients(path: Path, faults: Faults) -> dict[str, str]:
+    """patientId -> NIH's patient, as kitlib.nih calls it; empty, with a fault, without the file. Raises LayoutError."""
     if not path.is_file():
         faults.add(path.name, "", "the file is missing; images of one NIH patient may fall into several folds")
         return {}

@@ -1,5 +1,7 @@
 """COVIDx, COVIDGR-1.0, MIDRC-RICORD-1C and BIMCV-COVID19, drawn by hand: what their layouts say, and what they do not."""
 
+import json
+
 import cv2
 import numpy as np
 import pandas as pd
@@ -12,6 +14,7 @@ from kitlib.dataset import LayoutError
 from kitlib.dicom_writing import write_xray
 from kitlib.pooled_dataset import read_pool
 from kitlib.ricord import read_ricord
+from kitlib.rsna import MAPPING
 
 
 def save(path, side=16):
@@ -60,6 +63,22 @@ def test_covidx_older_lists_and_several(tmp_path):
     (tmp_path / "train_COVIDx2.txt").unlink()
     with pytest.raises(LayoutError, match=r"test\.txt, or .* is missing"):
         read_covidx(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("source", [" rsna", ""])
+def test_covidx_images_of_rsna_are_of_nih_patients(tmp_path, source):
+    (tmp_path / "train.txt").write_text("".join(f"{name} {name}.png normal{source}\n" for name in ("a1", "b2", "c3")))
+    (tmp_path / "test.txt").write_text("")
+    for name in ("a1", "b2", "c3"):
+        save(tmp_path / "train" / f"{name}.png")
+    apart = read_covidx(tmp_path, progress=False)
+    assert apart.images.patient_id.is_unique and "one NIH patient may fall into several folds" in apart.faults.problem[0]
+    # Two images of NIH's patient 9 and one that the table does not know.
+    entries = [{"subset_img_id": name, "img_id": f"00000009_00{name[1]}.png"} for name in ("a1", "b2")]
+    (tmp_path / MAPPING).write_text(json.dumps(entries))
+    joined = read_covidx(tmp_path, progress=False)
+    assert joined.images.patient_id.tolist()[:2] == ["nih-00000009"] * 2 and joined.images.patient_id.nunique() == 2
+    assert joined.faults.empty
 
 
 def test_covidgr(tmp_path):
