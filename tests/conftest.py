@@ -33,3 +33,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def _warm_kernels():
+    from warm_kernels import warm_kernels
+
+    with warm_kernels() as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def quick_kernels(_warm_kernels):
+    """Notebooks that need not load torch again, each in a process of its own all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", _warm_kernels)
+        yield
