@@ -105,10 +105,10 @@ def read_ensemble(folder: str | Path) -> Ensemble:
 
 def learnt_ensemble(found: "LearnerScores", name: str, settings: "EnsembleSettings", temperature: float = 1.0) -> Ensemble:
     """The ensemble to keep: learnt from every image, by models that have not seen it (or, in sample, that have)."""
-    learning = settings.method in ("weighted", "flannel")
-    weights = learn(found.everything(settings.stack_on), settings) if learning else {}
-    protocol = IN_SAMPLE if learning and settings.stack_on == "in_sample" else found.protocol
-    folds = tuple(sorted(int(fold) for fold in found.rows["own"].unique()))
+    lesson = found.everything(settings.stack_on if settings.learns else "out_of_fold")
+    weights = learn(lesson, settings) if settings.learns else {}
+    protocol = IN_SAMPLE if settings.learns and settings.stack_on == "in_sample" else found.protocol
+    folds = tuple(np.unique(lesson.fold).tolist())
     known = {"temperature": temperature, "settings": asdict(settings), "folds": folds, "protocol": protocol}
     return Ensemble(name, settings.method, found.learners, found.classes, found.key, **known, weights=weights)
 

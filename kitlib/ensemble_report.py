@@ -5,10 +5,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kitlib import classification_report as report
-from kitlib.ensembles import Judged
+from kitlib.ensemble_bundle import Ensemble
+from kitlib.ensembles import Judged, combine
 from kitlib.findings_report import Answers
+from kitlib.put_aside import PutAside
 from kitlib.stacking import LearnerScores
-from kitlib.temperature import cross_scaled, fit_temperature
+from kitlib.tables import concatenate
+from kitlib.temperature import cross_scaled, fit_temperature, scaled
 
 
 def comparison(judged: Judged, found: LearnerScores) -> pd.DataFrame:
@@ -37,6 +40,28 @@ def cross_scaled_scores(judged: Judged, found: LearnerScores, model: str, name: 
     scaled, temperatures = cross_scaled(rows, found.classes, truth)
     temperatures["all"] = fit_temperature(rows[list(found.classes)].to_numpy(dtype=float), truth)
     return scaled.assign(model=name), temperatures
+
+
+def out_of_fold_temperature(kept: Ensemble, found: LearnerScores) -> float:
+    """The temperature of `kept` on the out-of-fold scores of all its learners' images.
+
+    Weights that were learnt from these very images count as if they were of others: where there are several folds, the
+    temperature of `cross_scaled_scores` is to be preferred.
+    """
+    lesson = found.everything()
+    return fit_temperature(combine(kept.method, kept.weights, lesson.probabilities), lesson.truth)
+
+
+def put_aside_scores(judged: Judged, test: PutAside, model: str, temperature: float, name: str) -> pd.DataFrame:
+    """The table class_scores of test images: learners by fold, ensembles and, as `name`, `model` at `temperature`.
+
+    At a temperature of 1 there is no such row.
+    """
+    ensembles = judged.scores[~judged.scores["model"].isin(test.means.learners)]
+    kept, classes = judged.scores[judged.scores["model"] == model], list(test.means.classes)
+    after = pd.DataFrame(scaled(kept[classes].to_numpy(dtype=float), temperature), kept.index, classes)
+    tables = [test.rows, ensembles, *([kept.assign(model=name, **after)] if temperature != 1 else [])]
+    return concatenate(tables, "class_scores")
 
 
 def weights_figure(weights: pd.DataFrame, learners: tuple[str, ...]) -> Figure:

@@ -4,13 +4,15 @@ Predicting wants numpy alone, so that a submission stays light; learning imports
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from kitlib.put_aside import ALL_FOLDS
 from kitlib.stacking import LearnerScores, Stack, StackError
 
 if TYPE_CHECKING:  # imports torch
@@ -19,7 +21,7 @@ if TYPE_CHECKING:  # imports torch
 logger = logging.getLogger(__name__)
 
 Weights = dict[str, np.ndarray]  # what a method has learnt; empty for mean and vote
-IN_SAMPLE = "in-sample"
+IN_SAMPLE, OUT_OF_FOLD = "in-sample", "out-of-fold"
 TIE = 1e-6  # of a vote: what settles a tie between the largest shares
 LEAST = 1e-7  # a probability below counts as this in a logarithm: float32 knows none nearer to 1
 
@@ -30,7 +32,8 @@ class Judged:
 
     `scores`: key, model, fold, the classes. `weights`: the learners' weights in each ensemble that has any, an id a row:
     key, model, fold, truth, and a column a learner. `protocols`: what each ensemble learnt from, nested or cross-fitted (see
-    kitlib.stacking), or in-sample; of learners, means and votes, which learn nothing, how the learners were trained.
+    kitlib.stacking), out-of-fold (all folds, judged on test images) or in-sample; of learners, means and votes, which learn
+    nothing, the same as of an ensemble that learns.
     """
 
     scores: pd.DataFrame
@@ -135,22 +138,49 @@ def judge_ensembles(found: LearnerScores, ensembles: Mapping[str, "EnsembleSetti
 
     Raises StackError where an ensemble has a learner's name or nothing to learn from.
     """
+    parts = [_judge(found, found.judged(fold), fold, partial(found.lesson, fold), ensembles) for fold in found.folds]
+    return _joined(found, parts, ensembles, found.protocol)
+
+
+def judge_put_aside(found: LearnerScores, test: LearnerScores, ensembles: Mapping[str, "EnsembleSettings"]) -> Judged:
+    """Predictions of test images: of the learners' means in `test` and of `ensembles`, each learnt from all of `found`.
+
+    That is LearnerScores.everything: it is the ensemble that would be kept. Raises StackError as `judge_ensembles` does.
+    """
+    return _joined(found, [_judge(found, test.everything(), ALL_FOLDS, found.everything, ensembles)], ensembles, OUT_OF_FOLD)
+
+
+def _judge(
+    found: LearnerScores,
+    test: Stack,
+    fold: int,
+    lesson: Callable[[str], Stack],
+    ensembles: Mapping[str, "EnsembleSettings"],
+) -> tuple[list[pd.DataFrame], list[pd.DataFrame]]:
+    """Scores and weights of `test`, a table a model; `lesson` gives what an ensemble learns from, by its stack_on."""
     shared = sorted(set(ensembles) & set(found.learners))
     if shared:
         raise StackError(f"{', '.join(shared)}: both an ensemble and a learner; train the learner with another model_name")
-    scores, weights, protocols = [], [], dict.fromkeys([*found.learners, *ensembles], found.protocol)
-    for fold in found.folds:
-        test = found.judged(fold)
-        for place, learner in enumerate(found.learners):
-            scores.append(_rows(found, test, learner, fold, test.probabilities[:, place]))
-        for name, settings in ensembles.items():
-            learning = settings.method in ("weighted", "flannel")
-            learnt = learn(found.lesson(fold, settings.stack_on), settings) if learning else {}
-            scores.append(_rows(found, test, name, fold, combine(settings.method, learnt, test.probabilities)))
-            if learning:
-                weights.append(_weights(found, test, name, fold, learnt))
-            if learning and settings.stack_on == "in_sample":
-                protocols[name] = IN_SAMPLE
+    scores, weights = [], []
+    for place, learner in enumerate(found.learners):
+        scores.append(_rows(found, test, learner, fold, test.probabilities[:, place]))
+    for name, settings in ensembles.items():
+        learnt = learn(lesson(settings.stack_on), settings) if settings.learns else {}
+        scores.append(_rows(found, test, name, fold, combine(settings.method, learnt, test.probabilities)))
+        if settings.learns:
+            weights.append(_weights(found, test, name, fold, learnt))
+    return scores, weights
+
+
+def _joined(
+    found: LearnerScores,
+    parts: list[tuple[list[pd.DataFrame], list[pd.DataFrame]]],
+    ensembles: Mapping[str, "EnsembleSettings"],
+    protocol: str,
+) -> Judged:
+    scores, weights = ([table for part in parts for table in part[place]] for place in (0, 1))
+    in_sample = [name for name, settings in ensembles.items() if settings.learns and settings.stack_on == "in_sample"]
+    protocols = dict.fromkeys([*found.learners, *ensembles], protocol) | dict.fromkeys(in_sample, IN_SAMPLE)
     empty = pd.DataFrame(columns=[found.key, "model", "fold", "truth", *found.learners])
     joined = pd.concat(weights, ignore_index=True) if weights else empty
     return Judged(pd.concat(scores, ignore_index=True), joined, protocols)

@@ -13,6 +13,7 @@ from kitlib.cache import XrayCache
 from kitlib.ensemble_bundle import read_ensemble
 from kitlib.fusion import Fused, FusionSettings, fuse
 from kitlib.paths import find_run
+from kitlib.put_aside import PutAside, gather_put_aside
 from kitlib.stacking import LearnerScores, gather
 from kitlib.tables import concatenate, read_table
 from kitlib.training_run import ExtraImages
@@ -95,6 +96,16 @@ def read_learners(runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame])
             raise RunError(f"{run} has none of the tables {', '.join(STACKED_TABLES)}; name runs of notebooks 25, 20 or 30")
         tables.append(read_table(there[0], run / "tables" / f"{there[0]}.parquet"))
     return gather(tables, prepared["images"], prepared["labels"], prepared["folds"])
+
+
+def read_put_aside(runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame], found: LearnerScores) -> PutAside | None:
+    """The same runs' scores of the prepared run's test images (tables/test_scores.parquet); None where no run has any.
+
+    Raises StackError where they do not belong to the learners `found`, as `gather_put_aside` says.
+    """
+    paths = [Path(run) / "tables" / "test_scores.parquet" for run in runs]
+    tables = [read_table("class_scores", path) for path in paths if path.is_file()]
+    return gather_put_aside(tables, found, prepared["images"], prepared["labels"], prepared["folds"])
 
 
 def read_study_ensemble(run: str | Path, study_scores: pd.DataFrame) -> pd.DataFrame:

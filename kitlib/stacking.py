@@ -68,6 +68,11 @@ class LearnerScores:
             return sorted(rows.loc[rows["outer"] >= 0, "outer"].unique().tolist())
         return sorted(rows.loc[rows["fold"] == rows["own"], "fold"].unique().tolist())
 
+    @property
+    def crosses(self) -> bool:
+        """Whether an ensemble that learns can be judged on a fold: where folds are nested, or there are others."""
+        return self.protocol == NESTED or len(self.folds) > 1
+
     def judged(self, fold: int) -> Stack:
         """The images of `fold` as learners predict them that never saw them; the mean over a learner's inner models."""
         place = "outer" if self.protocol == NESTED else "fold"
@@ -251,7 +256,7 @@ def _check_folds(rows: pd.DataFrame, learners: tuple[str, ...]) -> None:
                 f"{here} has scores of outer fold {outer}, fold {fold} (outer -1: none), and {elsewhere} has not; train "
                 "every learner on the same folds, all nested or none"
             )
-    if (rows["outer"] == rows["fold"]).any():
+    if ((rows["outer"] >= 0) & (rows["outer"] == rows["fold"])).any():
         raise StackError(
             "nested scores whose outer fold is the inner one: the model chose its epoch on what it is to be judged on"
         )

@@ -50,6 +50,10 @@ class EnsembleSettings:
             if getattr(self, name) <= 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}, wanted more than 0")
 
+    @property
+    def learns(self) -> bool:
+        return self.method in ("weighted", "flannel")
+
 
 ENSEMBLES = {
     "mean": EnsembleSettings(method="mean"),

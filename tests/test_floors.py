@@ -18,7 +18,7 @@ FLOORS = {
     "running": "read_ahead kill_family deadline training_run data_parallel augmentation xray_dataset patch_dataset "
     "segment_lungs lungs_once mask_dataset predict training batch_mixing classifier_training train_study train_findings "
     "train_lungs apply_lungs train_faster_rcnn train_yolo train_detector train_flannel train_folds nested",
-    "judging": "submission scoring fusion temperature stacking ensembles ensemble_bundle runs annotation_files "
+    "judging": "submission scoring fusion temperature stacking put_aside ensembles ensemble_bundle runs annotation_files "
     "pseudo_labels tuning reports heidelberg_report detection_report findings_report data_sheet classification_report "
     "ensemble_report classification_bootstrap classification_runs calibration_report reported_counts published_tables "
     "lungs_report figures study_figures findings_figures classification_figures heat_maps lungs_figures",
