@@ -48,7 +48,8 @@ def combine(method: str, weights: Weights, probabilities: np.ndarray) -> np.ndar
     if method == "vote":
         return majority_vote(probabilities)
     if method == "weighted":
-        return np.einsum("nkc,k->nc", probabilities, weights["learners"].astype(float))
+        mean = np.einsum("nkc,k->nc", probabilities, weights["learners"].astype(float))
+        return np.minimum(mean, 1.0)  # weights may add to a hair more, and no table takes such a probability
     if method == "flannel":
         logits = (flannel_weights(weights, probabilities)[:, :, None] * probabilities).sum(axis=1)
         raised = np.exp(logits - logits.max(axis=1, keepdims=True))

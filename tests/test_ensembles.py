@@ -65,6 +65,12 @@ def test_every_method_gives_rows_on_the_simplex_and_does_not_heed_the_order_of_l
     np.testing.assert_allclose(vote_shares(found).sum(axis=1), 1, atol=1e-12)
 
 
+def test_a_weighted_mean_of_certain_learners_is_no_more_than_certain():
+    weights = np.array([0.1, 0.2, 0.3, 0.4])[[3, 0, 1, 2]] + np.array([0, 0, 0, 3e-16])
+    assert weights.sum() > 1
+    assert combine("weighted", {"learners": weights}, np.tile([1.0, 0.0], (1, 4, 1))).tolist() == [[1.0, 0.0]]
+
+
 def test_a_tie_goes_to_the_tied_class_of_the_highest_mean():
     # Votes 0, 1, 1, 0 and a third class that has the highest mean of all but no vote.
     image = [[0.50, 0.05, 0.45], [0.02, 0.50, 0.48], [0.02, 0.50, 0.48], [0.50, 0.05, 0.45]]
