@@ -218,6 +218,9 @@ class FindingsTraining(ClassifierTraining):
         return loss + self.recipe.auxiliary * beside
 
     def scores(self) -> dict[str, float]:
+        if np.isnan(self.found).any():
+            # Or the most probable of what is none would be the first class; `fit` stops at such a score.
+            return {"score": float("nan")}
         if self.recipe.judged_by == "auc":
             return mean_auc(self.truth, self.found, self.model.classes)
         return exclusive_scores(self.truth, self.found, self.model.classes, self.recipe.judged_by)

@@ -230,6 +230,15 @@ def test_the_loss_of_a_batch_has_its_weights_its_auxiliary_head_and_its_penalty(
         torch.testing.assert_close(training.training_loss(batch), data + 0.4 * np.log(2))
 
 
+@pytest.mark.parametrize("judged_by", ["auc", "macro_f1", "accuracy"])
+def test_answers_that_are_no_numbers_have_no_score(judged_by):
+    training = FindingsTraining(FindingsClassifier(override(EXCLUSIVE, judged_by=judged_by), FINDINGS), OneBatch())
+    training.found = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    assert training.scores()["score"] == 1
+    training.found[2] = np.nan  # a training that diverged says so of all
+    assert np.isnan(training.scores()["score"])
+
+
 def test_images_with_unknown_labels_are_trained_on_and_not_counted(tmp_path):
     small = SmallFindings(32)
     small.labels.loc[::3, "Mass"] = np.nan
