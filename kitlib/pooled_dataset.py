@@ -33,10 +33,9 @@ def read_pool(parts: Mapping[str, str | Path], scheme: str, progress: bool = Tru
     clashing = set(ids[ids.duplicated()])
     images, masks, faults = [], [], []
     for name, data in sets.items():
-        renamed = {image_id: f"{name}-{image_id}" for image_id in clashing & set(data.images.image_id)}
-        images.append(data.images.assign(image_id=data.images.image_id.replace(renamed)))
+        images.append(data.images.assign(image_id=_renamed(data.images.image_id, clashing, name)))
         if data.masks is not None:
-            masks.append(data.masks.assign(image_id=data.masks.image_id.replace(renamed)))
+            masks.append(data.masks.assign(image_id=_renamed(data.masks.image_id, clashing, name)))
         faults += [data.faults.assign(file=f"{name}: " + data.faults.file), _left_out(data.images, name, scheme)]
     pool = _filled(pd.concat(images, ignore_index=True))
     pool = pool[pool.diagnosis.isin(CLASS_SCHEMES[scheme])].reset_index(drop=True)
@@ -56,6 +55,10 @@ def read_pool(parts: Mapping[str, str | Path], scheme: str, progress: bool = Tru
         _published(sets, scheme),
         None if drawn is None else drawn[drawn.image_id.isin(pool.image_id)].reset_index(drop=True),
     )
+
+
+def _renamed(image_ids: pd.Series, clashing: set[str], name: str) -> pd.Series:
+    return image_ids.mask(image_ids.isin(list(clashing)), f"{name}-" + image_ids)
 
 
 def _diagnosed(data: Dataset, name: str) -> Dataset:
