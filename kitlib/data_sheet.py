@@ -53,7 +53,7 @@ def data_sheet(
     values = {
         "source": images.source,
         "view": images["view"].replace("", UNKNOWN),
-        "sex": (images.sex if "sex" in images else images["view"].mask(images["view"].notna(), "")).replace("", UNKNOWN),
+        "sex": images.get("sex", pd.Series("", images.index)).fillna("").replace("", UNKNOWN),
         "age": age_groups(images),
     }
     tables = {

@@ -36,6 +36,9 @@ def test_counts_by_source_view_sex_and_age():
     assert sheet.tables["age"].to_dict("index")["normal"] == {"0-17": 1, "18-39": 0, "65+": 1}
     assert all(table.to_numpy().sum() == 4 and list(table.index) == CLASSES for table in sheet.tables.values())
     assert len(data_sheet_figure(sheet).axes) == 4
+    # Whose sex nobody says counts too, whether it is empty, NaN or no column.
+    for other in (images.assign(sex=["M", np.nan, "", "M"]), images.drop(columns="sex")):
+        assert data_sheet(other, labels).tables["sex"].to_numpy().sum() == 4
 
 
 def test_ages_at_the_edges_of_their_groups():
