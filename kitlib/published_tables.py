@@ -130,7 +130,8 @@ TABLES = {
         ),
         "a tenth of 4,013 COVID-19, 8,066 normal and 5,445 pneumonia images of COVIDx5, RICORD and BIMCV",
         "80/10/10 by patient; COVID-19 images of BIMCV in training alone, of COVIDx5 in validation and test alone",
-        f"{_PROSE} The weights' choice and the epochs' are of the validation set, whose figures are 2 to 4 % higher.",
+        f"{_PROSE} The weights' choice and the epochs' are of the validation set, whose figures are 2 to 4 points higher, "
+        "but for DenseNet201.",
     ),
     "ensemble_two": PublishedTable(
         "ResUNet + ensembles, abstract and section 5, two classes",

@@ -1,10 +1,13 @@
 """The published figures agree with themselves, and ours stand under them."""
 
+import re
+
 import pytest
 from test_classification_report import tables
 
 from kitlib.classification_bootstrap import draws
 from kitlib.classification_report import judged
+from kitlib.paths import project_root
 from kitlib.published_tables import TABLES, UnknownTable, beside, check_counts, published, what_differs
 
 
@@ -51,3 +54,9 @@ def test_every_table_prints_and_an_unknown_name_lists_them():
         assert len(beside(table, {})) == len(table.rows)
     with pytest.raises(UnknownTable, match=r"called 'flanel'; there are: flannel, patched_flannel, hrnet_folds"):
         published("flanel")
+
+
+def test_plans_name_tables_that_there_are():
+    plans = [path.read_text() for path in (project_root() / "submissions" / "plans").glob("*.yaml")]
+    named = [name for plan in plans for name in re.findall(r"\bpublished: *(\w+)", plan)]
+    assert len(named) >= 4 and set(named) <= set(TABLES)
