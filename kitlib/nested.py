@@ -55,16 +55,23 @@ def train_nested(
     """What `train_folds` gives for each outer fold: its models are trained without it, on all inner `folds` but one each.
 
     Those of outer fold k lie in `run`/outer<k>/fold<n>. Without outer folds, `run`/fold<n>, under the key NOT_NESTED. Once
-    the session's end has stopped one, no further outer fold is begun.
+    the session's end has stopped one, no further outer fold is begun. Raises ValueError, before any training, for folds
+    that the tables do not have, and for an outer fold that leaves no inner one.
     """
     folds, outer_folds = list(folds), list(outer_folds)
+    there = set(tables["folds"].fold)
+    if absent := sorted({*folds, *outer_folds} - there):
+        raise ValueError(f"folds {absent} are not among those of the prepared run, {sorted(there)}; leave them out")
+    if alone := [outer for outer in outer_folds if not set(folds) - {outer}]:
+        raise ValueError(f"outer folds {alone} leave none of the folds {folds} to validate on; name others in folds")
     if not outer_folds:
         return {NOT_NESTED: train_folds(train, folds, run, deadline=deadline, **arguments, **tables)}
     trained: dict[int, list[Any]] = {}
     for outer in outer_folds:
         inner = [fold for fold in folds if fold != outer]
         held = hold_out(tables, outer)
-        trained[outer] = train_folds(train, inner, run / f"outer{outer}", deadline=deadline, **arguments, **held)
+        part, options = run / f"outer{outer}", {**arguments, "deadline": deadline, "resume_name": run.name}
+        trained[outer] = train_folds(train, inner, part, **options, **held)
         if len(trained[outer]) < len(inner):
             break
     return trained

@@ -52,6 +52,7 @@ def train_folds(
     deadline: Deadline | None = None,
     at_once: int = 0,
     processes: int = 1,
+    resume_name: str = "",
     **arguments: Any,
 ) -> list[Any]:
     """What `train(fold=..., run_folder=run / "fold<n>", deadline=..., **arguments)` gives for each fold that is finished.
@@ -60,7 +61,8 @@ def train_folds(
     own, its share of the CPU's threads and its log in fold<n>/train.log; 0: as many as there are GPUs, 1: in this process.
     `processes` train each fold together, see kitlib.data_parallel. Folds that the session's end has stopped are left out,
     and said; once it has stopped one, no further fold is begun. With resume=False, all folds are started over. Side by
-    side, a fold that fails stops no other: FoldsFailed names all of them in the end.
+    side, a fold that fails stops no other: FoldsFailed names all of them in the end. `resume_name` is what the next session
+    is told to resume from, where it is not the folder `run` itself.
     """
     folds, gpus = list(folds), torch.cuda.device_count()
     if processes > 1 and at_once > 1:
@@ -91,7 +93,8 @@ def train_folds(
     if len(trained) < len(folds):
         print(
             f"{len(folds) - len(trained)} of {len(folds)} folds are not finished. Run this notebook again with the same "
-            f"parameters to go on; in a new Kaggle session attach this one's output and set resume_from to {run.name!r}"
+            "parameters to go on; in a new Kaggle session attach this one's output and set resume_from to "
+            f"{resume_name or run.name!r}"
         )
     return trained
 

@@ -5,8 +5,11 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
+from kitlib.deadline import SessionOver
 from kitlib.nested import NOT_NESTED, gather, hold_out, is_whole, train_nested
+from kitlib.paths import find_input
 from kitlib.tables import check_table, empty_table
+from kitlib.train_folds import begin_session
 
 FOLDS = pd.DataFrame({"id": [f"image{n}" for n in range(12)], "fold": [n % 3 for n in range(12)]})
 
@@ -60,6 +63,35 @@ def test_an_outer_fold_becomes_test_images_and_leaves_the_folds():
 def test_an_outer_fold_that_there_is_not_is_an_error_that_lists_them(outer):
     with pytest.raises(ValueError, match=rf"outer fold {outer}: wanted one of the folds \[0, 1, 2\]"):
         hold_out(tables(), outer)
+
+
+@pytest.mark.parametrize(
+    ("folds", "outer_folds", "message"),
+    [
+        ([0, 1, 2, 3], [], r"folds \[3\] are not among those of the prepared run, \[0, 1, 2\]"),
+        ([0, 1, 2], [0, 5], r"folds \[5\] are not among"),
+        ([1], [0, 1], r"outer folds \[1\] leave none of the folds \[1\] to validate on"),
+    ],
+)
+def test_folds_that_there_are_not_are_refused_before_anything_is_trained(tmp_path, folds, outer_folds, message):
+    with pytest.raises(ValueError, match=message):
+        train_nested(lambda **_: pytest.fail("trained"), folds, outer_folds, tmp_path, tables(["train"] * 13))
+
+
+def test_a_stopped_nested_run_is_gone_on_with_by_its_own_name(tmp_path, capsys, monkeypatch):
+    def stopped(fold, run_folder, **_):
+        (run_folder / "checkpoints").mkdir(parents=True)
+        (run_folder / "checkpoints" / "run.json").write_text("{}")
+        raise SessionOver(run_folder, 1, 2)
+
+    inputs, run = tmp_path / "inputs", tmp_path / "inputs" / "kernel" / "learner"
+    train_nested(stopped, [0, 1, 2], [1], run, tables(["train"] * 13))
+    assert "set resume_from to 'learner'" in capsys.readouterr().out
+    monkeypatch.setattr("kitlib.train_folds.find_input", lambda name: find_input(name, inputs))
+    begin_session(tmp_path / "next", resume_from="learner")
+    assert [str(path.parents[1].relative_to(tmp_path / "next")) for path in (tmp_path / "next").rglob("run.json")] == [
+        "outer1/fold0"
+    ]
 
 
 def test_each_row_says_what_its_model_had_not_seen(tmp_path, split):
