@@ -15,12 +15,11 @@ from kitlib.findings_report import Answers, answers, mean_over_folds
 from kitlib.lungs import FOUND
 from kitlib.roc_auc import roc_auc
 from kitlib.tables import check_table, class_columns
+from kitlib.temperature import LEAST
 
 COUNTED = ("accuracy", "sensitivity", "specificity", "ppv", "npv", "f1")
 FIGURES = (*COUNTED, "roc_auc", "pr_auc", "brier")
 ECE_BINS = 15  # Guo et al. 2017
-# Of a probability that is 0, as votes give it: log loss stays finite, at 36 nats.
-LEAST_PROBABILITY = np.finfo(float).eps
 # Rows of exclusive probabilities may be this far from 1: they were computed in single precision and averaged.
 SUM_TOLERANCE = 1e-3
 
@@ -163,8 +162,7 @@ def overall(given: Judged) -> dict[str, float]:
     """accuracy, micro_f1 (for exclusive classes the same), papers_micro_f1, ece, brier, log_loss.
 
     papers_micro_f1 is what the FLANNEL papers call micro-F1: the harmonic mean of macro precision and macro recall. brier
-    is the squared error summed over the classes (0..2, Brier 1950); log_loss is in nats, no probability below
-    LEAST_PROBABILITY.
+    is the squared error summed over the classes (0..2, Brier 1950); log_loss is in nats, as `log_losses` has it.
     """
     figures = counted_figures(confusion(given).to_numpy())
     precision, recall = np.nanmean(figures["ppv"]), np.nanmean(figures["sensitivity"])
@@ -181,8 +179,11 @@ def overall(given: Judged) -> dict[str, float]:
 
 
 def log_losses(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """-log of the true class's probability (n,), nats, of probabilities (n, classes) and true places (n,)."""
-    return -np.log(np.maximum(found[np.arange(len(truth)), truth], LEAST_PROBABILITY))
+    """-log of the true class's probability (n,), nats, of probabilities (n, classes) and true places (n,).
+
+    A probability of 0, as votes give it, costs 16 nats: that of LEAST, which temperatures are fitted with as well.
+    """
+    return -np.log(np.maximum(found[np.arange(len(truth)), truth], LEAST))
 
 
 def confidence_bins(found: np.ndarray, bins: int = ECE_BINS) -> np.ndarray:

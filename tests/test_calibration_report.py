@@ -32,6 +32,15 @@ def test_an_under_confident_model_is_sharpened_to_what_the_truth_was_drawn_from(
     assert row.temperature == pytest.approx(temperatures.mean())
 
 
+def test_a_temperature_of_one_changes_no_figure_of_votes(monkeypatch):
+    scores, images, labels = tables(60)
+    scores[CLASSES] = np.eye(3)[scores[CLASSES].to_numpy().argmax(axis=1)]
+    monkeypatch.setattr("kitlib.temperature.fit_temperature", lambda found, truth: 1.0)
+    row = calibration_table({"vote": judged(scores, images, labels)}).loc["vote"]
+    for figure in ("ece", "brier", "log_loss"):
+        assert row[f"{figure} after"] == pytest.approx(row[f"{figure} before"], abs=1e-6)
+
+
 def test_one_fold_cannot_be_scaled_on_others():
     scores, images, labels = tables(20)
     with pytest.raises(ValueError, match=r"scores of one fold \(0\)"):
