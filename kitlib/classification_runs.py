@@ -6,26 +6,34 @@ from pathlib import Path
 import pandas as pd
 
 from kitlib.bundle import read_record
+from kitlib.findings_report import mean_over_folds
+from kitlib.put_aside import ALL_FOLDS
 from kitlib.runs import RunError, read_metrics
-from kitlib.tables import class_columns, concatenate, read_table
+from kitlib.tables import class_columns, concatenate, empty_table, read_table
 
+SPLITS = {"folds": "class_scores", "test": "test_scores"}  # what images are judged, and the table that answers them
 SAME_SCORE = 1e-6  # of one model's scores in a learner's run and in an ensemble's, which keeps them too
 
 
-def read_class_scores(runs: Iterable[str | Path]) -> dict[str, pd.DataFrame]:
+def read_class_scores(runs: Iterable[str | Path], split: str = "folds") -> dict[str, pd.DataFrame]:
     """Tables class_scores by model, of runs of learners and of ensembles, in the order in which models come.
 
-    Runs that hold folds of one model are put together, and rows that an ensemble's run repeats count once. Where runs say
-    different things of one image under one model's name, they are models of their own, called "run: model". Raises RunError
-    for a run without such a table.
+    They are of the images in "folds", answered out of fold, or of the "test" images that were put aside, there the mean
+    over the models of all folds, under the fold ALL_FOLDS. Runs that hold folds of one model are put together, and rows
+    that an ensemble's run repeats count once. Where runs say different things of one image under one model's name, they are
+    models of their own, called "run: model". Raises RunError for a run without such answers, and for another split.
     """
+    if split not in SPLITS:
+        raise RunError(f"split is {split!r}; there are: {', '.join(SPLITS)}")
     found: dict[str, list[tuple[str, pd.DataFrame]]] = {}
     for run in map(Path, runs):
         read_metrics(run)
-        path = run / "tables" / "class_scores.parquet"
-        if not path.is_file():
-            raise RunError(f"{run} has no tables/class_scores.parquet; name runs of notebooks 20, 25 and 65")
-        for model, rows in read_table("class_scores", path).groupby("model", sort=False):
+        path, others = (run / "tables" / f"{SPLITS[each]}.parquet" for each in (split, *(set(SPLITS) - {split})))
+        table = read_table("class_scores", path) if path.is_file() else empty_table("class_scores")
+        if table.empty:
+            other = f"; it has {others.name}: set split" if others.is_file() else "; name runs of notebooks 20, 25 and 65"
+            raise RunError(f"{run} has no answers in tables/{path.name}{other}")
+        for model, rows in table.groupby("model", sort=False):
             found.setdefault(str(model), []).append((run.name, rows))
     tables: dict[str, pd.DataFrame] = {}
     for model, parts in found.items():
@@ -38,6 +46,8 @@ def read_class_scores(runs: Iterable[str | Path]) -> dict[str, pd.DataFrame]:
             if own in tables:
                 raise RunError(f"two runs called {name} have other scores of a model {model}; give one another folder")
             tables[own] = concatenate([rows.assign(model=own)], "class_scores")
+    if split == "test":
+        tables = {model: mean_over_folds(rows).assign(fold=ALL_FOLDS) for model, rows in tables.items()}
     return tables
 
 

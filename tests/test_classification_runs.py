@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 from test_classification_report import CLASSES, tables
@@ -33,9 +34,32 @@ def test_folds_are_joined_repeated_rows_count_once_and_other_scores_are_other_mo
     assert found["patched: mean"].model.unique().tolist() == ["patched: mean"]
 
 
+def test_test_images_have_the_mean_of_the_folds_models_whatever_runs_repeat_them(tmp_path):
+    rows = tables(8)[0].assign(fold=0)
+    other = rows.assign(fold=1, **dict(zip(CLASSES, rows[CLASSES].to_numpy()[:, ::-1].T, strict=True)))
+    mean = rows.assign(model="mean", fold=-1)
+    for name, parts in (("first", [rows]), ("second", [other]), ("ensemble", [rows, other, mean])):
+        write_table(pd.concat(parts), "class_scores", tmp_path / name / "tables" / "test_scores.parquet")
+        (tmp_path / name / "metrics.json").write_text("{}")
+    expected = (rows[CLASSES].to_numpy() + rows[CLASSES].to_numpy()[:, ::-1]) / 2
+    for names in (["first", "second"], ["ensemble"], ["first", "ensemble"]):  # the last lacks none of the learner's models
+        found = read_class_scores([tmp_path / name for name in names], "test")
+        assert found["m"].fold.tolist() == [-1] * 8
+        np.testing.assert_allclose(found["m"].set_index("image_id").loc[rows.image_id, CLASSES], expected)
+    assert list(found) == ["m", "mean"]
+    with pytest.raises(
+        RunError, match=r"ensemble has no answers in tables/class_scores.parquet; it has test_scores.parquet"
+    ):
+        read_class_scores([tmp_path / "ensemble"])
+    with pytest.raises(RunError, match="split is 'tests'; there are: folds, test"):
+        read_class_scores([tmp_path / "ensemble"], "tests")
+
+
 def test_a_run_without_scores_is_named(tmp_path):
     (tmp_path / "metrics.json").write_text("{}")
-    with pytest.raises(RunError, match=r"has no tables/class_scores.parquet"):
+    with pytest.raises(
+        RunError, match=r"has no answers in tables/class_scores.parquet; name runs of notebooks 20, 25 and 65"
+    ):
         read_class_scores([tmp_path])
     with pytest.raises(RunError, match=r"has no fold\*/bundle"):
         unseen_bundle(tmp_path, pd.DataFrame({"id": [], "fold": []}))
