@@ -125,3 +125,32 @@ def test_calibration_sources_probes_failures_and_heat_are_told(report):
     pictures = {path.stem for path in (report / "figures").glob("*.png")}
     curves = {"class_curves", "model_curves", "confusion", "reliability"}
     assert pictures == {*curves, "intervals", "differences", "examples", "heat_maps"}
+
+
+def test_images_put_aside_are_judged_where_the_split_says_so(tmp_path):
+    small = SmallXrays(32)
+    tables = exclusive(small)
+    whole, put_aside = tables["folds"], tables["folds"].fold == 1
+    tables["images"] = tables["images"].assign(split=np.where(put_aside, "test", "train"))
+    tables["folds"] = whole[~put_aside]
+    prepared = prepare(tmp_path / "prepare", tables)
+    cache = XrayCache(prepared / "xrays", 50)
+    for name in small.image_ids:
+        cache.put(small.read(name))
+    wrong = whole.id[put_aside].head(4).tolist()
+    both = [
+        scores_of({**tables, "folds": whole}, "resnet152", 0.7, wrong),
+        scores_of({**tables, "folds": whole}, "mean", 0.9),
+    ]
+    both = pd.concat(both)[np.tile(put_aside, 2)].assign(fold=0)
+    write_table(both, "class_scores", tmp_path / "ensemble" / "tables" / "test_scores.parquet")
+    (tmp_path / "ensemble" / "metrics.json").write_text("{}")
+    done = tmp_path / "report"
+    parameters = {"prepare_run": str(prepared), "runs": [str(tmp_path / "ensemble")], "run_folder": str(done)}
+    parameters |= {"split": "test", "published": "flannel", "samples": 5}
+    run_notebook(NOTEBOOK, tmp_path / "executed.ipynb", parameters, done / "metrics.json", threads=1)
+    metrics = json.loads((done / "metrics.json").read_text())
+    assert (metrics["images"], metrics["split"], metrics["models"]["resnet152"]["accuracy"]) == (16, "test", 12 / 16)
+    failures = pd.read_csv(done / "failures.csv").set_index("class")
+    assert failures.answered.tolist() == [4, 4, 4, 4] and failures.unanswered.tolist() == [0, 0, 0, 0]
+    assert "16 test images put aside by patient" in (tmp_path / "executed.ipynb").read_text()
