@@ -6,6 +6,7 @@ import torch
 
 from kitlib.classifier import FindingsClassifier
 from kitlib.fitted_batches import FittedBatches
+from kitlib.geometry import PLACEMENTS
 from kitlib.patches import SCORES, windows
 from kitlib.recipes import PatchRecipe
 from kitlib.settings import from_dict, override
@@ -64,10 +65,11 @@ def check_patches(recipe: PatchRecipe) -> None:
         ("multi_label", False),
         ("trained_on", "full"),
         ("views", ("full",)),
-        ("probe", ""),
     ):
         if getattr(recipe, name) != wanted:
             raise ValueError(f"recipe.{name} is {getattr(recipe, name)!r}; a classifier of patches wants {wanted!r}")
+    if recipe.placement not in PLACEMENTS:
+        raise ValueError(f"recipe.placement is {recipe.placement!r}; there are: {', '.join(PLACEMENTS)}")
     for name in ("patches", "validation_patches"):
         if getattr(recipe, name) < 1:
             raise ValueError(f"recipe.{name} is {getattr(recipe, name)}, wanted at least 1 patch an image")
