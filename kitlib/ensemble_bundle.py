@@ -1,4 +1,4 @@
-"""An ensemble on disk: `weights.safetensors` and `ensemble.json`. Reading and applying it wants numpy alone."""
+"""An ensemble on disk: `weights.safetensors` and `ensemble.json`. Reading and applying it wants no torch."""
 
 import hashlib
 import json

@@ -1,6 +1,6 @@
 """Several learners' probabilities as one: mean, majority vote, weighted mean and FLANNEL, learnt and judged fold by fold.
 
-Predicting wants numpy alone, so that a submission stays light; learning imports what it needs.
+Predicting wants no torch, so that a submission stays light; learning imports what it needs.
 """
 
 import logging
@@ -14,6 +14,7 @@ import pandas as pd
 
 from kitlib.put_aside import ALL_FOLDS
 from kitlib.stacking import LearnerScores, Stack, StackError
+from kitlib.temperature import LEAST
 
 if TYPE_CHECKING:  # imports torch
     from kitlib.train_flannel import EnsembleSettings
@@ -23,7 +24,6 @@ logger = logging.getLogger(__name__)
 Weights = dict[str, np.ndarray]  # what a method has learnt; empty for mean and vote
 IN_SAMPLE, OUT_OF_FOLD = "in-sample", "out-of-fold"
 TIE = 1e-6  # of a vote: what settles a tie between the largest shares
-LEAST = 1e-7  # a probability below counts as this in a logarithm: float32 knows none nearer to 1
 
 
 @dataclass(frozen=True)
