@@ -1,8 +1,7 @@
 """Which run is best: out-of-fold figures of all runs, computed anew from their tables and ranked only where they compare.
 
-Runs are ranked together that share the folds' fingerprint, the images that are judged and their truth, and what they
-answer. Two figures
-of different rankings say nothing about which model is better.
+Runs are ranked together that share the folds' fingerprint, the images that are judged and their truth, and what they answer.
+Two figures of different rankings say nothing about which model is better.
 """
 
 import hashlib
@@ -41,20 +40,7 @@ FIGURES = {
 }
 COLUMNS = [
     *("ranking", "name", "kind", "model", "state", "recipe", "changes", "folds", "images", "figure", "score", "low", "high"),
-    *(
-        "studies",
-        "none",
-        "opacity",
-        "auc",
-        "accuracy",
-        "dice",
-        "cross_fitted",
-        "remark",
-        "started",
-        "wall_s",
-        "training_s",
-        "memory_mb",
-    ),
+    *("studies", "none", "opacity", "auc", "accuracy", "dice", "cross_fitted", "remark", "started", "wall_s", "training_s"),
     *("memory_mb", "gpu", "gpu_memory_mb", "host", "commit", "data_fingerprint", "folds_fingerprint"),
 ]
 
@@ -360,7 +346,8 @@ def _draws(answer: Answer, tables: dict[str, pd.DataFrame], samples: int, seed: 
         drawn = auc_draws(answers(scores, answer.images, tables["labels"]), samples, seed)
         return drawn.rename(columns={"mean": "score"})
     if answer.classes is not None:
-        drawn = class_draws(judged(answer.classes, answer.images, tables["labels"]), samples, seed)
+        scores = answer.classes.set_index("image_id").loc[answer.images["image_id"]].reset_index()
+        drawn = class_draws(judged(scores, answer.images, tables["labels"]), samples, seed)
         kept = {"f1 macro": "score", "accuracy": "accuracy", "roc_auc macro": "auc", "log_loss": "log_loss"}
         return drawn[list(kept)].rename(columns=kept)
     if answer.masks is not None:

@@ -354,6 +354,17 @@ def test_exclusive_classes_of_nested_folds_and_ensembles_are_ranked_by_macro_f1(
     assert compared.set_index("figure").difference["accuracy"] == pytest.approx(2 / 32)
 
 
+def test_exclusive_classifiers_compare_on_the_images_that_both_have_answered(tmp_path):
+    prepare(tmp_path / "prepare", EXCLUSIVE)
+    train(tmp_path / "early", EXCLUSIVE, (0, 1), "early", CLASSIFIER, class_scores=class_scores("early", 4))
+    train(tmp_path / "late", EXCLUSIVE, (1, 2), "late", CLASSIFIER, class_scores=class_scores("late", 6))
+    compared = compare(read_entries(list_runs([tmp_path])), "early", "late", samples=5).set_index("figure")
+    # Fold 1 has images 4 to 7, 16 to 19 and 28 to 31: of these 12 the second calls images 4 and 5 the next class.
+    assert compared.images.unique().tolist() == [12]
+    assert compared["first"]["accuracy"] == 1 and compared.difference["accuracy"] == pytest.approx(-2 / 12)
+    assert board(tmp_path).table.columns.is_unique
+
+
 def test_nested_models_of_other_data_have_no_figure(tmp_path):
     prepare(tmp_path / "prepare", {**EXCLUSIVE, "labels": EXCLUSIVE["labels"].assign(a=0.0, b=1.0, c=0.0, d=0.0)})
     nested_run(tmp_path / "learner", "learner", 0)
