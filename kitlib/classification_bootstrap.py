@@ -45,18 +45,30 @@ def intervals(drawn: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
 
 
 def paired(
-    given: Mapping[str, Judged], reference: str, samples: int = 1000, level: float = 0.95, seed: int = 0
+    given: Mapping[str, Judged],
+    reference: str,
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    drawn: Mapping[str, pd.DataFrame] | None = None,
 ) -> pd.DataFrame:
     """Each other model less `reference`, on the images that all have answered, the same patients drawn for both.
 
     Rows of model, reference, name (of the figure), value, low, high, images and `sides`: the smaller share of draws on
-    either side of no difference, doubled, which is near 1 where nothing tells the two apart. Raises ValueError for an
-    unknown reference, and as `on_shared_images` does.
+    either side of no difference, doubled, which is near 1 where nothing tells the two apart. `drawn`: what `draws` gave for
+    each of `given` with one seed, in place of `samples` and `seed`; `given` is then of the images that all share. Raises
+    ValueError for an unknown reference, for `drawn` of other models or other images, and as `on_shared_images` does.
     """
     if reference not in given:
         raise ValueError(f"no model is called {reference!r}; there are: {', '.join(given)}")
     shared = on_shared_images(given)
-    drawn = {name: draws(each, samples, seed) for name, each in shared.items()}
+    if drawn is None:
+        drawn = {name: draws(each, samples, seed) for name, each in shared.items()}
+    elif set(drawn) != set(given) or len({len(each) for each in drawn.values()}) > 1:
+        told = ", ".join(f"{len(each)} of {name}" for name, each in drawn.items())
+        raise ValueError(f"draws are {told}; wanted as many of each of the models {', '.join(given)}")
+    elif odd := [name for name, each in given.items() if len(each.truth) != len(shared[name].truth)]:
+        raise ValueError(f"draws of {', '.join(odd)} are of images that not all models have: on_shared_images comes first")
     rows = []
     for name in given:
         if name == reference:

@@ -75,6 +75,20 @@ def test_a_model_against_itself_and_a_better_one():
         paired(given, "flannel")
 
 
+def test_differences_of_draws_that_are_there_are_those_of_draws_made_anew():
+    scores, images, labels = tables(40)
+    given = {"mean": judged(scores, images, labels)}
+    other = scores.assign(**dict(zip(CLASSES, scores[CLASSES].to_numpy()[:, ::-1].T, strict=True)))
+    given["turned"] = judged(other, images, labels)
+    drawn = {name: draws(each, 10, seed=3) for name, each in given.items()}
+    pd.testing.assert_frame_equal(paired(given, "mean", drawn=drawn), paired(given, "mean", 10, seed=3))
+    with pytest.raises(ValueError, match="draws are 11 of mean; wanted as many of each of the models mean, turned"):
+        paired(given, "mean", drawn={"mean": drawn["mean"]})
+    given["turned"] = judged(other[1:], images, labels)
+    with pytest.raises(ValueError, match="draws of mean are of images that not all models have"):
+        paired(given, "mean", drawn=drawn)
+
+
 def test_a_class_that_does_not_occur_has_no_interval():
     scores, images, labels = tables(30, shares=(0.5, 0.5, 0))
     told = intervals(draws(judged(scores, images, labels), 20)).set_index("name")
