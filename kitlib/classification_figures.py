@@ -104,13 +104,14 @@ def examples(given: Judged, cache: XrayCache, count: int = 4) -> Figure:
     figure = Figure(figsize=(3 * count, 7.6), layout="constrained")
     for axes, places, verdict in zip(figure.subplots(2, count, squeeze=False), rows, ("right", "wrong"), strict=True):
         for axis in axes:
-            axis.axis("off")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
         for axis, place in zip(axes, places, strict=False):
             axis.imshow(cache.read(given.image_id[place]).pixels, cmap="gray", vmin=0, vmax=255)
             axis.set_title(f"{given.image_id[place]}\n{given.classes[given.truth[place]]}: {verdict}", fontsize=8)
             order = np.argsort(-given.found[place], kind="stable")
             below = "\n".join(f"{given.classes[each]} {given.found[place, each]:.2f}" for each in order)
-            axis.text(0.5, -0.02, below, transform=axis.transAxes, ha="center", va="top", fontsize=8)
+            axis.set_xlabel(below, fontsize=8)
     return figure
 
 

@@ -68,7 +68,7 @@ def test_examples_show_each_class_right_and_wrong_with_its_probabilities():
     assert [axis.get_title().split("\n")[1] for axis in upper] == [f"{given.classes[p]}: right" for p in _order(given, True)]
     assert all(axis.get_title().endswith(": wrong") for axis in lower if axis.images)
     shown = given.image_id.tolist().index(upper[0].get_title().split("\n")[0])
-    assert upper[0].texts[0].get_text().split("\n")[0] == f"{CLASSES[given.called[shown]]} {given.found[shown].max():.2f}"
+    assert upper[0].get_xlabel().split("\n")[0] == f"{CLASSES[given.called[shown]]} {given.found[shown].max():.2f}"
 
 
 def _order(given, right):
