@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/real/covid_layouts.py --data ../shared/data --out inputs/real
 
-OUT/covid-chestxray holds the frontal images of DATA/cxr_cls/ieee8023 with a metadata.csv, OUT/chest-xray-pneumonia the 4,004 and
-624 images of Kermany's training and test folders that are at hand. Images are linked or unpacked, not changed.
+OUT/covid-chestxray holds the frontal images of DATA/cxr_cls/ieee8023 with a metadata.csv, OUT/chest-xray-pneumonia the 4,004
+and 624 images of Kermany's training and test folders that are at hand. Images are linked or unpacked, not changed.
 """
 
 import json
