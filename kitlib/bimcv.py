@@ -7,9 +7,14 @@ from pathlib import Path
 import pandas as pd
 
 from kitlib.dataset import Dataset, Faults, LayoutError
-from kitlib.diagnoses import SUFFIXES, ages, count_fault, diagnosis_dataset, sexes
+from kitlib.diagnoses import SUFFIXES, ages, count_fault, diagnosis_dataset
 
 NAME = re.compile(r"sub-(S\d+)_ses-(E\d+)_.*?(?:vp-([a-z]+)_)?(?:cr|dx)", re.IGNORECASE)
+# How folders call the two sets: covid19_posi or BIMCV-COVID19+, covid19_neg or BIMCV-COVID19-.
+POSITIVE, NEGATIVE = re.compile(r"posi|\+", re.IGNORECASE), re.compile(r"neg|-$", re.IGNORECASE)
+# By whole words: "Mujer" begins as "male" does.
+UNTOLD = dict.fromkeys(("", "none", "nan"), "")
+SEXES = {"m": "M", "male": "M", "hombre": "M", "f": "F", "female": "F", "mujer": "F"} | UNTOLD
 FRONTAL = ("ap", "pa")
 KNOWN = ("COVID-19", "pneumonia", "normal", "other")
 LABELS, PARTICIPANTS = "derivatives/labels/*.tsv", "participants.tsv"
@@ -22,17 +27,18 @@ def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
 
     A report (`derivatives/labels/*.tsv`, columns ReportID, which is the session, and Labels, a list) says what an image
     shows: "COVID 19" is COVID-19, alone "normal" is normal, "pneumonia" without either is pneumonia, anything else other.
-    Of a positive set (a folder called so with `posi`) only reports of COVID 19 count, for its patients were also X-rayed
-    before and after; of a negative one such a report contradicts the test. Both are left out and counted, as are images
-    without a report, of no or another view than `vp-ap` and `vp-pa`, and unreadable ones. Sex and age are from
-    `participants.tsv`, where it is. Raises LayoutError where no image or no table of labels is there.
+    Of the positive set (the nearest folder that says so has `posi` or `+` in its name) only reports of COVID 19 count, for
+    its patients were also X-rayed before and after; of the negative one (`neg` in the name, or `-` at its end) such a
+    report contradicts the test. Both are left out and counted, as are images without a report, of no or another view than
+    `vp-ap` and `vp-pa`, and unreadable ones. Sex and age are from `participants.tsv`, where it is. Raises LayoutError where
+    no image or no table of labels is there, and for an image of which no folder says the set.
     """
     folder, faults = Path(folder), Faults()
     rows = []
     for path in sorted(folder.rglob("mod-rx/*")):
         match = NAME.match(path.stem)
         if path.suffix.lower() in SUFFIXES and match:
-            positive = any("posi" in part.lower() for part in path.relative_to(folder.parent).parts[:-1])
+            positive = _is_positive(path, folder)
             rows.append((path.stem, match[1].upper(), match[2].upper(), (match[3] or "").lower(), str(path), positive))
         elif path.suffix.lower() in SUFFIXES:
             faults.add(str(path.relative_to(folder)), path.stem, "is not called sub-S1_ses-E1_..._cr or _dx; left out")
@@ -67,6 +73,17 @@ def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
         KNOWN,
         GOT,
         progress=progress,
+    )
+
+
+def _is_positive(path: Path, folder: Path) -> bool:
+    for name in reversed(path.relative_to(folder.parent).parts[:-1]):
+        positive, negative = bool(POSITIVE.search(name)), bool(NEGATIVE.search(name))
+        if positive != negative:
+            return positive
+    raise LayoutError(
+        f"{path}: no folder says whether it is of the positive set or the negative one; call the sets' folders covid19_posi "
+        "or BIMCV-COVID19+, and covid19_neg or BIMCV-COVID19-"
     )
 
 
@@ -111,7 +128,10 @@ def _participants(folder: Path, faults: Faults) -> pd.DataFrame:
             # A participant with several sessions has a list of ages; they differ by a year at most.
             first = table.age.str.extract(r"(\d+)", expand=False).fillna("")
             years = ages(first, table.participant, faults, path.name)
+            told = table.gender.str.strip().str.lower()
+            count_fault(faults, path.name, table.participant[~told.isin(SEXES)], "have a gender of another word; not used")
+            sex = told.map(SEXES).fillna("").tolist()
             subject = table.participant.str.removeprefix("sub-").str.upper()
-            tables.append(pd.DataFrame({"sex": sexes(table.gender), "age": years.to_numpy()}, index=subject))
+            tables.append(pd.DataFrame({"sex": sex, "age": years.to_numpy()}, index=subject))
     people = pd.concat(tables)
     return people[~people.index.duplicated()]

@@ -155,3 +155,25 @@ def test_bimcv(tmp_path):
         read_bimcv(tmp_path, progress=False)
     with pytest.raises(LayoutError, match="no image sub"):
         read_bimcv(posi / "derivatives", progress=False)
+
+
+@pytest.mark.parametrize("names", [("BIMCV-COVID19+", "BIMCV-COVID19-"), ("bimcv+/covid19_posi", "bimcv+/covid19_neg")])
+def test_bimcv_sets_are_told_by_their_folders_and_sexes_by_words(tmp_path, names):
+    for folder, subject, labels in zip(names, ("S1", "S2"), ("['COVID 19']", "['normal']"), strict=True):
+        root = tmp_path / "in" / folder
+        save(root / f"sub-{subject}" / "ses-E1" / "mod-rx" / f"sub-{subject}_ses-{subject.replace('S', 'E')}_vp-ap_cr.png")
+        (root / "derivatives" / "labels").mkdir(parents=True)
+        reports = pd.DataFrame({"ReportID": [subject.replace("S", "E")], "Labels": [labels]})
+        reports.to_csv(root / "derivatives" / "labels" / "labels.tsv", sep="\t", index=False)
+    people = pd.DataFrame({"participant": ["sub-S1", "sub-S2", "sub-S3"], "age": "", "gender": ["Mujer", " male", "H"]})
+    people.to_csv(tmp_path / "in" / names[0] / "participants.tsv", sep="\t", index=False)
+    data = read_bimcv(tmp_path / "in", progress=False)
+    images = data.images.set_index("patient_id")
+    assert images.diagnosis.to_dict() == {"bimcv-S1": "COVID-19", "bimcv-S2": "normal"}
+    assert images.sex.to_dict() == {"bimcv-S1": "F", "bimcv-S2": "M"}
+    assert "have a gender of another word" in data.faults.problem.item() and data.faults["row"].item() == "sub-S3"
+    # The set's folder itself may be the one that is named; a folder without a sign is no set.
+    assert len(read_bimcv(tmp_path / "in" / names[0], progress=False).images) == 1
+    (tmp_path / "in" / names[1]).rename(tmp_path / "in" / "others")
+    with pytest.raises(LayoutError, match=r"others.* no folder says whether .* BIMCV-COVID19\+, and covid19_neg"):
+        read_bimcv(tmp_path / "in", progress=False)
