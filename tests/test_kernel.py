@@ -478,7 +478,7 @@ def test_a_shipped_kernel_builds(name, tmp_path, wheel):
     build_kernel(spec, tmp_path / "out", [wheel])
     metadata = json.loads((tmp_path / "out/kernel/kernel-metadata.json").read_text())
     assert metadata["dataset_sources"][0] == "somebody/chest-kit-wheels"
-    assert metadata["enable_gpu"] is (spec.notebook[10:12] in ("12", "14", "20", "30", "40"))
+    assert metadata["enable_gpu"] is (spec.notebook[10:12] in ("12", "14", "20", "25", "30", "40"))
     assert not (tmp_path / "out" / "weights").exists()
     for given in (spec.injected(), spec.injected(rehearsed=True)):
         if "recipe" in given:
