@@ -23,7 +23,7 @@ from kitlib.lungs_report import dice_draws
 from kitlib.prepared_runs import PreparedRuns, named_folder
 from kitlib.reports import score_draws
 from kitlib.run_listing import SHORT, ListedRun, describe, list_run
-from kitlib.runs import judged_images, read_fused, read_out_of_fold
+from kitlib.runs import check_out_of_fold, judged_images, read_fused, read_out_of_fold
 from kitlib.scoring import truth_of
 from kitlib.tables import concatenate, read_table
 
@@ -287,7 +287,7 @@ def _entry(
 
 
 def _answer(runs: tuple[ListedRun, ...], tables: dict[str, pd.DataFrame], folds: frozenset[int], model: str = "") -> Answer:
-    """The out-of-fold answer of one model, on images of `folds`. Raises LeaderboardError for one that is not out of fold."""
+    """The out-of-fold answer of one model, on images of `folds`. Raises RunError for one that is not out of fold."""
     fold_of = tables["folds"].set_index("id")["fold"]
     images = tables["images"][tables["images"]["image_id"].isin(fold_of.index)].sort_values("image_id")
     if folds:
@@ -298,7 +298,7 @@ def _answer(runs: tuple[ListedRun, ...], tables: dict[str, pd.DataFrame], folds:
     if runs[0].kind == "findings" or model:
         read = [read_table("class_scores", run.folder / "tables" / "class_scores.parquet") for run in runs]
         scores = concatenate([table[table["model"] == model] if model else table for table in read], "class_scores")
-        _check_out_of_fold(scores, "image_id", fold_of)
+        check_out_of_fold(scores, "image_id", fold_of)
         scores = scores[scores["image_id"].isin(images["image_id"])]
         images, scores = images[images["image_id"].isin(scores["image_id"])], mean_over_folds(scores)
         recipes = [fold.get("recipe") or {} for run in runs for fold in run.folds.values()]
@@ -310,16 +310,16 @@ def _answer(runs: tuple[ListedRun, ...], tables: dict[str, pd.DataFrame], folds:
     if runs[0].kind == "lungs":
         read = [read_table("mask_scores", run.folder / "tables" / "mask_scores.parquet") for run in runs]
         scores = concatenate(read, "mask_scores")
-        _check_out_of_fold(scores, "image_id", fold_of)
+        check_out_of_fold(scores, "image_id", fold_of)
         scores = scores[(scores.structure == "lungs") & scores.image_id.isin(images.image_id)]
         return Answer(images[images.image_id.isin(scores.image_id)], masks=scores)
     found = read_out_of_fold([run.folder for run in runs])
     fold_of_study = images.drop_duplicates("study_id").set_index("study_id")["image_id"].map(fold_of)
-    _check_out_of_fold(
+    check_out_of_fold(
         found.study_scores[found.study_scores["study_id"].isin(fold_of_study.index)], "study_id", fold_of_study
     )
     for table in (found.image_scores, found.detections, found.coverage):
-        _check_out_of_fold(table, "image_id", fold_of)
+        check_out_of_fold(table, "image_id", fold_of)
     if len(found.coverage):
         return Answer(images[images["image_id"].isin(found.coverage["image_id"])], detections=found.detections)
     studies = fuse_scores(found.study_scores, "study_scores", FusionSettings())
@@ -328,15 +328,6 @@ def _answer(runs: tuple[ListedRun, ...], tables: dict[str, pd.DataFrame], folds:
         if len(answered):
             images = images[images[key].isin(answered[key])]
     return Answer(images, studies if len(studies) else None, nones if len(nones) else None)
-
-
-def _check_out_of_fold(table: pd.DataFrame, key: str, fold_of: pd.Series) -> None:
-    wrong = table[table[key].map(fold_of) != table["fold"]]
-    if len(wrong):
-        raise LeaderboardError(
-            f"{len(wrong)} predictions are not out of fold, first {wrong[key].iloc[0]} by the model of fold "
-            f"{wrong['fold'].iloc[0]}, which has been trained on it"
-        )
 
 
 def _draws(answer: Answer, tables: dict[str, pd.DataFrame], samples: int, seed: int) -> pd.DataFrame:

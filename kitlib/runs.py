@@ -82,6 +82,20 @@ def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
     return OutOfFold(**{name: concatenate(tables, name) for name, tables in found.items()})
 
 
+def check_out_of_fold(table: pd.DataFrame, key: str, fold_of: pd.Series) -> None:
+    """Raises RunError unless each row's `fold` is the one that `fold_of`, a series by id, has for the row's `key`.
+
+    The model of a fold was trained on all images but that fold's: an answer for another image is one that it has learnt.
+    """
+    wrong = table[table[key].map(fold_of) != table["fold"]]
+    if len(wrong):
+        first = wrong.iloc[0]
+        raise RunError(
+            f"{len(wrong)} predictions are not out of fold, first {first[key]} by the model of fold {first['fold']}, which "
+            f"has been trained on it ({first['model']}), or on other folds than these"
+        )
+
+
 def read_learners(runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame]) -> LearnerScores:
     """The scores of trained runs, to be stacked: of classifiers of images (notebooks 25 and 20), or study models (30).
 

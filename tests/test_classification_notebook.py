@@ -11,7 +11,7 @@ from small_lungs import lungs_run
 from small_runs import prepare, tables_of
 from small_xrays import SmallXrays
 
-from kitlib.bundle import save_bundle
+from kitlib.bundle import data_fingerprint, save_bundle
 from kitlib.cache import XrayCache
 from kitlib.classifier import FindingsClassifier
 from kitlib.paths import project_root
@@ -54,7 +54,7 @@ def scores_of(tables, model, sure, wrong=()):
     return pd.DataFrame(found, columns=CLASSES).assign(**known)
 
 
-def learner(folder, scores):
+def learner(folder, tables, scores):
     """A run with scores and, for each fold, the bundle of a network that has learnt nothing."""
     write_table(pd.concat(scores), "class_scores", folder / "tables" / "class_scores.parquet")
     (folder / "metrics.json").write_text("{}")
@@ -62,7 +62,8 @@ def learner(folder, scores):
     for fold in (0, 1):
         stated = {"family": "findings", "model": folder.name, "classes": CLASSES, "recipe": dataclasses.asdict(RECIPE)}
         stated |= {"architecture": {}, "longest_side": 50, "image_size": 64, "placement": "letterbox", "fold": fold}
-        stated |= {"mean": list(network.mean), "std": list(network.std), "data_fingerprint": "", "validation": {}}
+        stated |= {"mean": list(network.mean), "std": list(network.std), "data_fingerprint": data_fingerprint(**tables)}
+        stated |= {"validation": {}}
         save_bundle(folder / f"fold{fold}" / "bundle", network.state_dict(), stated)
     return str(folder)
 
@@ -77,9 +78,11 @@ def report(tmp_path_factory):
     for name in small.image_ids:
         cache.put(small.read(name))
     wrong = [small.image_ids[n] for n in (0, 8, 1, 9)]  # of either fold, so that one can teach the other a temperature
-    first = learner(folder / "whole", [scores_of(tables, "resnet152", 0.7, wrong)])
-    second = learner(folder / "masked", [scores_of(tables, "mean", 0.4, wrong[:2]), scores_of(tables, "FLANNEL", 0.9)])
-    probe = learner(folder / "probe", [scores_of(tables, "border", 0.3, small.image_ids)])
+    first = learner(folder / "whole", tables, [scores_of(tables, "resnet152", 0.7, wrong)])
+    second = learner(
+        folder / "masked", tables, [scores_of(tables, "mean", 0.4, wrong[:2]), scores_of(tables, "FLANNEL", 0.9)]
+    )
+    probe = learner(folder / "probe", tables, [scores_of(tables, "border", 0.3, small.image_ids)])
     lungs = lungs_run(folder / "lungs", small, missed=small.image_ids[:1])
     done = folder / "report"
     parameters = {
@@ -100,6 +103,7 @@ def report(tmp_path_factory):
 def test_the_figures_are_those_of_the_scores(report):
     metrics = json.loads((report / "metrics.json").read_text())
     assert metrics["reference"] == "mean" and metrics["images"] == 32
+    assert "2 folds by patient and near-duplicate" in (report.parent / "executed.ipynb").read_text()
     accuracy = {name: each["accuracy"] for name, each in metrics["models"].items()}
     assert accuracy == {"resnet152": 28 / 32, "mean": 30 / 32, "FLANNEL": 1.0}
     published = pd.read_csv(report / "published.csv").set_index(["from", "model"])
