@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from kitlib.classes import CLASS_SCHEMES, scheme_classes
@@ -55,6 +56,18 @@ def read_pool(parts: Mapping[str, str | Path], scheme: str, progress: bool = Tru
         _published(sets, scheme),
         None if drawn is None else drawn[drawn.image_id.isin(pool.image_id)].reset_index(drop=True),
     )
+
+
+def shortened(images: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
+    """At most `count` of a pool's `images`, in their order: about the same share of each source and diagnosis, by `seed`.
+
+    Which ones depends on the ids, not on their order. A patient's images are not kept together.
+    """
+    shuffled = images.sort_values("image_id").sample(frac=1, random_state=np.random.default_rng(seed))
+    groups = shuffled.groupby(["source", "diagnosis"])
+    # Halves, so that what is drawn first of a small group does not come before what is drawn first of a large one.
+    share = (groups.cumcount() + 0.5) / groups["image_id"].transform("size")
+    return images[images.index.isin(share.sort_values(kind="stable").index[:count])]
 
 
 def _renamed(image_ids: pd.Series, clashing: set[str], name: str) -> pd.Series:

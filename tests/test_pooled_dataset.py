@@ -10,7 +10,7 @@ from kitlib.folds import leak_groups
 from kitlib.phantom_diagnoses import plan_diagnoses, write_covid_chestxray, write_kermany
 from kitlib.phantom_lungs import write_lungs
 from kitlib.phantom_nih import write_nih
-from kitlib.pooled_dataset import read_pool
+from kitlib.pooled_dataset import read_pool, shortened
 
 SMALL = {"seed": 2, "images": 40, "side": 40, "progress": False}
 
@@ -99,3 +99,16 @@ def test_sets_of_findings_say_what_they_can(tmp_path, parts):
         read_pool({"darwin": darwin}, "three", progress=False)
     with pytest.raises(ValueError, match="there are: flannel"):
         read_pool(parts, "seven", progress=False)
+
+
+def test_a_shortened_pool_has_a_share_of_every_source_and_diagnosis():
+    kinds = [("a", "normal")] * 40 + [("a", "pneumonia")] * 20 + [("b", "COVID-19")] * 20
+    images = pd.DataFrame(kinds, columns=["source", "diagnosis"]).assign(image_id=[f"i{n:02d}" for n in range(80)])
+    some = shortened(images, 20, seed=1)
+    assert some.groupby(["source", "diagnosis"]).size().to_dict() == {
+        **{("a", "normal"): 10, ("a", "pneumonia"): 5, ("b", "COVID-19"): 5}
+    }
+    assert some.image_id.is_monotonic_increasing
+    again = shortened(images[::-1].reset_index(drop=True), 20, seed=1)
+    assert set(again.image_id) == set(some.image_id) != set(shortened(images, 20, seed=2).image_id)
+    pd.testing.assert_frame_equal(shortened(images, 100), images)

@@ -43,7 +43,10 @@ def test_two_sets_as_one_with_a_test_set_put_aside_and_folds_by_source(tmp_path)
     run = tmp_path / "run"
     parameters = {"dataset": "kermany", "competition": str(children), "pool": {"covid_chestxray": str(adults)}}
     parameters |= {"classes": "flannel", "run_folder": str(run), "longest_side": 48, "folds_by": "source", "test_share": 0.2}
-    run_notebook(NOTEBOOK, tmp_path / "10.ipynb", parameters | {"workers": 1}, run / "metrics.json")
+    # More than there are: nothing is left out, of either set.
+    parameters |= {"workers": 1, "limit_train": 1000}
+    run_notebook(NOTEBOOK, tmp_path / "10.ipynb", parameters, run / "metrics.json")
+    assert "0 images are in no fold" in (tmp_path / "10.ipynb").read_text()
     tables, metrics = read_prepared(run), read_metrics(run)
     images, folds = tables["images"], tables["folds"]
     assert list(tables["labels"]) == ["id", "COVID-19", "viral", "bacterial", "normal"]
