@@ -69,7 +69,7 @@ def learner(folder, tables, scores):
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def report(tmp_path_factory, quick_kernels):
     folder, small = tmp_path_factory.mktemp("classification"), SmallXrays(32)
     tables = exclusive(small)
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def test_calibration_sources_probes_failures_and_heat_are_told(report):
     assert pictures == {*curves, "intervals", "differences", "examples", "heat_maps"}
 
 
-def test_images_put_aside_are_judged_where_the_split_says_so(tmp_path):
+def test_images_put_aside_are_judged_where_the_split_says_so(tmp_path, quick_kernels):
     small = SmallXrays(32)
     tables = exclusive(small)
     whole, put_aside = tables["folds"], tables["folds"].fold == 1

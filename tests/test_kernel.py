@@ -435,10 +435,10 @@ def test_every_shipped_notebook_may_be_a_kernel(tmp_path, wheel):
     [
         (
             {"runs": ["runs/study"]},
-            "runs, fusion and lungs make a dataset of weights, and train.ipynb has no parameter `weights`",
+            "runs, fusion, ensemble and lungs make a dataset of weights, and train.ipynb has no parameter `weights`",
         ),
-        ({"fusion": "fusion.json"}, "runs, fusion and lungs make a dataset of weights"),
-        ({"lungs": "runs/lungs/fold0"}, "runs, fusion and lungs make a dataset of weights"),
+        ({"fusion": "fusion.json"}, "runs, fusion, ensemble and lungs make a dataset of weights"),
+        ({"lungs": "runs/lungs/fold0"}, "runs, fusion, ensemble and lungs make a dataset of weights"),
         ({"notebook": "notebooks/99_nothing.ipynb"}, r"small\.yaml: notebook: there is no .*99_nothing\.ipynb"),
         ({"kernel_sources": ["one"]}, "kernel_sources: the slug 'one' has 3 characters, Kaggle wants 5 to 50"),
         ({"kernel_sources": ["a/b/c"]}, "kernel_sources wants slugs, of the owner's or as OWNER/SLUG, got 'a/b/c'"),

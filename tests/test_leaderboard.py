@@ -262,7 +262,7 @@ def test_the_picture_has_a_panel_a_ranking():
     assert rankings_figure(table.head(0)).axes
 
 
-def test_the_notebook_lists_and_compares(tmp_path):
+def test_the_notebook_lists_and_compares(tmp_path, quick_kernels):
     runs = tmp_path / "runs"
     prepare(runs / "prepare", TABLES)
     train(runs / "right", TABLES, **both_right())

@@ -15,7 +15,7 @@ from kitlib.train_lungs import with_masks
 NOTEBOOK = project_root() / "notebooks" / "10_prepare.ipynb"
 
 
-def test_masks_lie_beside_the_decoded_copy(tmp_path):
+def test_masks_lie_beside_the_decoded_copy(tmp_path, quick_kernels):
     folder, run = write_lungs(tmp_path, "montgomery", images=6, side=96, seed=1, workers=1, progress=False), tmp_path / "run"
     (folder / "MontgomerySet" / "ManualMask" / "leftMask" / "MCUCXR_0002_0.png").write_text("no image")
     parameters = {"dataset": "montgomery", "competition": str(folder), "run_folder": str(run)}
@@ -37,7 +37,7 @@ def test_masks_lie_beside_the_decoded_copy(tmp_path):
     assert (run / "figures" / "examples.png").is_file()
 
 
-def test_two_sets_as_one_with_a_test_set_put_aside_and_folds_by_source(tmp_path):
+def test_two_sets_as_one_with_a_test_set_put_aside_and_folds_by_source(tmp_path, quick_kernels):
     parts = {"seed": 4, "images": 30, "side": 48, "progress": False}
     children, adults = write_kermany(tmp_path, **parts), write_covid_chestxray(tmp_path, **parts)
     run = tmp_path / "run"
