@@ -45,6 +45,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def decoding_pool(workers: int) -> ProcessPool:
+    """Processes for `XrayCache.decode`. Starting them takes a second or two: who decodes a file now and then keeps them."""
+    return ProcessPool(workers, max_tasks=FILES_A_WORKER, initializer=start_worker, context=LightContext())
+
+
 # Part of an entry's place: code under which the same file may become other pixels does not see older entries.
 _DECODING = (dicom, dicom_header, grey, codestream, decoders, stored_values, image_file, decode_worker, geometry)
 DECODER = fingerprint(*_DECODING)[:8]
@@ -76,17 +81,20 @@ class XrayCache:
         if self.packed.is_file() and not self.folder.is_dir():
             self.folder = _unpacked(self.packed)
 
-    def decode(self, images: pd.DataFrame, workers: int | None = None, timeout_s: float = 20.0) -> Iterator[Outcome]:
+    def decode(
+        self, images: pd.DataFrame, workers: int | None = None, timeout_s: float = 20.0, pool: ProcessPool | None = None
+    ) -> Iterator[Outcome]:
         """Yield one Outcome an image as they get done, in any order. `images` has the columns image_id and path.
 
         Work goes to `workers` processes (default: the cores this process may use), only a few files ahead of what is
         consumed. A file that hangs longer than `timeout_s`, crashes its worker or asks for gigabytes fails alone. Stopping
-        the iteration stops the workers. Raises CacheError where the cache cannot be written, ValueError for wrong columns.
+        the iteration stops the workers, unless they are of a `pool` (see `decoding_pool`), which stays open for the next
+        images. Raises CacheError where the cache cannot be written, ValueError for wrong columns.
         """
         ids, paths = self._checked(images)
         self._remove_abandoned()
         workers = workers or usable_cores()
-        pool = ProcessPool(workers, max_tasks=FILES_A_WORKER, initializer=start_worker, context=LightContext())
+        kept, pool = pool is not None, pool or decoding_pool(workers)
         running: dict[Future, tuple[str, float]] = {}
         try:
             for image_id, path in zip(ids, paths, strict=True):
@@ -100,8 +108,9 @@ class XrayCache:
             while running:
                 yield from self._finished(running)
         finally:
-            pool.stop()
-            pool.join()
+            if not kept:
+                pool.stop()
+                pool.join()
 
     def fill(self, images: pd.DataFrame, workers: int | None = None, timeout_s: float = 20.0) -> pd.DataFrame:
         """Decode all of `images` with a progress bar; one row an image in their order, with the columns of Outcome."""
