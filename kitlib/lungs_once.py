@@ -22,11 +22,12 @@ class LungsOnce:
     An image that it fails at has no lungs. Without a bundle that works, or once it has failed at each image of a batch, it
     finds no more, and `fault` says why ("" before).
     `segmented` is the number of images that it has looked at, `missed` those of them without plausible lungs, `seconds` the
-    time that took. Frames are kept, and masks, as PNG, where they are asked for by `masked`. Several threads may ask.
+    time that took. Frames are kept, and masks, as PNG, where they are asked for by `masked`; with `most`, of so many images,
+    the last ones. Several threads may ask.
     """
 
-    def __init__(self, bundle: Path | None, masked: bool, batch_size: int | None = None) -> None:
-        self.bundle, self.masked, self.batch_size = bundle, masked, batch_size
+    def __init__(self, bundle: Path | None, masked: bool, batch_size: int | None = None, most: int | None = None) -> None:
+        self.bundle, self.masked, self.batch_size, self.most = bundle, masked, batch_size, most
         self.fault, self.missed, self.seconds = "", 0, 0.0
         self._segmenter: LungFinder | None = None
         self._known: dict[str, tuple[np.ndarray | None, bytes | None]] = {}
@@ -57,7 +58,10 @@ class LungsOnce:
             if new and not self.fault:
                 self._segment(new)
             self.seconds += time.monotonic() - began
-            return [self._kept(xray.image_id) for xray in xrays]
+            found = [self._kept(xray.image_id) for xray in xrays]
+            for image_id in list(self._known)[: -self.most] if self.most else ():
+                del self._known[image_id]
+            return found
 
     def _segment(self, xrays: list[CachedXray]) -> None:
         """One image that the segmenter fails at is missed alone; where it fails at all of a batch, it is given up."""

@@ -92,8 +92,9 @@ class Predictor:
 
         Study: image_id, model, fold, the four classes and none, a row an image; NaN for what the model has not learnt.
         Findings and patches: table class_scores. Detector: table detections, no row for images without a box. An error of
-        the stream is raised here; closing the iterator ends the thread.
+        the stream is raised here; closing the iterator ends the thread. `seen` and `lungs_missed` begin anew.
         """
+        self.seen, self.lungs_missed = [], 0
         for batch in ahead(self._batches(stream)):
             table = self._boxes(batch) if self.kind == "detector" else self._probabilities(batch)
             self.seen += batch.image_ids

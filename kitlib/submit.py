@@ -23,10 +23,10 @@ from kitlib.install_wheels import install_wheels
 from kitlib.paths import find_input
 from kitlib.siim import read_test
 from kitlib.submission import submission_ids, write_submission
-from kitlib.tables import concatenate
 from kitlib.validate import validate
 
 if TYPE_CHECKING:
+    from kitlib.answering import Answering, Stacked
     from kitlib.cache import CachedXray, XrayCache
     from kitlib.ensemble_bundle import Ensemble
     from kitlib.fusion import FusionSettings
@@ -56,16 +56,20 @@ class SubmitSettings:
 class Model:
     """One bundle of a submission and what it has predicted so far."""
 
-    folder: Path
-    answers: frozenset[str]  # of "study", "none" and "boxes"
-    longest_side: int  # pixels of the decoded copy it was trained on
-    wants_masks: bool = False  # whether it asks the submission's segmenter where the lungs are
-    masked: bool = False  # and for their masks
+    told: "Answering"
     chunks: list[pd.DataFrame] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)  # image_ids, with a box or without
     rows_as: tuple[str, int] = ("", 0)  # model and fold of its rows
     stopped: bool = False  # at its share of the time; it may go on later
     lungs_missed: int = 0  # of those seen, in whole instead of their lungs
+
+    @property
+    def folder(self) -> Path:
+        return self.told.folder
+
+    @property
+    def answers(self) -> frozenset[str]:
+        return self.told.answers
 
     def drop(self) -> None:
         self.chunks, self.seen, self.lungs_missed = [], [], 0
@@ -91,7 +95,7 @@ class SubmissionRun:
         self.models: list[Model] = []
         self.lungs: LungsOnce | None = None
         self.ensemble: Ensemble | None = None
-        self.stacked: tuple[int, float, str] | None = None  # studies, seconds and note of the last fusing
+        self.stacked: Stacked | None = None  # of the last fusing
         test = read_test(competition, headers=False)
         # Kaggle asks for the sample's rows, no more and no fewer; the files name them only where there is no sample.
         self.ids = test.sample_ids or submission_ids(test.study_ids, test.image_ids)
@@ -131,7 +135,7 @@ class SubmissionRun:
                     from kitlib.cache import XrayCache
 
                     fusion = self._read_weights(find_input(weights))
-                    longest_side = self.settings.longest_side or max(model.longest_side for model in self.models)
+                    longest_side = self.settings.longest_side or max(model.told.longest_side for model in self.models)
                     xrays = DecodedOnce(XrayCache(folder, longest_side), self.images, self.settings)
                 self._predict_all(xrays, fusion)
             except (Exception, OutOfTime) as error:  # the file is there, whatever happens to the models
@@ -142,8 +146,7 @@ class SubmissionRun:
                     self._note_decoding(xrays)
                 self._note_lungs()
                 if self.stacked:
-                    studies, seconds, note = self.stacked
-                    self._note("ensemble", studies, time.monotonic() - seconds, note)
+                    self._note("ensemble", self.stacked.studies, time.monotonic() - self.stacked.seconds, self.stacked.note)
 
     def finish(self) -> pd.DataFrame:
         """Validate the file against the sample and return the ledger. Raises ValueError if Kaggle would refuse it."""
@@ -158,25 +161,23 @@ class SubmissionRun:
         return self.ledger
 
     def _read_weights(self, weights: Path) -> "FusionSettings":
+        from kitlib.answering import read_answering
         from kitlib.fusion import FusionSettings, read_settings
-        from kitlib.lung_crop import wants_masks
 
         told = json.loads((weights / "weights.json").read_text(encoding="utf-8"))
         for entry in told["bundles"]:
             began, folder = time.monotonic(), weights / entry["folder"]
             try:
-                record = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-                recipe, answers = record["recipe"], _answers(record)
-                masked = recipe.get("masked", False)
-                self.models.append(Model(folder, answers, record["longest_side"], wants_masks(recipe), masked))
+                self.models.append(Model(read_answering(folder)))
             except (OSError, ValueError, KeyError) as error:  # the other bundles may be whole
                 self._note(folder.name, 0, began, _failure(error))
         if not self.models:
             raise ValueError(f"{weights / 'weights.json'} names no bundle that can be used; see the rows above")
-        if any(model.wants_masks for model in self.models):
+        if any(model.told.wants_masks for model in self.models):
             from kitlib.lungs_once import LungsOnce
 
-            bundle, masked = weights / told["lungs"] if "lungs" in told else None, any(each.masked for each in self.models)
+            bundle = weights / told["lungs"] if "lungs" in told else None
+            masked = any(each.told.masked for each in self.models)
             self.lungs = LungsOnce(bundle, masked, self.settings.batch_size)
         if "ensemble" in told:
             self._read_ensemble(weights / told["ensemble"])
@@ -232,7 +233,7 @@ class SubmissionRun:
         from kitlib.predict import load_predictor
 
         began, total, model.stopped = time.monotonic(), len(self.images), False
-        if model.wants_masks:
+        if model.told.wants_masks:
             self.lungs.begin()
         predictor = load_predictor(model.folder, batch_size=self.settings.batch_size, lungs=self.lungs)
         model.rows_as = predictor.model, predictor.fold
@@ -256,8 +257,7 @@ class SubmissionRun:
 
     def _fuse(self, xrays: "DecodedOnce", fusion: "FusionSettings") -> None:
         """Fuse all that has been predicted, and replace the file."""
-        from kitlib.fusion import fuse
-        from kitlib.predict import study_and_image_scores
+        from kitlib.answering import fused_answer
 
         began = time.monotonic()
         try:
@@ -265,39 +265,19 @@ class SubmissionRun:
                 images = xrays.sized(self.images)
                 detectors = [model for model in self.models if "boxes" in model.answers]
                 classifiers = [model for model in self.models if "boxes" not in model.answers]
-                probabilities = [chunk for model in classifiers for chunk in model.chunks]
-                study_scores, image_scores = study_and_image_scores(probabilities, images)
-                detections = concatenate([chunk for model in detectors for chunk in model.chunks], "detections")
-                coverage = pd.concat([model.coverage() for model in detectors]) if detectors else None
-                study_scores = self._stacked(study_scores)
-                fused = fuse(study_scores, image_scores, detections, images, fusion, coverage)
+                fused, self.stacked = fused_answer(
+                    [chunk for model in classifiers for chunk in model.chunks],
+                    [chunk for model in detectors for chunk in model.chunks],
+                    [model.coverage() for model in detectors],
+                    images,
+                    fusion,
+                    self.ensemble,
+                )
                 studies, nones = fused.studies[~fused.studies.prior], fused.nones[~fused.nones.prior]
                 on_priors = write_submission(self.output, self.ids, studies, nones, fused.detections)
                 self._note("fuse and write", len(self.ids) - len(on_priors), began, f"{len(on_priors)} rows keep priors")
         except (Exception, OutOfTime) as error:  # the file of the step before stays, and later models may fuse again
             self._note("fuse and write", 0, began, _failure(error))
-
-    def _stacked(self, study_scores: pd.DataFrame) -> pd.DataFrame:
-        """The ensemble's study_scores in the place of its learners'; as they are where there is none, or it fails."""
-        if self.ensemble is None or study_scores.empty:
-            return study_scores
-        began, ensemble = time.monotonic(), self.ensemble
-        try:
-            from kitlib.ensemble_bundle import apply_ensemble
-
-            answer = apply_ensemble(ensemble, study_scores).assign(model=ensemble.name, fold=0)
-            others = study_scores[~study_scores["model"].isin(ensemble.learners)]
-            stacked = concatenate([answer.drop(columns="answered"), others], "study_scores")
-        except Exception as error:
-            self.stacked = 0, time.monotonic() - began, f"{_failure(error)}; the study models are fused as they are"
-            return study_scores
-        absent, note = answer["answered"] < len(ensemble.learners), ""
-        if absent.any():
-            there = set(study_scores["model"])
-            lost = ", ".join(name for name in ensemble.learners if name not in there) or "a learner that was stopped"
-            note = f"{int(absent.sum())} of {len(answer)} studies lack {lost}: they have the plain mean of the others"
-        self.stacked = int((~absent).sum()), time.monotonic() - began, note
-        return stacked
 
     def _note(self, stage: str, files: int, began: float, note: str = "") -> None:
         seconds = time.monotonic() - began
@@ -372,23 +352,6 @@ class DecodedOnce:
                     self.error = _failure(error)
                     return False
             return True
-
-
-def _answers(record: dict[str, Any]) -> frozenset[str]:
-    """What a bundle's model says of a test set. Raises ValueError for one that answers no row of a submission."""
-    if record["family"] in ("findings", "patches"):
-        raise ValueError(
-            f"{record['model']} knows findings ({', '.join(map(str, record['classes'][:3]))}, ...), which no row of a "
-            "submission asks for; start a study model or a detector from it and submit that"
-        )
-    if record["family"] == "segmenter":
-        raise ValueError(
-            f"{record['model']} draws lungs, which no row of a submission asks for; name its run by the kernel's key `lungs`"
-        )
-    if record["family"] != "study":
-        return frozenset({"boxes"})
-    outputs = record["recipe"].get("outputs", "both")
-    return frozenset({"study", "none"} if outputs == "both" else {outputs})
 
 
 def _failure(error: BaseException) -> str:

@@ -22,7 +22,7 @@ FLOORS = {
     "pseudo_labels tuning reports heidelberg_report detection_report findings_report data_sheet classification_report "
     "ensemble_report classification_bootstrap classification_runs calibration_report reported_counts published_tables "
     "lungs_report figures study_figures findings_figures classification_figures heat_maps lungs_figures",
-    "delivering": "validate install_wheels opened_study submit run_notebook plan plan_graph run_planned run_plan run_listing "
+    "delivering": "validate install_wheels answering systems opened_study warm_models answer_files submit run_notebook plan plan_graph run_planned run_plan run_listing "
     "prepared_runs leaderboard kernel_spec wheels kernel_start kernel push stand_in sandbox rehearse demo __main__",
 }
 ORDER = [module for floor in FLOORS.values() for module in floor.split()]

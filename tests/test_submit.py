@@ -269,7 +269,7 @@ def test_findings_and_unreadable_bundles_are_refused_and_told(competition, weigh
     path, ledger = submit(competition, other, tmp_path)
     notes = ledger.set_index("stage").note
     assert "small knows findings (Mass, ...), which no row of a submission asks for" in notes["small-fold0"]
-    assert notes["gone"].startswith("failed: FileNotFoundError")
+    assert notes["gone"].startswith("failed: BundleError") and "gone/model.json is missing" in notes["gone"]
     assert notes["small-fold1"] == "" and len(on_priors(path)) <= DAMAGED
 
 

@@ -1,0 +1,67 @@
+"""An answer to take away: the rows of a submission, and JSON for programs."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kitlib.atomic import write_json
+from kitlib.bundle import versions
+from kitlib.classes import STUDY_CLASSES
+from kitlib.fusion import Fused
+from kitlib.opened_study import OpenedStudy
+from kitlib.submission import submission_ids, write_submission
+from kitlib.systems import System
+from kitlib.tables import BOX
+from kitlib.warm_models import Answer
+
+NOT_FOR_DIAGNOSIS = "Not for diagnosis: research models of a competition, no medical device."
+
+
+def named(fused: Fused, study: OpenedStudy) -> Fused:
+    """The same with the images' own names in the place of their keys."""
+    names = {image.key: image.image_id for image in study.images}
+    tables = (table.assign(image_id=table["image_id"].map(names)) for table in (fused.nones, fused.detections))
+    return Fused(fused.studies, *tables)
+
+
+def write_rows(path: str | Path, answer: Answer, study: OpenedStudy) -> None:
+    """The study's and its images' rows as a submission of these models has them; where none answers, the prior."""
+    fused = named(answer.fused, study)
+    ids = submission_ids([study.study_id], [image.image_id for image in study.images])
+    studies, nones = fused.studies[~fused.studies["prior"]], fused.nones[~fused.nones["prior"]]
+    write_submission(path, ids, studies, nones, fused.detections)
+
+
+def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: System) -> None:
+    """The same as JSON: probabilities in 0..1 (null where no model answers), all boxes in pixels of the original image."""
+    fused = named(answer.fused, study)
+    told = fused.studies.iloc[0]
+    nones = fused.nones.set_index("image_id")
+    write_json(
+        path,
+        {
+            "note": NOT_FOR_DIAGNOSIS,
+            "study_id": study.study_id,
+            "study": None if told["prior"] else {name: float(told[name]) for name in STUDY_CLASSES},
+            "images": [
+                {
+                    "image_id": image.image_id,
+                    "rows": image.rows,
+                    "columns": image.columns,
+                    "none": None if nones.at[image.image_id, "prior"] else float(nones.at[image.image_id, "none"]),
+                    "opacity": _boxes(fused.detections[fused.detections["image_id"] == image.image_id]),
+                    "remarks": list(image.remarks),
+                }
+                for image in study.images
+            ],
+            "remarks": [*study.remarks, *answer.remarks],
+            "system": system.name,
+            "models": answer.models[["model", "fold"]].to_dict("records"),
+            "versions": versions(),
+        },
+    )
+
+
+def _boxes(detections: pd.DataFrame) -> list[dict[str, Any]]:
+    return detections.sort_values("score", ascending=False)[["score", *BOX]].round(4).to_dict("records")

@@ -1,0 +1,137 @@
+"""Models that are loaded once and answer for one study after another."""
+
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kitlib.answering import Answering, fused_answer
+from kitlib.cache import CachedXray
+from kitlib.ensemble_bundle import Ensemble, read_ensemble
+from kitlib.fusion import Fused
+from kitlib.lungs_once import LungsOnce
+from kitlib.opened_study import OpenedImage, OpenedStudy
+from kitlib.predict import Predictor, load_predictor
+from kitlib.systems import System
+
+# Answers, and images whose lungs are known, that are kept.
+KEPT = 200
+SUBMISSION_BATCH = 16  # SubmitSettings.batch_size
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a system says of a study. Images go by their key in `fused`, whose boxes are in original pixels."""
+
+    fused: Fused
+    models: pd.DataFrame  # model, fold, seconds: who has answered, loading not counted
+    remarks: tuple[str, ...]  # sentences: what these models have seen before, what failed
+
+
+class WarmModels:
+    """Loads a bundle when it is first asked for. Any number of threads may ask; one is answered at a time."""
+
+    def __init__(self) -> None:
+        self._predictors: dict[Path, Predictor] = {}
+        self._lungs: dict[Path | None, LungsOnce] = {}
+        self._ensembles: dict[Path, Ensemble] = {}
+        self._answers: OrderedDict[tuple, Answer] = OrderedDict()
+        self._one_at_a_time = threading.RLock()
+
+    def answer(self, system: System, study: OpenedStudy) -> Answer:
+        """As a submission of `system` would answer; of a study that some of its models have learnt from by the others.
+
+        Raises UnreadableXray, BundleError, and what a model raises that fails.
+        """
+        asked = (system.name, study.study_id, study.trained_on, tuple(image.key for image in study.images))
+        with self._one_at_a_time:
+            if asked not in self._answers:
+                self._answers[asked] = self._answered(system, study)
+                if len(self._answers) > KEPT:
+                    self._answers.popitem(last=False)
+            self._answers.move_to_end(asked)
+            return self._answers[asked]
+
+    def lungs(self, system: System, study: OpenedStudy, image: OpenedImage) -> np.ndarray | None:
+        """The lungs' mask, bool, as large as the decoded copy; None where none are found, or there is no segmenter."""
+        if system.lungs is None:
+            return None
+        with self._one_at_a_time:
+            return self._segmenter(system).find([study.read(image, system.longest_side)])[0].mask
+
+    def heat(self, system: System, study: OpenedStudy, image: OpenedImage, class_name: str) -> tuple[str, np.ndarray]:
+        """Where a study model looks for a class: its name, and the heat as kitlib.heat_maps has it, on the decoded copy.
+
+        The model is the first of those that answer for the study. Raises ValueError where none knows the class, and
+        ImportError without the package grad-cam.
+        """
+        from kitlib.heat_maps import look
+
+        models, _ = answering(system, study)
+        wanted = "none" if class_name == "none" else "study"
+        for model in models:
+            if wanted in model.answers:
+                with self._one_at_a_time:
+                    xray = study.read(image, system.longest_side)
+                    heat = look(self._predictor(system, model), [xray], [class_name])[0].heat
+                return f"{model.model}, fold {model.fold}", heat
+        raise ValueError(f"no model among {system.name} answers {class_name}")
+
+    def _answered(self, system: System, study: OpenedStudy) -> Answer:
+        models, remarks = answering(system, study)
+        xrays = [study.read(image, system.longest_side) for image in study.images]
+        probabilities, detections, coverage, rows = [], [], [], []
+        for model in models:
+            predictor = self._predictor(system, model)
+            began = time.perf_counter()
+            chunks = list(predictor.predict(xrays))
+            rows.append((model.model, model.fold, time.perf_counter() - began))
+            if "boxes" in model.answers:
+                detections += chunks
+                seen = {"image_id": predictor.seen, "model": predictor.model, "fold": predictor.fold}
+                coverage.append(pd.DataFrame(seen))
+            else:
+                probabilities += chunks
+            if predictor.lungs_missed:
+                remarks.append(f"{model.model} saw {predictor.lungs_missed} images whole: no lungs were found in them.")
+        ensemble = self._ensemble(system)
+        fused, stacked = fused_answer(probabilities, detections, coverage, study.table(), system.fusion, ensemble)
+        if stacked and stacked.note:
+            remarks.append(f"The ensemble: {stacked.note}.")
+        if system.lungs in self._lungs and self._lungs[system.lungs].fault:
+            remarks.append(f"The lungs' segmenter {self._lungs[system.lungs].fault}.")
+        return Answer(fused, pd.DataFrame(rows, columns=["model", "fold", "seconds"]), tuple(remarks))
+
+    def _predictor(self, system: System, model: Answering) -> Predictor:
+        if model.folder not in self._predictors:
+            lungs = self._segmenter(system) if model.wants_masks else None
+            self._predictors[model.folder] = load_predictor(model.folder, batch_size=SUBMISSION_BATCH, lungs=lungs)
+        return self._predictors[model.folder]
+
+    def _segmenter(self, system: System) -> LungsOnce:
+        return self._lungs.setdefault(system.lungs, LungsOnce(system.lungs, True, SUBMISSION_BATCH, most=KEPT))
+
+    def _ensemble(self, system: System) -> Ensemble | None:
+        if system.ensemble is not None and system.ensemble not in self._ensembles:
+            self._ensembles[system.ensemble] = read_ensemble(system.ensemble)
+        return self._ensembles.get(system.ensemble)
+
+
+def answering(system: System, study: OpenedStudy) -> tuple[list[Answering], list[str]]:
+    """Those models of `system` that answer for `study`, and sentences on what they have seen of it before."""
+    models = list(system.models)
+    if study.fold is None:
+        return models, []
+    if not all(model.data_fingerprint == study.trained_on for model in models):
+        return models, [
+            "Whether these models have learnt from this study is not known: they come from another prepared run."
+        ]
+    unseen = [model for model in models if model.fold == study.fold]
+    if not unseen:
+        folds = ", ".join(map(str, sorted({model.fold for model in models})))
+        return models, [f"These models, of folds {folds}, have learnt from this study, which is in fold {study.fold}."]
+    return unseen, [f"Answered by the models of fold {study.fold}, which have not learnt from this study."]
