@@ -2,14 +2,19 @@
 
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
+from pebble import ProcessExpired
 
 from kitlib.cache import CachedXray, XrayCache, decoding_pool
 from kitlib.decode_worker import Outcome
 from kitlib.dicom import UnreadableXray
+
+T = TypeVar("T")
 
 TIMEOUT_S = 20.0  # for one file; a submission's own limit
 MOST_COPIES = 500  # at each size; the oldest go, and are made again where they are asked for
@@ -44,6 +49,17 @@ class DecodedCopies:
             for copy in copies[:-MOST_COPIES]:
                 copy.unlink()
             return outcome
+
+    def ask(self, question: Callable[[str], T], path: str | Path) -> T:
+        """What `question`, a function of a module, says of `path` in one of the processes. Raises UnreadableXray."""
+        try:
+            return self._pool.schedule(question, args=(str(path),), timeout=TIMEOUT_S).result()
+        except TimeoutError:
+            raise UnreadableXray(path, f"not read in {TIMEOUT_S:g} s") from None
+        except ProcessExpired as error:
+            raise UnreadableXray(path, f"reading it crashed its process (exit code {error.exitcode})") from None
+        except MemoryError:
+            raise UnreadableXray(path, "out of memory") from None
 
     def close(self) -> None:
         self._pool.stop()
