@@ -246,6 +246,29 @@ def demo(
         _fail(error)
 
 
+@app.command()
+def page(
+    runs: Annotated[
+        Path | None, typer.Option(help="A folder of runs; runs/demo, which `make demo` makes, unless told.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 7860,
+    host: Annotated[
+        str, typer.Option(help="Only in a container is it another: 0.0.0.0, with the port published on 127.0.0.1.")
+    ] = "127.0.0.1",
+) -> None:
+    """Serve a page on this computer that shows what the models of RUNS say of a chest X-ray. Not for diagnosis."""
+    from kitlib.page_server import quiet_gradio
+
+    logging.getLogger("kitlib").setLevel(logging.WARNING)
+    try:
+        with quiet_gradio() as folder:
+            from kitlib.page import open_page
+
+            open_page(runs, folder, port, host, lambda address: typer.echo(f"{address}  (Ctrl-C ends it)"))
+    except (ImportError, OSError, ValueError) as error:
+        _fail(error)
+
+
 def _fail(error: Exception) -> None:
     typer.echo(f"error: {error}", err=True)
     raise typer.Exit(1)

@@ -37,7 +37,7 @@ def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: S
     """The same as JSON: probabilities in 0..1 (null where no model answers), all boxes in pixels of the original image."""
     fused = named(answer.fused, study)
     told = fused.studies.iloc[0]
-    nones = fused.nones.set_index("image_id")
+    nones = fused.nones["none"].where(~fused.nones["prior"]).set_axis(fused.nones["image_id"])
     write_json(
         path,
         {
@@ -49,7 +49,7 @@ def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: S
                     "image_id": image.image_id,
                     "rows": image.rows,
                     "columns": image.columns,
-                    "none": None if nones.at[image.image_id, "prior"] else float(nones.at[image.image_id, "none"]),
+                    "none": None if pd.isna(nones[image.image_id]) else float(nones[image.image_id]),
                     "opacity": _boxes(fused.detections[fused.detections["image_id"] == image.image_id]),
                     "remarks": list(image.remarks),
                 }

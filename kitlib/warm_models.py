@@ -1,5 +1,6 @@
 """Models that are loaded once and answer for one study after another."""
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -10,13 +11,14 @@ import numpy as np
 import pandas as pd
 
 from kitlib.answering import Answering, fused_answer
-from kitlib.cache import CachedXray
 from kitlib.ensemble_bundle import Ensemble, read_ensemble
 from kitlib.fusion import Fused
 from kitlib.lungs_once import LungsOnce
 from kitlib.opened_study import OpenedImage, OpenedStudy
 from kitlib.predict import Predictor, load_predictor
 from kitlib.systems import System
+
+logger = logging.getLogger(__name__)
 
 # Answers, and images whose lungs are known, that are kept.
 KEPT = 200
@@ -41,6 +43,15 @@ class WarmModels:
         self._ensembles: dict[Path, Ensemble] = {}
         self._answers: OrderedDict[tuple, Answer] = OrderedDict()
         self._one_at_a_time = threading.RLock()
+
+    def load(self, system: System) -> None:
+        """Load all of its models now. One that cannot be loaded is told when it is asked."""
+        with self._one_at_a_time:
+            for model in system.models:
+                try:
+                    self._predictor(system, model)
+                except Exception as error:
+                    logger.error("%s cannot be loaded", model.folder, exc_info=error)
 
     def answer(self, system: System, study: OpenedStudy) -> Answer:
         """As a submission of `system` would answer; of a study that some of its models have learnt from by the others.

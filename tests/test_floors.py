@@ -22,8 +22,10 @@ FLOORS = {
     "pseudo_labels tuning reports heidelberg_report detection_report findings_report data_sheet classification_report "
     "ensemble_report classification_bootstrap classification_runs calibration_report reported_counts published_tables "
     "lungs_report figures study_figures findings_figures classification_figures heat_maps lungs_figures",
-    "delivering": "validate install_wheels answering systems opened_study warm_models answer_files submit run_notebook plan plan_graph run_planned run_plan run_listing "
-    "prepared_runs leaderboard kernel_spec wheels kernel_start kernel push stand_in sandbox rehearse demo __main__",
+    "delivering": "validate install_wheels answering submit run_notebook plan plan_graph run_planned run_plan run_listing "
+    "prepared_runs leaderboard opened_study file_facts uploads windowing xray_svg gallery systems warm_models answer_files "
+    "page_view page_guard page_server page kernel_spec wheels kernel_start kernel push stand_in sandbox rehearse demo "
+    "__main__",
 }
 ORDER = [module for floor in FLOORS.values() for module in floor.split()]
 

@@ -1,0 +1,262 @@
+"""The page: a study's images, what the kit's models say of them, and where they look. Gradio's layout and its events."""
+
+import threading
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from kitlib.answer_files import NOT_FOR_DIAGNOSIS
+from kitlib.classes import STUDY_CLASSES
+from kitlib.figures import SHOWN_SCORE
+from kitlib.gallery import find_gallery
+from kitlib.opened_study import DecodedCopies
+from kitlib.page_server import serve
+from kitlib.page_view import HEAT, LAYERS, View, Viewer
+from kitlib.paths import project_root
+from kitlib.run_listing import list_runs
+from kitlib.systems import find_systems
+from kitlib.uploads import Refused
+from kitlib.warm_models import WarmModels
+from kitlib.windowing import Windowed
+
+TITLE = "Chest X-rays and the kit's models"
+# An hour without a visit: what a visitor had opened is forgotten, and uploads are deleted.
+KEPT_S = 3600
+STYLE = """
+footer { display: none !important }
+#status { min-height: 1.6em } #status .refused { color: #b00020; font-weight: 600 } .dark #status .refused { color: #ff8a80 }
+.facts { font-size: .85em; width: 100% }
+.facts th { text-align: left; padding-right: 1em; white-space: nowrap; vertical-align: top }
+.facts td { overflow-wrap: anywhere } .remarks { font-size: .85em; margin-top: .5em } .note { opacity: .8 }
+"""
+
+
+def build_page(viewer: Viewer) -> gr.Blocks:
+    """The page's blocks. Predictions wait for each other in the viewer's models; drawing does not wait for them."""
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    with gr.Blocks(
+        theme=theme, title=TITLE, css=STYLE, analytics_enabled=False, delete_cache=(600, KEPT_S), fill_width=True
+    ) as blocks:
+        gr.Markdown(f"# {TITLE}\n{NOT_FOR_DIAGNOSIS}", elem_id="title")
+        _Page(viewer).lay_out()
+    blocks.queue(default_concurrency_limit=4, max_size=64)
+    return blocks
+
+
+def open_page(runs: Path | None, folder: Path, port: int, host: str, ready: Callable[[str], None]) -> None:
+    """Serve the page of the models below `runs` until it is stopped, see kitlib.page_server.serve.
+
+    `folder` takes what it writes. Raises NoSystem without trained models, FileNotFoundError without that folder, PortTaken.
+    """
+    listed = list_runs([runs or project_root() / "runs" / "demo"])
+    systems, copies, models = find_systems(listed), DecodedCopies(folder / "copies"), WarmModels()
+    try:
+        gallery = find_gallery(listed, systems[0].models[0].data_fingerprint, copies)
+        # In the meantime the page is there already, and the first question waits.
+        threading.Thread(target=models.load, args=[systems[0]], daemon=True).start()
+        serve(build_page(Viewer(systems, models, copies, gallery, folder)), port, host, ready)
+    finally:
+        copies.close()
+
+
+class _Page:
+    def __init__(self, viewer: Viewer) -> None:
+        self.viewer = viewer
+
+    def lay_out(self) -> None:
+        names = list(self.viewer.systems)
+        self.view, self.windowed = gr.State(None, time_to_live=KEPT_S), gr.State(None, time_to_live=KEPT_S)
+        with gr.Row():
+            with gr.Column(scale=3, min_width=280):
+                self.systems = gr.Radio(names, value=names[0], label="Models", elem_id="models")
+                with gr.Tabs():
+                    with gr.Tab("Your images"):
+                        self.upload = gr.File(
+                            file_count="multiple",
+                            label="DICOM, PNG or JPEG files of one study",
+                            height=150,
+                            elem_id="upload",
+                        )
+                    if self.viewer.gallery is not None:
+                        self._lay_out_gallery()
+            with gr.Column(scale=5, min_width=320):
+                self.status = gr.HTML(_status("Upload an X-ray or pick one from the gallery."), elem_id="status")
+                self.picture = gr.HTML(elem_id="picture")
+                self.images = gr.Dropdown([], label="Image of the study", visible=False, elem_id="images")
+                self.threshold = gr.Slider(
+                    0, 1, SHOWN_SCORE, step=0.01, label="Show boxes with a score of at least", elem_id="threshold"
+                )
+            with gr.Column(scale=3, min_width=260):
+                self.bars = gr.HTML(elem_id="bars")
+                self.layers = gr.CheckboxGroup(list(LAYERS), value=list(LAYERS[:2]), label="Show", elem_id="layers")
+                self.heat_class = gr.Dropdown(
+                    [*STUDY_CLASSES, "none"], label="Heat for", visible=False, elem_id="heat-class"
+                )
+                self.own_window = gr.Checkbox(label="Set window and level", visible=False, elem_id="own-window")
+                self.center = gr.Slider(0, 1, 0, label="Level (centre)", visible=False, elem_id="center")
+                self.width = gr.Slider(1, 2, 1, label="Window (width)", visible=False, elem_id="width")
+                with gr.Row():
+                    self.rows = gr.DownloadButton("Submission rows", visible=False, size="sm", elem_id="rows")
+                    self.json = gr.DownloadButton("JSON", visible=False, size="sm", elem_id="json")
+                self.told = gr.HTML(elem_id="told")
+        self._listen()
+
+    def _lay_out_gallery(self) -> None:
+        gallery = self.viewer.gallery
+        shown, pages = gallery.page(gallery.choices()[0], 1)
+        with gr.Tab(f"Gallery: {gallery.name}"):
+            self.choice = gr.Dropdown(gallery.choices(), value=gallery.choices()[0], label="Images", elem_id="choice")
+            self.page = gr.Slider(1, max(pages, 2), 1, step=1, label="Page", visible=pages > 1, elem_id="page")
+            self.thumbnails = gr.Gallery(
+                shown, columns=3, allow_preview=False, height=420, show_label=False, elem_id="gallery", format="jpeg"
+            )
+
+    def _listen(self) -> None:
+        everything = [
+            *(self.view, self.windowed, self.status, self.picture, self.images, self.bars, self.told),
+            *(self.heat_class, self.own_window, self.center, self.width, self.rows, self.json),
+        ]
+        seen = [self.images, self.threshold, self.layers, self.heat_class, self.windowed, self.center, self.width]
+        quiet: dict[str, Any] = {"api_name": False, "show_progress": "hidden"}
+        loud: dict[str, Any] = {"api_name": False, "show_progress": "minimal", "show_progress_on": self.picture}
+        self.upload.upload(
+            self._answering(self.viewer.upload), [self.threshold, self.layers, self.upload, self.systems], everything, **loud
+        )
+        if self.viewer.gallery is not None:
+            self.thumbnails.select(
+                self._picked, [self.threshold, self.layers, self.choice, self.page, self.systems], everything, **loud
+            )
+            self.choice.input(self._first_page, self.choice, [self.page, self.thumbnails], **quiet)
+            self.page.input(
+                lambda choice, page: self.viewer.gallery.page(choice, int(page))[0],
+                [self.choice, self.page],
+                self.thumbnails,
+                trigger_mode="always_last",
+                **quiet,
+            )
+        self.systems.input(
+            self._answering(lambda view, name: view and self.viewer.switch(view, name)),
+            [self.threshold, self.layers, self.view, self.systems],
+            everything,
+            **loud,
+        )
+        self.images.input(self._image, [self.view, self.images, self.threshold, self.layers], everything, **quiet)
+        self.own_window.input(
+            self._window,
+            [self.view, self.own_window, *seen],
+            [self.windowed, self.center, self.width, self.picture],
+            **quiet,
+        )
+        gr.on(
+            [self.threshold.input, self.heat_class.input, self.center.input, self.width.input],
+            self._draw,
+            [self.view, *seen],
+            self.picture,
+            trigger_mode="always_last",
+            **quiet,
+        )
+        self.layers.input(self._layers, [self.view, *seen], [self.heat_class, self.picture], **quiet)
+
+    def _answering(self, answered: Callable[..., View | None]) -> Callable[..., dict]:
+        """A handler that shows what `answered` gives of its inputs, after a threshold and layers: a view or a refusal."""
+
+        def handler(threshold: float, layers: list[str], *given: Any) -> dict:
+            try:
+                view = answered(*given)
+            except Refused as refused:
+                return self._refused(refused)
+            if view is None:
+                return {self.status: _status("Upload an X-ray or pick one from the gallery.")}
+            return self._opened(view, threshold, layers)
+
+        return handler
+
+    def _picked(
+        self, threshold: float, layers: list[str], choice: str, page: float, system: str, event: gr.SelectData
+    ) -> dict:
+        place = (int(page) - 1) * self.viewer.gallery.a_page + event.index
+        return self._answering(self.viewer.pick)(threshold, layers, choice, place, system)
+
+    def _first_page(self, choice: str) -> tuple[dict, list]:
+        shown, pages = self.viewer.gallery.page(choice, 1)
+        return gr.update(value=1, maximum=max(pages, 2), visible=pages > 1), shown
+
+    def _opened(self, view: View, threshold: float, layers: list[str]) -> dict:
+        names, (rows, told) = [image.image_id for image in view.study.images], self.viewer.files(view)
+        return {
+            self.view: view,
+            self.status: _status(self.viewer.summary(view)),
+            self.images: gr.update(choices=names, value=names[0], visible=len(names) > 1),
+            self.heat_class: gr.update(value=view.likeliest, visible=HEAT in layers),
+            self.rows: gr.update(value=rows, visible=True),
+            self.json: gr.update(value=told, visible=True),
+            **self._image(view, names[0], threshold, layers),
+        }
+
+    def _image(self, view: View, image_id: str, threshold: float, layers: list[str]) -> dict:
+        image = view.image(image_id)
+        hidden = gr.update(visible=False)
+        return {
+            self.picture: self.viewer.draw(view, image, threshold, layers, view.likeliest),
+            self.bars: self.viewer.bars(view, image),
+            self.told: self.viewer.told(view, image),
+            self.windowed: None,
+            self.own_window: gr.update(value=False, visible=image.is_dicom),
+            self.center: hidden,
+            self.width: hidden,
+        }
+
+    def _refused(self, refused: Refused) -> dict:
+        """The sentence, and nothing of what was shown before: it would pass for the answer."""
+        shown = (self.images, self.heat_class, self.own_window, self.center, self.width, self.rows, self.json)
+        return {
+            **dict.fromkeys((self.view, self.windowed)),
+            self.status: _status(str(refused), "refused"),
+            **dict.fromkeys((self.picture, self.bars, self.told), ""),
+            **dict.fromkeys(shown, gr.update(visible=False)),
+        }
+
+    def _window(self, view: View | None, own: bool, *seen: Any) -> dict:
+        if view is None:
+            return {self.picture: ""}
+        image_id, threshold, layers, heat_class = seen[:4]
+        windowed, sliders = None, {each: gr.update(visible=False) for each in (self.center, self.width)}
+        if own:
+            try:
+                windowed = self.viewer.window(view, view.image(image_id))
+            except Refused as refused:
+                return {self.picture: f"<p>{escape(str(refused))}</p>"}
+            (center, width), step = windowed.default, max((windowed.highest - windowed.lowest) / 500, 0.01)
+            sliders = {
+                self.center: gr.update(
+                    minimum=windowed.lowest, maximum=windowed.highest, value=center, step=step, visible=True
+                ),
+                self.width: gr.update(minimum=1, maximum=2 * windowed.whole[1], value=width, step=step, visible=True),
+            }
+        drawn = self.viewer.draw(view, view.image(image_id), threshold, layers, heat_class, windowed)
+        return {self.windowed: windowed, **sliders, self.picture: drawn}
+
+    def _layers(self, view: View | None, *seen: Any) -> dict:
+        return {self.heat_class: gr.update(visible=HEAT in seen[2]), self.picture: self._draw(view, *seen)}
+
+    def _draw(
+        self,
+        view: View | None,
+        image_id: str | None,
+        threshold: float,
+        layers: list[str],
+        heat_class: str,
+        windowed: Windowed | None,
+        center: float,
+        width: float,
+    ) -> str:
+        if view is None:
+            return ""
+        return self.viewer.draw(view, view.image(image_id), threshold, layers, heat_class, windowed, (center, width))
+
+
+def _status(sentence: str, kind: str = "") -> str:
+    return f'<span class="{kind}" role="status">{escape(sentence)}</span>'

@@ -1,0 +1,181 @@
+"""What one visitor of the page looks at, and how it is drawn: the page without its web server."""
+
+import hashlib
+import html
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kitlib.answer_files import write_answer, write_rows
+from kitlib.classes import STUDY_CLASSES
+from kitlib.dicom import UnreadableXray
+from kitlib.gallery import Gallery
+from kitlib.opened_study import DecodedCopies, OpenedImage, OpenedStudy
+from kitlib.systems import System
+from kitlib.uploads import Refused, open_uploads
+from kitlib.warm_models import Answer, WarmModels
+from kitlib.windowing import Windowed, read_windowed
+from kitlib.xray_svg import bars, picture
+
+logger = logging.getLogger(__name__)
+
+BOXES, TRUTH, LUNGS, HEAT = LAYERS = "boxes", "annotated boxes", "lungs", "heat"
+WINDOWED_SIDE = 1024  # pixels of the picture that window and level are set on
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class View:
+    """A study with a system's answer. Opaque to comparing and printing, which Gradio does with what it keeps."""
+
+    study: OpenedStudy
+    system: System
+    answer: Answer
+
+    def image(self, image_id: str | None) -> OpenedImage:
+        """The image of that name; the first where there is none."""
+        return next((image for image in self.study.images if image.image_id == image_id), self.study.images[0])
+
+    @property
+    def likeliest(self) -> str:
+        """The study class with the highest probability."""
+        return max(STUDY_CLASSES, key=lambda name: self.answer.fused.studies.iloc[0][name])
+
+
+class Viewer:
+    """Opens studies and has them answered, for all visitors; `folder` takes the files to take away."""
+
+    def __init__(
+        self, systems: Sequence[System], models: WarmModels, copies: DecodedCopies, gallery: Gallery | None, folder: Path
+    ) -> None:
+        self.systems = {system.name: system for system in systems}
+        self.models, self.copies, self.gallery, self.folder = models, copies, gallery, folder
+
+    def upload(self, paths: Sequence[str | Path], system_name: str) -> View:
+        """Several files are one study. Raises Refused with a sentence, also where a model fails."""
+        system = self._system(system_name)
+        return self._answered(open_uploads(paths, self.copies, system.longest_side), system)
+
+    def pick(self, choice: str, place: int, system_name: str) -> View:
+        """The study of the gallery's image at that place. Raises Refused."""
+        if self.gallery is None:
+            raise Refused("There is no gallery: these models' prepared run is not here.")
+        try:
+            study = self.gallery.open(choice, place)
+        except UnreadableXray as error:
+            raise Refused(f"This image cannot be opened: {error.reason}.") from error
+        return self._answered(study, self._system(system_name))
+
+    def switch(self, view: View, system_name: str) -> View:
+        """The same study, answered by another system. Raises Refused."""
+        return self._answered(view.study, self._system(system_name))
+
+    def window(self, view: View, image: OpenedImage) -> Windowed:
+        """Raises Refused where the file is gone or no DICOM file."""
+        try:
+            if not image.is_dicom:
+                raise Refused(f"{image.image_id} is no DICOM file: it has no values to set a window on.")
+            return read_windowed(image.path, WINDOWED_SIDE)
+        except (UnreadableXray, OSError) as error:
+            raise Refused(f"The file of {image.image_id} cannot be read again: open it once more.") from error
+
+    def draw(
+        self,
+        view: View,
+        image: OpenedImage,
+        threshold: float,
+        layers: Collection[str] = LAYERS[:2],
+        heat_class: str = "",
+        windowed: Windowed | None = None,
+        window: tuple[float, float] | None = None,
+    ) -> str:
+        """The image as an SVG element with what is asked for of `layers` and is there; `windowed` at `window` as its pixels.
+
+        The captions say what could not be drawn, and why.
+        """
+        system, captions, mask, heat = view.system, [], None, None
+        pixels = view.study.read(image, system.longest_side).pixels
+        if LUNGS in layers:
+            mask = self.models.lungs(system, view.study, image)
+            if mask is None:
+                captions.append("No lungs: " + ("none are found." if system.lungs else "no run here has a segmenter."))
+        if HEAT in layers:
+            try:
+                name, heat = self.models.heat(system, view.study, image, heat_class or view.likeliest)
+                captions.append(f"Heat: Grad-CAM of {name} for {heat_class or view.likeliest}.")
+            except (ImportError, ValueError) as error:
+                captions.append(f"No heat: {error}.")
+        if windowed is not None:
+            pixels = windowed.shown(*(window or windowed.default))
+            captions.append("The window is for your eyes: the models see the file's own.")
+        found = view.answer.fused.detections
+        return picture(
+            pixels,
+            image.rows,
+            image.columns,
+            boxes=found[found["image_id"] == image.key] if BOXES in layers else None,
+            truth=image.truth if TRUTH in layers else None,
+            threshold=threshold,
+            mask=mask,
+            heat=heat,
+            caption=" ".join(captions),
+        )
+
+    def bars(self, view: View, image: OpenedImage) -> str:
+        """The study's four probabilities and the image's `none`."""
+        fused = view.answer.fused
+        study = fused.studies.iloc[0]
+        none = fused.nones.set_index("image_id").loc[image.key]
+        known = not none["prior"]
+        return bars(
+            {name: float(study[name]) for name in STUDY_CLASSES},
+            float(none["none"]) if known else None,
+            bool(study["prior"]),
+            view.study.true_class,
+        )
+
+    def told(self, view: View, image: OpenedImage) -> str:
+        """What there is to say of image, study and answer, as HTML."""
+        models = view.answer.models
+        facts = {"image": image.image_id, "study": view.study.study_id, **image.facts}
+        if view.study.true_class:
+            facts["annotated class"] = view.study.true_class
+        facts["answered by"] = ", ".join(f"{row.model} (fold {row.fold})" for row in models.itertuples())
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(fact))}</td></tr>" for name, fact in facts.items()
+        )
+        remarks = [*view.answer.remarks, *view.study.remarks, *image.remarks]
+        points = "".join(f"<li>{html.escape(remark)}</li>" for remark in remarks)
+        return f'<table class="facts">{rows}</table><ul class="remarks">{points}</ul>'
+
+    def summary(self, view: View) -> str:
+        """One sentence for the status line."""
+        images, models = len(view.study.images), view.answer.models
+        several = f" of {images} images" if images > 1 else ""
+        return f"Study {view.study.study_id}{several}: {len(models)} models answered in {models.seconds.sum():.2f} s."
+
+    def files(self, view: View) -> tuple[Path, Path]:
+        """The submission's rows and the JSON file, written anew."""
+        asked = f"{view.system.name} {view.study.study_id} {[image.key for image in view.study.images]}"
+        folder = self.folder / "answers" / hashlib.sha256(asked.encode()).hexdigest()[:32]
+        folder.mkdir(parents=True, exist_ok=True)
+        rows, told = folder / "submission.csv", folder / "answer.json"
+        write_rows(rows, view.answer, view.study)
+        write_answer(told, view.answer, view.study, view.system)
+        return rows, told
+
+    def _system(self, name: str) -> System:
+        if name not in self.systems:
+            raise Refused(f"There are no models called {name!r}; there are: {', '.join(self.systems)}.")
+        return self.systems[name]
+
+    def _answered(self, study: OpenedStudy, system: System) -> View:
+        try:
+            return View(study, system, self.models.answer(system, study))
+        except UnreadableXray as error:
+            raise Refused(f"An image of this study cannot be decoded: {error.reason}.") from error
+        except Exception as error:
+            logger.error("the models failed", exc_info=error)
+            raise Refused(
+                f"The models failed ({type(error).__name__}: {error}); the terminal has the whole story."
+            ) from error
