@@ -14,6 +14,7 @@ from kitlib.image_file import image_format, open_image
 
 # Channels of a grey picture that went through a lossy codec differ by less, a coloured arrow or tinted paper by more.
 COLOURED_SHARE = 1 / 16  # of the range of greys
+ILLEGIBLE = "ILLEGIBLE"
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B")  # Pillow's
 
 UNPACK = "Unpack it and choose the images in it."
@@ -81,22 +82,24 @@ def read_facts(path: str | Path) -> FileFacts:
     except OSError:
         raise
     except Exception as error:  # whatever pydicom makes of a damaged file
-        raise UnreadableXray(path, f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+        told = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise UnreadableXray(path, told + " ".join(str(error).split())) from None
+    modality, body_part, view, photometric = map(_code, (header.modality, header.body_part, header.view, header.photometric))
     shown = {
         "Format": "DICOM",
-        "Modality": header.modality,
-        "View": header.view,
-        "Body part": header.body_part,
-        "Photometric interpretation": header.photometric,
+        "Modality": modality,
+        "View": view,
+        "Body part": body_part,
+        "Photometric interpretation": photometric,
         "Bits": str(header.bits_stored or ""),
         "Transfer syntax": UID(header.transfer_syntax).name,
     }
     return FileFacts(
         "DICOM",
         {name: text for name, value in shown.items() if (text := printable(value, 80))},
-        modality=header.modality.upper(),
-        body_part=header.body_part.upper(),
-        view=header.view.upper(),
+        modality=modality.upper(),
+        body_part=body_part.upper(),
+        view=view.upper(),
         study_id=header.study_id,
         patient_id=header.patient_id,
         coloured=samples == 3 and _dicom_is_coloured(path, header.photometric, header.bits_stored),
@@ -107,6 +110,11 @@ def printable(text: str, longest: int) -> str:
     """One line of at most `longest` letters: control letters, half letters and those that turn the direction are `?`."""
     text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _code(text: str) -> str:
+    """A code as headers have them, or that it is none: past a damaged length stand the next elements, the patient's too."""
+    return text if len(text) <= 32 and re.fullmatch(r"[\w ,./()+-]*", text) else ILLEGIBLE
 
 
 def _is_text(start: bytes) -> bool:

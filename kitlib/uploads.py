@@ -13,7 +13,7 @@ from kitlib.cache import CacheError
 from kitlib.decode_worker import Outcome
 from kitlib.dicom import UnreadableXray
 from kitlib.dicom_header import MAX_SAMPLES
-from kitlib.file_facts import CHOOSE_IMAGE, FileFacts, foreign, printable, promised_kind, read_facts
+from kitlib.file_facts import CHOOSE_IMAGE, ILLEGIBLE, FileFacts, foreign, printable, promised_kind, read_facts
 from kitlib.opened_study import DecodedCopies, OpenedImage, OpenedStudy
 
 MAX_UPLOAD_BYTES = 100_000_000
@@ -53,8 +53,8 @@ class _Accepted:
 def open_uploads(paths: Sequence[str | Path], copies: DecodedCopies, longest_side: int) -> OpenedStudy:
     """One study of the files `paths`, decoded to at most `longest_side` pixels a side in the processes of `copies`.
 
-    An image is named by its file, the study by StudyInstanceUID where the DICOM files agree and by its first image
-    elsewhere; both are made of letters, digits, `.`, `_` and `-`. A file that cannot be shown is left out, and the study's
+    An image is named by its file, the study by StudyInstanceUID where the DICOM files have one and agree, and by its first
+    image elsewhere; both are made of letters, digits, `.`, `_` and `-`. A file that cannot be shown is left out, and the study's
     remarks say why. Raises Refused where none is left.
     """
     if not paths:
@@ -114,7 +114,7 @@ def _accept(path: Path, key: str, copies: DecodedCopies, longest_side: int) -> _
         kind = promised_kind(path)
         facts = copies.ask(read_facts, path)
         if facts.modality not in XRAY_MODALITIES:
-            raise Refused(_another_modality(name, printable(facts.modality, 16)))
+            raise Refused(_another_modality(name, facts.modality))
         if facts.kind == "DICOM" and facts.coloured:
             raise Refused(
                 f"{name} is a DICOM file in colour, as ultrasound and photographs are, and X-rays are grey. "
@@ -188,8 +188,8 @@ def _remarks(one: _Accepted) -> Iterator[str]:
     if one.facts.view in LATERAL:
         yield "The file says that this is a lateral view; the models know frontal views alone."
     body_part = one.facts.body_part
-    if body_part and not any(part in body_part for part in CHEST):
-        yield f"The file says that this is not a chest but {printable(body_part, 16)}; the models know chests alone."
+    if body_part and body_part != ILLEGIBLE and not any(part in body_part for part in CHEST):
+        yield f"The file says that this is not a chest but {body_part}; the models know chests alone."
     for warning in one.outcome.warnings:
         yield f"Something in the file is odd: {_unquoted(warning)}."
 
@@ -202,8 +202,9 @@ def _study_id(files: list[FileFacts], first_image: str) -> tuple[str, list[str]]
         for what, ids in (("patients", patients), ("studies", studies))
         if len(ids) > 1
     ]
-    agreed = _plain_id(studies.pop()) if len(studies) == 1 else ""
-    return agreed or first_image, remarks
+    agreed = studies.pop() if len(studies) == 1 else ""
+    # A UID has at most 64 letters; past a damaged length stand the next elements, the patient's too.
+    return agreed if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{,63}", agreed) else first_image, remarks
 
 
 def _name(path: Path) -> str:

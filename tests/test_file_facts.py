@@ -124,6 +124,15 @@ def test_damaged_files_have_one_error(tmp_path):
         read_facts(tmp_path / "absent.dcm")
 
 
+def test_a_damaged_length_shows_nothing_of_the_next_elements(tmp_path):
+    path = write(tmp_path / "x.dcm", extra={"PatientName": "Doe^John", "Modality": "CR"})
+    whole = path.read_bytes()
+    modality, name = whole.index(b"CS\x02\0CR"), whole.index(b"Doe^John")
+    path.write_bytes(whole[: modality + 2] + struct.pack("<H", name + 8 - modality - 4) + whole[modality + 4 :])
+    facts = read_facts(path)
+    assert facts.modality == "ILLEGIBLE" and "Doe" not in repr(facts)
+
+
 def test_printable_is_one_short_line_without_tricks():
     assert printable("Röntgen <b>\n\t 肺", 60) == "Röntgen <b> 肺"
     assert printable("abc\u202egnp.exe\x00\udcff", 60) == "abc?gnp.exe??"
