@@ -54,8 +54,8 @@ def open_uploads(paths: Sequence[str | Path], copies: DecodedCopies, longest_sid
     """One study of the files `paths`, decoded to at most `longest_side` pixels a side in the processes of `copies`.
 
     An image is named by its file, the study by StudyInstanceUID where the DICOM files have one and agree, and by its first
-    image elsewhere; both are made of letters, digits, `.`, `_` and `-`. A file that cannot be shown is left out, and the study's
-    remarks say why. Raises Refused where none is left.
+    image elsewhere; both are made of letters, digits, `.`, `_` and `-`. A file that cannot be shown is left out, and the
+    study's remarks say why. Raises Refused where none is left.
     """
     if not paths:
         raise Refused(f"No file was chosen. {CHOOSE_IMAGE}")
