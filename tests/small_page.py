@@ -1,0 +1,101 @@
+"""A folder of runs as the page takes it, without training: phantoms, networks as they were drawn, and their fusion."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from small_lungs import bright_segmenter
+from small_runs import coverage, image_scores, prepare, study_scores, train, true_boxes
+
+from kitlib.atomic import write_json
+from kitlib.bundle import data_fingerprint, save_bundle
+from kitlib.cache import XrayCache
+from kitlib.classifier import OUTPUTS, StudyClassifier
+from kitlib.faster_rcnn import FasterRCNNDetector
+from kitlib.folds import make_folds
+from kitlib.fusion import FusionSettings, write_settings
+from kitlib.phantom_competition import write_competition
+from kitlib.recipes import DetectorRecipe, StudyRecipe
+from kitlib.siim import read_train
+from kitlib.tables import empty_table, write_table
+from kitlib.yolo import YoloDetector
+
+SIDE, COPY = 160, 96  # the longer side of the phantoms and of their decoded copies, pixels: boxes are scaled on the way
+FOLDS = (0, 1)
+STUDY = StudyRecipe(backbone="test_resnet", image_size=32, hidden=8)
+YOLO = DetectorRecipe(family="yolo", backbone="yolov8n", width=0.25, image_size=64, max_detections=12, nms_iou=0.4)
+FASTER_RCNN = DetectorRecipe(
+    **{"backbone": "test_resnet", "image_size": 64, "fpn_channels": 16, "box_hidden": 16, "proposals": 20},
+    **{"box_samples": 16, "max_detections": 12, "nms_iou": 0.4},
+)
+
+
+def page_runs(folder: Path) -> Path:
+    """FOLDER/runs with the runs prepare, study, yolo, faster_rcnn, lungs and fuse; the competition is in FOLDER/inputs.
+
+    Of its images some are not square and some MONOCHROME1. Each detector finds several boxes, of scores that differ.
+    """
+    runs = folder / "runs"
+    inputs, sizes = folder / "inputs", {"train_studies": 16, "test_studies": 4, "side": SIDE, "damaged_test_files": 0}
+    competition = write_competition(inputs, inputs / "truth", seed=5, workers=1, progress=False, **sizes)
+    data = read_train(competition, progress=False)
+    tables = {"images": data.images, "labels": data.labels, "boxes": data.boxes}
+    tables["folds"] = make_folds(data.images, data.labels, data.boxes, len(FOLDS), 0)
+    cache = XrayCache(runs / "prepare" / "xrays", COPY)
+    cache.fill(data.images, workers=1)
+    prepare(runs / "prepare", tables, dataset="siim", longest_side=COPY)
+
+    known = {"study_scores": study_scores(tables, 0.7), "image_scores": image_scores(tables)}
+    train(runs / "study", tables, FOLDS, "study", STUDY, **known)
+    for model, recipe in (("yolo", YOLO), ("faster_rcnn", FASTER_RCNN)):
+        known = {"coverage": coverage(tables, model), "detections": true_boxes(tables, 0.7, model)}
+        train(runs / model, tables, FOLDS, model, recipe, **known)
+    copies = [cv2.resize(cache.read(image_id).pixels, (64, 64)) for image_id in data.images["image_id"]]
+    for fold in FOLDS:
+        for model, network in _networks(fold, torch.from_numpy(np.stack(copies))[:, None] / 255).items():
+            _save(runs / model / f"fold{fold}" / "bundle", model, network, fold, data_fingerprint(**tables))
+
+    bright_segmenter(runs / "lungs" / "bundle")
+    write_table(empty_table("lungs"), "lungs", runs / "lungs" / "tables" / "lungs.parquet")
+    write_json(runs / "lungs" / "metrics.json", {"model": "bright"})
+
+    fused = ["study", "yolo", "faster_rcnn"]
+    write_settings(FusionSettings(none_no_box=0.5, box_confidence="box_and_model_avg"), runs / "fuse" / "fusion.json")
+    write_json(runs / "fuse" / "record.json", {"parameters": {"prepare_run": "prepare", "runs": fused}})
+    write_json(runs / "fuse" / "metrics.json", {"runs": fused, "score": 0.5})
+    return runs
+
+
+def _networks(fold: int, images: torch.Tensor) -> dict[str, torch.nn.Module]:
+    """Untrained, but normalised by `images`, (n, 1, side, side) of 0..1: what they say differs from place to place."""
+    torch.manual_seed(fold)
+    study, yolo, faster_rcnn = StudyClassifier(STUDY), YoloDetector(YOLO), FasterRCNNDetector(FASTER_RCNN)
+    _meet(study.backbone, (images - 0.45) / 0.225)
+    _meet(yolo.model, images.repeat(1, 3, 1, 1))
+    _meet(faster_rcnn.model.backbone, (images - 0.45) / 0.225)
+    for boxes, scores in zip(yolo.model.model[-1].cv2, yolo.model.model[-1].cv3, strict=True):
+        boxes[-1].weight.data.normal_(0, 1), scores[-1].weight.data.normal_(0, 0.4), scores[-1].bias.data.zero_()
+    faster_rcnn.model.roi_heads.box_predictor.cls_score.weight.data.normal_(0, 0.5)
+    return {"study": study, "yolo": yolo, "faster_rcnn": faster_rcnn}
+
+
+def _meet(network: torch.nn.Module, images: torch.Tensor) -> None:
+    """Without a batch's statistics the signal of random layers dies away, and all answers are alike."""
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 1.0
+    with torch.no_grad():
+        network.train()(images)
+
+
+def _save(folder: Path, model: str, network: torch.nn.Module, fold: int, fingerprint: str) -> None:
+    recipe = network.recipe
+    record = {
+        **{"family": "study" if model == "study" else recipe.family, "model": model, "recipe": asdict(recipe)},
+        **{"classes": OUTPUTS if model == "study" else ["opacity"], "architecture": {}, "longest_side": COPY},
+        **{"image_size": recipe.image_size, "placement": recipe.placement, "mean": network.mean, "std": network.std},
+        **{"fold": fold, "data_fingerprint": fingerprint, "validation": {}},
+    }
+    save_bundle(folder, network.state_dict(), record)
