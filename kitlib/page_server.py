@@ -124,8 +124,7 @@ def serve(
         try:
             thread.start()
             if ready:  # a browser that comes before the server has started waits in the socket's queue
-                shown = f"[{host}]" if ":" in host else host
-                ready(f"http://{shown}:{opened.getsockname()[1]}")
+                ready(f"http://{_address(host)}:{opened.getsockname()[1]}")
             thread.join()
         except KeyboardInterrupt:
             return
@@ -133,6 +132,12 @@ def serve(
             server.should_exit = True
             thread.join(GRACE_S)
     raise RuntimeError("the page's server ended by itself")
+
+
+def _address(host: str) -> str:
+    if host in ("0.0.0.0", "::"):  # every address of this computer, and the name of none
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
 
 
 class _Server(uvicorn.Server):

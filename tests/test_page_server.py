@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 from starlette.testclient import TestClient
 
-from kitlib.page_server import PortTaken, page_app, quiet_gradio, serve
+from kitlib.page_server import PortTaken, _address, page_app, quiet_gradio, serve
 
 HOME = "http://127.0.0.1:7860"
 LIMIT = 50_000
@@ -219,6 +219,11 @@ def test_the_surroundings_are_as_before(monkeypatch):
         assert folder.stat().st_mode & 0o077 == 0  # X-rays are for their reader alone
     assert (dict(os.environ), tempfile.tempdir, signal.getsignal(signal.SIGTERM)) == before
     assert not folder.exists()
+
+
+def test_the_address_that_is_told_can_be_opened():
+    hosts = ["127.0.0.1", "localhost", "::1", "0.0.0.0", "::"]
+    assert [_address(host) for host in hosts] == ["127.0.0.1", "localhost", "[::1]", "127.0.0.1", "127.0.0.1"]
 
 
 def served(told):
