@@ -261,6 +261,7 @@ def page(
 
     logging.getLogger("kitlib").setLevel(logging.WARNING)
     try:
+        typer.echo("Starting, which takes some ten seconds ...")
         with quiet_gradio() as folder:
             from kitlib.page import open_page
 

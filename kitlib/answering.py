@@ -96,6 +96,8 @@ def _stacked(study_scores: pd.DataFrame, ensemble: Ensemble | None) -> tuple[pd.
         note = f"failed: {type(error).__name__}: {error}; the study models are fused as they are"
         return study_scores, Stacked(0, time.monotonic() - began, note)
     absent, note = answer["answered"] < len(ensemble.learners), ""
+    if answer.empty:
+        note = f"none of its learners ({', '.join(ensemble.learners)}) has answered; the study models are fused as they are"
     if absent.any():
         there = set(study_scores["model"])
         lost = ", ".join(name for name in ensemble.learners if name not in there) or "a learner that was stopped"

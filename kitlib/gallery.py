@@ -123,7 +123,7 @@ class Gallery:
             pixels = self._thumbnail(row.image_id)
         except (KeyError, CacheError):
             pixels, known = NO_COPY, [*known, "no decoded copy"]
-        return pixels, ", ".join([row.image_id, *known])
+        return pixels, ", ".join([*known, row.image_id])
 
     def _opened(self, row: tuple) -> OpenedImage:
         key, path, remarks = row.image_id, project_root() / row.path, []  # where notebooks run, paths start there

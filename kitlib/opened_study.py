@@ -23,14 +23,16 @@ MOST_COPIES = 500  # at each size; the oldest go, and are made again where they 
 class DecodedCopies:
     """Decoded copies in `folder`, each made once at every size asked for, by processes that stay warm; threads may share it.
 
-    The processes bear what a hostile file does: one that hangs, crashes or wants gigabytes fails alone. `close` ends them.
+    The processes bear what a hostile file does: one that hangs, crashes or wants gigabytes fails alone, and while it hangs
+    the other `workers` go on. `close` ends them.
     """
 
-    def __init__(self, folder: str | Path, workers: int = 1) -> None:
+    def __init__(self, folder: str | Path, workers: int = 2) -> None:
         self.folder = Path(folder)
         self._pool, self._workers = decoding_pool(workers), workers
-        self._pool.schedule(os.getpid)  # so that the first file does not wait for a process to start
-        self._one_at_a_time = threading.Lock()
+        for _ in range(workers):
+            self._pool.schedule(os.getpid)  # so that the first file does not wait for a process to start
+        self._tidying = threading.Lock()
 
     def read(self, key: str, path: str | Path, longest_side: int) -> CachedXray:
         """The copy of `path` with at most `longest_side` pixels a side. Raises UnreadableXray."""
@@ -42,13 +44,13 @@ class DecodedCopies:
     def decode(self, key: str, path: str | Path, longest_side: int) -> Outcome:
         """What became of `path`; its copy goes by the name `key`. Raises CacheError for a full disk."""
         images = pd.DataFrame({"image_id": [key], "path": [str(path)]})
-        with self._one_at_a_time:
-            cache = XrayCache(self.folder, longest_side)
-            outcome = next(cache.decode(images, self._workers, TIMEOUT_S, self._pool))
+        cache = XrayCache(self.folder, longest_side)
+        outcome = next(cache.decode(images, self._workers, TIMEOUT_S, self._pool))
+        with self._tidying:
             copies = sorted(cache.folder.glob("[!.]*.safetensors"), key=lambda copy: copy.stat().st_mtime)
             for copy in copies[:-MOST_COPIES]:
                 copy.unlink()
-            return outcome
+        return outcome
 
     def ask(self, question: Callable[[str], T], path: str | Path) -> T:
         """What `question`, a function of a module, says of `path` in one of the processes. Raises UnreadableXray."""

@@ -1,5 +1,6 @@
 """The page: a study's images, what the kit's models say of them, and where they look. Gradio's layout and its events."""
 
+import logging
 import threading
 from collections.abc import Callable
 from html import escape
@@ -14,7 +15,7 @@ from kitlib.figures import SHOWN_SCORE
 from kitlib.gallery import find_gallery
 from kitlib.opened_study import DecodedCopies
 from kitlib.page_server import serve
-from kitlib.page_view import HEAT, LAYERS, View, Viewer
+from kitlib.page_view import BOXES, HEAT, TRUTH, View, Viewer
 from kitlib.paths import project_root
 from kitlib.run_listing import list_runs
 from kitlib.systems import find_systems
@@ -22,15 +23,18 @@ from kitlib.uploads import Refused
 from kitlib.warm_models import WarmModels
 from kitlib.windowing import Windowed
 
+logger = logging.getLogger(__name__)
+
 TITLE = "Chest X-rays and the kit's models"
 # An hour without a visit: what a visitor had opened is forgotten, and uploads are deleted.
 KEPT_S = 3600
 STYLE = """
 footer { display: none !important }
 #status { min-height: 1.6em } #status .refused { color: #b00020; font-weight: 600 } .dark #status .refused { color: #ff8a80 }
-.facts { font-size: .85em; width: 100% }
-.facts th { text-align: left; padding-right: 1em; white-space: nowrap; vertical-align: top }
-.facts td { overflow-wrap: anywhere } .remarks { font-size: .85em; margin-top: .5em } .note { opacity: .8 }
+#told table.facts, #told .facts tr { width: 100%; border: 0 }
+#told .facts :is(th, td) { border: 0; padding: .1em .8em .1em 0; font-size: .85em; text-align: left; vertical-align: top }
+#told .facts th { white-space: nowrap; opacity: .7; font-weight: 400 } #told .facts td { overflow-wrap: anywhere }
+#told .remarks { font-size: .85em; margin-top: .5em }
 """
 
 
@@ -40,7 +44,7 @@ def build_page(viewer: Viewer) -> gr.Blocks:
     with gr.Blocks(
         theme=theme, title=TITLE, css=STYLE, analytics_enabled=False, delete_cache=(600, KEPT_S), fill_width=True
     ) as blocks:
-        gr.Markdown(f"# {TITLE}\n{NOT_FOR_DIAGNOSIS}", elem_id="title")
+        gr.Markdown(f"# {TITLE}\n**{NOT_FOR_DIAGNOSIS}**", elem_id="title")
         _Page(viewer).lay_out()
     blocks.queue(default_concurrency_limit=4, max_size=64)
     return blocks
@@ -87,11 +91,15 @@ class _Page:
                 self.picture = gr.HTML(elem_id="picture")
                 self.images = gr.Dropdown([], label="Image of the study", visible=False, elem_id="images")
                 self.threshold = gr.Slider(
-                    0, 1, SHOWN_SCORE, step=0.01, label="Show boxes with a score of at least", elem_id="threshold"
+                    *(0, 1, SHOWN_SCORE),
+                    step=0.01,
+                    label="Show boxes with a score of at least",
+                    visible=False,
+                    elem_id="threshold",
                 )
-            with gr.Column(scale=3, min_width=260):
+            with gr.Column(scale=3, min_width=260, visible=False) as self.beside:
                 self.bars = gr.HTML(elem_id="bars")
-                self.layers = gr.CheckboxGroup(list(LAYERS), value=list(LAYERS[:2]), label="Show", elem_id="layers")
+                self.layers = gr.CheckboxGroup(self.viewer.layers, value=[BOXES, TRUTH], label="Show", elem_id="layers")
                 self.heat_class = gr.Dropdown(
                     [*STUDY_CLASSES, "none"], label="Heat for", visible=False, elem_id="heat-class"
                 )
@@ -99,8 +107,8 @@ class _Page:
                 self.center = gr.Slider(0, 1, 0, label="Level (centre)", visible=False, elem_id="center")
                 self.width = gr.Slider(1, 2, 1, label="Window (width)", visible=False, elem_id="width")
                 with gr.Row():
-                    self.rows = gr.DownloadButton("Submission rows", visible=False, size="sm", elem_id="rows")
-                    self.json = gr.DownloadButton("JSON", visible=False, size="sm", elem_id="json")
+                    self.rows = gr.DownloadButton("Submission rows", size="sm", elem_id="rows")
+                    self.json = gr.DownloadButton("JSON", size="sm", elem_id="json")
                 self.told = gr.HTML(elem_id="told")
         self._listen()
 
@@ -117,7 +125,7 @@ class _Page:
     def _listen(self) -> None:
         everything = [
             *(self.view, self.windowed, self.status, self.picture, self.images, self.bars, self.told),
-            *(self.heat_class, self.own_window, self.center, self.width, self.rows, self.json),
+            *(self.heat_class, self.own_window, self.center, self.width, self.rows, self.json, self.threshold, self.beside),
         ]
         seen = [self.images, self.threshold, self.layers, self.heat_class, self.windowed, self.center, self.width]
         quiet: dict[str, Any] = {"api_name": False, "show_progress": "hidden"}
@@ -167,7 +175,10 @@ class _Page:
             try:
                 view = answered(*given)
             except Refused as refused:
-                return self._refused(refused)
+                return self._refused(str(refused))
+            except Exception as error:  # the next study may go well
+                logger.error("a study could not be answered", exc_info=error)
+                return self._refused(f"This went wrong ({type(error).__name__}: {error}); the terminal says more.")
             if view is None:
                 return {self.status: _status("Upload an X-ray or pick one from the gallery.")}
             return self._opened(view, threshold, layers)
@@ -191,8 +202,8 @@ class _Page:
             self.status: _status(self.viewer.summary(view)),
             self.images: gr.update(choices=names, value=names[0], visible=len(names) > 1),
             self.heat_class: gr.update(value=view.likeliest, visible=HEAT in layers),
-            self.rows: gr.update(value=rows, visible=True),
-            self.json: gr.update(value=told, visible=True),
+            **{self.rows: rows, self.json: told},
+            **dict.fromkeys((self.threshold, self.beside), gr.update(visible=True)),
             **self._image(view, names[0], threshold, layers),
         }
 
@@ -209,12 +220,12 @@ class _Page:
             self.width: hidden,
         }
 
-    def _refused(self, refused: Refused) -> dict:
+    def _refused(self, sentence: str) -> dict:
         """The sentence, and nothing of what was shown before: it would pass for the answer."""
-        shown = (self.images, self.heat_class, self.own_window, self.center, self.width, self.rows, self.json)
+        shown = (self.images, self.threshold, self.beside)
         return {
             **dict.fromkeys((self.view, self.windowed)),
-            self.status: _status(str(refused), "refused"),
+            self.status: _status(sentence, "refused"),
             **dict.fromkeys((self.picture, self.bars, self.told), ""),
             **dict.fromkeys(shown, gr.update(visible=False)),
         }

@@ -2,7 +2,6 @@
 
 import hashlib
 import html
-import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,7 @@ from kitlib.warm_models import Answer, WarmModels
 from kitlib.windowing import Windowed, read_windowed
 from kitlib.xray_svg import bars, picture
 
-logger = logging.getLogger(__name__)
-
-BOXES, TRUTH, LUNGS, HEAT = LAYERS = "boxes", "annotated boxes", "lungs", "heat"
+BOXES, TRUTH, LUNGS, HEAT = "boxes", "annotated boxes", "lungs", "heat"
 WINDOWED_SIDE = 1024  # pixels of the picture that window and level are set on
 
 
@@ -50,9 +47,11 @@ class Viewer:
     ) -> None:
         self.systems = {system.name: system for system in systems}
         self.models, self.copies, self.gallery, self.folder = models, copies, gallery, folder
+        # What there may be to draw over an image.
+        self.layers = [BOXES, TRUTH, *([LUNGS] if any(system.lungs for system in systems) else []), HEAT]
 
     def upload(self, paths: Sequence[str | Path], system_name: str) -> View:
-        """Several files are one study. Raises Refused with a sentence, also where a model fails."""
+        """Several files are one study. Raises Refused with a sentence."""
         system = self._system(system_name)
         return self._answered(open_uploads(paths, self.copies, system.longest_side), system)
 
@@ -84,7 +83,7 @@ class Viewer:
         view: View,
         image: OpenedImage,
         threshold: float,
-        layers: Collection[str] = LAYERS[:2],
+        layers: Collection[str] = (BOXES, TRUTH),
         heat_class: str = "",
         windowed: Windowed | None = None,
         window: tuple[float, float] | None = None,
@@ -98,7 +97,7 @@ class Viewer:
         if LUNGS in layers:
             mask = self.models.lungs(system, view.study, image)
             if mask is None:
-                captions.append("No lungs: " + ("none are found." if system.lungs else "no run here has a segmenter."))
+                captions.append("No lungs: none are found." if system.lungs else "No lungs: these models have no segmenter.")
         if HEAT in layers:
             try:
                 name, heat = self.models.heat(system, view.study, image, heat_class or view.likeliest)
@@ -136,11 +135,14 @@ class Viewer:
 
     def told(self, view: View, image: OpenedImage) -> str:
         """What there is to say of image, study and answer, as HTML."""
-        models = view.answer.models
-        facts = {"image": image.image_id, "study": view.study.study_id, **image.facts}
-        if view.study.true_class:
-            facts["annotated class"] = view.study.true_class
-        facts["answered by"] = ", ".join(f"{row.model} (fold {row.fold})" for row in models.itertuples())
+        folds = view.answer.models.groupby("model", sort=False)["fold"].agg(lambda each: ", ".join(map(str, each)))
+        facts = {
+            "Image": image.image_id,
+            "Study": view.study.study_id,
+            **({"Annotated class": view.study.true_class} if view.study.true_class else {}),
+            "Models (folds)": "; ".join(f"{model} ({of_it})" for model, of_it in folds.items()),
+            **image.facts,
+        }
         rows = "".join(
             f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(fact))}</td></tr>" for name, fact in facts.items()
         )
@@ -174,8 +176,3 @@ class Viewer:
             return View(study, system, self.models.answer(system, study))
         except UnreadableXray as error:
             raise Refused(f"An image of this study cannot be decoded: {error.reason}.") from error
-        except Exception as error:
-            logger.error("the models failed", exc_info=error)
-            raise Refused(
-                f"The models failed ({type(error).__name__}: {error}); the terminal has the whole story."
-            ) from error
