@@ -6,9 +6,17 @@ READY := .venv/.ready
 # Without compiled files every import of torch takes half a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint bench clean
+# What `make page` shows.
+RUNS ?= runs/demo
+
+.PHONY: demo page test lint bench clean
 demo: $(READY)
 	.venv/bin/python -m kitlib demo
+
+# The demo's models are made where they are missing; runs of one's own are not.
+page: $(READY)
+	test "$(RUNS)" != runs/demo || test -f runs/demo/submission.csv || .venv/bin/python -m kitlib demo
+	.venv/bin/python -m kitlib page --runs "$(RUNS)"
 
 test: $(READY)
 	.venv/bin/python -m pytest $(PYTEST)

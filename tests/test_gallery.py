@@ -143,9 +143,7 @@ def test_only_images_whose_patient_is_in_no_fold_have_none(tmp_path, copies):
     images = small.images.assign(split=np.where(put_aside, "test", "train"))
     gallery = Gallery(make_run(tmp_path, small, images=images, folds=small.fold_table[~unlearnt]), copies)
     assert gallery.choices()[-1] == "test"
-    assert [caption.split(", ")[-1] for caption in sorted(captions(gallery, "test"))] == [
-        f"image00{n}" for n in (4, 5, 6, 7)
-    ]
+    assert {caption.split(", ")[-1] for caption in captions(gallery, "test")} == {f"image00{n}" for n in (4, 5, 6, 7)}
     assert opened(gallery, "image005").fold is None
     assert opened(gallery, "image014").fold == 1
 
