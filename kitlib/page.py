@@ -241,11 +241,13 @@ class _Page:
             except Refused as refused:
                 return {self.picture: f"<p>{escape(str(refused))}</p>"}
             (center, width), step = windowed.default, max((windowed.highest - windowed.lowest) / 500, 0.01)
+            # A file's own window may lie beside its values.
+            ends = min(windowed.lowest, center), max(windowed.highest, center)
+            widest = max(2 * windowed.whole[1], width)
+            shown = {"step": step, "visible": True}
             sliders = {
-                self.center: gr.update(
-                    minimum=windowed.lowest, maximum=windowed.highest, value=center, step=step, visible=True
-                ),
-                self.width: gr.update(minimum=1, maximum=2 * windowed.whole[1], value=width, step=step, visible=True),
+                self.center: gr.update(minimum=ends[0], maximum=ends[1], value=center, **shown),
+                self.width: gr.update(minimum=1, maximum=widest, value=width, **shown),
             }
         drawn = self.viewer.draw(view, view.image(image_id), threshold, layers, heat_class, windowed)
         return {self.windowed: windowed, **sliders, self.picture: drawn}

@@ -101,12 +101,15 @@ class Viewer:
         if HEAT in layers:
             try:
                 name, heat = self.models.heat(system, view.study, image, heat_class or view.likeliest)
-                captions.append(f"Heat: Grad-CAM of {name} for {heat_class or view.likeliest}.")
+                cold = "" if heat.any() else ": nothing speaks for it"
+                captions.append(f"Heat: Grad-CAM of {name} for {heat_class or view.likeliest}{cold}.")
             except (ImportError, ValueError) as error:
                 captions.append(f"No heat: {error}.")
         if windowed is not None:
             pixels = windowed.shown(*(window or windowed.default))
-            captions.append("The window is for your eyes: the models see the file's own.")
+            captions.append("The window is for your eyes alone: the models see the image as it was before.")
+            if windowed.has_curve:
+                captions.append("Before, the file's own curve (VOI LUT) was applied, which no window equals.")
         found = view.answer.fused.detections
         return picture(
             pixels,

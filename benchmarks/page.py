@@ -1,0 +1,85 @@
+"""The page's answers without its browser: the first and a warm one, its pictures, and the memory of many visitors.
+
+Part of `make bench`: wants the runs that `make demo` leaves, or others by --runs. Uploads are new files each time, so that
+nothing is answered from memory.
+"""
+
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import psutil
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kitlib.opened_study import DecodedCopies
+from kitlib.page_view import BOXES, HEAT, LUNGS, TRUTH, Viewer
+from kitlib.run_listing import list_runs
+from kitlib.systems import find_systems
+from kitlib.warm_models import WarmModels
+
+UPLOADS = 12  # of which the median is told
+VISITS = 100  # until memory is looked at again, after as many to begin with
+
+
+def main(
+    runs: Annotated[Path, typer.Option(exists=True)] = Path("runs/demo"),
+    images: Annotated[Path, typer.Option(exists=True, help="DICOM files in or below it.")] = Path("inputs/demo"),
+) -> None:
+    files = sorted(images.rglob("*.dcm"))[:UPLOADS]
+    table = Table("", "models", "first answer, s", "warm answer, s", "of it the models", "s a model", title="Seconds")
+    with tempfile.TemporaryDirectory() as folder:
+        copies, systems = DecodedCopies(Path(folder) / "copies"), find_systems(list_runs([runs]))
+        new = (_renewed(file, Path(folder), number) for number in range(10**6) for file in files)
+        for system in systems:
+            viewer = Viewer([system], WarmModels(), copies, None, Path(folder))
+            first, _ = _timed(lambda viewer=viewer, name=system.name: viewer.upload([next(new)], name))
+            views = [_timed(lambda viewer=viewer, name=system.name: viewer.upload([next(new)], name)) for _ in files]
+            warm = statistics.median(seconds for seconds, _ in views)
+            of_models = statistics.median(view.answer.models.seconds.sum() for _, view in views)
+            count = len(system.models)
+            numbers = (f"{seconds:.3f}" for seconds in (first, warm, of_models, of_models / count))
+            table.add_row(system.name, str(count), *numbers)
+        Console().print(table)
+
+        viewer = Viewer(systems, WarmModels(), copies, None, Path(folder))
+        view = viewer.upload(files[:1], systems[0].name)
+        for layers in ((BOXES, TRUTH), (BOXES, LUNGS), (BOXES, HEAT)):
+            viewer.draw(view, view.study.images[0], 0.2, layers)
+            times = [_timed(lambda layers=layers: viewer.draw(view, view.study.images[0], 0.2, layers))[0] for _ in files]
+            print(f"a picture with {' and '.join(layers)}: {1000 * statistics.median(times):.0f} ms")
+
+        used = []
+        for _ in range(2):
+            for _ in range(VISITS):
+                viewer.files(viewer.upload([next(new)], systems[0].name))
+            used.append(psutil.Process().memory_info().rss / 1e6)
+        print(f"memory after {VISITS} visits {used[0]:.0f} MB, after {2 * VISITS} {used[1]:.0f} MB")
+        copies.close()
+
+
+def _timed(work):
+    began = time.perf_counter()
+    result = work()
+    return time.perf_counter() - began, result
+
+
+def _renewed(file: Path, folder: Path, number: int) -> Path:
+    """A copy that is another file: what follows the pixels is no part of them, and changes the bytes."""
+    path = folder / f"{file.stem}-{number}.dcm"
+    shutil.copyfile(file, path)
+    with open(path, "ab") as opened:
+        # (FFFC,FFFC) Data Set Trailing Padding, OB, 8 bytes, little endian: explicit and implicit readers pass it over.
+        opened.write(b"\xfc\xff\xfc\xffOB\0\0\x08\0\0\0" + number.to_bytes(8, "little"))
+    return path
+
+
+if __name__ == "__main__":
+    typer.run(main)
