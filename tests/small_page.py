@@ -1,11 +1,15 @@
-"""A folder of runs as the page takes it, without training: phantoms, networks as they were drawn, and their fusion."""
+"""What the page is tried with: runs without training, of phantoms and networks as they were drawn, and bad files."""
 
+import struct
+import zipfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from pydicom.uid import ExplicitVRLittleEndian
 from small_lungs import bright_segmenter
 from small_runs import coverage, image_scores, prepare, study_scores, train, true_boxes
 
@@ -13,6 +17,7 @@ from kitlib.atomic import write_json
 from kitlib.bundle import data_fingerprint, save_bundle
 from kitlib.cache import XrayCache
 from kitlib.classifier import OUTPUTS, StudyClassifier
+from kitlib.dicom_writing import write_xray
 from kitlib.faster_rcnn import FasterRCNNDetector
 from kitlib.folds import make_folds
 from kitlib.fusion import FusionSettings, write_settings
@@ -20,11 +25,13 @@ from kitlib.phantom_competition import write_competition
 from kitlib.recipes import DetectorRecipe, StudyRecipe
 from kitlib.siim import read_train
 from kitlib.tables import empty_table, write_table
+from kitlib.uploads import MAX_UPLOAD_BYTES
 from kitlib.yolo import YoloDetector
 
+VAST = 60_000  # pixels a side that a header promises
 SIDE, COPY = 160, 96  # the longer side of the phantoms and of their decoded copies, pixels: boxes are scaled on the way
 FOLDS = (0, 1)
-STUDY = StudyRecipe(backbone="test_resnet", image_size=32, hidden=8)
+STUDY = StudyRecipe(backbone="test_resnet", image_size=96, hidden=8)  # 3 x 3 cells, in which Grad-CAM can differ
 YOLO = DetectorRecipe(family="yolo", backbone="yolov8n", width=0.25, image_size=64, max_detections=12, nms_iou=0.4)
 FASTER_RCNN = DetectorRecipe(
     **{"backbone": "test_resnet", "image_size": 64, "fpn_channels": 16, "box_hidden": 16, "proposals": 20},
@@ -66,6 +73,28 @@ def page_runs(folder: Path) -> Path:
     write_json(runs / "fuse" / "record.json", {"parameters": {"prepare_run": "prepare", "runs": fused}})
     write_json(runs / "fuse" / "metrics.json", {"runs": fused, "score": 0.5})
     return runs
+
+
+def bad_files(folder: Path, good: Path) -> dict[Path, str]:
+    """Files that are no X-ray, with what is to be said of each; `good` is a DICOM file."""
+    for name, content in (("text.dcm", b"words, no image"), ("empty.dcm", b""), ("half.dcm", good.read_bytes()[:8000])):
+        (folder / name).write_bytes(content)
+    zipfile.ZipFile(folder / "study.zip", "w").write(good, "good.dcm")
+    header = struct.pack(">4s2I5B", b"IHDR", VAST, VAST, 8, 0, 0, 0, 0)
+    header = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (folder / "vast.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + bytes(4) + b"IEND\xaeB`\x82")
+    colour = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
+    odd = {"vast.dcm": {"Rows": VAST, "Columns": VAST}, "echo.dcm": {"Modality": "US", "PixelData": bytes(192), **colour}}
+    for name, extra in odd.items():
+        write_xray(folder / name, np.zeros((8, 8), np.uint8), transfer_syntax=ExplicitVRLittleEndian, extra=extra)
+    with open(folder / "huge.dcm", "wb") as huge:
+        huge.truncate(MAX_UPLOAD_BYTES + 1)
+    told = {
+        **{"text.dcm": "no image", "empty.dcm": "is empty", "half.dcm": "damaged or incomplete DICOM"},
+        **{"study.zip": "Unpack it", "vast.png": f"{VAST:,} x {VAST:,}", "vast.dcm": f"{VAST:,} x {VAST:,}"},
+        **{"echo.dcm": "ultrasound", "huge.dcm": "exceeds the maximum"},  # the last by Gradio, before it is sent
+    }
+    return {folder / name: sentence for name, sentence in told.items()}
 
 
 def _networks(fold: int, images: torch.Tensor) -> dict[str, torch.nn.Module]:
