@@ -31,6 +31,7 @@ KEPT_S = 3600
 STYLE = """
 footer { display: none !important }
 #status { min-height: 1.6em } #status .refused { color: #b00020; font-weight: 600 } .dark #status .refused { color: #ff8a80 }
+#gallery .caption-label { left: 0; right: 0; bottom: 0; max-width: 100%; padding: 0 .3em; font-size: .65rem; border-radius: 0 }
 #told table.facts, #told .facts tr { width: 100%; border: 0 }
 #told .facts :is(th, td) { border: 0; padding: .1em .8em .1em 0; font-size: .85em; text-align: left; vertical-align: top }
 #told .facts th { white-space: nowrap; opacity: .7; font-weight: 400 } #told .facts td { overflow-wrap: anywhere }
