@@ -240,6 +240,7 @@ def test_two_visitors_see_each_their_own_study(browser, address, xrays):
 
 def test_keys_alone_reach_every_control(xrays, visitor):
     visitor.open(xrays.study_id[0], xrays.path[0])
+    expect(visitor.page.locator("#json")).to_be_visible()
     reached = set()
     for _ in range(40):
         visitor.page.keyboard.press("Tab")
