@@ -26,12 +26,13 @@ from kitlib.windowing import Windowed
 logger = logging.getLogger(__name__)
 
 TITLE = "Chest X-rays and the kit's models"
+NOTHING = "Upload an X-ray, or pick one from the gallery."
 # An hour without a visit: what a visitor had opened is forgotten, and uploads are deleted.
 KEPT_S = 3600
 STYLE = """
 footer { display: none !important }
 #status { min-height: 1.6em } #status .refused { color: #b00020; font-weight: 600 } .dark #status .refused { color: #ff8a80 }
-#gallery .caption-label { left: 0; right: 0; bottom: 0; max-width: 100%; padding: 0 .3em; font-size: .65rem; border-radius: 0 }
+#gallery .caption-label { inset: auto 0 0 0; max-width: 100%; padding: 0 .3em; font-size: .65rem; border-radius: 0 }
 #told table.facts, #told .facts tr { width: 100%; border: 0 }
 #told .facts :is(th, td) { border: 0; padding: .1em .8em .1em 0; font-size: .85em; text-align: left; vertical-align: top }
 #told .facts th { white-space: nowrap; opacity: .7; font-weight: 400 } #told .facts td { overflow-wrap: anywhere }
@@ -88,7 +89,7 @@ class _Page:
                     if self.viewer.gallery is not None:
                         self._lay_out_gallery()
             with gr.Column(scale=5, min_width=320):
-                self.status = gr.HTML(_status("Upload an X-ray or pick one from the gallery."), elem_id="status")
+                self.status = gr.HTML(_status(NOTHING), elem_id="status")
                 self.picture = gr.HTML(elem_id="picture")
                 self.images = gr.Dropdown([], label="Image of the study", visible=False, elem_id="images")
                 self.threshold = gr.Slider(
@@ -98,9 +99,11 @@ class _Page:
                     visible=False,
                     elem_id="threshold",
                 )
-            with gr.Column(scale=3, min_width=260, visible=False) as self.beside:
+            with gr.Column(scale=3, min_width=260):
                 self.bars = gr.HTML(elem_id="bars")
-                self.layers = gr.CheckboxGroup(self.viewer.layers, value=[BOXES, TRUTH], label="Show", elem_id="layers")
+                self.layers = gr.CheckboxGroup(
+                    self.viewer.layers, value=[BOXES, TRUTH], label="Show", visible=False, elem_id="layers"
+                )
                 self.heat_class = gr.Dropdown(
                     [*STUDY_CLASSES, "none"], label="Heat for", visible=False, elem_id="heat-class"
                 )
@@ -108,8 +111,8 @@ class _Page:
                 self.center = gr.Slider(0, 1, 0, label="Level (centre)", visible=False, elem_id="center")
                 self.width = gr.Slider(1, 2, 1, label="Window (width)", visible=False, elem_id="width")
                 with gr.Row():
-                    self.rows = gr.DownloadButton("Submission rows", size="sm", elem_id="rows")
-                    self.json = gr.DownloadButton("JSON", size="sm", elem_id="json")
+                    self.rows = gr.DownloadButton("Submission rows", visible=False, size="sm", elem_id="rows")
+                    self.json = gr.DownloadButton("JSON", visible=False, size="sm", elem_id="json")
                 self.told = gr.HTML(elem_id="told")
         self._listen()
 
@@ -120,141 +123,136 @@ class _Page:
             self.choice = gr.Dropdown(gallery.choices(), value=gallery.choices()[0], label="Images", elem_id="choice")
             self.page = gr.Slider(1, max(pages, 2), 1, step=1, label="Page", visible=pages > 1, elem_id="page")
             self.thumbnails = gr.Gallery(
-                shown, columns=3, allow_preview=False, height=420, show_label=False, elem_id="gallery", format="jpeg"
+                shown, columns=3, allow_preview=False, height="auto", show_label=False, elem_id="gallery", format="jpeg"
             )
 
     def _listen(self) -> None:
-        everything = [
+        opened = [
             *(self.view, self.windowed, self.status, self.picture, self.images, self.bars, self.told),
-            *(self.heat_class, self.own_window, self.center, self.width, self.rows, self.json, self.threshold, self.beside),
+            *(self.threshold, self.layers, self.heat_class, self.own_window, self.center, self.width, self.rows, self.json),
         ]
-        seen = [self.images, self.threshold, self.layers, self.heat_class, self.windowed, self.center, self.width]
-        quiet: dict[str, Any] = {"api_name": False, "show_progress": "hidden"}
-        loud: dict[str, Any] = {"api_name": False, "show_progress": "minimal", "show_progress_on": self.picture}
-        self.upload.upload(
-            self._answering(self.viewer.upload), [self.threshold, self.layers, self.upload, self.systems], everything, **loud
-        )
+        seen = [self.view, self.images, self.threshold, self.layers, self.heat_class, self.windowed, self.center, self.width]
+        # A click while the one before is being answered is not lost.
+        quiet: dict[str, Any] = {"api_name": False, "show_progress": "hidden", "trigger_mode": "always_last"}
+        loud = {**quiet, "show_progress": "minimal", "show_progress_on": self.picture}
+        answers = [
+            self.upload.upload(self._answering(self.viewer.upload), [self.upload, self.systems], opened, **loud),
+            self.systems.input(
+                self._answering(lambda view, name: view and self.viewer.switch(view, name)),
+                [self.view, self.systems],
+                opened,
+                **loud,
+            ),
+        ]
         if self.viewer.gallery is not None:
-            self.thumbnails.select(
-                self._picked, [self.threshold, self.layers, self.choice, self.page, self.systems], everything, **loud
-            )
+            answers.append(self.thumbnails.select(self._picked, [self.choice, self.page, self.systems], opened, **loud))
             self.choice.input(self._first_page, self.choice, [self.page, self.thumbnails], **quiet)
-            self.page.input(
-                lambda choice, page: self.viewer.gallery.page(choice, int(page))[0],
-                [self.choice, self.page],
-                self.thumbnails,
-                trigger_mode="always_last",
-                **quiet,
-            )
-        self.systems.input(
-            self._answering(lambda view, name: view and self.viewer.switch(view, name)),
-            [self.threshold, self.layers, self.view, self.systems],
-            everything,
-            **loud,
-        )
-        self.images.input(self._image, [self.view, self.images, self.threshold, self.layers], everything, **quiet)
-        self.own_window.input(
-            self._window,
-            [self.view, self.own_window, *seen],
-            [self.windowed, self.center, self.width, self.picture],
-            **quiet,
-        )
-        gr.on(
-            [self.threshold.input, self.heat_class.input, self.center.input, self.width.input],
-            self._draw,
-            [self.view, *seen],
-            self.picture,
-            trigger_mode="always_last",
-            **quiet,
-        )
-        self.layers.input(self._layers, [self.view, *seen], [self.heat_class, self.picture], **quiet)
+            turned = [self.choice, self.page], self.thumbnails
+            self.page.input(lambda choice, page: self.viewer.gallery.page(choice, int(page))[0], *turned, **quiet)
+        # Shown in a step of its own, by what the controls say then: they may have been moved in the meantime.
+        changes = [
+            *(answer.then(self._settle, [self.view, self.systems], opened, **quiet) for answer in answers),
+            self.images.input(self._image, [self.view, self.images], opened, **quiet),
+            self.own_window.input(self._window, [self.view, self.images, self.own_window], opened, **quiet),
+        ]
+        for change in changes:
+            change.then(self._show, seen, [self.status, self.picture, self.bars, self.told, self.heat_class], **quiet)
+        self.upload.clear(lambda: self._closed(NOTHING), None, opened, queue=False, **quiet)
+        self.layers.input(lambda layers: gr.update(visible=HEAT in layers), self.layers, self.heat_class, **quiet)
+        moves = (self.layers, self.threshold, self.heat_class, self.center, self.width)
+        gr.on([control.input for control in moves], self._draw, seen, self.picture, **quiet)
 
     def _answering(self, answered: Callable[..., View | None]) -> Callable[..., dict]:
-        """A handler that shows what `answered` gives of its inputs, after a threshold and layers: a view or a refusal."""
+        """A handler that shows what `answered` gives of its inputs: a view, or why there is none."""
 
-        def handler(threshold: float, layers: list[str], *given: Any) -> dict:
+        def handler(*given: Any) -> dict:
             try:
                 view = answered(*given)
             except Refused as refused:
-                return self._refused(str(refused))
+                return self._closed(str(refused), "refused")
             except Exception as error:  # the next study may go well
                 logger.error("a study could not be answered", exc_info=error)
-                return self._refused(f"This went wrong ({type(error).__name__}: {error}); the terminal says more.")
-            if view is None:
-                return {self.status: _status("Upload an X-ray or pick one from the gallery.")}
-            return self._opened(view, threshold, layers)
+                sentence = f"This went wrong ({type(error).__name__}: {error}); the terminal says more."
+                return self._closed(sentence, "refused")
+            return self._closed(NOTHING) if view is None else self._opened(view)
 
         return handler
 
-    def _picked(
-        self, threshold: float, layers: list[str], choice: str, page: float, system: str, event: gr.SelectData
-    ) -> dict:
+    def _picked(self, choice: str, page: float, system: str, event: gr.SelectData) -> dict:
         place = (int(page) - 1) * self.viewer.gallery.a_page + event.index
-        return self._answering(self.viewer.pick)(threshold, layers, choice, place, system)
+        return self._answering(self.viewer.pick)(choice, place, system)
 
     def _first_page(self, choice: str) -> tuple[dict, list]:
         shown, pages = self.viewer.gallery.page(choice, 1)
         return gr.update(value=1, maximum=max(pages, 2), visible=pages > 1), shown
 
-    def _opened(self, view: View, threshold: float, layers: list[str]) -> dict:
+    def _opened(self, view: View) -> dict:
         names, (rows, told) = [image.image_id for image in view.study.images], self.viewer.files(view)
         return {
             self.view: view,
-            self.status: _status(self.viewer.summary(view)),
             self.images: gr.update(choices=names, value=names[0], visible=len(names) > 1),
-            self.heat_class: gr.update(value=view.likeliest, visible=HEAT in layers),
-            **{self.rows: rows, self.json: told},
-            **dict.fromkeys((self.threshold, self.beside), gr.update(visible=True)),
-            **self._image(view, names[0], threshold, layers),
+            self.heat_class: view.likeliest,
+            **dict.fromkeys((self.threshold, self.layers), gr.update(visible=True)),
+            self.rows: gr.update(value=rows, visible=True),
+            self.json: gr.update(value=told, visible=True),
+            **self._image(view, names[0]),
         }
 
-    def _image(self, view: View, image_id: str, threshold: float, layers: list[str]) -> dict:
-        image = view.image(image_id)
-        hidden = gr.update(visible=False)
+    def _image(self, view: View | None, image_id: str | None) -> dict:
+        is_dicom = view is not None and view.image(image_id).is_dicom
         return {
-            self.picture: self.viewer.draw(view, image, threshold, layers, view.likeliest),
-            self.bars: self.viewer.bars(view, image),
-            self.told: self.viewer.told(view, image),
             self.windowed: None,
-            self.own_window: gr.update(value=False, visible=image.is_dicom),
-            self.center: hidden,
-            self.width: hidden,
+            self.own_window: gr.update(value=False, visible=is_dicom),
+            **dict.fromkeys((self.center, self.width), gr.update(visible=False)),
         }
 
-    def _refused(self, sentence: str) -> dict:
+    def _closed(self, sentence: str, kind: str = "") -> dict:
         """The sentence, and nothing of what was shown before: it would pass for the answer."""
-        shown = (self.images, self.threshold, self.beside)
+        shown = (self.images, self.threshold, self.layers, self.heat_class, self.own_window, self.center, self.width)
         return {
             **dict.fromkeys((self.view, self.windowed)),
-            self.status: _status(sentence, "refused"),
+            self.status: _status(sentence, kind),
             **dict.fromkeys((self.picture, self.bars, self.told), ""),
-            **dict.fromkeys(shown, gr.update(visible=False)),
+            **dict.fromkeys((*shown, self.rows, self.json), gr.update(visible=False)),
         }
 
-    def _window(self, view: View | None, own: bool, *seen: Any) -> dict:
+    def _window(self, view: View | None, image_id: str | None, own: bool) -> dict:
+        hidden = {self.windowed: None, **dict.fromkeys((self.center, self.width), gr.update(visible=False))}
+        if view is None or not own:
+            return hidden
+        try:
+            windowed = self.viewer.window(view, view.image(image_id))
+        except Refused as refused:
+            gr.Warning(escape(str(refused)))
+            return hidden
+        (center, width), step = windowed.default, max((windowed.highest - windowed.lowest) / 500, 0.01)
+        # A file's own window may lie beside its values.
+        ends = min(windowed.lowest, center), max(windowed.highest, center)
+        shown = {"step": step, "visible": True}
+        return {
+            self.windowed: windowed,
+            self.center: gr.update(minimum=ends[0], maximum=ends[1], value=center, **shown),
+            self.width: gr.update(minimum=1, maximum=max(2 * windowed.whole[1], width), value=width, **shown),
+        }
+
+    def _settle(self, view: View | None, system: str) -> dict:
+        """The study answered by the models that are chosen by now."""
+        if view is None or view.system.name == system:
+            return {self.view: gr.skip()}
+        return self._answering(self.viewer.switch)(view, system)
+
+    def _show(self, view: View | None, image_id: str | None, *seen: Any) -> dict:
+        """All that a view shows; where there is none, what `_closed` has said stays."""
         if view is None:
             return {self.picture: ""}
-        image_id, threshold, layers, heat_class = seen[:4]
-        windowed, sliders = None, {each: gr.update(visible=False) for each in (self.center, self.width)}
-        if own:
-            try:
-                windowed = self.viewer.window(view, view.image(image_id))
-            except Refused as refused:
-                return {self.picture: f"<p>{escape(str(refused))}</p>"}
-            (center, width), step = windowed.default, max((windowed.highest - windowed.lowest) / 500, 0.01)
-            # A file's own window may lie beside its values.
-            ends = min(windowed.lowest, center), max(windowed.highest, center)
-            widest = max(2 * windowed.whole[1], width)
-            shown = {"step": step, "visible": True}
-            sliders = {
-                self.center: gr.update(minimum=ends[0], maximum=ends[1], value=center, **shown),
-                self.width: gr.update(minimum=1, maximum=widest, value=width, **shown),
-            }
-        drawn = self.viewer.draw(view, view.image(image_id), threshold, layers, heat_class, windowed)
-        return {self.windowed: windowed, **sliders, self.picture: drawn}
-
-    def _layers(self, view: View | None, *seen: Any) -> dict:
-        return {self.heat_class: gr.update(visible=HEAT in seen[2]), self.picture: self._draw(view, *seen)}
+        image = view.image(image_id)
+        return {
+            self.status: _status(self.viewer.summary(view)),
+            self.picture: self._draw(view, image_id, *seen),
+            self.bars: self.viewer.bars(view, image),
+            self.told: self.viewer.told(view, image),
+            self.heat_class: gr.update(visible=HEAT in seen[1]),
+        }
 
     def _draw(
         self,

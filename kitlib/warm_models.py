@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Answers, and images whose lungs are known, that are kept.
 KEPT = 200
+KEPT_HEATS = 16  # of up to 4 MB
 SUBMISSION_BATCH = 16  # SubmitSettings.batch_size
 
 
@@ -42,6 +44,7 @@ class WarmModels:
         self._lungs: dict[Path | None, LungsOnce] = {}
         self._ensembles: dict[Path, Ensemble] = {}
         self._answers: OrderedDict[tuple, Answer] = OrderedDict()
+        self._heats: OrderedDict[tuple, np.ndarray] = OrderedDict()
         self._one_at_a_time = threading.RLock()
 
     def load(self, system: System) -> None:
@@ -60,12 +63,9 @@ class WarmModels:
         """
         asked = (system.name, study.study_id, study.trained_on, tuple(image.key for image in study.images))
         with self._one_at_a_time:
-            if asked not in self._answers:
-                self._answers[asked] = self._answered(system, study)
-                if len(self._answers) > KEPT:
-                    self._answers.popitem(last=False)
-            self._answers.move_to_end(asked)
-            return self._answers[asked]
+            answer = self._answers.get(asked) or self._answered(system, study)
+            _remember(self._answers, asked, answer, KEPT)
+            return answer
 
     def lungs(self, system: System, study: OpenedStudy, image: OpenedImage) -> np.ndarray | None:
         """The lungs' mask, bool, as large as the decoded copy; None where none are found, or there is no segmenter."""
@@ -86,9 +86,13 @@ class WarmModels:
         wanted = "none" if class_name == "none" else "study"
         for model in models:
             if wanted in model.answers:
+                asked = (model.folder, image.key, system.longest_side, class_name)
                 with self._one_at_a_time:
-                    xray = study.read(image, system.longest_side)
-                    heat = look(self._predictor(system, model), [xray], [class_name])[0].heat
+                    heat = self._heats.get(asked)
+                    if heat is None:
+                        xray = study.read(image, system.longest_side)
+                        heat = look(self._predictor(system, model), [xray], [class_name])[0].heat
+                    _remember(self._heats, asked, heat, KEPT_HEATS)
                 return f"{model.model}, fold {model.fold}", heat
         raise ValueError(f"no model among {system.name} answers {class_name}")
 
@@ -146,3 +150,11 @@ def answering(system: System, study: OpenedStudy) -> tuple[list[Answering], list
         folds = ", ".join(map(str, sorted({model.fold for model in models})))
         return models, [f"These models, of folds {folds}, have learnt from this study, which is in fold {study.fold}."]
     return unseen, [f"Answered by the models of fold {study.fold}, which have not learnt from this study."]
+
+
+def _remember(known: OrderedDict, asked: tuple, told: Any, most: int) -> None:
+    """Keep what was told last."""
+    known[asked] = told
+    known.move_to_end(asked)
+    if len(known) > most:
+        known.popitem(last=False)

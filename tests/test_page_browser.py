@@ -147,8 +147,8 @@ def test_lungs_and_heat_are_drawn_when_they_are_asked_for(xrays, visitor):
 def test_window_and_level_change_the_picture_of_a_dicom_file_alone(xrays, visitor, tmp_path):
     visitor.open(xrays.study_id[0], xrays.path[0])
     before, own = visitor.pixels(), visitor.page.locator("#own-window input")
-    own.check()
-    expect(visitor.page.locator("#width")).to_be_visible()  # with the picture that belongs to it
+    with visitor.redrawn():
+        own.check()
     with visitor.redrawn():
         visitor.fill("width", 1)
     # One value wide, at the lowest one: all lie above it, which is black in MONOCHROME1; at the highest one white.
