@@ -118,19 +118,28 @@ def serve(
         timeout_graceful_shutdown=0,
     )
     server = _Server(config)
-    with _listening(host, port) as opened:
-        # Threads of a daemon are daemons: a model that is at work does not hold up the end.
-        thread = threading.Thread(target=server.run, args=([opened],), daemon=True)
+    # An event, because a join that a signal interrupts takes the thread for ended (CPython 3.11).
+    ended = threading.Event()
+
+    def run(opened: socket.socket) -> None:
         try:
-            thread.start()
-            if ready:  # a browser that comes before the server has started waits in the socket's queue
-                ready(f"http://{_address(host)}:{opened.getsockname()[1]}")
-            thread.join()
-        except KeyboardInterrupt:
-            return
+            with opened:
+                server.run(sockets=[opened])
         finally:
-            server.should_exit = True
-            thread.join(GRACE_S)
+            ended.set()
+
+    opened = _listening(host, port)
+    try:
+        # Threads of a daemon are daemons: a model that is at work does not hold up the end.
+        threading.Thread(target=run, args=[opened], daemon=True).start()
+        if ready:  # a browser that comes before the server has started waits in the socket's queue
+            ready(f"http://{_address(host)}:{opened.getsockname()[1]}")
+        ended.wait()
+    except KeyboardInterrupt:
+        return
+    finally:
+        server.should_exit = True
+        ended.wait(GRACE_S)
     raise RuntimeError("the page's server ended by itself")
 
 
