@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import os
+import sys
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -266,8 +268,14 @@ def page(
             from kitlib.page import open_page
 
             open_page(runs, folder, port, host, lambda address: typer.echo(f"{address}  (Ctrl-C ends it)"))
+        code = 0
     except (ImportError, OSError, ValueError) as error:
         _fail(error)
+    except SystemExit as ended:  # SIGTERM's
+        code = ended.code
+    # Python's own end would wait for a model that is at work in a thread, or stumble over it.
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _fail(error: Exception) -> None:

@@ -34,9 +34,10 @@ def write_rows(path: str | Path, answer: Answer, study: OpenedStudy) -> None:
 
 
 def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: System) -> None:
-    """The same as JSON: probabilities in 0..1 (null where no model answers), all boxes in pixels of the original image."""
+    """The same as JSON: probabilities in 0..1, all boxes in pixels of the original image; null where no model answers."""
     fused = named(answer.fused, study)
     told = fused.studies.iloc[0]
+    seen = set(fused.nones.loc[fused.nones["seen"], "image_id"])
     nones = fused.nones["none"].where(~fused.nones["prior"]).set_axis(fused.nones["image_id"])
     write_json(
         path,
@@ -50,7 +51,7 @@ def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: S
                     "rows": image.rows,
                     "columns": image.columns,
                     "none": None if pd.isna(nones[image.image_id]) else float(nones[image.image_id]),
-                    "opacity": _boxes(fused.detections[fused.detections["image_id"] == image.image_id]),
+                    "opacity": _boxes(fused.detections, image.image_id) if image.image_id in seen else None,
                     "remarks": list(image.remarks),
                 }
                 for image in study.images
@@ -63,5 +64,6 @@ def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: S
     )
 
 
-def _boxes(detections: pd.DataFrame) -> list[dict[str, Any]]:
-    return detections.sort_values("score", ascending=False)[["score", *BOX]].round(4).to_dict("records")
+def _boxes(detections: pd.DataFrame, image_id: str) -> list[dict[str, Any]]:
+    own = detections[detections["image_id"] == image_id].sort_values("score", ascending=False)
+    return own[["score", *BOX]].round(4).to_dict("records")

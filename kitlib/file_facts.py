@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 from pydicom.uid import UID
 
 from kitlib.dicom import UnreadableXray, read_stored_values
@@ -135,7 +136,7 @@ def _picture_is_coloured(path: str | Path) -> bool:
             if image.format == "GIF":
                 return _differ(np.array(image.convert("RGB")), 8)
             pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-        except (OSError, SyntaxError, ValueError, cv2.error) as error:
+        except (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError) as error:
             raise UnreadableXray(path, f"damaged image: {' '.join(str(error).split())}") from None
     if pixels is None:
         raise UnreadableXray(path, "damaged image: nothing could be decoded")

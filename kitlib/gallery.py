@@ -73,6 +73,13 @@ class Gallery:
         shown = rows.iloc[(number - 1) * self.a_page : number * self.a_page]
         return [self._tile(row) for row in shown.itertuples()], pages
 
+    def place(self, image_id: str) -> tuple[str, int]:
+        """What `open` takes for the image of this name. Raises ValueError where there is none."""
+        found = np.flatnonzero(self._choices[ALL]["image_id"] == image_id)
+        if not len(found):
+            raise ValueError(f"there is no image {image_id!r} in {self.name}")
+        return ALL, int(found[0])
+
     def open(self, choice: str, place: int) -> OpenedStudy:
         """The whole study of the image at `place` of `choice`, counted from 0 through all pages; that image comes first.
 

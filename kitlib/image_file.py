@@ -59,7 +59,7 @@ def decode_image(path: str | Path) -> Xray:
             if image.format == "GIF":  # which OpenCV gives as an animation
                 return Xray(np.array(image.convert("L")), ())
             pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-        except (OSError, SyntaxError, ValueError, cv2.error) as error:
+        except (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError) as error:
             raise UnreadableXray(path, f"damaged image: {' '.join(str(error).split())}") from None
     if pixels is None:
         raise UnreadableXray(path, "damaged image: nothing could be decoded")
@@ -80,7 +80,7 @@ def open_image(path: str | Path) -> Image.Image:
         if name not in OPENERS:
             raise ValueError("no PNG, JPEG or GIF image")
         image = OPENERS[name](path)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableXray(path, f"cannot be opened: {' '.join(str(error).split())}") from None
     columns, rows = image.size
     if not rows or not columns or rows * columns > MAX_SAMPLES:

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 class LungsOnce:
     """Asks the segmenter of `bundle` about each image once; a `LungFinder`.
 
-    An image that it fails at has no lungs. Without a bundle that works, or once it has failed at each image of a batch, it
+    An image that it fails at has no lungs. Without a bundle that works, or once it has failed at each image of several, it
     finds no more, and `fault` says why ("" before).
     `segmented` is the number of images that it has looked at, `missed` those of them without plausible lungs, `seconds` the
     time that took. Frames are kept, and masks, as PNG, where they are asked for by `masked`; with `most`, of so many images,
@@ -77,7 +77,7 @@ class LungsOnce:
             except Exception as error:
                 failure = error
                 alone.append(None)
-        if all(lungs is None for lungs in alone):
+        if len(xrays) > 1 and all(lungs is None for lungs in alone):
             self._give_up(failure)
         else:
             self._keep(xrays, [lungs or Lungs(None) for lungs in alone])

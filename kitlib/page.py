@@ -15,7 +15,7 @@ from kitlib.figures import SHOWN_SCORE
 from kitlib.gallery import find_gallery
 from kitlib.opened_study import DecodedCopies
 from kitlib.page_server import serve
-from kitlib.page_view import BOXES, HEAT, TRUTH, View, Viewer
+from kitlib.page_view import BOXES, HEAT, KEPT_S, TRUTH, View, Viewer
 from kitlib.paths import project_root
 from kitlib.run_listing import list_runs
 from kitlib.systems import find_systems
@@ -26,9 +26,7 @@ from kitlib.windowing import Windowed
 logger = logging.getLogger(__name__)
 
 TITLE = "Chest X-rays and the kit's models"
-NOTHING = "Upload an X-ray, or pick one from the gallery."
-# An hour without a visit: what a visitor had opened is forgotten, and uploads are deleted.
-KEPT_S = 3600
+NOTHING = "Nothing is open: upload an X-ray, or pick one from the gallery."
 STYLE = """
 footer { display: none !important }
 #status { min-height: 1.6em } #status .refused { color: #b00020; font-weight: 600 } .dark #status .refused { color: #ff8a80 }
@@ -41,14 +39,13 @@ footer { display: none !important }
 
 
 def build_page(viewer: Viewer) -> gr.Blocks:
-    """The page's blocks. Predictions wait for each other in the viewer's models; drawing does not wait for them."""
+    """The page's blocks. Predictions, and heat that is asked for first, wait for each other in the viewer's models."""
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     with gr.Blocks(
         theme=theme, title=TITLE, css=STYLE, analytics_enabled=False, delete_cache=(600, KEPT_S), fill_width=True
     ) as blocks:
         gr.Markdown(f"# {TITLE}\n**{NOT_FOR_DIAGNOSIS}**", elem_id="title")
         _Page(viewer).lay_out()
-    blocks.queue(default_concurrency_limit=4, max_size=64)
     return blocks
 
 
@@ -61,11 +58,21 @@ def open_page(runs: Path | None, folder: Path, port: int, host: str, ready: Call
     systems, copies, models = find_systems(listed), DecodedCopies(folder / "copies"), WarmModels()
     try:
         gallery = find_gallery(listed, systems[0].models[0].data_fingerprint, copies)
-        # In the meantime the page is there already, and the first question waits.
-        threading.Thread(target=models.load, args=[systems[0]], daemon=True).start()
-        serve(build_page(Viewer(systems, models, copies, gallery, folder)), port, host, ready)
+
+        def begin(address: str) -> None:
+            # The page is there already, and the first question waits.
+            threading.Thread(target=models.load, args=[systems[0]], daemon=True).start()
+            ready(address)
+
+        serve(build_page(Viewer(systems, models, copies, gallery, folder)), port, host, begin)
     finally:
         copies.close()
+
+
+class _Visit:
+    """What a visitor asked for last: Gradio gives each one a copy. Answers to what was asked before come too late."""
+
+    turn: object = None
 
 
 class _Page:
@@ -74,7 +81,9 @@ class _Page:
 
     def lay_out(self) -> None:
         names = list(self.viewer.systems)
-        self.view, self.windowed = gr.State(None, time_to_live=KEPT_S), gr.State(None, time_to_live=KEPT_S)
+        # A View, or the status line that stands where nothing is open: to begin with, and once it is forgotten.
+        self.view = gr.State(_status(NOTHING), time_to_live=KEPT_S)
+        self.windowed, self.visit = gr.State(None, time_to_live=KEPT_S), gr.State(_Visit())
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
                 self.systems = gr.Radio(names, value=names[0], label="Models", elem_id="models")
@@ -132,99 +141,105 @@ class _Page:
             *(self.threshold, self.layers, self.heat_class, self.own_window, self.center, self.width, self.rows, self.json),
         ]
         seen = [self.view, self.images, self.threshold, self.layers, self.heat_class, self.windowed, self.center, self.width]
-        # A click while the one before is being answered is not lost.
-        quiet: dict[str, Any] = {"api_name": False, "show_progress": "hidden", "trigger_mode": "always_last"}
+        # A click while the one before is being answered is not lost. Nor is an answer: Gradio 5.50's queue sends those of a
+        # visitor in one stream, and loses what is asked for while that is being closed.
+        quiet: dict[str, Any] = {"trigger_mode": "always_last", "queue": False, "api_name": False, "show_progress": "hidden"}
         loud = {**quiet, "show_progress": "minimal", "show_progress_on": self.picture}
+        uploaded = self._answering(self.viewer.upload, self._opened)
         answers = [
-            self.upload.upload(self._answering(self.viewer.upload), [self.upload, self.systems], opened, **loud),
-            self.systems.input(
-                self._answering(lambda view, name: view and self.viewer.switch(view, name)),
-                [self.view, self.systems],
-                opened,
-                **loud,
-            ),
+            self.upload.upload(uploaded, [self.visit, self.upload, self.systems], opened, **loud),
+            self.systems.input(self._settle, [self.visit, self.view, self.systems], opened, **loud),
         ]
         if self.viewer.gallery is not None:
-            answers.append(self.thumbnails.select(self._picked, [self.choice, self.page, self.systems], opened, **loud))
+            answers.append(self.thumbnails.select(self._picked, [self.visit, self.systems], opened, **loud))
             self.choice.input(self._first_page, self.choice, [self.page, self.thumbnails], **quiet)
             turned = [self.choice, self.page], self.thumbnails
             self.page.input(lambda choice, page: self.viewer.gallery.page(choice, int(page))[0], *turned, **quiet)
         # Shown in a step of its own, by what the controls say then: they may have been moved in the meantime.
         changes = [
-            *(answer.then(self._settle, [self.view, self.systems], opened, **quiet) for answer in answers),
+            *(answer.then(self._settle, [self.visit, self.view, self.systems], opened, **quiet) for answer in answers),
             self.images.input(self._image, [self.view, self.images], opened, **quiet),
             self.own_window.input(self._window, [self.view, self.images, self.own_window], opened, **quiet),
         ]
         for change in changes:
-            change.then(self._show, seen, [self.status, self.picture, self.bars, self.told, self.heat_class], **quiet)
-        self.upload.clear(lambda: self._closed(NOTHING), None, opened, queue=False, **quiet)
+            change.then(self._show, seen, opened, **quiet)
+        self.upload.clear(lambda: self._closed(_status(NOTHING)), None, opened, **quiet)
         self.layers.input(lambda layers: gr.update(visible=HEAT in layers), self.layers, self.heat_class, **quiet)
         moves = (self.layers, self.threshold, self.heat_class, self.center, self.width)
         gr.on([control.input for control in moves], self._draw, seen, self.picture, **quiet)
 
-    def _answering(self, answered: Callable[..., View | None]) -> Callable[..., dict]:
-        """A handler that shows what `answered` gives of its inputs: a view, or why there is none."""
+    def _answering(self, answered: Callable[..., View], opened: Callable[[View], dict]) -> Callable[..., dict]:
+        """A handler of a visit and further inputs: the view that `answered` gives as `opened` shows it, or the refusal."""
 
-        def handler(*given: Any) -> dict:
+        def handler(visit: _Visit, *given: Any) -> dict:
+            turn = visit.turn = object()
             try:
-                view = answered(*given)
+                shown = opened(answered(*given))
             except Refused as refused:
-                return self._closed(str(refused), "refused")
+                shown = self._closed(_status(str(refused), "refused"))
             except Exception as error:  # the next study may go well
                 logger.error("a study could not be answered", exc_info=error)
                 sentence = f"This went wrong ({type(error).__name__}: {error}); the terminal says more."
-                return self._closed(sentence, "refused")
-            return self._closed(NOTHING) if view is None else self._opened(view)
+                shown = self._closed(_status(sentence, "refused"))
+            # The visitor may have asked for another study in the meantime.
+            return shown if visit.turn is turn else {self.view: gr.skip()}
 
         return handler
 
-    def _picked(self, choice: str, page: float, system: str, event: gr.SelectData) -> dict:
-        place = (int(page) - 1) * self.viewer.gallery.a_page + event.index
-        return self._answering(self.viewer.pick)(choice, place, system)
+    def _picked(self, visit: _Visit, system: str, event: gr.SelectData) -> dict:
+        image_id = event.value["caption"].rpartition(", ")[2]
+        return self._answering(self.viewer.pick, self._opened)(visit, image_id, system)
+
+    def _settle(self, visit: _Visit, view: View | str, system: str) -> dict:
+        """The study answered by the models that are chosen by now."""
+        if isinstance(view, str) or view.system.name == system:
+            return {self.view: gr.skip()}
+        return self._answering(self.viewer.switch, self._answer)(visit, view, system)
 
     def _first_page(self, choice: str) -> tuple[dict, list]:
         shown, pages = self.viewer.gallery.page(choice, 1)
         return gr.update(value=1, maximum=max(pages, 2), visible=pages > 1), shown
 
     def _opened(self, view: View) -> dict:
-        names, (rows, told) = [image.image_id for image in view.study.images], self.viewer.files(view)
+        names = [image.image_id for image in view.study.images]
         return {
-            self.view: view,
             self.images: gr.update(choices=names, value=names[0], visible=len(names) > 1),
             self.heat_class: view.likeliest,
             **dict.fromkeys((self.threshold, self.layers), gr.update(visible=True)),
-            self.rows: gr.update(value=rows, visible=True),
-            self.json: gr.update(value=told, visible=True),
             **self._image(view, names[0]),
+            **self._answer(view),
         }
 
-    def _image(self, view: View | None, image_id: str | None) -> dict:
-        is_dicom = view is not None and view.image(image_id).is_dicom
+    def _answer(self, view: View) -> dict:
+        rows, told = self.viewer.files(view)
+        shown = {self.rows: gr.update(value=rows, visible=True), self.json: gr.update(value=told, visible=True)}
+        return {self.view: view, **shown}
+
+    def _image(self, view: View | str, image_id: str | None) -> dict:
+        is_dicom = isinstance(view, View) and view.image(image_id).is_dicom
         return {
             self.windowed: None,
             self.own_window: gr.update(value=False, visible=is_dicom),
             **dict.fromkeys((self.center, self.width), gr.update(visible=False)),
         }
 
-    def _closed(self, sentence: str, kind: str = "") -> dict:
+    def _closed(self, status: str) -> dict:
         """The sentence, and nothing of what was shown before: it would pass for the answer."""
         shown = (self.images, self.threshold, self.layers, self.heat_class, self.own_window, self.center, self.width)
         return {
-            **dict.fromkeys((self.view, self.windowed)),
-            self.status: _status(sentence, kind),
+            **{self.view: status, self.windowed: None, self.status: status},
             **dict.fromkeys((self.picture, self.bars, self.told), ""),
             **dict.fromkeys((*shown, self.rows, self.json), gr.update(visible=False)),
         }
 
-    def _window(self, view: View | None, image_id: str | None, own: bool) -> dict:
+    def _window(self, view: View | str, image_id: str | None, own: bool) -> dict:
         hidden = {self.windowed: None, **dict.fromkeys((self.center, self.width), gr.update(visible=False))}
-        if view is None or not own:
+        if isinstance(view, str) or not own:
             return hidden
         try:
             windowed = self.viewer.window(view, view.image(image_id))
         except Refused as refused:
-            gr.Warning(escape(str(refused)))
-            return hidden
+            return {**hidden, self.windowed: str(refused)}
         (center, width), step = windowed.default, max((windowed.highest - windowed.lowest) / 500, 0.01)
         # A file's own window may lie beside its values.
         ends = min(windowed.lowest, center), max(windowed.highest, center)
@@ -235,16 +250,9 @@ class _Page:
             self.width: gr.update(minimum=1, maximum=max(2 * windowed.whole[1], width), value=width, **shown),
         }
 
-    def _settle(self, view: View | None, system: str) -> dict:
-        """The study answered by the models that are chosen by now."""
-        if view is None or view.system.name == system:
-            return {self.view: gr.skip()}
-        return self._answering(self.viewer.switch)(view, system)
-
-    def _show(self, view: View | None, image_id: str | None, *seen: Any) -> dict:
-        """All that a view shows; where there is none, what `_closed` has said stays."""
-        if view is None:
-            return {self.picture: ""}
+    def _show(self, view: View | str, image_id: str | None, *seen: Any) -> dict:
+        if isinstance(view, str):
+            return self._closed(view)
         image = view.image(image_id)
         return {
             self.status: _status(self.viewer.summary(view)),
@@ -256,17 +264,19 @@ class _Page:
 
     def _draw(
         self,
-        view: View | None,
+        view: View | str,
         image_id: str | None,
         threshold: float,
         layers: list[str],
         heat_class: str,
-        windowed: Windowed | None,
+        windowed: Windowed | str | None,
         center: float,
         width: float,
     ) -> str:
-        if view is None:
-            return ""
+        if isinstance(view, str):
+            return f"<p>{view}</p>"
+        if isinstance(windowed, str):  # why there is no window
+            return f"<p>{escape(windowed)}</p>{self.viewer.draw(view, view.image(image_id), threshold, layers, heat_class)}"
         return self.viewer.draw(view, view.image(image_id), threshold, layers, heat_class, windowed, (center, width))
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # gradio must not be imported before `quiet_gradio` has spoke
     import gradio
 
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+# The last two only in a container, whose port is published on the computer's own address.
+HOSTS = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "::")
 GRACE_S = 1.0  # for the server's own end
 
 
@@ -104,8 +106,11 @@ def serve(
 ) -> None:
     """Serve `blocks` until SIGINT or SIGTERM; `ready` is told the address. Port 0 stands for any free one.
 
-    To be called within `quiet_gradio`. Ctrl-C is an ordinary end; SIGTERM leaves as `quiet_gradio` says. Raises PortTaken.
+    To be called within `quiet_gradio`. Ctrl-C is an ordinary end; SIGTERM leaves as `quiet_gradio` says. Raises PortTaken,
+    ValueError for a host that is not this computer alone or, of a container, all of its addresses.
     """
+    if host not in HOSTS:
+        raise ValueError(f"--host is one of {', '.join(HOSTS)}, not {host!r}: the page answers no other computer")
     config = uvicorn.Config(
         page_app(blocks),
         log_config=None,

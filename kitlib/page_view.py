@@ -1,7 +1,10 @@
 """What one visitor of the page looks at, and how it is drawn: the page without its web server."""
 
-import hashlib
 import html
+import logging
+import shutil
+import tempfile
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,10 @@ from kitlib.warm_models import Answer, WarmModels
 from kitlib.windowing import Windowed, read_windowed
 from kitlib.xray_svg import bars, picture
 
+logger = logging.getLogger(__name__)
+
+# An hour after a visitor opened it a study is forgotten, and what was uploaded and written for it is deleted.
+KEPT_S = 3600
 BOXES, TRUTH, LUNGS, HEAT = "boxes", "annotated boxes", "lungs", "heat"
 WINDOWED_SIDE = 1024  # pixels of the picture that window and level are set on
 
@@ -55,12 +62,12 @@ class Viewer:
         system = self._system(system_name)
         return self._answered(open_uploads(paths, self.copies, system.longest_side), system)
 
-    def pick(self, choice: str, place: int, system_name: str) -> View:
-        """The study of the gallery's image at that place. Raises Refused."""
+    def pick(self, image_id: str, system_name: str) -> View:
+        """The study of an image of the gallery. Raises Refused."""
         if self.gallery is None:
             raise Refused("There is no gallery: these models' prepared run is not here.")
         try:
-            study = self.gallery.open(choice, place)
+            study = self.gallery.open(*self.gallery.place(image_id))
         except UnreadableXray as error:
             raise Refused(f"This image cannot be opened: {error.reason}.") from error
         return self._answered(study, self._system(system_name))
@@ -95,27 +102,36 @@ class Viewer:
         system, captions, mask, heat = view.system, [], None, None
         pixels = view.study.read(image, system.longest_side).pixels
         if LUNGS in layers:
-            mask = self.models.lungs(system, view.study, image)
-            if mask is None:
-                captions.append("No lungs: none are found." if system.lungs else "No lungs: these models have no segmenter.")
+            try:
+                mask, why = self.models.lungs(system, view.study, image)
+                captions += [why] if why else []
+            except Exception as error:  # the rest can be drawn
+                logger.error("no lungs", exc_info=error)
+                captions.append(f"No lungs: {type(error).__name__}: {error}.")
         if HEAT in layers:
             try:
                 name, heat = self.models.heat(system, view.study, image, heat_class or view.likeliest)
                 cold = "" if heat.any() else ": nothing speaks for it"
                 captions.append(f"Heat: Grad-CAM of {name} for {heat_class or view.likeliest}{cold}.")
-            except (ImportError, ValueError) as error:
+            except (ImportError, ValueError) as error:  # which say what is missing
                 captions.append(f"No heat: {error}.")
+            except Exception as error:
+                logger.error("no heat", exc_info=error)
+                captions.append(f"No heat: {type(error).__name__}: {error}.")
         if windowed is not None:
             pixels = windowed.shown(*(window or windowed.default))
             captions.append("The window is for your eyes alone: the models see the image as it was before.")
             if windowed.has_curve:
                 captions.append("Before, the file's own curve (VOI LUT) was applied, which no window equals.")
-        found = view.answer.fused.detections
+        found, nones = view.answer.fused.detections, view.answer.fused.nones
+        seen = bool(nones.loc[nones["image_id"] == image.key, "seen"].all())
+        if BOXES in layers and not seen:
+            captions.append("No detector answers for this image.")
         return picture(
             pixels,
             image.rows,
             image.columns,
-            boxes=found[found["image_id"] == image.key] if BOXES in layers else None,
+            boxes=found[found["image_id"] == image.key] if BOXES in layers and seen else None,
             truth=image.truth if TRUTH in layers else None,
             threshold=threshold,
             mask=mask,
@@ -160,10 +176,13 @@ class Viewer:
         return f"Study {view.study.study_id}{several}: {len(models)} models answered in {models.seconds.sum():.2f} s."
 
     def files(self, view: View) -> tuple[Path, Path]:
-        """The submission's rows and the JSON file, written anew."""
-        asked = f"{view.system.name} {view.study.study_id} {[image.key for image in view.study.images]}"
-        folder = self.folder / "answers" / hashlib.sha256(asked.encode()).hexdigest()[:32]
-        folder.mkdir(parents=True, exist_ok=True)
+        """The submission's rows and the JSON file, in a new folder; those of an hour ago are deleted."""
+        answers = self.folder / "answers"
+        answers.mkdir(parents=True, exist_ok=True)
+        for old in answers.iterdir():
+            if time.time() - old.stat().st_mtime > KEPT_S:
+                shutil.rmtree(old, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(dir=answers))
         rows, told = folder / "submission.csv", folder / "answer.json"
         write_rows(rows, view.answer, view.study)
         write_answer(told, view.answer, view.study, view.system)

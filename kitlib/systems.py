@@ -33,6 +33,7 @@ class System:
     fusion: FusionSettings
     ensemble: Path | None = None  # a bundle that stacks the study models
     lungs: Path | None = None  # a segmenter's bundle, for models that look at lungs and for people who want to see them
+    left_out: tuple[str, ...] = ()  # sentences: bundles that cannot be used
 
     @property
     def longest_side(self) -> int:
@@ -78,12 +79,12 @@ def find_systems(listed: Sequence[ListedRun]) -> list[System]:
 def _fused(run: ListedRun, segmenters: dict[str, Path]) -> System:
     folders = []
     for name in run.parameters.get("runs") or []:
-        folder = named_folder(name, run)
+        folder = _beside(name, run)
         if folder is None:
             raise NoSystem(f"its run {name} is not here")
         folders.append(folder)
     named = run.parameters.get("study_ensemble")
-    stacking = named_folder(named, run)
+    stacking = _beside(named, run)
     if named and stacking is None:
         raise NoSystem(f"its ensemble {named} is not here")
     ensemble = stacking / "ensemble" if stacking else None
@@ -91,26 +92,36 @@ def _fused(run: ListedRun, segmenters: dict[str, Path]) -> System:
     return _system(name, folders, read_settings(run.folder / "fusion.json"), ensemble, segmenters)
 
 
+def _beside(name: str, run: ListedRun) -> Path | None:
+    """The run that `run` names by a whole path: beside it, where both were copied, before where it was."""
+    beside = run.folder.parent / Path(name).name if name and Path(name).is_absolute() else None
+    return beside if beside is not None and beside.is_dir() else named_folder(name, run)
+
+
 def _system(
     name: str, folders: Sequence[Path], fusion: FusionSettings, ensemble: Path | None, segmenters: dict[str, Path]
 ) -> System:
     models: dict[tuple[str, int], Answering] = {}
+    left_out = []
     for folder in folders:
         for bundle in sorted(folder.glob("fold*/bundle")):
             try:
                 model = read_answering(bundle)
             except ValueError as error:
-                logger.warning("%s is left out: %s", bundle, error)
+                left_out.append(f"{folder.name}/{bundle.parent.name} is left out: {error}.")
                 continue
             if (other := models.setdefault((model.model, model.fold), model)) is not model:
-                logger.warning("%s is left out: %s is fold %d of %s too", bundle, other.folder, model.fold, model.model)
+                said = f"{other.folder.parents[1].name} has fold {model.fold} of {model.model}, too"
+                left_out.append(f"{folder.name}/{bundle.parent.name} is left out: {said}.")
     if not models:
         raise NoSystem(NO_MODELS.format(where=f"in {', '.join(map(str, folders))}" if folders else "here"))
     # A fold of each model before the second ones, as a submission's file names them.
     in_order = tuple(sorted(models.values(), key=lambda model: model.fold))
     wanted = {model.segmenter for model in in_order if model.wants_masks}
+    if len(wanted) > 1:
+        raise NoSystem(f"{name}: its models want the lungs of {len(wanted)} segmenters, and a submission has one")
     lungs = segmenters.get(next(iter(wanted))) if wanted else next(iter(segmenters.values()), None)
-    return System(name, in_order, fusion, ensemble, lungs)
+    return System(name, in_order, fusion, ensemble, lungs, tuple(left_out))
 
 
 def _segmenters(listed: Sequence[ListedRun]) -> dict[str, Path]:

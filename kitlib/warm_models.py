@@ -33,15 +33,16 @@ class Answer:
 
     fused: Fused
     models: pd.DataFrame  # model, fold, seconds: who has answered, loading not counted
-    remarks: tuple[str, ...]  # sentences: what these models have seen before, what failed
+    remarks: tuple[str, ...]  # sentences: what these models have seen before, what was left out or failed
+    failed: int = 0  # models that could not answer
 
 
 class WarmModels:
     """Loads a bundle when it is first asked for. Any number of threads may ask; one is answered at a time."""
 
     def __init__(self) -> None:
-        self._predictors: dict[Path, Predictor] = {}
-        self._lungs: dict[Path | None, LungsOnce] = {}
+        self._predictors: dict[tuple[Path, LungsOnce | None], Predictor] = {}
+        self._lungs: dict[tuple[Path | None, int], LungsOnce] = {}
         self._ensembles: dict[Path, Ensemble] = {}
         self._answers: OrderedDict[tuple, Answer] = OrderedDict()
         self._heats: OrderedDict[tuple, np.ndarray] = OrderedDict()
@@ -59,20 +60,22 @@ class WarmModels:
     def answer(self, system: System, study: OpenedStudy) -> Answer:
         """As a submission of `system` would answer; of a study that some of its models have learnt from by the others.
 
-        Raises UnreadableXray, BundleError, and what a model raises that fails.
+        A model that fails is left out, with a remark; where all do, the last one's error is raised. Raises UnreadableXray.
         """
         asked = (system.name, study.study_id, study.trained_on, tuple(image.key for image in study.images))
         with self._one_at_a_time:
             answer = self._answers.get(asked) or self._answered(system, study)
-            _remember(self._answers, asked, answer, KEPT)
+            if not answer.failed:  # what failed may do better another time
+                _remember(self._answers, asked, answer, KEPT)
             return answer
 
-    def lungs(self, system: System, study: OpenedStudy, image: OpenedImage) -> np.ndarray | None:
-        """The lungs' mask, bool, as large as the decoded copy; None where none are found, or there is no segmenter."""
+    def lungs(self, system: System, study: OpenedStudy, image: OpenedImage) -> tuple[np.ndarray | None, str]:
+        """The lungs' mask, bool, as large as the decoded copy; None and a sentence where there is none."""
         if system.lungs is None:
-            return None
-        with self._one_at_a_time:
-            return self._segmenter(system).find([study.read(image, system.longest_side)])[0].mask
+            return None, "These models have no segmenter."
+        segmenter = self._segmenter(system)
+        mask = segmenter.find([study.read(image, system.longest_side)])[0].mask
+        return mask, "" if mask is not None else f"The segmenter {segmenter.fault or 'finds no lungs'}."
 
     def heat(self, system: System, study: OpenedStudy, image: OpenedImage, class_name: str) -> tuple[str, np.ndarray]:
         """Where a study model looks for a class: its name, and the heat as kitlib.heat_maps has it, on the decoded copy.
@@ -87,23 +90,30 @@ class WarmModels:
         for model in models:
             if wanted in model.answers:
                 asked = (model.folder, image.key, system.longest_side, class_name)
-                with self._one_at_a_time:
-                    heat = self._heats.get(asked)
-                    if heat is None:
+                heat = self._heats.get(asked)
+                if heat is None:
+                    with self._one_at_a_time:
                         xray = study.read(image, system.longest_side)
                         heat = look(self._predictor(system, model), [xray], [class_name])[0].heat
-                    _remember(self._heats, asked, heat, KEPT_HEATS)
+                        _remember(self._heats, asked, heat, KEPT_HEATS)
                 return f"{model.model}, fold {model.fold}", heat
         raise ValueError(f"no model among {system.name} answers {class_name}")
 
     def _answered(self, system: System, study: OpenedStudy) -> Answer:
         models, remarks = answering(system, study)
         xrays = [study.read(image, system.longest_side) for image in study.images]
+        remarks += system.left_out
         probabilities, detections, coverage, rows = [], [], [], []
         for model in models:
-            predictor = self._predictor(system, model)
-            began = time.perf_counter()
-            chunks = list(predictor.predict(xrays))
+            try:
+                predictor = self._predictor(system, model)
+                began = time.perf_counter()
+                chunks = list(predictor.predict(xrays))
+            except Exception as error:
+                logger.error("%s failed", model.folder, exc_info=error)
+                remarks.append(f"{model.model} (fold {model.fold}) failed and is left out: {type(error).__name__}: {error}.")
+                failure = error
+                continue
             rows.append((model.model, model.fold, time.perf_counter() - began))
             if "boxes" in model.answers:
                 detections += chunks
@@ -113,22 +123,28 @@ class WarmModels:
                 probabilities += chunks
             if predictor.lungs_missed:
                 remarks.append(f"{model.model} saw {predictor.lungs_missed} images whole: no lungs were found in them.")
+        if not rows:
+            raise failure
         ensemble = self._ensemble(system)
         fused, stacked = fused_answer(probabilities, detections, coverage, study.table(), system.fusion, ensemble)
         if stacked and stacked.note:
             remarks.append(f"The ensemble: {stacked.note}.")
-        if system.lungs in self._lungs and self._lungs[system.lungs].fault:
-            remarks.append(f"The lungs' segmenter {self._lungs[system.lungs].fault}.")
-        return Answer(fused, pd.DataFrame(rows, columns=["model", "fold", "seconds"]), tuple(remarks))
+        if any(model.wants_masks for model in models) and self._segmenter(system).fault:
+            remarks.append(f"The lungs' segmenter {self._segmenter(system).fault}.")
+        table = pd.DataFrame(rows, columns=["model", "fold", "seconds"])
+        return Answer(fused, table, tuple(remarks), failed=len(models) - len(rows))
 
     def _predictor(self, system: System, model: Answering) -> Predictor:
-        if model.folder not in self._predictors:
-            lungs = self._segmenter(system) if model.wants_masks else None
-            self._predictors[model.folder] = load_predictor(model.folder, batch_size=SUBMISSION_BATCH, lungs=lungs)
-        return self._predictors[model.folder]
+        lungs = self._segmenter(system) if model.wants_masks else None
+        if (model.folder, lungs) not in self._predictors:
+            loaded = load_predictor(model.folder, batch_size=SUBMISSION_BATCH, lungs=lungs)
+            self._predictors[model.folder, lungs] = loaded
+        return self._predictors[model.folder, lungs]
 
     def _segmenter(self, system: System) -> LungsOnce:
-        return self._lungs.setdefault(system.lungs, LungsOnce(system.lungs, True, SUBMISSION_BATCH, most=KEPT))
+        """One for each size of decoded copies: a mask is as large as its image's copy."""
+        wanted = system.lungs, system.longest_side
+        return self._lungs.setdefault(wanted, LungsOnce(system.lungs, True, SUBMISSION_BATCH, most=KEPT))
 
     def _ensemble(self, system: System) -> Ensemble | None:
         if system.ensemble is not None and system.ensemble not in self._ensembles:
@@ -137,19 +153,25 @@ class WarmModels:
 
 
 def answering(system: System, study: OpenedStudy) -> tuple[list[Answering], list[str]]:
-    """Those models of `system` that answer for `study`, and sentences on what they have seen of it before."""
-    models = list(system.models)
-    if study.fold is None:
-        return models, []
-    if not all(model.data_fingerprint == study.trained_on for model in models):
-        return models, [
-            "Whether these models have learnt from this study is not known: they come from another prepared run."
-        ]
-    unseen = [model for model in models if model.fold == study.fold]
-    if not unseen:
-        folds = ", ".join(map(str, sorted({model.fold for model in models})))
-        return models, [f"These models, of folds {folds}, have learnt from this study, which is in fold {study.fold}."]
-    return unseen, [f"Answered by the models of fold {study.fold}, which have not learnt from this study."]
+    """Those models of `system` that answer for `study`, and sentences on what they have seen of it before.
+
+    Models that have learnt from it answer only where none of its prepared run has not.
+    """
+    models, remarks = list(system.models), []
+    own = [model for model in models if study.trained_on and model.data_fingerprint == study.trained_on]
+    strange = dict.fromkeys(model.model for model in models if study.trained_on and model not in own)
+    if strange:
+        names = ", ".join(strange)
+        remarks.append(f"Whether {names} learnt from this study is not known: the data of the training were others.")
+    if study.fold is None or not own:
+        return models, remarks
+    if system.ensemble is not None:
+        remarks.append("The weights of the ensemble were learnt from answers for all studies, this one among them.")
+    if all(model.fold != study.fold for model in own):
+        folds = ", ".join(map(str, sorted({model.fold for model in own})))
+        return models, [*remarks, f"The models of folds {folds} have learnt from this study, which is in fold {study.fold}."]
+    unseen = [model for model in models if model not in own or model.fold == study.fold]
+    return unseen, [*remarks, f"Answered by the models of fold {study.fold}, which have not learnt from this study."]
 
 
 def _remember(known: OrderedDict, asked: tuple, told: Any, most: int) -> None:

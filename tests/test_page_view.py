@@ -37,8 +37,8 @@ def viewer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def view(viewer):
     """A study with annotated boxes, of which there are pages enough to find one."""
-    places = range(sum(1 for _ in viewer.gallery.page("typical", 1)[0]))
-    return next(view for place in places if len((view := viewer.pick("typical", place, FUSED)).study.images[0].truth))
+    names = [caption.rpartition(", ")[2] for _, caption in viewer.gallery.page("typical", 1)[0]]
+    return next(view for name in names if len((view := viewer.pick(name, FUSED)).study.images[0].truth))
 
 
 def drawn(svg, name):
@@ -64,7 +64,7 @@ def test_what_cannot_be_drawn_is_said(viewer, view):
     image = view.study.images[0]
     system = replace(view.system, lungs=None, models=tuple(m for m in view.system.models if "boxes" in m.answers))
     svg = viewer.draw(replace(view, system=system), image, 0.0, [LUNGS, HEAT])
-    assert "these models have no segmenter" in svg and "answers" in svg and drawn(svg, "heat") == 0
+    assert "These models have no segmenter" in svg and "answers" in svg and drawn(svg, "heat") == 0
 
 
 def test_a_window_changes_the_picture_and_not_the_answer(viewer, tmp_path):
@@ -105,7 +105,7 @@ def test_a_system_or_place_that_there_is_not_is_refused(viewer, view):
     with pytest.raises(Refused, match="There are no models called 'gone'; there are: fuse"):
         viewer.switch(view, "gone")
     with pytest.raises(Refused, match="no gallery"):
-        Viewer([view.system], viewer.models, viewer.copies, None, viewer.folder).pick("all", 0, FUSED)
+        Viewer([view.system], viewer.models, viewer.copies, None, viewer.folder).pick("any", FUSED)
     assert viewer.switch(view, "yolo").system.detectors == ("yolo",)
 
 

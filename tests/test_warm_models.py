@@ -183,9 +183,11 @@ def test_heat_and_lungs_lie_on_the_decoded_copy(fused, gallery, models):
     name, heat = models.heat(fused, study, study.images[0], "typical")
     assert name == f"study, fold {study.fold}" and heat.shape == pixels.shape and 0 <= heat.min() <= heat.max() <= 1
     # tests/small_lungs.py: this segmenter says that bright is lung
-    mask = models.lungs(fused, study, study.images[0])
+    mask, why = models.lungs(fused, study, study.images[0])
+    assert why == ""
     assert mask.shape == pixels.shape and pixels[mask].mean() > pixels[~mask].mean()
-    assert models.lungs(replace(fused, lungs=None), study, study.images[0]) is None
+    none = models.lungs(replace(fused, lungs=None), study, study.images[0])
+    assert none == (None, "These models have no segmenter.")
     detectors = replace(fused, models=tuple(model for model in fused.models if "boxes" in model.answers))
     with pytest.raises(ValueError, match=r"no model among .* answers typical"):
         models.heat(detectors, study, study.images[0], "typical")
