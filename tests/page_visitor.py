@@ -38,16 +38,42 @@ def chromium(executable: str) -> Iterator[Browser]:
         browser.close()
 
 
+# Python runs it before the server and each of its decoding processes: it notes whom they ask.
+AUDIT = """
+import os, sys
+def note(event, given):
+    if event in ("socket.connect", "socket.sendto"):
+        asked = given[1][0] if isinstance(given[1], tuple) else "a file of this computer"
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        asked = given[0]
+    else:
+        return
+    with open(os.environ["ASKED"], "a") as file:
+        file.write(f"{asked}\\n")
+sys.addaudithook(note)
+"""
+NOBODY_ELSE = {"127.0.0.1", "localhost", "None", "a file of this computer"}
+
+
 @contextmanager
 def serving(runs: Path) -> Iterator[subprocess.Popen]:
-    """The page of `runs` in a process of its own, which tells its address on stdout; no request may be its last."""
+    """The page of `runs` in a process of its own, which tells its address on stdout.
+
+    No request may be its last, and neither it nor its decoding processes may look up or call another computer.
+    """
     command = [sys.executable, "-m", "kitlib", "page", "--runs", str(runs), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    hooks, asked = runs.parent / "hooks", runs.parent / "asked.txt"
+    hooks.mkdir()
+    (hooks / "sitecustomize.py").write_text(AUDIT)
+    asked.touch()
+    surroundings = {**os.environ, "PYTHONPATH": str(hooks), "ASKED": str(asked)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=surroundings) as server:
         try:
             yield server
             assert server.poll() is None, "the server has ended"
         finally:
             server.terminate()
+    assert set(asked.read_text().split("\n")) - {""} <= NOBODY_ELSE
 
 
 def address_of(server: subprocess.Popen) -> str:

@@ -68,9 +68,9 @@ def page_runs(folder: Path) -> Path:
     write_table(empty_table("lungs"), "lungs", runs / "lungs" / "tables" / "lungs.parquet")
     write_json(runs / "lungs" / "metrics.json", {"model": "bright"})
 
-    fused = ["study", "yolo", "faster_rcnn"]
+    fused = [str(runs / name) for name in ("study", "yolo", "faster_rcnn")]  # as notebooks record them
     write_settings(FusionSettings(none_no_box=0.5, box_confidence="box_and_model_avg"), runs / "fuse" / "fusion.json")
-    write_json(runs / "fuse" / "record.json", {"parameters": {"prepare_run": "prepare", "runs": fused}})
+    write_json(runs / "fuse" / "record.json", {"parameters": {"prepare_run": str(runs / "prepare"), "runs": fused}})
     write_json(runs / "fuse" / "metrics.json", {"runs": fused, "score": 0.5})
     return runs
 

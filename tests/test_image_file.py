@@ -118,3 +118,14 @@ def test_the_cache_takes_them_beside_dicom(tmp_path):
     assert outcomes.status.tolist() == ["decoded", "failed"]
     xray = cache.read("a")
     assert xray.pixels.shape == (24, 32) and (xray.rows, xray.columns) == (48, 64)
+
+
+def test_a_gif_whose_frame_is_larger_than_its_screen_is_one_error(tmp_path):
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "small.gif")
+    raw = bytearray((tmp_path / "small.gif").read_bytes())
+    # The image descriptor, GIF89a section 20: 0x2C, left, top, then width and height, little endian.
+    place = raw.index(b"\x2c\0\0\0\0\x40\0\x40\0") + 5
+    raw[place : place + 4] = (60000).to_bytes(2, "little") * 2
+    (tmp_path / "bomb.gif").write_bytes(raw)
+    with pytest.raises(UnreadableXray, match=r"bomb\.gif"):
+        decode_image(tmp_path / "bomb.gif")

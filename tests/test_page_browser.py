@@ -175,6 +175,12 @@ def test_several_files_are_one_study_and_a_bad_one_among_them_is_told(xrays, vis
         visitor.pick("images", xray.path.stem)
         expect(told).to_contain_text(xray.path.stem)
         expect(visitor.drawn("svg")).to_have_attribute("viewBox", f"0 0 {xray.width} {xray.height}")
+    # Other models are asked about the image that is looked at, which is not the first.
+    visitor.pick("images", study.path.iloc[-1].stem)
+    expect(told).to_contain_text(study.path.iloc[-1].stem)
+    visitor.page.get_by_role("radio", name=re.compile("^yolo")).click()
+    expect(told).not_to_contain_text("faster_rcnn")
+    expect(told).to_contain_text(study.path.iloc[-1].stem)
     rows = read_submission(visitor.download("rows", tmp_path))
     assert set(rows.studies.study_id) == set(study.study_id)
     assert set(rows.images.image_id) == {path.stem for path in study.path}

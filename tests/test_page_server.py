@@ -252,3 +252,8 @@ def test_signals_end_it_with_a_page_open_and_nothing_stays(app, number, code):
         process.join(30)
     assert process.exitcode == code
     assert not folder.exists()
+
+
+def test_a_host_that_other_computers_can_ask_is_refused(app):
+    with pytest.raises(ValueError, match=r"--host is one of 127\.0\.0\.1, .*, not '192\.168\.0\.7'"):
+        serve(app, port=0, host="192.168.0.7")

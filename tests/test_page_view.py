@@ -67,6 +67,18 @@ def test_what_cannot_be_drawn_is_said(viewer, view):
     assert "These models have no segmenter" in svg and "answers" in svg and drawn(svg, "heat") == 0
 
 
+def test_no_detector_is_not_no_opacity(viewer, view):
+    system = replace(view.system, name="classifier", models=tuple(m for m in view.system.models if "boxes" not in m.answers))
+    alone = replace(view, system=system, answer=viewer.models.answer(system, view.study))
+    svg = viewer.draw(alone, view.study.images[0], 0.0)
+    assert "No detector answers for this image" in svg and "0 boxes" not in svg
+
+
+def test_each_visitor_takes_files_of_their_own(viewer, view):
+    first, second = viewer.files(view), viewer.files(view)
+    assert first[0] != second[0] and first[0].read_text() == second[0].read_text()
+
+
 def test_a_window_changes_the_picture_and_not_the_answer(viewer, tmp_path):
     pixels = np.tile(np.linspace(0, 4000, 64).astype(np.uint16), (48, 1))
     write_xray(tmp_path / "ramp.dcm", pixels, transfer_syntax=ExplicitVRLittleEndian, bits_stored=12)

@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -24,7 +26,7 @@ from kitlib.submit import SubmissionRun, SubmitSettings
 from kitlib.systems import NoSystem, find_systems
 from kitlib.tables import BOX
 from kitlib.uploads import open_uploads
-from kitlib.warm_models import WarmModels
+from kitlib.warm_models import WarmModels, answering
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,23 @@ def test_an_uploaded_study_has_the_rows_that_the_submission_writes(runs, fused, 
     assert shown == submitted and len(shown) == 1 + len(opened.images)
 
 
+def test_studies_one_by_one_have_the_numbers_of_a_whole_test_set(runs, fused, copies, models, weights, tmp_path):
+    """Batches of other images change the last digits of a float32, about 1e-7 of 1, and no more."""
+    competition = next((runs.parent / "inputs").glob("siim-*"))
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SubmitSettings(time_limit_s=600, workers=1))
+    run.predict(str(weights), tmp_path / "scratch")
+    whole = as_tables(read_submission(run.output))
+    for folder in (competition / "test").iterdir():
+        study = open_uploads(sorted(folder.glob("*/*.dcm")), copies, fused.longest_side)
+        write_rows(tmp_path / "page.csv", models.answer(fused, study), study)
+        for shown, of_all in zip(as_tables(read_submission(tmp_path / "page.csv")), whole, strict=True):
+            key = of_all.columns[0]
+            of_all = of_all[of_all[key].isin(shown[key])]
+            numbers = [name for name in shown if name != key]
+            columns = [table.sort_values([key, "score"] if "score" in table else key) for table in (shown, of_all)]
+            np.testing.assert_allclose(*(table[numbers].to_numpy(float) for table in columns), rtol=1e-5, atol=1e-5)
+
+
 def test_a_study_of_the_gallery_is_answered_as_out_of_fold(fused, gallery, models, runs):
     study = gallery.open("all", 0)
     answer = models.answer(fused, study)
@@ -123,6 +142,66 @@ def test_which_models_answer_and_what_they_have_seen_is_told(fused, gallery, mod
     answer = models.answer(fused, replace(gallery.open("all", 1), study_id=str(changes), **changes))
     assert len(answer.models) == answering
     assert says in " ".join(answer.remarks) and (says or not answer.remarks)
+
+
+def test_whoever_has_learnt_from_a_study_does_not_answer_beside_models_of_another_prepared_run(fused, gallery):
+    study = gallery.open("all", 0)
+    mixed = [replace(m, data_fingerprint="another") if m.model == "yolo" else m for m in fused.models]
+    found, remarks = answering(replace(fused, models=tuple(mixed), ensemble=Path("ensemble")), study)
+    strange = {("yolo", 0), ("yolo", 1)}
+    assert {(m.model, m.fold) for m in found} == strange | {("study", study.fold), ("faster_rcnn", study.fold)}
+    assert [any(said in remark for remark in remarks) for said in ("Whether yolo learnt", "weights of the ensemble")] == [
+        1,
+        1,
+    ]
+    # Of an image that was put aside the same is not known of the stranger.
+    assert "Whether yolo" in answering(replace(fused, models=tuple(mixed)), replace(study, fold=None))[1][0]
+
+
+def test_a_damaged_model_is_left_out_and_told_and_asked_again(runs, gallery, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    system, warm = find_systems(list_runs([tmp_path / "runs"]))[0], WarmModels()
+    study = gallery.open("all", 0)
+    weights = tmp_path / "runs" / "yolo" / f"fold{study.fold}" / "bundle" / "weights.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    answer = warm.answer(system, study)
+    assert sorted(answer.models.model) == ["faster_rcnn", "study"] and answer.failed == 1
+    said = f"yolo (fold {study.fold}) failed and is left out: BundleError"
+    assert any(remark.startswith(said) for remark in answer.remarks)
+    weights.write_bytes(whole)
+    assert len(warm.answer(system, study).models) == 3
+    (weights.parent / "model.json").write_text("{")
+    system = find_systems(list_runs([tmp_path / "runs"]))[0]
+    assert len(system.models) == 5
+    assert any(
+        remark.startswith(f"yolo/fold{study.fold} is left out") for remark in WarmModels().answer(system, study).remarks
+    )
+
+
+def test_lungs_are_as_large_as_the_copy_that_a_system_reads(fused, gallery, models):
+    study = gallery.open("all", 0)
+    small = replace(fused, name="small", models=tuple(replace(model, longest_side=COPY // 2) for model in fused.models))
+    for system, side in ((fused, COPY), (small, COPY // 2)):
+        assert max(models.lungs(system, study, study.images[0])[0].shape) == side
+
+
+def test_a_segmenter_that_fails_at_one_image_is_asked_about_the_next(fused, gallery, monkeypatch):
+    warm, places = WarmModels(), iter((True, True))
+    segmenter = warm._segmenter(fused)
+    segmenter.begin()
+    real = segmenter._segmenter
+    failing = SimpleNamespace(find=lambda xrays: _fails(places) or real.find(xrays))
+    monkeypatch.setattr(segmenter, "_segmenter", failing)
+    study = gallery.open("all", 0)
+    assert warm.lungs(fused, study, study.images[0]) == (None, "The segmenter finds no lungs.")
+    other = gallery.open("all", 1)
+    assert warm.lungs(fused, other, other.images[0])[0] is not None
+
+
+def _fails(places):
+    if next(places, False):
+        raise MemoryError("no room")
 
 
 def test_a_system_with_one_detector_has_its_boxes_alone(systems, gallery, models):
@@ -161,6 +240,10 @@ def test_what_no_model_answers_is_the_prior_and_null(fused, gallery, models, tmp
     write_rows(tmp_path / "rows.csv", answer, study)
     write_answer(tmp_path / "answer.json", answer, study, detectors)
     assert json.loads((tmp_path / "answer.json").read_text())["study"] is None
+    classifier = replace(fused, name="classifier", models=tuple(m for m in fused.models if "boxes" not in m.answers))
+    write_answer(tmp_path / "answer.json", models.answer(classifier, study), study, classifier)
+    told = json.loads((tmp_path / "answer.json").read_text())
+    assert told["study"] is not None and all(image["opacity"] is None for image in told["images"])
     typical = read_submission(tmp_path / "rows.csv").studies.set_index("label").score["typical"]
     assert typical == pytest.approx(PRIORS["typical"], abs=1e-6)
 
