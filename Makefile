@@ -7,7 +7,7 @@ READY := .venv/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
 # What `make page` shows.
-RUNS ?= runs/demo
+RUNS := $(or $(RUNS:/=),runs/demo)
 
 .PHONY: demo page test lint bench clean
 demo: $(READY)
@@ -15,7 +15,7 @@ demo: $(READY)
 
 # The demo's models are made where they are missing; runs of one's own are not.
 page: $(READY)
-	test "$(RUNS:/=)" != runs/demo || test -f runs/demo/submission.csv || .venv/bin/python -m kitlib demo
+	test "$(RUNS)" != runs/demo || test -f runs/demo/submission.csv || .venv/bin/python -m kitlib demo
 	.venv/bin/python -m kitlib page --runs "$(RUNS)"
 
 test: $(READY)

@@ -251,7 +251,8 @@ def demo(
 @app.command()
 def page(
     runs: Annotated[
-        Path | None, typer.Option(help="A folder of runs; runs/demo, which `make demo` makes, unless told.")
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="runs/demo, which `make demo` makes, unless told."),
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 7860,
     host: Annotated[

@@ -66,4 +66,4 @@ def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: S
 
 def _boxes(detections: pd.DataFrame, image_id: str) -> list[dict[str, Any]]:
     own = detections[detections["image_id"] == image_id].sort_values("score", ascending=False)
-    return own[["score", *BOX]].round(4).to_dict("records")
+    return own[["score", *BOX]].round({"score": 7, **dict.fromkeys(BOX, 2)}).to_dict("records")

@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
-from pydicom.uid import UID
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from kitlib.dicom import UnreadableXray, read_stored_values
 from kitlib.dicom_header import header_of, read_elements
@@ -79,6 +79,10 @@ def read_facts(path: str | Path) -> FileFacts:
     try:
         # With the pixels: from memory an element's length that lies asks for no more than there is.
         elements, syntax = read_elements(path)
+        with open(path, "rb") as file:
+            # Of a deflated file the reader tells what was inside.
+            if DeflatedExplicitVRLittleEndian.encode() in file.read(2048):
+                syntax = DeflatedExplicitVRLittleEndian
         header, samples = header_of(elements, syntax), elements.whole("SamplesPerPixel", 1)
     except OSError:
         raise

@@ -19,7 +19,7 @@ from kitlib.page_view import BOXES, HEAT, KEPT_S, TRUTH, View, Viewer
 from kitlib.paths import project_root
 from kitlib.run_listing import list_runs
 from kitlib.systems import find_systems
-from kitlib.uploads import Refused
+from kitlib.uploads import MAX_UPLOAD_BYTES, Refused
 from kitlib.warm_models import WarmModels
 from kitlib.windowing import Windowed
 
@@ -31,6 +31,7 @@ STYLE = """
 footer { display: none !important }
 #status { min-height: 1.6em } #status .refused { color: #b00020; font-weight: 600 } .dark #status .refused { color: #ff8a80 }
 #gallery .caption-label { inset: auto 0 0 0; max-width: 100%; padding: 0 .3em; font-size: .65rem; border-radius: 0 }
+#gallery .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important }
 #told table.facts, #told .facts tr { width: 100%; border: 0 }
 #told .facts :is(th, td) { border: 0; padding: .1em .8em .1em 0; font-size: .85em; text-align: left; vertical-align: top }
 #told .facts th { white-space: nowrap; opacity: .7; font-weight: 400 } #told .facts td { overflow-wrap: anywhere }
@@ -86,12 +87,18 @@ class _Page:
         self.windowed, self.visit = gr.State(None, time_to_live=KEPT_S), gr.State(_Visit())
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
-                self.systems = gr.Radio(names, value=names[0], label="Models", elem_id="models")
+                self.systems = gr.Radio(
+                    names,
+                    value=names[0],
+                    label="Models",
+                    info="A detector alone answers beside the same study models.",
+                    elem_id="models",
+                )
                 with gr.Tabs():
                     with gr.Tab("Your images"):
                         self.upload = gr.File(
                             file_count="multiple",
-                            label="DICOM, PNG or JPEG files of one study",
+                            label=f"DICOM, PNG or JPEG files of one study, up to {MAX_UPLOAD_BYTES / 1e6:.0f} MB each",
                             height=150,
                             elem_id="upload",
                         )
@@ -147,7 +154,13 @@ class _Page:
         loud = {**quiet, "show_progress": "minimal", "show_progress_on": self.picture}
         uploaded = self._answering(self.viewer.upload, self._opened)
         answers = [
-            self.upload.upload(uploaded, [self.visit, self.upload, self.systems], opened, **loud),
+            gr.on(
+                [self.upload.upload, self.upload.delete],
+                uploaded,
+                [self.visit, self.upload, self.systems],
+                opened,
+                **loud,
+            ),
             self.systems.input(self._settle, [self.visit, self.view, self.systems], opened, **loud),
         ]
         if self.viewer.gallery is not None:
@@ -278,6 +291,15 @@ class _Page:
         if isinstance(windowed, str):  # why there is no window
             return f"<p>{escape(windowed)}</p>{self.viewer.draw(view, view.image(image_id), threshold, layers, heat_class)}"
         return self.viewer.draw(view, view.image(image_id), threshold, layers, heat_class, windowed, (center, width))
+
+
+def _nearest(slider: gr.Slider, value: float | None) -> float:
+    """While a number is being typed it may be empty or out of range: what is allowed nearest to it stands for it."""
+    return min(max(slider.minimum if value is None else value, slider.minimum), slider.maximum)
+
+
+# Gradio's own raises, at every digit. A subclass would be another component, for which the browser has no code.
+gr.Slider.preprocess = _nearest
 
 
 def _status(sentence: str, kind: str = "") -> str:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # gradio must not be imported before `quiet_gradio` has spoke
     import gradio
 
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+# A larger file is stopped on its way; what is smaller and still too large gets the sentence of kitlib.uploads.
+STOPPED_BYTES = 4 * MAX_UPLOAD_BYTES
 # The last two only in a container, whose port is published on the computer's own address.
 HOSTS = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "::")
 GRACE_S = 1.0  # for the server's own end
@@ -78,7 +80,7 @@ def _ending_tidily() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def page_app(blocks: "gradio.Blocks", max_upload_bytes: int = MAX_UPLOAD_BYTES) -> Guarded:
+def page_app(blocks: "gradio.Blocks", max_upload_bytes: int = STOPPED_BYTES) -> Guarded:
     """`blocks` at /, and /healthz, which answers "ok". A larger file of an upload is answered with 413."""
     import gradio
 
@@ -143,8 +145,10 @@ def serve(
     except KeyboardInterrupt:
         return
     finally:
-        server.should_exit = True
-        ended.wait(GRACE_S)
+        # Whoever is being answered is cut off, which Gradio would print at length.
+        with contextlib.redirect_stderr(io.StringIO()):
+            server.should_exit = True
+            ended.wait(GRACE_S)
     raise RuntimeError("the page's server ended by itself")
 
 

@@ -92,7 +92,7 @@ def bad_files(folder: Path, good: Path) -> dict[Path, str]:
     told = {
         **{"text.dcm": "no image", "empty.dcm": "is empty", "half.dcm": "damaged or incomplete DICOM"},
         **{"study.zip": "Unpack it", "vast.png": f"{VAST:,} x {VAST:,}", "vast.dcm": f"{VAST:,} x {VAST:,}"},
-        **{"echo.dcm": "ultrasound", "huge.dcm": "exceeds the maximum"},  # the last by Gradio, before it is sent
+        **{"echo.dcm": "ultrasound", "huge.dcm": "larger than the 100 MB"},
     }
     return {folder / name: sentence for name, sentence in told.items()}
 

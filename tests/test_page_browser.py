@@ -175,6 +175,8 @@ def test_several_files_are_one_study_and_a_bad_one_among_them_is_told(xrays, vis
         visitor.pick("images", xray.path.stem)
         expect(told).to_contain_text(xray.path.stem)
         expect(visitor.drawn("svg")).to_have_attribute("viewBox", f"0 0 {xray.width} {xray.height}")
+    visitor.fill("threshold", "")  # as while a number is being typed
+    expect(visitor.drawn("image.xray")).to_have_count(1)
     # Other models are asked about the image that is looked at, which is not the first.
     visitor.pick("images", study.path.iloc[-1].stem)
     expect(told).to_contain_text(study.path.iloc[-1].stem)
@@ -184,6 +186,8 @@ def test_several_files_are_one_study_and_a_bad_one_among_them_is_told(xrays, vis
     rows = read_submission(visitor.download("rows", tmp_path))
     assert set(rows.studies.study_id) == set(study.study_id)
     assert set(rows.images.image_id) == {path.stem for path in study.path}
+    visitor.page.locator("#upload").get_by_label(re.compile("remove", re.I)).first.click()
+    expect(visitor.status).not_to_contain_text(f"{len(study)} images")
 
 
 def test_the_gallery_shows_annotations_beside_what_models_that_have_not_seen_the_image_say(runs, visitor):

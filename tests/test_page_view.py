@@ -121,9 +121,9 @@ def test_a_system_or_place_that_there_is_not_is_refused(viewer, view):
     assert viewer.switch(view, "yolo").system.detectors == ("yolo",)
 
 
-@pytest.mark.parametrize(("made", "says"), [(False, "is no folder"), (True, "no trained study model or detector")])
+@pytest.mark.parametrize(("made", "says"), [(False, "does not exist"), (True, "no trained study model or detector")])
 def test_the_command_says_what_is_missing(tmp_path, made, says):
     if made:
         (tmp_path / "runs").mkdir()
     result = CliRunner().invoke(app, ["page", "--runs", str(tmp_path / "runs")])
-    assert result.exit_code == 1 and says in result.output
+    assert result.exit_code and says in " ".join(result.output.split())
