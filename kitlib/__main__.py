@@ -262,7 +262,6 @@ def page(
     """Serve a page on this computer that shows what the models of RUNS say of a chest X-ray. Not for diagnosis."""
     from kitlib.page_server import quiet_gradio
 
-    logging.getLogger("kitlib").setLevel(logging.WARNING)
     try:
         typer.echo("Starting, which takes some ten seconds ...")
         with quiet_gradio() as folder:

@@ -291,10 +291,11 @@ def _predict(
     missing = [name for name, path in paths.items() if not path.is_file()]
     if not missing:
         return 0
-    predictor = load_predictor(run_folder / "bundle", device, 2 * recipe.batch_size, lungs=lungs)
+    predictor, lungs_missed = load_predictor(run_folder / "bundle", device, 2 * recipe.batch_size, lungs=lungs), 0
     for name in missing:
         write_table(_scores(predictor, cache, shown[name]), "class_scores", paths[name])
-    return predictor.lungs_missed
+        lungs_missed += predictor.lungs_missed
+    return lungs_missed
 
 
 def _absent(label: np.ndarray, classes: list[str]) -> list[str]:

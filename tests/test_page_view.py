@@ -126,4 +126,4 @@ def test_the_command_says_what_is_missing(tmp_path, made, says):
     if made:
         (tmp_path / "runs").mkdir()
     result = CliRunner().invoke(app, ["page", "--runs", str(tmp_path / "runs")])
-    assert result.exit_code and says in " ".join(result.output.split())
+    assert result.exit_code and says in " ".join(result.output.replace("│", " ").split())
