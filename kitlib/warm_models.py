@@ -125,7 +125,11 @@ class WarmModels:
                 remarks.append(f"{model.model} saw {predictor.lungs_missed} images whole: no lungs were found in them.")
         if not rows:
             raise failure
-        ensemble = self._ensemble(system)
+        ensemble = None
+        try:
+            ensemble = self._ensemble(system)
+        except (OSError, ValueError) as error:
+            remarks.append(f"The ensemble failed: {error}; the study models are fused as they are.")
         fused, stacked = fused_answer(probabilities, detections, coverage, study.table(), system.fusion, ensemble)
         if stacked and stacked.note:
             remarks.append(f"The ensemble: {stacked.note}.")
@@ -155,7 +159,7 @@ class WarmModels:
 def answering(system: System, study: OpenedStudy) -> tuple[list[Answering], list[str]]:
     """Those models of `system` that answer for `study`, and sentences on what they have seen of it before.
 
-    Models that have learnt from it answer only where none of its prepared run has not.
+    A model that has learnt from it answers only where all models of its prepared run have.
     """
     models, remarks = list(system.models), []
     own = [model for model in models if study.trained_on and model.data_fingerprint == study.trained_on]

@@ -294,6 +294,9 @@ def test_an_ensemble_stacks_the_study_models_and_its_failure_is_told(fused, gall
         "The ensemble: none of its learners (other) has answered; the study models are fused as they are.",
     )
     pd.testing.assert_frame_equal(answer.fused.studies, plain)
+    answer = warm.answer(replace(fused, name="gone", ensemble=tmp_path / "gone"), study)
+    assert [remark[:20] for remark in answer.remarks] == ["The ensemble failed:"]
+    pd.testing.assert_frame_equal(answer.fused.studies, plain)
 
 
 def load_mean(system, study):
