@@ -305,6 +305,4 @@ def _absent(label: np.ndarray, classes: list[str]) -> list[str]:
 
 
 def _scores(predictor: Predictor, cache: XrayCache, images: pd.DataFrame) -> pd.DataFrame:
-    if images.empty:
-        return empty_table("class_scores")
     return concatenate(predictor.predict(cache.read(image_id) for image_id in images.image_id), "class_scores")
