@@ -16,7 +16,6 @@ from kitlib.paths import find_run
 from kitlib.put_aside import PutAside, gather_put_aside
 from kitlib.stacking import LearnerScores, gather
 from kitlib.tables import concatenate, read_table
-from kitlib.training_run import ExtraImages
 
 PREPARED_TABLES = ("images", "labels", "boxes", "folds")
 STACKED_TABLES = ("nested_scores", "class_scores", "study_scores")  # the first that is there is the fullest
@@ -25,6 +24,30 @@ PREDICTED_TABLES = ("study_scores", "image_scores", "detections", "coverage")
 
 class RunError(ValueError):
     """A folder that is no finished run, or not of the kind asked for; the message says what to run first."""
+
+
+@dataclass(frozen=True)
+class ExtraImages:
+    """Further images to train on, such as pseudo-labelled ones or another data set's; no model is validated on them.
+
+    The tables are those of `kitlib.tables`; an optional column `none` of images is a soft target, see XrayDataset.
+    """
+
+    images: pd.DataFrame
+    labels: pd.DataFrame
+    boxes: pd.DataFrame
+    cache: XrayCache
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these images from others, in JSON's types."""
+        # The fingerprint reads none of the images but which they are: soft targets are given to it as labels.
+        none = self.images.set_index("image_id").reindex(columns=["none"]).rename_axis("id").reset_index()
+        return {
+            "images": len(self.images),
+            "longest_side": self.cache.longest_side,
+            "data_fingerprint": data_fingerprint(images=self.images, labels=self.labels, boxes=self.boxes),
+            "none_fingerprint": data_fingerprint(labels=none),
+        }
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from kitlib.lung_crop import check_finder
 from kitlib.lungs import StoredLungs
 from kitlib.predict import load_predictor
 from kitlib.recipes import DetectorRecipe
+from kitlib.runs import ExtraImages
 from kitlib.settings import override
 from kitlib.tables import check_table, concatenate, read_table, write_table
 from kitlib.training_run import (
-    ExtraImages,
     finish_fold,
     open_run,
     read_finished,

@@ -21,10 +21,10 @@ from kitlib.lung_crop import check_finder
 from kitlib.lungs import StoredLungs
 from kitlib.predict import load_predictor, study_and_image_scores
 from kitlib.recipes import StudyRecipe
+from kitlib.runs import ExtraImages
 from kitlib.tables import check_table, read_table, study_labels, write_table
 from kitlib.training import fit, gathered_batches
 from kitlib.training_run import (
-    ExtraImages,
     finish_fold,
     open_run,
     read_finished,

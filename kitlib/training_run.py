@@ -22,6 +22,7 @@ from kitlib.device import precision
 from kitlib.lungs import StoredLungs
 from kitlib.recipes import TrainingRecipe
 from kitlib.run_record import process_record
+from kitlib.runs import ExtraImages
 from kitlib.starting_weights import starting_weights_digest
 from kitlib.tables import check_table, class_columns, concatenate
 
@@ -65,30 +66,6 @@ class Fitted:
             "images_per_s": round(float(self.history.images_per_s.median()), 2),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "precision": precision(device),
-        }
-
-
-@dataclass(frozen=True)
-class ExtraImages:
-    """Further images to train on, such as pseudo-labelled ones or another data set's; no model is validated on them.
-
-    The tables are those of `kitlib.tables`; an optional column `none` of images is a soft target, see XrayDataset.
-    """
-
-    images: pd.DataFrame
-    labels: pd.DataFrame
-    boxes: pd.DataFrame
-    cache: XrayCache
-
-    def identity(self) -> dict[str, Any]:
-        """What tells these images from others, in JSON's types."""
-        # The fingerprint reads none of the images but which they are: soft targets are given to it as labels.
-        none = self.images.set_index("image_id").reindex(columns=["none"]).rename_axis("id").reset_index()
-        return {
-            "images": len(self.images),
-            "longest_side": self.cache.longest_side,
-            "data_fingerprint": data_fingerprint(images=self.images, labels=self.labels, boxes=self.boxes),
-            "none_fingerprint": data_fingerprint(labels=none),
         }
 
 

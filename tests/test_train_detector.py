@@ -18,12 +18,13 @@ from kitlib.named_recipes import RECIPES as SHIPPED
 from kitlib.named_recipes import recipe as find_recipe
 from kitlib.predict import Predictor
 from kitlib.recipes import DetectorRecipe
+from kitlib.runs import ExtraImages
 from kitlib.settings import override
 from kitlib.tables import BOX, read_table
 from kitlib.train_detector import canvas_precision, check_family, train_detector, with_negatives
 from kitlib.train_faster_rcnn import FasterRCNNTraining
 from kitlib.train_yolo import Canvases, Trainer, settings
-from kitlib.training_run import ExtraImages, ResumeError
+from kitlib.training_run import ResumeError
 from kitlib.xray_dataset import XrayDataset, batches
 
 from ultralytics.cfg import get_cfg  # isort: skip  (kitlib.yolo makes the import offline)

@@ -14,10 +14,11 @@ from small_xrays import RECIPE, SmallXrays
 from kitlib import train_study as module
 from kitlib.bundle import data_fingerprint, read_bundle
 from kitlib.classes import STUDY_CLASSES
+from kitlib.runs import ExtraImages
 from kitlib.settings import override
 from kitlib.tables import read_table
 from kitlib.train_study import StudyTraining, train_study, validation_scores
-from kitlib.training_run import ExtraImages, ResumeError
+from kitlib.training_run import ResumeError
 
 TIMES = ["seconds", "images_per_s"]
 TABLES = ["images", "labels", "boxes"]

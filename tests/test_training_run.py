@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from small_xrays import RECIPE, SmallXrays
 
 from kitlib.classes import STUDY_CLASSES
-from kitlib.training_run import ExtraImages, Fitted, ResumeError, draw_curves, open_run, run_identity, split, with_extra
+from kitlib.runs import ExtraImages
+from kitlib.training_run import Fitted, ResumeError, draw_curves, open_run, run_identity, split, with_extra
 from kitlib.xray_dataset import XrayDataset
 
 
