@@ -32,12 +32,12 @@ clean:
 
 # Headless OpenCV goes in last: it shares its folder with opencv-python, whose build wants libGL from the system. kit.pth lets
 # a notebook find kitlib wherever it is started.
-$(READY): requirements.txt kitlib/kaggle_image.txt
+$(READY): requirements.txt kitlib/kernels/kaggle_image.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo "Installing into .venv (torch brings its CUDA libraries: several GB come down)"
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
-	$(UV) -r requirements.txt --override kitlib/kaggle_image.txt
+	$(UV) -r requirements.txt --override kitlib/kernels/kaggle_image.txt
 	$(UV) --reinstall --no-deps $$(grep -o '^opencv-python-headless==[0-9.]*' requirements.txt)
 	echo "$(CURDIR)" > $$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kit.pth
 	touch $@

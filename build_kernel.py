@@ -10,12 +10,12 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from kitlib.bundle import BundleError
-from kitlib.kernel import KernelError, build_kernel, folder_bytes
-from kitlib.kernel_spec import KernelSpec, SpecError, read_spec
-from kitlib.push import Pushed, PushError, push
-from kitlib.rehearse import Rehearsal, RehearsalError, rehearse
-from kitlib.stand_in import StandInError
-from kitlib.wheels import WheelError, inference_pins, kaggle_wheels
+from kitlib.kernels.build import KernelError, build_kernel, folder_bytes
+from kitlib.kernels.push import Pushed, PushError, push
+from kitlib.kernels.rehearse import Rehearsal, RehearsalError, rehearse
+from kitlib.kernels.spec import KernelSpec, SpecError, read_spec
+from kitlib.kernels.stand_in import StandInError
+from kitlib.kernels.wheels import WheelError, inference_pins, kaggle_wheels
 
 console = Console()
 EXPECTED = (SpecError, KernelError, WheelError, BundleError, StandInError, RehearsalError, PushError)

@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from training import NoisyXrays
 
-from kitlib.named_recipes import recipe
-from kitlib.recipes import StudyRecipe
+from kitlib.recipes.fields import StudyRecipe
+from kitlib.recipes.named import recipe
 from kitlib.settings import override
-from kitlib.train_folds import train_folds
-from kitlib.train_study import train_study
+from kitlib.training.folds import train_folds
+from kitlib.training.study import train_study
 
 WAYS = {"one after the other": {"at_once": 1}, "side by side": {"at_once": 2}, "two processes a model": {"processes": 2}}
 

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pandas as pd
 
-from kitlib.fusion import BOX_METHODS, FusionSettings, fuse_boxes
+from kitlib.fusion.fuse import BOX_METHODS, FusionSettings, fuse_boxes
 from kitlib.tables import BOX
 
 IMAGES, PUBLIC_TEST, MODELS, BOXES_A_LIST = 200, 1263, 3, 100

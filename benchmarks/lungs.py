@@ -19,16 +19,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kitlib.apply_lungs import apply_lungs
 from kitlib.bundle import save_bundle
-from kitlib.cache import CachedXray, XrayCache
 from kitlib.device import pick_device
-from kitlib.named_recipes import recipe
-from kitlib.phantom import render
-from kitlib.phantom_patients import draw_exposure, draw_patient
-from kitlib.recipes import SegmenterRecipe
-from kitlib.segment_lungs import load_segmenter
-from kitlib.segmenter import Segmenter
+from kitlib.inference.segment_lungs import load_segmenter
+from kitlib.models.segmenter import Segmenter
+from kitlib.phantoms.drawing import render
+from kitlib.phantoms.patients import draw_exposure, draw_patient
+from kitlib.recipes.fields import SegmenterRecipe
+from kitlib.recipes.named import recipe
+from kitlib.training.apply_lungs import apply_lungs
+from kitlib.xrays.cache import CachedXray, XrayCache
 
 SIDE = 512  # of the decoded copies, pixels
 

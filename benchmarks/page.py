@@ -19,11 +19,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kitlib.opened_study import DecodedCopies
-from kitlib.page_view import BOXES, HEAT, LUNGS, TRUTH, Viewer
-from kitlib.run_listing import list_runs
-from kitlib.systems import find_systems
-from kitlib.warm_models import WarmModels
+from kitlib.leaderboard.listing import list_runs
+from kitlib.page.opened_study import DecodedCopies
+from kitlib.page.systems import find_systems
+from kitlib.page.view import BOXES, HEAT, LUNGS, TRUTH, Viewer
+from kitlib.page.warm_models import WarmModels
 
 UPLOADS = 12  # of which the median is told
 VISITS = 100  # until memory is looked at again, after as many to begin with

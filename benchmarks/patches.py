@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kitlib.device import autocast, pick_device
-from kitlib.named_recipes import recipe
-from kitlib.patch_classifier import CHUNKS, PatchClassifier
-from kitlib.patches import centres, places
-from kitlib.recipes import PatchRecipe
+from kitlib.models.patch_classifier import CHUNKS, PatchClassifier
+from kitlib.models.patches import centres, places
+from kitlib.recipes.fields import PatchRecipe
+from kitlib.recipes.named import recipe
 
 CLASSES = ("COVID-19", "viral", "bacterial", "normal")
 # Patched FLANNEL's five, side of a patch in pixels; images, and patches of each.

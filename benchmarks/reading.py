@@ -22,10 +22,10 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, JPEGBaseline8Bit, JPEGLossl
 from rich.console import Console
 from rich.table import Table
 
-from kitlib.decode_worker import shrink
-from kitlib.dicom import read_xray
-from kitlib.dicom_writing import WRITABLE, write_xray
-from kitlib.stored_values import NATIVE
+from kitlib.xrays.dicom import read_xray
+from kitlib.xrays.stored import NATIVE
+from kitlib.xrays.worker import shrink
+from kitlib.xrays.writing import WRITABLE, write_xray
 
 ROWS, COLUMNS, SIDE, REPEATS = 2800, 2400, 1024, 7
 # Times faster than the recipe; every other syntax must not be slower.

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
-from kitlib.scoring import score_files
-from kitlib.submission import submission_ids, write_submission
+from kitlib.scoring.csv_file import submission_ids, write_submission
+from kitlib.scoring.score import score_files
+from kitlib.scoring.validate import validate
 from kitlib.tables import BOX
-from kitlib.validate import validate
 
 IMAGES, BOXES_AN_IMAGE = 6334, 100
 BAR_SECONDS = 10.0

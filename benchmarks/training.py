@@ -21,19 +21,19 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
 
-from kitlib.cache import CachedXray
 from kitlib.classes import STUDY_CLASSES
-from kitlib.classifier import StudyClassifier
 from kitlib.device import autocast, pick_device, precision, seed_everything
-from kitlib.faster_rcnn import FasterRCNNDetector
-from kitlib.named_recipes import recipe
-from kitlib.recipes import DetectorRecipe, StudyRecipe, TrainingRecipe
+from kitlib.models.classifier import StudyClassifier
+from kitlib.models.faster_rcnn import FasterRCNNDetector
+from kitlib.recipes.fields import DetectorRecipe, StudyRecipe, TrainingRecipe
+from kitlib.recipes.named import recipe
 from kitlib.settings import override
 from kitlib.tables import BOX
-from kitlib.train_faster_rcnn import FasterRCNNTraining
-from kitlib.train_study import StudyTraining
-from kitlib.training import RecipeTraining, fit, make_optimizer
-from kitlib.xray_dataset import XrayDataset, batches
+from kitlib.training.faster_rcnn import FasterRCNNTraining
+from kitlib.training.loop import RecipeTraining, fit, make_optimizer
+from kitlib.training.study import StudyTraining
+from kitlib.training.xray_dataset import XrayDataset, batches
+from kitlib.xrays.cache import CachedXray
 
 BAR = 0.95  # of the bare loop's speed, on a GPU
 

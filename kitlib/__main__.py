@@ -32,8 +32,8 @@ def score(truth: Folder, submission: Submission, as_json: Json = False) -> None:
 
     With --json: the score, the six APs and opacity_boxed, null where the truth lacks a class.
     """
-    from kitlib.scoring import ScoringError, score_files
-    from kitlib.submission import SubmissionError
+    from kitlib.scoring.csv_file import SubmissionError
+    from kitlib.scoring.score import ScoringError, score_files
 
     try:
         precision = score_files(truth, submission)
@@ -52,8 +52,8 @@ def validate(sample: File, submission: Submission, as_json: Json = False) -> Non
 
     With --json: valid, and faults as a list of row, id and problem.
     """
-    from kitlib import validate as validator
-    from kitlib.submission import SubmissionError
+    from kitlib.scoring import validate as validator
+    from kitlib.scoring.csv_file import SubmissionError
 
     try:
         faults = validator.validate(sample, submission)
@@ -111,17 +111,17 @@ def phantom(
         raise typer.BadParameter("--layout siim wants --truth, a folder for the test set's labels")
     try:
         if layout is Layout.SIIM:
-            from kitlib.phantom_competition import write_competition as write
+            from kitlib.phantoms.siim import write_competition as write
         elif layout is Layout.NIH:
-            from kitlib.phantom_nih import write_nih as write
+            from kitlib.phantoms.nih import write_nih as write
         elif layout is Layout.RSNA:
-            from kitlib.phantom_rsna import write_rsna as write
+            from kitlib.phantoms.rsna import write_rsna as write
         elif layout in (Layout.KERMANY, Layout.COVID_CHESTXRAY):
-            from kitlib.phantom_diagnoses import write_diagnoses
+            from kitlib.phantoms.diagnoses import write_diagnoses
 
             write = partial(write_diagnoses, layout=layout.value)
         else:
-            from kitlib.phantom_lungs import write_lungs
+            from kitlib.phantoms.lungs import write_lungs
 
             write = partial(write_lungs, layout=layout.value)
 
@@ -146,7 +146,7 @@ def export(
     images: Annotated[bool, typer.Option("--images", help="Also write every image as PNG, at its original size.")] = False,
 ) -> None:
     """Write the boxes of RUN, a run of notebook 10, as OUT/annotations.json (coco) or OUT/labels (yolo)."""
-    from kitlib.annotation_files import export_run
+    from kitlib.runs.export import export_run
 
     try:
         for line in export_run(run, out, file_format, images):
@@ -164,7 +164,7 @@ def import_(
     run: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="The run that was exported.")] = None,
 ) -> None:
     """Write the boxes of SOURCE as OUT/boxes.parquet; of coco without RUN also its images and folds."""
-    from kitlib.annotation_files import import_tables
+    from kitlib.runs.export import import_tables
 
     try:
         for name, rows in import_tables(source, out, file_format, run).items():
@@ -193,9 +193,9 @@ def run(
     from rich.console import Console
 
     from kitlib.atomic import replacing
-    from kitlib.plan import PlanError, read_plan
-    from kitlib.plan_graph import plan_graph
-    from kitlib.run_plan import PlanFailed, describe_plan, run_plan
+    from kitlib.plans.engine import PlanFailed, describe_plan, run_plan
+    from kitlib.plans.graph import plan_graph
+    from kitlib.plans.plan import PlanError, read_plan
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
     pairs = [change.partition("=") for change in changes or []]
@@ -217,9 +217,9 @@ def run(
 @app.command(hidden=True)
 def run_planned(described: Annotated[Path, typer.Argument(exists=True)], name: str) -> None:
     """One run of a plan, as the engine calls it."""
-    from kitlib.plan import PlanError
-    from kitlib.run_planned import RunFailed
-    from kitlib.run_planned import run_planned as work
+    from kitlib.plans.one_run import RunFailed
+    from kitlib.plans.one_run import run_planned as work
+    from kitlib.plans.plan import PlanError
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
     try:
@@ -237,9 +237,9 @@ def demo(
     """From a phantom competition's DICOM files to a scored submission.csv, through every notebook and an offline kernel."""
     from rich.console import Console
 
-    from kitlib.demo import DemoFailed, demo_plan, run_demo
-    from kitlib.plan import PlanError
-    from kitlib.run_plan import PlanFailed
+    from kitlib.plans.demo import DemoFailed, demo_plan, run_demo
+    from kitlib.plans.engine import PlanFailed
+    from kitlib.plans.plan import PlanError
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
     try:
@@ -260,12 +260,12 @@ def page(
     ] = "127.0.0.1",
 ) -> None:
     """Serve a page on this computer that shows what the models of RUNS say of a chest X-ray. Not for diagnosis."""
-    from kitlib.page_server import quiet_gradio
+    from kitlib.page.server import quiet_gradio
 
     try:
         typer.echo("Starting, which takes some ten seconds ...")
         with quiet_gradio() as folder:
-            from kitlib.page import open_page
+            from kitlib.page.blocks import open_page
 
             open_page(runs, folder, port, host, lambda address: typer.echo(f"{address}  (Ctrl-C ends it)"))
         code = 0

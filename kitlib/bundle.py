@@ -27,7 +27,7 @@ STATED: dict[str, type | tuple[type, ...]] = {
     "classes": list,
     "recipe": dict,  # fields of the recipe's dataclass
     "architecture": dict,  # what the recipe does not say, {} if nothing
-    "longest_side": int,  # of the decoded copies that it was trained on, pixels; see kitlib.cache
+    "longest_side": int,  # of the decoded copies that it was trained on, pixels; see kitlib.xrays.cache
     "image_size": int,  # side of the square canvas, pixels
     "placement": str,  # "letterbox" or "stretch"
     "mean": list,  # a channel, of pixels scaled to 0..1

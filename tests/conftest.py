@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests import REAL_DATA
+
 # Compiling ensemble-boxes' loops takes longer than running them. Said before any test file imports them: once numba is
 # loaded, half of it would hear and half would not.
 os.environ["NUMBA_DISABLE_JIT"] = "1"
@@ -18,10 +20,9 @@ settings.load_profile("kit")
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The real X-rays that lie beside this project on its developers' machines."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no real data at {folder}")
-    return folder
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"no real data at {REAL_DATA}")
+    return REAL_DATA
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def _warm_kernels():
-    from warm_kernels import warm_kernels
+    from tests.warm_kernels import warm_kernels
 
     with warm_kernels() as path:
         yield path

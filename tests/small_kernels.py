@@ -13,7 +13,7 @@ import yaml
 from kitlib.bundle import save_bundle
 
 PARAMETERS = 'competition = "siim-covid19-detection"\nweights = "nothing"\nwheels = ""\ntime_limit_s = 1.0\nbatch_size = 16'
-INSTALL = "from kitlib.install_wheels import install_wheels\ninstall_wheels(wheels)"
+INSTALL = "from kitlib.inference.install_wheels import install_wheels\ninstall_wheels(wheels)"
 TRAINING = 'prepare_run = "prepare"\nrun_folder = "study"\nepochs = 50'
 
 

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from small_xrays import COLUMNS, ROWS, SmallXrays
 
 from kitlib.bundle import save_bundle
 from kitlib.classes import MASK_CODES
-from kitlib.lungs import FOUND, StoredLungs
-from kitlib.mask_store import MaskStore
-from kitlib.recipes import SegmenterRecipe
-from kitlib.segmenter import Segmenter
+from kitlib.lungs.finders import FOUND, StoredLungs
+from kitlib.models.segmenter import Segmenter
+from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.tables import BOX, write_table
+from kitlib.xrays.mask_store import MaskStore
+from tests.small_xrays import COLUMNS, ROWS, SmallXrays
 
 # In original pixels, on the pixels of the cached copy, around the white block; the mask is all of the frame.
 FRAME = (10.0, 6.0, 70.0, 66.0)

@@ -7,11 +7,11 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from kitlib.cache import CachedXray
 from kitlib.classes import MASK_CODES
-from kitlib.mask_store import MaskStore
-from kitlib.recipes import SegmenterRecipe
+from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.tables import empty_table
+from kitlib.xrays.cache import CachedXray
+from kitlib.xrays.mask_store import MaskStore
 
 ROWS, COLUMNS = 120, 100  # original size; the cache holds half of it
 

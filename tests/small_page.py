@@ -10,23 +10,23 @@ import cv2
 import numpy as np
 import torch
 from pydicom.uid import ExplicitVRLittleEndian
-from small_lungs import bright_segmenter
-from small_runs import coverage, image_scores, prepare, study_scores, train, true_boxes
 
 from kitlib.atomic import write_json
 from kitlib.bundle import data_fingerprint, save_bundle
-from kitlib.cache import XrayCache
-from kitlib.classifier import OUTPUTS, StudyClassifier
-from kitlib.dicom_writing import write_xray
-from kitlib.faster_rcnn import FasterRCNNDetector
-from kitlib.folds import make_folds
-from kitlib.fusion import FusionSettings, write_settings
-from kitlib.phantom_competition import write_competition
-from kitlib.recipes import DetectorRecipe, StudyRecipe
-from kitlib.siim import read_train
+from kitlib.datasets.folds import make_folds
+from kitlib.datasets.siim import read_train
+from kitlib.fusion.fuse import FusionSettings, write_settings
+from kitlib.models.classifier import OUTPUTS, StudyClassifier
+from kitlib.models.faster_rcnn import FasterRCNNDetector
+from kitlib.models.yolo import YoloDetector
+from kitlib.page.uploads import MAX_UPLOAD_BYTES
+from kitlib.phantoms.siim import write_competition
+from kitlib.recipes.fields import DetectorRecipe, StudyRecipe
 from kitlib.tables import empty_table, write_table
-from kitlib.uploads import MAX_UPLOAD_BYTES
-from kitlib.yolo import YoloDetector
+from kitlib.xrays.cache import XrayCache
+from kitlib.xrays.writing import write_xray
+from tests.small_lungs import bright_segmenter
+from tests.small_runs import coverage, image_scores, prepare, study_scores, train, true_boxes
 
 VAST = 60_000  # pixels a side that a header promises
 SIDE, COPY = 160, 96  # the longer side of the phantoms and of their decoded copies, pixels: boxes are scaled on the way

@@ -4,13 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import pandas as pd
-from small_xrays import BOX, RECIPE, SmallXrays
 
 from kitlib.atomic import write_json
 from kitlib.bundle import data_fingerprint
 from kitlib.classes import STUDY_CLASSES
 from kitlib.tables import BOX as SIDES
 from kitlib.tables import empty_table, write_table
+from tests.small_xrays import BOX, RECIPE, SmallXrays
 
 
 def tables_of(small: SmallXrays) -> dict[str, pd.DataFrame]:

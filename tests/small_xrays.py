@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from kitlib.cache import CachedXray
 from kitlib.classes import STUDY_CLASSES
 from kitlib.geometry import letterbox
-from kitlib.recipes import StudyRecipe
+from kitlib.recipes.fields import StudyRecipe
+from kitlib.xrays.cache import CachedXray
 
 ROWS, COLUMNS = 80, 100  # original size; the cache holds half of it
 BOX = (20.0, 10.0, 60.0, 50.0)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_xrays import SmallXrays
 from torch import nn
 
 from kitlib.bundle import BundleError, data_fingerprint, read_bundle, read_weights, save_bundle
+from tests.small_xrays import SmallXrays
 
 RECORD = {
     "family": "study",

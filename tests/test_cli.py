@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from kitlib.__main__ import app
 from kitlib.classes import SCORED_CLASSES, STUDY_LABEL_COLUMNS
-from kitlib.read_dataset import read_dataset
-from kitlib.submission import write_all_negative
+from kitlib.datasets.registry import read_dataset
+from kitlib.scoring.csv_file import write_all_negative
 
 IDS = ["s1_study", "s2_study", "i1_image", "i2_image"]
 
@@ -123,7 +123,8 @@ def test_phantoms_refuse_what_has_no_meaning(tmp_path):
 
 def test_score_and_validate_load_neither_torch_nor_a_decoder(folder):
     code = (
-        "import sys; from kitlib.scoring import score_files; from kitlib.validate import validate; import kitlib.__main__\n"
+        "import sys; from kitlib.scoring.score import score_files; from kitlib.scoring.validate import validate\n"
+        "import kitlib.__main__\n"
         "print([name for name in ('torch', 'pydicom', 'cv2', 'matplotlib', 'sklearn') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

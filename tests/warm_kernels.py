@@ -1,6 +1,6 @@
 """Notebooks' kernels as copies of one process that has loaded torch, which is most of what a small notebook does.
 
-Papermill starts them as it starts any kernel. What shows only in a kernel of its own is shown by tests/test_run_notebook.py
+Papermill starts them as it starts any kernel. What shows only in a kernel of its own is shown by tests/test_notebook.py
 and by the rehearsals, whose sandbox knows nothing of this.
 """
 
@@ -17,7 +17,15 @@ import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-MODULES = ("train_detector", "train_findings", "train_study", "train_lungs", "train_folds", "tuning", "figures")
+MODULES = (
+    "training.detector",
+    "training.findings",
+    "training.study",
+    "training.lungs",
+    "training.folds",
+    "fusion.tuning",
+    "reports.figures",
+)
 
 
 @contextmanager

@@ -14,18 +14,18 @@ import pandas as pd
 import typer
 
 from kitlib.atomic import write_text
-from kitlib.cache import XrayCache
 from kitlib.classes import STUDY_CLASSES
-from kitlib.detection_report import detection_draws, interval
-from kitlib.folds import make_folds
-from kitlib.named_recipes import recipe
-from kitlib.phantom_competition import write_competition
-from kitlib.recipes import DetectorRecipe, StudyRecipe
-from kitlib.scoring import class_precision
-from kitlib.siim import read_train
+from kitlib.datasets.folds import make_folds
+from kitlib.datasets.siim import read_train
+from kitlib.phantoms.siim import write_competition
+from kitlib.recipes.fields import DetectorRecipe, StudyRecipe
+from kitlib.recipes.named import recipe
+from kitlib.reports.detection_report import detection_draws, interval
+from kitlib.scoring.score import class_precision
 from kitlib.tables import concatenate
-from kitlib.train_detector import train_detector
-from kitlib.train_study import train_study
+from kitlib.training.detector import train_detector
+from kitlib.training.study import train_study
+from kitlib.xrays.cache import XrayCache
 
 STUDY: dict[str, dict[str, Any]] = {
     "small_study": {},

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from kitlib.detection_report import detection_draws, interval
-from kitlib.runs import read_prepared
+from kitlib.reports.detection_report import detection_draws, interval
+from kitlib.runs.reading import read_prepared
 from kitlib.tables import read_table
 
 

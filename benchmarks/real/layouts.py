@@ -15,7 +15,7 @@ import pandas as pd
 import typer
 
 from kitlib.atomic import write_csv, write_json
-from kitlib.rsna import CLASSES, IMAGES, LABELS, MAPPING
+from kitlib.datasets.rsna import CLASSES, IMAGES, LABELS, MAPPING
 
 
 def main(

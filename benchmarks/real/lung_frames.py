@@ -12,12 +12,12 @@ import pandas as pd
 import typer
 from rich.console import Console
 
-from kitlib.cache import CachedXray, XrayCache
-from kitlib.lungs import DarkLungs, LungFinder
-from kitlib.mask_store import MaskStore
-from kitlib.runs import read_metrics
-from kitlib.segment_lungs import load_segmenter
+from kitlib.inference.segment_lungs import load_segmenter
+from kitlib.lungs.finders import DarkLungs, LungFinder
+from kitlib.runs.reading import read_metrics
 from kitlib.tables import read_table
+from kitlib.xrays.cache import CachedXray, XrayCache
+from kitlib.xrays.mask_store import MaskStore
 
 BATCH = 16
 

@@ -15,12 +15,12 @@ import pandas as pd
 import typer
 
 from kitlib.atomic import write_json
-from kitlib.cache import XrayCache
 from kitlib.classes import MASK_CODES
-from kitlib.folds import check_no_leak, make_folds
-from kitlib.mask_store import MaskStore
-from kitlib.near_duplicates import near_duplicate_groups
+from kitlib.datasets.folds import check_no_leak, make_folds
+from kitlib.datasets.near_duplicates import near_duplicate_groups
 from kitlib.tables import empty_table, write_table
+from kitlib.xrays.cache import XrayCache
+from kitlib.xrays.mask_store import MaskStore
 
 LONGEST_SIDE = 512
 # Folder of the run -> the annotator as the table has it, the folds, and what the lungs' masks count.

@@ -1,0 +1,64 @@
+"""Which data sets the kit reads, and how what is here compares with what their makers published."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from kitlib.datasets.base import Dataset
+from kitlib.datasets.bimcv import read_bimcv
+from kitlib.datasets.covid_chestxray import read_covid_chestxray
+from kitlib.datasets.covidgr import read_covidgr
+from kitlib.datasets.covidx import read_covidx
+from kitlib.datasets.darwin import read_darwin
+from kitlib.datasets.jsrt import read_jsrt
+from kitlib.datasets.kermany import read_kermany
+from kitlib.datasets.nih import read_nih
+from kitlib.datasets.ricord import read_ricord
+from kitlib.datasets.rsna import read_rsna
+from kitlib.datasets.siim import read_train
+from kitlib.datasets.tb_lungs import read_montgomery, read_shenzhen
+from kitlib.tables import class_columns
+
+READERS: dict[str, Callable[..., Dataset]] = {
+    "siim": read_train,
+    "nih": read_nih,
+    "rsna": read_rsna,
+    "jsrt": read_jsrt,
+    "montgomery": read_montgomery,
+    "shenzhen": read_shenzhen,
+    "darwin": read_darwin,
+    "covid_chestxray": read_covid_chestxray,
+    "kermany": read_kermany,
+    "covidx": read_covidx,
+    "covidgr": read_covidgr,
+    "ricord": read_ricord,
+    "bimcv": read_bimcv,
+}
+
+
+def read_dataset(name: str, folder: str | Path, progress: bool = True) -> Dataset:
+    """The training set `name` (a key of READERS) in `folder`. Raises ValueError; LayoutError where a piece is missing."""
+    if name not in READERS:
+        raise ValueError(f"no data set is called {name!r}; there are: {', '.join(READERS)}")
+    return READERS[name](folder, progress=progress)
+
+
+def compare_with_published(dataset: Dataset) -> pd.DataFrame:
+    """A row a count: what, here, published (NA where nothing is), and share, of the published one; masks are of images."""
+    images, labels = dataset.images, dataset.labels
+    here = {
+        "images": len(images),
+        "studies": images.study_id.nunique(),
+        "patients": images.patient_id.nunique(),
+        "boxes": len(dataset.boxes),
+        "faults": len(dataset.faults),
+    }
+    if "false_none" in images:
+        here["false_none"] = int(images.false_none.sum())
+    if dataset.masks is not None:
+        here["masks"] = dataset.masks.image_id.nunique()
+    here |= {name: int((labels[name] > 0.5).sum()) for name in class_columns(labels, "labels")}
+    published = pd.Series({name: dataset.published.get(name, pd.NA) for name in here}, dtype="Int64")
+    table = pd.DataFrame({"here": pd.Series(here, dtype="Int64"), "published": published})
+    return table.assign(share=(table.here / table.published).round(4)).rename_axis("what").reset_index()

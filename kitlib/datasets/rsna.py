@@ -1,0 +1,115 @@
+"""Reads the RSNA Pneumonia Detection Challenge (stage 2, training set) into the kit's tables."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kitlib.classes import RSNA_CLASSES
+from kitlib.datasets.base import Dataset, Faults, LayoutError, cut_at_edges, files_below, read_csv, read_headers
+from kitlib.tables import BOX, check_table
+
+LABELS, CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
+IMAGES = "stage_2_train_images"
+# RSNA's own table of which NIH image each of its images is; published beside the challenge, not with its files.
+MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
+GOT = "`kaggle competitions download -c rsna-pneumonia-detection-challenge`, see inputs/README.md"
+# Shih et al. 2019 (Radiology: AI) for the stage 2 training set; rows and boxes counted in its table.
+PUBLISHED = {
+    "images": 26684,
+    "label_rows": 30227,
+    "boxes": 9555,
+    "Normal": 8851,
+    "No Lung Opacity / Not Normal": 11821,
+    "Lung Opacity": 6012,
+}
+
+
+def read_rsna(folder: str | Path, progress: bool = True) -> Dataset:
+    """The training images below `folder` (DICOM, or PNG or JPEG as re-packed sets have them), their class and opacity boxes.
+
+    image_id and study_id are RSNA's patientId. One patient has one image there, but the images are NIH's, where a patient
+    has several: with MAPPING in the folder `patient_id` is NIH's, so that folds do not leak, and without it the patientId,
+    with a fault that says so. Labels have the columns RSNA_CLASSES, one of them 1. Left out, with a fault: rows without a
+    file, files without a row, images with an unreadable header, a bad box, or a class that contradicts their boxes. Raises
+    LayoutError for a missing table or image folder.
+    """
+    folder, faults = Path(folder), Faults()
+    labels, boxes = read_label_tables(folder, faults)
+    if not (folder / IMAGES).is_dir():
+        raise LayoutError(f"{folder / IMAGES} is missing: unpack the challenge's training images there, {GOT}")
+    files = files_below(folder / IMAGES, (".dcm", ".png", ".jpg", ".jpeg"), faults)
+    missing = labels.id[~labels.id.isin(list(files))]
+    if len(missing):
+        faults.add(LABELS, missing.iloc[0], f"and {len(missing) - 1} other images have no file; left out")
+    for image_id in sorted(set(files) - set(labels.id)):
+        faults.add(files[image_id].name, image_id, f"has no usable row in {LABELS}; left out")
+    image_ids = sorted(set(files) & set(labels.id))
+    headers = read_headers([str(files[image_id]) for image_id in image_ids], progress)
+    for image_id, header in zip(image_ids, headers, strict=True):
+        if header.problem:
+            faults.add(files[image_id].name, image_id, f"{header.problem}; left out")
+    patients = nih_patients(folder / MAPPING, faults)
+    images = pd.DataFrame(
+        {
+            "image_id": image_ids,
+            "study_id": image_ids,
+            "patient_id": [patients.get(image_id, image_id) for image_id in image_ids],
+            "path": [str(files[image_id]) for image_id in image_ids],
+            "rows": [header.rows for header in headers],
+            "columns": [header.columns for header in headers],
+            "source": "rsna",
+            "view": [header.view for header in headers],
+        }
+    )
+    images = images[[not header.problem for header in headers]]
+    images, boxes = cut_at_edges(images, boxes[boxes.image_id.isin(images.image_id)], faults, LABELS)
+    labels = check_table(labels[labels.id.isin(images.image_id)], "labels", str(folder))
+    return Dataset(check_table(images, "images", str(folder)), labels, boxes, faults.table(), dict(PUBLISHED))
+
+
+def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Labels (id = patientId, one column a class) and opacity boxes of the two CSV files. Raises LayoutError."""
+    rows = read_csv(Path(folder) / LABELS, ("patientId", "x", "y", "width", "height", "Target"), GOT)
+    detailed = read_csv(Path(folder) / CLASSES, ("patientId", "class"), GOT).drop_duplicates()
+    x, y, width, height = (pd.to_numeric(rows[name], errors="coerce") for name in ("x", "y", "width", "height"))
+    boxes = pd.DataFrame({"image_id": rows.patientId, "xmin": x, "ymin": y, "xmax": x + width, "ymax": y + height})
+    whole = np.isfinite(boxes[list(BOX)]).all(axis=1) & (width > 0) & (height > 0)
+    bad = set(rows.patientId[~rows.Target.isin(["0", "1"]) | (whole != (rows.Target == "1"))])
+    for patient in sorted(bad):
+        faults.add(LABELS, patient, "Target is not 1 with a box or 0 without one; the image is left out")
+    for patient in sorted(set(detailed.patientId[detailed.patientId.duplicated(keep=False)])):
+        faults.add(CLASSES, patient, "has two different classes; the image is left out")
+        bad.add(patient)
+    known = detailed.drop_duplicates("patientId").set_index("patientId")["class"]
+    boxed = set(boxes.image_id[whole])
+    for patient in sorted(set(rows.patientId) - bad):
+        name = known.get(patient, "")
+        if name not in RSNA_CLASSES or (name == "Lung Opacity") != (patient in boxed):
+            faults.add(CLASSES, patient, f"class {name!r} does not fit the image's boxes; the image is left out")
+            bad.add(patient)
+    kept = sorted(set(rows.patientId) - bad)
+    classes = known.reindex(kept).to_numpy()
+    labels = pd.DataFrame({name: (classes == name).astype(float) for name in RSNA_CLASSES})
+    labels.insert(0, "id", kept)
+    return labels, boxes[whole & ~boxes.image_id.isin(bad)].reset_index(drop=True)
+
+
+def nih_patients(path: Path, faults: Faults) -> dict[str, str]:
+    """patientId -> NIH's patient, as kitlib.datasets.nih calls it; empty, with a fault, without the file.
+
+    Raises LayoutError.
+    """
+    if not path.is_file():
+        faults.add(path.name, "", "the file is missing; images of one NIH patient may fall into several folds")
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            entry["subset_img_id"]: f"nih-{entry['img_id'].partition('_')[0]}" for entry in entries if entry["subset_img_id"]
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LayoutError(
+            f"{path} is no list of objects with subset_img_id and img_id ({error!r}); fetch RSNA's file again, or remove it"
+        ) from error

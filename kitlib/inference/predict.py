@@ -1,0 +1,250 @@
+"""Predictions of one trained model over a stream of X-rays. Imports no training library: a submission starts in seconds."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kitlib.bundle import BundleError, read_bundle
+from kitlib.classes import STUDY_CLASSES
+from kitlib.device import autocast, pick_device
+from kitlib.geometry import PLACEMENTS, Placement, clip_boxes, flip_boxes
+from kitlib.inference.read_ahead import ahead
+from kitlib.lungs.canvas import canvas_of
+from kitlib.lungs.crop import crop, finder_for, looks_at_lungs, seen_lungs, wants_masks
+from kitlib.lungs.finders import LungFinder, Lungs
+from kitlib.models import classifier, patch_classifier
+from kitlib.models.fitted_batches import FittedBatches
+from kitlib.models.patches import image_seed, patch_canvas, places
+from kitlib.recipes.fields import VIEWS
+from kitlib.tables import BOX, check_table, empty_table
+from kitlib.xrays.cache import CachedXray
+
+BATCH_SIZES = {"cuda": 64, "cpu": 8}
+# Of boxes from different views; 1st place used it between models.
+VIEWS_IOU = 0.6
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images on their canvases: `placements` and `pixels` (n, side, side) for each canvas that the views want.
+
+    Of a patch model `pixels` has one canvas, "full", on which `where` are the centres of its patches, and no placement.
+
+    `lungs_missed` of them are seen whole because their lungs were looked for and not found.
+    """
+
+    image_ids: list[str]
+    placements: dict[str, list[Placement]]
+    pixels: dict[str, torch.Tensor]
+    lungs_missed: int
+    where: torch.Tensor | None = None  # of a patch model: int64 (m, 3), see kitlib.models.patches.places
+
+
+class Predictor:
+    """One model and how its input is made. Boxes leave it in original pixels.
+
+    `views` (keys of VIEWS; by default those of the model's recipe) are averaged: probabilities by their mean, boxes, brought
+    back to the original, by weighted box fusion into one list. `lungs` finds the lungs, batch by batch, for a recipe whose
+    lungs are "masks" (see kitlib.lungs.crop). Where they are not found, frame or, where the mask counts, mask, the image is
+    seen whole and as it is; `lungs_missed` counts how often, among the images of `seen`. A patch model takes it as one patch
+    then; else the centres of its patches follow from the image's name, so that a prediction repeats.
+    """
+
+    def __init__(
+        self,
+        record: dict[str, Any],
+        network: Any,
+        device: torch.device,
+        batch_size: int | None = None,
+        views: Sequence[str] | None = None,
+        lungs: LungFinder | None = None,
+    ) -> None:
+        self.kind = record["family"] if record["family"] in ("study", "findings", "patches") else "detector"
+        self.model, self.fold, self.classes = record["model"], record["fold"], list(record["classes"])
+        self.network, self.device = network, device
+        self.fitted = FittedBatches(self.model, device, batch_size or BATCH_SIZES[device.type])
+        self.seen: list[str] = []  # image_ids whose predictions have left, with a box or without
+        self.lungs_missed = 0
+        recipe = record["recipe"]
+        self.views = tuple(views or recipe.get("views") or ("full",))
+        unknown = [view for view in self.views if view not in VIEWS]
+        if unknown or len(set(self.views)) < len(self.views):
+            raise ValueError(f"{self.model}: views {list(self.views)}; there are, each once: {', '.join(VIEWS)}")
+        if self.kind == "patches" and self.views != ("full",):
+            raise ValueError(f"{self.model}: views {list(self.views)}; a patch model has no other than full")
+        self._canvas_names = sorted({VIEWS[view][0] for view in self.views})
+        # A detector may look at a larger canvas than it was trained on.
+        self._canvas = canvas_of(recipe, recipe.get("inference_size") or record["image_size"])
+        found_by = recipe.get("lungs", "darkness")
+        self._finder = finder_for(found_by, lungs) if looks_at_lungs(recipe, self.views) else None
+        self.wants_masks = wants_masks(recipe, self.views)
+        self.segmenter = record.get("architecture", {}).get("segmenter", "")  # whose lungs it was trained on
+        self._outputs = recipe.get("outputs", "both")
+        self._place = PLACEMENTS[record["placement"]]
+
+    def predict(self, stream: Iterable[CachedXray]) -> Iterator[pd.DataFrame]:
+        """A table a batch, while a thread reads ahead in `stream`.
+
+        Study: image_id, model, fold, the four classes and none, a row an image; NaN for what the model has not learnt.
+        Findings and patches: table class_scores. Detector: table detections, no row for images without a box. An error of
+        the stream is raised here; closing the iterator ends the thread. `seen` and `lungs_missed` begin anew.
+        """
+        self.seen, self.lungs_missed = [], 0
+        for batch in ahead(self._batches(stream)):
+            table = self._boxes(batch) if self.kind == "detector" else self._probabilities(batch)
+            self.seen += batch.image_ids
+            self.lungs_missed += batch.lungs_missed
+            yield table
+
+    def _batches(self, stream: Iterable[CachedXray]) -> Iterator[Batch]:
+        xrays: list[CachedXray] = []
+        for xray in stream:
+            xrays.append(xray)
+            if len(xrays) >= self.fitted.size:
+                yield self.canvases(xrays)
+                xrays = []
+        if xrays:
+            yield self.canvases(xrays)
+
+    def canvases(self, xrays: list[CachedXray]) -> Batch:
+        """What the model sees of these X-rays."""
+        if self.kind == "patches":
+            return self._patch_canvases(xrays)
+        lungs = [Lungs(None)] * len(xrays)
+        if self._finder is not None:
+            lungs = seen_lungs(self._finder, xrays, self._canvas.needs_mask)
+        frames = {"full": [None] * len(xrays), "lungs": [each.frame for each in lungs]}
+        placements = {name: list(map(self._placement, xrays, frames[name])) for name in self._canvas_names}
+        shown = [self._canvas.grey(xray.pixels, each.mask) for xray, each in zip(xrays, lungs, strict=True)]
+        pixels = {
+            name: torch.from_numpy(np.stack(list(map(self._canvas.lay, shown, places))))
+            for name, places in placements.items()
+        }
+        missed = sum(each.frame is None for each in lungs) if self._finder is not None else 0
+        return Batch([xray.image_id for xray in xrays], placements, pixels, missed)
+
+    def _patch_canvases(self, xrays: list[CachedXray]) -> Batch:
+        names, recipe = [xray.image_id for xray in xrays], self.network.recipe
+        lungs = seen_lungs(self._finder, xrays, masked=True)
+        laid = [patch_canvas(xray, each, recipe) for xray, each in zip(xrays, lungs, strict=True)]
+        where = places([each.centres(recipe.patches, image_seed(name)) for each, name in zip(laid, names, strict=True)])
+        pixels = torch.from_numpy(np.stack([each.pixels for each in laid]))
+        return Batch(names, {}, {"full": pixels}, sum(each.mask is None for each in laid), where)
+
+    def _placement(self, xray: CachedXray, frame: np.ndarray | None) -> Placement:
+        """Where the image, or its frame, lies on the square that the model sees."""
+        return self._canvas.middle(crop(self._place, frame, xray.rows, xray.columns, self._canvas.whole))
+
+    def _probabilities(self, batch: Batch) -> pd.DataFrame:
+        if self.kind == "patches":
+            with torch.inference_mode(), autocast(self.device):
+                found = self.network.image_probabilities(batch.pixels["full"], batch.where).numpy()
+        else:
+            found = np.mean([self.fitted(self._classified, pixels) for pixels, _ in self._seen_by(batch)], axis=0)
+        table = pd.DataFrame(found, columns=self.classes)
+        if self.kind == "study" and self._outputs != "both":
+            table[[name for name in self.classes if (name == "none") != (self._outputs == "none")]] = np.nan
+        table.insert(0, "image_id", batch.image_ids)
+        table.insert(1, "model", self.model)
+        table.insert(2, "fold", self.fold)
+        return table
+
+    def _classified(self, pixels: torch.Tensor) -> list[np.ndarray]:
+        with torch.inference_mode(), autocast(self.device):
+            found = self.network.probabilities(self.network(self.network.normalise(pixels)))
+        return list(found.double().cpu().numpy())
+
+    def _seen_by(self, batch: Batch) -> Iterator[tuple[torch.Tensor, list[Placement]]]:
+        """Pixels and placements of each view, in the order of `views`; mirrored ones are mirrored here."""
+        for canvas, mirrored in (VIEWS[view] for view in self.views):
+            pixels = batch.pixels[canvas]
+            yield pixels.flip(-1) if mirrored else pixels, batch.placements[canvas]
+
+    def _boxes(self, batch: Batch) -> pd.DataFrame:
+        views = [
+            [
+                self._in_original(place, found, VIEWS[view][1])
+                for place, found in zip(placements, self.fitted(self.network.predict, pixels), strict=True)
+            ]
+            for view, (pixels, placements) in zip(self.views, self._seen_by(batch), strict=True)
+        ]
+        found = [
+            self._merged(lists, place) for *lists, place in zip(*views, batch.placements[self._canvas_names[0]], strict=True)
+        ]
+        table = pd.DataFrame(np.concatenate([boxes for boxes, _ in found]), columns=list(BOX))
+        table.insert(0, "image_id", np.repeat(np.array(batch.image_ids, dtype=object), [len(boxes) for boxes, _ in found]))
+        table = table.assign(model=self.model, fold=self.fold, score=np.concatenate([scores for _, scores in found]))
+        return check_table(table, "detections")
+
+    def _in_original(self, place: Placement, found: np.ndarray, mirrored: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes (k, 4) of one canvas in original pixels, cut at the image's edges, less what keeps less than a pixel."""
+        boxes = flip_boxes(found[:, :4], place.canvas_columns) if mirrored else found[:, :4]
+        boxes, inside = clip_boxes(place.boxes_to_original(boxes), place.rows, place.columns)
+        return boxes[inside], found[inside, 4].astype(float).clip(0, 1)
+
+    def _merged(self, lists: list[tuple[np.ndarray, np.ndarray]], place: Placement) -> tuple[np.ndarray, np.ndarray]:
+        """One list of boxes in original pixels and their scores, from those of every view."""
+        if len(lists) == 1:
+            return lists[0]
+        # Only here: its import takes a second, and Kaggle's image lacks it where no detector was sent along.
+        from kitlib.fusion.boxes import merge_boxes
+
+        side = np.array([place.columns, place.rows] * 2, dtype=float)
+        boxes, scores = [], []
+        for box, score in lists:
+            boxes.append(box[score > 0] / side)
+            scores.append(score[score > 0])
+        merged, score = merge_boxes(boxes, scores, np.ones(len(lists)), iou=VIEWS_IOU)
+        return merged * side, score
+
+
+def load_predictor(
+    bundle_folder: str | Path,
+    device: torch.device | None = None,
+    batch_size: int | None = None,
+    views: Sequence[str] | None = None,
+    lungs: LungFinder | None = None,
+) -> Predictor:
+    """The bundle's model on `device` (default: `pick_device`); `views` instead of its recipe's; `lungs` as Predictor says.
+
+    Raises BundleError for a bundle that cannot be trusted.
+    """
+    record, state_dict = read_bundle(bundle_folder)
+    device = device or pick_device()
+    if record["family"] in ("study", "findings"):
+        load = classifier.load
+    elif record["family"] == "patches":
+        load = patch_classifier.load
+    elif record["family"] == "faster_rcnn":
+        from kitlib.models.faster_rcnn import load
+    elif record["family"] == "yolo":
+        # Only here: ultralytics is slow to import and missing where no YOLO was sent along.
+        from kitlib.models.yolo import load
+    else:
+        known = "study, findings, patches, faster_rcnn, yolo"
+        raise BundleError(f"{bundle_folder}: no family {record['family']!r}; there are: {known}")
+    return Predictor(record, load(record, state_dict, device), device, batch_size, views, lungs)
+
+
+def study_and_image_scores(chunks: Iterable[pd.DataFrame], images: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tables study_scores (mean over a study's images) and image_scores out of a study model's predictions of images.
+
+    What a model has not learnt (NaN) has no row.
+    """
+    chunks = [chunk for chunk in chunks if len(chunk)]
+    if not chunks:
+        return empty_table("study_scores"), empty_table("image_scores")
+    found = pd.concat(chunks, ignore_index=True)
+    studies = images.set_index("image_id").study_id
+    unknown = found.loc[~found.image_id.isin(studies.index), "image_id"]
+    if len(unknown):
+        raise ValueError(f"{len(unknown)} predicted images are not in the table images, first {unknown.iloc[0]}")
+    found["study_id"] = found.image_id.map(studies)
+    mean = found.groupby(["study_id", "model", "fold"], as_index=False)[list(STUDY_CLASSES)].mean()
+    nones = found[["image_id", "model", "fold", "none"]]
+    return check_table(mean.dropna(), "study_scores"), check_table(nones.dropna(), "image_scores")

@@ -1,0 +1,4 @@
+"""Which run is best: every run below a folder, listed, checked and ranked.
+
+No training, no prediction.
+"""

@@ -1,0 +1,82 @@
+"""Classifier of patches of the lungs, whose answers for many images' patches come from one batched forward."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kitlib.geometry import PLACEMENTS
+from kitlib.models.classifier import FindingsClassifier
+from kitlib.models.fitted_batches import FittedBatches
+from kitlib.models.patches import SCORES, windows
+from kitlib.recipes.fields import PatchRecipe
+from kitlib.settings import from_dict, override
+
+# Pixels a forward: 512 patches of 224 x 224, fewer where a GPU's memory is too small for them, or 8, which stay in a
+# processor's cache.
+CHUNKS = {"cuda": 512 * 224**2, "cpu": 8 * 224**2}
+
+
+class PatchClassifier(FindingsClassifier):
+    """One output a class for a patch, as a classifier of findings has for an image; exactly one class is true.
+
+    An image's answer is the share of its patches that vote for each class, or their mean softmax, as the recipe's
+    `patch_score` says. Patches lie on `kitlib.models.patches.patch_canvas`; `where` says which, see
+    `kitlib.models.patches.places`.
+    """
+
+    def __init__(self, recipe: PatchRecipe, classes: Sequence[str]) -> None:
+        check_patches(recipe)
+        super().__init__(recipe, classes)
+        self.chunk = 0  # patches that fit into memory together, once that is known
+
+    def image_probabilities(self, canvases: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """Canvases uint8 (n, side, side) and centres int64 (m, 3) to float64 (n, classes) on the CPU; rows sum to 1.
+
+        All patches are cut on the model's device and computed together, in as large chunks as fit into its memory. Call it
+        in evaluation mode, without gradients, in the precision of `kitlib.device.autocast`.
+        """
+        return self.scored(self.probabilities(self.patch_logits(canvases, where)), where, len(canvases))
+
+    def patch_logits(self, canvases: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """The logits (m, outputs) of the single patches, on the model's device."""
+        device, side = next(self.parameters()).device, self.recipe.image_size
+        patches = windows(canvases.to(device, non_blocking=True), side)
+        fitted = FittedBatches("patches", device, self.chunk or max(1, CHUNKS[device.type] // side**2))
+        found = fitted(lambda each: [self(self.normalise(patches[tuple(each.T)]))], where)
+        self.chunk = fitted.size
+        return torch.cat(found)
+
+    def scored(self, probabilities: torch.Tensor, where: torch.Tensor, images: int) -> torch.Tensor:
+        """Probabilities (m, classes) of patches to those of their images, float64 (images, classes) on the CPU."""
+        return SCORES[self.recipe.patch_score](probabilities.cpu(), where[:, 0].cpu(), images)
+
+
+def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device) -> PatchClassifier:
+    """A patch classifier from a bundle's record and weights, ready to predict on `device`. Raises where they do not fit."""
+    recipe = override(from_dict(PatchRecipe, record["recipe"]), starting_weights="")
+    model = PatchClassifier(recipe, record["classes"])
+    model.load_state_dict(state_dict, strict=True)
+    return model.eval().to(device, memory_format=torch.channels_last)
+
+
+def check_patches(recipe: PatchRecipe) -> None:
+    """Raise ValueError for settings that patches have no use for."""
+    for name, wanted in (
+        ("masked", True),
+        ("multi_label", False),
+        ("trained_on", "full"),
+        ("views", ("full",)),
+    ):
+        if getattr(recipe, name) != wanted:
+            raise ValueError(f"recipe.{name} is {getattr(recipe, name)!r}; a classifier of patches wants {wanted!r}")
+    if recipe.placement not in PLACEMENTS:
+        raise ValueError(f"recipe.placement is {recipe.placement!r}; there are: {', '.join(PLACEMENTS)}")
+    for name in ("patches", "validation_patches"):
+        if getattr(recipe, name) < 1:
+            raise ValueError(f"recipe.{name} is {getattr(recipe, name)}, wanted at least 1 patch an image")
+    if recipe.canvas < recipe.image_size:
+        raise ValueError(
+            f"recipe.canvas is {recipe.canvas}, of which patches of {recipe.image_size} pixels are cut; set it larger"
+        )
+    if not 0 <= recipe.least_lungs < 1:
+        raise ValueError(f"recipe.least_lungs is {recipe.least_lungs}, wanted a share of the canvas, such as 0.01")

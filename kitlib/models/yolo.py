@@ -1,0 +1,226 @@
+"""YOLO of any generation that ultralytics builds from a model YAML, without ultralytics' pickles, downloads or telemetry."""
+
+import os
+import tempfile
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision.ops import box_convert, generalized_box_iou_loss, nms
+
+from kitlib.bundle import BundleError
+from kitlib.models.squeezenet import default_cfgs
+from kitlib.models.starting_weights import load_starting_weights, read_starting_weights, renormalised
+from kitlib.recipes.fields import DetectorRecipe
+from kitlib.settings import from_dict, override
+
+# Read by ultralytics when it is imported: without them it asks the network, for up to 20 seconds where there is none.
+os.environ.setdefault("YOLO_OFFLINE", "1")
+os.environ.setdefault("YOLO_AUTOINSTALL", "False")
+os.environ.setdefault("YOLO_CONFIG_DIR", str(Path(tempfile.gettempdir()) / f"ultralytics_{os.getuid()}"))
+os.environ.setdefault("YOLO_VERBOSE", "False")
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
+
+from ultralytics.nn.tasks import DetectionModel, yaml_model_load  # noqa: E402
+from ultralytics.utils import SETTINGS  # noqa: E402
+from ultralytics.utils.loss import BboxLoss, E2ELoss  # noqa: E402
+
+SETTINGS["sync"] = False  # telemetry
+
+CANDIDATES = 3000  # boxes an image, best first, that reach non-maximum suppression
+BOX_LOSSES = ("ciou", "giou")
+
+# YOLOv8's neck and head on torchvision's SqueezeNet 1.1, whose features lie at strides 8 and 16; `width` is the neck's. Its
+# own layers pad too little: see PADDED in kitlib.models.faster_rcnn.
+SQUEEZENET = {
+    "nc": 1,
+    "scales": {"n": [1.0, 1.0, 1024]},
+    "scale": "n",
+    "backbone": [
+        [-1, 1, "nn.ZeroPad2d", [[4, 0, 4, 0]]],
+        [-1, 1, "TorchVision", [512, "squeezenet1_1", None, True, 1, True]],
+        [1, 1, "Index", [256, 8]],  # what comes in counts as the first of its outputs
+        [1, 1, "Index", [512, 13]],
+        [-1, 1, "Conv", [512, 3, 2]],
+        [-1, 1, "SPPF", [512, 5]],
+    ],
+    "head": [
+        [-1, 1, "nn.Upsample", [None, 2, "nearest"]],
+        [[-1, 3], 1, "Concat", [1]],
+        [-1, 1, "C2f", [256]],
+        [-1, 1, "nn.Upsample", [None, 2, "nearest"]],
+        [[-1, 2], 1, "Concat", [1]],
+        [-1, 1, "C2f", [128]],
+        [-1, 1, "Conv", [128, 3, 2]],
+        [[-1, 8], 1, "Concat", [1]],
+        [-1, 1, "C2f", [256]],
+        [-1, 1, "Conv", [256, 3, 2]],
+        [[-1, 5], 1, "Concat", [1]],
+        [-1, 1, "C2f", [512]],
+        [[11, 14, 17], 1, "Detect", [1]],
+    ],
+}
+SQUEEZENET_LAYERS = "model.model.1.m."  # where torchvision's `features.` are in the detector
+
+
+class GeneralisedIoU(BboxLoss):
+    """ultralytics' box loss with GIoU (Rezatofighi et al. 2019) for CIoU, as the Heidelberg report has it, section 3.2."""
+
+    def forward(
+        self, pred_dist, pred_bboxes, anchor_points, target_bboxes, target_scores, target_scores_sum, fg_mask, imgsz, stride
+    ):
+        given = (
+            pred_dist,
+            pred_bboxes,
+            anchor_points,
+            target_bboxes,
+            target_scores,
+            target_scores_sum,
+            fg_mask,
+            imgsz,
+            stride,
+        )
+        _, distribution = super().forward(*given)
+        weight = target_scores[fg_mask].sum(-1)
+        loss = generalized_box_iou_loss(pred_bboxes[fg_mask].float(), target_bboxes[fg_mask].float()) * weight
+        return loss.sum() / target_scores_sum, distribution
+
+
+class Network(DetectionModel):
+    """ultralytics' network with the box loss that the recipe names."""
+
+    box_loss = BOX_LOSSES[0]
+
+    def init_criterion(self):
+        criterion = super().init_criterion()
+        if self.box_loss == "giou":
+            parts = [criterion.one2many, criterion.one2one] if isinstance(criterion, E2ELoss) else [criterion]
+            for part in parts:
+                part.bbox_loss = GeneralisedIoU(part.reg_max).to(part.device)
+        return criterion
+
+
+class YoloDetector(nn.Module):
+    """Takes canvases as they are: grey uint8 of the recipe's size, tripled and scaled to 0..1 here and nowhere else."""
+
+    family = "yolo"
+    mean, std = [0.0] * 3, [1.0] * 3
+
+    def __init__(self, recipe: DetectorRecipe, model: DetectionModel | None = None):
+        """`model`: a network that is already built, such as training's moving average; otherwise the recipe's."""
+        super().__init__()
+        self.recipe = recipe
+        if model is not None:
+            self.model = model
+            return
+        if recipe.box_loss not in ("", *BOX_LOSSES):
+            raise ValueError(f"recipe.box_loss is {recipe.box_loss!r}; YOLO has: {', '.join(BOX_LOSSES)}")
+        self.model = Network(_architecture(recipe), ch=3, nc=1, verbose=False)
+        self.model.box_loss = recipe.box_loss or BOX_LOSSES[0]
+        stride = int(self.model.stride.max())
+        for name in ("image_size", "inference_size"):
+            side = getattr(recipe, name)
+            if side % stride:
+                raise ValueError(
+                    f"recipe.{name} {side} is no multiple of {stride}, the grid of {recipe.backbone!r}; "
+                    f"take {max(1, round(side / stride)) * stride}"
+                )
+        self.starting_weights = self._start()
+
+    @torch.inference_mode()
+    def predict(self, pixels: torch.Tensor) -> list[np.ndarray]:
+        """For canvases uint8 (n, side, side), n float arrays (k, 5): xmin, ymin, xmax, ymax in canvas pixels and score 0..1,
+        best first, k at most `max_detections`. The side is the recipe's `inference_size`, if it has one."""
+        side = self.recipe.inference_size or self.recipe.image_size
+        if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (side, side):
+            raise ValueError(f"wants uint8 canvases (n, {side}, {side}), got {pixels.dtype} {tuple(pixels.shape)}")
+        self.model.eval()
+        device = next(self.parameters()).device
+        images = pixels.to(device)[:, None].expand(-1, 3, -1, -1).float() / 255
+        # float16 places a box within a quarter of a pixel; bfloat16 would be off by two.
+        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+            output = self.model(images)
+        return [self._best(each).cpu().numpy() for each in self._candidates(output)]
+
+    def _start(self) -> str:
+        """Load the recipe's starting weights; what was loaded, in words."""
+        source = self.recipe.starting_weights
+        if not source:
+            return "from scratch"
+        if self.recipe.backbone == "squeezenet1_1" and (layers := _squeezenet_layers(read_starting_weights(source))):
+            whole = self.state_dict()
+            missing = [name for name in whole if name.startswith(SQUEEZENET_LAYERS) and name not in layers]
+            if missing:
+                raise BundleError(f"{source} lacks {len(missing)} tensors of SqueezeNet 1.1, such as {missing[0]}")
+            self.load_state_dict(layers, strict=False)
+            return f"{source}: {len(layers)} tensors of the backbone; neck and head left random"
+        report = load_starting_weights(self, source, prefix="model.")
+        # Another count of classes costs the head's last layers alone.
+        if len(report["random"]) > 0.1 * len(self.state_dict()):
+            raise BundleError(
+                f"{source} lacks {len(report['random'])} tensors of {self.recipe.backbone!r}, such as "
+                f"{report['random'][0]}; name weights of that very model"
+            )
+        return f"{source}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
+
+    def _candidates(self, output: tuple | torch.Tensor) -> list[torch.Tensor]:
+        """Boxes (n, any, 5) of the head's raw output: corners in canvas pixels, score."""
+        output = output[0] if isinstance(output, tuple) else output
+        if self.model.end2end:  # (n, boxes, 6): corners, score, class
+            return list(output[..., :5])
+        output = output.transpose(1, 2)  # (n, boxes, 5): centre, size, score of the one class
+        return list(torch.cat([box_convert(output[..., :4], "cxcywh", "xyxy"), output[..., 4:5]], dim=-1))
+
+    def _best(self, boxes: torch.Tensor) -> torch.Tensor:
+        # Not ultralytics' own suppression: it stops at a time limit, so that a slow machine silently loses boxes.
+        boxes = boxes.float()
+        boxes = boxes[boxes[:, 4] >= self.recipe.min_score]
+        boxes = boxes[boxes[:, 4].argsort(descending=True, stable=True)[:CANDIDATES]]
+        boxes[:, :4] = boxes[:, :4].clamp(0, self.recipe.inference_size or self.recipe.image_size)
+        boxes = boxes[(boxes[:, 2:4] > boxes[:, :2]).all(dim=1)]
+        return boxes[nms(boxes[:, :4], boxes[:, 4], self.recipe.nms_iou)[: self.recipe.max_detections]]
+
+
+def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device) -> YoloDetector:
+    """A detector from a bundle's record and weights, ready to predict on `device`. Raises where the weights do not fit."""
+    detector = YoloDetector(override(from_dict(DetectorRecipe, record["recipe"]), starting_weights=""))
+    detector.load_state_dict(state_dict, strict=True)
+    return detector.eval().to(device)
+
+
+def _squeezenet_layers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """SqueezeNet's layers out of a classifier's weights under the detector's names, its first one for pixels 0..1 in colour.
+
+    Empty where the weights are not those of a `squeezenet1_1` as kitlib.models.squeezenet names its parts.
+    """
+    found = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
+    layers = {name.removeprefix("features."): tensor for name, tensor in found.items() if name.startswith("features.")}
+    if not layers:
+        return {}
+    config = default_cfgs["squeezenet1_1"].default
+    first = layers["0.weight"]
+    if first.shape[1] == 1:
+        first = first.expand(-1, 3, -1, -1) / 3
+    layers["0.weight"], layers["0.bias"] = renormalised(
+        first, layers["0.bias"], had=(config.mean, config.std), wants=((0.0,) * 3, (1.0,) * 3)
+    )
+    return {f"{SQUEEZENET_LAYERS}{name}": tensor for name, tensor in layers.items()}
+
+
+def _architecture(recipe: DetectorRecipe) -> dict:
+    """ultralytics' description of the named model, its channels multiplied by the recipe's width."""
+    if recipe.backbone == "squeezenet1_1":
+        return {**deepcopy(SQUEEZENET), "scales": {"n": [1.0, recipe.width, 1024]}}
+    try:
+        architecture = yaml_model_load(f"{recipe.backbone}.yaml")
+    except FileNotFoundError as error:
+        raise ValueError(f"ultralytics has no model {recipe.backbone!r}; try yolov5lu, yolo11n or squeezenet1_1") from error
+    if recipe.width == 1:
+        return architecture
+    if "scales" not in architecture:
+        raise ValueError(f"{recipe.backbone!r} has one width only; recipe.width {recipe.width} needs one such as yolo11n")
+    depth, width, most = architecture["scales"][architecture["scale"]]
+    return {**architecture, "scales": {architecture["scale"]: [depth, width * recipe.width, most]}}

@@ -1,0 +1,69 @@
+"""An answer to take away: the rows of a submission, and JSON for programs."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kitlib.atomic import write_json
+from kitlib.bundle import versions
+from kitlib.classes import STUDY_CLASSES
+from kitlib.fusion.fuse import Fused
+from kitlib.page.opened_study import OpenedStudy
+from kitlib.page.systems import System
+from kitlib.page.warm_models import Answer
+from kitlib.scoring.csv_file import submission_ids, write_submission
+from kitlib.tables import BOX
+
+NOT_FOR_DIAGNOSIS = "Not for diagnosis: research models of a competition, no medical device."
+
+
+def named(fused: Fused, study: OpenedStudy) -> Fused:
+    """The same with the images' own names in the place of their keys."""
+    names = {image.key: image.image_id for image in study.images}
+    tables = (table.assign(image_id=table["image_id"].map(names)) for table in (fused.nones, fused.detections))
+    return Fused(fused.studies, *tables)
+
+
+def write_rows(path: str | Path, answer: Answer, study: OpenedStudy) -> None:
+    """The study's and its images' rows as a submission of these models has them; where none answers, the prior."""
+    fused = named(answer.fused, study)
+    ids = submission_ids([study.study_id], [image.image_id for image in study.images])
+    studies, nones = fused.studies[~fused.studies["prior"]], fused.nones[~fused.nones["prior"]]
+    write_submission(path, ids, studies, nones, fused.detections)
+
+
+def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: System) -> None:
+    """The same as JSON: probabilities in 0..1, all boxes in pixels of the original image; null where no model answers."""
+    fused = named(answer.fused, study)
+    told = fused.studies.iloc[0]
+    seen = set(fused.nones.loc[fused.nones["seen"], "image_id"])
+    nones = fused.nones["none"].where(~fused.nones["prior"]).set_axis(fused.nones["image_id"])
+    write_json(
+        path,
+        {
+            "note": NOT_FOR_DIAGNOSIS,
+            "study_id": study.study_id,
+            "study": None if told["prior"] else {name: float(told[name]) for name in STUDY_CLASSES},
+            "images": [
+                {
+                    "image_id": image.image_id,
+                    "rows": image.rows,
+                    "columns": image.columns,
+                    "none": None if pd.isna(nones[image.image_id]) else float(nones[image.image_id]),
+                    "opacity": _boxes(fused.detections, image.image_id) if image.image_id in seen else None,
+                    "remarks": list(image.remarks),
+                }
+                for image in study.images
+            ],
+            "remarks": [*study.remarks, *answer.remarks],
+            "system": system.name,
+            "models": answer.models[["model", "fold"]].to_dict("records"),
+            "versions": versions(),
+        },
+    )
+
+
+def _boxes(detections: pd.DataFrame, image_id: str) -> list[dict[str, Any]]:
+    own = detections[detections["image_id"] == image_id].sort_values("score", ascending=False)
+    return own[["score", *BOX]].round({"score": 7, **dict.fromkeys(BOX, 2)}).to_dict("records")

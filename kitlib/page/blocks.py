@@ -1,0 +1,306 @@
+"""The page: a study's images, what the kit's models say of them, and where they look. Gradio's layout and its events."""
+
+import logging
+import threading
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from kitlib.classes import STUDY_CLASSES
+from kitlib.leaderboard.listing import list_runs
+from kitlib.page.answer_files import NOT_FOR_DIAGNOSIS
+from kitlib.page.gallery import find_gallery
+from kitlib.page.opened_study import DecodedCopies
+from kitlib.page.server import serve
+from kitlib.page.systems import find_systems
+from kitlib.page.uploads import MAX_UPLOAD_BYTES, Refused
+from kitlib.page.view import BOXES, HEAT, KEPT_S, TRUTH, View, Viewer
+from kitlib.page.warm_models import WarmModels
+from kitlib.page.window_level import Windowed
+from kitlib.paths import project_root
+from kitlib.reports.figures import SHOWN_SCORE
+
+logger = logging.getLogger(__name__)
+
+TITLE = "Chest X-rays and the kit's models"
+NOTHING = "Nothing is open: upload an X-ray, or pick one from the gallery."
+STYLE = """
+footer { display: none !important }
+#status { min-height: 1.6em } #status .refused { color: #b00020; font-weight: 600 } .dark #status .refused { color: #ff8a80 }
+#gallery .caption-label { inset: auto 0 0 0; max-width: 100%; padding: 0 .3em; font-size: .65rem; border-radius: 0 }
+#gallery .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important }
+#told table.facts, #told .facts tr { width: 100%; border: 0 }
+#told .facts :is(th, td) { border: 0; padding: .1em .8em .1em 0; font-size: .85em; text-align: left; vertical-align: top }
+#told .facts th { white-space: nowrap; opacity: .7; font-weight: 400 } #told .facts td { overflow-wrap: anywhere }
+#told .remarks { font-size: .85em; margin-top: .5em }
+"""
+
+
+def build_page(viewer: Viewer) -> gr.Blocks:
+    """The page's blocks. Predictions, and heat that is asked for first, wait for each other in the viewer's models."""
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    with gr.Blocks(
+        theme=theme, title=TITLE, css=STYLE, analytics_enabled=False, delete_cache=(600, KEPT_S), fill_width=True
+    ) as blocks:
+        gr.Markdown(f"# {TITLE}\n**{NOT_FOR_DIAGNOSIS}**", elem_id="title")
+        _Page(viewer).lay_out()
+    return blocks
+
+
+def open_page(runs: Path | None, folder: Path, port: int, host: str, ready: Callable[[str], None]) -> None:
+    """Serve the page of the models below `runs` until it is stopped, see kitlib.page.server.serve.
+
+    `folder` takes what it writes. Raises NoSystem without trained models, FileNotFoundError without that folder, PortTaken.
+    """
+    listed = list_runs([runs or project_root() / "runs" / "demo"])
+    systems, copies, models = find_systems(listed), DecodedCopies(folder / "copies"), WarmModels()
+    try:
+        gallery = find_gallery(listed, systems[0].models[0].data_fingerprint, copies)
+
+        def begin(address: str) -> None:
+            # The page is there already, and the first question waits.
+            threading.Thread(target=models.load, args=[systems[0]], daemon=True).start()
+            ready(address)
+
+        serve(build_page(Viewer(systems, models, copies, gallery, folder)), port, host, begin)
+    finally:
+        copies.close()
+
+
+class _Visit:
+    """What a visitor asked for last: Gradio gives each one a copy. Answers to what was asked before come too late."""
+
+    turn: object = None
+
+
+class _Page:
+    def __init__(self, viewer: Viewer) -> None:
+        self.viewer = viewer
+
+    def lay_out(self) -> None:
+        names = list(self.viewer.systems)
+        # A View, or the status line that stands where nothing is open: to begin with, and once it is forgotten.
+        self.view = gr.State(_status(NOTHING), time_to_live=KEPT_S)
+        self.windowed, self.visit = gr.State(None, time_to_live=KEPT_S), gr.State(_Visit())
+        with gr.Row():
+            with gr.Column(scale=3, min_width=280):
+                self.systems = gr.Radio(
+                    names,
+                    value=names[0],
+                    label="Models",
+                    info="A detector alone answers beside the same study models.",
+                    elem_id="models",
+                )
+                with gr.Tabs():
+                    with gr.Tab("Your images"):
+                        self.upload = gr.File(
+                            file_count="multiple",
+                            label=f"DICOM, PNG or JPEG files of one study, up to {MAX_UPLOAD_BYTES / 1e6:.0f} MB each",
+                            height=150,
+                            elem_id="upload",
+                        )
+                    if self.viewer.gallery is not None:
+                        self._lay_out_gallery()
+            with gr.Column(scale=5, min_width=320):
+                self.status = gr.HTML(_status(NOTHING), elem_id="status")
+                self.picture = gr.HTML(elem_id="picture")
+                self.images = gr.Dropdown([], label="Image of the study", visible=False, elem_id="images")
+                self.threshold = gr.Slider(
+                    *(0, 1, SHOWN_SCORE),
+                    step=0.01,
+                    label="Show boxes with a score of at least",
+                    visible=False,
+                    elem_id="threshold",
+                )
+            with gr.Column(scale=3, min_width=260):
+                self.bars = gr.HTML(elem_id="bars")
+                self.layers = gr.CheckboxGroup(
+                    self.viewer.layers, value=[BOXES, TRUTH], label="Show", visible=False, elem_id="layers"
+                )
+                self.heat_class = gr.Dropdown(
+                    [*STUDY_CLASSES, "none"], label="Heat for", visible=False, elem_id="heat-class"
+                )
+                self.own_window = gr.Checkbox(label="Set window and level", visible=False, elem_id="own-window")
+                self.center = gr.Slider(0, 1, 0, label="Level (centre)", visible=False, elem_id="center")
+                self.width = gr.Slider(1, 2, 1, label="Window (width)", visible=False, elem_id="width")
+                with gr.Row():
+                    self.rows = gr.DownloadButton("Submission rows", visible=False, size="sm", elem_id="rows")
+                    self.json = gr.DownloadButton("JSON", visible=False, size="sm", elem_id="json")
+                self.told = gr.HTML(elem_id="told")
+        self._listen()
+
+    def _lay_out_gallery(self) -> None:
+        gallery = self.viewer.gallery
+        shown, pages = gallery.page(gallery.choices()[0], 1)
+        with gr.Tab(f"Gallery: {gallery.name}"):
+            self.choice = gr.Dropdown(gallery.choices(), value=gallery.choices()[0], label="Images", elem_id="choice")
+            self.page = gr.Slider(1, max(pages, 2), 1, step=1, label="Page", visible=pages > 1, elem_id="page")
+            self.thumbnails = gr.Gallery(
+                shown, columns=3, allow_preview=False, height="auto", show_label=False, elem_id="gallery", format="jpeg"
+            )
+
+    def _listen(self) -> None:
+        opened = [
+            *(self.view, self.windowed, self.status, self.picture, self.images, self.bars, self.told),
+            *(self.threshold, self.layers, self.heat_class, self.own_window, self.center, self.width, self.rows, self.json),
+        ]
+        seen = [self.view, self.images, self.threshold, self.layers, self.heat_class, self.windowed, self.center, self.width]
+        # A click while the one before is being answered is not lost. Nor is an answer: Gradio 5.50's queue sends those of a
+        # visitor in one stream, and loses what is asked for while that is being closed.
+        quiet: dict[str, Any] = {"trigger_mode": "always_last", "queue": False, "api_name": False, "show_progress": "hidden"}
+        loud = {**quiet, "show_progress": "minimal", "show_progress_on": self.picture}
+        uploaded = self._answering(self.viewer.upload, self._opened)
+        answers = [
+            gr.on(
+                [self.upload.upload, self.upload.delete],
+                uploaded,
+                [self.visit, self.upload, self.systems],
+                opened,
+                **loud,
+            ),
+            self.systems.input(self._settle, [self.visit, self.view, self.systems], opened, **loud),
+        ]
+        if self.viewer.gallery is not None:
+            answers.append(self.thumbnails.select(self._picked, [self.visit, self.systems], opened, **loud))
+            self.choice.input(self._first_page, self.choice, [self.page, self.thumbnails], **quiet)
+            turned = [self.choice, self.page], self.thumbnails
+            self.page.input(lambda choice, page: self.viewer.gallery.page(choice, int(page))[0], *turned, **quiet)
+        # Shown in a step of its own, by what the controls say then: they may have been moved in the meantime.
+        changes = [
+            *(answer.then(self._settle, [self.visit, self.view, self.systems], opened, **quiet) for answer in answers),
+            self.images.input(self._image, [self.view, self.images], opened, **quiet),
+            self.own_window.input(self._window, [self.view, self.images, self.own_window], opened, **quiet),
+        ]
+        for change in changes:
+            change.then(self._show, seen, opened, **quiet)
+        self.upload.clear(lambda: self._closed(_status(NOTHING)), None, opened, **quiet)
+        self.layers.input(lambda layers: gr.update(visible=HEAT in layers), self.layers, self.heat_class, **quiet)
+        moves = (self.layers, self.threshold, self.heat_class, self.center, self.width)
+        gr.on([control.input for control in moves], self._draw, seen, self.picture, **quiet)
+
+    def _answering(self, answered: Callable[..., View], opened: Callable[[View], dict]) -> Callable[..., dict]:
+        """A handler of a visit and further inputs: the view that `answered` gives as `opened` shows it, or the refusal."""
+
+        def handler(visit: _Visit, *given: Any) -> dict:
+            turn = visit.turn = object()
+            try:
+                shown = opened(answered(*given))
+            except Refused as refused:
+                shown = self._closed(_status(str(refused), "refused"))
+            except Exception as error:  # the next study may go well
+                logger.error("a study could not be answered", exc_info=error)
+                sentence = f"This went wrong ({type(error).__name__}: {error}); the terminal says more."
+                shown = self._closed(_status(sentence, "refused"))
+            # The visitor may have asked for another study in the meantime.
+            return shown if visit.turn is turn else {self.view: gr.skip()}
+
+        return handler
+
+    def _picked(self, visit: _Visit, system: str, event: gr.SelectData) -> dict:
+        image_id = event.value["caption"].rpartition(", ")[2]
+        return self._answering(self.viewer.pick, self._opened)(visit, image_id, system)
+
+    def _settle(self, visit: _Visit, view: View | str, system: str) -> dict:
+        """The study answered by the models that are chosen by now."""
+        if isinstance(view, str) or view.system.name == system:
+            return {self.view: gr.skip()}
+        return self._answering(self.viewer.switch, self._answer)(visit, view, system)
+
+    def _first_page(self, choice: str) -> tuple[dict, list]:
+        shown, pages = self.viewer.gallery.page(choice, 1)
+        return gr.update(value=1, maximum=max(pages, 2), visible=pages > 1), shown
+
+    def _opened(self, view: View) -> dict:
+        names = [image.image_id for image in view.study.images]
+        return {
+            self.images: gr.update(choices=names, value=names[0], visible=len(names) > 1),
+            self.heat_class: view.likeliest,
+            **dict.fromkeys((self.threshold, self.layers), gr.update(visible=True)),
+            **self._image(view, names[0]),
+            **self._answer(view),
+        }
+
+    def _answer(self, view: View) -> dict:
+        rows, told = self.viewer.files(view)
+        shown = {self.rows: gr.update(value=rows, visible=True), self.json: gr.update(value=told, visible=True)}
+        return {self.view: view, **shown}
+
+    def _image(self, view: View | str, image_id: str | None) -> dict:
+        is_dicom = isinstance(view, View) and view.image(image_id).is_dicom
+        return {
+            self.windowed: None,
+            self.own_window: gr.update(value=False, visible=is_dicom),
+            **dict.fromkeys((self.center, self.width), gr.update(visible=False)),
+        }
+
+    def _closed(self, status: str) -> dict:
+        """The sentence, and nothing of what was shown before: it would pass for the answer."""
+        shown = (self.images, self.threshold, self.layers, self.heat_class, self.own_window, self.center, self.width)
+        return {
+            **{self.view: status, self.windowed: None, self.status: status},
+            **dict.fromkeys((self.picture, self.bars, self.told), ""),
+            **dict.fromkeys((*shown, self.rows, self.json), gr.update(visible=False)),
+        }
+
+    def _window(self, view: View | str, image_id: str | None, own: bool) -> dict:
+        hidden = {self.windowed: None, **dict.fromkeys((self.center, self.width), gr.update(visible=False))}
+        if isinstance(view, str) or not own:
+            return hidden
+        try:
+            windowed = self.viewer.window(view, view.image(image_id))
+        except Refused as refused:
+            return {**hidden, self.windowed: str(refused)}
+        (center, width), step = windowed.default, max((windowed.highest - windowed.lowest) / 500, 0.01)
+        # A file's own window may lie beside its values.
+        ends = min(windowed.lowest, center), max(windowed.highest, center)
+        shown = {"step": step, "visible": True}
+        return {
+            self.windowed: windowed,
+            self.center: gr.update(minimum=ends[0], maximum=ends[1], value=center, **shown),
+            self.width: gr.update(minimum=1, maximum=max(2 * windowed.whole[1], width), value=width, **shown),
+        }
+
+    def _show(self, view: View | str, image_id: str | None, *seen: Any) -> dict:
+        if isinstance(view, str):
+            return self._closed(view)
+        image = view.image(image_id)
+        return {
+            self.status: _status(self.viewer.summary(view)),
+            self.picture: self._draw(view, image_id, *seen),
+            self.bars: self.viewer.bars(view, image),
+            self.told: self.viewer.told(view, image),
+            self.heat_class: gr.update(visible=HEAT in seen[1]),
+        }
+
+    def _draw(
+        self,
+        view: View | str,
+        image_id: str | None,
+        threshold: float,
+        layers: list[str],
+        heat_class: str,
+        windowed: Windowed | str | None,
+        center: float,
+        width: float,
+    ) -> str:
+        if isinstance(view, str):
+            return f"<p>{view}</p>"
+        if isinstance(windowed, str):  # why there is no window
+            return f"<p>{escape(windowed)}</p>{self.viewer.draw(view, view.image(image_id), threshold, layers, heat_class)}"
+        return self.viewer.draw(view, view.image(image_id), threshold, layers, heat_class, windowed, (center, width))
+
+
+def _nearest(slider: gr.Slider, value: float | None) -> float:
+    """While a number is being typed it may be empty or out of range: what is allowed nearest to it stands for it."""
+    return min(max(slider.minimum if value is None else value, slider.minimum), slider.maximum)
+
+
+# Gradio's own raises, at every digit. A subclass would be another component, for which the browser has no code.
+gr.Slider.preprocess = _nearest
+
+
+def _status(sentence: str, kind: str = "") -> str:
+    return f'<span class="{kind}" role="status">{escape(sentence)}</span>'

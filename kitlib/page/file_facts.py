@@ -1,0 +1,164 @@
+"""What a file of unknown origin is and says of its image: read where a hostile one does no harm, in a decoding process."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
+
+from kitlib.xrays.dicom import UnreadableXray, read_stored_values
+from kitlib.xrays.header import header_of, read_elements
+from kitlib.xrays.image_file import image_format, open_image
+
+# Channels of a grey picture that went through a lossy codec differ by less, a coloured arrow or tinted paper by more.
+COLOURED_SHARE = 1 / 16  # of the range of greys
+ILLEGIBLE = "ILLEGIBLE"
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B")  # Pillow's
+
+UNPACK = "Unpack it and choose the images in it."
+CONVERT = "Save the image as PNG or JPEG, or choose the DICOM file it was made from."
+CHOOSE_IMAGE = "Choose a DICOM, PNG or JPEG file of a chest X-ray."
+FOREIGN = {  # how the file begins: what it is, and what to do
+    rb"PK(\x03\x04|\x05\x06|\x07\x08)": ("a ZIP archive", UNPACK),
+    rb"\x1f\x8b": ("a gzip archive", UNPACK),
+    rb"BZh[1-9]|\xfd7zXZ\0|\x28\xb5\x2f\xfd": ("a compressed archive", UNPACK),
+    rb"7z\xbc\xaf\x27\x1c": ("a 7-Zip archive", UNPACK),
+    rb"Rar!\x1a\x07": ("a RAR archive", UNPACK),
+    rb".{257}ustar": ("a tar archive", UNPACK),
+    rb"%PDF-": ("a PDF document", "Export the image in it as DICOM, PNG or JPEG."),
+    rb"II\*\0|MM\0\*": ("a TIFF image", CONVERT),
+    rb"BM.{4}\0{4}": ("a BMP image", CONVERT),
+    rb"RIFF.{4}WEBP": ("a WebP image", CONVERT),
+    rb".{4}ftyp(heic|heix|mif1|avif)": ("a HEIC or AVIF image", CONVERT),
+    rb"\0{3}\x0cjP  |\xff\x4f\xff\x51": ("a JPEG 2000 image without a DICOM header", CONVERT),
+    rb".{4}ftyp|RIFF.{4}AVI |\x1aE\xdf\xa3": ("a video", CHOOSE_IMAGE),
+    rb".{344}(n\+1|ni1)\0": ("a NIfTI volume", CONVERT),
+    rb"MZ|\x7fELF": ("a program", CHOOSE_IMAGE),
+    rb"(?i)\s*(<!doctype html|<html)": ("a web page", CHOOSE_IMAGE),
+}
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Texts are empty where the file says nothing. The ids are for telling files apart and nothing to show."""
+
+    kind: str  # "DICOM", "PNG", "JPEG", "GIF" or "JSRT"
+    shown: dict[str, str] = field(default_factory=dict)  # name and value for a reader, nothing of the patient
+    modality: str = ""
+    body_part: str = ""
+    view: str = ""
+    study_id: str = ""
+    patient_id: str = ""
+    coloured: bool = False  # channels that differ
+
+
+def foreign(path: str | Path) -> tuple[str, str] | None:
+    """What the file is that is surely no image to read, and what to do; None where decoding has to tell. Raises OSError."""
+    if promised_kind(path):  # a DICOM file's first 128 bytes may be another format's header
+        return None
+    with open(path, "rb") as file:
+        start = file.read(1024)
+    found = next((told for beginning, told in FOREIGN.items() if re.match(beginning, start, re.DOTALL)), None)
+    return found or (("a text file", CHOOSE_IMAGE) if _is_text(start) else None)
+
+
+def promised_kind(path: str | Path) -> str:
+    """What the first bytes promise, whatever follows them: a kind of FileFacts, or "" for nothing known. Raises OSError."""
+    with open(path, "rb") as file:
+        return image_format(path) or ("DICOM" if file.read(132)[128:] == b"DICM" else "")
+
+
+def read_facts(path: str | Path) -> FileFacts:
+    """Raises UnreadableXray, and OSError for a file that cannot be opened."""
+    kind = image_format(path)
+    if kind:
+        return FileFacts(kind, {"Format": kind}, coloured=kind != "JSRT" and _picture_is_coloured(path))
+    try:
+        # With the pixels: from memory an element's length that lies asks for no more than there is.
+        elements, syntax = read_elements(path)
+        with open(path, "rb") as file:
+            # Of a deflated file the reader tells what was inside.
+            if DeflatedExplicitVRLittleEndian.encode() in file.read(2048):
+                syntax = DeflatedExplicitVRLittleEndian
+        header, samples = header_of(elements, syntax), elements.whole("SamplesPerPixel", 1)
+    except OSError:
+        raise
+    except Exception as error:  # whatever pydicom makes of a damaged file
+        told = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise UnreadableXray(path, told + " ".join(str(error).split())) from None
+    modality, body_part, view, photometric = map(_code, (header.modality, header.body_part, header.view, header.photometric))
+    shown = {
+        "Format": "DICOM",
+        "Modality": modality,
+        "View": view,
+        "Body part": body_part,
+        "Photometric interpretation": photometric,
+        "Bits": str(header.bits_stored or ""),
+        "Transfer syntax": UID(header.transfer_syntax).name,
+    }
+    return FileFacts(
+        "DICOM",
+        {name: text for name, value in shown.items() if (text := printable(value, 80))},
+        modality=modality.upper(),
+        body_part=body_part.upper(),
+        view=view.upper(),
+        study_id=header.study_id,
+        patient_id=header.patient_id,
+        coloured=samples == 3 and _dicom_is_coloured(path, header.photometric, header.bits_stored),
+    )
+
+
+def printable(text: str, longest: int) -> str:
+    """One line of at most `longest` letters: control letters, half letters and those that turn the direction are `?`."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _code(text: str) -> str:
+    """A code as headers have them, or that it is none: past a damaged length stand the next elements, the patient's too."""
+    return text if len(text) <= 32 and re.fullmatch(r"[\w ,./()+-]*", text) else ILLEGIBLE
+
+
+def _is_text(start: bytes) -> bool:
+    if b"\0" in start:
+        return False
+    try:
+        start.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return bool(start) and error.start >= len(start) - 3  # a letter cut in two by reading so far
+    return True
+
+
+def _picture_is_coloured(path: str | Path) -> bool:
+    with open_image(path) as image:
+        if image.mode in GREY_MODES:
+            return False
+        try:
+            if image.format == "GIF":
+                return _differ(np.array(image.convert("RGB")), 8)
+            pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        except (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError) as error:
+            raise UnreadableXray(path, f"damaged image: {' '.join(str(error).split())}") from None
+    if pixels is None:
+        raise UnreadableXray(path, "damaged image: nothing could be decoded")
+    return _differ(pixels, 8)
+
+
+def _dicom_is_coloured(path: str | Path, photometric: str, bits_stored: int) -> bool:
+    values = read_stored_values(path)
+    all_bits = 8 * values.itemsize
+    bits = bits_stored if 1 <= bits_stored <= all_bits else all_bits
+    if photometric.upper().startswith("YBR"):  # as luma and two differences of colour, unless the decoder made RGB of it
+        away = np.abs(values[..., 1:].astype(np.int32) - 2 ** (bits - 1)).max()
+        return bool(away > COLOURED_SHARE * 2**bits) and _differ(values, bits)
+    return _differ(values, bits)
+
+
+def _differ(channels: np.ndarray, bits: int) -> bool:
+    """Whether any pixel's channels (rows, columns, 3) are further apart than those of a grey one."""
+    first, second, third = cv2.split(np.ascontiguousarray(channels))
+    pairs = ((first, second), (second, third), (third, first))
+    return max(cv2.norm(one, other, cv2.NORM_INF) for one, other in pairs) > COLOURED_SHARE * 2**bits

@@ -1,0 +1,80 @@
+"""A folder of phantoms: whole or not there at all, left alone where it fits, never in the place of anything else."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cv2
+
+from kitlib.atomic import write_json
+from kitlib.xrays.cache import usable_cores
+from kitlib.xrays.worker import LightContext
+
+LEAST_SIDE = 32  # pixels; a smaller chest shows nothing
+
+Item = TypeVar("Item")
+Written = TypeVar("Written")
+
+
+@dataclass(frozen=True)
+class PhantomFolder:
+    """`marker` lies beside `folder`, which has the data set's own files and no other; it says what they were made from.
+
+    `tables` are the names of the folder's tables, by whose bytes phantoms are told from a real data set.
+    """
+
+    folder: Path
+    marker: Path
+    tables: tuple[str, ...]
+
+    def made_with(self, parameters: dict[str, Any]) -> bool:
+        """Whether the folder is there and fits `parameters`. Raises FileExistsError where it holds something else."""
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return False
+        made = json.loads(self.marker.read_text(encoding="utf-8")) if self.marker.is_file() else {}
+        # The tables tell ours from a real data set that was unpacked where phantoms were once.
+        if made.get("tables") != self._digest(self.folder):
+            raise FileExistsError(f"{self.folder} holds something else than phantoms; choose another folder or move it away")
+        return parameters.items() <= made.items()
+
+    @contextmanager
+    def replacing(self, parameters: dict[str, Any]) -> Iterator[Path]:
+        """Yield a folder beside, to be filled; when the block ends without an error it takes the place of `folder`."""
+        partial, replaced = (self.folder.with_name(f".{self.folder.name}.{suffix}") for suffix in ("partial", "replaced"))
+        for left_behind in (partial, replaced):
+            shutil.rmtree(left_behind, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        # Killed between any two of these, the next call finds either phantoms that fit their marker or none.
+        if self.folder.exists():
+            self.folder.rename(replaced)
+        write_json(self.marker, parameters | {"tables": self._digest(partial)})
+        partial.rename(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _digest(self, folder: Path) -> str:
+        tables = [folder / name for name in self.tables]
+        return hashlib.sha256(b"".join(table.read_bytes() for table in tables if table.is_file())).hexdigest()[:16]
+
+
+def default_workers(images: int) -> int:
+    """One process for every hundred images, since starting one takes as long as drawing many; at most one a core."""
+    return min(usable_cores(), 1 + images // 100)
+
+
+def each_in_order(write: Callable[[Item], Written], items: Sequence[Item], workers: int, side: int) -> Iterator[Written]:
+    """What `write` returns for each item, in the items' order, so that results do not depend on `workers`.
+
+    `write` and the items cross to other processes; `side`, pixels of an image, sets how many go at once.
+    """
+    if workers <= 1:
+        yield from map(write, items)
+        return
+    with ProcessPoolExecutor(workers, mp_context=LightContext(), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+        yield from pool.map(write, items, chunksize=max(1, min(8, 2000 // side)))

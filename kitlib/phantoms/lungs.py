@@ -1,0 +1,232 @@
+"""Writes phantoms laid out as the sets of lung masks: JSRT with SCR, Montgomery, Shenzhen, and V7's from Darwin.
+
+Masks are those of the drawing, as each set counts lungs.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from kitlib.atomic import replacing, write_json, write_text
+from kitlib.datasets.darwin import CLASSES
+from kitlib.datasets.darwin import LEAST_SIDE as DARWIN_SIDE
+from kitlib.phantoms import drawing as phantom
+from kitlib.phantoms import patients as phantom_patients
+from kitlib.phantoms import plan as phantom_plan
+from kitlib.phantoms.drawing import render, structures
+from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order
+from kitlib.phantoms.patients import draw_exposure, draw_finding, draw_patient
+from kitlib.phantoms.plan import apportion
+from kitlib.xrays.cache import fingerprint
+from kitlib.xrays.image_file import JSRT_BITS, JSRT_SIDE
+
+SCR_SIDE = 1024  # pixels of SCR's masks
+MASKED_SHARE = 566 / 662  # of Shenzhen's images
+LATERAL_SHARE = 0.02  # of Darwin's images, and at least one; what they show is frontal nonetheless
+FIRST_DARWIN_ID = 965322
+
+
+@dataclass(frozen=True)
+class _Planned:
+    number: int  # from 1
+    shown: str  # one of the layout's classes
+    patient_seed: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """One phantom: `pixels` uint8 (rows, columns), its structures' masks (see `structures`), and a sex and an age."""
+
+    pixels: np.ndarray
+    masks: dict[str, np.ndarray]
+    sex: str
+    age: int
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """`classes` -> its share of the images, and the findings that show it."""
+
+    classes: dict[str, tuple[float, tuple[str, ...]]]
+    tell_tale: str  # a file that every set of this layout has, by whose bytes phantoms are told from a real one
+    write: Callable[[Path, _Planned, _Drawn], None]
+
+
+def write_lungs(
+    folder: str | Path,
+    layout: str,
+    *,
+    images: int,
+    seed: int,
+    side: int = JSRT_SIDE,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write FOLDER/LAYOUT, one of LAYOUTS, and return it.
+
+    jsrt: `All247images/*.IMG`, 2048 x 2048 pixels and 8 MB each, whatever `side` is, and `scratch/fold1` and `fold2` with
+    masks of heart, left and right lung, 1024 x 1024, as GIF files. montgomery: PNG files, a mask of each lung, and readings.
+    shenzhen: the same, with one mask for six images in seven. darwin: images, and annotations with two polygons called Lung,
+    which take in the heart; one image in fifty, and at least one, is tagged as lateral and has none. The images of these
+    three have `side` pixels on their longer side and are not square. As for `write_competition`: the same parameters give
+    the same bytes, the folder appears when it is whole, stays as it is where it fits, and FileExistsError where it holds
+    something else. Raises ValueError for another layout, fewer images than classes, or too small a side.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"no set of lung masks is called {layout!r}; there are: {', '.join(LAYOUTS)}")
+    # The shorter side has at least four fifths of the longer one.
+    least_side = DARWIN_SIDE * 5 // 4 if layout == "darwin" else LEAST_SIDE
+    classes = LAYOUTS[layout].classes
+    if images < len(classes) or side < least_side:
+        raise ValueError(f"wanted at least {len(classes)} images of {least_side} pixels, got {images} of {side}")
+    side = JSRT_SIDE if layout == "jsrt" else side
+    parameters: dict[str, Any] = {"images": images, "side": side, "seed": seed}
+    parameters["generator"] = fingerprint(phantom, phantom_patients, phantom_plan, sys.modules[__name__])
+    folder = Path(folder) / layout
+    target = PhantomFolder(folder, folder.with_name(f".{layout}.json"), (LAYOUTS[layout].tell_tale,))
+    if target.made_with(parameters):
+        logging.getLogger(__name__).info("%s is there already, made with these parameters", folder)
+        return folder
+    planned = _plan(layout, images, seed)
+    with target.replacing(parameters) as root:
+        written = each_in_order(partial(_write, root, layout, side), planned, workers or default_workers(images), side)
+        list(tqdm(written, total=images, desc="phantoms", unit="image", disable=not progress))
+    return folder
+
+
+def _plan(layout: str, images: int, seed: int) -> list[_Planned]:
+    """In the order of the classes, as JSRT's and the two tuberculosis sets are numbered."""
+    rng = np.random.default_rng([seed, 40, list(LAYOUTS).index(layout)])
+    shown = apportion(images, {name: share for name, (share, _) in LAYOUTS[layout].classes.items()})
+    seeds = rng.integers(2**31, size=(images, 2))
+    return [
+        _Planned(number, name, int(patient), int(image))
+        for number, (name, (patient, image)) in enumerate(zip(shown, seeds, strict=True), start=1)
+    ]
+
+
+def _write(root: Path, layout: str, side: int, image: _Planned) -> None:
+    rng = np.random.default_rng(image.seed)
+    finding = str(rng.choice(LAYOUTS[layout].classes[image.shown][1]))
+    patient, opacities = draw_finding(rng, finding, draw_patient(np.random.default_rng(image.patient_seed)))
+    exposure = draw_exposure(rng, side)
+    if layout == "jsrt":
+        exposure = replace(exposure, rows=side, columns=side)
+    grey, _ = render(patient, exposure, opacities)
+    pixels = np.rint(grey * np.float32(255)).astype(np.uint8)
+    drawn = _Drawn(pixels, structures(patient, exposure), str(rng.choice(["F", "M"])), int(rng.integers(18, 90)))
+    LAYOUTS[layout].write(root, image, drawn)
+
+
+def _write_jsrt(root: Path, image: _Planned, drawn: _Drawn) -> None:
+    # Odd and even numbers, as SCR's own.
+    fold = f"fold{2 - image.number % 2}"
+    name = f"JPC{'LN' if image.shown == 'nodule' else 'NN'}{image.number:03d}"
+    values = (255 - drawn.pixels.astype(">u2")) << (JSRT_BITS - 8)
+    with replacing(root / "All247images" / f"{name}.IMG") as beside:
+        beside.write_bytes(values.astype(">u2").tobytes())
+    for structure, mask in drawn.masks.items():
+        small = cv2.resize(mask.astype(np.uint8) * 255, (SCR_SIDE, SCR_SIDE), interpolation=cv2.INTER_AREA) > 127
+        _save(root / "scratch" / fold / "masks" / structure.replace("_", " ") / f"{name}.gif", small)
+
+
+def _write_montgomery(root: Path, image: _Planned, drawn: _Drawn) -> None:
+    top = root / "MontgomerySet"
+    name = f"MCUCXR_{image.number:04d}_{int(image.shown != 'normal')}"
+    _save(top / "CXR_png" / f"{name}.png", drawn.pixels)
+    for side in ("left", "right"):
+        _save(top / "ManualMask" / f"{side}Mask" / f"{name}.png", drawn.masks[f"{side}_lung"])
+    write_text(
+        top / "ClinicalReadings" / f"{name}.txt",
+        f"Patient's Sex: {drawn.sex}\nPatient's Age: {drawn.age:03d}Y\n{image.shown}\n",
+    )
+
+
+def _write_shenzhen(root: Path, image: _Planned, drawn: _Drawn) -> None:
+    name = f"CHNCXR_{image.number:04d}_{int(image.shown != 'normal')}"
+    _save(root / "CXR_png" / f"{name}.png", drawn.pixels)
+    # Spread evenly over both classes.
+    if int(image.number * MASKED_SHARE) > int((image.number - 1) * MASKED_SHARE):
+        _save(root / "mask" / f"{name}_mask.png", drawn.masks["left_lung"] | drawn.masks["right_lung"])
+    sex = {"F": "female", "M": "male"}[drawn.sex]
+    write_text(root / "ClinicalReadings" / f"{name}.txt", f"{sex} {drawn.age}yrs\n{image.shown}\n")
+
+
+def _write_darwin(root: Path, image: _Planned, drawn: _Drawn) -> None:
+    name = f"{image.number:08d}.jpeg"
+    with replacing(root / "images" / name) as beside:
+        cv2.imwrite(str(beside), drawn.pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
+    rows, columns = drawn.pixels.shape
+    lateral = int(image.number * LATERAL_SHARE) > int((image.number - 1) * LATERAL_SHARE) or image.number == 1
+    tags = [image.shown, *(["Viral Pneumonia"] if image.shown == "COVID-19" else []), "Lateral" if lateral else "PA"]
+    annotations: list[dict[str, Any]] = [{"name": tag, "tag": {}} for tag in tags]
+    if not lateral:
+        right, left, heart = (drawn.masks[structure] for structure in ("right_lung", "left_lung", "heart"))
+        # Each lung takes its side of the heart, split in the middle between the lungs.
+        middle = (np.nonzero(right)[1].mean() + np.nonzero(left)[1].mean()) / 2
+        of_right = np.arange(columns) < middle
+        annotations += [_polygon(right | (heart & of_right)), _polygon(left | (heart & ~of_right))]
+    told = {
+        "dataset": "covid-19-chest-x-ray-dataset",
+        "image": {"width": columns, "height": rows, "filename": name, "original_filename": f"phantom_{image.number}.jpeg"},
+        "annotations": annotations,
+    }
+    write_json(root / "annotations" / "all-images" / f"{FIRST_DARWIN_ID + image.number - 1}.json", told)
+
+
+def _polygon(mask: np.ndarray) -> dict[str, Any]:
+    """Darwin's annotation of a lung, whose paths run a quarter of a pixel within the outermost pixels' edges."""
+    doubled = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
+    contours, _ = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    paths = [[{"x": x / 2 + 0.25, "y": y / 2 + 0.25} for x, y in contour[:, 0].tolist()] for contour in contours]
+    if len(paths) == 1:
+        return {"name": "Lung", "polygon": {"path": paths[0]}}
+    return {"name": "Lung", "complex_polygon": {"path": paths}}
+
+
+def _save(path: Path, pixels: np.ndarray) -> None:
+    image = Image.fromarray(pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels)
+    with replacing(path) as beside:
+        image.save(beside)
+
+
+# Kermany's images of each class (Cell 2018), and those of COVID-19 that V7 counts.
+DARWIN_COUNTS = dict(zip(CLASSES, (1583, 2780, 1493, 517), strict=True))
+TUBERCULOSIS = ("Infiltration", "Consolidation", "Effusion")
+LAYOUTS = {
+    "jsrt": _Layout(
+        {"nodule": (154 / 247, ("Nodule",)), "no nodule": (93 / 247, ("No Finding",))},
+        "All247images/JPCLN001.IMG",
+        _write_jsrt,
+    ),
+    "montgomery": _Layout(
+        {"normal": (80 / 138, ("No Finding",)), "tuberculosis": (58 / 138, TUBERCULOSIS)},
+        "MontgomerySet/CXR_png/MCUCXR_0001_0.png",
+        _write_montgomery,
+    ),
+    "shenzhen": _Layout(
+        {"normal": (326 / 662, ("No Finding",)), "tuberculosis": (336 / 662, TUBERCULOSIS)},
+        "CXR_png/CHNCXR_0001_0.png",
+        _write_shenzhen,
+    ),
+    "darwin": _Layout(
+        {
+            name: (count / sum(DARWIN_COUNTS.values()), (finding,))
+            for (name, count), finding in zip(
+                DARWIN_COUNTS.items(), ("No Finding", "Pneumonia", "Consolidation", "Infiltration"), strict=True
+            )
+        },
+        f"annotations/all-images/{FIRST_DARWIN_ID}.json",
+        _write_darwin,
+    ),
+}

@@ -1,0 +1,167 @@
+"""Writes phantoms laid out as NIH ChestX-ray14: PNG files, the table of entries, the official lists and the boxes."""
+
+import logging
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from kitlib.atomic import replacing, write_csv, write_text
+from kitlib.datasets.nih import BOXES, ENTRIES, LISTS
+from kitlib.phantoms import drawing as phantom
+from kitlib.phantoms import patients as phantom_patients
+from kitlib.phantoms import plan as phantom_plan
+from kitlib.phantoms.drawing import render
+from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order
+from kitlib.phantoms.patients import DRAWN_FINDINGS, draw_exposure, draw_finding, draw_patient
+from kitlib.phantoms.plan import apportion, patient_numbers
+from kitlib.xrays.cache import fingerprint
+
+NAME = "nih-chest-xrays"
+ARCHIVES = 12  # folders images_001 to images_012
+# Half of the real images show none of the findings; the rarer ones are drawn more often here, so that few images teach them.
+SHARES = dict(zip(DRAWN_FINDINGS, (0.08, 0.09, 0.12, 0.06, 0.07, 0.06, 0.07, 0.45), strict=True))
+HEART_SHARE = 0.06  # of images with another finding, whose heart is large too: a second label
+TEST_SHARE = 0.228  # 25,596 of 112,120 images; by patient
+RGBA_SHARE = 0.005  # some of the real files have four channels
+# Of what phantoms show, the findings in the real list of boxes, by the names it has for them; on test images alone.
+BOXED = {"Infiltration": "Infiltrate", "Mass": "Mass", "Nodule": "Nodule", "Pneumonia": "Pneumonia"}
+
+
+@dataclass(frozen=True)
+class _Planned:
+    name: str
+    archive: int
+    patient: int  # from 1
+    follow_up: int
+    patient_seed: int
+    seed: int
+    findings: tuple[str, ...]  # in the order of the alphabet, as the real table has them
+    view: str
+    rgba: bool
+    test: bool
+
+
+def write_nih(
+    folder: str | Path, *, images: int, side: int, seed: int, workers: int | None = None, progress: bool = True
+) -> Path:
+    """Write FOLDER/nih-chest-xrays and return it.
+
+    It has `images_001/images/*.png` to `images_012` (`side` x `side` pixels, the real ones have 1024; one in 200, and at
+    least one, RGBA), `Data_Entry_2017_v2020.csv`, `train_val_list.txt`, `test_list.txt` and, for test images,
+    `BBox_List_2017.csv`. Patients have up to four images and are in one list alone. An image shows one of
+    `phantom_patients.DRAWN_FINDINGS`, some with Cardiomegaly beside it; the other findings of NIH's do not occur. As for
+    `write_competition`: the same parameters give the same bytes, the folder appears when it is whole, stays as it is where
+    it fits, and FileExistsError where it holds something else. Raises ValueError for fewer than 16 images, or less than 32
+    pixels.
+    """
+    least = 2 * len(DRAWN_FINDINGS)
+    if images < least or side < LEAST_SIDE:
+        raise ValueError(f"wanted at least {least} images of {LEAST_SIDE} pixels, got {images} of {side}")
+    parameters = {"images": images, "side": side, "seed": seed}
+    parameters["generator"] = fingerprint(phantom, phantom_patients, phantom_plan, sys.modules[__name__])
+    folder = Path(folder) / NAME
+    target = PhantomFolder(folder, folder.with_name(f".{NAME}.json"), (ENTRIES[0], BOXES))
+    if target.made_with(parameters):
+        logging.getLogger(__name__).info("%s is there already, made with these parameters", folder)
+        return folder
+    planned = _plan(images, seed)
+    with target.replacing(parameters) as root:
+        written = each_in_order(partial(_write_image, root, side), planned, workers or default_workers(images), side)
+        boxes = list(tqdm(written, total=images, desc="phantoms", unit="image", disable=not progress))
+        _write_tables(root, side, planned, boxes)
+    return folder
+
+
+def _plan(images: int, seed: int) -> list[_Planned]:
+    """In the order of patients and their images, as the real table is."""
+    rng = np.random.default_rng([seed, 30])
+    main = rng.permutation(apportion(images, SHARES))
+    numbers = patient_numbers(images, rng)
+    test = _test_patients(numbers, rng)
+    rgba = set(rng.permutation(images)[: max(1, round(RGBA_SHARE * images))])
+    first: dict[int, int] = {}
+    planned = []
+    for index, (number, finding) in enumerate(zip(numbers, main, strict=True)):
+        follow_up = index - first.setdefault(number, index)
+        findings = {str(finding)}
+        if finding not in ("No Finding", "Cardiomegaly") and rng.random() < HEART_SHARE:
+            findings.add("Cardiomegaly")
+        planned.append(
+            _Planned(
+                name=f"{number + 1:08d}_{follow_up:03d}.png",
+                archive=1 + index * ARCHIVES // images,
+                patient=number + 1,
+                follow_up=follow_up,
+                patient_seed=int(np.random.default_rng([seed, 31, number]).integers(2**31)),
+                seed=int(rng.integers(2**31)),
+                findings=tuple(sorted(findings)),
+                view=str(rng.choice(["PA", "AP"], p=[0.6, 0.4])),
+                rgba=index in rgba,
+                test=number in test,
+            )
+        )
+    return planned
+
+
+def _test_patients(numbers: list[int], rng: np.random.Generator) -> set[int]:
+    """Patients drawn until they have TEST_SHARE of the images."""
+    images = pd.Series(numbers).value_counts(sort=False)
+    drawn = images.loc[rng.permutation(images.index)].cumsum()
+    return set(drawn.index[: 1 + int((drawn < TEST_SHARE * len(numbers)).sum())])
+
+
+def _write_image(root: Path, side: int, image: _Planned) -> np.ndarray:
+    """Write one image; return the boxes (n, 4) of its opacities, pixels."""
+    rng = np.random.default_rng(image.seed)
+    patient, opacities = draw_patient(np.random.default_rng(image.patient_seed)), ()
+    # The heart's size comes last, for other findings would make it small again.
+    for finding in sorted(image.findings, key="Cardiomegaly".__eq__):
+        patient, more = draw_finding(rng, finding, patient)
+        opacities += more
+    exposure = replace(draw_exposure(rng, side), rows=side, columns=side)
+    grey, boxes = render(patient, exposure, opacities)
+    pixels = np.rint(grey * np.float32(255)).astype(np.uint8)
+    if image.rgba:
+        pixels = np.dstack([pixels] * 3 + [np.full_like(pixels, 255)])
+    with replacing(root / f"images_{image.archive:03d}" / "images" / image.name) as beside:
+        cv2.imwrite(str(beside), pixels)
+    return boxes
+
+
+def _write_tables(root: Path, side: int, planned: list[_Planned], boxes: list[np.ndarray]) -> None:
+    rng = np.random.default_rng(planned[0].seed)
+    age = {image.patient: int(rng.integers(18, 90)) for image in planned}
+    sex = {image.patient: str(rng.choice(["F", "M"])) for image in planned}
+    entries = pd.DataFrame(
+        {
+            "Image Index": [image.name for image in planned],
+            "Finding Labels": ["|".join(image.findings) for image in planned],
+            "Follow-up #": [image.follow_up for image in planned],
+            "Patient ID": [image.patient for image in planned],
+            "Patient Age": [age[image.patient] for image in planned],
+            "Patient Gender": [sex[image.patient] for image in planned],
+            "View Position": [image.view for image in planned],
+            # The real header is split at its commas. The film's size, which is not the PNG's.
+            "OriginalImage[Width": 2 * side,
+            "Height]": 2 * side,
+            "OriginalImagePixelSpacing[x": 0.143,
+            "y]": 0.143,
+        }
+    )
+    write_csv(root / ENTRIES[0], entries)
+    for split, name in LISTS.items():
+        write_text(root / name, "".join(f"{image.name}\n" for image in planned if image.test == (split == "test")))
+    # Three columns without a name or a value, as in the real list.
+    lines = ["Image Index,Finding Label,Bbox [x,y,w,h],,,\n"]
+    for image, found in zip(planned, boxes, strict=True):
+        for finding in BOXED.keys() & set(image.findings) if image.test else ():
+            lines += [
+                f"{image.name},{BOXED[finding]},{x1:.6f},{y1:.6f},{x2 - x1:.6f},{y2 - y1:.6f}\n" for x1, y1, x2, y2 in found
+            ]
+    write_text(root / BOXES, "".join(lines))

@@ -1,0 +1,141 @@
+"""Writes phantoms laid out as the training set of the RSNA Pneumonia Detection Challenge."""
+
+import logging
+import sys
+import uuid
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydicom.uid import JPEGBaseline8Bit
+from tqdm.auto import tqdm
+
+from kitlib.atomic import write_csv, write_json
+from kitlib.classes import RSNA_CLASSES
+from kitlib.datasets.rsna import CLASSES, IMAGES, LABELS, MAPPING, PUBLISHED
+from kitlib.phantoms import drawing as phantom
+from kitlib.phantoms import patients as phantom_patients
+from kitlib.phantoms import plan as phantom_plan
+from kitlib.phantoms.drawing import render
+from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order
+from kitlib.phantoms.patients import draw_exposure, draw_finding, draw_patient
+from kitlib.phantoms.plan import apportion, patient_numbers
+from kitlib.xrays import writing as dicom_writing
+from kitlib.xrays.cache import fingerprint
+from kitlib.xrays.writing import write_xray
+
+SLUG = "rsna-pneumonia-detection-challenge"
+# What an image of each class shows. Nodules are no pneumonia: RSNA's readers put them into the middle class, without boxes.
+SHOWN = {
+    "Normal": ("No Finding",),
+    "No Lung Opacity / Not Normal": ("Cardiomegaly", "Effusion", "Nodule"),
+    "Lung Opacity": ("Infiltration", "Consolidation", "Pneumonia"),
+}
+# NIH's numbers of these patients, beyond those of phantoms laid out as NIH's: they are other people.
+FIRST_PATIENT = 20001
+
+
+@dataclass(frozen=True)
+class _Planned:
+    patient_id: str  # the challenge's, which names one image
+    nih_name: str
+    patient_seed: int
+    seed: int
+    shown_class: str
+
+
+def write_rsna(
+    folder: str | Path, *, images: int, side: int, seed: int, workers: int | None = None, progress: bool = True
+) -> Path:
+    """Write FOLDER/rsna-pneumonia-detection-challenge and return it.
+
+    It has `stage_2_train_images/<patientId>.dcm` (8-bit JPEG baseline, `side` x `side` pixels; the real ones have 1024),
+    the two label tables, in which classes have the real set's shares and boxes whole pixels, and RSNA's mapping of images to
+    NIH's, whose patients have up to four images. As for `write_competition`: the same parameters give the same bytes, the
+    folder appears when it is whole, stays as it is where it fits, and FileExistsError where it holds something else.
+    Raises ValueError for fewer images than classes, or less than 32 pixels.
+    """
+    if images < len(RSNA_CLASSES) or side < LEAST_SIDE:
+        raise ValueError(f"wanted at least {len(RSNA_CLASSES)} images of {LEAST_SIDE} pixels, got {images} of {side}")
+    parameters = {"images": images, "side": side, "seed": seed}
+    parameters["generator"] = fingerprint(phantom, phantom_patients, phantom_plan, dicom_writing, sys.modules[__name__])
+    folder = Path(folder) / SLUG
+    target = PhantomFolder(folder, folder.with_name(f".{SLUG}.json"), (LABELS, CLASSES))
+    if target.made_with(parameters):
+        logging.getLogger(__name__).info("%s is there already, made with these parameters", folder)
+        return folder
+    planned = _plan(images, seed)
+    with target.replacing(parameters) as root:
+        written = each_in_order(partial(_write_image, root, side), planned, workers or default_workers(images), side)
+        boxes = list(tqdm(written, total=images, desc="phantoms", unit="image", disable=not progress))
+        _write_tables(root, planned, boxes)
+    return folder
+
+
+def _plan(images: int, seed: int) -> list[_Planned]:
+    """In the order of their patientId, as the real tables are."""
+    rng = np.random.default_rng([seed, 20])
+    total = sum(PUBLISHED[name] for name in RSNA_CLASSES)
+    classes = rng.permutation(apportion(images, {name: PUBLISHED[name] / total for name in RSNA_CLASSES}))
+    numbers = patient_numbers(images, rng)
+    first = {number: index for index, number in reversed(list(enumerate(numbers)))}
+    planned = []
+    for index, (number, shown_class) in enumerate(zip(numbers, classes, strict=True)):
+        planned.append(
+            _Planned(
+                patient_id=str(uuid.uuid5(uuid.NAMESPACE_OID, f"phantom {seed} {index}")),
+                nih_name=f"{FIRST_PATIENT + number:08d}_{index - first[number]:03d}.png",
+                patient_seed=int(np.random.default_rng([seed, 21, number]).integers(2**31)),
+                seed=int(rng.integers(2**31)),
+                shown_class=str(shown_class),
+            )
+        )
+    return sorted(planned, key=lambda image: image.patient_id)
+
+
+def _write_image(root: Path, side: int, image: _Planned) -> np.ndarray:
+    """Write one image; return its boxes (n, 4), whole pixels."""
+    rng = np.random.default_rng(image.seed)
+    finding = str(rng.choice(SHOWN[image.shown_class]))
+    patient, opacities = draw_finding(rng, finding, draw_patient(np.random.default_rng(image.patient_seed)))
+    exposure = replace(draw_exposure(rng, side), rows=side, columns=side)
+    grey, boxes = render(patient, exposure, opacities)
+    write_xray(
+        root / IMAGES / f"{image.patient_id}.dcm",
+        np.rint(grey * np.float32(255)).astype(np.uint8),
+        transfer_syntax=JPEGBaseline8Bit,
+        patient_id=image.patient_id,
+        study_id=f"1.2.276.0.{image.seed}.1",
+        series_id=f"1.2.276.0.{image.seed}.2",
+        image_id=f"1.2.276.0.{image.seed}.3",
+        extra={
+            "Modality": "CR",
+            "ConversionType": "WSD",
+            "ViewPosition": str(rng.choice(["PA", "AP"], p=[0.55, 0.45])),
+            "PatientSex": str(rng.choice(["F", "M"])),
+        },
+    )
+    return np.rint(boxes) if image.shown_class == "Lung Opacity" else np.zeros((0, 4))
+
+
+def _write_tables(root: Path, planned: list[_Planned], boxes: list[np.ndarray]) -> None:
+    rows: list[dict[str, Any]] = []
+    classes = []
+    for image, found in zip(planned, boxes, strict=True):
+        for box in found if len(found) else [None]:
+            # One row a box in both tables, as the real ones have it.
+            cells = (*box[:2], *(box[2:] - box[:2])) if box is not None else (None,) * 4
+            rows.append(
+                {
+                    "patientId": image.patient_id,
+                    **dict(zip(("x", "y", "width", "height"), cells, strict=True)),
+                    "Target": int(box is not None),
+                }
+            )
+            classes.append((image.patient_id, image.shown_class))
+    write_csv(root / LABELS, pd.DataFrame(rows))
+    write_csv(root / CLASSES, pd.DataFrame(classes, columns=["patientId", "class"]))
+    write_json(root / MAPPING, [{"subset_img_id": image.patient_id, "img_id": image.nih_name} for image in planned])

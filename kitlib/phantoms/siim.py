@@ -1,0 +1,255 @@
+"""Writes a competition of phantoms: the SIIM folder with its DICOM files and tables, and the test set's truth apart."""
+
+import logging
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydicom.uid import (
+    JPEG2000,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
+from tqdm.auto import tqdm
+
+from kitlib.atomic import replacing
+from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
+from kitlib.phantoms import drawing as phantom
+from kitlib.phantoms import patients as phantom_patients
+from kitlib.phantoms import plan as phantom_plan
+from kitlib.phantoms.drawing import render
+from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order
+from kitlib.phantoms.patients import draw_exposure, draw_near_duplicate, draw_opacities, draw_patient
+from kitlib.phantoms.plan import PlannedImage, PlannedStudy, plan_split
+from kitlib.xrays import writing as dicom_writing
+from kitlib.xrays.cache import fingerprint
+from kitlib.xrays.writing import write_xray
+
+COMPETITION = "siim-covid19-detection"
+LABEL_TABLES = ("train_study_level.csv", "train_image_level.csv")
+MARKER = ".phantom.json"
+MARKER_INSIDE = "phantom.json"  # where kits before this one put it
+
+# Shares in SIIM's training set.
+MONOCHROME1_SHARE = 0.27
+# Nine in ten of SIIM's files are uncompressed and the rest JPEG Lossless; other hospitals send the others.
+SYNTAX_SHARES = {
+    ExplicitVRLittleEndian: 0.62,
+    JPEGLosslessSV1: 0.12,
+    ImplicitVRLittleEndian: 0.08,
+    JPEGLossless: 0.03,
+    JPEGLSLossless: 0.03,
+    JPEG2000Lossless: 0.03,
+    RLELossless: 0.03,
+    DeflatedExplicitVRLittleEndian: 0.02,
+    ExplicitVRBigEndian: 0.02,
+    JPEG2000: 0.01,
+    JPEGBaseline8Bit: 0.01,
+}
+BITS_SHARES = {12: 0.62, 15: 0.19, 8: 0.08, 14: 0.05, 16: 0.04, 10: 0.02}
+
+
+def write_competition(
+    folder: str | Path,
+    truth: str | Path,
+    *,
+    train_studies: int,
+    test_studies: int,
+    side: int,
+    seed: int,
+    damaged_test_files: int = 3,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write FOLDER/siim-covid19-detection and, into `truth`, the test set's two label tables; return the former.
+
+    The folder has the competition's own files and no other: `train/` and `test/` with <study>/<series>/<image>.dcm,
+    `train_study_level.csv`, `train_image_level.csv`, `sample_submission.csv`. `side` is the longer side of an image in
+    pixels. As in the real set, a near-duplicate image of a positive study has no box in the training table; in the truth
+    of the test set it has its boxes, because the hidden labels were mended. `damaged_test_files` of the test images cannot
+    be read whole; they keep their rows.
+
+    The same parameters give the same bytes, whatever `workers` (default: the machine's cores, fewer for a small set). The
+    folder appears when it is whole: after an interruption, call again. If it is there and made with these parameters by
+    this code, which FOLDER/.phantom.json says, nothing is done; made with others, it is replaced. Raises FileExistsError
+    where it holds something else, ValueError for numbers that give no competition.
+    """
+    if min(train_studies, test_studies) < len(STUDY_CLASSES):
+        raise ValueError(f"every class needs a study in train and test: at least 4, got {train_studies} and {test_studies}")
+    if side < LEAST_SIDE:
+        raise ValueError(f"a chest of {side} pixels shows nothing: at least {LEAST_SIDE}")
+    parameters = {
+        "train_studies": train_studies,
+        "test_studies": test_studies,
+        "side": side,
+        "seed": seed,
+        "damaged_test_files": damaged_test_files,
+        "generator": fingerprint(phantom, phantom_patients, phantom_plan, dicom_writing, sys.modules[__name__]),
+    }
+    competition, truth = Path(folder) / COMPETITION, Path(truth)
+    target = PhantomFolder(competition, competition.with_name(MARKER), (*LABEL_TABLES, "sample_submission.csv"))
+    older = (competition / MARKER_INSIDE).is_file()
+    if not older and target.made_with(parameters) and all((truth / name).is_file() for name in LABEL_TABLES):
+        logging.getLogger(__name__).info("%s is there already, made with these parameters", competition)
+        return competition
+    studies = [
+        *plan_split("train", train_studies, seed, 0),
+        *plan_split("test", test_studies, seed, damaged_test_files),
+    ]
+    rows: list[dict[str, Any]] = []
+    images = sum(len(study.images) for study in studies)
+    with (
+        target.replacing(parameters) as root,
+        tqdm(total=images, desc="phantoms", unit="image", disable=not progress) as bar,
+    ):
+        write = partial(_write_study, root, side=side)
+        for written in each_in_order(write, studies, workers or default_workers(images), side):
+            rows.extend(written)
+            bar.update(len(written))
+        table = pd.DataFrame(rows)
+        train, test = (table[table.split == split] for split in ("train", "test"))
+        _write_label_tables(train, root)
+        _write_label_tables(test, truth)
+        _write_sample_submission(test, root / "sample_submission.csv")
+    return competition
+
+
+def _write_study(root: Path, study: PlannedStudy, side: int) -> list[dict[str, Any]]:
+    """Write one study's files; return a row an image with its ids, class and boxes (n, 4) in the image's pixels."""
+    patient = draw_patient(np.random.default_rng(study.patient_seed))
+    rng = np.random.default_rng(study.seed)
+    opacities = draw_opacities(rng, study.study_class)
+    first = draw_exposure(rng, side)
+    rows = []
+    for place, image in enumerate(study.images):
+        exposure = first
+        if image.duplicate:
+            exposure = draw_near_duplicate(rng, first)
+        elif place > 0:
+            exposure = draw_exposure(rng, side)
+        grey, boxes = render(patient, exposure, opacities)
+        path = root / study.split / study.study_id / image.series_id / f"{image.image_id}.dcm"
+        _write_dicom(path, grey, study, image, rng)
+        _damage(path, image.damage, rng)
+        annotated = study.split == "test" or not image.duplicate
+        rows.append(
+            {
+                "split": study.split,
+                "study_id": study.study_id,
+                "image_id": image.image_id,
+                "study_class": study.study_class,
+                "boxes": boxes if annotated else boxes[:0],
+            }
+        )
+    return rows
+
+
+def _write_dicom(path: Path, grey: np.ndarray, study: PlannedStudy, image: PlannedImage, rng: np.random.Generator) -> None:
+    """Store grey 0..1 in a bit depth, photometric interpretation, window and transfer syntax drawn from `rng`."""
+    syntax = ExplicitVRLittleEndian if image.oddity == "padding" else _draw(rng, SYNTAX_SHARES)
+    bits = 8 if syntax == JPEGBaseline8Bit else _draw(rng, BITS_SHARES)
+    photometric = "MONOCHROME1" if rng.random() < MONOCHROME1_SHARE else "MONOCHROME2"
+    top = 2**bits - 1
+    black, white = rng.uniform(0.0, 0.1) * top, rng.uniform(0.8, 1.0) * top
+    levels = grey * np.float32(white - black)
+    levels += np.float32(black)
+    if photometric == "MONOCHROME1":
+        np.subtract(np.float32(top), levels, out=levels)
+        black, white = top - white, top - black
+    stored = np.rint(levels, out=levels).astype(np.uint8 if bits == 8 else np.uint16)
+    window = None
+    if rng.random() < 0.6:
+        window = (round((black + white) / 2, 1), round((white - black) * rng.uniform(0.9, 1.1), 1))
+    function = _draw(rng, {"": 0.5, "LINEAR": 0.3, "LINEAR_EXACT": 0.1, "SIGMOID": 0.1}) if window else ""
+    if image.oddity == "window width 0":
+        window = (round((black + white) / 2, 1), 0.0)
+    extra: dict[str, Any] = {
+        "Modality": _draw(rng, {"CR": 0.45, "DX": 0.55}),
+        "ViewPosition": _draw(rng, {"AP": 0.5, "PA": 0.3, "": 0.2}),
+        "PatientSex": _draw(rng, {"F": 0.45, "M": 0.55}),
+        "BodyPartExamined": "SKULL" if image.oddity == "skull" else "CHEST",
+    }
+    if rng.random() < 0.5:
+        extra["PresentationLUTShape"] = "INVERSE" if photometric == "MONOCHROME1" else "IDENTITY"
+    if image.oddity == "padding":
+        extra["PixelData"] = stored.tobytes() + b"\0" * (2048 + stored.nbytes % 2)
+    write_xray(
+        path,
+        stored,
+        transfer_syntax=syntax,
+        photometric=photometric,
+        bits_stored=bits,
+        window=window,
+        voi_function=function or None,
+        patient_id=study.patient_id,
+        study_id=study.study_id,
+        series_id=image.series_id,
+        image_id=image.image_id,
+        extra=extra,
+    )
+
+
+def _damage(path: Path, kind: str, rng: np.random.Generator) -> None:
+    content = path.read_bytes() if kind else b""
+    if kind == "truncated":
+        path.write_bytes(content[: max(1, int(0.5 * len(content)))])
+    elif kind == "garbage":
+        path.write_bytes(rng.bytes(min(len(content), 4096)))
+    elif kind == "empty":
+        path.write_bytes(b"")
+
+
+def _write_label_tables(images: pd.DataFrame, folder: Path) -> None:
+    studies = images.drop_duplicates("study_id").sort_values("study_id")
+    study_level = pd.DataFrame({"id": studies.study_id + "_study"})
+    for column, name in STUDY_LABEL_COLUMNS.items():
+        study_level[column] = (studies.study_class == name).astype(int)
+    images = images.sort_values("image_id")
+    image_level = pd.DataFrame(
+        {
+            "id": images.image_id + "_image",
+            "boxes": images.boxes.map(_boxes_cell),
+            "label": images.boxes.map(_label_cell),
+            "StudyInstanceUID": images.study_id,
+        }
+    )
+    for name, table in zip(LABEL_TABLES, (study_level, image_level), strict=True):
+        with replacing(folder / name) as beside:
+            table.to_csv(beside, index=False)
+
+
+def _write_sample_submission(images: pd.DataFrame, path: Path) -> None:
+    studies = [(f"{name}_study", "negative 1 0 0 1 1") for name in sorted(images.study_id.unique())]
+    single = [(f"{name}_image", "none 1 0 0 1 1") for name in sorted(images.image_id)]
+    with replacing(path) as beside:
+        pd.DataFrame(studies + single, columns=["id", "PredictionString"]).to_csv(beside, index=False)
+
+
+def _boxes_cell(boxes: np.ndarray) -> str | None:
+    cells = [dict(zip(("x", "y", "width", "height"), _origin_and_size(box), strict=True)) for box in boxes]
+    return str(cells) if cells else None
+
+
+def _label_cell(boxes: np.ndarray) -> str:
+    corners = [(x, y, x + width, y + height) for x, y, width, height in map(_origin_and_size, boxes)]
+    return " ".join("opacity 1 " + " ".join(f"{edge:.10g}" for edge in box) for box in corners) or "none 1 0 0 1 1"
+
+
+def _origin_and_size(box: np.ndarray) -> tuple[float, float, float, float]:
+    xmin, ymin, xmax, ymax = (round(float(edge), 5) for edge in box)
+    return xmin, ymin, round(xmax - xmin, 5), round(ymax - ymin, 5)
+
+
+def _draw(rng: np.random.Generator, shares: dict[Any, float]) -> Any:
+    return list(shares)[int(rng.choice(len(shares), p=np.array(list(shares.values())) / sum(shares.values())))]

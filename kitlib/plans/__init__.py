@@ -1,0 +1,4 @@
+"""Plans of many notebook runs, carried out by Snakemake, and the demo, which is one.
+
+Nothing that a notebook imports.
+"""

@@ -1,0 +1,190 @@
+"""The pictures that notebooks show and keep. Each function returns a figure; `save_figure` writes it as PNG."""
+
+import math
+from pathlib import Path
+from textwrap import shorten
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from kitlib.atomic import replacing
+from kitlib.classes import MASK_CODES
+from kitlib.tables import BOX, class_columns
+from kitlib.xrays.cache import CachedXray, XrayCache
+from kitlib.xrays.mask_store import MaskStore
+
+TRUTH, PREDICTION = "limegreen", "orange"
+# Boxes below this confidence earn average precision, but would cover the picture.
+SHOWN_SCORE = 0.2
+
+
+def save_figure(figure: Figure, path: str | Path) -> Figure:
+    """Write beside and rename; the figure comes back, so that a notebook shows it."""
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=110, bbox_inches="tight")
+    return figure
+
+
+def example_images(
+    cache: XrayCache,
+    images: pd.DataFrame,
+    labels: pd.DataFrame | None = None,
+    boxes: pd.DataFrame | None = None,
+    detections: pd.DataFrame | None = None,
+    a_row: int = 4,
+    shown_score: float = SHOWN_SCORE,
+    masks: MaskStore | None = None,
+) -> Figure:
+    """The rows of `images` as pictures with annotated boxes (green) and predicted ones (orange, with their score).
+
+    Tables as in `kitlib.tables`, boxes in original pixels; detections below `shown_score` are left out. Of images that
+    `masks` has, the outline of every structure is drawn, in green.
+    """
+    rows = max(1, math.ceil(len(images) / a_row))
+    figure = Figure(figsize=(3.2 * a_row, 3.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, a_row, squeeze=False).ravel()
+    classes = {} if labels is None else _true_classes(labels[labels["id"].isin(images.study_id)])
+    for axis in axes:
+        axis.axis("off")
+    for axis, image in zip(axes, images.itertuples(), strict=False):
+        xray = cache.read(image.image_id)
+        axis.imshow(xray.pixels, cmap="gray", vmin=0, vmax=255)
+        if masks is not None and image.image_id in masks:
+            draw_outlines(axis, masks.read(image.image_id), TRUTH)
+        if boxes is not None:
+            _draw_boxes(axis, xray, boxes[boxes.image_id == image.image_id], TRUTH)
+        if detections is not None:
+            found = detections[(detections.image_id == image.image_id) & (detections.score >= shown_score)]
+            _draw_boxes(axis, xray, found, PREDICTION)
+        axis.set_title(f"{image.image_id}\n{classes.get(image.study_id, '')}", fontsize=8)
+    return figure
+
+
+def draw_outlines(axis: Axes, codes: np.ndarray, colour: str) -> None:
+    """The outline of each structure of a label image, which has the size of the picture in `axis`."""
+    for code in MASK_CODES.values():
+        if (codes == code).any():
+            axis.contour(codes == code, levels=[0.5], colors=colour, linewidths=1)
+
+
+def fold_shares(folds: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> Figure:
+    """Share of each class among a fold's images: the bars of a class should be level."""
+    classes = class_columns(labels, "labels")
+    joined = folds.merge(images, left_on="id", right_on="image_id").merge(labels, left_on="study_id", right_on="id")
+    shares = joined.groupby("fold")[classes].mean()
+    figure = Figure(figsize=(max(7, len(classes)), 3), layout="constrained")
+    axis = figure.subplots()
+    shares.T.plot.bar(ax=axis, rot=0 if len(classes) < 6 else 30, width=0.8)
+    axis.set_ylabel("share of the fold's images")
+    axis.legend(title="fold", fontsize=7, ncols=len(shares))
+    return figure
+
+
+def confusion_figure(matrix: pd.DataFrame) -> Figure:
+    """Counts with the row's share as colour; rows are the truth, columns the most probable class."""
+    figure = Figure(figsize=(4.6, 4), layout="constrained")
+    axis = figure.subplots()
+    counts = matrix.to_numpy(dtype=float)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(counts.shape):
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        axis.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=colour)
+    axis.set_xticks(range(len(matrix.columns)), matrix.columns, rotation=30, ha="right")
+    axis.set_yticks(range(len(matrix.index)), matrix.index)
+    axis.set(xlabel="predicted", ylabel="truth")
+    return figure
+
+
+def precision_recall_figure(curves: dict[str, pd.DataFrame]) -> Figure:
+    """One line a class from tables with the columns recall and precision (the VOC envelope); the name may hold the AP."""
+    figure = Figure(figsize=(5.5, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, curve in curves.items():
+        axis.step(curve.recall, curve.precision, where="pre", label=name)
+    axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axis.legend(fontsize=7)
+    return figure
+
+
+def reliability_figure(bins: pd.DataFrame) -> Figure:
+    """Observed against predicted frequency, a line a class; `bins` has class, predicted, observed and count."""
+    figure = Figure(figsize=(4.5, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
+    for name, rows in bins.groupby("class", sort=False):
+        line = axis.plot(rows.predicted, rows.observed, label=name)[0]
+        axis.scatter(rows.predicted, rows.observed, s=4 + 200 * rows["count"] / bins["count"].sum(), color=line.get_color())
+    axis.set(xlabel="predicted probability", ylabel="observed share", xlim=(0, 1), ylim=(0, 1))
+    axis.legend(fontsize=7)
+    return figure
+
+
+def fusion_steps(steps: pd.DataFrame) -> Figure:
+    """The competition score after each step of tuning; `steps` has step, score and gain."""
+    figure = Figure(figsize=(6.5, 0.5 + 0.35 * len(steps)), layout="constrained")
+    axis = figure.subplots()
+    axis.barh(steps.step, steps.score, color="steelblue")
+    axis.invert_yaxis()
+    low = steps.score.min()
+    axis.set_xlim(max(0, low - 0.3 * max(steps.score.max() - low, 0.01)), None)
+    for place, row in enumerate(steps.itertuples()):
+        axis.text(row.score, place, f" {row.score:.4f} ({row.gain:+.4f})", va="center", fontsize=7)
+    axis.set_xlabel("score, out of fold")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def rankings_figure(table: pd.DataFrame) -> Figure:
+    """A panel a ranking, the best on top: its score as a dot with its interval, beside it recipe and changes.
+
+    `table` has ranking, name, figure, score, low, high, images, recipe, changes and folds_fingerprint, a row a model.
+    """
+    rankings = [rows for _, rows in table.groupby("ranking")]
+    heights = [len(rows) + 2 for rows in rankings] or [1]
+    figure = Figure(figsize=(9, 0.6 + 0.3 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights).ravel()
+    for axis in axes:
+        axis.axis("off")
+    # Panels of one group of folds have one colour.
+    groups = list(dict.fromkeys(table["folds_fingerprint"]))
+    for axis, rows in zip(axes, rankings, strict=False):
+        first, places = rows.iloc[0], range(len(rows))
+        axis.axis("on")
+        axis.hlines(places, rows.low, rows.high, color=f"C{groups.index(first.folds_fingerprint) % 10}", linewidth=2)
+        axis.plot(rows.score, places, "o", color="black", markersize=4)
+        for place, row in enumerate(rows.itertuples()):
+            made = shorten("; ".join(filter(None, (row.recipe, row.changes))), 70)
+            beside = f"{row.score:.3f}  {made}"
+            axis.text(1.01, place, beside, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
+        axis.set_yticks(places, rows.name, fontsize=8)
+        left, right = axis.get_xlim()
+        axis.set(xlim=(max(left, 0.0), min(right, 1.0)), ylim=(len(rows) - 0.4, -0.6))
+        axis.tick_params(axis="x", labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+        title = f"{first.figure}, {first.images} images, folds {first.folds_fingerprint}"
+        axis.set_title(title, fontsize=9, loc="left")
+    return figure
+
+
+def _draw_boxes(axis: Axes, xray: CachedXray, boxes: pd.DataFrame, colour: str) -> None:
+    height, width = xray.pixels.shape
+    scale = np.array([width / xray.columns, height / xray.rows] * 2)
+    for row in boxes.itertuples():
+        xmin, ymin, xmax, ymax = np.array([getattr(row, side) for side in BOX]) * scale
+        axis.add_patch(Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, edgecolor=colour, linewidth=1.3))
+        if hasattr(row, "score"):
+            axis.text(xmin, ymin - 1, f"{row.score:.2f}", color=colour, fontsize=6, va="bottom")
+
+
+def _true_classes(labels: pd.DataFrame) -> dict[str, str]:
+    """id -> the classes that are true of it, joined by commas."""
+    classes = class_columns(labels, "labels")
+    true = labels[classes].to_numpy() > 0.5
+    return {
+        name: ", ".join(each for each, holds in zip(classes, row, strict=True) if holds)
+        for name, row in zip(labels["id"], true, strict=True)
+    }

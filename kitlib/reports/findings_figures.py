@@ -1,0 +1,62 @@
+"""Pictures of findings classifiers: ROC curves, and images with what was found in them."""
+
+import math
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kitlib.tables import class_columns
+from kitlib.xrays.cache import XrayCache
+
+SHOWN_CLASSES = 3  # the most probable ones under a picture
+LINES = ("-", "--", ":")  # matplotlib repeats its ten colours
+
+
+def roc_figure(curves: dict[str, pd.DataFrame]) -> Figure:
+    """One line a class from tables with the columns false_positives and recall; the name may hold the area."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+    for place, (name, curve) in enumerate(curves.items()):
+        axis.plot(curve.false_positives, curve.recall, label=name, linewidth=1.2, linestyle=LINES[place // 10 % len(LINES)])
+    axis.set(xlabel="false positive rate", ylabel="recall", xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
+    if curves:
+        figure.legend(fontsize=7, loc="outside right upper")
+    return figure
+
+
+def auc_figure(intervals: pd.DataFrame) -> Figure:
+    """ROC AUC of the mean and each class as a dot with its interval; `intervals` has name, value, low and high."""
+    figure = Figure(figsize=(6, 0.8 + 0.26 * len(intervals)), layout="constrained")
+    axis = figure.subplots()
+    places = range(len(intervals))
+    axis.hlines(places, intervals.low, intervals.high, color="steelblue", linewidth=2)
+    axis.plot(intervals.value, places, "o", color="black", markersize=4)
+    axis.axvline(0.5, color="grey", linestyle=":")
+    axis.set_yticks(places, intervals["name"])
+    axis.invert_yaxis()
+    axis.set_xlabel("ROC AUC with its interval over patients")
+    return figure
+
+
+def findings_images(
+    cache: XrayCache, scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, a_row: int = 4
+) -> Figure:
+    """The rows of `scores` (table class_scores) as pictures: the true classes above, the most probable ones below."""
+    rows = max(1, math.ceil(len(scores) / a_row))
+    figure = Figure(figsize=(3.2 * a_row, 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, a_row, squeeze=False).ravel()
+    classes = class_columns(scores, "class_scores")
+    truth = labels.set_index("id").loc[images.set_index("image_id").study_id.reindex(scores.image_id), classes]
+    for axis in axes:
+        axis.axis("off")
+    for axis, image_id, row, actual in zip(
+        axes, scores.image_id, scores[classes].to_numpy(), truth.to_numpy(), strict=False
+    ):
+        axis.imshow(cache.read(image_id).pixels, cmap="gray", vmin=0, vmax=255)
+        true = [name for name, value in zip(classes, actual, strict=True) if value >= 0.5]
+        found = sorted(zip(row, classes, strict=True), reverse=True)[:SHOWN_CLASSES]
+        axis.set_title(f"{image_id}\n{', '.join(true) or 'none of the classes'}", fontsize=8)
+        below = "\n".join(f"{name} {value:.2f}" for value, name in found)
+        axis.text(0.5, -0.02, below, transform=axis.transAxes, ha="center", va="top", fontsize=8)
+    return figure

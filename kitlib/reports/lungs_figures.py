@@ -1,0 +1,72 @@
+"""Pictures of lungs: how well each was found, masks over their images, and what was rejected."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from kitlib.classes import LUNG_CODES
+from kitlib.lungs.finders import FOUND
+from kitlib.reports.figures import PREDICTION, TRUTH, draw_outlines
+from kitlib.reports.lungs_report import HUMAN_AGREEMENT
+from kitlib.xrays.cache import CachedXray, XrayCache
+from kitlib.xrays.mask_store import MaskStore
+
+
+def overlap_figure(scores: pd.DataFrame) -> Figure:
+    """The share of images up to each Dice, a line a structure; the dotted line is where two people agree with each other."""
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for structure, part in scores.groupby("structure", sort=False):
+        axis.plot(np.sort(part.dice), np.arange(1, len(part) + 1) / len(part), drawstyle="steps-post", label=structure)
+    axis.axvline(HUMAN_AGREEMENT, color="grey", linestyle=":", label="two people, median")
+    axis.set(xlabel="Dice, out of fold", ylabel="share of images", xlim=(min(0.7, scores.dice.min()), 1), ylim=(0, 1))
+    axis.legend(fontsize=8)
+    return figure
+
+
+def mask_images(
+    cache: XrayCache, masks: MaskStore, image_ids: Sequence[str], titles: Sequence[str], drawn: MaskStore | None = None
+) -> Figure:
+    """Images with the outlines of found masks (orange) and of drawn ones (green), where there are any."""
+    figure, axes = _grid(len(image_ids))
+    for axis, image_id, title in zip(axes, image_ids, titles, strict=False):
+        _show(axis, cache.read(image_id), title)
+        for store, colour in ((drawn, TRUTH), (masks, PREDICTION)):
+            if store is not None and image_id in store:
+                draw_outlines(axis, store.read(image_id), colour)
+    return figure
+
+
+def lungs_montage(cache: XrayCache, masks: MaskStore, lungs: pd.DataFrame) -> Figure:
+    """The rows of a table lungs as images: dim outside of the mask, the frame orange where it counts."""
+    figure, axes = _grid(len(lungs), a_row=6)
+    for axis, row in zip(axes, lungs.itertuples(), strict=False):
+        xray = cache.read(row.image_id)
+        inside = np.isin(masks.read(row.image_id), LUNG_CODES)
+        dimmed = CachedXray(xray.image_id, np.where(inside, xray.pixels, xray.pixels // 3), xray.rows, xray.columns)
+        _show(axis, dimmed, f"{row.image_id[:24]}\n{row.verdict}, {row.area:.0%}")
+        if row.verdict == FOUND:
+            x, y = xray.pixels.shape[1] / xray.columns, xray.pixels.shape[0] / xray.rows
+            # matplotlib counts from the first pixel's middle.
+            corner, size = (row.xmin * x - 0.5, row.ymin * y - 0.5), ((row.xmax - row.xmin) * x, (row.ymax - row.ymin) * y)
+            axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=PREDICTION, linewidth=1.5))
+    return figure
+
+
+def _grid(count: int, a_row: int = 4) -> tuple[Figure, np.ndarray]:
+    rows = max(1, math.ceil(count / a_row))
+    figure = Figure(figsize=(12.8, 13.6 / a_row * rows), layout="constrained")
+    axes = figure.subplots(rows, a_row, squeeze=False).ravel()
+    for axis in axes:
+        axis.axis("off")
+    return figure, axes
+
+
+def _show(axis: Axes, xray: CachedXray, title: str) -> None:
+    axis.imshow(xray.pixels, cmap="gray", vmin=0, vmax=255)
+    axis.set_title(title, fontsize=8)

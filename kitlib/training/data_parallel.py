@@ -1,0 +1,138 @@
+"""One model trained by several processes, a GPU each: what a process's share is, and how shares come together.
+
+The recipe's batch is that of all processes together, so a recipe means the same with any number of them.
+"""
+
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.utils.data import Sampler
+
+from kitlib.deadline import SessionOver
+from kitlib.recipes.fields import TrainingRecipe
+from kitlib.training.fold_folder import start_over
+
+
+class ParallelFailed(RuntimeError):
+    """A process of a shared training has failed, and with it all: its error and its log."""
+
+
+def share() -> tuple[int, int]:
+    """This process's number, from 0, and how many train together; (0, 1) where one trains alone."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return share()[0] == 0
+
+
+class SharedBatches(Sampler):
+    """Batches of keys, of which this process takes every so-manieth key; all have the same number of them.
+
+    `sampler` gives the same order in every process. As with one process, a last batch that is not full is left out.
+    """
+
+    def __init__(self, sampler: Sampler, batch_size: int) -> None:
+        self.sampler, self.batch_size = sampler, batch_size
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.batch_size
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        (rank, processes), batch = share(), []
+        for key in self.sampler:
+            batch.append(key)
+            if len(batch) == self.batch_size:
+                yield batch[rank::processes]
+                batch = []
+
+
+def gather_rows(rows: np.ndarray) -> np.ndarray:
+    """`rows` with every row taken from the process that has made it: row i from the process i modulo their number."""
+    rank, processes = share()
+    if processes == 1:
+        return rows
+    for other, part in enumerate(_from_all(rows[rank::processes])):
+        rows[other::processes] = part
+    return rows
+
+
+def gather_list(made: Sequence[Any]) -> list[Any]:
+    """All that the processes have made, in the data's order: item i by the process i modulo their number."""
+    parts = _from_all(list(made))
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+def _from_all(value: Any) -> list[Any]:
+    processes = share()[1]
+    if processes == 1:
+        return [value]
+    found: list[Any] = [None] * processes
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def train_together(train: Callable[..., Any], run_folder: Path, processes: int, **arguments: Any) -> Any:
+    """`train(run_folder=..., **arguments)` by several processes, whose output goes to run_folder/processes; what it gives.
+
+    With resume=False, the folder is emptied of an earlier run once, before they start.
+    `arguments` have the `recipe`, whose batch the processes share. Raises ValueError where they cannot, SessionOver as
+    `train` does, and ParallelFailed for everything else that a process has raised.
+    """
+    _check(arguments["recipe"], processes)
+    if not arguments.get("resume", True):
+        start_over(run_folder)
+        arguments["resume"] = True  # or each process would empty the folder, and reading the results train them again
+    if not (run_folder / "metrics.json").is_file():
+        logs = run_folder / "processes"
+        logs.mkdir(parents=True, exist_ok=True)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            max_restarts=0,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            start_method="spawn",
+            monitor_interval=0.5,
+            logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
+        )
+        try:
+            ended = elastic_launch(config, _one_of_them)(train, {**arguments, "run_folder": run_folder})
+        except ChildFailedError as error:
+            told = error.get_first_failure()[1].message
+            told = told["message"] if isinstance(told, dict) else told
+            raise ParallelFailed(f"{run_folder}: {told}\n  logs: {logs}") from error
+        if ended[0] is not None:
+            raise ended[0]
+    return train(run_folder=run_folder, **arguments)
+
+
+def _check(recipe: TrainingRecipe, processes: int) -> None:
+    if recipe.batch_size % processes:
+        raise ValueError(f"{processes} processes cannot share a batch of {recipe.batch_size} images evenly")
+    if getattr(recipe, "unfreeze_every", 0):
+        # torch gathers the gradients of what learns at the start, and of nothing else.
+        raise ValueError(f"recipe.unfreeze_every is {recipe.unfreeze_every}: what learns later is not shared by processes")
+    if getattr(recipe, "family", "") == "yolo":
+        raise ValueError("a YOLO is trained by one process; train its folds side by side, one a GPU")
+
+
+def _one_of_them(train: Callable[..., Any], arguments: dict[str, Any]) -> Exception | None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    try:
+        train(**arguments)
+    except SessionOver as over:
+        return over
+    return None

@@ -1,0 +1,198 @@
+"""The folds of one model: one after the other, side by side with a GPU each, or each on several GPUs together."""
+
+import logging
+import logging.handlers
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kitlib.deadline import Deadline, SessionOver, session_deadline
+from kitlib.paths import find_input
+from kitlib.processes import kill_family
+from kitlib.training.data_parallel import train_together
+from kitlib.training.fold_folder import continue_from, start_over
+
+logger = logging.getLogger(__name__)
+
+LOG = "train.log"
+FAILED, OVER = 1, 75  # exit codes of a fold's process; 75: try again later (sysexits.h)
+
+
+class FoldsFailed(RuntimeError):
+    """Folds whose training failed, each with its error and its log, and those that the session's end has stopped."""
+
+
+def begin_session(run: Path, hours: float = 0, resume_from: str | Path = "") -> Deadline | None:
+    """The end of this session, see `session_deadline`; and the folds of an earlier one are copied into `run`, to go on with.
+
+    `resume_from` is that session's run: an attached input's name, or a path. What becomes of each fold is printed.
+    """
+    deadline = session_deadline(hours)
+    if resume_from:
+        earlier = find_input(resume_from)
+        # Nested folds lie a folder deeper.
+        nested = {path.parents[2] for path in earlier.glob("outer*/fold*/checkpoints/run.json")}
+        for part in sorted(nested) or [earlier]:
+            print(*continue_from(part, run / part.relative_to(earlier)), sep="\n")
+    return deadline
+
+
+def train_folds(
+    train: Callable[..., Any],
+    folds: Iterable[int],
+    run: Path,
+    /,  # so that `arguments` may have the table `folds`
+    deadline: Deadline | None = None,
+    at_once: int = 0,
+    processes: int = 1,
+    resume_name: str = "",
+    **arguments: Any,
+) -> list[Any]:
+    """What `train(fold=..., run_folder=run / "fold<n>", deadline=..., **arguments)` gives for each fold that is finished.
+
+    `train` is one of the kit's three. `at_once` folds train side by side, each in a process of its own with a GPU of its
+    own, its share of the CPU's threads and its log in fold<n>/train.log; 0: as many as there are GPUs, 1: in this process.
+    `processes` train each fold together, see kitlib.training.data_parallel. Folds that the session's end has stopped are
+    left out, and said; once it has stopped one, no further fold is begun. With resume=False, all folds are started over. Side
+    by side, a fold that fails stops no other: FoldsFailed names all of them in the end. `resume_name` is what the next session
+    is told to resume from, where it is not the folder `run` itself.
+    """
+    folds, gpus = list(folds), torch.cuda.device_count()
+    if processes > 1 and at_once > 1:
+        raise ValueError(f"at_once {at_once} and processes {processes}: choose folds side by side, or one on several GPUs")
+    if processes < 1 or at_once < 0:
+        raise ValueError(f"at_once {at_once} and processes {processes}; wanted at least 0 and 1")
+    side_by_side = min(len(folds), at_once or (max(1, gpus) if processes == 1 else 1))
+    if not arguments.get("resume", True):
+        for fold in folds:
+            start_over(run / f"fold{fold}")
+        arguments["resume"] = True  # or reading the results would train them again
+    if side_by_side > 1:
+        _side_by_side(train, folds, run, deadline, side_by_side, arguments)
+    trained, over = [], side_by_side > 1
+    for fold in folds:
+        common = {**arguments, "fold": fold, "deadline": deadline}
+        if over and not _is_finished(run, fold):
+            # Without a finished epoch nothing tells how long one takes, and it would be begun in vain.
+            continue
+        try:
+            if processes > 1:
+                trained.append(train_together(train, run / f"fold{fold}", processes, **common))
+            else:
+                trained.append(train(run_folder=run / f"fold{fold}", **common))
+        except SessionOver as stopped:
+            over = True
+            print(f"fold {fold} stopped after {stopped.done} of {stopped.epochs} epochs: the session ends")
+    if len(trained) < len(folds):
+        print(
+            f"{len(folds) - len(trained)} of {len(folds)} folds are not finished. Run this notebook again with the same "
+            "parameters to go on; in a new Kaggle session attach this one's output and set resume_from to "
+            f"{resume_name or run.name!r}"
+        )
+    return trained
+
+
+def _is_finished(run: Path, fold: int) -> bool:
+    return (run / f"fold{fold}" / "metrics.json").is_file()
+
+
+def _side_by_side(
+    train: Callable[..., Any],
+    folds: list[int],
+    run: Path,
+    deadline: Deadline | None,
+    at_once: int,
+    arguments: dict[str, Any],
+) -> None:
+    """Train until each fold is finished, stopped by the deadline, or has failed."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    threads = max(1, torch.get_num_threads() // at_once)
+    # Spawned, because a forked process cannot use a GPU that its parent has touched.
+    context = multiprocessing.get_context("spawn")
+    said, waiting, running = context.Queue(), list(folds), {}
+    failed: list[int] = []
+    stopped: list[int] = []
+    listener = logging.handlers.QueueListener(said, _Printer())
+    listener.start()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                fold = waiting.pop(0)
+                slot = min(set(range(at_once)) - {slot for _, slot, _ in running.values()})
+                common = {**arguments, "fold": fold, "run_folder": run / f"fold{fold}", "deadline": deadline}
+                gpu = visible[slot % len(visible)]
+                process = context.Process(target=_train_one, args=(train, common, gpu, threads, os.getpid(), said))
+                process.start()
+                running[process.sentinel] = process, slot, fold
+            for sentinel in multiprocessing.connection.wait(list(running)):
+                process, _, fold = running.pop(sentinel)
+                process.join()
+                if process.exitcode == OVER:
+                    # A fold without a finished epoch would be begun in vain: nothing tells how long one takes.
+                    stopped += [fold, *(each for each in waiting if not _is_finished(run, each))]
+                    waiting.clear()
+                elif process.exitcode:
+                    failed.append(fold)
+                logger.info("fold %d ended with exit code %s", fold, process.exitcode)
+    finally:
+        for process, _, _ in running.values():
+            kill_family(process.pid)
+        listener.stop()
+    if failed:
+        told = [f"fold {fold}: {_last_line(run / f'fold{fold}' / LOG)}" for fold in sorted(failed)]
+        rest = f"the session's end has stopped {', '.join(map(str, sorted(stopped)))}" if stopped else "the others are done"
+        raise FoldsFailed("\n".join([f"{len(failed)} of {len(folds)} folds failed, {rest}:", *told]))
+
+
+def _train_one(train: Callable[..., Any], arguments: dict[str, Any], gpu: str, threads: int, parent: int, said: Any) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    _end_with(parent)
+    torch.set_num_threads(threads)
+    log = arguments["run_folder"] / LOG
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as kept:
+        for stream in (1, 2):
+            os.dup2(kept.fileno(), stream)
+    form = logging.Formatter(f"%(asctime)s fold {arguments['fold']}: %(message)s", "%H:%M:%S")
+    to_log, to_parent = logging.StreamHandler(), logging.handlers.QueueHandler(said)
+    to_log.setFormatter(form)
+    to_parent.setFormatter(form)
+    logging.basicConfig(level=logging.INFO, handlers=[to_log, to_parent])
+    try:
+        train(**arguments)
+    except SessionOver as over:
+        logging.info("%s", over)
+        sys.exit(OVER)
+    except BaseException as error:
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(FAILED)
+
+
+def _end_with(parent: int) -> None:
+    """Have the system kill this process when the one that started it dies; without, a killed notebook's folds train on."""
+    import ctypes
+    import signal
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
+    if os.getppid() != parent:
+        sys.exit(FAILED)
+
+
+class _Printer(logging.Handler):
+    """Shows lines in the notebook, which shows nothing of a log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), flush=True)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    return f"{lines[-1] if lines else 'killed without a word'}\n  log: {log}"

@@ -1,0 +1,207 @@
+"""Training of a lung segmenter, and its masks of images that it has not seen."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kitlib.bundle import BundleError, read_bundle
+from kitlib.classes import LUNG_CODES, MASK_CODES
+from kitlib.deadline import Deadline
+from kitlib.device import seed_everything, training_device
+from kitlib.inference.segment_lungs import LungSegmenter, load_segmenter, on_copy
+from kitlib.models.segmenter import Segmenter, segmentation_loss
+from kitlib.recipes.fields import SegmenterRecipe
+from kitlib.scoring.overlap import overlap
+from kitlib.tables import check_table, read_table, write_table
+from kitlib.training import data_parallel
+from kitlib.training.fold_folder import finish_fold, open_run, read_finished, run_identity, save_trained, split
+from kitlib.training.loop import RecipeTraining, fit, gathered_batches
+from kitlib.training.mask_dataset import MaskDataset, collate_masks
+from kitlib.training.xray_dataset import batches
+from kitlib.xrays.cache import XrayCache
+from kitlib.xrays.mask_store import MaskError, MaskStore
+
+PART = 256  # masks a file
+
+
+@dataclass(frozen=True)
+class LungsRun:
+    """A finished run. `scores` are out of fold, `masks` the label images that they were made from, as found."""
+
+    run_folder: Path
+    metrics: dict[str, Any]
+    history: pd.DataFrame
+    scores: pd.DataFrame
+    masks: MaskStore
+
+
+def train_lungs(
+    images: pd.DataFrame,
+    labels: pd.DataFrame,
+    boxes: pd.DataFrame,
+    folds: pd.DataFrame,
+    fold: int,
+    cache: XrayCache,
+    masks: MaskStore,
+    recipe: SegmenterRecipe,
+    run_folder: str | Path,
+    model_name: str,
+    seed: int = 0,
+    workers: int = 0,
+    limit_train: int | None = None,
+    limit_validation: int | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    deadline: Deadline | None = None,
+) -> LungsRun | None:
+    """Train on the images that have a mask, keep the recipe's epoch, segment the validation fold with it.
+
+    `run_folder` gets all of it, metrics.json last. An interrupted run goes on where it was; a finished one is read back.
+    Limits are numbers of images, whole patients. Raises ResumeError if the folder holds a run of other data or settings,
+    MaskError where no image has a mask, or where masks of two conventions would be learnt as one.
+    """
+    run_folder = Path(run_folder)
+    tables = {"images": images, "labels": labels, "boxes": boxes, "folds": folds}
+    tables = {name: check_table(table, name) for name, table in tables.items()}
+    images, folds = with_masks(tables["images"], tables["folds"], masks)
+    train_images, validation_images = split(images, folds, fold, seed, limit_train, limit_validation)
+    identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation)
+    identity["masks_fingerprint"] = masks.fingerprint()
+    if open_run(run_folder, identity, resume):
+        return read_lungs_run(run_folder)
+
+    seed_everything(seed)
+    device = training_device()
+    model = Segmenter(recipe).to(memory_format=torch.channels_last)
+    start = _start_from_weights(model)
+    train = MaskDataset(train_images, cache, masks, recipe, augment=True, seed=seed)
+    validation = MaskDataset(validation_images, cache, masks, recipe)
+    fitted = fit(
+        LungsTraining(model, len(validation)),
+        batches(train, recipe.batch_size, workers, shuffle=True, seed=seed, joined=collate_masks),
+        batches(validation, 2 * recipe.batch_size, workers, joined=collate_masks),
+        run_folder,
+        device,
+        seed,
+        progress,
+        title=f"{model_name} fold {fold}",
+        gathered=gathered_batches(recipe),
+        deadline=deadline,
+    )
+    if not data_parallel.is_first():
+        return None
+    save_trained(run_folder, model, "segmenter", recipe.structures, identity, fitted)
+    segmenter = load_segmenter(run_folder / "bundle", device, 2 * recipe.batch_size)
+    found = MaskStore.afresh(run_folder / "masks")
+    scores = score_masks(segmenter, cache, masks, validation_images.image_id, found).assign(fold=fold)
+    write_table(scores, "mask_scores", run_folder / "tables" / "mask_scores.parquet")
+    counts = {"starting_weights": start, "train_images": len(train), "validation_images": len(validation)}
+    finish_fold(run_folder, identity, counts, fitted, device)
+    return read_lungs_run(run_folder)
+
+
+def read_lungs_run(run_folder: str | Path) -> LungsRun:
+    """The results of a finished run; without metrics.json, which marks one, FileNotFoundError."""
+    run_folder = Path(run_folder)
+    metrics, history = read_finished(run_folder)
+    scores = read_table("mask_scores", run_folder / "tables" / "mask_scores.parquet")
+    return LungsRun(run_folder, metrics, history, scores, MaskStore(run_folder / "masks"))
+
+
+def with_masks(images: pd.DataFrame, folds: pd.DataFrame, masks: MaskStore) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The images that have a mask, and their folds. Raises MaskError for none, or for masks of several conventions."""
+    known = images[images.image_id.isin(masks.ids)]
+    if known.empty:
+        raise MaskError(f"none of {len(images)} images has a mask in {masks.folder}; prepare a data set of lung masks")
+    conventions = sorted(set(known.convention)) if "convention" in known else []
+    if len(conventions) > 1:
+        raise MaskError(
+            f"the masks are of {len(conventions)} conventions ({', '.join(conventions)}): what one calls lung the other "
+            "does not. Prepare and segment each by itself"
+        )
+    return known, folds[folds.id.isin(known.image_id)]
+
+
+def check_other_source(home: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
+    """Raise ValueError where images of `other`, another run's table, are of images or patients of `home`."""
+    for column in ("image_id", "patient_id"):
+        shared = other.loc[other[column].isin(home[column]), column]
+        if len(shared):
+            raise ValueError(
+                f"{name} is no other source: {len(shared)} of its images are of the training set, by {column}, first "
+                f"{shared.iloc[0]!r}; take it out of also_on"
+            )
+
+
+def score_masks(
+    segmenter: LungSegmenter, cache: XrayCache, masks: MaskStore, image_ids: pd.Series, found: MaskStore | None = None
+) -> pd.DataFrame:
+    """Table mask_scores, fold -1, of images with a drawn mask; `found` takes the label images.
+
+    Masks are judged as the network gives them, without any clean-up.
+    A model of "lungs" is held against either side; one that tells the sides apart is judged by each structure and, as
+    "lungs", by both sides together.
+    """
+    rows, kept = [], {}
+    for xray, maps, place in segmenter.maps(cache.read(image_id) for image_id in image_ids):
+        here, truth = on_copy(maps, place, xray.pixels.shape, segmenter.recipe), masks.read(xray.image_id)
+        for structure in dict.fromkeys([*segmenter.recipe.structures, "lungs"]):
+            wanted = LUNG_CODES if structure == "lungs" else (MASK_CODES[structure],)
+            agreement = overlap(np.isin(here, wanted), np.isin(truth, wanted))
+            rows.append((xray.image_id, segmenter.model, -1, structure, *agreement))
+        kept[xray.image_id] = here
+        if found is not None and len(kept) >= PART:
+            found.add(kept)
+            kept = {}
+    if found is not None:
+        found.add(kept)
+    columns = ["image_id", "model", "fold", "structure", "dice", "jaccard"]
+    return check_table(pd.DataFrame(rows, columns=columns), "mask_scores")
+
+
+class LungsTraining(RecipeTraining):
+    """Loss and validation over batches of `MaskDataset`; the score is the mean Dice of the validation's structures."""
+
+    def __init__(self, model: Segmenter, validation_images: int) -> None:
+        super().__init__(model, model.recipe)
+        self.found = np.full((validation_images, len(model.recipe.structures), 2), np.nan)
+
+    def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
+        logits = self.model(self.model.normalise(batch["pixels"]))
+        loss = segmentation_loss(logits, batch["truth"], self.recipe)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["pixels"]), sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], _: int) -> None:
+        logits = self.judged(self.judged.normalise(batch["pixels"]))
+        size = len(batch["pixels"])
+        self.log("validation_loss", segmentation_loss(logits, batch["truth"], self.recipe), batch_size=size, sync_dist=True)
+        places = self.judged.probabilities(logits).argmax(dim=1).cpu().numpy()
+        truth = batch["truth"].cpu().numpy()
+        for row, one, drawn in zip(batch["index"].tolist(), places, truth, strict=True):
+            for number in range(self.found.shape[1]):
+                self.found[row, number] = overlap(one == number + 1, drawn == number + 1)
+
+    def on_validation_epoch_end(self) -> None:
+        self.found = data_parallel.gather_rows(self.found)
+        dice, jaccard = self.found.mean(axis=0).T
+        structures = self.recipe.structures
+        told = {"score": float(dice.mean()), "jaccard": float(jaccard.mean())}
+        self.log_dict(told | (dict(zip(structures, map(float, dice), strict=True)) if len(structures) > 1 else {}))
+
+
+def _start_from_weights(model: Segmenter) -> str:
+    """Load the weights of another run's bundle of the same network, if the recipe names one; what was loaded, in words."""
+    name = model.recipe.starting_weights
+    if not name:
+        return "from scratch"
+    record, weights = read_bundle(name)
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise BundleError(f"{name} ({record['family']}) does not fit {model.recipe.network}: {error}") from error
+    return f"{name}: {len(weights)} tensors"

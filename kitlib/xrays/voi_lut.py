@@ -1,0 +1,168 @@
+"""From stored values to the grey that a radiologist sees: modality LUT, VOI LUT, inversion, 8 bit.
+
+The formulas are of DICOM PS3.3 C.11.1 and C.11.2, in pydicom's order of operations, so that they agree bit for bit with
+`apply_modality_lut` and `apply_voi_lut` on the whole image. Two differences are meant: a negative RescaleSlope does not turn
+the window round (pydicom's output range then runs backwards), and an 8-bit LUT may have more than 256 entries (pydicom's
+index wraps).
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kitlib.xrays.header import Elements, LyingHeader
+
+FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
+
+
+@dataclass(frozen=True)
+class Lut:
+    """Values below `first` map to the first entry, values past the end to the last."""
+
+    first: int
+    entries: np.ndarray  # (n,) float64
+    bits: int
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        return self.entries[np.clip(values - self.first, 0, len(self.entries) - 1).astype(np.int64)]
+
+
+@dataclass(frozen=True)
+class Rescale:
+    slope: float
+    intercept: float
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        return values * self.slope + self.intercept
+
+
+@dataclass(frozen=True)
+class Window:
+    center: float
+    width: float
+    function: str
+    lowest: float  # range of the output
+    highest: float
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        center, width, span = self.center, self.width, self.highest - self.lowest
+        if self.function == "SIGMOID":
+            with np.errstate(over="ignore"):  # exp overflows to infinity, and 1 / infinity is the right 0
+                return span / (1 + np.exp(-4 * (values - center) / width)) + self.lowest
+        if self.function == "LINEAR":
+            center, width = center - 0.5, width - 1
+        below, above = values <= center - width / 2, values > center + width / 2
+        shown = np.where(below, self.lowest, self.highest)
+        between = ~below & ~above
+        shown[between] = ((values[between] - center) / width + 0.5) * span + self.lowest
+        return shown
+
+
+@dataclass(frozen=True)
+class Display:
+    """How a file wants its stored values shown. `warnings` tell what its header says and cannot be."""
+
+    modality: Lut | Rescale | None = None
+    voi: Lut | Window | None = None
+    inverted: bool = False
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_display(elements: Elements, bits_stored: int, signed: bool, inverted: bool) -> Display:
+    """The first modality LUT and the first VOI LUT or window; a sequence goes before a window. What lies is left out."""
+    warnings: list[str] = []
+    modality, voi = None, None
+    try:
+        modality = _lut(elements, "ModalityLUTSequence", signed) or _rescale(elements)
+    except LyingHeader as error:
+        warnings.append(f"{error}: shown without it")
+    try:
+        voi = _lut(elements, "VOILUTSequence", signed) or _window(elements, modality, bits_stored, signed)
+    except LyingHeader as error:
+        warnings.append(f"{error}: the image's own range instead")
+    return Display(modality, voi, inverted, warnings)
+
+
+def to_grey(values: np.ndarray, display: Display) -> tuple[np.ndarray, list[str]]:
+    """uint8 grey of each stored value (n,), integers that all occur in the image, and what had to be left out.
+
+    Minimum to 0, maximum to 255, cut off below (as `(255 * x).astype(uint8)`), over exactly these values. Where VOI LUT or
+    modality LUT maps all of them to one grey, they are left out; an image of one stored value is 0.
+    """
+    stored = values.astype(np.float64)
+    if len(values) < 2:
+        return np.zeros(len(values), dtype=np.uint8), ["the image is of one value"]
+    warnings = []
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # what is not finite is left out below
+        calibrated = display.modality(stored) if display.modality else stored
+        shown = display.voi(calibrated) if display.voi else calibrated
+        if not _varies(shown) and display.voi:
+            warnings.append(f"{_name(display.voi)} shows every pixel as one grey: the image's own range instead")
+            shown = calibrated
+        if not _varies(shown):
+            warnings.append(f"{_name(display.modality)} maps every pixel to one value: shown without it")
+            shown = stored
+    if display.inverted:
+        shown = shown.max() - shown
+    shown = shown - shown.min()
+    return (shown / shown.max() * 255).astype(np.uint8), warnings
+
+
+def _varies(values: np.ndarray) -> bool:
+    return bool(np.isfinite(values).all() and np.isfinite(span := values.max() - values.min()) and span > 0)
+
+
+def _name(step: Lut | Rescale | Window | None) -> str:
+    if isinstance(step, Window):
+        return f"the window {step.center} / {step.width} {step.function}"
+    return f"the rescale {step.slope} / {step.intercept}" if isinstance(step, Rescale) else "the LUT"
+
+
+def _rescale(elements: Elements) -> Rescale | None:
+    slope, intercept = elements.number("RescaleSlope"), elements.number("RescaleIntercept")
+    if slope is None or intercept is None:
+        return None
+    if not np.isfinite([slope, intercept]).all() or slope == 0:
+        raise LyingHeader(f"RescaleSlope {slope}, RescaleIntercept {intercept}")
+    return Rescale(slope, intercept)
+
+
+def _window(elements: Elements, modality: Lut | Rescale | None, bits_stored: int, signed: bool) -> Window | None:
+    center, width = elements.number("WindowCenter"), elements.number("WindowWidth")
+    if center is None or width is None:
+        return None
+    function = elements.text("VOILUTFunction").upper() or "LINEAR"
+    if function not in FUNCTIONS:
+        raise LyingHeader(f"VOILUTFunction {function!r} is none of {', '.join(FUNCTIONS)}")
+    if not np.isfinite([center, width]).all() or width < (1 if function == "LINEAR" else np.nextafter(0, 1)):
+        raise LyingHeader(f"WindowCenter {center}, WindowWidth {width} ({function})")
+    if isinstance(modality, Lut):
+        ends = [0, 2**modality.bits - 1]
+    else:
+        ends = [-(2 ** (bits_stored - 1)), 2 ** (bits_stored - 1) - 1] if signed else [0, 2**bits_stored - 1]
+        if modality:
+            ends = sorted(end * modality.slope + modality.intercept for end in ends)
+    return Window(center, width, function, *map(float, ends))
+
+
+def _lut(elements: Elements, keyword: str, signed: bool) -> Lut | None:
+    items = elements.items(keyword)
+    if not items or (not items[0].raw("LUTDescriptor") and not items[0].raw("LUTData")):
+        return None
+    item = items[0]
+    order = "<" if item.is_little_endian("LUTDescriptor") else ">"
+    described = np.frombuffer(item.raw("LUTDescriptor")[:6].ljust(6, b"\0"), dtype=f"{order}u2")
+    length, first, bits = int(described[0]) or 2**16, int(described[1]), int(described[2])
+    # "US or SS": an explicit VR decides, else the pixel representation does.
+    if item.vr("LUTDescriptor") == "SS" or (item.vr("LUTDescriptor") != "US" and signed):
+        first = int(np.int16(np.uint16(first)))
+    raw = item.raw("LUTData")
+    if not 8 <= bits <= 16:
+        raise LyingHeader(f"{keyword} has entries of {bits} bits")
+    if len(raw) >= 2 * length:
+        entries = np.frombuffer(raw[: 2 * length], dtype=f"{order}u2")
+    elif bits == 8 and len(raw) >= length:  # two entries in a word
+        entries = np.frombuffer(raw[:length], dtype=np.uint8)
+    else:
+        raise LyingHeader(f"{keyword} promises {length} entries and has {len(raw)} bytes")
+    return Lut(first, entries.astype(np.float64), bits)

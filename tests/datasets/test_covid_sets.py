@@ -1,0 +1,179 @@
+"""COVIDx, COVIDGR-1.0, MIDRC-RICORD-1C and BIMCV-COVID19, drawn by hand: what their layouts say, and what they do not."""
+
+import json
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+
+from kitlib.datasets.base import LayoutError
+from kitlib.datasets.bimcv import read_bimcv
+from kitlib.datasets.covidgr import read_covidgr
+from kitlib.datasets.covidx import read_covidx
+from kitlib.datasets.pool import read_pool
+from kitlib.datasets.ricord import read_ricord
+from kitlib.datasets.rsna import MAPPING
+from kitlib.xrays.writing import write_xray
+
+
+def save(path, side=16):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.full((side, side + 2), 90, np.uint8))
+
+
+def test_covidx_lists_of_four_columns(tmp_path):
+    lines = {
+        "train": ["3 SARS day0.jpeg pneumonia cohen", "sub-S03047 a.png COVID-19 bimcv", "x a.png normal rsna", "what"],
+        "test": ["419639-000002 MIDRC-RICORD-1C-419639-000002-10161-0.png positive ricord", "8 b.png negative rsna"],
+    }
+    for part, of_part in lines.items():
+        (tmp_path / f"{part}_COVIDx5.txt").write_text("\n".join(of_part) + "\n")
+        for line in of_part:
+            if " " in line and "b.png" not in line:
+                save(tmp_path / part / line.split(" ", 1)[1].rsplit(" ", 2)[0])
+    data = read_covidx(tmp_path, progress=False)
+    images = data.images.set_index("image_id")
+    assert images.diagnosis.to_dict() == {
+        "SARS day0": "pneumonia",
+        "a": "COVID-19",
+        "MIDRC-RICORD-1C-419639-000002-10161-0": "COVID-19",
+    }
+    assert sorted(images.patient_id) == ["bimcv-S03047", "ieee-3", "ricord-419639-000002"]
+    assert sorted(images.source) == ["bimcv", "ieee8023", "ricord"] and images.split.value_counts().to_dict() == {
+        "train": 2,
+        "test": 1,
+    }
+    assert sorted(data.faults["row"]) == ["4", "a.png", "test/b.png"]
+
+
+def test_covidx_older_lists_and_several(tmp_path):
+    (tmp_path / "train.txt").write_text("patientid filename class\n1 a.png normal\n2 b.jpg COVID-19\n")
+    (tmp_path / "test.txt").write_text("1 a.png normal\n")
+    for name in ("train/a.png", "train/b.jpg", "test/a.png"):
+        save(tmp_path / name)
+    images = read_covidx(tmp_path, progress=False).images
+    # One name in two parts is two images, told apart by their part; the patient is one, which a data sheet will say.
+    assert sorted(images.image_id) == ["b", "test-a.png", "train-a.png"]
+    assert images.patient_id.value_counts()["covidx-covidx-1"] == 2 and set(images.source) == {"covidx"}
+    (tmp_path / "train_COVIDx2.txt").write_text("")
+    with pytest.raises(LayoutError, match=r"several lists, train\.txt, train_COVIDx2\.txt"):
+        read_covidx(tmp_path, progress=False)
+    (tmp_path / "test.txt").unlink()
+    (tmp_path / "train_COVIDx2.txt").unlink()
+    with pytest.raises(LayoutError, match=r"test\.txt, or .* is missing"):
+        read_covidx(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("source", [" rsna", ""])
+def test_covidx_images_of_rsna_are_of_nih_patients(tmp_path, source):
+    (tmp_path / "train.txt").write_text("".join(f"{name} {name}.png normal{source}\n" for name in ("a1", "b2", "c3")))
+    (tmp_path / "test.txt").write_text("")
+    for name in ("a1", "b2", "c3"):
+        save(tmp_path / "train" / f"{name}.png")
+    apart = read_covidx(tmp_path, progress=False)
+    assert apart.images.patient_id.is_unique and "one NIH patient may fall into several folds" in apart.faults.problem[0]
+    # Two images of NIH's patient 9 and one that the table does not know.
+    entries = [{"subset_img_id": name, "img_id": f"00000009_00{name[1]}.png"} for name in ("a1", "b2")]
+    (tmp_path / MAPPING).write_text(json.dumps(entries))
+    joined = read_covidx(tmp_path, progress=False)
+    assert joined.images.patient_id.tolist()[:2] == ["nih-00000009"] * 2 and joined.images.patient_id.nunique() == 2
+    assert joined.faults.empty
+
+
+def test_covidgr(tmp_path):
+    for name in ("P/1.jpg", "P/2.jpg", "N/1.jpg"):
+        save(tmp_path / "COVIDGR_1.0" / name)
+    data = read_covidgr(tmp_path, progress=False)
+    assert data.images.image_id.tolist() == ["N-1", "P-1", "P-2"] and data.images.patient_id.is_unique
+    assert data.images.diagnosis.tolist() == ["other", "COVID-19", "COVID-19"] and data.faults.empty
+    # Tabik et al. 2020: 426 of each.
+    assert data.published["images"] == data.published["COVID-19"] + data.published["other"] == 852
+    pool = read_pool({"covidgr": tmp_path}, "covid", progress=False)
+    assert pool.labels[["COVID-19", "not COVID-19"]].sum().tolist() == [2, 1]
+    (tmp_path / "COVIDGR_1.0" / "N" / "1.jpg").unlink()
+    with pytest.raises(LayoutError, match="N holds no PNG or JPEG"):
+        read_covidgr(tmp_path, progress=False)
+    with pytest.raises(LayoutError, match="0 places with the folders P and N"):
+        read_covidgr(tmp_path / "COVIDGR_1.0" / "P", progress=False)
+
+
+def test_ricord(tmp_path):
+    top = tmp_path / "manifest" / "midrc_ricord_1c"
+    pixels = np.full((20, 24), 90, np.uint8)
+    for place, view in (
+        ("MIDRC-RICORD-1C-419639-000002/study1/series1/1-1.dcm", "AP"),
+        ("MIDRC-RICORD-1C-419639-000002/study2/series1/1-1.dcm", "PA"),
+        ("MIDRC-RICORD-1C-SITE2-000105/study1/series1/1-1.dcm", "LL"),
+        ("other/1-1.dcm", "AP"),
+    ):
+        (top / place).parent.mkdir(parents=True, exist_ok=True)
+        write_xray(top / place, pixels, transfer_syntax="1.2.840.10008.1.2.1", extra={"ViewPosition": view})
+    data = read_ricord(tmp_path, progress=False)
+    assert data.images.image_id.tolist() == ["419639-000002-study1-series1-1-1", "419639-000002-study2-series1-1-1"]
+    # As COVIDx calls the same patient.
+    assert set(data.images.patient_id) == {"ricord-419639-000002"} and data.images["view"].tolist() == ["AP", "PA"]
+    assert list(data.labels) == ["id", "COVID-19"] and len(data.faults) == 2
+    with pytest.raises(LayoutError, match="MIDRC-RICORD-1C-PATIENT"):
+        read_ricord(top / "other", progress=False)
+
+
+def test_bimcv(tmp_path):
+    posi, neg = tmp_path / "covid19_posi", tmp_path / "covid19_neg"
+    names = {
+        posi: (
+            "sub-S1_ses-E1_run-1_bp-chest_vp-ap_cr",
+            "sub-S1_ses-E2_run-1_bp-chest_vp-pa_dx",
+            "sub-S2_ses-E3_run-1_vp-ll_dx",
+        ),
+        neg: ("sub-S3_ses-E4_run-1_bp-chest_vp-pa_dx", "sub-S4_ses-E5_run-1_vp-pa_dx", "sub-S5_ses-E6_run-1_vp-pa_cr"),
+    }
+    for root, of_root in names.items():
+        for name in of_root:
+            subject, session = name.split("_")[:2]
+            save(root / subject / session / "mod-rx" / f"{name}.png")
+    reports = {"ses-E1": "['COVID 19', 'infiltrates']", "E2": "['normal']", "E3": "['COVID 19']", "E4": "[' normal']"}
+    reports |= {"E5": "['pneumonia', 'chronic changes']"}
+    labels = pd.DataFrame({"PatientID": "x", "ReportID": list(reports), "Labels": list(reports.values())})
+    for root in (posi, neg):
+        (root / "derivatives" / "labels").mkdir(parents=True)
+        labels.to_csv(root / "derivatives" / "labels" / "labels.tsv", sep="\t", index=False)
+    people = pd.DataFrame({"participant": ["sub-S1", "sub-S3"], "age": ["[64]", ""], "gender": ["M", "F"]})
+    people.to_csv(posi / "participants.tsv", sep="\t", index=False)
+    data = read_bimcv(tmp_path, progress=False)
+    images = data.images.set_index("patient_id")
+    assert images.diagnosis.to_dict() == {"bimcv-S1": "COVID-19", "bimcv-S3": "normal", "bimcv-S4": "pneumonia"}
+    assert images["view"].tolist() == ["AP", "PA", "PA"] and images.sex.tolist() == ["M", "F", ""]
+    assert images.age["bimcv-S1"] == 64 and images.age[1:].isna().all()
+    told = " | ".join(data.faults.problem)
+    for words in ("neither vp-ap nor vp-pa", "have no report", "of the positive set have another report"):
+        assert words in told
+    assert len(data.faults) == 3
+    for root in (posi, neg):
+        (root / "derivatives" / "labels" / "labels.tsv").unlink()
+    with pytest.raises(LayoutError, match="ReportID, Labels"):
+        read_bimcv(tmp_path, progress=False)
+    with pytest.raises(LayoutError, match="no image sub"):
+        read_bimcv(posi / "derivatives", progress=False)
+
+
+@pytest.mark.parametrize("names", [("BIMCV-COVID19+", "BIMCV-COVID19-"), ("bimcv+/covid19_posi", "bimcv+/covid19_neg")])
+def test_bimcv_sets_are_told_by_their_folders_and_sexes_by_words(tmp_path, names):
+    for folder, subject, labels in zip(names, ("S1", "S2"), ("['COVID 19']", "['normal']"), strict=True):
+        root = tmp_path / "in" / folder
+        save(root / f"sub-{subject}" / "ses-E1" / "mod-rx" / f"sub-{subject}_ses-{subject.replace('S', 'E')}_vp-ap_cr.png")
+        (root / "derivatives" / "labels").mkdir(parents=True)
+        reports = pd.DataFrame({"ReportID": [subject.replace("S", "E")], "Labels": [labels]})
+        reports.to_csv(root / "derivatives" / "labels" / "labels.tsv", sep="\t", index=False)
+    people = pd.DataFrame({"participant": ["sub-S1", "sub-S2", "sub-S3"], "age": "", "gender": ["Mujer", " male", "H"]})
+    people.to_csv(tmp_path / "in" / names[0] / "participants.tsv", sep="\t", index=False)
+    data = read_bimcv(tmp_path / "in", progress=False)
+    images = data.images.set_index("patient_id")
+    assert images.diagnosis.to_dict() == {"bimcv-S1": "COVID-19", "bimcv-S2": "normal"}
+    assert images.sex.to_dict() == {"bimcv-S1": "F", "bimcv-S2": "M"}
+    assert "have a gender of another word" in data.faults.problem.item() and data.faults["row"].item() == "sub-S3"
+    # The set's folder itself may be the one that is named; a folder without a sign is no set.
+    assert len(read_bimcv(tmp_path / "in" / names[0], progress=False).images) == 1
+    (tmp_path / "in" / names[1]).rename(tmp_path / "in" / "others")
+    with pytest.raises(LayoutError, match=r"others.* no folder says whether .* BIMCV-COVID19\+, and covid19_neg"):
+        read_bimcv(tmp_path / "in", progress=False)

@@ -1,0 +1,106 @@
+"""The data sheet counts what is there, and flags what could be learnt instead of the disease; each rule by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kitlib.datasets.data_sheet import age_groups, data_sheet, data_sheet_figure, exclusive
+
+CLASSES = ["COVID-19", "normal"]
+
+
+def tables(classes, **columns):
+    """One image a study and patient, of one source unless told."""
+    ids = [f"i{place}" for place in range(len(classes))]
+    images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": ids, "path": "x.png", "rows": 9, "columns": 9})
+    images = images.assign(**{"source": "a", "view": "PA"} | columns)
+    labels = pd.DataFrame({"id": ids, **{name: [float(each == name) for each in classes] for name in CLASSES}})
+    return images, labels
+
+
+def kinds(sheet):
+    return list(zip(sheet.flags.kind, sheet.flags.which, strict=True))
+
+
+def test_counts_by_source_view_sex_and_age():
+    images, labels = tables(
+        ["COVID-19", "COVID-19", "normal", "normal"],
+        **{"source": list("aabb"), "view": ["PA", "", "AP", "PA"], "sex": ["M", "F", "", "M"]},
+        **{"age": [17.9, 18, np.nan, 65], "age_group": ["", "", "child", ""]},
+    )
+    sheet = data_sheet(images, labels)
+    assert sheet.tables["source"].to_dict("index") == {"COVID-19": {"a": 2, "b": 0}, "normal": {"a": 0, "b": 2}}
+    assert sheet.tables["view"].to_dict("index")["COVID-19"] == {"AP": 0, "PA": 1, "unknown": 1}
+    assert sheet.tables["sex"].to_dict("index")["normal"] == {"F": 0, "M": 1, "unknown": 1}
+    assert list(sheet.tables["age"]) == ["0-17", "18-39", "65+"]
+    assert sheet.tables["age"].to_dict("index")["normal"] == {"0-17": 1, "18-39": 0, "65+": 1}
+    assert all(table.to_numpy().sum() == 4 and list(table.index) == CLASSES for table in sheet.tables.values())
+    assert len(data_sheet_figure(sheet).axes) == 4
+    # Whose sex nobody says counts too, whether it is empty, NaN or no column.
+    for other in (images.assign(sex=["M", np.nan, "", "M"]), images.drop(columns="sex")):
+        assert data_sheet(other, labels).tables["sex"].to_numpy().sum() == 4
+
+
+def test_ages_at_the_edges_of_their_groups():
+    images, _ = tables(["normal"] * 7, age=[0, 17.9, 18, 39.9, 40, 65, np.nan])
+    assert age_groups(images).tolist() == ["0-17", "0-17", "18-39", "18-39", "40-64", "65+", "unknown"]
+    assert set(age_groups(images.drop(columns="age"))) == {"unknown"}
+
+
+def test_a_class_from_one_source_is_flagged():
+    # 19 of 20 COVID-19 images are of a, of whose 20 images they are 95 %; by source 38 of 40 are told right, else 20.
+    images, labels = tables(["COVID-19"] * 20 + ["normal"] * 20, source=["a"] * 19 + ["b"] * 20 + ["a"])
+    sheet = data_sheet(images, labels)
+    assert kinds(sheet) == [("one source", "COVID-19"), ("one source", "normal"), ("one source", "")]
+    assert "95.0% of its 20 images are of a, 95.0% of whose" in sheet.flags.problem[0]
+    assert "95.0% of the images are told right, 50.0% by the commonest" in sheet.flags.problem[2]
+    images.loc[18, "source"] = "b"
+    assert kinds(data_sheet(images, labels))[0] == ("one source", "normal")
+    # A single source says nothing.
+    assert data_sheet(images.assign(source="a"), labels).flags.empty
+
+
+def test_children_among_adults_are_flagged():
+    images, labels = tables(
+        ["COVID-19"] * 20 + ["normal"] * 20, age=[50.0] * 20 + [np.nan] * 20, age_group=[""] * 20 + ["child"] * 20
+    )
+    sheet = data_sheet(images, labels)
+    assert kinds(sheet) == [("children among adults", "normal")] and "of COVID-19" in sheet.flags.problem[0]
+    # Children in both classes, or in neither, tell nothing apart.
+    assert data_sheet(images.assign(age=4.0), labels).flags.empty
+    assert data_sheet(images.assign(age=40.0), labels).flags.empty
+    # Of unknown ages nothing can be said.
+    assert data_sheet(images.assign(age=np.nan, age_group=""), labels).flags.empty
+
+
+def test_leaks_and_missing_classes_are_flagged():
+    images, labels = tables(["COVID-19", "normal", "normal", "normal", "COVID-19"])
+    images["split"] = ["train"] * 4 + ["test"]
+    folds = pd.DataFrame({"id": ["i0", "i1", "i2", "i3"], "fold": [0, 0, 1, 1]})
+    near = pd.DataFrame({"image_id": ["i0", "i4", "i2", "i3"], "group": [1, 1, 2, 2]})
+    sheet = data_sheet(images, labels, folds, near)
+    assert kinds(sheet) == [("leak", ""), ("class missing", "fold 1"), ("class missing", "the test set")]
+    assert sheet.flags.problem.tolist() == [
+        "1 times a group of near-duplicates is in several places, first: i0 in fold 0, i4 in the test set",
+        "has no image of COVID-19",
+        "has no image of normal",
+    ]
+    images.loc[1:2, "patient_id"] = "same"
+    assert (
+        "a patient is in several places, first: i1 in fold 0, i2 in fold 1"
+        in data_sheet(images, labels, folds).flags.problem.iloc[0]
+    )
+
+
+def test_an_empty_class_and_labels_that_are_not_exclusive():
+    images, labels = tables(["normal", "normal"])
+    assert kinds(data_sheet(images, labels)) == [("no image", "COVID-19")]
+    for wrong in (
+        labels.assign(normal=0.0),
+        labels.assign(normal=np.nan),
+        labels.assign(**{"COVID-19": 1.0}),
+        labels[["id", "normal"]],
+    ):
+        assert not exclusive(wrong)
+        with pytest.raises(ValueError, match="not exclusive"):
+            data_sheet(images, wrong)

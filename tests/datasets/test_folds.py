@@ -1,0 +1,196 @@
+"""Folds keep together what shows the same patient, and are as alike as whole patients allow."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kitlib.classes import STUDY_CLASSES
+from kitlib.datasets.folds import LeakError, check_no_leak, hold_out_test, leak_groups, make_folds, source_folds
+from kitlib.datasets.siim import read_label_tables
+
+
+def tables(patients: list[int], classes: list[int], boxed: list[bool]):
+    """One image a study: images, labels, boxes."""
+    count = len(patients)
+    images = pd.DataFrame(
+        {
+            "image_id": [f"i{k}" for k in range(count)],
+            "study_id": [f"s{k}" for k in range(count)],
+            "patient_id": [f"p{patient}" for patient in patients],
+            "path": "x.dcm",
+            "rows": 10,
+            "columns": 12,
+            "source": "siim",
+            "view": "PA",
+            "false_none": False,
+        }
+    )
+    labels = pd.DataFrame(np.eye(4)[classes], columns=list(STUDY_CLASSES)).assign(id=images.study_id)
+    boxes = images[["image_id"]][boxed].assign(xmin=1.0, ymin=1.0, xmax=5.0, ymax=5.0)
+    return images, labels, boxes
+
+
+@st.composite
+def sets(draw, smallest: int = 12):
+    count = draw(st.integers(smallest, 60))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    patients = [*range(6), *rng.integers(0, draw(st.integers(6, 60)), count - 6)]
+    return tables(patients, rng.integers(0, 4, count).tolist(), (rng.random(count) < 0.6).tolist()), rng
+
+
+@settings(max_examples=12, deadline=None)
+@given(sets(), st.integers(2, 5), st.integers(0, 100))
+def test_nothing_leaks_and_nothing_is_lost(drawn, n_folds, seed):
+    (images, labels, boxes), rng = drawn
+    near = images[["image_id"]].assign(group=rng.integers(0, len(images), len(images)))
+    images.loc[images.index[-1], "false_none"] = True
+    kept = images[~images.false_none]
+    if len(set(leak_groups(kept, near))) < n_folds:
+        return
+    folds = make_folds(images, labels, boxes, n_folds, seed, near)
+    assert sorted(folds.id) == sorted(kept.image_id)
+    assert set(folds.fold) == set(range(n_folds))
+    for column, table in (("patient_id", kept), ("group", near)):
+        assert folds.merge(table, left_on="id", right_on="image_id").groupby(column).fold.nunique().max() == 1
+    shuffled = [table.sample(frac=1, random_state=1) for table in (images, labels, boxes)]
+    pd.testing.assert_frame_equal(make_folds(*shuffled, n_folds, seed, near.sample(frac=1, random_state=1)), folds)
+
+
+@settings(max_examples=12, deadline=None)
+@given(sets(), st.integers(2, 5))
+def test_single_image_patients_spread_evenly(drawn, n_folds):
+    """Without ties every class splits as evenly as whole images go: counts differ by one at most."""
+    (images, labels, boxes), _ = drawn
+    images["patient_id"] = images.image_id
+    folds = make_folds(images, labels, boxes[:0], n_folds)
+    classes = labels.set_index("id").idxmax(axis=1).loc["s" + folds.id.str[1:]].to_numpy()
+    counts = pd.crosstab(classes, folds.fold).to_numpy()
+    assert (counts.max(axis=1) - counts.min(axis=1) <= 1).all()
+
+
+def test_groups_connect_through_chains():
+    """a and b share a patient, b and c look alike, c and d share a patient; e stands alone."""
+    images = pd.DataFrame({"image_id": list("abcde"), "patient_id": ["p1", "p1", "p2", "p2", "p3"]})
+    near = pd.DataFrame({"image_id": list("bcde"), "group": [7, 7, 8, 9]})
+    groups = leak_groups(images, near)
+    assert len(set(groups[:4])) == 1 and groups[4] != groups[0]
+    assert len(set(leak_groups(images))) == 3
+
+
+def test_a_leak_names_the_patient():
+    images, labels, boxes = tables([1, 1, 2, 3, 4, 5], [0, 1, 2, 3, 0, 1], [True] * 6)
+    folds = make_folds(images, labels, boxes, 2)
+    check_no_leak(folds, images)
+    folds.loc[folds.id == "i0", "fold"] = 1 - folds.fold[folds.id == "i0"]
+    with pytest.raises(LeakError, match=r"1 patients lie in several folds, first: p1 \(i0 in fold"):
+        check_no_leak(folds, images)
+
+
+def test_a_leak_through_near_duplicates_is_found():
+    images, labels, boxes = tables([1, 2, 3, 4], [0, 1, 2, 3], [True] * 4)
+    folds = make_folds(images, labels, boxes, 4)
+    check_no_leak(folds, images, pd.DataFrame({"image_id": ["i0", "i3"], "group": [0, 1]}))
+    with pytest.raises(LeakError, match="near-duplicate"):
+        check_no_leak(folds, images, pd.DataFrame({"image_id": ["i0", "i3"], "group": [0, 0]}))
+
+
+def test_a_fold_of_an_unknown_image_is_a_leak():
+    images, labels, boxes = tables([1, 2, 3, 4], [0, 1, 2, 3], [True] * 4)
+    with pytest.raises(LeakError, match="1 images of the folds are not among the images, first i2"):
+        check_no_leak(make_folds(images, labels, boxes, 2), images[images.image_id != "i2"])
+
+
+@pytest.mark.parametrize("n_folds", [0, 1, 4])
+def test_impossible_numbers_of_folds_are_refused(n_folds):
+    images, labels, boxes = tables([1, 1, 2, 3], [0, 1, 2, 3], [True] * 4)
+    with pytest.raises(ValueError, match=f"{n_folds} folds of 3 groups"):
+        make_folds(images, labels, boxes, n_folds)
+
+
+def test_a_study_without_label_is_refused():
+    images, labels, boxes = tables([1, 2, 3], [0, 1, 2], [True] * 3)
+    with pytest.raises(ValueError, match=r"1 studies.*first s1"):
+        make_folds(images, labels[labels.id != "s1"], boxes, 2)
+
+
+@settings(max_examples=12, deadline=None)
+@given(sets(), st.sampled_from([0.1, 0.2, 0.5]), st.integers(0, 100))
+def test_held_out_images_share_nothing_with_the_rest(drawn, share, seed):
+    (images, labels, _), rng = drawn
+    near = images[["image_id"]].assign(group=rng.integers(0, len(images), len(images)))
+    images.loc[images.index[-1], "false_none"] = True
+    if len(set(leak_groups(images[~images.false_none], near))) < 6:
+        return
+    parted = hold_out_test(images, labels, share, seed, near)
+    assert parted.image_id.equals(images.image_id) and set(parted.split) == {"train", "test"}
+    assert parted.split.iloc[-1] == "train"
+    looked_at = parted[~parted.false_none].merge(near, on="image_id")
+    for column in ("patient_id", "group"):
+        assert looked_at.groupby(column).split.nunique().max() == 1
+    again = hold_out_test(images.sample(frac=1, random_state=1), labels, share, seed, near)
+    assert again.set_index("image_id").split.to_dict() == parted.set_index("image_id").split.to_dict()
+
+
+def test_a_tenth_held_out_and_nine_folds_are_80_10_10():
+    """500 patients of one image, four classes of 320, 100, 60 and 20: each has a tenth of its images in each part."""
+    classes = np.repeat(range(4), (320, 100, 60, 20))
+    images, labels, boxes = tables(list(range(500)), classes.tolist(), [False] * 500)
+    parted = hold_out_test(images, labels, 0.1, 3)
+    test = parted.split == "test"
+    assert np.bincount(classes[test]).tolist() == [32, 10, 6, 2]
+    folds = make_folds(parted, labels, boxes, 9, 3)
+    assert set(folds.id) == set(images.image_id[~test])
+    counts = pd.crosstab(folds.id.str[1:].astype(int).map(dict(enumerate(classes))), folds.fold).to_numpy()
+    assert counts.tolist() == [[32] * 9, [10] * 9, [6] * 9, [2] * 9]
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1])
+def test_an_impossible_share_is_refused(share):
+    images, labels, _ = tables([0, 1, 2], [0, 1, 2], [False] * 3)
+    with pytest.raises(ValueError, match=f"share of test images is {share}"):
+        hold_out_test(images, labels, share)
+    with pytest.raises(ValueError, match="one side is empty"):
+        hold_out_test(images.assign(patient_id="p"), labels, 0.5)
+
+
+def test_a_source_is_a_fold_and_what_two_share_is_in_none():
+    images, *_ = tables([0, 1, 2, 2, 3, 4, 5], [0] * 7, [False] * 7)
+    images["source"] = ["b", "a", "a", "b", "c", "c", "b"]
+    # Patient 2 is in both a and b; i5 looks like i6, of another source.
+    near = pd.DataFrame({"image_id": ["i5", "i6", "i4"], "group": [1, 1, 2]})
+    folds = source_folds(images, near)
+    assert folds.set_index("id").fold.to_dict() == {"i0": 1, "i1": 0, "i4": 2}
+    assert source_folds(images.assign(split=["test", *["train"] * 6]), None).set_index("id").fold.to_dict() == {
+        "i1": 0,
+        "i4": 2,
+        "i5": 2,
+        "i6": 1,
+    }
+    with pytest.raises(ValueError, match="one source, a: "):
+        source_folds(images.assign(source="a"))
+    images.loc[2:3, "source"] = ["b", "d"]
+    with pytest.raises(ValueError, match="every image of d shows"):
+        source_folds(images)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("seed", [0, 1])
+def test_on_the_real_tables_shares_are_within_two_points(real_data, seed):
+    """6,334 images less 217 false `none`; 3,261 patients (shared/facts/siim-competition.md)."""
+    labels, boxes, rows = read_label_tables(real_data / "siim_csv")
+    known = pd.read_csv(real_data / "siim_csv" / "train_images_ext.csv")
+    known = known.rename(columns={"width": "columns", "height": "rows"})[["image_id", "patient_id", "rows", "columns"]]
+    images = rows.merge(known, on="image_id").assign(path="x.dcm", source="siim", view="")
+    assert images.patient_id.nunique() == 3261
+    folds = make_folds(images, labels, boxes, 5, seed)
+    assert len(folds) == 6117
+    placed = folds.merge(images, left_on="id", right_on="image_id").merge(
+        labels.rename(columns={"id": "study_id"}), on="study_id"
+    )
+    assert placed.groupby("patient_id").fold.nunique().max() == 1
+    placed["boxed"] = placed.image_id.isin(boxes.image_id)
+    for units in (placed, placed.drop_duplicates("study_id")):
+        shares = units.groupby("fold")[[*STUDY_CLASSES, "boxed"]].mean()
+        assert (shares - units[[*STUDY_CLASSES, "boxed"]].mean()).abs().to_numpy().max() < 0.02

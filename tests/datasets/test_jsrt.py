@@ -1,0 +1,94 @@
+"""JSRT with SCR's masks: names, labels, the three structures, and what is broken is listed."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kitlib.datasets.base import LayoutError
+from kitlib.datasets.jsrt import read_jsrt
+from kitlib.datasets.mask_file import fill_masks
+from kitlib.xrays.cache import XrayCache
+from kitlib.xrays.image_file import JSRT_BYTES
+from kitlib.xrays.mask_store import MaskStore
+
+NAMES = ("JPCLN001", "JPCLN002", "JPCNN003")
+# In the masks' 1024 pixels: rows, columns. The patient's right is at the image's left.
+AREAS = {"right lung": np.s_[200:800, 150:420], "left lung": np.s_[200:800, 600:880], "heart": np.s_[450:800, 420:640]}
+
+
+@pytest.fixture
+def layout(tmp_path):
+    (tmp_path / "All247images").mkdir()
+    for number, name in enumerate(NAMES):
+        # A sparse file of zeros takes no room.
+        with open(tmp_path / "All247images" / f"{name}.IMG", "wb") as file:
+            file.truncate(JSRT_BYTES)
+        for structure, area in {**AREAS, "left clavicle": np.s_[0:9, 0:9]}.items():
+            mask = np.zeros((1024, 1024), np.uint8)
+            mask[area] = 255
+            folder = tmp_path / "scratch" / f"fold{1 + number % 2}" / "masks" / structure
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(folder / f"{name}.gif")
+    return tmp_path
+
+
+def mask_path(layout, name, structure="heart", fold=1):
+    return layout / "scratch" / f"fold{fold}" / "masks" / structure / f"{name}.gif"
+
+
+def test_images_labels_and_masks(layout):
+    data = read_jsrt(layout, progress=False)
+    assert data.faults.empty and data.images.image_id.tolist() == list(NAMES)
+    assert data.labels[["nodule", "no nodule"]].to_numpy().tolist() == [[1, 0], [1, 0], [0, 1]]
+    assert (data.images[["rows", "columns"]] == 2048).all(axis=None) and set(data.images.convention) == {"lung_fields"}
+    assert data.images.patient_id.is_unique and data.boxes.empty
+    assert len(data.masks) == 9 and set(data.masks.structure) == {"heart", "left_lung", "right_lung"}
+    # Shiraishi et al. 2000.
+    assert data.published["images"] == 247 == data.published["nodule"] + data.published["no nodule"]
+
+
+def test_a_prepared_set_has_each_structure_at_its_side(layout):
+    data = read_jsrt(layout, progress=False)
+    cache, store = XrayCache(layout / "xrays", 256), MaskStore(layout / "masks")
+    assert cache.fill(data.images, workers=1).status.tolist() == ["decoded"] * 3
+    assert fill_masks(store, data.masks, data.images, cache, progress=False).empty
+    codes = store.read("JPCLN002")
+    # A quarter of 1024 pixels; the lung covers what the heart shares with it.
+    expected = np.zeros((256, 256), np.uint8)
+    expected[112:200, 105:160] = 2
+    expected[50:200, 150:220], expected[50:200, 38:105] = 3, 4
+    differing = codes != expected
+    # Columns 37.5 are half inside.
+    differing[:, 37] = False
+    assert not differing.any()
+
+
+def test_what_is_broken_is_listed(layout):
+    (layout / "All247images" / "holiday.img").write_bytes(b"")
+    with open(layout / "All247images" / "JPCNN003.IMG", "ab") as file:
+        file.truncate(JSRT_BYTES - 2)
+    mask_path(layout, "JPCLN002", fold=2).rename(mask_path(layout, "JPCLN001", fold=2))
+    data = read_jsrt(layout, progress=False)
+    assert data.images.image_id.tolist() == ["JPCLN001", "JPCLN002"] and set(data.masks.image_id) == {"JPCLN001"}
+    told = data.faults.groupby("row").problem.agg(" ".join)
+    assert "none of JSRT's names" in told.holiday and "second mask of its heart" in told.JPCLN001
+    assert "8388606 bytes" in told.JPCNN003 and "and 0 others have masks and no image" in told.JPCNN003
+    assert "no mask of the heart; its other masks are left out" in told.JPCLN002
+
+
+def test_images_without_masks_are_counted(layout):
+    for structure in AREAS:
+        mask_path(layout, "JPCLN001", structure).unlink()
+        mask_path(layout, "JPCNN003", structure).unlink()
+    data = read_jsrt(layout, progress=False)
+    assert len(data.images) == 3 and set(data.masks.image_id) == {"JPCLN002"}
+    assert data.faults.problem.tolist() == ["and 1 other images have no mask"]
+
+
+def test_a_missing_piece_names_itself_and_where_it_is_got(layout):
+    (layout / "scratch").rename(layout.parent / "elsewhere")
+    with pytest.raises(LayoutError, match=r"no mask.*scratch.*isi\.uu\.nl"):
+        read_jsrt(layout, progress=False)
+    (layout / "All247images").rename(layout.parent / "images_elsewhere")
+    with pytest.raises(LayoutError, match=r"no \.IMG file.*All247images.*db\.jsrt\.or\.jp"):
+        read_jsrt(layout, progress=False)

@@ -1,0 +1,80 @@
+"""A copy that was re-encoded, cropped, rescaled and brightened is found; another chest is not."""
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kitlib.datasets.near_duplicates import MAX_DISTANCE, group_hashes, near_duplicate_groups, perceptual_hash
+from kitlib.phantoms.drawing import render
+from kitlib.phantoms.patients import draw_exposure, draw_opacities, draw_patient
+from kitlib.xrays.cache import CachedXray
+
+CLASSES = ("negative", "typical", "indeterminate", "atypical")
+
+
+class Images(dict):
+    """Pixels by image id, read as a cache is read."""
+
+    def read(self, image_id: str) -> CachedXray:
+        return CachedXray(image_id, self[image_id], *self[image_id].shape)
+
+
+def phantom(seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    grey, _ = render(draw_patient(rng), draw_exposure(rng, 256), draw_opacities(rng, CLASSES[seed % 4]))
+    return (255 * grey).astype(np.uint8)
+
+
+def copy_of(pixels: np.ndarray, seed: int) -> np.ndarray:
+    """Cropped by up to 1 % at each edge, rescaled, brightened, and sent through JPEG."""
+    rng = np.random.default_rng([seed, 1])
+    top, bottom, left, right = rng.integers(0, 3, 4)
+    cropped = pixels[top : pixels.shape[0] - bottom, left : pixels.shape[1] - right]
+    scaled = cv2.resize(cropped, None, fx=1.3, fy=1.3, interpolation=cv2.INTER_LINEAR)
+    brighter = np.clip(scaled * rng.uniform(0.95, 1.1) + rng.uniform(0, 10), 0, 255).astype(np.uint8)
+    return cv2.imdecode(cv2.imencode(".jpg", brighter, [cv2.IMWRITE_JPEG_QUALITY, 80])[1], cv2.IMREAD_GRAYSCALE)
+
+
+def test_copies_are_found_and_other_patients_are_not():
+    images = Images({f"i{seed}": phantom(seed) for seed in range(40)})
+    images |= {f"c{seed}": copy_of(images[f"i{seed}"], seed) for seed in range(0, 40, 4)}
+    groups = near_duplicate_groups(images, [*images, "never decoded"]).set_index("image_id").group
+    assert "never decoded" not in groups.index
+    assert all(groups[f"i{seed}"] == groups[f"c{seed}"] for seed in range(0, 40, 4))
+    assert groups.nunique() == 40
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0.5, 1.0), st.integers(0, 60))
+def test_the_hash_does_not_see_brightness(seed, contrast, brightness):
+    """Signs of frequencies against their median: a linear change of grey moves only those that rounding reaches."""
+    noise = np.random.default_rng(seed).normal(0, 1, (24, 20))
+    pixels = (127 + 60 * np.clip(cv2.resize(noise, (200, 240), interpolation=cv2.INTER_CUBIC), -2, 2)).astype(np.uint8)
+    changed = (pixels * contrast * 0.75 + brightness).astype(np.uint8)
+    assert (perceptual_hash(pixels) != perceptual_hash(changed)).sum() <= 8
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 40), st.integers(0, 6), st.integers(0, 2**32 - 1))
+def test_groups_are_the_chains_of_near_pairs(count, max_distance, seed):
+    """Against the plain search of all pairs, on hashes of 16 bits that often come close."""
+    hashes = list(np.random.default_rng(seed).random((count, 16)) < 0.5)
+    groups = group_hashes(hashes, max_distance)
+    expected = list(range(count))
+    for one in range(count):
+        for other in range(one):
+            if (hashes[one] != hashes[other]).sum() <= max_distance:
+                expected = [expected[other] if name == expected[one] else name for name in expected]
+    assert len(groups) == count
+    pairs = {(a, b) for a, b in zip(groups, expected, strict=True)}
+    assert len(pairs) == len(set(groups)) == len(set(expected))
+
+
+@pytest.mark.real_data
+def test_few_real_chests_of_other_patients_come_together(real_data):
+    """120 NIH chest images of 1,024 px, no two of which are copies."""
+    paths = sorted((real_data / "cxr_det").rglob("*.jpg"))[:120]
+    groups = group_hashes([perceptual_hash(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)) for path in paths], MAX_DISTANCE)
+    assert len(paths) == 120 and len(set(groups)) == 120

@@ -1,0 +1,122 @@
+"""NIH ChestX-ray14: findings, patients, official lists and boxes, and what is broken is listed."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kitlib.classes import NIH_FINDINGS
+from kitlib.datasets.base import Faults, LayoutError
+from kitlib.datasets.folds import make_folds
+from kitlib.datasets.nih import _boxes as read_boxes
+from kitlib.datasets.nih import read_nih
+from kitlib.datasets.registry import compare_with_published, read_dataset
+from tests import REAL_DATA
+
+SHARED = REAL_DATA
+# The header of the real Data_Entry_2017.csv splits its size columns at their commas.
+HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],"
+    "OriginalImagePixelSpacing[x,y],"
+)
+ROWS = (
+    "00000001_000.png,Cardiomegaly|Emphysema,0,1,58,M,PA,2682,2749,0.143,0.143,",
+    "00000001_001.png,No Finding,1,1,58,M,AP,2682,2749,0.143,0.143,",
+    "00000002_000.png,Hernia,0,2,81,F,PA,2500,2048,0.171,0.171,",
+    "00000003_000.png,Cold,0,3,81,F,PA,2500,2048,0.171,0.171,",
+    "00000004_000.png,No Finding,0,4,81,F,PA,2500,2048,0.171,0.171,",
+)
+
+
+@pytest.fixture
+def layout(tmp_path):
+    (tmp_path / "Data_Entry_2017.csv").write_text("\n".join([HEADER, *ROWS]))
+    for place, number in (("images_001", 1), ("images_002", 2), ("images_002", 3)):
+        folder = tmp_path / place / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        for follow_up in (0, 1) if number == 1 else (0,):
+            Image.fromarray(np.zeros((30, 40), np.uint8)).save(folder / f"{number:08d}_{follow_up:03d}.png")
+    (tmp_path / "BBox_List_2017.csv").write_text(
+        "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"
+        "00000002_000.png,Infiltrate,10.5,5,20,10,,,\n"
+        "00000001_000.png,Mass,a,1,2,3,,,\n"
+    )
+    (tmp_path / "train_val_list.txt").write_text("00000001_000.png\n00000001_001.png\n")
+    (tmp_path / "test_list.txt").write_text("00000002_000.png\n00000003_000.png\n")
+    return tmp_path
+
+
+def test_images_findings_patients_boxes_and_lists(layout):
+    data = read_nih(layout, progress=False)
+    assert data.images.image_id.tolist() == ["00000001_000", "00000001_001", "00000002_000"]
+    assert data.images.patient_id.tolist() == ["nih-00000001", "nih-00000001", "nih-00000002"]
+    assert data.images["view"].tolist() == ["PA", "AP", "PA"] and data.images.split.tolist() == ["train", "train", "test"]
+    # The PNG's own size, not that of the film it was made from.
+    assert set(data.images["rows"]) == {30} and set(data.images["columns"]) == {40}
+    labels = data.labels.set_index("id")
+    assert list(labels.columns) == list(NIH_FINDINGS)
+    assert labels.loc["00000001_000"][labels.loc["00000001_000"] == 1].index.tolist() == ["Cardiomegaly", "Emphysema"]
+    assert labels.loc["00000001_001"].sum() == labels.loc["00000001_001", "No Finding"] == 1
+    box = data.boxes.iloc[0]
+    assert [box.image_id, box.finding, box.xmin, box.ymin, box.xmax, box.ymax] == [
+        "00000002_000",
+        "Infiltration",
+        10.5,
+        5,
+        30.5,
+        15,
+    ]
+
+
+def test_what_is_broken_is_listed(layout):
+    told = read_nih(layout, progress=False).faults.set_index("row").problem
+    assert "'Cold' are not among the 15" in told["00000003_000"]
+    assert "have no file" in told["00000004_000"]
+    assert "no number" in told["00000001_000"]
+
+
+def test_test_images_are_in_no_fold(layout):
+    for name in ("00000005_000", "00000006_000"):
+        Image.fromarray(np.zeros((30, 40), np.uint8)).save(layout / "images_001" / "images" / f"{name}.png")
+        with open(layout / "Data_Entry_2017.csv", "a") as table:
+            table.write(f"\n{name}.png,Mass,0,{name[:8]},1,M,PA,1,1,1,1,")
+        with open(layout / "train_val_list.txt", "a") as listed:
+            listed.write(f"{name}.png\n")
+    data = read_nih(layout, progress=False)
+    folds = make_folds(data.images, data.labels, data.boxes, 3)
+    assert set(folds.id) == {"00000001_000", "00000001_001", "00000005_000", "00000006_000"}
+
+
+def test_without_lists_all_images_may_be_trained_on(layout):
+    (layout / "test_list.txt").unlink()
+    data = read_nih(layout, progress=False)
+    assert "split" not in data.images and "all images may be trained on" in " ".join(data.faults.problem)
+
+
+@pytest.mark.parametrize("name", ["Data_Entry_2017.csv", "images_001"])
+def test_a_missing_piece_names_itself_and_where_it_is_got(tmp_path, layout, name):
+    (layout / name).rename(layout / "elsewhere") if name.endswith("csv") else None
+    if name == "images_001":
+        for image in layout.glob("images_*/images/*.png"):
+            image.unlink()
+    with pytest.raises(LayoutError, match=f"{name}.*nih-chest-xrays/data"):
+        read_nih(layout, progress=False)
+
+
+def test_counts_stand_beside_the_published_ones(layout):
+    table = compare_with_published(read_dataset("nih", layout, progress=False)).set_index("what")
+    assert table.here["images"] == 3 and table.published["images"] == 112120 and table.published["patients"] == 30805
+    assert table.here["Hernia"] == 1 and table.published["Hernia"] == 227
+    with pytest.raises(ValueError, match="there are: siim, nih, rsna"):
+        read_dataset("chexpert", layout)
+
+
+@pytest.mark.real_data
+def test_the_real_list_of_boxes():
+    path = SHARED / "label_tables" / "nih_BBox_List_2017.csv"
+    if not path.is_file():
+        pytest.skip(f"{path} is missing")
+    faults = Faults()
+    boxes = read_boxes(path, faults)
+    # 984 boxes on 880 images of 8 findings: Wang et al. 2017, section 3.3.
+    assert len(boxes) == 984 and boxes.image_id.nunique() == 880 and boxes.finding.nunique() == 8 and not faults.rows
+    assert set(boxes.finding) <= set(NIH_FINDINGS)

@@ -1,0 +1,114 @@
+"""Several sets as one: classes by scheme, nothing lost without a count, and no id that means two images."""
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+
+from kitlib.classes import CLASS_SCHEMES, DIAGNOSES, scheme_classes
+from kitlib.datasets.folds import leak_groups
+from kitlib.datasets.pool import read_pool, shortened
+from kitlib.phantoms.diagnoses import plan_diagnoses, write_covid_chestxray, write_kermany
+from kitlib.phantoms.lungs import write_lungs
+from kitlib.phantoms.nih import write_nih
+
+SMALL = {"seed": 2, "images": 40, "side": 40, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return {"kermany": write_kermany(folder, **SMALL), "covid_chestxray": write_covid_chestxray(folder, **SMALL)}
+
+
+def planned(layout):
+    return pd.Series([image.diagnosis for image in plan_diagnoses(layout, 40, seed=2) if not image.damaged])
+
+
+def test_schemes_know_their_diagnoses_and_the_order_of_their_classes():
+    assert all(set(scheme) <= set(DIAGNOSES) for scheme in CLASS_SCHEMES.values())
+    assert scheme_classes("flannel") == ("COVID-19", "viral", "bacterial", "normal")
+    assert scheme_classes("three") == ("normal", "pneumonia", "COVID-19")
+    assert scheme_classes("covid") == ("COVID-19", "not COVID-19") and set(CLASS_SCHEMES["covid"]) == set(DIAGNOSES)
+    with pytest.raises(ValueError, match="'four'; there are: flannel, three, covid"):
+        scheme_classes("four")
+
+
+@pytest.mark.parametrize("scheme", CLASS_SCHEMES)
+def test_labels_are_the_schemes_classes_and_the_rest_is_counted(scheme, parts):
+    data = read_pool(parts, scheme, progress=False)
+    expected = pd.concat([planned(layout) for layout in parts])
+    classes = expected.map(CLASS_SCHEMES[scheme])
+    labels = data.labels.set_index("id")
+    assert tuple(labels) == scheme_classes(scheme) and (labels.sum(axis=1) == 1).all()
+    assert labels.sum().astype(int).to_dict() == {name: int((classes == name).sum()) for name in scheme_classes(scheme)}
+    assert data.images.study_id.equals(data.images.image_id) and set(data.images.source) == {"kermany", "ieee8023"}
+    lost = data.faults[data.faults.problem.str.contains("has no class for")]
+    assert lost["row"].tolist() == sorted(set(expected[classes.isna()])) and set(lost.file) <= {"covid_chestxray"}
+    assert sum(int(problem.split()[0]) for problem in lost.problem) == classes.isna().sum()
+    # The readers' own faults: one damaged file in each, and what ieee8023's table has besides.
+    assert data.faults.file.str.startswith(("kermany: ", "covid_chestxray: ")).sum() == 1 + 4
+    assert len(set(leak_groups(data.images))) == data.images.patient_id.nunique()
+
+
+def test_published_counts_are_those_that_all_sets_have(parts):
+    assert read_pool({"kermany": parts["kermany"]}, "flannel", progress=False).published == {
+        "viral": 1493,
+        "bacterial": 2780,
+        "normal": 1583,
+    }
+    data = read_pool({"kermany": parts["kermany"]}, "three", progress=False)
+    # Kermany et al.: 1,493 + 2,780 = 4,273 of pneumonia.
+    assert data.published == {"pneumonia": 4273, "normal": 1583}
+    assert data.faults["row"].tolist()[-1] == "COVID-19" and "no image shows this class" in data.faults.problem.iloc[-1]
+    assert read_pool(parts, "flannel", progress=False).published == {}
+
+
+def test_ids_that_clash_take_their_sets_name(tmp_path, parts):
+    path = tmp_path / "train" / "NORMAL" / "IM-0001-0001.jpeg"
+    path.parent.mkdir(parents=True)
+    cv2.imwrite(str(path), np.full((20, 20), 90, np.uint8))
+    other = tmp_path / "ieee"
+    (other / "images").mkdir(parents=True)
+    row = {"finding": "COVID-19", "view": "PA", "modality": "X-ray", "patientid": "1"}
+    for name in ("IM-0001-0001.png", "alone.png"):
+        cv2.imwrite(str(other / "images" / name), np.full((20, 20), 90, np.uint8))
+    pd.DataFrame([row | {"filename": name} for name in ("IM-0001-0001.png", "alone.png")]).to_csv(
+        other / "metadata.csv", index=False
+    )
+    data = read_pool({"kermany": tmp_path, "covid_chestxray": other}, "flannel", progress=False)
+    assert sorted(data.images.image_id) == ["alone", "covid_chestxray-IM-0001-0001", "kermany-IM-0001-0001"]
+    assert data.labels.set_index("id").idxmax(axis=1).to_dict() == {
+        "alone": "COVID-19",
+        "covid_chestxray-IM-0001-0001": "COVID-19",
+        "kermany-IM-0001-0001": "normal",
+    }
+    # Texts of one set alone are empty in the other, no NaN.
+    assert set(data.images["part"]) == {"train", ""} and set(data.images.age_group) == {"child", ""}
+
+
+def test_sets_of_findings_say_what_they_can(tmp_path, parts):
+    nih = write_nih(tmp_path, images=40, side=32, seed=1, workers=1, progress=False)
+    data = read_pool({"nih": nih, "covid_chestxray": parts["covid_chestxray"]}, "three", progress=False)
+    of_nih = data.images[data.images.source == "nih"]
+    # 45 in a hundred of the phantoms show nothing, 6 in a hundred Pneumonia.
+    assert of_nih.diagnosis.value_counts().to_dict() == {"normal": 18, "pneumonia": 2}
+    assert set(of_nih.split) == {"train", "test"} and set(data.images.split[data.images.source != "nih"]) == {"train"}
+    darwin = write_lungs(tmp_path, "darwin", images=4, side=320, seed=1, workers=1, progress=False)
+    with pytest.raises(ValueError, match=r"images of darwin have no diagnosis.*nonetheless: nih"):
+        read_pool({"darwin": darwin}, "three", progress=False)
+    with pytest.raises(ValueError, match="there are: flannel"):
+        read_pool(parts, "seven", progress=False)
+
+
+def test_a_shortened_pool_has_a_share_of_every_source_and_diagnosis():
+    kinds = [("a", "normal")] * 40 + [("a", "pneumonia")] * 20 + [("b", "COVID-19")] * 20
+    images = pd.DataFrame(kinds, columns=["source", "diagnosis"]).assign(image_id=[f"i{n:02d}" for n in range(80)])
+    some = shortened(images, 20, seed=1)
+    assert some.groupby(["source", "diagnosis"]).size().to_dict() == {
+        **{("a", "normal"): 10, ("a", "pneumonia"): 5, ("b", "COVID-19"): 5}
+    }
+    assert some.image_id.is_monotonic_increasing
+    again = shortened(images[::-1].reset_index(drop=True), 20, seed=1)
+    assert set(again.image_id) == set(some.image_id) != set(shortened(images, 20, seed=2).image_id)
+    pd.testing.assert_frame_equal(shortened(images, 100), images)

@@ -1,0 +1,117 @@
+"""RSNA Pneumonia Detection Challenge: classes, boxes, NIH's patients, and what is broken is listed."""
+
+import gzip
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from pydicom.uid import ExplicitVRLittleEndian
+
+from kitlib.classes import RSNA_CLASSES
+from kitlib.datasets.base import Faults, LayoutError
+from kitlib.datasets.rsna import CLASSES, IMAGES, LABELS, MAPPING, read_label_tables, read_rsna
+from kitlib.xrays.writing import write_xray
+from tests import PROJECT, REAL_DATA
+
+SHARED = REAL_DATA
+
+
+@pytest.fixture
+def layout(tmp_path):
+    rows = ["patientId,x,y,width,height,Target", "a,10,5,20,10,1", "a,35,5,20,10,1", "b,,,,,0", "c,,,,,0", "d,1,1,5,5,1"]
+    (tmp_path / LABELS).write_text("\n".join(rows))
+    names = ["Lung Opacity", "Lung Opacity", "Normal", "No Lung Opacity / Not Normal", "Normal"]
+    classes = ["patientId,class", *map(",".join, zip("aabcd", names, strict=True))]
+    (tmp_path / CLASSES).write_text("\n".join(classes))
+    for name in "abd":
+        path = tmp_path / IMAGES / f"{name}.dcm"
+        write_xray(path, np.zeros((30, 40), np.uint8), transfer_syntax=ExplicitVRLittleEndian, patient_id=name)
+    Image.fromarray(np.zeros((30, 40), np.uint8)).save(tmp_path / IMAGES / "c.png")
+    mapping = [{"subset_img_id": "a", "img_id": "00000007_001.png"}, {"subset_img_id": "b", "img_id": "00000007_002.png"}]
+    (tmp_path / MAPPING).write_text(json.dumps([*mapping, {"subset_img_id": "", "img_id": "00000009_000.png"}]))
+    return tmp_path
+
+
+def test_images_classes_boxes_and_patients(layout):
+    data = read_rsna(layout, progress=False)
+    assert data.images.image_id.tolist() == ["a", "b", "c"]
+    assert data.images.patient_id.tolist() == ["nih-00000007", "nih-00000007", "c"]
+    assert (data.images["rows"] == 30).all() and (data.images["columns"] == 40).all()
+    assert data.labels[list(RSNA_CLASSES)].idxmax(axis=1).tolist() == [
+        "Lung Opacity",
+        "Normal",
+        "No Lung Opacity / Not Normal",
+    ]
+    # The second box reaches 15 pixels beyond the image.
+    assert data.boxes[["xmin", "ymin", "xmax", "ymax"]].to_numpy().tolist() == [[10, 5, 30, 15], [35, 5, 40, 15]]
+
+
+def test_what_is_broken_is_listed(layout):
+    told = read_rsna(layout, progress=False).faults
+    assert told.problem[told.row == "d"].str.contains("'Normal' does not fit").any()
+    assert told.problem[told.row == "a"].str.contains("15.0 pixels beyond").any()
+    (layout / MAPPING).unlink()
+    assert "may fall into several folds" in " ".join(read_rsna(layout, progress=False).faults.problem)
+
+
+@pytest.mark.parametrize("name", [LABELS, CLASSES, IMAGES])
+def test_a_missing_piece_names_itself_and_where_it_is_got(layout, name):
+    shutil.move(layout / name, layout / "elsewhere")
+    with pytest.raises(LayoutError, match=f"{name} is missing.*rsna-pneumonia-detection-challenge"):
+        read_rsna(layout, progress=False)
+
+
+def test_a_mapping_of_another_kind_is_refused(layout):
+    (layout / MAPPING).write_text('{"a": 1}')
+    with pytest.raises(LayoutError, match="subset_img_id"):
+        read_rsna(layout, progress=False)
+
+
+@pytest.mark.real_data
+def test_the_real_label_table(tmp_path):
+    tables = SHARED / "label_tables"
+    if not tables.is_dir():
+        pytest.skip(f"{tables} is missing")
+    with gzip.open(tables / "rsna_stage_2_train_labels.csv.gz", "rb") as packed:
+        (tmp_path / LABELS).write_bytes(packed.read())
+    mapped = pd.read_csv(tables / "rsna_to_nih.csv.gz", dtype=str)
+    mapped.rename(columns={"rsna_patientId": "patientId", "rsna_class": "class"}).to_csv(tmp_path / CLASSES, index=False)
+    faults = Faults()
+    labels, boxes = read_label_tables(tmp_path, faults)
+    # Shih et al. 2019; 30,227 rows of which 9,555 are boxes.
+    assert len(pd.read_csv(tmp_path / LABELS)) == 30227
+    assert len(labels) == 26684 and len(boxes) == 9555 and not faults.rows
+    assert labels[list(RSNA_CLASSES)].sum().tolist() == [8851, 11821, 6012]
+
+
+@pytest.mark.real_data
+def test_the_real_images_have_their_own_boxes(tmp_path):
+    table = SHARED / "cxr_det" / "boxes.csv"
+    if not table.is_file():
+        pytest.skip(f"{table} is missing")
+    spec = importlib.util.spec_from_file_location("layouts", PROJECT / "benchmarks" / "real" / "layouts.py")
+    layouts = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(layouts)
+    layouts.main(SHARED, tmp_path)
+    data = read_rsna(tmp_path / "rsna", progress=False)
+    assert len(data.images) == 339 and len(data.faults) == 0
+    assert data.labels[list(RSNA_CLASSES)].sum().tolist() == [76, 134, 129]
+    # The boxes as another hand joined them to the NIH images.
+    expected = pd.read_csv(table)
+    expected = expected[expected.annotator == "rsna"]
+    nih = {
+        entry["subset_img_id"]: Path(entry["img_id"]).stem for entry in json.loads((tmp_path / "rsna" / MAPPING).read_text())
+    }
+    ours = {
+        (nih[box.image_id], box.xmin, box.ymin, box.xmax - box.xmin, box.ymax - box.ymin) for box in data.boxes.itertuples()
+    }
+    theirs = {(Path(box.image).stem, box.x, box.y, box.width, box.height) for box in expected.itertuples()}
+    assert ours == theirs and len(theirs) == 205
+    # What a backbone is pre-trained on shares no patient with them.
+    others = pd.read_csv(tmp_path / "nih" / "Data_Entry_2017.csv", dtype=str)
+    assert len(others) == 516 and not set("nih-" + others["Patient ID"]) & set(data.images.patient_id)

@@ -1,0 +1,262 @@
+"""The SIIM layout becomes tables, and everything broken in it is told."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydicom.uid import ExplicitVRLittleEndian
+
+from kitlib.datasets.base import LayoutError
+from kitlib.datasets.siim import read_label_tables, read_test, read_train
+from kitlib.xrays.writing import write_xray
+
+CLASSES = ["Negative for Pneumonia", "Typical Appearance", "Indeterminate Appearance", "Atypical Appearance"]
+NONE = "none 1 0 0 1 1"
+BOX = "[{'x': 2.0, 'y': 3.0, 'width': 10.5, 'height': 4.0}]"
+
+
+def opacity(*edges: float) -> str:
+    return "opacity 1 " + " ".join(map(str, edges))
+
+
+@pytest.fixture
+def layout(tmp_path):
+    """Three studies: s1 typical with a boxed image and an unboxed one, s2 negative, s3 atypical without a box."""
+    pd.DataFrame(
+        [["s1_study", 0, 1, 0, 0], ["s2_study", 1, 0, 0, 0], ["s3_study", 0, 0, 0, 1]], columns=["id", *CLASSES]
+    ).to_csv(tmp_path / "train_study_level.csv", index=False)
+    rows = [
+        ["a_image", BOX, opacity(2, 3, 12.5, 7), "s1"],
+        ["b_image", None, NONE, "s1"],
+        ["c_image", None, NONE, "s2"],
+        ["d_image", None, NONE, "s3"],
+    ]
+    pd.DataFrame(rows, columns=["id", "boxes", "label", "StudyInstanceUID"]).to_csv(
+        tmp_path / "train_image_level.csv", index=False
+    )
+    for image, study, patient in (("a", "s1", "p1"), ("b", "s1", "p1"), ("c", "s2", "p1"), ("d", "s3", "p3")):
+        xray(tmp_path / "train" / study / f"series-{image}" / f"{image}.dcm", patient)
+    for image, study in (("e", "s4"), ("f", "s4"), ("g", "s5")):
+        xray(tmp_path / "test" / study / f"series-{image}" / f"{image}.dcm", "p4")
+    sample(tmp_path, ["s5_study", "s4_study", "g_image", "e_image", "f_image"])
+    return tmp_path
+
+
+def xray(path, patient: str) -> None:
+    write_xray(path, np.zeros((16, 20), np.uint8), transfer_syntax=ExplicitVRLittleEndian, patient_id=patient)
+
+
+def sample(folder, ids) -> None:
+    pd.DataFrame({"id": ids, "PredictionString": NONE}).to_csv(folder / "sample_submission.csv", index=False)
+
+
+def add_image_row(folder, *row) -> None:
+    path = folder / "train_image_level.csv"
+    table = pd.read_csv(path)
+    table.loc[len(table)] = row
+    table.to_csv(path, index=False)
+
+
+def told(faults: pd.DataFrame, row: str) -> str:
+    """The one problem told about `row`."""
+    (problem,) = faults.problem[faults.row == row]
+    return problem
+
+
+def test_a_whole_layout_gives_the_tables(layout):
+    train = read_train(layout, progress=False)
+    assert list(train.faults) == ["file", "row", "problem"] and train.faults.empty
+    images = train.images.set_index("image_id")
+    assert images.index.tolist() == ["a", "b", "c", "d"]
+    assert images.study_id.tolist() == ["s1", "s1", "s2", "s3"]
+    assert images.patient_id.tolist() == ["p1", "p1", "p1", "p3"]
+    assert set(images["rows"]) == {16} and set(images["columns"]) == {20}
+    assert set(images.view) == {"PA"} and set(images.source) == {"siim"}
+    assert images.false_none.tolist() == [False, True, False, False]
+    assert images.path["a"].endswith("train/s1/series-a/a.dcm")
+    labels = train.labels.set_index("id")
+    assert labels.typical.to_dict() == {"s1": 1, "s2": 0, "s3": 0} and labels.atypical["s3"] == 1
+    assert train.boxes.to_numpy().tolist() == [["a", 2.0, 3.0, 12.5, 7.0]]
+
+
+@pytest.mark.parametrize(
+    ("cell", "problem"),
+    [
+        ("[{'x': 1", "no Python literal"),
+        ("__import__('os').getcwd()", "no Python literal"),
+        ("{'x': 1}", "no list of boxes"),
+        ("[]", "no list of boxes"),
+        ("[{'x': 1.0, 'y': 2.0, 'width': 3.0}]", "wants numbers"),
+        ("[{'x': 'left', 'y': 2.0, 'width': 3.0, 'height': 4.0}]", "wants numbers"),
+        ("[{'x': 1.0, 'y': 2.0, 'width': -3.0, 'height': 4.0}]", "without area"),
+        ("[{'x': 1.0, 'y': 2.0, 'width': 3.0, 'height': 1e999}]", "without area"),
+        ("[{'x': 900.0, 'y': 2.0, 'width': 3.0, 'height': 4.0}]", "outside the image"),
+    ],
+)
+def test_an_image_with_a_broken_box_is_left_out_and_told(layout, cell, problem):
+    """Kept without its box it would pass for a healthy image."""
+    xray(layout / "train/s3/series/x.dcm", "p3")
+    add_image_row(layout, "x_image", cell, opacity(1, 2, 4, 6), "s3")
+    train = read_train(layout, progress=False)
+    assert problem in told(train.faults, "x_image") and "left out" in told(train.faults, "x_image")
+    assert "x" not in set(train.images.image_id) and set(train.boxes.image_id) == {"a"}
+    # Someone did mark x, so the other image of its study was not the one looked at.
+    assert train.images.set_index("image_id").false_none["d"]
+
+
+def test_boxes_beyond_the_edges_are_cut_and_told(layout):
+    xray(layout / "train/s3/series/x.dcm", "p3")
+    add_image_row(
+        layout, "x_image", "[{'x': -1.5, 'y': 2.0, 'width': 30.0, 'height': 4.0}]", opacity(-1.5, 2, 28.5, 6), "s3"
+    )
+    train = read_train(layout, progress=False)
+    assert train.boxes[train.boxes.image_id == "x"].to_numpy().tolist() == [["x", 0.0, 2.0, 20.0, 6.0]]
+    assert train.faults.row.tolist() == ["x_image", "x_image"]
+    assert "1.5 pixels" in train.faults.problem[0] and "8.5 pixels" in train.faults.problem[1]
+
+
+def test_rows_files_and_studies_that_do_not_match_are_told(layout):
+    xray(layout / "train/s9/series/extra.dcm", "p9")
+    (layout / "train/s9/notes.txt").write_text("?")
+    add_image_row(layout, "gone_image", None, NONE, "s2")
+    add_image_row(layout, "orphan_image", None, NONE, "s8")
+    add_image_row(layout, "wrong", None, NONE, "s2")
+    add_image_row(layout, "c_image", None, NONE, "s2")
+    add_image_row(layout, "liar_image", None, opacity(1, 2, 3, 4), "s2")
+    studies = pd.read_csv(layout / "train_study_level.csv")
+    studies.loc[len(studies)] = ["s7_study", 1, 1, 0, 0]
+    studies.loc[len(studies)] = ["s6_study", 1, 0, 0, 0]
+    studies.to_csv(layout / "train_study_level.csv", index=False)
+    train = read_train(layout, progress=False)
+    assert train.images.image_id.tolist() == ["a", "b", "c", "d"]
+    assert train.labels.id.tolist() == ["s1", "s2", "s3", "s6"]
+    for row, problem in {
+        "extra": "no usable row",
+        "notes": "is not a <study>/<series>/<image>.dcm",
+        "gone_image": "no file",
+        "orphan_image": "study 's8' has no usable row",
+        "wrong": "does not end in _image",
+        "c_image": "occurs again",
+        "liar_image": "disagree",
+        "s7_study": "not exactly one class",
+        "s6_study": "no usable image",
+    }.items():
+        assert problem in told(train.faults, row)
+    assert len(train.faults) == 9
+
+
+def test_an_unreadable_training_file_is_left_out_and_told(layout):
+    (layout / "train/s1/series-a/a.dcm").write_bytes(b"garbage")
+    train = read_train(layout, progress=False)
+    assert train.images.image_id.tolist() == ["b", "c", "d"] and train.boxes.empty
+    assert "header cannot be read" in told(train.faults, "a")
+    assert train.images.false_none.tolist() == [True, False, False]  # b's study still has a boxed image
+
+
+@pytest.mark.parametrize("name", ["train_study_level.csv", "train_image_level.csv"])
+def test_a_missing_table_or_column_names_the_file_and_the_remedy(layout, name):
+    table = pd.read_csv(layout / name)
+    table.drop(columns=table.columns[1]).to_csv(layout / name, index=False)
+    with pytest.raises(LayoutError, match=rf"{name} lacks.*{table.columns[1]}"):
+        read_train(layout, progress=False)
+    (layout / name).write_bytes(b"")
+    with pytest.raises(LayoutError, match=f"{name} is no CSV file"):
+        read_train(layout, progress=False)
+    (layout / name).unlink()
+    with pytest.raises(LayoutError, match=rf"{name} is missing.*inputs/README.md"):
+        read_train(layout, progress=False)
+
+
+def test_a_test_set_follows_the_samples_order(layout):
+    test = read_test(layout, progress=False)
+    assert test.faults.empty
+    assert test.study_ids == ("s5", "s4") and test.image_ids == ("g", "e", "f")
+    assert test.images.image_id.tolist() == ["e", "f", "g"] and set(test.images.patient_id) == {"p4"}
+
+
+def test_a_test_set_of_another_size_than_the_sample_keeps_both(layout):
+    sample(layout, ["s4_study", "s0_study", "e_image", "z_image", "e_image", "odd"])
+    test = read_test(layout, progress=False)
+    assert test.study_ids == ("s4", "s0", "s5") and test.image_ids == ("e", "z", "f", "g")
+    assert test.sample_ids == ("s4_study", "s0_study", "e_image", "z_image")
+    assert sorted(test.faults.row) == ["e_image", "f", "g", "odd", "s0_study", "s5", "z_image"]
+
+
+@pytest.mark.parametrize("odd", ["", "_study", "_image", "s4", "s4_study ", "s4_patient"])
+def test_the_samples_own_ids_are_as_written_in_its_order_without_odd_ones(layout, odd):
+    sample(layout, ["g_image", odd, "s4_study", "a_b_study", "g_image"])
+    test = read_test(layout, progress=False)
+    assert test.sample_ids == ("g_image", "s4_study", "a_b_study")
+    assert test.study_ids == ("s4", "a_b", "s5") and test.image_ids == ("g", "e", "f")
+    assert "left out" in told(test.faults, odd) and "one row" in told(test.faults, "g_image")
+
+
+def test_a_sample_of_nothing_or_none_has_no_ids(layout):
+    sample(layout, [])
+    assert read_test(layout, progress=False).sample_ids == ()
+    (layout / "sample_submission.csv").unlink()
+    assert read_test(layout, progress=False).sample_ids == ()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 1000])
+def test_test_files_that_cannot_be_read_keep_their_row(layout, content):
+    (layout / "test/s4/series-e/e.dcm").write_bytes(content)
+    test = read_test(layout, progress=False)
+    row = test.images.set_index("image_id").loc["e"]
+    assert (row.study_id, row.patient_id, row["rows"], row["columns"]) == ("s4", "s4", 0, 0)
+    assert test.image_ids == ("g", "e", "f") and "kept" in told(test.faults, "e")
+
+
+@pytest.mark.parametrize("kind", ["study", "image"])
+def test_a_sample_without_one_kind_is_filled_from_the_files(layout, kind):
+    sample(layout, [name for name in ("s4_study", "s5_study", "e_image", "f_image", "g_image") if not name.endswith(kind)])
+    test = read_test(layout, progress=False)
+    assert test.study_ids == ("s4", "s5") and test.image_ids == ("e", "f", "g")
+
+
+def test_missing_parts_of_a_test_set(layout):
+    (layout / "test/s6").mkdir()  # a study without an image
+    assert read_test(layout, progress=False).study_ids == ("s5", "s4", "s6")
+    (layout / "sample_submission.csv").unlink()
+    assert read_test(layout, progress=False).image_ids == ("e", "f", "g")
+    sample(layout, ["s4_study", "e_image"])
+    (layout / "test").rename(layout / "elsewhere")
+    test = read_test(layout, progress=False)
+    assert test.images.empty and test.study_ids == ("s4",) and test.image_ids == ("e",)
+    assert "folder is missing" in told(test.faults, "")
+    (layout / "sample_submission.csv").unlink()
+    with pytest.raises(LayoutError, match="neither sample_submission"):
+        read_test(layout, progress=False)
+
+
+boxes_drawn = st.lists(
+    st.tuples(*[st.floats(0, 4000), st.floats(0, 4000), st.floats(1.5, 2000), st.floats(1.5, 2000)]), min_size=1, max_size=6
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(boxes_drawn)
+def test_boxes_come_back_as_they_were_written(tmp_path_factory, boxes):
+    folder = tmp_path_factory.mktemp("tables")
+    cell = str([dict(zip(("x", "y", "width", "height"), box, strict=True)) for box in boxes])
+    (folder / "train_study_level.csv").write_text(",".join(["id", *CLASSES]) + "\ns_study,0,1,0,0\n")
+    pd.DataFrame([["i_image", cell, opacity(0, 0, 1, 1), "s"]], columns=["id", "boxes", "label", "StudyInstanceUID"]).to_csv(
+        folder / "train_image_level.csv", index=False
+    )
+    _, read, images = read_label_tables(folder)
+    expected = [[x, y, x + width, y + height] for x, y, width, height in boxes]
+    np.testing.assert_allclose(read[["xmin", "ymin", "xmax", "ymax"]], expected)
+    assert images.to_numpy().tolist() == [["i", "s", False]]
+
+
+@pytest.mark.real_data
+def test_the_real_tables(real_data):
+    """Counts of shared/facts/siim-competition.md, sections 3 and 4."""
+    labels, boxes, images = read_label_tables(real_data / "siim_csv")
+    assert (len(labels), len(images), len(boxes)) == (6054, 6334, 7853)
+    assert labels[["typical", "negative", "indeterminate", "atypical"]].sum().tolist() == [2855, 1676, 1049, 474]
+    assert images.false_none.sum() == 217 and images[images.false_none].study_id.nunique() == 177
+    assert boxes.xmin.min() == 0  # the one negative x is cut
+    per_image = boxes.groupby("image_id").size().value_counts().to_dict()
+    assert per_image == {1: 973, 2: 3113, 3: 183, 4: 23, 5: 1, 8: 1}

@@ -1,0 +1,311 @@
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kitlib.classes import STUDY_CLASSES
+from kitlib.fusion.boxes import CONFIDENCES, METHODS, merge_boxes
+from kitlib.fusion.fuse import (
+    FusionSettings,
+    fuse,
+    fuse_boxes,
+    fuse_scores,
+    read_settings,
+    seen_images,
+    write_settings,
+)
+from kitlib.scoring.csv_file import PRIORS
+from kitlib.settings import RecipeError, from_dict
+from kitlib.tables import BOX
+
+PLAIN = FusionSettings()
+IMAGES = pd.DataFrame({"image_id": ["a", "b", "c"], "study_id": ["s", "s", "t"], "rows": 1000, "columns": 2000})
+
+
+def study_scores(*rows):
+    return pd.DataFrame(rows, columns=["study_id", "model", "fold", *STUDY_CLASSES])
+
+
+def image_scores(*rows):
+    return pd.DataFrame(rows, columns=["image_id", "model", "fold", "none"])
+
+
+def detections(*rows):
+    return pd.DataFrame(rows, columns=["image_id", "model", "fold", "score", *BOX])
+
+
+ONE = (100.0, 100.0, 500.0, 900.0)
+FAR = (1500.0, 100.0, 1900.0, 900.0)
+
+
+def test_models_weigh_alike_whatever_their_number_of_folds():
+    scores = image_scores(("a", "m", 0, 0.2), ("a", "m", 1, 0.4), ("a", "n", 0, 0.9), ("b", "n", 0, 0.5))
+    assert fuse_scores(scores, "image_scores", PLAIN).set_index("image_id")["none"].to_dict() == pytest.approx(
+        {"a": (0.3 + 0.9) / 2, "b": 0.5}
+    )
+    heavy = FusionSettings(model_weights={"m": 3.0})
+    assert fuse_scores(scores, "image_scores", heavy)["none"].tolist() == pytest.approx([(3 * 0.3 + 0.9) / 4, 0.5])
+    without = FusionSettings(model_weights={"n": 0.0})
+    assert fuse_scores(scores, "image_scores", without).to_numpy().tolist() == [["a", pytest.approx(0.3)]]
+
+
+def test_a_model_that_gave_nan_has_no_say():
+    scores = study_scores(("s", "m", 0, 0.1, 0.2, 0.3, 0.4), ("s", "n", 0, float("nan"), 0.2, 0.3, 0.4))
+    assert fuse_scores(scores, "study_scores", PLAIN).to_numpy().tolist() == [["s", 0.1, 0.2, 0.3, 0.4]]
+
+
+def test_a_single_list_passes_as_it_is():
+    table = detections(("a", "m", 0, 0.9, *ONE), ("a", "m", 0, 0.4, 110.0, 100.0, 500.0, 900.0))
+    found = fuse_boxes(table, IMAGES, PLAIN)
+    pd.testing.assert_frame_equal(found, table[["image_id", "score", *BOX]])
+
+
+def test_two_models_that_agree_average_and_one_alone_is_halved():
+    moved = (120.0, 100.0, 520.0, 900.0)
+    found = fuse_boxes(
+        detections(("a", "m", 0, 0.6, *ONE), ("a", "n", 0, 0.2, *moved), ("a", "n", 0, 0.8, *FAR)), IMAGES, PLAIN
+    )
+    found = found.sort_values("xmin", ignore_index=True)
+    # Weighted box fusion: sides weighted by score, (3 * 100 + 120) / 4; scores (0.6 + 0.2) / 2; 0.8 * 1 / 2 (T/M).
+    assert found.loc[0, list(BOX)].tolist() == pytest.approx([105, 100, 505, 900], abs=1e-3)
+    assert found["score"].tolist() == pytest.approx([0.4, 0.4])
+
+
+def test_every_fold_that_saw_the_image_counts():
+    table = detections(*[("a", "m", fold, 0.6, *ONE) for fold in range(2)], ("b", "m", 0, 0.6, *ONE))
+    found = fuse_boxes(table, IMAGES, PLAIN).set_index("image_id")["score"]
+    # On `b` fold 1 found nothing: half the lists agree.
+    assert found.to_dict() == pytest.approx({"a": 0.6, "b": 0.3})
+
+
+def test_coverage_spares_images_that_a_stopped_model_never_saw():
+    table = detections(
+        ("a", "m", 0, 0.6, *ONE), ("a", "n", 0, 0.6, *ONE), ("b", "m", 0, 0.6, *ONE), ("c", "m", 0, 0.6, *ONE)
+    )
+    coverage = pd.DataFrame(
+        [("a", "m", 0), ("b", "m", 0), ("c", "m", 0), ("a", "n", 0), ("b", "n", 0)], columns=["image_id", "model", "fold"]
+    )
+    found = fuse_boxes(table, IMAGES, PLAIN, coverage).set_index("image_id")["score"].to_dict()
+    # `n` saw `b` and found nothing there; it never saw `c`.
+    assert found == pytest.approx({"a": 0.6, "b": 0.3, "c": 0.6})
+
+
+def test_folds_share_their_models_weight():
+    # `m` with two folds and `n` with one have equal say: a box of `n` alone keeps half its score.
+    table = detections(("a", "m", 0, 0.6, *ONE), ("a", "m", 1, 0.6, *ONE), ("a", "n", 0, 0.8, *FAR))
+    found = fuse_boxes(table, IMAGES, PLAIN).sort_values("xmin")["score"].tolist()
+    # ensemble-boxes multiplies by min(lists, boxes of the cluster): (0.3 + 0.3) / 2 * 2 / 2 and 0.8 * 1 / 2.
+    assert found == pytest.approx([0.3, 0.4])
+
+
+def test_boxes_are_cut_at_the_edges_and_tiny_scores_dropped():
+    table = detections(
+        ("a", "m", 0, 0.5, -50, -50, 3000, 500), ("a", "m", 0, 0.5, 2100, 0, 2200, 50), ("a", "m", 0, 1e-5, *ONE)
+    )
+    assert fuse_boxes(table, IMAGES, PLAIN)[list(BOX)].to_numpy().tolist() == [[0, 0, 2000, 500]]
+
+
+@pytest.mark.parametrize("images", [IMAGES.assign(rows=0), IMAGES.iloc[1:]])
+def test_an_image_without_a_size_is_named(images):
+    with pytest.raises(ValueError, match="image a has detections but no size"):
+        fuse_boxes(detections(("a", "m", 0, 0.5, *ONE)), images, PLAIN)
+
+
+unit_box = st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(5, 40), st.integers(5, 40), st.integers(1, 100))
+unit_boxes = st.lists(unit_box.map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3], b[4])), max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(unit_boxes, min_size=1, max_size=3),
+    st.sampled_from(METHODS),
+    st.sampled_from(CONFIDENCES),
+    st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=4, max_size=4),
+)
+def test_merged_boxes_are_boxes_with_scores_inside_the_hull(lists, method, confidence, weights):
+    boxes = [np.array([row[:4] for row in rows], float).reshape(-1, 4) / 100 for rows in lists]
+    scores = [np.array([row[4] for row in rows], float) / 100 for rows in lists]
+    before = [box.copy() for box in boxes], [score.copy() for score in scores]
+    merged, score = merge_boxes(boxes, scores, np.array(weights[: len(lists) + 1]), method, confidence=confidence)
+    assert merged.shape == (len(score), 4)
+    assert ((score > 0) & (score <= 1)).all()
+    assert (merged[:, :2] < merged[:, 2:]).all()
+    every = np.concatenate(boxes)
+    if len(every):
+        assert merged.min(initial=1) >= every.min() - 1e-6 and merged.max(initial=0) <= every.max() + 1e-6
+        assert 1 <= len(merged) <= len(every)
+    for left, right in zip(boxes + scores, before[0] + before[1], strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_soft_nms_decays_the_overlapping_box_alone():
+    boxes = np.array([[0.0, 0, 0.5, 0.5], [0.6, 0.6, 0.9, 0.9]]), np.array([[0.0, 0, 0.5, 0.4]])
+    merged, score = merge_boxes(boxes, [np.array([0.5, 0.7]), np.array([0.9])], [1.0, 1.0], "soft_nms", 0.5)
+    # IoU of the first and the last is 0.8; linear soft-NMS: 0.5 * (1 - 0.8).
+    assert dict(zip(map(tuple, merged), score, strict=True)) == pytest.approx(
+        {(0, 0, 0.5, 0.4): 0.9, (0.6, 0.6, 0.9, 0.9): 0.7, (0, 0, 0.5, 0.5): 0.1}
+    )
+
+
+@pytest.mark.parametrize(
+    ("box", "score", "weights"),
+    [
+        ([[0, 0, 300, 400]], [0.5], [1]),
+        ([[0.5, 0, 0.1, 1]], [0.5], [1]),
+        ([[0, 0, float("nan"), 1]], [0.5], [1]),
+        ([[0, 0, 1, 1]], [0.5, 0.5], [1]),
+        ([[0, 0, 1, 1]], [1.5], [1]),
+        ([[0, 0, 1, 1]], [float("nan")], [1]),
+        ([[0, 0, 1, 1]], [0.5], []),
+    ],
+)
+def test_what_ensemble_boxes_would_clamp_or_exit_for_is_an_error(box, score, weights):
+    with pytest.raises(ValueError):
+        merge_boxes([np.array(box, float)], [np.array(score)], np.array(weights, float))
+
+
+SCORES = (
+    study_scores(("s", "m", 0, 0.5, 0.3, 0.1, 0.1), ("t", "m", 0, 0.1, 0.5, 0.3, 0.1)),
+    image_scores(("a", "m", 0, 0.6), ("b", "m", 0, 0.2), ("c", "m", 0, 0.1)),
+    detections(("a", "d", 0, 0.4, *ONE), ("a", "d", 0, 0.5, *FAR), ("c", "d", 0, 0.9, *ONE)),
+)
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ({}, [0.6, 0.2, 0.1]),
+        ({"none_classifier": 0, "none_negative": 1}, [0.5, 0.5, 0.1]),
+        ({"none_classifier": 0, "none_no_box": 1}, [0.5, 1.0, 0.1]),
+        ({"none_classifier": 0, "none_product": 1}, [0.6 * 0.5, 1.0, 0.1]),
+        # 3rd place: 0.7 cls_none + 0.3 (1 - max box).
+        ({"none_classifier": 0.7, "none_no_box": 0.3}, [0.7 * 0.6 + 0.3 * 0.5, 0.7 * 0.2 + 0.3, 0.1]),
+        # 11th place: half none, half negative; only the ratio counts.
+        ({"none_classifier": 2, "none_negative": 2}, [0.55, 0.35, 0.1]),
+    ],
+)
+def test_published_formulas_for_none(weights, expected):
+    found = fuse(*SCORES, IMAGES, FusionSettings(**weights))
+    assert found.nones["none"].tolist() == pytest.approx(expected)
+
+
+def test_published_rescoring():
+    found = fuse(*SCORES, IMAGES, FusionSettings(opacity_power=0.4, negative_share=0.7))
+    # 3rd place: box * (1 - none)^0.4. 11th place: negative = 0.7 negative + 0.3 none, of the study: mean of 0.6 and 0.2.
+    assert sorted(found.detections["score"]) == pytest.approx(sorted([0.4 * 0.4**0.4, 0.5 * 0.4**0.4, 0.9 * 0.9**0.4]))
+    assert found.studies.set_index("study_id")["negative"].to_dict() == pytest.approx({"s": 0.7 * 0.5 + 0.3 * 0.4, "t": 0.1})
+    assert found.studies["typical"].tolist() == [0.3, 0.5]
+
+
+def test_missing_parts():
+    nothing = fuse(None, None, None, IMAGES, PLAIN)
+    assert nothing.studies["prior"].all() and nothing.nones["prior"].all() and nothing.detections.empty
+    assert nothing.studies[list(STUDY_CLASSES)].iloc[0].to_dict() == pytest.approx({c: PRIORS[c] for c in STUDY_CLASSES})
+    assert nothing.nones["none"].tolist() == [PRIORS["none"]] * 3
+    no_detector = fuse(*SCORES[:2], None, IMAGES, FusionSettings(none_classifier=0.7, none_no_box=0.3))
+    assert no_detector.nones["none"].tolist() == pytest.approx([0.6, 0.2, 0.1])
+    no_classifier = fuse(None, None, SCORES[2], IMAGES, PLAIN)
+    assert no_classifier.nones["none"].tolist() == pytest.approx([0.5, 1.0, 0.1])
+    assert no_classifier.studies["prior"].all() and not no_classifier.nones["prior"].any()
+
+
+def test_every_study_and_image_gets_its_row_once():
+    part = fuse(SCORES[0].iloc[:1], SCORES[1].iloc[:1], SCORES[2].iloc[:0], IMAGES, PLAIN)
+    assert part.studies["study_id"].tolist() == ["s", "t"] and part.studies["prior"].tolist() == [False, True]
+    assert part.nones["image_id"].tolist() == ["a", "b", "c"]
+    # `b` has its study's negative; `c` has nothing.
+    assert part.nones["prior"].tolist() == [False, False, True]
+
+
+def test_the_most_confident_boxes_of_each_list_are_merged():
+    rows = [("a", model, 0, p, x, 0.0, x + 50, 50.0) for model in "mn" for p, x in ((0.2, 0.0), (0.9, 500.0), (0.5, 900.0))]
+    found = fuse_boxes(detections(*rows), IMAGES, FusionSettings(box_limit=2))
+    assert sorted(found["xmin"]) == pytest.approx([500, 900], abs=1e-3)
+
+
+def test_order_of_rows_is_free():
+    rng = np.random.default_rng(0)
+    table = detections(
+        *[
+            (image, model, 0, float(p), x, y, x + 300, y + 300)
+            for image in "abc"
+            for model in "mno"
+            for p, x, y in zip(rng.random(5), rng.integers(0, 1600, 5), rng.integers(0, 600, 5), strict=True)
+        ]
+    )
+    key = ["image_id", "score", *BOX]
+    first = fuse_boxes(table, IMAGES, PLAIN).sort_values(key, ignore_index=True)
+    other = fuse_boxes(table.sample(frac=1, random_state=1), IMAGES, PLAIN).sort_values(key, ignore_index=True)
+    pd.testing.assert_frame_equal(first, other)
+
+
+def test_a_detector_that_found_nothing_anywhere_still_halves_the_others():
+    coverage = pd.DataFrame([("a", "m", 0), ("a", "n", 0)], columns=["image_id", "model", "fold"])
+    table = detections(("a", "m", 0, 0.6, *ONE))
+    assert fuse_boxes(table, IMAGES, PLAIN, coverage)["score"].tolist() == pytest.approx([0.3])
+    without = FusionSettings(model_weights={"n": 0.0})
+    assert fuse_boxes(table, IMAGES, without, coverage)["score"].tolist() == [0.6]
+
+
+def test_only_images_that_a_detector_with_a_weight_covered_are_seen():
+    table = detections(("a", "m", 0, 0.6, *ONE))
+    coverage = pd.DataFrame([("a", "m", 0), ("b", "m", 0), ("c", "n", 0)], columns=["image_id", "model", "fold"])
+    assert seen_images(table, IMAGES, PLAIN).tolist() == [True, True, True]
+    assert seen_images(table, IMAGES, PLAIN, coverage).tolist() == [True, True, True]
+    assert seen_images(table, IMAGES, FusionSettings(model_weights={"n": 0.0}), coverage).tolist() == [True, True, False]
+    assert seen_images(None, IMAGES, PLAIN, coverage.iloc[:0]).tolist() == [False, False, False]
+    # What no detector has looked at is no `none`, but a prior.
+    fused = fuse(None, None, table, IMAGES, PLAIN, coverage[coverage["model"] == "m"])
+    assert fused.nones["none"].tolist() == pytest.approx([0.4, 1.0, PRIORS["none"]])
+    assert fused.nones["prior"].tolist() == [False, False, True]
+    assert fused.nones["seen"].tolist() == [True, True, False]
+
+
+def test_calibrated_scores_meet_on_one_scale():
+    # logit(0.9) = log 9: slope 0.5 makes odds of 3 of it, the offset log(2) odds of 6; logit(0.5) = 0 gives odds of 2.
+    line = FusionSettings(calibration={"m": (0.5, math.log(2))})
+    table = detections(("a", "m", 0, 0.9, *ONE), ("a", "m", 0, 0.5, *FAR), ("b", "m", 0, 0.0005, *ONE))
+    alone = fuse_boxes(table, IMAGES, line)
+    assert alone["image_id"].tolist() == ["a", "a"]  # what is too weak is told by the score as it came
+    assert alone["score"].tolist() == pytest.approx([6 / 7, 2 / 3])
+    both = fuse_boxes(pd.concat([table, detections(("a", "n", 0, 0.5, *ONE))]), IMAGES, line).sort_values("xmin")
+    assert both["score"].tolist() == pytest.approx([(6 / 7 + 0.5) / 2, (2 / 3) / 2])
+
+
+def test_settings_survive_json(tmp_path):
+    chosen = FusionSettings(model_weights={"m": 2.0, "n": 0.5}, box_method="nmw", none_no_box=0.3)
+    chosen = replace(chosen, calibration={"m": (0.7, -1.5)})
+    write_settings(chosen, tmp_path / "fusion.json")
+    assert read_settings(tmp_path / "fusion.json") == chosen
+    assert from_dict(FusionSettings, json.loads(json.dumps(asdict(PLAIN)))) == PLAIN
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"box_method": "median"},
+        {"box_confidence": "mean"},
+        {"box_iou": 1.5},
+        {"box_limit": 0},
+        {"opacity_power": -1.0},
+        {"none_classifier": 0.0},
+        {"model_weights": {"m": -1}},
+        {"model_weights": {"m": "heavy"}},
+        {"calibration": {"m": (0.0, 1.0)}},
+        {"calibration": {"m": (1.0, float("inf"))}},
+        {"calibration": {"m": 2.0}},
+        {"calibration": {"m": ("1", 0)}},
+        {"iou": 0.5},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(RecipeError):
+        from_dict(FusionSettings, wrong)
+    if "iou" not in wrong:
+        with pytest.raises(RecipeError):
+            replace(PLAIN, **wrong)

@@ -1,0 +1,126 @@
+"""Scores of test images: which are taken, which are refused, and ensembles that are judged on them unseen."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kitlib.fusion.ensemble_bundle import apply_ensemble, learnt_ensemble
+from kitlib.fusion.ensembles import judge_put_aside, majority_vote
+from kitlib.fusion.put_aside import ALL_FOLDS, gather_put_aside
+from kitlib.fusion.stacking import StackError, gather
+from kitlib.fusion.train_flannel import ENSEMBLES, ensemble_settings
+from kitlib.reports.ensemble_report import out_of_fold_temperature, put_aside_scores
+
+CLASSES = ["sick", "well"]
+# a to d are of the folds 0 and 1, t to w are put aside; w is of a's patient
+IMAGES = pd.DataFrame({"image_id": list("abcdtuvw"), "patient_id": list("pqrsxyzp"), "split": ["train"] * 4 + ["test"] * 4})
+IMAGES = IMAGES.assign(study_id=IMAGES.image_id, path="", rows=1, columns=1, source="", view="")
+LABELS = pd.DataFrame({"id": IMAGES.image_id, "sick": [1, 0] * 4, "well": [0, 1] * 4})
+FOLDS = pd.DataFrame({"id": list("abcd"), "fold": [0, 0, 1, 1]})
+PREPARED = IMAGES, LABELS, FOLDS
+
+
+def scores(model, ids, fold, sick) -> pd.DataFrame:
+    table = pd.DataFrame({"image_id": list(ids), "model": model, "fold": fold, "sick": sick})
+    return table.assign(well=1 - table.sick)
+
+
+def learner(model, *folds, sick=0.6) -> pd.DataFrame:
+    """Out of fold: `sick` where that is right, else the rest."""
+    return pd.concat([scores(model, "abcd"[2 * k : 2 * k + 2], k, [sick, 1 - sick]) for k in folds])
+
+
+ONE, TWO = scores("one", "tuv", 0, [0.9, 0.2, 0.3]), scores("two", "tuv", 0, [0.6, 0.7, 0.1])
+
+
+def found_of(*folds, **sick):
+    return gather([learner(name, *folds, sick=each) for name, each in sick.items()], *PREPARED)
+
+
+def test_a_learner_is_the_mean_of_its_folds_models_in_the_order_of_the_stack():
+    found = found_of(0, 1, two=0.6, one=0.8)
+    later = scores("one", "vut", 1, [0.5, 0.0, 0.7])[["image_id", "model", "fold", "well", "sick"]]
+    test = gather_put_aside([pd.concat([ONE, TWO]), later, TWO.assign(fold=1)], found, *PREPARED)
+    stack = test.means.everything()
+    assert (test.means.learners, test.means.classes) == (found.learners, found.classes) == (("two", "one"), ("sick", "well"))
+    assert stack.ids.tolist() == ["t", "u", "v"] and stack.truth.tolist() == [0, 1, 0]
+    # one: (.9 + .7) / 2, (.2 + 0) / 2, (.3 + .5) / 2
+    np.testing.assert_allclose(stack.probabilities[:, :, 0], [[0.6, 0.8], [0.7, 0.1], [0.1, 0.4]])
+    assert len(test.rows) == 12 and test.left_out == 0 and test.means.unanswered == 0
+
+
+def test_an_image_of_a_patient_in_a_fold_does_not_count_and_one_without_a_score_is_counted():
+    found = found_of(0, one=0.8)
+    test = gather_put_aside([scores("one", "tuw", 0, 0.5)], found, *PREPARED)
+    assert test.left_out == 1 and test.means.unanswered == 1
+    assert test.means.everything().ids.tolist() == test.rows.image_id.tolist() == ["t", "u"]
+    assert gather_put_aside([ONE.head(0)], found, *PREPARED) is None
+    assert gather_put_aside([], found, *PREPARED) is None
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ([ONE], "two has out-of-fold scores of fold 0 and no test ones"),
+        ([ONE, TWO, TWO.assign(fold=1)], "two has test scores of fold 1 and no out-of-fold ones"),
+        ([ONE, TWO.head(2)], "two, fold 0, has 2 scores and one, fold 0, 3: v is not in both"),
+        ([ONE, TWO.replace({"image_id": {"v": "b"}})], "1 ids with test scores are not of the split test, first b"),
+        ([ONE, TWO.replace({"image_id": {"v": "X"}})], "1 ids with test scores are not of the split test, first X"),
+        ([ONE, TWO.rename(columns={"well": "fine"})], "two has the classes sick, fine, and sick, well out of fold"),
+        ([ONE, TWO.assign(sick=np.nan)], "two has a NaN among its scores, first t"),
+        ([ONE, TWO.assign(sick=0.5)], "two has scores that do not add to 1"),
+        ([each.assign(image_id="w").head(1) for each in (ONE, TWO)], "the patients of all of them are in folds too"),
+    ],
+)
+def test_test_scores_that_do_not_belong_to_the_learners_are_refused(tables, message):
+    with pytest.raises(StackError, match=f"^test images: .*{message}"):
+        gather_put_aside(tables, found_of(0, one=0.8, two=0.6), *PREPARED)
+
+
+def test_ensembles_learn_from_the_one_fold_and_are_judged_on_the_test_images():
+    # `one` is always right out of fold and `two` always wrong, so all weight goes to `one`; on the test images it is the
+    # other way round, which must change nothing.
+    found = found_of(0, one=0.8, two=0.1)
+    assert found.folds == [0] and not found.crosses and found_of(0, 1, one=0.8).crosses
+    wrong, right = scores("one", "tuv", 0, [0.1, 0.9, 0.1]), scores("two", "tuv", 0, [0.9, 0.1, 0.9])
+    test = gather_put_aside([wrong, right], found, *PREPARED)
+    ensembles = {name: ENSEMBLES[name] for name in ("mean", "vote", "weighted")}
+    ensembles["flannel"] = ensemble_settings("flannel", epochs=3)
+    judged = judge_put_aside(found, test.means, ensembles)
+    assert judged.protocols == dict.fromkeys(["one", "two", *ensembles], "out-of-fold")
+    of_model = {name: rows.set_index("image_id").sick for name, rows in judged.scores.groupby("model")}
+    np.testing.assert_allclose(of_model["mean"], 0.5)
+    np.testing.assert_allclose(of_model["weighted"], wrong.sick, atol=1e-6)
+    np.testing.assert_allclose(of_model["vote"], majority_vote(test.means.everything().probabilities)[:, 0])
+    assert set(judged.scores.fold) == {ALL_FOLDS} and len(judged.scores) == 6 * 3
+    weights = judged.weights[judged.weights.model == "weighted"]
+    np.testing.assert_allclose(weights[["one", "two"]], [[1, 0]] * 3, atol=1e-6)
+    with pytest.raises(StackError, match="one: both an ensemble and a learner"):
+        judge_put_aside(found, test.means, {"one": ENSEMBLES["mean"]})
+
+
+def test_what_is_kept_is_what_was_judged_at_the_temperature_of_the_out_of_fold_rows():
+    # .9 everywhere, right 3 times in 4: log 9 / T = log 3, so T = 2; the truth of the test images is not asked.
+    found = gather([scores("one", "abcd", [0, 0, 1, 1], [0.9, 0.1, 0.9, 0.9])], *PREPARED)
+    test = gather_put_aside([ONE, ONE.assign(fold=1)], found, *PREPARED)
+    judged = judge_put_aside(found, test.means, {"mean": ENSEMBLES["mean"]})
+    kept = learnt_ensemble(found, "mean", ENSEMBLES["mean"])
+    assert out_of_fold_temperature(kept, found) == pytest.approx(2, abs=1e-3) and kept.folds == (0, 1)
+    table = put_aside_scores(judged, test, "mean", 0.5, "mean scaled")
+    assert list(dict.fromkeys(table.model)) == ["one", "mean", "mean scaled"]
+    after = table[table.model == "mean scaled"].set_index("image_id").sick
+    # .9^2 / (.9^2 + .1^2)
+    assert after["t"] == pytest.approx(0.81 / 0.82) and table[table.model == "one"].fold.tolist() == [0, 0, 0, 1, 1, 1]
+    assert len(put_aside_scores(judged, test, "mean", 1.0, "mean scaled")) == 9
+    applied = apply_ensemble(kept, test.rows).set_index("image_id")
+    np.testing.assert_allclose(applied.sick, table[table.model == "mean"].sick)
+
+
+def test_an_ensemble_that_learnt_out_of_fold_names_that_fold_alone():
+    # Models of fold 0 that keep their training images too: the other fold's scores are in-sample and teach nothing.
+    whole = [scores(name, "abcd", 0, sick).assign(outer=-1) for name, sick in (("one", [0.8, 0.2] * 2), ("two", 0.5))]
+    found = gather(whole, *PREPARED)
+    assert found.folds == [0] and found.has_in_sample()
+    assert learnt_ensemble(found, "kept", ENSEMBLES["weighted"]).folds == (0,)
+    in_sample = learnt_ensemble(found, "kept", ensemble_settings("weighted", stack_on="in_sample"))
+    assert (in_sample.folds, in_sample.protocol) == ((1,), "in-sample")

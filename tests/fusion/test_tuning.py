@@ -1,0 +1,219 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from kitlib.classes import STUDY_CLASSES
+from kitlib.fusion.fuse import FusionSettings, fuse
+from kitlib.fusion.tuning import LEAST_GAIN, TuningError, cross_fit, tune
+from kitlib.scoring.score import Truth, score_tables
+from kitlib.tables import BOX, empty_table
+
+N = 36
+
+
+@pytest.fixture(scope="module")
+def oof():
+    """A third of the images is healthy; a classifier good at `none`, a detector that fires everywhere, and a blind one."""
+    rng = np.random.default_rng(0)
+    names = [f"i{n:02}" for n in range(N)]
+    images = pd.DataFrame({"image_id": names, "study_id": [f"s{n:02}" for n in range(N)], "rows": 1000, "columns": 1000})
+    classes = np.arange(N) % 6 % 4
+    labels = pd.DataFrame(np.eye(4)[classes], columns=list(STUDY_CLASSES))
+    labels.insert(0, "id", images["study_id"])
+    corner = rng.uniform(100, 500, (N, 2))
+    boxes = pd.DataFrame(np.hstack([corner, corner + 350]), columns=list(BOX))
+    boxes.insert(0, "image_id", names)
+    boxes = boxes[classes > 0].reset_index(drop=True)
+    folds = pd.DataFrame({"id": names, "fold": np.arange(N) % 3})
+    own = {"model": "c", "fold": folds["fold"]}
+    probabilities = np.exp(1.5 * np.eye(4)[classes] + rng.normal(0, 1, (N, 4)))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    study = pd.DataFrame({"study_id": images["study_id"], **own, **dict(zip(STUDY_CLASSES, probabilities.T, strict=True))})
+    none = np.clip((classes == 0) * 0.6 + rng.uniform(0, 0.4, N), 0, 1)
+    image = pd.DataFrame({"image_id": names, **own, "none": none})
+    rows = []
+    for n, name in enumerate(names):
+        for model, spread in (("good", 30), ("blind", 900)):
+            for _ in range(2):
+                x, y = corner[n] + rng.normal(0, spread, 2)
+                x, y = np.clip([x, y], 0, 900)
+                rows.append((name, model, n % 3, rng.uniform(0.2, 0.9), x, y, min(1000, x + 350), min(1000, y + 350)))
+    detections = pd.DataFrame(rows, columns=["image_id", "model", "fold", "score", *BOX])
+    return {
+        "study_scores": study,
+        "image_scores": image,
+        "detections": detections,
+        "coverage": detections[["image_id", "model", "fold"]].drop_duplicates().reset_index(drop=True),
+        "images": images,
+        "labels": labels,
+        "boxes": boxes,
+        "folds": folds,
+    }
+
+
+@pytest.fixture(scope="module")
+def tuned(oof):
+    return tune(**oof)
+
+
+def score_of(oof, settings):
+    parts = (oof[name] for name in ("study_scores", "image_scores", "detections", "images"))
+    fused = fuse(*parts, settings, oof["coverage"])
+    truth = Truth(oof["labels"], tuple(oof["images"]["image_id"]), oof["boxes"])
+    return score_tables(truth, fused.studies, fused.nones, fused.detections)["score"]
+
+
+def test_every_kept_step_gains_and_the_settings_keep_the_promised_score(oof, tuned):
+    settings, steps = tuned
+    assert steps.iloc[0].tolist() == ["0 default", "", score_of(oof, FusionSettings()), 0]
+    assert ((steps["gain"] == 0) | (steps["gain"] >= LEAST_GAIN)).all() and steps["step"].is_unique
+    assert steps["score"].diff().iloc[1:].tolist() == pytest.approx(steps["gain"].iloc[1:].tolist())
+    assert steps["score"].iloc[-1] == pytest.approx(score_of(oof, settings))
+    assert ((steps["setting"] == "as it was") == (steps["gain"] == 0)).iloc[1:].all()
+
+
+def test_it_finds_what_the_data_was_made_for(tuned):
+    settings, steps = tuned
+    # Boxes without an idea of the place are only false positives; those on healthy images are as confident as others.
+    assert settings.weight("blind") < settings.weight("good")
+    assert settings.opacity_power > 0
+    assert steps["score"].iloc[-1] > steps["score"].iloc[0] + 0.03
+
+
+@pytest.fixture(scope="module")
+def two_scales():
+    """Two detectors of 300 images: both know how sure they are, but one says 0.05 where the other says 0.75."""
+    rng = np.random.default_rng(5)
+    names = [f"i{n}" for n in range(300)]
+    images = pd.DataFrame({"image_id": names, "study_id": names, "rows": 1000, "columns": 1000})
+    labels = pd.DataFrame(np.eye(4)[np.arange(300) % 4], columns=list(STUDY_CLASSES)).assign(id=names)
+    boxes = pd.DataFrame([(name, 100.0, 100, 500, 500) for name in names], columns=["image_id", *BOX])
+    rows = []
+    for n, name in enumerate(names):
+        for model, power in (("loud", 1.0), ("quiet", 12.0)):
+            for right in rng.random(3) < 0.4:
+                p = rng.beta(4, 2) if right else rng.beta(2, 4)
+                x, y = (rng.uniform(80, 120, 2)) if right else rng.uniform(500, 600, 2)
+                rows.append((name, model, n % 2, p**power, x, y, x + 400, y + 400))
+    detections = pd.DataFrame(rows, columns=["image_id", "model", "fold", "score", *BOX])
+    folds = pd.DataFrame({"id": names, "fold": np.arange(300) % 2})
+    nothing = {"study_scores": empty_table("study_scores"), "image_scores": empty_table("image_scores")}
+    coverage = detections[["image_id", "model", "fold"]].drop_duplicates().reset_index(drop=True)
+    tables = {"images": images, "labels": labels, "boxes": boxes, "folds": folds}
+    return {**nothing, "detections": detections, "coverage": coverage, **tables}
+
+
+@pytest.fixture
+def few_ways(monkeypatch):
+    monkeypatch.setattr("kitlib.fusion.tuning.MODEL_WEIGHTS", (0.5, 1.0))
+    monkeypatch.setattr("kitlib.fusion.tuning.BOX_IOUS", (0.5, 0.6))
+    monkeypatch.setattr("kitlib.fusion.tuning.BOX_METHODS", ("wbf", "nms"))
+    monkeypatch.setattr("kitlib.fusion.tuning.BOX_CONFIDENCES", ("avg", "max"))
+
+
+def test_calibration_gains_where_detectors_speak_on_two_scales(two_scales, few_ways):
+    settings, steps = tune(**two_scales, rounds=1)
+    step = steps.set_index("step").loc["1 calibration"]
+    assert step["setting"] == "fitted" and step["gain"] > 0.005
+    # p^12 is spread over more of the logit's scale: the quiet one needs the smaller slope and the larger offset.
+    (loud, up), (quiet, further) = settings.calibration["loud"], settings.calibration["quiet"]
+    assert quiet < loud and further > up
+
+
+def test_a_folds_calibration_is_fitted_to_the_others(two_scales, few_ways, monkeypatch):
+    fitted = []
+    monkeypatch.setattr("kitlib.fusion.tuning.fit_calibration", lambda score, hit: fitted.append((len(score), hit.sum())))
+    assert (cross_fit(**two_scales, rounds=1)["cross_fitted"] > 0).all()
+    detections, fold_of = two_scales["detections"], two_scales["folds"].set_index("id")["fold"]
+    detections = detections[detections["score"] >= FusionSettings().box_min_score]
+    assert [count for count, _ in fitted] == [
+        int(((detections["model"] == model) & (detections["image_id"].map(fold_of) != fold)).sum())
+        for fold in (0, 1)
+        for model in ("loud", "quiet")
+    ]
+
+
+def test_order_of_rows_is_free(oof, tuned):
+    shuffled = {name: table.sample(frac=1, random_state=3) for name, table in oof.items()}
+    assert tune(**shuffled)[0] == tuned[0]
+
+
+def test_predictions_of_two_folds_for_one_image_are_refused(oof):
+    twice = pd.concat([oof["image_scores"], oof["image_scores"].iloc[[4]].assign(fold=2)])
+    with pytest.raises(TuningError, match="image_id i04 of fold 1 was seen by c of fold 2"):
+        tune(**{**oof, "image_scores": twice})
+
+
+def test_predictions_of_a_model_that_saw_the_image_are_refused(oof):
+    seen = {name: oof[name].assign(fold=lambda t: (t["fold"] + 1) % 3) for name in ("detections", "coverage")}
+    with pytest.raises(TuningError, match="was seen by"):
+        tune(**{**oof, **seen})
+    with pytest.raises(
+        TuningError, match="144 detections are of images that their coverage lacks, first i00 by good of fold 1"
+    ):
+        tune(**{**oof, "detections": seen["detections"]})
+
+
+def test_an_image_that_a_detector_covered_but_found_nothing_on_is_scored(oof):
+    silent = {**oof, "detections": oof["detections"][oof["detections"]["image_id"] != "i00"]}
+    _, steps = tune(**silent, rounds=0)
+    assert steps["score"].iloc[0] == pytest.approx(score_of(silent, FusionSettings()))
+    uncovered = {**silent, "coverage": oof["coverage"][oof["coverage"]["image_id"] != "i00"]}
+    rest = {name: table[~table.iloc[:, 0].isin(["i00", "s00"])] for name, table in oof.items()}
+    _, steps = tune(**uncovered, rounds=0)
+    assert steps["score"].iloc[0] == pytest.approx(score_of(rest, FusionSettings()))
+
+
+def test_cross_fit_judges_each_fold_by_settings_of_the_others(oof, monkeypatch):
+    monkeypatch.setattr("kitlib.fusion.tuning.MODEL_WEIGHTS", (0.0, 1.0, 2.0))
+    monkeypatch.setattr("kitlib.fusion.tuning.BOX_IOUS", (0.5, 0.6))
+    found = cross_fit(**oof, rounds=1)
+    # The same by hand: tune on two folds, fuse and score the third.
+    for row in found.itertuples():
+        ids = set(oof["folds"].loc[oof["folds"]["fold"] == row.fold, "id"])
+        ids |= {name.replace("i", "s") for name in ids}
+        others = {name: table[~table.iloc[:, 0].isin(ids)] for name, table in oof.items()}
+        held = {name: table[table.iloc[:, 0].isin(ids)] for name, table in oof.items()}
+        assert row.cross_fitted == pytest.approx(score_of(held, tune(**others, rounds=1)[0]))
+        assert row.default == pytest.approx(score_of(held, FusionSettings())) and row.images == 12
+    assert found["fold"].tolist() == [0, 1, 2]
+
+
+def test_cross_fit_needs_two_folds(oof):
+    one = {**oof, "folds": oof["folds"][oof["folds"]["fold"] == 0]}
+    assert cross_fit(**one).empty
+
+
+def test_a_gain_below_the_least_is_not_kept(oof, monkeypatch):
+    monkeypatch.setattr("kitlib.fusion.tuning.LEAST_GAIN", 0.5)
+    settings, steps = tune(**oof, rounds=1)
+    assert settings == FusionSettings() and (steps["gain"] == 0).all()
+
+
+def test_images_that_no_annotator_looked_at_do_not_count(oof):
+    marked = oof["images"].assign(false_none=[n >= 18 for n in range(N)])
+    half = {name: table[table.iloc[:, 0].str[1:].astype(int) < 18] for name, table in oof.items()}
+    settings, steps = tune(**{**oof, "images": marked}, rounds=1)
+    expected, expected_steps = tune(**half, rounds=1)
+    assert settings == expected
+    pd.testing.assert_frame_equal(steps, expected_steps)
+
+
+def test_only_images_that_every_model_predicted_are_scored(oof):
+    one_fold = {**oof, "image_scores": oof["image_scores"][oof["image_scores"]["fold"] == 0]}
+    _, steps = tune(**one_fold, rounds=0)
+    ids = set(one_fold["image_scores"]["image_id"])
+    studies = {name.replace("i", "s") for name in ids}
+    small = {name: table[table.iloc[:, 0].isin(ids | studies)] for name, table in oof.items()}
+    assert steps["score"].iloc[0] == pytest.approx(tune(**small, rounds=0)[1]["score"].iloc[0])
+    with pytest.raises(TuningError, match="no image has predictions of every model"):
+        tune(**{**oof, "image_scores": oof["image_scores"].assign(image_id=lambda t: t["image_id"] + "x")})
+
+
+def test_without_a_detector_or_without_a_classifier(oof):
+    no_boxes = {name: oof[name].iloc[:0] for name in ("detections", "coverage")}
+    settings, _ = tune(**{**oof, **no_boxes}, rounds=1)
+    assert settings.opacity_power == 0
+    nothing = {name: oof[name].iloc[:0] for name in ("study_scores", "image_scores")}
+    _, steps = tune(**{**oof, **nothing}, rounds=1)
+    assert steps["score"].iloc[-1] >= steps["score"].iloc[0] > 0

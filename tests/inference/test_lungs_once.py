@@ -1,0 +1,101 @@
+"""A submission's segmenter is asked once an image, keeps what was found as it was, and fails without harm."""
+
+import re
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from kitlib.inference import lungs_once
+from kitlib.inference.lungs_once import LungsOnce
+from kitlib.lungs.finders import Lungs
+from tests.small_xrays import COLUMNS, ROWS, SmallXrays
+
+SMALL = SmallXrays(8)
+XRAYS = list(SMALL.stream())
+
+
+class Segmenter:
+    """Finds a frame and a mask that differ from image to image, none in the first; breaks at the images `breaks`."""
+
+    def __init__(self, breaks=()):
+        self.breaks, self.asked = breaks, []
+
+    def find(self, xrays):
+        self.asked += [xray.image_id for xray in xrays]
+        if set(self.breaks) & {xray.image_id for xray in xrays}:
+            raise RuntimeError("no kernel image is available")
+        return [self.of(xray) for xray in xrays]
+
+    @staticmethod
+    def of(xray):
+        number = int(xray.image_id[5:])
+        if not number:
+            return Lungs(None)
+        mask = np.random.default_rng(number).random((ROWS // 2, COLUMNS // 2)) > 0.5
+        return Lungs(np.array([number / 3, 1.0, COLUMNS, ROWS]), mask)
+
+
+@pytest.fixture
+def segmenter(monkeypatch):
+    made = Segmenter()
+    monkeypatch.setattr(lungs_once, "load_segmenter", lambda bundle, batch_size: made)
+    return made
+
+
+def same(one, other):
+    frames = one.frame is other.frame is None or np.array_equal(one.frame, other.frame)
+    return frames and (one.mask is other.mask is None or np.array_equal(one.mask, other.mask))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_was_found_is_kept_as_it_was_and_asked_for_once(segmenter, tmp_path, masked):
+    lungs = LungsOnce(tmp_path, masked)
+    expected = [Segmenter.of(xray) if masked else Lungs(Segmenter.of(xray).frame) for xray in XRAYS]
+    first = lungs.find(XRAYS[:5])
+    again = lungs.find(XRAYS[::-1])[::-1]
+    assert all(same(*each) for each in zip(again, expected, strict=True))
+    assert all(same(*each) for each in zip(first, expected, strict=False))
+    assert sorted(segmenter.asked) == SMALL.image_ids
+    assert (lungs.segmented, lungs.missed, lungs.fault) == (8, 1, "") and lungs.seconds > 0
+
+
+def test_without_a_bundle_or_with_a_damaged_one_no_lungs_are_found_and_it_says_why(tmp_path):
+    for bundle, told in (
+        (None, "name its run by the kernel's key `lungs`"),
+        (tmp_path, "failed: BundleError: .*is missing"),
+    ):
+        lungs = LungsOnce(bundle, masked=True)
+        lungs.begin()
+        assert all(each.frame is None and each.mask is None for each in lungs.find(XRAYS)) and lungs.segmented == 0
+        assert re.search(told, lungs.fault)
+
+
+def test_an_image_that_the_segmenter_fails_at_is_missed_alone(segmenter, tmp_path):
+    segmenter.breaks, lungs = ["image005"], LungsOnce(tmp_path, masked=False)
+    found = lungs.find(XRAYS)
+    assert [each.frame is not None for each in found] == [False, True, True, True, True, False, True, True]
+    assert lungs.fault == "" and (lungs.segmented, lungs.missed) == (8, 2)
+
+
+def test_a_segmenter_that_fails_at_a_whole_batch_is_given_up(segmenter, tmp_path):
+    segmenter.breaks, lungs = ["image002", "image003"], LungsOnce(tmp_path, masked=False)
+    for start in (0, 2, 4, 6):
+        lungs.find(XRAYS[start : start + 2])
+    frames = [each.frame is not None for each in lungs.find(XRAYS)]
+    # Images of the first batch keep what was found; the later ones are not asked about: 2, 2 and then each of these alone.
+    assert frames == [False, True, *[False] * 6] and len(segmenter.asked) == 6
+    assert lungs.fault.startswith("failed: RuntimeError: no kernel image is available; images are seen whole")
+
+
+def test_two_threads_do_not_ask_twice(segmenter, tmp_path, monkeypatch):
+    find = Segmenter.find
+    monkeypatch.setattr(Segmenter, "find", lambda self, xrays: time.sleep(0.05) or find(self, xrays))
+    lungs = LungsOnce(tmp_path, masked=False)
+    threads = [threading.Thread(target=lungs.find, args=(XRAYS,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(segmenter.asked) == SMALL.image_ids

@@ -1,0 +1,385 @@
+"""Prediction from bundles: light imports, memory, mirror images, boxes back in original pixels, the thread's manners."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kitlib.bundle import BundleError, save_bundle
+from kitlib.classes import STUDY_CLASSES
+from kitlib.geometry import PLACEMENTS, flip_boxes, within
+from kitlib.inference.predict import VIEWS, Predictor, load_predictor, study_and_image_scores
+from kitlib.lungs.finders import Lungs
+from kitlib.models.classifier import OUTPUTS, FindingsClassifier, StudyClassifier
+from kitlib.recipes.fields import FindingsRecipe
+from kitlib.settings import override
+from kitlib.tables import BOX, check_table
+from kitlib.training.xray_dataset import XrayDataset
+from kitlib.xrays.cache import CachedXray
+from tests.small_xrays import COLUMNS, RECIPE, ROWS, SmallXrays
+
+CPU = torch.device("cpu")
+RECORD = {
+    "family": "study",
+    "model": "small",
+    "classes": OUTPUTS,
+    "recipe": {"backbone": "test_resnet", "image_size": 32, "hidden": 16},
+    "architecture": {},
+    "longest_side": 50,
+    "image_size": 32,
+    "placement": "letterbox",
+    "mean": [0.5],
+    "std": [0.5],
+    "fold": 2,
+    "data_fingerprint": "",
+    "validation": {},
+}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("bundle")
+    save_bundle(folder, StudyClassifier(RECIPE).state_dict(), RECORD)
+    return folder
+
+
+def test_prediction_imports_no_training_library():
+    heavy = ("pytorch_lightning", "lightning_fabric", "albumentations", "ultralytics", "matplotlib")
+    code = f"import sys, kitlib.inference.predict; print(*(name for name in {heavy} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_a_study_model_gives_a_row_an_image_whatever_the_batch(bundle):
+    small = SmallXrays(10)
+    tables = [pd.concat(load_predictor(bundle, CPU, size).predict(small.stream())) for size in (1, 4, 10)]
+    assert list(tables[0].columns) == ["image_id", "model", "fold", *STUDY_CLASSES, "none"]
+    assert tables[0].image_id.tolist() == small.image_ids
+    assert set(tables[0].fold) == {2} and set(tables[0].model) == {"small"}
+    for other in tables[1:]:
+        np.testing.assert_allclose(other[list(OUTPUTS)], tables[0][list(OUTPUTS)], atol=1e-5)
+
+
+def test_the_batch_size_makes_the_chunks(bundle):
+    chunks = list(load_predictor(bundle, CPU, 4).predict(SmallXrays(10).stream()))
+    assert [len(chunk) for chunk in chunks] == [4, 4, 2]
+    assert list(load_predictor(bundle, CPU, 4).predict(iter(()))) == []
+
+
+def test_mirroring_makes_image_and_mirror_image_equal(bundle):
+    small = SmallXrays(8)
+    mirrored = SmallXrays(8)
+    mirrored.pixels = {name: np.ascontiguousarray(pixels[:, ::-1]) for name, pixels in small.pixels.items()}
+    # 100 columns on a canvas of 32 without padding left or right, so that mirroring commutes with the letterbox
+    plain, flipped = (
+        pd.concat(load_predictor(bundle, CPU, views=("full", "flip")).predict(each.stream())) for each in (small, mirrored)
+    )
+    np.testing.assert_allclose(plain[list(OUTPUTS)], flipped[list(OUTPUTS)], atol=1e-4)
+    once = pd.concat(load_predictor(bundle, CPU).predict(small.stream()))
+    assert np.abs(once[list(OUTPUTS)].to_numpy() - plain[list(OUTPUTS)].to_numpy()).max() > 1e-5
+
+
+class Detector:
+    """Finds the white blocks of SmallXrays in canvas pixels; has memory for `room` images at a time."""
+
+    def __init__(self, room=100):
+        self.room, self.calls = room, []
+
+    def predict(self, pixels):
+        self.calls.append(len(pixels))
+        if len(pixels) > self.room:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return [self.found(each.numpy()) for each in pixels]
+
+    @staticmethod
+    def found(canvas):
+        ys, xs = np.nonzero(canvas > 200)
+        if not len(ys):
+            return np.zeros((0, 5))
+        return np.array([[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1, 0.5]])
+
+
+def detecting(placement="letterbox", size=160, room=100, batch_size=8, views=("full",), lungs=None, recipe=None):
+    record = RECORD | {"family": "faster_rcnn", "image_size": size, "placement": placement, "recipe": recipe or {}}
+    return Predictor(record, Detector(room), CPU, batch_size, views, lungs)
+
+
+@pytest.mark.parametrize("placement", ["letterbox", "stretch"])
+@pytest.mark.parametrize("views", [("full",), ("flip",), ("lungs",), ("lungs_flip",), tuple(VIEWS)])
+def test_boxes_come_back_in_original_pixels_from_every_view(placement, views, monkeypatch):
+    # A frame with odd sides on the cached copy's grid (50 x 40), around the white block at 10..30, 5..25.
+    monkeypatch.setattr("kitlib.lungs.finders.lung_box", lambda pixels: np.array([3.0, 2.0, 44.0, 39.0]))
+    small = SmallXrays(16)
+    rows = pd.concat(detecting(placement, views=views).predict(small.stream()))
+    merged = rows.merge(small.boxes, on="image_id", suffixes=("", "_true"))
+    # Views of one block are one box, with the mean of equal scores.
+    assert sorted(rows.image_id) == sorted(small.boxes.image_id) and len(merged) == len(small.boxes)
+    assert rows.score.to_numpy() == pytest.approx(0.5) and set(rows.model) == {"small"}
+    for side in ("xmin", "ymin", "xmax", "ymax"):
+        # one canvas pixel is 0.625 original ones at most, and a cached one is two: blocks blur by that much
+        assert (merged[side] - merged[f"{side}_true"]).abs().max() < 1.3
+
+
+def test_without_lungs_their_view_is_the_whole_image_and_counted(monkeypatch):
+    monkeypatch.setattr("kitlib.lungs.finders.lung_box", lambda pixels: None)
+    small = SmallXrays(16)
+    lungs = detecting(views=("lungs",))
+    pd.testing.assert_frame_equal(pd.concat(lungs.predict(small.stream())), pd.concat(detecting().predict(small.stream())))
+    assert lungs.lungs_missed == 16
+
+
+class Finder:
+    """Finds this frame in every image but those `missed`, and a mask of the copy's left half; `batches` are whom it met."""
+
+    def __init__(self, frame=(6.0, 4.0, 88.0, 78.0), missed=(), masks=True):
+        self.frame, self.missed, self.masks, self.batches = np.array(frame), missed, masks, []
+
+    def find(self, xrays):
+        self.batches.append([xray.image_id for xray in xrays])
+        return [Lungs(None) if xray.image_id in self.missed else Lungs(self.frame, self.mask(xray)) for xray in xrays]
+
+    def mask(self, xray):
+        if not self.masks:
+            return None
+        mask = np.zeros(xray.pixels.shape, bool)
+        mask[:, : mask.shape[1] // 2] = True
+        return mask
+
+
+@pytest.mark.parametrize("placement", sorted(PLACEMENTS))
+@settings(max_examples=30)
+@given(st.tuples(*[st.floats(0, 400)] * 2), st.tuples(*[st.floats(1500, 2003)] * 2), st.booleans())
+def test_boxes_return_exactly_from_a_crop(placement, low, high, mirrored):
+    rows, columns, frame = 3001, 2003, np.array([*low, *high])
+    truth = np.array([[700.25, 800.5, 1100.75, 1200.125]])  # in the middle of each crop
+    place = within(PLACEMENTS[placement], frame, rows, columns, 512)
+
+    class Exact:
+        def predict(self, pixels):
+            boxes = place.boxes_to_canvas(truth)
+            return [np.c_[flip_boxes(boxes, 512) if mirrored else boxes, [0.25]]]
+
+    record = RECORD | {"family": "yolo", "image_size": 512, "placement": placement, "recipe": {"lungs": "masks"}}
+    xray = CachedXray(image_id="a", pixels=np.zeros((300, 200), np.uint8), rows=rows, columns=columns)
+    views = ["lungs_flip" if mirrored else "lungs"]
+    found = next(Predictor(record, Exact(), CPU, 1, views, Finder(frame)).predict([xray]))
+    np.testing.assert_allclose(found[list(BOX)], truth, rtol=0, atol=1e-6)
+
+
+def test_lungs_are_looked_for_in_batches_and_the_missed_ones_seen_whole():
+    small, finder = SmallXrays(16), Finder(missed=["image003", "image014"])
+    predictor = detecting(views=("lungs",), lungs=finder, batch_size=4, recipe={"lungs": "masks"})
+    found = pd.concat(predictor.predict(small.stream())).set_index("image_id")
+    assert [len(batch) for batch in finder.batches] == [4] * 4 and predictor.lungs_missed == 2
+    assert set(found.index) == set(small.boxes.image_id)
+    whole = pd.concat(detecting().predict(small.stream())).set_index("image_id")
+    # From another canvas the block has other edges, by parts of a pixel.
+    differ = (found[list(BOX)] != whole[list(BOX)]).any(axis=1)
+    assert differ[differ].index.tolist() == [name for name in found.index if name not in finder.missed]
+
+
+@pytest.mark.parametrize("recipe", [{}, {"masked": True}], ids=["plain", "masked"])
+@pytest.mark.parametrize("finder", [None, Finder(missed=SmallXrays(16).image_ids)], ids=["nobody", "finds none"])
+def test_where_no_lungs_are_found_all_is_as_without_them_and_counted(recipe, finder):
+    small, views = SmallXrays(16), ("full", "lungs", "flip", "lungs_flip")
+    lungs = detecting(views=views, lungs=finder, recipe={"lungs": "masks"} | recipe)
+    whole = detecting(views=("full", "flip"))
+    for one, other in zip(lungs.predict(small.stream()), whole.predict(small.stream()), strict=True):
+        pd.testing.assert_frame_equal(one, other)
+    assert (lungs.lungs_missed, whole.lungs_missed) == (16, 0)
+
+
+def test_nobody_is_asked_where_no_view_wants_the_lungs():
+    finder = Finder()
+    predictor = detecting(views=("full", "flip"), lungs=finder, recipe={"lungs": "masks"})
+    list(predictor.predict(SmallXrays(8).stream()))
+    assert finder.batches == [] and predictor.lungs_missed == 0
+
+
+@pytest.mark.parametrize("views", [("full",), ("lungs",)])
+def test_a_masked_model_sees_black_outside_of_the_mask_and_misses_what_has_none(views):
+    class Network:
+        def __init__(self):
+            self.seen = []
+
+        def predict(self, pixels):
+            self.seen += list(pixels.numpy())
+            return [np.zeros((0, 5))] * len(pixels)
+
+    small, seen = SmallXrays(8), {}
+    for masks in (True, False):
+        finder, network = Finder(masks=masks), Network()
+        record = RECORD | {"family": "yolo", "placement": "stretch", "recipe": {"lungs": "masks", "masked": True}}
+        predictor = Predictor(record, network, CPU, 4, views, finder)
+        list(predictor.predict(small.stream()))
+        seen[masks], missed = network.seen, predictor.lungs_missed
+        assert missed == (0 if masks else 8)
+    frame = finder.frame if views == ("lungs",) else np.array([0.0, 0.0, COLUMNS, ROWS])
+    place = within(PLACEMENTS["stretch"], frame, ROWS, COLUMNS, 32)
+    edge = place.boxes_to_canvas(np.array([0.0, 0.0, COLUMNS / 2, ROWS]))[0, 2]
+    for index, pixels in enumerate(seen[True]):
+        # An area that is shrunk reaches over one pixel of the canvas.
+        assert (pixels[:, int(edge) + 2 :] == 0).all() and (pixels[:, : int(edge) - 1] > 0).mean() > 0.5
+        whole = PLACEMENTS["stretch"](ROWS, COLUMNS, 32).image(small.pixels[f"image{index:03d}"])
+        np.testing.assert_array_equal(seen[False][index], whole)
+
+
+def test_a_model_predicts_on_the_crop_that_its_training_saw(bundle):
+    small, finder = SmallXrays(8), Finder()
+    trained = override(RECIPE, lungs="masks", trained_on="lungs", views=["lungs"], masked=True)
+    examples = XrayDataset(small.images, small.labels, small.boxes, small, trained, lungs=finder)
+    record = RECORD | {"recipe": RECORD["recipe"] | {"lungs": "masks", "views": ["lungs"], "masked": True}}
+    network = load_predictor(bundle, CPU).network
+    with torch.inference_mode():
+        pixels = torch.stack([examples[index]["pixels"] for index in range(8)])
+        expected = network.probabilities(network(network.normalise(pixels))).numpy()
+    found = pd.concat(Predictor(record, network, CPU, 8, lungs=finder).predict(small.stream()))
+    np.testing.assert_allclose(found[list(OUTPUTS)], expected, atol=1e-6)
+
+
+def test_unknown_views_are_refused():
+    with pytest.raises(ValueError, match="there are, each once: full, flip, lungs, lungs_flip"):
+        detecting(views=("left",))
+
+
+def test_a_canvas_of_its_own_side_at_prediction():
+    record = RECORD | {"family": "yolo", "recipe": {"inference_size": 320}}
+    seen = []
+
+    class Network:
+        def predict(self, pixels):
+            seen.append(tuple(pixels.shape))
+            return [np.zeros((0, 5))] * len(pixels)
+
+    list(Predictor(record, Network(), CPU, 8).predict(SmallXrays(8).stream()))
+    assert seen == [(8, 320, 320)]
+
+
+@pytest.mark.parametrize(("outputs", "studies", "nones"), [("both", 8, 16), ("study", 8, 0), ("none", 0, 16)])
+def test_a_model_answers_for_what_it_has_learnt(bundle, outputs, studies, nones):
+    small = SmallXrays(16)
+    whole = load_predictor(bundle, CPU)
+    record = RECORD | {"recipe": RECORD["recipe"] | {"outputs": outputs}}
+    chunks = Predictor(record, whole.network, CPU, 4).predict(small.stream())
+    study_scores, image_scores = study_and_image_scores(chunks, small.images)
+    assert (len(study_scores), len(image_scores)) == (studies, nones)
+
+
+def test_findings_are_a_table_of_class_scores():
+    recipe = FindingsRecipe(backbone="test_resnet", image_size=32, hidden=16, channels=1)
+    network = FindingsClassifier(recipe, ["Mass", "Edema"]).eval()
+    record = RECORD | {"family": "findings", "classes": ["Mass", "Edema"], "recipe": {}}
+    found = pd.concat(Predictor(record, network, CPU, 4).predict(SmallXrays(8).stream()))
+    assert list(check_table(found, "class_scores").columns) == ["image_id", "model", "fold", "Mass", "Edema"]
+
+
+def test_exact_boxes_return_exactly_and_are_cut_at_the_images_edge():
+    placement = PLACEMENTS["letterbox"](3001, 2003, 512)
+    truth = np.array([[100.25, 200.5, 1800.75, 2900.125]])
+
+    class Exact:
+        def predict(self, pixels):
+            inside = np.c_[placement.boxes_to_canvas(truth), [0.25]]
+            beyond = [[0.0, 0.0, 512.0, 512.0, 1.0], [0.0, 0.0, float(placement.left), 512.0, 0.9]]
+            return [np.r_[inside, beyond]]
+
+    xray = CachedXray(image_id="a", pixels=np.zeros((300, 200), np.uint8), rows=3001, columns=2003)
+    found = next(Predictor(RECORD | {"family": "yolo", "image_size": 512}, Exact(), CPU, 1).predict([xray]))
+    # the box in the padding left of the image is gone, the one around everything is the image
+    np.testing.assert_allclose(found[["xmin", "ymin", "xmax", "ymax"]], [truth[0], [0, 0, 2003, 3001]], atol=1e-3)
+    assert found.score.tolist() == [0.25, 1.0]
+
+
+def test_out_of_memory_halves_the_batch_for_good_and_loses_nothing(caplog):
+    small = SmallXrays(32)
+    whole = pd.concat(detecting().predict(small.stream()))
+    predictor = detecting(room=3, batch_size=16)
+    found = pd.concat(predictor.predict(small.stream()))
+    pd.testing.assert_frame_equal(found.reset_index(drop=True), whole.reset_index(drop=True))
+    assert predictor.fitted.size == 2 and predictor.network.calls[:3] == [16, 8, 4]
+    assert max(predictor.network.calls[3:]) == 2
+    assert "out of GPU memory at 16 images, going on with 8" in caplog.text
+
+
+def test_one_image_that_does_not_fit_is_an_error():
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        list(detecting(room=0).predict(SmallXrays(4).stream()))
+
+
+def test_an_error_of_the_stream_reaches_the_caller():
+    def broken():
+        yield from SmallXrays(4).stream()
+        raise OSError("the disk is gone")
+
+    chunks = detecting(batch_size=2).predict(broken())
+    assert len(next(chunks)) == 0 and len(next(chunks)) == 2
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(chunks)
+
+
+def test_reading_runs_ahead_but_not_far_and_ends_with_the_caller():
+    read = []
+
+    def endless():
+        small = SmallXrays(8)
+        while True:
+            read.append(1)
+            yield small.read(small.image_ids[len(read) % 8])
+
+    before = threading.active_count()
+    chunks = detecting(batch_size=2).predict(endless())
+    next(chunks)
+    deadline = time.monotonic() + 5
+    while len(read) < 8 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert 8 <= len(read) <= 12  # one batch out, three waiting, one in the thread's hands
+    chunks.close()
+    assert threading.active_count() == before
+
+
+def test_an_unknown_family_is_refused(tmp_path):
+    save_bundle(tmp_path, {"a": torch.zeros(1)}, RECORD | {"family": "mask_rcnn"})
+    with pytest.raises(BundleError, match="'mask_rcnn'; there are: study, findings, patches, faster_rcnn, yolo"):
+        load_predictor(tmp_path, CPU)
+
+
+def test_study_scores_are_the_mean_over_a_studys_images():
+    images = pd.DataFrame({"image_id": ["a", "b", "c"], "study_id": ["s", "s", "t"]})
+    chunk = pd.DataFrame(
+        [["a", "m", 0, 0.5, 0.5, 0, 0, 0.1], ["c", "m", 0, 0, 0, 1, 0, 0.3]],
+        columns=["image_id", "model", "fold", *STUDY_CLASSES, "none"],
+    )
+    later = chunk.iloc[:1].assign(image_id="b", negative=0.1, typical=0.9)
+    studies, per_image = study_and_image_scores([chunk, later], images)
+    assert studies.set_index("study_id").loc["s", list(STUDY_CLASSES)].tolist() == pytest.approx([0.3, 0.7, 0, 0])
+    assert studies.set_index("study_id").loc["t", "indeterminate"] == 1
+    assert per_image.set_index("image_id").none.to_dict() == {"a": 0.1, "b": 0.1, "c": 0.3}
+
+
+def test_no_predictions_give_empty_tables_and_strangers_are_named():
+    images = pd.DataFrame({"image_id": ["a"], "study_id": ["s"]})
+    studies, per_image = study_and_image_scores([], images)
+    assert len(studies) == len(per_image) == 0
+    stranger = pd.DataFrame([["x", "m", 0, 1, 0, 0, 0, 0.5]], columns=["image_id", "model", "fold", *STUDY_CLASSES, "none"])
+    with pytest.raises(ValueError, match="1 predicted images are not in the table images, first x"):
+        study_and_image_scores([stranger], images)
+
+
+def test_the_bundles_weights_are_what_predicts(bundle):
+    small = SmallXrays(4)
+    torch.manual_seed(0)
+    model = StudyClassifier(override(RECIPE)).eval()
+    canvas = PLACEMENTS["letterbox"](ROWS, COLUMNS, 32).image(small.pixels["image003"])
+    with torch.inference_mode():
+        logits = model(model.normalise(torch.from_numpy(canvas)[None]))[0]
+    expected = [*logits[:4].softmax(0).tolist(), logits[4].sigmoid().item()]
+    found = pd.concat(load_predictor(bundle, CPU).predict(small.stream()))
+    assert found.loc[found.image_id == "image003", list(OUTPUTS)].to_numpy()[0] == pytest.approx(expected, abs=1e-5)

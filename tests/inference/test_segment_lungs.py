@@ -1,0 +1,274 @@
+"""A mask's verdict, clean-up, frame and way back to the image, and a segmenter's batches."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from kitlib.bundle import BundleError, save_bundle
+from kitlib.classes import LUNG_CODES, MASK_CODES
+from kitlib.geometry import letterbox
+from kitlib.inference.segment_lungs import (
+    BLANK,
+    EMPTY,
+    NARROW,
+    SMALL,
+    LungSegmenter,
+    cleaned,
+    load_segmenter,
+    lung_frame,
+    on_copy,
+    segmented,
+    without_islands,
+)
+from kitlib.lungs.finders import FOUND
+from kitlib.models.segmenter import Segmenter
+from kitlib.recipes.fields import SegmenterRecipe
+from kitlib.recipes.named import RECIPES
+from kitlib.settings import override
+from kitlib.xrays.cache import CachedXray
+from tests.small_masks import RECIPE, SmallMasks
+
+CPU = torch.device("cpu")
+PUBLISHED = RECIPES["unet_lungs"]
+PLAIN = override(PUBLISHED, dilations=0, closings=0, margin=0.0, least_area=0.01, image_size=128)
+
+
+def xray(rows=1000, columns=800, height=500, width=400):
+    return CachedXray("a", np.tile(np.arange(width, dtype=np.uint8), (height, 1)), rows, columns)
+
+
+def maps_of(mask, image, recipe, structures=1):
+    """Maps on the recipe's canvas that say of `mask` (bool, the cached pixels' shape) that it is certain."""
+    place = letterbox(image.rows, image.columns, recipe.image_size)
+    canvas = place.image(mask.astype(np.uint8) * 255)
+    return np.stack([canvas] * structures), place
+
+
+def two_lungs(image, top=0.2, bottom=0.8, inner=0.08, outer=0.4):
+    height, width = image.pixels.shape
+    y, x = np.mgrid[:height, :width] / [[[height]], [[width]]]
+    return (y > top) & (y < bottom) & (np.abs(x - 0.5) > inner) & (np.abs(x - 0.5) < outer)
+
+
+@given(st.integers(0, 2**31), st.integers(0, 9), st.integers(0, 3))
+def test_the_clean_up_is_so_many_dilations_and_closings(seed, dilations, closings):
+    mask = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(60, 50)), 3) > 0.1
+    square = np.ones((3, 3))
+    wanted = ndimage.binary_dilation(mask, square, dilations) if dilations else mask
+    if closings:
+        # What lies beyond the image's edge erodes nothing.
+        wanted = ndimage.binary_erosion(ndimage.binary_dilation(wanted, square, closings), square, closings, border_value=1)
+    assert np.array_equal(cleaned(mask, dilations, closings), wanted)
+
+
+def test_small_islands_go_and_large_parts_stay():
+    mask = np.zeros((100, 100), bool)
+    mask[10:50, 10:40], mask[60:69, 60:70], mask[90:92, 90:92] = True, True, True
+    assert without_islands(mask, 0.01).sum() == 40 * 30
+    assert without_islands(mask, 0.009).sum() == 40 * 30 + 90
+    assert not without_islands(np.zeros((5, 5), bool), 0.01).any()
+
+
+@given(st.integers(2, 40), st.integers(2, 40), st.data())
+def test_a_frame_holds_the_mask_and_is_tight_without_a_margin(rows, columns, data):
+    mask = np.zeros((rows, columns), bool)
+    assert lung_frame(mask, 0.1) is None
+    for _ in range(data.draw(st.integers(1, 5))):
+        mask[data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))] = True
+    xmin, ymin, xmax, ymax = lung_frame(mask, 0.0).astype(int)
+    assert mask[ymin:ymax, xmin:xmax].sum() == mask.sum()
+    assert mask[ymin].any() and mask[ymax - 1].any() and mask[:, xmin].any() and mask[:, xmax - 1].any()
+    wide = lung_frame(mask, 0.5)
+    assert (wide[:2] <= [xmin, ymin]).all() and (wide[2:] >= [xmax, ymax]).all()
+    assert wide.min() >= 0 and wide[2] <= columns and wide[3] <= rows
+
+
+@pytest.mark.parametrize("size", [(1000, 800, 500, 400), (811, 1303, 300, 482), (512, 512, 512, 512), (2001, 700, 999, 349)])
+def test_a_mask_comes_back_from_the_canvas_where_it_was(size):
+    image = xray(*size)
+    mask = two_lungs(image)
+    maps, place = maps_of(mask, image, override(PLAIN, image_size=256))
+    back = on_copy(maps, place, image.pixels.shape, PLAIN) > 0
+    # A canvas's pixel is up to four of the copy's; lungs drawn so are off by less than half of one at their edge.
+    edge = ndimage.binary_dilation(mask, iterations=3) & ~ndimage.binary_erosion(mask, iterations=3)
+    assert not ((back != mask) & ~edge).any()
+    assert 2 * (back & mask).sum() / (back.sum() + mask.sum()) > 0.98
+
+
+def test_a_frame_is_in_original_pixels_and_on_the_copys_grid():
+    image = xray(rows=1500, columns=1000, height=300, width=200)
+    mask = np.zeros((300, 200), bool)
+    mask[60:240, 20:90], mask[60:240, 110:180] = True, True
+    found = segmented(image, *maps_of(mask, image, override(PLAIN, image_size=512)), override(PLAIN, image_size=512))
+    assert found.verdict == FOUND
+    # Five original pixels are one of the copy; the canvas is finer than the copy, so that it is off by one of them at most.
+    assert np.abs(found.frame - np.array([20, 60, 180, 240]) * 5.0).max() <= 5
+    assert (found.frame % 5 == 0).all()
+
+
+def test_the_published_rule_counts_pixels_at_512():
+    image = xray(512, 512, 512, 512)
+    recipe = override(PUBLISHED, dilations=0, closings=0, margin=0.0, image_size=512, least_island=0.0, least_width=0.0)
+    for rows, verdict in ((99, SMALL), (100, FOUND)):
+        # 500 columns: 49,500 and 50,000 pixels.
+        mask = np.zeros((512, 512), bool)
+        mask[100 : 100 + rows, 5:505] = True
+        found = segmented(image, *maps_of(mask, image, recipe), recipe)
+        assert found.area == pytest.approx(rows * 500 / 512**2)
+        assert found.verdict == verdict, rows
+        assert found.frame.tolist() == ([5, 100, 505, 200] if verdict == FOUND else [0, 0, 512, 512])
+
+
+def test_eight_dilations_grow_a_mask_by_eight_pixels_at_512_whatever_the_canvas():
+    image = xray(512, 512, 512, 512)
+    mask = two_lungs(image)
+    for side in (128, 256, 512):
+        recipe = override(PUBLISHED, image_size=side, margin=0.0)
+        found = segmented(image, *maps_of(mask, image, recipe), recipe)
+        before = lung_frame(mask, 0.0)
+        assert np.abs(found.frame - before - [-8, -8, 8, 8]).max() <= 512 / side / 2 + 1
+
+
+@pytest.mark.parametrize("size", [(1680, 2048, 840, 1024), (1024, 845, 1024, 845), (805, 1024, 805, 1024)])
+@pytest.mark.parametrize("side", [96, 256, 512])
+def test_a_frame_is_where_the_mask_is_however_the_canvases_round_their_bars(size, side):
+    image = xray(*size)
+    mask = two_lungs(image, 0.2, 0.6)
+    recipe = override(PLAIN, image_size=side, least_area=0.0)
+    maps, place = maps_of(mask, image, recipe)
+    found, raw = segmented(image, maps, place, recipe), on_copy(maps, place, image.pixels.shape, recipe) > 0
+    # One pixel of the canvas of 512 at which masks are cleaned is up to two of the copy's.
+    assert np.abs(lung_frame(found.codes > 0, 0.0) - lung_frame(raw, 0.0)).max() <= 2
+
+
+def test_a_pixel_is_lung_where_both_sides_together_are_more_probable_than_not():
+    image, recipe = xray(512, 512, 512, 512), override(RECIPES["fc_densenet103_lungs"], image_size=512, dilations=0)
+    shares = {"heart": 0.0, "left_lung": 0.45, "right_lung": 0.39}
+    maps = np.stack([two_lungs(image) * np.uint8(255 * shares[name]) for name in recipe.structures])
+    assert segmented(image, maps, letterbox(512, 512, 512), recipe).verdict == FOUND
+
+
+def test_nothing_one_lung_specks_and_blank_images_are_no_lungs():
+    image = xray()
+    lungs = two_lungs(image)
+    one = lungs.copy()
+    one[:, image.pixels.shape[1] // 2 :] = False
+    specks = np.zeros_like(lungs)
+    specks[::40, ::40] = True
+    blank = CachedXray("b", np.full_like(image.pixels, 100), image.rows, image.columns)
+    assert segmented(blank, *maps_of(lungs, image, PLAIN), PLAIN).verdict == BLANK
+    for mask, verdict in ((lungs, FOUND), (one, NARROW), (specks, EMPTY), (lungs & False, EMPTY)):
+        found = segmented(image, *maps_of(mask, image, PLAIN), PLAIN)
+        assert found.verdict == verdict
+        if verdict != FOUND:
+            assert found.frame.tolist() == [0, 0, image.columns, image.rows]
+
+
+def test_what_the_clean_up_adds_is_lungs_and_sides_and_heart_keep_their_codes():
+    image = xray(512, 512, 512, 512)
+    left, right = two_lungs(image), two_lungs(image)
+    left[:, :256], right[:, 256:] = False, False
+    heart = np.zeros_like(left)
+    heart[300:340, 225:287] = True
+    recipe = override(RECIPES["fc_densenet103_lungs"], image_size=512)
+    maps = np.stack([mask.astype(np.uint8) * 255 for mask in (heart, left, right)])
+    found = segmented(image, maps, letterbox(512, 512, 512), recipe)
+    assert (found.codes[left] == MASK_CODES["left_lung"]).all() and (found.codes[right] == MASK_CODES["right_lung"]).all()
+    lungs = np.isin(found.codes, LUNG_CODES)
+    grown = cleaned(left | right, recipe.dilations, recipe.closings)
+    assert np.array_equal(lungs, grown)
+    assert (found.codes[heart & ~grown] == MASK_CODES["heart"]).all()
+    assert (found.codes[grown & ~left & ~right] == MASK_CODES["lungs"]).all()
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    torch.manual_seed(1)
+    return LungSegmenter({"model": "m"}, Segmenter(RECIPE).eval(), CPU, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return SmallMasks(tmp_path_factory.mktemp("masks"), count=10)
+
+
+def test_batches_answer_as_images_one_by_one(segmenter, small):
+    one_by_one = LungSegmenter({"model": "m"}, segmenter.network, CPU, batch_size=1)
+    for (image, maps, place), (alone, other, _) in zip(
+        segmenter.maps(small.stream()), one_by_one.maps(small.stream()), strict=True
+    ):
+        assert image.image_id == alone.image_id and place.canvas_rows == RECIPE.image_size
+        # Sums in another order: a grey level of 255.
+        assert np.abs(maps.astype(int) - other).max() <= 1
+
+
+def test_a_finder_gives_frames_and_masks_and_counts_what_it_misses(small):
+    class Says(torch.nn.Module):
+        recipe = override(RECIPE, image_size=64, least_width=0.0, least_area=0.05, dilations=1)
+
+        def normalise(self, pixels):
+            return pixels[:, None].float()
+
+        def forward(self, x):
+            return x
+
+        def probabilities(self, x):
+            # Dark is lung, apart from the canvas's black bars; nothing is dark in the second image.
+            inside = ((x > 0) & (x < 100)).float()
+            inside[1:2] = 0
+            return torch.cat([1 - inside, inside], dim=1)
+
+    segmenter = LungSegmenter({"model": "m"}, Says(), CPU, batch_size=16)
+    xrays = list(small.stream())
+    found = segmenter.find(xrays)
+    assert segmenter.missed == 1 and found[1].frame is None and found[1].mask is None
+    for image, lungs in zip(xrays, found, strict=True):
+        if lungs.frame is not None:
+            drawn = np.isin(small.masks.read(image.image_id), LUNG_CODES)
+            assert lungs.mask.shape == image.pixels.shape and (lungs.mask | ~drawn).mean() > 0.98
+            tight = lung_frame(drawn, 0.0) * 2  # the copy has half the pixels
+            assert (lungs.frame[:2] <= tight[:2] + 2).all() and (lungs.frame[2:] >= tight[2:] - 2).all()
+
+
+def test_equalised_grey_does_not_see_the_bars_of_the_canvas(small):
+    seen = []
+
+    class Looks(torch.nn.Module):
+        recipe = override(RECIPE, image_size=64, equalise=True, gamma=0.5)
+
+        def normalise(self, pixels):
+            seen.append(pixels)
+            return pixels[:, None].float()
+
+        def forward(self, x):
+            return x
+
+        def probabilities(self, x):
+            return torch.cat([torch.ones_like(x), torch.zeros_like(x)], dim=1)
+
+    LungSegmenter({"model": "m"}, Looks(), CPU).find(list(small.stream()))
+    canvas = seen[0].numpy()
+    # 60 x 50 pixels at 64: bars of 5 or 6 columns on either side, black; the image's darkest grey is black, too.
+    assert (canvas[:, :, :5] == 0).all() and (canvas[:, :, -5:] == 0).all()
+    # Equalised greys x are even over 0..255, so that the mean of sqrt(x / 255) is 2/3.
+    assert canvas[:, 2:-2, 8:-8].mean() == pytest.approx(255 * 2 / 3, abs=12)
+
+
+def test_a_bundle_of_another_kind_is_refused(tmp_path):
+    record = {
+        **{"family": "study", "model": "m", "classes": ["a"], "recipe": {}, "architecture": {}, "longest_side": 64},
+        **{"image_size": 64, "placement": "letterbox", "mean": [0.5], "std": [0.25], "fold": 0},
+        **{"data_fingerprint": "", "validation": {}},
+    }
+    save_bundle(tmp_path / "bundle", {"a": torch.zeros(1)}, record)
+    with pytest.raises(BundleError, match="holds a study model; name the bundle of a run that segments lungs"):
+        load_segmenter(tmp_path / "bundle")
+
+
+def test_recipes_of_segmenters_are_all_built():
+    for recipe in RECIPES.values():
+        if isinstance(recipe, SegmenterRecipe):
+            assert Segmenter(override(recipe, width=0.1)).network is not None

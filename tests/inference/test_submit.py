@@ -1,0 +1,477 @@
+"""A submission under everything that goes wrong: slow models, broken ones, broken files, no time, other test sets."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from kitlib.bundle import save_bundle
+from kitlib.classes import STUDY_CLASSES
+from kitlib.fusion.ensemble_bundle import Ensemble, read_ensemble, write_ensemble
+from kitlib.fusion.ensembles import combine
+from kitlib.fusion.fuse import FusionSettings, write_settings
+from kitlib.inference.predict import VIEWS, Predictor, study_and_image_scores
+from kitlib.inference.submit import SubmissionRun, SubmitSettings
+from kitlib.lungs.finders import Lungs
+from kitlib.models.classifier import OUTPUTS, StudyClassifier
+from kitlib.models.segmenter import Segmenter
+from kitlib.paths import project_root
+from kitlib.phantoms.siim import write_competition
+from kitlib.recipes.fields import SegmenterRecipe, StudyRecipe
+from kitlib.scoring.csv_file import PRIORS, read_submission
+from kitlib.scoring.temperature import scaled
+from kitlib.scoring.validate import validate
+from kitlib.xrays.cache import CacheError, XrayCache
+
+DAMAGED = 2
+SETTINGS = SubmitSettings(time_limit_s=600, longest_side=64, workers=1, batch_size=4)
+RECIPE = StudyRecipe(backbone="test_resnet", image_size=32, hidden=8)
+
+
+@pytest.fixture(scope="module")
+def competition(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("phantoms")
+    sizes = {"train_studies": 4, "test_studies": 12, "side": 96, "damaged_test_files": DAMAGED}
+    return write_competition(folder, folder / "truth", seed=3, workers=1, progress=False, **sizes)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """Two folds of an untrained classifier, laid out as build_kernel.py does."""
+    folder, bundles = tmp_path_factory.mktemp("weights"), []
+    for fold in (0, 1):
+        torch.manual_seed(fold)
+        model = StudyClassifier(RECIPE)
+        record = {
+            "family": "study",
+            "model": "small",
+            "classes": OUTPUTS,
+            "recipe": asdict(RECIPE),
+            "architecture": {},
+            "longest_side": 64,
+            "image_size": RECIPE.image_size,
+            "placement": RECIPE.placement,
+            "mean": model.mean,
+            "std": model.std,
+            "fold": fold,
+            "data_fingerprint": "",
+            "validation": {},
+        }
+        save_bundle(folder / f"small-fold{fold}", model.state_dict(), record)
+        bundles.append({"folder": f"small-fold{fold}", "kind": "study", "model": "small", "fold": fold})
+    (folder / "weights.json").write_text(json.dumps({"bundles": bundles}))
+    write_settings(FusionSettings(), folder / "fusion.json")
+    return folder
+
+
+def on_priors(path: Path) -> set[str]:
+    """Studies whose `typical` is the prior's."""
+    studies = read_submission(path).studies
+    return set(studies.study_id[(studies.label == "typical") & ((studies.score - PRIORS["typical"]).abs() < 1e-6)])
+
+
+def submit(competition, weights, folder, settings=SETTINGS) -> tuple[Path, pd.DataFrame]:
+    run = SubmissionRun(competition, folder / "submission.csv", settings)
+    run.predict(weights, folder / "scratch")
+    print(run.ledger.to_string())
+    return run.output, run.finish()
+
+
+def test_every_row_is_predicted_but_those_of_damaged_files(competition, weights, tmp_path):
+    path, ledger = submit(competition, weights, tmp_path)
+    assert validate(competition / "sample_submission.csv", path) == []
+    decoding = ledger[(ledger.stage == "decode") & ledger.note.str.contains("keeps its prior")]
+    assert len(decoding) == DAMAGED
+    files = pd.Series({each.stem: each.parts[-3] for each in competition.glob("test/*/*/*.dcm")})
+    damaged = {note.split()[0] for note in decoding.note}
+    readable = set(files[~files.index.isin(damaged)])
+    assert on_priors(path) == set(files) - readable
+    assert ledger.stage.tolist().count("fuse and write") == 2
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_broken_model_costs_nothing_but_itself(competition, weights, tmp_path):
+    broken = tmp_path / "weights"
+    shutil.copytree(weights, broken)
+    (broken / "small-fold0" / "weights.safetensors").write_bytes(b"no weights")
+    path, ledger = submit(competition, broken, tmp_path)
+    assert "failed: BundleError" in ledger.set_index("stage").note["small-fold0"]
+    assert ledger.set_index("stage").note["small-fold1"] == ""
+    assert len(on_priors(path)) <= DAMAGED
+
+
+def test_without_any_weights_the_priors_stand(competition, tmp_path):
+    path, ledger = submit(competition, tmp_path / "nothing", tmp_path)
+    assert "failed: InputNotFound" in ledger.set_index("stage").note["predict"]
+    assert validate(competition / "sample_submission.csv", path) == []
+
+
+def test_it_ends_in_time_whatever_the_models_need(competition, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("kitlib.inference.predict.Predictor._probabilities", lambda *_: time.sleep(30))
+    began = time.monotonic()
+    settings = SubmitSettings(time_limit_s=10, share=0.5, longest_side=64, workers=1, batch_size=4)
+    path, ledger = submit(competition, weights, tmp_path, settings)
+    assert time.monotonic() - began < 10
+    assert ledger.set_index("stage").note["small-fold0"] == "time was up"
+    assert validate(competition / "sample_submission.csv", path) == []
+
+
+def test_the_first_model_keeps_what_it_had_predicted_when_time_was_up(competition, weights, tmp_path, monkeypatch):
+    batches, quick = [], Predictor._probabilities
+
+    def third_is_struck(self, batch):
+        batches.append(batch)
+        if len(batches) == 3:
+            signal.raise_signal(signal.SIGALRM)
+        return quick(self, batch)
+
+    monkeypatch.setattr(Predictor, "_probabilities", third_is_struck)
+    path, ledger = submit(competition, weights, tmp_path)
+    notes = ledger.set_index("stage")
+    assert (notes.files["small-fold0"], notes.note["small-fold0"]) == (8, "time was up")
+    assert "small-fold1" not in notes.index
+    assert 0 < len(on_priors(path)) < read_submission(path).studies.study_id.nunique()
+
+
+def test_a_first_model_that_leaves_others_their_share_goes_on_at_the_end(competition, weights, tmp_path, monkeypatch):
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    budgets = iter([0.0, 60.0, 60.0])  # of the first model, of the second, and of the first once more
+    predict_with = run._predict_with
+    monkeypatch.setattr(run, "_predict_with", lambda model, xrays, _, may: predict_with(model, xrays, next(budgets), may))
+    run.predict(weights, tmp_path / "scratch")
+    rows = [row for row in run.rows if row["stage"] == "small-fold0"]
+    readable = len(run.images) - DAMAGED
+    assert [row["files"] for row in rows] == [SETTINGS.batch_size, readable - SETTINGS.batch_size]
+    assert rows[0]["note"].startswith("stopped after its share")
+    assert len(on_priors(run.output)) <= DAMAGED
+
+
+def test_without_tuned_fusion_the_defaults_serve(competition, weights, tmp_path):
+    untuned = tmp_path / "weights"
+    shutil.copytree(weights, untuned)
+    (untuned / "fusion.json").unlink()
+    path, _ = submit(competition, untuned, tmp_path)
+    assert len(on_priors(path)) <= DAMAGED
+
+
+def test_a_full_disk_costs_what_is_not_decoded_and_is_told(competition, weights, tmp_path, monkeypatch):
+    decode = XrayCache.decode
+
+    def full_after_five(self, *args, **kwargs):
+        for number, outcome in enumerate(decode(self, *args, **kwargs)):
+            if number == 5:
+                raise CacheError("no space left")
+            yield outcome
+
+    monkeypatch.setattr(XrayCache, "decode", full_after_five)
+    path, ledger = submit(competition, weights, tmp_path)
+    last = ledger[ledger.stage == "decode"].iloc[-1]
+    assert (last.files, last.note) == (
+        len(list(competition.glob("test/*/*/*.dcm"))) - 5,
+        "never decoded; failed: CacheError: no space left",
+    )
+    assert 0 < len(on_priors(path)) < read_submission(path).studies.study_id.nunique()
+
+
+def test_a_further_model_must_fit_whole(competition, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("kitlib.inference.submit.IMAGES_BEFORE_JUDGING", 4)
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    budgets, predict_with = iter([60.0, 1e-3]), run._predict_with
+    monkeypatch.setattr(run, "_predict_with", lambda model, xrays, _, may: predict_with(model, xrays, next(budgets), may))
+    run.predict(weights, tmp_path / "scratch")
+    notes = run.finish().set_index("stage")
+    assert notes.files["small-fold1"] == 0
+    assert notes.note["small-fold1"].startswith("dropped: it needs")
+    assert len(on_priors(run.output)) <= DAMAGED
+
+
+def with_recipe(weights, copy, names=("small-fold0", "small-fold1"), **fields) -> Path:
+    """A copy of `weights` whose bundles of these names have other fields in their recipe."""
+    shutil.copytree(weights, copy)
+    for name in names:
+        record = json.loads((copy / name / "model.json").read_text())
+        record["recipe"] |= fields
+        (copy / name / "model.json").write_text(json.dumps(record))
+    return copy
+
+
+def test_a_bundles_views_run_and_missed_lungs_are_told(competition, weights, tmp_path, monkeypatch):
+    calls, classified = [], Predictor._classified
+    monkeypatch.setattr("kitlib.lungs.finders.lung_box", lambda _: None)
+    monkeypatch.setattr(Predictor, "_classified", lambda self, pixels: calls.append(len(pixels)) or classified(self, pixels))
+    path, ledger = submit(competition, with_recipe(weights, tmp_path / "weights", views=list(VIEWS)), tmp_path)
+    readable = len(list(competition.glob("test/*/*/*.dcm"))) - DAMAGED
+    assert sum(calls) == 2 * len(VIEWS) * readable  # two folds
+    told = ledger[ledger.note.str.startswith("no lungs found")]
+    assert told.stage.tolist() == ["small-fold0", "small-fold1"] and told.files.tolist() == [readable] * 2
+    assert len(on_priors(path)) <= DAMAGED
+
+
+@pytest.mark.parametrize(("views", "fits"), [(["full"], True), (list(VIEWS), False)])
+def test_a_model_is_judged_by_the_pace_of_its_views(competition, weights, tmp_path, monkeypatch, views, fits):
+    # Every batch of 4 images takes one second a view, by a clock that nothing else moves.
+    clock, classified = [0.0], Predictor._classified
+
+    def in_a_second(self, pixels):
+        clock[0] += 1
+        return classified(self, pixels)
+
+    monkeypatch.setattr(Predictor, "_classified", in_a_second)
+    monkeypatch.setattr("kitlib.inference.submit.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("kitlib.inference.submit.IMAGES_BEFORE_JUDGING", 4)
+    monkeypatch.setattr("kitlib.lungs.finders.lung_box", lambda pixels: np.array([0, 0, *pixels.shape[::-1]]))
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    batches = -(-len(run.images) // SETTINGS.batch_size)
+    budgets, predict_with = iter([1e3, 2.0 * batches]), run._predict_with
+    monkeypatch.setattr(run, "_predict_with", lambda model, xrays, _, may: predict_with(model, xrays, next(budgets), may))
+    run.predict(with_recipe(weights, tmp_path / "weights", ["small-fold1"], views=views), tmp_path / "scratch")
+    told = run.finish().set_index("stage").note["small-fold1"]
+    needed = len(views) * len(run.images) / SETTINGS.batch_size
+    dropped = f"dropped: it needs {needed:.0f} s and {2 * batches:.0f} s were left"
+    assert told == ("" if fits else dropped)
+
+
+def test_a_model_of_none_alone_is_the_first_of_its_answer(competition, weights, tmp_path, monkeypatch):
+    shared = with_recipe(weights, tmp_path / "study", ["small-fold0"], outputs="study")
+    shared = with_recipe(shared, tmp_path / "weights", ["small-fold1"], outputs="none")
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    told, predict_with = [], run._predict_with
+
+    def asked(model, xrays, budget, may_stop):
+        told.append((budget / run.deadline.left(), may_stop))
+        return predict_with(model, xrays, budget, may_stop)
+
+    monkeypatch.setattr(run, "_predict_with", asked)
+    run.predict(shared, tmp_path / "scratch")
+    # The first leaves half of the time to the second, which may end with a part as well.
+    assert told == [(pytest.approx(0.5, abs=0.01), True), (pytest.approx(1, abs=0.01), True)]
+    assert len(on_priors(run.output)) <= DAMAGED
+
+
+def test_findings_and_unreadable_bundles_are_refused_and_told(competition, weights, tmp_path):
+    other = tmp_path / "weights"
+    shutil.copytree(weights, other)
+    record = json.loads((other / "small-fold0" / "model.json").read_text())
+    (other / "small-fold0" / "model.json").write_text(json.dumps(record | {"family": "findings", "classes": ["Mass"]}))
+    manifest = json.loads((other / "weights.json").read_text())
+    manifest["bundles"].insert(0, manifest["bundles"][0] | {"folder": "gone"})
+    (other / "weights.json").write_text(json.dumps(manifest))
+    path, ledger = submit(competition, other, tmp_path)
+    notes = ledger.set_index("stage").note
+    assert "small knows findings (Mass, ...), which no row of a submission asks for" in notes["small-fold0"]
+    assert notes["gone"].startswith("failed: BundleError") and "gone/model.json is missing" in notes["gone"]
+    assert notes["small-fold1"] == "" and len(on_priors(path)) <= DAMAGED
+
+
+OF_MASKS = {"lungs": "masks", "views": ["lungs"]}
+
+
+def with_lungs(folder) -> Path:
+    """The bundle of an untrained segmenter, put into the weights as build_kernel.py does."""
+    torch.manual_seed(5)
+    recipe = SegmenterRecipe(image_size=64, width=0.125)
+    model = Segmenter(recipe)
+    record = {"family": "segmenter", "model": "unet", "classes": ["lungs"], "recipe": asdict(recipe), "architecture": {}}
+    record |= {"longest_side": 64, "image_size": 64, "placement": recipe.placement, "mean": model.mean, "std": model.std}
+    save_bundle(folder / "lungs", model.state_dict(), record | {"fold": 0, "data_fingerprint": "", "validation": {}})
+    told = json.loads((folder / "weights.json").read_text())
+    (folder / "weights.json").write_text(json.dumps(told | {"lungs": "lungs"}))
+    return folder
+
+
+class Segmenting:
+    """Finds a frame in every image but two, and the mask of its left half; `asked` lists the images in turn."""
+
+    def __init__(self):
+        self.asked, self.missed = [], set()
+
+    def find(self, xrays):
+        self.asked += [xray.image_id for xray in xrays]
+        self.missed |= set(self.asked[:2])
+        return [self.lungs(xray) for xray in xrays]
+
+    def lungs(self, xray):
+        if xray.image_id in self.missed:
+            return Lungs(None)
+        mask = np.zeros(xray.pixels.shape, bool)
+        mask[:, : mask.shape[1] // 2] = True
+        return Lungs(np.array([0, 0, xray.columns / 2, xray.rows]), mask)
+
+
+@pytest.fixture(scope="module")
+def of_whole_images(competition, weights, tmp_path_factory) -> pd.Series:
+    return scores_of(submit(competition, weights, tmp_path_factory.mktemp("whole"))[0])
+
+
+def scores_of(path) -> pd.Series:
+    studies = read_submission(path).studies
+    return studies.set_index(["study_id", "label"]).score.sort_index()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_each_image_is_segmented_once_for_all_models_and_the_missed_are_told(
+    competition, weights, of_whole_images, tmp_path, monkeypatch, masked
+):
+    segmenter = Segmenting()
+    monkeypatch.setattr("kitlib.inference.lungs_once.load_segmenter", lambda *_, **__: segmenter)
+    shared = with_lungs(with_recipe(weights, tmp_path / "weights", **OF_MASKS, masked=masked))
+    path, ledger = submit(competition, shared, tmp_path)
+    readable = len(list(competition.glob("test/*/*/*.dcm"))) - DAMAGED
+    assert sorted(segmenter.asked) == sorted(set(segmenter.asked)) and len(segmenter.asked) == readable
+    notes = ledger.set_index("stage")
+    assert (notes.files["lungs"], notes.note["lungs"]) == (readable, "2 without plausible lungs: seen whole")
+    told = ledger[ledger.note.str.startswith("no lungs found")]
+    assert told.stage.tolist() == ["small-fold0", "small-fold1"] and told.files.tolist() == [2, 2]
+    assert len(on_priors(path)) <= DAMAGED
+    assert (scores_of(path) - of_whole_images).abs().max() > 1e-4
+
+
+def test_a_real_segmenter_runs_where_a_model_asks_for_it(competition, weights, tmp_path):
+    # Untrained: what it finds is of no interest, that it looked at each image once is.
+    shared = with_lungs(with_recipe(weights, tmp_path / "weights", ["small-fold1"], **OF_MASKS))
+    path, ledger = submit(competition, shared, tmp_path)
+    assert ledger.set_index("stage").files["lungs"] == len(list(competition.glob("test/*/*/*.dcm"))) - DAMAGED
+    assert len(on_priors(path)) <= DAMAGED and not ledger.note.str.contains("failed").any()
+    _, ledger = submit(competition, with_lungs(with_recipe(weights, tmp_path / "unused")), tmp_path / "second")
+    assert "lungs" not in set(ledger.stage)
+
+
+@pytest.mark.parametrize("fault", ["no bundle", "damaged", "another family", "breaks"])
+def test_without_a_segmenter_that_works_every_image_is_seen_whole(
+    competition, weights, of_whole_images, tmp_path, monkeypatch, fault
+):
+    shared = with_recipe(weights, tmp_path / "weights", **OF_MASKS)
+    if fault != "no bundle":
+        with_lungs(shared)
+    if fault == "damaged":
+        (shared / "lungs" / "weights.safetensors").write_bytes(b"no weights")
+    elif fault == "another family":
+        shutil.copytree(shared / "small-fold0", shared / "lungs", dirs_exist_ok=True)
+    elif fault == "breaks":
+        monkeypatch.setattr("kitlib.inference.segment_lungs.LungSegmenter.find", lambda *_: {}["a bug"])
+    path, ledger = submit(competition, shared, tmp_path)
+    rows = ledger[ledger.stage == "lungs"]
+    assert rows.files.tolist() == [0] and rows.note.iloc[0].startswith("failed: ")
+    assert rows.note.iloc[0].endswith("images are seen whole from here on")
+    readable = len(list(competition.glob("test/*/*/*.dcm"))) - DAMAGED
+    assert ledger[ledger.note.str.startswith("no lungs found")].files.tolist() == [readable] * 2
+    assert (scores_of(path) - of_whole_images).abs().max() < 1e-6 and len(on_priors(path)) <= DAMAGED
+
+
+def test_a_segmenter_is_no_model_of_a_submission(competition, weights, tmp_path):
+    other = with_lungs(shutil.copytree(weights, tmp_path / "weights"))
+    told = json.loads((other / "weights.json").read_text())
+    told["bundles"].insert(0, {"folder": "lungs"})
+    (other / "weights.json").write_text(json.dumps(told))
+    path, ledger = submit(competition, other, tmp_path)
+    assert "unet draws lungs, which no row of a submission asks for" in ledger.set_index("stage").note["lungs"]
+    assert len(on_priors(path)) <= DAMAGED
+
+
+def with_ensemble(weights, copy) -> Path:
+    """The two folds of `weights` as two models, small and other, and a FLANNEL of both, as build_kernel.py puts it there."""
+    shutil.copytree(weights, copy)
+    record = json.loads((copy / "small-fold1" / "model.json").read_text())
+    (copy / "small-fold1" / "model.json").write_text(json.dumps(record | {"model": "other", "fold": 0}))
+    rng = np.random.default_rng(2)
+    learnt = {"weight": rng.normal(size=(2, 64)), "bias": np.array([1.0, -0.5])}
+    known = {"method": "flannel", "learners": ("other", "small"), "classes": STUDY_CLASSES[::-1], "key": "study_id"}
+    write_ensemble(copy / "ensemble", Ensemble("stacked", **known, temperature=0.5, weights=learnt))
+    told = json.loads((copy / "weights.json").read_text())
+    (copy / "weights.json").write_text(json.dumps(told | {"ensemble": "ensemble"}))
+    return copy
+
+
+def test_study_models_are_stacked_by_the_kernels_ensemble(competition, weights, tmp_path):
+    shared = with_ensemble(weights, tmp_path / "weights")
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    run.predict(shared, tmp_path / "scratch")
+    notes = run.finish().set_index("stage")
+    scores, _ = study_and_image_scores([chunk for model in run.models for chunk in model.chunks], run.images)
+    assert scores.model.value_counts().to_dict() == dict.fromkeys(("small", "other"), scores.study_id.nunique())
+    assert (notes.files["ensemble"], notes.note["ensemble"]) == (scores.study_id.nunique(), "")
+    ensemble = read_ensemble(shared / "ensemble")
+    written = scores_of(run.output)
+    for study, rows in scores.groupby("study_id"):
+        found = rows.set_index("model").loc[["other", "small"], list(ensemble.classes)].to_numpy()
+        expected = scaled(combine("flannel", ensemble.weights, found[None]), 0.5)[0]
+        assert written[study][list(ensemble.classes)].to_numpy() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("fault", ["learner", "ensemble"])
+def test_without_a_learner_or_the_ensemble_the_plain_mean_serves_and_is_told(competition, weights, tmp_path, fault):
+    shared = with_ensemble(weights, tmp_path / "weights")
+    broken = shared / ("small-fold1" if fault == "learner" else "ensemble")
+    (broken / "weights.safetensors").write_bytes(b"no weights")
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    run.predict(shared, tmp_path / "scratch")
+    notes = run.finish().set_index("stage")
+    scores, _ = study_and_image_scores([chunk for model in run.models for chunk in model.chunks], run.images)
+    studies = scores.study_id.nunique()
+    if fault == "learner":
+        told = f"{studies} of {studies} studies lack other: they have the plain mean of the others"
+        assert (notes.files["ensemble"], notes.note["ensemble"]) == (0, told) and set(scores.model) == {"small"}
+    else:
+        assert notes.note["ensemble"].startswith("failed: EnsembleError: ") and set(scores.model) == {"small", "other"}
+        assert notes.note["ensemble"].endswith("promises another; copy both again; the study models are fused as they are")
+    written = scores_of(run.output)
+    for study, mean in scores.groupby("study_id")[list(STUDY_CLASSES)].mean().iterrows():
+        assert written[study][mean.index].to_numpy() == pytest.approx(mean.to_numpy(), abs=1e-6)
+
+
+def test_killed_while_it_predicts_a_valid_file_is_there(competition, weights, tmp_path):
+    script = (
+        "import sys, time\n"
+        "from kitlib import submit\n"
+        "run = submit.SubmissionRun(sys.argv[1], sys.argv[2], submit.SubmitSettings(longest_side=64, workers=1))\n"
+        "print('priors', flush=True)\n"
+        "run.predict(sys.argv[3], sys.argv[4])"
+    )
+    path = tmp_path / "submission.csv"
+    command = [sys.executable, "-c", script, competition, path, weights, tmp_path / "scratch"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=project_root())
+    assert process.stdout.readline() == "priors\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert validate(competition / "sample_submission.csv", path) == []
+
+
+@pytest.mark.parametrize("kind", ["hidden", "no sample", "no files", "no images", "no studies"])
+def test_any_test_set_gets_its_rows(competition, weights, tmp_path, kind):
+    other = tmp_path / "competition"
+    shutil.copytree(competition / "test", other / "test")
+    sample = pd.read_csv(competition / "sample_submission.csv")
+    studies = sorted(path.name for path in (other / "test").iterdir())
+    if kind == "hidden":
+        sample = sample[~sample.id.str.startswith(tuple(studies[::2]))]
+        for study in studies[::2]:
+            images = [path.stem for path in (other / "test" / study).glob("*/*.dcm")]
+            sample = sample[~sample.id.str.startswith(tuple(images))]
+            shutil.rmtree(other / "test" / study)
+    elif kind == "no files":
+        shutil.rmtree(other / "test")
+    elif kind in ("no images", "no studies"):
+        sample = sample[sample.id.str.endswith("_study" if kind == "no images" else "_image")]
+    expected = set(sample.id)
+    if kind != "no sample":
+        sample.to_csv(other / "sample_submission.csv", index=False)
+    path, ledger = submit(other, weights, tmp_path)
+    assert set(pd.read_csv(path).id) == expected
+    assert ledger.stage.iloc[-1] == "validate"
+
+
+def test_the_priors_need_no_package_that_kaggles_image_lacks():
+    absent = ["pebble", "imagecodecs", "ensemble_boxes", "ultralytics", "pylibjpeg", "torch"]
+    script = f"import sys; sys.modules |= dict.fromkeys({absent}); import kitlib.inference.submit"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=project_root())

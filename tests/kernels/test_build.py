@@ -1,0 +1,497 @@
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import random
+import sys
+import zipfile
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from papermill.parameterize import parameterize_notebook
+from safetensors.numpy import load_file
+
+import kitlib
+from kitlib.bundle import BundleError, read_record
+from kitlib.classes import STUDY_CLASSES
+from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
+from kitlib.inference import install_wheels
+from kitlib.kernels import build as kernel
+from kitlib.kernels import start as kernel_start
+from kitlib.kernels.build import KernelError, build_kernel
+from kitlib.kernels.spec import SpecError, read_spec, slug_of
+from kitlib.kernels.wheels import WheelError
+from kitlib.lungs.finders import segmenter_digest
+from kitlib.paths import InputNotFound
+from kitlib.recipes.named import RECIPES, recipe
+from tests.small_kernels import PARAMETERS, make_run, make_submission, make_training, make_wheel
+
+
+@pytest.fixture(autouse=True)
+def no_user_name(monkeypatch):
+    monkeypatch.delenv("KAGGLE_USERNAME", raising=False)
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    return make_wheel(tmp_path / "wheels", "kit_extra", "1.2", ["numpy>=2"])
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def built_notebook(out: Path) -> nbformat.NotebookNode:
+    return nbformat.read(out / "kernel" / "small-test-kernel.ipynb", as_version=4)
+
+
+def test_the_same_sources_give_the_same_bytes(tmp_path, wheel):
+    spec = read_spec(make_submission(tmp_path / "one", "print(1)"))
+    build_kernel(spec, tmp_path / "first", [wheel])
+    random.seed(99)
+    build_kernel(spec, tmp_path / "second", [wheel])
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+    assert set(contents(tmp_path / "first")) == {
+        "kernel/kernel-metadata.json",
+        "kernel/small-test-kernel.ipynb",
+        "wheels/dataset-metadata.json",
+        "wheels/kit_extra-1.2-py3-none-any.whl",
+        "weights/dataset-metadata.json",
+        "weights/effnet-fold0/model.json",
+        "weights/effnet-fold0/weights.safetensors",
+        "weights/weights.json",
+    }
+
+
+def test_kernel_metadata_says_everything_that_kaggle_would_otherwise_guess(tmp_path, wheel):
+    build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
+    assert json.loads((tmp_path / "out/kernel/kernel-metadata.json").read_text()) == {
+        "id": "somebody/small-test-kernel",
+        "title": "Small test kernel",
+        "code_file": "small-test-kernel.ipynb",
+        "language": "python",
+        "kernel_type": "notebook",
+        "is_private": True,
+        "enable_gpu": True,
+        "enable_tpu": False,
+        "enable_internet": False,
+        "machine_shape": "NvidiaTeslaT4",
+        "dataset_sources": ["somebody/small-test-kernel-weights", "somebody/small-test-kernel-wheels"],
+        "competition_sources": ["siim-covid19-detection"],
+        "kernel_sources": [],
+        "model_sources": [],
+    }
+
+
+def test_a_kernel_without_accelerator_asks_for_none(tmp_path, wheel):
+    build_kernel(read_spec(make_submission(tmp_path, accelerator="none")), tmp_path / "out", [wheel])
+    metadata = json.loads((tmp_path / "out/kernel/kernel-metadata.json").read_text())
+    assert metadata["enable_gpu"] is False
+    assert metadata["enable_internet"] is False
+    assert metadata["machine_shape"] == "None"
+
+
+@pytest.mark.parametrize("word", ["weights", "wheels"])
+def test_dataset_metadata_has_one_licence(tmp_path, wheel, word):
+    build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
+    assert json.loads((tmp_path / f"out/{word}/dataset-metadata.json").read_text()) == {
+        "title": f"Small test kernel {word}",
+        "id": f"somebody/small-test-kernel-{word}",
+        "licenses": [{"name": "other"}],
+    }
+
+
+def test_parameters_are_injected_where_and_as_papermill_does(tmp_path, wheel):
+    spec = read_spec(make_submission(tmp_path, "print(batch_size)", parameters={"batch_size": 4}, time_limit_hours=2))
+    build_kernel(spec, tmp_path / "out", [wheel])
+    cells = built_notebook(tmp_path / "out").cells
+    values = {"competition": "siim-covid19-detection", "weights": "small-test-kernel-weights"}
+    values |= {"wheels": "small-test-kernel-wheels", "time_limit_s": 7200.0}
+    by_papermill = parameterize_notebook(papermill.iorw.load_notebook_node(spec.notebook), values | {"batch_size": 4})
+    assert [cell.source for cell in cells[1:]] == [cell.source for cell in by_papermill.cells]
+    assert cells[3].metadata.tags == ["injected-parameters"]
+    assert cells[2].source == PARAMETERS
+
+
+def test_the_library_travels_whole(tmp_path, wheel, monkeypatch):
+    build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
+    packed = built_notebook(tmp_path / "out").cells[0].source.split('"""')[-2]
+    with zipfile.ZipFile(io.BytesIO(base64.b64decode(packed))) as opened:
+        names = opened.namelist()
+    sources = Path(kitlib.__file__).parent
+    assert names == sorted(path.relative_to(sources.parent).as_posix() for path in sources.rglob("*.py"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("KIT_ROOT", "PYTHONPATH", "KIT_STARTED"):
+        monkeypatch.setenv(name, "")
+    folder = kernel_start.start_kernel(packed)
+    assert all((folder / name).read_bytes() == (sources.parent / name).read_bytes() for name in names)
+    assert [sys.path[0], os.environ["KIT_ROOT"], os.environ["PYTHONPATH"]] == [str(folder)] * 3
+
+
+def test_weights_come_in_order_of_value_and_unharmed(tmp_path, wheel):
+    runs = [make_run(tmp_path / "runs" / f"study{fold}", fold=fold) for fold in (0, 1)]
+    best = make_run(tmp_path / "runs" / "detector", "yolo11s", 3, "yolo")
+    (tmp_path / "fusion.json").write_text('{"power": 0.5}')
+    spec = make_submission(
+        tmp_path / "spec", runs=[str(best), str(runs[0].parent / "study*"), str(best)], fusion=str(tmp_path / "fusion.json")
+    )
+    build_kernel(read_spec(spec), tmp_path / "out", [wheel])
+    listed = json.loads((tmp_path / "out/weights/weights.json").read_text())["bundles"]
+    assert [(entry["folder"], entry["kind"], entry["family"], entry["fold"]) for entry in listed] == [
+        ("yolo11s-fold3", "detector", "yolo", 3),
+        ("effnet-fold0", "study", "study", 0),
+        ("effnet-fold1", "study", "study", 1),
+    ]
+    for entry in listed:
+        weights = tmp_path / "out/weights" / entry["folder"] / "weights.safetensors"
+        assert hashlib.sha256(weights.read_bytes()).hexdigest() == entry["weights_sha256"]
+        assert load_file(weights)["weight"].tolist() == [[entry["fold"]] * 3] * 2
+    assert (tmp_path / "out/weights/fusion.json").read_text() == '{"power": 0.5}'
+
+
+def test_a_damaged_bundle_is_refused(tmp_path, wheel):
+    run = make_run(tmp_path / "run")
+    weights = run / "bundle" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(BundleError, match="SHA-256"):
+        build_kernel(read_spec(make_submission(tmp_path / "spec", runs=[str(run)])), tmp_path / "out", [wheel])
+
+
+def test_a_backbone_is_no_model_of_a_submission(tmp_path, wheel):
+    runs = [str(make_run(tmp_path / "nih", family="findings"))]
+    with pytest.raises(SpecError, match="nih/bundle knows findings, which no submission asks for"):
+        build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs)), tmp_path / "out", [wheel])
+
+
+def test_an_ensemble_goes_along_with_exactly_its_learners(tmp_path, wheel):
+    runs = [str(make_run(tmp_path / name, name)) for name in ("one", "two")]
+    runs.append(str(make_run(tmp_path / "none", "none", outputs="none")))  # answers no study
+    known = {"method": "mean", "learners": ("one", "two"), "classes": STUDY_CLASSES, "key": "study_id"}
+    write_ensemble(tmp_path / "stack" / "ensemble", Ensemble("mean", **known))
+    write_ensemble(tmp_path / "images" / "ensemble", Ensemble("mean", **known | {"key": "image_id"}))
+    stack = str(tmp_path / "stack")
+    build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs, ensemble=stack)), tmp_path / "out", [wheel])
+    weights = tmp_path / "out" / "weights"
+    assert json.loads((weights / "weights.json").read_text())["ensemble"] == "ensemble"
+    assert contents(weights / "ensemble") == contents(tmp_path / "stack" / "ensemble")
+    for keys, told in (
+        ({"runs": runs[1:], "ensemble": stack}, r"stacks one, two, and runs has the study models two; name the same"),
+        ({"runs": runs, "ensemble": str(tmp_path / "images")}, r"images/ensemble tells negative, .* name one of study"),
+        (
+            {"runs": runs, "ensemble": str(tmp_path / "gone")},
+            r"ensemble: there is no .*gone/ensemble; name a run of notebook 65",
+        ),
+    ):
+        with pytest.raises(SpecError, match=told):
+            build_kernel(read_spec(make_submission(tmp_path / "spec", **keys)), tmp_path / "out", [wheel])
+
+
+def test_a_segmenters_bundle_goes_along_apart_from_the_models(tmp_path, wheel):
+    lungs = make_run(tmp_path / "lungs" / "fold0", "unet", family="segmenter")
+    seen = {"segmenter": segmenter_digest(read_record(lungs / "bundle"))}
+    runs = [str(make_run(tmp_path / "study", architecture=seen, lungs="masks", views=["lungs"]))]
+    spec = read_spec(make_submission(tmp_path / "spec", runs=runs, lungs=str(lungs)))
+    for out in ("out", "again"):
+        build_kernel(spec, tmp_path / out, [wheel])
+    weights = tmp_path / "out" / "weights"
+    told = json.loads((weights / "weights.json").read_text())
+    assert told["lungs"] == "lungs" and [entry["folder"] for entry in told["bundles"]] == ["effnet-fold0"]
+    assert contents(weights / "lungs") == contents(lungs / "bundle")
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    # Without the key nothing is said of lungs, also where it was named before.
+    build_kernel(read_spec(make_submission(tmp_path / "plain")), tmp_path / "out", [wheel])
+    assert set(json.loads((weights / "weights.json").read_text())) == {"bundles"} and not (weights / "lungs").exists()
+
+
+def test_a_model_of_a_segmenters_lungs_and_its_segmenter_go_together_or_not_at_all(tmp_path, wheel):
+    segmenter = str(make_run(tmp_path / "unet", "unet", family="segmenter"))
+    other = str(make_run(tmp_path / "other", "unet", family="segmenter", dilations=3))
+    seen = {"segmenter": segmenter_digest(read_record(tmp_path / "unet" / "bundle"))}
+    crops = str(make_run(tmp_path / "crops", "crops", architecture=seen, lungs="masks", masked=True))
+    unused = str(make_run(tmp_path / "unused", "unused", lungs="masks", views=["full"]))
+    for keys, told in (
+        (
+            {"runs": [crops]},
+            r"crops/bundle looks at the lungs that a segmenter finds, and the key `lungs` names none; name the run",
+        ),
+        ({"runs": [crops], "lungs": other}, r"and the key `lungs` names another one; name the run of notebook 14"),
+        ({"runs": [segmenter]}, r"unet/bundle draws lungs, which no submission asks for; name its run by the key `lungs`"),
+        ({"runs": [crops], "lungs": crops}, r"lungs: .*crops/bundle holds a study model; name a run of notebook 14"),
+        ({"runs": [crops], "lungs": str(tmp_path / "none")}, r"lungs: there is no .*none/bundle"),
+    ):
+        with pytest.raises(SpecError, match=told):
+            build_kernel(read_spec(make_submission(tmp_path / "spec", **keys)), tmp_path / "out", [wheel])
+    damaged = make_run(tmp_path / "damaged", "unet", family="segmenter") / "bundle" / "weights.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
+    spec = make_submission(tmp_path / "spec", runs=[crops], lungs=str(damaged.parents[1]))
+    with pytest.raises(BundleError, match="SHA-256"):
+        build_kernel(read_spec(spec), tmp_path / "out", [wheel])
+    build_kernel(read_spec(make_submission(tmp_path / "spec", runs=[unused])), tmp_path / "out", [wheel])
+
+
+def test_two_bundles_of_one_name_are_refused(tmp_path, wheel):
+    runs = [str(make_run(tmp_path / name)) for name in ("one", "two")]
+    with pytest.raises(SpecError, match="two/bundle is a second effnet-fold0"):
+        build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs)), tmp_path / "out", [wheel])
+
+
+def test_an_unknown_parameter_is_refused_with_the_valid_ones(tmp_path, wheel):
+    spec = read_spec(make_submission(tmp_path, parameters={"batchsize": 4}))
+    valid = "competition, weights, wheels, time_limit_s, batch_size"
+    with pytest.raises(SpecError, match=f"no parameter batchsize; it has: {valid}"):
+        build_kernel(spec, tmp_path / "out", [wheel])
+
+
+def test_a_parameter_that_has_a_key_of_its_own_is_refused(tmp_path, wheel):
+    spec = read_spec(make_submission(tmp_path, parameters={"time_limit_s": 4}))
+    with pytest.raises(SpecError, match="parameters: time_limit_s come from the kernel's own keys"):
+        build_kernel(spec, tmp_path / "out", [wheel])
+
+
+def test_a_notebook_over_a_megabyte_is_refused_and_the_last_good_build_stays(tmp_path, wheel):
+    build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
+    before = contents(tmp_path / "out")
+    with pytest.raises(KernelError, match=r"small-test-kernel\.ipynb has 1,\d{3},\d{3} bytes, Kaggle takes 1,000,000"):
+        build_kernel(read_spec(make_submission(tmp_path, "#" * 1_000_000)), tmp_path / "out", [wheel])
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_dataset_over_the_limit_is_refused(tmp_path, wheel, monkeypatch):
+    monkeypatch.setattr(kernel, "DATASET_BYTES", 100)
+    with pytest.raises(KernelError, match=r"dataset somebody/small-test-kernel-weights has .* bytes, Kaggle takes 100"):
+        build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
+
+
+def test_wheels_that_do_not_suit_the_image_are_refused(tmp_path):
+    wheel = make_wheel(tmp_path, "kit_extra", "1.2", ["pandas>=3"])
+    with pytest.raises(WheelError, match=r"kit-extra wants pandas>=3, the image has pandas 2\.3\.3"):
+        build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"titel": "x"},
+            "no field 'titel'; it has: title, slug, owner, competition, dataset_sources, kernel_sources, wheels",
+        ),
+        ({"title": None}, "title is missing"),
+        ({"owner": None}, "owner is missing"),
+        ({"runs": []}, "runs is missing"),
+        ({"slug": "another-slug"}, "slug is 'another-slug', but Kaggle makes 'small-test-kernel' of the title"),
+        ({"title": "A " * 22 + "end", "slug": "a-" * 22 + "end"}, "'.*weights' has 55 characters, Kaggle wants 6 to 50"),
+        ({"title": "Four", "slug": "four"}, "'Four' has 4 characters, Kaggle wants 6 to 50"),
+        ({"accelerator": "NvidiaTeslaP100"}, "accelerator 'NvidiaTeslaP100' is none of NvidiaTeslaT4, none"),
+        ({"owner": "Some Body"}, "owner 'Some Body' is no Kaggle user name"),
+        ({"time_limit_hours": 13}, r"time_limit_hours is 13\.0"),
+        ({"time_limit_hours": "nine"}, "time_limit_hours wants float, got 'nine'"),
+        ({"runs": [1, 2]}, "runs wants paths"),
+    ],
+)
+def test_a_submission_is_read_strictly(tmp_path, keys, message):
+    with pytest.raises(SpecError, match=message):
+        read_spec(make_submission(tmp_path, **keys))
+
+
+def test_a_missing_submission_lists_what_there_is(tmp_path):
+    make_submission(tmp_path)
+    with pytest.raises(SpecError, match=r"no file .*other\.yaml; there are: .*small\.yaml"):
+        read_spec(tmp_path / "other.yaml")
+
+
+def test_runs_that_match_nothing_are_refused(tmp_path):
+    spec = read_spec(make_submission(tmp_path, runs=[str(tmp_path / "nothing*")]))
+    with pytest.raises(SpecError, match=r"nothing\*' names no folder with a `bundle`"):
+        spec.bundles()
+
+
+def test_who_owns_the_kernel(tmp_path, monkeypatch):
+    path = make_submission(tmp_path)
+    assert read_spec(path).owner == "somebody"
+    monkeypatch.setenv("KAGGLE_USERNAME", "from-environment")
+    assert read_spec(path).owner == "from-environment"
+    assert read_spec(path, owner="from-call").owner == "from-call"
+
+
+def test_slugs_are_made_as_kaggle_makes_them():
+    assert slug_of("SIIM COVID-19: Detection (v2)") == "siim-covid-19-detection-v2"
+
+
+def test_a_wheel_dataset_that_is_not_attached_is_named_with_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIT_KAGGLE_ROOT", str(tmp_path))
+    (tmp_path / "input" / "other").mkdir(parents=True)
+    (tmp_path / "working").mkdir()
+    with pytest.raises(InputNotFound, match=r"no input 'extra-wheels' below .*input(.|\n)*\n  other"):
+        install_wheels.install_wheels("extra-wheels")
+
+
+def test_wheels_that_are_installed_already_cost_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIT_KAGGLE_ROOT", str(tmp_path))
+    (tmp_path / "working").mkdir()
+    make_wheel(tmp_path / "input" / "extra-wheels", "pydicom", "3.0.2")
+    monkeypatch.setattr(install_wheels.subprocess, "run", lambda *_, **__: pytest.fail("pip was started"))
+    assert install_wheels.install_wheels("extra-wheels") == []
+
+
+def training(folder, wheel, *cells, **keys):
+    """The metadata and the notebook of a kernel that makes a run."""
+    build_kernel(read_spec(make_training(folder / "spec", *cells, **keys)), folder / "out", [wheel])
+    return json.loads((folder / "out/kernel/kernel-metadata.json").read_text()), built_notebook(folder / "out")
+
+
+def test_a_notebook_that_trains_becomes_a_kernel_on_the_runs_of_others(tmp_path, wheel):
+    sources = {"kernel_sources": ["prepared-runs", "other/their-runs"], "dataset_sources": ["other/weights-file"]}
+    metadata, notebook = training(tmp_path, wheel, "print(epochs)", parameters={"prepare_run": "siim"}, **sources)
+    assert metadata["kernel_sources"] == ["somebody/prepared-runs", "other/their-runs"]
+    assert metadata["dataset_sources"] == ["somebody/small-test-kernel-wheels", "other/weights-file"]
+    assert [metadata["competition_sources"], metadata["model_sources"]] == [[], []]
+    assert [metadata["enable_gpu"], metadata["enable_internet"]] == [True, False]
+    # The notebook has none of the kernel's own parameters, so that it is given none.
+    assert notebook.cells[3].source == '# Parameters\nprepare_run = "siim"\n'
+    # It knows nothing of wheels either: they are installed before its first cell.
+    assert notebook.cells[0].source.endswith('\n""", \'small-test-kernel-wheels\');')
+    assert not (tmp_path / "out" / "weights").exists()
+
+
+def test_the_start_leaves_wheels_to_a_notebook_that_installs_them_itself(tmp_path, wheel):
+    build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
+    assert built_notebook(tmp_path / "out").cells[0].source.endswith('\n""", \'\');')
+
+
+def test_a_kernel_may_have_the_internet(tmp_path, wheel):
+    assert training(tmp_path, wheel, internet=True)[0]["enable_internet"] is True
+
+
+def test_kernels_may_share_their_wheels(tmp_path, wheel):
+    """The shared dataset is the same bytes whichever kernel it was built with."""
+    for name in ("first", "second"):
+        keys = {"title": f"The {name} kernel", "slug": f"the-{name}-kernel", "wheels": "chest-kit-wheels"}
+        spec = read_spec(make_training(tmp_path / name / "spec", **keys))
+        build_kernel(spec, tmp_path / name / "out", [wheel])
+        metadata = json.loads((tmp_path / name / "out/kernel/kernel-metadata.json").read_text())
+        assert metadata["dataset_sources"] == ["somebody/chest-kit-wheels"]
+    assert contents(tmp_path / "first/out/wheels") == contents(tmp_path / "second/out/wheels")
+    assert json.loads((tmp_path / "first/out/wheels/dataset-metadata.json").read_text()) == {
+        "title": "Chest kit wheels",
+        "id": "somebody/chest-kit-wheels",
+        "licenses": [{"name": "other"}],
+    }
+
+
+def test_the_weights_of_an_earlier_build_do_not_stay_beside_a_kernel_without(tmp_path, wheel):
+    build_kernel(read_spec(make_submission(tmp_path / "submission")), tmp_path / "out", [wheel])
+    build_kernel(read_spec(make_training(tmp_path / "training")), tmp_path / "out", [wheel])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["kernel", "wheels"]
+
+
+def test_the_competition_is_given_to_a_notebook_that_asks_for_it(tmp_path, wheel):
+    parameters = 'competition = "siim-covid19-detection"\nrun_folder = "prepare"'
+    _, notebook = training(tmp_path / "one", wheel, notebook_parameters=parameters, competition="rsna")
+    assert notebook.cells[3].source == '# Parameters\ncompetition = "rsna"\n'
+    keys = {"dataset_sources": ["nih/data"], "parameters": {"competition": "data"}}
+    metadata, notebook = training(tmp_path / "two", wheel, notebook_parameters=parameters, **keys)
+    assert notebook.cells[3].source == '# Parameters\ncompetition = "data"\n'
+    assert metadata["competition_sources"] == []
+
+
+@pytest.mark.parametrize("key", ["parameters", "rehearsal"])
+def test_parameters_of_a_rehearsal_are_checked_like_the_others(tmp_path, wheel, key):
+    with pytest.raises(SpecError, match=f"{key}: train.ipynb has no parameter epoch; it has: prepare_run, run_folder"):
+        training(tmp_path, wheel, **{key: {"epoch": 1}})
+
+
+def test_a_rehearsal_replaces_parameters_and_the_kernel_does_not_know(tmp_path, wheel):
+    keys = {"parameters": {"epochs": 30, "prepare_run": "siim"}, "rehearsal": {"epochs": 1}}
+    _, notebook = training(tmp_path, wheel, **keys)
+    spec = read_spec(tmp_path / "spec" / "small.yaml")
+    assert spec.injected() == {"epochs": 30, "prepare_run": "siim"}
+    assert spec.injected(rehearsed=True) == {"epochs": 1, "prepare_run": "siim"}
+    assert "epochs = 30" in notebook.cells[3].source
+
+
+@pytest.mark.parametrize("folder", ["/elsewhere/study", "../study", ""])
+def test_a_run_that_kaggle_would_not_keep_is_refused(tmp_path, wheel, folder):
+    with pytest.raises(SpecError, match=r"run_folder is .*; Kaggle keeps what is below /kaggle/working"):
+        training(tmp_path, wheel, parameters={"run_folder": folder})
+
+
+def test_every_shipped_notebook_may_be_a_kernel(tmp_path, wheel):
+    for path in sorted((kernel.project_root() / "notebooks").glob("*.ipynb")):
+        spec = dataclasses.replace(read_spec(make_training(tmp_path / "spec")), notebook=str(path))
+        if not spec.submits:
+            notebook = kernel.kernel_notebook(spec)
+            assert len(nbformat.writes(notebook)) < kernel.NOTEBOOK_BYTES
+            assert spec.run_folder()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"runs": ["runs/study"]},
+            "runs, fusion, ensemble and lungs make a dataset of weights, and train.ipynb has no parameter `weights`",
+        ),
+        ({"fusion": "fusion.json"}, "runs, fusion, ensemble and lungs make a dataset of weights"),
+        ({"lungs": "runs/lungs/fold0"}, "runs, fusion, ensemble and lungs make a dataset of weights"),
+        ({"notebook": "notebooks/99_nothing.ipynb"}, r"small\.yaml: notebook: there is no .*99_nothing\.ipynb"),
+        ({"kernel_sources": ["one"]}, "kernel_sources: the slug 'one' has 3 characters, Kaggle wants 5 to 50"),
+        ({"kernel_sources": ["a/b/c"]}, "kernel_sources wants slugs, of the owner's or as OWNER/SLUG, got 'a/b/c'"),
+        ({"dataset_sources": [7]}, "dataset_sources wants slugs, .* got 7"),
+        ({"dataset_sources": ["some body/data"], "kernel_sources": ["one/data-set", "two/data-set"]}, "the slug data-set"),
+        ({"wheels": "mine/wheels-of-all"}, "the slug 'mine/wheels-of-all' has more than letters, digits, - and _"),
+        ({"wheels": "five5"}, "the slug 'five5' has 5 characters, Kaggle wants 6 to 50"),
+        ({"internet": "yes"}, "internet wants bool, got 'yes'"),
+        ({"kernel_source": []}, "no field 'kernel_source'; it has: .*kernel_sources.*rehearsal.*fusion"),
+    ],
+)
+def test_a_kernel_is_read_strictly(tmp_path, keys, message):
+    with pytest.raises(SpecError, match=message):
+        read_spec(make_training(tmp_path, **keys))
+
+
+def test_a_submission_needs_its_competition(tmp_path):
+    with pytest.raises(SpecError, match="competition is missing"):
+        read_spec(make_submission(tmp_path, competition=""))
+
+
+SHIPPED = {path.stem: path for path in sorted((kernel.project_root() / "submissions" / "kernels").glob("*.yaml"))}
+
+
+def runs_named(spec) -> set[str]:
+    """The runs that a kernel reads: the first folder of each path that its parameters name."""
+    given = spec.injected()
+    named = [given.get("prepare_run", "prepare")] if "prepare_run" in spec.notebook_parameters() else []
+    named += given.get("runs", [])
+    named += [given.get("overrides", {}).get("starting_weights", ""), given.get("segmenter", ""), given.get("lungs_run", "")]
+    return {name.split("/")[0] for name in named if name}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_kernel_builds(name, tmp_path, wheel):
+    spec = read_spec(SHIPPED[name], owner="somebody")
+    build_kernel(spec, tmp_path / "out", [wheel])
+    metadata = json.loads((tmp_path / "out/kernel/kernel-metadata.json").read_text())
+    assert metadata["dataset_sources"][0] == "somebody/chest-kit-wheels"
+    assert metadata["enable_gpu"] is (spec.notebook[10:12] in ("12", "14", "20", "25", "30", "40"))
+    assert not (tmp_path / "out" / "weights").exists()
+    for given in (spec.injected(), spec.injected(rehearsed=True)):
+        if "recipe" in given:
+            recipe(given["recipe"], type(RECIPES[given["recipe"]]), **given.get("overrides", {}))
+
+
+def test_the_shipped_kernels_are_a_chain():
+    """Each reads nothing but the runs of the kernels that it attaches; SIIM's begins with NIH's backbone."""
+    specs = {spec.slug: spec for spec in (read_spec(path, owner="somebody") for path in SHIPPED.values())}
+    made = {slug: spec.run_folder() for slug, spec in specs.items()}
+    for spec in specs.values():
+        assert {made[slug] for slug in spec.kernel_sources} == runs_named(spec)
+    assert specs["chest-siim-fuse"].kernel_sources == ("chest-siim-prepare", "chest-siim-study", "chest-siim-detector")
+    assert specs["chest-nih-backbone"].kernel_sources == ("chest-nih-prepare",)

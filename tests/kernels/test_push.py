@@ -1,0 +1,241 @@
+import io
+import json
+import os
+import shutil
+import sys
+import zipfile
+
+import pytest
+
+from kitlib.kernels.build import build_kernel
+from kitlib.kernels.push import PushError, push
+from kitlib.kernels.spec import read_spec
+from tests.small_kaggle import SmallKaggle
+from tests.small_kernels import make_submission, make_training, make_wheel
+
+KERNEL = "somebody/small-test-kernel"
+WHEELS, WEIGHTS = f"{KERNEL}-wheels", f"{KERNEL}-weights"
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch, tmp_path):
+    """No token, no settings of this machine, and Kaggle's client as if it had never been imported: it reads them then."""
+    for name in list(os.environ):
+        if name.startswith("KAGGLE_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    (tmp_path / "home").mkdir()
+    for name in [name for name in sys.modules if name.split(".")[0] == "kaggle"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.fixture
+def kaggle(monkeypatch):
+    small = SmallKaggle()
+    # The client's own switch for a server on this machine, whose port 80 is reached through a proxy: the small server.
+    monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "LOCALHOST")
+    monkeypatch.setenv("http_proxy", small.url)
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "good")
+    yield small
+    small.close()
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built")
+    spec = read_spec(make_submission(folder / "spec", "print(1)"), owner="somebody")
+    build_kernel(spec, folder / "out", [make_wheel(folder / "wheels", "kit_extra", "1.2")])
+    return folder / "out"
+
+
+def pushed(out):
+    return push(out, wait_s=5, poll_s=0.01)
+
+
+def test_datasets_are_created_then_the_kernel_is_pushed(kaggle, out):
+    result = pushed(out)
+    assert (result.version, result.url) == (3, f"https://www.kaggle.com/code/{KERNEL}")
+    assert result.datasets == {WHEELS: "created", WEIGHTS: "created"}
+    wheels, weights = kaggle.requests("CreateDataset")
+    assert [wheels["title"], wheels["licenseName"], wheels["isPrivate"]] == ["Small test kernel wheels", "other", True]
+    assert sorted(file["token"] for file in weights["files"]) == ["token of effnet-fold0.zip", "token of weights.json"]
+    # The metadata file is the client's; all else arrives as it was built, a bundle's folder in a zip that Kaggle unpacks.
+    assert kaggle.uploads["weights.json"] == (out / "weights" / "weights.json").read_bytes()
+    with zipfile.ZipFile(io.BytesIO(kaggle.uploads["effnet-fold0.zip"])) as opened:
+        bundle = opened.read("weights.safetensors")
+    assert bundle == (out / "weights" / "effnet-fold0" / "weights.safetensors").read_bytes()
+    (kernel,) = kaggle.requests("SaveKernel")
+    assert kernel["slug"] == KERNEL
+    assert [kernel["enableGpu"], kernel["enableInternet"], kernel["machineShape"]] == [True, False, "NvidiaTeslaT4"]
+    assert kernel["datasetDataSources"] == [WEIGHTS, WHEELS]
+    assert kernel["competitionDataSources"] == ["siim-covid19-detection"]
+    assert json.loads(kernel["text"])["cells"][-1]["source"] == "print(1)"
+    # Each dataset was asked for until it was ready: once before, twice unpacking, once ready; then the kernel.
+    names = [name for name, _ in kaggle.asked]
+    assert names[-1] == "SaveKernel"
+    assert names[names.index("CreateDataset") :].count("GetDatasetStatus") >= 3
+
+
+def test_a_dataset_that_is_there_gets_a_version_and_the_kernel_waits_for_it(kaggle, out):
+    kaggle.datasets = {WHEELS: 4, WEIGHTS: 7}
+    kaggle.files[WHEELS] = {"kit_extra-1.1-py3-none-any.whl": 100}
+    shown = iter([7, 7, 7, 8])  # the older version is ready all the while
+    kaggle.answers["GetDataset"] = lambda body: (
+        200,
+        {"currentVersionNumber": next(shown) if body["datasetSlug"].endswith("weights") else kaggle.datasets[WHEELS]},
+    )
+    assert pushed(out).datasets == {WHEELS: "new version", WEIGHTS: "new version"}
+    assert next(shown, None) is None
+    assert not kaggle.requests("CreateDataset")
+    assert [body["body"]["versionNotes"] for body in kaggle.requests("CreateDatasetVersion")] == ["built by the kit"] * 2
+
+
+def test_wheels_that_are_there_are_left_alone(kaggle, out):
+    kaggle.datasets = {WHEELS: 4}
+    wheel = next((out / "wheels").glob("*.whl"))
+    kaggle.files[WHEELS] = {wheel.name: wheel.stat().st_size}
+    assert pushed(out).datasets == {WHEELS: "unchanged", WEIGHTS: "created"}
+    assert wheel.name not in kaggle.uploads
+
+
+def test_a_kernel_without_weights_pushes_its_wheels_alone(kaggle, tmp_path):
+    spec = read_spec(make_training(tmp_path / "spec", kernel_sources=["earlier-kernel"], internet=True))
+    build_kernel(spec, tmp_path / "out", [make_wheel(tmp_path / "wheels", "kit_extra", "1.2")])
+    assert pushed(tmp_path / "out").datasets == {WHEELS: "created"}
+    (kernel,) = kaggle.requests("SaveKernel")
+    assert kernel["kernelDataSources"] == ["somebody/earlier-kernel"]
+    assert kernel["enableInternet"] is True
+
+
+@pytest.mark.parametrize(
+    ("field", "source", "message"),
+    [
+        ("invalidDatasetSources", WHEELS, "datasets that it does not find or may not use: "),
+        ("invalidCompetitionSources", "siim-covid19-detection", "competitions .* whose rules you have not accepted: "),
+        ("invalidKernelSources", "somebody/earlier-kernel", "kernels that it does not find or that have never run: "),
+        ("invalidModelSources", "somebody/model", "models that it does not find or may not use: "),
+        ("invalidTags", "pneumonia", "tags that there are not: "),
+    ],
+)
+def test_what_the_client_would_only_print_of_a_kernel_is_an_error(kaggle, out, field, source, message):
+    url = f"https://www.kaggle.com/code/{KERNEL}"
+    kaggle.answers["SaveKernel"] = (200, {"url": url, "versionNumber": 3, field: [source]})
+    with pytest.raises(PushError, match=f"(?s)took the kernel {KERNEL} .version 3. and started it, but .*{message}{source}"):
+        pushed(out)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"error": "Notebook is too large"}, f"{KERNEL} was not pushed: Kaggle answers Notebook is too large"),
+        ({"url": f"https://www.kaggle.com/code/{KERNEL}"}, "no version number"),
+        ({"url": "https://www.kaggle.com/code/somebody/kernel2", "versionNumber": 1}, "address is .*somebody/kernel2"),
+    ],
+)
+def test_a_kernel_that_is_not_what_was_asked_for_is_an_error(kaggle, out, answer, message):
+    kaggle.answers["SaveKernel"] = (200, answer)
+    with pytest.raises(PushError, match=f"(?s){message}"):
+        pushed(out)
+
+
+def test_a_title_that_the_client_makes_another_slug_of_is_an_error(kaggle, out, tmp_path):
+    """The client prints this before it pushes."""
+    out = shutil.copytree(out, tmp_path / "out")
+    described = out / "kernel" / "kernel-metadata.json"
+    described.write_text(described.read_text().replace("Small test kernel", "Kernel of another name"))
+    with pytest.raises(PushError, match=r"(?s)but not as it was built.*title does not resolve to the specified id"):
+        pushed(out)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"status": "Error", "error": "Title is in use"}, "dataset .*-wheels: Kaggle answers Title is in use"),
+        ({"status": "Ok", "invalidTags": ["lungs"]}, r"Kaggle answers invalid tags \['lungs'\]"),
+        ({}, "Kaggle answers nothing"),
+    ],
+)
+def test_a_dataset_that_kaggle_does_not_take_is_an_error_and_no_kernel_is_pushed(kaggle, out, answer, message):
+    kaggle.answers["CreateDataset"] = (200, answer)
+    with pytest.raises(PushError, match=message):
+        pushed(out)
+    assert not kaggle.requests("SaveKernel")
+
+
+@pytest.mark.parametrize("status", [400, 503])
+def test_a_file_that_cannot_be_uploaded_is_an_error_and_nothing_is_published(kaggle, out, status):
+    """The client goes on without the file: it prints a line, unless it is told to be quiet."""
+    kaggle.upload_status = status
+    with pytest.raises(PushError, match=r"only 0 of 1 files of .*wheels could be uploaded, so none was published"):
+        pushed(out)
+    assert not kaggle.requests("CreateDataset")
+    assert not kaggle.requests("SaveKernel")
+
+
+@pytest.mark.parametrize(("status", "advice"), [("FAILED", "says it failed"), ("BLOBS_RECEIVED", r"not ready after 0\.1 s")])
+def test_a_dataset_that_is_never_ready_is_an_error(kaggle, out, status, advice):
+    kaggle.datasets = {WHEELS: 1}
+    kaggle.answers["GetDatasetStatus"] = (200, {"status": status})
+    with pytest.raises(PushError, match=f"{WHEELS} was uploaded, but .*{advice}"):
+        push(out, wait_s=0.1, poll_s=0.01)
+
+
+@pytest.mark.parametrize(
+    ("request_name", "status", "message"),
+    [
+        ("GetDatasetStatus", 401, "Unauthorized; the token is invalid or has expired"),
+        ("StartBlobUpload", 403, "Permission denied; you may not"),
+        ("CreateDataset", 403, "Permission denied; you may not"),
+        ("SaveKernel", 403, "Permission denied; you may not"),
+        ("SaveKernel", 404, "Not found; there is no such thing"),
+        ("SaveKernel", 500, "Oh no$"),
+    ],
+)
+def test_what_kaggle_refuses_is_an_error_with_its_words(kaggle, out, request_name, status, message):
+    kaggle.answers[request_name] = (status, {"code": status, "message": message.split(";")[0].rstrip("$")})
+    with pytest.raises(PushError, match=f"Kaggle answers {message}"):
+        pushed(out)
+
+
+def test_a_fault_of_the_server_without_words_is_an_error(kaggle, out):
+    kaggle.answers["GetDatasetStatus"] = (502, {})
+    with pytest.raises(PushError, match=r"asking for the dataset .*-wheels: Kaggle answers 502 Server Error"):
+        pushed(out)
+    assert not kaggle.uploads
+
+
+def test_a_kernel_of_another_owner_is_refused_before_anything_is_sent(kaggle, out):
+    kaggle.user = "Other"
+    with pytest.raises(PushError, match=f"the kernel is {KERNEL}, but the token is Other's; build it with --owner other"):
+        pushed(out)
+    assert {name for name, _ in kaggle.asked} == {"IntrospectToken"}
+
+
+def test_a_token_that_kaggle_does_not_know_is_an_error(kaggle, out, monkeypatch):
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "old")
+    with pytest.raises(PushError, match=r"no valid token of yours\. Make one at https://www\.kaggle\.com/settings"):
+        pushed(out)
+
+
+def test_an_older_key_serves_too(kaggle, out, monkeypatch, tmp_path):
+    monkeypatch.delenv("KAGGLE_API_TOKEN")
+    (tmp_path / "home" / ".kaggle").mkdir()
+    (tmp_path / "home" / ".kaggle" / "kaggle.json").write_text('{"username": "somebody", "key": "abc"}')
+    assert pushed(out).version == 3
+
+
+def test_no_network_is_an_error(kaggle, out):
+    kaggle.close()
+    with pytest.raises(PushError, match="signing in: Kaggle cannot be reached"):
+        pushed(out)
+
+
+def test_without_a_token_the_error_tells_how_to_get_one(out):
+    with pytest.raises(PushError, match=r"signing in: Kaggle knows no valid token.*access_token.*KAGGLE_USERNAME"):
+        pushed(out)
+
+
+def test_nothing_built_is_nothing_to_push(tmp_path):
+    with pytest.raises(PushError, match=r"no .*kernel-metadata\.json; build the kernel first"):
+        push(tmp_path)

@@ -1,0 +1,439 @@
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import timm
+from typer.testing import CliRunner
+
+import build_kernel as command_line
+from kitlib.bundle import save_bundle
+from kitlib.kernels import rehearse as rehearsals
+from kitlib.kernels import sandbox, stand_in
+from kitlib.kernels.build import build_kernel
+from kitlib.kernels.rehearse import RehearsalError, _run_until, rehearse
+from kitlib.kernels.sandbox import no_sandbox_reason
+from kitlib.kernels.spec import read_spec
+from kitlib.kernels.stand_in import StandInError
+from kitlib.kernels.wheels import INFERENCE
+from kitlib.phantoms.siim import write_competition
+from tests import PROJECT
+from tests.small_kernels import installed_wheel, make_submission, make_training, make_wheel
+
+isolated = pytest.mark.skipif(bool(no_sandbox_reason()), reason=f"no private namespaces here: {no_sandbox_reason()}")
+
+SUBMISSION = "id,PredictionString\na_study,negative 1 0 0 1 1\nb_image,none 1 0 0 1 1\n"
+WRITE = """
+import shutil
+from kitlib.paths import find_input, runs_root
+shutil.copy(find_input(competition) / "sample_submission.csv", runs_root() / "submission.csv")
+"""
+# What the kernel sees of the world, as JSON in its output folder. Each line of `attempts` is tried.
+PROBE = """
+import importlib, json, os, socket, sys
+from pathlib import Path
+from kitlib.paths import find_input, runs_root
+
+def attempt(action):
+    try:
+        return str(action())
+    except Exception as error:
+        return type(error).__name__
+
+attempts = {
+    "network": lambda: socket.create_connection(("1.1.1.1", 53), timeout=5),
+    "loopback": lambda: socket.create_server(("127.0.0.1", 0)) and "up",
+    "write_input": lambda: (find_input(competition) / "new").write_text("x"),
+    "write_machine": lambda: Path("/usr/new").write_text("x"),
+    "write_image": lambda: Path(importlib.import_module("yaml").__file__).with_name("new").write_text("x"),
+    "write_temporary": lambda: Path("/tmp/new").write_text("x"),
+    "missing_wheel": lambda: importlib.import_module("ultralytics"),
+    "attached_wheel": lambda: importlib.import_module("kit_extra").ANSWER,
+    "library": lambda: importlib.import_module("kitlib").__file__,
+    "weights": lambda: sorted(path.name for path in find_input(weights).iterdir()),
+    "inputs": lambda: sorted(path.name for path in Path("/kaggle/input").iterdir()),
+    "project": lambda: os.listdir(PROJECT),
+    "temporary": lambda: os.listdir("/tmp"),
+    "first_output": lambda: os.listdir(runs_root()),
+}
+seen = {name: attempt(action) for name, action in attempts.items()} | {"environment": dict(os.environ), "pid": os.getpid()}
+(runs_root() / "seen.json").write_text(json.dumps(seen))
+print("looked around")
+"""
+KERNELS = PROJECT / "submissions" / "kernels"
+
+
+@pytest.fixture(scope="module")
+def competition(tmp_path_factory):
+    """Inputs and truth of a competition with one study and one image."""
+    folder = tmp_path_factory.mktemp("competition")
+    (folder / "inputs" / "siim-covid19-detection").mkdir(parents=True)
+    (folder / "inputs" / "siim-covid19-detection" / "sample_submission.csv").write_text(SUBMISSION)
+    (folder / "truth").mkdir()
+    classes = "Negative for Pneumonia,Typical Appearance,Indeterminate Appearance,Atypical Appearance"
+    (folder / "truth" / "train_study_level.csv").write_text(f"id,{classes}\na_study,1,0,0,0\n")
+    (folder / "truth" / "train_image_level.csv").write_text("id,boxes,label,StudyInstanceUID\nb_image,,none 1 0 0 1 1,a\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return make_wheel(tmp_path_factory.mktemp("wheels"), "kit_extra", "1.2", modules={"kit_extra.py": "ANSWER = 42\n"})
+
+
+def built(folder, wheel, *cells, make=make_submission, **keys):
+    """The kernel's spec and where it was built: what `rehearse` wants first."""
+    spec = read_spec(make(folder, *cells, **keys))
+    build_kernel(spec, folder / "out", [wheel])
+    return spec, folder / "out"
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory, competition, wheel):
+    """A kernel that looks around, built and rehearsed by the command line on a machine full of settings: result, folder."""
+    folder = tmp_path_factory.mktemp("rehearsed")
+    submission = make_submission(folder, f"PROJECT = {str(PROJECT)!r}\n{PROBE}", WRITE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command_line, "kaggle_wheels", lambda _: [wheel])
+        for name in ("PIP_INDEX_URL", "HF_TOKEN", "PYTHONSTARTUP"):
+            patch.setenv(name, "of this machine")
+        for name in [name for name in os.environ if name.startswith("KAGGLE_")]:
+            patch.delenv(name)
+        # Importing Kaggle's client would sign in, and end the program here: there is no token.
+        patch.setenv("HOME", str(folder / "home"))
+        patch.setitem(sys.modules, "kaggle", None)
+        app = command_line.typer.Typer()
+        app.command()(command_line.main)
+        arguments = [str(submission), "--out", str(folder / "out"), "--rehearse", "--inputs", str(competition / "inputs")]
+        arguments += ["--truth", str(competition / "truth"), "--time-limit", "120"]
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    return result, folder / "out"
+
+
+@pytest.fixture(scope="module")
+def seen(rehearsed):
+    return json.loads((rehearsed[1] / "working" / "seen.json").read_text())
+
+
+def test_a_kernel_that_writes_a_valid_file_in_time_passes(rehearsed):
+    result, out = rehearsed
+    assert result.exit_code == 0, result.output
+    assert (out / "working" / "submission.csv").read_text() == SUBMISSION
+    assert "looked around" in result.output
+    assert "looked around" in (out / "rehearsal.log").read_text()
+    assert "looked around" in (out / "rehearsal.ipynb").read_text()
+
+
+def test_the_rehearsal_is_scored_where_the_truth_is_known(rehearsed):
+    # Negative and none are each right once, the truth has no other class: the mean of two perfect APs.
+    assert "1.0000" in next(line for line in rehearsed[0].output.splitlines() if "score" in line)
+
+
+def test_nothing_is_left_behind_but_the_output(rehearsed):
+    assert sorted(path.name for path in rehearsed[1].iterdir()) == [
+        "kernel",
+        "rehearsal.ipynb",
+        "rehearsal.log",
+        "weights",
+        "wheels",
+        "working",
+    ]
+
+
+def test_a_forgotten_wheel_is_noticed(seen):
+    importlib.metadata.version("ultralytics")  # it is installed where the rehearsal starts from
+    assert seen["missing_wheel"] == "ModuleNotFoundError"
+
+
+def test_an_attached_wheel_is_installed_without_network(seen):
+    assert seen["attached_wheel"] == "42"
+
+
+def test_the_kernel_runs_its_own_copy_of_the_library(seen):
+    assert seen["library"].startswith("/tmp/kit-")
+
+
+def test_the_settings_of_this_machine_stay_outside(seen):
+    assert not {"PIP_INDEX_URL", "HF_TOKEN", "PYTHONSTARTUP"} & set(seen["environment"])
+    assert seen["environment"]["KAGGLE_KERNEL_RUN_TYPE"] == "Batch"
+    assert seen["environment"]["KIT_TIME_LIMIT_S"] == "120"
+
+
+def test_the_output_folder_is_empty_at_first(seen):
+    assert seen["first_output"] == "[]"
+
+
+def test_the_datasets_are_attached(seen):
+    assert seen["weights"] == "['dataset-metadata.json', 'effnet-fold0', 'weights.json']"
+
+
+@isolated
+def test_there_is_no_network_but_the_loopback(seen):
+    assert seen["network"] == "OSError"
+    assert seen["loopback"] == "up"
+
+
+@isolated
+def test_inputs_and_machine_are_read_only(seen):
+    assert [seen[name] for name in ("write_input", "write_machine", "write_image")] == ["OSError"] * 3
+
+
+@isolated
+def test_input_holds_the_competition_and_the_kernels_datasets_only(seen):
+    assert seen["inputs"] == "['siim-covid19-detection', 'small-test-kernel-weights', 'small-test-kernel-wheels']"
+
+
+@isolated
+def test_the_project_and_the_temporary_files_of_this_machine_are_out_of_sight(seen):
+    assert seen["project"] == "[]"
+    assert PROJECT.name not in seen["temporary"]
+    assert seen["write_temporary"] == "1"
+    assert not Path("/tmp/new").exists()
+
+
+def test_without_namespaces_it_runs_in_the_open_and_says_so(tmp_path, competition, wheel, monkeypatch, caplog):
+    monkeypatch.setattr(sandbox, "_probe", lambda: (None, "not permitted"))
+    kernel = built(tmp_path, wheel, WRITE, "from kitlib.paths import find_input\nassert find_input(weights)")
+    with caplog.at_level(logging.WARNING):
+        result = rehearse(*kernel, competition / "inputs", 120)
+    assert result.passed
+    assert result.not_isolated == "not permitted"
+    assert "could reach the network, write into its inputs and see this machine's files" in caplog.text
+
+
+@pytest.mark.parametrize("command", [["sh", "-c"], pytest.param(["sandbox"], marks=isolated)])
+def test_at_the_limit_every_process_is_stopped(tmp_path, command):
+    # A number of seconds that no other process sleeps.
+    mark = f"{1000 + time.time_ns() % 10**9 / 10**6}"
+    script = f"echo begun; setsid sleep {mark} & sleep {mark}"
+    if command == ["sandbox"]:
+        (tmp_path / "root").mkdir()
+        command = sandbox.sandboxed(["sh", "-c", script], tmp_path / "root", {}, {})
+    else:
+        command = [*command, script]
+    lines = []
+    code, seconds = _run_until(command, dict(os.environ), tmp_path, 3.0, tmp_path / "log", lines.append)
+    assert 3.0 <= seconds < 20
+    assert code != 0
+    assert lines == ["begun"]
+    assert not [process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or [])]
+
+
+@pytest.mark.parametrize(
+    ("left", "exit_code", "seconds", "problem", "fault"),
+    [
+        (SUBMISSION, 0, 59.0, "", ""),
+        (SUBMISSION, 0, 61.0, "the time limit struck", ""),
+        (SUBMISSION, 138, 1.0, "papermill's exit code is 138", ""),  # a killed kernel, all cells "completed"
+        (SUBMISSION.replace("b_image", "c_image"), 0, 1.0, "", "b_image: missing id"),
+        (None, 0, 1.0, "", "there is no submission.csv"),
+    ],
+    ids=["good", "late", "killed", "invalid", "no file"],
+)
+def test_how_a_rehearsal_is_judged(tmp_path, competition, wheel, monkeypatch, left, exit_code, seconds, problem, fault):
+    """The kernel is replaced by what it might have left."""
+
+    def run(_command, _environment, working, *_):
+        if left:
+            (working / "submission.csv").write_text(left)
+        (working.parent / "rehearsal.ipynb").write_text('{"cells": []}')
+        return exit_code, seconds
+
+    monkeypatch.setattr(rehearsals, "_run_until", run)
+    monkeypatch.setattr(rehearsals, "stand_in", lambda: tmp_path)
+    result = rehearse(*built(tmp_path, wheel), competition / "inputs", 60, competition / "truth")
+    assert result.passed is (not problem and not fault)
+    assert result.problem == problem
+    assert fault in " ".join(result.faults)
+    assert bool(result.faults) is bool(fault)
+    # Where the file is valid it is scored, also if it came too late.
+    assert result.scores is None if fault else result.scores["score"] == 1.0
+
+
+def test_inputs_without_the_competition_are_refused(tmp_path, wheel):
+    kernel = built(tmp_path, wheel)
+    (tmp_path / "inputs").mkdir()
+    with pytest.raises(RehearsalError, match=r"no .*siim-covid19-detection for .* of its competition_sources"):
+        rehearse(*kernel, tmp_path / "inputs", 60)
+    (tmp_path / "inputs" / "siim-covid19-detection").mkdir()
+    with pytest.raises(RehearsalError, match=r"no .*siim-covid19-detection/sample_submission\.csv"):
+        rehearse(*kernel, tmp_path / "inputs", 60)
+
+
+TRAIN = """
+import json
+from kitlib.paths import find_run, runs_root
+import kit_extra
+folder = runs_root() / run_folder
+folder.mkdir()
+(folder / "record.json").write_text("{}")
+seen = {"prepared": (find_run(prepare_run) / "metrics.json").read_text(), "at": str(find_run(prepare_run)), "epochs": epochs}
+seen["inputs"] = sorted(path.name for path in find_run(prepare_run).parent.parent.iterdir())
+(folder / "seen.json").write_text(json.dumps(seen | {"extra": kit_extra.ANSWER}))
+"""
+FINISH = '(folder / "metrics.json").write_text("{}")'
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """Inputs: the output of a kernel that prepared a run, and something that nobody asked for."""
+    (tmp_path / "inputs" / "earlier-kernel" / "prepare").mkdir(parents=True)
+    (tmp_path / "inputs" / "earlier-kernel" / "prepare" / "metrics.json").write_text("prepared")
+    (tmp_path / "inputs" / "other-kernel").mkdir()
+    return tmp_path / "inputs"
+
+
+@pytest.mark.parametrize("layout", rehearsals.LAYOUTS)
+def test_a_training_reads_the_run_of_another_kernel_and_is_shortened(tmp_path, prepared, wheel, layout):
+    keys = {"kernel_sources": ["earlier-kernel"], "parameters": {"epochs": 30}, "rehearsal": {"epochs": 1}}
+    kernel = built(tmp_path / "kernel", wheel, TRAIN, FINISH, make=make_training, **keys)
+    result = rehearse(*kernel, prepared, 120, layout=layout)
+    assert [result.problem, result.faults, result.passed] == ["", (), True]
+    assert result.result == "study/metrics.json"
+    seen = json.loads((result.working / "study" / "seen.json").read_text())
+    # 42: the wheel was installed by the kernel's first cell; the notebook says nothing of wheels.
+    assert [seen["prepared"], seen["epochs"], seen["extra"]] == ["prepared", 1, 42]
+    where = {"plain": "earlier-kernel/prepare", "nested": "notebooks/somebody/earlier-kernel/prepare"}[layout]
+    assert seen["at"].endswith(f"/input/{where}")
+    beside = {"plain": ["earlier-kernel", "small-test-kernel-wheels"], "nested": ["earlier-kernel"]}[layout]
+    assert seen["inputs"] == beside
+
+
+@pytest.mark.parametrize(
+    ("left", "text", "unfinished", "fault"),
+    [
+        (["record.json", "metrics.json"], "{}", False, ""),
+        (["record.json", "fold0/checkpoints/run.json"], "{}", True, ""),
+        (["record.json"], "{}", False, "there is no study/metrics.json in"),
+        ([], "{}", False, "there is no study/metrics.json in"),
+        (["record.json", "fold0/checkpoints/run.json"], None, False, "there is no study/metrics.json in"),
+    ],
+    ids=["finished", "session over", "nothing made", "not begun", "stopped in a cell"],
+)
+def test_how_a_training_is_judged(tmp_path, wheel, monkeypatch, left, text, unfinished, fault):
+    def run(_command, _environment, working, *_):
+        for name in left:
+            (working / "study" / name).parent.mkdir(parents=True, exist_ok=True)
+            (working / "study" / name).write_text("{}")
+        (working.parent / "rehearsal.ipynb").write_text('{"cells": []}' if text else "")
+        return 0, 1.0
+
+    monkeypatch.setattr(rehearsals, "_run_until", run)
+    monkeypatch.setattr(rehearsals, "stand_in", lambda: tmp_path)
+    (tmp_path / "inputs").mkdir()
+    result = rehearse(*built(tmp_path, wheel, make=make_training), tmp_path / "inputs", 60)
+    assert result.unfinished is unfinished
+    assert result.passed is (not unfinished and not fault)
+    assert re.match(fault, " ".join(result.faults))
+    assert bool(result.faults) is bool(fault)
+
+
+def test_what_stops_a_training_reaches_the_one_who_rehearses(tmp_path, prepared, wheel):
+    stop = 'raise RuntimeError("This GPU is too old for torch: choose GPU T4 x2")'
+    kernel = built(tmp_path / "kernel", wheel, TRAIN, stop, FINISH, make=make_training, kernel_sources=["earlier-kernel"])
+    result = rehearse(*kernel, prepared, 120)
+    assert not result.passed
+    assert not result.unfinished
+    assert result.problem.endswith("raised RuntimeError: This GPU is too old for torch: choose GPU T4 x2")
+
+
+def test_missing_inputs_are_named_with_how_to_get_them(tmp_path, prepared, wheel):
+    keys = {"kernel_sources": ["earlier-kernel", "other/their-kernel"], "dataset_sources": ["other/their-data"]}
+    kernel = built(tmp_path / "kernel", wheel, make=make_training, **keys)
+    with pytest.raises(RehearsalError) as raised:
+        rehearse(*kernel, prepared, 60)
+    said = f"{prepared / 'their-kernel'} for other/their-kernel of its kernel_sources: that kernel's output, or a link to"
+    assert said in str(raised.value)
+    assert f"{prepared / 'their-data'} for other/their-data of its dataset_sources" in str(raised.value)
+    assert "earlier-kernel" not in str(raised.value)
+
+
+def test_what_was_built_must_not_lie_among_the_inputs_too(tmp_path, prepared, wheel):
+    (prepared / "small-test-kernel-wheels").mkdir()
+    with pytest.raises(RehearsalError, match="somebody/small-test-kernel-wheels, which was built and lies in"):
+        rehearse(*built(tmp_path / "kernel", wheel, make=make_training), prepared, 60)
+
+
+def test_a_truth_without_a_submission_is_refused(tmp_path, competition, wheel):
+    with pytest.raises(RehearsalError, match="small-test-kernel submits nothing that the truth could score"):
+        rehearse(*built(tmp_path, wheel, make=make_training), competition / "inputs", 60, competition / "truth")
+
+
+def test_another_kernels_build_is_refused(tmp_path, prepared, wheel):
+    _, out = built(tmp_path / "kernel", wheel, make=make_training)
+    other = read_spec(make_training(tmp_path / "other", title="Other kernel", slug="other-kernel"))
+    with pytest.raises(RehearsalError, match="holds somebody/small-test-kernel, not somebody/other-kernel"):
+        rehearse(other, out, prepared, 60)
+
+
+def test_the_command_line_tells_an_unfinished_training_from_a_failed_one(tmp_path, prepared, wheel, monkeypatch):
+    checkpoint = '(folder / "fold0" / "checkpoints").mkdir(parents=True)'
+    spec = make_training(tmp_path / "kernel", TRAIN, checkpoint, kernel_sources=["earlier-kernel"])
+    monkeypatch.setattr(command_line, "kaggle_wheels", lambda _: [wheel])
+    app = command_line.typer.Typer()
+    app.command()(command_line.main)
+    arguments = [str(spec), "--out", str(tmp_path / "out"), "--rehearse", "--inputs", str(prepared), "--push"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 3, result.output  # and it was not pushed: that would have asked for a token
+    assert "the session ended before the training" in " ".join(result.output.split())
+
+
+def test_a_chain_of_shipped_kernels_is_rehearsed(tmp_path):
+    """10_prepare, then 30_train_study on what it left, with the packages of the image and the wheels that they need."""
+    needed = [name for name in INFERENCE if not name.startswith("ultralytics")]  # of which neither notebook knows
+    wheels = [installed_wheel(tmp_path / "wheels", name) for name in needed]
+    inputs = tmp_path / "inputs"
+    sizes = {"train_studies": 16, "test_studies": 4, "side": 96, "seed": 1, "damaged_test_files": 0, "progress": False}
+    write_competition(inputs, tmp_path / "truth", **sizes)
+    # Where a study model starts from: the network that the backbone's rehearsal trains.
+    network = timm.create_model("test_efficientnet", in_chans=1, num_classes=0)
+    stated = {"family": "findings", "model": "backbone", "image_size": 96, "longest_side": 96, "placement": "letterbox"}
+    stated |= {"classes": ["a"], "mean": [0.0], "std": [1.0], "fold": 0, "recipe": {}, "architecture": {}}
+    weights = {f"backbone.{name}": tensor for name, tensor in network.state_dict().items()}
+    bundle = inputs / "chest-nih-backbone" / "backbone" / "fold0" / "bundle"
+    save_bundle(bundle, weights, stated | {"data_fingerprint": "", "validation": {}})
+    for name in ("siim_prepare", "siim_study"):
+        spec = read_spec(KERNELS / f"{name}.yaml", owner="somebody")
+        build_kernel(spec, tmp_path / name, wheels)
+        result = rehearse(spec, tmp_path / name, inputs, 240, layout="nested")
+        assert result.passed, result
+        result.working.rename(inputs / spec.slug)
+    metrics = json.loads((inputs / "chest-siim-study" / "study" / "metrics.json").read_text())
+    assert [metrics["model"], metrics["folds"]] == ["study", [0]]
+    fold = json.loads((inputs / "chest-siim-study" / "study" / "fold0" / "metrics.json").read_text())
+    # The backbone came whole from the other kernel; the head's two layers are new.
+    assert fold["starting_weights"] == f"backbone/fold0/bundle: {len(weights)} tensors, 4 left random"
+
+
+def test_a_package_at_another_version_than_the_images_is_an_error(tmp_path):
+    there = importlib.metadata.version("pandas")
+    with pytest.raises(StandInError, match=f"pandas {there} .the image has 1.0.0."):
+        stand_in.stand_in(tmp_path / "stand-in", {"pandas": "1.0.0"})
+    assert not (tmp_path / "stand-in").exists()
+
+
+def test_the_stand_in_holds_what_the_image_lists_and_what_its_torch_brings():
+    packages = stand_in.stand_in()
+    found = {path.name.split("-")[0].lower() for path in packages.glob("*.dist-info")}
+    assert {"torch", "pandas", "pydicom", "pip"} <= found
+    assert not found & {"ultralytics", "ensemble_boxes", "pylibjpeg", "imagecodecs", "pebble", "hypothesis", "uv"}
+    brought = {
+        line.split("=")[0].split(">")[0].strip() for line in importlib.metadata.requires("torch") if "extra" not in line
+    }
+    installed = {found.name for found in importlib.metadata.distributions()}
+    assert {name.replace("-", "_") for name in brought & installed} <= found
+
+
+def test_the_command_line_names_the_fault_and_ends_with_2(tmp_path):
+    app = command_line.typer.Typer()
+    app.command()(command_line.main)
+    result = CliRunner().invoke(app, [str(make_submission(tmp_path, titel="x")), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "SpecError" in result.output
+    assert "no field 'titel'" in result.output

@@ -1,0 +1,90 @@
+"""The submissions that are shipped: each builds from its runs, and its plan makes exactly these runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kitlib.fusion.fuse import FusionSettings, read_settings, write_settings
+from kitlib.kernels.build import build_kernel
+from kitlib.kernels.spec import read_spec
+from kitlib.paths import project_root
+from kitlib.plans.plan import Plan, read_plan
+from kitlib.recipes.named import RECIPES, recipe
+from tests.small_kernels import make_run, make_wheel
+
+ROOT = project_root()
+SIIM = sorted((ROOT / "submissions").glob("siim_*.yaml"))
+TRAINING = ("20_pretrain_backbone", "30_train_study", "40_train_detector")
+
+
+def plan_of(path: Path) -> Plan:
+    return read_plan(ROOT / "submissions" / "plans" / path.name)
+
+
+def trained(path: Path) -> dict[str, tuple[str, int, dict]]:
+    """What the submission names -> the model's name and fold and the parameters of the planned run that makes it."""
+    plan, found = plan_of(path), {}
+    for run in read_spec(path, owner="someone").runs:
+        folder = (ROOT / run).parent
+        (planned,) = (each for each in plan.planned.values() if each.folder == folder)
+        default = {"30_train_study": "study", "40_train_detector": "faster_rcnn"}[planned.notebook.stem]
+        fold = int(run.rpartition("fold")[2])
+        assert fold in planned.parameters["folds"]
+        found[run] = planned.parameters.get("model_name", default), fold, planned.parameters
+    return found
+
+
+def test_three_are_shipped_beside_the_demo():
+    assert [path.stem for path in SIIM] == ["siim_heidelberg", "siim_lean", "siim_strong"]
+
+
+@pytest.mark.parametrize("path", SIIM, ids=lambda path: path.stem)
+def test_the_kernel_builds_from_its_runs(path, tmp_path, monkeypatch):
+    names = trained(path)
+    monkeypatch.setenv("KIT_ROOT", str(tmp_path))
+    monkeypatch.delenv("KAGGLE_USERNAME", raising=False)
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    spec = read_spec(path)
+    for run in spec.runs:
+        make_run(tmp_path / run, model=names[run][0], fold=names[run][1])
+    if spec.lungs:
+        make_run(tmp_path / spec.lungs, family="segmenter")
+    write_settings(FusionSettings(box_iou=0.55), tmp_path / spec.fusion)
+    parts = build_kernel(spec, tmp_path / "out", [make_wheel(tmp_path / "wheels", "kit_extra", "1.2", [])])
+    bundles = json.loads((parts["weights"] / "weights.json").read_text())["bundles"]
+    assert len(bundles) == len(spec.runs)
+    assert [entry["fold"] for entry in bundles] == sorted(entry["fold"] for entry in bundles)
+    assert read_settings(parts["weights"] / "fusion.json").box_iou == 0.55
+    assert "share = 0.65" in (parts["kernel"] / f"{spec.slug}.ipynb").read_text()
+
+
+@pytest.mark.parametrize("path", SIIM, ids=lambda path: path.stem)
+def test_its_plan_trains_and_fuses_its_models(path):
+    plan, spec, models = plan_of(path), read_spec(path, owner="someone"), trained(path)
+    assert len({(name, fold) for name, fold, _ in models.values()}) == len(spec.runs)
+    (fuse,) = (run for run in plan.planned.values() if run.notebook.stem == "60_fuse")
+    assert fuse.folder == (ROOT / spec.fusion).parent
+    assert set(fuse.parameters["runs"]) == {str((ROOT / run).parent) for run in spec.runs}
+    # The segmenter that crops the test images is the one whose lungs the models were trained on.
+    cropped = {given["lungs_run"] for _, _, given in models.values() if given.get("lungs_run")}
+    assert cropped == ({str(ROOT / spec.lungs)} if spec.lungs else set())
+
+
+@pytest.mark.parametrize("path", SIIM, ids=lambda path: path.stem)
+def test_its_plan_names_recipes_and_fields_that_there_are(path):
+    for run in plan_of(path).planned.values():
+        if run.notebook.stem in TRAINING:
+            named = run.parameters["recipe"]
+            recipe(named, type(RECIPES[named]), **run.parameters.get("overrides", {}))
+
+
+def test_a_second_round_learns_from_models_that_have_not_met_its_fold():
+    planned = read_plan(ROOT / "submissions" / "plans" / "siim_strong.yaml").planned
+    for name in ("study", "none", "study_b7", "faster_rcnn", "yolo"):
+        for fold in range(5):
+            pseudo = planned[Path(planned[f"{name}-{fold}"].parameters["extra_run"]).name].parameters
+            assert pseudo["folds"] == [fold]
+            assert [Path(run).name for run in pseudo["runs"]] == [
+                f"first_{model}-{fold}" for model in ("study", "faster_rcnn", "yolo")
+            ]

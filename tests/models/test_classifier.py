@@ -1,0 +1,367 @@
+"""The head's size, freezing, probabilities, the loss, and that any kind of backbone fits."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from kitlib.models.classifier import (
+    FindingsClassifier,
+    StudyClassifier,
+    check_classes,
+    head,
+    load,
+    probabilities,
+    study_loss,
+)
+from kitlib.recipes.fields import FindingsRecipe, StudyRecipe
+from kitlib.settings import override
+from tests.small_xrays import RECIPE
+
+
+def size(module):
+    return sum(each.numel() for each in module.parameters())
+
+
+def test_the_heads_have_the_published_sizes():
+    # Published by the Heidelberg project: 2048-1024-ReLU-15 of the NIH backbone, 2048-1024-ReLU-4 of the study model
+    assert size(head(2048, 1024, 0.5, outputs=15)) == 2_113_551
+    assert size(head(2048, 1024, 0.5, outputs=4)) == 2_102_276
+    # The kit's fifth output, none, adds a row of weights and a bias.
+    assert size(head(2048, 1024, 0.5)) == 2_102_276 + 1025
+
+
+def test_the_head_starts_with_xaviers_weights():
+    # Glorot and Bengio 2010, eq. 16: uniform within sqrt(6 / (inputs + outputs)), of variance 2 / (inputs + outputs)
+    torch.manual_seed(0)
+    made = head(300, 200, 0.5)
+    for layer in (made[0], made[3]):
+        spread = 6 / sum(layer.weight.shape)
+        assert layer.weight.abs().max() <= spread**0.5 and not layer.bias.any()
+        assert layer.weight.var().item() == pytest.approx(spread / 3, rel=0.1)
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 8))
+def test_the_heads_size_in_closed_form(features, hidden, outputs):
+    assert size(head(features, hidden, 0.0, outputs)) == (features + 1) * hidden + (hidden + 1) * outputs
+
+
+def test_a_head_without_hidden_units_is_dropout_and_one_layer():
+    plain = head(2208, 0, 0.25, outputs=4)
+    assert [type(layer).__name__ for layer in plain] == ["Dropout", "Linear"] and plain[0].p == 0.25
+    assert size(plain) == 2209 * 4
+
+
+def test_the_heidelberg_backbone_gives_the_head_2048_features():
+    with torch.device("meta"):
+        model = StudyClassifier(StudyRecipe())
+    assert size(model.head) == 2049 * 1024 + 1025 * 5
+    # torchvision's resnext101_32x8d has 88,791,336, its last layer 2049 * 1000; one colour instead of three at the stem
+    assert size(model.backbone) == 88_791_336 - 2049 * 1000 - 64 * 2 * 7 * 7
+    with torch.device("meta"):
+        colours = StudyClassifier(override(StudyRecipe(), channels=3))
+    assert size(colours.backbone) + 2049 * 1000 == 88_791_336
+
+
+# A residual net, a ConvNeXt, an EfficientNet whose head is wider than its features, a transformer built for one side.
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_convnext", "mobilenetv3_small_050", "test_vit"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_backbone_gives_five_logits(backbone, channels):
+    model = StudyClassifier(override(RECIPE, backbone=backbone, channels=channels, image_size=64)).eval()
+    x = model.normalise(torch.zeros(2, 64, 64, dtype=torch.uint8))
+    assert x.shape == (2, channels, 64, 64)
+    assert model(x).shape == (2, 5)
+
+
+def test_an_unknown_backbone_is_named_with_its_neighbours():
+    with pytest.raises(ValueError, match=r"no backbone 'resnet19'.*resnet18"):
+        StudyClassifier(override(RECIPE, backbone="resnet19"))
+
+
+def test_grey_is_normalised_by_the_mean_over_the_colours():
+    model = StudyClassifier(override(RECIPE, backbone="resnet18"))
+    # ImageNet: 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225
+    assert model.mean == pytest.approx([0.449]) and model.std == pytest.approx([0.226])
+    assert model.normalise(torch.full((1, 32, 32), 255, dtype=torch.uint8))[0, 0, 0, 0] == pytest.approx(0.551 / 0.226)
+
+
+def test_a_half_is_taken_of_pixels_where_the_recipe_says_so():
+    model = StudyClassifier(override(RECIPE, normalisation="half", channels=3))
+    assert model.mean == model.std == [0.5] * 3
+    x = model.normalise(torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 3).expand(1, 32, 3))
+    # (0 - 1/2) / (1/2), (1/5 - 1/2) / (1/2), (1 - 1/2) / (1/2), alike in the three channels
+    assert torch.allclose(x[0, :, 5], torch.tensor([-1.0, -0.6, 1.0]).expand(3, 3))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_means_batch_norm_statistics_too(frozen):
+    assert parts_changed_by_a_step(override(RECIPE, frozen_backbone=frozen)) == (
+        {"head"} if frozen else {"backbone", "head"}
+    )
+
+
+def test_statistics_of_a_frozen_backbone_may_run_on_as_heidelbergs_did():
+    torch.manual_seed(0)
+    model = StudyClassifier(override(RECIPE, frozen_backbone=True, frozen_statistics=False))
+    changed = changed_by_a_step(model)
+    running = {name for name in model.state_dict() if "running_" in name or "num_batches" in name}
+    assert running and {name for name in changed if name.startswith("backbone")} == running
+
+
+def changed_by_a_step(model):
+    """Names of tensors that one step of training changes."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    pixels = torch.randint(0, 256, (4, 32, 32), dtype=torch.uint8)
+    study_loss(model(model.normalise(pixels)), torch.eye(4), torch.zeros(4), 0.5).backward()
+    optimizer.step()
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def parts_changed_by_a_step(recipe, epoch=0):
+    """Of the head and the stages of test_resnet, those whose weights or statistics one step of that epoch changes."""
+    torch.manual_seed(0)
+    model = StudyClassifier(recipe).train()
+    model.unfreeze(epoch)
+    parts = set()
+    for name in changed_by_a_step(model):
+        owner, _, rest = name.partition(".")
+        layered = recipe.unfreeze_every and owner == "backbone"
+        parts.add((rest.partition(".")[0] if rest.startswith("layer") else "stem") if layered else owner)
+    return parts
+
+
+def test_stages_are_given_free_the_last_first():
+    recipe = override(RECIPE, frozen_backbone=True, unfreeze_every=2)
+    stages = ["layer4", "layer3", "layer2", "layer1", "stem"]
+    for epoch in (0, 1, 2, 3, 4, 6, 8, 10, 90):
+        expected = {"head", *stages[: epoch // 2]}
+        assert parts_changed_by_a_step(recipe, epoch) == expected, epoch
+
+
+@pytest.mark.parametrize(
+    ("backbone", "last_first"),
+    [
+        ("resnet152", ["layer4", "layer3", "layer2", "layer1", "conv1 bn1"]),
+        (
+            "densenet201",
+            ["features.denseblock4 features.norm5"]
+            + [f"features.denseblock{number} features.transition{number}" for number in (3, 2, 1)]
+            + ["features.conv0 features.norm0"],
+        ),
+        # Its two large layers, then one convolution after the other.
+        ("vgg19", ["pre_logits", "features.34", "features.32", "features.30", "features.28", "features.25"]),
+    ],
+)
+def test_what_learns_after_each_unfreezing_is_exactly_the_last_stages(backbone, last_first):
+    recipe = FindingsRecipe(backbone=backbone, frozen_backbone=True, unfreeze_every=5, multi_label=False)
+    with torch.device("meta"):
+        model = FindingsClassifier(recipe, ["normal", "pneumonia", "COVID-19"])
+    for epoch in (0, 4, 5, 9, 10, 15, 20, 25):
+        model.unfreeze(epoch)
+        starts = tuple(f"{part}." for stage in last_first[: epoch // 5] for part in stage.split())
+        learning = {name for name, each in model.backbone.named_parameters() if each.requires_grad}
+        expected = {name for name, _ in model.backbone.named_parameters() if name.startswith(starts)}
+        assert learning == expected, epoch
+        assert all(each.requires_grad for each in model.head.parameters())
+
+
+def test_statistics_of_thawed_stages_stay_where_the_recipe_keeps_them():
+    torch.manual_seed(0)
+    recipe = override(RECIPE, frozen_backbone=True, unfreeze_every=1, thawed_statistics=False)
+    model = StudyClassifier(recipe).train()
+    for epoch in (2, 5):  # two of the five stages, all of them
+        model.unfreeze(epoch)
+        changed = changed_by_a_step(model)
+        assert not any("running_" in name or "num_batches" in name for name in changed)
+        stages = {name.split(".")[1] for name in changed if name.startswith("backbone.layer")}
+        assert stages == ({"layer4", "layer3"} if epoch == 2 else {"layer4", "layer3", "layer2", "layer1"})
+        # The norms' weights learn all the same.
+        assert "backbone.layer4.0.bn2.weight" in changed
+        dropout = [module for module in model.head if isinstance(module, torch.nn.Dropout)]
+        assert dropout[0].training
+
+
+@pytest.mark.parametrize(
+    "backbone", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit", "densenet121", "vgg11_bn"]
+)
+def test_stages_hold_each_parameter_once_in_the_networks_order(backbone):
+    with torch.device("meta"):
+        model = StudyClassifier(override(RECIPE, backbone=backbone, image_size=64))
+    names = [name for name, _ in model.backbone.named_parameters()]
+    assert sorted(name for stage in model.stages for name in stage) == sorted(names)
+    # A stage of norms alone would be an unfreezing of next to nothing.
+    assert all(any(model.backbone.get_parameter(name).ndim > 1 for name in stage) for stage in model.stages)
+    assert names[0] in model.stages[0] and len(model.stages) >= 5
+
+
+def test_what_is_given_free_learns_at_its_own_rate():
+    frozen = override(RECIPE, frozen_backbone=True)
+    assert StudyClassifier(override(frozen, unfreeze_every=1, unfrozen_rate=0.2)).rates() == {"backbone.": 0.2}
+    assert StudyClassifier(frozen).rates() == StudyClassifier(RECIPE).rates() == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unfreeze_every": 1}, "unfreeze_every is 1, but nothing is frozen: set frozen_backbone=True"),
+        ({"thawed_statistics": False}, "thawed_statistics is False, but no statistics are frozen first"),
+        ({"hidden": -1}, "hidden is -1, wanted at least 0"),
+        ({"mixup": -0.1}, "mixup is -0.1, wanted at least 0"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0, wanted at least 0 and below 1"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        StudyClassifier(override(RECIPE, **changes))
+
+
+EXCLUSIVE = FindingsRecipe(backbone="test_resnet", channels=1, image_size=32, hidden=0, multi_label=False)
+COVID = ["COVID-19", "not COVID-19"]
+
+
+def test_one_logit_is_the_softmax_of_it_and_nothing():
+    torch.manual_seed(0)
+    model = FindingsClassifier(override(EXCLUSIVE, one_logit=True), COVID).eval()
+    logits = model(model.normalise(torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)))
+    assert logits.shape == (3, 1) and model.head[-1].out_features == 1 and model.answers == 2
+    found = model.probabilities(logits)
+    assert torch.allclose(found[:, 0], logits[:, 0].sigmoid()) and torch.allclose(found.sum(dim=1), torch.ones(3))
+    assert torch.allclose(found, torch.stack([logits[:, 0], torch.zeros(3)], dim=1).softmax(dim=1))
+    # The cross entropy over both is the binary one of the first class.
+    label = torch.eye(2)[[0, 1, 0]]
+    binary = functional.binary_cross_entropy_with_logits(logits[:, 0], label[:, 0])
+    assert torch.allclose(functional.cross_entropy(model.class_logits(logits), label), binary)
+
+
+@pytest.mark.parametrize(
+    ("changes", "classes", "message"),
+    [
+        ({"one_logit": True}, ["a", "b", "c"], "one_logit answers 2 classes, and there are 3: a, b, c; set it to False"),
+        (
+            {"one_logit": True, "class_weights": True, "multi_label": True},
+            COVID,
+            "one_logit=True and class_weights=True: only for classes of which exactly one is true; set multi_label=False",
+        ),
+        ({"judged_by": "macro_f1", "multi_label": True}, COVID, "judged_by='macro_f1': only for classes"),
+        ({"auxiliary": 0.4}, COVID, "auxiliary is 0.4, the weight of .* an inception_v3 that learns, not of test_resnet"),
+        ({"auxiliary": 0.4, "backbone": "inception_v3", "frozen_backbone": True}, COVID, "not of a frozen inception_v3"),
+    ],
+)
+def test_settings_that_do_not_go_with_the_classes_are_refused(changes, classes, message):
+    with pytest.raises(ValueError, match=message):
+        check_classes(override(EXCLUSIVE, **changes), classes)
+
+
+def test_inceptions_auxiliary_head_answers_the_same_classes_and_prediction_does_not_compute_it():
+    torch.manual_seed(0)
+    recipe = override(EXCLUSIVE, backbone="inception_v3", channels=3, image_size=299, auxiliary=0.4)
+    model = FindingsClassifier(recipe, ["a", "b", "c"]).eval()
+    x = model.normalise(torch.randint(0, 256, (1, 299, 299), dtype=torch.uint8))
+    with torch.inference_mode():
+        logits, beside = model.with_auxiliary(x)
+        assert logits.shape == beside.shape == (1, 3) and not torch.allclose(logits, beside)
+        model.backbone.AuxLogits.register_forward_hook(lambda *_: pytest.fail("the auxiliary head was computed"))
+        assert torch.allclose(model(x), logits, atol=1e-5)
+    assert size(model.backbone.AuxLogits) == 27_161_264 - 23_834_568 - 769 * (1000 - 3)  # timm's with and without it
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit", "squeezenet1_1"])
+def test_the_mask_comes_beside_the_same_logits_and_prediction_does_not_compute_it(backbone):
+    torch.manual_seed(0)
+    recipe = override(RECIPE, backbone=backbone, image_size=64, segmentation=1.0)
+    model = StudyClassifier(recipe).eval()
+    x = model.normalise(torch.randint(0, 256, (2, 64, 64), dtype=torch.uint8))
+    logits, mask = model.with_mask(x)
+    stride = 16 if backbone == "test_vit" else 8  # a vision transformer has but one size of map
+    assert mask.shape == (2, 64 // stride, 64 // stride) and model.mask_decoder.stride == stride
+    model.mask_decoder.register_forward_hook(lambda *_: pytest.fail("the decoder was computed"))
+    assert torch.allclose(model(x), logits, atol=1e-5)
+
+
+def test_segmentation_names_what_it_cannot_work_with():
+    with pytest.raises(ValueError, match=r"image_size is 44.*multiple of 8, such as 40"):
+        StudyClassifier(override(RECIPE, image_size=44, segmentation=1.0))
+    with pytest.raises(ValueError, match=r"maps inside the backbone.*segmentation=0"), torch.device("meta"):
+        StudyClassifier(override(RECIPE, backbone="densenet121", segmentation=1.0))
+
+
+def test_a_model_answers_what_it_has_learnt():
+    logits = torch.randn(3, 5)
+    both = StudyClassifier(RECIPE).probabilities(logits)
+    assert torch.equal(both, probabilities(logits))
+    study = StudyClassifier(override(RECIPE, outputs="study")).probabilities(logits)
+    none = StudyClassifier(override(RECIPE, outputs="none")).probabilities(logits)
+    assert torch.equal(study[:, :4], both[:, :4]) and study[:, 4].isnan().all()
+    assert torch.equal(none[:, 4], both[:, 4]) and none[:, :4].isnan().all()
+    with pytest.raises(ValueError, match="outputs is 'all'; there are: study, none, both"):
+        StudyClassifier(override(RECIPE, outputs="all"))
+
+
+@settings(max_examples=50)
+@given(st.lists(st.lists(st.floats(-50, 50), min_size=5, max_size=5), min_size=1, max_size=4))
+def test_four_classes_sum_to_one_and_none_stands_alone(rows):
+    found = probabilities(torch.tensor(rows)).numpy()
+    assert found[:, :4].sum(axis=1) == pytest.approx(np.ones(len(rows)), abs=1e-5)
+    assert found[:, 4] == pytest.approx(1 / (1 + np.exp(-np.array(rows)[:, 4])), abs=1e-6)
+
+
+def test_the_loss_is_its_formula():
+    logits = torch.tensor([[2.0, 0, 0, 0, 1], [0, 1, 0, 3, -2]])
+    study, none = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0.5, 0.5]]), torch.tensor([1.0, 0])
+    x = logits.numpy().astype(float)
+    log_p = x[:, :4] - np.log(np.exp(x[:, :4]).sum(axis=1, keepdims=True))
+    entropy = -(study.numpy() * log_p).sum(axis=1).mean()
+    binary = (np.log1p(np.exp(-1)) + np.log1p(np.exp(-2))) / 2
+    assert study_loss(logits, study, none, 0.3).item() == pytest.approx(entropy + 0.3 * binary, abs=1e-6)
+
+
+def test_the_loss_of_one_output_is_its_part_of_the_formula():
+    torch.manual_seed(0)
+    logits, study, none = torch.randn(3, 5), torch.eye(4)[:3], torch.tensor([1.0, 0, 1])
+    parts = [study_loss(logits, study, none, 0.3, outputs).item() for outputs in ("study", "none")]
+    assert study_loss(logits, study, none, 0.3).item() == pytest.approx(parts[0] + 0.3 * parts[1], abs=1e-6)
+
+
+def test_smoothing_spreads_a_share_of_the_truth_evenly():
+    torch.manual_seed(0)
+    logits, study, none = torch.randn(3, 5), torch.eye(4)[:3], torch.tensor([1.0, 0, 0.5])
+    # 0.2 of the truth: 0.05 for each of four classes, and none becomes 0.9, 0.1 and stays at 0.5.
+    by_hand = study_loss(logits, study * 0.8 + 0.05, torch.tensor([0.9, 0.1, 0.5]), 0.5)
+    assert study_loss(logits, study, none, 0.5, smoothing=0.2).item() == pytest.approx(by_hand.item(), abs=1e-6)
+
+
+def test_unknown_labels_do_not_count():
+    torch.manual_seed(1)
+    logits = torch.randn(3, 5, requires_grad=True)
+    study = torch.tensor([[0, 1.0, 0, 0], [torch.nan] * 4, [1.0, 0, 0, 0]])
+    none = torch.tensor([torch.nan, 1.0, 0.0])
+    loss = study_loss(logits, study, none, 0.5)
+    known = study_loss(logits[[0, 2]], study[[0, 2]], torch.full((2,), torch.nan), 0.5)
+    told = study_loss(logits[1:], torch.full((2, 4), torch.nan), none[1:], 0.5)
+    assert loss.item() == pytest.approx((known + told).item(), abs=1e-6)
+    loss.backward()
+    assert logits.grad[0, 4] == 0 and (logits.grad[1, :4] == 0).all()
+
+
+def test_a_batch_without_any_label_costs_nothing_and_still_has_gradients():
+    logits = torch.randn(2, 5, requires_grad=True)
+    loss = study_loss(logits, torch.full((2, 4), torch.nan), torch.full((2,), torch.nan), 0.5)
+    loss.backward()
+    assert loss.item() == 0 and (logits.grad == 0).all()
+
+
+def test_a_loaded_model_needs_no_starting_weights_and_all_of_its_own():
+    recipe = override(RECIPE, starting_weights="/gone/imagenet.safetensors")
+    weights = StudyClassifier(recipe).state_dict()
+    record = {
+        "family": "study",
+        "recipe": {"backbone": "test_resnet", "image_size": 32, "hidden": 16, "starting_weights": "/gone"},
+    }
+    model = load(record, weights, torch.device("cpu"))
+    assert not model.training
+    del weights["head.3.bias"]
+    with pytest.raises(RuntimeError, match=r"head\.3\.bias"):
+        load(record, weights, torch.device("cpu"))

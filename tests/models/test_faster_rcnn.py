@@ -1,0 +1,231 @@
+"""What the network is shown, what it returns, and where its weights may come from."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from kitlib.bundle import BundleError
+from kitlib.models.classifier import FindingsClassifier, StudyClassifier
+from kitlib.models.faster_rcnn import FasterRCNNDetector, load
+from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe, StudyRecipe
+from kitlib.recipes.named import recipe
+from kitlib.settings import override
+
+RECIPE = DetectorRecipe(
+    backbone="test_resnet", image_size=64, fpn_channels=16, box_hidden=16, proposals=20, box_samples=16, max_detections=7
+)
+NOISE = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def detector():
+    torch.manual_seed(0)
+    return FasterRCNNDetector(RECIPE).eval()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("side", "channels"), [(64, 1), (160, 3), (1024, 1), (100, 1)])
+def test_the_network_sees_the_canvas_normalised_once_and_at_its_own_size(side, channels, training):
+    detector = FasterRCNNDetector(override(RECIPE, backbone="test_efficientnet", image_size=side, channels=channels))
+    canvas = torch.randint(0, 256, (1, side, side), dtype=torch.uint8)
+    images, _ = detector.model.transform.train(training)(detector._images(canvas, side))
+    assert images.image_sizes == [(side, side)]
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's, timm's configuration
+    if channels == 1:
+        mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
+    expected = (canvas[:, None] / 255 - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(images.tensors[..., :side, :side], expected, rtol=0, atol=1e-5)
+    padding = images.tensors.shape[-1] - side
+    assert padding == (-side) % 32 and not images.tensors[..., side:].any()  # to the right and below: no coordinate moves
+
+
+@pytest.mark.parametrize(("side", "strides"), [(64, [4]), (128, [4, 8]), (512, [4, 8, 16, 32]), (1024, [4, 8, 16, 32, 64])])
+def test_a_canvas_uses_the_maps_whose_anchors_it_holds(side, strides):
+    model = FasterRCNNDetector(override(RECIPE, image_size=side)).model
+    # A map's largest square anchor is 8 strides wide, which is half of the canvas on the last map of these sizes.
+    squares = [max(sizes) for sizes in model.rpn.anchor_generator.sizes]
+    assert squares == [8 * stride for stride in strides] and squares[-1] == side / 2
+    features = model.backbone(torch.zeros(1, 1, side, side))
+    assert [side // each.shape[-1] for each in features.values()] == strides
+
+
+def test_predictions_are_boxes_of_the_canvas_best_first_and_limited(detector):
+    found = detector.predict(NOISE)
+    assert len(found) == 3
+    for boxes in found:
+        assert boxes.shape == (7, 5)  # an untrained network is sure of nothing, and every proposal passes 0.001
+        assert (boxes[:, :4] >= 0).all() and (boxes[:, :4] <= 64).all() and (boxes[:, :2] < boxes[:, 2:4]).all()
+        assert (np.diff(boxes[:, 4]) <= 0).all() and (boxes[:, 4] >= 0.001).all() and (boxes[:, 4] <= 1).all()
+
+
+def test_a_score_threshold_drops_what_is_below(detector):
+    scores = np.concatenate([boxes[:, 4] for boxes in detector.predict(NOISE)])
+    torch.manual_seed(0)
+    strict = FasterRCNNDetector(override(RECIPE, min_score=float(np.median(scores)))).eval()
+    kept = np.concatenate([boxes[:, 4] for boxes in strict.predict(NOISE)])
+    assert sorted(kept) == sorted(scores[scores > np.median(scores)])
+
+
+def test_images_without_boxes_train_the_background():
+    torch.manual_seed(0)
+    detector = FasterRCNNDetector(RECIPE).train()
+    losses = detector.losses(NOISE, [torch.zeros(0, 4)] * 3)
+    assert losses["loss_box_reg"] == losses["loss_rpn_box_reg"] == 0  # no box to be placed
+    sum(losses.values()).backward()
+    # Descending lowers the score of foreground: the gradient of its bias is positive, of the background's negative.
+    background, opacity = detector.model.roi_heads.box_predictor.cls_score.bias.grad
+    assert opacity > 0 > background
+
+
+def test_a_canvas_of_another_size_or_type_is_refused(detector):
+    with pytest.raises(ValueError, match=r"uint8 canvases \(n, 64, 64\), got torch.uint8 \(1, 64, 32\)"):
+        detector.predict(torch.zeros(1, 64, 32, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"got torch\.float32"):
+        detector.predict(torch.zeros(1, 64, 64))
+
+
+def test_a_bundle_s_weights_predict_alike_and_nothing_else_is_read(detector):
+    record = {"recipe": {**vars(RECIPE), "starting_weights": "/gone/weights.safetensors"}}
+    loaded = load(record, detector.state_dict(), torch.device("cpu"))
+    for boxes, again in zip(detector.predict(NOISE), loaded.predict(NOISE), strict=True):
+        np.testing.assert_allclose(again, boxes, rtol=1e-4, atol=1e-3)  # another memory order adds up in another order
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load(record, {}, torch.device("cpu"))
+
+
+def test_backbones_that_cannot_serve_are_named():
+    with pytest.raises(ValueError, match=r"strides \[16, 16, 16\].*needs 4, 8 and 16"):
+        FasterRCNNDetector(override(RECIPE, backbone="test_vit"))
+    with pytest.raises(ValueError, match=r"no backbone 'resnet19'; near: .*resnet18"):
+        FasterRCNNDetector(override(RECIPE, backbone="resnet19"))
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_convnext"])  # timm renames the latter's stages for features
+def test_starting_weights_come_from_timm_s_file_or_a_study_classifier(tmp_path, backbone):
+    study = StudyClassifier(StudyRecipe(backbone=backbone, image_size=64, channels=3, hidden=8)).eval()
+    save_file(study.state_dict(), tmp_path / "study.safetensors")
+    save_file(study.backbone.state_dict(), tmp_path / "timm.safetensors")
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    expected = study.backbone.forward_features(x)
+    for name in ("study", "timm"):
+        recipe = override(RECIPE, backbone=backbone, channels=3, starting_weights=str(tmp_path / f"{name}.safetensors"))
+        found = FasterRCNNDetector(recipe).eval().model.backbone.body(x)[-1]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_grey_network_sums_the_first_convolution(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=0)
+    save_file(model.state_dict(), tmp_path / "timm.safetensors")
+    grey = FasterRCNNDetector(override(RECIPE, starting_weights=str(tmp_path / "timm.safetensors")))
+    first = next(iter(grey.model.backbone.body.parameters()))
+    torch.testing.assert_close(first, next(iter(model.parameters())).sum(dim=1, keepdim=True))
+
+
+def test_weights_of_another_backbone_are_refused(tmp_path):
+    save_file(timm.create_model("test_efficientnet", num_classes=0).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(BundleError, match=r"other.safetensors lacks \d+ of the \d+ tensors of 'test_resnet'"):
+        FasterRCNNDetector(override(RECIPE, starting_weights=str(tmp_path / "other.safetensors")))
+
+
+def test_a_larger_canvas_at_prediction_reaches_the_backbone_as_it_is():
+    # The Heidelberg code asked for 1,024 pixels at inference, and torchvision resized them back to 512.
+    detector = FasterRCNNDetector(override(RECIPE, image_size=64, inference_size=128))
+    seen = []
+    detector.model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    detector.train().losses(NOISE, [torch.tensor([[8.0, 8, 40, 40]])] * 3)
+    found = detector.predict(torch.randint(0, 256, (1, 128, 128), dtype=torch.uint8))[0]
+    assert seen == [(3, 1, 64, 64), (1, 1, 128, 128)]
+    assert found[:, :4].max() > 64
+    with pytest.raises(ValueError, match=r"canvases \(n, 128, 128\)"):
+        detector.predict(NOISE)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_squeezenet_s_maps_have_a_cell_a_stride(channels):
+    detector = FasterRCNNDetector(override(RECIPE, backbone="squeezenet1_1", image_size=512, channels=channels))
+    maps = detector.model.backbone(torch.zeros(1, channels, 512, 512))
+    # Strides 4, 8 and 16 of the backbone, 32 pooled: 512 / stride cells, so that torchvision places anchors right.
+    assert [each.shape[-1] for each in maps.values()] == [128, 64, 32, 16]
+    assert detector.model.backbone.strides == [4, 8, 16, 32]
+
+
+def test_squeezenet_s_cells_lie_where_the_picture_is():
+    # What cell (4, 4) of stride 16 sees of the picture is centred on that cell's middle, 4 * 16 + 8.
+    pyramid = FasterRCNNDetector(override(RECIPE, backbone="squeezenet1_1", image_size=256)).model.backbone.eval()
+    for part in pyramid.body.modules():
+        if isinstance(part, torch.nn.Conv2d):
+            torch.nn.init.ones_(part.weight)
+            torch.nn.init.zeros_(part.bias)
+    pixels = torch.rand(1, 1, 256, 256, requires_grad=True)
+    features = pyramid.body(torch.nn.functional.pad(pixels, (pyramid.padding, 0) * 2))[-1]
+    features[0, 0, 4, 4].backward()
+    rows = torch.nonzero(pixels.grad[0, 0].sum(dim=1))
+    assert abs((rows.min() + rows.max() + 1).item() / 2 - (4 * 16 + 8)) <= 12
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_findings_bundle_starts_a_detector(tmp_path, channels):
+    grey = FindingsClassifier(
+        FindingsRecipe(backbone="squeezenet1_1", channels=1, image_size=64, hidden=8), ["Mass", "Edema"]
+    ).eval()
+    save_file(grey.state_dict(), tmp_path / "findings.safetensors")
+    chosen = override(
+        RECIPE, backbone="squeezenet1_1", channels=channels, starting_weights=str(tmp_path / "findings.safetensors")
+    )
+    detector = FasterRCNNDetector(chosen).eval()
+    assert "50 tensors of the backbone; pyramid and heads left random" in detector.starting_weights
+    x = torch.rand(1, 1, 80, 80)
+    expected = grey.backbone.forward_features(x)
+    found = detector.model.backbone.body(x.expand(-1, channels, -1, -1))[-1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_trained_detector_starts_another_with_all_it_has(detector, tmp_path):
+    save_file({name: value.contiguous() for name, value in detector.state_dict().items()}, tmp_path / "rsna.safetensors")
+    started = FasterRCNNDetector(override(RECIPE, starting_weights=str(tmp_path / "rsna.safetensors")))
+    assert all(torch.equal(started.state_dict()[name], value) for name, value in detector.state_dict().items())
+    assert started.starting_weights.endswith(f"{len(detector.state_dict())} tensors, 0 left random")
+
+
+def test_the_ciou_loss_is_that_of_the_decoded_boxes():
+    torch.manual_seed(0)
+    plain, complete = FasterRCNNDetector(RECIPE), FasterRCNNDetector(override(RECIPE, box_loss="ciou"))
+    # Offsets of nought: what is found is the proposal itself.
+    torch.nn.init.zeros_(plain.model.roi_heads.box_predictor.bbox_pred.weight)
+    torch.nn.init.zeros_(plain.model.roi_heads.box_predictor.bbox_pred.bias)
+    complete.load_state_dict(plain.state_dict())
+    losses = []
+    for heads in (plain.train().model.roi_heads, complete.train().model.roi_heads):
+        # The true box is as wide as the region and half as high; a second region is background.
+        regions, offsets = torch.tensor([[8.0, 8, 28, 28], [40, 40, 60, 60]]), torch.zeros(2, 4)
+        offsets[0] = heads.box_coder.encode_single(torch.tensor([[8.0, 8, 28, 18]]), regions[:1])
+        heads.select_training_samples = lambda *_, given=(regions, offsets): (
+            [given[0]], None, [torch.tensor([1, 0])], [given[1]]
+        )  # fmt: skip
+        losses.append(heads({"0": torch.rand(1, 16, 16, 16, generator=torch.Generator().manual_seed(1))}, [], [(64, 64)])[1])
+    # Zheng et al. 2020: IoU 1/2; centres 5 apart in a hull of 20 x 20; v = 4 / pi^2 (atan 2 - atan 1)^2, weighted by
+    # v / (1 - IoU + v). Over both regions.
+    v = 4 / np.pi**2 * (np.arctan(2) - np.arctan(1)) ** 2
+    expected = (0.5 + 25 / 800 + v**2 / (0.5 + v)) / 2
+    assert losses[1]["loss_box_reg"].item() == pytest.approx(expected, abs=1e-5)
+    assert losses[1]["loss_classifier"].item() == pytest.approx(losses[0]["loss_classifier"].item(), rel=1e-5)
+    assert losses[0]["loss_box_reg"].item() != pytest.approx(expected, abs=1e-2)
+    with pytest.raises(ValueError, match="Faster R-CNN has: smooth_l1, ciou"):
+        FasterRCNNDetector(override(RECIPE, box_loss="giou"))
+
+
+def test_the_published_network_has_its_parameters():
+    with torch.device("meta"):
+        detector = FasterRCNNDetector(override(recipe("heidelberg_faster_rcnn", DetectorRecipe), channels=3))
+    parts = {name: sum(each.numel() for each in part.parameters()) for name, part in detector.model.named_children()}
+    body = sum(each.numel() for each in detector.model.backbone.body.parameters())
+    # resnext101_32x8d without its classifier: 88,791,336 - 2,049,000. The pyramid: 1x1 convolutions of 256, 512, 1024 and
+    # 2048 channels to 256 and four 3x3 ones, with biases. Two layers of 1,024 on 256 x 7 x 7, then 2 scores and 8 offsets.
+    assert body == 88_791_336 - 2_049_000
+    assert parts["backbone"] - body == (256 + 512 + 1024 + 2048) * 256 + 4 * 256 + 4 * (256 * 256 * 9 + 256)
+    assert parts["roi_heads"] == (256 * 49 + 1) * 1024 + 1025 * 1024 + 1025 * 2 + 1025 * 8

@@ -1,0 +1,139 @@
+"""Batched patches against the loop of patch after patch, memory, the score that the recipe names, and refusals."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from kitlib.models.classifier import FindingsClassifier
+from kitlib.models.patch_classifier import PatchClassifier, load
+from kitlib.models.patches import mean_softmax, places
+from kitlib.recipes.fields import PatchRecipe
+from kitlib.settings import override
+
+RECIPE = PatchRecipe(backbone="test_resnet", channels=1, canvas=64, image_size=32, patches=7)
+CLASSES = ("COVID-19", "viral", "bacterial", "normal")
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    made = PatchClassifier(override(RECIPE, **changes), CLASSES)
+    # Random weights answer all patches nearly alike; these differ.
+    made.head[-1].weight.data *= 30
+    return made.eval()
+
+
+def drawn(images=3):
+    """Canvases of noise of their own brightness, and unlike numbers of centres, some of them at the border."""
+    rng = np.random.default_rng(1)
+    canvases = np.stack([rng.integers(0, 60 * image + 70, (64, 64)) for image in range(images)]).astype(np.uint8)
+    where = places([rng.integers(0, 64, (count, 2)) for count in (7, 1, 5)[:images]])
+    where[0, 1:] = torch.tensor([0, 63])
+    return torch.from_numpy(canvases), where
+
+
+def one_after_another(network, canvases, where):
+    """The published way: cut one patch out of a padded image, normalise it, compute it, and so on."""
+    found = []
+    for image, row, column in where.tolist():
+        padded = np.pad(canvases[image].numpy(), 16)
+        patch = torch.from_numpy(padded[row : row + 32, column : column + 32].copy())[None]
+        found.append(network.probabilities(network(network.normalise(patch))))
+    return torch.cat(found)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet"])
+def test_batched_patches_answer_as_one_after_another(backbone, chunk):
+    network, (canvases, where) = model(backbone=backbone), drawn()
+    network.chunk = chunk
+    alone = one_after_another(network, canvases, where)
+    assert alone.std(dim=0).max() > 0.01  # patches tell apart, or equality would say nothing
+    together = network.probabilities(network.patch_logits(canvases, where))
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    means = override(RECIPE, patch_score="mean_softmax")
+    network.recipe = dataclasses.replace(means, backbone=backbone)
+    expected = torch.stack([alone[where[:, 0] == image].double().mean(dim=0) for image in range(3)])
+    torch.testing.assert_close(network.image_probabilities(canvases, where), expected, atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_votes_are_those_of_the_single_patches():
+    network, (canvases, where) = model(), drawn()
+    assert network.recipe.patch_score == "votes"
+    named = one_after_another(network, canvases, where).argmax(dim=1).numpy()
+    expected = [np.bincount(named[where[:, 0].numpy() == image], minlength=4) / (7, 1, 5)[image] for image in range(3)]
+    np.testing.assert_allclose(network.image_probabilities(canvases, where), expected, atol=1e-12)
+
+
+@torch.inference_mode()
+def test_an_image_answers_alike_in_any_company():
+    network, (canvases, where) = model(patch_score="mean_softmax"), drawn()
+    together = network.image_probabilities(canvases, where)
+    for image in range(3):
+        own = where[where[:, 0] == image] * torch.tensor([0, 1, 1])
+        torch.testing.assert_close(
+            network.image_probabilities(canvases[[image]], own)[0], together[image], atol=1e-6, rtol=0
+        )
+
+
+@torch.inference_mode()
+def test_two_classes_may_have_one_logit():
+    torch.manual_seed(0)
+    network = PatchClassifier(override(RECIPE, one_logit=True, patch_score="mean_softmax"), CLASSES[:2]).eval()
+    canvases, where = drawn()
+    logits = network.patch_logits(canvases, where)
+    assert logits.shape == (13, 1)
+    expected = mean_softmax(torch.cat([logits.sigmoid(), 1 - logits.sigmoid()], dim=1), where[:, 0], 3)
+    torch.testing.assert_close(network.image_probabilities(canvases, where), expected, atol=1e-6, rtol=0)
+
+
+@torch.inference_mode()
+def test_patches_are_fewer_at_a_time_where_memory_is_small(monkeypatch):
+    network, (canvases, where), seen = model(), drawn(), []
+    whole, forward = network.image_probabilities(canvases, where), FindingsClassifier.forward
+
+    def small(self, x):
+        seen.append(len(x))
+        if len(x) > 3:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return forward(self, x)
+
+    monkeypatch.setattr(FindingsClassifier, "forward", small)
+    network.chunk = 13
+    torch.testing.assert_close(network.image_probabilities(canvases, where), whole, atol=1e-12, rtol=0)
+    assert network.chunk == 2 and seen == [13, 7, 4, 2, 2, 2, 2, 2, 2, 1]
+
+
+def test_a_loaded_model_is_the_same_and_ready_to_predict():
+    made, (canvases, where) = model(), drawn()
+    record = {"family": "patches", "recipe": dataclasses.asdict(made.recipe), "classes": list(CLASSES)}
+    record["recipe"]["starting_weights"] = "/gone"
+    loaded = load(record, made.state_dict(), torch.device("cpu"))
+    assert not loaded.training and loaded.classes == CLASSES
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            loaded.image_probabilities(canvases, where), made.image_probabilities(canvases, where), atol=1e-12, rtol=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"masked": False}, "masked is False; a classifier of patches wants True"),
+        ({"multi_label": True, "judged_by": "auc"}, "multi_label is True; .* wants False"),
+        ({"trained_on": "either"}, "trained_on is 'either'; .* wants 'full'"),
+        ({"views": ["full", "flip"]}, "views is .*; a classifier of patches wants"),
+        ({"probe": "border"}, 'probe is "border"'),
+        ({"placement": "middle"}, "placement is 'middle'; there are: letterbox, stretch, centre_crop"),
+        ({"patches": 0}, "patches is 0, wanted at least 1 patch an image"),
+        ({"validation_patches": 0}, "validation_patches is 0"),
+        ({"canvas": 0}, "canvas is 0, of which patches of 32 pixels are cut"),
+        ({"least_lungs": 1.0}, "least_lungs is 1.0, wanted a share"),
+    ],
+)
+def test_settings_that_patches_have_no_use_for_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        PatchClassifier(override(RECIPE, **changes), CLASSES)

@@ -1,0 +1,280 @@
+"""The three networks against their papers' tables, the two losses against numpy, and images of any size."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from kitlib.models.fc_densenet import FCDenseNet103
+from kitlib.models.resunet import ResUNet
+from kitlib.models.segmenter import Segmenter, load, segmentation_loss
+from kitlib.models.unet import UNet
+from kitlib.recipes.fields import SegmenterRecipe
+from kitlib.recipes.named import RECIPES
+from kitlib.settings import override
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NARROW = {name: SegmenterRecipe(network=name, width=0.0625) for name in ("unet", "resunet", "fc_densenet103")}
+TWO = {"structures": ("left_lung", "right_lung")}
+
+
+def parameters(network):
+    return sum(each.numel() for each in network.parameters() if each.requires_grad)
+
+
+def outputs_of(network, kind, x):
+    """Channels and sides that each module of a kind gives, in the order in which they are run."""
+    seen, hooks = [], []
+    for module in network.modules():
+        if isinstance(module, kind):
+            hooks.append(module.register_forward_hook(lambda _, given, out: seen.append((*out.shape[1:],))))
+    with torch.inference_mode():
+        out = network.eval()(x)
+    for hook in hooks:
+        hook.remove()
+    return seen, out
+
+
+def test_unet_has_the_papers_parameters_and_levels():
+    network = UNet(1)
+    assert parameters(network) == 7_759_521  # UNet + HRNet paper, table 4
+    seen, out = outputs_of(network, nn.Conv2d, torch.zeros(1, 1, 64, 32))
+    down = [(c, 64 // s, 32 // s) for c, s in ((32, 1), (64, 2), (128, 4), (256, 8), (512, 16)) for _ in range(2)]
+    up = [(c, 64 // s, 32 // s) for c, s in ((256, 8), (128, 4), (64, 2), (32, 1)) for _ in range(2)]
+    assert seen == [*down, *up, (1, 64, 32)] and out.shape == (1, 1, 64, 32)
+    larger, _ = outputs_of(network, nn.ConvTranspose2d, torch.zeros(1, 1, 64, 32))
+    assert larger == [(256, 8, 4), (128, 16, 8), (64, 32, 16), (32, 64, 32)]
+    assert [each.in_channels for each in network.modules() if isinstance(each, nn.ConvTranspose2d)] == [512, 256, 128, 64]
+
+
+def test_resunet_has_the_closed_forms_parameters_and_zhangs_strides():
+    # Units of Zhang et al., table I, as (channels in, channels out): the encoder, the bridge, the decoder over what is
+    # up-sampled and skipped.
+    units = [(1, 64), (64, 128), (128, 256), (256, 512), (512 + 256, 256), (256 + 128, 128), (128 + 64, 64)]
+    expected = 64 + 1  # the last 1 x 1 convolution
+    for number, (before, after) in enumerate(units):
+        expected += 9 * before * after + after + 9 * after * after + after + before * after + after  # convolutions, shortcut
+        expected += 2 * after + (2 * before if number else 0)  # batch norms; the first unit has one
+    network = ResUNet(1)
+    assert parameters(network) == expected
+    strided = [each.stride for each in network.modules() if isinstance(each, nn.Conv2d) and each.kernel_size == (3, 3)]
+    assert strided == [(1, 1), (1, 1)] + [(2, 2), (1, 1)] * 3 + [(1, 1), (1, 1)] * 3
+    seen, out = outputs_of(network, type(network.down[0]), torch.zeros(1, 1, 32, 48))
+    levels = ((64, 1), (128, 2), (256, 4), (512, 8), (256, 4), (128, 2), (64, 1))
+    assert seen == [(channels, 32 // stride, 48 // stride) for channels, stride in levels]
+    assert out.shape == (1, 1, 32, 48)
+
+
+def test_a_residual_unit_adds_its_input():
+    # Of a unit whose second convolution is zero the shortcut is left alone, which reads the input before it is activated.
+    torch.manual_seed(0)
+    for unit in ResUNet(1, 0.0625).eval().down:
+        nn.init.zeros_(unit.path[-1].weight)
+        nn.init.zeros_(unit.path[-1].bias)
+        x = torch.randn(1, unit.shortcut.in_channels, 8, 8)
+        kernel = unit.shortcut.weight[:, :, 0, 0]
+        stride = unit.shortcut.stride[0]
+        wanted = torch.einsum("oi,nirc->norc", kernel, x[:, :, ::stride, ::stride]) + unit.shortcut.bias[:, None, None]
+        torch.testing.assert_close(unit(x), wanted, atol=1e-5, rtol=0)
+
+
+def test_fc_densenet_has_the_papers_parameters_convolutions_and_feature_maps():
+    network = FCDenseNet103(4)
+    assert parameters(network) == 9_319_428  # Oh et al.'s own code with its four classes
+    assert sum(isinstance(each, nn.Conv2d | nn.ConvTranspose2d) for each in network.modules()) == 103
+    fed = []
+    blocks = [*network.down, network.bottleneck, *network.up]
+    hooks = [each.register_forward_hook(lambda _, x, new: fed.append((x[0].shape[1], *new.shape[1:]))) for each in blocks]
+    with torch.inference_mode():
+        out = network.eval()(torch.zeros(1, 1, 64, 32))
+    for hook in hooks:
+        hook.remove()
+    # Jegou et al., table 2, the numbers m of feature maps (its 578 is 304 + 160 + 112 = 576).
+    published = [112, 192, 304, 464, 656, 896, 1088, 816, 576, 384, 256]
+    assert [before + new for before, new, *_ in fed] == published
+    # What each block passes on is 16 maps a layer and nothing of what it was given.
+    assert [new for _, new, *_ in fed] == [16 * layers for layers in (4, 5, 7, 10, 12, 15, 12, 10, 7, 5, 4)]
+    assert [rows for *_, rows, _ in fed] == [64, 32, 16, 8, 4, 2, 4, 8, 16, 32, 64]
+    larger = [each for each in network.modules() if isinstance(each, nn.ConvTranspose2d)]
+    assert [(each.in_channels, each.out_channels) for each in larger] == [(c, c) for c in (240, 192, 160, 112, 80)]
+    # Only the last block hands on what it was given as well.
+    assert network.last.in_channels == 256 and out.shape == (1, 4, 64, 32)
+    dropouts = {each.p for each in network.modules() if isinstance(each, nn.Dropout2d)}
+    assert dropouts == {0.2}
+
+
+@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("sides", [(32, 48), (37, 50), (33, 47), (65, 34)])
+def test_sides_that_a_network_does_not_take_are_padded_with_the_edge_and_cut_back(name, sides):
+    torch.manual_seed(0)
+    model = Segmenter(NARROW[name]).eval()
+    x = torch.randn(2, 1, *sides)
+    multiple = {"unet": 16, "resunet": 8, "fc_densenet103": 1}[name]
+    missing = [math.ceil(side / multiple) * multiple - side for side in sides]
+    padded = np.pad(x.numpy(), [(0, 0), (0, 0), (0, missing[0]), (0, missing[1])], mode="edge")
+    with torch.inference_mode():
+        wanted = model.network(torch.from_numpy(padded))[:, :, : sides[0], : sides[1]]
+        found = model(x)
+    assert found.shape == (2, 1, *sides)
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("sides", [(33, 47), (20, 47), (1, 1)])
+def test_fc_densenet_takes_any_sides_of_at_least_32_pixels(sides):
+    model = Segmenter(NARROW["fc_densenet103"]).eval()
+    given_sides = []
+    model.network.register_forward_pre_hook(lambda _, x: given_sides.append(tuple(x[0].shape[-2:])))
+    with torch.inference_mode():
+        assert model(torch.zeros(1, 1, *sides)).shape == (1, 1, *sides)
+    assert given_sides == [tuple(max(32, side) for side in sides)]
+
+
+def test_fc_densenet_cuts_the_middle_of_what_it_enlarges_to_the_skipped_map():
+    network = FCDenseNet103(1, 0.0625).eval()
+    enlarged, skipped, joined = [], [], []
+    for larger, up, smaller in zip(network.larger, network.up, network.smaller, strict=True):
+        larger.register_forward_hook(lambda _, x, out: enlarged.append(out))
+        up.register_forward_pre_hook(lambda _, x: joined.append(x[0]))
+        smaller.register_forward_pre_hook(lambda _, x: skipped.append(x[0]))
+    with torch.inference_mode():
+        network(torch.randn(1, 1, 33, 47))
+    for whole, finer, both in zip(enlarged, reversed(skipped), joined, strict=True):
+        # n pixels become 2 n + 1, of which 2 n or 2 n + 1 are wanted: the middle of them begins at the first.
+        rows, columns = finer.shape[-2:]
+        assert {whole.shape[-2] - rows, whole.shape[-1] - columns} <= {0, 1}
+        assert torch.equal(both, torch.cat([whole[..., :rows, :columns], finer], dim=1))
+
+
+@pytest.mark.parametrize("loss", ["dice", "cross_entropy"])
+@pytest.mark.parametrize("name", NARROW)
+def test_every_parameter_learns(name, loss):
+    torch.manual_seed(0)
+    recipe = override(NARROW[name], loss=loss, width=0.25, **TWO)
+    model = Segmenter(recipe)
+    truth = torch.zeros(2, 40, 40, dtype=torch.uint8)
+    truth[:, 5:30, 5:15], truth[:, 5:30, 20:35] = 1, 2
+    segmentation_loss(model(torch.randn(2, 1, 40, 40)), truth, recipe).backward()
+    for parameter_name, each in model.named_parameters():
+        assert each.grad is not None and torch.isfinite(each.grad).all(), parameter_name
+        # A bias before a batch norm is taken away by it again.
+        assert each.ndim == 1 or each.grad.abs().max() > 0, parameter_name
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_a_saved_segmenter_answers_alike(name):
+    torch.manual_seed(0)
+    model = Segmenter(override(NARROW[name], **TWO)).eval()
+    record = {"recipe": {"network": name, "width": 0.0625, "starting_weights": "gone", **TWO}}
+    again = load(record, model.state_dict(), torch.device("cpu"))
+    pixels = torch.randint(0, 256, (2, 40, 36), dtype=torch.uint8)
+    with torch.inference_mode():
+        torch.testing.assert_close(again(again.normalise(pixels)), model(model.normalise(pixels)), atol=1e-6, rtol=0)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load({"recipe": {"network": name, "width": 0.125}}, model.state_dict(), torch.device("cpu"))
+
+
+def test_one_structure_has_one_output_and_several_have_one_more():
+    assert Segmenter(NARROW["unet"]).network.last.out_channels == 1
+    assert Segmenter(override(NARROW["unet"], **TWO)).network.last.out_channels == 3
+    recipe = RECIPES["fc_densenet103_lungs"]
+    assert parameters(Segmenter(recipe)) == 9_319_428
+    assert parameters(Segmenter(RECIPES["unet_lungs"])) == 7_759_521
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_probabilities_sum_to_one_and_background_comes_first(outputs, kind):
+    model = Segmenter(NARROW["unet"])
+    logits = 20 * torch.randn(2, outputs, 5, 4, generator=torch.Generator().manual_seed(0)).to(kind)
+    found = model.probabilities(logits)
+    assert found.dtype == torch.float32 and found.shape == (2, max(2, outputs), 5, 4)
+    assert found.min() >= 0 and torch.allclose(found.sum(dim=1), torch.ones(2, 5, 4), atol=1e-6)
+    if outputs == 1:
+        np.testing.assert_allclose(found[:, 1], 1 / (1 + np.exp(-logits[:, 0].float().numpy().astype(float))), atol=1e-6)
+    else:
+        assert torch.equal(found.argmax(dim=1), logits.argmax(dim=1))
+
+
+def test_grey_is_scaled_to_its_mean_and_spread():
+    x = Segmenter(NARROW["unet"]).normalise(torch.tensor([[[0, 255]]], dtype=torch.uint8))
+    assert x.tolist() == [[[[-2.0, 2.0]]]]  # (0 - 0.5) / 0.25 and (1 - 0.5) / 0.25
+
+
+def certain(places, outputs):
+    """Logits (n, outputs, rows, columns) that give each pixel's place a probability of 1 to six digits."""
+    wanted = np.stack([places == place for place in range(outputs)], axis=1) if outputs > 1 else (places == 1)[:, None]
+    return torch.from_numpy(np.where(wanted, 40.0, -40.0).astype(np.float32))
+
+
+def dice_loss(logits, truth):
+    """UNet + HRNet paper, equation 1, and one above and below, image by image and structure by structure."""
+    logits, losses = logits.astype(float), []
+    for one, drawn in zip(logits, truth, strict=True):
+        found = 1 / (1 + np.exp(-one)) if len(one) == 1 else (np.exp(one) / np.exp(one).sum(axis=0))[1:]
+        for number, p in enumerate(found, start=1):
+            g = (drawn == number).astype(float)
+            losses.append(1 - (2 * (p * g).sum() + 1) / ((p * p).sum() + (g * g).sum() + 1))
+    return np.mean(losses)
+
+
+def cross_entropy(logits, truth, background_weight):
+    """-sum w log p / sum w over pixels."""
+    logits = logits.astype(float)
+    if logits.shape[1] == 1:
+        inside = 1 / (1 + np.exp(-logits[:, 0]))
+        probabilities = np.stack([1 - inside, inside], axis=1)
+    else:
+        probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    of_truth = np.take_along_axis(probabilities, truth[:, None].astype(int), axis=1)[:, 0]
+    weight = np.where(truth == 0, background_weight, 1.0)
+    return -(weight * np.log(of_truth)).sum() / weight.sum()
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**31), st.sampled_from([1, 3, 4]), st.integers(1, 3), st.sampled_from([0.25, 0.5, 1.0, 2.0]))
+def test_losses_are_numpys(seed, outputs, images, background_weight):
+    rng = np.random.default_rng(seed)
+    logits = (2 * rng.normal(size=(images, outputs, 7, 5))).astype(np.float32)
+    truth = rng.integers(0, max(2, outputs), (images, 7, 5)).astype(np.uint8)
+    recipe = override(NARROW["unet"], background_weight=background_weight)
+    found = segmentation_loss(torch.from_numpy(logits), torch.from_numpy(truth), recipe)
+    assert found.item() == pytest.approx(dice_loss(logits, truth), abs=1e-5)
+    found = segmentation_loss(torch.from_numpy(logits), torch.from_numpy(truth), override(recipe, loss="cross_entropy"))
+    assert found.item() == pytest.approx(cross_entropy(logits, truth, background_weight), abs=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_the_dice_loss_has_its_closed_forms(outputs):
+    recipe = NARROW["unet"] if outputs == 1 else override(NARROW["unet"], **TWO)
+    empty = np.zeros((1, 10, 10), np.uint8)
+    places, other = empty.copy(), empty.copy()
+    places[:, :4, :5] = 1  # 20 pixels
+    other[:, 6:, :5] = 1  # 20 others
+    if outputs == 3:
+        places[:, :4, 5:], other[:, 6:, 5:] = 2, 2
+
+    def loss(found, truth):
+        return segmentation_loss(certain(found, outputs), torch.from_numpy(truth), recipe).item()
+
+    assert loss(places, places) == pytest.approx(0, abs=1e-6)
+    assert loss(empty, empty) == pytest.approx(0, abs=1e-6)  # nothing to find and nothing found
+    assert loss(other, places) == pytest.approx(1 - 1 / 41, abs=1e-6)  # (0 + 1) / (20 + 20 + 1)
+    assert loss(places, empty) == pytest.approx(1 - 1 / 21, abs=1e-6)
+    # Every pixel at one half, half of the pixels drawn: 2 n/4 over n/4 + n/2, and one each.
+    half = np.zeros((1, 10, 10), np.uint8)
+    half[:, :5] = 1
+    even = segmentation_loss(torch.zeros(1, 1, 10, 10), torch.from_numpy(half), NARROW["unet"]).item()
+    assert even == pytest.approx(1 - (2 * 25 + 1) / (25 + 50 + 1))
+
+
+def test_one_structures_cross_entropy_is_the_binary_one_where_background_counts_in_full():
+    generator = torch.Generator().manual_seed(0)
+    logits, truth = torch.randn(2, 1, 9, 8, generator=generator), torch.randint(0, 2, (2, 9, 8), generator=generator)
+    recipe = override(NARROW["unet"], loss="cross_entropy", background_weight=1.0)
+    wanted = nn.functional.binary_cross_entropy_with_logits(logits[:, 0], truth.float())
+    assert segmentation_loss(logits, truth, recipe).item() == pytest.approx(wanted.item(), abs=1e-6)

@@ -1,0 +1,224 @@
+"""What the network is shown, how its output becomes boxes, and that nothing asks the network outside."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kitlib.bundle import BundleError
+from kitlib.models.classifier import FindingsClassifier
+from kitlib.models.yolo import GeneralisedIoU, YoloDetector, load
+from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe
+from kitlib.settings import override
+from tests import PROJECT
+
+from ultralytics.cfg import get_cfg  # isort: skip
+from ultralytics.utils.nms import non_max_suppression  # isort: skip  (kitlib.models.yolo makes the import offline)
+
+RECIPE = DetectorRecipe(family="yolo", backbone="yolov8n", width=0.25, image_size=64, max_detections=7)
+NOISE = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return varied(YoloDetector(RECIPE))
+
+
+def varied(detector):
+    """With large random last layers, so that boxes and scores of an untrained network differ from place to place."""
+    generator = torch.Generator().manual_seed(0)
+    head = detector.model.model[-1]
+    for part in (head.cv2, head.cv3):
+        for level in part:
+            level[-1].weight.data.normal_(0, 3, generator=generator)
+    return detector.eval()
+
+
+def test_the_network_sees_the_canvas_scaled_once_in_three_equal_channels(detector):
+    seen = []
+    hook = detector.model.model[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    detector.predict(NOISE)
+    hook.remove()
+    torch.testing.assert_close(seen[0], (NOISE[:, None] / 255).repeat(1, 3, 1, 1))
+
+
+class Fixed(torch.nn.Module):
+    """A network that always gives this output."""
+
+    end2end = False
+
+    def __init__(self, output):
+        super().__init__()
+        self.output = torch.nn.Parameter(output)
+
+    def forward(self, _):
+        return self.output, None
+
+
+@pytest.mark.parametrize("iou", [0.2, 0.7])
+def test_boxes_are_those_of_ultralytics_own_suppression(iou):
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.rand(3, 2, 200, generator=generator) * 20 + 2
+    centres = sizes / 2 + torch.rand(3, 2, 200, generator=generator) * (64 - sizes)  # inside: ultralytics does not cut
+    raw = torch.cat([centres, sizes, torch.rand(3, 1, 200, generator=generator) ** 8], dim=1)
+    theirs = non_max_suppression(raw, conf_thres=0.001, iou_thres=iou, max_det=50)
+    ours = YoloDetector(override(RECIPE, nms_iou=iou, max_detections=50), Fixed(raw)).predict(NOISE)
+    for found, expected in zip(ours, theirs, strict=True):
+        assert 20 < len(expected) <= 50
+        np.testing.assert_allclose(found, expected[:, :5], atol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", ["yolov5nu", "yolo11n", "yolov10n", "yolo26n"])  # the last two suppress by themselves
+def test_every_generation_returns_boxes_of_the_canvas_best_first_and_limited(backbone):
+    detector = YoloDetector(override(RECIPE, backbone=backbone, min_score=1e-9)).eval()
+    for boxes in detector.predict(NOISE):
+        assert boxes.shape[1] == 5 and 1 <= len(boxes) <= 7
+        assert (boxes[:, :4] >= 0).all() and (boxes[:, :4] <= 64).all() and (boxes[:, :2] < boxes[:, 2:4]).all()
+        assert (np.diff(boxes[:, 4]) <= 0).all() and (boxes[:, 4] >= 0).all() and (boxes[:, 4] <= 1).all()
+
+
+def test_settings_that_cannot_be_are_named(detector):
+    with pytest.raises(ValueError, match=r"image_size 100 is no multiple of 32.*take 96"):
+        YoloDetector(override(RECIPE, image_size=100))
+    with pytest.raises(ValueError, match=r"inference_size 136 is no multiple of 32.*take 128"):
+        YoloDetector(override(RECIPE, inference_size=136))
+    with pytest.raises(ValueError, match="no model 'yolo99n'"):
+        YoloDetector(override(RECIPE, backbone="yolo99n"))
+    with pytest.raises(ValueError, match="'yolov9t' has one width only"):
+        YoloDetector(override(RECIPE, backbone="yolov9t"))
+    with pytest.raises(ValueError, match=r"uint8 canvases \(n, 64, 64\), got torch.uint8 \(1, 64, 32\)"):
+        detector.predict(torch.zeros(1, 64, 32, dtype=torch.uint8))
+
+
+def test_a_bundle_s_weights_predict_alike_and_nothing_else_is_read(detector):
+    record = {"recipe": {**vars(RECIPE), "starting_weights": "/gone/weights.safetensors"}}
+    loaded = load(record, detector.state_dict(), torch.device("cpu"))
+    for boxes, again in zip(detector.predict(NOISE), loaded.predict(NOISE), strict=True):
+        np.testing.assert_array_equal(boxes, again)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load(record, {}, torch.device("cpu"))
+
+
+def test_starting_weights_are_a_bundle_s_or_ultralytics_own_names(detector, tmp_path):
+    save_file(detector.state_dict(), tmp_path / "bundle.safetensors")
+    # As ultralytics names them; of eighty classes, so that the three last layers do not fit (their biases begin alike).
+    theirs = {name: value.contiguous() for name, value in detector.model.state_dict().items()}
+    last = [name for name in theirs if ".cv3." in name and name.rsplit(".", 2)[1] == "2"]
+    for name in last:
+        theirs[name] = theirs[name].repeat_interleave(80, dim=0)
+    save_file(theirs, tmp_path / "ultralytics.safetensors")
+    for file, random in (("bundle", 0), ("ultralytics", 3)):
+        started = YoloDetector(override(RECIPE, starting_weights=str(tmp_path / f"{file}.safetensors"))).state_dict()
+        assert sum(not torch.equal(started[name], value) for name, value in detector.state_dict().items()) == random
+    save_file({"model.0.conv.weight": theirs["model.0.conv.weight"]}, tmp_path / "other.safetensors")
+    with pytest.raises(BundleError, match=r"other\.safetensors lacks .* tensors of 'yolov8n'"):
+        YoloDetector(override(RECIPE, starting_weights=str(tmp_path / "other.safetensors")))
+
+
+def test_prediction_imports_no_training_library_and_never_opens_a_connection(tmp_path):
+    code = """
+import socket, sys
+def refuse(*_, **__): raise AssertionError("a connection was tried")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import torch
+from kitlib.recipes.fields import DetectorRecipe
+from kitlib.models.yolo import YoloDetector
+detector = YoloDetector(DetectorRecipe(family="yolo", backbone="yolo11n", image_size=64)).eval()
+assert len(detector.predict(torch.zeros(2, 64, 64, dtype=torch.uint8))) == 2
+heavy = {"pytorch_lightning", "albumentations", "polars", "matplotlib.pyplot"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("YOLO_")}
+    clean |= {"PYTHONPATH": str(PROJECT), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    (tmp_path / "here").mkdir()
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "here", env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and not list((tmp_path / "here").iterdir())
+
+
+def of_squeezenet(**changes):
+    return YoloDetector(override(RECIPE, backbone="squeezenet1_1", **changes))
+
+
+def test_squeezenet_carries_the_head_at_strides_8_16_and_32():
+    detector = of_squeezenet(image_size=256)
+    assert detector.model.stride.tolist() == [8, 16, 32]
+    narrow = sum(each.numel() for each in detector.parameters())
+    assert narrow < sum(each.numel() for each in of_squeezenet(width=1.0).parameters())
+    assert all(len(boxes) <= 7 for boxes in detector.eval().predict(torch.zeros(2, 256, 256, dtype=torch.uint8)))
+
+
+def test_a_findings_bundle_s_squeezenet_sees_the_same_picture(tmp_path):
+    grey = FindingsClassifier(FindingsRecipe(backbone="squeezenet1_1", channels=1, image_size=64, hidden=8), ["Mass"]).eval()
+    save_file(grey.state_dict(), tmp_path / "findings.safetensors")
+    detector = of_squeezenet(starting_weights=str(tmp_path / "findings.safetensors")).eval()
+    assert "50 tensors of the backbone; neck and head left random" in detector.starting_weights
+    # The classifier wants normalised grey, the detector plain pixels in three colours.
+    expected = grey.backbone.forward_features(grey.normalise(NOISE))
+    found = detector.model.model[1]((NOISE[:, None] / 255).repeat(1, 3, 1, 1))[-1]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_without_all_of_squeezenet_are_refused(tmp_path):
+    save_file(
+        {"features.0.weight": torch.zeros(64, 3, 3, 3), "features.0.bias": torch.zeros(64)}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(BundleError, match=r"lacks 48 tensors of SqueezeNet 1\.1, such as model\.model\.1\.m\.3\.squeeze"):
+        of_squeezenet(starting_weights=str(tmp_path / "a.safetensors"))
+
+
+def test_a_larger_canvas_at_prediction():
+    found = varied(YoloDetector(override(RECIPE, inference_size=128))).predict(
+        torch.randint(0, 256, (1, 128, 128), dtype=torch.uint8)
+    )
+    assert found[0][:, :4].max() > 64
+
+
+def box_losses(**changes):
+    """ultralytics' loss parts (box, class, dfl) of one batch, by the gains in `changes`."""
+    torch.manual_seed(0)
+    detector = YoloDetector(override(RECIPE, **{name: value for name, value in changes.items() if name == "box_loss"}))
+    gains = {"box": 7.5, "cls": 0.5, "dfl": 1.5} | {name: value for name, value in changes.items() if name != "box_loss"}
+    detector.model.args = get_cfg(overrides=gains)
+    batch = {
+        "img": (NOISE[:, None] / 255).repeat(1, 3, 1, 1),
+        "batch_idx": torch.tensor([0.0, 2.0]),
+        "cls": torch.zeros(2, 1),
+        "bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.6], [0.3, 0.4, 0.3, 0.3]]),
+    }
+    return detector.model.train().loss(batch)[0].detach()
+
+
+def test_gains_reach_the_loss():
+    plain = box_losses()
+    for place, name in enumerate(("box", "cls", "dfl")):
+        doubled = box_losses(**{name: 2 * {"box": 7.5, "cls": 0.5, "dfl": 1.5}[name]})
+        expected = plain.clone()
+        expected[place] *= 2
+        torch.testing.assert_close(doubled, expected)
+
+
+def test_giou_replaces_ciou_in_the_box_loss_alone():
+    complete, generalised = box_losses(box_loss="ciou"), box_losses(box_loss="giou")
+    assert complete[0] != generalised[0]
+    torch.testing.assert_close(complete[1:], generalised[1:])
+    with pytest.raises(ValueError, match="YOLO has: ciou, giou"):
+        box_losses(box_loss="smooth_l1")
+
+
+def test_the_generalised_iou_is_torchvision_s():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [5.0, 5, 20, 20]]), torch.tensor([[0.0, 0, 10, 5], [30.0, 30, 40, 40]])
+    weight = torch.tensor([[0.5], [1.0]])
+    loss, _ = GeneralisedIoU(1)(
+        torch.zeros(2, 4), boxes[0], torch.ones(2, 2), boxes[1], weight, weight.sum(), torch.ones(2, dtype=torch.bool),
+        torch.tensor([64.0, 64.0]), torch.ones(2, 1),
+    )  # fmt: skip
+    # IoU 1/2 in a hull that is the larger box: 1/2. Apart, 225 and 100 in a hull of 35 x 35: -(1225 - 325) / 1225.
+    assert loss.item() == pytest.approx((0.5 * (1 - 0.5) + 1.0 * (1 + 900 / 1225)) / 1.5, abs=1e-5)

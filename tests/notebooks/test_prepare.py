@@ -1,0 +1,70 @@
+"""Notebook 10 on sets of lung masks and of diagnoses: what later stages read, what is put aside, what is flagged."""
+
+import numpy as np
+import pandas as pd
+
+from kitlib.notebook import run_notebook
+from kitlib.paths import project_root
+from kitlib.phantoms.diagnoses import plan_diagnoses, write_covid_chestxray, write_kermany
+from kitlib.phantoms.lungs import write_lungs
+from kitlib.runs.reading import read_metrics, read_prepared
+from kitlib.training.lungs import with_masks
+from kitlib.xrays.cache import XrayCache
+from kitlib.xrays.mask_store import MaskStore
+
+NOTEBOOK = project_root() / "notebooks" / "10_prepare.ipynb"
+
+
+def test_masks_lie_beside_the_decoded_copy(tmp_path, quick_kernels):
+    folder, run = write_lungs(tmp_path, "montgomery", images=6, side=96, seed=1, workers=1, progress=False), tmp_path / "run"
+    (folder / "MontgomerySet" / "ManualMask" / "leftMask" / "MCUCXR_0002_0.png").write_text("no image")
+    parameters = {"dataset": "montgomery", "competition": str(folder), "run_folder": str(run)}
+    parameters |= {"longest_side": 64, "n_folds": 2, "workers": 1, "packed": True}
+    run_notebook(NOTEBOOK, tmp_path / "10.ipynb", parameters, run / "metrics.json")
+    tables, masks = read_prepared(run), MaskStore(run / "masks")
+    cache = XrayCache(run / "xrays", 64)
+    assert len(tables["images"]) == 6 and "MCUCXR_0002_0" not in masks
+    kept, folds = with_masks(tables["images"], tables["folds"], masks)
+    assert len(kept) == len(folds) == len(masks) == 5 and set(kept.convention) == {"lung_fields"}
+    for image_id in masks.ids:
+        codes = masks.read(image_id)
+        assert codes.shape == cache.read(image_id).pixels.shape and set(np.unique(codes)) == {0, 1}
+    faults = pd.read_csv(run / "faults.csv")
+    assert faults.row.tolist() == ["MCUCXR_0002_0"] and faults.problem.str.endswith("the image has no mask").all()
+    metrics = read_metrics(run)
+    # A mask that cannot be read is there, and of no use.
+    assert (metrics["masks"], metrics["masked"], metrics["mask_faults"]) == (6, 5, 1)
+    assert (run / "figures" / "examples.png").is_file()
+
+
+def test_two_sets_as_one_with_a_test_set_put_aside_and_folds_by_source(tmp_path, quick_kernels):
+    parts = {"seed": 4, "images": 30, "side": 48, "progress": False}
+    children, adults = write_kermany(tmp_path, **parts), write_covid_chestxray(tmp_path, **parts)
+    run = tmp_path / "run"
+    parameters = {"dataset": "kermany", "competition": str(children), "pool": {"covid_chestxray": str(adults)}}
+    parameters |= {"classes": "flannel", "run_folder": str(run), "longest_side": 48, "folds_by": "source", "test_share": 0.2}
+    # More than there are: nothing is left out, of either set.
+    parameters |= {"workers": 1, "limit_train": 1000}
+    run_notebook(NOTEBOOK, tmp_path / "10.ipynb", parameters, run / "metrics.json")
+    assert "0 images are in no fold" in (tmp_path / "10.ipynb").read_text()
+    tables, metrics = read_prepared(run), read_metrics(run)
+    images, folds = tables["images"], tables["folds"]
+    assert list(tables["labels"]) == ["id", "COVID-19", "viral", "bacterial", "normal"]
+    assert set(folds.id) == set(images.image_id[images.split == "train"])
+    placed = folds.merge(images, left_on="id", right_on="image_id")
+    assert placed.groupby("source").fold.unique().map(list).to_dict() == {"ieee8023": [0], "kermany": [1]}
+    assert (metrics["n_folds"], metrics["folds_by"], metrics["classes"]) == (2, "source", "flannel")
+    # 29 and 29 images are readable; each set's phantoms have one image of a patient again as another's.
+    assert abs((images.split == "test").mean() - 0.2) < 0.05
+    again = plan_diagnoses("covid_chestxray", 30, seed=4)
+    place = next(index for index, image in enumerate(again) if image.again)
+    ids = [f"phantom-{image.patient:04d}-{image.follow_up}" for image in again[place - 1 : place + 1]]
+    assert len(set(images.set_index("image_id").split[ids])) == 1
+    flags = pd.read_csv(run / "data_sheet" / "flags.csv")
+    assert metrics["data_sheet_flags"] == len(flags)
+    assert ("one source", "COVID-19") in set(zip(flags.kind, flags.which, strict=True))
+    assert pd.read_csv(run / "data_sheet" / "source.csv").drop(columns="class").to_numpy().sum() == len(images)
+    assert (run / "figures" / "data_sheet.png").is_file()
+    # What the scheme has no class for, and what could not be read.
+    faults = pd.read_csv(run / "faults.csv")
+    assert faults.problem.str.contains("no class for").sum() == 2 and faults.file.str.startswith("kermany: ").sum() == 1

@@ -1,0 +1,251 @@
+import os
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from pydicom.uid import ExplicitVRLittleEndian
+
+from kitlib.bundle import data_fingerprint
+from kitlib.classes import STUDY_CLASSES
+from kitlib.leaderboard.listing import list_runs
+from kitlib.page.gallery import Gallery, find_gallery
+from kitlib.page.opened_study import DecodedCopies
+from kitlib.runs.reading import RunError
+from kitlib.xrays.cache import CachedXray, XrayCache
+from kitlib.xrays.dicom import UnreadableXray
+from kitlib.xrays.writing import write_xray
+from tests.small_runs import prepare, study_scores, tables_of, train
+from tests.small_xrays import BOX, COLUMNS, ROWS, SmallXrays
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    copies = DecodedCopies(tmp_path_factory.mktemp("copies"))
+    yield copies
+    copies.close()
+
+
+def make_run(folder, small=None, dataset="siim", **changed):
+    """A prepared run with the tables of `small`, those of `changed` instead, and copies of all its images."""
+    small = small or SmallXrays(16)
+    cache = XrayCache(folder / "xrays", small.longest_side)
+    for image_id in small.image_ids:
+        cache.put(small.read(image_id))
+    return prepare(folder, {**tables_of(small), **changed}, dataset=dataset)
+
+
+def captions(gallery, choice):
+    pages = gallery.page(choice, 1)[1]
+    return [caption for number in range(1, pages + 1) for _, caption in gallery.page(choice, number)[0]]
+
+
+def place_of(gallery, image_id, choice="all"):
+    return [caption.split(", ")[-1] for caption in captions(gallery, choice)].index(image_id)
+
+
+def opened(gallery, image_id):
+    return gallery.open("all", place_of(gallery, image_id))
+
+
+def test_pages_show_every_image_of_a_choice_once(tmp_path, copies):
+    gallery = Gallery(make_run(tmp_path), copies, a_page=5)
+    assert gallery.choices() == ["all", *STUDY_CLASSES] and gallery.longest_side == 50
+    assert gallery.name == tmp_path.name
+    shown = captions(gallery, "all")
+    # 16 images, two a study, four studies of each class in turn; all but the negative ones have one box.
+    assert sorted(caption.split(", ")[-1] for caption in shown) == [f"image{n:03d}" for n in range(16)]
+    assert gallery.page("all", 1)[1] == 4 and len(gallery.page("all", 4)[0]) == 1
+    assert sorted(captions(gallery, "typical")) == [f"typical, 1 box, image{n:03d}" for n in (2, 3, 10, 11)]
+    assert "negative, no box, image000" in shown
+
+
+def test_images_are_mixed_and_always_in_the_same_order(tmp_path, copies):
+    small = SmallXrays(64)
+    by_class = small.images.sort_values("study_id", key=lambda ids: ids.str[5:].astype(int) % 4)
+    shown = captions(Gallery(make_run(tmp_path / "sorted", small, images=by_class), copies), "all")
+    assert shown == captions(Gallery(make_run(tmp_path / "turned", small, images=by_class[::-1]), copies), "all")
+    assert {caption.split(", ")[0] for caption in shown[:12]} == set(STUDY_CLASSES)
+
+
+def test_thumbnails_are_small_keep_their_shape_and_are_kept(tmp_path, copies):
+    small = SmallXrays(4)
+    small.pixels["image001"] = np.tile(np.array([[50, 150]], np.uint8), (400, 150))
+    gallery = Gallery(make_run(tmp_path, small), copies)
+    tiles = {caption.split(", ")[-1]: tile for tile, caption in gallery.page("all", 1)[0]}
+    # 400 x 300 at 160 pixels: 160 x 120, each the mean of 2.5 columns that are 50 and 150 in turn.
+    assert tiles["image001"].shape == (160, 120) and tiles["image001"].dtype == np.uint8
+    assert abs(tiles["image001"].mean() - 100) < 0.5 and np.ptp(tiles["image001"].astype(int)) <= 20
+    assert (tiles["image002"] == small.pixels["image002"]).all()
+    for copy in (tmp_path / "xrays").rglob("*.safetensors"):
+        copy.unlink()
+    again = {caption: tile for tile, caption in gallery.page("all", 1)[0]}
+    assert (again["typical, 1 box, image002"] == small.pixels["image002"]).all()
+
+
+def test_an_image_without_a_copy_is_a_grey_tile(tmp_path, copies):
+    run = make_run(tmp_path)
+    folder = XrayCache(run / "xrays", 50).folder
+    (folder / "image003.safetensors").unlink()
+    (folder / "image004.safetensors").write_bytes(b"damaged")
+    gallery = Gallery(run, copies, a_page=16)
+    grey = {caption: tile for tile, caption in gallery.page("all", 1)[0] if "no decoded copy" in caption}
+    assert set(grey) == {"typical, 1 box, no decoded copy, image003", "indeterminate, 1 box, no decoded copy, image004"}
+    assert all((tile == 128).all() and tile.shape == (160, 160) for tile in grey.values())
+    with pytest.raises(UnreadableXray, match=r"is damaged .*decode again"):
+        opened(gallery, "image004")
+    study = opened(gallery, "image002")
+    assert [image.image_id for image in study.images] == ["image002"]
+    assert "image003 of this study is left out" in study.remarks[0]
+    with pytest.raises(UnreadableXray):
+        opened(gallery, "image003")
+
+
+def test_the_whole_study_opens_with_what_is_known_of_it(tmp_path, copies):
+    small = SmallXrays(16)
+    run = make_run(tmp_path, small, images=small.images.assign(rows=0, columns=0))
+    gallery = Gallery(run, copies)
+    study = opened(gallery, "image011")
+    assert study.study_id == "study005" and study.true_class == "typical" and study.fold == 1
+    assert study.trained_on == gallery.fingerprint == data_fingerprint(**tables_of(small))
+    assert [image.image_id for image in study.images] == ["image011", "image010"]
+    assert [(image.rows, image.columns) for image in study.images] == [(ROWS, COLUMNS)] * 2
+    assert study.images[0].truth.to_numpy().tolist() == [list(BOX)] and study.remarks == ()
+    assert (study.read(study.images[0], 50).pixels == small.pixels["image011"]).all()
+    assert opened(gallery, "image001").images[0].truth.to_numpy().shape == (0, 4)
+    assert gallery.open("atypical", place_of(gallery, "image015", "atypical")).images[0].image_id == "image015"
+    assert "patient" not in repr(study.images) and "patient" not in repr(study.remarks)
+
+
+def test_an_image_that_nobody_marked_has_no_truth(tmp_path, copies):
+    small = SmallXrays(16)
+    unseen = small.images["image_id"] == "image003"
+    run = make_run(
+        tmp_path,
+        small,
+        images=small.images.assign(false_none=unseen),
+        boxes=small.boxes[small.boxes["image_id"] != "image003"],
+        folds=small.fold_table[~unseen],
+    )
+    gallery = Gallery(run, copies)
+    assert "typical, image003" in captions(gallery, "all")
+    study = opened(gallery, "image003")
+    assert [image.truth is None for image in study.images] == [True, False] and study.fold == 0
+    assert "Nobody has marked opacities" in " ".join(study.images[0].remarks)
+    elsewhere = Gallery(make_run(tmp_path / "nih", dataset="nih"), copies)
+    assert opened(elsewhere, "image003").images[0].truth is None
+
+
+def test_only_images_whose_patient_is_in_no_fold_have_none(tmp_path, copies):
+    small = SmallXrays(16)
+    put_aside = small.images["patient_id"] == "patient001"  # images 4 to 7
+    unlearnt = put_aside | (small.images["study_id"] == "study007")  # and 14, 15, of the patient of 12 and 13
+    images = small.images.assign(split=np.where(put_aside, "test", "train"))
+    gallery = Gallery(make_run(tmp_path, small, images=images, folds=small.fold_table[~unlearnt]), copies)
+    assert gallery.choices()[-1] == "test"
+    assert {caption.split(", ")[-1] for caption in captions(gallery, "test")} == {f"image00{n}" for n in (4, 5, 6, 7)}
+    assert opened(gallery, "image005").fold is None
+    assert opened(gallery, "image014").fold == 1
+
+
+def test_a_study_in_two_folds_says_so(tmp_path, copies):
+    small = SmallXrays(16)
+    images = small.images.assign(patient_id=small.images["image_id"])
+    run = make_run(tmp_path, small, images=images, folds=small.fold_table.assign(fold=np.arange(16) % 2))
+    study = opened(Gallery(run, copies), "image003")
+    assert study.fold == 1 and "several folds" in study.remarks[0]
+
+
+def test_labels_of_other_classes_are_not_shown(tmp_path, copies):
+    small = SmallXrays(4)
+    labels = small.labels.rename(columns=dict(zip(STUDY_CLASSES, "ABCD", strict=True)))
+    gallery = Gallery(make_run(tmp_path, small, labels=labels, dataset="rsna"), copies)
+    assert gallery.choices() == ["all"] and opened(gallery, "image002").true_class == ""
+    assert opened(gallery, "image002").images[0].truth.to_numpy().tolist() == [list(BOX)]
+
+
+def test_files_serve_where_they_are_those_that_were_decoded(tmp_path, copies):
+    small = SmallXrays(6)
+    stored = {name: cv2.resize(pixels, (COLUMNS, ROWS)) for name, pixels in small.pixels.items()}
+    paths = {name: tmp_path / f"{name}.{'png' if name == 'image001' else 'dcm'}" for name in stored}
+    for name, path in paths.items():
+        if path.suffix == ".png":
+            cv2.imwrite(str(path), stored[name])
+        else:
+            write_xray(path, stored[name], transfer_syntax=ExplicitVRLittleEndian, patient_id="SECRET")
+    images = small.images.assign(path=[str(paths[name]) for name in small.image_ids])
+    run = prepare(tmp_path / "run", {**tables_of(small), "images": images}, dataset="siim")
+    cache = XrayCache(run / "xrays", 50)
+    for name, path in list(paths.items())[:5]:  # the last is decoded when it is asked for
+        copies.decode(name, path, 50)
+        made = XrayCache(copies.folder, 50).folder / f"{name}.safetensors"
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        made.rename(cache.folder / made.name)
+    os.utime(paths["image002"], (0, 0))  # as a move may leave it
+    paths["image003"].write_bytes(paths["image000"].read_bytes())
+    paths["image004"].unlink()
+    gallery = Gallery(run, copies)
+    found = {name: opened(gallery, name).images[0] for name in stored}
+    assert [found[name].is_dicom for name in sorted(found)] == [True, False, True, False, False, True]
+    assert found["image000"].facts == {
+        "Format": "DICOM",
+        "Modality": "DX",
+        "View": "PA",
+        "Body part": "CHEST",
+        "Photometric interpretation": "MONOCHROME2",
+        "Bits": "8",
+        "Size": "80 x 100 (rows x columns)",
+        "Transfer syntax": "Explicit VR Little Endian",
+    }
+    assert found["image002"].remarks == () and found["image000"].path == paths["image000"]
+    assert "has changed" in found["image003"].remarks[0] and not found["image003"].path.exists()
+    assert "not at hand" in found["image004"].remarks[0] and found["image004"].facts == {"Size": "80 x 100 (rows x columns)"}
+    study = opened(gallery, "image003")
+    with pytest.raises(UnreadableXray, match="changed since it was decoded"):
+        study.read(study.images[0], 40)  # another side than the run's: the file would be needed
+    assert study.read(study.images[1], 40).pixels.shape == (32, 40)
+    assert (found["image005"].rows, found["image005"].columns) == (ROWS, COLUMNS)
+    assert "SECRET" not in repr(found)
+
+
+def test_a_choice_page_or_place_that_there_is_not_is_refused(tmp_path, copies):
+    gallery = Gallery(make_run(tmp_path), copies)
+    with pytest.raises(ValueError, match="no choice 'test'; there are: all, negative"):
+        gallery.page("test", 1)
+    for number in (0, 3):
+        with pytest.raises(ValueError, match="only 1 to 2"):
+            gallery.page("all", number)
+    for place in (-1, 16):
+        with pytest.raises(ValueError, match="only 0 to 15"):
+            gallery.open("all", place)
+    with pytest.raises(RunError, match="not finished"):
+        Gallery(tmp_path / "nothing", copies)
+
+
+def test_a_gallery_is_found_by_what_models_were_trained_on(tmp_path, copies):
+    small, other = SmallXrays(8), SmallXrays(16)
+    tables = tables_of(small)
+    make_run(tmp_path / "here" / "other", other)
+    damaged = make_run(tmp_path / "here" / "damaged", small)
+    (damaged / "tables" / "boxes.parquet").write_bytes(b"")
+    make_run(tmp_path / "here" / "prepare", small)
+    listed = list_runs([tmp_path / "here"])
+    fingerprint = data_fingerprint(**tables)
+    assert find_gallery(listed, fingerprint, copies).name == "prepare"
+    assert find_gallery(listed, "0" * 64, copies) is None
+    trained = train(tmp_path / "here" / "study", tables, study_scores=study_scores(tables, 0.5))
+    assert find_gallery(list_runs([trained]), fingerprint, copies).name == "prepare"
+    assert find_gallery([], fingerprint, copies) is None
+
+
+def test_thousands_of_images_open_without_being_read(tmp_path, copies):
+    small = SmallXrays(6000)
+    small_tables = tables_of(small)
+    run = prepare(tmp_path, small_tables, dataset="siim")
+    XrayCache(run / "xrays", 50).put(CachedXray("image1234", small.pixels["image1234"], ROWS, COLUMNS))
+    gallery = Gallery(run, copies)
+    tiles, pages = gallery.page("negative", 1)
+    assert pages == 125 and all("no decoded copy" in caption for _, caption in tiles)
+    names = pd.Series([row.image_id for row in gallery._rows("all").itertuples()])
+    study = gallery.open("all", int(names[names == "image1234"].index[0]))
+    assert [image.image_id for image in study.images] == ["image1234"] and len(study.remarks) == 1

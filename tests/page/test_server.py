@@ -1,0 +1,259 @@
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import urllib.request
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from starlette.testclient import TestClient
+
+from kitlib.page.server import PortTaken, _address, page_app, quiet_gradio, serve
+
+HOME = "http://127.0.0.1:7860"
+LIMIT = 50_000
+
+
+@pytest.fixture(scope="module")
+def folder():
+    with quiet_gradio() as folder:
+        yield folder
+    assert not folder.exists()
+
+
+@pytest.fixture(scope="module")
+def going_on():
+    """Set by the reader of a stream once its first piece has come."""
+    return threading.Event()
+
+
+@pytest.fixture(scope="module")
+def app(folder, going_on):
+    import gradio
+
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("version_check", "_do_analytics_request", "_send_telemetry_in_thread"):
+            patch.setattr(f"gradio.analytics.{name}", lambda *a, name=name, **k: asked.append(name))
+
+        def steps(text):
+            yield f"first {text}"
+            assert going_on.wait(30)
+            yield f"second {text}"
+
+        with gradio.Blocks(title="Chest X-rays") as blocks:
+            written = gradio.Textbox()
+            read = gradio.Textbox()
+            gradio.File()
+            gradio.Button().click(steps, written, read, api_name="steps")
+        yield page_app(blocks, LIMIT)
+    assert asked == []
+
+
+@pytest.fixture
+def client(app):
+    with TestClient(app, base_url=HOME) as client:
+        yield client
+
+
+def addresses(html):
+    """All that a browser might ask for by itself: sources, links and what metas name."""
+    found = []
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            if tag in ("script", "link", "meta", "img", "iframe"):
+                found.extend(value for name, value in attributes if name in ("src", "href", "content") and value)
+
+    Tags().feed(html)
+    return found
+
+
+def test_the_page_names_no_other_server(client):
+    answer = client.get("/")
+    assert answer.status_code == 200 and "Chest X-rays" in answer.text
+    assert len(answer.content) == int(answer.headers["content-length"])
+    named = addresses(answer.text)
+    assert any(re.fullmatch(r"\./assets/index-\w+\.js", address) for address in named)
+    assert [address for address in named if "//" in address] == []
+    settings = client.get("/config").json()
+    assert settings["stylesheets"] == [] and not settings["show_api"] and not settings["analytics_enabled"]
+    assert settings["max_file_size"] == LIMIT
+    assert re.findall(r"(?:url\(|@import)[\s\"']*(?:https?:)?//", client.get("/theme.css").text) == []
+
+
+def test_headers_forbid_the_browser_to_ask_elsewhere(client):
+    for path in ("/", "/config", "/healthz", "/no-such-place"):
+        headers = client.get(path).headers
+        rules = dict(rule.split(" ", 1) for rule in headers["content-security-policy"].split("; "))
+        assert rules["default-src"] == "'self'" and rules["frame-ancestors"] == "'none'"
+        assert "http" not in headers["content-security-policy"] and "*" not in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
+        assert headers["referrer-policy"] == "same-origin"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:7860", "localhost", "localhost:1", "[::1]:7860", "127.1.2.3"])
+def test_names_of_this_computer_are_answered(client, host):
+    answer = client.get("/healthz", headers={"host": host})
+    assert (answer.status_code, answer.text) == (200, "ok")
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:7860", "localhost@evil.example"],
+        *["192.168.0.7:7860", "0.0.0.0:7860", "[::2]:7860", "[::1", ""],
+    ],
+)
+def test_a_name_that_somebody_pointed_here_is_refused(client, host):
+    answer = client.get("/", headers={"host": host})
+    assert answer.status_code == 403 and answer.text.startswith("This page is for the computer it runs on")
+    assert "content-security-policy" in answer.headers
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "", "http://localhost:7860", "http://127.0.0.1:8888"])
+def test_other_pages_may_not_ask(client, origin):
+    for method in ("GET", "POST", "OPTIONS"):
+        answer = client.request(method, "/gradio_api/queue/join", headers={"origin": origin}, json={})
+        assert (answer.status_code, answer.text) == (403, "Other web pages may not ask this one.")
+    assert client.get("/healthz", headers={"origin": HOME}).text == "ok"
+
+
+def test_no_web_socket(client):
+    with pytest.raises(Exception) as refused, client.websocket_connect("/gradio_api/stream/1"):
+        pass
+    assert refused.value.code == 1008  # RFC 6455: policy violation
+
+
+def test_files_of_the_machine_are_not_served(client):
+    own = Path(__file__).resolve()
+    for path in ("/etc/passwd", own, f"{Path.cwd()}/README.md", "../../etc/passwd", "file:///etc/passwd"):
+        for route in ("/gradio_api/file=", "/gradio_api/file/", "/static/", "/assets/", "/svelte/"):
+            assert client.get(f"{route}{path}").status_code in (403, 404), path
+    assert client.get(f"/gradio_api/proxy={HOME}/healthz").status_code == 400
+    assert client.get("/docs").status_code == client.get("/monitoring/x").status_code + 1 == 404
+
+
+def test_an_upload_lies_in_the_folder_that_goes(client, folder):
+    content = b"\x89PNG" * 1000
+    answer = client.post("/gradio_api/upload", files={"files": ("chest <b>.png", content)})
+    (place,) = answer.json()
+    assert Path(place).is_relative_to(folder) and Path(place).read_bytes() == content
+    assert hashlib.sha256(client.get(f"/gradio_api/file={place}").content).digest() == hashlib.sha256(content).digest()
+    assert Path(tempfile.gettempdir()) == folder
+
+
+def test_a_file_that_is_too_large_is_answered_and_not_kept(client, folder):
+    before = sorted(folder.rglob("*"))
+    sent = 0
+
+    def body():
+        nonlocal sent
+        yield b'--b\r\nContent-Disposition: form-data; name="files"; filename="large.dcm"\r\n\r\n'
+        for _ in range(20):
+            sent += LIMIT // 5
+            yield bytes(LIMIT // 5)
+        yield b"\r\n--b--\r\n"
+
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    answer = client.post("/gradio_api/upload", content=body(), headers=headers)
+    assert answer.status_code == 413
+    assert answer.text == f"File size exceeded maximum allowed size of {LIMIT} bytes."
+    assert sorted(folder.rglob("*")) == before
+    assert client.get("/healthz").text == "ok"
+
+
+@contextmanager
+def running(app):
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=0))
+    with socket.create_server(("127.0.0.1", 0)) as opened:
+        thread = threading.Thread(target=server.run, args=([opened],), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{opened.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(30)
+
+
+def test_answers_stream_as_they_come_and_only_the_loopback_is_asked(app, going_on, monkeypatch):
+    asked = []
+    connect, lookup = socket.socket.connect, socket.getaddrinfo
+    monkeypatch.setattr(socket.socket, "connect", lambda self, to: asked.append(to[0]) or connect(self, to))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: asked.append(host) or lookup(host, *a, **k))
+    with running(app) as home, httpx.Client(base_url=home, timeout=30) as client:
+        event = client.post("/gradio_api/call/steps", json={"data": ["step"]}).json()["event_id"]
+        with client.stream("GET", f"/gradio_api/call/steps/{event}") as answer:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            pieces = (json.loads(line[6:])[0] for line in answer.iter_lines() if line.startswith("data: ["))
+            assert next(pieces) == "first step"  # while the function still waits: nothing holds the stream back
+            going_on.set()
+            assert next(pieces) == "second step"
+    assert set(asked) == {"127.0.0.1"}
+
+
+def test_a_port_that_is_taken_is_told_with_what_to_do(folder, app):
+    import gradio
+
+    with socket.create_server(("127.0.0.1", 0)) as opened, gradio.Blocks() as blocks:
+        port = opened.getsockname()[1]
+        with pytest.raises(PortTaken, match=rf"Port {port} of 127\.0\.0\.1 is taken.* --port {port + 1}\."):
+            serve(blocks, port)
+
+
+def test_the_surroundings_are_as_before(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
+    before = dict(os.environ), tempfile.tempdir, signal.getsignal(signal.SIGTERM)
+    with quiet_gradio() as folder:
+        assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False" and os.environ["HF_HUB_OFFLINE"] == "1"
+        assert Path(os.environ["GRADIO_TEMP_DIR"]).is_relative_to(folder)
+        assert folder.stat().st_mode & 0o077 == 0  # X-rays are for their reader alone
+    assert (dict(os.environ), tempfile.tempdir, signal.getsignal(signal.SIGTERM)) == before
+    assert not folder.exists()
+
+
+def test_the_address_that_is_told_can_be_opened():
+    hosts = ["127.0.0.1", "localhost", "::1", "0.0.0.0", "::"]
+    assert [_address(host) for host in hosts] == ["127.0.0.1", "localhost", "[::1]", "127.0.0.1", "127.0.0.1"]
+
+
+def served(told):
+    with quiet_gradio() as folder:
+        import gradio
+
+        with gradio.Blocks() as blocks:
+            gradio.Textbox()
+        serve(blocks, 0, ready=lambda home: told.send((folder, home)))
+    sys.exit(77)
+
+
+# Fresh processes: a fork would have the locks of the threads of other tests, but not the threads.
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 77), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_end_it_with_a_page_open_and_nothing_stays(app, number, code):
+    fresh = multiprocessing.get_context("spawn")
+    here, there = fresh.Pipe()
+    process = fresh.Process(target=served, args=(there,), daemon=True)
+    process.start()
+    assert here.poll(120)
+    folder, home = here.recv()
+    with urllib.request.urlopen(f"{home}/gradio_api/heartbeat/me", timeout=30) as heartbeat:
+        assert heartbeat.readline() == b"data: ALIVE\n"
+        assert folder.is_dir()
+        os.kill(process.pid, number)
+        process.join(30)
+    assert process.exitcode == code
+    assert not folder.exists()
+
+
+def test_a_host_that_other_computers_can_ask_is_refused(app):
+    with pytest.raises(ValueError, match=r"--host is one of 127\.0\.0\.1, .*, not '192\.168\.0\.7'"):
+        serve(app, port=0, host="192.168.0.7")

@@ -1,0 +1,129 @@
+"""What a visitor sees of a study, drawn without a web server."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from pydicom.uid import ExplicitVRLittleEndian
+from typer.testing import CliRunner
+
+from kitlib.__main__ import app
+from kitlib.classes import STUDY_CLASSES
+from kitlib.leaderboard.listing import list_runs
+from kitlib.page.gallery import find_gallery
+from kitlib.page.opened_study import DecodedCopies
+from kitlib.page.systems import find_systems
+from kitlib.page.uploads import Refused
+from kitlib.page.view import BOXES, HEAT, LUNGS, TRUTH, Viewer
+from kitlib.page.warm_models import WarmModels
+from kitlib.xrays.dicom import decode_xray
+from kitlib.xrays.writing import write_xray
+from tests.small_page import page_runs
+
+FUSED = "fuse: study + yolo + faster_rcnn"
+
+
+@pytest.fixture(scope="module")
+def viewer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    listed = list_runs([page_runs(folder)])
+    systems, copies = find_systems(listed), DecodedCopies(folder / "copies", workers=1)
+    gallery = find_gallery(listed, systems[0].models[0].data_fingerprint, copies)
+    yield Viewer(systems, WarmModels(), copies, gallery, folder / "page")
+    copies.close()
+
+
+@pytest.fixture(scope="module")
+def view(viewer):
+    """A study with annotated boxes, of which there are pages enough to find one."""
+    names = [caption.rpartition(", ")[2] for _, caption in viewer.gallery.page("typical", 1)[0]]
+    return next(view for name in names if len((view := viewer.pick(name, FUSED)).study.images[0].truth))
+
+
+def drawn(svg, name):
+    return len(re.findall(f'class="{name}"', svg))
+
+
+def test_the_threshold_hides_boxes_below_it_and_layers_what_is_not_asked_for(viewer, view):
+    image, found = view.study.images[0], view.answer.fused.detections
+    scores = found.score[found.image_id == image.key].sort_values().to_numpy()
+    assert len(scores) > 3
+    for threshold in (0.0, scores[1], scores[-1], 1.0):
+        svg = viewer.draw(view, image, threshold, [BOXES, TRUTH])
+        assert drawn(svg, "opacity") == (scores >= threshold).sum()
+        assert drawn(svg, "truth") == len(image.truth)
+    bare = viewer.draw(view, image, 0.0, [])
+    assert [drawn(bare, name) for name in ("xray", "opacity", "truth", "lungs", "heat")] == [1, 0, 0, 0, 0]
+    full = viewer.draw(view, image, 0.0, [LUNGS, HEAT])
+    assert [drawn(full, name) for name in ("lungs", "heat")] == [1, 1]
+    assert f"Grad-CAM of study, fold {view.study.fold} for {view.likeliest}" in full
+
+
+def test_what_cannot_be_drawn_is_said(viewer, view):
+    image = view.study.images[0]
+    system = replace(view.system, lungs=None, models=tuple(m for m in view.system.models if "boxes" in m.answers))
+    svg = viewer.draw(replace(view, system=system), image, 0.0, [LUNGS, HEAT])
+    assert "These models have no segmenter" in svg and "answers" in svg and drawn(svg, "heat") == 0
+
+
+def test_no_detector_is_not_no_opacity(viewer, view):
+    system = replace(view.system, name="classifier", models=tuple(m for m in view.system.models if "boxes" not in m.answers))
+    alone = replace(view, system=system, answer=viewer.models.answer(system, view.study))
+    svg = viewer.draw(alone, view.study.images[0], 0.0)
+    assert "No detector answers for this image" in svg and "0 boxes" not in svg
+
+
+def test_each_visitor_takes_files_of_their_own(viewer, view):
+    first, second = viewer.files(view), viewer.files(view)
+    assert first[0] != second[0] and first[0].read_text() == second[0].read_text()
+
+
+def test_a_window_changes_the_picture_and_not_the_answer(viewer, tmp_path):
+    pixels = np.tile(np.linspace(0, 4000, 64).astype(np.uint16), (48, 1))
+    write_xray(tmp_path / "ramp.dcm", pixels, transfer_syntax=ExplicitVRLittleEndian, bits_stored=12)
+    view = viewer.upload([tmp_path / "ramp.dcm"], FUSED)
+    image = view.study.images[0]
+    windowed = viewer.window(view, image)
+    assert windowed.default == (2000.5, 4001)  # no window in the file: 0 to 4000, in steps of one
+    # PS3.3 C.11.2.1.2.1: below centre - 0.5 - (width - 1) / 2 all is black, above centre - 0.5 + (width - 1) / 2 white
+    shown = windowed.shown(1000.5, 1001)
+    assert (shown[pixels <= 500] == 0).all() and (shown[pixels > 1500] == 255).all()
+    assert np.abs(windowed.shown(*windowed.default).astype(int) - decode_xray(tmp_path / "ramp.dcm").pixels).max() <= 1
+    plain, own = (viewer.draw(view, image, 0.0, [], windowed=each) for each in (None, windowed))
+    assert "for your eyes alone" in own and "for your eyes alone" not in plain
+    (tmp_path / "ramp.dcm").unlink()
+    with pytest.raises(Refused, match="cannot be read again"):
+        viewer.window(view, image)
+
+
+def test_bars_hold_the_numbers_of_the_answer_and_mark_the_annotated_class(viewer, view):
+    html = viewer.bars(view, view.study.images[0])
+    shown = [float(number) for number in re.findall(r'aria-valuenow="([\d.]+)"', html)]
+    study = view.answer.fused.studies.iloc[0]
+    nones = view.answer.fused.nones.set_index("image_id").none
+    expected = [*(study[name] for name in STUDY_CLASSES), nones[view.study.images[0].key]]
+    assert shown == pytest.approx(expected, abs=5e-4)
+    assert html.count("annotated</span>") == 1
+
+
+def test_names_from_files_are_escaped(viewer, view):
+    image = replace(view.study.images[0], facts={"View": "<script>alert(1)</script>"}, remarks=("<b>odd</b>",))
+    html = viewer.told(view, image)
+    assert "<script>" not in html and "&lt;script&gt;" in html and "<b>odd" not in html
+
+
+def test_a_system_or_place_that_there_is_not_is_refused(viewer, view):
+    with pytest.raises(Refused, match="There are no models called 'gone'; there are: fuse"):
+        viewer.switch(view, "gone")
+    with pytest.raises(Refused, match="no gallery"):
+        Viewer([view.system], viewer.models, viewer.copies, None, viewer.folder).pick("any", FUSED)
+    assert viewer.switch(view, "yolo").system.detectors == ("yolo",)
+
+
+@pytest.mark.parametrize(("made", "says"), [(False, "does not exist"), (True, "no trained study model or detector")])
+def test_the_command_says_what_is_missing(tmp_path, made, says):
+    if made:
+        (tmp_path / "runs").mkdir()
+    result = CliRunner().invoke(app, ["page", "--runs", str(tmp_path / "runs")])
+    assert result.exit_code and says in " ".join(result.output.replace("│", " ").split())

@@ -1,0 +1,207 @@
+"""Pictures and bars as a browser's parser sees them: what is drawn, where, in which words, and nothing that runs."""
+
+import base64
+from xml.etree import ElementTree
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kitlib.classes import STUDY_CLASSES
+from kitlib.page.xray_svg import MARKS, bars, picture
+
+SVG = "{http://www.w3.org/2000/svg}"
+ROWS, COLUMNS = 300, 200  # of the original; the copy has a third
+GREY = np.add.outer(np.arange(100), np.arange(67)).astype(np.uint8)
+BOXES = pd.DataFrame(
+    [(0.2, 10, 20, 60, 90), (0.9, 100.5, 120.25, 180, 299), (0.5, 0, 0, 200, 300)],
+    columns=["score", "xmin", "ymin", "xmax", "ymax"],
+)
+SHARES = dict(zip(STUDY_CLASSES, (0.1234, 0.7, 0.12, 0.0566), strict=True))
+
+
+def drawn(**told) -> ElementTree.Element:
+    return ElementTree.fromstring(picture(GREY, ROWS, COLUMNS, **told))
+
+
+def of_class(root: ElementTree.Element, name: str) -> list[ElementTree.Element]:
+    return [element for element in root.iter() if element.get("class") == name]
+
+
+def decoded(image: ElementTree.Element) -> np.ndarray:
+    assert (image.get("width"), image.get("height")) == (str(COLUMNS), str(ROWS))
+    assert image.get("preserveAspectRatio") == "none"  # a copy's aspect is a rounded one
+    return cv2.imdecode(np.frombuffer(base64.b64decode(image.get("href").split(",")[1]), np.uint8), cv2.IMREAD_UNCHANGED)
+
+
+def corners(rect: ElementTree.Element) -> tuple[float, ...]:
+    x, y, width, height = (float(rect.get(name)) for name in ("x", "y", "width", "height"))
+    return x, y, x + width, y + height
+
+
+def legend(root: ElementTree.Element) -> list[str]:
+    return ["".join(entry.itertext()).strip() for part in of_class(root, "legend") for entry in part]
+
+
+def test_the_picture_alone():
+    root = drawn()
+    svg = root.find(f"{SVG}svg")
+    assert svg.get("viewBox") == "0 0 200 300" and svg.get("role") == "img"
+    assert svg.get("aria-label") == "Chest X-ray."
+    assert legend(root) == [] and [child.get("class") for child in svg] == ["xray"]
+    grey = decoded(svg[0])
+    assert grey.shape == GREY.shape and np.abs(grey.astype(int) - GREY).max() <= 4  # JPEG of a ramp
+
+
+def test_boxes_are_in_original_pixels_from_the_threshold_on():
+    root = drawn(boxes=BOXES, threshold=0.5)
+    assert [corners(rect) for rect in of_class(root, "opacity")] == [(0, 0, 200, 300), (100.5, 120.25, 180, 299)]
+    assert [text.text for text in of_class(root, "score")] == ["0.50", "0.90"]
+    label = root.find(f"{SVG}svg").get("aria-label")
+    assert label == "Chest X-ray with 2 boxes of opacity with a score of at least 0.50."
+    assert legend(root) == ["opacity found by the model, with its score"]
+
+
+@given(
+    boxes=st.lists(
+        st.tuples(st.floats(0, 1), *[st.integers(0, 99)] * 2, *[st.integers(1, 100)] * 2).map(
+            lambda box: (box[0], box[1], box[2], box[1] + box[3], box[2] + box[4])
+        ),
+        max_size=6,
+    ),
+    threshold=st.floats(0, 1),
+)
+@settings(max_examples=30)
+def test_each_box_shown_has_its_score_inside_the_picture(boxes, threshold):
+    table = pd.DataFrame(boxes, columns=BOXES.columns)
+    root = drawn(boxes=table, truth=table.drop(columns="score"), threshold=threshold)
+    expected = [box for box in boxes if box[0] >= threshold]
+    assert sorted(corners(rect) for rect in of_class(root, "opacity")) == sorted(box[1:] for box in expected)
+    assert len(of_class(root, "truth")) == len(boxes)
+    assert sorted(text.text for text in of_class(root, "score")) == sorted(f"{box[0]:.2f}" for box in expected)
+    for text in of_class(root, "score"):
+        assert 0 <= float(text.get("x")) <= COLUMNS - 2 * float(text.get("font-size"))
+        assert float(text.get("font-size")) <= float(text.get("y")) <= ROWS
+
+
+def test_lines_do_not_grow_with_the_image_and_differ_in_colour_and_dash():
+    root = drawn(boxes=BOXES, truth=BOXES.drop(columns="score"), mask=np.ones((100, 67), bool))
+    lines = [line for name in MARKS for line in of_class(root, name)]
+    assert len(lines) == 3 + 3 + 1 and len(of_class(root, "halo")) == len(lines)
+    assert {line.get("vector-effect") for line in [*lines, *of_class(root, "halo")]} == {"non-scaling-stroke"}
+    opacity, truth = (of_class(root, name)[0] for name in ("opacity", "truth"))
+    assert opacity.get("stroke") != truth.get("stroke")
+    assert opacity.get("stroke-dasharray") is None and truth.get("stroke-dasharray") == "9 6"
+    assert legend(root) == ["opacity found by the model, with its score", "annotated opacity", "lungs found by the model"]
+
+
+def test_the_lungs_outline_runs_through_the_middles_of_its_outermost_pixels():
+    """Of a 4 x 5 mask each pixel is 50 x 60 of the original: rows 1 to 3, columns 1 and 2."""
+    mask = np.zeros((5, 4), bool)
+    mask[1:4, 1:3] = True
+    path = of_class(drawn(mask=mask), "lungs")[0].get("d")
+    assert path == "M75.0,90.0L75.0,210.0L125.0,210.0L125.0,90.0Z"  # (1.5 * 50, 1.5 * 60) and so on
+
+
+def test_a_hole_is_outlined_and_an_empty_mask_is_not_drawn():
+    mask = np.ones((9, 9), bool)
+    assert of_class(drawn(mask=mask), "lungs")[0].get("d").count("M") == 1
+    mask[3:6, 3:6] = False
+    assert of_class(drawn(mask=mask), "lungs")[0].get("d").count("M") == 2
+    nothing = drawn(mask=np.zeros((9, 9), bool), heat=np.zeros((9, 9), np.float32))
+    assert not of_class(nothing, "lungs") and not of_class(nothing, "heat") and legend(nothing) == []
+
+
+def test_heat_is_as_opaque_as_it_is_hot():
+    """0, half and 1 of 0.6 * 255 = 153; colours by OpenCV's inferno, whose ends are nearly black and nearly white."""
+    heat = np.zeros((30, 20), np.float32)
+    heat[:, 10:], heat[:10, 10:] = 1, 0.5
+    root = drawn(heat=heat)
+    overlay = decoded(of_class(root, "heat")[0])
+    assert overlay.shape == (30, 20, 4)
+    # rint(127.5) is 128 (to even), and 128 * 0.6 is 76.8.
+    assert list(overlay[[0, 0, 20], [0, 15, 15], 3]) == [0, 77, 153]
+    assert overlay[20, 15, :3].min() > 150 and legend(root) == ["where the model looked (Grad-CAM)"]
+    assert decoded(of_class(drawn(heat=np.ones((900, 600), np.float32)), "heat")[0]).shape[0] == 256
+
+
+@given(
+    caption=st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=40).filter(lambda text: "\ufffe" not in text)
+)
+@settings(max_examples=30)
+def test_a_caption_is_text_whatever_it_says(caption):
+    caption = "".join(letter for letter in caption if ord(letter) & 0xFFFE != 0xFFFE)  # no characters of XML
+    for hostile in (caption, f"</figcaption><script>alert(1)</script>{caption}\"'"):
+        root = drawn(caption=hostile)
+        assert "".join(root.find("figcaption").itertext()) == hostile
+        assert not [element for element in root.iter() if "script" in element.tag]
+
+
+def test_truth_that_is_empty_is_said_and_not_in_the_legend():
+    root = drawn(truth=BOXES.iloc[:0].drop(columns="score"), boxes=BOXES.iloc[:1], threshold=0.1)
+    assert legend(root) == ["opacity found by the model, with its score"]
+    label = root.find(f"{SVG}svg").get("aria-label")
+    assert label == "Chest X-ray with 1 box of opacity with a score of at least 0.10, 0 annotated boxes."
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"mask": np.ones((4, 4), np.uint8)},
+        {"mask": np.ones(4, bool)},
+        {"heat": np.full((4, 4), 1.5, np.float32)},
+        {"heat": np.full((4, 4), np.nan, np.float32)},
+        {"heat": np.ones((4, 4, 3), np.float32)},
+    ],
+)
+def test_layers_of_another_kind_are_refused(told):
+    with pytest.raises(ValueError, match="wants"):
+        drawn(**told)
+
+
+@pytest.mark.parametrize("pixels", [GREY.astype(float), GREY[0], GREY[:0]])
+def test_pixels_of_another_kind_are_refused(pixels):
+    with pytest.raises(ValueError, match="wants uint8"):
+        picture(pixels, ROWS, COLUMNS)
+
+
+def meters(root: ElementTree.Element) -> list[tuple[str, str]]:
+    found = [element for element in root.iter() if element.get("role") == "meter"]
+    assert {(meter.get("aria-valuemin"), meter.get("aria-valuemax")) for meter in found} == {("0", "1")}
+    return [(meter.get("aria-label"), meter.get("aria-valuenow")) for meter in found]
+
+
+def test_bars_say_name_and_number_and_mark_the_annotated_class():
+    html = bars(SHARES, 0.0314, False, "typical")
+    root = ElementTree.fromstring(html)
+    assert meters(root) == [
+        ("probability of negative", "0.123"),
+        ("probability of typical, the annotated class", "0.700"),
+        ("probability of indeterminate", "0.120"),
+        ("probability of atypical", "0.057"),
+        ("no opacity in this image", "0.031"),
+    ]
+    rows = [" ".join(row.itertext()).split() for row in root.iter() if (row.get("class") or "").startswith("bar")]
+    assert rows[:2] == [["negative", "0.123"], ["typical", "annotated", "0.700"]] and rows[4] == ["none", "0.031"]
+    assert "width:12.34%" in html and "width:3.14%" in html
+
+
+def test_priors_are_grey_and_said_to_be_no_answer():
+    root = ElementTree.fromstring(bars(SHARES, 0.5, True))
+    assert [label.endswith("the training set's share") for label, _ in meters(root)] == [True] * 4 + [False]
+    assert "No chosen model answers for the study" in "".join(root.itertext())
+    assert len(of_class(root, "bar priors")) == 4
+    without = ElementTree.fromstring(bars(SHARES, None, False))
+    assert len(meters(without)) == 4 and "No chosen model" not in "".join(without.itertext())
+
+
+@pytest.mark.parametrize(
+    ("studies", "none", "true_class"),
+    [({"negative": 1.0}, None, ""), (SHARES, None, "none"), (SHARES, 1.5, ""), ({**SHARES, "typical": float("nan")}, 0, "")],
+)
+def test_bars_of_other_classes_or_numbers_are_refused(studies, none, true_class):
+    with pytest.raises(ValueError, match=r"there are: negative, typical|wanted 0\.\.1"):
+        bars(studies, none, False, true_class)

@@ -1,0 +1,78 @@
+"""Phantoms laid out as the sets of diagnoses: what each has of each class, twice, damaged, and from one patient."""
+
+import hashlib
+
+import pandas as pd
+import pytest
+
+from kitlib.datasets.near_duplicates import MAX_DISTANCE, group_hashes, perceptual_hash
+from kitlib.phantoms.diagnoses import LAYOUTS, plan_diagnoses, write_covid_chestxray, write_diagnoses, write_kermany
+from kitlib.xrays.dicom import UnreadableXray
+from kitlib.xrays.image_file import decode_image
+
+SMALL = {"images": 48, "side": 64, "seed": 3, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return {layout: write_diagnoses(folder, layout, **SMALL, workers=1) for layout in LAYOUTS}
+
+
+def image_files(folder):
+    return sorted(path for path in folder.rglob("*") if path.suffix in (".png", ".jpeg"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_image_is_there_and_one_is_damaged(layout, written):
+    files = image_files(written[layout])
+    assert len(files) == 48
+    damaged = []
+    for path in files:
+        try:
+            assert max(decode_image(path).pixels.shape) in range(61, 65)
+        except UnreadableXray:
+            damaged.append(path.name)
+    assert len(damaged) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_plan_has_several_images_of_a_patient_and_one_image_twice(layout, written):
+    planned = plan_diagnoses(layout, 48, seed=3)
+    table = pd.DataFrame([vars(image) for image in planned])
+    # By largest remainder of the shares, each at least one.
+    for diagnosis, share in LAYOUTS[layout].shares.items():
+        assert abs((table.diagnosis == diagnosis).sum() - 48 * share) < 1
+    assert table.groupby("patient").size().max() == 4 and not table.groupby("patient").diagnosis.nunique().gt(1).any()
+    assert table.again.sum() == table.damaged.sum() == 1
+    copy = int(table.again.to_numpy().argmax())
+    assert table.patient[copy] != table.patient[copy - 1]
+    one, other = (
+        perceptual_hash(decode_image(written[layout] / LAYOUTS[layout].place(planned[place])).pixels)
+        for place in (copy - 1, copy)
+    )
+    assert group_hashes([one, other], MAX_DISTANCE).tolist() == [0, 0]
+
+
+def digest(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(str(f.relative_to(folder)).encode() + f.read_bytes() for f in files)).hexdigest()
+
+
+def test_the_same_parameters_give_the_same_bytes(written, tmp_path):
+    assert digest(write_kermany(tmp_path, 3, 48, 64, progress=False)) == digest(written["kermany"])
+    canary = tmp_path / "kermany" / "canary"
+    canary.write_text("")
+    write_kermany(tmp_path, 3, 48, 64, progress=False)
+    assert canary.exists()
+
+
+def test_it_refuses_numbers_that_give_no_set(tmp_path):
+    with pytest.raises(ValueError, match="at least 24 images of 32 pixels"):
+        write_covid_chestxray(tmp_path, 0, 23, 64)
+    with pytest.raises(ValueError, match="'nih'; there are: kermany"):
+        write_diagnoses(tmp_path, "nih", **SMALL)
+    (tmp_path / "covid_chestxray").mkdir()
+    (tmp_path / "covid_chestxray" / "metadata.csv").write_text("real")
+    with pytest.raises(FileExistsError, match="something else"):
+        write_covid_chestxray(tmp_path, 0, 48, 64)

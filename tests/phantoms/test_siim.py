@@ -1,0 +1,317 @@
+"""Phantom radiographs show what their boxes and classes say; the competition made of them is laid out as SIIM's."""
+
+import ast
+import dataclasses
+import hashlib
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
+from kitlib.phantoms.drawing import render, structures
+from kitlib.phantoms.patients import draw_exposure, draw_near_duplicate, draw_opacities, draw_patient
+from kitlib.phantoms.plan import CLASS_SHARES, plan_split
+from kitlib.phantoms.siim import write_competition
+from kitlib.xrays.dicom import UnreadableXray, read_header, read_xray
+
+SEEDS = st.integers(0, 2**32 - 1)
+SMALL = {"train_studies": 30, "test_studies": 12, "side": 64, "seed": 5, "workers": 1, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[Path, Path]:
+    """A competition and the truth of its test set."""
+    root = tmp_path_factory.mktemp("inputs")
+    return write_competition(root / "demo", root / "truth", **SMALL), root / "truth"
+
+
+def scene(seed: int, study_class: str, side: int):
+    rng = np.random.default_rng(seed)
+    return draw_patient(rng), draw_exposure(rng, side), draw_opacities(rng, study_class)
+
+
+def quiet(exposure):
+    """The exposure without noise, border and marker, and linear in the attenuation."""
+    return dataclasses.replace(exposure, noise=0.0, border=0.0, marker="", gamma=1.0)
+
+
+def overlap(one: np.ndarray, other: np.ndarray) -> float:
+    width, height = (np.minimum(one, other)[2:] - np.maximum(one, other)[:2]).clip(0)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
+    return width * height / (sum(areas) - width * height)
+
+
+@settings(max_examples=15, deadline=None)
+@given(SEEDS, st.sampled_from(STUDY_CLASSES), st.integers(32, 200))
+def test_same_scene_gives_same_pixels_in_range(seed, study_class, side):
+    patient, exposure, opacities = scene(seed, study_class, side)
+    grey, boxes = render(patient, exposure, opacities)
+    assert grey.shape == (exposure.rows, exposure.columns) and max(grey.shape) == side != min(grey.shape)
+    assert grey.dtype == np.float32 and grey.min() >= 0 and grey.max() <= 1
+    again, _ = render(patient, exposure, opacities)
+    np.testing.assert_array_equal(grey, again)
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= (exposure.columns, exposure.rows)).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    assert len(boxes) == sum(opacity.boxed for opacity in opacities)
+
+
+@settings(max_examples=15, deadline=None)
+@given(SEEDS, st.integers(100, 700))
+def test_masks_lie_on_what_is_drawn(seed, side):
+    """Lungs are darker than all around them; the heart, which has no air, is brighter, and beside both of them."""
+    patient, exposure, _ = scene(seed, "negative", side)
+    exposure = dataclasses.replace(quiet(exposure), rotation=0.0)
+    grey, _ = render(patient, exposure)
+    masks = structures(patient, exposure)
+    assert list(masks) == ["left_lung", "right_lung", "heart"]
+    assert all(mask.shape == grey.shape and mask.dtype == bool for mask in masks.values())
+    assert not (masks["heart"] & (masks["left_lung"] | masks["right_lung"])).any()
+    assert not (masks["left_lung"] & masks["right_lung"]).any()
+    for name in ("left_lung", "right_lung"):
+        mask = masks[name].astype(np.uint8)
+        kernel = np.ones((3, 3), np.uint8)
+        # Five hundredths of the side beyond the edge and as far within, as the edge itself is soft.
+        far = max(2, round(0.05 * side / 2))
+        around = (cv2.dilate(mask, kernel, iterations=far) > 0) & (cv2.dilate(mask, kernel, iterations=far // 2) == 0)
+        within = (cv2.erode(mask, kernel, iterations=far // 2) > 0) & (cv2.erode(mask, kernel, iterations=far) == 0)
+        assert np.median(grey[within]) < np.median(grey[around & ~masks["heart"]]) - 0.05
+        assert np.median(grey[masks["heart"]]) > np.median(grey[within]) + 0.15
+    # The patient's left is at the image's right, and most of the heart lies there.
+    columns = {name: np.nonzero(mask)[1].mean() for name, mask in masks.items()}
+    assert columns["right_lung"] < columns["heart"] < columns["left_lung"]
+
+
+def test_masks_of_a_large_image_are_those_of_a_small_one():
+    """The drawing is done small and enlarged; its masks are drawn at full size, and an area's share stays."""
+    patient, exposure, _ = scene(3, "negative", 400)
+    large = dataclasses.replace(exposure, rows=4 * exposure.rows, columns=4 * exposure.columns)
+    small, enlarged = structures(patient, exposure), structures(patient, large)
+    for name, mask in small.items():
+        shrunk = cv2.resize(enlarged[name].astype(np.uint8) * 255, mask.shape[::-1], interpolation=cv2.INTER_AREA) > 127
+        assert 2 * (shrunk & mask).sum() / (shrunk.sum() + mask.sum()) > 0.98
+
+
+@settings(max_examples=15, deadline=None)
+@given(SEEDS, st.sampled_from(STUDY_CLASSES[1:]))
+def test_a_box_is_where_the_opacity_changes_the_image(seed, study_class):
+    """The change is measured on the pixels: with the opacity minus without it."""
+    patient, exposure, opacities = scene(seed, study_class, 240)
+    opacity = dataclasses.replace(opacities[0], boxed=True)
+    with_it, boxes = render(patient, quiet(exposure), (opacity,))
+    without, none = render(patient, quiet(exposure))
+    assert none.shape == (0, 4)
+    change = with_it - without
+    xmin, ymin, xmax, ymax = boxes[0].round().astype(int)
+    assert change.min() > -0.02  # an opacity is never darker than the lung
+    assert change[ymin:ymax, xmin:xmax].sum() > 0.85 * change.sum()
+    assert change.max() > 0.08  # to be seen through noise of at most 0.016
+    ys, xs = np.nonzero(change > 0.2 * change.max())
+    assert overlap(boxes[0], np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])) > 0.6
+
+
+@settings(max_examples=10, deadline=None)
+@given(SEEDS)
+def test_boxes_grow_with_the_image(seed):
+    """Four times the side: four times the box, to three of the small image's pixels. 800 is drawn at 512 and enlarged."""
+    patient, exposure, opacities = scene(seed, "typical", 200)
+    large = dataclasses.replace(exposure, rows=4 * exposure.rows, columns=4 * exposure.columns)
+    np.testing.assert_allclose(render(patient, large, opacities)[1] / 4, render(patient, exposure, opacities)[1], atol=3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SEEDS)
+def test_opacities_follow_the_reporting_classes(seed):
+    drawn = {name: draw_opacities(np.random.default_rng(seed), name) for name in STUDY_CLASSES}
+    assert drawn["negative"] == ()
+    lower = [opacity for opacity in drawn["typical"] if opacity.v > 0]
+    assert {np.sign(opacity.u) for opacity in lower} == {-1, 1}  # both lungs
+    assert all(abs(opacity.u) > 0.55 and opacity.softness > 0.5 for opacity in drawn["typical"])  # peripheral, ground glass
+    assert 1 <= len(drawn["indeterminate"]) <= 2
+    assert all(abs(opacity.u) < 0.55 for opacity in drawn["indeterminate"])  # perihilar
+    assert all(opacity.softness < 0.3 for opacity in drawn["atypical"])  # sharp
+    assert all(opacity.v < 0 for opacity in drawn["atypical"] if opacity.boxed)  # upper zones
+
+
+def test_an_unknown_class_is_refused():
+    with pytest.raises(ValueError, match=r"'viral'.*negative, typical"):
+        draw_opacities(np.random.default_rng(0), "viral")
+
+
+@settings(max_examples=10, deadline=None)
+@given(SEEDS)
+def test_air_is_black_and_bone_and_heart_are_white(seed):
+    patient, exposure, _ = scene(seed, "negative", 200)
+    plain = dataclasses.replace(quiet(exposure), shift_u=0.0, shift_v=0.0, rotation=0.0, zoom=1.0, rows=200, columns=199)
+    grey, _ = render(patient, plain)
+    # Upper lungs and spine in a centred chest: at +-0.5 thorax units of 0.37 x 199 pixels, above the hila.
+    right, spine, left = (grey[50:70, column - 4 : column + 4].mean() for column in (62, 99, 137))
+    assert max(right, left) + 0.15 < spine
+    assert grey[:8, :8].mean() < 0.15  # above the shoulder
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(4, 400), st.integers(4, 120), st.integers(0, 10**6))
+def test_plan_keeps_shares_and_keeps_patients_apart(train_studies, test_studies, seed):
+    train, test = plan_split("train", train_studies, seed, 0), plan_split("test", test_studies, seed, 1)
+    for studies, count in ((train, train_studies), (test, test_studies)):
+        classes = [study.study_class for study in studies]
+        assert len(classes) == count and set(classes) == set(STUDY_CLASSES)
+        for name, share in CLASS_SHARES.items():  # at least one of each may cost the largest class three
+            assert abs(classes.count(name) - share * count) <= 3
+        duplicated = [study for study in studies if any(image.duplicate for image in study.images)]
+        assert duplicated and all(study.study_class != "negative" for study in duplicated)
+    assert not {study.patient_id for study in train} & {study.patient_id for study in test}
+    names = [name for study in train + test for name in (study.study_id, *(image.image_id for image in study.images))]
+    assert len(set(names)) == len(names) and all(re.fullmatch("[0-9a-f]{12}", name) for name in names)
+    assert sum(image.damage != "" for study in test for image in study.images) == 1
+
+
+def test_tables_are_the_competitions(written):
+    competition, truth = written
+    for tables, split in ((competition, "train"), (truth, "test")):
+        studies, images = pd.read_csv(tables / "train_study_level.csv"), pd.read_csv(tables / "train_image_level.csv")
+        assert list(studies) == ["id", *STUDY_LABEL_COLUMNS]
+        assert list(images) == ["id", "boxes", "label", "StudyInstanceUID"]
+        assert (studies.iloc[:, 1:].sum(axis=1) == 1).all() and (studies.iloc[:, 1:].sum() >= 1).all()
+        files = {(path.parts[-3], path.stem) for path in (competition / split).glob("*/*/*.dcm")}
+        assert files == set(zip(images.StudyInstanceUID, images.id.str.removesuffix("_image"), strict=True))
+        assert {study for study, _ in files} == set(studies.id.str.removesuffix("_study"))
+        for row in images.itertuples():
+            words = row.label.split()
+            if pd.isna(row.boxes):
+                assert row.label == "none 1 0 0 1 1"
+                continue
+            boxes = ast.literal_eval(row.boxes)
+            assert words[::6] == ["opacity"] * len(boxes) and words[1::6] == ["1"] * len(boxes)
+            edges = [(b["x"], b["y"], b["x"] + b["width"], b["y"] + b["height"]) for b in boxes]
+            said = [[float(word) for word in words[start : start + 4]] for start in range(2, len(words), 6)]
+            np.testing.assert_allclose(edges, said, atol=1e-4)
+
+
+def test_sample_submission_lists_studies_then_images_of_the_test_set(written):
+    competition, truth = written
+    sample = pd.read_csv(competition / "sample_submission.csv")
+    studies, images = pd.read_csv(truth / "train_study_level.csv"), pd.read_csv(truth / "train_image_level.csv")
+    assert list(sample) == ["id", "PredictionString"]
+    assert sample.id.tolist() == [*studies.id, *images.id]
+    assert sample.PredictionString.tolist() == ["negative 1 0 0 1 1"] * len(studies) + ["none 1 0 0 1 1"] * len(images)
+
+
+def test_duplicates_are_false_none_in_train_and_mended_in_the_truth(written):
+    for tables, boxed in zip(written, (1, 2), strict=True):
+        images = pd.read_csv(tables / "train_image_level.csv")
+        split = "train" if boxed == 1 else "test"
+        plan = plan_split(split, SMALL[f"{split}_studies"], SMALL["seed"], 3 if split == "test" else 0)
+        studies = [study for study in plan if any(image.duplicate for image in study.images)]
+        checked = 0
+        for study in studies:
+            rows = images[images.StudyInstanceUID == study.study_id]
+            if rows.boxes.notna().any():  # an effusion has no box on any image
+                assert rows.boxes.notna().sum() == (1 if split == "train" else len(rows))
+                checked += 1
+        assert checked
+
+
+def test_files_decode_upright_but_the_damaged_ones(written):
+    """Every image resembles the mean of all: one that is not inverted where it should be would correlate below zero."""
+    competition, _ = written
+    greys, unreadable, syntaxes = [], [], set()
+    for path in sorted(competition.glob("t*/*/*/*.dcm")):
+        try:
+            pixels = read_xray(path)
+        except UnreadableXray:
+            unreadable.append(path)
+            continue
+        header = read_header(path)
+        assert (header.study_id, header.image_id) == (path.parts[-3], path.stem)
+        assert pixels.shape == (header.rows, header.columns)
+        syntaxes.add((header.transfer_syntax, header.photometric, header.bits_stored))
+        greys.append(pixels[10:50, 10:45].ravel().astype(float))
+    assert all(path.parts[-4] == "test" for path in unreadable) and len(unreadable) == 3
+    mean = np.mean(greys, axis=0)
+    assert min(np.corrcoef(grey, mean)[0, 1] for grey in greys) > 0.2
+    assert len({syntax for syntax, _, _ in syntaxes}) >= 4
+    assert {photometric for _, photometric, _ in syntaxes} == {"MONOCHROME1", "MONOCHROME2"}
+    assert len({bits for _, _, bits in syntaxes}) >= 4
+
+
+def fingerprint(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(str(f.relative_to(folder)).encode() + f.read_bytes() for f in files)).hexdigest()
+
+
+def test_bytes_depend_on_the_seed_and_not_on_the_workers(written, tmp_path):
+    competition, truth = written
+    parallel = write_competition(tmp_path / "demo", tmp_path / "truth", **(SMALL | {"workers": 2}))
+    assert fingerprint(parallel) == fingerprint(competition)
+    assert fingerprint(tmp_path / "truth") == fingerprint(truth)
+
+
+def test_writing_again_does_nothing_and_other_numbers_replace(tmp_path):
+    few = SMALL | {"train_studies": 4, "test_studies": 4, "side": 32, "damaged_test_files": 0}
+    partial = tmp_path / "demo" / ".siim-covid19-detection.partial" / "train"
+    partial.mkdir(parents=True)  # left behind by a run that was killed
+    (partial / "old.dcm").write_bytes(b"old")
+    competition = write_competition(tmp_path / "demo", tmp_path / "truth", **few)
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [".phantom.json", "siim-covid19-detection"]
+    assert {path.name for path in competition.iterdir()} == {
+        *("train", "test", "train_study_level.csv", "train_image_level.csv", "sample_submission.csv")
+    }
+    assert not list(competition.rglob("old.dcm"))
+    before = fingerprint(competition)
+    canary = competition / "canary"
+    canary.write_text("still here")
+    write_competition(tmp_path / "demo", tmp_path / "truth", **few)
+    assert canary.exists()
+    (tmp_path / "truth" / "train_image_level.csv").unlink()
+    write_competition(tmp_path / "demo", tmp_path / "truth", **few)
+    assert not canary.exists() and fingerprint(competition) == before
+    write_competition(tmp_path / "demo", tmp_path / "truth", **(few | {"seed": 6}))
+    assert fingerprint(competition) != before
+    # Killed while the new one takes the old one's place.
+    competition.rename(competition.with_name(".siim-covid19-detection.replaced"))
+    write_competition(tmp_path / "demo", tmp_path / "truth", **few)
+    assert fingerprint(competition) == before and len(list((tmp_path / "demo").iterdir())) == 2
+    write_competition(tmp_path / "demo", tmp_path / "truth", **(few | {"seed": 6}))
+    # As it was with the marker inside.
+    (tmp_path / "demo" / ".phantom.json").rename(competition / "phantom.json")
+    write_competition(tmp_path / "demo", tmp_path / "truth", **few)
+    assert fingerprint(competition) == before
+    # The real one, unpacked where the phantoms were.
+    (competition / "train_image_level.csv").write_text("id,boxes,label,StudyInstanceUID\n")
+    with pytest.raises(FileExistsError, match="something else than phantoms"):
+        write_competition(tmp_path / "demo", tmp_path / "truth", **(few | {"seed": 6}))
+
+
+def test_what_it_did_not_write_it_does_not_replace(tmp_path):
+    real = tmp_path / "siim-covid19-detection" / "train"
+    real.mkdir(parents=True)
+    (real / "precious.dcm").write_bytes(b"120 GB")
+    with pytest.raises(FileExistsError, match="something else than phantoms"):
+        write_competition(tmp_path, tmp_path / "truth", **SMALL)
+    assert (real / "precious.dcm").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"train_studies": 3}, {"test_studies": 0}, {"side": 8}, {"damaged_test_files": 100}])
+def test_numbers_that_give_no_competition_are_refused(wrong, tmp_path):
+    with pytest.raises(ValueError, match=r"at least|at most"):
+        write_competition(tmp_path / "demo", tmp_path / "truth", **(SMALL | wrong))
+    assert not (tmp_path / "demo" / "siim-covid19-detection").exists()
+
+
+@settings(max_examples=10, deadline=None)
+@given(SEEDS)
+def test_a_near_duplicate_shows_the_same_opacities(seed):
+    """Cropped by up to 4 % and not rescaled: boxes of the same size to eight pixels of 200, for the wavy rim is cut anew."""
+    rng = np.random.default_rng(seed)
+    patient, exposure, opacities = scene(seed, "indeterminate", 200)
+    again = draw_near_duplicate(rng, exposure)
+    one, other = (render(patient, view, opacities)[1] for view in (exposure, again))
+    np.testing.assert_allclose(one[:, 2:] - one[:, :2], other[:, 2:] - other[:, :2], atol=8)
+    assert again.rows <= exposure.rows and again.columns <= exposure.columns

@@ -1,0 +1,197 @@
+"""Plans as they are read: what runs there are, what each needs, and when it counts as done."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from kitlib.lungs.crop import check_finder
+from kitlib.paths import project_root
+from kitlib.plans.plan import RECORD, WITHOUT_EFFECT, PlanError, read_plan
+from kitlib.recipes.fields import TrainingRecipe
+from kitlib.recipes.named import recipe
+
+PLANS = sorted((project_root() / "submissions" / "plans").glob("*.yaml"))
+PREPARE = {"notebook": "10_prepare", "parameters": {"competition": "{data}"}}
+STUDY = {
+    "notebook": "30_train_study",
+    "matrix": {"fold": [0, 1]},
+    "parameters": {"prepare_run": "{prepare}", "folds": ["{fold}"]},
+}
+FUSE = {"notebook": "60_fuse", "parameters": {"prepare_run": "{prepare}", "runs": ["{study}", "other"]}}
+
+
+def write_plan(folder, name="plan", **changes):
+    steps = {"prepare": PREPARE, "study": STUDY, "fuse": FUSE} | changes.pop("steps", {})
+    plan = {"runs": str(folder / "runs"), "variables": {"data": "siim"}, "steps": steps} | changes
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(plan, sort_keys=False))
+    return path
+
+
+def do(run):
+    """Leave what a finished run leaves."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / RECORD).write_text(json.dumps({"key": run.key}))
+    run.mark.write_text("{}")
+
+
+def test_placeholders_name_values_and_the_folders_of_other_runs(tmp_path):
+    planned = read_plan(write_plan(tmp_path)).planned
+    runs = tmp_path / "runs"
+    assert list(planned) == ["prepare", "study-0", "study-1", "fuse"]
+    assert planned["study-1"].parameters == {
+        "prepare_run": str(runs / "prepare"),
+        "folds": [1],
+        "run_folder": str(runs / "study-1"),
+    }
+    # Both runs of `study` take their places in the list around them.
+    assert planned["fuse"].parameters["runs"] == [str(runs / "study-0"), str(runs / "study-1"), "other"]
+    assert planned["fuse"].needs == ("prepare", "study-0", "study-1")
+
+
+def test_of_another_matrix_the_runs_with_the_same_values_are_meant(tmp_path):
+    pseudo = {
+        "notebook": "50_pseudo_label",
+        "matrix": {"fold": [0, 1]},
+        "parameters": {"runs": ["{study}"], "prepare_run": "{prepare}"},
+    }
+    both = {"command": ["echo", "{study}/fold{fold}", "{fold}"], "matrix": {"kind": ["a"], "fold": [1]}}
+    planned = read_plan(write_plan(tmp_path, steps={"pseudo": pseudo, "both": both})).planned
+    assert planned["pseudo-0"].needs == ("prepare", "study-0")
+    assert planned["both-a-1"].command == ("echo", f"{tmp_path}/runs/study-1/fold1", "1")
+
+
+def test_a_plan_extends_another_and_variables_change(tmp_path):
+    write_plan(tmp_path, "base")
+    (tmp_path / "more.yaml").write_text(
+        "extends: base.yaml\nsteps: {study: {parameters: {epochs: 3}, matrix: {fold: [4]}}}\n"
+        "defaults: {30_train_study: {gpus: 2, parameters: {epochs: 9, workers: 5}}}\n"
+    )
+    plan = read_plan(tmp_path / "more.yaml", runs=tmp_path / "elsewhere", changes={"data": "other"})
+    assert list(plan.planned) == ["prepare", "study-4", "fuse"]
+    study = plan.planned["study-4"]
+    assert (study.parameters["epochs"], study.parameters["workers"], study.gpus) == (3, 5, 2)
+    assert study.parameters["prepare_run"] == str(tmp_path / "elsewhere" / "prepare")
+    assert plan.planned["prepare"].parameters["competition"] == "other"
+
+
+def test_a_changed_parameter_makes_its_run_and_all_that_need_it_anew(tmp_path):
+    for run in read_plan(write_plan(tmp_path)).planned.values():
+        do(run)
+    assert set(read_plan(write_plan(tmp_path)).states().values()) == {"done"}
+    changed = {**STUDY, "parameters": {**STUDY["parameters"], "seed": 7}}
+    states = read_plan(write_plan(tmp_path, steps={"study": changed})).states()
+    assert states == {"prepare": "done", "study-0": "changed", "study-1": "changed", "fuse": "changed"}
+
+
+def test_what_changes_no_result_changes_no_run(tmp_path):
+    first = read_plan(write_plan(tmp_path)).planned
+    # Stated defaults, effort and another place are no other run.
+    same = {"parameters": {**STUDY["parameters"], "seed": 0, "workers": 8}, "threads": 7, "minutes": 5}
+    again = read_plan(write_plan(tmp_path, runs=str(tmp_path / "moved"), steps={"study": {**STUDY, **same}})).planned
+    assert {name: run.key for name, run in first.items()} == {name: run.key for name, run in again.items()}
+
+
+def test_a_run_that_was_begun_goes_on_and_one_whose_needs_are_undone_too(tmp_path):
+    plan = read_plan(write_plan(tmp_path))
+    for run in plan.planned.values():
+        do(run)
+    plan.planned["study-0"].mark.unlink()
+    assert plan.states() == {"prepare": "done", "study-0": "goes on", "study-1": "done", "fuse": "goes on"}
+    shutil.rmtree(plan.planned["prepare"].folder)
+    assert plan.states()["prepare"] == "new"
+    assert plan.states()["study-1"] == "goes on"
+
+
+def test_a_folder_that_no_plan_has_made_is_left_alone(tmp_path):
+    plan = read_plan(write_plan(tmp_path))
+    plan.planned["prepare"].folder.mkdir(parents=True)
+    (plan.planned["prepare"].folder / "work.txt").write_text("days")
+    with pytest.raises(PlanError, match="prepare holds something that no plan has made"):
+        plan.states()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": {}}, "a plan has no field 'stages'; it has: extends, runs"),
+        ({"runs": ""}, "runs is missing"),
+        ({"steps": {"x": {"notebook": "10_prepare", "gpu": 1}}}, "step x: Step has no field 'gpu'; it has: notebook"),
+        ({"steps": {"x": {"notebook": "10_prepare", "gpus": "two"}}}, "Step.gpus wants int, got 'two'"),
+        ({"steps": {"x": {}}}, "step x: wanted exactly one of notebook and command"),
+        ({"steps": {"x": {"command": ["true"], "parameters": {"a": 1}}}}, "step x: parameters are a notebook's"),
+        ({"steps": {"x": {"notebook": "11_prepare"}}}, "no notebook '11_prepare'; there are: 10_prepare, 1"),
+        ({"steps": {"x": {"notebook": "10_prepare", "parameters": {"fold": 1}}}}, "no parameter fold; it has: dataset"),
+        (
+            {"steps": {"x": {"command": ["{nothing}"]}}},
+            "{nothing} stands for nothing; there are: data, prepare, study",
+        ),
+        ({"steps": {"x": {"command": ["true"], "needs": ["y"]}}}, "step x: needs y; there are: prepare, study, fuse, x"),
+        ({"steps": {"x": {"command": ["{y}"]}, "y": {"command": ["{x}"]}}}, "steps that wait for each other: "),
+        ({"steps": {"x": {"command": ["true"], "matrix": {"fold": [0, 0]}}}}, "matrix fold wants a list of different"),
+        ({"steps": {"x": {"command": ["true"], "matrix": {"fold": ["a b"]}}}}, "matrix fold wants a list of different"),
+        ({"steps": {"data": {"command": ["true"]}}}, "data: a step, a variable and a matrix need names of their own"),
+        ({"steps": {"X": {"command": ["true"]}}}, "a step cannot be called 'X'"),
+        (
+            {"steps": {"x": {"command": ["{study}"], "matrix": {"fold": [1, 2]}}}},
+            "step x: x-2 needs a run of study with the same values; there are: study-0, study-1",
+        ),
+        (
+            {"steps": {"x": {"command": ["true"], "matrix": {"fold": [2]}, "needs": ["study"]}}},
+            "step x: x-2 needs a run of study with the same values; there are: study-0, study-1",
+        ),
+        ({"variables": {"data": "{data}"}}, "step prepare: a variable that stands for itself"),
+    ],
+)
+def test_a_faulty_plan_is_refused_with_what_is_valid(tmp_path, changes, message):
+    with pytest.raises(PlanError) as refused:
+        read_plan(write_plan(tmp_path, **changes))
+    assert message in str(refused.value)
+
+
+def test_files_variables_and_steps_that_are_not_there_are_named(tmp_path):
+    path = write_plan(tmp_path)
+    with pytest.raises(PlanError, match=r"in that folder there are: plan\.yaml"):
+        read_plan(tmp_path / "demo.yaml")
+    with pytest.raises(PlanError, match="has no variable side; it has: data"):
+        read_plan(path, changes={"side": 3})
+    with pytest.raises(PlanError, match="has no step report; it has: fuse, prepare, study"):
+        read_plan(path).of_steps(["report"])
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_every_plan_that_is_shipped_can_be_read(path):
+    plan = read_plan(path, runs="runs/of-a-test")
+    assert set(plan.states().values()) == {"new"}
+    done = set()
+    for name, run in plan.planned.items():
+        assert set(run.needs) <= done
+        done.add(name)
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_a_shipped_plan_gives_masks_to_the_recipes_that_ask_for_them_and_to_no_other(path):
+    for name, run in read_plan(path).planned.items():
+        # Segmenters draw masks and ask for none.
+        if "recipe" in run.parameters and run.notebook.stem != "12_segment_lungs":
+            settings = recipe(run.parameters["recipe"], TrainingRecipe, **run.parameters.get("overrides", {}))
+            check_finder(settings, run.parameters.get("lungs_run") or None, name)
+
+
+def test_the_plan_in_the_readme_is_one(tmp_path):
+    readme = (project_root() / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(readme.partition("```yaml\n")[2].partition("```")[0])
+    planned = read_plan(tmp_path / "mine.yaml").planned
+    assert list(planned) == ["prepare", *(f"study-{fold}" for fold in range(5)), "fuse"]
+    assert len(planned["fuse"].parameters["runs"]) == 5
+
+
+def test_parameters_without_effect_are_some_notebooks():
+    import papermill
+
+    known = {
+        name for path in (project_root() / "notebooks").glob("*.ipynb") for name in papermill.inspect_notebook(str(path))
+    }
+    assert known >= WITHOUT_EFFECT

@@ -1,0 +1,109 @@
+import pytest
+
+from kitlib.recipes.fields import NOT_OF_SEGMENTERS, DetectorRecipe, SegmenterRecipe, StudyRecipe
+from kitlib.recipes.named import RECIPES, recipe
+from kitlib.settings import RecipeError, from_dict, override
+
+
+def test_overrides_replace_fields_and_leave_the_published_recipe_alone():
+    shorter = recipe("heidelberg_study", StudyRecipe, epochs=2, dropout=0)
+    assert (shorter.epochs, shorter.dropout, shorter.backbone) == (2, 0.0, "resnext101_32x8d")
+    assert recipe("heidelberg_study", StudyRecipe).epochs == 58
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: recipe("heidelberg", StudyRecipe), "no recipe is called 'heidelberg'; there are: heidelberg_backbone"),
+        (lambda: recipe("heidelberg_yolo", StudyRecipe), "is a DetectorRecipe, wanted a StudyRecipe: heidelberg_study"),
+        (lambda: override(StudyRecipe(), epoch=3), "no field 'epoch'; it has: backbone"),
+        (lambda: override(StudyRecipe(), epochs="3"), "epochs wants int, got '3'"),
+        (lambda: override(StudyRecipe(), epochs=True), "epochs wants int, got True"),
+        (lambda: override(StudyRecipe(), epochs=3.0), "epochs wants int, got 3.0"),
+        (lambda: from_dict(DetectorRecipe, ["a"]), "wants a mapping"),
+    ],
+)
+def test_unknown_names_and_types_are_errors_that_list_what_is_valid(call, message):
+    with pytest.raises(RecipeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"views": []}, r"views are \[\]; there are: full, flip, lungs, lungs_flip"),
+        ({"views": ["full", "left"]}, r"views are \['full', 'left'\]; there are: full"),
+        ({"lungs": "mask"}, "lungs is 'mask'; there are: darkness, masks"),
+        ({"trained_on": "crops"}, "trained_on is 'crops'; there are: full, lungs, either"),
+        ({"schedule": "steps"}, "schedule is 'steps'; there are: cosine, plateau, step"),
+        ({"schedule": "plateau", "warmup_epochs": 1.0}, r"plateau', which has no warm-up; set warmup_epochs=0, not 1\.0"),
+        ({"masked": True}, "masked is true and lungs is 'darkness'"),
+        ({"trained_on": "lungs", "views": ["lungs", "flip"]}, "a model of crops knows no whole images"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_before_a_training(fields, message):
+    for kind in (StudyRecipe, DetectorRecipe):
+        with pytest.raises(RecipeError, match=message):
+            override(kind(), **fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lungs": "masks", "masked": True},
+        {"trained_on": "lungs", "views": ["lungs", "lungs_flip"]},
+        {"trained_on": "either", "views": ["full", "lungs"]},
+        {"schedule": "plateau"},
+    ],
+)
+def test_what_goes_together_is_taken(fields):
+    taken = override(StudyRecipe(), **fields)
+    assert {name: getattr(taken, name) for name in fields} == {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"network": "hrnet"}, "network is 'hrnet'; there are: unet, resunet, fc_densenet103"),
+        ({"loss": "focal"}, "loss is 'focal'; there are: dice, cross_entropy"),
+        ({"structures": []}, r"structures are \[\]; there are, each once: lungs, heart, left_lung, right_lung"),
+        ({"structures": ["lung"]}, r"structures are \['lung'\]; there are, each once: lungs"),
+        ({"structures": ["heart", "heart"]}, r"structures are \['heart', 'heart'\]; there are, each once"),
+        ({"structures": ["lungs", "left_lung"]}, "lungs are both sides as one: take them or the sides"),
+        ({"ema_decay": 0.9, "cutouts": 2}, r"takes no ema_decay \(leave it at 0\.0\), cutouts \(leave it at 0\)"),
+        ({"views": ["full", "flip"]}, r"takes no views \(leave it at \('full',\)\)"),
+        ({"trained_on": "either"}, r"takes no trained_on \(leave it at 'full'\)"),
+        ({"lungs": "masks", "masked": True}, r"takes no lungs \(leave it at 'darkness'\), masked \(leave it at False\)"),
+        ({"backbone": "resnet50", "channels": 3}, r"takes no backbone \(leave it at ''\), channels \(leave it at 1\)"),
+        ({"sharpen_p": 0.5, "erase_p": 0.1}, r"takes no sharpen_p \(leave it at 0\.0\), erase_p"),
+        ({"structures": ("heart",)}, "wanted lungs, or left_lung and right_lung, among them"),
+        ({"horizontal_flip": 0.5, "structures": ("heart", "left_lung", "right_lung")}, "a mirrored left lung"),
+    ],
+)
+def test_a_segmenter_refuses_what_it_would_not_heed(fields, message):
+    with pytest.raises(RecipeError, match=message):
+        override(SegmenterRecipe(), **fields)
+
+
+def test_the_published_segmenters_are_those_of_their_papers():
+    unet, resunet, tiramisu = (RECIPES[name] for name in ("unet_lungs", "resunet_lungs", "fc_densenet103_lungs"))
+    # UNet + HRNet paper, sections 3.2 and 4: 512 x 512, Dice, 0.005, 25 epochs; 8 dilations, 2 closings, 50,000 pixels.
+    assert (unet.network, unet.loss, unet.image_size, unet.learning_rate, unet.epochs) == ("unet", "dice", 512, 0.005, 25)
+    assert (unet.dilations, unet.closings, unet.least_area * 512**2) == (8, 2, pytest.approx(50_000))
+    assert (unet.scale_x, unet.gamma_drawn, unet.rotate_degrees) == ((0.8, 1.1), (0.5, 3.0), 45.0)
+    # ResUNet + ensembles, section 4.1: 256 x 256, 45 epochs; turns of 180 degrees, shifts of 30 %, zoom of 20 %.
+    assert (resunet.network, resunet.image_size, resunet.epochs) == ("resunet", 256, 45)
+    assert (resunet.rotate_degrees, resunet.shift, resunet.scale_x) == (180.0, 0.3, (0.8, 1.2))
+    # Oh et al.'s code: equalised and gamma 0.5, cross entropy with half the background, Adam 1e-4, 1e-6, batches of 2.
+    assert (tiramisu.equalise, tiramisu.gamma, tiramisu.loss, tiramisu.background_weight) == (
+        True,
+        0.5,
+        "cross_entropy",
+        0.5,
+    )
+    assert (tiramisu.optimizer, tiramisu.learning_rate, tiramisu.weight_decay) == ("adam", 1e-4, 1e-6)
+    assert (tiramisu.batch_size, tiramisu.epochs, tiramisu.image_size) == (2, 100, 256)
+    assert set(tiramisu.structures) == {"heart", "left_lung", "right_lung"}
+    assert all(getattr(each, name) == getattr(unet, name) for each in (resunet, tiramisu) for name in NOT_OF_SEGMENTERS)

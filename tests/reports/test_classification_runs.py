@@ -1,0 +1,128 @@
+"""Models of several runs: put together, counted once, or told apart; and which images a bundle has not seen."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kitlib.bundle import data_fingerprint
+from kitlib.reports.classification_runs import choose_models, protocol_of, read_class_scores, unseen_bundle
+from kitlib.runs.reading import RunError
+from kitlib.tables import empty_table, write_table
+from tests.reports.test_classification_report import CLASSES, tables
+
+NO_FOLDS = empty_table("folds")
+
+
+def folds_of(scores):
+    return scores.rename(columns={"image_id": "id"})[["id", "fold"]]
+
+
+def write(folder, scores):
+    write_table(scores, "class_scores", folder / "tables" / "class_scores.parquet")
+    (folder / "metrics.json").write_text("{}")
+    return folder
+
+
+def test_folds_are_joined_repeated_rows_count_once_and_other_scores_are_other_models(tmp_path):
+    scores = tables(20)[0]
+    first, second = (write(tmp_path / f"learner{n}", scores[scores.fold == n]) for n in (0, 1))
+    mean = scores.assign(model="mean")
+    ensemble = write(tmp_path / "ensemble", pd.concat([scores, mean]))
+    found = read_class_scores([first, second, ensemble], folds_of(scores))
+    assert list(found) == ["m", "mean"] and len(found["m"]) == len(found["mean"]) == 20
+    assert sorted(found["m"].image_id) == sorted(scores.image_id)
+    other = mean.copy()
+    other[CLASSES] = other[CLASSES].to_numpy()[:, ::-1]
+    patched = write(tmp_path / "patched", other)
+    found = read_class_scores([ensemble, patched], folds_of(scores))
+    assert list(found) == ["m", "ensemble: mean", "patched: mean"]
+    assert found["patched: mean"].model.unique().tolist() == ["patched: mean"]
+
+
+def test_test_images_have_the_mean_of_the_folds_models_whatever_runs_repeat_them(tmp_path):
+    rows = tables(8)[0].assign(fold=0)
+    other = rows.assign(fold=1, **dict(zip(CLASSES, rows[CLASSES].to_numpy()[:, ::-1].T, strict=True)))
+    mean = rows.assign(model="mean", fold=-1)
+    for name, parts in (("first", [rows]), ("second", [other]), ("ensemble", [rows, other, mean])):
+        write_table(pd.concat(parts), "class_scores", tmp_path / name / "tables" / "test_scores.parquet")
+        (tmp_path / name / "metrics.json").write_text("{}")
+    expected = (rows[CLASSES].to_numpy() + rows[CLASSES].to_numpy()[:, ::-1]) / 2
+    for names in (["first", "second"], ["ensemble"], ["first", "ensemble"]):  # the last lacks none of the learner's models
+        found = read_class_scores([tmp_path / name for name in names], folds_of(rows.head(0)), "test")
+        assert found["m"].fold.tolist() == [-1] * 8
+        np.testing.assert_allclose(found["m"].set_index("image_id").loc[rows.image_id, CLASSES], expected)
+    assert list(found) == ["m", "mean"]
+    with pytest.raises(
+        RunError, match=r"ensemble has no answers in tables/class_scores.parquet; it has test_scores.parquet"
+    ):
+        read_class_scores([tmp_path / "ensemble"], folds_of(rows))
+    with pytest.raises(RunError, match="split is 'tests'; there are: folds, test"):
+        read_class_scores([tmp_path / "ensemble"], folds_of(rows), "tests")
+    with pytest.raises(RunError, match=r"ensemble: 1 answers for test images are of images in the folds, first \S+ by mean"):
+        write_table(pd.concat([rows[1:], mean]), "class_scores", tmp_path / "ensemble" / "tables" / "test_scores.parquet")
+        read_class_scores([tmp_path / "ensemble"], folds_of(rows.head(1)), "test")
+
+
+def test_a_run_without_scores_is_named(tmp_path):
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(
+        RunError, match=r"has no answers in tables/class_scores.parquet; name runs of notebooks 20, 25 and 65"
+    ):
+        read_class_scores([tmp_path], NO_FOLDS)
+    with pytest.raises(RunError, match=r"has no fold\*/bundle"):
+        unseen_bundle(tmp_path, {"folds": NO_FOLDS})
+
+
+def test_scores_of_images_that_a_model_was_trained_on_are_refused(tmp_path):
+    scores = tables(8)[0]
+    run = write(tmp_path / "learner", scores)
+    other = folds_of(scores)
+    other.loc[[2, 5], "fold"] += 1
+    first, fold = scores.image_id[2], scores.fold[2]
+    with pytest.raises(
+        RunError, match=rf"learner: 2 predictions are not out of fold, first {first} by .* fold {fold}, .*\(m\)"
+    ):
+        read_class_scores([run], other)
+    with pytest.raises(RunError, match="1 predictions are not out of fold"):  # an image that is in no fold
+        read_class_scores([run], folds_of(scores)[1:])
+
+
+def test_a_nested_models_unseen_images_are_the_outer_folds(tmp_path, monkeypatch):
+    folds = pd.DataFrame({"id": ["a", "b", "c"], "fold": [0, 1, 2]})
+    labels = pd.DataFrame({"id": ["a", "b", "c"], "x": [1.0, 0.0, 1.0]})
+    told = {"labels": labels, "folds": folds}
+    monkeypatch.setattr(
+        "kitlib.reports.classification_runs.read_record", lambda folder: json.loads((folder / "model.json").read_text())
+    )
+    for place, seen in (("plain/fold1", folds), ("nested/outer2/fold1", folds[:2])):
+        (tmp_path / place / "bundle").mkdir(parents=True)
+        record = {"fold": 1, "data_fingerprint": data_fingerprint(labels=labels, folds=seen)}
+        (tmp_path / place / "bundle" / "model.json").write_text(json.dumps(record))
+    assert unseen_bundle(tmp_path / "plain", told) == (tmp_path / "plain/fold1/bundle", ["b"])
+    assert unseen_bundle(tmp_path / "nested", told) == (tmp_path / "nested/outer2/fold1/bundle", ["c"])
+    for changed in ({"labels": labels.assign(x=0.0)}, {"folds": folds.assign(fold=[1, 0, 2])}):
+        for run in ("plain", "nested"):
+            with pytest.raises(RunError, match="trained on another prepared run"):
+                unseen_bundle(tmp_path / run, told | changed)
+
+
+def test_models_that_there_are_not_are_refused_and_the_mean_is_the_reference():
+    models = ["resnet152", "ensemble: mean", "flannel"]
+    assert choose_models(models, "", []) == ("ensemble: mean", ["ensemble: mean", "flannel"])
+    assert choose_models(models[::2], "", []) == ("resnet152", ["resnet152", "flannel"])
+    assert choose_models(models[:1], "", []) == ("resnet152", ["resnet152"])
+    assert choose_models(models, "flannel", ["resnet152"]) == ("flannel", ["resnet152"])
+    with pytest.raises(ValueError, match="reference: no model is called 'mean'; there are: resnet152, ensemble: mean, fl"):
+        choose_models(models, "mean", [])
+    with pytest.raises(ValueError, match="pictured: no model is called 'flanel'; there are: resnet152"):
+        choose_models(models, "", ["flannel", "flanel"])
+
+
+def test_the_protocol_says_how_folds_were_made():
+    folds = pd.DataFrame({"id": ["a", "b", "c"], "fold": [0, 1, 2]})
+    assert protocol_of(folds, "patient").startswith("3 folds by patient and near-duplicate, each image judged")
+    assert protocol_of(folds, "source") == "3 folds, each one source, whose images are judged by models without that source"
+    with pytest.raises(RunError, match="folds by 'hospital'"):
+        protocol_of(folds, "hospital")

@@ -1,0 +1,123 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from kitlib.classes import SCORED_CLASSES, STUDY_CLASSES
+from kitlib.reports import competition as reports
+from kitlib.scoring.score import SCORE_KEYS, Truth, score_tables
+from kitlib.tables import BOX
+
+N = 80
+
+
+@pytest.fixture(scope="module")
+def case():
+    """Truth, fused tables and images: 80 studies of one image, 40 patients; boxes on three quarters of the images."""
+    rng = np.random.default_rng(1)
+    names, classes = [f"i{n}" for n in range(N)], np.arange(N) % 4
+    labels = pd.DataFrame(np.eye(4)[classes], columns=list(STUDY_CLASSES))
+    labels.insert(0, "id", [f"s{n}" for n in range(N)])
+    drawn = [(name, 10.0, 10.0, 60.0, 90.0) for name, c in zip(names, classes, strict=True) if c]
+    boxes = pd.DataFrame(drawn, columns=["image_id", *BOX])
+    truth = Truth(labels, tuple(names), boxes)
+    probabilities = rng.dirichlet(np.ones(4), N) * 0.7 + 0.3 * np.eye(4)[classes]
+    studies = pd.DataFrame(probabilities, columns=list(STUDY_CLASSES)).assign(study_id=labels["id"])
+    nones = pd.DataFrame({"image_id": names, "none": np.clip((classes == 0) * 0.3 + rng.random(N) * 0.7, 0, 1)})
+    shift = rng.normal(0, 12, (N, 4))
+    found = pd.DataFrame(np.array([10, 10, 60, 90]) + shift, columns=list(BOX)).assign(image_id=names, score=rng.random(N))
+    images = pd.DataFrame({"image_id": names, "study_id": labels["id"], "patient_id": [f"p{n // 2}" for n in range(N)]})
+    return truth, studies, nones, found, images
+
+
+def test_confusion_counts_most_probable_classes():
+    labels = pd.DataFrame(np.eye(4)[[0, 0, 1, 3]], columns=list(STUDY_CLASSES)).assign(id=list("abcd"))
+    studies = pd.DataFrame(np.eye(4)[[0, 1, 1, 2]], columns=list(STUDY_CLASSES)).assign(study_id=list("abcd"))
+    matrix = reports.confusion(Truth(labels, (), pd.DataFrame(columns=["image_id", *BOX])), studies.iloc[::-1])
+    assert matrix.to_numpy().tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]]
+    assert list(matrix.index) == list(matrix.columns) == list(STUDY_CLASSES)
+
+
+def test_class_report_holds_the_scores_own_average_precisions(case):
+    truth, studies, nones, found, _ = case
+    table = reports.class_report(truth, studies, nones).set_index("class")
+    expected = score_tables(truth, studies, nones, found)
+    assert table["average_precision"].to_dict() == pytest.approx({name: expected[name] for name in (*STUDY_CLASSES, "none")})
+    assert table.loc["none", ["positives", "of"]].tolist() == [20, 80]
+
+
+def test_calibration_of_known_answers():
+    # Ten studies told 0.85 negative, of which eight are: gap 0.05; Brier (8 * 0.15^2 + 2 * 0.85^2) / 10.
+    labels = pd.DataFrame(np.eye(4)[[0] * 8 + [1] * 2], columns=list(STUDY_CLASSES)).assign(id=[f"s{n}" for n in range(10)])
+    studies = pd.DataFrame([[0.85, 0.05, 0.05, 0.05]] * 10, columns=list(STUDY_CLASSES)).assign(study_id=labels["id"])
+    truth = Truth(labels, ("i", "j"), pd.DataFrame([("i", 0, 0, 9, 9)], columns=["image_id", *BOX]))
+    nones = pd.DataFrame({"image_id": ["i", "j"], "none": [0.0, 1.0]})
+    negative = reports.class_report(truth, studies, nones).iloc[0]
+    assert negative["calibration_error"] == pytest.approx(0.05)
+    assert negative["brier"] == pytest.approx((8 * 0.15**2 + 2 * 0.85**2) / 10)
+    assert negative["roc_auc"] == pytest.approx(0.5)
+    bins = reports.reliability(truth, studies, nones)
+    assert bins.iloc[0].tolist() == ["negative", pytest.approx(0.85), pytest.approx(0.8), 10]
+    # A probability of 1 belongs to the last bin.
+    assert bins[bins["class"] == "none"][["predicted", "observed", "count"]].to_numpy().tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert bins.groupby("class")["count"].sum().to_dict() == {**dict.fromkeys(STUDY_CLASSES, 10), "none": 2}
+
+
+def test_area_under_the_curves_is_the_average_precision(case):
+    truth, studies, nones, found, _ = case
+    curves = reports.precision_recall_curves(truth, studies, nones, found)
+    expected = score_tables(truth, studies, nones, found)
+    for (title, curve), name in zip(curves.items(), SCORED_CLASSES, strict=True):
+        area = (curve["recall"].diff() * curve["precision"]).sum()
+        assert area == pytest.approx(expected[name]) and title == f"{name} (AP {expected[name]:.3f})"
+        assert (curve["precision"].diff().dropna() <= 0).all()
+
+
+def test_boxes_on_images_outside_the_truth_do_not_count(case):
+    truth, studies, nones, found, _ = case
+    other = pd.concat([found, found.assign(image_id="elsewhere", score=1.0)])
+    curves, expected = (reports.precision_recall_curves(truth, studies, nones, boxes) for boxes in (other, found))
+    assert list(curves) == list(expected)
+
+
+def test_bootstrap_brackets_the_score(case):
+    truth, studies, nones, found, images = case
+    table = reports.bootstrap(truth, studies, nones, found, images, samples=50).set_index("name")
+    expected = score_tables(truth, studies, nones, found)
+    assert list(table.index) == list(SCORE_KEYS)
+    assert table["value"].to_dict() == pytest.approx(expected)
+    assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
+    pd.testing.assert_frame_equal(
+        table, reports.bootstrap(truth, studies, nones, found, images, samples=50).set_index("name")
+    )
+
+
+def test_bootstrap_draws_whole_patients(case):
+    truth, studies, nones, found, images = case
+    one = reports.bootstrap(truth, studies, nones, found, images.assign(patient_id="same"), samples=5)
+    # One patient is always drawn once: nothing varies.
+    assert one["low"].tolist() == pytest.approx(one["value"].tolist()) == one["high"].tolist()
+    wide = reports.bootstrap(truth, studies, nones, found, images, samples=100).set_index("name")
+    narrow = reports.bootstrap(truth, studies, nones, found, images.assign(patient_id=images["image_id"]), samples=100)
+    assert (wide["high"] - wide["low"])["score"] > 0 and (narrow["high"] - narrow["low"]).gt(0).all()
+
+
+def test_missing_rows_are_named(case):
+    truth, studies, nones, found, images = case
+    with pytest.raises(ValueError, match="study_id s3 of the truth"):
+        reports.confusion(truth, studies.drop(3))
+    with pytest.raises(ValueError, match="images table, first i5"):
+        reports.bootstrap(truth, studies, nones, found, images.drop(5))
+
+
+def test_the_score_of_some_parts_is_their_mean_and_its_draws_pair_up(case):
+    truth, studies, nones, found, images = case
+    whole = reports.score_draws(truth, studies, nones, found, images, 5)
+    expected = score_tables(truth, studies, nones, found)
+    assert whole.iloc[0].to_dict() == pytest.approx(expected) and len(whole) == 1 + 5
+    parts = reports.score_draws(truth, studies, nones, None, images, 5)
+    assert parts["score"].iloc[0] == pytest.approx(np.mean([expected[name] for name in (*STUDY_CLASSES, "none")]))
+    assert parts[["opacity", "opacity_boxed"]].isna().all(axis=None)
+    # The same patients are drawn, whatever else is answered.
+    pd.testing.assert_frame_equal(parts[["atypical", "none"]], whole[["atypical", "none"]])
+    boxes = reports.score_draws(truth, None, None, found, images, 5)
+    pd.testing.assert_series_equal(boxes["score"], whole["opacity"], check_names=False)

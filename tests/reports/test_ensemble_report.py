@@ -1,0 +1,55 @@
+"""Learners and ensembles in one table: figures that a hand can check."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kitlib.fusion.ensemble_bundle import learnt_ensemble
+from kitlib.fusion.ensembles import judge_ensembles
+from kitlib.fusion.stacking import gather
+from kitlib.fusion.train_flannel import ENSEMBLES
+from kitlib.reports.ensemble_report import comparison, cross_scaled_scores, weights_figure
+from kitlib.scoring.temperature import fit_temperature
+
+CLASSES = ["sick", "well"]
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Eight images in two folds: `good` is right seven times, `bad` never."""
+    ids = [f"i{k}" for k in range(8)]
+    images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": ids})
+    truth = np.arange(8) // 2 % 2
+    labels = pd.DataFrame(np.eye(2)[truth], columns=CLASSES).assign(id=ids)
+    folds = pd.DataFrame({"id": ids, "fold": np.arange(8) % 2})
+    said = {"good": np.where(np.arange(8) == 0, 1 - truth, truth), "bad": 1 - truth}
+    tables = [
+        pd.DataFrame(0.2 + 0.6 * np.eye(2)[each], columns=CLASSES).assign(image_id=ids, model=name, fold=folds.fold)
+        for name, each in said.items()
+    ]
+    return gather(tables, images, labels, folds)
+
+
+def test_the_table_has_a_line_for_each_learner_and_ensemble(found):
+    judged = judge_ensembles(found, {name: ENSEMBLES[name] for name in ("mean", "weighted")})
+    table = comparison(judged, found)
+    assert set(table.index) == {"good", "bad", "mean", "weighted"} and (table.learns == "cross-fitted").all()
+    assert table.accuracy["good"] == 7 / 8 and table.accuracy["bad"] == 0 and (table["rows"] == 8).all()
+    # sick: 3 of 4 found, none called wrongly: F1 6/7; well: 4 of 4, one wrongly: 8/9
+    assert table.macro_f1["good"] == pytest.approx((6 / 7 + 8 / 9) / 2) and table["f1 sick"]["good"] == pytest.approx(6 / 7)
+    assert table.log_loss["bad"] == pytest.approx(-np.log(0.2))
+    # All weight goes to the good one, whichever fold is judged.
+    assert table.loc["weighted", "accuracy"] == 7 / 8 and judged.weights.good.min() > 0.999
+    assert len(weights_figure(judged.weights, found.learners).axes) == 1
+
+
+def test_scores_are_scaled_by_the_other_fold_and_the_kept_ensemble_knows_its_own(found):
+    judged = judge_ensembles(found, {"mean": ENSEMBLES["mean"]})
+    scaled, temperatures = cross_scaled_scores(judged, found, "good", "good scaled")
+    assert set(scaled.model) == {"good scaled"} and set(temperatures.index) == {0, 1, "all"}
+    rows = judged.scores[(judged.scores.model == "good") & (judged.scores.fold == 1)]
+    truth = found.answers.truth.loc[rows.image_id].to_numpy()
+    assert temperatures[0] == pytest.approx(fit_temperature(rows[CLASSES].to_numpy(), truth))
+    kept = learnt_ensemble(found, "kept", ENSEMBLES["weighted"], temperature=0.8)
+    assert (kept.name, kept.method, kept.folds, kept.protocol) == ("kept", "weighted", (0, 1), "cross-fitted")
+    assert kept.weights["learners"].tolist() == pytest.approx([1, 0], abs=1e-3) and kept.settings["method"] == "weighted"

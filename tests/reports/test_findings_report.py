@@ -1,0 +1,208 @@
+"""Figures of findings against scikit-learn's, thresholds that never see what they judge, and intervals over patients."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score, precision_score, recall_score, roc_auc_score
+
+from kitlib.reports.findings_report import (
+    answers,
+    auc_draws,
+    best_thresholds,
+    bootstrap_auc,
+    class_report,
+    crossed_thresholds,
+    heidelberg_figures,
+    mean_over_folds,
+    roc_curves,
+    uncertainty,
+)
+
+CLASSES = ["Mass", "Nodule", "No Finding"]
+
+
+def tables(count=200, folds=2, seed=0, unknown=0.0):
+    """Two images a patient; probabilities that follow the truth, more closely for the first class."""
+    rng = np.random.default_rng(seed)
+    truth = (rng.random((count, 3)) < [0.3, 0.1, 0.5]).astype(float)
+    found = np.clip(truth * [0.5, 0.3, 0.1] + 0.6 * rng.random((count, 3)), 0, 1)
+    truth[rng.random(truth.shape) < unknown] = np.nan
+    ids = [f"i{number}" for number in range(count)]
+    images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": [f"p{n // 2}" for n in range(count)]})
+    images = images.assign(path="", rows=1, columns=1, source="", view="")
+    labels = pd.DataFrame(truth, columns=CLASSES).assign(id=ids)
+    scores = pd.DataFrame(found, columns=CLASSES).assign(image_id=ids, model="m", fold=np.arange(count) // 2 % folds)
+    return scores, images, labels
+
+
+def test_the_class_table_has_scikit_learns_figures():
+    scores, images, labels = tables()
+    given_answers = answers(scores.sample(frac=1, random_state=1), images, labels)
+    report = class_report(given_answers, np.array([0.5, 0.4, 0.3])).set_index("class")
+    assert report.index.tolist() == CLASSES
+    for name, threshold in zip(CLASSES, (0.5, 0.4, 0.3), strict=True):
+        truth, found, row = labels[name], scores[name], report.loc[name]
+        assert row.positives == truth.sum() and row.of == 200 and row.threshold == pytest.approx(threshold)
+        assert row.roc_auc == pytest.approx(roc_auc_score(truth, found))
+        assert row.average_precision == pytest.approx(average_precision_score(truth, found))
+        assert row.precision == pytest.approx(precision_score(truth, found >= threshold))
+        assert row.recall == pytest.approx(recall_score(truth, found >= threshold))
+        assert row.f1 == pytest.approx(f1_score(truth, found >= threshold))
+
+
+def test_the_aggregates_are_macro_means_and_the_share_of_images_that_are_all_right():
+    scores, images, labels = tables()
+    given_answers = answers(scores, images, labels)
+    figures = heidelberg_figures(given_answers, np.full(3, 0.4))
+    # section 4.1 of the report
+    assert figures.iloc[0].to_dict() == {"precision": 0.59, "recall": 0.12, "accuracy": 0.40, "f1": 0.16}
+    for row, threshold in ((1, 0.5), (2, 0.4)):
+        truth, called = labels[CLASSES], scores[CLASSES] >= threshold
+        assert figures.precision.iloc[row] == pytest.approx(precision_score(truth, called, average="macro"))
+        assert figures.recall.iloc[row] == pytest.approx(recall_score(truth, called, average="macro"))
+        assert figures.f1.iloc[row] == pytest.approx(f1_score(truth, called, average="macro"))
+        assert figures.accuracy.iloc[row] == pytest.approx(accuracy_score(truth.to_numpy(), called.to_numpy()))
+
+
+def test_of_exclusive_classes_the_most_probable_one_is_called():
+    scores, images, labels = tables(30)
+    labels[CLASSES] = np.eye(3)[np.arange(30) % 3]
+    figures = heidelberg_figures(answers(scores, images, labels), np.full(3, 0.5), exclusive=True)
+    truth, called = np.arange(30) % 3, scores[CLASSES].to_numpy().argmax(axis=1)
+    assert figures.index[1:].tolist() == ["here, most probable class"]
+    assert figures.accuracy.iloc[1] == pytest.approx(accuracy_score(truth, called))
+    assert figures.recall.iloc[1] == pytest.approx(recall_score(truth, called, average="macro"))
+
+
+def test_unknown_labels_count_for_nothing():
+    scores, images, labels = tables(unknown=0.3)
+    report = class_report(answers(scores, images, labels), np.full(3, 0.5)).set_index("class")
+    for name in CLASSES:
+        known = labels[name].notna()
+        assert report.of[name] == known.sum()
+        assert report.roc_auc[name] == pytest.approx(roc_auc_score(labels[name][known], scores[name][known]))
+    whole = labels[CLASSES].notna().all(axis=1)
+    right = ((scores[CLASSES] >= 0.5) == (labels[CLASSES] == 1)).all(axis=1)
+    figures = heidelberg_figures(answers(scores, images, labels), np.full(3, 0.5))
+    assert figures.accuracy.iloc[1] == pytest.approx(right[whole].mean())
+
+
+@settings(max_examples=30, deadline=None)
+@given(truth=st.lists(st.booleans(), min_size=2, max_size=12).filter(any), seed=st.integers(0, 99))
+def test_no_threshold_has_a_better_f1(truth, seed):
+    found = np.random.default_rng(seed).integers(0, 5, len(truth)) / 4
+    ids = [f"i{number}" for number in range(len(truth))]
+    scores = pd.DataFrame({"image_id": ids, "model": "m", "fold": 0, "Mass": found})
+    images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": ids})
+    given_answers = answers(scores, images, pd.DataFrame({"id": ids, "Mass": np.array(truth, dtype=float)}))
+    chosen = best_thresholds(given_answers)[0]
+    every = [f1_score(truth, found >= threshold) for threshold in (0, 0.25, 0.5, 0.75, 1)]
+    assert f1_score(truth, found >= chosen) == pytest.approx(max(every))
+
+
+@pytest.mark.parametrize("folds", [1, 2, 3])
+def test_a_threshold_does_not_change_with_the_truth_that_it_judges(folds):
+    scores, images, labels = tables(120, folds)
+    before = crossed_thresholds(answers(scores, images, labels))
+    patient = images.patient_id[10]
+    own = (images.patient_id == patient).to_numpy()
+    changed = labels.copy()
+    changed.loc[own, CLASSES] = 1 - changed.loc[own, CLASSES]
+    after = crossed_thresholds(answers(scores, images, changed))
+    assert np.array_equal(before[own], after[own])
+    # nor has it seen any other image of its part
+    if folds > 1:
+        others = answers(scores, images, labels)
+        chosen = scores.fold.to_numpy() != scores.fold[10]
+        alone = answers(scores[chosen], images, labels)
+        assert np.array_equal(before[10], best_thresholds(alone)) and len(others.found) == 120
+
+
+def test_a_class_without_positives_is_not_judged():
+    scores, images, labels = tables()
+    labels["Nodule"] = 0.0
+    given_answers = answers(scores, images, labels)
+    thresholds = crossed_thresholds(given_answers)
+    assert (thresholds[:, 1] == 0.5).all()
+    row = class_report(given_answers, thresholds).set_index("class").loc["Nodule"]
+    assert row.positives == 0 and row[["roc_auc", "average_precision", "precision", "recall", "f1"]].isna().all()
+    intervals = bootstrap_auc(given_answers, samples=5).set_index("name")
+    assert intervals.loc["Nodule"].isna().all() and intervals.loc["mean"].notna().all()
+    assert not any(title.startswith("Nodule") for title in roc_curves(given_answers))
+    labels[CLASSES] = 0.0
+    nothing = answers(scores, images, labels)
+    assert bootstrap_auc(nothing, samples=5)[["value", "low", "high"]].isna().all(axis=None)
+    assert roc_curves(nothing) == {} and class_report(nothing, np.full(3, 0.5)).f1.isna().all()
+    assert heidelberg_figures(nothing, np.full(3, 0.5)).f1.isna().tolist() == [False, True, True]
+
+
+def test_the_interval_holds_the_value_and_follows_patients_not_images():
+    scores, images, labels = tables(400)
+    given_answers = answers(scores, images, labels)
+    intervals = bootstrap_auc(given_answers, samples=100).set_index("name")
+    aucs = [roc_auc_score(labels[name], scores[name]) for name in CLASSES]
+    assert intervals.value.tolist() == pytest.approx([np.mean(aucs), *aucs])
+    assert ((intervals.low < intervals.value) & (intervals.value < intervals.high)).all()
+    # Every image ten times, as one patient's: ten times the images and not a bit more evidence.
+    copies = range(10)
+    many = pd.concat([scores.assign(image_id=scores.image_id + f"-{n}") for n in copies])
+    of_many = pd.concat([images.assign(image_id=images.image_id + f"-{n}") for n in copies])
+    again = bootstrap_auc(answers(many, of_many, labels), samples=100).set_index("name")
+    pd.testing.assert_frame_equal(again, intervals, atol=1e-9, rtol=0)
+
+
+def test_two_models_of_the_same_patients_meet_the_same_draws():
+    scores, images, labels = tables()
+    other = scores.assign(Mass=0.5, model="other")[::-1]
+    one, two = (auc_draws(answers(each, images, labels), samples=5) for each in (scores, other))
+    assert list(one.columns) == ["mean", *CLASSES] and len(one) == 1 + 5
+    # Equal answers differ by nothing in any draw, and what knows nothing has one half.
+    pd.testing.assert_frame_equal(one[CLASSES[1:]], two[CLASSES[1:]])
+    assert two["Mass"].tolist() == pytest.approx([0.5] * 6)
+    assert one["mean"].to_numpy() == pytest.approx(one[CLASSES].mean(axis=1).to_numpy())
+
+
+def test_an_interval_holds_the_truth_about_as_often_as_it_says():
+    # Two normal classes one deviation apart: the area is Phi(1 / sqrt 2) = 0.760. Of 60 intervals of 90 %, 54 are expected
+    # to hold it; fewer than 44 has a probability of one in 10,000.
+    held = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        truth = np.arange(120) % 2
+        found = 1 / (1 + np.exp(-(rng.normal(size=120) + truth)))
+        ids = [f"i{number}" for number in range(120)]
+        scores = pd.DataFrame({"image_id": ids, "model": "m", "fold": 0, "Mass": found})
+        images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": ids})
+        given_answers = answers(scores, images, pd.DataFrame({"id": ids, "Mass": truth.astype(float)}))
+        row = bootstrap_auc(given_answers, samples=100, level=0.9, seed=seed).iloc[0]
+        held += row.low <= 0.7602 <= row.high
+    assert held >= 44
+
+
+def test_several_rows_an_image_are_refused_or_averaged():
+    scores, images, labels = tables(20, folds=1)
+    twice = pd.concat([scores, scores.assign(fold=1, Mass=0.0)])
+    with pytest.raises(ValueError, match="20 images have several rows of scores, first i0"):
+        answers(twice, images, labels)
+    mean = mean_over_folds(twice)
+    assert mean.image_id.tolist() == scores.image_id.tolist()
+    assert mean.Mass.to_numpy() == pytest.approx(scores.Mass / 2) and (mean.fold == 0).all()
+    answers(mean, images, labels)
+
+
+def test_what_does_not_belong_together_is_named():
+    scores, images, labels = tables(6)
+    with pytest.raises(ValueError, match=r"labels lack the scored classes \['Hernia'\]"):
+        answers(scores.assign(Hernia=0.5), images, labels)
+    with pytest.raises(ValueError, match=r"1 scored images .* first i0"):
+        answers(scores, images[1:], labels)
+    with pytest.raises(ValueError, match="image i2 has a score that is NaN"):
+        answers(scores.assign(Mass=scores.Mass.where(scores.image_id != "i2")), images, labels)
+
+
+def test_uncertainty_is_the_entropy_in_bits():
+    scores = pd.DataFrame({"image_id": list("abc"), "model": "m", "fold": 0, "x": [0.5, 1.0, 0.25], "y": [0.5, 0.0, 1.0]})
+    # one bit a coin; of a quarter 2 - 3/4 log2 3
+    assert uncertainty(scores).tolist() == pytest.approx([2, 0, 2 - 0.75 * np.log2(3)])

@@ -1,0 +1,139 @@
+"""Heat of a network known by hand, of each family of backbones, and its share inside the lungs."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from kitlib.bundle import save_bundle
+from kitlib.inference.predict import load_predictor
+from kitlib.lungs.finders import Lungs
+from kitlib.models.classifier import FindingsClassifier, StudyClassifier
+from kitlib.recipes.fields import FindingsRecipe, StudyRecipe
+from kitlib.reports.heat_maps import Heat, heat_figure, heat_maps, heat_summary, inside_lungs, look
+from kitlib.xrays.cache import CachedXray
+from tests.small_lungs import FRAME, stored_lungs
+from tests.small_xrays import SmallXrays
+
+SMALL = {"image_size": 64, "hidden": 0, "channels": 1, "multi_label": False, "dropout": 0.0}
+
+
+class BrightNetwork(FindingsClassifier):
+    """Its last maps are the image's mean and its negative on an 8 x 8 grid; class a likes the first, class b the second."""
+
+    def __init__(self):
+        super().__init__(FindingsRecipe(backbone="test_resnet", **SMALL), ["a", "b"])
+        self.mean, self.std = [0.0], [1.0]
+
+        class Backbone(torch.nn.Module):
+            def forward_features(self, x):
+                cells = torch.nn.functional.avg_pool2d(x, 8)
+                return torch.cat([cells, 1 - cells], dim=1)
+
+            def forward_head(self, maps):
+                return maps.mean(dim=(2, 3))
+
+        self.backbone, self.head = Backbone(), torch.nn.Linear(2, 2, bias=False)
+        self.head.weight.data = torch.eye(2)
+
+
+def test_the_heat_of_a_network_that_likes_bright_is_the_brightness():
+    pixels = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    pixels[0, 16:32, 40:56] = 255
+    heat = heat_maps(BrightNetwork(), pixels, [0, 1])
+    assert heat.shape == (2, 64, 64) and heat.dtype == np.float32
+    # By hand: the weights of the maps are the head's over the cells, so the heat is the cell's own value, then resized.
+    assert heat[0][20:28, 44:52].min() == pytest.approx(1) and heat[0][:8].max() == 0 and heat[0][:, :32].max() == 0
+    assert heat[1] == pytest.approx(1)  # dark everywhere, for the class that likes dark
+    nothing = heat_maps(BrightNetwork(), torch.zeros(1, 64, 64), [0])
+    assert (nothing == 0).all()
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet", "squeezenet1_1"])
+def test_heat_of_real_backbones_by_an_independent_gradient(backbone):
+    torch.manual_seed(0)
+    network = FindingsClassifier(FindingsRecipe(backbone=backbone, **SMALL), ["a", "b", "c"]).eval()
+    network.requires_grad_(False)  # as a frozen backbone is
+    if backbone == "test_resnet":
+        network.head[-1].weight.abs_()  # else nothing raises an output
+    pixels = torch.randint(0, 256, (2, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    maps = network.backbone.forward_features(network.normalise(pixels)).detach().requires_grad_()
+    logits = network.head(network.backbone.forward_head(maps))
+    (logits[0, 2] + logits[1, 0]).backward()
+    cam = (maps.grad.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).relu().detach()
+    found = heat_maps(network, pixels, [2, 0])
+    assert (cam.amax(dim=(1, 2)) > 0).all()
+    for each, expected in zip(found, cam, strict=True):
+        resized = torch.nn.functional.interpolate(expected[None, None], 64, mode="bilinear", align_corners=False)[0, 0]
+        assert each == pytest.approx((resized / resized.max()).numpy(), abs=1e-4)
+
+
+def test_one_logit_has_opposite_heats_and_a_transformer_none():
+    torch.manual_seed(0)
+    network = FindingsClassifier(FindingsRecipe(backbone="test_resnet", one_logit=True, **SMALL), ["a", "b"]).eval()
+    pixels = torch.randint(0, 256, (1, 64, 64), dtype=torch.uint8)
+    first, second = heat_maps(network, pixels.repeat(2, 1, 1), [0, 1])
+    # What is hot for one is cold for the other, but where resizing mixes neighbouring cells.
+    assert (first.max() == 1 or second.max() == 1) and (np.minimum(first, second) > 0.5).sum() == 0
+    transformer = FindingsClassifier(FindingsRecipe(backbone="test_vit", **{**SMALL, "image_size": 160}), ["a", "b"])
+    with pytest.raises(ValueError, match="test_vit has no maps of features"):
+        heat_maps(transformer.eval(), torch.zeros(1, 160, 160), [0])
+
+
+def save(folder, network, family, classes, recipe):
+    stated = {"family": family, "model": "m", "classes": classes, "recipe": dataclasses.asdict(recipe), "architecture": {}}
+    stated |= {"longest_side": 50, "image_size": recipe.image_size, "placement": "letterbox", "mean": list(network.mean)}
+    save_bundle(
+        folder,
+        network.state_dict(),
+        {**stated, "std": list(network.std), "fold": 0, "data_fingerprint": "", "validation": {}},
+    )
+
+
+@pytest.mark.parametrize("family", ["findings", "study"])
+def test_bundles_are_looked_through_and_heat_lies_on_the_xrays_own_pixels(tmp_path, family):
+    small = SmallXrays(6)
+    torch.manual_seed(0)
+    if family == "findings":
+        recipe, classes = FindingsRecipe(backbone="test_resnet", **{**SMALL, "placement": "letterbox"}), ["a", "b"]
+        network = FindingsClassifier(recipe, classes)
+    else:
+        recipe = StudyRecipe(backbone="test_resnet", image_size=64, hidden=8)
+        network, classes = StudyClassifier(recipe), ["negative", "typical", "indeterminate", "atypical", "none"]
+    save(tmp_path / "bundle", network, family, classes, recipe)
+    predictor = load_predictor(tmp_path / "bundle", torch.device("cpu"), batch_size=4)
+    xrays = [small.read(name) for name in small.image_ids]
+    found = look(predictor, xrays, [classes[n % 2] for n in range(6)])
+    assert [each.xray.image_id for each in found] == small.image_ids
+    assert all(each.heat.shape == each.xray.pixels.shape and 0 <= each.heat.min() <= each.heat.max() <= 1 for each in found)
+    lungs = stored_lungs(tmp_path / "lungs", small, missed=["image001"])
+    table = inside_lungs(found, lungs)
+    assert table.heat_inside.isna().tolist()[1]
+    figure = heat_figure({"whole": found, "segmented": found}, lungs)
+    assert len(figure.axes) == 18 and figure.axes[6].get_ylabel() == "whole" and figure.axes[0].get_title() == "image000"
+    with pytest.raises(ValueError, match=r"m has no class \['Mass'\]; it has: "):
+        look(predictor, xrays[:1], ["Mass"])
+    with pytest.raises(ValueError, match="are of other images"):
+        heat_figure({"whole": found, "segmented": found[1:]})
+
+
+class Finder:
+    def find(self, xrays):
+        mask = np.zeros((10, 20), bool)
+        mask[:5, :10] = True
+        return [Lungs(np.array(FRAME), mask)] * len(xrays)
+
+
+def test_the_share_of_heat_inside_the_lungs():
+    xray = CachedXray("i", np.zeros((10, 20), np.uint8), 10, 20)
+    even = np.ones((10, 20), np.float32)
+    inside = np.zeros((10, 20), np.float32)
+    inside[2, 3], inside[8, 15] = 0.9, 0.3
+    table = inside_lungs([Heat(xray, "a", even), Heat(xray, "a", inside), Heat(xray, "a", 0 * even)], Finder())
+    assert table.heat_inside.tolist()[:2] == pytest.approx([0.25, 0.75])
+    assert table.concentration.tolist()[:2] == pytest.approx([1, 3]) and np.isnan(table.heat_inside[2])
+    summary = heat_summary({"whole": table})
+    assert summary.loc["whole"].to_dict() == pytest.approx(
+        {"heat_inside": 0.5, "area_inside": 0.25, "concentration": 2, "images": 3, "not_judged": 1}
+    )

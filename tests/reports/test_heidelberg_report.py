@@ -1,0 +1,142 @@
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score
+
+from kitlib.classes import STUDY_CLASSES
+from kitlib.fusion.fuse import Fused, FusionSettings, fuse
+from kitlib.reports.heidelberg_report import COLUMNS, PUBLISHED, best_confidence, heidelberg_table
+from kitlib.scoring.score import score_tables, truth_of
+from kitlib.tables import BOX
+
+ONE, FAR = (100.0, 100.0, 500.0, 500.0), (600.0, 600.0, 900.0, 900.0)
+
+
+def found(*rows):
+    return pd.DataFrame(rows, columns=["image_id", "score", *BOX])
+
+
+def answer(detections, images, studies=None):
+    """All images seen; studies on priors unless given."""
+    nones = images[["image_id"]].assign(none=0.5, prior=False, seen=True)
+    if studies is None:
+        studies = images[["study_id"]].assign(**dict.fromkeys(STUDY_CLASSES, 0.25), prior=True)
+    return Fused(studies, nones, detections)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Images a to d, c and d in fold 1; b has no box, d has two."""
+    images = pd.DataFrame({"image_id": list("abcd"), "study_id": list("stuv")})
+    labels = pd.DataFrame(np.eye(4)[[1, 0, 1, 2]], columns=list(STUDY_CLASSES)).assign(id=list("stuv"))
+    boxes = pd.DataFrame([("a", *ONE), ("c", *ONE), ("d", *ONE), ("d", *FAR)], columns=["image_id", *BOX])
+    folds = pd.DataFrame({"id": list("abcd"), "fold": [0, 0, 1, 1]})
+    detections = found(
+        ("a", 0.9, *ONE), ("a", 0.6, *FAR), ("b", 0.8, *ONE), ("c", 0.7, *ONE), ("d", 0.4, *ONE), ("d", 0.3, 0, 0, 50, 50)
+    )
+    return images, labels, boxes, folds, detections
+
+
+def test_the_operating_point_comes_from_the_other_fold(small):
+    images, labels, boxes, folds, detections = small
+    table = heidelberg_table({"mine": answer(detections, images)}, images, labels, boxes, folds)
+    # Fold 1 by itself is best at 0.4: 2 hits of 2 shown and of 3 true, F1 0.8. Fold 0 at 0.9: 1 of 1, F1 1.
+    # So fold 0 shows what has 0.4 or more: a hit and a miss on `a`, and a false one on healthy `b`. Fold 1 shows nothing.
+    row = table.loc["mine"]
+    assert row["confidence"] == pytest.approx((0.4 + 0.9) / 2)
+    assert row[["recall", "precision", "precision_all"]].tolist() == pytest.approx([1 / 4, 1 / 2, 1 / 3])
+    assert row["f1"] == pytest.approx(2 * (1 / 4) * (1 / 2) / (3 / 4))
+    assert row[["images", "boxed_images"]].tolist() == [4, 3]
+
+
+def test_precision_is_the_scores_own_on_all_and_on_boxed_images(small):
+    images, labels, boxes, folds, detections = small
+    row = heidelberg_table({"mine": answer(detections, images)}, images, labels, boxes, folds).loc["mine"]
+    studies = images[["study_id"]].assign(**dict.fromkeys(STUDY_CLASSES, 0.25))
+    expected = score_tables(truth_of(images, labels, boxes), studies, images[["image_id"]].assign(none=0.5), detections)
+    assert row[["ap", "ap_boxed"]].tolist() == pytest.approx([expected["opacity"], expected["opacity_boxed"]])
+    # By hand: hits at ranks 1, 3 and 5 of the boxes of all images, at 1, 2 and 4 without `b`; four true boxes.
+    assert row["ap"] == pytest.approx((1 + 2 / 3 + 3 / 5) / 4) and row["ap_boxed"] == pytest.approx((1 + 1 + 3 / 4) / 4)
+
+
+def test_a_given_confidence_is_taken(small):
+    images, labels, boxes, _, detections = small
+    mine = answer(detections, images)
+    confidence = best_confidence(mine, images, boxes)
+    # 0.4: 3 hits of 4 shown on images with a box, F1 2 * 3 / (4 + 4); at 0.7: 2 of 2, F1 2 * 2 / (2 + 4).
+    assert confidence == 0.4
+    row = heidelberg_table({"mine": mine}, images, labels, boxes, confidences={"mine": 0.7}).loc["mine"]
+    assert row[["confidence", "recall", "precision", "precision_all"]].tolist() == pytest.approx([0.7, 0.5, 1, 2 / 3])
+    with pytest.raises(ValueError, match="'mine' needs a confidence"):
+        heidelberg_table({"mine": mine}, images, labels, boxes)
+
+
+def test_one_fold_alone_has_no_operating_point(small):
+    images, labels, boxes, folds, detections = small
+    row = heidelberg_table({"mine": answer(detections, images)}, images, labels, boxes, folds.assign(fold=0)).loc["mine"]
+    assert row[["confidence", "f1", "recall"]].isna().all() and row["ap"] > 0
+
+
+def test_study_figures_are_sklearns():
+    rng = np.random.default_rng(3)
+    n, classes = 200, rng.integers(0, 4, 200)
+    images = pd.DataFrame({"image_id": [f"i{k}" for k in range(n)], "study_id": [f"s{k}" for k in range(n)]})
+    labels = pd.DataFrame(np.eye(4)[classes], columns=list(STUDY_CLASSES)).assign(id=images["study_id"])
+    probability = rng.dirichlet(np.ones(4), n) * 0.6 + 0.4 * np.eye(4)[np.where(rng.random(n) < 0.6, classes, 3)]
+    studies = pd.DataFrame(probability, columns=list(STUDY_CLASSES)).assign(study_id=images["study_id"], prior=False)
+    boxes = pd.DataFrame([("i0", *ONE)], columns=["image_id", *BOX])
+    mine = answer(found(), images, studies.sample(frac=1, random_state=0))
+    row = heidelberg_table({"mine": mine}, images, labels, boxes, confidences={"mine": 0.5}).loc["mine"]
+    predicted = probability.argmax(axis=1)
+    assert row["study_accuracy"] == pytest.approx(accuracy_score(classes, predicted))
+    assert row["study_f1"] == pytest.approx(f1_score(classes, predicted, average="macro"))
+    # sklearn's area has no envelope: for hard labels, two blocks of equal scores, it is the same unless a class is
+    # predicted worse than by chance.
+    hard = [average_precision_score(classes == k, predicted == k) for k in range(4)]
+    assert row["study_map_hard"] == pytest.approx(np.mean(hard))
+    soft = np.mean([average_precision_score(classes == k, probability[:, k]) for k in range(4)])
+    assert soft <= row["study_map"] < soft + 0.03 and row["study_map"] > row["study_map_hard"]
+    assert row[["ap", "recall"]].tolist() == [0, 0] and row["studies"] == n
+
+
+def test_runs_are_compared_by_what_they_have_answered(small):
+    images, labels, boxes, folds, _ = small
+    images = images.assign(rows=1000, columns=1000)
+    studies = images[["study_id"]].assign(model="c", fold=0, **dict.fromkeys(STUDY_CLASSES, 0.25)).head(2)
+    coverage = pd.DataFrame({"image_id": ["a", "c"], "model": "d", "fold": 0})
+    box = pd.DataFrame([("a", "d", 0, 0.5, *ONE)], columns=["image_id", "model", "fold", "score", *BOX])
+    runs = {
+        "study": fuse(studies, None, None, images, FusionSettings(), coverage.iloc[:0]),
+        "detector": fuse(None, None, box, images, FusionSettings(), coverage),
+    }
+    table = heidelberg_table(runs, images, labels, boxes, folds)
+    assert table.loc["study", ["images", "studies"]].tolist() == [0, 2] and np.isnan(table.loc["study", "ap"])
+    assert table.loc["detector", ["images", "boxed_images", "studies"]].tolist() == [2, 2, 0]
+    assert table.loc["detector", "ap"] == pytest.approx(1 / 2) and np.isnan(table.loc["detector", "study_map"])
+
+
+def test_the_published_rows_are_the_reports_tables(small):
+    images, labels, boxes, folds, detections = small
+    table = heidelberg_table({"mine": answer(detections, images)}, images, labels, boxes, folds)
+    assert list(table.index) == ["mine", *PUBLISHED] and list(table.columns) == list(COLUMNS)
+    assert table.loc["Heidelberg, published: ensemble", ["ap_boxed", "f1", "recall", "precision"]].tolist() == [
+        0.451,
+        0.560,
+        0.530,
+        0.594,
+    ]
+    # The report's F1 is the harmonic mean of its two columns, as ours is, to the digits it prints.
+    for name in list(PUBLISHED)[:3]:
+        row = table.loc[name]
+        assert row["f1"] == pytest.approx(
+            2 * row["recall"] * row["precision"] / (row["recall"] + row["precision"]), abs=2e-3
+        )
+
+
+def test_an_image_outside_the_folds_or_a_study_without_a_label_is_named(small):
+    images, labels, boxes, folds, detections = small
+    with pytest.raises(ValueError, match="image d is in no fold"):
+        heidelberg_table({"mine": answer(detections, images)}, images, labels, boxes, folds.head(3))
+    studies = images[["study_id"]].assign(**dict.fromkeys(STUDY_CLASSES, 0.25), prior=False)
+    with pytest.raises(ValueError, match="study v has an answer but no label"):
+        heidelberg_table({"mine": answer(detections, images, studies)}, images, labels.head(3), boxes, folds)

@@ -1,0 +1,95 @@
+"""The pictures of lungs hold what they are given."""
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+
+from kitlib.classes import LUNG_CODES
+from kitlib.inference.segment_lungs import SMALL
+from kitlib.lungs.finders import FOUND
+from kitlib.reports.figures import PREDICTION, TRUTH, save_figure
+from kitlib.reports.lungs_figures import lungs_montage, mask_images, overlap_figure
+from kitlib.tables import BOX
+from kitlib.xrays.mask_store import MaskStore
+from tests.small_masks import COLUMNS, ROWS, SmallMasks
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return SmallMasks(tmp_path_factory.mktemp("masks"), count=8, sides=True)
+
+
+def scores(dice, structure="lungs"):
+    return pd.DataFrame({"structure": structure, "dice": dice})
+
+
+def test_a_step_an_image_and_a_line_a_structure():
+    figure = overlap_figure(pd.concat([scores([0.9, 0.5, 0.75, 1.0]), scores([0.8, 0.85], "heart")]))
+    (axis,) = figure.axes
+    lungs, heart, people = axis.lines
+    assert [line.get_label() for line in (lungs, heart)] == ["lungs", "heart"]
+    assert lungs.get_xdata().tolist() == [0.5, 0.75, 0.9, 1.0] and lungs.get_ydata().tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert heart.get_ydata().tolist() == [0.5, 1.0]
+    assert people.get_xdata() == [0.95, 0.95] and people.get_linestyle() == ":"
+    assert axis.get_xlim() == (0.5, 1) and overlap_figure(scores([0.9])).axes[0].get_xlim() == (0.7, 1)
+
+
+def outlines(axis):
+    """Colours of the outlines in one picture."""
+    drawn = [each for each in axis.collections if isinstance(each, matplotlib.contour.ContourSet)]
+    return [to_hex(each.get_edgecolor()[0]) for each in drawn]
+
+
+def test_found_masks_are_orange_and_drawn_ones_green_where_there_are_any(small, tmp_path):
+    found = MaskStore(tmp_path)
+    lungs_alone = small.masks.read("chest001").copy()
+    lungs_alone[lungs_alone == 2] = 0
+    found.add({"chest001": lungs_alone, "chest002": np.zeros((ROWS // 2, COLUMNS // 2), np.uint8)})
+    ids = ["chest001", "chest002", "chest003"]
+    figure = mask_images(small, found, ids, ["one", "two", "three"], drawn=small.masks)
+    assert [axis.get_title() for axis in figure.axes] == ["one", "two", "three", ""]
+    orange, green = to_hex(PREDICTION), to_hex(TRUTH)
+    # Heart and both sides are drawn; of what was found there are two sides, nothing, and no mask at all.
+    assert [outlines(axis) for axis in figure.axes] == [[green] * 3 + [orange] * 2, [green] * 3, [green] * 3, []]
+    for axis, image_id in zip(figure.axes, ids, strict=False):
+        assert np.array_equal(axis.images[0].get_array(), small.pixels[image_id]) and not axis.axison
+    (alone, *_) = mask_images(small, found, ids[:1], ["one"]).axes
+    assert outlines(alone) == [orange] * 2
+    assert save_figure(figure, tmp_path / "figure.png") is figure and (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_an_outline_goes_around_its_mask(small, tmp_path):
+    (axis, *_) = mask_images(small, small.masks, ["chest000"], [""]).axes
+    codes = small.masks.read("chest000")
+    for each, code in zip(axis.collections, (2, 3, 4), strict=True):
+        line = np.concatenate([path.vertices for path in each.get_paths()])
+        ys, xs = np.nonzero(codes == code)
+        # Half a pixel around the outermost pixels' middles, which is their edge.
+        assert line.min(axis=0).tolist() == [xs.min() - 0.5, ys.min() - 0.5]
+        assert line.max(axis=0).tolist() == [xs.max() + 0.5, ys.max() + 0.5]
+
+
+def test_a_montage_dims_what_is_no_lung_and_frames_what_was_found(small):
+    rows = [("chest000", FOUND, 0.3, 20.0, 24.0, 80.0, 100.0), ("chest001", SMALL, 0.01, 0.0, 0.0, COLUMNS, ROWS)]
+    table = pd.DataFrame(rows, columns=["image_id", "verdict", "area", *BOX])
+    figure = lungs_montage(small, small.masks, table)
+    first, second, *empty = figure.axes
+    assert [axis.get_title() for axis in (first, second)] == ["chest000\nfound, 30%", "chest001\ntoo small, 1%"]
+    assert len(empty) == 4 and not any(axis.images for axis in empty)
+    (frame,) = first.patches
+    # The copy has half of the original's pixels, and a picture's first one begins at -0.5.
+    assert frame.get_bbox().extents.tolist() == [9.5, 11.5, 39.5, 49.5] and to_hex(frame.get_edgecolor()) == to_hex(
+        PREDICTION
+    )
+    assert len(second.patches) == 0
+    shown, inside = first.images[0].get_array(), np.isin(small.masks.read("chest000"), LUNG_CODES)
+    assert np.array_equal(shown[inside], small.pixels["chest000"][inside])
+    assert np.array_equal(shown[~inside], small.pixels["chest000"][~inside] // 3)
+
+
+def test_nothing_to_show_is_an_empty_picture(small):
+    nothing = pd.DataFrame(columns=["image_id", "verdict", "area", *BOX])
+    for figure in (lungs_montage(small, small.masks, nothing), mask_images(small, small.masks, [], [])):
+        assert not any(axis.images for axis in figure.axes)

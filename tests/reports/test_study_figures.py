@@ -1,0 +1,49 @@
+"""Which studies the picture shows, and what stands above them."""
+
+import pandas as pd
+
+from kitlib.classes import STUDY_CLASSES
+from kitlib.reports.study_figures import study_examples
+from tests.small_xrays import SmallXrays
+
+SMALL = SmallXrays(32)
+
+
+def scores(sure):
+    """Study scores that give the true class `sure[study]`, the rest to the next class; none right by 0.8."""
+    truth = SMALL.labels.set_index("id")
+    rows = []
+    for study_id, share in sure.items():
+        found = truth.loc[study_id].to_numpy(float)
+        values = share * found + (1 - share) * pd.Series(found).shift(1, fill_value=found[-1]).to_numpy()
+        rows.append({"study_id": study_id, "model": "small", "fold": 0, **dict(zip(STUDY_CLASSES, values, strict=True))})
+    with_box = set(SMALL.boxes.image_id)
+    shown = SMALL.images[SMALL.images.study_id.isin(sure)]
+    none = [0.2 if image_id in with_box else 0.8 for image_id in shown.image_id]
+    images = pd.DataFrame({"image_id": shown.image_id, "model": "small", "fold": 0, "none": none})
+    return pd.DataFrame(rows), images
+
+
+def titles(figure):
+    return [axis.get_title() for axis in figure.axes if axis.get_title()]
+
+
+def draw(studies, images, **options):
+    return study_examples(SMALL, SMALL.images, SMALL.labels, SMALL.boxes, studies, images, **options)
+
+
+def test_the_surest_come_first_and_the_worst_missed_below():
+    # Studies 0, 1, 2, 3 are negative, typical, indeterminate, atypical; images two a study.
+    studies, images = scores({"study000": 0.9, "study001": 0.2, "study002": 0.7, "study003": 0.4})
+    shown = titles(draw(studies, images, count=2))
+    assert [title.split(":")[0] for title in shown] == ["image000", "image004", "image002", "image006"]
+    assert shown[0].splitlines()[0] == "image000: negative, no box" and shown[0].endswith("none 0.80")
+    assert shown[2].splitlines()[:2] == ["image002: typical, boxes", "indeterminate 0.80  typical 0.20  negative 0.00"]
+
+
+def test_a_model_of_one_output_and_few_studies_are_shown_all_the_same():
+    studies, images = scores({"study000": 0.9, "study001": 0.2})
+    nothing = studies.iloc[:0], images.iloc[:0]
+    assert len(titles(draw(studies, nothing[1]))) == 2
+    assert titles(draw(nothing[0], images))[0] == "image000: negative, no box\nnone 0.80"
+    assert titles(draw(*nothing)) == []

@@ -1,0 +1,248 @@
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from pydicom.uid import ExplicitVRLittleEndian
+
+from kitlib.atomic import write_json
+from kitlib.bundle import data_fingerprint
+from kitlib.classes import STUDY_CLASSES
+from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
+from kitlib.fusion.fuse import Fused
+from kitlib.recipes.fields import StudyRecipe
+from kitlib.runs.reading import (
+    RunError,
+    judged_images,
+    read_answer,
+    read_answers,
+    read_extra,
+    read_fused,
+    read_learners,
+    read_metrics,
+    read_models,
+    read_out_of_fold,
+    read_prepared,
+    read_study_ensemble,
+)
+from kitlib.tables import BOX, write_table
+from kitlib.training.fold_folder import with_extra
+from kitlib.training.xray_dataset import XrayDataset
+from kitlib.xrays.cache import XrayCache
+from kitlib.xrays.writing import write_xray
+from tests.small_kernels import make_run as make_bundle
+from tests.small_xrays import SmallXrays
+
+SCORES = pd.DataFrame({"image_id": ["a", "b"], "model": "study", "fold": [0, 1], "none": [0.25, 0.5]})
+
+
+def make_run(folder, model, **tables):
+    for name, table in tables.items():
+        write_table(table, name, folder / "tables" / f"{name}.parquet")
+    write_json(folder / "metrics.json", {"model": model})
+    return folder
+
+
+def test_predictions_of_several_runs_come_together(tmp_path):
+    first = make_run(tmp_path / "1", "study", image_scores=SCORES)
+    second = make_run(tmp_path / "2", "other", image_scores=SCORES.assign(model="other"))
+    found = read_out_of_fold([first, second])
+    assert found.image_scores[["image_id", "model"]].to_numpy().tolist() == [
+        ["a", "study"],
+        ["b", "study"],
+        ["a", "other"],
+        ["b", "other"],
+    ]
+    assert len(found.detections) == len(found.study_scores) == 0
+
+
+def test_the_folds_of_a_model_may_come_from_several_runs(tmp_path):
+    both = [make_run(tmp_path / f"study-{fold}", "study", image_scores=SCORES[SCORES.fold == fold]) for fold in (0, 1)]
+    pd.testing.assert_frame_equal(read_out_of_fold(both).image_scores, SCORES)
+    other = make_run(tmp_path / "other", "other", image_scores=SCORES.assign(model="other", none=1.0))
+    images = pd.DataFrame({"image_id": ["a", "b"], "study_id": "s", "rows": 9, "columns": 9})
+    answers = read_answers([*both, other], images)
+    assert {model: answer.nones.set_index("image_id").none.to_dict() for model, answer in answers.items()} == {
+        "study": {"a": 0.25, "b": 0.5},
+        "other": {"a": 1.0, "b": 1.0},
+    }
+
+
+def test_a_run_that_is_unfinished_or_of_another_kind_is_named(tmp_path):
+    run = make_run(tmp_path / "run", "study", image_scores=SCORES)
+    with pytest.raises(RunError, match=r"metrics\.json is missing: .*no such folder"):
+        read_metrics(tmp_path / "nothing")
+    with pytest.raises(RunError, match="has no tables of predictions"):
+        read_out_of_fold([make_run(tmp_path / "prepare", None)])
+    with pytest.raises(RunError, match="both have fold 0 of a model 'study'"):
+        read_out_of_fold([run, make_run(tmp_path / "again", "study", image_scores=SCORES)])
+
+
+def test_detections_come_with_the_images_that_were_looked_at(tmp_path):
+    box = pd.DataFrame([("a", "yolo", 0, 0.5, 0, 0, 9, 9)], columns=["image_id", "model", "fold", "score", *BOX])
+    coverage = SCORES.assign(model="yolo")[["image_id", "model", "fold"]]
+    found = read_out_of_fold([make_run(tmp_path / "yolo", "yolo", detections=box, coverage=coverage)])
+    assert found.detections["image_id"].tolist() == ["a"]
+    assert found.coverage.to_numpy().tolist() == [["a", "yolo", 0], ["b", "yolo", 1]]
+    with pytest.raises(RunError, match=r"older has detections but no tables/coverage\.parquet"):
+        read_out_of_fold([make_run(tmp_path / "older", "yolo", detections=box)])
+
+
+def test_judged_are_images_with_a_none_and_an_answered_study():
+    images = pd.DataFrame({"image_id": list("abcd"), "study_id": ["s", "t", "u", "v"]})
+    studies = pd.DataFrame(
+        {"study_id": ["s", "t", "u"], **dict.fromkeys(STUDY_CLASSES, 0.25), "prior": [False, True, False]}
+    )
+    nones = pd.DataFrame({"image_id": list("abcd"), "none": 0.5, "prior": [False, False, True, False]})
+    found = pd.DataFrame(columns=["image_id", "score", *BOX])
+    # `b` has a study on priors, `c` a none on priors, and the study of `d` no answer at all.
+    assert judged_images(images, Fused(studies, nones, found))["image_id"].tolist() == ["a"]
+    with pytest.raises(RunError, match=r"\(3 have a `none`\); include a study run"):
+        judged_images(images, Fused(studies.assign(prior=True), nones, found))
+
+
+def test_a_run_answers_for_what_it_has_predicted(tmp_path):
+    images = pd.DataFrame({"image_id": list("ab"), "study_id": ["s", "t"], "rows": 100, "columns": 100})
+    box = pd.DataFrame(
+        [(name, "yolo", 0, 0.5, 0, 0, 9, 9) for name in "ac"], columns=["image_id", "model", "fold", "score", *BOX]
+    )
+    coverage = box[["image_id", "model", "fold"]]
+    answer = read_answer(make_run(tmp_path / "yolo", "yolo", detections=box, coverage=coverage), images)
+    assert answer.detections["image_id"].tolist() == ["a"] and answer.nones["seen"].tolist() == [True, False]
+    assert answer.studies["prior"].all()
+
+
+def test_a_fused_answer_comes_back_without_priors(tmp_path):
+    tables = {
+        "studies": pd.DataFrame({"study_id": ["s", "t"], **dict.fromkeys(STUDY_CLASSES, 0.25), "prior": [False, True]}),
+        "nones": pd.DataFrame({"image_id": ["a", "b"], "none": 0.5, "prior": [True, False], "seen": [False, True]}),
+        "detections": pd.DataFrame([("b", 0.5, 0, 0, 9, 9)], columns=["image_id", "score", *BOX]),
+    }
+    (tmp_path / "tables").mkdir()
+    write_json(tmp_path / "metrics.json", {})
+    for name, table in tables.items():
+        table.to_parquet(tmp_path / "tables" / f"{name}.parquet")
+    fused = read_fused(tmp_path)
+    assert fused.studies["study_id"].tolist() == ["s"] and fused.nones["image_id"].tolist() == ["b"]
+    tables["nones"].drop(columns="seen").to_parquet(tmp_path / "tables" / "nones.parquet")
+    with pytest.raises(RunError, match=r"nones\.parquet lacks the column seen.*; fuse again"):
+        read_fused(tmp_path)
+
+
+def prepared_run(folder, small, **metrics):
+    """A prepared run of SmallXrays whose images lie decoded in its cache."""
+    images = small.images.assign(path=[str(folder / f"{image_id}.dcm") for image_id in small.image_ids])
+    for image_id, pixels in small.pixels.items():
+        write_xray(folder / f"{image_id}.dcm", pixels, transfer_syntax=ExplicitVRLittleEndian)
+    XrayCache(folder / "xrays", 50).fill(images, workers=1)
+    tables = {"images": images, "labels": small.labels, "boxes": small.boxes, "folds": small.fold_table}
+    for name, table in tables.items():
+        write_table(table, name, folder / "tables" / f"{name}.parquet")
+    write_json(folder / "metrics.json", {"longest_side": 50, **metrics})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    small = SmallXrays(8)
+    small.fold_table = small.fold_table.head(6)  # two images that no annotator looked at
+    return prepared_run(tmp_path_factory.mktemp("prepared"), small)
+
+
+def test_extra_images_of_a_prepared_run_are_those_in_its_folds(prepared):
+    extra = read_extra(prepared)
+    assert extra.images["image_id"].tolist() == [f"image{n:03d}" for n in range(6)]
+    assert extra.cache.read("image003").pixels.shape == (40, 50)
+
+
+def test_extra_images_of_a_labelled_run_lie_in_the_run_that_it_names(tmp_path, prepared):
+    tables = read_prepared(prepared)
+    for name in ("labels", "boxes"):
+        write_table(tables[name], name, tmp_path / "tables" / f"{name}.parquet")
+    images = tables["images"].assign(none=0.25, unsure=[n % 2 == 1 for n in range(8)])
+    write_table(images, "images", tmp_path / "tables" / "images.parquet")
+    write_json(tmp_path / "metrics.json", {"longest_side": 50, "xrays_run": str(prepared)})
+    extra = read_extra(tmp_path)
+    assert len(extra.images) == 8 and extra.images["none"].tolist() == [0.25] * 8
+    assert extra.cache.read("image000").pixels.shape == (40, 50)
+    assert read_extra(tmp_path, for_boxes=True).images["image_id"].tolist() == [f"image{n:03d}" for n in (0, 2, 4, 6)]
+
+
+def test_extra_images_that_cannot_be_read_are_refused_at_once(tmp_path, prepared):
+    write_json(tmp_path / "metrics.json", {"model": "study"})
+    with pytest.raises(RunError, match="is no run of notebook 10 or 50"):
+        read_extra(tmp_path)
+    shutil.copytree(prepared / "tables", tmp_path / "tables")
+    write_json(tmp_path / "metrics.json", {"longest_side": 50})
+    with pytest.raises(RunError, match=r"6 of 6 images are not decoded in .*, first image000"):
+        read_extra(tmp_path)
+
+
+def trained_run(folder, tables, model="c", extra=None, folds=(0, 1)):
+    for fold in folds:
+        record = json.loads((make_bundle(folder / f"fold{fold}", model, fold) / "bundle" / "model.json").read_text())
+        record["data_fingerprint"] = data_fingerprint(**tables)
+        write_json(folder / f"fold{fold}" / "bundle" / "model.json", record)
+        write_json(folder / f"fold{fold}" / "metrics.json", {"model": model, **({"extra": extra} if extra else {})})
+    return folder
+
+
+def test_models_are_named_with_their_folds(tmp_path, prepared):
+    tables = read_prepared(prepared)
+    runs = [trained_run(tmp_path / model, tables, model) for model in "cd"]
+    found = read_models(runs, tables)
+    assert found[["model", "fold"]].to_numpy().tolist() == [["c", 0], ["c", 1], ["d", 0], ["d", 1]]
+    assert found["bundle"].iloc[3] == str(tmp_path / "d" / "fold1" / "bundle")
+    assert read_models(runs, tables, folds=[1])[["model", "fold"]].to_numpy().tolist() == [["c", 1], ["d", 1]]
+    with pytest.raises(RunError, match=r"no model of the folds \[4\]"):
+        read_models(runs, tables, folds=[4])
+    with pytest.raises(RunError, match="has no fold"):
+        read_models([prepared], tables)
+
+
+def test_models_that_have_seen_unknown_images_are_refused(tmp_path, prepared):
+    tables, extra = read_prepared(prepared), read_extra(prepared)
+    other = {**tables, "folds": tables["folds"].assign(fold=1)}
+    with pytest.raises(RunError, match="trained on another prepared run"):
+        read_models([trained_run(tmp_path / "c", other)], tables)
+    more = trained_run(tmp_path / "d", tables, extra=extra.identity())
+    with pytest.raises(RunError, match="trained on extra images too; name their run"):
+        read_models([more], tables)
+    assert len(read_models([more], tables, extra=[extra])) == 2
+
+
+def test_images_without_marked_opacities_teach_no_detector(tmp_path):
+    small = SmallXrays(8)
+    prepared_run(tmp_path / "nih", small)
+    metrics = json.loads((tmp_path / "nih" / "metrics.json").read_text())
+    write_json(tmp_path / "nih" / "metrics.json", {**metrics, "dataset": "nih"})
+    extra = read_extra(tmp_path / "nih")
+    # No box is no `none` there: the target is unknown.
+    assert np.isnan(XrayDataset(extra.images, extra.labels, extra.boxes, extra.cache, StudyRecipe()).none).all()
+    nothing = read_extra(tmp_path / "nih", for_boxes=True)
+    with pytest.raises(ValueError, match="detectors: NIH's have no boxes"):
+        with_extra(small.images.head(0), small.labels, small.boxes, small, nothing, small.images)
+
+
+def test_learners_are_read_from_the_fullest_table_of_each_run_and_an_ensemble_stands_for_them(tmp_path):
+    studies = ["s0", "s1", "s2"]
+    images = pd.DataFrame({"image_id": studies, "study_id": studies, "patient_id": studies})
+    labels = pd.DataFrame(np.eye(4)[:3], columns=list(STUDY_CLASSES)).assign(id=studies)
+    prepared = {"images": images, "labels": labels, "folds": pd.DataFrame({"id": studies, "fold": [0, 1, 2]})}
+    scores = pd.DataFrame({"study_id": studies, "fold": [0, 1, 2]}).assign(**dict.fromkeys(STUDY_CLASSES, 0.25))
+    one, two = scores.assign(model="one"), scores.assign(model="two")
+    runs = [make_run(tmp_path / name, name, study_scores=table) for name, table in (("one", one), ("two", two))]
+    found = read_learners(runs, prepared)
+    assert found.learners == ("one", "two") and found.key == "study_id"
+    of_images = scores.rename(columns={"study_id": "image_id"})
+    nested = of_images.assign(model="net", outer=[0, 1, 2], fold=[1, 2, 0])
+    both = make_run(tmp_path / "net", "net", nested_scores=nested, class_scores=of_images.assign(model="net"))
+    assert read_learners([both], prepared).folds == [0, 1, 2] and read_learners([both], prepared).protocol == "nested"
+    with pytest.raises(RunError, match="none has none of the tables nested_scores, class_scores, study_scores"):
+        read_learners([make_run(tmp_path / "none", "none")], prepared)
+    ensemble = make_run(tmp_path / "ensemble", "mean", study_scores=scores.assign(model="mean"))
+    write_ensemble(ensemble / "ensemble", Ensemble("mean", "mean", ("one", "two"), STUDY_CLASSES, "study_id"))
+    assert read_study_ensemble(ensemble, pd.concat([one, two])).model.unique().tolist() == ["mean"]
+    with pytest.raises(RunError, match="two: either no learner of the ensemble"):
+        read_study_ensemble(ensemble, one)

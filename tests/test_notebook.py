@@ -1,0 +1,64 @@
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from kitlib.notebook import NotebookFailed, run_notebook
+
+
+def write_notebook(path, *cells):
+    parameters = new_code_cell("result = ''", metadata={"tags": ["parameters"]})
+    kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    nbformat.write(new_notebook(cells=[parameters, *map(new_code_cell, cells)], metadata={"kernelspec": kernel}), path)
+
+
+WRITE = "import pathlib; pathlib.Path(result).write_text('done')"
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("1 / 0", "cell 3 raised ZeroDivisionError"),
+        ("import sys; sys.exit(0)", "cell 3 raised SystemExit: 0"),
+        ("import os; os.kill(os.getpid(), 9)", "papermill's exit code is 138|cell 3"),
+        ("result = '/dev/null'", "it ended without writing"),
+    ],
+)
+def test_a_run_that_only_looks_finished_has_failed(tmp_path, cell, message):
+    write_notebook(tmp_path / "n.ipynb", cell, WRITE)
+    with pytest.raises(NotebookFailed, match=message):
+        run_notebook(tmp_path / "n.ipynb", tmp_path / "out.ipynb", {"result": str(tmp_path / "r")}, tmp_path / "r")
+
+
+def test_a_run_reports_its_cells_and_keeps_the_types_of_its_parameters(tmp_path):
+    write_notebook(tmp_path / "n.ipynb", "assert result['fold'] == '007'", "result = result['path']", WRITE)
+    seen = []
+    parameters = {"result": {"fold": "007", "path": str(tmp_path / "r")}}
+    run_notebook(
+        tmp_path / "n.ipynb", tmp_path / "out.ipynb", parameters, tmp_path / "r", on_cell=lambda *cell: seen.append(cell)
+    )
+    assert (tmp_path / "r").read_text() == "done"
+    assert seen == [(number, 5) for number in range(1, 6)]
+
+
+def test_a_run_ends_whatever_its_output_is_and_whoever_listens_fails(tmp_path):
+    # More than a pipe holds, from outside of Python and in no encoding.
+    shout = "import os, pathlib\nerr = os.open(f'/proc/{os.getppid()}/fd/2', os.O_WRONLY)\n"
+    shout += "os.write(err, b'\\xff\\n')\nos.write(err, b'y\\n' * 150_000)"
+    write_notebook(tmp_path / "n.ipynb", shout, WRITE)
+
+    def deaf(*_):
+        raise OSError("no space left")
+
+    run_notebook(
+        tmp_path / "n.ipynb", tmp_path / "out.ipynb", {"result": str(tmp_path / "r")}, tmp_path / "r", deaf, time_limit_s=60
+    )
+    assert (tmp_path / "r").read_text() == "done"
+    log = (tmp_path / "out.log").read_text()
+    assert "\ufffd\n" in log and "Executing Cell 3" in log
+
+
+def test_an_unknown_parameter_is_refused_before_anything_runs(tmp_path):
+    write_notebook(tmp_path / "n.ipynb", WRITE)
+    with pytest.raises(ValueError, match=r"n\.ipynb has no parameter epoch; it has: result"):
+        run_notebook(tmp_path / "n.ipynb", tmp_path / "out.ipynb", {"epoch": 1}, tmp_path / "r")
+    assert not (tmp_path / "out.ipynb").exists()

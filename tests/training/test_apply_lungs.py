@@ -1,0 +1,141 @@
+"""A segmenter applied to a data set: once an image, interrupted and resumed, with masks that later stages find."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kitlib.classes import LUNG_CODES
+from kitlib.inference.segment_lungs import BLANK, EMPTY, load_segmenter
+from kitlib.lungs.finders import FOUND, StoredLungs
+from kitlib.settings import RecipeError, override
+from kitlib.tables import BOX, read_table
+from kitlib.training import apply_lungs as module
+from kitlib.training.apply_lungs import apply_lungs
+from kitlib.training.fold_folder import ResumeError
+from kitlib.training.lungs import train_lungs
+from kitlib.xrays.cache import CachedXray, XrayCache
+from kitlib.xrays.mask_store import MaskStore
+from tests.small_masks import COLUMNS, RECIPE, ROWS, SmallMasks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    small = SmallMasks(tmp_path_factory.mktemp("masks"))
+    small.pixels["chest003"] = np.zeros_like(small.pixels["chest003"])  # a blank image
+    return small
+
+
+@pytest.fixture(scope="module")
+def bundle(small, tmp_path_factory):
+    healthy = SmallMasks(tmp_path_factory.mktemp("healthy"))
+    recipe = override(RECIPE, epochs=12, least_width=0.5, least_area=0.05, dilations=2)
+    run = train_lungs(
+        **healthy.tables(), fold=0, cache=healthy, masks=healthy.masks, recipe=recipe, model_name="m", progress=False,
+        run_folder=tmp_path_factory.mktemp("trained"),
+    )  # fmt: skip
+    return run.run_folder / "bundle"
+
+
+def applied(small, bundle, folder, **options):
+    return apply_lungs(small.images, small, bundle, folder, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def run(small, bundle, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lungs")
+    return folder, applied(small, bundle, folder, masked_images=True)
+
+
+def test_every_image_has_a_row_and_a_mask_and_a_blank_one_no_lungs(run, small):
+    folder, lungs = run
+    assert lungs.image_id.tolist() == small.image_ids
+    assert sorted(MaskStore(folder / "masks").ids) == sorted(small.image_ids)
+    verdicts = lungs.set_index("image_id").verdict
+    assert verdicts["chest003"] == BLANK and (verdicts.drop("chest003") == FOUND).all()
+    assert lungs.loc[lungs.verdict != FOUND, list(BOX)].to_numpy().tolist() == [[0, 0, COLUMNS, ROWS]]
+    pd.testing.assert_frame_equal(read_table("lungs", folder / "tables" / "lungs.parquet"), lungs)
+
+
+def test_frames_hold_the_lungs_that_were_drawn(run, small):
+    for row in run[1][run[1].verdict == FOUND].itertuples():
+        drawn = np.argwhere(np.isin(small.masks.read(row.image_id), LUNG_CODES)) * 2  # the copy has half the pixels
+        inside = (drawn[:, 1] >= row.xmin) & (drawn[:, 1] < row.xmax) & (drawn[:, 0] >= row.ymin) & (drawn[:, 0] < row.ymax)
+        assert inside.mean() > 0.98
+
+
+def test_later_stages_find_what_the_segmenter_would_find(run, small, bundle):
+    folder, _ = run
+    stored, at_once = StoredLungs(folder), load_segmenter(folder / "bundle", batch_size=16)
+    for kept, found in zip(stored.find(list(small.stream())), at_once.find(list(small.stream())), strict=True):
+        if found.frame is None:
+            assert kept.frame is None and kept.mask is None
+        else:
+            assert kept.frame.tolist() == found.frame.tolist() and np.array_equal(kept.mask, found.mask)
+
+
+def test_masked_images_are_black_outside_of_the_lungs_and_whole_where_none_were_found(run, small):
+    folder, lungs = run
+    copies, masks = XrayCache(folder / "masked", small.longest_side), MaskStore(folder / "masks")
+    for row in lungs.itertuples():
+        copy, image = copies.read(row.image_id), small.read(row.image_id)
+        inside = np.isin(masks.read(row.image_id), LUNG_CODES) | (row.verdict != FOUND)
+        assert np.array_equal(copy.pixels, np.where(inside, image.pixels, 0))
+        assert (copy.rows, copy.columns) == (ROWS, COLUMNS)
+
+
+class Counting:
+    """Counts reads, and fails at one of them."""
+
+    def __init__(self, small, fails_at=None):
+        self.small, self.longest_side, self.reads, self.fails_at = small, small.longest_side, [], fails_at
+
+    def read(self, image_id: str) -> CachedXray:
+        self.reads.append(image_id)
+        if len(self.reads) == self.fails_at:
+            raise OSError("the disk is gone")
+        return self.small.read(image_id)
+
+
+def test_an_interrupted_run_goes_on_and_ends_alike(run, small, bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART", 4)
+    with pytest.raises(OSError, match="the disk is gone"):
+        apply_lungs(small.images, Counting(small, fails_at=11), bundle, tmp_path, batch_size=2, progress=False)
+    # Eight images are in two whole files; a part that was not finished has left nothing.
+    assert len(MaskStore(tmp_path / "masks")) == 8 and not (tmp_path / "tables" / "lungs.parquet").exists()
+    rest = Counting(small)
+    lungs = apply_lungs(small.images, rest, bundle, tmp_path, batch_size=2, progress=False)
+    assert sorted(rest.reads) == small.image_ids[8:]
+    pd.testing.assert_frame_equal(lungs, run[1])
+    nothing = Counting(small)
+    pd.testing.assert_frame_equal(apply_lungs(small.images, nothing, bundle, tmp_path, progress=False), lungs)
+    assert nothing.reads == []
+
+
+def test_rows_without_their_masks_are_made_again(run, small, bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART", 4)
+    applied(small, bundle, tmp_path)
+    # Killed between the rows of the last part and its masks.
+    sorted((tmp_path / "masks").glob("*.arrow"))[-1].unlink()
+    rest = Counting(small)
+    pd.testing.assert_frame_equal(apply_lungs(small.images, rest, bundle, tmp_path, progress=False), run[1])
+    assert len(rest.reads) == 4
+
+
+def test_a_changed_clean_up_is_kept_in_the_bundle_and_is_another_run(small, bundle, tmp_path):
+    plain = applied(small, bundle, tmp_path / "plain", clean_up={"dilations": 0, "margin": 0.0})
+    wide = applied(small, bundle, tmp_path / "wide", clean_up={"dilations": 0, "margin": 0.2})
+    found = plain.verdict == FOUND
+    assert ((wide.xmax - wide.xmin) >= (plain.xmax - plain.xmin))[found].all() and found.sum() == 15
+    assert load_segmenter(tmp_path / "wide" / "bundle").recipe.margin == 0.2
+    with pytest.raises(ResumeError, match=r"recipe\.margin: 0\.2 there, 0\.0 here"):
+        applied(small, bundle, tmp_path / "wide", clean_up={"dilations": 0, "margin": 0.0})
+    with pytest.raises(RecipeError, match="no field 'width'; it has: least_island, dilations"):
+        applied(small, bundle, tmp_path / "other", clean_up={"width": 2.0})
+
+
+def test_a_rule_that_nothing_meets_leaves_whole_images(small, bundle, tmp_path):
+    lungs = applied(small, bundle, tmp_path, clean_up={"least_island": 1.0})
+    assert set(lungs.verdict) == {EMPTY, BLANK} and (lungs.area == 0).all()
+    assert all(each.frame is None for each in StoredLungs(tmp_path).find(list(small.stream())))

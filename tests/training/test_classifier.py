@@ -1,0 +1,166 @@
+"""Each option of a classifier's training learns, what is frozen stays as it is, a run with all of them resumes exactly."""
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kitlib.bundle import BundleError, read_bundle
+from kitlib.models.classifier import FindingsClassifier, StudyClassifier
+from kitlib.recipes.fields import FindingsRecipe
+from kitlib.settings import override
+from kitlib.training.classifier import start_from_weights
+from kitlib.training.study import StudyTraining, train_study
+from tests.small_xrays import RECIPE, SmallXrays
+
+LEARNING = override(
+    RECIPE, epochs=10, patience=10, learning_rate=1e-2, batch_size=8, brightness_contrast=0.0, rotate_degrees=0.0
+)
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def train(folder, recipe, count=32):
+    small = SmallXrays(count)
+    tables = small.images, small.labels, small.boxes, small.fold_table
+    return train_study(*tables, 1, small, recipe, folder, "small", progress=False)
+
+
+@pytest.fixture(scope="module")
+def starting_weights(tmp_path_factory):
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("weights") / "start.safetensors"
+    save_file(StudyClassifier(RECIPE).backbone.state_dict(), path)
+    return str(path)
+
+
+# Four classes in equal numbers and a quarter without a box: a constant answer earns 0.25.
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixup": 0.4, "label_smoothing": 0.1},
+        {"segmentation": 1.0, "cutmix": 1.0},
+        {"ema_decay": 0.9, "nominal_batch": 16, "batch_size": 4},
+        {"outputs": "study"},
+        {"outputs": "none"},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_every_option_learns(tmp_path, changes):
+    run = train(tmp_path, override(LEARNING, **changes))
+    assert run.metrics["best"]["score"] > 0.5
+    if "segmentation" in changes:
+        assert run.history.train_mask_loss.iloc[-1] < run.history.train_mask_loss.iloc[0]
+
+
+def test_outputs_say_which_tables_are_filled_and_what_the_score_is(tmp_path):
+    short = override(LEARNING, epochs=1)
+    study = train(tmp_path / "study", override(short, outputs="study"))
+    none = train(tmp_path / "none", override(short, outputs="none"))
+    assert len(study.study_scores) == 8 and study.image_scores.empty
+    assert len(none.image_scores) == 16 and none.study_scores.empty
+    assert "none" not in study.history and "typical" not in none.history
+    assert none.metrics["best"]["score"] == none.metrics["best"]["none"]
+    validation = read_bundle(none.run_folder / "bundle")[0]["validation"]
+    assert set(validation) == {"score", "none"}
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_weights_and_statistics_of_a_frozen_backbone_stay_bit_for_bit(tmp_path, starting_weights, ema_decay):
+    recipe = override(LEARNING, epochs=2, frozen_backbone=True, starting_weights=starting_weights, ema_decay=ema_decay)
+    train(tmp_path, recipe)
+    torch.manual_seed(3)
+    before = StudyClassifier(RECIPE).backbone.state_dict()
+    after = read_bundle(tmp_path / "bundle")[1]
+    for name, value in before.items():
+        assert torch.equal(after[f"backbone.{name}"], value), name
+
+
+def test_each_epoch_unfreezes_one_more_stage(tmp_path, starting_weights):
+    """After three epochs, with a stage more in the second and in the third, layer4 and layer3 have learnt and no other."""
+    recipe = override(
+        LEARNING, epochs=3, patience=3, frozen_backbone=True, unfreeze_every=1, starting_weights=starting_weights
+    )
+    train(tmp_path, recipe)
+    # The last epoch's weights: the best ones may be of an earlier.
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.manual_seed(3)
+    before = StudyClassifier(RECIPE).backbone.state_dict()
+    weights = {name.removeprefix("model.backbone."): value for name, value in state["state_dict"].items()}
+    changed = {name.partition(".")[0] for name, value in before.items() if not torch.equal(weights[name], value)}
+    assert changed == {"layer3", "layer4"}
+    rates = sorted({group["lr"] for group in state["optimizer_states"][0]["param_groups"]})
+    assert len(rates) == 2 and rates[0] == pytest.approx(rates[1] * 0.1)
+
+
+def test_a_file_that_leaves_the_frozen_backbone_random_is_refused(tmp_path):
+    torch.manual_seed(0)
+    weights = StudyClassifier(RECIPE).backbone.state_dict()
+    save_file(
+        {name: value for name, value in weights.items() if not name.startswith("layer4")}, tmp_path / "half.safetensors"
+    )
+    recipe = override(LEARNING, frozen_backbone=True, starting_weights=str(tmp_path / "half.safetensors"))
+    with pytest.raises(
+        ValueError, match=r"half\.safetensors leaves \d+ tensors of the frozen test_resnet random, first backbone\.layer4"
+    ):
+        train(tmp_path / "run", recipe)
+
+
+def test_weights_that_fit_next_to_nothing_are_refused_and_what_is_left_random_is_said(tmp_path):
+    whole = StudyClassifier(RECIPE).backbone.state_dict()
+    # Of test_resnet's 372,688 parameters layer4 has 267,840 and layer1's first convolution 9,216.
+    for name, left_out in (("little", "layer4"), ("most", "layer1.0.conv1")):
+        kept = {key: value for key, value in whole.items() if not key.startswith(left_out)}
+        save_file(kept, tmp_path / f"{name}.safetensors")
+
+    def started(make, name):
+        return start_from_weights(make(f"{tmp_path / name}.safetensors"))
+
+    for make in (
+        lambda path: StudyClassifier(override(RECIPE, starting_weights=path)),
+        lambda path: FindingsClassifier(FindingsRecipe(backbone="test_resnet", hidden=8, starting_weights=path), ["Mass"]),
+    ):
+        with pytest.raises(
+            BundleError, match=r"little\.safetensors leaves 72% of test_resnet random, such as backbone\.layer4"
+        ):
+            started(make, "little")
+        # The convolution and the head's two layers.
+        assert started(make, "most").endswith(f"most.safetensors: {len(whole) - 1} tensors, 5 left random")
+
+
+ALL_ON = {
+    "ema_decay": 0.9,
+    "mixup": 0.4,
+    "cutmix": 1.0,
+    "segmentation": 1.0,
+    "label_smoothing": 0.05,
+    "frozen_backbone": True,
+    "unfreeze_every": 1,
+    "nominal_batch": 8,
+    "batch_size": 4,
+    "epochs": 3,
+}
+
+
+def test_a_resumed_run_with_every_option_equals_an_uninterrupted_one_bit_for_bit(tmp_path, starting_weights, monkeypatch):
+    recipe = override(RECIPE, starting_weights=starting_weights, **ALL_ON)
+    whole = train(tmp_path / "whole", recipe)
+    step = StudyTraining.training_step
+    with monkeypatch.context() as patch:
+
+        def dying(self, batch, number):
+            if (self.current_epoch, number) == (2, 1):
+                raise ConnectionError("the session ended")
+            return step(self, batch, number)
+
+        patch.setattr(StudyTraining, "training_step", dying)
+        with pytest.raises(ConnectionError):
+            train(tmp_path / "halves", recipe)
+    torch.manual_seed(12345)  # the random state of a new session
+    halves = train(tmp_path / "halves", recipe)
+    weights, again = (read_bundle(run.run_folder / "bundle")[1] for run in (whole, halves))
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+    times = ["seconds", "images_per_s"]
+    pd.testing.assert_frame_equal(halves.history.drop(columns=times), whole.history.drop(columns=times), check_exact=True)
+    pd.testing.assert_frame_equal(halves.image_scores, whole.image_scores, check_exact=True)

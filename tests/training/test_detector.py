@@ -1,0 +1,419 @@
+"""For both families: a run's outputs, exact resume, learning; and what ultralytics is given to train on."""
+
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from kitlib.bundle import read_bundle
+from kitlib.geometry import letterbox, stretch, within
+from kitlib.inference.predict import Predictor
+from kitlib.models.faster_rcnn import load as load_faster_rcnn
+from kitlib.recipes.fields import DetectorRecipe
+from kitlib.recipes.named import RECIPES as SHIPPED
+from kitlib.recipes.named import recipe as find_recipe
+from kitlib.runs.reading import ExtraImages
+from kitlib.scoring.average_precision import average_precision, box_hits
+from kitlib.settings import override
+from kitlib.tables import BOX, read_table
+from kitlib.training import detector as module
+from kitlib.training.detector import canvas_precision, check_family, train_detector, with_negatives
+from kitlib.training.faster_rcnn import FasterRCNNTraining
+from kitlib.training.fold_folder import ResumeError
+from kitlib.training.xray_dataset import XrayDataset, batches
+from kitlib.training.yolo import Canvases, Trainer, settings
+from tests.small_lungs import FRAME, stored_lungs
+from tests.small_xrays import COLUMNS, ROWS, SmallXrays
+
+from ultralytics.cfg import get_cfg  # isort: skip  (kitlib.models.yolo makes the import offline)
+
+TIMES = ["seconds", "images_per_s"]
+COMMON = DetectorRecipe(
+    backbone="test_resnet",
+    image_size=32,
+    placement="stretch",
+    epochs=2,
+    batch_size=4,
+    optimizer="adamw",
+    learning_rate=2e-3,
+)
+YOLO = override(COMMON, family="yolo", backbone="yolov8n", width=0.25, mosaic=0.5, mixup=0.2)
+FASTER_RCNN = override(COMMON, fpn_channels=16, box_hidden=16, box_samples=16, proposals=20, schedule_every=0)
+RECIPES = {"faster_rcnn": FASTER_RCNN, "yolo": YOLO}
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def train(folder, recipe, small=None, **options):
+    small = small or SmallXrays(16)
+    options = {"fold": 1, "progress": False} | options
+    return train_detector(
+        small.images,
+        small.labels,
+        small.boxes,
+        small.fold_table,
+        cache=small,
+        recipe=recipe,
+        run_folder=folder,
+        model_name="small",
+        **options,
+    )
+
+
+@pytest.fixture(scope="module", params=list(RECIPES))
+def uninterrupted(request, tmp_path_factory):
+    elsewhere, before = tmp_path_factory.mktemp("elsewhere"), os.getcwd()
+    os.chdir(elsewhere)
+    try:
+        run = train(tmp_path_factory.mktemp("run"), RECIPES[request.param])
+    finally:
+        os.chdir(before)
+    assert not list(elsewhere.iterdir())  # ultralytics likes to leave runs/detect where one stands
+    return run
+
+
+def test_a_run_leaves_what_later_stages_read(uninterrupted):
+    small, folder = SmallXrays(16), uninterrupted.run_folder
+    fold = small.fold_table[small.fold_table.fold == 1]
+    detections = read_table("detections", folder / "tables" / "detections.parquet")
+    assert set(detections.image_id) <= set(fold.id) and set(detections.model) == {"small"} and set(detections.fold) == {1}
+    assert detections[["xmin", "ymin"]].min().min() >= 0  # cut at the edges of the original image
+    assert detections.xmax.max() <= COLUMNS and detections.ymax.max() <= ROWS
+    # Images without a detection, too, have been looked at.
+    coverage = read_table("coverage", folder / "tables" / "coverage.parquet")
+    expected = pd.DataFrame({"image_id": fold.id, "model": "small", "fold": 1}).reset_index(drop=True)
+    pd.testing.assert_frame_equal(coverage, expected)
+    pd.testing.assert_frame_equal(uninterrupted.coverage, coverage)
+    record, _ = read_bundle(folder / "bundle")
+    assert record["family"] == uninterrupted.metrics["recipe"]["family"]
+    assert record["classes"] == ["opacity"] and record["fold"] == 1 and record["longest_side"] == 50
+    assert record["validation"]["score"] == pytest.approx(uninterrupted.metrics["best"]["score"])
+    assert uninterrupted.history.epoch.tolist() == [1, 2]
+    # 8 images in the fold, 6 with a box; as many in the other.
+    counts = [uninterrupted.metrics[name] for name in ("train_images", "train_images_with_boxes", "validation_images")]
+    assert counts == [8, 6, 8]
+    assert (folder / "figures" / "curves.png").is_file() and not list(folder.rglob("*.pt"))
+
+
+def pooled_precision(small, found):
+    true = small.boxes[small.boxes.image_id.isin(small.fold_table.id[small.fold_table.fold == 1])]
+    hits = box_hits(found.image_id, found.score, found[list(BOX)], true.image_id, true[list(BOX)])
+    return average_precision(found.score.to_numpy(), hits, len(true))
+
+
+def test_the_out_of_fold_boxes_have_the_score_that_chose_the_epoch(uninterrupted):
+    # The same images through another path: bundle from disk, prediction's own canvases, boxes in original pixels. A
+    # stretched canvas has no padding where boxes could be cut, and IoU does not change with the scale of an axis.
+    again = pooled_precision(SmallXrays(16), uninterrupted.detections)
+    assert again == pytest.approx(uninterrupted.metrics["best"]["score"], abs=1e-6)
+
+
+@pytest.mark.parametrize("family", list(RECIPES))
+def test_a_detector_is_judged_on_the_canvas_that_it_predicts_on(tmp_path, monkeypatch, family):
+    sizes = []
+    monkeypatch.setattr(
+        module, "batches", lambda dataset, size, workers: sizes.append(size) or batches(dataset, size, workers)
+    )
+    run = train(tmp_path, override(RECIPES[family], epochs=1, inference_size=64))
+    # Four times the pixels of training's 32 x 32: a fourth of the eight images that would be judged at once.
+    assert sizes == [2]
+    assert pooled_precision(SmallXrays(16), run.detections) == pytest.approx(run.metrics["best"]["score"], abs=1e-6)
+
+
+def stop_at(patch, epoch, batch):
+    """Make training of either family die in this epoch and batch (from 0)."""
+    step = FasterRCNNTraining.training_step
+
+    def dying_step(self, batch_of_images, number):
+        if (self.current_epoch, number) == (epoch, batch):
+            raise ConnectionError("the session ended")
+        return step(self, batch_of_images, number)
+
+    prepare = Trainer.preprocess_batch
+
+    def dying_batch(self, batch_of_images):
+        self.batches_seen = 0 if getattr(self, "seen_epoch", -1) != self.epoch else self.batches_seen + 1
+        self.seen_epoch = self.epoch
+        if (self.epoch, self.batches_seen) == (epoch, batch):
+            raise ConnectionError("the session ended")
+        return prepare(self, batch_of_images)
+
+    patch.setattr(FasterRCNNTraining, "training_step", dying_step)
+    patch.setattr(Trainer, "preprocess_batch", dying_batch)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, uninterrupted):
+    recipe = RECIPES[uninterrupted.metrics["recipe"]["family"]]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, 1)
+        with pytest.raises(ConnectionError):
+            train(tmp_path, recipe)
+    assert not (tmp_path / "metrics.json").exists()
+    torch.manual_seed(12345)  # the random state of a new session
+    np.random.seed(12345)  # noqa: NPY002
+    resumed = train(tmp_path, recipe)
+    pd.testing.assert_frame_equal(
+        resumed.history.drop(columns=TIMES), uninterrupted.history.drop(columns=TIMES), check_exact=True
+    )
+    for name, value in read_bundle(uninterrupted.run_folder / "bundle")[1].items():
+        assert torch.equal(read_bundle(tmp_path / "bundle")[1][name], value), name
+    pd.testing.assert_frame_equal(resumed.detections, uninterrupted.detections, check_exact=True)
+
+
+def test_a_finished_run_is_read_back_and_another_is_refused(uninterrupted, monkeypatch):
+    recipe = RECIPES[uninterrupted.metrics["recipe"]["family"]]
+    monkeypatch.setattr(module, "_family", lambda _: pytest.fail("trained again"))
+    again = train(uninterrupted.run_folder, recipe)
+    assert again.metrics == uninterrupted.metrics
+    pd.testing.assert_frame_equal(again.detections, uninterrupted.detections)
+    with pytest.raises(ResumeError, match=r"recipe\.nms_iou: 0\.5 there, 0\.4 here"):
+        train(uninterrupted.run_folder, override(recipe, nms_iou=0.4))
+    with pytest.raises(ResumeError, match="longest_side: 50 there, 40 here"):
+        train(uninterrupted.run_folder, recipe, SmallXrays(16, longest_side=40))
+
+
+@pytest.mark.parametrize(("nominal_batch", "steps"), [(0, 4), (8, 2)])
+def test_a_faster_rcnn_gathers_batches_into_a_step(tmp_path, nominal_batch, steps):
+    # Two epochs of two batches of four images.
+    train(tmp_path, override(FASTER_RCNN, nominal_batch=nominal_batch))
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == steps
+
+
+def test_patience_ends_a_run_and_the_best_epoch_is_kept(tmp_path):
+    # Nothing is learnt at this rate, so the first epoch stays the best.
+    for family, recipe in RECIPES.items():
+        run = train(tmp_path / family, override(recipe, epochs=9, patience=1, learning_rate=1e-12))
+        assert (run.metrics["epochs"], run.metrics["best_epoch"]) == (2, 1), family
+
+
+@pytest.mark.parametrize("family", list(RECIPES))
+def test_training_learns_a_white_block(tmp_path, family):
+    # One box at one place in three of four images; predicting it everywhere earns an AP of 0.75.
+    plain = {"mosaic": 0.0, "mixup": 0.0, "zoom": 0.1, "norm_momentum": 0.1} if family == "yolo" else {}
+    recipe = override(RECIPES[family], image_size=64, epochs=10, learning_rate=5e-3, **plain)
+    run = train(tmp_path, recipe, SmallXrays(32))
+    assert run.history.train_loss.iloc[-1] < run.history.train_loss.iloc[0]
+    assert run.metrics["best"]["score"] > 0.8
+
+
+def test_a_loss_that_is_no_number_ends_a_yolo_with_advice(tmp_path, monkeypatch):
+    step = Trainer.optimizer_step
+
+    def spoil(self):
+        step(self)
+        self.loss = self.loss * float("nan")
+
+    monkeypatch.setattr(Trainer, "optimizer_step", spoil)
+    with pytest.raises(ValueError, match=r"epoch 1: loss nan.*lower recipe\.learning_rate"):
+        train(tmp_path, YOLO)
+
+
+def test_a_fold_without_boxes_is_refused(tmp_path):
+    small = SmallXrays(16)
+    fold = small.fold_table.id[small.fold_table.fold == 1]
+    small.boxes = small.boxes[~small.boxes.image_id.isin(fold)]
+    with pytest.raises(ValueError, match="none of the 8 images of the validation fold 1 has a box"):
+        train(tmp_path, FASTER_RCNN, small)
+
+
+def test_an_unknown_family_is_named(tmp_path):
+    with pytest.raises(ValueError, match="family is 'ssd'; there are: faster_rcnn, yolo"):
+        train(tmp_path, override(FASTER_RCNN, family="ssd"))
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 24), (0.25, 24 + 6), (1.0, 32), (9.0, 32)])
+def test_negatives_are_a_share_of_the_images_with_boxes(share, expected):
+    small = SmallXrays(32)  # 24 with a box, 8 without
+    kept = with_negatives(small.images, small.boxes, share, seed=3)
+    assert len(kept) == expected and kept.image_id.is_monotonic_increasing
+    assert set(small.boxes.image_id) <= set(kept.image_id)
+    again = with_negatives(small.images, small.boxes, share, seed=3)
+    assert kept.image_id.tolist() == again.image_id.tolist()
+
+
+def test_canvas_precision_of_a_case_worked_by_hand():
+    true = [np.array([[0, 0, 10, 10.0]]), np.zeros((0, 4)), np.array([[0, 0, 10, 10], [20, 20, 30, 30.0]])]
+    found = [
+        np.array([[0, 0, 10, 10, 0.9], [0, 0, 10, 9, 0.5]]),  # right; a second one of the same box, wrong
+        np.array([[0, 0, 10, 10, 0.8]]),  # no box there
+        np.array([[20, 20, 30, 30, 0.7]]),  # right; the other box is never found
+    ]
+    # Recall 1/3 at precision 1, 2/3 at 2/3: the area is (1 + 2/3) / 3.
+    assert canvas_precision(found, true) == pytest.approx(5 / 9)
+    assert canvas_precision([np.zeros((0, 5))] * 3, true) == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"zoom": 0.5, "mosaic": 1.0}, {"rotate_degrees": 15.0, "horizontal_flip": 1.0}])
+def test_ultralytics_moves_boxes_with_the_picture(tmp_path, changes):
+    # Every image is its own white block on black: what is white must be what the boxes frame.
+    small = SmallXrays(16)
+    for image_id in small.image_ids:
+        small.pixels[image_id] = (small.pixels[image_id] == 255).astype(np.uint8) * 255
+    still = {"zoom": 0.0, "mosaic": 0.0, "mixup": 0.0, "horizontal_flip": 0.0, "brightness_contrast": 0.0}
+    recipe = override(YOLO, placement="letterbox", image_size=64, **(still | changes))
+    examples = XrayDataset(small.images, small.labels, small.boxes, small, recipe)
+    hyp = settings(recipe, tmp_path, torch.device("cpu"), seed=0, workers=0)
+    canvases = Canvases(examples, augment=True, settings=get_cfg(overrides=hyp))
+    framed, missed = 0, []
+    for index in range(len(canvases)):
+        example = canvases[index]
+        white = (example["img"][0] > 127).numpy()
+        mask = np.zeros_like(white)
+        for x, y, width, height in example["bboxes"].numpy() * 64:
+            left, top = int(np.floor(x - width / 2)), int(np.floor(y - height / 2))
+            mask[max(0, top) : int(np.ceil(y + height / 2)), max(0, left) : int(np.ceil(x + width / 2))] = True
+            framed += 1
+        # ultralytics drops what is cut to a sliver, so that an image may lose a box; a frame in the wrong place loses all.
+        missed.append((white & ~mask).sum() / max(1, white.sum()))
+    assert framed > 8 and np.median(missed) < 0.02 and np.mean(missed) < 0.1
+
+
+def test_an_unaugmented_canvas_reaches_ultralytics_as_it_is(tmp_path):
+    small, recipe = SmallXrays(4), override(YOLO, placement="letterbox", image_size=64)
+    examples = XrayDataset(small.images, small.labels, small.boxes, small, recipe)
+    hyp = settings(recipe, tmp_path, torch.device("cpu"), seed=0, workers=0)
+    example = Canvases(examples, augment=False, settings=get_cfg(overrides=hyp))[2]
+    place = letterbox(ROWS, COLUMNS, 64)
+    np.testing.assert_array_equal(example["img"].numpy(), np.stack([place.image(small.pixels["image002"])] * 3))
+    x, y, width, height = example["bboxes"].numpy()[0] * 64
+    corners = place.boxes_to_original(np.array([[x - width / 2, y - height / 2, x + width / 2, y + height / 2]]))
+    np.testing.assert_allclose(corners[0], small.boxes.iloc[0][list(BOX)].to_numpy(float), atol=1e-3)
+
+
+EITHER = {"lungs": "masks", "trained_on": "either"}
+
+
+def test_ultralytics_is_given_crops_with_their_own_boxes_by_epoch(tmp_path):
+    small, recipe = SmallXrays(16), override(YOLO, image_size=64, **EITHER)
+    lungs = stored_lungs(tmp_path / "lungs", small)
+    examples = XrayDataset(small.images, small.labels, small.boxes, small, recipe, seed=3, lungs=lungs)
+    hyp = settings(recipe, tmp_path, torch.device("cpu"), seed=0, workers=0)
+    canvases, crops = Canvases(examples, augment=True, settings=get_cfg(overrides=hyp)), []
+    places = stretch(ROWS, COLUMNS, 64), within(stretch, FRAME, ROWS, COLUMNS, 64)
+    for epoch in range(6):
+        canvases.epoch = epoch
+        for index in (2, 12, 15):
+            given = canvases.get_image_and_label(index)
+            np.testing.assert_array_equal(given["img"][..., 0], examples[epoch, index]["pixels"].numpy())
+            whole, crop = (np.array_equal(given["img"][..., 0], p.image(small.pixels[f"image{index:03d}"])) for p in places)
+            assert whole != crop
+            crops.append(crop)
+            x, y, width, height = given["instances"].bboxes[0] * 64
+            corners = np.array([[x - width / 2, y - height / 2, x + width / 2, y + height / 2]])
+            true = small.boxes.iloc[0][list(BOX)].to_numpy(float)  # every image's
+            np.testing.assert_allclose(places[crop].boxes_to_original(corners)[0], true, atol=1e-3)
+    assert 0 < sum(crops) < len(crops)
+
+
+@pytest.mark.parametrize("family", list(RECIPES))
+def test_a_detector_of_lung_crops_leaves_boxes_in_original_pixels(tmp_path, family):
+    small, changes = (
+        SmallXrays(16),
+        {"lungs": "masks", "trained_on": "lungs", "views": ["lungs"], "masked": True, "epochs": 1},
+    )
+    held = small.fold_table.id[small.fold_table.fold == 1].tolist()
+    lungs = stored_lungs(tmp_path / "lungs", small, missed=held[:2])
+    run = train(tmp_path / "run", override(RECIPES[family], **changes), small, lungs=lungs)
+    assert run.metrics["lungs_missed"] == {"training": 0, "predicted": 2}
+    assert run.metrics["lungs_fingerprint"] == lungs.fingerprint
+    assert set(run.coverage.image_id) == set(held)
+    found = run.detections[~run.detections.image_id.isin(held[:2])]
+    # No box of a crop reaches beyond its frame, and stretched crops have no padding.
+    assert len(found) and (found[["xmin", "ymin"]].to_numpy() >= np.array(FRAME[:2]) - 1e-6).all()
+    assert (found[["xmax", "ymax"]].to_numpy() <= np.array(FRAME[2:]) + 1e-6).all()
+    with pytest.raises(ValueError, match=r"small: .*set lungs_run"):
+        train(tmp_path / "refused", override(RECIPES[family], **changes), small)
+
+
+def test_a_yolo_on_either_resumes_bit_for_bit(tmp_path, monkeypatch):
+    small, recipe = SmallXrays(16), override(YOLO, **EITHER)
+    lungs = stored_lungs(tmp_path / "lungs", small)
+    whole = train(tmp_path / "whole", recipe, small, lungs=lungs, workers=1)
+    validate, calls = Trainer.validate, []
+
+    def dies_in_the_second_epoch(self):
+        calls.append(self.epoch)
+        if len(calls) == 2:
+            raise ConnectionError("the session ended")
+        return validate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "validate", dies_in_the_second_epoch)
+        with pytest.raises(ConnectionError):
+            train(tmp_path / "stopped", recipe, small, lungs=lungs)
+    resumed = train(tmp_path / "stopped", recipe, small, lungs=lungs)
+    pairs = [read_bundle(run.run_folder / "bundle")[1] for run in (whole, resumed)]
+    assert all(torch.equal(value, pairs[1][name]) for name, value in pairs[0].items())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "told"),
+    [
+        (YOLO, {"sharpen_p": 0.5, "ema_decay": 0.9}, r"yolov8n is a yolo, which heeds no ema_decay \(.* 0\.0\), sharpen_p"),
+        (YOLO, {"schedule": "plateau"}, r"yolov8n is a yolo, which heeds no schedule \(leave it at cosine\)"),
+        (YOLO, {"schedule_every": 0}, r"schedule_every \(leave it at 1\): settings of faster_rcnn alone"),
+        (YOLO, {"fpn_channels": 32}, r"fpn_channels \(leave it at 256\)"),
+        (
+            FASTER_RCNN,
+            {"mosaic": 1.0, "zoom": 0.2},
+            r"is a faster_rcnn, which heeds no mosaic \(.* 0\.0\), zoom \(.* 0\.5\)",
+        ),
+        (FASTER_RCNN, {"width": 0.5}, r"width \(leave it at 1\.0\): settings of yolo alone"),
+    ],
+)
+def test_a_setting_of_the_other_family_is_refused_before_anything_is_written(tmp_path, recipe, changes, told):
+    with pytest.raises(ValueError, match=told):
+        train(tmp_path, override(recipe, **changes))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in SHIPPED.items() if isinstance(recipe, DetectorRecipe)])
+def test_the_recipes_that_ship_keep_to_their_family(name):
+    check_family(SHIPPED[name])
+
+
+def test_the_published_settings_reach_ultralytics(tmp_path):
+    # Heidelberg report, section 3.2: flips, learning rate, decay, nominal batch.
+    given = settings(find_recipe("heidelberg_yolo", DetectorRecipe), tmp_path, torch.device("cpu"), 0, 0)
+    expected = {"flipud": 0.1, "fliplr": 0.5, "lr0": 0.01, "momentum": 0.937, "weight_decay": 5e-4, "nbs": 64, "mixup": 0.5}
+    assert {name: given[name] for name in expected} == expected and given["imgsz"] == 512
+    published = settings(find_recipe("heidelberg_yolo_published", DetectorRecipe), tmp_path, torch.device("cpu"), 0, 0)
+    assert (published["box"], published["cls"]) == (0.075, 0.8)
+
+
+def test_the_moving_average_is_what_is_judged_and_kept(tmp_path):
+    # A decay so near to 1 that the average hardly leaves its beginning.
+    kept = train(tmp_path / "average", override(FASTER_RCNN, ema_decay=0.5)).metrics["best"]
+    plain = train(tmp_path / "plain", FASTER_RCNN).metrics["best"]
+    assert kept["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-6) and kept["score"] != plain["score"]
+
+
+def test_extra_images_are_trained_on_and_never_validated_on(tmp_path):
+    small, other = SmallXrays(16), SmallXrays(32)
+    extra = ExtraImages(other.images.iloc[16:], other.labels, other.boxes, other)
+    run = train(tmp_path, override(FASTER_RCNN, epochs=1, negatives=9.0), small, extra=extra)
+    assert run.metrics["train_images"] == 8 + 16 and run.metrics["validation_images"] == 8
+    with pytest.raises(ResumeError, match="extra"):
+        train(tmp_path, override(FASTER_RCNN, epochs=1, negatives=9.0), small)
+
+
+def test_letterbox_and_stretch_judge_a_detector_alike(tmp_path):
+    # One trained detector on canvases of either kind; it was trained on stretched ones of nearly the same shape (4 : 5).
+    small = SmallXrays(32)
+    recipe = override(FASTER_RCNN, image_size=64, epochs=8, learning_rate=5e-3)
+    run = train(tmp_path, recipe, small)
+    record, weights = read_bundle(run.run_folder / "bundle")
+    network = load_faster_rcnn(record, weights, torch.device("cpu"))
+    held = small.fold_table.id[small.fold_table.fold == 1]
+    scores = {}
+    for placement in ("stretch", "letterbox"):
+        chunks = Predictor(record | {"placement": placement}, network, torch.device("cpu"), 4).predict(map(small.read, held))
+        found = pd.concat(chunks)
+        true = small.boxes[small.boxes.image_id.isin(held)]
+        hits = box_hits(found.image_id, found.score, found[list(BOX)], true.image_id, true[list(BOX)])
+        scores[placement] = average_precision(found.score.to_numpy(), hits, len(true))
+    assert scores["stretch"] > 0.7 and abs(scores["stretch"] - scores["letterbox"]) < 0.15

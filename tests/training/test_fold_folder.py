@@ -1,0 +1,158 @@
+"""The split, who may use a run folder, and what one holds at the end."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kitlib.classes import STUDY_CLASSES
+from kitlib.runs.reading import ExtraImages
+from kitlib.training.fold_folder import Fitted, ResumeError, draw_curves, open_run, run_identity, split, with_extra
+from kitlib.training.xray_dataset import XrayDataset
+from tests.small_xrays import RECIPE, SmallXrays
+
+
+def test_the_split_keeps_folds_apart_and_drops_false_none_images():
+    small = SmallXrays(32)
+    marked = small.images.assign(false_none=small.images.image_id == "image002")
+    train, validation = split(marked, small.fold_table, 1, seed=0)
+    assert len(train) == 15 and len(validation) == 16
+    assert set(train.patient_id).isdisjoint(validation.patient_id)
+    assert set(validation.image_id) == set(small.fold_table.id[small.fold_table.fold == 1])
+
+
+SMALL = SmallXrays(32)  # four images a patient
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(4, 16), st.integers(0, 20))
+def test_limits_keep_patients_whole(limit, seed):
+    train, validation = split(SMALL.images, SMALL.fold_table, 0, seed, limit_train=limit, limit_validation=4)
+    assert len(train) == limit // 4 * 4 and len(validation) == 4
+    assert (train.patient_id.value_counts() == 4).all()
+
+
+def test_an_impossible_split_is_named():
+    small = SmallXrays(16)
+    with pytest.raises(ValueError, match=r"fold 7 leaves nothing.*folds: \[0, 1\]"):
+        split(small.images, small.fold_table, 7, seed=0)
+    with pytest.raises(ValueError, match="1 images of the folds are not in the table images, first image000"):
+        split(small.images[1:], small.fold_table, 0, seed=0)
+
+
+def test_a_run_folder_belongs_to_one_run(tmp_path):
+    identity = {"fold": 0, "recipe": {"epochs": 3, "rates": (1, 2)}, "data_fingerprint": "abc"}
+    assert open_run(tmp_path, identity, resume=True) is False
+    assert open_run(tmp_path, identity, resume=True) is False
+    other = identity | {"recipe": {"epochs": 5, "rates": (1, 2)}, "data_fingerprint": "abd"}
+    with pytest.raises(ResumeError, match=r"data_fingerprint: 'abc' there, 'abd' here; recipe\.epochs: 3 there, 5 here"):
+        open_run(tmp_path, other, resume=True)
+    (tmp_path / "metrics.json").write_text("{}")
+    assert open_run(tmp_path, identity, resume=True) is True
+    assert open_run(tmp_path, other, resume=False) is False
+    assert not (tmp_path / "metrics.json").exists()
+    assert open_run(tmp_path, other, resume=True) is False
+
+
+def test_curves_show_what_was_logged(tmp_path):
+    columns = {"epoch": [1, 2], "seconds": [1.0, 1.0], "images_per_s": [9.0, 9.0], "learning_rate": [0.1, 0.05]}
+    history = pd.DataFrame(columns | {"train_loss": [2.0, 1.0], "score": [0.4, 0.5], "typical": [math.nan, 0.5]})
+    draw_curves(Fitted(history, 2), tmp_path / "figures" / "curves.png")
+    assert (tmp_path / "figures" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def renamed(small, columns=("image_id", "study_id", "patient_id"), prefix="x"):
+    """The same pictures as extra images, under other names in `columns`."""
+    images = small.images.assign(**{column: prefix + small.images[column] for column in columns})
+    labels, boxes = small.labels, small.boxes
+    if "study_id" in columns:
+        labels = labels.assign(id=prefix + labels.id)
+    if "image_id" in columns:
+        boxes = boxes.assign(image_id=prefix + boxes.image_id)
+        small.pixels = {prefix + image_id: pixels for image_id, pixels in small.pixels.items()}
+    return ExtraImages(images, labels, boxes, small)
+
+
+def joined(small, extra):
+    train, validation = split(small.images, small.fold_table, 0, seed=0)
+    return with_extra(train, small.labels, small.boxes, small, extra, validation)
+
+
+def test_extra_images_are_trained_on_beside_the_others_each_from_its_own_cache():
+    small, brighter = SmallXrays(16), SmallXrays(8)
+    brighter.pixels = {image_id: pixels // 2 for image_id, pixels in brighter.pixels.items()}
+    extra = renamed(brighter)
+    soft = extra.labels.assign(negative=0.25)
+    extra = ExtraImages(extra.images.assign(none=0.4), soft, extra.boxes, extra.cache)
+    images, labels, boxes, cache = joined(small, extra)
+    assert images.image_id.tolist() == [*small.image_ids[8:], *("x" + each for each in small.image_ids[:8])]
+    examples = XrayDataset(images, labels, boxes, cache, RECIPE)
+    alone = XrayDataset(small.images, small.labels, small.boxes, small, RECIPE)
+    ours, theirs = examples[2], examples[10]
+    assert np.array_equal(ours["pixels"], alone[10]["pixels"]) and ours["none"] == alone[10]["none"]
+    assert theirs["pixels"].max() == 127 and theirs["none"] == pytest.approx(0.4)
+    assert theirs["label"].tolist() == [0.25, 1, 0, 0] and len(theirs["boxes"]) == 1
+    assert cache.longest_side == small.longest_side
+    assert joined(small, None)[1:] == (small.labels, small.boxes, small)
+
+
+@pytest.mark.parametrize("shared", ["image_id", "study_id", "patient_id"])
+def test_extra_images_that_are_validated_on_are_refused(shared):
+    others = [column for column in ("image_id", "study_id", "patient_id") if column != shared]
+    with pytest.raises(ValueError, match=f"8 of 16 extra images are validated on, by {shared}, first '{shared[:5]}"):
+        joined(SmallXrays(16), renamed(SmallXrays(16), others))
+
+
+def test_extra_images_that_are_trained_on_already_are_refused_and_false_none_ones_left_out():
+    small, extra = SmallXrays(16), renamed(SmallXrays(16))
+    train, _ = split(small.images, small.fold_table, 0, seed=0)
+    again = ExtraImages(train, small.labels, small.boxes, small)
+    with pytest.raises(ValueError, match="8 of 8 extra images are trained on already, by image_id, first 'image008'"):
+        joined(small, again)
+    marked = ExtraImages(extra.images.assign(false_none=[True] * 12 + [False] * 4), extra.labels, extra.boxes, extra.cache)
+    assert len(joined(small, marked)[0]) == 8 + 4
+
+
+def test_extra_tables_say_nothing_about_other_images(caplog):
+    # A stray box and a label of another data set's classes must not reach what is validated.
+    small, extra = SmallXrays(16), renamed(SmallXrays(16))
+    stray = pd.concat([extra.boxes, small.boxes], ignore_index=True)
+    opacity = extra.labels[["id"]].assign(opacity=1.0)
+    _, labels, boxes, _ = joined(small, ExtraImages(extra.images, opacity, stray, extra.cache))
+    assert len(boxes) == 2 * len(small.boxes) and not boxes.duplicated().any()
+    assert list(labels.columns) == ["id", *STUDY_CLASSES] and labels.iloc[len(small.labels) :, 1:].isna().all(axis=None)
+    assert "tell nothing about negative, typical, indeterminate, atypical" in caplog.text
+
+
+def identity(extra=None, lungs=None):
+    tables = {"images": SMALL.images, "labels": SMALL.labels, "boxes": SMALL.boxes, "folds": SMALL.fold_table}
+    return run_identity(tables, 0, SMALL, RECIPE, "small", 0, None, None, extra, lungs)
+
+
+def test_a_run_is_known_by_the_lungs_that_it_saw(tmp_path):
+    one, other = (SimpleNamespace(fingerprint=digest, segmenter="ef" * 32) for digest in ("ab" * 32, "cd" * 32))
+    assert "lungs_fingerprint" not in identity()
+    open_run(tmp_path, identity(lungs=one), resume=True)
+    assert open_run(tmp_path, identity(lungs=one), resume=True) is False
+    for differs, told in ((identity(lungs=other), "cd" * 32), (identity(), "-")):
+        with pytest.raises(ResumeError, match=rf"lungs_fingerprint: 'abab\w+' there, '{told}' here"):
+            open_run(tmp_path, differs, resume=True)
+
+
+def test_a_run_is_known_by_its_extra_images_too(tmp_path):
+    extra = renamed(SmallXrays(8))
+    softer = ExtraImages(extra.images.assign(none=0.5), extra.labels, extra.boxes, extra.cache)
+    relabelled = ExtraImages(extra.images, extra.labels.assign(typical=0.5), extra.boxes, extra.cache)
+    assert "extra" not in identity()
+    known = [identity(each)["extra"] for each in (extra, softer, relabelled)]
+    assert all(one != other for place, one in enumerate(known) for other in known[:place])
+    assert identity(renamed(SmallXrays(8))) == identity(extra)
+    open_run(tmp_path, identity(extra), resume=True)
+    with pytest.raises(ResumeError, match=r"extra\.none_fingerprint: '\w+' there, '\w+' here"):
+        open_run(tmp_path, identity(softer), resume=True)
+    with pytest.raises(ResumeError, match=r"extra\.images: 8 there, '-' here"):
+        open_run(tmp_path, identity(), resume=True)

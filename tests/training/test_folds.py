@@ -1,0 +1,203 @@
+"""Folds side by side and one model by two processes: what comes out is what one process gives."""
+
+import logging
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+
+from kitlib.bundle import read_bundle
+from kitlib.deadline import Deadline, SessionOver
+from kitlib.recipes.fields import DetectorRecipe
+from kitlib.settings import override
+from kitlib.training.detector import train_detector
+from kitlib.training.folds import FoldsFailed, train_folds
+from kitlib.training.study import train_study
+from tests.small_xrays import RECIPE, SmallXrays
+
+TIMES = ["seconds", "images_per_s"]
+QUICK = override(RECIPE, epochs=2)
+# Without batch norm and dropout an image's gradient is the same whatever images are beside it.
+ALONE = override(RECIPE, backbone="squeezenet1_1", image_size=64, dropout=0.0, optimizer="sgd", batch_size=8, blur_p=0.0)
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def arguments(recipe=QUICK, small=None):
+    small = small or SmallXrays(16)
+    tables = {"images": small.images, "labels": small.labels, "boxes": small.boxes, "folds": small.fold_table}
+    return {**tables, "cache": small, "recipe": recipe, "model_name": "small", "progress": False}
+
+
+def assert_equal_runs(first, second, tolerance=0.0):
+    found, expected = (read_bundle(run.run_folder / "bundle")[1] for run in (first, second))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=name)
+    histories = (run.history.drop(columns=TIMES) for run in (first, second))
+    pd.testing.assert_frame_equal(*histories, check_exact=not tolerance, atol=10 * tolerance)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Folds side by side in copies of this process, which need not load torch; one test spawns them as notebooks do."""
+    fork = multiprocessing.get_context("fork")
+
+    class AsSpawned(fork.Process):
+        def run(self):
+            # What pytest has put in these places is none of a new process's.
+            sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
+            logging.getLogger().handlers.clear()
+            super().run()
+
+    context = SimpleNamespace(Process=AsSpawned, Queue=fork.Queue)
+    seen = SimpleNamespace(get_context=lambda _: context, connection=multiprocessing.connection)
+    monkeypatch.setattr("kitlib.training.folds.multiprocessing", seen)
+    return context
+
+
+def test_folds_side_by_side_equal_folds_one_after_the_other(tmp_path, capfd):
+    alone = [train_study(**arguments(), fold=fold, run_folder=tmp_path / f"alone{fold}") for fold in (0, 1)]
+    together = train_folds(train_study, [0, 1], tmp_path / "together", at_once=2, **arguments())
+    for first, second in zip(together, alone, strict=True):
+        assert_equal_runs(first, second)
+    # An epoch's line comes from each as it ends, and the rest of the output is in its log.
+    said = capfd.readouterr().out
+    for fold in (0, 1):
+        assert f"fold {fold}: epoch 2 of 2: score" in said
+        assert "epoch 1 of 2" in (tmp_path / "together" / f"fold{fold}" / "train.log").read_text()
+
+
+def deadly(fold, **others):
+    if fold == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_study(fold=fold, **others)
+
+
+@pytest.mark.usefixtures("forked")
+def test_folds_that_fail_or_are_killed_are_named_and_stop_no_other(tmp_path):
+    with pytest.raises(FoldsFailed) as failed:
+        train_folds(deadly, [7, 1, 0], tmp_path, at_once=2, **arguments())
+    message = str(failed.value)
+    assert "2 of 3 folds failed, the others are done" in message
+    assert "fold 7: ValueError: fold 7 leaves nothing to train or to validate on" in message
+    assert f"fold 1: killed without a word\n  log: {tmp_path}/fold1/train.log" in message
+    assert (tmp_path / "fold0" / "metrics.json").is_file()
+
+
+def test_folds_that_the_session_stops_are_left_out_and_said(tmp_path, capfd):
+    finished = train_folds(train_study, [0], tmp_path, at_once=1, **arguments())
+    over = Deadline(1, started=time.monotonic() - 2)
+    again = train_folds(train_study, [0, 1], tmp_path, over, at_once=1, **arguments())
+    assert [run.metrics for run in again] == [run.metrics for run in finished]
+    said = capfd.readouterr().out
+    assert "fold 1 stopped after 0 of 2 epochs" in said
+    assert "1 of 2 folds are not finished. Run this notebook again" in said and f"resume_from to '{tmp_path.name}'" in said
+
+
+def noted(fold, run_folder, deadline=None, resume=True):
+    """A training of no time: fold 1 fails, and a deadline ends fold 0."""
+    with open(run_folder.parent / "begun.txt", "a") as begun:
+        begun.write(f"{fold} {torch.get_num_threads()} {resume}\n")
+    if deadline is not None and fold == 1:
+        raise ValueError("no such fold")
+    if deadline is not None and fold == 0:
+        raise SessionOver(run_folder, 0, 2)
+    if not (run_folder / "metrics.json").is_file():
+        (run_folder / "metrics.json").write_text("{}")
+    return fold
+
+
+def begun(folder):
+    return (folder / "begun.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.usefixtures("forked")
+def test_after_a_fold_that_the_session_stops_no_other_is_begun(tmp_path, at_once, capfd):
+    (tmp_path / "fold5").mkdir()
+    (tmp_path / "fold5" / "metrics.json").write_text("{}")
+    folds = [0, 3, 5, 4] if at_once == 1 else [0, 0, 3, 5, 4]
+    found = train_folds(noted, folds, tmp_path, Deadline(600), at_once=at_once)
+    # What is finished already is read.
+    assert found == [5]
+    assert {line.split()[0] for line in begun(tmp_path)} == {"0", "5"}
+    assert f"{len(folds) - 1} of {len(folds)} folds are not finished" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_failure_does_not_call_done_what_the_session_has_stopped(tmp_path):
+    with pytest.raises(FoldsFailed, match=r"1 of 2 folds failed, the session's end has stopped 0:\nfold 1: ValueError"):
+        train_folds(noted, [0, 1], tmp_path, Deadline(600), at_once=2)
+
+
+@pytest.mark.usefixtures("forked")
+def test_folds_side_by_side_share_the_threads_and_are_started_over_once(tmp_path):
+    torch.set_num_threads(5)
+    for fold in (2, 3):
+        (tmp_path / f"fold{fold}" / "checkpoints").mkdir(parents=True)
+        (tmp_path / f"fold{fold}" / "metrics.json").write_text("{}")
+    assert train_folds(noted, [2, 3], tmp_path, at_once=2, resume=False) == [2, 3]
+    # Each is trained in a process with half of the threads, and then read here.
+    assert sorted(begun(tmp_path)) == ["2 2 True", "2 5 True", "3 2 True", "3 5 True"]
+    assert list(tmp_path.glob("*/checkpoints")) == []
+
+
+def endless(fold, run_folder, deadline):
+    (run_folder.parent / f"{fold}.begun").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_the_folds_of_a_killed_notebook_do_not_train_on(tmp_path, forked):
+    parent = forked.Process(target=train_folds, args=(endless, [0, 1], tmp_path), kwargs={"at_once": 2})
+    parent.start()
+    end = time.monotonic() + 120
+    while len(told := [path.read_text() for path in tmp_path.glob("*.begun")]) < 2 or not all(told):
+        assert time.monotonic() < end and parent.exitcode is None
+        time.sleep(0.1)
+    children = [psutil.Process(int(number)) for number in told]
+    parent.kill()
+    parent.join()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == []
+
+
+def test_two_processes_go_on_with_a_model_as_one_process_does(tmp_path):
+    alone = train_study(**arguments(ALONE), fold=1, run_folder=tmp_path / "alone")
+    assert train_folds(train_study, [1], tmp_path / "together", OneEpoch(), at_once=1, **arguments(ALONE)) == []
+    (run,) = train_folds(train_study, [1], tmp_path / "together", processes=2, **arguments(ALONE))
+    # They add the same numbers in another order.
+    assert_equal_runs(run, alone, tolerance=1e-5)
+    pd.testing.assert_frame_equal(run.study_scores, alone.study_scores, atol=1e-4)
+    assert len(list((tmp_path / "together" / "fold1" / "processes").rglob("stderr.log"))) == 2
+
+
+class OneEpoch(Deadline):
+    """Time enough to begin, and none after the first epoch."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def left(self):
+        self.asked += 1
+        return math.inf if self.asked == 1 else 0.0
+
+
+def test_what_processes_cannot_share_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at_once 2 and processes 2: choose"):
+        train_folds(train_study, [0, 1], tmp_path, at_once=2, processes=2)
+    with pytest.raises(ValueError, match="2 processes cannot share a batch of 7 images evenly"):
+        train_folds(train_study, [1], tmp_path, processes=2, **arguments(override(ALONE, batch_size=7)))
+    with pytest.raises(ValueError, match="what learns later is not shared by processes"):
+        train_folds(train_study, [1], tmp_path, processes=2, **arguments(override(ALONE, unfreeze_every=2)))
+    with pytest.raises(ValueError, match="a YOLO is trained by one process"):
+        train_folds(train_detector, [1], tmp_path, processes=2, **arguments(DetectorRecipe(family="yolo", batch_size=4)))

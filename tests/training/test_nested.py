@@ -1,0 +1,143 @@
+"""Nested folds: what a model may have seen, and whose answer counts for an image."""
+
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from kitlib.deadline import SessionOver
+from kitlib.paths import find_input
+from kitlib.tables import check_table, empty_table
+from kitlib.training.folds import begin_session
+from kitlib.training.nested import NOT_NESTED, gather, hold_out, is_whole, train_nested
+
+FOLDS = pd.DataFrame({"id": [f"image{n}" for n in range(12)], "fold": [n % 3 for n in range(12)]})
+
+
+def tables(split=None):
+    ids = [*FOLDS["id"], "official"]
+    images = dict.fromkeys(("image_id", "study_id", "patient_id"), ids)
+    images |= {"path": "", "rows": 1, "columns": 1, "source": "", "view": ""}
+    if split is not None:
+        images["split"] = split
+    return {"images": pd.DataFrame(images), "folds": FOLDS}
+
+
+def answers(ids, fold, score):
+    return check_table(
+        pd.DataFrame({"image_id": list(ids), "model": "a", "fold": fold, "yes": score, "no": 1 - score}), "class_scores"
+    )
+
+
+def trained_on(folds, fold, run_folder, images, deadline=None, **_):
+    """Stands in for a training: says fold / 10 of what it validates on, and fold / 10 + 0.5 of what it is tested on."""
+    seen = folds.id[folds.fold != fold]
+    test = images.image_id[images.split == "test"]
+    assert not set(test) & set(folds.id)
+    return SimpleNamespace(
+        run_folder=run_folder,
+        class_scores=answers(folds.id[folds.fold == fold], fold, fold / 10),
+        test_scores=answers(test, fold, fold / 10 + 0.5),
+        training_scores=answers(seen, fold, 0.9),
+    )
+
+
+def train_all(tmp_path, outer_folds, split):
+    return train_nested(trained_on, [0, 1, 2], outer_folds, tmp_path, tables(split))
+
+
+@pytest.fixture
+def split():
+    return [*["train"] * 12, "test"]
+
+
+def test_an_outer_fold_becomes_test_images_and_leaves_the_folds():
+    held = hold_out(tables(), 1)
+    images = held["images"].set_index("image_id")
+    assert set(held["folds"].fold) == {0, 2} and len(held["folds"]) == 8
+    assert set(images.index[images.split == "test"]) == {"image1", "image4", "image7", "image10"}
+    assert "split" not in tables()["images"]
+
+
+@pytest.mark.parametrize("outer", [3, -1])
+def test_an_outer_fold_that_there_is_not_is_an_error_that_lists_them(outer):
+    with pytest.raises(ValueError, match=rf"outer fold {outer}: wanted one of the folds \[0, 1, 2\]"):
+        hold_out(tables(), outer)
+
+
+@pytest.mark.parametrize(
+    ("folds", "outer_folds", "message"),
+    [
+        ([0, 1, 2, 3], [], r"folds \[3\] are not among those of the prepared run, \[0, 1, 2\]"),
+        ([0, 1, 2], [0, 5], r"folds \[5\] are not among"),
+        ([1], [0, 1], r"outer folds \[1\] leave none of the folds \[1\] to validate on"),
+    ],
+)
+def test_folds_that_there_are_not_are_refused_before_anything_is_trained(tmp_path, folds, outer_folds, message):
+    with pytest.raises(ValueError, match=message):
+        train_nested(lambda **_: pytest.fail("trained"), folds, outer_folds, tmp_path, tables(["train"] * 13))
+
+
+def test_a_stopped_nested_run_is_gone_on_with_by_its_own_name(tmp_path, capsys, monkeypatch):
+    def stopped(fold, run_folder, **_):
+        (run_folder / "checkpoints").mkdir(parents=True)
+        (run_folder / "checkpoints" / "run.json").write_text("{}")
+        raise SessionOver(run_folder, 1, 2)
+
+    inputs, run = tmp_path / "inputs", tmp_path / "inputs" / "kernel" / "learner"
+    train_nested(stopped, [0, 1, 2], [1], run, tables(["train"] * 13))
+    assert "set resume_from to 'learner'" in capsys.readouterr().out
+    monkeypatch.setattr("kitlib.training.folds.find_input", lambda name: find_input(name, inputs))
+    begin_session(tmp_path / "next", resume_from="learner")
+    assert [str(path.parents[1].relative_to(tmp_path / "next")) for path in (tmp_path / "next").rglob("run.json")] == [
+        "outer1/fold0"
+    ]
+
+
+def test_each_row_says_what_its_model_had_not_seen(tmp_path, split):
+    trained = train_all(tmp_path, [0, 1, 2], split)
+    assert {outer: [run.run_folder for run in runs] for outer, runs in trained.items()} == {
+        outer: [tmp_path / f"outer{outer}" / f"fold{fold}" for fold in range(3) if fold != outer] for outer in range(3)
+    }
+    found = gather(trained, FOLDS)
+    own = found.nested.image_id.map(FOLDS.set_index("id").fold)
+    # 6 models of 12 images each: 4 out of fold, 4 of the outer fold, 4 that it was trained on.
+    assert len(found.nested) == 6 * 12
+    for rows, count, score in (
+        (found.nested.fold == own, 24, found.nested.fold / 10),
+        (found.nested.outer == own, 24, found.nested.fold / 10 + 0.5),
+        ((found.nested.fold != own) & (found.nested.outer != own), 24, found.nested.fold * 0 + 0.9),
+    ):
+        assert rows.sum() == count
+        assert found.nested.yes[rows].to_numpy() == pytest.approx(score[rows].to_numpy())
+
+
+def test_the_judged_answer_is_the_mean_of_the_models_without_the_images_fold(tmp_path, split):
+    found = gather(train_all(tmp_path, [0, 1, 2], split), FOLDS)
+    judged = found.judged.set_index("image_id")
+    assert len(judged) == 12 and judged.fold.to_dict() == FOLDS.set_index("id").fold.to_dict()
+    # Of image0, in fold 0: models of the inner folds 1 and 2 say 0.6 and 0.7.
+    assert judged.yes["image0"] == pytest.approx(0.65)
+    assert judged.yes["image1"] == pytest.approx(0.60) and judged.yes["image2"] == pytest.approx(0.55)
+    # The official test image belongs to no fold; two models validated on each fold have told it.
+    assert set(found.test.image_id) == {"official"} and sorted(found.test.yes) == pytest.approx([0.5, 0.6, 0.7])
+
+
+def test_without_outer_folds_the_answer_is_the_out_of_fold_one(tmp_path, split):
+    found = gather(train_all(tmp_path, [], split), FOLDS)
+    assert set(found.nested.outer) == {NOT_NESTED}
+    assert found.judged.set_index("image_id").yes["image2"] == pytest.approx(0.2)
+    assert len(found.judged) == 12 and len(found.test) == 3
+
+
+def test_a_session_that_ends_begins_no_further_outer_fold(tmp_path, split, monkeypatch):
+    begun = []
+
+    def ended(train, folds, run, /, **_):
+        begun.append(run.name)
+        return []
+
+    monkeypatch.setattr("kitlib.training.nested.train_folds", ended)
+    trained = train_all(tmp_path, [0, 1, 2], split)
+    assert begun == ["outer0"] and not is_whole(trained, [0, 1, 2], [0, 1, 2])
+    assert len(gather(trained, FOLDS).judged) == 0 and gather(trained, FOLDS).nested.equals(empty_table("nested_scores"))

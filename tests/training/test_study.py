@@ -1,0 +1,301 @@
+"""A run's outputs, exact resume, refusal of another run, and the validation score."""
+
+import dataclasses
+import json
+from importlib.metadata import version
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from kitlib.bundle import data_fingerprint, read_bundle
+from kitlib.classes import STUDY_CLASSES
+from kitlib.runs.reading import ExtraImages
+from kitlib.settings import override
+from kitlib.tables import read_table
+from kitlib.training import study as module
+from kitlib.training.fold_folder import ResumeError
+from kitlib.training.study import StudyTraining, train_study, validation_scores
+from tests.small_lungs import stored_lungs
+from tests.small_xrays import RECIPE, SmallXrays
+
+TIMES = ["seconds", "images_per_s"]
+TABLES = ["images", "labels", "boxes"]
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def train(folder, small=None, recipe=RECIPE, **options):
+    small = small or SmallXrays(32)
+    options = {"fold": 1, "progress": False} | options
+    return train_study(
+        small.images,
+        small.labels,
+        small.boxes,
+        small.fold_table,
+        cache=small,
+        recipe=recipe,
+        run_folder=folder,
+        model_name="small",
+        **options,
+    )
+
+
+def weights_of(run):
+    return read_bundle(run.run_folder / "bundle")[1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("run"))
+
+
+def test_a_run_leaves_what_later_stages_read(uninterrupted):
+    small, folder = SmallXrays(32), uninterrupted.run_folder
+    fold = small.fold_table[small.fold_table.fold == 1]
+    images = read_table("image_scores", folder / "tables" / "image_scores.parquet")
+    studies = read_table("study_scores", folder / "tables" / "study_scores.parquet")
+    assert set(images.image_id) == set(fold.id) and set(images.model) == {"small"} and set(images.fold) == {1}
+    assert set(studies.study_id) == set(small.images.study_id[small.images.image_id.isin(fold.id)])
+    assert studies[list(STUDY_CLASSES)].sum(axis=1).to_numpy() == pytest.approx(np.ones(len(studies)), abs=1e-5)
+    record, _ = read_bundle(folder / "bundle")
+    assert record["classes"] == [*STUDY_CLASSES, "none"] and record["recipe"]["backbone"] == "test_resnet"
+    assert record["fold"] == 1 and record["validation"]["score"] == pytest.approx(uninterrupted.metrics["best"]["score"])
+    assert record["longest_side"] == uninterrupted.metrics["longest_side"] == 50
+    assert uninterrupted.history.epoch.tolist() == [1, 2, 3]
+    assert uninterrupted.metrics["starting_weights"] == "from scratch" and uninterrupted.metrics["device"] == "cpu"
+    assert (folder / "figures" / "curves.png").is_file()
+
+
+def test_the_out_of_fold_tables_have_the_score_that_chose_the_epoch(uninterrupted):
+    # The same images through another path: bundle from disk, prediction's own canvases, study means of its own.
+    small = SmallXrays(32)
+    studies, images = uninterrupted.study_scores, uninterrupted.image_scores
+    truth = small.labels.set_index("id").loc[studies.study_id, list(STUDY_CLASSES)].to_numpy()
+    studies_alone = validation_scores(
+        np.c_[studies[list(STUDY_CLASSES)], np.zeros(len(studies))], studies.study_id.to_numpy(), truth, np.zeros(len(truth))
+    )
+    none = (~images.image_id.isin(small.boxes.image_id)).to_numpy(float)
+    images_alone = validation_scores(
+        np.c_[np.zeros((len(images), 4)), images.none], images.image_id.to_numpy(), np.full((len(images), 4), np.nan), none
+    )
+    best = uninterrupted.metrics["best"]
+    for name in STUDY_CLASSES:
+        assert studies_alone[name] == pytest.approx(best[name], abs=1e-6)
+    assert images_alone["none"] == pytest.approx(best["none"], abs=1e-6)
+
+
+def stop_at(monkeypatch, epoch, batch):
+    """Make training die in this epoch and batch (from 0), once."""
+    step = StudyTraining.training_step
+
+    def dying(self, batch_of_images, number):
+        if (self.current_epoch, number) == (epoch, batch):
+            raise ConnectionError("the session ended")
+        return step(self, batch_of_images, number)
+
+    monkeypatch.setattr(StudyTraining, "training_step", dying)
+
+
+@pytest.mark.parametrize(("epoch", "batch"), [(0, 2), (1, 0), (2, 3)])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, uninterrupted, epoch, batch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, epoch, batch)
+        with pytest.raises(ConnectionError):
+            train(tmp_path)
+    assert not (tmp_path / "metrics.json").exists()
+    torch.manual_seed(12345)  # the random state of a new session
+    resumed = train(tmp_path)
+    for name, value in read_bundle(uninterrupted.run_folder / "bundle")[1].items():
+        assert torch.equal(read_bundle(tmp_path / "bundle")[1][name], value), name
+    pd.testing.assert_frame_equal(
+        resumed.history.drop(columns=TIMES), uninterrupted.history.drop(columns=TIMES), check_exact=True
+    )
+    pd.testing.assert_frame_equal(resumed.image_scores, uninterrupted.image_scores, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.study_scores, uninterrupted.study_scores, check_exact=True)
+
+
+def test_a_run_that_ended_early_and_died_before_its_results_trains_no_further(tmp_path, monkeypatch):
+    recipe = override(RECIPE, epochs=6, patience=1, learning_rate=1e-12)  # nothing gets better after the first epoch
+
+    def dies(*_):
+        raise ConnectionError("the session ended")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_trained", dies)
+        with pytest.raises(ConnectionError):
+            train(tmp_path, recipe=recipe)
+    patched = []
+    monkeypatch.setattr(StudyTraining, "training_step", lambda *_: patched.append(1))
+    run = train(tmp_path, recipe=recipe)
+    assert patched == [] and run.metrics["epochs"] == 2 and run.metrics["best_epoch"] == 1
+
+
+def test_a_finished_run_is_read_back(uninterrupted, monkeypatch):
+    monkeypatch.setattr(module, "fit", lambda *_, **__: pytest.fail("trained again"))
+    again = train(uninterrupted.run_folder)
+    assert again.metrics == uninterrupted.metrics
+    pd.testing.assert_frame_equal(again.study_scores, uninterrupted.study_scores)
+    pd.testing.assert_frame_equal(again.history, uninterrupted.history)
+
+
+def test_another_recipe_fold_or_data_is_refused(uninterrupted):
+    folder = uninterrupted.run_folder
+    with pytest.raises(ResumeError, match=r"recipe\.dropout: 0\.5 there, 0\.1 here"):
+        train(folder, recipe=override(RECIPE, dropout=0.1))
+    with pytest.raises(ResumeError, match="fold: 1 there, 0 here"):
+        train(folder, fold=0)
+    changed = SmallXrays(32)
+    changed.boxes = changed.boxes.iloc[1:]
+    with pytest.raises(ResumeError, match="data_fingerprint"):
+        train(folder, changed)
+    with pytest.raises(ResumeError, match="longest_side: 50 there, 40 here"):
+        train(folder, SmallXrays(32, longest_side=40))
+
+
+def test_a_backbone_frozen_at_random_weights_is_refused_with_what_to_give(tmp_path):
+    with pytest.raises(ValueError, match=r'test_resnet at random.*"starting_weights".*"frozen_backbone": false'):
+        train(tmp_path, recipe=override(RECIPE, frozen_backbone=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_learns_starts_from_a_bundle_and_freezes(tmp_path, caplog):
+    # The classes are four brightnesses; a fold of the unseen patients must be told apart almost perfectly.
+    learnt = train(
+        tmp_path / "learnt", recipe=override(RECIPE, epochs=8, learning_rate=1e-2, batch_size=8, brightness_contrast=0.0)
+    )
+    assert learnt.metrics["best"]["score"] > 0.9  # a constant guess earns 0.25
+    recipe = override(RECIPE, epochs=1, frozen_backbone=True, starting_weights=str(tmp_path / "learnt"))
+    with caplog.at_level("INFO"):
+        started = train(tmp_path / "started", recipe=recipe, limit_train=8, limit_validation=4)
+    assert "tensors loaded" in caplog.text and "left random: nothing" in caplog.text
+    assert started.metrics["starting_weights"] == f"{tmp_path / 'learnt'}: {len(weights_of(learnt))} tensors, 0 left random"
+    assert started.metrics["train_images"] == 8 and len(started.image_scores) == 4
+    before, after = weights_of(learnt), weights_of(started)
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("backbone"))
+    assert not torch.equal(before["head.3.weight"], after["head.3.weight"])
+
+
+class Renamed(SmallXrays):
+    """The same pictures under other names: `extra003` for `image003`, of patients and studies of their own."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for table in (self.images, self.labels, self.boxes):
+            for column in table.columns.intersection(["image_id", "study_id", "patient_id", "id"]):
+                table[column] = table[column].str.replace("image", "extra").str.replace("study", "extra_study")
+        self.images["patient_id"] = "extra_" + self.images.patient_id
+
+    def read(self, image_id):
+        return dataclasses.replace(super().read(image_id.replace("extra", "image")), image_id=image_id)
+
+    def extra(self):
+        return ExtraImages(self.images, self.labels, self.boxes, self)
+
+
+def test_extra_images_are_trained_on_and_never_validated_on(tmp_path, uninterrupted):
+    recipe = override(RECIPE, epochs=1)
+    run = train(tmp_path, recipe=recipe, extra=Renamed(8).extra(), limit_train=4)
+    assert run.metrics["train_images"] == 4 + 8 and run.metrics["validation_images"] == 16
+    assert set(run.image_scores.image_id) == set(uninterrupted.image_scores.image_id)
+    with pytest.raises(ResumeError, match="extra"):
+        train(tmp_path, recipe=recipe, limit_train=4)
+    with pytest.raises(ValueError, match="image"):
+        train(
+            tmp_path / "leak",
+            recipe=recipe,
+            extra=ExtraImages(*(getattr(SmallXrays(), name) for name in TABLES), SmallXrays()),
+        )
+    assert not (tmp_path / "leak").exists()
+
+
+def test_extra_images_teach(tmp_path):
+    # The one patient of its own has two of the four classes; the extra ones show all of them.
+    recipe = override(RECIPE, epochs=8, patience=8, learning_rate=1e-2, batch_size=8, brightness_contrast=0.0)
+    taught = train(tmp_path, recipe=recipe, limit_train=4, extra=Renamed(32).extra())
+    assert taught.metrics["best"]["score"] > 0.8
+
+
+CROPS = override(RECIPE, lungs="masks", trained_on="lungs", views=["lungs"], masked=True)
+
+
+def test_a_run_on_lung_crops_is_judged_on_crops_and_tells_what_it_missed(tmp_path):
+    small = SmallXrays(32)
+    held = small.fold_table.id[small.fold_table.fold == 1].tolist()
+    lungs = stored_lungs(tmp_path / "lungs", small, missed=[held[0], held[1], "image000"])
+    run = train(tmp_path / "run", small, override(CROPS, epochs=2), lungs=lungs)
+    assert run.metrics["lungs_missed"] == {"training": 1, "predicted": 2}
+    assert run.metrics["lungs_fingerprint"] == lungs.fingerprint
+    # The same images through another path: the predictor's own crops.
+    images = run.image_scores
+    none = (~images.image_id.isin(small.boxes.image_id)).to_numpy(float)
+    found = np.c_[np.zeros((len(images), 4)), images.none]
+    alone = validation_scores(found, images.image_id.to_numpy(), np.full((len(images), 4), np.nan), none)
+    assert alone["none"] == pytest.approx(run.metrics["best"]["none"], abs=1e-6)
+    other = stored_lungs(tmp_path / "other", small)
+    with pytest.raises(ResumeError, match="lungs_fingerprint"):
+        train(tmp_path / "run", small, override(CROPS, epochs=2), lungs=other)
+
+
+def test_a_training_on_either_resumes_bit_for_bit(tmp_path, monkeypatch):
+    small = SmallXrays(32)
+    lungs, recipe = stored_lungs(tmp_path / "lungs", small), override(RECIPE, lungs="masks", trained_on="either")
+    whole = train(tmp_path / "whole", small, recipe, lungs=lungs)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, 2)
+        with pytest.raises(ConnectionError):
+            train(tmp_path / "stopped", small, recipe, lungs=lungs)
+    resumed = train(tmp_path / "stopped", small, recipe, lungs=lungs)
+    assert all(torch.equal(value, weights_of(resumed)[name]) for name, value in weights_of(whole).items())
+    # Whole images alone teach something else.
+    full = train(tmp_path / "full", small, override(recipe, trained_on="full"), lungs=lungs)
+    assert not all(torch.equal(value, weights_of(full)[name]) for name, value in weights_of(whole).items())
+
+
+def test_masks_that_do_not_suit_the_recipe_are_refused_before_anything_is_written(tmp_path):
+    lungs = stored_lungs(tmp_path / "lungs", SmallXrays(32))
+    with pytest.raises(ValueError, match=r"small: .*set lungs_run"):
+        train(tmp_path / "run", recipe=CROPS)
+    with pytest.raises(ValueError, match=r'small: .*\{"lungs": "masks"\}'):
+        train(tmp_path / "run", lungs=lungs)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_score_is_the_mean_over_what_has_positives():
+    study = np.eye(4)[[0, 0, 1, 2]]
+    found = np.c_[study, [0.9, 0.2, 0.8, 0.1]]
+    scores = validation_scores(found, np.array(list("abcd")), study, np.array([1.0, 0, 0, np.nan]))
+    assert np.isnan(scores["atypical"])
+    assert scores["score"] == scores["negative"] == scores["none"] == 1
+
+
+def test_only_what_is_learnt_is_judged():
+    study = np.eye(4)[[0, 1, 2, 3]]
+    found = np.c_[study[:, ::-1], [0.9, 0.2, 0.8, 0.1]]  # the classes all wrong, none right
+    none = np.array([1.0, 0, 0, 0])
+    alone = validation_scores(found, np.arange(4), study, none, "none")
+    assert alone == {"score": 1, "none": 1}
+    classes = validation_scores(np.c_[study, [np.nan] * 4], np.arange(4), study, none, "study")
+    assert classes == dict.fromkeys(["score", *STUDY_CLASSES], 1)
+
+
+def test_classes_are_judged_over_studies():
+    # Study a's two images average to 0.55 against b's 0.5: right over studies, wrong over images.
+    study = np.array([[1.0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]])
+    found = np.array([[0.9, 0.1, 0, 0, 0], [0.2, 0.8, 0, 0, 0], [0.5, 0.5, 0, 0, 0]])
+    scores = validation_scores(found, np.array(["a", "a", "b"]), study, np.zeros(3))
+    assert scores["negative"] == 1 and scores["typical"] == 1
+
+
+def test_metrics_name_what_a_run_was(uninterrupted):
+    small = SmallXrays(32)
+    metrics = json.loads((uninterrupted.run_folder / "metrics.json").read_text())
+    fingerprint = data_fingerprint(images=small.images, labels=small.labels, boxes=small.boxes, folds=small.fold_table)
+    assert metrics["data_fingerprint"] == fingerprint
+    assert metrics["folds_fingerprint"] == data_fingerprint(folds=small.fold_table)
+    assert metrics["epochs"] == 3 and metrics["images_per_s"] > 0 and metrics["precision"] == "32-true"
+    # A process with torch in it takes more than 100 MB.
+    assert metrics["peak_memory_mb"] > 100 and metrics["gpu"] is None and metrics["peak_gpu_memory_mb"] is None
+    assert metrics["versions"]["torch"] == version("torch") and "timm" in metrics["versions"]

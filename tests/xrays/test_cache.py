@@ -1,0 +1,259 @@
+"""The decode-once cache: what it keeps, what it notices, and what one bad file may cost."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from pydicom.uid import ExplicitVRLittleEndian
+
+import kitlib.xrays.cache
+from kitlib.xrays.cache import DECODER, CacheError, XrayCache, fingerprint
+from kitlib.xrays.dicom import read_xray
+from kitlib.xrays.worker import decode_into, shrink
+from kitlib.xrays.writing import write_xray
+from tests import PROJECT
+
+RNG = np.random.default_rng(0)
+
+
+def write_images(folder: Path, count: int, rows: int = 90, columns: int = 60) -> pd.DataFrame:
+    told = []
+    for number in range(count):
+        path = folder / f"{number}.dcm"
+        stored = RNG.integers(0, 4096, (rows, columns)).astype(np.uint16)
+        write_xray(path, stored, transfer_syntax=ExplicitVRLittleEndian, bits_stored=12)
+        told.append({"image_id": f"image{number}", "path": str(path)})
+    return pd.DataFrame(told)
+
+
+def misbehave(entry, image_id, path, longest_side):
+    """A worker's task with three bad files; at the top of the module, so that a fresh process can import it."""
+    if image_id == "image1":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if image_id == "image2":
+        time.sleep(60)
+    if image_id == "image3":
+        np.ones(2**29)  # 4 GB
+    return decode_into(entry, image_id, path, longest_side)
+
+
+def test_a_packed_cache_is_one_file_and_reads_and_goes_on_alike(tmp_path, monkeypatch):
+    monkeypatch.setattr(kitlib.xrays.cache, "scratch_root", lambda: tmp_path / "scratch")
+    images = write_images(tmp_path, 4)
+    cache = XrayCache(tmp_path / "cache", longest_side=45)
+    cache.fill(images.head(3), workers=1)
+    before = {image_id: cache.read(image_id) for image_id in images.image_id.head(3)}
+    packed = cache.pack()
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [packed]
+    packed.chmod(0o444)
+    for _ in range(2):  # unpacked, and found unpacked
+        again = XrayCache(tmp_path / "cache", longest_side=45)
+        for image_id, kept in before.items():
+            np.testing.assert_array_equal(again.read(image_id).pixels, kept.pixels)
+            assert again.read(image_id).rows == kept.rows
+        assert "image3" not in again
+    assert again.fill(images, workers=1).status.tolist() == ["cached", "cached", "cached", "decoded"]
+    assert "image3" in XrayCache(again.pack().parent, longest_side=45)
+    assert len(list((tmp_path / "scratch" / "xrays").iterdir())) == 2
+
+
+def test_what_cannot_be_packed_or_unpacked_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(kitlib.xrays.cache, "scratch_root", lambda: tmp_path / "scratch")
+    cache = XrayCache(tmp_path / "cache", longest_side=45)
+    with pytest.raises(CacheError, match="has no entries to pack"):
+        cache.pack()
+    cache.packed.parent.mkdir()
+    cache.packed.write_bytes(b"half a file")
+    with pytest.raises(CacheError, match=r"\.tar cannot be unpacked into"):
+        XrayCache(tmp_path / "cache", longest_side=45)
+    assert list((tmp_path / "scratch" / "xrays").iterdir()) == []
+
+
+def test_fill_read_resume_and_notice_changes(tmp_path):
+    images = write_images(tmp_path, 5)
+    (tmp_path / "3.dcm").write_bytes(b"damaged")
+    cache = XrayCache(tmp_path / "cache", longest_side=45)
+    table = cache.fill(images, workers=1)
+    assert table.image_id.tolist() == images.image_id.tolist()
+    assert table.status.tolist() == ["decoded", "decoded", "decoded", "failed", "decoded"]
+    assert table.reason[3]
+    assert "image3" not in cache
+
+    kept = cache.read("image0")
+    assert (kept.rows, kept.columns) == (90, 60)
+    assert kept.pixels.shape == (45, 30)
+    # Exactly half the size: each pixel is the mean of four, rounded.
+    blocks = read_xray(tmp_path / "0.dcm").reshape(45, 2, 30, 2).mean(axis=(1, 3))
+    assert np.abs(kept.pixels - blocks).max() <= 0.5
+
+    write_images(tmp_path, 1, rows=30)  # another image in the place of the first
+    again = cache.fill(images, workers=1).set_index("image_id")
+    assert again.status.tolist() == ["decoded", "cached", "cached", "failed", "cached"]
+    assert (again.rows["image1"], again["columns"]["image1"]) == (90, 60)
+    assert cache.read("image0").rows == 30
+
+    other = XrayCache(tmp_path / "cache", longest_side=20)
+    assert "image1" not in other
+    with pytest.raises(KeyError, match="decode it first"):
+        other.read("image1")
+
+
+def test_another_file_of_the_same_size_and_time_is_decoded(tmp_path):
+    """As two archives unpack with one time for all files: only the pixels in the middle of the file differ."""
+    images = write_images(tmp_path, 1, 400, 400)
+    path = Path(images.path[0])
+    cache = XrayCache(tmp_path / "c")
+    cache.fill(images, workers=1)
+    before, status = path.read_bytes(), path.stat()
+    kept = cache.read("image0").pixels
+    middle = len(before) // 2
+    path.write_bytes(before[: middle - 50] + bytes(100) + before[middle + 50 :])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    assert cache.fill(images, workers=1).status.tolist() == ["decoded"]
+    # 100 bytes of 16-bit pixels.
+    assert (cache.read("image0").pixels != kept).sum() in range(45, 52)
+
+
+def test_a_copy_with_its_time_is_known_and_a_touched_file_is_not(tmp_path):
+    images = write_images(tmp_path, 1)
+    cache = XrayCache(tmp_path / "c")
+    cache.fill(images, workers=1)
+    copy = shutil.copy2(images.path[0], tmp_path / "copy.dcm")
+    assert cache.fill(images.assign(path=str(copy)), workers=1).status.tolist() == ["cached"]
+    os.utime(copy)
+    assert cache.fill(images.assign(path=str(copy)), workers=1).status.tolist() == ["decoded"]
+
+
+def test_a_pipe_in_the_place_of_a_known_file_stops_nothing(tmp_path):
+    images = write_images(tmp_path, 1)
+    cache = XrayCache(tmp_path / "c")
+    cache.fill(images, workers=1)
+    Path(images.path[0]).unlink()
+    os.mkfifo(images.path[0])
+    table = cache.fill(images, workers=1)
+    assert table.status.tolist() == ["failed"] and table.reason[0] == "not a regular file"
+
+
+def test_changed_code_has_another_fingerprint(tmp_path):
+    module = types.ModuleType("decoding")
+    module.__file__ = str(tmp_path / "decoding.py")
+    found = set()
+    for source in ("A = 1", "A = 2", "A = 1"):
+        Path(module.__file__).write_text(source)
+        found.add(fingerprint(module))
+    assert len(found) == 2
+    assert XrayCache(tmp_path, 64).folder.name.removeprefix("64px_") == DECODER
+
+
+def test_small_images_are_not_enlarged():
+    pixels = RNG.integers(0, 256, (30, 20), dtype=np.uint8)
+    assert shrink(pixels, 30) is pixels
+    assert shrink(pixels, 15).shape == (15, 10)
+    assert shrink(np.zeros((4000, 2), np.uint8), 100).shape == (100, 1)
+
+
+def test_a_bad_file_costs_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(kitlib.xrays.cache, "decode_into", misbehave)
+    outcomes = {outcome.image_id: outcome for outcome in XrayCache(tmp_path / "c").decode(write_images(tmp_path, 7), 1, 5.0)}
+    assert len(outcomes) == 7
+    for image_id, reason in (("image1", "crashed"), ("image2", "not decoded in 5 s"), ("image3", "memory")):
+        assert outcomes[image_id].status == "failed"
+        assert reason in outcomes[image_id].reason
+    assert [outcomes[f"image{number}"].status for number in (0, 4, 5, 6)] == ["decoded"] * 4
+
+
+def test_only_a_few_files_are_ahead_of_the_consumer(tmp_path):
+    images = write_images(tmp_path, 40, 8, 8)
+    cache = XrayCache(tmp_path / "c")
+    outcomes = cache.decode(images, workers=1)
+    next(outcomes)
+    time.sleep(0.5)
+    assert 1 <= len(list(cache.folder.glob("*.safetensors"))) <= 3
+    outcomes.close()
+    time.sleep(0.2)
+    assert len(list(cache.folder.glob("*.safetensors"))) <= 3
+
+
+def test_killed_in_the_middle_it_resumes_from_whole_entries(tmp_path):
+    images = write_images(tmp_path, 60, 400, 400)
+    images.to_csv(tmp_path / "images.csv", index=False)
+    # No `if __name__ == "__main__"`: a worker must not run the script again.
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\nimport pandas as pd\nfrom kitlib.xrays.cache import XrayCache\n"
+        "for outcome in XrayCache(sys.argv[1]).decode(pd.read_csv(sys.argv[2]), workers=2):\n"
+        "    print(outcome.status, flush=True)\n"
+    )
+    told = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    run = [sys.executable, str(script), str(tmp_path / "c"), str(tmp_path / "images.csv")]
+    with subprocess.Popen(run, env=told, stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(7):
+            assert process.stdout.readline() == "decoded\n"
+        process.kill()
+    cache = XrayCache(tmp_path / "c")
+    entries = [path.stem for path in cache.folder.glob("[!.]*.safetensors")]
+    assert len(entries) >= 7
+    for image_id in entries:
+        assert cache.read(image_id).pixels.shape == (400, 400)
+    counts = cache.fill(images, workers=1).status.value_counts()
+    assert counts["cached"] >= len(entries)
+    assert counts.sum() == 60
+
+
+def test_a_damaged_entry_is_told_and_decoded_again(tmp_path):
+    images = write_images(tmp_path, 1)
+    cache = XrayCache(tmp_path / "c")
+    cache.fill(images, workers=1)
+    entry = next(cache.folder.glob("*.safetensors"))
+    entry.write_bytes(entry.read_bytes()[:50])
+    with pytest.raises(CacheError, match="delete it and decode again"):
+        cache.read("image0")
+    assert cache.fill(images, workers=1).status.tolist() == ["decoded"]
+    assert cache.read("image0").rows == 90
+
+
+def test_a_full_disk_is_an_error_of_the_cache(tmp_path, monkeypatch):
+    (image,) = write_images(tmp_path, 1).to_dict("records")
+
+    def full(self, written):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        decode_into(tmp_path / "c" / "x.safetensors", image["image_id"], image["path"], 10)
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_stops_the_run(tmp_path):
+    images = write_images(tmp_path, 2)
+    (tmp_path / "c").write_text("a file where the folder belongs")
+    with pytest.raises(CacheError, match="choose a folder"):
+        XrayCache(tmp_path / "c").fill(images, workers=1)
+
+
+def test_tables_and_ids_that_cannot_be_kept(tmp_path):
+    cache = XrayCache(tmp_path)
+    with pytest.raises(ValueError, match="lacks path"):
+        list(cache.decode(pd.DataFrame({"image_id": ["a"]})))
+    with pytest.raises(ValueError, match="comes twice"):
+        list(cache.decode(pd.DataFrame({"image_id": ["a", "a"], "path": ["x", "y"]})))
+    with pytest.raises(CacheError, match="cannot name a file"):
+        list(cache.decode(pd.DataFrame({"image_id": ["../a"], "path": ["x"]})))
+    assert list(cache.decode(pd.DataFrame({"image_id": [], "path": []}))) == []
+
+
+def test_a_worker_imports_little():
+    """A worker starts in about a second, or every replaced one costs the run."""
+    program = "import sys, kitlib.xrays.worker; print([n for n in ('torch', 'pandas', 'matplotlib') if n in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"

@@ -1,0 +1,121 @@
+"""The faster decoders give pylibjpeg's pixels, and pylibjpeg takes over where they are missing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydicom import dcmread
+from pydicom.encaps import get_frame
+from pydicom.pixels import get_decoder
+from pydicom.uid import (
+    JPEG2000,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
+
+from kitlib.xrays.codestream import read_promise
+from kitlib.xrays.decoders import PLUGIN, plugin_for
+from kitlib.xrays.dicom import UnreadableXray, decode_xray, read_stored_values
+from kitlib.xrays.writing import write_xray
+from tests import PROJECT
+
+STORED = np.random.default_rng(0).integers(0, 4096, (50, 37)).astype(np.uint16)
+LOSSLESS = [JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless]
+
+
+def written(folder: Path, syntax: str, stored: np.ndarray = STORED) -> Path:
+    write_xray(
+        folder / "x.dcm", stored, transfer_syntax=syntax, bits_stored=8 * stored.itemsize if stored.itemsize == 1 else 12
+    )
+    return folder / "x.dcm"
+
+
+@pytest.mark.parametrize("syntax", [*LOSSLESS, JPEG2000])
+def test_the_faster_decoder_gives_the_fall_backs_pixels(tmp_path, syntax):
+    dataset = dcmread(written(tmp_path, syntax))
+    decode = get_decoder(syntax).as_array
+    faster, _ = decode(dataset, decoding_plugin=PLUGIN, raw=True)
+    fall_back, _ = decode(dataset, decoding_plugin="pylibjpeg", raw=True)
+    np.testing.assert_array_equal(faster, fall_back)
+
+
+def test_jpeg_baseline_gives_the_fall_backs_pixels(tmp_path):
+    dataset = dcmread(written(tmp_path, JPEGBaseline8Bit, (STORED >> 4).astype(np.uint8)))
+    decode = get_decoder(JPEGBaseline8Bit).as_array
+    np.testing.assert_array_equal(
+        decode(dataset, decoding_plugin=PLUGIN, raw=True)[0], decode(dataset, decoding_plugin="pillow", raw=True)[0]
+    )
+
+
+def test_one_decoder_is_named_for_each_syntax():
+    assert {plugin_for(syntax) for syntax in (*LOSSLESS, JPEG2000, JPEGBaseline8Bit)} == {PLUGIN}
+    assert {plugin_for(syntax) for syntax in (JPEGExtended12Bit, RLELossless)} == {"pylibjpeg"}
+
+
+def test_without_imagecodecs_the_pixels_are_the_same(tmp_path):
+    paths, expected = [], []
+    for number, syntax in enumerate([*LOSSLESS, RLELossless]):
+        path = tmp_path / f"{number}.dcm"
+        written(tmp_path, syntax).rename(path)
+        paths.append(str(path))
+        expected.append(int(read_stored_values(path).astype(np.int64).sum()))
+    program = (
+        "import importlib.util, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'imagecodecs' else find(name, *rest)\n"
+        "sys.modules['imagecodecs'] = None\n"
+        "from kitlib.xrays.dicom import read_stored_values\n"
+        "print([int(read_stored_values(path).sum()) for path in sys.argv[1:]])\n"
+    )
+    root = PROJECT
+    ran = subprocess.run([sys.executable, "-c", program, *paths], cwd=root, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == str(expected)
+
+
+@pytest.mark.parametrize("syntax", LOSSLESS)
+def test_a_frame_cut_short_is_refused_or_told(tmp_path, syntax):
+    """CharLS would run on for half a minute behind the end of such a frame."""
+    path = written(tmp_path, syntax)
+    whole = get_frame(dcmread(path).PixelData, 0, number_of_frames=1)
+    for kept in (0.3, 0.6, 0.95):
+        cut = whole[: int(len(whole) * kept) // 2 * 2]
+        dataset = dcmread(path)
+        head, tail = dataset.PixelData[:8], b"\xfe\xff\xdd\xe0\0\0\0\0"
+        dataset.PixelData = head + b"\xfe\xff\x00\xe0" + len(cut).to_bytes(4, "little") + cut + tail
+        dataset.save_as(tmp_path / "cut.dcm")
+        try:
+            assert any("cut short" in warning for warning in decode_xray(tmp_path / "cut.dcm").warnings)
+        except UnreadableXray as error:
+            assert error.reason
+
+
+def test_codestream_promises(tmp_path):
+    for syntax in LOSSLESS:
+        frame = get_frame(dcmread(written(tmp_path, syntax)).PixelData, 0, number_of_frames=1)
+        promise = read_promise(frame, syntax)
+        assert (promise.rows, promise.columns, promise.samples) == (50, 37, 1)
+        # imagecodecs writes JPEG-LS in the precision of the dtype.
+        assert promise.precision == (16 if syntax == JPEGLSLossless else 12)
+        assert promise.ends
+
+
+def test_progressive_frames_and_tiny_blocks_are_refused(tmp_path):
+    frame = bytearray(get_frame(dcmread(written(tmp_path, JPEGLosslessSV1)).PixelData, 0, number_of_frames=1))
+    frame[frame.index(b"\xff\xc3") + 1] = 0xC2
+    with pytest.raises(ValueError, match="0xc2"):
+        read_promise(bytes(frame), JPEGLosslessSV1)
+    frame = bytearray(get_frame(dcmread(written(tmp_path, JPEG2000Lossless)).PixelData, 0, number_of_frames=1))
+    size, style = frame.index(b"\xff\x51"), frame.index(b"\xff\x52")
+    frame[size + 6 : size + 14] = (8000).to_bytes(4, "big") * 2
+    frame[size + 22 : size + 30] = (8000).to_bytes(4, "big") * 2
+    assert read_promise(bytes(frame), JPEG2000Lossless).rows == 8000
+    frame[style + 10 : style + 12] = b"\0\0"  # code-blocks of 4 x 4
+    with pytest.raises(ValueError, match="blocks of 4 x 4"):
+        read_promise(bytes(frame), JPEG2000Lossless)

@@ -1,0 +1,131 @@
+"""PNG, JPEG, GIF and raw chests: grey as the file shows it, and one error that names the file for whatever is wrong."""
+
+import struct
+import zlib
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from kitlib.xrays.cache import XrayCache
+from kitlib.xrays.dicom import UnreadableXray
+from kitlib.xrays.image_file import decode_image, image_format, image_size
+
+GREY = np.random.default_rng(0).integers(40, 90, (48, 64)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("grey.png", Image.fromarray(GREY)),
+        # Some of NIH's PNGs are RGBA, of equal colours.
+        ("rgba.png", Image.fromarray(np.dstack([GREY, GREY, GREY, np.full_like(GREY, 255)]))),
+        ("sixteen_bits.png", Image.fromarray((GREY.astype(np.uint16) << 8) + 77)),
+        ("png_called.jpg", Image.fromarray(GREY)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_pixels_are_as_the_file_shows_them(tmp_path, name, image):
+    image.save(tmp_path / name, format="PNG")
+    assert image_format(tmp_path / name) == "PNG" and image_size(tmp_path / name) == (48, 64)
+    # Not stretched: 40..90 stays 40..90.
+    np.testing.assert_array_equal(decode_image(tmp_path / name).pixels, GREY)
+
+
+def test_a_gif_is_read_through_its_palette(tmp_path):
+    indices = Image.fromarray((GREY > 60).astype(np.uint8), mode="P")
+    # ITU-R BT.601: 0.587 of green.
+    indices.putpalette([10, 10, 10, 0, 255, 0])
+    indices.save(tmp_path / "a.gif")
+    assert image_format(tmp_path / "a.gif") == "GIF" and image_size(tmp_path / "a.gif") == (48, 64)
+    np.testing.assert_array_equal(decode_image(tmp_path / "a.gif").pixels, np.where(GREY > 60, 150, 10))
+
+
+def test_a_raw_file_of_jsrt_is_inverted(tmp_path):
+    values = np.random.default_rng(2).integers(0, 4096, (2048, 2048))
+    values[0, :3] = [0, 4095, 16]
+    path = tmp_path / "JPCLN001.IMG"
+    path.write_bytes(values.astype(">u2").tobytes())
+    assert image_format(path) == "JSRT" and image_size(path) == (2048, 2048)
+    pixels = decode_image(path).pixels
+    # Of 12 bits the upper 8; the largest value is the darkest.
+    assert pixels[0, :3].tolist() == [255, 0, 254]
+    np.testing.assert_array_equal(pixels, 255 - values // 16)
+
+
+def test_no_other_file_is_taken_for_jsrts(tmp_path):
+    raw = bytes(2 * 2048 * 2048)
+    for name, content in (("short.IMG", raw[:-1]), ("other.raw", raw), ("empty.IMG", b"")):
+        (tmp_path / name).write_bytes(content)
+        assert image_format(tmp_path / name) == ""
+        with pytest.raises(UnreadableXray, match=name):
+            decode_image(tmp_path / name)
+    # Little-endian: 4095 reads as 0xff0f.
+    (tmp_path / "swapped.IMG").write_bytes(np.full((2048, 2048), 4095, "<u2").tobytes())
+    with pytest.raises(UnreadableXray, match=r"swapped\.IMG.*65295.*12 bits"):
+        decode_image(tmp_path / "swapped.IMG")
+
+
+def test_a_jpeg_is_near_and_colour_becomes_its_luma(tmp_path):
+    Image.fromarray(np.full((16, 16, 3), (255, 0, 0), np.uint8)).save(tmp_path / "red.jpg", quality=100)
+    assert image_format(tmp_path / "red.jpg") == "JPEG"
+    # ITU-R BT.601: 0.299 of red.
+    assert np.abs(decode_image(tmp_path / "red.jpg").pixels.astype(int) - round(0.299 * 255)).max() <= 2
+
+
+@pytest.mark.parametrize("kept", [0, 4, 20, 40, 400, -20])
+def test_a_file_that_ends_early_is_unreadable(tmp_path, kept):
+    Image.fromarray(GREY).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:kept])
+    with pytest.raises(UnreadableXray, match=r"a\.png"):
+        decode_image(tmp_path / "a.png")
+
+
+def test_a_promise_of_gigabytes_is_refused_before_decoding(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "a.png")
+    damaged = bytearray((tmp_path / "a.png").read_bytes())
+    damaged[16:24] = struct.pack(">II", 100_000, 100_000)
+    damaged[29:33] = struct.pack(">I", zlib.crc32(damaged[12:29]))
+    (tmp_path / "a.png").write_bytes(damaged)
+    with pytest.raises(UnreadableXray, match="promises 100000 x 100000"):
+        image_size(tmp_path / "a.png")
+
+
+def test_damaged_bytes_give_pixels_or_the_one_error(tmp_path):
+    rng = np.random.default_rng(1)
+    for suffix in ("png", "jpg", "gif"):
+        Image.fromarray(GREY).save(tmp_path / f"whole.{suffix}")
+        encoded = np.fromfile(tmp_path / f"whole.{suffix}", np.uint8)
+        for _ in range(150):
+            damaged = encoded.copy()
+            places = rng.integers(0, len(damaged), 3)
+            damaged[places] = rng.integers(0, 256, 3)
+            (tmp_path / "a").write_bytes(damaged.tobytes())
+            try:
+                pixels = decode_image(tmp_path / "a").pixels
+            except UnreadableXray:
+                continue
+            assert pixels.dtype == np.uint8 and pixels.ndim == 2
+
+
+def test_the_cache_takes_them_beside_dicom(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no image")
+    cache = XrayCache(tmp_path / "xrays", 32)
+    images = pd.DataFrame({"image_id": ["a", "b"], "path": [str(tmp_path / f"{name}.png") for name in "ab"]})
+    outcomes = cache.fill(images, workers=1)
+    assert outcomes.status.tolist() == ["decoded", "failed"]
+    xray = cache.read("a")
+    assert xray.pixels.shape == (24, 32) and (xray.rows, xray.columns) == (48, 64)
+
+
+def test_a_gif_whose_frame_is_larger_than_its_screen_is_one_error(tmp_path):
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "small.gif")
+    raw = bytearray((tmp_path / "small.gif").read_bytes())
+    # The image descriptor, GIF89a section 20: 0x2C, left, top, then width and height, little endian.
+    place = raw.index(b"\x2c\0\0\0\0\x40\0\x40\0") + 5
+    raw[place : place + 4] = (60000).to_bytes(2, "little") * 2
+    (tmp_path / "bomb.gif").write_bytes(raw)
+    with pytest.raises(UnreadableXray, match=r"bomb\.gif"):
+        decode_image(tmp_path / "bomb.gif")
