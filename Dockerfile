@@ -14,7 +14,7 @@ WORKDIR /kit
 # index can be reached, --build-arg TORCH=cpu leaves them out. Compiled now, because the user kit may not write here.
 ARG TORCH=
 COPY Makefile requirements.txt ./
-COPY kitlib/kernels/kaggle_image.txt kitlib/
+COPY kitlib/kernels/kaggle_image.txt kitlib/kernels/
 RUN env PIP_NO_CACHE_DIR=1 UV_NO_CACHE=1 UV_COMPILE_BYTECODE=1 ${TORCH:+UV_TORCH_BACKEND=$TORCH} make .venv/.ready
 
 COPY kitlib kitlib

@@ -3,23 +3,20 @@
 The same sources give the same bytes: names sorted, dates fixed, nothing random.
 """
 
-import base64
 import inspect
-import io
 import json
 import re
 import shutil
 import tempfile
 import textwrap
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import nbformat
+from IPython.core.inputtransformer2 import TransformerManager
 from papermill.translators import PythonTranslator
 
-import kitlib
 from kitlib.atomic import write_json
 from kitlib.bundle import RECORD, WEIGHTS, read_bundle
 from kitlib.classes import STUDY_CLASSES
@@ -27,6 +24,7 @@ from kitlib.fusion.ensemble_bundle import RECORD as ENSEMBLE_RECORD
 from kitlib.fusion.ensemble_bundle import WEIGHTS as ENSEMBLE_WEIGHTS
 from kitlib.fusion.ensemble_bundle import read_ensemble
 from kitlib.kernels import start as kernel_start
+from kitlib.kernels.library import packed_library
 from kitlib.kernels.spec import KernelSpec, SpecError
 from kitlib.kernels.wheels import check_wheels, image_pins
 from kitlib.lungs.crop import wants_masks
@@ -70,24 +68,13 @@ def folder_bytes(folder: str | Path) -> int:
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def packed_library() -> str:
-    """kitlib's modules as base64 of a zip. bzip2, because zlib's output differs between its implementations."""
-    packed = io.BytesIO()
-    source = Path(kitlib.__file__).parent
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_BZIP2, compresslevel=9) as opened:
-        for path in sorted(source.rglob("*.py")):
-            entry = zipfile.ZipInfo(path.relative_to(source.parent).as_posix(), date_time=(1980, 1, 1, 0, 0, 0))
-            entry.create_system, entry.external_attr = 3, 0o644 << 16
-            opened.writestr(entry, path.read_bytes(), zipfile.ZIP_BZIP2)
-    return base64.b64encode(packed.getvalue()).decode("ascii")
-
-
 def kernel_notebook(spec: KernelSpec) -> nbformat.NotebookNode:
     """The notebook, the library in front, its parameters injected as papermill does, but alike each time."""
     parameters = spec.injected()
     spec.run_folder(rehearsed=True)  # a folder that Kaggle would not keep is refused
     notebook = nbformat.read(spec.notebook_path, as_version=4)
-    cells = [_start_cell(spec)]
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    cells = [_start_cell(spec, sources)]
     for cell in notebook.cells:
         cells.append(cell)
         if parameters and "parameters" in cell.metadata.get("tags", []):
@@ -100,11 +87,12 @@ def kernel_notebook(spec: KernelSpec) -> nbformat.NotebookNode:
     return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernelspec, "language_info": {"name": "python"}})
 
 
-def _start_cell(spec: KernelSpec) -> nbformat.NotebookNode:
-    packed = "\n".join(textwrap.wrap(packed_library(), 120))
+def _start_cell(spec: KernelSpec, sources: list[str]) -> nbformat.NotebookNode:
+    start, python = inspect.getsource(kernel_start), TransformerManager().transform_cell
+    packed = "\n".join(textwrap.wrap(packed_library([start, *map(python, sources)]), 120))
     # A notebook with the parameter installs its wheels itself, when whatever must not depend on them is done.
     wheels = "" if "wheels" in spec.notebook_parameters() else spec.wheels_slug
-    return _code_cell(f'{inspect.getsource(kernel_start)}\n\nstart_kernel("""\n{packed}\n""", {wheels!r});')
+    return _code_cell(f'{start}\n\nstart_kernel("""\n{packed}\n""", {wheels!r});')
 
 
 def _code_cell(source: str, *tags: str) -> nbformat.NotebookNode:

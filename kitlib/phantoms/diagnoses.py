@@ -21,10 +21,9 @@ from kitlib.phantoms import drawing as phantom
 from kitlib.phantoms import patients as phantom_patients
 from kitlib.phantoms import plan as phantom_plan
 from kitlib.phantoms.drawing import render
-from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order
+from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order, fingerprint
 from kitlib.phantoms.patients import draw_exposure, draw_finding, draw_near_duplicate, draw_opacities, draw_patient
 from kitlib.phantoms.plan import apportion
-from kitlib.xrays.cache import fingerprint
 
 LEAST_IMAGES = 24
 # Diagnosis -> what shows it: each by its own look, so that a network can tell them apart.

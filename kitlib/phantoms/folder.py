@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import cv2
@@ -61,6 +62,11 @@ class PhantomFolder:
     def _digest(self, folder: Path) -> str:
         tables = [folder / name for name in self.tables]
         return hashlib.sha256(b"".join(table.read_bytes() for table in tables if table.is_file())).hexdigest()[:16]
+
+
+def fingerprint(*modules: ModuleType) -> str:
+    """16 hexadecimal digits that change with the modules' code, so that phantoms of an older kit are drawn anew."""
+    return hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()[:16]
 
 
 def default_workers(images: int) -> int:

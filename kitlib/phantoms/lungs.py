@@ -23,10 +23,9 @@ from kitlib.phantoms import drawing as phantom
 from kitlib.phantoms import patients as phantom_patients
 from kitlib.phantoms import plan as phantom_plan
 from kitlib.phantoms.drawing import render, structures
-from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order
+from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order, fingerprint
 from kitlib.phantoms.patients import draw_exposure, draw_finding, draw_patient
 from kitlib.phantoms.plan import apportion
-from kitlib.xrays.cache import fingerprint
 from kitlib.xrays.image_file import JSRT_BITS, JSRT_SIDE
 
 SCR_SIDE = 1024  # pixels of SCR's masks

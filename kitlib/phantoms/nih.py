@@ -17,10 +17,9 @@ from kitlib.phantoms import drawing as phantom
 from kitlib.phantoms import patients as phantom_patients
 from kitlib.phantoms import plan as phantom_plan
 from kitlib.phantoms.drawing import render
-from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order
+from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order, fingerprint
 from kitlib.phantoms.patients import DRAWN_FINDINGS, draw_exposure, draw_finding, draw_patient
 from kitlib.phantoms.plan import apportion, patient_numbers
-from kitlib.xrays.cache import fingerprint
 
 NAME = "nih-chest-xrays"
 ARCHIVES = 12  # folders images_001 to images_012

@@ -20,11 +20,10 @@ from kitlib.phantoms import drawing as phantom
 from kitlib.phantoms import patients as phantom_patients
 from kitlib.phantoms import plan as phantom_plan
 from kitlib.phantoms.drawing import render
-from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order
+from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order, fingerprint
 from kitlib.phantoms.patients import draw_exposure, draw_finding, draw_patient
 from kitlib.phantoms.plan import apportion, patient_numbers
 from kitlib.xrays import writing as dicom_writing
-from kitlib.xrays.cache import fingerprint
 from kitlib.xrays.writing import write_xray
 
 SLUG = "rsna-pneumonia-detection-challenge"

@@ -29,11 +29,10 @@ from kitlib.phantoms import drawing as phantom
 from kitlib.phantoms import patients as phantom_patients
 from kitlib.phantoms import plan as phantom_plan
 from kitlib.phantoms.drawing import render
-from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order
+from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order, fingerprint
 from kitlib.phantoms.patients import draw_exposure, draw_near_duplicate, draw_opacities, draw_patient
 from kitlib.phantoms.plan import PlannedImage, PlannedStudy, plan_split
 from kitlib.xrays import writing as dicom_writing
-from kitlib.xrays.cache import fingerprint
 from kitlib.xrays.writing import write_xray
 
 COMPETITION = "siim-covid19-detection"

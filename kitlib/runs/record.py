@@ -21,6 +21,7 @@ from kitlib.atomic import write_json
 from kitlib.paths import project_root, run_path
 
 RECORD, METRICS = "record.json", "metrics.json"
+DIGEST_FILE = "whole_library.sha256"  # in the part of kitlib that a kernel carries
 
 # Packages that pixels, weights or figures depend on.
 PACKAGES = (
@@ -145,8 +146,13 @@ def _version(name: str) -> str:
 
 
 def kitlib_digest() -> str:
-    """SHA-256 (hex) over kitlib's Python files: the same for a clone and for a kernel that has the library embedded."""
+    """SHA-256 (hex) over kitlib's Python files.
+
+    A kernel carries only the part of them that it imports, and beside it the digest of the library that it was built from.
+    """
     digest, folder = hashlib.sha256(), Path(kitlib.__file__).parent
+    if (folder / DIGEST_FILE).is_file():
+        return (folder / DIGEST_FILE).read_text(encoding="ascii")
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder).as_posix()}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()

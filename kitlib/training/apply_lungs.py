@@ -11,27 +11,24 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from kitlib import geometry
 from kitlib.bundle import ADDED, data_fingerprint, read_bundle, save_bundle
 from kitlib.classes import LUNG_CODES
 from kitlib.geometry import Placement
-from kitlib.inference import segment_lungs
-from kitlib.inference.segment_lungs import Segmented, load_segmenter, segmented
-from kitlib.lungs import equalise as intensity
+from kitlib.inference.segment_lungs import load_segmenter
+from kitlib.lungs.clean_up import CLEAN_UP, Segmented, segmented
 from kitlib.lungs.finders import FOUND
-from kitlib.models import fc_densenet, resunet, segmenter, unet
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.settings import RecipeError, override
 from kitlib.tables import BOX, check_table, concatenate, read_table, write_table
 from kitlib.training.fold_folder import open_run
-from kitlib.xrays.cache import DECODER, CachedXray, XrayCache, fingerprint, usable_cores
+from kitlib.xrays.cache import DECODING, CachedXray, XrayCache, usable_cores
 from kitlib.xrays.mask_store import MaskStore
 
 # Masks of an older kit are not taken for this one's, with which a submission would crop.
-CODE = fingerprint(segment_lungs, segmenter, unet, resunet, fc_densenet, intensity, geometry) + DECODER
+CODE = f"decoding {DECODING}, clean-up {CLEAN_UP}"
 PART = 256  # images a file of masks: an interrupted run repeats fewer than so many
 # Of the segmenter's recipe: what becomes of a mask, which does not need another training.
-CLEAN_UP = ("least_island", "dilations", "closings", "least_area", "least_width", "margin")
+CHANGEABLE = ("least_island", "dilations", "closings", "least_area", "least_width", "margin")
 
 
 def apply_lungs(
@@ -50,13 +47,13 @@ def apply_lungs(
 
     `run_folder` gets that table, `masks/`, `bundle/` (the segmenter as it was applied: that of a submission which is to crop
     alike) and, with `masked_images`, `masked/`, a decoded copy that is black outside of the lungs, whole where they were not
-    found. `clean_up` changes fields of CLEAN_UP. An interrupted run goes on. Raises ResumeError where the folder holds a run
-    of other images or another segmenter, RecipeError for a field that is none of the clean-up's.
+    found. `clean_up` changes fields of CHANGEABLE. An interrupted run goes on. Raises ResumeError where the folder holds a
+    run of other images or another segmenter, RecipeError for a field that is none of the clean-up's.
     """
     run_folder, changes = Path(run_folder), clean_up or {}
-    unknown = [name for name in changes if name not in CLEAN_UP]
+    unknown = [name for name in changes if name not in CHANGEABLE]
     if unknown:
-        raise RecipeError(f"the clean-up has no field {unknown[0]!r}; it has: {', '.join(CLEAN_UP)}")
+        raise RecipeError(f"the clean-up has no field {unknown[0]!r}; it has: {', '.join(CHANGEABLE)}")
     record, weights = read_bundle(bundle)
     model = load_segmenter(bundle, device, batch_size)
     recipe = model.recipe = override(model.recipe, **changes)

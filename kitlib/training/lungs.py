@@ -12,7 +12,8 @@ from kitlib.bundle import BundleError, read_bundle
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.deadline import Deadline
 from kitlib.device import seed_everything, training_device
-from kitlib.inference.segment_lungs import LungSegmenter, load_segmenter, on_copy
+from kitlib.inference.segment_lungs import LungSegmenter, load_segmenter
+from kitlib.lungs.clean_up import on_copy
 from kitlib.models.segmenter import Segmenter, segmentation_loss
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.scoring.overlap import overlap

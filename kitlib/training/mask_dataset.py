@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.device import derived_seed
 from kitlib.geometry import Placement
-from kitlib.inference.segment_lungs import on_canvas, placement
+from kitlib.lungs.clean_up import on_canvas, placement
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.training.augmentation import MaskAugmentation
 from kitlib.training.xray_dataset import KEPT_BYTES, KeptCanvases

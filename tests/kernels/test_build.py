@@ -6,7 +6,7 @@ import json
 import os
 import random
 import sys
-import zipfile
+import tarfile
 from pathlib import Path
 
 import nbformat
@@ -23,12 +23,16 @@ from kitlib.inference import install_wheels
 from kitlib.kernels import build as kernel
 from kitlib.kernels import start as kernel_start
 from kitlib.kernels.build import KernelError, build_kernel
+from kitlib.kernels.library import needed_files
 from kitlib.kernels.spec import SpecError, read_spec, slug_of
 from kitlib.kernels.wheels import WheelError
 from kitlib.lungs.finders import segmenter_digest
 from kitlib.paths import InputNotFound
 from kitlib.recipes.named import RECIPES, recipe
+from kitlib.runs.record import kitlib_digest
+from tests import PROJECT
 from tests.small_kernels import PARAMETERS, make_run, make_submission, make_training, make_wheel
+from tests.test_rooms import imported
 
 
 @pytest.fixture(autouse=True)
@@ -121,19 +125,48 @@ def test_parameters_are_injected_where_and_as_papermill_does(tmp_path, wheel):
     assert cells[2].source == PARAMETERS
 
 
-def test_the_library_travels_whole(tmp_path, wheel, monkeypatch):
-    build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
-    packed = built_notebook(tmp_path / "out").cells[0].source.split('"""')[-2]
-    with zipfile.ZipFile(io.BytesIO(base64.b64decode(packed))) as opened:
-        names = opened.namelist()
-    sources = Path(kitlib.__file__).parent
-    assert names == sorted(path.relative_to(sources.parent).as_posix() for path in sources.rglob("*.py"))
+def embedded(kernel: Path) -> str:
+    return built_notebook(kernel).cells[0].source.split('"""')[-2]
+
+
+def test_what_the_notebook_imports_travels_and_unpacks(tmp_path, wheel, monkeypatch):
+    code = "%matplotlib inline\nfrom kitlib.scoring.score import score_files\ndef later():\n    import kitlib.xrays.dicom"
+    build_kernel(read_spec(make_submission(tmp_path, code)), tmp_path / "out", [wheel])
+    packed = embedded(tmp_path / "out")
+    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(packed))) as opened:
+        names = opened.getnames()
+    # what the notebook names, what that imports, the packages around it, what the first cell imports, and the digest
+    wanted = {
+        "kitlib/scoring/score.py",
+        "kitlib/scoring/average_precision.py",
+        "kitlib/xrays/dicom.py",
+        "kitlib/xrays/header.py",
+    }
+    wanted |= {"kitlib/__init__.py", "kitlib/scoring/__init__.py", "kitlib/inference/install_wheels.py"}
+    assert wanted <= set(names) and names[-1] == "kitlib/whole_library.sha256"
+    assert not [name for name in names if name.startswith(("kitlib/training/", "kitlib/page/", "kitlib/phantoms/"))]
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("KIT_ROOT", "PYTHONPATH", "KIT_STARTED"):
         monkeypatch.setenv(name, "")
     folder = kernel_start.start_kernel(packed)
-    assert all((folder / name).read_bytes() == (sources.parent / name).read_bytes() for name in names)
+    sources = Path(kitlib.__file__).parent.parent
+    assert all((folder / name).read_bytes() == (sources / name).read_bytes() for name in names[:-1])
+    assert (folder / names[-1]).read_text() == kitlib_digest()
     assert [sys.path[0], os.environ["KIT_ROOT"], os.environ["PYTHONPATH"]] == [str(folder)] * 3
+
+
+@pytest.mark.parametrize("notebook", sorted((PROJECT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_whatever_the_travelling_files_import_travels_as_well(notebook):
+    sources = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+    files = needed_files(sources)
+    modules = {path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in files}
+    assert {name for path in files for name in imported(PROJECT / path)} <= modules
+    assert 10 < len(modules) < len(list((PROJECT / "kitlib").rglob("*.py")))
+
+
+def test_a_module_that_kitlib_lacks_is_an_error_at_building():
+    with pytest.raises(ImportError, match=r"kitlib has no module kitlib\.nowhere\.to_be_found"):
+        needed_files(["from kitlib.nowhere.to_be_found import x"])
 
 
 def test_weights_come_in_order_of_value_and_unharmed(tmp_path, wheel):

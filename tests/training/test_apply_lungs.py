@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 
 from kitlib.classes import LUNG_CODES
-from kitlib.inference.segment_lungs import BLANK, EMPTY, load_segmenter
+from kitlib.inference.segment_lungs import load_segmenter
+from kitlib.lungs.clean_up import BLANK, EMPTY
 from kitlib.lungs.finders import FOUND, StoredLungs
 from kitlib.settings import RecipeError, override
 from kitlib.tables import BOX, read_table

@@ -1,22 +1,31 @@
 """The decode-once cache: what it keeps, what it notices, and what one bad file may cost."""
 
 import errno
+import hashlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from pydicom.uid import ExplicitVRLittleEndian
+from PIL import Image
+from pydicom.uid import (
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
 
 import kitlib.xrays.cache
-from kitlib.xrays.cache import DECODER, CacheError, XrayCache, fingerprint
+from kitlib.xrays.cache import DECODING, CacheError, XrayCache
 from kitlib.xrays.dicom import read_xray
 from kitlib.xrays.worker import decode_into, shrink
 from kitlib.xrays.writing import write_xray
@@ -144,15 +153,46 @@ def test_a_pipe_in_the_place_of_a_known_file_stops_nothing(tmp_path):
     assert table.status.tolist() == ["failed"] and table.reason[0] == "not a regular file"
 
 
-def test_changed_code_has_another_fingerprint(tmp_path):
-    module = types.ModuleType("decoding")
-    module.__file__ = str(tmp_path / "decoding.py")
-    found = set()
-    for source in ("A = 1", "A = 2", "A = 1"):
-        Path(module.__file__).write_text(source)
-        found.add(fingerprint(module))
-    assert len(found) == 2
-    assert XrayCache(tmp_path, 64).folder.name.removeprefix("64px_") == DECODER
+def test_the_same_files_give_the_pixels_of_this_version_of_the_decoder(tmp_path):
+    """Integers on every processor: no sigmoid, no lossy file. If a change is meant, raise kitlib.xrays.cache.DECODING."""
+    y, x = np.mgrid[:48, :40]
+    deep = ((x * 97 + y * 61) % 4096).astype(np.uint16)
+    rescale = {"RescaleSlope": "2", "RescaleIntercept": "-1024"}
+    written = {
+        "plain": (deep, ImplicitVRLittleEndian, {"bits_stored": 12}),
+        "inverted": (deep, RLELossless, {"bits_stored": 12, "photometric": "MONOCHROME1"}),
+        "window": (deep, JPEGLosslessSV1, {"bits_stored": 12, "window": (2000, 1500)}),
+        "exact": (deep, JPEGLSLossless, {"window": (2000, 1500), "voi_function": "LINEAR_EXACT"}),
+        "big endian": (deep, ExplicitVRBigEndian, {"bits_stored": 12, "window": (2000, 700)}),
+        "rescaled": (deep.astype(np.int16) - 900, JPEG2000Lossless, {"window": (100, 3000), "extra": rescale}),
+        "bytes": ((deep >> 4).astype(np.uint8), ExplicitVRLittleEndian, {}),
+    }
+    paths = []
+    for name, (stored, syntax, options) in written.items():
+        paths.append(str(tmp_path / f"{name}.dcm"))
+        write_xray(paths[-1], stored, transfer_syntax=syntax, **options)
+    Image.fromarray((deep >> 4).astype(np.uint8)).save(tmp_path / "grey.png")
+    Image.fromarray(np.dstack([(deep >> shift).astype(np.uint8) for shift in (4, 2, 3)])).save(tmp_path / "colour.png")
+    paths += [str(tmp_path / "grey.png"), str(tmp_path / "colour.png")]
+    cache = XrayCache(tmp_path / "cache", 64)
+    table = cache.fill(pd.DataFrame({"image_id": [Path(path).stem for path in paths], "path": paths}), workers=1)
+    assert table.reason.tolist() == [""] * len(paths)
+    digests = {name: hashlib.sha256(cache.read(name).pixels).hexdigest()[:8] for name in table.image_id}
+    assert (DECODING, digests) == (
+        1,
+        {
+            "plain": "f91418a5",
+            "inverted": "fe726cb0",
+            "window": "8af0f4e0",
+            "exact": "5a62aa93",
+            "big endian": "cf901714",
+            "rescaled": "62313510",
+            "bytes": "7ed79fd1",
+            "grey": "7ed79fd1",
+            "colour": "eb4fe481",
+        },
+    )
+    assert cache.folder.name == f"64px_v{DECODING}"
 
 
 def test_small_images_are_not_enlarged():
