@@ -14,6 +14,7 @@ from kitlib.fusion.ensemble_bundle import Ensemble, apply_ensemble
 from kitlib.fusion.fuse import Fused, FusionSettings, fuse
 from kitlib.inference.predict import study_and_image_scores
 from kitlib.lungs.crop import wants_masks
+from kitlib.models.families import BOXES, recorded_family
 from kitlib.tables import concatenate
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ class Answering:
     folder: Path
     model: str
     fold: int
-    family: str
     answers: frozenset[str]  # of "study", "none" and "boxes"
     longest_side: int  # pixels of the decoded copy it was trained on
     wants_masks: bool  # whether it asks a segmenter where the lungs are
@@ -52,7 +52,6 @@ def read_answering(folder: Path) -> Answering:
         folder,
         record["model"],
         record["fold"],
-        record["family"],
         _answers(record),
         record["longest_side"],
         wants_masks(recipe),
@@ -106,16 +105,10 @@ def _stacked(study_scores: pd.DataFrame, ensemble: Ensemble | None) -> tuple[pd.
 
 
 def _answers(record: dict[str, Any]) -> frozenset[str]:
-    if record["family"] in ("findings", "patches"):
-        raise ValueError(
-            f"{record['model']} knows findings ({', '.join(map(str, record['classes'][:3]))}, ...), which no row of a "
-            "submission asks for; start a study model or a detector from it and submit that"
-        )
-    if record["family"] == "segmenter":
-        raise ValueError(
-            f"{record['model']} draws lungs, which no row of a submission asks for; name its run by the kernel's key `lungs`"
-        )
-    if record["family"] != "study":
+    family = recorded_family(record, record["model"])
+    if family.no_submission:
+        raise ValueError(f"{record['model']} {family.no_submission}")
+    if family.answers == BOXES:
         return frozenset({"boxes"})
     outputs = record["recipe"].get("outputs", "both")
     return frozenset({"study", "none"} if outputs == "both" else {outputs})

@@ -17,7 +17,7 @@ from kitlib.inference.read_ahead import ahead
 from kitlib.lungs.canvas import canvas_of
 from kitlib.lungs.crop import crop, finder_for, looks_at_lungs, seen_lungs, wants_masks
 from kitlib.lungs.finders import LungFinder, Lungs
-from kitlib.models import classifier, patch_classifier
+from kitlib.models.families import BOXES, LUNGS, STUDIES, load_network, recorded_family
 from kitlib.models.fitted_batches import FittedBatches
 from kitlib.models.patches import image_seed, patch_canvas, places
 from kitlib.recipes.fields import VIEWS
@@ -64,7 +64,7 @@ class Predictor:
         views: Sequence[str] | None = None,
         lungs: LungFinder | None = None,
     ) -> None:
-        self.kind = record["family"] if record["family"] in ("study", "findings", "patches") else "detector"
+        self.family = recorded_family(record, record["model"])
         self.model, self.fold, self.classes = record["model"], record["fold"], list(record["classes"])
         self.network, self.device = network, device
         self.fitted = FittedBatches(self.model, device, batch_size or BATCH_SIZES[device.type])
@@ -75,7 +75,7 @@ class Predictor:
         unknown = [view for view in self.views if view not in VIEWS]
         if unknown or len(set(self.views)) < len(self.views):
             raise ValueError(f"{self.model}: views {list(self.views)}; there are, each once: {', '.join(VIEWS)}")
-        if self.kind == "patches" and self.views != ("full",):
+        if self.family.sees_patches and self.views != ("full",):
             raise ValueError(f"{self.model}: views {list(self.views)}; a patch model has no other than full")
         self._canvas_names = sorted({VIEWS[view][0] for view in self.views})
         # A detector may look at a larger canvas than it was trained on.
@@ -96,7 +96,7 @@ class Predictor:
         """
         self.seen, self.lungs_missed = [], 0
         for batch in ahead(self._batches(stream)):
-            table = self._boxes(batch) if self.kind == "detector" else self._probabilities(batch)
+            table = self._boxes(batch) if self.family.answers == BOXES else self._probabilities(batch)
             self.seen += batch.image_ids
             self.lungs_missed += batch.lungs_missed
             yield table
@@ -113,7 +113,7 @@ class Predictor:
 
     def canvases(self, xrays: list[CachedXray]) -> Batch:
         """What the model sees of these X-rays."""
-        if self.kind == "patches":
+        if self.family.sees_patches:
             return self._patch_canvases(xrays)
         lungs = [Lungs(None)] * len(xrays)
         if self._finder is not None:
@@ -141,13 +141,13 @@ class Predictor:
         return self._canvas.middle(crop(self._place, frame, xray.rows, xray.columns, self._canvas.whole))
 
     def _probabilities(self, batch: Batch) -> pd.DataFrame:
-        if self.kind == "patches":
+        if self.family.sees_patches:
             with torch.inference_mode(), autocast(self.device):
                 found = self.network.image_probabilities(batch.pixels["full"], batch.where).numpy()
         else:
             found = np.mean([self.fitted(self._classified, pixels) for pixels, _ in self._seen_by(batch)], axis=0)
         table = pd.DataFrame(found, columns=self.classes)
-        if self.kind == "study" and self._outputs != "both":
+        if self.family.answers == STUDIES and self._outputs != "both":
             table[[name for name in self.classes if (name == "none") != (self._outputs == "none")]] = np.nan
         table.insert(0, "image_id", batch.image_ids)
         table.insert(1, "model", self.model)
@@ -216,19 +216,9 @@ def load_predictor(
     """
     record, state_dict = read_bundle(bundle_folder)
     device = device or pick_device()
-    if record["family"] in ("study", "findings"):
-        load = classifier.load
-    elif record["family"] == "patches":
-        load = patch_classifier.load
-    elif record["family"] == "faster_rcnn":
-        from kitlib.models.faster_rcnn import load
-    elif record["family"] == "yolo":
-        # Only here: ultralytics is slow to import and missing where no YOLO was sent along.
-        from kitlib.models.yolo import load
-    else:
-        known = "study, findings, patches, faster_rcnn, yolo"
-        raise BundleError(f"{bundle_folder}: no family {record['family']!r}; there are: {known}")
-    return Predictor(record, load(record, state_dict, device), device, batch_size, views, lungs)
+    if recorded_family(record, bundle_folder).answers == LUNGS:
+        raise BundleError(f"{bundle_folder} holds a segmenter, which kitlib.inference.segment_lungs.load_segmenter reads")
+    return Predictor(record, load_network(record, state_dict, device), device, batch_size, views, lungs)
 
 
 def study_and_image_scores(chunks: Iterable[pd.DataFrame], images: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

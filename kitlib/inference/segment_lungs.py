@@ -17,8 +17,9 @@ from kitlib.geometry import Placement
 from kitlib.inference.read_ahead import ahead
 from kitlib.lungs.clean_up import on_canvas, placement, segmented
 from kitlib.lungs.finders import FOUND, Lungs, segmenter_digest
-from kitlib.models import segmenter
+from kitlib.models.families import LUNGS, load_network, recorded_family
 from kitlib.models.fitted_batches import FittedBatches
+from kitlib.models.segmenter import Segmenter
 from kitlib.xrays.cache import CachedXray
 
 BATCH_SIZES = {"cuda": 64, "cpu": 8}
@@ -28,7 +29,7 @@ class LungSegmenter:
     """A segmenter under its bundle's recipe, a `LungFinder`. `missed` counts the images whose lungs were not found."""
 
     def __init__(
-        self, record: dict[str, Any], network: segmenter.Segmenter, device: torch.device, batch_size: int | None = None
+        self, record: dict[str, Any], network: Segmenter, device: torch.device, batch_size: int | None = None
     ) -> None:
         self.model, self.recipe, self.network, self.device = record["model"], network.recipe, network, device
         self.segmenter = segmenter_digest(record) if "weights_sha256" in record else ""
@@ -84,7 +85,7 @@ def load_segmenter(
 ) -> LungSegmenter:
     """The bundle's segmenter on `device` (default: `pick_device`). Raises BundleError for a bundle of another kind."""
     record, state_dict = read_bundle(bundle_folder)
-    if record["family"] != "segmenter":
+    if recorded_family(record, bundle_folder).answers != LUNGS:
         raise BundleError(f"{bundle_folder} holds a {record['family']} model; name the bundle of a run that segments lungs")
     device = device or pick_device()
-    return LungSegmenter(record, segmenter.load(record, state_dict, device), device, batch_size)
+    return LungSegmenter(record, load_network(record, state_dict, device), device, batch_size)

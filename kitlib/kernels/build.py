@@ -29,6 +29,7 @@ from kitlib.kernels.spec import KernelSpec, SpecError
 from kitlib.kernels.wheels import check_wheels, image_pins
 from kitlib.lungs.crop import wants_masks
 from kitlib.lungs.finders import segmenter_digest
+from kitlib.models.families import LUNGS, STUDIES, recorded_family
 from kitlib.paths import project_root
 
 # Kaggle refuses a larger notebook.
@@ -151,17 +152,16 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
         if any(entry["folder"] == name for entry in manifest):
             raise SpecError(f"runs: {bundle} is a second {name}; name one run a model and fold")
         record = _copy_bundle(bundle, folder / name)
-        if record["family"] in ("findings", "patches"):
-            raise SpecError(f"runs: {bundle} knows findings, which no submission asks for; name models that start from it")
-        if record["family"] == "segmenter":
-            raise SpecError(f"runs: {bundle} draws lungs, which no submission asks for; name its run by the key `lungs`")
+        family = recorded_family(record, bundle)
+        if family.no_submission:
+            raise SpecError(f"runs: {bundle} {family.no_submission}")
         if wants_masks(record["recipe"]) and record["architecture"].get("segmenter") != segmenter:
             raise SpecError(
                 f"runs: {bundle} looks at the lungs that a segmenter finds, and the key `lungs` names "
                 f"{'another one' if segmenter else 'none'}; name the run of notebook 14 that was its lungs_run"
             )
-        kind = "study" if record["family"] == "study" else "detector"
-        if kind == "study" and record["recipe"].get("outputs") != "none":
+        kind = "study" if family.answers == STUDIES else "detector"
+        if family.answers == STUDIES and record["recipe"].get("outputs") != "none":
             study_models.add(record["model"])
         entry = {"folder": name, "kind": kind} | {key: record[key] for key in ("family", "model", "fold", "weights_sha256")}
         manifest.append(entry)
@@ -204,7 +204,7 @@ def _write_lungs(spec: KernelSpec, folder: Path) -> str:
     if bundle is None:
         return ""
     record = _copy_bundle(bundle, folder / "lungs")
-    if record["family"] != "segmenter":
+    if recorded_family(record, bundle).answers != LUNGS:
         raise SpecError(
             f"lungs: {bundle} holds a {record['family']} model; name a run of notebook 14, or a fold of notebook 12"
         )

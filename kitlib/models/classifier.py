@@ -14,7 +14,6 @@ import kitlib.models.squeezenet  # noqa: F401  registers squeezenet1_1
 from kitlib.classes import STUDY_CLASSES
 from kitlib.models.box_mask import mask_decoder
 from kitlib.recipes.fields import ClassifierRecipe, FindingsRecipe, StudyRecipe
-from kitlib.settings import from_dict, override
 
 OUTPUTS = (*STUDY_CLASSES, "none")
 # What a study recipe's `outputs` lets a network learn, as places in OUTPUTS.
@@ -218,18 +217,6 @@ def mean_of_known(losses: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 def smoothed(truth: torch.Tensor, share: float, classes: int) -> torch.Tensor:
     """Probabilities with `share` of them spread evenly over `classes` (Szegedy et al. 2016, section 7); 2 for yes or no."""
     return truth * (1 - share) + share / classes
-
-
-def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device) -> Classifier:
-    """A classifier from a bundle's record and weights, ready to predict on `device`. Raises where the weights do not fit."""
-    if record["family"] == "study":
-        model = StudyClassifier(override(from_dict(StudyRecipe, record["recipe"]), starting_weights=""))
-    else:
-        model = FindingsClassifier(
-            override(from_dict(FindingsRecipe, record["recipe"]), starting_weights=""), record["classes"]
-        )
-    model.load_state_dict(state_dict, strict=True)
-    return model.eval().to(device, memory_format=torch.channels_last)
 
 
 def _check(recipe: ClassifierRecipe) -> None:

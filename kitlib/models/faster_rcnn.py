@@ -22,7 +22,6 @@ from kitlib.device import autocast
 from kitlib.models import squeezenet  # noqa: F401  registers itself with timm
 from kitlib.models.starting_weights import load_starting_weights, read_starting_weights
 from kitlib.recipes.fields import DetectorRecipe
-from kitlib.settings import from_dict, override
 
 logger = logging.getLogger(__name__)
 
@@ -131,14 +130,6 @@ class FasterRCNNDetector(nn.Module):
             raise ValueError(f"wants uint8 canvases (n, {side}, {side}), got {pixels.dtype} {tuple(pixels.shape)}")
         images = pixels.to(next(self.parameters()).device)[:, None].expand(-1, self.recipe.channels, -1, -1)
         return list(images.float() / 255)
-
-
-def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device) -> FasterRCNNDetector:
-    """A detector from a bundle's record and weights, ready to predict on `device`. Raises where the weights do not fit."""
-    recipe = from_dict(DetectorRecipe, record["recipe"])
-    detector = FasterRCNNDetector(override(recipe, starting_weights=""))
-    detector.load_state_dict(state_dict, strict=True)
-    return detector.eval().to(device, memory_format=torch.channels_last)
 
 
 class _AsGiven(GeneralizedRCNNTransform):

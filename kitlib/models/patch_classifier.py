@@ -9,7 +9,6 @@ from kitlib.models.classifier import FindingsClassifier
 from kitlib.models.fitted_batches import FittedBatches
 from kitlib.models.patches import SCORES, windows
 from kitlib.recipes.fields import PatchRecipe
-from kitlib.settings import from_dict, override
 
 # Pixels a forward: 512 patches of 224 x 224, fewer where a GPU's memory is too small for them, or 8, which stay in a
 # processor's cache.
@@ -49,14 +48,6 @@ class PatchClassifier(FindingsClassifier):
     def scored(self, probabilities: torch.Tensor, where: torch.Tensor, images: int) -> torch.Tensor:
         """Probabilities (m, classes) of patches to those of their images, float64 (images, classes) on the CPU."""
         return SCORES[self.recipe.patch_score](probabilities.cpu(), where[:, 0].cpu(), images)
-
-
-def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device) -> PatchClassifier:
-    """A patch classifier from a bundle's record and weights, ready to predict on `device`. Raises where they do not fit."""
-    recipe = override(from_dict(PatchRecipe, record["recipe"]), starting_weights="")
-    model = PatchClassifier(recipe, record["classes"])
-    model.load_state_dict(state_dict, strict=True)
-    return model.eval().to(device, memory_format=torch.channels_last)
 
 
 def check_patches(recipe: PatchRecipe) -> None:

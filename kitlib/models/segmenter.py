@@ -8,7 +8,6 @@ from kitlib.models.fc_densenet import FCDenseNet103
 from kitlib.models.resunet import ResUNet
 from kitlib.models.unet import UNet
 from kitlib.recipes.fields import SegmenterRecipe
-from kitlib.settings import from_dict, override
 
 NETWORKS = {"unet": UNet, "resunet": ResUNet, "fc_densenet103": FCDenseNet103}
 
@@ -67,13 +66,6 @@ def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, recipe: Segment
     mask = (truth[:, None] == places[:, None, None]).float()
     shared, squares = (found * mask).sum(dim=(2, 3)), (found**2 + mask).sum(dim=(2, 3))
     return 1 - ((2 * shared + 1) / (squares + 1)).mean()
-
-
-def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device) -> Segmenter:
-    """A segmenter from a bundle's record and weights, ready to predict on `device`. Raises where the weights do not fit."""
-    model = Segmenter(override(from_dict(SegmenterRecipe, record["recipe"]), starting_weights=""))
-    model.load_state_dict(state_dict, strict=True)
-    return model.eval().to(device, memory_format=torch.channels_last)
 
 
 def _missing(side: int, network: nn.Module) -> int:

@@ -14,7 +14,6 @@ from kitlib.bundle import BundleError
 from kitlib.models.squeezenet import default_cfgs
 from kitlib.models.starting_weights import load_starting_weights, read_starting_weights, renormalised
 from kitlib.recipes.fields import DetectorRecipe
-from kitlib.settings import from_dict, override
 
 # Read by ultralytics when it is imported: without them it asks the network, for up to 20 seconds where there is none.
 os.environ.setdefault("YOLO_OFFLINE", "1")
@@ -182,13 +181,6 @@ class YoloDetector(nn.Module):
         boxes[:, :4] = boxes[:, :4].clamp(0, self.recipe.inference_size or self.recipe.image_size)
         boxes = boxes[(boxes[:, 2:4] > boxes[:, :2]).all(dim=1)]
         return boxes[nms(boxes[:, :4], boxes[:, 4], self.recipe.nms_iou)[: self.recipe.max_detections]]
-
-
-def load(record: dict, state_dict: dict[str, torch.Tensor], device: torch.device) -> YoloDetector:
-    """A detector from a bundle's record and weights, ready to predict on `device`. Raises where the weights do not fit."""
-    detector = YoloDetector(override(from_dict(DetectorRecipe, record["recipe"]), starting_weights=""))
-    detector.load_state_dict(state_dict, strict=True)
-    return detector.eval().to(device)
 
 
 def _squeezenet_layers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -64,8 +64,10 @@ def look(predictor: Predictor, xrays: Iterable[CachedXray], class_names: Sequenc
     What the model does not see, such as beyond a cropped canvas, has no heat. Of several views the first is looked at, of
     a mirrored one unmirrored. Raises ValueError for a model that is no classifier of whole images, or lacks a class.
     """
-    if not isinstance(predictor.network, Classifier) or predictor.kind not in ("study", "findings"):
-        raise ValueError(f"{predictor.model} is a model of {predictor.kind}; heat is for classifiers of whole images")
+    if not isinstance(predictor.network, Classifier) or predictor.family.sees_patches:
+        raise ValueError(
+            f"{predictor.model} is a model of the family {predictor.family.name}; heat is for classifiers of whole images"
+        )
     strange = sorted(set(class_names) - set(predictor.classes))
     if strange:
         raise ValueError(f"{predictor.model} has no class {strange}; it has: {', '.join(predictor.classes)}")

@@ -9,6 +9,7 @@ import torch
 from kitlib.bundle import BundleError
 from kitlib.models.classifier import Classifier
 from kitlib.models.starting_weights import load_starting_weights
+from kitlib.recipes.fields import ClassifierRecipe
 from kitlib.training import data_parallel
 from kitlib.training.batch_mixing import mix_batch
 from kitlib.training.loop import RecipeTraining
@@ -16,6 +17,16 @@ from kitlib.training.loop import RecipeTraining
 # Of the backbone's parameters that starting weights may leave random: a first convolution for other channels, not a
 # backbone of another kind with a few names in common.
 MOST_RANDOM = 0.1
+
+
+def check_frozen(recipe: ClassifierRecipe, model_name: str) -> None:
+    """Raise ValueError for a recipe that freezes a backbone of random weights, from which nothing is learnt."""
+    if recipe.frozen_backbone and not recipe.starting_weights:
+        raise ValueError(
+            f"{model_name}: the recipe freezes {recipe.backbone} at random weights, from which nothing is learnt; "
+            'give overrides {"starting_weights": "..."} (a .safetensors file of the NIH or ImageNet backbone) or '
+            '{"frozen_backbone": false}'
+        )
 
 
 def start_from_weights(model: Classifier) -> str:

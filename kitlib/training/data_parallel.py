@@ -3,6 +3,7 @@
 The recipe's batch is that of all processes together, so a recipe means the same with any number of them.
 """
 
+import dataclasses
 import logging
 import os
 import uuid
@@ -18,8 +19,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.data import Sampler
 
 from kitlib.deadline import SessionOver
+from kitlib.models.families import family_of
 from kitlib.recipes.fields import TrainingRecipe
 from kitlib.training.fold_folder import start_over
+from kitlib.training.task import Task
 
 
 class ParallelFailed(RuntimeError):
@@ -82,17 +85,18 @@ def _from_all(value: Any) -> list[Any]:
     return found
 
 
-def train_together(train: Callable[..., Any], run_folder: Path, processes: int, **arguments: Any) -> Any:
-    """`train(run_folder=..., **arguments)` by several processes, whose output goes to run_folder/processes; what it gives.
+def train_together(train: Callable[[Task, int, Path], Any], task: Task, fold: int, run_folder: Path, processes: int) -> Any:
+    """`train(task, fold, run_folder)` by several processes, whose output goes to run_folder/processes; what it gives.
 
-    With resume=False, the folder is emptied of an earlier run once, before they start.
-    `arguments` have the `recipe`, whose batch the processes share. Raises ValueError where they cannot, SessionOver as
-    `train` does, and ParallelFailed for everything else that a process has raised.
+    The processes share the recipe's batch. If the task is not to be resumed, the folder is emptied of an earlier run once,
+    before they start. Raises ValueError where they cannot share it, SessionOver as `train` does, and ParallelFailed for
+    everything else that a process has raised.
     """
-    _check(arguments["recipe"], processes)
-    if not arguments.get("resume", True):
+    _check(task.recipe, processes)
+    if not task.resume:
         start_over(run_folder)
-        arguments["resume"] = True  # or each process would empty the folder, and reading the results train them again
+        # Or each process would empty the folder, and reading the results train them again.
+        task = dataclasses.replace(task, resume=True)
     if not (run_folder / "metrics.json").is_file():
         logs = run_folder / "processes"
         logs.mkdir(parents=True, exist_ok=True)
@@ -109,14 +113,14 @@ def train_together(train: Callable[..., Any], run_folder: Path, processes: int, 
             logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
         )
         try:
-            ended = elastic_launch(config, _one_of_them)(train, {**arguments, "run_folder": run_folder})
+            ended = elastic_launch(config, _one_of_them)(train, task, fold, run_folder)
         except ChildFailedError as error:
             told = error.get_first_failure()[1].message
             told = told["message"] if isinstance(told, dict) else told
             raise ParallelFailed(f"{run_folder}: {told}\n  logs: {logs}") from error
         if ended[0] is not None:
             raise ended[0]
-    return train(run_folder=run_folder, **arguments)
+    return train(task, fold, run_folder)
 
 
 def _check(recipe: TrainingRecipe, processes: int) -> None:
@@ -125,14 +129,14 @@ def _check(recipe: TrainingRecipe, processes: int) -> None:
     if getattr(recipe, "unfreeze_every", 0):
         # torch gathers the gradients of what learns at the start, and of nothing else.
         raise ValueError(f"recipe.unfreeze_every is {recipe.unfreeze_every}: what learns later is not shared by processes")
-    if getattr(recipe, "family", "") == "yolo":
-        raise ValueError("a YOLO is trained by one process; train its folds side by side, one a GPU")
+    if family_of(recipe).one_process:
+        raise ValueError(f"a {family_of(recipe).name} is trained by one process; train its folds side by side, one a GPU")
 
 
-def _one_of_them(train: Callable[..., Any], arguments: dict[str, Any]) -> Exception | None:
+def _one_of_them(train: Callable[[Task, int, Path], Any], task: Task, fold: int, run_folder: Path) -> Exception | None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
-        train(**arguments)
+        train(task, fold, run_folder)
     except SessionOver as over:
         return over
     return None

@@ -1,34 +1,20 @@
 """Training of an opacity detector of any family on all folds but one, and its out-of-fold boxes of that one."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
-from kitlib.deadline import Deadline
-from kitlib.device import seed_everything, training_device
-from kitlib.inference.predict import load_predictor
-from kitlib.lungs.crop import check_finder
-from kitlib.lungs.finders import StoredLungs
 from kitlib.recipes.fields import DetectorRecipe
-from kitlib.runs.reading import ExtraImages
 from kitlib.scoring.average_precision import average_precision, box_hits
 from kitlib.settings import override
-from kitlib.tables import check_table, concatenate, read_table, write_table
-from kitlib.training import data_parallel
-from kitlib.training.fold_folder import (
-    finish_fold,
-    open_run,
-    read_finished,
-    run_identity,
-    save_trained,
-    split,
-    with_extra,
-)
-from kitlib.training.xray_dataset import XrayDataset, batches
-from kitlib.xrays.cache import XrayCache
+from kitlib.tables import concatenate
+from kitlib.training.split import with_extra
+from kitlib.training.strategy import Strategy
+from kitlib.training.task import Task
+from kitlib.training.xray_dataset import XrayDataset
 
 # Settings that one family alone knows. ultralytics brings augmentation, average and schedule of its own.
 OF_ONE_FAMILY = {
@@ -41,109 +27,54 @@ OF_ONE_FAMILY = {
 }
 
 
-@dataclass(frozen=True)
-class DetectorRun:
-    """A finished run. `detections` are out of fold, in original pixels: of images that the model was not trained on.
+class DetectorStrategy(Strategy):
+    """An opacity detector. Predicts detections, in original pixels, and coverage: a row an image, also without a box.
 
-    `coverage` has a row an image of the fold, also where nothing was found.
+    The best epoch is that of the highest opacity AP on the validation fold, images without boxes included. Epochs on lung
+    crops are judged by the boxes as far as these show them, the tables by all boxes.
     """
 
-    run_folder: Path
-    metrics: dict[str, Any]
-    history: pd.DataFrame
-    detections: pd.DataFrame
-    coverage: pd.DataFrame
+    uses = ("extra", "lungs")
+    classes = ("opacity",)
+    augments = True  # by the kit's own data set; False where the trainer augments
 
+    def __init__(self, task: Task, fold: int, run_folder: Path) -> None:
+        super().__init__(task, fold, run_folder)
+        images, *seen = with_extra(
+            self.train_images, self.labels, self.boxes, task.cache, task.extra, self.validation_images
+        )
+        self.seen = with_negatives(images, seen[1], self.recipe.negatives, task.seed), *seen
+        for part, name in ((self.seen[0], "training"), (self.validation_images, f"validation fold {fold}")):
+            if not part.image_id.isin(seen[1].image_id).any():
+                raise ValueError(
+                    f"{task.model_name}: none of the {len(part)} images of the {name} has a box; raise the limit"
+                )
+        # Judged on the canvas that it will predict on, of which fewer fit where it is larger.
+        self.judged_side = self.recipe.inference_size or self.recipe.image_size
+        self.validated *= (self.recipe.image_size / self.judged_side) ** 2
 
-def train_detector(
-    images: pd.DataFrame,
-    labels: pd.DataFrame,
-    boxes: pd.DataFrame,
-    folds: pd.DataFrame,
-    fold: int,
-    cache: XrayCache,
-    recipe: DetectorRecipe,
-    run_folder: str | Path,
-    model_name: str,
-    seed: int = 0,
-    workers: int = 0,
-    limit_train: int | None = None,
-    limit_validation: int | None = None,
-    resume: bool = True,
-    progress: bool = True,
-    extra: ExtraImages | None = None,
-    deadline: Deadline | None = None,
-    lungs: StoredLungs | None = None,
-) -> DetectorRun | None:
-    """Train, keep the recipe's epoch, predict the validation fold; `run_folder` gets bundle, tables, figures, metrics.json.
+    def check(self) -> None:
+        check_family(self.recipe)
 
-    The best epoch is that of the highest opacity AP on the validation fold, images without boxes included. An interrupted
-    run goes on where it was and gives what an uninterrupted one gives; a finished one is read back. Raises ResumeError if
-    the folder holds a run of other data or settings, ValueError where `lungs` are not what the recipe's field asks for (see
-    check_finder). Limits are numbers of images, whole patients; they do not touch `extra`, which is trained on as well (see
-    kitlib.runs.reading.read_extra). Epochs on lung crops are judged by the boxes as far as these show them, the tables by
-    all.
-    """
-    run_folder = Path(run_folder)
-    check_finder(recipe, lungs, model_name)
-    check_family(recipe)
-    tables = {"images": images, "labels": labels, "boxes": boxes, "folds": folds}
-    tables = {name: check_table(table, name) for name, table in tables.items()}
-    images, labels, boxes, folds = tables.values()
-    train_images, validation_images = split(images, folds, fold, seed, limit_train, limit_validation)
-    identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation, extra, lungs)
-    seen = with_extra(train_images, labels, boxes, cache, extra, validation_images)
-    train_images = with_negatives(seen[0], seen[2], recipe.negatives, seed)
-    for part, name in ((train_images, "training"), (validation_images, f"validation fold {fold}")):
-        if not part.image_id.isin(seen[2].image_id).any():
-            raise ValueError(f"{model_name}: none of the {len(part)} images of the {name} has a box; raise the limit")
-    if open_run(run_folder, identity, resume):
-        return read_detector_run(run_folder)
+    def start(self, model: Any) -> str:
+        return model.starting_weights
 
-    seed_everything(seed)
-    device = training_device()
-    build, fit = _family(recipe.family)
-    detector = build(recipe)
-    train = XrayDataset(train_images, *seen[1:], recipe, augment=recipe.family != "yolo", seed=seed, lungs=lungs)
-    # Judged on the canvas that it will predict on.
-    side = recipe.inference_size or recipe.image_size
-    validation = XrayDataset(validation_images, labels, boxes, cache, override(recipe, image_size=side), lungs=lungs)
-    # Without gradients twice as many fit the memory that training needs, and fewer where they are larger.
-    at_once = max(1, int(2 * recipe.batch_size * (recipe.image_size / side) ** 2))
-    judged = batches(validation, at_once, workers)
-    title = f"{model_name} fold {fold}"
-    fitted = fit(detector, train, judged, canvas_precision, run_folder, device, seed, workers, progress, title, deadline)
-    if not data_parallel.is_first():
-        return None
-    save_trained(run_folder, detector, recipe.family, ["opacity"], identity, fitted)
-    predictor = load_predictor(run_folder / "bundle", device, at_once, lungs=lungs)
-    chunks = predictor.predict(cache.read(image_id) for image_id in validation_images.image_id)
-    write_table(concatenate(chunks, "detections"), "detections", run_folder / "tables" / "detections.parquet")
-    coverage = pd.DataFrame({"image_id": predictor.seen, "model": model_name, "fold": fold})
-    write_table(coverage, "coverage", run_folder / "tables" / "coverage.parquet")
-    counts = {
-        "starting_weights": detector.starting_weights,
-        "train_images": len(train),
-        "train_images_with_boxes": sum(len(each) > 0 for each in train.boxes),
-        "validation_images": len(validation),
-        "lungs_missed": {"training": train.lungs_missed(), "predicted": predictor.lungs_missed},
-    }
-    finish_fold(run_folder, identity, counts, fitted, device)
-    return read_detector_run(run_folder)
+    def make_examples(self) -> None:
+        task, recipe = self.task, self.recipe
+        self.train = XrayDataset(*self.seen, recipe, augment=self.augments, seed=task.seed, lungs=task.lungs)
+        judged = override(recipe, image_size=self.judged_side)
+        self.validation = XrayDataset(self.validation_images, self.labels, self.boxes, task.cache, judged, lungs=task.lungs)
 
-
-def read_detector_run(run_folder: str | Path) -> DetectorRun:
-    """The results of a finished run; without metrics.json, which marks one, FileNotFoundError."""
-    run_folder = Path(run_folder)
-    metrics, history = read_finished(run_folder)
-    tables = run_folder / "tables"
-    return DetectorRun(
-        run_folder,
-        metrics,
-        history,
-        read_table("detections", tables / "detections.parquet"),
-        read_table("coverage", tables / "coverage.parquet"),
-    )
+    def predict(self, device: torch.device) -> dict[str, Any]:
+        predictor = self.predictor(device)
+        chunks = predictor.predict(map(self.task.cache.read, self.validation_images.image_id))
+        self.write("detections", concatenate(chunks, "detections"))
+        seen = {"image_id": predictor.seen, "model": self.task.model_name, "fold": self.fold}
+        self.write("coverage", pd.DataFrame(seen))
+        return {
+            "train_images_with_boxes": sum(len(each) > 0 for each in self.train.boxes),
+            "lungs_missed": {"training": self.train.lungs_missed(), "predicted": predictor.lungs_missed},
+        }
 
 
 def check_family(recipe: DetectorRecipe) -> None:
@@ -174,16 +105,3 @@ def canvas_precision(found: list[np.ndarray], true: list[np.ndarray]) -> float:
     boxes, true_boxes = np.concatenate(found), np.concatenate(true)
     hits = box_hits(image, boxes[:, 4], boxes[:, :4], true_image, true_boxes)
     return average_precision(boxes[:, 4], hits, len(true_boxes))
-
-
-def _family(name: str):
-    """(class of the detector, function that trains it). Only here: each family's import is slow, and one may be missing."""
-    if name == "faster_rcnn":
-        from kitlib.models.faster_rcnn import FasterRCNNDetector
-        from kitlib.training.faster_rcnn import fit_faster_rcnn
-
-        return FasterRCNNDetector, fit_faster_rcnn
-    from kitlib.models.yolo import YoloDetector
-    from kitlib.training.yolo import fit_yolo
-
-    return YoloDetector, fit_yolo

@@ -1,19 +1,15 @@
 """Training of a Faster R-CNN by pytorch-lightning."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from kitlib.deadline import Deadline
 from kitlib.models.faster_rcnn import FasterRCNNDetector
 from kitlib.training import data_parallel
-from kitlib.training.fold_folder import Fitted
-from kitlib.training.loop import RecipeTraining, fit, gathered_batches
-from kitlib.training.xray_dataset import XrayDataset, batches
+from kitlib.training.detector import DetectorStrategy, canvas_precision
+from kitlib.training.loop import RecipeTraining
 
 
 class FasterRCNNTraining(RecipeTraining):
@@ -42,29 +38,8 @@ class FasterRCNNTraining(RecipeTraining):
         self.log("score", self.judge(data_parallel.gather_list(self.found), data_parallel.gather_list(self.true)))
 
 
-def fit_faster_rcnn(
-    detector: FasterRCNNDetector,
-    train: XrayDataset,
-    validation: DataLoader,
-    judge: Callable[[list, list], float],
-    run_folder: Path,
-    device: torch.device,
-    seed: int,
-    workers: int,
-    progress: bool,
-    title: str,
-    deadline: Deadline | None,
-) -> Fitted:
-    """Train until the recipe or the session ends it, and leave the kept epoch's weights in `detector`, on the CPU."""
-    return fit(
-        FasterRCNNTraining(detector.to(memory_format=torch.channels_last), judge),
-        batches(train, detector.recipe.batch_size, workers, shuffle=True, seed=seed),
-        validation,
-        run_folder,
-        device,
-        seed,
-        progress,
-        title,
-        gathered_batches(detector.recipe),
-        deadline,
-    )
+class FasterRCNNStrategy(DetectorStrategy):
+    """A Faster R-CNN, trained by pytorch-lightning."""
+
+    def module(self, model: FasterRCNNDetector) -> FasterRCNNTraining:
+        return FasterRCNNTraining(model, canvas_precision)

@@ -1,162 +1,35 @@
 """Training of a findings classifier, of images or of their patches, and its predictions of images that it has not seen."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
 from torch.nn import functional
 
-from kitlib.deadline import Deadline
-from kitlib.device import seed_everything, training_device
-from kitlib.inference.predict import Predictor, load_predictor
-from kitlib.lungs.crop import check_finder
-from kitlib.lungs.finders import StoredLungs
+from kitlib.inference.predict import load_predictor
 from kitlib.models.classifier import FindingsClassifier, check_classes, mean_of_known, smoothed
-from kitlib.models.patch_classifier import PatchClassifier, check_patches
+from kitlib.models.patch_classifier import check_patches
 from kitlib.recipes.fields import FindingsRecipe, PatchRecipe
 from kitlib.scoring.exclusive_classes import class_weights, exclusive_scores
 from kitlib.scoring.metrics import mean_auc
-from kitlib.tables import check_table, class_columns, concatenate, empty_table, read_table, write_table
-from kitlib.training import data_parallel
-from kitlib.training.classifier import ClassifierTraining, start_from_weights
-from kitlib.training.fold_folder import finish_fold, open_run, read_finished, run_identity, save_trained, split
-from kitlib.training.loop import fit, gathered_batches
+from kitlib.tables import class_columns, concatenate
+from kitlib.training.classifier import ClassifierTraining, check_frozen, start_from_weights
 from kitlib.training.patch_dataset import PatchDataset, collate_canvases
-from kitlib.training.xray_dataset import XrayDataset, batches
-from kitlib.xrays.cache import XrayCache
+from kitlib.training.strategy import Strategy, without_images
+from kitlib.training.task import Task
+from kitlib.training.xray_dataset import XrayDataset
 
 logger = logging.getLogger(__name__)
-
-# What a run predicts, the last one only where it is asked for.
-TABLES = ("class_scores", "test_scores", "training_scores")
-
-
-@dataclass(frozen=True)
-class FindingsRun:
-    """A finished run. `class_scores` are out of fold; `test_scores` are of the data set's own test images, often none.
-
-    `training_scores` are of the images that it was trained on, if they were asked for.
-    """
-
-    run_folder: Path
-    metrics: dict[str, Any]
-    history: pd.DataFrame
-    class_scores: pd.DataFrame
-    test_scores: pd.DataFrame
-    training_scores: pd.DataFrame
-
-
-def train_findings(
-    images: pd.DataFrame,
-    labels: pd.DataFrame,
-    boxes: pd.DataFrame,
-    folds: pd.DataFrame,
-    fold: int,
-    cache: XrayCache,
-    recipe: FindingsRecipe,
-    run_folder: str | Path,
-    model_name: str,
-    seed: int = 0,
-    workers: int = 0,
-    limit_train: int | None = None,
-    limit_validation: int | None = None,
-    resume: bool = True,
-    progress: bool = True,
-    deadline: Deadline | None = None,
-    lungs: StoredLungs | None = None,
-    in_sample: bool = False,
-) -> FindingsRun | None:
-    """Train, keep the recipe's epoch, predict the validation fold and the images of the split "test" with it.
-
-    The classes are those of `labels`, in their order. `run_folder` gets all of it, metrics.json last: the bundle is where a
-    study classifier or a detector may start. An interrupted run goes on where it was and gives what an uninterrupted one
-    gives; a finished one is read back. With `in_sample` the training images, as they are, are predicted too
-    (tables/training_scores.parquet): FLANNEL was published stacked on such. A PatchRecipe trains a classifier of patches, a
-    patch of each image an epoch; an image is judged and predicted by several. Limits are numbers of images, whole patients;
-    `limit_validation` is the test images' too. Raises ResumeError if the folder holds a run of other data or settings,
-    ValueError if the recipe freezes random weights, test images are in a fold, labels of exclusive classes do not sum to 1,
-    a setting does not go with the classes (see check_classes), or where `lungs` are not what the recipe's field asks for
-    (see check_finder).
-    """
-    run_folder = Path(run_folder)
-    check_finder(recipe, lungs, model_name)
-    tables = {"images": images, "labels": labels, "boxes": boxes, "folds": folds}
-    tables = {name: check_table(table, name) for name, table in tables.items()}
-    images, labels, boxes, folds = tables.values()
-    classes = class_columns(labels, "labels")
-    check_findings(images, labels, folds, recipe, model_name)
-    train_images, validation_images = split(images, folds, fold, seed, limit_train, limit_validation)
-    test_images = unseen_test_images(images, train_images, limit_validation)
-    identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation, lungs=lungs)
-    finished, device = open_run(run_folder, identity, resume), training_device()
-    shown = dict(zip(TABLES, (validation_images, test_images, *([train_images] if in_sample else [])), strict=False))
-    if finished:
-        _predict(run_folder, shown, device, cache, recipe, lungs)
-        return read_findings_run(run_folder)
-
-    seed_everything(seed)
-    way = PATCHES if isinstance(recipe, PatchRecipe) else IMAGES
-    model = way.network(recipe, classes).to(memory_format=torch.channels_last)
-    start = start_from_weights(model)
-    train = way.dataset(train_images, labels, boxes, cache, recipe, augment=True, seed=seed, lungs=lungs)
-    validation = way.dataset(validation_images, labels, boxes, cache, recipe, lungs=lungs)
-    fitted = fit(
-        way.training(model, validation, class_weights(train.label) if recipe.class_weights else None),
-        batches(train, recipe.batch_size, workers, shuffle=True, seed=seed),
-        batches(validation, max(1, round(way.validated * recipe.batch_size)), workers, joined=way.joined),
-        run_folder,
-        device,
-        seed,
-        progress,
-        title=f"{model_name} fold {fold}",
-        gathered=gathered_batches(recipe),
-        deadline=deadline,
-    )
-    if not data_parallel.is_first():
-        return None
-    save_trained(run_folder, model, way.family, classes, identity, fitted)
-    for name in TABLES:
-        (run_folder / "tables" / f"{name}.parquet").unlink(missing_ok=True)
-    lungs_missed = _predict(run_folder, shown, device, cache, recipe, lungs)
-    counts = {
-        "classes": classes,
-        "starting_weights": start,
-        "train_images": len(train),
-        "validation_images": len(validation),
-        "test_images": len(test_images),
-        "lungs_missed": {"training": train.lungs_missed(), "predicted": lungs_missed},
-        "classes_without_images": {
-            "training": _absent(train.label, classes),
-            "validation": _absent(validation.label, classes),
-        },
-    }
-    finish_fold(run_folder, identity, counts, fitted, device)
-    return read_findings_run(run_folder)
-
-
-def read_findings_run(run_folder: str | Path) -> FindingsRun:
-    """The results of a finished run; without metrics.json, which marks one, FileNotFoundError."""
-    run_folder = Path(run_folder)
-    metrics, history = read_finished(run_folder)
-    *asked, training = (run_folder / "tables" / f"{name}.parquet" for name in TABLES)
-    in_sample = read_table("class_scores", training) if training.is_file() else empty_table("class_scores")
-    return FindingsRun(run_folder, metrics, history, *(read_table("class_scores", path) for path in asked), in_sample)
 
 
 def check_findings(
     images: pd.DataFrame, labels: pd.DataFrame, folds: pd.DataFrame, recipe: FindingsRecipe, model_name: str
 ) -> None:
     """Raise ValueError where these tables and settings cannot be trained on, with what to change."""
-    if recipe.frozen_backbone and not recipe.starting_weights:
-        raise ValueError(
-            f"{model_name}: the recipe freezes {recipe.backbone} at random weights, from which nothing is learnt; "
-            'give overrides {"starting_weights": "..."} or {"frozen_backbone": false}'
-        )
+    check_frozen(recipe, model_name)
     if isinstance(recipe, PatchRecipe):
         check_patches(recipe)
     check_classes(recipe, class_columns(labels, "labels"))
@@ -238,23 +111,6 @@ class PatchTraining(FindingsTraining):
         self.found[batch["index"].cpu().numpy()] = found.numpy()
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a family of classifiers is trained; `validated`: a validation batch's images, as a share of a training one's."""
-
-    family: str
-    network: type[FindingsClassifier]
-    dataset: type[XrayDataset] | type[PatchDataset]
-    training: type[FindingsTraining]
-    joined: Callable[[list[dict[str, Any]]], dict[str, Any]] | None
-    validated: float
-
-
-IMAGES = Way("findings", FindingsClassifier, XrayDataset, FindingsTraining, None, 2)
-# Whole canvases: few, since workers hand them over through memory that containers keep small.
-PATCHES = Way("patches", PatchClassifier, PatchDataset, PatchTraining, collate_canvases, 0.5)
-
-
 def findings_loss(
     logits: torch.Tensor,
     label: torch.Tensor,
@@ -278,31 +134,78 @@ def findings_loss(
     return mean_of_known(each, known.all(dim=1))
 
 
-def _predict(
-    run_folder: Path,
-    shown: dict[str, pd.DataFrame],
-    device: torch.device,
-    cache: XrayCache,
-    recipe: FindingsRecipe,
-    lungs: StoredLungs | None,
-) -> int:
-    """Write those tables of `shown`, images by the table's name, that are not there; how many images' lungs were missed."""
-    paths = {name: run_folder / "tables" / f"{name}.parquet" for name in shown}
-    missing = [name for name, path in paths.items() if not path.is_file()]
-    if not missing:
-        return 0
-    predictor, lungs_missed = load_predictor(run_folder / "bundle", device, 2 * recipe.batch_size, lungs=lungs), 0
-    for name in missing:
-        write_table(_scores(predictor, cache, shown[name]), "class_scores", paths[name])
-        lungs_missed += predictor.lungs_missed
-    return lungs_missed
+class FindingsStrategy(Strategy):
+    """A classifier of single images over the classes of the table labels, in their order.
+
+    Predicts class_scores of its fold, test_scores of the images of the split "test" (`limit_validation` limits them, too)
+    and, with the task's `in_sample`, training_scores of the images it was trained on, as they are: FLANNEL was published
+    stacked on such. Its bundle is where a study classifier or a detector may start.
+    """
+
+    uses = ("lungs", "in_sample")
+    dataset: ClassVar[type[XrayDataset] | type[PatchDataset]] = XrayDataset
+    training: ClassVar[type[FindingsTraining]] = FindingsTraining
+
+    def __init__(self, task: Task, fold: int, run_folder: Path) -> None:
+        super().__init__(task, fold, run_folder)
+        test_images = unseen_test_images(self.images, self.train_images, task.limit_validation)
+        self.predicted = {"class_scores": self.validation_images, "test_scores": test_images}
+        if task.in_sample:
+            self.predicted["training_scores"] = self.train_images
+
+    @property
+    def classes(self) -> list[str]:
+        return class_columns(self.labels, "labels")
+
+    def check(self) -> None:
+        check_findings(self.images, self.labels, self.folds, self.recipe, self.task.model_name)
+
+    def start(self, model: FindingsClassifier) -> str:
+        return start_from_weights(model)
+
+    def make_examples(self) -> None:
+        task, shared = self.task, (self.labels, self.boxes, self.task.cache, self.recipe)
+        self.train = self.dataset(self.train_images, *shared, augment=True, seed=task.seed, lungs=task.lungs)
+        self.validation = self.dataset(self.validation_images, *shared, lungs=task.lungs)
+
+    def module(self, model: FindingsClassifier) -> FindingsTraining:
+        weights = class_weights(self.train.label) if self.recipe.class_weights else None
+        return self.training(model, self.validation, weights)
+
+    def predict(self, device: torch.device) -> dict[str, Any]:
+        for name in ("class_scores", "test_scores", "training_scores"):
+            self._table(name).unlink(missing_ok=True)
+        lungs_missed = self.complete(device)
+        return {
+            "classes": self.classes,
+            "test_images": len(self.predicted["test_scores"]),
+            "lungs_missed": {"training": self.train.lungs_missed(), "predicted": lungs_missed},
+            "classes_without_images": {
+                "training": without_images(self.train.label, self.classes),
+                "validation": without_images(self.validation.label, self.classes),
+            },
+        }
+
+    def complete(self, device: torch.device) -> int:
+        """Predict those tables that are asked for and not there; the number of images whose lungs were not found."""
+        missing = [name for name in self.predicted if not self._table(name).is_file()]
+        if not missing:
+            return 0
+        bundle, at_once = self.run_folder / "bundle", 2 * self.recipe.batch_size
+        predictor, lungs_missed = load_predictor(bundle, device, at_once, lungs=self.task.lungs), 0
+        for name in missing:
+            chunks = predictor.predict(map(self.task.cache.read, self.predicted[name].image_id))
+            self.write(name, concatenate(chunks, "class_scores"), "class_scores")
+            lungs_missed += predictor.lungs_missed
+        return lungs_missed
+
+    def _table(self, name: str) -> Path:
+        return self.run_folder / "tables" / f"{name}.parquet"
 
 
-def _absent(label: np.ndarray, classes: list[str]) -> list[str]:
-    """Classes that no image is known to have."""
-    present = (np.nan_to_num(label) >= 0.5).any(axis=0)
-    return [name for name, there in zip(classes, present, strict=True) if not there]
+class PatchStrategy(FindingsStrategy):
+    """A classifier of patches: it learns a patch of each image an epoch, and several together judge and answer an image."""
 
-
-def _scores(predictor: Predictor, cache: XrayCache, images: pd.DataFrame) -> pd.DataFrame:
-    return concatenate(predictor.predict(cache.read(image_id) for image_id in images.image_id), "class_scores")
+    dataset, training, joined = PatchDataset, PatchTraining, (None, collate_canvases)
+    # Whole canvases: few, since workers hand them over through memory that containers keep small.
+    validated = 0.5

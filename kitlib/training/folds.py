@@ -1,5 +1,6 @@
 """The folds of one model: one after the other, side by side with a GPU each, or each on several GPUs together."""
 
+import dataclasses
 import logging
 import logging.handlers
 import multiprocessing
@@ -17,11 +18,14 @@ from kitlib.deadline import Deadline, SessionOver, session_deadline
 from kitlib.paths import find_input
 from kitlib.processes import kill_family
 from kitlib.training.data_parallel import train_together
+from kitlib.training.driver import train_fold
 from kitlib.training.fold_folder import continue_from, start_over
+from kitlib.training.task import Task
 
 logger = logging.getLogger(__name__)
 
 LOG = "train.log"
+Train = Callable[[Task, int, Path], Any]  # such as train_fold
 FAILED, OVER = 1, 75  # exit codes of a fold's process; 75: try again later (sysexits.h)
 
 
@@ -45,24 +49,21 @@ def begin_session(run: Path, hours: float = 0, resume_from: str | Path = "") -> 
 
 
 def train_folds(
-    train: Callable[..., Any],
+    task: Task,
     folds: Iterable[int],
     run: Path,
-    /,  # so that `arguments` may have the table `folds`
-    deadline: Deadline | None = None,
     at_once: int = 0,
     processes: int = 1,
     resume_name: str = "",
-    **arguments: Any,
+    train: Train = train_fold,
 ) -> list[Any]:
-    """What `train(fold=..., run_folder=run / "fold<n>", deadline=..., **arguments)` gives for each fold that is finished.
+    """What `train(task, fold, run / "fold<n>")` gives for each of `folds` that is finished.
 
-    `train` is one of the kit's three. `at_once` folds train side by side, each in a process of its own with a GPU of its
-    own, its share of the CPU's threads and its log in fold<n>/train.log; 0: as many as there are GPUs, 1: in this process.
-    `processes` train each fold together, see kitlib.training.data_parallel. Folds that the session's end has stopped are
-    left out, and said; once it has stopped one, no further fold is begun. With resume=False, all folds are started over.
-    Side by side, a fold that fails stops no other: FoldsFailed names all of them in the end. `resume_name` is what the next
-    session is told to resume from, where it is not the folder `run` itself.
+    `at_once` folds train side by side, each in a process of its own with a GPU of its own, its share of the CPU's threads
+    and its log in fold<n>/train.log; 0: as many as there are GPUs, 1: in this process. `processes` train each fold
+    together, see kitlib.training.data_parallel. Folds that the session's end has stopped are left out, and said; once it
+    has stopped one, no further fold is begun. Side by side, a fold that fails stops no other: FoldsFailed names all of them
+    in the end. `resume_name` is what the next session is told to resume from, where it is not the folder `run` itself.
     """
     folds, gpus = list(folds), torch.cuda.device_count()
     if processes > 1 and at_once > 1:
@@ -70,23 +71,22 @@ def train_folds(
     if processes < 1 or at_once < 0:
         raise ValueError(f"at_once {at_once} and processes {processes}; wanted at least 0 and 1")
     side_by_side = min(len(folds), at_once or (max(1, gpus) if processes == 1 else 1))
-    if not arguments.get("resume", True):
+    if not task.resume:
         for fold in folds:
             start_over(run / f"fold{fold}")
-        arguments["resume"] = True  # or reading the results would train them again
+        task = dataclasses.replace(task, resume=True)  # or reading the results would train them again
     if side_by_side > 1:
-        _side_by_side(train, folds, run, deadline, side_by_side, arguments)
+        _side_by_side(train, task, folds, run, side_by_side)
     trained, over = [], side_by_side > 1
     for fold in folds:
-        common = {**arguments, "fold": fold, "deadline": deadline}
         if over and not _is_finished(run, fold):
             # Without a finished epoch nothing tells how long one takes, and it would be begun in vain.
             continue
         try:
             if processes > 1:
-                trained.append(train_together(train, run / f"fold{fold}", processes, **common))
+                trained.append(train_together(train, task, fold, run / f"fold{fold}", processes))
             else:
-                trained.append(train(run_folder=run / f"fold{fold}", **common))
+                trained.append(train(task, fold, run / f"fold{fold}"))
         except SessionOver as stopped:
             over = True
             print(f"fold {fold} stopped after {stopped.done} of {stopped.epochs} epochs: the session ends")
@@ -103,14 +103,7 @@ def _is_finished(run: Path, fold: int) -> bool:
     return (run / f"fold{fold}" / "metrics.json").is_file()
 
 
-def _side_by_side(
-    train: Callable[..., Any],
-    folds: list[int],
-    run: Path,
-    deadline: Deadline | None,
-    at_once: int,
-    arguments: dict[str, Any],
-) -> None:
+def _side_by_side(train: Train, task: Task, folds: list[int], run: Path, at_once: int) -> None:
     """Train until each fold is finished, stopped by the deadline, or has failed."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     threads = max(1, torch.get_num_threads() // at_once)
@@ -126,9 +119,8 @@ def _side_by_side(
             while waiting and len(running) < at_once:
                 fold = waiting.pop(0)
                 slot = min(set(range(at_once)) - {slot for _, slot, _ in running.values()})
-                common = {**arguments, "fold": fold, "run_folder": run / f"fold{fold}", "deadline": deadline}
-                gpu = visible[slot % len(visible)]
-                process = context.Process(target=_train_one, args=(train, common, gpu, threads, os.getpid(), said))
+                shared = visible[slot % len(visible)], threads, os.getpid(), said
+                process = context.Process(target=_train_one, args=(train, task, fold, run / f"fold{fold}", *shared))
                 process.start()
                 running[process.sentinel] = process, slot, fold
             for sentinel in multiprocessing.connection.wait(list(running)):
@@ -151,22 +143,24 @@ def _side_by_side(
         raise FoldsFailed("\n".join([f"{len(failed)} of {len(folds)} folds failed, {rest}:", *told]))
 
 
-def _train_one(train: Callable[..., Any], arguments: dict[str, Any], gpu: str, threads: int, parent: int, said: Any) -> None:
+def _train_one(
+    train: Train, task: Task, fold: int, run_folder: Path, gpu: str, threads: int, parent: int, said: Any
+) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     _end_with(parent)
     torch.set_num_threads(threads)
-    log = arguments["run_folder"] / LOG
+    log = run_folder / LOG
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as kept:
         for stream in (1, 2):
             os.dup2(kept.fileno(), stream)
-    form = logging.Formatter(f"%(asctime)s fold {arguments['fold']}: %(message)s", "%H:%M:%S")
+    form = logging.Formatter(f"%(asctime)s fold {fold}: %(message)s", "%H:%M:%S")
     to_log, to_parent = logging.StreamHandler(), logging.handlers.QueueHandler(said)
     to_log.setFormatter(form)
     to_parent.setFormatter(form)
     logging.basicConfig(level=logging.INFO, handlers=[to_log, to_parent])
     try:
-        train(**arguments)
+        train(task, fold, run_folder)
     except SessionOver as over:
         logging.info("%s", over)
         sys.exit(OVER)

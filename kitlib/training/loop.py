@@ -154,6 +154,7 @@ def gathered_batches(recipe: TrainingRecipe) -> int:
 
 def fit(
     module: RecipeTraining,
+    recipe: TrainingRecipe,
     train_batches: Iterable,
     validation_batches: Iterable,
     run_folder: str | Path,
@@ -161,7 +162,6 @@ def fit(
     seed: int,
     progress: bool = True,
     title: str = "training",
-    gathered: int = 1,
     deadline: Deadline | None = None,
 ) -> Fitted:
     """Train until the recipe's epochs or patience are over, and leave the kept epoch's weights in `module.model` on the CPU.
@@ -170,9 +170,9 @@ def fit(
 
     After each epoch `run_folder/checkpoints/last.ckpt` holds all that is needed to go on and `best.safetensors` the best
     weights; an existing last.ckpt is resumed from. What an epoch draws depends on `seed` and its number alone, so on a CPU,
-    with as many threads, a resumed training equals an uninterrupted one bit for bit. The optimiser steps once in `gathered`
-    batches and at an epoch's end; a last group that is not full counts for as much as its images. Raises SessionOver,
-    after a checkpoint, when another epoch would not end before `deadline`.
+    with as many threads, a resumed training equals an uninterrupted one bit for bit. The optimiser steps once in
+    `gathered_batches` and at an epoch's end; a last group that is not full counts for as much as its images. Raises
+    SessionOver, after a checkpoint, when another epoch would not end before `deadline`.
 
     Where several processes share the training (kitlib.training.data_parallel), each calls this with its share of the
     batches; the first alone writes, and it alone has the kept weights in the end.
@@ -180,15 +180,15 @@ def fit(
     folder = Path(run_folder) / "checkpoints"
     last = folder / "last.ckpt"
     processes = data_parallel.share()[1]
-    keeper = _EpochKeeper(folder, module.recipe, seed, deadline)
+    keeper = _EpochKeeper(folder, recipe, seed, deadline)
     with _quiet_lightning():
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=processes if processes > 1 else [device.index or 0] if device.type == "cuda" else 1,
             strategy="ddp" if processes > 1 else "auto",
             precision=precision(device),
-            max_epochs=module.recipe.epochs,
-            accumulate_grad_batches=gathered,
+            max_epochs=recipe.epochs,
+            accumulate_grad_batches=gathered_batches(recipe),
             callbacks=[keeper, *([_Progress(title)] if progress else [])],
             benchmark=device.type == "cuda",
             logger=False,
@@ -201,18 +201,18 @@ def fit(
         )
         # The checkpoint is a pickle of our own making; weights_only keeps it from running code all the same.
         history = _history(last)
-        if history and is_over(history, module.recipe):
+        if history and is_over(history, recipe):
             keeper.history = history
         elif not epoch_fits(deadline, [row["seconds"] for row in history]):
-            raise SessionOver(Path(run_folder), len(history), module.recipe.epochs)
+            raise SessionOver(Path(run_folder), len(history), recipe.epochs)
         else:
             trainer.fit(module, train_batches, validation_batches, ckpt_path=last if history else None, weights_only=True)
-    if not is_over(keeper.history, module.recipe):
-        raise SessionOver(Path(run_folder), len(keeper.history), module.recipe.epochs)
+    if not is_over(keeper.history, recipe):
+        raise SessionOver(Path(run_folder), len(keeper.history), recipe.epochs)
     module.to("cpu")
     if data_parallel.is_first():
         module.model.load_state_dict(load_file(folder / "best.safetensors"))
-    return Fitted(pd.DataFrame(keeper.history), kept_row(keeper.history, module.recipe) + 1)
+    return Fitted(pd.DataFrame(keeper.history), kept_row(keeper.history, recipe) + 1)
 
 
 class _EpochKeeper(pl.Callback):

@@ -1,7 +1,5 @@
 """Training of a lung segmenter, and its masks of images that it has not seen."""
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,107 +8,19 @@ import torch
 
 from kitlib.bundle import BundleError, read_bundle
 from kitlib.classes import LUNG_CODES, MASK_CODES
-from kitlib.deadline import Deadline
-from kitlib.device import seed_everything, training_device
 from kitlib.inference.segment_lungs import LungSegmenter, load_segmenter
 from kitlib.lungs.clean_up import on_copy
 from kitlib.models.segmenter import Segmenter, segmentation_loss
-from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.scoring.overlap import overlap
-from kitlib.tables import check_table, read_table, write_table
+from kitlib.tables import check_table
 from kitlib.training import data_parallel
-from kitlib.training.fold_folder import finish_fold, open_run, read_finished, run_identity, save_trained, split
-from kitlib.training.loop import RecipeTraining, fit, gathered_batches
+from kitlib.training.loop import RecipeTraining
 from kitlib.training.mask_dataset import MaskDataset, collate_masks
-from kitlib.training.xray_dataset import batches
+from kitlib.training.strategy import Strategy
 from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.mask_store import MaskError, MaskStore
 
 PART = 256  # masks a file
-
-
-@dataclass(frozen=True)
-class LungsRun:
-    """A finished run. `scores` are out of fold, `masks` the label images that they were made from, as found."""
-
-    run_folder: Path
-    metrics: dict[str, Any]
-    history: pd.DataFrame
-    scores: pd.DataFrame
-    masks: MaskStore
-
-
-def train_lungs(
-    images: pd.DataFrame,
-    labels: pd.DataFrame,
-    boxes: pd.DataFrame,
-    folds: pd.DataFrame,
-    fold: int,
-    cache: XrayCache,
-    masks: MaskStore,
-    recipe: SegmenterRecipe,
-    run_folder: str | Path,
-    model_name: str,
-    seed: int = 0,
-    workers: int = 0,
-    limit_train: int | None = None,
-    limit_validation: int | None = None,
-    resume: bool = True,
-    progress: bool = True,
-    deadline: Deadline | None = None,
-) -> LungsRun | None:
-    """Train on the images that have a mask, keep the recipe's epoch, segment the validation fold with it.
-
-    `run_folder` gets all of it, metrics.json last. An interrupted run goes on where it was; a finished one is read back.
-    Limits are numbers of images, whole patients. Raises ResumeError if the folder holds a run of other data or settings,
-    MaskError where no image has a mask, or where masks of two conventions would be learnt as one.
-    """
-    run_folder = Path(run_folder)
-    tables = {"images": images, "labels": labels, "boxes": boxes, "folds": folds}
-    tables = {name: check_table(table, name) for name, table in tables.items()}
-    images, folds = with_masks(tables["images"], tables["folds"], masks)
-    train_images, validation_images = split(images, folds, fold, seed, limit_train, limit_validation)
-    identity = run_identity(tables, fold, cache, recipe, model_name, seed, limit_train, limit_validation)
-    identity["masks_fingerprint"] = masks.fingerprint()
-    if open_run(run_folder, identity, resume):
-        return read_lungs_run(run_folder)
-
-    seed_everything(seed)
-    device = training_device()
-    model = Segmenter(recipe).to(memory_format=torch.channels_last)
-    start = _start_from_weights(model)
-    train = MaskDataset(train_images, cache, masks, recipe, augment=True, seed=seed)
-    validation = MaskDataset(validation_images, cache, masks, recipe)
-    fitted = fit(
-        LungsTraining(model, len(validation)),
-        batches(train, recipe.batch_size, workers, shuffle=True, seed=seed, joined=collate_masks),
-        batches(validation, 2 * recipe.batch_size, workers, joined=collate_masks),
-        run_folder,
-        device,
-        seed,
-        progress,
-        title=f"{model_name} fold {fold}",
-        gathered=gathered_batches(recipe),
-        deadline=deadline,
-    )
-    if not data_parallel.is_first():
-        return None
-    save_trained(run_folder, model, "segmenter", recipe.structures, identity, fitted)
-    segmenter = load_segmenter(run_folder / "bundle", device, 2 * recipe.batch_size)
-    found = MaskStore.afresh(run_folder / "masks")
-    scores = score_masks(segmenter, cache, masks, validation_images.image_id, found).assign(fold=fold)
-    write_table(scores, "mask_scores", run_folder / "tables" / "mask_scores.parquet")
-    counts = {"starting_weights": start, "train_images": len(train), "validation_images": len(validation)}
-    finish_fold(run_folder, identity, counts, fitted, device)
-    return read_lungs_run(run_folder)
-
-
-def read_lungs_run(run_folder: str | Path) -> LungsRun:
-    """The results of a finished run; without metrics.json, which marks one, FileNotFoundError."""
-    run_folder = Path(run_folder)
-    metrics, history = read_finished(run_folder)
-    scores = read_table("mask_scores", run_folder / "tables" / "mask_scores.parquet")
-    return LungsRun(run_folder, metrics, history, scores, MaskStore(run_folder / "masks"))
 
 
 def with_masks(images: pd.DataFrame, folds: pd.DataFrame, masks: MaskStore) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -195,14 +105,49 @@ class LungsTraining(RecipeTraining):
         self.log_dict(told | (dict(zip(structures, map(float, dice), strict=True)) if len(structures) > 1 else {}))
 
 
-def _start_from_weights(model: Segmenter) -> str:
-    """Load the weights of another run's bundle of the same network, if the recipe names one; what was loaded, in words."""
-    name = model.recipe.starting_weights
-    if not name:
-        return "from scratch"
-    record, weights = read_bundle(name)
-    try:
-        model.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise BundleError(f"{name} ({record['family']}) does not fit {model.recipe.network}: {error}") from error
-    return f"{name}: {len(weights)} tensors"
+class SegmenterStrategy(Strategy):
+    """A segmenter of lungs. Learns from the images that have a mask; predicts mask_scores and `masks/` of its fold.
+
+    Raises MaskError where no image has a mask, or where masks of two conventions would be learnt as one.
+    """
+
+    uses = ("masks",)
+    joined = collate_masks, collate_masks
+
+    def check(self) -> None:
+        if self.task.masks is None:
+            raise ValueError(
+                f"{self.task.model_name}: a segmenter learns from drawn masks; give the masks of a prepared run"
+            )
+        self.images, self.folds = with_masks(self.images, self.folds, self.task.masks)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.recipe.structures
+
+    def start(self, model: Segmenter) -> str:
+        """Load the weights of another run's bundle of the same network. Raises BundleError where they do not fit."""
+        name = self.recipe.starting_weights
+        if not name:
+            return "from scratch"
+        record, weights = read_bundle(name)
+        try:
+            model.load_state_dict(weights, strict=True)
+        except RuntimeError as error:
+            raise BundleError(f"{name} ({record['family']}) does not fit {self.recipe.network}: {error}") from error
+        return f"{name}: {len(weights)} tensors"
+
+    def make_examples(self) -> None:
+        task, recipe = self.task, self.recipe
+        self.train = MaskDataset(self.train_images, task.cache, task.masks, recipe, augment=True, seed=task.seed)
+        self.validation = MaskDataset(self.validation_images, task.cache, task.masks, recipe)
+
+    def module(self, model: Segmenter) -> LungsTraining:
+        return LungsTraining(model, len(self.validation))
+
+    def predict(self, device: torch.device) -> dict[str, Any]:
+        segmenter = load_segmenter(self.run_folder / "bundle", device, 2 * self.recipe.batch_size)
+        found = MaskStore.afresh(self.run_folder / "masks")
+        scores = score_masks(segmenter, self.task.cache, self.task.masks, self.validation_images.image_id, found)
+        self.write("mask_scores", scores.assign(fold=self.fold))
+        return {}

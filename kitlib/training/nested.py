@@ -1,16 +1,17 @@
 """Nested folds: models for an ensemble that is judged on a fold which neither they nor it have learnt from."""
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from kitlib.deadline import Deadline
 from kitlib.tables import class_columns, concatenate, empty_table
-from kitlib.training.findings import FindingsRun
-from kitlib.training.folds import train_folds
+from kitlib.training.driver import train_fold
+from kitlib.training.folds import Train, train_folds
+from kitlib.training.task import Task, TrainedFold
 
 NOT_NESTED = -1  # in the column `outer`, where no fold was held out
 
@@ -29,7 +30,7 @@ class NestedScores:
     test: pd.DataFrame
 
 
-def hold_out(tables: dict[str, pd.DataFrame], outer: int) -> dict[str, pd.DataFrame]:
+def hold_out(tables: Mapping[str, pd.DataFrame], outer: int) -> dict[str, pd.DataFrame]:
     """The tables of a prepared run with the images of fold `outer` as test images: in no fold, of the split "test".
 
     Raises ValueError where the folds have no such fold or no other.
@@ -44,13 +45,13 @@ def hold_out(tables: dict[str, pd.DataFrame], outer: int) -> dict[str, pd.DataFr
 
 
 def train_nested(
-    train: Callable[..., Any],
+    task: Task,
     folds: Iterable[int],
     outer_folds: Iterable[int],
     run: Path,
-    tables: dict[str, pd.DataFrame],
-    deadline: Deadline | None = None,
-    **arguments: Any,
+    at_once: int = 0,
+    processes: int = 1,
+    train: Train = train_fold,
 ) -> dict[int, list[Any]]:
     """What `train_folds` gives for each outer fold: its models are trained without it, on all inner `folds` but one each.
 
@@ -59,19 +60,18 @@ def train_nested(
     that the tables do not have, and for an outer fold that leaves no inner one.
     """
     folds, outer_folds = list(folds), list(outer_folds)
-    there = set(tables["folds"].fold)
-    if absent := sorted({*folds, *outer_folds} - there):
-        raise ValueError(f"folds {absent} are not among those of the prepared run, {sorted(there)}; leave them out")
+    available = set(task.tables["folds"].fold)
+    if absent := sorted({*folds, *outer_folds} - available):
+        raise ValueError(f"folds {absent} are not among those of the prepared run, {sorted(available)}; leave them out")
     if alone := [outer for outer in outer_folds if not set(folds) - {outer}]:
         raise ValueError(f"outer folds {alone} leave none of the folds {folds} to validate on; name others in folds")
     if not outer_folds:
-        return {NOT_NESTED: train_folds(train, folds, run, deadline=deadline, **arguments, **tables)}
+        return {NOT_NESTED: train_folds(task, folds, run, at_once, processes, train=train)}
     trained: dict[int, list[Any]] = {}
     for outer in outer_folds:
         inner = [fold for fold in folds if fold != outer]
-        held = hold_out(tables, outer)
-        part, options = run / f"outer{outer}", {**arguments, "deadline": deadline, "resume_name": run.name}
-        trained[outer] = train_folds(train, inner, part, **options, **held)
+        held = dataclasses.replace(task, tables=hold_out(task.tables, outer))
+        trained[outer] = train_folds(held, inner, run / f"outer{outer}", at_once, processes, run.name, train)
         if len(trained[outer]) < len(inner):
             break
     return trained
@@ -84,20 +84,23 @@ def is_whole(trained: dict[int, list[Any]], folds: Iterable[int], outer_folds: I
     return wanted == {outer: len(models) for outer, models in trained.items()}
 
 
-def gather(trained: dict[int, list[FindingsRun]], folds: pd.DataFrame) -> NestedScores:
+def gather(trained: dict[int, list[TrainedFold]], folds: pd.DataFrame) -> NestedScores:
     """All that finished models have answered; rows of their own training images where the runs keep them."""
     nested, judged, test = [], [], []
     for outer, models in trained.items():
+        held_out = []
         for model in models:
-            inside = model.test_scores.image_id.isin(folds.id)
-            answered = [model.class_scores, model.test_scores[inside], model.training_scores]
+            tested = model.tables["test_scores"]
+            inside = tested.image_id.isin(folds.id)
+            answered = [model.tables["class_scores"], tested[inside]]
+            answered += [model.tables["training_scores"]] if "training_scores" in model.tables else []
             nested += [table.assign(outer=outer) for table in answered if len(table)]
-            test.append(model.test_scores[~inside])
+            test.append(tested[~inside])
+            held_out.append(tested[inside])
         if outer == NOT_NESTED:
-            judged += [model.class_scores for model in models]
+            judged += [model.tables["class_scores"] for model in models]
         elif models:
-            answers = pd.concat([model.test_scores[model.test_scores.image_id.isin(folds.id)] for model in models])
-            judged.append(_mean(answers.assign(fold=outer)))
+            judged.append(_mean(pd.concat(held_out).assign(fold=outer)))
     return NestedScores(
         concatenate(nested, "nested_scores") if nested else empty_table("nested_scores"),
         concatenate(judged, "class_scores"),

@@ -18,6 +18,7 @@ from kitlib.fusion.fuse import FusionSettings, fuse
 from kitlib.inference.predict import load_predictor, study_and_image_scores
 from kitlib.inference.segment_lungs import LungSegmenter
 from kitlib.lungs.finders import StoredLungs
+from kitlib.models.families import CLASSES, STUDIES
 from kitlib.tables import check_table, concatenate
 from kitlib.xrays.cache import XrayCache
 
@@ -119,7 +120,7 @@ def predict_unseen(
     probabilities, detections, coverage = [], [], []
     for row in models.itertuples():
         predictor = load_predictor(row.bundle, batch_size=batch_size, lungs=lungs)
-        if predictor.kind in ("findings", "patches"):
+        if predictor.family.answers == CLASSES:
             raise ValueError(f"{row.bundle} is a classifier of findings; name runs of study classifiers and detectors")
         if predictor.wants_masks and (lungs is None or lungs.segmenter != predictor.segmenter):
             raise ValueError(
@@ -134,7 +135,7 @@ def predict_unseen(
             logger.info(
                 "%s, fold %d: no lungs found in %d of %d images, seen whole", row.model, row.fold, missed, len(unseen)
             )
-        if predictor.kind == "study":
+        if predictor.family.answers == STUDIES:
             probabilities += chunks
         else:
             detections += chunks

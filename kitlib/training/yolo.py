@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,7 @@ from kitlib.deadline import Deadline, SessionOver, epoch_fits
 from kitlib.device import derived_seed, precision, seed_everything
 from kitlib.models.yolo import YoloDetector  # before ultralytics, whose import it makes silent and offline
 from kitlib.recipes.fields import DetectorRecipe
+from kitlib.training.detector import DetectorStrategy, canvas_precision
 from kitlib.training.fold_folder import LEARNING_RATE_FLOOR, Fitted, is_over, kept_row
 from kitlib.training.xray_dataset import XrayDataset
 
@@ -295,40 +296,36 @@ def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: i
     }
 
 
-def fit_yolo(
-    detector: YoloDetector,
-    train: XrayDataset,
-    validation: DataLoader,
-    judge: Callable[[list, list], float],
-    run_folder: Path,
-    device: torch.device,
-    seed: int,
-    workers: int,
-    progress: bool,
-    title: str,
-    deadline: Deadline | None,
-) -> Fitted:
-    """Train until the recipe or the session ends it, and leave the kept epoch's moving average in `detector`, on the CPU."""
-    steps = -(-len(train) // detector.recipe.batch_size)
-    with tqdm(
-        desc=title,
-        total=steps * detector.recipe.epochs,
-        unit="batch",
-        # Each refresh is a line of its own in a log file.
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-        maxinterval=60,
-        disable=not progress,
-    ) as bar:
-        trainer = Trainer(detector, train, validation, judge, run_folder, device, seed, workers, bar, deadline)
-        trainer.history = history = _history(trainer.last)
-        if not history or not is_over(history, detector.recipe):
-            if epoch_fits(deadline, [row["seconds"] for row in history]):
-                trainer.train()
-            if not is_over(trainer.history, detector.recipe):
-                raise SessionOver(run_folder, len(trainer.history), detector.recipe.epochs)
-    detector.to("cpu")
-    detector.model.load_state_dict(load_file(trainer.folder / "best.safetensors"))
-    return Fitted(pd.DataFrame(trainer.history), kept_row(trainer.history, detector.recipe) + 1)
+class YoloStrategy(DetectorStrategy):
+    """A YOLO, trained by ultralytics, which augments and takes the moving average by itself."""
+
+    augments = False
+
+    def module(self, model: YoloDetector) -> NoReturn:
+        raise TypeError("ultralytics trains a YOLO, not Lightning")
+
+    def fit(self, model: YoloDetector, device: torch.device) -> Fitted:
+        task, recipe = self.task, self.recipe
+        with tqdm(
+            desc=self.title,
+            total=-(-len(self.train) // recipe.batch_size) * recipe.epochs,
+            unit="batch",
+            # Each refresh is a line of its own in a log file.
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+            maxinterval=60,
+            disable=not task.progress,
+        ) as bar:
+            where = self.run_folder, device, task.seed, task.workers
+            trainer = Trainer(model, self.train, self.loaders()[1], canvas_precision, *where, bar, task.deadline)
+            trainer.history = history = _history(trainer.last)
+            if not history or not is_over(history, recipe):
+                if epoch_fits(task.deadline, [row["seconds"] for row in history]):
+                    trainer.train()
+                if not is_over(trainer.history, recipe):
+                    raise SessionOver(self.run_folder, len(trainer.history), recipe.epochs)
+        model.to("cpu")
+        model.model.load_state_dict(load_file(trainer.folder / "best.safetensors"))
+        return Fitted(pd.DataFrame(trainer.history), kept_row(trainer.history, recipe) + 1)
 
 
 def _history(checkpoint: Path) -> list[dict[str, float]]:
