@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,16 +24,16 @@ from kitlib.recipes.fields import StudyRecipe
 from kitlib.recipes.named import recipe
 from kitlib.settings import override
 from kitlib.training.folds import train_folds
-from kitlib.training.study import train_study
+from kitlib.training.task import Task
 
 WAYS = {"one after the other": {"at_once": 1}, "side by side": {"at_once": 2}, "two processes a model": {"processes": 2}}
 
 
-def arguments(xrays: NoisyXrays, settings: StudyRecipe, workers: int) -> dict[str, Any]:
+def task(xrays: NoisyXrays, settings: StudyRecipe, workers: int) -> Task:
     images = xrays.images.assign(path="", rows=xrays.longest_side, columns=xrays.longest_side, source="noise", view="")
     folds = pd.DataFrame({"id": xrays.ids, "fold": np.arange(xrays.count) // 4 % 2})
     tables = {"images": images, "labels": xrays.labels, "boxes": xrays.boxes, "folds": folds}
-    return {**tables, "cache": xrays, "recipe": settings, "model_name": "noise", "workers": workers, "progress": False}
+    return Task(tables, xrays, settings, "noise", workers=workers, progress=False)
 
 
 def main(images: int = 512, epochs: int = 4, full: bool = False, workers: int = 0) -> None:
@@ -47,7 +46,7 @@ def main(images: int = 512, epochs: int = 4, full: bool = False, workers: int = 
     for way, options in WAYS.items():
         with tempfile.TemporaryDirectory() as run:
             start = time.perf_counter()
-            trained = train_folds(train_study, [0, 1], Path(run), **options, **arguments(xrays, settings, workers))
+            trained = train_folds(task(xrays, settings, workers), [0, 1], Path(run), **options)
             seconds = time.perf_counter() - start
         training = max(one.metrics["seconds"] for one in trained) if way == "side by side" else None
         training = training or sum(one.metrics["seconds"] for one in trained)

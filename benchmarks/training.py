@@ -148,7 +148,7 @@ def measure(name: str, settings: TrainingRecipe, xrays: NoisyXrays, workers: int
         module = watched(FasterRCNNTraining)(network(settings), lambda *_: 0.5)
     with tempfile.TemporaryDirectory() as scratch:
         loaders = batches(train, settings.batch_size, workers, shuffle=True), batches(validation, settings.batch_size)
-        fitted = fit(module, *loaders, scratch, device, seed=0, progress=False)
+        fitted = fit(module, settings, *loaders, scratch, device, seed=0, progress=False)
     # The best epoch of either: machines are shared. The kit's first one starts the workers.
     kit = max(fitted.history.images_per_s[1:])
     bare = max(before, bare_rate(settings, xrays, device, steps))

@@ -62,6 +62,9 @@ class SmallXrays:
                 picture[ymin:ymax, xmin:xmax] = 255
             self.pixels[image_id] = picture
 
+    def tables(self) -> dict[str, pd.DataFrame]:
+        return {"images": self.images, "labels": self.labels, "boxes": self.boxes, "folds": self.fold_table}
+
     def read(self, image_id: str) -> CachedXray:
         return CachedXray(image_id=image_id, pixels=self.pixels[image_id], rows=ROWS, columns=COLUMNS)
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MODULES = (
-    "training.detector",
+    "training.driver",
     "training.findings",
     "training.study",
     "training.lungs",

@@ -23,8 +23,8 @@ from kitlib.recipes.named import recipe
 from kitlib.reports.detection_report import detection_draws, interval
 from kitlib.scoring.score import class_precision
 from kitlib.tables import concatenate
-from kitlib.training.detector import train_detector
-from kitlib.training.study import train_study
+from kitlib.training.driver import train_fold
+from kitlib.training.task import Task
 from kitlib.xrays.cache import XrayCache
 
 STUDY: dict[str, dict[str, Any]] = {
@@ -88,10 +88,10 @@ def _study_table(tables: dict[str, pd.DataFrame], cache: XrayCache, folder: Path
         draws = []
         for seed in range(seeds):
             place = folder / "runs" / "study" / f"{name.replace(' ', '_')}_seed{seed}"
-            common = {"cache": cache, "recipe": settings, "model_name": "study", "seed": seed, "progress": False}
-            runs = [train_study(**tables, fold=fold, run_folder=place / f"fold{fold}", **common) for fold in (0, 1)]
-            study_scores = concatenate([run.study_scores for run in runs], "study_scores")
-            image_scores = concatenate([run.image_scores for run in runs], "image_scores")
+            task = Task(tables, cache, settings, "study", seed=seed, progress=False)
+            runs = [train_fold(task, fold, place / f"fold{fold}") for fold in (0, 1)]
+            study_scores = concatenate([run.tables["study_scores"] for run in runs], "study_scores")
+            image_scores = concatenate([run.tables["image_scores"] for run in runs], "image_scores")
             draws.append(_study_draws(study_scores, image_scores, tables, samples))
         mean = np.mean(draws, axis=0)  # (1 + samples, 2): the study classes' mean AP, and none's
         first = mean if first is None else first
@@ -137,9 +137,9 @@ def _detector_table(
         draws = []
         for seed in range(seeds):
             place = folder / "runs" / model / f"{name.replace(' ', '_')}_seed{seed}"
-            common = {"cache": cache, "recipe": settings, "model_name": model, "seed": seed, "progress": False}
-            runs = [train_detector(**tables, fold=fold, run_folder=place / f"fold{fold}", **common) for fold in (0, 1)]
-            found, seen = (concatenate([getattr(run, each) for run in runs], each) for each in ("detections", "coverage"))
+            task = Task(tables, cache, settings, model, seed=seed, progress=False)
+            runs = [train_fold(task, fold, place / f"fold{fold}") for fold in (0, 1)]
+            found, seen = (concatenate([run.tables[each] for run in runs], each) for each in ("detections", "coverage"))
             draws.append(detection_draws(found, seen, tables["images"], tables["boxes"], samples))
         mean = np.mean(draws, axis=0)
         first = mean if first is None else first

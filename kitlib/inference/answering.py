@@ -105,7 +105,7 @@ def _stacked(study_scores: pd.DataFrame, ensemble: Ensemble | None) -> tuple[pd.
 
 
 def _answers(record: dict[str, Any]) -> frozenset[str]:
-    family = recorded_family(record, record["model"])
+    family = recorded_family(record)
     if family.no_submission:
         raise ValueError(f"{record['model']} {family.no_submission}")
     if family.answers == BOXES:

@@ -64,7 +64,7 @@ class Predictor:
         views: Sequence[str] | None = None,
         lungs: LungFinder | None = None,
     ) -> None:
-        self.family = recorded_family(record, record["model"])
+        self.family = recorded_family(record)
         self.model, self.fold, self.classes = record["model"], record["fold"], list(record["classes"])
         self.network, self.device = network, device
         self.fitted = FittedBatches(self.model, device, batch_size or BATCH_SIZES[device.type])

@@ -104,7 +104,7 @@ def family_of(recipe: TrainingRecipe) -> Family:
     raise ValueError(f"{type(recipe).__name__} trains no model; there are: {', '.join(FAMILIES)}")
 
 
-def recorded_family(record: Mapping[str, Any], bundle: str | Path) -> Family:
+def recorded_family(record: Mapping[str, Any], bundle: str | Path = "this bundle") -> Family:
     """The family of the model in `bundle`, by its record. Raises BundleError for one that this kit does not know."""
     if record["family"] not in FAMILIES:
         raise BundleError(f"{bundle}: no family {record['family']!r}; there are: {', '.join(FAMILIES)}")
@@ -113,7 +113,7 @@ def recorded_family(record: Mapping[str, Any], bundle: str | Path) -> Family:
 
 def load_network(record: Mapping[str, Any], weights: dict[str, torch.Tensor], device: torch.device) -> Any:
     """The network of a bundle's record and weights on `device`, ready to predict. Raises where the weights do not fit."""
-    family = recorded_family(record, record["model"])
+    family = recorded_family(record)
     # Its weights are these, wherever it started from.
     recipe = override(from_dict(family.recipe, record["recipe"]), starting_weights="")
     network = family.network(recipe, record["classes"])

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kitlib.models.classifier import FindingsClassifier
-from kitlib.models.patch_classifier import PatchClassifier, load
+from kitlib.models.families import load_network
+from kitlib.models.patch_classifier import PatchClassifier
 from kitlib.models.patches import mean_softmax, places
 from kitlib.recipes.fields import PatchRecipe
 from kitlib.settings import override
@@ -111,7 +112,7 @@ def test_a_loaded_model_is_the_same_and_ready_to_predict():
     made, (canvases, where) = model(), drawn()
     record = {"family": "patches", "recipe": dataclasses.asdict(made.recipe), "classes": list(CLASSES)}
     record["recipe"]["starting_weights"] = "/gone"
-    loaded = load(record, made.state_dict(), torch.device("cpu"))
+    loaded = load_network(record, made.state_dict(), torch.device("cpu"))
     assert not loaded.training and loaded.classes == CLASSES
     with torch.inference_mode():
         torch.testing.assert_close(

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from kitlib.models.families import load_network
 from kitlib.models.fc_densenet import FCDenseNet103
 from kitlib.models.resunet import ResUNet
-from kitlib.models.segmenter import Segmenter, load, segmentation_loss
+from kitlib.models.segmenter import Segmenter, segmentation_loss
 from kitlib.models.unet import UNet
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.recipes.named import RECIPES
@@ -169,13 +170,14 @@ def test_every_parameter_learns(name, loss):
 def test_a_saved_segmenter_answers_alike(name):
     torch.manual_seed(0)
     model = Segmenter(override(NARROW[name], **TWO)).eval()
-    record = {"recipe": {"network": name, "width": 0.0625, "starting_weights": "gone", **TWO}}
-    again = load(record, model.state_dict(), torch.device("cpu"))
+    told = {"network": name, "width": 0.0625, "starting_weights": "gone", **TWO}
+    record = {"family": "segmenter", "recipe": told, "classes": model.recipe.structures}
+    again = load_network(record, model.state_dict(), torch.device("cpu"))
     pixels = torch.randint(0, 256, (2, 40, 36), dtype=torch.uint8)
     with torch.inference_mode():
         torch.testing.assert_close(again(again.normalise(pixels)), model(model.normalise(pixels)), atol=1e-6, rtol=0)
     with pytest.raises(RuntimeError, match="size mismatch"):
-        load({"recipe": {"network": name, "width": 0.125}}, model.state_dict(), torch.device("cpu"))
+        load_network(record | {"recipe": told | {"width": 0.125}}, model.state_dict(), torch.device("cpu"))
 
 
 def test_one_structure_has_one_output_and_several_have_one_more():

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from kitlib.bundle import BundleError
 from kitlib.models.classifier import FindingsClassifier
-from kitlib.models.yolo import GeneralisedIoU, YoloDetector, load
+from kitlib.models.families import load_network
+from kitlib.models.yolo import GeneralisedIoU, YoloDetector
 from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe
 from kitlib.settings import override
 from tests import PROJECT
@@ -98,12 +99,16 @@ def test_settings_that_cannot_be_are_named(detector):
 
 
 def test_a_bundle_s_weights_predict_alike_and_nothing_else_is_read(detector):
-    record = {"recipe": {**vars(RECIPE), "starting_weights": "/gone/weights.safetensors"}}
-    loaded = load(record, detector.state_dict(), torch.device("cpu"))
+    record = {
+        "family": "yolo",
+        "classes": ["opacity"],
+        "recipe": {**vars(RECIPE), "starting_weights": "/gone/weights.safetensors"},
+    }
+    loaded = load_network(record, detector.state_dict(), torch.device("cpu"))
     for boxes, again in zip(detector.predict(NOISE), loaded.predict(NOISE), strict=True):
         np.testing.assert_array_equal(boxes, again)
     with pytest.raises(RuntimeError, match="Missing key"):
-        load(record, {}, torch.device("cpu"))
+        load_network(record, {}, torch.device("cpu"))
 
 
 def test_starting_weights_are_a_bundle_s_or_ultralytics_own_names(detector, tmp_path):

@@ -14,7 +14,8 @@ from kitlib.paths import project_root
 from kitlib.recipes.fields import FindingsRecipe
 from kitlib.recipes.named import recipe as find_recipe
 from kitlib.tables import read_table, write_table
-from kitlib.training.findings import train_findings
+from kitlib.training.driver import train_fold
+from kitlib.training.task import Task
 from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.writing import write_xray
 from tests.small_lungs import lungs_run
@@ -47,8 +48,9 @@ def run(tmp_path_factory, quick_kernels):
         "folds": [0, 1],
         "lungs_run": str(folder / "lungs"),
     }
-    begun = find_recipe("small_backbone", FindingsRecipe, **changes, epochs=1), folder / "first" / "fold0", "backbone"
-    train_findings(*tables.values(), 0, XrayCache(prepared / "xrays", 64), *begun, progress=False, lungs=lungs)
+    begun = find_recipe("small_backbone", FindingsRecipe, **changes, epochs=1)
+    task = Task(tables, XrayCache(prepared / "xrays", 64), begun, "backbone", progress=False, lungs=lungs)
+    train_fold(task, 0, folder / "first" / "fold0")
 
     def session(name, **more):
         executed = folder / f"{name}.ipynb"

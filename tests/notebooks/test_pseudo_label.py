@@ -14,8 +14,8 @@ from kitlib.recipes.fields import DetectorRecipe
 from kitlib.runs.reading import read_extra, read_metrics, read_prepared
 from kitlib.tables import read_table
 from kitlib.training.apply_lungs import apply_lungs
-from kitlib.training.detector import train_detector
-from kitlib.training.study import train_study
+from kitlib.training.driver import train_fold
+from kitlib.training.task import Task
 from kitlib.xrays.cache import XrayCache
 from tests.runs.test_reading import prepared_run
 from tests.small_lungs import bright_segmenter
@@ -67,11 +67,10 @@ def ended(tmp_path_factory, quick_kernels):
     lungs = StoredLungs(folder / "lungs")
     assert sum(frame.tolist() != [0, 0, 50, 40] for frame in lungs.frames.values()) >= 10  # crops, around the blocks
     tables = read_prepared(prepare)
-    common = {**tables, "cache": XrayCache(prepare / "xrays", 50), "progress": False}
+    common = tables, XrayCache(prepare / "xrays", 50)
     for fold in (0, 1):
-        of_fold = {"fold": fold, "run_folder": folder / f"study/fold{fold}", "lungs": lungs}
-        train_study(**common, **of_fold, recipe=OF_LUNGS, model_name="study")
-    train_detector(**common, fold=0, recipe=DETECTOR, run_folder=folder / "rcnn/fold0", model_name="rcnn")
+        train_fold(Task(*common, OF_LUNGS, "study", lungs=lungs, progress=False), fold, folder / f"study/fold{fold}")
+    train_fold(Task(*common, DETECTOR, "rcnn", progress=False), 0, folder / "rcnn/fold0")
     done = folder / "done"
     parameters = {
         "prepare_run": str(prepare),
@@ -108,7 +107,5 @@ def test_the_labelled_images_are_trained_on(ended, tmp_path):
     # One is of a patient of the training data, whom another fold would validate on.
     keep = ~extra.images["patient_id"].isin(small.images["patient_id"])
     extra = type(extra)(extra.images[keep], extra.labels, extra.boxes, extra.cache)
-    study = train_study(
-        **tables, fold=0, cache=small, recipe=QUICK, run_folder=tmp_path, model_name="study", extra=extra, progress=False
-    )
+    study = train_fold(Task(tables, small, QUICK, "study", extra=extra, progress=False), 0, tmp_path)
     assert study.metrics["extra"]["images"] == 7

@@ -13,10 +13,10 @@ from kitlib.tables import BOX, read_table
 from kitlib.training import apply_lungs as module
 from kitlib.training.apply_lungs import apply_lungs
 from kitlib.training.fold_folder import ResumeError
-from kitlib.training.lungs import train_lungs
 from kitlib.xrays.cache import CachedXray, XrayCache
 from kitlib.xrays.mask_store import MaskStore
 from tests.small_masks import COLUMNS, RECIPE, ROWS, SmallMasks
+from tests.small_tasks import train_small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,10 +32,7 @@ def small(tmp_path_factory):
 def bundle(small, tmp_path_factory):
     healthy = SmallMasks(tmp_path_factory.mktemp("healthy"))
     recipe = override(RECIPE, epochs=12, least_width=0.5, least_area=0.05, dilations=2)
-    run = train_lungs(
-        **healthy.tables(), fold=0, cache=healthy, masks=healthy.masks, recipe=recipe, model_name="m", progress=False,
-        run_folder=tmp_path_factory.mktemp("trained"),
-    )  # fmt: skip
+    run = train_small(tmp_path_factory.mktemp("trained"), healthy, recipe, fold=0, masks=healthy.masks)
     return run.run_folder / "bundle"
 
 

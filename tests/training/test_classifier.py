@@ -10,7 +10,8 @@ from kitlib.models.classifier import FindingsClassifier, StudyClassifier
 from kitlib.recipes.fields import FindingsRecipe
 from kitlib.settings import override
 from kitlib.training.classifier import start_from_weights
-from kitlib.training.study import StudyTraining, train_study
+from kitlib.training.study import StudyTraining
+from tests.small_tasks import train_small
 from tests.small_xrays import RECIPE, SmallXrays
 
 LEARNING = override(
@@ -22,9 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(folder, recipe, count=32):
-    small = SmallXrays(count)
-    tables = small.images, small.labels, small.boxes, small.fold_table
-    return train_study(*tables, 1, small, recipe, folder, "small", progress=False)
+    return train_small(folder, SmallXrays(count), recipe)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +57,8 @@ def test_outputs_say_which_tables_are_filled_and_what_the_score_is(tmp_path):
     short = override(LEARNING, epochs=1)
     study = train(tmp_path / "study", override(short, outputs="study"))
     none = train(tmp_path / "none", override(short, outputs="none"))
-    assert len(study.study_scores) == 8 and study.image_scores.empty
-    assert len(none.image_scores) == 16 and none.study_scores.empty
+    assert len(study.tables["study_scores"]) == 8 and study.tables["image_scores"].empty
+    assert len(none.tables["image_scores"]) == 16 and none.tables["study_scores"].empty
     assert "none" not in study.history and "typical" not in none.history
     assert none.metrics["best"]["score"] == none.metrics["best"]["none"]
     validation = read_bundle(none.run_folder / "bundle")[0]["validation"]
@@ -163,4 +162,4 @@ def test_a_resumed_run_with_every_option_equals_an_uninterrupted_one_bit_for_bit
     assert all(torch.equal(again[name], value) for name, value in weights.items())
     times = ["seconds", "images_per_s"]
     pd.testing.assert_frame_equal(halves.history.drop(columns=times), whole.history.drop(columns=times), check_exact=True)
-    pd.testing.assert_frame_equal(halves.image_scores, whole.image_scores, check_exact=True)
+    pd.testing.assert_frame_equal(halves.tables["image_scores"], whole.tables["image_scores"], check_exact=True)

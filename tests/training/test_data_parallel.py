@@ -4,30 +4,27 @@ import pytest
 
 from kitlib.settings import override
 from kitlib.training.data_parallel import ParallelFailed, train_together
-from kitlib.training.detector import train_detector
-from kitlib.training.study import train_study
+from kitlib.training.driver import train_fold
+from tests.small_tasks import small_task
 from tests.small_xrays import RECIPE, SmallXrays
 from tests.training.test_detector import FASTER_RCNN, pooled_precision
-
-
-def arguments(recipe):
-    small = SmallXrays(16)
-    tables = {"images": small.images, "labels": small.labels, "boxes": small.boxes, "folds": small.fold_table}
-    return {**tables, "fold": 1, "cache": small, "recipe": recipe, "model_name": "small", "progress": False}
 
 
 def test_two_processes_judge_a_detector_by_all_boxes_together(tmp_path):
     # Each process's batch norm has met other images, and one process predicts with the bundle of the first.
     # At 64 pixels a side the pyramid leaves out its coarser maps, whose layers get no gradients.
     recipe = override(FASTER_RCNN, image_size=64, epochs=3, learning_rate=5e-3, ema_decay=0.9, nominal_batch=8)
-    run = train_together(train_detector, tmp_path, 2, **arguments(recipe))
+    run = train_together(train_fold, small_task(SmallXrays(16), recipe), 1, tmp_path, 2)
     assert run.metrics["best"]["score"] > 0
-    assert pooled_precision(SmallXrays(16), run.detections) == pytest.approx(run.metrics["best"]["score"], abs=1e-6)
+    assert pooled_precision(SmallXrays(16), run.tables["detections"]) == pytest.approx(
+        run.metrics["best"]["score"], abs=1e-6
+    )
 
 
 def test_what_fails_in_a_process_is_told_in_its_own_words(tmp_path):
     with pytest.raises(ParallelFailed) as failed:
-        train_together(train_study, tmp_path, 2, **arguments(override(RECIPE, backbone="resnet51")))
+        unknown = override(RECIPE, backbone="resnet51")
+        train_together(train_fold, small_task(SmallXrays(16), unknown), 1, tmp_path, 2)
     first, second = str(failed.value).splitlines()
     assert first.startswith(f"{tmp_path}: ValueError: timm") and "has no backbone 'resnet51'" in first
     assert second == f"  logs: {tmp_path / 'processes'}"

@@ -10,7 +10,7 @@ import torch
 from kitlib.bundle import read_bundle
 from kitlib.geometry import letterbox, stretch, within
 from kitlib.inference.predict import Predictor
-from kitlib.models.faster_rcnn import load as load_faster_rcnn
+from kitlib.models.families import load_network
 from kitlib.recipes.fields import DetectorRecipe
 from kitlib.recipes.named import RECIPES as SHIPPED
 from kitlib.recipes.named import recipe as find_recipe
@@ -19,12 +19,13 @@ from kitlib.scoring.average_precision import average_precision, box_hits
 from kitlib.settings import override
 from kitlib.tables import BOX, read_table
 from kitlib.training import detector as module
-from kitlib.training.detector import canvas_precision, check_family, train_detector, with_negatives
+from kitlib.training.detector import canvas_precision, check_family, with_negatives
 from kitlib.training.faster_rcnn import FasterRCNNTraining
 from kitlib.training.fold_folder import ResumeError
 from kitlib.training.xray_dataset import XrayDataset, batches
 from kitlib.training.yolo import Canvases, Trainer, settings
 from tests.small_lungs import FRAME, stored_lungs
+from tests.small_tasks import train_small
 from tests.small_xrays import COLUMNS, ROWS, SmallXrays
 
 from ultralytics.cfg import get_cfg  # isort: skip  (kitlib.models.yolo makes the import offline)
@@ -48,19 +49,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(folder, recipe, small=None, **options):
-    small = small or SmallXrays(16)
-    options = {"fold": 1, "progress": False} | options
-    return train_detector(
-        small.images,
-        small.labels,
-        small.boxes,
-        small.fold_table,
-        cache=small,
-        recipe=recipe,
-        run_folder=folder,
-        model_name="small",
-        **options,
-    )
+    return train_small(folder, small or SmallXrays(16), recipe, **options)
 
 
 @pytest.fixture(scope="module", params=list(RECIPES))
@@ -86,7 +75,7 @@ def test_a_run_leaves_what_later_stages_read(uninterrupted):
     coverage = read_table("coverage", folder / "tables" / "coverage.parquet")
     expected = pd.DataFrame({"image_id": fold.id, "model": "small", "fold": 1}).reset_index(drop=True)
     pd.testing.assert_frame_equal(coverage, expected)
-    pd.testing.assert_frame_equal(uninterrupted.coverage, coverage)
+    pd.testing.assert_frame_equal(uninterrupted.tables["coverage"], coverage)
     record, _ = read_bundle(folder / "bundle")
     assert record["family"] == uninterrupted.metrics["recipe"]["family"]
     assert record["classes"] == ["opacity"] and record["fold"] == 1 and record["longest_side"] == 50
@@ -107,7 +96,7 @@ def pooled_precision(small, found):
 def test_the_out_of_fold_boxes_have_the_score_that_chose_the_epoch(uninterrupted):
     # The same images through another path: bundle from disk, prediction's own canvases, boxes in original pixels. A
     # stretched canvas has no padding where boxes could be cut, and IoU does not change with the scale of an axis.
-    again = pooled_precision(SmallXrays(16), uninterrupted.detections)
+    again = pooled_precision(SmallXrays(16), uninterrupted.tables["detections"])
     assert again == pytest.approx(uninterrupted.metrics["best"]["score"], abs=1e-6)
 
 
@@ -120,7 +109,9 @@ def test_a_detector_is_judged_on_the_canvas_that_it_predicts_on(tmp_path, monkey
     run = train(tmp_path, override(RECIPES[family], epochs=1, inference_size=64))
     # Four times the pixels of training's 32 x 32: a fourth of the eight images that would be judged at once.
     assert sizes == [2]
-    assert pooled_precision(SmallXrays(16), run.detections) == pytest.approx(run.metrics["best"]["score"], abs=1e-6)
+    assert pooled_precision(SmallXrays(16), run.tables["detections"]) == pytest.approx(
+        run.metrics["best"]["score"], abs=1e-6
+    )
 
 
 def stop_at(patch, epoch, batch):
@@ -160,15 +151,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeyp
     )
     for name, value in read_bundle(uninterrupted.run_folder / "bundle")[1].items():
         assert torch.equal(read_bundle(tmp_path / "bundle")[1][name], value), name
-    pd.testing.assert_frame_equal(resumed.detections, uninterrupted.detections, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.tables["detections"], uninterrupted.tables["detections"], check_exact=True)
 
 
 def test_a_finished_run_is_read_back_and_another_is_refused(uninterrupted, monkeypatch):
     recipe = RECIPES[uninterrupted.metrics["recipe"]["family"]]
-    monkeypatch.setattr(module, "_family", lambda _: pytest.fail("trained again"))
+    monkeypatch.setattr("kitlib.training.driver.seed_everything", lambda _: pytest.fail("trained again"))
     again = train(uninterrupted.run_folder, recipe)
     assert again.metrics == uninterrupted.metrics
-    pd.testing.assert_frame_equal(again.detections, uninterrupted.detections)
+    pd.testing.assert_frame_equal(again.tables["detections"], uninterrupted.tables["detections"])
     with pytest.raises(ResumeError, match=r"recipe\.nms_iou: 0\.5 there, 0\.4 here"):
         train(uninterrupted.run_folder, override(recipe, nms_iou=0.4))
     with pytest.raises(ResumeError, match="longest_side: 50 there, 40 here"):
@@ -320,8 +311,8 @@ def test_a_detector_of_lung_crops_leaves_boxes_in_original_pixels(tmp_path, fami
     run = train(tmp_path / "run", override(RECIPES[family], **changes), small, lungs=lungs)
     assert run.metrics["lungs_missed"] == {"training": 0, "predicted": 2}
     assert run.metrics["lungs_fingerprint"] == lungs.fingerprint
-    assert set(run.coverage.image_id) == set(held)
-    found = run.detections[~run.detections.image_id.isin(held[:2])]
+    assert set(run.tables["coverage"].image_id) == set(held)
+    found = run.tables["detections"][~run.tables["detections"].image_id.isin(held[:2])]
     # No box of a crop reaches beyond its frame, and stretched crops have no padding.
     assert len(found) and (found[["xmin", "ymin"]].to_numpy() >= np.array(FRAME[:2]) - 1e-6).all()
     assert (found[["xmax", "ymax"]].to_numpy() <= np.array(FRAME[2:]) + 1e-6).all()
@@ -407,7 +398,7 @@ def test_letterbox_and_stretch_judge_a_detector_alike(tmp_path):
     recipe = override(FASTER_RCNN, image_size=64, epochs=8, learning_rate=5e-3)
     run = train(tmp_path, recipe, small)
     record, weights = read_bundle(run.run_folder / "bundle")
-    network = load_faster_rcnn(record, weights, torch.device("cpu"))
+    network = load_network(record, weights, torch.device("cpu"))
     held = small.fold_table.id[small.fold_table.fold == 1]
     scores = {}
     for placement in ("stretch", "letterbox"):

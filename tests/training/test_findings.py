@@ -18,10 +18,11 @@ from kitlib.scoring.exclusive_classes import class_weights, exclusive_scores
 from kitlib.scoring.metrics import mean_auc
 from kitlib.settings import override
 from kitlib.tables import read_table
-from kitlib.training.findings import FindingsTraining, findings_loss, train_findings
+from kitlib.training.findings import FindingsTraining, findings_loss
 from kitlib.training.fold_folder import ResumeError
 from kitlib.training.loop import learning_rate_factor
 from tests.small_lungs import stored_lungs
+from tests.small_tasks import train_small
 from tests.small_xrays import SmallXrays
 
 TIMES = ["seconds", "images_per_s"]
@@ -58,18 +59,7 @@ class SmallFindings(SmallXrays):
 
 
 def train(folder, small=None, recipe=RECIPE, **options):
-    small = small or SmallFindings(32)
-    return train_findings(
-        small.images,
-        small.labels,
-        small.boxes,
-        small.fold_table,
-        cache=small,
-        recipe=recipe,
-        run_folder=folder,
-        model_name="nih",
-        **{"fold": 1, "progress": False} | options,
-    )
+    return train_small(folder, small or SmallFindings(32), recipe, **{"model_name": "nih"} | options)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +86,7 @@ def test_a_run_leaves_a_bundle_and_the_scores_of_unseen_images(uninterrupted):
 
 def test_the_out_of_fold_table_has_the_score_that_chose_the_epoch(uninterrupted):
     # The same images through another path: bundle from disk, prediction's own canvases.
-    small, scores = SmallFindings(32), uninterrupted.class_scores
+    small, scores = SmallFindings(32), uninterrupted.tables["class_scores"]
     studies = small.images.set_index("image_id").study_id[scores.image_id]
     truth = small.labels.set_index("id").loc[studies, FINDINGS].to_numpy()
     found = mean_auc(truth, scores[FINDINGS].to_numpy(), FINDINGS)
@@ -146,7 +136,7 @@ def test_the_backbone_learns_at_the_published_rates(tmp_path):
 
 def test_exactly_one_class_is_learnt_as_such(tmp_path):
     run = train(tmp_path, recipe=override(RECIPE, multi_label=False, epochs=1))
-    assert run.class_scores[FINDINGS].sum(axis=1).to_numpy() == pytest.approx(np.ones(12), abs=1e-6)
+    assert run.tables["class_scores"][FINDINGS].sum(axis=1).to_numpy() == pytest.approx(np.ones(12), abs=1e-6)
     several = SmallFindings(32)
     several.labels.loc[0, FINDINGS] = 1.0
     with pytest.raises(ValueError, match=r'1 labels do not sum to 1, first study000; .*"multi_label": true'):
@@ -163,19 +153,21 @@ def test_a_learner_of_exclusive_classes_learns_and_scores_its_own_images_where_a
     recipe = override(EXCLUSIVE, one_logit=True, class_weights=True, normalisation="half", l1=1e-5)
     run = train(tmp_path, small, recipe, in_sample=True)
     assert run.metrics["best"]["score"] > 0.7  # of a constant answer at most 0.4, of chance 0.5
-    assert run.class_scores[FINDINGS].sum(axis=1).to_numpy() == pytest.approx(np.ones(12), abs=1e-6)
-    assert set(run.training_scores.image_id) == set(small.fold_table.id[small.fold_table.fold != 1])
-    assert not set(run.training_scores.image_id) & set(run.class_scores.image_id)
+    assert run.tables["class_scores"][FINDINGS].sum(axis=1).to_numpy() == pytest.approx(np.ones(12), abs=1e-6)
+    assert set(run.tables["training_scores"].image_id) == set(small.fold_table.id[small.fold_table.fold != 1])
+    assert not set(run.tables["training_scores"].image_id) & set(run.tables["class_scores"].image_id)
     assert run.metrics["classes_without_images"] == {"training": [], "validation": []}
     # The kept epoch's score again, from the table; the images of the fold are told by the most probable class.
-    studies = small.images.set_index("image_id").study_id[run.class_scores.image_id]
+    studies = small.images.set_index("image_id").study_id[run.tables["class_scores"].image_id]
     truth = small.labels.set_index("id").loc[studies, FINDINGS].to_numpy()
-    again = exclusive_scores(truth, run.class_scores[FINDINGS].to_numpy(), FINDINGS, "macro_f1")
+    again = exclusive_scores(truth, run.tables["class_scores"][FINDINGS].to_numpy(), FINDINGS, "macro_f1")
     assert again == pytest.approx({name: run.metrics["best"][name] for name in again}, abs=1e-6)
     # A finished run is asked for what it has not said yet.
     (tmp_path / "tables" / "training_scores.parquet").unlink()
-    assert train(tmp_path, small, recipe).training_scores.empty
-    pd.testing.assert_frame_equal(train(tmp_path, small, recipe, in_sample=True).training_scores, run.training_scores)
+    assert "training_scores" not in train(tmp_path, small, recipe).tables
+    pd.testing.assert_frame_equal(
+        train(tmp_path, small, recipe, in_sample=True).tables["training_scores"], run.tables["training_scores"]
+    )
 
 
 def test_a_fold_without_a_class_is_trained_on_judged_by_the_others_and_counted(tmp_path):
@@ -243,7 +235,8 @@ def test_images_with_unknown_labels_are_trained_on_and_not_counted(tmp_path):
     small = SmallFindings(32)
     small.labels.loc[::3, "Mass"] = np.nan
     run = train(tmp_path, small, recipe=override(RECIPE, epochs=1))
-    scores = run.class_scores.assign(study_id=run.class_scores.image_id.map(small.images.set_index("image_id").study_id))
+    scores = run.tables["class_scores"]
+    scores = scores.assign(study_id=scores.image_id.map(small.images.set_index("image_id").study_id))
     truth = small.labels.set_index("id").loc[scores.study_id, FINDINGS].to_numpy()
     assert np.isnan(truth).any()
     assert mean_auc(truth, scores[FINDINGS].to_numpy(), FINDINGS)["Mass"] == pytest.approx(run.metrics["best"]["Mass"])
@@ -263,13 +256,13 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one_and_another_is_refused(
             train(tmp_path)
     torch.manual_seed(12345)
     resumed = train(tmp_path)
-    pd.testing.assert_frame_equal(resumed.class_scores, uninterrupted.class_scores, check_exact=True)
-    pd.testing.assert_frame_equal(resumed.test_scores, uninterrupted.test_scores, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.tables["class_scores"], uninterrupted.tables["class_scores"], check_exact=True)
+    pd.testing.assert_frame_equal(resumed.tables["test_scores"], uninterrupted.tables["test_scores"], check_exact=True)
     pd.testing.assert_frame_equal(
         resumed.history.drop(columns=TIMES), uninterrupted.history.drop(columns=TIMES), check_exact=True
     )
-    monkeypatch.setattr("kitlib.training.findings.fit", lambda *_, **__: pytest.fail("trained again"))
-    pd.testing.assert_frame_equal(train(tmp_path).class_scores, resumed.class_scores)
+    monkeypatch.setattr("kitlib.training.strategy.fit", lambda *_, **__: pytest.fail("trained again"))
+    pd.testing.assert_frame_equal(train(tmp_path).tables["class_scores"], resumed.tables["class_scores"])
     with pytest.raises(ResumeError, match=r"recipe\.dropout"):
         train(tmp_path, recipe=override(RECIPE, dropout=0.1))
 
@@ -280,7 +273,7 @@ def test_test_images_of_trained_patients_are_not_predicted(tmp_path, caplog):
     small.images.loc[28, "patient_id"] = "patient000"
     with caplog.at_level("WARNING"):
         run = train(tmp_path, small, recipe=override(RECIPE, epochs=1))
-    assert run.test_scores.image_id.tolist() == small.image_ids[29:]
+    assert run.tables["test_scores"].image_id.tolist() == small.image_ids[29:]
     assert "1 test images are of patients that are trained on and are not predicted, first image028" in caplog.text
 
 
@@ -299,8 +292,8 @@ def test_a_data_set_without_test_images_has_no_test_scores(tmp_path):
     small.images = small.images.drop(columns="split")
     run = train(tmp_path, small, recipe=override(RECIPE, epochs=1), limit_train=8, limit_validation=13)
     # whole patients of four images
-    assert run.metrics["train_images"] == 8 and len(run.class_scores) == 12
-    assert run.test_scores.empty and run.metrics["test_images"] == 0
+    assert run.metrics["train_images"] == 8 and len(run.tables["class_scores"]) == 12
+    assert run.tables["test_scores"].empty and run.metrics["test_images"] == 0
 
 
 @pytest.mark.parametrize("multi_label", [True, False])
@@ -342,7 +335,7 @@ def test_a_backbone_of_lung_crops_scores_validation_and_test_images_on_theirs(tm
     lungs = stored_lungs(tmp_path / "lungs", small, missed=[test])
     run = train(tmp_path / "run", small, recipe, lungs=lungs)
     assert run.metrics["lungs_missed"] == {"training": 0, "predicted": 1}
-    assert run.metrics["lungs_fingerprint"] == lungs.fingerprint and test in set(run.test_scores.image_id)
+    assert run.metrics["lungs_fingerprint"] == lungs.fingerprint and test in set(run.tables["test_scores"].image_id)
     with pytest.raises(ValueError, match=r"nih: .*set lungs_run"):
         train(tmp_path / "refused", small, recipe)
     with pytest.raises(ResumeError, match="lungs_fingerprint"):

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.runs.reading import ExtraImages
-from kitlib.training.fold_folder import Fitted, ResumeError, draw_curves, open_run, run_identity, split, with_extra
+from kitlib.training.fold_folder import Fitted, ResumeError, draw_curves, open_run
+from kitlib.training.split import split, with_extra
 from kitlib.training.xray_dataset import XrayDataset
+from tests.small_tasks import small_task
 from tests.small_xrays import RECIPE, SmallXrays
 
 
@@ -129,8 +131,7 @@ def test_extra_tables_say_nothing_about_other_images(caplog):
 
 
 def identity(extra=None, lungs=None):
-    tables = {"images": SMALL.images, "labels": SMALL.labels, "boxes": SMALL.boxes, "folds": SMALL.fold_table}
-    return run_identity(tables, 0, SMALL, RECIPE, "small", 0, None, None, extra, lungs)
+    return small_task(SMALL, RECIPE, extra=extra, lungs=lungs).identity(0)
 
 
 def test_a_run_is_known_by_the_lungs_that_it_saw(tmp_path):

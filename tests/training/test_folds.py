@@ -19,9 +19,9 @@ from kitlib.bundle import read_bundle
 from kitlib.deadline import Deadline, SessionOver
 from kitlib.recipes.fields import DetectorRecipe
 from kitlib.settings import override
-from kitlib.training.detector import train_detector
+from kitlib.training.driver import train_fold
 from kitlib.training.folds import FoldsFailed, train_folds
-from kitlib.training.study import train_study
+from tests.small_tasks import small_task
 from tests.small_xrays import RECIPE, SmallXrays
 
 TIMES = ["seconds", "images_per_s"]
@@ -33,10 +33,8 @@ ALONE = override(RECIPE, backbone="squeezenet1_1", image_size=64, dropout=0.0, o
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def arguments(recipe=QUICK, small=None):
-    small = small or SmallXrays(16)
-    tables = {"images": small.images, "labels": small.labels, "boxes": small.boxes, "folds": small.fold_table}
-    return {**tables, "cache": small, "recipe": recipe, "model_name": "small", "progress": False}
+def task(recipe=QUICK, **options):
+    return small_task(SmallXrays(16), recipe, **options)
 
 
 def assert_equal_runs(first, second, tolerance=0.0):
@@ -66,8 +64,8 @@ def forked(monkeypatch):
 
 
 def test_folds_side_by_side_equal_folds_one_after_the_other(tmp_path, capfd):
-    alone = [train_study(**arguments(), fold=fold, run_folder=tmp_path / f"alone{fold}") for fold in (0, 1)]
-    together = train_folds(train_study, [0, 1], tmp_path / "together", at_once=2, **arguments())
+    alone = [train_fold(task(), fold, tmp_path / f"alone{fold}") for fold in (0, 1)]
+    together = train_folds(task(), [0, 1], tmp_path / "together", at_once=2)
     for first, second in zip(together, alone, strict=True):
         assert_equal_runs(first, second)
     # An epoch's line comes from each as it ends, and the rest of the output is in its log.
@@ -77,16 +75,16 @@ def test_folds_side_by_side_equal_folds_one_after_the_other(tmp_path, capfd):
         assert "epoch 1 of 2" in (tmp_path / "together" / f"fold{fold}" / "train.log").read_text()
 
 
-def deadly(fold, **others):
+def deadly(task, fold, run_folder):
     if fold == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    return train_study(fold=fold, **others)
+    return train_fold(task, fold, run_folder)
 
 
 @pytest.mark.usefixtures("forked")
 def test_folds_that_fail_or_are_killed_are_named_and_stop_no_other(tmp_path):
     with pytest.raises(FoldsFailed) as failed:
-        train_folds(deadly, [7, 1, 0], tmp_path, at_once=2, **arguments())
+        train_folds(task(), [7, 1, 0], tmp_path, at_once=2, train=deadly)
     message = str(failed.value)
     assert "2 of 3 folds failed, the others are done" in message
     assert "fold 7: ValueError: fold 7 leaves nothing to train or to validate on" in message
@@ -95,22 +93,22 @@ def test_folds_that_fail_or_are_killed_are_named_and_stop_no_other(tmp_path):
 
 
 def test_folds_that_the_session_stops_are_left_out_and_said(tmp_path, capfd):
-    finished = train_folds(train_study, [0], tmp_path, at_once=1, **arguments())
+    finished = train_folds(task(), [0], tmp_path, at_once=1)
     over = Deadline(1, started=time.monotonic() - 2)
-    again = train_folds(train_study, [0, 1], tmp_path, over, at_once=1, **arguments())
+    again = train_folds(task(deadline=over), [0, 1], tmp_path, at_once=1)
     assert [run.metrics for run in again] == [run.metrics for run in finished]
     said = capfd.readouterr().out
     assert "fold 1 stopped after 0 of 2 epochs" in said
     assert "1 of 2 folds are not finished. Run this notebook again" in said and f"resume_from to '{tmp_path.name}'" in said
 
 
-def noted(fold, run_folder, deadline=None, resume=True):
+def noted(task, fold, run_folder):
     """A training of no time: fold 1 fails, and a deadline ends fold 0."""
     with open(run_folder.parent / "begun.txt", "a") as begun:
-        begun.write(f"{fold} {torch.get_num_threads()} {resume}\n")
-    if deadline is not None and fold == 1:
+        begun.write(f"{fold} {torch.get_num_threads()} {task.resume}\n")
+    if task.deadline is not None and fold == 1:
         raise ValueError("no such fold")
-    if deadline is not None and fold == 0:
+    if task.deadline is not None and fold == 0:
         raise SessionOver(run_folder, 0, 2)
     if not (run_folder / "metrics.json").is_file():
         (run_folder / "metrics.json").write_text("{}")
@@ -127,7 +125,7 @@ def test_after_a_fold_that_the_session_stops_no_other_is_begun(tmp_path, at_once
     (tmp_path / "fold5").mkdir()
     (tmp_path / "fold5" / "metrics.json").write_text("{}")
     folds = [0, 3, 5, 4] if at_once == 1 else [0, 0, 3, 5, 4]
-    found = train_folds(noted, folds, tmp_path, Deadline(600), at_once=at_once)
+    found = train_folds(task(deadline=Deadline(600)), folds, tmp_path, at_once=at_once, train=noted)
     # What is finished already is read.
     assert found == [5]
     assert {line.split()[0] for line in begun(tmp_path)} == {"0", "5"}
@@ -137,7 +135,7 @@ def test_after_a_fold_that_the_session_stops_no_other_is_begun(tmp_path, at_once
 @pytest.mark.usefixtures("forked")
 def test_a_failure_does_not_call_done_what_the_session_has_stopped(tmp_path):
     with pytest.raises(FoldsFailed, match=r"1 of 2 folds failed, the session's end has stopped 0:\nfold 1: ValueError"):
-        train_folds(noted, [0, 1], tmp_path, Deadline(600), at_once=2)
+        train_folds(task(deadline=Deadline(600)), [0, 1], tmp_path, at_once=2, train=noted)
 
 
 @pytest.mark.usefixtures("forked")
@@ -146,19 +144,19 @@ def test_folds_side_by_side_share_the_threads_and_are_started_over_once(tmp_path
     for fold in (2, 3):
         (tmp_path / f"fold{fold}" / "checkpoints").mkdir(parents=True)
         (tmp_path / f"fold{fold}" / "metrics.json").write_text("{}")
-    assert train_folds(noted, [2, 3], tmp_path, at_once=2, resume=False) == [2, 3]
+    assert train_folds(task(resume=False), [2, 3], tmp_path, at_once=2, train=noted) == [2, 3]
     # Each is trained in a process with half of the threads, and then read here.
     assert sorted(begun(tmp_path)) == ["2 2 True", "2 5 True", "3 2 True", "3 5 True"]
     assert list(tmp_path.glob("*/checkpoints")) == []
 
 
-def endless(fold, run_folder, deadline):
+def endless(task, fold, run_folder):
     (run_folder.parent / f"{fold}.begun").write_text(str(os.getpid()))
     time.sleep(600)
 
 
 def test_the_folds_of_a_killed_notebook_do_not_train_on(tmp_path, forked):
-    parent = forked.Process(target=train_folds, args=(endless, [0, 1], tmp_path), kwargs={"at_once": 2})
+    parent = forked.Process(target=train_folds, args=(task(), [0, 1], tmp_path), kwargs={"at_once": 2, "train": endless})
     parent.start()
     end = time.monotonic() + 120
     while len(told := [path.read_text() for path in tmp_path.glob("*.begun")]) < 2 or not all(told):
@@ -172,12 +170,12 @@ def test_the_folds_of_a_killed_notebook_do_not_train_on(tmp_path, forked):
 
 
 def test_two_processes_go_on_with_a_model_as_one_process_does(tmp_path):
-    alone = train_study(**arguments(ALONE), fold=1, run_folder=tmp_path / "alone")
-    assert train_folds(train_study, [1], tmp_path / "together", OneEpoch(), at_once=1, **arguments(ALONE)) == []
-    (run,) = train_folds(train_study, [1], tmp_path / "together", processes=2, **arguments(ALONE))
+    alone = train_fold(task(ALONE), 1, tmp_path / "alone")
+    assert train_folds(task(ALONE, deadline=OneEpoch()), [1], tmp_path / "together", at_once=1) == []
+    (run,) = train_folds(task(ALONE), [1], tmp_path / "together", processes=2)
     # They add the same numbers in another order.
     assert_equal_runs(run, alone, tolerance=1e-5)
-    pd.testing.assert_frame_equal(run.study_scores, alone.study_scores, atol=1e-4)
+    pd.testing.assert_frame_equal(run.tables["study_scores"], alone.tables["study_scores"], atol=1e-4)
     assert len(list((tmp_path / "together" / "fold1" / "processes").rglob("stderr.log"))) == 2
 
 
@@ -194,10 +192,10 @@ class OneEpoch(Deadline):
 
 def test_what_processes_cannot_share_is_refused(tmp_path):
     with pytest.raises(ValueError, match="at_once 2 and processes 2: choose"):
-        train_folds(train_study, [0, 1], tmp_path, at_once=2, processes=2)
+        train_folds(task(), [0, 1], tmp_path, at_once=2, processes=2)
     with pytest.raises(ValueError, match="2 processes cannot share a batch of 7 images evenly"):
-        train_folds(train_study, [1], tmp_path, processes=2, **arguments(override(ALONE, batch_size=7)))
+        train_folds(task(override(ALONE, batch_size=7)), [1], tmp_path, processes=2)
     with pytest.raises(ValueError, match="what learns later is not shared by processes"):
-        train_folds(train_study, [1], tmp_path, processes=2, **arguments(override(ALONE, unfreeze_every=2)))
-    with pytest.raises(ValueError, match="a YOLO is trained by one process"):
-        train_folds(train_detector, [1], tmp_path, processes=2, **arguments(DetectorRecipe(family="yolo", batch_size=4)))
+        train_folds(task(override(ALONE, unfreeze_every=2)), [1], tmp_path, processes=2)
+    with pytest.raises(ValueError, match="a yolo is trained by one process"):
+        train_folds(task(DetectorRecipe(family="yolo", batch_size=4)), [1], tmp_path, processes=2)

@@ -235,18 +235,18 @@ def slope_batches(count, size=2):
     return torch.utils.data.DataLoader(torch.ones(count * size, 1), batch_size=size)
 
 
-def train_slope(folder, recipe, gathered=1, count=6, dies_at=None):
+def train_slope(folder, recipe, count=6, dies_at=None):
     module = Slope(recipe, dies_at)
-    fitted = fit(module, slope_batches(count), slope_batches(1), folder, torch.device("cpu"), 0, False, gathered=gathered)
-    return module, fitted
+    return module, fit(module, recipe, slope_batches(count), slope_batches(1), folder, torch.device("cpu"), 0, False)
 
 
 FLAT = override(RECIPE, optimizer="sgd", learning_rate=0.1, epochs=4, schedule_every=0)
+GATHERED = {"nominal_batch": 4 * FLAT.batch_size}  # a step of the optimiser every four batches
 
 
 def test_an_incomplete_group_of_batches_steps_at_the_epochs_end_and_counts_by_its_images(tmp_path):
     # By hand: the gradient of a batch of ones is w; Nesterov SGD 0.9; groups of 4 and 2 of the 6 batches, each over 4.
-    module, _ = train_slope(tmp_path, override(FLAT, epochs=2), gathered=4)
+    module, _ = train_slope(tmp_path, override(FLAT, epochs=2, **GATHERED))
     weight, momentum, expected = 1.0, 0.0, []
     for step, batches in enumerate((4, 2, 4, 2)):
         expected += [weight] * batches
@@ -275,11 +275,11 @@ def test_the_moving_average_follows_its_formula_and_is_what_is_judged_and_kept(t
 
 @pytest.mark.parametrize("dies_at", [(0, 3), (2, 0), (3, 4)])
 def test_a_resumed_moving_average_with_gathered_batches_equals_an_uninterrupted_one(tmp_path, dies_at):
-    averaged = override(FLAT, ema_decay=0.9)
-    whole, fitted = train_slope(tmp_path / "whole", averaged, gathered=4)
+    averaged = override(FLAT, ema_decay=0.9, **GATHERED)
+    whole, fitted = train_slope(tmp_path / "whole", averaged)
     with pytest.raises(ConnectionError):
-        train_slope(tmp_path / "cut", averaged, gathered=4, dies_at=dies_at)
-    resumed, again = train_slope(tmp_path / "cut", averaged, gathered=4)
+        train_slope(tmp_path / "cut", averaged, dies_at=dies_at)
+    resumed, again = train_slope(tmp_path / "cut", averaged)
     # At least what came after the break: the checkpoint before it carries the average, its step and the momentum.
     assert resumed.judged_weights == whole.judged_weights[-len(resumed.judged_weights) :]
     assert len(resumed.judged_weights) == 4 - dies_at[0]
@@ -342,7 +342,7 @@ class Told(Slope):
 def train_told(folder, dies_at=None):
     recipe = override(FLAT, epochs=6, schedule="plateau", plateau_epochs=1, patience=10)
     module = Told(recipe, dies_at)
-    return module, fit(module, slope_batches(5), slope_batches(1), folder, torch.device("cpu"), 0, False)
+    return module, fit(module, recipe, slope_batches(5), slope_batches(1), folder, torch.device("cpu"), 0, False)
 
 
 def test_a_plateaus_rate_is_that_of_the_next_epoch(tmp_path):

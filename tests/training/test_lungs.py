@@ -9,10 +9,13 @@ from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.deadline import SessionOver
 from kitlib.inference.segment_lungs import load_segmenter
 from kitlib.settings import override
+from kitlib.training.driver import train_fold
 from kitlib.training.fold_folder import ResumeError
-from kitlib.training.lungs import score_masks, train_lungs
+from kitlib.training.lungs import score_masks
+from kitlib.training.task import Task
 from kitlib.xrays.mask_store import MaskError, MaskStore
 from tests.small_masks import RECIPE, SmallMasks
+from tests.small_tasks import train_small
 from tests.training.test_sessions import EndsAfter
 
 TIMES = ["seconds", "images_per_s"]
@@ -26,8 +29,7 @@ def small(tmp_path_factory):
 
 
 def train(small, folder, recipe=RECIPE, **options):
-    common = {"fold": 0, "cache": small, "masks": small.masks, "model_name": "m", "progress": False}
-    return train_lungs(**small.tables(), **common, recipe=recipe, run_folder=folder, **options)
+    return train_small(folder, small, recipe, **{"fold": 0, "masks": small.masks, "model_name": "m"} | options)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +39,12 @@ def run(small, tmp_path_factory):
 
 def test_it_learns_two_dark_ellipses(run):
     # The heart, brighter than all, cuts into both lungs; a frame around them would have a Dice below 0.75.
-    assert run.scores.dice.min() > 0.85
+    assert run.tables["mask_scores"].dice.min() > 0.85
 
 
 def test_scores_are_those_of_the_masks_that_lie_in_the_run(run, small):
-    assert set(run.scores.image_id) == set(small.fold_table.id[small.fold_table.fold == 0])
-    for row in run.scores.itertuples():
+    assert set(run.tables["mask_scores"].image_id) == set(small.fold_table.id[small.fold_table.fold == 0])
+    for row in run.tables["mask_scores"].itertuples():
         found, drawn = (np.isin(store.read(row.image_id), LUNG_CODES) for store in (run.masks, small.masks))
         assert row.dice == pytest.approx(2 * (found & drawn).sum() / (found.sum() + drawn.sum()))
         assert row.jaccard == pytest.approx((found & drawn).sum() / (found | drawn).sum())
@@ -50,8 +52,8 @@ def test_scores_are_those_of_the_masks_that_lie_in_the_run(run, small):
 
 def test_the_bundle_segments_as_the_run_did(run, small):
     segmenter = load_segmenter(run.run_folder / "bundle", batch_size=3)
-    again = score_masks(segmenter, small, small.masks, run.scores.image_id)
-    pd.testing.assert_series_equal(again.dice, run.scores.dice, atol=0.02)
+    again = score_masks(segmenter, small, small.masks, run.tables["mask_scores"].image_id)
+    pd.testing.assert_series_equal(again.dice, run.tables["mask_scores"].dice, atol=0.02)
     record, _ = read_bundle(run.run_folder / "bundle")
     assert record["family"] == "segmenter" and record["classes"] == ["lungs"]
 
@@ -61,7 +63,7 @@ def test_sides_and_heart_are_judged_each_and_the_lungs_together(tmp_path):
     structures = ("heart", "left_lung", "right_lung")
     recipe = override(RECIPE, structures=structures, loss="cross_entropy", background_weight=0.5, epochs=12)
     run = train(small, tmp_path / "run", recipe)
-    dice = run.scores.pivot_table("dice", "image_id", "structure")
+    dice = run.tables["mask_scores"].pivot_table("dice", "image_id", "structure")
     assert set(dice) == {*structures, "lungs"}
     # Each side by itself is no better than both where the only doubt is between them and the background.
     assert dice.mean().min() > 0.6
@@ -84,7 +86,7 @@ def test_a_training_that_sessions_interrupt_ends_bit_for_bit_alike(small, tmp_pa
     pd.testing.assert_frame_equal(parts.history.drop(columns=TIMES), whole.history.drop(columns=TIMES), check_exact=True)
     weights = [read_bundle(run.run_folder / "bundle")[0]["weights_sha256"] for run in (whole, parts)]
     assert weights[0] == weights[1]
-    pd.testing.assert_frame_equal(parts.scores, whole.scores, check_exact=True)
+    pd.testing.assert_frame_equal(parts.tables["mask_scores"], whole.tables["mask_scores"], check_exact=True)
 
 
 def test_another_set_of_masks_is_another_run(small, tmp_path):
@@ -102,23 +104,17 @@ def test_another_set_of_masks_is_another_run(small, tmp_path):
 def test_images_without_a_mask_are_left_out_and_none_at_all_is_an_error(small, tmp_path):
     some = MaskStore(tmp_path / "some")
     some.add({image_id: small.masks.read(image_id) for image_id in small.image_ids[2:]})
-    run = train_lungs(
-        **small.tables(), fold=0, cache=small, masks=some, recipe=override(RECIPE, epochs=1), run_folder=tmp_path / "run",
-        model_name="m", progress=False,
-    )  # fmt: skip
+    run = train(small, tmp_path / "run", override(RECIPE, epochs=1), masks=some)
     assert run.metrics["train_images"] + run.metrics["validation_images"] == len(small.image_ids) - 2
     with pytest.raises(MaskError, match="none of 16 images has a mask"):
-        train_lungs(
-            **small.tables(), fold=0, cache=small, masks=MaskStore(tmp_path / "none"), recipe=RECIPE,
-            run_folder=tmp_path / "no", model_name="m",
-        )  # fmt: skip
+        train(small, tmp_path / "no", masks=MaskStore(tmp_path / "none"))
 
 
 def test_masks_of_two_conventions_are_never_learnt_as_one(small, tmp_path):
-    tables = small.tables()
-    tables["images"] = tables["images"].assign(convention=["lung_fields", "with_heart"] * 8)
+    images = small.images.assign(convention=["lung_fields", "with_heart"] * 8)
+    task = Task({**small.tables(), "images": images}, small, RECIPE, "m", masks=small.masks)
     with pytest.raises(MaskError, match="2 conventions \\(lung_fields, with_heart\\)"):
-        train_lungs(**tables, fold=0, cache=small, masks=small.masks, recipe=RECIPE, run_folder=tmp_path, model_name="m")
+        train_fold(task, 0, tmp_path)
 
 
 def test_weights_of_another_network_are_refused_and_its_own_are_taken(run, small, tmp_path):
@@ -126,4 +122,4 @@ def test_weights_of_another_network_are_refused_and_its_own_are_taken(run, small
     with pytest.raises(BundleError, match="does not fit unet"):
         train(small, tmp_path / "a", override(RECIPE, network="unet", starting_weights=bundle))
     going_on = train(small, tmp_path / "b", override(RECIPE, epochs=1, starting_weights=bundle, learning_rate=1e-6))
-    assert going_on.scores.dice.mean() == pytest.approx(run.scores.dice.mean(), abs=0.05)
+    assert going_on.tables["mask_scores"].dice.mean() == pytest.approx(run.tables["mask_scores"].dice.mean(), abs=0.05)

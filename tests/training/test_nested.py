@@ -1,7 +1,5 @@
 """Nested folds: what a model may have seen, and whose answer counts for an image."""
 
-from types import SimpleNamespace
-
 import pandas as pd
 import pytest
 
@@ -10,6 +8,8 @@ from kitlib.paths import find_input
 from kitlib.tables import check_table, empty_table
 from kitlib.training.folds import begin_session
 from kitlib.training.nested import NOT_NESTED, gather, hold_out, is_whole, train_nested
+from kitlib.training.task import Task, TrainedFold
+from tests.small_xrays import RECIPE
 
 FOLDS = pd.DataFrame({"id": [f"image{n}" for n in range(12)], "fold": [n % 3 for n in range(12)]})
 
@@ -29,21 +29,26 @@ def answers(ids, fold, score):
     )
 
 
-def trained_on(folds, fold, run_folder, images, deadline=None, **_):
+def trained_on(task, fold, run_folder):
     """Stands in for a training: says fold / 10 of what it validates on, and fold / 10 + 0.5 of what it is tested on."""
+    images, folds = task.tables["images"], task.tables["folds"]
     seen = folds.id[folds.fold != fold]
     test = images.image_id[images.split == "test"]
     assert not set(test) & set(folds.id)
-    return SimpleNamespace(
-        run_folder=run_folder,
-        class_scores=answers(folds.id[folds.fold == fold], fold, fold / 10),
-        test_scores=answers(test, fold, fold / 10 + 0.5),
-        training_scores=answers(seen, fold, 0.9),
-    )
+    predicted = {
+        "class_scores": answers(folds.id[folds.fold == fold], fold, fold / 10),
+        "test_scores": answers(test, fold, fold / 10 + 0.5),
+        "training_scores": answers(seen, fold, 0.9),
+    }
+    return TrainedFold(run_folder, {}, pd.DataFrame(), predicted)
+
+
+def task(tables):
+    return Task(tables, cache=None, recipe=RECIPE, model_name="a")
 
 
 def train_all(tmp_path, outer_folds, split):
-    return train_nested(trained_on, [0, 1, 2], outer_folds, tmp_path, tables(split))
+    return train_nested(task(tables(split)), [0, 1, 2], outer_folds, tmp_path, train=trained_on)
 
 
 @pytest.fixture
@@ -75,17 +80,17 @@ def test_an_outer_fold_that_there_is_not_is_an_error_that_lists_them(outer):
 )
 def test_folds_that_there_are_not_are_refused_before_anything_is_trained(tmp_path, folds, outer_folds, message):
     with pytest.raises(ValueError, match=message):
-        train_nested(lambda **_: pytest.fail("trained"), folds, outer_folds, tmp_path, tables(["train"] * 13))
+        train_nested(task(tables(["train"] * 13)), folds, outer_folds, tmp_path, train=lambda *_: pytest.fail("trained"))
 
 
 def test_a_stopped_nested_run_is_gone_on_with_by_its_own_name(tmp_path, capsys, monkeypatch):
-    def stopped(fold, run_folder, **_):
+    def stopped(task, fold, run_folder):
         (run_folder / "checkpoints").mkdir(parents=True)
         (run_folder / "checkpoints" / "run.json").write_text("{}")
         raise SessionOver(run_folder, 1, 2)
 
     inputs, run = tmp_path / "inputs", tmp_path / "inputs" / "kernel" / "learner"
-    train_nested(stopped, [0, 1, 2], [1], run, tables(["train"] * 13))
+    train_nested(task(tables(["train"] * 13)), [0, 1, 2], [1], run, train=stopped)
     assert "set resume_from to 'learner'" in capsys.readouterr().out
     monkeypatch.setattr("kitlib.training.folds.find_input", lambda name: find_input(name, inputs))
     begin_session(tmp_path / "next", resume_from="learner")
@@ -133,7 +138,7 @@ def test_without_outer_folds_the_answer_is_the_out_of_fold_one(tmp_path, split):
 def test_a_session_that_ends_begins_no_further_outer_fold(tmp_path, split, monkeypatch):
     begun = []
 
-    def ended(train, folds, run, /, **_):
+    def ended(task, folds, run, *_):
         begun.append(run.name)
         return []
 

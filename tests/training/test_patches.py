@@ -10,8 +10,9 @@ from kitlib.recipes.fields import PatchRecipe
 from kitlib.scoring.exclusive_classes import exclusive_scores
 from kitlib.settings import override
 from kitlib.tables import read_table
-from kitlib.training.findings import PatchTraining, train_findings
+from kitlib.training.findings import PatchTraining
 from tests.small_lungs import stored_lungs
+from tests.small_tasks import train_small
 from tests.small_xrays import SmallXrays
 
 TIMES = ["seconds", "images_per_s"]
@@ -38,19 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(folder, lungs, recipe=RECIPE, small=None, **options):
-    small = small or SmallXrays(32)
-    return train_findings(
-        small.images,
-        small.labels,
-        small.boxes,
-        small.fold_table,
-        cache=small,
-        recipe=recipe,
-        run_folder=folder,
-        model_name="patched",
-        lungs=lungs,
-        **{"fold": 1, "progress": False} | options,
-    )
+    return train_small(folder, small or SmallXrays(32), recipe, **{"model_name": "patched", "lungs": lungs} | options)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +64,12 @@ def test_a_run_leaves_a_bundle_of_patches_and_scores_of_images(uninterrupted):
     assert metrics["recipe"]["patch_score"] == record["recipe"]["patch_score"] == "votes"
     # image003 is trained on, image010 is not, and both are predicted, as `in_sample` asks.
     assert metrics["lungs_missed"] == {"training": 1, "predicted": 2}
-    assert set(uninterrupted.training_scores.image_id) == set(small.fold_table.id[small.fold_table.fold == 0])
+    assert set(uninterrupted.tables["training_scores"].image_id) == set(small.fold_table.id[small.fold_table.fold == 0])
 
 
 def test_the_out_of_fold_table_has_the_score_that_chose_the_epoch(uninterrupted):
     # As many patches in validation as in prediction, from another path: bundle from disk, prediction's own canvases.
-    small, scores = SmallXrays(32), uninterrupted.class_scores
+    small, scores = SmallXrays(32), uninterrupted.tables["class_scores"]
     studies = small.images.set_index("image_id").study_id[scores.image_id]
     truth = small.labels.set_index("id").loc[studies, CLASSES].to_numpy()
     found = exclusive_scores(truth, scores[CLASSES].to_numpy(), CLASSES, "macro_f1")
@@ -100,7 +89,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
         with pytest.raises(ConnectionError):
             train(tmp_path, lungs)
     resumed = train(tmp_path, lungs)
-    pd.testing.assert_frame_equal(resumed.class_scores, uninterrupted.class_scores, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.tables["class_scores"], uninterrupted.tables["class_scores"], check_exact=True)
     pd.testing.assert_frame_equal(
         resumed.history.drop(columns=TIMES), uninterrupted.history.drop(columns=TIMES), check_exact=True
     )
@@ -110,7 +99,7 @@ def test_it_learns_and_penalises(tmp_path, lungs):
     recipe = override(RECIPE, epochs=12, learning_rate=1e-2, patch_score="mean_softmax", l1=1e-5, normalisation="half")
     learnt = train(tmp_path, lungs, recipe)
     assert learnt.metrics["best"]["score"] > 0.7  # macro F1 of four classes, chance is 0.25
-    assert learnt.class_scores[CLASSES].sum(axis=1).to_numpy() == pytest.approx(np.ones(16), abs=1e-6)
+    assert learnt.tables["class_scores"][CLASSES].sum(axis=1).to_numpy() == pytest.approx(np.ones(16), abs=1e-6)
 
 
 def test_what_patches_cannot_do_is_refused_before_anything_is_written(tmp_path, lungs):

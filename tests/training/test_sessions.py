@@ -19,11 +19,9 @@ from kitlib.deadline import Deadline, SessionOver, epoch_fits
 from kitlib.models.starting_weights import find_starting_weights
 from kitlib.settings import override
 from kitlib.training import yolo as train_yolo
-from kitlib.training.detector import train_detector
-from kitlib.training.findings import train_findings
 from kitlib.training.fold_folder import ResumeError, continue_from
 from kitlib.training.loop import pl
-from kitlib.training.study import train_study
+from tests.small_tasks import train_small
 from tests.small_xrays import RECIPE, SmallXrays
 from tests.training.test_detector import FASTER_RCNN, YOLO
 from tests.training.test_findings import RECIPE as FINDINGS
@@ -32,13 +30,13 @@ from tests.training.test_loop import FLAT, train_slope
 
 EPOCHS = 3
 MIXED = {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1, "ema_decay": 0.9, "nominal_batch": 8}
-# Trainer, data, recipe and the tables that it predicts; what a recipe adds is in as far as a family knows it.
+# Data, recipe and the tables that it predicts; what a recipe adds is in as far as a family knows it.
 FAMILIES = {
-    "study": (train_study, SmallXrays, override(RECIPE, **MIXED, segmentation=0.5), ("study_scores", "image_scores")),
-    "findings": (train_findings, SmallFindings, override(FINDINGS, **MIXED), ("class_scores", "test_scores")),
-    "faster_rcnn": (train_detector, SmallXrays, override(FASTER_RCNN, ema_decay=0.9, nominal_batch=8), ("detections",)),
+    "study": (SmallXrays, override(RECIPE, **MIXED, segmentation=0.5), ("study_scores", "image_scores")),
+    "findings": (SmallFindings, override(FINDINGS, **MIXED), ("class_scores", "test_scores")),
+    "faster_rcnn": (SmallXrays, override(FASTER_RCNN, ema_decay=0.9, nominal_batch=8), ("detections",)),
     # Three batches a step and two an epoch: at an epoch's end there are gradients in hand.
-    "yolo": (train_detector, SmallXrays, override(YOLO, nominal_batch=12), ("detections",)),
+    "yolo": (SmallXrays, override(YOLO, nominal_batch=12), ("detections",)),
 }
 
 
@@ -58,11 +56,9 @@ class EndsAfter(Deadline):
 
 
 def train(family, folder, **options):
-    function, data, recipe, _ = FAMILIES[family]
-    small = data(32 if family == "findings" else 16)
-    tables = (small.images, small.labels, small.boxes, small.fold_table)
-    options = {"recipe": override(recipe, epochs=EPOCHS), "fold": 1, "progress": False, "model_name": family} | options
-    return function(*tables, cache=small, run_folder=folder, **options)
+    data, recipe, _ = FAMILIES[family]
+    options = {"recipe": override(recipe, epochs=EPOCHS), "model_name": family} | options
+    return train_small(folder, data(32 if family == "findings" else 16), **options)
 
 
 def assert_equal_runs(one, other, tables):
@@ -72,7 +68,7 @@ def assert_equal_runs(one, other, tables):
     history = [run.history.drop(columns=["seconds", "images_per_s"]) for run in (one, other)]
     pd.testing.assert_frame_equal(*history, check_exact=True)
     for name in tables:
-        pd.testing.assert_frame_equal(getattr(one, name), getattr(other, name), check_exact=True)
+        pd.testing.assert_frame_equal(one.tables[name], other.tables[name], check_exact=True)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +79,7 @@ def uninterrupted(tmp_path_factory):
         """Of the family's recipe with `changes`, trained once for all tests that ask for it."""
         key = family, *changes.items()
         if key not in done:
-            recipe = override(FAMILIES[family][2], epochs=EPOCHS, **changes)
+            recipe = override(FAMILIES[family][1], epochs=EPOCHS, **changes)
             done[key] = train(family, tmp_path_factory.mktemp(family), recipe=recipe)
         return done[key]
 
@@ -132,7 +128,7 @@ def test_sessions_that_end_at_any_epoch_give_what_one_session_gives(tmp_path, un
     new_session()
     resumed = train(family, third / "fold1", deadline=EndsAfter(1))
     assert contents(second) == before
-    assert_equal_runs(resumed, uninterrupted(family), FAMILIES[family][3])
+    assert_equal_runs(resumed, uninterrupted(family), FAMILIES[family][2])
 
 
 def test_a_finished_training_needs_no_time_for_another_epoch(tmp_path, uninterrupted):
@@ -192,7 +188,7 @@ def killed_in_writing(patch, moment, epoch):
 def train_and_die(family, folder, moment, epoch):
     with pytest.MonkeyPatch.context() as patch:
         killed_in_writing(patch, moment, epoch)
-        train(family, folder, recipe=override(FAMILIES[family][2], epochs=EPOCHS, keep="last"))
+        train(family, folder, recipe=override(FAMILIES[family][1], epochs=EPOCHS, keep="last"))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +196,7 @@ def train_and_die(family, folder, moment, epoch):
     [("study", "half written"), ("study", "best half written"), ("study", "not renamed"), ("yolo", "half written")],
 )
 def test_killed_in_the_middle_of_writing_the_checkpoint_before_is_whole(tmp_path, uninterrupted, family, moment):
-    last = override(FAMILIES[family][2], epochs=EPOCHS, keep="last")  # every epoch writes its weights
+    last = override(FAMILIES[family][1], epochs=EPOCHS, keep="last")  # every epoch writes its weights
     process = multiprocessing.get_context("fork").Process(target=train_and_die, args=(family, tmp_path / "cut", moment, 2))
     process.start()
     process.join(120)
@@ -209,18 +205,18 @@ def test_killed_in_the_middle_of_writing_the_checkpoint_before_is_whole(tmp_path
     assert checkpoint["epoch"] == 0  # counted from 0: the first one
     new_session()
     resumed = train(family, tmp_path / "cut", recipe=last)
-    assert_equal_runs(resumed, uninterrupted(family, keep="last"), FAMILIES[family][3])
+    assert_equal_runs(resumed, uninterrupted(family, keep="last"), FAMILIES[family][2])
     # What was half written does not stay for ever.
     left = {path.name for path in (tmp_path / "cut" / "checkpoints").iterdir() if path.is_file()}
     assert left == {"run.json", "last.ckpt", "best.safetensors"}
 
 
 def test_kills_at_any_moment_change_nothing(tmp_path):
-    slow = override(FLAT, epochs=30, ema_decay=0.9, patience=30, learning_rate=0.01)
-    whole, fitted = train_slope(tmp_path / "whole", slow, gathered=4)
+    slow = override(FLAT, epochs=30, ema_decay=0.9, patience=30, learning_rate=0.01, nominal_batch=4 * FLAT.batch_size)
+    whole, fitted = train_slope(tmp_path / "whole", slow)
     kills, moments = 0, np.random.default_rng(0).uniform(0.05, 0.3, 100)
     for moment in moments:
-        process = multiprocessing.get_context("fork").Process(target=train_slope, args=(tmp_path / "cut", slow, 4))
+        process = multiprocessing.get_context("fork").Process(target=train_slope, args=(tmp_path / "cut", slow))
         process.start()
         # By the work that it has done: on a busy machine it would come to nothing in that time.
         while process.exitcode is None and sum(psutil.Process(process.pid).cpu_times()[:2]) < moment:
@@ -231,7 +227,7 @@ def test_kills_at_any_moment_change_nothing(tmp_path):
         process.join()
         kills += 1
     assert process.exitcode == 0 and kills >= 2
-    resumed, again = train_slope(tmp_path / "cut", slow, gathered=4)
+    resumed, again = train_slope(tmp_path / "cut", slow)
     assert torch.equal(resumed.model.weight, whole.model.weight)
     assert again.history.score.tolist() == fitted.history.score.tolist()
 
@@ -258,7 +254,7 @@ def test_a_copy_of_an_earlier_session_takes_nothing_back(tmp_path):
 
 def test_a_session_of_other_settings_folds_or_data_is_refused_with_each_difference(tmp_path):
     resumed = partial(train, "study", stopped(tmp_path), deadline=EndsAfter(9))
-    recipe = override(FAMILIES["study"][2], epochs=EPOCHS)
+    recipe = override(FAMILIES["study"][1], epochs=EPOCHS)
     with pytest.raises(ResumeError, match=r"recipe\.dropout: 0\.5 there, 0\.1 here; recipe\.mixup: 0\.4 there, 0\.0 here"):
         resumed(recipe=override(recipe, dropout=0.1, mixup=0.0))
     with pytest.raises(ResumeError, match="seed: 0 there, 1 here"):
@@ -269,10 +265,8 @@ def test_a_session_of_other_settings_folds_or_data_is_refused_with_each_differen
             super().__post_init__()
             self.fold_table = self.fold_table.assign(fold=self.fold_table.fold.replace({0: 2}))
 
-    small = Refolded(16)
-    tables = (small.images, small.labels, small.boxes, small.fold_table)
     with pytest.raises(ResumeError, match=r"data_fingerprint: '\w+' there, '\w+' here; folds_fingerprint: '\w+' there"):
-        train_study(*tables, 1, small, recipe, tmp_path, "study", progress=False)
+        train_small(tmp_path, Refolded(16), recipe, model_name="study")
 
 
 def test_starting_weights_are_known_by_their_content_wherever_they_lie(tmp_path, uninterrupted):

@@ -14,10 +14,10 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.runs.reading import ExtraImages
 from kitlib.settings import override
 from kitlib.tables import read_table
-from kitlib.training import study as module
 from kitlib.training.fold_folder import ResumeError
-from kitlib.training.study import StudyTraining, train_study, validation_scores
+from kitlib.training.study import StudyTraining, validation_scores
 from tests.small_lungs import stored_lungs
+from tests.small_tasks import train_small
 from tests.small_xrays import RECIPE, SmallXrays
 
 TIMES = ["seconds", "images_per_s"]
@@ -28,19 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(folder, small=None, recipe=RECIPE, **options):
-    small = small or SmallXrays(32)
-    options = {"fold": 1, "progress": False} | options
-    return train_study(
-        small.images,
-        small.labels,
-        small.boxes,
-        small.fold_table,
-        cache=small,
-        recipe=recipe,
-        run_folder=folder,
-        model_name="small",
-        **options,
-    )
+    return train_small(folder, small or SmallXrays(32), recipe, **options)
 
 
 def weights_of(run):
@@ -72,7 +60,7 @@ def test_a_run_leaves_what_later_stages_read(uninterrupted):
 def test_the_out_of_fold_tables_have_the_score_that_chose_the_epoch(uninterrupted):
     # The same images through another path: bundle from disk, prediction's own canvases, study means of its own.
     small = SmallXrays(32)
-    studies, images = uninterrupted.study_scores, uninterrupted.image_scores
+    studies, images = uninterrupted.tables["study_scores"], uninterrupted.tables["image_scores"]
     truth = small.labels.set_index("id").loc[studies.study_id, list(STUDY_CLASSES)].to_numpy()
     studies_alone = validation_scores(
         np.c_[studies[list(STUDY_CLASSES)], np.zeros(len(studies))], studies.study_id.to_numpy(), truth, np.zeros(len(truth))
@@ -113,8 +101,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeyp
     pd.testing.assert_frame_equal(
         resumed.history.drop(columns=TIMES), uninterrupted.history.drop(columns=TIMES), check_exact=True
     )
-    pd.testing.assert_frame_equal(resumed.image_scores, uninterrupted.image_scores, check_exact=True)
-    pd.testing.assert_frame_equal(resumed.study_scores, uninterrupted.study_scores, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.tables["image_scores"], uninterrupted.tables["image_scores"], check_exact=True)
+    pd.testing.assert_frame_equal(resumed.tables["study_scores"], uninterrupted.tables["study_scores"], check_exact=True)
 
 
 def test_a_run_that_ended_early_and_died_before_its_results_trains_no_further(tmp_path, monkeypatch):
@@ -124,7 +112,7 @@ def test_a_run_that_ended_early_and_died_before_its_results_trains_no_further(tm
         raise ConnectionError("the session ended")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_trained", dies)
+        patch.setattr("kitlib.training.driver.save_trained", dies)
         with pytest.raises(ConnectionError):
             train(tmp_path, recipe=recipe)
     patched = []
@@ -134,10 +122,10 @@ def test_a_run_that_ended_early_and_died_before_its_results_trains_no_further(tm
 
 
 def test_a_finished_run_is_read_back(uninterrupted, monkeypatch):
-    monkeypatch.setattr(module, "fit", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("kitlib.training.strategy.fit", lambda *_, **__: pytest.fail("trained again"))
     again = train(uninterrupted.run_folder)
     assert again.metrics == uninterrupted.metrics
-    pd.testing.assert_frame_equal(again.study_scores, uninterrupted.study_scores)
+    pd.testing.assert_frame_equal(again.tables["study_scores"], uninterrupted.tables["study_scores"])
     pd.testing.assert_frame_equal(again.history, uninterrupted.history)
 
 
@@ -172,7 +160,7 @@ def test_training_learns_starts_from_a_bundle_and_freezes(tmp_path, caplog):
         started = train(tmp_path / "started", recipe=recipe, limit_train=8, limit_validation=4)
     assert "tensors loaded" in caplog.text and "left random: nothing" in caplog.text
     assert started.metrics["starting_weights"] == f"{tmp_path / 'learnt'}: {len(weights_of(learnt))} tensors, 0 left random"
-    assert started.metrics["train_images"] == 8 and len(started.image_scores) == 4
+    assert started.metrics["train_images"] == 8 and len(started.tables["image_scores"]) == 4
     before, after = weights_of(learnt), weights_of(started)
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("backbone"))
     assert not torch.equal(before["head.3.weight"], after["head.3.weight"])
@@ -199,7 +187,7 @@ def test_extra_images_are_trained_on_and_never_validated_on(tmp_path, uninterrup
     recipe = override(RECIPE, epochs=1)
     run = train(tmp_path, recipe=recipe, extra=Renamed(8).extra(), limit_train=4)
     assert run.metrics["train_images"] == 4 + 8 and run.metrics["validation_images"] == 16
-    assert set(run.image_scores.image_id) == set(uninterrupted.image_scores.image_id)
+    assert set(run.tables["image_scores"].image_id) == set(uninterrupted.tables["image_scores"].image_id)
     with pytest.raises(ResumeError, match="extra"):
         train(tmp_path, recipe=recipe, limit_train=4)
     with pytest.raises(ValueError, match="image"):
@@ -229,7 +217,7 @@ def test_a_run_on_lung_crops_is_judged_on_crops_and_tells_what_it_missed(tmp_pat
     assert run.metrics["lungs_missed"] == {"training": 1, "predicted": 2}
     assert run.metrics["lungs_fingerprint"] == lungs.fingerprint
     # The same images through another path: the predictor's own crops.
-    images = run.image_scores
+    images = run.tables["image_scores"]
     none = (~images.image_id.isin(small.boxes.image_id)).to_numpy(float)
     found = np.c_[np.zeros((len(images), 4)), images.none]
     alone = validation_scores(found, images.image_id.to_numpy(), np.full((len(images), 4), np.nan), none)
