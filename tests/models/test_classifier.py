@@ -12,10 +12,10 @@ from kitlib.models.classifier import (
     StudyClassifier,
     check_classes,
     head,
-    load,
     probabilities,
     study_loss,
 )
+from kitlib.models.families import load_network
 from kitlib.recipes.fields import FindingsRecipe, StudyRecipe
 from kitlib.settings import override
 from tests.small_xrays import RECIPE
@@ -360,8 +360,8 @@ def test_a_loaded_model_needs_no_starting_weights_and_all_of_its_own():
         "family": "study",
         "recipe": {"backbone": "test_resnet", "image_size": 32, "hidden": 16, "starting_weights": "/gone"},
     }
-    model = load(record, weights, torch.device("cpu"))
+    model = load_network(record, weights, torch.device("cpu"))
     assert not model.training
     del weights["head.3.bias"]
     with pytest.raises(RuntimeError, match=r"head\.3\.bias"):
-        load(record, weights, torch.device("cpu"))
+        load_network(record, weights, torch.device("cpu"))

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from kitlib.bundle import BundleError
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
-from kitlib.models.faster_rcnn import FasterRCNNDetector, load
+from kitlib.models.families import load_network
+from kitlib.models.faster_rcnn import FasterRCNNDetector
 from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe, StudyRecipe
 from kitlib.recipes.named import recipe
 from kitlib.settings import override
@@ -90,12 +91,16 @@ def test_a_canvas_of_another_size_or_type_is_refused(detector):
 
 
 def test_a_bundle_s_weights_predict_alike_and_nothing_else_is_read(detector):
-    record = {"recipe": {**vars(RECIPE), "starting_weights": "/gone/weights.safetensors"}}
-    loaded = load(record, detector.state_dict(), torch.device("cpu"))
+    record = {
+        "family": "faster_rcnn",
+        "classes": ["opacity"],
+        "recipe": {**vars(RECIPE), "starting_weights": "/gone/weights.safetensors"},
+    }
+    loaded = load_network(record, detector.state_dict(), torch.device("cpu"))
     for boxes, again in zip(detector.predict(NOISE), loaded.predict(NOISE), strict=True):
         np.testing.assert_allclose(again, boxes, rtol=1e-4, atol=1e-3)  # another memory order adds up in another order
     with pytest.raises(RuntimeError, match="Missing key"):
-        load(record, {}, torch.device("cpu"))
+        load_network(record, {}, torch.device("cpu"))
 
 
 def test_backbones_that_cannot_serve_are_named():
