@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from kitlib.models.classifier import (
+    OUTPUTS,
     FindingsClassifier,
     StudyClassifier,
     check_classes,
@@ -358,6 +359,7 @@ def test_a_loaded_model_needs_no_starting_weights_and_all_of_its_own():
     weights = StudyClassifier(recipe).state_dict()
     record = {
         "family": "study",
+        "classes": OUTPUTS,
         "recipe": {"backbone": "test_resnet", "image_size": 32, "hidden": 16, "starting_weights": "/gone"},
     }
     model = load_network(record, weights, torch.device("cpu"))
