@@ -1,46 +1,184 @@
-"""Dataclasses of settings, changed and read strictly: an unknown name or a wrong type is an error that lists what is."""
+"""Frozen dataclasses of settings whose values are checked when they are made, by hand, from JSON or from YAML.
+
+A field's annotation says what is valid: `epochs: Annotated[int, Range(at_least=1)] = 50`, `schedule: Literal["cosine",
+"step"] = "cosine"`. Rules that concern several fields stand in the class's __post_init__.
+"""
 
 import dataclasses
+import functools
+import itertools
+import math
 import types
 import typing
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 R = TypeVar("R")
 
+NAMES = {int: "a whole number", float: "a finite number", str: "a string", bool: "true or false", type(None): "null"}
+
 
 class RecipeError(ValueError):
-    """An unknown recipe, an unknown field, or a value of the wrong type."""
+    """An unknown recipe, an unknown field, or a value that its field does not allow."""
+
+
+class Rule(Protocol):
+    """What a value must fulfil beyond its type; its string completes "a number ...", as in "a number above 0"."""
+
+    def allows(self, value: Any) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number: `at_least` and `at_most` are inside, `above` and `below` are not."""
+
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+
+    def allows(self, value: float) -> bool:
+        return self.at_least <= value <= self.at_most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        bounds = [f"{name.replace('_', ' ')} {bound:g}" for name, bound in vars(self).items() if math.isfinite(bound)]
+        return ("of " if math.isfinite(self.at_least) else "") + " and ".join(bounds)
+
+
+class ZeroOrOdd:
+    """The side of a filter, in pixels, where 0 means another filter."""
+
+    def allows(self, value: int) -> bool:
+        return value == 0 or (value > 0 and value % 2 == 1)
+
+    def __str__(self) -> str:
+        return "that is 0 or odd"
+
+
+class Ordered:
+    """Two numbers, from and to, which may be the same."""
+
+    def allows(self, value: tuple[float, float]) -> bool:
+        return value[0] <= value[1]
+
+    def __str__(self) -> str:
+        return "the lower one first"
+
+
+class Increasing:
+    """Numbers each of which is above the one before."""
+
+    def allows(self, value: tuple[float, ...]) -> bool:
+        return all(one < following for one, following in itertools.pairwise(value))
+
+    def __str__(self) -> str:
+        return "each above the one before"
+
+
+class Distinct:
+    """At least one value, and none twice."""
+
+    def allows(self, value: tuple[Any, ...]) -> bool:
+        return 0 < len(value) == len(set(value))
+
+    def __str__(self) -> str:
+        return "at least one, each once"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of settings: each field is checked against its annotation, lists become tuples and whole numbers floats.
+
+    Annotations may be bool, int, float (finite), str, Any, Literal, unions, tuples, dicts, and Annotated with a Rule. A bool
+    is not a number. Raises RecipeError, which names the field, the value and what is valid.
+    """
+
+    def __post_init__(self) -> None:
+        for name, kind in field_kinds(type(self)).items():
+            value = getattr(self, name)
+            try:
+                valid = checked(value, kind)
+            except (ValueError, OverflowError):
+                value = list(value) if isinstance(value, tuple) else value
+                raise RecipeError(f"{type(self).__name__}.{name} is {value!r}; wanted {describe(kind)}") from None
+            object.__setattr__(self, name, valid)
 
 
 def override(settings: R, **overrides: Any) -> R:
-    """A copy of a frozen dataclass with fields replaced, names and types checked. An int passes for a float."""
-    hints = typing.get_type_hints(type(settings))
-    fields = {field.name: hints[field.name] for field in dataclasses.fields(settings)}
-    for name, value in overrides.items():
-        if name not in fields:
-            raise RecipeError(f"{type(settings).__name__} has no field {name!r}; it has: {', '.join(fields)}")
-        overrides[name] = _checked(value, fields[name], f"{type(settings).__name__}.{name}")
+    """A copy of `settings` with fields replaced. Raises RecipeError for an unknown name or an invalid value."""
+    _check_names(type(settings), overrides)
     return dataclasses.replace(settings, **overrides)
 
 
 def from_dict(kind: type[R], values: dict[str, Any]) -> R:
-    """A settings dataclass from JSON or YAML: missing fields keep their default, unknown or ill-typed ones are errors."""
+    """Settings from JSON or YAML; missing fields keep their default, unknown ones and wrong values are errors."""
     if not isinstance(values, dict):
         raise RecipeError(f"{kind.__name__} wants a mapping of its fields, got {values!r}")
-    return override(kind(), **values)
+    _check_names(kind, values)
+    return kind(**values)
 
 
-def _checked(value: Any, kind: Any, place: str) -> Any:
-    origin = typing.get_origin(kind)
+def describe(kind: Any) -> str:
+    """What an annotation allows, in words."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        base, *rules = parts
+        comma = "," if typing.get_origin(base) is tuple else ""
+        return " ".join([describe(base) + comma, ", ".join(map(str, rules))])
+    if origin is Literal:
+        return ("one of " if len(parts) > 1 else "") + ", ".join(map(repr, parts))
     if origin in (typing.Union, types.UnionType):
-        choices = typing.get_args(kind)
-        if value is None and type(None) in choices:
-            return None
-        return _checked(value, next(choice for choice in choices if choice is not type(None)), place)
-    if kind is float and type(value) is int:
+        return " or ".join(map(describe, parts))
+    if origin is tuple and parts[-1] is Ellipsis:
+        return f"a list, each item {describe(parts[0])}"
+    if origin is tuple:
+        return f"a list of {len(parts)} items: {'; '.join(map(describe, parts))}"
+    if origin is dict:
+        return f"a mapping, each value {describe(parts[1])}"
+    return NAMES.get(kind, "anything")
+
+
+def _check_names(kind: type, values: Iterable[str]) -> None:
+    fields = [field.name for field in dataclasses.fields(kind)]
+    for name in values:
+        if name not in fields:
+            raise RecipeError(f"{kind.__name__} has no field {name!r}; it has: {', '.join(fields)}")
+
+
+@functools.cache
+def field_kinds(kind: type) -> dict[str, Any]:
+    """The annotation of each field of a dataclass."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def checked(value: Any, kind: Any) -> Any:
+    """`value` as its annotation wants it; ValueError or OverflowError where it is not allowed."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin is Annotated:
+        value = checked(value, parts[0])
+        if all(rule.allows(value) for rule in parts[1:]):
+            return value
+    elif origin is Literal:
+        for choice in parts:
+            if type(value) is type(choice) and value == choice:
+                return choice
+    elif origin in (typing.Union, types.UnionType):
+        for part in parts:
+            try:
+                return checked(value, part)
+            except (ValueError, OverflowError):
+                continue
+    elif origin is tuple and isinstance(value, list | tuple):
+        kinds = (parts[0],) * len(value) if parts[-1] is Ellipsis else parts
+        return tuple(checked(each, part) for each, part in zip(value, kinds, strict=True))
+    elif origin is dict and isinstance(value, dict):
+        return {checked(key, parts[0]): checked(each, parts[1]) for key, each in value.items()}
+    elif kind is float and (type(value) is int or isinstance(value, float)) and math.isfinite(value):
         return float(value)
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(value)
-    if type(value) is not (origin or kind):
-        raise RecipeError(f"{place} wants {getattr(kind, '__name__', kind)}, got {value!r} ({type(value).__name__})")
-    return value
+    elif kind is not float and type(value) is kind:
+        return value
+    raise ValueError(value)

@@ -1,11 +1,14 @@
 """Several lists of one image's boxes become one, by ensemble-boxes."""
 
+from typing import Literal, get_args
+
 import numpy as np
 from ensemble_boxes import non_maximum_weighted, weighted_boxes_fusion
 from ensemble_boxes.ensemble_boxes_nms import cpu_soft_nms_float, nms
 
-METHODS = ("wbf", "nms", "soft_nms", "nmw")
-CONFIDENCES = ("avg", "max", "box_and_model_avg", "absent_model_aware_avg")
+Method = Literal["wbf", "nms", "soft_nms", "nmw"]
+Confidence = Literal["avg", "max", "box_and_model_avg", "absent_model_aware_avg"]
+METHODS, CONFIDENCES = get_args(Method), get_args(Confidence)
 
 
 def merge_boxes(

@@ -42,7 +42,7 @@ class Judged:
 
 
 def combine(method: str, weights: Weights, probabilities: np.ndarray) -> np.ndarray:
-    """(n, K, C) -> (n, C), each row on the simplex, by a method of METHODS and what it has learnt."""
+    """(n, K, C) -> (n, C), each row on the simplex, by a method of EnsembleSettings and what it has learnt."""
     if method == "mean":
         return probabilities.mean(axis=1)
     if method == "vote":

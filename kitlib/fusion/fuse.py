@@ -6,6 +6,7 @@ Where several formulas are published, all are here and `FusionSettings` chooses;
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -14,58 +15,43 @@ from joblib import Parallel, delayed
 from kitlib.atomic import write_json
 from kitlib.classes import STUDY_CLASSES
 from kitlib.fusion.box_calibration import calibrated
-from kitlib.fusion.boxes import CONFIDENCES, METHODS, merge_boxes
+from kitlib.fusion.boxes import Confidence, Method, merge_boxes
 from kitlib.geometry import clip_boxes
 from kitlib.scoring.csv_file import PRIORS
-from kitlib.settings import RecipeError, from_dict
+from kitlib.settings import Range, RecipeError, Settings, from_dict
 from kitlib.tables import BOX, check_table, empty_table
 
 FEW_IMAGES = 500  # so many are merged in less time than further processes take to start
 
 
+Weight = Annotated[float, Range(at_least=0)]
+Probability = Annotated[float, Range(at_least=0, at_most=1)]
+
+
 @dataclass(frozen=True)
-class FusionSettings:
+class FusionSettings(Settings):
     """How predictions become one answer. The defaults are the plainest: equal weights, no rescoring."""
 
-    model_weights: dict[str, float] = field(default_factory=dict)  # model -> weight; 1 if not named, 0 leaves it out
+    model_weights: dict[str, Weight] = field(default_factory=dict)  # model -> weight; 1 if not named, 0 leaves it out
     # detector -> slope and offset that make its scores probabilities, see box_calibration; as they are if not named
-    calibration: dict[str, tuple[float, float]] = field(default_factory=dict)
-    box_method: str = "wbf"  # one of box_merging.METHODS, used where two or more lists of boxes meet
-    box_iou: float = 0.6  # IoU above which boxes are one (1st and 11th place 0.6, Heidelberg 0.55, 5th 0.625)
-    box_min_score: float = 0.001  # boxes below are dropped before fusion; low ones still earn average precision
-    box_limit: int = 50  # boxes of each list that are merged, the most confident: time grows with the square
-    box_confidence: str = "avg"  # one of CONFIDENCES, of wbf alone
+    calibration: dict[str, tuple[Annotated[float, Range(above=0)], float]] = field(default_factory=dict)
+    box_method: Method = "wbf"  # used where two or more lists of boxes meet
+    box_iou: Probability = 0.6  # IoU above which boxes are one (1st and 11th place 0.6, Heidelberg 0.55, 5th 0.625)
+    box_min_score: Probability = 0.001  # boxes below are dropped before fusion; low ones still earn average precision
+    box_limit: Annotated[int, Range(at_least=1)] = (
+        50  # boxes merged per list, the most confident; time grows with its square
+    )
+    box_confidence: Confidence = "avg"  # of wbf alone
     # none = the mean, with these weights, of the parts below that an image has:
-    none_classifier: float = 1.0  # the classifier's own `none`
-    none_negative: float = 0.0  # `negative` of the image's study
-    none_no_box: float = 0.0  # 1 - the highest box score
-    none_product: float = 0.0  # product of 1 - score over the boxes
-    opacity_power: float = 0.0  # box scores times (1 - none)^this; 3rd place 0.4, 11th 0.16/0.84
-    negative_share: float = 1.0  # negative = share * negative + (1 - share) * mean none of the study; 11th place 0.7
+    none_classifier: Weight = 1.0  # the classifier's own `none`
+    none_negative: Weight = 0.0  # `negative` of the image's study
+    none_no_box: Weight = 0.0  # 1 - the highest box score
+    none_product: Weight = 0.0  # product of 1 - score over the boxes
+    opacity_power: Weight = 0.0  # box scores times (1 - none)^this; 3rd place 0.4, 11th 0.16/0.84
+    negative_share: Probability = 1.0  # negative = share * negative + (1 - share) * mean none of the study; 11th place 0.7
 
     def __post_init__(self) -> None:
-        choices = (("box_method", METHODS), ("box_confidence", CONFIDENCES))
-        for name, valid in choices:
-            if getattr(self, name) not in valid:
-                raise RecipeError(f"FusionSettings.{name} is one of {', '.join(valid)}, not {getattr(self, name)!r}")
-        for name in ("box_iou", "box_min_score", "negative_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise RecipeError(f"FusionSettings.{name} lies in 0..1, not {getattr(self, name)!r}")
-        weights = {name: getattr(self, name) for name in (*NONE_PARTS, "opacity_power")} | self.model_weights
-        for name, value in weights.items():
-            if not (isinstance(value, int | float) and 0 <= value < np.inf):
-                raise RecipeError(f"FusionSettings: the weight of {name} is finite and not negative, not {value!r}")
-        for name, line in self.calibration.items():
-            numbers = isinstance(line, list | tuple) and len(line) == 2 and all(type(each) in (int, float) for each in line)
-            if not (numbers and np.isfinite(line).all() and line[0] > 0):
-                raise RecipeError(
-                    f"FusionSettings.calibration of {name} is a slope above 0 and an offset, both finite, not {line!r}"
-                )
-        # JSON knows no tuples; settings that were read must equal those that were written.
-        pairs = {name: (float(slope), float(offset)) for name, (slope, offset) in self.calibration.items()}
-        object.__setattr__(self, "calibration", pairs)
-        if self.box_limit < 1:
-            raise RecipeError(f"FusionSettings.box_limit is at least 1, not {self.box_limit}")
+        super().__post_init__()
         if not any(getattr(self, name) for name in NONE_PARTS):
             raise RecipeError(f"FusionSettings needs a weight above 0 among {', '.join(NONE_PARTS)}")
 

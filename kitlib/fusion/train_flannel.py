@@ -5,50 +5,37 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 
 from kitlib.fusion.flannel import FlannelWeights, class_weights, focal_loss
-from kitlib.settings import RecipeError, override
+from kitlib.settings import Range, RecipeError, Settings, override
 
-METHODS = ("mean", "vote", "weighted", "flannel")
-CHOICES = {
-    "method": METHODS,
-    "stack_on": ("out_of_fold", "in_sample"),
-    "alpha": ("balanced", "published"),
-    "reduction": ("mean", "sum"),
-    "start": ("equal", "random"),
-}
+NotNegative = Annotated[float, Range(at_least=0)]
+AtLeastOne = Annotated[int, Range(at_least=1)]
 
 
 @dataclass(frozen=True)
-class EnsembleSettings:
+class EnsembleSettings(Settings):
     """How learners become one answer. All but `method` and `stack_on` is of FLANNEL's training alone."""
 
-    method: str = "flannel"  # or "mean", "vote" of each learner's class, "weighted" mean with weights on the simplex
-    stack_on: str = "out_of_fold"  # what it learns from; "in_sample": the learners' own training images, as published
-    gamma: float = 2.0  # of the focal loss; the papers give none, Lin et al. 2
-    alpha: str = "balanced"  # weight of a class N / (C n_c), or "published" 1000 / n_c
-    reduction: str = "mean"  # of the loss over a batch; the code takes the "sum"
-    start: str = "equal"  # every learner weighs the same before the first step; "random": as torch draws it, and the code
-    learning_rate: float = 3e-3  # Adam
-    weight_decay: float = 1e-4
-    batch_size: int = 128
-    epochs: int = 200
-    patience: int = 20  # epochs without a better loss on the held-out fold before it stops; 0: all epochs, nothing held out
+    # "vote" counts each learner's class; "weighted" is a mean with weights that sum to 1
+    method: Literal["mean", "vote", "weighted", "flannel"] = "flannel"
+    # the scores it learns from; "in_sample": of the learners' own training images, as published
+    stack_on: Literal["out_of_fold", "in_sample"] = "out_of_fold"
+    gamma: NotNegative = 2.0  # of the focal loss; the papers give none, Lin et al. 2
+    alpha: Literal["balanced", "published"] = "balanced"  # weight of a class: N / (C n_c), or 1000 / n_c
+    reduction: Literal["mean", "sum"] = "mean"  # of the loss over a batch; the published code sums
+    start: Literal["equal", "random"] = "equal"  # weights before the first step; the published code starts at random
+    learning_rate: Annotated[float, Range(above=0)] = 3e-3  # Adam
+    weight_decay: NotNegative = 1e-4
+    batch_size: AtLeastOne = 128
+    epochs: AtLeastOne = 200
+    # epochs without a better loss on the held-out fold before training stops; 0: all epochs, nothing held out
+    patience: Annotated[int, Range(at_least=0)] = 20
     seed: int = 0  # of order and random start
-
-    def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise RecipeError(f"{name} is {getattr(self, name)!r}; there are: {', '.join(choices)}")
-        for name in ("gamma", "weight_decay", "patience"):
-            if getattr(self, name) < 0:
-                raise RecipeError(f"{name} is {getattr(self, name)}, wanted at least 0")
-        for name in ("learning_rate", "batch_size", "epochs"):
-            if getattr(self, name) <= 0:
-                raise RecipeError(f"{name} is {getattr(self, name)}, wanted more than 0")
 
     @property
     def learns(self) -> bool:

@@ -13,7 +13,7 @@ import yaml
 
 from kitlib.notebook import check_parameters
 from kitlib.paths import project_root
-from kitlib.settings import RecipeError, from_dict
+from kitlib.settings import RecipeError, Settings, from_dict
 
 ACCELERATORS = ("NvidiaTeslaT4", "none")
 # Kaggle's limits on characters; its client wants more of a slug that it makes a dataset of, or finds a kernel by.
@@ -27,7 +27,7 @@ class SpecError(ValueError):
 
 
 @dataclass(frozen=True)
-class KernelSpec:
+class KernelSpec(Settings):
     """One kernel. Paths are relative to the project's root; a source without a `/` is one of the owner's."""
 
     title: str = ""  # its slug must equal `slug`: Kaggle makes one from the other
@@ -196,8 +196,6 @@ def _faults(spec: KernelSpec) -> list[str]:
         faults.append(f"accelerator {spec.accelerator!r} is none of {', '.join(ACCELERATORS)}")
     if not 0 < spec.time_limit_hours <= 12:
         faults.append(f"time_limit_hours is {spec.time_limit_hours}, a Kaggle session lasts up to 12")
-    if not all(isinstance(entry, str) for entry in spec.runs):
-        faults.append(f"runs wants paths, got {list(spec.runs)!r}")
     return faults + _source_faults(spec, submits)
 
 

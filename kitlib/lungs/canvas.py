@@ -76,9 +76,12 @@ class Canvas:
 
 def canvas_of(recipe: TrainingRecipe | Mapping[str, Any], image_size: int = 0) -> Canvas:
     """The canvas of a recipe, or of a bundle's record of one; `image_size` instead of its own, where it is not 0."""
-    values = dataclasses.asdict(recipe) if isinstance(recipe, TrainingRecipe) else recipe
-    told = {field.name: values[field.name] for field in dataclasses.fields(Canvas) if field.name in values}
-    return Canvas(**told | ({"image_size": image_size} if image_size else {}))
+    names = [field.name for field in dataclasses.fields(Canvas)]
+    if isinstance(recipe, TrainingRecipe):
+        fields = {name: getattr(recipe, name) for name in names if hasattr(recipe, name)}
+    else:
+        fields = {name: recipe[name] for name in names if name in recipe}
+    return Canvas(**fields | ({"image_size": image_size} if image_size else {}))
 
 
 def border_alone(canvas: np.ndarray) -> np.ndarray:

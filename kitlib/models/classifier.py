@@ -31,7 +31,6 @@ class Classifier(nn.Module):
 
     def __init__(self, recipe: ClassifierRecipe, outputs: int) -> None:
         super().__init__()
-        _check(recipe)
         self.recipe, self.answers = recipe, outputs
         self.backbone = _backbone(recipe, outputs)
         self.head = head(self.backbone.head_hidden_size, recipe.hidden, recipe.dropout, outputs)
@@ -89,8 +88,6 @@ class StudyClassifier(Classifier):
 
     def __init__(self, recipe: StudyRecipe) -> None:
         super().__init__(recipe, len(OUTPUTS))
-        if recipe.outputs not in LEARNT:
-            raise ValueError(f"recipe.outputs is {recipe.outputs!r}; there are: {', '.join(LEARNT)}")
         if recipe.segmentation:
             self.mask_decoder = mask_decoder(self.backbone)
             stride = self.mask_decoder.stride
@@ -148,19 +145,9 @@ class FindingsClassifier(Classifier):
 
 
 def check_classes(recipe: FindingsRecipe, classes: Sequence[str]) -> None:
-    """Raise ValueError where what the recipe asks for cannot be with these classes, with what to change."""
-    exclusive = [name for name in ("one_logit", "class_weights") if getattr(recipe, name)]
-    exclusive += ["judged_by"] if recipe.judged_by != "auc" else []
-    if recipe.multi_label and exclusive:
-        named = " and ".join(f"{name}={getattr(recipe, name)!r}" for name in exclusive)
-        raise ValueError(f"{named}: only for classes of which exactly one is true; set multi_label=False")
+    """Raise ValueError where the recipe does not fit these classes, with what to change."""
     if recipe.one_logit and len(classes) != 2:
         raise ValueError(f"one_logit answers 2 classes, and there are {len(classes)}: {', '.join(classes)}; set it to False")
-    if recipe.auxiliary and (recipe.backbone.partition(".")[0] != "inception_v3" or recipe.frozen_backbone):
-        raise ValueError(
-            f"auxiliary is {recipe.auxiliary}, the weight of the second head of an inception_v3 that learns, not of "
-            f"{'a frozen ' * recipe.frozen_backbone}{recipe.backbone}; set auxiliary=0.0"
-        )
 
 
 def head(features: int, hidden: int, dropout: float, outputs: int = len(OUTPUTS)) -> nn.Sequential:
@@ -217,25 +204,6 @@ def mean_of_known(losses: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 def smoothed(truth: torch.Tensor, share: float, classes: int) -> torch.Tensor:
     """Probabilities with `share` of them spread evenly over `classes` (Szegedy et al. 2016, section 7); 2 for yes or no."""
     return truth * (1 - share) + share / classes
-
-
-def _check(recipe: ClassifierRecipe) -> None:
-    """Raises ValueError for settings that would do nothing or mean nothing."""
-    for name in ("hidden", "mixup", "cutmix", "unfreeze_every", "unfrozen_rate", "auxiliary"):
-        if getattr(recipe, name, 0) < 0:
-            raise ValueError(f"recipe.{name} is {getattr(recipe, name)}, wanted at least 0")
-    if not 0 <= recipe.label_smoothing < 1:
-        raise ValueError(f"recipe.label_smoothing is {recipe.label_smoothing}, wanted at least 0 and below 1, e.g. 0.05")
-    if recipe.unfreeze_every and not recipe.frozen_backbone:
-        raise ValueError(
-            f"recipe.unfreeze_every is {recipe.unfreeze_every}, but nothing is frozen: set frozen_backbone=True, or "
-            "unfreeze_every=0"
-        )
-    if not recipe.thawed_statistics and not (recipe.frozen_backbone and recipe.frozen_statistics):
-        raise ValueError(
-            "recipe.thawed_statistics is False, but no statistics are frozen first: set frozen_backbone=True and "
-            "frozen_statistics=True, or thawed_statistics=True"
-        )
 
 
 def _backbone(recipe: ClassifierRecipe, outputs: int) -> nn.Module:

@@ -30,7 +30,6 @@ BACKBONE_STRIDES = (4, 8, 16, 32)
 # Pixels of the mean grey before the first row and column: SqueezeNet's own layers pad too little, so that its cells would
 # lie up to half a stride off, and one a side would be missing.
 PADDED = {"squeezenet1_1": 4}
-BOX_LOSSES = ("smooth_l1", "ciou")
 # An anchor's side in strides of its map: torchvision's, and two smaller ones for canvases that use the finest maps only.
 ANCHOR_SIDES = (8 / 2, 8 / 2**0.5, 8)
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
@@ -72,8 +71,6 @@ class FasterRCNNDetector(nn.Module):
     def __init__(self, recipe: DetectorRecipe):
         super().__init__()
         self.recipe = recipe
-        if recipe.box_loss not in ("", *BOX_LOSSES):
-            raise ValueError(f"recipe.box_loss is {recipe.box_loss!r}; Faster R-CNN has: {', '.join(BOX_LOSSES)}")
         pyramid = Pyramid(recipe)
         self.mean, self.std = _normalisation(pyramid.body, recipe.channels)
         self.model = FasterRCNN(

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 
-from kitlib.geometry import PLACEMENTS
 from kitlib.models.classifier import FindingsClassifier
 from kitlib.models.fitted_batches import FittedBatches
 from kitlib.models.patches import SCORES, windows
@@ -24,7 +23,6 @@ class PatchClassifier(FindingsClassifier):
     """
 
     def __init__(self, recipe: PatchRecipe, classes: Sequence[str]) -> None:
-        check_patches(recipe)
         super().__init__(recipe, classes)
         self.chunk = 0  # patches that fit into memory together, once that is known
 
@@ -48,26 +46,3 @@ class PatchClassifier(FindingsClassifier):
     def scored(self, probabilities: torch.Tensor, where: torch.Tensor, images: int) -> torch.Tensor:
         """Probabilities (m, classes) of patches to those of their images, float64 (images, classes) on the CPU."""
         return SCORES[self.recipe.patch_score](probabilities.cpu(), where[:, 0].cpu(), images)
-
-
-def check_patches(recipe: PatchRecipe) -> None:
-    """Raise ValueError for settings that patches have no use for."""
-    for name, wanted in (
-        ("masked", True),
-        ("multi_label", False),
-        ("trained_on", "full"),
-        ("views", ("full",)),
-    ):
-        if getattr(recipe, name) != wanted:
-            raise ValueError(f"recipe.{name} is {getattr(recipe, name)!r}; a classifier of patches wants {wanted!r}")
-    if recipe.placement not in PLACEMENTS:
-        raise ValueError(f"recipe.placement is {recipe.placement!r}; there are: {', '.join(PLACEMENTS)}")
-    for name in ("patches", "validation_patches"):
-        if getattr(recipe, name) < 1:
-            raise ValueError(f"recipe.{name} is {getattr(recipe, name)}, wanted at least 1 patch an image")
-    if recipe.canvas < recipe.image_size:
-        raise ValueError(
-            f"recipe.canvas is {recipe.canvas}, of which patches of {recipe.image_size} pixels are cut; set it larger"
-        )
-    if not 0 <= recipe.least_lungs < 1:
-        raise ValueError(f"recipe.least_lungs is {recipe.least_lungs}, wanted a share of the canvas, such as 0.01")

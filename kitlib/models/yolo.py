@@ -13,7 +13,7 @@ from torchvision.ops import box_convert, generalized_box_iou_loss, nms
 from kitlib.bundle import BundleError
 from kitlib.models.squeezenet import default_cfgs
 from kitlib.models.starting_weights import load_starting_weights, read_starting_weights, renormalised
-from kitlib.recipes.fields import DetectorRecipe
+from kitlib.recipes.fields import BOX_LOSSES, DetectorRecipe
 
 # Read by ultralytics when it is imported: without them it asks the network, for up to 20 seconds where there is none.
 os.environ.setdefault("YOLO_OFFLINE", "1")
@@ -30,7 +30,6 @@ from ultralytics.utils.loss import BboxLoss, E2ELoss  # noqa: E402
 SETTINGS["sync"] = False  # telemetry
 
 CANDIDATES = 3000  # boxes an image, best first, that reach non-maximum suppression
-BOX_LOSSES = ("ciou", "giou")
 
 # YOLOv8's neck and head on torchvision's SqueezeNet 1.1, whose features lie at strides 8 and 16; `width` is the neck's. Its
 # own layers pad too little: see PADDED in kitlib.models.faster_rcnn.
@@ -91,7 +90,7 @@ class GeneralisedIoU(BboxLoss):
 class Network(DetectionModel):
     """ultralytics' network with the box loss that the recipe names."""
 
-    box_loss = BOX_LOSSES[0]
+    box_loss = BOX_LOSSES["yolo"][0]
 
     def init_criterion(self):
         criterion = super().init_criterion()
@@ -115,10 +114,8 @@ class YoloDetector(nn.Module):
         if model is not None:
             self.model = model
             return
-        if recipe.box_loss not in ("", *BOX_LOSSES):
-            raise ValueError(f"recipe.box_loss is {recipe.box_loss!r}; YOLO has: {', '.join(BOX_LOSSES)}")
         self.model = Network(_architecture(recipe), ch=3, nc=1, verbose=False)
-        self.model.box_loss = recipe.box_loss or BOX_LOSSES[0]
+        self.model.box_loss = recipe.box_loss or BOX_LOSSES["yolo"][0]
         stride = int(self.model.stride.max())
         for name in ("image_size", "inference_size"):
             side = getattr(recipe, name)

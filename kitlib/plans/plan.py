@@ -15,7 +15,7 @@ import yaml
 
 from kitlib.notebook import check_parameters
 from kitlib.paths import project_root
-from kitlib.settings import RecipeError, from_dict
+from kitlib.settings import RecipeError, Settings, from_dict
 
 # Parameters of notebooks that change how long a run takes, or where it goes on, and not what comes out of it.
 WITHOUT_EFFECT = frozenset({"workers", "at_once", "session_hours", "resume_from", "packed"})
@@ -28,7 +28,7 @@ class PlanError(ValueError):
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Settings):
     """One step as the YAML says it: exactly one of `notebook` and `command`.
 
     A step with a matrix has a run for each combination of its values. In any string, `{name}` stands for a variable, a value
@@ -39,7 +39,7 @@ class Step:
 
     notebook: str = ""  # its name below notebooks/, such as 30_train_study
     parameters: dict[str, Any] = field(default_factory=dict)  # of the notebook; `run_folder` is given by the plan
-    command: tuple[str, ...] = ()  # "python" is the interpreter of this kit; runs in the project's folder
+    command: tuple[str | int | float, ...] = ()  # "python" is the interpreter of this kit; runs in the project's folder
     result: str = "{run}/metrics.json"  # the file that only a success leaves
     matrix: dict[str, Any] = field(default_factory=dict)  # name -> list of values
     needs: tuple[str, ...] = ()  # further steps, whose folders it does not name
@@ -50,7 +50,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class _File:
+class _File(Settings):
     extends: str = ""  # another plan's file, beside this one: what stands here is added to it or replaces it
     runs: str = ""  # the folder of the runs' folders; relative to the project's root
     variables: dict[str, Any] = field(default_factory=dict)

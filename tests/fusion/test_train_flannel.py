@@ -76,11 +76,11 @@ def test_settings_are_strict_and_the_published_ones_are_the_codes():
     assert (published.batch_size, published.epochs, published.stack_on) == (20, 200, "in_sample")
     assert EnsembleSettings().stack_on == "out_of_fold"
     for wrong, message in (
-        ({"method": "median"}, "method is 'median'; there are: mean, vote"),
+        ({"method": "median"}, "method is 'median'; wanted one of 'mean', 'vote'"),
         ({"gama": 1.0}, "has no field 'gama'"),
-        ({"gamma": -1.0}, "gamma is -1.0, wanted at least 0"),
-        ({"epochs": 0}, "epochs is 0, wanted more than 0"),
-        ({"stack_on": "test"}, "stack_on is 'test'; there are: out_of_fold, in_sample"),
+        ({"gamma": -1.0}, "gamma is -1.0; wanted a finite number of at least 0"),
+        ({"epochs": 0}, "epochs is 0; wanted a whole number of at least 1"),
+        ({"stack_on": "test"}, "stack_on is 'test'; wanted one of 'out_of_fold', 'in_sample'"),
     ):
         with pytest.raises(RecipeError, match=message):
             ensemble_settings("flannel", **wrong)

@@ -11,7 +11,17 @@ from kitlib.bundle import BundleError, save_bundle
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.geometry import letterbox
 from kitlib.inference.segment_lungs import LungSegmenter, load_segmenter
-from kitlib.lungs.clean_up import BLANK, EMPTY, NARROW, SMALL, cleaned, lung_frame, on_copy, segmented, without_islands
+from kitlib.lungs.clean_up import (
+    BLANK,
+    EMPTY,
+    NARROW,
+    SMALL,
+    cleaned,
+    lung_frame,
+    on_copy,
+    segmented,
+    without_islands,
+)
 from kitlib.lungs.finders import FOUND
 from kitlib.models.segmenter import Segmenter
 from kitlib.recipes.fields import SegmenterRecipe

@@ -325,8 +325,8 @@ def test_wheels_that_do_not_suit_the_image_are_refused(tmp_path):
         ({"accelerator": "NvidiaTeslaP100"}, "accelerator 'NvidiaTeslaP100' is none of NvidiaTeslaT4, none"),
         ({"owner": "Some Body"}, "owner 'Some Body' is no Kaggle user name"),
         ({"time_limit_hours": 13}, r"time_limit_hours is 13\.0"),
-        ({"time_limit_hours": "nine"}, "time_limit_hours wants float, got 'nine'"),
-        ({"runs": [1, 2]}, "runs wants paths"),
+        ({"time_limit_hours": "nine"}, "time_limit_hours is 'nine'; wanted a finite number"),
+        ({"runs": [1, 2]}, r"runs is \[1, 2\]; wanted a list, each item a string"),
     ],
 )
 def test_a_submission_is_read_strictly(tmp_path, keys, message):
@@ -477,11 +477,11 @@ def test_every_shipped_notebook_may_be_a_kernel(tmp_path, wheel):
         ({"notebook": "notebooks/99_nothing.ipynb"}, r"small\.yaml: notebook: there is no .*99_nothing\.ipynb"),
         ({"kernel_sources": ["one"]}, "kernel_sources: the slug 'one' has 3 characters, Kaggle wants 5 to 50"),
         ({"kernel_sources": ["a/b/c"]}, "kernel_sources wants slugs, of the owner's or as OWNER/SLUG, got 'a/b/c'"),
-        ({"dataset_sources": [7]}, "dataset_sources wants slugs, .* got 7"),
+        ({"dataset_sources": [7]}, r"dataset_sources is \[7\]; wanted a list, each item a string"),
         ({"dataset_sources": ["some body/data"], "kernel_sources": ["one/data-set", "two/data-set"]}, "the slug data-set"),
         ({"wheels": "mine/wheels-of-all"}, "the slug 'mine/wheels-of-all' has more than letters, digits, - and _"),
         ({"wheels": "five5"}, "the slug 'five5' has 5 characters, Kaggle wants 6 to 50"),
-        ({"internet": "yes"}, "internet wants bool, got 'yes'"),
+        ({"internet": "yes"}, "internet is 'yes'; wanted true or false"),
         ({"kernel_source": []}, "no field 'kernel_source'; it has: .*kernel_sources.*rehearsal.*fusion"),
     ],
 )

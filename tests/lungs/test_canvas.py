@@ -177,6 +177,6 @@ def test_prediction_sees_what_training_is_judged_on(changes):
 def test_a_border_that_nobody_would_see_is_refused():
     with pytest.raises(RecipeError, match="the middle 224 of a canvas of 336 show nothing: set canvas=0"):
         override(FindingsRecipe(), probe="border", canvas=336)
-    with pytest.raises(RecipeError, match="masked blackens what lies outside of the lungs: set masked=False"):
+    with pytest.raises(RecipeError, match="masked blackens everything outside the lungs: set masked=False"):
         override(FindingsRecipe(), probe="border", lungs="masks", masked=True)
     assert canvas_of({"image_size": 32}, 64) == canvas_of(override(StudyRecipe(), image_size=64))

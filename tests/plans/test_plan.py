@@ -119,7 +119,7 @@ def test_a_folder_that_no_plan_has_made_is_left_alone(tmp_path):
         ({"stages": {}}, "a plan has no field 'stages'; it has: extends, runs"),
         ({"runs": ""}, "runs is missing"),
         ({"steps": {"x": {"notebook": "10_prepare", "gpu": 1}}}, "step x: Step has no field 'gpu'; it has: notebook"),
-        ({"steps": {"x": {"notebook": "10_prepare", "gpus": "two"}}}, "Step.gpus wants int, got 'two'"),
+        ({"steps": {"x": {"notebook": "10_prepare", "gpus": "two"}}}, "Step.gpus is 'two'; wanted a whole number"),
         ({"steps": {"x": {}}}, "step x: wanted exactly one of notebook and command"),
         ({"steps": {"x": {"command": ["true"], "parameters": {"a": 1}}}}, "step x: parameters are a notebook's"),
         ({"steps": {"x": {"notebook": "11_prepare"}}}, "no notebook '11_prepare'; there are: 10_prepare, 1"),

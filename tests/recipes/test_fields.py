@@ -1,6 +1,6 @@
 import pytest
 
-from kitlib.recipes.fields import NOT_OF_SEGMENTERS, DetectorRecipe, SegmenterRecipe, StudyRecipe
+from kitlib.recipes.fields import DetectorRecipe, SegmenterRecipe, StudyRecipe
 from kitlib.recipes.named import RECIPES, recipe
 from kitlib.settings import RecipeError, from_dict, override
 
@@ -16,10 +16,7 @@ def test_overrides_replace_fields_and_leave_the_published_recipe_alone():
     [
         (lambda: recipe("heidelberg", StudyRecipe), "no recipe is called 'heidelberg'; there are: heidelberg_backbone"),
         (lambda: recipe("heidelberg_yolo", StudyRecipe), "is a DetectorRecipe, wanted a StudyRecipe: heidelberg_study"),
-        (lambda: override(StudyRecipe(), epoch=3), "no field 'epoch'; it has: backbone"),
-        (lambda: override(StudyRecipe(), epochs="3"), "epochs wants int, got '3'"),
-        (lambda: override(StudyRecipe(), epochs=True), "epochs wants int, got True"),
-        (lambda: override(StudyRecipe(), epochs=3.0), "epochs wants int, got 3.0"),
+        (lambda: override(StudyRecipe(), epoch=3), "no field 'epoch'; it has: starting_weights, image_size"),
         (lambda: from_dict(DetectorRecipe, ["a"]), "wants a mapping"),
     ],
 )
@@ -31,14 +28,9 @@ def test_unknown_names_and_types_are_errors_that_list_what_is_valid(call, messag
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"views": []}, r"views are \[\]; there are: full, flip, lungs, lungs_flip"),
-        ({"views": ["full", "left"]}, r"views are \['full', 'left'\]; there are: full"),
-        ({"lungs": "mask"}, "lungs is 'mask'; there are: darkness, masks"),
-        ({"trained_on": "crops"}, "trained_on is 'crops'; there are: full, lungs, either"),
-        ({"schedule": "steps"}, "schedule is 'steps'; there are: cosine, plateau, step"),
         ({"schedule": "plateau", "warmup_epochs": 1.0}, r"plateau', which has no warm-up; set warmup_epochs=0, not 1\.0"),
         ({"masked": True}, "masked is true and lungs is 'darkness'"),
-        ({"trained_on": "lungs", "views": ["lungs", "flip"]}, "a model of crops knows no whole images"),
+        ({"trained_on": "lungs", "views": ["lungs", "flip"]}, "a model trained on crops cannot predict whole images"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_before_a_training(fields, message):
@@ -66,23 +58,18 @@ def test_what_goes_together_is_taken(fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"network": "hrnet"}, "network is 'hrnet'; there are: unet, resunet, fc_densenet103"),
-        ({"loss": "focal"}, "loss is 'focal'; there are: dice, cross_entropy"),
-        ({"structures": []}, r"structures are \[\]; there are, each once: lungs, heart, left_lung, right_lung"),
-        ({"structures": ["lung"]}, r"structures are \['lung'\]; there are, each once: lungs"),
-        ({"structures": ["heart", "heart"]}, r"structures are \['heart', 'heart'\]; there are, each once"),
+        ({"network": "hrnet"}, "network is 'hrnet'; wanted one of 'unet', 'resunet', 'fc_densenet103'"),
+        ({"structures": []}, r"structures is \[\]; wanted a list, each item one of 'lungs', .*, at least one, each once"),
+        ({"structures": ["lung"]}, r"structures is \['lung'\]; wanted a list, each item one of 'lungs'"),
+        ({"structures": ["heart", "heart"]}, r"structures is \['heart', 'heart'\]; .*, at least one, each once"),
         ({"structures": ["lungs", "left_lung"]}, "lungs are both sides as one: take them or the sides"),
-        ({"ema_decay": 0.9, "cutouts": 2}, r"takes no ema_decay \(leave it at 0\.0\), cutouts \(leave it at 0\)"),
-        ({"views": ["full", "flip"]}, r"takes no views \(leave it at \('full',\)\)"),
-        ({"trained_on": "either"}, r"takes no trained_on \(leave it at 'full'\)"),
-        ({"lungs": "masks", "masked": True}, r"takes no lungs \(leave it at 'darkness'\), masked \(leave it at False\)"),
-        ({"backbone": "resnet50", "channels": 3}, r"takes no backbone \(leave it at ''\), channels \(leave it at 1\)"),
-        ({"sharpen_p": 0.5, "erase_p": 0.1}, r"takes no sharpen_p \(leave it at 0\.0\), erase_p"),
+        ({"cutouts": 2}, "SegmenterRecipe has no field 'cutouts'; it has: starting_weights"),
+        ({"backbone": "resnet50"}, "SegmenterRecipe has no field 'backbone'"),
         ({"structures": ("heart",)}, "wanted lungs, or left_lung and right_lung, among them"),
         ({"horizontal_flip": 0.5, "structures": ("heart", "left_lung", "right_lung")}, "a mirrored left lung"),
     ],
 )
-def test_a_segmenter_refuses_what_it_would_not_heed(fields, message):
+def test_a_segmenter_refuses_what_it_would_not_use(fields, message):
     with pytest.raises(RecipeError, match=message):
         override(SegmenterRecipe(), **fields)
 
@@ -106,4 +93,3 @@ def test_the_published_segmenters_are_those_of_their_papers():
     assert (tiramisu.optimizer, tiramisu.learning_rate, tiramisu.weight_decay) == ("adam", 1e-4, 1e-6)
     assert (tiramisu.batch_size, tiramisu.epochs, tiramisu.image_size) == (2, 100, 256)
     assert set(tiramisu.structures) == {"heart", "left_lung", "right_lung"}
-    assert all(getattr(each, name) == getattr(unet, name) for each in (resunet, tiramisu) for name in NOT_OF_SEGMENTERS)

@@ -48,16 +48,39 @@ def test_an_impossible_split_is_named():
 
 def test_a_run_folder_belongs_to_one_run(tmp_path):
     identity = {"fold": 0, "recipe": {"epochs": 3, "rates": (1, 2)}, "data_fingerprint": "abc"}
-    assert open_run(tmp_path, identity, resume=True) is False
+    begin(tmp_path, identity)
     assert open_run(tmp_path, identity, resume=True) is False
     other = identity | {"recipe": {"epochs": 5, "rates": (1, 2)}, "data_fingerprint": "abd"}
-    with pytest.raises(ResumeError, match=r"data_fingerprint: 'abc' there, 'abd' here; recipe\.epochs: 3 there, 5 here"):
+    listing = r"data_fingerprint: 'abc' there, 'abd' here; recipe\.epochs: 3 there, 5 here"
+    advice = f"to keep it, set run_folder to another name; to replace it, delete {tmp_path}"
+    with pytest.raises(ResumeError, match=rf"{listing}.*{advice}"):
         open_run(tmp_path, other, resume=True)
+    (tmp_path / "checkpoints" / "last.ckpt").unlink()
     (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(ResumeError, match=listing):
+        open_run(tmp_path, other, resume=True)
     assert open_run(tmp_path, identity, resume=True) is True
     assert open_run(tmp_path, other, resume=False) is False
     assert not (tmp_path / "metrics.json").exists()
     assert open_run(tmp_path, other, resume=True) is False
+
+
+def test_a_folder_without_a_checkpoint_belongs_to_nobody(tmp_path):
+    # A training that failed before its first epoch was over, such as by a wrong value, and is asked for with a right one.
+    wrong, right = {"fold": 0, "recipe": {"epochs": 3}}, {"fold": 0, "recipe": {"epochs": 5}}
+    assert open_run(tmp_path, wrong, resume=True) is False
+    (tmp_path / "checkpoints" / ".last.ckpt.half").touch()
+    assert open_run(tmp_path, right, resume=True) is False
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    assert open_run(tmp_path, right, resume=True) is False
+    with pytest.raises(ResumeError, match=r"recipe\.epochs: 5 there, 3 here"):
+        open_run(tmp_path, wrong, resume=True)
+
+
+def begin(folder, identity):
+    """A run with a finished epoch."""
+    assert open_run(folder, identity, resume=True) is False
+    (folder / "checkpoints" / "last.ckpt").touch()
 
 
 def test_curves_show_what_was_logged(tmp_path):
@@ -137,7 +160,7 @@ def identity(extra=None, lungs=None):
 def test_a_run_is_known_by_the_lungs_that_it_saw(tmp_path):
     one, other = (SimpleNamespace(fingerprint=digest, segmenter="ef" * 32) for digest in ("ab" * 32, "cd" * 32))
     assert "lungs_fingerprint" not in identity()
-    open_run(tmp_path, identity(lungs=one), resume=True)
+    begin(tmp_path, identity(lungs=one))
     assert open_run(tmp_path, identity(lungs=one), resume=True) is False
     for differs, told in ((identity(lungs=other), "cd" * 32), (identity(), "-")):
         with pytest.raises(ResumeError, match=rf"lungs_fingerprint: 'abab\w+' there, '{told}' here"):
@@ -152,7 +175,7 @@ def test_a_run_is_known_by_its_extra_images_too(tmp_path):
     known = [identity(each)["extra"] for each in (extra, softer, relabelled)]
     assert all(one != other for place, one in enumerate(known) for other in known[:place])
     assert identity(renamed(SmallXrays(8))) == identity(extra)
-    open_run(tmp_path, identity(extra), resume=True)
+    begin(tmp_path, identity(extra))
     with pytest.raises(ResumeError, match=r"extra\.none_fingerprint: '\w+' there, '\w+' here"):
         open_run(tmp_path, identity(softer), resume=True)
     with pytest.raises(ResumeError, match=r"extra\.images: 8 there, '-' here"):

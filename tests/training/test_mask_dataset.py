@@ -213,19 +213,6 @@ def test_an_augmentation_meets_its_share_of_images(field, probability):
     assert met == pytest.approx(probability, abs=4 * np.sqrt(probability * (1 - probability) / 300))
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.5])
-@pytest.mark.parametrize(
-    "field",
-    [
-        *("horizontal_flip", "vertical_flip", "turn_p", "shear_p", "brightness_contrast_p"),
-        *("salt_pepper_p", "blur_p", "noise_p"),
-    ],
-)
-def test_what_is_no_probability_is_refused(field, value):
-    with pytest.raises(ValueError, match=rf"recipe\.{field} is {value}, wanted a probability, 0\.\.1"):
-        MaskAugmentation(override(STILL, **{field: value}))
-
-
 def test_an_example_is_the_image_and_its_mask_on_the_canvas(small, sided):
     recipe = override(STILL, equalise=True, gamma=0.5)
     place = letterbox(ROWS, COLUMNS, 64)

@@ -1,0 +1,180 @@
+"""Every field of every recipe has an effect: a training and its prediction read it, or the recipe refuses another value."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import kitlib
+from kitlib import settings as kitlib_settings
+from kitlib.inference import predict
+from kitlib.recipes import fields as recipes
+from kitlib.recipes.fields import TrainingRecipe
+from kitlib.settings import RecipeError, checked, field_kinds, override
+from kitlib.training.apply_lungs import apply_lungs
+from kitlib.training.loop import gathered_batches
+from tests.small_lungs import stored_lungs
+from tests.small_masks import RECIPE as SEGMENTER
+from tests.small_masks import SmallMasks
+from tests.small_tasks import train_small
+from tests.small_xrays import RECIPE as STUDY
+from tests.small_xrays import SmallXrays
+from tests.training.test_detector import FASTER_RCNN, YOLO
+from tests.training.test_findings import RECIPE as FINDINGS
+from tests.training.test_findings import SmallFindings
+from tests.training.test_patches import RECIPE as PATCHES
+
+LIBRARY = str(Path(kitlib.__file__).parent)
+# Whoever only checks or copies a value does not use it.
+CHECKS = {kitlib_settings.__file__, recipes.__file__}
+
+# Everything that can be switched on together; each family takes the fields it has.
+ON = {
+    "epochs": 2,
+    "optimizer": "sgd",
+    "nominal_batch": 8,
+    "schedule": "cosine",
+    "warmup_epochs": 1.0,
+    "ema_decay": 0.5,
+    "views": ["full", "lungs"],
+    "trained_on": "either",
+    "rotate_degrees": 5.0,
+    "shear_degrees": 5.0,
+    "shear_p": 0.5,
+    "brightness_contrast": 0.1,
+    "gamma_drawn": [0.9, 1.1],
+    "salt_pepper": 0.01,
+    "salt_pepper_p": 0.5,
+    "sharpen_p": 0.2,
+    "blur_p": 0.2,
+    "blur_pixels": 3,
+    "noise": 0.05,
+    "noise_p": 0.5,
+    "cutouts": 1,
+    "erase_p": 0.2,
+    "l1": 1e-6,
+    "segmentation": 0.5,
+}
+STEPS = {"epochs": 2, "schedule": "step", "milestones": [1], "warmup_epochs": 0.0}
+PLATEAU = {"epochs": 2, "schedule": "plateau", "warmup_epochs": 0.0}
+MASKS_ONLY = {"lungs": "masks"}
+FROZEN = {"frozen_backbone": True, "unfreeze_every": 1, "starting_weights": "first"}  # "first": the first training's bundle
+# A family's fields are those that any of its trainings, with what follows from it, reads.
+TRAININGS = {
+    "study": (STUDY, [ON | MASKS_ONLY, STEPS | FROZEN, PLATEAU]),
+    "findings": (FINDINGS, [ON | MASKS_ONLY, STEPS | FROZEN, PLATEAU]),
+    "patches": (
+        PATCHES,
+        [{name: value for name, value in ON.items() if name not in ("views", "trained_on")}, STEPS | FROZEN, PLATEAU],
+    ),
+    "faster_rcnn": (FASTER_RCNN, [ON | MASKS_ONLY, STEPS, PLATEAU]),
+    "yolo": (YOLO, [{"epochs": 2, "optimizer": "sgd", "warmup_epochs": 1.0, **MASKS_ONLY, "trained_on": "either"}]),
+    "segmenter": (SEGMENTER, [ON, STEPS | {"loss": "cross_entropy"}, PLATEAU]),
+}
+# Values of all types; each field is given those that its annotation allows.
+VALUES = (
+    *(True, False, 0, 1, 2, 3, 17, 32, 64, 0.0, 0.25, 0.75, 1.5, "other"),
+    *(
+        "sgd",
+        "adamw",
+        "cosine",
+        "step",
+        "letterbox",
+        "stretch",
+        "best",
+        "last",
+        "darkness",
+        "masks",
+        "full",
+        "either",
+        "border",
+    ),
+    *("outside_lungs", "backbone", "half", "study", "both", "auc", "accuracy", "votes", "mean_softmax", "ciou", "yolo"),
+    *("faster_rcnn", "unet", "resunet", "dice", "cross_entropy", (0.7, 0.9), (1, 3), ("full", "flip"), ("lungs",)),
+    ("lungs", "heart"),
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("family", TRAININGS)
+def test_each_field_is_read_by_a_training_or_refuses_another_value(family, tmp_path, monkeypatch):
+    recipe, trainings = TRAININGS[family]
+    read = fields_read(monkeypatch, type(recipe))
+    for number, changes in enumerate(trainings):
+        if "starting_weights" in changes:
+            changes = changes | {"starting_weights": str(tmp_path / "run0" / "bundle")}
+        known = {name: value for name, value in changes.items() if name in field_kinds(type(recipe))}
+        train(family, override(recipe, **known), tmp_path / f"run{number}")
+    monkeypatch.undo()
+    ignored = [name for name in field_kinds(type(recipe)) if name not in read and accepted(recipe, name)]
+    assert ignored == []
+
+
+def test_a_field_that_nobody_reads_is_found(monkeypatch):
+    read = fields_read(monkeypatch, type(STUDY))
+    override(STUDY, epochs=2)
+    assert STUDY.dropout == 0.5 and read == set()  # a copy, and a test, are no training
+    gathered_batches(STUDY)
+    assert read == {"batch_size", "nominal_batch"}
+
+
+def fields_read(monkeypatch, kind):
+    """A set that grows with the names of fields that the library reads of recipes of a kind, or of the record of one."""
+    read = set()
+
+    def note(name):
+        caller = sys._getframe(2).f_code.co_filename
+        if caller.startswith(LIBRARY) and caller not in CHECKS:
+            read.add(name)
+
+    def attribute(recipe, name):
+        if type(recipe) is kind and not name.startswith("__"):
+            note(name)
+        return object.__getattribute__(recipe, name)
+
+    class Record(dict):
+        def __getitem__(self, name):
+            note(name)
+            return super().__getitem__(name)
+
+        def get(self, name, default=None):
+            note(name)
+            return super().get(name, default)
+
+    def read_bundle(folder, original=predict.read_bundle):
+        record, weights = original(folder)
+        return record | {"recipe": Record(record["recipe"])}, weights
+
+    monkeypatch.setattr(TrainingRecipe, "__getattribute__", attribute, raising=False)
+    monkeypatch.setattr(predict, "read_bundle", read_bundle)
+    return read
+
+
+def accepted(recipe, name):
+    """Other values of the field, allowed by its annotation, that the recipe takes."""
+    kind, taken, allowed = field_kinds(type(recipe))[name], [], []
+    for value in VALUES:
+        try:
+            value = checked(value, kind)
+        except ValueError:
+            continue
+        allowed.append(value)
+        if value != getattr(recipe, name):
+            try:
+                taken.append(override(recipe, **{name: value}))
+            except RecipeError:
+                continue
+    assert allowed, f"{name}: VALUES has none that {kind} allows"
+    return taken
+
+
+def train(family, recipe, folder):
+    if family == "segmenter":
+        small = SmallMasks(folder.with_name(f"{folder.name}-masks"))
+        train_small(folder, small, recipe, fold=0, masks=small.masks)
+        apply_lungs(small.images, small, folder / "bundle", folder.with_name(f"{folder.name}-applied"), progress=False)
+        return
+    small = SmallFindings(32) if family == "findings" else SmallXrays(16 if family != "patches" else 32)
+    lungs = stored_lungs(folder.with_name(f"{folder.name}-lungs"), small) if recipe.lungs == "masks" else None
+    train_small(folder, small, recipe, lungs=lungs)

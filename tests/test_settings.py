@@ -1,0 +1,188 @@
+"""Settings check each field against its annotation when they are made, and say what is valid."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any, Literal, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe, PatchRecipe, SegmenterRecipe, StudyRecipe
+from kitlib.recipes.named import RECIPES
+from kitlib.settings import (
+    Distinct,
+    Increasing,
+    Ordered,
+    Range,
+    RecipeError,
+    Settings,
+    ZeroOrOdd,
+    field_kinds,
+    from_dict,
+    override,
+)
+
+
+@dataclass(frozen=True)
+class Knobs(Settings):
+    count: Annotated[int, Range(at_least=1)] = 1
+    share: Annotated[float, Range(at_least=0, below=1)] = 0.5
+    rate: Annotated[float, Range(above=0)] = 1.0
+    any_number: float = 0.0
+    side: Annotated[int, ZeroOrOdd()] = 0
+    word: Literal["one", "two"] = "one"
+    number: Literal[1, 3] = 1
+    switch: bool = False
+    name: str = ""
+    optional: str | None = None
+    pair: Annotated[tuple[float, float], Ordered()] = (0.0, 1.0)
+    steps: Annotated[tuple[int, ...], Increasing()] = ()
+    words: Annotated[tuple[Literal["a", "b"], ...], Distinct()] = ("a",)
+    weights: dict[str, Annotated[float, Range(at_least=0)]] = field(default_factory=dict)
+    anything: dict[str, Any] = field(default_factory=dict)
+
+
+NO_NUMBERS = [math.nan, math.inf, -math.inf, True, "1", None, [1.0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "valid"),
+    [
+        ("count", [0, -5, 1.0, *NO_NUMBERS], "a whole number of at least 1"),
+        ("share", [-0.1, 1.0, 10**400, *NO_NUMBERS], "a finite number of at least 0 and below 1"),
+        ("rate", [0, -1.0, *NO_NUMBERS], "a finite number above 0"),
+        ("any_number", NO_NUMBERS, "a finite number"),
+        ("side", [2, -1, 3.0], "a whole number that is 0 or odd"),
+        ("word", ["three", "One", 1, None], "one of 'one', 'two'"),
+        ("number", [2, True, 1.0, "1"], "one of 1, 3"),
+        ("switch", [0, 1, "yes", None], "true or false"),
+        ("name", [1, None, b"x"], "a string"),
+        ("optional", [1, ["x"]], "a string or null"),
+        ("pair", [[1, 0], [1.0], [0, 1, 2], ["a", "b"], "ab", 1.0, [0, math.nan]], "a list of 2 items: a finite number; a"),
+        ("steps", [[2, 1], [1, 1], ["x"], [1.5], 3], "a list, each item a whole number, each above the one before"),
+        ("words", [[], ["a", "a"], ["c"], "a"], "a list, each item one of 'a', 'b', at least one, each once"),
+        ("weights", [{"a": -1}, {"a": "b"}, {1: 1.0}, [1.0]], "a mapping, each value a finite number of at least 0"),
+    ],
+)
+def test_a_wrong_value_is_refused_however_it_is_given_with_what_is_valid(name, values, valid):
+    for value in values:
+        for make in (lambda **given: Knobs(**given), lambda **given: override(Knobs(), **given)):
+            with pytest.raises(RecipeError, match=rf"^Knobs\.{name} is .*; wanted {valid}"):
+                make(**{name: value})
+        with pytest.raises(RecipeError):
+            from_dict(Knobs, {name: value})
+
+
+def test_values_become_what_their_annotation_says():
+    knobs = Knobs(share=0, any_number=np.float64(2.5), pair=[1, 1], steps=[1, 4], words=["b", "a"], weights={"m": 2})
+    assert (knobs.share, knobs.any_number, knobs.pair, knobs.steps, knobs.words) == (
+        0.0,
+        2.5,
+        (1.0, 1.0),
+        (1, 4),
+        ("b", "a"),
+    )
+    assert type(knobs.share) is type(knobs.any_number) is type(knobs.pair[0]) is type(knobs.weights["m"]) is float
+    assert Knobs(optional="x", anything={"a": [None]}).anything == {"a": [None]}
+
+
+# Larger whole numbers are no floats of the same value.
+@given(st.integers(-(2**53), 2**53) | st.floats() | st.booleans() | st.text(max_size=3) | st.none())
+def test_a_number_is_taken_exactly_where_it_lies_in_its_range(value):
+    number = type(value) in (int, float)
+    inside = {
+        "count": type(value) is int and value >= 1,
+        "share": number and 0 <= value < 1,
+        "rate": number and 0 < value < math.inf,
+        "any_number": number and abs(value) < math.inf,
+        "side": type(value) is int and (value == 0 or (value > 0 and value % 2 == 1)),
+    }
+    for name, valid in inside.items():
+        try:
+            assert getattr(Knobs(**{name: value}), name) == value and valid
+        except RecipeError:
+            assert not valid
+
+
+WRONG = [
+    (StudyRecipe, "keep", "worst", "one of 'best', 'last'"),
+    (StudyRecipe, "optimizer", "lion", "one of 'sgd', 'adam', 'adamw'"),
+    (StudyRecipe, "placement", "squash", "one of 'letterbox', 'stretch', 'centre_crop'"),
+    (StudyRecipe, "outputs", "all", "one of 'study', 'none', 'both'"),
+    (StudyRecipe, "views", ["flip", "flip"], "a list, each item one of 'full', 'flip', .*, at least one, each once"),
+    (StudyRecipe, "views", [], "a list, each item one of 'full'"),
+    (StudyRecipe, "views", ["full", "left"], "a list, each item one of 'full'"),
+    (StudyRecipe, "scale_x", ["a", "b"], "a list of 2 items: a finite number above 0; a finite number above 0, the lower"),
+    (StudyRecipe, "scale_x", [1.0], "a list of 2 items"),
+    (StudyRecipe, "scale_x", [1.2, 0.8], "a list of 2 items"),
+    (StudyRecipe, "milestones", ["x"], "a list, each item a whole number of at least 1, each above the one before"),
+    (StudyRecipe, "epochs", -5, "a whole number of at least 1"),
+    (StudyRecipe, "batch_size", 0, "a whole number of at least 1"),
+    (StudyRecipe, "image_size", 0, "a whole number of at least 8"),
+    (StudyRecipe, "channels", 7, "one of 1, 3"),
+    (StudyRecipe, "dropout", 3.0, "a finite number of at least 0 and below 1"),
+    (StudyRecipe, "learning_rate", -1, "a finite number above 0"),
+    (StudyRecipe, "learning_rate", math.nan, "a finite number above 0"),
+    (StudyRecipe, "lungs", "mask", "one of 'darkness', 'masks'"),
+    (StudyRecipe, "erase_p", 1.5, "a finite number of at least 0 and at most 1"),
+    (StudyRecipe, "ema_decay", 1.0, "a finite number of at least 0 and below 1"),
+    (DetectorRecipe, "family", "ssd", "one of 'faster_rcnn', 'yolo'"),
+    (DetectorRecipe, "negatives", -1.0, "a finite number of at least 0"),
+    (PatchRecipe, "masked", False, "True"),
+    (PatchRecipe, "multi_label", True, "False"),
+    (PatchRecipe, "least_lungs", 1.0, "a finite number of at least 0 and below 1"),
+    (FindingsRecipe, "judged_by", "f1", "one of 'auc', 'macro_f1', 'accuracy'"),
+    (SegmenterRecipe, "loss", "focal", "one of 'dice', 'cross_entropy'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "value", "valid"), WRONG)
+def test_a_recipe_refuses_what_would_fail_or_mean_nothing(kind, name, value, valid):
+    with pytest.raises(RecipeError, match=rf"^{kind.__name__}\.{name} is .*; wanted {valid}"):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize("kind", [StudyRecipe, FindingsRecipe, PatchRecipe, DetectorRecipe, SegmenterRecipe])
+def test_no_field_of_a_recipe_takes_what_no_field_can_be(kind):
+    for each in fields(kind):
+        for value in (math.nan, math.inf, -1, -0.5, None, object(), {"a": 1}, [[1]]):
+            with pytest.raises(RecipeError, match=rf"^{kind.__name__}\.{each.name} is "):
+                kind(**{each.name: value})
+
+
+KINDS = [StudyRecipe, FindingsRecipe, PatchRecipe, DetectorRecipe, SegmenterRecipe]
+RANGES = [
+    (kind, name, get_args(annotation)[0], rule)
+    for kind in KINDS
+    for name, annotation in field_kinds(kind).items()
+    for rule in get_args(annotation)[1:]
+    if isinstance(rule, Range)
+]
+
+
+@given(
+    st.sampled_from(RANGES), st.integers(-5, 5) | st.floats(-5, 5) | st.sampled_from([0.0, 1.0, 7, 8, 179, 180, 181, 1e9])
+)
+def test_a_field_of_a_recipe_takes_what_lies_in_its_range_and_nothing_else(ranged, value):
+    kind, name, number, rule = ranged
+    refused = ""
+    try:
+        kind(**{name: value})
+    except RecipeError as error:  # of this field, or of one that contradicts its value
+        refused = str(error)
+    valid = rule.allows(value) and (number is float or type(value) is int)
+    assert refused.startswith(f"{kind.__name__}.{name} is ") == (not valid)
+
+
+def test_every_number_of_a_recipe_has_a_range():
+    bare = [(kind.__name__, name) for kind in KINDS for name, one in field_kinds(kind).items() if one in (int, float)]
+    assert bare == [] and len(RANGES) > 200  # of 5 kinds with 30 to 50 numbers each
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_named_recipe_is_what_its_record_says(name):
+    recipe = RECIPES[name]
+    assert from_dict(type(recipe), json.loads(json.dumps(asdict(recipe)))) == recipe
