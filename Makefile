@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # What `make page` shows.
 RUNS := $(or $(RUNS:/=),runs/demo)
 
-.PHONY: demo page test lint bench clean
+.PHONY: demo page test properties lint bench clean
 demo: $(READY)
 	.venv/bin/python -m kitlib demo
 
@@ -20,6 +20,11 @@ page: $(READY)
 
 test: $(READY)
 	.venv/bin/python -m pytest $(PYTEST)
+
+# Property tests alone, with examples that no earlier run had: `make properties ROUNDS=20` draws 20 times as many as `make test`.
+ROUNDS ?= 5
+properties: $(READY)
+	for round in $$(seq $(ROUNDS)); do .venv/bin/python -m pytest -m hypothesis --hypothesis-profile=anew $(PYTEST) || exit 1; done
 
 lint: $(READY)
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kitlib.device import autocast, pick_device
+from kitlib.device import autocast, memory_format, pick_device
 from kitlib.models.patch_classifier import CHUNKS, PatchClassifier
 from kitlib.models.patches import centres, places
 from kitlib.recipes.fields import PatchRecipe
@@ -84,7 +84,7 @@ def main(full: bool = False, rounds: int = 2, threads: int = 0) -> None:
     table = Table("network", "pixels", "loop", "batched", "bare forward", "batched / loop", "bare / loop")
     apart = 0.0
     for settings, images, patches in PUBLISHED if full else SHORT:
-        model = PatchClassifier(settings, CLASSES).eval().to(device, memory_format=torch.channels_last)
+        model = PatchClassifier(settings, CLASSES).eval().to(device, memory_format=memory_format(device))
         side = settings.image_size
         canvases, mask = chests(images, settings.canvas)
         where = places([centres(mask, patches, seed) for seed in range(images)])

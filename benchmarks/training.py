@@ -22,7 +22,7 @@ from rich.table import Table
 from torch.nn import functional
 
 from kitlib.classes import STUDY_CLASSES
-from kitlib.device import autocast, pick_device, precision, seed_everything
+from kitlib.device import autocast, memory_format, pick_device, precision, seed_everything
 from kitlib.models.classifier import StudyClassifier
 from kitlib.models.faster_rcnn import FasterRCNNDetector
 from kitlib.recipes.fields import DetectorRecipe, StudyRecipe, TrainingRecipe
@@ -65,15 +65,15 @@ class NoisyXrays:
         return XrayDataset(self.images, self.labels, self.boxes, self, settings, augment)
 
 
-def network(settings: TrainingRecipe) -> torch.nn.Module:
+def network(settings: TrainingRecipe, device: torch.device) -> torch.nn.Module:
     built = StudyClassifier(settings) if isinstance(settings, StudyRecipe) else FasterRCNNDetector(settings)
-    return built.to(memory_format=torch.channels_last)
+    return built.to(device, memory_format=memory_format(device))
 
 
 def bare_rate(settings: TrainingRecipe, xrays: NoisyXrays, device: torch.device, steps: int) -> float:
     """Images a second of forward, backward and step alone, on one batch, after three steps to warm up."""
     seed_everything(0)
-    model = network(settings).to(device).train()
+    model = network(settings, device).train()
     optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == "16-mixed")
     batch = next(iter(batches(xrays.examples(settings, augment=False), settings.batch_size)))
@@ -143,9 +143,9 @@ def measure(name: str, settings: TrainingRecipe, xrays: NoisyXrays, workers: int
         torch.cuda.reset_peak_memory_stats(device)
     seed_everything(0)
     if isinstance(settings, StudyRecipe):
-        module = watched(StudyTraining)(network(settings), validation, np.array(xrays.ids))
+        module = watched(StudyTraining)(network(settings, device), validation, np.array(xrays.ids))
     else:
-        module = watched(FasterRCNNTraining)(network(settings), lambda *_: 0.5)
+        module = watched(FasterRCNNTraining)(network(settings, device), lambda *_: 0.5)
     with tempfile.TemporaryDirectory() as scratch:
         loaders = batches(train, settings.batch_size, workers, shuffle=True), batches(validation, settings.batch_size)
         fitted = fit(module, settings, *loaders, scratch, device, seed=0, progress=False)

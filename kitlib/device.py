@@ -1,4 +1,4 @@
-"""The one place that chooses the device and its precision, and sets the random seeds."""
+"""The one place that chooses the device, its precision and its memory format, and sets the random seeds."""
 
 import logging
 import os
@@ -89,6 +89,15 @@ def autocast(device: torch.device) -> AbstractContextManager:
     """The context in which a model predicts on `device`: the precision it trained in, full precision on CPU."""
     dtype = _DTYPES.get(precision(device))
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """The order in which images and convolutions lie in memory on `device`.
+
+    Channels last on GPUs, whose convolutions are up to a third faster so. Contiguous on the CPU: there oneDNN 3.7's
+    convolutions of some narrow layers write outside of their memory with the channels last, and the process dies.
+    """
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def seed_everything(seed: int) -> None:

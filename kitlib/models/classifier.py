@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import kitlib.models.squeezenet  # noqa: F401  registers squeezenet1_1
 from kitlib.classes import STUDY_CLASSES
+from kitlib.device import memory_format
 from kitlib.models.box_mask import mask_decoder
 from kitlib.recipes.fields import ClassifierRecipe, FindingsRecipe, StudyRecipe
 
@@ -50,7 +51,7 @@ class Classifier(nn.Module):
         shape = (1, self.recipe.channels, 1, 1)
         mean, std = (pixels.new_tensor(each, dtype=torch.float32).view(shape) for each in (self.mean, self.std))
         x = (pixels[:, None].float() / 255 - mean) / std
-        return x.contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=memory_format(x.device))
 
     def unfreeze(self, epoch: int) -> None:
         """Let those stages of a frozen backbone learn that the recipe gives free by this epoch (from 0), the last first."""

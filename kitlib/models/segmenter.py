@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from kitlib.device import memory_format
 from kitlib.models.fc_densenet import FCDenseNet103
 from kitlib.models.resunet import ResUNet
 from kitlib.models.unet import UNet
@@ -36,7 +37,7 @@ class Segmenter(nn.Module):
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Grey canvases uint8 (n, rows, columns) to the network's input, on their device."""
         x = (pixels[:, None].float() / 255 - self.mean[0]) / self.std[0]
-        return x.contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=memory_format(x.device))
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits to float32 probabilities (n, 1 + structures, rows, columns), background first, summing to 1."""
