@@ -10,7 +10,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
 class GpuError(RuntimeError):
@@ -87,7 +87,7 @@ def precision(device: torch.device) -> str:
 
 def autocast(device: torch.device) -> AbstractContextManager:
     """The context in which a model predicts on `device`: the precision it trained in, full precision on CPU."""
-    dtype = _DTYPES.get(precision(device))
+    dtype = DTYPES.get(precision(device))
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 

@@ -80,7 +80,7 @@ def test_emulated_bf16_does_not_count(monkeypatch, real_bf16, name, dtype):
     # A T4 says yes as long as emulation counts.
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or real_bf16)
     assert device.precision(torch.device("cuda")) == name
-    assert device._DTYPES[name] == dtype
+    assert device.DTYPES[name] == dtype
 
 
 def test_the_cpu_computes_in_full_precision():

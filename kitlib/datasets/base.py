@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from kitlib.classes import MASK_CONVENTIONS
 from kitlib.tables import BOX, check_table
 from kitlib.xrays.dicom import UnreadableXray, read_header
 from kitlib.xrays.image_file import image_format, image_size
@@ -39,6 +40,11 @@ class Dataset:
     faults: pd.DataFrame
     published: dict[str, int] = field(default_factory=dict)
     masks: pd.DataFrame | None = None
+
+    def __post_init__(self) -> None:
+        conventions = set(self.images["convention"]) if "convention" in self.images else set()
+        if unknown := sorted(conventions - set(MASK_CONVENTIONS)):
+            raise ValueError(f"the convention of masks is one of {', '.join(MASK_CONVENTIONS)}, not {unknown}")
 
 
 class Faults:

@@ -57,7 +57,7 @@ def read_nih(folder: str | Path, progress: bool = True) -> Dataset:
     table = _with_files(table, files, name, faults)
     labels = _labels(table, name, faults)
     images = _images(table[table.image_id.isin(labels.id)], folder, faults, progress)
-    boxes = _boxes(folder / BOXES, faults)
+    boxes = read_boxes(folder / BOXES, faults)
     images, boxes = cut_at_edges(images, boxes[boxes.image_id.isin(images.image_id)], faults, BOXES)
     images = _split(images, folder, faults)
     labels = check_table(labels[labels.id.isin(images.image_id)], "labels", str(folder))
@@ -107,7 +107,7 @@ def _images(table: pd.DataFrame, folder: Path, faults: Faults, progress: bool) -
     return images[[not header.problem for header in headers]].reset_index(drop=True)
 
 
-def _boxes(path: Path, faults: Faults) -> pd.DataFrame:
+def read_boxes(path: Path, faults: Faults) -> pd.DataFrame:
     """The list's boxes with their finding; its columns are `Image Index`, `Finding Label`, then x, y, w, h by position."""
     columns = ["image_id", *BOX, "finding"]
     if not path.is_file():

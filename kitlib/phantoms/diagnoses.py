@@ -72,19 +72,6 @@ class _Layout:
     tell_tale: str  # a file by whose bytes phantoms are told from a real set
 
 
-def write_kermany(folder: str | Path, seed: int, images: int, side: int, **options: Any) -> Path:
-    """`write_diagnoses` of the layout kermany: FOLDER/kermany/chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg."""
-    return write_diagnoses(folder, "kermany", seed=seed, images=images, side=side, **options)
-
-
-def write_covid_chestxray(folder: str | Path, seed: int, images: int, side: int, **options: Any) -> Path:
-    """`write_diagnoses` of the layout covid_chestxray: FOLDER/covid_chestxray/metadata.csv and images/*.png.
-
-    The table also has a lateral image, a CT slice and an image that nobody has labelled; these have no file.
-    """
-    return write_diagnoses(folder, "covid_chestxray", seed=seed, images=images, side=side, **options)
-
-
 def write_diagnoses(
     folder: str | Path,
     layout: str,
@@ -222,7 +209,7 @@ def _covid_chestxray_table(root: Path, planned: list[Planned]) -> None:
 
 
 LAYOUTS = {
-    # Kermany's images of each class (Cell 2018).
+    # chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg, in the shares of Kermany's images of each class (Cell 2018).
     "kermany": _Layout(
         {"bacterial": 2780 / 5856, "viral": 1493 / 5856, "normal": 1583 / 5856},
         adults=False,
@@ -230,6 +217,8 @@ LAYOUTS = {
         tables=lambda root, planned: None,
         tell_tale="chest_xray/train/PNEUMONIA/person1_bacteria_1.jpeg",
     ),
+    # metadata.csv and images/*.png. The table also has a lateral image, a CT slice and an image that nobody has labelled;
+    # these have no file.
     "covid_chestxray": _Layout(
         {"COVID-19": 0.62, "viral": 0.08, "bacterial": 0.12, "normal": 0.08, "pneumonia": 0.05, "other": 0.05},
         adults=True,

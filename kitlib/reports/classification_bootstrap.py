@@ -20,7 +20,6 @@ from kitlib.reports.classification_report import (
 )
 from kitlib.reports.detection_report import interval
 
-OVERALL = ("accuracy", "micro_f1", "papers_micro_f1", "ece", "brier", "log_loss")
 # Draws that are judged together: 64 of 5,000 images take some MB an array.
 AT_ONCE = 64
 
@@ -28,8 +27,8 @@ AT_ONCE = 64
 def draws(given: Judged, samples: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Every figure of `overall` and `class_table` as a column; the first row is of all patients, then one a draw.
 
-    Columns are OVERALL, then such as "f1 COVID-19" and "f1 macro". A draw without a class leaves it out of its means. Raises
-    ValueError for no sample.
+    Columns are those of `overall`, then such as "f1 COVID-19" and "f1 macro". A draw without a class leaves it out of its
+    means. Raises ValueError for no sample.
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; intervals need at least 1 draw, and some hundreds to be steady")
