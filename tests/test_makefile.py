@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import PROJECT
+
+ROOT = PROJECT
 SOURCES = ("requirements.txt", "requirements-tools.txt", "kitlib/kernels/kaggle_image.txt")
 
 
 @pytest.fixture
 def project(tmp_path):
-    (tmp_path / "kitlib").mkdir()
+    (tmp_path / "kitlib" / "kernels").mkdir(parents=True)
     for name in ("Makefile", *SOURCES):
         shutil.copyfile(ROOT / name, tmp_path / name)
     return tmp_path
