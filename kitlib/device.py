@@ -12,6 +12,12 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
+# What a GPU computes in, whatever it could: Kaggle's T4s compute in "16-mixed", which a newer GPU would never choose.
+PRECISION = "KITLIB_PRECISION"
+PRECISIONS = (*DTYPES, "32-true")
+BACKEND = "KITLIB_BACKEND"
+BACKENDS = ("gloo", "nccl")
+
 
 class GpuError(RuntimeError):
     """A GPU on which nothing can be trained: why, and what to choose instead."""
@@ -46,7 +52,24 @@ def training_device() -> torch.device:
 
 def _own_gpu() -> torch.device:
     # Its number among the processes that share a training on this machine, as torch's launcher sets it.
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return gpu_of(int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def gpu_of(process: int) -> torch.device:
+    """The GPU of a process, by its number (from 0) among those that train one model on this machine."""
+    # NCCL refuses two processes on one GPU, gloo does not.
+    return torch.device("cuda", process % torch.cuda.device_count() if process_group_backend() == "gloo" else process)
+
+
+def process_group_backend() -> str:
+    """What processes that train together exchange gradients by: the environment variable KITLIB_BACKEND, "" for torch's own.
+
+    With "gloo" they may be more than there are GPUs, and share them. Raises ValueError for any other value than "nccl".
+    """
+    chosen = os.environ.get(BACKEND, "")
+    if chosen not in ("", *BACKENDS):
+        raise ValueError(f"the environment variable {BACKEND} is {chosen!r}; there are: {', '.join(BACKENDS)}")
+    return chosen
 
 
 def _useless(device: torch.device) -> str:
@@ -79,9 +102,18 @@ def supports(capability: tuple[int, int], built_for: list[str]) -> bool:
 
 
 def precision(device: torch.device) -> str:
-    """Lightning's name of the fastest safe precision: "bf16-mixed", "16-mixed" (T4s emulate bf16), "32-true" on CPU."""
+    """Lightning's name of the fastest safe precision: "bf16-mixed", "16-mixed" (T4s emulate bf16), "32-true" on CPU.
+
+    On a GPU the environment variable KITLIB_PRECISION decides where it is set, to one of PRECISIONS. Raises ValueError for
+    any other value, also on a CPU.
+    """
+    chosen = os.environ.get(PRECISION, "")
+    if chosen and chosen not in PRECISIONS:
+        raise ValueError(f"the environment variable {PRECISION} is {chosen!r}; there are: {', '.join(PRECISIONS)}")
     if device.type != "cuda":
         return "32-true"
+    if chosen:
+        return chosen
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, nms
 
 from kitlib.bundle import BundleError
+from kitlib.device import precision
 from kitlib.models.squeezenet import default_cfgs
 from kitlib.models.starting_weights import load_starting_weights, read_starting_weights, renormalised
 from kitlib.recipes.fields import BOX_LOSSES, DetectorRecipe
@@ -137,7 +138,7 @@ class YoloDetector(nn.Module):
         device = next(self.parameters()).device
         images = pixels.to(device)[:, None].expand(-1, 3, -1, -1).float() / 255
         # float16 places a box within a quarter of a pixel; bfloat16 would be off by two.
-        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.float16, enabled=precision(device) != "32-true"):
             output = self.model(images)
         return [self._best(each).cpu().numpy() for each in self._candidates(output)]
 
