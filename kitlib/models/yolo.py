@@ -1,6 +1,7 @@
 """YOLO of any generation that ultralytics builds from a model YAML, without ultralytics' pickles, downloads or telemetry."""
 
 import os
+import re
 import tempfile
 from copy import deepcopy
 from pathlib import Path
@@ -215,6 +216,9 @@ def _architecture(recipe: DetectorRecipe) -> dict:
     if recipe.backbone == "squeezenet1_1":
         return {**deepcopy(SQUEEZENET), "scales": {"n": [1.0, recipe.width, 1024]}}
     try:
+        # Parts of such a file are evaluated, and the name may come from a stranger's bundle: it must not be a path.
+        if not re.fullmatch(r"[\w-]+", recipe.backbone):
+            raise FileNotFoundError(recipe.backbone)
         architecture = yaml_model_load(f"{recipe.backbone}.yaml")
     except FileNotFoundError as error:
         raise ValueError(f"ultralytics has no model {recipe.backbone!r}; try yolov5lu, yolo11n or squeezenet1_1") from error

@@ -1,5 +1,6 @@
 """What the network is shown, how its output becomes boxes, and that nothing asks the network outside."""
 
+import json
 import os
 import subprocess
 import sys
@@ -120,6 +121,16 @@ def test_starting_weights_are_a_bundle_s_or_ultralytics_own_names(detector, tmp_
     save_file({"model.0.conv.weight": theirs["model.0.conv.weight"]}, tmp_path / "other.safetensors")
     with pytest.raises(BundleError, match=r"other\.safetensors lacks .* tensors of 'yolov8n'"):
         YoloDetector(override(RECIPE, starting_weights=str(tmp_path / "other.safetensors")))
+
+
+def test_a_description_in_a_file_is_never_evaluated(tmp_path):
+    # ultralytics evaluates the activation, and the name of a backbone may come from a stranger's bundle.
+    evil = {"nc": 1, "scales": {"n": [0.33, 0.25, 1024]}, "backbone": [[-1, 1, "Conv", [64, 3, 2]]]}
+    evil |= {"head": [[[0], 1, "Detect", ["nc"]]], "activation": f"open({str(tmp_path / 'evaluated')!r}, 'w') and nn.SiLU()"}
+    (tmp_path / "yolov8n.yaml").write_text(json.dumps(evil))
+    with pytest.raises(ValueError, match=r"ultralytics has no model '.*yolov8n'"):
+        YoloDetector(override(RECIPE, backbone=str(tmp_path / "yolov8n")))
+    assert not (tmp_path / "evaluated").exists()
 
 
 def test_prediction_imports_no_training_library_and_never_opens_a_connection(tmp_path):
