@@ -231,7 +231,7 @@ class PatchRecipe(FindingsRecipe):
 class DetectorRecipe(TrainingRecipe):
     """Opacity detector of either family. Defaults: report section 3.1, Faster R-CNN."""
 
-    family: str = "faster_rcnn"  # or "yolo", whose backbone is an ultralytics name such as "yolov5lu" or "squeezenet1_1"
+    family: str = "faster_rcnn"  # or "yolo", whose backbone is an ultralytics name such as "yolov5lu"
     inference_size: int = 0  # side of the canvas at prediction, a multiple of 32; 0: as in training
     negatives: float = 1.0  # images without a box to train on, at most this share of those with one; Heidelberg: 0
     box_loss: str = ""  # faster_rcnn: "smooth_l1" or "ciou"; yolo: "ciou" or "giou"; empty: the first
