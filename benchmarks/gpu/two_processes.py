@@ -28,7 +28,7 @@ def main(small: bool = False) -> None:
     xrays = SmallXrays(16)
     # Without batch norm and dropout an image's gradient is the same whatever images are beside it.
     recipe = override(
-        RECIPE, backbone="squeezenet1_1", image_size=64, dropout=0.0, optimizer="sgd", batch_size=8, blur_p=0.0
+        RECIPE, backbone="test_convnext", image_size=64, dropout=0.0, optimizer="sgd", batch_size=8, blur_p=0.0
     )
     recipe = override(recipe, epochs=1 if small else 3)
     task = small_task(xrays, recipe)

@@ -1,6 +1,5 @@
 """Classifiers: any timm backbone with a head, for a study's classes and `none`, or for an image's findings or its class."""
 
-import difflib
 from collections.abc import Sequence
 
 import timm
@@ -10,9 +9,9 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import kitlib.models.squeezenet  # noqa: F401  registers squeezenet1_1
 from kitlib.classes import STUDY_CLASSES
 from kitlib.device import memory_format
+from kitlib.models.backbones import check_backbone
 from kitlib.models.box_mask import mask_decoder
 from kitlib.recipes.fields import ClassifierRecipe, FindingsRecipe, StudyRecipe
 
@@ -208,11 +207,7 @@ def smoothed(truth: torch.Tensor, share: float, classes: int) -> torch.Tensor:
 
 
 def _backbone(recipe: ClassifierRecipe, outputs: int) -> nn.Module:
-    if not timm.is_model(recipe.backbone):
-        near = difflib.get_close_matches(recipe.backbone.partition(".")[0], timm.list_models(), n=5)
-        raise ValueError(
-            f"timm {timm.__version__} has no backbone {recipe.backbone!r}; near: {', '.join(near) or 'nothing'}"
-        )
+    check_backbone(recipe.backbone)
     options = {"pretrained": False, "in_chans": recipe.channels, "num_classes": 0}
     # Transformers with learnt positions are built for one side; the others take any.
     if timm.get_pretrained_cfg(recipe.backbone).fixed_input_size:
