@@ -18,7 +18,7 @@ from kitlib.reports.classification_report import (
     log_losses,
     on_shared_images,
 )
-from kitlib.reports.detection_report import interval
+from kitlib.reports.competition import interval
 from kitlib.reports.published_tables import PublishedTable
 
 OVERALL = ("accuracy", "micro_f1", "papers_micro_f1", "ece", "brier", "log_loss")

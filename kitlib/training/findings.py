@@ -19,8 +19,7 @@ from kitlib.lungs.finders import StoredLungs
 from kitlib.models.classifier import FindingsClassifier, check_classes, mean_of_known, smoothed
 from kitlib.models.patch_classifier import PatchClassifier, check_patches
 from kitlib.recipes.fields import FindingsRecipe, PatchRecipe
-from kitlib.scoring.exclusive_classes import class_weights, exclusive_scores
-from kitlib.scoring.metrics import mean_auc
+from kitlib.scoring.metrics import class_weights, exclusive_scores, mean_auc
 from kitlib.tables import check_table, class_columns, concatenate, empty_table, read_table, write_table
 from kitlib.training import data_parallel
 from kitlib.training.classifier import ClassifierTraining, start_from_weights

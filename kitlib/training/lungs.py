@@ -16,7 +16,7 @@ from kitlib.inference.segment_lungs import LungSegmenter, load_segmenter
 from kitlib.lungs.clean_up import on_copy
 from kitlib.models.segmenter import Segmenter, segmentation_loss
 from kitlib.recipes.fields import SegmenterRecipe
-from kitlib.scoring.overlap import overlap
+from kitlib.scoring.metrics import overlap
 from kitlib.tables import check_table, read_table, write_table
 from kitlib.training import data_parallel
 from kitlib.training.fold_folder import finish_fold, open_run, read_finished, run_identity, save_trained, split
