@@ -20,7 +20,7 @@ from kitlib.datasets.siim import read_train
 from kitlib.phantoms.siim import write_competition
 from kitlib.recipes.fields import DetectorRecipe, StudyRecipe
 from kitlib.recipes.named import recipe
-from kitlib.reports.detection_report import detection_draws, interval
+from kitlib.reports.competition import detection_draws, interval
 from kitlib.scoring.score import class_precision
 from kitlib.tables import concatenate
 from kitlib.training.driver import train_fold

@@ -12,8 +12,7 @@ from torch.nn import functional
 from kitlib.inference.predict import load_predictor
 from kitlib.models.classifier import FindingsClassifier, check_classes, mean_of_known, smoothed
 from kitlib.recipes.fields import FindingsRecipe
-from kitlib.scoring.exclusive_classes import class_weights, exclusive_scores
-from kitlib.scoring.metrics import mean_auc
+from kitlib.scoring.metrics import class_weights, exclusive_scores, mean_auc
 from kitlib.tables import class_columns, concatenate
 from kitlib.training.classifier import ClassifierTraining, check_frozen, start_from_weights
 from kitlib.training.patch_dataset import PatchDataset, collate_canvases

@@ -14,8 +14,7 @@ from kitlib.models.classifier import FindingsClassifier, StudyClassifier
 from kitlib.models.starting_weights import load_starting_weights
 from kitlib.recipes.fields import FindingsRecipe, StudyRecipe
 from kitlib.recipes.named import RECIPES
-from kitlib.scoring.exclusive_classes import class_weights, exclusive_scores
-from kitlib.scoring.metrics import mean_auc
+from kitlib.scoring.metrics import class_weights, exclusive_scores, mean_auc
 from kitlib.settings import override
 from kitlib.tables import read_table
 from kitlib.training.findings import FindingsTraining, findings_loss

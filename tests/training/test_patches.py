@@ -7,7 +7,7 @@ import pytest
 from kitlib.bundle import read_bundle
 from kitlib.classes import STUDY_CLASSES
 from kitlib.recipes.fields import PatchRecipe
-from kitlib.scoring.exclusive_classes import exclusive_scores
+from kitlib.scoring.metrics import exclusive_scores
 from kitlib.settings import override
 from kitlib.tables import read_table
 from kitlib.training.findings import PatchTraining
