@@ -86,6 +86,10 @@ class ClassifierTraining(RecipeTraining):
         # By the epoch's number, so that in a resumed training as much learns as in an uninterrupted one.
         self.model.unfreeze(self.current_epoch)
 
+    def penalty(self) -> torch.Tensor:
+        """The recipe's l1 times the sum of the absolute values of all that learns; Oh et al. 2020 add it to their loss."""
+        return self.recipe.l1 * sum(each.abs().sum() for each in self.model.parameters() if each.requires_grad)
+
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
         loss = self.training_loss(mix_batch(self.targets(batch), self.recipe.mixup, self.recipe.cutmix))
         # Without the penalty, so that it is beside the validation's in the curves.

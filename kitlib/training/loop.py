@@ -57,10 +57,6 @@ class RecipeTraining(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, self.recipe))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def penalty(self) -> torch.Tensor:
-        """The recipe's l1 times the sum of the absolute values of all that learns; Oh et al. 2020 add it to their loss."""
-        return self.recipe.l1 * sum(each.abs().sum() for each in self.model.parameters() if each.requires_grad)
-
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         super().optimizer_step(*arguments, **options)
         if self.average is not None:
