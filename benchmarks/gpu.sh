@@ -12,11 +12,12 @@
 #   LIMIT         seconds for everything (530)
 #   PARTS         list of the parts, in a folder with their scripts (benchmarks/gpu/parts.txt)
 set -uo pipefail
+{  # read whole before it begins, so that it may be edited while it runs
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-runs/gpu} LIMIT=${LIMIT:-530} PARTS=${PARTS:-benchmarks/gpu/parts.txt}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 mkdir -p "$OUT"
-rm -f "$OUT"/*.log
+awk '/^[^#]/ { sub(/-.*/, "", $1); print $1 }' "$PARTS" | while read -r name; do rm -f "$OUT/$name.log"; done
 table=$OUT/table.md scratch=$(mktemp -d) failed=0 child=
 grace=5  # seconds from asking a part to end until it is killed
 export PYTHONUNBUFFERED=1
@@ -75,3 +76,4 @@ while read -r name limit script arguments <&3; do
 done 3<"$PARTS"
 echo "$SECONDS s in all; logs in $OUT" | tee -a "$table"
 exit "$failed"
+}
