@@ -28,6 +28,7 @@ from kitlib.phantoms.drawing import render
 from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order, fingerprint
 from kitlib.phantoms.patients import draw_exposure, draw_near_duplicate, draw_opacities, draw_patient
 from kitlib.phantoms.plan import PlannedImage, PlannedStudy, plan_split
+from kitlib.scoring.csv_file import submission_ids, write_all_negative
 from kitlib.xrays.writing import write_xray
 
 COMPETITION = "siim-covid19-detection"
@@ -115,7 +116,8 @@ def write_competition(
         train, test = (table[table.split == split] for split in ("train", "test"))
         _write_label_tables(train, root)
         _write_label_tables(test, truth)
-        _write_sample_submission(test, root / "sample_submission.csv")
+        ids = submission_ids(sorted(test.study_id.unique()), sorted(test.image_id))
+        write_all_negative(root / "sample_submission.csv", ids)
     return competition
 
 
@@ -220,12 +222,6 @@ def _write_label_tables(images: pd.DataFrame, folder: Path) -> None:
     )
     for name, table in zip(LABEL_TABLES, (study_level, image_level), strict=True):
         write_csv(folder / name, table)
-
-
-def _write_sample_submission(images: pd.DataFrame, path: Path) -> None:
-    studies = [(f"{name}_study", "negative 1 0 0 1 1") for name in sorted(images.study_id.unique())]
-    single = [(f"{name}_image", "none 1 0 0 1 1") for name in sorted(images.image_id)]
-    write_csv(path, pd.DataFrame(studies + single, columns=["id", "PredictionString"]))
 
 
 def _boxes_cell(boxes: np.ndarray) -> str | None:
