@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kitlib.reports.classification_bootstrap import OVERALL, draws, intervals, paired
-from kitlib.reports.classification_report import FIGURES, class_table, judged, overall
+from kitlib.reports.classification_bootstrap import draws, intervals, paired
+from kitlib.reports.classification_report import FIGURES, OVERALL, class_table, judged, overall
 from tests.reports.test_classification_report import CLASSES, tables
 
 
