@@ -156,7 +156,7 @@ class Figures:
         self.ranked = [_ranked(column, positive) for column, positive in zip(found.T, true.T, strict=True)]
 
     def of(self, weight: np.ndarray) -> pd.DataFrame:
-        """A row a draw, of how often each image is in it, weight (draws, n): OVERALL, then such as "f1 viral", "f1 macro"."""
+        """A row a draw, of how often it has each image: weight (draws, n). Columns are OVERALL, then such as "f1 macro"."""
         size, total = len(self.classes), weight.sum(axis=1)
         matrix = (weight @ self.cells).reshape(-1, size, size)
         figures = counted_figures(matrix)
