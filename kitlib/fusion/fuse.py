@@ -27,9 +27,9 @@ class FusionSettings:
     """How predictions become one answer. The defaults are the plainest: equal weights, no rescoring."""
 
     model_weights: dict[str, float] = field(default_factory=dict)  # model -> weight; 1 if not named, 0 leaves it out
-    # detector -> slope and offset that make its scores probabilities, see box_calibration; as they are if not named
+    # detector -> slope and offset that make its scores probabilities, see kitlib.fusion.boxes; as they are if not named
     calibration: dict[str, tuple[float, float]] = field(default_factory=dict)
-    box_method: str = "wbf"  # one of box_merging.METHODS, used where two or more lists of boxes meet
+    box_method: str = "wbf"  # one of boxes.METHODS, used where two or more lists of boxes meet
     box_iou: float = 0.6  # IoU above which boxes are one (1st and 11th place 0.6, Heidelberg 0.55, 5th 0.625)
     box_min_score: float = 0.001  # boxes below are dropped before fusion; low ones still earn average precision
     box_limit: int = 50  # boxes of each list that are merged, the most confident: time grows with the square
