@@ -5,7 +5,6 @@ path) and `problem`, which also says what was done about it.
 """
 
 import ast
-import logging
 import math
 import os
 import re
@@ -43,8 +42,8 @@ def read_train(folder: str | Path, progress: bool = True) -> Dataset:
     unreadable header (their patient is unknown) or with a box that cannot be read (the image would pass for a healthy one).
     Raises LayoutError where the train folder, a CSV file or a column is missing.
     """
-    folder = Path(folder)
-    labels, boxes, rows, faults = _label_tables(folder)
+    folder, faults = Path(folder), Faults()
+    labels, boxes, rows = read_label_tables(folder, faults)
     train = folder / "train"
     if not train.is_dir():
         raise LayoutError(f"{train} is missing: unpack the competition's training files there, see inputs/README.md")
@@ -108,19 +107,11 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
     return SiimTest(check_table(images, "images", str(folder)), faults.table(), *ids, sample_ids)
 
 
-def read_label_tables(folder: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def read_label_tables(folder: Path, faults: Faults) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """The two label CSVs alone: labels (id = study_id), boxes in original pixels, and image_id, study_id, false_none.
 
-    Without the DICOM files boxes are cut at zero only. Faults are logged. Raises LayoutError.
+    Without the DICOM files boxes are cut at zero only. Raises LayoutError.
     """
-    labels, boxes, images, faults = _label_tables(Path(folder))
-    for fault in faults.rows:
-        logging.getLogger(__name__).warning("%s: %s %s", *fault)
-    return labels, boxes, images
-
-
-def _label_tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, Faults]:
-    faults = Faults()
     labels = _study_labels(folder / STUDY_TABLE, faults)
     table = read_csv(folder / IMAGE_TABLE, ("id", "boxes", "label", "StudyInstanceUID"))
     table["image_id"] = _bare_ids(table.id, "_image", IMAGE_TABLE, faults)
@@ -144,7 +135,7 @@ def _label_tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFram
     images = pd.DataFrame(kept, columns=["image_id", "study_id", "false_none"], dtype=object)
     images["false_none"] = images.false_none.astype(bool) & images.study_id.isin(marked)
     images, boxes = cut_at_edges(images, pd.DataFrame(boxes, columns=["image_id", *BOX]), faults, IMAGE_TABLE, "_image")
-    return labels, boxes, images.sort_values("image_id", ignore_index=True), faults
+    return labels, boxes, images.sort_values("image_id", ignore_index=True)
 
 
 def _study_labels(path: Path, faults: Faults) -> pd.DataFrame:

@@ -27,7 +27,7 @@ class FusionSettings(Settings):
     """How predictions become one answer. The defaults are the plainest: equal weights, no rescoring."""
 
     model_weights: dict[str, NotNegative] = field(default_factory=dict)  # model -> weight; 1 if not named, 0 leaves it out
-    # detector -> slope and offset that make its scores probabilities, see box_calibration; as they are if not named
+    # detector -> slope and offset that make its scores probabilities, see kitlib.fusion.boxes; as they are if not named
     calibration: dict[str, tuple[Positive, float]] = field(default_factory=dict)
     box_method: Method = "wbf"  # used where two or more lists of boxes meet
     box_iou: Probability = 0.6  # IoU above which boxes are one (1st and 11th place 0.6, Heidelberg 0.55, 5th 0.625)

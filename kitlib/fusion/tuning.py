@@ -49,64 +49,37 @@ class TuningError(ValueError):
     """Predictions that are not out of fold, or leave nothing to tune on."""
 
 
-def tune(
-    study_scores: pd.DataFrame,
-    image_scores: pd.DataFrame,
-    detections: pd.DataFrame,
-    coverage: pd.DataFrame,
-    images: pd.DataFrame,
-    labels: pd.DataFrame,
-    boxes: pd.DataFrame,
-    folds: pd.DataFrame,
-    rounds: int = 2,
-    workers: int = 1,
-) -> tuple[FusionSettings, pd.DataFrame]:
+def tune(judge: "Judge", rounds: int = 2) -> tuple[FusionSettings, pd.DataFrame]:
     """The best FusionSettings, and a table of steps: step, setting (as chosen), score, gain; the first row is the default.
 
-    Scored are the images of `folds` that every classifier has predicted and every detector covered, without those marked
-    `false_none`. Each step tries a grid for one setting and keeps the best value if the score gains LEAST_GAIN by it; the
-    calibration of box scores is fitted to the same images, and kept on the same condition. Up to `rounds` go over them until
-    none gains; how boxes meet is tried in the first alone, being slow. `box_min_score` and `box_limit` are never tuned: they
-    cut what is too weak or too much to matter. The last score is too good, as it is of the predictions that the settings
-    were chosen on; see `cross_fit`.
-
-    Raises TuningError for predictions that are not out of fold, detections without coverage, and where no image is left.
+    Each step tries a grid for one setting and keeps the best value if the score gains LEAST_GAIN by it; the calibration of
+    box scores is fitted to the same images, and kept on the same condition. Up to `rounds` go over them until none gains;
+    how boxes meet is tried in the first alone, being slow. `box_min_score` and `box_limit` are never tuned: they cut what is
+    too weak or too much to matter. The last score is too good, as it is of the predictions that the settings were chosen on;
+    see `cross_fit`.
     """
-    judge = _Judge(study_scores, image_scores, detections, coverage, images, labels, boxes, folds, workers)
     return _climb(judge, judge.truth, rounds)
 
 
-def cross_fit(
-    study_scores: pd.DataFrame,
-    image_scores: pd.DataFrame,
-    detections: pd.DataFrame,
-    coverage: pd.DataFrame,
-    images: pd.DataFrame,
-    labels: pd.DataFrame,
-    boxes: pd.DataFrame,
-    folds: pd.DataFrame,
-    rounds: int = 2,
-    workers: int = 1,
-) -> pd.DataFrame:
+def cross_fit(judge: "Judge", rounds: int = 2) -> pd.DataFrame:
     """What `tune` can expect of new images: a row a fold with fold, images, default and cross_fitted.
 
     `cross_fitted` is the score 0..1 of the fold's images under settings tuned on the other folds, `default` that under the
     untuned ones; no rows with fewer than two folds. Each fold is scored alone: settings of different folds put scores on
-    different scales, and sorting these together would judge the mixture. Same images, grids and errors as `tune`. Boxes are
-    fused once for each way that any fold tries, so it takes as long as `tune` where the folds agree, and up to as many times
-    that as there are folds where none do.
+    different scales, and sorting these together would judge the mixture. Boxes are fused once for each way that `tune` or
+    any fold tries, so it takes as long as `tune` where the folds agree, and up to as many times that as there are folds
+    where none do.
     """
-    judge = _Judge(study_scores, image_scores, detections, coverage, images, labels, boxes, folds, workers)
     numbers, rows = sorted(set(judge.images["fold"])), []
     for fold in numbers if len(numbers) > 1 else []:
         held = judge.images["fold"] == fold
-        settings, _ = _climb(judge, truth_of(judge.images[~held], labels, boxes), rounds)
-        truth = truth_of(judge.images[held], labels, boxes)
+        settings, _ = _climb(judge, judge.truth_of(~held), rounds)
+        truth = judge.truth_of(held)
         rows.append((fold, int(held.sum()), judge.score(FusionSettings(), truth), judge.score(settings, truth)))
     return pd.DataFrame(rows, columns=["fold", "images", "default", "cross_fitted"])
 
 
-def _climb(judge: "_Judge", truth: Truth, rounds: int) -> tuple[FusionSettings, pd.DataFrame]:
+def _climb(judge: "Judge", truth: Truth, rounds: int) -> tuple[FusionSettings, pd.DataFrame]:
     settings = FusionSettings()
     best = judge.score(settings, truth)
     calibration = judge.calibration(truth)
@@ -130,8 +103,13 @@ def _climb(judge: "_Judge", truth: Truth, rounds: int) -> tuple[FusionSettings, 
     return settings, pd.DataFrame(rows, columns=["step", "setting", "score", "gain"])
 
 
-class _Judge:
-    """The competition score of settings. Boxes are fused and matched once for each way to fuse them."""
+class Judge:
+    """The competition score of settings. Boxes are fused and matched once for each way to fuse them.
+
+    Scored are the images of `folds` that every classifier has predicted and every detector covered, without those marked
+    `false_none`. Raises TuningError for predictions that are not out of fold, detections without coverage, and where no
+    image is left.
+    """
 
     def __init__(
         self,
@@ -143,13 +121,14 @@ class _Judge:
         labels: pd.DataFrame,
         boxes: pd.DataFrame,
         folds: pd.DataFrame,
-        workers: int,
+        workers: int = 1,
     ) -> None:
         self.images = images = _scored_images(study_scores, image_scores, detections, coverage, images, folds)
         self.study_scores = study_scores[study_scores["study_id"].isin(images["study_id"])]
         self.image_scores = image_scores[image_scores["image_id"].isin(images["image_id"])]
         self.detections = detections[detections["image_id"].isin(images["image_id"])]
         self.coverage, self.workers = coverage, workers
+        self.labels, self.boxes = labels, boxes
         self.truth = truth_of(images, labels, boxes)
         # Every detector has covered every image, so weights make no difference to what was seen.
         self.seen = seen_images(self.detections, images, FusionSettings(), coverage)
@@ -158,6 +137,10 @@ class _Judge:
         self.averaged: dict[tuple[float, ...], tuple[pd.DataFrame, pd.DataFrame]] = {}
         self.classifiers = sorted({*self.study_scores["model"], *self.image_scores["model"]})
         self.detectors = sorted(set(coverage["model"]))
+
+    def truth_of(self, chosen: pd.Series) -> Truth:
+        """The truth of some of `images`, a bool a row."""
+        return truth_of(self.images[chosen], self.labels, self.boxes)
 
     def score(self, settings: FusionSettings, truth: Truth) -> float:
         """Of the images of `truth`, which are some of `images`."""
@@ -263,7 +246,7 @@ def _scored_images(
     images: pd.DataFrame,
     folds: pd.DataFrame,
 ) -> pd.DataFrame:
-    """The images, with their fold, that every model has predicted. Raises TuningError as `tune` does."""
+    """The images, with their fold, that every model has predicted. Raises TuningError as Judge does."""
     runs = ["image_id", "model", "fold"]
     uncovered = detections[~pd.MultiIndex.from_frame(detections[runs]).isin(pd.MultiIndex.from_frame(coverage[runs]))]
     if len(uncovered):

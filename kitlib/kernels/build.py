@@ -180,7 +180,7 @@ def _write_ensemble(spec: KernelSpec, folder: Path, study_models: set[str]) -> s
 
     Raises SpecError where it is not one of exactly the study models of the kernel.
     """
-    bundle = spec.ensemble_bundle()
+    bundle = spec.named_bundle("ensemble")
     if bundle is None:
         return ""
     ensemble = read_ensemble(bundle)
@@ -200,7 +200,7 @@ def _write_ensemble(spec: KernelSpec, folder: Path, study_models: set[str]) -> s
 
 def _write_lungs(spec: KernelSpec, folder: Path) -> str:
     """The segmenter's bundle in the sub-folder `lungs`, and its digest; "" where the kernel names none."""
-    bundle = spec.lungs_bundle()
+    bundle = spec.named_bundle("lungs")
     if bundle is None:
         return ""
     record = _copy_bundle(bundle, folder / "lungs")

@@ -63,18 +63,7 @@ def _probe() -> tuple[list[str] | None, str]:
     for mapped in [[], ["--map-root-user"]] if os.geteuid() == 0 else [["--map-root-user"]]:
         command = ["unshare", *mapped, "--mount", "--net", "--pid", "--fork", "--kill-child=KILL"]
         with tempfile.TemporaryDirectory() as root:
-            plan = {
-                "command": ["true"],
-                "root": root,
-                "read_only": {},
-                "writable": {},
-                "hidden": [],
-                "keep": [],
-                "folder": "/",
-            }
-            tried = subprocess.run(
-                [*command, sys.executable, "-I", __file__, json.dumps(plan)], capture_output=True, text=True
-            )
+            tried = subprocess.run([*command, *_program(_plan(["true"], root))], capture_output=True, text=True)
         if tried.returncode == 0:
             return command, ""
         reason = (tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1]

@@ -19,6 +19,11 @@ ACCELERATORS = ("NvidiaTeslaT4", "none")
 # Kaggle's limits on characters; its client wants more of a slug that it makes a dataset of, or finds a kernel by.
 TITLE, SLUG = (6, 50), (3, 50)
 NEW_DATASET, KERNEL_SOURCE = (6, 50), (5, 50)
+# Key -> the folder of its run's bundle, and which runs have one.
+NAMED = {
+    "lungs": ("bundle", "a run of notebook 14, or a fold of notebook 12"),
+    "ensemble": ("ensemble", "a run of notebook 65 on study models"),
+}
 SLUG_LETTERS = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -116,22 +121,14 @@ class KernelSpec(Settings):
         """`entries` as OWNER/SLUG."""
         return [entry if "/" in entry else f"{self.owner}/{entry}" for entry in entries]
 
-    def lungs_bundle(self) -> Path | None:
-        """The segmenter's bundle folder; None where the kernel names no run. Raises SpecError where that has none."""
-        if not self.lungs:
+    def named_bundle(self, key: str) -> Path | None:
+        """The bundle folder of the run that `key` names, of NAMED; None without one. Raises SpecError for no bundle."""
+        if not getattr(self, key):
             return None
-        bundle = project_root() / self.lungs / "bundle"
+        inside, wanted = NAMED[key]
+        bundle = project_root() / getattr(self, key) / inside
         if not bundle.is_dir():
-            raise SpecError(f"lungs: there is no {bundle}; name a run of notebook 14, or a fold of notebook 12")
-        return bundle
-
-    def ensemble_bundle(self) -> Path | None:
-        """The folder of the ensemble's bundle; None where the kernel names no run. Raises SpecError where that has none."""
-        if not self.ensemble:
-            return None
-        bundle = project_root() / self.ensemble / "ensemble"
-        if not bundle.is_dir():
-            raise SpecError(f"ensemble: there is no {bundle}; name a run of notebook 65 on study models")
+            raise SpecError(f"{key}: there is no {bundle}; name {wanted}")
         return bundle
 
     def bundles(self) -> list[Path]:

@@ -66,39 +66,32 @@ class Gallery:
         The longest side is at most THUMBNAIL pixels; captions are plain text, no HTML. An image without a decoded copy is a
         grey tile. Raises ValueError for a choice or page that there is not.
         """
-        rows = self._rows(choice)
+        if choice not in self._choices:
+            raise ValueError(f"there is no choice {choice!r}; there are: {', '.join(self._choices)}")
+        rows = self._choices[choice]
         pages = max(1, -(-len(rows) // self.a_page))
         if not 1 <= number <= pages:
             raise ValueError(f"there is no page {number} of {choice!r}, only 1 to {pages}")
         shown = rows.iloc[(number - 1) * self.a_page : number * self.a_page]
         return [self._tile(row) for row in shown.itertuples()], pages
 
-    def place(self, image_id: str) -> tuple[str, int]:
-        """What `open` takes for the image of this name. Raises ValueError where there is none."""
-        found = np.flatnonzero(self._choices[ALL]["image_id"] == image_id)
-        if not len(found):
-            raise ValueError(f"there is no image {image_id!r} in {self.name}")
-        return ALL, int(found[0])
-
-    def open(self, choice: str, place: int) -> OpenedStudy:
-        """The whole study of the image at `place` of `choice`, counted from 0 through all pages; that image comes first.
+    def open(self, image_id: str) -> OpenedStudy:
+        """The whole study of the image of this name, which comes first.
 
         Another image of the study that cannot be read is left out, with a remark. Raises UnreadableXray where the chosen one
-        cannot, ValueError for a choice or place that there is not.
+        cannot, ValueError for an image that there is not.
         """
-        rows = self._rows(choice)
-        if not 0 <= place < len(rows):
-            raise ValueError(f"there is no image {place} of {choice!r}, only 0 to {len(rows) - 1}")
-        chosen, images = rows.iloc[place], self._images
-        study = images[images["study_id"] == chosen["study_id"]]
-        first = study["image_id"] == chosen["image_id"]
-        study = pd.concat([study[first], study[~first].sort_values("image_id")])
+        chosen = self._images[self._images["image_id"] == image_id]
+        if chosen.empty:
+            raise ValueError(f"there is no image {image_id!r} in {self.name}")
+        study = self._images[self._images["study_id"].isin(chosen["study_id"])].drop(chosen.index)
+        study = pd.concat([chosen, study.sort_values("image_id")])
         opened, remarks = [], []
         for row in study.itertuples():
             try:
                 opened.append(self._opened(row))
             except UnreadableXray as error:
-                if row.image_id == chosen["image_id"]:
+                if row.image_id == image_id:
                     raise
                 remarks.append(f"The image {row.image_id} of this study is left out: {error.reason}.")
         folds = study["fold"].dropna().astype(int).tolist()
@@ -107,20 +100,15 @@ class Gallery:
                 "Its images are in several folds: models that have not seen the first may have learnt from others."
             )
         return OpenedStudy(
-            study_id=chosen["study_id"],
+            study_id=chosen["study_id"].iloc[0],
             images=tuple(opened),
             copies=self._copies,
             kept=self._xrays,
             trained_on=self.fingerprint,
             fold=folds[0] if folds else None,
-            true_class=chosen["true_class"],
+            true_class=chosen["true_class"].iloc[0],
             remarks=tuple(remarks),
         )
-
-    def _rows(self, choice: str) -> pd.DataFrame:
-        if choice not in self._choices:
-            raise ValueError(f"there is no choice {choice!r}; there are: {', '.join(self._choices)}")
-        return self._choices[choice]
 
     def _tile(self, row: tuple) -> tuple[np.ndarray, str]:
         known = [row.true_class] if row.true_class else []

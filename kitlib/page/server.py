@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import shutil
-import signal
 import socket
 import tempfile
 import threading
@@ -20,6 +19,7 @@ from starlette.responses import PlainTextResponse
 
 from kitlib.page.requests import Guarded
 from kitlib.page.uploads import MAX_UPLOAD_BYTES
+from kitlib.processes import exiting_on_signals
 
 if TYPE_CHECKING:  # gradio must not be imported before `quiet_gradio` has spoken
     import gradio
@@ -50,7 +50,7 @@ def quiet_gradio() -> Iterator[Path]:
     # Uploads begin as temporary files, and stay that where a browser goes away halfway.
     tempfile.tempdir = str(folder)
     try:
-        with _ending_tidily():
+        with exiting_on_signals():
             yield folder
     finally:
         for name, value in former[0].items():
@@ -60,24 +60,6 @@ def quiet_gradio() -> Iterator[Path]:
                 os.environ[name] = value
         tempfile.tempdir = former[1]
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _ending_tidily() -> Iterator[None]:
-    """Signals that would end the process on the spot end the block first."""
-    if threading.current_thread() is not threading.main_thread():  # no other may listen to signals
-        yield
-        return
-
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    former = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 def page_app(

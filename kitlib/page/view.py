@@ -67,7 +67,7 @@ class Viewer:
         if self.gallery is None:
             raise Refused("There is no gallery: these models' prepared run is not here.")
         try:
-            study = self.gallery.open(*self.gallery.place(image_id))
+            study = self.gallery.open(image_id)
         except UnreadableXray as error:
             raise Refused(f"This image cannot be opened: {error.reason}.") from error
         return self._answered(study, self._system(system_name))

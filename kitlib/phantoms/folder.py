@@ -78,6 +78,9 @@ def write_phantoms(
     *,
     least: tuple[int, int],
     code: tuple[str, ...],
+    marker: str = "",
+    elsewhere: Sequence[Path] = (),
+    unit: str = "image",
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
@@ -86,21 +89,23 @@ def write_phantoms(
     It is made from `parameters`, the numbers `images` and `side` (pixels) among them, by the modules `code` and those that
     draw: the same ones give the same bytes, whatever `workers` (default: the machine's cores, fewer for a small set). Every
     item of the `plan` is handed to `write`, maybe in another process, and what that returns to `finish`, both with the
-    folder to write into. It appears when it is whole, and one that was made otherwise is replaced. Raises FileExistsError
-    where it holds something else, ValueError for fewer images or less of a side than `least`.
+    folder to write into. It appears when it is whole: after an interruption, call again. If it is there and made in this
+    way, which the file `marker` beside it says (`.NAME.json` unless told), and so are the files `elsewhere`, nothing is
+    done; made otherwise, it is replaced. Raises FileExistsError where it holds something else, ValueError for fewer images
+    or less of a side than `least`.
     """
-    images, side = parameters["images"], parameters["side"]
+    images, side = parameters.get("images", 0), parameters["side"]
     if images < least[0] or side < least[1]:
         raise ValueError(f"wanted at least {least[0]} images of {least[1]} pixels, got {images} of {side}")
     parameters = parameters | {"generator": fingerprint(*code)}
-    target = PhantomFolder(folder, folder.with_name(f".{folder.name}.json"), tables)
-    if target.made_with(parameters):
+    target = PhantomFolder(folder, folder.with_name(marker or f".{folder.name}.json"), tables)
+    if target.made_with(parameters) and all(path.is_file() for path in elsewhere):
         logging.getLogger(__name__).info("%s is there already, made with these parameters", folder)
         return folder
     planned = plan()
     with target.replacing(parameters) as root:
-        written = each_in_order(partial(write, root), planned, workers or default_workers(images), side)
-        written = list(tqdm(written, total=len(planned), desc="phantoms", unit="image", disable=not progress))
+        written = each_in_order(partial(write, root), planned, workers or default_workers(len(planned)), side)
+        written = list(tqdm(written, total=len(planned), desc="phantoms", unit=unit, disable=not progress))
         if finish:
             finish(root, planned, written)
     return folder

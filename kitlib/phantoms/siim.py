@@ -1,6 +1,6 @@
 """Writes a competition of phantoms: the SIIM folder with its DICOM files and tables, and the test set's truth apart."""
 
-import logging
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ from pydicom.uid import (
     JPEGLSLossless,
     RLELossless,
 )
-from tqdm.auto import tqdm
 
 from kitlib.atomic import write_csv
 from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
 from kitlib.phantoms.drawing import render
-from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order, fingerprint
+from kitlib.phantoms.folder import LEAST_SIDE, write_phantoms
 from kitlib.phantoms.patients import draw_exposure, draw_near_duplicate, draw_opacities, draw_patient
 from kitlib.phantoms.plan import PlannedImage, PlannedStudy, plan_split
+from kitlib.scoring.csv_file import submission_ids, write_all_negative
 from kitlib.xrays.writing import write_xray
 
 COMPETITION = "siim-covid19-detection"
@@ -74,49 +74,32 @@ def write_competition(
     of the test set it has its boxes, because the hidden labels were mended. `damaged_test_files` of the test images cannot
     be read whole; they keep their rows.
 
-    The same parameters give the same bytes, whatever `workers` (default: the machine's cores, fewer for a small set). The
-    folder appears when it is whole: after an interruption, call again. If it is there and made with these parameters by
-    this code, which FOLDER/.phantom.json says, nothing is done; made with others, it is replaced. Raises FileExistsError
-    where it holds something else, ValueError for numbers that give no competition.
+    For the rest see `write_phantoms`; the marker is FOLDER/.phantom.json. Raises ValueError for numbers that give no
+    competition.
     """
     if min(train_studies, test_studies) < len(STUDY_CLASSES):
         raise ValueError(f"every class needs a study in train and test: at least 4, got {train_studies} and {test_studies}")
     if side < LEAST_SIDE:
         raise ValueError(f"a chest of {side} pixels shows nothing: at least {LEAST_SIDE}")
-    parameters = {
-        "train_studies": train_studies,
-        "test_studies": test_studies,
-        "side": side,
-        "seed": seed,
-        "damaged_test_files": damaged_test_files,
-        "generator": fingerprint("kitlib.xrays.writing", __name__),
-    }
     competition, truth = Path(folder) / COMPETITION, Path(truth)
-    target = PhantomFolder(competition, competition.with_name(MARKER), (*LABEL_TABLES, "sample_submission.csv"))
-    older = (competition / MARKER_INSIDE).is_file()
-    if not older and target.made_with(parameters) and all((truth / name).is_file() for name in LABEL_TABLES):
-        logging.getLogger(__name__).info("%s is there already, made with these parameters", competition)
-        return competition
-    studies = [
-        *plan_split("train", train_studies, seed, 0),
-        *plan_split("test", test_studies, seed, damaged_test_files),
-    ]
-    rows: list[dict[str, Any]] = []
-    images = sum(len(study.images) for study in studies)
-    with (
-        target.replacing(parameters) as root,
-        tqdm(total=images, desc="phantoms", unit="image", disable=not progress) as bar,
-    ):
-        write = partial(_write_study, root, side=side)
-        for written in each_in_order(write, studies, workers or default_workers(images), side):
-            rows.extend(written)
-            bar.update(len(written))
-        table = pd.DataFrame(rows)
-        train, test = (table[table.split == split] for split in ("train", "test"))
-        _write_label_tables(train, root)
-        _write_label_tables(test, truth)
-        _write_sample_submission(test, root / "sample_submission.csv")
-    return competition
+    if (competition / MARKER_INSIDE).is_file():
+        shutil.rmtree(competition)
+    parameters = {"train_studies": train_studies, "test_studies": test_studies, "side": side, "seed": seed}
+    return write_phantoms(
+        competition,
+        (*LABEL_TABLES, "sample_submission.csv"),
+        parameters | {"damaged_test_files": damaged_test_files},
+        lambda: plan_split("train", train_studies, seed, 0) + plan_split("test", test_studies, seed, damaged_test_files),
+        partial(_write_study, side=side),
+        partial(_write_tables, truth),
+        least=(0, LEAST_SIDE),
+        code=("kitlib.xrays.writing", __name__),
+        marker=MARKER,
+        elsewhere=[truth / name for name in LABEL_TABLES],
+        unit="study",
+        workers=workers,
+        progress=progress,
+    )
 
 
 def _write_study(root: Path, study: PlannedStudy, side: int) -> list[dict[str, Any]]:
@@ -204,6 +187,15 @@ def _damage(path: Path, kind: str, rng: np.random.Generator) -> None:
         path.write_bytes(b"")
 
 
+def _write_tables(truth: Path, root: Path, studies: list[PlannedStudy], written: list[list[dict[str, Any]]]) -> None:
+    table = pd.DataFrame([row for rows in written for row in rows])
+    train, test = (table[table.split == split] for split in ("train", "test"))
+    _write_label_tables(train, root)
+    _write_label_tables(test, truth)
+    ids = submission_ids(sorted(test.study_id.unique()), sorted(test.image_id))
+    write_all_negative(root / "sample_submission.csv", ids)
+
+
 def _write_label_tables(images: pd.DataFrame, folder: Path) -> None:
     studies = images.drop_duplicates("study_id").sort_values("study_id")
     study_level = pd.DataFrame({"id": studies.study_id + "_study"})
@@ -220,12 +212,6 @@ def _write_label_tables(images: pd.DataFrame, folder: Path) -> None:
     )
     for name, table in zip(LABEL_TABLES, (study_level, image_level), strict=True):
         write_csv(folder / name, table)
-
-
-def _write_sample_submission(images: pd.DataFrame, path: Path) -> None:
-    studies = [(f"{name}_study", "negative 1 0 0 1 1") for name in sorted(images.study_id.unique())]
-    single = [(f"{name}_image", "none 1 0 0 1 1") for name in sorted(images.image_id)]
-    write_csv(path, pd.DataFrame(studies + single, columns=["id", "PredictionString"]))
 
 
 def _boxes_cell(boxes: np.ndarray) -> str | None:

@@ -9,10 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from kitlib.notebook import log_tail
 from kitlib.paths import project_root
 from kitlib.plans.one_run import SHARED_GPUS, state_file
 from kitlib.plans.plan import Plan, PlanError
-from kitlib.processes import kill_family
+from kitlib.processes import exiting_on_signals, handling, kill_family
 
 ENGINE_LOG = "engine.log"
 POLL_S = 0.5
@@ -60,7 +59,7 @@ def run_plan(
     folder.mkdir(parents=True, exist_ok=True)
     described = folder / "runs.json"
     with ExitStack() as held:
-        held.enter_context(signals_end_it())
+        held.enter_context(exiting_on_signals())
         _lock(folder / "lock", plan, held)
         if afresh:
             _remove_runs(plan, folder / "lock", held)
@@ -115,22 +114,6 @@ def _remove_runs(plan: Plan, own: Path, held: ExitStack) -> None:
                     shutil.rmtree(entry)
             elif entry not in locks:
                 entry.unlink()
-
-
-@contextmanager
-def signals_end_it() -> Iterator[None]:
-    """Make an exit of SIGTERM and of a closed terminal, as Ctrl-C makes an exception: an engine left alone would go on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    # What is ignored stays so: nohup asks for that.
-    numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def describe_plan(plan: Plan) -> Table:
@@ -204,8 +187,9 @@ def _follow(
 ) -> int:
     """Run the engine to its end and show how far the plan is; the engine's exit code."""
     with (described.parent / ENGINE_LOG).open("w", encoding="utf-8") as log, _Board(plan, states, console) as board:
-        # A session of its own, so that an interruption reaches it once and from here.
-        with _heard_interruptions():
+        # A session of its own, so that an interruption reaches it once and from here. It can be interrupted also where this
+        # process cannot: scripts ignore SIGINT for `&`.
+        with handling({signal.SIGINT: signal.default_int_handler}):
             process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
@@ -227,19 +211,6 @@ def _follow(
                 kill_family(process.pid)
                 process.wait()
             raise
-
-
-@contextmanager
-def _heard_interruptions() -> Iterator[None]:
-    """A process started meanwhile can be interrupted, also where this one cannot: scripts ignore SIGINT for `&`."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class _Board:

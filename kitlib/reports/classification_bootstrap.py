@@ -9,15 +9,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pandas as pd
 
-from kitlib.reports.classification_report import (
-    ECE_BINS,
-    FIGURES,
-    Judged,
-    confidence_bins,
-    counted_figures,
-    log_losses,
-    on_shared_images,
-)
+from kitlib.reports.classification_report import Figures, Judged, on_shared_images
 from kitlib.reports.competition import interval
 from kitlib.reports.published_tables import PublishedTable
 
@@ -34,8 +26,8 @@ def draws(given: Judged, samples: int = 1000, seed: int = 0) -> pd.DataFrame:
     if samples < 1:
         raise ValueError(f"samples is {samples}; intervals need at least 1 draw, and some hundreds to be steady")
     patients, codes = np.unique(given.answers.patient, return_inverse=True)
-    judge = _Judge(given)
-    tables = [judge.figures(times[:, codes]) for times in _times(len(patients), samples, seed)]
+    judge = Figures(given)
+    tables = [judge.of(times[:, codes]) for times in _times(len(patients), samples, seed)]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -133,82 +125,6 @@ def _times(patients: int, samples: int, seed: int) -> Iterator[np.ndarray]:
         count = min(AT_ONCE, samples - start)
         drawn = rng.integers(patients, size=(count, patients)) + patients * np.arange(count)[:, None]
         yield np.bincount(drawn.ravel(), minlength=count * patients).reshape(count, patients).astype(float)
-
-
-class _Judge:
-    """What does not change from draw to draw, found once."""
-
-    def __init__(self, given: Judged) -> None:
-        truth, found, size = given.truth, given.found, len(given.classes)
-        self.classes = given.classes
-        true = np.arange(size) == truth[:, None]
-        gaps = (given.called == truth) - found.max(axis=1)
-        # Each figure but the areas is made of sums over images: columns whose sums are wanted.
-        self.cells = np.eye(size * size)[truth * size + given.called]
-        self.gaps = np.eye(ECE_BINS)[confidence_bins(found)] * gaps[:, None]
-        self.squares = (found - true) ** 2
-        self.losses = log_losses(found, truth)
-        self.ranked = [_ranked(column, positive) for column, positive in zip(found.T, true.T, strict=True)]
-
-    def figures(self, weight: np.ndarray) -> pd.DataFrame:
-        """A row a draw, of how often it has each image: weight (draws, n)."""
-        size, total = len(self.classes), weight.sum(axis=1)
-        matrix = (weight @ self.cells).reshape(-1, size, size)
-        figures = counted_figures(matrix)
-        areas = [_areas(weight, *each) for each in self.ranked]
-        figures["roc_auc"], figures["pr_auc"] = (np.stack(each, axis=1) for each in zip(*areas, strict=True))
-        figures["brier"] = weight @ self.squares / total[:, None]
-        occurs = matrix.sum(axis=2) > 0
-        macro = {name: _mean_where(figures[name], occurs) for name in FIGURES}
-        right = np.trace(matrix, axis1=1, axis2=2) / total
-        precision, recall = macro["ppv"], macro["sensitivity"]
-        both = precision + recall
-        columns = {
-            "accuracy": right,
-            "micro_f1": right,
-            "papers_micro_f1": np.divide(2 * precision * recall, both, out=np.zeros_like(both), where=both > 0),
-            "ece": np.abs(weight @ self.gaps).sum(axis=1) / total,
-            "brier": figures["brier"].sum(axis=1),
-            "log_loss": weight @ self.losses / total,
-        }
-        for name in FIGURES:
-            columns |= {f"{name} {each}": figures[name][:, place] for place, each in enumerate(self.classes)}
-            columns[f"{name} macro"] = macro[name]
-        return pd.DataFrame(columns)
-
-
-def _ranked(found: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images by falling score, which of those are positive, and the last place of each group of equal scores."""
-    order = np.argsort(-found, kind="stable")
-    scores = found[order]
-    return order, positive[order].astype(float), np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
-
-
-def _areas(weight: np.ndarray, order: np.ndarray, positive: np.ndarray, lasts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """ROC AUC and average precision (draws,) of `_ranked` images that weigh (draws, n).
-
-    The first is NaN without a positive or without a negative, the second without a positive.
-    """
-    weight = weight[:, order]
-    hits, calls = (np.cumsum(each, axis=1)[:, lasts] for each in (weight * positive, weight))
-    false = calls - hits
-    more_hits, more_false = np.diff(hits, prepend=0.0), np.diff(false, prepend=0.0)
-    positives, negatives = hits[:, -1], false[:, -1]
-    pairs = positives * negatives
-    area = (more_false * (hits - more_hits / 2)).sum(axis=1)
-    precision = np.divide(hits, calls, out=np.zeros_like(hits), where=calls > 0)
-    found = (more_hits * precision).sum(axis=1)
-    return (
-        np.divide(area, pairs, out=np.full_like(area, np.nan), where=pairs > 0),
-        np.divide(found, positives, out=np.full_like(found, np.nan), where=positives > 0),
-    )
-
-
-def _mean_where(values: np.ndarray, occurs: np.ndarray) -> np.ndarray:
-    """Means (draws,) over the classes that occur and are defined, of (draws, classes)."""
-    counts = occurs & np.isfinite(values)
-    sums = np.where(counts, values, 0.0).sum(axis=1)
-    return np.divide(sums, counts.sum(axis=1), out=np.full(len(sums), np.nan), where=counts.any(axis=1))
 
 
 def _cell(value: float, spread: float | None) -> str:

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
+from kitlib.reports import figures
 from kitlib.reports.classification_report import Judged, confidence_bins, confusion, ece
 from kitlib.scoring.metrics import roc_auc
 from kitlib.xrays.cache import XrayCache
@@ -16,19 +17,7 @@ RELIABILITY_BINS = 10
 
 def confusion_figure(given: Mapping[str, Judged]) -> Figure:
     """A panel a model: images and, below, their share of the true class (row); columns are the called class."""
-    figure = Figure(figsize=(0.6 + 3.9 * len(given), 3.9), layout="constrained")
-    for axis, (name, each) in zip(figure.subplots(1, len(given), squeeze=False)[0], given.items(), strict=True):
-        counts = confusion(each).to_numpy()
-        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        for row, column in np.ndindex(counts.shape):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            told = f"{counts[row, column]:,}\n{shares[row, column]:.1%}"
-            axis.text(column, row, told, ha="center", va="center", color=colour, fontsize=8)
-        axis.set_xticks(range(len(each.classes)), each.classes, rotation=30, ha="right")
-        axis.set_yticks(range(len(each.classes)), each.classes)
-        axis.set(xlabel="called", ylabel="truth", title=name)
-    return figure
+    return figures.confusion_figure({name: confusion(each) for name, each in given.items()}, shares_too=True)
 
 
 def class_curves(given: Judged) -> Figure:
@@ -70,10 +59,10 @@ def reliability_figure(given: Mapping[str, Judged]) -> Figure:
     return figure
 
 
-def intervals_figure(told: pd.DataFrame, zero: bool = False) -> Figure:
+def intervals_figure(told: pd.DataFrame, line: float | None = None) -> Figure:
     """Dots with their intervals, a panel a figure, a line a model: `told` has model, name, value, low and high.
 
-    `zero` draws the line of no difference.
+    `line` is drawn across: where nothing differs, or nothing is known.
     """
     names = list(dict.fromkeys(told["name"]))
     models = list(dict.fromkeys(told["model"]))
@@ -84,8 +73,8 @@ def intervals_figure(told: pd.DataFrame, zero: bool = False) -> Figure:
         places = range(len(models))
         axis.hlines(places, rows.low, rows.high, color="steelblue", linewidth=2)
         axis.plot(rows.value, places, "o", color="black", markersize=4)
-        if zero:
-            axis.axvline(0, color="grey", linestyle=":")
+        if line is not None:
+            axis.axvline(line, color="grey", linestyle=":")
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=8)
     axes[0].set_yticks(range(len(models)), models)

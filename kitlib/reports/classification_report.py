@@ -9,16 +9,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import average_precision_score
 
 from kitlib.lungs.finders import FOUND
 from kitlib.reports.findings_report import Answers, answers, mean_over_folds
-from kitlib.scoring.metrics import roc_auc
 from kitlib.scoring.temperature import LEAST, cross_scaled
 from kitlib.tables import check_table, class_columns
 
 COUNTED = ("accuracy", "sensitivity", "specificity", "ppv", "npv", "f1")
 FIGURES = (*COUNTED, "roc_auc", "pr_auc", "brier")
+OVERALL = ("accuracy", "micro_f1", "papers_micro_f1", "ece", "brier", "log_loss")
 CALIBRATION = ("ece", "brier", "log_loss")
 ECE_BINS = 15  # Guo et al. 2017
 # Rows of exclusive probabilities may be this far from 1: they were computed in single precision and averaged.
@@ -141,42 +140,63 @@ def counted_figures(matrix: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+class Figures:
+    """OVERALL and FIGURES of one model's answers, however often each image counts; what does not change is found once."""
+
+    def __init__(self, given: Judged) -> None:
+        truth, found, size = given.truth, given.found, len(given.classes)
+        self.classes = given.classes
+        true = np.arange(size) == truth[:, None]
+        gaps = (given.called == truth) - found.max(axis=1)
+        # Each figure but the areas is made of sums over images: columns whose sums are wanted.
+        self.cells = np.eye(size * size)[truth * size + given.called]
+        self.gaps = np.eye(ECE_BINS)[confidence_bins(found)] * gaps[:, None]
+        self.squares = (found - true) ** 2
+        self.losses = log_losses(found, truth)
+        self.ranked = [_ranked(column, positive) for column, positive in zip(found.T, true.T, strict=True)]
+
+    def of(self, weight: np.ndarray) -> pd.DataFrame:
+        """A row a draw, of how often it has each image: weight (draws, n). Columns are OVERALL, then such as "f1 macro"."""
+        size, total = len(self.classes), weight.sum(axis=1)
+        matrix = (weight @ self.cells).reshape(-1, size, size)
+        figures = counted_figures(matrix)
+        areas = [_areas(weight, *each) for each in self.ranked]
+        figures["roc_auc"], figures["pr_auc"] = (np.stack(each, axis=1) for each in zip(*areas, strict=True))
+        figures["brier"] = weight @ self.squares / total[:, None]
+        occurs = matrix.sum(axis=2) > 0
+        macro = {name: _mean_where(figures[name], occurs) for name in FIGURES}
+        right = np.trace(matrix, axis1=1, axis2=2) / total
+        precision, recall = macro["ppv"], macro["sensitivity"]
+        columns = {
+            "accuracy": right,
+            "micro_f1": right,
+            "papers_micro_f1": _ratio(2 * precision * recall, precision + recall, 0.0),
+            "ece": np.abs(weight @ self.gaps).sum(axis=1) / total,
+            "brier": figures["brier"].sum(axis=1),
+            "log_loss": weight @ self.losses / total,
+        }
+        for name in FIGURES:
+            columns |= {f"{name} {each}": figures[name][:, place] for place, each in enumerate(self.classes)}
+            columns[f"{name} macro"] = macro[name]
+        return pd.DataFrame(columns)
+
+
 def class_table(given: Judged) -> pd.DataFrame:
     """A row a class, `class` first, with support and FIGURES, each against the rest, then `macro`: their means over classes
     that occur. pr_auc is average precision; brier the mean squared error of that class's probability."""
-    truth = np.arange(len(given.classes)) == given.truth[:, None]
-    columns = counted_figures(confusion(given).to_numpy())
-    support = truth.sum(axis=0)
-    both = [0 < count < len(truth) for count in support]
-    pairs = list(zip(given.found.T, truth.T, both, strict=True))
-    columns["roc_auc"] = np.array([roc_auc(found, true) if defined else np.nan for found, true, defined in pairs])
-    areas = [average_precision_score(true, found) if true.any() else np.nan for found, true, _ in pairs]
-    columns |= {"pr_auc": np.array(areas), "brier": ((given.found - truth) ** 2).mean(axis=0)}
-    table = pd.DataFrame({"class": given.classes, "support": support, **columns})
-    occur = table[table.support > 0]
-    return pd.concat([table, pd.DataFrame([{"class": "macro", "support": len(truth), **occur[list(FIGURES)].mean()}])])[
-        ["class", "support", *FIGURES]
-    ].reset_index(drop=True)
+    row, names = Figures(given).of(np.ones((1, len(given.truth)))).iloc[0], [*given.classes, "macro"]
+    support = [*np.bincount(given.truth, minlength=len(given.classes)), len(given.truth)]
+    figures = {figure: [row[f"{figure} {name}"] for name in names] for figure in FIGURES}
+    return pd.DataFrame({"class": names, "support": support, **figures})
 
 
 def overall(given: Judged) -> dict[str, float]:
-    """accuracy, micro_f1 (for exclusive classes the same), papers_micro_f1, ece, brier, log_loss.
+    """OVERALL: accuracy, micro_f1 (for exclusive classes the same), papers_micro_f1, ece, brier, log_loss.
 
     papers_micro_f1 is what the FLANNEL papers call micro-F1: the harmonic mean of macro precision and macro recall. brier
     is the squared error summed over the classes (0..2, Brier 1950); log_loss is in nats, as `log_losses` has it.
     """
-    figures = counted_figures(confusion(given).to_numpy())
-    precision, recall = np.nanmean(figures["ppv"]), np.nanmean(figures["sensitivity"])
-    right = float((given.called == given.truth).mean())
-    truth = np.arange(len(given.classes)) == given.truth[:, None]
-    return {
-        "accuracy": right,
-        "micro_f1": right,
-        "papers_micro_f1": float(_ratio(2 * precision * recall, precision + recall, 0.0)),
-        "ece": ece(given.found, given.truth),
-        "brier": float(((given.found - truth) ** 2).sum(axis=1).mean()),
-        "log_loss": float(log_losses(given.found, given.truth).mean()),
-    }
+    return Figures(given).of(np.ones((1, len(given.truth)))).iloc[0][list(OVERALL)].to_dict()
 
 
 def log_losses(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -280,3 +300,37 @@ def calibration_table(given: Mapping[str, Judged]) -> pd.DataFrame:
         rows[name] = {f"{figure} {when}": told[figure] for figure in CALIBRATION for when, told in parts.items()}
         rows[name]["temperature"] = temperatures.mean()
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _ranked(found: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images by falling score, which of those are positive, and the last place of each group of equal scores."""
+    order = np.argsort(-found, kind="stable")
+    scores = found[order]
+    return order, positive[order].astype(float), np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
+
+
+def _areas(weight: np.ndarray, order: np.ndarray, positive: np.ndarray, lasts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """ROC AUC and average precision (draws,) of `_ranked` images that weigh (draws, n).
+
+    The first is NaN without a positive or without a negative, the second without a positive.
+    """
+    weight = weight[:, order]
+    hits, calls = (np.cumsum(each, axis=1)[:, lasts] for each in (weight * positive, weight))
+    false = calls - hits
+    more_hits, more_false = np.diff(hits, prepend=0.0), np.diff(false, prepend=0.0)
+    positives, negatives = hits[:, -1], false[:, -1]
+    pairs = positives * negatives
+    area = (more_false * (hits - more_hits / 2)).sum(axis=1)
+    precision = np.divide(hits, calls, out=np.zeros_like(hits), where=calls > 0)
+    found = (more_hits * precision).sum(axis=1)
+    return (
+        np.divide(area, pairs, out=np.full_like(area, np.nan), where=pairs > 0),
+        np.divide(found, positives, out=np.full_like(found, np.nan), where=positives > 0),
+    )
+
+
+def _mean_where(values: np.ndarray, occurs: np.ndarray) -> np.ndarray:
+    """Means (draws,) over the classes that occur and are defined, of (draws, classes)."""
+    counts = occurs & np.isfinite(values)
+    sums = np.where(counts, values, 0.0).sum(axis=1)
+    return np.divide(sums, counts.sum(axis=1), out=np.full(len(sums), np.nan), where=counts.any(axis=1))

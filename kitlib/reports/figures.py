@@ -1,6 +1,7 @@
 """The pictures that notebooks show and keep. Each function returns a figure; `save_figure` writes it as PNG."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
 
@@ -28,6 +29,21 @@ def save_figure(figure: Figure, path: str | Path) -> Figure:
     return figure
 
 
+def image_grid(count: int, a_row: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure for `count` images, `a_row` of them side by side, and its axes, row by row, each of so many inches."""
+    rows = max(1, math.ceil(count / a_row))
+    figure = Figure(figsize=(width * a_row, height * rows), layout="constrained")
+    axes = figure.subplots(rows, a_row, squeeze=False).ravel()
+    for axis in axes:
+        axis.axis("off")
+    return figure, axes
+
+
+def show_xray(axis: Axes, xray: CachedXray, title: str) -> None:
+    axis.imshow(xray.pixels, cmap="gray", vmin=0, vmax=255)
+    axis.set_title(title, fontsize=8)
+
+
 def example_images(
     cache: XrayCache,
     images: pd.DataFrame,
@@ -43,15 +59,11 @@ def example_images(
     Tables as in `kitlib.tables`, boxes in original pixels; detections below `shown_score` are left out. Of images that
     `masks` has, the outline of every structure is drawn, in green.
     """
-    rows = max(1, math.ceil(len(images) / a_row))
-    figure = Figure(figsize=(3.2 * a_row, 3.5 * rows), layout="constrained")
-    axes = figure.subplots(rows, a_row, squeeze=False).ravel()
+    figure, axes = image_grid(len(images), a_row, 3.2, 3.5)
     classes = {} if labels is None else _true_classes(labels[labels["id"].isin(images.study_id)])
-    for axis in axes:
-        axis.axis("off")
     for axis, image in zip(axes, images.itertuples(), strict=False):
         xray = cache.read(image.image_id)
-        axis.imshow(xray.pixels, cmap="gray", vmin=0, vmax=255)
+        show_xray(axis, xray, f"{image.image_id}\n{classes.get(image.study_id, '')}")
         if masks is not None and image.image_id in masks:
             draw_outlines(axis, masks.read(image.image_id), TRUTH)
         if boxes is not None:
@@ -59,7 +71,6 @@ def example_images(
         if detections is not None:
             found = detections[(detections.image_id == image.image_id) & (detections.score >= shown_score)]
             _draw_boxes(axis, xray, found, PREDICTION)
-        axis.set_title(f"{image.image_id}\n{classes.get(image.study_id, '')}", fontsize=8)
     return figure
 
 
@@ -83,19 +94,23 @@ def fold_shares(folds: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame)
     return figure
 
 
-def confusion_figure(matrix: pd.DataFrame) -> Figure:
-    """Counts with the row's share as colour; rows are the truth, columns the most probable class."""
-    figure = Figure(figsize=(4.6, 4), layout="constrained")
-    axis = figure.subplots()
-    counts = matrix.to_numpy(dtype=float)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(counts.shape):
-        colour = "white" if shares[row, column] > 0.5 else "black"
-        axis.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=colour)
-    axis.set_xticks(range(len(matrix.columns)), matrix.columns, rotation=30, ha="right")
-    axis.set_yticks(range(len(matrix.index)), matrix.index)
-    axis.set(xlabel="predicted", ylabel="truth")
+def confusion_figure(matrices: Mapping[str, pd.DataFrame], shares_too: bool = False) -> Figure:
+    """A panel a name: counts, coloured by their share of the row and, below them, with it if wanted.
+
+    Rows are the truth, columns the most probable class.
+    """
+    figure = Figure(figsize=(0.6 + 3.9 * len(matrices), 3.9), layout="constrained")
+    for axis, (name, matrix) in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items(), strict=True):
+        counts = matrix.to_numpy()
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for row, column in np.ndindex(counts.shape):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            told = f"{counts[row, column]:,}" + (f"\n{shares[row, column]:.1%}" if shares_too else "")
+            axis.text(column, row, told, ha="center", va="center", color=colour, fontsize=8)
+        axis.set_xticks(range(len(matrix.columns)), matrix.columns, rotation=30, ha="right")
+        axis.set_yticks(range(len(matrix.index)), matrix.index)
+        axis.set(xlabel="called", ylabel="truth", title=name)
     return figure
 
 

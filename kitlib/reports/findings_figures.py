@@ -1,10 +1,10 @@
 """Pictures of findings classifiers: ROC curves, and images with what was found in them."""
 
-import math
-
 import pandas as pd
 from matplotlib.figure import Figure
 
+from kitlib.reports.classification_figures import intervals_figure
+from kitlib.reports.figures import image_grid, show_xray
 from kitlib.tables import class_columns
 from kitlib.xrays.cache import XrayCache
 
@@ -27,36 +27,23 @@ def roc_figure(curves: dict[str, pd.DataFrame]) -> Figure:
 
 def auc_figure(intervals: pd.DataFrame) -> Figure:
     """ROC AUC of the mean and each class as a dot with its interval; `intervals` has name, value, low and high."""
-    figure = Figure(figsize=(6, 0.8 + 0.26 * len(intervals)), layout="constrained")
-    axis = figure.subplots()
-    places = range(len(intervals))
-    axis.hlines(places, intervals.low, intervals.high, color="steelblue", linewidth=2)
-    axis.plot(intervals.value, places, "o", color="black", markersize=4)
-    axis.axvline(0.5, color="grey", linestyle=":")
-    axis.set_yticks(places, intervals["name"])
-    axis.invert_yaxis()
-    axis.set_xlabel("ROC AUC with its interval over patients")
-    return figure
+    named = intervals.assign(model=intervals["name"], name="ROC AUC with its interval over patients")
+    return intervals_figure(named, line=0.5)
 
 
 def findings_images(
     cache: XrayCache, scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, a_row: int = 4
 ) -> Figure:
     """The rows of `scores` (table class_scores) as pictures: the true classes above, the most probable ones below."""
-    rows = max(1, math.ceil(len(scores) / a_row))
-    figure = Figure(figsize=(3.2 * a_row, 4 * rows), layout="constrained")
-    axes = figure.subplots(rows, a_row, squeeze=False).ravel()
+    figure, axes = image_grid(len(scores), a_row, 3.2, 4)
     classes = class_columns(scores, "class_scores")
     truth = labels.set_index("id").loc[images.set_index("image_id").study_id.reindex(scores.image_id), classes]
-    for axis in axes:
-        axis.axis("off")
     for axis, image_id, row, actual in zip(
         axes, scores.image_id, scores[classes].to_numpy(), truth.to_numpy(), strict=False
     ):
-        axis.imshow(cache.read(image_id).pixels, cmap="gray", vmin=0, vmax=255)
         true = [name for name, value in zip(classes, actual, strict=True) if value >= 0.5]
         found = sorted(zip(row, classes, strict=True), reverse=True)[:SHOWN_CLASSES]
-        axis.set_title(f"{image_id}\n{', '.join(true) or 'none of the classes'}", fontsize=8)
+        show_xray(axis, cache.read(image_id), f"{image_id}\n{', '.join(true) or 'none of the classes'}")
         below = "\n".join(f"{name} {value:.2f}" for value, name in found)
         axis.text(0.5, -0.02, below, transform=axis.transAxes, ha="center", va="top", fontsize=8)
     return figure

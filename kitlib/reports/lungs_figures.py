@@ -1,17 +1,15 @@
 """Pictures of lungs: how well each was found, masks over their images, and what was rejected."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from kitlib.classes import LUNG_CODES
 from kitlib.lungs.finders import FOUND
-from kitlib.reports.figures import PREDICTION, TRUTH, draw_outlines
+from kitlib.reports.figures import PREDICTION, TRUTH, draw_outlines, image_grid, show_xray
 from kitlib.reports.lungs_report import HUMAN_AGREEMENT
 from kitlib.xrays.cache import CachedXray, XrayCache
 from kitlib.xrays.mask_store import MaskStore
@@ -33,9 +31,9 @@ def mask_images(
     cache: XrayCache, masks: MaskStore, image_ids: Sequence[str], titles: Sequence[str], drawn: MaskStore | None = None
 ) -> Figure:
     """Images with the outlines of found masks (orange) and of drawn ones (green), where there are any."""
-    figure, axes = _grid(len(image_ids))
+    figure, axes = image_grid(len(image_ids), 4, 3.2, 3.4)
     for axis, image_id, title in zip(axes, image_ids, titles, strict=False):
-        _show(axis, cache.read(image_id), title)
+        show_xray(axis, cache.read(image_id), title)
         for store, colour in ((drawn, TRUTH), (masks, PREDICTION)):
             if store is not None and image_id in store:
                 draw_outlines(axis, store.read(image_id), colour)
@@ -44,29 +42,15 @@ def mask_images(
 
 def lungs_montage(cache: XrayCache, masks: MaskStore, lungs: pd.DataFrame) -> Figure:
     """The rows of a table lungs as images: dim outside of the mask, the frame orange where it counts."""
-    figure, axes = _grid(len(lungs), a_row=6)
+    figure, axes = image_grid(len(lungs), 6, 2.1, 2.3)
     for axis, row in zip(axes, lungs.itertuples(), strict=False):
         xray = cache.read(row.image_id)
         inside = np.isin(masks.read(row.image_id), LUNG_CODES)
         dimmed = CachedXray(xray.image_id, np.where(inside, xray.pixels, xray.pixels // 3), xray.rows, xray.columns)
-        _show(axis, dimmed, f"{row.image_id[:24]}\n{row.verdict}, {row.area:.0%}")
+        show_xray(axis, dimmed, f"{row.image_id[:24]}\n{row.verdict}, {row.area:.0%}")
         if row.verdict == FOUND:
             x, y = xray.pixels.shape[1] / xray.columns, xray.pixels.shape[0] / xray.rows
             # matplotlib counts from the first pixel's middle.
             corner, size = (row.xmin * x - 0.5, row.ymin * y - 0.5), ((row.xmax - row.xmin) * x, (row.ymax - row.ymin) * y)
             axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=PREDICTION, linewidth=1.5))
     return figure
-
-
-def _grid(count: int, a_row: int = 4) -> tuple[Figure, np.ndarray]:
-    rows = max(1, math.ceil(count / a_row))
-    figure = Figure(figsize=(12.8, 13.6 / a_row * rows), layout="constrained")
-    axes = figure.subplots(rows, a_row, squeeze=False).ravel()
-    for axis in axes:
-        axis.axis("off")
-    return figure, axes
-
-
-def _show(axis: Axes, xray: CachedXray, title: str) -> None:
-    axis.imshow(xray.pixels, cmap="gray", vmin=0, vmax=255)
-    axis.set_title(title, fontsize=8)

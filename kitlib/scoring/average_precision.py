@@ -78,11 +78,6 @@ def box_hits(
     return first_hits(score, match_boxes(image, boxes, true_image, true_boxes))
 
 
-def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Intersection over union (n, m), 0..1, of boxes (n, 4) and others (m, 4)."""
-    return _iou(boxes[:, None], others[None])
-
-
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """IoU of boxes (..., 4), broadcast; 0 where a box has no area."""
     sides = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(0)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
+from kitlib.datasets.base import Faults
 from kitlib.datasets.folds import LeakError, check_no_leak, hold_out_test, leak_groups, make_folds, source_folds
 from kitlib.datasets.siim import read_label_tables
 
@@ -179,7 +180,7 @@ def test_a_source_is_a_fold_and_what_two_share_is_in_none():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_on_the_real_tables_shares_are_within_two_points(real_data, seed):
     """6,334 images less 217 false `none`; 3,261 patients (shared/facts/siim-competition.md)."""
-    labels, boxes, rows = read_label_tables(real_data / "siim_csv")
+    labels, boxes, rows = read_label_tables(real_data / "siim_csv", Faults())
     known = pd.read_csv(real_data / "siim_csv" / "train_images_ext.csv")
     known = known.rename(columns={"width": "columns", "height": "rows"})[["image_id", "patient_id", "rows", "columns"]]
     images = rows.merge(known, on="image_id").assign(path="x.dcm", source="siim", view="")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.uid import ExplicitVRLittleEndian
 
-from kitlib.datasets.base import LayoutError
+from kitlib.datasets.base import Faults, LayoutError
 from kitlib.datasets.siim import read_label_tables, read_test, read_train
 from kitlib.xrays.writing import write_xray
 
@@ -244,7 +244,7 @@ def test_boxes_come_back_as_they_were_written(tmp_path_factory, boxes):
     pd.DataFrame([["i_image", cell, opacity(0, 0, 1, 1), "s"]], columns=["id", "boxes", "label", "StudyInstanceUID"]).to_csv(
         folder / "train_image_level.csv", index=False
     )
-    _, read, images = read_label_tables(folder)
+    _, read, images = read_label_tables(folder, Faults())
     expected = [[x, y, x + width, y + height] for x, y, width, height in boxes]
     np.testing.assert_allclose(read[["xmin", "ymin", "xmax", "ymax"]], expected)
     assert images.to_numpy().tolist() == [["i", "s", False]]
@@ -253,7 +253,7 @@ def test_boxes_come_back_as_they_were_written(tmp_path_factory, boxes):
 @pytest.mark.real_data
 def test_the_real_tables(real_data):
     """Counts of shared/facts/siim-competition.md, sections 3 and 4."""
-    labels, boxes, images = read_label_tables(real_data / "siim_csv")
+    labels, boxes, images = read_label_tables(real_data / "siim_csv", Faults())
     assert (len(labels), len(images), len(boxes)) == (6054, 6334, 7853)
     assert labels[["typical", "negative", "indeterminate", "atypical"]].sum().tolist() == [2855, 1676, 1049, 474]
     assert images.false_none.sum() == 217 and images[images.false_none].study_id.nunique() == 177

@@ -4,7 +4,7 @@ import pytest
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.fusion.fuse import FusionSettings, fuse
-from kitlib.fusion.tuning import LEAST_GAIN, TuningError, cross_fit, tune
+from kitlib.fusion.tuning import LEAST_GAIN, Judge, TuningError, cross_fit, tune
 from kitlib.scoring.score import Truth, score_tables
 from kitlib.tables import BOX, empty_table
 
@@ -53,7 +53,7 @@ def oof():
 
 @pytest.fixture(scope="module")
 def tuned(oof):
-    return tune(**oof)
+    return tune(Judge(**oof))
 
 
 def score_of(oof, settings):
@@ -112,7 +112,7 @@ def few_ways(monkeypatch):
 
 
 def test_calibration_gains_where_detectors_speak_on_two_scales(two_scales, few_ways):
-    settings, steps = tune(**two_scales, rounds=1)
+    settings, steps = tune(Judge(**two_scales), rounds=1)
     step = steps.set_index("step").loc["1 calibration"]
     assert step["setting"] == "fitted" and step["gain"] > 0.005
     # p^12 is spread over more of the logit's scale: the quiet one needs the smaller slope and the larger offset.
@@ -123,7 +123,7 @@ def test_calibration_gains_where_detectors_speak_on_two_scales(two_scales, few_w
 def test_a_folds_calibration_is_fitted_to_the_others(two_scales, few_ways, monkeypatch):
     fitted = []
     monkeypatch.setattr("kitlib.fusion.tuning.fit_calibration", lambda score, hit: fitted.append((len(score), hit.sum())))
-    assert (cross_fit(**two_scales, rounds=1)["cross_fitted"] > 0).all()
+    assert (cross_fit(Judge(**two_scales), rounds=1)["cross_fitted"] > 0).all()
     detections, fold_of = two_scales["detections"], two_scales["folds"].set_index("id")["fold"]
     detections = detections[detections["score"] >= FusionSettings().box_min_score]
     assert [count for count, _ in fitted] == [
@@ -135,85 +135,85 @@ def test_a_folds_calibration_is_fitted_to_the_others(two_scales, few_ways, monke
 
 def test_order_of_rows_is_free(oof, tuned):
     shuffled = {name: table.sample(frac=1, random_state=3) for name, table in oof.items()}
-    assert tune(**shuffled)[0] == tuned[0]
+    assert tune(Judge(**shuffled))[0] == tuned[0]
 
 
 def test_predictions_of_two_folds_for_one_image_are_refused(oof):
     twice = pd.concat([oof["image_scores"], oof["image_scores"].iloc[[4]].assign(fold=2)])
     with pytest.raises(TuningError, match="image_id i04 of fold 1 was seen by c of fold 2"):
-        tune(**{**oof, "image_scores": twice})
+        tune(Judge(**{**oof, "image_scores": twice}))
 
 
 def test_predictions_of_a_model_that_saw_the_image_are_refused(oof):
     seen = {name: oof[name].assign(fold=lambda t: (t["fold"] + 1) % 3) for name in ("detections", "coverage")}
     with pytest.raises(TuningError, match="was seen by"):
-        tune(**{**oof, **seen})
+        tune(Judge(**{**oof, **seen}))
     with pytest.raises(
         TuningError, match="144 detections are of images that their coverage lacks, first i00 by good of fold 1"
     ):
-        tune(**{**oof, "detections": seen["detections"]})
+        tune(Judge(**{**oof, "detections": seen["detections"]}))
 
 
 def test_an_image_that_a_detector_covered_but_found_nothing_on_is_scored(oof):
     silent = {**oof, "detections": oof["detections"][oof["detections"]["image_id"] != "i00"]}
-    _, steps = tune(**silent, rounds=0)
+    _, steps = tune(Judge(**silent), rounds=0)
     assert steps["score"].iloc[0] == pytest.approx(score_of(silent, FusionSettings()))
     uncovered = {**silent, "coverage": oof["coverage"][oof["coverage"]["image_id"] != "i00"]}
     rest = {name: table[~table.iloc[:, 0].isin(["i00", "s00"])] for name, table in oof.items()}
-    _, steps = tune(**uncovered, rounds=0)
+    _, steps = tune(Judge(**uncovered), rounds=0)
     assert steps["score"].iloc[0] == pytest.approx(score_of(rest, FusionSettings()))
 
 
 def test_cross_fit_judges_each_fold_by_settings_of_the_others(oof, monkeypatch):
     monkeypatch.setattr("kitlib.fusion.tuning.MODEL_WEIGHTS", (0.0, 1.0, 2.0))
     monkeypatch.setattr("kitlib.fusion.tuning.BOX_IOUS", (0.5, 0.6))
-    found = cross_fit(**oof, rounds=1)
+    found = cross_fit(Judge(**oof), rounds=1)
     # The same by hand: tune on two folds, fuse and score the third.
     for row in found.itertuples():
         ids = set(oof["folds"].loc[oof["folds"]["fold"] == row.fold, "id"])
         ids |= {name.replace("i", "s") for name in ids}
         others = {name: table[~table.iloc[:, 0].isin(ids)] for name, table in oof.items()}
         held = {name: table[table.iloc[:, 0].isin(ids)] for name, table in oof.items()}
-        assert row.cross_fitted == pytest.approx(score_of(held, tune(**others, rounds=1)[0]))
+        assert row.cross_fitted == pytest.approx(score_of(held, tune(Judge(**others), rounds=1)[0]))
         assert row.default == pytest.approx(score_of(held, FusionSettings())) and row.images == 12
     assert found["fold"].tolist() == [0, 1, 2]
 
 
 def test_cross_fit_needs_two_folds(oof):
     one = {**oof, "folds": oof["folds"][oof["folds"]["fold"] == 0]}
-    assert cross_fit(**one).empty
+    assert cross_fit(Judge(**one)).empty
 
 
 def test_a_gain_below_the_least_is_not_kept(oof, monkeypatch):
     monkeypatch.setattr("kitlib.fusion.tuning.LEAST_GAIN", 0.5)
-    settings, steps = tune(**oof, rounds=1)
+    settings, steps = tune(Judge(**oof), rounds=1)
     assert settings == FusionSettings() and (steps["gain"] == 0).all()
 
 
 def test_images_that_no_annotator_looked_at_do_not_count(oof):
     marked = oof["images"].assign(false_none=[n >= 18 for n in range(N)])
     half = {name: table[table.iloc[:, 0].str[1:].astype(int) < 18] for name, table in oof.items()}
-    settings, steps = tune(**{**oof, "images": marked}, rounds=1)
-    expected, expected_steps = tune(**half, rounds=1)
+    settings, steps = tune(Judge(**{**oof, "images": marked}), rounds=1)
+    expected, expected_steps = tune(Judge(**half), rounds=1)
     assert settings == expected
     pd.testing.assert_frame_equal(steps, expected_steps)
 
 
 def test_only_images_that_every_model_predicted_are_scored(oof):
     one_fold = {**oof, "image_scores": oof["image_scores"][oof["image_scores"]["fold"] == 0]}
-    _, steps = tune(**one_fold, rounds=0)
+    _, steps = tune(Judge(**one_fold), rounds=0)
     ids = set(one_fold["image_scores"]["image_id"])
     studies = {name.replace("i", "s") for name in ids}
     small = {name: table[table.iloc[:, 0].isin(ids | studies)] for name, table in oof.items()}
-    assert steps["score"].iloc[0] == pytest.approx(tune(**small, rounds=0)[1]["score"].iloc[0])
+    assert steps["score"].iloc[0] == pytest.approx(tune(Judge(**small), rounds=0)[1]["score"].iloc[0])
     with pytest.raises(TuningError, match="no image has predictions of every model"):
-        tune(**{**oof, "image_scores": oof["image_scores"].assign(image_id=lambda t: t["image_id"] + "x")})
+        tune(Judge(**{**oof, "image_scores": oof["image_scores"].assign(image_id=lambda t: t["image_id"] + "x")}))
 
 
 def test_without_a_detector_or_without_a_classifier(oof):
     no_boxes = {name: oof[name].iloc[:0] for name in ("detections", "coverage")}
-    settings, _ = tune(**{**oof, **no_boxes}, rounds=1)
+    settings, _ = tune(Judge(**{**oof, **no_boxes}), rounds=1)
     assert settings.opacity_power == 0
     nothing = {name: oof[name].iloc[:0] for name in ("study_scores", "image_scores")}
-    _, steps = tune(**{**oof, **nothing}, rounds=1)
+    _, steps = tune(Judge(**{**oof, **nothing}), rounds=1)
     assert steps["score"].iloc[-1] >= steps["score"].iloc[0] > 0

@@ -2,7 +2,6 @@ import os
 
 import cv2
 import numpy as np
-import pandas as pd
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian
 
@@ -38,14 +37,6 @@ def make_run(folder, small=None, dataset="siim", **changed):
 def captions(gallery, choice):
     pages = gallery.page(choice, 1)[1]
     return [caption for number in range(1, pages + 1) for _, caption in gallery.page(choice, number)[0]]
-
-
-def place_of(gallery, image_id, choice="all"):
-    return [caption.split(", ")[-1] for caption in captions(gallery, choice)].index(image_id)
-
-
-def opened(gallery, image_id):
-    return gallery.open("all", place_of(gallery, image_id))
 
 
 def test_pages_show_every_image_of_a_choice_once(tmp_path, copies):
@@ -93,27 +84,27 @@ def test_an_image_without_a_copy_is_a_grey_tile(tmp_path, copies):
     assert set(grey) == {"typical, 1 box, no decoded copy, image003", "indeterminate, 1 box, no decoded copy, image004"}
     assert all((tile == 128).all() and tile.shape == (160, 160) for tile in grey.values())
     with pytest.raises(UnreadableXray, match=r"is damaged .*decode again"):
-        opened(gallery, "image004")
-    study = opened(gallery, "image002")
+        gallery.open("image004")
+    study = gallery.open("image002")
     assert [image.image_id for image in study.images] == ["image002"]
     assert "image003 of this study is left out" in study.remarks[0]
     with pytest.raises(UnreadableXray):
-        opened(gallery, "image003")
+        gallery.open("image003")
 
 
 def test_the_whole_study_opens_with_what_is_known_of_it(tmp_path, copies):
     small = SmallXrays(16)
     run = make_run(tmp_path, small, images=small.images.assign(rows=0, columns=0))
     gallery = Gallery(run, copies)
-    study = opened(gallery, "image011")
+    study = gallery.open("image011")
     assert study.study_id == "study005" and study.true_class == "typical" and study.fold == 1
     assert study.trained_on == gallery.fingerprint == data_fingerprint(**tables_of(small))
     assert [image.image_id for image in study.images] == ["image011", "image010"]
     assert [(image.rows, image.columns) for image in study.images] == [(ROWS, COLUMNS)] * 2
     assert study.images[0].truth.to_numpy().tolist() == [list(BOX)] and study.remarks == ()
     assert (study.read(study.images[0], 50).pixels == small.pixels["image011"]).all()
-    assert opened(gallery, "image001").images[0].truth.to_numpy().shape == (0, 4)
-    assert gallery.open("atypical", place_of(gallery, "image015", "atypical")).images[0].image_id == "image015"
+    assert gallery.open("image001").images[0].truth.to_numpy().shape == (0, 4)
+    assert gallery.open("image015").images[0].image_id == "image015"
     assert "patient" not in repr(study.images) and "patient" not in repr(study.remarks)
 
 
@@ -129,11 +120,11 @@ def test_an_image_that_nobody_marked_has_no_truth(tmp_path, copies):
     )
     gallery = Gallery(run, copies)
     assert "typical, image003" in captions(gallery, "all")
-    study = opened(gallery, "image003")
+    study = gallery.open("image003")
     assert [image.truth is None for image in study.images] == [True, False] and study.fold == 0
     assert "Nobody has marked opacities" in " ".join(study.images[0].remarks)
     elsewhere = Gallery(make_run(tmp_path / "nih", dataset="nih"), copies)
-    assert opened(elsewhere, "image003").images[0].truth is None
+    assert elsewhere.open("image003").images[0].truth is None
 
 
 def test_only_images_whose_patient_is_in_no_fold_have_none(tmp_path, copies):
@@ -144,15 +135,15 @@ def test_only_images_whose_patient_is_in_no_fold_have_none(tmp_path, copies):
     gallery = Gallery(make_run(tmp_path, small, images=images, folds=small.fold_table[~unlearnt]), copies)
     assert gallery.choices()[-1] == "test"
     assert {caption.split(", ")[-1] for caption in captions(gallery, "test")} == {f"image00{n}" for n in (4, 5, 6, 7)}
-    assert opened(gallery, "image005").fold is None
-    assert opened(gallery, "image014").fold == 1
+    assert gallery.open("image005").fold is None
+    assert gallery.open("image014").fold == 1
 
 
 def test_a_study_in_two_folds_says_so(tmp_path, copies):
     small = SmallXrays(16)
     images = small.images.assign(patient_id=small.images["image_id"])
     run = make_run(tmp_path, small, images=images, folds=small.fold_table.assign(fold=np.arange(16) % 2))
-    study = opened(Gallery(run, copies), "image003")
+    study = Gallery(run, copies).open("image003")
     assert study.fold == 1 and "several folds" in study.remarks[0]
 
 
@@ -160,8 +151,8 @@ def test_labels_of_other_classes_are_not_shown(tmp_path, copies):
     small = SmallXrays(4)
     labels = small.labels.rename(columns=dict(zip(STUDY_CLASSES, "ABCD", strict=True)))
     gallery = Gallery(make_run(tmp_path, small, labels=labels, dataset="rsna"), copies)
-    assert gallery.choices() == ["all"] and opened(gallery, "image002").true_class == ""
-    assert opened(gallery, "image002").images[0].truth.to_numpy().tolist() == [list(BOX)]
+    assert gallery.choices() == ["all"] and gallery.open("image002").true_class == ""
+    assert gallery.open("image002").images[0].truth.to_numpy().tolist() == [list(BOX)]
 
 
 def test_files_serve_where_they_are_those_that_were_decoded(tmp_path, copies):
@@ -185,7 +176,7 @@ def test_files_serve_where_they_are_those_that_were_decoded(tmp_path, copies):
     paths["image003"].write_bytes(paths["image000"].read_bytes())
     paths["image004"].unlink()
     gallery = Gallery(run, copies)
-    found = {name: opened(gallery, name).images[0] for name in stored}
+    found = {name: gallery.open(name).images[0] for name in stored}
     assert [found[name].is_dicom for name in sorted(found)] == [True, False, True, False, False, True]
     assert found["image000"].facts == {
         "Format": "DICOM",
@@ -200,7 +191,7 @@ def test_files_serve_where_they_are_those_that_were_decoded(tmp_path, copies):
     assert found["image002"].remarks == () and found["image000"].path == paths["image000"]
     assert "has changed" in found["image003"].remarks[0] and not found["image003"].path.exists()
     assert "not at hand" in found["image004"].remarks[0] and found["image004"].facts == {"Size": "80 x 100 (rows x columns)"}
-    study = opened(gallery, "image003")
+    study = gallery.open("image003")
     with pytest.raises(UnreadableXray, match="changed since it was decoded"):
         study.read(study.images[0], 40)  # another side than the run's: the file would be needed
     assert study.read(study.images[1], 40).pixels.shape == (32, 40)
@@ -208,16 +199,16 @@ def test_files_serve_where_they_are_those_that_were_decoded(tmp_path, copies):
     assert "SECRET" not in repr(found)
 
 
-def test_a_choice_page_or_place_that_there_is_not_is_refused(tmp_path, copies):
+def test_a_choice_page_or_image_that_there_is_not_is_refused(tmp_path, copies):
     gallery = Gallery(make_run(tmp_path), copies)
     with pytest.raises(ValueError, match="no choice 'test'; there are: all, negative"):
         gallery.page("test", 1)
     for number in (0, 3):
         with pytest.raises(ValueError, match="only 1 to 2"):
             gallery.page("all", number)
-    for place in (-1, 16):
-        with pytest.raises(ValueError, match="only 0 to 15"):
-            gallery.open("all", place)
+    for image_id in ("", "image016"):
+        with pytest.raises(ValueError, match=f"no image '{image_id}' in"):
+            gallery.open(image_id)
     with pytest.raises(RunError, match="not finished"):
         Gallery(tmp_path / "nothing", copies)
 
@@ -246,6 +237,5 @@ def test_thousands_of_images_open_without_being_read(tmp_path, copies):
     gallery = Gallery(run, copies)
     tiles, pages = gallery.page("negative", 1)
     assert pages == 125 and all("no decoded copy" in caption for _, caption in tiles)
-    names = pd.Series([row.image_id for row in gallery._rows("all").itertuples()])
-    study = gallery.open("all", int(names[names == "image1234"].index[0]))
+    study = gallery.open("image1234")
     assert [image.image_id for image in study.images] == ["image1234"] and len(study.remarks) == 1

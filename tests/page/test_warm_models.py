@@ -112,8 +112,14 @@ def test_studies_one_by_one_have_the_numbers_of_a_whole_test_set(runs, fused, co
                 np.testing.assert_allclose(*(table[name].to_numpy(float) for table in columns), rtol=1e-5, atol=atol)
 
 
+def opened(gallery, place):
+    """The study of the image at a place, from 0, of the gallery."""
+    shown = gallery.page("all", 1 + place // gallery.a_page)[0]
+    return gallery.open(shown[place % gallery.a_page][1].rpartition(", ")[2])
+
+
 def test_a_study_of_the_gallery_is_answered_as_out_of_fold(fused, gallery, models, runs):
-    study = gallery.open("all", 0)
+    study = opened(gallery, 0)
     answer = models.answer(fused, study)
     of_fold = [model for model in fused.models if model.fold == study.fold]
     assert answer.models[["model", "fold"]].to_records(index=False).tolist() == [(m.model, m.fold) for m in of_fold]
@@ -144,13 +150,13 @@ def _xrays(study):
     ],
 )
 def test_which_models_answer_and_what_they_have_seen_is_told(fused, gallery, models, changes, answering, says):
-    answer = models.answer(fused, replace(gallery.open("all", 1), study_id=str(changes), **changes))
+    answer = models.answer(fused, replace(opened(gallery, 1), study_id=str(changes), **changes))
     assert len(answer.models) == answering
     assert says in " ".join(answer.remarks) and (says or not answer.remarks)
 
 
 def test_whoever_has_learnt_from_a_study_does_not_answer_beside_models_of_another_prepared_run(fused, gallery):
-    study = gallery.open("all", 0)
+    study = opened(gallery, 0)
     mixed = [replace(m, data_fingerprint="another") if m.model == "yolo" else m for m in fused.models]
     found, remarks = answering(replace(fused, models=tuple(mixed), ensemble=Path("ensemble")), study)
     strange = {("yolo", 0), ("yolo", 1)}
@@ -166,7 +172,7 @@ def test_whoever_has_learnt_from_a_study_does_not_answer_beside_models_of_anothe
 def test_a_damaged_model_is_left_out_and_told_and_asked_again(runs, gallery, tmp_path):
     shutil.copytree(runs, tmp_path / "runs")
     system, warm = find_systems(list_runs([tmp_path / "runs"]))[0], WarmModels()
-    study = gallery.open("all", 0)
+    study = opened(gallery, 0)
     weights = tmp_path / "runs" / "yolo" / f"fold{study.fold}" / "bundle" / "weights.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -185,7 +191,7 @@ def test_a_damaged_model_is_left_out_and_told_and_asked_again(runs, gallery, tmp
 
 
 def test_lungs_are_as_large_as_the_copy_that_a_system_reads(fused, gallery, models):
-    study = gallery.open("all", 0)
+    study = opened(gallery, 0)
     small = replace(fused, name="small", models=tuple(replace(model, longest_side=COPY // 2) for model in fused.models))
     for system, side in ((fused, COPY), (small, COPY // 2)):
         assert max(models.lungs(system, study, study.images[0])[0].shape) == side
@@ -198,9 +204,9 @@ def test_a_segmenter_that_fails_at_one_image_is_asked_about_the_next(fused, gall
     real = segmenter._segmenter
     failing = SimpleNamespace(find=lambda xrays: _fails(places) or real.find(xrays))
     monkeypatch.setattr(segmenter, "_segmenter", failing)
-    study = gallery.open("all", 0)
+    study = opened(gallery, 0)
     assert warm.lungs(fused, study, study.images[0]) == (None, "The segmenter finds no lungs.")
-    other = gallery.open("all", 1)
+    other = opened(gallery, 1)
     assert warm.lungs(fused, other, other.images[0])[0] is not None
 
 
@@ -211,7 +217,7 @@ def _fails(places):
 
 def test_a_system_with_one_detector_has_its_boxes_alone(systems, gallery, models):
     """A single list of boxes passes through the fusion as it is: the numbers are the detector's own."""
-    study = gallery.open("all", 2)
+    study = opened(gallery, 2)
     system = replace(systems["yolo"], models=tuple(m for m in systems["yolo"].models if m.fold == study.fold), name="one")
     bundle = next(model.folder for model in system.models if model.model == "yolo")
     own = pd.concat(list(load_predictor(bundle).predict(_xrays(study))))
@@ -222,7 +228,7 @@ def test_a_system_with_one_detector_has_its_boxes_alone(systems, gallery, models
 
 
 def test_files_to_take_away_hold_the_answer(fused, gallery, models, tmp_path):
-    study = gallery.open("all", 0)
+    study = opened(gallery, 0)
     answer = models.answer(fused, study)
     write_rows(tmp_path / "rows.csv", answer, study)
     write_answer(tmp_path / "answer.json", answer, study, fused)
@@ -240,7 +246,7 @@ def test_files_to_take_away_hold_the_answer(fused, gallery, models, tmp_path):
 
 def test_what_no_model_answers_is_the_prior_and_null(fused, gallery, models, tmp_path):
     detectors = replace(fused, name="detectors", models=tuple(m for m in fused.models if "boxes" in m.answers))
-    study = gallery.open("all", 0)
+    study = opened(gallery, 0)
     answer = models.answer(detectors, study)
     write_rows(tmp_path / "rows.csv", answer, study)
     write_answer(tmp_path / "answer.json", answer, study, detectors)
@@ -259,15 +265,15 @@ def test_models_load_once_and_a_repeated_question_is_not_predicted_again(fused, 
         "kitlib.page.warm_models.load_predictor",
         lambda folder, **given: loaded.append(folder) or load_predictor(folder, **given),
     )
-    first = warm.answer(fused, gallery.open("all", 0))
-    assert warm.answer(fused, gallery.open("all", 0)) is first and len(loaded) == 3
-    other = next(place for place in range(1, 16) if gallery.open("all", place).fold == gallery.open("all", 0).fold)
-    warm.answer(fused, gallery.open("all", other))
+    first = warm.answer(fused, opened(gallery, 0))
+    assert warm.answer(fused, opened(gallery, 0)) is first and len(loaded) == 3
+    other = next(place for place in range(1, 16) if opened(gallery, place).fold == opened(gallery, 0).fold)
+    warm.answer(fused, opened(gallery, other))
     assert len(loaded) == len(set(loaded)) == 3
 
 
 def test_heat_and_lungs_lie_on_the_decoded_copy(fused, gallery, models):
-    study = gallery.open("all", 0)
+    study = opened(gallery, 0)
     pixels = study.read(study.images[0], COPY).pixels
     name, heat = models.heat(fused, study, study.images[0], "typical")
     assert name == f"study, fold {study.fold}" and heat.shape == pixels.shape and 0 <= heat.min() <= heat.max() <= 1
@@ -283,7 +289,7 @@ def test_heat_and_lungs_lie_on_the_decoded_copy(fused, gallery, models):
 
 
 def test_an_ensemble_stacks_the_study_models_and_its_failure_is_told(fused, gallery, tmp_path):
-    study, warm = replace(gallery.open("all", 0), fold=None), WarmModels()
+    study, warm = replace(opened(gallery, 0), fold=None), WarmModels()
     plain = warm.answer(fused, study).fused.studies
     one = Ensemble("stack", "weighted", ("study",), tuple(STUDY_CLASSES), "study_id", 2.0, weights={"learners": np.ones(1)})
     write_ensemble(tmp_path / "one", one)

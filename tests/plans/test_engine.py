@@ -17,9 +17,9 @@ import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 from rich.console import Console
 
-from kitlib.plans.engine import PlanFailed, configuration, describe_plan, run_plan, signals_end_it
+from kitlib.plans.engine import PlanFailed, configuration, describe_plan, run_plan
 from kitlib.plans.plan import PlanError, read_plan
-from kitlib.processes import kill_family
+from kitlib.processes import exiting_on_signals, kill_family
 
 # One line a start of a run, so that a second start shows.
 NOTE = 'echo {run} >> "{log}"; echo ok > "{run}/metrics.json"'
@@ -164,11 +164,11 @@ def test_an_interrupted_or_terminated_plan_ends_its_runs(tmp_path, number, deaf)
 
 
 def test_a_closed_terminal_ends_a_plan_as_a_termination_does_unless_that_is_ignored():
-    with signals_end_it(), pytest.raises(SystemExit, match="129"):
+    with exiting_on_signals(), pytest.raises(SystemExit, match="129"):
         signal.raise_signal(signal.SIGHUP)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with signals_end_it():
+        with exiting_on_signals():
             signal.raise_signal(signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:

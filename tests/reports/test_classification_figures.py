@@ -53,7 +53,7 @@ def test_intervals_have_a_panel_a_figure():
     scores, images, labels = tables(60)
     given = {"mean": judged(scores, images, labels), "other": judged(scores, images, labels)}
     told = paired(given, "mean", samples=5)
-    figure = intervals_figure(told[told["name"].isin(["accuracy", "f1 macro"])], zero=True)
+    figure = intervals_figure(told[told["name"].isin(["accuracy", "f1 macro"])], line=0)
     assert [axis.get_title() for axis in figure.axes] == ["accuracy", "f1 macro"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["other"]
 

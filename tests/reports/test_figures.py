@@ -65,7 +65,7 @@ def test_folds_have_a_bar_a_class():
 
 def test_confusion_shows_the_counts():
     matrix = pd.DataFrame([[3, 1], [0, 2]], index=["a", "b"], columns=["a", "b"])
-    (axis,) = figures.confusion_figure(matrix).axes
+    (axis,) = figures.confusion_figure({"": matrix}).axes
     assert [text.get_text() for text in axis.texts] == ["3", "1", "0", "2"]
 
 
