@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-R = TypeVar("R")
+R = TypeVar("R", bound="Settings")
 
 NAMES = {int: "a whole number", float: "a finite number", str: "a string", bool: "true or false", type(None): "null"}
 
@@ -95,7 +95,8 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        for name, kind in field_kinds(type(self)).items():
+        settings: type[Any] = type(self)
+        for name, kind in field_kinds(settings).items():
             value = getattr(self, name)
             try:
                 valid = checked(value, kind)
