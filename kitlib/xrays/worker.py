@@ -58,9 +58,10 @@ def decode_into(entry: Path, image_id: str, path: str, longest_side: int) -> Out
 
 def shrink(pixels: np.ndarray, longest_side: int) -> np.ndarray:
     """uint8 (rows, columns), longest side at most `longest_side`, by the mean of the area; smaller ones stay as they are."""
-    if max(pixels.shape) <= longest_side:
+    rows, columns = pixels.shape
+    if max(rows, columns) <= longest_side:
         return pixels
-    place = letterbox(*pixels.shape, longest_side)
+    place = letterbox(rows, columns, longest_side)
     return cv2.resize(pixels, (place.inner_columns, place.inner_rows), interpolation=cv2.INTER_AREA)
 
 
