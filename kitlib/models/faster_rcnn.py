@@ -4,6 +4,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import Any
 
 import numpy as np
 import timm
@@ -41,6 +42,8 @@ class Pyramid(nn.Module):
     `strides` are those of its maps: 4 upwards, as long as the largest anchor is at most half of the canvas (one map at
     least). All of the backbone's features flow into each.
     """
+
+    body: Any  # timm's, as in kitlib.models.classifier
 
     def __init__(self, recipe: DetectorRecipe):
         super().__init__()
@@ -169,7 +172,7 @@ class _CompleteIoU(RoIHeads):
         return [], {"loss_classifier": functional.cross_entropy(scores, labels), "loss_box_reg": loss}
 
 
-def _backbone(recipe: DetectorRecipe) -> nn.Module:
+def _backbone(recipe: DetectorRecipe) -> Any:
     if not timm.is_model(recipe.backbone):
         near = get_close_matches(recipe.backbone.partition(".")[0], timm.list_models(), n=5)
         raise ValueError(f"timm has no backbone {recipe.backbone!r}; near: {', '.join(near) or 'nothing'}")
@@ -221,7 +224,7 @@ def _levels(backbone: str, strides: list[int]) -> list[int]:
     return [strides.index(stride) for stride in BACKBONE_STRIDES if stride in strides]
 
 
-def _normalisation(body: nn.Module, channels: int) -> tuple[list[float], list[float]]:
+def _normalisation(body: Any, channels: int) -> tuple[list[float], list[float]]:
     """The backbone's own mean and spread (for pixels 0..1), averaged over its channels where the input is grey."""
     mean, std = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
     if channels == len(mean):
