@@ -40,9 +40,10 @@ def sandboxed(
     and folders outside. All else of this machine is there, read-only, except the folders in `hidden`. There is no
     network but the loopback. `folder` is the working directory. Killing the command kills everything in the room.
     """
-    if _unshare() is None:
-        raise RuntimeError(f"no private namespaces on this system: {no_sandbox_reason()}")
-    return [*_unshare(), *_program(_plan(command, root, read_only, writable, hidden, folder))]
+    unshare, reason = _probe()
+    if unshare is None:
+        raise RuntimeError(f"no private namespaces on this system: {reason}")
+    return [*unshare, *_program(_plan(command, root, read_only, writable, hidden, folder))]
 
 
 def no_sandbox_reason() -> str:

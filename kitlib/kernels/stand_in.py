@@ -66,12 +66,13 @@ def fresh_environment(folder: str | Path, packages: str | Path) -> Path:
 
 
 def _site() -> Path:
-    return Path(importlib.metadata.distribution("torch").locate_file("")).resolve()
+    return Path(str(importlib.metadata.distribution("torch").locate_file(""))).resolve()
 
 
 def _kept(image: Mapping[str, str]) -> list[importlib.metadata.Distribution]:
     """Installed packages that the image has, and what its torch brings along."""
-    installed = {canonicalize_name(found.name): found for found in importlib.metadata.distributions()}
+    found = importlib.metadata.distributions()
+    installed: dict[str, importlib.metadata.Distribution] = {canonicalize_name(each.name): each for each in found}
     other = [
         f"{name} {found.version} (the image has {image[name]})"
         for name, found in sorted(installed.items())

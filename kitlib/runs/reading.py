@@ -84,7 +84,7 @@ def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
     Raises RunError for a run without any, for detections without their coverage, and for one fold of a model in two runs.
     """
     found: dict[str, list[pd.DataFrame]] = {name: [] for name in PREDICTED_TABLES}
-    trained: dict[tuple[str, int], Path] = {}
+    trained: dict[tuple[str | None, int], Path] = {}
     for run in map(Path, runs):
         model = read_metrics(run).get("model")
         there = [name for name in PREDICTED_TABLES if (run / "tables" / f"{name}.parquet").is_file()]
