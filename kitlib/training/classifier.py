@@ -1,13 +1,14 @@
 """Training of a classifier, whatever its classes: mixed batches, unfreezing, and the validation's probabilities."""
 
 from abc import abstractmethod
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 
 from kitlib.bundle import BundleError
-from kitlib.models.classifier import Classifier
+from kitlib.models.classifier import Classifier, FindingsClassifier, StudyClassifier
 from kitlib.models.starting_weights import load_starting_weights
 from kitlib.recipes.fields import ClassifierRecipe
 from kitlib.training import data_parallel
@@ -62,7 +63,11 @@ class ClassifierTraining(RecipeTraining):
     `found` (validation images, outputs) float64 holds the probabilities of `self.judged`, in the data set's order.
     """
 
-    def __init__(self, model: Classifier, validation_images: int) -> None:
+    model: StudyClassifier | FindingsClassifier
+    judged: StudyClassifier | FindingsClassifier
+    recipe: ClassifierRecipe
+
+    def __init__(self, model: StudyClassifier | FindingsClassifier, validation_images: int) -> None:
         super().__init__(model, model.recipe)
         self.found = np.full((validation_images, model.answers), np.nan)
 
@@ -90,7 +95,7 @@ class ClassifierTraining(RecipeTraining):
         loss = self.training_loss(mix_batch(self.targets(batch), self.recipe.mixup, self.recipe.cutmix))
         # Without the penalty, so that it is beside the validation's in the curves.
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["pixels"]), sync_dist=True)
-        return loss + self.penalty() if self.recipe.l1 else loss
+        return loss + penalty(self.model, self.recipe.l1) if self.recipe.l1 else loss
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
         logits = self.judged(self.judged.normalise(batch["pixels"]))
@@ -101,3 +106,8 @@ class ClassifierTraining(RecipeTraining):
     def on_validation_epoch_end(self) -> None:
         self.found = data_parallel.gather_rows(self.found)
         self.log_dict(self.scores())
+
+
+def penalty(model: torch.nn.Module, l1: float) -> torch.Tensor:
+    """`l1` times the sum of the absolute values of all that learns; Oh et al. 2020 add it to their loss."""
+    return l1 * reduce(torch.add, (each.abs().sum() for each in model.parameters() if each.requires_grad))

@@ -9,7 +9,7 @@ from kitlib.bundle import BundleError, read_bundle
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
 from kitlib.recipes.fields import FindingsRecipe
 from kitlib.settings import override
-from kitlib.training.classifier import start_from_weights
+from kitlib.training.classifier import penalty, start_from_weights
 from kitlib.training.study import StudyTraining
 from tests.small_tasks import train_small
 from tests.small_xrays import RECIPE, SmallXrays
@@ -163,3 +163,14 @@ def test_a_resumed_run_with_every_option_equals_an_uninterrupted_one_bit_for_bit
     times = ["seconds", "images_per_s"]
     pd.testing.assert_frame_equal(halves.history.drop(columns=times), whole.history.drop(columns=times), check_exact=True)
     pd.testing.assert_frame_equal(halves.tables["image_scores"], whole.tables["image_scores"], check_exact=True)
+
+
+def test_the_penalty_is_the_sum_of_absolute_weights_that_learn():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    model[0].weight.data = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
+    model[0].bias.data = torch.tensor([-0.5, 0.5])
+    model[1].requires_grad_(False)
+    found = penalty(model, l1=0.5)
+    assert found.item() == 0.5 * (1 + 2 + 3 + 4 + 0.5 + 0.5)
+    found.backward()
+    assert torch.equal(model[0].weight.grad, 0.5 * torch.tensor([[1.0, -1.0], [1.0, -1.0]]))

@@ -316,18 +316,6 @@ def test_a_resumed_step_schedule_equals_an_uninterrupted_one_and_its_closed_form
         assert again.history.learning_rate.tolist() == fitted.history.learning_rate.tolist()
 
 
-def test_the_penalty_is_the_sum_of_absolute_weights_that_learn():
-    module = Slope(override(FLAT, l1=0.5))
-    module.model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
-    module.model[0].weight.data = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
-    module.model[0].bias.data = torch.tensor([-0.5, 0.5])
-    module.model[1].requires_grad_(False)
-    penalty = module.penalty()
-    assert penalty.item() == 0.5 * (1 + 2 + 3 + 4 + 0.5 + 0.5)
-    penalty.backward()
-    assert torch.equal(module.model[0].weight.grad, 0.5 * torch.tensor([[1.0, -1.0], [1.0, -1.0]]))
-
-
 class Told(Slope):
     """Its validation says what it is told to, epoch by epoch."""
 
