@@ -13,7 +13,7 @@ WORKDIR /kit
 # The Makefile's installation. PyPI's torch brings CUDA libraries of several GB, which nothing here uses; where PyTorch's own
 # index can be reached, --build-arg TORCH=cpu leaves them out. Compiled now, because the user kit may not write here.
 ARG TORCH=
-COPY Makefile requirements.txt ./
+COPY Makefile requirements.txt requirements-tools.txt ./
 COPY kitlib/kernels/kaggle_image.txt kitlib/kernels/
 RUN env PIP_NO_CACHE_DIR=1 UV_NO_CACHE=1 UV_COMPILE_BYTECODE=1 ${TORCH:+UV_TORCH_BACKEND=$TORCH} make .venv/.ready
 

@@ -1,5 +1,6 @@
 # The first of these that runs; `make PYTHON=/path/to/python3.12 ...` chooses another.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 UV := .venv/bin/uv pip install --quiet --python .venv/bin/python
 READY := .venv/.ready
 
@@ -9,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # What `make page` shows.
 RUNS := $(or $(RUNS:/=),runs/demo)
 
-.PHONY: demo page test lint bench clean
+.PHONY: demo page test properties lint bench clean
 demo: $(READY)
 	.venv/bin/python -m kitlib demo
 
@@ -21,23 +22,34 @@ page: $(READY)
 test: $(READY)
 	.venv/bin/python -m pytest $(PYTEST)
 
+# Property tests alone, with examples that no earlier run had: `make properties ROUNDS=20` draws 20 times as many as `make test`.
+ROUNDS ?= 5
+properties: $(READY)
+	for round in $$(seq $(ROUNDS)); do .venv/bin/python -m pytest -m hypothesis --hypothesis-profile=anew $(PYTEST) || exit 1; done
+
 lint: $(READY)
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
+# The page is measured with the demo's models.
 bench: $(READY)
+	test -f runs/demo/submission.csv || .venv/bin/python -m kitlib demo
 	for script in benchmarks/*.py; do echo "== $$script"; .venv/bin/python $$script || exit 1; done
 
 clean:
 	rm -rf .venv build runs inputs/demo inputs/demo-truth
 
-# Headless OpenCV goes in last: it shares its folder with opencv-python, whose build wants libGL from the system. kit.pth lets
-# a notebook find kitlib wherever it is started.
-$(READY): requirements.txt kitlib/kernels/kaggle_image.txt
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+# $(READY) holds the requirements that .venv was made of. Two steps: the image's versions are the constraint of what kernels
+# import alone, and the tools leave those as they are. Headless OpenCV goes in last: it shares its folder with opencv-python,
+# whose build wants libGL from the system. kit.pth lets a notebook find kitlib wherever it is started.
+$(READY): requirements.txt requirements-tools.txt kitlib/kernels/kaggle_image.txt
+	@test -n "$(PYTHON)" && $(PYTHON) $(NEW_ENOUGH) || { echo "Python 3.11 or newer is needed$(if $(PYTHON),$(strip ,) and $(PYTHON) is not); name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@test ! -e .venv || .venv/bin/python $(NEW_ENOUGH) 2>/dev/null || { echo ".venv belongs to a Python that is older than 3.11 or gone; remove it (rm -rf .venv) and run make again" >&2; exit 1; }
+	@test ! -e $@ || cat $^ | cmp -s - $@ || { echo ".venv was made of other requirements; remove it (rm -rf .venv) and run make again" >&2; exit 1; }
 	@echo "Installing into .venv (torch brings its CUDA libraries: several GB come down)"
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
-	$(UV) -r requirements.txt --override kitlib/kernels/kaggle_image.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(UV) -r requirements.txt
+	$(UV) -r requirements-tools.txt --override requirements.txt
 	$(UV) --reinstall --no-deps $$(grep -o '^opencv-python-headless==[0-9.]*' requirements.txt)
 	echo "$(CURDIR)" > $$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kit.pth
-	touch $@
+	cat $^ > $@

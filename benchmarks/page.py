@@ -25,15 +25,17 @@ from kitlib.page.systems import find_systems
 from kitlib.page.view import BOXES, HEAT, LUNGS, TRUTH, Viewer
 from kitlib.page.warm_models import WarmModels
 
-UPLOADS = 12  # of which the median is told
-VISITS = 100  # until memory is looked at again, after as many to begin with
+# Arguments of `main` with which it takes a few seconds: the tests run it so, on runs of their own.
+SMALLEST = {"uploads": 1, "visits": 1}
 
 
 def main(
     runs: Annotated[Path, typer.Option(exists=True)] = Path("runs/demo"),
     images: Annotated[Path, typer.Option(exists=True, help="DICOM files in or below it.")] = Path("inputs/demo"),
+    uploads: Annotated[int, typer.Option(help="of which the median is told")] = 12,
+    visits: Annotated[int, typer.Option(help="until memory is looked at again, after as many to begin with")] = 100,
 ) -> None:
-    files = sorted(images.rglob("*.dcm"))[:UPLOADS]
+    files = sorted(images.rglob("*.dcm"))[:uploads]
     table = Table("", "models", "first answer, s", "warm answer, s", "of it the models", "s a model", title="Seconds")
     with tempfile.TemporaryDirectory() as folder:
         copies, systems = DecodedCopies(Path(folder) / "copies"), find_systems(list_runs([runs]))
@@ -58,10 +60,10 @@ def main(
 
         used = []
         for _ in range(2):
-            for _ in range(VISITS):
+            for _ in range(visits):
                 viewer.files(viewer.upload([next(new)], systems[0].name))
             used.append(psutil.Process().memory_info().rss / 1e6)
-        print(f"memory after {VISITS} visits {used[0]:.0f} MB, after {2 * VISITS} {used[1]:.0f} MB")
+        print(f"memory after {visits} visits {used[0]:.0f} MB, after {2 * visits} {used[1]:.0f} MB")
         copies.close()
 
 

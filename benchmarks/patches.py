@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -16,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kitlib.device import autocast, pick_device
+from kitlib.device import autocast, memory_format, pick_device
 from kitlib.models.patch_classifier import CHUNKS, PatchClassifier
 from kitlib.models.patches import centres, places
 from kitlib.recipes.fields import PatchRecipe
@@ -34,6 +35,8 @@ SHORT = [
     (PatchRecipe(backbone="mobilenetv3_small_050"), 2, 25),
     (PatchRecipe(backbone="densenet161"), 1, 8),
 ]
+# Arguments of `main` with which it takes about a second: the tests run it so.
+SMALLEST = {"networks": 1, "rounds": 1}
 
 
 def chests(count: int, side: int) -> tuple[torch.Tensor, np.ndarray]:
@@ -77,14 +80,19 @@ def seconds(way: Callable, *arguments: object) -> float:
     return (clock() - start) / threads
 
 
-def main(full: bool = False, rounds: int = 2, threads: int = 0) -> None:
+def main(
+    full: bool = False,
+    rounds: int = 2,
+    threads: int = 0,
+    networks: Annotated[int, typer.Option(help="only so many of them, the smallest first; 0: all")] = 0,
+) -> None:
     device = pick_device()
     if threads:
         torch.set_num_threads(threads)
     table = Table("network", "pixels", "loop", "batched", "bare forward", "batched / loop", "bare / loop")
     apart = 0.0
-    for settings, images, patches in PUBLISHED if full else SHORT:
-        model = PatchClassifier(settings, CLASSES).eval().to(device, memory_format=torch.channels_last)
+    for settings, images, patches in (PUBLISHED if full else SHORT)[: networks or None]:
+        model = PatchClassifier(settings, CLASSES).eval().to(device, memory_format=memory_format(device))
         side = settings.image_size
         canvases, mask = chests(images, settings.canvas)
         where = places([centres(mask, patches, seed) for seed in range(images)])

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import faulthandler
 import os
 from pathlib import Path
 
@@ -12,9 +13,38 @@ from tests import REAL_DATA
 # loaded, half of it would hear and half would not.
 os.environ["NUMBA_DISABLE_JIT"] = "1"
 
-# Examples are timed by nobody: machines are shared, and a slow moment is no fault.
-settings.register_profile("kit", deadline=None)
+# Most tests expect the CPU, whose sums repeat exactly; those that are marked with `gpu` also run on a GPU that is asked for.
+# Said before torch is imported.
+if not os.environ.get("KITLIB_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# Examples are timed by nobody: machines are shared, and a slow moment is no fault. They are the same in each run, so that a
+# test that fails did not pass by chance before; `make properties` draws new ones.
+settings.register_profile("kit", deadline=None, derandomize=True)
+settings.register_profile("anew", deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("kit")
+
+
+LIMIT_S = 900  # for one test; the slowest takes about a minute where nobody else computes
+_stderr = pytest.StashKey[int]()
+
+
+def pytest_configure(config):
+    # The real one: during a test, what is written to its number is captured.
+    config.stash[_stderr] = os.dup(2)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """End the process of a test that hangs, after a traceback of all its threads; xdist then names the test.
+
+    faulthandler's own thread does this also where a hanging library never gives Python its lock back.
+    """
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True, file=item.config.stash[_stderr])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session")

@@ -76,8 +76,8 @@ class SmallKaggle:
                 self._reply(*kaggle.answer(name, body))
 
             def do_PUT(self):
-                size = int(self.headers.get("Content-Length") or 0)
-                content = self.rfile.read(size) if size else self._chunks()
+                size = self.headers.get("Content-Length")  # 0 when the client asks how far an upload has come
+                content = self._chunks() if size is None else self.rfile.read(int(size))
                 name = urlsplit(self.path).path.rsplit("/", 1)[1]
                 if kaggle.upload_status == 200:
                     kaggle.uploads[name] = content

@@ -1,6 +1,7 @@
 """Run folders made up without training: their tables of predictions are chosen, so that their figures are known."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -8,6 +9,7 @@ import pandas as pd
 from kitlib.atomic import write_json
 from kitlib.bundle import data_fingerprint
 from kitlib.classes import STUDY_CLASSES
+from kitlib.scoring.csv_file import HEADER, split_id
 from kitlib.tables import BOX as SIDES
 from kitlib.tables import empty_table, write_table
 from tests.small_xrays import BOX, RECIPE, SmallXrays
@@ -88,3 +90,10 @@ def false_boxes(tables: dict[str, pd.DataFrame], score: float, model="yolo") -> 
 
 
 NOTHING = empty_table("detections")
+
+
+def write_all_negative(path: Path, ids: Iterable[str]) -> None:
+    """The sample submission's answer, `negative 1` and `none 1` everywhere: the floor that a score is held against."""
+    answer = {"study": "negative 1 0 0 1 1", "image": "none 1 0 0 1 1"}
+    rows = [f"{submission_id},{answer[split_id(submission_id)[1]]}" for submission_id in ids]
+    path.write_text("\n".join([",".join(HEADER), *rows]) + "\n")

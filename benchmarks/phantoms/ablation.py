@@ -20,7 +20,7 @@ from kitlib.datasets.siim import read_train
 from kitlib.phantoms.siim import write_competition
 from kitlib.recipes.fields import DetectorRecipe, StudyRecipe
 from kitlib.recipes.named import recipe
-from kitlib.reports.detection_report import detection_draws, interval
+from kitlib.reports.competition import detection_draws, interval
 from kitlib.scoring.score import class_precision
 from kitlib.tables import concatenate
 from kitlib.training.driver import train_fold
@@ -56,6 +56,9 @@ DETECTOR: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+# Arguments of `main` with which it takes a few seconds: the tests run it so.
+SMALLEST = {"studies": 8, "side": 64, "seeds": 1, "samples": 2, "only": "study", "rows": 2, "epochs": 1}
+
 
 def main(
     folder: Annotated[Path, typer.Option(help="where phantoms, decoded copies and runs are kept")] = Path("runs/ablation"),
@@ -64,6 +67,8 @@ def main(
     seeds: int = 2,
     samples: int = 500,
     only: Annotated[str, typer.Option(help="one of study, small_yolo, small_faster_rcnn; empty: all")] = "",
+    rows: Annotated[int, typer.Option(help="of each table, the first so many; 0: all")] = 0,
+    epochs: Annotated[int, typer.Option(help="of each training; 0: as many as the recipe says")] = 0,
 ) -> None:
     """Train what is missing, print the tables as Markdown and keep them in FOLDER/ablation.md."""
     sizes = {"train_studies": studies, "test_studies": 4, "side": side, "damaged_test_files": 0}
@@ -74,16 +79,29 @@ def main(
     tables = {"images": data.images, "labels": data.labels, "boxes": data.boxes}
     tables["folds"] = make_folds(**tables, n_folds=2)
     text = []
-    if only in ("", "study"):
-        text += [_study_table(tables, cache, folder, seeds, samples)]
-    text += [_detector_table(name, tables, cache, folder, seeds, samples) for name in DETECTOR if only in ("", name)]
+    common = {"epochs": epochs} if epochs else {}
+    additions = {
+        model: {name: {**common, **changes} for name, changes in [*cases.items()][: rows or None]}
+        for model, cases in {"study": STUDY, **DETECTOR}.items()
+        if only in ("", model)
+    }
+    for model, cases in additions.items():
+        if model == "study":
+            text += [_study_table(cases, tables, cache, folder, seeds, samples)]
+        else:
+            text += [_detector_table(model, cases, tables, cache, folder, seeds, samples)]
     write_text(folder / f"ablation{'_' * bool(only)}{only}.md", "\n\n".join(text) + "\n")
     print("\n\n".join(text))
 
 
-def _study_table(tables: dict[str, pd.DataFrame], cache: XrayCache, folder: Path, seeds: int, samples: int) -> str:
+Cases = dict[str, dict[str, Any]]  # the addition's name, the fields it changes
+
+
+def _study_table(
+    cases: Cases, tables: dict[str, pd.DataFrame], cache: XrayCache, folder: Path, seeds: int, samples: int
+) -> str:
     rows, first = [], None
-    for name, changes in STUDY.items():
+    for name, changes in cases.items():
         settings = recipe("small_study", StudyRecipe, keep="last", **changes)
         draws = []
         for seed in range(seeds):
@@ -129,10 +147,16 @@ def _study_draws(
 
 
 def _detector_table(
-    model: str, tables: dict[str, pd.DataFrame], cache: XrayCache, folder: Path, seeds: int, samples: int
+    model: str,
+    cases: Cases,
+    tables: dict[str, pd.DataFrame],
+    cache: XrayCache,
+    folder: Path,
+    seeds: int,
+    samples: int,
 ) -> str:
     rows, first = [], None
-    for name, changes in DETECTOR[model].items():
+    for name, changes in cases.items():
         settings = recipe(model, DetectorRecipe, keep="last", **changes)
         draws = []
         for seed in range(seeds):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kitlib.reports.detection_report import detection_draws, interval
+from kitlib.reports.competition import detection_draws, interval
 from kitlib.runs.reading import read_prepared
 from kitlib.tables import read_table
 

@@ -6,10 +6,12 @@
 # Then:  bash benchmarks/real/flannel.sh SQUEEZENET, the file of SqueezeNet's ImageNet weights
 # With a GPU and the five networks' weights files: the plan submissions/plans/flannel.yaml.
 set -euo pipefail
+source=$(realpath "$1")
 cd "$(dirname "$0")/../.."
-weights=$(realpath "$1")
-runs=$PWD/runs/small_flannel
+runs=$PWD/runs/small_flannel weights=$PWD/runs/small_flannel/squeezenet.safetensors
 mkdir -p "$runs/executed"
+export PYTHONPATH=$PWD KIT_BACKBONES=benchmarks.real.squeezenet
+.venv/bin/python benchmarks/real/squeezenet_weights.py keras "$source" "$weights"
 
 notebook() { # NOTEBOOK NAME PARAMETERS
   OMP_NUM_THREADS=1 .venv/bin/papermill "notebooks/$1.ipynb" "$runs/executed/$2.ipynb" --no-progress-bar -y "$3"

@@ -1,8 +1,8 @@
-"""What every reader of a data set returns, and what readers share: strict CSV files, listed faults, image headers."""
+"""What every reader of a data set returns, and what readers share: strict CSV files, faults, headers, labels and boxes."""
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from kitlib.tables import BOX, check_table
+from kitlib.classes import MASK_CONVENTIONS
+from kitlib.tables import BOX, check_table, empty_table
 from kitlib.xrays.dicom import UnreadableXray, read_header
 from kitlib.xrays.image_file import image_format, image_size
 
@@ -40,6 +41,28 @@ class Dataset:
     published: dict[str, int] = field(default_factory=dict)
     masks: pd.DataFrame | None = None
 
+    def __post_init__(self) -> None:
+        conventions = set(self.images["convention"]) if "convention" in self.images else set()
+        if unknown := sorted(conventions - set(MASK_CONVENTIONS)):
+            raise ValueError(f"the convention of masks is one of {', '.join(MASK_CONVENTIONS)}, not {unknown}")
+
+    @classmethod
+    def checked(
+        cls,
+        folder: Path,
+        images: pd.DataFrame,
+        labels: pd.DataFrame,
+        faults: "Faults",
+        published: dict[str, int] | None = None,
+        *,
+        boxes: pd.DataFrame | None = None,
+        masks: pd.DataFrame | None = None,
+    ) -> "Dataset":
+        """The same of the set in `folder`, images and labels checked; without `boxes` it has none. Raises TableError."""
+        images, labels = check_table(images, "images", str(folder)), check_table(labels, "labels", str(folder))
+        boxes = empty_table("boxes") if boxes is None else boxes
+        return cls(images, labels, boxes, faults.table(), dict(published or {}), masks)
+
 
 class Faults:
     """Collects what is broken; nothing is dropped without a line here."""
@@ -49,6 +72,11 @@ class Faults:
 
     def add(self, file: str, row: str, problem: str) -> None:
         self.rows.append((file, row, problem))
+
+    def count(self, file: str, rows: Iterable[str], problem: str, others: str = "others") -> None:
+        """One line for all of `rows`, where there are any: there may be thousands."""
+        if rows := sorted(rows):
+            self.add(file, rows[0], f"and {len(rows) - 1} {others} {problem}")
 
     def table(self) -> pd.DataFrame:
         return pd.DataFrame(self.rows, columns=["file", "row", "problem"], dtype=object)
@@ -99,6 +127,36 @@ def read_headers(paths: Sequence[str], progress: bool) -> list[ImageHeader]:
     """The headers of all files, in their order."""
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
         return list(tqdm(pool.map(_header, paths), total=len(paths), desc="headers", unit="file", disable=not progress))
+
+
+def with_headers(rows: pd.DataFrame, folder: Path, faults: Faults, progress: bool) -> pd.DataFrame:
+    """`rows` (image_id, patient_id, path, source and view) as a table images in which every image is a study.
+
+    Sizes, and a view that is "", are what the headers say. An image whose header cannot be read is left out, with a fault.
+    """
+    headers = read_headers(rows.path.tolist(), progress)
+    for path, image_id, header in zip(rows.path, rows.image_id, headers, strict=True):
+        if header.problem:
+            faults.add(str(Path(path).relative_to(folder)), image_id, f"{header.problem}; left out")
+    images = rows.assign(
+        study_id=rows.image_id,
+        rows=[header.rows for header in headers],
+        columns=[header.columns for header in headers],
+        view=[view or header.view for view, header in zip(rows["view"], headers, strict=True)],
+    )
+    return images[[not header.problem for header in headers]].reset_index(drop=True)
+
+
+def one_hot(ids: pd.Series, shown: pd.Series, classes: Iterable[str]) -> pd.DataFrame:
+    """The table labels of exclusive classes, of which each of `ids` shows one."""
+    return pd.DataFrame({"id": ids, **{name: (shown == name).astype(float) for name in classes}})
+
+
+def boxes_of(image_ids: pd.Series, cells: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
+    """The table boxes of four columns x, y, width and height, as text, and which rows are whole: numbers with an area."""
+    x, y, width, height = (pd.to_numeric(cells[name], errors="coerce") for name in cells)
+    boxes = pd.DataFrame({"image_id": image_ids, "xmin": x, "ymin": y, "xmax": x + width, "ymax": y + height})
+    return boxes, np.isfinite(boxes[list(BOX)]).all(axis=1) & (width > 0) & (height > 0)
 
 
 def cut_at_edges(

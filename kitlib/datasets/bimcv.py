@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from kitlib.datasets.base import Dataset, Faults, LayoutError
-from kitlib.datasets.diagnoses import SUFFIXES, ages, count_fault, diagnosis_dataset
+from kitlib.datasets.diagnoses import SUFFIXES, ages, diagnosis_dataset
 
 NAME = re.compile(r"sub-(S\d+)_ses-(E\d+)_.*?(?:vp-([a-z]+)_)?(?:cr|dx)", re.IGNORECASE)
 # How folders call the two sets: covid19_posi or BIMCV-COVID19+, covid19_neg or BIMCV-COVID19-.
@@ -88,7 +88,7 @@ def _is_positive(path: Path, folder: Path) -> bool:
 
 
 def _without(table: pd.DataFrame, wrong: pd.Series, why: str, faults: Faults) -> pd.DataFrame:
-    count_fault(faults, "mod-rx", table.image_id[wrong], why)
+    faults.count("mod-rx", table.image_id[wrong], why)
     return table[~wrong]
 
 
@@ -129,7 +129,7 @@ def _participants(folder: Path, faults: Faults) -> pd.DataFrame:
             first = table.age.str.extract(r"(\d+)", expand=False).fillna("")
             years = ages(first, table.participant, faults, path.name)
             told = table.gender.str.strip().str.lower()
-            count_fault(faults, path.name, table.participant[~told.isin(SEXES)], "have a gender of another word; not used")
+            faults.count(path.name, table.participant[~told.isin(SEXES)], "have a gender of another word; not used")
             sex = told.map(SEXES).fillna("").tolist()
             subject = table.participant.str.removeprefix("sub-").str.upper()
             tables.append(pd.DataFrame({"sex": sex, "age": years.to_numpy()}, index=subject))

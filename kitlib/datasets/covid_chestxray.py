@@ -6,7 +6,7 @@ import pandas as pd
 
 from kitlib.classes import DIAGNOSES
 from kitlib.datasets.base import Dataset, Faults, LayoutError, read_csv
-from kitlib.datasets.diagnoses import ages, count_fault, diagnosis_dataset, sexes
+from kitlib.datasets.diagnoses import ages, diagnosis_dataset, sexes
 
 METADATA = "metadata.csv"
 # Every release has these; offset, sex, age, folder and license are read where they are.
@@ -46,19 +46,19 @@ def read_covid_chestxray(folder: str | Path, progress: bool = True) -> Dataset:
     table = table.apply(lambda column: column.str.strip())
     table = _frontal(table, faults)
     again = table.filename.duplicated()
-    count_fault(faults, METADATA, table.filename[again], "name a file that an earlier row names; the first row is used")
+    faults.count(METADATA, table.filename[again], "name a file that an earlier row names; the first row is used")
     table = table[~again].assign(diagnosis=lambda rows: _diagnoses(rows, faults))
     table = table[table.diagnosis != ""]
     inside = table["folder"].where(table["folder"] != "", "images") if "folder" in table else "images"
     table["path"] = [str(folder / place) for place in inside + "/" + table.filename]
     here = table.path.map(lambda path: Path(path).is_file()).astype(bool)
-    count_fault(faults, METADATA, table.filename[~here], "have no file; left out")
+    faults.count(METADATA, table.filename[~here], "have no file; left out")
     table = table[here].reset_index(drop=True)
     if table.empty:
         raise LayoutError(f"{folder} holds no frontal X-ray that {METADATA} names, with a finding: {GOT}")
     stems = table.filename.map(lambda name: Path(name).stem)
     image_ids = stems.mask(stems.duplicated(keep=False), table.filename)
-    count_fault(faults, METADATA, image_ids[table.patientid == ""], "have no patient; each counts as one of its own")
+    faults.count(METADATA, image_ids[table.patientid == ""], "have no patient; each counts as one of its own")
     rows = pd.DataFrame(
         {
             "image_id": image_ids,
@@ -102,11 +102,11 @@ def diagnosis_of(finding: str) -> str:
 
 def _frontal(table: pd.DataFrame, faults: Faults) -> pd.DataFrame:
     xray = table.modality.str.lower() == "x-ray"
-    count_fault(faults, METADATA, table.filename[~xray], "are no X-rays; left out")
+    faults.count(METADATA, table.filename[~xray], "are no X-rays; left out")
     table = table[xray]
     frontal = table["view"].str.lower().isin([view.lower() for view in VIEWS])
     for view, rows in table[~frontal].groupby("view"):
-        count_fault(faults, METADATA, rows.filename, f"have the view {view!r}, not one of {', '.join(VIEWS)}; left out")
+        faults.count(METADATA, rows.filename, f"have the view {view!r}, not one of {', '.join(VIEWS)}; left out")
     return table[frontal]
 
 
@@ -120,7 +120,7 @@ def _diagnoses(table: pd.DataFrame, faults: Faults) -> list[str]:
         except ValueError as error:
             faults.add(METADATA, name, f"{error}; left out")
             told.append("")
-    count_fault(faults, METADATA, unknown, "have no finding yet; left out")
+    faults.count(METADATA, unknown, "have no finding yet; left out")
     return told
 
 

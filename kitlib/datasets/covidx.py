@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from kitlib.datasets.base import Dataset, Faults, LayoutError
-from kitlib.datasets.diagnoses import count_fault, diagnosis_dataset
+from kitlib.datasets.diagnoses import diagnosis_dataset
 from kitlib.datasets.rsna import MAPPING, nih_patients
 
 PARTS = ("train", "val", "test")
@@ -52,7 +52,7 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
                 faults.add(listed.name, name, "an earlier line names the same file; left out")
             else:
                 found[str(path)] = (patient, CLASSES[shown], source, "test" if part == "test" else "train")
-    count_fault(faults, "train, val, test", missing, "have no file; left out")
+    faults.count("train, val, test", missing, "have no file; left out")
     if not found:
         raise LayoutError(f"{folder / 'train'} and {folder / 'test'} hold no image that a list names: {GOT}")
     maybe_rsna = any(source in (RSNA, UNTOLD) for _, _, source, _ in found.values())

@@ -9,7 +9,6 @@ from tqdm.auto import tqdm
 
 from kitlib.datasets.base import Dataset, Faults, LayoutError, files_below, read_csv, read_headers
 from kitlib.datasets.darwin_json import DarwinAnnotation, read_darwin_json
-from kitlib.tables import check_table, empty_table
 from kitlib.xrays.mask_store import MaskError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -58,9 +57,11 @@ def read_darwin(folder: str | Path, progress: bool = True) -> Dataset:
             small.append(image_id)
         else:
             kept.append(image_id)
-    _count(faults, turned, "are no frontal X-rays, as their tags say; left out")
-    _count(faults, small, f"have a side below {LEAST_SIDE} pixels; left out")
-    _count(faults, [image_id for image_id in kept if image_id not in told], "have no annotation; view and class are unknown")
+    faults.count("images", turned, "are no frontal X-rays, as their tags say; left out")
+    faults.count("images", small, f"have a side below {LEAST_SIDE} pixels; left out")
+    faults.count(
+        "images", [image_id for image_id in kept if image_id not in told], "have no annotation; view and class are unknown"
+    )
     if not kept:
         raise LayoutError(f"{folder / 'images'} holds no frontal X-ray of {LEAST_SIDE} pixels a side or more: {GOT}")
     tags = {image_id: told[image_id][1].tags if image_id in told else () for image_id in kept}
@@ -78,14 +79,8 @@ def read_darwin(folder: str | Path, progress: bool = True) -> Dataset:
             "convention": "with_heart",
         }
     )
-    return Dataset(
-        check_table(images, "images", str(folder)),
-        check_table(_labels(tags), "labels", str(folder)),
-        empty_table("boxes"),
-        masks=_masks(folder, kept, told, drawn, faults),
-        faults=faults.table(),
-        published=dict(PUBLISHED),
-    )
+    masks = _masks(folder, kept, told, drawn, faults)
+    return Dataset.checked(folder, images, _labels(tags), faults, PUBLISHED, masks=masks)
 
 
 def _annotations(
@@ -109,8 +104,8 @@ def _annotations(
             again.append(path.stem)
         else:
             told[image_id] = (path, annotation)
-    _count(faults, strangers, "are annotations of no image; left out", "annotations")
-    _count(faults, again, "are annotations of an image that has one; left out", "annotations")
+    faults.count("annotations", strangers, "are annotations of no image; left out")
+    faults.count("annotations", again, "are annotations of an image that has one; left out")
     return told
 
 
@@ -132,7 +127,7 @@ def _masks(
             rows.append((image_id, "lungs", str(path)))
     if not rows:
         raise LayoutError(f"{folder} holds no annotation with a lung and no mask of one of its images: {GOT}")
-    _count(faults, bare, "have no mask")
+    faults.count("images", bare, "have no mask")
     return pd.DataFrame(rows, columns=["image_id", "structure", "path"])
 
 
@@ -166,9 +161,3 @@ def _patients(
 
 def _view(tags: Iterable[str]) -> str:
     return next((match[1] for match in map(VIEW.search, tags) if match), "")
-
-
-def _count(faults: Faults, names: list[str], problem: str, file: str = "images") -> None:
-    """One line for all: there may be thousands."""
-    if names:
-        faults.add(file, names[0], f"and {len(names) - 1} others {problem}")

@@ -1,14 +1,13 @@
 """What the readers of sets with one diagnosis an image share: from rows of files and diagnoses to the kit's tables."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from kitlib.classes import DIAGNOSES
-from kitlib.datasets.base import Dataset, Faults, LayoutError, read_headers
-from kitlib.tables import check_table, empty_table
+from kitlib.datasets.base import Dataset, Faults, LayoutError, one_hot, with_headers
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -33,37 +32,12 @@ def diagnosis_dataset(
     if strangers:
         raise ValueError(f"the diagnoses {strangers} are not among {', '.join(known)}")
     rows = rows.sort_values("image_id", ignore_index=True)
-    headers = read_headers(rows.path.tolist(), progress)
-    for row, header in zip(rows.itertuples(), headers, strict=True):
-        if header.problem:
-            faults.add(str(Path(row.path).relative_to(folder)), row.image_id, f"{header.problem}; left out")
-    images = rows.assign(
-        study_id=rows.image_id,
-        rows=[header.rows for header in headers],
-        columns=[header.columns for header in headers],
-        view=[row.view or header.view for row, header in zip(rows.itertuples(), headers, strict=True)],
-        **{name: "" for name in ("sex", "licence") if name not in rows},
-    )
-    if "age" not in rows:
-        images["age"] = np.nan
-    images = images[[not header.problem for header in headers]].reset_index(drop=True)
+    untold = {"sex": "", "licence": "", "age": np.nan}
+    rows = rows.assign(**{name: value for name, value in untold.items() if name not in rows})
+    images = with_headers(rows, folder, faults, progress)
     if images.empty:
         raise LayoutError(f"{folder} holds no X-ray that can be read: {got}")
-    labels = pd.DataFrame({"id": images.image_id, **{name: (images.diagnosis == name).astype(float) for name in known}})
-    return Dataset(
-        check_table(images, "images", str(folder)),
-        check_table(labels, "labels", str(folder)),
-        empty_table("boxes"),
-        faults.table(),
-        dict(published or {}),
-    )
-
-
-def count_fault(faults: Faults, file: str, ids: Iterable[str], problem: str) -> None:
-    """One line for all of `ids`, where there are any."""
-    ids = sorted(ids)
-    if ids:
-        faults.add(file, ids[0], f"and {len(ids) - 1} others {problem}")
+    return Dataset.checked(folder, images, one_hot(images.image_id, images.diagnosis, known), faults, published)
 
 
 def sexes(cells: pd.Series) -> list[str]:
@@ -76,5 +50,5 @@ def ages(cells: pd.Series, ids: pd.Series, faults: Faults, file: str) -> pd.Seri
     """Years as a number, NaN where a cell is empty, or holds no age; those are counted in a fault."""
     years = pd.to_numeric(cells.str.strip(), errors="coerce").astype(float)
     years = years.where(years.between(0, 130))
-    count_fault(faults, file, ids[years.isna() & (cells.str.strip() != "")], "have an age that is no number of years")
+    faults.count(file, ids[years.isna() & (cells.str.strip() != "")], "have an age that is no number of years")
     return years

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults, LayoutError, files_below
-from kitlib.tables import check_table, empty_table
+from kitlib.datasets.base import Dataset, Faults, LayoutError, files_below, one_hot
 from kitlib.xrays.image_file import JSRT_BYTES, JSRT_SIDE
 
 NAME = re.compile(r"JPC(LN|NN)\d{3}")
@@ -53,17 +52,9 @@ def read_jsrt(folder: str | Path, progress: bool = True) -> Dataset:
             "convention": "lung_fields",
         }
     )
-    kind = images.image_id.str.slice(3, 5)
-    labels = pd.DataFrame({name: (kind == letters).astype(float) for letters, name in LABELS.items()})
-    labels.insert(0, "id", images.image_id)
-    return Dataset(
-        check_table(images, "images", str(folder)),
-        check_table(labels, "labels", str(folder)),
-        empty_table("boxes"),
-        masks=_masks(folder, images, faults),
-        faults=faults.table(),
-        published=dict(PUBLISHED),
-    )
+    labels = one_hot(images.image_id, images.image_id.str.slice(3, 5).map(LABELS), LABELS.values())
+    masks = _masks(folder, images, faults)
+    return Dataset.checked(folder, images, labels, faults, PUBLISHED, masks=masks)
 
 
 def _masks(folder: Path, images: pd.DataFrame, faults: Faults) -> pd.DataFrame:
@@ -81,18 +72,13 @@ def _masks(folder: Path, images: pd.DataFrame, faults: Faults) -> pd.DataFrame:
     for row in masks[twice].itertuples():
         faults.add(row.path, row.image_id, f"is a second mask of its {row.structure.replace('_', ' ')}; left out")
     masks = masks[~twice]
-    known = masks.image_id.isin(images.image_id)
-    if not known.all():
-        strangers = sorted(set(masks.image_id[~known]))
-        faults.add("scratch", strangers[0], f"and {len(strangers) - 1} others have masks and no image; left out")
-    masks = masks[known]
+    faults.count("scratch", set(masks.image_id) - set(images.image_id), "have masks and no image; left out")
+    masks = masks[masks.image_id.isin(images.image_id)]
     structures = set(masks.structure)
     lacking = {image_id: structures - set(part) for image_id, part in masks.groupby("image_id").structure}
     lacking = {image_id: names for image_id, names in lacking.items() if names}
     for image_id, names in lacking.items():
         words = ", ".join(sorted(name.replace("_", " ") for name in names))
         faults.add("scratch", image_id, f"has no mask of the {words}; its other masks are left out")
-    bare = sorted(set(images.image_id) - set(masks.image_id))
-    if bare:
-        faults.add("scratch", bare[0], f"and {len(bare) - 1} other images have no mask")
+    faults.count("scratch", set(images.image_id) - set(masks.image_id), "have no mask", "other images")
     return masks[~masks.image_id.isin(list(lacking))].sort_values(["image_id", "structure"], ignore_index=True)

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from kitlib.classes import NIH_FINDINGS
-from kitlib.datasets.base import Dataset, Faults, LayoutError, cut_at_edges, files_below, read_csv, read_headers
-from kitlib.tables import BOX, check_table
+from kitlib.datasets.base import Dataset, Faults, LayoutError, boxes_of, cut_at_edges, files_below, read_csv, with_headers
+from kitlib.tables import BOX
 
 ENTRIES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")  # the later one corrects ages and sexes
 BOXES = "BBox_List_2017.csv"
@@ -56,20 +56,27 @@ def read_nih(folder: str | Path, progress: bool = True) -> Dataset:
     table["image_id"] = table["Image Index"].map(lambda index: Path(index).stem)
     table = _with_files(table, files, name, faults)
     labels = _labels(table, name, faults)
-    images = _images(table[table.image_id.isin(labels.id)], folder, faults, progress)
-    boxes = _boxes(folder / BOXES, faults)
+    table = table[table.image_id.isin(labels.id)]
+    rows = pd.DataFrame(
+        {
+            "image_id": table.image_id,
+            "patient_id": "nih-" + table["Patient ID"].str.strip().str.zfill(8),
+            "path": table.path,
+            "source": "nih",
+            "view": table["View Position"],
+        }
+    )
+    images = with_headers(rows, folder, faults, progress)
+    boxes = read_boxes(folder / BOXES, faults)
     images, boxes = cut_at_edges(images, boxes[boxes.image_id.isin(images.image_id)], faults, BOXES)
     images = _split(images, folder, faults)
-    labels = check_table(labels[labels.id.isin(images.image_id)], "labels", str(folder))
-    return Dataset(check_table(images, "images", str(folder)), labels, boxes, faults.table(), dict(PUBLISHED))
+    return Dataset.checked(folder, images, labels[labels.id.isin(images.image_id)], faults, PUBLISHED, boxes=boxes)
 
 
 def _with_files(table: pd.DataFrame, files: dict[str, Path], name: str, faults: Faults) -> pd.DataFrame:
     table["path"] = table.image_id.map({image_id: str(path) for image_id, path in files.items()})
-    missing = table[table.path.isna()]
-    if len(missing):
-        # One line for all: with a single archive unpacked a hundred thousand rows have no file.
-        faults.add(name, missing.image_id.iloc[0], f"and {len(missing) - 1} other rows have no file; left out")
+    # With a single archive unpacked a hundred thousand rows have no file.
+    faults.count(name, table.image_id[table.path.isna()], "have no file; left out", "other rows")
     for image_id in sorted(set(files) - set(table.image_id)):
         faults.add(str(files[image_id].name), image_id, f"has no row in {name}; left out")
     return table[table.path.notna()].sort_values("image_id", ignore_index=True)
@@ -87,27 +94,7 @@ def _labels(table: pd.DataFrame, name: str, faults: Faults) -> pd.DataFrame:
     return labels[~np.array(bad, dtype=bool)].reset_index(drop=True)
 
 
-def _images(table: pd.DataFrame, folder: Path, faults: Faults, progress: bool) -> pd.DataFrame:
-    headers = read_headers(table.path.tolist(), progress)
-    for row, header in zip(table.itertuples(), headers, strict=True):
-        if header.problem:
-            faults.add(str(Path(row.path).relative_to(folder)), row.image_id, f"{header.problem}; left out")
-    images = pd.DataFrame(
-        {
-            "image_id": table.image_id,
-            "study_id": table.image_id,
-            "patient_id": "nih-" + table["Patient ID"].str.strip().str.zfill(8),
-            "path": table.path,
-            "rows": [header.rows for header in headers],
-            "columns": [header.columns for header in headers],
-            "source": "nih",
-            "view": table["View Position"],
-        }
-    )
-    return images[[not header.problem for header in headers]].reset_index(drop=True)
-
-
-def _boxes(path: Path, faults: Faults) -> pd.DataFrame:
+def read_boxes(path: Path, faults: Faults) -> pd.DataFrame:
     """The list's boxes with their finding; its columns are `Image Index`, `Finding Label`, then x, y, w, h by position."""
     columns = ["image_id", *BOX, "finding"]
     if not path.is_file():
@@ -116,23 +103,12 @@ def _boxes(path: Path, faults: Faults) -> pd.DataFrame:
     table = read_csv(path, ("Image Index", "Finding Label"), GOT)
     if len(table.columns) < 6:
         raise LayoutError(f"{path} has the columns {list(table.columns)}: wanted x, y, w, h after image and finding, {GOT}")
-    x, y, width, height = (pd.to_numeric(table.iloc[:, place], errors="coerce") for place in range(2, 6))
-    image_ids = table["Image Index"].map(lambda index: Path(index).stem)
-    boxes = pd.DataFrame(
-        {
-            "image_id": image_ids,
-            "xmin": x,
-            "ymin": y,
-            "xmax": x + width,
-            "ymax": y + height,
-            "finding": table["Finding Label"],
-        }
-    )
-    bad = ~np.isfinite(boxes[list(BOX)]).all(axis=1) | ~(width > 0) | ~(height > 0)
-    for image_id in boxes.image_id[bad]:
+    boxes, whole = boxes_of(table["Image Index"].map(lambda index: Path(index).stem), table.iloc[:, 2:6])
+    for image_id in boxes.image_id[~whole]:
         faults.add(path.name, image_id, "a box without area or with a cell that is no number; the box is left out")
     # The list calls Infiltration "Infiltrate".
-    return boxes[~bad].replace({"finding": {"Infiltrate": "Infiltration"}})[columns].reset_index(drop=True)
+    finding = table["Finding Label"].replace("Infiltrate", "Infiltration")
+    return boxes.assign(finding=finding)[whole][columns].reset_index(drop=True)
 
 
 def _split(images: pd.DataFrame, folder: Path, faults: Faults) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from kitlib.classes import CLASS_SCHEMES, scheme_classes
-from kitlib.datasets.base import Dataset
+from kitlib.datasets.base import Dataset, one_hot
 from kitlib.datasets.registry import read_dataset
 from kitlib.tables import check_table, empty_table
 
@@ -46,7 +46,7 @@ def read_pool(parts: Mapping[str, str | Path], scheme: str, progress: bool = Tru
     shown = pool.diagnosis.map(CLASS_SCHEMES[scheme])
     for name in sorted(set(classes) - set(shown)):
         faults.append(pd.DataFrame([(", ".join(parts), name, f"no image shows this class of the scheme {scheme}")]))
-    labels = pd.DataFrame({"id": pool.image_id, **{name: (shown == name).astype(float) for name in classes}})
+    labels = one_hot(pool.image_id, shown, classes)
     drawn = pd.concat(masks, ignore_index=True) if masks else None
     return Dataset(
         check_table(pool, "images", scheme),

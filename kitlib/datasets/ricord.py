@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from kitlib.datasets.base import Dataset, Faults, LayoutError, read_headers
-from kitlib.datasets.diagnoses import count_fault, diagnosis_dataset
+from kitlib.datasets.diagnoses import diagnosis_dataset
 
 PATIENT = re.compile(r"MIDRC-RICORD-1C-([\w-]+)", re.IGNORECASE)
 LATERAL = ("LL", "RL", "LLD", "RLD", "LAT", "LATERAL")
@@ -33,12 +33,12 @@ def read_ricord(folder: str | Path, progress: bool = True) -> Dataset:
             continue
         patient = PATIENT.fullmatch(parts[place])[1].upper()
         rows.append(("-".join((patient, *parts[place + 1 :])), f"ricord-{patient}", str(path)))
-    count_fault(faults, "the folder", strangers, "lie in no folder MIDRC-RICORD-1C-PATIENT; left out")
+    faults.count("the folder", strangers, "lie in no folder MIDRC-RICORD-1C-PATIENT; left out")
     if not rows:
         raise LayoutError(f"{folder} holds no folder MIDRC-RICORD-1C-PATIENT with DICOM files: fetch them with {GOT}")
     table = pd.DataFrame(rows, columns=["image_id", "patient_id", "path"])
     table["view"] = [header.view for header in read_headers(table.path.tolist(), progress=False)]
     lateral = table["view"].str.upper().isin(LATERAL)
-    count_fault(faults, "the headers", table.image_id[lateral], "are lateral views; left out")
+    faults.count("the headers", table.image_id[lateral], "are lateral views; left out")
     table = table[~lateral].assign(source="ricord", diagnosis="COVID-19", licence="CC BY-NC 4.0")
     return diagnosis_dataset(table, folder, faults, ("COVID-19",), GOT, PUBLISHED, progress)

@@ -3,12 +3,20 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from kitlib.classes import RSNA_CLASSES
-from kitlib.datasets.base import Dataset, Faults, LayoutError, cut_at_edges, files_below, read_csv, read_headers
-from kitlib.tables import BOX, check_table
+from kitlib.datasets.base import (
+    Dataset,
+    Faults,
+    LayoutError,
+    boxes_of,
+    cut_at_edges,
+    files_below,
+    one_hot,
+    read_csv,
+    with_headers,
+)
 
 LABELS, CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
 IMAGES = "stage_2_train_images"
@@ -40,42 +48,30 @@ def read_rsna(folder: str | Path, progress: bool = True) -> Dataset:
     if not (folder / IMAGES).is_dir():
         raise LayoutError(f"{folder / IMAGES} is missing: unpack the challenge's training images there, {GOT}")
     files = files_below(folder / IMAGES, (".dcm", ".png", ".jpg", ".jpeg"), faults)
-    missing = labels.id[~labels.id.isin(list(files))]
-    if len(missing):
-        faults.add(LABELS, missing.iloc[0], f"and {len(missing) - 1} other images have no file; left out")
+    faults.count(LABELS, set(labels.id) - set(files), "have no file; left out", "other images")
     for image_id in sorted(set(files) - set(labels.id)):
         faults.add(files[image_id].name, image_id, f"has no usable row in {LABELS}; left out")
     image_ids = sorted(set(files) & set(labels.id))
-    headers = read_headers([str(files[image_id]) for image_id in image_ids], progress)
-    for image_id, header in zip(image_ids, headers, strict=True):
-        if header.problem:
-            faults.add(files[image_id].name, image_id, f"{header.problem}; left out")
     patients = nih_patients(folder / MAPPING, faults)
-    images = pd.DataFrame(
+    rows = pd.DataFrame(
         {
             "image_id": image_ids,
-            "study_id": image_ids,
             "patient_id": [patients.get(image_id, image_id) for image_id in image_ids],
             "path": [str(files[image_id]) for image_id in image_ids],
-            "rows": [header.rows for header in headers],
-            "columns": [header.columns for header in headers],
             "source": "rsna",
-            "view": [header.view for header in headers],
+            "view": "",
         }
     )
-    images = images[[not header.problem for header in headers]]
+    images = with_headers(rows, folder, faults, progress)
     images, boxes = cut_at_edges(images, boxes[boxes.image_id.isin(images.image_id)], faults, LABELS)
-    labels = check_table(labels[labels.id.isin(images.image_id)], "labels", str(folder))
-    return Dataset(check_table(images, "images", str(folder)), labels, boxes, faults.table(), dict(PUBLISHED))
+    return Dataset.checked(folder, images, labels[labels.id.isin(images.image_id)], faults, PUBLISHED, boxes=boxes)
 
 
 def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Labels (id = patientId, one column a class) and opacity boxes of the two CSV files. Raises LayoutError."""
     rows = read_csv(Path(folder) / LABELS, ("patientId", "x", "y", "width", "height", "Target"), GOT)
     detailed = read_csv(Path(folder) / CLASSES, ("patientId", "class"), GOT).drop_duplicates()
-    x, y, width, height = (pd.to_numeric(rows[name], errors="coerce") for name in ("x", "y", "width", "height"))
-    boxes = pd.DataFrame({"image_id": rows.patientId, "xmin": x, "ymin": y, "xmax": x + width, "ymax": y + height})
-    whole = np.isfinite(boxes[list(BOX)]).all(axis=1) & (width > 0) & (height > 0)
+    boxes, whole = boxes_of(rows.patientId, rows[["x", "y", "width", "height"]])
     bad = set(rows.patientId[~rows.Target.isin(["0", "1"]) | (whole != (rows.Target == "1"))])
     for patient in sorted(bad):
         faults.add(LABELS, patient, "Target is not 1 with a box or 0 without one; the image is left out")
@@ -90,9 +86,7 @@ def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame,
             faults.add(CLASSES, patient, f"class {name!r} does not fit the image's boxes; the image is left out")
             bad.add(patient)
     kept = sorted(set(rows.patientId) - bad)
-    classes = known.reindex(kept).to_numpy()
-    labels = pd.DataFrame({name: (classes == name).astype(float) for name in RSNA_CLASSES})
-    labels.insert(0, "id", kept)
+    labels = one_hot(pd.Series(kept, dtype=object), known.reindex(kept).reset_index(drop=True), RSNA_CLASSES)
     return labels, boxes[whole & ~boxes.image_id.isin(bad)].reset_index(drop=True)
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults, LayoutError, read_headers
-from kitlib.tables import check_table, empty_table
+from kitlib.datasets.base import Dataset, Faults, LayoutError, one_hot, with_headers
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif")
 LABELS = {"0": "normal", "1": "tuberculosis"}  # by the last digit of an image's name
@@ -68,23 +67,14 @@ def _read(folder: Path, cohort: _Cohort, progress: bool) -> Dataset:
         raise LayoutError(f"{folder} holds no image called {cohort.prefix}_0001_0.png and so on: {cohort.got}")
     if not drawn:
         raise LayoutError(f"{folder} holds no mask, in a folder with mask in its name: {cohort.got}")
-    headers = read_headers([str(path) for path in files.values()], progress)
-    for name, header in zip(files, headers, strict=True):
-        if header.problem:
-            faults.add(files[name].name, name, f"{header.problem}; left out")
     texts = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in readings.items()}
-    unread = sorted(set(files) - set(texts))
-    if unread:
-        faults.add(READINGS, unread[0], f"and {len(unread) - 1} other images have no reading; sex and age are unknown")
+    faults.count(READINGS, set(files) - set(texts), "have no reading; sex and age are unknown", "other images")
     patients = _patients(files, texts)
-    images = pd.DataFrame(
+    rows = pd.DataFrame(
         {
             "image_id": list(files),
-            "study_id": list(files),
             "patient_id": [f"{cohort.source}-{patients[name]}" for name in files],
             "path": [str(path) for path in files.values()],
-            "rows": [header.rows for header in headers],
-            "columns": [header.columns for header in headers],
             "source": cohort.source,
             "view": "PA",
             "convention": "lung_fields",
@@ -92,17 +82,10 @@ def _read(folder: Path, cohort: _Cohort, progress: bool) -> Dataset:
             "age": [_age(texts.get(name, "")) for name in files],
         }
     )
-    images = images[[not header.problem for header in headers]]
-    labels = pd.DataFrame({label: (images.image_id.str[-1] == digit).astype(float) for digit, label in LABELS.items()})
-    labels.insert(0, "id", images.image_id)
-    return Dataset(
-        check_table(images, "images", str(folder)),
-        check_table(labels, "labels", str(folder)),
-        empty_table("boxes"),
-        masks=_masks(drawn, images, faults),
-        faults=faults.table(),
-        published=dict(cohort.published),
-    )
+    images = with_headers(rows, folder, faults, progress)
+    labels = one_hot(images.image_id, images.image_id.str[-1].map(LABELS), LABELS.values())
+    masks = _masks(drawn, images, faults)
+    return Dataset.checked(folder, images, labels, faults, cohort.published, masks=masks)
 
 
 def _files(
@@ -130,18 +113,13 @@ def _files(
 
 def _masks(drawn: list[tuple[str, str, Path]], images: pd.DataFrame, faults: Faults) -> pd.DataFrame:
     masks = pd.DataFrame(drawn, columns=["image_id", "side", "path"]).astype(object)
-    known = masks.image_id.isin(images.image_id)
-    if not known.all():
-        strangers = sorted(set(masks.image_id[~known]))
-        faults.add("masks", strangers[0], f"and {len(strangers) - 1} others have masks and no image; left out")
-    masks = masks[known]
+    faults.count("masks", set(masks.image_id) - set(images.image_id), "have masks and no image; left out")
+    masks = masks[masks.image_id.isin(images.image_id)]
     for image_id, sides in masks.groupby("image_id").side.agg(set).items():
         if len(sides) == 1 and "" not in sides:
             faults.add("masks", image_id, f"has a mask of the {sides.pop()} lung alone; it is left out")
             masks = masks[masks.image_id != image_id]
-    bare = sorted(set(images.image_id) - set(masks.image_id))
-    if bare:
-        faults.add("masks", bare[0], f"and {len(bare) - 1} other images have no mask")
+    faults.count("masks", set(images.image_id) - set(masks.image_id), "have no mask", "other images")
     masks = pd.DataFrame({"image_id": masks.image_id, "structure": "lungs", "path": masks.path.map(str)})
     return masks.sort_values(["image_id", "path"], ignore_index=True)
 

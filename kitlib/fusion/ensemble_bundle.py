@@ -17,8 +17,8 @@ from kitlib.fusion.ensembles import IN_SAMPLE, Weights, combine, learn
 from kitlib.scoring.temperature import scaled
 
 if TYPE_CHECKING:
+    from kitlib.fusion.flannel import EnsembleSettings
     from kitlib.fusion.stacking import LearnerScores
-    from kitlib.fusion.train_flannel import EnsembleSettings
 
 WEIGHTS, RECORD = "weights.safetensors", "ensemble.json"
 KEYS = ("image_id", "study_id")

@@ -17,7 +17,7 @@ from kitlib.fusion.stacking import LearnerScores, Stack, StackError
 from kitlib.scoring.temperature import LEAST
 
 if TYPE_CHECKING:  # imports torch
-    from kitlib.fusion.train_flannel import EnsembleSettings
+    from kitlib.fusion.flannel import EnsembleSettings
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def learn(stack: Stack, settings: "EnsembleSettings") -> Weights:
     if settings.method == "weighted":
         return {"learners": simplex_weights(stack.probabilities, stack.truth)}
     if settings.method == "flannel":
-        from kitlib.fusion.train_flannel import train_flannel
+        from kitlib.fusion.flannel import train_flannel
 
         learnt, losses = train_flannel(stack.probabilities, stack.truth, settings, held_out(stack, settings.seed))
         logger.info("FLANNEL learnt from %d rows, best after %d epochs", len(stack.ids), 1 + int(np.argmin(losses or [0])))

@@ -14,8 +14,7 @@ from joblib import Parallel, delayed
 
 from kitlib.atomic import write_json
 from kitlib.classes import STUDY_CLASSES
-from kitlib.fusion.box_calibration import calibrated
-from kitlib.fusion.boxes import Confidence, Method, merge_boxes
+from kitlib.fusion.boxes import Confidence, Method, calibrated, merge_boxes
 from kitlib.geometry import clip_boxes
 from kitlib.scoring.csv_file import PRIORS
 from kitlib.settings import Range, RecipeError, Settings, from_dict

@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 NESTED, CROSS_FITTED = "nested", "cross-fitted"
 PLACE = ("model", "outer", "fold")
-FROM = ("out_of_fold", "in_sample")
 
 
 class StackError(ValueError):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kitlib.fusion.box_calibration import fit_calibration
+from kitlib.fusion.boxes import fit_calibration
 from kitlib.fusion.fuse import NONE_PARTS, Fused, FusionSettings, combine, fuse_boxes, fuse_scores, seen_images
 from kitlib.scoring.average_precision import match_boxes
 from kitlib.scoring.score import Truth, score_tables, truth_of

@@ -16,8 +16,9 @@ ROOT = Path(kitlib.__file__).parent.parent
 def needed_files(sources: Iterable[str]) -> list[str]:
     """Files of kitlib that these sources of Python import, and what those import in turn: paths like "kitlib/tables.py".
 
-    Imports count wherever they stand, in functions and for type checking alone, too. Raises SyntaxError for a source that is
-    not Python, ImportError for a module that kitlib lacks.
+    A module's data travel with it: the YAML file beside it that has its name. Imports count wherever they stand, in
+    functions and for type checking alone, too. Raises SyntaxError for a source that is not Python, ImportError for a module
+    that kitlib lacks.
     """
     found: set[str] = set()
     waiting = [name for source in sources for name in _imported(source)]
@@ -28,7 +29,8 @@ def needed_files(sources: Iterable[str]) -> list[str]:
             waiting += _imported((ROOT / path).read_text(encoding="utf-8"))
     # A module is imported through the packages around it.
     packages = {f"{folder.as_posix()}/__init__.py" for path in found for folder in Path(path).parents if folder.name}
-    return sorted(found | packages)
+    data = {path.removesuffix(".py") + ".yaml" for path in found}
+    return sorted(found | packages | {path for path in data if (ROOT / path).is_file()})
 
 
 def packed_library(sources: Iterable[str]) -> str:

@@ -109,7 +109,7 @@ def rehearse(
         code, options = out / "kernel" / metadata["code_file"], _options(spec)
         command, environment = prepare(Path(private), packages, attached, code, working, executed, options)
         environment["KIT_TIME_LIMIT_S"] = f"{time_limit_s:g}"
-        exit_code, seconds = _run_until(command, environment, working, time_limit_s, log, on_line)
+        exit_code, seconds = run_until(command, environment, working, time_limit_s, log, on_line)
     problem = _problem(exit_code, seconds > time_limit_s, executed)
     result, unfinished, faults = _left(spec, working, sample)
     return Rehearsal(
@@ -286,7 +286,7 @@ def _papermill(python: Path, notebook: Path, executed: Path, working: Path, opti
     return [*command, "--no-progress-bar", "--log-output", "-k", "python3", *options]
 
 
-def _run_until(
+def run_until(
     command: list[str],
     environment: dict[str, str],
     working: Path,

@@ -12,14 +12,14 @@ import os
 import shutil
 import sys
 import venv
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from kitlib.atomic import write_json
-from kitlib.kernels.wheels import image_pins
+from kitlib.kernels.wheels import image_pins, read_pins
 from kitlib.paths import project_root
 
 logger = logging.getLogger(__name__)
@@ -70,13 +70,17 @@ def _site() -> Path:
 
 
 def _kept(image: Mapping[str, str]) -> list[importlib.metadata.Distribution]:
-    """Installed packages that the image has, and what its torch brings along."""
-    found = importlib.metadata.distributions()
-    installed: dict[str, importlib.metadata.Distribution] = {canonicalize_name(each.name): each for each in found}
+    """Installed packages at the image's version, and what the image's torch brings along.
+
+    What kernels may import, requirements.txt and its dependencies, must be at the image's version. The tools beside it need
+    not be: those that are not are left out.
+    """
+    distributions = importlib.metadata.distributions()
+    installed: dict[str, importlib.metadata.Distribution] = {canonicalize_name(each.name): each for each in distributions}
+    same = {name for name, found in installed.items() if found.version.split("+")[0] == image.get(name)}
+    imported = with_dependencies(read_pins(project_root() / "requirements.txt"), installed)
     other = [
-        f"{name} {found.version} (the image has {image[name]})"
-        for name, found in sorted(installed.items())
-        if name in image and found.version.split("+")[0] != image[name]
+        f"{name} {installed[name].version} (the image has {image[name]})" for name in sorted(imported & set(image) - same)
     ]
     if other:
         raise StandInError(f"installed here at other versions than in Kaggle's image: {', '.join(other)}; run `make` again")
@@ -84,15 +88,24 @@ def _kept(image: Mapping[str, str]) -> list[importlib.metadata.Distribution]:
     if absent:
         raise StandInError(f"not installed here: {', '.join(absent)}; a rehearsal needs them, run `make` again")
     # The list is of the CPU variant: what torch's CUDA build asks for belongs to the GPU image although it is not listed.
-    names, waiting = set(installed) & set(image), ["torch"]
+    # What the image lists at another version was named above, or is a tool.
+    brought = {name for name in with_dependencies(["torch"], installed) if name not in image}
+    return [installed[name] for name in sorted(same | brought)]
+
+
+def with_dependencies(names: Iterable[str], installed: Mapping[str, importlib.metadata.Distribution]) -> set[str]:
+    """Those of `names` (canonical) that are installed, with all that they require here, as far as it is installed."""
+    found, waiting = set(), list(names)
     while waiting:
-        for line in installed[waiting.pop()].requires or []:
-            wanted = Requirement(line)
-            name = canonicalize_name(wanted.name)
-            if name in installed and name not in names and (not wanted.marker or wanted.marker.evaluate({"extra": ""})):
-                names.add(name)
-                waiting.append(name)
-    return [installed[name] for name in sorted(names)]
+        name = waiting.pop()
+        if name in found or name not in installed:
+            continue
+        found.add(name)
+        wanted = map(Requirement, installed[name].requires or [])
+        waiting += [
+            canonicalize_name(each.name) for each in wanted if not each.marker or each.marker.evaluate({"extra": ""})
+        ]
+    return found
 
 
 def _link(kept: list[importlib.metadata.Distribution], folder: Path) -> None:

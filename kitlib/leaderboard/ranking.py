@@ -19,8 +19,7 @@ from kitlib.leaderboard.listing import SHORT, ListedRun, describe, list_run
 from kitlib.leaderboard.prepared import PreparedRuns, named_folder
 from kitlib.reports.classification_bootstrap import draws as class_draws
 from kitlib.reports.classification_report import by_model, judged
-from kitlib.reports.competition import score_draws
-from kitlib.reports.detection_report import interval
+from kitlib.reports.competition import interval, score_draws
 from kitlib.reports.findings_report import answers, auc_draws, mean_over_folds
 from kitlib.reports.lungs_report import dice_draws
 from kitlib.runs.reading import check_out_of_fold, judged_images, read_fused, read_out_of_fold

@@ -1,6 +1,5 @@
 """Classifiers: any timm backbone with a head, for a study's classes and `none`, or for an image's findings or its class."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import kitlib.models.squeezenet  # noqa: F401  registers squeezenet1_1
 from kitlib.classes import STUDY_CLASSES
+from kitlib.device import memory_format
+from kitlib.models.backbones import check_backbone
 from kitlib.models.box_mask import MaskDecoder, mask_decoder
 from kitlib.recipes.fields import ClassifierRecipe, FindingsRecipe, StudyRecipe
 
@@ -53,7 +53,7 @@ class Classifier(nn.Module):
         shape = (1, self.recipe.channels, 1, 1)
         mean, std = (pixels.new_tensor(each, dtype=torch.float32).view(shape) for each in (self.mean, self.std))
         x = (pixels[:, None].float() / 255 - mean) / std
-        return x.contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=memory_format(x.device))
 
     def unfreeze(self, epoch: int) -> None:
         """Let those stages of a frozen backbone learn that the recipe gives free by this epoch (from 0), the last first."""
@@ -215,11 +215,7 @@ def smoothed(truth: torch.Tensor, share: float, classes: int) -> torch.Tensor:
 
 
 def _backbone(recipe: ClassifierRecipe, outputs: int) -> Any:
-    if not timm.is_model(recipe.backbone):
-        near = difflib.get_close_matches(recipe.backbone.partition(".")[0], timm.list_models(), n=5)
-        raise ValueError(
-            f"timm {timm.__version__} has no backbone {recipe.backbone!r}; near: {', '.join(near) or 'nothing'}"
-        )
+    check_backbone(recipe.backbone)
     options: dict[str, Any] = {"pretrained": False, "in_chans": recipe.channels, "num_classes": 0}
     # Transformers with learnt positions are built for one side; the others take any.
     if getattr(timm.get_pretrained_cfg(recipe.backbone), "fixed_input_size", False):

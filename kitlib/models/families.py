@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kitlib.bundle import BundleError
+from kitlib.device import memory_format
 from kitlib.recipes.fields import (
     DetectorRecipe,
     FindingsRecipe,
@@ -118,4 +119,4 @@ def load_network(record: Mapping[str, Any], weights: dict[str, torch.Tensor], de
     recipe = override(from_dict(family.recipe, record["recipe"]), starting_weights="")
     network = family.network(recipe, record["classes"])
     network.load_state_dict(weights, strict=True)
-    return network.eval().to(device, memory_format=torch.channels_last)
+    return network.eval().to(device, memory_format=memory_format(device))

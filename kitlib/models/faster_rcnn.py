@@ -3,7 +3,6 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from kitlib.bundle import BundleError
 from kitlib.device import autocast
-from kitlib.models import squeezenet  # noqa: F401  registers itself with timm
+from kitlib.models.backbones import check_backbone
 from kitlib.models.starting_weights import load_starting_weights, read_starting_weights
 from kitlib.recipes.fields import DetectorRecipe
 
@@ -28,9 +27,6 @@ logger = logging.getLogger(__name__)
 
 STRIDES = (4, 8, 16, 32, 64)  # of the pyramid's maps; the last of them may be pooled from the one before
 BACKBONE_STRIDES = (4, 8, 16, 32)
-# Pixels of the mean grey before the first row and column: SqueezeNet's own layers pad too little, so that its cells would
-# lie up to half a stride off, and one a side would be missing.
-PADDED = {"squeezenet1_1": 4}
 # An anchor's side in strides of its map: torchvision's, and two smaller ones for canvases that use the finest maps only.
 ANCHOR_SIDES = (8 / 2, 8 / 2**0.5, 8)
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
@@ -49,7 +45,6 @@ class Pyramid(nn.Module):
         super().__init__()
         self.body = _backbone(recipe)
         self.levels = _levels(recipe.backbone, self.body.feature_info.reduction())
-        self.padding = PADDED.get(recipe.backbone, 0)
         strides = STRIDES[: len(self.levels) + 1]
         self.strides = [each for each in strides if each == 4 or 2 * ANCHOR_SIDES[-1] * each <= recipe.image_size]
         self.out_channels = recipe.fpn_channels
@@ -60,7 +55,7 @@ class Pyramid(nn.Module):
 
     def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
         with autocast(images.device):
-            features = self.body(functional.pad(images, (self.padding, 0) * 2) if self.padding else images)
+            features = self.body(images)
             maps = self.fpn(OrderedDict((str(place), features[level]) for place, level in enumerate(self.levels)))
         # Half precision ends here: bfloat16 coordinates would be off by four pixels.
         return OrderedDict((name, maps[name].float()) for name in list(maps)[: len(self.strides)])
@@ -173,9 +168,7 @@ class _CompleteIoU(RoIHeads):
 
 
 def _backbone(recipe: DetectorRecipe) -> Any:
-    if not timm.is_model(recipe.backbone):
-        near = get_close_matches(recipe.backbone.partition(".")[0], timm.list_models(), n=5)
-        raise ValueError(f"timm has no backbone {recipe.backbone!r}; near: {', '.join(near) or 'nothing'}")
+    check_backbone(recipe.backbone)
     return timm.create_model(recipe.backbone, pretrained=False, features_only=True, in_chans=recipe.channels)
 
 

@@ -4,22 +4,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from kitlib.device import memory_format
 from kitlib.models.fc_densenet import FCDenseNet103
 from kitlib.models.resunet import ResUNet
 from kitlib.models.unet import UNet
 from kitlib.recipes.fields import SegmenterRecipe
 
-NETWORKS: dict[str, type[UNet | ResUNet | FCDenseNet103]] = {
-    "unet": UNet,
-    "resunet": ResUNet,
-    "fc_densenet103": FCDenseNet103,
-}
+Published = UNet | ResUNet | FCDenseNet103
+NETWORKS: dict[str, type[Published]] = {"unet": UNet, "resunet": ResUNet, "fc_densenet103": FCDenseNet103}
 
 
 class Segmenter(nn.Module):
     """A network under its recipe. Its outputs: one structure alone, or background and then each structure."""
 
-    network: UNet | ResUNet | FCDenseNet103
+    network: Published
 
     def __init__(self, recipe: SegmenterRecipe) -> None:
         super().__init__()
@@ -42,7 +40,7 @@ class Segmenter(nn.Module):
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Grey canvases uint8 (n, rows, columns) to the network's input, on their device."""
         x = (pixels[:, None].float() / 255 - self.mean[0]) / self.std[0]
-        return x.contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=memory_format(x.device))
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits to float32 probabilities (n, 1 + structures, rows, columns), background first, summing to 1."""
@@ -74,7 +72,7 @@ def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, recipe: Segment
     return 1 - ((2 * shared + 1) / (squares + 1)).mean()
 
 
-def _missing(side: int, network: UNet | ResUNet | FCDenseNet103) -> int:
+def _missing(side: int, network: Published) -> int:
     """Pixels that a side lacks to the next one that the network takes."""
     wanted = max(side, getattr(network, "least", network.multiple))
     return -(-wanted // network.multiple) * network.multiple - side

@@ -3,7 +3,6 @@
 import json
 import logging
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +10,11 @@ import torch
 from torch import nn
 
 from kitlib.bundle import RECORD, BundleError, file_digest, read_bundle, read_weights
-from kitlib.models.squeezenet import default_cfgs
 from kitlib.paths import InputNotFound, find_run
 
 logger = logging.getLogger(__name__)
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-# The input of Caffe's SqueezeNet 1.1 and of all its descendants in Keras: BGR of 0..255 less these means, in pixels of 0..1.
-CAFFE_MEAN = tuple(each / 255 for each in (103.939, 116.779, 123.68))
-CAFFE_STD = (1 / 255,) * 3
 
 
 def find_starting_weights(path: str | Path) -> Path:
@@ -41,10 +36,7 @@ def find_starting_weights(path: str | Path) -> Path:
 def read_starting_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """Tensors by name, on the CPU, of what `find_starting_weights` finds: a bundle (its hash is checked) or a file.
 
-    A .npz file that holds SqueezeNet 1.1 (`features.0.weight` to `features.12...`, torchvision's names, kernels OIHW) is
-    taken as Caffe's or Keras's, whose input is BGR of 0..255 less a mean: its first convolution is rewritten for the
-    input of the timm model `squeezenet1_1` (see kitlib.models.squeezenet), exactly. Other arrays come as they are. Raises
-    BundleError; nothing is ever unpickled.
+    Raises BundleError; nothing is ever unpickled.
     """
     found = find_starting_weights(path)
     if found.is_dir():
@@ -105,45 +97,14 @@ def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "bac
     return report
 
 
-def renormalised(
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    had: tuple[Sequence[float], Sequence[float]],
-    wants: tuple[Sequence[float], Sequence[float]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A convolution for pixels normalised by other numbers, whose outputs are the old ones.
-
-    `weight` (outputs, channels, k, k) and `bias` (outputs,); `had` and `wants` are mean and spread a channel of pixels 0..1.
-    With x = (pixel - mean) / std on both sides, x_had = x_wants std_wants / std_had + (mean_wants - mean_had) / std_had: the
-    factor goes into the weights, the constant into the bias. Exact where no padding meets the kernel. With (0, 0, 0) and
-    (1, 1, 1) wanted, the network takes plain pixels 0..1.
-    """
-    (had_mean, had_std), (mean, std) = (
-        (torch.tensor(each, dtype=torch.float64).view(1, -1, 1, 1) for each in pair) for pair in (had, wants)
-    )
-    exact = weight.double()
-    constant = (exact * (mean - had_mean) / had_std).sum(dim=(1, 2, 3))
-    return (exact * std / had_std).to(weight.dtype), (bias.double() + constant).to(bias.dtype)
-
-
 def _read_arrays(path: Path) -> dict[str, torch.Tensor]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise BundleError(
             f"{path} cannot be read as .npz ({error}); it has to hold plain numeric arrays, and pickles are never loaded"
         ) from error
-    if "features.0.weight" in found and "features.12.squeeze.weight" in found:
-        config = default_cfgs["squeezenet1_1"].default
-        found["features.0.weight"], found["features.0.bias"] = renormalised(
-            found["features.0.weight"].flip(1),  # BGR to RGB
-            found["features.0.bias"],
-            had=(CAFFE_MEAN[::-1], CAFFE_STD),
-            wants=(config.mean, config.std),
-        )
-        logger.info("%s: SqueezeNet's first convolution rewritten from BGR less a mean to the kit's input", path)
-    return found
 
 
 def _shortened(names: list[str], most: int = 6) -> str:

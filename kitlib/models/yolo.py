@@ -1,9 +1,11 @@
 """YOLO of any generation that ultralytics builds from a model YAML, without ultralytics' pickles, downloads or telemetry."""
 
 import os
+import re
 import tempfile
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +13,9 @@ from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, nms
 
 from kitlib.bundle import BundleError
-from kitlib.models.squeezenet import default_cfgs
-from kitlib.models.starting_weights import load_starting_weights, read_starting_weights, renormalised
+from kitlib.device import precision
+from kitlib.models.backbones import import_own_backbones
+from kitlib.models.starting_weights import load_starting_weights
 from kitlib.recipes.fields import BOX_LOSSES, DetectorRecipe
 
 # Read by ultralytics when it is imported: without them it asks the network, for up to 20 seconds where there is none.
@@ -31,37 +34,9 @@ SETTINGS["sync"] = False  # telemetry
 
 CANDIDATES = 3000  # boxes an image, best first, that reach non-maximum suppression
 
-# YOLOv8's neck and head on torchvision's SqueezeNet 1.1, whose features lie at strides 8 and 16; `width` is the neck's. Its
-# own layers pad too little: see PADDED in kitlib.models.faster_rcnn.
-SQUEEZENET = {
-    "nc": 1,
-    "scales": {"n": [1.0, 1.0, 1024]},
-    "scale": "n",
-    "backbone": [
-        [-1, 1, "nn.ZeroPad2d", [[4, 0, 4, 0]]],
-        [-1, 1, "TorchVision", [512, "squeezenet1_1", None, True, 1, True]],
-        [1, 1, "Index", [256, 8]],  # what comes in counts as the first of its outputs
-        [1, 1, "Index", [512, 13]],
-        [-1, 1, "Conv", [512, 3, 2]],
-        [-1, 1, "SPPF", [512, 5]],
-    ],
-    "head": [
-        [-1, 1, "nn.Upsample", [None, 2, "nearest"]],
-        [[-1, 3], 1, "Concat", [1]],
-        [-1, 1, "C2f", [256]],
-        [-1, 1, "nn.Upsample", [None, 2, "nearest"]],
-        [[-1, 2], 1, "Concat", [1]],
-        [-1, 1, "C2f", [128]],
-        [-1, 1, "Conv", [128, 3, 2]],
-        [[-1, 8], 1, "Concat", [1]],
-        [-1, 1, "C2f", [256]],
-        [-1, 1, "Conv", [256, 3, 2]],
-        [[-1, 5], 1, "Concat", [1]],
-        [-1, 1, "C2f", [512]],
-        [[11, 14, 17], 1, "Detect", [1]],
-    ],
-}
-SQUEEZENET_LAYERS = "model.model.1.m."  # where torchvision's `features.` are in the detector
+# Networks that ultralytics lacks, by name, each a dictionary as ultralytics' YAML files hold it. Empty: for modules of your
+# own, see `import_own_backbones`.
+ARCHITECTURES: dict[str, dict[str, Any]] = {}
 
 
 class GeneralisedIoU(BboxLoss):
@@ -137,7 +112,7 @@ class YoloDetector(nn.Module):
         device = next(self.parameters()).device
         images = pixels.to(device)[:, None].expand(-1, 3, -1, -1).float() / 255
         # float16 places a box within a quarter of a pixel; bfloat16 would be off by two.
-        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.float16, enabled=precision(device) != "32-true"):
             output = self.model(images)
         return [self._best(each).cpu().numpy() for each in self._candidates(output)]
 
@@ -146,19 +121,13 @@ class YoloDetector(nn.Module):
         source = self.recipe.starting_weights
         if not source:
             return "from scratch"
-        if self.recipe.backbone == "squeezenet1_1" and (layers := _squeezenet_layers(read_starting_weights(source))):
-            whole = self.state_dict()
-            missing = [name for name in whole if name.startswith(SQUEEZENET_LAYERS) and name not in layers]
-            if missing:
-                raise BundleError(f"{source} lacks {len(missing)} tensors of SqueezeNet 1.1, such as {missing[0]}")
-            self.load_state_dict(layers, strict=False)
-            return f"{source}: {len(layers)} tensors of the backbone; neck and head left random"
         report = load_starting_weights(self, source, prefix="model.")
-        # Another count of classes costs the head's last layers alone.
-        if len(report["random"]) > 0.1 * len(self.state_dict()):
+        backbone = tuple(f"model.model.{layer}." for layer in range(len(self.model.yaml["backbone"])))
+        missing = [name for name in report["random"] if name.startswith(backbone)]
+        if missing:
             raise BundleError(
-                f"{source} lacks {len(report['random'])} tensors of {self.recipe.backbone!r}, such as "
-                f"{report['random'][0]}; name weights of that very model"
+                f"{source} lacks {len(missing)} tensors of {self.recipe.backbone!r}, such as {missing[0]}; name weights of "
+                "that very model, or of all of its backbone"
             )
         return f"{source}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
 
@@ -180,36 +149,24 @@ class YoloDetector(nn.Module):
         return boxes[nms(boxes[:, :4], boxes[:, 4], self.recipe.nms_iou)[: self.recipe.max_detections]]
 
 
-def _squeezenet_layers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """SqueezeNet's layers out of a classifier's weights under the detector's names, its first one for pixels 0..1 in colour.
-
-    Empty where the weights are not those of a `squeezenet1_1` as kitlib.models.squeezenet names its parts.
-    """
-    found = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
-    layers = {name.removeprefix("features."): tensor for name, tensor in found.items() if name.startswith("features.")}
-    if not layers:
-        return {}
-    config = default_cfgs["squeezenet1_1"].default
-    first = layers["0.weight"]
-    if first.shape[1] == 1:
-        first = first.expand(-1, 3, -1, -1) / 3
-    layers["0.weight"], layers["0.bias"] = renormalised(
-        first, layers["0.bias"], had=(config.mean, config.std), wants=((0.0,) * 3, (1.0,) * 3)
-    )
-    return {f"{SQUEEZENET_LAYERS}{name}": tensor for name, tensor in layers.items()}
-
-
-def _architecture(recipe: DetectorRecipe) -> dict:
+def _architecture(recipe: DetectorRecipe) -> dict[str, Any]:
     """ultralytics' description of the named model, its channels multiplied by the recipe's width."""
-    if recipe.backbone == "squeezenet1_1":
-        return {**deepcopy(SQUEEZENET), "scales": {"n": [1.0, recipe.width, 1024]}}
-    try:
-        architecture = yaml_model_load(f"{recipe.backbone}.yaml")
-    except FileNotFoundError as error:
-        raise ValueError(f"ultralytics has no model {recipe.backbone!r}; try yolov5lu, yolo11n or squeezenet1_1") from error
+    import_own_backbones()
+    name = recipe.backbone
+    architecture = deepcopy(ARCHITECTURES[name]) if name in ARCHITECTURES else _of_ultralytics(name)
     if recipe.width == 1:
         return architecture
     if "scales" not in architecture:
-        raise ValueError(f"{recipe.backbone!r} has one width only; recipe.width {recipe.width} needs one such as yolo11n")
+        raise ValueError(f"{name!r} has one width only; recipe.width {recipe.width} needs one such as yolo11n")
     depth, width, most = architecture["scales"][architecture["scale"]]
     return {**architecture, "scales": {architecture["scale"]: [depth, width * recipe.width, most]}}
+
+
+def _of_ultralytics(name: str) -> dict[str, Any]:
+    try:
+        # Parts of such a file are evaluated, and the name may come from a stranger's bundle: it must not be a path.
+        if not re.fullmatch(r"[\w-]+", name):
+            raise FileNotFoundError(name)
+        return yaml_model_load(f"{name}.yaml")
+    except FileNotFoundError as error:
+        raise ValueError(f"ultralytics has no model {name!r}; try yolov5lu or yolo11n") from error

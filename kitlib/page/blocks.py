@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from abc import ABCMeta
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -41,10 +42,7 @@ footer { display: none !important }
 
 def build_page(viewer: Viewer) -> gr.Blocks:
     """The page's blocks. Predictions, and heat that is asked for first, wait for each other in the viewer's models."""
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    with gr.Blocks(
-        theme=theme, title=TITLE, css=STYLE, analytics_enabled=False, delete_cache=(600, KEPT_S), fill_width=True
-    ) as blocks:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, KEPT_S), fill_width=True) as blocks:
         gr.Markdown(f"# {TITLE}\n**{NOT_FOR_DIAGNOSIS}**", elem_id="title")
         _Page(viewer).lay_out()
     return blocks
@@ -65,9 +63,32 @@ def open_page(runs: Path | None, folder: Path, port: int, host: str, ready: Call
             threading.Thread(target=models.load, args=[systems[0]], daemon=True).start()
             ready(address)
 
-        serve(build_page(Viewer(systems, models, copies, gallery, folder)), port, host, begin)
+        page = build_page(Viewer(systems, models, copies, gallery, folder))
+        # The reader's own fonts: the default theme asks Google for its own.
+        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+        serve(page, port, host, begin, theme, STYLE)
     finally:
         copies.close()
+
+
+class _NoInterfaceFile(type(gr.Slider)):
+    """Makes a component's class without the interface file that Gradio writes beside the source of every one."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> type:
+        return ABCMeta.__new__(cls, name, bases, attributes)
+
+
+class LenientSlider(gr.Slider, metaclass=_NoInterfaceFile):
+    """A slider that takes the nearest allowed value while a number is being typed, which may be empty or out of range.
+
+    Gradio's own raises at every such keystroke.
+    """
+
+    is_template = True  # drawn by the browser's code for its parent class, Slider
+
+    def preprocess(self, payload: float | None) -> float:
+        lowest = self.minimum
+        return super().preprocess(min(max(lowest if payload is None else payload, lowest), self.maximum))
 
 
 class _Visit:
@@ -108,7 +129,7 @@ class _Page:
                 self.status = gr.HTML(_status(NOTHING), elem_id="status")
                 self.picture = gr.HTML(elem_id="picture")
                 self.images = gr.Dropdown([], label="Image of the study", visible=False, elem_id="images")
-                self.threshold = gr.Slider(
+                self.threshold = LenientSlider(
                     *(0, 1, SHOWN_SCORE),
                     step=0.01,
                     label="Show boxes with a score of at least",
@@ -124,8 +145,8 @@ class _Page:
                     [*STUDY_CLASSES, "none"], label="Heat for", visible=False, elem_id="heat-class"
                 )
                 self.own_window = gr.Checkbox(label="Set window and level", visible=False, elem_id="own-window")
-                self.center = gr.Slider(0, 1, 0, label="Level (centre)", visible=False, elem_id="center")
-                self.width = gr.Slider(1, 2, 1, label="Window (width)", visible=False, elem_id="width")
+                self.center = LenientSlider(0, 1, 0, label="Level (centre)", visible=False, elem_id="center")
+                self.width = LenientSlider(1, 2, 1, label="Window (width)", visible=False, elem_id="width")
                 with gr.Row():
                     self.rows = gr.DownloadButton("Submission rows", visible=False, size="sm", elem_id="rows")
                     self.json = gr.DownloadButton("JSON", visible=False, size="sm", elem_id="json")
@@ -137,7 +158,7 @@ class _Page:
         shown, pages = gallery.page(gallery.choices()[0], 1)
         with gr.Tab(f"Gallery: {gallery.name}"):
             self.choice = gr.Dropdown(gallery.choices(), value=gallery.choices()[0], label="Images", elem_id="choice")
-            self.page = gr.Slider(1, max(pages, 2), 1, step=1, label="Page", visible=pages > 1, elem_id="page")
+            self.page = LenientSlider(1, max(pages, 2), 1, step=1, label="Page", visible=pages > 1, elem_id="page")
             self.thumbnails = gr.Gallery(
                 shown, columns=3, allow_preview=False, height="auto", show_label=False, elem_id="gallery", format="jpeg"
             )
@@ -148,9 +169,14 @@ class _Page:
             *(self.threshold, self.layers, self.heat_class, self.own_window, self.center, self.width, self.rows, self.json),
         ]
         seen = [self.view, self.images, self.threshold, self.layers, self.heat_class, self.windowed, self.center, self.width]
-        # A click while the one before is being answered is not lost. Nor is an answer: Gradio 5.50's queue sends those of a
+        # A click while the one before is being answered is not lost. Nor is an answer: Gradio's queue sends those of a
         # visitor in one stream, and loses what is asked for while that is being closed.
-        quiet: dict[str, Any] = {"trigger_mode": "always_last", "queue": False, "api_name": False, "show_progress": "hidden"}
+        quiet: dict[str, Any] = {
+            "trigger_mode": "always_last",
+            "queue": False,
+            "api_visibility": "private",
+            "show_progress": "hidden",
+        }
         loud = {**quiet, "show_progress": "minimal", "show_progress_on": self.picture}
         uploaded = self._answering(self.viewer.upload, self._opened)
         answers = [
@@ -291,15 +317,6 @@ class _Page:
         if isinstance(windowed, str):  # why there is no window
             return f"<p>{escape(windowed)}</p>{self.viewer.draw(view, view.image(image_id), threshold, layers, heat_class)}"
         return self.viewer.draw(view, view.image(image_id), threshold, layers, heat_class, windowed, (center, width))
-
-
-def _nearest(slider: gr.Slider, value: float | None) -> float:
-    """While a number is being typed it may be empty or out of range: what is allowed nearest to it stands for it."""
-    return min(max(slider.minimum if value is None else value, slider.minimum), slider.maximum)
-
-
-# Gradio's own raises, at every digit. A subclass would be another component, for which the browser has no code.
-gr.Slider.preprocess = _nearest
 
 
 def _status(sentence: str, kind: str = "") -> str:

@@ -80,31 +80,42 @@ def _ending_tidily() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def page_app(blocks: "gradio.Blocks", max_upload_bytes: int = STOPPED_BYTES) -> Guarded:
+def page_app(
+    blocks: "gradio.Blocks",
+    max_upload_bytes: int = STOPPED_BYTES,
+    theme: "gradio.Theme | None" = None,
+    css: str | None = None,
+) -> Guarded:
     """`blocks` at /, and /healthz, which answers "ok". A larger file of an upload is answered with 413."""
     import gradio
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.get("/healthz")(lambda: PlainTextResponse("ok"))
     # What launch() has besides, this has not: a sharing link, a look for a newer version, a browser told to ask for fonts.
-    with contextlib.redirect_stdout(io.StringIO()):  # Gradio 5.50 prints the path
-        gradio.mount_gradio_app(
-            app,
-            blocks,
-            path="/",
-            show_api=False,
-            max_file_size=max_upload_bytes,
-            ssr_mode=False,
-            enable_monitoring=False,
-            pwa=False,
-            mcp_server=False,
-        )
+    gradio.mount_gradio_app(
+        app,
+        blocks,
+        path="/",
+        footer_links=[],
+        max_file_size=max_upload_bytes,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=theme,
+        css=css,
+    )
     blocks.config["stylesheets"] = []  # Google's fonts
     return Guarded(app)
 
 
 def serve(
-    blocks: "gradio.Blocks", port: int = 7860, host: str = "127.0.0.1", ready: Callable[[str], None] | None = None
+    blocks: "gradio.Blocks",
+    port: int = 7860,
+    host: str = "127.0.0.1",
+    ready: Callable[[str], None] | None = None,
+    theme: "gradio.Theme | None" = None,
+    css: str | None = None,
 ) -> None:
     """Serve `blocks` until SIGINT or SIGTERM; `ready` is told the address. Port 0 stands for any free one.
 
@@ -114,7 +125,7 @@ def serve(
     if host not in HOSTS:
         raise ValueError(f"--host is one of {', '.join(HOSTS)}, not {host!r}: the page answers no other computer")
     config = uvicorn.Config(
-        page_app(blocks),
+        page_app(blocks, theme=theme, css=css),
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -140,7 +151,7 @@ def serve(
         # Threads of a daemon are daemons: a model that is at work does not hold up the end.
         threading.Thread(target=run, args=[opened], daemon=True).start()
         if ready:  # a browser that comes before the server has started waits in the socket's queue
-            ready(f"http://{_address(host)}:{opened.getsockname()[1]}")
+            ready(f"http://{address_to_open(host)}:{opened.getsockname()[1]}")
         ended.wait()
     except KeyboardInterrupt:
         return
@@ -152,7 +163,8 @@ def serve(
     raise RuntimeError("the page's server ended by itself")
 
 
-def _address(host: str) -> str:
+def address_to_open(host: str) -> str:
+    """The host as a URL names it: what a browser of this computer opens."""
     if host in ("0.0.0.0", "::"):  # every address of this computer, and the name of none
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host

@@ -3,25 +3,18 @@
 In each layout one file is damaged, one patient has four images and others two, and one image is another patient's again.
 """
 
-import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from kitlib.atomic import replacing, write_csv
-from kitlib.phantoms import drawing as phantom
-from kitlib.phantoms import patients as phantom_patients
-from kitlib.phantoms import plan as phantom_plan
 from kitlib.phantoms.drawing import render
-from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order, fingerprint
+from kitlib.phantoms.folder import LEAST_SIDE, write_phantoms
 from kitlib.phantoms.patients import draw_exposure, draw_finding, draw_near_duplicate, draw_opacities, draw_patient
 from kitlib.phantoms.plan import apportion
 
@@ -68,21 +61,8 @@ class _Layout:
     shares: dict[str, float]  # of the diagnoses
     adults: bool
     place: Callable[[Planned], str]  # an image's path in the folder
-    tables: Callable[[Path, list[Planned]], None]
     tell_tale: str  # a file by whose bytes phantoms are told from a real set
-
-
-def write_kermany(folder: str | Path, seed: int, images: int, side: int, **options: Any) -> Path:
-    """`write_diagnoses` of the layout kermany: FOLDER/kermany/chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg."""
-    return write_diagnoses(folder, "kermany", seed=seed, images=images, side=side, **options)
-
-
-def write_covid_chestxray(folder: str | Path, seed: int, images: int, side: int, **options: Any) -> Path:
-    """`write_diagnoses` of the layout covid_chestxray: FOLDER/covid_chestxray/metadata.csv and images/*.png.
-
-    The table also has a lateral image, a CT slice and an image that nobody has labelled; these have no file.
-    """
-    return write_diagnoses(folder, "covid_chestxray", seed=seed, images=images, side=side, **options)
+    tables: Callable[[Path, list[Planned], list[None]], None] | None = None
 
 
 def write_diagnoses(
@@ -97,28 +77,24 @@ def write_diagnoses(
 ) -> Path:
     """Write FOLDER/LAYOUT, one of LAYOUTS, with `images` files, one of them damaged, `side` pixels long; return it.
 
-    As for `write_competition`: the same parameters give the same bytes, the folder appears when it is whole, stays as it is
-    where it fits, and FileExistsError where it holds something else. Raises ValueError for another layout, fewer images than
-    LEAST_IMAGES, or less than 32 pixels.
+    kermany: `chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg`. covid_chestxray: `metadata.csv`, `images/*.png`, and rows
+    of a lateral image, a CT slice and an image that nobody has labelled, which have no file. At least LEAST_IMAGES images of
+    32 pixels; for the rest see `write_phantoms`. Raises ValueError for another layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"no set of diagnoses is called {layout!r}; there are: {', '.join(LAYOUTS)}")
-    if images < LEAST_IMAGES or side < LEAST_SIDE:
-        raise ValueError(f"wanted at least {LEAST_IMAGES} images of {LEAST_SIDE} pixels, got {images} of {side}")
-    parameters: dict[str, Any] = {"images": images, "side": side, "seed": seed}
-    parameters["generator"] = fingerprint(phantom, phantom_patients, phantom_plan, sys.modules[__name__])
-    folder = Path(folder) / layout
-    target = PhantomFolder(folder, folder.with_name(f".{layout}.json"), (LAYOUTS[layout].tell_tale,))
-    if target.made_with(parameters):
-        logging.getLogger(__name__).info("%s is there already, made with these parameters", folder)
-        return folder
-    planned = plan_diagnoses(layout, images, seed)
-    with target.replacing(parameters) as root:
-        write = partial(_write_image, root, layout, side)
-        written = each_in_order(write, planned, workers or default_workers(images), side)
-        list(tqdm(written, total=images, desc="phantoms", unit="image", disable=not progress))
-        LAYOUTS[layout].tables(root, planned)
-    return folder
+    return write_phantoms(
+        Path(folder) / layout,
+        (LAYOUTS[layout].tell_tale,),
+        {"images": images, "side": side, "seed": seed},
+        partial(plan_diagnoses, layout, images, seed),
+        partial(_write_image, layout=layout, side=side),
+        LAYOUTS[layout].tables,
+        least=(LEAST_IMAGES, LEAST_SIDE),
+        code=(__name__,),
+        workers=workers,
+        progress=progress,
+    )
 
 
 def plan_diagnoses(layout: str, images: int, seed: int) -> list[Planned]:
@@ -156,7 +132,7 @@ def plan_diagnoses(layout: str, images: int, seed: int) -> list[Planned]:
     return planned
 
 
-def _write_image(root: Path, layout: str, side: int, image: Planned) -> None:
+def _write_image(root: Path, image: Planned, layout: str, side: int) -> None:
     path = root / LAYOUTS[layout].place(image)
     if image.damaged:
         with replacing(path) as beside:
@@ -193,7 +169,7 @@ def _covid_chestxray_place(image: Planned) -> str:
     return f"images/phantom-{image.patient:04d}-{image.follow_up}.png"
 
 
-def _covid_chestxray_table(root: Path, planned: list[Planned]) -> None:
+def _covid_chestxray_table(root: Path, planned: list[Planned], written: list[None]) -> None:
     rows = [
         {
             "patientid": str(image.patient),
@@ -222,19 +198,20 @@ def _covid_chestxray_table(root: Path, planned: list[Planned]) -> None:
 
 
 LAYOUTS = {
-    # Kermany's images of each class (Cell 2018).
+    # chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg, in the shares of Kermany's images of each class (Cell 2018).
     "kermany": _Layout(
         {"bacterial": 2780 / 5856, "viral": 1493 / 5856, "normal": 1583 / 5856},
         adults=False,
         place=_kermany_place,
-        tables=lambda root, planned: None,
         tell_tale="chest_xray/train/PNEUMONIA/person1_bacteria_1.jpeg",
     ),
+    # metadata.csv and images/*.png. The table also has a lateral image, a CT slice and an image that nobody has labelled;
+    # these have no file.
     "covid_chestxray": _Layout(
         {"COVID-19": 0.62, "viral": 0.08, "bacterial": 0.12, "normal": 0.08, "pneumonia": 0.05, "other": 0.05},
         adults=True,
         place=_covid_chestxray_place,
-        tables=_covid_chestxray_table,
         tell_tale="metadata.csv",
+        tables=_covid_chestxray_table,
     ),
 }

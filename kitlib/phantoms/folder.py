@@ -1,23 +1,27 @@
 """A folder of phantoms: whole or not there at all, left alone where it fits, never in the place of anything else."""
 
 import hashlib
+import importlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 import cv2
+from tqdm.auto import tqdm
 
 from kitlib.atomic import write_json
 from kitlib.xrays.cache import usable_cores
 from kitlib.xrays.worker import LightContext
 
 LEAST_SIDE = 32  # pixels; a smaller chest shows nothing
+DRAWING = ("kitlib.phantoms.drawing", "kitlib.phantoms.patients", "kitlib.phantoms.plan")
 
 Item = TypeVar("Item")
 Written = TypeVar("Written")
@@ -64,9 +68,48 @@ class PhantomFolder:
         return hashlib.sha256(b"".join(table.read_bytes() for table in tables if table.is_file())).hexdigest()[:16]
 
 
-def fingerprint(*modules: ModuleType) -> str:
-    """16 hexadecimal digits that change with the modules' code, so that phantoms of an older kit are drawn anew."""
-    return hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()[:16]
+def write_phantoms(
+    folder: Path,
+    tables: tuple[str, ...],
+    parameters: dict[str, Any],
+    plan: Callable[[], list[Item]],
+    write: Callable[[Path, Item], Written],
+    finish: Callable[[Path, list[Item], list[Written]], None] | None = None,
+    *,
+    least: tuple[int, int],
+    code: tuple[str, ...],
+    workers: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write `folder`, a set of phantoms with `tables` (see PhantomFolder), unless it is there and fits; return it.
+
+    It is made from `parameters`, the numbers `images` and `side` (pixels) among them, by the modules `code` and those that
+    draw: the same ones give the same bytes, whatever `workers` (default: the machine's cores, fewer for a small set). Every
+    item of the `plan` is handed to `write`, maybe in another process, and what that returns to `finish`, both with the
+    folder to write into. It appears when it is whole, and one that was made otherwise is replaced. Raises FileExistsError
+    where it holds something else, ValueError for fewer images or less of a side than `least`.
+    """
+    images, side = parameters["images"], parameters["side"]
+    if images < least[0] or side < least[1]:
+        raise ValueError(f"wanted at least {least[0]} images of {least[1]} pixels, got {images} of {side}")
+    parameters = parameters | {"generator": fingerprint(*code)}
+    target = PhantomFolder(folder, folder.with_name(f".{folder.name}.json"), tables)
+    if target.made_with(parameters):
+        logging.getLogger(__name__).info("%s is there already, made with these parameters", folder)
+        return folder
+    planned = plan()
+    with target.replacing(parameters) as root:
+        written = each_in_order(partial(write, root), planned, workers or default_workers(images), side)
+        written = list(tqdm(written, total=len(planned), desc="phantoms", unit="image", disable=not progress))
+        if finish:
+            finish(root, planned, written)
+    return folder
+
+
+def fingerprint(*code: str) -> str:
+    """16 hexadecimal digits of the code of these modules and of those that draw: an older kit's phantoms are drawn anew."""
+    files = [Path(importlib.import_module(name).__file__) for name in (*DRAWING, *code)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def default_workers(images: int) -> int:

@@ -3,8 +3,6 @@
 Masks are those of the drawing, as each set counts lungs.
 """
 
-import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,16 +12,12 @@ from typing import Any
 import cv2
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
 from kitlib.atomic import replacing, write_json, write_text
 from kitlib.datasets.darwin import CLASSES
 from kitlib.datasets.darwin import LEAST_SIDE as DARWIN_SIDE
-from kitlib.phantoms import drawing as phantom
-from kitlib.phantoms import patients as phantom_patients
-from kitlib.phantoms import plan as phantom_plan
 from kitlib.phantoms.drawing import render, structures
-from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order, fingerprint
+from kitlib.phantoms.folder import LEAST_SIDE, write_phantoms
 from kitlib.phantoms.patients import draw_exposure, draw_finding, draw_patient
 from kitlib.phantoms.plan import apportion
 from kitlib.xrays.image_file import JSRT_BITS, JSRT_SIDE
@@ -77,30 +71,25 @@ def write_lungs(
     masks of heart, left and right lung, 1024 x 1024, as GIF files. montgomery: PNG files, a mask of each lung, and readings.
     shenzhen: the same, with one mask for six images in seven. darwin: images, and annotations with two polygons called Lung,
     which take in the heart; one image in fifty, and at least one, is tagged as lateral and has none. The images of these
-    three have `side` pixels on their longer side and are not square. As for `write_competition`: the same parameters give
-    the same bytes, the folder appears when it is whole, stays as it is where it fits, and FileExistsError where it holds
-    something else. Raises ValueError for another layout, fewer images than classes, or too small a side.
+    three have `side` pixels on their longer side and are not square. At least an image of each class; for the rest see
+    `write_phantoms`. Raises ValueError for another layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"no set of lung masks is called {layout!r}; there are: {', '.join(LAYOUTS)}")
     # The shorter side has at least four fifths of the longer one.
     least_side = DARWIN_SIDE * 5 // 4 if layout == "darwin" else LEAST_SIDE
-    classes = LAYOUTS[layout].classes
-    if images < len(classes) or side < least_side:
-        raise ValueError(f"wanted at least {len(classes)} images of {least_side} pixels, got {images} of {side}")
     side = JSRT_SIDE if layout == "jsrt" else side
-    parameters: dict[str, Any] = {"images": images, "side": side, "seed": seed}
-    parameters["generator"] = fingerprint(phantom, phantom_patients, phantom_plan, sys.modules[__name__])
-    folder = Path(folder) / layout
-    target = PhantomFolder(folder, folder.with_name(f".{layout}.json"), (LAYOUTS[layout].tell_tale,))
-    if target.made_with(parameters):
-        logging.getLogger(__name__).info("%s is there already, made with these parameters", folder)
-        return folder
-    planned = _plan(layout, images, seed)
-    with target.replacing(parameters) as root:
-        written = each_in_order(partial(_write, root, layout, side), planned, workers or default_workers(images), side)
-        list(tqdm(written, total=images, desc="phantoms", unit="image", disable=not progress))
-    return folder
+    return write_phantoms(
+        Path(folder) / layout,
+        (LAYOUTS[layout].tell_tale,),
+        {"images": images, "side": side, "seed": seed},
+        partial(_plan, layout, images, seed),
+        partial(_write, layout=layout, side=side),
+        least=(len(LAYOUTS[layout].classes), least_side),
+        code=(__name__,),
+        workers=workers,
+        progress=progress,
+    )
 
 
 def _plan(layout: str, images: int, seed: int) -> list[_Planned]:
@@ -114,7 +103,7 @@ def _plan(layout: str, images: int, seed: int) -> list[_Planned]:
     ]
 
 
-def _write(root: Path, layout: str, side: int, image: _Planned) -> None:
+def _write(root: Path, image: _Planned, layout: str, side: int) -> None:
     rng = np.random.default_rng(image.seed)
     finding = str(rng.choice(LAYOUTS[layout].classes[image.shown][1]))
     patient, opacities = draw_finding(rng, finding, draw_patient(np.random.default_rng(image.patient_seed)))

@@ -1,7 +1,5 @@
 """Writes phantoms laid out as NIH ChestX-ray14: PNG files, the table of entries, the official lists and the boxes."""
 
-import logging
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,15 +7,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from kitlib.atomic import replacing, write_csv, write_text
 from kitlib.datasets.nih import BOXES, ENTRIES, LISTS
-from kitlib.phantoms import drawing as phantom
-from kitlib.phantoms import patients as phantom_patients
-from kitlib.phantoms import plan as phantom_plan
 from kitlib.phantoms.drawing import render
-from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order, fingerprint
+from kitlib.phantoms.folder import LEAST_SIDE, write_phantoms
 from kitlib.phantoms.patients import DRAWN_FINDINGS, draw_exposure, draw_finding, draw_patient
 from kitlib.phantoms.plan import apportion, patient_numbers
 
@@ -54,27 +48,21 @@ def write_nih(
     It has `images_001/images/*.png` to `images_012` (`side` x `side` pixels, the real ones have 1024; one in 200, and at
     least one, RGBA), `Data_Entry_2017_v2020.csv`, `train_val_list.txt`, `test_list.txt` and, for test images,
     `BBox_List_2017.csv`. Patients have up to four images and are in one list alone. An image shows one of
-    `phantom_patients.DRAWN_FINDINGS`, some with Cardiomegaly beside it; the other findings of NIH's do not occur. As for
-    `write_competition`: the same parameters give the same bytes, the folder appears when it is whole, stays as it is where
-    it fits, and FileExistsError where it holds something else. Raises ValueError for fewer than 16 images, or less than 32
-    pixels.
+    `kitlib.phantoms.patients.DRAWN_FINDINGS`, some with Cardiomegaly beside it; the other findings of NIH's do not occur. At
+    least 16 images of 32 pixels; for the rest see `write_phantoms`.
     """
-    least = 2 * len(DRAWN_FINDINGS)
-    if images < least or side < LEAST_SIDE:
-        raise ValueError(f"wanted at least {least} images of {LEAST_SIDE} pixels, got {images} of {side}")
-    parameters = {"images": images, "side": side, "seed": seed}
-    parameters["generator"] = fingerprint(phantom, phantom_patients, phantom_plan, sys.modules[__name__])
-    folder = Path(folder) / NAME
-    target = PhantomFolder(folder, folder.with_name(f".{NAME}.json"), (ENTRIES[0], BOXES))
-    if target.made_with(parameters):
-        logging.getLogger(__name__).info("%s is there already, made with these parameters", folder)
-        return folder
-    planned = _plan(images, seed)
-    with target.replacing(parameters) as root:
-        written = each_in_order(partial(_write_image, root, side), planned, workers or default_workers(images), side)
-        boxes = list(tqdm(written, total=images, desc="phantoms", unit="image", disable=not progress))
-        _write_tables(root, side, planned, boxes)
-    return folder
+    return write_phantoms(
+        Path(folder) / NAME,
+        (ENTRIES[0], BOXES),
+        {"images": images, "side": side, "seed": seed},
+        partial(_plan, images, seed),
+        partial(_write_image, side=side),
+        partial(_write_tables, side=side),
+        least=(2 * len(DRAWN_FINDINGS), LEAST_SIDE),
+        code=(__name__,),
+        workers=workers,
+        progress=progress,
+    )
 
 
 def _plan(images: int, seed: int) -> list[_Planned]:
@@ -115,7 +103,7 @@ def _test_patients(numbers: list[int], rng: np.random.Generator) -> set[int]:
     return set(drawn.index[: 1 + int((drawn < TEST_SHARE * len(numbers)).sum())])
 
 
-def _write_image(root: Path, side: int, image: _Planned) -> np.ndarray:
+def _write_image(root: Path, image: _Planned, side: int) -> np.ndarray:
     """Write one image; return the boxes (n, 4) of its opacities, pixels."""
     rng = np.random.default_rng(image.seed)
     patient, opacities = draw_patient(np.random.default_rng(image.patient_seed)), ()
@@ -133,7 +121,7 @@ def _write_image(root: Path, side: int, image: _Planned) -> np.ndarray:
     return boxes
 
 
-def _write_tables(root: Path, side: int, planned: list[_Planned], boxes: list[np.ndarray]) -> None:
+def _write_tables(root: Path, planned: list[_Planned], boxes: list[np.ndarray], side: int) -> None:
     rng = np.random.default_rng(planned[0].seed)
     age = {image.patient: int(rng.integers(18, 90)) for image in planned}
     sex = {image.patient: str(rng.choice(["F", "M"])) for image in planned}

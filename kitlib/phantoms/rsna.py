@@ -1,7 +1,5 @@
 """Writes phantoms laid out as the training set of the RSNA Pneumonia Detection Challenge."""
 
-import logging
-import sys
 import uuid
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,19 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from pydicom.uid import JPEGBaseline8Bit
-from tqdm.auto import tqdm
 
 from kitlib.atomic import write_csv, write_json
 from kitlib.classes import RSNA_CLASSES
 from kitlib.datasets.rsna import CLASSES, IMAGES, LABELS, MAPPING, PUBLISHED
-from kitlib.phantoms import drawing as phantom
-from kitlib.phantoms import patients as phantom_patients
-from kitlib.phantoms import plan as phantom_plan
 from kitlib.phantoms.drawing import render
-from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order, fingerprint
+from kitlib.phantoms.folder import LEAST_SIDE, write_phantoms
 from kitlib.phantoms.patients import draw_exposure, draw_finding, draw_patient
 from kitlib.phantoms.plan import apportion, patient_numbers
-from kitlib.xrays import writing as dicom_writing
 from kitlib.xrays.writing import write_xray
 
 SLUG = "rsna-pneumonia-detection-challenge"
@@ -53,25 +46,20 @@ def write_rsna(
 
     It has `stage_2_train_images/<patientId>.dcm` (8-bit JPEG baseline, `side` x `side` pixels; the real ones have 1024),
     the two label tables, in which classes have the real set's shares and boxes whole pixels, and RSNA's mapping of images to
-    NIH's, whose patients have up to four images. As for `write_competition`: the same parameters give the same bytes, the
-    folder appears when it is whole, stays as it is where it fits, and FileExistsError where it holds something else.
-    Raises ValueError for fewer images than classes, or less than 32 pixels.
+    NIH's, whose patients have up to four images. At least 3 images of 32 pixels; for the rest see `write_phantoms`.
     """
-    if images < len(RSNA_CLASSES) or side < LEAST_SIDE:
-        raise ValueError(f"wanted at least {len(RSNA_CLASSES)} images of {LEAST_SIDE} pixels, got {images} of {side}")
-    parameters = {"images": images, "side": side, "seed": seed}
-    parameters["generator"] = fingerprint(phantom, phantom_patients, phantom_plan, dicom_writing, sys.modules[__name__])
-    folder = Path(folder) / SLUG
-    target = PhantomFolder(folder, folder.with_name(f".{SLUG}.json"), (LABELS, CLASSES))
-    if target.made_with(parameters):
-        logging.getLogger(__name__).info("%s is there already, made with these parameters", folder)
-        return folder
-    planned = _plan(images, seed)
-    with target.replacing(parameters) as root:
-        written = each_in_order(partial(_write_image, root, side), planned, workers or default_workers(images), side)
-        boxes = list(tqdm(written, total=images, desc="phantoms", unit="image", disable=not progress))
-        _write_tables(root, planned, boxes)
-    return folder
+    return write_phantoms(
+        Path(folder) / SLUG,
+        (LABELS, CLASSES),
+        {"images": images, "side": side, "seed": seed},
+        partial(_plan, images, seed),
+        partial(_write_image, side=side),
+        _write_tables,
+        least=(len(RSNA_CLASSES), LEAST_SIDE),
+        code=("kitlib.xrays.writing", __name__),
+        workers=workers,
+        progress=progress,
+    )
 
 
 def _plan(images: int, seed: int) -> list[_Planned]:
@@ -95,7 +83,7 @@ def _plan(images: int, seed: int) -> list[_Planned]:
     return sorted(planned, key=lambda image: image.patient_id)
 
 
-def _write_image(root: Path, side: int, image: _Planned) -> np.ndarray:
+def _write_image(root: Path, image: _Planned, side: int) -> np.ndarray:
     """Write one image; return its boxes (n, 4), whole pixels."""
     rng = np.random.default_rng(image.seed)
     finding = str(rng.choice(SHOWN[image.shown_class]))

@@ -1,7 +1,6 @@
 """Writes a competition of phantoms: the SIIM folder with its DICOM files and tables, and the test set's truth apart."""
 
 import logging
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,12 @@ from pydicom.uid import (
 )
 from tqdm.auto import tqdm
 
-from kitlib.atomic import replacing
+from kitlib.atomic import write_csv
 from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
-from kitlib.phantoms import drawing as phantom
-from kitlib.phantoms import patients as phantom_patients
-from kitlib.phantoms import plan as phantom_plan
 from kitlib.phantoms.drawing import render
 from kitlib.phantoms.folder import LEAST_SIDE, PhantomFolder, default_workers, each_in_order, fingerprint
 from kitlib.phantoms.patients import draw_exposure, draw_near_duplicate, draw_opacities, draw_patient
 from kitlib.phantoms.plan import PlannedImage, PlannedStudy, plan_split
-from kitlib.xrays import writing as dicom_writing
 from kitlib.xrays.writing import write_xray
 
 COMPETITION = "siim-covid19-detection"
@@ -94,7 +89,7 @@ def write_competition(
         "side": side,
         "seed": seed,
         "damaged_test_files": damaged_test_files,
-        "generator": fingerprint(phantom, phantom_patients, phantom_plan, dicom_writing, sys.modules[__name__]),
+        "generator": fingerprint("kitlib.xrays.writing", __name__),
     }
     competition, truth = Path(folder) / COMPETITION, Path(truth)
     target = PhantomFolder(competition, competition.with_name(MARKER), (*LABEL_TABLES, "sample_submission.csv"))
@@ -224,15 +219,13 @@ def _write_label_tables(images: pd.DataFrame, folder: Path) -> None:
         }
     )
     for name, table in zip(LABEL_TABLES, (study_level, image_level), strict=True):
-        with replacing(folder / name) as beside:
-            table.to_csv(beside, index=False)
+        write_csv(folder / name, table)
 
 
 def _write_sample_submission(images: pd.DataFrame, path: Path) -> None:
     studies = [(f"{name}_study", "negative 1 0 0 1 1") for name in sorted(images.study_id.unique())]
     single = [(f"{name}_image", "none 1 0 0 1 1") for name in sorted(images.image_id)]
-    with replacing(path) as beside:
-        pd.DataFrame(studies + single, columns=["id", "PredictionString"]).to_csv(beside, index=False)
+    write_csv(path, pd.DataFrame(studies + single, columns=["id", "PredictionString"]))
 
 
 def _boxes_cell(boxes: np.ndarray) -> str | None:

@@ -60,7 +60,7 @@ def run_plan(
     folder.mkdir(parents=True, exist_ok=True)
     described = folder / "runs.json"
     with ExitStack() as held:
-        held.enter_context(_signals_end_it())
+        held.enter_context(signals_end_it())
         _lock(folder / "lock", plan, held)
         if afresh:
             _remove_runs(plan, folder / "lock", held)
@@ -75,7 +75,7 @@ def run_plan(
         # On this machine a run that asks for more than there is gets what there is, and the machine for itself.
         most = {"gpu": len(shared)} if local or gpus is not None else {}
         most |= {"mem_mb": psutil.virtual_memory().total // 2**20} if local else {}
-        write_json(folder / "config.json", _configuration(plan, described, wanted, most, retries))
+        write_json(folder / "config.json", configuration(plan, described, wanted, most, retries))
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("plan.smk"))]
         command += ["--configfile", str(folder / "config.json"), "--directory", str(folder), "--keep-going", "--nocolor"]
         # Marks carry the key of all that they follow from: they alone decide. The lock is ours, and gone with its process.
@@ -118,7 +118,7 @@ def _remove_runs(plan: Plan, own: Path, held: ExitStack) -> None:
 
 
 @contextmanager
-def _signals_end_it() -> Iterator[None]:
+def signals_end_it() -> Iterator[None]:
     """Make an exit of SIGTERM and of a closed terminal, as Ctrl-C makes an exception: an engine left alone would go on."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -153,7 +153,8 @@ def describe_plan(plan: Plan) -> Table:
     return table
 
 
-def _configuration(plan: Plan, described: Path, wanted: list[str], most: dict[str, int], retries: int) -> dict[str, Any]:
+def configuration(plan: Plan, described: Path, wanted: list[str], most: dict[str, int], retries: int) -> dict[str, Any]:
+    """What plan.smk reads: a rule for each run with its inputs, command and resources, none above `most`."""
     runs = []
     for number, (name, run) in enumerate(plan.planned.items()):
         asked = {"mem_mb": round(run.memory_gb * 1024), "gpu": run.gpus, "runtime": math.ceil(run.minutes)}

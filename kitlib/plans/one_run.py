@@ -66,7 +66,7 @@ def run_planned(described: str | Path, name: str) -> None:
         tell(cell=0, cells=0)
         _begin(run)
         try:
-            with _gpus(run.gpus) as environment:
+            with claimed_gpus(run.gpus) as environment:
                 if run.notebook:
                     _run_notebook(run, environment, lambda cell, cells: tell(cell=cell, cells=cells))
                 else:
@@ -107,7 +107,7 @@ def _begin(run: PlannedRun) -> None:
 
 
 @contextmanager
-def _gpus(count: int) -> Iterator[dict[str, str]]:
+def claimed_gpus(count: int) -> Iterator[dict[str, str]]:
     """What tells a process its GPUs: `count` of those that are shared out here, or as many as there are, held meanwhile."""
     if SHARED_GPUS not in os.environ:
         yield {}

@@ -1,4 +1,4 @@
-"""How sure figures of exclusive classes are: intervals over patients, and paired differences of two models.
+"""How sure figures of exclusive classes are: intervals over patients, paired differences, and ours under published ones.
 
 Whole patients are drawn with replacement, for a patient's images are not independent. Answers for the same patients and one
 seed get the same draws, so that the difference of two models' draws is a paired comparison.
@@ -18,9 +18,9 @@ from kitlib.reports.classification_report import (
     log_losses,
     on_shared_images,
 )
-from kitlib.reports.detection_report import interval
+from kitlib.reports.competition import interval
+from kitlib.reports.published_tables import PublishedTable
 
-OVERALL = ("accuracy", "micro_f1", "papers_micro_f1", "ece", "brier", "log_loss")
 # Draws that are judged together: 64 of 5,000 images take some MB an array.
 AT_ONCE = 64
 
@@ -28,8 +28,8 @@ AT_ONCE = 64
 def draws(given: Judged, samples: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Every figure of `overall` and `class_table` as a column; the first row is of all patients, then one a draw.
 
-    Columns are OVERALL, then such as "f1 COVID-19" and "f1 macro". A draw without a class leaves it out of its means. Raises
-    ValueError for no sample.
+    Columns are those of `overall`, then such as "f1 COVID-19" and "f1 macro". A draw without a class leaves it out of its
+    means. Raises ValueError for no sample.
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; intervals need at least 1 draw, and some hundreds to be steady")
@@ -81,6 +81,42 @@ def paired(
             told = {"model": name, "reference": reference, "name": figure, **_told(values, level)}
             rows.append({**told, "sides": sides, "images": len(shared[name].truth)})
     return pd.DataFrame(rows, columns=["model", "reference", "name", "value", "low", "high", "sides", "images"])
+
+
+def beside(table: PublishedTable, drawn: Mapping[str, pd.DataFrame], level: float = 0.95) -> pd.DataFrame:
+    """Text: the published rows, then a row for each of our models by name, of `draws`, with its interval.
+
+    Columns are the published ones, and index levels `from` ("published", "here") and `model`. What one side lacks is "-".
+    """
+    rows = {}
+    for name, row in table.rows.iterrows():
+        spread = table.spread.loc[name] if table.spread is not None else {}
+        rows["published", name] = {column: _cell(row[column], spread.get(column)) for column in table.rows.columns}
+    for name, draws in drawn.items():
+        told = intervals(draws[[column for column in table.rows.columns if column in draws]], level).set_index("name")
+        rows["here", name] = {figure: _interval_cell(*each[["value", "low", "high"]]) for figure, each in told.iterrows()}
+    text = pd.DataFrame.from_dict(rows, orient="index", columns=list(table.rows.columns)).fillna("-")
+    text.index = pd.MultiIndex.from_tuples(list(rows), names=["from", "model"])
+    return text
+
+
+def what_differs(table: PublishedTable, given: Judged, protocol: str) -> pd.DataFrame:
+    """Rows data, protocol and faults with columns published and here: why the two parts of `beside` are no rank.
+
+    `protocol` says how ours was made, such as "3 patient-grouped folds, nested".
+    """
+    counts = np.bincount(given.truth, minlength=len(given.classes))
+    classes = ", ".join(f"{count:,} {name}" for name, count in zip(given.classes, counts, strict=True))
+    sources = ", ".join(sorted({str(name) for name in given.source}))
+    patients = len(np.unique(given.answers.patient))
+    lacking = [column for column in table.rows.columns if column.partition(" ")[2] not in ("", "macro", *given.classes)]
+    here = f"{len(given.truth):,} images of {patients:,} patients: {classes}; from {sources}"
+    if lacking:
+        here += f"; nothing here is comparable to {', '.join(lacking)}"
+    return pd.DataFrame(
+        {"published": [table.data, table.protocol, table.faults], "here": [here, protocol, ""]},
+        index=["data", "protocol", "faults"],
+    )
 
 
 def _told(values: np.ndarray, level: float) -> dict[str, float]:
@@ -173,3 +209,13 @@ def _mean_where(values: np.ndarray, occurs: np.ndarray) -> np.ndarray:
     counts = occurs & np.isfinite(values)
     sums = np.where(counts, values, 0.0).sum(axis=1)
     return np.divide(sums, counts.sum(axis=1), out=np.full(len(sums), np.nan), where=counts.any(axis=1))
+
+
+def _cell(value: float, spread: float | None) -> str:
+    if np.isnan(value):
+        return "-"
+    return f"{value:.4f}" + (f" (sd {spread:.2f})" if spread is not None else "")
+
+
+def _interval_cell(value: float, low: float, high: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.4f} [{low:.3f}, {high:.3f}]"

@@ -5,7 +5,7 @@ is the most probable one, the first of equals. "Sensitivity" is what the papers 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -14,11 +14,12 @@ from sklearn.metrics import average_precision_score
 from kitlib.lungs.finders import FOUND
 from kitlib.reports.findings_report import Answers, answers, mean_over_folds
 from kitlib.scoring.metrics import roc_auc
-from kitlib.scoring.temperature import LEAST
+from kitlib.scoring.temperature import LEAST, cross_scaled
 from kitlib.tables import check_table, class_columns
 
 COUNTED = ("accuracy", "sensitivity", "specificity", "ppv", "npv", "f1")
 FIGURES = (*COUNTED, "roc_auc", "pr_auc", "brier")
+CALIBRATION = ("ece", "brier", "log_loss")
 ECE_BINS = 15  # Guo et al. 2017
 # Rows of exclusive probabilities may be this far from 1: they were computed in single precision and averaged.
 SUM_TOLERANCE = 1e-3
@@ -257,3 +258,25 @@ def _ratio(above: np.ndarray, below: np.ndarray, where_none: float = np.nan) -> 
     """above / below, `where_none` where below is 0."""
     above, below = np.broadcast_arrays(np.asarray(above, dtype=float), np.asarray(below, dtype=float))
     return np.divide(above, below, out=np.full(above.shape, where_none), where=below > 0)
+
+
+def calibrated(given: Judged) -> tuple[Judged, pd.Series]:
+    """The same images with each fold's probabilities scaled by the temperature of the other folds; temperatures by fold.
+
+    Which class is called does not change. Raises ValueError for images of one fold alone.
+    """
+    scores = pd.DataFrame(given.found, columns=list(given.classes)).assign(fold=given.answers.fold)
+    after, temperatures = cross_scaled(scores, given.classes, given.truth)
+    found = after[list(given.classes)].to_numpy(float)
+    return replace(given, answers=replace(given.answers, found=found)), temperatures
+
+
+def calibration_table(given: Mapping[str, Judged]) -> pd.DataFrame:
+    """A row a model: ece, brier and log_loss, each `before` and `after` scaling, and the mean `temperature` of its folds."""
+    rows = {}
+    for name, each in given.items():
+        after, temperatures = calibrated(each)
+        parts = {"before": overall(each), "after": overall(after)}
+        rows[name] = {f"{figure} {when}": told[figure] for figure in CALIBRATION for when, told in parts.items()}
+        rows[name]["temperature"] = temperatures.mean()
+    return pd.DataFrame.from_dict(rows, orient="index")

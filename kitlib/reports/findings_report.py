@@ -1,4 +1,4 @@
-"""How well findings are told: figures a class, the Heidelberg report's aggregates, and how sure the mean ROC AUC is.
+"""How well findings are told: figures a class, and how sure the mean ROC AUC is.
 
 The functions take a table `class_scores` with one row an image, as `mean_over_folds` makes one, and the tables images and
 labels. What is unknown (NaN) of an image counts for nothing. A threshold is never chosen on the images that it judges.
@@ -14,8 +14,6 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from kitlib.scoring.metrics import dense_ranks, roc_auc, roc_auc_of_ranks
 from kitlib.tables import check_table, class_columns
 
-# NIH backbone, Heidelberg report, section 4.1.
-PUBLISHED = {"precision": 0.59, "recall": 0.12, "accuracy": 0.40, "f1": 0.16}
 PLAIN_THRESHOLD = 0.5
 
 
@@ -103,7 +101,7 @@ def class_report(given: Answers, thresholds: np.ndarray) -> pd.DataFrame:
     for place, (truth, found) in enumerate(_known(given)):
         threshold = thresholds[~np.isnan(given.truth[:, place]), place]
         positives = int(truth.sum())
-        precision, recall, f1 = _precision_recall_f1(truth, found >= threshold)
+        precision, recall, f1 = precision_recall_f1(truth, found >= threshold)
         rows.append(
             {
                 "class": given.classes[place],
@@ -120,34 +118,12 @@ def class_report(given: Answers, thresholds: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def heidelberg_figures(given: Answers, thresholds: np.ndarray, exclusive: bool = False) -> pd.DataFrame:
-    """Precision, recall, accuracy and F1 in one row each: as published, here from one half on, here from `thresholds` on.
-
-    Precision, recall and F1 are the plain means over the classes that occur; accuracy is the share of images with all
-    classes right, among those with all known. With `exclusive` classes the most probable one is called, in one row. The
-    published row is of another split of the whole NIH set: it tells the scale, not a rank. The report does not say how it
-    averages; this is how scikit-learn does for several labels an image.
-    """
-    calls = {
-        f"here, from {PLAIN_THRESHOLD} on": given.found >= PLAIN_THRESHOLD,
-        "here, from thresholds of other images on": given.found >= thresholds,
-    }
-    if exclusive:
-        calls = {"here, most probable class": given.found.argmax(axis=1)[:, None] == np.arange(len(given.classes))}
-    rows = {"published (NIH, Heidelberg report 4.1)": PUBLISHED}
-    whole = ~np.isnan(given.truth).any(axis=1)
-    for name, called in calls.items():
-        told = [~np.isnan(column) for column in given.truth.T]
-        each = [
-            _precision_recall_f1(truth[known] == 1, call[known])
-            for truth, call, known in zip(given.truth.T, called.T, told, strict=True)
-            if (truth[known] == 1).any()
-        ]
-        precision, recall, f1 = np.mean(each, axis=0) if each else (float("nan"),) * 3
-        right = (called[whole] == (given.truth[whole] == 1)).all(axis=1)
-        accuracy = right.mean() if len(right) else float("nan")
-        rows[name] = {"precision": precision, "recall": recall, "accuracy": accuracy, "f1": f1}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=list(PUBLISHED))
+def precision_recall_f1(truth: np.ndarray, called: np.ndarray) -> tuple[float, float, float]:
+    """Of truth and calls, bool (n,); NaN without a positive, precision 0 where nothing is called."""
+    positives, calls, hits = truth.sum(), called.sum(), (truth & called).sum()
+    if not positives:
+        return (float("nan"),) * 3
+    return float(hits / max(calls, 1)), float(hits / positives), float(2 * hits / (positives + calls))
 
 
 def bootstrap_auc(given: Answers, samples: int = 200, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
@@ -219,11 +195,3 @@ def _known(given: Answers) -> Iterable[tuple[np.ndarray, np.ndarray]]:
 
 def _rows(given: Answers, chosen: np.ndarray) -> Answers:
     return Answers(given.classes, given.truth[chosen], given.found[chosen], given.fold[chosen], given.patient[chosen])
-
-
-def _precision_recall_f1(truth: np.ndarray, called: np.ndarray) -> tuple[float, float, float]:
-    """NaN without a positive; precision 0 where nothing is called."""
-    positives, calls, hits = truth.sum(), called.sum(), (truth & called).sum()
-    if not positives:
-        return (float("nan"),) * 3
-    return float(hits / max(calls, 1)), float(hits / positives), float(2 * hits / (positives + calls))

@@ -12,22 +12,11 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.fusion.fuse import Fused
+from kitlib.reports.findings_report import PLAIN_THRESHOLD, Answers, precision_recall_f1
+from kitlib.reports.published_tables import published
 from kitlib.scoring.average_precision import precision_recall
 from kitlib.scoring.score import class_precision, opacity_precisions, table_hits
 
-# Their report, tables 1 and 2. Its AP is of 101 recalls and its threshold was chosen on the very images; see the facts.
-PUBLISHED = {
-    "Heidelberg, published: ensemble": {"ap_boxed": 0.451, "f1": 0.560, "recall": 0.530, "precision": 0.594},
-    "Heidelberg, published: Faster R-CNN": {"ap_boxed": 0.409, "f1": 0.547, "recall": 0.503, "precision": 0.603},
-    "Heidelberg, published: YOLO": {"ap_boxed": 0.345, "f1": 0.477, "recall": 0.450, "precision": 0.506},
-    "Heidelberg, published: study model": {
-        "study_accuracy": 0.669,
-        "study_recall": 0.495,
-        "study_precision": 0.541,
-        "study_f1": 0.482,
-        "study_map_hard": 0.405,
-    },
-}
 COLUMNS = (
     *("images", "boxed_images", "ap", "ap_boxed", "confidence", "f1", "recall", "precision", "precision_all"),
     *("studies", "study_accuracy", "study_recall", "study_precision", "study_f1", "study_map", "study_map_hard"),
@@ -63,8 +52,40 @@ def heidelberg_table(
             raise ValueError(f"answer {name!r} needs a confidence, or the table folds to choose it out of fold")
         chosen = _confidence_by_fold(answer, images, boxes, folds) if name not in confidences else confidences[name]
         rows[name] = _box_figures(answer, images, boxes, chosen) | _study_figures(answer, images, labels)
-    table = pd.DataFrame({**rows, **PUBLISHED}).T.reindex(columns=list(COLUMNS))
+    told = published("heidelberg").rows
+    table = pd.concat([pd.DataFrame(rows).T, told.rename("Heidelberg, published: {}".format)]).reindex(columns=list(COLUMNS))
     return table.rename_axis("answer").astype(float)
+
+
+def heidelberg_figures(given: Answers, thresholds: np.ndarray, exclusive: bool = False) -> pd.DataFrame:
+    """Precision, recall, accuracy and F1 in one row each: as published, here from one half on, here from `thresholds` on.
+
+    Precision, recall and F1 are the plain means over the classes that occur; accuracy is the share of images with all
+    classes right, among those with all known. With `exclusive` classes the most probable one is called, in one row. The
+    published row is of another split of the whole NIH set: it tells the scale, not a rank. The report does not say how it
+    averages; this is how scikit-learn does for several labels an image.
+    """
+    calls = {
+        f"here, from {PLAIN_THRESHOLD} on": given.found >= PLAIN_THRESHOLD,
+        "here, from thresholds of other images on": given.found >= thresholds,
+    }
+    if exclusive:
+        calls = {"here, most probable class": given.found.argmax(axis=1)[:, None] == np.arange(len(given.classes))}
+    table = published("heidelberg_nih").rows
+    rows = {"published (NIH, Heidelberg report 4.1)": table.loc["backbone"].to_dict()}
+    whole = ~np.isnan(given.truth).any(axis=1)
+    for name, called in calls.items():
+        told = [~np.isnan(column) for column in given.truth.T]
+        each = [
+            precision_recall_f1(truth[known] == 1, call[known])
+            for truth, call, known in zip(given.truth.T, called.T, told, strict=True)
+            if (truth[known] == 1).any()
+        ]
+        precision, recall, f1 = np.mean(each, axis=0) if each else (float("nan"),) * 3
+        right = (called[whole] == (given.truth[whole] == 1)).all(axis=1)
+        accuracy = right.mean() if len(right) else float("nan")
+        rows[name] = {"precision": precision, "recall": recall, "accuracy": accuracy, "f1": f1}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(table.columns))
 
 
 def best_confidence(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame) -> float:

@@ -146,14 +146,14 @@ def _version(name: str) -> str:
 
 
 def kitlib_digest() -> str:
-    """SHA-256 (hex) over kitlib's Python files.
+    """SHA-256 (hex) over kitlib's Python files and the YAML that they read.
 
     A kernel carries only the part of them that it imports, and beside it the digest of the library that it was built from.
     """
     digest, folder = hashlib.sha256(), Path(kitlib.__file__).parent
     if (folder / DIGEST_FILE).is_file():
         return (folder / DIGEST_FILE).read_text(encoding="ascii")
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".yaml")):
         digest.update(f"{path.relative_to(folder).as_posix()}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 

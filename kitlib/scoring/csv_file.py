@@ -195,13 +195,6 @@ def write_submission(
     return tuple(on_priors)
 
 
-def write_all_negative(path: str | Path, ids: Iterable[str]) -> None:
-    """The sample submission's answer, `negative 1` and `none 1` everywhere: the floor that a score is held against."""
-    answer = {"study": "negative 1 0 0 1 1", "image": "none 1 0 0 1 1"}
-    rows = [f"{submission_id},{answer[split_id(submission_id)[1]]}" for submission_id in ids]
-    write_text(path, "\n".join([",".join(HEADER), *rows]) + "\n")
-
-
 def _probabilities(table: pd.DataFrame | None, key: str, classes: tuple[str, ...]) -> dict[str, np.ndarray]:
     if table is None:
         return {}

@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from kitlib.device import seed_everything, training_device
+from kitlib.device import memory_format, seed_everything, training_device
 from kitlib.models.families import family_of
 from kitlib.training import data_parallel
 from kitlib.training.fold_folder import finish_fold, open_run, save_trained
@@ -30,7 +28,7 @@ def train_fold(task: Task, fold: int, run_folder: str | Path) -> TrainedFold | N
         strategy.complete(device)
         return read_trained(run_folder)
     seed_everything(task.seed)
-    model = family.network(task.recipe, strategy.classes).to(memory_format=torch.channels_last)
+    model = family.network(task.recipe, strategy.classes).to(memory_format=memory_format(device))
     start = strategy.start(model)
     strategy.make_examples()
     fitted = strategy.fit(model, device)

@@ -13,8 +13,7 @@ from kitlib.inference.predict import load_predictor
 from kitlib.models.classifier import FindingsClassifier, check_classes, mean_of_known, smoothed
 from kitlib.models.patch_classifier import PatchClassifier
 from kitlib.recipes.fields import FindingsRecipe, PatchRecipe
-from kitlib.scoring.exclusive_classes import class_weights, exclusive_scores
-from kitlib.scoring.metrics import mean_auc
+from kitlib.scoring.metrics import class_weights, exclusive_scores, mean_auc
 from kitlib.tables import class_columns, concatenate
 from kitlib.training.classifier import ClassifierTraining, check_frozen, start_from_weights
 from kitlib.training.patch_dataset import PatchDataset, collate_canvases

@@ -14,6 +14,7 @@ import pandas as pd
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.warnings import PossibleUserWarning
+from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from kitlib.atomic import replacing
 from kitlib.deadline import Deadline, SessionOver, epoch_fits
-from kitlib.device import derived_seed, precision
+from kitlib.device import derived_seed, gpu_of, precision, process_group_backend
 from kitlib.recipes.fields import TrainingRecipe
 from kitlib.training import data_parallel
 from kitlib.training.fold_folder import LEARNING_RATE_FLOOR, Fitted, is_over, kept_row
@@ -175,8 +176,7 @@ def fit(
     with _quiet_lightning():
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=processes if processes > 1 else [device.index or 0] if device.type == "cuda" else 1,
-            strategy="ddp" if processes > 1 else "auto",
+            **_devices(device, processes),
             precision=precision(device),
             max_epochs=recipe.epochs,
             accumulate_grad_batches=gathered_batches(recipe),
@@ -204,6 +204,18 @@ def fit(
     if data_parallel.is_first():
         module.model.load_state_dict(load_file(folder / "best.safetensors"))
     return Fitted(pd.DataFrame(keeper.history), kept_row(keeper.history, recipe) + 1)
+
+
+def _devices(device: torch.device, processes: int) -> dict[str, Any]:
+    """Lightning's arguments for where to train, and for what processes that train together exchange gradients by."""
+    if processes == 1:
+        return {"devices": [device.index or 0] if device.type == "cuda" else 1, "strategy": "auto"}
+    backend = process_group_backend()
+    if backend == "gloo" and device.type == "cuda":
+        # Told each process's GPU, Lightning does not ask for as many GPUs as there are processes.
+        gpus = [gpu_of(process) for process in range(processes)]
+        return {"devices": 1, "strategy": DDPStrategy(parallel_devices=gpus, process_group_backend=backend)}
+    return {"devices": processes, "strategy": DDPStrategy(process_group_backend=backend or None)}
 
 
 class _EpochKeeper(pl.Callback):

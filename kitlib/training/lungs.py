@@ -12,7 +12,7 @@ from kitlib.inference.segment_lungs import LungSegmenter, load_segmenter
 from kitlib.lungs.clean_up import on_copy
 from kitlib.models.segmenter import Segmenter, segmentation_loss
 from kitlib.recipes.fields import SegmenterRecipe
-from kitlib.scoring.overlap import overlap
+from kitlib.scoring.metrics import overlap
 from kitlib.tables import check_table
 from kitlib.training import data_parallel
 from kitlib.training.loop import RecipeTraining

@@ -10,7 +10,7 @@ import pytest
 from kitlib.classes import DIAGNOSES
 from kitlib.datasets.base import LayoutError
 from kitlib.datasets.covid_chestxray import diagnosis_of, read_covid_chestxray
-from kitlib.phantoms.diagnoses import plan_diagnoses, write_covid_chestxray
+from kitlib.phantoms.diagnoses import plan_diagnoses, write_diagnoses
 
 ROW = {"patientid": "1", "offset": "", "sex": "M", "age": "65", "finding": "Pneumonia/Viral/COVID-19", "view": "PA"}
 ROW |= {"modality": "X-ray", "folder": "images", "license": "CC BY 4.0"}
@@ -107,7 +107,8 @@ def test_a_missing_piece_names_itself(tmp_path):
 
 
 def test_phantoms_are_read_as_planned(tmp_path):
-    data = read_covid_chestxray(write_covid_chestxray(tmp_path, seed=1, images=40, side=48, progress=False), progress=False)
+    folder = write_diagnoses(tmp_path, "covid_chestxray", seed=1, images=40, side=48, progress=False)
+    data = read_covid_chestxray(folder, progress=False)
     planned = [image for image in plan_diagnoses("covid_chestxray", 40, seed=1) if not image.damaged]
     assert sorted(data.images.diagnosis) == sorted(image.diagnosis for image in planned)
     assert data.images.patient_id.nunique() == len({image.patient for image in planned})

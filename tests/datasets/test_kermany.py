@@ -8,7 +8,7 @@ import pytest
 
 from kitlib.datasets.base import LayoutError
 from kitlib.datasets.kermany import read_kermany
-from kitlib.phantoms.diagnoses import plan_diagnoses, write_kermany
+from kitlib.phantoms.diagnoses import plan_diagnoses, write_diagnoses
 
 
 def save(path, side=16):
@@ -90,7 +90,8 @@ def test_another_folder_is_told(tmp_path):
 
 
 def test_phantoms_are_read_as_planned(tmp_path):
-    data = read_kermany(write_kermany(tmp_path, seed=1, images=40, side=48, progress=False), progress=False)
+    folder = write_diagnoses(tmp_path, "kermany", seed=1, images=40, side=48, progress=False)
+    data = read_kermany(folder, progress=False)
     assert len(data.faults) == 1 and "left out" in data.faults.problem[0]
     planned = [image for image in plan_diagnoses("kermany", 40, seed=1) if not image.damaged]
     assert sorted(data.images.diagnosis) == sorted(image.diagnosis for image in planned)

@@ -7,8 +7,7 @@ from PIL import Image
 from kitlib.classes import NIH_FINDINGS
 from kitlib.datasets.base import Faults, LayoutError
 from kitlib.datasets.folds import make_folds
-from kitlib.datasets.nih import _boxes as read_boxes
-from kitlib.datasets.nih import read_nih
+from kitlib.datasets.nih import read_boxes, read_nih
 from kitlib.datasets.registry import compare_with_published, read_dataset
 from tests import REAL_DATA
 

@@ -8,7 +8,7 @@ import pytest
 from kitlib.classes import CLASS_SCHEMES, DIAGNOSES, scheme_classes
 from kitlib.datasets.folds import leak_groups
 from kitlib.datasets.pool import read_pool, shortened
-from kitlib.phantoms.diagnoses import plan_diagnoses, write_covid_chestxray, write_kermany
+from kitlib.phantoms.diagnoses import plan_diagnoses, write_diagnoses
 from kitlib.phantoms.lungs import write_lungs
 from kitlib.phantoms.nih import write_nih
 
@@ -18,7 +18,7 @@ SMALL = {"seed": 2, "images": 40, "side": 40, "progress": False}
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    return {"kermany": write_kermany(folder, **SMALL), "covid_chestxray": write_covid_chestxray(folder, **SMALL)}
+    return {layout: write_diagnoses(folder, layout, **SMALL) for layout in ("kermany", "covid_chestxray")}
 
 
 def planned(layout):

@@ -17,9 +17,8 @@ from kitlib.fusion.ensembles import (
     simplex_weights,
     vote_shares,
 )
-from kitlib.fusion.flannel import FlannelWeights
+from kitlib.fusion.flannel import ENSEMBLES, FlannelWeights, ensemble_settings
 from kitlib.fusion.stacking import NESTED, Stack, StackError, gather
-from kitlib.fusion.train_flannel import ENSEMBLES, ensemble_settings
 
 CLASSES = ("COVID-19", "viral", "normal")
 

@@ -6,9 +6,9 @@ import pytest
 
 from kitlib.fusion.ensemble_bundle import apply_ensemble, learnt_ensemble
 from kitlib.fusion.ensembles import judge_put_aside, majority_vote
+from kitlib.fusion.flannel import ENSEMBLES, ensemble_settings
 from kitlib.fusion.put_aside import ALL_FOLDS, gather_put_aside
 from kitlib.fusion.stacking import StackError, gather
-from kitlib.fusion.train_flannel import ENSEMBLES, ensemble_settings
 from kitlib.reports.ensemble_report import out_of_fold_temperature, put_aside_scores
 
 CLASSES = ["sick", "well"]

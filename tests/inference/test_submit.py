@@ -87,6 +87,7 @@ def submit(competition, weights, folder, settings=SETTINGS) -> tuple[Path, pd.Da
     return run.output, run.finish()
 
 
+@pytest.mark.gpu
 def test_every_row_is_predicted_but_those_of_damaged_files(competition, weights, tmp_path):
     path, ledger = submit(competition, weights, tmp_path)
     assert validate(competition / "sample_submission.csv", path) == []
@@ -205,6 +206,7 @@ def with_recipe(weights, copy, names=("small-fold0", "small-fold1"), **fields) -
     return copy
 
 
+@pytest.mark.gpu
 def test_a_bundles_views_run_and_missed_lungs_are_told(competition, weights, tmp_path, monkeypatch):
     calls, classified = [], Predictor._classified
     monkeypatch.setattr("kitlib.lungs.finders.lung_box", lambda _: None)
@@ -336,6 +338,7 @@ def test_each_image_is_segmented_once_for_all_models_and_the_missed_are_told(
     assert (scores_of(path) - of_whole_images).abs().max() > 1e-4
 
 
+@pytest.mark.gpu
 def test_a_real_segmenter_runs_where_a_model_asks_for_it(competition, weights, tmp_path):
     # Untrained: what it finds is of no interest, that it looked at each image once is.
     shared = with_lungs(with_recipe(weights, tmp_path / "weights", ["small-fold1"], **OF_MASKS))

@@ -159,9 +159,16 @@ def test_what_the_notebook_imports_travels_and_unpacks(tmp_path, wheel, monkeypa
 def test_whatever_the_travelling_files_import_travels_as_well(notebook):
     sources = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
     files = needed_files(sources)
+    files = [path for path in files if path.endswith(".py")]
     modules = {path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in files}
     assert {name for path in files for name in imported(PROJECT / path)} <= modules
     assert 10 < len(modules) < len(list((PROJECT / "kitlib").rglob("*.py")))
+
+
+def test_a_module_travels_with_its_data():
+    files = needed_files(["from kitlib.reports.published_tables import published"])
+    assert "kitlib/reports/published_tables.yaml" in files
+    assert [path for path in files if not path.endswith(".py")] == ["kitlib/reports/published_tables.yaml"]
 
 
 def test_a_module_that_kitlib_lacks_is_an_error_at_building():

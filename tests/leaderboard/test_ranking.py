@@ -10,7 +10,7 @@ from kitlib.leaderboard.ranking import LeaderboardError, compare, rank, read_ent
 from kitlib.notebook import run_notebook
 from kitlib.paths import project_root
 from kitlib.recipes.named import RECIPES
-from kitlib.reports.detection_report import detection_draws, interval
+from kitlib.reports.competition import detection_draws, interval
 from kitlib.reports.figures import rankings_figure
 from kitlib.settings import override
 from kitlib.tables import write_table

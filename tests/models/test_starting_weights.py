@@ -1,26 +1,18 @@
-"""Starting weights: what is found and read, what is loaded, and SqueezeNet's rewritten first convolution."""
+"""Starting weights: what is found and read, and what is loaded."""
 
 import pickle
 
 import numpy as np
 import pytest
-import timm
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-import kitlib.models.squeezenet  # noqa: F401  registers the name
 from kitlib.bundle import BundleError, save_bundle
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
-from kitlib.models.starting_weights import find_starting_weights, load_starting_weights, read_starting_weights, renormalised
+from kitlib.models.starting_weights import find_starting_weights, load_starting_weights, read_starting_weights
 from kitlib.recipes.fields import FindingsRecipe, StudyRecipe
-from tests import REAL_DATA
 from tests.test_bundle import RECORD, WEIGHTS
-
-SQUEEZENET = REAL_DATA / "weights" / "squeezenet1_1_imagenet_features_fp32.npz"
-real_weights = pytest.mark.skipif(not SQUEEZENET.is_file(), reason=f"no {SQUEEZENET}")
 
 
 class Model(nn.Module):
@@ -134,72 +126,3 @@ def test_weights_that_fit_nowhere_are_an_error(tmp_path):
     save_file({"0.weight": torch.zeros(7, 7)}, tmp_path / "other.safetensors")
     with pytest.raises(BundleError, match="fits nowhere"):
         load_starting_weights(Model(1), tmp_path / "other.safetensors")
-
-
-numbers = st.floats(0.1, 2)
-pair = st.tuples(st.lists(numbers, min_size=3, max_size=3), st.lists(numbers, min_size=3, max_size=3))
-
-
-@settings(max_examples=25, deadline=None)
-@given(had=pair, wants=pair, seed=st.integers(0, 99))
-def test_a_renormalised_convolution_answers_as_before(had, wants, seed):
-    torch.manual_seed(seed)
-    pixels, layer = torch.rand(2, 3, 6, 6).double(), nn.Conv2d(3, 4, 3).double()
-
-    def normalised(mean, std):
-        return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-
-    weight, bias = renormalised(layer.weight, layer.bias, had, wants)
-    # the means and spreads are float32 on one side and float64 on the other
-    torch.testing.assert_close(torch.conv2d(normalised(*wants), weight, bias), layer(normalised(*had)), rtol=1e-4, atol=1e-3)
-
-
-def test_a_caffe_squeezenet_is_rewritten_and_other_arrays_are_not(tmp_path):
-    torch.manual_seed(0)
-    arrays = {name: each.numpy() for name, each in timm.create_model("squeezenet1_1", num_classes=0).state_dict().items()}
-    np.savez(tmp_path / "squeezenet.npz", **arrays)
-    check_first_activation(tmp_path / "squeezenet.npz")
-    del arrays["features.12.squeeze.weight"]
-    np.savez(tmp_path / "other.npz", **arrays)
-    other = read_starting_weights(tmp_path / "other.npz")
-    assert all(np.array_equal(other[name], arrays[name]) for name in arrays)
-
-
-@pytest.mark.real_data
-@real_weights
-def test_the_real_squeezenet_is_rewritten_exactly():
-    check_first_activation(SQUEEZENET)
-
-
-def check_first_activation(path):
-    """The first layer's answers to grey pixels 0..255 against those of the untouched arrays to BGR less the mean."""
-    arrays = np.load(path)
-    pixels = torch.randint(0, 256, (2, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    bgr = pixels[:, None].expand(-1, 3, -1, -1).double() - torch.tensor([103.939, 116.779, 123.68]).double().view(3, 1, 1)
-    weight, bias = (torch.from_numpy(arrays[f"features.0.{part}"]).double() for part in ("weight", "bias"))
-    expected = torch.conv2d(bgr, weight, bias, stride=2)
-    for channels in (1, 3):
-        model = StudyClassifier(StudyRecipe(backbone="squeezenet1_1", channels=channels, hidden=8)).eval()
-        report = load_starting_weights(model, path)
-        assert len(report["loaded"]) == 50 and not report["unused"]
-        found = model.backbone.features[0](model.normalise(pixels).expand(-1, channels, -1, -1))
-        # float32 weights for outputs up to a thousand
-        torch.testing.assert_close(found.double() / 1000, expected / 1000, rtol=0, atol=1e-6)
-
-
-@pytest.mark.real_data
-@real_weights
-def test_the_whole_backbone_gives_the_features_of_the_untouched_network():
-    # Pools that round down, as Keras's do: the kit's round up, which is the same for sides that are multiples of 16.
-    arrays = {name: torch.from_numpy(each) for name, each in np.load(SQUEEZENET).items()}
-    model = timm.create_model("squeezenet1_1", num_classes=0).eval()
-    model.load_state_dict(arrays)
-    for layer in model.features:
-        if isinstance(layer, nn.MaxPool2d):
-            layer.ceil_mode = False
-    pixels = torch.randint(0, 256, (1, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    bgr = pixels[:, None].expand(-1, 3, -1, -1).float() - torch.tensor([103.939, 116.779, 123.68]).view(3, 1, 1)
-    kit = StudyClassifier(StudyRecipe(backbone="squeezenet1_1", hidden=8)).eval()
-    load_starting_weights(kit, SQUEEZENET)
-    with torch.inference_mode():
-        torch.testing.assert_close(kit.backbone(kit.normalise(pixels)), model(bgr), rtol=1e-4, atol=1e-4)

@@ -1,5 +1,6 @@
 """What the network is shown, how its output becomes boxes, and that nothing asks the network outside."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,10 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from kitlib.bundle import BundleError
-from kitlib.models.classifier import FindingsClassifier
 from kitlib.models.families import load_network
 from kitlib.models.yolo import GeneralisedIoU, YoloDetector
-from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe
+from kitlib.recipes.fields import DetectorRecipe
 from kitlib.settings import override
 from tests import PROJECT
 
@@ -127,6 +127,32 @@ def test_starting_weights_are_a_bundle_s_or_ultralytics_own_names(detector, tmp_
         YoloDetector(override(RECIPE, starting_weights=str(tmp_path / "other.safetensors")))
 
 
+def test_weights_of_the_whole_backbone_alone_are_a_start(detector, tmp_path):
+    # The first ten layers, 0 to 9, are YOLOv8's backbone.
+    whole = detector.state_dict()
+    backbone = {name: value for name, value in whole.items() if int(name.split(".")[2]) < 10}
+    save_file(backbone, tmp_path / "backbone.safetensors")
+    started = YoloDetector(override(RECIPE, starting_weights=str(tmp_path / "backbone.safetensors")))
+    assert started.starting_weights.endswith(f"{len(backbone)} tensors, {len(whole) - len(backbone)} left random")
+    assert all(torch.equal(started.state_dict()[name], value) for name, value in backbone.items())
+    del backbone["model.model.9.cv2.conv.weight"]
+    save_file(backbone, tmp_path / "less.safetensors")
+    with pytest.raises(
+        BundleError, match=r"less\.safetensors lacks 1 tensors of 'yolov8n', such as model\.model\.9\.cv2\.conv"
+    ):
+        YoloDetector(override(RECIPE, starting_weights=str(tmp_path / "less.safetensors")))
+
+
+def test_a_description_in_a_file_is_never_evaluated(tmp_path):
+    # ultralytics evaluates the activation, and the name of a backbone may come from a stranger's bundle.
+    evil = {"nc": 1, "scales": {"n": [0.33, 0.25, 1024]}, "backbone": [[-1, 1, "Conv", [64, 3, 2]]]}
+    evil |= {"head": [[[0], 1, "Detect", ["nc"]]], "activation": f"open({str(tmp_path / 'evaluated')!r}, 'w') and nn.SiLU()"}
+    (tmp_path / "yolov8n.yaml").write_text(json.dumps(evil))
+    with pytest.raises(ValueError, match=r"ultralytics has no model '.*yolov8n'"):
+        YoloDetector(override(RECIPE, backbone=str(tmp_path / "yolov8n")))
+    assert not (tmp_path / "evaluated").exists()
+
+
 def test_prediction_imports_no_training_library_and_never_opens_a_connection(tmp_path):
     code = """
 import socket, sys
@@ -146,37 +172,6 @@ assert not heavy, heavy
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "here", env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and not list((tmp_path / "here").iterdir())
-
-
-def of_squeezenet(**changes):
-    return YoloDetector(override(RECIPE, backbone="squeezenet1_1", **changes))
-
-
-def test_squeezenet_carries_the_head_at_strides_8_16_and_32():
-    detector = of_squeezenet(image_size=256)
-    assert detector.model.stride.tolist() == [8, 16, 32]
-    narrow = sum(each.numel() for each in detector.parameters())
-    assert narrow < sum(each.numel() for each in of_squeezenet(width=1.0).parameters())
-    assert all(len(boxes) <= 7 for boxes in detector.eval().predict(torch.zeros(2, 256, 256, dtype=torch.uint8)))
-
-
-def test_a_findings_bundle_s_squeezenet_sees_the_same_picture(tmp_path):
-    grey = FindingsClassifier(FindingsRecipe(backbone="squeezenet1_1", channels=1, image_size=64, hidden=8), ["Mass"]).eval()
-    save_file(grey.state_dict(), tmp_path / "findings.safetensors")
-    detector = of_squeezenet(starting_weights=str(tmp_path / "findings.safetensors")).eval()
-    assert "50 tensors of the backbone; neck and head left random" in detector.starting_weights
-    # The classifier wants normalised grey, the detector plain pixels in three colours.
-    expected = grey.backbone.forward_features(grey.normalise(NOISE))
-    found = detector.model.model[1]((NOISE[:, None] / 255).repeat(1, 3, 1, 1))[-1]
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-
-
-def test_weights_without_all_of_squeezenet_are_refused(tmp_path):
-    save_file(
-        {"features.0.weight": torch.zeros(64, 3, 3, 3), "features.0.bias": torch.zeros(64)}, tmp_path / "a.safetensors"
-    )
-    with pytest.raises(BundleError, match=r"lacks 48 tensors of SqueezeNet 1\.1, such as model\.model\.1\.m\.3\.squeeze"):
-        of_squeezenet(starting_weights=str(tmp_path / "a.safetensors"))
 
 
 def test_a_larger_canvas_at_prediction():

@@ -5,7 +5,7 @@ import pandas as pd
 
 from kitlib.notebook import run_notebook
 from kitlib.paths import project_root
-from kitlib.phantoms.diagnoses import plan_diagnoses, write_covid_chestxray, write_kermany
+from kitlib.phantoms.diagnoses import plan_diagnoses, write_diagnoses
 from kitlib.phantoms.lungs import write_lungs
 from kitlib.runs.reading import read_metrics, read_prepared
 from kitlib.training.lungs import with_masks
@@ -39,7 +39,7 @@ def test_masks_lie_beside_the_decoded_copy(tmp_path, quick_kernels):
 
 def test_two_sets_as_one_with_a_test_set_put_aside_and_folds_by_source(tmp_path, quick_kernels):
     parts = {"seed": 4, "images": 30, "side": 48, "progress": False}
-    children, adults = write_kermany(tmp_path, **parts), write_covid_chestxray(tmp_path, **parts)
+    children, adults = (write_diagnoses(tmp_path, layout, **parts) for layout in ("kermany", "covid_chestxray"))
     run = tmp_path / "run"
     parameters = {"dataset": "kermany", "competition": str(children), "pool": {"covid_chestxray": str(adults)}}
     parameters |= {"classes": "flannel", "run_folder": str(run), "longest_side": 48, "folds_by": "source", "test_share": 0.2}

@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 from starlette.testclient import TestClient
 
-from kitlib.page.server import PortTaken, _address, page_app, quiet_gradio, serve
+from kitlib.page.server import PortTaken, address_to_open, page_app, quiet_gradio, serve
 
 HOME = "http://127.0.0.1:7860"
 LIMIT = 50_000
@@ -87,7 +87,7 @@ def test_the_page_names_no_other_server(client):
     assert any(re.fullmatch(r"\./assets/index-\w+\.js", address) for address in named)
     assert [address for address in named if "//" in address] == []
     settings = client.get("/config").json()
-    assert settings["stylesheets"] == [] and not settings["show_api"] and not settings["analytics_enabled"]
+    assert settings["stylesheets"] == [] and settings["footer_links"] == [] and not settings["analytics_enabled"]
     assert settings["max_file_size"] == LIMIT
     assert re.findall(r"(?:url\(|@import)[\s\"']*(?:https?:)?//", client.get("/theme.css").text) == []
 
@@ -223,7 +223,7 @@ def test_the_surroundings_are_as_before(monkeypatch):
 
 def test_the_address_that_is_told_can_be_opened():
     hosts = ["127.0.0.1", "localhost", "::1", "0.0.0.0", "::"]
-    assert [_address(host) for host in hosts] == ["127.0.0.1", "localhost", "[::1]", "127.0.0.1", "127.0.0.1"]
+    assert [address_to_open(host) for host in hosts] == ["127.0.0.1", "localhost", "[::1]", "127.0.0.1", "127.0.0.1"]
 
 
 def served(told):

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from kitlib.datasets.near_duplicates import MAX_DISTANCE, group_hashes, perceptual_hash
-from kitlib.phantoms.diagnoses import LAYOUTS, plan_diagnoses, write_covid_chestxray, write_diagnoses, write_kermany
+from kitlib.phantoms.diagnoses import LAYOUTS, plan_diagnoses, write_diagnoses
 from kitlib.xrays.dicom import UnreadableXray
 from kitlib.xrays.image_file import decode_image
 
@@ -60,19 +60,21 @@ def digest(folder):
 
 
 def test_the_same_parameters_give_the_same_bytes(written, tmp_path):
-    assert digest(write_kermany(tmp_path, 3, 48, 64, progress=False)) == digest(written["kermany"])
+    assert digest(write_diagnoses(tmp_path, "kermany", seed=3, images=48, side=64, progress=False)) == digest(
+        written["kermany"]
+    )
     canary = tmp_path / "kermany" / "canary"
     canary.write_text("")
-    write_kermany(tmp_path, 3, 48, 64, progress=False)
+    write_diagnoses(tmp_path, "kermany", seed=3, images=48, side=64, progress=False)
     assert canary.exists()
 
 
 def test_it_refuses_numbers_that_give_no_set(tmp_path):
     with pytest.raises(ValueError, match="at least 24 images of 32 pixels"):
-        write_covid_chestxray(tmp_path, 0, 23, 64)
+        write_diagnoses(tmp_path, "covid_chestxray", seed=0, images=23, side=64)
     with pytest.raises(ValueError, match="'nih'; there are: kermany"):
         write_diagnoses(tmp_path, "nih", **SMALL)
     (tmp_path / "covid_chestxray").mkdir()
     (tmp_path / "covid_chestxray" / "metadata.csv").write_text("real")
     with pytest.raises(FileExistsError, match="something else"):
-        write_covid_chestxray(tmp_path, 0, 48, 64)
+        write_diagnoses(tmp_path, "covid_chestxray", seed=0, images=48, side=64)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -60,8 +60,13 @@ def test_no_patient_is_in_both_lists_and_boxes_are_of_test_images(data):
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32 - 1))
+@example(3599)  # an effusion of 0.49 % of the image
 def test_each_finding_changes_the_image_where_it_is_said_to_be(seed):
-    """The same patient and exposure, with the finding minus without any, in an image of 160 pixels: 0.5 % of it changes."""
+    """The same patient and exposure, with the finding minus without any, in an image of 160 pixels.
+
+    At least 0.1 % of it changes: the smallest effusion of the smallest patient, far from the film, makes 0.18 %, and the
+    smallest mass 0.23 %.
+    """
     drawn = {}
     for finding in DRAWN_FINDINGS:
         rng = np.random.default_rng(seed)
@@ -73,7 +78,7 @@ def test_each_finding_changes_the_image_where_it_is_said_to_be(seed):
     assert len(drawn["No Finding"][1]) == 0
     changed = {finding: (grey - none).clip(0) for finding, (grey, _, _) in drawn.items()}
     assert all(
-        (change > 0.03).mean() > 0.005 for finding, change in changed.items() if finding not in ("No Finding", "Nodule")
+        (change > 0.03).mean() > 0.001 for finding, change in changed.items() if finding not in ("No Finding", "Nodule")
     )
     # The heart grows to the patient's left mostly, which is the image's right, and in the lower half of the lungs.
     heart = changed["Cardiomegaly"]

@@ -17,7 +17,7 @@ import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 from rich.console import Console
 
-from kitlib.plans.engine import PlanFailed, _configuration, _signals_end_it, describe_plan, run_plan
+from kitlib.plans.engine import PlanFailed, configuration, describe_plan, run_plan, signals_end_it
 from kitlib.plans.plan import PlanError, read_plan
 from kitlib.processes import kill_family
 
@@ -164,11 +164,11 @@ def test_an_interrupted_or_terminated_plan_ends_its_runs(tmp_path, number, deaf)
 
 
 def test_a_closed_terminal_ends_a_plan_as_a_termination_does_unless_that_is_ignored():
-    with _signals_end_it(), pytest.raises(SystemExit, match="129"):
+    with signals_end_it(), pytest.raises(SystemExit, match="129"):
         signal.raise_signal(signal.SIGHUP)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with _signals_end_it():
+        with signals_end_it():
             signal.raise_signal(signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
@@ -212,7 +212,7 @@ def test_nothing_is_removed_of_a_plan_that_is_being_carried_out(tmp_path):
 
 def test_names_that_differ_in_a_sign_alone_are_two_rules(tmp_path):
     plan = read_plan(write_plan(tmp_path, {"a": shell(NOTE, matrix={"of": [1]}), "a_1": shell(NOTE)}))
-    runs = _configuration(plan, tmp_path / "runs.json", [], {}, 0)["runs"]
+    runs = configuration(plan, tmp_path / "runs.json", [], {}, 0)["runs"]
     assert [run["rule"] for run in runs] == ["r0_a_1", "r1_a_1"]
 
 

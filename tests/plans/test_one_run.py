@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from kitlib.atomic import write_json
-from kitlib.plans.one_run import SHARED_GPUS, _gpus, run_planned
+from kitlib.plans.one_run import SHARED_GPUS, claimed_gpus, run_planned
 from kitlib.plans.plan import RECORD, PlannedRun
 
 
@@ -86,7 +86,7 @@ def test_who_waits_for_a_gpu_keeps_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", other_can_have_the_first)
     with open(folder / "1", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(Waited), _gpus(2):
+        with pytest.raises(Waited), claimed_gpus(2):
             pass
-    with _gpus(2) as told:
+    with claimed_gpus(2) as told:
         assert told == {"CUDA_VISIBLE_DEVICES": "0,1"}

@@ -1,4 +1,4 @@
-"""Figures of exclusive classes against scikit-learn's and by hand, and what is refused or counted."""
+"""Figures of exclusive classes against scikit-learn's and by hand, scaling on other folds, what is refused or counted."""
 
 import numpy as np
 import pandas as pd
@@ -8,6 +8,8 @@ from sklearn import metrics
 from kitlib.reports.classification_report import (
     at_prevalence,
     by_model,
+    calibrated,
+    calibration_table,
     class_table,
     confusion,
     counted_figures,
@@ -169,3 +171,42 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"no image is answered by all of a, b"):
         halves = {"a": scores[:5], "b": scores[5:]}
         on_shared_images({name: judged(rows, images, labels) for name, rows in halves.items()})
+
+
+def soft_model(count=3000, temperature=4.0):
+    """Truth drawn from probabilities p, and a model that says p^(1/T): its right temperature is 1/T."""
+    scores, images, labels = tables(count)
+    rng = np.random.default_rng(3)
+    p = rng.dirichlet(np.full(3, 0.3), count)
+    truth = (rng.random((count, 1)) > p.cumsum(axis=1)).sum(axis=1).clip(0, 2)
+    soft = p.clip(1e-6) ** (1 / temperature)
+    scores[CLASSES] = soft / soft.sum(axis=1, keepdims=True)
+    labels[CLASSES] = np.eye(3)[truth]
+    return judged(scores, images, labels)
+
+
+def test_an_under_confident_model_is_sharpened_to_what_the_truth_was_drawn_from():
+    given = soft_model()
+    after, temperatures = calibrated(given)
+    assert sorted(temperatures.index) == [0, 1] and temperatures.to_numpy() == pytest.approx(0.25, abs=0.03)
+    assert (after.called == given.called).all()
+    row = calibration_table({"flannel": given}).loc["flannel"]
+    assert row["ece before"] > 0.2 and row["ece after"] < 0.03
+    assert row["log_loss after"] < row["log_loss before"] and row["brier after"] < row["brier before"]
+    assert row.temperature == pytest.approx(temperatures.mean())
+
+
+def test_a_temperature_of_one_changes_no_figure_of_votes(monkeypatch):
+    scores, images, labels = tables(60)
+    scores[CLASSES] = np.eye(3)[scores[CLASSES].to_numpy().argmax(axis=1)]
+    monkeypatch.setattr("kitlib.scoring.temperature.fit_temperature", lambda found, truth: 1.0)
+    row = calibration_table({"vote": judged(scores, images, labels)}).loc["vote"]
+    for figure in ("ece", "brier", "log_loss"):
+        assert row[f"{figure} after"] == pytest.approx(row[f"{figure} before"], abs=1e-6)
+
+
+def test_one_fold_cannot_be_scaled_on_others():
+    scores, images, labels = tables(20)
+    with pytest.raises(ValueError, match=r"scores of one fold \(0\)"):
+        calibration_table({"m": judged(scores[scores.fold == 0], images, labels)})
+    assert calibration_table({}).empty and isinstance(calibration_table({}), pd.DataFrame)

@@ -6,8 +6,8 @@ import pytest
 
 from kitlib.fusion.ensemble_bundle import learnt_ensemble
 from kitlib.fusion.ensembles import judge_ensembles
+from kitlib.fusion.flannel import ENSEMBLES
 from kitlib.fusion.stacking import gather
-from kitlib.fusion.train_flannel import ENSEMBLES
 from kitlib.reports.ensemble_report import comparison, cross_scaled_scores, weights_figure
 from kitlib.scoring.temperature import fit_temperature
 

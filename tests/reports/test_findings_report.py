@@ -14,11 +14,11 @@ from kitlib.reports.findings_report import (
     bootstrap_auc,
     class_report,
     crossed_thresholds,
-    heidelberg_figures,
     mean_over_folds,
     roc_curves,
     uncertainty,
 )
+from kitlib.reports.heidelberg_report import heidelberg_figures
 
 CLASSES = ["Mass", "Nodule", "No Finding"]
 

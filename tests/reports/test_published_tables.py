@@ -1,14 +1,23 @@
-"""The published figures agree with themselves, and ours stand under them."""
+"""The published figures agree with themselves and with the counts behind them, and ours stand under them."""
 
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from hypothesis import given as drawn_by_hypothesis
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from kitlib.paths import project_root
-from kitlib.reports.classification_bootstrap import draws
-from kitlib.reports.classification_report import judged
-from kitlib.reports.published_tables import TABLES, UnknownTable, beside, check_counts, published, what_differs
+from kitlib.reports.classification_bootstrap import beside, draws, what_differs
+from kitlib.reports.classification_report import counted_figures, judged
+from kitlib.reports.published_tables import COUNTS, TABLES, UnknownTable, check_counts, possible_counts, published
 from tests.reports.test_classification_report import tables
+
+
+def row(accuracy, sensitivity, specificity):
+    return {"accuracy": accuracy, "sensitivity": sensitivity, "specificity": specificity}
 
 
 @pytest.mark.parametrize("name", ["flannel", "patched_flannel"])
@@ -32,6 +41,56 @@ def test_the_faults_of_the_hrnet_tables_are_those_that_the_checker_finds():
     assert means.tolist() == pytest.approx([99.29, 98.53, 98.82], abs=0.011)
     assert check_counts(published("hrnet")).consistent.tolist() == [True, True, False]
     assert check_counts(published("flannel")).empty
+
+
+def test_the_specificities_of_hrnets_folds_are_negative_predictive_values():
+    # 10 folds of 410 COVID-19 and 500 other images have 41 and 50 each.
+    told = check_counts(published("hrnet_folds"))
+    # 40 of 41 found, no false alarm: 50 / 51 = 98.039 (cut off), and the accuracy is (97.56 + 100) / 2, not 90 / 91 = 98.90.
+    assert told.loc["fold 1", ["true_positives", "true_negatives"]].tolist() == [40, 50]
+    counts, renamed = possible_counts(41, 50, row(98.78, 97.56, 98.03))
+    assert renamed == {"accuracy": ("balanced accuracy",), "specificity": ("npv",)}
+    assert counts[["true_positives", "true_negatives"]].to_numpy().tolist() == [[40, 50]]
+    # 39 of 41: 50 / 52 = 96.15, and 89 / 91 = 97.80 is right.
+    assert possible_counts(41, 50, row(97.80, 95.12, 96.15))[1] == {"specificity": ("npv",)}
+    assert "impossible under these names. With 39 true positives, 2 false negatives" in told.loc["fold 10"].says
+    assert "specificity is the npv" in told.loc["fold 10"].says
+    # facts: pooled from the folds
+    tp, fn, tn, fp = told[list(COUNTS)].sum()
+    assert [(tp, tp + fn), (tn, tn + fp), (tp + tn, tp + fn + tn + fp)] == [(404, 410), (500, 500), (904, 910)]
+
+
+def test_hrnets_baselines_have_one_such_row_among_two_right_ones():
+    table_7 = published("hrnet").rows.mul(100).round(2)
+    resnet, densenet, efficientnet = (possible_counts(41, 50, row(*table_7.iloc[place])) for place in range(3))
+    assert resnet[0].true_negatives.tolist() == [47]  # 86 / 91 = 94.505, cut off
+    assert densenet[0].true_positives.tolist() == [37]
+    assert efficientnet[1] == {"accuracy": ("balanced accuracy",), "specificity": ("npv",)}
+
+
+@drawn_by_hypothesis(st.integers(1, 40), st.integers(1, 40), st.data())
+@settings(max_examples=30)
+def test_real_figures_are_always_possible_and_their_counts_among_those_found(positives, negatives, data):
+    tp, tn = data.draw(st.integers(0, positives)), data.draw(st.integers(0, negatives))
+    figures = counted_figures(np.array([[tn, negatives - tn], [positives - tp, tp]]))
+    printed = {name: np.round(100 * figures[name][1], 2) for name in ("sensitivity", "specificity", "accuracy")}
+    counts, renamed = possible_counts(positives, negatives, printed)
+    assert not renamed
+    assert [tp, tn] in counts[["true_positives", "true_negatives"]].to_numpy().tolist()
+
+
+def test_nonsense_is_said_to_be_nonsense():
+    counts, renamed = possible_counts(3, 3, row(51.0, 49.0, 12.0))
+    assert counts.empty and not renamed
+    nonsense = replace(published("hrnet"), rows=published("hrnet").rows.head(1) * 0.5, counts=(3, 3))
+    told = check_counts(nonsense).iloc[0]
+    assert not told.consistent and "no counts give these figures" in told.says
+    with pytest.raises(ValueError, match=r"auc 50: wanted .* of: accuracy, sensitivity, specificity"):
+        possible_counts(3, 3, {"auc": 50})
+    with pytest.raises(ValueError, match=r"accuracy 150: wanted .* percent"):
+        possible_counts(3, 3, {"accuracy": 150})
+    with pytest.raises(ValueError, match="0 positives and 3 negatives with these figures: wanted at least one of each"):
+        possible_counts(0, 3, {"accuracy": 50})
 
 
 def test_ours_stand_under_the_published_rows():

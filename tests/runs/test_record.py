@@ -182,7 +182,7 @@ def test_kaggles_image_is_told_where_it_tells_itself(tmp_path, monkeypatch):
 
 
 def test_the_digest_follows_the_librarys_files_and_nothing_else(tmp_path, monkeypatch):
-    for name, text in {"__init__.py": "", "a.py": "1", "notes.txt": "1"}.items():
+    for name, text in {"__init__.py": "", "a.py": "1", "a.yaml": "1", "notes.txt": "1"}.items():
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(run_record.kitlib, "__file__", str(tmp_path / "__init__.py"))
     first = kitlib_digest()
@@ -191,7 +191,9 @@ def test_the_digest_follows_the_librarys_files_and_nothing_else(tmp_path, monkey
     (tmp_path / "a.py").write_text("2")
     second = kitlib_digest()
     (tmp_path / "a.py").rename(tmp_path / "b.py")
-    assert len({first, second, kitlib_digest()}) == 3
+    third = kitlib_digest()
+    (tmp_path / "a.yaml").write_text("2")
+    assert len({first, second, third, kitlib_digest()}) == 4
 
 
 def test_a_start_is_cheap(tmp_path):

@@ -1,12 +1,12 @@
-"""The area under the ROC curve against scikit-learn's, and what is not defined."""
+"""ROC AUC, F1, accuracy, Dice and Jaccard against scikit-learn's, weights in closed form, and what is not defined."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import accuracy_score, f1_score, jaccard_score, roc_auc_score
 
-from kitlib.scoring.metrics import mean_auc, roc_auc
+from kitlib.scoring.metrics import class_weights, exclusive_scores, mean_auc, overlap, roc_auc
 
 rows = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 3)), min_size=2, max_size=40)
 
@@ -38,3 +38,74 @@ def test_the_mean_leaves_out_what_is_unknown_and_what_has_one_side_only():
     assert np.isnan(scores["all"]) and np.isnan(scores["unknown"])
     assert scores["score"] == 0.5
     assert np.isnan(mean_auc(truth[:, 1:2], found[:, 1:2], ["all"])["score"])
+
+
+CLASSES = ["COVID-19", "viral", "bacterial", "normal"]
+
+
+def test_a_class_weighs_all_images_by_the_number_of_classes_and_its_own():
+    # N / (C n): 8 / (4 x 1), 8 / (4 x 2), 8 / (4 x 1), 8 / (4 x 4)
+    label = np.eye(4)[[0, 1, 1, 2, 3, 3, 3, 3]]
+    assert class_weights(label).tolist() == [2.0, 1.0, 2.0, 0.5]
+    unknown = np.concatenate([label, np.full((5, 4), np.nan)])
+    assert class_weights(unknown).tolist() == [2.0, 1.0, 2.0, 0.5]
+
+
+def test_a_class_without_images_weighs_nothing_and_the_others_as_if_it_were_not():
+    # 6 / (2 x 2), 6 / (2 x 4)
+    assert class_weights(np.eye(3)[[0, 0, 2, 2, 2, 2]]).tolist() == [1.5, 0.0, 0.75]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
+def test_an_image_weighs_one_on_average(numbers):
+    label = np.eye(4)[numbers]
+    assert (label @ class_weights(label)).mean() == pytest.approx(1)
+
+
+@given(st.integers(0, 1000), st.integers(5, 60))
+def test_scores_are_scikit_learns(seed, count):
+    rng = np.random.default_rng(seed)
+    actual = np.concatenate([np.arange(4), rng.integers(0, 4, count)])  # each occurs
+    found = rng.dirichlet(np.ones(4), len(actual))
+    by_f1, by_accuracy = (exclusive_scores(np.eye(4)[actual], found, CLASSES, name) for name in ("macro_f1", "accuracy"))
+    called = found.argmax(axis=1)
+    assert by_f1["score"] == pytest.approx(f1_score(actual, called, average="macro", zero_division=0))
+    assert by_accuracy["score"] == pytest.approx(accuracy_score(actual, called))
+    for number, name in enumerate(CLASSES):
+        assert by_accuracy[name] == pytest.approx((called[actual == number] == number).mean())
+    assert list(by_f1) == ["score", *CLASSES]
+
+
+def test_a_class_that_does_not_occur_is_not_in_the_mean():
+    truth = np.eye(4)[[0, 0, 1, 1]]
+    found = np.eye(4)[[0, 0, 1, 3]]
+    scores = exclusive_scores(truth, found, CLASSES, "macro_f1")
+    # F1 of the first 1, of the second 2 x 1 x 0.5 / 1.5; the fourth is called once and never true
+    assert scores["score"] == pytest.approx((1 + 2 / 3) / 2) and scores["viral"] == pytest.approx(2 / 3)
+    assert np.isnan([scores["bacterial"], scores["normal"]]).all()
+    truth[3] = np.nan
+    assert exclusive_scores(truth, found, CLASSES, "accuracy")["score"] == 1
+    assert np.isnan(exclusive_scores(truth * np.nan, found, CLASSES, "accuracy")["score"])
+
+
+@given(st.integers(0, 2**31), st.floats(0, 1), st.floats(0, 1), st.tuples(st.integers(1, 30), st.integers(1, 30)))
+def test_agreement_is_that_of_two_classes_of_pixels(seed, many, others, shape):
+    rng = np.random.default_rng(seed)
+    found, truth = rng.random(shape) < many, rng.random(shape) < others
+    dice, jaccard = overlap(found, truth)
+    assert dice == pytest.approx(f1_score(truth.ravel(), found.ravel(), zero_division=1.0))
+    assert jaccard == pytest.approx(jaccard_score(truth.ravel(), found.ravel(), zero_division=1.0))
+    assert jaccard == pytest.approx(dice / (2 - dice)) and overlap(truth, found) == (dice, jaccard)
+
+
+def test_closed_forms():
+    one, other, empty = (np.zeros((10, 10), bool) for _ in range(3))
+    one[:4], other[2:8] = True, True  # 40 and 60 pixels, 20 of them shared
+    assert overlap(one, other) == (pytest.approx(40 / 100), pytest.approx(20 / 80))
+    assert overlap(one, one) == (1, 1) and overlap(one, ~one) == (0, 0)
+    assert overlap(empty, empty) == (1, 1) and overlap(one, empty) == overlap(empty, one) == (0, 0)
+
+
+def test_masks_of_two_sizes_are_not_compared():
+    with pytest.raises(ValueError, match=r"masks of \(10, 9\) and \(9, 10\) pixels cannot be compared"):
+        overlap(np.ones((10, 9), bool), np.ones((9, 10), bool))

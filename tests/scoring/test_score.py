@@ -8,9 +8,10 @@ import pytest
 
 from kitlib.classes import SCORED_CLASSES, STUDY_CLASSES, STUDY_LABEL_COLUMNS
 from kitlib.scoring.average_precision import match_boxes
-from kitlib.scoring.csv_file import read_submission, submission_ids, write_all_negative, write_submission
+from kitlib.scoring.csv_file import read_submission, submission_ids, write_submission
 from kitlib.scoring.score import ScoringError, Truth, read_truth, score, score_files, score_tables
 from kitlib.tables import BOX
+from tests.small_runs import write_all_negative
 from tests.voc_reference import slow_average_precision
 
 

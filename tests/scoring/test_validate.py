@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kitlib.scoring.csv_file import SubmissionError, write_all_negative, write_submission
+from kitlib.scoring.csv_file import SubmissionError, write_submission
 from kitlib.scoring.validate import prediction_faults, validate
+from tests.small_runs import write_all_negative
 
 STUDY = "negative 0.61 0 0 1 1 typical 0.22 0 0 1 1 indeterminate 0.11 0 0 1 1 atypical 0.06 0 0 1 1"
 IMAGE = "opacity 0.62 789.3 582.4 1815.9 2499.7 opacity 0.03 10 10 400 900 none 0.27 0 0 1 1"

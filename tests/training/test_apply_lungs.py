@@ -46,6 +46,7 @@ def run(small, bundle, tmp_path_factory):
     return folder, applied(small, bundle, folder, masked_images=True)
 
 
+@pytest.mark.gpu
 def test_every_image_has_a_row_and_a_mask_and_a_blank_one_no_lungs(run, small):
     folder, lungs = run
     assert lungs.image_id.tolist() == small.image_ids
@@ -63,6 +64,7 @@ def test_frames_hold_the_lungs_that_were_drawn(run, small):
         assert inside.mean() > 0.98
 
 
+@pytest.mark.gpu
 def test_later_stages_find_what_the_segmenter_would_find(run, small, bundle):
     folder, _ = run
     stored, at_once = StoredLungs(folder), load_segmenter(folder / "bundle", batch_size=16)

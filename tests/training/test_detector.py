@@ -63,6 +63,7 @@ def uninterrupted(request, tmp_path_factory):
     return run
 
 
+@pytest.mark.gpu
 def test_a_run_leaves_what_later_stages_read(uninterrupted):
     small, folder = SmallXrays(16), uninterrupted.run_folder
     fold = small.fold_table[small.fold_table.fold == 1]
@@ -180,6 +181,7 @@ def test_patience_ends_a_run_and_the_best_epoch_is_kept(tmp_path):
         assert (run.metrics["epochs"], run.metrics["best_epoch"]) == (2, 1), family
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", list(RECIPES))
 def test_training_learns_a_white_block(tmp_path, family):
     # One box at one place in three of four images; predicting it everywhere earns an AP of 0.75.
@@ -190,6 +192,7 @@ def test_training_learns_a_white_block(tmp_path, family):
     assert run.metrics["best"]["score"] > 0.8
 
 
+@pytest.mark.gpu
 def test_a_loss_that_is_no_number_ends_a_yolo_with_advice(tmp_path, monkeypatch):
     step = Trainer.optimizer_step
 
@@ -294,6 +297,7 @@ def test_ultralytics_is_given_crops_with_their_own_boxes_by_epoch(tmp_path):
     assert 0 < sum(crops) < len(crops)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", list(RECIPES))
 def test_a_detector_of_lung_crops_leaves_boxes_in_original_pixels(tmp_path, family):
     small, changes = (

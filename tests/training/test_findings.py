@@ -14,8 +14,7 @@ from kitlib.models.classifier import FindingsClassifier, StudyClassifier
 from kitlib.models.starting_weights import load_starting_weights
 from kitlib.recipes.fields import FindingsRecipe, StudyRecipe
 from kitlib.recipes.named import RECIPES
-from kitlib.scoring.exclusive_classes import class_weights, exclusive_scores
-from kitlib.scoring.metrics import mean_auc
+from kitlib.scoring.metrics import class_weights, exclusive_scores, mean_auc
 from kitlib.settings import override
 from kitlib.tables import read_table
 from kitlib.training.findings import FindingsTraining, findings_loss
@@ -67,6 +66,7 @@ def uninterrupted(tmp_path_factory):
     return train(tmp_path_factory.mktemp("run"))
 
 
+@pytest.mark.gpu
 def test_a_run_leaves_a_bundle_and_the_scores_of_unseen_images(uninterrupted):
     small, folder = SmallFindings(32), uninterrupted.run_folder
     scores = read_table("class_scores", folder / "tables" / "class_scores.parquet")
@@ -93,6 +93,7 @@ def test_the_out_of_fold_table_has_the_score_that_chose_the_epoch(uninterrupted)
     assert found == pytest.approx({name: uninterrupted.metrics["best"][name] for name in found}, abs=1e-6)
 
 
+@pytest.mark.gpu
 def test_it_learns_and_a_study_classifier_starts_from_it(tmp_path):
     # The classes are brightnesses: unseen patients must be told apart almost perfectly.
     learnt = train(tmp_path / "learnt", recipe=override(RECIPE, epochs=8, learning_rate=1e-2, batch_size=8))
@@ -108,6 +109,7 @@ def test_it_learns_and_a_study_classifier_starts_from_it(tmp_path):
     assert again.metrics["starting_weights"].endswith(f"bundle: {len(weights)} tensors, 0 left random")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "changes",
     [
@@ -134,6 +136,7 @@ def test_the_backbone_learns_at_the_published_rates(tmp_path):
     assert learning_rate_factor(35 * 10 - 1, 35 * 10, published) == pytest.approx(0.05 + 0.95 * 0.00201, abs=1e-5)
 
 
+@pytest.mark.gpu
 def test_exactly_one_class_is_learnt_as_such(tmp_path):
     run = train(tmp_path, recipe=override(RECIPE, multi_label=False, epochs=1))
     assert run.tables["class_scores"][FINDINGS].sum(axis=1).to_numpy() == pytest.approx(np.ones(12), abs=1e-6)
@@ -148,6 +151,7 @@ EXCLUSIVE = override(
 )
 
 
+@pytest.mark.gpu
 def test_a_learner_of_exclusive_classes_learns_and_scores_its_own_images_where_asked(tmp_path):
     small = SmallFindings(32)
     recipe = override(EXCLUSIVE, one_logit=True, class_weights=True, normalisation="half", l1=1e-5)
@@ -329,6 +333,7 @@ def test_smoothing_is_cheapest_at_the_smoothed_truth(multi_label):
     torch.testing.assert_close(logits.grad, torch.zeros(1, 4), atol=1e-6, rtol=0)
 
 
+@pytest.mark.gpu
 def test_a_backbone_of_lung_crops_scores_validation_and_test_images_on_theirs(tmp_path):
     small, recipe = SmallFindings(32), override(RECIPE, epochs=1, lungs="masks", trained_on="lungs", views=["lungs"])
     test = small.image_ids[-1]

@@ -27,7 +27,7 @@ from tests.small_xrays import RECIPE, SmallXrays
 TIMES = ["seconds", "images_per_s"]
 QUICK = override(RECIPE, epochs=2)
 # Without batch norm and dropout an image's gradient is the same whatever images are beside it.
-ALONE = override(RECIPE, backbone="squeezenet1_1", image_size=64, dropout=0.0, optimizer="sgd", batch_size=8, blur_p=0.0)
+ALONE = override(RECIPE, backbone="test_convnext", image_size=64, dropout=0.0, optimizer="sgd", batch_size=8, blur_p=0.0)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

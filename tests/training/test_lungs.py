@@ -37,11 +37,13 @@ def run(small, tmp_path_factory):
     return train(small, tmp_path_factory.mktemp("run"), override(RECIPE, epochs=12))
 
 
+@pytest.mark.gpu
 def test_it_learns_two_dark_ellipses(run):
     # The heart, brighter than all, cuts into both lungs; a frame around them would have a Dice below 0.75.
     assert run.tables["mask_scores"].dice.min() > 0.85
 
 
+@pytest.mark.gpu
 def test_scores_are_those_of_the_masks_that_lie_in_the_run(run, small):
     assert set(run.tables["mask_scores"].image_id) == set(small.fold_table.id[small.fold_table.fold == 0])
     for row in run.tables["mask_scores"].itertuples():
@@ -50,6 +52,7 @@ def test_scores_are_those_of_the_masks_that_lie_in_the_run(run, small):
         assert row.jaccard == pytest.approx((found & drawn).sum() / (found | drawn).sum())
 
 
+@pytest.mark.gpu
 def test_the_bundle_segments_as_the_run_did(run, small):
     segmenter = load_segmenter(run.run_folder / "bundle", batch_size=3)
     again = score_masks(segmenter, small, small.masks, run.tables["mask_scores"].image_id)
@@ -58,6 +61,7 @@ def test_the_bundle_segments_as_the_run_did(run, small):
     assert record["family"] == "segmenter" and record["classes"] == ["lungs"]
 
 
+@pytest.mark.gpu
 def test_sides_and_heart_are_judged_each_and_the_lungs_together(tmp_path):
     small = SmallMasks(tmp_path / "masks", sides=True)
     structures = ("heart", "left_lung", "right_lung")
@@ -117,6 +121,7 @@ def test_masks_of_two_conventions_are_never_learnt_as_one(small, tmp_path):
         train_fold(task, 0, tmp_path)
 
 
+@pytest.mark.gpu
 def test_weights_of_another_network_are_refused_and_its_own_are_taken(run, small, tmp_path):
     bundle = str(run.run_folder / "bundle")
     with pytest.raises(BundleError, match="does not fit unet"):

@@ -7,7 +7,7 @@ import pytest
 from kitlib.bundle import read_bundle
 from kitlib.classes import STUDY_CLASSES
 from kitlib.recipes.fields import PatchRecipe
-from kitlib.scoring.exclusive_classes import exclusive_scores
+from kitlib.scoring.metrics import exclusive_scores
 from kitlib.settings import override
 from kitlib.tables import read_table
 from kitlib.training.findings import PatchTraining
@@ -52,6 +52,7 @@ def uninterrupted(tmp_path_factory, lungs):
     return train(tmp_path_factory.mktemp("run"), lungs, in_sample=True)
 
 
+@pytest.mark.gpu
 def test_a_run_leaves_a_bundle_of_patches_and_scores_of_images(uninterrupted):
     small, folder, metrics = SmallXrays(32), uninterrupted.run_folder, uninterrupted.metrics
     scores = read_table("class_scores", folder / "tables" / "class_scores.parquet")
@@ -95,6 +96,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
     )
 
 
+@pytest.mark.gpu
 def test_it_learns_and_penalises(tmp_path, lungs):
     recipe = override(RECIPE, epochs=12, learning_rate=1e-2, patch_score="mean_softmax", l1=1e-5, normalisation="half")
     learnt = train(tmp_path, lungs, recipe)

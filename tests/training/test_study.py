@@ -40,6 +40,7 @@ def uninterrupted(tmp_path_factory):
     return train(tmp_path_factory.mktemp("run"))
 
 
+@pytest.mark.gpu
 def test_a_run_leaves_what_later_stages_read(uninterrupted):
     small, folder = SmallXrays(32), uninterrupted.run_folder
     fold = small.fold_table[small.fold_table.fold == 1]
@@ -53,7 +54,8 @@ def test_a_run_leaves_what_later_stages_read(uninterrupted):
     assert record["fold"] == 1 and record["validation"]["score"] == pytest.approx(uninterrupted.metrics["best"]["score"])
     assert record["longest_side"] == uninterrupted.metrics["longest_side"] == 50
     assert uninterrupted.history.epoch.tolist() == [1, 2, 3]
-    assert uninterrupted.metrics["starting_weights"] == "from scratch" and uninterrupted.metrics["device"] == "cpu"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    assert uninterrupted.metrics["starting_weights"] == "from scratch" and uninterrupted.metrics["device"] == device
     assert (folder / "figures" / "curves.png").is_file()
 
 
@@ -149,6 +151,7 @@ def test_a_backbone_frozen_at_random_weights_is_refused_with_what_to_give(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.gpu
 def test_training_learns_starts_from_a_bundle_and_freezes(tmp_path, caplog):
     # The classes are four brightnesses; a fold of the unseen patients must be told apart almost perfectly.
     learnt = train(
@@ -199,6 +202,7 @@ def test_extra_images_are_trained_on_and_never_validated_on(tmp_path, uninterrup
     assert not (tmp_path / "leak").exists()
 
 
+@pytest.mark.gpu
 def test_extra_images_teach(tmp_path):
     # The one patient of its own has two of the four classes; the extra ones show all of them.
     recipe = override(RECIPE, epochs=8, patience=8, learning_rate=1e-2, batch_size=8, brightness_contrast=0.0)

@@ -1,20 +1,27 @@
-"""SqueezeNet 1.1 as a timm backbone: importing this file registers it under the name `squeezenet1_1`."""
+"""SqueezeNet 1.1 as a timm backbone, which timm lacks: importing this module registers it under the name `squeezenet1_1`.
+
+KIT_BACKBONES=benchmarks.real.squeezenet lets the kit's notebooks use it.
+"""
 
 import torch
 import torchvision
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureListNet, feature_take_indices
 from torch import nn
+from torch.nn import functional
 
 FEATURES = 512  # channels of the last map
+# Zeros, the mean grey, before the first row and column of what a detector sees: SqueezeNet's own layers pad too little, so
+# that its cells would lie up to half a stride off, and one a side would be missing.
+PADDING = 4
 
 
 class SqueezeNet(torchvision.models.SqueezeNet):
     """torchvision's SqueezeNet 1.1 with its key names (`features.N...`, `classifier.1...`), spoken to as timm's models are.
 
     Its features come at strides 4, 8 and 16. The first convolution pads nothing, so a side of 16 k pixels gives maps of
-    4 k - 1, 2 k - 1 and k - 1 cells, and it is all one whether the pools round up or, as Keras's do, down. Without
-    `num_classes` the model gives pooled features (n, 512). Iandola et al. 2016, arXiv 1602.07360.
+    4 k - 1, 2 k - 1 and k - 1 cells, and it is all one whether the pools round up or, as Keras's do, down; see also
+    PaddedFeatures. Without `num_classes` the model gives pooled features (n, 512). Iandola et al. 2016, arXiv 1602.07360.
     """
 
     def __init__(self, num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.5, global_pool: str = "avg") -> None:
@@ -100,6 +107,13 @@ class SqueezeNet(torchvision.models.SqueezeNet):
             raise ValueError("squeezenet1_1 has no gradient checkpointing")
 
 
+class PaddedFeatures(FeatureListNet):
+    """The maps for `features_only`, with a cell a stride: side / 4, side / 8 and side / 16 cells."""
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return super().forward(functional.pad(x, (PADDING, 0) * 2))
+
+
 default_cfgs = generate_default_cfgs(
     {
         "squeezenet1_1": {
@@ -127,6 +141,10 @@ def squeezenet1_1(pretrained: bool = False, **options: object) -> SqueezeNet:
         SqueezeNet,
         "squeezenet1_1",
         pretrained,
-        feature_cfg={"out_indices": options.pop("out_indices", (0, 1, 2)), "flatten_sequential": True},
+        feature_cfg={
+            "out_indices": options.pop("out_indices", (0, 1, 2)),
+            "flatten_sequential": True,
+            "feature_cls": PaddedFeatures,
+        },
         **options,
     )

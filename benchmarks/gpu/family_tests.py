@@ -1,0 +1,40 @@
+"""The kit's own tests that also run on a GPU: training and prediction of every family, in the precision that is named."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import typer
+from part import PROJECT, figures
+
+MARK = "pytest.mark.gpu"
+CLOSING = re.compile(r"\d+ (?:passed|failed|error)")
+
+
+def marked_files() -> list[str]:
+    """Only these: others import what notebooks and the page need, which a GPU's machine may lack."""
+    return [str(path) for path in sorted((PROJECT / "tests").rglob("test_*.py")) if MARK in path.read_text(encoding="utf-8")]
+
+
+def main(precision: str, small: bool = False) -> None:
+    environment = os.environ | {"KITLIB_PRECISION": precision, "KITLIB_TEST_GPU": "1"}
+    # Each process has a CUDA context of its own, and launches small kernels from a core of its own.
+    processes = min(6, (os.cpu_count() or 1) // 2)
+    side_by_side = ["-n", str(processes), "--dist", "loadfile"] if processes > 1 else []
+    chosen = [*marked_files(), *(["-k", "test_it_learns_two_dark_ellipses"] if small else [])]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider", "-rf", "--tb=short"]
+    command += ["--durations=10", *side_by_side, *chosen]
+    with subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True) as tests:
+        for line in tests.stdout:
+            print(line, end="", flush=True)
+            if CLOSING.search(line):
+                figures(line.strip(" =\n"))
+    sys.exit(tests.returncode)
+
+
+if __name__ == "__main__":
+    typer.run(main)

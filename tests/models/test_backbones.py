@@ -1,0 +1,132 @@
+"""A backbone that somebody registers with timm serves in training, as starting weights and in prediction, in any process."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from kitlib.bundle import read_bundle
+from kitlib.models.backbones import MODULES, check_backbone, import_own_backbones
+from kitlib.models.faster_rcnn import FasterRCNNDetector
+from kitlib.recipes.fields import DetectorRecipe
+from kitlib.settings import override
+from kitlib.training.detector import train_detector
+from kitlib.training.study import train_study
+from tests import PROJECT
+from tests.small_xrays import RECIPE, SmallXrays
+
+# Three convolutions, whose answers come at strides 4, 8 and 16, with what timm's own models say of themselves.
+OWN_BACKBONE = """
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+
+class ThreeLayers(nn.Module):
+    def __init__(self, num_classes=0, in_chans=3):
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(in_chans, 8, 4, 4), nn.Conv2d(8, 8, 2, 2), nn.Conv2d(8, 16, 2, 2)
+        self.num_classes, self.num_features, self.head_hidden_size = num_classes, 16, 16
+        strides = {"first": (8, 4), "second": (8, 8), "third": (16, 16)}
+        self.feature_info = [{"num_chs": c, "reduction": stride, "module": m} for m, (c, stride) in strides.items()]
+
+    def group_matcher(self, coarse=False):
+        return {"stem": "^first", "blocks": [("^second", (0,)), ("^third", (1,))]}
+
+    def forward_features(self, x):
+        return self.third(self.second(self.first(x).relu()).relu()).relu()
+
+    def forward_head(self, x):
+        return x.mean(dim=(2, 3))
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+default_cfgs = generate_default_cfgs(
+    {"three_layers": {"mean": (0.5,) * 3, "std": (0.25,) * 3, "num_classes": 0, "first_conv": "first", "classifier": None}}
+)
+
+
+@register_model
+def three_layers(pretrained=False, **options):
+    return build_model_with_cfg(
+        ThreeLayers, "three_layers", pretrained, feature_cfg={"out_indices": (0, 1, 2)}, **options
+    )
+"""
+
+PREDICTS = """
+import os, sys
+import pandas as pd
+from kitlib.inference.predict import load_predictor
+from tests.small_xrays import SmallXrays
+
+module, study, detector, out = os.environ.pop("KIT_BACKBONES"), *sys.argv[1:]
+try:
+    load_predictor(study)
+except ValueError as error:
+    assert "no backbone 'three_layers'" in str(error) and "set KIT_BACKBONES" in str(error), error
+else:
+    raise AssertionError("this process has not been told of three_layers")
+os.environ["KIT_BACKBONES"] = module
+for name, folder in (("study", study), ("detector", detector)):
+    pd.concat(load_predictor(folder).predict(SmallXrays(16).stream())).to_parquet(f"{out}/{name}.parquet")
+"""
+
+
+@pytest.fixture
+def own_backbone(tmp_path, monkeypatch):
+    """The folder of the module `own_backbone`, as it is when a user has set PYTHONPATH and KIT_BACKBONES."""
+    (tmp_path / "own_backbone.py").write_text(OWN_BACKBONE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(MODULES, "own_backbone")
+    return tmp_path
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_backbone_registered_with_timm_trains_and_predicts_from_its_bundle(own_backbone):
+    small, runs = SmallXrays(16), {}
+    shared = {"images": small.images, "labels": small.labels, "boxes": small.boxes, "folds": small.fold_table}
+    shared |= {"cache": small, "fold": 1, "model_name": "small", "progress": False}
+    study_recipe = override(RECIPE, backbone="three_layers", epochs=1)
+    runs["study"] = train_study(**shared, recipe=study_recipe, run_folder=own_backbone / "study")
+    started = DetectorRecipe(
+        backbone="three_layers", image_size=64, starting_weights=str(own_backbone / "study"), epochs=1, batch_size=4,
+        fpn_channels=8, box_hidden=8, box_samples=8, proposals=8, optimizer="adamw", schedule_every=0,
+    )  # fmt: skip
+    detector = FasterRCNNDetector(started)
+    assert "6 tensors of the backbone; pyramid and heads left random" in detector.starting_weights
+    weights = read_bundle(runs["study"].run_folder / "bundle")[1]
+    for name, tensor in detector.model.backbone.body.state_dict().items():
+        assert torch.equal(tensor, weights[f"backbone.{name}"]), name
+    runs["detector"] = train_detector(**shared, recipe=started, run_folder=own_backbone / "detector")
+    # In a new process, which knows the backbone by the environment alone.
+    paths = [str(run.run_folder / "bundle") for run in runs.values()]
+    environment = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{own_backbone}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PREDICTS, *paths, str(own_backbone)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = pd.read_parquet(own_backbone / "study.parquet").set_index("image_id")
+    expected = runs["study"].image_scores.set_index("image_id")
+    assert len(expected) == 8  # half of the images
+    np.testing.assert_allclose(found.loc[expected.index, "none"], expected.none, atol=1e-5)
+    best = pd.read_parquet(own_backbone / "detector.parquet").groupby("image_id").score.max()
+    expected = runs["detector"].detections.groupby("image_id").score.max()
+    assert len(expected) == 8  # barely trained, it is sure of nothing and finds something in every image
+    np.testing.assert_allclose(best.loc[expected.index], expected, atol=1e-4)
+
+
+def test_a_module_that_cannot_be_imported_is_named(monkeypatch):
+    monkeypatch.setenv(MODULES, "os, no_such_module")
+    with pytest.raises(ValueError, match=r"KIT_BACKBONES names 'no_such_module', which cannot be imported: .*PYTHONPATH"):
+        import_own_backbones()
+
+
+@pytest.mark.parametrize("name", ["hf-hub:somebody/model", "local-dir:/tmp/model", "resnet19"])
+def test_what_is_no_registered_name_is_refused(name):
+    with pytest.raises(ValueError, match=f"no backbone '{name}'; near: "):
+        check_backbone(name)

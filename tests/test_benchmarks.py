@@ -1,0 +1,44 @@
+"""Every benchmark imports, and those that need no real data run at their smallest size; no figure is judged here."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.small_page import page_runs
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+SCRIPTS = sorted(FOLDER.rglob("*.py"))
+RUNNABLE = [script for script in SCRIPTS if script.parent.name != "real"]  # real X-rays are not part of this project
+
+
+def name(script):
+    return str(script.relative_to(FOLDER))
+
+
+def load(script, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the scripts add the project's folder
+    spec = importlib.util.spec_from_file_location(f"benchmark_{script.stem}", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name)
+def test_it_imports_and_has_something_to_run(script, monkeypatch):
+    module = load(script, monkeypatch)
+    assert callable(module.main)
+    assert hasattr(module, "SMALLEST") == (script in RUNNABLE)
+
+
+@pytest.mark.parametrize("script", RUNNABLE, ids=name)
+def test_it_runs_at_its_smallest_size(script, monkeypatch, tmp_path, capsys, one_thread):
+    module = load(script, monkeypatch)
+    arguments = dict(module.SMALLEST)
+    if name(script) == "page.py":
+        arguments |= {"runs": page_runs(tmp_path), "images": tmp_path / "inputs"}
+    if name(script) == "phantoms/ablation.py":
+        arguments |= {"folder": tmp_path}
+    module.main(**arguments)
+    assert any(character.isdigit() for character in capsys.readouterr().out)
