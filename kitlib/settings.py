@@ -95,8 +95,7 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        settings: type[Any] = type(self)
-        for name, kind in field_kinds(settings).items():
+        for name, kind in field_kinds(type(self)).items():  # type: ignore[arg-type]  # mypy: its hash is its instances'
             value = getattr(self, name)
             try:
                 valid = checked(value, kind)
