@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 R = TypeVar("R", bound="Settings")
 
@@ -21,12 +21,6 @@ NAMES = {int: "a whole number", float: "a finite number", str: "a string", bool:
 
 class RecipeError(ValueError):
     """An unknown recipe, an unknown field, or a value that its field does not allow."""
-
-
-class Rule(Protocol):
-    """What a value must fulfil beyond its type; its string completes "a number ...", as in "a number above 0"."""
-
-    def allows(self, value: Any) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -44,6 +38,14 @@ class Range:
     def __str__(self) -> str:
         bounds = [f"{name.replace('_', ' ')} {bound:g}" for name, bound in vars(self).items() if math.isfinite(bound)]
         return ("of " if math.isfinite(self.at_least) else "") + " and ".join(bounds)
+
+
+Probability = Annotated[float, Range(at_least=0, at_most=1)]
+Share = Annotated[float, Range(at_least=0, below=1)]
+NotNegative = Annotated[float, Range(at_least=0)]
+Positive = Annotated[float, Range(above=0)]
+Count = Annotated[int, Range(at_least=0)]
+AtLeastOne = Annotated[int, Range(at_least=1)]
 
 
 class ZeroOrOdd:
@@ -90,8 +92,9 @@ class Distinct:
 class Settings:
     """Base of settings: each field is checked against its annotation, lists become tuples and whole numbers floats.
 
-    Annotations may be bool, int, float (finite), str, Any, Literal, unions, tuples, dicts, and Annotated with a Rule. A bool
-    is not a number. Raises RecipeError, which names the field, the value and what is valid.
+    Annotations may be bool, int, float (finite), str, Any, Literal, unions, tuples, dicts, and Annotated with rules such as
+    Range, whose string completes "a number ...". A bool is not a number. Raises RecipeError: the field, the value and what
+    is valid.
     """
 
     def __post_init__(self) -> None:

@@ -21,10 +21,10 @@ run 20_pretrain_backbone 20_nih "{prepare_run: real/nih, run_folder: real/backbo
 convert yolo runs/real/backbone/fold0 "$yolo_weights"
 
 common="backbone: squeezenet1_1, image_size: 160, inference_size: 0, keep: last, epochs: 8, batch_size: 8, nominal_batch: 0,
-  optimizer: adamw, weight_decay: 0.01, warmup_epochs: 1.0, schedule_every: 0, horizontal_flip: 0.5, vertical_flip: 0.0,
+  optimizer: adamw, weight_decay: 0.01, warmup_epochs: 1.0, horizontal_flip: 0.5, vertical_flip: 0.0,
   brightness_contrast: 0.2, max_detections: 50"
-faster_rcnn="learning_rate: 0.0005, fpn_channels: 64, box_hidden: 128, box_samples: 64, proposals: 100, rotate_degrees: 0.0,
-  turn_p: 0.0, sharpen_p: 0.0, blur_p: 0.0, cutouts: 0, shift: 0.0"
+faster_rcnn="learning_rate: 0.0005, schedule_every: 0, fpn_channels: 64, box_hidden: 128, box_samples: 64, proposals: 100,
+  rotate_degrees: 0.0, turn_p: 0.0, sharpen_p: 0.0, blur_p: 0.0, cutouts: 0, shift: 0.0"
 yolo="learning_rate: 0.001, width: 0.5, zoom: 0.2, mosaic: 0.0, mixup: 0.0, norm_momentum: 0.1"
 for family in faster_rcnn yolo; do
   for start in scratch nih; do

@@ -9,16 +9,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from kitlib.settings import Range, RecipeError, Settings, override
-
-NotNegative = Annotated[float, Range(at_least=0)]
-AtLeastOne = Annotated[int, Range(at_least=1)]
+from kitlib.settings import AtLeastOne, Count, NotNegative, Positive, RecipeError, Settings, override
 
 
 class FlannelWeights(nn.Module):
@@ -78,12 +75,12 @@ class EnsembleSettings(Settings):
     alpha: Literal["balanced", "published"] = "balanced"  # weight of a class: N / (C n_c), or 1000 / n_c
     reduction: Literal["mean", "sum"] = "mean"  # of the loss over a batch; the published code sums
     start: Literal["equal", "random"] = "equal"  # weights before the first step; the published code starts at random
-    learning_rate: Annotated[float, Range(above=0)] = 3e-3  # Adam
+    learning_rate: Positive = 3e-3  # Adam
     weight_decay: NotNegative = 1e-4
     batch_size: AtLeastOne = 128
     epochs: AtLeastOne = 200
     # epochs without a better loss on the held-out fold before training stops; 0: all epochs, nothing held out
-    patience: Annotated[int, Range(at_least=0)] = 20
+    patience: Count = 20
     seed: int = 0  # of order and random start
 
     @property

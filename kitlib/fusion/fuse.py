@@ -6,7 +6,6 @@ Where several formulas are published, all are here and `FusionSettings` chooses;
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -17,36 +16,30 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.fusion.boxes import Confidence, Method, calibrated, merge_boxes
 from kitlib.geometry import clip_boxes
 from kitlib.scoring.csv_file import PRIORS
-from kitlib.settings import Range, RecipeError, Settings, from_dict
+from kitlib.settings import AtLeastOne, NotNegative, Positive, Probability, RecipeError, Settings, from_dict
 from kitlib.tables import BOX, check_table, empty_table
 
 FEW_IMAGES = 500  # so many are merged in less time than further processes take to start
-
-
-Weight = Annotated[float, Range(at_least=0)]
-Probability = Annotated[float, Range(at_least=0, at_most=1)]
 
 
 @dataclass(frozen=True)
 class FusionSettings(Settings):
     """How predictions become one answer. The defaults are the plainest: equal weights, no rescoring."""
 
-    model_weights: dict[str, Weight] = field(default_factory=dict)  # model -> weight; 1 if not named, 0 leaves it out
+    model_weights: dict[str, NotNegative] = field(default_factory=dict)  # model -> weight; 1 if not named, 0 leaves it out
     # detector -> slope and offset that make its scores probabilities, see box_calibration; as they are if not named
-    calibration: dict[str, tuple[Annotated[float, Range(above=0)], float]] = field(default_factory=dict)
+    calibration: dict[str, tuple[Positive, float]] = field(default_factory=dict)
     box_method: Method = "wbf"  # used where two or more lists of boxes meet
     box_iou: Probability = 0.6  # IoU above which boxes are one (1st and 11th place 0.6, Heidelberg 0.55, 5th 0.625)
     box_min_score: Probability = 0.001  # boxes below are dropped before fusion; low ones still earn average precision
-    box_limit: Annotated[int, Range(at_least=1)] = (
-        50  # boxes merged per list, the most confident; time grows with its square
-    )
+    box_limit: AtLeastOne = 50  # boxes merged per list, the most confident; time grows with its square
     box_confidence: Confidence = "avg"  # of wbf alone
     # none = the mean, with these weights, of the parts below that an image has:
-    none_classifier: Weight = 1.0  # the classifier's own `none`
-    none_negative: Weight = 0.0  # `negative` of the image's study
-    none_no_box: Weight = 0.0  # 1 - the highest box score
-    none_product: Weight = 0.0  # product of 1 - score over the boxes
-    opacity_power: Weight = 0.0  # box scores times (1 - none)^this; 3rd place 0.4, 11th 0.16/0.84
+    none_classifier: NotNegative = 1.0  # the classifier's own `none`
+    none_negative: NotNegative = 0.0  # `negative` of the image's study
+    none_no_box: NotNegative = 0.0  # 1 - the highest box score
+    none_product: NotNegative = 0.0  # product of 1 - score over the boxes
+    opacity_power: NotNegative = 0.0  # box scores times (1 - none)^this; 3rd place 0.4, 11th 0.16/0.84
     negative_share: Probability = 1.0  # negative = share * negative + (1 - share) * mean none of the study; 11th place 0.7
 
     def __post_init__(self) -> None:

@@ -212,7 +212,7 @@ def _source_faults(spec: KernelSpec, submits: bool) -> list[str]:
     faults, slugs = [], [spec.competition, spec.wheels_slug, *([spec.weights_slug] if submits else [])]
     for key, characters in (("dataset_sources", SLUG), ("kernel_sources", KERNEL_SOURCE)):
         for entry in getattr(spec, key):
-            if not isinstance(entry, str) or entry.count("/") > 1 or not all(entry.split("/")):
+            if entry.count("/") > 1 or not all(entry.split("/")):
                 faults.append(f"{key} wants slugs, of the owner's or as OWNER/SLUG, got {entry!r}")
                 continue
             faults += [f"{key}: {fault}" for fault in _slug_faults(entry.split("/")[-1], characters)]

@@ -7,14 +7,22 @@ The published systems, by name, are in kitlib.recipes.named.
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from kitlib.settings import Distinct, Increasing, Ordered, Range, RecipeError, Settings, ZeroOrOdd
+from kitlib.settings import (
+    AtLeastOne,
+    Count,
+    Distinct,
+    Increasing,
+    NotNegative,
+    Ordered,
+    Positive,
+    Probability,
+    Range,
+    RecipeError,
+    Settings,
+    Share,
+    ZeroOrOdd,
+)
 
-Probability = Annotated[float, Range(at_least=0, at_most=1)]
-Share = Annotated[float, Range(at_least=0, below=1)]
-NotNegative = Annotated[float, Range(at_least=0)]
-Positive = Annotated[float, Range(above=0)]
-Count = Annotated[int, Range(at_least=0)]
-AtLeastOne = Annotated[int, Range(at_least=1)]
 # A smaller canvas has nothing left after a network's strides.
 Side = Annotated[int, Range(at_least=8)]
 Degrees = Annotated[float, Range(at_least=0, at_most=180)]

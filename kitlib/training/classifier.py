@@ -91,11 +91,16 @@ class ClassifierTraining(RecipeTraining):
         # By the epoch's number, so that in a resumed training as much learns as in an uninterrupted one.
         self.model.unfreeze(self.current_epoch)
 
+    def penalty(self) -> torch.Tensor:
+        """The recipe's l1 times the sum of the absolute values of all that learns; Oh et al. 2020 add it to their loss."""
+        learning = [each.abs().sum() for each in self.model.parameters() if each.requires_grad]
+        return self.recipe.l1 * reduce(torch.add, learning)
+
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
         loss = self.training_loss(mix_batch(self.targets(batch), self.recipe.mixup, self.recipe.cutmix))
         # Without the penalty, so that it is beside the validation's in the curves.
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["pixels"]), sync_dist=True)
-        return loss + penalty(self.model, self.recipe.l1) if self.recipe.l1 else loss
+        return loss + self.penalty() if self.recipe.l1 else loss
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
         logits = self.judged(self.judged.normalise(batch["pixels"]))
@@ -106,8 +111,3 @@ class ClassifierTraining(RecipeTraining):
     def on_validation_epoch_end(self) -> None:
         self.found = data_parallel.gather_rows(self.found)
         self.log_dict(self.scores())
-
-
-def penalty(model: torch.nn.Module, l1: float) -> torch.Tensor:
-    """`l1` times the sum of the absolute values of all that learns; Oh et al. 2020 add it to their loss."""
-    return l1 * reduce(torch.add, (each.abs().sum() for each in model.parameters() if each.requires_grad))

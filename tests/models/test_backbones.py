@@ -14,9 +14,8 @@ from kitlib.models.backbones import MODULES, check_backbone, import_own_backbone
 from kitlib.models.faster_rcnn import FasterRCNNDetector
 from kitlib.recipes.fields import DetectorRecipe
 from kitlib.settings import override
-from kitlib.training.detector import train_detector
-from kitlib.training.study import train_study
 from tests import PROJECT
+from tests.small_tasks import train_small
 from tests.small_xrays import RECIPE, SmallXrays
 
 # Three convolutions, whose answers come at strides 4, 8 and 16, with what timm's own models say of themselves.
@@ -89,10 +88,8 @@ def own_backbone(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("one_thread")
 def test_a_backbone_registered_with_timm_trains_and_predicts_from_its_bundle(own_backbone):
     small, runs = SmallXrays(16), {}
-    shared = {"images": small.images, "labels": small.labels, "boxes": small.boxes, "folds": small.fold_table}
-    shared |= {"cache": small, "fold": 1, "model_name": "small", "progress": False}
     study_recipe = override(RECIPE, backbone="three_layers", epochs=1)
-    runs["study"] = train_study(**shared, recipe=study_recipe, run_folder=own_backbone / "study")
+    runs["study"] = train_small(own_backbone / "study", small, study_recipe)
     started = DetectorRecipe(
         backbone="three_layers", image_size=64, starting_weights=str(own_backbone / "study"), epochs=1, batch_size=4,
         fpn_channels=8, box_hidden=8, box_samples=8, proposals=8, optimizer="adamw", schedule_every=0,
@@ -102,7 +99,7 @@ def test_a_backbone_registered_with_timm_trains_and_predicts_from_its_bundle(own
     weights = read_bundle(runs["study"].run_folder / "bundle")[1]
     for name, tensor in detector.model.backbone.body.state_dict().items():
         assert torch.equal(tensor, weights[f"backbone.{name}"]), name
-    runs["detector"] = train_detector(**shared, recipe=started, run_folder=own_backbone / "detector")
+    runs["detector"] = train_small(own_backbone / "detector", small, started)
     # In a new process, which knows the backbone by the environment alone.
     paths = [str(run.run_folder / "bundle") for run in runs.values()]
     environment = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{own_backbone}", "OMP_NUM_THREADS": "1"}

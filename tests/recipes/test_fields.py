@@ -1,8 +1,28 @@
+from typing import get_args
+
 import pytest
 
-from kitlib.recipes.fields import DetectorRecipe, SegmenterRecipe, StudyRecipe
+from kitlib.classes import MASK_CODES
+from kitlib.geometry import PLACEMENTS
+from kitlib.models.classifier import LEARNT
+from kitlib.models.patches import SCORES
+from kitlib.models.segmenter import NETWORKS
+from kitlib.recipes.fields import (
+    BOX_LOSSES,
+    VIEWS,
+    DetectorRecipe,
+    Optimizer,
+    PatchRecipe,
+    Placing,
+    SegmenterRecipe,
+    Structure,
+    StudyRecipe,
+    View,
+)
 from kitlib.recipes.named import RECIPES, recipe
-from kitlib.settings import RecipeError, from_dict, override
+from kitlib.settings import RecipeError, field_kinds, from_dict, override
+from kitlib.training.xray_dataset import SHOWN
+from kitlib.training.yolo import OPTIMIZERS
 
 
 def test_overrides_replace_fields_and_leave_the_published_recipe_alone():
@@ -93,3 +113,14 @@ def test_the_published_segmenters_are_those_of_their_papers():
     assert (tiramisu.optimizer, tiramisu.learning_rate, tiramisu.weight_decay) == ("adam", 1e-4, 1e-6)
     assert (tiramisu.batch_size, tiramisu.epochs, tiramisu.image_size) == (2, 100, 256)
     assert set(tiramisu.structures) == {"heart", "left_lung", "right_lung"}
+
+
+def test_the_choices_are_what_the_library_has():
+    assert get_args(View) == tuple(VIEWS) and get_args(Structure) == tuple(MASK_CODES)
+    assert get_args(Placing) == tuple(PLACEMENTS) and get_args(Optimizer) == tuple(OPTIMIZERS)
+    assert get_args(field_kinds(SegmenterRecipe)["network"]) == tuple(NETWORKS)
+    assert get_args(field_kinds(PatchRecipe)["patch_score"]) == tuple(SCORES)
+    assert get_args(field_kinds(StudyRecipe)["outputs"]) == tuple(LEARNT)
+    assert get_args(field_kinds(StudyRecipe)["trained_on"]) == tuple(SHOWN)
+    losses = {loss for each in BOX_LOSSES.values() for loss in each}
+    assert set(get_args(field_kinds(DetectorRecipe)["box_loss"])) == {"", *losses}

@@ -9,8 +9,9 @@ from kitlib.bundle import BundleError, read_bundle
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
 from kitlib.recipes.fields import FindingsRecipe
 from kitlib.settings import override
-from kitlib.training.classifier import penalty, start_from_weights
+from kitlib.training.classifier import start_from_weights
 from kitlib.training.study import StudyTraining
+from kitlib.training.xray_dataset import XrayDataset
 from tests.small_tasks import train_small
 from tests.small_xrays import RECIPE, SmallXrays
 
@@ -166,11 +167,14 @@ def test_a_resumed_run_with_every_option_equals_an_uninterrupted_one_bit_for_bit
 
 
 def test_the_penalty_is_the_sum_of_absolute_weights_that_learn():
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
-    model[0].weight.data = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
-    model[0].bias.data = torch.tensor([-0.5, 0.5])
-    model[1].requires_grad_(False)
-    found = penalty(model, l1=0.5)
-    assert found.item() == 0.5 * (1 + 2 + 3 + 4 + 0.5 + 0.5)
-    found.backward()
-    assert torch.equal(model[0].weight.grad, 0.5 * torch.tensor([[1.0, -1.0], [1.0, -1.0]]))
+    small = SmallXrays(8)
+    examples = XrayDataset(small.images, small.labels, small.boxes, small, RECIPE)
+    module = StudyTraining(StudyClassifier(override(RECIPE, l1=0.5)), examples, small.images.study_id.to_numpy())
+    module.model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    module.model[0].weight.data = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
+    module.model[0].bias.data = torch.tensor([-0.5, 0.5])
+    module.model[1].requires_grad_(False)
+    penalty = module.penalty()
+    assert penalty.item() == 0.5 * (1 + 2 + 3 + 4 + 0.5 + 0.5)
+    penalty.backward()
+    assert torch.equal(module.model[0].weight.grad, 0.5 * torch.tensor([[1.0, -1.0], [1.0, -1.0]]))

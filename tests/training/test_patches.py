@@ -105,7 +105,7 @@ def test_it_learns_and_penalises(tmp_path, lungs):
 
 
 def test_what_patches_cannot_do_is_refused_before_anything_is_written(tmp_path, lungs):
-    with pytest.raises(ValueError, match="masked is False; a classifier of patches wants True"):
+    with pytest.raises(ValueError, match="masked is False; wanted True"):
         train(tmp_path / "run", lungs, override(RECIPE, masked=False))
     with pytest.raises(ValueError, match=r"patched: .*set lungs_run"):
         train(tmp_path / "run", None)
