@@ -43,16 +43,21 @@ def sandboxed(
     unshare, reason = _probe()
     if unshare is None:
         raise RuntimeError(f"no private namespaces on this system: {reason}")
-    return [*unshare, *_program(_plan(command, root, read_only, writable, hidden, folder))]
+    plan = {
+        "command": list(command),
+        "root": str(root),
+        "read_only": {place: os.path.realpath(source) for place, source in read_only.items()},
+        "writable": {place: os.path.realpath(source) for place, source in writable.items()},
+        "hidden": [os.path.realpath(path) for path in hidden],
+        "keep": [os.path.realpath(sys.base_prefix)],
+        "folder": folder,
+    }
+    return [*unshare, *_program(plan)]
 
 
 def no_sandbox_reason() -> str:
     """Why this system allows no room, empty where it does."""
     return _probe()[1]
-
-
-def _unshare() -> list[str] | None:
-    return _probe()[0]
 
 
 @functools.cache
@@ -73,25 +78,11 @@ def _probe() -> tuple[list[str] | None, str]:
                 "keep": [],
                 "folder": "/",
             }
-            tried = subprocess.run(
-                [*command, sys.executable, "-I", __file__, json.dumps(plan)], capture_output=True, text=True
-            )
+            tried = subprocess.run([*command, *_program(plan)], capture_output=True, text=True)
         if tried.returncode == 0:
             return command, ""
         reason = (tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1]
     return None, reason
-
-
-def _plan(command, root, read_only=None, writable=None, hidden=(), folder="/") -> dict[str, Any]:
-    return {
-        "command": list(command),
-        "root": str(root),
-        "read_only": {place: os.path.realpath(source) for place, source in (read_only or {}).items()},
-        "writable": {place: os.path.realpath(source) for place, source in (writable or {}).items()},
-        "hidden": [os.path.realpath(path) for path in hidden],
-        "keep": [os.path.realpath(sys.base_prefix)],
-        "folder": folder,
-    }
 
 
 def _program(plan: dict[str, Any]) -> list[str]:

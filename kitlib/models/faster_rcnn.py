@@ -154,15 +154,21 @@ class _CompleteIoU(RoIHeads):
             heads.detections_per_img,
         )
 
-    def forward(self, features, proposals, image_shapes, targets=None):
+    def forward(
+        self,
+        features: dict[str, torch.Tensor],
+        proposals: list[torch.Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, torch.Tensor]] | None = None,
+    ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
         if not self.training:
             return super().forward(features, proposals, image_shapes, targets)
-        proposals, _, labels, offsets = self.select_training_samples(proposals, targets)
-        scores, found = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
-        labels, offsets, proposals = torch.cat(labels), torch.cat(offsets), torch.cat(proposals)
+        chosen, _, labels_by_image, offsets_by_image = self.select_training_samples(proposals, targets)
+        scores, found = self.box_predictor(self.box_head(self.box_roi_pool(features, chosen, image_shapes)))
+        labels, offsets, regions = map(torch.cat, (labels_by_image, offsets_by_image, chosen))
         boxed = labels > 0
         # Offsets of the one class beside the background.
-        found, true = (self.box_coder.decode_single(each[boxed], proposals[boxed]) for each in (found[:, 4:8], offsets))
+        found, true = (self.box_coder.decode_single(each[boxed], regions[boxed]) for each in (found[:, 4:8], offsets))
         loss = complete_box_iou_loss(found, true, reduction="sum") / labels.numel()
         return [], {"loss_classifier": functional.cross_entropy(scores, labels), "loss_box_reg": loss}
 

@@ -21,7 +21,7 @@ from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.settings import RecipeError, override
 from kitlib.tables import BOX, check_table, concatenate, read_table, write_table
 from kitlib.training.fold_folder import open_run
-from kitlib.xrays.cache import DECODING, CachedXray, XrayCache, usable_cores
+from kitlib.xrays.cache import DECODING, CachedXray, DecodedXrays, XrayCache, usable_cores
 from kitlib.xrays.mask_store import MaskStore
 
 # Masks of an older kit are not taken for this one's, with which a submission would crop.
@@ -33,7 +33,7 @@ CHANGEABLE = ("least_island", "dilations", "closings", "least_area", "least_widt
 
 def apply_lungs(
     images: pd.DataFrame,
-    cache: XrayCache,
+    cache: DecodedXrays,
     bundle: str | Path,
     run_folder: str | Path,
     clean_up: dict[str, Any] | None = None,

@@ -123,7 +123,7 @@ def train_together(train: Callable[[Task, int, Path], Any], task: Task, fold: in
         try:
             ended = elastic_launch(config, _one_of_them)(train, task, fold, run_folder)
         except ChildFailedError as error:
-            told = error.get_first_failure()[1].message
+            told: Any = error.get_first_failure()[1].message  # a str, says torch; what a process raised is a dict
             told = told["message"] if isinstance(told, dict) else told
             raise ParallelFailed(f"{run_folder}: {told}\n  logs: {logs}") from error
         if ended[0] is not None:

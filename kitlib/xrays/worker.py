@@ -12,7 +12,9 @@ import time
 import types
 import warnings
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -95,7 +97,7 @@ def start_worker() -> None:
 
 class _LightProcess(multiprocessing.context.SpawnProcess):
     @staticmethod
-    def _Popen(process):
+    def _Popen(process: BaseProcess) -> Any:
         # A spawned process imports its parent's main module again: with a training script, all of torch; with a script
         # that lacks `if __name__ == "__main__"`, the whole run. Workers need none of it.
         main = sys.modules["__main__"]

@@ -1,6 +1,6 @@
 """Writes DICOM X-rays in the transfer syntaxes that hospitals send: for phantoms, benchmarks and tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +129,12 @@ def _pixel_data(stored: np.ndarray, transfer_syntax: str, bits: int) -> DataElem
         if transfer_syntax in (JPEGLossless, JPEGLosslessSV1):
             samples = samples & np.array((1 << bits) - 1, dtype=samples.dtype)
         frame = ENCODERS[transfer_syntax](samples, bits)
-    element = DataElement("PixelData", "OB", encapsulate([frame]))
+    element = DataElement("PixelData", "OB", encapsulate([bytes(frame)]))
     element.is_undefined_length = True
     return element
 
 
-def _rle_frames(stored: np.ndarray):
+def _rle_frames(stored: np.ndarray) -> Iterator[bytes | bytearray]:
     return get_encoder(RLELossless).iter_encode(
         np.ascontiguousarray(stored),
         rows=stored.shape[0],
