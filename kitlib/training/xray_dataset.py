@@ -155,7 +155,7 @@ class KeptFrames:
     FOUND, MISSED = 1, 2
 
     def __init__(self, count: int) -> None:
-        self.frames = np.frombuffer(mmap.mmap(-1, max(1, count * 32)), np.float64)[: count * 4].reshape(count, 4)
+        self.frames = np.frombuffer(mmap.mmap(-1, max(32, count * 32)), np.float64)[: count * 4].reshape(count, 4)
         self.asked = np.frombuffer(mmap.mmap(-1, max(1, count)), np.uint8)[:count]
 
     def get(self, index: int) -> Lungs:
@@ -177,7 +177,7 @@ class KeptCanvases:
         # Anonymous and not in /dev/shm, which containers keep small.
         self.pixels = np.frombuffer(mmap.mmap(-1, max(1, count * side**2)), np.uint8)[: count * side**2]
         self.pixels = self.pixels.reshape(count, side, side)
-        self.sizes = np.frombuffer(mmap.mmap(-1, max(1, count * 8)), np.int32)[: count * 2].reshape(count, 2)
+        self.sizes = np.frombuffer(mmap.mmap(-1, max(8, count * 8)), np.int32)[: count * 2].reshape(count, 2)
 
     def get(self, index: int) -> tuple[np.ndarray, int, int] | None:
         """Pixels, which must not be written to, rows and columns; None where nothing was put."""
