@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kitlib import device
+from kitlib.models.segmenter import Segmenter
+from kitlib.recipes.fields import SegmenterRecipe
 
 KAGGLE_BUILD = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # torch 2.10 for CUDA 12.8
 
@@ -28,6 +30,19 @@ KAGGLE_BUILD = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 )
 def test_supports_follows_cudas_compatibility_rules(capability, built_for, runs):
     assert device.supports(capability, built_for) is runs
+
+
+def test_channels_lie_last_on_gpus_only():
+    # ResUNet of width 0.1 dies in its backward on the CPU otherwise.
+    assert device.memory_format(torch.device("cuda", 1)) is torch.channels_last
+    assert device.memory_format(torch.device("cpu")) is torch.contiguous_format
+
+
+def test_a_narrow_resunet_is_trained_on_the_cpu():
+    cpu = torch.device("cpu")
+    model = Segmenter(SegmenterRecipe(network="resunet", width=0.1)).to(memory_format=device.memory_format(cpu))
+    model(model.normalise(torch.zeros(8, 64, 64, dtype=torch.uint8))).mean().backward()
+    assert all(each.grad is not None for each in model.parameters())
 
 
 def fake_gpu(monkeypatch, name, capability):

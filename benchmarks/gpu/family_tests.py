@@ -12,20 +12,22 @@ import typer
 from part import PROJECT, figures
 
 MARK = "pytest.mark.gpu"
+SMALL = "test_it_learns_two_dark_ellipses"
 CLOSING = re.compile(r"\d+ (?:passed|failed|error)")
 
 
-def marked_files() -> list[str]:
-    """Only these: others import what notebooks and the page need, which a GPU's machine may lack."""
-    return [str(path) for path in sorted((PROJECT / "tests").rglob("test_*.py")) if MARK in path.read_text(encoding="utf-8")]
+def files_with(text: str) -> list[str]:
+    """Test files that hold it."""
+    return [str(path) for path in sorted((PROJECT / "tests").rglob("test_*.py")) if text in path.read_text(encoding="utf-8")]
 
 
 def main(precision: str, small: bool = False) -> None:
     environment = os.environ | {"KITLIB_PRECISION": precision, "KITLIB_TEST_GPU": "1"}
     # Each process has a CUDA context of its own, and launches small kernels from a core of its own.
     processes = min(6, (os.cpu_count() or 1) // 2)
-    side_by_side = ["-n", str(processes), "--dist", "loadfile"] if processes > 1 else []
-    chosen = [*marked_files(), *(["-k", "test_it_learns_two_dark_ellipses"] if small else [])]
+    side_by_side = ["-n", str(processes), "--dist", "worksteal"] if processes > 1 else []
+    # No other files: they import what notebooks and the page need, which a GPU's machine may lack.
+    chosen = [*files_with(f"def {SMALL}("), "-k", SMALL] if small else files_with(MARK)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider", "-rf", "--tb=short"]
     command += ["--durations=10", *side_by_side, *chosen]
     with subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True) as tests:

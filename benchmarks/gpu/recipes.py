@@ -16,7 +16,7 @@ import typer
 from part import figures
 from torch import nn
 
-from kitlib.device import autocast, pick_device, precision, seed_everything
+from kitlib.device import autocast, memory_format, pick_device, precision, seed_everything
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
 from kitlib.models.faster_rcnn import FasterRCNNDetector
 from kitlib.models.patch_classifier import PatchClassifier
@@ -206,7 +206,9 @@ def measure(name: str, device: torch.device, scratch: str) -> tuple[float, str]:
     """Peak memory in GiB, and the recipe's row."""
     settings = RECIPES[name]
     seed_everything(0)
-    model = network(settings).to(device, memory_format=torch.channels_last)
+    with device:  # random weights are drawn on a GPU in no time
+        model = network(settings)
+    model = model.to(memory_format=memory_format(device))
     rate = train(model, device, scratch)
     training_peak = peak(device)
     count, predicted = predict(model, device)

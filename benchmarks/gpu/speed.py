@@ -18,7 +18,7 @@ from part import figures
 from rich.console import Console
 from rich.table import Table
 
-from kitlib.device import autocast, pick_device, precision
+from kitlib.device import autocast, memory_format, pick_device, precision
 from kitlib.models.patch_classifier import CHUNKS, PatchClassifier
 from kitlib.recipes.fields import DetectorRecipe, PatchRecipe, StudyRecipe
 from kitlib.recipes.named import recipe
@@ -55,7 +55,8 @@ def patched(small: bool) -> str:
     told = []
     for name, images, count in sizes:
         settings = recipe(name, PatchRecipe)
-        model = PatchClassifier(settings, patches.CLASSES).eval().to(device, memory_format=torch.channels_last)
+        model = PatchClassifier(settings, patches.CLASSES).eval()
+        model = model.to(device, memory_format=memory_format(device))
         canvases, mask = patches.chests(images, settings.canvas)
         where = patches.places([patches.centres(mask, count, seed) for seed in range(images)])
         model.chunk = max(1, CHUNKS[device.type] // settings.image_size**2)

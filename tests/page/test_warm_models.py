@@ -91,7 +91,10 @@ def test_an_uploaded_study_has_the_rows_that_the_submission_writes(runs, fused, 
 
 
 def test_studies_one_by_one_have_the_numbers_of_a_whole_test_set(runs, fused, copies, models, weights, tmp_path):
-    """Batches of other images change the last digits of a float32, about 1e-7 of 1, and no more."""
+    """Batches of other images change the last digits of a float32, about 1e-7 of 1, and no more.
+
+    Coordinates are written with one digit after the point: the least change may turn it to the next one.
+    """
     competition = next((runs.parent / "inputs").glob("siim-*"))
     run = SubmissionRun(competition, tmp_path / "submission.csv", SubmitSettings(time_limit_s=600, workers=1))
     run.predict(str(weights), tmp_path / "scratch")
@@ -104,7 +107,9 @@ def test_studies_one_by_one_have_the_numbers_of_a_whole_test_set(runs, fused, co
             of_all = of_all[of_all[key].isin(shown[key])]
             numbers = [name for name in shown if name != key]
             columns = [table.sort_values([key, "score"] if "score" in table else key) for table in (shown, of_all)]
-            np.testing.assert_allclose(*(table[numbers].to_numpy(float) for table in columns), rtol=1e-5, atol=1e-5)
+            for name in numbers:
+                atol = 0.1001 if name in BOX else 1e-5
+                np.testing.assert_allclose(*(table[name].to_numpy(float) for table in columns), rtol=1e-5, atol=atol)
 
 
 def test_a_study_of_the_gallery_is_answered_as_out_of_fold(fused, gallery, models, runs):

@@ -154,7 +154,7 @@ EXCLUSIVE = override(
 @pytest.mark.gpu
 def test_a_learner_of_exclusive_classes_learns_and_scores_its_own_images_where_asked(tmp_path):
     small = SmallFindings(32)
-    recipe = override(EXCLUSIVE, one_logit=True, class_weights=True, normalisation="half", l1=1e-5)
+    recipe = override(EXCLUSIVE, epochs=20, patience=20, one_logit=True, class_weights=True, normalisation="half", l1=1e-5)
     run = train(tmp_path, small, recipe, in_sample=True)
     assert run.metrics["best"]["score"] > 0.7  # of a constant answer at most 0.4, of chance 0.5
     assert run.tables["class_scores"][FINDINGS].sum(axis=1).to_numpy() == pytest.approx(np.ones(12), abs=1e-6)
