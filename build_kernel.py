@@ -44,7 +44,7 @@ def main(
         spec = read_spec(kernel, owner)
         parts = build_kernel(spec, out, kaggle_wheels(inference_pins()))
         console.print(_sizes(parts))
-        if rehearsed:
+        if rehearsed and inputs:
             _rehearse(spec, out, inputs, truth, time_limit)
         if pushed:
             console.rule("push")

@@ -5,10 +5,11 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -109,6 +110,7 @@ def phantom(
         sizes[name] = given[name]
     if layout is Layout.SIIM and truth is None:
         raise typer.BadParameter("--layout siim wants --truth, a folder for the test set's labels")
+    write: Callable[..., Path]
     try:
         if layout is Layout.SIIM:
             from kitlib.phantoms.siim import write_competition as write
@@ -272,13 +274,13 @@ def page(
     except (ImportError, OSError, ValueError) as error:
         _fail(error)
     except SystemExit as ended:  # SIGTERM's
-        code = ended.code
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     # Python's own end would wait for a model that is at work in a thread, or stumble over it.
     sys.stdout.flush()
     os._exit(code)
 
 
-def _fail(error: Exception) -> None:
+def _fail(error: Exception) -> NoReturn:
     typer.echo(f"error: {error}", err=True)
     raise typer.Exit(1)
 

@@ -144,7 +144,8 @@ def _check_record(record: dict[str, Any], kinds: dict[str, type | tuple[type, ..
 
 def _untied(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors that share no memory, and alias -> name for those that are one tensor."""
-    stored, tied, first = {}, {}, {}
+    stored, tied = {}, {}
+    first: dict[tuple[Any, ...], str] = {}
     for name, tensor in state_dict.items():
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and place in first:

@@ -4,17 +4,19 @@ import logging
 import os
 import random
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import numpy as np
 import torch
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+Precision = Literal["16-mixed", "bf16-mixed", "32-true"]
+DTYPES: dict[Precision, torch.dtype] = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 # What a GPU computes in, whatever it could: Kaggle's T4s compute in "16-mixed", which a newer GPU would never choose.
 PRECISION = "KITLIB_PRECISION"
-PRECISIONS = (*DTYPES, "32-true")
+PRECISIONS: tuple[Precision, ...] = (*DTYPES, "32-true")
 BACKEND = "KITLIB_BACKEND"
 BACKENDS = ("gloo", "nccl")
 
@@ -101,7 +103,7 @@ def supports(capability: tuple[int, int], built_for: list[str]) -> bool:
     return False
 
 
-def precision(device: torch.device) -> str:
+def precision(device: torch.device) -> Precision:
     """Lightning's name of the fastest safe precision: "bf16-mixed", "16-mixed" (T4s emulate bf16), "32-true" on CPU.
 
     On a GPU the environment variable KITLIB_PRECISION decides where it is set, to one of PRECISIONS. Raises ValueError for
@@ -113,7 +115,7 @@ def precision(device: torch.device) -> str:
     if device.type != "cuda":
         return "32-true"
     if chosen:
-        return chosen
+        return PRECISIONS[PRECISIONS.index(chosen)]
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 

@@ -23,8 +23,8 @@ class Placement:
     common scale is off by up to half a pixel of the canvas at the far edge).
     """
 
-    rows: int
-    columns: int
+    rows: float
+    columns: float
     canvas_rows: int
     canvas_columns: int
     inner_rows: int
@@ -144,7 +144,7 @@ def within(place: Place, frame: np.ndarray, rows: int, columns: int, size: int |
     return replace(place(ymax - ymin, xmax - xmin, size), rows=rows, columns=columns, frame=(xmin, ymin, xmax, ymax))
 
 
-def clip_boxes(boxes: np.ndarray, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+def clip_boxes(boxes: np.ndarray, rows: float, columns: float) -> tuple[np.ndarray, np.ndarray]:
     """Cut boxes at the image's edges; return them and a mask (n,) of those that keep at least one pixel a side."""
     clipped = np.asarray(boxes, dtype=float).reshape(-1, 4).copy()
     clipped[:, 0::2] = clipped[:, 0::2].clip(0, columns)

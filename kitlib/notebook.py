@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,12 @@ def run_notebook(
         env=environment,
     )
     cells = len(json.loads(notebook.read_text(encoding="utf-8"))["cells"]) + 1  # papermill adds the injected one
-    reader = threading.Thread(target=_keep_log, args=(process, log, cells, on_cell))
+    reader = threading.Thread(target=_keep_log, args=(process.stdout, log, cells, on_cell))
     reader.start()
     try:
         code, late = process.wait(time_limit_s), ""
-    except subprocess.TimeoutExpired:
-        code, late = -1, f"stopped after its {time_limit_s / 60:g} minutes"
+    except subprocess.TimeoutExpired as expired:
+        code, late = -1, f"stopped after its {expired.timeout / 60:g} minutes"
     finally:
         # Also where this process is told to end: the notebook's kernel would go on by itself.
         kill_family(process.pid)
@@ -92,9 +92,9 @@ def run_notebook(
         raise NotebookFailed(f"{notebook.name}: {problem}\n  executed copy: {output}\n  log: {log}\n{log_tail(log)}")
 
 
-def _keep_log(process: subprocess.Popen, log: Path, cells: int, on_cell: Callable[[int, int], None] | None) -> None:
+def _keep_log(lines: Iterable[str], log: Path, cells: int, on_cell: Callable[[int, int], None] | None) -> None:
     with log.open("w", encoding="utf-8") as kept:
-        for line in process.stdout:
+        for line in lines:
             started = re.search(r"Executing Cell (\d+)", line)
             # Whatever happens here, the rest is read: a notebook whose output nobody takes waits for ever.
             try:

@@ -57,7 +57,7 @@ def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
     root, slug = Path(root) if root else inputs_root(), str(slug)
     if "/" in slug and Path(slug).is_dir():
         return Path(slug)
-    layouts = (slug, f"competitions/{slug}", f"datasets/*/{slug}", f"notebooks/*/{slug}", f"*/{slug}")
+    layouts: tuple[str, ...] = (slug, f"competitions/{slug}", f"datasets/*/{slug}", f"notebooks/*/{slug}", f"*/{slug}")
     layouts += (f"datasets/*/*/{slug}", f"notebooks/*/*/{slug}")
     if Path(slug).is_absolute():
         layouts = ()

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-R = TypeVar("R")
+R = TypeVar("R", bound="Settings")
 
 NAMES = {int: "a whole number", float: "a finite number", str: "a string", bool: "true or false", type(None): "null"}
 
@@ -98,7 +98,7 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        for name, kind in field_kinds(type(self)).items():
+        for name, kind in field_kinds(type(self)).items():  # type: ignore[arg-type]  # mypy: its hash is its instances'
             value = getattr(self, name)
             try:
                 valid = checked(value, kind)

@@ -55,25 +55,25 @@ class LungsOnce:
         with self._one_at_a_time:
             self.begin()
             began, new = time.monotonic(), [xray for xray in xrays if xray.image_id not in self._known]
-            if new and not self.fault:
-                self._segment(new)
+            if new and self._segmenter is not None and not self.fault:
+                self._segment(self._segmenter, new)
             self.seconds += time.monotonic() - began
             found = [self._kept(xray.image_id) for xray in xrays]
             for image_id in list(self._known)[: -self.most] if self.most else ():
                 del self._known[image_id]
             return found
 
-    def _segment(self, xrays: list[CachedXray]) -> None:
+    def _segment(self, segmenter: LungFinder, xrays: list[CachedXray]) -> None:
         """One image that the segmenter fails at is missed alone; where it fails at all of a batch, it is given up."""
         try:
-            self._keep(xrays, self._segmenter.find(xrays))
+            self._keep(xrays, segmenter.find(xrays))
             return
         except Exception as error:
             failure = error
         alone: list[Lungs | None] = []
         for xray in xrays:
             try:
-                alone += self._segmenter.find([xray])
+                alone += segmenter.find([xray])
             except Exception as error:
                 failure = error
                 alone.append(None)
@@ -84,14 +84,16 @@ class LungsOnce:
 
     def _keep(self, xrays: Sequence[CachedXray], found: list[Lungs]) -> None:
         for xray, lungs in zip(xrays, found, strict=True):
-            keeps_mask = self.masked and lungs.mask is not None
-            png = cv2.imencode(".png", lungs.mask.astype(np.uint8))[1].tobytes() if keeps_mask else None
+            mask = lungs.mask if self.masked else None
+            png = None if mask is None else cv2.imencode(".png", mask.astype(np.uint8))[1].tobytes()
             self._known[xray.image_id] = lungs.frame, png
             self.missed += lungs.frame is None
 
     def _kept(self, image_id: str) -> Lungs:
         frame, png = self._known.get(image_id, (None, None))
-        return Lungs(frame, None if png is None else cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED) > 0)
+        if png is None:
+            return Lungs(frame)
+        return Lungs(frame, np.asarray(cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)) > 0)
 
     def _give_up(self, error: Exception) -> None:
         logger.error("the lungs' segmenter failed", exc_info=error)

@@ -1,6 +1,6 @@
 """Predictions of one trained model over a stream of X-rays. Imports no training library: a submission starts in seconds."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,13 @@ class Predictor:
         # A detector may look at a larger canvas than it was trained on.
         self._canvas = canvas_of(recipe, recipe.get("inference_size") or record["image_size"])
         found_by = recipe.get("lungs", "darkness")
-        self._finder = finder_for(found_by, lungs) if looks_at_lungs(recipe, self.views) else None
+        self._finder, self._looks = finder_for(found_by, lungs), looks_at_lungs(recipe, self.views)
         self.wants_masks = wants_masks(recipe, self.views)
         self.segmenter = record.get("architecture", {}).get("segmenter", "")  # whose lungs it was trained on
         self._outputs = recipe.get("outputs", "both")
         self._place = PLACEMENTS[record["placement"]]
 
-    def predict(self, stream: Iterable[CachedXray]) -> Iterator[pd.DataFrame]:
+    def predict(self, stream: Iterable[CachedXray]) -> Generator[pd.DataFrame, None, None]:
         """A table a batch, while a thread reads ahead in `stream`.
 
         Study: image_id, model, fold, the four classes and none, a row an image; NaN for what the model has not learnt.
@@ -116,16 +116,16 @@ class Predictor:
         if self.family.sees_patches:
             return self._patch_canvases(xrays)
         lungs = [Lungs(None)] * len(xrays)
-        if self._finder is not None:
+        if self._looks:
             lungs = seen_lungs(self._finder, xrays, self._canvas.needs_mask)
-        frames = {"full": [None] * len(xrays), "lungs": [each.frame for each in lungs]}
+        frames: dict[str, list[np.ndarray | None]] = {"full": [None] * len(xrays), "lungs": [each.frame for each in lungs]}
         placements = {name: list(map(self._placement, xrays, frames[name])) for name in self._canvas_names}
         shown = [self._canvas.grey(xray.pixels, each.mask) for xray, each in zip(xrays, lungs, strict=True)]
         pixels = {
             name: torch.from_numpy(np.stack(list(map(self._canvas.lay, shown, places))))
             for name, places in placements.items()
         }
-        missed = sum(each.frame is None for each in lungs) if self._finder is not None else 0
+        missed = sum(each.frame is None for each in lungs) if self._looks else 0
         return Batch([xray.image_id for xray in xrays], placements, pixels, missed)
 
     def _patch_canvases(self, xrays: list[CachedXray]) -> Batch:

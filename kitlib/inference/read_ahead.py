@@ -2,13 +2,15 @@
 
 import queue
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterator
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
 
 BATCHES_AHEAD = 3
 
 
-def ahead(items: Iterator[Any], most: int = BATCHES_AHEAD) -> Iterator[Any]:
+def ahead(items: Iterator[Item], most: int = BATCHES_AHEAD) -> Generator[Item, None, None]:
     """The same items, made by a thread that stays at most `most` in front; an error of theirs is raised here.
 
     Closing the iterator ends the thread.

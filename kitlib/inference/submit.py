@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kitlib.inference.answering import Answering, Stacked
     from kitlib.inference.lungs_once import LungsOnce
     from kitlib.xrays.cache import CachedXray, XrayCache
+    from kitlib.xrays.worker import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +234,7 @@ class SubmissionRun:
         from kitlib.inference.predict import load_predictor
 
         began, total, model.stopped = time.monotonic(), len(self.images), False
-        if model.told.wants_masks:
+        if model.told.wants_masks and self.lungs is not None:
             self.lungs.begin()
         predictor = load_predictor(model.folder, batch_size=self.settings.batch_size, lungs=self.lungs)
         model.rows_as = predictor.model, predictor.fold
@@ -314,7 +315,8 @@ class DecodedOnce:
     """
 
     def __init__(self, cache: "XrayCache", images: pd.DataFrame, settings: SubmitSettings) -> None:
-        self.cache, self.outcomes, self.error = cache, [], ""
+        self.cache, self.error = cache, ""
+        self.outcomes: list[Outcome] = []
         self._coming = cache.decode(images, workers=settings.workers or None, timeout_s=settings.file_timeout_s)
         self._one_at_a_time = threading.Lock()
 
@@ -338,7 +340,6 @@ class DecodedOnce:
         """Stop decoding, unless a thread that nobody listens to any more is still waiting for a file."""
         if self._one_at_a_time.acquire(timeout=2):
             self._coming.close()
-            self._coming = iter(())
             self._one_at_a_time.release()
 
     def _reaches(self, place: int) -> bool:

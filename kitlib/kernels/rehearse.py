@@ -307,6 +307,7 @@ def run_until(
         errors="replace",
         start_new_session=True,
     )
+    assert process.stdout is not None  # a pipe, as asked for
     clock = threading.Timer(time_limit_s, kill_family, [process.pid])
     clock.start()
     try:

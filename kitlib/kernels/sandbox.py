@@ -40,18 +40,24 @@ def sandboxed(
     and folders outside. All else of this machine is there, read-only, except the folders in `hidden`. There is no
     network but the loopback. `folder` is the working directory. Killing the command kills everything in the room.
     """
-    if _unshare() is None:
-        raise RuntimeError(f"no private namespaces on this system: {no_sandbox_reason()}")
-    return [*_unshare(), *_program(_plan(command, root, read_only, writable, hidden, folder))]
+    unshare, reason = _probe()
+    if unshare is None:
+        raise RuntimeError(f"no private namespaces on this system: {reason}")
+    plan = {
+        "command": list(command),
+        "root": str(root),
+        "read_only": {place: os.path.realpath(source) for place, source in read_only.items()},
+        "writable": {place: os.path.realpath(source) for place, source in writable.items()},
+        "hidden": [os.path.realpath(path) for path in hidden],
+        "keep": [os.path.realpath(sys.base_prefix)],
+        "folder": folder,
+    }
+    return [*unshare, *_program(plan)]
 
 
 def no_sandbox_reason() -> str:
     """Why this system allows no room, empty where it does."""
     return _probe()[1]
-
-
-def _unshare() -> list[str] | None:
-    return _probe()[0]
 
 
 @functools.cache
@@ -63,23 +69,20 @@ def _probe() -> tuple[list[str] | None, str]:
     for mapped in [[], ["--map-root-user"]] if os.geteuid() == 0 else [["--map-root-user"]]:
         command = ["unshare", *mapped, "--mount", "--net", "--pid", "--fork", "--kill-child=KILL"]
         with tempfile.TemporaryDirectory() as root:
-            tried = subprocess.run([*command, *_program(_plan(["true"], root))], capture_output=True, text=True)
+            plan = {
+                "command": ["true"],
+                "root": root,
+                "read_only": {},
+                "writable": {},
+                "hidden": [],
+                "keep": [],
+                "folder": "/",
+            }
+            tried = subprocess.run([*command, *_program(plan)], capture_output=True, text=True)
         if tried.returncode == 0:
             return command, ""
         reason = (tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1]
     return None, reason
-
-
-def _plan(command, root, read_only=None, writable=None, hidden=(), folder="/") -> dict[str, Any]:
-    return {
-        "command": list(command),
-        "root": str(root),
-        "read_only": {place: os.path.realpath(source) for place, source in (read_only or {}).items()},
-        "writable": {place: os.path.realpath(source) for place, source in (writable or {}).items()},
-        "hidden": [os.path.realpath(path) for path in hidden],
-        "keep": [os.path.realpath(sys.base_prefix)],
-        "folder": folder,
-    }
 
 
 def _program(plan: dict[str, Any]) -> list[str]:

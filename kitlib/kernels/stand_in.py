@@ -66,7 +66,7 @@ def fresh_environment(folder: str | Path, packages: str | Path) -> Path:
 
 
 def _site() -> Path:
-    return Path(importlib.metadata.distribution("torch").locate_file("")).resolve()
+    return Path(str(importlib.metadata.distribution("torch").locate_file(""))).resolve()
 
 
 def _kept(image: Mapping[str, str]) -> list[importlib.metadata.Distribution]:
@@ -75,7 +75,8 @@ def _kept(image: Mapping[str, str]) -> list[importlib.metadata.Distribution]:
     What kernels may import, requirements.txt and its dependencies, must be at the image's version. The tools beside it need
     not be: those that are not are left out.
     """
-    installed = {canonicalize_name(found.name): found for found in importlib.metadata.distributions()}
+    distributions = importlib.metadata.distributions()
+    installed: dict[str, importlib.metadata.Distribution] = {canonicalize_name(each.name): each for each in distributions}
     same = {name for name, found in installed.items() if found.version.split("+")[0] == image.get(name)}
     imported = with_dependencies(read_pins(project_root() / "requirements.txt"), installed)
     other = [

@@ -8,6 +8,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from packaging.markers import default_environment
 from packaging.metadata import Metadata
@@ -113,7 +114,7 @@ def check_wheels(wheels: Iterable[Path], image: Mapping[str, str]) -> None:
     """
     wheels = sorted(wheels)
     attached = pins_of(wheels)
-    environment = default_environment() | {
+    environment: dict[str, Any] = default_environment() | {
         "implementation_name": "cpython",
         "os_name": "posix",
         "platform_machine": "x86_64",

@@ -68,8 +68,9 @@ def list_runs(roots: Iterable[str | Path], skip: Iterable[str | Path] = ()) -> l
     They are named by their path from the root, or by their whole path where there are several roots.
     Raises FileNotFoundError for a root that is no folder.
     """
-    skipped, found, roots = {Path(folder).resolve() for folder in skip}, {}, [Path(root) for root in roots]
-    for root in roots:
+    skipped, tops = {Path(folder).resolve() for folder in skip}, [Path(root) for root in roots]
+    found: dict[Path, ListedRun] = {}
+    for root in tops:
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is no folder; name one with runs in or below it")
         for place, folders, _ in os.walk(root):
@@ -78,7 +79,7 @@ def list_runs(roots: Iterable[str | Path], skip: Iterable[str | Path] = ()) -> l
                 # Whatever lies in a run is its own.
                 folders.clear()
                 if folder.resolve() not in skipped:
-                    name = folder if len(roots) > 1 else folder.name if folder == root else folder.relative_to(root)
+                    name = folder if len(tops) > 1 else folder.name if folder == root else folder.relative_to(root)
                     found.setdefault(folder.resolve(), list_run(folder, str(name)))
             else:
                 folders[:] = sorted(each for each in folders if not each.startswith("."))
@@ -108,7 +109,7 @@ def list_run(folder: Path, name: str) -> ListedRun:
     elif plan and not plan.get("notebook") and (folder / f"done-{planned.get('key')}.json").is_file():
         state = "finished"
     else:
-        state, told = _begun(folder, plan.get("name"))
+        state, told = _begun(folder, plan.get("name", ""))
         remarks += [told] if told else []
     return ListedRun(name, folder, _kind(folder, plan), state, "; ".join(remarks), record, metrics, plan, folds)
 
@@ -167,7 +168,7 @@ def _read(path: Path, remarks: list[str]) -> dict[str, Any]:
     return value
 
 
-def _begun(folder: Path, name: str | None) -> tuple[str, str]:
+def _begun(folder: Path, name: str) -> tuple[str, str]:
     """State and remark of a run without results: what the newest plan that has begun it says."""
     told = []
     for described in folder.parent.glob(".*/runs.json") if name else ():

@@ -7,7 +7,7 @@ Two figures of different rankings say nothing about which model is better.
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -74,7 +74,7 @@ class Entry:
     """One line of the leaderboard: a run, runs that hold the folds of one model, or one ensemble, `model`, of a run.
 
     `answer` is None for what has no out-of-fold figure, and `remark` says why where there should be one. `tables` are those
-    of the prepared run that it was trained on.
+    of the prepared run that it was trained on, none without an answer.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Entry:
     folds_fingerprint: str = ""
     data_fingerprint: str = ""
     answer: Answer | None = None
-    tables: dict[str, pd.DataFrame] | None = None
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     model: str = ""
 
 
@@ -139,22 +139,23 @@ def rank(entries: Iterable[Entry], samples: int = 200, seed: int = 0) -> Leaderb
     """Figures with intervals of 95 % over `samples` draws of whole patients, and paired differences within each ranking."""
     if samples < 1:
         raise LeaderboardError(f"samples is {samples}; intervals need at least 1 draw, and some hundreds to be steady")
-    rankings: dict[tuple[str, int, str, str], list[tuple[Entry, pd.DataFrame]]] = {}
+    rankings: dict[tuple[str, int, str, str], list[tuple[Entry, pd.DataFrame, dict[str, Any]]]] = {}
     rest = []
     for entry in entries:
-        if entry.answer is None:
+        if (answer := entry.answer) is None:
             rest.append(_row(entry))
         else:
-            figure = list(FIGURES).index(entry.answer.parts)
-            key = entry.folds_fingerprint, figure, _digest(entry.answer.images["image_id"]), _truth_digest(entry)
-            rankings.setdefault(key, []).append((entry, _draws(entry.answer, entry.tables, samples, seed)))
+            figure = list(FIGURES).index(answer.parts)
+            key = entry.folds_fingerprint, figure, _digest(answer.images["image_id"]), _truth_digest(entry, answer)
+            draws = _draws(answer, entry.tables, samples, seed)
+            rankings.setdefault(key, []).append((entry, draws, _figures(answer, draws)))
     rows, differences = [], []
     for number, key in enumerate(sorted(rankings), start=1):
         # A figure that the truth does not define (NaN) comes last.
-        ranked = sorted(rankings[key], key=lambda pair: -pair[1]["score"].fillna(-1).iloc[0])
+        ranked = sorted(rankings[key], key=lambda each: -each[1]["score"].fillna(-1).iloc[0])
         best = ranked[0]
-        for entry, draws in ranked:
-            rows.append({"ranking": number, **_row(entry), **_figures(entry, draws)})
+        for entry, draws, figures in ranked:
+            rows.append({"ranking": number, **_row(entry), **figures})
             if entry is not best[0]:
                 told = _told(draws["score"] - best[1]["score"])
                 differences.append({"ranking": number, "name": entry.name, "best": best[0].name, **told})
@@ -172,22 +173,22 @@ def compare(
     models of different folds: a model that was trained on other patients differs by that, too.
     """
     entries = list(entries)
-    one, other = _named(entries, first), _named(entries, second)
+    (one, ones), (other, others) = _named(entries, first), _named(entries, second)
     if one.folds_fingerprint != other.folds_fingerprint and not across_folds:
         raise LeaderboardError(
             f"{one.name} has folds {one.folds_fingerprint[:SHORT]}, {other.name} {other.folds_fingerprint[:SHORT]}: their "
             "figures are not comparable, as each was trained on patients that the other is judged on; train both on one "
             "prepared run, or set across_folds = True to compare them all the same"
         )
-    shared = set(one.answer.images["image_id"]) & set(other.answer.images["image_id"])
-    parts = [part for part in one.answer.parts if part in other.answer.parts]
+    shared = set(ones.images["image_id"]) & set(others.images["image_id"])
+    parts = [part for part in ones.parts if part in others.parts]
     if not shared or not parts:
         raise LeaderboardError(
             f"{one.name} and {other.name} have nothing in common: {len(shared)} images, and answers for "
-            f"{' and '.join(one.answer.parts)} here, {' and '.join(other.answer.parts)} there"
+            f"{' and '.join(ones.parts)} here, {' and '.join(others.parts)} there"
         )
-    judged = one.answer.images[one.answer.images["image_id"].isin(shared)]
-    cut = [Answer(judged, **{part: getattr(entry.answer, part) for part in parts}) for entry in (one, other)]
+    judged = ones.images[ones.images["image_id"].isin(shared)]
+    cut = [Answer(judged, **{part: getattr(answer, part) for part in parts}) for answer in (ones, others)]
     both = [_draws(answer, one.tables, samples, seed) for answer in cut]
     rows = []
     for name in both[0].columns:
@@ -222,7 +223,7 @@ def _by_model(runs: list[ListedRun]) -> list[tuple[ListedRun, ...]]:
         alike = run.state == "finished" and known and all(each == known[0] for each in known)
         key = (run.folder.parent, repr(sorted(known[0].items()))) if alike else place
         groups.setdefault(key, []).append(run)
-    found = []
+    found: list[tuple[ListedRun, ...]] = []
     for together in groups.values():
         folds = [fold for run in together for fold in run.folds]
         found += [tuple(together)] if len(folds) == len(set(folds)) else [(run,) for run in together]
@@ -256,7 +257,7 @@ def _entry(
         sources = [found for name in run.metrics.get("runs", ()) if (found := _listed(name, run, runs)) is not None]
     prints = sorted({fold.get("data_fingerprint", "") for source in sources for fold in source.folds.values()})
     if run.kind == "prepared" and run.state == "finished":
-        return replace(entry, **_of_prepared(run))
+        return _of_prepared(entry, run)
     told = {fold["folds_fingerprint"] for source in sources for fold in source.folds.values() if "folds_fingerprint" in fold}
     if len(prints) == 1:
         entry = replace(entry, folds_fingerprint=told.pop() if len(told) == 1 else "", data_fingerprint=prints[0])
@@ -269,9 +270,10 @@ def _entry(
         else:
             if len(prints) != 1:
                 raise LeaderboardError(f"its models were trained on {len(prints)} sets of data instead of one")
-            there = prepared.find(prints[0], run)
-            if there is None:
+            known = prepared.find(prints[0], run)
+            if known is None:
                 raise LeaderboardError(f"the prepared run with data fingerprint {prints[0][:SHORT]} is not here")
+            there = known
             entry = replace(entry, folds_fingerprint=there[0], data_fingerprint=prints[0])
         answer = _answer(together, there[1], folds, model)
         if answer.images.empty:
@@ -360,27 +362,27 @@ def _row(entry: Entry) -> dict[str, Any]:
     return {"name": entry.name, **describe(entry.runs), **named, "remark": entry.remark, **known}
 
 
-def _figures(entry: Entry, draws: pd.DataFrame) -> dict[str, Any]:
+def _figures(answer: Answer, draws: pd.DataFrame) -> dict[str, Any]:
     told, value = interval(draws["score"].to_numpy()), draws.iloc[0]
     figures = {name: value.get(name) for name in ("studies", "none", "opacity")}
-    if entry.answer.findings is not None:
+    if answer.findings is not None:
         figures = {"auc": told["value"]}
-    elif entry.answer.classes is not None:
+    elif answer.classes is not None:
         figures = {name: value[name] for name in ("auc", "accuracy")}
-    elif entry.answer.masks is not None:
+    elif answer.masks is not None:
         figures = {"dice": told["value"]}
     spread = {"score": told["value"], "low": told["low"], "high": told["high"]}
-    return {"images": len(entry.answer.images), "figure": FIGURES[entry.answer.parts], **spread, **figures}
+    return {"images": len(answer.images), "figure": FIGURES[answer.parts], **spread, **figures}
 
 
-def _of_prepared(run: ListedRun) -> dict[str, str]:
+def _of_prepared(entry: Entry, run: ListedRun) -> Entry:
     told = run.metrics.get("folds_fingerprint")
     if not told:
         try:
             told = data_fingerprint(folds=read_table("folds", run.folder / "tables" / "folds.parquet"))
         except (OSError, ValueError) as error:
-            return {"remark": "; ".join(filter(None, (run.remark, f"its folds cannot be read: {error}")))}
-    return {"folds_fingerprint": str(told)}
+            return replace(entry, remark="; ".join(filter(None, (run.remark, f"its folds cannot be read: {error}"))))
+    return replace(entry, folds_fingerprint=str(told))
 
 
 def _listed(name: Any, run: ListedRun, runs: list[ListedRun]) -> ListedRun | None:
@@ -391,14 +393,14 @@ def _listed(name: Any, run: ListedRun, runs: list[ListedRun]) -> ListedRun | Non
     return there[0] if there else list_run(folder, str(name))
 
 
-def _named(entries: list[Entry], name: str) -> Entry:
+def _named(entries: list[Entry], name: str) -> tuple[Entry, Answer]:
     found = [entry for entry in entries if name == entry.name or name in [run.name for run in entry.runs]]
     if not found:
         there = ", ".join(entry.name for entry in entries if entry.answer is not None)
         raise LeaderboardError(f"no run is called {name!r}; those with a figure are: {there or 'none'}")
-    if found[0].answer is None:
+    if (answer := found[0].answer) is None:
         raise LeaderboardError(f"{name} has no out-of-fold figure ({found[0].runs[0].state}) {found[0].remark}")
-    return found[0]
+    return found[0], answer
 
 
 def _joined(names: list[str]) -> str:
@@ -412,13 +414,12 @@ def _digest(image_ids: pd.Series) -> str:
     return hashlib.sha256("\n".join(image_ids).encode()).hexdigest()
 
 
-def _truth_digest(entry: Entry) -> str:
+def _truth_digest(entry: Entry, answer: Answer) -> str:
     """Of what the answer is judged against: other images of a prepared run may differ, and paths as well."""
-    answer, tables = entry.answer, entry.tables
     if answer.masks is not None:
         told = {str(fold.get("masks_fingerprint")) for run in entry.runs for fold in run.folds.values()}
         return " ".join(sorted(told))
-    labels, boxes = tables["labels"], tables["boxes"]
+    labels, boxes = entry.tables["labels"], entry.tables["boxes"]
     return data_fingerprint(
         labels=labels[labels["id"].isin(answer.images["study_id"])],
         boxes=boxes[boxes["image_id"].isin(answer.images["image_id"])],

@@ -77,12 +77,12 @@ def segmented(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: Segm
     raw, inside = on_copy(maps, place, shape, recipe), large.back(clean.astype(np.uint8) * 255, *shape) > 127
     kept = np.where(np.isin(raw, LUNG_CODES), raw, MASK_CODES["lungs"])
     codes = np.where(inside, kept, np.where(raw == MASK_CODES["heart"], raw, 0)).astype(np.uint8)
-    tight = lung_frame(inside, 0.0)
-    if tight is None:
+    tight, wide = (lung_frame(inside, margin) for margin in (0.0, recipe.margin))
+    if tight is None or wide is None:
         return Segmented(xray.image_id, EMPTY, area, whole, codes)
     width, height = np.diff(in_original(tight, xray).reshape(2, 2), axis=0)[0]
     verdict = SMALL if area < recipe.least_area else NARROW if width < recipe.least_width * height else FOUND
-    frame = in_original(lung_frame(inside, recipe.margin), xray) if verdict == FOUND else whole
+    frame = in_original(wide, xray) if verdict == FOUND else whole
     return Segmented(xray.image_id, verdict, area, frame, codes)
 
 
@@ -96,7 +96,8 @@ def without_islands(lungs: np.ndarray, least: float) -> np.ndarray:
 
 def cleaned(lungs: np.ndarray, dilations: int, closings: int) -> np.ndarray:
     """A bool mask (rows, columns), dilated and then closed so many times by 3 x 3 pixels."""
-    square, clean = np.ones((3, 3), np.uint8), lungs.astype(np.uint8)
+    square = np.ones((3, 3), np.uint8)
+    clean: np.ndarray = lungs.astype(np.uint8)
     if dilations:
         clean = cv2.dilate(clean, square, iterations=dilations)
     if closings:

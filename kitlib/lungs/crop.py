@@ -10,7 +10,7 @@ import numpy as np
 
 from kitlib.geometry import Placement, clip_boxes, within
 from kitlib.lungs.finders import DarkLungs, LungFinder, Lungs
-from kitlib.recipes.fields import VIEWS, TrainingRecipe
+from kitlib.recipes.fields import VIEWS, WithBackbone
 from kitlib.xrays.cache import CachedXray
 
 
@@ -40,7 +40,7 @@ def wants_masks(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
     return recipe.get("lungs", "darkness") == "masks" and looks_at_lungs(recipe, views)
 
 
-def check_finder(recipe: TrainingRecipe, given: LungFinder | None, model: str) -> None:
+def check_finder(recipe: WithBackbone, given: LungFinder | None, model: str) -> None:
     """Raise ValueError where a training of `recipe` lacks the masks it asks for, or would not heed those it is given."""
     if recipe.lungs == "masks" and given is None:
         raise ValueError(

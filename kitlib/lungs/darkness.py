@@ -47,7 +47,7 @@ def lung_box(pixels: np.ndarray) -> np.ndarray | None:
     return np.concatenate([np.floor(grown[:2]), np.ceil(grown[2:])])
 
 
-def _lungs(dark: np.ndarray) -> tuple[float, tuple[int, int, int, int] | None]:
+def _lungs(dark: np.ndarray) -> tuple[float, tuple[float, float, float, float] | None]:
     """How much the dark areas (rows, columns) look like two lungs, and their common frame."""
     rows, columns = dark.shape
     dark = cv2.morphologyEx(dark.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))

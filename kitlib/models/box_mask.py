@@ -1,6 +1,7 @@
 """The auxiliary task of segmentation: the boxes of an image as a mask, the decoder that finds it, and its loss."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,7 +60,7 @@ class MaskDecoder(nn.Module):
         return self.last(functional.relu(torch.stack(same).sum(dim=0)))[:, 0]
 
 
-def mask_decoder(backbone: nn.Module) -> MaskDecoder:
+def mask_decoder(backbone: Any) -> MaskDecoder:
     """The decoder for a timm backbone. Raises ValueError where its maps cannot be had."""
     name = backbone.pretrained_cfg.get("architecture") or type(backbone).__name__
     if not hasattr(backbone, "forward_intermediates"):

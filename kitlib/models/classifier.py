@@ -1,6 +1,7 @@
 """Classifiers: any timm backbone with a head, for a study's classes and `none`, or for an image's findings or its class."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -12,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kitlib.classes import STUDY_CLASSES
 from kitlib.device import memory_format
 from kitlib.models.backbones import check_backbone
-from kitlib.models.box_mask import mask_decoder
+from kitlib.models.box_mask import MaskDecoder, mask_decoder
 from kitlib.recipes.fields import ClassifierRecipe, FindingsRecipe, StudyRecipe
 
 OUTPUTS = (*STUDY_CLASSES, "none")
@@ -28,6 +29,8 @@ class Classifier(nn.Module):
     from the input on, as timm groups them; `unfreeze` lets the last ones learn, whose batch norm stays in evaluation mode
     all the same where thawed statistics are kept.
     """
+
+    backbone: Any  # timm's networks share no type that has what they share
 
     def __init__(self, recipe: ClassifierRecipe, outputs: int) -> None:
         super().__init__()
@@ -70,7 +73,7 @@ class Classifier(nn.Module):
     def train(self, mode: bool = True) -> "Classifier":
         super().train(mode)
         if self.recipe.frozen_backbone and self.recipe.frozen_statistics:
-            free = {}
+            free: dict[str, bool] = {}
             for name, module in self.backbone.named_modules():
                 own = [each.requires_grad for each in module.parameters()]
                 # What has no parameters, such as dropout, does as the block around it.
@@ -85,6 +88,9 @@ class StudyClassifier(Classifier):
 
     With `recipe.segmentation` it also has a decoder of the boxes' mask, which only `with_mask` computes.
     """
+
+    recipe: StudyRecipe
+    mask_decoder: MaskDecoder
 
     def __init__(self, recipe: StudyRecipe) -> None:
         super().__init__(recipe, len(OUTPUTS))
@@ -116,6 +122,8 @@ class FindingsClassifier(Classifier):
 
     With `recipe.auxiliary` an inception_v3 has its auxiliary head too, which only `with_auxiliary` computes.
     """
+
+    recipe: FindingsRecipe
 
     def __init__(self, recipe: FindingsRecipe, classes: Sequence[str]) -> None:
         check_classes(recipe, classes)
@@ -184,7 +192,7 @@ def study_loss(
     "none" only that part counts, unweighted. `smoothing` is the share of the truth that is spread evenly, over the
     four classes and over none and its opposite.
     """
-    logits, loss = logits.float(), 0.0
+    logits, loss = logits.float(), logits.new_zeros((), dtype=torch.float32)
     if outputs != "none":
         each = functional.cross_entropy(logits[:, :4], study.nan_to_num(), label_smoothing=smoothing, reduction="none")
         loss = loss + mean_of_known(each, ~study.isnan().any(dim=1))
@@ -206,21 +214,21 @@ def smoothed(truth: torch.Tensor, share: float, classes: int) -> torch.Tensor:
     return truth * (1 - share) + share / classes
 
 
-def _backbone(recipe: ClassifierRecipe, outputs: int) -> nn.Module:
+def _backbone(recipe: ClassifierRecipe, outputs: int) -> Any:
     check_backbone(recipe.backbone)
-    options = {"pretrained": False, "in_chans": recipe.channels, "num_classes": 0}
+    options: dict[str, Any] = {"pretrained": False, "in_chans": recipe.channels, "num_classes": 0}
     # Transformers with learnt positions are built for one side; the others take any.
-    if timm.get_pretrained_cfg(recipe.backbone).fixed_input_size:
+    if getattr(timm.get_pretrained_cfg(recipe.backbone), "fixed_input_size", False):
         options["img_size"] = recipe.image_size
     if not getattr(recipe, "auxiliary", 0):
         return timm.create_model(recipe.backbone, **options)
     # Built for our classes, so that the auxiliary head answers them; the head after the backbone is the kit's.
-    backbone = timm.create_model(recipe.backbone, **options | {"num_classes": outputs, "aux_logits": True})
+    backbone: Any = timm.create_model(recipe.backbone, **options | {"num_classes": outputs, "aux_logits": True})
     backbone.reset_classifier(0)
     return backbone
 
 
-def _stages(backbone: nn.Module) -> list[list[str]]:
+def _stages(backbone: Any) -> list[list[str]]:
     """Names of the parameters by timm's coarse groups, input first; norms in a group of their own join the one before."""
     stages: list[list[str]] = []
     for names in group_parameters(backbone, backbone.group_matcher(coarse=True)).values():
@@ -231,7 +239,7 @@ def _stages(backbone: nn.Module) -> list[list[str]]:
     return stages
 
 
-def _normalisation(backbone: nn.Module, recipe: ClassifierRecipe) -> tuple[list[float], list[float]]:
+def _normalisation(backbone: Any, recipe: ClassifierRecipe) -> tuple[list[float], list[float]]:
     """Mean and spread that are taken of pixels 0..1: a half, or what the backbone's weights expect.
 
     The latter are averaged over the colours for a grey input.

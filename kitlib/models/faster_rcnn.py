@@ -3,6 +3,7 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import timm
@@ -37,6 +38,8 @@ class Pyramid(nn.Module):
     `strides` are those of its maps: 4 upwards, as long as the largest anchor is at most half of the canvas (one map at
     least). All of the backbone's features flow into each.
     """
+
+    body: Any  # timm's, as in kitlib.models.classifier
 
     def __init__(self, recipe: DetectorRecipe):
         super().__init__()
@@ -151,20 +154,26 @@ class _CompleteIoU(RoIHeads):
             heads.detections_per_img,
         )
 
-    def forward(self, features, proposals, image_shapes, targets=None):
+    def forward(
+        self,
+        features: dict[str, torch.Tensor],
+        proposals: list[torch.Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, torch.Tensor]] | None = None,
+    ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
         if not self.training:
             return super().forward(features, proposals, image_shapes, targets)
-        proposals, _, labels, offsets = self.select_training_samples(proposals, targets)
-        scores, found = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
-        labels, offsets, proposals = torch.cat(labels), torch.cat(offsets), torch.cat(proposals)
+        chosen, _, labels_by_image, offsets_by_image = self.select_training_samples(proposals, targets)
+        scores, found = self.box_predictor(self.box_head(self.box_roi_pool(features, chosen, image_shapes)))
+        labels, offsets, regions = map(torch.cat, (labels_by_image, offsets_by_image, chosen))
         boxed = labels > 0
         # Offsets of the one class beside the background.
-        found, true = (self.box_coder.decode_single(each[boxed], proposals[boxed]) for each in (found[:, 4:8], offsets))
+        found, true = (self.box_coder.decode_single(each[boxed], regions[boxed]) for each in (found[:, 4:8], offsets))
         loss = complete_box_iou_loss(found, true, reduction="sum") / labels.numel()
         return [], {"loss_classifier": functional.cross_entropy(scores, labels), "loss_box_reg": loss}
 
 
-def _backbone(recipe: DetectorRecipe) -> nn.Module:
+def _backbone(recipe: DetectorRecipe) -> Any:
     check_backbone(recipe.backbone)
     return timm.create_model(recipe.backbone, pretrained=False, features_only=True, in_chans=recipe.channels)
 
@@ -214,7 +223,7 @@ def _levels(backbone: str, strides: list[int]) -> list[int]:
     return [strides.index(stride) for stride in BACKBONE_STRIDES if stride in strides]
 
 
-def _normalisation(body: nn.Module, channels: int) -> tuple[list[float], list[float]]:
+def _normalisation(body: Any, channels: int) -> tuple[list[float], list[float]]:
     """The backbone's own mean and spread (for pixels 0..1), averaged over its channels where the input is grey."""
     mean, std = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
     if channels == len(mean):

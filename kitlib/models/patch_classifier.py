@@ -22,6 +22,8 @@ class PatchClassifier(FindingsClassifier):
     `kitlib.models.patches.places`.
     """
 
+    recipe: PatchRecipe
+
     def __init__(self, recipe: PatchRecipe, classes: Sequence[str]) -> None:
         super().__init__(recipe, classes)
         self.chunk = 0  # patches that fit into memory together, once that is known

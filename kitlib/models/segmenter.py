@@ -10,11 +10,14 @@ from kitlib.models.resunet import ResUNet
 from kitlib.models.unet import UNet
 from kitlib.recipes.fields import SegmenterRecipe
 
-NETWORKS = {"unet": UNet, "resunet": ResUNet, "fc_densenet103": FCDenseNet103}
+Published = UNet | ResUNet | FCDenseNet103
+NETWORKS: dict[str, type[Published]] = {"unet": UNet, "resunet": ResUNet, "fc_densenet103": FCDenseNet103}
 
 
 class Segmenter(nn.Module):
     """A network under its recipe. Its outputs: one structure alone, or background and then each structure."""
+
+    network: Published
 
     def __init__(self, recipe: SegmenterRecipe) -> None:
         super().__init__()
@@ -69,7 +72,7 @@ def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, recipe: Segment
     return 1 - ((2 * shared + 1) / (squares + 1)).mean()
 
 
-def _missing(side: int, network: nn.Module) -> int:
+def _missing(side: int, network: Published) -> int:
     """Pixels that a side lacks to the next one that the network takes."""
     wanted = max(side, getattr(network, "least", network.multiple))
     return -(-wanted // network.multiple) * network.multiple - side

@@ -30,7 +30,8 @@ class UNet(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 # Ronneberger et al., section 3: without batch norm the start decides whether it learns.
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (n, 1, rows, columns) to logits (n, outputs, rows, columns)."""

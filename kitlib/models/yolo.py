@@ -42,24 +42,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {}
 class GeneralisedIoU(BboxLoss):
     """ultralytics' box loss with GIoU (Rezatofighi et al. 2019) for CIoU, as the Heidelberg report has it, section 3.2."""
 
-    def forward(
-        self, pred_dist, pred_bboxes, anchor_points, target_bboxes, target_scores, target_scores_sum, fg_mask, imgsz, stride
-    ):
-        given = (
-            pred_dist,
-            pred_bboxes,
-            anchor_points,
-            target_bboxes,
-            target_scores,
-            target_scores_sum,
-            fg_mask,
-            imgsz,
-            stride,
-        )
+    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         _, distribution = super().forward(*given)
-        weight = target_scores[fg_mask].sum(-1)
-        loss = generalized_box_iou_loss(pred_bboxes[fg_mask].float(), target_bboxes[fg_mask].float()) * weight
-        return loss.sum() / target_scores_sum, distribution
+        _, found, _, true, scores, scores_sum, boxed, *_ = given
+        loss = generalized_box_iou_loss(found[boxed].float(), true[boxed].float()) * scores[boxed].sum(-1)
+        return loss.sum() / scores_sum, distribution
 
 
 class Network(DetectionModel):
@@ -67,7 +54,7 @@ class Network(DetectionModel):
 
     box_loss = BOX_LOSSES["yolo"][0]
 
-    def init_criterion(self):
+    def init_criterion(self) -> Any:
         criterion = super().init_criterion()
         if self.box_loss == "giou":
             parts = [criterion.one2many, criterion.one2one] if isinstance(criterion, E2ELoss) else [criterion]

@@ -1,8 +1,7 @@
 """The documents' classifiers of exclusive classes: FLANNEL's on whole images and patches, HRNets, ResUNet's ensembles'."""
 
-import dataclasses
-
 from kitlib.recipes.fields import FindingsRecipe, PatchRecipe
+from kitlib.settings import override
 
 # FLANNEL's order, in which its ensemble concatenates their answers.
 FLANNEL_NETWORKS = ("densenet161", "inception_v3", "resnet152", "resnext101_32x8d", "vgg19_bn")
@@ -102,22 +101,22 @@ _ENSEMBLE = FindingsRecipe(
 )
 
 
-def _of_network(recipe: FindingsRecipe, network: str, **fields: object) -> FindingsRecipe:
-    return dataclasses.replace(recipe, backbone=network, **fields)
-
-
 LEARNERS: dict[str, FindingsRecipe] = {
     **{
-        f"flannel_{name}": _of_network(_FLANNEL, name, **(_INCEPTION | {"canvas": 448} if name == "inception_v3" else {}))
+        f"flannel_{name}": override(
+            _FLANNEL, backbone=name, **(_INCEPTION | {"canvas": 448} if name == "inception_v3" else {})
+        )
         for name in FLANNEL_NETWORKS
     },
     **{
-        f"patched_{name}": _of_network(PatchRecipe(), name, **(_INCEPTION if name == "inception_v3" else {}))
+        f"patched_{name}": override(PatchRecipe(), backbone=name, **(_INCEPTION if name == "inception_v3" else {}))
         for name in FLANNEL_NETWORKS
     },
-    **{f"hrnet_{width}": _of_network(_HRNET, f"hrnet_{width}") for width in ("w18", "w32", "w48")},
-    **{f"hrnet_baseline_{name}": _of_network(_HRNET, name) for name in ("resnet152", "densenet121", "efficientnet_b4")},
-    "ensemble_densenet201": _of_network(_ENSEMBLE, "densenet201", hidden=128),
-    "ensemble_resnet152": _of_network(_ENSEMBLE, "resnet152", hidden=1024),
-    "ensemble_vgg19": _of_network(_ENSEMBLE, "vgg19", hidden=4096),
+    **{f"hrnet_{width}": override(_HRNET, backbone=f"hrnet_{width}") for width in ("w18", "w32", "w48")},
+    **{
+        f"hrnet_baseline_{name}": override(_HRNET, backbone=name) for name in ("resnet152", "densenet121", "efficientnet_b4")
+    },
+    "ensemble_densenet201": override(_ENSEMBLE, backbone="densenet201", hidden=128),
+    "ensemble_resnet152": override(_ENSEMBLE, backbone="resnet152", hidden=1024),
+    "ensemble_vgg19": override(_ENSEMBLE, backbone="vgg19", hidden=4096),
 }

@@ -11,7 +11,7 @@ from kitlib.recipes.learners import LEARNERS
 from kitlib.settings import R, RecipeError, override
 
 # Heidelberg's augmentation of the Faster R-CNN, report section 3.1.
-_HEIDELBERG_BOXES = {
+_HEIDELBERG_BOXES: dict[str, Any] = {
     "rotate_degrees": 20.0,
     "shift": 0.0625,  # albumentations' own, which the report leaves at its default
     "turn_p": 0.3,

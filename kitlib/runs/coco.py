@@ -234,9 +234,9 @@ def _image_row(entry: dict[str, Any], image_id: str, where: str) -> dict[str, An
     if not all(type(size) is int and size > 0 for size in sizes):
         raise AnnotationError(f"{where}, id {entry['id']!r}: height {sizes[0]!r} and width {sizes[1]!r} are no pixels")
     row = {"study_id": image_id, "patient_id": image_id, "path": str(entry["file_name"]), "source": "coco", "view": ""}
-    row |= {
+    told = {
         name: float(value) if isinstance(value, Decimal) else value
         for name, value in entry.items()
         if name not in _TAKEN - {"fold"}
     }
-    return row | {"image_id": image_id, "rows": sizes[0], "columns": sizes[1]}
+    return {**row, **told, "image_id": image_id, "rows": sizes[0], "columns": sizes[1]}

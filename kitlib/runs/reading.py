@@ -15,7 +15,7 @@ from kitlib.fusion.put_aside import PutAside, gather_put_aside
 from kitlib.fusion.stacking import LearnerScores, gather
 from kitlib.paths import find_run
 from kitlib.tables import concatenate, read_table
-from kitlib.xrays.cache import XrayCache
+from kitlib.xrays.cache import DecodedXrays, XrayCache
 
 PREPARED_TABLES = ("images", "labels", "boxes", "folds")
 STACKED_TABLES = ("nested_scores", "class_scores", "study_scores")  # the first that is there is the fullest
@@ -36,7 +36,7 @@ class ExtraImages:
     images: pd.DataFrame
     labels: pd.DataFrame
     boxes: pd.DataFrame
-    cache: XrayCache
+    cache: DecodedXrays
 
     def identity(self) -> dict[str, Any]:
         """What tells these images from others, in JSON's types."""
@@ -84,7 +84,7 @@ def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
     Raises RunError for a run without any, for detections without their coverage, and for one fold of a model in two runs.
     """
     found: dict[str, list[pd.DataFrame]] = {name: [] for name in PREDICTED_TABLES}
-    trained: dict[tuple[str, int], Path] = {}
+    trained: dict[tuple[str | None, int], Path] = {}
     for run in map(Path, runs):
         model = read_metrics(run).get("model")
         there = [name for name in PREDICTED_TABLES if (run / "tables" / f"{name}.parquet").is_file()]

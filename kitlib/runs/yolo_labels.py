@@ -46,7 +46,8 @@ def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fo
     names = {"names": dict(enumerate(classes))}
     write_text(folder / CLASSES, "".join(f"{name}\n" for name in classes))
     write_text(folder / "data.yaml", yaml.safe_dump({"train": "images", "val": "images", **names}, sort_keys=False))
-    for fold in sorted(set(folds["fold"])) if folds is not None else ():
+    folds = pd.DataFrame(columns=["id", "fold"]) if folds is None else folds
+    for fold in sorted(set(folds["fold"])):
         lists = {"train": folds["id"][folds["fold"] != fold], "val": folds["id"][folds["fold"] == fold]}
         for part, image_ids in lists.items():
             write_text(folder / f"fold{fold}_{part}.txt", "".join(f"./images/{image_id}.png\n" for image_id in image_ids))
@@ -133,4 +134,5 @@ def _box(line: str, size: tuple[int, int], classes: list[str], place: str) -> tu
             if not -OVERHANG <= edge <= 1 + OVERHANG:
                 raise AnnotationError(problem)
             corners.append(float(round(min(max(edge, Decimal(0)), Decimal(1)) * side, DECIMALS)))
-    return *corners, classes[number]
+    xmin, ymin, xmax, ymax = corners
+    return xmin, ymin, xmax, ymax, classes[number]

@@ -21,7 +21,7 @@ from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.settings import RecipeError, override
 from kitlib.tables import BOX, check_table, concatenate, read_table, write_table
 from kitlib.training.fold_folder import open_run
-from kitlib.xrays.cache import DECODING, CachedXray, XrayCache, usable_cores
+from kitlib.xrays.cache import DECODING, CachedXray, DecodedXrays, XrayCache, usable_cores
 from kitlib.xrays.mask_store import MaskStore
 
 # Masks of an older kit are not taken for this one's, with which a submission would crop.
@@ -33,7 +33,7 @@ CHANGEABLE = ("least_island", "dilations", "closings", "least_area", "least_widt
 
 def apply_lungs(
     images: pd.DataFrame,
-    cache: XrayCache,
+    cache: DecodedXrays,
     bundle: str | Path,
     run_folder: str | Path,
     clean_up: dict[str, Any] | None = None,
@@ -74,7 +74,7 @@ def apply_lungs(
         for start in range(0, len(waiting), PART):
             stream = (cache.read(image_id) for image_id in waiting[start : start + PART])
             # The clean-up of one image and the network's work on the next ones overlap.
-            found = list(pool.map(lambda given: _finished(*given, recipe, masked), model.maps(stream)))
+            found = list(pool.map(lambda given: _finished(given, recipe, masked), model.maps(stream)))
             # The masks last: they say what is done.
             part = run_folder / "checkpoints" / f"lungs-{len(masks):06d}.parquet"
             rows.append(_table(found))
@@ -96,8 +96,9 @@ def _done(run_folder: Path, resume: bool) -> tuple[MaskStore, list[pd.DataFrame]
 
 
 def _finished(
-    xray: CachedXray, maps: np.ndarray, place: Placement, recipe: SegmenterRecipe, masked: XrayCache | None
+    given: tuple[CachedXray, np.ndarray, Placement], recipe: SegmenterRecipe, masked: XrayCache | None
 ) -> Segmented:
+    xray, maps, place = given
     found = segmented(xray, maps, place, recipe)
     if masked is not None:
         inside = np.isin(found.codes, LUNG_CODES) if found.verdict == FOUND else True

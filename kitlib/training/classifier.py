@@ -1,13 +1,14 @@
 """Training of a classifier, whatever its classes: mixed batches, unfreezing, and the validation's probabilities."""
 
 from abc import abstractmethod
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 
 from kitlib.bundle import BundleError
-from kitlib.models.classifier import Classifier
+from kitlib.models.classifier import Classifier, FindingsClassifier, StudyClassifier
 from kitlib.models.starting_weights import load_starting_weights
 from kitlib.recipes.fields import ClassifierRecipe
 from kitlib.training import data_parallel
@@ -62,7 +63,11 @@ class ClassifierTraining(RecipeTraining):
     `found` (validation images, outputs) float64 holds the probabilities of `self.judged`, in the data set's order.
     """
 
-    def __init__(self, model: Classifier, validation_images: int) -> None:
+    model: StudyClassifier | FindingsClassifier
+    judged: StudyClassifier | FindingsClassifier
+    recipe: ClassifierRecipe
+
+    def __init__(self, model: StudyClassifier | FindingsClassifier, validation_images: int) -> None:
         super().__init__(model, model.recipe)
         self.found = np.full((validation_images, model.answers), np.nan)
 
@@ -88,7 +93,8 @@ class ClassifierTraining(RecipeTraining):
 
     def penalty(self) -> torch.Tensor:
         """The recipe's l1 times the sum of the absolute values of all that learns; Oh et al. 2020 add it to their loss."""
-        return self.recipe.l1 * sum(each.abs().sum() for each in self.model.parameters() if each.requires_grad)
+        learning = [each.abs().sum() for each in self.model.parameters() if each.requires_grad]
+        return self.recipe.l1 * reduce(torch.add, learning)
 
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
         loss = self.training_loss(mix_batch(self.targets(batch), self.recipe.mixup, self.recipe.cutmix))

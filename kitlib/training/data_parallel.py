@@ -9,7 +9,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,20 +39,28 @@ def is_first() -> bool:
     return share()[0] == 0
 
 
-class SharedBatches(Sampler):
+class Keys(Protocol):
+    """The keys of an epoch's examples, in their order."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class SharedBatches(Sampler[list[Any]]):
     """Batches of keys, of which this process takes every so-manieth key; all have the same number of them.
 
     `sampler` gives the same order in every process. As with one process, a last batch that is not full is left out.
     """
 
-    def __init__(self, sampler: Sampler, batch_size: int) -> None:
+    def __init__(self, sampler: Keys, batch_size: int) -> None:
         self.sampler, self.batch_size = sampler, batch_size
 
     def __len__(self) -> int:
         return len(self.sampler) // self.batch_size
 
     def __iter__(self) -> Iterator[list[Any]]:
-        (rank, processes), batch = share(), []
+        rank, processes = share()
+        batch: list[Any] = []
         for key in self.sampler:
             batch.append(key)
             if len(batch) == self.batch_size:
@@ -115,7 +123,7 @@ def train_together(train: Callable[[Task, int, Path], Any], task: Task, fold: in
         try:
             ended = elastic_launch(config, _one_of_them)(train, task, fold, run_folder)
         except ChildFailedError as error:
-            told = error.get_first_failure()[1].message
+            told: Any = error.get_first_failure()[1].message  # a str, says torch; what a process raised is a dict
             told = told["message"] if isinstance(told, dict) else told
             raise ParallelFailed(f"{run_folder}: {told}\n  logs: {logs}") from error
         if ended[0] is not None:
@@ -126,9 +134,9 @@ def train_together(train: Callable[[Task, int, Path], Any], task: Task, fold: in
 def _check(recipe: TrainingRecipe, processes: int) -> None:
     if recipe.batch_size % processes:
         raise ValueError(f"{processes} processes cannot share a batch of {recipe.batch_size} images evenly")
-    if getattr(recipe, "unfreeze_every", 0):
+    if later := getattr(recipe, "unfreeze_every", 0):
         # torch gathers the gradients of what learns at the start, and of nothing else.
-        raise ValueError(f"recipe.unfreeze_every is {recipe.unfreeze_every}: what learns later is not shared by processes")
+        raise ValueError(f"recipe.unfreeze_every is {later}: what learns later is not shared by processes")
     if family_of(recipe).one_process:
         raise ValueError(f"a {family_of(recipe).name} is trained by one process; train its folds side by side, one a GPU")
 

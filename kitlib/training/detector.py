@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from kitlib.recipes.fields import DetectorRecipe
 from kitlib.scoring.average_precision import average_precision, box_hits
 from kitlib.settings import override
 from kitlib.tables import concatenate
@@ -26,15 +27,17 @@ class DetectorStrategy(Strategy):
     uses = ("extra", "lungs")
     classes = ("opacity",)
     augments = True  # by the kit's own data set; False where the trainer augments
+    recipe: DetectorRecipe
+    train: XrayDataset
+    validation: XrayDataset
 
     def __init__(self, task: Task, fold: int, run_folder: Path) -> None:
         super().__init__(task, fold, run_folder)
-        images, *seen = with_extra(
-            self.train_images, self.labels, self.boxes, task.cache, task.extra, self.validation_images
-        )
-        self.seen = with_negatives(images, seen[1], self.recipe.negatives, task.seed), *seen
+        tables = self.train_images, self.labels, self.boxes
+        images, labels, boxes, cache = with_extra(*tables, task.cache, task.extra, self.validation_images)
+        self.seen = with_negatives(images, boxes, self.recipe.negatives, task.seed), labels, boxes, cache
         for part, name in ((self.seen[0], "training"), (self.validation_images, f"validation fold {fold}")):
-            if not part.image_id.isin(seen[1].image_id).any():
+            if not part.image_id.isin(boxes.image_id).any():
                 raise ValueError(
                     f"{task.model_name}: none of the {len(part)} images of the {name} has a box; raise the limit"
                 )

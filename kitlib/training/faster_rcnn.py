@@ -1,6 +1,7 @@
 """Training of a Faster R-CNN by pytorch-lightning."""
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from kitlib.training.loop import RecipeTraining
 class FasterRCNNTraining(RecipeTraining):
     """Losses and validation over batches of `XrayDataset`; the score is `judge` of the found and the true boxes."""
 
+    model: FasterRCNNDetector
+    judged: FasterRCNNDetector
+
     def __init__(self, model: FasterRCNNDetector, judge: Callable[[list, list], float]) -> None:
         super().__init__(model, model.recipe)
         self.judge = judge
@@ -23,7 +27,7 @@ class FasterRCNNTraining(RecipeTraining):
 
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
         losses = self.model.losses(batch["pixels"], batch["boxes"])
-        loss = sum(losses.values())
+        loss = reduce(torch.add, losses.values())
         self.log_dict({"train_loss": loss.detach(), **losses}, on_step=False, on_epoch=True, batch_size=len(batch["pixels"]))
         return loss
 

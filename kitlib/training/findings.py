@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from kitlib.inference.predict import load_predictor
 from kitlib.models.classifier import FindingsClassifier, check_classes, mean_of_known, smoothed
-from kitlib.recipes.fields import FindingsRecipe
+from kitlib.models.patch_classifier import PatchClassifier
+from kitlib.recipes.fields import FindingsRecipe, PatchRecipe
 from kitlib.scoring.metrics import class_weights, exclusive_scores, mean_auc
 from kitlib.tables import class_columns, concatenate
 from kitlib.training.classifier import ClassifierTraining, check_frozen, start_from_weights
@@ -21,6 +22,8 @@ from kitlib.training.task import Task
 from kitlib.training.xray_dataset import XrayDataset
 
 logger = logging.getLogger(__name__)
+
+Labelled = XrayDataset | PatchDataset
 
 
 def check_findings(
@@ -68,7 +71,11 @@ class FindingsTraining(ClassifierTraining):
     `weights` (classes,), such as `class_weights`, multiply the losses of a class's images.
     """
 
-    def __init__(self, model: FindingsClassifier, validation: XrayDataset, weights: np.ndarray | None = None) -> None:
+    model: FindingsClassifier
+    recipe: FindingsRecipe
+    weights: torch.Tensor | None
+
+    def __init__(self, model: FindingsClassifier, validation: Labelled, weights: np.ndarray | None = None) -> None:
         super().__init__(model, len(validation))
         self.truth = validation.label
         told = None if weights is None else torch.tensor(weights, dtype=torch.float32)
@@ -97,6 +104,8 @@ class FindingsTraining(ClassifierTraining):
 
 class PatchTraining(FindingsTraining):
     """The same over batches of `PatchDataset`: a validation image is judged by the answer of several of its patches."""
+
+    judged: PatchClassifier
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
         where, size = batch["where"], len(batch["canvases"])
@@ -139,7 +148,9 @@ class FindingsStrategy(Strategy):
     """
 
     uses = ("lungs", "in_sample")
-    dataset: ClassVar[type[XrayDataset] | type[PatchDataset]] = XrayDataset
+    recipe: FindingsRecipe
+    train: Labelled
+    validation: Labelled
     training: ClassVar[type[FindingsTraining]] = FindingsTraining
 
     def __init__(self, task: Task, fold: int, run_folder: Path) -> None:
@@ -160,9 +171,13 @@ class FindingsStrategy(Strategy):
         return start_from_weights(model)
 
     def make_examples(self) -> None:
-        task, shared = self.task, (self.labels, self.boxes, self.task.cache, self.recipe)
-        self.train = self.dataset(self.train_images, *shared, augment=True, seed=task.seed, lungs=task.lungs)
-        self.validation = self.dataset(self.validation_images, *shared, lungs=task.lungs)
+        self.train = self.examples(self.train_images, augment=True, seed=self.task.seed)
+        self.validation = self.examples(self.validation_images)
+
+    def examples(self, images: pd.DataFrame, **options: Any) -> Labelled:
+        """The data set of these images."""
+        tables = images, self.labels, self.boxes
+        return XrayDataset(*tables, self.task.cache, self.recipe, lungs=self.task.lungs, **options)
 
     def module(self, model: FindingsClassifier) -> FindingsTraining:
         weights = class_weights(self.train.label) if self.recipe.class_weights else None
@@ -202,6 +217,11 @@ class FindingsStrategy(Strategy):
 class PatchStrategy(FindingsStrategy):
     """A classifier of patches: it learns a patch of each image an epoch, and several together judge and answer an image."""
 
-    dataset, training, joined = PatchDataset, PatchTraining, (None, collate_canvases)
+    recipe: PatchRecipe
+    training, joined = PatchTraining, (None, collate_canvases)
     # Whole canvases: few, since workers hand them over through memory that containers keep small.
     validated = 0.5
+
+    def examples(self, images: pd.DataFrame, **options: Any) -> PatchDataset:
+        tables = images, self.labels, self.boxes
+        return PatchDataset(*tables, self.task.cache, self.recipe, lungs=self.task.lungs, **options)

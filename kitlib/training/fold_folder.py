@@ -145,7 +145,7 @@ def _progress(fold: Path) -> tuple[bool, int]:
 
 
 def save_trained(
-    run_folder: Path, model: torch.nn.Module, family: str, classes: Iterable[str], identity: dict[str, Any], fitted: Fitted
+    run_folder: Path, model: Any, family: str, classes: Iterable[str], identity: dict[str, Any], fitted: Fitted
 ) -> None:
     """The run's bundle: `model` as `fit` left it, with a `recipe` and a `mean` and `std` of its input."""
     recipe, best = model.recipe, fitted.best()

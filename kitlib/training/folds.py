@@ -109,7 +109,8 @@ def _side_by_side(train: Train, task: Task, folds: list[int], run: Path, at_once
     threads = max(1, torch.get_num_threads() // at_once)
     # Spawned, because a forked process cannot use a GPU that its parent has touched.
     context = multiprocessing.get_context("spawn")
-    said, waiting, running = context.Queue(), list(folds), {}
+    said, waiting = context.Queue(), list(folds)
+    running: dict[Any, tuple[multiprocessing.context.SpawnProcess, int, int]] = {}  # by what `wait` waits for
     failed: list[int] = []
     stopped: list[int] = []
     listener = logging.handlers.QueueListener(said, _Printer())
@@ -135,7 +136,8 @@ def _side_by_side(train: Train, task: Task, folds: list[int], run: Path, at_once
                 logger.info("fold %d ended with exit code %s", fold, process.exitcode)
     finally:
         for process, _, _ in running.values():
-            kill_family(process.pid)
+            if process.pid is not None:
+                kill_family(process.pid)
         listener.stop()
     if failed:
         told = [f"fold {fold}: {_last_line(run / f'fold{fold}' / LOG)}" for fold in sorted(failed)]

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.warnings import PossibleUserWarning
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
@@ -49,7 +50,7 @@ class RecipeTraining(pl.LightningModule):
         """The moving average of `model` if the recipe asks for one, else `model`."""
         return self.model if self.average is None else self.average.module
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = make_optimizer(self.model, self.recipe)
         if self.recipe.schedule == "plateau":  # set by _EpochKeeper, who knows the scores
             return {"optimizer": optimizer}
@@ -82,7 +83,7 @@ def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.opti
     prefix counts. Parameters under such a prefix are taken also while they are frozen, so that they can learn later.
     Raises ValueError for a prefix that no parameter has, or a network with nothing to learn.
     """
-    rates = model.rates() if hasattr(model, "rates") else {}
+    rates: dict[str, float] = getattr(model, "rates", dict)()
     unmet = set(rates)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -171,7 +172,7 @@ def fit(
     folder = Path(run_folder) / "checkpoints"
     last = folder / "last.ckpt"
     processes = data_parallel.share()[1]
-    keeper = _EpochKeeper(folder, recipe, seed, deadline)
+    keeper = _EpochKeeper(folder, module, recipe, seed, deadline)
     with _quiet_lightning():
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -179,7 +180,7 @@ def fit(
             precision=precision(device),
             max_epochs=recipe.epochs,
             accumulate_grad_batches=gathered_batches(recipe),
-            callbacks=[keeper, *([_Progress(title)] if progress else [])],
+            callbacks=[keeper, *([_Progress(title, recipe.epochs)] if progress else [])],
             benchmark=device.type == "cuda",
             logger=False,
             enable_checkpointing=False,
@@ -220,8 +221,10 @@ def _devices(device: torch.device, processes: int) -> dict[str, Any]:
 class _EpochKeeper(pl.Callback):
     """Seeds each epoch, keeps the history, the best weights and the checkpoint, and ends the training."""
 
-    def __init__(self, folder: Path, recipe: TrainingRecipe, seed: int, deadline: Deadline | None) -> None:
-        self.folder, self.recipe, self.seed, self.deadline = folder, recipe, seed, deadline
+    def __init__(
+        self, folder: Path, module: RecipeTraining, recipe: TrainingRecipe, seed: int, deadline: Deadline | None
+    ) -> None:
+        self.folder, self.module, self.recipe, self.seed, self.deadline = folder, module, recipe, seed, deadline
         self.history: list[dict[str, float]] = []
         self.session: list[float] = []  # seconds of this session's epochs
         self.started = self.trained = 0.0
@@ -253,6 +256,7 @@ class _EpochKeeper(pl.Callback):
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not math.isfinite(logged.get("score", math.nan)):
             raise ValueError(f"epoch {trainer.current_epoch + 1}: no finite validation score; logged: {logged}")
+        assert trainer.train_dataloader is not None  # the one that `fit` was given
         images = trainer.num_training_batches * trainer.train_dataloader.batch_sampler.batch_size
         self.session.append(time.perf_counter() - self.started)
         self.history.append(
@@ -265,7 +269,7 @@ class _EpochKeeper(pl.Callback):
             }
         )
         if trainer.is_global_zero:
-            self._write(trainer, pl_module)
+            self._write(trainer)
         else:
             trainer.save_checkpoint(self.folder / "last.ckpt")  # takes part, and writes nothing
         # One decision for all processes, whose clocks differ.
@@ -273,10 +277,10 @@ class _EpochKeeper(pl.Callback):
         trainer.should_stop = trainer.strategy.broadcast(over)
         logger.info("epoch %d of %d: score %.4f", len(self.history), self.recipe.epochs, self.history[-1]["score"])
 
-    def _write(self, trainer: pl.Trainer, pl_module: RecipeTraining) -> None:
+    def _write(self, trainer: pl.Trainer) -> None:
         if kept_row(self.history, self.recipe) == len(self.history) - 1:
-            weights = pl_module.judged.state_dict().items()
-            weights = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in weights}
+            state = self.module.judged.state_dict().items()
+            weights = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state}
             with replacing(self.folder / "best.safetensors") as beside:
                 save_file(weights, beside)
         with replacing(self.folder / "last.ckpt") as beside:
@@ -286,14 +290,14 @@ class _EpochKeeper(pl.Callback):
 class _Progress(pl.Callback):
     """One bar over all batches of a training, with the last epoch's loss and score."""
 
-    def __init__(self, title: str) -> None:
-        self.title = title
+    def __init__(self, title: str, epochs: int) -> None:
+        self.title, self.epochs = title, epochs
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         steps = trainer.num_training_batches
         self.bar = tqdm(
             desc=self.title,
-            total=steps * trainer.max_epochs,
+            total=steps * self.epochs,
             initial=steps * trainer.current_epoch,
             unit="batch",
             # Each refresh is a line of its own in a log file.
@@ -305,12 +309,12 @@ class _Progress(pl.Callback):
         self.bar.update()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        shown = {
+        shown: dict[str, str] = {
             name: f"{float(trainer.callback_metrics[name]):.3f}"
             for name in ("train_loss", "score")
             if name in trainer.callback_metrics
         }
-        self.bar.set_postfix({"epoch": trainer.current_epoch + 1, **shown}, refresh=False)
+        self.bar.set_postfix({"epoch": str(trainer.current_epoch + 1), **shown}, refresh=False)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if hasattr(self, "bar"):

@@ -11,13 +11,14 @@ from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.inference.segment_lungs import LungSegmenter, load_segmenter
 from kitlib.lungs.clean_up import on_copy
 from kitlib.models.segmenter import Segmenter, segmentation_loss
+from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.scoring.metrics import overlap
 from kitlib.tables import check_table
 from kitlib.training import data_parallel
 from kitlib.training.loop import RecipeTraining
 from kitlib.training.mask_dataset import MaskDataset, collate_masks
 from kitlib.training.strategy import Strategy
-from kitlib.xrays.cache import XrayCache
+from kitlib.xrays.cache import DecodedXrays
 from kitlib.xrays.mask_store import MaskError, MaskStore
 
 PART = 256  # masks a file
@@ -49,7 +50,7 @@ def check_other_source(home: pd.DataFrame, other: pd.DataFrame, name: str) -> No
 
 
 def score_masks(
-    segmenter: LungSegmenter, cache: XrayCache, masks: MaskStore, image_ids: pd.Series, found: MaskStore | None = None
+    segmenter: LungSegmenter, cache: DecodedXrays, masks: MaskStore, image_ids: pd.Series, found: MaskStore | None = None
 ) -> pd.DataFrame:
     """Table mask_scores, fold -1, of images with a drawn mask; `found` takes the label images.
 
@@ -76,6 +77,10 @@ def score_masks(
 
 class LungsTraining(RecipeTraining):
     """Loss and validation over batches of `MaskDataset`; the score is the mean Dice of the validation's structures."""
+
+    model: Segmenter
+    judged: Segmenter
+    recipe: SegmenterRecipe
 
     def __init__(self, model: Segmenter, validation_images: int) -> None:
         super().__init__(model, model.recipe)
@@ -112,6 +117,7 @@ class SegmenterStrategy(Strategy):
     """
 
     uses = ("masks",)
+    recipe: SegmenterRecipe
     joined = collate_masks, collate_masks
 
     def check(self) -> None:
@@ -119,7 +125,8 @@ class SegmenterStrategy(Strategy):
             raise ValueError(
                 f"{self.task.model_name}: a segmenter learns from drawn masks; give the masks of a prepared run"
             )
-        self.images, self.folds = with_masks(self.images, self.folds, self.task.masks)
+        self.masks = self.task.masks
+        self.images, self.folds = with_masks(self.images, self.folds, self.masks)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -138,9 +145,9 @@ class SegmenterStrategy(Strategy):
         return f"{name}: {len(weights)} tensors"
 
     def make_examples(self) -> None:
-        task, recipe = self.task, self.recipe
-        self.train = MaskDataset(self.train_images, task.cache, task.masks, recipe, augment=True, seed=task.seed)
-        self.validation = MaskDataset(self.validation_images, task.cache, task.masks, recipe)
+        task, shared = self.task, (self.task.cache, self.masks, self.recipe)
+        self.train = MaskDataset(self.train_images, *shared, augment=True, seed=task.seed)
+        self.validation = MaskDataset(self.validation_images, *shared)
 
     def module(self, model: Segmenter) -> LungsTraining:
         return LungsTraining(model, len(self.validation))
@@ -148,6 +155,6 @@ class SegmenterStrategy(Strategy):
     def predict(self, device: torch.device) -> dict[str, Any]:
         segmenter = load_segmenter(self.run_folder / "bundle", device, 2 * self.recipe.batch_size)
         found = MaskStore.afresh(self.run_folder / "masks")
-        scores = score_masks(segmenter, self.task.cache, self.task.masks, self.validation_images.image_id, found)
+        scores = score_masks(segmenter, self.task.cache, self.masks, self.validation_images.image_id, found)
         self.write("mask_scores", scores.assign(fold=self.fold))
         return {}

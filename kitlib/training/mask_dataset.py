@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import Dataset
 
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.device import derived_seed
@@ -13,12 +12,12 @@ from kitlib.geometry import Placement
 from kitlib.lungs.clean_up import on_canvas, placement
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.training.augmentation import MaskAugmentation
-from kitlib.training.xray_dataset import KEPT_BYTES, KeptCanvases
-from kitlib.xrays.cache import CachedXray, XrayCache
+from kitlib.training.xray_dataset import KEPT_BYTES, Examples, KeptCanvases
+from kitlib.xrays.cache import CachedXray, DecodedXrays
 from kitlib.xrays.mask_store import MaskError, MaskStore
 
 
-class MaskDataset(Dataset):
+class MaskDataset(Examples):
     """One example an image of `images`, in its order.
 
     An example is a dict: `pixels` uint8 (side, side), grey, as the recipe adjusts it, on its canvas; `truth` uint8 (side,
@@ -30,7 +29,7 @@ class MaskDataset(Dataset):
     def __init__(
         self,
         images: pd.DataFrame,
-        cache: XrayCache,
+        cache: DecodedXrays,
         masks: MaskStore,
         recipe: SegmenterRecipe,
         augment: bool = False,
@@ -43,10 +42,7 @@ class MaskDataset(Dataset):
             raise MaskError(f"{len(missing)} of {len(self)} images have no mask in {masks.folder}, first {missing[0]}")
         self.augmentation = MaskAugmentation(recipe) if augment else None
         fits = 2 * len(self) * self.side**2 <= KEPT_BYTES
-        self.kept = tuple(KeptCanvases(len(self), self.side) for _ in range(2)) if fits else None
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
+        self.kept = [KeptCanvases(len(self), self.side) for _ in range(2)] if fits else []
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -56,15 +52,17 @@ class MaskDataset(Dataset):
         return {"pixels": torch.from_numpy(pixels), "truth": torch.from_numpy(truth), "index": index}
 
     def _canvas(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        if self.kept and (truth := self.kept[1].get(index)):
-            return self.kept[0].get(index)[0], truth[0]
+        if self.kept:
+            # The mask is put last: where it is whole, the image is.
+            drawn, shown = (each.get(index) for each in reversed(self.kept))
+            if drawn and shown:
+                return shown[0], drawn[0]
         xray = self.cache.read(self.image_ids[index])
         place = placement(xray, self.recipe)
         pixels = on_canvas(xray, place, self.recipe)
         truth = truth_on_canvas(self.masks.read(xray.image_id), place, self.recipe, xray)
-        if self.kept:
-            for kept, canvas in zip(self.kept, (pixels, truth), strict=True):
-                kept.put(index, canvas, xray.rows, xray.columns)
+        for kept, canvas in zip(self.kept, (pixels, truth), strict=False):
+            kept.put(index, canvas, xray.rows, xray.columns)
         return pixels, truth
 
 

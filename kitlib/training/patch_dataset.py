@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import Dataset
 
 from kitlib.device import derived_seed
 from kitlib.lungs.crop import finder_for, seen_lungs
@@ -14,11 +13,12 @@ from kitlib.lungs.finders import LungFinder
 from kitlib.models.patches import PatchCanvas, cut, image_seed, patch_canvas, places
 from kitlib.recipes.fields import PatchRecipe
 from kitlib.settings import override
-from kitlib.training.xray_dataset import KEPT_BYTES, Augmentation, KeptCanvases, KeptFrames
-from kitlib.xrays.cache import CachedXray, XrayCache
+from kitlib.training.augmentation import Augmentation
+from kitlib.training.xray_dataset import KEPT_BYTES, Examples, KeptCanvases, KeptFrames
+from kitlib.xrays.cache import CachedXray, DecodedXrays
 
 
-class PatchDataset(Dataset):
+class PatchDataset(Examples):
     """One example an image of `images`, in its order.
 
     A training example is a dict as `XrayDataset` makes it, without boxes and with an unknown `none`: `pixels` uint8 (side,
@@ -35,7 +35,7 @@ class PatchDataset(Dataset):
         images: pd.DataFrame,
         labels: pd.DataFrame,
         boxes: pd.DataFrame,
-        cache: XrayCache,
+        cache: DecodedXrays,
         recipe: PatchRecipe,
         augment: bool = False,
         seed: int = 0,
@@ -49,9 +49,6 @@ class PatchDataset(Dataset):
         self.finder = finder_for(recipe.lungs, lungs)
         self.frames = KeptFrames(len(self))
         self.kept = KeptPatchCanvases(len(self), recipe)
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -69,7 +66,7 @@ class PatchDataset(Dataset):
 
     def lungs_missed(self) -> int:
         """How many of all images are one patch, found out now for those that none has asked for."""
-        for index in np.flatnonzero(self.frames.asked == 0):
+        for index in np.flatnonzero(self.frames.asked == 0).tolist():
             self._canvas(index)
         return int((self.frames.asked == KeptFrames.MISSED).sum())
 

@@ -20,7 +20,7 @@ from kitlib.inference.segment_lungs import LungSegmenter
 from kitlib.lungs.finders import StoredLungs
 from kitlib.models.families import CLASSES, STUDIES
 from kitlib.tables import check_table, concatenate
-from kitlib.xrays.cache import XrayCache
+from kitlib.xrays.cache import DecodedXrays, XrayCache
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def seen_by(
 def predict_unseen(
     models: pd.DataFrame,
     images: pd.DataFrame,
-    cache: XrayCache,
+    cache: DecodedXrays,
     seen: pd.DataFrame,
     batch_size: int | None = None,
     lungs: StoredLungs | LungSegmenter | None = None,

@@ -7,7 +7,7 @@ import pandas as pd
 
 from kitlib.runs.reading import ExtraImages
 from kitlib.tables import check_table, class_columns, concatenate
-from kitlib.xrays.cache import CachedXray, XrayCache
+from kitlib.xrays.cache import CachedXray, DecodedXrays
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,10 @@ def with_extra(
     train_images: pd.DataFrame,
     labels: pd.DataFrame,
     boxes: pd.DataFrame,
-    cache: XrayCache,
+    cache: DecodedXrays,
     extra: ExtraImages | None,
     validation_images: pd.DataFrame,
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, XrayCache]:
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, DecodedXrays]:
     """The training images with the extra ones after them, and labels, boxes and a cache for both.
 
     Extra images marked `false_none` stay out. The labels keep their classes: an extra image's label is NaN (unknown) where
@@ -94,7 +94,7 @@ def with_extra(
 class _BothCaches:
     """Reads an image from the cache that has it."""
 
-    def __init__(self, cache: XrayCache, extra: ExtraImages) -> None:
+    def __init__(self, cache: DecodedXrays, extra: ExtraImages) -> None:
         self.cache, self.extra = cache, extra.cache
         self.extra_ids = frozenset(extra.images.image_id)
         self.longest_side = cache.longest_side

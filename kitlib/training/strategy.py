@@ -7,16 +7,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from kitlib.inference.predict import Predictor, load_predictor
 from kitlib.lungs.crop import check_finder
+from kitlib.recipes.fields import WithBackbone
 from kitlib.tables import write_table
 from kitlib.training.fold_folder import Fitted
 from kitlib.training.loop import RecipeTraining, fit
 from kitlib.training.split import split
 from kitlib.training.task import Task
-from kitlib.training.xray_dataset import batches
+from kitlib.training.xray_dataset import Examples, batches
 
 # What a task may bring and only some families can use.
 OPTIONAL = ("extra", "lungs", "masks", "in_sample")
@@ -33,8 +34,8 @@ class Strategy(ABC):
     joined: ClassVar[tuple[Callable[[list[dict[str, Any]]], dict[str, Any]] | None, ...]] = (None, None)
     # Images of a validation batch as a share of a training one's: without gradients twice as many fit the memory.
     validated: float = 2.0
-    train: Dataset
-    validation: Dataset
+    train: Examples
+    validation: Examples
 
     def __init__(self, task: Task, fold: int, run_folder: Path) -> None:
         unused = [name for name in OPTIONAL if getattr(task, name) not in (None, False) and name not in self.uses]
@@ -42,7 +43,7 @@ class Strategy(ABC):
             raise ValueError(
                 f"{task.model_name}: a {type(task.recipe).__name__} cannot use {', '.join(unused)}; leave it out"
             )
-        if "lungs" in self.uses:
+        if isinstance(task.recipe, WithBackbone):
             check_finder(task.recipe, task.lungs, task.model_name)
         self.task, self.recipe, self.fold, self.run_folder = task, task.recipe, fold, run_folder
         self.images, self.labels, self.boxes, self.folds = (
@@ -76,8 +77,9 @@ class Strategy(ABC):
     def fit(self, model: Any, device: torch.device) -> Fitted:
         """Train until the recipe or the session ends it, and leave the kept epoch's weights in `model`, on the CPU."""
         task = self.task
-        ends = task.progress, self.title, task.deadline
-        return fit(self.module(model), self.recipe, *self.loaders(), self.run_folder, device, task.seed, *ends)
+        module, (train, validation) = self.module(model), self.loaders()
+        told = self.run_folder, device, task.seed, task.progress, self.title, task.deadline
+        return fit(module, self.recipe, train, validation, *told)
 
     def loaders(self) -> tuple[DataLoader, DataLoader]:
         """Batches of the training and of the validation examples."""

@@ -11,6 +11,7 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.inference.predict import study_and_image_scores
 from kitlib.models.box_mask import box_mask, mask_loss
 from kitlib.models.classifier import OUTPUTS, StudyClassifier, study_loss
+from kitlib.recipes.fields import StudyRecipe
 from kitlib.scoring.average_precision import average_precision
 from kitlib.tables import study_labels
 from kitlib.training.classifier import ClassifierTraining, check_frozen, start_from_weights
@@ -22,6 +23,9 @@ from kitlib.training.xray_dataset import XrayDataset
 
 class StudyTraining(ClassifierTraining):
     """Loss and validation of the study classifier; the score is that of `validation_scores`."""
+
+    model: StudyClassifier
+    recipe: StudyRecipe
 
     def __init__(self, model: StudyClassifier, validation: XrayDataset, study_ids: np.ndarray) -> None:
         super().__init__(model, len(validation))
@@ -87,6 +91,9 @@ class StudyStrategy(Strategy):
 
     uses = ("extra", "lungs")
     classes = OUTPUTS
+    recipe: StudyRecipe
+    train: XrayDataset
+    validation: XrayDataset
 
     def __init__(self, task: Task, fold: int, run_folder: Path) -> None:
         super().__init__(task, fold, run_folder)

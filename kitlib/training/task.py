@@ -16,7 +16,7 @@ from kitlib.models.starting_weights import starting_weights_digest
 from kitlib.recipes.fields import TrainingRecipe
 from kitlib.runs.reading import ExtraImages
 from kitlib.tables import check_table, read_table
-from kitlib.xrays.cache import XrayCache
+from kitlib.xrays.cache import DecodedXrays
 from kitlib.xrays.mask_store import MaskStore
 
 TABLES = ("images", "labels", "boxes", "folds")
@@ -36,7 +36,7 @@ class Task:
     """
 
     tables: Mapping[str, pd.DataFrame]
-    cache: XrayCache
+    cache: DecodedXrays
     recipe: TrainingRecipe
     model_name: str
     seed: int = 0

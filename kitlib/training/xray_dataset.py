@@ -15,11 +15,11 @@ from kitlib.geometry import PLACEMENTS, Placement
 from kitlib.lungs.canvas import canvas_of
 from kitlib.lungs.crop import boxes_shown, crop, finder_for, seen_lungs
 from kitlib.lungs.finders import LungFinder, Lungs
-from kitlib.recipes.fields import TrainingRecipe
+from kitlib.recipes.fields import WithBackbone
 from kitlib.tables import BOX
 from kitlib.training import data_parallel
 from kitlib.training.augmentation import Augmentation
-from kitlib.xrays.cache import CachedXray, XrayCache
+from kitlib.xrays.cache import CachedXray, DecodedXrays
 
 # Canvases stay in memory where a data set's fit: reading a cache entry and resizing it costs more than augmentation. SIIM's
 # at 512 pixels a side take 1.6 GB, at 1024 they are too many. Crops of lungs are kept beside whole images while both fit.
@@ -28,7 +28,16 @@ KEPT_BYTES = 2**32
 SHOWN = {"full": ("full",), "lungs": ("lungs",), "either": ("full", "lungs")}
 
 
-class XrayDataset(Dataset):
+class Examples(Dataset[dict[str, Any]]):
+    """One example an image, in the order of `image_ids`; a key is an index, or (epoch, index) from `EpochSampler`."""
+
+    image_ids: list[str]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+
+class XrayDataset(Examples):
     """One example an image of `images`, in its order.
 
     An example is a dict: `pixels` uint8 (side, side), grey, on the recipe's canvas; `label` float32 (classes,) in the order
@@ -55,8 +64,8 @@ class XrayDataset(Dataset):
         images: pd.DataFrame,
         labels: pd.DataFrame,
         boxes: pd.DataFrame,
-        cache: XrayCache,
-        recipe: TrainingRecipe,
+        cache: DecodedXrays,
+        recipe: WithBackbone,
         augment: bool = False,
         seed: int = 0,
         lungs: LungFinder | None = None,
@@ -77,12 +86,9 @@ class XrayDataset(Dataset):
             self.none = np.where(np.isnan(told), self.none, told)
         self.augmentation = Augmentation(recipe) if augment else None
         self.finder, self.shown = finder_for(recipe.lungs, lungs), SHOWN[recipe.trained_on]
-        self.frames = KeptFrames(len(self)) if self.canvas.needs_mask or "lungs" in self.shown else None
+        self.frames = KeptFrames(len(self))
         fitting = min(len(self.shown), KEPT_BYTES // max(1, len(self) * self.canvas.whole**2))
-        self.kept = KeptCanvases(fitting * len(self), self.canvas.whole) if fitting else None
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
+        self.kept = KeptCanvases(fitting * len(self), self.canvas.whole)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -103,9 +109,9 @@ class XrayDataset(Dataset):
 
     def lungs_missed(self) -> int:
         """How many of all images are seen whole for want of their lungs, found out now for those that none has asked for."""
-        if self.frames is None:
+        if not self.canvas.needs_mask and "lungs" not in self.shown:
             return 0
-        for index in np.flatnonzero(self.frames.asked == 0):
+        for index in np.flatnonzero(self.frames.asked == 0).tolist():
             self._lungs(index, self.cache.read(self.image_ids[index]))
         return int((self.frames.asked == KeptFrames.MISSED).sum())
 
@@ -115,21 +121,24 @@ class XrayDataset(Dataset):
 
     def _laid(self, index: int, canvas: str) -> tuple[np.ndarray, Placement]:
         """The whole canvas with the image on it, and where it lies there."""
-        looks = self.canvas.needs_mask or canvas == "lungs"
         kept_at = self.shown.index(canvas) * len(self) + index
-        keeps = self.kept is not None and kept_at < len(self.kept.pixels)
+        keeps = kept_at < len(self.kept.pixels)
         kept = self.kept.get(kept_at) if keeps else None
-        if kept is None:
-            xray = self.cache.read(self.image_ids[index])
-            rows, columns, lungs = xray.rows, xray.columns, self._lungs(index, xray) if looks else Lungs(None)
-        else:
-            (pixels, rows, columns), lungs = kept, self.frames.get(index) if looks else Lungs(None)
-        place = crop(self.place, lungs.frame if canvas == "lungs" else None, rows, columns, self.canvas.whole)
-        if kept is None:
-            pixels = self.canvas.lay(self.canvas.grey(xray.pixels, lungs.mask), place)
-            if keeps:
-                self.kept.put(kept_at, pixels, rows, columns)
+        if kept is not None:
+            pixels, rows, columns = kept
+            return pixels, self._whole(canvas, self.frames.get(index), rows, columns)
+        xray = self.cache.read(self.image_ids[index])
+        looks = self.canvas.needs_mask or canvas == "lungs"
+        lungs = self._lungs(index, xray) if looks else Lungs(None)
+        place = self._whole(canvas, lungs, xray.rows, xray.columns)
+        pixels = self.canvas.lay(self.canvas.grey(xray.pixels, lungs.mask), place)
+        if keeps:
+            self.kept.put(kept_at, pixels, xray.rows, xray.columns)
         return pixels, place
+
+    def _whole(self, canvas: str, lungs: Lungs, rows: int, columns: int) -> Placement:
+        """Where an image lies on the whole canvas."""
+        return crop(self.place, lungs.frame if canvas == "lungs" else None, rows, columns, self.canvas.whole)
 
     def _lungs(self, index: int, xray: CachedXray) -> Lungs:
         """What the recipe takes of the image's lungs. Frames are kept; masks, which are large, are found each time."""
@@ -146,7 +155,7 @@ class KeptFrames:
     FOUND, MISSED = 1, 2
 
     def __init__(self, count: int) -> None:
-        self.frames = np.frombuffer(mmap.mmap(-1, max(1, count * 32)), np.float64)[: count * 4].reshape(count, 4)
+        self.frames = np.frombuffer(mmap.mmap(-1, max(32, count * 32)), np.float64)[: count * 4].reshape(count, 4)
         self.asked = np.frombuffer(mmap.mmap(-1, max(1, count)), np.uint8)[:count]
 
     def get(self, index: int) -> Lungs:
@@ -168,7 +177,7 @@ class KeptCanvases:
         # Anonymous and not in /dev/shm, which containers keep small.
         self.pixels = np.frombuffer(mmap.mmap(-1, max(1, count * side**2)), np.uint8)[: count * side**2]
         self.pixels = self.pixels.reshape(count, side, side)
-        self.sizes = np.frombuffer(mmap.mmap(-1, max(1, count * 8)), np.int32)[: count * 2].reshape(count, 2)
+        self.sizes = np.frombuffer(mmap.mmap(-1, max(8, count * 8)), np.int32)[: count * 2].reshape(count, 2)
 
     def get(self, index: int) -> tuple[np.ndarray, int, int] | None:
         """Pixels, which must not be written to, rows and columns; None where nothing was put."""
@@ -181,7 +190,7 @@ class KeptCanvases:
         self.sizes[index, 1] = rows  # last: it tells the other workers that the canvas is whole
 
 
-class EpochSampler(Sampler):
+class EpochSampler(Sampler[tuple[int, int]]):
     """Keys (epoch, index) in an order that depends on the seed and the epoch alone.
 
     The epoch travels in the key because worker processes that outlive an epoch hold their own copy of the data set.
@@ -203,7 +212,7 @@ class EpochSampler(Sampler):
 
 
 def batches(
-    dataset: Dataset,
+    dataset: Examples,
     batch_size: int,
     workers: int = 0,
     shuffle: bool = False,
@@ -219,7 +228,7 @@ def batches(
     (rank, processes), batch_size = data_parallel.share(), min(batch_size, len(dataset))
     if shuffle:
         # A last batch may be a single image, on which batch norm fails: it is left out.
-        chosen = {"batch_sampler": data_parallel.SharedBatches(EpochSampler(len(dataset), seed), batch_size)}
+        chosen: dict[str, Any] = {"batch_sampler": data_parallel.SharedBatches(EpochSampler(len(dataset), seed), batch_size)}
     else:
         chosen = {"sampler": range(rank, len(dataset), processes), "batch_size": max(1, batch_size // processes)}
     return DataLoader(
@@ -239,10 +248,9 @@ def batches(
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacked `pixels` (n, side, side), `label` (n, classes), `none` (n,), `index` (n,); `boxes`, n tensors (k, 4)."""
-    batch = {name: torch.stack([each[name] for each in examples]) for name in ("pixels", "label", "none")}
-    batch["boxes"] = [each["boxes"] for each in examples]
-    batch["index"] = torch.tensor([each["index"] for each in examples])
-    return batch
+    stacked = {name: torch.stack([each[name] for each in examples]) for name in ("pixels", "label", "none")}
+    index = torch.tensor([each["index"] for each in examples])
+    return {**stacked, "boxes": [each["boxes"] for each in examples], "index": index}
 
 
 def _one_thread(_: int) -> None:

@@ -44,6 +44,8 @@ class Canvases(YOLODataset):
     Where it augments, they are those of `epoch`, which the trainer sets: a recipe may show other parts of an image in each.
     """
 
+    buffer: list[int]
+
     def __init__(self, examples: XrayDataset, augment: bool, settings: Any) -> None:
         self.examples, self.epoch = examples, 0
         self.latest: tuple[Any, dict[str, Any]] = (None, {})  # an example by its key: its boxes and its pixels are one
@@ -100,7 +102,7 @@ class Trainer(DetectionTrainer):
     def __init__(
         self,
         detector: YoloDetector,
-        train: XrayDataset,
+        examples: dict[str, XrayDataset],
         validation: DataLoader,
         judge: Callable[[list, list], float],
         run_folder: Path,
@@ -111,10 +113,11 @@ class Trainer(DetectionTrainer):
         deadline: Deadline | None,
     ) -> None:
         self.detector, self.judged, self.judge, self.bar = detector, validation, judge, bar
-        self.examples = {"train": train, "val": validation.dataset}
+        self.examples = examples
         self.folder, self.kit_seed = run_folder / "checkpoints", seed
         self.history: list[dict[str, float]] = []
-        self.deadline, self.session = deadline, []  # seconds of this session's epochs
+        self.deadline = deadline
+        self.session: list[float] = []  # seconds of this session's epochs
         self.kept_scaler: dict[str, Any] = {}
         self.gradients: dict[str, torch.Tensor] = {}  # of batches before a resume
         super().__init__(overrides=settings(detector.recipe, self.folder, device, seed, workers))
@@ -314,7 +317,8 @@ class YoloStrategy(DetectorStrategy):
             disable=not task.progress,
         ) as bar:
             where = self.run_folder, device, task.seed, task.workers
-            trainer = Trainer(model, self.train, self.loaders()[1], canvas_precision, *where, bar, task.deadline)
+            examples = {"train": self.train, "val": self.validation}
+            trainer = Trainer(model, examples, self.loaders()[1], canvas_precision, *where, bar, task.deadline)
             trainer.history = history = _history(trainer.last)
             if not history or not is_over(history, recipe):
                 if epoch_fits(task.deadline, [row["seconds"] for row in history]):

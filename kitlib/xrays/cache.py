@@ -8,10 +8,11 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -56,6 +57,14 @@ class CachedXray:
     columns: int
 
 
+class DecodedXrays(Protocol):
+    """Whatever reads decoded X-rays, at most `longest_side` pixels a side, by their ids."""
+
+    longest_side: int
+
+    def read(self, image_id: str) -> CachedXray: ...
+
+
 class XrayCache:
     """Decoded X-rays in `folder`, at most `longest_side` pixels a side.
 
@@ -76,7 +85,7 @@ class XrayCache:
 
     def decode(
         self, images: pd.DataFrame, workers: int | None = None, timeout_s: float = 20.0, pool: ProcessPool | None = None
-    ) -> Iterator[Outcome]:
+    ) -> Generator[Outcome, None, None]:
         """Yield one Outcome an image as they get done, in any order. `images` has the columns image_id and path.
 
         Work goes to `workers` processes (default: the cores this process may use), only a few files ahead of what is

@@ -64,7 +64,7 @@ def decode_image(path: str | Path) -> Xray:
     if pixels is None:
         raise UnreadableXray(path, "damaged image: nothing could be decoded")
     if pixels.dtype == np.uint16:
-        pixels = (pixels >> 8).astype(np.uint8)
+        pixels = (pixels // 256).astype(np.uint8)
     if pixels.ndim == 3:
         pixels = cv2.cvtColor(pixels[..., :3], cv2.COLOR_BGR2GRAY) if pixels.shape[2] >= 3 else pixels[..., 0]
     return Xray(np.ascontiguousarray(pixels), ())

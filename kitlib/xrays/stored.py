@@ -1,6 +1,7 @@
 """Decodes the pixel data of a DICOM file to bit patterns, once its header and its codestream agree on a sensible size."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from pydicom.encaps import get_frame
@@ -60,7 +61,7 @@ def read_stored(elements: Elements, syntax: str) -> Stored:
     data = elements.raw("PixelData") if native else bytes(elements.raw("PixelData"))
     if native == elements.is_encapsulated("PixelData"):
         raise ValueError(f"transfer syntax {syntax} does not go with {'encapsulated' if native else 'plain'} pixel data")
-    frame = b"" if native else get_frame(data, 0, number_of_frames=frames)
+    frame = b"" if native else get_frame(bytes(data), 0, number_of_frames=frames)
     promise = None if native else _checked_promise(frame, syntax, rows, columns, samples)
     if promise:
         allocated = elements.whole("BitsAllocated", 8 if promise.precision <= 8 else 16)
@@ -78,7 +79,7 @@ def read_stored(elements: Elements, syntax: str) -> Stored:
         warnings.append("the compressed frame has no end marker: it may be cut short")
 
     signed = elements.whole("PixelRepresentation", 0) == 1
-    layout = {
+    layout: dict[str, Any] = {
         "rows": rows,
         "columns": columns,
         "samples_per_pixel": samples,
@@ -89,6 +90,8 @@ def read_stored(elements: Elements, syntax: str) -> Stored:
         "bits_stored": bits_stored,
         "pixel_representation": 0,  # bit patterns; the sign is told from them later
         "pixel_keyword": "PixelData",
+        "pixel_vr": elements.vr("PixelData"),
+        "correct_unused_bits": False,
     }
     if native and samples == 1:
         patterns = _plain(elements, data, syntax, rows, columns, allocated)
@@ -98,15 +101,14 @@ def read_stored(elements: Elements, syntax: str) -> Stored:
             bytes(data),
             index=0,
             raw=True,
-            correct_unused_bits=False,
             decoding_plugin="" if native else plugin_for(syntax),
-            pixel_vr=elements.vr("PixelData"),
             **layout,
         )
         photometric = str(told["photometric_interpretation"])
     # The codestream of these knows the sign bit better than the header (pydicom's rule as well).
-    own = promise and (syntax in JPEG2000TransferSyntaxes or (syntax in JPEGLSTransferSyntaxes and signed))
-    return Stored(patterns, promise.precision if own else bits_stored, signed, bits_stored, photometric, warnings)
+    own = syntax in JPEG2000TransferSyntaxes or (syntax in JPEGLSTransferSyntaxes and signed)
+    bits = promise.precision if promise and own else bits_stored
+    return Stored(patterns, bits, signed, bits_stored, photometric, warnings)
 
 
 def _checked_promise(frame: bytes, syntax: str, rows: int, columns: int, samples: int) -> Promise | None:
@@ -119,7 +121,7 @@ def _checked_promise(frame: bytes, syntax: str, rows: int, columns: int, samples
     return promise
 
 
-def _plain(elements: Elements, data: memoryview, syntax: str, rows: int, columns: int, allocated: int) -> np.ndarray:
+def _plain(elements: Elements, data: bytes | memoryview, syntax: str, rows: int, columns: int, allocated: int) -> np.ndarray:
     """Uncompressed patterns without a copy where the bytes lie as the machine wants them; what follows them is padding."""
     wanted = rows * columns * allocated // 8
     if len(data) < wanted:

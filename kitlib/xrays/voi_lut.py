@@ -151,7 +151,7 @@ def _lut(elements: Elements, keyword: str, signed: bool) -> Lut | None:
         return None
     item = items[0]
     order = "<" if item.is_little_endian("LUTDescriptor") else ">"
-    described = np.frombuffer(item.raw("LUTDescriptor")[:6].ljust(6, b"\0"), dtype=f"{order}u2")
+    described = np.frombuffer(bytes(item.raw("LUTDescriptor")[:6]).ljust(6, b"\0"), dtype=f"{order}u2")
     length, first, bits = int(described[0]) or 2**16, int(described[1]), int(described[2])
     # "US or SS": an explicit VR decides, else the pixel representation does.
     if item.vr("LUTDescriptor") == "SS" or (item.vr("LUTDescriptor") != "US" and signed):

@@ -12,7 +12,9 @@ import time
 import types
 import warnings
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -58,9 +60,10 @@ def decode_into(entry: Path, image_id: str, path: str, longest_side: int) -> Out
 
 def shrink(pixels: np.ndarray, longest_side: int) -> np.ndarray:
     """uint8 (rows, columns), longest side at most `longest_side`, by the mean of the area; smaller ones stay as they are."""
-    if max(pixels.shape) <= longest_side:
+    rows, columns = pixels.shape
+    if max(rows, columns) <= longest_side:
         return pixels
-    place = letterbox(*pixels.shape, longest_side)
+    place = letterbox(rows, columns, longest_side)
     return cv2.resize(pixels, (place.inner_columns, place.inner_rows), interpolation=cv2.INTER_AREA)
 
 
@@ -94,7 +97,7 @@ def start_worker() -> None:
 
 class _LightProcess(multiprocessing.context.SpawnProcess):
     @staticmethod
-    def _Popen(process):
+    def _Popen(process: BaseProcess) -> Any:
         # A spawned process imports its parent's main module again: with a training script, all of torch; with a script
         # that lacks `if __name__ == "__main__"`, the whole run. Workers need none of it.
         main = sys.modules["__main__"]

@@ -1,6 +1,6 @@
 """Writes DICOM X-rays in the transfer syntaxes that hospitals send: for phantoms, benchmarks and tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ DIGITAL_X_RAY = UID("1.2.840.10008.5.1.4.1.1.1.1")
 
 # Encoders take samples and the bits of each. JPEG Lossless gets a signed image's two's complement cut to `bits`, JPEG-LS the
 # whole of it (imagecodecs writes the precision of the dtype), JPEG 2000 codes the sign itself.
-ENCODERS: dict[str, Callable[[np.ndarray, int], bytes]] = {
+ENCODERS: dict[str, Callable[[np.ndarray, int], bytes | bytearray]] = {
     JPEGBaseline8Bit: lambda samples, bits: imagecodecs.jpeg8_encode(samples, level=95),
     JPEGLossless: lambda samples, bits: imagecodecs.jpeg8_encode(samples, lossless=True, predictor=4, bitspersample=bits),
     JPEGLosslessSV1: lambda samples, bits: imagecodecs.jpeg8_encode(samples, lossless=True, predictor=1, bitspersample=bits),
@@ -108,17 +108,17 @@ def write_xray(
             else:
                 setattr(dataset, keyword, value)
         dataset.file_meta = FileMetaDataset()
-        dataset.file_meta.TransferSyntaxUID = transfer_syntax
+        dataset.file_meta.TransferSyntaxUID = UID(transfer_syntax)
         dataset.file_meta.MediaStorageSOPClassUID = DIGITAL_X_RAY
-        dataset.file_meta.MediaStorageSOPInstanceUID = image_id
+        dataset.file_meta.MediaStorageSOPInstanceUID = UID(image_id)
         with replacing(path) as beside:
             dataset.save_as(beside, enforce_file_format=True)
 
 
 def _pixel_data(stored: np.ndarray, transfer_syntax: str, bits: int) -> DataElement:
     if transfer_syntax in NATIVE:
-        order = ">" if transfer_syntax == ExplicitVRBigEndian else "<"
-        raw = stored.astype(stored.dtype.newbyteorder(order)).tobytes()
+        kind = stored.dtype.newbyteorder(">" if transfer_syntax == ExplicitVRBigEndian else "<")
+        raw = stored.astype(kind).tobytes()
         return DataElement("PixelData", "OW" if stored.itemsize == 2 else "OB", raw + b"\0" * (len(raw) % 2))
     if transfer_syntax == RLELossless:
         frame = next(_rle_frames(stored))
@@ -129,12 +129,12 @@ def _pixel_data(stored: np.ndarray, transfer_syntax: str, bits: int) -> DataElem
         if transfer_syntax in (JPEGLossless, JPEGLosslessSV1):
             samples = samples & np.array((1 << bits) - 1, dtype=samples.dtype)
         frame = ENCODERS[transfer_syntax](samples, bits)
-    element = DataElement("PixelData", "OB", encapsulate([frame]))
+    element = DataElement("PixelData", "OB", encapsulate([bytes(frame)]))
     element.is_undefined_length = True
     return element
 
 
-def _rle_frames(stored: np.ndarray):
+def _rle_frames(stored: np.ndarray) -> Iterator[bytes | bytearray]:
     return get_encoder(RLELossless).iter_encode(
         np.ascontiguousarray(stored),
         rows=stored.shape[0],

@@ -27,7 +27,7 @@ from kitlib.runs.reading import (
     read_study_ensemble,
 )
 from kitlib.tables import BOX, write_table
-from kitlib.training.fold_folder import with_extra
+from kitlib.training.split import with_extra
 from kitlib.training.xray_dataset import XrayDataset
 from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.writing import write_xray
