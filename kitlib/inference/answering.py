@@ -107,7 +107,8 @@ def _stacked(study_scores: pd.DataFrame, ensemble: Ensemble | None) -> tuple[pd.
 def _answers(record: dict[str, Any]) -> frozenset[str]:
     family = recorded_family(record)
     if family.no_submission:
-        raise ValueError(f"{record['model']} {family.no_submission}")
+        classes = ", ".join(map(str, record["classes"][:3]))
+        raise ValueError(f"{record['model']} {family.no_submission} (its classes: {classes}, ...)")
     if family.answers == BOXES:
         return frozenset({"boxes"})
     outputs = record["recipe"].get("outputs", "both")

@@ -207,7 +207,7 @@ def test_a_damaged_bundle_is_refused(tmp_path, wheel):
 
 def test_a_backbone_is_no_model_of_a_submission(tmp_path, wheel):
     runs = [str(make_run(tmp_path / "nih", family="findings"))]
-    with pytest.raises(SpecError, match="nih/bundle knows findings, which no submission asks for"):
+    with pytest.raises(SpecError, match="nih/bundle knows findings, which no row of a submission asks for"):
         build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs)), tmp_path / "out", [wheel])
 
 
@@ -263,7 +263,10 @@ def test_a_model_of_a_segmenters_lungs_and_its_segmenter_go_together_or_not_at_a
             r"crops/bundle looks at the lungs that a segmenter finds, and the key `lungs` names none; name the run",
         ),
         ({"runs": [crops], "lungs": other}, r"and the key `lungs` names another one; name the run of notebook 14"),
-        ({"runs": [segmenter]}, r"unet/bundle draws lungs, which no submission asks for; name its run by the key `lungs`"),
+        (
+            {"runs": [segmenter]},
+            r"unet/bundle draws lungs, which no row of a submission asks for; name its run by the kernel's key `lungs`",
+        ),
         ({"runs": [crops], "lungs": crops}, r"lungs: .*crops/bundle holds a study model; name a run of notebook 14"),
         ({"runs": [crops], "lungs": str(tmp_path / "none")}, r"lungs: there is no .*none/bundle"),
     ):

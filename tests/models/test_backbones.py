@@ -108,11 +108,11 @@ def test_a_backbone_registered_with_timm_trains_and_predicts_from_its_bundle(own
     )
     assert done.returncode == 0, done.stderr
     found = pd.read_parquet(own_backbone / "study.parquet").set_index("image_id")
-    expected = runs["study"].image_scores.set_index("image_id")
+    expected = runs["study"].tables["image_scores"].set_index("image_id")
     assert len(expected) == 8  # half of the images
     np.testing.assert_allclose(found.loc[expected.index, "none"], expected.none, atol=1e-5)
     best = pd.read_parquet(own_backbone / "detector.parquet").groupby("image_id").score.max()
-    expected = runs["detector"].detections.groupby("image_id").score.max()
+    expected = runs["detector"].tables["detections"].groupby("image_id").score.max()
     assert len(expected) == 8  # barely trained, it is sure of nothing and finds something in every image
     np.testing.assert_allclose(best.loc[expected.index], expected, atol=1e-4)
 
