@@ -76,18 +76,18 @@ class Strategy(ABC):
 
     def fit(self, model: Any, device: torch.device) -> Fitted:
         """Train until the recipe or the session ends it, and leave the kept epoch's weights in `model`, on the CPU."""
-        task = self.task
-        module, (train, validation) = self.module(model), self.loaders()
-        told = self.run_folder, device, task.seed, task.progress, self.title, task.deadline
-        return fit(module, self.recipe, train, validation, *told)
+        task, loaders = self.task, (self.training_batches(), self.validation_batches())
+        options = device, task.seed, task.progress, self.title, task.deadline
+        return fit(self.module(model), self.recipe, *loaders, self.run_folder, *options)
 
-    def loaders(self) -> tuple[DataLoader, DataLoader]:
-        """Batches of the training and of the validation examples."""
-        task, recipe, joined = self.task, self.recipe, type(self).joined
-        return (
-            batches(self.train, recipe.batch_size, task.workers, shuffle=True, seed=task.seed, joined=joined[0]),
-            batches(self.validation, self.validation_batch, task.workers, joined=joined[1]),
-        )
+    def training_batches(self) -> DataLoader:
+        """Shuffled batches of the training examples."""
+        task, size = self.task, self.recipe.batch_size
+        return batches(self.train, size, task.workers, shuffle=True, seed=task.seed, joined=type(self).joined[0])
+
+    def validation_batches(self) -> DataLoader:
+        """Batches of the validation examples, in their order."""
+        return batches(self.validation, self.validation_batch, self.task.workers, joined=type(self).joined[1])
 
     @property
     def validation_batch(self) -> int:

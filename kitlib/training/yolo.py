@@ -318,7 +318,7 @@ class YoloStrategy(DetectorStrategy):
         ) as bar:
             where = self.run_folder, device, task.seed, task.workers
             examples = {"train": self.train, "val": self.validation}
-            trainer = Trainer(model, examples, self.loaders()[1], canvas_precision, *where, bar, task.deadline)
+            trainer = Trainer(model, examples, self.validation_batches(), canvas_precision, *where, bar, task.deadline)
             trainer.history = history = _history(trainer.last)
             if not history or not is_over(history, recipe):
                 if epoch_fits(task.deadline, [row["seconds"] for row in history]):

@@ -136,6 +136,6 @@ def test_a_changed_clean_up_is_kept_in_the_bundle_and_is_another_run(small, bund
 
 
 def test_a_rule_that_nothing_meets_leaves_whole_images(small, bundle, tmp_path):
-    lungs = applied(small, bundle, tmp_path, clean_up={"least_island": 1.0})
+    lungs = applied(small, bundle, tmp_path, clean_up={"least_island": 0.99})
     assert set(lungs.verdict) == {EMPTY, BLANK} and (lungs.area == 0).all()
     assert all(each.frame is None for each in StoredLungs(tmp_path).find(list(small.stream())))

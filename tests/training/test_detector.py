@@ -17,11 +17,11 @@ from kitlib.runs.reading import ExtraImages
 from kitlib.scoring.average_precision import average_precision, box_hits
 from kitlib.settings import RecipeError, override
 from kitlib.tables import BOX, read_table
-from kitlib.training import detector as module
 from kitlib.training.detector import canvas_precision, with_negatives
 from kitlib.training.faster_rcnn import FasterRCNNTraining
 from kitlib.training.fold_folder import ResumeError
-from kitlib.training.xray_dataset import XrayDataset, batches
+from kitlib.training.strategy import Strategy
+from kitlib.training.xray_dataset import XrayDataset
 from kitlib.training.yolo import Canvases, Trainer, settings
 from tests.small_lungs import FRAME, stored_lungs
 from tests.small_tasks import train_small
@@ -103,9 +103,14 @@ def test_the_out_of_fold_boxes_have_the_score_that_chose_the_epoch(uninterrupted
 @pytest.mark.parametrize("family", list(RECIPES))
 def test_a_detector_is_judged_on_the_canvas_that_it_predicts_on(tmp_path, monkeypatch, family):
     sizes = []
-    monkeypatch.setattr(
-        module, "batches", lambda dataset, size, workers: sizes.append(size) or batches(dataset, size, workers)
-    )
+    judged = Strategy.validation_batches
+
+    def noted(strategy):
+        loader = judged(strategy)
+        sizes.append(loader.batch_sampler.batch_size)
+        return loader
+
+    monkeypatch.setattr(Strategy, "validation_batches", noted)
     run = train(tmp_path, override(RECIPES[family], epochs=1, inference_size=64))
     # Four times the pixels of training's 32 x 32: a fourth of the eight images that would be judged at once.
     assert sizes == [2]

@@ -196,6 +196,6 @@ def test_what_processes_cannot_share_is_refused(tmp_path):
     with pytest.raises(ValueError, match="2 processes cannot share a batch of 7 images evenly"):
         train_folds(task(override(ALONE, batch_size=7)), [1], tmp_path, processes=2)
     with pytest.raises(ValueError, match="what learns later is not shared by processes"):
-        train_folds(task(override(ALONE, unfreeze_every=2)), [1], tmp_path, processes=2)
+        train_folds(task(override(ALONE, frozen_backbone=True, unfreeze_every=2)), [1], tmp_path, processes=2)
     with pytest.raises(ValueError, match="a yolo is trained by one process"):
         train_folds(task(DetectorRecipe(family="yolo", batch_size=4)), [1], tmp_path, processes=2)
