@@ -40,7 +40,9 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
     missing: list[str] = []
     for part in PARTS:
         listed = _list_of(folder, part)
-        for number, cells in _lines(listed) if listed else ():
+        if listed is None:
+            continue
+        for number, cells in _lines(listed):
             if cells is None:
                 faults.add(listed.name, str(number), "the line is no patient, file, class and source; left out")
                 continue

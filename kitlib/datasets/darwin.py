@@ -41,17 +41,17 @@ def read_darwin(folder: str | Path, progress: bool = True) -> Dataset:
     if not (folder / "images").is_dir():
         raise LayoutError(f"{folder / 'images'} is missing: the images belong there, {GOT}")
     files = files_below(folder / "images", SUFFIXES, faults)
-    drawn = {}
+    drawn: dict[str, Path] = {}
     for place in sorted(path for path in folder.rglob("*") if "mask" in path.name.lower() and path.is_dir()):
         drawn |= {name.removesuffix("_mask"): path for name, path in files_below(place, SUFFIXES, faults).items()}
     told = _annotations(folder, files, faults, progress)
     headers = dict(zip(files, read_headers([str(path) for path in files.values()], progress), strict=True))
     kept, small, turned = [], [], []
     for image_id in sorted(files):
-        header, tags = headers[image_id], told[image_id][1].tags if image_id in told else ()
+        header, own_tags = headers[image_id], told[image_id][1].tags if image_id in told else ()
         if header.problem:
             faults.add(files[image_id].name, image_id, f"{header.problem}; left out")
-        elif any(NOT_FRONTAL.search(tag) for tag in tags):
+        elif any(NOT_FRONTAL.search(tag) for tag in own_tags):
             turned.append(image_id)
         elif min(header.rows, header.columns) < LEAST_SIDE:
             small.append(image_id)

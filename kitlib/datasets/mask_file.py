@@ -1,6 +1,6 @@
 """Reads masks that people drew, in the files that data sets have them in, and keeps them at the size of the decoded copy."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def fill_masks(
     with bar, ThreadPoolExecutor(usable_cores()) as pool:
         for start in range(0, len(drawings), PART):
             part = drawings[start : start + PART]
-            read = list(pool.map(lambda drawing: _label_image(*drawing, cache), part))
+            read = list(pool.map(lambda drawing: _label_image(drawing[0], drawing[1], cache), part))
             for (image_id, _), (_, problems) in zip(part, read, strict=True):
                 for file, problem in problems:
                     faults.add(file, image_id, problem)
@@ -88,10 +88,11 @@ def fill_masks(
 
 
 def _label_image(
-    image_id: str, files: Iterable[tuple[str, str]], cache: XrayCache
+    image_id: str, files: Sequence[tuple[str, str]], cache: XrayCache
 ) -> tuple[np.ndarray | None, list[tuple[str, str]]]:
     """uint8 of the decoded copy's size, None where the image is to have no mask, and what is wrong, by file."""
-    xray, problems, drawn = cache.read(image_id), [], {}
+    xray, problems = cache.read(image_id), []
+    drawn: dict[str, list[np.ndarray]] = {}
     for structure, path in files:
         try:
             mask = read_mask(path)

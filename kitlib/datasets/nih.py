@@ -112,7 +112,7 @@ def read_boxes(path: Path, faults: Faults) -> pd.DataFrame:
 
 
 def _split(images: pd.DataFrame, folder: Path, faults: Faults) -> pd.DataFrame:
-    listed = {}
+    listed: dict[str, str] = {}
     for split, name in LISTS.items():
         path = folder / name
         if not path.is_file():

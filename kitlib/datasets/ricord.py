@@ -27,11 +27,12 @@ def read_ricord(folder: str | Path, progress: bool = True) -> Dataset:
     rows, strangers = [], []
     for path in sorted(folder.rglob("*.dcm")):
         parts = path.relative_to(folder).with_suffix("").parts
-        place = next((place for place, part in enumerate(parts[:-1]) if PATIENT.fullmatch(part)), None)
-        if place is None:
+        matches = enumerate(map(PATIENT.fullmatch, parts[:-1]))
+        place, match = next(((place, match) for place, match in matches if match), (0, None))
+        if match is None:
             strangers.append("/".join(parts))
             continue
-        patient = PATIENT.fullmatch(parts[place])[1].upper()
+        patient = match[1].upper()
         rows.append(("-".join((patient, *parts[place + 1 :])), f"ricord-{patient}", str(path)))
     faults.count("the folder", strangers, "lie in no folder MIDRC-RICORD-1C-PATIENT; left out")
     if not rows:

@@ -88,7 +88,7 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
         faults.add("test", "", "the folder is missing; there are only the sample submission's ids")
     files = _dicom_files(test, faults)  # none where there is no folder
     studies = sorted(entry.name for entry in test.iterdir() if entry.is_dir()) if test.is_dir() else []
-    ids = []
+    ids: dict[str, tuple[str, ...]] = {}
     for kind, of_files in (("study", studies), ("image", files.image_id.tolist())):
         known, there = set(listed[kind]), set(of_files)
         for name in listed[kind]:
@@ -97,14 +97,15 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
         further = [name for name in of_files if name not in known]
         for name in further:
             faults.add("test", name, f"{kind} is not in {SAMPLE}; it gets a row all the same")
-        ids.append((*listed[kind], *further))
+        ids[kind] = (*listed[kind], *further)
     if headers:
         images = _with_headers(files, folder, faults, "kept, its study taken from the path", progress).drop(
             columns="readable"
         )
     else:
         images = files.assign(patient_id=files.study_id, rows=0, columns=0, view="", source="siim")
-    return SiimTest(check_table(images, "images", str(folder)), faults.table(), *ids, sample_ids)
+    images = check_table(images, "images", str(folder))
+    return SiimTest(images, faults.table(), ids["study"], ids["image"], sample_ids)
 
 
 def read_label_tables(folder: Path, faults: Faults) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:

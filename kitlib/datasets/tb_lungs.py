@@ -93,7 +93,9 @@ def _files(
 ) -> tuple[dict[str, Path], list[tuple[str, str, Path]], dict[str, Path]]:
     """Images by name; masks as name, side ("left", "right" or "" for both) and file; readings by name."""
     named = re.compile(rf"({cohort.prefix}_\d+_[01])(_mask)?", re.IGNORECASE)
-    images, masks, readings = {}, [], {}
+    images: dict[str, Path] = {}
+    readings: dict[str, Path] = {}
+    masks = []
     for path in sorted(folder.rglob("*")):
         match, suffix = named.fullmatch(path.stem), path.suffix.lower()
         if not match or suffix not in (*SUFFIXES, ".txt") or not path.is_file():
@@ -128,11 +130,13 @@ def _patients(names: Iterable[str], texts: dict[str, str]) -> dict[str, str]:
     """Name -> the patient's number; readings that name another image join the two patients."""
     patients = {name: name.split("_")[1] for name in names}
     for name, text in texts.items():
+        if name not in patients:
+            continue
         for number in SAME_PATIENT.findall(text):
             # By the patient that this number has come to stand for, where an earlier reading has joined it to another.
             other = next((patient for each, patient in patients.items() if each.split("_")[1] == number), number)
-            joined = {patients.get(name), other}
-            patients |= {each: min(joined) for each, patient in patients.items() if name in patients and patient in joined}
+            joined = {patients[name], other}
+            patients |= {each: min(joined) for each, patient in patients.items() if patient in joined}
     return patients
 
 

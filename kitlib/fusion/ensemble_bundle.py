@@ -97,7 +97,7 @@ def read_ensemble(folder: str | Path) -> Ensemble:
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise EnsembleError(f"{folder / WEIGHTS} is no safetensors file ({error}); copy both again") from error
-    fields = {key: tuple(record[key]) if kind is list else record[key] for key, kind in STATED.items()}
+    fields: dict[str, Any] = {key: tuple(record[key]) if kind is list else record[key] for key, kind in STATED.items()}
     ensemble = Ensemble(**fields, weights=weights)
     _check(ensemble, str(folder))
     return ensemble
@@ -109,8 +109,10 @@ def learnt_ensemble(found: "LearnerScores", name: str, settings: "EnsembleSettin
     weights = learn(lesson, settings) if settings.learns else {}
     protocol = IN_SAMPLE if settings.learns and settings.stack_on == "in_sample" else found.protocol
     folds = tuple(np.unique(lesson.fold).tolist())
-    known = {"temperature": temperature, "settings": asdict(settings), "folds": folds, "protocol": protocol}
-    return Ensemble(name, settings.method, found.learners, found.classes, found.key, **known, weights=weights)
+    learners, classes, key = found.learners, found.classes, found.key
+    return Ensemble(
+        name, settings.method, learners, classes, key, temperature, asdict(settings), folds, protocol, weights=weights
+    )
 
 
 def apply_ensemble(ensemble: Ensemble, scores: pd.DataFrame) -> pd.DataFrame:

@@ -134,10 +134,10 @@ def train_flannel(
     losses: list[float] = []
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(settings.seed)
-        model = _beginning(*scores.shape[1:], settings)
+        model = _beginning(scores.shape[1], scores.shape[2], settings)
         rate, decay = settings.learning_rate, settings.weight_decay
         optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=decay, fused=True)
-        best = copy.deepcopy(model.linear.state_dict())
+        best, since = copy.deepcopy(model.linear.state_dict()), 0  # epochs since the best
         for _ in range(settings.epochs):
             _epoch(model, optimizer, train, alpha, settings)
             if held.any():
@@ -146,7 +146,7 @@ def train_flannel(
                 since = len(losses) - 1 - int(np.argmin(losses))
                 if since > settings.patience:
                     break
-            if not held.any() or not since:
+            if not since:
                 best = copy.deepcopy(model.linear.state_dict())
     return {name: best[name].numpy() for name in ("weight", "bias")}, losses
 

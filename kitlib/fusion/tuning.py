@@ -225,7 +225,8 @@ def _calibrate(calibration: dict[str, tuple[float, float]]) -> Change:
 
 
 def _mix_none(settings: FusionSettings, weights: tuple[float, ...]) -> FusionSettings:
-    return replace(settings, **dict(zip(NONE_PARTS, weights, strict=True)))
+    parts: dict[str, Any] = dict(zip(NONE_PARTS, weights, strict=True))
+    return replace(settings, **parts)
 
 
 def _weigh(model: str, models: list[str]) -> Change:

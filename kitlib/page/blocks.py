@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.component_meta import ComponentMeta
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.leaderboard.listing import list_runs
 from kitlib.page.answer_files import NOT_FOR_DIAGNOSIS
-from kitlib.page.gallery import find_gallery
+from kitlib.page.gallery import Gallery, find_gallery
 from kitlib.page.opened_study import DecodedCopies
 from kitlib.page.server import serve
 from kitlib.page.systems import find_systems
@@ -71,7 +72,7 @@ def open_page(runs: Path | None, folder: Path, port: int, host: str, ready: Call
         copies.close()
 
 
-class _NoInterfaceFile(type(gr.Slider)):
+class _NoInterfaceFile(ComponentMeta):
     """Makes a component's class without the interface file that Gradio writes beside the source of every one."""
 
     def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> type:
@@ -124,7 +125,7 @@ class _Page:
                             elem_id="upload",
                         )
                     if self.viewer.gallery is not None:
-                        self._lay_out_gallery()
+                        self._lay_out_gallery(self.viewer.gallery)
             with gr.Column(scale=5, min_width=320):
                 self.status = gr.HTML(_status(NOTHING), elem_id="status")
                 self.picture = gr.HTML(elem_id="picture")
@@ -153,8 +154,7 @@ class _Page:
                 self.told = gr.HTML(elem_id="told")
         self._listen()
 
-    def _lay_out_gallery(self) -> None:
-        gallery = self.viewer.gallery
+    def _lay_out_gallery(self, gallery: Gallery) -> None:
         shown, pages = gallery.page(gallery.choices()[0], 1)
         with gr.Tab(f"Gallery: {gallery.name}"):
             self.choice = gr.Dropdown(gallery.choices(), value=gallery.choices()[0], label="Images", elem_id="choice")
@@ -189,11 +189,13 @@ class _Page:
             ),
             self.systems.input(self._settle, [self.visit, self.view, self.systems], opened, **loud),
         ]
-        if self.viewer.gallery is not None:
+        if (gallery := self.viewer.gallery) is not None:
             answers.append(self.thumbnails.select(self._picked, [self.visit, self.systems], opened, **loud))
-            self.choice.input(self._first_page, self.choice, [self.page, self.thumbnails], **quiet)
+            self.choice.input(
+                lambda choice: self._first_page(gallery, choice), self.choice, [self.page, self.thumbnails], **quiet
+            )
             turned = [self.choice, self.page], self.thumbnails
-            self.page.input(lambda choice, page: self.viewer.gallery.page(choice, int(page))[0], *turned, **quiet)
+            self.page.input(lambda choice, page: gallery.page(choice, int(page))[0], *turned, **quiet)
         # Shown in a step of its own, by what the controls say then: they may have been moved in the meantime.
         changes = [
             *(answer.then(self._settle, [self.visit, self.view, self.systems], opened, **quiet) for answer in answers),
@@ -235,8 +237,8 @@ class _Page:
             return {self.view: gr.skip()}
         return self._answering(self.viewer.switch, self._answer)(visit, view, system)
 
-    def _first_page(self, choice: str) -> tuple[dict, list]:
-        shown, pages = self.viewer.gallery.page(choice, 1)
+    def _first_page(self, gallery: Gallery, choice: str) -> tuple[dict, list]:
+        shown, pages = gallery.page(choice, 1)
         return gr.update(value=1, maximum=max(pages, 2), visible=pages > 1), shown
 
     def _opened(self, view: View) -> dict:
@@ -272,7 +274,10 @@ class _Page:
         }
 
     def _window(self, view: View | str, image_id: str | None, own: bool) -> dict:
-        hidden = {self.windowed: None, **dict.fromkeys((self.center, self.width), gr.update(visible=False))}
+        hidden: dict[gr.blocks.Block, Any] = {
+            self.windowed: None,
+            **dict.fromkeys((self.center, self.width), gr.update(visible=False)),
+        }
         if isinstance(view, str) or not own:
             return hidden
         try:
@@ -282,11 +287,12 @@ class _Page:
         (center, width), step = windowed.default, max((windowed.highest - windowed.lowest) / 500, 0.01)
         # A file's own window may lie beside its values.
         ends = min(windowed.lowest, center), max(windowed.highest, center)
-        shown = {"step": step, "visible": True}
         return {
             self.windowed: windowed,
-            self.center: gr.update(minimum=ends[0], maximum=ends[1], value=center, **shown),
-            self.width: gr.update(minimum=1, maximum=max(2 * windowed.whole[1], width), value=width, **shown),
+            self.center: gr.update(minimum=ends[0], maximum=ends[1], value=center, step=step, visible=True),
+            self.width: gr.update(
+                minimum=1, maximum=max(2 * windowed.whole[1], width), value=width, step=step, visible=True
+            ),
         }
 
     def _show(self, view: View | str, image_id: str | None, *seen: Any) -> dict:

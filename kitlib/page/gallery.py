@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -110,7 +111,7 @@ class Gallery:
             remarks=tuple(remarks),
         )
 
-    def _tile(self, row: tuple) -> tuple[np.ndarray, str]:
+    def _tile(self, row: Any) -> tuple[np.ndarray, str]:
         known = [row.true_class] if row.true_class else []
         if row.marked:
             known.append("no box" if not row.boxes else "1 box" if row.boxes == 1 else f"{row.boxes} boxes")
@@ -120,7 +121,7 @@ class Gallery:
             pixels, known = NO_COPY, [*known, "no decoded copy"]
         return pixels, ", ".join([*known, row.image_id])
 
-    def _opened(self, row: tuple) -> OpenedImage:
+    def _opened(self, row: Any) -> OpenedImage:
         key, path, remarks = row.image_id, project_root() / row.path, []  # where notebooks run, paths start there
         there = path.is_file() and os.access(path, os.R_OK)
         if not there:

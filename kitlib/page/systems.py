@@ -92,9 +92,9 @@ def _fused(run: ListedRun, segmenters: dict[str, Path]) -> System:
     return _system(name, folders, read_settings(run.folder / "fusion.json"), ensemble, segmenters)
 
 
-def _beside(name: str, run: ListedRun) -> Path | None:
+def _beside(name: object, run: ListedRun) -> Path | None:
     """The run that `run` names by a whole path: beside it, where both were copied, before where it was."""
-    beside = run.folder.parent / Path(name).name if name and Path(name).is_absolute() else None
+    beside = run.folder.parent / Path(name).name if isinstance(name, str) and Path(name).is_absolute() else None
     return beside if beside is not None and beside.is_dir() else named_folder(name, run)
 
 

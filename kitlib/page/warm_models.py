@@ -103,7 +103,7 @@ class WarmModels:
         models, remarks = answering(system, study)
         xrays = [study.read(image, system.longest_side) for image in study.images]
         remarks += system.left_out
-        probabilities, detections, coverage, rows = [], [], [], []
+        probabilities, detections, coverage, rows, failures = [], [], [], [], []
         for model in models:
             try:
                 predictor = self._predictor(system, model)
@@ -112,7 +112,7 @@ class WarmModels:
             except Exception as error:
                 logger.error("%s failed", model.folder, exc_info=error)
                 remarks.append(f"{model.model} (fold {model.fold}) failed and is left out: {type(error).__name__}: {error}.")
-                failure = error
+                failures.append(error)
                 continue
             rows.append((model.model, model.fold, time.perf_counter() - began))
             if "boxes" in model.answers:
@@ -124,7 +124,7 @@ class WarmModels:
             if predictor.lungs_missed:
                 remarks.append(f"{model.model} saw {predictor.lungs_missed} images whole: no lungs were found in them.")
         if not rows:
-            raise failure
+            raise failures[-1]
         ensemble = None
         try:
             ensemble = self._ensemble(system)
@@ -151,9 +151,11 @@ class WarmModels:
         return self._lungs.setdefault(wanted, LungsOnce(system.lungs, True, SUBMISSION_BATCH, most=KEPT))
 
     def _ensemble(self, system: System) -> Ensemble | None:
-        if system.ensemble is not None and system.ensemble not in self._ensembles:
+        if system.ensemble is None:
+            return None
+        if system.ensemble not in self._ensembles:
             self._ensembles[system.ensemble] = read_ensemble(system.ensemble)
-        return self._ensembles.get(system.ensemble)
+        return self._ensembles[system.ensemble]
 
 
 def answering(system: System, study: OpenedStudy) -> tuple[list[Answering], list[str]]:

@@ -73,14 +73,14 @@ def picture(
         legend.append((_swatch("lungs"), "lungs found by the model"))
     if truth is not None and len(truth):
         for box in truth[list(BOX)].itertuples(index=False):
-            layers += _rectangle(*box, "truth")
+            layers += _rectangle("truth", *box)
         legend.append((_swatch("truth"), "annotated opacity"))
     if shown is not None and len(shown):
         letters = max(rows, columns) / 40
         for box in shown[list(BOX)].itertuples(index=False):
-            layers += _rectangle(*box, "opacity")
+            layers += _rectangle("opacity", *box)
         # After all rectangles: no line crosses a number. The best score comes last, on top.
-        layers += [_score(box, columns, letters) for box in shown.itertuples()]
+        layers += [_score(box.score, box.xmin, box.ymin, columns, letters) for box in shown.itertuples()]
         legend.append((_swatch("opacity"), "opacity found by the model, with its score"))
     return (
         '<figure class="xray-picture" style="margin:0">'
@@ -137,7 +137,7 @@ def _bar(label: str, value: float, grey: bool, is_true: bool, meaning: str = "")
 
 
 def _image(name: str, kind: str, encoded: np.ndarray, rows: int, columns: int) -> str:
-    uri = f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
+    uri = f"data:image/{kind};base64,{base64.b64encode(encoded.tobytes()).decode()}"
     return f'<image class="{name}" width="{columns}" height="{rows}" preserveAspectRatio="none" href="{uri}"/>'
 
 
@@ -175,19 +175,19 @@ def _outlined(element: str, place: str, name: str) -> list[str]:
     ]
 
 
-def _rectangle(xmin: float, ymin: float, xmax: float, ymax: float, name: str) -> list[str]:
+def _rectangle(name: str, xmin: float, ymin: float, xmax: float, ymax: float) -> list[str]:
     place = f'x="{xmin:.2f}" y="{ymin:.2f}" width="{xmax - xmin:.2f}" height="{ymax - ymin:.2f}"'
     return _outlined("rect", place, name)
 
 
-def _score(box, columns: int, letters: float) -> str:
+def _score(score: float, xmin: float, ymin: float, columns: int, letters: float) -> str:
     """The score above the box, or inside of it where the image ends; within the image at the right edge too."""
-    x = min(max(box.xmin, 0), columns - 2.2 * letters)
-    y = box.ymin - letters / 3 if box.ymin > 1.3 * letters else max(box.ymin, 0) + 1.1 * letters
+    x = min(max(xmin, 0), columns - 2.2 * letters)
+    y = ymin - letters / 3 if ymin > 1.3 * letters else max(ymin, 0) + 1.1 * letters
     return (
         f'<text class="score" x="{x:.2f}" y="{y:.2f}" font-size="{letters:.2f}" font-family="sans-serif" font-weight="600" '
         f'fill="{MARKS["opacity"].colour}" stroke="#000" stroke-width="{letters / 5:.2f}" stroke-linejoin="round" '
-        f'paint-order="stroke">{box.score:.2f}</text>'
+        f'paint-order="stroke">{score:.2f}</text>'
     )
 
 
@@ -209,7 +209,13 @@ def _legend(entries: list[tuple[str, str]]) -> str:
     return f'<div class="legend" style="display:flex;flex-wrap:wrap;justify-content:center;gap:0 1.5em">{told}</div>'
 
 
-def _told(shown, truth, threshold: float, mask, heat) -> str:
+def _told(
+    shown: pd.DataFrame | None,
+    truth: pd.DataFrame | None,
+    threshold: float,
+    mask: np.ndarray | None,
+    heat: np.ndarray | None,
+) -> str:
     """The sentence that a screen reader says of the picture."""
     parts = []
     if shown is not None:

@@ -110,17 +110,18 @@ def plan_diagnoses(layout: str, images: int, seed: int) -> list[Planned]:
             # A diagnosis of few images has as many patients, so that each fold can get one.
             size = several.pop(0) if several and left >= 2 * sum(several) + 2 else 1
             low, high = (18, 90) if LAYOUTS[layout].adults else (1, 6)
-            of_patient = {
-                "diagnosis": diagnosis,
-                "patient": patient,
-                "test": patient % 6 == 0,
-                "age": int(rng.integers(low, high)),
-                "sex": str(rng.choice(["F", "M"])),
-                "patient_seed": int(rng.integers(2**31)),
-            }
+            of_patient = partial(
+                Planned,
+                diagnosis=diagnosis,
+                patient=patient,
+                test=patient % 6 == 0,
+                age=int(rng.integers(low, high)),
+                sex=str(rng.choice(["F", "M"])),
+                patient_seed=int(rng.integers(2**31)),
+            )
             for follow_up in range(size):
                 drawn = int(rng.integers(2**31))
-                planned.append(Planned(number=len(planned) + 1, follow_up=follow_up, seed=drawn, **of_patient))
+                planned.append(of_patient(number=len(planned) + 1, follow_up=follow_up, seed=drawn))
             left -= size
     # The first diagnosis has the most patients of one image; its last two are the copy and what it is a copy
     # of; the rarer ones keep what they have.

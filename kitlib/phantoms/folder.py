@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import inspect
 import json
 import logging
 import shutil
@@ -104,8 +105,8 @@ def write_phantoms(
         return folder
     planned = plan()
     with target.replacing(parameters) as root:
-        written = each_in_order(partial(write, root), planned, workers or default_workers(len(planned)), side)
-        written = list(tqdm(written, total=len(planned), desc="phantoms", unit=unit, disable=not progress))
+        drawn = each_in_order(partial(write, root), planned, workers or default_workers(len(planned)), side)
+        written = list(tqdm(drawn, total=len(planned), desc="phantoms", unit=unit, disable=not progress))
         if finish:
             finish(root, planned, written)
     return folder
@@ -113,7 +114,7 @@ def write_phantoms(
 
 def fingerprint(*code: str) -> str:
     """16 hexadecimal digits of the code of these modules and of those that draw: an older kit's phantoms are drawn anew."""
-    files = [Path(importlib.import_module(name).__file__) for name in (*DRAWING, *code)]
+    files = [Path(inspect.getfile(importlib.import_module(name))) for name in (*DRAWING, *code)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from kitlib.atomic import replacing, write_csv, write_text
 from kitlib.datasets.nih import BOXES, ENTRIES, LISTS
-from kitlib.phantoms.drawing import render
+from kitlib.phantoms.drawing import Opacity, render
 from kitlib.phantoms.folder import LEAST_SIDE, write_phantoms
 from kitlib.phantoms.patients import DRAWN_FINDINGS, draw_exposure, draw_finding, draw_patient
 from kitlib.phantoms.plan import apportion, patient_numbers
@@ -106,7 +106,8 @@ def _test_patients(numbers: list[int], rng: np.random.Generator) -> set[int]:
 def _write_image(root: Path, image: _Planned, side: int) -> np.ndarray:
     """Write one image; return the boxes (n, 4) of its opacities, pixels."""
     rng = np.random.default_rng(image.seed)
-    patient, opacities = draw_patient(np.random.default_rng(image.patient_seed)), ()
+    patient = draw_patient(np.random.default_rng(image.patient_seed))
+    opacities: tuple[Opacity, ...] = ()
     # The heart's size comes last, for other findings would make it small again.
     for finding in sorted(image.findings, key="Cardiomegaly".__eq__):
         patient, more = draw_finding(rng, finding, patient)

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kitlib.atomic import write_json
@@ -218,7 +218,8 @@ class _Board:
 
     def __init__(self, plan: Plan, states: dict[str, str], console: Console) -> None:
         self.waiting = [name for name, state in states.items() if state != "done"]
-        self.runs, self.bars, self.shown = len(states), {}, dict.fromkeys(states, "")
+        self.runs, self.shown = len(states), dict.fromkeys(states, "")
+        self.bars: dict[str, TaskID] = {}
         columns = (
             TextColumn("{task.description:32}"),
             BarColumn(),

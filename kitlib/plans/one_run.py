@@ -68,7 +68,7 @@ def run_planned(described: str | Path, name: str) -> None:
         try:
             with claimed_gpus(run.gpus) as environment:
                 if run.notebook:
-                    _run_notebook(run, environment, lambda cell, cells: tell(cell=cell, cells=cells))
+                    _run_notebook(run, run.notebook, environment, lambda cell, cells: tell(cell=cell, cells=cells))
                 else:
                     _run_command(run, environment)
         except BaseException as error:
@@ -114,7 +114,8 @@ def claimed_gpus(count: int) -> Iterator[dict[str, str]]:
         return
     folder = Path(tempfile.gettempdir()) / f"kit-gpus-{os.getuid()}"
     folder.mkdir(exist_ok=True)
-    shared, held = list(filter(None, os.environ[SHARED_GPUS].split(","))), {}
+    shared = list(filter(None, os.environ[SHARED_GPUS].split(",")))
+    held: dict[str, IO] = {}
     count = min(count, len(shared))
     try:
         while len(held) < count:
@@ -146,10 +147,10 @@ def _try_lock(path: Path) -> IO | None:
     return lock
 
 
-def _run_notebook(run: PlannedRun, environment: dict[str, str], on_cell: Any) -> None:
+def _run_notebook(run: PlannedRun, notebook: Path, environment: dict[str, str], on_cell: Any) -> None:
     output, limit = run.folder / "notebook.ipynb", run.minutes * 60 or None
     try:
-        run_notebook(run.notebook, output, run.parameters, run.result, on_cell, run.threads, limit, environment)
+        run_notebook(notebook, output, run.parameters, run.result, on_cell, run.threads, limit, environment)
     except NotebookFailed as error:
         raise RunFailed(str(error)) from error
 

@@ -200,7 +200,8 @@ def _step(path: Path, name: str, values: Any, defaults: dict[str, Any]) -> Step:
     if not re.fullmatch(r"[a-z]\w*", name):
         raise PlanError(f"{path}: a step cannot be called {name!r}: letters, digits and _, a small letter first")
     try:
-        usual = defaults.get(values.get("notebook"), {}) if isinstance(values, dict) else {}
+        notebook = values.get("notebook") if isinstance(values, dict) else None
+        usual = defaults.get(notebook, {}) if isinstance(notebook, str) else {}
         step = from_dict(Step, _merged(usual, values) if usual else values)
     except RecipeError as error:
         raise PlanError(f"{path}, step {name}: {error}") from error

@@ -57,8 +57,8 @@ def paired(
     if drawn is None:
         drawn = {name: draws(each, samples, seed) for name, each in shared.items()}
     elif set(drawn) != set(given) or len({len(each) for each in drawn.values()}) > 1:
-        told = ", ".join(f"{len(each)} of {name}" for name, each in drawn.items())
-        raise ValueError(f"draws are {told}; wanted as many of each of the models {', '.join(given)}")
+        lengths = ", ".join(f"{len(each)} of {name}" for name, each in drawn.items())
+        raise ValueError(f"draws are {lengths}; wanted as many of each of the models {', '.join(given)}")
     elif odd := [name for name, each in given.items() if len(each.truth) != len(shared[name].truth)]:
         raise ValueError(f"draws of {', '.join(odd)} are of images that not all models have: on_shared_images comes first")
     rows = []

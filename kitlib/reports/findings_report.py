@@ -182,8 +182,8 @@ def uncertainty(scores: pd.DataFrame) -> pd.Series:
     """Entropy of each row of `class_scores` in bits, summed over its classes: 0 where every probability is 0 or 1."""
     probability = scores[class_columns(scores, "class_scores")].to_numpy(float)
     with np.errstate(divide="ignore", invalid="ignore"):
-        bits = [np.where(each > 0, -each * np.log2(each), 0) for each in (probability, 1 - probability)]
-    return pd.Series(sum(bits).sum(axis=1), index=scores.index, name="uncertainty")
+        shown, absent = (np.where(each > 0, -each * np.log2(each), 0) for each in (probability, 1 - probability))
+    return pd.Series((shown + absent).sum(axis=1), index=scores.index, name="uncertainty")
 
 
 def _known(given: Answers) -> Iterable[tuple[np.ndarray, np.ndarray]]:

@@ -6,6 +6,7 @@ features raise a class's output, on cells that are a thirty-second of the canvas
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -159,6 +160,6 @@ class _FromMaps(nn.Module):
 class _KeptHeat(GradCAM):
     """The package scales each map from its least heat to its greatest; a share of the heat needs it as it is, `raw`."""
 
-    def get_cam_image(self, *args, **kwargs) -> np.ndarray:
+    def get_cam_image(self, *args: Any, **kwargs: Any) -> np.ndarray:
         self.raw = super().get_cam_image(*args, **kwargs)
         return self.raw

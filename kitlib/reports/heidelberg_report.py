@@ -106,7 +106,7 @@ def _confidence_by_fold(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame
     fold = seen["image_id"].map(folds.set_index("id")["fold"])
     if fold.isna().any():
         raise ValueError(f"image {seen['image_id'][fold.isna()].iloc[0]} is in no fold; judge images of the folds alone")
-    chosen = {}
+    chosen: dict[str, float] = {}
     for number in fold.unique():
         best = best_confidence(answer, seen[fold != number], boxes)
         chosen |= dict.fromkeys(seen.loc[fold == number, "image_id"], best)

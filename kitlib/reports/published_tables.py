@@ -86,7 +86,8 @@ def possible_counts(
         if len(set(actual)) == len(actual):
             changed = [name for name, one in zip(printed, actual, strict=True) if name != one]
             readings.setdefault((len(changed), "sensitivity" in changed), []).append(actual)
-    kept, renamed = np.zeros(len(tp), bool), {}
+    renamed: dict[str, dict[str, None]] = {}
+    kept = np.zeros(len(tp), bool)
     for key in sorted(readings):
         for actual in readings[key]:
             pairs = list(zip(printed, actual, strict=True))

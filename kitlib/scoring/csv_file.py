@@ -179,7 +179,7 @@ def write_submission(
         known += found is not None
         if found is None or np.isnan(found).any():
             on_priors.append(submission_id)
-            found = [PRIORS[label] for label in classes]
+            found = np.array([PRIORS[label] for label in classes])
         groups = boxes.get(name, []) if level == "image" else []
         groups = groups + [f"{label} {_confidence(p)} 0 0 1 1" for label, p in zip(classes, found, strict=True)]
         lines.append(f"{submission_id},{' '.join(groups)}")

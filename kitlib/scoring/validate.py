@@ -49,7 +49,8 @@ def validate(sample: str | Path, submission: str | Path) -> list[Fault]:
         return [Fault(None, None, str(error))]
     if not cells:
         return [Fault(None, None, f"{submission} is empty")]
-    faults, first_row, known = [], {}, set(wanted)
+    first_row: dict[str, int] = {}
+    faults, known = [], set(wanted)
     line, header = cells[0]
     if header != HEADER:
         faults.append(Fault(line, None, f"the header is {','.join(header)!r}, must be {','.join(HEADER)!r}"))
