@@ -28,7 +28,7 @@ properties: $(READY)
 	for round in $$(seq $(ROUNDS)); do .venv/bin/python -m pytest -m hypothesis --hypothesis-profile=anew $(PYTEST) || exit 1; done
 
 lint: $(READY)
-	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 
 # The page is measured with the demo's models.
 bench: $(READY)

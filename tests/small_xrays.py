@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from kitlib.classes import STUDY_CLASSES
-from kitlib.geometry import letterbox
+from kitlib.letterbox import letterbox
 from kitlib.recipes.fields import StudyRecipe
 from kitlib.xrays.cache import CachedXray
 

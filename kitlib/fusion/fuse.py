@@ -14,7 +14,7 @@ from joblib import Parallel, delayed
 from kitlib.atomic import write_json
 from kitlib.classes import STUDY_CLASSES
 from kitlib.fusion.boxes import Confidence, Method, calibrated, merge_boxes
-from kitlib.geometry import clip_boxes
+from kitlib.letterbox import clip_boxes
 from kitlib.scoring.csv_file import PRIORS
 from kitlib.settings import AtLeastOne, NotNegative, Positive, Probability, RecipeError, Settings, from_dict
 from kitlib.tables import BOX, check_table, empty_table

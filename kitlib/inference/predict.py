@@ -12,8 +12,8 @@ import torch
 from kitlib.bundle import BundleError, read_bundle
 from kitlib.classes import STUDY_CLASSES
 from kitlib.device import autocast, pick_device
-from kitlib.geometry import PLACEMENTS, Placement, clip_boxes, flip_boxes
 from kitlib.inference.read_ahead import ahead
+from kitlib.letterbox import PLACEMENTS, Placement, clip_boxes, flip_boxes
 from kitlib.lungs.canvas import canvas_of
 from kitlib.lungs.crop import crop, finder_for, looks_at_lungs, seen_lungs, wants_masks
 from kitlib.lungs.finders import LungFinder, Lungs

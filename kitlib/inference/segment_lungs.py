@@ -13,8 +13,8 @@ import torch
 from kitlib.bundle import BundleError, read_bundle
 from kitlib.classes import LUNG_CODES
 from kitlib.device import autocast, pick_device
-from kitlib.geometry import Placement
 from kitlib.inference.read_ahead import ahead
+from kitlib.letterbox import Placement
 from kitlib.lungs.clean_up import on_canvas, placement, segmented
 from kitlib.lungs.finders import FOUND, Lungs, segmenter_digest
 from kitlib.models.families import LUNGS, load_network, recorded_family

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kitlib.geometry import Placement
+from kitlib.letterbox import Placement
 from kitlib.lungs.crop import only_lungs
 from kitlib.lungs.equalise import adjusted
 from kitlib.recipes.fields import TrainingRecipe

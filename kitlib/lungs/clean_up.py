@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from kitlib.classes import LUNG_CODES, MASK_CODES
-from kitlib.geometry import PLACEMENTS, Placement
+from kitlib.letterbox import PLACEMENTS, Placement
 from kitlib.lungs.equalise import adjusted
 from kitlib.lungs.finders import FOUND, in_original
 from kitlib.recipes.fields import SegmenterRecipe

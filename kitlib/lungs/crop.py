@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kitlib.geometry import Placement, clip_boxes, within
+from kitlib.letterbox import Placement, clip_boxes, within
 from kitlib.lungs.finders import DarkLungs, LungFinder, Lungs
 from kitlib.recipes.fields import VIEWS, WithBackbone
 from kitlib.xrays.cache import CachedXray
@@ -63,7 +63,7 @@ def seen_lungs(finder: LungFinder, xrays: Sequence[CachedXray], masked: bool) ->
 
 
 def crop(place: Callable[..., Placement], frame: np.ndarray | None, rows: int, columns: int, side: int) -> Placement:
-    """`place` (see kitlib.geometry.PLACEMENTS) of the frame, in original pixels, on a square canvas; None: of the whole."""
+    """`place` (see kitlib.letterbox.PLACEMENTS) of the frame, in original pixels, on a square canvas; None: of the whole."""
     return place(rows, columns, side) if frame is None else within(place, frame, rows, columns, side)
 
 

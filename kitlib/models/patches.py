@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from kitlib.geometry import PLACEMENTS
+from kitlib.letterbox import PLACEMENTS
 from kitlib.lungs.equalise import adjusted
 from kitlib.lungs.finders import Lungs
 from kitlib.recipes.fields import PatchRecipe

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from kitlib.bundle import ADDED, data_fingerprint, read_bundle, save_bundle
 from kitlib.classes import LUNG_CODES
-from kitlib.geometry import Placement
 from kitlib.inference.segment_lungs import load_segmenter
+from kitlib.letterbox import Placement
 from kitlib.lungs.clean_up import CLEAN_UP, Segmented, segmented
 from kitlib.lungs.finders import FOUND
 from kitlib.recipes.fields import SegmenterRecipe

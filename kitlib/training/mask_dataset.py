@@ -8,7 +8,7 @@ import torch
 
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.device import derived_seed
-from kitlib.geometry import Placement
+from kitlib.letterbox import Placement
 from kitlib.lungs.clean_up import on_canvas, placement
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.training.augmentation import MaskAugmentation

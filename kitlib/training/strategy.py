@@ -76,9 +76,9 @@ class Strategy(ABC):
 
     def fit(self, model: Any, device: torch.device) -> Fitted:
         """Train until the recipe or the session ends it, and leave the kept epoch's weights in `model`, on the CPU."""
-        task, loaders = self.task, (self.training_batches(), self.validation_batches())
-        options = device, task.seed, task.progress, self.title, task.deadline
-        return fit(self.module(model), self.recipe, *loaders, self.run_folder, *options)
+        task, train, validation = self.task, self.training_batches(), self.validation_batches()
+        options = self.run_folder, device, task.seed, task.progress, self.title, task.deadline
+        return fit(self.module(model), self.recipe, train, validation, *options)
 
     def training_batches(self) -> DataLoader:
         """Shuffled batches of the training examples."""

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kitlib.device import derived_seed
-from kitlib.geometry import PLACEMENTS, Placement
+from kitlib.letterbox import PLACEMENTS, Placement
 from kitlib.lungs.canvas import canvas_of
 from kitlib.lungs.crop import boxes_shown, crop, finder_for, seen_lungs
 from kitlib.lungs.finders import LungFinder, Lungs

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from kitlib.atomic import replacing
-from kitlib.geometry import letterbox
+from kitlib.letterbox import letterbox
 from kitlib.xrays.dicom import UnreadableXray, decode_xray
 from kitlib.xrays.image_file import decode_image, image_format
 

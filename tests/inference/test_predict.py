@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from kitlib.bundle import BundleError, save_bundle
 from kitlib.classes import STUDY_CLASSES
-from kitlib.geometry import PLACEMENTS, flip_boxes, within
 from kitlib.inference.predict import VIEWS, Predictor, load_predictor, study_and_image_scores
+from kitlib.letterbox import PLACEMENTS, flip_boxes, within
 from kitlib.lungs.finders import Lungs
 from kitlib.models.classifier import OUTPUTS, FindingsClassifier, StudyClassifier
 from kitlib.recipes.fields import FindingsRecipe

@@ -9,8 +9,8 @@ from scipy import ndimage
 
 from kitlib.bundle import BundleError, save_bundle
 from kitlib.classes import LUNG_CODES, MASK_CODES
-from kitlib.geometry import letterbox
 from kitlib.inference.segment_lungs import LungSegmenter, load_segmenter
+from kitlib.letterbox import letterbox
 from kitlib.lungs.clean_up import (
     BLANK,
     EMPTY,

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kitlib.geometry import PLACEMENTS
 from kitlib.inference.predict import Predictor
+from kitlib.letterbox import PLACEMENTS
 from kitlib.lungs.canvas import border_alone, canvas_of
 from kitlib.lungs.equalise import adjusted
 from kitlib.lungs.finders import Lungs

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kitlib.geometry import PLACEMENTS
+from kitlib.letterbox import PLACEMENTS
 from kitlib.lungs.crop import (
     boxes_shown,
     check_finder,

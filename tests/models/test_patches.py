@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from kitlib.geometry import PLACEMENTS
+from kitlib.letterbox import PLACEMENTS
 from kitlib.lungs.equalise import adjusted
 from kitlib.lungs.finders import Lungs
 from kitlib.models.patches import centres, cut, image_seed, mean_softmax, patch_canvas, places, votes

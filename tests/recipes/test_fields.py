@@ -3,7 +3,7 @@ from typing import get_args
 import pytest
 
 from kitlib.classes import MASK_CODES
-from kitlib.geometry import PLACEMENTS
+from kitlib.letterbox import PLACEMENTS
 from kitlib.models.classifier import LEARNT
 from kitlib.models.patches import SCORES
 from kitlib.models.segmenter import NETWORKS

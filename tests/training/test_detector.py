@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kitlib.bundle import read_bundle
-from kitlib.geometry import letterbox, stretch, within
 from kitlib.inference.predict import Predictor
+from kitlib.letterbox import letterbox, stretch, within
 from kitlib.models.families import load_network
 from kitlib.recipes.fields import DetectorRecipe
 from kitlib.recipes.named import recipe as find_recipe

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from kitlib.classes import LUNG_CODES, MASK_CODES
-from kitlib.geometry import PLACEMENTS, letterbox
+from kitlib.letterbox import PLACEMENTS, letterbox
 from kitlib.lungs.equalise import adjusted
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.recipes.named import RECIPES

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from kitlib.geometry import PLACEMENTS
+from kitlib.letterbox import PLACEMENTS
 from kitlib.lungs.equalise import adjusted
 from kitlib.lungs.finders import Lungs
 from kitlib.models.patches import centres, cut, image_seed

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kitlib.geometry import PLACEMENTS, within
+from kitlib.letterbox import PLACEMENTS, within
 from kitlib.lungs.finders import Lungs
 from kitlib.settings import RecipeError, override
 from kitlib.training import xray_dataset

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kitlib.geometry import PLACEMENTS, centre_crop, clip_boxes, flip_boxes, letterbox, stretch, within
+from kitlib.letterbox import PLACEMENTS, centre_crop, clip_boxes, flip_boxes, letterbox, stretch, within
 
 sides = st.integers(16, 5000)
 
