@@ -112,6 +112,7 @@ class Gallery:
         )
 
     def _tile(self, row: Any) -> tuple[np.ndarray, str]:
+        """`row`, here and below, is one that itertuples gives of `_described`: pandas has no type for its fields."""
         known = [row.true_class] if row.true_class else []
         if row.marked:
             known.append("no box" if not row.boxes else "1 box" if row.boxes == 1 else f"{row.boxes} boxes")

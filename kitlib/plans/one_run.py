@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -147,7 +147,7 @@ def _try_lock(path: Path) -> IO | None:
     return lock
 
 
-def _run_notebook(run: PlannedRun, notebook: Path, environment: dict[str, str], on_cell: Any) -> None:
+def _run_notebook(run: PlannedRun, notebook: Path, environment: dict[str, str], on_cell: Callable[[int, int], None]) -> None:
     output, limit = run.folder / "notebook.ipynb", run.minutes * 60 or None
     try:
         run_notebook(notebook, output, run.parameters, run.result, on_cell, run.threads, limit, environment)

@@ -143,6 +143,7 @@ def test_a_folder_that_no_plan_has_made_is_left_alone(tmp_path):
             "step x: x-2 needs a run of study with the same values; there are: study-0, study-1",
         ),
         ({"variables": {"data": "{data}"}}, "step prepare: a variable that stands for itself"),
+        ({"steps": {"x": {"notebook": ["10_prepare"]}}}, "step x: Step.notebook is ['10_prepare']; wanted a string"),
     ],
 )
 def test_a_faulty_plan_is_refused_with_what_is_valid(tmp_path, changes, message):
