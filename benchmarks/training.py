@@ -4,6 +4,7 @@ The bare loop turns one synthetic batch that already lies on the device; the kit
 every training does. Full-size networks on a GPU: `python benchmarks/training.py --full --workers 8`.
 """
 
+import contextlib
 import sys
 import tempfile
 import time
@@ -117,8 +118,11 @@ def watched(kind: type[RecipeTraining]) -> type[RecipeTraining]:
 
 def resident() -> float:
     """MB of this process and its workers; what they share counts once."""
-    process = psutil.Process()
-    return sum(each.memory_full_info().pss for each in (process, *process.children(recursive=True))) / 1e6
+    process, held = psutil.Process(), 0
+    for each in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended, or that nobody has waited for, holds none
+            held += each.memory_full_info().pss
+    return held / 1e6
 
 
 def loader_rate(examples: XrayDataset, batch_size: int, workers: int) -> float:
