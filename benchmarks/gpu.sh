@@ -22,7 +22,7 @@ table=$OUT/table.md scratch=$(mktemp -d) failed=0 child=
 grace=5  # seconds from asking a part to end until it is killed
 export PYTHONUNBUFFERED=1
 # What Kaggle's T4s compute in; a newer GPU would choose bfloat16, and never meet its faults.
-export KITLIB_PRECISION=${KITLIB_PRECISION:-16-mixed}
+export KIT_PRECISION=${KIT_PRECISION:-16-mixed}
 
 finish() {
     [ -n "$child" ] && kill "$child" 2>/dev/null && wait "$child"

@@ -15,9 +15,9 @@ Precision = Literal["16-mixed", "bf16-mixed", "32-true"]
 DTYPES: dict[Precision, torch.dtype] = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 # What a GPU computes in, whatever it could: Kaggle's T4s compute in "16-mixed", which a newer GPU would never choose.
-PRECISION = "KITLIB_PRECISION"
+PRECISION = "KIT_PRECISION"
 PRECISIONS: tuple[Precision, ...] = (*DTYPES, "32-true")
-BACKEND = "KITLIB_BACKEND"
+BACKEND = "KIT_BACKEND"
 BACKENDS = ("gloo", "nccl")
 
 
@@ -64,7 +64,7 @@ def gpu_of(process: int) -> torch.device:
 
 
 def process_group_backend() -> str:
-    """What processes that train together exchange gradients by: the environment variable KITLIB_BACKEND, "" for torch's own.
+    """What processes that train together exchange gradients by: the environment variable KIT_BACKEND, "" for torch's own.
 
     With "gloo" they may be more than there are GPUs, and share them. Raises ValueError for any other value than "nccl".
     """
@@ -106,7 +106,7 @@ def supports(capability: tuple[int, int], built_for: list[str]) -> bool:
 def precision(device: torch.device) -> Precision:
     """Lightning's name of the fastest safe precision: "bf16-mixed", "16-mixed" (T4s emulate bf16), "32-true" on CPU.
 
-    On a GPU the environment variable KITLIB_PRECISION decides where it is set, to one of PRECISIONS. Raises ValueError for
+    On a GPU the environment variable KIT_PRECISION decides where it is set, to one of PRECISIONS. Raises ValueError for
     any other value, also on a CPU.
     """
     chosen = os.environ.get(PRECISION, "")

@@ -15,7 +15,7 @@ os.environ["NUMBA_DISABLE_JIT"] = "1"
 
 # Most tests expect the CPU, whose sums repeat exactly; those that are marked with `gpu` also run on a GPU that is asked for.
 # Said before torch is imported.
-if not os.environ.get("KITLIB_TEST_GPU"):
+if not os.environ.get("KIT_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # Examples are timed by nobody: machines are shared, and a slow moment is no fault. They are the same in each run, so that a

@@ -101,24 +101,24 @@ def test_emulated_bf16_does_not_count(monkeypatch, real_bf16, name, dtype):
 @pytest.mark.parametrize("name", device.PRECISIONS)
 def test_a_gpu_computes_in_the_precision_that_the_environment_names(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    monkeypatch.setenv("KITLIB_PRECISION", name)
+    monkeypatch.setenv("KIT_PRECISION", name)
     assert device.precision(torch.device("cuda")) == name
     assert device.precision(torch.device("cpu")) == "32-true"
 
 
 def test_a_precision_that_there_is_not_is_refused_with_those_that_there_are(monkeypatch):
-    monkeypatch.setenv("KITLIB_PRECISION", "fp16")
-    with pytest.raises(ValueError, match="KITLIB_PRECISION is 'fp16'; there are: 16-mixed, bf16-mixed, 32-true"):
+    monkeypatch.setenv("KIT_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="KIT_PRECISION is 'fp16'; there are: 16-mixed, bf16-mixed, 32-true"):
         device.autocast(torch.device("cpu"))
 
 
 def test_processes_share_the_gpus_by_gloo_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [device.gpu_of(process).index for process in range(4)] == [0, 1, 2, 3]
-    monkeypatch.setenv("KITLIB_BACKEND", "gloo")
+    monkeypatch.setenv("KIT_BACKEND", "gloo")
     assert [device.gpu_of(process).index for process in range(4)] == [0, 1, 0, 1]
-    monkeypatch.setenv("KITLIB_BACKEND", "mpi")
-    with pytest.raises(ValueError, match="KITLIB_BACKEND is 'mpi'; there are: gloo, nccl"):
+    monkeypatch.setenv("KIT_BACKEND", "mpi")
+    with pytest.raises(ValueError, match="KIT_BACKEND is 'mpi'; there are: gloo, nccl"):
         device.gpu_of(0)
 
 

@@ -22,7 +22,7 @@ def files_with(text: str) -> list[str]:
 
 
 def main(precision: str, small: bool = False) -> None:
-    environment = os.environ | {"KITLIB_PRECISION": precision, "KITLIB_TEST_GPU": "1"}
+    environment = os.environ | {"KIT_PRECISION": precision, "KIT_TEST_GPU": "1"}
     # Each process has a CUDA context of its own, and launches small kernels from a core of its own.
     processes = min(6, (os.cpu_count() or 1) // 2)
     side_by_side = ["-n", str(processes), "--dist", "worksteal"] if processes > 1 else []

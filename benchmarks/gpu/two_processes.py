@@ -20,7 +20,7 @@ from tests.small_xrays import RECIPE, SmallXrays
 
 TOLERANCE = 1e-5  # they add the same numbers in another order
 # In full precision: half of a batch is rounded otherwise in any other, TensorFloat-32 among them.
-ENVIRONMENT = {"KITLIB_PRECISION": "32-true", "KITLIB_BACKEND": "gloo", "NVIDIA_TF32_OVERRIDE": "0"}
+ENVIRONMENT = {"KIT_PRECISION": "32-true", "KIT_BACKEND": "gloo", "NVIDIA_TF32_OVERRIDE": "0"}
 
 
 def main(small: bool = False) -> None:
