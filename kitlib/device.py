@@ -43,7 +43,7 @@ def pick_device() -> torch.device:
 
 
 def training_device() -> torch.device:
-    """The same for a training, which would take days on the CPU: raises GpuError where a GPU is there and of no use."""
+    """The device to train on: that of `pick_device`, but raises GpuError for an unusable GPU, as a CPU would take days."""
     if torch.cuda.is_available() and (reason := _useless(_own_gpu())):
         raise GpuError(
             f"{reason}. On Kaggle choose the accelerator 'GPU T4 x2' (accelerator: NvidiaTeslaT4), elsewhere a torch that "

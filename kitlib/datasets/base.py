@@ -58,7 +58,7 @@ class Dataset:
         boxes: pd.DataFrame | None = None,
         masks: pd.DataFrame | None = None,
     ) -> "Dataset":
-        """The same of the set in `folder`, images and labels checked; without `boxes` it has none. Raises TableError."""
+        """The data set in `folder`, its images and labels checked; an empty table of boxes by default. Raises TableError."""
         images, labels = check_table(images, "images", str(folder)), check_table(labels, "labels", str(folder))
         boxes = empty_table("boxes") if boxes is None else boxes
         return cls(images, labels, boxes, faults.table(), dict(published or {}), masks)
