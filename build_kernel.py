@@ -9,16 +9,14 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from kitlib.bundle import BundleError
-from kitlib.kernels.build import KernelError, build_kernel, folder_bytes
-from kitlib.kernels.push import Pushed, PushError, push
-from kitlib.kernels.rehearse import Rehearsal, RehearsalError, rehearse
-from kitlib.kernels.spec import KernelSpec, SpecError, read_spec
-from kitlib.kernels.stand_in import StandInError
-from kitlib.kernels.wheels import WheelError, inference_pins, kaggle_wheels
+from kitlib.errors import KitError
+from kitlib.kernels.build import build_kernel, folder_bytes
+from kitlib.kernels.push import Pushed, push
+from kitlib.kernels.rehearse import Rehearsal, rehearse
+from kitlib.kernels.spec import KernelSpec, read_spec
+from kitlib.kernels.wheels import inference_pins, kaggle_wheels
 
 console = Console()
-EXPECTED = (SpecError, KernelError, WheelError, BundleError, StandInError, RehearsalError, PushError)
 
 
 def main(
@@ -51,7 +49,7 @@ def main(
             _tell_pushed(push(out))
         else:
             console.print(_how_to_push(spec, parts), highlight=False, soft_wrap=True)
-    except EXPECTED as error:
+    except KitError as error:
         console.print(f"[red]{type(error).__name__}[/red]", end=": ")
         console.out(str(error), highlight=False)
         raise typer.Exit(2) from error

@@ -13,6 +13,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from kitlib.errors import PlanError, ScoringError, SubmissionError
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 Folder = Annotated[Path, typer.Option(exists=True, file_okay=False)]
@@ -33,8 +35,7 @@ def score(truth: Folder, submission: Submission, as_json: Json = False) -> None:
 
     With --json: the score, the six APs and opacity_boxed, null where the truth lacks a class.
     """
-    from kitlib.scoring.csv_file import SubmissionError
-    from kitlib.scoring.score import ScoringError, score_files
+    from kitlib.scoring.score import score_files
 
     try:
         precision = score_files(truth, submission)
@@ -54,7 +55,6 @@ def validate(sample: File, submission: Submission, as_json: Json = False) -> Non
     With --json: valid, and faults as a list of row, id and problem.
     """
     from kitlib.scoring import validate as validator
-    from kitlib.scoring.csv_file import SubmissionError
 
     try:
         faults = validator.validate(sample, submission)
@@ -195,9 +195,9 @@ def run(
     from rich.console import Console
 
     from kitlib.atomic import replacing
-    from kitlib.plans.engine import PlanFailed, describe_plan, run_plan
+    from kitlib.plans.engine import describe_plan, run_plan
     from kitlib.plans.graph import plan_graph
-    from kitlib.plans.plan import PlanError, read_plan
+    from kitlib.plans.plan import read_plan
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
     pairs = [change.partition("=") for change in changes or []]
@@ -212,21 +212,19 @@ def run(
             Console().print(describe_plan(read))
         if not (graph or dry_run):
             run_plan(read, Console(), only or (), cores, gpus, retries, engine or ())
-    except (PlanError, PlanFailed) as error:
+    except PlanError as error:
         _fail(error)
 
 
 @app.command(hidden=True)
 def run_planned(described: Annotated[Path, typer.Argument(exists=True)], name: str) -> None:
     """One run of a plan, as the engine calls it."""
-    from kitlib.plans.one_run import RunFailed
     from kitlib.plans.one_run import run_planned as work
-    from kitlib.plans.plan import PlanError
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
     try:
         work(described, name)
-    except (PlanError, RunFailed) as error:
+    except PlanError as error:
         _fail(error)
 
 
@@ -239,14 +237,13 @@ def demo(
     """From a phantom competition's DICOM files to a scored submission.csv, through every notebook and an offline kernel."""
     from rich.console import Console
 
-    from kitlib.plans.demo import DemoFailed, demo_plan, run_demo
-    from kitlib.plans.engine import PlanFailed
-    from kitlib.plans.plan import PlanError
+    from kitlib.errors import PlanError
+    from kitlib.plans.demo import demo_plan, run_demo
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
     try:
         run_demo(demo_plan(whole), Console())
-    except (DemoFailed, PlanError, PlanFailed) as error:
+    except PlanError as error:
         _fail(error)
 
 

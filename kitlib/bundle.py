@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import kitlib
 from kitlib.atomic import replacing, write_json
+from kitlib.errors import BundleError
 from kitlib.tables import OPEN, SCHEMAS
 
 logger = logging.getLogger(__name__)
@@ -37,10 +38,6 @@ STATED: dict[str, type | tuple[type, ...]] = {
     "validation": dict,  # scores on that fold
 }
 ADDED: dict[str, type | tuple[type, ...]] = {"tied": dict, "weights_sha256": str, "versions": dict}
-
-
-class BundleError(ValueError):
-    """A bundle or a weights file that cannot be trusted or understood: names the file and what to do."""
 
 
 def save_bundle(folder: str | Path, state_dict: dict[str, torch.Tensor], record: dict[str, Any]) -> None:

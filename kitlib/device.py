@@ -9,6 +9,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from kitlib.errors import DeviceError
+
 logger = logging.getLogger(__name__)
 
 Precision = Literal["16-mixed", "bf16-mixed", "32-true"]
@@ -19,10 +21,6 @@ PRECISION = "KIT_PRECISION"
 PRECISIONS: tuple[Precision, ...] = (*DTYPES, "32-true")
 BACKEND = "KIT_BACKEND"
 BACKENDS = ("gloo", "nccl")
-
-
-class GpuError(RuntimeError):
-    """A GPU on which nothing can be trained: why, and what to choose instead."""
 
 
 def pick_device() -> torch.device:
@@ -43,9 +41,9 @@ def pick_device() -> torch.device:
 
 
 def training_device() -> torch.device:
-    """The device to train on: that of `pick_device`, but raises GpuError for an unusable GPU, as a CPU would take days."""
+    """The device to train on, as `pick_device` chooses it; an unusable GPU raises DeviceError, because a CPU takes days."""
     if torch.cuda.is_available() and (reason := _useless(_own_gpu())):
-        raise GpuError(
+        raise DeviceError(
             f"{reason}. On Kaggle choose the accelerator 'GPU T4 x2' (accelerator: NvidiaTeslaT4), elsewhere a torch that "
             "is built for this GPU; to train on the CPU on purpose, set CUDA_VISIBLE_DEVICES to nothing"
         )

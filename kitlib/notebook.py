@@ -18,15 +18,12 @@ from typing import Any
 import yaml
 
 from kitlib.atomic import write_text
+from kitlib.errors import NotebookError
 from kitlib.paths import project_root
 from kitlib.processes import kill_family
 
 logger = logging.getLogger(__name__)
 WITHOUT = "(as a training does whose session is over: run it again, and it goes on)"
-
-
-class NotebookFailed(RuntimeError):
-    """A notebook that did not run to its end: the notebook, the cell, the error and the log."""
 
 
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
@@ -54,7 +51,7 @@ def run_notebook(
     `result` is a file that the notebook's last cell writes: an old one is removed first, and the run has failed unless it
     is there afterwards. `on_cell(done, total)` is called as cells start. `threads` bounds the CPU threads of the
     notebook's libraries, `variables` are added to its environment, and after `time_limit_s` it is killed. Raises
-    ValueError for an unknown parameter, NotebookFailed for everything else.
+    ValueError for an unknown parameter, NotebookError for everything else.
     """
     notebook, output, result = Path(notebook), Path(output), Path(result)
     check_parameters(notebook, parameters)
@@ -89,7 +86,7 @@ def run_notebook(
     problem = late or (first_problem(output) if output.is_file() else "papermill wrote no notebook")
     if code or problem or not result.is_file():
         problem = problem or (f"papermill's exit code is {code}" if code else f"it ended without writing {result} {WITHOUT}")
-        raise NotebookFailed(f"{notebook.name}: {problem}\n  executed copy: {output}\n  log: {log}\n{log_tail(log)}")
+        raise NotebookError(f"{notebook.name}: {problem}\n  executed copy: {output}\n  log: {log}\n{log_tail(log)}")
 
 
 def _keep_log(lines: Iterable[str], log: Path, cells: int, on_cell: Callable[[int, int], None] | None) -> None:

@@ -4,9 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-
-class InputNotFound(FileNotFoundError):
-    """No folder for an input; the message lists what is there."""
+from kitlib.errors import InputNotFound
 
 
 def kaggle_root() -> Path:

@@ -14,13 +14,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
+from kitlib.errors import SettingsError
+
 R = TypeVar("R", bound="Settings")
 
 NAMES = {int: "a whole number", float: "a finite number", str: "a string", bool: "true or false", type(None): "null"}
-
-
-class RecipeError(ValueError):
-    """An unknown recipe, an unknown field, or a value that its field does not allow."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Settings:
     """Base of settings: each field is checked against its annotation, lists become tuples and whole numbers floats.
 
     Annotations may be bool, int, float (finite), str, Any, Literal, unions, tuples, dicts, and Annotated with rules such as
-    Range, whose string completes "a number ...". A bool is not a number. Raises RecipeError: the field, the value and what
+    Range, whose string completes "a number ...". A bool is not a number. Raises SettingsError: the field, the value and what
     is valid.
     """
 
@@ -104,12 +102,12 @@ class Settings:
                 valid = checked(value, kind)
             except (ValueError, OverflowError):
                 value = list(value) if isinstance(value, tuple) else value
-                raise RecipeError(f"{type(self).__name__}.{name} is {value!r}; wanted {describe(kind)}") from None
+                raise SettingsError(f"{type(self).__name__}.{name} is {value!r}; wanted {describe(kind)}") from None
             object.__setattr__(self, name, valid)
 
 
 def override(settings: R, **overrides: Any) -> R:
-    """A copy of `settings` with fields replaced. Raises RecipeError for an unknown name or an invalid value."""
+    """A copy of `settings` with fields replaced. Raises SettingsError for an unknown name or an invalid value."""
     _check_names(type(settings), overrides)
     return dataclasses.replace(settings, **overrides)
 
@@ -117,7 +115,7 @@ def override(settings: R, **overrides: Any) -> R:
 def from_dict(kind: type[R], values: dict[str, Any]) -> R:
     """Settings from JSON or YAML; missing fields keep their default, unknown ones and wrong values are errors."""
     if not isinstance(values, dict):
-        raise RecipeError(f"{kind.__name__} wants a mapping of its fields, got {values!r}")
+        raise SettingsError(f"{kind.__name__} wants a mapping of its fields, got {values!r}")
     _check_names(kind, values)
     return kind(**values)
 
@@ -146,7 +144,7 @@ def _check_names(kind: type, values: Iterable[str]) -> None:
     fields = [field.name for field in dataclasses.fields(kind)]
     for name in values:
         if name not in fields:
-            raise RecipeError(f"{kind.__name__} has no field {name!r}; it has: {', '.join(fields)}")
+            raise SettingsError(f"{kind.__name__} has no field {name!r}; it has: {', '.join(fields)}")
 
 
 @functools.cache

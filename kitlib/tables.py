@@ -13,6 +13,7 @@ import pandas as pd
 
 from kitlib.atomic import replacing
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import TableError
 
 BOX = ("xmin", "ymin", "xmax", "ymax")
 
@@ -76,10 +77,6 @@ KEYS: dict[str, tuple[str, ...]] = {
     "mask_scores": ("image_id", "model", "fold", "structure"),
     "lungs": ("image_id",),
 }
-
-
-class TableError(ValueError):
-    """A table that does not keep its contract: which table, which column, which rows."""
 
 
 def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame:

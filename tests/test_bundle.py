@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kitlib.bundle import BundleError, data_fingerprint, read_bundle, read_weights, save_bundle
+from kitlib.bundle import data_fingerprint, read_bundle, read_weights, save_bundle
+from kitlib.errors import BundleError
 from tests.small_xrays import SmallXrays
 
 RECORD = {

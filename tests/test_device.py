@@ -81,7 +81,7 @@ def test_each_process_of_a_shared_training_has_a_gpu_of_its_own(monkeypatch):
 
 def test_a_training_does_not_fall_back_on_the_cpu_in_silence(monkeypatch):
     fake_gpu(monkeypatch, "Tesla P100", (6, 0))
-    with pytest.raises(device.GpuError, match=r"not for the Tesla P100 \(sm_60\)\. On Kaggle choose .*'GPU T4 x2'"):
+    with pytest.raises(device.DeviceError, match=r"not for the Tesla P100 \(sm_60\)\. On Kaggle choose .*'GPU T4 x2'"):
         device.training_device()
     # On purpose, and where there is none, it may.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -2,7 +2,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from kitlib.notebook import NotebookFailed, run_notebook
+from kitlib.errors import NotebookError
+from kitlib.notebook import run_notebook
 
 
 def write_notebook(path, *cells):
@@ -25,7 +26,7 @@ WRITE = "import pathlib; pathlib.Path(result).write_text('done')"
 )
 def test_a_run_that_only_looks_finished_has_failed(tmp_path, cell, message):
     write_notebook(tmp_path / "n.ipynb", cell, WRITE)
-    with pytest.raises(NotebookFailed, match=message):
+    with pytest.raises(NotebookError, match=message):
         run_notebook(tmp_path / "n.ipynb", tmp_path / "out.ipynb", {"result": str(tmp_path / "r")}, tmp_path / "r")
 
 

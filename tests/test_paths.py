@@ -1,7 +1,8 @@
 import pytest
 
 from kitlib import paths
-from kitlib.paths import InputNotFound, find_input, find_run
+from kitlib.errors import InputNotFound
+from kitlib.paths import find_input, find_run
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kitlib.errors import SettingsError
 from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe, PatchRecipe, SegmenterRecipe, StudyRecipe
 from kitlib.recipes.named import RECIPES
-from kitlib.settings import (
-    Distinct,
-    Increasing,
-    Ordered,
-    Range,
-    RecipeError,
-    Settings,
-    ZeroOrOdd,
-    field_kinds,
-    from_dict,
-    override,
-)
+from kitlib.settings import Distinct, Increasing, Ordered, Range, Settings, ZeroOrOdd, field_kinds, from_dict, override
 
 
 @dataclass(frozen=True)
@@ -70,9 +60,9 @@ NO_NUMBERS = [math.nan, math.inf, -math.inf, True, "1", None, [1.0]]
 def test_a_wrong_value_is_refused_however_it_is_given_with_what_is_valid(name, values, valid):
     for value in values:
         for make in (lambda **given: Knobs(**given), lambda **given: override(Knobs(), **given)):
-            with pytest.raises(RecipeError, match=rf"^Knobs\.{name} is .*; wanted {valid}"):
+            with pytest.raises(SettingsError, match=rf"^Knobs\.{name} is .*; wanted {valid}"):
                 make(**{name: value})
-        with pytest.raises(RecipeError):
+        with pytest.raises(SettingsError):
             from_dict(Knobs, {name: value})
 
 
@@ -103,7 +93,7 @@ def test_a_number_is_taken_exactly_where_it_lies_in_its_range(value):
     for name, valid in inside.items():
         try:
             assert getattr(Knobs(**{name: value}), name) == value and valid
-        except RecipeError:
+        except SettingsError:
             assert not valid
 
 
@@ -141,7 +131,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("kind", "name", "value", "valid"), WRONG)
 def test_a_recipe_refuses_what_would_fail_or_mean_nothing(kind, name, value, valid):
-    with pytest.raises(RecipeError, match=rf"^{kind.__name__}\.{name} is .*; wanted {valid}"):
+    with pytest.raises(SettingsError, match=rf"^{kind.__name__}\.{name} is .*; wanted {valid}"):
         kind(**{name: value})
 
 
@@ -149,7 +139,7 @@ def test_a_recipe_refuses_what_would_fail_or_mean_nothing(kind, name, value, val
 def test_no_field_of_a_recipe_takes_what_no_field_can_be(kind):
     for each in fields(kind):
         for value in (math.nan, math.inf, -1, -0.5, None, object(), {"a": 1}, [[1]]):
-            with pytest.raises(RecipeError, match=rf"^{kind.__name__}\.{each.name} is "):
+            with pytest.raises(SettingsError, match=rf"^{kind.__name__}\.{each.name} is "):
                 kind(**{each.name: value})
 
 
@@ -171,7 +161,7 @@ def test_a_field_of_a_recipe_takes_what_lies_in_its_range_and_nothing_else(range
     refused = ""
     try:
         kind(**{name: value})
-    except RecipeError as error:  # of this field, or of one that contradicts its value
+    except SettingsError as error:  # of this field, or of one that contradicts its value
         refused = str(error)
     valid = rule.allows(value) and (number is float or type(value) is int)
     assert refused.startswith(f"{kind.__name__}.{name} is ") == (not valid)

@@ -12,7 +12,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from benchmarks.real.squeezenet_weights import LAYERS, keras, renormalised, yolo
-from kitlib.bundle import BundleError
+from kitlib.errors import BundleError
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
 from kitlib.models.faster_rcnn import FasterRCNNDetector
 from kitlib.models.starting_weights import load_starting_weights

@@ -2,7 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kitlib.tables import SCHEMAS, TableError, check_table, class_columns, concatenate, read_table, write_table
+from kitlib.errors import TableError
+from kitlib.tables import SCHEMAS, check_table, class_columns, concatenate, read_table, write_table
 
 DETECTIONS = pd.DataFrame(
     {

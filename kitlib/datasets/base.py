@@ -12,15 +12,12 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from kitlib.classes import MASK_CONVENTIONS
+from kitlib.errors import DatasetError, UnreadableXray
 from kitlib.tables import BOX, check_table, empty_table
-from kitlib.xrays.dicom import UnreadableXray, read_header
+from kitlib.xrays.dicom import read_header
 from kitlib.xrays.image_file import image_format, image_size
 
 HEADER_THREADS = 16  # the time goes into waiting for the disk
-
-
-class LayoutError(ValueError):
-    """A folder or table that a data set cannot do without is missing or has other columns; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +80,16 @@ class Faults:
 
 
 def read_csv(path: Path, columns: Sequence[str], got: str = "see inputs/README.md") -> pd.DataFrame:
-    """All cells as text, empty ones as "". Raises LayoutError: no file (`got`: where to get it), no CSV, other columns."""
+    """All cells as text, empty ones as "". Raises DatasetError: no file (`got`: where to get it), no CSV, other columns."""
     if not path.is_file():
-        raise LayoutError(f"{path} is missing: copy the data set's file there, {got}")
+        raise DatasetError(f"{path} is missing: copy the data set's file there, {got}")
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise LayoutError(f"{path} is no CSV file ({error}): fetch the data set's file again") from error
+        raise DatasetError(f"{path} is no CSV file ({error}): fetch the data set's file again") from error
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        raise LayoutError(f"{path} lacks the column(s) {missing}, it has {list(table.columns)}: is it another file?")
+        raise DatasetError(f"{path} lacks the column(s) {missing}, it has {list(table.columns)}: is it another file?")
     return table
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults, LayoutError
+from kitlib.datasets.base import Dataset, Faults
 from kitlib.datasets.diagnoses import SUFFIXES, ages, diagnosis_dataset
+from kitlib.errors import DatasetError
 
 NAME = re.compile(r"sub-(S\d+)_ses-(E\d+)_.*?(?:vp-([a-z]+)_)?(?:cr|dx)", re.IGNORECASE)
 # How folders call the two sets: covid19_posi or BIMCV-COVID19+, covid19_neg or BIMCV-COVID19-.
@@ -30,7 +31,7 @@ def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
     Of the positive set (the nearest folder that says so has `posi` or `+` in its name) only reports of COVID 19 count, for
     its patients were also X-rayed before and after; of the negative one (`neg` in the name, or `-` at its end) such a
     report contradicts the test. Both are left out and counted, as are images without a report, of no or another view than
-    `vp-ap` and `vp-pa`, and unreadable ones. Sex and age are from `participants.tsv`, where it is. Raises LayoutError where
+    `vp-ap` and `vp-pa`, and unreadable ones. Sex and age are from `participants.tsv`, where it is. Raises DatasetError where
     no image or no table of labels is there, and for an image of which no folder says the set.
     """
     folder, faults = Path(folder), Faults()
@@ -43,7 +44,7 @@ def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
         elif path.suffix.lower() in SUFFIXES:
             faults.add(str(path.relative_to(folder)), path.stem, "is not called sub-S1_ses-E1_..._cr or _dx; left out")
     if not rows:
-        raise LayoutError(f"{folder} holds no image sub-*/ses-*/mod-rx/*.png: unpack the archives there, {GOT}")
+        raise DatasetError(f"{folder} holds no image sub-*/ses-*/mod-rx/*.png: unpack the archives there, {GOT}")
     table = pd.DataFrame(rows, columns=["image_id", "subject", "session", "view", "path", "positive"])
     reports = _reports(folder, faults)
     table = _without(table, table.image_id.duplicated(), "occur again; the first one is used", faults)
@@ -81,7 +82,7 @@ def _is_positive(path: Path, folder: Path) -> bool:
         positive, negative = bool(POSITIVE.search(name)), bool(NEGATIVE.search(name))
         if positive != negative:
             return positive
-    raise LayoutError(
+    raise DatasetError(
         f"{path}: no folder says whether it is of the positive set or the negative one; call the sets' folders covid19_posi "
         "or BIMCV-COVID19+, and covid19_neg or BIMCV-COVID19-"
     )
@@ -107,7 +108,7 @@ def _reports(folder: Path, faults: Faults) -> dict[str, str]:
                 continue
             told[report.removeprefix("ses-").upper()] = _diagnosis(labels)
     if not told:
-        raise LayoutError(f"{folder} has no {LABELS} with the columns {', '.join(COLUMNS)}: fetch the metadata, {GOT}")
+        raise DatasetError(f"{folder} has no {LABELS} with the columns {', '.join(COLUMNS)}: fetch the metadata, {GOT}")
     return told
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pandas as pd
 
 from kitlib.classes import DIAGNOSES
-from kitlib.datasets.base import Dataset, Faults, LayoutError, read_csv
+from kitlib.datasets.base import Dataset, Faults, read_csv
 from kitlib.datasets.diagnoses import ages, diagnosis_dataset, sexes
+from kitlib.errors import DatasetError
 
 METADATA = "metadata.csv"
 # Every release has these; offset, sex, age, folder and license are read where they are.
@@ -35,14 +36,14 @@ def read_covid_chestxray(folder: str | Path, progress: bool = True) -> Dataset:
     know a germ: `COVID-19, ARDS` is COVID-19. `offset`, in days, is kept, NaN where unknown. A row without a patient counts
     as a patient of its own. Left out, with a fault: other modalities and views, counted; findings that are unknown, not
     named here, or several that exclude one another; rows that name a file again, and files that are missing or damaged.
-    Raises LayoutError where the table is missing or has other columns, or no image is left.
+    Raises DatasetError where the table is missing or has other columns, or no image is left.
     """
     folder, faults = Path(folder), Faults()
     # Their case and spaces changed over the releases.
     table = read_csv(folder / METADATA, (), GOT).rename(columns=lambda name: name.strip().lower())
     missing = [name for name in COLUMNS if name not in table]
     if missing:
-        raise LayoutError(f"{folder / METADATA} lacks the column(s) {missing}, it has {list(table.columns)}: {GOT}")
+        raise DatasetError(f"{folder / METADATA} lacks the column(s) {missing}, it has {list(table.columns)}: {GOT}")
     table = table.apply(lambda column: column.str.strip())
     table = _frontal(table, faults)
     again = table.filename.duplicated()
@@ -55,7 +56,7 @@ def read_covid_chestxray(folder: str | Path, progress: bool = True) -> Dataset:
     faults.count(METADATA, table.filename[~here], "have no file; left out")
     table = table[here].reset_index(drop=True)
     if table.empty:
-        raise LayoutError(f"{folder} holds no frontal X-ray that {METADATA} names, with a finding: {GOT}")
+        raise DatasetError(f"{folder} holds no frontal X-ray that {METADATA} names, with a finding: {GOT}")
     stems = table.filename.map(lambda name: Path(name).stem)
     image_ids = stems.mask(stems.duplicated(keep=False), table.filename)
     faults.count(METADATA, image_ids[table.patientid == ""], "have no patient; each counts as one of its own")

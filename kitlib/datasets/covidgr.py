@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults, LayoutError, files_below
+from kitlib.datasets.base import Dataset, Faults, files_below
 from kitlib.datasets.diagnoses import SUFFIXES, diagnosis_dataset
+from kitlib.errors import DatasetError
 
 # Folder -> diagnosis. Nobody says that who tested negative was healthy.
 FOLDERS = {"P": "COVID-19", "N": "other"}
@@ -19,17 +20,17 @@ def read_covidgr(folder: str | Path, progress: bool = True) -> Dataset:
 
     image_id is `P-` or `N-` and the file's name without suffix. The set says nothing of patients: each image counts as one
     of its own, and only near-duplicates hold images together. Severities are not read. Left out, with a fault: names that
-    occur twice, and unreadable files. Raises LayoutError where P or N is missing or empty.
+    occur twice, and unreadable files. Raises DatasetError where P or N is missing or empty.
     """
     folder, faults = Path(folder), Faults()
     inner = [place.parent for place in sorted(folder.rglob("P")) if place.is_dir() and (place.parent / "N").is_dir()]
     if len(inner) != 1:
-        raise LayoutError(f"{folder} has {len(inner)} places with the folders P and N, wanted one: unpack it there, {GOT}")
+        raise DatasetError(f"{folder} has {len(inner)} places with the folders P and N, wanted one: unpack it there, {GOT}")
     rows = []
     for name, diagnosis in FOLDERS.items():
         files = files_below(inner[0] / name, SUFFIXES, faults)
         if not files:
-            raise LayoutError(f"{inner[0] / name} holds no PNG or JPEG image: unpack the set again, {GOT}")
+            raise DatasetError(f"{inner[0] / name} holds no PNG or JPEG image: unpack the set again, {GOT}")
         rows += [(f"{name}-{stem}", f"covidgr-{name}-{stem}", str(path), diagnosis) for stem, path in files.items()]
     table = pd.DataFrame(rows, columns=["image_id", "patient_id", "path", "diagnosis"])
     table = table.assign(source="covidgr", view="PA")

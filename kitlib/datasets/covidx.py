@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults, LayoutError
+from kitlib.datasets.base import Dataset, Faults
 from kitlib.datasets.diagnoses import diagnosis_dataset
 from kitlib.datasets.rsna import MAPPING, nih_patients
+from kitlib.errors import DatasetError
 
 PARTS = ("train", "val", "test")
 # Three classes, or of the later lists two; who is negative may have any other pneumonia, or none.
@@ -32,7 +33,7 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
     is "test" for the official test set, and "train". Patients of sources that the kit reads by themselves have the id that
     they have there. RSNA's patientIds are images, and most share an NIH patient with another: with RSNA's MAPPING in the
     folder their patients are NIH's, without it a fault says that they leak. Left out, with a fault: lines that cannot be
-    understood, files named again, missing or damaged. Raises LayoutError where the list of train or test is missing, there
+    understood, files named again, missing or damaged. Raises DatasetError where the list of train or test is missing, there
     are several, or no image is there.
     """
     folder, faults = Path(folder), Faults()
@@ -56,7 +57,7 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
                 found[str(path)] = (patient, CLASSES[shown], source, "test" if part == "test" else "train")
     faults.count("train, val, test", missing, "have no file; left out")
     if not found:
-        raise LayoutError(f"{folder / 'train'} and {folder / 'test'} hold no image that a list names: {GOT}")
+        raise DatasetError(f"{folder / 'train'} and {folder / 'test'} hold no image that a list names: {GOT}")
     maybe_rsna = any(source in (RSNA, UNTOLD) for _, _, source, _ in found.values())
     people = nih_patients(folder / MAPPING, faults) if maybe_rsna else {}
     names = pd.Series([Path(path).name for path in found], dtype=object)
@@ -80,9 +81,9 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
 def _list_of(folder: Path, part: str) -> Path | None:
     lists = sorted(path for path in folder.glob(f"{part}*.txt"))
     if len(lists) > 1:
-        raise LayoutError(f"{folder} has several lists, {', '.join(path.name for path in lists)}: keep one of each part")
+        raise DatasetError(f"{folder} has several lists, {', '.join(path.name for path in lists)}: keep one of each part")
     if not lists and part != "val":
-        raise LayoutError(f"{folder}/{part}.txt, or {part}_COVIDx5.txt and the like, is missing: {GOT}")
+        raise DatasetError(f"{folder}/{part}.txt, or {part}_COVIDx5.txt and the like, is missing: {GOT}")
     return lists[0] if lists else None
 
 

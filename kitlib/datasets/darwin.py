@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from kitlib.datasets.base import Dataset, Faults, LayoutError, files_below, read_csv, read_headers
+from kitlib.datasets.base import Dataset, Faults, files_below, read_csv, read_headers
 from kitlib.datasets.darwin_json import DarwinAnnotation, read_darwin_json
-from kitlib.xrays.mask_store import MaskError
+from kitlib.errors import DatasetError, MaskError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 # As its tags have them. An image with none of them is unknown in all.
@@ -35,11 +35,11 @@ def read_darwin(folder: str | Path, progress: bool = True) -> Dataset:
     files alone. image_id and study_id are the image's name without suffix. Labels have the columns CLASSES, NaN where no tag
     says. Patients are told by METADATA and by Kermany's names; who is not, counts as one of his own. Left out, with a fault:
     images with a tag of NOT_FRONTAL, a side below LEAST_SIDE or an unreadable header, and annotations of no image. Raises
-    LayoutError where no image or no mask is there, or METADATA has other columns.
+    DatasetError where no image or no mask is there, or METADATA has other columns.
     """
     folder, faults = Path(folder), Faults()
     if not (folder / "images").is_dir():
-        raise LayoutError(f"{folder / 'images'} is missing: the images belong there, {GOT}")
+        raise DatasetError(f"{folder / 'images'} is missing: the images belong there, {GOT}")
     files = files_below(folder / "images", SUFFIXES, faults)
     drawn: dict[str, Path] = {}
     for place in sorted(path for path in folder.rglob("*") if "mask" in path.name.lower() and path.is_dir()):
@@ -63,7 +63,7 @@ def read_darwin(folder: str | Path, progress: bool = True) -> Dataset:
         "images", [image_id for image_id in kept if image_id not in told], "have no annotation; view and class are unknown"
     )
     if not kept:
-        raise LayoutError(f"{folder / 'images'} holds no frontal X-ray of {LEAST_SIDE} pixels a side or more: {GOT}")
+        raise DatasetError(f"{folder / 'images'} holds no frontal X-ray of {LEAST_SIDE} pixels a side or more: {GOT}")
     tags = {image_id: told[image_id][1].tags if image_id in told else () for image_id in kept}
     patients = _patients(folder / METADATA, kept, told, faults)
     images = pd.DataFrame(
@@ -126,7 +126,7 @@ def _masks(
         else:
             rows.append((image_id, "lungs", str(path)))
     if not rows:
-        raise LayoutError(f"{folder} holds no annotation with a lung and no mask of one of its images: {GOT}")
+        raise DatasetError(f"{folder} holds no annotation with a lung and no mask of one of its images: {GOT}")
     faults.count("images", bare, "have no mask")
     return pd.DataFrame(rows, columns=["image_id", "structure", "path"])
 

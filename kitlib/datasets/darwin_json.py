@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from kitlib.errors import MaskError
 from kitlib.xrays.header import MAX_SAMPLES
-from kitlib.xrays.mask_store import MaskError
 
 LUNG_NAMES = ("lung", "lungs", "left lung", "right lung")  # in small letters
 

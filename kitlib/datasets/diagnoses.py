@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 
 from kitlib.classes import DIAGNOSES
-from kitlib.datasets.base import Dataset, Faults, LayoutError, one_hot, with_headers
+from kitlib.datasets.base import Dataset, Faults, one_hot, with_headers
+from kitlib.errors import DatasetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -26,7 +27,7 @@ def diagnosis_dataset(
     Every image is a study of its own. Further columns stay; sex ("M", "F" or ""), age (years, NaN unknown) and licence are
     put in where they lack. An empty `view` is filled in from a DICOM header. Labels are one-hot over `known`, the diagnoses
     of DIAGNOSES that the set can tell apart. An image whose header cannot be read is left out, with a fault. Raises
-    LayoutError, which says what was `got`, where no image is left, ValueError for a diagnosis that is not in `known`.
+    DatasetError, which says what was `got`, where no image is left, ValueError for a diagnosis that is not in `known`.
     """
     strangers = sorted(set(rows.diagnosis) - set(known) | set(known) - set(DIAGNOSES))
     if strangers:
@@ -36,7 +37,7 @@ def diagnosis_dataset(
     rows = rows.assign(**{name: value for name, value in untold.items() if name not in rows})
     images = with_headers(rows, folder, faults, progress)
     if images.empty:
-        raise LayoutError(f"{folder} holds no X-ray that can be read: {got}")
+        raise DatasetError(f"{folder} holds no X-ray that can be read: {got}")
     return Dataset.checked(folder, images, one_hot(images.image_id, images.diagnosis, known), faults, published)
 
 

@@ -5,11 +5,8 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from kitlib.errors import DatasetError
 from kitlib.tables import check_table, empty_table
-
-
-class LeakError(ValueError):
-    """A patient, or a group of near-duplicate images, has images in more than one fold."""
 
 
 def make_folds(
@@ -110,7 +107,7 @@ def leak_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = Non
 
 
 def check_no_leak(folds: pd.DataFrame, images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> None:
-    """Raise LeakError, naming patients and images, where something that must stay together lies in several folds.
+    """Raise DatasetError, naming patients and images, where something that must stay together lies in several folds.
 
     Also raises it where an image of `folds` is not in `images`: whose patient it shows cannot be checked then.
     """
@@ -118,7 +115,7 @@ def check_no_leak(folds: pd.DataFrame, images: pd.DataFrame, near_duplicates: pd
     placed = placed.merge(images[["image_id", "patient_id"]], on="image_id", how="left")
     unknown = placed[placed.patient_id.isna()]
     if len(unknown):
-        raise LeakError(f"{len(unknown)} images of the folds are not among the images, first {unknown.image_id.iloc[0]}")
+        raise DatasetError(f"{len(unknown)} images of the folds are not among the images, first {unknown.image_id.iloc[0]}")
     _refuse_spread(placed, "patient_id", "patients")
     if near_duplicates is not None:
         _refuse_spread(placed.merge(near_duplicates, on="image_id"), "group", "groups of near-duplicate images")
@@ -138,7 +135,7 @@ def _refuse_spread(placed: pd.DataFrame, column: str, name: str) -> None:
             f"{value} (" + ", ".join(f"{row.image_id} in fold {row.fold}" for row in rows.itertuples()) + ")"
             for value, rows in placed[placed[column].isin(leaking[:5])].groupby(column)
         )
-        raise LeakError(f"{len(leaking)} {name} lie in several folds, first: {shown}. Make the folds anew with make_folds")
+        raise DatasetError(f"{len(leaking)} {name} are in several folds, first: {shown}. Make new folds with make_folds")
 
 
 def _spread_evenly(counts: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> np.ndarray:

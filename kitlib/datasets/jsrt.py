@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults, LayoutError, files_below, one_hot
+from kitlib.datasets.base import Dataset, Faults, files_below, one_hot
+from kitlib.errors import DatasetError
 from kitlib.xrays.image_file import JSRT_BYTES, JSRT_SIDE
 
 NAME = re.compile(r"JPC(LN|NN)\d{3}")
@@ -24,7 +25,7 @@ def read_jsrt(folder: str | Path, progress: bool = True) -> Dataset:
 
     image_id, study_id and patient are the file's name, labels the columns nodule and no nodule, by that name. Left out, with
     a fault: files of another name or size. Images without a mask stay; so do those that lack some of the structures that
-    other images have, but without their masks. Raises LayoutError where no image or no mask is there.
+    other images have, but without their masks. Raises DatasetError where no image or no mask is there.
     """
     folder, faults = Path(folder), Faults()
     found = files_below(folder, (".img",), faults)
@@ -38,7 +39,7 @@ def read_jsrt(folder: str | Path, progress: bool = True) -> Dataset:
         else:
             files[name.upper()] = path
     if not files:
-        raise LayoutError(f"{folder} holds no .IMG file of JSRT: unpack All247images there, {IMAGES_GOT}")
+        raise DatasetError(f"{folder} holds no .IMG file of JSRT: unpack All247images there, {IMAGES_GOT}")
     images = pd.DataFrame(
         {
             "image_id": list(files),
@@ -67,7 +68,7 @@ def _masks(folder: Path, images: pd.DataFrame, faults: Faults) -> pd.DataFrame:
             rows.append((name.upper(), structure, str(path)))
     masks = pd.DataFrame(rows, columns=["image_id", "structure", "path"], dtype=object)
     if masks.empty:
-        raise LayoutError(f"{folder} holds no mask: unpack SCR's folder scratch there, {MASKS_GOT}")
+        raise DatasetError(f"{folder} holds no mask: unpack SCR's folder scratch there, {MASKS_GOT}")
     twice = masks.duplicated(["image_id", "structure"])
     for row in masks[twice].itertuples():
         faults.add(row.path, row.image_id, f"is a second mask of its {row.structure.replace('_', ' ')}; left out")

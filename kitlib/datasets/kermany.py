@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults, LayoutError
+from kitlib.datasets.base import Dataset, Faults
 from kitlib.datasets.diagnoses import SUFFIXES, diagnosis_dataset
+from kitlib.errors import DatasetError
 
 PARTS = ("train", "test", "val")
 KINDS = ("NORMAL", "PNEUMONIA")
@@ -32,7 +33,7 @@ def read_kermany(folder: str | Path, progress: bool = True) -> Dataset:
     one leaks. For that reason the official test folder, which shares its numbers, makes no split; it stands in the column
     `part`. All are children of one to five years: `age_group` is "child", `age` unknown. Left out, with a fault: copies of a
     part within the folder, names that do not say a diagnosis, or say another than their folder, and unreadable files. Raises
-    LayoutError where no such folder or no image is there.
+    DatasetError where no such folder or no image is there.
     """
     folder, faults = Path(folder), Faults()
     found: dict[tuple[str, str], _Named] = {}
@@ -47,7 +48,7 @@ def read_kermany(folder: str | Path, progress: bool = True) -> Dataset:
         else:
             found[part, path.stem] = named
     if not found:
-        raise LayoutError(
+        raise DatasetError(
             f"{folder} holds no image in train, test or val with the folders {' and '.join(KINDS)}: unpack it there, {GOT}"
         )
     stems = pd.Series([stem for _, stem in found])

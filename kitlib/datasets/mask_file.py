@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.datasets.base import Faults
 from kitlib.datasets.darwin_json import read_darwin_json
+from kitlib.errors import MaskError, UnreadableXray
 from kitlib.xrays.cache import XrayCache, usable_cores
-from kitlib.xrays.dicom import UnreadableXray
 from kitlib.xrays.image_file import open_image
-from kitlib.xrays.mask_store import MaskError, MaskStore
+from kitlib.xrays.mask_store import MaskStore
 
 # A file whose largest value is below this holds codes, such as 1 for the right and 2 for the left lung, and no greys.
 CODES_BELOW = 16

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from kitlib.classes import NIH_FINDINGS
-from kitlib.datasets.base import Dataset, Faults, LayoutError, boxes_of, cut_at_edges, files_below, read_csv, with_headers
+from kitlib.datasets.base import Dataset, Faults, boxes_of, cut_at_edges, files_below, read_csv, with_headers
+from kitlib.errors import DatasetError
 from kitlib.tables import BOX
 
 ENTRIES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")  # the later one corrects ages and sexes
@@ -42,7 +43,7 @@ def read_nih(folder: str | Path, progress: bool = True) -> Dataset:
     image_id and study_id are the file's name without suffix, patients are `nih-00000001`. Labels have the columns
     NIH_FINDINGS, 0 or 1. `boxes` has the column `finding`. `split` is train or test where the official lists are there.
     Left out, with a fault: rows without a file, files without a row, unreadable headers, unknown findings, bad boxes.
-    Raises LayoutError where the table of entries is missing or has other columns, or no image is there.
+    Raises DatasetError where the table of entries is missing or has other columns, or no image is there.
     """
     folder, faults = Path(folder), Faults()
     name = next((each for each in ENTRIES if (folder / each).is_file()), ENTRIES[-1])
@@ -52,7 +53,7 @@ def read_nih(folder: str | Path, progress: bool = True) -> Dataset:
     table = table.drop_duplicates("Image Index")
     files = files_below(folder, (".png", ".jpg", ".jpeg"), faults)
     if not files:
-        raise LayoutError(f"{folder} holds no PNG or JPEG image: unpack images_001 to images_012 there, {GOT}")
+        raise DatasetError(f"{folder} holds no PNG or JPEG image: unpack images_001 to images_012 there, {GOT}")
     table["image_id"] = table["Image Index"].map(lambda index: Path(index).stem)
     table = _with_files(table, files, name, faults)
     labels = _labels(table, name, faults)
@@ -102,7 +103,7 @@ def read_boxes(path: Path, faults: Faults) -> pd.DataFrame:
         return pd.DataFrame(columns=columns)
     table = read_csv(path, ("Image Index", "Finding Label"), GOT)
     if len(table.columns) < 6:
-        raise LayoutError(f"{path} has the columns {list(table.columns)}: wanted x, y, w, h after image and finding, {GOT}")
+        raise DatasetError(f"{path} has the columns {list(table.columns)}: wanted x, y, w, h after image and finding, {GOT}")
     boxes, whole = boxes_of(table["Image Index"].map(lambda index: Path(index).stem), table.iloc[:, 2:6])
     for image_id in boxes.image_id[~whole]:
         faults.add(path.name, image_id, "a box without area or with a cell that is no number; the box is left out")

@@ -38,7 +38,7 @@ READERS: dict[str, Callable[..., Dataset]] = {
 
 
 def read_dataset(name: str, folder: str | Path, progress: bool = True) -> Dataset:
-    """The training set `name` (a key of READERS) in `folder`. Raises ValueError; LayoutError where a piece is missing."""
+    """The training set `name` (a key of READERS) in `folder`. Raises ValueError; DatasetError where a piece is missing."""
     if name not in READERS:
         raise ValueError(f"no data set is called {name!r}; there are: {', '.join(READERS)}")
     return READERS[name](folder, progress=progress)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults, LayoutError, read_headers
+from kitlib.datasets.base import Dataset, Faults, read_headers
 from kitlib.datasets.diagnoses import diagnosis_dataset
+from kitlib.errors import DatasetError
 
 PATIENT = re.compile(r"MIDRC-RICORD-1C-([\w-]+)", re.IGNORECASE)
 LATERAL = ("LL", "RL", "LLD", "RLD", "LAT", "LATERAL")
@@ -21,7 +22,7 @@ def read_ricord(folder: str | Path, progress: bool = True) -> Dataset:
     Everybody has COVID-19, so that the set serves in a pool alone. image_id is the path from the patient's folder on, with
     "-" between, since files are often called 1-1.dcm. The readers' annotations (a JSON file) and the clinical table (a
     spreadsheet) are not read: sex and age are unknown. Left out, with a fault: files that lie in no patient's folder,
-    lateral views, as the headers say, and unreadable files. Raises LayoutError where no DICOM file of a patient is there.
+    lateral views, as the headers say, and unreadable files. Raises DatasetError where no DICOM file of a patient is there.
     """
     folder, faults = Path(folder), Faults()
     rows, strangers = [], []
@@ -36,7 +37,7 @@ def read_ricord(folder: str | Path, progress: bool = True) -> Dataset:
         rows.append(("-".join((patient, *parts[place + 1 :])), f"ricord-{patient}", str(path)))
     faults.count("the folder", strangers, "lie in no folder MIDRC-RICORD-1C-PATIENT; left out")
     if not rows:
-        raise LayoutError(f"{folder} holds no folder MIDRC-RICORD-1C-PATIENT with DICOM files: fetch them with {GOT}")
+        raise DatasetError(f"{folder} holds no folder MIDRC-RICORD-1C-PATIENT with DICOM files: fetch them with {GOT}")
     table = pd.DataFrame(rows, columns=["image_id", "patient_id", "path"])
     table["view"] = [header.view for header in read_headers(table.path.tolist(), progress=False)]
     lateral = table["view"].str.upper().isin(LATERAL)

@@ -6,17 +6,8 @@ from pathlib import Path
 import pandas as pd
 
 from kitlib.classes import RSNA_CLASSES
-from kitlib.datasets.base import (
-    Dataset,
-    Faults,
-    LayoutError,
-    boxes_of,
-    cut_at_edges,
-    files_below,
-    one_hot,
-    read_csv,
-    with_headers,
-)
+from kitlib.datasets.base import Dataset, Faults, boxes_of, cut_at_edges, files_below, one_hot, read_csv, with_headers
+from kitlib.errors import DatasetError
 
 LABELS, CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
 IMAGES = "stage_2_train_images"
@@ -41,12 +32,12 @@ def read_rsna(folder: str | Path, progress: bool = True) -> Dataset:
     has several: with MAPPING in the folder `patient_id` is NIH's, so that folds do not leak, and without it the patientId,
     with a fault that says so. Labels have the columns RSNA_CLASSES, one of them 1. Left out, with a fault: rows without a
     file, files without a row, images with an unreadable header, a bad box, or a class that contradicts their boxes. Raises
-    LayoutError for a missing table or image folder.
+    DatasetError for a missing table or image folder.
     """
     folder, faults = Path(folder), Faults()
     labels, boxes = read_label_tables(folder, faults)
     if not (folder / IMAGES).is_dir():
-        raise LayoutError(f"{folder / IMAGES} is missing: unpack the challenge's training images there, {GOT}")
+        raise DatasetError(f"{folder / IMAGES} is missing: unpack the challenge's training images there, {GOT}")
     files = files_below(folder / IMAGES, (".dcm", ".png", ".jpg", ".jpeg"), faults)
     faults.count(LABELS, set(labels.id) - set(files), "have no file; left out", "other images")
     for image_id in sorted(set(files) - set(labels.id)):
@@ -68,7 +59,7 @@ def read_rsna(folder: str | Path, progress: bool = True) -> Dataset:
 
 
 def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Labels (id = patientId, one column a class) and opacity boxes of the two CSV files. Raises LayoutError."""
+    """Labels (id = patientId, one column a class) and opacity boxes of the two CSV files. Raises DatasetError."""
     rows = read_csv(Path(folder) / LABELS, ("patientId", "x", "y", "width", "height", "Target"), GOT)
     detailed = read_csv(Path(folder) / CLASSES, ("patientId", "class"), GOT).drop_duplicates()
     boxes, whole = boxes_of(rows.patientId, rows[["x", "y", "width", "height"]])
@@ -93,7 +84,7 @@ def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame,
 def nih_patients(path: Path, faults: Faults) -> dict[str, str]:
     """patientId -> NIH's patient, as kitlib.datasets.nih calls it; empty, with a fault, without the file.
 
-    Raises LayoutError.
+    Raises DatasetError.
     """
     if not path.is_file():
         faults.add(path.name, "", "the file is missing; images of one NIH patient may fall into several folds")
@@ -104,6 +95,6 @@ def nih_patients(path: Path, faults: Faults) -> dict[str, str]:
             entry["subset_img_id"]: f"nih-{entry['img_id'].partition('_')[0]}" for entry in entries if entry["subset_img_id"]
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LayoutError(
+        raise DatasetError(
             f"{path} is no list of objects with subset_img_id and img_id ({error!r}); fetch RSNA's file again, or remove it"
         ) from error

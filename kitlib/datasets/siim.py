@@ -15,7 +15,8 @@ from typing import Any
 import pandas as pd
 
 from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
-from kitlib.datasets.base import Dataset, Faults, LayoutError, cut_at_edges, read_csv, read_headers
+from kitlib.datasets.base import Dataset, Faults, cut_at_edges, read_csv, read_headers
+from kitlib.errors import DatasetError
 from kitlib.tables import BOX, check_table
 
 STUDY_TABLE, IMAGE_TABLE, SAMPLE = "train_study_level.csv", "train_image_level.csv", "sample_submission.csv"
@@ -40,13 +41,13 @@ def read_train(folder: str | Path, progress: bool = True) -> Dataset:
 
     Left out, with a fault: rows without a file, files without a row, images without a study label, images with an
     unreadable header (their patient is unknown) or with a box that cannot be read (the image would pass for a healthy one).
-    Raises LayoutError where the train folder, a CSV file or a column is missing.
+    Raises DatasetError where the train folder, a CSV file or a column is missing.
     """
     folder, faults = Path(folder), Faults()
     labels, boxes, rows = read_label_tables(folder, faults)
     train = folder / "train"
     if not train.is_dir():
-        raise LayoutError(f"{train} is missing: unpack the competition's training files there, see inputs/README.md")
+        raise DatasetError(f"{train} is missing: unpack the competition's training files there, see inputs/README.md")
     files = _dicom_files(train, faults)
     for image_id in sorted(set(rows.image_id) - set(files.image_id)):
         faults.add(IMAGE_TABLE, f"{image_id}_image", "has no file below train; left out")
@@ -72,12 +73,12 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
 
     The two need not agree (the public and the hidden test set differ, and either may hold no study or no image): what only
     one of them has is a fault, and has its id in the result. An image with an unreadable header keeps its row, with its
-    study from the path and that study as its patient. Raises LayoutError where both are missing.
+    study from the path and that study as its patient. Raises DatasetError where both are missing.
     """
     folder = Path(folder)
     sample, test = folder / SAMPLE, folder / "test"
     if not sample.is_file() and not test.is_dir():
-        raise LayoutError(f"{folder} has neither {SAMPLE} nor a folder test; see inputs/README.md for its layout")
+        raise DatasetError(f"{folder} has neither {SAMPLE} nor a folder test; see inputs/README.md for its layout")
     faults = Faults()
     sample_ids = _sample_ids(sample, faults)
     listed: dict[str, list[str]] = {"study": [], "image": []}
@@ -111,7 +112,7 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
 def read_label_tables(folder: Path, faults: Faults) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """The two label CSVs alone: labels (id = study_id), boxes in original pixels, and image_id, study_id, false_none.
 
-    Without the DICOM files boxes are cut at zero only. Raises LayoutError.
+    Without the DICOM files boxes are cut at zero only. Raises DatasetError.
     """
     labels = _study_labels(folder / STUDY_TABLE, faults)
     table = read_csv(folder / IMAGE_TABLE, ("id", "boxes", "label", "StudyInstanceUID"))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults, LayoutError, one_hot, with_headers
+from kitlib.datasets.base import Dataset, Faults, one_hot, with_headers
+from kitlib.errors import DatasetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif")
 LABELS = {"0": "normal", "1": "tuberculosis"}  # by the last digit of an image's name
@@ -50,7 +51,7 @@ def read_montgomery(folder: str | Path, progress: bool = True) -> Dataset:
     study_id are the name, the patient its number, unless the reading says that two images are of one. Labels have the
     columns normal and tuberculosis; images the columns sex (F, M, O or "") and age (years, NaN where unknown), from
     ClinicalReadings. Images without a mask, or with that of one lung alone, stay without one, with a fault. Left out, with a
-    fault: unreadable headers, second files of a name. Raises LayoutError where no image or no mask is there.
+    fault: unreadable headers, second files of a name. Raises DatasetError where no image or no mask is there.
     """
     return _read(Path(folder), MONTGOMERY, progress)
 
@@ -64,9 +65,9 @@ def _read(folder: Path, cohort: _Cohort, progress: bool) -> Dataset:
     faults = Faults()
     files, drawn, readings = _files(folder, cohort, faults)
     if not files:
-        raise LayoutError(f"{folder} holds no image called {cohort.prefix}_0001_0.png and so on: {cohort.got}")
+        raise DatasetError(f"{folder} holds no image called {cohort.prefix}_0001_0.png and so on: {cohort.got}")
     if not drawn:
-        raise LayoutError(f"{folder} holds no mask, in a folder with mask in its name: {cohort.got}")
+        raise DatasetError(f"{folder} holds no mask, in a folder with mask in its name: {cohort.got}")
     texts = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in readings.items()}
     faults.count(READINGS, set(files) - set(texts), "have no reading; sex and age are unknown", "other images")
     patients = _patients(files, texts)

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import kitlib
 from kitlib.atomic import replacing, write_json
+from kitlib.errors import BundleError
 from kitlib.fusion.ensembles import IN_SAMPLE, Weights, combine, learn
 from kitlib.scoring.temperature import scaled
 
@@ -36,10 +37,6 @@ STATED: dict[str, type] = {
     "protocol": str,  # how: nested, cross-fitted or in-sample
 }
 ADDED: dict[str, type] = {"weights_sha256": str, "kitlib": str}
-
-
-class EnsembleError(ValueError):
-    """A bundle of an ensemble that cannot be trusted, or scores that it cannot take: names the file and what to do."""
 
 
 @dataclass(frozen=True)
@@ -72,31 +69,29 @@ def write_ensemble(folder: str | Path, ensemble: Ensemble) -> None:
 
 
 def read_ensemble(folder: str | Path) -> Ensemble:
-    """Raises EnsembleError: a missing file, a wrong hash, missing, unknown or ill-typed keys, weights of another shape."""
+    """Raises BundleError: a missing file, a wrong hash, missing, unknown or ill-typed keys, weights of another shape."""
     folder = Path(folder)
     for path in (folder / RECORD, folder / WEIGHTS):
         if not path.is_file():
             there = sorted(entry.name for entry in folder.glob("*")) if folder.is_dir() else "no such folder"
-            raise EnsembleError(
-                f"{path} is missing; in {folder}: {there}. Name the `ensemble` folder of a run of notebook 65"
-            )
+            raise BundleError(f"{path} is missing; in {folder}: {there}. Name the `ensemble` folder of a run of notebook 65")
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise EnsembleError(f"{folder / RECORD} is no JSON ({error}); copy the bundle again from its run") from error
+        raise BundleError(f"{folder / RECORD} is no JSON ({error}); copy the bundle again from its run") from error
     wanted = STATED | ADDED
     if not isinstance(record, dict) or record.keys() != wanted.keys():
-        raise EnsembleError(f"{folder / RECORD} does not hold {', '.join(wanted)}; read it with the kitlib that wrote it")
+        raise BundleError(f"{folder / RECORD} does not hold {', '.join(wanted)}; read it with the kitlib that wrote it")
     for key, kind in wanted.items():
         if type(record[key]) is not kind:
-            raise EnsembleError(f"{folder / RECORD}: {key} is {record[key]!r}, wanted {kind.__name__}")
+            raise BundleError(f"{folder / RECORD}: {key} is {record[key]!r}, wanted {kind.__name__}")
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     if digest != record["weights_sha256"]:
-        raise EnsembleError(f"{folder / WEIGHTS} has SHA-256 {digest}, {RECORD} promises another; copy both again")
+        raise BundleError(f"{folder / WEIGHTS} has SHA-256 {digest}, {RECORD} promises another; copy both again")
     try:
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
-        raise EnsembleError(f"{folder / WEIGHTS} is no safetensors file ({error}); copy both again") from error
+        raise BundleError(f"{folder / WEIGHTS} is no safetensors file ({error}); copy both again") from error
     fields: dict[str, Any] = {key: tuple(record[key]) if kind is list else record[key] for key, kind in STATED.items()}
     ensemble = Ensemble(**fields, weights=weights)
     _check(ensemble, str(folder))
@@ -120,12 +115,12 @@ def apply_ensemble(ensemble: Ensemble, scores: pd.DataFrame) -> pd.DataFrame:
 
     `scores` is a table study_scores or class_scores; a learner's folds are averaged first, rows of other models and rows
     with a NaN are not heeded. Where a learner is missing the row is the plain mean of those there, at no temperature:
-    FLANNEL and weights were learnt for all together. Raises EnsembleError where the table lacks a class or the key.
+    FLANNEL and weights were learnt for all together. Raises BundleError where the table lacks a class or the key.
     """
     classes = list(ensemble.classes)
     missing = [name for name in (ensemble.key, "model", *classes) if name not in scores.columns]
     if missing:
-        raise EnsembleError(f"the scores lack {', '.join(missing)}, which the ensemble {ensemble.name} combines")
+        raise BundleError(f"the scores lack {', '.join(missing)}, which the ensemble {ensemble.name} combines")
     own = scores[scores["model"].isin(ensemble.learners)].dropna(subset=classes)
     mean = own.groupby([ensemble.key, "model"])[classes].mean()
     ids = mean.index.get_level_values(0).unique()
@@ -151,19 +146,19 @@ def _check(ensemble: Ensemble, where: str) -> None:
         "flannel": {"weight": (count, (count * classes) ** 2), "bias": (count,)},
     }
     if ensemble.method not in shapes:
-        raise EnsembleError(f"{where}: method is {ensemble.method!r}; there are: {', '.join(shapes)}")
+        raise BundleError(f"{where}: method is {ensemble.method!r}; there are: {', '.join(shapes)}")
     if ensemble.key not in KEYS:
-        raise EnsembleError(f"{where}: key is {ensemble.key!r}; there are: {', '.join(KEYS)}")
+        raise BundleError(f"{where}: key is {ensemble.key!r}; there are: {', '.join(KEYS)}")
     if not count or len(set(ensemble.learners)) < count or len(set(ensemble.classes)) < classes or classes < 2:
         names = f"learners {list(ensemble.learners)}, classes {list(ensemble.classes)}"
-        raise EnsembleError(f"{where}: {names}: none may be twice")
+        raise BundleError(f"{where}: {names}: none may be twice")
     if not (np.isfinite(ensemble.temperature) and ensemble.temperature > 0):
-        raise EnsembleError(f"{where}: temperature is {ensemble.temperature}, wanted more than 0")
+        raise BundleError(f"{where}: temperature is {ensemble.temperature}, wanted more than 0")
     found = {name: each.shape for name, each in ensemble.weights.items()}
     if found != shapes[ensemble.method]:
-        raise EnsembleError(
+        raise BundleError(
             f"{where}: {ensemble.method} of {count} learners and {classes} classes has the weights "
             f"{shapes[ensemble.method]}, not {found}"
         )
     if not all(np.isfinite(each).all() for each in ensemble.weights.values()):
-        raise EnsembleError(f"{where}: a weight is not finite; make the ensemble again")
+        raise BundleError(f"{where}: a weight is not finite; make the ensemble again")

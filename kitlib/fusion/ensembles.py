@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from kitlib.errors import FusionError
 from kitlib.fusion.put_aside import ALL_FOLDS
-from kitlib.fusion.stacking import LearnerScores, Stack, StackError
+from kitlib.fusion.stacking import LearnerScores, Stack
 from kitlib.scoring.temperature import LEAST
 
 if TYPE_CHECKING:  # imports torch
@@ -103,7 +104,7 @@ def simplex_weights(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
         options={"ftol": 1e-10, "maxiter": 500},
     )
     if not found.success:
-        raise StackError(f"the weights of {count} learners were not found: {found.message}")
+        raise FusionError(f"the weights of {count} learners were not found: {found.message}")
     weights = np.clip(found.x, 0, None)
     return weights / weights.sum()
 
@@ -137,7 +138,7 @@ def held_out(stack: Stack, seed: int) -> np.ndarray:
 def judge_ensembles(found: LearnerScores, ensembles: Mapping[str, "EnsembleSettings"]) -> Judged:
     """Test predictions of the learners and of `ensembles` (name -> settings), learnt anew for each fold.
 
-    Raises StackError where an ensemble has a learner's name or nothing to learn from.
+    Raises FusionError where an ensemble has a learner's name or nothing to learn from.
     """
     parts = [_judge(found, found.judged(fold), fold, partial(found.lesson, fold), ensembles) for fold in found.folds]
     return _joined(found, parts, ensembles, found.protocol)
@@ -146,7 +147,7 @@ def judge_ensembles(found: LearnerScores, ensembles: Mapping[str, "EnsembleSetti
 def judge_put_aside(found: LearnerScores, test: LearnerScores, ensembles: Mapping[str, "EnsembleSettings"]) -> Judged:
     """Predictions of test images: of the learners' means in `test` and of `ensembles`, each learnt from all of `found`.
 
-    That is LearnerScores.everything: it is the ensemble that would be kept. Raises StackError as `judge_ensembles` does.
+    That is LearnerScores.everything: it is the ensemble that would be kept. Raises FusionError as `judge_ensembles` does.
     """
     return _joined(found, [_judge(found, test.everything(), ALL_FOLDS, found.everything, ensembles)], ensembles, OUT_OF_FOLD)
 
@@ -161,7 +162,7 @@ def _judge(
     """Scores and weights of `test`, a table a model; `lesson` gives what an ensemble learns from, by its stack_on."""
     shared = sorted(set(ensembles) & set(found.learners))
     if shared:
-        raise StackError(f"{', '.join(shared)}: both an ensemble and a learner; train the learner with another model_name")
+        raise FusionError(f"{', '.join(shared)}: both an ensemble and a learner; train the learner with another model_name")
     scores, weights = [], []
     for place, learner in enumerate(found.learners):
         scores.append(_rows(found, test, learner, fold, test.probabilities[:, place]))

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from kitlib.settings import AtLeastOne, Count, NotNegative, Positive, RecipeError, Settings, override
+from kitlib.errors import SettingsError
+from kitlib.settings import AtLeastOne, Count, NotNegative, Positive, Settings, override
 
 
 class FlannelWeights(nn.Module):
@@ -109,9 +110,9 @@ ENSEMBLES = {
 
 
 def ensemble_settings(name: str, **overrides: object) -> EnsembleSettings:
-    """The settings of ENSEMBLES under `name`, changed. Raises RecipeError: an unknown name or field, a wrong value."""
+    """The settings of ENSEMBLES under `name`, changed. Raises SettingsError: an unknown name or field, a wrong value."""
     if name not in ENSEMBLES:
-        raise RecipeError(f"no ensemble is called {name!r}; there are: {', '.join(ENSEMBLES)}")
+        raise SettingsError(f"no ensemble is called {name!r}; there are: {', '.join(ENSEMBLES)}")
     return override(ENSEMBLES[name], **overrides)
 
 

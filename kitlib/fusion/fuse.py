@@ -13,10 +13,11 @@ from joblib import Parallel, delayed
 
 from kitlib.atomic import write_json
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import SettingsError
 from kitlib.fusion.boxes import Confidence, Method, calibrated, merge_boxes
 from kitlib.letterbox import clip_boxes
 from kitlib.scoring.csv_file import PRIORS
-from kitlib.settings import AtLeastOne, NotNegative, Positive, Probability, RecipeError, Settings, from_dict
+from kitlib.settings import AtLeastOne, NotNegative, Positive, Probability, Settings, from_dict
 from kitlib.tables import BOX, check_table, empty_table
 
 FEW_IMAGES = 500  # so many are merged in less time than further processes take to start
@@ -45,7 +46,7 @@ class FusionSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not any(getattr(self, name) for name in NONE_PARTS):
-            raise RecipeError(f"FusionSettings needs a weight above 0 among {', '.join(NONE_PARTS)}")
+            raise SettingsError(f"FusionSettings needs a weight above 0 among {', '.join(NONE_PARTS)}")
 
     def weight(self, model: str) -> float:
         return float(self.model_weights.get(model, 1.0))
@@ -223,7 +224,7 @@ def write_settings(settings: FusionSettings, path: str | Path) -> None:
 
 
 def read_settings(path: str | Path) -> FusionSettings:
-    """Raises RecipeError for unknown fields and values that make no sense."""
+    """Raises SettingsError for unknown fields and values that make no sense."""
     return from_dict(FusionSettings, json.loads(Path(path).read_text(encoding="utf-8")))
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from kitlib.fusion.stacking import LearnerScores, StackError, gather
+from kitlib.errors import FusionError
+from kitlib.fusion.stacking import LearnerScores, gather
 from kitlib.tables import check_table, class_columns
 
 ALL_FOLDS = -1  # in the column `fold` of an answer that is of several folds' models together
@@ -29,7 +30,7 @@ def gather_put_aside(
 ) -> PutAside | None:
     """Check the learners' test scores (tables class_scores) against each other and against `found`; None without any.
 
-    An image whose patient is in a fold is left out: that fold's images have chosen something. Raises StackError: a learner
+    An image whose patient is in a fold is left out: that fold's images have chosen something. Raises FusionError: a learner
     or one of its folds without test scores, models of unlike images, images that are not of the split "test", other classes
     than the out-of-fold scores have, and all that kitlib.fusion.stacking.gather refuses.
     """
@@ -41,22 +42,22 @@ def gather_put_aside(
         there = class_columns(table, "class_scores")
         if set(there) != set(classes):
             told = f"the classes {', '.join(there)}, and {', '.join(classes)} out of fold"
-            raise StackError(f"test images: {table['model'].iloc[0]} has {told}; train it again")
+            raise FusionError(f"test images: {table['model'].iloc[0]} has {told}; train it again")
     rows = pd.concat(tables, ignore_index=True)[["image_id", "model", "fold", *classes]]
     _check_models(rows, found)
     left_out, rows, test = _of_other_patients(rows, images, folds)
     _check_images(rows)
     if rows[classes].isna().any(axis=None):
         row = rows[rows[classes].isna().any(axis=1)].iloc[0]
-        raise StackError(f"test images: {row['model']} has a NaN among its scores, first {row['image_id']}")
+        raise FusionError(f"test images: {row['model']} has a NaN among its scores, first {row['image_id']}")
     # A learner of nested folds that lies in several runs has a row of each.
     rows = rows.groupby(["image_id", "model", "fold"], as_index=False, sort=False)[classes].mean()
     means = rows.groupby(["image_id", "model"], as_index=False)[classes].mean().assign(fold=ALL_FOLDS)
     in_order = [means[means["model"] == name] for name in found.learners]
     try:
         gathered = gather(in_order, images, labels, pd.DataFrame({"id": sorted(test), "fold": ALL_FOLDS}))
-    except StackError as error:
-        raise StackError(f"test images: {error}") from error
+    except FusionError as error:
+        raise FusionError(f"test images: {error}") from error
     return PutAside(rows.reset_index(drop=True), gathered, left_out)
 
 
@@ -66,7 +67,7 @@ def _check_models(rows: pd.DataFrame, found: LearnerScores) -> None:
     if here != there:
         learner, fold = min(here ^ there)
         has, lacks = ("test", "out-of-fold") if (learner, fold) in here else ("out-of-fold", "test")
-        raise StackError(
+        raise FusionError(
             f"test images: {learner} has {has} scores of fold {fold} and no {lacks} ones; name runs of one prepared run, or "
             "train it again"
         )
@@ -77,7 +78,7 @@ def _of_other_patients(rows: pd.DataFrame, images: pd.DataFrame, folds: pd.DataF
     test = images[images["split"] == "test"] if "split" in images else images.iloc[:0]
     strange = rows.loc[~rows["image_id"].isin(test["image_id"]) | rows["image_id"].isin(folds["id"]), "image_id"]
     if len(strange):
-        raise StackError(
+        raise FusionError(
             f"test images: {strange.nunique()} ids with test scores are not of the split test, first {strange.iloc[0]}; "
             "name the learners' prepared run"
         )
@@ -90,13 +91,13 @@ def _of_other_patients(rows: pd.DataFrame, images: pd.DataFrame, folds: pd.DataF
 def _check_images(rows: pd.DataFrame) -> None:
     """The same images for every model: a mean over fewer of them would be worth less."""
     if rows.empty:
-        raise StackError("test images: the patients of all of them are in folds too; put patients aside (test_share)")
+        raise FusionError("test images: the patients of all of them are in folds too; put patients aside (test_share)")
     of_each = rows.groupby(["model", "fold"], sort=False)["image_id"].agg(frozenset)
     (learner, fold), most = max(of_each.items(), key=lambda each: len(each[1]))
     for (name, number), there in of_each.items():
         if there != most:
             first = min(there ^ most)
-            raise StackError(
+            raise FusionError(
                 f"test images: {name}, fold {number}, has {len(there)} scores and {learner}, fold {fold}, {len(most)}: "
                 f"{first} is not in both; let each predict the same images (limit_validation)"
             )

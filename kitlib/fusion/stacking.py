@@ -14,16 +14,13 @@ import numpy as np
 import pandas as pd
 
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import FusionError
 from kitlib.tables import check_table, class_columns
 
 logger = logging.getLogger(__name__)
 
 NESTED, CROSS_FITTED = "nested", "cross-fitted"
 PLACE = ("model", "outer", "fold")
-
-
-class StackError(ValueError):
-    """Scores that cannot be stacked: names the learner, the ids or folds, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class LearnerScores:
         """What an ensemble that is judged on `fold` learns from: the other folds' images, as the module says.
 
         `in_sample`, which is published and a fault: the learners' predictions of their own training images. Raises
-        StackError where there is none.
+        FusionError where there is none.
         """
         rows = self.rows[self.rows["own"] != fold]
         if stack_on == "in_sample":
@@ -91,7 +88,7 @@ class LearnerScores:
             at = rows["outer"] == (fold if self.protocol == NESTED else -1)
             rows = rows[at & (rows["fold"] == rows["own"])]
         if rows.empty:
-            raise StackError(
+            raise FusionError(
                 f"no {stack_on} scores to learn from for fold {fold}. "
                 + (
                     "Write the learners' predictions of their training images too (in_sample of the training)"
@@ -140,7 +137,7 @@ class LearnerScores:
         if absent.any():
             learner, first = wanted[absent][0][1], wanted[absent][0][0]
             of_it = sum(pair[1] == learner for pair in wanted[absent])
-            raise StackError(
+            raise FusionError(
                 f"{purpose}: {learner} has no score of {of_it} of {len(ids)} ids that other learners have, first {first}; "
                 "let each learner predict the same images"
             )
@@ -153,13 +150,13 @@ class LearnerScores:
 def gather(tables: Iterable[pd.DataFrame], images: pd.DataFrame, labels: pd.DataFrame, folds: pd.DataFrame) -> LearnerScores:
     """Check the learners' tables (nested_scores, class_scores or study_scores, all of one kind) against each other.
 
-    Learners keep the order in which they come. Raises StackError: no scores, other classes, other folds, ids of no fold, a
+    Learners keep the order in which they come. Raises FusionError: no scores, other classes, other folds, ids of no fold, a
     score twice, NaN, rows that do not add to 1, plain scores of an image that the model was trained on; and labels that are
     not exactly one class an id.
     """
     tables = [table for table in tables if len(table)]
     if not tables:
-        raise StackError("no scores of any learner; name runs whose models have predicted their folds")
+        raise FusionError("no scores of any learner; name runs whose models have predicted their folds")
     key = "study_id" if "study_id" in tables[0].columns else "image_id"
     parts = [_one_kind(table, key) for table in tables]
     classes = _same_classes(parts)
@@ -168,7 +165,7 @@ def gather(tables: Iterable[pd.DataFrame], images: pd.DataFrame, labels: pd.Data
     answers = _answers(key, classes, images, labels, folds)
     strange = rows.loc[~rows["id"].isin(answers.index), "id"]
     if len(strange):
-        raise StackError(
+        raise FusionError(
             f"{strange.nunique()} ids have scores and no fold, first {strange.iloc[0]}; name the learners' prepared run"
         )
     rows["own"] = rows["id"].map(answers["fold"])
@@ -183,7 +180,7 @@ def gather(tables: Iterable[pd.DataFrame], images: pd.DataFrame, labels: pd.Data
 def _one_kind(table: pd.DataFrame, key: str) -> tuple[pd.DataFrame, list[str]]:
     """The checked table with its key as `id`, an outer fold and `plain` (it promises to be out of fold); its classes."""
     if key not in table.columns:
-        raise StackError("scores of images and of studies cannot be stacked together; name runs of one kind")
+        raise FusionError("scores of images and of studies cannot be stacked together; name runs of one kind")
     name = "study_scores" if key == "study_id" else "nested_scores" if "outer" in table.columns else "class_scores"
     table, plain = check_table(table, name), name != "nested_scores"
     classes = list(STUDY_CLASSES) if key == "study_id" else class_columns(table, name)
@@ -195,7 +192,7 @@ def _same_classes(parts: list[tuple[pd.DataFrame, list[str]]]) -> list[str]:
     first = parts[0][1]
     for part, classes in parts:
         if set(classes) != set(first):
-            raise StackError(
+            raise FusionError(
                 f"{part['model'].iloc[0]} has the classes {', '.join(sorted(classes))}, {parts[0][0]['model'].iloc[0]} has "
                 f"{', '.join(sorted(first))}; stack learners of one data set"
             )
@@ -206,7 +203,7 @@ def _check_values(rows: pd.DataFrame, classes: list[str]) -> None:
     twice = rows.duplicated(["id", *PLACE])
     if twice.any():
         row = rows[twice].iloc[0]
-        raise StackError(
+        raise FusionError(
             f"{row['model']} has two scores of {row['id']} for fold {row['fold']}; name one run of it, or another model_name"
         )
     for fault, wrong in (
@@ -215,7 +212,7 @@ def _check_values(rows: pd.DataFrame, classes: list[str]) -> None:
     ):
         if wrong.any():
             row = rows[wrong].iloc[0]
-            raise StackError(f"{row['model']} has {fault}: {int(wrong.sum())} rows, first {row['id']}, fold {row['fold']}")
+            raise FusionError(f"{row['model']} has {fault}: {int(wrong.sum())} rows, first {row['id']}, fold {row['fold']}")
 
 
 def _unequal(sums: pd.Series) -> pd.Series:
@@ -226,7 +223,7 @@ def _answers(key: str, classes: list[str], images: pd.DataFrame, labels: pd.Data
     """Of each image or study in the folds: truth, fold, patient."""
     missing = [name for name in classes if name not in labels.columns]
     if missing:
-        raise StackError(f"the labels lack the class(es) {', '.join(missing)} of the learners; name their prepared run")
+        raise FusionError(f"the labels lack the class(es) {', '.join(missing)} of the learners; name their prepared run")
     held = images.merge(folds.rename(columns={"id": "image_id"}), on="image_id")
     held = held.drop_duplicates(key).set_index(key)
     of_study = labels.set_index("id")[classes]
@@ -234,7 +231,7 @@ def _answers(key: str, classes: list[str], images: pd.DataFrame, labels: pd.Data
     true = of_study.reindex(studies).to_numpy(dtype=float)
     wrong = ~(np.isin(true, (0, 1)).all(axis=1) & (true.sum(axis=1) == 1))
     if wrong.any():
-        raise StackError(
+        raise FusionError(
             f"{int(wrong.sum())} ids are not of exactly one class of {', '.join(classes)}, first {held.index[wrong][0]}; "
             "ensembles are of classes that exclude one another"
         )
@@ -251,18 +248,18 @@ def _check_folds(rows: pd.DataFrame, learners: tuple[str, ...]) -> None:
         if differ:
             outer, fold = min(differ)
             here, elsewhere = (name, learners[0]) if (outer, fold) in there else (learners[0], name)
-            raise StackError(
+            raise FusionError(
                 f"{here} has scores of outer fold {outer}, fold {fold} (outer -1: none), and {elsewhere} has not; train "
                 "every learner on the same folds, all nested or none"
             )
     if ((rows["outer"] >= 0) & (rows["outer"] == rows["fold"])).any():
-        raise StackError(
+        raise FusionError(
             "nested scores whose outer fold is the inner one: the model chose its epoch on what it is to be judged on"
         )
     seen = rows[rows["plain"] & (rows["fold"] != rows["own"])]
     if len(seen):
         row = seen.iloc[0]
-        raise StackError(
+        raise FusionError(
             f"{row['model']}: {len(seen)} scores are of images that its model was trained on, first {row['id']} of fold "
             f"{row['own']} by the model of fold {row['fold']}; name the prepared run of the learners, or train them again"
         )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from kitlib.errors import FusionError
 from kitlib.fusion.boxes import fit_calibration
 from kitlib.fusion.fuse import NONE_PARTS, Fused, FusionSettings, combine, fuse_boxes, fuse_scores, seen_images
 from kitlib.scoring.average_precision import match_boxes
@@ -43,10 +44,6 @@ NEGATIVE_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 Change = Callable[[FusionSettings, Any], FusionSettings]
 Grid = tuple[str, Change, tuple[Any, ...]]  # name of the step, how a value changes the settings, the values
-
-
-class TuningError(ValueError):
-    """Predictions that are not out of fold, or leave nothing to tune on."""
 
 
 def tune(judge: "Judge", rounds: int = 2) -> tuple[FusionSettings, pd.DataFrame]:
@@ -107,7 +104,7 @@ class Judge:
     """The competition score of settings. Boxes are fused and matched once for each way to fuse them.
 
     Scored are the images of `folds` that every classifier has predicted and every detector covered, without those marked
-    `false_none`. Raises TuningError for predictions that are not out of fold, detections without coverage, and where no
+    `false_none`. Raises FusionError for predictions that are not out of fold, detections without coverage, and where no
     image is left.
     """
 
@@ -247,12 +244,12 @@ def _scored_images(
     images: pd.DataFrame,
     folds: pd.DataFrame,
 ) -> pd.DataFrame:
-    """The images, with their fold, that every model has predicted. Raises TuningError as Judge does."""
+    """The images, with their fold, that every model has predicted. Raises FusionError as Judge does."""
     runs = ["image_id", "model", "fold"]
     uncovered = detections[~pd.MultiIndex.from_frame(detections[runs]).isin(pd.MultiIndex.from_frame(coverage[runs]))]
     if len(uncovered):
         row = uncovered.iloc[0]
-        raise TuningError(
+        raise FusionError(
             f"{len(uncovered)} detections are of images that their coverage lacks, first {row.image_id} by {row.model} "
             f"of fold {row.fold}; give the coverage of the same runs"
         )
@@ -266,9 +263,9 @@ def _scored_images(
         wrong = beside[beside["fold"] != beside["fold_own"]]
         if len(wrong):
             row = wrong.iloc[0]
-            raise TuningError(f"{key} {row[key]} of fold {row.fold_own} was seen by {row.model} of fold {row.fold}")
+            raise FusionError(f"{key} {row[key]} of fold {row.fold_own} was seen by {row.model} of fold {row.fold}")
         for _, ids in table.groupby("model")[key]:
             kept &= images[key].isin(ids)
     if not kept.any():
-        raise TuningError("no image has predictions of every model; give runs of folds that all models were trained for")
+        raise FusionError("no image has predictions of every model; give runs of folds that all models were trained for")
     return images[kept].reset_index(drop=True)

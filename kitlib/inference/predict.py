@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kitlib.bundle import BundleError, read_bundle
+from kitlib.bundle import read_bundle
 from kitlib.classes import STUDY_CLASSES
 from kitlib.device import autocast, pick_device
+from kitlib.errors import BundleError
 from kitlib.inference.read_ahead import ahead
 from kitlib.letterbox import PLACEMENTS, Placement, clip_boxes, flip_boxes
 from kitlib.lungs.canvas import canvas_of

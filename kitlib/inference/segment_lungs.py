@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from kitlib.bundle import BundleError, read_bundle
+from kitlib.bundle import read_bundle
 from kitlib.classes import LUNG_CODES
 from kitlib.device import autocast, pick_device
+from kitlib.errors import BundleError
 from kitlib.inference.read_ahead import ahead
 from kitlib.letterbox import Placement
 from kitlib.lungs.clean_up import on_canvas, placement, segmented

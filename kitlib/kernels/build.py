@@ -20,12 +20,13 @@ from papermill.translators import PythonTranslator
 from kitlib.atomic import write_json
 from kitlib.bundle import RECORD, WEIGHTS, read_bundle
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import KernelError
 from kitlib.fusion.ensemble_bundle import RECORD as ENSEMBLE_RECORD
 from kitlib.fusion.ensemble_bundle import WEIGHTS as ENSEMBLE_WEIGHTS
 from kitlib.fusion.ensemble_bundle import read_ensemble
 from kitlib.kernels import start as kernel_start
 from kitlib.kernels.library import packed_library
-from kitlib.kernels.spec import KernelSpec, SpecError
+from kitlib.kernels.spec import KernelSpec
 from kitlib.kernels.wheels import check_wheels, image_pins
 from kitlib.lungs.crop import wants_masks
 from kitlib.lungs.finders import segmenter_digest
@@ -38,15 +39,11 @@ NOTEBOOK_BYTES = 1_000_000
 DATASET_BYTES = 200 * 10**9
 
 
-class KernelError(ValueError):
-    """A kernel that Kaggle would refuse: names the part, its size and the limit."""
-
-
 def build_kernel(spec: KernelSpec, out: str | Path, wheels: Iterable[Path]) -> dict[str, Path]:
     """Write `out`/kernel, `out`/wheels and, of a kernel that submits, `out`/weights; an old one of another kernel goes.
 
-    Each is replaced whole, and nothing is replaced where something fails. Raises SpecError (an unknown notebook parameter,
-    runs without a bundle, models of a segmenter's lungs without one), WheelError, BundleError, KernelError (size).
+    Each is replaced whole, and nothing is replaced where something fails. Raises KernelError (an unknown notebook parameter,
+    runs without a bundle, models of a segmenter's lungs without one), KernelError, BundleError, KernelError (size).
     """
     out, wheels = Path(out), sorted(wheels)
     check_wheels(wheels, image_pins())
@@ -146,17 +143,17 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
         record = json.loads((bundle / RECORD).read_text(encoding="utf-8")) if (bundle / RECORD).is_file() else {}
         name = f"{record.get('model')}-fold{record.get('fold')}"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise SpecError(
+            raise KernelError(
                 f"{bundle}: the model's name {record.get('model')!r} is not fit for a folder: letters, digits, . _ -"
             )
         if any(entry["folder"] == name for entry in manifest):
-            raise SpecError(f"runs: {bundle} is a second {name}; name one run a model and fold")
+            raise KernelError(f"runs: {bundle} is a second {name}; name one run a model and fold")
         record = _copy_bundle(bundle, folder / name)
         family = recorded_family(record, bundle)
         if family.no_submission:
-            raise SpecError(f"runs: {bundle} {family.no_submission}")
+            raise KernelError(f"runs: {bundle} {family.no_submission}")
         if wants_masks(record["recipe"]) and record["architecture"].get("segmenter") != segmenter:
-            raise SpecError(
+            raise KernelError(
                 f"runs: {bundle} looks at the lungs that a segmenter finds, and the key `lungs` names "
                 f"{'another one' if segmenter else 'none'}; name the run of notebook 14 that was its lungs_run"
             )
@@ -168,7 +165,7 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
     if spec.fusion:
         fusion = project_root() / spec.fusion
         if not fusion.is_file():
-            raise SpecError(f"fusion: there is no {fusion}; run the fusion notebook first, or leave the key out")
+            raise KernelError(f"fusion: there is no {fusion}; run the fusion notebook first, or leave the key out")
         shutil.copyfile(fusion, folder / "fusion.json")
     further = {"ensemble": _write_ensemble(spec, folder, study_models), "lungs": "lungs" if segmenter else ""}
     write_json(folder / "weights.json", {"bundles": manifest} | {key: name for key, name in further.items() if name})
@@ -178,16 +175,16 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
 def _write_ensemble(spec: KernelSpec, folder: Path, study_models: set[str]) -> str:
     """The name of the sub-folder that the ensemble's bundle is copied to; "" where the kernel names none.
 
-    Raises SpecError where it is not one of exactly the study models of the kernel.
+    Raises KernelError where it is not one of exactly the study models of the kernel.
     """
     bundle = spec.named_bundle("ensemble")
     if bundle is None:
         return ""
     ensemble = read_ensemble(bundle)
     if ensemble.key != "study_id" or set(ensemble.classes) != set(STUDY_CLASSES):
-        raise SpecError(f"ensemble: {bundle} tells {', '.join(ensemble.classes)} apart; name one of study models")
+        raise KernelError(f"ensemble: {bundle} tells {', '.join(ensemble.classes)} apart; name one of study models")
     if set(ensemble.learners) != study_models:
-        raise SpecError(
+        raise KernelError(
             f"ensemble: {bundle} stacks {', '.join(sorted(ensemble.learners))}, and runs has the study models "
             f"{', '.join(sorted(study_models)) or 'none'}; name the same ones in both"
         )
@@ -205,7 +202,7 @@ def _write_lungs(spec: KernelSpec, folder: Path) -> str:
         return ""
     record = _copy_bundle(bundle, folder / "lungs")
     if recorded_family(record, bundle).answers != LUNGS:
-        raise SpecError(
+        raise KernelError(
             f"lungs: {bundle} holds a {record['family']} model; name a run of notebook 14, or a fold of notebook 12"
         )
     return segmenter_digest(record)

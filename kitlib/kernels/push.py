@@ -13,6 +13,8 @@ from typing import Any
 
 import requests
 
+from kitlib.errors import KernelError
+
 logger = logging.getLogger(__name__)
 
 TOKEN = (
@@ -39,10 +41,6 @@ COMPLAINTS = {
 }
 
 
-class PushError(RuntimeError):
-    """Something was not pushed as it was built: names what, what Kaggle or its client said, and what to do."""
-
-
 @dataclass(frozen=True)
 class Pushed:
     url: str  # of the kernel, where its progress is seen
@@ -54,17 +52,17 @@ def push(out: str | Path, wait_s: float = 3600.0, poll_s: float = 5.0) -> Pushed
     """Push `out`/wheels and `out`/weights, wait until Kaggle has unpacked them, then push `out`/kernel, which starts it.
 
     A dataset that exists gets a new version, except wheels that are there already, all with the same names and sizes. Each
-    is waited for `wait_s` seconds at most and asked for every `poll_s`. Raises PushError.
+    is waited for `wait_s` seconds at most and asked for every `poll_s`. Raises KernelError.
     """
     out = Path(out)
     described = out / "kernel" / "kernel-metadata.json"
     if not described.is_file():
-        raise PushError(f"there is no {described}; build the kernel first")
+        raise KernelError(f"there is no {described}; build the kernel first")
     metadata = json.loads(described.read_text(encoding="utf-8"))
     client = _client()
     owner, user = metadata["id"].split("/")[0], client.config_values[client.CONFIG_NAME_USER]
     if owner != user.lower():
-        raise PushError(f"the kernel is {metadata['id']}, but the token is {user}'s; build it with --owner {user.lower()}")
+        raise KernelError(f"the kernel is {metadata['id']}, but the token is {user}'s; build it with --owner {user.lower()}")
     datasets = {}
     for folder in (out / "wheels", out / "weights"):
         if folder.is_dir():
@@ -86,7 +84,7 @@ def _client() -> Any:
                 super().upload_files(request, resources, folder, *arguments, **options)
                 wanted, sent = [name for name in os.listdir(folder) if name not in METADATA], request.files or []
                 if len(sent) != len(wanted):
-                    raise PushError(
+                    raise KernelError(
                         f"only {len(sent)} of {len(wanted)} files of {folder} could be uploaded, so none was published; "
                         f"push again{_quoted(heard)}"
                     )
@@ -94,29 +92,29 @@ def _client() -> Any:
         client = Client()
         client.authenticate()
         if not client.config_values.get(client.CONFIG_NAME_USER):
-            raise PushError(TOKEN)
+            raise KernelError(TOKEN)
     client.heard = heard
     return client
 
 
 @contextlib.contextmanager
 def _asking(what: str, heard: io.StringIO) -> Iterator[None]:
-    """Inside, what the client prints goes to `heard`, emptied first, and whatever it raises becomes a PushError."""
+    """Inside, what the client prints goes to `heard`, emptied first, and whatever it raises becomes a KernelError."""
     heard.seek(0)
     heard.truncate()
     try:
         with contextlib.redirect_stdout(heard):
             yield
     except SystemExit as error:
-        raise PushError(f"{what}: {TOKEN}{_quoted(heard)}") from error
+        raise KernelError(f"{what}: {TOKEN}{_quoted(heard)}") from error
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else None
         advice = f"; {ADVICE[status]}" if status in ADVICE else ""
-        raise PushError(f"{what}: Kaggle answers {error}{advice}{_quoted(heard)}") from error
+        raise KernelError(f"{what}: Kaggle answers {error}{advice}{_quoted(heard)}") from error
     except requests.RequestException as error:
-        raise PushError(f"{what}: Kaggle cannot be reached: {error}{_quoted(heard)}") from error
+        raise KernelError(f"{what}: Kaggle cannot be reached: {error}{_quoted(heard)}") from error
     except (ValueError, LookupError, TypeError, OSError) as error:
-        raise PushError(f"{what}: Kaggle's client fails: {error!r}{_quoted(heard)}") from error
+        raise KernelError(f"{what}: Kaggle's client fails: {error!r}{_quoted(heard)}") from error
 
 
 def _lines(heard: io.StringIO) -> list[str]:
@@ -142,7 +140,7 @@ def _push_dataset(client: Any, name: str, folder: Path, wait_s: float, poll_s: f
             answer = client.dataset_create_new(str(folder), public=False, quiet=True, dir_mode="zip")
     if answer is None or answer.error or answer.invalid_tags or answer.status.lower() != "ok":
         said = answer and (answer.error or (answer.invalid_tags and f"invalid tags {answer.invalid_tags}") or answer.status)
-        raise PushError(f"{what}: Kaggle answers {said or 'nothing'}{_quoted(client.heard)}")
+        raise KernelError(f"{what}: Kaggle answers {said or 'nothing'}{_quoted(client.heard)}")
     _wait_for(client, name, before, wait_s, poll_s)
     return "new version" if status else "created"
 
@@ -187,9 +185,11 @@ def _wait_for(client: Any, name: str, before: int, wait_s: float, poll_s: float)
         if status == "ready" and (not before or _version(client, name) > before):
             return
         if status in ("failed", "deleted"):
-            raise PushError(f"{name} was uploaded, but Kaggle says it {status}: see https://www.kaggle.com/datasets/{name}")
+            raise KernelError(
+                f"{name} was uploaded, but Kaggle says it {status}: see https://www.kaggle.com/datasets/{name}"
+            )
         if time.monotonic() - started > wait_s:
-            raise PushError(
+            raise KernelError(
                 f"{name} was uploaded, but is not ready after {wait_s:g} s ({status or 'unknown'}), and the kernel was not "
                 f"pushed: see https://www.kaggle.com/datasets/{name} and push again"
             )
@@ -204,7 +204,7 @@ def _push_kernel(client: Any, metadata: dict[str, Any], folder: Path) -> tuple[s
         answer = client.kernels_push(str(folder))
     if answer is None or answer.error:
         said = (answer and answer.error) or "nothing"
-        raise PushError(f"the kernel {name} was not pushed: Kaggle answers {said}{_quoted(client.heard)}")
+        raise KernelError(f"the kernel {name} was not pushed: Kaggle answers {said}{_quoted(client.heard)}")
     complaints = [
         f"{meaning}: {', '.join(getattr(answer, field))}" for field, meaning in COMPLAINTS.items() if getattr(answer, field)
     ]
@@ -214,7 +214,7 @@ def _push_kernel(client: Any, metadata: dict[str, Any], folder: Path) -> tuple[s
     if not answer.version_number:
         complaints.append("no version number")
     if complaints:
-        raise PushError(
+        raise KernelError(
             f"Kaggle took the kernel {name} (version {answer.version_number or 'unknown'}) and started it, but not as it "
             "was built; mend this and push again:\n  " + "\n  ".join(complaints)
         )

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from kitlib.errors import KernelError
 from kitlib.kernels.sandbox import no_sandbox_reason, sandboxed
 from kitlib.kernels.spec import KernelSpec
 from kitlib.kernels.stand_in import fresh_environment, stand_in
@@ -40,10 +41,6 @@ LAYOUTS = {
         "kernel_sources": "notebooks/{owner}/{slug}",
     },
 }
-
-
-class RehearsalError(RuntimeError):
-    """A rehearsal that cannot begin: names what is missing."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +83,17 @@ def rehearse(
     of that slug in `inputs`, at the places of `layout` (of LAYOUTS). Replaces `out`/working, `out`/rehearsal.log and
     `out`/rehearsal.ipynb. `on_line` gets each line that the kernel prints. `truth`, for a kernel that submits, is a folder
     with train_study_level.csv and train_image_level.csv. A link in an input that leads into the project's folder or below
-    /tmp is broken for the kernel, which sees neither. Raises RehearsalError, SpecError, StandInError, WheelError.
+    /tmp is broken for the kernel, which sees neither. Raises KernelError where it cannot begin.
     """
     out, inputs = Path(out).resolve(), Path(inputs).resolve()
     metadata = _metadata(spec, out)
     built = _built(out)
     folders = _folders(metadata, built, inputs, LAYOUTS[layout])
     if truth and not spec.submits:
-        raise RehearsalError(f"{spec.slug} submits nothing that the truth could score; leave the truth out")
+        raise KernelError(f"{spec.slug} submits nothing that the truth could score; leave the truth out")
     sample = inputs / spec.competition / "sample_submission.csv"
     if spec.submits and not sample.is_file():
-        raise RehearsalError(f"there is no {sample}; the inputs are a folder that holds {spec.competition}/")
+        raise KernelError(f"there is no {sample}; the inputs are a folder that holds {spec.competition}/")
     packages = stand_in()
     working, log, executed = out / "working", out / "rehearsal.log", out / "rehearsal.ipynb"
     shutil.rmtree(working, ignore_errors=True)
@@ -130,10 +127,10 @@ def rehearse(
 def _metadata(spec: KernelSpec, out: Path) -> dict[str, Any]:
     described = out / "kernel" / "kernel-metadata.json"
     if not described.is_file():
-        raise RehearsalError(f"there is no {described}; build the kernel first")
+        raise KernelError(f"there is no {described}; build the kernel first")
     metadata = json.loads(described.read_text(encoding="utf-8"))
     if metadata["id"] != f"{spec.owner}/{spec.slug}":
-        raise RehearsalError(f"{out} holds {metadata['id']}, not {spec.owner}/{spec.slug}; build the kernel first")
+        raise KernelError(f"{out} holds {metadata['id']}, not {spec.owner}/{spec.slug}; build the kernel first")
     if metadata["enable_internet"]:
         logger.warning("On Kaggle this kernel has the internet; its rehearsal has none.")
     return metadata
@@ -146,14 +143,14 @@ def _built(out: Path) -> dict[str, Path]:
 
 
 def _folders(metadata: dict[str, Any], built: dict[str, Path], inputs: Path, layout: dict[str, str]) -> dict[str, Path]:
-    """The inputs' folders by their places below /kaggle/input. Raises RehearsalError with all that are missing."""
+    """The inputs' folders by their places below /kaggle/input. Raises KernelError with all that are missing."""
     folders, missing = {}, []
     for kind, place in layout.items():
         for source in metadata[kind]:
             owner, _, slug = source.rpartition("/")
             folder = inputs / slug
             if source in built and folder.is_dir():
-                raise RehearsalError(f"the kernel wants {source}, which was built and lies in {inputs} too: remove one")
+                raise KernelError(f"the kernel wants {source}, which was built and lies in {inputs} too: remove one")
             folder = built.get(source, folder)
             if not folder.is_dir():
                 got = "that kernel's output, or a link to its rehearsal's working/"
@@ -161,7 +158,7 @@ def _folders(metadata: dict[str, Any], built: dict[str, Path], inputs: Path, lay
                 missing.append(f"{folder} for {source} of its {kind}: {got}")
             folders[place.format(owner=owner, slug=slug)] = folder
     if missing:
-        raise RehearsalError("the kernel's inputs are not all there: there is no " + "; no ".join(missing))
+        raise KernelError("the kernel's inputs are not all there: there is no " + "; no ".join(missing))
     return folders
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import papermill
 import yaml
 
+from kitlib.errors import KernelError, SettingsError
 from kitlib.notebook import check_parameters
 from kitlib.paths import project_root
-from kitlib.settings import RecipeError, Settings, from_dict
+from kitlib.settings import Settings, from_dict
 
 ACCELERATORS = ("NvidiaTeslaT4", "none")
 # Kaggle's limits on characters; its client wants more of a slug that it makes a dataset of, or finds a kernel by.
@@ -25,10 +26,6 @@ NAMED = {
     "ensemble": ("ensemble", "a run of notebook 65 on study models"),
 }
 SLUG_LETTERS = re.compile(r"[A-Za-z0-9_-]+")
-
-
-class SpecError(ValueError):
-    """A YAML file that cannot become a kernel: names the file, the key and what to do."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +72,16 @@ class KernelSpec(Settings):
         return "weights" in self.notebook_parameters()
 
     def notebook_parameters(self) -> dict[str, Any]:
-        """Names of the notebook's parameters with what papermill knows of them. Raises SpecError without a notebook."""
+        """Names of the notebook's parameters with what papermill knows of them. Raises KernelError without a notebook."""
         if not self.notebook_path.is_file():
-            raise SpecError(f"notebook: there is no {self.notebook_path}")
+            raise KernelError(f"notebook: there is no {self.notebook_path}")
         return papermill.inspect_notebook(str(self.notebook_path))
 
     def injected(self, rehearsed: bool = False) -> dict[str, Any]:
         """All parameters that the notebook is given; those of a rehearsal if it is `rehearsed`.
 
         Where it has parameters `competition`, `weights`, `wheels` and `time_limit_s`, they come from the kernel's own keys.
-        Raises SpecError for a parameter that the notebook has not, or that is one of these.
+        Raises KernelError for a parameter that the notebook has not, or that is one of these.
         """
         own = {"weights": self.weights_slug, "wheels": self.wheels_slug, "time_limit_s": self.time_limit_s}
         # Without a competition the parameter may name an attached dataset.
@@ -94,27 +91,27 @@ class KernelSpec(Settings):
         for key, given in (("parameters", self.parameters), ("rehearsal", self.rehearsal)):
             twice = sorted(set(own) & set(given))
             if twice:
-                raise SpecError(
+                raise KernelError(
                     f"{key}: {', '.join(twice)} come from the kernel's own keys (competition, slug, wheels, "
                     "time_limit_hours)"
                 )
             try:
                 check_parameters(self.notebook_path, given)
             except ValueError as error:
-                raise SpecError(f"{key}: {error}") from error
+                raise KernelError(f"{key}: {error}") from error
         return own | self.parameters | (self.rehearsal if rehearsed else {})
 
     def run_folder(self, rehearsed: bool = False) -> str | None:
         """The run that the notebook makes, below Kaggle's working folder; None where its parameters name none.
 
-        Raises SpecError for an absolute path: Kaggle keeps nothing outside of that folder.
+        Raises KernelError for an absolute path: Kaggle keeps nothing outside of that folder.
         """
         known = self.notebook_parameters()
         if "run_folder" not in known or self.submits:
             return None
         folder = self.injected(rehearsed).get("run_folder", ast.literal_eval(known["run_folder"]["default"]))
         if not folder or Path(folder).is_absolute() or ".." in Path(folder).parts:
-            raise SpecError(f"run_folder is {folder!r}; Kaggle keeps what is below /kaggle/working: name a folder in it")
+            raise KernelError(f"run_folder is {folder!r}; Kaggle keeps what is below /kaggle/working: name a folder in it")
         return folder
 
     def sources(self, entries: tuple[str, ...]) -> list[str]:
@@ -122,23 +119,23 @@ class KernelSpec(Settings):
         return [entry if "/" in entry else f"{self.owner}/{entry}" for entry in entries]
 
     def named_bundle(self, key: str) -> Path | None:
-        """The bundle folder of the run that `key` names, of NAMED; None without one. Raises SpecError for no bundle."""
+        """The bundle folder of the run that `key` names, of NAMED; None without one. Raises KernelError for no bundle."""
         if not getattr(self, key):
             return None
         inside, wanted = NAMED[key]
         bundle = project_root() / getattr(self, key) / inside
         if not bundle.is_dir():
-            raise SpecError(f"{key}: there is no {bundle}; name {wanted}")
+            raise KernelError(f"{key}: there is no {bundle}; name {wanted}")
         return bundle
 
     def bundles(self) -> list[Path]:
-        """Bundle folders in order of value; a run named twice counts once. Raises SpecError for an entry that names none."""
+        """Bundle folders in order of value, each once. Raises KernelError for an entry without a bundle."""
         found: dict[Path, None] = {}
         for entry in self.runs:
             root = Path(entry).anchor or project_root()
             matches = sorted(Path(root).glob(str(Path(entry).relative_to(Path(entry).anchor)).rstrip("/") + "/bundle"))
             if not matches:
-                raise SpecError(f"runs: {entry!r} names no folder with a `bundle` below {root}; train the model first")
+                raise KernelError(f"runs: {entry!r} names no folder with a `bundle` below {root}; train the model first")
             found |= dict.fromkeys(match.resolve() for match in matches)
         return list(found)
 
@@ -146,20 +143,20 @@ class KernelSpec(Settings):
 def read_spec(path: str | Path, owner: str | None = None) -> KernelSpec:
     """The kernel at `path`. The owner is `owner`, else the environment's KAGGLE_USERNAME, else the file's.
 
-    Raises SpecError: unknown keys (the valid ones are listed), ill-typed or missing values, Kaggle's limits on names.
+    Raises KernelError: unknown keys (the valid ones are listed), ill-typed or missing values, Kaggle's limits on names.
     """
     path = Path(path)
     if not path.is_file():
-        raise SpecError(f"no file {path}; there are: {', '.join(map(str, sorted(path.parent.glob('*.yaml')))) or 'none'}")
+        raise KernelError(f"no file {path}; there are: {', '.join(map(str, sorted(path.parent.glob('*.yaml')))) or 'none'}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         spec = from_dict(KernelSpec, values)
         spec = dataclasses.replace(spec, owner=owner or os.environ.get("KAGGLE_USERNAME") or spec.owner)
         faults = _faults(spec)
-    except (yaml.YAMLError, RecipeError, SpecError) as error:
-        raise SpecError(f"{path}: {error}") from error
+    except (yaml.YAMLError, SettingsError, KernelError) as error:
+        raise KernelError(f"{path}: {error}") from error
     if faults:
-        raise SpecError(f"{path}: " + "; ".join(faults))
+        raise KernelError(f"{path}: " + "; ".join(faults))
     return spec
 
 

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from kitlib.atomic import write_json
+from kitlib.errors import KernelError
 from kitlib.kernels.wheels import image_pins, read_pins
 from kitlib.paths import project_root
 
@@ -26,14 +27,10 @@ logger = logging.getLogger(__name__)
 KEY = "key.json"
 
 
-class StandInError(RuntimeError):
-    """The packages installed here cannot stand in for the image: names them and what to do."""
-
-
 def stand_in(folder: str | Path | None = None, image: Mapping[str, str] | None = None) -> Path:
     """A folder of packages (default `build/stand-in`), made of hard links to those installed here; reused while they stay.
 
-    `image` maps canonical names to versions. Raises StandInError for a package whose version is not the image's.
+    `image` maps canonical names to versions. Raises KernelError for a package whose version is not the image's.
     """
     folder = Path(folder or project_root() / "build" / "stand-in")
     image = image_pins() if image is None else image
@@ -83,10 +80,10 @@ def _kept(image: Mapping[str, str]) -> list[importlib.metadata.Distribution]:
         f"{name} {installed[name].version} (the image has {image[name]})" for name in sorted(imported & set(image) - same)
     ]
     if other:
-        raise StandInError(f"installed here at other versions than in Kaggle's image: {', '.join(other)}; run `make` again")
+        raise KernelError(f"installed here at other versions than in Kaggle's image: {', '.join(other)}; run `make` again")
     absent = [name for name in ("pip", "papermill", "ipykernel") if name not in installed]
     if absent:
-        raise StandInError(f"not installed here: {', '.join(absent)}; a rehearsal needs them, run `make` again")
+        raise KernelError(f"not installed here: {', '.join(absent)}; a rehearsal needs them, run `make` again")
     # The list is of the CPU variant: what torch's CUDA build asks for belongs to the GPU image although it is not listed.
     # What the image lists at another version was named above, or is a tool.
     brought = {name for name in with_dependencies(["torch"], installed) if name not in image}

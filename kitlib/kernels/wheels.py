@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag, compatible_tags, cpython_tags, sys_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
+from kitlib.errors import KernelError
 from kitlib.paths import project_root
 
 logger = logging.getLogger(__name__)
@@ -46,24 +47,20 @@ IMAGE_PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(35, 4, -1)]
 IMAGE_PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
 
 
-class WheelError(RuntimeError):
-    """A wheel that is missing or does not suit Kaggle's image: names the wheel and what to do."""
-
-
 def image_pins() -> dict[str, str]:
     """Version of each package of Kaggle's image, by canonical name."""
     return read_pins(Path(__file__).with_name("kaggle_image.txt"))
 
 
 def inference_pins(requirements: str | Path | None = None) -> dict[str, str]:
-    """Versions of `INFERENCE` in requirements.txt. Raises WheelError for one that is not pinned or that the image has."""
+    """Versions of `INFERENCE` in requirements.txt. Raises KernelError for one that is not pinned or that the image has."""
     requirements = Path(requirements or project_root() / "requirements.txt")
     pins, image = read_pins(requirements), image_pins()
     for name in INFERENCE:
         if name not in pins:
-            raise WheelError(f"{requirements} does not pin {name}; add `{name}==VERSION`")
+            raise KernelError(f"{requirements} does not pin {name}; add `{name}==VERSION`")
         if name in image:
-            raise WheelError(f"Kaggle's image has {name} {image[name]}; take it out of kitlib.kernels.wheels.INFERENCE")
+            raise KernelError(f"Kaggle's image has {name} {image[name]}; take it out of kitlib.kernels.wheels.INFERENCE")
     return {name: pins[name] for name in INFERENCE}
 
 
@@ -97,7 +94,7 @@ def image_tags() -> frozenset[Tag]:
 
 
 def pins_of(wheels: Iterable[Path]) -> dict[str, str]:
-    """Names and versions that files of wheels say in their names. Raises WheelError for anything but a wheel."""
+    """Names and versions that files of wheels say in their names. Raises KernelError for anything but a wheel."""
     return {name: version for name, version, _ in map(_parse, wheels)}
 
 
@@ -108,7 +105,7 @@ def suits_running(wheels: Iterable[Path]) -> bool:
 
 
 def check_wheels(wheels: Iterable[Path], image: Mapping[str, str]) -> None:
-    """Raise WheelError with every fault: a wheel the image cannot install, or a requirement that nothing there satisfies.
+    """Raise KernelError with every fault: a wheel the image cannot install, or a requirement that nothing there satisfies.
 
     `image` maps canonical names to versions. Requirements of extras do not count; markers are those of the image.
     """
@@ -137,7 +134,7 @@ def check_wheels(wheels: Iterable[Path], image: Mapping[str, str]) -> None:
             if requirement.marker is None or requirement.marker.evaluate(environment):
                 faults += _unmet(name, requirement, attached, image)
     if faults:
-        raise WheelError("the wheels do not suit Kaggle's image:\n  " + "\n  ".join(faults))
+        raise KernelError("the wheels do not suit Kaggle's image:\n  " + "\n  ".join(faults))
 
 
 def _unmet(name: str, requirement: Requirement, attached: Mapping[str, str], image: Mapping[str, str]) -> list[str]:
@@ -157,7 +154,7 @@ def _metadata(wheel: Path) -> Metadata:
     with zipfile.ZipFile(wheel) as opened:
         inside = [entry for entry in opened.namelist() if entry.endswith(".dist-info/METADATA") and entry.count("/") == 1]
         if len(inside) != 1:
-            raise WheelError(f"{wheel} holds {len(inside)} METADATA files, a wheel has one; delete it and build again")
+            raise KernelError(f"{wheel} holds {len(inside)} METADATA files, a wheel has one; delete it and build again")
         return Metadata.from_email(opened.read(inside[0]), validate=False)
 
 
@@ -165,7 +162,7 @@ def _parse(wheel: Path) -> tuple[str, str, frozenset[Tag]]:
     try:
         name, version, _, tags = parse_wheel_filename(wheel.name)
     except InvalidWheelFilename as error:
-        raise WheelError(f"{wheel} is no wheel, and Kaggle cannot build one offline: attach only .whl files") from error
+        raise KernelError(f"{wheel} is no wheel, and Kaggle cannot build one offline: attach only .whl files") from error
     return name, str(version), tags
 
 
@@ -180,14 +177,14 @@ def _cached(pins: Mapping[str, str], cache: Path, tags: frozenset[Tag], options:
             command += ["--disable-pip-version-check", *options, "--dest", beside, *missing]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise WheelError(f"pip finds no wheel for one of {', '.join(missing)}:\n{done.stderr.strip()}")
+                raise KernelError(f"pip finds no wheel for one of {', '.join(missing)}:\n{done.stderr.strip()}")
             for wheel in Path(beside).iterdir():
                 os.replace(wheel, cache / wheel.name)
         found = _find(pins, cache, tags)
     absent = [f"{name}=={version}" for name, version in pins.items() if name not in found]
     if absent:
         got = ", ".join(sorted(wheel.name for wheel in cache.glob("*.whl")))
-        raise WheelError(f"pip gave other versions than the pins {', '.join(absent)}; in {cache}: {got}")
+        raise KernelError(f"pip gave other versions than the pins {', '.join(absent)}; in {cache}: {got}")
     return sorted(found.values())
 
 

@@ -6,9 +6,10 @@ from typing import Any
 import pandas as pd
 
 from kitlib.bundle import data_fingerprint
+from kitlib.errors import InputNotFound, RunError
 from kitlib.leaderboard.listing import ListedRun
-from kitlib.paths import InputNotFound, find_run
-from kitlib.runs.reading import RunError, read_prepared
+from kitlib.paths import find_run
+from kitlib.runs.reading import read_prepared
 
 
 class PreparedRuns:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from kitlib.bundle import data_fingerprint
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import LeaderboardError
 from kitlib.fusion.fuse import FusionSettings, fuse_scores
 from kitlib.leaderboard.listing import SHORT, ListedRun, describe, list_run
 from kitlib.leaderboard.prepared import PreparedRuns, named_folder
@@ -42,10 +43,6 @@ COLUMNS = [
     *("studies", "none", "opacity", "auc", "accuracy", "dice", "cross_fitted", "remark", "started", "wall_s", "training_s"),
     *("memory_mb", "gpu", "gpu_memory_mb", "host", "commit", "data_fingerprint", "folds_fingerprint"),
 ]
-
-
-class LeaderboardError(ValueError):
-    """Runs that cannot be compared, or an unknown name; the message says why."""
 
 
 @dataclass(frozen=True)

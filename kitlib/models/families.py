@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from kitlib.bundle import BundleError
 from kitlib.device import memory_format
+from kitlib.errors import BundleError
 from kitlib.recipes.fields import (
     DetectorRecipe,
     FindingsRecipe,

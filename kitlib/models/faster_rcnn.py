@@ -17,8 +17,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, complete_box_iou_loss
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from kitlib.bundle import BundleError
 from kitlib.device import autocast
+from kitlib.errors import BundleError
 from kitlib.models.backbones import check_backbone
 from kitlib.models.starting_weights import load_starting_weights, read_starting_weights
 from kitlib.recipes.fields import DetectorRecipe

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from kitlib.bundle import RECORD, BundleError, file_digest, read_bundle, read_weights
-from kitlib.paths import InputNotFound, find_run
+from kitlib.bundle import RECORD, file_digest, read_bundle, read_weights
+from kitlib.errors import BundleError, InputNotFound
+from kitlib.paths import find_run
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, nms
 
-from kitlib.bundle import BundleError
 from kitlib.device import precision
+from kitlib.errors import BundleError
 from kitlib.models.backbones import import_own_backbones
 from kitlib.models.starting_weights import load_starting_weights
 from kitlib.recipes.fields import BOX_LOSSES, DetectorRecipe

@@ -12,13 +12,14 @@ import gradio as gr
 from gradio.component_meta import ComponentMeta
 
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import PageError
 from kitlib.leaderboard.listing import list_runs
 from kitlib.page.answer_files import NOT_FOR_DIAGNOSIS
 from kitlib.page.gallery import Gallery, find_gallery
 from kitlib.page.opened_study import DecodedCopies
 from kitlib.page.server import serve
 from kitlib.page.systems import find_systems
-from kitlib.page.uploads import MAX_UPLOAD_BYTES, Refused
+from kitlib.page.uploads import MAX_UPLOAD_BYTES
 from kitlib.page.view import BOXES, HEAT, KEPT_S, TRUTH, View, Viewer
 from kitlib.page.warm_models import WarmModels
 from kitlib.page.window_level import Windowed
@@ -52,7 +53,7 @@ def build_page(viewer: Viewer) -> gr.Blocks:
 def open_page(runs: Path | None, folder: Path, port: int, host: str, ready: Callable[[str], None]) -> None:
     """Serve the page of the models below `runs` until it is stopped, see kitlib.page.server.serve.
 
-    `folder` takes what it writes. Raises NoSystem without trained models, FileNotFoundError without that folder, PortTaken.
+    `folder` takes what it writes. Raises PageError without trained models, FileNotFoundError without that folder, PageError.
     """
     listed = list_runs([runs or project_root() / "runs" / "demo"])
     systems, copies, models = find_systems(listed), DecodedCopies(folder / "copies"), WarmModels()
@@ -216,7 +217,7 @@ class _Page:
             turn = visit.turn = object()
             try:
                 shown = opened(answered(*given))
-            except Refused as refused:
+            except PageError as refused:
                 shown = self._closed(_status(str(refused), "refused"))
             except Exception as error:  # the next study may go well
                 logger.error("a study could not be answered", exc_info=error)
@@ -282,7 +283,7 @@ class _Page:
             return hidden
         try:
             windowed = self.viewer.window(view, view.image(image_id))
-        except Refused as refused:
+        except PageError as refused:
             return {**hidden, self.windowed: str(refused)}
         (center, width), step = windowed.default, max((windowed.highest - windowed.lowest) / 500, 0.01)
         # A file's own window may lie beside its values.

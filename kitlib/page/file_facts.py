@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
-from kitlib.xrays.dicom import UnreadableXray, read_stored_values
+from kitlib.errors import UnreadableXray
+from kitlib.xrays.dicom import read_stored_values
 from kitlib.xrays.header import header_of, read_elements
 from kitlib.xrays.image_file import image_format, open_image
 

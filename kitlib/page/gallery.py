@@ -13,15 +13,15 @@ from safetensors import SafetensorError, safe_open
 
 from kitlib.bundle import data_fingerprint
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import CacheError, RunError, UnreadableXray
 from kitlib.leaderboard.listing import ListedRun
 from kitlib.leaderboard.prepared import named_folder
 from kitlib.page.file_facts import read_facts
 from kitlib.page.opened_study import DecodedCopies, OpenedImage, OpenedStudy
 from kitlib.paths import project_root
-from kitlib.runs.reading import RunError, read_metrics, read_prepared
+from kitlib.runs.reading import read_metrics, read_prepared
 from kitlib.tables import BOX
-from kitlib.xrays.cache import CachedXray, CacheError, XrayCache
-from kitlib.xrays.dicom import UnreadableXray
+from kitlib.xrays.cache import CachedXray, XrayCache
 from kitlib.xrays.worker import shrink, source_of
 
 logger = logging.getLogger(__name__)

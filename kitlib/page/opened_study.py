@@ -10,8 +10,8 @@ from typing import TypeVar
 import pandas as pd
 from pebble import ProcessExpired
 
+from kitlib.errors import UnreadableXray
 from kitlib.xrays.cache import CachedXray, XrayCache, decoding_pool
-from kitlib.xrays.dicom import UnreadableXray
 from kitlib.xrays.worker import Outcome
 
 T = TypeVar("T")

@@ -17,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.responses import PlainTextResponse
 
+from kitlib.errors import PageError
 from kitlib.page.requests import Guarded
 from kitlib.page.uploads import MAX_UPLOAD_BYTES
 from kitlib.processes import exiting_on_signals
@@ -30,10 +31,6 @@ STOPPED_BYTES = 4 * MAX_UPLOAD_BYTES
 # The last two only in a container, whose port is published on the computer's own address.
 HOSTS = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "::")
 GRACE_S = 1.0  # for the server's own end
-
-
-class PortTaken(ValueError):
-    """The port cannot be served on."""
 
 
 @contextlib.contextmanager
@@ -101,7 +98,7 @@ def serve(
 ) -> None:
     """Serve `blocks` until SIGINT or SIGTERM; `ready` is told the address. Port 0 stands for any free one.
 
-    To be called within `quiet_gradio`. Ctrl-C is an ordinary end; SIGTERM leaves as `quiet_gradio` says. Raises PortTaken,
+    To be called within `quiet_gradio`. Ctrl-C is an ordinary end; SIGTERM leaves as `quiet_gradio` says. Raises PageError,
     ValueError for a host that is not this computer alone or, of a container, all of its addresses.
     """
     if host not in HOSTS:
@@ -168,6 +165,6 @@ def _listening(host: str, port: int) -> socket.socket:
             reason = "is taken, perhaps by another page"
         else:
             reason = f"cannot be opened ({error.strerror or error})"
-        raise PortTaken(
+        raise PageError(
             f"Port {port} of {host} {reason}: name another with --port, for example --port {port + 1}."
         ) from None

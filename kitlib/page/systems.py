@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kitlib.bundle import BundleError, read_record
+from kitlib.bundle import read_record
+from kitlib.errors import BundleError, PageError
 from kitlib.fusion.fuse import FusionSettings, read_settings
 from kitlib.inference.answering import Answering, read_answering
 from kitlib.leaderboard.listing import ListedRun
@@ -18,10 +19,6 @@ TRAINED = ("study", "detector")  # kinds of runs whose models answer rows of a s
 NO_MODELS = (
     "no trained study model or detector {where}; `make demo` trains some in runs/demo, or name another folder of runs"
 )
-
-
-class NoSystem(ValueError):
-    """Runs that give no system: the message says what is missing and what to do."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class System:
 def find_systems(listed: Sequence[ListedRun]) -> list[System]:
     """Each finished fusion among `listed` with the models it fused, then the same with each of its detectors alone.
 
-    Without a fusion all trained models answer with equal weights. Raises NoSystem where there is no model at all.
+    Without a fusion all trained models answer with equal weights. Raises PageError where there is no model at all.
     """
     segmenters = _segmenters(listed)
     found = []
@@ -81,12 +78,12 @@ def _fused(run: ListedRun, segmenters: dict[str, Path]) -> System:
     for name in run.parameters.get("runs") or []:
         folder = _beside(name, run)
         if folder is None:
-            raise NoSystem(f"its run {name} is not here")
+            raise PageError(f"its run {name} is not here")
         folders.append(folder)
     named = run.parameters.get("study_ensemble")
     stacking = _beside(named, run)
     if named and stacking is None:
-        raise NoSystem(f"its ensemble {named} is not here")
+        raise PageError(f"its ensemble {named} is not here")
     ensemble = stacking / "ensemble" if stacking else None
     name = f"{run.name}: {' + '.join(folder.name for folder in folders)}"
     return _system(name, folders, read_settings(run.folder / "fusion.json"), ensemble, segmenters)
@@ -114,12 +111,12 @@ def _system(
                 said = f"{other.folder.parents[1].name} has fold {model.fold} of {model.model}, too"
                 left_out.append(f"{folder.name}/{bundle.parent.name} is left out: {said}.")
     if not models:
-        raise NoSystem(NO_MODELS.format(where=f"in {', '.join(map(str, folders))}" if folders else "here"))
+        raise PageError(NO_MODELS.format(where=f"in {', '.join(map(str, folders))}" if folders else "here"))
     # A fold of each model before the second ones, as a submission's file names them.
     in_order = tuple(sorted(models.values(), key=lambda model: model.fold))
     wanted = {model.segmenter for model in in_order if model.wants_masks}
     if len(wanted) > 1:
-        raise NoSystem(f"{name}: its models want the lungs of {len(wanted)} segmenters, and a submission has one")
+        raise PageError(f"{name}: its models want the lungs of {len(wanted)} segmenters, and a submission has one")
     lungs = segmenters.get(next(iter(wanted))) if wanted else next(iter(segmenters.values()), None)
     return System(name, in_order, fusion, ensemble, lungs, tuple(left_out))
 

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kitlib.errors import CacheError, PageError, UnreadableXray
 from kitlib.page.file_facts import CHOOSE_IMAGE, ILLEGIBLE, FileFacts, foreign, printable, promised_kind, read_facts
 from kitlib.page.opened_study import DecodedCopies, OpenedImage, OpenedStudy
-from kitlib.xrays.cache import CacheError
-from kitlib.xrays.dicom import UnreadableXray
 from kitlib.xrays.header import MAX_SAMPLES
 from kitlib.xrays.worker import Outcome
 
@@ -39,10 +38,6 @@ CHEST = ("CHEST", "THORAX", "TORAX", "LUNG")
 LATERAL = ("LL", "RL", "LATERAL", "LAT")
 
 
-class Refused(ValueError):
-    """A file or study that cannot be shown. The message is for the reader: whole sentences, plain text and not HTML."""
-
-
 @dataclass(frozen=True)
 class _Accepted:
     path: Path
@@ -55,12 +50,12 @@ def open_uploads(paths: Sequence[str | Path], copies: DecodedCopies, longest_sid
 
     An image is named by its file, the study by StudyInstanceUID where the DICOM files have one and agree, and by its first
     image elsewhere; both are made of letters, digits, `.`, `_` and `-`. A file that cannot be shown is left out, and the
-    study's remarks say why. Raises Refused where none is left.
+    study's remarks say why. Raises PageError where none is left.
     """
     if not paths:
-        raise Refused(f"No file was chosen. {CHOOSE_IMAGE}")
+        raise PageError(f"No file was chosen. {CHOOSE_IMAGE}")
     if len(paths) > MOST_IMAGES:
-        raise Refused(f"{len(paths)} files were chosen, and a study has at most {MOST_IMAGES} here. Choose fewer.")
+        raise PageError(f"{len(paths)} files were chosen, and a study has at most {MOST_IMAGES} here. Choose fewer.")
     accepted: dict[str, _Accepted] = {}
     remarks, refusals = [], []
     for path in map(Path, paths):
@@ -70,10 +65,10 @@ def open_uploads(paths: Sequence[str | Path], copies: DecodedCopies, longest_sid
                 remarks.append(f"{_name(path)} is the same file as {_name(accepted[key].path)} and counts once.")
             else:
                 accepted[key] = _accept(path, key, copies, longest_side)
-        except Refused as refused:
+        except PageError as refused:
             refusals.append(str(refused))
     if not accepted:
-        raise Refused(" ".join(refusals))
+        raise PageError(" ".join(refusals))
 
     images, taken = [], set[str]()
     for key, one in accepted.items():
@@ -92,20 +87,20 @@ def _digest_of_sensible(path: Path) -> str:
         str(path).encode()  # tables hold whole letters alone
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            raise Refused(f"{name} is a folder or a device and no file. {CHOOSE_IMAGE}")
+            raise PageError(f"{name} is a folder or a device and no file. {CHOOSE_IMAGE}")
         if not status.st_size:
-            raise Refused(f"{name} is empty. Copy or export it again.")
+            raise PageError(f"{name} is empty. Copy or export it again.")
         if status.st_size > MAX_UPLOAD_BYTES:
             most = f"{MAX_UPLOAD_BYTES / 1e6:,.0f} MB"
-            raise Refused(f"{name} is larger than the {most} that a file may have here. Choose a single X-ray.")
+            raise PageError(f"{name} is larger than the {most} that a file may have here. Choose a single X-ray.")
         if told := foreign(path):
-            raise Refused(f"{name} is {told[0]} and no image that can be read here. {told[1]}")
+            raise PageError(f"{name} is {told[0]} and no image that can be read here. {told[1]}")
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except Refused:
+    except PageError:
         raise
     except (OSError, ValueError):  # gone; a name with a zero byte, or one that is no UTF-8
-        raise Refused(f"{name} cannot be opened. Give it a shorter, plainer name and choose it again.") from None
+        raise PageError(f"{name} cannot be opened. Give it a shorter, plainer name and choose it again.") from None
 
 
 def _accept(path: Path, key: str, copies: DecodedCopies, longest_side: int) -> _Accepted:
@@ -114,26 +109,26 @@ def _accept(path: Path, key: str, copies: DecodedCopies, longest_side: int) -> _
         kind = promised_kind(path)
         facts = copies.ask(read_facts, path)
         if facts.modality not in XRAY_MODALITIES:
-            raise Refused(_another_modality(name, facts.modality))
+            raise PageError(_another_modality(name, facts.modality))
         if facts.kind == "DICOM" and facts.coloured:
-            raise Refused(
+            raise PageError(
                 f"{name} is a DICOM file in colour, as ultrasound and photographs are, and X-rays are grey. "
                 "If it is an X-ray with coloured marks, export it in grey, or as PNG."
             )
         outcome = copies.decode(key, path, longest_side)
     except UnreadableXray as error:
-        raise Refused(_unreadable(path, kind, error.reason)) from None
+        raise PageError(_unreadable(path, kind, error.reason)) from None
     except CacheError:
-        raise Refused(
+        raise PageError(
             f"{name} cannot be opened because this computer's disk is full or cannot be written. "
             "Free some space, or tell whoever runs this page."
         ) from None
     except OSError:
-        raise Refused(f"{name} is gone. Choose it again.") from None
+        raise PageError(f"{name} is gone. Choose it again.") from None
     if outcome.status == "failed":
-        raise Refused(_unreadable(path, kind, outcome.reason))
+        raise PageError(_unreadable(path, kind, outcome.reason))
     if min(outcome.rows, outcome.columns) < LEAST_SIDE:
-        raise Refused(
+        raise PageError(
             f"{name} has {outcome.rows} x {outcome.columns} pixels (rows x columns), too few for an X-ray: "
             f"at least {LEAST_SIDE} a side are wanted. Choose the original image."
         )

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import PageError, UnreadableXray
 from kitlib.page.answer_files import write_answer, write_rows
 from kitlib.page.gallery import Gallery
 from kitlib.page.opened_study import DecodedCopies, OpenedImage, OpenedStudy
 from kitlib.page.systems import System
-from kitlib.page.uploads import Refused, open_uploads
+from kitlib.page.uploads import open_uploads
 from kitlib.page.warm_models import Answer, WarmModels
 from kitlib.page.window_level import Windowed, read_windowed
 from kitlib.page.xray_svg import bars, picture
-from kitlib.xrays.dicom import UnreadableXray
 
 logger = logging.getLogger(__name__)
 
@@ -58,32 +58,32 @@ class Viewer:
         self.layers = [BOXES, TRUTH, *([LUNGS] if any(system.lungs for system in systems) else []), HEAT]
 
     def upload(self, paths: Sequence[str | Path], system_name: str) -> View:
-        """Several files are one study. Raises Refused with a sentence."""
+        """Several files are one study. Raises PageError with a sentence."""
         system = self._system(system_name)
         return self._answered(open_uploads(paths, self.copies, system.longest_side), system)
 
     def pick(self, image_id: str, system_name: str) -> View:
-        """The study of an image of the gallery. Raises Refused."""
+        """The study of an image of the gallery. Raises PageError."""
         if self.gallery is None:
-            raise Refused("There is no gallery: these models' prepared run is not here.")
+            raise PageError("There is no gallery: these models' prepared run is not here.")
         try:
             study = self.gallery.open(image_id)
         except UnreadableXray as error:
-            raise Refused(f"This image cannot be opened: {error.reason}.") from error
+            raise PageError(f"This image cannot be opened: {error.reason}.") from error
         return self._answered(study, self._system(system_name))
 
     def switch(self, view: View, system_name: str) -> View:
-        """The same study, answered by another system. Raises Refused."""
+        """The same study, answered by another system. Raises PageError."""
         return self._answered(view.study, self._system(system_name))
 
     def window(self, view: View, image: OpenedImage) -> Windowed:
-        """Raises Refused where the file is gone or no DICOM file."""
+        """Raises PageError where the file is gone or no DICOM file."""
         try:
             if not image.is_dicom:
-                raise Refused(f"{image.image_id} is no DICOM file: it has no values to set a window on.")
+                raise PageError(f"{image.image_id} is no DICOM file: it has no values to set a window on.")
             return read_windowed(image.path, WINDOWED_SIDE)
         except (UnreadableXray, OSError) as error:
-            raise Refused(f"The file of {image.image_id} cannot be read again: open it once more.") from error
+            raise PageError(f"The file of {image.image_id} cannot be read again: open it once more.") from error
 
     def draw(
         self,
@@ -190,11 +190,11 @@ class Viewer:
 
     def _system(self, name: str) -> System:
         if name not in self.systems:
-            raise Refused(f"There are no models called {name!r}; there are: {', '.join(self.systems)}.")
+            raise PageError(f"There are no models called {name!r}; there are: {', '.join(self.systems)}.")
         return self.systems[name]
 
     def _answered(self, study: OpenedStudy, system: System) -> View:
         try:
             return View(study, system, self.models.answer(system, study))
         except UnreadableXray as error:
-            raise Refused(f"An image of this study cannot be decoded: {error.reason}.") from error
+            raise PageError(f"An image of this study cannot be decoded: {error.reason}.") from error

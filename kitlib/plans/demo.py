@@ -10,16 +10,13 @@ from rich.table import Table
 
 from kitlib.atomic import replacing
 from kitlib.classes import SCORED_CLASSES
+from kitlib.errors import PlanError
 from kitlib.paths import project_root
 from kitlib.plans.engine import run_plan
 from kitlib.plans.plan import Plan, read_plan
 from kitlib.scoring.score import score_files
 
 TRAININGS = 3  # of the plan, which need nothing of each other
-
-
-class DemoFailed(RuntimeError):
-    """The demo ended without a submission that clearly beats the all-negative floor."""
 
 
 def demo_plan(whole: bool = False) -> Plan:
@@ -30,8 +27,8 @@ def demo_plan(whole: bool = False) -> Plan:
 def run_demo(plan: Plan, console: Console, times_the_floor: float = 3.0) -> dict[str, float]:
     """Carry out the demo's plan from its beginning and judge what it submits.
 
-    Leaves `submission.csv` among the plan's runs; returns its score and the parts. Raises DemoFailed unless the score is
-    more than `times_the_floor` times that of the sample, which a model that ignores its images does not reach; PlanFailed.
+    Leaves `submission.csv` among the plan's runs; returns its score and the parts. Raises PlanError unless the score is
+    more than `times_the_floor` times that of the sample, which a model that ignores its images does not reach; PlanError.
     """
     began = time.monotonic()
     # All at once, with a thread each: small models gain little from a second thread, and the system shares the cores evenly.
@@ -54,5 +51,5 @@ def _judge(
         table.add_row(name, f"{scores[name]:.4f}", f"{floor[name]:.4f}")
     console.print(table)
     if not scores["score"] > times_the_floor * floor["score"]:
-        raise DemoFailed(f"score {scores['score']:.4f} does not clearly beat the floor {floor['score']:.4f}")
+        raise PlanError(f"score {scores['score']:.4f} does not clearly beat the floor {floor['score']:.4f}")
     return scores

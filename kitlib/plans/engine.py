@@ -22,19 +22,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from kitlib.atomic import write_json
+from kitlib.errors import PlanError
 from kitlib.notebook import log_tail
 from kitlib.paths import project_root
 from kitlib.plans.one_run import SHARED_GPUS, state_file
-from kitlib.plans.plan import Plan, PlanError
+from kitlib.plans.plan import Plan
 from kitlib.processes import exiting_on_signals, handling, kill_family
 
 ENGINE_LOG = "engine.log"
 POLL_S = 0.5
 ENDING_S = 60.0  # for the engine to end its runs, or to cancel them on a cluster, before it is killed
-
-
-class PlanFailed(RuntimeError):
-    """A plan of which not every run is done: names those that failed, and why."""
 
 
 def run_plan(
@@ -52,7 +49,7 @@ def run_plan(
     `engine` are further arguments of Snakemake, such as --executor slurm --jobs 8. Without an executor runs share this
     machine: its `cores` (default: all) and `gpus` (default: those that are visible). With one, `gpus` are the most that a
     run asks for: with 0 all use the CPU. `afresh` removes all that is in the plan's folder first. A run that fails stops
-    only those that need it. SIGTERM and SIGHUP end the runs, too, and raise SystemExit. Raises PlanError, and PlanFailed in
+    only those that need it. SIGTERM and SIGHUP end the runs, too, and raise SystemExit. Raises PlanError, and PlanError in
     the end if a run has failed.
     """
     folder = plan.runs / f".{plan.path.stem}"
@@ -89,7 +86,7 @@ def run_plan(
     unfinished = [name for name in _with_needs(plan, wanted) if ended[name] != "done"]
     if code or unfinished:
         done = sum(state == "done" for state in ended.values())
-        raise PlanFailed(_failure(plan, told, done, unfinished, folder / ENGINE_LOG))
+        raise PlanError(_failure(plan, told, done, unfinished, folder / ENGINE_LOG))
     return told
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from kitlib.atomic import write_json
-from kitlib.notebook import NotebookFailed, log_tail, run_notebook
+from kitlib.errors import NotebookError, PlanError
+from kitlib.notebook import log_tail, run_notebook
 from kitlib.paths import project_root
 from kitlib.plans.plan import RECORD, PlannedRun
 from kitlib.processes import kill_family
@@ -26,10 +27,6 @@ from kitlib.processes import kill_family
 logger = logging.getLogger(__name__)
 # GPUs that runs on this machine share out among themselves, such as "0,1"; not set where a cluster gives each job its own.
 SHARED_GPUS = "KIT_SHARED_GPUS"
-
-
-class RunFailed(RuntimeError):
-    """A run of a plan that did not end well: what failed and where its log is."""
 
 
 def planned_runs(described: str | Path) -> dict[str, PlannedRun]:
@@ -47,7 +44,7 @@ def run_planned(described: str | Path, name: str) -> None:
     """Do one run of a plan, unless it is done; goes on in its folder if that was begun with the same key, else starts over.
 
     What is done with another key is renamed to NAME.old-KEY, in place of an older one of that key, and said in the log.
-    Raises RunFailed, and PlanError for a folder that no plan has begun.
+    Raises PlanError, and PlanError for a folder that no plan has begun.
     """
     run, told = planned_runs(described)[name], state_file(described, name)
     state: dict[str, Any] = {"state": "running", "host": platform.node(), "started": time.time()}
@@ -151,8 +148,8 @@ def _run_notebook(run: PlannedRun, notebook: Path, environment: dict[str, str], 
     output, limit = run.folder / "notebook.ipynb", run.minutes * 60 or None
     try:
         run_notebook(notebook, output, run.parameters, run.result, on_cell, run.threads, limit, environment)
-    except NotebookFailed as error:
-        raise RunFailed(str(error)) from error
+    except NotebookError as error:
+        raise PlanError(str(error)) from error
 
 
 def _run_command(run: PlannedRun, environment: dict[str, str]) -> None:
@@ -170,4 +167,4 @@ def _run_command(run: PlannedRun, environment: dict[str, str]) -> None:
             kill_family(process.pid)
             process.wait()
     if problem:
-        raise RunFailed(f"{' '.join(run.command)}: {problem}\n  log: {log}\n{log_tail(log)}")
+        raise PlanError(f"{' '.join(run.command)}: {problem}\n  log: {log}\n{log_tail(log)}")

@@ -13,18 +13,15 @@ from typing import Any
 
 import yaml
 
+from kitlib.errors import PlanError, SettingsError
 from kitlib.notebook import check_parameters
 from kitlib.paths import project_root
-from kitlib.settings import RecipeError, Settings, from_dict
+from kitlib.settings import Settings, from_dict
 
 # Parameters of notebooks that change how long a run takes, or where it goes on, and not what comes out of it.
 WITHOUT_EFFECT = frozenset({"workers", "at_once", "session_hours", "resume_from", "packed"})
 RECORD = "plan.json"  # in a run's folder: which plan has begun it, with which key
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
-
-
-class PlanError(ValueError):
-    """A plan that cannot be followed: names the file, the step, what is wrong and what is valid."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +180,7 @@ def _read_file(path: Path) -> _File:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         read = from_dict(_File, values)
-    except (yaml.YAMLError, RecipeError) as error:
+    except (yaml.YAMLError, SettingsError) as error:
         raise PlanError(f"{path}: {str(error).replace('_File', 'a plan')}") from error
     if not read.extends:
         return read
@@ -203,7 +200,7 @@ def _step(path: Path, name: str, values: Any, defaults: dict[str, Any]) -> Step:
         notebook = values.get("notebook") if isinstance(values, dict) else None
         usual = defaults.get(notebook, {}) if isinstance(notebook, str) else {}
         step = from_dict(Step, _merged(usual, values) if usual else values)
-    except RecipeError as error:
+    except SettingsError as error:
         raise PlanError(f"{path}, step {name}: {error}") from error
     if bool(step.notebook) == bool(step.command):
         raise PlanError(f"{path}, step {name}: wanted exactly one of notebook and command")

@@ -7,6 +7,7 @@ The published systems, by name, are in kitlib.recipes.named.
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from kitlib.errors import SettingsError
 from kitlib.settings import (
     AtLeastOne,
     Count,
@@ -17,7 +18,6 @@ from kitlib.settings import (
     Positive,
     Probability,
     Range,
-    RecipeError,
     Settings,
     Share,
     ZeroOrOdd,
@@ -90,11 +90,11 @@ class TrainingRecipe(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.schedule != "cosine" and self.warmup_epochs:
-            raise RecipeError(
+            raise SettingsError(
                 f"schedule is {self.schedule!r}, which has no warm-up; set warmup_epochs=0, not {self.warmup_epochs}"
             )
         if self.milestones and self.schedule != "step":
-            raise RecipeError(
+            raise SettingsError(
                 f'milestones are {list(self.milestones)} and schedule is {self.schedule!r}; set schedule="step"'
             )
 
@@ -113,11 +113,11 @@ class WithBackbone(TrainingRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.masked and self.lungs != "masks":
-            raise RecipeError(
+            raise SettingsError(
                 f'masked is true and lungs is {self.lungs!r}, which finds a frame but no mask: set lungs="masks"'
             )
         if self.trained_on == "lungs" and any(VIEWS[view][0] != "lungs" for view in self.views):
-            raise RecipeError(
+            raise SettingsError(
                 f"trained_on is 'lungs' and views are {list(self.views)}: a model trained on crops cannot predict whole "
                 "images; set views to lungs and lungs_flip, or trained_on to either"
             )
@@ -135,7 +135,7 @@ class WithOcclusions(TrainingRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sharpen_p + self.blur_p > 1:
-            raise RecipeError(
+            raise SettingsError(
                 f"sharpen_p {self.sharpen_p} and blur_p {self.blur_p} add to more than 1: an image is sharpened or blurred, "
                 "never both"
             )
@@ -182,28 +182,28 @@ class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.canvas and self.canvas < self.image_size:
-            raise RecipeError(
+            raise SettingsError(
                 f"canvas is {self.canvas}, smaller than the image_size of {self.image_size} that is cut from it; set it "
                 "larger, or 0"
             )
         if self.probe == "border" and self.canvas > self.image_size:
-            raise RecipeError(
+            raise SettingsError(
                 f'probe is "border", of which the middle {self.image_size} of a canvas of {self.canvas} show nothing: set '
                 "canvas=0"
             )
         if self.probe == "border" and self.masked:
-            raise RecipeError('probe is "border", and masked blackens everything outside the lungs: set masked=False')
+            raise SettingsError('probe is "border", and masked blackens everything outside the lungs: set masked=False')
         if self.probe == "outside_lungs" and (self.lungs != "masks" or self.masked):
-            raise RecipeError(
+            raise SettingsError(
                 'probe is "outside_lungs", which blackens the mask of the lungs: set lungs="masks", masked=False'
             )
         if self.unfreeze_every and not self.frozen_backbone:
-            raise RecipeError(
+            raise SettingsError(
                 f"unfreeze_every is {self.unfreeze_every}, but nothing is frozen: set frozen_backbone=True, or "
                 "unfreeze_every=0"
             )
         if not self.thawed_statistics and not (self.frozen_backbone and self.frozen_statistics):
-            raise RecipeError(
+            raise SettingsError(
                 "thawed_statistics is False, but no statistics are frozen first: set frozen_backbone=True and "
                 "frozen_statistics=True, or thawed_statistics=True"
             )
@@ -249,9 +249,9 @@ class FindingsRecipe(ClassifierRecipe):
         exclusive += ["judged_by"] if self.judged_by != "auc" else []
         if self.multi_label and exclusive:
             named = " and ".join(f"{name}={getattr(self, name)!r}" for name in exclusive)
-            raise RecipeError(f"{named}: only for classes of which exactly one is true; set multi_label=False")
+            raise SettingsError(f"{named}: only for classes of which exactly one is true; set multi_label=False")
         if self.auxiliary and (self.backbone.partition(".")[0] != "inception_v3" or self.frozen_backbone):
-            raise RecipeError(
+            raise SettingsError(
                 f"auxiliary is {self.auxiliary}, the weight of the second head of an inception_v3 that learns, not of "
                 f"{'a frozen ' * self.frozen_backbone}{self.backbone}; set auxiliary=0.0"
             )
@@ -329,11 +329,11 @@ class DetectorRecipe(WithBackbone, WithOcclusions):
             changed = [name for name in names if getattr(self, name) != default[name].default]
             if family != self.family and changed:
                 listed = ", ".join(f"{name} (leave it at {default[name].default!r})" for name in changed)
-                raise RecipeError(f"{self.backbone} is a {self.family}, which takes no {listed}: settings of {family} alone")
+                raise SettingsError(f"{self.backbone} is a {self.family}, which takes no {listed}: only {family} has them")
         if self.box_loss not in ("", *BOX_LOSSES[self.family]):
-            raise RecipeError(f"box_loss is {self.box_loss!r}; a {self.family} has: {', '.join(BOX_LOSSES[self.family])}")
+            raise SettingsError(f"box_loss is {self.box_loss!r}; a {self.family} has: {', '.join(BOX_LOSSES[self.family])}")
         if self.family == "yolo" and self.optimizer == "sgd" and not self.momentum:
-            raise RecipeError("momentum is 0.0; ultralytics' SGD needs more, such as its own 0.937")
+            raise SettingsError("momentum is 0.0; ultralytics' SGD needs more, such as its own 0.937")
 
 
 @dataclass(frozen=True)
@@ -379,13 +379,15 @@ class SegmenterRecipe(WithDistortions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if "lungs" in self.structures and {"left_lung", "right_lung"} & set(self.structures):
-            raise RecipeError(f"structures are {list(self.structures)}; lungs are both sides as one: take them or the sides")
+            raise SettingsError(
+                f"structures are {list(self.structures)}; 'lungs' is both sides as one: take it or the sides"
+            )
         if "lungs" not in self.structures and not {"left_lung", "right_lung"} <= set(self.structures):
-            raise RecipeError(
+            raise SettingsError(
                 f"structures are {list(self.structures)}; wanted lungs, or left_lung and right_lung, among them"
             )
         if self.horizontal_flip and {"left_lung", "right_lung"} & set(self.structures):
-            raise RecipeError(
+            raise SettingsError(
                 f"horizontal_flip is {self.horizontal_flip}, and structures are {list(self.structures)}: a mirrored left "
                 "lung looks like a right one; set horizontal_flip=0.0, or structures to lungs"
             )

@@ -6,9 +6,10 @@ A notebook names one and may override fields.
 import dataclasses
 from typing import Any
 
+from kitlib.errors import SettingsError
 from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe, PatchRecipe, SegmenterRecipe, StudyRecipe, TrainingRecipe
 from kitlib.recipes.learners import LEARNERS
-from kitlib.settings import R, RecipeError, override
+from kitlib.settings import R, override
 
 # Heidelberg's augmentation of the Faster R-CNN, report section 3.1.
 _HEIDELBERG_BOXES: dict[str, Any] = {
@@ -268,11 +269,11 @@ RECIPES: dict[str, TrainingRecipe] = {
 
 
 def recipe(name: str, kind: type[R], **overrides: Any) -> R:
-    """The recipe `name`, which must be a `kind`, with fields replaced. Raises RecipeError with the valid names."""
+    """The recipe `name`, which must be a `kind`, with fields replaced. Raises SettingsError with the valid names."""
     if name not in RECIPES:
-        raise RecipeError(f"no recipe is called {name!r}; there are: {', '.join(RECIPES)}")
+        raise SettingsError(f"no recipe is called {name!r}; there are: {', '.join(RECIPES)}")
     found = RECIPES[name]
     if not isinstance(found, kind):
         fitting = [other for other, value in RECIPES.items() if isinstance(value, kind)]
-        raise RecipeError(f"recipe {name!r} is a {type(found).__name__}, wanted a {kind.__name__}: {', '.join(fitting)}")
+        raise SettingsError(f"recipe {name!r} is a {type(found).__name__}, wanted a {kind.__name__}: {', '.join(fitting)}")
     return override(found, **overrides)

@@ -12,14 +12,11 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from kitlib.errors import SettingsError
 from kitlib.reports.classification_report import counted_figures
 
 COUNTS = ("true_positives", "false_negatives", "true_negatives", "false_positives")
 UNITS = {"percent": 100.0, "share": 1.0}
-
-
-class UnknownTable(ValueError):
-    """No published table of that name; the message lists those there are."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class PublishedTable:
 def published(name: str) -> PublishedTable:
     """The table called `name`, a key of TABLES."""
     if name not in TABLES:
-        raise UnknownTable(f"no published table is called {name!r}; there are: {', '.join(TABLES)}")
+        raise SettingsError(f"no published table is called {name!r}; there are: {', '.join(TABLES)}")
     return TABLES[name]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from kitlib.atomic import write_text
+from kitlib.errors import DatasetError
 from kitlib.tables import BOX, check_table
 
 CATEGORY = "opacity"  # of boxes without a column `finding`
@@ -21,20 +22,16 @@ MOST_PIXELS = 1e9  # a larger coordinate is a mistake, as NaN is
 _TAKEN = {"id", "file_name", "width", "height", "fold"}
 
 
-class AnnotationError(ValueError):
-    """Tables that have no such file, or a file that has no such tables: which entry, which value, what to do."""
-
-
 def write_coco(path: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, folds: pd.DataFrame | None = None) -> None:
     """Write every image of `images`, also those without a box, with all columns of its row and, if given, its fold.
 
     `file_name` is `<image_id>.png`. Categories are the boxes' column `finding`, in the alphabet's order, or `opacity`.
-    Raises AnnotationError: an image of unknown size, a box or fold of an unknown image.
+    Raises DatasetError: an image of unknown size, a box or fold of an unknown image.
     """
     images, boxes, categories = checked(images, boxes)
     taken = _TAKEN & set(images.columns)
     if taken:
-        raise AnnotationError(f"images have the column(s) {', '.join(sorted(taken))}, which COCO calls its own: rename them")
+        raise DatasetError(f"images have the column(s) {', '.join(sorted(taken))}, which COCO calls its own: rename them")
     known = images.drop(columns=["rows", "columns"])
     # JSON knows no NaN.
     rows = known.astype(object).where(known.notna(), None).to_dict("records")
@@ -65,22 +62,20 @@ def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
 
     Every coordinate is, bit for bit, the number that `write_coco` was given. Images keep their columns; of a file from
     elsewhere, image_id is the file's name without suffix, and study and patient are the image. Boxes have the column
-    `finding` unless the only category is `opacity`. Raises AnnotationError.
+    `finding` unless the only category is `opacity`. Raises DatasetError.
     """
     content = _content(Path(path))
     where = {name: f"{path}, {name}" for name in ("images", "annotations", "categories")}
     names = {category["id"]: str(category["name"]) for category in _entries(content, "categories", ("id", "name"), where)}
     entries = _entries(content, "images", ("id", "file_name", "width", "height"), where)
     if not entries:
-        raise AnnotationError(f"{where['images']}: the list is empty, so there is nothing to read")
+        raise DatasetError(f"{where['images']}: the list is empty, so there is nothing to read")
     image_of = {entry["id"]: str(entry.get("image_id", Path(str(entry["file_name"])).stem)) for entry in entries}
     boxes = []
     for entry in _entries(content, "annotations", ("id", "image_id", "category_id", "bbox"), where):
         place = f"{where['annotations']}, id {entry['id']!r}"
         if not _known(entry["image_id"], image_of) or not _known(entry["category_id"], names):
-            raise AnnotationError(
-                f"{place}: no image {entry['image_id']!r} or no category {entry['category_id']!r} is listed"
-            )
+            raise DatasetError(f"{place}: no image {entry['image_id']!r} or no category {entry['category_id']!r} is listed")
         boxes.append((image_of[entry["image_id"]], *_corners(entry["bbox"], place), names[entry["category_id"]]))
     table = pd.DataFrame(boxes, columns=["image_id", *BOX, "finding"])
     if list(names.values()) == [CATEGORY]:
@@ -95,7 +90,7 @@ def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
 def read_coco_boxes(path: str | Path, images: pd.DataFrame) -> pd.DataFrame:
     """The table boxes of a COCO file about `images`, as annotation tools give it back: they drop all other columns.
 
-    Raises AnnotationError as `read_coco` does, and where the file lists an image that `images` lacks, lacks one of them, or
+    Raises DatasetError as `read_coco` does, and where the file lists an image that `images` lacks, lacks one of them, or
     gives it another size, since its boxes are then in other pixels.
     """
     tables = read_coco(path)
@@ -109,10 +104,10 @@ def read_coco_boxes(path: str | Path, images: pd.DataFrame) -> pd.DataFrame:
     for side, problem in (("left_only", "are not in the file"), ("right_only", "of the file are unknown here")):
         alone = sizes.loc[sizes["_merge"] == side, "image_id"]
         if len(alone):
-            raise AnnotationError(f"{path}: {len(alone)} images {problem}, first {alone.iloc[0]}: export the same images")
+            raise DatasetError(f"{path}: {len(alone)} images {problem}, first {alone.iloc[0]}: export the same images")
     other = sizes[(sizes["rows"] != sizes["rows_there"]) | (sizes["columns"] != sizes["columns_there"])]
     if len(other):
-        raise AnnotationError(
+        raise DatasetError(
             f"{path}: {len(other)} images have another size, first {other.image_id.iloc[0]} with "
             f"{other.columns_there.iloc[0]:.0f} x {other.rows_there.iloc[0]:.0f} instead of "
             f"{other['columns'].iloc[0]} x {other['rows'].iloc[0]} pixels: annotate images of full size"
@@ -134,23 +129,23 @@ def annotated_images(images: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
 def checked(images: pd.DataFrame, boxes: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """Both tables, checked, and the categories of the boxes.
 
-    Raises AnnotationError where an image's size is unknown, a box belongs to no image or has no finding.
+    Raises DatasetError where an image's size is unknown, a box belongs to no image or has no finding.
     """
     images, boxes = check_table(images, "images"), check_table(boxes, "boxes")
     unsized = images.loc[(images["rows"] < 1) | (images["columns"] < 1), "image_id"]
     if len(unsized):
-        raise AnnotationError(
+        raise DatasetError(
             f"{len(unsized)} of {len(images)} images have no rows and columns, first {unsized.iloc[0]}: "
             "prepare the data set with notebook 10, which reads the sizes from the files"
         )
     strange = boxes.loc[~boxes["image_id"].isin(images["image_id"]), "image_id"]
     if len(strange):
-        raise AnnotationError(f"{len(strange)} boxes belong to none of the images, first {strange.iloc[0]}: leave them out")
+        raise DatasetError(f"{len(strange)} boxes belong to none of the images, first {strange.iloc[0]}: leave them out")
     if "finding" not in boxes:
         return images, boxes, [CATEGORY]
     named = boxes["finding"].map(lambda name: isinstance(name, str) and name.strip() == name != "")
     if not named.all():
-        raise AnnotationError(f"image {boxes['image_id'][~named].iloc[0]} has a box whose finding is no name")
+        raise DatasetError(f"image {boxes['image_id'][~named].iloc[0]} has a box whose finding is no name")
     return images, boxes, sorted(boxes["finding"].unique())
 
 
@@ -165,7 +160,7 @@ def _add_folds(entries: list[dict[str, Any]], folds: pd.DataFrame) -> None:
     fold_of = dict(zip(folds["id"], folds["fold"].tolist(), strict=True))
     strange = set(fold_of) - {entry["image_id"] for entry in entries}
     if strange:
-        raise AnnotationError(f"{len(strange)} images of the folds are none of the images, first {min(strange)}")
+        raise DatasetError(f"{len(strange)} images of the folds are none of the images, first {min(strange)}")
     for entry in entries:
         if entry["image_id"] in fold_of:
             entry["fold"] = fold_of[entry["image_id"]]
@@ -185,34 +180,32 @@ def _lines(entries: list[dict[str, Any]]) -> list[str]:
     try:
         return [json.dumps(entry, allow_nan=False) for entry in entries]
     except (TypeError, ValueError) as error:
-        raise AnnotationError(
-            f"a column of images holds what JSON has no words for ({error}): leave the column out"
-        ) from error
+        raise DatasetError(f"a column of images holds what JSON has no words for ({error}): leave the column out") from error
 
 
 def _content(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise AnnotationError(f"{path} is missing: name a COCO JSON file")
+        raise DatasetError(f"{path} is missing: name a COCO JSON file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"{path} is no JSON ({error}): export it again") from error
+        raise DatasetError(f"{path} is no JSON ({error}): export it again") from error
     if not isinstance(content, dict):
-        raise AnnotationError(f"{path} is no COCO file: wanted an object with images, annotations and categories")
+        raise DatasetError(f"{path} is no COCO file: wanted an object with images, annotations and categories")
     return content
 
 
 def _entries(content: dict[str, Any], name: str, wanted: tuple[str, ...], where: dict[str, str]) -> list[dict[str, Any]]:
     entries = content.get(name)
     if not isinstance(entries, list):
-        raise AnnotationError(f"{where[name]}: the list is missing; the file has: {', '.join(content)}")
+        raise DatasetError(f"{where[name]}: the list is missing; the file has: {', '.join(content)}")
     seen = set()
     for place, entry in enumerate(entries):
         missing = [key for key in wanted if not isinstance(entry, dict) or key not in entry]
         if missing:
-            raise AnnotationError(f"{where[name]}, entry {place}: lacks {', '.join(missing)}")
+            raise DatasetError(f"{where[name]}, entry {place}: lacks {', '.join(missing)}")
         if not isinstance(entry["id"], int | str) or entry["id"] in seen:
-            raise AnnotationError(f"{where[name]}, entry {place}: id {entry['id']!r} occurs again or is no id")
+            raise DatasetError(f"{where[name]}, entry {place}: id {entry['id']!r} occurs again or is no id")
         seen.add(entry["id"])
     return entries
 
@@ -224,7 +217,7 @@ def _known(key: Any, among: dict[Any, str]) -> bool:
 def _corners(bbox: Any, place: str) -> tuple[float, float, float, float]:
     numbers = isinstance(bbox, list) and len(bbox) == 4 and all(type(edge) in (int, Decimal) for edge in bbox)
     if not numbers or not all(abs(edge) < MOST_PIXELS for edge in bbox) or min(bbox[2:]) <= 0:
-        raise AnnotationError(f"{place}: bbox {bbox!r} is not x, y, width, height in pixels, the last two above 0")
+        raise DatasetError(f"{place}: bbox {bbox!r} is not x, y, width, height in pixels, the last two above 0")
     x, y, width, height = map(Decimal, bbox)
     return float(x), float(y), float(EXACT.add(x, width)), float(EXACT.add(y, height))
 
@@ -232,7 +225,7 @@ def _corners(bbox: Any, place: str) -> tuple[float, float, float, float]:
 def _image_row(entry: dict[str, Any], image_id: str, where: str) -> dict[str, Any]:
     sizes = (entry["height"], entry["width"])
     if not all(type(size) is int and size > 0 for size in sizes):
-        raise AnnotationError(f"{where}, id {entry['id']!r}: height {sizes[0]!r} and width {sizes[1]!r} are no pixels")
+        raise DatasetError(f"{where}, id {entry['id']!r}: height {sizes[0]!r} and width {sizes[1]!r} are no pixels")
     row = {"study_id": image_id, "patient_id": image_id, "path": str(entry["file_name"]), "source": "coco", "view": ""}
     told = {
         name: float(value) if isinstance(value, Decimal) else value

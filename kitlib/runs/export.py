@@ -9,12 +9,13 @@ import cv2
 from tqdm.auto import tqdm
 
 from kitlib.atomic import replacing
-from kitlib.runs.coco import AnnotationError, annotated_images, read_coco, read_coco_boxes, write_coco
+from kitlib.errors import DatasetError, UnreadableXray
+from kitlib.runs.coco import annotated_images, read_coco, read_coco_boxes, write_coco
 from kitlib.runs.reading import read_prepared
 from kitlib.runs.yolo_labels import read_yolo, write_yolo
 from kitlib.tables import write_table
 from kitlib.xrays.cache import usable_cores
-from kitlib.xrays.dicom import UnreadableXray, decode_xray
+from kitlib.xrays.dicom import decode_xray
 from kitlib.xrays.image_file import decode_image, image_format
 
 COCO_FILE = "annotations.json"
@@ -32,7 +33,7 @@ def export_run(
     Images of which not all boxes are known (see `annotated_images`) are left out: other programs would take them for images
     without an opacity. With `with_images` FOLDER/images has every image at its original size, 8-bit grey, decoded from its
     own file; one that cannot be decoded is left out of the labels too, and is a line of what is returned. Raises ValueError
-    for another format, RunError and AnnotationError, and FileExistsError where YOLO's labels are there already.
+    for another format, RunError and DatasetError, and FileExistsError where YOLO's labels are there already.
     """
     if file_format not in FORMATS:
         raise ValueError(f"no format is called {file_format!r}; there are: {', '.join(FORMATS)}")
@@ -46,7 +47,7 @@ def export_run(
         amiss = {name: problem for name, problem in zip(images["image_id"], problems, strict=True) if problem}
         if len(amiss) == len(images):
             first = next(iter(amiss.items()), ("", "the run has none"))
-            raise AnnotationError(f"no image could be decoded, first {': '.join(first)}; are the files where {run} says?")
+            raise DatasetError(f"no image could be decoded, first {': '.join(first)}; are the files where {run} says?")
     images = images[~images["image_id"].isin(list(amiss))]
     boxes = tables["boxes"][tables["boxes"]["image_id"].isin(images["image_id"])]
     folds = tables["folds"][tables["folds"]["id"].isin(images["image_id"])]
@@ -60,7 +61,7 @@ def import_tables(source: str | Path, out: str | Path, file_format: str, run: st
     `source` is COCO's JSON file, or the folder that holds YOLO's `labels`. With a prepared `run` the file must be about the
     images that `export_run` writes of it, as an annotation tool gives it back; YOLO's shares of an image's size always want
     one. Without, COCO's images, and folds if there are any, are written too. Raises ValueError for another format or YOLO
-    without a run, RunError and AnnotationError.
+    without a run, RunError and DatasetError.
     """
     if file_format not in FORMATS:
         raise ValueError(f"no format is called {file_format!r}; there are: {', '.join(FORMATS)}")

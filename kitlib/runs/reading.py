@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from kitlib.bundle import RECORD, data_fingerprint
+from kitlib.errors import RunError
 from kitlib.fusion.ensemble_bundle import read_ensemble
 from kitlib.fusion.fuse import Fused, FusionSettings, fuse
 from kitlib.fusion.put_aside import PutAside, gather_put_aside
@@ -20,10 +21,6 @@ from kitlib.xrays.cache import DecodedXrays, XrayCache
 PREPARED_TABLES = ("images", "labels", "boxes", "folds")
 STACKED_TABLES = ("nested_scores", "class_scores", "study_scores")  # the first that is there is the fullest
 PREDICTED_TABLES = ("study_scores", "image_scores", "detections", "coverage")
-
-
-class RunError(ValueError):
-    """A folder that is no finished run, or not of the kind asked for; the message says what to run first."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +120,7 @@ def read_learners(runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame])
     """The scores of trained runs, to be stacked: of classifiers of images (notebooks 25 and 20), or study models (30).
 
     `prepared` are the tables of the prepared run that all come from. A learner's folds, and outer folds, may come from
-    several runs. Raises RunError for a run without scores, StackError where they do not belong together.
+    several runs. Raises RunError for a run without scores, FusionError where they do not belong together.
     """
     tables = []
     for run in map(Path, runs):
@@ -138,7 +135,7 @@ def read_learners(runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame])
 def read_put_aside(runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame], found: LearnerScores) -> PutAside | None:
     """The same runs' scores of the prepared run's test images (tables/test_scores.parquet); None where no run has any.
 
-    Raises StackError where they do not belong to the learners `found`, as `gather_put_aside` says.
+    Raises FusionError where they do not belong to the learners `found`, as `gather_put_aside` says.
     """
     paths = [Path(run) / "tables" / "test_scores.parquet" for run in runs]
     tables = [read_table("class_scores", path) for path in paths if path.is_file()]

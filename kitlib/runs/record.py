@@ -18,6 +18,7 @@ from typing import Any
 
 import kitlib
 from kitlib.atomic import write_json
+from kitlib.errors import RunError
 from kitlib.paths import project_root, run_path
 
 RECORD, METRICS = "record.json", "metrics.json"
@@ -56,10 +57,6 @@ MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 HISTORY = ("In", "Out")
 
 
-class RecordError(ValueError):
-    """A run that was not started, or whose record cannot be read; the message names the file."""
-
-
 def start_run(name: str | Path, values: Mapping[str, Any]) -> Path:
     """The folder of the run `name`, made if need be, with a new record.json and without metrics.json.
 
@@ -91,14 +88,14 @@ def start_run(name: str | Path, values: Mapping[str, Any]) -> Path:
 def finish_run(run: str | Path, metrics: Mapping[str, Any]) -> None:
     """Complete the record with wall time, memory and GPU, then write `metrics` as metrics.json; NaN becomes null.
 
-    Raises RecordError where `start_run` has not been called.
+    Raises RunError where `start_run` has not been called.
     """
     path = Path(run) / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         started = float(record["started_unix"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{path} is missing or damaged ({error!r}); call start_run before finish_run") from error
+        raise RunError(f"{path} is missing or damaged ({error!r}); call start_run before finish_run") from error
     write_json(path, {**record, "wall_s": round(time.time() - started, 2), **process_record()})
     write_json(Path(run) / METRICS, _without_nan(dict(metrics)))
 

@@ -12,7 +12,8 @@ import pandas as pd
 import yaml
 
 from kitlib.atomic import write_text
-from kitlib.runs.coco import CATEGORY, AnnotationError, category_numbers, checked
+from kitlib.errors import DatasetError
+from kitlib.runs.coco import CATEGORY, category_numbers, checked
 from kitlib.tables import BOX, check_table
 
 LABELS, CLASSES = "labels", "classes.txt"
@@ -28,7 +29,7 @@ def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fo
 
     With `folds`, also `fold0.yaml` and so on: its lists of images to train on are all other folds'. Classes are the boxes'
     column `finding`, in the alphabet's order, or `opacity`. The labels appear whole. Raises FileExistsError where FOLDER has
-    labels already, AnnotationError as `write_coco` does, and for a box that reaches beyond its image, since ultralytics
+    labels already, DatasetError as `write_coco` does, and for a box that reaches beyond its image, since ultralytics
     would leave out the whole image.
     """
     folder = Path(folder)
@@ -41,7 +42,7 @@ def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fo
     beside.mkdir(parents=True)
     for image_id in images["image_id"]:
         if "/" in image_id or image_id.startswith("."):
-            raise AnnotationError(f"image_id {image_id!r} cannot name a file: wanted no '/' and no leading '.'")
+            raise DatasetError(f"image_id {image_id!r} cannot name a file: wanted no '/' and no leading '.'")
         (beside / f"{image_id}.txt").write_text("".join(lines.get(image_id, ())), encoding="utf-8")
     names = {"names": dict(enumerate(classes))}
     write_text(folder / CLASSES, "".join(f"{name}\n" for name in classes))
@@ -60,7 +61,7 @@ def read_yolo(folder: str | Path, images: pd.DataFrame) -> pd.DataFrame:
     """The table boxes of FOLDER/labels, in the order of `images`, whose rows and columns make pixels of shares.
 
     Every coordinate that is 0 or at least a thousandth of a pixel is, bit for bit, the number that `write_yolo` was given.
-    Column `finding` as in `read_coco`. Raises AnnotationError with file and line, and where an image has no label file or a
+    Column `finding` as in `read_coco`. Raises DatasetError with file and line, and where an image has no label file or a
     label file no image.
     """
     folder = Path(folder)
@@ -69,15 +70,13 @@ def read_yolo(folder: str | Path, images: pd.DataFrame) -> pd.DataFrame:
     files = {path.stem: path for path in sorted((folder / LABELS).glob("*.txt"))}
     missing = sorted(set(images["image_id"]) - set(files))
     if missing:
-        raise AnnotationError(
+        raise DatasetError(
             f"{folder / LABELS} lacks {len(missing)} of {len(images)} files, first {missing[0]}.txt: "
             "an image without a box has an empty file"
         )
     strange = sorted(set(files) - set(images["image_id"]))
     if strange:
-        raise AnnotationError(
-            f"{len(strange)} files belong to none of the images, first {files[strange[0]]}: take them away"
-        )
+        raise DatasetError(f"{len(strange)} files belong to none of the images, first {files[strange[0]]}: take them away")
     rows = []
     for image in images.itertuples(index=False):
         path = files[image.image_id]
@@ -94,9 +93,7 @@ def _lines(images: pd.DataFrame, boxes: pd.DataFrame, numbers: list[int]) -> dic
     low, high = boxes[["xmin", "ymin"]].to_numpy(), boxes[["xmax", "ymax"]].to_numpy()
     beyond = ((low < 0) | (high > sizes)).any(axis=1)
     if beyond.any():
-        raise AnnotationError(
-            f"image {boxes['image_id'][beyond].iloc[0]} has a box that reaches beyond it: cut it at the edge"
-        )
+        raise DatasetError(f"image {boxes['image_id'][beyond].iloc[0]} has a box that reaches beyond it: cut it at the edge")
     lines: dict[str, list[str]] = {}
     corners = zip(low.tolist(), high.tolist(), sizes.astype(int).tolist(), strict=True)
     for image_id, number, (lows, highs, size) in zip(boxes["image_id"], numbers, corners, strict=True):
@@ -109,7 +106,7 @@ def _lines(images: pd.DataFrame, boxes: pd.DataFrame, numbers: list[int]) -> dic
 
 def _classes(path: Path) -> list[str]:
     if not path.is_file():
-        raise AnnotationError(f"{path} is missing: a text file with a class's name in each line, the first for class 0")
+        raise DatasetError(f"{path} is missing: a text file with a class's name in each line, the first for class 0")
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
@@ -121,18 +118,18 @@ def _box(line: str, size: tuple[int, int], classes: list[str], place: str) -> tu
     except (ValueError, InvalidOperation):
         number, shares = -1, []
     if len(shares) != 4 or not all(share.is_finite() for share in shares):
-        raise AnnotationError(f"{place}: {line.strip()!r} is not `class cx cy width height`")
+        raise DatasetError(f"{place}: {line.strip()!r} is not `class cx cy width height`")
     if not 0 <= number < len(classes):
-        raise AnnotationError(f"{place}: class {number}, but {CLASSES} names {len(classes)}, counted from 0")
+        raise DatasetError(f"{place}: class {number}, but {CLASSES} names {len(classes)}, counted from 0")
     problem = f"{place}: the box {' '.join(words[1:])} reaches beyond the image or has no area; wanted shares of its size"
     if not all(0 <= share <= 1 + OVERHANG for share in shares) or not all(shares[2:]):
-        raise AnnotationError(problem)
+        raise DatasetError(problem)
     corners = []
     for sign in (-1, 1):
         for centre, extent, side in zip(shares[:2], shares[2:], size, strict=True):
             edge = centre + sign * extent / 2
             if not -OVERHANG <= edge <= 1 + OVERHANG:
-                raise AnnotationError(problem)
+                raise DatasetError(problem)
             corners.append(float(round(min(max(edge, Decimal(0)), Decimal(1)) * side, DECIMALS)))
     xmin, ymin, xmax, ymax = corners
     return xmin, ymin, xmax, ymax, classes[number]

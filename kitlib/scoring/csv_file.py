@@ -16,6 +16,7 @@ import pandas as pd
 
 from kitlib.atomic import write_text
 from kitlib.classes import IMAGE_CLASSES, SCORED_CLASSES, STUDY_CLASSES
+from kitlib.errors import SubmissionError
 from kitlib.tables import BOX
 
 logger = logging.getLogger(__name__)
@@ -33,10 +34,6 @@ PRIORS = {
     "atypical": 474 / 6054,
     "none": 2040 / 6334,
 }
-
-
-class SubmissionError(ValueError):
-    """A submission file that cannot be read as one; the message names the file, the row and the fix."""
 
 
 @dataclass(frozen=True)

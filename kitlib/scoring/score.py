@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from kitlib.classes import SCORED_CLASSES, STUDY_CLASSES, STUDY_LABEL_COLUMNS
+from kitlib.errors import ScoringError
 from kitlib.scoring.average_precision import average_precision, box_hits, first_hits
 from kitlib.scoring.csv_file import ONE_PIXEL, Submission, read_submission, submission_ids
 from kitlib.tables import BOX
@@ -20,10 +21,6 @@ from kitlib.tables import BOX
 logger = logging.getLogger(__name__)
 
 SCORE_KEYS = ("score", *SCORED_CLASSES, "opacity_boxed")
-
-
-class ScoringError(ValueError):
-    """Predictions that do not answer for the truth they are held against."""
 
 
 @dataclass(frozen=True)

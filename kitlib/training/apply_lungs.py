@@ -13,12 +13,13 @@ from tqdm.auto import tqdm
 
 from kitlib.bundle import ADDED, data_fingerprint, read_bundle, save_bundle
 from kitlib.classes import LUNG_CODES
+from kitlib.errors import SettingsError
 from kitlib.inference.segment_lungs import load_segmenter
 from kitlib.letterbox import Placement
 from kitlib.lungs.clean_up import CLEAN_UP, Segmented, segmented
 from kitlib.lungs.finders import FOUND
 from kitlib.recipes.fields import SegmenterRecipe
-from kitlib.settings import RecipeError, override
+from kitlib.settings import override
 from kitlib.tables import BOX, check_table, concatenate, read_table, write_table
 from kitlib.training.fold_folder import open_run
 from kitlib.xrays.cache import DECODING, CachedXray, DecodedXrays, XrayCache, usable_cores
@@ -47,13 +48,13 @@ def apply_lungs(
 
     `run_folder` gets that table, `masks/`, `bundle/` (the segmenter as it was applied: that of a submission which is to crop
     alike) and, with `masked_images`, `masked/`, a decoded copy that is black outside of the lungs, whole where they were not
-    found. `clean_up` changes fields of CHANGEABLE. An interrupted run goes on. Raises ResumeError where the folder holds a
-    run of other images or another segmenter, RecipeError for a field that is none of the clean-up's.
+    found. `clean_up` changes fields of CHANGEABLE. An interrupted run goes on. Raises TrainingError where the folder holds a
+    run of other images or another segmenter, SettingsError for a field that is none of the clean-up's.
     """
     run_folder, changes = Path(run_folder), clean_up or {}
     unknown = [name for name in changes if name not in CHANGEABLE]
     if unknown:
-        raise RecipeError(f"the clean-up has no field {unknown[0]!r}; it has: {', '.join(CHANGEABLE)}")
+        raise SettingsError(f"the clean-up has no field {unknown[0]!r}; it has: {', '.join(CHANGEABLE)}")
     record, weights = read_bundle(bundle)
     model = load_segmenter(bundle, device, batch_size)
     recipe = model.recipe = override(model.recipe, **changes)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kitlib.bundle import BundleError
+from kitlib.errors import BundleError
 from kitlib.models.classifier import Classifier, FindingsClassifier, StudyClassifier
 from kitlib.models.starting_weights import load_starting_weights
 from kitlib.recipes.fields import ClassifierRecipe

@@ -19,14 +19,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.data import Sampler
 
 from kitlib.deadline import SessionOver
+from kitlib.errors import TrainingError
 from kitlib.models.families import family_of
 from kitlib.recipes.fields import TrainingRecipe
 from kitlib.training.fold_folder import start_over
 from kitlib.training.task import Task
-
-
-class ParallelFailed(RuntimeError):
-    """A process of a shared training has failed, and with it all: its error and its log."""
 
 
 def share() -> tuple[int, int]:
@@ -97,7 +94,7 @@ def train_together(train: Callable[[Task, int, Path], Any], task: Task, fold: in
     """`train(task, fold, run_folder)` by several processes, whose output goes to run_folder/processes; what it gives.
 
     The processes share the recipe's batch. If the task is not to be resumed, the folder is emptied of an earlier run once,
-    before they start. Raises ValueError where they cannot share it, SessionOver as `train` does, and ParallelFailed for
+    before they start. Raises ValueError where they cannot share it, SessionOver as `train` does, and TrainingError for
     everything else that a process has raised.
     """
     _check(task.recipe, processes)
@@ -125,7 +122,7 @@ def train_together(train: Callable[[Task, int, Path], Any], task: Task, fold: in
         except ChildFailedError as error:
             told: Any = error.get_first_failure()[1].message  # a str, says torch; what a process raised is a dict
             told = told["message"] if isinstance(told, dict) else told
-            raise ParallelFailed(f"{run_folder}: {told}\n  logs: {logs}") from error
+            raise TrainingError(f"{run_folder}: {told}\n  logs: {logs}") from error
         if ended[0] is not None:
             raise ended[0]
     return train(task, fold, run_folder)

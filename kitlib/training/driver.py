@@ -16,7 +16,7 @@ def train_fold(task: Task, fold: int, run_folder: str | Path) -> TrainedFold | N
 
     `run_folder` gets all of it: bundle, tables, figures and, last, metrics.json. An interrupted run goes on where it was and
     gives what an uninterrupted one gives; a finished one is read back. None in all but the first of several processes that
-    train together. Raises ResumeError if the folder holds a run of other data or settings, SessionOver at the task's
+    train together. Raises TrainingError if the folder holds a run of other data or settings, SessionOver at the task's
     deadline, and ValueError for a task that cannot be trained, before anything is written.
     """
     run_folder, task = Path(run_folder), task.checked()

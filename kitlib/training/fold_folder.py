@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from kitlib.atomic import replacing, write_json, write_text
 from kitlib.bundle import save_bundle
 from kitlib.device import precision
+from kitlib.errors import TrainingError
 from kitlib.recipes.fields import TrainingRecipe
 from kitlib.runs.record import process_record
 
@@ -27,10 +28,6 @@ COUNTED = ("epoch", "seconds", "images_per_s", "learning_rate")
 
 # Heidelberg's schedule ends at a twentieth of its first learning rate.
 LEARNING_RATE_FLOOR = 0.05
-
-
-class ResumeError(ValueError):
-    """A run folder holds a run with other settings or data; the message names each difference and what to do."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> 
     """Make a run folder ready for the run that `identity` (JSON types) describes; True if it already holds its results.
 
     A folder without a checkpoint or a result is started over. With `resume`, one that has any of a run of another identity
-    is refused with ResumeError; without, it is emptied of its checkpoints and of metrics.json, the mark of a finished run.
+    is refused with TrainingError; without, it is emptied of its checkpoints and of metrics.json, the mark of a finished run.
     """
     run_folder = Path(run_folder)
     described = run_folder / "checkpoints" / "run.json"
@@ -92,7 +89,7 @@ def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> 
         return False
     if differing:
         listing = "; ".join(f"{name}: {there.get(name, '-')!r} there, {here.get(name, '-')!r} here" for name in differing)
-        raise ResumeError(
+        raise TrainingError(
             f"{run_folder} holds a run with other settings or data ({listing}). To continue that run, set these back; to "
             f"keep it, set run_folder to another name; to replace it, delete {run_folder}"
         )
@@ -110,13 +107,13 @@ def start_over(run_folder: Path) -> None:
 def continue_from(earlier: Path, run: Path) -> list[str]:
     """Copy the folds of an earlier session's run, which may be read-only, into `run`, to go on with; a line on each.
 
-    Each appears whole or not at all. A fold that has got as far here already stays as it is. Raises ResumeError where
+    Each appears whole or not at all. A fold that has got as far here already stays as it is. Raises TrainingError where
     `earlier` has no fold to go on with.
     """
     folds = sorted(path.parent.parent for path in earlier.glob("fold*/checkpoints/run.json"))
     if not folds:
         there = ", ".join(sorted(entry.name for entry in earlier.iterdir())) or "nothing"
-        raise ResumeError(f"{earlier} has no fold*/checkpoints/run.json to go on with; there is: {there}")
+        raise TrainingError(f"{earlier} has no fold*/checkpoints/run.json to go on with; there is: {there}")
     lines = []
     for fold in folds:
         here = run / fold.name

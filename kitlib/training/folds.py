@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from kitlib.deadline import Deadline, SessionOver, session_deadline
+from kitlib.errors import TrainingError
 from kitlib.paths import find_input
 from kitlib.processes import kill_family
 from kitlib.training.data_parallel import train_together
@@ -27,10 +28,6 @@ logger = logging.getLogger(__name__)
 LOG = "train.log"
 Train = Callable[[Task, int, Path], Any]  # such as train_fold
 FAILED, OVER = 1, 75  # exit codes of a fold's process; 75: try again later (sysexits.h)
-
-
-class FoldsFailed(RuntimeError):
-    """Folds whose training failed, each with its error and its log, and those that the session's end has stopped."""
 
 
 def begin_session(run: Path, hours: float = 0, resume_from: str | Path = "") -> Deadline | None:
@@ -62,8 +59,8 @@ def train_folds(
     `at_once` folds train side by side, each in a process of its own with a GPU of its own, its share of the CPU's threads
     and its log in fold<n>/train.log; 0: as many as there are GPUs, 1: in this process. `processes` train each fold
     together, see kitlib.training.data_parallel. Folds that the session's end has stopped are left out, and said; once it
-    has stopped one, no further fold is begun. Side by side, a fold that fails stops no other: FoldsFailed names all of them
-    in the end. `resume_name` is what the next session is told to resume from, where it is not the folder `run` itself.
+    has stopped one, no further fold is begun. Side by side, a fold that fails stops no other: TrainingError names all of them
+    at the end. `resume_name` is what the next session is told to resume from, where it is not the folder `run` itself.
     """
     folds, gpus = list(folds), torch.cuda.device_count()
     if processes > 1 and at_once > 1:
@@ -142,7 +139,7 @@ def _side_by_side(train: Train, task: Task, folds: list[int], run: Path, at_once
     if failed:
         told = [f"fold {fold}: {_last_line(run / f'fold{fold}' / LOG)}" for fold in sorted(failed)]
         rest = f"the session's end has stopped {', '.join(map(str, sorted(stopped)))}" if stopped else "the others are done"
-        raise FoldsFailed("\n".join([f"{len(failed)} of {len(folds)} folds failed, {rest}:", *told]))
+        raise TrainingError("\n".join([f"{len(failed)} of {len(folds)} folds failed, {rest}:", *told]))
 
 
 def _train_one(

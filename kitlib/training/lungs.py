@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kitlib.bundle import BundleError, read_bundle
+from kitlib.bundle import read_bundle
 from kitlib.classes import LUNG_CODES, MASK_CODES
+from kitlib.errors import BundleError, MaskError
 from kitlib.inference.segment_lungs import LungSegmenter, load_segmenter
 from kitlib.lungs.clean_up import on_copy
 from kitlib.models.segmenter import Segmenter, segmentation_loss
@@ -19,7 +20,7 @@ from kitlib.training.loop import RecipeTraining
 from kitlib.training.mask_dataset import MaskDataset, collate_masks
 from kitlib.training.strategy import Strategy
 from kitlib.xrays.cache import DecodedXrays
-from kitlib.xrays.mask_store import MaskError, MaskStore
+from kitlib.xrays.mask_store import MaskStore
 
 PART = 256  # masks a file
 

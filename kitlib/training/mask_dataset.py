@@ -8,13 +8,14 @@ import torch
 
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.device import derived_seed
+from kitlib.errors import MaskError
 from kitlib.letterbox import Placement
 from kitlib.lungs.clean_up import on_canvas, placement
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.training.augmentation import MaskAugmentation
 from kitlib.training.xray_dataset import KEPT_BYTES, Examples, KeptCanvases
 from kitlib.xrays.cache import CachedXray, DecodedXrays
-from kitlib.xrays.mask_store import MaskError, MaskStore
+from kitlib.xrays.mask_store import MaskStore
 
 
 class MaskDataset(Examples):

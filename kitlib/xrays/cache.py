@@ -22,16 +22,13 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from kitlib.atomic import replacing
+from kitlib.errors import CacheError
 from kitlib.paths import scratch_root
 from kitlib.xrays.worker import LightContext, Outcome, decode_into, source_of, start_worker
 
 # A worker is replaced after so many files, so that what a decoder leaks stays small.
 FILES_A_WORKER = 500
 STALE_SECONDS = 3600
-
-
-class CacheError(RuntimeError):
-    """The cache itself is at fault, not an image: a full disk, a damaged entry, ids that cannot be kept."""
 
 
 def usable_cores() -> int:

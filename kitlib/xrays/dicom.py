@@ -10,22 +10,12 @@ from typing import TypeVar
 import cv2
 import numpy as np
 
-from kitlib.xrays.header import LyingHeader, XrayHeader, header_of, read_elements
+from kitlib.errors import UnreadableXray
+from kitlib.xrays.header import InvalidElement, XrayHeader, header_of, read_elements
 from kitlib.xrays.stored import Stored, read_stored, values_of
 from kitlib.xrays.voi_lut import Display, read_display, to_grey
 
 T = TypeVar("T")
-
-
-class UnreadableXray(Exception):
-    """A file that gives no X-ray: `path` and the `reason`."""
-
-    def __init__(self, path: str | Path, reason: str):
-        super().__init__(str(path), reason)
-        self.path, self.reason = str(path), reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
 
 
 def _one_error(read: Callable[[str | Path], T]) -> Callable[[str | Path], T]:
@@ -36,7 +26,7 @@ def _one_error(read: Callable[[str | Path], T]) -> Callable[[str | Path], T]:
         try:
             return read(path)
         except Exception as error:
-            told = type(error) is ValueError or isinstance(error, LyingHeader)
+            told = type(error) is ValueError or isinstance(error, InvalidElement)
             reason = str(error) if told else f"{type(error).__name__}: {error}"
         except BaseException as error:
             # A Rust decoder's panic is no Exception; KeyboardInterrupt is none either and must pass.

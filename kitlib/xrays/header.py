@@ -21,7 +21,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-# Refused before memory is allocated. The largest X-rays, digitised mammograms, are near 40 million pixels and 80 MB.
+# PageError before memory is allocated. The largest X-rays, digitised mammograms, are near 40 million pixels and 80 MB.
 MAX_FILE_BYTES = 2**29
 MAX_SAMPLES = 2**26
 DEFER_BYTES = 2**18  # longer than any LUT
@@ -39,7 +39,7 @@ KEYWORDS = (*IDS, *TEXTS, *NUMBERS, *LUTS, "PixelData", "FloatPixelData", "Doubl
 BINARY = {"US": "u2", "SS": "i2", "UL": "u4", "SL": "i4", "FL": "f4", "FD": "f8"}
 
 
-class LyingHeader(ValueError):
+class InvalidElement(ValueError):
     """An element whose value cannot be what it says; the image may still be shown without it."""
 
 
@@ -90,7 +90,7 @@ class Elements:
         return text.split("\\")[0].strip(" \0")
 
     def numbers(self, keyword: str) -> list[float]:
-        """All values; empty where the element is absent or has none. Raises LyingHeader where one is no number."""
+        """All values; empty where the element is absent or has none. Raises InvalidElement where one is no number."""
         value = bytes(self.raw(keyword))
         if not value:
             return []
@@ -104,7 +104,7 @@ class Elements:
         try:
             return [float(text) for text in texts] if any(texts) else []
         except ValueError as error:
-            raise LyingHeader(f"{keyword} is {value[:40]!r}, no number") from error
+            raise InvalidElement(f"{keyword} is {value[:40]!r}, no number") from error
 
     def number(self, keyword: str) -> float | None:
         """The first value, None where there is none."""
@@ -112,12 +112,12 @@ class Elements:
         return values[0] if values else None
 
     def whole(self, keyword: str, default: int) -> int:
-        """The first value as a whole number. Raises LyingHeader."""
+        """The first value as a whole number. Raises InvalidElement."""
         value = self.number(keyword)
         if value is None:
             return default
         if not np.isfinite(value) or value != int(value):
-            raise LyingHeader(f"{keyword} is {value}, no whole number")
+            raise InvalidElement(f"{keyword} is {value}, no whole number")
         return int(value)
 
     def items(self, keyword: str) -> list["Elements"]:

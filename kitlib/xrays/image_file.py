@@ -14,7 +14,8 @@ from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from kitlib.xrays.dicom import UnreadableXray, Xray
+from kitlib.errors import UnreadableXray
+from kitlib.xrays.dicom import Xray
 from kitlib.xrays.header import MAX_SAMPLES
 
 SIGNATURES = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF87a": "GIF", b"GIF89a": "GIF"}

@@ -11,12 +11,9 @@ import pyarrow as pa
 
 from kitlib.atomic import replacing
 from kitlib.classes import MASK_CODES
+from kitlib.errors import MaskError
 
 SCHEMA = pa.schema({"image_id": pa.string(), "png": pa.binary()})
-
-
-class MaskError(ValueError):
-    """A mask that is missing, damaged or of another size than its image: names the file or the image, and what to do."""
 
 
 class MaskStore:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kitlib.xrays.header import Elements, LyingHeader
+from kitlib.xrays.header import Elements, InvalidElement
 
 FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 
@@ -74,11 +74,11 @@ def read_display(elements: Elements, bits_stored: int, signed: bool, inverted: b
     modality, voi = None, None
     try:
         modality = _lut(elements, "ModalityLUTSequence", signed) or _rescale(elements)
-    except LyingHeader as error:
+    except InvalidElement as error:
         warnings.append(f"{error}: shown without it")
     try:
         voi = _lut(elements, "VOILUTSequence", signed) or _window(elements, modality, bits_stored, signed)
-    except LyingHeader as error:
+    except InvalidElement as error:
         warnings.append(f"{error}: the image's own range instead")
     return Display(modality, voi, inverted, warnings)
 
@@ -123,7 +123,7 @@ def _rescale(elements: Elements) -> Rescale | None:
     if slope is None or intercept is None:
         return None
     if not np.isfinite([slope, intercept]).all() or slope == 0:
-        raise LyingHeader(f"RescaleSlope {slope}, RescaleIntercept {intercept}")
+        raise InvalidElement(f"RescaleSlope {slope}, RescaleIntercept {intercept}")
     return Rescale(slope, intercept)
 
 
@@ -133,9 +133,9 @@ def _window(elements: Elements, modality: Lut | Rescale | None, bits_stored: int
         return None
     function = elements.text("VOILUTFunction").upper() or "LINEAR"
     if function not in FUNCTIONS:
-        raise LyingHeader(f"VOILUTFunction {function!r} is none of {', '.join(FUNCTIONS)}")
+        raise InvalidElement(f"VOILUTFunction {function!r} is none of {', '.join(FUNCTIONS)}")
     if not np.isfinite([center, width]).all() or width < (1 if function == "LINEAR" else np.nextafter(0, 1)):
-        raise LyingHeader(f"WindowCenter {center}, WindowWidth {width} ({function})")
+        raise InvalidElement(f"WindowCenter {center}, WindowWidth {width} ({function})")
     if isinstance(modality, Lut):
         ends = [0, 2**modality.bits - 1]
     else:
@@ -158,11 +158,11 @@ def _lut(elements: Elements, keyword: str, signed: bool) -> Lut | None:
         first = int(np.int16(np.uint16(first)))
     raw = item.raw("LUTData")
     if not 8 <= bits <= 16:
-        raise LyingHeader(f"{keyword} has entries of {bits} bits")
+        raise InvalidElement(f"{keyword} has entries of {bits} bits")
     if len(raw) >= 2 * length:
         entries = np.frombuffer(raw[: 2 * length], dtype=f"{order}u2")
     elif bits == 8 and len(raw) >= length:  # two entries in a word
         entries = np.frombuffer(raw[:length], dtype=np.uint8)
     else:
-        raise LyingHeader(f"{keyword} promises {length} entries and has {len(raw)} bytes")
+        raise InvalidElement(f"{keyword} promises {length} entries and has {len(raw)} bytes")
     return Lut(first, entries.astype(np.float64), bits)

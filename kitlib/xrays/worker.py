@@ -21,8 +21,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from kitlib.atomic import replacing
+from kitlib.errors import UnreadableXray
 from kitlib.letterbox import letterbox
-from kitlib.xrays.dicom import UnreadableXray, decode_xray
+from kitlib.xrays.dicom import decode_xray
 from kitlib.xrays.image_file import decode_image, image_format
 
 # Beside the largest X-ray in every decoder's hands, this is room for a damaged file to fail in and not for two.

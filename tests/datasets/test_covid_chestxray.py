@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from kitlib.classes import DIAGNOSES
-from kitlib.datasets.base import LayoutError
 from kitlib.datasets.covid_chestxray import diagnosis_of, read_covid_chestxray
+from kitlib.errors import DatasetError
 from kitlib.phantoms.diagnoses import plan_diagnoses, write_diagnoses
 
 ROW = {"patientid": "1", "offset": "", "sex": "M", "age": "65", "finding": "Pneumonia/Viral/COVID-19", "view": "PA"}
@@ -96,13 +96,13 @@ def test_what_is_left_out_is_listed(tmp_path):
 
 
 def test_a_missing_piece_names_itself(tmp_path):
-    with pytest.raises(LayoutError, match=r"metadata\.csv is missing.*git clone"):
+    with pytest.raises(DatasetError, match=r"metadata\.csv is missing.*git clone"):
         read_covid_chestxray(tmp_path, progress=False)
     (tmp_path / "metadata.csv").write_text("patientid,finding\n1,COVID-19\n")
-    with pytest.raises(LayoutError, match=r"lacks the column\(s\) \['view', 'modality', 'filename'\]"):
+    with pytest.raises(DatasetError, match=r"lacks the column\(s\) \['view', 'modality', 'filename'\]"):
         read_covid_chestxray(tmp_path, progress=False)
     write(tmp_path, [{"finding": "todo"}])
-    with pytest.raises(LayoutError, match="no frontal X-ray"):
+    with pytest.raises(DatasetError, match="no frontal X-ray"):
         read_covid_chestxray(tmp_path, progress=False)
 
 

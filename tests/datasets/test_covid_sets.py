@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kitlib.datasets.base import LayoutError
 from kitlib.datasets.bimcv import read_bimcv
 from kitlib.datasets.covidgr import read_covidgr
 from kitlib.datasets.covidx import read_covidx
 from kitlib.datasets.pool import read_pool
 from kitlib.datasets.ricord import read_ricord
 from kitlib.datasets.rsna import MAPPING
+from kitlib.errors import DatasetError
 from kitlib.xrays.writing import write_xray
 
 
@@ -57,11 +57,11 @@ def test_covidx_older_lists_and_several(tmp_path):
     assert sorted(images.image_id) == ["b", "test-a.png", "train-a.png"]
     assert images.patient_id.value_counts()["covidx-covidx-1"] == 2 and set(images.source) == {"covidx"}
     (tmp_path / "train_COVIDx2.txt").write_text("")
-    with pytest.raises(LayoutError, match=r"several lists, train\.txt, train_COVIDx2\.txt"):
+    with pytest.raises(DatasetError, match=r"several lists, train\.txt, train_COVIDx2\.txt"):
         read_covidx(tmp_path, progress=False)
     (tmp_path / "test.txt").unlink()
     (tmp_path / "train_COVIDx2.txt").unlink()
-    with pytest.raises(LayoutError, match=r"test\.txt, or .* is missing"):
+    with pytest.raises(DatasetError, match=r"test\.txt, or .* is missing"):
         read_covidx(tmp_path, progress=False)
 
 
@@ -92,9 +92,9 @@ def test_covidgr(tmp_path):
     pool = read_pool({"covidgr": tmp_path}, "covid", progress=False)
     assert pool.labels[["COVID-19", "not COVID-19"]].sum().tolist() == [2, 1]
     (tmp_path / "COVIDGR_1.0" / "N" / "1.jpg").unlink()
-    with pytest.raises(LayoutError, match="N holds no PNG or JPEG"):
+    with pytest.raises(DatasetError, match="N holds no PNG or JPEG"):
         read_covidgr(tmp_path, progress=False)
-    with pytest.raises(LayoutError, match="0 places with the folders P and N"):
+    with pytest.raises(DatasetError, match="0 places with the folders P and N"):
         read_covidgr(tmp_path / "COVIDGR_1.0" / "P", progress=False)
 
 
@@ -114,7 +114,7 @@ def test_ricord(tmp_path):
     # As COVIDx calls the same patient.
     assert set(data.images.patient_id) == {"ricord-419639-000002"} and data.images["view"].tolist() == ["AP", "PA"]
     assert list(data.labels) == ["id", "COVID-19"] and len(data.faults) == 2
-    with pytest.raises(LayoutError, match="MIDRC-RICORD-1C-PATIENT"):
+    with pytest.raises(DatasetError, match="MIDRC-RICORD-1C-PATIENT"):
         read_ricord(top / "other", progress=False)
 
 
@@ -151,9 +151,9 @@ def test_bimcv(tmp_path):
     assert len(data.faults) == 3
     for root in (posi, neg):
         (root / "derivatives" / "labels" / "labels.tsv").unlink()
-    with pytest.raises(LayoutError, match="ReportID, Labels"):
+    with pytest.raises(DatasetError, match="ReportID, Labels"):
         read_bimcv(tmp_path, progress=False)
-    with pytest.raises(LayoutError, match="no image sub"):
+    with pytest.raises(DatasetError, match="no image sub"):
         read_bimcv(posi / "derivatives", progress=False)
 
 
@@ -175,5 +175,5 @@ def test_bimcv_sets_are_told_by_their_folders_and_sexes_by_words(tmp_path, names
     # The set's folder itself may be the one that is named; a folder without a sign is no set.
     assert len(read_bimcv(tmp_path / "in" / names[0], progress=False).images) == 1
     (tmp_path / "in" / names[1]).rename(tmp_path / "in" / "others")
-    with pytest.raises(LayoutError, match=r"others.* no folder says whether .* BIMCV-COVID19\+, and covid19_neg"):
+    with pytest.raises(DatasetError, match=r"others.* no folder says whether .* BIMCV-COVID19\+, and covid19_neg"):
         read_bimcv(tmp_path / "in", progress=False)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kitlib.datasets.base import LayoutError
 from kitlib.datasets.darwin import CLASSES, read_darwin
 from kitlib.datasets.folds import make_folds
 from kitlib.datasets.mask_file import fill_masks
+from kitlib.errors import DatasetError
 from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.mask_store import MaskStore
 
@@ -156,16 +156,16 @@ def test_a_missing_piece_names_itself_and_where_it_is_got(darwin):
         path.unlink()
     for path in darwin.root.rglob("9*.png"):
         path.unlink()
-    with pytest.raises(LayoutError, match=r"no annotation with a lung.*darwin dataset pull"):
+    with pytest.raises(DatasetError, match=r"no annotation with a lung.*darwin dataset pull"):
         darwin.read()
     (darwin.root / "metadata.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(LayoutError, match=r"metadata\.csv lacks"):
+    with pytest.raises(DatasetError, match=r"metadata\.csv lacks"):
         darwin.read()
     (darwin.root / "images").rename(darwin.root / "pictures")
-    with pytest.raises(LayoutError, match=r"images is missing.*darwin dataset pull"):
+    with pytest.raises(DatasetError, match=r"images is missing.*darwin dataset pull"):
         darwin.read()
     (darwin.root / "images").mkdir()
-    with pytest.raises(LayoutError, match="no frontal X-ray of 256 pixels"):
+    with pytest.raises(DatasetError, match="no frontal X-ray of 256 pixels"):
         darwin.read()
 
 

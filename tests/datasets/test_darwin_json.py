@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kitlib.datasets.darwin_json import fill_even_odd, read_darwin_json
-from kitlib.xrays.mask_store import MaskError
+from kitlib.errors import MaskError
 
 SQUARE, HOLE, OTHER = ([(2, 3), (12, 3), (12, 13), (2, 13)], [(4, 5), (7, 5), (7, 8), (4, 8)], [(20, 2), (26, 2), (26, 6)])
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.datasets.base import Faults
-from kitlib.datasets.folds import LeakError, check_no_leak, hold_out_test, leak_groups, make_folds, source_folds
+from kitlib.datasets.folds import check_no_leak, hold_out_test, leak_groups, make_folds, source_folds
 from kitlib.datasets.siim import read_label_tables
+from kitlib.errors import DatasetError
 
 
 def tables(patients: list[int], classes: list[int], boxed: list[bool]):
@@ -85,7 +86,7 @@ def test_a_leak_names_the_patient():
     folds = make_folds(images, labels, boxes, 2)
     check_no_leak(folds, images)
     folds.loc[folds.id == "i0", "fold"] = 1 - folds.fold[folds.id == "i0"]
-    with pytest.raises(LeakError, match=r"1 patients lie in several folds, first: p1 \(i0 in fold"):
+    with pytest.raises(DatasetError, match=r"1 patients lie in several folds, first: p1 \(i0 in fold"):
         check_no_leak(folds, images)
 
 
@@ -93,13 +94,13 @@ def test_a_leak_through_near_duplicates_is_found():
     images, labels, boxes = tables([1, 2, 3, 4], [0, 1, 2, 3], [True] * 4)
     folds = make_folds(images, labels, boxes, 4)
     check_no_leak(folds, images, pd.DataFrame({"image_id": ["i0", "i3"], "group": [0, 1]}))
-    with pytest.raises(LeakError, match="near-duplicate"):
+    with pytest.raises(DatasetError, match="near-duplicate"):
         check_no_leak(folds, images, pd.DataFrame({"image_id": ["i0", "i3"], "group": [0, 0]}))
 
 
 def test_a_fold_of_an_unknown_image_is_a_leak():
     images, labels, boxes = tables([1, 2, 3, 4], [0, 1, 2, 3], [True] * 4)
-    with pytest.raises(LeakError, match="1 images of the folds are not among the images, first i2"):
+    with pytest.raises(DatasetError, match="1 images of the folds are not among the images, first i2"):
         check_no_leak(make_folds(images, labels, boxes, 2), images[images.image_id != "i2"])
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kitlib.datasets.base import LayoutError
 from kitlib.datasets.jsrt import read_jsrt
 from kitlib.datasets.mask_file import fill_masks
+from kitlib.errors import DatasetError
 from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.image_file import JSRT_BYTES
 from kitlib.xrays.mask_store import MaskStore
@@ -87,8 +87,8 @@ def test_images_without_masks_are_counted(layout):
 
 def test_a_missing_piece_names_itself_and_where_it_is_got(layout):
     (layout / "scratch").rename(layout.parent / "elsewhere")
-    with pytest.raises(LayoutError, match=r"no mask.*scratch.*isi\.uu\.nl"):
+    with pytest.raises(DatasetError, match=r"no mask.*scratch.*isi\.uu\.nl"):
         read_jsrt(layout, progress=False)
     (layout / "All247images").rename(layout.parent / "images_elsewhere")
-    with pytest.raises(LayoutError, match=r"no \.IMG file.*All247images.*db\.jsrt\.or\.jp"):
+    with pytest.raises(DatasetError, match=r"no \.IMG file.*All247images.*db\.jsrt\.or\.jp"):
         read_jsrt(layout, progress=False)

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from kitlib.datasets.base import LayoutError
 from kitlib.datasets.kermany import read_kermany
+from kitlib.errors import DatasetError
 from kitlib.phantoms.diagnoses import plan_diagnoses, write_diagnoses
 
 
@@ -81,11 +81,11 @@ def test_what_cannot_be_told_is_listed_and_left_out(kaggle):
 
 def test_another_folder_is_told(tmp_path):
     save(tmp_path / "NORMAL" / "IM-0001-0001.jpeg")
-    with pytest.raises(LayoutError, match=r"no image in train, test or val.*chest-xray-pneumonia"):
+    with pytest.raises(DatasetError, match=r"no image in train, test or val.*chest-xray-pneumonia"):
         read_kermany(tmp_path, progress=False)
     (tmp_path / "train" / "NORMAL").mkdir(parents=True)
     (tmp_path / "train" / "NORMAL" / "IM-0001-0001.jpeg").write_bytes(b"no image")
-    with pytest.raises(LayoutError, match="no X-ray that can be read"):
+    with pytest.raises(DatasetError, match="no X-ray that can be read"):
         read_kermany(tmp_path, progress=False)
 
 

@@ -12,8 +12,9 @@ from PIL import Image
 
 from kitlib.classes import MASK_CODES
 from kitlib.datasets.mask_file import fill_masks, read_mask
+from kitlib.errors import MaskError
 from kitlib.xrays.cache import CachedXray, XrayCache
-from kitlib.xrays.mask_store import MaskError, MaskStore
+from kitlib.xrays.mask_store import MaskStore
 
 INSIDE = np.zeros((30, 40), bool)
 INSIDE[5:25, 4:16] = INSIDE[5:25, 22:36] = True

@@ -5,10 +5,11 @@ import pytest
 from PIL import Image
 
 from kitlib.classes import NIH_FINDINGS
-from kitlib.datasets.base import Faults, LayoutError
+from kitlib.datasets.base import Faults
 from kitlib.datasets.folds import make_folds
 from kitlib.datasets.nih import read_boxes, read_nih
 from kitlib.datasets.registry import compare_with_published, read_dataset
+from kitlib.errors import DatasetError
 from tests import REAL_DATA
 
 SHARED = REAL_DATA
@@ -97,7 +98,7 @@ def test_a_missing_piece_names_itself_and_where_it_is_got(tmp_path, layout, name
     if name == "images_001":
         for image in layout.glob("images_*/images/*.png"):
             image.unlink()
-    with pytest.raises(LayoutError, match=f"{name}.*nih-chest-xrays/data"):
+    with pytest.raises(DatasetError, match=f"{name}.*nih-chest-xrays/data"):
         read_nih(layout, progress=False)
 
 

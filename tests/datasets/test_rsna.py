@@ -13,8 +13,9 @@ from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian
 
 from kitlib.classes import RSNA_CLASSES
-from kitlib.datasets.base import Faults, LayoutError
+from kitlib.datasets.base import Faults
 from kitlib.datasets.rsna import CLASSES, IMAGES, LABELS, MAPPING, read_label_tables, read_rsna
+from kitlib.errors import DatasetError
 from kitlib.xrays.writing import write_xray
 from tests import PROJECT, REAL_DATA
 
@@ -62,13 +63,13 @@ def test_what_is_broken_is_listed(layout):
 @pytest.mark.parametrize("name", [LABELS, CLASSES, IMAGES])
 def test_a_missing_piece_names_itself_and_where_it_is_got(layout, name):
     shutil.move(layout / name, layout / "elsewhere")
-    with pytest.raises(LayoutError, match=f"{name} is missing.*rsna-pneumonia-detection-challenge"):
+    with pytest.raises(DatasetError, match=f"{name} is missing.*rsna-pneumonia-detection-challenge"):
         read_rsna(layout, progress=False)
 
 
 def test_a_mapping_of_another_kind_is_refused(layout):
     (layout / MAPPING).write_text('{"a": 1}')
-    with pytest.raises(LayoutError, match="subset_img_id"):
+    with pytest.raises(DatasetError, match="subset_img_id"):
         read_rsna(layout, progress=False)
 
 

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.uid import ExplicitVRLittleEndian
 
-from kitlib.datasets.base import Faults, LayoutError
+from kitlib.datasets.base import Faults
 from kitlib.datasets.siim import read_label_tables, read_test, read_train
+from kitlib.errors import DatasetError
 from kitlib.xrays.writing import write_xray
 
 CLASSES = ["Negative for Pneumonia", "Typical Appearance", "Indeterminate Appearance", "Atypical Appearance"]
@@ -158,13 +159,13 @@ def test_an_unreadable_training_file_is_left_out_and_told(layout):
 def test_a_missing_table_or_column_names_the_file_and_the_remedy(layout, name):
     table = pd.read_csv(layout / name)
     table.drop(columns=table.columns[1]).to_csv(layout / name, index=False)
-    with pytest.raises(LayoutError, match=rf"{name} lacks.*{table.columns[1]}"):
+    with pytest.raises(DatasetError, match=rf"{name} lacks.*{table.columns[1]}"):
         read_train(layout, progress=False)
     (layout / name).write_bytes(b"")
-    with pytest.raises(LayoutError, match=f"{name} is no CSV file"):
+    with pytest.raises(DatasetError, match=f"{name} is no CSV file"):
         read_train(layout, progress=False)
     (layout / name).unlink()
-    with pytest.raises(LayoutError, match=rf"{name} is missing.*inputs/README.md"):
+    with pytest.raises(DatasetError, match=rf"{name} is missing.*inputs/README.md"):
         read_train(layout, progress=False)
 
 
@@ -226,7 +227,7 @@ def test_missing_parts_of_a_test_set(layout):
     assert test.images.empty and test.study_ids == ("s4",) and test.image_ids == ("e",)
     assert "folder is missing" in told(test.faults, "")
     (layout / "sample_submission.csv").unlink()
-    with pytest.raises(LayoutError, match="neither sample_submission"):
+    with pytest.raises(DatasetError, match="neither sample_submission"):
         read_test(layout, progress=False)
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kitlib.datasets.base import LayoutError
 from kitlib.datasets.mask_file import fill_masks
 from kitlib.datasets.registry import compare_with_published, read_dataset
 from kitlib.datasets.tb_lungs import read_montgomery, read_shenzhen
+from kitlib.errors import DatasetError
 from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.mask_store import MaskStore
 
@@ -128,12 +128,12 @@ def test_what_is_broken_is_listed(montgomery):
 
 
 def test_a_missing_piece_names_itself_and_what_to_do(montgomery, tmp_path_factory):
-    with pytest.raises(LayoutError, match=r"no image called CHNCXR_0001_0\.png.*ChinaSet_AllFiles"):
+    with pytest.raises(DatasetError, match=r"no image called CHNCXR_0001_0\.png.*ChinaSet_AllFiles"):
         read_shenzhen(montgomery, progress=False)
     (montgomery / "MontgomerySet" / "ManualMask").rename(tmp_path_factory.mktemp("away") / "ManualMask")
-    with pytest.raises(LayoutError, match=r"no mask.*MontgomerySet"):
+    with pytest.raises(DatasetError, match=r"no mask.*MontgomerySet"):
         read_montgomery(montgomery, progress=False)
-    with pytest.raises(LayoutError, match="no image"):
+    with pytest.raises(DatasetError, match="no image"):
         read_montgomery(tmp_path_factory.mktemp("empty"), progress=False)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kitlib.fusion.ensemble_bundle import Ensemble, EnsembleError, apply_ensemble, read_ensemble, write_ensemble
+from kitlib.errors import BundleError
+from kitlib.fusion.ensemble_bundle import Ensemble, apply_ensemble, read_ensemble, write_ensemble
 from kitlib.fusion.ensembles import combine
 from kitlib.paths import project_root
 from kitlib.scoring.temperature import scaled
@@ -65,7 +66,7 @@ def test_applied_it_is_the_combination_of_the_means_over_folds_and_a_missing_lea
     np.testing.assert_allclose(found.loc["b", list(CLASSES)].to_numpy(float), whole[0], atol=1e-12)
     np.testing.assert_allclose(found.loc[["a", "c"], "sick"].to_numpy(), [0.3, 0.2])
     assert len(apply_ensemble(ensemble, table[:0])) == 0
-    with pytest.raises(EnsembleError, match="the scores lack well"):
+    with pytest.raises(BundleError, match="the scores lack well"):
         apply_ensemble(ensemble, table.drop(columns="well"))
 
 
@@ -104,7 +105,7 @@ def damage(folder, fault):
 def test_what_cannot_be_trusted_is_refused(fault, message, tmp_path):
     write_ensemble(tmp_path, flannel())
     damage(tmp_path, fault)
-    with pytest.raises(EnsembleError, match=message):
+    with pytest.raises(BundleError, match=message):
         read_ensemble(tmp_path)
 
 
@@ -118,7 +119,7 @@ def test_what_cannot_be_trusted_is_refused(fault, message, tmp_path):
     ],
 )
 def test_nonsense_is_not_written(fields, message, tmp_path):
-    with pytest.raises(EnsembleError, match=message):
+    with pytest.raises(BundleError, match=message):
         write_ensemble(tmp_path, flannel(**fields))
     assert not list(tmp_path.iterdir())
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kitlib.errors import FusionError
 from kitlib.fusion.ensembles import (
     IN_SAMPLE,
     TIE,
@@ -18,7 +19,7 @@ from kitlib.fusion.ensembles import (
     vote_shares,
 )
 from kitlib.fusion.flannel import ENSEMBLES, FlannelWeights, ensemble_settings
-from kitlib.fusion.stacking import NESTED, Stack, StackError, gather
+from kitlib.fusion.stacking import NESTED, Stack, gather
 
 CLASSES = ("COVID-19", "viral", "normal")
 
@@ -197,7 +198,7 @@ def test_what_is_judged_on_a_fold_does_not_depend_on_that_folds_truth(where_lear
 
 
 def test_an_ensemble_may_not_have_a_learners_name(where_learners_overfit):
-    with pytest.raises(StackError, match="honest: both an ensemble and a learner"):
+    with pytest.raises(FusionError, match="honest: both an ensemble and a learner"):
         judge_ensembles(where_learners_overfit[0], {"honest": ENSEMBLES["mean"]})
 
 

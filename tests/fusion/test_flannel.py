@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
+from kitlib.errors import SettingsError
 from kitlib.fusion.flannel import (
     ENSEMBLES,
     EnsembleSettings,
@@ -21,7 +22,6 @@ from kitlib.fusion.flannel import (
     focal_loss,
     train_flannel,
 )
-from kitlib.settings import RecipeError
 
 
 def drawn(n, learners, classes, seed=0) -> torch.Tensor:
@@ -162,7 +162,7 @@ def test_settings_are_strict_and_the_published_ones_are_the_codes():
         ({"epochs": 0}, "epochs is 0; wanted a whole number of at least 1"),
         ({"stack_on": "test"}, "stack_on is 'test'; wanted one of 'out_of_fold', 'in_sample'"),
     ):
-        with pytest.raises(RecipeError, match=message):
+        with pytest.raises(SettingsError, match=message):
             ensemble_settings("flannel", **wrong)
-    with pytest.raises(RecipeError, match="no ensemble is called 'flanel'; there are: mean"):
+    with pytest.raises(SettingsError, match="no ensemble is called 'flanel'; there are: mean"):
         ensemble_settings("flanel")

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import SettingsError
 from kitlib.fusion.boxes import CONFIDENCES, METHODS, merge_boxes
 from kitlib.fusion.fuse import (
     FusionSettings,
@@ -20,7 +21,7 @@ from kitlib.fusion.fuse import (
     write_settings,
 )
 from kitlib.scoring.csv_file import PRIORS
-from kitlib.settings import RecipeError, from_dict
+from kitlib.settings import from_dict
 from kitlib.tables import BOX
 
 PLAIN = FusionSettings()
@@ -304,8 +305,8 @@ def test_settings_survive_json(tmp_path):
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong):
-    with pytest.raises(RecipeError):
+    with pytest.raises(SettingsError):
         from_dict(FusionSettings, wrong)
     if "iou" not in wrong:
-        with pytest.raises(RecipeError):
+        with pytest.raises(SettingsError):
             replace(PLAIN, **wrong)

@@ -4,11 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kitlib.errors import FusionError
 from kitlib.fusion.ensemble_bundle import apply_ensemble, learnt_ensemble
 from kitlib.fusion.ensembles import judge_put_aside, majority_vote
 from kitlib.fusion.flannel import ENSEMBLES, ensemble_settings
 from kitlib.fusion.put_aside import ALL_FOLDS, gather_put_aside
-from kitlib.fusion.stacking import StackError, gather
+from kitlib.fusion.stacking import gather
 from kitlib.reports.ensemble_report import out_of_fold_temperature, put_aside_scores
 
 CLASSES = ["sick", "well"]
@@ -73,7 +74,7 @@ def test_an_image_of_a_patient_in_a_fold_does_not_count_and_one_without_a_score_
     ],
 )
 def test_test_scores_that_do_not_belong_to_the_learners_are_refused(tables, message):
-    with pytest.raises(StackError, match=f"^test images: .*{message}"):
+    with pytest.raises(FusionError, match=f"^test images: .*{message}"):
         gather_put_aside(tables, found_of(0, one=0.8, two=0.6), *PREPARED)
 
 
@@ -95,7 +96,7 @@ def test_ensembles_learn_from_the_one_fold_and_are_judged_on_the_test_images():
     assert set(judged.scores.fold) == {ALL_FOLDS} and len(judged.scores) == 6 * 3
     weights = judged.weights[judged.weights.model == "weighted"]
     np.testing.assert_allclose(weights[["one", "two"]], [[1, 0]] * 3, atol=1e-6)
-    with pytest.raises(StackError, match="one: both an ensemble and a learner"):
+    with pytest.raises(FusionError, match="one: both an ensemble and a learner"):
         judge_put_aside(found, test.means, {"one": ENSEMBLES["mean"]})
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kitlib.fusion.stacking import CROSS_FITTED, NESTED, StackError, gather
+from kitlib.errors import FusionError
+from kitlib.fusion.stacking import CROSS_FITTED, NESTED, gather
 
 CLASSES = ["sick", "well"]
 IMAGES = pd.DataFrame({"image_id": list("abcdef"), "patient_id": ["p", "p", "q", "r", "s", "t"]})
@@ -65,9 +66,9 @@ def test_plain_scores_are_crossed_over_folds():
     np.testing.assert_allclose(found.judged(1).probabilities[:, 0, 0], [0.3, 0.4])
     np.testing.assert_allclose(found.lesson(1).probabilities[:, 0, 0], [0.1, 0.2, 0.5, 0.6])
     np.testing.assert_allclose(found.everything().probabilities[:, 0, 0], table.sick)
-    with pytest.raises(StackError, match=r"no in_sample scores .* fold 1"):
+    with pytest.raises(FusionError, match=r"no in_sample scores .* fold 1"):
         found.lesson(1, "in_sample")
-    with pytest.raises(StackError, match=r"no out_of_fold scores .* more folds"):
+    with pytest.raises(FusionError, match=r"no out_of_fold scores .* more folds"):
         gather([plain("one").head(2)], *PREPARED).lesson(0)
 
 
@@ -133,18 +134,18 @@ def test_what_no_learner_has_answered_is_counted():
     ],
 )
 def test_tables_that_do_not_belong_together_are_refused(tables, message):
-    with pytest.raises(StackError, match=message):
+    with pytest.raises(FusionError, match=message):
         gather(tables, *PREPARED)
 
 
 def test_a_learner_without_an_image_is_named():
     found = gather([plain("one"), plain("two").drop(index=4)], *PREPARED)
-    with pytest.raises(StackError, match=r"fold 2, to judge: two has no score of 1 of 2 ids .* first e"):
+    with pytest.raises(FusionError, match=r"fold 2, to judge: two has no score of 1 of 2 ids .* first e"):
         found.judged(2)
 
 
 def test_labels_of_overlapping_or_other_classes_are_refused():
-    with pytest.raises(StackError, match="1 ids are not of exactly one class of sick, well, first b"):
+    with pytest.raises(FusionError, match="1 ids are not of exactly one class of sick, well, first b"):
         gather([plain("one")], IMAGES, LABELS.assign(sick=1).assign(well=[0, 1, 0, 0, 0, 0]), FOLDS)
-    with pytest.raises(StackError, match=r"labels lack the class\(es\) well"):
+    with pytest.raises(FusionError, match=r"labels lack the class\(es\) well"):
         gather([plain("one")], IMAGES, LABELS.drop(columns="well"), FOLDS)

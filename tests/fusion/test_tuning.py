@@ -3,8 +3,9 @@ import pandas as pd
 import pytest
 
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import FusionError
 from kitlib.fusion.fuse import FusionSettings, fuse
-from kitlib.fusion.tuning import LEAST_GAIN, Judge, TuningError, cross_fit, tune
+from kitlib.fusion.tuning import LEAST_GAIN, Judge, cross_fit, tune
 from kitlib.scoring.score import Truth, score_tables
 from kitlib.tables import BOX, empty_table
 
@@ -140,16 +141,16 @@ def test_order_of_rows_is_free(oof, tuned):
 
 def test_predictions_of_two_folds_for_one_image_are_refused(oof):
     twice = pd.concat([oof["image_scores"], oof["image_scores"].iloc[[4]].assign(fold=2)])
-    with pytest.raises(TuningError, match="image_id i04 of fold 1 was seen by c of fold 2"):
+    with pytest.raises(FusionError, match="image_id i04 of fold 1 was seen by c of fold 2"):
         tune(Judge(**{**oof, "image_scores": twice}))
 
 
 def test_predictions_of_a_model_that_saw_the_image_are_refused(oof):
     seen = {name: oof[name].assign(fold=lambda t: (t["fold"] + 1) % 3) for name in ("detections", "coverage")}
-    with pytest.raises(TuningError, match="was seen by"):
+    with pytest.raises(FusionError, match="was seen by"):
         tune(Judge(**{**oof, **seen}))
     with pytest.raises(
-        TuningError, match="144 detections are of images that their coverage lacks, first i00 by good of fold 1"
+        FusionError, match="144 detections are of images that their coverage lacks, first i00 by good of fold 1"
     ):
         tune(Judge(**{**oof, "detections": seen["detections"]}))
 
@@ -206,7 +207,7 @@ def test_only_images_that_every_model_predicted_are_scored(oof):
     studies = {name.replace("i", "s") for name in ids}
     small = {name: table[table.iloc[:, 0].isin(ids | studies)] for name, table in oof.items()}
     assert steps["score"].iloc[0] == pytest.approx(tune(Judge(**small), rounds=0)[1]["score"].iloc[0])
-    with pytest.raises(TuningError, match="no image has predictions of every model"):
+    with pytest.raises(FusionError, match="no image has predictions of every model"):
         tune(Judge(**{**oof, "image_scores": oof["image_scores"].assign(image_id=lambda t: t["image_id"] + "x")}))
 
 

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kitlib.bundle import BundleError, save_bundle
+from kitlib.bundle import save_bundle
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import BundleError
 from kitlib.inference.predict import VIEWS, Predictor, load_predictor, study_and_image_scores
 from kitlib.letterbox import PLACEMENTS, flip_boxes, within
 from kitlib.lungs.finders import Lungs

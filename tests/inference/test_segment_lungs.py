@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from kitlib.bundle import BundleError, save_bundle
+from kitlib.bundle import save_bundle
 from kitlib.classes import LUNG_CODES, MASK_CODES
+from kitlib.errors import BundleError
 from kitlib.inference.segment_lungs import LungSegmenter, load_segmenter
 from kitlib.letterbox import letterbox
 from kitlib.lungs.clean_up import (

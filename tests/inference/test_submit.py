@@ -17,6 +17,7 @@ import torch
 
 from kitlib.bundle import save_bundle
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import CacheError
 from kitlib.fusion.ensemble_bundle import Ensemble, read_ensemble, write_ensemble
 from kitlib.fusion.ensembles import combine
 from kitlib.fusion.fuse import FusionSettings, write_settings
@@ -31,7 +32,7 @@ from kitlib.recipes.fields import SegmenterRecipe, StudyRecipe
 from kitlib.scoring.csv_file import PRIORS, read_submission
 from kitlib.scoring.temperature import scaled
 from kitlib.scoring.validate import validate
-from kitlib.xrays.cache import CacheError, XrayCache
+from kitlib.xrays.cache import XrayCache
 
 DAMAGED = 2
 SETTINGS = SubmitSettings(time_limit_s=600, longest_side=64, workers=1, batch_size=4)
@@ -426,7 +427,7 @@ def test_without_a_learner_or_the_ensemble_the_plain_mean_serves_and_is_told(com
         told = f"{studies} of {studies} studies lack other: they have the plain mean of the others"
         assert (notes.files["ensemble"], notes.note["ensemble"]) == (0, told) and set(scores.model) == {"small"}
     else:
-        assert notes.note["ensemble"].startswith("failed: EnsembleError: ") and set(scores.model) == {"small", "other"}
+        assert notes.note["ensemble"].startswith("failed: BundleError: ") and set(scores.model) == {"small", "other"}
         assert notes.note["ensemble"].endswith("promises another; copy both again; the study models are fused as they are")
     written = scores_of(run.output)
     for study, mean in scores.groupby("study_id")[list(STUDY_CLASSES)].mean().iterrows():

@@ -16,18 +16,17 @@ from papermill.parameterize import parameterize_notebook
 from safetensors.numpy import load_file
 
 import kitlib
-from kitlib.bundle import BundleError, read_record
+from kitlib.bundle import read_record
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import BundleError, InputNotFound, KernelError
 from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
 from kitlib.inference import install_wheels
 from kitlib.kernels import build as kernel
 from kitlib.kernels import start as kernel_start
-from kitlib.kernels.build import KernelError, build_kernel
+from kitlib.kernels.build import build_kernel
 from kitlib.kernels.library import needed_files
-from kitlib.kernels.spec import SpecError, read_spec, slug_of
-from kitlib.kernels.wheels import WheelError
+from kitlib.kernels.spec import read_spec, slug_of
 from kitlib.lungs.finders import segmenter_digest
-from kitlib.paths import InputNotFound
 from kitlib.recipes.named import RECIPES, recipe
 from kitlib.runs.record import kitlib_digest
 from tests import PROJECT
@@ -207,7 +206,7 @@ def test_a_damaged_bundle_is_refused(tmp_path, wheel):
 
 def test_a_backbone_is_no_model_of_a_submission(tmp_path, wheel):
     runs = [str(make_run(tmp_path / "nih", family="findings"))]
-    with pytest.raises(SpecError, match="nih/bundle knows findings, which no row of a submission asks for"):
+    with pytest.raises(KernelError, match="nih/bundle knows findings, which no row of a submission asks for"):
         build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs)), tmp_path / "out", [wheel])
 
 
@@ -230,7 +229,7 @@ def test_an_ensemble_goes_along_with_exactly_its_learners(tmp_path, wheel):
             r"ensemble: there is no .*gone/ensemble; name a run of notebook 65",
         ),
     ):
-        with pytest.raises(SpecError, match=told):
+        with pytest.raises(KernelError, match=told):
             build_kernel(read_spec(make_submission(tmp_path / "spec", **keys)), tmp_path / "out", [wheel])
 
 
@@ -270,7 +269,7 @@ def test_a_model_of_a_segmenters_lungs_and_its_segmenter_go_together_or_not_at_a
         ({"runs": [crops], "lungs": crops}, r"lungs: .*crops/bundle holds a study model; name a run of notebook 14"),
         ({"runs": [crops], "lungs": str(tmp_path / "none")}, r"lungs: there is no .*none/bundle"),
     ):
-        with pytest.raises(SpecError, match=told):
+        with pytest.raises(KernelError, match=told):
             build_kernel(read_spec(make_submission(tmp_path / "spec", **keys)), tmp_path / "out", [wheel])
     damaged = make_run(tmp_path / "damaged", "unet", family="segmenter") / "bundle" / "weights.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
@@ -282,20 +281,20 @@ def test_a_model_of_a_segmenters_lungs_and_its_segmenter_go_together_or_not_at_a
 
 def test_two_bundles_of_one_name_are_refused(tmp_path, wheel):
     runs = [str(make_run(tmp_path / name)) for name in ("one", "two")]
-    with pytest.raises(SpecError, match="two/bundle is a second effnet-fold0"):
+    with pytest.raises(KernelError, match="two/bundle is a second effnet-fold0"):
         build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs)), tmp_path / "out", [wheel])
 
 
 def test_an_unknown_parameter_is_refused_with_the_valid_ones(tmp_path, wheel):
     spec = read_spec(make_submission(tmp_path, parameters={"batchsize": 4}))
     valid = "competition, weights, wheels, time_limit_s, batch_size"
-    with pytest.raises(SpecError, match=f"no parameter batchsize; it has: {valid}"):
+    with pytest.raises(KernelError, match=f"no parameter batchsize; it has: {valid}"):
         build_kernel(spec, tmp_path / "out", [wheel])
 
 
 def test_a_parameter_that_has_a_key_of_its_own_is_refused(tmp_path, wheel):
     spec = read_spec(make_submission(tmp_path, parameters={"time_limit_s": 4}))
-    with pytest.raises(SpecError, match="parameters: time_limit_s come from the kernel's own keys"):
+    with pytest.raises(KernelError, match="parameters: time_limit_s come from the kernel's own keys"):
         build_kernel(spec, tmp_path / "out", [wheel])
 
 
@@ -315,7 +314,7 @@ def test_a_dataset_over_the_limit_is_refused(tmp_path, wheel, monkeypatch):
 
 def test_wheels_that_do_not_suit_the_image_are_refused(tmp_path):
     wheel = make_wheel(tmp_path, "kit_extra", "1.2", ["pandas>=3"])
-    with pytest.raises(WheelError, match=r"kit-extra wants pandas>=3, the image has pandas 2\.3\.3"):
+    with pytest.raises(KernelError, match=r"kit-extra wants pandas>=3, the image has pandas 2\.3\.3"):
         build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
 
 
@@ -340,19 +339,19 @@ def test_wheels_that_do_not_suit_the_image_are_refused(tmp_path):
     ],
 )
 def test_a_submission_is_read_strictly(tmp_path, keys, message):
-    with pytest.raises(SpecError, match=message):
+    with pytest.raises(KernelError, match=message):
         read_spec(make_submission(tmp_path, **keys))
 
 
 def test_a_missing_submission_lists_what_there_is(tmp_path):
     make_submission(tmp_path)
-    with pytest.raises(SpecError, match=r"no file .*other\.yaml; there are: .*small\.yaml"):
+    with pytest.raises(KernelError, match=r"no file .*other\.yaml; there are: .*small\.yaml"):
         read_spec(tmp_path / "other.yaml")
 
 
 def test_runs_that_match_nothing_are_refused(tmp_path):
     spec = read_spec(make_submission(tmp_path, runs=[str(tmp_path / "nothing*")]))
-    with pytest.raises(SpecError, match=r"nothing\*' names no folder with a `bundle`"):
+    with pytest.raises(KernelError, match=r"nothing\*' names no folder with a `bundle`"):
         spec.bundles()
 
 
@@ -447,7 +446,7 @@ def test_the_competition_is_given_to_a_notebook_that_asks_for_it(tmp_path, wheel
 
 @pytest.mark.parametrize("key", ["parameters", "rehearsal"])
 def test_parameters_of_a_rehearsal_are_checked_like_the_others(tmp_path, wheel, key):
-    with pytest.raises(SpecError, match=f"{key}: train.ipynb has no parameter epoch; it has: prepare_run, run_folder"):
+    with pytest.raises(KernelError, match=f"{key}: train.ipynb has no parameter epoch; it has: prepare_run, run_folder"):
         training(tmp_path, wheel, **{key: {"epoch": 1}})
 
 
@@ -462,7 +461,7 @@ def test_a_rehearsal_replaces_parameters_and_the_kernel_does_not_know(tmp_path, 
 
 @pytest.mark.parametrize("folder", ["/elsewhere/study", "../study", ""])
 def test_a_run_that_kaggle_would_not_keep_is_refused(tmp_path, wheel, folder):
-    with pytest.raises(SpecError, match=r"run_folder is .*; Kaggle keeps what is below /kaggle/working"):
+    with pytest.raises(KernelError, match=r"run_folder is .*; Kaggle keeps what is below /kaggle/working"):
         training(tmp_path, wheel, parameters={"run_folder": folder})
 
 
@@ -496,12 +495,12 @@ def test_every_shipped_notebook_may_be_a_kernel(tmp_path, wheel):
     ],
 )
 def test_a_kernel_is_read_strictly(tmp_path, keys, message):
-    with pytest.raises(SpecError, match=message):
+    with pytest.raises(KernelError, match=message):
         read_spec(make_training(tmp_path, **keys))
 
 
 def test_a_submission_needs_its_competition(tmp_path):
-    with pytest.raises(SpecError, match="competition is missing"):
+    with pytest.raises(KernelError, match="competition is missing"):
         read_spec(make_submission(tmp_path, competition=""))
 
 

@@ -7,8 +7,9 @@ import zipfile
 
 import pytest
 
+from kitlib.errors import KernelError
 from kitlib.kernels.build import build_kernel
-from kitlib.kernels.push import PushError, push
+from kitlib.kernels.push import push
 from kitlib.kernels.spec import read_spec
 from tests.small_kaggle import SmallKaggle
 from tests.small_kernels import make_submission, make_training, make_wheel
@@ -121,7 +122,7 @@ def test_a_kernel_without_weights_pushes_its_wheels_alone(kaggle, tmp_path):
 def test_what_the_client_would_only_print_of_a_kernel_is_an_error(kaggle, out, field, source, message):
     url = f"https://www.kaggle.com/code/{KERNEL}"
     kaggle.answers["SaveKernel"] = (200, {"url": url, "versionNumber": 3, field: [source]})
-    with pytest.raises(PushError, match=f"(?s)took the kernel {KERNEL} .version 3. and started it, but .*{message}{source}"):
+    with pytest.raises(KernelError, match=f"(?s)took the kernel {KERNEL} .version 3. .*but .*{message}{source}"):
         pushed(out)
 
 
@@ -135,7 +136,7 @@ def test_what_the_client_would_only_print_of_a_kernel_is_an_error(kaggle, out, f
 )
 def test_a_kernel_that_is_not_what_was_asked_for_is_an_error(kaggle, out, answer, message):
     kaggle.answers["SaveKernel"] = (200, answer)
-    with pytest.raises(PushError, match=f"(?s){message}"):
+    with pytest.raises(KernelError, match=f"(?s){message}"):
         pushed(out)
 
 
@@ -144,7 +145,7 @@ def test_a_title_that_the_client_makes_another_slug_of_is_an_error(kaggle, out, 
     out = shutil.copytree(out, tmp_path / "out")
     described = out / "kernel" / "kernel-metadata.json"
     described.write_text(described.read_text().replace("Small test kernel", "Kernel of another name"))
-    with pytest.raises(PushError, match=r"(?s)but not as it was built.*title does not resolve to the specified id"):
+    with pytest.raises(KernelError, match=r"(?s)but not as it was built.*title does not resolve to the specified id"):
         pushed(out)
 
 
@@ -158,7 +159,7 @@ def test_a_title_that_the_client_makes_another_slug_of_is_an_error(kaggle, out, 
 )
 def test_a_dataset_that_kaggle_does_not_take_is_an_error_and_no_kernel_is_pushed(kaggle, out, answer, message):
     kaggle.answers["CreateDataset"] = (200, answer)
-    with pytest.raises(PushError, match=message):
+    with pytest.raises(KernelError, match=message):
         pushed(out)
     assert not kaggle.requests("SaveKernel")
 
@@ -167,7 +168,7 @@ def test_a_dataset_that_kaggle_does_not_take_is_an_error_and_no_kernel_is_pushed
 def test_a_file_that_cannot_be_uploaded_is_an_error_and_nothing_is_published(kaggle, out, status):
     """The client goes on without the file: it prints a line, unless it is told to be quiet."""
     kaggle.upload_status = status
-    with pytest.raises(PushError, match=r"only 0 of 1 files of .*wheels could be uploaded, so none was published"):
+    with pytest.raises(KernelError, match=r"only 0 of 1 files of .*wheels could be uploaded, so none was published"):
         pushed(out)
     assert not kaggle.requests("CreateDataset")
     assert not kaggle.requests("SaveKernel")
@@ -177,7 +178,7 @@ def test_a_file_that_cannot_be_uploaded_is_an_error_and_nothing_is_published(kag
 def test_a_dataset_that_is_never_ready_is_an_error(kaggle, out, status, advice):
     kaggle.datasets = {WHEELS: 1}
     kaggle.answers["GetDatasetStatus"] = (200, {"status": status})
-    with pytest.raises(PushError, match=f"{WHEELS} was uploaded, but .*{advice}"):
+    with pytest.raises(KernelError, match=f"{WHEELS} was uploaded, but .*{advice}"):
         push(out, wait_s=0.1, poll_s=0.01)
 
 
@@ -194,27 +195,27 @@ def test_a_dataset_that_is_never_ready_is_an_error(kaggle, out, status, advice):
 )
 def test_what_kaggle_refuses_is_an_error_with_its_words(kaggle, out, request_name, status, message):
     kaggle.answers[request_name] = (status, {"code": status, "message": message.split(";")[0].rstrip("$")})
-    with pytest.raises(PushError, match=f"Kaggle answers {message}"):
+    with pytest.raises(KernelError, match=f"Kaggle answers {message}"):
         pushed(out)
 
 
 def test_a_fault_of_the_server_without_words_is_an_error(kaggle, out):
     kaggle.answers["GetDatasetStatus"] = (502, {})
-    with pytest.raises(PushError, match=r"asking for the dataset .*-wheels: Kaggle answers 502 Server Error"):
+    with pytest.raises(KernelError, match=r"asking for the dataset .*-wheels: Kaggle answers 502 Server Error"):
         pushed(out)
     assert not kaggle.uploads
 
 
 def test_a_kernel_of_another_owner_is_refused_before_anything_is_sent(kaggle, out):
     kaggle.user = "Other"
-    with pytest.raises(PushError, match=f"the kernel is {KERNEL}, but the token is Other's; build it with --owner other"):
+    with pytest.raises(KernelError, match=f"the kernel is {KERNEL}, but the token is Other's; build it with --owner other"):
         pushed(out)
     assert {name for name, _ in kaggle.asked} == {"IntrospectToken"}
 
 
 def test_a_token_that_kaggle_does_not_know_is_an_error(kaggle, out, monkeypatch):
     monkeypatch.setenv("KAGGLE_API_TOKEN", "old")
-    with pytest.raises(PushError, match=r"no valid token of yours\. Make one at https://www\.kaggle\.com/settings"):
+    with pytest.raises(KernelError, match=r"no valid token of yours\. Make one at https://www\.kaggle\.com/settings"):
         pushed(out)
 
 
@@ -227,15 +228,15 @@ def test_an_older_key_serves_too(kaggle, out, monkeypatch, tmp_path):
 
 def test_no_network_is_an_error(kaggle, out):
     kaggle.close()
-    with pytest.raises(PushError, match="signing in: Kaggle cannot be reached"):
+    with pytest.raises(KernelError, match="signing in: Kaggle cannot be reached"):
         pushed(out)
 
 
 def test_without_a_token_the_error_tells_how_to_get_one(out):
-    with pytest.raises(PushError, match=r"signing in: Kaggle knows no valid token.*access_token.*KAGGLE_USERNAME"):
+    with pytest.raises(KernelError, match=r"signing in: Kaggle knows no valid token.*access_token.*KAGGLE_USERNAME"):
         pushed(out)
 
 
 def test_nothing_built_is_nothing_to_push(tmp_path):
-    with pytest.raises(PushError, match=r"no .*kernel-metadata\.json; build the kernel first"):
+    with pytest.raises(KernelError, match=r"no .*kernel-metadata\.json; build the kernel first"):
         push(tmp_path)

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 import build_kernel as command_line
 from kitlib.bundle import save_bundle
+from kitlib.errors import KernelError
 from kitlib.kernels import rehearse as rehearsals
 from kitlib.kernels import sandbox, stand_in
 from kitlib.kernels.build import build_kernel
-from kitlib.kernels.rehearse import RehearsalError, rehearse, run_until
+from kitlib.kernels.rehearse import rehearse, run_until
 from kitlib.kernels.sandbox import no_sandbox_reason
 from kitlib.kernels.spec import read_spec
-from kitlib.kernels.stand_in import StandInError
 from kitlib.kernels.wheels import INFERENCE, image_pins
 from kitlib.phantoms.siim import write_competition
 from tests import PROJECT
@@ -260,10 +260,10 @@ def test_how_a_rehearsal_is_judged(tmp_path, competition, wheel, monkeypatch, le
 def test_inputs_without_the_competition_are_refused(tmp_path, wheel):
     kernel = built(tmp_path, wheel)
     (tmp_path / "inputs").mkdir()
-    with pytest.raises(RehearsalError, match=r"no .*siim-covid19-detection for .* of its competition_sources"):
+    with pytest.raises(KernelError, match=r"no .*siim-covid19-detection for .* of its competition_sources"):
         rehearse(*kernel, tmp_path / "inputs", 60)
     (tmp_path / "inputs" / "siim-covid19-detection").mkdir()
-    with pytest.raises(RehearsalError, match=r"no .*siim-covid19-detection/sample_submission\.csv"):
+    with pytest.raises(KernelError, match=r"no .*siim-covid19-detection/sample_submission\.csv"):
         rehearse(*kernel, tmp_path / "inputs", 60)
 
 
@@ -347,7 +347,7 @@ def test_what_stops_a_training_reaches_the_one_who_rehearses(tmp_path, prepared,
 def test_missing_inputs_are_named_with_how_to_get_them(tmp_path, prepared, wheel):
     keys = {"kernel_sources": ["earlier-kernel", "other/their-kernel"], "dataset_sources": ["other/their-data"]}
     kernel = built(tmp_path / "kernel", wheel, make=make_training, **keys)
-    with pytest.raises(RehearsalError) as raised:
+    with pytest.raises(KernelError) as raised:
         rehearse(*kernel, prepared, 60)
     said = f"{prepared / 'their-kernel'} for other/their-kernel of its kernel_sources: that kernel's output, or a link to"
     assert said in str(raised.value)
@@ -357,19 +357,19 @@ def test_missing_inputs_are_named_with_how_to_get_them(tmp_path, prepared, wheel
 
 def test_what_was_built_must_not_lie_among_the_inputs_too(tmp_path, prepared, wheel):
     (prepared / "small-test-kernel-wheels").mkdir()
-    with pytest.raises(RehearsalError, match="somebody/small-test-kernel-wheels, which was built and lies in"):
+    with pytest.raises(KernelError, match="somebody/small-test-kernel-wheels, which was built and lies in"):
         rehearse(*built(tmp_path / "kernel", wheel, make=make_training), prepared, 60)
 
 
 def test_a_truth_without_a_submission_is_refused(tmp_path, competition, wheel):
-    with pytest.raises(RehearsalError, match="small-test-kernel submits nothing that the truth could score"):
+    with pytest.raises(KernelError, match="small-test-kernel submits nothing that the truth could score"):
         rehearse(*built(tmp_path, wheel, make=make_training), competition / "inputs", 60, competition / "truth")
 
 
 def test_another_kernels_build_is_refused(tmp_path, prepared, wheel):
     _, out = built(tmp_path / "kernel", wheel, make=make_training)
     other = read_spec(make_training(tmp_path / "other", title="Other kernel", slug="other-kernel"))
-    with pytest.raises(RehearsalError, match="holds somebody/small-test-kernel, not somebody/other-kernel"):
+    with pytest.raises(KernelError, match="holds somebody/small-test-kernel, not somebody/other-kernel"):
         rehearse(other, out, prepared, 60)
 
 
@@ -414,7 +414,7 @@ def test_a_chain_of_shipped_kernels_is_rehearsed(tmp_path):
 
 def test_a_package_at_another_version_than_the_images_is_an_error(tmp_path):
     there = importlib.metadata.version("pandas")
-    with pytest.raises(StandInError, match=f"pandas {there} .the image has 1.0.0."):
+    with pytest.raises(KernelError, match=f"pandas {there} .the image has 1.0.0."):
         stand_in.stand_in(tmp_path / "stand-in", {"pandas": "1.0.0"})
     assert not (tmp_path / "stand-in").exists()
 
@@ -444,5 +444,5 @@ def test_the_command_line_names_the_fault_and_ends_with_2(tmp_path):
     app.command()(command_line.main)
     result = CliRunner().invoke(app, [str(make_submission(tmp_path, titel="x")), "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
-    assert "SpecError" in result.output
+    assert "KernelError" in result.output
     assert "no field 'titel'" in result.output

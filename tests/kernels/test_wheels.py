@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kitlib.errors import KernelError
 from kitlib.kernels import wheels
-from kitlib.kernels.wheels import WheelError, check_wheels, inference_pins, kaggle_wheels, running_wheels, suits_running
+from kitlib.kernels.wheels import check_wheels, inference_pins, kaggle_wheels, running_wheels, suits_running
 from tests.small_kernels import make_wheel
 
 # The imagined image of these tests.
@@ -22,13 +23,13 @@ def test_the_pins_are_those_of_requirements_txt(tmp_path):
 
 def test_an_unpinned_package_is_named(tmp_path):
     (tmp_path / "requirements.txt").write_text("ultralytics==8.4.190\n")
-    with pytest.raises(WheelError, match="does not pin ultralytics-thop; add `ultralytics-thop==VERSION`"):
+    with pytest.raises(KernelError, match="does not pin ultralytics-thop; add `ultralytics-thop==VERSION`"):
         inference_pins(tmp_path / "requirements.txt")
 
 
 def test_a_package_that_the_image_has_is_refused(monkeypatch):
     monkeypatch.setattr(wheels, "INFERENCE", ("torch",))
-    with pytest.raises(WheelError, match=r"image has torch 2\.10\.0; take it out"):
+    with pytest.raises(KernelError, match=r"image has torch 2\.10\.0; take it out"):
         inference_pins()
 
 
@@ -58,7 +59,7 @@ def test_requirements_may_be_met_by_the_image_or_by_another_wheel(tmp_path):
 )
 def test_an_unmet_requirement_is_an_error_naming_both(tmp_path, requirement, message):
     made = [make_wheel(tmp_path, "one", "1.0", [requirement]), make_wheel(tmp_path, "two", "2.5")]
-    with pytest.raises(WheelError, match=message):
+    with pytest.raises(KernelError, match=message):
         check_wheels(made, IMAGE)
 
 
@@ -77,7 +78,7 @@ def test_requirements_for_elsewhere_do_not_count(tmp_path, requirement):
 
 def test_exceptions_hold_for_the_one_wheel_only(tmp_path):
     check_wheels([make_wheel(tmp_path, "ultralytics", "8.0", ["nvidia-ml-py>=12"])], IMAGE)
-    with pytest.raises(WheelError, match="one wants nvidia-ml-py"):
+    with pytest.raises(KernelError, match="one wants nvidia-ml-py"):
         check_wheels([make_wheel(tmp_path, "one", "1.0", ["nvidia-ml-py>=12"])], IMAGE)
 
 
@@ -89,7 +90,7 @@ def test_versions_compare_as_numbers(tmp_path_factory, have, wanted):
     if have >= wanted:
         check_wheels([wheel], image)
     else:
-        with pytest.raises(WheelError):
+        with pytest.raises(KernelError):
             check_wheels([wheel], image)
 
 
@@ -111,17 +112,17 @@ def test_only_wheels_for_the_images_python_and_system(tmp_path, tag, fits):
     if fits:
         check_wheels([wheel], IMAGE)
     else:
-        with pytest.raises(WheelError, match=r"is not for Python 3\.12"):
+        with pytest.raises(KernelError, match=r"is not for Python 3\.12"):
             check_wheels([wheel], IMAGE)
 
 
 def test_a_wheel_for_another_python_version_is_refused(tmp_path):
-    with pytest.raises(WheelError, match=r"wants Python <3\.12"):
+    with pytest.raises(KernelError, match=r"wants Python <3\.12"):
         check_wheels([make_wheel(tmp_path, "one", "1.0", python="<3.12")], IMAGE)
 
 
 def test_sources_are_refused(tmp_path):
-    with pytest.raises(WheelError, match=r"grad-cam-1\.5\.5\.tar\.gz is no wheel.*only \.whl"):
+    with pytest.raises(KernelError, match=r"grad-cam-1\.5\.5\.tar\.gz is no wheel.*only \.whl"):
         check_wheels([tmp_path / "grad-cam-1.5.5.tar.gz"], IMAGE)
 
 
@@ -168,12 +169,12 @@ def test_only_what_the_cache_lacks_is_downloaded_and_old_pins_stay_out(tmp_path,
 
 def test_another_version_than_the_pin_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(wheels.subprocess, "run", FakePip({"one": "0.9"}))
-    with pytest.raises(WheelError, match=r"other versions than the pins one==1\.0; in .*one-0\.9"):
+    with pytest.raises(KernelError, match=r"other versions than the pins one==1\.0; in .*one-0\.9"):
         kaggle_wheels({"one": "1.0"}, tmp_path)
 
 
 def test_pips_refusal_is_passed_on(tmp_path, monkeypatch):
     refused = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found for one==1.0")
     monkeypatch.setattr(wheels.subprocess, "run", lambda *_, **__: refused)
-    with pytest.raises(WheelError, match=r"one==1\.0:\n.*No matching distribution"):
+    with pytest.raises(KernelError, match=r"one==1\.0:\n.*No matching distribution"):
         kaggle_wheels({"one": "1.0"}, tmp_path)

@@ -5,8 +5,9 @@ import pytest
 from kitlib.atomic import write_json
 from kitlib.bundle import data_fingerprint
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import LeaderboardError
 from kitlib.leaderboard.listing import list_runs
-from kitlib.leaderboard.ranking import LeaderboardError, compare, rank, read_entries
+from kitlib.leaderboard.ranking import compare, rank, read_entries
 from kitlib.notebook import run_notebook
 from kitlib.paths import project_root
 from kitlib.recipes.named import RECIPES

@@ -7,13 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kitlib.errors import SettingsError
 from kitlib.inference.predict import Predictor
 from kitlib.letterbox import PLACEMENTS
 from kitlib.lungs.canvas import border_alone, canvas_of
 from kitlib.lungs.equalise import adjusted
 from kitlib.lungs.finders import Lungs
 from kitlib.recipes.fields import FindingsRecipe, StudyRecipe
-from kitlib.settings import RecipeError, override
+from kitlib.settings import override
 from kitlib.training.augmentation import Augmentation
 from kitlib.training.xray_dataset import XrayDataset
 from kitlib.xrays.cache import CachedXray
@@ -175,8 +176,8 @@ def test_prediction_sees_what_training_is_judged_on(changes):
 
 
 def test_a_border_that_nobody_would_see_is_refused():
-    with pytest.raises(RecipeError, match="the middle 224 of a canvas of 336 show nothing: set canvas=0"):
+    with pytest.raises(SettingsError, match="the middle 224 of a canvas of 336 show nothing: set canvas=0"):
         override(FindingsRecipe(), probe="border", canvas=336)
-    with pytest.raises(RecipeError, match="masked blackens everything outside the lungs: set masked=False"):
+    with pytest.raises(SettingsError, match="masked blackens everything outside the lungs: set masked=False"):
         override(FindingsRecipe(), probe="border", lungs="masks", masked=True)
     assert canvas_of({"image_size": 32}, 64) == canvas_of(override(StudyRecipe(), image_size=64))

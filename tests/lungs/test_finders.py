@@ -5,13 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kitlib.bundle import BundleError, read_record
+from kitlib.bundle import read_record
 from kitlib.classes import LUNG_CODES, MASK_CODES
+from kitlib.errors import BundleError, TableError
 from kitlib.lungs.darkness import lung_box
 from kitlib.lungs.finders import DarkLungs, StoredLungs, segmenter_digest
 from kitlib.phantoms.drawing import render
 from kitlib.phantoms.patients import draw_exposure, draw_opacities, draw_patient
-from kitlib.tables import BOX, TableError, read_table, write_table
+from kitlib.tables import BOX, read_table, write_table
 from kitlib.xrays.cache import CachedXray
 from kitlib.xrays.mask_store import MaskStore
 from tests.small_lungs import FRAME, bright_segmenter, lungs_run, stored_lungs

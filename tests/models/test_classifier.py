@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from kitlib.errors import SettingsError
 from kitlib.models.classifier import (
     OUTPUTS,
     FindingsClassifier,
@@ -18,7 +19,7 @@ from kitlib.models.classifier import (
 )
 from kitlib.models.families import load_network
 from kitlib.recipes.fields import FindingsRecipe, StudyRecipe
-from kitlib.settings import RecipeError, override
+from kitlib.settings import override
 from tests.small_xrays import RECIPE
 
 
@@ -212,7 +213,7 @@ def test_what_is_given_free_learns_at_its_own_rate():
     ],
 )
 def test_settings_that_mean_nothing_are_refused(changes, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(SettingsError, match=message):
         override(RECIPE, **changes)
 
 

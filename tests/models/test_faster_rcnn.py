@@ -6,7 +6,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from kitlib.bundle import BundleError
+from kitlib.errors import BundleError
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
 from kitlib.models.families import load_network
 from kitlib.models.faster_rcnn import FasterRCNNDetector

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from kitlib.errors import SettingsError
 from kitlib.models.classifier import FindingsClassifier
 from kitlib.models.families import load_network
 from kitlib.models.patch_classifier import PatchClassifier
 from kitlib.models.patches import mean_softmax, places
 from kitlib.recipes.fields import PatchRecipe
-from kitlib.settings import RecipeError, override
+from kitlib.settings import override
 
 RECIPE = PatchRecipe(backbone="test_resnet", channels=1, canvas=64, image_size=32, patches=7)
 CLASSES = ("COVID-19", "viral", "bacterial", "normal")
@@ -133,5 +134,5 @@ def test_a_loaded_model_is_the_same_and_ready_to_predict():
     ],
 )
 def test_settings_that_patches_have_no_use_for_are_refused(changes, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(SettingsError, match=message):
         override(RECIPE, **changes)

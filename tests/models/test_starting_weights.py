@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kitlib.bundle import BundleError, save_bundle
+from kitlib.bundle import save_bundle
+from kitlib.errors import BundleError
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
 from kitlib.models.starting_weights import find_starting_weights, load_starting_weights, read_starting_weights
 from kitlib.recipes.fields import FindingsRecipe, StudyRecipe

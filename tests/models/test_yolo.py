@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kitlib.bundle import BundleError
+from kitlib.errors import BundleError
 from kitlib.models.families import load_network
 from kitlib.models.yolo import GeneralisedIoU, YoloDetector
 from kitlib.recipes.fields import DetectorRecipe

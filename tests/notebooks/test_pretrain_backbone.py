@@ -8,8 +8,9 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from kitlib.atomic import write_json
 from kitlib.bundle import data_fingerprint, read_bundle
+from kitlib.errors import NotebookError
 from kitlib.lungs.finders import StoredLungs
-from kitlib.notebook import NotebookFailed, run_notebook
+from kitlib.notebook import run_notebook
 from kitlib.paths import project_root
 from kitlib.recipes.fields import FindingsRecipe
 from kitlib.recipes.named import recipe as find_recipe
@@ -58,7 +59,7 @@ def run(tmp_path_factory, quick_kernels):
         run_notebook(NOTEBOOK, executed, values, folder / name / "metrics.json", threads=1)
 
     # No time is left, not even for fold 1 to begin; what run_notebook misses is the mark of a finished run, no cell failed.
-    with pytest.raises(NotebookFailed, match=r"20_pretrain_backbone\.ipynb: it ended without writing .*metrics\.json"):
+    with pytest.raises(NotebookError, match=r"20_pretrain_backbone\.ipynb: it ended without writing .*metrics\.json"):
         session("second", session_hours=1e-6, resume_from=str(folder / "first"))
     session("backbone", resume_from=str(folder / "second"), at_once=2)
     return done

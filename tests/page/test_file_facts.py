@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless
 
+from kitlib.errors import UnreadableXray
 from kitlib.page.file_facts import foreign, printable, promised_kind, read_facts
-from kitlib.xrays.dicom import UnreadableXray
 from kitlib.xrays.writing import write_xray
 
 GREY = np.arange(48 * 64, dtype=np.uint16).reshape(48, 64)

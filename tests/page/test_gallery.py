@@ -7,12 +7,11 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from kitlib.bundle import data_fingerprint
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import RunError, UnreadableXray
 from kitlib.leaderboard.listing import list_runs
 from kitlib.page.gallery import Gallery, find_gallery
 from kitlib.page.opened_study import DecodedCopies
-from kitlib.runs.reading import RunError
 from kitlib.xrays.cache import CachedXray, XrayCache
-from kitlib.xrays.dicom import UnreadableXray
 from kitlib.xrays.writing import write_xray
 from tests.small_runs import prepare, study_scores, tables_of, train
 from tests.small_xrays import BOX, COLUMNS, ROWS, SmallXrays

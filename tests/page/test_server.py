@@ -18,7 +18,8 @@ import pytest
 import uvicorn
 from starlette.testclient import TestClient
 
-from kitlib.page.server import PortTaken, address_to_open, page_app, quiet_gradio, serve
+from kitlib.errors import PageError
+from kitlib.page.server import address_to_open, page_app, quiet_gradio, serve
 
 HOME = "http://127.0.0.1:7860"
 LIMIT = 50_000
@@ -205,7 +206,7 @@ def test_a_port_that_is_taken_is_told_with_what_to_do(folder, app):
 
     with socket.create_server(("127.0.0.1", 0)) as opened, gradio.Blocks() as blocks:
         port = opened.getsockname()[1]
-        with pytest.raises(PortTaken, match=rf"Port {port} of 127\.0\.0\.1 is taken.* --port {port + 1}\."):
+        with pytest.raises(PageError, match=rf"Port {port} of 127\.0\.0\.1 is taken.* --port {port + 1}\."):
             serve(blocks, port)
 
 

@@ -16,9 +16,9 @@ from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLosslessSV1, RLELossless
 
 import kitlib.page.opened_study
+from kitlib.errors import CacheError, PageError
 from kitlib.page.opened_study import DecodedCopies, OpenedStudy
-from kitlib.page.uploads import MAX_UPLOAD_BYTES, MOST_IMAGES, Refused, open_uploads
-from kitlib.xrays.cache import CacheError
+from kitlib.page.uploads import MAX_UPLOAD_BYTES, MOST_IMAGES, open_uploads
 from kitlib.xrays.dicom import read_xray
 from kitlib.xrays.writing import write_xray
 
@@ -53,7 +53,7 @@ def gigantic_png(path):
 
 
 def refusal(paths, copies) -> str:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(PageError) as caught:
         open_uploads(paths, copies, SIDE)
     assert re.fullmatch(r"([^\n]+\. )*[^\n]+\.", str(caught.value)), "sentences"
     return str(caught.value)
@@ -263,7 +263,7 @@ def test_whatever_the_bytes_a_study_or_a_refusal(tmp_path, copies, content, kept
         path = path.rename(tmp_path / name)
     try:
         study = open_uploads([path], copies, SIDE)
-    except Refused as refused:
+    except PageError as refused:
         assert str(refused).endswith(".") and str(refused).isprintable()
         return
     assert isinstance(study, OpenedStudy)
@@ -279,7 +279,7 @@ def test_real_xrays_open_and_other_modalities_do_not(real_data, copies):
     for path in sorted(Path(real_data / "dicom").rglob("*.dcm")):
         try:
             opened.append(open_uploads([path], copies, SIDE).images[0])
-        except Refused as error:
+        except PageError as error:
             refused[path.name] = str(error)
     assert len(opened) == 28
     assert sorted(refused) == ["CT_no_preamble_no_meta.dcm", "MR_small_RLE.dcm", "MR_truncated_pixeldata.dcm"]

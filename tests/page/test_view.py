@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from kitlib.__main__ import app
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import PageError
 from kitlib.leaderboard.listing import list_runs
 from kitlib.page.gallery import find_gallery
 from kitlib.page.opened_study import DecodedCopies
 from kitlib.page.systems import find_systems
-from kitlib.page.uploads import Refused
 from kitlib.page.view import BOXES, HEAT, LUNGS, TRUTH, Viewer
 from kitlib.page.warm_models import WarmModels
 from kitlib.xrays.dicom import decode_xray
@@ -93,7 +93,7 @@ def test_a_window_changes_the_picture_and_not_the_answer(viewer, tmp_path):
     plain, own = (viewer.draw(view, image, 0.0, [], windowed=each) for each in (None, windowed))
     assert "for your eyes alone" in own and "for your eyes alone" not in plain
     (tmp_path / "ramp.dcm").unlink()
-    with pytest.raises(Refused, match="cannot be read again"):
+    with pytest.raises(PageError, match="cannot be read again"):
         viewer.window(view, image)
 
 
@@ -114,9 +114,9 @@ def test_names_from_files_are_escaped(viewer, view):
 
 
 def test_a_system_or_place_that_there_is_not_is_refused(viewer, view):
-    with pytest.raises(Refused, match="There are no models called 'gone'; there are: fuse"):
+    with pytest.raises(PageError, match="There are no models called 'gone'; there are: fuse"):
         viewer.switch(view, "gone")
-    with pytest.raises(Refused, match="no gallery"):
+    with pytest.raises(PageError, match="no gallery"):
         Viewer([view.system], viewer.models, viewer.copies, None, viewer.folder).pick("any", FUSED)
     assert viewer.switch(view, "yolo").system.detectors == ("yolo",)
 

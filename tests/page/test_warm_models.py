@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import PageError
 from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
 from kitlib.fusion.fuse import fuse
 from kitlib.inference.predict import load_predictor, study_and_image_scores
@@ -21,7 +22,7 @@ from kitlib.leaderboard.listing import list_runs
 from kitlib.page.answer_files import named, write_answer, write_rows
 from kitlib.page.gallery import find_gallery
 from kitlib.page.opened_study import DecodedCopies
-from kitlib.page.systems import NoSystem, find_systems
+from kitlib.page.systems import find_systems
 from kitlib.page.uploads import open_uploads
 from kitlib.page.warm_models import WarmModels, answering
 from kitlib.scoring.csv_file import PRIORS, as_tables, read_submission
@@ -329,7 +330,7 @@ def test_systems_follow_a_folder_that_was_moved_and_say_what_is_missing(runs, tm
     assert plain.name == "all models, equal weights" and len(plain.models) == 6 and not plain.fusion.model_weights
     for name in ("study", "yolo", "faster_rcnn"):
         shutil.rmtree(moved / name)
-    with pytest.raises(NoSystem, match=re.escape("`make demo`")):
+    with pytest.raises(PageError, match=re.escape("`make demo`")):
         find_systems(list_runs([moved]))
 
 

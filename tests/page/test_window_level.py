@@ -8,9 +8,10 @@ from pydicom import Dataset, dcmread
 from pydicom.pixels import apply_modality_lut, apply_windowing
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLosslessSV1
 
+from kitlib.errors import UnreadableXray
 from kitlib.page.window_level import read_windowed
 from kitlib.xrays.cache import XrayCache
-from kitlib.xrays.dicom import UnreadableXray, decode_xray
+from kitlib.xrays.dicom import decode_xray
 from kitlib.xrays.worker import decode_into
 from kitlib.xrays.writing import write_xray
 

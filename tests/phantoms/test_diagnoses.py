@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from kitlib.datasets.near_duplicates import MAX_DISTANCE, group_hashes, perceptual_hash
+from kitlib.errors import UnreadableXray
 from kitlib.phantoms.diagnoses import LAYOUTS, plan_diagnoses, write_diagnoses
-from kitlib.xrays.dicom import UnreadableXray
 from kitlib.xrays.image_file import decode_image
 
 SMALL = {"images": 48, "side": 64, "seed": 3, "progress": False}

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
+from kitlib.errors import UnreadableXray
 from kitlib.phantoms.drawing import render, structures
 from kitlib.phantoms.patients import draw_exposure, draw_near_duplicate, draw_opacities, draw_patient
 from kitlib.phantoms.plan import CLASS_SHARES, plan_split
 from kitlib.phantoms.siim import write_competition
-from kitlib.xrays.dicom import UnreadableXray, read_header, read_xray
+from kitlib.xrays.dicom import read_header, read_xray
 
 SEEDS = st.integers(0, 2**32 - 1)
 SMALL = {"train_studies": 30, "test_studies": 12, "side": 64, "seed": 5, "workers": 1, "progress": False}

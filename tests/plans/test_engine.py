@@ -17,8 +17,9 @@ import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 from rich.console import Console
 
-from kitlib.plans.engine import PlanFailed, configuration, describe_plan, run_plan
-from kitlib.plans.plan import PlanError, read_plan
+from kitlib.errors import PlanError
+from kitlib.plans.engine import configuration, describe_plan, run_plan
+from kitlib.plans.plan import read_plan
 from kitlib.processes import exiting_on_signals, kill_family
 
 # One line a start of a run, so that a second start shows.
@@ -91,7 +92,7 @@ def test_a_failure_is_named_stops_only_what_needs_it_and_is_done_next_time(tmp_p
         "unasked": shell("exit 1"),
     }
     path = write_plan(tmp_path, steps)
-    with pytest.raises(PlanFailed) as failed:
+    with pytest.raises(PlanError) as failed:
         carry_out(path, only=[step for step in steps if step != "unasked"], retries=1)
     message = str(failed.value)
     assert "2 of 8 runs are done" in message
@@ -230,7 +231,7 @@ def test_a_failed_notebook_is_named_with_its_cell_and_log(tmp_path, monkeypatch)
     path = write_plan(
         tmp_path, {"train": {"notebook": "train", "matrix": {"fold": [0, 1]}, "parameters": {"fold": "{fold}"}}}
     )
-    with pytest.raises(PlanFailed) as failed:
+    with pytest.raises(PlanError) as failed:
         carry_out(path)
     message = str(failed.value)
     assert "train-0 failed on" in message

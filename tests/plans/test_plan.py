@@ -6,9 +6,10 @@ import shutil
 import pytest
 import yaml
 
+from kitlib.errors import PlanError
 from kitlib.lungs.crop import check_finder
 from kitlib.paths import project_root
-from kitlib.plans.plan import RECORD, WITHOUT_EFFECT, PlanError, read_plan
+from kitlib.plans.plan import RECORD, WITHOUT_EFFECT, read_plan
 from kitlib.recipes.fields import TrainingRecipe
 from kitlib.recipes.named import recipe
 

@@ -7,10 +7,11 @@ import pytest
 
 import kitlib
 from kitlib import settings as kitlib_settings
+from kitlib.errors import SettingsError
 from kitlib.inference import predict
 from kitlib.recipes import fields as recipes
 from kitlib.recipes.fields import TrainingRecipe
-from kitlib.settings import RecipeError, checked, field_kinds, override
+from kitlib.settings import checked, field_kinds, override
 from kitlib.training.apply_lungs import apply_lungs
 from kitlib.training.loop import gathered_batches
 from tests.small_lungs import stored_lungs
@@ -163,7 +164,7 @@ def accepted(recipe, name):
         if value != getattr(recipe, name):
             try:
                 taken.append(override(recipe, **{name: value}))
-            except RecipeError:
+            except SettingsError:
                 continue
     assert allowed, f"{name}: VALUES has none that {kind} allows"
     return taken

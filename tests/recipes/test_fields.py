@@ -3,6 +3,7 @@ from typing import get_args
 import pytest
 
 from kitlib.classes import MASK_CODES
+from kitlib.errors import SettingsError
 from kitlib.letterbox import PLACEMENTS
 from kitlib.models.classifier import LEARNT
 from kitlib.models.patches import SCORES
@@ -20,7 +21,7 @@ from kitlib.recipes.fields import (
     View,
 )
 from kitlib.recipes.named import RECIPES, recipe
-from kitlib.settings import RecipeError, field_kinds, from_dict, override
+from kitlib.settings import field_kinds, from_dict, override
 from kitlib.training.xray_dataset import SHOWN
 from kitlib.training.yolo import OPTIMIZERS
 
@@ -41,7 +42,7 @@ def test_overrides_replace_fields_and_leave_the_published_recipe_alone():
     ],
 )
 def test_unknown_names_and_types_are_errors_that_list_what_is_valid(call, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(SettingsError, match=message):
         call()
 
 
@@ -55,7 +56,7 @@ def test_unknown_names_and_types_are_errors_that_list_what_is_valid(call, messag
 )
 def test_settings_that_contradict_each_other_are_refused_before_a_training(fields, message):
     for kind in (StudyRecipe, DetectorRecipe):
-        with pytest.raises(RecipeError, match=message):
+        with pytest.raises(SettingsError, match=message):
             override(kind(), **fields)
 
 
@@ -90,7 +91,7 @@ def test_what_goes_together_is_taken(fields):
     ],
 )
 def test_a_segmenter_refuses_what_it_would_not_use(fields, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(SettingsError, match=message):
         override(SegmenterRecipe(), **fields)
 
 

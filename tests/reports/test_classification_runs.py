@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from kitlib.bundle import data_fingerprint
+from kitlib.errors import RunError
 from kitlib.reports.classification_runs import choose_models, protocol_of, read_class_scores, unseen_bundle
-from kitlib.runs.reading import RunError
 from kitlib.tables import empty_table, write_table
 from tests.reports.test_classification_report import CLASSES, tables
 

@@ -9,10 +9,11 @@ from hypothesis import given as drawn_by_hypothesis
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from kitlib.errors import SettingsError
 from kitlib.paths import project_root
 from kitlib.reports.classification_bootstrap import beside, draws, what_differs
 from kitlib.reports.classification_report import counted_figures, judged
-from kitlib.reports.published_tables import COUNTS, TABLES, UnknownTable, check_counts, possible_counts, published
+from kitlib.reports.published_tables import COUNTS, TABLES, check_counts, possible_counts, published
 from tests.reports.test_classification_report import tables
 
 
@@ -111,7 +112,7 @@ def test_every_table_prints_and_an_unknown_name_lists_them():
     for table in TABLES.values():
         assert ((table.rows > 0) & (table.rows <= 1) | table.rows.isna()).all(axis=None)
         assert len(beside(table, {})) == len(table.rows)
-    with pytest.raises(UnknownTable, match=r"called 'flanel'; there are: flannel, patched_flannel, hrnet_folds"):
+    with pytest.raises(SettingsError, match=r"called 'flanel'; there are: flannel, patched_flannel, hrnet_folds"):
         published("flanel")
 
 

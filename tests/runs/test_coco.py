@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kitlib.runs.coco import AnnotationError, annotated_images, read_coco, read_coco_boxes, write_coco
+from kitlib.errors import DatasetError
+from kitlib.runs.coco import annotated_images, read_coco, read_coco_boxes, write_coco
 from kitlib.tables import check_table
 from tests import REAL_DATA
 
@@ -131,12 +132,12 @@ def test_boxes_of_the_same_images_in_the_same_pixels(tmp_path):
     path = tmp_path / "a.json"
     write_coco(path, IMAGES.iloc[::-1], BOXES)
     same(read_coco_boxes(path, IMAGES), BOXES, "boxes")
-    with pytest.raises(AnnotationError, match="1 images of the file are unknown here, first c"):
+    with pytest.raises(DatasetError, match="1 images of the file are unknown here, first c"):
         read_coco_boxes(path, IMAGES.head(2))
-    with pytest.raises(AnnotationError, match="first a with 2000 x 2600 instead of 1000 x 1300 pixels"):
+    with pytest.raises(DatasetError, match="first a with 2000 x 2600 instead of 1000 x 1300 pixels"):
         read_coco_boxes(path, IMAGES.assign(rows=[3000, 1300, 100], columns=[2500, 1000, 90]))
     write_coco(path, IMAGES.head(2), BOXES)
-    with pytest.raises(AnnotationError, match="1 images are not in the file, first c"):
+    with pytest.raises(DatasetError, match="1 images are not in the file, first c"):
         read_coco_boxes(path, IMAGES)
 
 
@@ -167,7 +168,7 @@ BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2]}
 def test_a_wrong_entry_is_named(tmp_path, image, box, told):
     content = {"images": [IMAGE | image], "annotations": [BOX | box], "categories": [{"id": 1, "name": "opacity"}]}
     (tmp_path / "a.json").write_text(json.dumps(content))
-    with pytest.raises(AnnotationError, match=f"a.json, {told}" if "id 1" in told else told):
+    with pytest.raises(DatasetError, match=f"a.json, {told}" if "id 1" in told else told):
         read_coco(tmp_path / "a.json")
 
 
@@ -184,9 +185,9 @@ def test_a_wrong_entry_is_named(tmp_path, image, box, told):
 )
 def test_what_is_no_coco_file_is_refused(tmp_path, content, told):
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(AnnotationError, match=told):
+    with pytest.raises(DatasetError, match=told):
         read_coco(tmp_path / "a.json")
-    with pytest.raises(AnnotationError, match=r"b\.json is missing"):
+    with pytest.raises(DatasetError, match=r"b\.json is missing"):
         read_coco(tmp_path / "b.json")
 
 
@@ -202,7 +203,7 @@ def test_what_is_no_coco_file_is_refused(tmp_path, content, told):
     ],
 )
 def test_tables_that_no_file_can_hold_are_refused(tmp_path, images, boxes, folds, told):
-    with pytest.raises(AnnotationError, match=told):
+    with pytest.raises(DatasetError, match=told):
         write_coco(tmp_path / "a.json", images, boxes, folds)
     assert not (tmp_path / "a.json").exists()
 

@@ -12,8 +12,8 @@ from kitlib.__main__ import app
 from kitlib.atomic import write_json
 from kitlib.datasets.folds import make_folds
 from kitlib.datasets.rsna import read_rsna
+from kitlib.errors import DatasetError
 from kitlib.phantoms.rsna import write_rsna
-from kitlib.runs.coco import AnnotationError
 from kitlib.runs.export import export_run, import_tables
 from kitlib.tables import read_table, write_table
 from kitlib.xrays.image_file import decode_image
@@ -83,7 +83,7 @@ def test_an_image_that_cannot_be_decoded_is_left_out_and_told(prepared, tmp_path
     assert len(amiss) == 1 and amiss[0].startswith(lost)
     assert len(list((tmp_path / "out" / "labels").iterdir())) == 10
     write_table(damaged.assign(path="nowhere"), "images", tmp_path / "run" / "tables" / "images.parquet")
-    with pytest.raises(AnnotationError, match="no image could be decoded"):
+    with pytest.raises(DatasetError, match="no image could be decoded"):
         export_run(tmp_path / "run", tmp_path / "out2", "yolo", with_images=True, progress=False)
 
 

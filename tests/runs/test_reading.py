@@ -9,11 +9,11 @@ from pydicom.uid import ExplicitVRLittleEndian
 from kitlib.atomic import write_json
 from kitlib.bundle import data_fingerprint
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import RunError
 from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
 from kitlib.fusion.fuse import Fused
 from kitlib.recipes.fields import StudyRecipe
 from kitlib.runs.reading import (
-    RunError,
     judged_images,
     read_answer,
     read_answers,

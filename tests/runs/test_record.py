@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 
 from kitlib import paths
+from kitlib.errors import RunError
 from kitlib.runs import record as run_record
-from kitlib.runs.record import RecordError, finish_run, git_commit, kitlib_digest, process_record, start_run
+from kitlib.runs.record import finish_run, git_commit, kitlib_digest, process_record, start_run
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +88,7 @@ def test_figures_that_are_not_defined_are_null():
 
 
 def test_a_run_that_was_not_started_cannot_be_finished(tmp_path):
-    with pytest.raises(RecordError, match=r"record\.json is missing or damaged.*call start_run before"):
+    with pytest.raises(RunError, match=r"record\.json is missing or damaged.*call start_run before"):
         finish_run(tmp_path, {})
     assert not (tmp_path / "metrics.json").exists()
 

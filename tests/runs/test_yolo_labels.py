@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kitlib.runs.coco import AnnotationError
+from kitlib.errors import DatasetError
 from kitlib.runs.yolo_labels import read_yolo, write_yolo
 from kitlib.tables import check_table
 from tests.runs.test_coco import BOXES, FOLDS, IMAGES
@@ -89,28 +89,28 @@ def test_a_bad_line_is_named(tmp_path, line, told):
     write_yolo(tmp_path, IMAGES, BOXES)
     with open(tmp_path / "labels" / "b.txt", "a") as file:
         file.write(f"{line}\n")
-    with pytest.raises(AnnotationError, match=rf"b\.txt, line 2: .*{told}"):
+    with pytest.raises(DatasetError, match=rf"b\.txt, line 2: .*{told}"):
         read_yolo(tmp_path, IMAGES)
 
 
 def test_a_missing_and_a_strange_file_are_named(tmp_path):
     write_yolo(tmp_path, IMAGES, BOXES)
-    with pytest.raises(AnnotationError, match=r"1 files belong to none of the images, first .*c\.txt"):
+    with pytest.raises(DatasetError, match=r"1 files belong to none of the images, first .*c\.txt"):
         read_yolo(tmp_path, IMAGES.head(2))
     (tmp_path / "labels" / "a.txt").unlink()
-    with pytest.raises(AnnotationError, match=r"lacks 1 of 3 files, first a\.txt.*empty file"):
+    with pytest.raises(DatasetError, match=r"lacks 1 of 3 files, first a\.txt.*empty file"):
         read_yolo(tmp_path, IMAGES)
     (tmp_path / "classes.txt").unlink()
-    with pytest.raises(AnnotationError, match=r"classes\.txt is missing"):
+    with pytest.raises(DatasetError, match=r"classes\.txt is missing"):
         read_yolo(tmp_path, IMAGES)
 
 
 def test_labels_are_not_mixed_and_boxes_stay_inside(tmp_path):
-    with pytest.raises(AnnotationError, match="image b has a box that reaches beyond"):
+    with pytest.raises(DatasetError, match="image b has a box that reaches beyond"):
         write_yolo(tmp_path, IMAGES, BOXES.assign(xmin=[1, -0.1, 1]))
-    with pytest.raises(AnnotationError, match="no rows and columns"):
+    with pytest.raises(DatasetError, match="no rows and columns"):
         write_yolo(tmp_path, IMAGES.assign(rows=0), BOXES)
-    with pytest.raises(AnnotationError, match="cannot name a file"):
+    with pytest.raises(DatasetError, match="cannot name a file"):
         write_yolo(tmp_path, IMAGES.replace("c", "x/c"), BOXES)
     assert not (tmp_path / "labels").exists()
     write_yolo(tmp_path, IMAGES, BOXES)

@@ -5,14 +5,14 @@ import pandas as pd
 import pytest
 
 from kitlib.classes import LUNG_CODES
+from kitlib.errors import SettingsError, TrainingError
 from kitlib.inference.segment_lungs import load_segmenter
 from kitlib.lungs.clean_up import BLANK, EMPTY
 from kitlib.lungs.finders import FOUND, StoredLungs
-from kitlib.settings import RecipeError, override
+from kitlib.settings import override
 from kitlib.tables import BOX, read_table
 from kitlib.training import apply_lungs as module
 from kitlib.training.apply_lungs import apply_lungs
-from kitlib.training.fold_folder import ResumeError
 from kitlib.xrays.cache import CachedXray, XrayCache
 from kitlib.xrays.mask_store import MaskStore
 from tests.small_masks import COLUMNS, RECIPE, ROWS, SmallMasks
@@ -129,9 +129,9 @@ def test_a_changed_clean_up_is_kept_in_the_bundle_and_is_another_run(small, bund
     found = plain.verdict == FOUND
     assert ((wide.xmax - wide.xmin) >= (plain.xmax - plain.xmin))[found].all() and found.sum() == 15
     assert load_segmenter(tmp_path / "wide" / "bundle").recipe.margin == 0.2
-    with pytest.raises(ResumeError, match=r"recipe\.margin: 0\.2 there, 0\.0 here"):
+    with pytest.raises(TrainingError, match=r"recipe\.margin: 0\.2 there, 0\.0 here"):
         applied(small, bundle, tmp_path / "wide", clean_up={"dilations": 0, "margin": 0.0})
-    with pytest.raises(RecipeError, match="no field 'width'; it has: least_island, dilations"):
+    with pytest.raises(SettingsError, match="no field 'width'; it has: least_island, dilations"):
         applied(small, bundle, tmp_path / "other", clean_up={"width": 2.0})
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kitlib.bundle import BundleError, read_bundle
+from kitlib.bundle import read_bundle
+from kitlib.errors import BundleError
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
 from kitlib.recipes.fields import FindingsRecipe
 from kitlib.settings import override

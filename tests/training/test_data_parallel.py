@@ -2,8 +2,9 @@
 
 import pytest
 
+from kitlib.errors import TrainingError
 from kitlib.settings import override
-from kitlib.training.data_parallel import ParallelFailed, train_together
+from kitlib.training.data_parallel import train_together
 from kitlib.training.driver import train_fold
 from tests.small_tasks import small_task
 from tests.small_xrays import RECIPE, SmallXrays
@@ -22,7 +23,7 @@ def test_two_processes_judge_a_detector_by_all_boxes_together(tmp_path):
 
 
 def test_what_fails_in_a_process_is_told_in_its_own_words(tmp_path):
-    with pytest.raises(ParallelFailed) as failed:
+    with pytest.raises(TrainingError) as failed:
         unknown = override(RECIPE, backbone="resnet51")
         train_together(train_fold, small_task(SmallXrays(16), unknown), 1, tmp_path, 2)
     first, second = str(failed.value).splitlines()

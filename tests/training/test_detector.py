@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kitlib.bundle import read_bundle
+from kitlib.errors import SettingsError, TrainingError
 from kitlib.inference.predict import Predictor
 from kitlib.letterbox import letterbox, stretch, within
 from kitlib.models.families import load_network
@@ -15,11 +16,10 @@ from kitlib.recipes.fields import DetectorRecipe
 from kitlib.recipes.named import recipe as find_recipe
 from kitlib.runs.reading import ExtraImages
 from kitlib.scoring.average_precision import average_precision, box_hits
-from kitlib.settings import RecipeError, override
+from kitlib.settings import override
 from kitlib.tables import BOX, read_table
 from kitlib.training.detector import canvas_precision, with_negatives
 from kitlib.training.faster_rcnn import FasterRCNNTraining
-from kitlib.training.fold_folder import ResumeError
 from kitlib.training.strategy import Strategy
 from kitlib.training.xray_dataset import XrayDataset
 from kitlib.training.yolo import Canvases, Trainer, settings
@@ -165,9 +165,9 @@ def test_a_finished_run_is_read_back_and_another_is_refused(uninterrupted, monke
     again = train(uninterrupted.run_folder, recipe)
     assert again.metrics == uninterrupted.metrics
     pd.testing.assert_frame_equal(again.tables["detections"], uninterrupted.tables["detections"])
-    with pytest.raises(ResumeError, match=r"recipe\.nms_iou: 0\.5 there, 0\.4 here"):
+    with pytest.raises(TrainingError, match=r"recipe\.nms_iou: 0\.5 there, 0\.4 here"):
         train(uninterrupted.run_folder, override(recipe, nms_iou=0.4))
-    with pytest.raises(ResumeError, match="longest_side: 50 there, 40 here"):
+    with pytest.raises(TrainingError, match="longest_side: 50 there, 40 here"):
         train(uninterrupted.run_folder, recipe, SmallXrays(16, longest_side=40))
 
 
@@ -368,7 +368,7 @@ def test_a_yolo_on_either_resumes_bit_for_bit(tmp_path, monkeypatch):
     ],
 )
 def test_a_setting_of_the_other_family_is_refused_when_the_recipe_is_made(recipe, changes, told):
-    with pytest.raises(RecipeError, match=told):
+    with pytest.raises(SettingsError, match=told):
         override(recipe, **changes)
 
 
@@ -393,7 +393,7 @@ def test_extra_images_are_trained_on_and_never_validated_on(tmp_path):
     extra = ExtraImages(other.images.iloc[16:], other.labels, other.boxes, other)
     run = train(tmp_path, override(FASTER_RCNN, epochs=1, negatives=9.0), small, extra=extra)
     assert run.metrics["train_images"] == 8 + 16 and run.metrics["validation_images"] == 8
-    with pytest.raises(ResumeError, match="extra"):
+    with pytest.raises(TrainingError, match="extra"):
         train(tmp_path, override(FASTER_RCNN, epochs=1, negatives=9.0), small)
 
 

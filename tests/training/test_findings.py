@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from kitlib.bundle import read_bundle
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import TrainingError
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
 from kitlib.models.starting_weights import load_starting_weights
 from kitlib.recipes.fields import FindingsRecipe, StudyRecipe
@@ -18,7 +19,6 @@ from kitlib.scoring.metrics import class_weights, exclusive_scores, mean_auc
 from kitlib.settings import override
 from kitlib.tables import read_table
 from kitlib.training.findings import FindingsTraining, findings_loss
-from kitlib.training.fold_folder import ResumeError
 from kitlib.training.loop import learning_rate_factor
 from tests.small_lungs import stored_lungs
 from tests.small_tasks import train_small
@@ -267,7 +267,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one_and_another_is_refused(
     )
     monkeypatch.setattr("kitlib.training.strategy.fit", lambda *_, **__: pytest.fail("trained again"))
     pd.testing.assert_frame_equal(train(tmp_path).tables["class_scores"], resumed.tables["class_scores"])
-    with pytest.raises(ResumeError, match=r"recipe\.dropout"):
+    with pytest.raises(TrainingError, match=r"recipe\.dropout"):
         train(tmp_path, recipe=override(RECIPE, dropout=0.1))
 
 
@@ -343,5 +343,5 @@ def test_a_backbone_of_lung_crops_scores_validation_and_test_images_on_theirs(tm
     assert run.metrics["lungs_fingerprint"] == lungs.fingerprint and test in set(run.tables["test_scores"].image_id)
     with pytest.raises(ValueError, match=r"nih: .*set lungs_run"):
         train(tmp_path / "refused", small, recipe)
-    with pytest.raises(ResumeError, match="lungs_fingerprint"):
+    with pytest.raises(TrainingError, match="lungs_fingerprint"):
         train(tmp_path / "run", small, recipe, lungs=stored_lungs(tmp_path / "other", small))

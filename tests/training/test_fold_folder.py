@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import TrainingError
 from kitlib.runs.reading import ExtraImages
-from kitlib.training.fold_folder import Fitted, ResumeError, draw_curves, open_run
+from kitlib.training.fold_folder import Fitted, draw_curves, open_run
 from kitlib.training.split import split, with_extra
 from kitlib.training.xray_dataset import XrayDataset
 from tests.small_tasks import small_task
@@ -53,11 +54,11 @@ def test_a_run_folder_belongs_to_one_run(tmp_path):
     other = identity | {"recipe": {"epochs": 5, "rates": (1, 2)}, "data_fingerprint": "abd"}
     listing = r"data_fingerprint: 'abc' there, 'abd' here; recipe\.epochs: 3 there, 5 here"
     advice = f"to keep it, set run_folder to another name; to replace it, delete {tmp_path}"
-    with pytest.raises(ResumeError, match=rf"{listing}.*{advice}"):
+    with pytest.raises(TrainingError, match=rf"{listing}.*{advice}"):
         open_run(tmp_path, other, resume=True)
     (tmp_path / "checkpoints" / "last.ckpt").unlink()
     (tmp_path / "metrics.json").write_text("{}")
-    with pytest.raises(ResumeError, match=listing):
+    with pytest.raises(TrainingError, match=listing):
         open_run(tmp_path, other, resume=True)
     assert open_run(tmp_path, identity, resume=True) is True
     assert open_run(tmp_path, other, resume=False) is False
@@ -73,7 +74,7 @@ def test_a_folder_without_a_checkpoint_belongs_to_nobody(tmp_path):
     assert open_run(tmp_path, right, resume=True) is False
     (tmp_path / "checkpoints" / "last.ckpt").touch()
     assert open_run(tmp_path, right, resume=True) is False
-    with pytest.raises(ResumeError, match=r"recipe\.epochs: 5 there, 3 here"):
+    with pytest.raises(TrainingError, match=r"recipe\.epochs: 5 there, 3 here"):
         open_run(tmp_path, wrong, resume=True)
 
 
@@ -163,7 +164,7 @@ def test_a_run_is_known_by_the_lungs_that_it_saw(tmp_path):
     begin(tmp_path, identity(lungs=one))
     assert open_run(tmp_path, identity(lungs=one), resume=True) is False
     for differs, told in ((identity(lungs=other), "cd" * 32), (identity(), "-")):
-        with pytest.raises(ResumeError, match=rf"lungs_fingerprint: 'abab\w+' there, '{told}' here"):
+        with pytest.raises(TrainingError, match=rf"lungs_fingerprint: 'abab\w+' there, '{told}' here"):
             open_run(tmp_path, differs, resume=True)
 
 
@@ -176,7 +177,7 @@ def test_a_run_is_known_by_its_extra_images_too(tmp_path):
     assert all(one != other for place, one in enumerate(known) for other in known[:place])
     assert identity(renamed(SmallXrays(8))) == identity(extra)
     begin(tmp_path, identity(extra))
-    with pytest.raises(ResumeError, match=r"extra\.none_fingerprint: '\w+' there, '\w+' here"):
+    with pytest.raises(TrainingError, match=r"extra\.none_fingerprint: '\w+' there, '\w+' here"):
         open_run(tmp_path, identity(softer), resume=True)
-    with pytest.raises(ResumeError, match=r"extra\.images: 8 there, '-' here"):
+    with pytest.raises(TrainingError, match=r"extra\.images: 8 there, '-' here"):
         open_run(tmp_path, identity(), resume=True)

@@ -17,10 +17,11 @@ import torch
 
 from kitlib.bundle import read_bundle
 from kitlib.deadline import Deadline, SessionOver
+from kitlib.errors import TrainingError
 from kitlib.recipes.fields import DetectorRecipe
 from kitlib.settings import override
 from kitlib.training.driver import train_fold
-from kitlib.training.folds import FoldsFailed, train_folds
+from kitlib.training.folds import train_folds
 from tests.small_tasks import small_task
 from tests.small_xrays import RECIPE, SmallXrays
 
@@ -83,7 +84,7 @@ def deadly(task, fold, run_folder):
 
 @pytest.mark.usefixtures("forked")
 def test_folds_that_fail_or_are_killed_are_named_and_stop_no_other(tmp_path):
-    with pytest.raises(FoldsFailed) as failed:
+    with pytest.raises(TrainingError) as failed:
         train_folds(task(), [7, 1, 0], tmp_path, at_once=2, train=deadly)
     message = str(failed.value)
     assert "2 of 3 folds failed, the others are done" in message
@@ -134,7 +135,7 @@ def test_after_a_fold_that_the_session_stops_no_other_is_begun(tmp_path, at_once
 
 @pytest.mark.usefixtures("forked")
 def test_a_failure_does_not_call_done_what_the_session_has_stopped(tmp_path):
-    with pytest.raises(FoldsFailed, match=r"1 of 2 folds failed, the session's end has stopped 0:\nfold 1: ValueError"):
+    with pytest.raises(TrainingError, match=r"1 of 2 folds failed, the session's end has stopped 0:\nfold 1: ValueError"):
         train_folds(task(deadline=Deadline(600)), [0, 1], tmp_path, at_once=2, train=noted)
 
 

@@ -4,16 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kitlib.bundle import BundleError, read_bundle
+from kitlib.bundle import read_bundle
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.deadline import SessionOver
+from kitlib.errors import BundleError, MaskError, TrainingError
 from kitlib.inference.segment_lungs import load_segmenter
 from kitlib.settings import override
 from kitlib.training.driver import train_fold
-from kitlib.training.fold_folder import ResumeError
 from kitlib.training.lungs import score_masks
 from kitlib.training.task import Task
-from kitlib.xrays.mask_store import MaskError, MaskStore
+from kitlib.xrays.mask_store import MaskStore
 from tests.small_masks import RECIPE, SmallMasks
 from tests.small_tasks import train_small
 from tests.training.test_sessions import EndsAfter
@@ -101,7 +101,7 @@ def test_another_set_of_masks_is_another_run(small, tmp_path):
     changed = {image_id: np.roll(small.masks.read(image_id), 1, axis=0) for image_id in small.image_ids}
     other.masks = MaskStore.afresh(tmp_path / "others")
     other.masks.add(changed)
-    with pytest.raises(ResumeError, match="masks_fingerprint"):
+    with pytest.raises(TrainingError, match="masks_fingerprint"):
         train(other, tmp_path / "run", override(RECIPE, epochs=1))
 
 

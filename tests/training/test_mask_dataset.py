@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from kitlib.classes import LUNG_CODES, MASK_CODES
+from kitlib.errors import MaskError
 from kitlib.letterbox import PLACEMENTS, letterbox
 from kitlib.lungs.equalise import adjusted
 from kitlib.recipes.fields import SegmenterRecipe
@@ -19,7 +20,7 @@ from kitlib.training import mask_dataset
 from kitlib.training.augmentation import MaskAugmentation
 from kitlib.training.mask_dataset import MaskDataset, collate_masks, truth_on_canvas
 from kitlib.xrays.cache import CachedXray
-from kitlib.xrays.mask_store import MaskError, MaskStore
+from kitlib.xrays.mask_store import MaskStore
 from tests.small_masks import COLUMNS, ROWS, SmallMasks
 
 # No augmentation at all.

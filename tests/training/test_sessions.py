@@ -16,10 +16,11 @@ import torch
 
 from kitlib.bundle import STATED, read_bundle, save_bundle
 from kitlib.deadline import Deadline, SessionOver, epoch_fits
+from kitlib.errors import TrainingError
 from kitlib.models.starting_weights import find_starting_weights
 from kitlib.settings import override
 from kitlib.training import yolo as train_yolo
-from kitlib.training.fold_folder import ResumeError, continue_from
+from kitlib.training.fold_folder import continue_from
 from kitlib.training.loop import pl
 from tests.small_tasks import train_small
 from tests.small_xrays import RECIPE, SmallXrays
@@ -248,16 +249,16 @@ def test_a_copy_of_an_earlier_session_takes_nothing_back(tmp_path):
     assert contents(run) == further
     assert continue_from(run, first) == [f"fold1: goes on from {run / 'fold1'}"]
     assert not list(first.glob(".*"))
-    with pytest.raises(ResumeError, match=r"has no fold\*/checkpoints/run\.json to go on with; there is: first, run"):
+    with pytest.raises(TrainingError, match=r"has no fold\*/checkpoints/run\.json to go on with; there is: first, run"):
         continue_from(tmp_path, run)
 
 
 def test_a_session_of_other_settings_folds_or_data_is_refused_with_each_difference(tmp_path):
     resumed = partial(train, "study", stopped(tmp_path), deadline=EndsAfter(9))
     recipe = override(FAMILIES["study"][1], epochs=EPOCHS)
-    with pytest.raises(ResumeError, match=r"recipe\.dropout: 0\.5 there, 0\.1 here; recipe\.mixup: 0\.4 there, 0\.0 here"):
+    with pytest.raises(TrainingError, match=r"recipe\.dropout: 0\.5 there, 0\.1 here; recipe\.mixup: 0\.4 there, 0\.0 here"):
         resumed(recipe=override(recipe, dropout=0.1, mixup=0.0))
-    with pytest.raises(ResumeError, match="seed: 0 there, 1 here"):
+    with pytest.raises(TrainingError, match="seed: 0 there, 1 here"):
         resumed(seed=1)
 
     class Refolded(SmallXrays):
@@ -265,7 +266,7 @@ def test_a_session_of_other_settings_folds_or_data_is_refused_with_each_differen
             super().__post_init__()
             self.fold_table = self.fold_table.assign(fold=self.fold_table.fold.replace({0: 2}))
 
-    with pytest.raises(ResumeError, match=r"data_fingerprint: '\w+' there, '\w+' here; folds_fingerprint: '\w+' there"):
+    with pytest.raises(TrainingError, match=r"data_fingerprint: '\w+' there, '\w+' here; folds_fingerprint: '\w+' there"):
         train_small(tmp_path, Refolded(16), recipe, model_name="study")
 
 
@@ -282,5 +283,5 @@ def test_starting_weights_are_known_by_their_content_wherever_they_lie(tmp_path,
     record, weights = read_bundle(elsewhere)
     stated = {key: record[key] for key in STATED}
     save_bundle(begun, {name: weight + 1 for name, weight in weights.items()}, stated)
-    with pytest.raises(ResumeError, match=r"starting_weights_sha256: '\w{64}' there, '\w{64}' here"):
+    with pytest.raises(TrainingError, match=r"starting_weights_sha256: '\w{64}' there, '\w{64}' here"):
         train("study", run, recipe=starting(starting_weights=str(begun)))

@@ -11,10 +11,10 @@ import torch
 
 from kitlib.bundle import data_fingerprint, read_bundle
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import TrainingError
 from kitlib.runs.reading import ExtraImages
 from kitlib.settings import override
 from kitlib.tables import read_table
-from kitlib.training.fold_folder import ResumeError
 from kitlib.training.study import StudyTraining, validation_scores
 from tests.small_lungs import stored_lungs
 from tests.small_tasks import train_small
@@ -133,15 +133,15 @@ def test_a_finished_run_is_read_back(uninterrupted, monkeypatch):
 
 def test_another_recipe_fold_or_data_is_refused(uninterrupted):
     folder = uninterrupted.run_folder
-    with pytest.raises(ResumeError, match=r"recipe\.dropout: 0\.5 there, 0\.1 here"):
+    with pytest.raises(TrainingError, match=r"recipe\.dropout: 0\.5 there, 0\.1 here"):
         train(folder, recipe=override(RECIPE, dropout=0.1))
-    with pytest.raises(ResumeError, match="fold: 1 there, 0 here"):
+    with pytest.raises(TrainingError, match="fold: 1 there, 0 here"):
         train(folder, fold=0)
     changed = SmallXrays(32)
     changed.boxes = changed.boxes.iloc[1:]
-    with pytest.raises(ResumeError, match="data_fingerprint"):
+    with pytest.raises(TrainingError, match="data_fingerprint"):
         train(folder, changed)
-    with pytest.raises(ResumeError, match="longest_side: 50 there, 40 here"):
+    with pytest.raises(TrainingError, match="longest_side: 50 there, 40 here"):
         train(folder, SmallXrays(32, longest_side=40))
 
 
@@ -191,7 +191,7 @@ def test_extra_images_are_trained_on_and_never_validated_on(tmp_path, uninterrup
     run = train(tmp_path, recipe=recipe, extra=Renamed(8).extra(), limit_train=4)
     assert run.metrics["train_images"] == 4 + 8 and run.metrics["validation_images"] == 16
     assert set(run.tables["image_scores"].image_id) == set(uninterrupted.tables["image_scores"].image_id)
-    with pytest.raises(ResumeError, match="extra"):
+    with pytest.raises(TrainingError, match="extra"):
         train(tmp_path, recipe=recipe, limit_train=4)
     with pytest.raises(ValueError, match="image"):
         train(
@@ -227,7 +227,7 @@ def test_a_run_on_lung_crops_is_judged_on_crops_and_tells_what_it_missed(tmp_pat
     alone = validation_scores(found, images.image_id.to_numpy(), np.full((len(images), 4), np.nan), none)
     assert alone["none"] == pytest.approx(run.metrics["best"]["none"], abs=1e-6)
     other = stored_lungs(tmp_path / "other", small)
-    with pytest.raises(ResumeError, match="lungs_fingerprint"):
+    with pytest.raises(TrainingError, match="lungs_fingerprint"):
         train(tmp_path / "run", small, override(CROPS, epochs=2), lungs=other)
 
 

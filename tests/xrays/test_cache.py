@@ -25,7 +25,8 @@ from pydicom.uid import (
 )
 
 import kitlib.xrays.cache
-from kitlib.xrays.cache import DECODING, CacheError, XrayCache
+from kitlib.errors import CacheError
+from kitlib.xrays.cache import DECODING, XrayCache
 from kitlib.xrays.dicom import read_xray
 from kitlib.xrays.worker import decode_into, shrink
 from kitlib.xrays.writing import write_xray

@@ -20,9 +20,10 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from kitlib.errors import UnreadableXray
 from kitlib.xrays.codestream import read_promise
 from kitlib.xrays.decoders import PLUGIN, plugin_for
-from kitlib.xrays.dicom import UnreadableXray, decode_xray, read_stored_values
+from kitlib.xrays.dicom import decode_xray, read_stored_values
 from kitlib.xrays.writing import write_xray
 from tests import PROJECT
 

@@ -23,7 +23,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from kitlib.xrays.dicom import UnreadableXray, decode_xray, read_header, read_stored_values, read_xray
+from kitlib.errors import UnreadableXray
+from kitlib.xrays.dicom import decode_xray, read_header, read_stored_values, read_xray
 from kitlib.xrays.stored import NATIVE
 from kitlib.xrays.writing import WRITABLE, write_xray
 

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from kitlib.errors import UnreadableXray
 from kitlib.xrays.cache import XrayCache
-from kitlib.xrays.dicom import UnreadableXray
 from kitlib.xrays.image_file import decode_image, image_format, image_size
 
 GREY = np.random.default_rng(0).integers(40, 90, (48, 64)).astype(np.uint8)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from kitlib.classes import MASK_CODES
+from kitlib.errors import MaskError
 from kitlib.xrays import mask_store
-from kitlib.xrays.mask_store import SCHEMA, MaskError, MaskStore
+from kitlib.xrays.mask_store import SCHEMA, MaskStore
 
 
 def label_image(seed, rows=31, columns=17):
