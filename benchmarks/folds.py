@@ -23,8 +23,8 @@ from benchmarks.training import NoisyXrays
 from kitlib.recipes.fields import StudyRecipe
 from kitlib.recipes.named import recipe
 from kitlib.settings import override
-from kitlib.training.folds import train_folds
 from kitlib.training.task import Task
+from kitlib.training.train_folds import train_folds
 
 WAYS: dict[str, dict[str, int]] = {
     "one after the other": {"at_once": 1},

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import typer
 
-from kitlib.fusion.boxes import METHODS
-from kitlib.fusion.fuse import FusionSettings, fuse_boxes
+from kitlib.fusion.box_fusion import METHODS
+from kitlib.fusion.model_fusion import FusionSettings, fuse_boxes
 from kitlib.tables import BOX
 
 PUBLIC_TEST = 1263  # images

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kitlib.xrays.dicom import read_xray
-from kitlib.xrays.stored import NATIVE
+from kitlib.xrays.stored_values import NATIVE
 from kitlib.xrays.worker import shrink
 from kitlib.xrays.writing import WRITABLE, write_xray
 

@@ -13,8 +13,8 @@ import pandas as pd
 import typer
 
 from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
-from kitlib.scoring.csv_file import submission_ids, write_submission
 from kitlib.scoring.score import score_files
+from kitlib.scoring.submission_csv import submission_ids, write_submission
 from kitlib.scoring.validate import validate
 from kitlib.tables import BOX
 

@@ -15,7 +15,7 @@ from kitlib.atomic import write_json
 from kitlib.bundle import data_fingerprint, save_bundle
 from kitlib.datasets.folds import make_folds
 from kitlib.datasets.siim import read_train
-from kitlib.fusion.fuse import FusionSettings, write_settings
+from kitlib.fusion.model_fusion import FusionSettings, write_settings
 from kitlib.models.classifier import OUTPUTS, StudyClassifier
 from kitlib.models.faster_rcnn import FasterRCNNDetector
 from kitlib.models.yolo import YoloDetector

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from kitlib.__main__ import app
 from kitlib.classes import SCORED_CLASSES, STUDY_LABEL_COLUMNS
 from kitlib.datasets.registry import read_dataset
-from kitlib.scoring.csv_file import write_all_negative
+from kitlib.scoring.submission_csv import write_all_negative
 
 IDS = ["s1_study", "s2_study", "i1_image", "i2_image"]
 

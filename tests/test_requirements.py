@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
-from kitlib.kernels.stand_in import with_dependencies
+from kitlib.kernels.kaggle_environment import with_dependencies
 from kitlib.kernels.wheels import image_pins, read_pins
 
 ROOT = Path(__file__).resolve().parent.parent

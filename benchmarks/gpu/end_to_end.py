@@ -27,12 +27,12 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.datasets.folds import make_folds
 from kitlib.datasets.siim import read_train
 from kitlib.device import PRECISION, pick_device, precision
-from kitlib.fusion.fuse import FusionSettings, write_settings
+from kitlib.fusion.model_fusion import FusionSettings, write_settings
 from kitlib.inference.submit import SubmissionRun, SubmitSettings
 from kitlib.phantoms.siim import write_competition
 from kitlib.recipes.named import RECIPES
-from kitlib.scoring.csv_file import read_submission
 from kitlib.scoring.score import score_files
+from kitlib.scoring.submission_csv import read_submission
 from kitlib.settings import override
 from kitlib.training.driver import train_fold
 from kitlib.training.task import Task

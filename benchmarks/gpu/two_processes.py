@@ -14,7 +14,7 @@ from part import figures
 from kitlib.bundle import read_bundle
 from kitlib.settings import override
 from kitlib.training.driver import train_fold
-from kitlib.training.folds import train_folds
+from kitlib.training.train_folds import train_folds
 from tests.small_tasks import small_task
 from tests.small_xrays import RECIPE, SmallXrays
 

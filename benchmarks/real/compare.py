@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kitlib.reports.competition import detection_draws, interval
-from kitlib.runs.reading import read_prepared
+from kitlib.runs.finished_run import read_prepared
 from kitlib.tables import read_table
 
 

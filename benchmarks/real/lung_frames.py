@@ -14,7 +14,7 @@ from rich.console import Console
 
 from kitlib.inference.segment_lungs import load_segmenter
 from kitlib.lungs.finders import DarkLungs, LungFinder
-from kitlib.runs.reading import read_metrics
+from kitlib.runs.finished_run import read_metrics
 from kitlib.tables import read_table
 from kitlib.xrays.cache import CachedXray, XrayCache
 from kitlib.xrays.mask_store import MaskStore

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from kitlib.errors import FusionError
-from kitlib.fusion.put_aside import ALL_FOLDS
 from kitlib.fusion.stacking import LearnerScores, Stack
+from kitlib.fusion.test_split import ALL_FOLDS
 from kitlib.scoring.temperature import LEAST
 
 if TYPE_CHECKING:  # imports torch
@@ -144,7 +144,7 @@ def judge_ensembles(found: LearnerScores, ensembles: Mapping[str, "EnsembleSetti
     return _joined(found, parts, ensembles, found.protocol)
 
 
-def judge_put_aside(found: LearnerScores, test: LearnerScores, ensembles: Mapping[str, "EnsembleSettings"]) -> Judged:
+def judge_test_split(found: LearnerScores, test: LearnerScores, ensembles: Mapping[str, "EnsembleSettings"]) -> Judged:
     """Predictions of test images: of the learners' means in `test` and of `ensembles`, each learnt from all of `found`.
 
     That is LearnerScores.everything: it is the ensemble that would be kept. Raises FusionError as `judge_ensembles` does.

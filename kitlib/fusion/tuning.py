@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from kitlib.errors import FusionError
-from kitlib.fusion.boxes import fit_calibration
-from kitlib.fusion.fuse import NONE_PARTS, Fused, FusionSettings, combine, fuse_boxes, fuse_scores, seen_images
+from kitlib.fusion.box_fusion import fit_calibration
+from kitlib.fusion.model_fusion import NONE_PARTS, Fused, FusionSettings, combine, fuse_boxes, fuse_scores, seen_images
 from kitlib.scoring.average_precision import match_boxes
 from kitlib.scoring.score import Truth, score_tables, truth_of
 from kitlib.tables import BOX

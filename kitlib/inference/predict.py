@@ -19,7 +19,7 @@ from kitlib.lungs.canvas import canvas_of
 from kitlib.lungs.crop import crop, finder_for, looks_at_lungs, seen_lungs, wants_masks
 from kitlib.lungs.finders import LungFinder, Lungs
 from kitlib.models.families import BOXES, LUNGS, STUDIES, load_network, recorded_family
-from kitlib.models.fitted_batches import FittedBatches
+from kitlib.models.halving_batches import HalvingBatches
 from kitlib.models.patches import image_seed, patch_canvas, places
 from kitlib.recipes.fields import VIEWS
 from kitlib.tables import BOX, check_table, empty_table
@@ -68,7 +68,7 @@ class Predictor:
         self.family = recorded_family(record)
         self.model, self.fold, self.classes = record["model"], record["fold"], list(record["classes"])
         self.network, self.device = network, device
-        self.fitted = FittedBatches(self.model, device, batch_size or BATCH_SIZES[device.type])
+        self.fitted = HalvingBatches(self.model, device, batch_size or BATCH_SIZES[device.type])
         self.seen: list[str] = []  # image_ids whose predictions have left, with a box or without
         self.lungs_missed = 0
         recipe = record["recipe"]
@@ -193,7 +193,7 @@ class Predictor:
         if len(lists) == 1:
             return lists[0]
         # Only here: its import takes a second, and Kaggle's image lacks it where no detector was sent along.
-        from kitlib.fusion.boxes import merge_boxes
+        from kitlib.fusion.box_fusion import merge_boxes
 
         side = np.array([place.columns, place.rows] * 2, dtype=float)
         boxes, scores = [], []

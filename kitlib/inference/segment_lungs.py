@@ -19,7 +19,7 @@ from kitlib.letterbox import Placement
 from kitlib.lungs.clean_up import on_canvas, placement, segmented
 from kitlib.lungs.finders import FOUND, Lungs, segmenter_digest
 from kitlib.models.families import LUNGS, load_network, recorded_family
-from kitlib.models.fitted_batches import FittedBatches
+from kitlib.models.halving_batches import HalvingBatches
 from kitlib.models.segmenter import Segmenter
 from kitlib.xrays.cache import CachedXray
 
@@ -34,7 +34,7 @@ class LungSegmenter:
     ) -> None:
         self.model, self.recipe, self.network, self.device = record["model"], network.recipe, network, device
         self.segmenter = segmenter_digest(record) if "weights_sha256" in record else ""
-        self.fitted = FittedBatches(self.model, device, batch_size or BATCH_SIZES[device.type])
+        self.fitted = HalvingBatches(self.model, device, batch_size or BATCH_SIZES[device.type])
         self.missed = 0
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:

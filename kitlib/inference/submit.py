@@ -22,14 +22,14 @@ from kitlib.datasets.siim import read_test
 from kitlib.deadline import Deadline, OutOfTime, session_limit, session_start
 from kitlib.inference.install_wheels import install_wheels
 from kitlib.paths import find_input
-from kitlib.scoring.csv_file import submission_ids, write_submission
+from kitlib.scoring.submission_csv import submission_ids, write_submission
 from kitlib.scoring.validate import validate
 
 if TYPE_CHECKING:
     from kitlib.fusion.ensemble_bundle import Ensemble
-    from kitlib.fusion.fuse import FusionSettings
-    from kitlib.inference.answering import Answering, Stacked
-    from kitlib.inference.lungs_once import LungsOnce
+    from kitlib.fusion.model_fusion import FusionSettings
+    from kitlib.inference.answer import AnsweringModel, Stacked
+    from kitlib.inference.cached_lungs import CachedLungs
     from kitlib.xrays.cache import CachedXray, XrayCache
     from kitlib.xrays.worker import Outcome
 
@@ -57,7 +57,7 @@ class SubmitSettings:
 class Model:
     """One bundle of a submission and what it has predicted so far."""
 
-    told: "Answering"
+    told: "AnsweringModel"
     chunks: list[pd.DataFrame] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)  # image_ids, with a box or without
     rows_as: tuple[str, int] = ("", 0)  # model and fold of its rows
@@ -94,7 +94,7 @@ class SubmissionRun:
         self.deadline, self.last_deadline = Deadline(limit * settings.share, start), Deadline(limit * LAST_SHARE, start)
         self.rows: list[dict[str, Any]] = []
         self.models: list[Model] = []
-        self.lungs: LungsOnce | None = None
+        self.lungs: CachedLungs | None = None
         self.ensemble: Ensemble | None = None
         self.stacked: Stacked | None = None  # of the last fusing
         test = read_test(competition, headers=False)
@@ -162,24 +162,24 @@ class SubmissionRun:
         return self.ledger
 
     def _read_weights(self, weights: Path) -> "FusionSettings":
-        from kitlib.fusion.fuse import FusionSettings, read_settings
-        from kitlib.inference.answering import read_answering
+        from kitlib.fusion.model_fusion import FusionSettings, read_settings
+        from kitlib.inference.answer import read_answering_model
 
         told = json.loads((weights / "weights.json").read_text(encoding="utf-8"))
         for entry in told["bundles"]:
             began, folder = time.monotonic(), weights / entry["folder"]
             try:
-                self.models.append(Model(read_answering(folder)))
+                self.models.append(Model(read_answering_model(folder)))
             except (OSError, ValueError, KeyError) as error:  # the other bundles may be whole
                 self._note(folder.name, 0, began, _failure(error))
         if not self.models:
             raise ValueError(f"{weights / 'weights.json'} names no bundle that can be used; see the rows above")
         if any(model.told.wants_masks for model in self.models):
-            from kitlib.inference.lungs_once import LungsOnce
+            from kitlib.inference.cached_lungs import CachedLungs
 
             bundle = weights / told["lungs"] if "lungs" in told else None
             masked = any(each.told.masked for each in self.models)
-            self.lungs = LungsOnce(bundle, masked, self.settings.batch_size)
+            self.lungs = CachedLungs(bundle, masked, self.settings.batch_size)
         if "ensemble" in told:
             self._read_ensemble(weights / told["ensemble"])
         tuned = weights / "fusion.json"
@@ -258,7 +258,7 @@ class SubmissionRun:
 
     def _fuse(self, xrays: "DecodedOnce", fusion: "FusionSettings") -> None:
         """Fuse all that has been predicted, and replace the file."""
-        from kitlib.inference.answering import fused_answer
+        from kitlib.inference.answer import fused_answer
 
         began = time.monotonic()
         try:

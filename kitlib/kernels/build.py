@@ -25,7 +25,7 @@ from kitlib.fusion.ensemble_bundle import RECORD as ENSEMBLE_RECORD
 from kitlib.fusion.ensemble_bundle import WEIGHTS as ENSEMBLE_WEIGHTS
 from kitlib.fusion.ensemble_bundle import read_ensemble
 from kitlib.kernels import start as kernel_start
-from kitlib.kernels.library import packed_library
+from kitlib.kernels.pack_library import packed_library
 from kitlib.kernels.spec import KernelSpec
 from kitlib.kernels.wheels import check_wheels, image_pins
 from kitlib.lungs.crop import wants_masks

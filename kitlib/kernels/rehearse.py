@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from kitlib.errors import KernelError
+from kitlib.kernels.kaggle_environment import fresh_environment, kaggle_packages
 from kitlib.kernels.sandbox import no_sandbox_reason, sandboxed
 from kitlib.kernels.spec import KernelSpec
-from kitlib.kernels.stand_in import fresh_environment, stand_in
 from kitlib.kernels.wheels import pins_of, running_wheels, suits_running
 from kitlib.notebook import first_problem
 from kitlib.paths import project_root
@@ -94,7 +94,7 @@ def rehearse(
     sample = inputs / spec.competition / "sample_submission.csv"
     if spec.submits and not sample.is_file():
         raise KernelError(f"there is no {sample}; the inputs are a folder that holds {spec.competition}/")
-    packages = stand_in()
+    packages = kaggle_packages()
     working, log, executed = out / "working", out / "rehearsal.log", out / "rehearsal.ipynb"
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir()

@@ -9,7 +9,7 @@ from kitlib.bundle import data_fingerprint
 from kitlib.errors import InputNotFound, RunError
 from kitlib.leaderboard.listing import ListedRun
 from kitlib.paths import find_run
-from kitlib.runs.reading import read_prepared
+from kitlib.runs.finished_run import read_prepared
 
 
 class PreparedRuns:

@@ -15,7 +15,7 @@ import pandas as pd
 from kitlib.bundle import data_fingerprint
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import LeaderboardError
-from kitlib.fusion.fuse import FusionSettings, fuse_scores
+from kitlib.fusion.model_fusion import FusionSettings, fuse_scores
 from kitlib.leaderboard.listing import SHORT, ListedRun, describe, list_run
 from kitlib.leaderboard.prepared import PreparedRuns, named_folder
 from kitlib.reports.classification_bootstrap import draws as class_draws
@@ -23,7 +23,7 @@ from kitlib.reports.classification_report import by_model, judged
 from kitlib.reports.competition import interval, score_draws
 from kitlib.reports.findings_report import answers, auc_draws, mean_over_folds
 from kitlib.reports.lungs_report import dice_draws
-from kitlib.runs.reading import check_out_of_fold, judged_images, read_fused, read_out_of_fold
+from kitlib.runs.finished_run import check_out_of_fold, judged_images, read_fused, read_out_of_fold
 from kitlib.scoring.score import truth_of
 from kitlib.tables import concatenate, read_table
 

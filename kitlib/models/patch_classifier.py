@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from kitlib.models.classifier import FindingsClassifier
-from kitlib.models.fitted_batches import FittedBatches
+from kitlib.models.halving_batches import HalvingBatches
 from kitlib.models.patches import SCORES, windows
 from kitlib.recipes.fields import PatchRecipe
 
@@ -40,7 +40,7 @@ class PatchClassifier(FindingsClassifier):
         """The logits (m, outputs) of the single patches, on the model's device."""
         device, side = next(self.parameters()).device, self.recipe.image_size
         patches = windows(canvases.to(device, non_blocking=True), side)
-        fitted = FittedBatches("patches", device, self.chunk or max(1, CHUNKS[device.type] // side**2))
+        fitted = HalvingBatches("patches", device, self.chunk or max(1, CHUNKS[device.type] // side**2))
         found = fitted(lambda each: [self(self.normalise(patches[tuple(each.T)]))], where)
         self.chunk = fitted.size
         return torch.cat(found)

@@ -8,11 +8,11 @@ import pandas as pd
 from kitlib.atomic import write_json
 from kitlib.bundle import versions
 from kitlib.classes import STUDY_CLASSES
-from kitlib.fusion.fuse import Fused
+from kitlib.fusion.model_fusion import Fused
 from kitlib.page.opened_study import OpenedStudy
 from kitlib.page.systems import System
 from kitlib.page.warm_models import Answer
-from kitlib.scoring.csv_file import submission_ids, write_submission
+from kitlib.scoring.submission_csv import submission_ids, write_submission
 from kitlib.tables import BOX
 
 NOT_FOR_DIAGNOSIS = "Not for diagnosis: research models of a competition, no medical device."

@@ -19,7 +19,7 @@ from kitlib.leaderboard.prepared import named_folder
 from kitlib.page.file_facts import read_facts
 from kitlib.page.opened_study import DecodedCopies, OpenedImage, OpenedStudy
 from kitlib.paths import project_root
-from kitlib.runs.reading import read_metrics, read_prepared
+from kitlib.runs.finished_run import read_metrics, read_prepared
 from kitlib.tables import BOX
 from kitlib.xrays.cache import CachedXray, XrayCache
 from kitlib.xrays.worker import shrink, source_of

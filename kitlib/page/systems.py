@@ -7,8 +7,8 @@ from pathlib import Path
 
 from kitlib.bundle import read_record
 from kitlib.errors import BundleError, PageError
-from kitlib.fusion.fuse import FusionSettings, read_settings
-from kitlib.inference.answering import Answering, read_answering
+from kitlib.fusion.model_fusion import FusionSettings, read_settings
+from kitlib.inference.answer import AnsweringModel, read_answering_model
 from kitlib.leaderboard.listing import ListedRun
 from kitlib.leaderboard.prepared import named_folder
 from kitlib.lungs.finders import segmenter_digest
@@ -26,7 +26,7 @@ class System:
     """Models that answer together, as a submission of them would. `name` is what a person chooses it by."""
 
     name: str
-    models: tuple[Answering, ...]
+    models: tuple[AnsweringModel, ...]
     fusion: FusionSettings
     ensemble: Path | None = None  # a bundle that stacks the study models
     lungs: Path | None = None  # a segmenter's bundle, for models that look at lungs and for people who want to see them
@@ -98,12 +98,12 @@ def _beside(name: object, run: ListedRun) -> Path | None:
 def _system(
     name: str, folders: Sequence[Path], fusion: FusionSettings, ensemble: Path | None, segmenters: dict[str, Path]
 ) -> System:
-    models: dict[tuple[str, int], Answering] = {}
+    models: dict[tuple[str, int], AnsweringModel] = {}
     left_out = []
     for folder in folders:
         for bundle in sorted(folder.glob("fold*/bundle")):
             try:
-                model = read_answering(bundle)
+                model = read_answering_model(bundle)
             except ValueError as error:
                 left_out.append(f"{folder.name}/{bundle.parent.name} is left out: {error}.")
                 continue

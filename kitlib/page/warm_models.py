@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 
 from kitlib.fusion.ensemble_bundle import Ensemble, read_ensemble
-from kitlib.fusion.fuse import Fused
-from kitlib.inference.answering import Answering, fused_answer
-from kitlib.inference.lungs_once import LungsOnce
+from kitlib.fusion.model_fusion import Fused
+from kitlib.inference.answer import AnsweringModel, fused_answer
+from kitlib.inference.cached_lungs import CachedLungs
 from kitlib.inference.predict import Predictor, load_predictor
 from kitlib.page.opened_study import OpenedImage, OpenedStudy
 from kitlib.page.systems import System
@@ -41,8 +41,8 @@ class WarmModels:
     """Loads a bundle when it is first asked for. Any number of threads may ask; one is answered at a time."""
 
     def __init__(self) -> None:
-        self._predictors: dict[tuple[Path, LungsOnce | None], Predictor] = {}
-        self._lungs: dict[tuple[Path | None, int], LungsOnce] = {}
+        self._predictors: dict[tuple[Path, CachedLungs | None], Predictor] = {}
+        self._lungs: dict[tuple[Path | None, int], CachedLungs] = {}
         self._ensembles: dict[Path, Ensemble] = {}
         self._answers: OrderedDict[tuple, Answer] = OrderedDict()
         self._heats: OrderedDict[tuple, np.ndarray] = OrderedDict()
@@ -138,17 +138,17 @@ class WarmModels:
         table = pd.DataFrame(rows, columns=["model", "fold", "seconds"])
         return Answer(fused, table, tuple(remarks), failed=len(models) - len(rows))
 
-    def _predictor(self, system: System, model: Answering) -> Predictor:
+    def _predictor(self, system: System, model: AnsweringModel) -> Predictor:
         lungs = self._segmenter(system) if model.wants_masks else None
         if (model.folder, lungs) not in self._predictors:
             loaded = load_predictor(model.folder, batch_size=SUBMISSION_BATCH, lungs=lungs)
             self._predictors[model.folder, lungs] = loaded
         return self._predictors[model.folder, lungs]
 
-    def _segmenter(self, system: System) -> LungsOnce:
+    def _segmenter(self, system: System) -> CachedLungs:
         """One for each size of decoded copies: a mask is as large as its image's copy."""
         wanted = system.lungs, system.longest_side
-        return self._lungs.setdefault(wanted, LungsOnce(system.lungs, True, SUBMISSION_BATCH, most=KEPT))
+        return self._lungs.setdefault(wanted, CachedLungs(system.lungs, True, SUBMISSION_BATCH, most=KEPT))
 
     def _ensemble(self, system: System) -> Ensemble | None:
         if system.ensemble is None:
@@ -158,7 +158,7 @@ class WarmModels:
         return self._ensembles[system.ensemble]
 
 
-def answering(system: System, study: OpenedStudy) -> tuple[list[Answering], list[str]]:
+def answering(system: System, study: OpenedStudy) -> tuple[list[AnsweringModel], list[str]]:
     """Those models of `system` that answer for `study`, and sentences on what they have seen of it before.
 
     A model that has learnt from it answers only where all models of its prepared run have.

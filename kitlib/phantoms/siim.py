@@ -27,7 +27,7 @@ from kitlib.phantoms.drawing import render
 from kitlib.phantoms.folder import LEAST_SIDE, write_phantoms
 from kitlib.phantoms.patients import draw_exposure, draw_near_duplicate, draw_opacities, draw_patient
 from kitlib.phantoms.plan import PlannedImage, PlannedStudy, plan_split
-from kitlib.scoring.csv_file import submission_ids, write_all_negative
+from kitlib.scoring.submission_csv import submission_ids, write_all_negative
 from kitlib.xrays.writing import write_xray
 
 COMPETITION = "siim-covid19-detection"

@@ -1,7 +1,7 @@
 """What a report shows beside the score: confusion, calibration, curves, and how sure the score or one detector's AP is.
 
 Functions with a `Truth` take fused tables: `studies` (study_id, four classes), `nones` (image_id, none), `detections`
-(image_id, score, box in original pixels), as `kitlib.fusion.fuse.Fused` has them.
+(image_id, score, box in original pixels), as `kitlib.fusion.model_fusion.Fused` has them.
 """
 
 import numpy as np

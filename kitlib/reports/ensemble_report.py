@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 
 from kitlib.fusion.ensemble_bundle import Ensemble
 from kitlib.fusion.ensembles import Judged, combine
-from kitlib.fusion.put_aside import PutAside
 from kitlib.fusion.stacking import LearnerScores
+from kitlib.fusion.test_split import TestSplitScores
 from kitlib.reports import classification_report as report
 from kitlib.reports.findings_report import Answers
 from kitlib.scoring.temperature import cross_scaled, fit_temperature, scaled
@@ -52,7 +52,7 @@ def out_of_fold_temperature(kept: Ensemble, found: LearnerScores) -> float:
     return fit_temperature(combine(kept.method, kept.weights, lesson.probabilities), lesson.truth)
 
 
-def put_aside_scores(judged: Judged, test: PutAside, model: str, temperature: float, name: str) -> pd.DataFrame:
+def test_split_scores(judged: Judged, test: TestSplitScores, model: str, temperature: float, name: str) -> pd.DataFrame:
     """The table class_scores of test images: learners by fold, ensembles and, as `name`, `model` at `temperature`.
 
     At a temperature of 1 there is no such row.

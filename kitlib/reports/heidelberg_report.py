@@ -11,7 +11,7 @@ import pandas as pd
 from sklearn.metrics import precision_recall_fscore_support
 
 from kitlib.classes import STUDY_CLASSES
-from kitlib.fusion.fuse import Fused
+from kitlib.fusion.model_fusion import Fused
 from kitlib.reports.findings_report import PLAIN_THRESHOLD, Answers, precision_recall_f1
 from kitlib.reports.published_tables import published
 from kitlib.scoring.average_precision import precision_recall

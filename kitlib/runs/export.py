@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from kitlib.atomic import replacing
 from kitlib.errors import DatasetError, UnreadableXray
 from kitlib.runs.coco import annotated_images, read_coco, read_coco_boxes, write_coco
-from kitlib.runs.reading import read_prepared
+from kitlib.runs.finished_run import read_prepared
 from kitlib.runs.yolo_labels import read_yolo, write_yolo
 from kitlib.tables import write_table
 from kitlib.xrays.cache import usable_cores

@@ -15,7 +15,7 @@ import pandas as pd
 from kitlib.classes import SCORED_CLASSES, STUDY_CLASSES, STUDY_LABEL_COLUMNS
 from kitlib.errors import ScoringError
 from kitlib.scoring.average_precision import average_precision, box_hits, first_hits
-from kitlib.scoring.csv_file import ONE_PIXEL, Submission, read_submission, submission_ids
+from kitlib.scoring.submission_csv import ONE_PIXEL, Submission, read_submission, submission_ids
 from kitlib.tables import BOX
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from kitlib.errors import SubmissionError
-from kitlib.scoring.csv_file import HEADER, LABELS, ONE_PIXEL, parse_prediction, read_cells, read_ids, split_id
+from kitlib.scoring.submission_csv import HEADER, LABELS, ONE_PIXEL, parse_prediction, read_cells, read_ids, split_id
 
 # What pandas, and so Kaggle's scorer, reads as "no value" in a cell of text.
 READ_AS_NAN = frozenset(

@@ -132,11 +132,11 @@ def plateau_factor(scores: Sequence[float], recipe: TrainingRecipe) -> float:
 
     It follows from the scores alone, so that a resumed training takes the rate that it would have had.
     """
-    stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(stand_in, "max", factor=0.1, patience=recipe.plateau_epochs)
+    probe = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(probe, "max", factor=0.1, patience=recipe.plateau_epochs)
     for score in scores:
         schedule.step(score)
-    return stand_in.param_groups[0]["lr"]
+    return probe.param_groups[0]["lr"]
 
 
 def gathered_batches(recipe: TrainingRecipe) -> int:

@@ -10,8 +10,8 @@ import pandas as pd
 
 from kitlib.tables import class_columns, concatenate, empty_table
 from kitlib.training.driver import train_fold
-from kitlib.training.folds import Train, train_folds
 from kitlib.training.task import Task, TrainedFold
+from kitlib.training.train_folds import Train, train_folds
 
 NOT_NESTED = -1  # in the column `outer`, where no fold was held out
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.datasets.near_duplicates import MAX_DISTANCE, group_hashes, perceptual_hash
-from kitlib.fusion.fuse import FusionSettings, fuse
+from kitlib.fusion.model_fusion import FusionSettings, fuse
 from kitlib.inference.predict import load_predictor, study_and_image_scores
 from kitlib.inference.segment_lungs import LungSegmenter
 from kitlib.lungs.finders import StoredLungs

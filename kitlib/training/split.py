@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pandas as pd
 
-from kitlib.runs.reading import ExtraImages
+from kitlib.runs.finished_run import ExtraImages
 from kitlib.tables import check_table, class_columns, concatenate
 from kitlib.xrays.cache import CachedXray, DecodedXrays
 

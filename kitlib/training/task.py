@@ -14,7 +14,7 @@ from kitlib.deadline import Deadline
 from kitlib.lungs.finders import StoredLungs
 from kitlib.models.starting_weights import starting_weights_digest
 from kitlib.recipes.fields import TrainingRecipe
-from kitlib.runs.reading import ExtraImages
+from kitlib.runs.finished_run import ExtraImages
 from kitlib.tables import check_table, read_table
 from kitlib.xrays.cache import DecodedXrays
 from kitlib.xrays.mask_store import MaskStore

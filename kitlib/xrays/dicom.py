@@ -12,7 +12,7 @@ import numpy as np
 
 from kitlib.errors import UnreadableXray
 from kitlib.xrays.header import InvalidElement, XrayHeader, header_of, read_elements
-from kitlib.xrays.stored import Stored, read_stored, values_of
+from kitlib.xrays.stored_values import Stored, read_stored, values_of
 from kitlib.xrays.voi_lut import Display, read_display, to_grey
 
 T = TypeVar("T")

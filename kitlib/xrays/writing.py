@@ -23,7 +23,7 @@ from pydicom.uid import (
 )
 
 from kitlib.atomic import replacing
-from kitlib.xrays.stored import NATIVE
+from kitlib.xrays.stored_values import NATIVE
 
 DIGITAL_X_RAY = UID("1.2.840.10008.5.1.4.1.1.1.1")
 

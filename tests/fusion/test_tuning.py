@@ -4,7 +4,7 @@ import pytest
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import FusionError
-from kitlib.fusion.fuse import FusionSettings, fuse
+from kitlib.fusion.model_fusion import FusionSettings, fuse
 from kitlib.fusion.tuning import LEAST_GAIN, Judge, cross_fit, tune
 from kitlib.scoring.score import Truth, score_tables
 from kitlib.tables import BOX, empty_table

@@ -20,7 +20,7 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import CacheError
 from kitlib.fusion.ensemble_bundle import Ensemble, read_ensemble, write_ensemble
 from kitlib.fusion.ensembles import combine
-from kitlib.fusion.fuse import FusionSettings, write_settings
+from kitlib.fusion.model_fusion import FusionSettings, write_settings
 from kitlib.inference.predict import VIEWS, Predictor, study_and_image_scores
 from kitlib.inference.submit import SubmissionRun, SubmitSettings
 from kitlib.lungs.finders import Lungs
@@ -29,7 +29,7 @@ from kitlib.models.segmenter import Segmenter
 from kitlib.paths import project_root
 from kitlib.phantoms.siim import write_competition
 from kitlib.recipes.fields import SegmenterRecipe, StudyRecipe
-from kitlib.scoring.csv_file import PRIORS, read_submission
+from kitlib.scoring.submission_csv import PRIORS, read_submission
 from kitlib.scoring.temperature import scaled
 from kitlib.scoring.validate import validate
 from kitlib.xrays.cache import XrayCache
@@ -327,7 +327,7 @@ def test_each_image_is_segmented_once_for_all_models_and_the_missed_are_told(
     competition, weights, of_whole_images, tmp_path, monkeypatch, masked
 ):
     segmenter = Segmenting()
-    monkeypatch.setattr("kitlib.inference.lungs_once.load_segmenter", lambda *_, **__: segmenter)
+    monkeypatch.setattr("kitlib.inference.cached_lungs.load_segmenter", lambda *_, **__: segmenter)
     shared = with_lungs(with_recipe(weights, tmp_path / "weights", **OF_MASKS, masked=masked))
     path, ledger = submit(competition, shared, tmp_path)
     readable = len(list(competition.glob("test/*/*/*.dcm"))) - DAMAGED

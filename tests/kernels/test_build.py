@@ -24,7 +24,7 @@ from kitlib.inference import install_wheels
 from kitlib.kernels import build as kernel
 from kitlib.kernels import start as kernel_start
 from kitlib.kernels.build import build_kernel
-from kitlib.kernels.library import needed_files
+from kitlib.kernels.pack_library import needed_files
 from kitlib.kernels.spec import read_spec, slug_of
 from kitlib.lungs.finders import segmenter_digest
 from kitlib.recipes.named import RECIPES, recipe

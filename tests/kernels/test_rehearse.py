@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import build_kernel as command_line
 from kitlib.bundle import save_bundle
 from kitlib.errors import KernelError
+from kitlib.kernels import kaggle_environment, sandbox
 from kitlib.kernels import rehearse as rehearsals
-from kitlib.kernels import sandbox, stand_in
 from kitlib.kernels.build import build_kernel
 from kitlib.kernels.rehearse import rehearse, run_until
 from kitlib.kernels.sandbox import no_sandbox_reason
@@ -247,7 +247,7 @@ def test_how_a_rehearsal_is_judged(tmp_path, competition, wheel, monkeypatch, le
         return exit_code, seconds
 
     monkeypatch.setattr(rehearsals, "run_until", run)
-    monkeypatch.setattr(rehearsals, "stand_in", lambda: tmp_path)
+    monkeypatch.setattr(rehearsals, "kaggle_packages", lambda: tmp_path)
     result = rehearse(*built(tmp_path, wheel), competition / "inputs", 60, competition / "truth")
     assert result.passed is (not problem and not fault)
     assert result.problem == problem
@@ -326,7 +326,7 @@ def test_how_a_training_is_judged(tmp_path, wheel, monkeypatch, left, text, unfi
         return 0, 1.0
 
     monkeypatch.setattr(rehearsals, "run_until", run)
-    monkeypatch.setattr(rehearsals, "stand_in", lambda: tmp_path)
+    monkeypatch.setattr(rehearsals, "kaggle_packages", lambda: tmp_path)
     (tmp_path / "inputs").mkdir()
     result = rehearse(*built(tmp_path, wheel, make=make_training), tmp_path / "inputs", 60)
     assert result.unfinished is unfinished
@@ -415,20 +415,22 @@ def test_a_chain_of_shipped_kernels_is_rehearsed(tmp_path):
 def test_a_package_at_another_version_than_the_images_is_an_error(tmp_path):
     there = importlib.metadata.version("pandas")
     with pytest.raises(KernelError, match=f"pandas {there} .the image has 1.0.0."):
-        stand_in.stand_in(tmp_path / "stand-in", {"pandas": "1.0.0"})
+        kaggle_environment.kaggle_packages(tmp_path / "stand-in", {"pandas": "1.0.0"})
     assert not (tmp_path / "stand-in").exists()
 
 
 def test_a_tool_at_another_version_than_the_images_is_left_out(tmp_path):
     image = image_pins()
     assert image["gradio"] != importlib.metadata.version("gradio")
-    packages = stand_in.stand_in(tmp_path / "stand-in", {name: image[name] for name in ("pip", "gradio", "tqdm")})
+    packages = kaggle_environment.kaggle_packages(
+        tmp_path / "stand-in", {name: image[name] for name in ("pip", "gradio", "tqdm")}
+    )
     found = {path.name.split("-")[0] for path in packages.glob("*.dist-info")}
     assert {"pip", "tqdm"} <= found and "gradio" not in found
 
 
 def test_the_stand_in_holds_what_the_image_lists_and_what_its_torch_brings():
-    packages = stand_in.stand_in()
+    packages = kaggle_environment.kaggle_packages()
     found = {path.name.split("-")[0].lower() for path in packages.glob("*.dist-info")}
     assert {"torch", "pandas", "pydicom", "pip"} <= found
     assert not found & {"ultralytics", "ensemble_boxes", "pylibjpeg", "imagecodecs", "pebble", "hypothesis", "uv"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kitlib.fusion.fuse import FusionSettings, read_settings, write_settings
+from kitlib.fusion.model_fusion import FusionSettings, read_settings, write_settings
 from kitlib.kernels.build import build_kernel
 from kitlib.kernels.spec import read_spec
 from kitlib.paths import project_root

@@ -7,7 +7,7 @@ from kitlib.notebook import run_notebook
 from kitlib.paths import project_root
 from kitlib.phantoms.diagnoses import plan_diagnoses, write_diagnoses
 from kitlib.phantoms.lungs import write_lungs
-from kitlib.runs.reading import read_metrics, read_prepared
+from kitlib.runs.finished_run import read_metrics, read_prepared
 from kitlib.training.lungs import with_masks
 from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.mask_store import MaskStore

@@ -11,13 +11,13 @@ from kitlib.lungs.finders import StoredLungs
 from kitlib.notebook import run_notebook
 from kitlib.paths import project_root
 from kitlib.recipes.fields import DetectorRecipe
-from kitlib.runs.reading import read_extra, read_metrics, read_prepared
+from kitlib.runs.finished_run import read_extra, read_metrics, read_prepared
 from kitlib.tables import read_table
 from kitlib.training.apply_lungs import apply_lungs
 from kitlib.training.driver import train_fold
 from kitlib.training.task import Task
 from kitlib.xrays.cache import XrayCache
-from tests.runs.test_reading import prepared_run
+from tests.runs.test_finished_run import prepared_run
 from tests.small_lungs import bright_segmenter
 from tests.small_xrays import RECIPE, SmallXrays
 

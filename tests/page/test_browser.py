@@ -17,8 +17,8 @@ from kitlib.page.opened_study import DecodedCopies
 from kitlib.page.systems import find_systems
 from kitlib.page.uploads import open_uploads
 from kitlib.page.warm_models import WarmModels
-from kitlib.runs.reading import read_prepared
-from kitlib.scoring.csv_file import read_submission
+from kitlib.runs.finished_run import read_prepared
+from kitlib.scoring.submission_csv import read_submission
 from kitlib.tables import BOX
 from tests.page_visitor import BOXES, TRUTH, address_of, chromium, find_chromium, serving, visiting
 from tests.small_page import COPY, bad_files, page_runs

@@ -15,7 +15,7 @@ import torch
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import PageError
 from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
-from kitlib.fusion.fuse import fuse
+from kitlib.fusion.model_fusion import fuse
 from kitlib.inference.predict import load_predictor, study_and_image_scores
 from kitlib.inference.submit import SubmissionRun, SubmitSettings
 from kitlib.leaderboard.listing import list_runs
@@ -25,7 +25,7 @@ from kitlib.page.opened_study import DecodedCopies
 from kitlib.page.systems import find_systems
 from kitlib.page.uploads import open_uploads
 from kitlib.page.warm_models import WarmModels, answering
-from kitlib.scoring.csv_file import PRIORS, as_tables, read_submission
+from kitlib.scoring.submission_csv import PRIORS, as_tables, read_submission
 from kitlib.tables import BOX
 from tests.small_page import COPY, page_runs
 

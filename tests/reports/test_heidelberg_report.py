@@ -4,7 +4,7 @@ import pytest
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score
 
 from kitlib.classes import STUDY_CLASSES
-from kitlib.fusion.fuse import Fused, FusionSettings, fuse
+from kitlib.fusion.model_fusion import Fused, FusionSettings, fuse
 from kitlib.reports.heidelberg_report import COLUMNS, best_confidence, heidelberg_table
 from kitlib.reports.published_tables import published
 from kitlib.scoring.score import score_tables, truth_of

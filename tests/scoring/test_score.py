@@ -9,8 +9,8 @@ import pytest
 from kitlib.classes import SCORED_CLASSES, STUDY_CLASSES, STUDY_LABEL_COLUMNS
 from kitlib.errors import ScoringError
 from kitlib.scoring.average_precision import match_boxes
-from kitlib.scoring.csv_file import read_submission, submission_ids, write_all_negative, write_submission
 from kitlib.scoring.score import Truth, read_truth, score, score_files, score_tables
+from kitlib.scoring.submission_csv import read_submission, submission_ids, write_all_negative, write_submission
 from kitlib.tables import BOX
 from tests.voc_reference import slow_average_precision
 

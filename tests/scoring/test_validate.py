@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kitlib.errors import SubmissionError
-from kitlib.scoring.csv_file import write_all_negative, write_submission
+from kitlib.scoring.submission_csv import write_all_negative, write_submission
 from kitlib.scoring.validate import prediction_faults, validate
 
 STUDY = "negative 0.61 0 0 1 1 typical 0.22 0 0 1 1 indeterminate 0.11 0 0 1 1 atypical 0.06 0 0 1 1"

@@ -14,7 +14,7 @@ from kitlib.letterbox import letterbox, stretch, within
 from kitlib.models.families import load_network
 from kitlib.recipes.fields import DetectorRecipe
 from kitlib.recipes.named import recipe as find_recipe
-from kitlib.runs.reading import ExtraImages
+from kitlib.runs.finished_run import ExtraImages
 from kitlib.scoring.average_precision import average_precision, box_hits
 from kitlib.settings import override
 from kitlib.tables import BOX, read_table

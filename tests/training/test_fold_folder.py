@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import TrainingError
-from kitlib.runs.reading import ExtraImages
+from kitlib.runs.finished_run import ExtraImages
 from kitlib.training.fold_folder import Fitted, draw_curves, open_run
 from kitlib.training.split import split, with_extra
 from kitlib.training.xray_dataset import XrayDataset

@@ -6,9 +6,9 @@ import pytest
 from kitlib.deadline import SessionOver
 from kitlib.paths import find_input
 from kitlib.tables import check_table, empty_table
-from kitlib.training.folds import begin_session
 from kitlib.training.nested import NOT_NESTED, gather, hold_out, is_whole, train_nested
 from kitlib.training.task import Task, TrainedFold
+from kitlib.training.train_folds import begin_session
 from tests.small_xrays import RECIPE
 
 FOLDS = pd.DataFrame({"id": [f"image{n}" for n in range(12)], "fold": [n % 3 for n in range(12)]})
@@ -92,7 +92,7 @@ def test_a_stopped_nested_run_is_gone_on_with_by_its_own_name(tmp_path, capsys, 
     inputs, run = tmp_path / "inputs", tmp_path / "inputs" / "kernel" / "learner"
     train_nested(task(tables(["train"] * 13)), [0, 1, 2], [1], run, train=stopped)
     assert "set resume_from to 'learner'" in capsys.readouterr().out
-    monkeypatch.setattr("kitlib.training.folds.find_input", lambda name: find_input(name, inputs))
+    monkeypatch.setattr("kitlib.training.train_folds.find_input", lambda name: find_input(name, inputs))
     begin_session(tmp_path / "next", resume_from="learner")
     assert [str(path.parents[1].relative_to(tmp_path / "next")) for path in (tmp_path / "next").rglob("run.json")] == [
         "outer1/fold0"

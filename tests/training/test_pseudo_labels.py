@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kitlib.bundle import save_bundle
 from kitlib.classes import STUDY_CLASSES
-from kitlib.fusion.fuse import FusionSettings, fuse
+from kitlib.fusion.model_fusion import FusionSettings, fuse
 from kitlib.inference.predict import study_and_image_scores
 from kitlib.models.classifier import OUTPUTS, StudyClassifier
 from kitlib.settings import override

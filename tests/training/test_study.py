@@ -12,7 +12,7 @@ import torch
 from kitlib.bundle import data_fingerprint, read_bundle
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import TrainingError
-from kitlib.runs.reading import ExtraImages
+from kitlib.runs.finished_run import ExtraImages
 from kitlib.settings import override
 from kitlib.tables import read_table
 from kitlib.training.study import StudyTraining, validation_scores

@@ -25,7 +25,7 @@ from pydicom.uid import (
 
 from kitlib.errors import UnreadableXray
 from kitlib.xrays.dicom import decode_xray, read_header, read_stored_values, read_xray
-from kitlib.xrays.stored import NATIVE
+from kitlib.xrays.stored_values import NATIVE
 from kitlib.xrays.writing import WRITABLE, write_xray
 
 LOSSLESS = (*NATIVE, RLELossless, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless)

@@ -9,7 +9,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 
-class FittedBatches:
+class HalvingBatches:
     """Computes over a batch in pieces of at most `size` images, halved for good whenever memory does not suffice."""
 
     def __init__(self, model: str, device: torch.device, size: int) -> None:

@@ -6,11 +6,11 @@ import pytest
 
 from kitlib.errors import FusionError
 from kitlib.fusion.ensemble_bundle import apply_ensemble, learnt_ensemble
-from kitlib.fusion.ensembles import judge_put_aside, majority_vote
+from kitlib.fusion.ensembles import judge_test_split, majority_vote
 from kitlib.fusion.flannel import ENSEMBLES, ensemble_settings
-from kitlib.fusion.put_aside import ALL_FOLDS, gather_put_aside
 from kitlib.fusion.stacking import gather
-from kitlib.reports.ensemble_report import out_of_fold_temperature, put_aside_scores
+from kitlib.fusion.test_split import ALL_FOLDS, gather_test_split
+from kitlib.reports.ensemble_report import out_of_fold_temperature, test_split_scores
 
 CLASSES = ["sick", "well"]
 # a to d are of the folds 0 and 1, t to w are put aside; w is of a's patient
@@ -41,7 +41,7 @@ def found_of(*folds, **sick):
 def test_a_learner_is_the_mean_of_its_folds_models_in_the_order_of_the_stack():
     found = found_of(0, 1, two=0.6, one=0.8)
     later = scores("one", "vut", 1, [0.5, 0.0, 0.7])[["image_id", "model", "fold", "well", "sick"]]
-    test = gather_put_aside([pd.concat([ONE, TWO]), later, TWO.assign(fold=1)], found, *PREPARED)
+    test = gather_test_split([pd.concat([ONE, TWO]), later, TWO.assign(fold=1)], found, *PREPARED)
     stack = test.means.everything()
     assert (test.means.learners, test.means.classes) == (found.learners, found.classes) == (("two", "one"), ("sick", "well"))
     assert stack.ids.tolist() == ["t", "u", "v"] and stack.truth.tolist() == [0, 1, 0]
@@ -52,11 +52,11 @@ def test_a_learner_is_the_mean_of_its_folds_models_in_the_order_of_the_stack():
 
 def test_an_image_of_a_patient_in_a_fold_does_not_count_and_one_without_a_score_is_counted():
     found = found_of(0, one=0.8)
-    test = gather_put_aside([scores("one", "tuw", 0, 0.5)], found, *PREPARED)
+    test = gather_test_split([scores("one", "tuw", 0, 0.5)], found, *PREPARED)
     assert test.left_out == 1 and test.means.unanswered == 1
     assert test.means.everything().ids.tolist() == test.rows.image_id.tolist() == ["t", "u"]
-    assert gather_put_aside([ONE.head(0)], found, *PREPARED) is None
-    assert gather_put_aside([], found, *PREPARED) is None
+    assert gather_test_split([ONE.head(0)], found, *PREPARED) is None
+    assert gather_test_split([], found, *PREPARED) is None
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_an_image_of_a_patient_in_a_fold_does_not_count_and_one_without_a_score_
 )
 def test_test_scores_that_do_not_belong_to_the_learners_are_refused(tables, message):
     with pytest.raises(FusionError, match=f"^test images: .*{message}"):
-        gather_put_aside(tables, found_of(0, one=0.8, two=0.6), *PREPARED)
+        gather_test_split(tables, found_of(0, one=0.8, two=0.6), *PREPARED)
 
 
 def test_ensembles_learn_from_the_one_fold_and_are_judged_on_the_test_images():
@@ -84,10 +84,10 @@ def test_ensembles_learn_from_the_one_fold_and_are_judged_on_the_test_images():
     found = found_of(0, one=0.8, two=0.1)
     assert found.folds == [0] and not found.crosses and found_of(0, 1, one=0.8).crosses
     wrong, right = scores("one", "tuv", 0, [0.1, 0.9, 0.1]), scores("two", "tuv", 0, [0.9, 0.1, 0.9])
-    test = gather_put_aside([wrong, right], found, *PREPARED)
+    test = gather_test_split([wrong, right], found, *PREPARED)
     ensembles = {name: ENSEMBLES[name] for name in ("mean", "vote", "weighted")}
     ensembles["flannel"] = ensemble_settings("flannel", epochs=3)
-    judged = judge_put_aside(found, test.means, ensembles)
+    judged = judge_test_split(found, test.means, ensembles)
     assert judged.protocols == dict.fromkeys(["one", "two", *ensembles], "out-of-fold")
     of_model = {name: rows.set_index("image_id").sick for name, rows in judged.scores.groupby("model")}
     np.testing.assert_allclose(of_model["mean"], 0.5)
@@ -97,22 +97,22 @@ def test_ensembles_learn_from_the_one_fold_and_are_judged_on_the_test_images():
     weights = judged.weights[judged.weights.model == "weighted"]
     np.testing.assert_allclose(weights[["one", "two"]], [[1, 0]] * 3, atol=1e-6)
     with pytest.raises(FusionError, match="one: both an ensemble and a learner"):
-        judge_put_aside(found, test.means, {"one": ENSEMBLES["mean"]})
+        judge_test_split(found, test.means, {"one": ENSEMBLES["mean"]})
 
 
 def test_what_is_kept_is_what_was_judged_at_the_temperature_of_the_out_of_fold_rows():
     # .9 everywhere, right 3 times in 4: log 9 / T = log 3, so T = 2; the truth of the test images is not asked.
     found = gather([scores("one", "abcd", [0, 0, 1, 1], [0.9, 0.1, 0.9, 0.9])], *PREPARED)
-    test = gather_put_aside([ONE, ONE.assign(fold=1)], found, *PREPARED)
-    judged = judge_put_aside(found, test.means, {"mean": ENSEMBLES["mean"]})
+    test = gather_test_split([ONE, ONE.assign(fold=1)], found, *PREPARED)
+    judged = judge_test_split(found, test.means, {"mean": ENSEMBLES["mean"]})
     kept = learnt_ensemble(found, "mean", ENSEMBLES["mean"])
     assert out_of_fold_temperature(kept, found) == pytest.approx(2, abs=1e-3) and kept.folds == (0, 1)
-    table = put_aside_scores(judged, test, "mean", 0.5, "mean scaled")
+    table = test_split_scores(judged, test, "mean", 0.5, "mean scaled")
     assert list(dict.fromkeys(table.model)) == ["one", "mean", "mean scaled"]
     after = table[table.model == "mean scaled"].set_index("image_id").sick
     # .9^2 / (.9^2 + .1^2)
     assert after["t"] == pytest.approx(0.81 / 0.82) and table[table.model == "one"].fold.tolist() == [0, 0, 0, 1, 1, 1]
-    assert len(put_aside_scores(judged, test, "mean", 1.0, "mean scaled")) == 9
+    assert len(test_split_scores(judged, test, "mean", 1.0, "mean scaled")) == 9
     applied = apply_ensemble(kept, test.rows).set_index("image_id")
     np.testing.assert_allclose(applied.sick, table[table.model == "mean"].sick)
 

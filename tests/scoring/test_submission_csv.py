@@ -6,7 +6,15 @@ from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import SubmissionError
-from kitlib.scoring.csv_file import PRIORS, as_tables, read_ids, read_submission, split_id, submission_ids, write_submission
+from kitlib.scoring.submission_csv import (
+    PRIORS,
+    as_tables,
+    read_ids,
+    read_submission,
+    split_id,
+    submission_ids,
+    write_submission,
+)
 from kitlib.tables import BOX
 
 IDS = submission_ids(["s1", "s2"], ["i1", "i2"])

@@ -11,7 +11,7 @@ import pandas as pd
 
 from kitlib.bundle import read_record
 from kitlib.fusion.ensemble_bundle import Ensemble, apply_ensemble
-from kitlib.fusion.fuse import Fused, FusionSettings, fuse
+from kitlib.fusion.model_fusion import Fused, FusionSettings, fuse
 from kitlib.inference.predict import study_and_image_scores
 from kitlib.lungs.crop import wants_masks
 from kitlib.models.families import BOXES, recorded_family
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Answering:
+class AnsweringModel:
     """What a bundle says of its model before its weights are read."""
 
     folder: Path
@@ -44,11 +44,11 @@ class Stacked:
     note: str
 
 
-def read_answering(folder: Path) -> Answering:
+def read_answering_model(folder: Path) -> AnsweringModel:
     """Raises BundleError for a record that cannot be read, ValueError for a model that answers no row of a submission."""
     record = read_record(folder)
     recipe = record["recipe"]
-    return Answering(
+    return AnsweringModel(
         folder,
         record["model"],
         record["fold"],
@@ -69,7 +69,7 @@ def fused_answer(
     fusion: FusionSettings,
     ensemble: Ensemble | None = None,
 ) -> tuple[Fused, Stacked | None]:
-    """One answer for `images` (image_id, study_id, rows, columns), as kitlib.fusion.fuse gives it.
+    """One answer for `images` (image_id, study_id, rows, columns), as kitlib.fusion.model_fusion gives it.
 
     `probabilities` and `detections` are what Predictors have given, of classifiers and of detectors, `coverage` which
     detector has seen which image. The ensemble's answer takes the place of its learners'; where it fails they are fused as

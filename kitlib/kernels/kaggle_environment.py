@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 KEY = "key.json"
 
 
-def stand_in(folder: str | Path | None = None, image: Mapping[str, str] | None = None) -> Path:
+def kaggle_packages(folder: str | Path | None = None, image: Mapping[str, str] | None = None) -> Path:
     """A folder of packages (default `build/stand-in`), made of hard links to those installed here; reused while they stay.
 
     `image` maps canonical names to versions. Raises KernelError for a package whose version is not the image's.

@@ -21,7 +21,7 @@ from kitlib.errors import TrainingError
 from kitlib.recipes.fields import DetectorRecipe
 from kitlib.settings import override
 from kitlib.training.driver import train_fold
-from kitlib.training.folds import train_folds
+from kitlib.training.train_folds import train_folds
 from tests.small_tasks import small_task
 from tests.small_xrays import RECIPE, SmallXrays
 
@@ -60,7 +60,7 @@ def forked(monkeypatch):
 
     context = SimpleNamespace(Process=AsSpawned, Queue=fork.Queue)
     seen = SimpleNamespace(get_context=lambda _: context, connection=multiprocessing.connection)
-    monkeypatch.setattr("kitlib.training.folds.multiprocessing", seen)
+    monkeypatch.setattr("kitlib.training.train_folds.multiprocessing", seen)
     return context
 
 

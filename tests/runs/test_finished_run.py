@@ -11,9 +11,9 @@ from kitlib.bundle import data_fingerprint
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import RunError
 from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
-from kitlib.fusion.fuse import Fused
+from kitlib.fusion.model_fusion import Fused
 from kitlib.recipes.fields import StudyRecipe
-from kitlib.runs.reading import (
+from kitlib.runs.finished_run import (
     judged_images,
     read_answer,
     read_answers,

@@ -11,9 +11,9 @@ import pandas as pd
 from kitlib.bundle import RECORD, data_fingerprint
 from kitlib.errors import RunError
 from kitlib.fusion.ensemble_bundle import read_ensemble
-from kitlib.fusion.fuse import Fused, FusionSettings, fuse
-from kitlib.fusion.put_aside import PutAside, gather_put_aside
+from kitlib.fusion.model_fusion import Fused, FusionSettings, fuse
 from kitlib.fusion.stacking import LearnerScores, gather
+from kitlib.fusion.test_split import TestSplitScores, gather_test_split
 from kitlib.paths import find_run
 from kitlib.tables import concatenate, read_table
 from kitlib.xrays.cache import DecodedXrays, XrayCache
@@ -132,14 +132,16 @@ def read_learners(runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame])
     return gather(tables, prepared["images"], prepared["labels"], prepared["folds"])
 
 
-def read_put_aside(runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame], found: LearnerScores) -> PutAside | None:
+def read_test_split(
+    runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame], found: LearnerScores
+) -> TestSplitScores | None:
     """The same runs' scores of the prepared run's test images (tables/test_scores.parquet); None where no run has any.
 
-    Raises FusionError where they do not belong to the learners `found`, as `gather_put_aside` says.
+    Raises FusionError where they do not belong to the learners `found`, as `gather_test_split` says.
     """
     paths = [Path(run) / "tables" / "test_scores.parquet" for run in runs]
     tables = [read_table("class_scores", path) for path in paths if path.is_file()]
-    return gather_put_aside(tables, found, prepared["images"], prepared["labels"], prepared["folds"])
+    return gather_test_split(tables, found, prepared["images"], prepared["labels"], prepared["folds"])
 
 
 def read_study_ensemble(run: str | Path, study_scores: pd.DataFrame) -> pd.DataFrame:

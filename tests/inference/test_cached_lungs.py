@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from kitlib.inference import lungs_once
-from kitlib.inference.lungs_once import LungsOnce
+from kitlib.inference import cached_lungs
+from kitlib.inference.cached_lungs import CachedLungs
 from kitlib.lungs.finders import Lungs
 from tests.small_xrays import COLUMNS, ROWS, SmallXrays
 
@@ -40,7 +40,7 @@ class Segmenter:
 @pytest.fixture
 def segmenter(monkeypatch):
     made = Segmenter()
-    monkeypatch.setattr(lungs_once, "load_segmenter", lambda bundle, batch_size: made)
+    monkeypatch.setattr(cached_lungs, "load_segmenter", lambda bundle, batch_size: made)
     return made
 
 
@@ -51,7 +51,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_what_was_found_is_kept_as_it_was_and_asked_for_once(segmenter, tmp_path, masked):
-    lungs = LungsOnce(tmp_path, masked)
+    lungs = CachedLungs(tmp_path, masked)
     expected = [Segmenter.of(xray) if masked else Lungs(Segmenter.of(xray).frame) for xray in XRAYS]
     first = lungs.find(XRAYS[:5])
     again = lungs.find(XRAYS[::-1])[::-1]
@@ -66,21 +66,21 @@ def test_without_a_bundle_or_with_a_damaged_one_no_lungs_are_found_and_it_says_w
         (None, "name its run by the kernel's key `lungs`"),
         (tmp_path, "failed: BundleError: .*is missing"),
     ):
-        lungs = LungsOnce(bundle, masked=True)
+        lungs = CachedLungs(bundle, masked=True)
         lungs.begin()
         assert all(each.frame is None and each.mask is None for each in lungs.find(XRAYS)) and lungs.segmented == 0
         assert re.search(told, lungs.fault)
 
 
 def test_an_image_that_the_segmenter_fails_at_is_missed_alone(segmenter, tmp_path):
-    segmenter.breaks, lungs = ["image005"], LungsOnce(tmp_path, masked=False)
+    segmenter.breaks, lungs = ["image005"], CachedLungs(tmp_path, masked=False)
     found = lungs.find(XRAYS)
     assert [each.frame is not None for each in found] == [False, True, True, True, True, False, True, True]
     assert lungs.fault == "" and (lungs.segmented, lungs.missed) == (8, 2)
 
 
 def test_a_segmenter_that_fails_at_a_whole_batch_is_given_up(segmenter, tmp_path):
-    segmenter.breaks, lungs = ["image002", "image003"], LungsOnce(tmp_path, masked=False)
+    segmenter.breaks, lungs = ["image002", "image003"], CachedLungs(tmp_path, masked=False)
     for start in (0, 2, 4, 6):
         lungs.find(XRAYS[start : start + 2])
     frames = [each.frame is not None for each in lungs.find(XRAYS)]
@@ -92,7 +92,7 @@ def test_a_segmenter_that_fails_at_a_whole_batch_is_given_up(segmenter, tmp_path
 def test_two_threads_do_not_ask_twice(segmenter, tmp_path, monkeypatch):
     find = Segmenter.find
     monkeypatch.setattr(Segmenter, "find", lambda self, xrays: time.sleep(0.05) or find(self, xrays))
-    lungs = LungsOnce(tmp_path, masked=False)
+    lungs = CachedLungs(tmp_path, masked=False)
     threads = [threading.Thread(target=lungs.find, args=(XRAYS,)) for _ in range(4)]
     for thread in threads:
         thread.start()

@@ -59,8 +59,8 @@ def train_folds(
     `at_once` folds train side by side, each in a process of its own with a GPU of its own, its share of the CPU's threads
     and its log in fold<n>/train.log; 0: as many as there are GPUs, 1: in this process. `processes` train each fold
     together, see kitlib.training.data_parallel. Folds that the session's end has stopped are left out, and said; once it
-    has stopped one, no further fold is begun. Side by side, a fold that fails stops no other: TrainingError names all of them
-    at the end. `resume_name` is what the next session is told to resume from, where it is not the folder `run` itself.
+    has stopped one, no further fold is begun. Side by side, a fold that fails stops no other: TrainingError names them
+    all. `resume_name` is what the next session is told to resume from, where it is not the folder `run` itself.
     """
     folds, gpus = list(folds), torch.cuda.device_count()
     if processes > 1 and at_once > 1:

@@ -14,9 +14,9 @@ from joblib import Parallel, delayed
 from kitlib.atomic import write_json
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import SettingsError
-from kitlib.fusion.boxes import Confidence, Method, calibrated, merge_boxes
+from kitlib.fusion.box_fusion import Confidence, Method, calibrated, merge_boxes
 from kitlib.letterbox import clip_boxes
-from kitlib.scoring.csv_file import PRIORS
+from kitlib.scoring.submission_csv import PRIORS
 from kitlib.settings import AtLeastOne, NotNegative, Positive, Probability, Settings, from_dict
 from kitlib.tables import BOX, check_table, empty_table
 
@@ -28,7 +28,7 @@ class FusionSettings(Settings):
     """How predictions become one answer. The defaults are the plainest: equal weights, no rescoring."""
 
     model_weights: dict[str, NotNegative] = field(default_factory=dict)  # model -> weight; 1 if not named, 0 leaves it out
-    # detector -> slope and offset that make its scores probabilities, see kitlib.fusion.boxes; as they are if not named
+    # detector -> slope and offset that make its scores probabilities, see kitlib.fusion.box_fusion; as they are if not named
     calibration: dict[str, tuple[Positive, float]] = field(default_factory=dict)
     box_method: Method = "wbf"  # used where two or more lists of boxes meet
     box_iou: Probability = 0.6  # IoU above which boxes are one (1st and 11th place 0.6, Heidelberg 0.55, 5th 0.625)

@@ -13,8 +13,8 @@ ALL_FOLDS = -1  # in the column `fold` of an answer that is of several folds' mo
 
 
 @dataclass(frozen=True)
-class PutAside:
-    """Checked scores of test images, made by `gather_put_aside`.
+class TestSplitScores:
+    """Checked scores of test images, made by `gather_test_split`.
 
     `rows` is a table class_scores, a row an image, learner and fold. `means` holds each learner's mean over its models,
     under the fold ALL_FOLDS. `left_out` counts the images with scores that do not count: their patient is in a fold.
@@ -25,9 +25,9 @@ class PutAside:
     left_out: int
 
 
-def gather_put_aside(
+def gather_test_split(
     tables: Iterable[pd.DataFrame], found: LearnerScores, images: pd.DataFrame, labels: pd.DataFrame, folds: pd.DataFrame
-) -> PutAside | None:
+) -> TestSplitScores | None:
     """Check the learners' test scores (tables class_scores) against each other and against `found`; None without any.
 
     An image whose patient is in a fold is left out: that fold's images have chosen something. Raises FusionError: a learner
@@ -58,7 +58,7 @@ def gather_put_aside(
         gathered = gather(in_order, images, labels, pd.DataFrame({"id": sorted(test), "fold": ALL_FOLDS}))
     except FusionError as error:
         raise FusionError(f"test images: {error}") from error
-    return PutAside(rows.reset_index(drop=True), gathered, left_out)
+    return TestSplitScores(rows.reset_index(drop=True), gathered, left_out)
 
 
 def _check_models(rows: pd.DataFrame, found: LearnerScores) -> None:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit, logit
 
-from kitlib.fusion.boxes import calibrated, fit_calibration
+from kitlib.fusion.box_fusion import calibrated, fit_calibration
 
 
 def test_a_known_line_is_found_again():

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import SettingsError
-from kitlib.fusion.boxes import CONFIDENCES, METHODS, merge_boxes
-from kitlib.fusion.fuse import (
+from kitlib.fusion.box_fusion import CONFIDENCES, METHODS, merge_boxes
+from kitlib.fusion.model_fusion import (
     FusionSettings,
     fuse,
     fuse_boxes,
@@ -20,7 +20,7 @@ from kitlib.fusion.fuse import (
     seen_images,
     write_settings,
 )
-from kitlib.scoring.csv_file import PRIORS
+from kitlib.scoring.submission_csv import PRIORS
 from kitlib.settings import from_dict
 from kitlib.tables import BOX
 

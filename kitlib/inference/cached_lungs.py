@@ -16,7 +16,7 @@ from kitlib.xrays.cache import CachedXray
 logger = logging.getLogger(__name__)
 
 
-class LungsOnce:
+class CachedLungs:
     """Asks the segmenter of `bundle` about each image once; a `LungFinder`.
 
     An image that it fails at has no lungs. Without a bundle that works, or once it has failed at each image of several, it
