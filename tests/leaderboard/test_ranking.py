@@ -7,7 +7,8 @@ from kitlib.bundle import data_fingerprint
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import LeaderboardError
 from kitlib.leaderboard.listing import list_runs
-from kitlib.leaderboard.ranking import compare, rank, read_entries
+from kitlib.leaderboard.entries import read_entries
+from kitlib.leaderboard.ranking import compare, rank
 from kitlib.notebook import run_notebook
 from kitlib.paths import project_root
 from kitlib.recipes.named import RECIPES
