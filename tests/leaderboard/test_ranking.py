@@ -6,8 +6,8 @@ from kitlib.atomic import write_json
 from kitlib.bundle import data_fingerprint
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import LeaderboardError
-from kitlib.leaderboard.listing import list_runs
 from kitlib.leaderboard.entries import read_entries
+from kitlib.leaderboard.listing import list_runs
 from kitlib.leaderboard.ranking import compare, rank
 from kitlib.notebook import run_notebook
 from kitlib.paths import project_root
