@@ -22,7 +22,7 @@ MODULES = (
     "training.findings",
     "training.study",
     "training.lungs",
-    "training.folds",
+    "training.train_folds",
     "fusion.tuning",
     "reports.figures",
 )
