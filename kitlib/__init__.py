@@ -1,8 +1,8 @@
 """The library behind the notebooks: chest X-rays from DICOM files to a competition's submission.
 
-A few plain modules hold vocabulary and contracts; everything else lies in rooms, folders named for what a person comes for.
-A room imports only from rooms before it: recipes, xrays, datasets, scoring, phantoms, lungs, fusion, models, runs,
-inference, training, reports, kernels, plans, leaderboard, page (`tests/test_rooms.py` holds them to it).
+Root modules define vocabulary and contracts; everything else is in sub-packages called rooms, each named for a task. A room
+imports only from the rooms before it: recipes, xrays, datasets, scoring, phantoms, lungs, fusion, models, runs, inference,
+training, reports, kernels, plans, leaderboard, page (checked by `tests/test_rooms.py`).
 """
 
 __version__ = "0.1.0"

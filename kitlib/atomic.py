@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside their place, then renamed."""
+"""Atomic writes: a file is written under a temporary name in the same folder, then renamed, so it is never half-written."""
 
 import json
 import os
@@ -14,38 +14,40 @@ if TYPE_CHECKING:  # decode workers start without pandas
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a path beside `path`; when the block ends without an error it takes the place of `path`.
+    """Yield a temporary path in the folder of `path`; when the block ends without an error, it is renamed to `path`.
 
-    A killed process or a full disk leaves the previous file as it was. The name beside keeps the suffix, because several
+    A killed process or a full disk leaves the previous file unchanged. The temporary name keeps the suffix, because several
     writers choose their format by it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    handle, temporary_path = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     # mkstemp makes files that only their owner can read; a submission must be readable like any other file.
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(beside, 0o666 & ~umask)
+    os.chmod(temporary_path, 0o666 & ~umask)
     try:
-        yield Path(beside)
-        with open(beside, "rb") as written:
+        yield Path(temporary_path)
+        with open(temporary_path, "rb") as written:
             os.fsync(written.fileno())
-        os.replace(beside, path)
+        os.replace(temporary_path, path)
     finally:
-        Path(beside).unlink(missing_ok=True)
+        Path(temporary_path).unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    """Write `text` as UTF-8, atomically."""
+    with replacing(path) as temporary_path:
+        temporary_path.write_text(text, encoding="utf-8")
 
 
 def write_csv(path: str | Path, table: "pd.DataFrame") -> None:
-    with replacing(path) as beside:
-        table.to_csv(beside, index=False)
+    """Write a table as CSV without its index, atomically."""
+    with replacing(path) as temporary_path:
+        table.to_csv(temporary_path, index=False)
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Indented, keys in the order given, NaN refused: other languages cannot read it."""
+    """Write `value` as indented JSON, atomically, keys in their own order. Raises ValueError for NaN, which JSON lacks."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

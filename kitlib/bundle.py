@@ -1,4 +1,4 @@
-"""A trained model on disk: `weights.safetensors` and `model.json`. Nothing is unpickled, in or out."""
+"""Bundles: a trained model on disk as `weights.safetensors` and `model.json`. Nothing is pickled or unpickled."""
 
 import hashlib
 import json
@@ -21,19 +21,19 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS, RECORD = "weights.safetensors", "model.json"
 
-# Keys of a record and their types: what the caller states, and what `save_bundle` adds.
+# Keys of a record and their types: those that the caller passes, and those that `save_bundle` adds.
 STATED: dict[str, type | tuple[type, ...]] = {
-    "family": str,  # "study", "findings", "patches", "segmenter", "faster_rcnn" or "yolo": who rebuilds the model
-    "model": str,  # the name that its rows carry in tables
+    "family": str,  # "study", "findings", "patches", "segmenter", "faster_rcnn" or "yolo"; decides how the model is rebuilt
+    "model": str,  # the model's name in tables of predictions
     "classes": list,
     "recipe": dict,  # fields of the recipe's dataclass
-    "architecture": dict,  # what the recipe does not say, {} if nothing
-    "longest_side": int,  # of the decoded copies that it was trained on, pixels; see kitlib.xrays.cache
+    "architecture": dict,  # what the recipe does not determine; may be empty
+    "longest_side": int,  # of the decoded copies that the model was trained on, pixels; see kitlib.xrays.cache
     "image_size": int,  # side of the square canvas, pixels
     "placement": str,  # "letterbox" or "stretch"
-    "mean": list,  # a channel, of pixels scaled to 0..1
+    "mean": list,  # per channel, of pixels scaled to 0..1
     "std": list,
-    "fold": int,  # the fold it has not seen
+    "fold": int,  # the fold that was left out of training
     "data_fingerprint": str,  # see data_fingerprint
     "validation": dict,  # scores on that fold
 }
@@ -41,31 +41,34 @@ ADDED: dict[str, type | tuple[type, ...]] = {"tied": dict, "weights_sha256": str
 
 
 def save_bundle(folder: str | Path, state_dict: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
-    """Write the weights, then the record with their SHA-256; a killed process leaves no bundle that reads.
+    """Write a bundle: the weights, then the record with their SHA-256. An interrupted write leaves no readable bundle.
 
-    `record` holds exactly the keys of `STATED`, in JSON's own types (tuples pass for lists). Tensors may be on any device
-    and may be tied: one that appears under several names is stored once, the other names go into `tied`.
+    `record` holds exactly the keys of `STATED`, as JSON types (tuples are written as lists). Tensors may be on any device
+    and may be tied: a tensor that appears under several names is stored once, and the other names are listed in `tied`.
     """
     folder = Path(folder)
     record = {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
     _check_record(record, STATED, f"record for {folder}")
     stored, tied = _untied(state_dict)
     (folder / RECORD).unlink(missing_ok=True)
-    with replacing(folder / WEIGHTS) as beside:
-        save_file(stored, beside)
-        digest = file_digest(beside)
+    with replacing(folder / WEIGHTS) as temporary_path:
+        save_file(stored, temporary_path)
+        digest = file_digest(temporary_path)
     write_json(folder / RECORD, {**record, "tied": tied, "weights_sha256": digest, "versions": versions()})
 
 
 def read_bundle(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The record and the weights (on the CPU). Raises BundleError: missing file, wrong hash, missing or unknown keys."""
+    """Return the record and the weights (on the CPU) of a bundle.
+
+    Raises BundleError for a missing file, a wrong hash, and missing or unknown keys.
+    """
     record = read_record(folder)
     record_path, weights_path = Path(folder) / RECORD, Path(folder) / WEIGHTS
     digest = file_digest(weights_path)
     if digest != record["weights_sha256"]:
         raise BundleError(
-            f"{weights_path} has SHA-256 {digest}, but {record_path} promises {record['weights_sha256']}: "
-            "the two are not of one run, or the copy is damaged; copy both again"
+            f"{weights_path} has SHA-256 {digest}, but {record_path} states {record['weights_sha256']}: "
+            "the files belong to different runs, or a copy is damaged; copy both again"
         )
     weights = read_weights(weights_path)
     for alias, name in record["tied"].items():
@@ -76,17 +79,19 @@ def read_bundle(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Ten
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
-    """The record alone, without looking at the weights. Raises BundleError: missing file, missing or unknown keys."""
+    """Return the record without reading the weights. Raises BundleError for a missing file, or missing or unknown keys."""
     folder = Path(folder)
     for path in (folder / RECORD, folder / WEIGHTS):
         if not path.is_file():
-            there = sorted(entry.name for entry in folder.glob("*")) if folder.is_dir() else "no such folder"
-            raise BundleError(f"{path} is missing; in {folder}: {there}. Name the `bundle` folder of a finished run")
+            available = sorted(entry.name for entry in folder.glob("*")) if folder.is_dir() else "no such folder"
+            raise BundleError(
+                f"{path} is missing; {folder} contains: {available}. Give the `bundle` folder of a finished run"
+            )
     path = folder / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BundleError(f"{path} is no JSON ({error}); copy the bundle again from its run") from error
+        raise BundleError(f"{path} is not valid JSON ({error}); copy the bundle from its run again") from error
     if not isinstance(record, dict):
         raise BundleError(f"{path} holds a {type(record).__name__} instead of an object; copy the bundle again")
     _check_record(record, STATED | ADDED, str(path))
@@ -94,23 +99,24 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Tensors of a .safetensors file, on the CPU. Pickles (.pt, .pth, .bin, .ckpt) are refused with BundleError."""
+    """Return the tensors of a .safetensors file, on the CPU. Raises BundleError for anything else, including pickles."""
     path = Path(path)
     if not path.is_file():
-        raise BundleError(f"no weights file {path}; give a local .safetensors file, nothing is downloaded")
+        raise BundleError(f"the weights file {path} does not exist; give a local .safetensors file, nothing is downloaded")
     try:
         return load_file(path)
     except SafetensorError as error:
         raise BundleError(
-            f"{path} is no safetensors file ({error}). Pickles are never loaded: convert it once, where it was made, with "
+            f"{path} is not a safetensors file ({error}). Pickles are never loaded: convert it where it was made, with "
             "safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')"
         ) from error
 
 
 def data_fingerprint(**tables: pd.DataFrame) -> str:
-    """SHA-256 (hex) over what makes a training set: ids, labels, boxes and folds, whatever the order of rows or columns.
+    """Return the SHA-256 (hex) of the training data: ids, labels, boxes and folds, whatever the order of rows or columns.
 
-    Tables go by their name in `kitlib.tables`. Of `images` only ids count: paths, sizes and views may be re-read elsewhere.
+    Tables are passed by their name in `kitlib.tables`. Of `images` only the ids count, because paths, sizes and views may
+    differ between machines.
     """
     digest = hashlib.sha256()
     for name in sorted(tables):
@@ -131,30 +137,30 @@ def _check_record(record: dict[str, Any], kinds: dict[str, type | tuple[type, ..
     missing, unknown = [key for key in kinds if key not in record], [key for key in record if key not in kinds]
     if missing or unknown:
         raise BundleError(
-            f"{where}: missing keys {missing}, unknown keys {unknown}; read it with the kitlib that wrote it "
+            f"{where}: missing keys {missing}, unknown keys {unknown}; read it with the kitlib version that wrote it "
             f"({record.get('versions', 'version not stated')}; this is {kitlib.__version__})"
         )
     for key, kind in kinds.items():
         if type(record[key]) is not kind:
-            raise BundleError(f"{where}: {key} is {record[key]!r}, wanted {getattr(kind, '__name__', kind)}")
+            raise BundleError(f"{where}: {key} is {record[key]!r}, expected {getattr(kind, '__name__', kind)}")
 
 
 def _untied(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors that share no memory, and alias -> name for those that are one tensor."""
+    """Return the tensors without shared memory, and alias -> name for names that refer to one tensor."""
     stored, tied = {}, {}
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in state_dict.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and place in first:
-            tied[name] = first[place]
+        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and memory in first:
+            tied[name] = first[memory]
         else:
-            first[place] = name
-            # A view would drag its whole storage along, and safetensors refuses storage shared between names.
+            first[memory] = name
+            # Cloned, because a view would save its whole storage, and safetensors refuses storage shared between names.
             stored[name] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
     return stored, tied
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 (hex) of a file."""
+    """Return the SHA-256 (hex) of a file."""
     with open(path, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""A point in time by which work must end, asked politely and, where politeness fails, enforced."""
+"""Deadlines: work can ask how much time remains, and is interrupted if it does not stop in time."""
 
 import math
 import os
@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-STRIKES_S = 2.0  # seconds between two
+REPEAT_S = 2.0  # seconds between two interruptions once the deadline has passed
 
 
 class OutOfTime(BaseException):
-    """The deadline has struck. No `Exception`, so that no library's handler takes it for a fault of its own."""
+    """Raised when an enforced deadline passes. A BaseException, so that no library's `except Exception` swallows it."""
 
 
 class Deadline:
-    """Seconds left until `seconds` from now (or from `started`, a time.monotonic() value)."""
+    """A point in time, `seconds` after now or after `started`, a time.monotonic() value."""
 
     def __init__(self, seconds: float, started: float | None = None) -> None:
         if not seconds > 0:
@@ -25,51 +25,52 @@ class Deadline:
         self.at = (time.monotonic() if started is None else started) + seconds
 
     def left(self) -> float:
+        """Return the seconds that remain; negative once the deadline has passed."""
         return self.at - time.monotonic()
 
     @contextmanager
     def enforced(self) -> Iterator[None]:
-        """Raise OutOfTime inside the block when the deadline strikes, wherever the code then is (an import, a wait).
+        """Raise OutOfTime inside the block when the deadline passes, even during an import or a wait.
 
-        Works by a signal and therefore in the main thread only, which is where notebooks run; elsewhere callers must ask
-        `left()`.
+        This uses a signal, so it works only in the main thread, where notebooks run; in other threads it does nothing, and
+        the caller has to check `left()`.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGALRM, self._strike)
-        # Again and again: a strike inside a destructor or a callback of the interpreter is only printed.
-        signal.setitimer(signal.ITIMER_REAL, max(self.left(), 1e-3), STRIKES_S)
+        before = signal.signal(signal.SIGALRM, self._interrupt)
+        # Repeated, because an exception inside a destructor or an interpreter's callback is only printed.
+        signal.setitimer(signal.ITIMER_REAL, max(self.left(), 1e-3), REPEAT_S)
         try:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
 
-    def _strike(self, *_: object) -> None:
+    def _interrupt(self, *_: object) -> None:
         raise OutOfTime
 
 
 def session_limit(seconds: float) -> float:
-    """`seconds`, or less where the surroundings end the session earlier and say so in KIT_TIME_LIMIT_S (the rehearsal)."""
+    """Return `seconds`, or the value of KIT_TIME_LIMIT_S if that is lower (a rehearsal sets it)."""
     return min(seconds, float(os.environ.get("KIT_TIME_LIMIT_S", seconds)))
 
 
 def session_start() -> float | None:
-    """When the session began, a time.monotonic() value, where a kernel's start has noted it; else None."""
+    """Return when the session began, a time.monotonic() value, or None outside a kernel."""
     return float(os.environ["KIT_STARTED"]) if "KIT_STARTED" in os.environ else None
 
 
 def session_deadline(hours: float) -> Deadline | None:
-    """The end of a session of so many hours, counted from its start; None where nothing ends it, 0 hours included."""
+    """Return the end of a session of `hours`, counted from its start; None if the session has no limit (0 hours)."""
     if hours < 0:
-        raise ValueError(f"a session has {hours} hours; 0 means that nothing ends it")
+        raise ValueError(f"a session cannot have {hours} hours; use a positive number, or 0 for no limit")
     limit = session_limit(hours * 3600 or math.inf)
     return None if math.isinf(limit) else Deadline(limit, session_start())
 
 
 class SessionOver(RuntimeError):
-    """The session's deadline has ended a training between two epochs; it goes on from the checkpoint in its run folder."""
+    """Raised between two epochs when the session ends. Training resumes from the checkpoint in the run folder."""
 
     def __init__(self, run_folder: Path, done: int, epochs: int) -> None:
         super().__init__(f"{run_folder}: the session ends after {done} of {epochs} epochs")
@@ -80,5 +81,5 @@ class SessionOver(RuntimeError):
 
 
 def epoch_fits(deadline: Deadline | None, seconds: list[float]) -> bool:
-    """Whether one more epoch ends before the deadline, should it take half as long again as the longest of `seconds`."""
+    """Return True if another epoch fits before the deadline, allowing 1.5 times the longest of the past `seconds`."""
     return deadline is None or deadline.left() > 1.5 * max(seconds, default=0.0)

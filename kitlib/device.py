@@ -1,4 +1,4 @@
-"""The one place that chooses the device, its precision and its memory format, and sets the random seeds."""
+"""Choice of device, precision and memory format, and random seeds."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 Precision = Literal["16-mixed", "bf16-mixed", "32-true"]
 DTYPES: dict[Precision, torch.dtype] = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
-# What a GPU computes in, whatever it could: Kaggle's T4s compute in "16-mixed", which a newer GPU would never choose.
+# Environment variable that sets a GPU's precision: lets a newer GPU try "16-mixed", in which Kaggle's T4s compute.
 PRECISION = "KIT_PRECISION"
 PRECISIONS: tuple[Precision, ...] = (*DTYPES, "32-true")
 BACKEND = "KIT_BACKEND"
@@ -24,56 +24,54 @@ BACKENDS = ("gloo", "nccl")
 
 
 def pick_device() -> torch.device:
-    """A GPU if this build of torch can really compute on it, otherwise the CPU; the reason is logged as a warning.
+    """Return a GPU if this build of torch can compute on it, otherwise the CPU, with the reason logged as a warning.
 
-    It is the first GPU, unless several processes train together: then each has its own.
-
-    `torch.cuda.is_available()` is not enough: on a P100 a build without its architecture says yes and dies at the first
-    operation.
+    The GPU is the first one, or this process's own when several processes train together. `torch.cuda.is_available()` is
+    not enough: for a P100 it returns True even if the build lacks its architecture, and the first operation fails.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = _own_gpu()
-    if reason := _useless(device):
+    if reason := _unusable_reason(device):
         logger.warning("using the CPU: %s", reason)
         return torch.device("cpu")
     return device
 
 
 def training_device() -> torch.device:
-    """The device to train on, as `pick_device` chooses it; an unusable GPU raises DeviceError, because a CPU takes days."""
-    if torch.cuda.is_available() and (reason := _useless(_own_gpu())):
+    """Return the device to train on, as `pick_device` does, but raise DeviceError for an unusable GPU: a CPU takes days."""
+    if torch.cuda.is_available() and (reason := _unusable_reason(_own_gpu())):
         raise DeviceError(
-            f"{reason}. On Kaggle choose the accelerator 'GPU T4 x2' (accelerator: NvidiaTeslaT4), elsewhere a torch that "
-            "is built for this GPU; to train on the CPU on purpose, set CUDA_VISIBLE_DEVICES to nothing"
+            f"{reason}. On Kaggle choose the accelerator 'GPU T4 x2' (accelerator: NvidiaTeslaT4); elsewhere install a "
+            "torch that is built for this GPU. To train on the CPU on purpose, set CUDA_VISIBLE_DEVICES to an empty string"
         )
     return pick_device()
 
 
 def _own_gpu() -> torch.device:
-    # Its number among the processes that share a training on this machine, as torch's launcher sets it.
+    # torch's launcher sets LOCAL_RANK: the number of this process among those that train together on this machine.
     return gpu_of(int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def gpu_of(process: int) -> torch.device:
-    """The GPU of a process, by its number (from 0) among those that train one model on this machine."""
-    # NCCL refuses two processes on one GPU, gloo does not.
+    """Return the GPU of a process, by its number (from 0) among the processes that train one model on this machine."""
+    # gloo lets several processes share a GPU, NCCL does not.
     return torch.device("cuda", process % torch.cuda.device_count() if process_group_backend() == "gloo" else process)
 
 
 def process_group_backend() -> str:
-    """What processes that train together exchange gradients by: the environment variable KIT_BACKEND, "" for torch's own.
+    """Return the backend by which processes exchange gradients: KIT_BACKEND ("gloo" or "nccl"), "" for torch's default.
 
-    With "gloo" they may be more than there are GPUs, and share them. Raises ValueError for any other value than "nccl".
+    With "gloo" there may be more processes than GPUs. Raises ValueError for any other value of the environment variable.
     """
     chosen = os.environ.get(BACKEND, "")
     if chosen not in ("", *BACKENDS):
-        raise ValueError(f"the environment variable {BACKEND} is {chosen!r}; there are: {', '.join(BACKENDS)}")
+        raise ValueError(f"the environment variable {BACKEND} is {chosen!r}; valid: {', '.join(BACKENDS)}")
     return chosen
 
 
-def _useless(device: torch.device) -> str:
-    """Why nothing can be computed on a GPU, empty where it can."""
+def _unusable_reason(device: torch.device) -> str:
+    """Return why nothing can be computed on a GPU, or "" if it works."""
     name = torch.cuda.get_device_name(device)
     capability, built_for = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
     if not supports(capability, built_for):
@@ -87,10 +85,10 @@ def _useless(device: torch.device) -> str:
 
 
 def supports(capability: tuple[int, int], built_for: list[str]) -> bool:
-    """Whether code for one of `built_for` runs on a GPU of this compute capability.
+    """Return True if code for one of the architectures `built_for` runs on a GPU of this compute capability.
 
-    Machine code ("sm_75") runs on its own major version from its minor version on, intermediate code ("compute_90") on
-    everything from its version on (CUDA C++ programming guide, binary and PTX compatibility).
+    Machine code ("sm_75") runs on GPUs of the same major version and at least its minor version, intermediate code
+    ("compute_90") on all GPUs of at least its version (CUDA C++ programming guide, binary and PTX compatibility).
     """
     for arch in built_for:
         kind, _, digits = arch.partition("_")
@@ -102,14 +100,14 @@ def supports(capability: tuple[int, int], built_for: list[str]) -> bool:
 
 
 def precision(device: torch.device) -> Precision:
-    """Lightning's name of the fastest safe precision: "bf16-mixed", "16-mixed" (T4s emulate bf16), "32-true" on CPU.
+    """Return Lightning's name of the fastest safe precision: "bf16-mixed", "16-mixed" (T4s emulate bf16), "32-true" on CPU.
 
-    On a GPU the environment variable KIT_PRECISION decides where it is set, to one of PRECISIONS. Raises ValueError for
-    any other value, also on a CPU.
+    On a GPU, the environment variable KIT_PRECISION overrides the choice. Raises ValueError if it is set to anything else
+    than one of PRECISIONS, also on a CPU.
     """
     chosen = os.environ.get(PRECISION, "")
     if chosen and chosen not in PRECISIONS:
-        raise ValueError(f"the environment variable {PRECISION} is {chosen!r}; there are: {', '.join(PRECISIONS)}")
+        raise ValueError(f"the environment variable {PRECISION} is {chosen!r}; valid: {', '.join(PRECISIONS)}")
     if device.type != "cuda":
         return "32-true"
     if chosen:
@@ -118,16 +116,16 @@ def precision(device: torch.device) -> Precision:
 
 
 def autocast(device: torch.device) -> AbstractContextManager:
-    """The context in which a model predicts on `device`: the precision it trained in, full precision on CPU."""
+    """Return the autocast context for prediction on `device`: the precision of training; full precision on a CPU."""
     dtype = DTYPES.get(precision(device))
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """The order in which images and convolutions lie in memory on `device`.
+    """Return the memory format of images and convolutions on `device`.
 
-    Channels last on GPUs, whose convolutions are up to a third faster so. Contiguous on the CPU: there oneDNN 3.7's
-    convolutions of some narrow layers write outside of their memory with the channels last, and the process dies.
+    Channels last on GPUs, where convolutions are up to a third faster with it. Contiguous on the CPU: with channels last,
+    oneDNN 3.7's convolutions of some narrow layers write outside their memory and crash the process.
     """
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
@@ -135,10 +133,10 @@ def memory_format(device: torch.device) -> torch.memory_format:
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch on every device."""
     random.seed(seed)
-    np.random.seed(derived_seed(seed))  # noqa: NPY002  libraries that we call draw from the global state
+    np.random.seed(derived_seed(seed))  # noqa: NPY002  libraries draw from the global state
     torch.manual_seed(seed)
 
 
 def derived_seed(*parts: int) -> int:
-    """One seed (0..2^32 - 1) out of several, such as a run's seed and an epoch: near inputs give unrelated seeds."""
+    """Combine several seeds, such as a run's seed and an epoch, into one (0..2^32 - 1); near inputs give unrelated seeds."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])

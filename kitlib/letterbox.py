@@ -1,6 +1,6 @@
-"""Where a pixel of the original image lies on a model's input, and back, exactly and per axis.
+"""Letterbox, stretch and centre crop: exact mapping between original pixels and a model's canvas, both ways.
 
-All boxes are float arrays (n, 4) of xmin, ymin, xmax, ymax in pixels; a pixel's left edge is its index, so an image of W
+Boxes are float arrays (n, 4) of xmin, ymin, xmax, ymax in pixels. A pixel's left edge is its index, so an image of W
 columns spans 0..W.
 """
 
@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
-# Shorter side of an image, in pixels, of which `centre_crop` keeps the middle 224: ImageNet's habit, and Heidelberg's.
+# `centre_crop` resizes the shorter side to 256 pixels for a canvas of 224, as is usual for ImageNet and as Heidelberg did.
 CROPPED_FROM = 256 / 224
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How a frame of an image of `rows` x `columns` is laid on a canvas: resized to `inner_rows` x `inner_columns`, then
-    padded, or cut where `top` or `left` are negative. The frame is the whole image, unless `within` names a part.
+    """How an image of `rows` x `columns`, or the part of it in `frame`, is drawn on a canvas.
 
-    The scale of each axis is inner size / frame size *after* rounding to whole pixels, so that the inverse is exact (one
-    common scale is off by up to half a pixel of the canvas at the far edge).
+    The frame is resized to `inner_rows` x `inner_columns`, then padded, or cropped where `top` or `left` is negative. The
+    scale of each axis is inner size / frame size *after* rounding to whole pixels, which makes the inverse exact (one common
+    scale would be off by up to half a canvas pixel at the far edge).
     """
 
     rows: float
@@ -31,18 +31,18 @@ class Placement:
     inner_columns: int
     top: int
     left: int
-    frame: tuple[float, float, float, float] | None = None  # xmin, ymin, xmax, ymax in original pixels; None: the whole
+    frame: tuple[float, float, float, float] | None = None  # xmin, ymin, xmax, ymax in original pixels; None: whole image
 
     @property
     def scale(self) -> np.ndarray:
-        """Canvas pixels an original pixel along x, y, x, y."""
+        """Canvas pixels per original pixel, (4,): x, y, x, y."""
         xmin, ymin, xmax, ymax = self._frame
         x, y = self.inner_columns / (xmax - xmin), self.inner_rows / (ymax - ymin)
         return np.array([x, y, x, y])
 
     @property
     def offset(self) -> np.ndarray:
-        """Where the original's corner lies on the canvas, or outside of it: x, y, x, y."""
+        """Position of the original's top left corner on the canvas, possibly outside it, (4,): x, y, x, y."""
         padding = np.array([self.left, self.top, self.left, self.top], dtype=float)
         return padding - self.scale * (self._frame[:2] * 2)
 
@@ -51,10 +51,10 @@ class Placement:
         return self.frame or (0.0, 0.0, float(self.columns), float(self.rows))
 
     def image(self, pixels: np.ndarray, fill: int = 0) -> np.ndarray:
-        """Lay uint8 `pixels` of any size with the original's aspect ratio on the canvas.
+        """Draw uint8 `pixels`, a copy of the original at any size, on the canvas.
 
-        The pixels may already be smaller than `rows` x `columns`: the decode-once cache keeps images at a reduced size
-        while boxes stay in original pixels.
+        The copy may be smaller than `rows` x `columns`: the cache of decoded X-rays stores reduced copies, while boxes stay
+        in original pixels.
         """
         if self.frame:
             xmin, ymin, xmax, ymax = self.frame
@@ -73,32 +73,33 @@ class Placement:
         return canvas
 
     def back(self, canvas: np.ndarray, rows: int, columns: int) -> np.ndarray:
-        """The canvas's pixels, uint8, where the original's lie, on a copy of it of `rows` x `columns`; 0 beyond the canvas.
+        """Map the canvas (uint8) back to a copy of the original of `rows` x `columns`; 0 where the canvas does not reach.
 
-        The inverse of `image`, between pixels linear.
+        The inverse of `image`, with linear interpolation.
         """
         x, y = self.scale[:2] * [self.columns / columns, self.rows / rows]
-        # From a pixel's middle on the copy to its place on the canvas, whose pixels' middles count from 0.
-        place = np.array([[x, 0, self.offset[0] + x / 2 - 0.5], [0, y, self.offset[1] + y / 2 - 0.5]])
+        # OpenCV places the centre of the first pixel at 0; here its left edge is at 0.
+        to_canvas = np.array([[x, 0, self.offset[0] + x / 2 - 0.5], [0, y, self.offset[1] + y / 2 - 0.5]])
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-        laid = cv2.warpAffine(canvas, place, (columns, rows), flags=flags, borderMode=cv2.BORDER_REPLICATE)
-        # The border's pixels reach to the canvas's edge, and no farther.
-        across = x * (np.arange(columns) + 0.5) + self.offset[0]
-        down = y * (np.arange(rows) + 0.5) + self.offset[1]
-        laid[:, (across < 0) | (across > self.canvas_columns)] = 0
-        laid[(down < 0) | (down > self.canvas_rows)] = 0
-        return laid
+        mapped = cv2.warpAffine(canvas, to_canvas, (columns, rows), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+        # BORDER_REPLICATE also fills pixels beyond the canvas.
+        canvas_x = x * (np.arange(columns) + 0.5) + self.offset[0]
+        canvas_y = y * (np.arange(rows) + 0.5) + self.offset[1]
+        mapped[:, (canvas_x < 0) | (canvas_x > self.canvas_columns)] = 0
+        mapped[(canvas_y < 0) | (canvas_y > self.canvas_rows)] = 0
+        return mapped
 
     def boxes_to_canvas(self, boxes: np.ndarray) -> np.ndarray:
-        """Original pixels to the canvas's; what lies outside of frame or canvas keeps its place there."""
+        """Convert boxes from original pixels to canvas pixels, without clipping at the frame or the canvas."""
         return np.asarray(boxes, dtype=float).reshape(-1, 4) * self.scale + self.offset
 
     def boxes_to_original(self, boxes: np.ndarray) -> np.ndarray:
+        """Convert boxes from canvas pixels to original pixels, without clipping."""
         return (np.asarray(boxes, dtype=float).reshape(-1, 4) - self.offset) / self.scale
 
 
 def letterbox(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
-    """Keep the aspect ratio, centre, pad: the longer side fills the canvas. `size` is a side or (rows, columns)."""
+    """Fit the whole image, centred and padded, at its aspect ratio. `size` is the canvas's side, or (rows, columns)."""
     _check_size(rows, columns)
     canvas_rows, canvas_columns = (size, size) if isinstance(size, int) else size
     scale = min(canvas_rows / rows, canvas_columns / columns)
@@ -109,16 +110,16 @@ def letterbox(rows: float, columns: float, size: int | tuple[int, int]) -> Place
 
 
 def stretch(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
-    """Fill the canvas, whatever becomes of the aspect ratio."""
+    """Fill the canvas, ignoring the aspect ratio. `size` is the canvas's side, or (rows, columns)."""
     _check_size(rows, columns)
     canvas_rows, canvas_columns = (size, size) if isinstance(size, int) else size
     return Placement(rows, columns, canvas_rows, canvas_columns, canvas_rows, canvas_columns, 0, 0)
 
 
 def centre_crop(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
-    """Keep the aspect ratio and the middle: the shorter side is resized to 256/224 of the canvas, the rest is cut.
+    """Keep the aspect ratio and the centre: the shorter side is resized to 256/224 of the canvas, and the edges are cropped.
 
-    Heidelberg SIIM report, section 3.1 (256 and 224 pixels).
+    Heidelberg SIIM report, section 3.1 (256 and 224 pixels). `size` is the canvas's side, or (rows, columns).
     """
     _check_size(rows, columns)
     canvas_rows, canvas_columns = (size, size) if isinstance(size, int) else size
@@ -133,19 +134,19 @@ PLACEMENTS: dict[str, Place] = {"letterbox": letterbox, "stretch": stretch, "cen
 
 
 def within(place: Place, frame: np.ndarray, rows: int, columns: int, size: int | tuple[int, int]) -> Placement:
-    """`place` for a part of the image alone: `frame` (4,) xmin, ymin, xmax, ymax in original pixels.
+    """Return the placement of one part of an image: `frame` (4,) is xmin, ymin, xmax, ymax in original pixels.
 
-    Where the pixels are a reduced copy, a frame on that copy's own grid is cut exactly. Raises ValueError for a frame
-    without area or beyond the image.
+    On a reduced copy, a frame whose edges lie on the copy's own pixel grid is cut exactly. Raises ValueError if the frame
+    has no area or exceeds the image.
     """
     xmin, ymin, xmax, ymax = map(float, frame)
     if not (0 <= xmin < xmax <= columns and 0 <= ymin < ymax <= rows):
-        raise ValueError(f"frame {[xmin, ymin, xmax, ymax]} is no part of an image of {rows} x {columns} pixels")
+        raise ValueError(f"frame {[xmin, ymin, xmax, ymax]} does not lie in an image of {rows} x {columns} pixels")
     return replace(place(ymax - ymin, xmax - xmin, size), rows=rows, columns=columns, frame=(xmin, ymin, xmax, ymax))
 
 
 def clip_boxes(boxes: np.ndarray, rows: float, columns: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cut boxes at the image's edges; return them and a mask (n,) of those that keep at least one pixel a side."""
+    """Clip boxes (n, 4) to the image; also return a mask (n,) of those that remain at least one pixel wide and high."""
     clipped = np.asarray(boxes, dtype=float).reshape(-1, 4).copy()
     clipped[:, 0::2] = clipped[:, 0::2].clip(0, columns)
     clipped[:, 1::2] = clipped[:, 1::2].clip(0, rows)
@@ -153,11 +154,11 @@ def clip_boxes(boxes: np.ndarray, rows: float, columns: float) -> tuple[np.ndarr
 
 
 def flip_boxes(boxes: np.ndarray, columns: int) -> np.ndarray:
-    """Mirror left and right in an image of `columns` columns; its own inverse."""
+    """Mirror boxes (n, 4) horizontally in an image of `columns` columns; its own inverse."""
     boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
     return np.stack([columns - boxes[:, 2], boxes[:, 1], columns - boxes[:, 0], boxes[:, 3]], axis=1)
 
 
 def _check_size(rows: float, columns: float) -> None:
     if rows < 1 or columns < 1:
-        raise ValueError(f"an image of {rows} x {columns} pixels has no place on a canvas; read its size first")
+        raise ValueError(f"an image of {rows} x {columns} pixels cannot be drawn on a canvas; read its size first")

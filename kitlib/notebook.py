@@ -1,7 +1,7 @@
-"""Run one notebook through papermill, and believe it only when everything about it says success.
+"""Run one notebook through papermill, and report success only if every check agrees.
 
-Papermill alone is not enough: an unknown parameter is injected with a log line, `sys.exit(0)` in a cell and a killed kernel
-can leave a notebook that looks finished.
+Papermill alone is not enough: it injects an unknown parameter with only a log line, and `sys.exit(0)` in a cell or a killed
+kernel leaves a notebook that looks finished.
 """
 
 import json
@@ -23,17 +23,17 @@ from kitlib.paths import project_root
 from kitlib.processes import kill_family
 
 logger = logging.getLogger(__name__)
-WITHOUT = "(as a training does whose session is over: run it again, and it goes on)"
+WITHOUT = "(a training stops like this when its session ends: run it again to resume)"
 
 
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
-    """Raise ValueError if the notebook's `parameters` cell does not have one of these names."""
-    import papermill  # a process that does one command of a plan does not wait for it
+    """Raise ValueError, listing the valid names, if the notebook has no parameter of one of these names."""
+    import papermill  # slow, and not needed by a plan's commands
 
-    known = papermill.inspect_notebook(str(notebook))
-    unknown = sorted(set(parameters) - set(known))
+    valid = papermill.inspect_notebook(str(notebook))
+    unknown = sorted(set(parameters) - set(valid))
     if unknown:
-        raise ValueError(f"{notebook.name} has no parameter {', '.join(unknown)}; it has: {', '.join(known)}")
+        raise ValueError(f"{notebook.name} has no parameter {', '.join(unknown)}; it has: {', '.join(valid)}")
 
 
 def run_notebook(
@@ -46,12 +46,12 @@ def run_notebook(
     time_limit_s: float | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> None:
-    """Execute `notebook` with `parameters`; the executed copy goes to `output`, the log beside it.
+    """Execute `notebook` with `parameters`; write the executed copy to `output` and the log next to it.
 
-    `result` is a file that the notebook's last cell writes: an old one is removed first, and the run has failed unless it
-    is there afterwards. `on_cell(done, total)` is called as cells start. `threads` bounds the CPU threads of the
-    notebook's libraries, `variables` are added to its environment, and after `time_limit_s` it is killed. Raises
-    ValueError for an unknown parameter, NotebookError for everything else.
+    `result` is a file that the notebook's last cell writes. An existing one is removed first, and a run that does not write
+    it has failed. `on_cell(done, total)` is called when a cell starts. `threads` limits the CPU threads of the notebook's
+    libraries, `variables` are added to its environment, and after `time_limit_s` seconds it is killed. Raises ValueError for
+    an unknown parameter, NotebookError for every other failure.
     """
     notebook, output, result = Path(notebook), Path(output), Path(result)
     check_parameters(notebook, parameters)
@@ -71,44 +71,45 @@ def run_notebook(
         cwd=project_root(),
         env=environment,
     )
-    cells = len(json.loads(notebook.read_text(encoding="utf-8"))["cells"]) + 1  # papermill adds the injected one
+    cells = len(json.loads(notebook.read_text(encoding="utf-8"))["cells"]) + 1  # papermill adds a cell with the parameters
     reader = threading.Thread(target=_keep_log, args=(process.stdout, log, cells, on_cell))
     reader.start()
     try:
-        code, late = process.wait(time_limit_s), ""
+        code, timeout = process.wait(time_limit_s), ""
     except subprocess.TimeoutExpired as expired:
-        code, late = -1, f"stopped after its {expired.timeout / 60:g} minutes"
+        code, timeout = -1, f"killed at its time limit of {expired.timeout / 60:g} minutes"
     finally:
-        # Also where this process is told to end: the notebook's kernel would go on by itself.
+        # Also if this process is told to exit: the notebook's kernel would keep running.
         kill_family(process.pid)
         process.wait()
     reader.join()
-    problem = late or (first_problem(output) if output.is_file() else "papermill wrote no notebook")
+    problem = timeout or (first_problem(output) if output.is_file() else "papermill wrote no notebook")
     if code or problem or not result.is_file():
         problem = problem or (f"papermill's exit code is {code}" if code else f"it ended without writing {result} {WITHOUT}")
         raise NotebookError(f"{notebook.name}: {problem}\n  executed copy: {output}\n  log: {log}\n{log_tail(log)}")
 
 
 def _keep_log(lines: Iterable[str], log: Path, cells: int, on_cell: Callable[[int, int], None] | None) -> None:
-    with log.open("w", encoding="utf-8") as kept:
+    with log.open("w", encoding="utf-8") as opened:
         for line in lines:
             started = re.search(r"Executing Cell (\d+)", line)
-            # Whatever happens here, the rest is read: a notebook whose output nobody takes waits for ever.
+            # Keep reading whatever happens here: a notebook whose output is not read blocks forever.
             try:
-                kept.write(line)
-                kept.flush()
+                opened.write(line)
+                opened.flush()
                 if started and on_cell:
                     on_cell(int(started[1]), cells)
             except Exception:
-                logger.exception("a line of %s's output is not kept, or not told of", log)
+                logger.exception("could not write a line to %s, or report the started cell", log)
 
 
 def first_problem(executed: Path) -> str:
-    """The first cell that failed or never ran, in words; empty where all completed."""
+    """Describe the first cell that failed or did not run, or return "" if all cells completed."""
     cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
-    # papermill marks a failed notebook with cells of its own, which would shift the count
-    own = [cell for cell in cells if not any(tag.startswith("papermill-error") for tag in cell["metadata"].get("tags", []))]
-    for number, cell in enumerate(own, start=1):
+    # papermill inserts cells into a failed notebook, which would shift the numbers.
+    tags_of = [cell["metadata"].get("tags", []) for cell in cells]
+    cells = [c for c, tags in zip(cells, tags_of, strict=True) if not any(tag.startswith("papermill-error") for tag in tags)]
+    for number, cell in enumerate(cells, start=1):
         status = cell["metadata"].get("papermill", {}).get("status")
         errors = [out for out in cell.get("outputs", []) if out["output_type"] == "error"]
         if errors:
@@ -119,5 +120,5 @@ def first_problem(executed: Path) -> str:
 
 
 def log_tail(log: Path, lines: int = 15) -> str:
-    """A log's last lines, each marked as a quotation."""
+    """Return the last lines of a log, each marked as a quotation."""
     return "\n".join("  | " + line for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

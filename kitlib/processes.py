@@ -1,4 +1,4 @@
-"""End a process with all that it has started, and this one tidily."""
+"""Ending processes: kill one with all its descendants, and exit this one cleanly on a signal."""
 
 import signal
 import sys
@@ -10,10 +10,10 @@ import psutil
 
 
 def kill_family(process: int) -> None:
-    """Kill the process and its descendants, also one that leads a process group of its own, as a notebook's kernel does."""
+    """Kill a process and all its descendants, even those in a process group of their own, such as a notebook's kernel."""
     try:
         first = psutil.Process(process)
-        first.suspend()  # so that it starts no further child while its family is counted
+        first.suspend()  # it must not start another child while its family is listed
         family = [*first.children(recursive=True), first]
     except psutil.NoSuchProcess:
         return
@@ -26,7 +26,7 @@ def kill_family(process: int) -> None:
 
 @contextmanager
 def handling(handlers: Mapping[int, Callable]) -> Iterator[None]:
-    """Inside, signals are handled in this way, if this is the main thread: no other may listen to them."""
+    """Install signal handlers for the length of the block. Does nothing outside the main thread, where Python forbids it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -39,9 +39,9 @@ def handling(handlers: Mapping[int, Callable]) -> Iterator[None]:
 
 
 def exiting_on_signals() -> AbstractContextManager[None]:
-    """Make a SystemExit of SIGTERM and of a closed terminal, as Ctrl-C makes an exception, so that what is open is closed.
+    """Raise SystemExit on SIGTERM and on a closed terminal (SIGHUP), so that open files and child processes are closed.
 
-    What is ignored stays so: nohup asks for that.
+    A signal that is ignored stays ignored, because nohup relies on that.
     """
-    heard = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
-    return handling({number: lambda number, _: sys.exit(128 + number) for number in heard})
+    active = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    return handling({number: lambda number, _: sys.exit(128 + number) for number in active})

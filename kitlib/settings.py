@@ -1,7 +1,7 @@
-"""Frozen dataclasses of settings whose values are checked when they are made, by hand, from JSON or from YAML.
+"""`Settings`: frozen dataclasses that check their values on construction, whether from Python, JSON or YAML.
 
 A field's annotation says what is valid: `epochs: Annotated[int, Range(at_least=1)] = 50`, `schedule: Literal["cosine",
-"step"] = "cosine"`. Rules that concern several fields stand in the class's __post_init__.
+"step"] = "cosine"`. Rules that involve several fields belong in the class's __post_init__.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ NAMES = {int: "a whole number", float: "a finite number", str: "a string", bool:
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number: `at_least` and `at_most` are inside, `above` and `below` are not."""
+    """Bounds of a number: `at_least` and `at_most` are inclusive, `above` and `below` exclusive."""
 
     at_least: float = -math.inf
     above: float = -math.inf
@@ -47,7 +47,7 @@ AtLeastOne = Annotated[int, Range(at_least=1)]
 
 
 class ZeroOrOdd:
-    """The side of a filter, in pixels, where 0 means another filter."""
+    """Rule for the side of a filter in pixels: odd, or 0 where 0 selects another filter."""
 
     def allows(self, value: int) -> bool:
         return value == 0 or (value > 0 and value % 2 == 1)
@@ -57,7 +57,7 @@ class ZeroOrOdd:
 
 
 class Ordered:
-    """Two numbers, from and to, which may be the same."""
+    """Rule for a pair (from, to): the first is not above the second."""
 
     def allows(self, value: tuple[float, float]) -> bool:
         return value[0] <= value[1]
@@ -67,32 +67,32 @@ class Ordered:
 
 
 class Increasing:
-    """Numbers each of which is above the one before."""
+    """Rule for a list of numbers: each is greater than the one before it."""
 
     def allows(self, value: tuple[float, ...]) -> bool:
-        return all(one < following for one, following in itertools.pairwise(value))
+        return all(number < following for number, following in itertools.pairwise(value))
 
     def __str__(self) -> str:
-        return "each above the one before"
+        return "each greater than the one before"
 
 
 class Distinct:
-    """At least one value, and none twice."""
+    """Rule for a list: at least one value, and no value twice."""
 
     def allows(self, value: tuple[Any, ...]) -> bool:
         return 0 < len(value) == len(set(value))
 
     def __str__(self) -> str:
-        return "at least one, each once"
+        return "at least one, none repeated"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of settings: each field is checked against its annotation, lists become tuples and whole numbers floats.
+    """Base class of checked settings: every field is validated against its annotation.
 
-    Annotations may be bool, int, float (finite), str, Any, Literal, unions, tuples, dicts, and Annotated with rules such as
-    Range, whose string completes "a number ...". A bool is not a number. Raises SettingsError: the field, the value and what
-    is valid.
+    Lists become tuples; a whole number given for a float becomes a float; a bool is never a number. Annotations may be bool,
+    int, float (finite), str, Any, Literal, unions, tuples, dicts, and Annotated with rules such as Range, whose string
+    completes "a number ...". Raises SettingsError, which names the field, its value and what is valid.
     """
 
     def __post_init__(self) -> None:
@@ -107,21 +107,21 @@ class Settings:
 
 
 def override(settings: R, **overrides: Any) -> R:
-    """A copy of `settings` with fields replaced. Raises SettingsError for an unknown name or an invalid value."""
+    """Return a copy of `settings` with some fields replaced. Raises SettingsError for an unknown name or invalid value."""
     _check_names(type(settings), overrides)
     return dataclasses.replace(settings, **overrides)
 
 
 def from_dict(kind: type[R], values: dict[str, Any]) -> R:
-    """Settings from JSON or YAML; missing fields keep their default, unknown ones and wrong values are errors."""
+    """Build settings from parsed JSON or YAML; missing fields keep defaults. Raises SettingsError if one is invalid."""
     if not isinstance(values, dict):
-        raise SettingsError(f"{kind.__name__} wants a mapping of its fields, got {values!r}")
+        raise SettingsError(f"{kind.__name__} must be a mapping of its fields, got {values!r}")
     _check_names(kind, values)
     return kind(**values)
 
 
 def describe(kind: Any) -> str:
-    """What an annotation allows, in words."""
+    """Describe in words which values an annotation allows."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         base, *rules = parts
@@ -149,13 +149,13 @@ def _check_names(kind: type, values: Iterable[str]) -> None:
 
 @functools.cache
 def field_kinds(kind: type) -> dict[str, Any]:
-    """The annotation of each field of a dataclass."""
+    """Return the annotation of each field of a dataclass, by field name."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def checked(value: Any, kind: Any) -> Any:
-    """`value` as its annotation wants it; ValueError or OverflowError where it is not allowed."""
+    """Return `value` converted to its annotation `kind`. Raises ValueError or OverflowError if it is not allowed."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
@@ -175,9 +175,9 @@ def checked(value: Any, kind: Any) -> Any:
                 continue
     elif origin is tuple and isinstance(value, list | tuple):
         kinds = (parts[0],) * len(value) if parts[-1] is Ellipsis else parts
-        return tuple(checked(each, part) for each, part in zip(value, kinds, strict=True))
+        return tuple(checked(item, part) for item, part in zip(value, kinds, strict=True))
     elif origin is dict and isinstance(value, dict):
-        return {checked(key, parts[0]): checked(each, parts[1]) for key, each in value.items()}
+        return {checked(key, parts[0]): checked(item, parts[1]) for key, item in value.items()}
     elif kind is float and (type(value) is int or isinstance(value, float)) and math.isfinite(value):
         return float(value)
     elif kind is not float and type(value) is kind:

@@ -1,8 +1,7 @@
-"""The tables that every stage reads and writes: their columns, the check at the door, Parquet in and out.
+"""The tables that pass between stages: their columns and types, validation, and reading and writing as Parquet.
 
-Identifiers are bare (`5776db0cec75`, not `5776db0cec75_study`): the suffixes belong to the submission file alone. Boxes are
-`xmin, ymin, xmax, ymax` in pixels of the original DICOM image, x along columns. Columns beyond a table's own are allowed
-and kept.
+Identifiers are bare (`5776db0cec75`, not `5776db0cec75_study`); only the submission file adds suffixes. Boxes are `xmin,
+ymin, xmax, ymax` in pixels of the original DICOM image, x along columns. Additional columns are allowed and kept.
 """
 
 from collections.abc import Iterable
@@ -17,9 +16,9 @@ from kitlib.errors import TableError
 
 BOX = ("xmin", "ymin", "xmax", "ymax")
 
-# Column -> kind. "probability" is a float in 0..1, NaN where unknown; "pixel" a finite float.
+# Column -> kind. "probability" is a float in 0..1, NaN if unknown; "pixel" is a finite float.
 SCHEMAS: dict[str, dict[str, str]] = {
-    # One row an image. `path` points to the DICOM file; rows and columns are the original size, 0 where it is not known yet.
+    # One row per image. `path` is the image file; rows and columns are its original size, 0 if not known yet.
     "images": {
         "image_id": "id",
         "study_id": "id",
@@ -30,16 +29,16 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "source": "text",
         "view": "text",
     },
-    # One row a study; every further column is a class of the data set, NaN where unknown.
+    # One row per study; every further column is a class of the data set: 0, 1, or NaN if unknown.
     "labels": {"id": "id"},
     "boxes": {"image_id": "id", **dict.fromkeys(BOX, "pixel")},
-    # One row an image (id is an image_id).
+    # One row per image (id is an image_id).
     "folds": {"id": "id", "fold": "count"},
     "study_scores": {"study_id": "id", "model": "text", "fold": "integer", **dict.fromkeys(STUDY_CLASSES, "probability")},
-    # Of a classifier of images; every further column is one of its classes.
+    # Predictions of an image classifier; every further column is one of its classes.
     "class_scores": {"image_id": "id", "model": "text", "fold": "integer"},
-    # Of a classifier that saw neither the fold `outer` (-1: there is none) nor `fold`, on which its epoch was chosen. With f
-    # the image's own fold: a test prediction where outer == f, out of fold where fold == f, of a training image elsewhere.
+    # Predictions of a classifier trained without the folds `outer` (-1: no outer fold) and `fold`, on which its epoch was
+    # chosen. If the image is in fold outer, this is a test prediction; in `fold`, out-of-fold; otherwise, a training image's.
     "nested_scores": {"image_id": "id", "model": "text", "outer": "integer", "fold": "integer"},
     "image_scores": {"image_id": "id", "model": "text", "fold": "integer", "none": "probability"},
     "detections": {
@@ -49,22 +48,22 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "score": "probability",
         **dict.fromkeys(BOX, "pixel"),
     },
-    # One row an image whose lungs were looked for: "found" or why not, their share of the canvas, and their frame, which is
-    # the whole image where they were not found.
+    # One row per image that was searched for lungs: "found" or the reason why not, the lungs' share of the canvas, and their
+    # frame, which is the whole image if they were not found.
     "lungs": {"image_id": "id", "verdict": "text", "area": "probability", **dict.fromkeys(BOX, "pixel")},
-    # How well a found structure (of MASK_CODES) agrees with the drawn one, on the decoded copy's pixels.
+    # Agreement of a predicted structure (a key of MASK_CODES) with the ground truth, in pixels of the decoded copy.
     "mask_scores": {
         **{"image_id": "id", "model": "text", "fold": "integer", "structure": "text"},
         **{"dice": "probability", "jaccard": "probability"},
     },
-    # One row an image that a detector looked at, also where it found no box.
+    # One row per image that a detector has predicted, even if it predicted no box.
     "coverage": {"image_id": "id", "model": "text", "fold": "integer"},
 }
 
-# Tables whose further columns are all classes: probabilities, at least one.
+# Tables whose further columns are all classes (probabilities); at least one is required.
 OPEN = ("labels", "class_scores", "nested_scores")
 
-# Tables in which these columns name a row.
+# Columns that identify a row of a table.
 KEYS: dict[str, tuple[str, ...]] = {
     "images": ("image_id",),
     "labels": ("id",),
@@ -80,12 +79,13 @@ KEYS: dict[str, tuple[str, ...]] = {
 
 
 def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame:
-    """Return `table` with the contract's columns first and its dtypes; raise TableError where it breaks the contract.
+    """Return `table` with the columns of schema `name` first, converted to their dtypes.
 
-    `where` (a file, a stage) is put into the message.
+    Raises TableError for missing columns, wrong types or ranges, repeated keys, and boxes without area. `where` (a file or a
+    stage) is added to the message.
     """
     if name not in SCHEMAS:
-        raise TableError(f"no table is called {name!r}; there are: {', '.join(SCHEMAS)}")
+        raise TableError(f"unknown table {name!r}; available: {', '.join(SCHEMAS)}")
     schema = SCHEMAS[name]
     place = f"table {name}" + (f" from {where}" if where else "")
     missing = [column for column in schema if column not in table.columns]
@@ -97,58 +97,58 @@ def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame
     if name in OPEN:
         classes = class_columns(table, name)
         if len(table) and not classes:
-            raise TableError(f"{place}: no class, only {', '.join(schema)}")
+            raise TableError(f"{place}: no class column, only {', '.join(schema)}")
         for column in classes:
             table[column] = _typed(table[column], "probability", f"{place}, column {column}")
     if name in KEYS:
         key = list(KEYS[name])
-        twice = table.duplicated(key, keep=False)
-        if twice.any():
-            first = _first(table, twice, key)
-            raise TableError(f"{place}: {int(twice.sum())} rows share their {', '.join(key)}, first {first}")
+        repeated = table.duplicated(key, keep=False)
+        if repeated.any():
+            first = _first(table, repeated, key)
+            raise TableError(f"{place}: {int(repeated.sum())} rows repeat the same {', '.join(key)}, first {first}")
     if "xmin" in schema:
-        bad = ~((table.xmin < table.xmax) & (table.ymin < table.ymax))
-        if bad.any():
-            first = _first(table, bad, ["image_id", *BOX])
-            raise TableError(f"{place}: {int(bad.sum())} boxes without area, first {first}")
+        empty = ~((table.xmin < table.xmax) & (table.ymin < table.ymax))
+        if empty.any():
+            first = _first(table, empty, ["image_id", *BOX])
+            raise TableError(f"{place}: {int(empty.sum())} boxes without area, first {first}")
     return table.reset_index(drop=True)
 
 
 def class_columns(table: pd.DataFrame, name: str) -> list[str]:
-    """The classes of a table of OPEN, in its order."""
+    """Return the class columns of `table`, a table listed in OPEN, in their order."""
     return [column for column in table.columns if column not in SCHEMAS[name]]
 
 
 def study_labels(labels: pd.DataFrame, where: str = "") -> pd.DataFrame:
-    """The table labels of a data set with SIIM's study classes, these first; TableError for another data set's."""
+    """Return the `id` and SIIM's four study classes of a table labels. Raises TableError for another data set's labels."""
     labels = check_table(labels, "labels", where)
     missing = [name for name in STUDY_CLASSES if name not in labels.columns]
     if missing:
         raise TableError(
             f"labels{' from ' + where if where else ''} lack the study class(es) {', '.join(missing)}; they have: "
-            f"{', '.join(class_columns(labels, 'labels')) or 'no class'}. Is it another data set's run?"
+            f"{', '.join(class_columns(labels, 'labels')) or 'no class'}. Do they belong to a run of another data set?"
         )
     return labels[["id", *STUDY_CLASSES]]
 
 
 def empty_table(name: str) -> pd.DataFrame:
-    """The table `name` without rows, in its own dtypes."""
+    """Return the table `name` without rows, with the right columns and dtypes."""
     return check_table(pd.DataFrame({column: [] for column in SCHEMAS[name]}), name)
 
 
 def write_table(table: pd.DataFrame, name: str, path: str | Path) -> None:
-    """Check, then write as Parquet beside and rename."""
+    """Check the table, then write it as Parquet, atomically."""
     checked = check_table(table, name, str(path))
-    with replacing(path) as beside:
-        checked.to_parquet(beside, index=False)
+    with replacing(path) as temporary_path:
+        checked.to_parquet(temporary_path, index=False)
 
 
 def read_table(name: str, path: str | Path) -> pd.DataFrame:
-    """Read one Parquet table and check it; a missing or damaged file is a TableError that names it."""
+    """Read a Parquet table and check it. Raises TableError, naming the file, if it is missing, damaged or invalid."""
     path = Path(path)
     if not path.is_file():
-        there = sorted(entry.name for entry in path.parent.glob("*")) if path.parent.is_dir() else "no such folder"
-        raise TableError(f"{path} is missing (table {name}); in {path.parent}: {there}")
+        available = sorted(entry.name for entry in path.parent.glob("*")) if path.parent.is_dir() else "no such folder"
+        raise TableError(f"{path} is missing (table {name}); {path.parent} contains: {available}")
     try:
         table = pd.read_parquet(path)
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these two
@@ -157,9 +157,9 @@ def read_table(name: str, path: str | Path) -> pd.DataFrame:
 
 
 def concatenate(tables: Iterable[pd.DataFrame], name: str) -> pd.DataFrame:
-    """All rows under one index, checked; without rows, the empty table."""
-    filled = [table for table in tables if len(table)]
-    return check_table(pd.concat(filled, ignore_index=True), name) if filled else empty_table(name)
+    """Concatenate tables of schema `name` under a new index and check the result; without rows, return an empty table."""
+    nonempty = [table for table in tables if len(table)]
+    return check_table(pd.concat(nonempty, ignore_index=True), name) if nonempty else empty_table(name)
 
 
 def _typed(column: pd.Series, kind: str, place: str) -> pd.Series:
@@ -174,16 +174,16 @@ def _typed(column: pd.Series, kind: str, place: str) -> pd.Series:
         raise TableError(f"{place}: not numeric: {error}") from error
     if kind in ("count", "integer"):
         bad = ~np.isfinite(number) | (number != number.round()) | ((number < 0) if kind == "count" else False)
-        wanted = "whole numbers" + (" from 0" if kind == "count" else "")
+        expected = "whole numbers" + (" of at least 0" if kind == "count" else "")
     elif kind == "probability":
         bad = (number < 0) | (number > 1)
-        wanted = "0..1 or NaN"
+        expected = "in 0..1 or NaN"
     else:
         bad = ~np.isfinite(number)
-        wanted = "finite pixels"
+        expected = "finite pixels"
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
-        raise TableError(f"{place}: {int(bad.sum())} value(s) are not {wanted}, first {number.iloc[row]} in row {row}")
+        raise TableError(f"{place}: {int(bad.sum())} value(s) are not {expected}, first {number.iloc[row]} in row {row}")
     return number.astype("int64") if kind in ("count", "integer") else number
 
 

@@ -101,7 +101,7 @@ def edited(folder, **changes):
     [
         ({"fold": None}, r"model\.json: missing keys \['fold'\]"),
         ({"colour": 1}, r"unknown keys \['colour'\]"),
-        ({"fold": "one"}, r"fold is 'one', wanted int"),
+        ({"fold": "one"}, r"fold is 'one', expected int"),
         ({"tied": {"b": "c"}}, r"ties 'b' to 'c'"),
     ],
 )
@@ -123,7 +123,7 @@ def test_no_json_and_no_folder_are_named(tmp_path):
         read_bundle(tmp_path / "nowhere")
     save_bundle(tmp_path, WEIGHTS, RECORD)
     (tmp_path / "model.json").write_text("{")
-    with pytest.raises(BundleError, match="is no JSON"):
+    with pytest.raises(BundleError, match="is not valid JSON"):
         read_bundle(tmp_path)
 
 

@@ -108,7 +108,7 @@ def test_a_gpu_computes_in_the_precision_that_the_environment_names(monkeypatch,
 
 def test_a_precision_that_there_is_not_is_refused_with_those_that_there_are(monkeypatch):
     monkeypatch.setenv("KIT_PRECISION", "fp16")
-    with pytest.raises(ValueError, match="KIT_PRECISION is 'fp16'; there are: 16-mixed, bf16-mixed, 32-true"):
+    with pytest.raises(ValueError, match="KIT_PRECISION is 'fp16'; valid: 16-mixed, bf16-mixed, 32-true"):
         device.autocast(torch.device("cpu"))
 
 
@@ -118,7 +118,7 @@ def test_processes_share_the_gpus_by_gloo_alone(monkeypatch):
     monkeypatch.setenv("KIT_BACKEND", "gloo")
     assert [device.gpu_of(process).index for process in range(4)] == [0, 1, 0, 1]
     monkeypatch.setenv("KIT_BACKEND", "mpi")
-    with pytest.raises(ValueError, match="KIT_BACKEND is 'mpi'; there are: gloo, nccl"):
+    with pytest.raises(ValueError, match="KIT_BACKEND is 'mpi'; valid: gloo, nccl"):
         device.gpu_of(0)
 
 

@@ -1,4 +1,4 @@
-"""Readers: one a data set, all giving the same tables (kitlib.tables), and folds, leak checks and data sheet on top.
+"""Data set readers, which all return the same tables (kitlib.tables), and folds, leak checks and the data sheet.
 
-No pixels beyond what a reader must look at, and nothing of any model.
+Does not belong here: pixels beyond what a reader has to inspect; models.
 """

@@ -1,4 +1,4 @@
-"""Predictions of several models to one answer: boxes, votes, means, FLANNEL, stacking, tuning, the ensemble bundle.
+"""Fusion of several models' predictions: boxes, votes, means, FLANNEL, stacking, tuning, and the ensemble bundle.
 
-Pure functions of tables; no images and no networks but FLANNEL's 2,005 weights.
+Pure functions of tables. Does not belong here: images; networks other than FLANNEL's 2,005 weights.
 """

@@ -1,4 +1,4 @@
-"""Trained bundles to answers: prediction, lung masks, and a whole submission under a deadline.
+"""From trained bundles to predictions, lung masks, and a whole submission under a deadline.
 
-No training library is imported here: a kernel that submits carries this room and not training.
+Does not belong here: training libraries, because a submission kernel carries this room and not training.
 """

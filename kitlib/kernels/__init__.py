@@ -1,4 +1,4 @@
-"""Kaggle kernels: build, wheels, rehearse, push.
+"""Kaggle kernels: build, collect wheels, rehearse, push.
 
-Nothing that a notebook imports, except the few lines that start a kernel.
+Does not belong here: anything that a notebook imports, except the few lines that start a kernel.
 """

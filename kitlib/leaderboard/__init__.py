@@ -1,4 +1,4 @@
-"""Which run is best: every run below a folder, listed, checked and ranked.
+"""The leaderboard: every run below a folder, listed, checked and ranked.
 
-No training, no prediction.
+Does not belong here: training and prediction.
 """

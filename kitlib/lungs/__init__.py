@@ -1,4 +1,4 @@
-"""Where the lungs are in an image: finders, frames, crops, and what a model's canvas shows of them.
+"""Where the lungs are in an image: finders, frames, crops, and how they change what a model is shown.
 
-No networks and no training: the segmenter is in models, training and inference.
+Does not belong here: networks and training; the segmenter is in models, training and inference.
 """

@@ -1,4 +1,4 @@
-"""The web page: one study's images, what the models say of them and where they look.
+"""The web page: the images of one study, the models' predictions, and where the models look.
 
-Nothing that a submission needs.
+Does not belong here: anything that a submission needs.
 """

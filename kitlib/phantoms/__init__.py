@@ -1,4 +1,4 @@
-"""Synthetic X-rays, written in the layout of each public data set.
+"""Phantoms: synthetic X-rays, written in the file layout of each public data set.
 
-Nothing that real data would need.
+Does not belong here: anything that real data needs.
 """

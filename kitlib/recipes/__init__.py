@@ -1,4 +1,4 @@
-"""Recipes: the fields of each kind of training with their defaults and limits, and the published ones by name.
+"""Recipes: the fields of each kind of training with defaults and valid ranges, and the published recipes by name.
 
-No code that trains or predicts.
+Does not belong here: code that trains or predicts.
 """

@@ -1,4 +1,4 @@
-"""Tables, figures, intervals, probes and heat maps of finished runs.
+"""Tables, figures, confidence intervals, probes and heat maps of finished runs.
 
-Nothing that changes a run.
+Does not belong here: anything that changes a run.
 """

@@ -1,4 +1,4 @@
-"""Run folders: what they record, what later stages read from them, export to COCO and YOLO.
+"""Run folders: what they record, what later stages read from them, and export to COCO and YOLO.
 
-Nothing that trains or predicts.
+Does not belong here: training and prediction.
 """

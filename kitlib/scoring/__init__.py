@@ -1,4 +1,4 @@
-"""Metrics, competition scores, the rows of a submission and their validator: pure functions of tables.
+"""Metrics, competition scores, and the rows of a submission with their validator: pure functions of tables.
 
-No models, no fitting of ensembles.
+Does not belong here: models; fitting of ensembles.
 """

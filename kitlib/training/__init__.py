@@ -1,4 +1,4 @@
-"""Examples and augmentation, the training loop, one driver for all model families, pseudo-labels.
+"""Training: examples and augmentation, the loop, one driver for all model families, and pseudo-labels.
 
-No networks and no reports.
+Does not belong here: networks and reports.
 """

@@ -1,4 +1,4 @@
-"""X-ray files to display-ready pixels: DICOM, PNG and JPEG, decoding processes, decode-once cache, mask store.
+"""X-ray files to display-ready pixels: DICOM, PNG and JPEG, decoding processes, the cache of decoded images, mask files.
 
-Nothing that knows a data set, a label or a model.
+Does not belong here: data sets, labels and models.
 """

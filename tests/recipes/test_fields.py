@@ -38,7 +38,7 @@ def test_overrides_replace_fields_and_leave_the_published_recipe_alone():
         (lambda: recipe("heidelberg", StudyRecipe), "no recipe is called 'heidelberg'; there are: heidelberg_backbone"),
         (lambda: recipe("heidelberg_yolo", StudyRecipe), "is a DetectorRecipe, wanted a StudyRecipe: heidelberg_study"),
         (lambda: override(StudyRecipe(), epoch=3), "no field 'epoch'; it has: starting_weights, image_size"),
-        (lambda: from_dict(DetectorRecipe, ["a"]), "wants a mapping"),
+        (lambda: from_dict(DetectorRecipe, ["a"]), "must be a mapping"),
     ],
 )
 def test_unknown_names_and_types_are_errors_that_list_what_is_valid(call, message):
@@ -80,10 +80,13 @@ def test_what_goes_together_is_taken(fields):
     ("fields", "message"),
     [
         ({"network": "hrnet"}, "network is 'hrnet'; wanted one of 'unet', 'resunet', 'fc_densenet103'"),
-        ({"structures": []}, r"structures is \[\]; wanted a list, each item one of 'lungs', .*, at least one, each once"),
+        (
+            {"structures": []},
+            r"structures is \[\]; wanted a list, each item one of 'lungs', .*, at least one, none repeated",
+        ),
         ({"structures": ["lung"]}, r"structures is \['lung'\]; wanted a list, each item one of 'lungs'"),
-        ({"structures": ["heart", "heart"]}, r"structures is \['heart', 'heart'\]; .*, at least one, each once"),
-        ({"structures": ["lungs", "left_lung"]}, "lungs are both sides as one: take them or the sides"),
+        ({"structures": ["heart", "heart"]}, r"structures is \['heart', 'heart'\]; .*, at least one, none repeated"),
+        ({"structures": ["lungs", "left_lung"]}, "'lungs' is both sides as one: take it or the sides"),
         ({"cutouts": 2}, "SegmenterRecipe has no field 'cutouts'; it has: starting_weights"),
         ({"backbone": "resnet50"}, "SegmenterRecipe has no field 'backbone'"),
         ({"structures": ("heart",)}, "wanted lungs, or left_lung and right_lung, among them"),
