@@ -38,7 +38,7 @@ SCHEMAS: dict[str, dict[str, str]] = {
     # Predictions of an image classifier; every further column is one of its classes.
     "class_scores": {"image_id": "id", "model": "text", "fold": "integer"},
     # Predictions of a classifier trained without the folds `outer` (-1: no outer fold) and `fold`, on which its epoch was
-    # chosen. If the image is in fold outer, this is a test prediction; in `fold`, out-of-fold; otherwise, a training image's.
+    # chosen. For images of fold `outer` these are test predictions, for images of `fold` out-of-fold predictions.
     "nested_scores": {"image_id": "id", "model": "text", "outer": "integer", "fold": "integer"},
     "image_scores": {"image_id": "id", "model": "text", "fold": "integer", "none": "probability"},
     "detections": {

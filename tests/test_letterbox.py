@@ -103,7 +103,7 @@ def test_a_part_is_cut_from_a_reduced_copy_where_its_boxes_are():
 
 @pytest.mark.parametrize("frame", [[0, 0, 0, 10], [-1, 0, 10, 10], [0, 0, 321, 10]])
 def test_a_frame_that_is_no_part_is_refused(frame):
-    with pytest.raises(ValueError, match="no part of an image of 400 x 320"):
+    with pytest.raises(ValueError, match="does not lie in an image of 400 x 320"):
         within(letterbox, np.array(frame), 400, 320, 64)
 
 
