@@ -20,7 +20,7 @@ FLAGS = ("no-sandbox", "disable-gpu", "disable-background-networking", "disable-
 WAIT_MS = 30_000  # machines are shared
 BOXES, TRUTH = "rect.opacity", "rect.truth"
 # What the browser's console says of a request that the page's own policy has stopped.
-BLOCKED = re.compile("Content Security Policy|PageError to")
+BLOCKED = re.compile("Content Security Policy|Refused to")
 expect.set_options(timeout=WAIT_MS)
 
 
