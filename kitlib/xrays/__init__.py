@@ -1,4 +1,4 @@
-"""X-ray files to display-ready pixels: DICOM, PNG and JPEG, decoding processes, decode-once cache, mask store.
+"""Turns X-ray files (DICOM, PNG, JPEG, GIF) into display-ready pixels, and stores the decoded copies and the masks.
 
-Nothing that knows a data set, a label or a model.
+Nothing in this package depends on a data set, a label or a model.
 """
