@@ -66,7 +66,6 @@ class DecodedXrays(Protocol):
 
     def read(self, image_id: str) -> CachedXray:
         """Return the decoded copy of one image."""
-        ...
 
 
 class XrayCache:
