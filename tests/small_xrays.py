@@ -1,4 +1,4 @@
-"""Tables and a cache in memory: small grey pictures whose brightness is their study's class, with a white block a box."""
+"""A synthetic data set in memory: grey images whose brightness encodes their study's class, with a white block per box."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ from kitlib.letterbox import letterbox
 from kitlib.recipes.fields import StudyRecipe
 from kitlib.xrays.cache import CachedXray
 
-ROWS, COLUMNS = 80, 100  # original size; the cache holds half of it
+ROWS, COLUMNS = 80, 100  # original size; the decoded copies have half of it
 BOX = (20.0, 10.0, 60.0, 50.0)
 
 RECIPE = StudyRecipe(
@@ -20,7 +20,7 @@ RECIPE = StudyRecipe(
 
 @dataclass
 class SmallXrays:
-    """`count` images, two a study and two studies a patient; classes in turn, every class but negative with one box."""
+    """Tables and decoded images: two images a study, two studies a patient, classes in turn, one box unless negative."""
 
     count: int = 32
     folds: int = 2
@@ -50,7 +50,7 @@ class SmallXrays:
             [(image_id, *BOX) for image_id, kind in zip(self.image_ids, kinds, strict=True) if kind],
             columns=["image_id", "xmin", "ymin", "xmax", "ymax"],
         )
-        # Two patients in turn, so that each fold has all four classes.
+        # The fold changes after every second patient, so that each fold has all four classes.
         self.fold_table = pd.DataFrame({"id": self.image_ids, "fold": numbers // 8 % self.folds})
         self.pixels = {}
         placement = letterbox(ROWS, COLUMNS, (ROWS // 2, COLUMNS // 2))

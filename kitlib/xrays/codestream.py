@@ -1,11 +1,12 @@
-"""What a compressed frame promises about itself, read from its own header before a decoder allocates for it."""
+"""Reads size and bit depth from a compressed frame's own header, before a decoder allocates memory for the frame."""
 
 import struct
 from dataclasses import dataclass
 
 from pydicom.uid import JPEG2000TransferSyntaxes, JPEGLSTransferSyntaxes, JPEGTransferSyntaxes, RLELossless
 
-# Start-of-frame markers: baseline, extended, lossless Huffman; JPEG-LS. Progressive ones may hide any number of scans.
+# Accepted start-of-frame markers: baseline, extended, lossless Huffman; JPEG-LS. Progressive frames are refused, because
+# they may contain any number of scans.
 JPEG_FRAMES = (0xC0, 0xC1, 0xC3)
 JPEG_LS_FRAMES = (0xF7,)
 MAX_BLOCKS = 2**20
@@ -13,16 +14,21 @@ END = b"\xff\xd9"
 
 
 @dataclass(frozen=True)
-class Promise:
+class FrameHeader:
+    """The facts that a compressed frame states about itself."""
+
     rows: int
     columns: int
-    samples: int
-    precision: int  # bits a sample
-    ends: bool  # has its end marker
+    samples: int  # per pixel
+    precision: int  # bits per sample
+    has_end_marker: bool
 
 
-def read_promise(frame: bytes, transfer_syntax: str) -> Promise | None:
-    """None for RLE, which promises nothing of the kind. Raises ValueError for a header that no decoder should see."""
+def read_frame_header(frame: bytes, transfer_syntax: str) -> FrameHeader | None:
+    """Return the header of a compressed frame, or None for RLE, whose frames state no size.
+
+    Raises ValueError for a header that is damaged, or of a kind that is not safe to decode.
+    """
     if transfer_syntax == RLELossless:
         return None
     if transfer_syntax in JPEG2000TransferSyntaxes:
@@ -31,68 +37,73 @@ def read_promise(frame: bytes, transfer_syntax: str) -> Promise | None:
         return _jpeg(frame, JPEG_LS_FRAMES)
     if transfer_syntax in JPEGTransferSyntaxes:
         return _jpeg(frame, JPEG_FRAMES)
-    raise ValueError(f"transfer syntax {transfer_syntax} is not one of an X-ray")
+    raise ValueError(f"transfer syntax {transfer_syntax} is not supported for X-rays")
 
 
-def _jpeg(frame: bytes, wanted: tuple[int, ...]) -> Promise:
+def _jpeg(frame: bytes, allowed_kinds: tuple[int, ...]) -> FrameHeader:
     if frame[:2] != b"\xff\xd8":
-        raise ValueError(f"the frame begins with {frame[:4].hex()}, not with a JPEG's ffd8")
-    at, found = 2, None
+        raise ValueError(f"the frame starts with {frame[:4].hex()}; a JPEG starts with ffd8")
+    position, header = 2, None
     while True:
-        while frame[at : at + 2] == b"\xff\xff":  # fill bytes
-            at += 1
-        marker, length = struct.unpack_from(">HH", _enough(frame, at, 4), 0)
+        while frame[position : position + 2] == b"\xff\xff":  # fill bytes
+            position += 1
+        marker, length = struct.unpack_from(">HH", _read_bytes(frame, position, 4), 0)
         kind = marker & 0xFF
         if marker >> 8 != 0xFF or length < 2:
-            raise ValueError(f"no JPEG marker at byte {at} of the frame")
-        if kind == 0xDA:  # the scan: nothing but coded pixels from here
+            raise ValueError(f"no JPEG marker at byte {position} of the frame")
+        if kind == 0xDA:  # start of scan: only coded pixels follow
             break
         if (kind in range(0xC0, 0xD0) and kind not in (0xC4, 0xC8, 0xCC)) or kind == 0xF7:
-            if kind not in wanted or found:
-                raise ValueError(f"JPEG frame of kind {kind:#x}, wanted one of {', '.join(map(hex, wanted))}, once")
-            precision, rows, columns, samples = struct.unpack_from(">BHHB", _enough(frame, at + 4, 6), 0)
-            found = Promise(rows, columns, samples, precision, ends=END in frame[-64:])
-        at += 2 + length
-    if not found:
-        raise ValueError("the JPEG's scan comes before its size")
-    return found
+            if kind not in allowed_kinds or header:
+                allowed = ", ".join(map(hex, allowed_kinds))
+                raise ValueError(f"JPEG frame of kind {kind:#x}; expected exactly one frame, of kind {allowed}")
+            precision, rows, columns, samples = struct.unpack_from(">BHHB", _read_bytes(frame, position + 4, 6), 0)
+            header = FrameHeader(rows, columns, samples, precision, has_end_marker=END in frame[-64:])
+        position += 2 + length
+    if not header:
+        raise ValueError("the JPEG's scan starts before the frame states its size")
+    return header
 
 
-def _jpeg_2000(frame: bytes) -> Promise:
-    start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)  # a JP2 file's boxes may go before it
+def _jpeg_2000(frame: bytes) -> FrameHeader:
+    start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)  # a JP2 file may have boxes before its codestream
     if start < 0:
         raise ValueError("no JPEG 2000 codestream in the frame")
-    fields = struct.unpack_from(">HH8IH", _enough(frame, start + 4, 38), 0)
+    fields = struct.unpack_from(">HH8IH", _read_bytes(frame, start + 4, 38), 0)
     (_, _, right, bottom, left, top, tile_columns, tile_rows, tile_left, tile_top, samples) = fields
     if not (left < right and top < bottom and tile_columns and tile_rows and 1 <= samples <= 4):
-        raise ValueError(f"JPEG 2000 of {bottom - top} x {right - left} in {samples} component(s)")
+        raise ValueError(f"invalid JPEG 2000 size: {bottom - top} x {right - left} pixels, {samples} component(s)")
     tiles = -(-(right - tile_left) // tile_columns) * -(-(bottom - tile_top) // tile_rows)
     if tiles > 65535:
-        raise ValueError(f"JPEG 2000 of {tiles} tiles")
-    components = _enough(frame, start + 42, 3 * samples)
+        raise ValueError(f"JPEG 2000 with {tiles} tiles; at most 65535 are valid")
+    components = _read_bytes(frame, start + 42, 3 * samples)
     if any(components[3 * n + 1 : 3 * n + 3] != b"\x01\x01" for n in range(samples)):
         raise ValueError("JPEG 2000 with subsampled components")
     _check_blocks(frame, start + 42 + 3 * samples, bottom - top, right - left)
     precision = 1 + max(components[3 * n] & 0x7F for n in range(samples))
-    return Promise(bottom - top, right - left, samples, precision, ends=END in frame[-64:])
+    return FrameHeader(bottom - top, right - left, samples, precision, has_end_marker=END in frame[-64:])
 
 
-def _check_blocks(frame: bytes, at: int, rows: int, columns: int) -> None:
-    """A decoder keeps a hundred bytes and more for every code-block and precinct, and they may be of 4 x 4 pixels."""
-    at = frame.find(b"\xff\x52", at, at + 4096)
-    if at < 0:
-        raise ValueError("JPEG 2000 without a coding style")
-    style, levels, width, height = (_enough(frame, at, 14)[n] for n in (4, 9, 10, 11))
+def _check_blocks(frame: bytes, position: int, rows: int, columns: int) -> None:
+    """Raise ValueError if the image has more than MAX_BLOCKS code-blocks or precincts.
+
+    A decoder allocates a hundred bytes or more for each of them, and they may be as small as 4 x 4 pixels.
+    """
+    position = frame.find(b"\xff\x52", position, position + 4096)
+    if position < 0:
+        raise ValueError("JPEG 2000 without a coding style (COD marker)")
+    style, levels, width, height = (_read_bytes(frame, position, 14)[n] for n in (4, 9, 10, 11))
     width, height = (width & 15) + 2, (height & 15) + 2
-    if style & 1:  # precincts are told, one byte a resolution, the full one last
-        largest = _enough(frame, at + 14, levels + 1)[-1]
+    if style & 1:  # precinct sizes follow, one byte per resolution, full resolution last
+        largest = _read_bytes(frame, position + 14, levels + 1)[-1]
         width, height = min(width, largest & 15), min(height, largest >> 4)
     if rows * columns >> (width + height) > MAX_BLOCKS:
-        raise ValueError(f"JPEG 2000 of {rows} x {columns} in blocks of {2**width} x {2**height}")
+        raise ValueError(f"JPEG 2000 of {rows} x {columns} pixels has too many blocks of {2**width} x {2**height}")
 
 
-def _enough(frame: bytes, at: int, length: int) -> bytes:
-    part = frame[at : at + length]
+def _read_bytes(frame: bytes, position: int, length: int) -> bytes:
+    """Return `length` bytes of the frame. Raises ValueError if it ends earlier."""
+    part = frame[position : position + length]
     if len(part) < length:
         raise ValueError(f"the frame ends at byte {len(frame)}, inside its own header")
     return part

@@ -1,7 +1,7 @@
-"""Which decoder reads which transfer syntax: imagecodecs, a plug-in of pydicom, where it is faster and its pixels the same.
+"""Chooses the decoder of each transfer syntax: imagecodecs, as a pydicom plug-in, where it is faster with equal pixels.
 
-One decoder is named for each syntax, so that training and test images are decoded alike. Without imagecodecs the names
-fall to pydicom's usual plug-ins.
+Exactly one decoder is used per syntax, so that training and test images are decoded alike. Without imagecodecs, pydicom's
+usual plug-ins are the fallback.
 """
 
 import importlib.util
@@ -28,44 +28,45 @@ PLUGIN = "imagecodecs"
 _JPEG = (JPEGBaseline8Bit, JPEGLossless, JPEGLosslessSV1)
 _JPEG_LS = (JPEGLSLossless, JPEGLSNearLossless)
 _JPEG_2000 = (JPEG2000Lossless, JPEG2000)
-# Not JPEG Extended, of whose lossy 12-bit pixels some differ by one from pylibjpeg's. Not RLE, whose damaged frames end
-# imagecodecs' process; pylibjpeg's decoder is Rust and panics.
+# Not JPEG Extended: some of its lossy 12-bit pixels differ by one from pylibjpeg's. Not RLE: a damaged frame crashes the
+# process in imagecodecs, while pylibjpeg's decoder, written in Rust, raises a panic that can be caught.
 SYNTAXES = (*_JPEG, *_JPEG_LS, *_JPEG_2000)
 
-# What pydicom asks of a plug-in's module, with `is_available`.
+# pydicom requires this name and `is_available` in a plug-in's module.
 DECODER_DEPENDENCIES = {syntax: ("imagecodecs",) for syntax in SYNTAXES}
 
 
 def is_available(uid: str) -> bool:
+    """Return whether imagecodecs is installed and decodes the transfer syntax `uid` (required by pydicom)."""
     return HAS_IMAGECODECS and uid in SYNTAXES
 
 
 def decode_frame(frame: bytes, runner: DecodeRunner) -> np.ndarray:
-    """One frame as (rows, columns) or (rows, columns, 3), uint8 or uint16; pydicom's signature of a plug-in."""
+    """Decode one frame to uint8 or uint16 (rows, columns) or (rows, columns, 3); the signature is pydicom's for plug-ins."""
     import imagecodecs
 
     syntax = runner.transfer_syntax
     if syntax in _JPEG:
         pixels = imagecodecs.jpeg8_decode(frame)
     elif syntax in _JPEG_LS:
-        # CharLS runs on past the end of a frame that was cut short, for half a minute; an end marker stops it.
+        # CharLS reads on past the end of a truncated frame, for half a minute; an additional end marker stops it.
         pixels = imagecodecs.jpegls_decode(frame + END)
     else:
         pixels = imagecodecs.jpeg2k_decode(frame, numthreads=1)
     if pixels.ndim == 3:
         runner.set_option("planar_configuration", 0)
-        if syntax not in _JPEG_LS:  # these decoders undo the colour transform themselves
+        if syntax not in _JPEG_LS:  # the other decoders undo the colour transform themselves
             runner.set_option("photometric_interpretation", PhotometricInterpretation.RGB)
     runner.set_option("bits_allocated", 8 * pixels.itemsize)
     return np.ascontiguousarray(pixels)
 
 
 def plugin_for(syntax: str) -> str:
-    """The name of the plug-in that decodes `syntax`; empty where pydicom knows but one way."""
+    """Return the name of the pydicom plug-in that decodes a transfer syntax; "" if pydicom offers no choice."""
     if is_available(syntax):
         return PLUGIN
     if syntax == JPEGBaseline8Bit:
-        return "pillow"  # libjpeg-turbo's pixels like imagecodecs'; pylibjpeg's differ by one here and there
+        return "pillow"  # uses libjpeg-turbo, as imagecodecs does; some of pylibjpeg's pixels differ by one
     return "pylibjpeg" if "pylibjpeg" in get_decoder(syntax).available_plugins else ""
 
 

@@ -1,4 +1,4 @@
-"""Reads a chest X-ray from a DICOM file: pixels as a radiologist sees them, or one error that names file and reason."""
+"""Reads a chest X-ray from a DICOM file, as pixels for display, stored values or header; UnreadableXray if it cannot."""
 
 import logging
 from collections.abc import Callable
@@ -12,43 +12,45 @@ import numpy as np
 
 from kitlib.errors import UnreadableXray
 from kitlib.xrays.header import InvalidElement, XrayHeader, header_of, read_elements
-from kitlib.xrays.stored_values import Stored, read_stored, values_of
+from kitlib.xrays.stored_values import StoredFrame, read_stored, values_of
 from kitlib.xrays.voi_lut import Display, read_display, to_grey
 
 T = TypeVar("T")
 
 
-def _one_error(read: Callable[[str | Path], T]) -> Callable[[str | Path], T]:
-    """Whatever goes wrong with a damaged file inside pydicom or a decoder, in one class."""
+def _raises_unreadable_xray(read: Callable[[str | Path], T]) -> Callable[[str | Path], T]:
+    """Decorate a reader so that every error of a damaged file, in pydicom or a decoder, becomes UnreadableXray."""
 
     @wraps(read)
-    def reading(path: str | Path) -> T:
+    def wrapper(path: str | Path) -> T:
         try:
             return read(path)
         except Exception as error:
-            told = type(error) is ValueError or isinstance(error, InvalidElement)
-            reason = str(error) if told else f"{type(error).__name__}: {error}"
+            is_plain = type(error) is ValueError or isinstance(error, InvalidElement)
+            reason = str(error) if is_plain else f"{type(error).__name__}: {error}"
         except BaseException as error:
-            # A Rust decoder's panic is no Exception; KeyboardInterrupt is none either and must pass.
+            # A panic of a Rust decoder is not an Exception. Neither is KeyboardInterrupt, which must pass.
             if type(error).__name__ != "PanicException":
                 raise
             reason = f"the decoder panicked: {error}"
-        # Not "from error": a kept traceback would keep the file's bytes and pixels in memory.
+        # Not "from error": the traceback would keep the file's bytes and pixels in memory.
         raise UnreadableXray(path, " ".join(reason.split()))
 
-    return reading
+    return wrapper
 
 
 @dataclass(frozen=True)
 class Xray:
-    pixels: np.ndarray  # uint8 (rows, columns), 255 = white as a radiologist sees it
-    warnings: tuple[str, ...]  # what the file says and cannot be, and what was done instead
+    """A decoded X-ray of full size."""
+
+    pixels: np.ndarray  # uint8 (rows, columns) for display: 255 is white (bone), 0 is black (air)
+    warnings: tuple[str, ...]  # invalid header elements, and what was done instead
 
 
 def read_xray(path: str | Path) -> np.ndarray:
-    """uint8 (rows, columns), 255 = white as a radiologist sees it; its warnings go to the log. Raises UnreadableXray.
+    """Decode a DICOM file to uint8 pixels (rows, columns) for display, where 255 is white, and log its warnings.
 
-    See `decode_xray`, which logs nothing.
+    See `decode_xray`, which returns the warnings instead. Raises UnreadableXray.
     """
     xray = decode_xray(path)
     if xray.warnings:
@@ -56,14 +58,14 @@ def read_xray(path: str | Path) -> np.ndarray:
     return xray.pixels
 
 
-@_one_error
+@_raises_unreadable_xray
 def decode_xray(path: str | Path) -> Xray:
-    """Modality LUT, VOI LUT, one inversion for MONOCHROME1, minimum..maximum to 0..255.
+    """Decode a DICOM file to pixels for display and a list of warnings. Raises UnreadableXray.
 
-    Of several VOI LUTs or windows the first is taken, a LUT before a window; of several frames the first.
-    PresentationLUTShape INVERSE belongs to MONOCHROME1 and inverts nothing by itself. PixelPaddingValue is a value like any
-    other. Colour becomes its luma. An image of one value is black. What a header says and cannot be is left out, with a
-    warning. Raises UnreadableXray.
+    Applies the modality LUT, the VOI LUT and one inversion for MONOCHROME1, then maps minimum..maximum to 0..255. Of several
+    VOI LUTs or windows the first is used, a LUT before a window; of several frames the first. PresentationLUTShape INVERSE
+    belongs to MONOCHROME1 and has no effect of its own. PixelPaddingValue is treated as any other value. Colour becomes
+    luma. A constant image becomes black. Invalid header elements are ignored, with a warning.
     """
     elements, syntax = read_elements(path)
     stored = read_stored(elements, syntax)
@@ -73,24 +75,28 @@ def decode_xray(path: str | Path) -> Xray:
         display = Display()
     else:
         display = read_display(elements, stored.bits_stored, stored.signed, stored.photometric == "MONOCHROME1")
-    pixels, warnings = _shown(stored, display)
+    pixels, warnings = _to_pixels(stored, display)
     return Xray(pixels, tuple([*stored.warnings, *display.warnings, *warnings]))
 
 
-@_one_error
+@_raises_unreadable_xray
 def read_stored_values(path: str | Path) -> np.ndarray:
-    """The first frame's stored values, before any LUT: (rows, columns) or (rows, columns, 3), uint8, int8, uint16 or int16.
+    """Return the first frame's stored values, before any LUT. Raises UnreadableXray.
 
-    Bits above BitsStored are cut off or, for signed images, filled with the sign. Raises UnreadableXray.
+    The array is (rows, columns) or (rows, columns, 3), of uint8, int8, uint16 or int16. Bits above BitsStored are cleared
+    or, for signed images, set to the sign bit.
     """
     stored = read_stored(*read_elements(path))
     kind = np.dtype(f"{'i' if stored.signed else 'u'}{stored.patterns.itemsize}")
     return values_of(stored.patterns, stored.bits, stored.signed).astype(kind)
 
 
-@_one_error
+@_raises_unreadable_xray
 def read_header(path: str | Path) -> XrayHeader:
-    """Ids, size and view, without the pixels. Raises UnreadableXray, also for a file with none of an X-ray's elements."""
+    """Read ids, size and view of a DICOM file without its pixels.
+
+    Raises UnreadableXray, also for a file that has none of an X-ray's elements.
+    """
     return header_of(*read_elements(path, with_pixels=False))
 
 
@@ -98,8 +104,11 @@ def _luma(patterns: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(np.ascontiguousarray(patterns), cv2.COLOR_RGB2GRAY)
 
 
-def _shown(stored: Stored, display: Display) -> tuple[np.ndarray, list[str]]:
-    """Each pattern through one table of 256 or 65,536 greys, made for the patterns that occur: exact, in two passes."""
+def _to_pixels(stored: StoredFrame, display: Display) -> tuple[np.ndarray, list[str]]:
+    """Return uint8 pixels (rows, columns) and warnings: maps each bit pattern through a table of 256 or 65,536 greys.
+
+    The greys are computed only for the patterns that occur, so the result equals that of the formulas on all pixels.
+    """
     size = 256**stored.patterns.itemsize
     occurring = np.flatnonzero(cv2.calcHist([stored.patterns], [0], None, [size], [0, size]))
     table = np.zeros(size, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Reads those elements of a DICOM file that an X-ray needs, without pydicom's conversions and their warnings."""
+"""Reads the DICOM elements that an X-ray needs, without pydicom's value conversions and their warnings."""
 
 import os
 import stat
@@ -21,10 +21,11 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-# PageError before memory is allocated. The largest X-rays, digitised mammograms, are near 40 million pixels and 80 MB.
+# Larger files and images are refused before memory is allocated. The largest X-rays, digitised mammograms, have about 40
+# million pixels and 80 MB.
 MAX_FILE_BYTES = 2**29
 MAX_SAMPLES = 2**26
-DEFER_BYTES = 2**18  # longer than any LUT
+DEFER_BYTES = 2**18  # elements above this are read as views of the file; no LUT is that long
 
 IDS = ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID")
 TEXTS = ("Modality", "BodyPartExamined", "ViewPosition", "PhotometricInterpretation", "VOILUTFunction")
@@ -40,12 +41,12 @@ BINARY = {"US": "u2", "SS": "i2", "UL": "u4", "SL": "i4", "FL": "f4", "FD": "f8"
 
 
 class InvalidElement(ValueError):
-    """An element whose value cannot be what it says; the image may still be shown without it."""
+    """A header element whose value cannot be right; the image may still be shown without it."""
 
 
 @dataclass(frozen=True)
 class XrayHeader:
-    """What a DICOM file says about its image; text is empty and numbers are 0 where the file says nothing."""
+    """The facts that a DICOM header states about its image; absent text is "", absent numbers are 0."""
 
     image_id: str  # SOPInstanceUID
     study_id: str
@@ -62,10 +63,10 @@ class XrayHeader:
 
 
 class Elements:
-    """The elements of one dataset by keyword, converted one at a time."""
+    """Access to the elements of one pydicom dataset by keyword; values are converted on access."""
 
     def __init__(self, dataset: Dataset, source: bytes = b""):
-        """`source` is the file that the offsets of deferred elements point into."""
+        """Wrap `dataset`; `source` is the content of the file that the offsets of deferred elements refer to."""
         self.dataset, self.source = dataset, memoryview(source)
         self._elements = dict(dataset.items())
 
@@ -73,7 +74,7 @@ class Elements:
         return Tag(keyword) in self._elements
 
     def raw(self, keyword: str) -> bytes | memoryview:
-        """The value's bytes, empty where the element is absent; of a deferred element a view of the file."""
+        """Return the value's bytes: b"" if the element is absent, a view of the file if it is deferred."""
         element = self._elements.get(Tag(keyword))
         if isinstance(element, RawDataElement) and element.value is None and element.length:
             length = len(self.source) if self.is_encapsulated(keyword) else element.length
@@ -81,7 +82,10 @@ class Elements:
         return element.value if element is not None and isinstance(element.value, bytes) else b""
 
     def text(self, keyword: str) -> str:
-        """The first value, stripped; UTF-8, or Latin-1 where it is not (which keeps different ids different)."""
+        """Return the first value as text, stripped; "" if absent.
+
+        Decodes UTF-8, or Latin-1 if the bytes are not valid UTF-8, so that different ids stay different.
+        """
         value = bytes(self.raw(keyword))
         try:
             text = value.decode("utf-8")
@@ -90,12 +94,12 @@ class Elements:
         return text.split("\\")[0].strip(" \0")
 
     def numbers(self, keyword: str) -> list[float]:
-        """All values; empty where the element is absent or has none. Raises InvalidElement where one is no number."""
+        """Return all values as numbers, [] if absent or empty. Raises InvalidElement if a value is not a number."""
         value = bytes(self.raw(keyword))
         if not value:
             return []
         vr = self.vr(keyword)
-        # Implicit files do not say the VR, and a damaged one may say nonsense.
+        # Files with implicit VR do not state it, and damaged ones may state nonsense.
         vr = vr if vr in BINARY or vr in ("DS", "IS") else dictionary_VR(keyword)
         if vr in BINARY:
             kind = np.dtype(BINARY[vr]).newbyteorder("<" if self.is_little_endian(keyword) else ">")
@@ -104,60 +108,68 @@ class Elements:
         try:
             return [float(text) for text in texts] if any(texts) else []
         except ValueError as error:
-            raise InvalidElement(f"{keyword} is {value[:40]!r}, no number") from error
+            raise InvalidElement(f"{keyword} is {value[:40]!r}, not a number") from error
 
     def number(self, keyword: str) -> float | None:
-        """The first value, None where there is none."""
+        """Return the first value as a number, None if there is none. Raises InvalidElement if it is not a number."""
         values = self.numbers(keyword)
         return values[0] if values else None
 
     def whole(self, keyword: str, default: int) -> int:
-        """The first value as a whole number. Raises InvalidElement."""
+        """Return the first value as an integer, or `default`. Raises InvalidElement if it is not a whole number."""
         value = self.number(keyword)
         if value is None:
             return default
         if not np.isfinite(value) or value != int(value):
-            raise InvalidElement(f"{keyword} is {value}, no whole number")
+            raise InvalidElement(f"{keyword} is {value}, not a whole number")
         return int(value)
 
     def items(self, keyword: str) -> list["Elements"]:
-        """The items of a sequence, none where it is absent."""
+        """Return the items of a sequence, [] if it is absent."""
         return [Elements(item) for item in (self.dataset[keyword].value or [])] if keyword in self else []
 
     def vr(self, keyword: str) -> str:
+        """Return the element's value representation, such as "US"; "" if the file does not state it."""
         return self._elements[Tag(keyword)].VR or ""
 
     def is_little_endian(self, keyword: str) -> bool:
+        """Return whether the element's bytes are little-endian."""
         return getattr(self._elements[Tag(keyword)], "is_little_endian", True)
 
     def is_encapsulated(self, keyword: str) -> bool:
+        """Return whether the element has an undefined length, as compressed pixel data has."""
         element = self._elements[Tag(keyword)]
         return bool(getattr(element, "is_undefined_length", False)) or getattr(element, "length", 0) == 0xFFFFFFFF
 
 
 def read_elements(path: str | Path, with_pixels: bool = True) -> tuple[Elements, str]:
-    """The elements of `path` and its transfer syntax; a file without one is uncompressed, as its first element shows.
+    """Read a DICOM file; returns its elements and its transfer syntax.
 
-    Raises ValueError, or whatever pydicom makes of a damaged file.
+    A file that states no transfer syntax is taken as uncompressed, with VR and byte order derived from its first element.
+    Raises ValueError for a file that is not regular or too large, or any exception of pydicom for a damaged one.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         raise ValueError("not a regular file")
     if status.st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{status.st_size} bytes, more than the {MAX_FILE_BYTES} that an X-ray may have")
+        raise ValueError(f"{status.st_size} bytes, more than the {MAX_FILE_BYTES} that are allowed for an X-ray")
     if not with_pixels:
         with open(path, "rb") as file:
             if DeflatedExplicitVRLittleEndian.encode() not in file.read(2048):
                 file.seek(0)
-                return _parsed(file)
-    # From memory, a length that lies reads what is there; from a file, Python first allocates what the length promises.
-    return _parsed(BytesIO(source := _inflated(Path(path).read_bytes())), source)
+                return _parse(file)
+    # An element may state a wrong, huge length. Reading from memory stops at the end of the data; reading from a file
+    # first allocates the stated length.
+    return _parse(BytesIO(source := _inflate(Path(path).read_bytes())), source)
 
 
 def header_of(elements: Elements, transfer_syntax: str) -> XrayHeader:
-    """Raises ValueError where there is none of an X-ray's elements: any bytes pass for an empty dataset."""
+    """Return the header fields. Raises ValueError if none of an X-ray's elements is present.
+
+    The check is needed because pydicom reads arbitrary bytes as an empty dataset.
+    """
     if not any(keyword in elements for keyword in KEYWORDS):
-        raise ValueError("none of an X-ray's DICOM elements: empty, cut short or of another kind")
+        raise ValueError("the file has none of an X-ray's DICOM elements: it is empty, truncated or not DICOM")
     image_id, study_id, series_id, patient_id = map(elements.text, IDS)
     return XrayHeader(
         image_id=image_id,
@@ -175,8 +187,11 @@ def header_of(elements: Elements, transfer_syntax: str) -> XrayHeader:
     )
 
 
-def _parsed(file: BinaryIO, source: bytes = b"") -> tuple[Elements, str]:
-    """With the `source` that the file holds come the pixels, as a view of it and not a copy."""
+def _parse(file: BinaryIO, source: bytes = b"") -> tuple[Elements, str]:
+    """Parse a DICOM file; returns its elements and transfer syntax.
+
+    Includes the pixel data only if `source`, the file's content, is passed; large elements are then views of it.
+    """
     dataset = dcmread(
         file,
         force=True,
@@ -191,10 +206,11 @@ def _parsed(file: BinaryIO, source: bytes = b"") -> tuple[Elements, str]:
     return Elements(dataset, source), syntax
 
 
-def _inflated(raw: bytes) -> bytes:
-    """`raw`, or the dataset of a deflated file without its meta group: Explicit VR Little Endian by the standard.
+def _inflate(raw: bytes) -> bytes:
+    """Return `raw`, or, for a deflated file, its inflated dataset without the meta group.
 
-    pydicom would inflate without a bound: a thousandfold of the file's size.
+    By the standard that dataset is Explicit VR Little Endian. pydicom would inflate without a limit, to a thousand times the
+    file's size. Raises ValueError if the result exceeds MAX_FILE_BYTES or the meta group has no length.
     """
     if DeflatedExplicitVRLittleEndian.encode() not in raw[:2048]:
         return raw
@@ -203,10 +219,10 @@ def _inflated(raw: bytes) -> bytes:
     start = file.tell()
     # (0002,0000) UL: bytes of the meta group after this element, which is 12 bytes long.
     if raw[start : start + 8] != b"\x02\x00\x00\x00UL\x04\x00":
-        raise ValueError("deflated, and its meta information does not say its length")
+        raise ValueError("the file is deflated, and its meta information does not state its length")
     start += 12 + int.from_bytes(raw[start + 8 : start + 12], "little")
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     plain = inflater.decompress(raw[start:], MAX_FILE_BYTES)
     if inflater.unconsumed_tail:
-        raise ValueError(f"inflates to more than the {MAX_FILE_BYTES} bytes that an X-ray may have")
+        raise ValueError(f"the file inflates to more than the {MAX_FILE_BYTES} bytes that are allowed for an X-ray")
     return plain

@@ -1,7 +1,7 @@
-"""Reads a chest X-ray from a PNG, JPEG or GIF file, as NIH's and many re-packed data sets have them, or from JSRT's raw one.
+"""Reads a chest X-ray from a PNG, JPEG or GIF file, as NIH and many re-packed data sets have them, or a raw JSRT file.
 
-A raw file of JSRT's database is 2048 x 2048 big-endian 16-bit numbers without a header, 12 bits of which are used
-(db.jsrt.or.jp); the larger, the darker is the film. Its suffix and its exact size tell it.
+A raw file of the JSRT database (db.jsrt.or.jp) is 2048 x 2048 big-endian 16-bit numbers without a header, of which 12 bits
+are used; larger values are darker. It is recognised by its suffix and its exact size.
 """
 
 import os
@@ -19,16 +19,16 @@ from kitlib.xrays.dicom import Xray
 from kitlib.xrays.header import MAX_SAMPLES
 
 SIGNATURES = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF87a": "GIF", b"GIF89a": "GIF"}
-# Not PIL.Image.open, which ultralytics replaces by one that hides what is wrong with a file.
+# Not PIL.Image.open: ultralytics replaces it with a version that hides the reason for which a file cannot be opened.
 OPENERS = {"PNG": PngImageFile, "JPEG": JpegImageFile, "GIF": GifImageFile}
 JSRT_SUFFIX, JSRT_SIDE, JSRT_BITS = ".img", 2048, 12
 JSRT_BYTES = 2 * JSRT_SIDE**2
 
 
 def image_format(path: str | Path) -> str:
-    """ "PNG", "JPEG" or "GIF" by the file's first bytes and not by its name, "JSRT", or "" for anything else.
+    """Return "PNG", "JPEG", "GIF" or "JSRT", or "" for any other file. Raises OSError if it cannot be opened.
 
-    Raises OSError.
+    The first bytes decide, not the name; only JSRT's raw files are recognised by suffix and size.
     """
     with open(path, "rb") as file:
         start = file.read(8)
@@ -37,7 +37,7 @@ def image_format(path: str | Path) -> str:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Rows and columns as the header promises them, without decoding. Raises UnreadableXray."""
+    """Return rows and columns as stated in the file's header, without decoding. Raises UnreadableXray."""
     if _is_jsrt(path):
         return JSRT_SIDE, JSRT_SIDE
     with open_image(path) as image:
@@ -46,18 +46,19 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def decode_image(path: str | Path) -> Xray:
-    """Grey as the file shows it: 8 bits as they are, 16 bits by their upper eight, colour by its luma; alpha is left out.
+    """Decode a PNG, JPEG, GIF or raw JSRT file to 8-bit grey. Raises UnreadableXray, also for a truncated file.
 
-    Of JSRT's raw files the upper eight of twelve bits, inverted, so that air is dark. Nothing is stretched: whoever made
-    the file has chosen how it looks. Raises UnreadableXray, also for a file that ends early.
+    8-bit values stay as they are, 16-bit values keep their upper eight bits, colour becomes luma, alpha is ignored. JSRT's
+    raw files keep the upper eight of their twelve bits and are inverted, so that air is dark. The grey range is not
+    stretched, because the data set's authors have already chosen it.
     """
     if _is_jsrt(path):
         return Xray(_decode_jsrt(path), ())
     with open_image(path) as image:
         try:
-            # Pillow refuses what is cut off or fails its checksums; OpenCV would fill in grey.
+            # Pillow refuses truncated files and wrong checksums, where OpenCV would fill in grey.
             image.load()
-            if image.format == "GIF":  # which OpenCV gives as an animation
+            if image.format == "GIF":  # OpenCV would return an animation
                 return Xray(np.array(image.convert("L")), ())
             pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
         except (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError) as error:
@@ -72,36 +73,37 @@ def decode_image(path: str | Path) -> Xray:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """The PNG, JPEG or GIF image with its header read and no pixel yet; its size is one that a chest can have.
+    """Open a PNG, JPEG or GIF file as a Pillow image whose pixels are not loaded yet.
 
-    Raises UnreadableXray.
+    Raises UnreadableXray if it cannot be opened or its size is not within 1 to MAX_SAMPLES pixels.
     """
     try:
         name = image_format(path)
         if name not in OPENERS:
-            raise ValueError("no PNG, JPEG or GIF image")
+            raise ValueError("not a PNG, JPEG or GIF image")
         image = OPENERS[name](path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableXray(path, f"cannot be opened: {' '.join(str(error).split())}") from None
     columns, rows = image.size
     if not rows or not columns or rows * columns > MAX_SAMPLES:
         image.close()
-        raise UnreadableXray(path, f"promises {rows} x {columns} pixels; wanted 1 to {MAX_SAMPLES}")
+        raise UnreadableXray(path, f"promises {rows} x {columns} pixels; valid are 1 to {MAX_SAMPLES}")
     return image
 
 
 def _is_jsrt(path: str | Path) -> bool:
     try:
         return image_format(path) == "JSRT"
-    except OSError:  # opening it will tell
+    except OSError:  # the error is reported when the file is opened
         return False
 
 
 def _decode_jsrt(path: str | Path) -> np.ndarray:
-    """uint8 (2048, 2048)."""
+    """Decode a raw JSRT file to uint8 (2048, 2048). Raises UnreadableXray if a value needs more than 12 bits."""
     values = np.fromfile(path, ">u2").reshape(JSRT_SIDE, JSRT_SIDE)
     if values.max() >> JSRT_BITS:
         raise UnreadableXray(
-            path, f"has the value {values.max()}, and JSRT's have {JSRT_BITS} bits: are its bytes swapped? Fetch it again"
+            path,
+            f"has the value {values.max()}, but JSRT files use {JSRT_BITS} bits: the bytes may be swapped; fetch it again",
         )
     return 255 - (values >> (JSRT_BITS - 8)).astype(np.uint8)

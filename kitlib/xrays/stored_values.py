@@ -1,4 +1,4 @@
-"""Decodes the pixel data of a DICOM file to bit patterns, once its header and its codestream agree on a sensible size."""
+"""Decodes the pixel data of a DICOM file to bit patterns, after checking that header and codestream agree on the size."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from pydicom.uid import (
     JPEGLSTransferSyntaxes,
 )
 
-from kitlib.xrays.codestream import Promise, read_promise
+from kitlib.xrays.codestream import FrameHeader, read_frame_header
 from kitlib.xrays.decoders import plugin_for
 from kitlib.xrays.header import MAX_SAMPLES, Elements
 
@@ -24,59 +24,64 @@ NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, D
 
 
 @dataclass(frozen=True)
-class Stored:
-    """The first frame as it is stored: bit patterns (rows, columns[, 3]) of uint8 or uint16, and what they mean."""
+class StoredFrame:
+    """The first frame's bit patterns, uint8 or uint16 (rows, columns[, 3]), and how to interpret them."""
 
     patterns: np.ndarray
-    bits: int  # low bits of a pattern that carry the value
+    bits: int  # the low bits of a pattern hold the value
     signed: bool
     bits_stored: int
     photometric: str
     warnings: list[str]
 
 
-def read_stored(elements: Elements, syntax: str) -> Stored:
-    """The first frame. Raises ValueError, or whatever a decoder makes of a damaged one."""
+def read_stored(elements: Elements, syntax: str) -> StoredFrame:
+    """Decode the first frame. Raises ValueError for invalid pixel data, or any exception of the decoder."""
     if "PixelData" not in elements:
         other = [name for name in ("FloatPixelData", "DoubleFloatPixelData") if name in elements]
-        raise ValueError(f"has {other[0]}, wanted PixelData" if other else "no PixelData: not an image, or cut short")
+        raise ValueError(f"has {other[0]} instead of PixelData" if other else "no PixelData: not an image, or truncated")
     rows, columns, samples = elements.whole("Rows", 0), elements.whole("Columns", 0), elements.whole("SamplesPerPixel", 1)
     frames = max(1, elements.whole("NumberOfFrames", 1))
     if not (0 < rows <= 65535 and 0 < columns <= 65535 and samples in (1, 3)):
-        raise ValueError(f"Rows {rows}, Columns {columns}, SamplesPerPixel {samples}")
+        raise ValueError(f"invalid size: Rows {rows}, Columns {columns}, SamplesPerPixel {samples}")
     if rows * columns * samples > MAX_SAMPLES:
-        raise ValueError(f"promises {rows} x {columns} x {samples} values, more than {MAX_SAMPLES}")
+        raise ValueError(f"the header promises {rows} x {columns} x {samples} values, more than the limit of {MAX_SAMPLES}")
 
-    warnings = [f"{frames} frames: the first was read"] if frames > 1 else []
+    warnings = [f"{frames} frames: the first is used"] if frames > 1 else []
     photometric = elements.text("PhotometricInterpretation").upper()
     if photometric == "PALETTE COLOR":
-        raise ValueError("PALETTE COLOR is no X-ray")
-    known = ("MONOCHROME1", "MONOCHROME2") if samples == 1 else ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-    if photometric not in known:
+        raise ValueError("PhotometricInterpretation PALETTE COLOR is not supported for X-rays")
+    expected = ("MONOCHROME1", "MONOCHROME2") if samples == 1 else ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+    if photometric not in expected:
         fallback = "MONOCHROME2" if samples == 1 else "RGB"
-        warnings.append(f"PhotometricInterpretation is {photometric!r}: taken for {fallback}")
+        warnings.append(f"PhotometricInterpretation is {photometric!r}: treated as {fallback}")
         photometric = fallback
 
     native = syntax in NATIVE
     data = elements.raw("PixelData") if native else bytes(elements.raw("PixelData"))
     if native == elements.is_encapsulated("PixelData"):
-        raise ValueError(f"transfer syntax {syntax} does not go with {'encapsulated' if native else 'plain'} pixel data")
+        raise ValueError(
+            f"transfer syntax {syntax} contradicts the {'encapsulated' if native else 'uncompressed'} pixel data"
+        )
     frame = b"" if native else get_frame(bytes(data), 0, number_of_frames=frames)
-    promise = None if native else _checked_promise(frame, syntax, rows, columns, samples)
-    if promise:
-        allocated = elements.whole("BitsAllocated", 8 if promise.precision <= 8 else 16)
+    frame_header = None if native else _read_checked_frame_header(frame, syntax, rows, columns, samples)
+    if frame_header:
+        allocated = elements.whole("BitsAllocated", 8 if frame_header.precision <= 8 else 16)
     else:
         allocated = elements.whole(
             "BitsAllocated", 16 if native and len(data) >= 2 * rows * columns * samples * frames else 8
         )
-    if allocated not in (8, 16) or (promise and promise.precision > allocated):
-        raise ValueError(f"BitsAllocated {allocated}" + (f", and {promise.precision} bits in the frame" if promise else ""))
+    if allocated not in (8, 16) or (frame_header and frame_header.precision > allocated):
+        raise ValueError(
+            f"invalid BitsAllocated {allocated}"
+            + (f" for {frame_header.precision} bits in the frame" if frame_header else "")
+        )
     bits_stored = elements.whole("BitsStored", allocated)
     if not 1 <= bits_stored <= allocated:
-        warnings.append(f"BitsStored is {bits_stored} of {allocated}: all bits taken")
+        warnings.append(f"BitsStored is {bits_stored} of {allocated} allocated: all bits are used")
         bits_stored = allocated
-    if promise and not promise.ends:
-        warnings.append("the compressed frame has no end marker: it may be cut short")
+    if frame_header and not frame_header.has_end_marker:
+        warnings.append("the compressed frame has no end marker: it may be truncated")
 
     signed = elements.whole("PixelRepresentation", 0) == 1
     layout: dict[str, Any] = {
@@ -88,53 +93,58 @@ def read_stored(elements: Elements, syntax: str) -> Stored:
         "planar_configuration": elements.whole("PlanarConfiguration", 0) & 1,
         "bits_allocated": allocated,
         "bits_stored": bits_stored,
-        "pixel_representation": 0,  # bit patterns; the sign is told from them later
+        "pixel_representation": 0,  # decode to bit patterns; `values_of` applies the sign later
         "pixel_keyword": "PixelData",
         "pixel_vr": elements.vr("PixelData"),
         "correct_unused_bits": False,
     }
     if native and samples == 1:
-        patterns = _plain(elements, data, syntax, rows, columns, allocated)
+        patterns = _read_uncompressed(elements, data, syntax, rows, columns, allocated)
     else:
         decoder = get_decoder(UID(syntax))
-        patterns, told = decoder.as_array(
+        patterns, properties = decoder.as_array(
             bytes(data),
             index=0,
             raw=True,
             decoding_plugin="" if native else plugin_for(syntax),
             **layout,
         )
-        photometric = str(told["photometric_interpretation"])
-    # The codestream of these knows the sign bit better than the header (pydicom's rule as well).
-    own = syntax in JPEG2000TransferSyntaxes or (syntax in JPEGLSTransferSyntaxes and signed)
-    bits = promise.precision if promise and own else bits_stored
-    return Stored(patterns, bits, signed, bits_stored, photometric, warnings)
+        photometric = str(properties["photometric_interpretation"])
+    # For these syntaxes the codestream's precision, and not BitsStored, locates the sign bit; pydicom has the same rule.
+    trusts_frame = syntax in JPEG2000TransferSyntaxes or (syntax in JPEGLSTransferSyntaxes and signed)
+    bits = frame_header.precision if frame_header and trusts_frame else bits_stored
+    return StoredFrame(patterns, bits, signed, bits_stored, photometric, warnings)
 
 
-def _checked_promise(frame: bytes, syntax: str, rows: int, columns: int, samples: int) -> Promise | None:
-    promise = read_promise(frame, syntax)
-    if promise and (promise.rows, promise.columns, promise.samples) != (rows, columns, samples):
+def _read_checked_frame_header(frame: bytes, syntax: str, rows: int, columns: int, samples: int) -> FrameHeader | None:
+    """Return the frame's own header, None for RLE. Raises ValueError if its size differs from the DICOM header's."""
+    frame_header = read_frame_header(frame, syntax)
+    if frame_header and (frame_header.rows, frame_header.columns, frame_header.samples) != (rows, columns, samples):
         raise ValueError(
-            f"the compressed frame is {promise.rows} x {promise.columns} x {promise.samples}, "
-            f"the header says {rows} x {columns} x {samples}"
+            f"the compressed frame is {frame_header.rows} x {frame_header.columns} x {frame_header.samples}, "
+            f"but the header says {rows} x {columns} x {samples}"
         )
-    return promise
+    return frame_header
 
 
-def _plain(elements: Elements, data: bytes | memoryview, syntax: str, rows: int, columns: int, allocated: int) -> np.ndarray:
-    """Uncompressed patterns without a copy where the bytes lie as the machine wants them; what follows them is padding."""
-    wanted = rows * columns * allocated // 8
-    if len(data) < wanted:
-        raise ValueError(f"the pixel data ends after {len(data)} of {wanted} bytes")
+def _read_uncompressed(
+    elements: Elements, data: bytes | memoryview, syntax: str, rows: int, columns: int, allocated: int
+) -> np.ndarray:
+    """Return the patterns of uncompressed pixel data, as a view if its byte order is the machine's; trailing bytes are
+    padding. Raises ValueError if the data is too short.
+    """
+    size = rows * columns * allocated // 8
+    if len(data) < size:
+        raise ValueError(f"the pixel data ends after {len(data)} of {size} bytes")
     if syntax == ExplicitVRBigEndian and allocated == 8 and elements.vr("PixelData") == "OW":
         swapped = np.frombuffer(data[: len(data) // 2 * 2], dtype="u2").byteswap().view(np.uint8)
-        return swapped[:wanted].reshape(rows, columns)
+        return swapped[:size].reshape(rows, columns)
     kind = np.dtype(f"u{allocated // 8}").newbyteorder(">" if syntax == ExplicitVRBigEndian else "<")
     patterns = np.frombuffer(data, dtype=kind, count=rows * columns).reshape(rows, columns)
     return patterns.astype(kind.newbyteorder("="), copy=False)
 
 
 def values_of(patterns: np.ndarray, bits: int, signed: bool) -> np.ndarray:
-    """The integers (int64) that bit patterns mean: the low `bits`, of which the highest is the sign if there is one."""
+    """Convert bit patterns to int64 values: their low `bits`, the highest of which is the sign bit if `signed`."""
     values = patterns.astype(np.int64) & ((1 << bits) - 1)
     return values - ((values >> (bits - 1)) << bits) if signed else values

@@ -1,9 +1,9 @@
-"""From stored values to the grey that a radiologist sees: modality LUT, VOI LUT, inversion, 8 bit.
+"""Maps stored values to 8-bit grey for display: modality LUT, VOI LUT or window, inversion.
 
-The formulas are of DICOM PS3.3 C.11.1 and C.11.2, in pydicom's order of operations, so that they agree bit for bit with
-`apply_modality_lut` and `apply_voi_lut` on the whole image. Two differences are meant: a negative RescaleSlope does not turn
-the window round (pydicom's output range then runs backwards), and an 8-bit LUT may have more than 256 entries (pydicom's
-index wraps).
+The formulas are those of DICOM PS3.3 C.11.1 and C.11.2, in pydicom's order of operations, so that the results equal those of
+`apply_modality_lut` and `apply_voi_lut` bit for bit. Two differences are intended: a negative RescaleSlope does not invert
+the window (pydicom's output range then runs backwards), and an 8-bit LUT may have more than 256 entries (pydicom's index
+wraps).
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 
 @dataclass(frozen=True)
 class Lut:
-    """Values below `first` map to the first entry, values past the end to the last."""
+    """A lookup table: values up to `first` map to the first entry, values past the end to the last."""
 
     first: int
     entries: np.ndarray  # (n,) float64
@@ -29,6 +29,8 @@ class Lut:
 
 @dataclass(frozen=True)
 class Rescale:
+    """The linear modality transform: values * slope + intercept."""
+
     slope: float
     intercept: float
 
@@ -38,10 +40,12 @@ class Rescale:
 
 @dataclass(frozen=True)
 class Window:
+    """A VOI window, which maps values around `center` to lowest..highest."""
+
     center: float
     width: float
-    function: str
-    lowest: float  # range of the output
+    function: str  # one of FUNCTIONS
+    lowest: float  # output range
     highest: float
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
@@ -60,7 +64,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Display:
-    """How a file wants its stored values shown. `warnings` tell what its header says and cannot be."""
+    """The display transforms of a DICOM file, in order of application. `warnings` lists its invalid elements."""
 
     modality: Lut | Rescale | None = None
     voi: Lut | Window | None = None
@@ -69,38 +73,44 @@ class Display:
 
 
 def read_display(elements: Elements, bits_stored: int, signed: bool, inverted: bool) -> Display:
-    """The first modality LUT and the first VOI LUT or window; a sequence goes before a window. What lies is left out."""
+    """Read the first modality LUT and the first VOI LUT or window; a LUT sequence goes before a window.
+
+    Invalid elements are ignored, with a warning.
+    """
     warnings: list[str] = []
     modality, voi = None, None
     try:
         modality = _lut(elements, "ModalityLUTSequence", signed) or _rescale(elements)
     except InvalidElement as error:
-        warnings.append(f"{error}: shown without it")
+        warnings.append(f"{error}: ignored")
     try:
         voi = _lut(elements, "VOILUTSequence", signed) or _window(elements, modality, bits_stored, signed)
     except InvalidElement as error:
-        warnings.append(f"{error}: the image's own range instead")
+        warnings.append(f"{error}: ignored, the image's own range is used")
     return Display(modality, voi, inverted, warnings)
 
 
 def to_grey(values: np.ndarray, display: Display) -> tuple[np.ndarray, list[str]]:
-    """uint8 grey of each stored value (n,), integers that all occur in the image, and what had to be left out.
+    """Return the uint8 grey of each stored value (n,), and warnings about transforms that were ignored.
 
-    Minimum to 0, maximum to 255, cut off below (as `(255 * x).astype(uint8)`), over exactly these values. Where VOI LUT or
-    modality LUT maps all of them to one grey, they are left out; an image of one stored value is 0.
+    `values` are the distinct integers that occur in the image. Their minimum becomes 0, their maximum 255, and fractions are
+    cut off (as by `(255 * x).astype(uint8)`). A VOI LUT or modality LUT that maps all values to one grey is ignored; an
+    image of one stored value becomes 0.
     """
     stored = values.astype(np.float64)
     if len(values) < 2:
-        return np.zeros(len(values), dtype=np.uint8), ["the image is of one value"]
+        return np.zeros(len(values), dtype=np.uint8), ["all pixels of the image have one value"]
     warnings = []
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # what is not finite is left out below
+    with np.errstate(
+        over="ignore", invalid="ignore", divide="ignore"
+    ):  # transforms with non-finite results are ignored below
         calibrated = display.modality(stored) if display.modality else stored
         shown = display.voi(calibrated) if display.voi else calibrated
         if not _varies(shown) and display.voi:
-            warnings.append(f"{_name(display.voi)} shows every pixel as one grey: the image's own range instead")
+            warnings.append(f"{_name(display.voi)} maps every pixel to one grey: ignored, the image's own range is used")
             shown = calibrated
         if not _varies(shown):
-            warnings.append(f"{_name(display.modality)} maps every pixel to one value: shown without it")
+            warnings.append(f"{_name(display.modality)} maps every pixel to one value: ignored")
             shown = stored
     if display.inverted:
         shown = shown.max() - shown
@@ -109,6 +119,7 @@ def to_grey(values: np.ndarray, display: Display) -> tuple[np.ndarray, list[str]
 
 
 def _varies(values: np.ndarray) -> bool:
+    """Return whether all values are finite and at least two differ."""
     return bool(np.isfinite(values).all() and np.isfinite(span := values.max() - values.min()) and span > 0)
 
 
@@ -123,7 +134,7 @@ def _rescale(elements: Elements) -> Rescale | None:
     if slope is None or intercept is None:
         return None
     if not np.isfinite([slope, intercept]).all() or slope == 0:
-        raise InvalidElement(f"RescaleSlope {slope}, RescaleIntercept {intercept}")
+        raise InvalidElement(f"invalid RescaleSlope {slope}, RescaleIntercept {intercept}")
     return Rescale(slope, intercept)
 
 
@@ -133,9 +144,9 @@ def _window(elements: Elements, modality: Lut | Rescale | None, bits_stored: int
         return None
     function = elements.text("VOILUTFunction").upper() or "LINEAR"
     if function not in FUNCTIONS:
-        raise InvalidElement(f"VOILUTFunction {function!r} is none of {', '.join(FUNCTIONS)}")
+        raise InvalidElement(f"invalid VOILUTFunction {function!r} (valid: {', '.join(FUNCTIONS)})")
     if not np.isfinite([center, width]).all() or width < (1 if function == "LINEAR" else np.nextafter(0, 1)):
-        raise InvalidElement(f"WindowCenter {center}, WindowWidth {width} ({function})")
+        raise InvalidElement(f"invalid WindowCenter {center}, WindowWidth {width} ({function})")
     if isinstance(modality, Lut):
         ends = [0, 2**modality.bits - 1]
     else:
@@ -153,16 +164,16 @@ def _lut(elements: Elements, keyword: str, signed: bool) -> Lut | None:
     order = "<" if item.is_little_endian("LUTDescriptor") else ">"
     described = np.frombuffer(bytes(item.raw("LUTDescriptor")[:6]).ljust(6, b"\0"), dtype=f"{order}u2")
     length, first, bits = int(described[0]) or 2**16, int(described[1]), int(described[2])
-    # "US or SS": an explicit VR decides, else the pixel representation does.
+    # The standard's VR is "US or SS": an explicit VR decides, otherwise the pixel representation.
     if item.vr("LUTDescriptor") == "SS" or (item.vr("LUTDescriptor") != "US" and signed):
         first = int(np.int16(np.uint16(first)))
     raw = item.raw("LUTData")
     if not 8 <= bits <= 16:
-        raise InvalidElement(f"{keyword} has entries of {bits} bits")
+        raise InvalidElement(f"invalid {keyword} with entries of {bits} bits")
     if len(raw) >= 2 * length:
         entries = np.frombuffer(raw[: 2 * length], dtype=f"{order}u2")
-    elif bits == 8 and len(raw) >= length:  # two entries in a word
+    elif bits == 8 and len(raw) >= length:  # two entries per 16-bit word
         entries = np.frombuffer(raw[:length], dtype=np.uint8)
     else:
-        raise InvalidElement(f"{keyword} promises {length} entries and has {len(raw)} bytes")
+        raise InvalidElement(f"invalid {keyword} with {length} entries in {len(raw)} bytes")
     return Lut(first, entries.astype(np.float64), bits)

@@ -1,4 +1,7 @@
-"""What a worker of the decode-once cache does: one image file to one entry. Imports little, so that it starts fast."""
+"""The task of the decode-once cache's worker processes: one image file to one cache entry.
+
+Imports little, so that a worker starts fast.
+"""
 
 import hashlib
 import json
@@ -26,53 +29,60 @@ from kitlib.letterbox import letterbox
 from kitlib.xrays.dicom import decode_xray
 from kitlib.xrays.image_file import decode_image, image_format
 
-# Beside the largest X-ray in every decoder's hands, this is room for a damaged file to fail in and not for two.
+# Enough for any decoder to decode the largest X-ray, and low enough that a damaged file fails early.
 WORKER_DATA_BYTES = 3 * 2**30
 SAMPLE_BYTES = 2**16
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one image. `rows` and `columns` are the original size, 0 where it failed."""
+    """The result of decoding one image. `rows` and `columns` are the original size, 0 if decoding failed."""
 
     image_id: str
-    status: str  # "decoded", "cached" (was there already) or "failed"
-    reason: str = ""  # why it failed
-    warnings: tuple[str, ...] = ()  # what the header said and could not be
+    status: str  # "decoded", "cached" (already decoded before) or "failed"
+    reason: str = ""  # why decoding failed
+    warnings: tuple[str, ...] = ()  # about invalid header elements
     rows: int = 0
     columns: int = 0
     seconds: float = 0.0
 
 
 def decode_into(entry: Path, image_id: str, path: str, longest_side: int) -> Outcome:
-    """Decode `path`, shrink it, write `entry` whole. A file that cannot be read is an outcome; a full disk is an OSError."""
-    began = time.perf_counter()
+    """Decode the file `path`, shrink it to `longest_side` and write it atomically to `entry`.
+
+    A file that cannot be read gives a failed Outcome. Raises OSError if the entry cannot be written, as on a full disk.
+    """
+    start = time.perf_counter()
     try:
         source = source_of(path)
         xray = decode_image(path) if image_format(path) else decode_xray(path)
     except (UnreadableXray, OSError) as error:
-        return Outcome(image_id, "failed", getattr(error, "reason", str(error)), seconds=time.perf_counter() - began)
+        return Outcome(image_id, "failed", getattr(error, "reason", str(error)), seconds=time.perf_counter() - start)
     rows, columns = xray.pixels.shape
-    told = {**source, "rows": str(rows), "columns": str(columns), "warnings": json.dumps(xray.warnings)}
-    with replacing(entry) as beside:
-        beside.write_bytes(save({"pixels": shrink(xray.pixels, longest_side)}, metadata=told))
-    return Outcome(image_id, "decoded", "", xray.warnings, rows, columns, time.perf_counter() - began)
+    metadata = {**source, "rows": str(rows), "columns": str(columns), "warnings": json.dumps(xray.warnings)}
+    with replacing(entry) as temporary_path:
+        temporary_path.write_bytes(save({"pixels": shrink(xray.pixels, longest_side)}, metadata=metadata))
+    return Outcome(image_id, "decoded", "", xray.warnings, rows, columns, time.perf_counter() - start)
 
 
 def shrink(pixels: np.ndarray, longest_side: int) -> np.ndarray:
-    """uint8 (rows, columns), longest side at most `longest_side`, by the mean of the area; smaller ones stay as they are."""
+    """Return uint8 (rows, columns) with a longest side of at most `longest_side`, averaged by area.
+
+    Smaller images are returned unchanged.
+    """
     rows, columns = pixels.shape
     if max(rows, columns) <= longest_side:
         return pixels
-    place = letterbox(rows, columns, longest_side)
-    return cv2.resize(pixels, (place.inner_columns, place.inner_rows), interpolation=cv2.INTER_AREA)
+    placement = letterbox(rows, columns, longest_side)
+    return cv2.resize(pixels, (placement.inner_columns, placement.inner_rows), interpolation=cv2.INTER_AREA)
 
 
 def source_of(path: str) -> dict[str, str]:
-    """What tells another file from the one that was decoded: size, time of change, and first, middle and last 64 KiB.
+    """Identify a file's content by size, modification time and a digest of its first, middle and last 64 KiB.
 
-    Size and time alone are equal for images unpacked from one archive; the samples hold the header with its ids, and
-    pixels. Reading the whole would take as long as decoding. Raises OSError.
+    Returns entry metadata with the keys source_bytes, source_mtime_ns and source_samples. Size and time alone are equal for
+    images unpacked from one archive; the sampled bytes include the header with its ids, and pixels. Hashing the whole file
+    would take as long as decoding it. Raises OSError.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise OSError("not a regular file")
@@ -83,12 +93,12 @@ def source_of(path: str) -> dict[str, str]:
         for start in (0, end // 2, end):
             file.seek(start)
             digest.update(file.read(SAMPLE_BYTES))
-    told = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "samples": digest.hexdigest()}
-    return {f"source_{name}": str(value) for name, value in told.items()}
+    facts = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "samples": digest.hexdigest()}
+    return {f"source_{name}": str(value) for name, value in facts.items()}
 
 
 def start_worker() -> None:
-    """A decoder that wants too much memory gets MemoryError here, where it costs one file."""
+    """Initialise a worker process: limits its memory, so that an excessive file fails alone, and silences warnings."""
     resource.setrlimit(resource.RLIMIT_DATA, (WORKER_DATA_BYTES, WORKER_DATA_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     cv2.setNumThreads(1)
@@ -99,8 +109,8 @@ def start_worker() -> None:
 class _LightProcess(multiprocessing.context.SpawnProcess):
     @staticmethod
     def _Popen(process: BaseProcess) -> Any:
-        # A spawned process imports its parent's main module again: with a training script, all of torch; with a script
-        # that lacks `if __name__ == "__main__"`, the whole run. Workers need none of it.
+        # A spawned process imports its parent's main module again. For a training script that imports all of torch; for a
+        # script without `if __name__ == "__main__"` it repeats the whole run. Workers need none of it.
         main = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")
         try:
@@ -110,6 +120,6 @@ class _LightProcess(multiprocessing.context.SpawnProcess):
 
 
 class LightContext(multiprocessing.context.SpawnContext):
-    """Fresh processes, safe beside threads and CUDA, that import what their task needs and no more."""
+    """Starts new processes that import only what their task needs; safe in a process with threads or CUDA."""
 
     Process = _LightProcess

@@ -1,4 +1,4 @@
-"""Writes DICOM X-rays in the transfer syntaxes that hospitals send: for phantoms, benchmarks and tests."""
+"""Writes DICOM X-rays in the transfer syntaxes that hospitals use, for phantoms, benchmarks and tests."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,8 +27,8 @@ from kitlib.xrays.stored_values import NATIVE
 
 DIGITAL_X_RAY = UID("1.2.840.10008.5.1.4.1.1.1.1")
 
-# Encoders take samples and the bits of each. JPEG Lossless gets a signed image's two's complement cut to `bits`, JPEG-LS the
-# whole of it (imagecodecs writes the precision of the dtype), JPEG 2000 codes the sign itself.
+# Encoders take the samples and the number of bits per sample. Of a signed image, JPEG Lossless gets the two's complement cut
+# to `bits` and JPEG-LS the full two's complement (imagecodecs writes the dtype's precision); JPEG 2000 encodes the sign.
 ENCODERS: dict[str, Callable[[np.ndarray, int], bytes | bytearray]] = {
     JPEGBaseline8Bit: lambda samples, bits: imagecodecs.jpeg8_encode(samples, level=95),
     JPEGLossless: lambda samples, bits: imagecodecs.jpeg8_encode(samples, lossless=True, predictor=4, bitspersample=bits),
@@ -59,21 +59,21 @@ def write_xray(
     image_id: str = "1.1.1",
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write one X-ray of stored values (rows, columns), uint8, int8, uint16 or int16, beside and renamed.
+    """Write one DICOM X-ray of the stored values (rows, columns), uint8, int8, uint16 or int16, atomically.
 
-    `transfer_syntax` is a UID of WRITABLE; JPEG baseline takes uint8 alone and, like JPEG 2000 (.91), is lossy.
-    `bits_stored` defaults to all bits of the dtype. `window` is (centre, width) after the modality LUT; `voi_function` one
-    of LINEAR, LINEAR_EXACT, SIGMOID. The ids go into StudyInstanceUID, SeriesInstanceUID and SOPInstanceUID as they are:
-    SIIM's are short hex strings, no UIDs. `extra` maps DICOM keywords to values and wins over what is derived here; the
-    value None leaves the element out. Raises ValueError.
+    `transfer_syntax` is a UID of WRITABLE; JPEG baseline takes only uint8 and, like JPEG 2000 (.91), is lossy. `bits_stored`
+    defaults to all bits of the dtype. `window` is (centre, width) after the modality LUT; `voi_function` is LINEAR,
+    LINEAR_EXACT or SIGMOID. The ids are written unchanged to StudyInstanceUID, SeriesInstanceUID and SOPInstanceUID, because
+    SIIM's are short hex strings and not UIDs. `extra` maps DICOM keywords to values and overrides all other elements; the
+    value None omits an element. Raises ValueError for another transfer syntax, shape or dtype.
     """
     if transfer_syntax not in WRITABLE:
-        raise ValueError(f"cannot write transfer syntax {transfer_syntax!r}; there are: {', '.join(WRITABLE)}")
+        raise ValueError(f"cannot write transfer syntax {transfer_syntax!r}; valid: {', '.join(WRITABLE)}")
     if stored.ndim != 2 or stored.dtype.kind not in "ui" or stored.itemsize > 2:
-        raise ValueError(f"stored values want (rows, columns) of 8 or 16 bits, got {stored.shape} of {stored.dtype}")
+        raise ValueError(f"expected stored values (rows, columns) of 8 or 16 bits, got {stored.shape} of {stored.dtype}")
     bits = bits_stored or stored.itemsize * 8
     if transfer_syntax == JPEGBaseline8Bit and stored.dtype != np.uint8:
-        raise ValueError(f"{path}: JPEG baseline holds uint8, got {stored.dtype}")
+        raise ValueError(f"{path}: JPEG baseline requires uint8, got {stored.dtype}")
 
     dataset = Dataset()
     with pydicom_config.disable_value_validation():
@@ -111,14 +111,14 @@ def write_xray(
         dataset.file_meta.TransferSyntaxUID = UID(transfer_syntax)
         dataset.file_meta.MediaStorageSOPClassUID = DIGITAL_X_RAY
         dataset.file_meta.MediaStorageSOPInstanceUID = UID(image_id)
-        with replacing(path) as beside:
-            dataset.save_as(beside, enforce_file_format=True)
+        with replacing(path) as temporary_path:
+            dataset.save_as(temporary_path, enforce_file_format=True)
 
 
 def _pixel_data(stored: np.ndarray, transfer_syntax: str, bits: int) -> DataElement:
     if transfer_syntax in NATIVE:
-        kind = stored.dtype.newbyteorder(">" if transfer_syntax == ExplicitVRBigEndian else "<")
-        raw = stored.astype(kind).tobytes()
+        dtype = stored.dtype.newbyteorder(">" if transfer_syntax == ExplicitVRBigEndian else "<")
+        raw = stored.astype(dtype).tobytes()
         return DataElement("PixelData", "OW" if stored.itemsize == 2 else "OB", raw + b"\0" * (len(raw) % 2))
     if transfer_syntax == RLELossless:
         frame = next(_rle_frames(stored))

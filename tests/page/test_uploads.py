@@ -185,7 +185,9 @@ def test_what_the_header_says_that_matters_is_remarked(tmp_path, copies):
     (image,) = open_uploads([path], copies, SIDE).images
     lateral, body_part, window = image.remarks
     assert "lateral" in lateral and "HIP" in body_part
-    assert window == ("Something in the file is odd: WindowCenter is …, no number: the image's own range instead.")
+    assert window == (
+        "Something in the file is odd: WindowCenter is …, not a number: ignored, the image's own range is used."
+    )
 
 
 @pytest.mark.parametrize(

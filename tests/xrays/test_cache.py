@@ -1,4 +1,4 @@
-"""The decode-once cache: what it keeps, what it notices, and what one bad file may cost."""
+"""The decode-once cache: entries, reuse and invalidation, packing, and files that fail, hang or crash a worker."""
 
 import errno
 import hashlib
@@ -36,17 +36,17 @@ RNG = np.random.default_rng(0)
 
 
 def write_images(folder: Path, count: int, rows: int = 90, columns: int = 60) -> pd.DataFrame:
-    told = []
+    records = []
     for number in range(count):
         path = folder / f"{number}.dcm"
         stored = RNG.integers(0, 4096, (rows, columns)).astype(np.uint16)
         write_xray(path, stored, transfer_syntax=ExplicitVRLittleEndian, bits_stored=12)
-        told.append({"image_id": f"image{number}", "path": str(path)})
-    return pd.DataFrame(told)
+        records.append({"image_id": f"image{number}", "path": str(path)})
+    return pd.DataFrame(records)
 
 
 def misbehave(entry, image_id, path, longest_side):
-    """A worker's task with three bad files; at the top of the module, so that a fresh process can import it."""
+    """Stand in for a worker's task with three bad files; at module level, so that a new process can import it."""
     if image_id == "image1":
         os.kill(os.getpid(), signal.SIGSEGV)
     if image_id == "image2":
@@ -65,7 +65,7 @@ def test_a_packed_cache_is_one_file_and_reads_and_goes_on_alike(tmp_path, monkey
     packed = cache.pack()
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [packed]
     packed.chmod(0o444)
-    for _ in range(2):  # unpacked, and found unpacked
+    for _ in range(2):  # the second time the archive is already unpacked
         again = XrayCache(tmp_path / "cache", longest_side=45)
         for image_id, kept in before.items():
             np.testing.assert_array_equal(again.read(image_id).pixels, kept.pixels)
@@ -118,7 +118,7 @@ def test_fill_read_resume_and_notice_changes(tmp_path):
 
 
 def test_another_file_of_the_same_size_and_time_is_decoded(tmp_path):
-    """As two archives unpack with one time for all files: only the pixels in the middle of the file differ."""
+    """Files unpacked from archives may share one time; here only the pixels in the middle of the file differ."""
     images = write_images(tmp_path, 1, 400, 400)
     path = Path(images.path[0])
     cache = XrayCache(tmp_path / "c")
@@ -130,11 +130,11 @@ def test_another_file_of_the_same_size_and_time_is_decoded(tmp_path):
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert path.stat().st_size == status.st_size
     assert cache.fill(images, workers=1).status.tolist() == ["decoded"]
-    # 100 bytes of 16-bit pixels.
+    # 100 bytes of 16-bit pixels were changed.
     assert (cache.read("image0").pixels != kept).sum() in range(45, 52)
 
 
-def test_a_copy_with_its_time_is_known_and_a_touched_file_is_not(tmp_path):
+def test_a_copy_with_the_same_time_is_reused_and_a_touched_file_is_not(tmp_path):
     images = write_images(tmp_path, 1)
     cache = XrayCache(tmp_path / "c")
     cache.fill(images, workers=1)
@@ -144,7 +144,7 @@ def test_a_copy_with_its_time_is_known_and_a_touched_file_is_not(tmp_path):
     assert cache.fill(images.assign(path=str(copy)), workers=1).status.tolist() == ["decoded"]
 
 
-def test_a_pipe_in_the_place_of_a_known_file_stops_nothing(tmp_path):
+def test_a_pipe_in_place_of_a_decoded_file_fails_without_blocking(tmp_path):
     images = write_images(tmp_path, 1)
     cache = XrayCache(tmp_path / "c")
     cache.fill(images, workers=1)
@@ -155,7 +155,7 @@ def test_a_pipe_in_the_place_of_a_known_file_stops_nothing(tmp_path):
 
 
 def test_the_same_files_give_the_pixels_of_this_version_of_the_decoder(tmp_path):
-    """Integers on every processor: no sigmoid, no lossy file. If a change is meant, raise kitlib.xrays.cache.DECODING."""
+    """Integer results on every processor: no sigmoid, no lossy file. Raise DECODING for an intended change."""
     y, x = np.mgrid[:48, :40]
     deep = ((x * 97 + y * 61) % 4096).astype(np.uint16)
     rescale = {"RescaleSlope": "2", "RescaleIntercept": "-1024"}
@@ -235,9 +235,9 @@ def test_killed_in_the_middle_it_resumes_from_whole_entries(tmp_path):
         "for outcome in XrayCache(sys.argv[1]).decode(pd.read_csv(sys.argv[2]), workers=2):\n"
         "    print(outcome.status, flush=True)\n"
     )
-    told = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     run = [sys.executable, str(script), str(tmp_path / "c"), str(tmp_path / "images.csv")]
-    with subprocess.Popen(run, env=told, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(run, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for _ in range(7):
             assert process.stdout.readline() == "decoded\n"
         process.kill()
@@ -251,7 +251,7 @@ def test_killed_in_the_middle_it_resumes_from_whole_entries(tmp_path):
     assert counts.sum() == 60
 
 
-def test_a_damaged_entry_is_told_and_decoded_again(tmp_path):
+def test_a_damaged_entry_is_reported_and_decoded_again(tmp_path):
     images = write_images(tmp_path, 1)
     cache = XrayCache(tmp_path / "c")
     cache.fill(images, workers=1)
@@ -263,7 +263,7 @@ def test_a_damaged_entry_is_told_and_decoded_again(tmp_path):
     assert cache.read("image0").rows == 90
 
 
-def test_a_full_disk_is_an_error_of_the_cache(tmp_path, monkeypatch):
+def test_a_full_disk_raises_and_leaves_no_file(tmp_path, monkeypatch):
     (image,) = write_images(tmp_path, 1).to_dict("records")
 
     def full(self, written):
@@ -277,16 +277,16 @@ def test_a_full_disk_is_an_error_of_the_cache(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_stops_the_run(tmp_path):
     images = write_images(tmp_path, 2)
-    (tmp_path / "c").write_text("a file where the folder belongs")
-    with pytest.raises(CacheError, match="choose a folder"):
+    (tmp_path / "c").write_text("a file in place of the folder")
+    with pytest.raises(CacheError, match="choose a writable folder"):
         XrayCache(tmp_path / "c").fill(images, workers=1)
 
 
-def test_tables_and_ids_that_cannot_be_kept(tmp_path):
+def test_tables_and_ids_that_are_refused(tmp_path):
     cache = XrayCache(tmp_path)
-    with pytest.raises(ValueError, match="lacks path"):
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) path"):
         list(cache.decode(pd.DataFrame({"image_id": ["a"]})))
-    with pytest.raises(ValueError, match="comes twice"):
+    with pytest.raises(ValueError, match="occurs twice"):
         list(cache.decode(pd.DataFrame({"image_id": ["a", "a"], "path": ["x", "y"]})))
     with pytest.raises(CacheError, match="cannot name a file"):
         list(cache.decode(pd.DataFrame({"image_id": ["../a"], "path": ["x"]})))
@@ -294,7 +294,7 @@ def test_tables_and_ids_that_cannot_be_kept(tmp_path):
 
 
 def test_a_worker_imports_little():
-    """A worker starts in about a second, or every replaced one costs the run."""
+    """A worker must start in about a second, because workers are replaced all the time."""
     program = "import sys, kitlib.xrays.worker; print([n for n in ('torch', 'pandas', 'matplotlib') if n in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""The reader against an independent float computation, headers that lie, damaged files, and real X-rays."""
+"""The reader against an independent float computation, invalid headers, damaged files, and real X-rays."""
 
 import csv
 import hashlib
@@ -34,7 +34,7 @@ SMOOTH = (np.add.outer(np.sin(np.arange(61) / 9), np.cos(np.arange(47) / 7)) + 2
 
 
 def recipe(path) -> np.ndarray:
-    """The usual public recipe in floats over the whole image: pydicom's LUTs, one inversion, min-max, cut to uint8."""
+    """Return the common public float computation over the whole image: pydicom's LUTs, inversion, min-max, uint8."""
     dataset = dcmread(path)
     shown = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset).astype(np.float64)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
@@ -43,14 +43,14 @@ def recipe(path) -> np.ndarray:
 
 
 def image(dtype: str, bits: int) -> np.ndarray:
-    """Smooth with noise, over the whole range of `bits`."""
+    """Return a smooth image with noise, over the whole range of `bits`."""
     lowest = 0 if dtype.startswith("u") else -(2 ** (bits - 1))
     values = lowest + SMOOTH * (2**bits - 1) + RNG.normal(0, 2**bits / 200, SMOOTH.shape)
     return values.clip(lowest, lowest + 2**bits - 1).astype(dtype)
 
 
-def write(path, stored, syntax=ExplicitVRLittleEndian, **told):
-    write_xray(path, stored, transfer_syntax=syntax, **told)
+def write(path, stored, syntax=ExplicitVRLittleEndian, **options):
+    write_xray(path, stored, transfer_syntax=syntax, **options)
     return path
 
 
@@ -99,7 +99,7 @@ def test_table_equals_the_float_recipe_bit_for_bit(
     slope, intercept = map(float, rescale or (1, 0))
     window = ((lowest + center * 2**bits) * slope + intercept, 1 + width * 2**bits * slope)
     extra = {"RescaleSlope": rescale[0], "RescaleIntercept": rescale[1]} if rescale else {}
-    # DS holds 16 letters; a longer one would be another number in a stricter writer.
+    # DS holds 16 characters; a stricter writer would change a longer number.
     path = write(
         tmp_path / "x.dcm",
         stored,
@@ -115,7 +115,7 @@ def test_table_equals_the_float_recipe_bit_for_bit(
     if expected.any():
         np.testing.assert_array_equal(xray.pixels, expected)
         assert xray.warnings == ()
-    else:  # the recipe divides by zero where the window shows all of the image as one grey
+    else:  # the recipe divides by zero if the window maps the whole image to one grey
         assert "one grey" in xray.warnings[0]
 
 
@@ -124,7 +124,7 @@ def test_table_equals_the_float_recipe_bit_for_bit(
 def test_lut_sequences_equal_the_float_recipe(tmp_path, syntax, photometric):
     stored = image("u2", 12)
     curve = (np.linspace(0, 1, 3000) ** 0.5 * 65535).astype(np.uint16)
-    dips = np.abs(np.arange(4096) - 1500).astype(np.uint16)  # not monotone: its ends are not its extremes
+    dips = np.abs(np.arange(4096) - 1500).astype(np.uint16)  # not monotonic: the ends are not the extremes
     for extra in (
         {"VOILUTSequence": lut(400, curve, 16)},
         {"ModalityLUTSequence": lut(0, dips, 16)},
@@ -138,7 +138,7 @@ def test_lut_sequences_equal_the_float_recipe(tmp_path, syntax, photometric):
 
 
 def test_closed_form_of_a_ramp(tmp_path):
-    """0..255 in steps of one is its own grey; MONOCHROME1 turns it round once, PresentationLUTShape INVERSE or not."""
+    """A ramp 0..255 keeps its values; MONOCHROME1 inverts it once, whatever PresentationLUTShape says."""
     ramp = np.arange(256, dtype=np.uint8).reshape(8, 32)
     for photometric, shape, expected in (
         ("MONOCHROME2", None, ramp),
@@ -158,8 +158,8 @@ def test_first_of_several_windows(tmp_path):
     np.testing.assert_array_equal(read_xray(write(tmp_path / "b.dcm", stored, bits_stored=12, extra=several)), first)
 
 
-def test_a_negative_slope_turns_the_grey_round_once(tmp_path):
-    """Modality values of 0..4095 under slope -1 run -4095..0, so the darkest stored value is the brightest grey."""
+def test_a_negative_slope_inverts_the_grey_once(tmp_path):
+    """Stored 0..4095 with slope -1 are modality values 0..-4095, so the smallest stored value is the brightest grey."""
     ramp = np.arange(4096, dtype=np.uint16).reshape(64, 64)
     for window in (None, (-2048, 4096)):
         slope = {"RescaleSlope": "-1", "RescaleIntercept": "0"}
@@ -169,7 +169,7 @@ def test_a_negative_slope_turns_the_grey_round_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("extra", "told"),
+    ("extra", "warning"),
     [
         ({"WindowCenter": "2000", "WindowWidth": "0"}, "WindowWidth 0.0"),
         ({"WindowCenter": "2000", "WindowWidth": "-5"}, "WindowWidth -5.0"),
@@ -183,18 +183,18 @@ def test_a_negative_slope_turns_the_grey_round_once(tmp_path):
         ({"ModalityLUTSequence": lut(0, np.full(4096, 7), 12)}, "one value"),
     ],
 )
-def test_what_a_header_cannot_mean_is_left_out_with_a_warning(tmp_path, extra, told):
+def test_invalid_elements_are_ignored_with_a_warning(tmp_path, extra, warning):
     stored = image("u2", 12)
     plain = read_xray(write(tmp_path / "plain.dcm", stored, bits_stored=12))
-    xray = decode_xray(write(tmp_path / "lies.dcm", stored, bits_stored=12, extra=extra))
+    xray = decode_xray(write(tmp_path / "invalid.dcm", stored, bits_stored=12, extra=extra))
     np.testing.assert_array_equal(xray.pixels, plain)
     assert len(xray.warnings) == 1
-    assert told in xray.warnings[0]
+    assert warning in xray.warnings[0]
 
 
-def test_warnings_are_logged_once_a_file_by_read_xray_alone(tmp_path, caplog):
-    lies = {"WindowCenter": "2000", "WindowWidth": "0", "BitsStored": 20}
-    path = write(tmp_path / "lies.dcm", image("u2", 12), extra=lies)
+def test_only_read_xray_logs_warnings_once_per_file(tmp_path, caplog):
+    invalid = {"WindowCenter": "2000", "WindowWidth": "0", "BitsStored": 20}
+    path = write(tmp_path / "invalid.dcm", image("u2", 12), extra=invalid)
     warnings = decode_xray(path).warnings
     assert len(warnings) == 2 and not caplog.records
     read_xray(path)
@@ -214,13 +214,13 @@ def test_text_where_a_number_belongs(tmp_path):
     assert "WindowWidth" in xray.warnings[0]
 
 
-def test_a_short_lut_is_left_out(tmp_path):
+def test_a_short_lut_is_ignored(tmp_path):
     stored = image("u2", 12)
     broken = lut(0, np.arange(4096), 12)
     broken[0].LUTData = broken[0].LUTData[:100]
     xray = decode_xray(write(tmp_path / "x.dcm", stored, bits_stored=12, extra={"VOILUTSequence": broken}))
     np.testing.assert_array_equal(xray.pixels, read_xray(write(tmp_path / "p.dcm", stored, bits_stored=12)))
-    assert "promises 4096 entries" in xray.warnings[0]
+    assert "with 4096 entries in 100 bytes" in xray.warnings[0]
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -237,7 +237,7 @@ def test_bits_above_bits_stored_do_not_count(tmp_path, syntax, signed):
 def test_a_constant_image_is_black(tmp_path, photometric):
     xray = decode_xray(write(tmp_path / "x.dcm", np.full((5, 7), 300, "u2"), photometric=photometric, window=(300, 100)))
     np.testing.assert_array_equal(xray.pixels, np.zeros((5, 7), np.uint8))
-    assert xray.warnings == ("the image is of one value",)
+    assert xray.warnings == ("all pixels of the image have one value",)
 
 
 def test_missing_tags_and_missing_preamble(tmp_path):
@@ -250,12 +250,12 @@ def test_missing_tags_and_missing_preamble(tmp_path):
         path.write_bytes(whole[128 + 4 :])  # no preamble
         np.testing.assert_array_equal(read_xray(path), ramp)
         start = 128 + 4 + 12 + struct.unpack("<I", whole[128 + 4 + 8 : 128 + 4 + 12])[0]
-        path.write_bytes(whole[start:])  # and no meta information
+        path.write_bytes(whole[start:])  # no meta information either
         np.testing.assert_array_equal(read_xray(path), ramp)
 
 
-def test_what_follows_the_pixels_is_padding(tmp_path):
-    """One SIIM file carries 216,296 bytes after its pixels."""
+def test_bytes_after_the_pixels_are_ignored(tmp_path):
+    """One SIIM file has 216,296 bytes after its pixels."""
     stored = image("u2", 12)
     plain = write(tmp_path / "plain.dcm", stored, bits_stored=12)
     padded = write(tmp_path / "padded.dcm", stored, bits_stored=12, extra={"PixelData": stored.tobytes() + b"\7" * 216_296})
@@ -275,8 +275,8 @@ def test_odd_sized_8_bit_big_endian_words(tmp_path):
 
 def test_colour_becomes_luma_and_frames_become_the_first(tmp_path):
     colour = RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    told = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PixelData": colour.tobytes()}
-    path = write(tmp_path / "c.dcm", colour[..., 0], photometric="RGB", extra=told)
+    extra = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PixelData": colour.tobytes()}
+    path = write(tmp_path / "c.dcm", colour[..., 0], photometric="RGB", extra=extra)
     luma = (colour @ [0.299, 0.587, 0.114]).round()
     expected = (luma - luma.min()) / (luma.max() - luma.min()) * 255
     assert np.abs(read_xray(path) - expected).max() <= 2
@@ -286,7 +286,7 @@ def test_colour_becomes_luma_and_frames_become_the_first(tmp_path):
     assert "3 frames" in decode_xray(path).warnings[0]
 
 
-def test_header_of_siim_with_ids_that_are_no_uids(tmp_path):
+def test_header_of_siim_with_ids_that_are_not_uids(tmp_path):
     ids = {"patient_id": "0f6", "study_id": "00188a671292", "series_id": "0a", "image_id": "557a70442928"}
     header = read_header(write(tmp_path / "x.dcm", image("u2", 12), **ids))
     assert {name: getattr(header, name) for name in ids} == ids
@@ -303,9 +303,9 @@ def test_an_absurd_size_is_refused(tmp_path, syntax):
 
 @pytest.mark.parametrize("syntax", [JPEGBaseline8Bit, JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless])
 def test_a_frame_of_another_size_than_the_header_is_refused(tmp_path, syntax):
-    """Before its decoder allocates: 62 rows are promised by the header, 61 by the codestream."""
+    """The check precedes the decoder's allocation: the header states 62 rows, the codestream 61."""
     path = write(tmp_path / "x.dcm", image("u1", 8), syntax, extra={"Rows": 62})
-    with pytest.raises(UnreadableXray, match="61 x 47 x 1, the header says 62 x 47 x 1"):
+    with pytest.raises(UnreadableXray, match="61 x 47 x 1, but the header says 62 x 47 x 1"):
         read_xray(path)
 
 
@@ -320,7 +320,7 @@ def test_unreadable_things_name_file_and_reason(tmp_path):
         assert caught.value.reason
 
 
-def test_a_header_of_no_dicom_file_is_refused(tmp_path):
+def test_the_header_of_a_file_that_is_not_dicom_is_refused(tmp_path):
     whole = write(tmp_path / "whole.dcm", image("u2", 12)).read_bytes()
     for content in (b"", b"garbage", b"not an image " * 100, RNG.bytes(4096), bytes(4096), whole[:200]):
         path = tmp_path / "x.dcm"
@@ -328,13 +328,13 @@ def test_a_header_of_no_dicom_file_is_refused(tmp_path):
         with pytest.raises(UnreadableXray) as caught:
             read_header(path)
         assert caught.value.path == str(path) and caught.value.reason
-    # Cut within the pixels, the header is whole.
+    # A file truncated within its pixels still has a complete header.
     path.write_bytes(whole[:-1000])
     assert read_header(path) == read_header(tmp_path / "whole.dcm")
 
 
 def test_damaged_files_have_one_error_class(tmp_path):
-    """Bytes flipped, cut, zeroed: an image or UnreadableXray. (A crash or a hang would end the whole run.)"""
+    """Changed, zeroed or removed bytes give an image or UnreadableXray; a crash or a hang would end the whole run."""
     chance = random.Random(0)
     stored = image("u2", 12)
     wholes = [write(tmp_path / "x.dcm", stored, syntax, bits_stored=12).read_bytes() for syntax in LOSSLESS]
@@ -356,13 +356,13 @@ def test_damaged_files_have_one_error_class(tmp_path):
             assert pixels.dtype == np.uint8
         except UnreadableXray as error:
             outcomes["unreadable"] += 1
-            assert error.__context__ is None  # a kept traceback would keep the pixels
+            assert error.__context__ is None  # a traceback would keep the pixels in memory
     assert min(outcomes.values()) > 100, outcomes
 
 
 @pytest.mark.real_data
 def test_every_real_file_has_the_pixels_of_its_index(real_data):
-    """index.csv: minimum, maximum, mean and hash of each stored array, computed elsewhere with pydicom 3."""
+    """index.csv has minimum, maximum, mean and hash of each stored array, computed independently with pydicom 3."""
     with open(real_data / "dicom" / "index.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 31
@@ -380,5 +380,5 @@ def test_every_real_file_has_the_pixels_of_its_index(real_data):
         assert "x".join(map(str, stored.shape)) == row["shape"]
         xray = decode_xray(path)
         assert xray.warnings == ()
-        if row["ts_uid"] != JPEGBaseline8Bit:  # lossy: pydicom's pylibjpeg differs by one here and there
+        if row["ts_uid"] != JPEGBaseline8Bit:  # lossy: some pixels of pydicom's pylibjpeg differ by one
             np.testing.assert_array_equal(xray.pixels, recipe(path))

@@ -1,4 +1,4 @@
-"""PNG, JPEG, GIF and raw chests: grey as the file shows it, and one error that names the file for whatever is wrong."""
+"""PNG, JPEG, GIF and raw JSRT files: grey as stored, and one error, which names the file, for everything that is wrong."""
 
 import struct
 import zlib
@@ -29,7 +29,7 @@ GREY = np.random.default_rng(0).integers(40, 90, (48, 64)).astype(np.uint8)
 def test_pixels_are_as_the_file_shows_them(tmp_path, name, image):
     image.save(tmp_path / name, format="PNG")
     assert image_format(tmp_path / name) == "PNG" and image_size(tmp_path / name) == (48, 64)
-    # Not stretched: 40..90 stays 40..90.
+    # The grey is not stretched: 40..90 stays 40..90.
     np.testing.assert_array_equal(decode_image(tmp_path / name).pixels, GREY)
 
 
@@ -49,12 +49,12 @@ def test_a_raw_file_of_jsrt_is_inverted(tmp_path):
     path.write_bytes(values.astype(">u2").tobytes())
     assert image_format(path) == "JSRT" and image_size(path) == (2048, 2048)
     pixels = decode_image(path).pixels
-    # Of 12 bits the upper 8; the largest value is the darkest.
+    # The upper 8 of 12 bits; the largest value is the darkest.
     assert pixels[0, :3].tolist() == [255, 0, 254]
     np.testing.assert_array_equal(pixels, 255 - values // 16)
 
 
-def test_no_other_file_is_taken_for_jsrts(tmp_path):
+def test_no_other_file_is_recognised_as_jsrt(tmp_path):
     raw = bytes(2 * 2048 * 2048)
     for name, content in (("short.IMG", raw[:-1]), ("other.raw", raw), ("empty.IMG", b"")):
         (tmp_path / name).write_bytes(content)
@@ -67,22 +67,22 @@ def test_no_other_file_is_taken_for_jsrts(tmp_path):
         decode_image(tmp_path / "swapped.IMG")
 
 
-def test_a_jpeg_is_near_and_colour_becomes_its_luma(tmp_path):
+def test_a_jpeg_is_close_and_colour_becomes_luma(tmp_path):
     Image.fromarray(np.full((16, 16, 3), (255, 0, 0), np.uint8)).save(tmp_path / "red.jpg", quality=100)
     assert image_format(tmp_path / "red.jpg") == "JPEG"
     # ITU-R BT.601: 0.299 of red.
     assert np.abs(decode_image(tmp_path / "red.jpg").pixels.astype(int) - round(0.299 * 255)).max() <= 2
 
 
-@pytest.mark.parametrize("kept", [0, 4, 20, 40, 400, -20])
-def test_a_file_that_ends_early_is_unreadable(tmp_path, kept):
+@pytest.mark.parametrize("length", [0, 4, 20, 40, 400, -20])
+def test_a_truncated_file_is_unreadable(tmp_path, length):
     Image.fromarray(GREY).save(tmp_path / "a.png")
-    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:kept])
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:length])
     with pytest.raises(UnreadableXray, match=r"a\.png"):
         decode_image(tmp_path / "a.png")
 
 
-def test_a_promise_of_gigabytes_is_refused_before_decoding(tmp_path):
+def test_a_size_of_gigabytes_is_refused_before_decoding(tmp_path):
     Image.fromarray(GREY).save(tmp_path / "a.png")
     damaged = bytearray((tmp_path / "a.png").read_bytes())
     damaged[16:24] = struct.pack(">II", 100_000, 100_000)
@@ -92,15 +92,15 @@ def test_a_promise_of_gigabytes_is_refused_before_decoding(tmp_path):
         image_size(tmp_path / "a.png")
 
 
-def test_damaged_bytes_give_pixels_or_the_one_error(tmp_path):
+def test_damaged_bytes_give_pixels_or_unreadable_xray(tmp_path):
     rng = np.random.default_rng(1)
     for suffix in ("png", "jpg", "gif"):
         Image.fromarray(GREY).save(tmp_path / f"whole.{suffix}")
         encoded = np.fromfile(tmp_path / f"whole.{suffix}", np.uint8)
         for _ in range(150):
             damaged = encoded.copy()
-            places = rng.integers(0, len(damaged), 3)
-            damaged[places] = rng.integers(0, 256, 3)
+            positions = rng.integers(0, len(damaged), 3)
+            damaged[positions] = rng.integers(0, 256, 3)
             (tmp_path / "a").write_bytes(damaged.tobytes())
             try:
                 pixels = decode_image(tmp_path / "a").pixels
@@ -109,7 +109,7 @@ def test_damaged_bytes_give_pixels_or_the_one_error(tmp_path):
             assert pixels.dtype == np.uint8 and pixels.ndim == 2
 
 
-def test_the_cache_takes_them_beside_dicom(tmp_path):
+def test_the_cache_decodes_image_files(tmp_path):
     Image.fromarray(GREY).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no image")
     cache = XrayCache(tmp_path / "xrays", 32)
@@ -120,12 +120,12 @@ def test_the_cache_takes_them_beside_dicom(tmp_path):
     assert xray.pixels.shape == (24, 32) and (xray.rows, xray.columns) == (48, 64)
 
 
-def test_a_gif_whose_frame_is_larger_than_its_screen_is_one_error(tmp_path):
+def test_a_gif_whose_frame_exceeds_its_screen_is_unreadable(tmp_path):
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "small.gif")
     raw = bytearray((tmp_path / "small.gif").read_bytes())
     # The image descriptor, GIF89a section 20: 0x2C, left, top, then width and height, little endian.
-    place = raw.index(b"\x2c\0\0\0\0\x40\0\x40\0") + 5
-    raw[place : place + 4] = (60000).to_bytes(2, "little") * 2
+    position = raw.index(b"\x2c\0\0\0\0\x40\0\x40\0") + 5
+    raw[position : position + 4] = (60000).to_bytes(2, "little") * 2
     (tmp_path / "bomb.gif").write_bytes(raw)
     with pytest.raises(UnreadableXray, match=r"bomb\.gif"):
         decode_image(tmp_path / "bomb.gif")

@@ -1,4 +1,4 @@
-"""Masks that lie in files as they were drawn: sizes, parts, interruptions, damage, other processes."""
+"""The mask store: label images of any size, several files and folders, interruptions, damage, other processes."""
 
 import pickle
 import tracemalloc
@@ -23,17 +23,19 @@ def label_image(seed, rows=31, columns=17):
 
 @settings(max_examples=30)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 999))
-def test_label_images_of_any_sides_return_as_they_went(tmp_path_factory, rows, columns, seed):
+def test_label_images_of_any_size_are_read_as_written(tmp_path_factory, rows, columns, seed):
     folder = tmp_path_factory.mktemp("masks")
     codes = label_image(seed, rows, columns)
     store = MaskStore(folder)
-    # Views of another order of bytes too.
+    # Views with other memory layouts, too.
     store.add({"plain": codes, "turned": codes.T, "mirrored": codes[:, ::-1], "every other": codes[::2]})
-    for each in (store, MaskStore(folder)):
-        assert each.ids == ["plain", "turned", "mirrored", "every other"] and len(each) == 4
-        assert each.read("plain").dtype == np.uint8 and np.array_equal(each.read("plain"), codes)
-        assert np.array_equal(each.read("turned"), codes.T) and np.array_equal(each.read("every other"), codes[::2])
-        assert np.array_equal(each.read("mirrored"), codes[:, ::-1])
+    for read_store in (store, MaskStore(folder)):
+        assert read_store.ids == ["plain", "turned", "mirrored", "every other"] and len(read_store) == 4
+        assert read_store.read("plain").dtype == np.uint8 and np.array_equal(read_store.read("plain"), codes)
+        assert np.array_equal(read_store.read("turned"), codes.T) and np.array_equal(
+            read_store.read("every other"), codes[::2]
+        )
+        assert np.array_equal(read_store.read("mirrored"), codes[:, ::-1])
 
 
 def test_parts_and_folders_are_one_store(tmp_path):
@@ -48,13 +50,13 @@ def test_parts_and_folders_are_one_store(tmp_path):
     assert np.array_equal(both.read("1-2-1"), label_image(121)) and "0-0-0" in both and "2-0-0" not in both
     both.add({"new": label_image(7)})
     assert "new" in MaskStore(tmp_path / "0") and "new" not in MaskStore(tmp_path / "1")
-    with pytest.raises(KeyError, match=r"no mask of image '2-0-0' in .*, which has 13"):
+    with pytest.raises(KeyError, match=r"no mask of image '2-0-0' in .*, which has 13 masks"):
         both.read("2-0-0")
     assert len(MaskStore(tmp_path / "nowhere")) == 0 and not (tmp_path / "nowhere").exists()
     assert len(MaskStore.afresh(tmp_path / "1")) == 0 and not (tmp_path / "1").exists()
 
 
-def test_an_interrupted_part_leaves_nothing_and_the_next_one_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_add_leaves_no_file_and_can_be_repeated(tmp_path, monkeypatch):
     store = MaskStore(tmp_path)
     store.add({"a": label_image(0)})
 
@@ -81,10 +83,10 @@ def test_an_interrupted_part_leaves_nothing_and_the_next_one_goes_on(tmp_path, m
     assert np.array_equal(MaskStore(tmp_path).read("b"), label_image(1))
 
 
-def test_a_mask_that_is_there_is_not_replaced_and_none_of_its_company_is_added(tmp_path):
+def test_an_existing_mask_is_not_replaced_and_the_whole_call_is_refused(tmp_path):
     store = MaskStore(tmp_path)
     store.add({"a": label_image(0)})
-    with pytest.raises(ValueError, match="has a mask of image 'a' already, and of 0 others"):
+    with pytest.raises(ValueError, match="already has a mask of image 'a' and of 0 others"):
         store.add({"b": label_image(1), "a": label_image(2)})
     assert MaskStore(tmp_path).ids == ["a"] and np.array_equal(store.read("a"), label_image(0))
 
@@ -94,8 +96,10 @@ def test_a_mask_that_is_there_is_not_replaced_and_none_of_its_company_is_added(t
     [np.full((3, 3), 255), np.full((3, 3), -1), np.zeros((3, 3, 3)), np.zeros((0, 3)), np.zeros(3)],
     ids=["0 and 255", "negative", "colours", "no pixel", "one row"],
 )
-def test_what_is_no_label_image_is_refused(tmp_path, codes):
-    with pytest.raises(ValueError, match=r"mask of image 'a' is no label image: wanted \(rows, columns\) of .*'heart': 2"):
+def test_an_array_that_is_not_a_label_image_is_refused(tmp_path, codes):
+    with pytest.raises(
+        ValueError, match=r"mask of image 'a' is not a label image: expected \(rows, columns\) of .*'heart': 2"
+    ):
         MaskStore(tmp_path).add({"a": codes})
     assert list(tmp_path.iterdir()) == []
 
@@ -115,16 +119,18 @@ def test_a_damaged_file_is_named_with_the_folder_to_delete(tmp_path, damage):
     MaskStore(tmp_path / "two").add({"b": label_image(1)})
     part = tmp_path / "two" / "part-00000.arrow"
     part.write_bytes(damage(part.read_bytes()))
-    with pytest.raises(MaskError, match=f"{part} is no file of masks .*; delete {part.parent}, make the masks again"):
+    with pytest.raises(
+        MaskError, match=f"{part} is not a file of masks .*; delete {part.parent} and create the masks again"
+    ):
         MaskStore(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"), [({"id": ["a"]}, "id string"), ({"image_id": ["a"], "png": [3]}, "image_id string, png int64")]
+    ("columns", "described"), [({"id": ["a"]}, "id string"), ({"image_id": ["a"], "png": [3]}, "image_id string, png int64")]
 )
-def test_a_file_of_something_else_says_what_it_has(tmp_path, columns, told):
+def test_a_file_with_other_columns_is_described(tmp_path, columns, described):
     write(tmp_path / "part-00000.arrow", pa.table(columns))
-    with pytest.raises(MaskError, match=rf"part-00000\.arrow is no file of masks \(it has {told}\)"):
+    with pytest.raises(MaskError, match=rf"part-00000\.arrow is not a file of masks \(its columns are {described}\)"):
         MaskStore(tmp_path)
 
 
@@ -144,40 +150,40 @@ def png(codes):
     ],
     ids=["none", "empty", "half", "zeros", "16 bits", "colours"],
 )
-def test_a_damaged_mask_is_named_and_its_neighbours_are_read(tmp_path, bytes_of):
+def test_a_damaged_mask_is_named_and_the_others_are_read(tmp_path, bytes_of):
     codes = label_image(0)
     MaskStore(tmp_path / "one").add({"a": codes})
     (tmp_path / "two").mkdir()
     part = tmp_path / "two" / "part-00000.arrow"
     write(part, pa.table({"image_id": ["b", "c"], "png": [bytes_of(codes), png(codes)]}, schema=SCHEMA))
     store = MaskStore(tmp_path / "one", tmp_path / "two")
-    with pytest.raises(MaskError, match=f"{part}: the mask of image 'b' is damaged; delete {part.parent}, make"):
+    with pytest.raises(MaskError, match=f"{part}: the mask of image 'b' is damaged; delete {part.parent} and create"):
         store.read("b")
     assert np.array_equal(store.read("a"), codes) and np.array_equal(store.read("c"), codes)
 
 
-def test_the_fingerprint_knows_masks_and_names_and_not_files(tmp_path):
+def test_the_fingerprint_depends_on_masks_and_ids_and_not_on_files(tmp_path):
     drawn = {f"i{number}": label_image(number) for number in range(4)}
     together, apart = MaskStore(tmp_path / "together"), MaskStore(tmp_path / "apart")
     together.add(drawn)
     for image_id in reversed(drawn):
         apart.add({image_id: drawn[image_id]})
-    told = together.fingerprint()
-    assert len(told) == 64 and apart.fingerprint() == told
+    expected = together.fingerprint()
+    assert len(expected) == 64 and apart.fingerprint() == expected
     changed = drawn["i2"].copy()
     changed[3, 4] = (changed[3, 4] + 1) % 5
     others = [drawn | {"i2": changed}, {name: drawn[name] for name in ("i0", "i1", "i2")}]
     others += [{f"{name}x": codes for name, codes in drawn.items()}, {}]
-    found = []
+    fingerprints = []
     for number, masks in enumerate(others):
         other = MaskStore(tmp_path / f"other{number}")
         other.add(masks)
-        found.append(other.fingerprint())
-    assert len({told, *found}) == 5
+        fingerprints.append(other.fingerprint())
+    assert len({expected, *fingerprints}) == 5
 
 
 class Sums:
-    """A data set that reads masks in whatever process."""
+    """A torch data set that reads masks in any process."""
 
     def __init__(self, store):
         self.store = store
@@ -195,12 +201,12 @@ def test_other_processes_read_the_same_masks(tmp_path):
     sums = [int(label_image(number).astype(int).sum()) for number in range(6)]
     forked = DataLoader(Sums(store), batch_size=None, num_workers=1, multiprocessing_context="fork")
     assert [int(each) for each in forked] == sums
-    # A spawned process gets what pickling leaves.
+    # A spawned process gets the pickled store.
     sent = Sums(pickle.loads(pickle.dumps(store)))
     assert [sent[index] for index in range(6)] == sums
 
 
-def test_masks_are_mapped_and_never_read_or_copied_as_a_whole(tmp_path):
+def test_masks_are_memory_mapped_and_not_read_or_copied_as_a_whole(tmp_path):
     noise = np.random.default_rng(0).integers(0, 5, (600, 1000)).astype(np.uint8)
     store = MaskStore(tmp_path)
     store.add({f"i{number}": np.roll(noise, number, axis=0) for number in range(20)})
@@ -212,5 +218,5 @@ def test_masks_are_mapped_and_never_read_or_copied_as_a_whole(tmp_path):
     tracemalloc.stop()
     assert np.array_equal(again.read("i7"), np.roll(noise, 7, axis=0))
     assert on_disk > 3_000_000 and max(peak, pa.total_allocated_bytes() - before) < on_disk / 20
-    # To another process the folders' names travel, no masks.
+    # Only the folders' names are pickled, no masks.
     assert len(pickle.dumps(again)) < 1000
