@@ -1,4 +1,4 @@
-"""Predictions of several models to one answer: boxes, votes, means, FLANNEL, stacking, tuning, the ensemble bundle.
+"""Combines the predictions of several models: box fusion, means, votes, FLANNEL, stacking, tuning, the ensemble bundle.
 
-Pure functions of tables; no images and no networks but FLANNEL's 2,005 weights.
+Pure functions of tables. Reads no images and holds no networks except FLANNEL's 2,005 weights.
 """
