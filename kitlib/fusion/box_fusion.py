@@ -75,7 +75,7 @@ def merge_boxes(
     return merged[has_area].astype(float), score[has_area].astype(float)
 
 
-def calibrated(score: np.ndarray, slope: float, offset: float) -> np.ndarray:
+def calibrate_scores(score: np.ndarray, slope: float, offset: float) -> np.ndarray:
     """Return calibrated probabilities (n,), strictly between 0 and 1, for scores (n,) in 0..1."""
     return expit(slope * _logit(score) + offset).clip(np.finfo(float).tiny, 1 - np.finfo(float).epsneg)
 

@@ -116,7 +116,7 @@ def learnt_ensemble(
     learner_scores: "LearnerScores", name: str, settings: "EnsembleSettings", temperature: float = 1.0
 ) -> Ensemble:
     """Train the final ensemble on out-of-fold predictions of every image, or on in-sample ones if `settings` says so."""
-    stack = learner_scores.everything(settings.stack_on if settings.learns else "out_of_fold")
+    stack = learner_scores.full_stack(settings.stack_on if settings.learns else "out_of_fold")
     weights = learn(stack, settings) if settings.learns else {}
     protocol = IN_SAMPLE if settings.learns and settings.stack_on == "in_sample" else learner_scores.protocol
     folds = tuple(np.unique(stack.fold).tolist())

@@ -158,7 +158,9 @@ def judge_ensembles(learner_scores: LearnerScores, ensembles: Mapping[str, "Ense
     Raises FusionError if an ensemble has a learner's name or no scores to train on.
     """
     parts = [
-        _judge(learner_scores, learner_scores.judged(fold), fold, partial(learner_scores.lesson, fold), ensembles)
+        _judge(
+            learner_scores, learner_scores.test_stack(fold), fold, partial(learner_scores.training_stack, fold), ensembles
+        )
         for fold in learner_scores.folds
     ]
     return _join(learner_scores, parts, ensembles, learner_scores.protocol)
@@ -169,12 +171,12 @@ def judge_test_split(
 ) -> Judged:
     """Predict the test images with the learners' means in `test` and with `ensembles` trained on all out-of-fold scores.
 
-    The training rows are those of LearnerScores.everything, as for the final ensemble. Raises FusionError if an ensemble has
+    The training rows are those of LearnerScores.full_stack, as for the final ensemble. Raises FusionError if an ensemble has
     a learner's name or no scores to train on.
     """
     return _join(
         learner_scores,
-        [_judge(learner_scores, test.everything(), ALL_FOLDS, learner_scores.everything, ensembles)],
+        [_judge(learner_scores, test.full_stack(), ALL_FOLDS, learner_scores.full_stack, ensembles)],
         ensembles,
         OUT_OF_FOLD,
     )

@@ -15,7 +15,7 @@ from joblib import Parallel, delayed
 from kitlib.atomic import write_json
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import SettingsError
-from kitlib.fusion.box_fusion import Confidence, Method, calibrated, merge_boxes
+from kitlib.fusion.box_fusion import Confidence, Method, calibrate_scores, merge_boxes
 from kitlib.letterbox import clip_boxes
 from kitlib.scoring.submission_csv import PRIORS
 from kitlib.settings import AtLeastOne, NotNegative, Positive, Probability, Settings, from_dict
@@ -131,7 +131,7 @@ def fuse_boxes(
     boxes = boxes[boxes["model"].map(settings.weight).astype(float) > 0]
     for name, coefficients in settings.calibration.items():
         is_calibrated = boxes["model"] == name
-        boxes.loc[is_calibrated, "score"] = calibrated(boxes.loc[is_calibrated, "score"], *coefficients)
+        boxes.loc[is_calibrated, "score"] = calibrate_scores(boxes.loc[is_calibrated, "score"], *coefficients)
     if boxes.empty:
         return boxes[["image_id", "score", *BOX]].reset_index(drop=True)
     image, image_ids = pd.factorize(boxes["image_id"])

@@ -71,7 +71,7 @@ class LearnerScores:
         """Whether a trained ensemble can be evaluated by fold: the scores are nested, or have more than one fold."""
         return self.protocol == NESTED or len(self.folds) > 1
 
-    def judged(self, fold: int) -> Stack:
+    def test_stack(self, fold: int) -> Stack:
         """Return the predictions to evaluate on: those of `fold`, by models that were not trained on it.
 
         Several inner models of one learner are averaged.
@@ -81,7 +81,7 @@ class LearnerScores:
             self.rows[(self.rows["own"] == fold) & (self.rows[fold_column] == fold)], f"test scores of fold {fold}"
         )
 
-    def lesson(self, fold: int, stack_on: str = "out_of_fold") -> Stack:
+    def training_stack(self, fold: int, stack_on: str = "out_of_fold") -> Stack:
         """Return the predictions to train an ensemble on that is evaluated on `fold`: those of the other folds.
 
         `stack_on` "out_of_fold" selects predictions by models that were not trained on the image; "in_sample", a fault of
@@ -113,7 +113,7 @@ class LearnerScores:
         available = set(zip(trained["model"], trained[fold_column], strict=True))
         return available >= {(learner, fold) for learner in self.learners for fold in self.folds}
 
-    def everything(self, stack_on: str = "out_of_fold") -> Stack:
+    def full_stack(self, stack_on: str = "out_of_fold") -> Stack:
         """Return one prediction per id and learner to train the final ensemble on, by models not trained on that id.
 
         Models without an outer fold are preferred, then models whose outer fold is the id's (test predictions), then, if

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit, logit
 
-from kitlib.fusion.box_fusion import calibrated, fit_calibration
+from kitlib.fusion.box_fusion import calibrate_scores, fit_calibration
 
 
 def test_fit_recovers_a_known_slope_and_offset():
@@ -21,14 +21,14 @@ def test_calibrated_scores_are_right_on_average():
     score = rng.beta(0.5, 3, 5000)
     hit = rng.random(5000) < score**2
     line = fit_calibration(score, hit)
-    assert calibrated(score, *line).mean() == pytest.approx(hit.mean(), abs=1e-3)
+    assert calibrate_scores(score, *line).mean() == pytest.approx(hit.mean(), abs=1e-3)
 
 
 def test_fit_stays_finite_if_the_score_separates_hits_from_misses():
     slope, offset = fit_calibration([0.1, 0.2, 0.8, 0.9], [False, False, True, True])
     assert 0 < slope < 100 and np.isfinite(offset)
     # With two hits and two misses Platt's targets are 3/4 and 1/4, and by symmetry these are the mean probabilities.
-    found = calibrated(np.array([0.1, 0.2, 0.8, 0.9]), slope, offset)
+    found = calibrate_scores(np.array([0.1, 0.2, 0.8, 0.9]), slope, offset)
     assert found[:2].mean() == pytest.approx(0.25, abs=0.02) and found[2:].mean() == pytest.approx(0.75, abs=0.02)
 
 
@@ -41,6 +41,6 @@ def test_fit_returns_none_if_there_is_nothing_to_learn(hit):
 def test_calibration_keeps_the_ranking_and_stays_between_0_and_1(scores, slope, offset, far):
     scores = np.sort(scores)
     for each in (offset, far):
-        found = calibrated(scores, slope, each)
+        found = calibrate_scores(scores, slope, each)
         assert ((found > 0) & (found < 1)).all() and (np.diff(found) >= 0).all()
-    assert calibrated(scores, 1.0, 0.0) == pytest.approx(scores, abs=1e-6)
+    assert calibrate_scores(scores, 1.0, 0.0) == pytest.approx(scores, abs=1e-6)

@@ -37,39 +37,39 @@ def test_nested_scores_are_selected_by_outer_and_inner_fold():
     found = gather([nested("one"), nested("half", 0.5)], *PREPARED)
     assert (found.protocol, found.learners, found.classes) == (NESTED, ("one", "half"), ("sick", "well"))
     assert found.folds == [0, 1, 2] and found.key == "image_id" and found.has_in_sample()
-    judged = found.judged(1)
+    judged = found.test_stack(1)
     assert judged.ids.tolist() == ["c", "d"] and judged.probabilities.shape == (2, 2, 2)
     # the mean over the inner models 0 and 2 of the outer fold 1: (21 + 23) / 2
     np.testing.assert_allclose(judged.probabilities[:, :, 0], [[0.22, 0.11]] * 2)
-    lesson = found.lesson(1)
+    lesson = found.training_stack(1)
     assert lesson.ids.tolist() == ["a", "b", "e", "f"]
     assert lesson.truth.tolist() == [0, 1, 0, 1] and lesson.fold.tolist() == [0, 0, 2, 2]
     assert lesson.patient.tolist() == [0, 0, 1, 2]
     # images of fold 0 by the model of (1, 0), of fold 2 by that of (1, 2)
     np.testing.assert_allclose(lesson.probabilities[:, 0, 0], [0.21, 0.21, 0.23, 0.23])
     # in-sample scores are those of the other inner model
-    np.testing.assert_allclose(found.lesson(1, "in_sample").probabilities[:, 0, 0], [0.23, 0.23, 0.21, 0.21])
-    np.testing.assert_allclose(found.everything().probabilities[:, 0, 0], [0.125, 0.125, 0.22, 0.22, 0.315, 0.315])
+    np.testing.assert_allclose(found.training_stack(1, "in_sample").probabilities[:, 0, 0], [0.23, 0.23, 0.21, 0.21])
+    np.testing.assert_allclose(found.full_stack().probabilities[:, 0, 0], [0.125, 0.125, 0.22, 0.22, 0.315, 0.315])
 
 
 def test_with_one_outer_fold_the_other_folds_are_still_out_of_fold():
     found = gather([nested("one", outers=(0,))], *PREPARED)
-    assert found.folds == [0] and found.lesson(0).ids.tolist() == list("cdef")
+    assert found.folds == [0] and found.training_stack(0).ids.tolist() == list("cdef")
     # fold 0 by the mean of (0, 1) and (0, 2); folds 1 and 2 by the model that chose its epoch on that fold
-    np.testing.assert_allclose(found.everything().probabilities[:, 0, 0], [0.125, 0.125, 0.12, 0.12, 0.13, 0.13])
+    np.testing.assert_allclose(found.full_stack().probabilities[:, 0, 0], [0.125, 0.125, 0.12, 0.12, 0.13, 0.13])
 
 
 def test_plain_scores_are_cross_fitted():
     table = plain("one", sick=np.array([1, 2, 3, 4, 5, 6]) / 10)
     found = gather([table, plain("other")], *PREPARED)
     assert (found.protocol, found.folds, found.has_in_sample()) == (CROSS_FITTED, [0, 1, 2], False)
-    np.testing.assert_allclose(found.judged(1).probabilities[:, 0, 0], [0.3, 0.4])
-    np.testing.assert_allclose(found.lesson(1).probabilities[:, 0, 0], [0.1, 0.2, 0.5, 0.6])
-    np.testing.assert_allclose(found.everything().probabilities[:, 0, 0], table.sick)
+    np.testing.assert_allclose(found.test_stack(1).probabilities[:, 0, 0], [0.3, 0.4])
+    np.testing.assert_allclose(found.training_stack(1).probabilities[:, 0, 0], [0.1, 0.2, 0.5, 0.6])
+    np.testing.assert_allclose(found.full_stack().probabilities[:, 0, 0], table.sick)
     with pytest.raises(FusionError, match=r"no in_sample scores .* fold 1"):
-        found.lesson(1, "in_sample")
+        found.training_stack(1, "in_sample")
     with pytest.raises(FusionError, match=r"no out_of_fold scores .* more folds"):
-        gather([plain("one").head(2)], *PREPARED).lesson(0)
+        gather([plain("one").head(2)], *PREPARED).training_stack(0)
 
 
 def test_models_without_an_outer_fold_give_in_sample_scores_of_the_other_folds():
@@ -77,8 +77,8 @@ def test_models_without_an_outer_fold_give_in_sample_scores_of_the_other_folds()
     table = pd.concat([plain("one", 0.5 + fold / 10).assign(outer=-1, fold=fold) for fold in (0, 1, 2)])
     found = gather([table], *PREPARED)
     assert (found.protocol, found.folds, found.has_in_sample()) == (CROSS_FITTED, [0, 1, 2], True)
-    np.testing.assert_allclose(found.lesson(1, "in_sample").probabilities[:, 0, 0], [0.6] * 4)
-    np.testing.assert_allclose(found.lesson(1).probabilities[:, 0, 0], [0.5, 0.5, 0.7, 0.7])
+    np.testing.assert_allclose(found.training_stack(1, "in_sample").probabilities[:, 0, 0], [0.6] * 4)
+    np.testing.assert_allclose(found.training_stack(1).probabilities[:, 0, 0], [0.5, 0.5, 0.7, 0.7])
 
 
 def test_studies_are_stacked_too():
@@ -90,13 +90,13 @@ def test_studies_are_stacked_too():
     )
     found = gather([table], images, labels, FOLDS)
     assert (found.key, found.classes) == ("study_id", tuple(classes))
-    assert found.everything().truth.tolist() == [0, 1, 2] and found.judged(2).ids.tolist() == ["s2"]
+    assert found.full_stack().truth.tolist() == [0, 1, 2] and found.test_stack(2).ids.tolist() == ["s2"]
 
 
 def test_in_sample_scores_must_be_requested_and_every_learner_must_have_them():
     found = gather([nested("one"), nested("two")], *PREPARED)
     # image a, of fold 0, by the models (1, 2) and (2, 1): .23 and .32
-    np.testing.assert_allclose(found.everything("in_sample").probabilities[0, :, 0], (0.23 + 0.32) / 2)
+    np.testing.assert_allclose(found.full_stack("in_sample").probabilities[0, :, 0], (0.23 + 0.32) / 2)
     without = nested("two")
     own = without.image_id.map(OWN)
     without = without[(without.outer == own) | (without.fold == own)]
@@ -105,7 +105,7 @@ def test_in_sample_scores_must_be_requested_and_every_learner_must_have_them():
 
 def test_ids_that_no_learner_has_predicted_are_counted():
     found = gather([plain("one").iloc[:-1], plain("other").iloc[:-1]], *PREPARED)
-    assert found.unanswered == 1 and found.everything().ids.tolist() == list("abcde")
+    assert found.unanswered == 1 and found.full_stack().ids.tolist() == list("abcde")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_inconsistent_tables_are_refused(tables, message):
 def test_a_learner_without_an_image_is_named():
     found = gather([plain("one"), plain("two").drop(index=4)], *PREPARED)
     with pytest.raises(FusionError, match=r"test scores of fold 2: two has no score for 1 of 2 ids .* first e"):
-        found.judged(2)
+        found.test_stack(2)
 
 
 def test_labels_of_overlapping_or_other_classes_are_refused():

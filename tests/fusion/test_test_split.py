@@ -42,7 +42,7 @@ def test_learners_are_averaged_over_folds_in_the_order_of_the_out_of_fold_scores
     found = found_of(0, 1, two=0.6, one=0.8)
     later = scores("one", "vut", 1, [0.5, 0.0, 0.7])[["image_id", "model", "fold", "well", "sick"]]
     test = gather_test_split([pd.concat([ONE, TWO]), later, TWO.assign(fold=1)], found, *PREPARED)
-    stack = test.means.everything()
+    stack = test.means.full_stack()
     assert (test.means.learners, test.means.classes) == (found.learners, found.classes) == (("two", "one"), ("sick", "well"))
     assert stack.ids.tolist() == ["t", "u", "v"] and stack.truth.tolist() == [0, 1, 0]
     # one: (.9 + .7) / 2, (.2 + 0) / 2, (.3 + .5) / 2
@@ -54,7 +54,7 @@ def test_images_of_patients_in_a_fold_are_excluded_and_images_without_a_score_ar
     found = found_of(0, one=0.8)
     test = gather_test_split([scores("one", "tuw", 0, 0.5)], found, *PREPARED)
     assert test.left_out == 1 and test.means.unanswered == 1
-    assert test.means.everything().ids.tolist() == test.rows.image_id.tolist() == ["t", "u"]
+    assert test.means.full_stack().ids.tolist() == test.rows.image_id.tolist() == ["t", "u"]
     assert gather_test_split([ONE.head(0)], found, *PREPARED) is None
     assert gather_test_split([], found, *PREPARED) is None
 
@@ -95,7 +95,7 @@ def test_ensembles_are_trained_out_of_fold_and_evaluated_on_the_test_images():
     of_model = {name: rows.set_index("image_id").sick for name, rows in judged.scores.groupby("model")}
     np.testing.assert_allclose(of_model["mean"], 0.5)
     np.testing.assert_allclose(of_model["weighted"], wrong.sick, atol=1e-6)
-    np.testing.assert_allclose(of_model["vote"], majority_vote(test.means.everything().probabilities)[:, 0])
+    np.testing.assert_allclose(of_model["vote"], majority_vote(test.means.full_stack().probabilities)[:, 0])
     assert set(judged.scores.fold) == {ALL_FOLDS} and len(judged.scores) == 6 * 3
     weights = judged.weights[judged.weights.model == "weighted"]
     np.testing.assert_allclose(weights[["one", "two"]], [[1, 0]] * 3, atol=1e-6)
