@@ -1,8 +1,8 @@
-"""One image's boxes: several lists become one, by ensemble-boxes, and scores become probabilities, by Platt's sigmoid.
+"""Merges one image's lists of boxes with ensemble-boxes, and calibrates box scores with Platt's sigmoid.
 
 Platt, Probabilistic outputs for support vector machines, 1999: p = 1 / (1 + exp(-(slope * logit(score) + offset))), fitted
-by maximum likelihood to smoothed targets, so that detectors of different families compare. The order of one detector's boxes
-stays as it is.
+by maximum likelihood to smoothed targets. Calibration makes the scores of different detector families comparable; it keeps
+the ranking of one detector's boxes.
 """
 
 from typing import Literal, get_args
@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 Method = Literal["wbf", "nms", "soft_nms", "nmw"]
 Confidence = Literal["avg", "max", "box_and_model_avg", "absent_model_aware_avg"]
 METHODS, CONFIDENCES = get_args(Method), get_args(Confidence)
-# What float32 can tell from 0 and 1, about; a logit has to be finite.
+# Scores are clipped to this distance from 0 and 1, about float32's resolution, so that their logit stays finite.
 NEAREST = 1e-7
 
 
@@ -28,23 +28,26 @@ def merge_boxes(
     confidence: str = "avg",
     min_score: float = 0.001,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Merge one image's lists of boxes (k, 4) and scores (k,), all in 0..1, into (n, 4) and (n,).
+    """Merge one image's lists of boxes (k, 4) and scores (k,), all in 0..1, and return boxes (n, 4) and scores (n,).
 
-    `weights` has one entry a list; entries beyond them stand for lists that are empty. A single list stays as it is. Boxes
-    are one if their IoU is above `iou`; `confidence` is of wbf alone, `min_score` of soft_nms, whose decay ends there.
-    Raises ValueError for what ensemble-boxes would swap, clamp or leave the process for.
+    `weights` has one entry per list; further entries stand for empty lists. A single list is returned unchanged. Boxes are
+    merged if their IoU is above `iou`. `confidence` applies to wbf alone; `min_score` applies to soft_nms alone, which drops
+    boxes whose score has decayed below it. Raises ValueError for input that ensemble-boxes would reorder, clamp or exit on.
     """
     weights = np.asarray(weights, dtype=float)
     if len(boxes) != len(scores) or len(weights) < len(boxes) or not (weights > 0).all():
-        raise ValueError(f"{len(boxes)} lists of boxes, {len(scores)} of scores, weights {weights}: want as many, above 0")
+        raise ValueError(
+            f"got {len(boxes)} lists of boxes, {len(scores)} lists of scores and weights {weights}; expected one list of "
+            "scores and one weight above 0 for each list of boxes"
+        )
     for box, score in zip(boxes, scores, strict=True):
         if box.shape != (len(score), 4):
-            raise ValueError(f"boxes {box.shape} and scores {score.shape} do not fit; want (k, 4) and (k,)")
-        # A NaN fails every comparison.
+            raise ValueError(f"boxes have shape {box.shape} and scores {score.shape}; expected (k, 4) and (k,)")
+        # Written so that NaN, which fails every comparison, is refused too.
         if not ((box >= 0) & (box <= 1)).all() or not (box[:, :2] < box[:, 2:]).all():
             raise ValueError(f"boxes must lie in 0..1 with xmin < xmax and ymin < ymax; got {box.tolist()}")
         if not ((score > 0) & (score <= 1)).all():
-            raise ValueError(f"scores must lie in 0..1 and not be 0; got {score.tolist()}")
+            raise ValueError(f"scores must be above 0 and at most 1; got {score.tolist()}")
     if len(weights) == 1:
         return boxes[0], scores[0]
     if not any(len(score) for score in scores):
@@ -57,47 +60,48 @@ def merge_boxes(
     elif method == "nmw":
         merged, score, _ = non_maximum_weighted(boxes, scores, labels, weights, iou_thr=iou)
     else:
-        # The package divides by the sum of weights, which would shrink the scores by the number of models.
+        # ensemble-boxes divides by the sum of the weights, which would shrink scores by the number of models.
         scores = [score * weight / weights.max() for score, weight in zip(scores, weights, strict=True)]
         if method == "nms":
             merged, score, _ = nms(boxes, scores, labels, iou_thr=iou)
         else:
-            # The package's soft_nms gives scores back undecayed; what it calls sorts and decays them in place.
+            # ensemble-boxes' soft_nms returns undecayed scores; the function below sorts and decays them in place.
             merged, score = np.concatenate(boxes), np.concatenate(scores)
-            kept = cpu_soft_nms_float(merged, score, Nt=iou, sigma=0.5, thresh=min_score, method=1)
-            merged, score = merged[kept], score[score > min_score]
-    # "avg" passes 1 where one list has several boxes in a cluster and more than its share of the weight.
+            kept_indices = cpu_soft_nms_float(merged, score, Nt=iou, sigma=0.5, thresh=min_score, method=1)
+            merged, score = merged[kept_indices], score[score > min_score]
+    # "avg" exceeds 1 if one list has several boxes in a cluster and more than its share of the weight.
     merged, score = np.clip(merged, 0, 1), np.clip(score, 0, 1)
-    whole = (merged[:, :2] < merged[:, 2:]).all(axis=1)
-    return merged[whole].astype(float), score[whole].astype(float)
+    has_area = (merged[:, :2] < merged[:, 2:]).all(axis=1)
+    return merged[has_area].astype(float), score[has_area].astype(float)
 
 
-def calibrated(score: np.ndarray, slope: float, offset: float) -> np.ndarray:
-    """Probabilities (n,) in 0..1, both ends excluded, for scores (n,) in 0..1."""
+def calibrate_scores(score: np.ndarray, slope: float, offset: float) -> np.ndarray:
+    """Return calibrated probabilities (n,), strictly between 0 and 1, for scores (n,) in 0..1."""
     return expit(slope * _logit(score) + offset).clip(np.finfo(float).tiny, 1 - np.finfo(float).epsneg)
 
 
 def fit_calibration(score: np.ndarray, hit: np.ndarray) -> tuple[float, float] | None:
-    """Slope and offset for scores (n,) in 0..1 and whether each box was a `hit` (n,), out of fold.
+    """Fit Platt's sigmoid to out-of-fold box scores (n,) in 0..1; return its slope and offset.
 
-    None where nothing can be learnt: no hits, only hits, or hits that do not grow with the score.
+    `hit` (n,) says whether each box matches a true box. Returns None if there are no hits or only hits, or if hits do not
+    become more frequent with the score.
     """
-    # Only here: a submission calibrates but never fits, and this import takes a second.
+    # Imported here: it takes a second, and a submission calibrates scores but never fits.
     from sklearn.linear_model import LogisticRegression
 
     hit = np.asarray(hit, dtype=bool)
     hits, misses = int(hit.sum()), int((~hit).sum())
     if not hits or not misses:
         return None
-    # Platt's targets (section 2.2) keep the fit finite where the classes can be told apart without a fault. A soft target
-    # is a weighted pair of both answers.
+    # Platt's targets (section 2.2) keep the fit finite where the score separates hits from misses perfectly. Each soft
+    # target becomes two weighted rows, one per class.
     target = np.where(hit, (hits + 1) / (hits + 2), 1 / (misses + 2))
-    # Sorted, so that the order of rows does not even touch the last digit.
+    # Sorted, so that the result does not depend on the order of rows, not even in its last digit.
     order = np.lexsort((target, score))
     target, feature = target[order], np.tile(_logit(score)[order], 2)[:, None]
-    answer, weight = np.repeat([1, 0], len(hit)), np.concatenate([target, 1 - target])
-    fitted = LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000).fit(feature, answer, sample_weight=weight)
-    slope, offset = float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
+    label, weight = np.repeat([1, 0], len(hit)), np.concatenate([target, 1 - target])
+    model = LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000).fit(feature, label, sample_weight=weight)
+    slope, offset = float(model.coef_[0, 0]), float(model.intercept_[0])
     return (slope, offset) if slope > 0 else None
 
 

@@ -1,4 +1,4 @@
-"""An ensemble on disk: `weights.safetensors` and `ensemble.json`. Reading and applying it wants no torch."""
+"""Ensemble bundles on disk: `weights.safetensors` and `ensemble.json`. Reading and applying one does not import torch."""
 
 import hashlib
 import json
@@ -25,23 +25,23 @@ WEIGHTS, RECORD = "weights.safetensors", "ensemble.json"
 KEYS = ("image_id", "study_id")
 
 # Keys of ensemble.json and their types.
-STATED: dict[str, type] = {
-    "name": str,  # the model's name in the tables that it makes
-    "method": str,  # of kitlib.fusion.ensembles.combine
-    "learners": list,  # names of the models, in the order of the weights
+RECORD_FIELDS: dict[str, type] = {
+    "name": str,  # value of the column `model` in the ensemble's predictions
+    "method": str,  # a method of kitlib.fusion.ensembles.combine
+    "learners": list,  # model names, in the order of the weights
     "classes": list,
-    "key": str,  # "image_id" or "study_id": what a row is
-    "temperature": float,  # of the combined probabilities; 1.0 leaves them as they are
-    "settings": dict,  # that it was learnt with
-    "folds": list,  # whose predictions it learnt from
-    "protocol": str,  # how: nested, cross-fitted or in-sample
+    "key": str,  # "image_id" or "study_id": whether a prediction is for an image or a study
+    "temperature": float,  # applied to the combined probabilities; 1.0 leaves them unchanged
+    "settings": dict,  # the EnsembleSettings it was trained with
+    "folds": list,  # the folds whose predictions it was trained on
+    "protocol": str,  # nested, cross-fitted or in-sample
 }
-ADDED: dict[str, type] = {"weights_sha256": str, "kitlib": str}
+ADDED_FIELDS: dict[str, type] = {"weights_sha256": str, "kitlib": str}
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """What a bundle holds; its fields are told at STATED."""
+    """A trained ensemble, as a bundle stores it. The fields are described at RECORD_FIELDS."""
 
     name: str
     method: str
@@ -56,85 +56,102 @@ class Ensemble:
 
 
 def write_ensemble(folder: str | Path, ensemble: Ensemble) -> None:
-    """Write the weights, then the record with their SHA-256; a killed process leaves no bundle that reads."""
+    """Write the bundle into `folder`: the weights, then ensemble.json with their SHA-256.
+
+    A killed process leaves a folder that `read_ensemble` refuses. Raises BundleError if the ensemble is invalid.
+    """
     _check(ensemble, str(folder))
     folder = Path(folder)
     (folder / RECORD).unlink(missing_ok=True)
-    with replacing(folder / WEIGHTS) as beside:
-        save_file({name: np.ascontiguousarray(each) for name, each in ensemble.weights.items()}, beside)
-        digest = hashlib.sha256(beside.read_bytes()).hexdigest()
+    with replacing(folder / WEIGHTS) as temporary_path:
+        save_file({name: np.ascontiguousarray(array) for name, array in ensemble.weights.items()}, temporary_path)
+        digest = hashlib.sha256(temporary_path.read_bytes()).hexdigest()
     record = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(ensemble).items()}
-    record = {key: record[key] for key in STATED}
+    record = {key: record[key] for key in RECORD_FIELDS}
     write_json(folder / RECORD, {**record, "weights_sha256": digest, "kitlib": kitlib.__version__})
 
 
 def read_ensemble(folder: str | Path) -> Ensemble:
-    """Raises BundleError: a missing file, a wrong hash, missing, unknown or ill-typed keys, weights of another shape."""
+    """Read and check an ensemble bundle.
+
+    Raises BundleError for a missing file, a wrong hash, missing, unknown or ill-typed keys, or weights of another shape.
+    """
     folder = Path(folder)
     for path in (folder / RECORD, folder / WEIGHTS):
         if not path.is_file():
-            there = sorted(entry.name for entry in folder.glob("*")) if folder.is_dir() else "no such folder"
-            raise BundleError(f"{path} is missing; in {folder}: {there}. Name the `ensemble` folder of a run of notebook 65")
+            available = sorted(entry.name for entry in folder.glob("*")) if folder.is_dir() else "nothing, it does not exist"
+            raise BundleError(
+                f"{path} is missing; {folder} contains: {available}. Name the `ensemble` folder of a run of notebook 65"
+            )
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BundleError(f"{folder / RECORD} is no JSON ({error}); copy the bundle again from its run") from error
-    wanted = STATED | ADDED
-    if not isinstance(record, dict) or record.keys() != wanted.keys():
-        raise BundleError(f"{folder / RECORD} does not hold {', '.join(wanted)}; read it with the kitlib that wrote it")
-    for key, kind in wanted.items():
+        raise BundleError(f"{folder / RECORD} is not valid JSON ({error}); copy the bundle again from its run") from error
+    expected = RECORD_FIELDS | ADDED_FIELDS
+    if not isinstance(record, dict) or record.keys() != expected.keys():
+        raise BundleError(
+            f"{folder / RECORD} must have exactly the keys {', '.join(expected)}; read it with the kitlib that wrote it"
+        )
+    for key, kind in expected.items():
         if type(record[key]) is not kind:
-            raise BundleError(f"{folder / RECORD}: {key} is {record[key]!r}, wanted {kind.__name__}")
+            raise BundleError(f"{folder / RECORD}: {key} is {record[key]!r}, expected {kind.__name__}")
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     if digest != record["weights_sha256"]:
-        raise BundleError(f"{folder / WEIGHTS} has SHA-256 {digest}, {RECORD} promises another; copy both again")
+        raise BundleError(
+            f"{folder / WEIGHTS} has SHA-256 {digest}, but {RECORD} records {record['weights_sha256']}; copy both again"
+        )
     try:
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
-        raise BundleError(f"{folder / WEIGHTS} is no safetensors file ({error}); copy both again") from error
-    fields: dict[str, Any] = {key: tuple(record[key]) if kind is list else record[key] for key, kind in STATED.items()}
+        raise BundleError(f"{folder / WEIGHTS} is not a safetensors file ({error}); copy the bundle again") from error
+    fields: dict[str, Any] = {
+        key: tuple(record[key]) if kind is list else record[key] for key, kind in RECORD_FIELDS.items()
+    }
     ensemble = Ensemble(**fields, weights=weights)
     _check(ensemble, str(folder))
     return ensemble
 
 
-def learnt_ensemble(found: "LearnerScores", name: str, settings: "EnsembleSettings", temperature: float = 1.0) -> Ensemble:
-    """The ensemble to keep: learnt from every image, by models that have not seen it (or, in sample, that have)."""
-    lesson = found.everything(settings.stack_on if settings.learns else "out_of_fold")
-    weights = learn(lesson, settings) if settings.learns else {}
-    protocol = IN_SAMPLE if settings.learns and settings.stack_on == "in_sample" else found.protocol
-    folds = tuple(np.unique(lesson.fold).tolist())
-    learners, classes, key = found.learners, found.classes, found.key
+def learnt_ensemble(
+    learner_scores: "LearnerScores", name: str, settings: "EnsembleSettings", temperature: float = 1.0
+) -> Ensemble:
+    """Train the final ensemble on out-of-fold predictions of every image, or on in-sample ones if `settings` says so."""
+    stack = learner_scores.full_stack(settings.stack_on if settings.learns else "out_of_fold")
+    weights = learn(stack, settings) if settings.learns else {}
+    protocol = IN_SAMPLE if settings.learns and settings.stack_on == "in_sample" else learner_scores.protocol
+    folds = tuple(np.unique(stack.fold).tolist())
+    learners, classes, key = learner_scores.learners, learner_scores.classes, learner_scores.key
     return Ensemble(
         name, settings.method, learners, classes, key, temperature, asdict(settings), folds, protocol, weights=weights
     )
 
 
 def apply_ensemble(ensemble: Ensemble, scores: pd.DataFrame) -> pd.DataFrame:
-    """One row an id: key, the classes, and `answered`, how many of the ensemble's learners have a score of it.
+    """Predict with an ensemble; return one row per id: the key, the classes, and `answered`, the number of learners used.
 
-    `scores` is a table study_scores or class_scores; a learner's folds are averaged first, rows of other models and rows
-    with a NaN are not heeded. Where a learner is missing the row is the plain mean of those there, at no temperature:
-    FLANNEL and weights were learnt for all together. Raises BundleError where the table lacks a class or the key.
+    `scores` is a table study_scores or class_scores. A learner's folds are averaged first; rows of other models and rows
+    with a NaN are ignored. If a learner has no score of an id, that row is the plain mean of the remaining learners without
+    temperature, because trained weights are valid only for all learners together. Raises BundleError if the table lacks a
+    class or the key.
     """
     classes = list(ensemble.classes)
     missing = [name for name in (ensemble.key, "model", *classes) if name not in scores.columns]
     if missing:
-        raise BundleError(f"the scores lack {', '.join(missing)}, which the ensemble {ensemble.name} combines")
-    own = scores[scores["model"].isin(ensemble.learners)].dropna(subset=classes)
-    mean = own.groupby([ensemble.key, "model"])[classes].mean()
+        raise BundleError(f"the scores lack the column(s) {', '.join(missing)}, which the ensemble {ensemble.name} needs")
+    rows = scores[scores["model"].isin(ensemble.learners)].dropna(subset=classes)
+    mean = rows.groupby([ensemble.key, "model"])[classes].mean()
     ids = mean.index.get_level_values(0).unique()
-    wanted = pd.MultiIndex.from_product([ids, ensemble.learners])
-    found = mean.reindex(wanted).to_numpy(dtype=float).reshape(len(ids), len(ensemble.learners), len(classes))
-    there = ~np.isnan(found[:, :, 0])
-    answered = there.sum(axis=1)
-    answer = np.nan_to_num(found).sum(axis=1) / np.maximum(answered, 1)[:, None]
-    whole = there.all(axis=1)
-    if whole.any():
-        combined = combine(ensemble.method, ensemble.weights, found[whole])
-        answer[whole] = combined if ensemble.temperature == 1 else scaled(combined, ensemble.temperature)
+    pairs = pd.MultiIndex.from_product([ids, ensemble.learners])
+    probabilities = mean.reindex(pairs).to_numpy(dtype=float).reshape(len(ids), len(ensemble.learners), len(classes))
+    is_available = ~np.isnan(probabilities[:, :, 0])
+    answered = is_available.sum(axis=1)
+    prediction = np.nan_to_num(probabilities).sum(axis=1) / np.maximum(answered, 1)[:, None]
+    complete = is_available.all(axis=1)
+    if complete.any():
+        combined = combine(ensemble.method, ensemble.weights, probabilities[complete])
+        prediction[complete] = combined if ensemble.temperature == 1 else scaled(combined, ensemble.temperature)
     table = pd.DataFrame({ensemble.key: ids.to_numpy(dtype=object)})
-    return table.join(pd.DataFrame(answer, columns=classes)).assign(answered=answered)
+    return table.join(pd.DataFrame(prediction, columns=classes)).assign(answered=answered)
 
 
 def _check(ensemble: Ensemble, where: str) -> None:
@@ -146,19 +163,19 @@ def _check(ensemble: Ensemble, where: str) -> None:
         "flannel": {"weight": (count, (count * classes) ** 2), "bias": (count,)},
     }
     if ensemble.method not in shapes:
-        raise BundleError(f"{where}: method is {ensemble.method!r}; there are: {', '.join(shapes)}")
+        raise BundleError(f"{where}: method is {ensemble.method!r}; valid methods are: {', '.join(shapes)}")
     if ensemble.key not in KEYS:
-        raise BundleError(f"{where}: key is {ensemble.key!r}; there are: {', '.join(KEYS)}")
+        raise BundleError(f"{where}: key is {ensemble.key!r}; valid keys are: {', '.join(KEYS)}")
     if not count or len(set(ensemble.learners)) < count or len(set(ensemble.classes)) < classes or classes < 2:
         names = f"learners {list(ensemble.learners)}, classes {list(ensemble.classes)}"
-        raise BundleError(f"{where}: {names}: none may be twice")
+        raise BundleError(f"{where}: {names}: expected at least one learner and two classes, without duplicates")
     if not (np.isfinite(ensemble.temperature) and ensemble.temperature > 0):
-        raise BundleError(f"{where}: temperature is {ensemble.temperature}, wanted more than 0")
-    found = {name: each.shape for name, each in ensemble.weights.items()}
-    if found != shapes[ensemble.method]:
+        raise BundleError(f"{where}: temperature is {ensemble.temperature}, expected a finite number above 0")
+    actual_shapes = {name: array.shape for name, array in ensemble.weights.items()}
+    if actual_shapes != shapes[ensemble.method]:
         raise BundleError(
-            f"{where}: {ensemble.method} of {count} learners and {classes} classes has the weights "
-            f"{shapes[ensemble.method]}, not {found}"
+            f"{where}: {ensemble.method} of {count} learners and {classes} classes needs weights of the shapes "
+            f"{shapes[ensemble.method]}, but the bundle has {actual_shapes}"
         )
-    if not all(np.isfinite(each).all() for each in ensemble.weights.values()):
-        raise BundleError(f"{where}: a weight is not finite; make the ensemble again")
+    if not all(np.isfinite(array).all() for array in ensemble.weights.values()):
+        raise BundleError(f"{where}: a weight is not finite; train the ensemble again")

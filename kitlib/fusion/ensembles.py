@@ -1,6 +1,6 @@
-"""Several learners' probabilities as one: mean, majority vote, weighted mean and FLANNEL, learnt and judged fold by fold.
+"""Combines the probabilities of several learners (mean, majority vote, weighted mean, FLANNEL), and evaluates them by fold.
 
-Predicting wants no torch, so that a submission stays light; learning imports what it needs.
+Prediction does not import torch, so that a submission stays light; training imports what it needs.
 """
 
 import logging
@@ -22,19 +22,19 @@ if TYPE_CHECKING:  # imports torch
 
 logger = logging.getLogger(__name__)
 
-Weights = dict[str, np.ndarray]  # what a method has learnt; empty for mean and vote
+Weights = dict[str, np.ndarray]  # a method's trained arrays by name; empty for mean and vote
 IN_SAMPLE, OUT_OF_FOLD = "in-sample", "out-of-fold"
-TIE = 1e-6  # of a vote: what settles a tie between the largest shares
+TIE = 1e-6  # share of a vote that is moved to the winner of a tie
 
 
 @dataclass(frozen=True)
 class Judged:
     """Test predictions of every learner and ensemble.
 
-    `scores`: key, model, fold, the classes. `weights`: the learners' weights in each ensemble that has any, an id a row:
-    key, model, fold, truth, and a column a learner. `protocols`: what each ensemble learnt from, nested or cross-fitted (see
-    kitlib.fusion.stacking), out-of-fold (all folds, judged on test images) or in-sample; of learners, means and votes, which
-    learn nothing, the same as of an ensemble that learns.
+    `scores` has the columns key, model, fold and the classes. `weights` has the learners' weights in each ensemble that is
+    trained, one row per id: key, model, fold, truth, and one column per learner. `protocols` maps each model to what its
+    ensemble was trained on: nested or cross-fitted (see kitlib.fusion.stacking), out-of-fold (all folds, evaluated on test
+    images) or in-sample. Learners, means and votes are not trained; they carry the protocol of the out-of-fold ensembles.
     """
 
     scores: pd.DataFrame
@@ -43,59 +43,71 @@ class Judged:
 
 
 def combine(method: str, weights: Weights, probabilities: np.ndarray) -> np.ndarray:
-    """(n, K, C) -> (n, C), each row on the simplex, by a method of EnsembleSettings and what it has learnt."""
+    """Combine the probabilities (n, K, C) of K learners into (n, C), each row summing to 1.
+
+    `method` is one of EnsembleSettings and `weights` its trained arrays. Raises ValueError for an unknown method.
+    """
     if method == "mean":
         return probabilities.mean(axis=1)
     if method == "vote":
         return majority_vote(probabilities)
     if method == "weighted":
         mean = np.einsum("nkc,k->nc", probabilities, weights["learners"].astype(float))
-        return np.minimum(mean, 1.0)  # weights may add to a hair more, and no table takes such a probability
+        return np.minimum(mean, 1.0)  # rounding can make the weights sum to slightly more than 1, which tables refuse
     if method == "flannel":
         logits = (flannel_weights(weights, probabilities)[:, :, None] * probabilities).sum(axis=1)
         raised = np.exp(logits - logits.max(axis=1, keepdims=True))
         return raised / raised.sum(axis=1, keepdims=True)
-    raise ValueError(f"no ensemble method is called {method!r}; there are: mean, vote, weighted, flannel")
+    raise ValueError(f"unknown ensemble method {method!r}; valid methods are: mean, vote, weighted, flannel")
 
 
 def vote_shares(probabilities: np.ndarray) -> np.ndarray:
-    """(n, K, C) -> (n, C): the share of learners whose most probable class it is (the first of equals)."""
+    """Return for each class the share of learners that rank it first: (n, K, C) -> (n, C).
+
+    A learner with equal probabilities votes for the first class.
+    """
     return np.eye(probabilities.shape[2])[probabilities.argmax(axis=2)].mean(axis=1)
 
 
 def majority_vote(probabilities: np.ndarray) -> np.ndarray:
-    """Vote shares (n, C) in which a tie for the most votes goes to the tied class of the highest mean probability.
+    """Return vote shares (n, C) of (n, K, C), with ties broken in favour of the tied class of the highest mean probability.
 
-    The winner of a tie has TIE more than its share, taken from the other tied classes, so that the largest entry of a row is
-    the answer and rows still add to 1.
+    The winner of a tie gets TIE more than its share, taken from the other tied classes, so that the largest entry of a row
+    is the prediction and rows still sum to 1.
     """
     shares = vote_shares(probabilities)
     tied = shares > shares.max(axis=1, keepdims=True) - 0.5 / probabilities.shape[1]
     winner = np.where(tied, probabilities.mean(axis=1), -1.0).argmax(axis=1)
-    won = np.eye(shares.shape[1])[winner]
+    winner_one_hot = np.eye(shares.shape[1])[winner]
     others = tied.sum(axis=1, keepdims=True) - 1
-    return shares + TIE * np.where(others > 0, won - (tied - won) / np.maximum(others, 1), 0.0)
+    return shares + TIE * np.where(others > 0, winner_one_hot - (tied - winner_one_hot) / np.maximum(others, 1), 0.0)
 
 
 def flannel_weights(weights: Weights, probabilities: np.ndarray) -> np.ndarray:
-    """Weight (n, K) in -1..1 of each learner for each row of (n, K, C): tanh of a linear map of all pairs."""
+    """Return FLANNEL's weight of each learner, (n, K) in -1..1, for probabilities (n, K, C).
+
+    It is the tanh of a linear map of all pairwise products of a row's K * C probabilities.
+    """
     features = probabilities.reshape(len(probabilities), -1)
     pairs = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)
     return np.tanh(pairs @ weights["weight"].astype(float).T + weights["bias"].astype(float))
 
 
 def simplex_weights(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Weights (K,) of at least 0 that add to 1 and give the mean of (n, K, C) the lowest log loss on `truth` (n,)."""
+    """Return the convex weights (K,) that minimise the log loss of the weighted mean of (n, K, C) on `truth` (n,).
+
+    Raises FusionError if the optimiser does not converge.
+    """
     from scipy.optimize import minimize
 
-    right = np.maximum(probabilities[np.arange(len(truth)), :, truth], LEAST)  # (n, K)
-    count = right.shape[1]
+    true_class_probability = np.maximum(probabilities[np.arange(len(truth)), :, truth], LEAST)  # (n, K)
+    count = true_class_probability.shape[1]
 
     def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
-        p = right @ w
-        return float(-np.log(p).mean()), -(right / p[:, None]).mean(axis=0)
+        p = true_class_probability @ w
+        return float(-np.log(p).mean()), -(true_class_probability / p[:, None]).mean(axis=0)
 
-    found = minimize(
+    result = minimize(
         *(loss, np.full(count, 1 / count)),
         jac=True,
         method="SLSQP",
@@ -103,101 +115,124 @@ def simplex_weights(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
         constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
         options={"ftol": 1e-10, "maxiter": 500},
     )
-    if not found.success:
-        raise FusionError(f"the weights of {count} learners were not found: {found.message}")
-    weights = np.clip(found.x, 0, None)
+    if not result.success:
+        raise FusionError(f"optimising the weights of {count} learners failed: {result.message}")
+    weights = np.clip(result.x, 0, None)
     return weights / weights.sum()
 
 
 def learn(stack: Stack, settings: "EnsembleSettings") -> Weights:
-    """What the method of `settings` learns from `stack`. FLANNEL holds out one of its folds, or a fifth of its patients."""
+    """Train the method of `settings` on `stack` and return its weights, {} for a mean or vote.
+
+    FLANNEL holds out one of the stack's folds for early stopping, or a fifth of its patients.
+    """
     if settings.method == "weighted":
         return {"learners": simplex_weights(stack.probabilities, stack.truth)}
     if settings.method == "flannel":
         from kitlib.fusion.flannel import train_flannel
 
-        learnt, losses = train_flannel(stack.probabilities, stack.truth, settings, held_out(stack, settings.seed))
-        logger.info("FLANNEL learnt from %d rows, best after %d epochs", len(stack.ids), 1 + int(np.argmin(losses or [0])))
+        learnt, losses = train_flannel(stack.probabilities, stack.truth, settings, choose_held_out(stack, settings.seed))
+        best_epoch = 1 + int(np.argmin(losses or [0]))
+        logger.info("FLANNEL was trained on %d rows; its best epoch is %d", len(stack.ids), best_epoch)
         return learnt
     return {}
 
 
-def held_out(stack: Stack, seed: int) -> np.ndarray:
-    """Rows (n,) that tell when to stop: one fold drawn by `seed`, or of a single fold a fifth of its patients.
+def choose_held_out(stack: Stack, seed: int) -> np.ndarray:
+    """Return a boolean mask (n,) of the rows to hold out for early stopping.
 
-    A fold keeps near-duplicates together as well, patients alone do not. None where there is a single patient.
+    These are one fold drawn by `seed` or, if the stack has a single fold, a fifth of its patients; no row if it has a single
+    patient. Folds are preferred because they also keep near-duplicates together.
     """
     folds, rng = np.unique(stack.fold), np.random.default_rng(seed)
     if len(folds) > 1:
         return stack.fold == rng.choice(folds)
     patients = np.unique(stack.patient)
-    held = rng.permutation(patients)[: max(1, len(patients) // 5) if len(patients) > 1 else 0]
-    return np.isin(stack.patient, held)
+    held_patients = rng.permutation(patients)[: max(1, len(patients) // 5) if len(patients) > 1 else 0]
+    return np.isin(stack.patient, held_patients)
 
 
-def judge_ensembles(found: LearnerScores, ensembles: Mapping[str, "EnsembleSettings"]) -> Judged:
-    """Test predictions of the learners and of `ensembles` (name -> settings), learnt anew for each fold.
+def judge_ensembles(learner_scores: LearnerScores, ensembles: Mapping[str, "EnsembleSettings"]) -> Judged:
+    """Predict each fold with the learners and with `ensembles` (name -> settings) that are trained without that fold.
 
-    Raises FusionError where an ensemble has a learner's name or nothing to learn from.
+    Raises FusionError if an ensemble has a learner's name or no scores to train on.
     """
-    parts = [_judge(found, found.judged(fold), fold, partial(found.lesson, fold), ensembles) for fold in found.folds]
-    return _joined(found, parts, ensembles, found.protocol)
+    parts = [
+        _judge(
+            learner_scores, learner_scores.test_stack(fold), fold, partial(learner_scores.training_stack, fold), ensembles
+        )
+        for fold in learner_scores.folds
+    ]
+    return _join(learner_scores, parts, ensembles, learner_scores.protocol)
 
 
-def judge_test_split(found: LearnerScores, test: LearnerScores, ensembles: Mapping[str, "EnsembleSettings"]) -> Judged:
-    """Predictions of test images: of the learners' means in `test` and of `ensembles`, each learnt from all of `found`.
+def judge_test_split(
+    learner_scores: LearnerScores, test: LearnerScores, ensembles: Mapping[str, "EnsembleSettings"]
+) -> Judged:
+    """Predict the test images with the learners' means in `test` and with `ensembles` trained on all out-of-fold scores.
 
-    That is LearnerScores.everything: it is the ensemble that would be kept. Raises FusionError as `judge_ensembles` does.
+    The training rows are those of LearnerScores.full_stack, as for the final ensemble. Raises FusionError if an ensemble has
+    a learner's name or no scores to train on.
     """
-    return _joined(found, [_judge(found, test.everything(), ALL_FOLDS, found.everything, ensembles)], ensembles, OUT_OF_FOLD)
+    return _join(
+        learner_scores,
+        [_judge(learner_scores, test.full_stack(), ALL_FOLDS, learner_scores.full_stack, ensembles)],
+        ensembles,
+        OUT_OF_FOLD,
+    )
 
 
 def _judge(
-    found: LearnerScores,
+    learner_scores: LearnerScores,
     test: Stack,
     fold: int,
-    lesson: Callable[[str], Stack],
+    training_stack: Callable[[str], Stack],
     ensembles: Mapping[str, "EnsembleSettings"],
 ) -> tuple[list[pd.DataFrame], list[pd.DataFrame]]:
-    """Scores and weights of `test`, a table a model; `lesson` gives what an ensemble learns from, by its stack_on."""
-    shared = sorted(set(ensembles) & set(found.learners))
-    if shared:
-        raise FusionError(f"{', '.join(shared)}: both an ensemble and a learner; train the learner with another model_name")
+    """Return the scores and the weights on `test`, each a list of one table per model.
+
+    `lesson` returns the training rows for a value of `stack_on`.
+    """
+    shared_names = sorted(set(ensembles) & set(learner_scores.learners))
+    if shared_names:
+        raise FusionError(
+            f"{', '.join(shared_names)}: name of both an ensemble and a learner; train the learner with another model_name"
+        )
     scores, weights = [], []
-    for place, learner in enumerate(found.learners):
-        scores.append(_rows(found, test, learner, fold, test.probabilities[:, place]))
+    for column, learner in enumerate(learner_scores.learners):
+        scores.append(_score_table(learner_scores, test, learner, fold, test.probabilities[:, column]))
     for name, settings in ensembles.items():
-        learnt = learn(lesson(settings.stack_on), settings) if settings.learns else {}
-        scores.append(_rows(found, test, name, fold, combine(settings.method, learnt, test.probabilities)))
+        learnt = learn(training_stack(settings.stack_on), settings) if settings.learns else {}
+        scores.append(_score_table(learner_scores, test, name, fold, combine(settings.method, learnt, test.probabilities)))
         if settings.learns:
-            weights.append(_weights(found, test, name, fold, learnt))
+            weights.append(_weight_table(learner_scores, test, name, fold, learnt))
     return scores, weights
 
 
-def _joined(
-    found: LearnerScores,
+def _join(
+    learner_scores: LearnerScores,
     parts: list[tuple[list[pd.DataFrame], list[pd.DataFrame]]],
     ensembles: Mapping[str, "EnsembleSettings"],
     protocol: str,
 ) -> Judged:
-    scores, weights = ([table for part in parts for table in part[place]] for place in (0, 1))
+    scores, weights = ([table for part in parts for table in part[index]] for index in (0, 1))
     in_sample = [name for name, settings in ensembles.items() if settings.learns and settings.stack_on == "in_sample"]
-    protocols = dict.fromkeys([*found.learners, *ensembles], protocol) | dict.fromkeys(in_sample, IN_SAMPLE)
-    empty = pd.DataFrame(columns=[found.key, "model", "fold", "truth", *found.learners])
+    protocols = dict.fromkeys([*learner_scores.learners, *ensembles], protocol) | dict.fromkeys(in_sample, IN_SAMPLE)
+    empty = pd.DataFrame(columns=[learner_scores.key, "model", "fold", "truth", *learner_scores.learners])
     joined = pd.concat(weights, ignore_index=True) if weights else empty
     return Judged(pd.concat(scores, ignore_index=True), joined, protocols)
 
 
-def _rows(found: LearnerScores, test: Stack, model: str, fold: int, answer: np.ndarray) -> pd.DataFrame:
-    table = pd.DataFrame({found.key: test.ids, "model": model, "fold": fold})
-    return table.join(pd.DataFrame(answer, columns=list(found.classes)))
+def _score_table(learner_scores: LearnerScores, test: Stack, model: str, fold: int, prediction: np.ndarray) -> pd.DataFrame:
+    table = pd.DataFrame({learner_scores.key: test.ids, "model": model, "fold": fold})
+    return table.join(pd.DataFrame(prediction, columns=list(learner_scores.classes)))
 
 
-def _weights(found: LearnerScores, test: Stack, name: str, fold: int, learnt: Weights) -> pd.DataFrame:
-    truth = np.array(found.classes, dtype=object)[test.truth]
-    table = pd.DataFrame({found.key: test.ids, "model": name, "fold": fold, "truth": truth})
+def _weight_table(learner_scores: LearnerScores, test: Stack, name: str, fold: int, learnt: Weights) -> pd.DataFrame:
+    truth = np.array(learner_scores.classes, dtype=object)[test.truth]
+    table = pd.DataFrame({learner_scores.key: test.ids, "model": name, "fold": fold, "truth": truth})
     if "learners" in learnt:
-        of_each = np.broadcast_to(learnt["learners"], (len(test.ids), len(found.learners)))
+        learner_weights = np.broadcast_to(learnt["learners"], (len(test.ids), len(learner_scores.learners)))
     else:
-        of_each = flannel_weights(learnt, test.probabilities)
-    return table.join(pd.DataFrame(of_each, columns=list(found.learners)))
+        learner_weights = flannel_weights(learnt, test.probabilities)
+    return table.join(pd.DataFrame(learner_weights, columns=list(learner_scores.learners)))

@@ -1,4 +1,4 @@
-"""FLANNEL's weights of learners, its focal loss and its training on learners' scores; and what any ensemble may set.
+"""FLANNEL (its network, focal loss and training on learners' scores) and the settings of all ensemble methods.
 
 Qiao et al., FLANNEL (Focal Loss bAsed Neural Network EnsembLe) for COVID-19 detection, JAMIA 28(3), 2021; "Patched FLANNEL",
 section 2.3.
@@ -20,10 +20,11 @@ from kitlib.settings import AtLeastOne, Count, NotNegative, Positive, Settings, 
 
 
 class FlannelWeights(nn.Module):
-    """One weight an image and learner out of all pairs of the learners' probabilities: (K C)^2 K + K parameters.
+    """Network that weights each learner for each image from all pairwise products of the learners' probabilities.
 
     f is the concatenation of the K learners' C probabilities, W = tanh(linear(f f^T, row by row)), and the logits are the
-    sum over learners of W_k P_k. With probabilities on the simplex no softmax of these passes e^K / (e^K + C - 1).
+    sum over learners of W_k P_k. It has (K C)^2 K + K parameters. If the probabilities of each learner sum to 1, the softmax
+    of the logits is at most e^K / (e^K + C - 1).
     """
 
     def __init__(self, learners: int, classes: int) -> None:
@@ -31,61 +32,63 @@ class FlannelWeights(nn.Module):
         self.linear = nn.Linear((learners * classes) ** 2, learners)
 
     def weights(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """(n, K, C) in 0..1 -> (n, K) in -1..1."""
+        """Return the weight of each learner, (n, K) in -1..1, for probabilities (n, K, C)."""
         features = probabilities.flatten(1)
         pairs = features[:, :, None] * features[:, None, :]
         return torch.tanh(self.linear(pairs.flatten(1)))
 
     def forward(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """(n, K, C) -> logits (n, C)."""
+        """Return logits (n, C) for probabilities (n, K, C)."""
         return (self.weights(probabilities)[:, :, None] * probabilities).sum(dim=1)
 
 
 def focal_loss(logits: torch.Tensor, target: torch.Tensor, alpha: torch.Tensor, gamma: float) -> torch.Tensor:
-    """-alpha_y (1 - p_y)^gamma log p_y an image, (n,); Lin et al. 2017 (ICCV), equation 5, on a softmax.
+    """Return the focal loss of each image, (n,): -alpha_y (1 - p_y)^gamma log p_y, with p the softmax of the logits.
 
-    `logits` (n, C), `target` (n,) classes from 0, `alpha` (C,). Cross entropy at gamma 0. Finite, and so is its gradient,
-    where p_y rounds to 0 or 1.
+    `logits` (n, C), `target` (n,) class indices, `alpha` (C,) class weights. Lin et al. 2017 (ICCV), equation 5. It is the
+    weighted cross entropy if gamma is 0. The loss and its gradient are finite also if p_y rounds to 0 or 1.
     """
     log_p = logits.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
-    # At p = 1 the power's gradient would be infinite for a gamma below 1.
+    # The clamp keeps the gradient of the power finite at p = 1 if gamma is below 1.
     missed = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)
     return -alpha[target] * missed**gamma * log_p
 
 
 def class_weights(target: torch.Tensor, classes: int, kind: str) -> torch.Tensor:
-    """Alpha of each class (C,), from how often it occurs in `target`: N / (C n_c) "balanced", 1000 / n_c "published".
+    """Return the alpha of each class, (C,), from its frequency in `target`.
 
-    C counts the classes that occur; the weight of one that does not is 0, as nothing asks for it.
+    `kind` "balanced" gives N / (C n_c), where C counts the classes that occur; "published" gives 1000 / n_c. Classes that
+    do not occur get 0.
     """
     counts = torch.bincount(target, minlength=classes).to(torch.get_default_dtype())
-    there = counts > 0
-    total = 1000.0 if kind == "published" else len(target) / max(1, int(there.sum()))
-    return torch.where(there, total / counts.clamp(min=1), torch.zeros_like(counts))
+    occurs = counts > 0
+    total = 1000.0 if kind == "published" else len(target) / max(1, int(occurs.sum()))
+    return torch.where(occurs, total / counts.clamp(min=1), torch.zeros_like(counts))
 
 
 @dataclass(frozen=True)
 class EnsembleSettings(Settings):
-    """How learners become one answer. All but `method` and `stack_on` is of FLANNEL's training alone."""
+    """How to combine learners. All fields except `method` and `stack_on` apply to FLANNEL's training alone."""
 
-    # "vote" counts each learner's class; "weighted" is a mean with weights that sum to 1
+    # "vote": majority vote over each learner's most probable class; "weighted": mean with weights that sum to 1
     method: Literal["mean", "vote", "weighted", "flannel"] = "flannel"
-    # the scores it learns from; "in_sample": of the learners' own training images, as published
+    # the scores to train on; "in_sample": predictions of the learners' own training images, as published
     stack_on: Literal["out_of_fold", "in_sample"] = "out_of_fold"
-    gamma: NotNegative = 2.0  # of the focal loss; the papers give none, Lin et al. 2
-    alpha: Literal["balanced", "published"] = "balanced"  # weight of a class: N / (C n_c), or 1000 / n_c
-    reduction: Literal["mean", "sum"] = "mean"  # of the loss over a batch; the published code sums
-    start: Literal["equal", "random"] = "equal"  # weights before the first step; the published code starts at random
+    gamma: NotNegative = 2.0  # exponent of the focal loss; not stated in the FLANNEL papers, 2 in Lin et al.
+    alpha: Literal["balanced", "published"] = "balanced"  # class weight in the loss: N / (C n_c) or 1000 / n_c
+    reduction: Literal["mean", "sum"] = "mean"  # reduction of the loss over a batch; the published code uses the sum
+    start: Literal["equal", "random"] = "equal"  # initial learner weights; random in the published code
     learning_rate: Positive = 3e-3  # Adam
     weight_decay: NotNegative = 1e-4
     batch_size: AtLeastOne = 128
     epochs: AtLeastOne = 200
-    # epochs without a better loss on the held-out fold before training stops; 0: all epochs, nothing held out
+    # training stops after more than this many epochs without a lower held-out loss; 0: run all epochs, hold nothing out
     patience: Count = 20
-    seed: int = 0  # of order and random start
+    seed: int = 0  # seed of the row order, the held-out fold and the random start
 
     @property
     def learns(self) -> bool:
+        """Whether the method is trained: "weighted" and "flannel" are, "mean" and "vote" are not."""
         return self.method in ("weighted", "flannel")
 
 
@@ -94,8 +97,9 @@ ENSEMBLES = {
     "vote": EnsembleSettings(method="vote"),
     "weighted": EnsembleSettings(method="weighted"),
     "flannel": EnsembleSettings(),
-    "flannel_in_sample": EnsembleSettings(stack_on="in_sample"),  # the published fault alone, to see what it costs
-    # Values of the authors' code (github.com/qxiaobu/FLANNEL), in-sample stacking included.
+    # The kit's settings with the published fault of in-sample stacking, to measure what that fault costs.
+    "flannel_in_sample": EnsembleSettings(stack_on="in_sample"),
+    # Settings of the authors' code (github.com/qxiaobu/FLANNEL), including in-sample stacking.
     "flannel_published": EnsembleSettings(
         stack_on="in_sample",
         gamma=10.0,
@@ -110,51 +114,55 @@ ENSEMBLES = {
 
 
 def ensemble_settings(name: str, **overrides: object) -> EnsembleSettings:
-    """The settings of ENSEMBLES under `name`, changed. Raises SettingsError: an unknown name or field, a wrong value."""
+    """Return the settings ENSEMBLES[name] with `overrides` applied.
+
+    Raises SettingsError for an unknown name or field, or an invalid value.
+    """
     if name not in ENSEMBLES:
-        raise SettingsError(f"no ensemble is called {name!r}; there are: {', '.join(ENSEMBLES)}")
+        raise SettingsError(f"unknown ensemble {name!r}; valid names are: {', '.join(ENSEMBLES)}")
     return override(ENSEMBLES[name], **overrides)
 
 
 def train_flannel(
-    probabilities: np.ndarray, truth: np.ndarray, settings: EnsembleSettings, held: np.ndarray | None = None
+    probabilities: np.ndarray, truth: np.ndarray, settings: EnsembleSettings, held_out: np.ndarray | None = None
 ) -> tuple[dict[str, np.ndarray], list[float]]:
-    """Weights (`weight` (K, (K C)^2), `bias` (K,), float32) and the held-out loss after each epoch.
+    """Train FLANNEL; return its weights and the held-out loss after each epoch.
 
-    `probabilities` (n, K, C), `truth` (n,) classes from 0. Rows that `held` marks are not trained on: after each epoch the
-    loss is taken on them, training stops when it has not fallen for `patience` epochs, and the best epoch's weights are
-    kept. With patience 0, or none held, all rows and epochs serve and no loss is given. Raises ValueError without rows to
-    train on. Runs on the CPU; the same rows and settings give the same weights.
+    The weights are `weight` (K, (K C)^2) and `bias` (K,), float32. `probabilities` (n, K, C), `truth` (n,) class indices,
+    `held_out` (n,) bool. The held-out rows are not trained on: the loss on them is computed after each epoch, training stops
+    once it has not fallen for more than `patience` epochs, and the best epoch's weights are returned. If patience is 0 or no
+    row is held out, training uses all rows and epochs and the list of losses is empty. Raises ValueError if all rows are
+    held out. Runs on the CPU; the same rows and settings give the same weights.
     """
-    held = np.zeros(len(truth), bool) if held is None or not settings.patience else np.asarray(held, bool)
-    if held.all():
-        raise ValueError(f"FLANNEL's weights have no rows to train on: of {len(truth)}, {int(held.sum())} are held out")
+    held_out = np.zeros(len(truth), bool) if held_out is None or not settings.patience else np.asarray(held_out, bool)
+    if held_out.all():
+        raise ValueError(f"FLANNEL has no rows to train on: {int(held_out.sum())} of {len(truth)} rows are held out")
     scores, target = torch.as_tensor(probabilities, dtype=torch.float32), torch.as_tensor(truth, dtype=torch.long)
-    alpha = class_weights(target[~held], scores.shape[2], settings.alpha)
-    train, validation = (scores[~held], target[~held]), (scores[held], target[held])
+    alpha = class_weights(target[~held_out], scores.shape[2], settings.alpha)
+    train, validation = (scores[~held_out], target[~held_out]), (scores[held_out], target[held_out])
     losses: list[float] = []
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(settings.seed)
-        model = _beginning(scores.shape[1], scores.shape[2], settings)
+        model = _initial_model(scores.shape[1], scores.shape[2], settings)
         rate, decay = settings.learning_rate, settings.weight_decay
         optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=decay, fused=True)
-        best, since = copy.deepcopy(model.linear.state_dict()), 0  # epochs since the best
+        best, epochs_since_best = copy.deepcopy(model.linear.state_dict()), 0
         for _ in range(settings.epochs):
-            _epoch(model, optimizer, train, alpha, settings)
-            if held.any():
+            _train_epoch(model, optimizer, train, alpha, settings)
+            if held_out.any():
                 with torch.no_grad():
                     losses.append(float(focal_loss(model(validation[0]), validation[1], alpha, settings.gamma).mean()))
-                since = len(losses) - 1 - int(np.argmin(losses))
-                if since > settings.patience:
+                epochs_since_best = len(losses) - 1 - int(np.argmin(losses))
+                if epochs_since_best > settings.patience:
                     break
-            if not since:
+            if not epochs_since_best:
                 best = copy.deepcopy(model.linear.state_dict())
     return {name: best[name].numpy() for name in ("weight", "bias")}, losses
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Matrices this small cost threads far more than they gain, most of all on busy cores."""
+    """Run the block with a single torch thread: threads slow down matrices this small, most of all on busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -163,7 +171,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _beginning(learners: int, classes: int, settings: EnsembleSettings) -> FlannelWeights:
+def _initial_model(learners: int, classes: int, settings: EnsembleSettings) -> FlannelWeights:
     model = FlannelWeights(learners, classes)
     if settings.start == "equal":
         torch.nn.init.zeros_(model.linear.weight)
@@ -171,14 +179,14 @@ def _beginning(learners: int, classes: int, settings: EnsembleSettings) -> Flann
     return model
 
 
-def _epoch(
+def _train_epoch(
     model: FlannelWeights,
     optimizer: torch.optim.Optimizer,
     rows: tuple[torch.Tensor, torch.Tensor],
     alpha: torch.Tensor,
     settings: EnsembleSettings,
 ) -> None:
-    # A plain loop: with a network this small, a step under pytorch-lightning takes many times as long as the network.
+    # A plain loop: for a network this small, pytorch-lightning's overhead per step is many times the step itself.
     for chosen in torch.randperm(len(rows[1])).split(settings.batch_size):
         loss = focal_loss(model(rows[0][chosen]), rows[1][chosen], alpha, settings.gamma)
         optimizer.zero_grad()

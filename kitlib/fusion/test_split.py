@@ -1,4 +1,4 @@
-"""Learners' scores of the images of the split "test", which chose neither an epoch nor a weight nor a temperature."""
+"""Learners' scores of the split "test", whose images have not been used to choose an epoch, a weight or a temperature."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from kitlib.errors import FusionError
 from kitlib.fusion.stacking import LearnerScores, gather
 from kitlib.tables import check_table, class_columns
 
-ALL_FOLDS = -1  # in the column `fold` of an answer that is of several folds' models together
+ALL_FOLDS = -1  # value of the column `fold` for predictions that combine the models of several folds
 
 
 @dataclass(frozen=True)
 class TestSplitScores:
-    """Checked scores of test images, made by `gather_test_split`.
+    """Checked scores of test images, as `gather_test_split` returns them.
 
-    `rows` is a table class_scores, a row an image, learner and fold. `means` holds each learner's mean over its models,
-    under the fold ALL_FOLDS. `left_out` counts the images with scores that do not count: their patient is in a fold.
+    `rows` is a table class_scores, one row per image, learner and fold. `means` holds each learner's mean over its models,
+    with the fold ALL_FOLDS. `left_out` counts the images that are excluded because their patient also has images in a fold.
     """
 
     rows: pd.DataFrame
@@ -26,78 +26,96 @@ class TestSplitScores:
 
 
 def gather_test_split(
-    tables: Iterable[pd.DataFrame], found: LearnerScores, images: pd.DataFrame, labels: pd.DataFrame, folds: pd.DataFrame
+    tables: Iterable[pd.DataFrame],
+    learner_scores: LearnerScores,
+    images: pd.DataFrame,
+    labels: pd.DataFrame,
+    folds: pd.DataFrame,
 ) -> TestSplitScores | None:
-    """Check the learners' test scores (tables class_scores) against each other and against `found`; None without any.
+    """Join the learners' test scores (tables class_scores) and check them against the out-of-fold scores.
 
-    An image whose patient is in a fold is left out: that fold's images have chosen something. Raises FusionError: a learner
-    or one of its folds without test scores, models of unlike images, images that are not of the split "test", other classes
-    than the out-of-fold scores have, and all that kitlib.fusion.stacking.gather refuses.
+    Returns None if there are no test scores. Images of patients who also have images in a fold are excluded: models were
+    trained or chosen on these patients. Raises FusionError if a learner or one of its folds has no test scores, if models
+    have predicted different images, images that are not of the split "test", or classes other than the out-of-fold ones, and
+    for all scores that kitlib.fusion.stacking.gather refuses.
     """
     tables = [check_table(table, "class_scores") for table in tables if len(table)]
     if not tables:
         return None
-    classes = list(found.classes)
+    classes = list(learner_scores.classes)
     for table in tables:
-        there = class_columns(table, "class_scores")
-        if set(there) != set(classes):
-            told = f"the classes {', '.join(there)}, and {', '.join(classes)} out of fold"
-            raise FusionError(f"test images: {table['model'].iloc[0]} has {told}; train it again")
+        table_classes = class_columns(table, "class_scores")
+        if set(table_classes) != set(classes):
+            difference = f"the classes {', '.join(table_classes)}, but {', '.join(classes)} in its out-of-fold scores"
+            raise FusionError(f"test images: {table['model'].iloc[0]} has {difference}; train it again")
     rows = pd.concat(tables, ignore_index=True)[["image_id", "model", "fold", *classes]]
-    _check_models(rows, found)
-    left_out, rows, test = _of_other_patients(rows, images, folds)
+    _check_models(rows, learner_scores)
+    left_out, rows, test = _exclude_fold_patients(rows, images, folds)
     _check_images(rows)
     if rows[classes].isna().any(axis=None):
         row = rows[rows[classes].isna().any(axis=1)].iloc[0]
-        raise FusionError(f"test images: {row['model']} has a NaN among its scores, first {row['image_id']}")
-    # A learner of nested folds that lies in several runs has a row of each.
+        raise FusionError(f"test images: {row['model']} has NaN scores, first {row['image_id']}; train it again")
+    # A learner with nested folds can be spread over several runs, each with its own row of a fold.
     rows = rows.groupby(["image_id", "model", "fold"], as_index=False, sort=False)[classes].mean()
     means = rows.groupby(["image_id", "model"], as_index=False)[classes].mean().assign(fold=ALL_FOLDS)
-    in_order = [means[means["model"] == name] for name in found.learners]
+    ordered = [means[means["model"] == name] for name in learner_scores.learners]
     try:
-        gathered = gather(in_order, images, labels, pd.DataFrame({"id": sorted(test), "fold": ALL_FOLDS}))
+        gathered = gather(ordered, images, labels, pd.DataFrame({"id": sorted(test), "fold": ALL_FOLDS}))
     except FusionError as error:
         raise FusionError(f"test images: {error}") from error
     return TestSplitScores(rows.reset_index(drop=True), gathered, left_out)
 
 
-def _check_models(rows: pd.DataFrame, found: LearnerScores) -> None:
-    """The same learners and folds as out of fold: an ensemble learns what each is worth from just these models."""
-    here, there = (set(zip(table["model"], table["fold"], strict=True)) for table in (rows, found.rows))
-    if here != there:
-        learner, fold = min(here ^ there)
-        has, lacks = ("test", "out-of-fold") if (learner, fold) in here else ("out-of-fold", "test")
+def _check_models(rows: pd.DataFrame, learner_scores: LearnerScores) -> None:
+    """Raise FusionError unless test and out-of-fold scores have the same learners and folds.
+
+    An ensemble's weights were trained for exactly these models.
+    """
+    test_models, fold_models = (
+        set(zip(table["model"], table["fold"], strict=True)) for table in (rows, learner_scores.rows)
+    )
+    if test_models != fold_models:
+        learner, fold = min(test_models ^ fold_models)
+        has, lacks = ("test", "out-of-fold") if (learner, fold) in test_models else ("out-of-fold", "test")
         raise FusionError(
-            f"test images: {learner} has {has} scores of fold {fold} and no {lacks} ones; name runs of one prepared run, or "
-            "train it again"
+            f"test images: {learner} has {has} scores of fold {fold} but no {lacks} ones; name runs trained on the "
+            "same prepared run, or train it again"
         )
 
 
-def _of_other_patients(rows: pd.DataFrame, images: pd.DataFrame, folds: pd.DataFrame) -> tuple[int, pd.DataFrame, set[str]]:
-    """How many images of patients in folds are left out, the other rows, and all test images that might have one."""
+def _exclude_fold_patients(
+    rows: pd.DataFrame, images: pd.DataFrame, folds: pd.DataFrame
+) -> tuple[int, pd.DataFrame, set[str]]:
+    """Exclude test images of patients who have images in a fold.
+
+    Returns the number of excluded images, the remaining rows, and the ids of all test images that are not excluded. Raises
+    FusionError for scores of images that are not in the split "test".
+    """
     test = images[images["split"] == "test"] if "split" in images else images.iloc[:0]
-    strange = rows.loc[~rows["image_id"].isin(test["image_id"]) | rows["image_id"].isin(folds["id"]), "image_id"]
-    if len(strange):
+    unknown = rows.loc[~rows["image_id"].isin(test["image_id"]) | rows["image_id"].isin(folds["id"]), "image_id"]
+    if len(unknown):
         raise FusionError(
-            f"test images: {strange.nunique()} ids with test scores are not of the split test, first {strange.iloc[0]}; "
-            "name the learners' prepared run"
+            f"test images: {unknown.nunique()} ids with test scores are not of the split test, first {unknown.iloc[0]}; "
+            "name the prepared run that the learners were trained on"
         )
-    inside = images.loc[images["image_id"].isin(folds["id"]), "patient_id"]
-    known = test.loc[test["patient_id"].isin(inside), "image_id"]
-    left_out = rows["image_id"].isin(known)
-    return rows.loc[left_out, "image_id"].nunique(), rows[~left_out], set(test["image_id"]) - set(known)
+    fold_patients = images.loc[images["image_id"].isin(folds["id"]), "patient_id"]
+    excluded = test.loc[test["patient_id"].isin(fold_patients), "image_id"]
+    left_out = rows["image_id"].isin(excluded)
+    return rows.loc[left_out, "image_id"].nunique(), rows[~left_out], set(test["image_id"]) - set(excluded)
 
 
 def _check_images(rows: pd.DataFrame) -> None:
-    """The same images for every model: a mean over fewer of them would be worth less."""
+    """Raise FusionError unless all models have predicted the same images, as means over fewer models are worse."""
     if rows.empty:
-        raise FusionError("test images: the patients of all of them are in folds too; put patients aside (test_share)")
-    of_each = rows.groupby(["model", "fold"], sort=False)["image_id"].agg(frozenset)
-    (learner, fold), most = max(of_each.items(), key=lambda each: len(each[1]))
-    for (name, number), there in of_each.items():
-        if there != most:
-            first = min(there ^ most)
+        raise FusionError(
+            "test images: all of their patients also have images in the folds; set test_share to reserve test patients"
+        )
+    image_ids = rows.groupby(["model", "fold"], sort=False)["image_id"].agg(frozenset)
+    (learner, fold), largest = max(image_ids.items(), key=lambda item: len(item[1]))
+    for (name, number), ids in image_ids.items():
+        if ids != largest:
+            first = min(ids ^ largest)
             raise FusionError(
-                f"test images: {name}, fold {number}, has {len(there)} scores and {learner}, fold {fold}, {len(most)}: "
-                f"{first} is not in both; let each predict the same images (limit_validation)"
+                f"test images: {name}, fold {number}, has {len(ids)} scores, but {learner}, fold {fold}, has "
+                f"{len(largest)}: only one of them predicted {first}; train both with the same limit_validation"
             )

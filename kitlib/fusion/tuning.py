@@ -1,4 +1,4 @@
-"""Chooses FusionSettings on out-of-fold predictions by the competition's score, one setting after the other."""
+"""Tunes FusionSettings on out-of-fold predictions for the competition's score, one setting after the other."""
 
 import logging
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from kitlib.tables import BOX
 
 logger = logging.getLogger(__name__)
 
-LEAST_GAIN = 1e-4  # of the score; less is the noise of the images at hand
+LEAST_GAIN = 1e-4  # smallest gain in score that a change must reach; smaller gains are noise
 MODEL_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0)
 BOX_CONFIDENCES = ("avg", "max", "box_and_model_avg")
 BOX_IOUS = (0.45, 0.5, 0.55, 0.6, 0.65, 0.7)  # published: 0.55 to 0.625
-BOX_METHODS = ("wbf", "nms")  # soft_nms and nmw take too long to be tried on thousands of images
-# Weights of NONE_PARTS: each alone, the published mixtures (3rd place 0.7 and 0.3, 11th half and half) and others like them.
+BOX_METHODS = ("wbf", "nms")  # soft_nms and nmw are too slow to try on thousands of images
+# Weights of NONE_PARTS: each part alone, the published mixtures (3rd place 0.7 and 0.3, 11th 0.5 and 0.5) and similar ones.
 NONE_MIXTURES = (
     (1.0, 0.0, 0.0, 0.0),
     (0.0, 1.0, 0.0, 0.0),
@@ -43,40 +43,40 @@ OPACITY_POWERS = (0.0, 0.1, 0.16 / 0.84, 0.3, 0.4, 0.6, 0.8, 1.0)
 NEGATIVE_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 Change = Callable[[FusionSettings, Any], FusionSettings]
-Grid = tuple[str, Change, tuple[Any, ...]]  # name of the step, how a value changes the settings, the values
+Grid = tuple[str, Change, tuple[Any, ...]]  # name of the step, function that applies a value to the settings, values to try
 
 
 def tune(judge: "Judge", rounds: int = 2) -> tuple[FusionSettings, pd.DataFrame]:
-    """The best FusionSettings, and a table of steps: step, setting (as chosen), score, gain; the first row is the default.
+    """Find the best FusionSettings; return them and a table of steps: step, setting (the chosen value), score, gain.
 
-    Each step tries a grid for one setting and keeps the best value if the score gains LEAST_GAIN by it; the calibration of
-    box scores is fitted to the same images, and kept on the same condition. Up to `rounds` go over them until none gains;
-    how boxes meet is tried in the first alone, being slow. `box_min_score` and `box_limit` are never tuned: they cut what is
-    too weak or too much to matter. The last score is too good, as it is of the predictions that the settings were chosen on;
-    see `cross_fit`.
+    The first row is the default. Each step tries a grid of values for one setting and keeps the best one if it raises the
+    score by at least LEAST_GAIN; the calibration of box scores is fitted to the same images and kept on the same condition.
+    Up to `rounds` rounds go over all settings, until a round gains nothing; box fusion, which is slow, is tuned in the first
+    round alone. `box_min_score` and `box_limit` are never tuned, because the boxes that they drop hardly affect the score.
+    The final score is optimistic, as the settings were chosen on the same predictions; see `cross_fit`.
     """
-    return _climb(judge, judge.truth, rounds)
+    return _hill_climb(judge, judge.truth, rounds)
 
 
 def cross_fit(judge: "Judge", rounds: int = 2) -> pd.DataFrame:
-    """What `tune` can expect of new images: a row a fold with fold, images, default and cross_fitted.
+    """Estimate the score of tuned settings on new images; return one row per fold: fold, images, default, cross_fitted.
 
-    `cross_fitted` is the score 0..1 of the fold's images under settings tuned on the other folds, `default` that under the
-    untuned ones; no rows with fewer than two folds. Each fold is scored alone: settings of different folds put scores on
-    different scales, and sorting these together would judge the mixture. Boxes are fused once for each way that `tune` or
-    any fold tries, so it takes as long as `tune` where the folds agree, and up to as many times that as there are folds
-    where none do.
+    `cross_fitted` is the score (0..1) of the fold's images under settings tuned on the other folds, `default` the score
+    under the untuned settings. There are no rows if there are fewer than two folds. Each fold is scored alone, because
+    settings of different folds put scores on different scales, which cannot be ranked together. Boxes are fused once for
+    each combination of box settings that `tune` or any fold tries, so the run time is that of `tune` if the folds choose
+    alike, and up to the number of folds times that if they do not.
     """
     numbers, rows = sorted(set(judge.images["fold"])), []
     for fold in numbers if len(numbers) > 1 else []:
-        held = judge.images["fold"] == fold
-        settings, _ = _climb(judge, judge.truth_of(~held), rounds)
-        truth = judge.truth_of(held)
-        rows.append((fold, int(held.sum()), judge.score(FusionSettings(), truth), judge.score(settings, truth)))
+        is_in_fold = judge.images["fold"] == fold
+        settings, _ = _hill_climb(judge, judge.truth_of(~is_in_fold), rounds)
+        truth = judge.truth_of(is_in_fold)
+        rows.append((fold, int(is_in_fold.sum()), judge.score(FusionSettings(), truth), judge.score(settings, truth)))
     return pd.DataFrame(rows, columns=["fold", "images", "default", "cross_fitted"])
 
 
-def _climb(judge: "Judge", truth: Truth, rounds: int) -> tuple[FusionSettings, pd.DataFrame]:
+def _hill_climb(judge: "Judge", truth: Truth, rounds: int) -> tuple[FusionSettings, pd.DataFrame]:
     settings = FusionSettings()
     best = judge.score(settings, truth)
     calibration = judge.calibration(truth)
@@ -90,7 +90,7 @@ def _climb(judge: "Judge", truth: Truth, rounds: int) -> tuple[FusionSettings, p
             value = max(tried, key=tried.__getitem__)
             gain = tried[value] - best
             if gain < LEAST_GAIN:
-                rows.append((f"{len(rows)} {name}", "as it was", best, 0.0))
+                rows.append((f"{len(rows)} {name}", "unchanged", best, 0.0))
             else:
                 settings, best = candidates[value], tried[value]
                 rows.append((f"{len(rows)} {name}", str(value), best, gain))
@@ -101,11 +101,11 @@ def _climb(judge: "Judge", truth: Truth, rounds: int) -> tuple[FusionSettings, p
 
 
 class Judge:
-    """The competition score of settings. Boxes are fused and matched once for each way to fuse them.
+    """Computes the competition score of FusionSettings, and caches the fused and matched boxes of each box setting.
 
-    Scored are the images of `folds` that every classifier has predicted and every detector covered, without those marked
-    `false_none`. Raises FusionError for predictions that are not out of fold, detections without coverage, and where no
-    image is left.
+    The score is that of the images of `folds` that every classifier and every detector has predicted, without those marked
+    `false_none`. Raises FusionError for predictions that are not out-of-fold, for detections without coverage, and if no
+    image remains.
     """
 
     def __init__(
@@ -127,40 +127,40 @@ class Judge:
         self.coverage, self.workers = coverage, workers
         self.labels, self.boxes = labels, boxes
         self.truth = truth_of(images, labels, boxes)
-        # Every detector has covered every image, so weights make no difference to what was seen.
+        # Every detector has predicted every remaining image, so this mask is the same for all weights.
         self.seen = seen_images(self.detections, images, FusionSettings(), coverage)
         self.merged: dict[tuple[Any, ...], tuple[pd.DataFrame, np.ndarray]] = {}
-        self.raw_hits: np.ndarray | None = None  # which of the detections, as they came, lie on a true box
+        self.raw_hits: np.ndarray | None = None  # mask of the detections, before fusion, that match a true box
         self.averaged: dict[tuple[float, ...], tuple[pd.DataFrame, pd.DataFrame]] = {}
         self.classifiers = sorted({*self.study_scores["model"], *self.image_scores["model"]})
         self.detectors = sorted(set(coverage["model"]))
 
     def truth_of(self, chosen: pd.Series) -> Truth:
-        """The truth of some of `images`, a bool a row."""
+        """Return the ground truth of the rows of `images` that the boolean mask `chosen` selects."""
         return truth_of(self.images[chosen], self.labels, self.boxes)
 
     def score(self, settings: FusionSettings, truth: Truth) -> float:
-        """Of the images of `truth`, which are some of `images`."""
+        """Return the competition score of `settings` on the images of `truth`, a subset of `images`."""
         fused, matches = self.fuse(settings)
         return score_tables(truth, fused.studies, fused.nones, fused.detections, matches)["score"]
 
     def fuse(self, settings: FusionSettings) -> tuple[Fused, np.ndarray]:
-        """The answer for all images, and the true box of each detection."""
-        found, matches = self._boxes(settings)
-        return combine(*self._probabilities(settings), found, self.seen, self.images, settings), matches
+        """Return the fused predictions for all images, and for each detection the row of its true box (-1: none)."""
+        boxes, matches = self._boxes(settings)
+        return combine(*self._probabilities(settings), boxes, self.seen, self.images, settings), matches
 
     def calibration(self, truth: Truth) -> dict[str, tuple[float, float]]:
-        """What makes a detector's scores probabilities, learnt on the images of `truth`; not of those that teach nothing."""
+        """Fit each detector's calibration (slope, offset) on the images of `truth`; detectors without a fit are omitted."""
         if self.raw_hits is None:
             self.raw_hits = self._match(self.detections) >= 0
-        lines = {}
+        calibration = {}
         for model in self.detectors:
             chosen = (self.detections["model"] == model) & self.detections["image_id"].isin(truth.image_ids)
-            chosen &= self.detections["score"] >= FusionSettings().box_min_score  # others are never fused
-            line = fit_calibration(self.detections.loc[chosen, "score"], self.raw_hits[chosen])
-            if line:
-                lines[model] = line
-        return lines
+            chosen &= self.detections["score"] >= FusionSettings().box_min_score  # lower scores are never fused
+            coefficients = fit_calibration(self.detections.loc[chosen, "score"], self.raw_hits[chosen])
+            if coefficients:
+                calibration[model] = coefficients
+        return calibration
 
     def _probabilities(self, settings: FusionSettings) -> tuple[pd.DataFrame, pd.DataFrame]:
         key = tuple(settings.weight(model) for model in self.classifiers)
@@ -172,24 +172,25 @@ class Judge:
     def _boxes(self, settings: FusionSettings) -> tuple[pd.DataFrame, np.ndarray]:
         weights = [settings.weight(model) for model in self.detectors]
         key: tuple[Any, ...] = tuple(weight / max(weights) for weight in weights), tuple(settings.calibration.items())
-        if np.count_nonzero(weights) > 1:  # boxes of one detector meet no others
+        if np.count_nonzero(weights) > 1:  # a single detector's boxes are not merged, so these settings do not matter
             key += settings.box_method, settings.box_iou, settings.box_confidence if settings.box_method == "wbf" else ""
         if key not in self.merged:
-            found = fuse_boxes(self.detections, self.images, settings, self.coverage, self.workers)
-            self.merged[key] = found, self._match(found)
+            boxes = fuse_boxes(self.detections, self.images, settings, self.coverage, self.workers)
+            self.merged[key] = boxes, self._match(boxes)
         return self.merged[key]
 
-    def _match(self, found: pd.DataFrame) -> np.ndarray:
-        """The row of the true box that each of `found` (n,) belongs to, -1 where there is none."""
+    def _match(self, boxes: pd.DataFrame) -> np.ndarray:
+        """Return for each detection (n,) the row of the true box that it matches, or -1."""
         images, true = pd.Index(self.truth.image_ids), self.truth.boxes
-        place, true_place = images.get_indexer(found["image_id"]), images.get_indexer(true["image_id"])
-        return match_boxes(place, found[list(BOX)], true_place, true[list(BOX)])
+        box_image, true_box_image = images.get_indexer(boxes["image_id"]), images.get_indexer(true["image_id"])
+        return match_boxes(box_image, boxes[list(BOX)], true_box_image, true[list(BOX)])
 
 
 def _box_grids(detectors: list[str], calibration: dict[str, tuple[float, float]]) -> list[Grid]:
-    """How the boxes of several detectors meet; each value costs a fusion of all boxes, ten times what other steps cost.
+    """Return the grids of box fusion; each value needs a fusion of all boxes, ten times the cost of other steps.
 
-    One detector has its scores calibrated alone: what lowers them by `none`, or makes a `none` of them, gains by that too.
+    A single detector has the grid of its calibration alone: rescoring by `none`, and `none` from box scores, also profit
+    from calibrated scores.
     """
     first: list[Grid] = [("calibration", _calibrate(calibration), ("fitted",))] if calibration else []
     if len(detectors) < 2:
@@ -229,7 +230,7 @@ def _mix_none(settings: FusionSettings, weights: tuple[float, ...]) -> FusionSet
 def _weigh(model: str, models: list[str]) -> Change:
     def change(settings: FusionSettings, weight: float) -> FusionSettings:
         changed = replace(settings, model_weights={**settings.model_weights, model: weight})
-        # The last model must stay, and a weight of 1 is no change.
+        # At least one model must keep a weight, and setting the current weight is no change.
         alone = not any(changed.weight(other) for other in models)
         return settings if alone or weight == settings.weight(model) else changed
 
@@ -244,28 +245,31 @@ def _scored_images(
     images: pd.DataFrame,
     folds: pd.DataFrame,
 ) -> pd.DataFrame:
-    """The images, with their fold, that every model has predicted. Raises FusionError as Judge does."""
+    """Return the images that every model has predicted, with their fold. Raises FusionError as described at Judge."""
     runs = ["image_id", "model", "fold"]
     uncovered = detections[~pd.MultiIndex.from_frame(detections[runs]).isin(pd.MultiIndex.from_frame(coverage[runs]))]
     if len(uncovered):
         row = uncovered.iloc[0]
         raise FusionError(
-            f"{len(uncovered)} detections are of images that their coverage lacks, first {row.image_id} by {row.model} "
-            f"of fold {row.fold}; give the coverage of the same runs"
+            f"{len(uncovered)} detections are of images that the coverage table lacks, first {row.image_id} by {row.model} "
+            f"of fold {row.fold}; use the coverage of the same runs"
         )
     images = images.drop(columns="fold", errors="ignore").merge(folds.rename(columns={"id": "image_id"}), on="image_id")
     if "false_none" in images:
         images = images[~images["false_none"].astype(bool)]
-    kept = pd.Series(True, images.index)
+    is_scored = pd.Series(True, images.index)
     for key, table in (("study_id", study_scores), ("image_id", image_scores), ("image_id", coverage)):
-        own = images[[key, "fold"]].drop_duplicates()
-        beside = table[[key, "model", "fold"]].merge(own, on=key, suffixes=("", "_own"))
-        wrong = beside[beside["fold"] != beside["fold_own"]]
+        image_folds = images[[key, "fold"]].drop_duplicates()
+        predictions = table[[key, "model", "fold"]].merge(image_folds, on=key, suffixes=("", "_own"))
+        wrong = predictions[predictions["fold"] != predictions["fold_own"]]
         if len(wrong):
             row = wrong.iloc[0]
-            raise FusionError(f"{key} {row[key]} of fold {row.fold_own} was seen by {row.model} of fold {row.fold}")
+            raise FusionError(
+                f"{key} {row[key]} belongs to fold {row.fold_own}, but was predicted by {row.model} of fold {row.fold}, "
+                "which was trained on it; use out-of-fold predictions"
+            )
         for _, ids in table.groupby("model")[key]:
-            kept &= images[key].isin(ids)
-    if not kept.any():
-        raise FusionError("no image has predictions of every model; give runs of folds that all models were trained for")
-    return images[kept].reset_index(drop=True)
+            is_scored &= images[key].isin(ids)
+    if not is_scored.any():
+        raise FusionError("no image has predictions of every model; name runs whose models were trained on the same folds")
+    return images[is_scored].reset_index(drop=True)

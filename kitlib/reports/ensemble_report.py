@@ -48,7 +48,7 @@ def out_of_fold_temperature(kept: Ensemble, found: LearnerScores) -> float:
     Weights that were learnt from these very images count as if they were of others: where there are several folds, the
     temperature of `cross_scaled_scores` is to be preferred.
     """
-    lesson = found.everything()
+    lesson = found.full_stack()
     return fit_temperature(combine(kept.method, kept.weights, lesson.probabilities), lesson.truth)
 
 

@@ -1,4 +1,4 @@
-"""An ensemble returns from disk as it went, and damaged or strange bundles are refused."""
+"""Ensemble bundles: reading returns what was written; damaged and invalid bundles are refused."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def scores(sick: dict[tuple[str, str, int], float]) -> pd.DataFrame:
         flannel(method="weighted", weights={"learners": np.array([0.25, 0.75])}),
     ],
 )
-def test_it_returns_from_disk_as_it_went(ensemble, tmp_path):
+def test_reading_returns_the_ensemble_that_was_written(ensemble, tmp_path):
     write_ensemble(tmp_path, ensemble)
     back = read_ensemble(tmp_path)
     assert replace(back, weights={}) == replace(ensemble, weights={})
@@ -47,7 +47,7 @@ def test_it_returns_from_disk_as_it_went(ensemble, tmp_path):
     assert all(np.array_equal(back.weights[name], each) for name, each in ensemble.weights.items())
 
 
-def test_applied_it_is_the_combination_of_the_means_over_folds_and_a_missing_learner_costs_only_its_rows():
+def test_apply_combines_the_means_over_folds_and_averages_rows_that_lack_a_learner():
     table = scores(
         {
             ("b", "two", 0): 0.1,
@@ -66,7 +66,7 @@ def test_applied_it_is_the_combination_of_the_means_over_folds_and_a_missing_lea
     np.testing.assert_allclose(found.loc["b", list(CLASSES)].to_numpy(float), whole[0], atol=1e-12)
     np.testing.assert_allclose(found.loc[["a", "c"], "sick"].to_numpy(), [0.3, 0.2])
     assert len(apply_ensemble(ensemble, table[:0])) == 0
-    with pytest.raises(BundleError, match="the scores lack well"):
+    with pytest.raises(BundleError, match=r"the scores lack the column\(s\) well"):
         apply_ensemble(ensemble, table.drop(columns="well"))
 
 
@@ -93,16 +93,16 @@ def damage(folder, fault):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("missing", r"weights\.safetensors is missing; in .*Name the `ensemble` folder of a run of notebook 65"),
-        ("other weights", "has SHA-256 .* promises another; copy both again"),
-        ("no json", "is no JSON"),
-        ("unknown key", "does not hold name, method, learners"),
-        ("type", "temperature is 1, wanted float"),
-        ("learners", r"flannel of 3 learners and 2 classes has the weights .*\(3, 36\).* not .*\(2, 16\)"),
-        ("method", "method is 'median'; there are: mean, vote, weighted, flannel"),
+        ("missing", r"weights\.safetensors is missing; .*Name the `ensemble` folder of a run of notebook 65"),
+        ("other weights", "has SHA-256 .*, but ensemble.json records .*; copy both again"),
+        ("no json", "is not valid JSON"),
+        ("unknown key", "must have exactly the keys name, method, learners"),
+        ("type", "temperature is 1, expected float"),
+        ("learners", r"flannel of 3 learners and 2 classes needs weights .*\(3, 36\).* but the bundle has .*\(2, 16\)"),
+        ("method", "method is 'median'; valid methods are: mean, vote, weighted, flannel"),
     ],
 )
-def test_what_cannot_be_trusted_is_refused(fault, message, tmp_path):
+def test_damaged_bundles_are_refused(fault, message, tmp_path):
     write_ensemble(tmp_path, flannel())
     damage(tmp_path, fault)
     with pytest.raises(BundleError, match=message):
@@ -112,13 +112,13 @@ def test_what_cannot_be_trusted_is_refused(fault, message, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"key": "patient_id"}, "key is 'patient_id'; there are: image_id, study_id"),
-        ({"learners": ("one", "one")}, "none may be twice"),
-        ({"temperature": 0.0}, "temperature is 0.0, wanted more than 0"),
+        ({"key": "patient_id"}, "key is 'patient_id'; valid keys are: image_id, study_id"),
+        ({"learners": ("one", "one")}, "without duplicates"),
+        ({"temperature": 0.0}, "temperature is 0.0, expected a finite number above 0"),
         ({"weights": {"weight": np.full((2, 16), np.nan), "bias": np.zeros(2)}}, "a weight is not finite"),
     ],
 )
-def test_nonsense_is_not_written(fields, message, tmp_path):
+def test_invalid_ensembles_are_not_written(fields, message, tmp_path):
     with pytest.raises(BundleError, match=message):
         write_ensemble(tmp_path, flannel(**fields))
     assert not list(tmp_path.iterdir())

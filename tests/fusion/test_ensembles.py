@@ -1,4 +1,4 @@
-"""Each method against loops or closed forms; and what is judged, learnt only from what it may be learnt from."""
+"""Ensemble methods, compared with loops and closed forms; evaluation by fold does not leak the evaluated fold."""
 
 import numpy as np
 import pandas as pd
@@ -11,8 +11,8 @@ from kitlib.errors import FusionError
 from kitlib.fusion.ensembles import (
     IN_SAMPLE,
     TIE,
+    choose_held_out,
     combine,
-    held_out,
     judge_ensembles,
     majority_vote,
     simplex_weights,
@@ -29,7 +29,7 @@ def drawn(n, learners, classes, seed=0) -> np.ndarray:
 
 
 def flannel_by_loops(weight, bias, image) -> list[float]:
-    """One image (K, C), number by number, as the paper writes it."""
+    """Return FLANNEL's probabilities (C,) of one image (K, C), computed by loops as the paper writes them."""
     learners, classes = len(image), len(image[0])
     features = [image[k][c] for k in range(learners) for c in range(classes)]
     logits = [0.0] * classes
@@ -44,7 +44,7 @@ def flannel_by_loops(weight, bias, image) -> list[float]:
 
 
 @pytest.mark.parametrize(("learners", "classes"), [(5, 4), (2, 3), (1, 2)])
-def test_flannels_forward_is_that_of_loops_and_of_the_module(learners, classes):
+def test_numpy_flannel_equals_the_loops_and_the_torch_module(learners, classes):
     torch.manual_seed(learners)
     model, found = FlannelWeights(learners, classes), drawn(6, learners, classes)
     learnt = {name: each.detach().numpy() for name, each in model.linear.named_parameters()}
@@ -59,7 +59,7 @@ def test_flannels_forward_is_that_of_loops_and_of_the_module(learners, classes):
 
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(2, 5), st.integers(0, 999))
 @settings(max_examples=50)
-def test_every_method_gives_rows_on_the_simplex_and_does_not_heed_the_order_of_learners(n, learners, classes, seed):
+def test_rows_sum_to_1_and_do_not_depend_on_the_order_of_learners(n, learners, classes, seed):
     found, order = drawn(n, learners, classes, seed), np.random.default_rng(seed).permutation(learners)
     shares = np.random.default_rng(seed).dirichlet(np.ones(learners))
     for method, learnt, permuted in (
@@ -74,14 +74,14 @@ def test_every_method_gives_rows_on_the_simplex_and_does_not_heed_the_order_of_l
     np.testing.assert_allclose(vote_shares(found).sum(axis=1), 1, atol=1e-12)
 
 
-def test_a_weighted_mean_of_certain_learners_is_no_more_than_certain():
+def test_a_weighted_mean_does_not_exceed_1_if_the_weights_do():
     weights = np.array([0.1, 0.2, 0.3, 0.4])[[3, 0, 1, 2]] + np.array([0, 0, 0, 3e-16])
     assert weights.sum() > 1
     assert combine("weighted", {"learners": weights}, np.tile([1.0, 0.0], (1, 4, 1))).tolist() == [[1.0, 0.0]]
 
 
 def test_a_tie_goes_to_the_tied_class_of_the_highest_mean():
-    # Votes 0, 1, 1, 0 and a third class that has the highest mean of all but no vote.
+    # The learners vote for the classes 0, 1, 1, 0; the third class has the highest mean but no vote.
     image = [[0.50, 0.05, 0.45], [0.02, 0.50, 0.48], [0.02, 0.50, 0.48], [0.50, 0.05, 0.45]]
     clear = [[0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.1, 0.9, 0.0], [0.4, 0.3, 0.3]]
     found = np.array([image, clear])
@@ -94,8 +94,8 @@ def test_a_tie_goes_to_the_tied_class_of_the_highest_mean():
     assert abs(answer - 1 / 3).max() == pytest.approx(TIE)
 
 
-def test_simplex_weights_are_those_of_expectation_maximisation():
-    # The same likelihood by another algorithm: shares of a mixture of known densities (Dempster, Laird and Rubin 1977).
+def test_simplex_weights_equal_those_of_expectation_maximisation():
+    # EM maximises the same likelihood: shares of a mixture of known densities (Dempster, Laird and Rubin 1977).
     rng = np.random.default_rng(4)
     truth = rng.integers(0, 3, 400)
     found = drawn(400, 4, 3, seed=5)
@@ -108,13 +108,13 @@ def test_simplex_weights_are_those_of_expectation_maximisation():
     weights = simplex_weights(found, truth)
     np.testing.assert_allclose(weights, shares, atol=2e-3)
     assert weights.sum() == pytest.approx(1) and weights.min() >= 0
-    # A learner that is never right gets nothing, also where it gives the truth no chance at all.
+    # A learner that is never right gets no weight, even if it gives the true class a probability of 0.
     never = np.stack([found[:, 0], np.eye(3)[(truth + 1) % 3]], axis=1)
     np.testing.assert_allclose(simplex_weights(never, truth), [1, 0], atol=1e-6)
 
 
 def prepared(n, folds) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, np.ndarray]:
-    """Images, labels, folds and the true class of each."""
+    """Return n images, their labels, their folds and the index of their true class."""
     truth = np.arange(n) // folds % 3
     images = pd.DataFrame({"image_id": [f"i{k:03}" for k in range(n)], "study_id": [f"i{k:03}" for k in range(n)]})
     labels = pd.DataFrame(np.eye(3)[truth], columns=list(CLASSES)).assign(id=images.study_id)
@@ -127,7 +127,10 @@ def prepared(n, folds) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, np.nda
 
 
 def overfitted(name, images, fold_of, truth, folds, sure, rng) -> pd.DataFrame:
-    """Nested scores of a learner: on training images it says the truth, elsewhere it knows it with the share `sure`."""
+    """Return nested scores of a learner that is always right on training images, and elsewhere knows a share of `sure`.
+
+    The learner "honest" does not overfit: it knows a share of `sure` on all images.
+    """
     parts = []
     for outer in range(folds):
         for inner in range(folds):
@@ -145,7 +148,7 @@ def overfitted(name, images, fold_of, truth, folds, sure, rng) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def where_learners_overfit():
-    """Two learners that know their training images by heart and nothing else; an honest one is right three times in four."""
+    """Two learners that have memorised their training images and know nothing else; "honest" is right 3 times in 4."""
     folds, rng = 4, np.random.default_rng(1)
     images, labels, fold_table, truth = prepared(240, folds)
     fold_of = fold_table.fold.to_numpy()
@@ -173,7 +176,7 @@ def test_out_of_fold_stacking_beats_in_sample_stacking_where_learners_overfit(wh
     }
     judged = judge_ensembles(found, ensembles)
     right = {model: accuracy(judged.scores, model, truth) for model in judged.protocols}
-    # The honest learner: .6 + .4 / 3 = .73 right; the mean of three outer models a little better. Noise: a third.
+    # The honest learner is right in .6 + .4 / 3 = .73 of cases, slightly more as a mean of three models; noise in 1/3.
     assert right["honest"] > 0.7 and right["by heart"] < 0.45
     for method in ("weighted", "flannel"):
         assert right[method] > right["honest"] - 0.02
@@ -184,7 +187,7 @@ def test_out_of_fold_stacking_beats_in_sample_stacking_where_learners_overfit(wh
     assert set(weights.truth) == set(CLASSES) and weights[list(found.learners)].mean().idxmax() == "honest"
 
 
-def test_what_is_judged_on_a_fold_does_not_depend_on_that_folds_truth(where_learners_overfit):
+def test_predictions_of_a_fold_do_not_depend_on_that_folds_truth(where_learners_overfit):
     found, _ = where_learners_overfit
     answers = found.answers.assign(
         truth=np.where(found.answers.fold == 2, (found.answers.truth + 1) % 3, found.answers.truth)
@@ -198,14 +201,14 @@ def test_what_is_judged_on_a_fold_does_not_depend_on_that_folds_truth(where_lear
 
 
 def test_an_ensemble_may_not_have_a_learners_name(where_learners_overfit):
-    with pytest.raises(FusionError, match="honest: both an ensemble and a learner"):
+    with pytest.raises(FusionError, match="honest: name of both an ensemble and a learner"):
         judge_ensembles(where_learners_overfit[0], {"honest": ENSEMBLES["mean"]})
 
 
-def test_what_is_held_out_is_a_fold_or_whole_patients():
+def test_held_out_rows_are_a_fold_or_whole_patients():
     patient, fold = np.repeat(np.arange(10), 3), np.repeat([1, 3], 15)
     stack = Stack(np.arange(30), drawn(30, 2, 3), np.zeros(30, int), fold, patient)
-    assert np.unique(fold[held_out(stack, 0)]).size == 1 and held_out(stack, 0).sum() == 15
-    of_one_fold = held_out(Stack(stack.ids, stack.probabilities, stack.truth, fold * 0, patient), 0)
+    assert np.unique(fold[choose_held_out(stack, 0)]).size == 1 and choose_held_out(stack, 0).sum() == 15
+    of_one_fold = choose_held_out(Stack(stack.ids, stack.probabilities, stack.truth, fold * 0, patient), 0)
     assert of_one_fold.sum() == 6 and len(np.unique(patient[of_one_fold])) == 2  # a fifth of 10 patients, whole
-    assert not held_out(Stack(stack.ids, stack.probabilities, stack.truth, fold * 0, patient * 0), 0).any()
+    assert not choose_held_out(Stack(stack.ids, stack.probabilities, stack.truth, fold * 0, patient * 0), 0).any()

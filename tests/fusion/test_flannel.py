@@ -1,6 +1,6 @@
-"""FLANNEL's module and loss: counts and closed forms; its training: what it learns, when it stops, the order of learners.
+"""FLANNEL's network and loss, compared with closed forms; its training, early stopping and order of learners.
 
-Its numpy forward is held against loops in test_ensembles.
+test_ensembles compares the numpy version of its forward pass with loops.
 """
 
 import math
@@ -36,7 +36,7 @@ def test_five_learners_of_four_classes_have_the_published_number_of_parameters()
 
 
 @given(st.integers(1, 6), st.integers(2, 5), st.integers(0, 99))
-def test_no_probability_passes_the_bound(learners, classes, seed):
+def test_no_probability_exceeds_the_bound(learners, classes, seed):
     torch.manual_seed(seed)
     model = FlannelWeights(learners, classes).double()
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_permuted_learners_have_permuted_weights():
         torch.testing.assert_close(permuted(found[:, order]), model(found))
 
 
-def test_without_gamma_it_is_the_weighted_cross_entropy():
+def test_focal_loss_with_gamma_0_is_the_weighted_cross_entropy():
     logits = torch.randn((50, 4), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     target, alpha = torch.arange(50) % 4, torch.tensor([0.5, 1, 2, 3], dtype=torch.float64)
     expected = cross_entropy(logits, target, weight=alpha, reduction="none")
@@ -69,7 +69,7 @@ def test_without_gamma_it_is_the_weighted_cross_entropy():
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 10.0])
-def test_it_and_its_gradient_are_finite_at_0_and_1_and_it_falls_as_the_class_gets_likelier(gamma):
+def test_focal_loss_and_its_gradient_are_finite_and_the_loss_falls_with_the_probability(gamma):
     margins = torch.tensor([-1e4, -50, -1, 0, 1, 50, 1e4])
     logits = torch.stack([margins, torch.zeros(7)], dim=1).requires_grad_()
     loss = focal_loss(logits, torch.zeros(7, dtype=torch.long), torch.ones(2), gamma)
@@ -91,7 +91,7 @@ QUICK = ensemble_settings("flannel", epochs=6, batch_size=50)
 
 @pytest.fixture(scope="module")
 def lesson() -> tuple[np.ndarray, np.ndarray]:
-    """300 rows of three learners, three classes: the second leans to the truth, the others know nothing."""
+    """300 rows of three learners and three classes: the second learner knows half of the truth, the others nothing."""
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 3, 300)
     found = rng.dirichlet(np.ones(3), (300, 3))
@@ -99,7 +99,7 @@ def lesson() -> tuple[np.ndarray, np.ndarray]:
     return found, truth
 
 
-def test_the_learner_that_knows_gets_the_largest_weight(lesson):
+def test_the_informed_learner_gets_the_largest_weight(lesson):
     learned, losses = train_flannel(*lesson, ensemble_settings("flannel", epochs=30, batch_size=50))
     assert learned["weight"].shape == (3, 81) and learned["bias"].shape == (3,)
     features = lesson[0].reshape(300, 9)
@@ -125,32 +125,32 @@ def test_the_same_seed_gives_the_same_weights_and_a_random_start_another(lesson)
     assert abs(train_flannel(*lesson, drawn)[0]["weight"] - one["weight"]).max() > 1e-3
 
 
-def test_it_stops_where_the_held_out_loss_has_stopped_falling_and_keeps_the_best_epoch(lesson):
+def test_training_stops_early_and_returns_the_best_epoch(lesson):
     found, truth = lesson
     held = np.arange(300) % 3 == 0
-    # what is held out contradicts the rest: every step makes it worse
+    # the held-out rows contradict the others, so every step raises their loss
     contrary = np.where(held, (truth + 1) % 3, truth)
     settings = ensemble_settings("flannel", epochs=50, batch_size=50, patience=2)
     learned, losses = train_flannel(found, contrary, settings, held)
     assert len(losses) == 4 and losses == sorted(losses)
     first, _ = train_flannel(found[~held], contrary[~held], ensemble_settings("flannel", epochs=1, batch_size=50))
     np.testing.assert_array_equal(learned["weight"], first["weight"])
-    # without patience nothing is held out
+    # with patience 0 no row is held out
     whole = ensemble_settings("flannel", epochs=2, batch_size=50, patience=0)
     one, none = train_flannel(found, contrary, whole, held), train_flannel(found, contrary, whole)
     assert one[1] == [] and np.array_equal(one[0]["weight"], none[0]["weight"])
 
 
-def test_a_class_that_does_not_occur_is_no_obstacle(lesson):
+def test_training_works_if_a_class_does_not_occur(lesson):
     found, truth = lesson
     kept = truth != 2
     learned, losses = train_flannel(found[kept], truth[kept], QUICK, np.arange(kept.sum()) < 20)
     assert np.isfinite(learned["weight"]).all() and np.isfinite(losses).all()
-    with pytest.raises(ValueError, match="no rows to train on: of 300, 300 are held out"):
+    with pytest.raises(ValueError, match="no rows to train on: 300 of 300 rows are held out"):
         train_flannel(found, truth, QUICK, np.ones(300, bool))
 
 
-def test_settings_are_strict_and_the_published_ones_are_the_codes():
+def test_settings_are_strict_and_the_published_ones_equal_the_authors_code():
     published = ENSEMBLES["flannel_published"]
     assert (published.gamma, published.alpha, published.reduction, published.learning_rate) == (10, "published", "sum", 1e-5)
     assert (published.batch_size, published.epochs, published.stack_on) == (20, 200, "in_sample")
@@ -164,5 +164,5 @@ def test_settings_are_strict_and_the_published_ones_are_the_codes():
     ):
         with pytest.raises(SettingsError, match=message):
             ensemble_settings("flannel", **wrong)
-    with pytest.raises(SettingsError, match="no ensemble is called 'flanel'; there are: mean"):
+    with pytest.raises(SettingsError, match="unknown ensemble 'flanel'; valid names are: mean"):
         ensemble_settings("flanel")

@@ -44,7 +44,7 @@ ONE = (100.0, 100.0, 500.0, 900.0)
 FAR = (1500.0, 100.0, 1900.0, 900.0)
 
 
-def test_models_weigh_alike_whatever_their_number_of_folds():
+def test_models_have_equal_weight_whatever_their_number_of_folds():
     scores = image_scores(("a", "m", 0, 0.2), ("a", "m", 1, 0.4), ("a", "n", 0, 0.9), ("b", "n", 0, 0.5))
     assert fuse_scores(scores, "image_scores", PLAIN).set_index("image_id")["none"].to_dict() == pytest.approx(
         {"a": (0.3 + 0.9) / 2, "b": 0.5}
@@ -55,12 +55,12 @@ def test_models_weigh_alike_whatever_their_number_of_folds():
     assert fuse_scores(scores, "image_scores", without).to_numpy().tolist() == [["a", pytest.approx(0.3)]]
 
 
-def test_a_model_that_gave_nan_has_no_say():
+def test_a_nan_score_is_ignored():
     scores = study_scores(("s", "m", 0, 0.1, 0.2, 0.3, 0.4), ("s", "n", 0, float("nan"), 0.2, 0.3, 0.4))
     assert fuse_scores(scores, "study_scores", PLAIN).to_numpy().tolist() == [["s", 0.1, 0.2, 0.3, 0.4]]
 
 
-def test_a_single_list_passes_as_it_is():
+def test_a_single_list_is_unchanged():
     table = detections(("a", "m", 0, 0.9, *ONE), ("a", "m", 0, 0.4, 110.0, 100.0, 500.0, 900.0))
     found = fuse_boxes(table, IMAGES, PLAIN)
     pd.testing.assert_frame_equal(found, table[["image_id", "score", *BOX]])
@@ -77,14 +77,14 @@ def test_two_models_that_agree_average_and_one_alone_is_halved():
     assert found["score"].tolist() == pytest.approx([0.4, 0.4])
 
 
-def test_every_fold_that_saw_the_image_counts():
+def test_a_fold_without_boxes_counts():
     table = detections(*[("a", "m", fold, 0.6, *ONE) for fold in range(2)], ("b", "m", 0, 0.6, *ONE))
     found = fuse_boxes(table, IMAGES, PLAIN).set_index("image_id")["score"]
-    # On `b` fold 1 found nothing: half the lists agree.
+    # Fold 1 has no box on `b`, so only half of the lists agree.
     assert found.to_dict() == pytest.approx({"a": 0.6, "b": 0.3})
 
 
-def test_coverage_spares_images_that_a_stopped_model_never_saw():
+def test_coverage_ignores_models_that_never_predicted_the_image():
     table = detections(
         ("a", "m", 0, 0.6, *ONE), ("a", "n", 0, 0.6, *ONE), ("b", "m", 0, 0.6, *ONE), ("c", "m", 0, 0.6, *ONE)
     )
@@ -92,19 +92,19 @@ def test_coverage_spares_images_that_a_stopped_model_never_saw():
         [("a", "m", 0), ("b", "m", 0), ("c", "m", 0), ("a", "n", 0), ("b", "n", 0)], columns=["image_id", "model", "fold"]
     )
     found = fuse_boxes(table, IMAGES, PLAIN, coverage).set_index("image_id")["score"].to_dict()
-    # `n` saw `b` and found nothing there; it never saw `c`.
+    # `n` predicted `b` without finding a box; it never predicted `c`.
     assert found == pytest.approx({"a": 0.6, "b": 0.3, "c": 0.6})
 
 
 def test_folds_share_their_models_weight():
-    # `m` with two folds and `n` with one have equal say: a box of `n` alone keeps half its score.
+    # `m` with two folds and `n` with one have equal weight: a box of `n` alone keeps half its score.
     table = detections(("a", "m", 0, 0.6, *ONE), ("a", "m", 1, 0.6, *ONE), ("a", "n", 0, 0.8, *FAR))
     found = fuse_boxes(table, IMAGES, PLAIN).sort_values("xmin")["score"].tolist()
     # ensemble-boxes multiplies by min(lists, boxes of the cluster): (0.3 + 0.3) / 2 * 2 / 2 and 0.8 * 1 / 2.
     assert found == pytest.approx([0.3, 0.4])
 
 
-def test_boxes_are_cut_at_the_edges_and_tiny_scores_dropped():
+def test_boxes_are_clipped_to_the_image_and_tiny_scores_dropped():
     table = detections(
         ("a", "m", 0, 0.5, -50, -50, 3000, 500), ("a", "m", 0, 0.5, 2100, 0, 2200, 50), ("a", "m", 0, 1e-5, *ONE)
     )
@@ -128,7 +128,7 @@ unit_boxes = st.lists(unit_box.map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[
     st.sampled_from(CONFIDENCES),
     st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=4, max_size=4),
 )
-def test_merged_boxes_are_boxes_with_scores_inside_the_hull(lists, method, confidence, weights):
+def test_merged_boxes_are_valid_and_inside_the_hull_of_the_inputs(lists, method, confidence, weights):
     boxes = [np.array([row[:4] for row in rows], float).reshape(-1, 4) / 100 for rows in lists]
     scores = [np.array([row[4] for row in rows], float) / 100 for rows in lists]
     before = [box.copy() for box in boxes], [score.copy() for score in scores]
@@ -165,7 +165,7 @@ def test_soft_nms_decays_the_overlapping_box_alone():
         ([[0, 0, 1, 1]], [0.5], []),
     ],
 )
-def test_what_ensemble_boxes_would_clamp_or_exit_for_is_an_error(box, score, weights):
+def test_input_that_ensemble_boxes_would_clamp_or_exit_on_is_an_error(box, score, weights):
     with pytest.raises(ValueError):
         merge_boxes([np.array(box, float)], [np.array(score)], np.array(weights, float))
 
@@ -229,7 +229,7 @@ def test_the_most_confident_boxes_of_each_list_are_merged():
     assert sorted(found["xmin"]) == pytest.approx([500, 900], abs=1e-3)
 
 
-def test_order_of_rows_is_free():
+def test_fused_boxes_do_not_depend_on_the_order_of_rows():
     rng = np.random.default_rng(0)
     table = detections(
         *[
@@ -245,7 +245,7 @@ def test_order_of_rows_is_free():
     pd.testing.assert_frame_equal(first, other)
 
 
-def test_a_detector_that_found_nothing_anywhere_still_halves_the_others():
+def test_a_detector_without_any_box_still_halves_the_scores_of_the_others():
     coverage = pd.DataFrame([("a", "m", 0), ("a", "n", 0)], columns=["image_id", "model", "fold"])
     table = detections(("a", "m", 0, 0.6, *ONE))
     assert fuse_boxes(table, IMAGES, PLAIN, coverage)["score"].tolist() == pytest.approx([0.3])
@@ -253,26 +253,26 @@ def test_a_detector_that_found_nothing_anywhere_still_halves_the_others():
     assert fuse_boxes(table, IMAGES, without, coverage)["score"].tolist() == [0.6]
 
 
-def test_only_images_that_a_detector_with_a_weight_covered_are_seen():
+def test_only_images_that_a_detector_with_a_nonzero_weight_predicted_are_seen():
     table = detections(("a", "m", 0, 0.6, *ONE))
     coverage = pd.DataFrame([("a", "m", 0), ("b", "m", 0), ("c", "n", 0)], columns=["image_id", "model", "fold"])
     assert seen_images(table, IMAGES, PLAIN).tolist() == [True, True, True]
     assert seen_images(table, IMAGES, PLAIN, coverage).tolist() == [True, True, True]
     assert seen_images(table, IMAGES, FusionSettings(model_weights={"n": 0.0}), coverage).tolist() == [True, True, False]
     assert seen_images(None, IMAGES, PLAIN, coverage.iloc[:0]).tolist() == [False, False, False]
-    # What no detector has looked at is no `none`, but a prior.
+    # An image that no detector has predicted gets the placeholder prediction, not a `none` from missing boxes.
     fused = fuse(None, None, table, IMAGES, PLAIN, coverage[coverage["model"] == "m"])
     assert fused.nones["none"].tolist() == pytest.approx([0.4, 1.0, PRIORS["none"]])
     assert fused.nones["prior"].tolist() == [False, False, True]
     assert fused.nones["seen"].tolist() == [True, True, False]
 
 
-def test_calibrated_scores_meet_on_one_scale():
-    # logit(0.9) = log 9: slope 0.5 makes odds of 3 of it, the offset log(2) odds of 6; logit(0.5) = 0 gives odds of 2.
+def test_calibrated_scores_are_fused_on_one_scale():
+    # logit(0.9) = log 9: the slope 0.5 turns it into odds of 3, the offset log(2) into 6; logit(0.5) = 0 gives odds of 2.
     line = FusionSettings(calibration={"m": (0.5, math.log(2))})
     table = detections(("a", "m", 0, 0.9, *ONE), ("a", "m", 0, 0.5, *FAR), ("b", "m", 0, 0.0005, *ONE))
     alone = fuse_boxes(table, IMAGES, line)
-    assert alone["image_id"].tolist() == ["a", "a"]  # what is too weak is told by the score as it came
+    assert alone["image_id"].tolist() == ["a", "a"]  # box_min_score applies to the uncalibrated score
     assert alone["score"].tolist() == pytest.approx([6 / 7, 2 / 3])
     both = fuse_boxes(pd.concat([table, detections(("a", "n", 0, 0.5, *ONE))]), IMAGES, line).sort_values("xmin")
     assert both["score"].tolist() == pytest.approx([(6 / 7 + 0.5) / 2, (2 / 3) / 2])
@@ -304,7 +304,7 @@ def test_settings_survive_json(tmp_path):
         {"iou": 0.5},
     ],
 )
-def test_settings_that_make_no_sense_are_refused(wrong):
+def test_invalid_settings_are_refused(wrong):
     with pytest.raises(SettingsError):
         from_dict(FusionSettings, wrong)
     if "iou" not in wrong:

@@ -1,4 +1,4 @@
-"""Scores of test images: which are taken, which are refused, and ensembles that are judged on them unseen."""
+"""Scores of the test split: which are used, which are refused, and ensembles that are evaluated on them."""
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from kitlib.fusion.test_split import ALL_FOLDS, gather_test_split
 from kitlib.reports.ensemble_report import out_of_fold_temperature, test_split_scores
 
 CLASSES = ["sick", "well"]
-# a to d are of the folds 0 and 1, t to w are put aside; w is of a's patient
+# a to d are in the folds 0 and 1, t to w in the split test; w is of the same patient as a
 IMAGES = pd.DataFrame({"image_id": list("abcdtuvw"), "patient_id": list("pqrsxyzp"), "split": ["train"] * 4 + ["test"] * 4})
 IMAGES = IMAGES.assign(study_id=IMAGES.image_id, path="", rows=1, columns=1, source="", view="")
 LABELS = pd.DataFrame({"id": IMAGES.image_id, "sick": [1, 0] * 4, "well": [0, 1] * 4})
@@ -27,7 +27,7 @@ def scores(model, ids, fold, sick) -> pd.DataFrame:
 
 
 def learner(model, *folds, sick=0.6) -> pd.DataFrame:
-    """Out of fold: `sick` where that is right, else the rest."""
+    """Return out-of-fold scores that give the true class the probability `sick`."""
     return pd.concat([scores(model, "abcd"[2 * k : 2 * k + 2], k, [sick, 1 - sick]) for k in folds])
 
 
@@ -38,11 +38,11 @@ def found_of(*folds, **sick):
     return gather([learner(name, *folds, sick=each) for name, each in sick.items()], *PREPARED)
 
 
-def test_a_learner_is_the_mean_of_its_folds_models_in_the_order_of_the_stack():
+def test_learners_are_averaged_over_folds_in_the_order_of_the_out_of_fold_scores():
     found = found_of(0, 1, two=0.6, one=0.8)
     later = scores("one", "vut", 1, [0.5, 0.0, 0.7])[["image_id", "model", "fold", "well", "sick"]]
     test = gather_test_split([pd.concat([ONE, TWO]), later, TWO.assign(fold=1)], found, *PREPARED)
-    stack = test.means.everything()
+    stack = test.means.full_stack()
     assert (test.means.learners, test.means.classes) == (found.learners, found.classes) == (("two", "one"), ("sick", "well"))
     assert stack.ids.tolist() == ["t", "u", "v"] and stack.truth.tolist() == [0, 1, 0]
     # one: (.9 + .7) / 2, (.2 + 0) / 2, (.3 + .5) / 2
@@ -50,11 +50,11 @@ def test_a_learner_is_the_mean_of_its_folds_models_in_the_order_of_the_stack():
     assert len(test.rows) == 12 and test.left_out == 0 and test.means.unanswered == 0
 
 
-def test_an_image_of_a_patient_in_a_fold_does_not_count_and_one_without_a_score_is_counted():
+def test_images_of_patients_in_a_fold_are_excluded_and_images_without_a_score_are_counted():
     found = found_of(0, one=0.8)
     test = gather_test_split([scores("one", "tuw", 0, 0.5)], found, *PREPARED)
     assert test.left_out == 1 and test.means.unanswered == 1
-    assert test.means.everything().ids.tolist() == test.rows.image_id.tolist() == ["t", "u"]
+    assert test.means.full_stack().ids.tolist() == test.rows.image_id.tolist() == ["t", "u"]
     assert gather_test_split([ONE.head(0)], found, *PREPARED) is None
     assert gather_test_split([], found, *PREPARED) is None
 
@@ -62,15 +62,18 @@ def test_an_image_of_a_patient_in_a_fold_does_not_count_and_one_without_a_score_
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ([ONE], "two has out-of-fold scores of fold 0 and no test ones"),
-        ([ONE, TWO, TWO.assign(fold=1)], "two has test scores of fold 1 and no out-of-fold ones"),
-        ([ONE, TWO.head(2)], "two, fold 0, has 2 scores and one, fold 0, 3: v is not in both"),
+        ([ONE], "two has out-of-fold scores of fold 0 but no test ones"),
+        ([ONE, TWO, TWO.assign(fold=1)], "two has test scores of fold 1 but no out-of-fold ones"),
+        ([ONE, TWO.head(2)], "two, fold 0, has 2 scores, but one, fold 0, has 3: only one of them predicted v"),
         ([ONE, TWO.replace({"image_id": {"v": "b"}})], "1 ids with test scores are not of the split test, first b"),
         ([ONE, TWO.replace({"image_id": {"v": "X"}})], "1 ids with test scores are not of the split test, first X"),
-        ([ONE, TWO.rename(columns={"well": "fine"})], "two has the classes sick, fine, and sick, well out of fold"),
-        ([ONE, TWO.assign(sick=np.nan)], "two has a NaN among its scores, first t"),
-        ([ONE, TWO.assign(sick=0.5)], "two has scores that do not add to 1"),
-        ([each.assign(image_id="w").head(1) for each in (ONE, TWO)], "the patients of all of them are in folds too"),
+        (
+            [ONE, TWO.rename(columns={"well": "fine"})],
+            "two has the classes sick, fine, but sick, well in its out-of-fold",
+        ),
+        ([ONE, TWO.assign(sick=np.nan)], "two has NaN scores, first t"),
+        ([ONE, TWO.assign(sick=0.5)], "two has scores that do not sum to 1"),
+        ([each.assign(image_id="w").head(1) for each in (ONE, TWO)], "all of their patients also have images in the folds"),
     ],
 )
 def test_test_scores_that_do_not_belong_to_the_learners_are_refused(tables, message):
@@ -78,9 +81,9 @@ def test_test_scores_that_do_not_belong_to_the_learners_are_refused(tables, mess
         gather_test_split(tables, found_of(0, one=0.8, two=0.6), *PREPARED)
 
 
-def test_ensembles_learn_from_the_one_fold_and_are_judged_on_the_test_images():
-    # `one` is always right out of fold and `two` always wrong, so all weight goes to `one`; on the test images it is the
-    # other way round, which must change nothing.
+def test_ensembles_are_trained_out_of_fold_and_evaluated_on_the_test_images():
+    # `one` is always right out of fold and `two` always wrong, so `one` gets all weight. On the test images it is the other
+    # way round, which must not change the weights.
     found = found_of(0, one=0.8, two=0.1)
     assert found.folds == [0] and not found.crosses and found_of(0, 1, one=0.8).crosses
     wrong, right = scores("one", "tuv", 0, [0.1, 0.9, 0.1]), scores("two", "tuv", 0, [0.9, 0.1, 0.9])
@@ -92,16 +95,16 @@ def test_ensembles_learn_from_the_one_fold_and_are_judged_on_the_test_images():
     of_model = {name: rows.set_index("image_id").sick for name, rows in judged.scores.groupby("model")}
     np.testing.assert_allclose(of_model["mean"], 0.5)
     np.testing.assert_allclose(of_model["weighted"], wrong.sick, atol=1e-6)
-    np.testing.assert_allclose(of_model["vote"], majority_vote(test.means.everything().probabilities)[:, 0])
+    np.testing.assert_allclose(of_model["vote"], majority_vote(test.means.full_stack().probabilities)[:, 0])
     assert set(judged.scores.fold) == {ALL_FOLDS} and len(judged.scores) == 6 * 3
     weights = judged.weights[judged.weights.model == "weighted"]
     np.testing.assert_allclose(weights[["one", "two"]], [[1, 0]] * 3, atol=1e-6)
-    with pytest.raises(FusionError, match="one: both an ensemble and a learner"):
+    with pytest.raises(FusionError, match="one: name of both an ensemble and a learner"):
         judge_test_split(found, test.means, {"one": ENSEMBLES["mean"]})
 
 
-def test_what_is_kept_is_what_was_judged_at_the_temperature_of_the_out_of_fold_rows():
-    # .9 everywhere, right 3 times in 4: log 9 / T = log 3, so T = 2; the truth of the test images is not asked.
+def test_the_final_ensemble_predicts_as_evaluated_and_its_temperature_is_fitted_out_of_fold():
+    # .9 everywhere, right 3 times in 4: log 9 / T = log 3, so T = 2; the truth of the test images is not used.
     found = gather([scores("one", "abcd", [0, 0, 1, 1], [0.9, 0.1, 0.9, 0.9])], *PREPARED)
     test = gather_test_split([ONE, ONE.assign(fold=1)], found, *PREPARED)
     judged = judge_test_split(found, test.means, {"mean": ENSEMBLES["mean"]})
@@ -117,8 +120,8 @@ def test_what_is_kept_is_what_was_judged_at_the_temperature_of_the_out_of_fold_r
     np.testing.assert_allclose(applied.sick, table[table.model == "mean"].sick)
 
 
-def test_an_ensemble_that_learnt_out_of_fold_names_that_fold_alone():
-    # Models of fold 0 that keep their training images too: the other fold's scores are in-sample and teach nothing.
+def test_an_ensemble_records_the_folds_it_was_trained_on():
+    # Models of fold 0 with predictions of their training images: scores of the other fold are in-sample and not used.
     whole = [scores(name, "abcd", 0, sick).assign(outer=-1) for name, sick in (("one", [0.8, 0.2] * 2), ("two", 0.5))]
     found = gather(whole, *PREPARED)
     assert found.folds == [0] and found.has_in_sample()

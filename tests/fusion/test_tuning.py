@@ -14,7 +14,10 @@ N = 36
 
 @pytest.fixture(scope="module")
 def oof():
-    """A third of the images is healthy; a classifier good at `none`, a detector that fires everywhere, and a blind one."""
+    """Tables of a classifier that is good at `none`, a detector with accurate boxes and one with random ones.
+
+    A third of the images is healthy; the detectors find boxes on all images.
+    """
     rng = np.random.default_rng(0)
     names = [f"i{n:02}" for n in range(N)]
     images = pd.DataFrame({"image_id": names, "study_id": [f"s{n:02}" for n in range(N)], "rows": 1000, "columns": 1000})
@@ -64,18 +67,18 @@ def score_of(oof, settings):
     return score_tables(truth, fused.studies, fused.nones, fused.detections)["score"]
 
 
-def test_every_kept_step_gains_and_the_settings_keep_the_promised_score(oof, tuned):
+def test_every_change_gains_and_the_settings_reach_the_reported_score(oof, tuned):
     settings, steps = tuned
     assert steps.iloc[0].tolist() == ["0 default", "", score_of(oof, FusionSettings()), 0]
     assert ((steps["gain"] == 0) | (steps["gain"] >= LEAST_GAIN)).all() and steps["step"].is_unique
     assert steps["score"].diff().iloc[1:].tolist() == pytest.approx(steps["gain"].iloc[1:].tolist())
     assert steps["score"].iloc[-1] == pytest.approx(score_of(oof, settings))
-    assert ((steps["setting"] == "as it was") == (steps["gain"] == 0)).iloc[1:].all()
+    assert ((steps["setting"] == "unchanged") == (steps["gain"] == 0)).iloc[1:].all()
 
 
-def test_it_finds_what_the_data_was_made_for(tuned):
+def test_tuning_lowers_the_blind_detector_and_rescales_boxes_on_healthy_images(tuned):
     settings, steps = tuned
-    # Boxes without an idea of the place are only false positives; those on healthy images are as confident as others.
+    # The random boxes are only false positives; boxes on healthy images are as confident as others.
     assert settings.weight("blind") < settings.weight("good")
     assert settings.opacity_power > 0
     assert steps["score"].iloc[-1] > steps["score"].iloc[0] + 0.03
@@ -83,7 +86,7 @@ def test_it_finds_what_the_data_was_made_for(tuned):
 
 @pytest.fixture(scope="module")
 def two_scales():
-    """Two detectors of 300 images: both know how sure they are, but one says 0.05 where the other says 0.75."""
+    """Two detectors on 300 images that rank their boxes equally well, but one scores 0.05 where the other scores 0.75."""
     rng = np.random.default_rng(5)
     names = [f"i{n}" for n in range(300)]
     images = pd.DataFrame({"image_id": names, "study_id": names, "rows": 1000, "columns": 1000})
@@ -112,16 +115,16 @@ def few_ways(monkeypatch):
     monkeypatch.setattr("kitlib.fusion.tuning.BOX_CONFIDENCES", ("avg", "max"))
 
 
-def test_calibration_gains_where_detectors_speak_on_two_scales(two_scales, few_ways):
+def test_calibration_gains_if_detectors_score_on_different_scales(two_scales, few_ways):
     settings, steps = tune(Judge(**two_scales), rounds=1)
     step = steps.set_index("step").loc["1 calibration"]
     assert step["setting"] == "fitted" and step["gain"] > 0.005
-    # p^12 is spread over more of the logit's scale: the quiet one needs the smaller slope and the larger offset.
+    # p^12 spreads over more of the logit scale, so the quiet detector needs the smaller slope and the larger offset.
     (loud, up), (quiet, further) = settings.calibration["loud"], settings.calibration["quiet"]
     assert quiet < loud and further > up
 
 
-def test_a_folds_calibration_is_fitted_to_the_others(two_scales, few_ways, monkeypatch):
+def test_the_calibration_for_a_fold_is_fitted_to_the_other_folds(two_scales, few_ways, monkeypatch):
     fitted = []
     monkeypatch.setattr("kitlib.fusion.tuning.fit_calibration", lambda score, hit: fitted.append((len(score), hit.sum())))
     assert (cross_fit(Judge(**two_scales), rounds=1)["cross_fitted"] > 0).all()
@@ -134,23 +137,23 @@ def test_a_folds_calibration_is_fitted_to_the_others(two_scales, few_ways, monke
     ]
 
 
-def test_order_of_rows_is_free(oof, tuned):
+def test_tuned_settings_do_not_depend_on_the_order_of_rows(oof, tuned):
     shuffled = {name: table.sample(frac=1, random_state=3) for name, table in oof.items()}
     assert tune(Judge(**shuffled))[0] == tuned[0]
 
 
 def test_predictions_of_two_folds_for_one_image_are_refused(oof):
     twice = pd.concat([oof["image_scores"], oof["image_scores"].iloc[[4]].assign(fold=2)])
-    with pytest.raises(FusionError, match="image_id i04 of fold 1 was seen by c of fold 2"):
+    with pytest.raises(FusionError, match="image_id i04 belongs to fold 1, but was predicted by c of fold 2"):
         tune(Judge(**{**oof, "image_scores": twice}))
 
 
 def test_predictions_of_a_model_that_saw_the_image_are_refused(oof):
     seen = {name: oof[name].assign(fold=lambda t: (t["fold"] + 1) % 3) for name in ("detections", "coverage")}
-    with pytest.raises(FusionError, match="was seen by"):
+    with pytest.raises(FusionError, match="which was trained on it"):
         tune(Judge(**{**oof, **seen}))
     with pytest.raises(
-        FusionError, match="144 detections are of images that their coverage lacks, first i00 by good of fold 1"
+        FusionError, match="144 detections are of images that the coverage table lacks, first i00 by good of fold 1"
     ):
         tune(Judge(**{**oof, "detections": seen["detections"]}))
 
@@ -165,11 +168,11 @@ def test_an_image_that_a_detector_covered_but_found_nothing_on_is_scored(oof):
     assert steps["score"].iloc[0] == pytest.approx(score_of(rest, FusionSettings()))
 
 
-def test_cross_fit_judges_each_fold_by_settings_of_the_others(oof, monkeypatch):
+def test_cross_fit_scores_each_fold_with_settings_tuned_on_the_others(oof, monkeypatch):
     monkeypatch.setattr("kitlib.fusion.tuning.MODEL_WEIGHTS", (0.0, 1.0, 2.0))
     monkeypatch.setattr("kitlib.fusion.tuning.BOX_IOUS", (0.5, 0.6))
     found = cross_fit(Judge(**oof), rounds=1)
-    # The same by hand: tune on two folds, fuse and score the third.
+    # The expected values: tune on two folds, fuse and score the third.
     for row in found.itertuples():
         ids = set(oof["folds"].loc[oof["folds"]["fold"] == row.fold, "id"])
         ids |= {name.replace("i", "s") for name in ids}
@@ -191,7 +194,7 @@ def test_a_gain_below_the_least_is_not_kept(oof, monkeypatch):
     assert settings == FusionSettings() and (steps["gain"] == 0).all()
 
 
-def test_images_that_no_annotator_looked_at_do_not_count(oof):
+def test_images_that_no_annotator_looked_at_are_not_scored(oof):
     marked = oof["images"].assign(false_none=[n >= 18 for n in range(N)])
     half = {name: table[table.iloc[:, 0].str[1:].astype(int) < 18] for name, table in oof.items()}
     settings, steps = tune(Judge(**{**oof, "images": marked}), rounds=1)

@@ -428,7 +428,7 @@ def test_without_a_learner_or_the_ensemble_the_plain_mean_serves_and_is_told(com
         assert (notes.files["ensemble"], notes.note["ensemble"]) == (0, told) and set(scores.model) == {"small"}
     else:
         assert notes.note["ensemble"].startswith("failed: BundleError: ") and set(scores.model) == {"small", "other"}
-        assert notes.note["ensemble"].endswith("promises another; copy both again; the study models are fused as they are")
+        assert notes.note["ensemble"].endswith("; copy both again; the study models are fused as they are")
     written = scores_of(run.output)
     for study, mean in scores.groupby("study_id")[list(STUDY_CLASSES)].mean().iterrows():
         assert written[study][mean.index].to_numpy() == pytest.approx(mean.to_numpy(), abs=1e-6)
