@@ -1,4 +1,4 @@
-"""Kaggle kernels: build, wheels, rehearse, push.
+"""Kaggle kernels: build the notebook and its datasets, collect wheels, rehearse offline, push.
 
-Nothing that a notebook imports, except the few lines that start a kernel.
+Notebooks import nothing from this package; only the source of `start.py` is copied into a kernel's first cell.
 """
