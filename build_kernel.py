@@ -10,7 +10,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from kitlib.errors import KitError
-from kitlib.kernels.build import build_kernel, folder_bytes
+from kitlib.kernels.build import build_kernel, sum_file_sizes
 from kitlib.kernels.push import Pushed, push
 from kitlib.kernels.rehearse import Rehearsal, rehearse
 from kitlib.kernels.spec import KernelSpec, read_spec
@@ -21,84 +21,92 @@ console = Console()
 
 def main(
     kernel: Annotated[Path, typer.Argument(help="submissions/NAME.yaml or submissions/kernels/NAME.yaml")],
-    out: Annotated[Path, typer.Option(help="folder for kernel/, wheels/ and, of a submission, weights/")],
-    rehearsed: Annotated[bool, typer.Option("--rehearse", help="run the built kernel offline, as Kaggle would")] = False,
-    inputs: Annotated[Path | None, typer.Option(help="folder that holds a folder SLUG for each of the inputs")] = None,
-    truth: Annotated[Path | None, typer.Option(help="folder with the truth's two CSV files, to score the rehearsal")] = None,
-    time_limit: Annotated[float | None, typer.Option(min=1, help="seconds for the rehearsal; else the kernel's")] = None,
-    owner: Annotated[str | None, typer.Option(help="Kaggle user name; else KAGGLE_USERNAME, else the file's")] = None,
-    pushed: Annotated[bool, typer.Option("--push", help="then push it with its datasets; needs an API token")] = False,
+    out: Annotated[Path, typer.Option(help="folder for kernel/, wheels/ and, for a submission, weights/")],
+    should_rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="run the built kernel offline, as Kaggle would")
+    ] = False,
+    inputs: Annotated[Path | None, typer.Option(help="folder with a subfolder SLUG for each input")] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="folder with the two ground-truth CSV files, to score the rehearsal")
+    ] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(min=1, help="seconds for the rehearsal; default: the kernel's limit")
+    ] = None,
+    owner: Annotated[str | None, typer.Option(help="Kaggle user name; default: KAGGLE_USERNAME, else the file's")] = None,
+    should_push: Annotated[
+        bool, typer.Option("--push", help="push the kernel and its datasets; needs an API token")
+    ] = False,
 ) -> None:
-    """Build OUT/kernel, OUT/wheels and OUT/weights, rehearse and push if asked to; exit code 0 only if all of it went well.
+    """Build OUT/kernel, OUT/wheels and OUT/weights, then rehearse and push them if requested.
 
-    1: the rehearsal failed. 2: an error, which is named. 3: the rehearsal's session ended before its training did. What did
-    not pass is not pushed.
+    Exit codes: 0 everything succeeded; 1 the rehearsal failed; 2 an error, which is printed; 3 the rehearsal's session ended
+    before its training did. A kernel that does not pass its rehearsal is not pushed.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     logging.getLogger("papermill").setLevel(logging.WARNING)
-    if rehearsed and inputs is None:
-        raise typer.BadParameter("--rehearse needs --inputs DIR, the folder that holds the folders of the kernel's inputs")
+    if should_rehearse and inputs is None:
+        raise typer.BadParameter("--rehearse needs --inputs DIR, a folder with a subfolder for each of the kernel's inputs")
     try:
         spec = read_spec(kernel, owner)
         parts = build_kernel(spec, out, kaggle_wheels(inference_pins()))
-        console.print(_sizes(parts))
-        if rehearsed and inputs:
-            _rehearse(spec, out, inputs, truth, time_limit)
-        if pushed:
+        console.print(_size_table(parts))
+        if should_rehearse and inputs:
+            _run_rehearsal(spec, out, inputs, truth, time_limit)
+        if should_push:
             console.rule("push")
-            _tell_pushed(push(out))
+            _print_pushed(push(out))
         else:
-            console.print(_how_to_push(spec, parts), highlight=False, soft_wrap=True)
+            console.print(_push_instructions(spec, parts), highlight=False, soft_wrap=True)
     except KitError as error:
         console.print(f"[red]{type(error).__name__}[/red]", end=": ")
         console.out(str(error), highlight=False)
         raise typer.Exit(2) from error
 
 
-def _rehearse(spec: KernelSpec, out: Path, inputs: Path, truth: Path | None, time_limit: float | None) -> None:
+def _run_rehearsal(spec: KernelSpec, out: Path, inputs: Path, truth: Path | None, time_limit: float | None) -> None:
     console.rule("rehearsal")
     limit = spec.time_limit_s if time_limit is None else time_limit
     result = rehearse(spec, out, inputs, limit, truth, on_line=lambda line: console.out(line, highlight=False))
-    _tell(result)
+    _print_rehearsal(result)
     if not result.passed:
         raise typer.Exit(3 if result.unfinished else 1)
 
 
-def _sizes(parts: dict[str, Path]) -> Table:
+def _size_table(parts: dict[str, Path]) -> Table:
     table = Table("file", "bytes", title=f"built in {parts['kernel'].parent}")
     table.columns[0].overflow, table.columns[1].justify = "fold", "right"
     for part, folder in parts.items():
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 table.add_row(f"{part}/{path.relative_to(folder)}", f"{path.stat().st_size:,}")
-        table.add_row(f"[bold]{part}[/bold]", f"[bold]{folder_bytes(folder):,}[/bold]", end_section=True)
+        table.add_row(f"[bold]{part}[/bold]", f"[bold]{sum_file_sizes(folder):,}[/bold]", end_section=True)
     return table
 
 
-def _how_to_push(spec: KernelSpec, parts: dict[str, Path]) -> str:
-    lines = ["To push it with its datasets, give --push."]
+def _push_instructions(spec: KernelSpec, parts: dict[str, Path]) -> str:
+    lines = ["To push the kernel with its datasets, add --push."]
     if spec.kernel_sources:
-        lines.append("First these kernels must have run on Kaggle: " + ", ".join(spec.sources(spec.kernel_sources)))
-    lines.append("By hand (datasets first; `version -m NOTE` in place of `create` from the second time on):")
-    # without -r the client leaves the bundles' folders out
+        lines.append("These kernels must have run on Kaggle before: " + ", ".join(spec.sources(spec.kernel_sources)))
+    lines.append("To push by hand (datasets first; `version -m NOTE` instead of `create` for an existing dataset):")
+    # Without -r the client skips the bundles' folders.
     lines += [f"  kaggle datasets create -p {folder} -r zip" for part, folder in parts.items() if part != "kernel"]
     return "\n".join([*lines, f"  kaggle kernels push -p {parts['kernel']}"])
 
 
-def _tell_pushed(result: Pushed) -> None:
+def _print_pushed(result: Pushed) -> None:
     table = Table("pushed", "", title="")
-    for name, done in result.datasets.items():
-        table.add_row(name, done)
+    for name, outcome in result.datasets.items():
+        table.add_row(name, outcome)
     table.add_row(f"version {result.version}", result.url)
     console.print(table)
 
 
-def _tell(result: Rehearsal) -> None:
+def _print_rehearsal(result: Rehearsal) -> None:
     table = Table("rehearsal", "", title="")
     table.add_row("notebook", result.problem or "ran to its end")
     table.add_row("time", f"{result.seconds:.1f} s of {result.limit_s:g} s" + ("" if result.in_time else ", stopped"))
     if result.unfinished:
-        table.add_row(result.result, "not yet: the session ended before the training; its checkpoint is kept")
+        table.add_row(result.result, "unfinished: the session ended before the training; its checkpoint is kept")
     elif result.result:
         table.add_row(result.result, "valid" if not result.faults else f"{len(result.faults)} faults: {result.faults[0]}")
     table.add_row("isolation", result.not_isolated or "private mounts, processes and network")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
-from kitlib.kernels.kaggle_environment import with_dependencies
+from kitlib.kernels.kaggle_environment import find_dependencies
 from kitlib.kernels.wheels import image_pins, read_pins
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ def installed():
 @pytest.fixture(scope="module")
 def imported(installed):
     """Names of what kernels may import."""
-    return with_dependencies(read_pins(KERNELS), installed)
+    return find_dependencies(read_pins(KERNELS), installed)
 
 
 @pytest.mark.parametrize("requirements", [KERNELS, TOOLS], ids=lambda path: path.name)

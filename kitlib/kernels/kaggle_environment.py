@@ -1,6 +1,6 @@
-"""The stand-in for Kaggle's image: of the packages installed here, those that the image has, at its versions, and no others.
+"""Stand-in for Kaggle's image: a folder with those installed packages that the image has, at the image's versions.
 
-A package that the kernel needs and that neither the image nor the wheel dataset has is missing here too, and is noticed.
+A package that a kernel needs but neither the image nor the wheels dataset provides is missing in a rehearsal too.
 """
 
 import fcntl
@@ -27,33 +27,41 @@ logger = logging.getLogger(__name__)
 KEY = "key.json"
 
 
-def kaggle_packages(folder: str | Path | None = None, image: Mapping[str, str] | None = None) -> Path:
-    """A folder of packages (default `build/stand-in`), made of hard links to those installed here; reused while they stay.
+def link_kaggle_packages(folder: str | Path | None = None, image: Mapping[str, str] | None = None) -> Path:
+    """Make `folder` (default `build/stand-in`) a packages folder of hard links to the installed packages; return it.
 
-    `image` maps canonical names to versions. Raises KernelError for a package whose version is not the image's.
+    An existing folder is reused while Python, the packages and this file stay the same. `image` maps canonical names to
+    versions. Raises KernelError for an importable package whose installed version differs from the image's.
     """
     folder = Path(folder or project_root() / "build" / "stand-in")
     image = image_pins() if image is None else image
-    kept = _kept(image)
-    key = {"python": sys.version, "site": _site().as_posix(), "packages": {d.name: d.version for d in kept}}
+    distributions = _matching_distributions(image)
+    key = {
+        "python": sys.version,
+        "site": _site_packages().as_posix(),
+        "packages": {d.name: d.version for d in distributions},
+    }
     key["digest"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    known = folder / KEY
+    key_path = folder / KEY
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-        # Two rehearsals may start at once; the second takes what the first made.
+        # Of two rehearsals that start at once, the second waits and uses the folder that the first has made.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not known.is_file() or json.loads(known.read_text(encoding="utf-8")) != key:
+        if not key_path.is_file() or json.loads(key_path.read_text(encoding="utf-8")) != key:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            _link(kept, folder)
-            write_json(known, key)
-            logger.info("stand-in for Kaggle's image: %d packages in %s", len(kept), folder)
+            _link_distributions(distributions, folder)
+            write_json(key_path, key)
+            logger.info("stand-in for Kaggle's image: %d packages in %s", len(distributions), folder)
         _link_compiled(folder)
     return folder
 
 
-def fresh_environment(folder: str | Path, packages: str | Path) -> Path:
-    """An empty virtual environment on top of the stand-in's `packages`, which installing leaves alone; its Python."""
+def create_environment(folder: str | Path, packages: str | Path) -> Path:
+    """Create an empty virtual environment on top of the folder `packages`; return its Python interpreter.
+
+    Installing into the environment does not change `packages`.
+    """
     folder = Path(folder)
     builder = venv.EnvBuilder(symlinks=True, with_pip=False)
     builder.create(folder)
@@ -62,54 +70,57 @@ def fresh_environment(folder: str | Path, packages: str | Path) -> Path:
     return folder / "bin" / "python"
 
 
-def _site() -> Path:
+def _site_packages() -> Path:
     return Path(str(importlib.metadata.distribution("torch").locate_file(""))).resolve()
 
 
-def _kept(image: Mapping[str, str]) -> list[importlib.metadata.Distribution]:
-    """Installed packages at the image's version, and what the image's torch brings along.
+def _matching_distributions(image: Mapping[str, str]) -> list[importlib.metadata.Distribution]:
+    """Return the installed packages at the image's version, with the dependencies of the installed torch.
 
-    What kernels may import, requirements.txt and its dependencies, must be at the image's version. The tools beside it need
-    not be: those that are not are left out.
+    Raises KernelError if a package that kernels may import (requirements.txt and its dependencies) has another version than
+    in the image. Tools at another version are ignored.
     """
     distributions = importlib.metadata.distributions()
-    installed: dict[str, importlib.metadata.Distribution] = {canonicalize_name(each.name): each for each in distributions}
-    same = {name for name, found in installed.items() if found.version.split("+")[0] == image.get(name)}
-    imported = with_dependencies(read_pins(project_root() / "requirements.txt"), installed)
-    other = [
-        f"{name} {installed[name].version} (the image has {image[name]})" for name in sorted(imported & set(image) - same)
+    installed: dict[str, importlib.metadata.Distribution] = {canonicalize_name(dist.name): dist for dist in distributions}
+    matching = {name for name, dist in installed.items() if dist.version.split("+")[0] == image.get(name)}
+    importable = find_dependencies(read_pins(project_root() / "requirements.txt"), installed)
+    mismatched = [
+        f"{name} {installed[name].version} (the image has {image[name]})"
+        for name in sorted(importable & set(image) - matching)
     ]
-    if other:
-        raise KernelError(f"installed here at other versions than in Kaggle's image: {', '.join(other)}; run `make` again")
-    absent = [name for name in ("pip", "papermill", "ipykernel") if name not in installed]
-    if absent:
-        raise KernelError(f"not installed here: {', '.join(absent)}; a rehearsal needs them, run `make` again")
-    # The list is of the CPU variant: what torch's CUDA build asks for belongs to the GPU image although it is not listed.
-    # What the image lists at another version was named above, or is a tool.
-    brought = {name for name in with_dependencies(["torch"], installed) if name not in image}
-    return [installed[name] for name in sorted(same | brought)]
+    if mismatched:
+        raise KernelError(f"installed versions differ from Kaggle's image: {', '.join(mismatched)}; run `make` again")
+    missing = [name for name in ("pip", "papermill", "ipykernel") if name not in installed]
+    if missing:
+        raise KernelError(f"not installed: {', '.join(missing)}; a rehearsal needs them, run `make` again")
+    # kaggle_image.txt lists the CPU image. The GPU image also has the CUDA packages that torch requires. Listed packages are
+    # excluded: at another version they either raised above or are tools.
+    torch_dependencies = {name for name in find_dependencies(["torch"], installed) if name not in image}
+    return [installed[name] for name in sorted(matching | torch_dependencies)]
 
 
-def with_dependencies(names: Iterable[str], installed: Mapping[str, importlib.metadata.Distribution]) -> set[str]:
-    """Those of `names` (canonical) that are installed, with all that they require here, as far as it is installed."""
-    found, waiting = set(), list(names)
+def find_dependencies(names: Iterable[str], installed: Mapping[str, importlib.metadata.Distribution]) -> set[str]:
+    """Return the installed packages among `names` (canonical) and, recursively, their installed requirements."""
+    names_found, waiting = set(), list(names)
     while waiting:
         name = waiting.pop()
-        if name in found or name not in installed:
+        if name in names_found or name not in installed:
             continue
-        found.add(name)
-        wanted = map(Requirement, installed[name].requires or [])
+        names_found.add(name)
+        requirements = map(Requirement, installed[name].requires or [])
         waiting += [
-            canonicalize_name(each.name) for each in wanted if not each.marker or each.marker.evaluate({"extra": ""})
+            canonicalize_name(requirement.name)
+            for requirement in requirements
+            if not requirement.marker or requirement.marker.evaluate({"extra": ""})
         ]
-    return found
+    return names_found
 
 
-def _link(kept: list[importlib.metadata.Distribution], folder: Path) -> None:
-    site, folders = _site(), set()
-    for found in kept:
-        for file in found.files or []:
-            # Commands and data files lie outside of the packages' folder; a kernel only imports.
+def _link_distributions(distributions: list[importlib.metadata.Distribution], folder: Path) -> None:
+    site, folders = _site_packages(), set()
+    for distribution in distributions:
+        for file in distribution.files or []:
+            # A kernel only imports: commands and data files outside of the packages folder are not needed.
             if ".." in file.parts or file.suffix == ".pyc":
                 continue
             target = folder / file
@@ -120,16 +131,19 @@ def _link(kept: list[importlib.metadata.Distribution], folder: Path) -> None:
 
 
 def _link_compiled(folder: Path) -> None:
-    """Link what has been compiled since: a kernel cannot write it, and without it torch takes half a minute to import."""
-    site, ending = str(_site()), f".{sys.implementation.cache_tag}.pyc"
+    """Link the .pyc files that were compiled since the folder was made.
+
+    The folder is read-only for a kernel, and torch takes half a minute to import without compiled files.
+    """
+    site, ending = str(_site_packages()), f".{sys.implementation.cache_tag}.pyc"
     for parent, _, files in os.walk(folder):
         origin = f"{site}{parent.removeprefix(str(folder))}/__pycache__"
         if parent.endswith("__pycache__") or not os.path.isdir(origin):
             continue
         compiled = f"{parent}/__pycache__"
-        have = os.listdir(compiled) if os.path.isdir(compiled) else []
-        wanted = {file[:-3] + ending for file in files if file.endswith(".py")} & set(os.listdir(origin))
-        for name in wanted.difference(have):
+        linked = os.listdir(compiled) if os.path.isdir(compiled) else []
+        available = {file[:-3] + ending for file in files if file.endswith(".py")} & set(os.listdir(origin))
+        for name in available.difference(linked):
             os.makedirs(compiled, exist_ok=True)
             _link_file(Path(origin, name), Path(compiled, name))
 
@@ -138,8 +152,8 @@ def _link_file(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except (FileNotFoundError, FileExistsError):
-        # Both happen: the two OpenCV packages list the same files, and some lists name what was removed after installing.
+        # The two OpenCV packages list the same files, and some packages list files that were removed after installing.
         return
     except OSError:
-        # another file system, or one without hard links
+        # The folder is on another file system, or on one without hard links.
         shutil.copy2(source, target)

@@ -1,4 +1,4 @@
-"""The part of kitlib that a notebook imports, as the compressed archive that its kernel carries."""
+"""Pack the part of kitlib that a notebook imports into the compressed archive that its kernel carries."""
 
 import ast
 import base64
@@ -13,47 +13,48 @@ from kitlib.runs.record import DIGEST_FILE, kitlib_digest
 ROOT = Path(kitlib.__file__).parent.parent
 
 
-def needed_files(sources: Iterable[str]) -> list[str]:
-    """Files of kitlib that these sources of Python import, and what those import in turn: paths like "kitlib/tables.py".
+def find_needed_files(sources: Iterable[str]) -> list[str]:
+    """Return the kitlib files that these Python sources import, directly or indirectly: paths like "kitlib/tables.py".
 
-    A module's data travel with it: the YAML file beside it that has its name. Imports count wherever they stand, in
-    functions and for type checking alone, too. Raises SyntaxError for a source that is not Python, ImportError for a module
-    that kitlib lacks.
+    Paths are sorted. A YAML file with a module's name in the same folder is included. Imports inside functions and for type
+    checking only count too. Raises SyntaxError for a source that is not Python, ImportError for a kitlib module that does
+    not exist.
     """
-    found: set[str] = set()
-    waiting = [name for source in sources for name in _imported(source)]
+    files: set[str] = set()
+    waiting = [name for source in sources for name in _imported_names(source)]
     while waiting:
-        path = _file_of(waiting.pop())
-        if path not in found:
-            found.add(path)
-            waiting += _imported((ROOT / path).read_text(encoding="utf-8"))
-    # A module is imported through the packages around it.
-    packages = {f"{folder.as_posix()}/__init__.py" for path in found for folder in Path(path).parents if folder.name}
-    data = {path.removesuffix(".py") + ".yaml" for path in found}
-    return sorted(found | packages | {path for path in data if (ROOT / path).is_file()})
+        path = _find_module_file(waiting.pop())
+        if path not in files:
+            files.add(path)
+            waiting += _imported_names((ROOT / path).read_text(encoding="utf-8"))
+    # Importing a module also imports its parent packages.
+    packages = {f"{folder.as_posix()}/__init__.py" for path in files for folder in Path(path).parents if folder.name}
+    data = {path.removesuffix(".py") + ".yaml" for path in files}
+    return sorted(files | packages | {path for path in data if (ROOT / path).is_file()})
 
 
-def packed_library(sources: Iterable[str]) -> str:
-    """The `needed_files` of these sources and the whole library's digest, as base64 of a tar.bz2.
+def pack_library(sources: Iterable[str]) -> str:
+    """Return the files that these sources need (`find_needed_files`) and kitlib's digest as the base64 of a tar.bz2.
 
-    bzip2, because zlib's output differs between its implementations: the same library always gives the same archive.
+    The archive is bzip2, because zlib's output differs between implementations: the same library always gives the same
+    bytes.
     """
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:bz2", compresslevel=9) as archive:
-        for path in needed_files(sources):
-            _add(archive, path, (ROOT / path).read_bytes())
-        _add(archive, f"kitlib/{DIGEST_FILE}", kitlib_digest().encode())
+        for path in find_needed_files(sources):
+            _add_file(archive, path, (ROOT / path).read_bytes())
+        _add_file(archive, f"kitlib/{DIGEST_FILE}", kitlib_digest().encode())
     return base64.b64encode(packed.getvalue()).decode("ascii")
 
 
-def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    entry = tarfile.TarInfo(name)  # of nobody, at the epoch, so that archives compare
+def _add_file(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)  # without owner and at date 0, so that archives are reproducible
     entry.size = len(content)
     archive.addfile(entry, io.BytesIO(content))
 
 
-def _imported(source: str) -> Iterator[str]:
-    """Names of kitlib that a source imports: modules, or "module.name" for what may be either."""
+def _imported_names(source: str) -> Iterator[str]:
+    """Yield the kitlib names that a source imports: modules, or "module.name", which may be a module or a name in one."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "kitlib")
@@ -61,8 +62,8 @@ def _imported(source: str) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _file_of(name: str) -> str:
-    """The file of a module, or of the module that has this name in it."""
+def _find_module_file(name: str) -> str:
+    """Return the file of the module `name` or, if `name` is not a module, of the module that defines it."""
     for module in (name, name.rpartition(".")[0]):
         for path in (f"{module.replace('.', '/')}.py", f"{module.replace('.', '/')}/__init__.py"):
             if module and (ROOT / path).is_file():

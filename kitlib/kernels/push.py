@@ -1,4 +1,4 @@
-"""A built kernel and its datasets pushed through Kaggle's own client; what the client only prints or returns is an error."""
+"""Push a built kernel and its datasets with Kaggle's client; problems that the client only prints or returns are errors."""
 
 import contextlib
 import io
@@ -18,51 +18,55 @@ from kitlib.errors import KernelError
 logger = logging.getLogger(__name__)
 
 TOKEN = (
-    "Kaggle knows no valid token of yours. Make one at https://www.kaggle.com/settings (API, Create New Token) and put it "
+    "no valid Kaggle token was found. Make one at https://www.kaggle.com/settings (API, Create New Token) and put it "
     "into the environment variable KAGGLE_API_TOKEN or the file ~/.kaggle/access_token; an older kaggle.json goes into "
-    "~/.kaggle, or its two values into KAGGLE_USERNAME and KAGGLE_KEY. Building and rehearsing need none"
+    "~/.kaggle, or its two values into KAGGLE_USERNAME and KAGGLE_KEY. Building and rehearsing need no token"
 )
 ADVICE = {
     401: "the token is invalid or has expired: make a new one at https://www.kaggle.com/settings",
-    403: "you may not: is the owner yours, and are the competition's rules accepted?",
-    404: "there is no such thing, or none that you may see: are owner and slug right?",
+    403: "access is denied: check that the owner is you, and that you have accepted the competition's rules",
+    404: "it does not exist, or you have no access to it: check the owner and the slug",
 }
 METADATA = ("dataset-metadata.json", "kernel-metadata.json")
-# Files a page when a dataset's are listed; no dataset of wheels has more.
+# Files on one page of a dataset's listing; a wheels dataset has fewer.
 PAGE = 200
-# What the client says that is no complaint about what was pushed.
-HARMLESS = ("Warning: Looks like you're using an outdated", "Warning: Your Kaggle API key is readable")
+# Lines that the client prints which do not concern what was pushed.
+HARMLESS_OUTPUT = ("Warning: Looks like you're using an outdated", "Warning: Your Kaggle API key is readable")
 COMPLAINTS = {
-    "invalid_dataset_sources": "datasets that it does not find or may not use",
-    "invalid_competition_sources": "competitions that it does not find, or whose rules you have not accepted",
-    "invalid_kernel_sources": "kernels that it does not find or that have never run",
-    "invalid_model_sources": "models that it does not find or may not use",
-    "invalid_tags": "tags that there are not",
+    "invalid_dataset_sources": "datasets that do not exist or that it may not use",
+    "invalid_competition_sources": "competitions that do not exist, or whose rules you have not accepted",
+    "invalid_kernel_sources": "kernels that do not exist or that have never run",
+    "invalid_model_sources": "models that do not exist or that it may not use",
+    "invalid_tags": "tags that do not exist",
 }
 
 
 @dataclass(frozen=True)
 class Pushed:
-    url: str  # of the kernel, where its progress is seen
+    """A pushed kernel and the datasets that were uploaded with it."""
+
+    url: str  # of the kernel's page, which shows its progress
     version: int
     datasets: dict[str, str]  # by OWNER/SLUG: "created", "new version" or "unchanged"
 
 
 def push(out: str | Path, wait_s: float = 3600.0, poll_s: float = 5.0) -> Pushed:
-    """Push `out`/wheels and `out`/weights, wait until Kaggle has unpacked them, then push `out`/kernel, which starts it.
+    """Push `out`/wheels and `out`/weights, wait until both are ready, then push `out`/kernel, which starts the kernel.
 
-    A dataset that exists gets a new version, except wheels that are there already, all with the same names and sizes. Each
-    is waited for `wait_s` seconds at most and asked for every `poll_s`. Raises KernelError.
+    An existing dataset gets a new version; a wheels dataset with the same file names and sizes is left unchanged. The status
+    of a dataset is checked every `poll_s` seconds, for at most `wait_s` seconds. Raises KernelError if anything is refused.
     """
     out = Path(out)
-    described = out / "kernel" / "kernel-metadata.json"
-    if not described.is_file():
-        raise KernelError(f"there is no {described}; build the kernel first")
-    metadata = json.loads(described.read_text(encoding="utf-8"))
-    client = _client()
+    metadata_path = out / "kernel" / "kernel-metadata.json"
+    if not metadata_path.is_file():
+        raise KernelError(f"{metadata_path} does not exist; build the kernel first")
+    metadata = json.loads(metadata_path.read_text(encoding="utf-8"))
+    client = _sign_in()
     owner, user = metadata["id"].split("/")[0], client.config_values[client.CONFIG_NAME_USER]
     if owner != user.lower():
-        raise KernelError(f"the kernel is {metadata['id']}, but the token is {user}'s; build it with --owner {user.lower()}")
+        raise KernelError(
+            f"the kernel is {metadata['id']}, but the token belongs to {user}; build it with --owner {user.lower()}"
+        )
     datasets = {}
     for folder in (out / "wheels", out / "weights"):
         if folder.is_dir():
@@ -72,150 +76,163 @@ def push(out: str | Path, wait_s: float = 3600.0, poll_s: float = 5.0) -> Pushed
     return Pushed(url, version, datasets)
 
 
-def _client() -> Any:
-    """Kaggle's client, signed in, and made to fail where it would leave out a file."""
-    heard = io.StringIO()
-    with _asking("signing in", heard):
-        # Importing it signs in, and ends the program where there is no token.
+def _sign_in() -> Any:
+    """Return Kaggle's client, signed in, changed to raise KernelError if a file of a dataset is not uploaded."""
+    output = io.StringIO()
+    with _calling_client("signing in", output):
+        # Importing it signs in, and exits the program if there is no token.
         from kaggle.api.kaggle_api_extended import KaggleApi
 
         class Client(KaggleApi):
             def upload_files(self, request: Any, resources: Any, folder: str, *arguments: Any, **options: Any) -> None:
                 super().upload_files(request, resources, folder, *arguments, **options)
-                wanted, sent = [name for name in os.listdir(folder) if name not in METADATA], request.files or []
-                if len(sent) != len(wanted):
+                expected, uploaded = [name for name in os.listdir(folder) if name not in METADATA], request.files or []
+                if len(uploaded) != len(expected):
                     raise KernelError(
-                        f"only {len(sent)} of {len(wanted)} files of {folder} could be uploaded, so none was published; "
-                        f"push again{_quoted(heard)}"
+                        f"only {len(uploaded)} of {len(expected)} files of {folder} could be uploaded, so none was "
+                        f"published; push again{_quote_output(output)}"
                     )
 
         client = Client()
         client.authenticate()
         if not client.config_values.get(client.CONFIG_NAME_USER):
             raise KernelError(TOKEN)
-    client.heard = heard
+    client.captured_output = output
     return client
 
 
 @contextlib.contextmanager
-def _asking(what: str, heard: io.StringIO) -> Iterator[None]:
-    """Inside, what the client prints goes to `heard`, emptied first, and whatever it raises becomes a KernelError."""
-    heard.seek(0)
-    heard.truncate()
+def _calling_client(action: str, output: io.StringIO) -> Iterator[None]:
+    """Collect what the client prints inside the block in `output`, emptied first; raise its errors as KernelError."""
+    output.seek(0)
+    output.truncate()
     try:
-        with contextlib.redirect_stdout(heard):
+        with contextlib.redirect_stdout(output):
             yield
     except SystemExit as error:
-        raise KernelError(f"{what}: {TOKEN}{_quoted(heard)}") from error
+        raise KernelError(f"{action}: {TOKEN}{_quote_output(output)}") from error
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else None
         advice = f"; {ADVICE[status]}" if status in ADVICE else ""
-        raise KernelError(f"{what}: Kaggle answers {error}{advice}{_quoted(heard)}") from error
+        raise KernelError(f"{action}: Kaggle answers {error}{advice}{_quote_output(output)}") from error
     except requests.RequestException as error:
-        raise KernelError(f"{what}: Kaggle cannot be reached: {error}{_quoted(heard)}") from error
+        raise KernelError(f"{action}: Kaggle cannot be reached: {error}{_quote_output(output)}") from error
     except (ValueError, LookupError, TypeError, OSError) as error:
-        raise KernelError(f"{what}: Kaggle's client fails: {error!r}{_quoted(heard)}") from error
+        raise KernelError(f"{action}: Kaggle's client failed: {error!r}{_quote_output(output)}") from error
 
 
-def _lines(heard: io.StringIO) -> list[str]:
-    return [line.strip() for line in heard.getvalue().splitlines() if line.strip()]
+def _output_lines(output: io.StringIO) -> list[str]:
+    return [line.strip() for line in output.getvalue().splitlines() if line.strip()]
 
 
-def _quoted(heard: io.StringIO) -> str:
-    return "".join(f"\n  its client says: {line}" for line in _lines(heard))
+def _quote_output(output: io.StringIO) -> str:
+    return "".join(f"\n  Kaggle's client printed: {line}" for line in _output_lines(output))
 
 
 def _push_dataset(client: Any, name: str, folder: Path, wait_s: float, poll_s: float) -> str:
-    what = f"pushing the dataset {name}"
-    status = _status(client, name)
-    before = _version(client, name) if status else 0
-    if status == "ready" and folder.name == "wheels" and _same_files(client, name, folder):
+    action = f"pushing the dataset {name}"
+    status = _dataset_status(client, name)
+    previous_version = _dataset_version(client, name) if status else 0
+    if status == "ready" and folder.name == "wheels" and _has_same_files(client, name, folder):
         return "unchanged"
     logger.info("uploading %s", name)
-    # "zip", because the client leaves out folders otherwise
-    with _asking(what, client.heard):
+    # "zip", because otherwise the client skips subfolders.
+    with _calling_client(action, client.captured_output):
         if status:
             answer = client.dataset_create_version(str(folder), "built by the kit", quiet=True, dir_mode="zip")
         else:
             answer = client.dataset_create_new(str(folder), public=False, quiet=True, dir_mode="zip")
     if answer is None or answer.error or answer.invalid_tags or answer.status.lower() != "ok":
-        said = answer and (answer.error or (answer.invalid_tags and f"invalid tags {answer.invalid_tags}") or answer.status)
-        raise KernelError(f"{what}: Kaggle answers {said or 'nothing'}{_quoted(client.heard)}")
-    _wait_for(client, name, before, wait_s, poll_s)
+        reason = answer and (
+            answer.error or (answer.invalid_tags and f"invalid tags {answer.invalid_tags}") or answer.status
+        )
+        raise KernelError(f"{action}: Kaggle answers {reason or 'nothing'}{_quote_output(client.captured_output)}")
+    _wait_until_ready(client, name, previous_version, wait_s, poll_s)
     return "new version" if status else "created"
 
 
-def _status(client: Any, name: str) -> str | None:
-    """Kaggle's word for the newest version of a dataset, such as "ready"; None where there is no such dataset."""
-    with _asking(f"asking for the dataset {name}", client.heard):
+def _dataset_status(client: Any, name: str) -> str | None:
+    """Return the status of a dataset's newest version, such as "ready"; None if the dataset does not exist."""
+    with _calling_client(f"asking for the dataset {name}", client.captured_output):
         try:
             return client.dataset_status(name)
         except requests.HTTPError as error:
-            # Kaggle answers 403 as well for what is not there. If it is another's, creating it will fail.
+            # Kaggle answers 403 for missing datasets too. If it belongs to another user, creating it will fail.
             if error.response is not None and error.response.status_code in (403, 404):
                 return None
             raise
 
 
-def _version(client: Any, name: str) -> int:
-    """The number of the dataset's current version; 0 where Kaggle tells none."""
+def _dataset_version(client: Any, name: str) -> int:
+    """Return the number of the dataset's current version; 0 if Kaggle reports none."""
     from kagglesdk.datasets.types.dataset_api_service import ApiGetDatasetRequest
 
     request = ApiGetDatasetRequest()
     request.owner_slug, request.dataset_slug = name.split("/")
-    with _asking(f"asking for the dataset {name}", client.heard), client.build_kaggle_client() as kaggle:
+    with _calling_client(f"asking for the dataset {name}", client.captured_output), client.build_kaggle_client() as kaggle:
         return kaggle.datasets.dataset_api_client.get_dataset(request).current_version_number or 0
 
 
-def _same_files(client: Any, name: str, folder: Path) -> bool:
-    """Enough for wheels alone: their names tell their versions."""
-    with _asking(f"asking for the files of {name}", client.heard):
+def _has_same_files(client: Any, name: str, folder: Path) -> bool:
+    """Return whether the dataset has the folder's file names and sizes.
+
+    This suffices for wheels only, whose names contain their versions.
+    """
+    with _calling_client(f"asking for the files of {name}", client.captured_output):
         listed = client.dataset_list_files(name, page_size=PAGE)
-    here = {path.name: path.stat().st_size for path in folder.iterdir() if path.name not in METADATA}
-    return {file.name: file.total_bytes for file in listed.files or []} == here
+    local_sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name not in METADATA}
+    return {file.name: file.total_bytes for file in listed.files or []} == local_sizes
 
 
-def _wait_for(client: Any, name: str, before: int, wait_s: float, poll_s: float) -> None:
-    """Until a version later than `before` is ready: a kernel takes the version that there is when it is pushed."""
+def _wait_until_ready(client: Any, name: str, previous_version: int, wait_s: float, poll_s: float) -> None:
+    """Wait until a version later than `previous_version` is ready, because a pushed kernel takes the current version.
+
+    Raises KernelError if Kaggle reports a failure, or after `wait_s` seconds.
+    """
     started = time.monotonic()
     while True:
-        # At first, for it is the older version that would still be ready.
+        # Wait before the first check: until the upload is registered, the status is that of the older version.
         time.sleep(poll_s)
-        status = _status(client, name)
-        if status == "ready" and (not before or _version(client, name) > before):
+        status = _dataset_status(client, name)
+        if status == "ready" and (not previous_version or _dataset_version(client, name) > previous_version):
             return
         if status in ("failed", "deleted"):
             raise KernelError(
-                f"{name} was uploaded, but Kaggle says it {status}: see https://www.kaggle.com/datasets/{name}"
+                f"{name} was uploaded, but its status is {status!r}: see https://www.kaggle.com/datasets/{name}"
             )
         if time.monotonic() - started > wait_s:
             raise KernelError(
                 f"{name} was uploaded, but is not ready after {wait_s:g} s ({status or 'unknown'}), and the kernel was not "
                 f"pushed: see https://www.kaggle.com/datasets/{name} and push again"
             )
-        logger.info("%s: %s", name, status or "not there yet")
+        logger.info("%s: %s", name, status or "not listed yet")
 
 
 def _push_kernel(client: Any, metadata: dict[str, Any], folder: Path) -> tuple[str, int]:
-    """Its address and version. Kaggle starts a kernel also where a source is missing: that is an error all the same."""
+    """Push the kernel and return its URL and version.
+
+    Raises KernelError also if Kaggle has started the kernel although a source is missing.
+    """
     name = metadata["id"]
     logger.info("pushing the kernel %s", name)
-    with _asking(f"pushing the kernel {name}", client.heard):
+    with _calling_client(f"pushing the kernel {name}", client.captured_output):
         answer = client.kernels_push(str(folder))
     if answer is None or answer.error:
-        said = (answer and answer.error) or "nothing"
-        raise KernelError(f"the kernel {name} was not pushed: Kaggle answers {said}{_quoted(client.heard)}")
+        reason = (answer and answer.error) or "nothing"
+        raise KernelError(
+            f"the kernel {name} was not pushed: Kaggle answers {reason}{_quote_output(client.captured_output)}"
+        )
     complaints = [
         f"{meaning}: {', '.join(getattr(answer, field))}" for field, meaning in COMPLAINTS.items() if getattr(answer, field)
     ]
-    complaints += [line for line in _lines(client.heard) if not line.startswith(HARMLESS)]
+    complaints += [line for line in _output_lines(client.captured_output) if not line.startswith(HARMLESS_OUTPUT)]
     if f"/{name}" not in answer.url.lower():
-        complaints.append(f"its address is {answer.url or 'not told'}, where {name} was expected")
+        complaints.append(f"its URL is {answer.url or 'missing'}, expected one that contains {name}")
     if not answer.version_number:
         complaints.append("no version number")
     if complaints:
         raise KernelError(
-            f"Kaggle took the kernel {name} (version {answer.version_number or 'unknown'}) and started it, but not as it "
-            "was built; mend this and push again:\n  " + "\n  ".join(complaints)
+            f"Kaggle started the kernel {name} (version {answer.version_number or 'unknown'}), but not as it was built; "
+            "correct this and push again:\n  " + "\n  ".join(complaints)
         )
     return answer.url, answer.version_number

@@ -1,4 +1,4 @@
-"""A built kernel run as Kaggle would run it: its image's packages, its folders, no network, a clock that ends it."""
+"""Run a built kernel as Kaggle would: with the image's packages, Kaggle's folders, no network and a time limit."""
 
 import base64
 import json
@@ -17,10 +17,10 @@ from typing import Any
 import yaml
 
 from kitlib.errors import KernelError
-from kitlib.kernels.kaggle_environment import fresh_environment, kaggle_packages
-from kitlib.kernels.sandbox import no_sandbox_reason, sandboxed
+from kitlib.kernels.kaggle_environment import create_environment, link_kaggle_packages
+from kitlib.kernels.sandbox import no_sandbox_reason, sandbox_command
 from kitlib.kernels.spec import KernelSpec
-from kitlib.kernels.wheels import pins_of, running_wheels, suits_running
+from kitlib.kernels.wheels import are_installable, local_wheels, parse_pins
 from kitlib.notebook import first_problem
 from kitlib.paths import project_root
 from kitlib.processes import kill_family
@@ -29,10 +29,10 @@ from kitlib.scoring.validate import validate
 
 logger = logging.getLogger(__name__)
 
-# Settings of this machine that its GPU or its libraries cannot do without; all others stay outside.
-PASSED_ON = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "TZ")
+# Environment variables that the GPU and the libraries need; the kernel gets no others of this machine.
+PASSED_VARIABLES = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "TZ")
 WORKING, REHEARSAL, ENVIRONMENT = Path("/kaggle/working"), Path("/rehearsal"), Path("/environment")
-# Where Kaggle mounts a kernel's inputs below /kaggle/input: each by its slug, or by kind and owner. Both occur.
+# Where Kaggle mounts inputs below /kaggle/input: by slug, or by kind, owner and slug. Kaggle uses both.
 LAYOUTS = {
     "plain": {"competition_sources": "{slug}", "dataset_sources": "{slug}", "kernel_sources": "{slug}"},
     "nested": {
@@ -45,16 +45,19 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """How it went. The kernel's output is in `working`, what it printed in `log`, its executed notebook in `executed`."""
+    """The outcome of a rehearsal.
+
+    The kernel's output is in `working`, its printed lines in `log`, its executed notebook in `executed`.
+    """
 
     seconds: float
     limit_s: float
     problem: str  # why the notebook did not run to its end; empty if it did
-    unfinished: bool  # it ended as it should when its session did, before its run was finished
-    result: str  # the file that a finished kernel leaves, below `working`; empty where the notebook names none
-    faults: tuple[str, ...]  # of that file; that there is none is one
-    scores: dict[str, float] | None  # of a valid submission where the truth is known
-    not_isolated: str  # what the system did not allow, empty if all was private
+    unfinished: bool  # the notebook ended at its session's deadline as intended, and its run can be resumed
+    result: str  # the file that a finished kernel writes, below `working`; empty if the notebook makes no run
+    faults: tuple[str, ...]  # of the result; a missing file is a fault
+    scores: dict[str, float] | None  # of a valid submission if the ground truth was given
+    not_isolated: str  # why no sandbox was possible; empty if the kernel ran in one
     working: Path
     log: Path
     executed: Path
@@ -77,38 +80,39 @@ def rehearse(
     on_line: Callable[[str], None] | None = None,
     layout: str = "plain",
 ) -> Rehearsal:
-    """Run `out`/kernel, built of `spec`, with its rehearsal's parameters; stop it after `time_limit_s`.
+    """Run `out`/kernel, built from `spec`, with the parameters of its rehearsal; return how it went.
 
-    What it names as its inputs is attached and nothing else: `out`/wheels, `out`/weights, and for everything else the folder
-    of that slug in `inputs`, at the places of `layout` (of LAYOUTS). Replaces `out`/working, `out`/rehearsal.log and
-    `out`/rehearsal.ipynb. `on_line` gets each line that the kernel prints. `truth`, for a kernel that submits, is a folder
-    with train_study_level.csv and train_image_level.csv. A link in an input that leads into the project's folder or below
-    /tmp is broken for the kernel, which sees neither. Raises KernelError where it cannot begin.
+    The kernel is killed after `time_limit_s` seconds. Only the inputs that it names are attached: `out`/wheels,
+    `out`/weights, and for each other input the folder of that slug in `inputs`, mounted as `layout` (of LAYOUTS) says.
+    Replaces `out`/working, `out`/rehearsal.log and `out`/rehearsal.ipynb. `on_line` is called with each line that the kernel
+    prints. `truth`, for a submission only, is a folder with train_study_level.csv and train_image_level.csv. Symbolic links
+    in inputs that lead into the project's folder or below /tmp are broken for the kernel, which sees neither. Raises
+    KernelError if the rehearsal cannot start, for example because an input is missing.
     """
     out, inputs = Path(out).resolve(), Path(inputs).resolve()
-    metadata = _metadata(spec, out)
-    built = _built(out)
-    folders = _folders(metadata, built, inputs, LAYOUTS[layout])
-    if truth and not spec.submits:
-        raise KernelError(f"{spec.slug} submits nothing that the truth could score; leave the truth out")
+    metadata = _read_metadata(spec, out)
+    built_datasets = _find_built_datasets(out)
+    folders = _find_inputs(metadata, built_datasets, inputs, LAYOUTS[layout])
+    if truth and not spec.is_submission:
+        raise KernelError(f"{spec.slug} makes no submission that the truth could score; leave the truth out")
     sample = inputs / spec.competition / "sample_submission.csv"
-    if spec.submits and not sample.is_file():
-        raise KernelError(f"there is no {sample}; the inputs are a folder that holds {spec.competition}/")
-    packages = kaggle_packages()
+    if spec.is_submission and not sample.is_file():
+        raise KernelError(f"{sample} does not exist; the inputs are a folder that contains {spec.competition}/")
+    packages = link_kaggle_packages()
     working, log, executed = out / "working", out / "rehearsal.log", out / "rehearsal.ipynb"
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir()
     executed.write_text("", encoding="utf-8")
-    with tempfile.TemporaryDirectory(dir=out, prefix=".rehearsal-", ignore_cleanup_errors=True) as private:
-        wheels = _fitting_wheels(out / "wheels", Path(private) / "wheels")
-        attached = {place: wheels if folder == out / "wheels" else folder for place, folder in folders.items()}
-        prepare = _open_command if no_sandbox_reason() else _isolated_command
-        code, options = out / "kernel" / metadata["code_file"], _options(spec)
-        command, environment = prepare(Path(private), packages, attached, code, working, executed, options)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".rehearsal-", ignore_cleanup_errors=True) as temporary_folder:
+        wheels = _installable_wheels(out / "wheels", Path(temporary_folder) / "wheels")
+        attached = {mount_point: wheels if folder == out / "wheels" else folder for mount_point, folder in folders.items()}
+        make_command = _unisolated_command if no_sandbox_reason() else _isolated_command
+        notebook, options = out / "kernel" / metadata["code_file"], _papermill_options(spec)
+        command, environment = make_command(Path(temporary_folder), packages, attached, notebook, working, executed, options)
         environment["KIT_TIME_LIMIT_S"] = f"{time_limit_s:g}"
-        exit_code, seconds = run_until(command, environment, working, time_limit_s, log, on_line)
-    problem = _problem(exit_code, seconds > time_limit_s, executed)
-    result, unfinished, faults = _left(spec, working, sample)
+        exit_code, seconds = run_with_limit(command, environment, working, time_limit_s, log, on_line)
+    problem = _find_problem(exit_code, seconds > time_limit_s, executed)
+    result, unfinished, faults = _check_result(spec, working, sample)
     return Rehearsal(
         seconds=seconds,
         limit_s=time_limit_s,
@@ -124,103 +128,120 @@ def rehearse(
     )
 
 
-def _metadata(spec: KernelSpec, out: Path) -> dict[str, Any]:
-    described = out / "kernel" / "kernel-metadata.json"
-    if not described.is_file():
-        raise KernelError(f"there is no {described}; build the kernel first")
-    metadata = json.loads(described.read_text(encoding="utf-8"))
+def _read_metadata(spec: KernelSpec, out: Path) -> dict[str, Any]:
+    metadata_path = out / "kernel" / "kernel-metadata.json"
+    if not metadata_path.is_file():
+        raise KernelError(f"{metadata_path} does not exist; build the kernel first")
+    metadata = json.loads(metadata_path.read_text(encoding="utf-8"))
     if metadata["id"] != f"{spec.owner}/{spec.slug}":
-        raise KernelError(f"{out} holds {metadata['id']}, not {spec.owner}/{spec.slug}; build the kernel first")
+        raise KernelError(f"{out} contains {metadata['id']}, not {spec.owner}/{spec.slug}; build the kernel first")
     if metadata["enable_internet"]:
-        logger.warning("On Kaggle this kernel has the internet; its rehearsal has none.")
+        logger.warning("On Kaggle this kernel has internet access; its rehearsal has none.")
     return metadata
 
 
-def _built(out: Path) -> dict[str, Path]:
-    """The datasets that were built with the kernel, by OWNER/SLUG."""
-    told = {folder: folder / "dataset-metadata.json" for folder in (out / "wheels", out / "weights")}
-    return {json.loads(file.read_text(encoding="utf-8"))["id"]: folder for folder, file in told.items() if file.is_file()}
+def _find_built_datasets(out: Path) -> dict[str, Path]:
+    """Return the folders of the datasets that were built with the kernel, by OWNER/SLUG."""
+    metadata_paths = {folder: folder / "dataset-metadata.json" for folder in (out / "wheels", out / "weights")}
+    return {
+        json.loads(file.read_text(encoding="utf-8"))["id"]: folder
+        for folder, file in metadata_paths.items()
+        if file.is_file()
+    }
 
 
-def _folders(metadata: dict[str, Any], built: dict[str, Path], inputs: Path, layout: dict[str, str]) -> dict[str, Path]:
-    """The inputs' folders by their places below /kaggle/input. Raises KernelError with all that are missing."""
+def _find_inputs(
+    metadata: dict[str, Any], built_datasets: dict[str, Path], inputs: Path, layout: dict[str, str]
+) -> dict[str, Path]:
+    """Return the inputs' folders by their paths below /kaggle/input.
+
+    Raises KernelError that lists all missing inputs, or if a dataset exists both in the build and in `inputs`.
+    """
     folders, missing = {}, []
-    for kind, place in layout.items():
+    for kind, pattern in layout.items():
         for source in metadata[kind]:
             owner, _, slug = source.rpartition("/")
             folder = inputs / slug
-            if source in built and folder.is_dir():
-                raise KernelError(f"the kernel wants {source}, which was built and lies in {inputs} too: remove one")
-            folder = built.get(source, folder)
+            if source in built_datasets and folder.is_dir():
+                raise KernelError(f"{source} was built and is also in {inputs}; remove one of them")
+            folder = built_datasets.get(source, folder)
             if not folder.is_dir():
-                got = "that kernel's output, or a link to its rehearsal's working/"
-                got = got if kind == "kernel_sources" else "see inputs/README.md"
-                missing.append(f"{folder} for {source} of its {kind}: {got}")
-            folders[place.format(owner=owner, slug=slug)] = folder
+                advice = "that kernel's output, or a link to its rehearsal's working/"
+                advice = advice if kind == "kernel_sources" else "see inputs/README.md"
+                missing.append(f"{folder} for {source} of its {kind}: {advice}")
+            folders[pattern.format(owner=owner, slug=slug)] = folder
     if missing:
-        raise KernelError("the kernel's inputs are not all there: there is no " + "; no ".join(missing))
+        raise KernelError("inputs of the kernel are missing: there is no " + "; no ".join(missing))
     return folders
 
 
-def _fitting_wheels(wheels: Path, replaced: Path) -> Path:
-    """The folder `wheels` or, where its wheels do not fit this Python, `replaced` with the same versions that do."""
-    found = sorted(wheels.glob("*.whl"))
-    if suits_running(found):
+def _installable_wheels(wheels: Path, replacement_folder: Path) -> Path:
+    """Return a folder of wheels that this Python can install.
+
+    This is `wheels` itself or, if these are for another Python, `replacement_folder`, filled with the same versions.
+    """
+    wheel_files = sorted(wheels.glob("*.whl"))
+    if are_installable(wheel_files):
         return wheels
-    logger.warning("The wheels for Kaggle's Python 3.12 do not fit this Python: the same versions for it take their place.")
-    replaced.mkdir()
-    for wheel in running_wheels(pins_of(found)):
-        shutil.copyfile(wheel, replaced / wheel.name)
-    return replaced
+    logger.warning("This Python cannot install the wheels for Kaggle's Python 3.12; using the same versions built for it.")
+    replacement_folder.mkdir()
+    for wheel in local_wheels(parse_pins(wheel_files)):
+        shutil.copyfile(wheel, replacement_folder / wheel.name)
+    return replacement_folder
 
 
-def _left(spec: KernelSpec, working: Path, sample: Path) -> tuple[str, bool, tuple[str, ...]]:
-    """The file that marks a finished kernel, whether it was merely not finished yet, and the file's faults."""
-    if spec.submits:
+def _check_result(spec: KernelSpec, working: Path, sample: Path) -> tuple[str, bool, tuple[str, ...]]:
+    """Return the path of the result below `working`, whether the run is merely unfinished, and the result's faults."""
+    if spec.is_submission:
         result = working / "submission.csv"
         faults = (
-            tuple(map(str, validate(sample, result))) if result.is_file() else (f"there is no {result.name} in {working}",)
+            tuple(map(str, validate(sample, result)))
+            if result.is_file()
+            else (f"{result.name} does not exist in {working}",)
         )
         return result.name, False, faults
     run = spec.run_folder(rehearsed=True)
     if run is None:
         return "", False, ()
-    result, started = working / run / "metrics.json", working / run / "record.json"
+    result, record = working / run / "metrics.json", working / run / "record.json"
     if result.is_file():
         return f"{run}/{result.name}", False, ()
-    # What a session leaves that ended before its training did.
-    unfinished = started.is_file() and any((working / run).rglob("checkpoints"))
-    return f"{run}/{result.name}", unfinished, (f"there is no {run}/{result.name} in {working}",)
+    # A training that its session's deadline ended leaves a record and checkpoints.
+    unfinished = record.is_file() and any((working / run).rglob("checkpoints"))
+    return f"{run}/{result.name}", unfinished, (f"{run}/{result.name} does not exist in {working}",)
 
 
 def _isolated_command(
-    private: Path,
+    temporary_folder: Path,
     packages: Path,
     attached: dict[str, Path],
-    code: Path,
+    notebook: Path,
     working: Path,
     executed: Path,
     options: list[str],
 ) -> tuple[list[str], dict[str, str]]:
-    """The command that runs the notebook, and its environment. `private` is a folder for what is thrown away afterwards."""
+    """Return the command that runs the notebook in a sandbox, and its environment.
+
+    `temporary_folder` holds the sandbox's root, environment and /tmp; the caller deletes it.
+    """
     for name in ("root", "tmp/home"):
-        (private / name).mkdir(parents=True)
-    fresh_environment(private / "environment", "/image")
-    python, code_inside, executed_inside = (
+        (temporary_folder / name).mkdir(parents=True)
+    create_environment(temporary_folder / "environment", "/image")
+    python, mounted_notebook, mounted_executed = (
         ENVIRONMENT / "bin" / "python",
-        REHEARSAL / code.name,
+        REHEARSAL / notebook.name,
         REHEARSAL / "executed.ipynb",
     )
-    command = sandboxed(
-        _papermill(python, code_inside, executed_inside, WORKING, options),
-        root=private / "root",
+    command = sandbox_command(
+        _papermill_command(python, mounted_notebook, mounted_executed, WORKING, options),
+        root=temporary_folder / "root",
         read_only={f"/kaggle/input/{name}": folder for name, folder in attached.items()}
-        | {"/image": packages, str(code_inside): code},
+        | {"/image": packages, str(mounted_notebook): notebook},
         writable={
             str(WORKING): working,
-            str(executed_inside): executed,
-            str(ENVIRONMENT): private / "environment",
-            "/tmp": private / "tmp",
+            str(mounted_executed): executed,
+            str(ENVIRONMENT): temporary_folder / "environment",
+            "/tmp": temporary_folder / "tmp",
         },
         hidden=[project_root()],
         folder=str(WORKING),
@@ -228,39 +249,42 @@ def _isolated_command(
     return command, _environment(python, home="/tmp/home")
 
 
-def _open_command(
-    private: Path,
+def _unisolated_command(
+    temporary_folder: Path,
     packages: Path,
     attached: dict[str, Path],
-    code: Path,
+    notebook: Path,
     working: Path,
     executed: Path,
     options: list[str],
 ) -> tuple[list[str], dict[str, str]]:
-    """The same where the system has no private namespaces: links instead of mounts."""
+    """Return the command that runs the notebook without a sandbox, with links instead of mounts, and its environment.
+
+    It is used on systems without private namespaces.
+    """
     logger.warning(
         "Not isolated, because this system has no private namespaces (%s): the kernel could reach the network, write into "
         "its inputs and see this machine's files. Its packages, its time limit and its output are as on Kaggle.",
         no_sandbox_reason(),
     )
-    root = private / "kaggle"
-    for folder in (root / "input", private / "tmp" / "home"):
+    root = temporary_folder / "kaggle"
+    for folder in (root / "input", temporary_folder / "tmp" / "home"):
         folder.mkdir(parents=True)
     for name, folder in attached.items():
         (root / "input" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "input" / name).symlink_to(folder, target_is_directory=True)
     (root / "working").symlink_to(working, target_is_directory=True)
-    python = fresh_environment(private / "environment", packages)
-    environment = _environment(python, home=str(private / "tmp" / "home"))
-    environment |= {"KIT_KAGGLE_ROOT": str(root), "TMPDIR": str(private / "tmp")}
-    return _papermill(python, code, executed, working, options), environment
+    python = create_environment(temporary_folder / "environment", packages)
+    environment = _environment(python, home=str(temporary_folder / "tmp" / "home"))
+    environment |= {"KIT_KAGGLE_ROOT": str(root), "TMPDIR": str(temporary_folder / "tmp")}
+    return _papermill_command(python, notebook, executed, working, options), environment
 
 
 def _environment(python: Path, home: str) -> dict[str, str]:
-    """What Kaggle sets, and nothing that this machine's user has set for pip, Python or libraries."""
+    """Return the environment variables that Kaggle sets, without this machine's settings for pip, Python or libraries."""
     path = f"{python.parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     return {
-        **{name: os.environ[name] for name in PASSED_ON if name in os.environ},
+        **{name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ},
         "HOME": home,
         "PATH": path,
         "LANG": "C.UTF-8",
@@ -270,20 +294,23 @@ def _environment(python: Path, home: str) -> dict[str, str]:
     }
 
 
-def _options(spec: KernelSpec) -> list[str]:
-    """Papermill's, for the rehearsal's parameters: it replaces the cell of injected ones, so that it needs them all."""
+def _papermill_options(spec: KernelSpec) -> list[str]:
+    """Return papermill's options for the rehearsal's parameters, [] if the kernel has none.
+
+    Papermill replaces the cell of injected parameters, so all parameters are passed.
+    """
     if not spec.rehearsal:
         return []
-    said = yaml.safe_dump(spec.injected(rehearsed=True), sort_keys=False)
-    return ["--parameters_base64", base64.b64encode(said.encode()).decode("ascii")]
+    parameters = yaml.safe_dump(spec.injected_parameters(rehearsed=True), sort_keys=False)
+    return ["--parameters_base64", base64.b64encode(parameters.encode()).decode("ascii")]
 
 
-def _papermill(python: Path, notebook: Path, executed: Path, working: Path, options: list[str]) -> list[str]:
+def _papermill_command(python: Path, notebook: Path, executed: Path, working: Path, options: list[str]) -> list[str]:
     command = [str(python), "-m", "papermill", str(notebook), str(executed), "--cwd", str(working)]
     return [*command, "--no-progress-bar", "--log-output", "-k", "python3", *options]
 
 
-def run_until(
+def run_with_limit(
     command: list[str],
     environment: dict[str, str],
     working: Path,
@@ -291,7 +318,10 @@ def run_until(
     log: Path,
     on_line: Callable[[str], None] | None,
 ) -> tuple[int, float]:
-    """Exit code and seconds; at the limit every process of the kernel is killed."""
+    """Run a command, copying its output to `log`; return its exit code and its duration in seconds.
+
+    After `time_limit_s` seconds all its processes are killed.
+    """
     started = time.monotonic()
     process = subprocess.Popen(
         command,
@@ -304,26 +334,26 @@ def run_until(
         errors="replace",
         start_new_session=True,
     )
-    assert process.stdout is not None  # a pipe, as asked for
-    clock = threading.Timer(time_limit_s, kill_family, [process.pid])
-    clock.start()
+    assert process.stdout is not None  # for mypy: stdout=PIPE
+    timer = threading.Timer(time_limit_s, kill_family, [process.pid])
+    timer.start()
     try:
-        with log.open("w", encoding="utf-8") as kept:
+        with log.open("w", encoding="utf-8") as log_file:
             for line in process.stdout:
-                kept.write(line)
-                kept.flush()
+                log_file.write(line)
+                log_file.flush()
                 if on_line:
                     on_line(line.rstrip("\n"))
         return process.wait(), time.monotonic() - started
     finally:
-        clock.cancel()
+        timer.cancel()
         kill_family(process.pid)
         process.wait()
 
 
-def _problem(exit_code: int, too_late: bool, executed: Path) -> str:
-    if too_late:
-        return "the time limit struck"
+def _find_problem(exit_code: int, is_over_limit: bool, executed: Path) -> str:
+    if is_over_limit:
+        return "the time limit was reached"
     text = executed.read_text(encoding="utf-8")
     cell = first_problem(executed) if text else "papermill wrote no notebook"
     # A killed kernel can leave a notebook whose cells all look completed.

@@ -1,7 +1,8 @@
-"""A command in a room of its own: private mounts, processes and network, with chosen folders at chosen places.
+"""Runs a command in a sandbox: private mounts, processes and network, with chosen folders mounted at chosen paths.
 
-Linux namespaces through util-linux's `unshare`; no image, no daemon, no root where the system lets users make namespaces.
-This file is also the program that furnishes the room from inside, so it needs nothing but the standard library.
+It uses Linux namespaces through util-linux's `unshare`, without an image, a daemon or, where the system lets users create
+namespaces, root rights. This file is also the program that sets the sandbox up from inside, so it imports only the standard
+library.
 """
 
 import ctypes
@@ -19,14 +20,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Not this machine's: a private /proc, and an empty /tmp (read-only unless `writable` names one).
-FRESH = ("proc", "tmp")
+# Not shared with the machine: /proc is private, and /tmp is empty (and read-only unless `writable` names it).
+PRIVATE_FOLDERS = ("proc", "tmp")
 # linux/mount.h, asm/unistd.h (one number on all architectures) and net/if.h
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, RDONLY = 442, -100, 0x8000, 1
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 
 
-def sandboxed(
+def sandbox_command(
     command: Sequence[str],
     root: str | Path,
     read_only: Mapping[str, str | Path],
@@ -34,13 +35,14 @@ def sandboxed(
     hidden: Sequence[str | Path] = (),
     folder: str = "/",
 ) -> list[str]:
-    """The command that runs `command` in a room.
+    """Return the command line that runs `command` in a sandbox.
 
-    `root` is an empty folder on which the room is built. `read_only` and `writable` map absolute places in the room to files
-    and folders outside. All else of this machine is there, read-only, except the folders in `hidden`. There is no
-    network but the loopback. `folder` is the working directory. Killing the command kills everything in the room.
+    `root` is an empty folder on which the sandbox's file system is mounted. `read_only` and `writable` map absolute paths in
+    the sandbox to files and folders outside. Everything else of this machine is visible and read-only, except the folders in
+    `hidden`. The only network is the loopback. `folder` is the working directory. Killing the returned command kills every
+    process in the sandbox. Raises RuntimeError if this system has no private namespaces.
     """
-    unshare, reason = _probe()
+    unshare, reason = _find_unshare()
     if unshare is None:
         raise RuntimeError(f"no private namespaces on this system: {reason}")
     plan = {
@@ -52,22 +54,23 @@ def sandboxed(
         "keep": [os.path.realpath(sys.base_prefix)],
         "folder": folder,
     }
-    return [*unshare, *_program(plan)]
+    return [*unshare, *_sandbox_program(plan)]
 
 
 def no_sandbox_reason() -> str:
-    """Why this system allows no room, empty where it does."""
-    return _probe()[1]
+    """Return why this system cannot run a sandbox; empty if it can."""
+    return _find_unshare()[1]
 
 
 @functools.cache
-def _probe() -> tuple[list[str] | None, str]:
+def _find_unshare() -> tuple[list[str] | None, str]:
+    """Return the `unshare` command that works here, or None and the reason why none works."""
     if not shutil.which("unshare"):
         return None, "the program `unshare` (package util-linux) is missing"
     reason = ""
-    # As root without a user namespace first: some systems forbid those.
-    for mapped in [[], ["--map-root-user"]] if os.geteuid() == 0 else [["--map-root-user"]]:
-        command = ["unshare", *mapped, "--mount", "--net", "--pid", "--fork", "--kill-child=KILL"]
+    # Root tries without a user namespace first, because some systems forbid user namespaces.
+    for user_options in [[], ["--map-root-user"]] if os.geteuid() == 0 else [["--map-root-user"]]:
+        command = ["unshare", *user_options, "--mount", "--net", "--pid", "--fork", "--kill-child=KILL"]
         with tempfile.TemporaryDirectory() as root:
             plan = {
                 "command": ["true"],
@@ -78,54 +81,57 @@ def _probe() -> tuple[list[str] | None, str]:
                 "keep": [],
                 "folder": "/",
             }
-            tried = subprocess.run([*command, *_program(plan)], capture_output=True, text=True)
-        if tried.returncode == 0:
+            completed = subprocess.run([*command, *_sandbox_program(plan)], capture_output=True, text=True)
+        if completed.returncode == 0:
             return command, ""
-        reason = (tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1]
+        reason = (completed.stderr.strip().splitlines() or [f"exit code {completed.returncode}"])[-1]
     return None, reason
 
 
-def _program(plan: dict[str, Any]) -> list[str]:
+def _sandbox_program(plan: dict[str, Any]) -> list[str]:
     return [sys.executable, "-I", __file__, json.dumps(plan)]
 
 
-def _furnish(plan: dict[str, Any]) -> None:
-    """Build the room on plan["root"] and move into it. Runs as the first process of the new namespaces."""
+def _enter_sandbox(plan: dict[str, Any]) -> None:
+    """Mount the sandbox's file system on plan["root"] and change root to it.
+
+    Runs as the first process of the new namespaces.
+    """
     root = Path(plan["root"])
     _mount("-t", "tmpfs", "tmpfs", root)
     for entry in sorted(Path("/").iterdir()):
-        place = root / entry.name
+        target = root / entry.name
         if entry.is_symlink():
-            place.symlink_to(os.readlink(entry))
+            target.symlink_to(os.readlink(entry))
         elif entry.is_dir():
-            place.mkdir()
-            if entry.name not in FRESH:
-                _mount("--rbind", entry, place)
+            target.mkdir()
+            if entry.name not in PRIVATE_FOLDERS:
+                _mount("--rbind", entry, target)
     for path in plan["hidden"]:
         if (root / path[1:]).is_dir():
             _mount("-t", "tmpfs", "tmpfs", root / path[1:])
     for path in plan["keep"]:
         if any(Path(path).is_relative_to(hidden) for hidden in plan["hidden"]):
-            _make_place(path, root)
+            _make_mount_point(path, root)
             _mount("--rbind", path, root / path[1:])
-    for place, source in plan["read_only"].items():
-        _make_place(source, root, place)
-        _mount("--rbind", source, root / place[1:])
-    for place, source in plan["writable"].items():
-        _make_place(source, root, place)
+    for target, source in plan["read_only"].items():
+        _make_mount_point(source, root, target)
+        _mount("--rbind", source, root / target[1:])
+    for target, source in plan["writable"].items():
+        _make_mount_point(source, root, target)
     _make_read_only(root)
     _mount("-t", "proc", "proc", root / "proc")
     _mount("-t", "tmpfs", "tmpfs", root / "dev" / "shm")
-    for place, source in plan["writable"].items():
-        _mount("--rbind", source, root / place[1:])
+    for target, source in plan["writable"].items():
+        _mount("--rbind", source, root / target[1:])
     _bring_loopback_up()
     os.chroot(root)
     os.chdir(plan["folder"])
 
 
-def _make_place(source: str, root: Path, place: str | None = None) -> None:
-    """What `source` can be mounted on: an empty folder, or an empty file."""
-    target = root / (place or source)[1:]
+def _make_mount_point(source: str, root: Path, path: str | None = None) -> None:
+    """Create an empty folder or file below `root`, at `path` or else at the path of `source`, to mount `source` on."""
+    target = root / (path or source)[1:]
     if os.path.isdir(source):
         target.mkdir(parents=True, exist_ok=True)
     else:
@@ -138,7 +144,7 @@ def _mount(*arguments: object) -> None:
 
 
 def _make_read_only(folder: Path) -> None:
-    """The mount at `folder` and all below it, keeping their other flags."""
+    """Make the mount at `folder` and all mounts below it read-only; other mount flags stay. Raises OSError if it fails."""
     libc = ctypes.CDLL(None, use_errno=True)
     attributes = struct.pack("QQQQ", RDONLY, 0, 0, 0)
     if libc.syscall(MOUNT_SETATTR, AT_FDCWD, os.fsencode(folder), AT_RECURSIVE, attributes, len(attributes)):
@@ -146,14 +152,17 @@ def _make_read_only(folder: Path) -> None:
 
 
 def _bring_loopback_up() -> None:
-    with socket.socket() as opened:
+    with socket.socket() as connection:
         request = struct.pack("16sh14x", b"lo", 0)
-        flags = struct.unpack("16sh14x", fcntl.ioctl(opened, SIOCGIFFLAGS, request))[1]
-        fcntl.ioctl(opened, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", flags | IFF_UP))
+        flags = struct.unpack("16sh14x", fcntl.ioctl(connection, SIOCGIFFLAGS, request))[1]
+        fcntl.ioctl(connection, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", flags | IFF_UP))
 
 
-def _run(command: list[str]) -> int:
-    """Run as the room's first process, which also has to collect the orphans; gives the exit code as a shell does."""
+def _run_as_init(command: list[str]) -> int:
+    """Run a command as the sandbox's first process, which must also reap orphaned processes.
+
+    Returns the exit code as a shell does: 128 plus the number of the signal that killed the command.
+    """
     child = os.posix_spawnp(command[0], command, os.environ)
     while True:
         process, status = os.wait()
@@ -163,6 +172,6 @@ def _run(command: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    _furnish(given)
-    sys.exit(_run(given["command"]))
+    sandbox_plan = json.loads(sys.argv[1])
+    _enter_sandbox(sandbox_plan)
+    sys.exit(_run_as_init(sandbox_plan["command"]))

@@ -1,6 +1,6 @@
-"""What a kernel does before it has kitlib: start the clock, unpack the embedded library, install the attached wheels.
+"""The first cell of a kernel, which runs before kitlib is available: start the clock, unpack kitlib, install the wheels.
 
-The source of this file is the first cell of a built kernel, so it begins with nothing but the standard library.
+The source of this file is copied into the kernel, so its top-level imports are from the standard library only.
 """
 
 import base64
@@ -14,15 +14,16 @@ from pathlib import Path
 
 
 def start_kernel(packed: str, wheels: str = "") -> Path:
-    """Put the embedded library (base64 of a tar.bz2) into a new folder, first on the path of this and of started processes.
+    """Unpack the embedded library (base64 of a tar.bz2) into a new folder and return the folder.
 
-    Then install the dataset `wheels`, unless that is left to the notebook (empty). Deadlines count from KIT_STARTED, in
-    seconds of time.monotonic(): from here, unless a rehearsal has set it before. Raises what `install_wheels` does.
+    The folder comes first on the import path of this process and of its child processes. Then the dataset `wheels` is
+    installed, unless it is empty because the notebook installs the wheels. Sets KIT_STARTED, in seconds of time.monotonic(),
+    from which deadlines count, unless a rehearsal has set it already. Raises the errors of `install_wheels`.
     """
     os.environ.setdefault("KIT_STARTED", str(time.monotonic()))
     folder = Path(tempfile.mkdtemp(prefix="kit-"))
-    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(packed))) as opened:
-        opened.extractall(folder, filter="data")
+    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(packed))) as archive:
+        archive.extractall(folder, filter="data")
     sys.path.insert(0, str(folder))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     os.environ["KIT_ROOT"] = str(folder)

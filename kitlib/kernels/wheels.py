@@ -1,4 +1,4 @@
-"""The wheel dataset: what the kit's notebooks import and Kaggle's image lacks, at the pins of requirements.txt."""
+"""The wheels dataset: packages that the notebooks import and Kaggle's image lacks, at the versions of requirements.txt."""
 
 import logging
 import os
@@ -21,7 +21,8 @@ from kitlib.paths import project_root
 
 logger = logging.getLogger(__name__)
 
-# Training needs no more than inference. What carries out plans and pushes kernels (Snakemake, Kaggle's client) stays here.
+# What kernels install, for training and inference. Tools that run plans or push kernels (Snakemake, Kaggle's client) are
+# not needed on Kaggle.
 INFERENCE = (
     "ultralytics",
     "ultralytics-thop",
@@ -33,13 +34,13 @@ INFERENCE = (
     "imagecodecs",
     "pebble",
 )
-# (wheel, requirement): why the kernel does without it. Both were seen not to be imported by training and running a detector.
-HARMLESS = {
+# (wheel, requirement): why the kernel does not need it. Training and running a detector was observed to import neither.
+UNNEEDED = {
     (
         "ultralytics",
         "nvidia-ml-py",
     ): "pynvml is imported only to choose an idle GPU (device=-1) or for the web service",
-    ("ultralytics", "ultralytics-platform"): "a client of a web service, imported when one of its classes is asked for",
+    ("ultralytics", "ultralytics-platform"): "a client of a web service, imported when one of its classes is used",
 }
 IMAGE_PYTHON = (3, 12)
 # The image is Ubuntu 22.04, whose glibc is 2.35.
@@ -48,69 +49,87 @@ IMAGE_PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_
 
 
 def image_pins() -> dict[str, str]:
-    """Version of each package of Kaggle's image, by canonical name."""
+    """Return the version of each package in Kaggle's image, by canonical name."""
     return read_pins(Path(__file__).with_name("kaggle_image.txt"))
 
 
 def inference_pins(requirements: str | Path | None = None) -> dict[str, str]:
-    """Versions of `INFERENCE` in requirements.txt. Raises KernelError for one that is not pinned or that the image has."""
+    """Return the versions of the packages in INFERENCE, from requirements.txt.
+
+    Raises KernelError for a package that is not pinned, or that Kaggle's image already has.
+    """
     requirements = Path(requirements or project_root() / "requirements.txt")
     pins, image = read_pins(requirements), image_pins()
     for name in INFERENCE:
         if name not in pins:
             raise KernelError(f"{requirements} does not pin {name}; add `{name}==VERSION`")
         if name in image:
-            raise KernelError(f"Kaggle's image has {name} {image[name]}; take it out of kitlib.kernels.wheels.INFERENCE")
+            raise KernelError(f"Kaggle's image has {name} {image[name]}; remove it from kitlib.kernels.wheels.INFERENCE")
     return {name: pins[name] for name in INFERENCE}
 
 
 def read_pins(path: str | Path) -> dict[str, str]:
-    """`name==version` lines of a requirements file by canonical name; comments and options are skipped."""
+    """Return the versions of the `name==version` lines of a requirements file, by canonical name.
+
+    Comments and options are skipped.
+    """
     lines = (line.split("#")[0].strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
     pairs = (line.split("==", 1) for line in lines if "==" in line and not line.startswith("-"))
     return {canonicalize_name(name.strip()): version.strip() for name, version in pairs}
 
 
 def kaggle_wheels(pins: Mapping[str, str], cache: str | Path | None = None) -> list[Path]:
-    """Wheels of `pins` for Kaggle's image, from the cache (default `build/wheels`), else downloaded into it; sorted."""
-    chosen = ["--python-version", "{}.{}".format(*IMAGE_PYTHON), "--implementation", "cp"]
+    """Return the wheels of `pins` for Kaggle's image, sorted.
+
+    They come from the cache (default `build/wheels`); missing ones are downloaded into it. Raises KernelError if pip finds
+    none.
+    """
+    options = ["--python-version", "{}.{}".format(*IMAGE_PYTHON), "--implementation", "cp"]
     for abi in ("cp312", "abi3", "none"):
-        chosen += ["--abi", abi]
+        options += ["--abi", abi]
     for platform in IMAGE_PLATFORMS:
-        chosen += ["--platform", platform]
-    return _cached(pins, Path(cache or project_root() / "build" / "wheels"), image_tags(), chosen)
+        options += ["--platform", platform]
+    return _fetch_wheels(pins, Path(cache or project_root() / "build" / "wheels"), image_tags(), options)
 
 
-def running_wheels(pins: Mapping[str, str], cache: str | Path | None = None) -> list[Path]:
-    """The same for the interpreter that runs this (default cache `build/wheels-cp311` and the like)."""
+def local_wheels(pins: Mapping[str, str], cache: str | Path | None = None) -> list[Path]:
+    """Return the wheels of `pins` for the running Python, sorted.
+
+    They come from the cache (default `build/wheels-cp311` or the like); missing ones are downloaded into it. Raises
+    KernelError if pip finds none.
+    """
     name = f"wheels-cp{sys.version_info.major}{sys.version_info.minor}"
-    return _cached(pins, Path(cache or project_root() / "build" / name), frozenset(sys_tags()), [])
+    return _fetch_wheels(pins, Path(cache or project_root() / "build" / name), frozenset(sys_tags()), [])
 
 
 def image_tags() -> frozenset[Tag]:
-    """Wheel tags that Kaggle's image can install."""
+    """Return the wheel tags that Kaggle's image can install."""
     compiled = cpython_tags(IMAGE_PYTHON, platforms=IMAGE_PLATFORMS)
     return frozenset([*compiled, *compatible_tags(IMAGE_PYTHON, "cp312", IMAGE_PLATFORMS)])
 
 
-def pins_of(wheels: Iterable[Path]) -> dict[str, str]:
-    """Names and versions that files of wheels say in their names. Raises KernelError for anything but a wheel."""
-    return {name: version for name, version, _ in map(_parse, wheels)}
+def parse_pins(wheels: Iterable[Path]) -> dict[str, str]:
+    """Return the versions that the file names of wheels state, by canonical name.
+
+    Raises KernelError for a file that is not a wheel.
+    """
+    return {name: version for name, version, _ in map(_parse_filename, wheels)}
 
 
-def suits_running(wheels: Iterable[Path]) -> bool:
-    """Whether the interpreter that runs this can install every one of these wheels."""
+def are_installable(wheels: Iterable[Path]) -> bool:
+    """Return whether the running Python can install all of these wheels."""
     tags = frozenset(sys_tags())
-    return all(_parse(wheel)[2] & tags for wheel in wheels)
+    return all(_parse_filename(wheel)[2] & tags for wheel in wheels)
 
 
 def check_wheels(wheels: Iterable[Path], image: Mapping[str, str]) -> None:
-    """Raise KernelError with every fault: a wheel the image cannot install, or a requirement that nothing there satisfies.
+    """Raise KernelError that lists every wheel that the image cannot install and every requirement that is not met.
 
-    `image` maps canonical names to versions. Requirements of extras do not count; markers are those of the image.
+    `image` maps canonical names to versions. Requirements are met by the image or by another wheel; markers are evaluated
+    for the image, and requirements of extras are ignored.
     """
     wheels = sorted(wheels)
-    attached = pins_of(wheels)
+    attached = parse_pins(wheels)
     environment: dict[str, Any] = default_environment() | {
         "implementation_name": "cpython",
         "os_name": "posix",
@@ -124,70 +143,75 @@ def check_wheels(wheels: Iterable[Path], image: Mapping[str, str]) -> None:
     }
     faults = []
     for wheel in wheels:
-        name, _, tags = _parse(wheel)
+        name, _, tags = _parse_filename(wheel)
         if not tags & image_tags():
             faults.append(f"{wheel.name} is not for Python 3.12 on Linux with glibc 2.35")
-        metadata = _metadata(wheel)
+        metadata = _read_metadata(wheel)
         if metadata.requires_python and environment["python_full_version"] not in metadata.requires_python:
-            faults.append(f"{wheel.name} wants Python {metadata.requires_python}")
+            faults.append(f"{wheel.name} requires Python {metadata.requires_python}")
         for requirement in metadata.requires_dist or []:
             if requirement.marker is None or requirement.marker.evaluate(environment):
-                faults += _unmet(name, requirement, attached, image)
+                faults += _find_unmet(name, requirement, attached, image)
     if faults:
-        raise KernelError("the wheels do not suit Kaggle's image:\n  " + "\n  ".join(faults))
+        raise KernelError("the wheels cannot be installed in Kaggle's image:\n  " + "\n  ".join(faults))
 
 
-def _unmet(name: str, requirement: Requirement, attached: Mapping[str, str], image: Mapping[str, str]) -> list[str]:
-    wanted = canonicalize_name(requirement.name)
-    there = attached.get(wanted) or image.get(wanted)
-    if there is None:
-        if (name, wanted) in HARMLESS:
+def _find_unmet(name: str, requirement: Requirement, attached: Mapping[str, str], image: Mapping[str, str]) -> list[str]:
+    required = canonicalize_name(requirement.name)
+    version = attached.get(required) or image.get(required)
+    if version is None:
+        if (name, required) in UNNEEDED:
             return []
-        return [f"{name} wants {requirement}, which neither the image nor another wheel has; pin it and attach its wheel"]
-    if requirement.specifier.contains(there, prereleases=True):
+        return [f"{name} requires {requirement}, which neither the image nor another wheel has; pin it and attach its wheel"]
+    if requirement.specifier.contains(version, prereleases=True):
         return []
-    place = "an attached wheel" if wanted in attached else "the image"
-    return [f"{name} wants {requirement}, {place} has {wanted} {there}; pin a version of {name} that accepts it"]
+    source = "an attached wheel" if required in attached else "the image"
+    return [f"{name} requires {requirement}, {source} has {required} {version}; pin a version of {name} that accepts it"]
 
 
-def _metadata(wheel: Path) -> Metadata:
-    with zipfile.ZipFile(wheel) as opened:
-        inside = [entry for entry in opened.namelist() if entry.endswith(".dist-info/METADATA") and entry.count("/") == 1]
-        if len(inside) != 1:
-            raise KernelError(f"{wheel} holds {len(inside)} METADATA files, a wheel has one; delete it and build again")
-        return Metadata.from_email(opened.read(inside[0]), validate=False)
+def _read_metadata(wheel: Path) -> Metadata:
+    with zipfile.ZipFile(wheel) as archive:
+        metadata_files = [
+            entry for entry in archive.namelist() if entry.endswith(".dist-info/METADATA") and entry.count("/") == 1
+        ]
+        if len(metadata_files) != 1:
+            raise KernelError(
+                f"{wheel} has {len(metadata_files)} METADATA files, expected one; delete the wheel and build again"
+            )
+        return Metadata.from_email(archive.read(metadata_files[0]), validate=False)
 
 
-def _parse(wheel: Path) -> tuple[str, str, frozenset[Tag]]:
+def _parse_filename(wheel: Path) -> tuple[str, str, frozenset[Tag]]:
     try:
         name, version, _, tags = parse_wheel_filename(wheel.name)
     except InvalidWheelFilename as error:
-        raise KernelError(f"{wheel} is no wheel, and Kaggle cannot build one offline: attach only .whl files") from error
+        raise KernelError(f"{wheel} is not a wheel, and Kaggle cannot build one offline; attach only .whl files") from error
     return name, str(version), tags
 
 
-def _cached(pins: Mapping[str, str], cache: Path, tags: frozenset[Tag], options: list[str]) -> list[Path]:
-    found = _find(pins, cache, tags)
-    missing = [f"{name}=={version}" for name, version in pins.items() if name not in found]
+def _fetch_wheels(pins: Mapping[str, str], cache: Path, tags: frozenset[Tag], options: list[str]) -> list[Path]:
+    """Return the wheels of `pins` that match `tags`, downloading missing ones into `cache` with pip's `options`."""
+    wheels = _find_cached(pins, cache, tags)
+    missing = [f"{name}=={version}" for name, version in pins.items() if name not in wheels]
     if missing:
         logger.info("downloading %d wheels into %s: %s", len(missing), cache, ", ".join(missing))
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as beside:
+        with tempfile.TemporaryDirectory(dir=cache) as temporary_folder:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-            command += ["--disable-pip-version-check", *options, "--dest", beside, *missing]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise KernelError(f"pip finds no wheel for one of {', '.join(missing)}:\n{done.stderr.strip()}")
-            for wheel in Path(beside).iterdir():
+            command += ["--disable-pip-version-check", *options, "--dest", temporary_folder, *missing]
+            completed = subprocess.run(command, capture_output=True, text=True)
+            if completed.returncode:
+                raise KernelError(f"pip found no wheel for one of {', '.join(missing)}:\n{completed.stderr.strip()}")
+            for wheel in Path(temporary_folder).iterdir():
                 os.replace(wheel, cache / wheel.name)
-        found = _find(pins, cache, tags)
-    absent = [f"{name}=={version}" for name, version in pins.items() if name not in found]
-    if absent:
-        got = ", ".join(sorted(wheel.name for wheel in cache.glob("*.whl")))
-        raise KernelError(f"pip gave other versions than the pins {', '.join(absent)}; in {cache}: {got}")
-    return sorted(found.values())
+        wheels = _find_cached(pins, cache, tags)
+    absent_pins = [f"{name}=={version}" for name, version in pins.items() if name not in wheels]
+    if absent_pins:
+        available = ", ".join(sorted(wheel.name for wheel in cache.glob("*.whl")))
+        raise KernelError(f"pip downloaded other versions than {', '.join(absent_pins)}; {cache} contains: {available}")
+    return sorted(wheels.values())
 
 
-def _find(pins: Mapping[str, str], cache: Path, tags: frozenset[Tag]) -> dict[str, Path]:
-    parsed = ((wheel, *_parse(wheel)) for wheel in sorted(cache.glob("*.whl")))
+def _find_cached(pins: Mapping[str, str], cache: Path, tags: frozenset[Tag]) -> dict[str, Path]:
+    parsed = ((wheel, *_parse_filename(wheel)) for wheel in sorted(cache.glob("*.whl")))
     return {name: wheel for wheel, name, version, fits in parsed if pins.get(name) == version and fits & tags}

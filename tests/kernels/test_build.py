@@ -24,8 +24,8 @@ from kitlib.inference import install_wheels
 from kitlib.kernels import build as kernel
 from kitlib.kernels import start as kernel_start
 from kitlib.kernels.build import build_kernel
-from kitlib.kernels.pack_library import needed_files
-from kitlib.kernels.spec import read_spec, slug_of
+from kitlib.kernels.pack_library import find_needed_files
+from kitlib.kernels.spec import make_slug, read_spec
 from kitlib.lungs.finders import segmenter_digest
 from kitlib.recipes.named import RECIPES, recipe
 from kitlib.runs.record import kitlib_digest
@@ -74,7 +74,7 @@ def test_the_same_sources_give_the_same_bytes(tmp_path, wheel):
     }
 
 
-def test_kernel_metadata_says_everything_that_kaggle_would_otherwise_guess(tmp_path, wheel):
+def test_kernel_metadata_leaves_nothing_to_kaggles_defaults(tmp_path, wheel):
     build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
     assert json.loads((tmp_path / "out/kernel/kernel-metadata.json").read_text()) == {
         "id": "somebody/small-test-kernel",
@@ -112,7 +112,7 @@ def test_dataset_metadata_has_one_licence(tmp_path, wheel, word):
     }
 
 
-def test_parameters_are_injected_where_and_as_papermill_does(tmp_path, wheel):
+def test_parameters_are_injected_as_papermill_does(tmp_path, wheel):
     spec = read_spec(make_submission(tmp_path, "print(batch_size)", parameters={"batch_size": 4}, time_limit_hours=2))
     build_kernel(spec, tmp_path / "out", [wheel])
     cells = built_notebook(tmp_path / "out").cells
@@ -128,21 +128,21 @@ def embedded(kernel: Path) -> str:
     return built_notebook(kernel).cells[0].source.split('"""')[-2]
 
 
-def test_what_the_notebook_imports_travels_and_unpacks(tmp_path, wheel, monkeypatch):
+def test_the_modules_that_the_notebook_imports_are_packed_and_unpacked(tmp_path, wheel, monkeypatch):
     code = "%matplotlib inline\nfrom kitlib.scoring.score import score_files\ndef later():\n    import kitlib.xrays.dicom"
     build_kernel(read_spec(make_submission(tmp_path, code)), tmp_path / "out", [wheel])
     packed = embedded(tmp_path / "out")
     with tarfile.open(fileobj=io.BytesIO(base64.b64decode(packed))) as opened:
         names = opened.getnames()
-    # what the notebook names, what that imports, the packages around it, what the first cell imports, and the digest
-    wanted = {
+    # The notebook's imports, their imports, parent packages, the first cell's imports, and the digest.
+    expected = {
         "kitlib/scoring/score.py",
         "kitlib/scoring/average_precision.py",
         "kitlib/xrays/dicom.py",
         "kitlib/xrays/header.py",
     }
-    wanted |= {"kitlib/__init__.py", "kitlib/scoring/__init__.py", "kitlib/inference/install_wheels.py"}
-    assert wanted <= set(names) and names[-1] == "kitlib/whole_library.sha256"
+    expected |= {"kitlib/__init__.py", "kitlib/scoring/__init__.py", "kitlib/inference/install_wheels.py"}
+    assert expected <= set(names) and names[-1] == "kitlib/whole_library.sha256"
     assert not [name for name in names if name.startswith(("kitlib/training/", "kitlib/page/", "kitlib/phantoms/"))]
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("KIT_ROOT", "PYTHONPATH", "KIT_STARTED"):
@@ -155,27 +155,27 @@ def test_what_the_notebook_imports_travels_and_unpacks(tmp_path, wheel, monkeypa
 
 
 @pytest.mark.parametrize("notebook", sorted((PROJECT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_whatever_the_travelling_files_import_travels_as_well(notebook):
+def test_packed_files_import_only_packed_files(notebook):
     sources = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
-    files = needed_files(sources)
+    files = find_needed_files(sources)
     files = [path for path in files if path.endswith(".py")]
     modules = {path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in files}
     assert {name for path in files for name in imported(PROJECT / path)} <= modules
     assert 10 < len(modules) < len(list((PROJECT / "kitlib").rglob("*.py")))
 
 
-def test_a_module_travels_with_its_data():
-    files = needed_files(["from kitlib.reports.published_tables import published"])
+def test_a_module_is_packed_with_its_data():
+    files = find_needed_files(["from kitlib.reports.published_tables import published"])
     assert "kitlib/reports/published_tables.yaml" in files
     assert [path for path in files if not path.endswith(".py")] == ["kitlib/reports/published_tables.yaml"]
 
 
-def test_a_module_that_kitlib_lacks_is_an_error_at_building():
+def test_importing_an_unknown_kitlib_module_is_an_error_at_building():
     with pytest.raises(ImportError, match=r"kitlib has no module kitlib\.nowhere\.to_be_found"):
-        needed_files(["from kitlib.nowhere.to_be_found import x"])
+        find_needed_files(["from kitlib.nowhere.to_be_found import x"])
 
 
-def test_weights_come_in_order_of_value_and_unharmed(tmp_path, wheel):
+def test_weights_are_listed_in_order_of_value_and_copied_unchanged(tmp_path, wheel):
     runs = [make_run(tmp_path / "runs" / f"study{fold}", fold=fold) for fold in (0, 1)]
     best = make_run(tmp_path / "runs" / "detector", "yolo11s", 3, "yolo")
     (tmp_path / "fusion.json").write_text('{"power": 0.5}')
@@ -204,72 +204,72 @@ def test_a_damaged_bundle_is_refused(tmp_path, wheel):
         build_kernel(read_spec(make_submission(tmp_path / "spec", runs=[str(run)])), tmp_path / "out", [wheel])
 
 
-def test_a_backbone_is_no_model_of_a_submission(tmp_path, wheel):
+def test_a_backbone_in_a_submission_is_refused(tmp_path, wheel):
     runs = [str(make_run(tmp_path / "nih", family="findings"))]
     with pytest.raises(KernelError, match="nih/bundle knows findings, which no row of a submission asks for"):
         build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs)), tmp_path / "out", [wheel])
 
 
-def test_an_ensemble_goes_along_with_exactly_its_learners(tmp_path, wheel):
+def test_an_ensemble_requires_exactly_its_learners(tmp_path, wheel):
     runs = [str(make_run(tmp_path / name, name)) for name in ("one", "two")]
-    runs.append(str(make_run(tmp_path / "none", "none", outputs="none")))  # answers no study
-    known = {"method": "mean", "learners": ("one", "two"), "classes": STUDY_CLASSES, "key": "study_id"}
-    write_ensemble(tmp_path / "stack" / "ensemble", Ensemble("mean", **known))
-    write_ensemble(tmp_path / "images" / "ensemble", Ensemble("mean", **known | {"key": "image_id"}))
+    runs.append(str(make_run(tmp_path / "none", "none", outputs="none")))  # predicts images only
+    fields = {"method": "mean", "learners": ("one", "two"), "classes": STUDY_CLASSES, "key": "study_id"}
+    write_ensemble(tmp_path / "stack" / "ensemble", Ensemble("mean", **fields))
+    write_ensemble(tmp_path / "images" / "ensemble", Ensemble("mean", **fields | {"key": "image_id"}))
     stack = str(tmp_path / "stack")
     build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs, ensemble=stack)), tmp_path / "out", [wheel])
     weights = tmp_path / "out" / "weights"
     assert json.loads((weights / "weights.json").read_text())["ensemble"] == "ensemble"
     assert contents(weights / "ensemble") == contents(tmp_path / "stack" / "ensemble")
-    for keys, told in (
-        ({"runs": runs[1:], "ensemble": stack}, r"stacks one, two, and runs has the study models two; name the same"),
-        ({"runs": runs, "ensemble": str(tmp_path / "images")}, r"images/ensemble tells negative, .* name one of study"),
+    for keys, message in (
+        ({"runs": runs[1:], "ensemble": stack}, r"combines one, two, but runs has the study models two; name the same"),
+        ({"runs": runs, "ensemble": str(tmp_path / "images")}, r"images/ensemble predicts negative, .* name one of study"),
         (
             {"runs": runs, "ensemble": str(tmp_path / "gone")},
-            r"ensemble: there is no .*gone/ensemble; name a run of notebook 65",
+            r"ensemble: .*gone/ensemble does not exist; name a run of notebook 65",
         ),
     ):
-        with pytest.raises(KernelError, match=told):
+        with pytest.raises(KernelError, match=message):
             build_kernel(read_spec(make_submission(tmp_path / "spec", **keys)), tmp_path / "out", [wheel])
 
 
-def test_a_segmenters_bundle_goes_along_apart_from_the_models(tmp_path, wheel):
+def test_a_segmenters_bundle_is_copied_into_its_own_subfolder(tmp_path, wheel):
     lungs = make_run(tmp_path / "lungs" / "fold0", "unet", family="segmenter")
-    seen = {"segmenter": segmenter_digest(read_record(lungs / "bundle"))}
-    runs = [str(make_run(tmp_path / "study", architecture=seen, lungs="masks", views=["lungs"]))]
+    architecture = {"segmenter": segmenter_digest(read_record(lungs / "bundle"))}
+    runs = [str(make_run(tmp_path / "study", architecture=architecture, lungs="masks", views=["lungs"]))]
     spec = read_spec(make_submission(tmp_path / "spec", runs=runs, lungs=str(lungs)))
     for out in ("out", "again"):
         build_kernel(spec, tmp_path / out, [wheel])
     weights = tmp_path / "out" / "weights"
-    told = json.loads((weights / "weights.json").read_text())
-    assert told["lungs"] == "lungs" and [entry["folder"] for entry in told["bundles"]] == ["effnet-fold0"]
+    listing = json.loads((weights / "weights.json").read_text())
+    assert listing["lungs"] == "lungs" and [entry["folder"] for entry in listing["bundles"]] == ["effnet-fold0"]
     assert contents(weights / "lungs") == contents(lungs / "bundle")
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
-    # Without the key nothing is said of lungs, also where it was named before.
+    # Without the key, a new build removes the lungs of the earlier one.
     build_kernel(read_spec(make_submission(tmp_path / "plain")), tmp_path / "out", [wheel])
     assert set(json.loads((weights / "weights.json").read_text())) == {"bundles"} and not (weights / "lungs").exists()
 
 
-def test_a_model_of_a_segmenters_lungs_and_its_segmenter_go_together_or_not_at_all(tmp_path, wheel):
+def test_a_model_trained_on_masks_requires_its_segmenter(tmp_path, wheel):
     segmenter = str(make_run(tmp_path / "unet", "unet", family="segmenter"))
     other = str(make_run(tmp_path / "other", "unet", family="segmenter", dilations=3))
-    seen = {"segmenter": segmenter_digest(read_record(tmp_path / "unet" / "bundle"))}
-    crops = str(make_run(tmp_path / "crops", "crops", architecture=seen, lungs="masks", masked=True))
+    architecture = {"segmenter": segmenter_digest(read_record(tmp_path / "unet" / "bundle"))}
+    crops = str(make_run(tmp_path / "crops", "crops", architecture=architecture, lungs="masks", masked=True))
     unused = str(make_run(tmp_path / "unused", "unused", lungs="masks", views=["full"]))
-    for keys, told in (
+    for keys, message in (
         (
             {"runs": [crops]},
-            r"crops/bundle looks at the lungs that a segmenter finds, and the key `lungs` names none; name the run",
+            r"crops/bundle was trained with a segmenter's lung masks, but the key `lungs` names none; name the run",
         ),
-        ({"runs": [crops], "lungs": other}, r"and the key `lungs` names another one; name the run of notebook 14"),
+        ({"runs": [crops], "lungs": other}, r"but the key `lungs` names another segmenter; name the run of notebook 14"),
         (
             {"runs": [segmenter]},
             r"unet/bundle draws lungs, which no row of a submission asks for; name its run by the kernel's key `lungs`",
         ),
         ({"runs": [crops], "lungs": crops}, r"lungs: .*crops/bundle holds a study model; name a run of notebook 14"),
-        ({"runs": [crops], "lungs": str(tmp_path / "none")}, r"lungs: there is no .*none/bundle"),
+        ({"runs": [crops], "lungs": str(tmp_path / "none")}, r"lungs: .*none/bundle does not exist"),
     ):
-        with pytest.raises(KernelError, match=told):
+        with pytest.raises(KernelError, match=message):
             build_kernel(read_spec(make_submission(tmp_path / "spec", **keys)), tmp_path / "out", [wheel])
     damaged = make_run(tmp_path / "damaged", "unet", family="segmenter") / "bundle" / "weights.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
@@ -292,9 +292,9 @@ def test_an_unknown_parameter_is_refused_with_the_valid_ones(tmp_path, wheel):
         build_kernel(spec, tmp_path / "out", [wheel])
 
 
-def test_a_parameter_that_has_a_key_of_its_own_is_refused(tmp_path, wheel):
+def test_a_parameter_that_a_kernel_key_sets_is_refused(tmp_path, wheel):
     spec = read_spec(make_submission(tmp_path, parameters={"time_limit_s": 4}))
-    with pytest.raises(KernelError, match="parameters: time_limit_s come from the kernel's own keys"):
+    with pytest.raises(KernelError, match="parameters: time_limit_s cannot be set here; change the kernel's own keys"):
         build_kernel(spec, tmp_path / "out", [wheel])
 
 
@@ -312,9 +312,9 @@ def test_a_dataset_over_the_limit_is_refused(tmp_path, wheel, monkeypatch):
         build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
 
 
-def test_wheels_that_do_not_suit_the_image_are_refused(tmp_path):
+def test_wheels_that_the_image_cannot_install_are_refused(tmp_path):
     wheel = make_wheel(tmp_path, "kit_extra", "1.2", ["pandas>=3"])
-    with pytest.raises(KernelError, match=r"kit-extra wants pandas>=3, the image has pandas 2\.3\.3"):
+    with pytest.raises(KernelError, match=r"kit-extra requires pandas>=3, the image has pandas 2\.3\.3"):
         build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
 
 
@@ -328,11 +328,11 @@ def test_wheels_that_do_not_suit_the_image_are_refused(tmp_path):
         ({"title": None}, "title is missing"),
         ({"owner": None}, "owner is missing"),
         ({"runs": []}, "runs is missing"),
-        ({"slug": "another-slug"}, "slug is 'another-slug', but Kaggle makes 'small-test-kernel' of the title"),
-        ({"title": "A " * 22 + "end", "slug": "a-" * 22 + "end"}, "'.*weights' has 55 characters, Kaggle wants 6 to 50"),
-        ({"title": "Four", "slug": "four"}, "'Four' has 4 characters, Kaggle wants 6 to 50"),
-        ({"accelerator": "NvidiaTeslaP100"}, "accelerator 'NvidiaTeslaP100' is none of NvidiaTeslaT4, none"),
-        ({"owner": "Some Body"}, "owner 'Some Body' is no Kaggle user name"),
+        ({"slug": "another-slug"}, "slug is 'another-slug', but the title 'Small test kernel' gives 'small-test-kernel'"),
+        ({"title": "A " * 22 + "end", "slug": "a-" * 22 + "end"}, "'.*weights' has 55 characters, Kaggle allows 6 to 50"),
+        ({"title": "Four", "slug": "four"}, "'Four' has 4 characters, Kaggle allows 6 to 50"),
+        ({"accelerator": "NvidiaTeslaP100"}, "accelerator 'NvidiaTeslaP100' is unknown; valid: NvidiaTeslaT4, none"),
+        ({"owner": "Some Body"}, "owner 'Some Body' is not a Kaggle user name"),
         ({"time_limit_hours": 13}, r"time_limit_hours is 13\.0"),
         ({"time_limit_hours": "nine"}, "time_limit_hours is 'nine'; wanted a finite number"),
         ({"runs": [1, 2]}, r"runs is \[1, 2\]; wanted a list, each item a string"),
@@ -343,19 +343,19 @@ def test_a_submission_is_read_strictly(tmp_path, keys, message):
         read_spec(make_submission(tmp_path, **keys))
 
 
-def test_a_missing_submission_lists_what_there_is(tmp_path):
+def test_a_missing_file_is_an_error_that_lists_the_available_ones(tmp_path):
     make_submission(tmp_path)
-    with pytest.raises(KernelError, match=r"no file .*other\.yaml; there are: .*small\.yaml"):
+    with pytest.raises(KernelError, match=r"other\.yaml does not exist; available: .*small\.yaml"):
         read_spec(tmp_path / "other.yaml")
 
 
 def test_runs_that_match_nothing_are_refused(tmp_path):
     spec = read_spec(make_submission(tmp_path, runs=[str(tmp_path / "nothing*")]))
-    with pytest.raises(KernelError, match=r"nothing\*' names no folder with a `bundle`"):
+    with pytest.raises(KernelError, match=r"nothing\*' matches no folder with a `bundle`"):
         spec.bundles()
 
 
-def test_who_owns_the_kernel(tmp_path, monkeypatch):
+def test_the_owner_comes_from_the_call_the_environment_or_the_file(tmp_path, monkeypatch):
     path = make_submission(tmp_path)
     assert read_spec(path).owner == "somebody"
     monkeypatch.setenv("KAGGLE_USERNAME", "from-environment")
@@ -364,10 +364,10 @@ def test_who_owns_the_kernel(tmp_path, monkeypatch):
 
 
 def test_slugs_are_made_as_kaggle_makes_them():
-    assert slug_of("SIIM COVID-19: Detection (v2)") == "siim-covid-19-detection-v2"
+    assert make_slug("SIIM COVID-19: Detection (v2)") == "siim-covid-19-detection-v2"
 
 
-def test_a_wheel_dataset_that_is_not_attached_is_named_with_what_is_there(tmp_path, monkeypatch):
+def test_a_missing_wheels_dataset_is_an_error_that_lists_the_inputs(tmp_path, monkeypatch):
     monkeypatch.setenv("KIT_KAGGLE_ROOT", str(tmp_path))
     (tmp_path / "input" / "other").mkdir(parents=True)
     (tmp_path / "working").mkdir()
@@ -375,7 +375,7 @@ def test_a_wheel_dataset_that_is_not_attached_is_named_with_what_is_there(tmp_pa
         install_wheels.install_wheels("extra-wheels")
 
 
-def test_wheels_that_are_installed_already_cost_nothing(tmp_path, monkeypatch):
+def test_installed_wheels_are_not_installed_again(tmp_path, monkeypatch):
     monkeypatch.setenv("KIT_KAGGLE_ROOT", str(tmp_path))
     (tmp_path / "working").mkdir()
     make_wheel(tmp_path / "input" / "extra-wheels", "pydicom", "3.0.2")
@@ -384,26 +384,26 @@ def test_wheels_that_are_installed_already_cost_nothing(tmp_path, monkeypatch):
 
 
 def training(folder, wheel, *cells, **keys):
-    """The metadata and the notebook of a kernel that makes a run."""
+    """Build a kernel that makes a run; return its metadata and its notebook."""
     build_kernel(read_spec(make_training(folder / "spec", *cells, **keys)), folder / "out", [wheel])
     return json.loads((folder / "out/kernel/kernel-metadata.json").read_text()), built_notebook(folder / "out")
 
 
-def test_a_notebook_that_trains_becomes_a_kernel_on_the_runs_of_others(tmp_path, wheel):
+def test_a_training_notebook_becomes_a_kernel_with_attached_runs(tmp_path, wheel):
     sources = {"kernel_sources": ["prepared-runs", "other/their-runs"], "dataset_sources": ["other/weights-file"]}
     metadata, notebook = training(tmp_path, wheel, "print(epochs)", parameters={"prepare_run": "siim"}, **sources)
     assert metadata["kernel_sources"] == ["somebody/prepared-runs", "other/their-runs"]
     assert metadata["dataset_sources"] == ["somebody/small-test-kernel-wheels", "other/weights-file"]
     assert [metadata["competition_sources"], metadata["model_sources"]] == [[], []]
     assert [metadata["enable_gpu"], metadata["enable_internet"]] == [True, False]
-    # The notebook has none of the kernel's own parameters, so that it is given none.
+    # The notebook has no parameter that a kernel key sets, so none of these is injected.
     assert notebook.cells[3].source == '# Parameters\nprepare_run = "siim"\n'
-    # It knows nothing of wheels either: they are installed before its first cell.
+    # Nor has it a parameter `wheels`: the wheels are installed before its first cell.
     assert notebook.cells[0].source.endswith('\n""", \'small-test-kernel-wheels\');')
     assert not (tmp_path / "out" / "weights").exists()
 
 
-def test_the_start_leaves_wheels_to_a_notebook_that_installs_them_itself(tmp_path, wheel):
+def test_the_start_cell_installs_no_wheels_for_a_notebook_that_does(tmp_path, wheel):
     build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
     assert built_notebook(tmp_path / "out").cells[0].source.endswith('\n""", \'\');')
 
@@ -428,13 +428,13 @@ def test_kernels_may_share_their_wheels(tmp_path, wheel):
     }
 
 
-def test_the_weights_of_an_earlier_build_do_not_stay_beside_a_kernel_without(tmp_path, wheel):
+def test_the_weights_of_an_earlier_build_are_removed(tmp_path, wheel):
     build_kernel(read_spec(make_submission(tmp_path / "submission")), tmp_path / "out", [wheel])
     build_kernel(read_spec(make_training(tmp_path / "training")), tmp_path / "out", [wheel])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["kernel", "wheels"]
 
 
-def test_the_competition_is_given_to_a_notebook_that_asks_for_it(tmp_path, wheel):
+def test_the_competition_is_injected_if_the_notebook_has_the_parameter(tmp_path, wheel):
     parameters = 'competition = "siim-covid19-detection"\nrun_folder = "prepare"'
     _, notebook = training(tmp_path / "one", wheel, notebook_parameters=parameters, competition="rsna")
     assert notebook.cells[3].source == '# Parameters\ncompetition = "rsna"\n'
@@ -450,26 +450,26 @@ def test_parameters_of_a_rehearsal_are_checked_like_the_others(tmp_path, wheel, 
         training(tmp_path, wheel, **{key: {"epoch": 1}})
 
 
-def test_a_rehearsal_replaces_parameters_and_the_kernel_does_not_know(tmp_path, wheel):
+def test_rehearsal_parameters_are_not_built_into_the_kernel(tmp_path, wheel):
     keys = {"parameters": {"epochs": 30, "prepare_run": "siim"}, "rehearsal": {"epochs": 1}}
     _, notebook = training(tmp_path, wheel, **keys)
     spec = read_spec(tmp_path / "spec" / "small.yaml")
-    assert spec.injected() == {"epochs": 30, "prepare_run": "siim"}
-    assert spec.injected(rehearsed=True) == {"epochs": 1, "prepare_run": "siim"}
+    assert spec.injected_parameters() == {"epochs": 30, "prepare_run": "siim"}
+    assert spec.injected_parameters(rehearsed=True) == {"epochs": 1, "prepare_run": "siim"}
     assert "epochs = 30" in notebook.cells[3].source
 
 
 @pytest.mark.parametrize("folder", ["/elsewhere/study", "../study", ""])
 def test_a_run_that_kaggle_would_not_keep_is_refused(tmp_path, wheel, folder):
-    with pytest.raises(KernelError, match=r"run_folder is .*; Kaggle keeps what is below /kaggle/working"):
+    with pytest.raises(KernelError, match=r"run_folder is .*, but Kaggle keeps only what is below /kaggle/working"):
         training(tmp_path, wheel, parameters={"run_folder": folder})
 
 
-def test_every_shipped_notebook_may_be_a_kernel(tmp_path, wheel):
+def test_every_shipped_notebook_can_be_built_as_a_kernel(tmp_path, wheel):
     for path in sorted((kernel.project_root() / "notebooks").glob("*.ipynb")):
         spec = dataclasses.replace(read_spec(make_training(tmp_path / "spec")), notebook=str(path))
-        if not spec.submits:
-            notebook = kernel.kernel_notebook(spec)
+        if not spec.is_submission:
+            notebook = kernel.make_notebook(spec)
             assert len(nbformat.writes(notebook)) < kernel.NOTEBOOK_BYTES
             assert spec.run_folder()
 
@@ -479,17 +479,17 @@ def test_every_shipped_notebook_may_be_a_kernel(tmp_path, wheel):
     [
         (
             {"runs": ["runs/study"]},
-            "runs, fusion, ensemble and lungs make a dataset of weights, and train.ipynb has no parameter `weights`",
+            "runs, fusion, ensemble and lungs need a notebook with a parameter `weights`, which train.ipynb does not have",
         ),
-        ({"fusion": "fusion.json"}, "runs, fusion, ensemble and lungs make a dataset of weights"),
-        ({"lungs": "runs/lungs/fold0"}, "runs, fusion, ensemble and lungs make a dataset of weights"),
-        ({"notebook": "notebooks/99_nothing.ipynb"}, r"small\.yaml: notebook: there is no .*99_nothing\.ipynb"),
-        ({"kernel_sources": ["one"]}, "kernel_sources: the slug 'one' has 3 characters, Kaggle wants 5 to 50"),
-        ({"kernel_sources": ["a/b/c"]}, "kernel_sources wants slugs, of the owner's or as OWNER/SLUG, got 'a/b/c'"),
+        ({"fusion": "fusion.json"}, "runs, fusion, ensemble and lungs need a notebook with a parameter `weights`"),
+        ({"lungs": "runs/lungs/fold0"}, "runs, fusion, ensemble and lungs need a notebook with a parameter `weights`"),
+        ({"notebook": "notebooks/99_nothing.ipynb"}, r"small\.yaml: notebook: .*99_nothing\.ipynb does not exist"),
+        ({"kernel_sources": ["one"]}, "kernel_sources: the slug 'one' has 3 characters, Kaggle allows 5 to 50"),
+        ({"kernel_sources": ["a/b/c"]}, "kernel_sources: 'a/b/c' is neither a slug of the owner's nor OWNER/SLUG"),
         ({"dataset_sources": [7]}, r"dataset_sources is \[7\]; wanted a list, each item a string"),
         ({"dataset_sources": ["some body/data"], "kernel_sources": ["one/data-set", "two/data-set"]}, "the slug data-set"),
-        ({"wheels": "mine/wheels-of-all"}, "the slug 'mine/wheels-of-all' has more than letters, digits, - and _"),
-        ({"wheels": "five5"}, "the slug 'five5' has 5 characters, Kaggle wants 6 to 50"),
+        ({"wheels": "mine/wheels-of-all"}, "the slug 'mine/wheels-of-all' may only have letters, digits, - and _"),
+        ({"wheels": "five5"}, "the slug 'five5' has 5 characters, Kaggle allows 6 to 50"),
         ({"internet": "yes"}, "internet is 'yes'; wanted true or false"),
         ({"kernel_source": []}, "no field 'kernel_source'; it has: .*kernel_sources.*rehearsal.*fusion"),
     ],
@@ -507,13 +507,14 @@ def test_a_submission_needs_its_competition(tmp_path):
 SHIPPED = {path.stem: path for path in sorted((kernel.project_root() / "submissions" / "kernels").glob("*.yaml"))}
 
 
-def runs_named(spec) -> set[str]:
-    """The runs that a kernel reads: the first folder of each path that its parameters name."""
-    given = spec.injected()
-    named = [given.get("prepare_run", "prepare")] if "prepare_run" in spec.notebook_parameters() else []
-    named += given.get("runs", [])
-    named += [given.get("overrides", {}).get("starting_weights", ""), given.get("segmenter", ""), given.get("lungs_run", "")]
-    return {name.split("/")[0] for name in named if name}
+def find_run_names(spec) -> set[str]:
+    """Return the runs that a kernel reads: the first folder of each path among its parameters."""
+    parameters = spec.injected_parameters()
+    paths = [parameters.get("prepare_run", "prepare")] if "prepare_run" in spec.notebook_parameters() else []
+    paths += parameters.get("runs", [])
+    paths += [parameters.get("overrides", {}).get("starting_weights", "")]
+    paths += [parameters.get("segmenter", ""), parameters.get("lungs_run", "")]
+    return {path.split("/")[0] for path in paths if path}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -524,16 +525,17 @@ def test_a_shipped_kernel_builds(name, tmp_path, wheel):
     assert metadata["dataset_sources"][0] == "somebody/chest-kit-wheels"
     assert metadata["enable_gpu"] is (spec.notebook[10:12] in ("12", "14", "20", "25", "30", "40"))
     assert not (tmp_path / "out" / "weights").exists()
-    for given in (spec.injected(), spec.injected(rehearsed=True)):
-        if "recipe" in given:
-            recipe(given["recipe"], type(RECIPES[given["recipe"]]), **given.get("overrides", {}))
+    for parameters in (spec.injected_parameters(), spec.injected_parameters(rehearsed=True)):
+        if "recipe" in parameters:
+            name = parameters["recipe"]
+            recipe(name, type(RECIPES[name]), **parameters.get("overrides", {}))
 
 
 def test_the_shipped_kernels_are_a_chain():
-    """Each reads nothing but the runs of the kernels that it attaches; SIIM's begins with NIH's backbone."""
+    """Each kernel reads exactly the runs of the kernels that it attaches; SIIM's chain starts with NIH's backbone."""
     specs = {spec.slug: spec for spec in (read_spec(path, owner="somebody") for path in SHIPPED.values())}
-    made = {slug: spec.run_folder() for slug, spec in specs.items()}
+    run_folders = {slug: spec.run_folder() for slug, spec in specs.items()}
     for spec in specs.values():
-        assert {made[slug] for slug in spec.kernel_sources} == runs_named(spec)
+        assert {run_folders[slug] for slug in spec.kernel_sources} == find_run_names(spec)
     assert specs["chest-siim-fuse"].kernel_sources == ("chest-siim-prepare", "chest-siim-study", "chest-siim-detector")
     assert specs["chest-nih-backbone"].kernel_sources == ("chest-nih-prepare",)

@@ -20,7 +20,7 @@ WHEELS, WEIGHTS = f"{KERNEL}-wheels", f"{KERNEL}-weights"
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch, tmp_path):
-    """No token, no settings of this machine, and Kaggle's client as if it had never been imported: it reads them then."""
+    """Remove tokens, settings and the imported Kaggle client, which reads settings when it is imported."""
     for name in list(os.environ):
         if name.startswith("KAGGLE_") or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -34,7 +34,7 @@ def no_settings(monkeypatch, tmp_path):
 @pytest.fixture
 def kaggle(monkeypatch):
     small = SmallKaggle()
-    # The client's own switch for a server on this machine, whose port 80 is reached through a proxy: the small server.
+    # The client's own switch for a local server on port 80; the proxy sends these requests to the test's server.
     monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "LOCALHOST")
     monkeypatch.setenv("http_proxy", small.url)
     monkeypatch.setenv("KAGGLE_API_TOKEN", "good")
@@ -61,7 +61,7 @@ def test_datasets_are_created_then_the_kernel_is_pushed(kaggle, out):
     wheels, weights = kaggle.requests("CreateDataset")
     assert [wheels["title"], wheels["licenseName"], wheels["isPrivate"]] == ["Small test kernel wheels", "other", True]
     assert sorted(file["token"] for file in weights["files"]) == ["token of effnet-fold0.zip", "token of weights.json"]
-    # The metadata file is the client's; all else arrives as it was built, a bundle's folder in a zip that Kaggle unpacks.
+    # The metadata file is not uploaded; all else arrives as it was built, a bundle's folder as a zip that Kaggle unpacks.
     assert kaggle.uploads["weights.json"] == (out / "weights" / "weights.json").read_bytes()
     with zipfile.ZipFile(io.BytesIO(kaggle.uploads["effnet-fold0.zip"])) as opened:
         bundle = opened.read("weights.safetensors")
@@ -72,7 +72,7 @@ def test_datasets_are_created_then_the_kernel_is_pushed(kaggle, out):
     assert kernel["datasetDataSources"] == [WEIGHTS, WHEELS]
     assert kernel["competitionDataSources"] == ["siim-covid19-detection"]
     assert json.loads(kernel["text"])["cells"][-1]["source"] == "print(1)"
-    # Each dataset was asked for until it was ready: once before, twice unpacking, once ready; then the kernel.
+    # Each dataset was polled until it was ready (once before, twice while unpacking, once ready); then the kernel was sent.
     names = [name for name, _ in kaggle.asked]
     assert names[-1] == "SaveKernel"
     assert names[names.index("CreateDataset") :].count("GetDatasetStatus") >= 3
@@ -81,7 +81,7 @@ def test_datasets_are_created_then_the_kernel_is_pushed(kaggle, out):
 def test_a_dataset_that_is_there_gets_a_version_and_the_kernel_waits_for_it(kaggle, out):
     kaggle.datasets = {WHEELS: 4, WEIGHTS: 7}
     kaggle.files[WHEELS] = {"kit_extra-1.1-py3-none-any.whl": 100}
-    shown = iter([7, 7, 7, 8])  # the older version is ready all the while
+    shown = iter([7, 7, 7, 8])  # the older version is ready from the start
     kaggle.answers["GetDataset"] = lambda body: (
         200,
         {"currentVersionNumber": next(shown) if body["datasetSlug"].endswith("weights") else kaggle.datasets[WHEELS]},
@@ -112,17 +112,17 @@ def test_a_kernel_without_weights_pushes_its_wheels_alone(kaggle, tmp_path):
 @pytest.mark.parametrize(
     ("field", "source", "message"),
     [
-        ("invalidDatasetSources", WHEELS, "datasets that it does not find or may not use: "),
+        ("invalidDatasetSources", WHEELS, "datasets that do not exist or that it may not use: "),
         ("invalidCompetitionSources", "siim-covid19-detection", "competitions .* whose rules you have not accepted: "),
-        ("invalidKernelSources", "somebody/earlier-kernel", "kernels that it does not find or that have never run: "),
-        ("invalidModelSources", "somebody/model", "models that it does not find or may not use: "),
-        ("invalidTags", "pneumonia", "tags that there are not: "),
+        ("invalidKernelSources", "somebody/earlier-kernel", "kernels that do not exist or that have never run: "),
+        ("invalidModelSources", "somebody/model", "models that do not exist or that it may not use: "),
+        ("invalidTags", "pneumonia", "tags that do not exist: "),
     ],
 )
-def test_what_the_client_would_only_print_of_a_kernel_is_an_error(kaggle, out, field, source, message):
+def test_a_source_that_kaggle_rejects_is_an_error(kaggle, out, field, source, message):
     url = f"https://www.kaggle.com/code/{KERNEL}"
     kaggle.answers["SaveKernel"] = (200, {"url": url, "versionNumber": 3, field: [source]})
-    with pytest.raises(KernelError, match=f"(?s)took the kernel {KERNEL} .version 3. .*but .*{message}{source}"):
+    with pytest.raises(KernelError, match=f"(?s)started the kernel {KERNEL} .version 3., but .*{message}{source}"):
         pushed(out)
 
 
@@ -131,20 +131,20 @@ def test_what_the_client_would_only_print_of_a_kernel_is_an_error(kaggle, out, f
     [
         ({"error": "Notebook is too large"}, f"{KERNEL} was not pushed: Kaggle answers Notebook is too large"),
         ({"url": f"https://www.kaggle.com/code/{KERNEL}"}, "no version number"),
-        ({"url": "https://www.kaggle.com/code/somebody/kernel2", "versionNumber": 1}, "address is .*somebody/kernel2"),
+        ({"url": "https://www.kaggle.com/code/somebody/kernel2", "versionNumber": 1}, "URL is .*somebody/kernel2"),
     ],
 )
-def test_a_kernel_that_is_not_what_was_asked_for_is_an_error(kaggle, out, answer, message):
+def test_an_unexpected_answer_for_a_kernel_is_an_error(kaggle, out, answer, message):
     kaggle.answers["SaveKernel"] = (200, answer)
     with pytest.raises(KernelError, match=f"(?s){message}"):
         pushed(out)
 
 
-def test_a_title_that_the_client_makes_another_slug_of_is_an_error(kaggle, out, tmp_path):
-    """The client prints this before it pushes."""
+def test_a_title_that_does_not_give_the_slug_is_an_error(kaggle, out, tmp_path):
+    """The client only prints a warning before it pushes."""
     out = shutil.copytree(out, tmp_path / "out")
-    described = out / "kernel" / "kernel-metadata.json"
-    described.write_text(described.read_text().replace("Small test kernel", "Kernel of another name"))
+    metadata = out / "kernel" / "kernel-metadata.json"
+    metadata.write_text(metadata.read_text().replace("Small test kernel", "Kernel of another name"))
     with pytest.raises(KernelError, match=r"(?s)but not as it was built.*title does not resolve to the specified id"):
         pushed(out)
 
@@ -166,7 +166,7 @@ def test_a_dataset_that_kaggle_does_not_take_is_an_error_and_no_kernel_is_pushed
 
 @pytest.mark.parametrize("status", [400, 503])
 def test_a_file_that_cannot_be_uploaded_is_an_error_and_nothing_is_published(kaggle, out, status):
-    """The client goes on without the file: it prints a line, unless it is told to be quiet."""
+    """The client itself continues without the file and only prints a line, or nothing if it is quiet."""
     kaggle.upload_status = status
     with pytest.raises(KernelError, match=r"only 0 of 1 files of .*wheels could be uploaded, so none was published"):
         pushed(out)
@@ -174,7 +174,9 @@ def test_a_file_that_cannot_be_uploaded_is_an_error_and_nothing_is_published(kag
     assert not kaggle.requests("SaveKernel")
 
 
-@pytest.mark.parametrize(("status", "advice"), [("FAILED", "says it failed"), ("BLOBS_RECEIVED", r"not ready after 0\.1 s")])
+@pytest.mark.parametrize(
+    ("status", "advice"), [("FAILED", "its status is 'failed'"), ("BLOBS_RECEIVED", r"not ready after 0\.1 s")]
+)
 def test_a_dataset_that_is_never_ready_is_an_error(kaggle, out, status, advice):
     kaggle.datasets = {WHEELS: 1}
     kaggle.answers["GetDatasetStatus"] = (200, {"status": status})
@@ -186,20 +188,20 @@ def test_a_dataset_that_is_never_ready_is_an_error(kaggle, out, status, advice):
     ("request_name", "status", "message"),
     [
         ("GetDatasetStatus", 401, "Unauthorized; the token is invalid or has expired"),
-        ("StartBlobUpload", 403, "Permission denied; you may not"),
-        ("CreateDataset", 403, "Permission denied; you may not"),
-        ("SaveKernel", 403, "Permission denied; you may not"),
-        ("SaveKernel", 404, "Not found; there is no such thing"),
+        ("StartBlobUpload", 403, "Permission denied; access is denied"),
+        ("CreateDataset", 403, "Permission denied; access is denied"),
+        ("SaveKernel", 403, "Permission denied; access is denied"),
+        ("SaveKernel", 404, "Not found; it does not exist"),
         ("SaveKernel", 500, "Oh no$"),
     ],
 )
-def test_what_kaggle_refuses_is_an_error_with_its_words(kaggle, out, request_name, status, message):
+def test_an_http_error_is_reported_with_kaggles_message(kaggle, out, request_name, status, message):
     kaggle.answers[request_name] = (status, {"code": status, "message": message.split(";")[0].rstrip("$")})
     with pytest.raises(KernelError, match=f"Kaggle answers {message}"):
         pushed(out)
 
 
-def test_a_fault_of_the_server_without_words_is_an_error(kaggle, out):
+def test_a_server_error_without_a_message_is_an_error(kaggle, out):
     kaggle.answers["GetDatasetStatus"] = (502, {})
     with pytest.raises(KernelError, match=r"asking for the dataset .*-wheels: Kaggle answers 502 Server Error"):
         pushed(out)
@@ -208,14 +210,18 @@ def test_a_fault_of_the_server_without_words_is_an_error(kaggle, out):
 
 def test_a_kernel_of_another_owner_is_refused_before_anything_is_sent(kaggle, out):
     kaggle.user = "Other"
-    with pytest.raises(KernelError, match=f"the kernel is {KERNEL}, but the token is Other's; build it with --owner other"):
+    with pytest.raises(
+        KernelError, match=f"the kernel is {KERNEL}, but the token belongs to Other; build it with --owner other"
+    ):
         pushed(out)
     assert {name for name, _ in kaggle.asked} == {"IntrospectToken"}
 
 
 def test_a_token_that_kaggle_does_not_know_is_an_error(kaggle, out, monkeypatch):
     monkeypatch.setenv("KAGGLE_API_TOKEN", "old")
-    with pytest.raises(KernelError, match=r"no valid token of yours\. Make one at https://www\.kaggle\.com/settings"):
+    with pytest.raises(
+        KernelError, match=r"no valid Kaggle token was found\. Make one at https://www\.kaggle\.com/settings"
+    ):
         pushed(out)
 
 
@@ -233,10 +239,10 @@ def test_no_network_is_an_error(kaggle, out):
 
 
 def test_without_a_token_the_error_tells_how_to_get_one(out):
-    with pytest.raises(KernelError, match=r"signing in: Kaggle knows no valid token.*access_token.*KAGGLE_USERNAME"):
+    with pytest.raises(KernelError, match=r"signing in: no valid Kaggle token.*access_token.*KAGGLE_USERNAME"):
         pushed(out)
 
 
-def test_nothing_built_is_nothing_to_push(tmp_path):
-    with pytest.raises(KernelError, match=r"no .*kernel-metadata\.json; build the kernel first"):
+def test_pushing_without_a_build_is_an_error(tmp_path):
+    with pytest.raises(KernelError, match=r"kernel-metadata\.json does not exist; build the kernel first"):
         push(tmp_path)

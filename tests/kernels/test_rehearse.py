@@ -18,7 +18,7 @@ from kitlib.errors import KernelError
 from kitlib.kernels import kaggle_environment, sandbox
 from kitlib.kernels import rehearse as rehearsals
 from kitlib.kernels.build import build_kernel
-from kitlib.kernels.rehearse import rehearse, run_until
+from kitlib.kernels.rehearse import rehearse, run_with_limit
 from kitlib.kernels.sandbox import no_sandbox_reason
 from kitlib.kernels.spec import read_spec
 from kitlib.kernels.wheels import INFERENCE, image_pins
@@ -34,7 +34,7 @@ import shutil
 from kitlib.paths import find_input, runs_root
 shutil.copy(find_input(competition) / "sample_submission.csv", runs_root() / "submission.csv")
 """
-# What the kernel sees of the world, as JSON in its output folder. Each line of `attempts` is tried.
+# Tries each of `attempts` in the kernel and writes the results as JSON into the output folder.
 PROBE = """
 import importlib, json, os, socket, sys
 from pathlib import Path
@@ -88,7 +88,7 @@ def wheel(tmp_path_factory):
 
 
 def built(folder, wheel, *cells, make=make_submission, **keys):
-    """The kernel's spec and where it was built: what `rehearse` wants first."""
+    """Build a kernel; return its spec and the folder of the build: the first two arguments of `rehearse`."""
     spec = read_spec(make(folder, *cells, **keys))
     build_kernel(spec, folder / "out", [wheel])
     return spec, folder / "out"
@@ -96,7 +96,7 @@ def built(folder, wheel, *cells, make=make_submission, **keys):
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory, competition, wheel):
-    """A kernel that looks around, built and rehearsed by the command line on a machine full of settings: result, folder."""
+    """Build and rehearse a kernel that runs PROBE, by the command line, with disturbing settings: result and folder."""
     folder = tmp_path_factory.mktemp("rehearsed")
     submission = make_submission(folder, f"PROJECT = {str(PROJECT)!r}\n{PROBE}", WRITE)
     with pytest.MonkeyPatch.context() as patch:
@@ -105,7 +105,7 @@ def rehearsed(tmp_path_factory, competition, wheel):
             patch.setenv(name, "of this machine")
         for name in [name for name in os.environ if name.startswith("KAGGLE_")]:
             patch.delenv(name)
-        # Importing Kaggle's client would sign in, and end the program here: there is no token.
+        # Importing Kaggle's client would sign in and, without a token, exit the program.
         patch.setenv("HOME", str(folder / "home"))
         patch.setitem(sys.modules, "kaggle", None)
         app = command_line.typer.Typer()
@@ -130,12 +130,12 @@ def test_a_kernel_that_writes_a_valid_file_in_time_passes(rehearsed):
     assert "looked around" in (out / "rehearsal.ipynb").read_text()
 
 
-def test_the_rehearsal_is_scored_where_the_truth_is_known(rehearsed):
-    # Negative and none are each right once, the truth has no other class: the mean of two perfect APs.
+def test_the_rehearsal_is_scored_if_the_truth_is_given(rehearsed):
+    # One correct negative and one correct none; the truth has no other class: the mean of two APs of 1.
     assert "1.0000" in next(line for line in rehearsed[0].output.splitlines() if "score" in line)
 
 
-def test_nothing_is_left_behind_but_the_output(rehearsed):
+def test_temporary_files_are_removed(rehearsed):
     assert sorted(path.name for path in rehearsed[1].iterdir()) == [
         "kernel",
         "rehearsal.ipynb",
@@ -147,7 +147,7 @@ def test_nothing_is_left_behind_but_the_output(rehearsed):
 
 
 def test_a_forgotten_wheel_is_noticed(seen):
-    importlib.metadata.version("ultralytics")  # it is installed where the rehearsal starts from
+    importlib.metadata.version("ultralytics")  # installed on the machine that rehearses
     assert seen["missing_wheel"] == "ModuleNotFoundError"
 
 
@@ -159,7 +159,7 @@ def test_the_kernel_runs_its_own_copy_of_the_library(seen):
     assert seen["library"].startswith("/tmp/kit-")
 
 
-def test_the_settings_of_this_machine_stay_outside(seen):
+def test_the_kernel_does_not_get_this_machines_settings(seen):
     assert not {"PIP_INDEX_URL", "HF_TOKEN", "PYTHONSTARTUP"} & set(seen["environment"])
     assert seen["environment"]["KAGGLE_KERNEL_RUN_TYPE"] == "Batch"
     assert seen["environment"]["KIT_TIME_LIMIT_S"] == "120"
@@ -190,16 +190,16 @@ def test_input_holds_the_competition_and_the_kernels_datasets_only(seen):
 
 
 @isolated
-def test_the_project_and_the_temporary_files_of_this_machine_are_out_of_sight(seen):
-    # An empty folder in the project's place; of a clone below /tmp, which is a fresh one, not even that.
+def test_the_project_and_the_temporary_files_of_this_machine_are_hidden(seen):
+    # The project's folder is empty, or missing if the project is below /tmp, which is empty in the sandbox.
     assert seen["project"] in ("[]", "FileNotFoundError")
-    assert f"'{PROJECT.name}'" not in seen["temporary"]  # a list's repr, in which "kit" is part of other names
+    assert f"'{PROJECT.name}'" not in seen["temporary"]  # quoted, because "kit" is part of other names in the list
     assert seen["write_temporary"] == "1"
     assert not Path("/tmp/new").exists()
 
 
-def test_without_namespaces_it_runs_in_the_open_and_says_so(tmp_path, competition, wheel, monkeypatch, caplog):
-    monkeypatch.setattr(sandbox, "_probe", lambda: (None, "not permitted"))
+def test_without_namespaces_the_kernel_runs_unisolated_with_a_warning(tmp_path, competition, wheel, monkeypatch, caplog):
+    monkeypatch.setattr(sandbox, "_find_unshare", lambda: (None, "not permitted"))
     kernel = built(tmp_path, wheel, WRITE, "from kitlib.paths import find_input\nassert find_input(weights)")
     with caplog.at_level(logging.WARNING):
         result = rehearse(*kernel, competition / "inputs", 120)
@@ -210,16 +210,16 @@ def test_without_namespaces_it_runs_in_the_open_and_says_so(tmp_path, competitio
 
 @pytest.mark.parametrize("command", [["sh", "-c"], pytest.param(["sandbox"], marks=isolated)])
 def test_at_the_limit_every_process_is_stopped(tmp_path, command):
-    # A number of seconds that no other process sleeps.
+    # A duration that no other process uses, by which the test finds its own.
     mark = f"{1000 + time.time_ns() % 10**9 / 10**6}"
     script = f"echo begun; setsid sleep {mark} & sleep {mark}"
     if command == ["sandbox"]:
         (tmp_path / "root").mkdir()
-        command = sandbox.sandboxed(["sh", "-c", script], tmp_path / "root", {}, {})
+        command = sandbox.sandbox_command(["sh", "-c", script], tmp_path / "root", {}, {})
     else:
         command = [*command, script]
     lines = []
-    code, seconds = run_until(command, dict(os.environ), tmp_path, 3.0, tmp_path / "log", lines.append)
+    code, seconds = run_with_limit(command, dict(os.environ), tmp_path, 3.0, tmp_path / "log", lines.append)
     assert 3.0 <= seconds < 20
     assert code != 0
     assert lines == ["begun"]
@@ -227,33 +227,35 @@ def test_at_the_limit_every_process_is_stopped(tmp_path, command):
 
 
 @pytest.mark.parametrize(
-    ("left", "exit_code", "seconds", "problem", "fault"),
+    ("submission", "exit_code", "seconds", "problem", "fault"),
     [
         (SUBMISSION, 0, 59.0, "", ""),
-        (SUBMISSION, 0, 61.0, "the time limit struck", ""),
+        (SUBMISSION, 0, 61.0, "the time limit was reached", ""),
         (SUBMISSION, 138, 1.0, "papermill's exit code is 138", ""),  # a killed kernel, all cells "completed"
         (SUBMISSION.replace("b_image", "c_image"), 0, 1.0, "", "b_image: missing id"),
-        (None, 0, 1.0, "", "there is no submission.csv"),
+        (None, 0, 1.0, "", "submission.csv does not exist in"),
     ],
     ids=["good", "late", "killed", "invalid", "no file"],
 )
-def test_how_a_rehearsal_is_judged(tmp_path, competition, wheel, monkeypatch, left, exit_code, seconds, problem, fault):
-    """The kernel is replaced by what it might have left."""
+def test_how_a_rehearsal_is_judged(
+    tmp_path, competition, wheel, monkeypatch, submission, exit_code, seconds, problem, fault
+):
+    """The kernel is replaced by a function that writes its output."""
 
     def run(_command, _environment, working, *_):
-        if left:
-            (working / "submission.csv").write_text(left)
+        if submission:
+            (working / "submission.csv").write_text(submission)
         (working.parent / "rehearsal.ipynb").write_text('{"cells": []}')
         return exit_code, seconds
 
-    monkeypatch.setattr(rehearsals, "run_until", run)
-    monkeypatch.setattr(rehearsals, "kaggle_packages", lambda: tmp_path)
+    monkeypatch.setattr(rehearsals, "run_with_limit", run)
+    monkeypatch.setattr(rehearsals, "link_kaggle_packages", lambda: tmp_path)
     result = rehearse(*built(tmp_path, wheel), competition / "inputs", 60, competition / "truth")
     assert result.passed is (not problem and not fault)
     assert result.problem == problem
     assert fault in " ".join(result.faults)
     assert bool(result.faults) is bool(fault)
-    # Where the file is valid it is scored, also if it came too late.
+    # A valid file is scored, even after the time limit.
     assert result.scores is None if fault else result.scores["score"] == 1.0
 
 
@@ -263,7 +265,7 @@ def test_inputs_without_the_competition_are_refused(tmp_path, wheel):
     with pytest.raises(KernelError, match=r"no .*siim-covid19-detection for .* of its competition_sources"):
         rehearse(*kernel, tmp_path / "inputs", 60)
     (tmp_path / "inputs" / "siim-covid19-detection").mkdir()
-    with pytest.raises(KernelError, match=r"no .*siim-covid19-detection/sample_submission\.csv"):
+    with pytest.raises(KernelError, match=r"siim-covid19-detection/sample_submission\.csv does not exist"):
         rehearse(*kernel, tmp_path / "inputs", 60)
 
 
@@ -283,7 +285,7 @@ FINISH = '(folder / "metrics.json").write_text("{}")'
 
 @pytest.fixture
 def prepared(tmp_path):
-    """Inputs: the output of a kernel that prepared a run, and something that nobody asked for."""
+    """Inputs: the output of a kernel that prepared a run, and an input that the kernel does not name."""
     (tmp_path / "inputs" / "earlier-kernel" / "prepare").mkdir(parents=True)
     (tmp_path / "inputs" / "earlier-kernel" / "prepare" / "metrics.json").write_text("prepared")
     (tmp_path / "inputs" / "other-kernel").mkdir()
@@ -298,35 +300,35 @@ def test_a_training_reads_the_run_of_another_kernel_and_is_shortened(tmp_path, p
     assert [result.problem, result.faults, result.passed] == ["", (), True]
     assert result.result == "study/metrics.json"
     seen = json.loads((result.working / "study" / "seen.json").read_text())
-    # 42: the wheel was installed by the kernel's first cell; the notebook says nothing of wheels.
+    # 42: the kernel's first cell installed the wheel, because the notebook has no parameter `wheels`.
     assert [seen["prepared"], seen["epochs"], seen["extra"]] == ["prepared", 1, 42]
-    where = {"plain": "earlier-kernel/prepare", "nested": "notebooks/somebody/earlier-kernel/prepare"}[layout]
-    assert seen["at"].endswith(f"/input/{where}")
-    beside = {"plain": ["earlier-kernel", "small-test-kernel-wheels"], "nested": ["earlier-kernel"]}[layout]
-    assert seen["inputs"] == beside
+    run = {"plain": "earlier-kernel/prepare", "nested": "notebooks/somebody/earlier-kernel/prepare"}[layout]
+    assert seen["at"].endswith(f"/input/{run}")
+    inputs = {"plain": ["earlier-kernel", "small-test-kernel-wheels"], "nested": ["earlier-kernel"]}[layout]
+    assert seen["inputs"] == inputs
 
 
 @pytest.mark.parametrize(
-    ("left", "text", "unfinished", "fault"),
+    ("files", "text", "unfinished", "fault"),
     [
         (["record.json", "metrics.json"], "{}", False, ""),
         (["record.json", "fold0/checkpoints/run.json"], "{}", True, ""),
-        (["record.json"], "{}", False, "there is no study/metrics.json in"),
-        ([], "{}", False, "there is no study/metrics.json in"),
-        (["record.json", "fold0/checkpoints/run.json"], None, False, "there is no study/metrics.json in"),
+        (["record.json"], "{}", False, "study/metrics.json does not exist in"),
+        ([], "{}", False, "study/metrics.json does not exist in"),
+        (["record.json", "fold0/checkpoints/run.json"], None, False, "study/metrics.json does not exist in"),
     ],
     ids=["finished", "session over", "nothing made", "not begun", "stopped in a cell"],
 )
-def test_how_a_training_is_judged(tmp_path, wheel, monkeypatch, left, text, unfinished, fault):
+def test_how_a_training_is_judged(tmp_path, wheel, monkeypatch, files, text, unfinished, fault):
     def run(_command, _environment, working, *_):
-        for name in left:
+        for name in files:
             (working / "study" / name).parent.mkdir(parents=True, exist_ok=True)
             (working / "study" / name).write_text("{}")
         (working.parent / "rehearsal.ipynb").write_text('{"cells": []}' if text else "")
         return 0, 1.0
 
-    monkeypatch.setattr(rehearsals, "run_until", run)
-    monkeypatch.setattr(rehearsals, "kaggle_packages", lambda: tmp_path)
+    monkeypatch.setattr(rehearsals, "run_with_limit", run)
+    monkeypatch.setattr(rehearsals, "link_kaggle_packages", lambda: tmp_path)
     (tmp_path / "inputs").mkdir()
     result = rehearse(*built(tmp_path, wheel, make=make_training), tmp_path / "inputs", 60)
     assert result.unfinished is unfinished
@@ -335,7 +337,7 @@ def test_how_a_training_is_judged(tmp_path, wheel, monkeypatch, left, text, unfi
     assert bool(result.faults) is bool(fault)
 
 
-def test_what_stops_a_training_reaches_the_one_who_rehearses(tmp_path, prepared, wheel):
+def test_the_error_that_stops_a_training_is_the_rehearsals_problem(tmp_path, prepared, wheel):
     stop = 'raise RuntimeError("This GPU is too old for torch: choose GPU T4 x2")'
     kernel = built(tmp_path / "kernel", wheel, TRAIN, stop, FINISH, make=make_training, kernel_sources=["earlier-kernel"])
     result = rehearse(*kernel, prepared, 120)
@@ -349,27 +351,27 @@ def test_missing_inputs_are_named_with_how_to_get_them(tmp_path, prepared, wheel
     kernel = built(tmp_path / "kernel", wheel, make=make_training, **keys)
     with pytest.raises(KernelError) as raised:
         rehearse(*kernel, prepared, 60)
-    said = f"{prepared / 'their-kernel'} for other/their-kernel of its kernel_sources: that kernel's output, or a link to"
-    assert said in str(raised.value)
+    line = f"{prepared / 'their-kernel'} for other/their-kernel of its kernel_sources: that kernel's output, or a link to"
+    assert line in str(raised.value)
     assert f"{prepared / 'their-data'} for other/their-data of its dataset_sources" in str(raised.value)
     assert "earlier-kernel" not in str(raised.value)
 
 
-def test_what_was_built_must_not_lie_among_the_inputs_too(tmp_path, prepared, wheel):
+def test_a_built_dataset_must_not_also_be_among_the_inputs(tmp_path, prepared, wheel):
     (prepared / "small-test-kernel-wheels").mkdir()
-    with pytest.raises(KernelError, match="somebody/small-test-kernel-wheels, which was built and lies in"):
+    with pytest.raises(KernelError, match="somebody/small-test-kernel-wheels was built and is also in"):
         rehearse(*built(tmp_path / "kernel", wheel, make=make_training), prepared, 60)
 
 
 def test_a_truth_without_a_submission_is_refused(tmp_path, competition, wheel):
-    with pytest.raises(KernelError, match="small-test-kernel submits nothing that the truth could score"):
+    with pytest.raises(KernelError, match="small-test-kernel makes no submission that the truth could score"):
         rehearse(*built(tmp_path, wheel, make=make_training), competition / "inputs", 60, competition / "truth")
 
 
 def test_another_kernels_build_is_refused(tmp_path, prepared, wheel):
     _, out = built(tmp_path / "kernel", wheel, make=make_training)
     other = read_spec(make_training(tmp_path / "other", title="Other kernel", slug="other-kernel"))
-    with pytest.raises(KernelError, match="holds somebody/small-test-kernel, not somebody/other-kernel"):
+    with pytest.raises(KernelError, match="contains somebody/small-test-kernel, not somebody/other-kernel"):
         rehearse(other, out, prepared, 60)
 
 
@@ -386,13 +388,13 @@ def test_the_command_line_tells_an_unfinished_training_from_a_failed_one(tmp_pat
 
 
 def test_a_chain_of_shipped_kernels_is_rehearsed(tmp_path):
-    """10_prepare, then 30_train_study on what it left, with the packages of the image and the wheels that they need."""
-    needed = [name for name in INFERENCE if not name.startswith("ultralytics")]  # of which neither notebook knows
+    """10_prepare, then 30_train_study on its output, with the packages of the image and the wheels that they need."""
+    needed = [name for name in INFERENCE if not name.startswith("ultralytics")]  # neither notebook imports it
     wheels = [installed_wheel(tmp_path / "wheels", name) for name in needed]
     inputs = tmp_path / "inputs"
     sizes = {"train_studies": 16, "test_studies": 4, "side": 96, "seed": 1, "damaged_test_files": 0, "progress": False}
     write_competition(inputs, tmp_path / "truth", **sizes)
-    # Where a study model starts from: the network that the backbone's rehearsal trains.
+    # The starting weights of the study model: the network that the backbone's rehearsal trains.
     network = timm.create_model("test_efficientnet", in_chans=1, num_classes=0)
     stated = {"family": "findings", "model": "backbone", "image_size": 96, "longest_side": 96, "placement": "letterbox"}
     stated |= {"classes": ["a"], "mean": [0.0], "std": [1.0], "fold": 0, "recipe": {}, "architecture": {}}
@@ -408,40 +410,40 @@ def test_a_chain_of_shipped_kernels_is_rehearsed(tmp_path):
     metrics = json.loads((inputs / "chest-siim-study" / "study" / "metrics.json").read_text())
     assert [metrics["model"], metrics["folds"]] == ["study", [0]]
     fold = json.loads((inputs / "chest-siim-study" / "study" / "fold0" / "metrics.json").read_text())
-    # The backbone came whole from the other kernel; the head's two layers are new.
+    # All tensors of the backbone come from the other kernel; only the head's two layers are new.
     assert fold["starting_weights"] == f"backbone/fold0/bundle: {len(weights)} tensors, 4 left random"
 
 
 def test_a_package_at_another_version_than_the_images_is_an_error(tmp_path):
-    there = importlib.metadata.version("pandas")
-    with pytest.raises(KernelError, match=f"pandas {there} .the image has 1.0.0."):
-        kaggle_environment.kaggle_packages(tmp_path / "stand-in", {"pandas": "1.0.0"})
+    version = importlib.metadata.version("pandas")
+    with pytest.raises(KernelError, match=f"pandas {version} .the image has 1.0.0."):
+        kaggle_environment.link_kaggle_packages(tmp_path / "stand-in", {"pandas": "1.0.0"})
     assert not (tmp_path / "stand-in").exists()
 
 
 def test_a_tool_at_another_version_than_the_images_is_left_out(tmp_path):
     image = image_pins()
     assert image["gradio"] != importlib.metadata.version("gradio")
-    packages = kaggle_environment.kaggle_packages(
+    packages = kaggle_environment.link_kaggle_packages(
         tmp_path / "stand-in", {name: image[name] for name in ("pip", "gradio", "tqdm")}
     )
-    found = {path.name.split("-")[0] for path in packages.glob("*.dist-info")}
-    assert {"pip", "tqdm"} <= found and "gradio" not in found
+    names = {path.name.split("-")[0] for path in packages.glob("*.dist-info")}
+    assert {"pip", "tqdm"} <= names and "gradio" not in names
 
 
-def test_the_stand_in_holds_what_the_image_lists_and_what_its_torch_brings():
-    packages = kaggle_environment.kaggle_packages()
-    found = {path.name.split("-")[0].lower() for path in packages.glob("*.dist-info")}
-    assert {"torch", "pandas", "pydicom", "pip"} <= found
-    assert not found & {"ultralytics", "ensemble_boxes", "pylibjpeg", "imagecodecs", "pebble", "hypothesis", "uv"}
-    brought = {
+def test_the_stand_in_has_the_images_packages_and_the_dependencies_of_torch():
+    packages = kaggle_environment.link_kaggle_packages()
+    names = {path.name.split("-")[0].lower() for path in packages.glob("*.dist-info")}
+    assert {"torch", "pandas", "pydicom", "pip"} <= names
+    assert not names & {"ultralytics", "ensemble_boxes", "pylibjpeg", "imagecodecs", "pebble", "hypothesis", "uv"}
+    required = {
         line.split("=")[0].split(">")[0].strip() for line in importlib.metadata.requires("torch") if "extra" not in line
     }
-    installed = {found.name for found in importlib.metadata.distributions()}
-    assert {name.replace("-", "_") for name in brought & installed} <= found
+    installed = {distribution.name for distribution in importlib.metadata.distributions()}
+    assert {name.replace("-", "_") for name in required & installed} <= names
 
 
-def test_the_command_line_names_the_fault_and_ends_with_2(tmp_path):
+def test_the_command_line_prints_the_error_and_exits_with_2(tmp_path):
     app = command_line.typer.Typer()
     app.command()(command_line.main)
     result = CliRunner().invoke(app, [str(make_submission(tmp_path, titel="x")), "--out", str(tmp_path / "out")])

@@ -1,4 +1,4 @@
-"""The submissions that are shipped: each builds from its runs, and its plan makes exactly these runs."""
+"""The shipped submissions: each builds from its runs, and its plan produces exactly these runs."""
 
 import json
 from pathlib import Path
@@ -23,19 +23,19 @@ def plan_of(path: Path) -> Plan:
 
 
 def trained(path: Path) -> dict[str, tuple[str, int, dict]]:
-    """What the submission names -> the model's name and fold and the parameters of the planned run that makes it."""
-    plan, found = plan_of(path), {}
+    """Return, by the submission's run, the model's name and fold and the parameters of the planned run that trains it."""
+    plan, models = plan_of(path), {}
     for run in read_spec(path, owner="someone").runs:
         folder = (ROOT / run).parent
-        (planned,) = (each for each in plan.planned.values() if each.folder == folder)
+        (planned,) = (candidate for candidate in plan.planned.values() if candidate.folder == folder)
         default = {"30_train_study": "study", "40_train_detector": "faster_rcnn"}[planned.notebook.stem]
         fold = int(run.rpartition("fold")[2])
         assert fold in planned.parameters["folds"]
-        found[run] = planned.parameters.get("model_name", default), fold, planned.parameters
-    return found
+        models[run] = planned.parameters.get("model_name", default), fold, planned.parameters
+    return models
 
 
-def test_three_are_shipped_beside_the_demo():
+def test_three_siim_submissions_are_shipped():
     assert [path.stem for path in SIIM] == ["siim_heidelberg", "siim_lean", "siim_strong"]
 
 
@@ -66,20 +66,20 @@ def test_its_plan_trains_and_fuses_its_models(path):
     (fuse,) = (run for run in plan.planned.values() if run.notebook.stem == "60_fuse")
     assert fuse.folder == (ROOT / spec.fusion).parent
     assert set(fuse.parameters["runs"]) == {str((ROOT / run).parent) for run in spec.runs}
-    # The segmenter that crops the test images is the one whose lungs the models were trained on.
-    cropped = {given["lungs_run"] for _, _, given in models.values() if given.get("lungs_run")}
-    assert cropped == ({str(ROOT / spec.lungs)} if spec.lungs else set())
+    # The test images are cropped by the segmenter that cropped the training images.
+    lungs_runs = {parameters["lungs_run"] for _, _, parameters in models.values() if parameters.get("lungs_run")}
+    assert lungs_runs == ({str(ROOT / spec.lungs)} if spec.lungs else set())
 
 
 @pytest.mark.parametrize("path", SIIM, ids=lambda path: path.stem)
-def test_its_plan_names_recipes_and_fields_that_there_are(path):
+def test_its_plan_names_existing_recipes_and_fields(path):
     for run in plan_of(path).planned.values():
         if run.notebook.stem in TRAINING:
-            named = run.parameters["recipe"]
-            recipe(named, type(RECIPES[named]), **run.parameters.get("overrides", {}))
+            name = run.parameters["recipe"]
+            recipe(name, type(RECIPES[name]), **run.parameters.get("overrides", {}))
 
 
-def test_a_second_round_learns_from_models_that_have_not_met_its_fold():
+def test_pseudo_labels_of_a_fold_come_from_models_validated_on_that_fold():
     planned = read_plan(ROOT / "submissions" / "plans" / "siim_strong.yaml").planned
     for name in ("study", "none", "study_b7", "faster_rcnn", "yolo"):
         for fold in range(5):

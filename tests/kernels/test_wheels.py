@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from kitlib.errors import KernelError
 from kitlib.kernels import wheels
-from kitlib.kernels.wheels import check_wheels, inference_pins, kaggle_wheels, running_wheels, suits_running
+from kitlib.kernels.wheels import are_installable, check_wheels, inference_pins, kaggle_wheels, local_wheels
 from tests.small_kernels import make_wheel
 
-# The imagined image of these tests.
+# A made-up image for these tests.
 IMAGE = {"numpy": "2.4.6", "pandas": "2.3.3"}
 
 
@@ -29,18 +29,18 @@ def test_an_unpinned_package_is_named(tmp_path):
 
 def test_a_package_that_the_image_has_is_refused(monkeypatch):
     monkeypatch.setattr(wheels, "INFERENCE", ("torch",))
-    with pytest.raises(KernelError, match=r"image has torch 2\.10\.0; take it out"):
+    with pytest.raises(KernelError, match=r"image has torch 2\.10\.0; remove it"):
         inference_pins()
 
 
-def test_what_is_installed_here_suits_the_image(tmp_path):
-    """The pinned versions with their true requirements, as their installed metadata states them."""
-    made = []
+def test_the_installed_packages_suit_the_image(tmp_path):
+    """The pinned versions with their real requirements, from the installed metadata."""
+    files = []
     for name, version in inference_pins().items():
-        found = importlib.metadata.distribution(name)
-        assert found.version == version
-        made.append(make_wheel(tmp_path, name.replace("-", "_"), version, requires=found.requires or []))
-    check_wheels(made, wheels.image_pins())
+        distribution = importlib.metadata.distribution(name)
+        assert distribution.version == version
+        files.append(make_wheel(tmp_path, name.replace("-", "_"), version, requires=distribution.requires or []))
+    check_wheels(files, wheels.image_pins())
 
 
 def test_requirements_may_be_met_by_the_image_or_by_another_wheel(tmp_path):
@@ -51,16 +51,16 @@ def test_requirements_may_be_met_by_the_image_or_by_another_wheel(tmp_path):
 @pytest.mark.parametrize(
     ("requirement", "message"),
     [
-        ("missing-one>=2", "one wants missing-one>=2, which neither the image nor another wheel has"),
-        ("numpy<2", r"one wants numpy<2, the image has numpy 2\.4\.6"),
-        ("two>=3", r"one wants two>=3, an attached wheel has two 2\.5"),
-        ('numpy<2; python_version == "3.12" and sys_platform == "linux"', "one wants numpy<2"),
+        ("missing-one>=2", "one requires missing-one>=2, which neither the image nor another wheel has"),
+        ("numpy<2", r"one requires numpy<2, the image has numpy 2\.4\.6"),
+        ("two>=3", r"one requires two>=3, an attached wheel has two 2\.5"),
+        ('numpy<2; python_version == "3.12" and sys_platform == "linux"', "one requires numpy<2"),
     ],
 )
 def test_an_unmet_requirement_is_an_error_naming_both(tmp_path, requirement, message):
-    made = [make_wheel(tmp_path, "one", "1.0", [requirement]), make_wheel(tmp_path, "two", "2.5")]
+    files = [make_wheel(tmp_path, "one", "1.0", [requirement]), make_wheel(tmp_path, "two", "2.5")]
     with pytest.raises(KernelError, match=message):
-        check_wheels(made, IMAGE)
+        check_wheels(files, IMAGE)
 
 
 @pytest.mark.parametrize(
@@ -72,22 +72,22 @@ def test_an_unmet_requirement_is_an_error_naming_both(tmp_path, requirement, mes
         "absent; os_name == 'nt'",
     ],
 )
-def test_requirements_for_elsewhere_do_not_count(tmp_path, requirement):
+def test_requirements_for_other_platforms_are_ignored(tmp_path, requirement):
     check_wheels([make_wheel(tmp_path, "one", "1.0", [requirement])], IMAGE)
 
 
-def test_exceptions_hold_for_the_one_wheel_only(tmp_path):
+def test_an_unneeded_requirement_is_ignored_for_its_wheel_only(tmp_path):
     check_wheels([make_wheel(tmp_path, "ultralytics", "8.0", ["nvidia-ml-py>=12"])], IMAGE)
-    with pytest.raises(KernelError, match="one wants nvidia-ml-py"):
+    with pytest.raises(KernelError, match="one requires nvidia-ml-py"):
         check_wheels([make_wheel(tmp_path, "one", "1.0", ["nvidia-ml-py>=12"])], IMAGE)
 
 
 @settings(max_examples=40)
-@given(have=st.tuples(*[st.integers(0, 20)] * 3), wanted=st.tuples(*[st.integers(0, 20)] * 3))
-def test_versions_compare_as_numbers(tmp_path_factory, have, wanted):
-    wheel = make_wheel(tmp_path_factory.mktemp("wheel"), "one", "1.0", ["numpy>={}.{}.{}".format(*wanted)])
-    image = {"numpy": "{}.{}.{}".format(*have)}
-    if have >= wanted:
+@given(version=st.tuples(*[st.integers(0, 20)] * 3), required=st.tuples(*[st.integers(0, 20)] * 3))
+def test_versions_compare_as_numbers(tmp_path_factory, version, required):
+    wheel = make_wheel(tmp_path_factory.mktemp("wheel"), "one", "1.0", ["numpy>={}.{}.{}".format(*required)])
+    image = {"numpy": "{}.{}.{}".format(*version)}
+    if version >= required:
         check_wheels([wheel], image)
     else:
         with pytest.raises(KernelError):
@@ -117,23 +117,23 @@ def test_only_wheels_for_the_images_python_and_system(tmp_path, tag, fits):
 
 
 def test_a_wheel_for_another_python_version_is_refused(tmp_path):
-    with pytest.raises(KernelError, match=r"wants Python <3\.12"):
+    with pytest.raises(KernelError, match=r"requires Python <3\.12"):
         check_wheels([make_wheel(tmp_path, "one", "1.0", python="<3.12")], IMAGE)
 
 
-def test_sources_are_refused(tmp_path):
-    with pytest.raises(KernelError, match=r"grad-cam-1\.5\.5\.tar\.gz is no wheel.*only \.whl"):
+def test_source_distributions_are_refused(tmp_path):
+    with pytest.raises(KernelError, match=r"grad-cam-1\.5\.5\.tar\.gz is not a wheel.*only \.whl"):
         check_wheels([tmp_path / "grad-cam-1.5.5.tar.gz"], IMAGE)
 
 
-def test_a_pure_wheel_suits_this_python_and_one_for_another_does_not(tmp_path):
+def test_this_python_can_install_pure_wheels_but_none_for_another_python(tmp_path):
     pure, other = make_wheel(tmp_path, "one", "1.0"), make_wheel(tmp_path, "two", "1.0", tag="cp27-cp27mu-manylinux1_x86_64")
-    assert suits_running([pure])
-    assert not suits_running([pure, other])
+    assert are_installable([pure])
+    assert not are_installable([pure, other])
 
 
 class FakePip:
-    """Stands for `pip download`: puts wheels of chosen versions into its --dest."""
+    """Replaces `pip download`: writes wheels of chosen versions into its --dest."""
 
     def __init__(self, versions, tag="py3-none-any"):
         self.versions, self.tag, self.calls = versions, tag, []
@@ -156,25 +156,25 @@ def test_wheels_are_downloaded_once(tmp_path, monkeypatch):
     assert {"--no-deps", "--only-binary=:all:", "one==1.0", "the-two==2.5", "manylinux_2_28_x86_64"} <= set(pip.calls[0])
 
 
-def test_only_what_the_cache_lacks_is_downloaded_and_old_pins_stay_out(tmp_path, monkeypatch):
+def test_only_missing_wheels_are_downloaded_and_other_versions_ignored(tmp_path, monkeypatch):
     make_wheel(tmp_path, "one", "1.0")
     make_wheel(tmp_path, "two", "1.9")
     pip = FakePip({"two": "2.5"})
     monkeypatch.setattr(wheels.subprocess, "run", pip)
-    found = running_wheels({"one": "1.0", "two": "2.5"}, tmp_path)
-    assert [path.name for path in found] == ["one-1.0-py3-none-any.whl", "two-2.5-py3-none-any.whl"]
+    files = local_wheels({"one": "1.0", "two": "2.5"}, tmp_path)
+    assert [path.name for path in files] == ["one-1.0-py3-none-any.whl", "two-2.5-py3-none-any.whl"]
     assert pip.calls[0][-1] == "two==2.5"
     assert "one==1.0" not in pip.calls[0]
 
 
 def test_another_version_than_the_pin_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(wheels.subprocess, "run", FakePip({"one": "0.9"}))
-    with pytest.raises(KernelError, match=r"other versions than the pins one==1\.0; in .*one-0\.9"):
+    with pytest.raises(KernelError, match=r"other versions than one==1\.0; .* contains: .*one-0\.9"):
         kaggle_wheels({"one": "1.0"}, tmp_path)
 
 
-def test_pips_refusal_is_passed_on(tmp_path, monkeypatch):
-    refused = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found for one==1.0")
-    monkeypatch.setattr(wheels.subprocess, "run", lambda *_, **__: refused)
+def test_pips_error_is_reported(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found for one==1.0")
+    monkeypatch.setattr(wheels.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(KernelError, match=r"one==1\.0:\n.*No matching distribution"):
         kaggle_wheels({"one": "1.0"}, tmp_path)
