@@ -1,4 +1,4 @@
-"""Tables, figures, intervals, probes and heat maps of finished runs.
+"""Tables, figures, bootstrap intervals, probes and heat maps of finished runs.
 
-Nothing that changes a run.
+Nothing in this package changes a run.
 """

@@ -165,7 +165,7 @@ def test_whatever_the_travelling_files_import_travels_as_well(notebook):
 
 
 def test_a_module_travels_with_its_data():
-    files = needed_files(["from kitlib.reports.published_tables import published"])
+    files = needed_files(["from kitlib.reports.published_tables import find_published"])
     assert "kitlib/reports/published_tables.yaml" in files
     assert [path for path in files if not path.endswith(".py")] == ["kitlib/reports/published_tables.yaml"]
 
