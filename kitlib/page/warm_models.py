@@ -83,7 +83,7 @@ class WarmModels:
         The model is the first of those that answer for the study. Raises ValueError where none knows the class, and
         ImportError without the package grad-cam.
         """
-        from kitlib.reports.heat_maps import look
+        from kitlib.reports.heat_maps import compute_heat
 
         models, _ = answering(system, study)
         wanted = "none" if class_name == "none" else "study"
@@ -94,7 +94,7 @@ class WarmModels:
                 if heat is None:
                     with self._one_at_a_time:
                         xray = study.read(image, system.longest_side)
-                        heat = look(self._predictor(system, model), [xray], [class_name])[0].heat
+                        heat = compute_heat(self._predictor(system, model), [xray], [class_name])[0].heat
                         _remember(self._heats, asked, heat, KEPT_HEATS)
                 return f"{model.model}, fold {model.fold}", heat
         raise ValueError(f"no model among {system.name} answers {class_name}")

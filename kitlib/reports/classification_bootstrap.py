@@ -1,7 +1,7 @@
-"""How sure figures of exclusive classes are: intervals over patients, paired differences, and ours under published ones.
+"""Bootstrap of classification metrics: intervals over patients, paired differences, and own results under published ones.
 
-Whole patients are drawn with replacement, for a patient's images are not independent. Answers for the same patients and one
-seed get the same draws, so that the difference of two models' draws is a paired comparison.
+Whole patients are drawn with replacement because the images of one patient are not independent. Predictions for the same
+patients get the same draws with the same seed, so the difference between the draws of two models is a paired comparison.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,122 +9,133 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pandas as pd
 
-from kitlib.reports.classification_report import Figures, Judged, on_shared_images
+from kitlib.reports.classification_report import Judged, Metrics, on_shared_images
 from kitlib.reports.competition import interval
 from kitlib.reports.published_tables import PublishedTable
 
-# Draws that are judged together: 64 of 5,000 images take some MB an array.
-AT_ONCE = 64
+# Draws that are computed together: 64 draws of 5,000 images take a few MB per array.
+DRAWS_PER_BATCH = 64
 
 
-def draws(given: Judged, samples: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Every figure of `overall` and `class_table` as a column; the first row is of all patients, then one a draw.
+def draws(predictions: Judged, samples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Return every metric of `overall` and `class_table` as a column: the first row is all patients, then one row per draw.
 
-    Columns are those of `overall`, then such as "f1 COVID-19" and "f1 macro". A draw without a class leaves it out of its
-    means. Raises ValueError for no sample.
+    The columns are those of `overall`, then for example "f1 COVID-19" and "f1 macro". A class that does not occur in a draw
+    is left out of the means of that draw. Raises ValueError if `samples` is below 1.
     """
     if samples < 1:
-        raise ValueError(f"samples is {samples}; intervals need at least 1 draw, and some hundreds to be steady")
-    patients, codes = np.unique(given.answers.patient, return_inverse=True)
-    judge = Figures(given)
-    tables = [judge.of(times[:, codes]) for times in _times(len(patients), samples, seed)]
+        raise ValueError(f"samples is {samples}; it must be at least 1, and a few hundred for stable intervals")
+    patients, codes = np.unique(predictions.answers.patient, return_inverse=True)
+    metrics = Metrics(predictions)
+    tables = [metrics.for_weights(counts[:, codes]) for counts in _draw_counts(len(patients), samples, seed)]
     return pd.concat(tables, ignore_index=True)
 
 
 def intervals(drawn: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
-    """name, value, low, high of each column of `draws`: percentile intervals, NaN where no draw defines the figure."""
-    return pd.DataFrame([{"name": name, **_told(drawn[name].to_numpy(), level)} for name in drawn.columns])
+    """Return name, value, low and high of each column of `draws`: percentile intervals, NaN for an undefined metric."""
+    return pd.DataFrame([{"name": name, **_interval_or_nan(drawn[name].to_numpy(), level)} for name in drawn.columns])
 
 
-def paired(
-    given: Mapping[str, Judged],
+def paired_differences(
+    models: Mapping[str, Judged],
     reference: str,
     samples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
     drawn: Mapping[str, pd.DataFrame] | None = None,
 ) -> pd.DataFrame:
-    """Each other model less `reference`, on the images that all have answered, the same patients drawn for both.
+    """Return each other model's metrics minus those of `reference`, on the images that all models have predicted.
 
-    Rows of model, reference, name (of the figure), value, low, high, images and `sides`: the smaller share of draws on
-    either side of no difference, doubled, which is near 1 where nothing tells the two apart. `drawn`: what `draws` gave for
-    each of `given` with one seed, in place of `samples` and `seed`; `given` is then of the images that all share. Raises
-    ValueError for an unknown reference, for `drawn` of other models or other images, and as `on_shared_images` does.
+    Both models of a pair get the same draws of patients. The columns are model, reference, name (of the metric), value, low,
+    high, sides and images. `sides` is twice the smaller share of draws on either side of zero: about 1 if nothing separates
+    the two models. `drawn` holds the result of `draws` for each of `models`, computed with one seed, and replaces `samples`
+    and `seed`; `models` must then already be reduced to their shared images. Raises ValueError for an unknown reference, for
+    `drawn` of other models or images, and as `on_shared_images` does.
     """
-    if reference not in given:
-        raise ValueError(f"no model is called {reference!r}; there are: {', '.join(given)}")
-    shared = on_shared_images(given)
+    if reference not in models:
+        raise ValueError(f"reference model {reference!r} does not exist; available models: {', '.join(models)}")
+    shared = on_shared_images(models)
     if drawn is None:
-        drawn = {name: draws(each, samples, seed) for name, each in shared.items()}
-    elif set(drawn) != set(given) or len({len(each) for each in drawn.values()}) > 1:
-        lengths = ", ".join(f"{len(each)} of {name}" for name, each in drawn.items())
-        raise ValueError(f"draws are {lengths}; wanted as many of each of the models {', '.join(given)}")
-    elif odd := [name for name, each in given.items() if len(each.truth) != len(shared[name].truth)]:
-        raise ValueError(f"draws of {', '.join(odd)} are of images that not all models have: on_shared_images comes first")
+        drawn = {name: draws(table, samples, seed) for name, table in shared.items()}
+    elif set(drawn) != set(models) or len({len(table) for table in drawn.values()}) > 1:
+        lengths = ", ".join(f"{len(table)} of {name}" for name, table in drawn.items())
+        raise ValueError(f"got {lengths}; expected the same number of draws for each of the models {', '.join(models)}")
+    elif mismatched := [name for name, table in models.items() if len(table.truth) != len(shared[name].truth)]:
+        raise ValueError(
+            f"draws of {', '.join(mismatched)} include images that not all models have predicted; "
+            "call on_shared_images before draws"
+        )
     rows = []
-    for name in given:
+    for name in models:
         if name == reference:
             continue
         differences = drawn[name] - drawn[reference]
-        for figure in differences.columns:
-            values = differences[figure].to_numpy()
-            known = values[1:][np.isfinite(values[1:])]
-            sides = min(1.0, 2 * min((known <= 0).mean(), (known >= 0).mean())) if len(known) else float("nan")
-            told = {"model": name, "reference": reference, "name": figure, **_told(values, level)}
-            rows.append({**told, "sides": sides, "images": len(shared[name].truth)})
+        for metric in differences.columns:
+            values = differences[metric].to_numpy()
+            finite = values[1:][np.isfinite(values[1:])]
+            sides = min(1.0, 2 * min((finite <= 0).mean(), (finite >= 0).mean())) if len(finite) else float("nan")
+            columns = {"model": name, "reference": reference, "name": metric, **_interval_or_nan(values, level)}
+            rows.append({**columns, "sides": sides, "images": len(shared[name].truth)})
     return pd.DataFrame(rows, columns=["model", "reference", "name", "value", "low", "high", "sides", "images"])
 
 
-def beside(table: PublishedTable, drawn: Mapping[str, pd.DataFrame], level: float = 0.95) -> pd.DataFrame:
-    """Text: the published rows, then a row for each of our models by name, of `draws`, with its interval.
+def append_to_published(table: PublishedTable, drawn: Mapping[str, pd.DataFrame], level: float = 0.95) -> pd.DataFrame:
+    """Return the published rows, and below them one row with intervals per own model, as text.
 
-    Columns are the published ones, and index levels `from` ("published", "here") and `model`. What one side lacks is "-".
+    `drawn` maps the name of each model to its `draws`. The columns are the published ones; the index levels are `from`
+    ("published" or "here") and `model`. A value that is missing on one side is "-".
     """
     rows = {}
     for name, row in table.rows.iterrows():
         spread = table.spread.loc[name] if table.spread is not None else {}
         rows["published", name] = {column: _cell(row[column], spread.get(column)) for column in table.rows.columns}
     for name, draws in drawn.items():
-        told = intervals(draws[[column for column in table.rows.columns if column in draws]], level).set_index("name")
-        rows["here", name] = {figure: _interval_cell(*each[["value", "low", "high"]]) for figure, each in told.iterrows()}
+        own = intervals(draws[[column for column in table.rows.columns if column in draws]], level)
+        cells = own[["value", "low", "high"]].itertuples(index=False)
+        rows["here", name] = {metric: _interval_cell(*cell) for metric, cell in zip(own["name"], cells, strict=True)}
     text = pd.DataFrame.from_dict(rows, orient="index", columns=list(table.rows.columns)).fillna("-")
     text.index = pd.MultiIndex.from_tuples(list(rows), names=["from", "model"])
     return text
 
 
-def what_differs(table: PublishedTable, given: Judged, protocol: str) -> pd.DataFrame:
-    """Rows data, protocol and faults with columns published and here: why the two parts of `beside` are no rank.
+def what_differs(table: PublishedTable, predictions: Judged, protocol: str) -> pd.DataFrame:
+    """Return rows data, protocol and faults with columns published and here: why the two are not a ranking.
 
-    `protocol` says how ours was made, such as "3 patient-grouped folds, nested".
+    `protocol` describes how the own predictions were made, for example "3 patient-grouped folds, nested".
     """
-    counts = np.bincount(given.truth, minlength=len(given.classes))
-    classes = ", ".join(f"{count:,} {name}" for name, count in zip(given.classes, counts, strict=True))
-    sources = ", ".join(sorted({str(name) for name in given.source}))
-    patients = len(np.unique(given.answers.patient))
-    lacking = [column for column in table.rows.columns if column.partition(" ")[2] not in ("", "macro", *given.classes)]
-    here = f"{len(given.truth):,} images of {patients:,} patients: {classes}; from {sources}"
-    if lacking:
-        here += f"; nothing here is comparable to {', '.join(lacking)}"
+    counts = np.bincount(predictions.truth, minlength=len(predictions.classes))
+    classes = ", ".join(f"{count:,} {name}" for name, count in zip(predictions.classes, counts, strict=True))
+    sources = ", ".join(sorted({str(name) for name in predictions.source}))
+    patients = len(np.unique(predictions.answers.patient))
+    own_classes = ("", "macro", *predictions.classes)
+    missing = [column for column in table.rows.columns if column.partition(" ")[2] not in own_classes]
+    own_data = f"{len(predictions.truth):,} images of {patients:,} patients: {classes}; from {sources}"
+    if missing:
+        own_data += f"; nothing here is comparable to {', '.join(missing)}"
     return pd.DataFrame(
-        {"published": [table.data, table.protocol, table.faults], "here": [here, protocol, ""]},
+        {"published": [table.data, table.protocol, table.faults], "here": [own_data, protocol, ""]},
         index=["data", "protocol", "faults"],
     )
 
 
-def _told(values: np.ndarray, level: float) -> dict[str, float]:
+def _interval_or_nan(values: np.ndarray, level: float) -> dict[str, float]:
+    """Return value, low and high of one column of `draws`; low and high are NaN if no draw defines the metric."""
     if np.isfinite(values[1:]).any():
         return interval(values, level)
     return {"value": float(values[0]), "low": float("nan"), "high": float("nan")}
 
 
-def _times(patients: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each patient is drawn, (at most AT_ONCE, patients) a batch: once each first, then `samples` draws."""
+def _draw_counts(patients: int, samples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield how often each patient is drawn, (at most DRAWS_PER_BATCH, patients) per batch.
+
+    The first batch has one row in which each patient counts once; the `samples` draws follow.
+    """
     rng = np.random.default_rng(seed)
     yield np.ones((1, patients))
-    for start in range(0, samples, AT_ONCE):
-        count = min(AT_ONCE, samples - start)
-        drawn = rng.integers(patients, size=(count, patients)) + patients * np.arange(count)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=count * patients).reshape(count, patients).astype(float)
+    for start in range(0, samples, DRAWS_PER_BATCH):
+        count = min(DRAWS_PER_BATCH, samples - start)
+        indices = rng.integers(patients, size=(count, patients)) + patients * np.arange(count)[:, None]
+        yield np.bincount(indices.ravel(), minlength=count * patients).reshape(count, patients).astype(float)
 
 
 def _cell(value: float, spread: float | None) -> str:

@@ -1,7 +1,7 @@
-"""How well exclusive classes are told apart: confusion, figures a class and their means, calibration, failures by class.
+"""Metrics of single-label classification: confusion, metrics per class and their means, calibration, failures by class.
 
-Everything is of one model's answers, a row an image, to images of which exactly one class is true. The class that is called
-is the most probable one, the first of equals. "Sensitivity" is what the papers also call recall, and "ppv" their precision.
+All functions take the predictions of one model, one row per image, for images with exactly one true class. The predicted
+class is the most probable one, the first one of a tie. "Sensitivity" is recall and "ppv" is precision.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,115 +15,115 @@ from kitlib.reports.findings_report import Answers, answers, mean_over_folds
 from kitlib.scoring.temperature import LEAST, cross_scaled
 from kitlib.tables import check_table, class_columns
 
-COUNTED = ("accuracy", "sensitivity", "specificity", "ppv", "npv", "f1")
-FIGURES = (*COUNTED, "roc_auc", "pr_auc", "brier")
-OVERALL = ("accuracy", "micro_f1", "papers_micro_f1", "ece", "brier", "log_loss")
-CALIBRATION = ("ece", "brier", "log_loss")
+COUNT_METRICS = ("accuracy", "sensitivity", "specificity", "ppv", "npv", "f1")
+CLASS_METRICS = (*COUNT_METRICS, "roc_auc", "pr_auc", "brier")
+OVERALL_METRICS = ("accuracy", "micro_f1", "papers_micro_f1", "ece", "brier", "log_loss")
+CALIBRATION_METRICS = ("ece", "brier", "log_loss")
 ECE_BINS = 15  # Guo et al. 2017
-# Rows of exclusive probabilities may be this far from 1: they were computed in single precision and averaged.
+# Probabilities of an image may sum to 1 plus or minus this: they were computed in single precision and averaged.
 SUM_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Answers of one model to n images, of each of which one class is true."""
+    """Predictions of one model for n images, each of which has exactly one true class."""
 
     answers: Answers
     image_id: np.ndarray  # (n,)
-    source: np.ndarray  # (n,), the data set an image is from
-    truth: np.ndarray  # (n,), place of the true class
+    source: np.ndarray  # (n,), the data set that an image is from
+    truth: np.ndarray  # (n,), index of the true class
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
         return self.answers.classes
 
     @property
-    def found(self) -> np.ndarray:
-        """Probabilities (n, classes)."""
-        return self.answers.found
+    def probabilities(self) -> np.ndarray:
+        """Probabilities (n, classes), 0..1."""
+        return self.answers.probabilities
 
     @property
-    def called(self) -> np.ndarray:
-        """(n,), place of the most probable class."""
-        return self.found.argmax(axis=1)
+    def predicted(self) -> np.ndarray:
+        """Index of the most probable class (n,)."""
+        return self.probabilities.argmax(axis=1)
 
     def rows(self, chosen: np.ndarray) -> "Judged":
-        """The images of a bool mask (n,) or of places, in their order."""
-        a = self.answers
-        kept = Answers(a.classes, a.truth[chosen], a.found[chosen], a.fold[chosen], a.patient[chosen])
-        return Judged(kept, self.image_id[chosen], self.source[chosen], self.truth[chosen])
+        """Return the images selected by a boolean mask (n,) or by indices, in that order."""
+        return Judged(self.answers.rows(chosen), self.image_id[chosen], self.source[chosen], self.truth[chosen])
 
 
 def judged(scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, source: str = "") -> Judged:
-    """The rows of `scores` (class_scores of one model) beside their truth; `source`: images of this one alone.
+    """Match the predictions of one model (table class_scores) with their true classes.
 
-    An image that several folds' models have scored has the mean of their probabilities. Raises ValueError where several
-    models are in the table, a class of the labels is not scored, the truth is not exactly one class, or probabilities do
-    not sum to 1.
+    `source` restricts the result to images of one source. If several folds' models have predicted an image, their
+    probabilities are averaged. Raises ValueError if the table has several models or no rows, if a class of the labels is not
+    predicted, if an image does not have exactly one true class, or if probabilities do not sum to 1.
     """
     scores, labels = check_table(scores, "class_scores"), check_table(labels, "labels")
     if scores.empty:
-        raise ValueError("there are no scores to judge")
+        raise ValueError("the table class_scores is empty")
     models = sorted(set(scores.model))
     if len(models) > 1:
-        raise ValueError(f"scores are of the models {models}, wanted one: by_model parts them")
+        raise ValueError(f"scores are of several models ({', '.join(models)}); split them with by_model and pass one")
     absent = [name for name in class_columns(labels, "labels") if name not in scores]
     if absent:
-        raise ValueError(f"scores lack the classes {absent} of the labels: what is one of them cannot be called")
+        raise ValueError(f"the labels have classes that the scores lack: {absent}; the model cannot predict them")
     if scores.image_id.duplicated().any():
         scores = mean_over_folds(scores)
-    known = images.set_index("image_id")
+    image_table = images.set_index("image_id")
     if source:
-        there = sorted(set(known.source))
-        scores = scores[scores.image_id.map(known.source) == source]
+        sources = sorted(set(image_table.source))
+        scores = scores[scores.image_id.map(image_table.source) == source]
         if scores.empty:
-            raise ValueError(f"no scored image is from source {source!r}; there are: {', '.join(there)}")
-    given = answers(scores, images, labels)
+            raise ValueError(f"no predicted image is from source {source!r}; available sources: {', '.join(sources)}")
+    labelled = answers(scores, images, labels)
     ids = scores.image_id.to_numpy()
-    wrong = np.flatnonzero(np.isnan(given.truth).any(axis=1) | (np.nansum(given.truth, axis=1) != 1))
+    wrong = np.flatnonzero(np.isnan(labelled.truth).any(axis=1) | (np.nansum(labelled.truth, axis=1) != 1))
     if len(wrong):
-        raise ValueError(f"{len(wrong)} images have not exactly one true class, first {ids[wrong[0]]}")
-    sums = given.found.sum(axis=1)
-    off = np.flatnonzero(np.abs(sums - 1) > SUM_TOLERANCE)
-    if len(off):
+        raise ValueError(f"{len(wrong)} images do not have exactly one true class, the first is {ids[wrong[0]]}")
+    sums = labelled.probabilities.sum(axis=1)
+    invalid = np.flatnonzero(np.abs(sums - 1) > SUM_TOLERANCE)
+    if len(invalid):
         raise ValueError(
-            f"probabilities of {len(off)} images do not sum to 1, first {ids[off[0]]} with {sums[off[0]]:.4f}: is the model "
-            "one of several findings an image (multi_label)?"
+            f"the probabilities of {len(invalid)} images do not sum to 1, first {ids[invalid[0]]} with "
+            f"{sums[invalid[0]]:.4f}; was the model trained for several findings per image (multi_label)?"
         )
-    return Judged(given, ids, known.source.reindex(ids).to_numpy(), given.truth.argmax(axis=1))
+    return Judged(labelled, ids, image_table.source.reindex(ids).to_numpy(), labelled.truth.argmax(axis=1))
 
 
 def by_model(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """A table class_scores of several models, one by one, in their order."""
+    """Split a table class_scores by model, in the order in which the models appear."""
     return {str(name): rows.reset_index(drop=True) for name, rows in scores.groupby("model", sort=False)}
 
 
-def on_shared_images(given: Mapping[str, Judged]) -> dict[str, Judged]:
-    """Each model's answers to the images that all have answered, in one order.
+def on_shared_images(models: Mapping[str, Judged]) -> dict[str, Judged]:
+    """Reduce each model's predictions to the images that all models have predicted, in the same order.
 
-    Raises ValueError where no image is shared, or classes differ.
+    Raises ValueError if no image is shared or if the models have different classes.
     """
-    if len({each.classes for each in given.values()}) > 1:
-        told = "; ".join(f"{name}: {', '.join(each.classes)}" for name, each in given.items())
-        raise ValueError(f"models answer different classes, or in different orders, and do not compare ({told})")
-    shared = sorted(set.intersection(*(set(each.image_id) for each in given.values()))) if given else []
+    if len({predictions.classes for predictions in models.values()}) > 1:
+        classes = "; ".join(f"{name}: {', '.join(predictions.classes)}" for name, predictions in models.items())
+        raise ValueError(f"the models have different classes or class orders and cannot be compared ({classes})")
+    shared = sorted(set.intersection(*(set(predictions.image_id) for predictions in models.values()))) if models else []
     if not shared:
-        raise ValueError(f"no image is answered by all of {', '.join(given) or 'no models'}")
-    return {name: each.rows(pd.Index(each.image_id).get_indexer(shared)) for name, each in given.items()}
+        raise ValueError(f"no image is predicted by all of these models: {', '.join(models) or 'none given'}")
+    return {name: model.rows(pd.Index(model.image_id).get_indexer(shared)) for name, model in models.items()}
 
 
-def confusion(given: Judged) -> pd.DataFrame:
-    """Images by true class (rows) and called class (columns), int."""
-    size = len(given.classes)
-    counts = np.bincount(given.truth * size + given.called, minlength=size * size).reshape(size, size)
-    return pd.DataFrame(counts, index=pd.Index(given.classes, name="truth"), columns=pd.Index(given.classes, name="called"))
+def confusion(predictions: Judged) -> pd.DataFrame:
+    """Count images by true class (rows) and predicted class (columns)."""
+    size = len(predictions.classes)
+    counts = np.bincount(predictions.truth * size + predictions.predicted, minlength=size * size).reshape(size, size)
+    classes = predictions.classes
+    return pd.DataFrame(counts, index=pd.Index(classes, name="truth"), columns=pd.Index(classes, name="called"))
 
 
-def counted_figures(matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """COUNTED figures (..., classes), each class against the rest, of confusion matrices (..., truth, called).
+def count_metrics(matrix: np.ndarray) -> dict[str, np.ndarray]:
+    """Compute COUNT_METRICS (..., classes), each class against the others, from confusion matrices (..., truth, predicted).
 
-    NaN for a class without an image, in all but accuracy, and specificity's where there is no other. Where a class is never
-    called its ppv is 0, and where it is always called its npv.
+    A class without images has NaN in all metrics but accuracy; specificity is also NaN if there are no other classes'
+    images. The ppv of a class that is never predicted is 0, and so is the npv of a class that is always predicted.
     """
     matrix = np.asarray(matrix, dtype=float)
     hits, of_class, calls = np.diagonal(matrix, axis1=-2, axis2=-1), matrix.sum(axis=-1), matrix.sum(axis=-2)
@@ -140,112 +140,130 @@ def counted_figures(matrix: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-class Figures:
-    """OVERALL and FIGURES of one model's answers, however often each image counts; what does not change is found once."""
+class Metrics:
+    """Computes OVERALL_METRICS and CLASS_METRICS of one model for any weighting of its images.
 
-    def __init__(self, given: Judged) -> None:
-        truth, found, size = given.truth, given.found, len(given.classes)
-        self.classes = given.classes
+    The parts that do not depend on the weights are computed once.
+    """
+
+    def __init__(self, predictions: Judged) -> None:
+        truth, probabilities, size = predictions.truth, predictions.probabilities, len(predictions.classes)
+        self.classes = predictions.classes
         true = np.arange(size) == truth[:, None]
-        gaps = (given.called == truth) - found.max(axis=1)
-        # Each figure but the areas is made of sums over images: columns whose sums are wanted.
-        self.cells = np.eye(size * size)[truth * size + given.called]
-        self.gaps = np.eye(ECE_BINS)[confidence_bins(found)] * gaps[:, None]
-        self.squares = (found - true) ** 2
-        self.losses = log_losses(found, truth)
-        self.ranked = [_ranked(column, positive) for column, positive in zip(found.T, true.T, strict=True)]
+        gaps = (predictions.predicted == truth) - probabilities.max(axis=1)
+        # All metrics except the areas under curves are computed from these columns, summed over images.
+        self.cells = np.eye(size * size)[truth * size + predictions.predicted]
+        self.gaps = np.eye(ECE_BINS)[confidence_bins(probabilities)] * gaps[:, None]
+        self.squares = (probabilities - true) ** 2
+        self.losses = log_losses(probabilities, truth)
+        self.ranked = [_ranked(column, positive) for column, positive in zip(probabilities.T, true.T, strict=True)]
 
-    def of(self, weight: np.ndarray) -> pd.DataFrame:
-        """A row a draw, of how often it has each image: weight (draws, n). Columns are OVERALL, then such as "f1 macro"."""
+    def for_weights(self, weight: np.ndarray) -> pd.DataFrame:
+        """Return one row per draw: OVERALL_METRICS, then for example "f1 macro".
+
+        `weight` (draws, n) says how often each draw contains each image.
+        """
         size, total = len(self.classes), weight.sum(axis=1)
         matrix = (weight @ self.cells).reshape(-1, size, size)
-        figures = counted_figures(matrix)
-        areas = [_areas(weight, *each) for each in self.ranked]
-        figures["roc_auc"], figures["pr_auc"] = (np.stack(each, axis=1) for each in zip(*areas, strict=True))
+        figures = count_metrics(matrix)
+        areas = [_areas(weight, *ranked) for ranked in self.ranked]
+        figures["roc_auc"], figures["pr_auc"] = (np.stack(columns, axis=1) for columns in zip(*areas, strict=True))
         figures["brier"] = weight @ self.squares / total[:, None]
         occurs = matrix.sum(axis=2) > 0
-        macro = {name: _mean_where(figures[name], occurs) for name in FIGURES}
-        right = np.trace(matrix, axis1=1, axis2=2) / total
+        macro = {name: _mean_where(figures[name], occurs) for name in CLASS_METRICS}
+        accuracy = np.trace(matrix, axis1=1, axis2=2) / total
         precision, recall = macro["ppv"], macro["sensitivity"]
         columns = {
-            "accuracy": right,
-            "micro_f1": right,
+            "accuracy": accuracy,
+            "micro_f1": accuracy,
             "papers_micro_f1": _ratio(2 * precision * recall, precision + recall, 0.0),
             "ece": np.abs(weight @ self.gaps).sum(axis=1) / total,
             "brier": figures["brier"].sum(axis=1),
             "log_loss": weight @ self.losses / total,
         }
-        for name in FIGURES:
-            columns |= {f"{name} {each}": figures[name][:, place] for place, each in enumerate(self.classes)}
+        for name in CLASS_METRICS:
+            columns |= {f"{name} {class_name}": figures[name][:, index] for index, class_name in enumerate(self.classes)}
             columns[f"{name} macro"] = macro[name]
         return pd.DataFrame(columns)
 
 
-def class_table(given: Judged) -> pd.DataFrame:
-    """A row a class, `class` first, with support and FIGURES, each against the rest, then `macro`: their means over classes
-    that occur. pr_auc is average precision; brier the mean squared error of that class's probability."""
-    row, names = Figures(given).of(np.ones((1, len(given.truth)))).iloc[0], [*given.classes, "macro"]
-    support = [*np.bincount(given.truth, minlength=len(given.classes)), len(given.truth)]
-    figures = {figure: [row[f"{figure} {name}"] for name in names] for figure in FIGURES}
-    return pd.DataFrame({"class": names, "support": support, **figures})
+def class_table(predictions: Judged) -> pd.DataFrame:
+    """Return one row per class with support and CLASS_METRICS, each class against the others, then a row `macro`.
 
-
-def overall(given: Judged) -> dict[str, float]:
-    """OVERALL: accuracy, micro_f1 (for exclusive classes the same), papers_micro_f1, ece, brier, log_loss.
-
-    papers_micro_f1 is what the FLANNEL papers call micro-F1: the harmonic mean of macro precision and macro recall. brier
-    is the squared error summed over the classes (0..2, Brier 1950); log_loss is in nats, as `log_losses` has it.
+    The column `class` comes first. `macro` is the mean over the classes that occur. pr_auc is average precision; brier is
+    the mean squared error of the probability of that class.
     """
-    return Figures(given).of(np.ones((1, len(given.truth)))).iloc[0][list(OVERALL)].to_dict()
+    row = Metrics(predictions).for_weights(np.ones((1, len(predictions.truth)))).iloc[0]
+    class_names = [*predictions.classes, "macro"]
+    support = [*np.bincount(predictions.truth, minlength=len(predictions.classes)), len(predictions.truth)]
+    metrics = {metric: [row[f"{metric} {name}"] for name in class_names] for metric in CLASS_METRICS}
+    return pd.DataFrame({"class": class_names, "support": support, **metrics})
 
 
-def log_losses(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """-log of the true class's probability (n,), nats, of probabilities (n, classes) and true places (n,).
+def overall(predictions: Judged) -> dict[str, float]:
+    """Return OVERALL_METRICS of one model by name.
 
-    A probability of 0, as votes give it, costs 16 nats: that of LEAST, which temperatures are fitted with as well.
+    For single labels micro_f1 equals accuracy. papers_micro_f1 is what the FLANNEL papers call micro-F1: the harmonic mean
+    of macro precision and macro recall. brier is the squared error summed over the classes (0..2, Brier 1950). log_loss is
+    in nats, as in `log_losses`.
     """
-    return -np.log(np.maximum(found[np.arange(len(truth)), truth], LEAST))
+    return Metrics(predictions).for_weights(np.ones((1, len(predictions.truth)))).iloc[0][list(OVERALL_METRICS)].to_dict()
 
 
-def confidence_bins(found: np.ndarray, bins: int = ECE_BINS) -> np.ndarray:
-    """Bin (n,) of each image's highest probability: `bins` of equal width over 0..1, the upper edge in its bin."""
-    return np.clip(np.ceil(found.max(axis=1) * bins).astype(int) - 1, 0, bins - 1)
+def log_losses(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Return the negative log of the true class's probability (n,), in nats.
 
-
-def ece(found: np.ndarray, truth: np.ndarray, bins: int = ECE_BINS) -> float:
-    """Expected calibration error of the called class, 0..1: |share right - mean confidence| of each bin, weighted by images.
-
-    Guo et al. 2017, equation 3.
+    Takes probabilities (n, classes) and the indices of the true classes (n,). Probabilities are at least LEAST, as in the
+    temperature fit, so a probability of 0, which a vote can give, costs 16 nats.
     """
-    gaps = (found.argmax(axis=1) == truth) - found.max(axis=1)
-    return float(np.abs(np.bincount(confidence_bins(found, bins), gaps)).sum() / len(truth))
+    return -np.log(np.maximum(probabilities[np.arange(len(truth)), truth], LEAST))
 
 
-def at_prevalence(given: Judged, prevalences: Iterable[float]) -> pd.DataFrame:
-    """Each class's ppv and npv where its share among patients is `prevalence` (0..1) and the rest is mixed as here.
+def confidence_bins(probabilities: np.ndarray, bins: int = ECE_BINS) -> np.ndarray:
+    """Return the bin (n,) of each image's highest probability: `bins` of equal width over 0..1, upper edges included."""
+    return np.clip(np.ceil(probabilities.max(axis=1) * bins).astype(int) - 1, 0, bins - 1)
 
-    By Bayes, of the sensitivity and specificity here: those of a data set with half COVID-19 hold nowhere else.
+
+def ece(probabilities: np.ndarray, truth: np.ndarray, bins: int = ECE_BINS) -> float:
+    """Compute the expected calibration error of the predicted class, 0..1.
+
+    This is |accuracy - mean confidence| of each bin, weighted by the number of images (Guo et al. 2017, equation 3).
     """
-    figures, rows = counted_figures(confusion(given).to_numpy()), []
+    gaps = (probabilities.argmax(axis=1) == truth) - probabilities.max(axis=1)
+    return float(np.abs(np.bincount(confidence_bins(probabilities, bins), gaps)).sum() / len(truth))
+
+
+def at_prevalence(predictions: Judged, prevalences: Iterable[float]) -> pd.DataFrame:
+    """Compute each class's ppv and npv for a population in which its share is `prevalence` (0 < prevalence < 1).
+
+    Uses Bayes' rule with the sensitivity and specificity measured here; the other classes keep their proportions. The
+    predictive values of a data set that is half COVID-19 do not hold in any other population. Raises ValueError for other
+    prevalences.
+    """
+    metrics, rows = count_metrics(confusion(predictions).to_numpy()), []
     for prevalence in prevalences:
         if not 0 < prevalence < 1:
-            raise ValueError(f"a prevalence is {prevalence}, wanted above 0 and below 1, e.g. 0.05")
-        for name, hit, kept in zip(given.classes, figures["sensitivity"], figures["specificity"], strict=True):
-            ppv = _ratio(hit * prevalence, hit * prevalence + (1 - kept) * (1 - prevalence))
-            npv = _ratio(kept * (1 - prevalence), kept * (1 - prevalence) + (1 - hit) * prevalence)
+            raise ValueError(f"prevalence is {prevalence}; it must be above 0 and below 1, for example 0.05")
+        for name, sensitivity, specificity in zip(
+            predictions.classes, metrics["sensitivity"], metrics["specificity"], strict=True
+        ):
+            ppv = _ratio(sensitivity * prevalence, sensitivity * prevalence + (1 - specificity) * (1 - prevalence))
+            npv = _ratio(specificity * (1 - prevalence), specificity * (1 - prevalence) + (1 - sensitivity) * prevalence)
             rows.append({"class": name, "prevalence": prevalence, "ppv": float(ppv), "npv": float(npv)})
     return pd.DataFrame(rows)
 
 
-def source_table(given: Judged) -> pd.DataFrame:
-    """`class_table` of all sources pooled, then within each: what a pooled figure owes to knowing the source falls away.
+def source_table(predictions: Judged) -> pd.DataFrame:
+    """Return `class_table` for all sources pooled, then for each source alone, without the macro rows.
 
-    Within a source of one class alone nothing is told apart: specificity and areas are NaN there. No macro rows.
+    Within one source a model gains nothing from recognising the source. If a source has a single class, there is nothing to
+    separate: specificity and the areas under curves are NaN.
     """
-    parts = {"pooled": given} | {str(name): given.rows(given.source == name) for name in sorted(set(given.source))}
+    sources = predictions.source
+    parts = {"pooled": predictions} | {str(name): predictions.rows(sources == name) for name in sorted(set(sources))}
     tables = [class_table(part).assign(source=name, of=len(part.truth)) for name, part in parts.items()]
     table = pd.concat(tables, ignore_index=True)
-    return table[(table["class"] != "macro") & (table.support > 0)][["source", "class", "support", "of", *FIGURES]]
+    return table[(table["class"] != "macro") & (table.support > 0)][["source", "class", "support", "of", *CLASS_METRICS]]
 
 
 def failures(
@@ -255,11 +273,12 @@ def failures(
     folds: pd.DataFrame,
     lungs: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """A row a class: its images, and what became of them.
+    """Return one row per class with its number of images and how many of them were not predicted.
 
-    They are `outside_folds` (excluded, or put aside for a test), `unanswered` (in a fold, no score) or `answered`; of a
-    table `lungs`, `lungs_not_found` are in folds too; the last columns are shares of the images in folds. Images that fail
-    more often in one class than in another make the figures of the rest look better than they are.
+    `outside_folds` counts images that were excluded or set aside for testing, `unanswered` those in a fold without a
+    prediction, `answered` those with one. With a table `lungs`, `lungs_not_found` counts images in folds whose lungs were
+    not found. The last columns are shares of the images in folds. If one class fails more often than another, the metrics of
+    the remaining images look better than they are.
     """
     classes = class_columns(labels, "labels")
     truth = labels.set_index("id")[classes].reindex(images.study_id).to_numpy() >= 0.5
@@ -275,62 +294,62 @@ def failures(
 
 
 def _ratio(above: np.ndarray, below: np.ndarray, where_none: float = np.nan) -> np.ndarray:
-    """above / below, `where_none` where below is 0."""
+    """Return above / below, and `where_none` where below is 0."""
     above, below = np.broadcast_arrays(np.asarray(above, dtype=float), np.asarray(below, dtype=float))
     return np.divide(above, below, out=np.full(above.shape, where_none), where=below > 0)
 
 
-def calibrated(given: Judged) -> tuple[Judged, pd.Series]:
-    """The same images with each fold's probabilities scaled by the temperature of the other folds; temperatures by fold.
+def calibrated(predictions: Judged) -> tuple[Judged, pd.Series]:
+    """Scale each fold's probabilities by the temperature fitted on the other folds; return the result and the temperatures.
 
-    Which class is called does not change. Raises ValueError for images of one fold alone.
+    The predicted classes do not change. Raises ValueError if all images are in one fold.
     """
-    scores = pd.DataFrame(given.found, columns=list(given.classes)).assign(fold=given.answers.fold)
-    after, temperatures = cross_scaled(scores, given.classes, given.truth)
-    found = after[list(given.classes)].to_numpy(float)
-    return replace(given, answers=replace(given.answers, found=found)), temperatures
+    scores = pd.DataFrame(predictions.probabilities, columns=list(predictions.classes)).assign(fold=predictions.answers.fold)
+    scaled_scores, temperatures = cross_scaled(scores, predictions.classes, predictions.truth)
+    probabilities = scaled_scores[list(predictions.classes)].to_numpy(float)
+    return replace(predictions, answers=replace(predictions.answers, probabilities=probabilities)), temperatures
 
 
-def calibration_table(given: Mapping[str, Judged]) -> pd.DataFrame:
-    """A row a model: ece, brier and log_loss, each `before` and `after` scaling, and the mean `temperature` of its folds."""
+def calibration_table(models: Mapping[str, Judged]) -> pd.DataFrame:
+    """Return one row per model: ece, brier and log_loss `before` and `after` scaling, and the mean `temperature`."""
     rows = {}
-    for name, each in given.items():
-        after, temperatures = calibrated(each)
-        parts = {"before": overall(each), "after": overall(after)}
-        rows[name] = {f"{figure} {when}": told[figure] for figure in CALIBRATION for when, told in parts.items()}
+    for name, predictions in models.items():
+        after, temperatures = calibrated(predictions)
+        parts = {"before": overall(predictions), "after": overall(after)}
+        rows[name] = {f"{metric} {when}": values[metric] for metric in CALIBRATION_METRICS for when, values in parts.items()}
         rows[name]["temperature"] = temperatures.mean()
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def _ranked(found: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images by falling score, which of those are positive, and the last place of each group of equal scores."""
-    order = np.argsort(-found, kind="stable")
-    scores = found[order]
+def _ranked(values: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the order by falling score, which images are positive in that order, and the last index of each tie."""
+    order = np.argsort(-values, kind="stable")
+    scores = values[order]
     return order, positive[order].astype(float), np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
 
 
-def _areas(weight: np.ndarray, order: np.ndarray, positive: np.ndarray, lasts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """ROC AUC and average precision (draws,) of `_ranked` images that weigh (draws, n).
+def _areas(weight: np.ndarray, order: np.ndarray, positive: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return ROC AUC and average precision (draws,) of `_ranked` images with weights (draws, n).
 
-    The first is NaN without a positive or without a negative, the second without a positive.
+    ROC AUC is NaN without positives or without negatives, average precision is NaN without positives.
     """
     weight = weight[:, order]
-    hits, calls = (np.cumsum(each, axis=1)[:, lasts] for each in (weight * positive, weight))
+    hits, calls = (np.cumsum(values, axis=1)[:, ends] for values in (weight * positive, weight))
     false = calls - hits
     more_hits, more_false = np.diff(hits, prepend=0.0), np.diff(false, prepend=0.0)
     positives, negatives = hits[:, -1], false[:, -1]
     pairs = positives * negatives
     area = (more_false * (hits - more_hits / 2)).sum(axis=1)
     precision = np.divide(hits, calls, out=np.zeros_like(hits), where=calls > 0)
-    found = (more_hits * precision).sum(axis=1)
+    precision_sum = (more_hits * precision).sum(axis=1)
     return (
         np.divide(area, pairs, out=np.full_like(area, np.nan), where=pairs > 0),
-        np.divide(found, positives, out=np.full_like(found, np.nan), where=positives > 0),
+        np.divide(precision_sum, positives, out=np.full_like(precision_sum, np.nan), where=positives > 0),
     )
 
 
-def _mean_where(values: np.ndarray, occurs: np.ndarray) -> np.ndarray:
-    """Means (draws,) over the classes that occur and are defined, of (draws, classes)."""
-    counts = occurs & np.isfinite(values)
+def _mean_where(values: np.ndarray, occurring: np.ndarray) -> np.ndarray:
+    """Return means (draws,) of `values` (draws, classes) over the classes that occur and have a finite value."""
+    counts = occurring & np.isfinite(values)
     sums = np.where(counts, values, 0.0).sum(axis=1)
     return np.divide(sums, counts.sum(axis=1), out=np.full(len(sums), np.nan), where=counts.any(axis=1))

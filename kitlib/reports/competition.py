@@ -1,7 +1,7 @@
-"""What a report shows beside the score: confusion, calibration, curves, and how sure the score or one detector's AP is.
+"""Report tables for the competition score: confusion, calibration, curves, and bootstrap intervals of score and detector AP.
 
-Functions with a `Truth` take fused tables: `studies` (study_id, four classes), `nones` (image_id, none), `detections`
-(image_id, score, box in original pixels), as `kitlib.fusion.model_fusion.Fused` has them.
+Functions that take a `Truth` also take fused tables: `studies` (study_id, four classes), `nones` (image_id, none) and
+`detections` (image_id, score, box in original pixels), as in `kitlib.fusion.model_fusion.Fused`.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from kitlib.scoring.score import SCORE_KEYS, Truth, class_precision, competition
 
 
 def confusion(truth: Truth, studies: pd.DataFrame) -> pd.DataFrame:
-    """Counts of studies (4 x 4): rows are the true class, columns the most probable one."""
+    """Count studies by true class (rows) and most probable class (columns), 4 x 4."""
     probabilities = _in_order(studies, "study_id", truth.labels["id"], list(STUDY_CLASSES))
     actual = truth.labels[list(STUDY_CLASSES)].to_numpy().argmax(axis=1)
     counts = confusion_matrix(actual, probabilities.argmax(axis=1), labels=range(len(STUDY_CLASSES)))
@@ -22,10 +22,10 @@ def confusion(truth: Truth, studies: pd.DataFrame) -> pd.DataFrame:
 
 
 def class_report(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins: int = 10) -> pd.DataFrame:
-    """A row for each study class and `none`: positives, of, average_precision, roc_auc, brier, calibration_error.
+    """Return metrics of each study class and of `none`: positives, of, average_precision, roc_auc, brier, calibration_error.
 
-    Brier score and expected calibration error (equal bins, weighted by their counts) are of the one class against the rest;
-    a class that is absent, or all there is, has NaN for what is not defined then.
+    Brier score and expected calibration error (equal bins, weighted by their counts) are of one class against the others.
+    Metrics that are undefined because all or none of the rows are positive are NaN.
     """
     calibration = reliability(truth, studies, nones, bins)
     rows = []
@@ -47,9 +47,9 @@ def class_report(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins:
 
 
 def reliability(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins: int = 10) -> pd.DataFrame:
-    """How often a class is true where it was given a probability: class, predicted (mean), observed (share), count.
+    """Return how often each class is true per probability bin: class, predicted (mean), observed (share), count.
 
-    `bins` of equal width over 0..1, the empty ones left out; study classes count studies, `none` counts images.
+    There are `bins` of equal width over 0..1; empty bins are omitted. Study classes count studies, `none` counts images.
     """
     tables = []
     for name, (positive, predicted) in _answers(truth, studies, nones).items():
@@ -62,12 +62,12 @@ def reliability(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins: 
 def precision_recall_curves(
     truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, detections: pd.DataFrame
 ) -> dict[str, pd.DataFrame]:
-    """Columns recall and precision (VOC's envelope) for each class of the truth, by `class (AP 0.123)`."""
+    """Return recall and precision (VOC's envelope) for each class that occurs, by title such as `class (AP 0.123)`."""
     of_ids = _answers(truth, studies, nones).items()
     answers = {name: (predicted, positive, positive.sum()) for name, (positive, predicted) in of_ids}
-    known = detections[detections["image_id"].isin(truth.image_ids)]
-    hits = table_hits(known, "image_id", truth.boxes)
-    answers["opacity"] = known["score"].to_numpy(), hits, len(truth.boxes)
+    detections_of_truth = detections[detections["image_id"].isin(truth.image_ids)]
+    hits = table_hits(detections_of_truth, "image_id", truth.boxes)
+    answers["opacity"] = detections_of_truth["score"].to_numpy(), hits, len(truth.boxes)
     curves = {}
     for name, (score, hit, positives) in answers.items():
         if positives:
@@ -88,10 +88,10 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The score, the six APs and opacity_boxed, each with low and high of the percentile interval: name, value, low, high.
+    """Return name, value, low and high of the score, the six APs and opacity_boxed, with percentile intervals.
 
-    Whole patients are drawn with replacement (`images` has image_id, study_id, patient_id), since images of one patient are
-    no independent evidence. A sample without a class leaves it out of that sample's mean.
+    Whole patients are drawn with replacement (`images` has image_id, study_id, patient_id) because images of one patient are
+    not independent. A class that does not occur in a sample is left out of the mean of that sample.
     """
     draws = score_draws(truth, studies, nones, detections, images, samples, seed)
     low, high = np.nanquantile(draws.iloc[1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
@@ -107,53 +107,60 @@ def score_draws(
     samples: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """SCORE_KEYS as columns; the first row is of all patients, then one for each of the bootstrap's draws, see `bootstrap`.
+    """Return SCORE_KEYS as columns: the first row is all patients, then one row per bootstrap draw (see `bootstrap`).
 
-    None: not answered, so NaN, and the score is the mean of what is. Answers for one truth and seed get the same draws: the
-    difference of their tables is a paired comparison.
+    A part that is None has not been predicted: its columns are NaN and the score is the mean of the others. Predictions for
+    the same truth and seed get the same draws, so the difference of two such tables is a paired comparison. Raises
+    ValueError for an image or study of the truth that `images` lacks.
     """
     patient = images.set_index("image_id")["patient_id"].reindex(list(truth.image_ids))
     patient_of_study = images.drop_duplicates("study_id").set_index("study_id")["patient_id"].reindex(truth.labels["id"])
     unknown = [*patient.index[patient.isna()], *patient_of_study.index[patient_of_study.isna()]]
     if unknown:
-        raise ValueError(f"{len(unknown)} images or studies of the truth are not in the images table, first {unknown[0]}")
+        raise ValueError(f"{len(unknown)} images or studies of the truth are not in the table images, first {unknown[0]}")
     codes, patients = pd.factorize(patient)
     study_codes = pd.Index(patients).get_indexer(patient_of_study)
-    places = pd.Index(truth.image_ids)
-    boxed = codes[places.get_indexer(truth.boxes["image_id"])]
+    positions = pd.Index(truth.image_ids)
+    boxed = codes[positions.get_indexer(truth.boxes["image_id"])]
     answers = _answers(truth, studies, nones)
     if detections is not None:
-        known = detections[detections["image_id"].isin(places)].sort_values("score", ascending=False)
-        hits, found = table_hits(known, "image_id", truth.boxes), codes[places.get_indexer(known["image_id"])]
-        on_boxed = known["image_id"].isin(truth.boxes["image_id"]).to_numpy()
-        scores = known["score"].to_numpy()
+        detections_of_truth = detections[detections["image_id"].isin(positions)].sort_values("score", ascending=False)
+        hits, detection_codes = (
+            table_hits(detections_of_truth, "image_id", truth.boxes),
+            codes[positions.get_indexer(detections_of_truth["image_id"])],
+        )
+        on_boxed = detections_of_truth["image_id"].isin(truth.boxes["image_id"]).to_numpy()
+        scores = detections_of_truth["score"].to_numpy()
 
-    def judge(times: np.ndarray) -> list[float]:
+    def judge(counts: np.ndarray) -> list[float]:
         precision = dict.fromkeys(SCORED_CLASSES, float("nan")) | {
-            name: class_precision(predicted, positive, times[codes if name == "none" else study_codes])
+            name: class_precision(predicted, positive, counts[codes if name == "none" else study_codes])
             for name, (positive, predicted) in answers.items()
         }
-        alone = float("nan")
+        boxed_only = float("nan")
         if detections is not None:
-            positives, weight = times[boxed].sum(), times[found]
+            positives, weight = counts[boxed].sum(), counts[detection_codes]
             precision["opacity"] = average_precision(scores, hits, positives, weight)
-            alone = average_precision(scores[on_boxed], hits[on_boxed], positives, weight[on_boxed])
-        return [competition_score(precision), *(precision[name] for name in SCORED_CLASSES), alone]
+            boxed_only = average_precision(scores[on_boxed], hits[on_boxed], positives, weight[on_boxed])
+        return [competition_score(precision), *(precision[name] for name in SCORED_CLASSES), boxed_only]
 
     rng, even = np.random.default_rng(seed), np.full(len(patients), 1 / len(patients))
-    times = [np.ones(len(patients)), *(rng.multinomial(len(patients), even) for _ in range(samples))]
-    return pd.DataFrame([judge(each) for each in times], columns=list(SCORE_KEYS))
+    counts = [np.ones(len(patients)), *(rng.multinomial(len(patients), even) for _ in range(samples))]
+    return pd.DataFrame([judge(counts_of_draw) for counts_of_draw in counts], columns=list(SCORE_KEYS))
 
 
 def _answers(
     truth: Truth, studies: pd.DataFrame | None, nones: pd.DataFrame | None
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Class -> whether it is true (n,) bool and its probability (n,), of studies, and of images for `none`, where given."""
+    """Return by class whether it is true (n,), bool, and its probability (n,): per study, and per image for `none`.
+
+    Classes of a table that is None are missing.
+    """
     answers = {}
     if studies is not None:
         probabilities = _in_order(studies, "study_id", truth.labels["id"], list(STUDY_CLASSES))
         answers = {
-            name: (truth.labels[name].to_numpy() == 1, probabilities[:, place]) for place, name in enumerate(STUDY_CLASSES)
+            name: (truth.labels[name].to_numpy() == 1, probabilities[:, index]) for index, name in enumerate(STUDY_CLASSES)
         }
     if nones is not None:
         answers["none"] = truth.is_none, _in_order(nones, "image_id", truth.image_ids, ["none"])[:, 0]
@@ -161,9 +168,11 @@ def _answers(
 
 
 def _in_order(table: pd.DataFrame, key: str, ids: pd.Series | tuple[str, ...], columns: list[str]) -> np.ndarray:
+    """Return `columns` in the order of `ids`. Raises ValueError if an id has no value."""
     values = table.set_index(key)[columns].reindex(list(ids))
     if values.isna().any(axis=None):
-        raise ValueError(f"{key} {values.index[values.isna().any(axis=1)][0]} of the truth has no {', '.join(columns)}")
+        missing = values.index[values.isna().any(axis=1)][0]
+        raise ValueError(f"{key} {missing} of the truth has no predicted {', '.join(columns)}")
     return values.to_numpy()
 
 
@@ -175,30 +184,31 @@ def detection_draws(
     samples: int = 500,
     seed: int = 0,
 ) -> np.ndarray:
-    """Opacity AP (VOC 2010) of the images in `coverage`, (1 + samples,): of all patients, then of the bootstrap's draws.
+    """Return opacity AP (VOC 2010) on the images in `coverage`, (1 + samples,): all patients first, then bootstrap draws.
 
-    Whole patients are drawn with replacement. Two detectors over the same images and seed get the same draws, so the
-    difference of their arrays is a paired comparison. Folds are pooled: a model's scores must mean the same in each.
-    Raises ValueError where an image of `coverage` is not in `images`, or has been looked at twice.
+    Whole patients are drawn with replacement. Two detectors with the same images and seed get the same draws, so the
+    difference of their arrays is a paired comparison. Folds are pooled, so the scores of a model must be comparable across
+    folds. Raises ValueError if an image of `coverage` is not in `images` or occurs twice.
     """
-    looked = coverage["image_id"]
-    if looked.duplicated().any():
-        raise ValueError(f"image {looked[looked.duplicated()].iloc[0]} was looked at twice; give one detector's folds")
-    patient = images.set_index("image_id")["patient_id"].reindex(sorted(looked))
+    image_ids = coverage["image_id"]
+    if image_ids.duplicated().any():
+        twice = image_ids[image_ids.duplicated()].iloc[0]
+        raise ValueError(f"image {twice} occurs twice in the coverage; pass the out-of-fold coverage of one detector")
+    patient = images.set_index("image_id")["patient_id"].reindex(sorted(image_ids))
     if patient.isna().any():
         raise ValueError(f"image {patient.index[patient.isna()][0]} of the coverage is not in the table images")
     codes, patients = pd.factorize(patient)
-    known = detections[detections["image_id"].isin(looked)]
-    true = boxes[boxes["image_id"].isin(looked)]
-    hits, score = table_hits(known, "image_id", true), known["score"].to_numpy()
-    found, boxed = (codes[patient.index.get_indexer(table["image_id"])] for table in (known, true))
+    detections_of_images = detections[detections["image_id"].isin(image_ids)]
+    true = boxes[boxes["image_id"].isin(image_ids)]
+    hits, score = table_hits(detections_of_images, "image_id", true), detections_of_images["score"].to_numpy()
+    detection_codes, boxed = (codes[patient.index.get_indexer(table["image_id"])] for table in (detections_of_images, true))
     rng = np.random.default_rng(seed)
     even = np.full(len(patients), 1 / len(patients))
     draws = [np.ones(len(patients)), *(rng.multinomial(len(patients), even) for _ in range(samples))]
-    return np.array([average_precision(score, hits, times[boxed].sum(), times[found]) for times in draws])
+    return np.array([average_precision(score, hits, counts[boxed].sum(), counts[detection_codes]) for counts in draws])
 
 
 def interval(draws: np.ndarray, level: float = 0.95) -> dict[str, float]:
-    """value, low and high of an array of `detection_draws`, or of the difference of two: the percentile interval."""
+    """Return value, low and high (percentile interval) of the result of `detection_draws` or of the difference of two."""
     low, high = np.nanquantile(draws[1:], [(1 - level) / 2, (1 + level) / 2])
     return {"value": float(draws[0]), "low": float(low), "high": float(high)}

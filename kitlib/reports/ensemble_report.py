@@ -1,4 +1,4 @@
-"""Learners and their ensembles side by side, and how much each learner weighs."""
+"""Learners and their ensembles in one table, temperature scaling of ensembles, and the weight of each learner."""
 
 import numpy as np
 import pandas as pd
@@ -14,58 +14,65 @@ from kitlib.scoring.temperature import cross_scaled, fit_temperature, scaled
 from kitlib.tables import concatenate
 
 
-def comparison(judged: Judged, found: LearnerScores) -> pd.DataFrame:
-    """A row a learner and ensemble, best macro F1 last: protocol, rows, macro_f1, accuracy, log_loss, ece, F1 of each class.
+def comparison(judged: Judged, learners: LearnerScores) -> pd.DataFrame:
+    """Return one row per learner and ensemble, the best macro F1 last.
 
-    Of images or of studies, whichever the learners answer.
+    The columns are learns (the protocol), rows, macro_f1, accuracy, log_loss, ece and the F1 of each class. Rows are images
+    or studies, depending on what the learners predict.
     """
     lines = []
     for model, rows in judged.scores.groupby("model", sort=False):
-        answers = _judged(rows, found)
-        of_class, overall = report.class_table(answers).set_index("class"), report.overall(answers)
+        answers = _judged(rows, learners)
+        class_metrics, overall = report.class_table(answers).set_index("class"), report.overall(answers)
         figures = {name: overall[name] for name in ("accuracy", "log_loss", "ece")}
-        f1 = {f"f1 {name}": of_class.f1[name] for name in found.classes}
-        told = {"model": model, "learns": judged.protocols[model], "rows": len(rows), "macro_f1": of_class.f1["macro"]}
-        lines.append({**told, **figures, **f1})
+        f1 = {f"f1 {name}": class_metrics.f1[name] for name in learners.classes}
+        columns = {
+            "model": model,
+            "learns": judged.protocols[model],
+            "rows": len(rows),
+            "macro_f1": class_metrics.f1["macro"],
+        }
+        lines.append({**columns, **figures, **f1})
     return pd.DataFrame(lines).sort_values("macro_f1", kind="stable").set_index("model")
 
 
-def cross_scaled_scores(judged: Judged, found: LearnerScores, model: str, name: str) -> tuple[pd.DataFrame, pd.Series]:
-    """The rows of `model` under the name `name`, each fold at the temperature of the others; the temperatures by fold.
+def cross_scaled_scores(judged: Judged, learners: LearnerScores, model: str, name: str) -> tuple[pd.DataFrame, pd.Series]:
+    """Scale the scores of `model` with the temperature fitted on the other folds, under the model name `name`.
 
-    At "all" there is that of all its rows. Raises ValueError for a single fold.
+    Returns the scaled rows and the temperatures by fold; the entry "all" is the temperature of all rows. Raises ValueError
+    if there is a single fold.
     """
     rows = judged.scores[judged.scores["model"] == model].reset_index(drop=True)
-    truth = found.answers["truth"].loc[rows[found.key]].to_numpy()
-    scaled, temperatures = cross_scaled(rows, found.classes, truth)
-    temperatures["all"] = fit_temperature(rows[list(found.classes)].to_numpy(dtype=float), truth)
+    truth = learners.answers["truth"].loc[rows[learners.key]].to_numpy()
+    scaled, temperatures = cross_scaled(rows, learners.classes, truth)
+    temperatures["all"] = fit_temperature(rows[list(learners.classes)].to_numpy(dtype=float), truth)
     return scaled.assign(model=name), temperatures
 
 
-def out_of_fold_temperature(kept: Ensemble, found: LearnerScores) -> float:
-    """The temperature of `kept` on the out-of-fold scores of all its learners' images.
+def out_of_fold_temperature(ensemble: Ensemble, learners: LearnerScores) -> float:
+    """Fit the temperature of `ensemble` on the out-of-fold scores of all its learners' images.
 
-    Weights that were learnt from these very images count as if they were of others: where there are several folds, the
-    temperature of `cross_scaled_scores` is to be preferred.
+    The ensemble's weights were fitted on the same images, which this ignores. With several folds, prefer
+    `cross_scaled_scores`.
     """
-    lesson = found.full_stack()
-    return fit_temperature(combine(kept.method, kept.weights, lesson.probabilities), lesson.truth)
+    examples = learners.full_stack()
+    return fit_temperature(combine(ensemble.method, ensemble.weights, examples.probabilities), examples.truth)
 
 
 def test_split_scores(judged: Judged, test: TestSplitScores, model: str, temperature: float, name: str) -> pd.DataFrame:
-    """The table class_scores of test images: learners by fold, ensembles and, as `name`, `model` at `temperature`.
+    """Return the table class_scores of the test images: learners by fold, ensembles, and `model` scaled by `temperature`.
 
-    At a temperature of 1 there is no such row.
+    The scaled rows have the model name `name`; there are none if the temperature is 1.
     """
     ensembles = judged.scores[~judged.scores["model"].isin(test.means.learners)]
-    kept, classes = judged.scores[judged.scores["model"] == model], list(test.means.classes)
-    after = pd.DataFrame(scaled(kept[classes].to_numpy(dtype=float), temperature), kept.index, classes)
-    tables = [test.rows, ensembles, *([kept.assign(model=name, **after)] if temperature != 1 else [])]
+    chosen, classes = judged.scores[judged.scores["model"] == model], list(test.means.classes)
+    scaled_columns = pd.DataFrame(scaled(chosen[classes].to_numpy(dtype=float), temperature), chosen.index, classes)
+    tables = [test.rows, ensembles, *([chosen.assign(model=name, **scaled_columns)] if temperature != 1 else [])]
     return concatenate(tables, "class_scores")
 
 
 def weights_figure(weights: pd.DataFrame, learners: tuple[str, ...]) -> Figure:
-    """A panel an ensemble: the mean weight of each learner, a bar a true class, with its standard deviation over images."""
+    """Draw one panel per ensemble: each learner's mean weight per true class, with its standard deviation over images."""
     names = list(dict.fromkeys(weights["model"]))
     figure = Figure(figsize=(max(4, 1 + 1.2 * len(learners)), 2.6 * len(names)), layout="constrained")
     for axis, name in zip(figure.subplots(len(names), 1, squeeze=False, sharex=True)[:, 0], names, strict=True):
@@ -79,10 +86,10 @@ def weights_figure(weights: pd.DataFrame, learners: tuple[str, ...]) -> Figure:
     return figure
 
 
-def _judged(rows: pd.DataFrame, found: LearnerScores) -> report.Judged:
-    known = found.answers.loc[rows[found.key]]
-    truth = known["truth"].to_numpy()
-    of_class = np.eye(len(found.classes))[truth]
-    scores = rows[list(found.classes)].to_numpy(dtype=float)
-    answers = Answers(found.classes, of_class, scores, rows["fold"].to_numpy(), known["patient"].to_numpy())
-    return report.Judged(answers, rows[found.key].to_numpy(), np.full(len(rows), ""), truth)
+def _judged(rows: pd.DataFrame, learners: LearnerScores) -> report.Judged:
+    truth_table = learners.answers.loc[rows[learners.key]]
+    truth = truth_table["truth"].to_numpy()
+    of_class = np.eye(len(learners.classes))[truth]
+    scores = rows[list(learners.classes)].to_numpy(dtype=float)
+    answers = Answers(learners.classes, of_class, scores, rows["fold"].to_numpy(), truth_table["patient"].to_numpy())
+    return report.Judged(answers, rows[learners.key].to_numpy(), np.full(len(rows), ""), truth)

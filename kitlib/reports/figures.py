@@ -1,4 +1,4 @@
-"""The pictures that notebooks show and keep. Each function returns a figure; `save_figure` writes it as PNG."""
+"""Figures for notebooks. Each function returns a matplotlib figure; `save_figure` writes it as PNG."""
 
 import math
 from collections.abc import Mapping
@@ -18,28 +18,29 @@ from kitlib.xrays.cache import CachedXray, XrayCache
 from kitlib.xrays.mask_store import MaskStore
 
 TRUTH, PREDICTION = "limegreen", "orange"
-# Boxes below this confidence earn average precision, but would cover the picture.
+# Boxes with a lower confidence add to average precision but would cover the picture.
 SHOWN_SCORE = 0.2
 
 
 def save_figure(figure: Figure, path: str | Path) -> Figure:
-    """Write beside and rename; the figure comes back, so that a notebook shows it."""
-    with replacing(path) as beside:
-        figure.savefig(beside, dpi=110, bbox_inches="tight")
+    """Write the figure atomically (temporary file, then rename) and return it, so that a notebook displays it."""
+    with replacing(path) as temporary_path:
+        figure.savefig(temporary_path, dpi=110, bbox_inches="tight")
     return figure
 
 
-def image_grid(count: int, a_row: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """A figure for `count` images, `a_row` of them side by side, and its axes, row by row, each of so many inches."""
-    rows = max(1, math.ceil(count / a_row))
-    figure = Figure(figsize=(width * a_row, height * rows), layout="constrained")
-    axes = figure.subplots(rows, a_row, squeeze=False).ravel()
+def image_grid(count: int, per_row: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """Return a figure for `count` images, `per_row` side by side, and its flat array of axes; width and height in inches."""
+    rows = max(1, math.ceil(count / per_row))
+    figure = Figure(figsize=(width * per_row, height * rows), layout="constrained")
+    axes = figure.subplots(rows, per_row, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
     return figure, axes
 
 
 def show_xray(axis: Axes, xray: CachedXray, title: str) -> None:
+    """Draw the X-ray in grey with a title above it."""
     axis.imshow(xray.pixels, cmap="gray", vmin=0, vmax=255)
     axis.set_title(title, fontsize=8)
 
@@ -50,16 +51,16 @@ def example_images(
     labels: pd.DataFrame | None = None,
     boxes: pd.DataFrame | None = None,
     detections: pd.DataFrame | None = None,
-    a_row: int = 4,
+    per_row: int = 4,
     shown_score: float = SHOWN_SCORE,
     masks: MaskStore | None = None,
 ) -> Figure:
-    """The rows of `images` as pictures with annotated boxes (green) and predicted ones (orange, with their score).
+    """Draw the rows of `images` with annotated boxes (green) and predicted boxes (orange, with their score).
 
-    Tables as in `kitlib.tables`, boxes in original pixels; detections below `shown_score` are left out. Of images that
-    `masks` has, the outline of every structure is drawn, in green.
+    The tables are as in `kitlib.tables`, with boxes in original pixels. Detections with a score below `shown_score` are not
+    drawn. If `masks` has an image, the outline of each structure is drawn in green.
     """
-    figure, axes = image_grid(len(images), a_row, 3.2, 3.5)
+    figure, axes = image_grid(len(images), per_row, 3.2, 3.5)
     classes = {} if labels is None else _true_classes(labels[labels["id"].isin(images.study_id)])
     for axis, image in zip(axes, images.itertuples(), strict=False):
         xray = cache.read(image.image_id)
@@ -69,20 +70,20 @@ def example_images(
         if boxes is not None:
             _draw_boxes(axis, xray, boxes[boxes.image_id == image.image_id], TRUTH)
         if detections is not None:
-            found = detections[(detections.image_id == image.image_id) & (detections.score >= shown_score)]
-            _draw_boxes(axis, xray, found, PREDICTION)
+            shown = detections[(detections.image_id == image.image_id) & (detections.score >= shown_score)]
+            _draw_boxes(axis, xray, shown, PREDICTION)
     return figure
 
 
 def draw_outlines(axis: Axes, codes: np.ndarray, colour: str) -> None:
-    """The outline of each structure of a label image, which has the size of the picture in `axis`."""
+    """Draw the outline of each structure of a label image, which must have the size of the picture in `axis`."""
     for code in MASK_CODES.values():
         if (codes == code).any():
             axis.contour(codes == code, levels=[0.5], colors=colour, linewidths=1)
 
 
 def fold_shares(folds: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> Figure:
-    """Share of each class among a fold's images: the bars of a class should be level."""
+    """Draw the share of each class in each fold; the bars of a class should have about the same height."""
     classes = class_columns(labels, "labels")
     joined = folds.merge(images, left_on="id", right_on="image_id").merge(labels, left_on="study_id", right_on="id")
     shares = joined.groupby("fold")[classes].mean()
@@ -95,9 +96,9 @@ def fold_shares(folds: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame)
 
 
 def confusion_figure(matrices: Mapping[str, pd.DataFrame], shares_too: bool = False) -> Figure:
-    """A panel a name: counts, coloured by their share of the row and, below them, with it if wanted.
+    """Draw one panel per confusion matrix: counts, coloured by their share of the row.
 
-    Rows are the truth, columns the most probable class.
+    Rows are the true class, columns the most probable class. `shares_too` also prints the share.
     """
     figure = Figure(figsize=(0.6 + 3.9 * len(matrices), 3.9), layout="constrained")
     for axis, (name, matrix) in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items(), strict=True):
@@ -106,8 +107,8 @@ def confusion_figure(matrices: Mapping[str, pd.DataFrame], shares_too: bool = Fa
         axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for row, column in np.ndindex(counts.shape):
             colour = "white" if shares[row, column] > 0.5 else "black"
-            told = f"{counts[row, column]:,}" + (f"\n{shares[row, column]:.1%}" if shares_too else "")
-            axis.text(column, row, told, ha="center", va="center", color=colour, fontsize=8)
+            text = f"{counts[row, column]:,}" + (f"\n{shares[row, column]:.1%}" if shares_too else "")
+            axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
         axis.set_xticks(range(len(matrix.columns)), matrix.columns, rotation=30, ha="right")
         axis.set_yticks(range(len(matrix.index)), matrix.index)
         axis.set(xlabel="called", ylabel="truth", title=name)
@@ -115,7 +116,7 @@ def confusion_figure(matrices: Mapping[str, pd.DataFrame], shares_too: bool = Fa
 
 
 def precision_recall_figure(curves: dict[str, pd.DataFrame]) -> Figure:
-    """One line a class from tables with the columns recall and precision (the VOC envelope); the name may hold the AP."""
+    """Draw one line per class from tables with recall and precision (the VOC envelope); the keys become the legend."""
     figure = Figure(figsize=(5.5, 4), layout="constrained")
     axis = figure.subplots()
     for name, curve in curves.items():
@@ -126,7 +127,10 @@ def precision_recall_figure(curves: dict[str, pd.DataFrame]) -> Figure:
 
 
 def reliability_figure(bins: pd.DataFrame) -> Figure:
-    """Observed against predicted frequency, a line a class; `bins` has class, predicted, observed and count."""
+    """Draw the observed against the predicted frequency, one line per class of `bins`.
+
+    `bins` has class, predicted, observed and count; dots are as large as their bin's count.
+    """
     figure = Figure(figsize=(4.5, 4), layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
@@ -139,24 +143,25 @@ def reliability_figure(bins: pd.DataFrame) -> Figure:
 
 
 def fusion_steps(steps: pd.DataFrame) -> Figure:
-    """The competition score after each step of tuning; `steps` has step, score and gain."""
+    """Draw the competition score after each tuning step; `steps` has step, score and gain."""
     figure = Figure(figsize=(6.5, 0.5 + 0.35 * len(steps)), layout="constrained")
     axis = figure.subplots()
     axis.barh(steps.step, steps.score, color="steelblue")
     axis.invert_yaxis()
     low = steps.score.min()
     axis.set_xlim(max(0, low - 0.3 * max(steps.score.max() - low, 0.01)), None)
-    for place, row in enumerate(steps.itertuples()):
-        axis.text(row.score, place, f" {row.score:.4f} ({row.gain:+.4f})", va="center", fontsize=7)
+    for position, row in enumerate(steps.itertuples()):
+        axis.text(row.score, position, f" {row.score:.4f} ({row.gain:+.4f})", va="center", fontsize=7)
     axis.set_xlabel("score, out of fold")
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def rankings_figure(table: pd.DataFrame) -> Figure:
-    """A panel a ranking, the best on top: its score as a dot with its interval, beside it recipe and changes.
+    """Draw one panel per ranking, the best model on top: its score with its interval, then its recipe and changes.
 
-    `table` has ranking, name, figure, score, low, high, images, recipe, changes and folds_fingerprint, a row a model.
+    `table` has one row per model with ranking, name, figure, score, low, high, images, recipe, changes and
+    folds_fingerprint.
     """
     rankings = [rows for _, rows in table.groupby("ranking")]
     heights = [len(rows) + 2 for rows in rankings] or [1]
@@ -164,20 +169,20 @@ def rankings_figure(table: pd.DataFrame) -> Figure:
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights).ravel()
     for axis in axes:
         axis.axis("off")
-    # Panels of one group of folds have one colour.
+    # Rankings on the same folds share a colour.
     groups = list(dict.fromkeys(table["folds_fingerprint"]))
     for axis, rows in zip(axes, rankings, strict=False):
-        first, places = rows.iloc[0], range(len(rows))
+        first, positions = rows.iloc[0], range(len(rows))
         axis.axis("on")
-        axis.hlines(places, rows.low, rows.high, color=f"C{groups.index(first.folds_fingerprint) % 10}", linewidth=2)
-        axis.plot(rows.score, places, "o", color="black", markersize=4)
-        for place, row in enumerate(rows.itertuples()):
-            made = shorten("; ".join(filter(None, (row.recipe, row.changes))), 70)
-            beside = f"{row.score:.3f}  {made}"
-            axis.text(1.01, place, beside, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
-        axis.set_yticks(places, rows.name, fontsize=8)
-        left, right = axis.get_xlim()
-        axis.set(xlim=(max(left, 0.0), min(right, 1.0)), ylim=(len(rows) - 0.4, -0.6))
+        axis.hlines(positions, rows.low, rows.high, color=f"C{groups.index(first.folds_fingerprint) % 10}", linewidth=2)
+        axis.plot(rows.score, positions, "o", color="black", markersize=4)
+        for position, row in enumerate(rows.itertuples()):
+            description = shorten("; ".join(filter(None, (row.recipe, row.changes))), 70)
+            text = f"{row.score:.3f}  {description}"
+            axis.text(1.01, position, text, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
+        axis.set_yticks(positions, rows.name, fontsize=8)
+        low, high = axis.get_xlim()
+        axis.set(xlim=(max(low, 0.0), min(high, 1.0)), ylim=(len(rows) - 0.4, -0.6))
         axis.tick_params(axis="x", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
         title = f"{first.figure}, {first.images} images, folds {first.folds_fingerprint}"
@@ -196,10 +201,10 @@ def _draw_boxes(axis: Axes, xray: CachedXray, boxes: pd.DataFrame, colour: str) 
 
 
 def _true_classes(labels: pd.DataFrame) -> dict[str, str]:
-    """id -> the classes that are true of it, joined by commas."""
+    """Map each id to its true classes, joined by commas."""
     classes = class_columns(labels, "labels")
     true = labels[classes].to_numpy() > 0.5
     return {
-        name: ", ".join(each for each, holds in zip(classes, row, strict=True) if holds)
+        name: ", ".join(class_name for class_name, is_true in zip(classes, row, strict=True) if is_true)
         for name, row in zip(labels["id"], true, strict=True)
     }

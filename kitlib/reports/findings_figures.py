@@ -1,4 +1,4 @@
-"""Pictures of findings classifiers: ROC curves, and images with what was found in them."""
+"""Figures of findings classifiers: ROC curves, and images with their most probable findings."""
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -8,17 +8,17 @@ from kitlib.reports.figures import image_grid, show_xray
 from kitlib.tables import class_columns
 from kitlib.xrays.cache import XrayCache
 
-SHOWN_CLASSES = 3  # the most probable ones under a picture
-LINES = ("-", "--", ":")  # matplotlib repeats its ten colours
+SHOWN_CLASSES = 3  # number of the most probable classes printed below an image
+LINES = ("-", "--", ":")  # changes every ten lines, because matplotlib repeats its ten colours
 
 
 def roc_figure(curves: dict[str, pd.DataFrame]) -> Figure:
-    """One line a class from tables with the columns false_positives and recall; the name may hold the area."""
+    """Draw one ROC curve per class from tables with false_positives and recall; the keys become the legend."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
-    for place, (name, curve) in enumerate(curves.items()):
-        axis.plot(curve.false_positives, curve.recall, label=name, linewidth=1.2, linestyle=LINES[place // 10 % len(LINES)])
+    for index, (name, curve) in enumerate(curves.items()):
+        axis.plot(curve.false_positives, curve.recall, label=name, linewidth=1.2, linestyle=LINES[index // 10 % len(LINES)])
     axis.set(xlabel="false positive rate", ylabel="recall", xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
     if curves:
         figure.legend(fontsize=7, loc="outside right upper")
@@ -26,24 +26,24 @@ def roc_figure(curves: dict[str, pd.DataFrame]) -> Figure:
 
 
 def auc_figure(intervals: pd.DataFrame) -> Figure:
-    """ROC AUC of the mean and each class as a dot with its interval; `intervals` has name, value, low and high."""
+    """Draw ROC AUC of the mean and of each class with its interval; `intervals` has name, value, low and high."""
     named = intervals.assign(model=intervals["name"], name="ROC AUC with its interval over patients")
     return intervals_figure(named, line=0.5)
 
 
 def findings_images(
-    cache: XrayCache, scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, a_row: int = 4
+    cache: XrayCache, scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, per_row: int = 4
 ) -> Figure:
-    """The rows of `scores` (table class_scores) as pictures: the true classes above, the most probable ones below."""
-    figure, axes = image_grid(len(scores), a_row, 3.2, 4)
+    """Draw the images of `scores` (table class_scores) with the true classes above and the most probable ones below."""
+    figure, axes = image_grid(len(scores), per_row, 3.2, 4)
     classes = class_columns(scores, "class_scores")
     truth = labels.set_index("id").loc[images.set_index("image_id").study_id.reindex(scores.image_id), classes]
     for axis, image_id, row, actual in zip(
         axes, scores.image_id, scores[classes].to_numpy(), truth.to_numpy(), strict=False
     ):
         true = [name for name, value in zip(classes, actual, strict=True) if value >= 0.5]
-        found = sorted(zip(row, classes, strict=True), reverse=True)[:SHOWN_CLASSES]
+        most_probable = sorted(zip(row, classes, strict=True), reverse=True)[:SHOWN_CLASSES]
         show_xray(axis, cache.read(image_id), f"{image_id}\n{', '.join(true) or 'none of the classes'}")
-        below = "\n".join(f"{name} {value:.2f}" for value, name in found)
-        axis.text(0.5, -0.02, below, transform=axis.transAxes, ha="center", va="top", fontsize=8)
+        text = "\n".join(f"{name} {value:.2f}" for value, name in most_probable)
+        axis.text(0.5, -0.02, text, transform=axis.transAxes, ha="center", va="top", fontsize=8)
     return figure

@@ -1,7 +1,7 @@
-"""How well findings are told: figures a class, and how sure the mean ROC AUC is.
+"""Metrics of findings classifiers: a table per class, thresholds, and bootstrap intervals of the mean ROC AUC.
 
-The functions take a table `class_scores` with one row an image, as `mean_over_folds` makes one, and the tables images and
-labels. What is unknown (NaN) of an image counts for nothing. A threshold is never chosen on the images that it judges.
+The functions take a table `class_scores` with one row per image, as `mean_over_folds` returns it, and the tables images and
+labels. Unknown labels (NaN) are ignored. A threshold is never chosen on the images that it is evaluated on.
 """
 
 from collections.abc import Iterable
@@ -14,101 +14,114 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from kitlib.scoring.metrics import dense_ranks, roc_auc, roc_auc_of_ranks
 from kitlib.tables import check_table, class_columns
 
-PLAIN_THRESHOLD = 0.5
+DEFAULT_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Truth and probabilities of n images, both (n, classes); truth is NaN where unknown, and 1 from one half upwards."""
+    """True labels and predicted probabilities of n images, both (n, classes).
+
+    `truth` is NaN if unknown, 1 for labels from 0.5 upwards, and 0 otherwise.
+    """
 
     classes: tuple[str, ...]
     truth: np.ndarray
-    found: np.ndarray
-    fold: np.ndarray  # (n,), whose model answered
+    probabilities: np.ndarray
+    fold: np.ndarray  # (n,), fold of the model that predicted the image
     patient: np.ndarray  # (n,)
+
+    def rows(self, chosen: np.ndarray) -> "Answers":
+        """Return the images selected by a boolean mask (n,) or by indices, in that order."""
+        truth, probabilities = self.truth[chosen], self.probabilities[chosen]
+        return Answers(self.classes, truth, probabilities, self.fold[chosen], self.patient[chosen])
 
 
 def answers(scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> Answers:
-    """The rows of `scores` beside their truth. Raises ValueError for images with several rows, and what is not known."""
+    """Match the rows of `scores` (table class_scores) with their true labels.
+
+    Raises ValueError if an image has several rows, has no label, or has a score that is NaN, or if the labels lack a class.
+    """
     scores, labels = check_table(scores, "class_scores"), check_table(labels, "labels")
     classes = class_columns(scores, "class_scores")
     twice = scores.image_id[scores.image_id.duplicated()]
     if len(twice):
         raise ValueError(
-            f"{twice.nunique()} images have several rows of scores, first {twice.iloc[0]}; mean_over_folds makes one of them"
+            f"{twice.nunique()} images have several rows of scores, first {twice.iloc[0]}; average them with mean_over_folds"
         )
-    strangers = [name for name in classes if name not in labels.columns]
-    if strangers:
-        raise ValueError(f"labels lack the scored classes {strangers}; they have: {class_columns(labels, 'labels')}")
-    known = images.set_index("image_id").reindex(scores.image_id)
-    unknown = known.index[known.study_id.isna() | ~known.study_id.isin(labels["id"])]
-    if len(unknown):
-        raise ValueError(f"{len(unknown)} scored images are not in images or have no label, first {unknown[0]}")
-    truth = labels.set_index("id").loc[known.study_id, classes].to_numpy(float)
+    missing = [name for name in classes if name not in labels.columns]
+    if missing:
+        raise ValueError(f"labels lack the predicted classes {missing}; they have: {class_columns(labels, 'labels')}")
+    image_rows = images.set_index("image_id").reindex(scores.image_id)
+    unlabelled = image_rows.index[image_rows.study_id.isna() | ~image_rows.study_id.isin(labels["id"])]
+    if len(unlabelled):
+        raise ValueError(f"{len(unlabelled)} predicted images are not in images or have no label, first {unlabelled[0]}")
+    truth = labels.set_index("id").loc[image_rows.study_id, classes].to_numpy(float)
     truth = np.where(np.isnan(truth), np.nan, truth >= 0.5)
-    found = scores[classes].to_numpy(float)
-    if np.isnan(found).any():
-        raise ValueError(f"image {scores.image_id[np.isnan(found).any(axis=1)].iloc[0]} has a score that is NaN")
-    return Answers(tuple(classes), truth, found, scores.fold.to_numpy(), known.patient_id.to_numpy())
+    probabilities = scores[classes].to_numpy(float)
+    if np.isnan(probabilities).any():
+        raise ValueError(f"image {scores.image_id[np.isnan(probabilities).any(axis=1)].iloc[0]} has a score that is NaN")
+    return Answers(tuple(classes), truth, probabilities, scores.fold.to_numpy(), image_rows.patient_id.to_numpy())
 
 
 def mean_over_folds(scores: pd.DataFrame) -> pd.DataFrame:
-    """One row an image: the mean over the models that scored it; `fold` is the first of theirs."""
+    """Return one row per image: the mean over the models that predicted it; `fold` is that of the first of them."""
     scores = check_table(scores, "class_scores")
     grouped = scores.groupby("image_id", sort=False, as_index=False)
     classes = class_columns(scores, "class_scores")
     return grouped.agg({"model": "first", "fold": "first", **dict.fromkeys(classes, "mean")})
 
 
-def best_thresholds(given: Answers) -> np.ndarray:
-    """The probability of each class (classes,) from which on calling it present has the greatest F1 on these images.
+def best_thresholds(predictions: Answers) -> np.ndarray:
+    """Return for each class (classes,) the threshold with the highest F1 on these images.
 
-    A class without a positive here has one half, and without a known image too.
+    An image is called positive if its probability is at least the threshold. A class without positives has the threshold
+    0.5.
     """
-    thresholds = np.full(len(given.classes), PLAIN_THRESHOLD)
-    for place, (truth, found) in enumerate(_known(given)):
+    thresholds = np.full(len(predictions.classes), DEFAULT_THRESHOLD)
+    for index, (truth, scores) in enumerate(_known(predictions)):
         if truth.any():
-            precision, recall, steps = precision_recall_curve(truth, found)
+            precision, recall, steps = precision_recall_curve(truth, scores)
             f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-            thresholds[place] = steps[f1[:-1].argmax()]
+            thresholds[index] = steps[f1[:-1].argmax()]
     return thresholds
 
 
-def crossed_thresholds(given: Answers, seed: int = 0) -> np.ndarray:
-    """A threshold for every image and class (n, classes): `best_thresholds` of the other folds' images.
+def cross_fitted_thresholds(predictions: Answers, seed: int = 0) -> np.ndarray:
+    """Return a threshold for each image and class (n, classes), chosen by `best_thresholds` on the other folds.
 
-    Where there is one fold only, its patients are cut in two halves that choose for each other.
+    If there is only one fold, its patients are split into two random halves, each of which gets the threshold of the other.
     """
-    part = given.fold
+    part = predictions.fold
     if len(np.unique(part)) < 2:
-        patients, codes = np.unique(given.patient, return_inverse=True)
+        patients, codes = np.unique(predictions.patient, return_inverse=True)
         part = np.random.default_rng(seed).permutation(np.arange(len(patients)) % 2)[codes]
-    thresholds = np.full(given.found.shape, PLAIN_THRESHOLD)
-    for one in np.unique(part):
-        thresholds[part == one] = best_thresholds(_rows(given, part != one))
+    thresholds = np.full(predictions.probabilities.shape, DEFAULT_THRESHOLD)
+    for value in np.unique(part):
+        thresholds[part == value] = best_thresholds(predictions.rows(part != value))
     return thresholds
 
 
-def class_report(given: Answers, thresholds: np.ndarray) -> pd.DataFrame:
-    """A row a class: positives, of (known images), roc_auc, average_precision, threshold, precision, recall, f1.
+def class_report(predictions: Answers, thresholds: np.ndarray) -> pd.DataFrame:
+    """Return one row per class with its ROC AUC, average precision, and precision, recall and F1 at the thresholds.
 
-    `thresholds` (n, classes) or (classes,), such as `crossed_thresholds`; `threshold` is their mean. ROC AUC is NaN for a
-    class that is absent or all there is, what needs positives NaN where there is none; precision is 0 where nothing is
-    called.
+    The columns are class, positives, of (images with a known label), roc_auc, average_precision, threshold, precision,
+    recall and f1. `thresholds` is (n, classes) or (classes,), for example from `cross_fitted_thresholds`; `threshold` is
+    their mean. ROC AUC is NaN if there are no positives or no negatives, the other metrics are NaN without positives.
+    Precision is 0 if nothing is predicted positive.
     """
-    thresholds = np.broadcast_to(thresholds, given.found.shape)
+    thresholds = np.broadcast_to(thresholds, predictions.probabilities.shape)
     rows = []
-    for place, (truth, found) in enumerate(_known(given)):
-        threshold = thresholds[~np.isnan(given.truth[:, place]), place]
+    for index, (truth, scores) in enumerate(_known(predictions)):
+        threshold = thresholds[~np.isnan(predictions.truth[:, index]), index]
         positives = int(truth.sum())
-        precision, recall, f1 = precision_recall_f1(truth, found >= threshold)
+        precision, recall, f1 = precision_recall_f1(truth, scores >= threshold)
         rows.append(
             {
-                "class": given.classes[place],
+                "class": predictions.classes[index],
                 "positives": positives,
                 "of": len(truth),
-                "roc_auc": roc_auc(found, truth) if len(truth) else float("nan"),
-                "average_precision": average_precision_score(truth, found) if positives else float("nan"),
+                "roc_auc": roc_auc(scores, truth) if len(truth) else float("nan"),
+                "average_precision": average_precision_score(truth, scores) if positives else float("nan"),
                 "threshold": float(threshold.mean()) if len(threshold) else float("nan"),
                 "precision": precision,
                 "recall": recall,
@@ -119,79 +132,81 @@ def class_report(given: Answers, thresholds: np.ndarray) -> pd.DataFrame:
 
 
 def precision_recall_f1(truth: np.ndarray, called: np.ndarray) -> tuple[float, float, float]:
-    """Of truth and calls, bool (n,); NaN without a positive, precision 0 where nothing is called."""
+    """Compute precision, recall and F1 of truth and predictions, both bool (n,).
+
+    All are NaN without positives. Precision is 0 if nothing is predicted positive.
+    """
     positives, calls, hits = truth.sum(), called.sum(), (truth & called).sum()
     if not positives:
         return (float("nan"),) * 3
     return float(hits / max(calls, 1)), float(hits / positives), float(2 * hits / (positives + calls))
 
 
-def bootstrap_auc(given: Answers, samples: int = 200, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """Mean ROC AUC and each class's with its percentile interval: name, value, low, high.
+def bootstrap_auc(predictions: Answers, samples: int = 200, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+    """Return name, value, low and high of the mean ROC AUC and of each class, with percentile intervals.
 
-    Whole patients are drawn with replacement. A sample without a class's positives or negatives leaves that class out of its
-    mean.
+    Whole patients are drawn with replacement. A class without positives or negatives in a sample is left out of its mean.
     """
-    draws = auc_draws(given, samples, seed)
-    # A class that no sample can judge has no interval, and numpy would warn of it.
+    draws = auc_draws(predictions, samples, seed)
+    # A class that is undefined in all samples keeps NaN: np.nanquantile would warn about it.
     bounds = np.full((2, draws.shape[1]), np.nan)
-    judged = np.isfinite(draws.iloc[1:]).any(axis=0).to_numpy()
-    if judged.any():
-        bounds[:, judged] = np.nanquantile(draws.iloc[1:, judged], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    defined = np.isfinite(draws.iloc[1:]).any(axis=0).to_numpy()
+    if defined.any():
+        bounds[:, defined] = np.nanquantile(draws.iloc[1:, defined], [(1 - level) / 2, (1 + level) / 2], axis=0)
     value = draws.iloc[0].to_numpy()
     return pd.DataFrame({"name": draws.columns, "value": value, "low": bounds[0], "high": bounds[1]})
 
 
-def auc_draws(given: Answers, samples: int = 200, seed: int = 0) -> pd.DataFrame:
-    """ROC AUC as columns `mean` and each class; the first row is of all patients, then one for each of the draws.
+def auc_draws(predictions: Answers, samples: int = 200, seed: int = 0) -> pd.DataFrame:
+    """Return ROC AUC as columns `mean` and each class: the first row is all patients, then one row per bootstrap draw.
 
-    Answers for the same patients and one seed get the same draws: the difference of their tables is a paired comparison.
+    Predictions for the same patients with one seed get the same draws, so the difference of two tables is a paired
+    comparison.
     """
-    patients, codes = np.unique(given.patient, return_inverse=True)
-    known = [~np.isnan(column) for column in given.truth.T]
-    ranks = [dense_ranks(found[told]) for found, told in zip(given.found.T, known, strict=True)]
-    truths = [truth[told] == 1 for truth, told in zip(given.truth.T, known, strict=True)]
+    patients, codes = np.unique(predictions.patient, return_inverse=True)
+    known = [~np.isnan(column) for column in predictions.truth.T]
+    ranks = [dense_ranks(scores[mask]) for scores, mask in zip(predictions.probabilities.T, known, strict=True)]
+    truths = [truth[mask] == 1 for truth, mask in zip(predictions.truth.T, known, strict=True)]
 
-    def judge(times: np.ndarray) -> list[float]:
-        weight = times[codes]
+    def judge(counts: np.ndarray) -> list[float]:
+        weight = counts[codes]
         aucs = [
-            roc_auc_of_ranks(rank, truth, weight[told]) if len(rank) else float("nan")
-            for rank, truth, told in zip(ranks, truths, known, strict=True)
+            roc_auc_of_ranks(rank, truth, weight[mask]) if len(rank) else float("nan")
+            for rank, truth, mask in zip(ranks, truths, known, strict=True)
         ]
-        finite = [each for each in aucs if np.isfinite(each)]
+        finite = [auc for auc in aucs if np.isfinite(auc)]
         return [float(np.mean(finite)) if finite else float("nan"), *aucs]
 
     rng, share = np.random.default_rng(seed), np.full(len(patients), 1 / len(patients))
-    times = [np.ones(len(patients)), *(rng.multinomial(len(patients), share).astype(float) for _ in range(samples))]
-    return pd.DataFrame([judge(each) for each in times], columns=["mean", *given.classes])
+    counts = [np.ones(len(patients)), *(rng.multinomial(len(patients), share).astype(float) for _ in range(samples))]
+    return pd.DataFrame([judge(draw) for draw in counts], columns=["mean", *predictions.classes])
 
 
-def roc_curves(given: Answers) -> dict[str, pd.DataFrame]:
-    """Columns false_positives and recall (rates, 0..1) for each class that has both, by `class (AUC 0.123)`, best first."""
+def roc_curves(predictions: Answers) -> dict[str, pd.DataFrame]:
+    """Return false_positives and recall (rates, 0..1) by title such as `class (AUC 0.123)`, the largest area first.
+
+    Classes without positives or without negatives are omitted.
+    """
     curves = {}
-    for name, (truth, found) in zip(given.classes, _known(given), strict=True):
+    for name, (truth, scores) in zip(predictions.classes, _known(predictions), strict=True):
         if truth.any() and not truth.all():
-            area = roc_auc(found, truth)
-            false_positives, recall, _ = roc_curve(truth, found)
+            area = roc_auc(scores, truth)
+            false_positives, recall, _ = roc_curve(truth, scores)
             title = f"{name} (AUC {area:.3f})"
             curves[title] = (area, pd.DataFrame({"false_positives": false_positives, "recall": recall}))
     return {title: curve for title, (_, curve) in sorted(curves.items(), key=lambda item: -item[1][0])}
 
 
 def uncertainty(scores: pd.DataFrame) -> pd.Series:
-    """Entropy of each row of `class_scores` in bits, summed over its classes: 0 where every probability is 0 or 1."""
+    """Compute the entropy of each row of `class_scores` in bits, summed over classes: 0 if every probability is 0 or 1."""
     probability = scores[class_columns(scores, "class_scores")].to_numpy(float)
     with np.errstate(divide="ignore", invalid="ignore"):
-        shown, absent = (np.where(each > 0, -each * np.log2(each), 0) for each in (probability, 1 - probability))
-    return pd.Series((shown + absent).sum(axis=1), index=scores.index, name="uncertainty")
+        present, absent = (np.where(share > 0, -share * np.log2(share), 0) for share in (probability, 1 - probability))
+    return pd.Series((present + absent).sum(axis=1), index=scores.index, name="uncertainty")
 
 
-def _known(given: Answers) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """For each class, truth (bool) and probability of the images whose label is known."""
-    for truth, found in zip(given.truth.T, given.found.T, strict=True):
-        told = ~np.isnan(truth)
-        yield truth[told] == 1, found[told]
-
-
-def _rows(given: Answers, chosen: np.ndarray) -> Answers:
-    return Answers(given.classes, given.truth[chosen], given.found[chosen], given.fold[chosen], given.patient[chosen])
+def _known(predictions: Answers) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Yield for each class the truth (bool) and the probability of the images with a known label."""
+    for truth, scores in zip(predictions.truth.T, predictions.probabilities.T, strict=True):
+        known = ~np.isnan(truth)
+        yield truth[known] == 1, scores[known]

@@ -1,7 +1,7 @@
-"""Answers side by side with the Heidelberg project's published figures, on its scale and on the competition's.
+"""Predictions compared with the Heidelberg project's published metrics, on its scale and on the competition's.
 
-Its 859 held-out images all have a box (facts: no healthy image can produce a false positive there), so figures of boxes are
-given on such images alone and, for what a detector is worth to the competition, on all.
+Its 859 held-out images all have a box, so no healthy image can produce a false positive there (see facts). Box metrics are
+therefore computed on images with a box and, to show what a detector is worth in the competition, on all images.
 """
 
 import math
@@ -12,8 +12,8 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.fusion.model_fusion import Fused
-from kitlib.reports.findings_report import PLAIN_THRESHOLD, Answers, precision_recall_f1
-from kitlib.reports.published_tables import published
+from kitlib.reports.findings_report import DEFAULT_THRESHOLD, Answers, precision_recall_f1
+from kitlib.reports.published_tables import find_published
 from kitlib.scoring.average_precision import precision_recall
 from kitlib.scoring.score import class_precision, opacity_precisions, table_hits
 
@@ -31,81 +31,90 @@ def heidelberg_table(
     folds: pd.DataFrame | None = None,
     confidences: dict[str, float] | None = None,
 ) -> pd.DataFrame:
-    """A row an answer, then the published ones; COLUMNS, NaN where an answer or the report says nothing.
+    """Return one row per set of predictions, then the published rows, with COLUMNS; values that are not available are NaN.
 
-    Judged are those of `images` that the answer's detectors have seen and those studies that it has answered, priors not
-    counted: compare the counts `images`, `boxed_images` and `studies` before the figures. `ap` is the competition's VOC 2010
-    AP of boxes on all images, `ap_boxed` the same on images with a box. `f1`, `recall` and `precision` are of all boxes of
-    confidence `confidence` or more on images with a box, `precision_all` on all images.
+    The metrics are computed on those of `images` that the detectors have predicted and on the studies that have predictions;
+    placeholder predictions (the class frequencies) do not count. Compare the counts `images`, `boxed_images` and `studies`
+    before the metrics. `ap` is the competition's VOC 2010 AP of boxes on all images, `ap_boxed` the same on images with a
+    box. `f1`, `recall` and `precision` are of all boxes with at least the confidence `confidence` on images with a box,
+    `precision_all` on all images.
 
-    The confidence is never chosen on the images it judges: it is an answer's in `confidences`, else for each fold of `folds`
-    the one with the highest F1 on the other folds, and the mean of these is shown; NaN where there are no other folds.
+    The confidence is never chosen on the images that it is evaluated on. It is the entry in `confidences` or, if there is
+    none, the one with the highest F1 on the other folds of `folds`, for each fold; the mean of these is shown, NaN with a
+    single fold.
 
-    Study figures are of studies; recall, precision and F1 are means over the classes. `study_map` is the mean AP of the
-    probabilities, `study_map_hard` that of the most probable class alone as 1 and the others as 0, as the report has it.
-    Raises ValueError for an answer with neither folds nor a confidence.
+    Study metrics are computed on studies; recall, precision and F1 are means over the classes. `study_map` is the mean AP of
+    the probabilities. `study_map_hard` is, as in the report, the mean AP with 1 for the most probable class and 0 for the
+    others. Raises ValueError if predictions have neither folds nor a confidence.
     """
     confidences = confidences or {}
     rows = {}
     for name, answer in answers.items():
         if folds is None and name not in confidences:
-            raise ValueError(f"answer {name!r} needs a confidence, or the table folds to choose it out of fold")
+            raise ValueError(
+                f"{name!r} needs an entry in confidences, or the table folds to choose a confidence out of fold"
+            )
         chosen = _confidence_by_fold(answer, images, boxes, folds) if name not in confidences else confidences[name]
         rows[name] = _box_figures(answer, images, boxes, chosen) | _study_figures(answer, images, labels)
-    told = published("heidelberg").rows
-    table = pd.concat([pd.DataFrame(rows).T, told.rename("Heidelberg, published: {}".format)]).reindex(columns=list(COLUMNS))
+    published_rows = find_published("heidelberg").rows
+    table = pd.concat([pd.DataFrame(rows).T, published_rows.rename("Heidelberg, published: {}".format)]).reindex(
+        columns=list(COLUMNS)
+    )
     return table.rename_axis("answer").astype(float)
 
 
-def heidelberg_figures(given: Answers, thresholds: np.ndarray, exclusive: bool = False) -> pd.DataFrame:
-    """Precision, recall, accuracy and F1 in one row each: as published, here from one half on, here from `thresholds` on.
+def heidelberg_figures(predictions: Answers, thresholds: np.ndarray, exclusive: bool = False) -> pd.DataFrame:
+    """Return precision, recall, accuracy and F1: the published row, then rows at the threshold 0.5 and at `thresholds`.
 
-    Precision, recall and F1 are the plain means over the classes that occur; accuracy is the share of images with all
-    classes right, among those with all known. With `exclusive` classes the most probable one is called, in one row. The
-    published row is of another split of the whole NIH set: it tells the scale, not a rank. The report does not say how it
-    averages; this is how scikit-learn does for several labels an image.
+    Precision, recall and F1 are plain means over the classes that occur. Accuracy is the share of images with all classes
+    right, among images whose labels are all known. With `exclusive` there is one own row, in which the most probable class
+    is predicted. The published row is of another split of the whole NIH set: it shows the scale, not a ranking. The report
+    does not say how it averages; this follows scikit-learn for several labels per image.
     """
     calls = {
-        f"here, from {PLAIN_THRESHOLD} on": given.found >= PLAIN_THRESHOLD,
-        "here, from thresholds of other images on": given.found >= thresholds,
+        f"here, from {DEFAULT_THRESHOLD} on": predictions.probabilities >= DEFAULT_THRESHOLD,
+        "here, from thresholds of other images on": predictions.probabilities >= thresholds,
     }
     if exclusive:
-        calls = {"here, most probable class": given.found.argmax(axis=1)[:, None] == np.arange(len(given.classes))}
-    table = published("heidelberg_nih").rows
+        calls = {
+            "here, most probable class": predictions.probabilities.argmax(axis=1)[:, None]
+            == np.arange(len(predictions.classes))
+        }
+    table = find_published("heidelberg_nih").rows
     rows = {"published (NIH, Heidelberg report 4.1)": table.loc["backbone"].to_dict()}
-    whole = ~np.isnan(given.truth).any(axis=1)
+    whole = ~np.isnan(predictions.truth).any(axis=1)
     for name, called in calls.items():
-        told = [~np.isnan(column) for column in given.truth.T]
-        each = [
+        is_known = [~np.isnan(column) for column in predictions.truth.T]
+        class_figures = [
             precision_recall_f1(truth[known] == 1, call[known])
-            for truth, call, known in zip(given.truth.T, called.T, told, strict=True)
+            for truth, call, known in zip(predictions.truth.T, called.T, is_known, strict=True)
             if (truth[known] == 1).any()
         ]
-        precision, recall, f1 = np.mean(each, axis=0) if each else (float("nan"),) * 3
-        right = (called[whole] == (given.truth[whole] == 1)).all(axis=1)
+        precision, recall, f1 = np.mean(class_figures, axis=0) if class_figures else (float("nan"),) * 3
+        right = (called[whole] == (predictions.truth[whole] == 1)).all(axis=1)
         accuracy = right.mean() if len(right) else float("nan")
         rows[name] = {"precision": precision, "recall": recall, "accuracy": accuracy, "f1": f1}
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(table.columns))
 
 
 def best_confidence(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame) -> float:
-    """The confidence with the highest F1 of the answer's boxes on those of `images` that have a box; NaN without any box."""
-    found, true = _on_boxed(answer, _seen(answer, images), boxes)
-    if found.empty or true.empty:
+    """Return the confidence with the highest F1 of the predicted boxes on images with a box; NaN if there are no boxes."""
+    detections, true_boxes = _on_boxed(answer, _seen(answer, images), boxes)
+    if detections.empty or true_boxes.empty:
         return float("nan")
-    hits = table_hits(found, "image_id", true)
-    precision, recall = precision_recall(found["score"], hits, len(true))
+    hits = table_hits(detections, "image_id", true_boxes)
+    precision, recall = precision_recall(detections["score"], hits, len(true_boxes))
     f1 = _harmonic_mean(precision, recall)
-    # One entry a block of equal scores, the highest first.
-    return float(np.unique(found["score"])[::-1][f1.argmax()])
+    # precision_recall returns one entry per distinct score, the highest score first.
+    return float(np.unique(detections["score"])[::-1][f1.argmax()])
 
 
 def _confidence_by_fold(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame, folds: pd.DataFrame) -> dict[str, float]:
-    """image_id -> the confidence chosen on the images of other folds."""
+    """Map each image_id to the confidence chosen on the images of the other folds."""
     seen = _seen(answer, images)
     fold = seen["image_id"].map(folds.set_index("id")["fold"])
     if fold.isna().any():
-        raise ValueError(f"image {seen['image_id'][fold.isna()].iloc[0]} is in no fold; judge images of the folds alone")
+        raise ValueError(f"image {seen['image_id'][fold.isna()].iloc[0]} is in no fold; pass only images that are in folds")
     chosen: dict[str, float] = {}
     for number in fold.unique():
         best = best_confidence(answer, seen[fold != number], boxes)
@@ -117,36 +126,37 @@ def _box_figures(
     answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame, confidence: float | dict[str, float]
 ) -> dict[str, float]:
     seen = _seen(answer, images)
-    found = answer.detections[answer.detections["image_id"].isin(seen["image_id"])].reset_index(drop=True)
-    true = boxes[boxes["image_id"].isin(seen["image_id"])]
-    figures = {"images": len(seen), "boxed_images": true["image_id"].nunique()}
-    if true.empty:
+    detections = answer.detections[answer.detections["image_id"].isin(seen["image_id"])].reset_index(drop=True)
+    true_boxes = boxes[boxes["image_id"].isin(seen["image_id"])]
+    figures = {"images": len(seen), "boxed_images": true_boxes["image_id"].nunique()}
+    if true_boxes.empty:
         return figures
-    hits = table_hits(found, "image_id", true)
-    figures |= dict(zip(("ap", "ap_boxed"), opacity_precisions(found, hits, true), strict=True))
+    hits = table_hits(detections, "image_id", true_boxes)
+    figures |= dict(zip(("ap", "ap_boxed"), opacity_precisions(detections, hits, true_boxes), strict=True))
     if isinstance(confidence, dict):
-        least, figures["confidence"] = found["image_id"].map(confidence), float(np.mean(list(confidence.values())))
+        least, figures["confidence"] = detections["image_id"].map(confidence), float(np.mean(list(confidence.values())))
     else:
         least, figures["confidence"] = confidence, confidence
     if math.isnan(figures["confidence"]):
         return figures
-    shown = (found["score"] >= least).to_numpy()
-    boxed = shown & found["image_id"].isin(true["image_id"]).to_numpy()
-    # A box less confident than the threshold takes no hit from one above it, so hits stay what they are.
-    precision, everywhere = (hits[some].sum() / some.sum() if some.any() else 0.0 for some in (boxed, shown))
-    recall = hits[boxed].sum() / len(true)
+    is_shown = (detections["score"] >= least).to_numpy()
+    is_shown_on_boxed = is_shown & detections["image_id"].isin(true_boxes["image_id"]).to_numpy()
+    # Removing boxes below the threshold does not change the hits of the boxes above it.
+    precision, everywhere = (hits[mask].sum() / mask.sum() if mask.any() else 0.0 for mask in (is_shown_on_boxed, is_shown))
+    recall = hits[is_shown_on_boxed].sum() / len(true_boxes)
     f1 = float(_harmonic_mean(precision, recall))
     return figures | {"f1": f1, "recall": recall, "precision": precision, "precision_all": everywhere}
 
 
 def _study_figures(answer: Fused, images: pd.DataFrame, labels: pd.DataFrame) -> dict[str, float]:
     studies = answer.studies[~answer.studies["prior"] & answer.studies["study_id"].isin(images["study_id"])]
-    true = labels.set_index("id").reindex(studies["study_id"])[list(STUDY_CLASSES)]
-    if true.isna().any(axis=None):
-        raise ValueError(f"study {true.index[true.isna().any(axis=1)][0]} has an answer but no label")
+    true_labels = labels.set_index("id").reindex(studies["study_id"])[list(STUDY_CLASSES)]
+    if true_labels.isna().any(axis=None):
+        unlabelled = true_labels.index[true_labels.isna().any(axis=1)][0]
+        raise ValueError(f"study {unlabelled} has a prediction but no label")
     if studies.empty:
         return {"studies": 0}
-    positive, probability = true.to_numpy() == 1, studies[list(STUDY_CLASSES)].to_numpy()
+    positive, probability = true_labels.to_numpy() == 1, studies[list(STUDY_CLASSES)].to_numpy()
     actual, predicted = positive.argmax(axis=1), probability.argmax(axis=1)
     hard = np.eye(len(STUDY_CLASSES))[predicted]
     precision, recall, f1, _ = precision_recall_fscore_support(
@@ -171,8 +181,8 @@ def _seen(answer: Fused, images: pd.DataFrame) -> pd.DataFrame:
 
 
 def _on_boxed(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    true = boxes[boxes["image_id"].isin(images["image_id"])]
-    return answer.detections[answer.detections["image_id"].isin(true["image_id"])], true
+    true_boxes = boxes[boxes["image_id"].isin(images["image_id"])]
+    return answer.detections[answer.detections["image_id"].isin(true_boxes["image_id"])], true_boxes
 
 
 def _harmonic_mean(a: np.ndarray | float, b: np.ndarray | float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Pictures of lungs: how well each was found, masks over their images, and what was rejected."""
+"""Figures of lung segmentation: Dice distribution, mask outlines on their images, accepted and rejected lungs."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from kitlib.xrays.mask_store import MaskStore
 
 
 def overlap_figure(scores: pd.DataFrame) -> Figure:
-    """The share of images up to each Dice, a line a structure; the dotted line is where two people agree with each other."""
+    """Draw the share of images up to each Dice, one line per structure; the dotted line is the agreement of two people."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
     for structure, part in scores.groupby("structure", sort=False):
@@ -30,7 +30,7 @@ def overlap_figure(scores: pd.DataFrame) -> Figure:
 def mask_images(
     cache: XrayCache, masks: MaskStore, image_ids: Sequence[str], titles: Sequence[str], drawn: MaskStore | None = None
 ) -> Figure:
-    """Images with the outlines of found masks (orange) and of drawn ones (green), where there are any."""
+    """Draw images with the outlines of predicted masks (orange) and annotated masks (green), where available."""
     figure, axes = image_grid(len(image_ids), 4, 3.2, 3.4)
     for axis, image_id, title in zip(axes, image_ids, titles, strict=False):
         show_xray(axis, cache.read(image_id), title)
@@ -41,7 +41,7 @@ def mask_images(
 
 
 def lungs_montage(cache: XrayCache, masks: MaskStore, lungs: pd.DataFrame) -> Figure:
-    """The rows of a table lungs as images: dim outside of the mask, the frame orange where it counts."""
+    """Draw the images of a table lungs: dimmed outside the mask, with an orange frame if the lungs were found."""
     figure, axes = image_grid(len(lungs), 6, 2.1, 2.3)
     for axis, row in zip(axes, lungs.itertuples(), strict=False):
         xray = cache.read(row.image_id)
@@ -50,7 +50,7 @@ def lungs_montage(cache: XrayCache, masks: MaskStore, lungs: pd.DataFrame) -> Fi
         show_xray(axis, dimmed, f"{row.image_id[:24]}\n{row.verdict}, {row.area:.0%}")
         if row.verdict == FOUND:
             x, y = xray.pixels.shape[1] / xray.columns, xray.pixels.shape[0] / xray.rows
-            # matplotlib counts from the first pixel's middle.
+            # matplotlib's origin is the centre of the first pixel, not its corner.
             corner, size = (row.xmin * x - 0.5, row.ymin * y - 0.5), ((row.xmax - row.xmin) * x, (row.ymax - row.ymin) * y)
             axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=PREDICTION, linewidth=1.5))
     return figure

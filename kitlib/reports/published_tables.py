@@ -1,6 +1,6 @@
-"""The documents' tables of figures, read from `published_tables.yaml`, and whether a table's figures are possible at all.
+"""The documents' tables of metrics, read from `published_tables.yaml`, and a check whether the metrics are possible at all.
 
-A published figure that cannot be what it is called stands as printed, and the table's `faults` say so.
+A published value that cannot be the metric it is called is kept as printed; the table's `faults` say so.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import pandas as pd
 import yaml
 
 from kitlib.errors import SettingsError
-from kitlib.reports.classification_report import counted_figures
+from kitlib.reports.classification_report import count_metrics
 
 COUNTS = ("true_positives", "false_negatives", "true_negatives", "false_positives")
 UNITS = {"percent": 100.0, "share": 1.0}
@@ -21,107 +21,117 @@ UNITS = {"percent": 100.0, "share": 1.0}
 
 @dataclass(frozen=True)
 class PublishedTable:
-    """One table: `rows` has a row a model, 0..1, NaN where nothing is printed; `spread` the standard deviations, if any."""
+    """One published table.
 
-    title: str  # document and number
+    `rows` has one row per model, values 0..1, NaN where nothing is printed; `spread` has the standard deviations, if
+    printed.
+    """
+
+    title: str  # document and table number
     rows: pd.DataFrame
-    data: str  # what was tested, how many images of which class
-    protocol: str  # how it was split, chosen and averaged
-    faults: str  # why a figure may not mean what it says; empty: nothing known
+    data: str  # test data, with the number of images per class
+    protocol: str  # how data were split, models chosen and results averaged
+    faults: str  # why a value may not mean what its name says; empty if nothing is known
     spread: pd.DataFrame | None = None
-    counts: tuple[int, int] | None = None  # positives and negatives behind each row, where the rows are single tests
+    counts: tuple[int, int] | None = None  # positives and negatives of each row, if the rows are single tests
 
 
-def published(name: str) -> PublishedTable:
-    """The table called `name`, a key of TABLES."""
+def find_published(name: str) -> PublishedTable:
+    """Return the published table called `name`, a key of TABLES. Raises SettingsError if it does not exist."""
     if name not in TABLES:
-        raise SettingsError(f"no published table is called {name!r}; there are: {', '.join(TABLES)}")
+        raise SettingsError(f"published table {name!r} does not exist; available tables: {', '.join(TABLES)}")
     return TABLES[name]
 
 
 def check_counts(table: PublishedTable) -> pd.DataFrame:
-    """Whether each row can come from the counts behind it: its figures in percent, COUNTS, consistent, renamed and says.
+    """Check for each row whether some counts of true and false positives and negatives give its metrics.
 
-    COUNTS are the first possible ones, NA where there are none. Rows of means are not checked. Empty for a table whose
-    counts are not known.
+    The columns are the metrics in percent, COUNTS (the first possible ones, NA if there are none), consistent, renamed and
+    says. Rows of means are not checked. Returns an empty table if the number of positives and negatives is unknown.
     """
     if table.counts is None:
         return pd.DataFrame()
-    single = table.rows[["mean" not in name for name in table.rows.index]]
-    percent = (single * 100).round(2).rename(columns=lambda name: name.partition(" ")[0])
+    single_tests = table.rows[["mean" not in name for name in table.rows.index]]
+    percent = (single_tests * 100).round(2).rename(columns=lambda name: name.partition(" ")[0])
     return percent.join(pd.DataFrame([_verdict(*table.counts, row) for row in percent.to_dict("records")], percent.index))
 
 
 def possible_counts(
     positives: int, negatives: int, printed: dict[str, float], decimals: int = 2
 ) -> tuple[pd.DataFrame, dict[str, tuple[str, ...]]]:
-    """What `printed` figures (percent) of a test of so many positives and negatives can come from: a row of COUNTS each.
+    """Return the counts that can give the `printed` metrics of a test, and which printed names must mean another metric.
 
-    Every integer count is tried, so what this says is proof, within the printed decimals; a printed figure is taken for
-    rounded or cut off, as papers do either. Where no counts give all figures under their own names, as few of them as
-    possible are taken for another figure, never two for one, and the sensitivity is kept where any such reading keeps it:
-    name -> what it has to be. Figures are those of `counted_figures`, and "balanced accuracy". Raises ValueError.
+    The first result has the columns COUNTS; `printed` is in percent. All integer counts are tried, so the result is a proof
+    within the printed decimals. A printed value may be rounded or truncated, as papers do both. If no counts give all
+    metrics under their printed names, as few names as possible are read as another metric, never two as the same one, and
+    sensitivity keeps its name if any such reading allows it. The second result maps a name to the metrics it can be. Metrics
+    are those of `count_metrics` and "balanced accuracy". Raises ValueError for another metric, a value outside 0..100, or a
+    test without positives or negatives.
     """
-    tp, tn = (each.ravel() for each in np.meshgrid(np.arange(positives + 1), np.arange(negatives + 1), indexing="ij"))
+    tp, tn = (grid.ravel() for grid in np.meshgrid(np.arange(positives + 1), np.arange(negatives + 1), indexing="ij"))
     counts = np.stack([tp, positives - tp, tn, negatives - tn])
-    figures = {name: 100 * each[:, 1] for name, each in counted_figures(counts[[2, 3, 1, 0]].T.reshape(-1, 2, 2)).items()}
+    figures = {name: 100 * grid[:, 1] for name, grid in count_metrics(counts[[2, 3, 1, 0]].T.reshape(-1, 2, 2)).items()}
     figures["balanced accuracy"] = (figures["sensitivity"] + figures["specificity"]) / 2
-    odd = [f"{name} {value}" for name, value in printed.items() if name not in figures or not 0 <= value <= 100]
-    if odd or min(positives, negatives) < 1:
+    invalid = [f"{name} {value}" for name, value in printed.items() if name not in figures or not 0 <= value <= 100]
+    if invalid or min(positives, negatives) < 1:
         raise ValueError(
-            f"{positives} positives and {negatives} negatives with {', '.join(odd) or 'these figures'}: wanted at least one "
-            f"of each, and percent, 0 to 100, of: {', '.join(figures)}"
+            f"{positives} positives and {negatives} negatives with {', '.join(invalid) or 'these metrics'}: expected at "
+            f"least one of each, and percentages from 0 to 100 of: {', '.join(figures)}"
         )
     step, slack = 10.0**-decimals, 1e-9
     fits = {
-        (name, actual): (found >= value - step / 2 - slack) & (found < value + step - slack)
+        (name, actual): (figure_values >= value - step / 2 - slack) & (figure_values < value + step - slack)
         for name, value in printed.items()
-        for actual, found in figures.items()
+        for actual, figure_values in figures.items()
     }
     readings: dict[tuple[int, bool], list[tuple[str, ...]]] = {}
     for actual in product(figures, repeat=len(printed)):
         if len(set(actual)) == len(actual):
-            changed = [name for name, one in zip(printed, actual, strict=True) if name != one]
+            changed = [name for name, actual_name in zip(printed, actual, strict=True) if name != actual_name]
             readings.setdefault((len(changed), "sensitivity" in changed), []).append(actual)
     renamed: dict[str, dict[str, None]] = {}
-    kept = np.zeros(len(tp), bool)
+    possible = np.zeros(len(tp), bool)
     for key in sorted(readings):
         for actual in readings[key]:
             pairs = list(zip(printed, actual, strict=True))
             if (fitting := np.logical_and.reduce([fits[pair] for pair in pairs])).any():
-                kept |= fitting
-                for name, one in pairs:
-                    if name != one:
-                        renamed.setdefault(name, {})[one] = None
-        if kept.any():
+                possible |= fitting
+                for name, actual_name in pairs:
+                    if name != actual_name:
+                        renamed.setdefault(name, {})[actual_name] = None
+        if possible.any():
             break
-    table = pd.DataFrame(counts.T[kept], columns=list(COUNTS))
+    table = pd.DataFrame(counts.T[possible], columns=list(COUNTS))
     return table, {name: tuple(actual) for name, actual in renamed.items()}
 
 
 def _verdict(positives: int, negatives: int, printed: dict[str, float]) -> dict[str, Any]:
     counts, renamed = possible_counts(positives, negatives, printed)
     if counts.empty:
-        return {"consistent": False, "renamed": "", "says": "no counts give these figures, under these names or others"}
-    made = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.iloc[0].items())
+        return {"consistent": False, "renamed": "", "says": "no counts give these metrics, under these or other names"}
+    counts_text = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.iloc[0].items())
     more = f", or {len(counts) - 1} other counts" if len(counts) > 1 else ""
     names = "; ".join(f"{name} is the {' or the '.join(actual)}" for name, actual in renamed.items())
-    says = f"impossible under these names. With {made}{more}: {names}" if names else f"possible, with {made}{more}"
-    told = "; ".join(f"{name}: {' or '.join(actual)}" for name, actual in renamed.items())
-    return {**counts.iloc[0], "consistent": not renamed, "renamed": told, "says": says}
+    message = (
+        f"impossible under these names. With {counts_text}{more}: {names}"
+        if names
+        else f"possible, with {counts_text}{more}"
+    )
+    renamed_text = "; ".join(f"{name}: {' or '.join(actual)}" for name, actual in renamed.items())
+    return {**counts.iloc[0], "consistent": not renamed, "renamed": renamed_text, "says": message}
 
 
 def _read_tables(path: Path) -> dict[str, PublishedTable]:
     tables = {}
-    for name, told in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        figures, scale = told.pop("figures"), UNITS[told.pop("unit")]
-        counts = (told.pop("positives"), told.pop("negatives")) if "positives" in told else None
+    for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        figures, scale = entry.pop("figures"), UNITS[entry.pop("unit")]
+        counts = (entry.pop("positives"), entry.pop("negatives")) if "positives" in entry else None
         parts = {
-            part: (pd.DataFrame.from_dict(told.pop(part), "index", float, figures) / scale).round(6)
+            part: (pd.DataFrame.from_dict(entry.pop(part), "index", float, figures) / scale).round(6)
             for part in ("rows", "spread")
-            if part in told
+            if part in entry
         }
-        tables[name] = PublishedTable(**told, **parts, counts=counts)
+        tables[name] = PublishedTable(**entry, **parts, counts=counts)
     return tables
 
 

@@ -165,7 +165,7 @@ def test_packed_files_import_only_packed_files(notebook):
 
 
 def test_a_module_is_packed_with_its_data():
-    files = find_needed_files(["from kitlib.reports.published_tables import published"])
+    files = find_needed_files(["from kitlib.reports.published_tables import find_published"])
     assert "kitlib/reports/published_tables.yaml" in files
     assert [path for path in files if not path.endswith(".py")] == ["kitlib/reports/published_tables.yaml"]
 

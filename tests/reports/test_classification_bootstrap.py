@@ -1,36 +1,36 @@
-"""Intervals over patients: the first row is the report, draws are those of an explicit loop, differences are paired."""
+"""Bootstrap of classification metrics: the first row is the report, draws equal an explicit loop, differences are paired."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from kitlib.reports.classification_bootstrap import draws, intervals, paired
-from kitlib.reports.classification_report import FIGURES, class_table, judged, overall
+from kitlib.reports.classification_bootstrap import draws, intervals, paired_differences
+from kitlib.reports.classification_report import CLASS_METRICS, class_table, judged, overall
 from tests.reports.test_classification_report import CLASSES, tables
 
 
 def test_the_first_row_is_the_report():
-    given = judged(*tables())
-    first, table = draws(given, samples=1).iloc[0], class_table(given).set_index("class")
-    for name, value in overall(given).items():
+    predictions = judged(*tables())
+    first, table = draws(predictions, samples=1).iloc[0], class_table(predictions).set_index("class")
+    for name, value in overall(predictions).items():
         assert first[name] == pytest.approx(value)
-    for figure in FIGURES:
+    for figure in CLASS_METRICS:
         for name in (*CLASSES, "macro"):
             assert first[f"{figure} {name}"] == pytest.approx(table.loc[name, figure]), figure
-    assert len(first) == len(overall(given)) + len(FIGURES) * 4
+    assert len(first) == len(overall(predictions)) + len(CLASS_METRICS) * 4
 
 
-def test_draws_are_figures_of_images_that_were_really_repeated():
+def test_draws_equal_the_metrics_of_repeated_images():
     scores, images, labels = tables(40)
     scores[CLASSES] = scores[CLASSES].round(1)  # equal scores
     scores[CLASSES] = scores[CLASSES].div(scores[CLASSES].sum(axis=1), axis=0)
-    given = judged(scores, images, labels)
-    drawn = draws(given, samples=5, seed=3)
-    patients, codes = np.unique(given.answers.patient, return_inverse=True)
-    # The same numbers by the documented draw: as many patients as there are, each with all its images.
+    predictions = judged(scores, images, labels)
+    drawn = draws(predictions, samples=5, seed=3)
+    patients, codes = np.unique(predictions.answers.patient, return_inverse=True)
+    # Repeats the documented draw: as many patients as in the data, each with all their images.
     chosen = np.random.default_rng(3).integers(len(patients), size=(5, len(patients)))
     for row, picked in zip(drawn.iloc[1:].to_dict("records"), chosen, strict=True):
-        repeated = given.rows(np.concatenate([np.flatnonzero(codes == patient) for patient in picked]))
+        repeated = predictions.rows(np.concatenate([np.flatnonzero(codes == patient) for patient in picked]))
         table = class_table(repeated).set_index("class")
         assert row["pr_auc viral"] == pytest.approx(table.pr_auc["viral"])
         assert row["roc_auc macro"] == pytest.approx(table.roc_auc["macro"])
@@ -38,7 +38,7 @@ def test_draws_are_figures_of_images_that_were_really_repeated():
         assert {name: row[name] for name in overall(repeated)} == pytest.approx(overall(repeated))
 
 
-def test_the_interval_of_accuracy_is_the_binomials():
+def test_the_interval_of_accuracy_is_that_of_the_binomial_distribution():
     # 400 patients of one image, 3 of 4 right: normal approximation 0.75 +- 1.96 sqrt(0.75 0.25 / 400) = 0.0424.
     ids = [f"i{number}" for number in range(400)]
     images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": ids}).assign(
@@ -47,51 +47,55 @@ def test_the_interval_of_accuracy_is_the_binomials():
     labels = pd.DataFrame({"id": ids, "a": 1.0, "b": 0.0})
     right = np.arange(400) % 4 > 0
     scores = pd.DataFrame({"image_id": ids, "model": "m", "fold": 0, "a": np.where(right, 0.9, 0.1)})
-    given = judged(scores.assign(b=1 - scores.a), images, labels)
-    told = intervals(draws(given, 2000)).set_index("name").loc["accuracy"]
-    assert told.value == 0.75
-    assert told.low == pytest.approx(0.75 - 0.0424, abs=0.006) and told.high == pytest.approx(0.75 + 0.0424, abs=0.006)
-    # Four images a patient, alike: a quarter as much is known, and the interval is twice as wide.
+    predictions = judged(scores.assign(b=1 - scores.a), images, labels)
+    single = intervals(draws(predictions, 2000)).set_index("name").loc["accuracy"]
+    assert single.value == 0.75
+    assert single.low == pytest.approx(0.75 - 0.0424, abs=0.006) and single.high == pytest.approx(0.75 + 0.0424, abs=0.006)
+    # Four identical images per patient: a quarter of the information, so the interval is twice as wide.
     grouped = images.assign(patient_id=[f"p{number // 4}" for number in range(400)])
     blocks = scores.assign(a=np.where(np.arange(400) // 4 % 4 > 0, 0.9, 0.1))
     wider = intervals(draws(judged(blocks.assign(b=1 - blocks.a), grouped, labels), 2000)).set_index("name").loc["accuracy"]
-    assert (wider.high - wider.low) / (told.high - told.low) == pytest.approx(2, abs=0.25)
+    assert (wider.high - wider.low) / (single.high - single.low) == pytest.approx(2, abs=0.25)
 
 
 def test_a_model_against_itself_and_a_better_one():
     scores, images, labels = tables(200)
     better = scores.assign(model="better")
     better[CLASSES] = 0.5 * scores[CLASSES].to_numpy() + 0.5 * labels[CLASSES].to_numpy()
-    given = {
+    models = {
         name: judged(rows, images, labels)
         for name, rows in {"mean": scores, "same": scores, "better": better.iloc[20:]}.items()
     }
-    table = paired(given, "mean", samples=200).set_index(["model", "name"])
+    table = paired_differences(models, "mean", samples=200).set_index(["model", "name"])
     same = table.loc["same"]
     assert (same[["value", "low", "high"]] == 0).all(axis=None) and (same.sides == 1).all() and (same.images == 180).all()
     assert table.loc[("better", "f1 macro")].low > 0 and table.loc[("better", "f1 macro")].sides == 0
     assert table.loc[("better", "log_loss")].high < 0
-    with pytest.raises(ValueError, match=r"no model is called 'flannel'; there are: mean, same, better"):
-        paired(given, "flannel")
+    with pytest.raises(ValueError, match=r"reference model 'flannel' does not exist; available models: mean, same, better"):
+        paired_differences(models, "flannel")
 
 
-def test_differences_of_draws_that_are_there_are_those_of_draws_made_anew():
+def test_precomputed_draws_give_the_same_differences():
     scores, images, labels = tables(40)
-    given = {"mean": judged(scores, images, labels)}
+    models = {"mean": judged(scores, images, labels)}
     other = scores.assign(**dict(zip(CLASSES, scores[CLASSES].to_numpy()[:, ::-1].T, strict=True)))
-    given["turned"] = judged(other, images, labels)
-    drawn = {name: draws(each, 10, seed=3) for name, each in given.items()}
-    pd.testing.assert_frame_equal(paired(given, "mean", drawn=drawn), paired(given, "mean", 10, seed=3))
-    with pytest.raises(ValueError, match="draws are 11 of mean; wanted as many of each of the models mean, turned"):
-        paired(given, "mean", drawn={"mean": drawn["mean"]})
-    given["turned"] = judged(other[1:], images, labels)
-    with pytest.raises(ValueError, match="draws of mean are of images that not all models have"):
-        paired(given, "mean", drawn=drawn)
+    models["turned"] = judged(other, images, labels)
+    drawn = {name: draws(each, 10, seed=3) for name, each in models.items()}
+    pd.testing.assert_frame_equal(
+        paired_differences(models, "mean", drawn=drawn), paired_differences(models, "mean", 10, seed=3)
+    )
+    with pytest.raises(
+        ValueError, match="got 11 of mean; expected the same number of draws for each of the models mean, turned"
+    ):
+        paired_differences(models, "mean", drawn={"mean": drawn["mean"]})
+    models["turned"] = judged(other[1:], images, labels)
+    with pytest.raises(ValueError, match="draws of mean include images that not all models have predicted"):
+        paired_differences(models, "mean", drawn=drawn)
 
 
 def test_a_class_that_does_not_occur_has_no_interval():
     scores, images, labels = tables(30, shares=(0.5, 0.5, 0))
-    told = intervals(draws(judged(scores, images, labels), 20)).set_index("name")
-    assert told.loc["f1 normal"].isna().all() and told.loc["f1 macro"].notna().all()
+    table = intervals(draws(judged(scores, images, labels), 20)).set_index("name")
+    assert table.loc["f1 normal"].isna().all() and table.loc["f1 macro"].notna().all()
     with pytest.raises(ValueError, match="samples is 0"):
         draws(judged(scores, images, labels), 0)

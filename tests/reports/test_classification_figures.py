@@ -1,9 +1,9 @@
-"""The pictures hold the numbers that they are given."""
+"""The figures show the numbers that they are called with."""
 
 import numpy as np
 import pytest
 
-from kitlib.reports.classification_bootstrap import paired
+from kitlib.reports.classification_bootstrap import paired_differences
 from kitlib.reports.classification_figures import (
     class_curves,
     confusion_figure,
@@ -26,7 +26,7 @@ def test_confusion_shows_counts_and_shares_of_rows():
     assert texts[1] == f"{matrix[0, 1]:,}\n{matrix[0, 1] / matrix[0].sum():.1%}" and len(texts) == 9
 
 
-def test_curves_name_their_areas_and_leave_out_what_has_none():
+def test_curves_name_their_areas_and_omit_undefined_ones():
     given = judged(*tables())
     table = class_table(given).set_index("class")
     roc, pr = class_curves(given).axes
@@ -35,24 +35,24 @@ def test_curves_name_their_areas_and_leave_out_what_has_none():
     assert labels == expected + [f"{name} (AP {table.pr_auc[name]:.3f})" for name in CLASSES]
     lonely = given.rows(given.truth == 0)
     assert model_curves({"m": lonely}, "viral").axes[0].get_legend() is None
-    with pytest.raises(ValueError, match=r"m has no class 'Mass'; there are: COVID-19, viral, normal"):
+    with pytest.raises(ValueError, match=r"m has no class 'Mass'; its classes: COVID-19, viral, normal"):
         model_curves({"m": given}, "Mass")
 
 
-def test_reliability_holds_every_image_once():
+def test_reliability_counts_every_image_once():
     given = judged(*tables())
     bins = reliability(given)
     assert bins["count"].sum() == 240
-    assert np.average(bins.observed, weights=bins["count"]) == pytest.approx((given.called == given.truth).mean())
-    assert np.average(bins.predicted, weights=bins["count"]) == pytest.approx(given.found.max(axis=1).mean())
+    assert np.average(bins.observed, weights=bins["count"]) == pytest.approx((given.predicted == given.truth).mean())
+    assert np.average(bins.predicted, weights=bins["count"]) == pytest.approx(given.probabilities.max(axis=1).mean())
     titles = [axis.get_title() for axis in reliability_figure({"before": given, "after": given}).axes]
     assert titles[0].startswith("before\nECE 0.") and len(titles) == 2
 
 
-def test_intervals_have_a_panel_a_figure():
+def test_intervals_have_one_panel_per_metric():
     scores, images, labels = tables(60)
     given = {"mean": judged(scores, images, labels), "other": judged(scores, images, labels)}
-    told = paired(given, "mean", samples=5)
+    told = paired_differences(given, "mean", samples=5)
     figure = intervals_figure(told[told["name"].isin(["accuracy", "f1 macro"])], line=0)
     assert [axis.get_title() for axis in figure.axes] == ["accuracy", "f1 macro"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["other"]
@@ -68,11 +68,13 @@ def test_examples_show_each_class_right_and_wrong_with_its_probabilities():
     assert [axis.get_title().split("\n")[1] for axis in upper] == [f"{given.classes[p]}: right" for p in _order(given, True)]
     assert all(axis.get_title().endswith(": wrong") for axis in lower if axis.images)
     shown = given.image_id.tolist().index(upper[0].get_title().split("\n")[0])
-    assert upper[0].get_xlabel().split("\n")[0] == f"{CLASSES[given.called[shown]]} {given.found[shown].max():.2f}"
+    assert (
+        upper[0].get_xlabel().split("\n")[0] == f"{CLASSES[given.predicted[shown]]} {given.probabilities[shown].max():.2f}"
+    )
 
 
 def _order(given, right):
-    """The three classes by their surest image that is called right."""
-    rows = np.flatnonzero((given.called == given.truth) == right)
-    rows = rows[np.argsort(-given.found.max(axis=1)[rows], kind="stable")]
+    """Return the three classes in the order of their most confident correct image."""
+    rows = np.flatnonzero((given.predicted == given.truth) == right)
+    rows = rows[np.argsort(-given.probabilities.max(axis=1)[rows], kind="stable")]
     return list(dict.fromkeys(given.truth[rows].tolist()))[:3]

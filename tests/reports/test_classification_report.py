@@ -1,4 +1,4 @@
-"""Figures of exclusive classes against scikit-learn's and by hand, scaling on other folds, what is refused or counted."""
+"""Classification metrics compared with scikit-learn and by hand, temperature scaling, refused tables, counted failures."""
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from kitlib.reports.classification_report import (
     calibration_table,
     class_table,
     confusion,
-    counted_figures,
+    count_metrics,
     ece,
     failures,
     judged,
@@ -25,25 +25,25 @@ CLASSES = ["COVID-19", "viral", "normal"]
 
 
 def tables(count=240, seed=0, shares=(0.2, 0.3, 0.5)):
-    """Two images a patient, two sources; probabilities lean towards the truth."""
+    """Two images per patient and two sources; the probabilities lean towards the truth."""
     rng = np.random.default_rng(seed)
     truth = rng.choice(3, count, p=shares)
-    found = rng.dirichlet(np.ones(3), count) + 0.6 * np.eye(3)[truth]
+    probabilities = rng.dirichlet(np.ones(3), count) + 0.6 * np.eye(3)[truth]
     ids = [f"i{number:03d}" for number in range(count)]
     images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": [f"p{n // 2}" for n in range(count)]})
     images = images.assign(path="", rows=1, columns=1, source=np.where(np.arange(count) % 3, "one", "two"), view="")
     labels = pd.DataFrame(np.eye(3)[truth], columns=CLASSES).assign(id=ids)
-    scores = pd.DataFrame(found / found.sum(axis=1, keepdims=True), columns=CLASSES)
+    scores = pd.DataFrame(probabilities / probabilities.sum(axis=1, keepdims=True), columns=CLASSES)
     return scores.assign(image_id=ids, model="m", fold=np.arange(count) // 2 % 2), images, labels
 
 
-def test_figures_are_scikit_learns():
-    given = judged(*tables())
-    table, matrix = class_table(given).set_index("class"), confusion(given)
-    truth, called, found = given.truth, given.called, given.found
+def test_metrics_equal_those_of_scikit_learn():
+    predictions = judged(*tables())
+    table, matrix = class_table(predictions).set_index("class"), confusion(predictions)
+    truth, called, probabilities = predictions.truth, predictions.predicted, predictions.probabilities
     assert (matrix.to_numpy() == metrics.confusion_matrix(truth, called)).all()
-    for place, name in enumerate(CLASSES):
-        true, calls, row = truth == place, called == place, table.loc[name]
+    for index, name in enumerate(CLASSES):
+        true, calls, row = truth == index, called == index, table.loc[name]
         assert row.support == true.sum()
         assert row.accuracy == pytest.approx(metrics.accuracy_score(true, calls))
         assert row.sensitivity == pytest.approx(metrics.recall_score(true, calls))
@@ -51,53 +51,53 @@ def test_figures_are_scikit_learns():
         assert row.ppv == pytest.approx(metrics.precision_score(true, calls))
         assert row.npv == pytest.approx(metrics.precision_score(~true, ~calls))
         assert row.f1 == pytest.approx(metrics.f1_score(true, calls))
-        assert row.roc_auc == pytest.approx(metrics.roc_auc_score(true, found[:, place]))
-        assert row.pr_auc == pytest.approx(metrics.average_precision_score(true, found[:, place]))
-        assert row.brier == pytest.approx(metrics.brier_score_loss(true, found[:, place]))
+        assert row.roc_auc == pytest.approx(metrics.roc_auc_score(true, probabilities[:, index]))
+        assert row.pr_auc == pytest.approx(metrics.average_precision_score(true, probabilities[:, index]))
+        assert row.brier == pytest.approx(metrics.brier_score_loss(true, probabilities[:, index]))
     assert table.loc["macro"].f1 == pytest.approx(metrics.f1_score(truth, called, average="macro"))
-    assert table.loc["macro"].roc_auc == pytest.approx(metrics.roc_auc_score(truth, found, multi_class="ovr"))
-    told = overall(given)
-    assert told["micro_f1"] == pytest.approx(metrics.f1_score(truth, called, average="micro")) == told["accuracy"]
-    assert told["log_loss"] == pytest.approx(metrics.log_loss(truth, found))
+    assert table.loc["macro"].roc_auc == pytest.approx(metrics.roc_auc_score(truth, probabilities, multi_class="ovr"))
+    values = overall(predictions)
+    assert values["micro_f1"] == pytest.approx(metrics.f1_score(truth, called, average="micro")) == values["accuracy"]
+    assert values["log_loss"] == pytest.approx(metrics.log_loss(truth, probabilities))
     precision, recall = (
         function(truth, called, average="macro") for function in (metrics.precision_score, metrics.recall_score)
     )
-    assert told["papers_micro_f1"] == pytest.approx(2 * precision * recall / (precision + recall))
-    assert told["brier"] == pytest.approx(sum(table.brier[CLASSES]))
+    assert values["papers_micro_f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    assert values["brier"] == pytest.approx(sum(table.brier[CLASSES]))
 
 
 def test_the_papers_micro_f1_is_not_micro_f1():
-    # By hand: of 90 and 10 images 90 and 5 are called right; precisions 90/95 and 1, recalls 1 and 1/2.
+    # By hand: 90 of 90 and 5 of 10 images are predicted correctly; precisions 90/95 and 1, recalls 1 and 1/2.
     matrix = np.array([[90, 0], [5, 5]])
-    figures = counted_figures(matrix)
+    figures = count_metrics(matrix)
     precision, recall = (90 / 95 + 1) / 2, 0.75
     assert figures["ppv"].mean() == pytest.approx(precision) and figures["sensitivity"].mean() == recall
     assert 2 * precision * recall / (precision + recall) == pytest.approx(0.84733, abs=1e-5)  # the true one is 0.95
 
 
-def test_a_class_never_called_has_no_precision_and_one_that_does_not_occur_counts_for_nothing():
-    figures = counted_figures(np.array([[4, 0, 2], [0, 0, 0], [4, 0, 0]]))
+def test_a_class_that_is_never_predicted_has_precision_0_and_an_absent_class_is_nan():
+    figures = count_metrics(np.array([[4, 0, 2], [0, 0, 0], [4, 0, 0]]))
     assert figures["ppv"].tolist()[::2] == [0.5, 0.0] and figures["f1"][2] == 0
     assert all(np.isnan(figures[name][1]) for name in ("sensitivity", "specificity", "ppv", "npv", "f1"))
-    always = counted_figures(np.array([[6, 0], [4, 0]]))
+    always = count_metrics(np.array([[6, 0], [4, 0]]))
     assert always["npv"].tolist() == [0.0, 0.6] and always["specificity"].tolist() == [0.0, 1.0]
 
 
-def test_figures_of_many_matrices_are_those_of_each():
+def test_metrics_of_many_matrices_equal_those_of_each_matrix():
     matrices = np.random.default_rng(1).integers(0, 9, (5, 3, 3))
-    together = counted_figures(matrices)
+    together = count_metrics(matrices)
     for name, values in together.items():
-        assert np.array_equal(values, [counted_figures(matrix)[name] for matrix in matrices], equal_nan=True)
+        assert np.array_equal(values, [count_metrics(matrix)[name] for matrix in matrices], equal_nan=True)
 
 
 def test_calibration_error_of_bins_known_by_hand():
-    # 0.8 is the upper edge of a bin of its own: half right of two; 0.6 of another: right.
+    # 0.8 is the upper edge of a bin with two images, one correct; 0.6 is in another bin, correct.
     found = np.array([[0.8, 0.2], [0.8, 0.2], [0.4, 0.6]])
     assert ece(found, np.array([0, 1, 1]), bins=5) == pytest.approx((2 * 0.3 + 0.4) / 3)
     assert ece(np.array([[1.0, 0.0]] * 4), np.zeros(4, int)) == 0
 
 
-def test_a_vote_of_none_costs_16_nats_not_infinity():
+def test_a_probability_of_0_costs_16_nats_not_infinity():
     scores, images, labels = tables(6)
     scores[CLASSES] = 1 - labels[CLASSES]
     scores[CLASSES] /= 2
@@ -105,30 +105,30 @@ def test_a_vote_of_none_costs_16_nats_not_infinity():
 
 
 def test_predictive_values_at_a_prevalence():
-    given = judged(*tables(600))
-    table = class_table(given).set_index("class")
-    here = table.support["viral"] / 600
-    at_home = at_prevalence(given, [here]).set_index("class").loc["viral"]
-    # At the data set's own prevalence they are the data set's.
-    assert at_home.ppv == pytest.approx(table.ppv["viral"]) and at_home.npv == pytest.approx(table.npv["viral"])
+    predictions = judged(*tables(600))
+    table = class_table(predictions).set_index("class")
+    prevalence = table.support["viral"] / 600
+    same = at_prevalence(predictions, [prevalence]).set_index("class").loc["viral"]
+    # At the prevalence of the data set, the predictive values are those of the data set.
+    assert same.ppv == pytest.approx(table.ppv["viral"]) and same.npv == pytest.approx(table.npv["viral"])
     sensitivity, specificity = table.sensitivity["viral"], table.specificity["viral"]
-    rare = at_prevalence(given, [0.01]).set_index("class").loc["viral"]
+    rare = at_prevalence(predictions, [0.01]).set_index("class").loc["viral"]
     assert rare.ppv == pytest.approx(0.01 * sensitivity / (0.01 * sensitivity + 0.99 * (1 - specificity)))
     with pytest.raises(ValueError, match=r"above 0 and below 1"):
-        at_prevalence(given, [5])
+        at_prevalence(predictions, [5])
 
 
-def test_a_source_alone_beside_all_pooled():
+def test_the_source_table_has_all_sources_pooled_and_each_source_alone():
     scores, images, labels = tables()
     images["source"] = np.where(labels["COVID-19"] == 1, "ieee8023", "kermany")
     pooled = source_table(judged(scores, images, labels)).set_index(["source", "class"])
     assert pooled.loc[("ieee8023", "COVID-19")].of == pooled.loc[("pooled", "COVID-19")].support
-    # Nothing else is in that source: it tells nothing apart there.
+    # The source has no other class, so these metrics are undefined.
     assert np.isnan(pooled.loc[("ieee8023", "COVID-19")].specificity)
     assert np.isnan(pooled.loc[("ieee8023", "COVID-19")].roc_auc)
     alone = judged(scores, images, labels, source="kermany")
     assert len(alone.truth) == pooled.loc[("kermany", "viral")].of
-    with pytest.raises(ValueError, match=r"no scored image is from source 'nih'; there are: ieee8023, kermany"):
+    with pytest.raises(ValueError, match=r"no predicted image is from source 'nih'; available sources: ieee8023, kermany"):
         judged(scores, images, labels, source="nih")
 
 
@@ -144,37 +144,37 @@ def test_failures_by_class():
     assert table.unanswered_share[first] == table.unanswered[first] / (table.unanswered + table.answered)[first]
 
 
-def test_folds_are_averaged_and_models_parted():
+def test_folds_are_averaged_and_models_are_split():
     scores, images, labels = tables(20)
     other = scores.assign(fold=1 - scores.fold)
     other[CLASSES] = other[CLASSES].to_numpy()[:, [1, 2, 0]]
     both = judged(pd.concat([scores, other]), images, labels)
     mean = (scores[CLASSES].to_numpy() + other[CLASSES].to_numpy()) / 2
-    assert np.allclose(pd.DataFrame(both.found, both.image_id).loc[scores.image_id], mean)
+    assert np.allclose(pd.DataFrame(both.probabilities, both.image_id).loc[scores.image_id], mean)
     parted = by_model(pd.concat([scores, scores.assign(model="n").iloc[5:]]))
     assert list(parted) == ["m", "n"]
     shared = on_shared_images({name: judged(rows, images, labels) for name, rows in parted.items()})
     assert len(shared["m"].truth) == 15 and (shared["m"].image_id == shared["n"].image_id).all()
-    assert (shared["m"].found == shared["n"].found).all()
+    assert (shared["m"].probabilities == shared["n"].probabilities).all()
 
 
-def test_what_is_refused():
+def test_inconsistent_scores_and_labels_are_refused():
     scores, images, labels = tables(10)
     with pytest.raises(ValueError, match=r"do not sum to 1, first i000 .*multi_label"):
         judged(scores.assign(viral=0.9), images, labels)
-    with pytest.raises(ValueError, match=r"10 images have not exactly one true class"):
+    with pytest.raises(ValueError, match=r"10 images do not have exactly one true class"):
         judged(scores, images, labels.assign(**dict.fromkeys(CLASSES, 1.0)))
-    with pytest.raises(ValueError, match=r"scores lack the classes \['normal'\]"):
+    with pytest.raises(ValueError, match=r"classes that the scores lack: \['normal'\]"):
         judged(scores.drop(columns="normal"), images, labels)
-    with pytest.raises(ValueError, match=r"of the models \['m', 'n'\], wanted one"):
+    with pytest.raises(ValueError, match=r"of several models \(m, n\); split them with by_model"):
         judged(pd.concat([scores, scores.assign(model="n")]), images, labels)
-    with pytest.raises(ValueError, match=r"no image is answered by all of a, b"):
+    with pytest.raises(ValueError, match=r"no image is predicted by all of these models: a, b"):
         halves = {"a": scores[:5], "b": scores[5:]}
         on_shared_images({name: judged(rows, images, labels) for name, rows in halves.items()})
 
 
 def soft_model(count=3000, temperature=4.0):
-    """Truth drawn from probabilities p, and a model that says p^(1/T): its right temperature is 1/T."""
+    """Truth drawn from probabilities p, and a model that predicts p^(1/T), whose correct temperature is 1/T."""
     scores, images, labels = tables(count)
     rng = np.random.default_rng(3)
     p = rng.dirichlet(np.full(3, 0.3), count)
@@ -185,11 +185,11 @@ def soft_model(count=3000, temperature=4.0):
     return judged(scores, images, labels)
 
 
-def test_an_under_confident_model_is_sharpened_to_what_the_truth_was_drawn_from():
+def test_an_underconfident_model_is_scaled_to_the_probabilities_that_the_truth_was_drawn_from():
     given = soft_model()
     after, temperatures = calibrated(given)
     assert sorted(temperatures.index) == [0, 1] and temperatures.to_numpy() == pytest.approx(0.25, abs=0.03)
-    assert (after.called == given.called).all()
+    assert (after.predicted == given.predicted).all()
     row = calibration_table({"flannel": given}).loc["flannel"]
     assert row["ece before"] > 0.2 and row["ece after"] < 0.03
     assert row["log_loss after"] < row["log_loss before"] and row["brier after"] < row["brier before"]
@@ -205,7 +205,7 @@ def test_a_temperature_of_one_changes_no_figure_of_votes(monkeypatch):
         assert row[f"{figure} after"] == pytest.approx(row[f"{figure} before"], abs=1e-6)
 
 
-def test_one_fold_cannot_be_scaled_on_others():
+def test_a_single_fold_cannot_be_scaled():
     scores, images, labels = tables(20)
     with pytest.raises(ValueError, match=r"scores of one fold \(0\)"):
         calibration_table({"m": judged(scores[scores.fold == 0], images, labels)})

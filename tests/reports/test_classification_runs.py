@@ -1,4 +1,4 @@
-"""Models of several runs: put together, counted once, or told apart; and which images a bundle has not seen."""
+"""Predictions of several runs: merged, counted once or kept apart, and the images that a bundle was not trained on."""
 
 import json
 
@@ -25,7 +25,7 @@ def write(folder, scores):
     return folder
 
 
-def test_folds_are_joined_repeated_rows_count_once_and_other_scores_are_other_models(tmp_path):
+def test_folds_are_merged_repeated_rows_count_once_and_different_scores_become_separate_models(tmp_path):
     scores = tables(20)[0]
     first, second = (write(tmp_path / f"learner{n}", scores[scores.fold == n]) for n in (0, 1))
     mean = scores.assign(model="mean")
@@ -41,7 +41,7 @@ def test_folds_are_joined_repeated_rows_count_once_and_other_scores_are_other_mo
     assert found["patched: mean"].model.unique().tolist() == ["patched: mean"]
 
 
-def test_test_images_have_the_mean_of_the_folds_models_whatever_runs_repeat_them(tmp_path):
+def test_test_images_get_the_mean_over_the_folds_models_even_if_runs_repeat_rows(tmp_path):
     rows = tables(8)[0].assign(fold=0)
     other = rows.assign(fold=1, **dict(zip(CLASSES, rows[CLASSES].to_numpy()[:, ::-1].T, strict=True)))
     mean = rows.assign(model="mean", fold=-1)
@@ -49,18 +49,18 @@ def test_test_images_have_the_mean_of_the_folds_models_whatever_runs_repeat_them
         write_table(pd.concat(parts), "class_scores", tmp_path / name / "tables" / "test_scores.parquet")
         (tmp_path / name / "metrics.json").write_text("{}")
     expected = (rows[CLASSES].to_numpy() + rows[CLASSES].to_numpy()[:, ::-1]) / 2
-    for names in (["first", "second"], ["ensemble"], ["first", "ensemble"]):  # the last lacks none of the learner's models
+    for names in (["first", "second"], ["ensemble"], ["first", "ensemble"]):  # the ensemble repeats all learners' rows
         found = read_class_scores([tmp_path / name for name in names], folds_of(rows.head(0)), "test")
         assert found["m"].fold.tolist() == [-1] * 8
         np.testing.assert_allclose(found["m"].set_index("image_id").loc[rows.image_id, CLASSES], expected)
     assert list(found) == ["m", "mean"]
     with pytest.raises(
-        RunError, match=r"ensemble has no answers in tables/class_scores.parquet; it has test_scores.parquet"
+        RunError, match=r"ensemble has no predictions in tables/class_scores.parquet; it has test_scores.parquet"
     ):
         read_class_scores([tmp_path / "ensemble"], folds_of(rows))
-    with pytest.raises(RunError, match="split is 'tests'; there are: folds, test"):
+    with pytest.raises(RunError, match="split is 'tests'; valid splits: folds, test"):
         read_class_scores([tmp_path / "ensemble"], folds_of(rows), "tests")
-    with pytest.raises(RunError, match=r"ensemble: 1 answers for test images are of images in the folds, first \S+ by mean"):
+    with pytest.raises(RunError, match=r"ensemble: 1 test predictions are for images in the folds, first \S+ by mean"):
         write_table(pd.concat([rows[1:], mean]), "class_scores", tmp_path / "ensemble" / "tables" / "test_scores.parquet")
         read_class_scores([tmp_path / "ensemble"], folds_of(rows.head(1)), "test")
 
@@ -68,7 +68,7 @@ def test_test_images_have_the_mean_of_the_folds_models_whatever_runs_repeat_them
 def test_a_run_without_scores_is_named(tmp_path):
     (tmp_path / "metrics.json").write_text("{}")
     with pytest.raises(
-        RunError, match=r"has no answers in tables/class_scores.parquet; name runs of notebooks 20, 25 and 65"
+        RunError, match=r"has no predictions in tables/class_scores.parquet; use runs of notebooks 20, 25 or 65"
     ):
         read_class_scores([tmp_path], NO_FOLDS)
     with pytest.raises(RunError, match=r"has no fold\*/bundle"):
@@ -92,7 +92,7 @@ def test_scores_of_images_that_a_model_was_trained_on_are_refused(tmp_path):
 def test_a_nested_models_unseen_images_are_the_outer_folds(tmp_path, monkeypatch):
     folds = pd.DataFrame({"id": ["a", "b", "c"], "fold": [0, 1, 2]})
     labels = pd.DataFrame({"id": ["a", "b", "c"], "x": [1.0, 0.0, 1.0]})
-    told = {"labels": labels, "folds": folds}
+    prepared = {"labels": labels, "folds": folds}
     monkeypatch.setattr(
         "kitlib.reports.classification_runs.read_record", lambda folder: json.loads((folder / "model.json").read_text())
     )
@@ -100,29 +100,32 @@ def test_a_nested_models_unseen_images_are_the_outer_folds(tmp_path, monkeypatch
         (tmp_path / place / "bundle").mkdir(parents=True)
         record = {"fold": 1, "data_fingerprint": data_fingerprint(labels=labels, folds=seen)}
         (tmp_path / place / "bundle" / "model.json").write_text(json.dumps(record))
-    assert unseen_bundle(tmp_path / "plain", told) == (tmp_path / "plain/fold1/bundle", ["b"])
-    assert unseen_bundle(tmp_path / "nested", told) == (tmp_path / "nested/outer2/fold1/bundle", ["c"])
+    assert unseen_bundle(tmp_path / "plain", prepared) == (tmp_path / "plain/fold1/bundle", ["b"])
+    assert unseen_bundle(tmp_path / "nested", prepared) == (tmp_path / "nested/outer2/fold1/bundle", ["c"])
     for changed in ({"labels": labels.assign(x=0.0)}, {"folds": folds.assign(fold=[1, 0, 2])}):
         for run in ("plain", "nested"):
-            with pytest.raises(RunError, match="trained on another prepared run"):
-                unseen_bundle(tmp_path / run, told | changed)
+            with pytest.raises(RunError, match="was trained on another prepared run"):
+                unseen_bundle(tmp_path / run, prepared | changed)
 
 
-def test_models_that_there_are_not_are_refused_and_the_mean_is_the_reference():
+def test_unknown_models_are_refused_and_the_mean_is_the_default_reference():
     models = ["resnet152", "ensemble: mean", "flannel"]
     assert choose_models(models, "", []) == ("ensemble: mean", ["ensemble: mean", "flannel"])
     assert choose_models(models[::2], "", []) == ("resnet152", ["resnet152", "flannel"])
     assert choose_models(models[:1], "", []) == ("resnet152", ["resnet152"])
     assert choose_models(models, "flannel", ["resnet152"]) == ("flannel", ["resnet152"])
-    with pytest.raises(ValueError, match="reference: no model is called 'mean'; there are: resnet152, ensemble: mean, fl"):
+    with pytest.raises(
+        ValueError, match="reference: model 'mean' does not exist; available models: resnet152, ensemble: mean, fl"
+    ):
         choose_models(models, "mean", [])
-    with pytest.raises(ValueError, match="pictured: no model is called 'flanel'; there are: resnet152"):
+    with pytest.raises(ValueError, match="pictured: model 'flanel' does not exist; available models: resnet152"):
         choose_models(models, "", ["flannel", "flanel"])
 
 
 def test_the_protocol_says_how_folds_were_made():
     folds = pd.DataFrame({"id": ["a", "b", "c"], "fold": [0, 1, 2]})
-    assert protocol_of(folds, "patient").startswith("3 folds by patient and near-duplicate, each image judged")
-    assert protocol_of(folds, "source") == "3 folds, each one source, whose images are judged by models without that source"
+    assert protocol_of(folds, "patient").startswith("3 folds by patient and near-duplicate; each image is predicted")
+    by_source = "3 folds, one per source; each image is predicted by models not trained on its source"
+    assert protocol_of(folds, "source") == by_source
     with pytest.raises(RunError, match="folds by 'hospital'"):
         protocol_of(folds, "hospital")

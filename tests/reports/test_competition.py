@@ -1,3 +1,5 @@
+"""Report tables of the competition score: reliability, curves, and bootstrap draws of score and opacity AP."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -38,7 +40,7 @@ def test_confusion_counts_most_probable_classes():
     assert list(matrix.index) == list(matrix.columns) == list(STUDY_CLASSES)
 
 
-def test_class_report_holds_the_scores_own_average_precisions(case):
+def test_class_report_has_the_average_precisions_of_the_score(case):
     truth, studies, nones, found, _ = case
     table = reports.class_report(truth, studies, nones).set_index("class")
     expected = score_tables(truth, studies, nones, found)
@@ -47,7 +49,7 @@ def test_class_report_holds_the_scores_own_average_precisions(case):
 
 
 def test_calibration_of_known_answers():
-    # Ten studies told 0.85 negative, of which eight are: gap 0.05; Brier (8 * 0.15^2 + 2 * 0.85^2) / 10.
+    # Ten studies have 0.85 for negative, eight are negative: gap 0.05; Brier (8 * 0.15^2 + 2 * 0.85^2) / 10.
     labels = pd.DataFrame(np.eye(4)[[0] * 8 + [1] * 2], columns=list(STUDY_CLASSES)).assign(id=[f"s{n}" for n in range(10)])
     studies = pd.DataFrame([[0.85, 0.05, 0.05, 0.05]] * 10, columns=list(STUDY_CLASSES)).assign(study_id=labels["id"])
     truth = Truth(labels, ("i", "j"), pd.DataFrame([("i", 0, 0, 9, 9)], columns=["image_id", *BOX]))
@@ -95,7 +97,7 @@ def test_bootstrap_brackets_the_score(case):
 def test_bootstrap_draws_whole_patients(case):
     truth, studies, nones, found, images = case
     one = reports.bootstrap(truth, studies, nones, found, images.assign(patient_id="same"), samples=5)
-    # One patient is always drawn once: nothing varies.
+    # With a single patient all draws are equal.
     assert one["low"].tolist() == pytest.approx(one["value"].tolist()) == one["high"].tolist()
     wide = reports.bootstrap(truth, studies, nones, found, images, samples=100).set_index("name")
     narrow = reports.bootstrap(truth, studies, nones, found, images.assign(patient_id=images["image_id"]), samples=100)
@@ -106,11 +108,11 @@ def test_missing_rows_are_named(case):
     truth, studies, nones, found, images = case
     with pytest.raises(ValueError, match="study_id s3 of the truth"):
         reports.confusion(truth, studies.drop(3))
-    with pytest.raises(ValueError, match="images table, first i5"):
+    with pytest.raises(ValueError, match="table images, first i5"):
         reports.bootstrap(truth, studies, nones, found, images.drop(5))
 
 
-def test_the_score_of_some_parts_is_their_mean_and_its_draws_pair_up(case):
+def test_the_score_of_some_parts_is_their_mean_and_has_paired_draws(case):
     truth, studies, nones, found, images = case
     whole = reports.score_draws(truth, studies, nones, found, images, 5)
     expected = score_tables(truth, studies, nones, found)
@@ -118,7 +120,7 @@ def test_the_score_of_some_parts_is_their_mean_and_its_draws_pair_up(case):
     parts = reports.score_draws(truth, studies, nones, None, images, 5)
     assert parts["score"].iloc[0] == pytest.approx(np.mean([expected[name] for name in (*STUDY_CLASSES, "none")]))
     assert parts[["opacity", "opacity_boxed"]].isna().all(axis=None)
-    # The same patients are drawn, whatever else is answered.
+    # The draws do not depend on which parts are predicted.
     pd.testing.assert_frame_equal(parts[["atypical", "none"]], whole[["atypical", "none"]])
     boxes = reports.score_draws(truth, None, None, found, images, 5)
     pd.testing.assert_series_equal(boxes["score"], whole["opacity"], check_names=False)
@@ -138,7 +140,7 @@ def tables():
     return detections, pd.DataFrame({"image_id": image_ids}), images, boxes
 
 
-def test_it_is_the_report_s_opacity_precision(tables):
+def test_detection_draws_start_with_the_opacity_ap_of_the_report(tables):
     detections, coverage, images, boxes = tables
     labels = pd.DataFrame({"id": images.study_id, "negative": 1.0, "typical": 0.0, "indeterminate": 0.0, "atypical": 0.0})
     studies, nones = labels.rename(columns={"id": "study_id"}), images[["image_id"]].assign(none=0.5)
@@ -147,7 +149,7 @@ def test_it_is_the_report_s_opacity_precision(tables):
     assert draws[0] == pytest.approx(whole.set_index("name").value["opacity"])
 
 
-def test_an_image_without_a_box_is_a_place_for_false_positives(tables):
+def test_false_positives_on_images_without_a_box_lower_the_ap(tables):
     detections, coverage, images, boxes = tables
     boxed = coverage[coverage.image_id.isin(boxes.image_id)]
     assert (
@@ -160,11 +162,11 @@ def test_one_seed_draws_the_same_patients_for_every_detector(tables):
     once = detection_draws(detections, coverage, images, boxes, 50)
     again = detection_draws(detections.sample(frac=1, random_state=1), coverage.iloc[::-1], images, boxes, 50)
     assert interval(once - again) == {"value": 0.0, "low": 0.0, "high": 0.0}
-    told = interval(once)
-    assert told["low"] < told["value"] < told["high"]
+    spread = interval(once)
+    assert spread["low"] < spread["value"] < spread["high"]
 
 
-def test_an_image_looked_at_twice_is_refused(tables):
+def test_an_image_that_occurs_twice_in_the_coverage_is_refused(tables):
     detections, coverage, images, boxes = tables
-    with pytest.raises(ValueError, match="looked at twice"):
+    with pytest.raises(ValueError, match="occurs twice in the coverage"):
         detection_draws(detections, pd.concat([coverage, coverage]), images, boxes)

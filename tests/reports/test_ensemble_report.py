@@ -1,4 +1,4 @@
-"""Learners and ensembles in one table: figures that a hand can check."""
+"""Learners and ensembles in one table, with metrics that can be checked by hand."""
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ CLASSES = ["sick", "well"]
 
 @pytest.fixture(scope="module")
 def found():
-    """Eight images in two folds: `good` is right seven times, `bad` never."""
+    """Eight images in two folds: `good` is right seven times, `bad` is never right."""
     ids = [f"i{k}" for k in range(8)]
     images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": ids})
     truth = np.arange(8) // 2 % 2
@@ -30,20 +30,20 @@ def found():
     return gather(tables, images, labels, folds)
 
 
-def test_the_table_has_a_line_for_each_learner_and_ensemble(found):
+def test_the_table_has_a_row_for_each_learner_and_ensemble(found):
     judged = judge_ensembles(found, {name: ENSEMBLES[name] for name in ("mean", "weighted")})
     table = comparison(judged, found)
     assert set(table.index) == {"good", "bad", "mean", "weighted"} and (table.learns == "cross-fitted").all()
     assert table.accuracy["good"] == 7 / 8 and table.accuracy["bad"] == 0 and (table["rows"] == 8).all()
-    # sick: 3 of 4 found, none called wrongly: F1 6/7; well: 4 of 4, one wrongly: 8/9
+    # sick: 3 of 4 images are found without false positives: F1 6/7; well: 4 of 4 with one false positive: F1 8/9.
     assert table.macro_f1["good"] == pytest.approx((6 / 7 + 8 / 9) / 2) and table["f1 sick"]["good"] == pytest.approx(6 / 7)
     assert table.log_loss["bad"] == pytest.approx(-np.log(0.2))
-    # All weight goes to the good one, whichever fold is judged.
+    # In both folds the good learner gets all of the weight.
     assert table.loc["weighted", "accuracy"] == 7 / 8 and judged.weights.good.min() > 0.999
     assert len(weights_figure(judged.weights, found.learners).axes) == 1
 
 
-def test_scores_are_scaled_by_the_other_fold_and_the_kept_ensemble_knows_its_own(found):
+def test_scores_are_scaled_on_the_other_fold_and_the_final_ensemble_records_its_protocol(found):
     judged = judge_ensembles(found, {"mean": ENSEMBLES["mean"]})
     scaled, temperatures = cross_scaled_scores(judged, found, "good", "good scaled")
     assert set(scaled.model) == {"good scaled"} and set(temperatures.index) == {0, 1, "all"}

@@ -1,3 +1,5 @@
+"""Figures drawn from small tables: coordinates, colours and texts."""
+
 import cv2
 import numpy as np
 import pandas as pd
@@ -11,7 +13,7 @@ from kitlib.xrays.mask_store import MaskStore
 
 
 class Cache:
-    """Two grey images kept at a tenth of their size."""
+    """Returns grey images whose decoded copy has a tenth of the original size."""
 
     def read(self, image_id):
         return CachedXray(image_id, np.full((80, 60), 90, np.uint8), 800, 600)
@@ -26,13 +28,13 @@ def boxes(*rows, score=None):
     return table if score is None else table.assign(score=score)
 
 
-def test_boxes_lie_where_the_original_pixels_say():
+def test_boxes_are_scaled_from_original_pixels():
     truth = boxes(("i1", 100.0, 200.0, 300.0, 600.0))
     found = boxes(("i1", 150.0, 250.0, 350.0, 650.0), ("i1", 0.0, 0.0, 9.0, 9.0), score=[0.7, 0.05])
-    figure = figures.example_images(Cache(), IMAGES, LABELS, truth, found, a_row=2)
+    figure = figures.example_images(Cache(), IMAGES, LABELS, truth, found, per_row=2)
     healthy, ill = figure.axes
     assert not healthy.patches
-    # Original pixels at a tenth; the box of 0.05 is left out.
+    # Original pixels divided by ten; the box with the score 0.05 is not drawn.
     assert [patch.get_bbox().extents.tolist() for patch in ill.patches] == [
         pytest.approx([10, 20, 30, 60]),
         pytest.approx([15, 25, 35, 65]),
@@ -48,14 +50,14 @@ def test_masks_are_outlined(tmp_path):
     codes[10:50, 5:25], codes[10:50, 35:55] = MASK_CODES["right_lung"], MASK_CODES["left_lung"]
     masks = MaskStore(tmp_path)
     masks.add({"i1": codes})
-    bare, drawn = figures.example_images(Cache(), IMAGES, LABELS, a_row=2, masks=masks).axes
+    bare, drawn = figures.example_images(Cache(), IMAGES, LABELS, per_row=2, masks=masks).axes
     assert not bare.collections
     boxes = [outline.get_paths()[0].get_extents().extents.tolist() for outline in drawn.collections]
-    # matplotlib counts pixels from their middles: the edge before pixel 5 is at 4.5.
+    # In matplotlib pixel centres are integers: the left edge of pixel 5 is at 4.5.
     assert sorted(boxes) == [[4.5, 9.5, 24.5, 49.5], [34.5, 9.5, 54.5, 49.5]]
 
 
-def test_folds_have_a_bar_a_class():
+def test_fold_shares_have_one_bar_per_fold_and_class():
     folds = pd.DataFrame({"id": ["i0", "i1"], "fold": [0, 1]})
     (axis,) = figures.fold_shares(folds, IMAGES, LABELS).axes
     heights = [patch.get_height() for patch in axis.patches]
@@ -74,13 +76,13 @@ def test_the_drawn_curve_has_the_average_precision_below_it():
     (axis,) = figures.precision_recall_figure({"a (AP 0.833)": curve}).axes
     x, y = axis.lines[0].get_path().vertices.T
     drawn = axis.lines[0].get_drawstyle()
-    # With steps drawn before each point, the area is the sum of recall gains times the precision at their end.
+    # With steps drawn before each point, the area is the sum of the recall gains times the precision at their end.
     assert drawn == "steps-pre"
     assert np.sum(np.diff(axis.lines[0].get_xdata()) * axis.lines[0].get_ydata()[1:]) == pytest.approx(1 / 2 + 1 / 2 * 2 / 3)
     assert len(x) == len(y)
 
 
-def test_figures_are_written_whole(tmp_path):
+def test_figures_are_written_without_leftover_files(tmp_path):
     bins = pd.DataFrame({"class": ["a", "a"], "predicted": [0.1, 0.9], "observed": [0.2, 0.7], "count": [5, 9]})
     steps = pd.DataFrame({"step": ["0 default", "1 x"], "score": [0.5, 0.6], "gain": [0.0, 0.1]})
     for number, figure in enumerate((figures.reliability_figure(bins), figures.fusion_steps(steps))):

@@ -1,4 +1,4 @@
-"""The pictures hold what they are given."""
+"""The figures show the values that they are called with."""
 
 import pandas as pd
 
@@ -16,7 +16,7 @@ def test_a_line_for_each_class_and_the_diagonal():
     roc_figure({})
 
 
-def test_the_mean_stands_above_the_classes():
+def test_the_mean_is_drawn_above_the_classes():
     intervals = pd.DataFrame({"name": ["mean", "Mass"], "value": [0.8, 0.7], "low": [0.7, 0.6], "high": [0.9, 0.8]})
     axis = auc_figure(intervals).axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["mean", "Mass"] and axis.yaxis_inverted()
@@ -27,7 +27,7 @@ def test_pictures_name_the_truth_and_the_most_probable_classes():
     classes = class_columns(small.labels, "labels")
     scores = pd.DataFrame({"image_id": small.image_ids[2:5], "model": "m", "fold": 0})
     scores[classes] = [0.1, 0.7, 0.3, 0.2]
-    figure = findings_images(small, scores, small.images, small.labels, a_row=2)
+    figure = findings_images(small, scores, small.images, small.labels, per_row=2)
     axes = figure.axes
     assert [axis.get_title() for axis in axes] == ["image002\ntypical", "image003\ntypical", "image004\nindeterminate", ""]
     assert axes[0].texts[0].get_text() == "typical 0.70\nindeterminate 0.30\natypical 0.20"

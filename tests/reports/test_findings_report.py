@@ -1,4 +1,4 @@
-"""Figures of findings against scikit-learn's, thresholds that never see what they judge, and intervals over patients."""
+"""Findings metrics compared with scikit-learn, thresholds chosen on other images, and bootstrap intervals over patients."""
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from kitlib.reports.findings_report import (
     best_thresholds,
     bootstrap_auc,
     class_report,
-    crossed_thresholds,
+    cross_fitted_thresholds,
     mean_over_folds,
     roc_curves,
     uncertainty,
@@ -24,7 +24,7 @@ CLASSES = ["Mass", "Nodule", "No Finding"]
 
 
 def tables(count=200, folds=2, seed=0, unknown=0.0):
-    """Two images a patient; probabilities that follow the truth, more closely for the first class."""
+    """Two images per patient; the probabilities follow the truth, most closely for the first class."""
     rng = np.random.default_rng(seed)
     truth = (rng.random((count, 3)) < [0.3, 0.1, 0.5]).astype(float)
     found = np.clip(truth * [0.5, 0.3, 0.1] + 0.6 * rng.random((count, 3)), 0, 1)
@@ -37,7 +37,7 @@ def tables(count=200, folds=2, seed=0, unknown=0.0):
     return scores, images, labels
 
 
-def test_the_class_table_has_scikit_learns_figures():
+def test_the_class_table_has_the_metrics_of_scikit_learn():
     scores, images, labels = tables()
     given_answers = answers(scores.sample(frac=1, random_state=1), images, labels)
     report = class_report(given_answers, np.array([0.5, 0.4, 0.3])).set_index("class")
@@ -52,7 +52,7 @@ def test_the_class_table_has_scikit_learns_figures():
         assert row.f1 == pytest.approx(f1_score(truth, found >= threshold))
 
 
-def test_the_aggregates_are_macro_means_and_the_share_of_images_that_are_all_right():
+def test_aggregates_are_macro_means_and_the_share_of_images_with_all_classes_right():
     scores, images, labels = tables()
     given_answers = answers(scores, images, labels)
     figures = heidelberg_figures(given_answers, np.full(3, 0.4))
@@ -66,7 +66,7 @@ def test_the_aggregates_are_macro_means_and_the_share_of_images_that_are_all_rig
         assert figures.accuracy.iloc[row] == pytest.approx(accuracy_score(truth.to_numpy(), called.to_numpy()))
 
 
-def test_of_exclusive_classes_the_most_probable_one_is_called():
+def test_the_most_probable_of_exclusive_classes_is_predicted():
     scores, images, labels = tables(30)
     labels[CLASSES] = np.eye(3)[np.arange(30) % 3]
     figures = heidelberg_figures(answers(scores, images, labels), np.full(3, 0.5), exclusive=True)
@@ -76,7 +76,7 @@ def test_of_exclusive_classes_the_most_probable_one_is_called():
     assert figures.recall.iloc[1] == pytest.approx(recall_score(truth, called, average="macro"))
 
 
-def test_unknown_labels_count_for_nothing():
+def test_unknown_labels_are_ignored():
     scores, images, labels = tables(unknown=0.3)
     report = class_report(answers(scores, images, labels), np.full(3, 0.5)).set_index("class")
     for name in CLASSES:
@@ -105,26 +105,26 @@ def test_no_threshold_has_a_better_f1(truth, seed):
 @pytest.mark.parametrize("folds", [1, 2, 3])
 def test_a_threshold_does_not_change_with_the_truth_that_it_judges(folds):
     scores, images, labels = tables(120, folds)
-    before = crossed_thresholds(answers(scores, images, labels))
+    before = cross_fitted_thresholds(answers(scores, images, labels))
     patient = images.patient_id[10]
     own = (images.patient_id == patient).to_numpy()
     changed = labels.copy()
     changed.loc[own, CLASSES] = 1 - changed.loc[own, CLASSES]
-    after = crossed_thresholds(answers(scores, images, changed))
+    after = cross_fitted_thresholds(answers(scores, images, changed))
     assert np.array_equal(before[own], after[own])
-    # nor has it seen any other image of its part
+    # The threshold does not depend on any other image of the same fold either.
     if folds > 1:
         others = answers(scores, images, labels)
         chosen = scores.fold.to_numpy() != scores.fold[10]
         alone = answers(scores[chosen], images, labels)
-        assert np.array_equal(before[10], best_thresholds(alone)) and len(others.found) == 120
+        assert np.array_equal(before[10], best_thresholds(alone)) and len(others.probabilities) == 120
 
 
 def test_a_class_without_positives_is_not_judged():
     scores, images, labels = tables()
     labels["Nodule"] = 0.0
     given_answers = answers(scores, images, labels)
-    thresholds = crossed_thresholds(given_answers)
+    thresholds = cross_fitted_thresholds(given_answers)
     assert (thresholds[:, 1] == 0.5).all()
     row = class_report(given_answers, thresholds).set_index("class").loc["Nodule"]
     assert row.positives == 0 and row[["roc_auc", "average_precision", "precision", "recall", "f1"]].isna().all()
@@ -145,7 +145,7 @@ def test_the_interval_holds_the_value_and_follows_patients_not_images():
     aucs = [roc_auc_score(labels[name], scores[name]) for name in CLASSES]
     assert intervals.value.tolist() == pytest.approx([np.mean(aucs), *aucs])
     assert ((intervals.low < intervals.value) & (intervals.value < intervals.high)).all()
-    # Every image ten times, as one patient's: ten times the images and not a bit more evidence.
+    # Ten copies of each image of a patient add no information.
     copies = range(10)
     many = pd.concat([scores.assign(image_id=scores.image_id + f"-{n}") for n in copies])
     of_many = pd.concat([images.assign(image_id=images.image_id + f"-{n}") for n in copies])
@@ -153,12 +153,12 @@ def test_the_interval_holds_the_value_and_follows_patients_not_images():
     pd.testing.assert_frame_equal(again, intervals, atol=1e-9, rtol=0)
 
 
-def test_two_models_of_the_same_patients_meet_the_same_draws():
+def test_two_models_of_the_same_patients_get_the_same_draws():
     scores, images, labels = tables()
     other = scores.assign(Mass=0.5, model="other")[::-1]
     one, two = (auc_draws(answers(each, images, labels), samples=5) for each in (scores, other))
     assert list(one.columns) == ["mean", *CLASSES] and len(one) == 1 + 5
-    # Equal answers differ by nothing in any draw, and what knows nothing has one half.
+    # Equal predictions have equal draws, and a constant prediction has an area of 0.5.
     pd.testing.assert_frame_equal(one[CLASSES[1:]], two[CLASSES[1:]])
     assert two["Mass"].tolist() == pytest.approx([0.5] * 6)
     assert one["mean"].to_numpy() == pytest.approx(one[CLASSES].mean(axis=1).to_numpy())
@@ -192,11 +192,11 @@ def test_several_rows_an_image_are_refused_or_averaged():
     answers(mean, images, labels)
 
 
-def test_what_does_not_belong_together_is_named():
+def test_mismatched_tables_are_refused():
     scores, images, labels = tables(6)
-    with pytest.raises(ValueError, match=r"labels lack the scored classes \['Hernia'\]"):
+    with pytest.raises(ValueError, match=r"labels lack the predicted classes \['Hernia'\]"):
         answers(scores.assign(Hernia=0.5), images, labels)
-    with pytest.raises(ValueError, match=r"1 scored images .* first i0"):
+    with pytest.raises(ValueError, match=r"1 predicted images .* first i0"):
         answers(scores, images[1:], labels)
     with pytest.raises(ValueError, match="image i2 has a score that is NaN"):
         answers(scores.assign(Mass=scores.Mass.where(scores.image_id != "i2")), images, labels)
@@ -204,5 +204,5 @@ def test_what_does_not_belong_together_is_named():
 
 def test_uncertainty_is_the_entropy_in_bits():
     scores = pd.DataFrame({"image_id": list("abc"), "model": "m", "fold": 0, "x": [0.5, 1.0, 0.25], "y": [0.5, 0.0, 1.0]})
-    # one bit a coin; of a quarter 2 - 3/4 log2 3
+    # A probability of 0.5 has one bit, one of 0.25 has 2 - 3/4 log2 3 bits.
     assert uncertainty(scores).tolist() == pytest.approx([2, 0, 2 - 0.75 * np.log2(3)])

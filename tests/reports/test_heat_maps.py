@@ -1,4 +1,4 @@
-"""Heat of a network known by hand, of each family of backbones, and its share inside the lungs."""
+"""Heat maps of a network that can be computed by hand and of real backbones, and the share of the heat inside the lungs."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from kitlib.inference.predict import load_predictor
 from kitlib.lungs.finders import Lungs
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
 from kitlib.recipes.fields import FindingsRecipe, StudyRecipe
-from kitlib.reports.heat_maps import Heat, heat_figure, heat_maps, heat_summary, inside_lungs, look
+from kitlib.reports.heat_maps import Heat, compute_heat, heat_figure, heat_maps, heat_summary, inside_lungs
 from kitlib.xrays.cache import CachedXray
 from tests.small_lungs import FRAME, stored_lungs
 from tests.small_xrays import SmallXrays
@@ -20,7 +20,7 @@ SMALL = {"image_size": 64, "hidden": 0, "channels": 1, "multi_label": False, "dr
 
 
 class BrightNetwork(FindingsClassifier):
-    """Its last maps are the image's mean and its negative on an 8 x 8 grid; class a likes the first, class b the second."""
+    """Its last feature maps are the image's mean and its negative on an 8 x 8 grid; class a uses the first, b the second."""
 
     def __init__(self):
         super().__init__(FindingsRecipe(backbone="test_resnet", **SMALL), ["a", "b"])
@@ -38,14 +38,14 @@ class BrightNetwork(FindingsClassifier):
         self.head.weight.data = torch.eye(2)
 
 
-def test_the_heat_of_a_network_that_likes_bright_is_the_brightness():
+def test_the_heat_of_a_network_that_responds_to_brightness_is_the_brightness():
     pixels = torch.zeros(2, 64, 64, dtype=torch.uint8)
     pixels[0, 16:32, 40:56] = 255
     heat = heat_maps(BrightNetwork(), pixels, [0, 1])
     assert heat.shape == (2, 64, 64) and heat.dtype == np.float32
-    # By hand: the weights of the maps are the head's over the cells, so the heat is the cell's own value, then resized.
+    # By hand: each map's weight is the head's weight divided by the number of cells, so the heat is the resized cell value.
     assert heat[0][20:28, 44:52].min() == pytest.approx(1) and heat[0][:8].max() == 0 and heat[0][:, :32].max() == 0
-    assert heat[1] == pytest.approx(1)  # dark everywhere, for the class that likes dark
+    assert heat[1] == pytest.approx(1)  # class b responds to dark pixels, and all pixels are dark
     nothing = heat_maps(BrightNetwork(), torch.zeros(1, 64, 64), [0])
     assert (nothing == 0).all()
 
@@ -54,9 +54,9 @@ def test_the_heat_of_a_network_that_likes_bright_is_the_brightness():
 def test_heat_of_real_backbones_by_an_independent_gradient(backbone):
     torch.manual_seed(0)
     network = FindingsClassifier(FindingsRecipe(backbone=backbone, **SMALL), ["a", "b", "c"]).eval()
-    network.requires_grad_(False)  # as a frozen backbone is
+    network.requires_grad_(False)  # like a frozen backbone
     if backbone == "test_resnet":
-        network.head[-1].weight.abs_()  # else nothing raises an output
+        network.head[-1].weight.abs_()  # otherwise nothing raises an output
     pixels = torch.randint(0, 256, (2, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     maps = network.backbone.forward_features(network.normalise(pixels)).detach().requires_grad_()
     logits = network.head(network.backbone.forward_head(maps))
@@ -74,10 +74,10 @@ def test_one_logit_has_opposite_heats_and_a_transformer_none():
     network = FindingsClassifier(FindingsRecipe(backbone="test_resnet", one_logit=True, **SMALL), ["a", "b"]).eval()
     pixels = torch.randint(0, 256, (1, 64, 64), dtype=torch.uint8)
     first, second = heat_maps(network, pixels.repeat(2, 1, 1), [0, 1])
-    # What is hot for one is cold for the other, but where resizing mixes neighbouring cells.
+    # Cells that are hot for one class are cold for the other, except where resizing mixes neighbouring cells.
     assert (first.max() == 1 or second.max() == 1) and (np.minimum(first, second) > 0.5).sum() == 0
     transformer = FindingsClassifier(FindingsRecipe(backbone="test_vit", **{**SMALL, "image_size": 160}), ["a", "b"])
-    with pytest.raises(ValueError, match="test_vit has no maps of features"):
+    with pytest.raises(ValueError, match="test_vit has features of shape"):
         heat_maps(transformer.eval(), torch.zeros(1, 160, 160), [0])
 
 
@@ -92,7 +92,7 @@ def save(folder, network, family, classes, recipe):
 
 
 @pytest.mark.parametrize("family", ["findings", "study"])
-def test_bundles_are_looked_through_and_heat_lies_on_the_xrays_own_pixels(tmp_path, family):
+def test_heat_of_a_bundle_has_the_pixels_of_the_decoded_copy(tmp_path, family):
     small = SmallXrays(6)
     torch.manual_seed(0)
     if family == "findings":
@@ -104,7 +104,7 @@ def test_bundles_are_looked_through_and_heat_lies_on_the_xrays_own_pixels(tmp_pa
     save(tmp_path / "bundle", network, family, classes, recipe)
     predictor = load_predictor(tmp_path / "bundle", torch.device("cpu"), batch_size=4)
     xrays = [small.read(name) for name in small.image_ids]
-    found = look(predictor, xrays, [classes[n % 2] for n in range(6)])
+    found = compute_heat(predictor, xrays, [classes[n % 2] for n in range(6)])
     assert [each.xray.image_id for each in found] == small.image_ids
     assert all(each.heat.shape == each.xray.pixels.shape and 0 <= each.heat.min() <= each.heat.max() <= 1 for each in found)
     lungs = stored_lungs(tmp_path / "lungs", small, missed=["image001"])
@@ -113,7 +113,7 @@ def test_bundles_are_looked_through_and_heat_lies_on_the_xrays_own_pixels(tmp_pa
     figure = heat_figure({"whole": found, "segmented": found}, lungs)
     assert len(figure.axes) == 18 and figure.axes[6].get_ylabel() == "whole" and figure.axes[0].get_title() == "image000"
     with pytest.raises(ValueError, match=r"m has no class \['Mass'\]; it has: "):
-        look(predictor, xrays[:1], ["Mass"])
+        compute_heat(predictor, xrays[:1], ["Mass"])
     with pytest.raises(ValueError, match="are of other images"):
         heat_figure({"whole": found, "segmented": found[1:]})
 

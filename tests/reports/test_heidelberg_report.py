@@ -1,3 +1,5 @@
+"""The Heidelberg table: confidences chosen on other folds, metrics by hand and by scikit-learn, and the published rows."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,7 +8,7 @@ from sklearn.metrics import accuracy_score, average_precision_score, f1_score
 from kitlib.classes import STUDY_CLASSES
 from kitlib.fusion.model_fusion import Fused, FusionSettings, fuse
 from kitlib.reports.heidelberg_report import COLUMNS, best_confidence, heidelberg_table
-from kitlib.reports.published_tables import published
+from kitlib.reports.published_tables import find_published
 from kitlib.scoring.score import score_tables, truth_of
 from kitlib.tables import BOX
 
@@ -18,7 +20,7 @@ def found(*rows):
 
 
 def answer(detections, images, studies=None):
-    """All images seen; studies on priors unless given."""
+    """All images are predicted; studies have placeholder predictions unless `studies` is passed."""
     nones = images[["image_id"]].assign(none=0.5, prior=False, seen=True)
     if studies is None:
         studies = images[["study_id"]].assign(**dict.fromkeys(STUDY_CLASSES, 0.25), prior=True)
@@ -27,7 +29,7 @@ def answer(detections, images, studies=None):
 
 @pytest.fixture(scope="module")
 def small():
-    """Images a to d, c and d in fold 1; b has no box, d has two."""
+    """Images a to d with c and d in fold 1; b has no box, d has two."""
     images = pd.DataFrame({"image_id": list("abcd"), "study_id": list("stuv")})
     labels = pd.DataFrame(np.eye(4)[[1, 0, 1, 2]], columns=list(STUDY_CLASSES)).assign(id=list("stuv"))
     boxes = pd.DataFrame([("a", *ONE), ("c", *ONE), ("d", *ONE), ("d", *FAR)], columns=["image_id", *BOX])
@@ -41,8 +43,8 @@ def small():
 def test_the_operating_point_comes_from_the_other_fold(small):
     images, labels, boxes, folds, detections = small
     table = heidelberg_table({"mine": answer(detections, images)}, images, labels, boxes, folds)
-    # Fold 1 by itself is best at 0.4: 2 hits of 2 shown and of 3 true, F1 0.8. Fold 0 at 0.9: 1 of 1, F1 1.
-    # So fold 0 shows what has 0.4 or more: a hit and a miss on `a`, and a false one on healthy `b`. Fold 1 shows nothing.
+    # Fold 1 has its best F1, 0.8, at 0.4: 2 of 2 predicted boxes hit, of 3 true ones. Fold 0 has F1 1 at 0.9: 1 of 1.
+    # So fold 0 keeps boxes from 0.4: a hit and a miss on `a`, a false positive on healthy `b`. Fold 1 keeps no box.
     row = table.loc["mine"]
     assert row["confidence"] == pytest.approx((0.4 + 0.9) / 2)
     assert row[["recall", "precision", "precision_all"]].tolist() == pytest.approx([1 / 4, 1 / 2, 1 / 3])
@@ -50,7 +52,7 @@ def test_the_operating_point_comes_from_the_other_fold(small):
     assert row[["images", "boxed_images"]].tolist() == [4, 3]
 
 
-def test_precision_is_the_scores_own_on_all_and_on_boxed_images(small):
+def test_ap_equals_that_of_the_score_on_all_images_and_on_images_with_a_box(small):
     images, labels, boxes, folds, detections = small
     row = heidelberg_table({"mine": answer(detections, images)}, images, labels, boxes, folds).loc["mine"]
     studies = images[["study_id"]].assign(**dict.fromkeys(STUDY_CLASSES, 0.25))
@@ -60,7 +62,7 @@ def test_precision_is_the_scores_own_on_all_and_on_boxed_images(small):
     assert row["ap"] == pytest.approx((1 + 2 / 3 + 3 / 5) / 4) and row["ap_boxed"] == pytest.approx((1 + 1 + 3 / 4) / 4)
 
 
-def test_a_given_confidence_is_taken(small):
+def test_a_passed_confidence_is_used(small):
     images, labels, boxes, _, detections = small
     mine = answer(detections, images)
     confidence = best_confidence(mine, images, boxes)
@@ -68,7 +70,7 @@ def test_a_given_confidence_is_taken(small):
     assert confidence == 0.4
     row = heidelberg_table({"mine": mine}, images, labels, boxes, confidences={"mine": 0.7}).loc["mine"]
     assert row[["confidence", "recall", "precision", "precision_all"]].tolist() == pytest.approx([0.7, 0.5, 1, 2 / 3])
-    with pytest.raises(ValueError, match="'mine' needs a confidence"):
+    with pytest.raises(ValueError, match="'mine' needs an entry in confidences"):
         heidelberg_table({"mine": mine}, images, labels, boxes)
 
 
@@ -78,7 +80,7 @@ def test_one_fold_alone_has_no_operating_point(small):
     assert row[["confidence", "f1", "recall"]].isna().all() and row["ap"] > 0
 
 
-def test_study_figures_are_sklearns():
+def test_study_metrics_equal_those_of_scikit_learn():
     rng = np.random.default_rng(3)
     n, classes = 200, rng.integers(0, 4, 200)
     images = pd.DataFrame({"image_id": [f"i{k}" for k in range(n)], "study_id": [f"s{k}" for k in range(n)]})
@@ -91,7 +93,7 @@ def test_study_figures_are_sklearns():
     predicted = probability.argmax(axis=1)
     assert row["study_accuracy"] == pytest.approx(accuracy_score(classes, predicted))
     assert row["study_f1"] == pytest.approx(f1_score(classes, predicted, average="macro"))
-    # sklearn's area has no envelope: for hard labels, two blocks of equal scores, it is the same unless a class is
+    # scikit-learn's area has no envelope. For hard labels (two groups of equal scores) the areas are equal unless a class is
     # predicted worse than by chance.
     hard = [average_precision_score(classes == k, predicted == k) for k in range(4)]
     assert row["study_map_hard"] == pytest.approx(np.mean(hard))
@@ -100,7 +102,7 @@ def test_study_figures_are_sklearns():
     assert row[["ap", "recall"]].tolist() == [0, 0] and row["studies"] == n
 
 
-def test_runs_are_compared_by_what_they_have_answered(small):
+def test_runs_are_evaluated_on_the_rows_that_they_predict(small):
     images, labels, boxes, folds, _ = small
     images = images.assign(rows=1000, columns=1000)
     studies = images[["study_id"]].assign(model="c", fold=0, **dict.fromkeys(STUDY_CLASSES, 0.25)).head(2)
@@ -119,7 +121,7 @@ def test_runs_are_compared_by_what_they_have_answered(small):
 def test_the_published_rows_are_the_reports_tables(small):
     images, labels, boxes, folds, detections = small
     table = heidelberg_table({"mine": answer(detections, images)}, images, labels, boxes, folds)
-    names = [f"Heidelberg, published: {name}" for name in published("heidelberg").rows.index]
+    names = [f"Heidelberg, published: {name}" for name in find_published("heidelberg").rows.index]
     assert list(table.index) == ["mine", *names] and list(table.columns) == list(COLUMNS)
     assert table.loc["Heidelberg, published: ensemble", ["ap_boxed", "f1", "recall", "precision"]].tolist() == [
         0.451,
@@ -127,7 +129,7 @@ def test_the_published_rows_are_the_reports_tables(small):
         0.530,
         0.594,
     ]
-    # The report's F1 is the harmonic mean of its two columns, as ours is, to the digits it prints.
+    # The report's F1 equals the harmonic mean of its precision and recall to the printed digits, like the F1 here.
     for name in names[:3]:
         row = table.loc[name]
         assert row["f1"] == pytest.approx(
@@ -140,5 +142,5 @@ def test_an_image_outside_the_folds_or_a_study_without_a_label_is_named(small):
     with pytest.raises(ValueError, match="image d is in no fold"):
         heidelberg_table({"mine": answer(detections, images)}, images, labels, boxes, folds.head(3))
     studies = images[["study_id"]].assign(**dict.fromkeys(STUDY_CLASSES, 0.25), prior=False)
-    with pytest.raises(ValueError, match="study v has an answer but no label"):
+    with pytest.raises(ValueError, match="study v has a prediction but no label"):
         heidelberg_table({"mine": answer(detections, images, studies)}, images, labels.head(3), boxes, folds)

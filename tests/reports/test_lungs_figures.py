@@ -1,4 +1,4 @@
-"""The pictures of lungs hold what they are given."""
+"""The lung figures show the masks and values that they are called with."""
 
 import matplotlib
 import numpy as np
@@ -25,7 +25,7 @@ def scores(dice, structure="lungs"):
     return pd.DataFrame({"structure": structure, "dice": dice})
 
 
-def test_a_step_an_image_and_a_line_a_structure():
+def test_one_line_per_structure_with_one_step_per_image():
     figure = overlap_figure(pd.concat([scores([0.9, 0.5, 0.75, 1.0]), scores([0.8, 0.85], "heart")]))
     (axis,) = figure.axes
     lungs, heart, people = axis.lines
@@ -37,12 +37,12 @@ def test_a_step_an_image_and_a_line_a_structure():
 
 
 def outlines(axis):
-    """Colours of the outlines in one picture."""
+    """Return the colours of the outlines in one picture."""
     drawn = [each for each in axis.collections if isinstance(each, matplotlib.contour.ContourSet)]
     return [to_hex(each.get_edgecolor()[0]) for each in drawn]
 
 
-def test_found_masks_are_orange_and_drawn_ones_green_where_there_are_any(small, tmp_path):
+def test_predicted_masks_are_orange_and_annotated_masks_are_green(small, tmp_path):
     found = MaskStore(tmp_path)
     lungs_alone = small.masks.read("chest001").copy()
     lungs_alone[lungs_alone == 2] = 0
@@ -51,7 +51,7 @@ def test_found_masks_are_orange_and_drawn_ones_green_where_there_are_any(small, 
     figure = mask_images(small, found, ids, ["one", "two", "three"], drawn=small.masks)
     assert [axis.get_title() for axis in figure.axes] == ["one", "two", "three", ""]
     orange, green = to_hex(PREDICTION), to_hex(TRUTH)
-    # Heart and both sides are drawn; of what was found there are two sides, nothing, and no mask at all.
+    # Heart and both lungs are annotated. The predicted masks have both lungs, nothing, and no mask at all.
     assert [outlines(axis) for axis in figure.axes] == [[green] * 3 + [orange] * 2, [green] * 3, [green] * 3, []]
     for axis, image_id in zip(figure.axes, ids, strict=False):
         assert np.array_equal(axis.images[0].get_array(), small.pixels[image_id]) and not axis.axison
@@ -66,12 +66,12 @@ def test_an_outline_goes_around_its_mask(small, tmp_path):
     for each, code in zip(axis.collections, (2, 3, 4), strict=True):
         line = np.concatenate([path.vertices for path in each.get_paths()])
         ys, xs = np.nonzero(codes == code)
-        # Half a pixel around the outermost pixels' middles, which is their edge.
+        # Half a pixel outside the centres of the outermost pixels is their edge.
         assert line.min(axis=0).tolist() == [xs.min() - 0.5, ys.min() - 0.5]
         assert line.max(axis=0).tolist() == [xs.max() + 0.5, ys.max() + 0.5]
 
 
-def test_a_montage_dims_what_is_no_lung_and_frames_what_was_found(small):
+def test_a_montage_dims_pixels_outside_the_lungs_and_frames_lungs_that_were_found(small):
     rows = [("chest000", FOUND, 0.3, 20.0, 24.0, 80.0, 100.0), ("chest001", SMALL, 0.01, 0.0, 0.0, COLUMNS, ROWS)]
     table = pd.DataFrame(rows, columns=["image_id", "verdict", "area", *BOX])
     figure = lungs_montage(small, small.masks, table)
@@ -79,7 +79,7 @@ def test_a_montage_dims_what_is_no_lung_and_frames_what_was_found(small):
     assert [axis.get_title() for axis in (first, second)] == ["chest000\nfound, 30%", "chest001\ntoo small, 1%"]
     assert len(empty) == 4 and not any(axis.images for axis in empty)
     (frame,) = first.patches
-    # The copy has half of the original's pixels, and a picture's first one begins at -0.5.
+    # The decoded copy has half the size of the original, and the first pixel begins at -0.5.
     assert frame.get_bbox().extents.tolist() == [9.5, 11.5, 39.5, 49.5] and to_hex(frame.get_edgecolor()) == to_hex(
         PREDICTION
     )

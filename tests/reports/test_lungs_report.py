@@ -1,4 +1,4 @@
-"""Figures of found lungs on tables made by hand, and intervals against draws of their own."""
+"""Lung metrics on handmade tables, and intervals compared with an explicit bootstrap."""
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ def scores(dice=DICE, structure="lungs", ids=None):
     return table.assign(model="m", fold=0, structure=structure)
 
 
-def test_the_figures_of_each_class_are_those_of_its_images():
+def test_the_metrics_of_each_class_are_those_of_its_images():
     report = overlap_report(scores(), IMAGES, LABELS).set_index("class")
     assert report.index.tolist() == ["all", "ill", "well"] and set(report.structure) == {"lungs"}
     assert report.images.tolist() == [6, 3, 2] and report.patients.tolist() == [4, 3, 1]
@@ -40,12 +40,12 @@ def test_the_figures_of_each_class_are_those_of_its_images():
     # Jaccard is d / (2 - d): 0.9 is 9/11, 0.8 is 2/3, 0.5 is 1/3.
     assert report.jaccard.ill == pytest.approx((9 / 11 + 2 / 3 + 1 / 3) / 3)
     assert report.jaccard_median.ill == pytest.approx(2 / 3) and report.jaccard_min.ill == pytest.approx(1 / 3)
-    # Those of `well` are of one patient: however often drawn, it is the same mean.
+    # All images of `well` are of one patient, so every draw has the same mean.
     assert report.dice_low.well == report.dice_high.well == pytest.approx(0.85)
     assert report.dice_low["all"] < report.dice["all"] < report.dice_high["all"]
 
 
-def test_structures_are_told_apart_and_meet_the_same_draws():
+def test_structures_have_their_own_rows_and_get_the_same_draws():
     both = pd.concat([scores(), scores(DICE - 0.25, "heart")], ignore_index=True)
     report = overlap_report(both.sample(frac=1, random_state=0), IMAGES, LABELS).set_index(["structure", "class"])
     assert len(report) == 6
@@ -55,7 +55,7 @@ def test_structures_are_told_apart_and_meet_the_same_draws():
 
 
 def drawn_means(values, patients, samples, rng):
-    """Patient by patient from an urn, as the bootstrap is told in words."""
+    """Draw patients with replacement one by one, as the docstring of the bootstrap describes."""
     of_patient = [values[patients == patient] for patient in sorted(set(patients))]
     means = []
     for _ in range(samples):
@@ -71,13 +71,13 @@ def test_the_interval_is_that_of_patients_drawn_with_replacement():
     own = dict(zip(sorted(set(patients)), rng.normal(0.9, 0.05, 40), strict=True))
     values = np.array([own[patient] for patient in patients]) + rng.normal(0, 0.01, len(patients))
     means = drawn_means(values, patients, 4000, np.random.default_rng(1))
-    # A quantile of 2.5 % of 4,000 draws is off by 0.04 of their deviation, the difference of two by 0.06; this is fourfold.
+    # The 2.5 % quantile of 4,000 draws has an error of 0.04 standard deviations, the difference of two 0.06; allow 4 times.
     allowed = 0.25 * means.std()
     for level in (0.95, 0.5):
         interval = clustered_interval(values, patients, 4000, seed=2, level=level)
         assert interval == pytest.approx(np.quantile(means, [(1 - level) / 2, (1 + level) / 2]), abs=allowed)
     low, high = clustered_interval(values, patients, 4000)
-    # Drawn image by image the interval would be too narrow.
+    # Drawing images instead of patients would give too narrow an interval.
     single = clustered_interval(values, np.arange(len(values)), 4000)
     assert high - low > 1.5 * (single[1] - single[0])
 
@@ -110,19 +110,19 @@ def test_draws_of_two_models_are_paired():
     assert one.score.nunique() > 5
 
 
-def test_strangers_and_images_of_several_rows_are_refused():
+def test_unknown_images_and_images_with_several_rows_are_refused():
     stranger = scores([0.9, 0.8], ids=["i1", "elsewhere"])
     with pytest.raises(ValueError, match="1 images are not in the table images, first elsewhere"):
         overlap_report(stranger, IMAGES, LABELS)
     twice = pd.concat([scores(), scores().assign(model="other")])
-    with pytest.raises(ValueError, match="6 images have several rows of scores, first i0; give one model's"):
+    with pytest.raises(ValueError, match="6 images have several rows of scores, first i0; pass one model's"):
         overlap_report(twice, IMAGES, LABELS)
     with pytest.raises(ValueError, match="1 images are not in the table images, first elsewhere"):
         verdicts(lungs([FOUND] * 2, ["i1", "elsewhere"]), IMAGES, LABELS)
 
 
-def lungs(told, ids=None):
-    table = pd.DataFrame({"image_id": IMAGES.image_id if ids is None else ids, "verdict": told, "area": 0.2})
+def lungs(verdict, ids=None):
+    table = pd.DataFrame({"image_id": IMAGES.image_id if ids is None else ids, "verdict": verdict, "area": 0.2})
     return table.assign(**dict(zip(BOX, (0.0, 0.0, 10.0, 10.0), strict=True)))
 
 

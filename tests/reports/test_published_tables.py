@@ -1,4 +1,4 @@
-"""The published figures agree with themselves and with the counts behind them, and ours stand under them."""
+"""The published metrics agree with themselves and with the counts behind them, and own results are listed under them."""
 
 import re
 from dataclasses import replace
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from kitlib.errors import SettingsError
 from kitlib.paths import project_root
-from kitlib.reports.classification_bootstrap import beside, draws, what_differs
-from kitlib.reports.classification_report import counted_figures, judged
-from kitlib.reports.published_tables import COUNTS, TABLES, check_counts, possible_counts, published
+from kitlib.reports.classification_bootstrap import append_to_published, draws, what_differs
+from kitlib.reports.classification_report import count_metrics, judged
+from kitlib.reports.published_tables import COUNTS, TABLES, check_counts, find_published, possible_counts
 from tests.reports.test_classification_report import tables
 
 
@@ -23,100 +23,105 @@ def row(accuracy, sensitivity, specificity):
 
 @pytest.mark.parametrize("name", ["flannel", "patched_flannel"])
 def test_a_published_macro_f1_is_the_mean_of_its_classes(name):
-    rows = published(name).rows
+    rows = find_published(name).rows
     means = rows[["f1 COVID-19", "f1 viral", "f1 bacterial", "f1 normal"]].mean(axis=1)
-    # The two last digits may be lost by rounding: each is the mean of five rounds.
+    # Rounding may change the last two digits, because each value is the mean of five rounds.
     assert (means - rows["f1 macro"]).abs().max() < 2e-4
     assert rows.loc["FLANNEL", "f1 macro"] == {"flannel": 0.8385, "patched_flannel": 0.8180}[name]
 
 
 def test_the_faults_of_the_hrnet_tables_are_those_that_the_checker_finds():
-    told = check_counts(published("hrnet_folds"))
-    assert [name for name, consistent in told.consistent.items() if not consistent] == [
+    checked = check_counts(find_published("hrnet_folds"))
+    assert [name for name, consistent in checked.consistent.items() if not consistent] == [
         f"fold {number}" for number in (1, 3, 4, 8, 10)
     ]
-    assert told.loc["fold 10"].renamed == "specificity: npv"
-    assert told.loc["fold 1"].renamed == "accuracy: balanced accuracy; specificity: npv"
-    # Printed means: they are those of the columns, so the text's accuracy of 99.26 is not.
-    means = told[["accuracy", "sensitivity", "specificity"]].mean()
+    assert checked.loc["fold 10"].renamed == "specificity: npv"
+    assert checked.loc["fold 1"].renamed == "accuracy: balanced accuracy; specificity: npv"
+    # The printed means are the means of the columns, so the accuracy of 99.26 in the text is not.
+    means = checked[["accuracy", "sensitivity", "specificity"]].mean()
     assert means.tolist() == pytest.approx([99.29, 98.53, 98.82], abs=0.011)
-    assert check_counts(published("hrnet")).consistent.tolist() == [True, True, False]
-    assert check_counts(published("flannel")).empty
+    assert check_counts(find_published("hrnet")).consistent.tolist() == [True, True, False]
+    assert check_counts(find_published("flannel")).empty
 
 
 def test_the_specificities_of_hrnets_folds_are_negative_predictive_values():
-    # 10 folds of 410 COVID-19 and 500 other images have 41 and 50 each.
-    told = check_counts(published("hrnet_folds"))
-    # 40 of 41 found, no false alarm: 50 / 51 = 98.039 (cut off), and the accuracy is (97.56 + 100) / 2, not 90 / 91 = 98.90.
-    assert told.loc["fold 1", ["true_positives", "true_negatives"]].tolist() == [40, 50]
+    # Each of the 10 folds has 41 of the 410 COVID-19 images and 50 of the 500 others.
+    checked = check_counts(find_published("hrnet_folds"))
+    # 40 of 41 and no false positive: 50 / 51 = 98.039 (truncated); the accuracy is (97.56 + 100) / 2, not 90 / 91 = 98.90.
+    assert checked.loc["fold 1", ["true_positives", "true_negatives"]].tolist() == [40, 50]
     counts, renamed = possible_counts(41, 50, row(98.78, 97.56, 98.03))
     assert renamed == {"accuracy": ("balanced accuracy",), "specificity": ("npv",)}
     assert counts[["true_positives", "true_negatives"]].to_numpy().tolist() == [[40, 50]]
-    # 39 of 41: 50 / 52 = 96.15, and 89 / 91 = 97.80 is right.
+    # 39 of 41: 50 / 52 = 96.15; the accuracy 89 / 91 = 97.80 is correct.
     assert possible_counts(41, 50, row(97.80, 95.12, 96.15))[1] == {"specificity": ("npv",)}
-    assert "impossible under these names. With 39 true positives, 2 false negatives" in told.loc["fold 10"].says
-    assert "specificity is the npv" in told.loc["fold 10"].says
-    # facts: pooled from the folds
-    tp, fn, tn, fp = told[list(COUNTS)].sum()
+    assert "impossible under these names. With 39 true positives, 2 false negatives" in checked.loc["fold 10"].says
+    assert "specificity is the npv" in checked.loc["fold 10"].says
+    # See facts: pooled over the folds.
+    tp, fn, tn, fp = checked[list(COUNTS)].sum()
     assert [(tp, tp + fn), (tn, tn + fp), (tp + tn, tp + fn + tn + fp)] == [(404, 410), (500, 500), (904, 910)]
 
 
-def test_hrnets_baselines_have_one_such_row_among_two_right_ones():
-    table_7 = published("hrnet").rows.mul(100).round(2)
+def test_one_of_the_three_hrnet_baselines_has_renamed_metrics():
+    table_7 = find_published("hrnet").rows.mul(100).round(2)
     resnet, densenet, efficientnet = (possible_counts(41, 50, row(*table_7.iloc[place])) for place in range(3))
-    assert resnet[0].true_negatives.tolist() == [47]  # 86 / 91 = 94.505, cut off
+    assert resnet[0].true_negatives.tolist() == [47]  # 86 / 91 = 94.505, truncated
     assert densenet[0].true_positives.tolist() == [37]
     assert efficientnet[1] == {"accuracy": ("balanced accuracy",), "specificity": ("npv",)}
 
 
 @drawn_by_hypothesis(st.integers(1, 40), st.integers(1, 40), st.data())
 @settings(max_examples=30)
-def test_real_figures_are_always_possible_and_their_counts_among_those_found(positives, negatives, data):
+def test_real_metrics_are_always_possible_and_their_counts_are_among_the_results(positives, negatives, data):
     tp, tn = data.draw(st.integers(0, positives)), data.draw(st.integers(0, negatives))
-    figures = counted_figures(np.array([[tn, negatives - tn], [positives - tp, tp]]))
+    figures = count_metrics(np.array([[tn, negatives - tn], [positives - tp, tp]]))
     printed = {name: np.round(100 * figures[name][1], 2) for name in ("sensitivity", "specificity", "accuracy")}
     counts, renamed = possible_counts(positives, negatives, printed)
     assert not renamed
     assert [tp, tn] in counts[["true_positives", "true_negatives"]].to_numpy().tolist()
 
 
-def test_nonsense_is_said_to_be_nonsense():
+def test_impossible_values_are_reported_and_invalid_input_is_refused():
     counts, renamed = possible_counts(3, 3, row(51.0, 49.0, 12.0))
     assert counts.empty and not renamed
-    nonsense = replace(published("hrnet"), rows=published("hrnet").rows.head(1) * 0.5, counts=(3, 3))
-    told = check_counts(nonsense).iloc[0]
-    assert not told.consistent and "no counts give these figures" in told.says
-    with pytest.raises(ValueError, match=r"auc 50: wanted .* of: accuracy, sensitivity, specificity"):
+    nonsense = replace(find_published("hrnet"), rows=find_published("hrnet").rows.head(1) * 0.5, counts=(3, 3))
+    checked = check_counts(nonsense).iloc[0]
+    assert not checked.consistent and "no counts give these metrics" in checked.says
+    with pytest.raises(ValueError, match=r"auc 50: expected .* of: accuracy, sensitivity, specificity"):
         possible_counts(3, 3, {"auc": 50})
-    with pytest.raises(ValueError, match=r"accuracy 150: wanted .* percent"):
+    with pytest.raises(ValueError, match=r"accuracy 150: expected .* percent"):
         possible_counts(3, 3, {"accuracy": 150})
-    with pytest.raises(ValueError, match="0 positives and 3 negatives with these figures: wanted at least one of each"):
+    with pytest.raises(ValueError, match="0 positives and 3 negatives with these metrics: expected at least one of each"):
         possible_counts(0, 3, {"accuracy": 50})
 
 
-def test_ours_stand_under_the_published_rows():
-    given = judged(*tables())
-    drawn = draws(given, samples=20)
-    text = beside(published("flannel"), {"FLANNEL, out of fold": drawn})
+def test_own_results_are_listed_under_the_published_rows():
+    predictions = judged(*tables())
+    drawn = draws(predictions, samples=20)
+    text = append_to_published(find_published("flannel"), {"FLANNEL, out of fold": drawn})
     assert text.loc[("published", "FLANNEL"), "f1 macro"] == "0.8385 (sd 0.01)"
     assert text.loc[("here", "FLANNEL, out of fold"), "f1 viral"].startswith(f"{drawn['f1 viral'].iloc[0]:.4f} [")
     assert text.loc[("here", "FLANNEL, out of fold"), "f1 bacterial"] == "-"  # not among our classes
     assert text.index[-1] == ("here", "FLANNEL, out of fold")
-    told = what_differs(published("flannel"), given, "2 folds by patient")
-    assert told.loc["protocol", "here"] == "2 folds by patient"
-    assert "240 images of 120 patients" in told.loc["data", "here"] and "from one, two" in told.loc["data", "here"]
-    assert "comparable to f1 bacterial" in told.loc["data", "here"]
+    differences = what_differs(find_published("flannel"), predictions, "2 folds by patient")
+    assert differences.loc["protocol", "here"] == "2 folds by patient"
+    assert (
+        "240 images of 120 patients" in differences.loc["data", "here"]
+        and "from one, two" in differences.loc["data", "here"]
+    )
+    assert "comparable to f1 bacterial" in differences.loc["data", "here"]
 
 
 def test_every_table_prints_and_an_unknown_name_lists_them():
     for table in TABLES.values():
         assert ((table.rows > 0) & (table.rows <= 1) | table.rows.isna()).all(axis=None)
-        assert len(beside(table, {})) == len(table.rows)
-    with pytest.raises(SettingsError, match=r"called 'flanel'; there are: flannel, patched_flannel, hrnet_folds"):
-        published("flanel")
+        assert len(append_to_published(table, {})) == len(table.rows)
+    with pytest.raises(
+        SettingsError, match=r"'flanel' does not exist; available tables: flannel, patched_flannel, hrnet_folds"
+    ):
+        find_published("flanel")
 
 
-def test_plans_name_tables_that_there_are():
+def test_plans_name_existing_tables():
     plans = [path.read_text() for path in (project_root() / "submissions" / "plans").glob("*.yaml")]
     named = [name for plan in plans for name in re.findall(r"\bpublished: *(\w+)", plan)]
     assert len(named) >= 4 and set(named) <= set(TABLES)

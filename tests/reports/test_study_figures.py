@@ -1,4 +1,4 @@
-"""Which studies the picture shows, and what stands above them."""
+"""Which studies the figure shows, and the text above them."""
 
 import pandas as pd
 
@@ -10,7 +10,7 @@ SMALL = SmallXrays(32)
 
 
 def scores(sure):
-    """Study scores that give the true class `sure[study]`, the rest to the next class; none right by 0.8."""
+    """Study scores that give the true class `sure[study]` and the rest to the next class; `none` is right with 0.8."""
     truth = SMALL.labels.set_index("id")
     rows = []
     for study_id, share in sure.items():
@@ -32,8 +32,8 @@ def draw(studies, images, **options):
     return study_examples(SMALL, SMALL.images, SMALL.labels, SMALL.boxes, studies, images, **options)
 
 
-def test_the_surest_come_first_and_the_worst_missed_below():
-    # Studies 0, 1, 2, 3 are negative, typical, indeterminate, atypical; images two a study.
+def test_the_most_confident_studies_come_first_and_the_least_confident_below():
+    # Studies 0, 1, 2, 3 are negative, typical, indeterminate, atypical, with two images each.
     studies, images = scores({"study000": 0.9, "study001": 0.2, "study002": 0.7, "study003": 0.4})
     shown = titles(draw(studies, images, count=2))
     assert [title.split(":")[0] for title in shown] == ["image000", "image004", "image002", "image006"]
@@ -41,7 +41,7 @@ def test_the_surest_come_first_and_the_worst_missed_below():
     assert shown[2].splitlines()[:2] == ["image002: typical, boxes", "indeterminate 0.80  typical 0.20  negative 0.00"]
 
 
-def test_a_model_of_one_output_and_few_studies_are_shown_all_the_same():
+def test_a_model_with_one_output_and_a_few_studies_can_be_shown():
     studies, images = scores({"study000": 0.9, "study001": 0.2})
     nothing = studies.iloc[:0], images.iloc[:0]
     assert len(titles(draw(studies, nothing[1]))) == 2
