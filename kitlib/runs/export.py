@@ -1,4 +1,4 @@
-"""A prepared run as COCO or YOLO files, with its images as PNG if wanted, and such files as the kit's tables."""
+"""Export of a prepared run to COCO or YOLO files, optionally with its images as PNG, and import of such files as tables."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,45 +28,48 @@ FORMATS: dict[str, Callable[..., None]] = {
 def export_run(
     run: str | Path, folder: str | Path, file_format: str, with_images: bool = False, progress: bool = True
 ) -> list[str]:
-    """Write FOLDER/annotations.json or FOLDER/labels (`file_format`: see FORMATS) of a prepared run; return what is amiss.
+    """Write a prepared run as FOLDER/annotations.json (coco) or FOLDER/labels (yolo); return a line per image left out.
 
-    Images of which not all boxes are known (see `annotated_images`) are left out: other programs would take them for images
-    without an opacity. With `with_images` FOLDER/images has every image at its original size, 8-bit grey, decoded from its
-    own file; one that cannot be decoded is left out of the labels too, and is a line of what is returned. Raises ValueError
-    for another format, RunError and DatasetError, and FileExistsError where YOLO's labels are there already.
+    Images whose boxes are not all known (see `annotated_images`) are excluded, because other programs would take them for
+    images without an opacity; they are not returned. `with_images` also writes every image to FOLDER/images as PNG, 8-bit
+    grey, at its original size; an image that cannot be decoded is left out of the labels too. Raises ValueError for an
+    unknown format, RunError, DatasetError, and FileExistsError if FOLDER/labels exists already.
     """
     if file_format not in FORMATS:
-        raise ValueError(f"no format is called {file_format!r}; there are: {', '.join(FORMATS)}")
-    folder, tables, amiss = Path(folder), read_prepared(run), {}
+        raise ValueError(f"unknown format {file_format!r}; available: {', '.join(FORMATS)}")
+    folder, tables, problem_of = Path(folder), read_prepared(run), {}
     images = annotated_images(tables["images"], tables["boxes"])
     if with_images:
         with ThreadPoolExecutor(usable_cores()) as pool:
             write = partial(_write_png, folder / "images")
-            told = pool.map(write, images["image_id"], images["path"])
-            problems = list(tqdm(told, total=len(images), desc="images", unit="image", disable=not progress))
-        amiss = {name: problem for name, problem in zip(images["image_id"], problems, strict=True) if problem}
-        if len(amiss) == len(images):
-            first = next(iter(amiss.items()), ("", "the run has none"))
-            raise DatasetError(f"no image could be decoded, first {': '.join(first)}; are the files where {run} says?")
-    images = images[~images["image_id"].isin(list(amiss))]
+            results = pool.map(write, images["image_id"], images["path"])
+            problems = list(tqdm(results, total=len(images), desc="images", unit="image", disable=not progress))
+        problem_of = {name: problem for name, problem in zip(images["image_id"], problems, strict=True) if problem}
+        if len(problem_of) == len(images):
+            first = next(iter(problem_of.items()), ("", "the run has no images whose boxes are all known"))
+            raise DatasetError(
+                f"no image could be decoded, first {': '.join(first)}; check that the files are at the paths in the table "
+                f"images of {run}"
+            )
+    images = images[~images["image_id"].isin(list(problem_of))]
     boxes = tables["boxes"][tables["boxes"]["image_id"].isin(images["image_id"])]
     folds = tables["folds"][tables["folds"]["id"].isin(images["image_id"])]
     FORMATS[file_format](folder, images, boxes, folds)
-    return [f"{image_id}: {problem}; left out" for image_id, problem in amiss.items()]
+    return [f"{image_id}: {problem}; left out" for image_id, problem in problem_of.items()]
 
 
 def import_tables(source: str | Path, out: str | Path, file_format: str, run: str | Path | None = None) -> dict[str, int]:
-    """Write OUT/boxes.parquet and return the rows written, by table.
+    """Write the boxes of a COCO or YOLO data set as OUT/boxes.parquet; return the number of rows by table written.
 
-    `source` is COCO's JSON file, or the folder that holds YOLO's `labels`. With a prepared `run` the file must be about the
-    images that `export_run` writes of it, as an annotation tool gives it back; YOLO's shares of an image's size always want
-    one. Without, COCO's images, and folds if there are any, are written too. Raises ValueError for another format or YOLO
-    without a run, RunError and DatasetError.
+    `source` is the COCO JSON file, or the folder that contains YOLO's `labels`. With the prepared `run`, the file must list the
+    images that `export_run` writes for it. YOLO requires the run, because its labels are fractions of the image size.
+    Without a run, the images of a COCO file, and its folds if any, are written too. Raises ValueError for an unknown format
+    or YOLO without a run, RunError and DatasetError.
     """
     if file_format not in FORMATS:
-        raise ValueError(f"no format is called {file_format!r}; there are: {', '.join(FORMATS)}")
+        raise ValueError(f"unknown format {file_format!r}; available: {', '.join(FORMATS)}")
     if file_format == "yolo" and run is None:
-        raise ValueError("yolo wants a prepared run, whose images' sizes make pixels of its shares")
+        raise ValueError("yolo requires a prepared run: its image sizes convert the labels' fractions to pixels; name it")
     if run is None:
         tables = read_coco(source)
     else:
@@ -79,12 +82,12 @@ def import_tables(source: str | Path, out: str | Path, file_format: str, run: st
 
 
 def _write_png(folder: Path, image_id: str, path: str) -> str:
-    """Why the image could not be written, or "". A full disk is an OSError."""
+    """Write one image as PNG; return why it cannot be decoded, or "". Raises OSError if it cannot be written."""
     try:
         pixels = (decode_image(path) if image_format(path) else decode_xray(path)).pixels
     except (UnreadableXray, OSError) as error:
         return getattr(error, "reason", str(error))
-    with replacing(folder / f"{image_id}.png") as beside:
-        if not cv2.imwrite(str(beside), pixels):
-            raise OSError(f"{beside} could not be written")
+    with replacing(folder / f"{image_id}.png") as temporary_path:
+        if not cv2.imwrite(str(temporary_path), pixels):
+            raise OSError(f"{temporary_path} could not be written")
     return ""

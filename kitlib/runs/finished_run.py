@@ -1,4 +1,4 @@
-"""What a finished run folder holds, read by the stages after it."""
+"""Reading of finished run folders: their tables, metrics, models and predictions, checked for the stages after them."""
 
 import json
 from collections.abc import Iterable
@@ -19,15 +19,16 @@ from kitlib.tables import concatenate, read_table
 from kitlib.xrays.cache import DecodedXrays, XrayCache
 
 PREPARED_TABLES = ("images", "labels", "boxes", "folds")
-STACKED_TABLES = ("nested_scores", "class_scores", "study_scores")  # the first that is there is the fullest
+STACKED_TABLES = ("nested_scores", "class_scores", "study_scores")  # the first that a run has is its most complete
 PREDICTED_TABLES = ("study_scores", "image_scores", "detections", "coverage")
 
 
 @dataclass(frozen=True)
 class ExtraImages:
-    """Further images to train on, such as pseudo-labelled ones or another data set's; no model is validated on them.
+    """Additional images to train on, such as pseudo-labelled ones or another data set's; no model is validated on them.
 
-    The tables are those of `kitlib.tables`; an optional column `none` of images is a soft target, see XrayDataset.
+    `images`, `labels` and `boxes` are tables of these names (see `kitlib.tables`). An optional column `none` of `images` is
+    a soft target (see XrayDataset). `cache` reads the decoded images.
     """
 
     images: pd.DataFrame
@@ -36,8 +37,8 @@ class ExtraImages:
     cache: DecodedXrays
 
     def identity(self) -> dict[str, Any]:
-        """What tells these images from others, in JSON's types."""
-        # The fingerprint reads none of the images but which they are: soft targets are given to it as labels.
+        """Return what identifies these images, in JSON types: their number, side in pixels, and fingerprints."""
+        # data_fingerprint reads only the ids of `images`, so the soft targets are passed to it as labels.
         none = self.images.set_index("image_id").reindex(columns=["none"]).rename_axis("id").reset_index()
         return {
             "images": len(self.images),
@@ -49,9 +50,10 @@ class ExtraImages:
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """Predictions of models on images they have not seen, from several runs together; tables may be empty.
+    """Out-of-fold predictions, gathered from several runs: each model predicts the images of its held-out fold.
 
-    `coverage` (image_id, model, fold) has a row for each image that a detector looked at, also where it found nothing.
+    Tables may be empty. `coverage` (image_id, model, fold) has a row for each image that a detector has predicted, even if
+    it predicted no box.
     """
 
     study_scores: pd.DataFrame
@@ -61,94 +63,100 @@ class OutOfFold:
 
 
 def read_metrics(run: str | Path) -> dict[str, Any]:
-    """The run's metrics.json, which its notebook writes last. Raises RunError where it is missing."""
+    """Return a run's metrics.json, which its notebook writes last. Raises RunError if it is missing."""
     path = Path(run) / "metrics.json"
     if not path.is_file():
-        there = sorted(entry.name for entry in Path(run).glob("*")) if Path(run).is_dir() else "no such folder"
-        raise RunError(f"{path} is missing: the run is not finished, or another folder is meant; in {run}: {there}")
+        available = sorted(entry.name for entry in Path(run).glob("*")) if Path(run).is_dir() else "no such folder"
+        raise RunError(f"{path} is missing: the run is not finished, or this is not its folder; {run} contains: {available}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_prepared(run: str | Path) -> dict[str, pd.DataFrame]:
-    """The tables of a prepared run by their names: images, labels, boxes, folds."""
+    """Return the tables of a prepared run by name: images, labels, boxes, folds.
+
+    Raises RunError if the run is not finished, TableError for a missing or invalid table.
+    """
     read_metrics(run)
     return {name: read_table(name, Path(run) / "tables" / f"{name}.parquet") for name in PREPARED_TABLES}
 
 
 def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
-    """The out-of-fold predictions of trained runs; a model's folds may come from several runs.
+    """Gather the out-of-fold predictions of trained runs; a model's folds may come from several runs.
 
-    Raises RunError for a run without any, for detections without their coverage, and for one fold of a model in two runs.
+    Raises RunError for a run without predictions, for detections without coverage, and if two runs have the same fold of a
+    model.
     """
-    found: dict[str, list[pd.DataFrame]] = {name: [] for name in PREDICTED_TABLES}
-    trained: dict[tuple[str | None, int], Path] = {}
+    parts: dict[str, list[pd.DataFrame]] = {name: [] for name in PREDICTED_TABLES}
+    run_of: dict[tuple[str | None, int], Path] = {}
     for run in map(Path, runs):
         model = read_metrics(run).get("model")
-        there = [name for name in PREDICTED_TABLES if (run / "tables" / f"{name}.parquet").is_file()]
-        if not there:
+        available = [name for name in PREDICTED_TABLES if (run / "tables" / f"{name}.parquet").is_file()]
+        if not available:
             raise RunError(f"{run} has no tables of predictions; name runs of the training notebooks")
-        if "detections" in there and "coverage" not in there:
+        if "detections" in available and "coverage" not in available:
             raise RunError(f"{run} has detections but no tables/coverage.parquet; train the detector again")
-        tables = {name: read_table(name, run / "tables" / f"{name}.parquet") for name in there}
+        tables = {name: read_table(name, run / "tables" / f"{name}.parquet") for name in available}
         for fold in sorted({fold for table in tables.values() for fold in table["fold"]}):
-            if (model, fold) in trained:
+            if (model, fold) in run_of:
                 raise RunError(
-                    f"{run} and {trained[model, fold]} both have fold {fold} of a model {model!r}; name one, or train one "
-                    "with another model_name"
+                    f"{run} and {run_of[model, fold]} both have fold {fold} of a model {model!r}; name only one of them, or "
+                    "train one with another model_name"
                 )
-            trained[model, fold] = run
+            run_of[model, fold] = run
         for name, table in tables.items():
-            found[name].append(table)
-    return OutOfFold(**{name: concatenate(tables, name) for name, tables in found.items()})
+            parts[name].append(table)
+    return OutOfFold(**{name: concatenate(tables, name) for name, tables in parts.items()})
 
 
 def check_out_of_fold(table: pd.DataFrame, key: str, fold_of: pd.Series) -> None:
-    """Raises RunError unless each row's `fold` is the one that `fold_of`, a series by id, has for the row's `key`.
+    """Check that every prediction in `table` is out-of-fold, that is, made by the model that held out the image's fold.
 
-    The model of a fold was trained on all images but that fold's: an answer for another image is one that it has learnt.
+    `fold_of` is a series of folds by id, `key` the column of `table` that holds these ids. The model of a fold was trained
+    on all other folds, so it has learnt their images. Raises RunError for a row whose `fold` differs from its id's fold.
     """
     wrong = table[table[key].map(fold_of) != table["fold"]]
     if len(wrong):
         first = wrong.iloc[0]
         raise RunError(
             f"{len(wrong)} predictions are not out of fold, first {first[key]} by the model of fold {first['fold']}, which "
-            f"has been trained on it ({first['model']}), or on other folds than these"
+            f"was trained on it ({first['model']}); or the run was trained with other folds than this prepared run's"
         )
 
 
 def read_learners(runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame]) -> LearnerScores:
-    """The scores of trained runs, to be stacked: of classifiers of images (notebooks 25 and 20), or study models (30).
+    """Read the scores to stack from trained runs of image classifiers (notebooks 25 and 20) or study models (30).
 
-    `prepared` are the tables of the prepared run that all come from. A learner's folds, and outer folds, may come from
-    several runs. Raises RunError for a run without scores, FusionError where they do not belong together.
+    `prepared` holds the tables of the prepared run that all of them were trained on. A learner's folds and outer folds may
+    come from several runs. Raises RunError for a run without scores, FusionError if the scores cannot be stacked together.
     """
     tables = []
     for run in map(Path, runs):
         read_metrics(run)
-        there = [name for name in STACKED_TABLES if (run / "tables" / f"{name}.parquet").is_file()]
-        if not there:
+        available = [name for name in STACKED_TABLES if (run / "tables" / f"{name}.parquet").is_file()]
+        if not available:
             raise RunError(f"{run} has none of the tables {', '.join(STACKED_TABLES)}; name runs of notebooks 25, 20 or 30")
-        tables.append(read_table(there[0], run / "tables" / f"{there[0]}.parquet"))
+        tables.append(read_table(available[0], run / "tables" / f"{available[0]}.parquet"))
     return gather(tables, prepared["images"], prepared["labels"], prepared["folds"])
 
 
 def read_test_split(
-    runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame], found: LearnerScores
+    runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame], out_of_fold: LearnerScores
 ) -> TestSplitScores | None:
-    """The same runs' scores of the prepared run's test images (tables/test_scores.parquet); None where no run has any.
+    """Read the learners' scores of the prepared run's test images (tables/test_scores.parquet); None if no run has any.
 
-    Raises FusionError where they do not belong to the learners `found`, as `gather_test_split` says.
+    `out_of_fold` is what `read_learners` returned for the same runs and `prepared`. Raises FusionError if the test scores do
+    not match those learners (see `gather_test_split`).
     """
     paths = [Path(run) / "tables" / "test_scores.parquet" for run in runs]
     tables = [read_table("class_scores", path) for path in paths if path.is_file()]
-    return gather_test_split(tables, found, prepared["images"], prepared["labels"], prepared["folds"])
+    return gather_test_split(tables, out_of_fold, prepared["images"], prepared["labels"], prepared["folds"])
 
 
 def read_study_ensemble(run: str | Path, study_scores: pd.DataFrame) -> pd.DataFrame:
-    """The cross-fitted study_scores of an ensemble's run (notebook 65), in the place of those of its learners.
+    """Return the cross-fitted study_scores of an ensemble's run (notebook 65), which replace those of its learners.
 
-    Raises RunError where it is no ensemble of study models, or `study_scores` has other models than its learners: what is
-    tuned must be what the submission sees.
+    `study_scores` are the learners' scores. Raises RunError if the run is not an ensemble of study models, or if
+    `study_scores` has other models than its learners, because fusion must be tuned on what the submission will use.
     """
     ensemble = read_ensemble(Path(run) / "ensemble")
     path = Path(run) / "tables" / "study_scores.parquet"
@@ -157,8 +165,8 @@ def read_study_ensemble(run: str | Path, study_scores: pd.DataFrame) -> pd.DataF
     others = sorted(set(study_scores["model"]) ^ set(ensemble.learners))
     if others:
         raise RunError(
-            f"{', '.join(others)}: either no learner of the ensemble {run} or not among the runs; name the study models "
-            f"that it was made of: {', '.join(ensemble.learners)}"
+            f"{', '.join(others)}: either not a learner of the ensemble {run}, or a learner that is not among the runs; "
+            f"name exactly the study models that it combines: {', '.join(ensemble.learners)}"
         )
     return read_table("study_scores", path)
 
@@ -169,12 +177,13 @@ def read_models(
     folds: Iterable[int] = (),
     extra: Iterable[ExtraImages] = (),
 ) -> pd.DataFrame:
-    """The trained models of `runs`, those of `folds` or all: model, fold, bundle (its folder).
+    """List the trained models of `runs` as a table: model, fold, and bundle, its folder; of all folds unless `folds` is set.
 
-    Raises RunError where it is not known what a model has been trained on: `prepared` are the tables of the prepared run
-    that all of them come from, `extra` the further images of those that had any. And for a run without a bundle.
+    `prepared` holds the tables of the prepared run that all of them were trained on, `extra` the additional images that some
+    were trained on. Raises RunError for a run without a bundle, and for a model that was trained on anything else, because
+    predictions for images that it has seen could then not be told apart.
     """
-    expected, known = data_fingerprint(**prepared), [one.identity() for one in extra]
+    expected, known_extra = data_fingerprint(**prepared), [images.identity() for images in extra]
     chosen, rows = set(folds), []
     for run in map(Path, runs):
         bundles = sorted(run.glob(f"fold*/bundle/{RECORD}"))
@@ -183,9 +192,13 @@ def read_models(
         for path in bundles:
             record, metrics = json.loads(path.read_text(encoding="utf-8")), read_metrics(path.parent.parent)
             if record["data_fingerprint"] != expected:
-                raise RunError(f"{path}: trained on another prepared run, so what it has seen is not known; name that one")
-            if metrics.get("extra") and metrics["extra"] not in known:
-                raise RunError(f"{path}: trained on extra images too; name their run, so that what it has seen is known")
+                raise RunError(
+                    f"{path}: trained on another prepared run, so the images that it has seen are unknown; name that run"
+                )
+            if metrics.get("extra") and metrics["extra"] not in known_extra:
+                raise RunError(
+                    f"{path}: trained on extra images too; name their run, so that all images that it has seen are known"
+                )
             if not chosen or record["fold"] in chosen:
                 rows.append((record["model"], record["fold"], str(path.parent)))
     if not rows:
@@ -194,79 +207,83 @@ def read_models(
 
 
 def read_extra(run: str | Path, for_boxes: bool = False) -> ExtraImages:
-    """Images to train on beside one's own: of a pseudo-labelled run (notebook 50) or of any prepared one (notebook 10).
+    """Read additional training images from a pseudo-labelled run (notebook 50) or any prepared run (notebook 10).
 
-    Of a prepared run those in its folds: no official test images, none that no annotator looked at. `for_boxes` leaves out
-    images whose boxes are no lesson for a detector: unsure pseudo-labels, and all of NIH's. Raises RunError where the run is
-    of another kind or its decoded images are not at hand.
+    Of a prepared run, only images in its folds are used: no official test images, and none that no annotator looked at.
+    `for_boxes` excludes images whose boxes must not train a detector: unsure pseudo-labels, and all of NIH's. Raises
+    RunError if the run is of another kind or its decoded images are missing.
     """
     run, metrics = Path(run), read_metrics(run)
     if "longest_side" not in metrics:
-        raise RunError(f"{run} is no run of notebook 10 or 50: its metrics.json does not say longest_side")
+        raise RunError(f"{run} is not a run of notebook 10 or 50: its metrics.json lacks longest_side")
     tables = {name: read_table(name, run / "tables" / f"{name}.parquet") for name in ("images", "labels", "boxes")}
     images = tables["images"]
     folds = run / "tables" / "folds.parquet"
     if folds.is_file():
         images = images[images["image_id"].isin(read_table("folds", folds)["id"])]
     if metrics.get("dataset") == "nih":
-        # Nobody has marked opacities there: no box says nothing.
+        # Nobody marked opacities in NIH's images, so an image without a box is not a negative.
         images = images.assign(boxes_known=False, unsure=True)
     if for_boxes and "unsure" in images.columns:
         images = images[~images["unsure"].astype(bool)]
-    # A pseudo-labelled run names the run whose decoded images it uses, if they are not its own.
-    home = find_run(metrics["xrays_run"]) if metrics.get("xrays_run") else run
-    cache = XrayCache(home / "xrays", metrics["longest_side"])
-    absent = [image_id for image_id in images["image_id"] if image_id not in cache]
-    if absent:
+    # A pseudo-labelled run whose images are decoded in another run names that run.
+    xrays_run = find_run(metrics["xrays_run"]) if metrics.get("xrays_run") else run
+    cache = XrayCache(xrays_run / "xrays", metrics["longest_side"])
+    missing = [image_id for image_id in images["image_id"] if image_id not in cache]
+    if missing:
         raise RunError(
-            f"{len(absent)} of {len(images)} images are not decoded in {cache.folder}, first {absent[0]}; attach {home} "
-            "whole, or run it again with this kitlib"
+            f"{len(missing)} of {len(images)} images are not decoded in {cache.folder}, first {missing[0]}; attach all "
+            f"files of {xrays_run}, or run its notebook again with this version of kitlib"
         )
     return ExtraImages(images.reset_index(drop=True), tables["labels"], tables["boxes"], cache)
 
 
 def read_answer(runs: str | Path | Iterable[str | Path], images: pd.DataFrame) -> Fused:
-    """The out-of-fold answer of one model's run or runs, as it is, for `images`.
+    """Return the out-of-fold predictions of one model, from its run or runs, for `images`, under the default settings.
 
-    What it has not predicted is a prior, and not seen. Raises RunError as `read_out_of_fold` does.
+    Images and studies that it has not predicted get placeholder predictions (the class frequencies), marked `prior`, and are
+    not `seen`. Raises RunError as `read_out_of_fold` does.
     """
-    found = read_out_of_fold([runs] if isinstance(runs, str | Path) else runs)
+    predictions = read_out_of_fold([runs] if isinstance(runs, str | Path) else runs)
     detections, coverage = (
-        table[table["image_id"].isin(images["image_id"])] for table in (found.detections, found.coverage)
+        table[table["image_id"].isin(images["image_id"])] for table in (predictions.detections, predictions.coverage)
     )
-    return fuse(found.study_scores, found.image_scores, detections, images, FusionSettings(), coverage)
+    return fuse(predictions.study_scores, predictions.image_scores, detections, images, FusionSettings(), coverage)
 
 
 def read_answers(runs: Iterable[str | Path], images: pd.DataFrame) -> dict[str, Fused]:
-    """The answer of each model by its name, as `read_answer` gives it: runs that hold folds of one model answer together."""
-    by_model: dict[str, list[str | Path]] = {}
+    """Return the out-of-fold predictions of each model by name (see `read_answer`), joining runs with folds of one model."""
+    runs_of: dict[str, list[str | Path]] = {}
     for run in runs:
-        by_model.setdefault(read_metrics(run)["model"], []).append(run)
-    return {model: read_answer(of_it, images) for model, of_it in by_model.items()}
+        runs_of.setdefault(read_metrics(run)["model"], []).append(run)
+    return {model: read_answer(model_runs, images) for model, model_runs in runs_of.items()}
 
 
 def read_fused(run: str | Path) -> Fused:
-    """The fused out-of-fold answer of a run of the fusion notebook, without rows that only hold priors."""
+    """Return the fused out-of-fold predictions of a run of notebook 60, without rows that no model has predicted (`prior`).
+
+    Raises RunError if the run is not finished, or an older kitlib wrote it.
+    """
     read_metrics(run)
     tables = {name: pd.read_parquet(Path(run) / "tables" / f"{name}.parquet") for name in ("studies", "nones", "detections")}
     for name in ("studies", "nones"):
         tables[name] = tables[name][~tables[name].prior].reset_index(drop=True)
     if "seen" not in tables["nones"]:
-        raise RunError(f"{run}/tables/nones.parquet lacks the column seen: an older kitlib has written it; fuse again")
+        raise RunError(f"{run}/tables/nones.parquet lacks the column seen, because an older kitlib wrote it; fuse again")
     return Fused(**tables)
 
 
 def judged_images(images: pd.DataFrame, fused: Fused) -> pd.DataFrame:
-    """The rows of `images` that have a `none` and whose study has an answer, priors not counted: what can be scored.
+    """Return the rows of `images` that can be scored: a model has predicted the image's `none` and its study's classes.
 
-    Raises RunError where none is left.
+    Placeholder predictions (`prior`) do not count. Raises RunError if no image remains.
     """
     studies, nones = fused.studies, fused.nones
-    answered = images["image_id"].isin(nones.loc[~nones["prior"], "image_id"])
-    judged = images[answered & images["study_id"].isin(studies.loc[~studies["prior"], "study_id"])]
+    has_none = images["image_id"].isin(nones.loc[~nones["prior"], "image_id"])
+    judged = images[has_none & images["study_id"].isin(studies.loc[~studies["prior"], "study_id"])]
     if judged.empty:
         raise RunError(
-            f"no image has both a `none` and a study that is answered ({int(answered.sum())} have a `none`); "
-            "include a study run, of folds that the detectors have too, among the runs that are fused"
+            f"no image has predictions of both `none` and its study's classes ({int(has_none.sum())} have a `none`); "
+            "include a study run with the same folds as the detectors among the runs to fuse"
         )
     return judged.reset_index(drop=True)

@@ -1,4 +1,4 @@
-"""What a run folder says of how it came about: record.json, and metrics.json, which marks a finished run."""
+"""The record of a run: record.json (parameters, versions, time, memory), and metrics.json, which marks a finished run."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from kitlib.errors import RunError
 from kitlib.paths import project_root, run_path
 
 RECORD, METRICS = "record.json", "metrics.json"
-DIGEST_FILE = "whole_library.sha256"  # in the part of kitlib that a kernel carries
+DIGEST_FILE = "whole_library.sha256"  # stored in the part of kitlib that a kernel carries
 
 # Packages that pixels, weights or figures depend on.
 PACKAGES = (
@@ -47,21 +47,21 @@ PACKAGES = (
     "papermill",
 )
 
-# How Kaggle's image tells which it is: its Dockerfile writes the two files, and its notebooks have the variable.
+# These identify Kaggle's Docker image: its Dockerfile writes the two files, and its notebooks have the variable.
 IMAGE_VARIABLE, IMAGE_FILES = "KAGGLE_DOCKER_IMAGE", {"commit": "/etc/git_commit", "built": "/etc/build_date"}
 
 # ru_maxrss is in KiB on Linux, in bytes on macOS.
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 
-# IPython's history of a notebook, in its globals.
+# Names under which IPython stores a notebook's history in its globals.
 HISTORY = ("In", "Out")
 
 
 def start_run(name: str | Path, values: Mapping[str, Any]) -> Path:
-    """The folder of the run `name`, made if need be, with a new record.json and without metrics.json.
+    """Start the run `name`: create its folder, write a new record.json, delete metrics.json, and return the folder.
 
-    Of `values`, a notebook's `globals()` before anything was computed, the parameters are kept: what JSON can say, under a
-    public name in small letters.
+    `values` are a notebook's `globals()` before it computes anything. Those that JSON can represent, except private names
+    and names in capitals, are recorded as the run's parameters.
     """
     folder = run_path(name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def start_run(name: str | Path, values: Mapping[str, Any]) -> Path:
             "host": platform.node(),
             "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "python": platform.python_version(),
-            "image": _image(),
+            "image": _docker_image(),
             "kaggle_run_type": os.environ.get("KAGGLE_KERNEL_RUN_TYPE"),
             "git_commit": git_commit(project_root()),
             "kitlib_digest": kitlib_digest(),
@@ -86,9 +86,9 @@ def start_run(name: str | Path, values: Mapping[str, Any]) -> Path:
 
 
 def finish_run(run: str | Path, metrics: Mapping[str, Any]) -> None:
-    """Complete the record with wall time, memory and GPU, then write `metrics` as metrics.json; NaN becomes null.
+    """Add wall time, memory and GPU to record.json, then write `metrics` as metrics.json, with null for NaN and infinity.
 
-    Raises RunError where `start_run` has not been called.
+    Raises RunError if `start_run` has not been called for this run.
     """
     path = Path(run) / RECORD
     try:
@@ -101,23 +101,23 @@ def finish_run(run: str | Path, metrics: Mapping[str, Any]) -> None:
 
 
 def process_record() -> dict[str, Any]:
-    """Versions, peak memory and GPU of this process so far, in JSON's types; memory in MB of 10^6 bytes.
+    """Return the versions, peak memory and GPU of this process so far, in JSON types; memory in MB of 10^6 bytes.
 
-    `peak_memory_mb` is this process's, `peak_child_memory_mb` that of the largest of its children that have ended, None
-    where none was larger than this process (a started program counts as large as what started it);
-    `gpu` and `peak_gpu_memory_mb` (tensors of torch, the fullest GPU) are None where torch has used none.
+    `peak_memory_mb` is the peak of this process. `peak_child_memory_mb` is that of its largest child process that has ended,
+    or None if no child was larger than this process, because a program starts with the peak of the process that started it.
+    `gpu` and `peak_gpu_memory_mb` (torch tensors, on the GPU with the most) are None if torch has not used a GPU.
     """
-    own, children = _peak_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * MAXRSS_BYTES
+    peak, child_peak = _peak_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * MAXRSS_BYTES
     return {
         "versions": package_versions(),
-        "peak_memory_mb": round(own / 1e6),
-        "peak_child_memory_mb": round(children / 1e6) if children > own else None,
+        "peak_memory_mb": round(peak / 1e6),
+        "peak_child_memory_mb": round(child_peak / 1e6) if child_peak > peak else None,
         **_gpu_record(),
     }
 
 
 def _peak_bytes() -> int:
-    # What a program started with in its parent's place counts in ru_maxrss too, but not here.
+    # VmHWM is this program's own peak; ru_maxrss also counts that of the process from which it was forked.
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text(encoding="utf-8").splitlines():
@@ -127,25 +127,27 @@ def _peak_bytes() -> int:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of kitlib and of the installed packages that figures depend on."""
-    found = {"kitlib": kitlib.__version__}
+    """Return the versions of kitlib and of the installed packages among PACKAGES, by package name."""
+    versions = {"kitlib": kitlib.__version__}
     for name in PACKAGES:
         try:
-            found[name] = _version(name)
+            versions[name] = _version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 @cache
 def _version(name: str) -> str:
-    return version(name)  # reads and parses a file each time; errors are not kept: a kernel installs wheels as it goes
+    # Cached, because version() parses a file each time. Errors are not cached: a kernel may install the package later.
+    return version(name)
 
 
 def kitlib_digest() -> str:
-    """SHA-256 (hex) over kitlib's Python files and the YAML that they read.
+    """Return the SHA-256 (hex) over kitlib's Python and YAML files.
 
-    A kernel carries only the part of them that it imports, and beside it the digest of the library that it was built from.
+    In a kernel, which carries only the files that it imports, this is the digest of the library that it was built from, read
+    from DIGEST_FILE.
     """
     digest, folder = hashlib.sha256(), Path(kitlib.__file__).parent
     if (folder / DIGEST_FILE).is_file():
@@ -156,8 +158,8 @@ def kitlib_digest() -> str:
 
 
 def git_commit(folder: str | Path) -> str | None:
-    """The commit of the clone `folder`, with `+changes` where its files differ from it; None where git cannot tell."""
-    # Without this, git would go on to a repository that merely contains the folder.
+    """Return the commit of the clone `folder`, with `+changes` if tracked files differ from it; None if git cannot tell."""
+    # Without this check, git would report a repository that merely contains the folder.
     if not (Path(folder) / ".git").exists():
         return None
     try:
@@ -168,7 +170,7 @@ def git_commit(folder: str | Path) -> str | None:
 
 
 def _git(folder: str | Path, *arguments: str) -> str:
-    # Only looking: another process may be committing, and must not find the index locked.
+    # Reading must not lock the index, because another process may be committing.
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20, env=environment).stdout.strip()
@@ -186,32 +188,32 @@ def _gpu_record() -> dict[str, Any]:
     return {"gpu": names, "peak_gpu_memory_mb": round(max(peaks.values()) / 1e6)}
 
 
-def _image() -> dict[str, str]:
-    told = {"platform": platform.platform()}
+def _docker_image() -> dict[str, str]:
+    image = {"platform": platform.platform()}
     if os.environ.get(IMAGE_VARIABLE):
-        told["name"] = os.environ[IMAGE_VARIABLE]
+        image["name"] = os.environ[IMAGE_VARIABLE]
     for key, path in IMAGE_FILES.items():
         if Path(path).is_file():
-            told[key] = Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    return told
+            image[key] = Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    return image
 
 
 def _parameters(values: Mapping[str, Any]) -> dict[str, Any]:
-    # Names in capitals are constants that a notebook has imported.
+    # Names in capitals are constants that the notebook has imported.
     public = {name: value for name, value in values.items() if not (name.startswith("_") or name.isupper())}
-    return {name: _without_nan(value) for name, value in public.items() if name not in HISTORY and _is_plain(value)}
+    return {name: _without_nan(value) for name, value in public.items() if name not in HISTORY and _is_json(value)}
 
 
-def _is_plain(value: Any) -> bool:
+def _is_json(value: Any) -> bool:
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+        return all(isinstance(key, str) and _is_json(inner) for key, inner in value.items())
     if isinstance(value, list):
-        return all(map(_is_plain, value))
+        return all(map(_is_json, value))
     return value is None or isinstance(value, str | int | float)
 
 
 def _without_nan(value: Any) -> Any:
-    """`value` with null for what JSON's numbers cannot be."""
+    """Return `value` with None for NaN and infinity, which JSON cannot represent, and lists for tuples."""
     if isinstance(value, dict):
         return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The tables boxes and folds as YOLO's folder of label files, and back: a line a box, normalised by the image's size.
+"""The tables boxes and folds as YOLO's folder of label files, and back: one line per box, normalised by the image's size.
 
 Format: https://docs.ultralytics.com/datasets/detect. A line is `class cx cy width height`; an image without a box has an
 empty file.
@@ -13,37 +13,37 @@ import yaml
 
 from kitlib.atomic import write_text
 from kitlib.errors import DatasetError
-from kitlib.runs.coco import CATEGORY, category_numbers, checked
+from kitlib.runs.coco import CATEGORY, category_indices, check_images_and_boxes
 from kitlib.tables import BOX, check_table
 
 LABELS, CLASSES = "labels", "classes.txt"
-# Most programs write six decimals, so that a box at the image's edge may seem to reach beyond it, as a share of its side.
+# Fraction of a side by which a box may exceed the image: most programs round to six decimals, so a box at the edge may.
 OVERHANG = Decimal("1e-5")
-# Shares are written with the 28 digits of Python's decimals. So many decimals of a pixel survive: more than a float of a
-# thousandth of a pixel has, so that nothing is lost.
+# Decimals of a pixel that survive, because fractions are written with the 28 digits of Python's decimals. They resolve more
+# than a float of at least a thousandth of a pixel can hold, so nothing is lost.
 DECIMALS = 20
 
 
 def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, folds: pd.DataFrame | None = None) -> None:
-    """Write FOLDER/labels with a file an image, `classes.txt` and `data.yaml`, which expects images in FOLDER/images.
+    """Write FOLDER/labels with one file per image, FOLDER/classes.txt and FOLDER/data.yaml, which expects FOLDER/images.
 
-    With `folds`, also `fold0.yaml` and so on: its lists of images to train on are all other folds'. Classes are the boxes'
-    column `finding`, in the alphabet's order, or `opacity`. The labels appear whole. Raises FileExistsError where FOLDER has
-    labels already, DatasetError as `write_coco` does, and for a box that reaches beyond its image, since ultralytics
-    would leave out the whole image.
+    With `folds`, also writes fold0.yaml and so on: each validates on its fold and trains on all others. Classes are the
+    values of the boxes' column `finding` in alphabetical order, or `opacity` without that column. FOLDER/labels is renamed
+    into place when complete. Raises FileExistsError if FOLDER/labels exists, and DatasetError as `write_coco` does, for an
+    image_id that cannot name a file, and for a box that exceeds its image, because ultralytics would drop the whole image.
     """
     folder = Path(folder)
-    labels, beside = folder / LABELS, folder / f".{LABELS}.partial"
+    labels, temporary_folder = folder / LABELS, folder / f".{LABELS}.partial"
     if labels.exists():
-        raise FileExistsError(f"{labels} is there already: choose another folder, so that no old label stays among the new")
-    images, boxes, classes = checked(images, boxes)
-    lines = _lines(images, boxes, category_numbers(boxes, classes))
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+        raise FileExistsError(f"{labels} exists already: choose another folder, so that old and new labels are not mixed")
+    images, boxes, classes = check_images_and_boxes(images, boxes)
+    lines = _label_lines(images, boxes, category_indices(boxes, classes))
+    shutil.rmtree(temporary_folder, ignore_errors=True)
+    temporary_folder.mkdir(parents=True)
     for image_id in images["image_id"]:
         if "/" in image_id or image_id.startswith("."):
-            raise DatasetError(f"image_id {image_id!r} cannot name a file: wanted no '/' and no leading '.'")
-        (beside / f"{image_id}.txt").write_text("".join(lines.get(image_id, ())), encoding="utf-8")
+            raise DatasetError(f"image_id {image_id!r} cannot name a file: it must not contain '/' or start with '.'")
+        (temporary_folder / f"{image_id}.txt").write_text("".join(lines.get(image_id, ())), encoding="utf-8")
     names = {"names": dict(enumerate(classes))}
     write_text(folder / CLASSES, "".join(f"{name}\n" for name in classes))
     write_text(folder / "data.yaml", yaml.safe_dump({"train": "images", "val": "images", **names}, sort_keys=False))
@@ -54,19 +54,19 @@ def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fo
             write_text(folder / f"fold{fold}_{part}.txt", "".join(f"./images/{image_id}.png\n" for image_id in image_ids))
         files = {part: f"fold{fold}_{part}.txt" for part in lists}
         write_text(folder / f"fold{fold}.yaml", yaml.safe_dump({**files, **names}, sort_keys=False))
-    beside.rename(labels)
+    temporary_folder.rename(labels)
 
 
 def read_yolo(folder: str | Path, images: pd.DataFrame) -> pd.DataFrame:
-    """The table boxes of FOLDER/labels, in the order of `images`, whose rows and columns make pixels of shares.
+    """Return the table boxes of FOLDER/labels, in the order of `images`, whose rows and columns convert fractions to pixels.
 
-    Every coordinate that is 0 or at least a thousandth of a pixel is, bit for bit, the number that `write_yolo` was given.
-    Column `finding` as in `read_coco`. Raises DatasetError with file and line, and where an image has no label file or a
-    label file no image.
+    Coordinates that are 0 or at least a thousandth of a pixel are bit for bit those passed to `write_yolo`. Boxes have the
+    column `finding` unless the only class is `opacity`. Raises DatasetError, naming the file and line, for an invalid label,
+    and if an image has no label file or a label file has no image.
     """
     folder = Path(folder)
-    images, _, _ = checked(images, pd.DataFrame(columns=["image_id", *BOX]))
-    classes = _classes(folder / CLASSES)
+    images, _, _ = check_images_and_boxes(images, pd.DataFrame(columns=["image_id", *BOX]))
+    classes = _read_classes(folder / CLASSES)
     files = {path.stem: path for path in sorted((folder / LABELS).glob("*.txt"))}
     missing = sorted(set(images["image_id"]) - set(files))
     if missing:
@@ -74,59 +74,60 @@ def read_yolo(folder: str | Path, images: pd.DataFrame) -> pd.DataFrame:
             f"{folder / LABELS} lacks {len(missing)} of {len(images)} files, first {missing[0]}.txt: "
             "an image without a box has an empty file"
         )
-    strange = sorted(set(files) - set(images["image_id"]))
-    if strange:
-        raise DatasetError(f"{len(strange)} files belong to none of the images, first {files[strange[0]]}: take them away")
+    unmatched = sorted(set(files) - set(images["image_id"]))
+    if unmatched:
+        raise DatasetError(f"{len(unmatched)} files belong to none of the images, first {files[unmatched[0]]}: remove them")
     rows = []
     for image in images.itertuples(index=False):
         path = files[image.image_id]
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if line.strip():
-                rows.append((image.image_id, *_box(line, (image.columns, image.rows), classes, f"{path}, line {number}")))
+                place = f"{path}, line {number}"
+                rows.append((image.image_id, *_parse_line(line, (image.columns, image.rows), classes, place)))
     table = pd.DataFrame(rows, columns=["image_id", *BOX, "finding"])
     return check_table(table.drop(columns="finding") if classes == [CATEGORY] else table, "boxes", str(folder))
 
 
-def _lines(images: pd.DataFrame, boxes: pd.DataFrame, numbers: list[int]) -> dict[str, list[str]]:
-    """image_id -> its lines."""
+def _label_lines(images: pd.DataFrame, boxes: pd.DataFrame, numbers: list[int]) -> dict[str, list[str]]:
+    """Return the label lines by image_id; `numbers` are the class numbers of the boxes."""
     sizes = images.set_index("image_id")[["columns", "rows"]].loc[boxes["image_id"]].to_numpy(float)
     low, high = boxes[["xmin", "ymin"]].to_numpy(), boxes[["xmax", "ymax"]].to_numpy()
-    beyond = ((low < 0) | (high > sizes)).any(axis=1)
-    if beyond.any():
-        raise DatasetError(f"image {boxes['image_id'][beyond].iloc[0]} has a box that reaches beyond it: cut it at the edge")
+    exceeds = ((low < 0) | (high > sizes)).any(axis=1)
+    if exceeds.any():
+        raise DatasetError(f"image {boxes['image_id'][exceeds].iloc[0]} has a box that reaches beyond it: clip the box")
     lines: dict[str, list[str]] = {}
     corners = zip(low.tolist(), high.tolist(), sizes.astype(int).tolist(), strict=True)
     for image_id, number, (lows, highs, size) in zip(boxes["image_id"], numbers, corners, strict=True):
         edges = [(Decimal(lows[axis]), Decimal(highs[axis]), size[axis]) for axis in (0, 1)]
-        shares = [(first + last) / 2 / side for first, last, side in edges]
-        shares += [(last - first) / side for first, last, side in edges]
-        lines.setdefault(image_id, []).append(f"{number} {' '.join(f'{share:f}' for share in shares)}\n")
+        fractions = [(first + last) / 2 / side for first, last, side in edges]
+        fractions += [(last - first) / side for first, last, side in edges]
+        lines.setdefault(image_id, []).append(f"{number} {' '.join(f'{fraction:f}' for fraction in fractions)}\n")
     return lines
 
 
-def _classes(path: Path) -> list[str]:
+def _read_classes(path: Path) -> list[str]:
     if not path.is_file():
-        raise DatasetError(f"{path} is missing: a text file with a class's name in each line, the first for class 0")
+        raise DatasetError(f"{path} is missing: write a text file with one class name per line, the first for class 0")
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _box(line: str, size: tuple[int, int], classes: list[str], place: str) -> tuple[float, float, float, float, str]:
-    """The corners and class of one line; `size` is the image's columns and rows."""
+def _parse_line(line: str, size: tuple[int, int], classes: list[str], place: str) -> tuple[float, float, float, float, str]:
+    """Return xmin, ymin, xmax, ymax in pixels and the class of one label line; `size` is the image's columns and rows."""
     words = line.split()
     try:
-        number, shares = int(words[0]), [Decimal(word) for word in words[1:]]
+        number, fractions = int(words[0]), [Decimal(word) for word in words[1:]]
     except (ValueError, InvalidOperation):
-        number, shares = -1, []
-    if len(shares) != 4 or not all(share.is_finite() for share in shares):
+        number, fractions = -1, []
+    if len(fractions) != 4 or not all(fraction.is_finite() for fraction in fractions):
         raise DatasetError(f"{place}: {line.strip()!r} is not `class cx cy width height`")
     if not 0 <= number < len(classes):
         raise DatasetError(f"{place}: class {number}, but {CLASSES} names {len(classes)}, counted from 0")
-    problem = f"{place}: the box {' '.join(words[1:])} reaches beyond the image or has no area; wanted shares of its size"
-    if not all(0 <= share <= 1 + OVERHANG for share in shares) or not all(shares[2:]):
+    problem = f"{place}: the box {' '.join(words[1:])} reaches beyond the image or has no area; expected fractions of 1"
+    if not all(0 <= fraction <= 1 + OVERHANG for fraction in fractions) or not all(fractions[2:]):
         raise DatasetError(problem)
     corners = []
     for sign in (-1, 1):
-        for centre, extent, side in zip(shares[:2], shares[2:], size, strict=True):
+        for centre, extent, side in zip(fractions[:2], fractions[2:], size, strict=True):
             edge = centre + sign * extent / 2
             if not -OVERHANG <= edge <= 1 + OVERHANG:
                 raise DatasetError(problem)

@@ -1,4 +1,4 @@
-"""COCO files say what the tables say and give them back; a file that cannot is named with the entry at fault."""
+"""COCO files contain what the tables contain and restore them; errors name the file and the invalid entry."""
 
 import ast
 import json
@@ -35,17 +35,17 @@ BOXES = pd.DataFrame(
 FOLDS = pd.DataFrame({"id": ["b", "c"], "fold": [1, 0]})
 
 
-def same(one: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
-    pd.testing.assert_frame_equal(one, check_table(other, name), check_like=True, check_exact=True)
+def same(expected: pd.DataFrame, actual: pd.DataFrame, name: str) -> None:
+    pd.testing.assert_frame_equal(expected, check_table(actual, name), check_like=True, check_exact=True)
 
 
-def test_the_file_says_what_coco_says(tmp_path):
+def test_the_file_has_the_entries_of_the_coco_format(tmp_path):
     write_coco(tmp_path / "annotations.json", IMAGES, BOXES, FOLDS)
     content = json.loads((tmp_path / "annotations.json").read_text())
     assert content["categories"] == [{"id": 1, "name": "opacity", "supercategory": "finding"}]
-    told = [(image["id"], image["file_name"], image["width"], image["height"]) for image in content["images"]]
-    assert told == [(1, "b.png", 2500, 3000), (2, "a.png", 2000, 2600), (3, "c.png", 90, 100)]
-    # 1815.94498 - 789.28836 and 2499.73327 - 582.43035 on paper.
+    image_entries = [(image["id"], image["file_name"], image["width"], image["height"]) for image in content["images"]]
+    assert image_entries == [(1, "b.png", 2500, 3000), (2, "a.png", 2000, 2600), (3, "c.png", 90, 100)]
+    # 1815.94498 - 789.28836 and 2499.73327 - 582.43035, computed by hand.
     first = content["annotations"][0]
     assert first["image_id"] == 2 and first["bbox"] == [789.28836, 582.43035, 1026.65662, 1917.30292]
     assert first["area"] == pytest.approx(1026.65662 * 1917.30292) and first["iscrowd"] == 0
@@ -88,7 +88,7 @@ def test_any_coordinate_comes_back_bit_for_bit(tmp_path_factory, drawn):
 
 @pytest.mark.real_data
 def test_the_real_competitions_boxes_come_back_bit_for_bit(tmp_path):
-    """Its corners are sums of x and width, whose last digits nine decimals of a pixel do not hold."""
+    """The corners are sums of x and width in floats: nine decimals of a pixel would not preserve their last digits."""
     if not SIIM.is_dir():
         pytest.skip(f"{SIIM} is missing")
     sizes = pd.read_csv(SIIM / "train_images_ext.csv", dtype={"image_id": str})
@@ -108,8 +108,8 @@ def test_the_real_competitions_boxes_come_back_bit_for_bit(tmp_path):
     assert (len(tables["images"]), len(boxes)) == (6334, 7853)
 
 
-def test_a_file_from_elsewhere(tmp_path):
-    """With what the format demands and no more; sizes of NIH's images, a box on the last."""
+def test_a_file_of_another_program(tmp_path):
+    """The file has only the keys that the format requires."""
     content = {
         "images": [{"id": 7, "file_name": "set/00000001_000.jpg", "width": 1024, "height": 1000}],
         "annotations": [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [10, 20, 30.5, 40]}],
@@ -132,7 +132,7 @@ def test_boxes_of_the_same_images_in_the_same_pixels(tmp_path):
     path = tmp_path / "a.json"
     write_coco(path, IMAGES.iloc[::-1], BOXES)
     same(read_coco_boxes(path, IMAGES), BOXES, "boxes")
-    with pytest.raises(DatasetError, match="1 images of the file are unknown here, first c"):
+    with pytest.raises(DatasetError, match="1 images of the file are not in the table images, first c"):
         read_coco_boxes(path, IMAGES.head(2))
     with pytest.raises(DatasetError, match="first a with 2000 x 2600 instead of 1000 x 1300 pixels"):
         read_coco_boxes(path, IMAGES.assign(rows=[3000, 1300, 100], columns=[2500, 1000, 90]))
@@ -152,9 +152,9 @@ BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2]}
 
 
 @pytest.mark.parametrize(
-    ("image", "box", "told"),
+    ("image", "box", "message"),
     [
-        ({"width": 0}, {}, "images, id 1.*width 0 are no pixels"),
+        ({"width": 0}, {}, "images, id 1.*width 0 are not whole pixels"),
         ({"height": "10"}, {}, "images, id 1.*'10'"),
         ({}, {"bbox": [1, 1, -2, 2]}, r"annotations, id 1.*\[1, 1, -2, 2\]"),
         ({}, {"bbox": [1, 1, float("nan"), 2]}, "annotations, id 1.*nan"),
@@ -165,45 +165,45 @@ BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2]}
         ({}, {"category_id": [1]}, r"no category \[1\]"),
     ],
 )
-def test_a_wrong_entry_is_named(tmp_path, image, box, told):
+def test_a_wrong_entry_is_named(tmp_path, image, box, message):
     content = {"images": [IMAGE | image], "annotations": [BOX | box], "categories": [{"id": 1, "name": "opacity"}]}
     (tmp_path / "a.json").write_text(json.dumps(content))
-    with pytest.raises(DatasetError, match=f"a.json, {told}" if "id 1" in told else told):
+    with pytest.raises(DatasetError, match=f"a.json, {message}" if "id 1" in message else message):
         read_coco(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
-        ("{", "no JSON.*line 1"),
-        ("[]", "wanted an object"),
+        ("{", "not valid JSON.*line 1"),
+        ("[]", "expected an object"),
         ("{}", "categories: the list is missing"),
         ('{"categories": [], "images": [{"id": 1}], "annotations": []}', "images, entry 0: lacks file_name, width, height"),
         ('{"categories": [], "images": [], "annotations": []}', "images: the list is empty"),
-        ('{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "categories, entry 1: id 1 occurs again"),
+        ('{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "categories, entry 1: id 1 is repeated"),
     ],
 )
-def test_what_is_no_coco_file_is_refused(tmp_path, content, told):
+def test_what_is_no_coco_file_is_refused(tmp_path, content, message):
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(DatasetError, match=told):
+    with pytest.raises(DatasetError, match=message):
         read_coco(tmp_path / "a.json")
     with pytest.raises(DatasetError, match=r"b\.json is missing"):
         read_coco(tmp_path / "b.json")
 
 
 @pytest.mark.parametrize(
-    ("images", "boxes", "folds", "told"),
+    ("images", "boxes", "folds", "message"),
     [
         (IMAGES.assign(rows=[3000, 0, 100]), BOXES, None, "1 of 3 images have no rows and columns, first a.*notebook 10"),
         (IMAGES.head(1), BOXES, None, "2 boxes belong to none of the images, first a"),
-        (IMAGES, BOXES.assign(finding=["Mass", None, "Mass"]), None, "image b has a box whose finding is no name"),
+        (IMAGES, BOXES.assign(finding=["Mass", None, "Mass"]), None, "image b has a box whose finding is not a name"),
         (IMAGES.assign(width=1), BOXES, None, "column.*width.*rename"),
-        (IMAGES.assign(mask=[np.zeros(1), None, None]), BOXES, None, "leave the column out"),
-        (IMAGES, BOXES, FOLDS.assign(id=["b", "z"]), "1 images of the folds are none of the images, first z"),
+        (IMAGES.assign(mask=[np.zeros(1), None, None]), BOXES, None, "drop the column"),
+        (IMAGES, BOXES, FOLDS.assign(id=["b", "z"]), "1 images of the folds are not among the images, first z"),
     ],
 )
-def test_tables_that_no_file_can_hold_are_refused(tmp_path, images, boxes, folds, told):
-    with pytest.raises(DatasetError, match=told):
+def test_tables_that_no_file_can_hold_are_refused(tmp_path, images, boxes, folds, message):
+    with pytest.raises(DatasetError, match=message):
         write_coco(tmp_path / "a.json", images, boxes, folds)
     assert not (tmp_path / "a.json").exists()
 

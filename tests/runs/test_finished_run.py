@@ -47,14 +47,14 @@ def make_run(folder, model, **tables):
 def test_predictions_of_several_runs_come_together(tmp_path):
     first = make_run(tmp_path / "1", "study", image_scores=SCORES)
     second = make_run(tmp_path / "2", "other", image_scores=SCORES.assign(model="other"))
-    found = read_out_of_fold([first, second])
-    assert found.image_scores[["image_id", "model"]].to_numpy().tolist() == [
+    predictions = read_out_of_fold([first, second])
+    assert predictions.image_scores[["image_id", "model"]].to_numpy().tolist() == [
         ["a", "study"],
         ["b", "study"],
         ["a", "other"],
         ["b", "other"],
     ]
-    assert len(found.detections) == len(found.study_scores) == 0
+    assert len(predictions.detections) == len(predictions.study_scores) == 0
 
 
 def test_the_folds_of_a_model_may_come_from_several_runs(tmp_path):
@@ -82,27 +82,27 @@ def test_a_run_that_is_unfinished_or_of_another_kind_is_named(tmp_path):
 def test_detections_come_with_the_images_that_were_looked_at(tmp_path):
     box = pd.DataFrame([("a", "yolo", 0, 0.5, 0, 0, 9, 9)], columns=["image_id", "model", "fold", "score", *BOX])
     coverage = SCORES.assign(model="yolo")[["image_id", "model", "fold"]]
-    found = read_out_of_fold([make_run(tmp_path / "yolo", "yolo", detections=box, coverage=coverage)])
-    assert found.detections["image_id"].tolist() == ["a"]
-    assert found.coverage.to_numpy().tolist() == [["a", "yolo", 0], ["b", "yolo", 1]]
+    predictions = read_out_of_fold([make_run(tmp_path / "yolo", "yolo", detections=box, coverage=coverage)])
+    assert predictions.detections["image_id"].tolist() == ["a"]
+    assert predictions.coverage.to_numpy().tolist() == [["a", "yolo", 0], ["b", "yolo", 1]]
     with pytest.raises(RunError, match=r"older has detections but no tables/coverage\.parquet"):
         read_out_of_fold([make_run(tmp_path / "older", "yolo", detections=box)])
 
 
-def test_judged_are_images_with_a_none_and_an_answered_study():
+def test_judged_images_have_predictions_of_none_and_of_the_study_classes():
     images = pd.DataFrame({"image_id": list("abcd"), "study_id": ["s", "t", "u", "v"]})
     studies = pd.DataFrame(
         {"study_id": ["s", "t", "u"], **dict.fromkeys(STUDY_CLASSES, 0.25), "prior": [False, True, False]}
     )
     nones = pd.DataFrame({"image_id": list("abcd"), "none": 0.5, "prior": [False, False, True, False]})
-    found = pd.DataFrame(columns=["image_id", "score", *BOX])
-    # `b` has a study on priors, `c` a none on priors, and the study of `d` no answer at all.
-    assert judged_images(images, Fused(studies, nones, found))["image_id"].tolist() == ["a"]
+    detections = pd.DataFrame(columns=["image_id", "score", *BOX])
+    # `b` has placeholder study classes, `c` a placeholder none, and the study of `d` no row at all.
+    assert judged_images(images, Fused(studies, nones, detections))["image_id"].tolist() == ["a"]
     with pytest.raises(RunError, match=r"\(3 have a `none`\); include a study run"):
-        judged_images(images, Fused(studies.assign(prior=True), nones, found))
+        judged_images(images, Fused(studies.assign(prior=True), nones, detections))
 
 
-def test_a_run_answers_for_what_it_has_predicted(tmp_path):
+def test_images_without_predictions_of_a_run_get_placeholders(tmp_path):
     images = pd.DataFrame({"image_id": list("ab"), "study_id": ["s", "t"], "rows": 100, "columns": 100})
     box = pd.DataFrame(
         [(name, "yolo", 0, 0.5, 0, 0, 9, 9) for name in "ac"], columns=["image_id", "model", "fold", "score", *BOX]
@@ -131,7 +131,7 @@ def test_a_fused_answer_comes_back_without_priors(tmp_path):
 
 
 def prepared_run(folder, small, **metrics):
-    """A prepared run of SmallXrays whose images lie decoded in its cache."""
+    """Write a prepared run of SmallXrays with its images decoded in its cache."""
     images = small.images.assign(path=[str(folder / f"{image_id}.dcm") for image_id in small.image_ids])
     for image_id, pixels in small.pixels.items():
         write_xray(folder / f"{image_id}.dcm", pixels, transfer_syntax=ExplicitVRLittleEndian)
@@ -146,7 +146,7 @@ def prepared_run(folder, small, **metrics):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     small = SmallXrays(8)
-    small.fold_table = small.fold_table.head(6)  # two images that no annotator looked at
+    small.fold_table = small.fold_table.head(6)  # no annotator looked at the other two
     return prepared_run(tmp_path_factory.mktemp("prepared"), small)
 
 
@@ -156,7 +156,7 @@ def test_extra_images_of_a_prepared_run_are_those_in_its_folds(prepared):
     assert extra.cache.read("image003").pixels.shape == (40, 50)
 
 
-def test_extra_images_of_a_labelled_run_lie_in_the_run_that_it_names(tmp_path, prepared):
+def test_extra_images_of_a_labelled_run_are_decoded_in_the_run_that_it_names(tmp_path, prepared):
     tables = read_prepared(prepared)
     for name in ("labels", "boxes"):
         write_table(tables[name], name, tmp_path / "tables" / f"{name}.parquet")
@@ -171,7 +171,7 @@ def test_extra_images_of_a_labelled_run_lie_in_the_run_that_it_names(tmp_path, p
 
 def test_extra_images_that_cannot_be_read_are_refused_at_once(tmp_path, prepared):
     write_json(tmp_path / "metrics.json", {"model": "study"})
-    with pytest.raises(RunError, match="is no run of notebook 10 or 50"):
+    with pytest.raises(RunError, match="is not a run of notebook 10 or 50"):
         read_extra(tmp_path)
     shutil.copytree(prepared / "tables", tmp_path / "tables")
     write_json(tmp_path / "metrics.json", {"longest_side": 50})
@@ -191,9 +191,9 @@ def trained_run(folder, tables, model="c", extra=None, folds=(0, 1)):
 def test_models_are_named_with_their_folds(tmp_path, prepared):
     tables = read_prepared(prepared)
     runs = [trained_run(tmp_path / model, tables, model) for model in "cd"]
-    found = read_models(runs, tables)
-    assert found[["model", "fold"]].to_numpy().tolist() == [["c", 0], ["c", 1], ["d", 0], ["d", 1]]
-    assert found["bundle"].iloc[3] == str(tmp_path / "d" / "fold1" / "bundle")
+    models = read_models(runs, tables)
+    assert models[["model", "fold"]].to_numpy().tolist() == [["c", 0], ["c", 1], ["d", 0], ["d", 1]]
+    assert models["bundle"].iloc[3] == str(tmp_path / "d" / "fold1" / "bundle")
     assert read_models(runs, tables, folds=[1])[["model", "fold"]].to_numpy().tolist() == [["c", 1], ["d", 1]]
     with pytest.raises(RunError, match=r"no model of the folds \[4\]"):
         read_models(runs, tables, folds=[4])
@@ -212,13 +212,13 @@ def test_models_that_have_seen_unknown_images_are_refused(tmp_path, prepared):
     assert len(read_models([more], tables, extra=[extra])) == 2
 
 
-def test_images_without_marked_opacities_teach_no_detector(tmp_path):
+def test_images_without_marked_opacities_do_not_train_a_detector(tmp_path):
     small = SmallXrays(8)
     prepared_run(tmp_path / "nih", small)
     metrics = json.loads((tmp_path / "nih" / "metrics.json").read_text())
     write_json(tmp_path / "nih" / "metrics.json", {**metrics, "dataset": "nih"})
     extra = read_extra(tmp_path / "nih")
-    # No box is no `none` there: the target is unknown.
+    # An NIH image without a box is not a certain `none`: the target is unknown.
     assert np.isnan(XrayDataset(extra.images, extra.labels, extra.boxes, extra.cache, StudyRecipe()).none).all()
     nothing = read_extra(tmp_path / "nih", for_boxes=True)
     with pytest.raises(ValueError, match="detectors: NIH's have no boxes"):
@@ -233,8 +233,8 @@ def test_learners_are_read_from_the_fullest_table_of_each_run_and_an_ensemble_st
     scores = pd.DataFrame({"study_id": studies, "fold": [0, 1, 2]}).assign(**dict.fromkeys(STUDY_CLASSES, 0.25))
     one, two = scores.assign(model="one"), scores.assign(model="two")
     runs = [make_run(tmp_path / name, name, study_scores=table) for name, table in (("one", one), ("two", two))]
-    found = read_learners(runs, prepared)
-    assert found.learners == ("one", "two") and found.key == "study_id"
+    learners = read_learners(runs, prepared)
+    assert learners.learners == ("one", "two") and learners.key == "study_id"
     of_images = scores.rename(columns={"study_id": "image_id"})
     nested = of_images.assign(model="net", outer=[0, 1, 2], fold=[1, 2, 0])
     both = make_run(tmp_path / "net", "net", nested_scores=nested, class_scores=of_images.assign(model="net"))
@@ -244,5 +244,5 @@ def test_learners_are_read_from_the_fullest_table_of_each_run_and_an_ensemble_st
     ensemble = make_run(tmp_path / "ensemble", "mean", study_scores=scores.assign(model="mean"))
     write_ensemble(ensemble / "ensemble", Ensemble("mean", "mean", ("one", "two"), STUDY_CLASSES, "study_id"))
     assert read_study_ensemble(ensemble, pd.concat([one, two])).model.unique().tolist() == ["mean"]
-    with pytest.raises(RunError, match="two: either no learner of the ensemble"):
+    with pytest.raises(RunError, match="two: either not a learner of the ensemble"):
         read_study_ensemble(ensemble, one)

@@ -18,7 +18,7 @@ from kitlib.runs.record import finish_run, git_commit, kitlib_digest, process_re
 
 @pytest.fixture(autouse=True)
 def project(tmp_path, monkeypatch):
-    """A project of its own, so that runs are made below tmp_path."""
+    """A project at tmp_path, so that runs are written below it."""
     monkeypatch.setenv("KIT_ROOT", str(tmp_path))
     monkeypatch.setattr(paths, "on_kaggle", lambda: False)
     return tmp_path
@@ -66,7 +66,7 @@ def test_a_run_started_again_is_unfinished_and_has_a_new_record():
     assert "wall_s" not in record and not (run / "metrics.json").exists()
 
 
-def test_a_finished_run_tells_its_time_memory_and_versions():
+def test_a_finished_run_records_its_time_memory_and_versions():
     before = datetime.now(UTC)
     run = start_run("study", {})
     time.sleep(0.2)
@@ -77,7 +77,7 @@ def test_a_finished_run_tells_its_time_memory_and_versions():
     assert record["python"] == ".".join(map(str, sys.version_info[:3]))
     assert record["versions"]["numpy"] == np.__version__ and record["versions"]["pandas"] == pd.__version__
     assert record["cpus"] >= 1 and record["host"] and record["image"]["platform"]
-    # numpy and pandas alone take tens of MB; KiB taken for bytes would be below 1 MB
+    # numpy and pandas alone take tens of MB; KiB mistaken for bytes would give less than 1 MB
     assert 30 < record["peak_memory_mb"] < 100_000
 
 
@@ -93,24 +93,24 @@ def test_a_run_that_was_not_started_cannot_be_finished(tmp_path):
     assert not (tmp_path / "metrics.json").exists()
 
 
-def test_memory_of_children_is_told_in_a_process_that_hardly_has_any():
-    # The child fills 200 MB; its parent is a bare interpreter with kitlib.runs.record and must not count as so large.
+def test_memory_of_children_is_recorded_in_a_process_with_little_memory():
+    # The child fills 200 MB; its parent imports only kitlib.runs.record, and its own peak must stay small.
     code = (
         "import subprocess, sys; from kitlib.runs.record import process_record;"
         "subprocess.run([sys.executable, '-c', 'bytearray(200_000_000)'], check=True);"
         "record = process_record(); print(record['peak_memory_mb'], record['peak_child_memory_mb'], record['gpu'])"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    words = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     # Started by a process as large as this one, the child would count as large as that.
-    own, child = map(int, told[:2])
-    assert own < 150 and child >= 200
-    assert told[2] == "None"
+    peak, child_peak = map(int, words[:2])
+    assert peak < 150 and child_peak >= 200
+    assert words[2] == "None"
 
 
-def test_a_gpu_is_told_only_where_torch_has_used_one(monkeypatch):
+def test_a_gpu_is_recorded_only_where_torch_has_used_one(monkeypatch):
     def torch_with(initialised, peaks):
         def never(*_):
-            raise AssertionError("asked a GPU that nothing has used")
+            raise AssertionError("queried a GPU that nothing has used")
 
         count = (lambda: len(peaks)) if initialised else never
         return types.SimpleNamespace(
@@ -135,8 +135,8 @@ def test_a_gpu_is_told_only_where_torch_has_used_one(monkeypatch):
     assert process_record().items() >= nothing.items()
 
 
-def test_the_commit_is_told_and_marked_where_files_differ_from_it(tmp_path):
-    assert git_commit(tmp_path) is None  # no clone
+def test_the_commit_is_returned_and_marked_where_files_differ_from_it(tmp_path):
+    assert git_commit(tmp_path) is None  # not a clone
     author = ("-c", "user.name=a", "-c", "user.email=a@b.c")
     git = ["git", "-C", str(tmp_path), *author]
     subprocess.run([*git, "init", "--quiet"], check=True)
@@ -150,7 +150,7 @@ def test_the_commit_is_told_and_marked_where_files_differ_from_it(tmp_path):
     assert git_commit(tmp_path) == head
     (tmp_path / "file").write_text("2")
     assert git_commit(tmp_path) == f"{head}+changes"
-    # a folder that lies in somebody's repository is not that repository
+    # A folder inside a repository is not its root.
     assert git_commit(tmp_path / "runs") is None
 
 
@@ -161,7 +161,7 @@ def test_a_machine_without_git_has_no_commit(tmp_path, monkeypatch):
     assert read(start_run("study", {}) / "record.json")["git_commit"] is None
 
 
-def test_kaggles_image_is_told_where_it_tells_itself(tmp_path, monkeypatch):
+def test_kaggles_docker_image_is_recorded_where_it_identifies_itself(tmp_path, monkeypatch):
     for name in ("commit", "built"):
         (tmp_path / name).write_text(f"{name} of the image\n")
     monkeypatch.setattr(run_record, "IMAGE_FILES", {name: str(tmp_path / name) for name in ("commit", "built")})
@@ -201,5 +201,5 @@ def test_a_start_is_cheap(tmp_path):
     start_run("study", {})
     started = time.perf_counter()
     start_run("study", {})
-    # some 15 ms on one of two busy cores; no git here
+    # Takes about 15 ms on one of two busy cores; tmp_path is not a clone, so git does not run.
     assert time.perf_counter() - started < 0.25

@@ -1,4 +1,4 @@
-"""YOLO's label files are what ultralytics reads, and give the boxes back; a bad line is named with its file."""
+"""YOLO's label files are readable by ultralytics and restore the boxes; errors name the file and line."""
 
 import numpy as np
 import pandas as pd
@@ -14,10 +14,10 @@ from kitlib.tables import check_table
 from tests.runs.test_coco import BOXES, FOLDS, IMAGES
 
 
-def test_a_line_is_a_share_of_the_image(tmp_path):
+def test_a_line_has_fractions_of_the_image(tmp_path):
     boxes = pd.DataFrame([["c", 9, 10, 45, 60]], columns=["image_id", "xmin", "ymin", "xmax", "ymax"])
     write_yolo(tmp_path, IMAGES, boxes)
-    # Image c has 90 columns and 100 rows: the middle is (27, 35), the size 36 x 50.
+    # Image c has 90 columns and 100 rows: the centre is (27, 35), the size 36 x 50.
     assert (tmp_path / "labels" / "c.txt").read_text() == "0 0.3 0.35 0.4 0.5\n"
     assert [(tmp_path / "labels" / f"{name}.txt").read_text() for name in "ab"] == ["", ""]
     assert (tmp_path / "classes.txt").read_text() == "opacity\n"
@@ -28,7 +28,7 @@ def test_a_line_is_a_share_of_the_image(tmp_path):
     }
 
 
-def test_each_fold_is_once_for_validation(tmp_path):
+def test_each_fold_is_used_once_for_validation(tmp_path):
     write_yolo(tmp_path, IMAGES, BOXES, FOLDS)
     assert yaml.safe_load((tmp_path / "fold1.yaml").read_text())["val"] == "fold1_val.txt"
     lists = {
@@ -47,7 +47,7 @@ def test_boxes_come_back_in_the_order_of_the_images(tmp_path, findings):
 
 
 def inside(side: int) -> st.SearchStrategy[list[float]]:
-    """Two edges of a box on an axis of `side` pixels."""
+    """Draw the two edges of a box on an axis of `side` pixels."""
     edge = st.one_of(st.just(0.0), st.floats(1e-3, side), st.just(float(side)))
     return st.tuples(edge, edge).map(sorted).filter(lambda edges: edges[0] < edges[1])
 
@@ -63,7 +63,7 @@ def test_any_box_comes_back_bit_for_bit(tmp_path_factory, data, rows, columns):
     pd.testing.assert_frame_equal(read_yolo(folder, images), boxes, check_exact=True)
 
 
-def test_six_decimals_at_the_edge_are_cut_there(tmp_path):
+def test_boxes_beyond_the_edge_by_rounding_are_clipped(tmp_path):
     write_yolo(tmp_path, IMAGES, BOXES.head(0))
     (tmp_path / "labels" / "c.txt").write_text("0 0.833333 0.5 0.333335 1.000000\n\n")
     box = read_yolo(tmp_path, IMAGES).iloc[0]
@@ -72,7 +72,7 @@ def test_six_decimals_at_the_edge_are_cut_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("0 0.5 0.5 0.1", "is not `class cx cy width height`"),
         ("opacity 0.5 0.5 0.1 0.1", "is not `class"),
@@ -85,11 +85,11 @@ def test_six_decimals_at_the_edge_are_cut_there(tmp_path):
         ("0 0.1 0.5 0.3 0.1", "beyond the image"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, told):
+def test_a_bad_line_is_named(tmp_path, line, message):
     write_yolo(tmp_path, IMAGES, BOXES)
     with open(tmp_path / "labels" / "b.txt", "a") as file:
         file.write(f"{line}\n")
-    with pytest.raises(DatasetError, match=rf"b\.txt, line 2: .*{told}"):
+    with pytest.raises(DatasetError, match=rf"b\.txt, line 2: .*{message}"):
         read_yolo(tmp_path, IMAGES)
 
 
@@ -119,7 +119,7 @@ def test_labels_are_not_mixed_and_boxes_stay_inside(tmp_path):
 
 
 def test_ultralytics_reads_them(tmp_path):
-    """Its own reader, which refuses what is not normalised: the same sizes, and no image damaged or without a file."""
+    """Its reader, which rejects labels that are not normalised, finds the same sizes and no damaged or missing file."""
     from ultralytics.data.utils import verify_image_label
 
     write_yolo(tmp_path, IMAGES, BOXES.assign(finding=["Mass", "Effusion", "Mass"]))
@@ -128,7 +128,7 @@ def test_ultralytics_reads_them(tmp_path):
         Image.fromarray(np.zeros((image.rows, image.columns), np.uint8)).save(tmp_path / "images" / f"{image.image_id}.png")
         pair = (str(tmp_path / "images" / f"{image.image_id}.png"), str(tmp_path / "labels" / f"{image.image_id}.txt"))
         _, labels, _, _, _, missing, _, _, damaged, _ = verify_image_label((*pair, "", False, 2, 0, 0, False))
-        own = BOXES[BOXES.image_id == image.image_id]
-        assert len(labels) == len(own) and (missing, damaged) == (0, 0)
-        widths = labels[:, 3] * image.columns if len(own) else []
-        np.testing.assert_allclose(sorted(widths), sorted(own.xmax - own.xmin), rtol=1e-6)
+        boxes = BOXES[BOXES.image_id == image.image_id]
+        assert len(labels) == len(boxes) and (missing, damaged) == (0, 0)
+        widths = labels[:, 3] * image.columns if len(boxes) else []
+        np.testing.assert_allclose(sorted(widths), sorted(boxes.xmax - boxes.xmin), rtol=1e-6)
