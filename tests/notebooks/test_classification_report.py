@@ -157,4 +157,4 @@ def test_images_put_aside_are_judged_where_the_split_says_so(tmp_path, quick_ker
     assert (metrics["images"], metrics["split"], metrics["models"]["resnet152"]["accuracy"]) == (16, "test", 12 / 16)
     failures = pd.read_csv(done / "failures.csv").set_index("class")
     assert failures.answered.tolist() == [4, 4, 4, 4] and failures.unanswered.tolist() == [0, 0, 0, 0]
-    assert "16 test images put aside by patient" in (tmp_path / "executed.ipynb").read_text()
+    assert "16 test images, split off by patient" in (tmp_path / "executed.ipynb").read_text()
