@@ -1,37 +1,37 @@
-"""Every error that the kit raises on purpose, one class for each domain, all derived from `KitError`.
+"""Every error that the kit raises on purpose, one class per domain, all derived from `KitError`.
 
-Messages name the file, the value and what to do. Anything else that escapes from kitlib is a fault of the kit.
+Messages name the file, the value and what to do. Anything else that escapes from kitlib is a bug in the kit.
 """
 
 from pathlib import Path
 
 
 class KitError(Exception):
-    """Base class: catch it to catch every error that the kit raises on purpose."""
+    """Base class of all errors that the kit raises on purpose."""
 
 
 class SettingsError(KitError, ValueError):
-    """An unknown recipe, setting or published table, or a value that a setting does not allow; lists what is valid."""
+    """Raised when a recipe, setting or published table is unknown, or a value is invalid. The message lists what is valid."""
 
 
 class InputNotFound(KitError, FileNotFoundError):
-    """No folder exists for an input; lists the folders that were searched."""
+    """Raised when the folder of an input does not exist. The message lists the inputs that do."""
 
 
 class DeviceError(KitError, RuntimeError):
-    """A GPU that cannot be used for training: gives the reason and what to choose instead."""
+    """Raised when a GPU cannot be used for training. The message gives the reason and an alternative."""
 
 
 class TableError(KitError, ValueError):
-    """A table that breaks its contract: names the table, the column and the rows."""
+    """Raised when a table does not match its schema. The message names the table, the column and a row."""
 
 
 class BundleError(KitError, ValueError):
-    """A bundle or weights file that is missing, damaged, or does not match its record."""
+    """Raised when a bundle or a weights file is missing, damaged, or does not match its record."""
 
 
 class UnreadableXray(KitError):
-    """A file that does not give an X-ray: `path`, and the `reason` in a few words."""
+    """Raised when a file cannot be read as an X-ray. `path` is the file, `reason` says why in a few words."""
 
     def __init__(self, path: str | Path, reason: str):
         super().__init__(str(path), reason)
@@ -42,52 +42,52 @@ class UnreadableXray(KitError):
 
 
 class MaskError(KitError, ValueError):
-    """A mask that is missing, damaged, or differs in size from its image."""
+    """Raised when a mask is missing, damaged, or differs in size from its image."""
 
 
 class CacheError(KitError, RuntimeError):
-    """The cache of decoded X-rays has failed, not an image: the disk is full, an entry is damaged, an id is too long."""
+    """Raised when the cache of decoded X-rays itself fails: the disk is full, an entry is damaged, an id is too long."""
 
 
 class DatasetError(KitError, ValueError):
-    """A data set that cannot be read, folds that a patient crosses, or an annotation file that does not fit its images."""
+    """Raised when a data set cannot be read, a patient is in several folds, or annotations do not match their images."""
 
 
 class ScoringError(KitError, ValueError):
-    """Predictions that do not match the ground truth they are scored against."""
+    """Raised when predictions do not match the ground truth they are scored against."""
 
 
 class SubmissionError(KitError, ValueError):
-    """A submission file that cannot be read: names the file, the row and the fix."""
+    """Raised when a submission file cannot be read. The message names the file, the row and the fix."""
 
 
 class FusionError(KitError, ValueError):
-    """Predictions that cannot be stacked or tuned on, such as scores that are not out-of-fold."""
+    """Raised when predictions cannot be stacked or tuned on, for example because they are not out-of-fold."""
 
 
 class TrainingError(KitError, RuntimeError):
-    """A training that failed, or a run folder that holds a training with other settings."""
+    """Raised when a training fails, or when its run folder holds a training with other settings."""
 
 
 class RunError(KitError, ValueError):
-    """A folder that is not a finished run of the expected kind; says which notebook to run first."""
+    """Raised when a folder is not a finished run of the expected kind. The message says which notebook to run first."""
 
 
 class NotebookError(KitError, RuntimeError):
-    """A notebook that stopped: names the notebook, the cell, the error and the log."""
+    """Raised when a notebook stops early. The message names the notebook, the cell, the error and the log."""
 
 
 class LeaderboardError(KitError, ValueError):
-    """Runs that cannot be compared, or an unknown run name."""
+    """Raised when runs cannot be compared, or a run name is unknown."""
 
 
 class KernelError(KitError, ValueError):
-    """A Kaggle kernel that cannot be built, rehearsed or pushed: names the file or package, and what to do."""
+    """Raised when a Kaggle kernel cannot be built, rehearsed or pushed. The message names the cause and what to do."""
 
 
 class PlanError(KitError, ValueError):
-    """A plan that is invalid or did not finish: names the file and step, or the failed runs and their logs."""
+    """Raised when a plan is invalid or does not finish. The message names the file and step, or the failed runs and logs."""
 
 
 class PageError(KitError, ValueError):
-    """Something the page cannot show. The message is plain text for the person who uses it, in whole sentences."""
+    """Raised for anything the page cannot show. The message is plain text for the page's reader, in whole sentences."""
