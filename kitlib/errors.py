@@ -11,7 +11,7 @@ class KitError(Exception):
 
 
 class SettingsError(KitError, ValueError):
-    """Raised when a recipe, setting or published table is unknown, or a value is invalid. The message lists what is valid."""
+    """Raised when a recipe, setting or published table is unknown, or its value invalid. The message lists valid ones."""
 
 
 class InputNotFound(KitError, FileNotFoundError):
