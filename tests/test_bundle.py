@@ -101,7 +101,7 @@ def edited(folder, **changes):
     [
         ({"fold": None}, r"model\.json: missing keys \['fold'\]"),
         ({"colour": 1}, r"unknown keys \['colour'\]"),
-        ({"fold": "one"}, r"fold is 'one', expected int"),
+        ({"fold": "one"}, r"fold is 'one', expected type int"),
         ({"tied": {"b": "c"}}, r"ties 'b' to 'c'"),
     ],
 )

@@ -29,8 +29,8 @@ def test_a_table_returns_from_its_file_as_it_went(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"score": [0.5, 1.5]}, r"column score: 1 value\(s\) are not in 0..1 or NaN, first 1.5 in row 1"),
-        ({"xmax": [1, 20]}, "1 boxes without area"),
+        ({"score": [0.5, 1.5]}, r"column score: 1 value\(s\) are not in 0..1 or NaN; the first is 1.5 in row 1"),
+        ({"xmax": [1, 20]}, "1 boxes have no area"),
         ({"ymin": [np.nan, 0]}, "not finite pixels"),
         ({"fold": ["x", 0]}, "column fold: not numeric"),
         ({"image_id": [None, "a"]}, "column image_id: empty in row 0"),
@@ -44,7 +44,7 @@ def test_a_broken_value_is_named(change, message):
 def test_missing_columns_and_doubled_keys_are_named():
     with pytest.raises(TableError, match=r"missing column\(s\) score"):
         check_table(DETECTIONS.drop(columns="score"), "detections")
-    with pytest.raises(TableError, match="2 rows repeat the same id"):
+    with pytest.raises(TableError, match="2 rows have duplicate id"):
         check_table(pd.DataFrame({"id": ["a", "a"], "fold": [0, 1]}), "folds")
     with pytest.raises(TableError, match="unknown table 'fold'"):
         check_table(DETECTIONS, "fold")
@@ -76,12 +76,17 @@ MASK_SCORES = pd.DataFrame({"image_id": ["a", "a"], "model": "m", "fold": -1, "s
     ("name", "table", "change", "message"),
     [
         ("lungs", LUNGS, {}, None),
-        ("lungs", LUNGS, {"area": [0.3, 1.2]}, r"column area: 1 value\(s\) are not in 0..1 or NaN, first 1.2 in row 1"),
-        ("lungs", LUNGS, {"image_id": "a"}, "2 rows repeat the same image_id"),
-        ("lungs", LUNGS, {"xmax": [90.0, 0.0]}, "1 boxes without area"),
+        (
+            "lungs",
+            LUNGS,
+            {"area": [0.3, 1.2]},
+            r"column area: 1 value\(s\) are not in 0..1 or NaN; the first is 1.2 in row 1",
+        ),
+        ("lungs", LUNGS, {"image_id": "a"}, "2 rows have duplicate image_id"),
+        ("lungs", LUNGS, {"xmax": [90.0, 0.0]}, "1 boxes have no area"),
         ("lungs", LUNGS, {"ymax": [np.nan, 80.0]}, "column ymax: .* not finite pixels"),
         ("mask_scores", MASK_SCORES, {}, None),
-        ("mask_scores", MASK_SCORES, {"structure": "lungs"}, "2 rows repeat the same image_id, model, fold, structure"),
+        ("mask_scores", MASK_SCORES, {"structure": "lungs"}, "2 rows have duplicate image_id, model, fold, structure"),
         ("mask_scores", MASK_SCORES, {"dice": [90, 50]}, r"column dice: 2 value\(s\) are not in 0..1"),
     ],
 )
@@ -100,7 +105,7 @@ NESTED = pd.DataFrame({"image_id": ["a", "a"], "model": "m", "outer": [-1, 2], "
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"outer": 2}, "2 rows repeat the same image_id, model, outer, fold"),
+        ({"outer": 2}, "2 rows have duplicate image_id, model, outer, fold"),
         ({"outer": ["none", 2]}, "column outer: not numeric"),
         ({"well": [0.5, 1.5]}, r"column well: 1 value\(s\) are not in 0..1"),
     ],

@@ -98,7 +98,7 @@ def test_a_failure_is_named_stops_only_what_needs_it_and_is_done_next_time(tmp_p
     assert "2 of 8 runs are done" in message
     assert "exit code 3" in message and "broken pipe organ" in message and "runs/bad/command.log" in message
     assert "silent failed" in message and "it ended without" in message
-    assert "killed at its time limit of 0.01 minutes" in message
+    assert "stopped at its time limit of 0.01 minutes" in message
     assert re.search(r"victim was killed on .* without a word", message)
     assert "not begun: last\n" in message and "unasked" not in message
     assert started(tmp_path) == ["flaky", "good"]
