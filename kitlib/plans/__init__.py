@@ -1,4 +1,4 @@
-"""Plans of many notebook runs, carried out by Snakemake, and the demo, which is one.
+"""Plans of many notebook runs, executed by Snakemake, and the demo, which is such a plan.
 
-Nothing that a notebook imports.
+Notebooks import nothing from this package.
 """
