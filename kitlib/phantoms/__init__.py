@@ -1,4 +1,4 @@
-"""Synthetic X-rays, written in the layout of each public data set.
+"""Phantoms: synthetic chest X-rays, written in the folder layout of each public data set.
 
-Nothing that real data would need.
+Code for real data does not depend on this package.
 """
