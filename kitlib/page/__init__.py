@@ -1,4 +1,4 @@
-"""The web page: one study's images, what the models say of them and where they look.
+"""The web page: a study's images, the models' predictions for them, and heat maps.
 
-Nothing that a submission needs.
+A submission needs nothing from this package.
 """
