@@ -90,7 +90,7 @@ def bad_files(folder: Path, good: Path) -> dict[Path, str]:
     with open(folder / "huge.dcm", "wb") as huge:
         huge.truncate(MAX_UPLOAD_BYTES + 1)
     told = {
-        **{"text.dcm": "no image", "empty.dcm": "is empty", "half.dcm": "damaged or incomplete DICOM"},
+        **{"text.dcm": "not an image", "empty.dcm": "is empty", "half.dcm": "damaged or incomplete DICOM"},
         **{"study.zip": "Unpack it", "vast.png": f"{VAST:,} x {VAST:,}", "vast.dcm": f"{VAST:,} x {VAST:,}"},
         **{"echo.dcm": "ultrasound", "huge.dcm": "larger than the 100 MB"},
     }
