@@ -1,4 +1,4 @@
-"""Networks, what turns a batch into losses or answers, and the weights they start from.
+"""Networks, their losses and predictions for a batch, and their starting weights.
 
-No data loading, no optimisers, no loops.
+Contains no data loading, no optimisers and no training loops.
 """
