@@ -1,4 +1,4 @@
-"""Metrics, competition scores, the rows of a submission and their validator: pure functions of tables.
+"""Metrics, the competition score, reading, writing and validating submissions: pure functions of tables.
 
-No models, no fitting of ensembles.
+Contains no models and no training of ensembles.
 """
