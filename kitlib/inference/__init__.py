@@ -1,4 +1,4 @@
-"""Trained bundles to answers: prediction, lung masks, and a whole submission under a deadline.
+"""Prediction with trained bundles, lung segmentation, and a complete submission under a deadline.
 
-No training library is imported here: a kernel that submits carries this room and not training.
+Imports no training library, because a submission kernel includes this room but not training.
 """
