@@ -206,7 +206,7 @@ def test_a_damaged_bundle_is_refused(tmp_path, wheel):
 
 def test_a_backbone_in_a_submission_is_refused(tmp_path, wheel):
     runs = [str(make_run(tmp_path / "nih", family="findings"))]
-    with pytest.raises(KernelError, match="nih/bundle knows findings, which no row of a submission asks for"):
+    with pytest.raises(KernelError, match="nih/bundle predicts findings, which a submission does not contain"):
         build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs)), tmp_path / "out", [wheel])
 
 
@@ -264,7 +264,7 @@ def test_a_model_trained_on_masks_requires_its_segmenter(tmp_path, wheel):
         ({"runs": [crops], "lungs": other}, r"but the key `lungs` names another segmenter; name the run of notebook 14"),
         (
             {"runs": [segmenter]},
-            r"unet/bundle draws lungs, which no row of a submission asks for; name its run by the kernel's key `lungs`",
+            r"unet/bundle predicts lung masks, which a submission does not contain; name its run with the",
         ),
         ({"runs": [crops], "lungs": crops}, r"lungs: .*crops/bundle holds a study model; name a run of notebook 14"),
         ({"runs": [crops], "lungs": str(tmp_path / "none")}, r"lungs: .*none/bundle does not exist"),

@@ -82,7 +82,7 @@ def test_an_uploaded_study_has_the_rows_that_the_submission_writes(runs, fused, 
     shutil.copytree(study, tmp_path / "one" / "test" / study.name)
     run = SubmissionRun(tmp_path / "one", tmp_path / "submission.csv", SubmitSettings(time_limit_s=600, workers=1))
     run.predict(str(weights), tmp_path / "scratch")
-    assert run.ledger.note.tolist()[-1] == "0 rows keep priors"
+    assert run.ledger.note.tolist()[-1] == "0 rows keep placeholder predictions"
 
     opened = open_uploads(sorted(study.glob("*/*.dcm")), copies, fused.longest_side)
     write_rows(tmp_path / "page.csv", models.answer(fused, opened), opened)
@@ -303,7 +303,7 @@ def test_an_ensemble_stacks_the_study_models_and_its_failure_is_reported(fused, 
     write_ensemble(tmp_path / "strange", strange)
     answer = warm.answer(replace(fused, name="strange", ensemble=tmp_path / "strange"), study)
     assert answer.remarks == (
-        "The ensemble: none of its learners (other) has answered; the study models are fused as they are.",
+        "The ensemble: none of its learners (other) has predicted; the study models are fused without it.",
     )
     pd.testing.assert_frame_equal(answer.fused.studies, plain)
     answer = warm.answer(replace(fused, name="gone", ensemble=tmp_path / "gone"), study)

@@ -5,7 +5,7 @@ import pytest
 from kitlib.classes import MASK_CODES
 from kitlib.errors import SettingsError
 from kitlib.letterbox import PLACEMENTS
-from kitlib.models.classifier import LEARNT
+from kitlib.models.classifier import TRAINED_OUTPUTS
 from kitlib.models.patches import SCORES
 from kitlib.models.segmenter import NETWORKS
 from kitlib.recipes.fields import (
@@ -124,7 +124,7 @@ def test_the_choices_are_what_the_library_has():
     assert get_args(Placing) == tuple(PLACEMENTS) and get_args(Optimizer) == tuple(OPTIMIZERS)
     assert get_args(field_kinds(SegmenterRecipe)["network"]) == tuple(NETWORKS)
     assert get_args(field_kinds(PatchRecipe)["patch_score"]) == tuple(SCORES)
-    assert get_args(field_kinds(StudyRecipe)["outputs"]) == tuple(LEARNT)
+    assert get_args(field_kinds(StudyRecipe)["outputs"]) == tuple(TRAINED_OUTPUTS)
     assert get_args(field_kinds(StudyRecipe)["trained_on"]) == tuple(SHOWN)
     losses = {loss for each in BOX_LOSSES.values() for loss in each}
     assert set(get_args(field_kinds(DetectorRecipe)["box_loss"])) == {"", *losses}

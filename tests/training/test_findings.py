@@ -189,7 +189,7 @@ def test_what_does_not_go_with_the_classes_is_refused_before_anything_is_written
         train(tmp_path, recipe=override(RECIPE, judged_by="macro_f1"))
     small = SmallFindings(32)
     small.labels["Edema"] = 0.0
-    with pytest.raises(ValueError, match="one_logit answers 2 classes, and there are 3"):
+    with pytest.raises(ValueError, match="one_logit needs 2 classes, but there are 3"):
         train(tmp_path, small, recipe=override(EXCLUSIVE, one_logit=True))
     assert not list(tmp_path.iterdir())
 
