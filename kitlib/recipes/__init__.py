@@ -1,4 +1,4 @@
-"""Recipes: the fields of each kind of training with their defaults and limits, and the published ones by name.
+"""Training recipes: the fields of each kind of training with defaults and valid values, and the published recipes by name.
 
-No code that trains or predicts.
+Code that trains is in kitlib.training, code that predicts in kitlib.inference.
 """

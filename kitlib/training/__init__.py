@@ -1,4 +1,4 @@
-"""Examples and augmentation, the training loop, one driver for all model families, pseudo-labels.
+"""Training: data sets and augmentation, the training loop, one driver for all model families, pseudo-labels.
 
-No networks and no reports.
+Networks are in kitlib.models, reports in kitlib.reports.
 """
