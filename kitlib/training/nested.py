@@ -83,14 +83,14 @@ def train_nested(
     return trained
 
 
-def is_whole(trained: dict[int, list[Any]], folds: Iterable[int], outer_folds: Iterable[int]) -> bool:
+def is_complete(trained: dict[int, list[Any]], folds: Iterable[int], outer_folds: Iterable[int]) -> bool:
     """Whether the results of `train_nested` for these folds include all models."""
     folds = list(folds)
     expected = {outer: len([fold for fold in folds if fold != outer]) for outer in list(outer_folds) or [NOT_NESTED]}
     return expected == {outer: len(models) for outer, models in trained.items()}
 
 
-def gather(trained: dict[int, list[TrainedFold]], folds: pd.DataFrame) -> NestedScores:
+def gather_scores(trained: dict[int, list[TrainedFold]], folds: pd.DataFrame) -> NestedScores:
     """Collect the predictions of finished models into NestedScores; `folds` is the table of the prepared run.
 
     `nested` includes the models' predictions of their own training images if the runs have training_scores.

@@ -86,11 +86,11 @@ class Strategy(ABC):
     def training_batches(self) -> DataLoader:
         """Return a loader of shuffled training batches."""
         task, size = self.task, self.recipe.batch_size
-        return batches(self.train, size, task.workers, shuffle=True, seed=task.seed, joined=type(self).collate_fns[0])
+        return batches(self.train, size, task.workers, shuffle=True, seed=task.seed, collate_fn=type(self).collate_fns[0])
 
     def validation_batches(self) -> DataLoader:
         """Return a loader of validation batches, in the order of the images."""
-        return batches(self.validation, self.validation_batch, self.task.workers, joined=type(self).collate_fns[1])
+        return batches(self.validation, self.validation_batch, self.task.workers, collate_fn=type(self).collate_fns[1])
 
     @property
     def validation_batch(self) -> int:

@@ -228,7 +228,7 @@ def batches(
     workers: int = 0,
     shuffle: bool = False,
     seed: int = 0,
-    joined: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+    collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> DataLoader:
     """Return a loader of batches, which `collate_fn` (default: `collate`) makes of examples.
 
@@ -246,7 +246,7 @@ def batches(
     return DataLoader(
         dataset,
         **sampling,
-        collate_fn=joined or collate,
+        collate_fn=collate_fn or collate,
         num_workers=workers,
         persistent_workers=workers > 0,
         # Only forked processes share the canvases in memory.

@@ -6,7 +6,7 @@ import pytest
 from kitlib.deadline import SessionOver
 from kitlib.paths import find_input
 from kitlib.tables import check_table, empty_table
-from kitlib.training.nested import NOT_NESTED, gather, hold_out, is_whole, train_nested
+from kitlib.training.nested import NOT_NESTED, gather_scores, hold_out, is_complete, train_nested
 from kitlib.training.task import Task, TrainedFold
 from kitlib.training.train_folds import begin_session
 from tests.small_xrays import RECIPE
@@ -104,7 +104,7 @@ def test_each_row_has_the_fold_and_the_outer_fold_of_its_model(tmp_path, split):
     assert {outer: [run.run_folder for run in runs] for outer, runs in trained.items()} == {
         outer: [tmp_path / f"outer{outer}" / f"fold{fold}" for fold in range(3) if fold != outer] for outer in range(3)
     }
-    found = gather(trained, FOLDS)
+    found = gather_scores(trained, FOLDS)
     own = found.nested.image_id.map(FOLDS.set_index("id").fold)
     # 6 models of 12 images each: 4 out of fold, 4 of the outer fold, 4 that it was trained on.
     assert len(found.nested) == 6 * 12
@@ -118,7 +118,7 @@ def test_each_row_has_the_fold_and_the_outer_fold_of_its_model(tmp_path, split):
 
 
 def test_the_evaluated_prediction_is_the_mean_of_the_models_without_the_images_fold(tmp_path, split):
-    found = gather(train_all(tmp_path, [0, 1, 2], split), FOLDS)
+    found = gather_scores(train_all(tmp_path, [0, 1, 2], split), FOLDS)
     judged = found.judged.set_index("image_id")
     assert len(judged) == 12 and judged.fold.to_dict() == FOLDS.set_index("id").fold.to_dict()
     # image0 is in fold 0: the models of the inner folds 1 and 2 score it 0.6 and 0.7.
@@ -129,7 +129,7 @@ def test_the_evaluated_prediction_is_the_mean_of_the_models_without_the_images_f
 
 
 def test_without_outer_folds_the_out_of_fold_prediction_is_evaluated(tmp_path, split):
-    found = gather(train_all(tmp_path, [], split), FOLDS)
+    found = gather_scores(train_all(tmp_path, [], split), FOLDS)
     assert set(found.nested.outer) == {NOT_NESTED}
     assert found.judged.set_index("image_id").yes["image2"] == pytest.approx(0.2)
     assert len(found.judged) == 12 and len(found.test) == 3
@@ -144,5 +144,7 @@ def test_a_session_that_ends_begins_no_further_outer_fold(tmp_path, split, monke
 
     monkeypatch.setattr("kitlib.training.nested.train_folds", ended)
     trained = train_all(tmp_path, [0, 1, 2], split)
-    assert begun == ["outer0"] and not is_whole(trained, [0, 1, 2], [0, 1, 2])
-    assert len(gather(trained, FOLDS).judged) == 0 and gather(trained, FOLDS).nested.equals(empty_table("nested_scores"))
+    assert begun == ["outer0"] and not is_complete(trained, [0, 1, 2], [0, 1, 2])
+    assert len(gather_scores(trained, FOLDS).judged) == 0 and gather_scores(trained, FOLDS).nested.equals(
+        empty_table("nested_scores")
+    )

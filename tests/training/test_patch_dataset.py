@@ -100,7 +100,7 @@ def test_an_image_without_lungs_is_a_single_patch_and_counted():
 def test_batches_hold_canvases_with_different_numbers_of_centres():
     small = SmallXrays(4)
     examples = dataset(small, lungs=Finder(["image001"]))
-    (batch,) = batches(examples, 4, joined=collate_canvases)
+    (batch,) = batches(examples, 4, collate_fn=collate_canvases)
     assert batch["canvases"].shape == (4, 60, 60) and batch["canvases"].dtype == torch.uint8
     assert batch["where"][:, 0].tolist() == [0, 0, 0, 1, 2, 2, 2, 3, 3, 3] and batch["where"][3].tolist() == [1, 7, 7]
     assert batch["label"].shape == (4, 4) and batch["index"].tolist() == [0, 1, 2, 3]
