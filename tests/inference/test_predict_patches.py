@@ -79,7 +79,7 @@ def test_predictions_equal_those_of_validation(found, network):
     small = SmallXrays(8)
     examples = PatchDataset(small.images, small.labels, small.boxes, small, RECIPE, lungs=Finder())
     with torch.inference_mode():
-        (batch,) = batches(examples, 8, joined=collate_canvases)
+        (batch,) = batches(examples, 8, collate_fn=collate_canvases)
         expected = network.image_probabilities(batch["canvases"], batch["where"])
     np.testing.assert_allclose(found[0][list(STUDY_CLASSES)], expected, atol=1e-6)
     assert examples.lungs_missed() == 2
@@ -110,7 +110,7 @@ def test_votes_are_whole_patches(network):
     )
     voting = PatchClassifier(override(RECIPE, patch_score="votes"), STUDY_CLASSES).eval()
     voting.load_state_dict(network.state_dict())
-    (batch,) = batches(examples, 2, joined=collate_canvases)
+    (batch,) = batches(examples, 2, collate_fn=collate_canvases)
     with torch.inference_mode():
         counted = 5 * voting.image_probabilities(batch["canvases"], batch["where"])
     torch.testing.assert_close(counted, counted.round(), atol=1e-9, rtol=0)
