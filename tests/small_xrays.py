@@ -1,4 +1,4 @@
-"""Tables and a cache in memory: small grey pictures whose brightness is their study's class, with a white block a box."""
+"""Tables and a cache in memory: small grey images whose brightness shows the study's class, and boxes as white blocks."""
 
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ RECIPE = StudyRecipe(
 
 @dataclass
 class SmallXrays:
-    """`count` images, two a study and two studies a patient; classes in turn, every class but negative with one box."""
+    """`count` images, two per study and two studies per patient; classes alternate, all but negative have one box."""
 
     count: int = 32
     folds: int = 2
@@ -50,7 +50,7 @@ class SmallXrays:
             [(image_id, *BOX) for image_id, kind in zip(self.image_ids, kinds, strict=True) if kind],
             columns=["image_id", "xmin", "ymin", "xmax", "ymax"],
         )
-        # Two patients in turn, so that each fold has all four classes.
+        # Pairs of patients alternate, so that each fold has all four classes.
         self.fold_table = pd.DataFrame({"id": self.image_ids, "fold": numbers // 8 % self.folds})
         self.pixels = {}
         placement = letterbox(ROWS, COLUMNS, (ROWS // 2, COLUMNS // 2))
