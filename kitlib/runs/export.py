@@ -61,8 +61,8 @@ def export_run(
 def import_tables(source: str | Path, out: str | Path, file_format: str, run: str | Path | None = None) -> dict[str, int]:
     """Write the boxes of a COCO or YOLO data set as OUT/boxes.parquet; return the number of rows by table written.
 
-    `source` is the COCO JSON file, or the folder that contains YOLO's `labels`. With the prepared `run`, the file must list the
-    images that `export_run` writes for it. YOLO requires the run, because its labels are fractions of the image size.
+    `source` is the COCO JSON file or the folder that contains YOLO's `labels`. With the prepared `run`, the file must list
+    the images that `export_run` writes for it. YOLO requires the run, because its labels are fractions of the image size.
     Without a run, the images of a COCO file, and its folds if any, are written too. Raises ValueError for an unknown format
     or YOLO without a run, RunError and DatasetError.
     """
