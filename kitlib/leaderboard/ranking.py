@@ -58,7 +58,7 @@ class Leaderboard:
         """Return the rows of `table` by ranking number, from 1."""
         return {int(number): rows for number, rows in self.table.dropna(subset="ranking").groupby("ranking")}
 
-    def says(self) -> str:
+    def summary(self) -> str:
         """Return a text for people: the number of models, rankings and runs without a score, and what is not comparable."""
         ranked = self.table.dropna(subset="ranking")
         unranked = self.table[self.table["ranking"].isna()]

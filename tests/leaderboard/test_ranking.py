@@ -65,8 +65,8 @@ def test_figures_are_those_of_the_tables(tmp_path):
     ranked = {number: ranking.name.tolist() for number, ranking in leaderboard.rankings().items()}
     assert sorted(ranked.values()) == [["boxes"], ["nones"], ["right", "blind"], ["studies"]]
     assert rows.loc["prepare", ["kind", "state"]].tolist() == ["prepared", "finished"] and pd.isna(rows.score["prepare"])
-    assert leaderboard.says().startswith("5 models in 4 rankings, 1 other runs without a score.")
-    assert "groups of different folds" not in leaderboard.says()
+    assert leaderboard.summary().startswith("5 models in 4 rankings, 1 other runs without a score.")
+    assert "groups of different folds" not in leaderboard.summary()
 
 
 def test_folds_in_several_runs_are_one_model_whose_boxes_are_pooled(tmp_path):
@@ -106,7 +106,7 @@ def test_runs_of_different_folds_are_neither_ranked_together_nor_compared_unaske
     assert sorted(rows.name.tolist() for rows in leaderboard.rankings().values()) == [["one", "two"], ["other"]]
     assert leaderboard.differences.name.tolist() == ["two"]
     groups = ", ".join(leaderboard.table.dropna(subset="ranking").folds_fingerprint.unique())
-    assert f"There are 2 groups of different folds ({groups}): do not compare a score of one group" in leaderboard.says()
+    assert f"There are 2 groups of different folds ({groups}): do not compare a score of one group" in leaderboard.summary()
     with pytest.raises(LeaderboardError, match=r"one has folds \w{8}, other \w{8}: .*not comparable.*across_folds = True"):
         compare(entries, "one", "other")
     across = compare(entries, "one", "other", across_folds=True, samples=20).set_index("figure")
@@ -125,7 +125,7 @@ def test_models_that_are_scored_against_other_boxes_are_not_ranked_together(tmp_
     train(tmp_path / "other", fewer, parameters={"prepare_run": "prepare_again"}, **both_right())
     leaderboard = board(tmp_path)
     assert sorted(rows.name.tolist() for rows in leaderboard.rankings().values()) == [["one"], ["other"]]
-    assert "or against different labels or boxes, are ranked separately" in leaderboard.says()
+    assert "or against different labels or boxes, are ranked separately" in leaderboard.summary()
 
 
 def test_models_of_some_folds_are_ranked_on_these_folds_if_requested(tmp_path):
@@ -133,10 +133,10 @@ def test_models_of_some_folds_are_ranked_on_these_folds_if_requested(tmp_path):
     train(tmp_path / "all", TABLES, **both_right())
     train(tmp_path / "first", TABLES, folds=[0], recipe=override(RECIPE, epochs=9), **both_right())
     apart = board(tmp_path)
-    assert len(apart.rankings()) == 2 and "set `folds` to folds that all of them have" in apart.says()
+    assert len(apart.rankings()) == 2 and "set `folds` to folds that all of them have" in apart.summary()
     together = board(tmp_path, folds=[0])
     assert [rows.name.tolist() for rows in together.rankings().values()] == [["all", "first"]]
-    assert together.table.images.dropna().tolist() == [16, 16] and "set `folds`" not in together.says()
+    assert together.table.images.dropna().tolist() == [16, 16] and "set `folds`" not in together.summary()
     missing = board(tmp_path, folds=[1]).table.set_index("name")
     assert missing.remark["first"] == "no score: it has no predictions for the folds [1] (its own metrics.json says 0.1250)"
 
