@@ -10,7 +10,7 @@ from kitlib.fusion.ensembles import judge_test_split, majority_vote
 from kitlib.fusion.flannel import ENSEMBLES, ensemble_settings
 from kitlib.fusion.stacking import gather
 from kitlib.fusion.test_split import ALL_FOLDS, gather_test_split
-from kitlib.reports.ensemble_report import out_of_fold_temperature, test_split_scores
+from kitlib.reports.ensemble_report import collect_test_scores, out_of_fold_temperature
 
 CLASSES = ["sick", "well"]
 # a to d are in the folds 0 and 1, t to w in the split test; w is of the same patient as a
@@ -114,12 +114,12 @@ def test_the_final_ensemble_predicts_as_evaluated_and_its_temperature_is_fitted_
     judged = judge_test_split(gathered, test.means, {"mean": ENSEMBLES["mean"]})
     ensemble = learnt_ensemble(gathered, "mean", ENSEMBLES["mean"])
     assert out_of_fold_temperature(ensemble, gathered) == pytest.approx(2, abs=1e-3) and ensemble.folds == (0, 1)
-    table = test_split_scores(judged, test, "mean", 0.5, "mean scaled")
+    table = collect_test_scores(judged, test, "mean", 0.5, "mean scaled")
     assert list(dict.fromkeys(table.model)) == ["one", "mean", "mean scaled"]
     after = table[table.model == "mean scaled"].set_index("image_id").sick
     # .9^2 / (.9^2 + .1^2)
     assert after["t"] == pytest.approx(0.81 / 0.82) and table[table.model == "one"].fold.tolist() == [0, 0, 0, 1, 1, 1]
-    assert len(test_split_scores(judged, test, "mean", 1.0, "mean scaled")) == 9
+    assert len(collect_test_scores(judged, test, "mean", 1.0, "mean scaled")) == 9
     applied = apply_ensemble(ensemble, test.rows).set_index("image_id")
     np.testing.assert_allclose(applied.sick, table[table.model == "mean"].sick)
 
