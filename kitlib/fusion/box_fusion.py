@@ -1,8 +1,8 @@
 """Merges one image's lists of boxes with ensemble-boxes, and calibrates box scores with Platt's sigmoid.
 
 Platt, Probabilistic outputs for support vector machines, 1999: p = 1 / (1 + exp(-(slope * logit(score) + offset))), fitted
-by maximum likelihood to smoothed targets. Calibration makes the scores of different detector families comparable; it keeps
-the ranking of one detector's boxes.
+by maximum likelihood to smoothed targets. Calibration makes the scores of different detector families comparable and
+preserves the ranking of each detector's boxes.
 """
 
 from typing import Literal, get_args
@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 Method = Literal["wbf", "nms", "soft_nms", "nmw"]
 Confidence = Literal["avg", "max", "box_and_model_avg", "absent_model_aware_avg"]
 METHODS, CONFIDENCES = get_args(Method), get_args(Confidence)
-# Scores are clipped to this distance from 0 and 1, about float32's resolution, so that their logit stays finite.
+# Scores are clipped to NEAREST..1 - NEAREST, about float32's resolution, so that their logit stays finite.
 NEAREST = 1e-7
 
 
@@ -30,9 +30,10 @@ def merge_boxes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Merge one image's lists of boxes (k, 4) and scores (k,), all in 0..1, and return boxes (n, 4) and scores (n,).
 
-    `weights` has one entry per list; further entries stand for empty lists. A single list is returned unchanged. Boxes are
-    merged if their IoU is above `iou`. `confidence` applies to wbf alone; `min_score` applies to soft_nms alone, which drops
-    boxes whose score has decayed below it. Raises ValueError for input that ensemble-boxes would reorder, clamp or exit on.
+    `weights` has one entry per list; additional entries stand for empty lists. If there is only one weight, its list is
+    returned unchanged. Boxes are merged if their IoU is above `iou`. `method` is one of METHODS. `confidence`, one of
+    CONFIDENCES, applies only to wbf. `min_score` applies only to soft_nms, which drops boxes whose score has decayed below
+    it. Raises ValueError for boxes or scores that ensemble-boxes would reorder or clamp, or that would make it exit.
     """
     weights = np.asarray(weights, dtype=float)
     if len(boxes) != len(scores) or len(weights) < len(boxes) or not (weights > 0).all():
@@ -69,7 +70,7 @@ def merge_boxes(
             merged, score = np.concatenate(boxes), np.concatenate(scores)
             kept_indices = cpu_soft_nms_float(merged, score, Nt=iou, sigma=0.5, thresh=min_score, method=1)
             merged, score = merged[kept_indices], score[score > min_score]
-    # "avg" exceeds 1 if one list has several boxes in a cluster and more than its share of the weight.
+    # An "avg" score exceeds 1 if one list has several boxes in a cluster and an above-average weight.
     merged, score = np.clip(merged, 0, 1), np.clip(score, 0, 1)
     has_area = (merged[:, :2] < merged[:, 2:]).all(axis=1)
     return merged[has_area].astype(float), score[has_area].astype(float)
@@ -83,10 +84,10 @@ def calibrate_scores(score: np.ndarray, slope: float, offset: float) -> np.ndarr
 def fit_calibration(score: np.ndarray, hit: np.ndarray) -> tuple[float, float] | None:
     """Fit Platt's sigmoid to out-of-fold box scores (n,) in 0..1; return its slope and offset.
 
-    `hit` (n,) says whether each box matches a true box. Returns None if there are no hits or only hits, or if hits do not
-    become more frequent with the score.
+    `hit` (n,) says whether each box matches a ground-truth box. Returns None if there are no hits or only hits, or if a
+    higher score does not make a hit more likely.
     """
-    # Imported here: it takes a second, and a submission calibrates scores but never fits.
+    # Imported here because the import takes a second and a submission never fits a calibration.
     from sklearn.linear_model import LogisticRegression
 
     hit = np.asarray(hit, dtype=bool)
@@ -96,7 +97,7 @@ def fit_calibration(score: np.ndarray, hit: np.ndarray) -> tuple[float, float] |
     # Platt's targets (section 2.2) keep the fit finite where the score separates hits from misses perfectly. Each soft
     # target becomes two weighted rows, one per class.
     target = np.where(hit, (hits + 1) / (hits + 2), 1 / (misses + 2))
-    # Sorted, so that the result does not depend on the order of rows, not even in its last digit.
+    # Sorted, so that not even the last digit of the result depends on the order of rows.
     order = np.lexsort((target, score))
     target, feature = target[order], np.tile(_logit(score)[order], 2)[:, None]
     label, weight = np.repeat([1, 0], len(hit)), np.concatenate([target, 1 - target])

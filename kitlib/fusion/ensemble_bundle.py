@@ -1,4 +1,4 @@
-"""Ensemble bundles on disk: `weights.safetensors` and `ensemble.json`. Reading and applying one does not import torch."""
+"""Ensemble bundles on disk: `weights.safetensors` and `ensemble.json`. They are read and applied without torch."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ KEYS = ("image_id", "study_id")
 
 # Keys of ensemble.json and their types.
 RECORD_FIELDS: dict[str, type] = {
-    "name": str,  # value of the column `model` in the ensemble's predictions
+    "name": str,  # value of the `model` column in the ensemble's predictions
     "method": str,  # a method of kitlib.fusion.ensembles.combine
     "learners": list,  # model names, in the order of the weights
     "classes": list,
@@ -41,7 +41,7 @@ ADDED_FIELDS: dict[str, type] = {"weights_sha256": str, "kitlib": str}
 
 @dataclass(frozen=True)
 class Ensemble:
-    """A trained ensemble, as a bundle stores it. The fields are described at RECORD_FIELDS."""
+    """A trained ensemble, as stored in a bundle. RECORD_FIELDS describes the fields; `weights` holds the trained arrays."""
 
     name: str
     method: str
@@ -58,7 +58,7 @@ class Ensemble:
 def write_ensemble(folder: str | Path, ensemble: Ensemble) -> None:
     """Write the bundle into `folder`: the weights, then ensemble.json with their SHA-256.
 
-    A killed process leaves a folder that `read_ensemble` refuses. Raises BundleError if the ensemble is invalid.
+    If the process is killed, `read_ensemble` refuses the unfinished folder. Raises BundleError if the ensemble is invalid.
     """
     _check(ensemble, str(folder))
     folder = Path(folder)
@@ -74,15 +74,15 @@ def write_ensemble(folder: str | Path, ensemble: Ensemble) -> None:
 def read_ensemble(folder: str | Path) -> Ensemble:
     """Read and check an ensemble bundle.
 
-    Raises BundleError for a missing file, a wrong hash, missing, unknown or ill-typed keys, or weights of another shape.
+    Raises BundleError for a missing file, a wrong hash, missing or unknown keys, values of the wrong type, or weights of
+    the wrong shape.
     """
     folder = Path(folder)
     for path in (folder / RECORD, folder / WEIGHTS):
         if not path.is_file():
-            available = sorted(entry.name for entry in folder.glob("*")) if folder.is_dir() else "nothing, it does not exist"
-            raise BundleError(
-                f"{path} is missing; {folder} contains: {available}. Name the `ensemble` folder of a run of notebook 65"
-            )
+            names = sorted(entry.name for entry in folder.glob("*"))
+            available = f"the folder contains: {names}" if folder.is_dir() else f"{folder} does not exist"
+            raise BundleError(f"{path} is missing; {available}. Give the `ensemble` folder of a run of notebook 65")
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -115,7 +115,7 @@ def read_ensemble(folder: str | Path) -> Ensemble:
 def learnt_ensemble(
     learner_scores: "LearnerScores", name: str, settings: "EnsembleSettings", temperature: float = 1.0
 ) -> Ensemble:
-    """Train the final ensemble on out-of-fold predictions of every image, or on in-sample ones if `settings` says so."""
+    """Train the final ensemble on the out-of-fold predictions for all ids, or on in-sample ones if `settings` says so."""
     stack = learner_scores.full_stack(settings.stack_on if settings.learns else "out_of_fold")
     weights = learn(stack, settings) if settings.learns else {}
     protocol = IN_SAMPLE if settings.learns and settings.stack_on == "in_sample" else learner_scores.protocol
@@ -129,10 +129,10 @@ def learnt_ensemble(
 def apply_ensemble(ensemble: Ensemble, scores: pd.DataFrame) -> pd.DataFrame:
     """Predict with an ensemble; return one row per id: the key, the classes, and `answered`, the number of learners used.
 
-    `scores` is a table study_scores or class_scores. A learner's folds are averaged first; rows of other models and rows
-    with a NaN are ignored. If a learner has no score of an id, that row is the plain mean of the remaining learners without
-    temperature, because trained weights are valid only for all learners together. Raises BundleError if the table lacks a
-    class or the key.
+    `scores` is a `study_scores` or `class_scores` table. Each learner's folds are averaged first; rows of other models and
+    rows with a NaN are ignored. If a learner has no score for an id, the prediction is the plain mean of the other learners,
+    without temperature, because trained weights are valid only for all learners together. Raises BundleError if `scores`
+    lacks the key, the model column or a class.
     """
     classes = list(ensemble.classes)
     missing = [name for name in (ensemble.key, "model", *classes) if name not in scores.columns]
@@ -174,7 +174,7 @@ def _check(ensemble: Ensemble, where: str) -> None:
     actual_shapes = {name: array.shape for name, array in ensemble.weights.items()}
     if actual_shapes != shapes[ensemble.method]:
         raise BundleError(
-            f"{where}: {ensemble.method} of {count} learners and {classes} classes needs weights of the shapes "
+            f"{where}: {ensemble.method} with {count} learners and {classes} classes needs weights of the shapes "
             f"{shapes[ensemble.method]}, but the bundle has {actual_shapes}"
         )
     if not all(np.isfinite(array).all() for array in ensemble.weights.values()):

@@ -1,6 +1,6 @@
-"""Combines the probabilities of several learners (mean, majority vote, weighted mean, FLANNEL), and evaluates them by fold.
+"""Combines the probabilities of several learners (mean, majority vote, weighted mean, FLANNEL) and evaluates the ensembles.
 
-Prediction does not import torch, so that a submission stays light; training imports what it needs.
+Prediction does not import torch, so that a submission stays light; only the training functions import it.
 """
 
 import logging
@@ -22,19 +22,20 @@ if TYPE_CHECKING:  # imports torch
 
 logger = logging.getLogger(__name__)
 
-Weights = dict[str, np.ndarray]  # a method's trained arrays by name; empty for mean and vote
+Weights = dict[str, np.ndarray]  # the trained arrays of a method, keyed by name; empty for mean and vote
 IN_SAMPLE, OUT_OF_FOLD = "in-sample", "out-of-fold"
-TIE = 1e-6  # share of a vote that is moved to the winner of a tie
+TIE = 1e-6  # vote share that is moved to the winner of a tie
 
 
 @dataclass(frozen=True)
 class Judged:
     """Test predictions of every learner and ensemble.
 
-    `scores` has the columns key, model, fold and the classes. `weights` has the learners' weights in each ensemble that is
-    trained, one row per id: key, model, fold, truth, and one column per learner. `protocols` maps each model to what its
-    ensemble was trained on: nested or cross-fitted (see kitlib.fusion.stacking), out-of-fold (all folds, evaluated on test
-    images) or in-sample. Learners, means and votes are not trained; they carry the protocol of the out-of-fold ensembles.
+    `scores` has the columns image_id or study_id, model, fold and the classes. `weights` has one row per id and trained
+    ensemble: image_id or study_id, model, fold, truth (the class name), and each learner's weight in a column of its name.
+    `protocols` maps each model to the kind of predictions it was trained on: nested or cross-fitted (see
+    kitlib.fusion.stacking), out-of-fold (all folds, evaluated on test images) or in-sample. Learners, means and votes are
+    not trained; they get the protocol of the out-of-fold ensembles.
     """
 
     scores: pd.DataFrame
@@ -45,7 +46,8 @@ class Judged:
 def combine(method: str, weights: Weights, probabilities: np.ndarray) -> np.ndarray:
     """Combine the probabilities (n, K, C) of K learners into (n, C), each row summing to 1.
 
-    `method` is one of EnsembleSettings and `weights` its trained arrays. Raises ValueError for an unknown method.
+    `method` is a value of EnsembleSettings.method; `weights` holds its trained arrays. Raises ValueError for an unknown
+    method.
     """
     if method == "mean":
         return probabilities.mean(axis=1)
@@ -62,15 +64,15 @@ def combine(method: str, weights: Weights, probabilities: np.ndarray) -> np.ndar
 
 
 def vote_shares(probabilities: np.ndarray) -> np.ndarray:
-    """Return for each class the share of learners that rank it first: (n, K, C) -> (n, C).
+    """Return the share of learners that rank each class first, (n, C), for probabilities (n, K, C).
 
-    A learner with equal probabilities votes for the first class.
+    A learner that ranks several classes equally votes for the first of them.
     """
     return np.eye(probabilities.shape[2])[probabilities.argmax(axis=2)].mean(axis=1)
 
 
 def majority_vote(probabilities: np.ndarray) -> np.ndarray:
-    """Return vote shares (n, C) of (n, K, C), with ties broken in favour of the tied class of the highest mean probability.
+    """Return vote shares (n, C) for probabilities (n, K, C), with ties broken by the mean probability.
 
     The winner of a tie gets TIE more than its share, taken from the other tied classes, so that the largest entry of a row
     is the prediction and rows still sum to 1.
@@ -86,7 +88,7 @@ def majority_vote(probabilities: np.ndarray) -> np.ndarray:
 def flannel_weights(weights: Weights, probabilities: np.ndarray) -> np.ndarray:
     """Return FLANNEL's weight of each learner, (n, K) in -1..1, for probabilities (n, K, C).
 
-    It is the tanh of a linear map of all pairwise products of a row's K * C probabilities.
+    The weights are the tanh of a linear map of all pairwise products of a row's K * C probabilities.
     """
     features = probabilities.reshape(len(probabilities), -1)
     pairs = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)
@@ -94,9 +96,9 @@ def flannel_weights(weights: Weights, probabilities: np.ndarray) -> np.ndarray:
 
 
 def simplex_weights(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return the convex weights (K,) that minimise the log loss of the weighted mean of (n, K, C) on `truth` (n,).
+    """Return the learner weights (K,), at least 0 and with sum 1, whose weighted mean has the smallest log loss.
 
-    Raises FusionError if the optimiser does not converge.
+    `probabilities` is (n, K, C) and `truth` (n,) holds class indices. Raises FusionError if the optimiser does not converge.
     """
     from scipy.optimize import minimize
 
@@ -124,7 +126,7 @@ def simplex_weights(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def learn(stack: Stack, settings: "EnsembleSettings") -> Weights:
     """Train the method of `settings` on `stack` and return its weights, {} for a mean or vote.
 
-    FLANNEL holds out one of the stack's folds for early stopping, or a fifth of its patients.
+    For early stopping, FLANNEL holds out the rows that `choose_held_out` selects.
     """
     if settings.method == "weighted":
         return {"learners": simplex_weights(stack.probabilities, stack.truth)}
@@ -141,8 +143,8 @@ def learn(stack: Stack, settings: "EnsembleSettings") -> Weights:
 def choose_held_out(stack: Stack, seed: int) -> np.ndarray:
     """Return a boolean mask (n,) of the rows to hold out for early stopping.
 
-    These are one fold drawn by `seed` or, if the stack has a single fold, a fifth of its patients; no row if it has a single
-    patient. Folds are preferred because they also keep near-duplicates together.
+    The rows are those of one fold, drawn with `seed`. If the stack has only one fold, they are those of a fifth of its
+    patients, and if it has only one patient, none. Folds are preferred because they also keep near-duplicates together.
     """
     folds, rng = np.unique(stack.fold), np.random.default_rng(seed)
     if len(folds) > 1:
@@ -155,7 +157,7 @@ def choose_held_out(stack: Stack, seed: int) -> np.ndarray:
 def judge_ensembles(learner_scores: LearnerScores, ensembles: Mapping[str, "EnsembleSettings"]) -> Judged:
     """Predict each fold with the learners and with `ensembles` (name -> settings) that are trained without that fold.
 
-    Raises FusionError if an ensemble has a learner's name or no scores to train on.
+    Raises FusionError if an ensemble has the name of a learner, or if there are no scores to train an ensemble on.
     """
     parts = [
         _judge(
@@ -172,7 +174,7 @@ def judge_test_split(
     """Predict the test images with the learners' means in `test` and with `ensembles` trained on all out-of-fold scores.
 
     The training rows are those of LearnerScores.full_stack, as for the final ensemble. Raises FusionError if an ensemble has
-    a learner's name or no scores to train on.
+    the name of a learner, or if there are no scores to train an ensemble on.
     """
     return _join(
         learner_scores,
@@ -189,14 +191,14 @@ def _judge(
     training_stack: Callable[[str], Stack],
     ensembles: Mapping[str, "EnsembleSettings"],
 ) -> tuple[list[pd.DataFrame], list[pd.DataFrame]]:
-    """Return the scores and the weights on `test`, each a list of one table per model.
+    """Return the scores (one table per model) and the weights (one table per trained ensemble) on `test`.
 
-    `lesson` returns the training rows for a value of `stack_on`.
+    `training_stack` returns the training rows for a value of `stack_on`.
     """
     shared_names = sorted(set(ensembles) & set(learner_scores.learners))
     if shared_names:
         raise FusionError(
-            f"{', '.join(shared_names)}: name of both an ensemble and a learner; train the learner with another model_name"
+            f"both an ensemble and a learner are called {', '.join(shared_names)}; train the learner with another model_name"
         )
     scores, weights = [], []
     for column, learner in enumerate(learner_scores.learners):

@@ -46,7 +46,7 @@ def focal_loss(logits: torch.Tensor, target: torch.Tensor, alpha: torch.Tensor, 
     """Return the focal loss of each image, (n,): -alpha_y (1 - p_y)^gamma log p_y, with p the softmax of the logits.
 
     `logits` (n, C), `target` (n,) class indices, `alpha` (C,) class weights. Lin et al. 2017 (ICCV), equation 5. It is the
-    weighted cross entropy if gamma is 0. The loss and its gradient are finite also if p_y rounds to 0 or 1.
+    weighted cross entropy if gamma is 0. The loss and its gradient stay finite even if p_y rounds to 0 or 1.
     """
     log_p = logits.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
     # The clamp keeps the gradient of the power finite at p = 1 if gamma is below 1.
@@ -55,10 +55,10 @@ def focal_loss(logits: torch.Tensor, target: torch.Tensor, alpha: torch.Tensor, 
 
 
 def class_weights(target: torch.Tensor, classes: int, kind: str) -> torch.Tensor:
-    """Return the alpha of each class, (C,), from its frequency in `target`.
+    """Return the loss weight alpha of each class, (C,), from its frequency in `target` (N,), the class indices.
 
-    `kind` "balanced" gives N / (C n_c), where C counts the classes that occur; "published" gives 1000 / n_c. Classes that
-    do not occur get 0.
+    For a class that occurs n_c times, "balanced" gives N / (C n_c), where C counts the classes that occur, and "published"
+    gives 1000 / n_c. Classes that do not occur get 0.
     """
     counts = torch.bincount(target, minlength=classes).to(torch.get_default_dtype())
     occurs = counts > 0
@@ -68,11 +68,11 @@ def class_weights(target: torch.Tensor, classes: int, kind: str) -> torch.Tensor
 
 @dataclass(frozen=True)
 class EnsembleSettings(Settings):
-    """How to combine learners. All fields except `method` and `stack_on` apply to FLANNEL's training alone."""
+    """Settings of an ensemble. All fields except `method` and `stack_on` apply only to the training of FLANNEL."""
 
     # "vote": majority vote over each learner's most probable class; "weighted": mean with weights that sum to 1
     method: Literal["mean", "vote", "weighted", "flannel"] = "flannel"
-    # the scores to train on; "in_sample": predictions of the learners' own training images, as published
+    # the scores to train on; "in_sample": the learners' predictions for their own training images, as published
     stack_on: Literal["out_of_fold", "in_sample"] = "out_of_fold"
     gamma: NotNegative = 2.0  # exponent of the focal loss; not stated in the FLANNEL papers, 2 in Lin et al.
     alpha: Literal["balanced", "published"] = "balanced"  # class weight in the loss: N / (C n_c) or 1000 / n_c
@@ -114,7 +114,7 @@ ENSEMBLES = {
 
 
 def ensemble_settings(name: str, **overrides: object) -> EnsembleSettings:
-    """Return the settings ENSEMBLES[name] with `overrides` applied.
+    """Return the settings `ENSEMBLES[name]` with `overrides` applied.
 
     Raises SettingsError for an unknown name or field, or an invalid value.
     """
@@ -128,11 +128,11 @@ def train_flannel(
 ) -> tuple[dict[str, np.ndarray], list[float]]:
     """Train FLANNEL; return its weights and the held-out loss after each epoch.
 
-    The weights are `weight` (K, (K C)^2) and `bias` (K,), float32. `probabilities` (n, K, C), `truth` (n,) class indices,
-    `held_out` (n,) bool. The held-out rows are not trained on: the loss on them is computed after each epoch, training stops
-    once it has not fallen for more than `patience` epochs, and the best epoch's weights are returned. If patience is 0 or no
-    row is held out, training uses all rows and epochs and the list of losses is empty. Raises ValueError if all rows are
-    held out. Runs on the CPU; the same rows and settings give the same weights.
+    The weights are `weight` (K, (K C)^2) and `bias` (K,), float32. `probabilities` is (n, K, C), `truth` (n,) holds class
+    indices and `held_out` (n,) is a boolean mask. Held-out rows are not trained on: their loss is computed after each epoch,
+    training stops once it has not fallen for more than `patience` epochs, and the weights of the best epoch are returned. If
+    patience is 0 or no row is held out, training uses all rows and epochs, and the list of losses is empty. Raises
+    ValueError if all rows are held out. Runs on the CPU; the same rows and settings give the same weights.
     """
     held_out = np.zeros(len(truth), bool) if held_out is None or not settings.patience else np.asarray(held_out, bool)
     if held_out.all():
@@ -162,7 +162,7 @@ def train_flannel(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Run the block with a single torch thread: threads slow down matrices this small, most of all on busy cores."""
+    """Run the block with a single torch thread, because more threads slow down such small matrices."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

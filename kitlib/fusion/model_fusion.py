@@ -21,27 +21,28 @@ from kitlib.scoring.submission_csv import PRIORS
 from kitlib.settings import AtLeastOne, NotNegative, Positive, Probability, Settings, from_dict
 from kitlib.tables import BOX, check_table, empty_table
 
-FEW_IMAGES = 500  # up to this many images are merged in less time than further processes take to start
+FEW_IMAGES = 500  # up to this number of images, merging takes less time than starting processes for it
 
 
 @dataclass(frozen=True)
 class FusionSettings(Settings):
-    """How to fuse predictions. The defaults are the simplest: equal weights, no rescoring."""
+    """Settings of the fusion of predictions. The defaults are the simplest: equal weights, no rescoring."""
 
     model_weights: dict[str, NotNegative] = field(default_factory=dict)  # model -> weight; default 1, and 0 excludes a model
     # detector -> slope and offset of its calibration (kitlib.fusion.box_fusion); other detectors' scores stay unchanged
     calibration: dict[str, tuple[Positive, float]] = field(default_factory=dict)
     box_method: Method = "wbf"  # applies to images with two or more lists of boxes
     box_iou: Probability = 0.6  # IoU above which boxes are merged (1st and 11th place 0.6, Heidelberg 0.55, 5th 0.625)
-    box_min_score: Probability = 0.001  # boxes below are dropped before fusion; low scores still earn average precision
+    # boxes with a lower score are dropped before fusion; the limit is low because unlikely boxes still add average precision
+    box_min_score: Probability = 0.001
     box_limit: AtLeastOne = 50  # number of boxes merged per list, the most confident; time grows with its square
-    box_confidence: Confidence = "avg"  # applies to wbf alone
-    # `none` is the weighted mean of the parts below that are available for an image, with these weights:
+    box_confidence: Confidence = "avg"  # applies only to wbf
+    # An image's `none` is the mean of those of the following four parts that are available, with these weights:
     none_classifier: NotNegative = 1.0  # `none` as the classifier predicts it
     none_negative: NotNegative = 0.0  # `negative` of the image's study
     none_no_box: NotNegative = 0.0  # 1 - the highest box score
     none_product: NotNegative = 0.0  # product of 1 - score over the boxes
-    opacity_power: NotNegative = 0.0  # box scores times (1 - none)^this; 3rd place 0.4, 11th 0.16/0.84
+    opacity_power: NotNegative = 0.0  # box score = score * (1 - none)^opacity_power; 3rd place 0.4, 11th 0.16/0.84
     negative_share: Probability = 1.0  # negative = share * negative + (1 - share) * mean none of the study; 11th place 0.7
 
     def __post_init__(self) -> None:
@@ -50,7 +51,7 @@ class FusionSettings(Settings):
             raise SettingsError(f"FusionSettings needs a weight above 0 among {', '.join(NONE_PARTS)}")
 
     def weight(self, model: str) -> float:
-        """Return the weight of `model`: 1 if `model_weights` does not name it."""
+        """Return the weight of `model`, 1 if `model_weights` does not contain it."""
         return float(self.model_weights.get(model, 1.0))
 
 
@@ -61,10 +62,10 @@ NONE_PARTS = ("none_classifier", "none_negative", "none_no_box", "none_product")
 class Fused:
     """Fused predictions for every study and image of the images table.
 
-    `studies`: study_id, the four classes, prior. `nones`: image_id, none, prior, seen. `detections`: image_id, score, box in
-    original pixels. `prior` marks placeholder predictions (the class frequencies) of rows that no model has predicted;
-    `seen` marks images that a detector with a nonzero weight has predicted. If `negative_share` is below 1, the four classes
-    need not sum to 1.
+    `studies` has the columns study_id, the four classes and prior; `nones` has image_id, none, prior and seen; `detections`
+    has image_id, score and the box in original pixels. `prior` marks rows that no model has predicted, which get a
+    placeholder prediction (the class frequencies). `seen` marks images that a detector with a nonzero weight has predicted.
+    If `negative_share` is below 1, the four classes need not sum to 1.
     """
 
     studies: pd.DataFrame
@@ -81,10 +82,10 @@ def fuse(
     coverage: pd.DataFrame | None = None,
     workers: int = 1,
 ) -> Fused:
-    """Fuse the tables study_scores, image_scores and detections into predictions for all images and studies of `images`.
+    """Fuse `study_scores`, `image_scores` and `detections` into predictions for all images and studies in `images`.
 
-    None or an empty table means that there is no model of that kind. Studies and images that no model has predicted get the
-    class frequencies PRIORS. `coverage` and `workers` are those of `fuse_boxes`.
+    None or an empty table means that no model predicts such scores. Studies and images that no model has predicted get the
+    class frequencies PRIORS. `coverage` and `workers` are described at `fuse_boxes`.
     """
     studies = fuse_scores(study_scores, "study_scores", settings)
     nones = fuse_scores(image_scores, "image_scores", settings)
@@ -94,10 +95,11 @@ def fuse(
 
 
 def fuse_scores(scores: pd.DataFrame | None, table: str, settings: FusionSettings) -> pd.DataFrame:
-    """Average a table study_scores or image_scores over each model's folds, then over models by weight.
+    """Average `scores` over each model's folds, then over the models with their weights.
 
-    A model whose score of an id is missing or NaN has no weight for that id. Returns one row per id that at least one model
-    with a nonzero weight has predicted.
+    `table` is the schema of `scores`, "study_scores" or "image_scores". Models without a score for an id, or with NaN, do
+    not count for that id. Returns study_id and the four classes, or image_id and none, with one row per id that at least one
+    model with a nonzero weight has predicted.
     """
     key, columns = ("study_id", list(STUDY_CLASSES)) if table == "study_scores" else ("image_id", ["none"])
     scores = empty_table(table) if scores is None else check_table(scores, table)
@@ -115,16 +117,16 @@ def fuse_boxes(
     coverage: pd.DataFrame | None = None,
     workers: int = 1,
 ) -> pd.DataFrame:
-    """Fuse the boxes of every (model, fold) into one list per image: image_id, score, box in original pixels.
+    """Fuse the boxes of all models and folds; return a table with image_id, score and the box in original pixels.
 
-    The score of a box that only some of an image's lists contain is scaled down, so the number of lists matters, including
-    empty ones. The table `coverage` records which detector has predicted which image, so that a model that was stopped early
-    does not lower the scores of images it never predicted. Without it, every model counts as having predicted every image
-    with the largest number of folds that it has on any image. A model's folds share its weight. A single list is returned
-    unchanged, except for its scores if the model is calibrated.
+    Each model and fold has one list of boxes per image. A box that only some of an image's lists contain gets a lower score,
+    so the number of lists matters, including empty ones. `coverage` records which detector has predicted which image, so
+    that a model that was stopped early does not lower the scores on images it never predicted. Without it, each model counts
+    as having predicted every image, with the largest number of folds that it has on any image. A model's folds share its
+    weight. A single list is returned unchanged, except for its scores if the model is calibrated.
 
-    Boxes are clipped to the image; `workers` processes share the images if there are more than FEW_IMAGES to merge. Raises
-    ValueError for an image whose size is unknown or that is not in `images`.
+    Boxes are clipped to the image. More than FEW_IMAGES images are merged in `workers` processes. Raises ValueError for an
+    image whose size is unknown or that is not in `images`, and for a score that is NaN.
     """
     boxes = _clip_detections(detections, images)
     boxes = boxes[(boxes["score"] >= settings.box_min_score) & (boxes["score"] > 0)]
@@ -135,7 +137,7 @@ def fuse_boxes(
     if boxes.empty:
         return boxes[["image_id", "score", *BOX]].reset_index(drop=True)
     image, image_ids = pd.factorize(boxes["image_id"])
-    # A model without any box occurs in the coverage alone; its empty lists count too.
+    # A model that predicted no box at all occurs only in the coverage; its empty lists count too.
     names = set(boxes["model"]) | (set() if coverage is None else set(coverage["model"]))
     models = pd.Index(sorted(name for name in names if settings.weight(name)))
     model = models.get_indexer(boxes["model"])
@@ -181,10 +183,11 @@ def combine(
     images: pd.DataFrame,
     settings: FusionSettings,
 ) -> Fused:
-    """Rescore fused predictions and fill gaps: `none` from its parts, box scores by `none`, `negative` by `none`.
+    """Compute `none` from its parts, rescore boxes and `negative` with it, and fill gaps with PRIORS.
 
     `seen` (n,) bool marks the rows of `images` that a detector has predicted. If none of an image's available parts has a
-    weight, its `none` is the first available one of NONE_PARTS. Studies and images without any prediction get PRIORS.
+    nonzero weight, `none` is the first available part in the order of NONE_PARTS. Studies and images without any prediction
+    get the class frequencies PRIORS.
     """
     image_ids, study_ids = pd.Index(images["image_id"]), pd.Index(images["study_id"].unique())
     studies = study_probabilities.set_index("study_id").reindex(study_ids)[list(STUDY_CLASSES)]
@@ -218,7 +221,7 @@ def seen_images(
 ) -> np.ndarray:
     """Return a boolean mask (n,) of the rows of `images` that at least one detector with a nonzero weight has predicted.
 
-    Without `coverage`, all images count as predicted if such a detector has any detection, and none otherwise.
+    Without `coverage`, all images count as predicted if such a detector has at least one detection; otherwise no image does.
     """
     detections = empty_table("detections") if detections is None else detections
     predicted = pd.concat([table for table in (detections, coverage) if table is not None])[["image_id", "model"]]
@@ -229,12 +232,12 @@ def seen_images(
 
 
 def write_settings(settings: FusionSettings, path: str | Path) -> None:
-    """Write the settings as JSON."""
+    """Write the settings to `path` as JSON."""
     write_json(path, asdict(settings))
 
 
 def read_settings(path: str | Path) -> FusionSettings:
-    """Read settings from JSON. Raises SettingsError for unknown fields and invalid values."""
+    """Read settings from the JSON file `path`. Raises SettingsError for unknown fields and invalid values."""
     return from_dict(FusionSettings, json.loads(Path(path).read_text(encoding="utf-8")))
 
 
@@ -242,14 +245,14 @@ def _clip_detections(detections: pd.DataFrame | None, images: pd.DataFrame) -> p
     """Return the detections clipped to their images, with the images' `rows` and `columns`; boxes outside are dropped."""
     boxes = empty_table("detections") if detections is None else check_table(detections, "detections")
     if boxes["score"].isna().any():
-        raise ValueError(f"a detection of image {boxes.loc[boxes['score'].isna(), 'image_id'].iloc[0]} has no score (NaN)")
+        raise ValueError(f"a detection in image {boxes.loc[boxes['score'].isna(), 'image_id'].iloc[0]} has no score (NaN)")
     image_index = pd.Index(images["image_id"]).get_indexer(boxes["image_id"])
     sizes = images[["rows", "columns"]].to_numpy()[image_index]
     bad = (image_index < 0) | (sizes < 1).any(axis=1)
     if bad.any():
         first = boxes.loc[bad, "image_id"].iloc[0]
         raise ValueError(
-            f"image {first} has detections but no size in the images table; take its rows and columns from the cache"
+            f"image {first} has detections but no size in the `images` table; take its rows and columns from the cache"
         )
     clipped, is_inside = clip_boxes(boxes[list(BOX)].to_numpy(), sizes[:, [0]], sizes[:, [1]])
     boxes[list(BOX)] = clipped
@@ -261,7 +264,7 @@ def _count_lists(
 ) -> np.ndarray:
     """Return the number of lists of boxes, including empty ones, per image and model: (images, models).
 
-    `list_counts` (images, models) counts the lists that are not empty; it replaces a missing `coverage`.
+    `list_counts` (images, models) counts the lists that are not empty; it is used if `coverage` is None.
     """
     if coverage is None:
         return np.broadcast_to(list_counts.max(axis=0), list_counts.shape)
@@ -276,7 +279,7 @@ def _count_lists(
 def _weighted_mean(parts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the weighted mean (n,) over the parts (4, n) that are not NaN.
 
-    If none of these has a weight, it is the first part that is not NaN, and NaN if all are.
+    If none of these has a nonzero weight, the result is the first part that is not NaN; it is NaN if all parts are.
     """
     is_available = ~np.isnan(parts)
     weight = weights[:, None] * is_available

@@ -1,9 +1,9 @@
-"""Checks several learners' tables of scores and turns them into arrays to train ensembles on and to evaluate them.
+"""Checks the score tables of several learners and turns them into arrays for training and evaluating ensembles.
 
 An ensemble that is evaluated on a fold may be trained only on predictions by learners that were trained on neither that fold
-nor the predicted image. Learners of nested folds (table nested_scores) fulfil this strictly. With plain out-of-fold scores
-(class_scores, study_scores) the ensemble is cross-fitted: it is trained on the other folds' predictions, whose learners were
-trained on the evaluated fold's images, but it never sees the predictions of that fold.
+nor the predicted image. Nested learners (`nested_scores` tables) fulfil this strictly. With plain out-of-fold scores
+(`class_scores`, `study_scores`) the ensemble is cross-fitted: it is trained on the predictions for the other folds, whose
+learners were trained on the images in the evaluated fold, but it never sees the predictions for that fold.
 """
 
 import logging
@@ -25,7 +25,7 @@ MODEL_KEY = ("model", "outer", "fold")
 
 @dataclass(frozen=True)
 class Stack:
-    """Probabilities (n, K, C) that K learners predict for n ids and C classes; truth, fold and patient of each id, (n,).
+    """Probabilities (n, K, C) by K learners for n ids and C classes, and the truth, fold and patient of each id, (n,).
 
     `truth` holds class indices, `patient` is an integer code.
     """
@@ -41,9 +41,9 @@ class Stack:
 class LearnerScores:
     """Checked scores of all learners, as `gather` returns them.
 
-    `rows` has the columns id, model, outer, fold, own (the fold that the id belongs to) and the classes. `answers` has one
-    row per id: truth, fold and patient. `key` is image_id or study_id. `unanswered` counts the ids of the folds that no
-    learner has predicted.
+    `rows` has the columns id, model, outer, fold, own (the fold that the id belongs to) and the classes. `answers` is
+    indexed by id and has the columns truth (class index), fold and patient. `key` is image_id or study_id. `unanswered`
+    counts the ids in the folds that no learner has predicted.
     """
 
     rows: pd.DataFrame
@@ -68,13 +68,13 @@ class LearnerScores:
 
     @property
     def crosses(self) -> bool:
-        """Whether a trained ensemble can be evaluated by fold: the scores are nested, or have more than one fold."""
+        """Whether a trained ensemble can be evaluated on each fold: the scores are nested or have more than one fold."""
         return self.protocol == NESTED or len(self.folds) > 1
 
     def test_stack(self, fold: int) -> Stack:
-        """Return the predictions to evaluate on: those of `fold`, by models that were not trained on it.
+        """Return the predictions for evaluating on `fold`: those for its images, by models that were not trained on it.
 
-        Several inner models of one learner are averaged.
+        The inner models of each learner are averaged.
         """
         fold_column = "outer" if self.protocol == NESTED else "fold"
         return self._stack(
@@ -82,11 +82,11 @@ class LearnerScores:
         )
 
     def training_stack(self, fold: int, stack_on: str = "out_of_fold") -> Stack:
-        """Return the predictions to train an ensemble on that is evaluated on `fold`: those of the other folds.
+        """Return the predictions for training an ensemble that is evaluated on `fold`: those for the other folds.
 
         `stack_on` "out_of_fold" selects predictions by models that were not trained on the image; "in_sample", a fault of
-        the published method, selects the learners' predictions of their own training images. Raises FusionError if there
-        are none.
+        the published method, selects the learners' predictions for their own training images. Raises FusionError if no
+        prediction is selected.
         """
         rows = self.rows[self.rows["own"] != fold]
         if stack_on == "in_sample":
@@ -107,18 +107,18 @@ class LearnerScores:
         return self._stack(rows, f"training scores for fold {fold}")
 
     def has_in_sample(self) -> bool:
-        """Return whether every learner has predictions of its own training images for every fold in `folds`."""
+        """Return whether every learner has predictions for its own training images for every fold in `folds`."""
         fold_column = "outer" if self.protocol == NESTED else "fold"
         trained = self.rows[self._trained_on()]
         available = set(zip(trained["model"], trained[fold_column], strict=True))
         return available >= {(learner, fold) for learner in self.learners for fold in self.folds}
 
     def full_stack(self, stack_on: str = "out_of_fold") -> Stack:
-        """Return one prediction per id and learner to train the final ensemble on, by models not trained on that id.
+        """Return one prediction per id and learner for training the final ensemble, by models not trained on that id.
 
-        Models without an outer fold are preferred, then models whose outer fold is the id's (test predictions), then, if
-        not every outer fold was trained, models whose inner fold is the id's. `stack_on` "in_sample" selects predictions by
-        models that were trained on the id instead.
+        For each id, models without an outer fold are preferred, then those whose outer fold contains the id (test
+        predictions), then, if not every outer fold was trained, those whose inner fold contains it. With `stack_on`
+        "in_sample", the predictions are by models that were trained on the id instead.
         """
         rows = self.rows
         if stack_on == "in_sample":
@@ -137,9 +137,9 @@ class LearnerScores:
         return (self.rows["own"] != self.rows["outer"]) & (self.rows["own"] != self.rows["fold"])
 
     def _stack(self, rows: pd.DataFrame, purpose: str) -> Stack:
-        """Average the rows by id and learner into a Stack. Raises FusionError if a learner lacks an id.
+        """Average the rows of each id and learner into a Stack. Raises FusionError if a learner lacks an id.
 
-        `purpose` names the rows in the message.
+        `purpose` describes the rows in the error message.
         """
         classes = list(self.classes)
         mean = rows.groupby(["id", "model"])[classes].mean()
@@ -152,7 +152,7 @@ class LearnerScores:
             missing_count = sum(pair[1] == learner for pair in pairs[is_missing])
             raise FusionError(
                 f"{purpose}: {learner} has no score for {missing_count} of {len(ids)} ids that other learners have "
-                f"predicted, first {first}; let each learner predict the same images"
+                f"predicted; the first is {first}. Let each learner predict the same images"
             )
         answers = self.answers.loc[ids]
         array = scores.to_numpy(dtype=float).reshape(len(ids), len(self.learners), len(classes))
@@ -161,15 +161,15 @@ class LearnerScores:
 
 
 def gather(tables: Iterable[pd.DataFrame], images: pd.DataFrame, labels: pd.DataFrame, folds: pd.DataFrame) -> LearnerScores:
-    """Join the learners' tables (all nested_scores, all class_scores or all study_scores) and check them.
+    """Join the learners' tables (all `nested_scores`, all `class_scores` or all `study_scores`) and check them.
 
     Learners keep the order of the tables. Raises FusionError if there are no scores; if the learners differ in classes or
-    folds; for ids without a fold, duplicate scores, NaN, rows that do not sum to 1, and scores of images that the model was
-    trained on in a table that should be out-of-fold; and if labels do not give exactly one class per id.
+    folds; for ids without a fold, duplicate scores, NaN and rows that do not sum to 1; if an out-of-fold table has scores
+    for images that the model was trained on; and if an id does not have exactly one class in `labels`.
     """
     tables = [table for table in tables if len(table)]
     if not tables:
-        raise FusionError("no learner has scores; name runs whose models have predicted their folds")
+        raise FusionError("no learner has scores; give runs whose models have predicted their folds")
     key = "study_id" if "study_id" in tables[0].columns else "image_id"
     parts = [_check_kind(table, key) for table in tables]
     classes = _check_classes(parts)
@@ -179,8 +179,8 @@ def gather(tables: Iterable[pd.DataFrame], images: pd.DataFrame, labels: pd.Data
     unknown = rows.loc[~rows["id"].isin(answers.index), "id"]
     if len(unknown):
         raise FusionError(
-            f"{unknown.nunique()} ids have scores but no fold, first {unknown.iloc[0]}; name the prepared run that the "
-            "learners were trained on"
+            f"{unknown.nunique()} ids have scores but no fold; the first is {unknown.iloc[0]}. Give the prepared run that "
+            "the learners were trained on"
         )
     rows["own"] = rows["id"].map(answers["fold"])
     learners = tuple(dict.fromkeys(rows["model"]))
@@ -194,10 +194,11 @@ def gather(tables: Iterable[pd.DataFrame], images: pd.DataFrame, labels: pd.Data
 def _check_kind(table: pd.DataFrame, key: str) -> tuple[pd.DataFrame, list[str]]:
     """Check one table; return it and its classes.
 
-    The key column becomes `id`; `outer` is added if missing; `plain` is true if all scores should be out-of-fold.
+    In the returned table, the key column is renamed to `id`, a missing `outer` is added as -1, and `plain` is true if all
+    scores should be out-of-fold.
     """
     if key not in table.columns:
-        raise FusionError("scores of images and scores of studies cannot be stacked together; name runs of one kind")
+        raise FusionError("scores of images and scores of studies cannot be stacked together; give runs of only one kind")
     name = "study_scores" if key == "study_id" else "nested_scores" if "outer" in table.columns else "class_scores"
     table, plain = check_table(table, name), name != "nested_scores"
     classes = list(STUDY_CLASSES) if key == "study_id" else class_columns(table, name)
@@ -221,8 +222,8 @@ def _check_values(rows: pd.DataFrame, classes: list[str]) -> None:
     if is_duplicate.any():
         row = rows[is_duplicate].iloc[0]
         raise FusionError(
-            f"{row['model']} has two scores of {row['id']} for fold {row['fold']}; name one run of this model, or train one "
-            "of them with another model_name"
+            f"{row['model']} has two scores for {row['id']} in fold {row['fold']}; give only one run of this model, or "
+            "train one of the two with another model_name"
         )
     for fault, wrong in (
         ("NaN scores", rows[classes].isna().any(axis=1)),
@@ -230,7 +231,9 @@ def _check_values(rows: pd.DataFrame, classes: list[str]) -> None:
     ):
         if wrong.any():
             row = rows[wrong].iloc[0]
-            raise FusionError(f"{row['model']} has {fault}: {int(wrong.sum())} rows, first {row['id']}, fold {row['fold']}")
+            raise FusionError(
+                f"{row['model']} has {fault}: {int(wrong.sum())} rows; the first is {row['id']}, fold {row['fold']}"
+            )
 
 
 def _is_not_one(sums: pd.Series) -> pd.Series:
@@ -240,11 +243,14 @@ def _is_not_one(sums: pd.Series) -> pd.Series:
 def _ground_truth(
     key: str, classes: list[str], images: pd.DataFrame, labels: pd.DataFrame, folds: pd.DataFrame
 ) -> pd.DataFrame:
-    """Return truth, fold and patient of each image or study in the folds. Raises FusionError for other than one class."""
+    """Return truth (class index), fold and patient of each image or study in the folds, indexed by id.
+
+    Raises FusionError if an id does not have exactly one class.
+    """
     missing = [name for name in classes if name not in labels.columns]
     if missing:
         raise FusionError(
-            f"the labels lack the learners' class(es) {', '.join(missing)}; name the prepared run that they were trained on"
+            f"the labels lack the learners' class(es) {', '.join(missing)}; give the prepared run that they were trained on"
         )
     rows = images.merge(folds.rename(columns={"id": "image_id"}), on="image_id")
     rows = rows.drop_duplicates(key).set_index(key)
@@ -254,8 +260,8 @@ def _ground_truth(
     wrong = ~(np.isin(true, (0, 1)).all(axis=1) & (true.sum(axis=1) == 1))
     if wrong.any():
         raise FusionError(
-            f"{int(wrong.sum())} ids do not have exactly one of the classes {', '.join(classes)}, first "
-            f"{rows.index[wrong][0]}; ensembles need mutually exclusive classes"
+            f"{int(wrong.sum())} ids do not have exactly one of the classes {', '.join(classes)}; the first is "
+            f"{rows.index[wrong][0]}. Ensembles need mutually exclusive classes"
         )
     return pd.DataFrame(
         {"truth": true.argmax(axis=1), "fold": rows["fold"].to_numpy(), "patient": rows["patient_id"].to_numpy()}, rows.index
@@ -263,7 +269,7 @@ def _ground_truth(
 
 
 def _check_folds(rows: pd.DataFrame, learners: tuple[str, ...]) -> None:
-    """Raise FusionError unless all learners have the same folds and no training image's score passes as out-of-fold."""
+    """Raise FusionError unless all learners have the same folds and out-of-fold scores are not for training images."""
     folds_of = {name: set(map(tuple, rows.loc[rows["model"] == name, ["outer", "fold"]].to_numpy())) for name in learners}
     for name, model_folds in folds_of.items():
         differ = model_folds ^ folds_of[learners[0]]
@@ -271,19 +277,19 @@ def _check_folds(rows: pd.DataFrame, learners: tuple[str, ...]) -> None:
             outer, fold = min(differ)
             with_scores, without_scores = (name, learners[0]) if (outer, fold) in model_folds else (learners[0], name)
             raise FusionError(
-                f"{with_scores} has scores of outer fold {outer}, fold {fold} (outer -1: not nested), but {without_scores} "
-                "has none; train every learner on the same folds, all nested or none"
+                f"{with_scores} has scores for outer fold {outer}, fold {fold} (outer -1: not nested), but {without_scores} "
+                "has none; train all learners on the same folds, and either all or none of them nested"
             )
     if ((rows["outer"] >= 0) & (rows["outer"] == rows["fold"])).any():
         raise FusionError(
-            "nested scores whose outer fold equals the inner fold: the model chose its epoch on the fold that evaluates it; "
-            "train it again with different folds"
+            "some nested scores have the same outer and inner fold, so that the model's epoch was chosen on the fold that "
+            "evaluates it; train the model again with different folds"
         )
     in_sample = rows[rows["plain"] & (rows["fold"] != rows["own"])]
     if len(in_sample):
         row = in_sample.iloc[0]
         raise FusionError(
-            f"{row['model']}: {len(in_sample)} scores are of images that its model was trained on, first {row['id']} of "
-            f"fold {row['own']} by the model of fold {row['fold']}; name the prepared run that the learners were trained "
-            "on, or train them again"
+            f"{row['model']}: {len(in_sample)} scores are for images that the model was trained on; the first is "
+            f"{row['id']} in fold {row['own']}, predicted by the model of fold {row['fold']}. Give the prepared run that "
+            "the learners were trained on, or train them again"
         )

@@ -1,4 +1,4 @@
-"""Learners' scores of the split "test", whose images have not been used to choose an epoch, a weight or a temperature."""
+"""Learners' scores for the "test" split, whose images have not been used to choose an epoch, a weight or a temperature."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from kitlib.errors import FusionError
 from kitlib.fusion.stacking import LearnerScores, gather
 from kitlib.tables import check_table, class_columns
 
-ALL_FOLDS = -1  # value of the column `fold` for predictions that combine the models of several folds
+ALL_FOLDS = -1  # value of the `fold` column for predictions that combine the models of several folds
 
 
 @dataclass(frozen=True)
 class TestSplitScores:
     """Checked scores of test images, as `gather_test_split` returns them.
 
-    `rows` is a table class_scores, one row per image, learner and fold. `means` holds each learner's mean over its models,
+    `rows` is a `class_scores` table, one row per image, learner and fold. `means` holds the mean over each learner's models,
     with the fold ALL_FOLDS. `left_out` counts the images that are excluded because their patient also has images in a fold.
     """
 
@@ -32,12 +32,12 @@ def gather_test_split(
     labels: pd.DataFrame,
     folds: pd.DataFrame,
 ) -> TestSplitScores | None:
-    """Join the learners' test scores (tables class_scores) and check them against the out-of-fold scores.
+    """Join the learners' test scores (`class_scores` tables) and check them against the out-of-fold scores.
 
-    Returns None if there are no test scores. Images of patients who also have images in a fold are excluded: models were
-    trained or chosen on these patients. Raises FusionError if a learner or one of its folds has no test scores, if models
-    have predicted different images, images that are not of the split "test", or classes other than the out-of-fold ones, and
-    for all scores that kitlib.fusion.stacking.gather refuses.
+    Returns None if there are no test scores. Images of patients who also have images in a fold are excluded, because models
+    were trained or chosen on these patients. Raises FusionError if a learner or one of its folds has no test scores, if the
+    models have predicted different images, images outside of the "test" split or other classes than in the out-of-fold
+    scores, and for all scores that kitlib.fusion.stacking.gather refuses.
     """
     tables = [check_table(table, "class_scores") for table in tables if len(table)]
     if not tables:
@@ -46,7 +46,7 @@ def gather_test_split(
     for table in tables:
         table_classes = class_columns(table, "class_scores")
         if set(table_classes) != set(classes):
-            difference = f"the classes {', '.join(table_classes)}, but {', '.join(classes)} in its out-of-fold scores"
+            difference = f"the classes {', '.join(table_classes)}, but its out-of-fold scores have {', '.join(classes)}"
             raise FusionError(f"test images: {table['model'].iloc[0]} has {difference}; train it again")
     rows = pd.concat(tables, ignore_index=True)[["image_id", "model", "fold", *classes]]
     _check_models(rows, learner_scores)
@@ -54,8 +54,10 @@ def gather_test_split(
     _check_images(rows)
     if rows[classes].isna().any(axis=None):
         row = rows[rows[classes].isna().any(axis=1)].iloc[0]
-        raise FusionError(f"test images: {row['model']} has NaN scores, first {row['image_id']}; train it again")
-    # A learner with nested folds can be spread over several runs, each with its own row of a fold.
+        raise FusionError(
+            f"test images: {row['model']} has NaN scores; the first is for image {row['image_id']}. Train it again"
+        )
+    # The nested folds of a learner can be spread over several runs, which then have one row each per image and fold.
     rows = rows.groupby(["image_id", "model", "fold"], as_index=False, sort=False)[classes].mean()
     means = rows.groupby(["image_id", "model"], as_index=False)[classes].mean().assign(fold=ALL_FOLDS)
     ordered = [means[means["model"] == name] for name in learner_scores.learners]
@@ -78,8 +80,8 @@ def _check_models(rows: pd.DataFrame, learner_scores: LearnerScores) -> None:
         learner, fold = min(test_models ^ fold_models)
         has, lacks = ("test", "out-of-fold") if (learner, fold) in test_models else ("out-of-fold", "test")
         raise FusionError(
-            f"test images: {learner} has {has} scores of fold {fold} but no {lacks} ones; name runs trained on the "
-            "same prepared run, or train it again"
+            f"test images: {learner} has {has} scores of fold {fold} but no {lacks} ones; give runs that were trained on "
+            "the same prepared run, or train it again"
         )
 
 
@@ -89,14 +91,14 @@ def _exclude_fold_patients(
     """Exclude test images of patients who have images in a fold.
 
     Returns the number of excluded images, the remaining rows, and the ids of all test images that are not excluded. Raises
-    FusionError for scores of images that are not in the split "test".
+    FusionError for scores of images that are not in the "test" split.
     """
     test = images[images["split"] == "test"] if "split" in images else images.iloc[:0]
     unknown = rows.loc[~rows["image_id"].isin(test["image_id"]) | rows["image_id"].isin(folds["id"]), "image_id"]
     if len(unknown):
         raise FusionError(
-            f"test images: {unknown.nunique()} ids with test scores are not of the split test, first {unknown.iloc[0]}; "
-            "name the prepared run that the learners were trained on"
+            f"test images: {unknown.nunique()} ids with test scores are not in the test split; the first is "
+            f"{unknown.iloc[0]}. Give the prepared run that the learners were trained on"
         )
     fold_patients = images.loc[images["image_id"].isin(folds["id"]), "patient_id"]
     excluded = test.loc[test["patient_id"].isin(fold_patients), "image_id"]
@@ -105,7 +107,7 @@ def _exclude_fold_patients(
 
 
 def _check_images(rows: pd.DataFrame) -> None:
-    """Raise FusionError unless all models have predicted the same images, as means over fewer models are worse."""
+    """Raise FusionError unless all models have predicted the same images, because means over fewer models are worse."""
     if rows.empty:
         raise FusionError(
             "test images: all of their patients also have images in the folds; set test_share to reserve test patients"

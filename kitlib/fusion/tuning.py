@@ -1,4 +1,4 @@
-"""Tunes FusionSettings on out-of-fold predictions for the competition's score, one setting after the other."""
+"""Tunes FusionSettings on out-of-fold predictions for the competition score, one setting after another."""
 
 import logging
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from kitlib.tables import BOX
 
 logger = logging.getLogger(__name__)
 
-LEAST_GAIN = 1e-4  # smallest gain in score that a change must reach; smaller gains are noise
+LEAST_GAIN = 1e-4  # smallest gain in score for which a setting is changed; smaller gains are noise
 MODEL_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0)
 BOX_CONFIDENCES = ("avg", "max", "box_and_model_avg")
 BOX_IOUS = (0.45, 0.5, 0.55, 0.6, 0.65, 0.7)  # published: 0.55 to 0.625
 BOX_METHODS = ("wbf", "nms")  # soft_nms and nmw are too slow to try on thousands of images
-# Weights of NONE_PARTS: each part alone, the published mixtures (3rd place 0.7 and 0.3, 11th 0.5 and 0.5) and similar ones.
+# Weights of NONE_PARTS: each part alone, published mixtures (3rd place 0.7 and 0.3, 11th 0.5 and 0.5) and similar mixtures.
 NONE_MIXTURES = (
     (1.0, 0.0, 0.0, 0.0),
     (0.0, 1.0, 0.0, 0.0),
@@ -43,17 +43,17 @@ OPACITY_POWERS = (0.0, 0.1, 0.16 / 0.84, 0.3, 0.4, 0.6, 0.8, 1.0)
 NEGATIVE_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 Change = Callable[[FusionSettings, Any], FusionSettings]
-Grid = tuple[str, Change, tuple[Any, ...]]  # name of the step, function that applies a value to the settings, values to try
+Grid = tuple[str, Change, tuple[Any, ...]]  # name of the step, function that sets a value in the settings, values to try
 
 
 def tune(judge: "Judge", rounds: int = 2) -> tuple[FusionSettings, pd.DataFrame]:
     """Find the best FusionSettings; return them and a table of steps: step, setting (the chosen value), score, gain.
 
-    The first row is the default. Each step tries a grid of values for one setting and keeps the best one if it raises the
+    The first row is the default. Each step tries a grid of values for one setting and keeps the best value if it raises the
     score by at least LEAST_GAIN; the calibration of box scores is fitted to the same images and kept on the same condition.
-    Up to `rounds` rounds go over all settings, until a round gains nothing; box fusion, which is slow, is tuned in the first
-    round alone. `box_min_score` and `box_limit` are never tuned, because the boxes that they drop hardly affect the score.
-    The final score is optimistic, as the settings were chosen on the same predictions; see `cross_fit`.
+    All settings are tuned for up to `rounds` rounds, until a round gains nothing; box fusion, which is slow, is tuned only
+    in the first round. `box_min_score` and `box_limit` are never tuned, because the boxes that they drop hardly affect the
+    score. The final score is optimistic, because the settings were chosen on the same predictions; see `cross_fit`.
     """
     return _hill_climb(judge, judge.truth, rounds)
 
@@ -61,11 +61,11 @@ def tune(judge: "Judge", rounds: int = 2) -> tuple[FusionSettings, pd.DataFrame]
 def cross_fit(judge: "Judge", rounds: int = 2) -> pd.DataFrame:
     """Estimate the score of tuned settings on new images; return one row per fold: fold, images, default, cross_fitted.
 
-    `cross_fitted` is the score (0..1) of the fold's images under settings tuned on the other folds, `default` the score
-    under the untuned settings. There are no rows if there are fewer than two folds. Each fold is scored alone, because
-    settings of different folds put scores on different scales, which cannot be ranked together. Boxes are fused once for
-    each combination of box settings that `tune` or any fold tries, so the run time is that of `tune` if the folds choose
-    alike, and up to the number of folds times that if they do not.
+    `cross_fitted` is the score (0..1) on the fold's images with settings tuned on the other folds, `default` the score with
+    the untuned settings. The table is empty if there are fewer than two folds. Each fold is scored alone, because settings
+    of different folds put scores on different scales, which cannot be ranked together. Boxes are fused once for each
+    combination of box settings that `tune` or any fold tries: if the folds choose the same settings, this takes as long as
+    `tune`, otherwise up to as many times longer as there are folds.
     """
     numbers, rows = sorted(set(judge.images["fold"])), []
     for fold in numbers if len(numbers) > 1 else []:
@@ -103,9 +103,9 @@ def _hill_climb(judge: "Judge", truth: Truth, rounds: int) -> tuple[FusionSettin
 class Judge:
     """Computes the competition score of FusionSettings, and caches the fused and matched boxes of each box setting.
 
-    The score is that of the images of `folds` that every classifier and every detector has predicted, without those marked
-    `false_none`. Raises FusionError for predictions that are not out-of-fold, for detections without coverage, and if no
-    image remains.
+    The score is computed on the images in `folds` that every classifier and every detector has predicted, without those
+    marked `false_none`. Raises FusionError for predictions that are not out-of-fold, for detections in images that
+    `coverage` lacks, and if no image remains.
     """
 
     def __init__(
@@ -127,16 +127,16 @@ class Judge:
         self.coverage, self.workers = coverage, workers
         self.labels, self.boxes = labels, boxes
         self.truth = truth_of(images, labels, boxes)
-        # Every detector has predicted every remaining image, so this mask is the same for all weights.
+        # Every detector has predicted every remaining image, so this mask does not depend on the weights.
         self.seen = seen_images(self.detections, images, FusionSettings(), coverage)
         self.merged: dict[tuple[Any, ...], tuple[pd.DataFrame, np.ndarray]] = {}
-        self.raw_hits: np.ndarray | None = None  # mask of the detections, before fusion, that match a true box
+        self.raw_hits: np.ndarray | None = None  # mask of the detections, before fusion, that match a ground-truth box
         self.averaged: dict[tuple[float, ...], tuple[pd.DataFrame, pd.DataFrame]] = {}
         self.classifiers = sorted({*self.study_scores["model"], *self.image_scores["model"]})
         self.detectors = sorted(set(coverage["model"]))
 
     def truth_of(self, chosen: pd.Series) -> Truth:
-        """Return the ground truth of the rows of `images` that the boolean mask `chosen` selects."""
+        """Return the ground truth for the rows of `images` that the boolean mask `chosen` selects."""
         return truth_of(self.images[chosen], self.labels, self.boxes)
 
     def score(self, settings: FusionSettings, truth: Truth) -> float:
@@ -145,12 +145,15 @@ class Judge:
         return score_tables(truth, fused.studies, fused.nones, fused.detections, matches)["score"]
 
     def fuse(self, settings: FusionSettings) -> tuple[Fused, np.ndarray]:
-        """Return the fused predictions for all images, and for each detection the row of its true box (-1: none)."""
+        """Return the fused predictions for all images, and the row of each detection's ground-truth box, -1 for no match."""
         boxes, matches = self._boxes(settings)
         return combine(*self._probabilities(settings), boxes, self.seen, self.images, settings), matches
 
     def calibration(self, truth: Truth) -> dict[str, tuple[float, float]]:
-        """Fit each detector's calibration (slope, offset) on the images of `truth`; detectors without a fit are omitted."""
+        """Fit each detector's calibration on the images of `truth`; return detector -> (slope, offset).
+
+        Detectors that cannot be calibrated are omitted.
+        """
         if self.raw_hits is None:
             self.raw_hits = self._match(self.detections) >= 0
         calibration = {}
@@ -180,17 +183,17 @@ class Judge:
         return self.merged[key]
 
     def _match(self, boxes: pd.DataFrame) -> np.ndarray:
-        """Return for each detection (n,) the row of the true box that it matches, or -1."""
+        """Return the row of the ground-truth box that each detection matches, (n,), or -1."""
         images, true = pd.Index(self.truth.image_ids), self.truth.boxes
         box_image, true_box_image = images.get_indexer(boxes["image_id"]), images.get_indexer(true["image_id"])
         return match_boxes(box_image, boxes[list(BOX)], true_box_image, true[list(BOX)])
 
 
 def _box_grids(detectors: list[str], calibration: dict[str, tuple[float, float]]) -> list[Grid]:
-    """Return the grids of box fusion; each value needs a fusion of all boxes, ten times the cost of other steps.
+    """Return the grids of box fusion, whose values each need a fusion of all boxes, ten times the cost of other steps.
 
-    A single detector has the grid of its calibration alone: rescoring by `none`, and `none` from box scores, also profit
-    from calibrated scores.
+    For a single detector the only grid is its calibration, because rescoring boxes by `none`, and computing `none` from box
+    scores, also benefit from calibrated scores.
     """
     first: list[Grid] = [("calibration", _calibrate(calibration), ("fitted",))] if calibration else []
     if len(detectors) < 2:
@@ -230,7 +233,7 @@ def _mix_none(settings: FusionSettings, weights: tuple[float, ...]) -> FusionSet
 def _weigh(model: str, models: list[str]) -> Change:
     def change(settings: FusionSettings, weight: float) -> FusionSettings:
         changed = replace(settings, model_weights={**settings.model_weights, model: weight})
-        # At least one model must keep a weight, and setting the current weight is no change.
+        # At least one model must keep a nonzero weight; the current weight is not worth trying again.
         alone = not any(changed.weight(other) for other in models)
         return settings if alone or weight == settings.weight(model) else changed
 
@@ -251,8 +254,8 @@ def _scored_images(
     if len(uncovered):
         row = uncovered.iloc[0]
         raise FusionError(
-            f"{len(uncovered)} detections are of images that the coverage table lacks, first {row.image_id} by {row.model} "
-            f"of fold {row.fold}; use the coverage of the same runs"
+            f"{len(uncovered)} detections are in images that the `coverage` table lacks; the first is in {row.image_id}, "
+            f"predicted by {row.model} of fold {row.fold}. Use the coverage of the same runs"
         )
     images = images.drop(columns="fold", errors="ignore").merge(folds.rename(columns={"id": "image_id"}), on="image_id")
     if "false_none" in images:
@@ -271,5 +274,5 @@ def _scored_images(
         for _, ids in table.groupby("model")[key]:
             is_scored &= images[key].isin(ids)
     if not is_scored.any():
-        raise FusionError("no image has predictions of every model; name runs whose models were trained on the same folds")
+        raise FusionError("no image was predicted by every model; give runs whose models were trained on the same folds")
     return images[is_scored].reset_index(drop=True)

@@ -59,7 +59,7 @@ def out_of_fold_temperature(ensemble: Ensemble, learners: LearnerScores) -> floa
     return fit_temperature(combine(ensemble.method, ensemble.weights, examples.probabilities), examples.truth)
 
 
-def test_split_scores(judged: Judged, test: TestSplitScores, model: str, temperature: float, name: str) -> pd.DataFrame:
+def collect_test_scores(judged: Judged, test: TestSplitScores, model: str, temperature: float, name: str) -> pd.DataFrame:
     """Return the table class_scores of the test images: learners by fold, ensembles, and `model` scaled by `temperature`.
 
     The scaled rows have the model name `name`; there are none if the temperature is 1.

@@ -28,8 +28,8 @@ def test_fit_stays_finite_if_the_score_separates_hits_from_misses():
     slope, offset = fit_calibration([0.1, 0.2, 0.8, 0.9], [False, False, True, True])
     assert 0 < slope < 100 and np.isfinite(offset)
     # With two hits and two misses Platt's targets are 3/4 and 1/4, and by symmetry these are the mean probabilities.
-    found = calibrate_scores(np.array([0.1, 0.2, 0.8, 0.9]), slope, offset)
-    assert found[:2].mean() == pytest.approx(0.25, abs=0.02) and found[2:].mean() == pytest.approx(0.75, abs=0.02)
+    calibrated = calibrate_scores(np.array([0.1, 0.2, 0.8, 0.9]), slope, offset)
+    assert calibrated[:2].mean() == pytest.approx(0.25, abs=0.02) and calibrated[2:].mean() == pytest.approx(0.75, abs=0.02)
 
 
 @pytest.mark.parametrize("hit", [[True] * 3, [False] * 3, [True, False, False]])
@@ -40,7 +40,7 @@ def test_fit_returns_none_if_there_is_nothing_to_learn(hit):
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.floats(0.05, 20), st.floats(-10, 10), st.floats(-50, 50))
 def test_calibration_keeps_the_ranking_and_stays_between_0_and_1(scores, slope, offset, far):
     scores = np.sort(scores)
-    for each in (offset, far):
-        found = calibrate_scores(scores, slope, each)
-        assert ((found > 0) & (found < 1)).all() and (np.diff(found) >= 0).all()
+    for value in (offset, far):
+        calibrated = calibrate_scores(scores, slope, value)
+        assert ((calibrated > 0) & (calibrated < 1)).all() and (np.diff(calibrated) >= 0).all()
     assert calibrate_scores(scores, 1.0, 0.0) == pytest.approx(scores, abs=1e-6)

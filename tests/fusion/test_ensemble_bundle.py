@@ -60,11 +60,11 @@ def test_apply_combines_the_means_over_folds_and_averages_rows_that_lack_a_learn
         }
     )
     ensemble = flannel()
-    found = apply_ensemble(ensemble, table.sample(frac=1, random_state=0)).set_index("image_id")
+    prediction = apply_ensemble(ensemble, table.sample(frac=1, random_state=0)).set_index("image_id")
     whole = scaled(combine("flannel", ensemble.weights, np.array([[[0.7, 0.3], [0.1, 0.9]]])), 0.5)
-    assert found.answered.to_dict() == {"a": 1, "b": 2, "c": 1}
-    np.testing.assert_allclose(found.loc["b", list(CLASSES)].to_numpy(float), whole[0], atol=1e-12)
-    np.testing.assert_allclose(found.loc[["a", "c"], "sick"].to_numpy(), [0.3, 0.2])
+    assert prediction.answered.to_dict() == {"a": 1, "b": 2, "c": 1}
+    np.testing.assert_allclose(prediction.loc["b", list(CLASSES)].to_numpy(float), whole[0], atol=1e-12)
+    np.testing.assert_allclose(prediction.loc[["a", "c"], "sick"].to_numpy(), [0.3, 0.2])
     assert len(apply_ensemble(ensemble, table[:0])) == 0
     with pytest.raises(BundleError, match=r"the scores lack the column\(s\) well"):
         apply_ensemble(ensemble, table.drop(columns="well"))
@@ -93,12 +93,12 @@ def damage(folder, fault):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("missing", r"weights\.safetensors is missing; .*Name the `ensemble` folder of a run of notebook 65"),
+        ("missing", r"weights\.safetensors is missing; .*Give the `ensemble` folder of a run of notebook 65"),
         ("other weights", "has SHA-256 .*, but ensemble.json records .*; copy both again"),
         ("no json", "is not valid JSON"),
         ("unknown key", "must have exactly the keys name, method, learners"),
         ("type", "temperature is 1, expected float"),
-        ("learners", r"flannel of 3 learners and 2 classes needs weights .*\(3, 36\).* but the bundle has .*\(2, 16\)"),
+        ("learners", r"flannel with 3 learners and 2 classes needs weights .*\(3, 36\).* but the bundle has .*\(2, 16\)"),
         ("method", "method is 'median'; valid methods are: mean, vote, weighted, flannel"),
     ],
 )

@@ -46,13 +46,14 @@ def flannel_by_loops(weight, bias, image) -> list[float]:
 @pytest.mark.parametrize(("learners", "classes"), [(5, 4), (2, 3), (1, 2)])
 def test_numpy_flannel_equals_the_loops_and_the_torch_module(learners, classes):
     torch.manual_seed(learners)
-    model, found = FlannelWeights(learners, classes), drawn(6, learners, classes)
+    model, probabilities = FlannelWeights(learners, classes), drawn(6, learners, classes)
     learnt = {name: each.detach().numpy() for name, each in model.linear.named_parameters()}
-    answer = combine("flannel", learnt, found)
-    by_loops = [flannel_by_loops(learnt["weight"].tolist(), learnt["bias"].tolist(), image.tolist()) for image in found]
+    answer = combine("flannel", learnt, probabilities)
+    weight, bias = learnt["weight"].tolist(), learnt["bias"].tolist()
+    by_loops = [flannel_by_loops(weight, bias, image.tolist()) for image in probabilities]
     np.testing.assert_allclose(answer, by_loops, atol=1e-12)
     with torch.no_grad():
-        of_module = model(torch.as_tensor(found, dtype=torch.float32)).softmax(dim=1).numpy()
+        of_module = model(torch.as_tensor(probabilities, dtype=torch.float32)).softmax(dim=1).numpy()
     np.testing.assert_allclose(answer, of_module, atol=1e-6)
     assert answer.max() <= np.e**learners / (np.e**learners + classes - 1)
 
@@ -60,18 +61,18 @@ def test_numpy_flannel_equals_the_loops_and_the_torch_module(learners, classes):
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(2, 5), st.integers(0, 999))
 @settings(max_examples=50)
 def test_rows_sum_to_1_and_do_not_depend_on_the_order_of_learners(n, learners, classes, seed):
-    found, order = drawn(n, learners, classes, seed), np.random.default_rng(seed).permutation(learners)
+    probabilities, order = drawn(n, learners, classes, seed), np.random.default_rng(seed).permutation(learners)
     shares = np.random.default_rng(seed).dirichlet(np.ones(learners))
     for method, learnt, permuted in (
         ("mean", {}, {}),
         ("vote", {}, {}),
         ("weighted", {"learners": shares}, {"learners": shares[order]}),
     ):
-        answer = combine(method, learnt, found)
+        answer = combine(method, learnt, probabilities)
         np.testing.assert_allclose(answer.sum(axis=1), 1, atol=1e-12)
         assert answer.min() >= -1e-12
-        np.testing.assert_allclose(combine(method, permuted, found[:, order]), answer, atol=1e-12)
-    np.testing.assert_allclose(vote_shares(found).sum(axis=1), 1, atol=1e-12)
+        np.testing.assert_allclose(combine(method, permuted, probabilities[:, order]), answer, atol=1e-12)
+    np.testing.assert_allclose(vote_shares(probabilities).sum(axis=1), 1, atol=1e-12)
 
 
 def test_a_weighted_mean_does_not_exceed_1_if_the_weights_do():
@@ -84,10 +85,10 @@ def test_a_tie_goes_to_the_tied_class_of_the_highest_mean():
     # The learners vote for the classes 0, 1, 1, 0; the third class has the highest mean but no vote.
     image = [[0.50, 0.05, 0.45], [0.02, 0.50, 0.48], [0.02, 0.50, 0.48], [0.50, 0.05, 0.45]]
     clear = [[0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.1, 0.9, 0.0], [0.4, 0.3, 0.3]]
-    found = np.array([image, clear])
-    np.testing.assert_allclose(vote_shares(found), [[0.5, 0.5, 0], [0.75, 0.25, 0]])
+    probabilities = np.array([image, clear])
+    np.testing.assert_allclose(vote_shares(probabilities), [[0.5, 0.5, 0], [0.75, 0.25, 0]])
     # means .26, .275, .465: class 1 wins among the tied ones
-    np.testing.assert_allclose(majority_vote(found), [[0.5 - TIE, 0.5 + TIE, 0], [0.75, 0.25, 0]], atol=1e-15)
+    np.testing.assert_allclose(majority_vote(probabilities), [[0.5 - TIE, 0.5 + TIE, 0], [0.75, 0.25, 0]], atol=1e-15)
     three = np.array([[[0.6, 0.2, 0.2], [0.1, 0.8, 0.1], [0.2, 0.1, 0.7]]])
     answer = majority_vote(three)
     assert answer.argmax() == 1 and answer.sum() == pytest.approx(1, abs=1e-15)
@@ -98,18 +99,18 @@ def test_simplex_weights_equal_those_of_expectation_maximisation():
     # EM maximises the same likelihood: shares of a mixture of known densities (Dempster, Laird and Rubin 1977).
     rng = np.random.default_rng(4)
     truth = rng.integers(0, 3, 400)
-    found = drawn(400, 4, 3, seed=5)
-    found[:, 0] = 0.6 * found[:, 0] + 0.4 * np.eye(3)[truth]
-    found[:, 2] = 0.8 * found[:, 2] + 0.2 * np.eye(3)[truth]
-    right = found[np.arange(400), :, truth]
+    probabilities = drawn(400, 4, 3, seed=5)
+    probabilities[:, 0] = 0.6 * probabilities[:, 0] + 0.4 * np.eye(3)[truth]
+    probabilities[:, 2] = 0.8 * probabilities[:, 2] + 0.2 * np.eye(3)[truth]
+    right = probabilities[np.arange(400), :, truth]
     shares = np.full(4, 0.25)
     for _ in range(1500):
         shares = (shares * right / (right @ shares)[:, None]).mean(axis=0)
-    weights = simplex_weights(found, truth)
+    weights = simplex_weights(probabilities, truth)
     np.testing.assert_allclose(weights, shares, atol=2e-3)
     assert weights.sum() == pytest.approx(1) and weights.min() >= 0
     # A learner that is never right gets no weight, even if it gives the true class a probability of 0.
-    never = np.stack([found[:, 0], np.eye(3)[(truth + 1) % 3]], axis=1)
+    never = np.stack([probabilities[:, 0], np.eye(3)[(truth + 1) % 3]], axis=1)
     np.testing.assert_allclose(simplex_weights(never, truth), [1, 0], atol=1e-6)
 
 
@@ -138,8 +139,8 @@ def overfitted(name, images, fold_of, truth, folds, sure, rng) -> pd.DataFrame:
                 continue
             guess = np.where(rng.random(len(truth)) < sure, truth, rng.integers(0, 3, len(truth)))
             trained_on = (fold_of != outer) & (fold_of != inner)
-            said = np.where(trained_on, truth, guess) if name != "honest" else guess
-            scores = 0.05 + 0.85 * np.eye(3)[said]
+            predicted = np.where(trained_on, truth, guess) if name != "honest" else guess
+            scores = 0.05 + 0.85 * np.eye(3)[predicted]
             parts.append(
                 pd.DataFrame(scores, columns=list(CLASSES)).assign(image_id=images.image_id, outer=outer, fold=inner)
             )
@@ -164,7 +165,7 @@ def accuracy(scores, model, truth) -> float:
 
 
 def test_out_of_fold_stacking_beats_in_sample_stacking_where_learners_overfit(where_learners_overfit):
-    found, truth = where_learners_overfit
+    learner_scores, truth = where_learners_overfit
     quick = {"epochs": 25, "batch_size": 60, "patience": 0}
     ensembles = {
         "mean": ENSEMBLES["mean"],
@@ -174,7 +175,7 @@ def test_out_of_fold_stacking_beats_in_sample_stacking_where_learners_overfit(wh
         "flannel": ensemble_settings("flannel", **quick),
         "flannel in-sample": ensemble_settings("flannel", stack_on="in_sample", **quick),
     }
-    judged = judge_ensembles(found, ensembles)
+    judged = judge_ensembles(learner_scores, ensembles)
     right = {model: accuracy(judged.scores, model, truth) for model in judged.protocols}
     # The honest learner is right in .6 + .4 / 3 = .73 of cases, slightly more as a mean of three models; noise in 1/3.
     assert right["honest"] > 0.7 and right["by heart"] < 0.45
@@ -184,24 +185,23 @@ def test_out_of_fold_stacking_beats_in_sample_stacking_where_learners_overfit(wh
     assert judged.protocols["flannel"] == judged.protocols["honest"] == judged.protocols["mean"] == NESTED
     assert judged.protocols["flannel in-sample"] == judged.protocols["weighted in-sample"] == IN_SAMPLE
     weights = judged.weights[judged.weights.model == "flannel"]
-    assert set(weights.truth) == set(CLASSES) and weights[list(found.learners)].mean().idxmax() == "honest"
+    assert set(weights.truth) == set(CLASSES) and weights[list(learner_scores.learners)].mean().idxmax() == "honest"
 
 
 def test_predictions_of_a_fold_do_not_depend_on_that_folds_truth(where_learners_overfit):
-    found, _ = where_learners_overfit
-    answers = found.answers.assign(
-        truth=np.where(found.answers.fold == 2, (found.answers.truth + 1) % 3, found.answers.truth)
-    )
+    learner_scores, _ = where_learners_overfit
+    answers = learner_scores.answers
+    answers = answers.assign(truth=np.where(answers.fold == 2, (answers.truth + 1) % 3, answers.truth))
     ensembles = {"weighted": ENSEMBLES["weighted"], "flannel": ensemble_settings("flannel", epochs=3, patience=2)}
-    one = judge_ensembles(found, ensembles).scores
-    other = judge_ensembles(type(found)(**vars(found) | {"answers": answers}), ensembles).scores
-    held = one.fold == 2
-    pd.testing.assert_frame_equal(one[held], other[held])
-    assert not one[~held].equals(other[~held])
+    one = judge_ensembles(learner_scores, ensembles).scores
+    other = judge_ensembles(type(learner_scores)(**vars(learner_scores) | {"answers": answers}), ensembles).scores
+    in_fold = one.fold == 2
+    pd.testing.assert_frame_equal(one[in_fold], other[in_fold])
+    assert not one[~in_fold].equals(other[~in_fold])
 
 
 def test_an_ensemble_may_not_have_a_learners_name(where_learners_overfit):
-    with pytest.raises(FusionError, match="honest: name of both an ensemble and a learner"):
+    with pytest.raises(FusionError, match="both an ensemble and a learner are called honest"):
         judge_ensembles(where_learners_overfit[0], {"honest": ENSEMBLES["mean"]})
 
 

@@ -44,9 +44,9 @@ def test_no_probability_exceeds_the_bound(learners, classes, seed):
         sure = torch.zeros(1, learners, classes, dtype=torch.float64)
         sure[:, :, 0] = 1
         bound = math.e**learners / (math.e**learners + classes - 1)
-        found = model(torch.cat([sure, drawn(20, learners, classes, seed).double()])).softmax(dim=1)
-    assert found[0, 0].item() == pytest.approx(bound, abs=1e-12)  # reached where all learners are sure
-    assert found.max().item() <= bound + 1e-12
+        probabilities = model(torch.cat([sure, drawn(20, learners, classes, seed).double()])).softmax(dim=1)
+    assert probabilities[0, 0].item() == pytest.approx(bound, abs=1e-12)  # reached where all learners are sure
+    assert probabilities.max().item() <= bound + 1e-12
 
 
 def test_permuted_learners_have_permuted_weights():
@@ -56,9 +56,9 @@ def test_permuted_learners_have_permuted_weights():
     with torch.no_grad():
         permuted.linear.weight.copy_(model.linear.weight[order][:, pairs[order][:, :, order].flatten()])
         permuted.linear.bias.copy_(model.linear.bias[order])
-        found = drawn(10, learners, classes)
-        torch.testing.assert_close(permuted.weights(found[:, order]), model.weights(found)[:, order])
-        torch.testing.assert_close(permuted(found[:, order]), model(found))
+        probabilities = drawn(10, learners, classes)
+        torch.testing.assert_close(permuted.weights(probabilities[:, order]), model.weights(probabilities)[:, order])
+        torch.testing.assert_close(permuted(probabilities[:, order]), model(probabilities))
 
 
 def test_focal_loss_with_gamma_0_is_the_weighted_cross_entropy():
@@ -94,9 +94,9 @@ def lesson() -> tuple[np.ndarray, np.ndarray]:
     """300 rows of three learners and three classes: the second learner knows half of the truth, the others nothing."""
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 3, 300)
-    found = rng.dirichlet(np.ones(3), (300, 3))
-    found[:, 1] = 0.5 * found[:, 1] + 0.5 * np.eye(3)[truth]
-    return found, truth
+    probabilities = rng.dirichlet(np.ones(3), (300, 3))
+    probabilities[:, 1] = 0.5 * probabilities[:, 1] + 0.5 * np.eye(3)[truth]
+    return probabilities, truth
 
 
 def test_the_informed_learner_gets_the_largest_weight(lesson):
@@ -109,10 +109,10 @@ def test_the_informed_learner_gets_the_largest_weight(lesson):
 
 
 def test_learners_in_another_order_get_the_same_weights_in_that_order(lesson):
-    found, truth = lesson
+    probabilities, truth = lesson
     order = [2, 0, 1]
-    one, _ = train_flannel(found, truth, QUICK)
-    other, _ = train_flannel(found[:, order], truth, QUICK)
+    one, _ = train_flannel(probabilities, truth, QUICK)
+    other, _ = train_flannel(probabilities[:, order], truth, QUICK)
     pairs = np.arange(81).reshape(3, 3, 3, 3)[order][:, :, order].ravel()
     np.testing.assert_allclose(other["weight"], one["weight"][order][:, pairs], atol=1e-5)
     np.testing.assert_allclose(other["bias"], one["bias"][order], atol=1e-5)
@@ -126,28 +126,29 @@ def test_the_same_seed_gives_the_same_weights_and_a_random_start_another(lesson)
 
 
 def test_training_stops_early_and_returns_the_best_epoch(lesson):
-    found, truth = lesson
-    held = np.arange(300) % 3 == 0
+    probabilities, truth = lesson
+    held_out = np.arange(300) % 3 == 0
     # the held-out rows contradict the others, so every step raises their loss
-    contrary = np.where(held, (truth + 1) % 3, truth)
+    contrary = np.where(held_out, (truth + 1) % 3, truth)
     settings = ensemble_settings("flannel", epochs=50, batch_size=50, patience=2)
-    learned, losses = train_flannel(found, contrary, settings, held)
+    learned, losses = train_flannel(probabilities, contrary, settings, held_out)
     assert len(losses) == 4 and losses == sorted(losses)
-    first, _ = train_flannel(found[~held], contrary[~held], ensemble_settings("flannel", epochs=1, batch_size=50))
+    one_epoch = ensemble_settings("flannel", epochs=1, batch_size=50)
+    first, _ = train_flannel(probabilities[~held_out], contrary[~held_out], one_epoch)
     np.testing.assert_array_equal(learned["weight"], first["weight"])
     # with patience 0 no row is held out
     whole = ensemble_settings("flannel", epochs=2, batch_size=50, patience=0)
-    one, none = train_flannel(found, contrary, whole, held), train_flannel(found, contrary, whole)
+    one, none = train_flannel(probabilities, contrary, whole, held_out), train_flannel(probabilities, contrary, whole)
     assert one[1] == [] and np.array_equal(one[0]["weight"], none[0]["weight"])
 
 
 def test_training_works_if_a_class_does_not_occur(lesson):
-    found, truth = lesson
-    kept = truth != 2
-    learned, losses = train_flannel(found[kept], truth[kept], QUICK, np.arange(kept.sum()) < 20)
+    probabilities, truth = lesson
+    occurs = truth != 2
+    learned, losses = train_flannel(probabilities[occurs], truth[occurs], QUICK, np.arange(occurs.sum()) < 20)
     assert np.isfinite(learned["weight"]).all() and np.isfinite(losses).all()
     with pytest.raises(ValueError, match="no rows to train on: 300 of 300 rows are held out"):
-        train_flannel(found, truth, QUICK, np.ones(300, bool))
+        train_flannel(probabilities, truth, QUICK, np.ones(300, bool))
 
 
 def test_settings_are_strict_and_the_published_ones_equal_the_authors_code():

@@ -62,26 +62,26 @@ def test_a_nan_score_is_ignored():
 
 def test_a_single_list_is_unchanged():
     table = detections(("a", "m", 0, 0.9, *ONE), ("a", "m", 0, 0.4, 110.0, 100.0, 500.0, 900.0))
-    found = fuse_boxes(table, IMAGES, PLAIN)
-    pd.testing.assert_frame_equal(found, table[["image_id", "score", *BOX]])
+    fused = fuse_boxes(table, IMAGES, PLAIN)
+    pd.testing.assert_frame_equal(fused, table[["image_id", "score", *BOX]])
 
 
 def test_two_models_that_agree_average_and_one_alone_is_halved():
     moved = (120.0, 100.0, 520.0, 900.0)
-    found = fuse_boxes(
+    fused = fuse_boxes(
         detections(("a", "m", 0, 0.6, *ONE), ("a", "n", 0, 0.2, *moved), ("a", "n", 0, 0.8, *FAR)), IMAGES, PLAIN
     )
-    found = found.sort_values("xmin", ignore_index=True)
+    fused = fused.sort_values("xmin", ignore_index=True)
     # Weighted box fusion: sides weighted by score, (3 * 100 + 120) / 4; scores (0.6 + 0.2) / 2; 0.8 * 1 / 2 (T/M).
-    assert found.loc[0, list(BOX)].tolist() == pytest.approx([105, 100, 505, 900], abs=1e-3)
-    assert found["score"].tolist() == pytest.approx([0.4, 0.4])
+    assert fused.loc[0, list(BOX)].tolist() == pytest.approx([105, 100, 505, 900], abs=1e-3)
+    assert fused["score"].tolist() == pytest.approx([0.4, 0.4])
 
 
 def test_a_fold_without_boxes_counts():
     table = detections(*[("a", "m", fold, 0.6, *ONE) for fold in range(2)], ("b", "m", 0, 0.6, *ONE))
-    found = fuse_boxes(table, IMAGES, PLAIN).set_index("image_id")["score"]
+    fused = fuse_boxes(table, IMAGES, PLAIN).set_index("image_id")["score"]
     # Fold 1 has no box on `b`, so only half of the lists agree.
-    assert found.to_dict() == pytest.approx({"a": 0.6, "b": 0.3})
+    assert fused.to_dict() == pytest.approx({"a": 0.6, "b": 0.3})
 
 
 def test_coverage_ignores_models_that_never_predicted_the_image():
@@ -91,17 +91,17 @@ def test_coverage_ignores_models_that_never_predicted_the_image():
     coverage = pd.DataFrame(
         [("a", "m", 0), ("b", "m", 0), ("c", "m", 0), ("a", "n", 0), ("b", "n", 0)], columns=["image_id", "model", "fold"]
     )
-    found = fuse_boxes(table, IMAGES, PLAIN, coverage).set_index("image_id")["score"].to_dict()
+    fused = fuse_boxes(table, IMAGES, PLAIN, coverage).set_index("image_id")["score"].to_dict()
     # `n` predicted `b` without finding a box; it never predicted `c`.
-    assert found == pytest.approx({"a": 0.6, "b": 0.3, "c": 0.6})
+    assert fused == pytest.approx({"a": 0.6, "b": 0.3, "c": 0.6})
 
 
 def test_folds_share_their_models_weight():
     # `m` with two folds and `n` with one have equal weight: a box of `n` alone keeps half its score.
     table = detections(("a", "m", 0, 0.6, *ONE), ("a", "m", 1, 0.6, *ONE), ("a", "n", 0, 0.8, *FAR))
-    found = fuse_boxes(table, IMAGES, PLAIN).sort_values("xmin")["score"].tolist()
+    fused = fuse_boxes(table, IMAGES, PLAIN).sort_values("xmin")["score"].tolist()
     # ensemble-boxes multiplies by min(lists, boxes of the cluster): (0.3 + 0.3) / 2 * 2 / 2 and 0.8 * 1 / 2.
-    assert found == pytest.approx([0.3, 0.4])
+    assert fused == pytest.approx([0.3, 0.4])
 
 
 def test_boxes_are_clipped_to_the_image_and_tiny_scores_dropped():
@@ -191,16 +191,16 @@ SCORES = (
     ],
 )
 def test_published_formulas_for_none(weights, expected):
-    found = fuse(*SCORES, IMAGES, FusionSettings(**weights))
-    assert found.nones["none"].tolist() == pytest.approx(expected)
+    fused = fuse(*SCORES, IMAGES, FusionSettings(**weights))
+    assert fused.nones["none"].tolist() == pytest.approx(expected)
 
 
 def test_published_rescoring():
-    found = fuse(*SCORES, IMAGES, FusionSettings(opacity_power=0.4, negative_share=0.7))
+    fused = fuse(*SCORES, IMAGES, FusionSettings(opacity_power=0.4, negative_share=0.7))
     # 3rd place: box * (1 - none)^0.4. 11th place: negative = 0.7 negative + 0.3 none, of the study: mean of 0.6 and 0.2.
-    assert sorted(found.detections["score"]) == pytest.approx(sorted([0.4 * 0.4**0.4, 0.5 * 0.4**0.4, 0.9 * 0.9**0.4]))
-    assert found.studies.set_index("study_id")["negative"].to_dict() == pytest.approx({"s": 0.7 * 0.5 + 0.3 * 0.4, "t": 0.1})
-    assert found.studies["typical"].tolist() == [0.3, 0.5]
+    assert sorted(fused.detections["score"]) == pytest.approx(sorted([0.4 * 0.4**0.4, 0.5 * 0.4**0.4, 0.9 * 0.9**0.4]))
+    assert fused.studies.set_index("study_id")["negative"].to_dict() == pytest.approx({"s": 0.7 * 0.5 + 0.3 * 0.4, "t": 0.1})
+    assert fused.studies["typical"].tolist() == [0.3, 0.5]
 
 
 def test_missing_parts():
@@ -225,8 +225,8 @@ def test_every_study_and_image_gets_its_row_once():
 
 def test_the_most_confident_boxes_of_each_list_are_merged():
     rows = [("a", model, 0, p, x, 0.0, x + 50, 50.0) for model in "mn" for p, x in ((0.2, 0.0), (0.9, 500.0), (0.5, 900.0))]
-    found = fuse_boxes(detections(*rows), IMAGES, FusionSettings(box_limit=2))
-    assert sorted(found["xmin"]) == pytest.approx([500, 900], abs=1e-3)
+    fused = fuse_boxes(detections(*rows), IMAGES, FusionSettings(box_limit=2))
+    assert sorted(fused["xmin"]) == pytest.approx([500, 900], abs=1e-3)
 
 
 def test_fused_boxes_do_not_depend_on_the_order_of_rows():

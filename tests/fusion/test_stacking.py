@@ -34,40 +34,40 @@ def plain(model, sick=0.25) -> pd.DataFrame:
 
 
 def test_nested_scores_are_selected_by_outer_and_inner_fold():
-    found = gather([nested("one"), nested("half", 0.5)], *PREPARED)
-    assert (found.protocol, found.learners, found.classes) == (NESTED, ("one", "half"), ("sick", "well"))
-    assert found.folds == [0, 1, 2] and found.key == "image_id" and found.has_in_sample()
-    judged = found.test_stack(1)
+    gathered = gather([nested("one"), nested("half", 0.5)], *PREPARED)
+    assert (gathered.protocol, gathered.learners, gathered.classes) == (NESTED, ("one", "half"), ("sick", "well"))
+    assert gathered.folds == [0, 1, 2] and gathered.key == "image_id" and gathered.has_in_sample()
+    judged = gathered.test_stack(1)
     assert judged.ids.tolist() == ["c", "d"] and judged.probabilities.shape == (2, 2, 2)
     # the mean over the inner models 0 and 2 of the outer fold 1: (21 + 23) / 2
     np.testing.assert_allclose(judged.probabilities[:, :, 0], [[0.22, 0.11]] * 2)
-    lesson = found.training_stack(1)
+    lesson = gathered.training_stack(1)
     assert lesson.ids.tolist() == ["a", "b", "e", "f"]
     assert lesson.truth.tolist() == [0, 1, 0, 1] and lesson.fold.tolist() == [0, 0, 2, 2]
     assert lesson.patient.tolist() == [0, 0, 1, 2]
     # images of fold 0 by the model of (1, 0), of fold 2 by that of (1, 2)
     np.testing.assert_allclose(lesson.probabilities[:, 0, 0], [0.21, 0.21, 0.23, 0.23])
     # in-sample scores are those of the other inner model
-    np.testing.assert_allclose(found.training_stack(1, "in_sample").probabilities[:, 0, 0], [0.23, 0.23, 0.21, 0.21])
-    np.testing.assert_allclose(found.full_stack().probabilities[:, 0, 0], [0.125, 0.125, 0.22, 0.22, 0.315, 0.315])
+    np.testing.assert_allclose(gathered.training_stack(1, "in_sample").probabilities[:, 0, 0], [0.23, 0.23, 0.21, 0.21])
+    np.testing.assert_allclose(gathered.full_stack().probabilities[:, 0, 0], [0.125, 0.125, 0.22, 0.22, 0.315, 0.315])
 
 
 def test_with_one_outer_fold_the_other_folds_are_still_out_of_fold():
-    found = gather([nested("one", outers=(0,))], *PREPARED)
-    assert found.folds == [0] and found.training_stack(0).ids.tolist() == list("cdef")
+    gathered = gather([nested("one", outers=(0,))], *PREPARED)
+    assert gathered.folds == [0] and gathered.training_stack(0).ids.tolist() == list("cdef")
     # fold 0 by the mean of (0, 1) and (0, 2); folds 1 and 2 by the model that chose its epoch on that fold
-    np.testing.assert_allclose(found.full_stack().probabilities[:, 0, 0], [0.125, 0.125, 0.12, 0.12, 0.13, 0.13])
+    np.testing.assert_allclose(gathered.full_stack().probabilities[:, 0, 0], [0.125, 0.125, 0.12, 0.12, 0.13, 0.13])
 
 
 def test_plain_scores_are_cross_fitted():
     table = plain("one", sick=np.array([1, 2, 3, 4, 5, 6]) / 10)
-    found = gather([table, plain("other")], *PREPARED)
-    assert (found.protocol, found.folds, found.has_in_sample()) == (CROSS_FITTED, [0, 1, 2], False)
-    np.testing.assert_allclose(found.test_stack(1).probabilities[:, 0, 0], [0.3, 0.4])
-    np.testing.assert_allclose(found.training_stack(1).probabilities[:, 0, 0], [0.1, 0.2, 0.5, 0.6])
-    np.testing.assert_allclose(found.full_stack().probabilities[:, 0, 0], table.sick)
+    gathered = gather([table, plain("other")], *PREPARED)
+    assert (gathered.protocol, gathered.folds, gathered.has_in_sample()) == (CROSS_FITTED, [0, 1, 2], False)
+    np.testing.assert_allclose(gathered.test_stack(1).probabilities[:, 0, 0], [0.3, 0.4])
+    np.testing.assert_allclose(gathered.training_stack(1).probabilities[:, 0, 0], [0.1, 0.2, 0.5, 0.6])
+    np.testing.assert_allclose(gathered.full_stack().probabilities[:, 0, 0], table.sick)
     with pytest.raises(FusionError, match=r"no in_sample scores .* fold 1"):
-        found.training_stack(1, "in_sample")
+        gathered.training_stack(1, "in_sample")
     with pytest.raises(FusionError, match=r"no out_of_fold scores .* more folds"):
         gather([plain("one").head(2)], *PREPARED).training_stack(0)
 
@@ -75,10 +75,10 @@ def test_plain_scores_are_cross_fitted():
 def test_models_without_an_outer_fold_give_in_sample_scores_of_the_other_folds():
     # outer -1, the published protocol of the test set: the training images of the model of fold 1 are a, b, e, f
     table = pd.concat([plain("one", 0.5 + fold / 10).assign(outer=-1, fold=fold) for fold in (0, 1, 2)])
-    found = gather([table], *PREPARED)
-    assert (found.protocol, found.folds, found.has_in_sample()) == (CROSS_FITTED, [0, 1, 2], True)
-    np.testing.assert_allclose(found.training_stack(1, "in_sample").probabilities[:, 0, 0], [0.6] * 4)
-    np.testing.assert_allclose(found.training_stack(1).probabilities[:, 0, 0], [0.5, 0.5, 0.7, 0.7])
+    gathered = gather([table], *PREPARED)
+    assert (gathered.protocol, gathered.folds, gathered.has_in_sample()) == (CROSS_FITTED, [0, 1, 2], True)
+    np.testing.assert_allclose(gathered.training_stack(1, "in_sample").probabilities[:, 0, 0], [0.6] * 4)
+    np.testing.assert_allclose(gathered.training_stack(1).probabilities[:, 0, 0], [0.5, 0.5, 0.7, 0.7])
 
 
 def test_studies_are_stacked_too():
@@ -88,15 +88,15 @@ def test_studies_are_stacked_too():
     table = pd.DataFrame({"study_id": ["s0", "s1", "s2"], "model": "one", "fold": [0, 1, 2]}).assign(
         **dict.fromkeys(classes, 0.25)
     )
-    found = gather([table], images, labels, FOLDS)
-    assert (found.key, found.classes) == ("study_id", tuple(classes))
-    assert found.full_stack().truth.tolist() == [0, 1, 2] and found.test_stack(2).ids.tolist() == ["s2"]
+    gathered = gather([table], images, labels, FOLDS)
+    assert (gathered.key, gathered.classes) == ("study_id", tuple(classes))
+    assert gathered.full_stack().truth.tolist() == [0, 1, 2] and gathered.test_stack(2).ids.tolist() == ["s2"]
 
 
 def test_in_sample_scores_must_be_requested_and_every_learner_must_have_them():
-    found = gather([nested("one"), nested("two")], *PREPARED)
+    gathered = gather([nested("one"), nested("two")], *PREPARED)
     # image a, of fold 0, by the models (1, 2) and (2, 1): .23 and .32
-    np.testing.assert_allclose(found.full_stack("in_sample").probabilities[0, :, 0], (0.23 + 0.32) / 2)
+    np.testing.assert_allclose(gathered.full_stack("in_sample").probabilities[0, :, 0], (0.23 + 0.32) / 2)
     without = nested("two")
     own = without.image_id.map(OWN)
     without = without[(without.outer == own) | (without.fold == own)]
@@ -104,31 +104,31 @@ def test_in_sample_scores_must_be_requested_and_every_learner_must_have_them():
 
 
 def test_ids_that_no_learner_has_predicted_are_counted():
-    found = gather([plain("one").iloc[:-1], plain("other").iloc[:-1]], *PREPARED)
-    assert found.unanswered == 1 and found.full_stack().ids.tolist() == list("abcde")
+    gathered = gather([plain("one").iloc[:-1], plain("other").iloc[:-1]], *PREPARED)
+    assert gathered.unanswered == 1 and gathered.full_stack().ids.tolist() == list("abcde")
 
 
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
         ([], "no learner has scores"),
-        ([plain("one"), plain("one")], "one has two scores of a for fold 0; name one run"),
+        ([plain("one"), plain("one")], "one has two scores for a in fold 0; give only one run"),
         (
             [plain("one").rename(columns={"well": "other"}), plain("two")],
             "two has the classes sick, well, but one has other, sick",
         ),
-        ([plain("one"), plain("two", np.r_[np.nan, np.ones(5)])], "two has NaN scores: 1 rows, first a"),
+        ([plain("one"), plain("two", np.r_[np.nan, np.ones(5)])], "two has NaN scores: 1 rows; the first is a, fold 0"),
         ([plain("one").assign(well=0.9)], "one has scores that do not sum to 1, .*: 6 rows"),
-        ([plain("one").assign(image_id=list("abcdeX"))], "1 ids have scores but no fold, first X"),
-        ([plain("one"), plain("two").head(4)], "one has scores of outer fold -1, fold 2 .* but two has none"),
-        ([plain("one"), nested("two")], "two has scores of outer fold|one has scores of outer fold"),
+        ([plain("one").assign(image_id=list("abcdeX"))], "1 ids have scores but no fold; the first is X"),
+        ([plain("one"), plain("two").head(4)], "one has scores for outer fold -1, fold 2 .* but two has none"),
+        ([plain("one"), nested("two")], "two has scores for outer fold|one has scores for outer fold"),
         (
             [plain("one").assign(fold=[1, 0, 1, 1, 2, 2])],
-            "1 scores are of images that its model was trained on, first a of f",
+            "1 scores are for images that the model was trained on; the first is a in fold 0",
         ),
         (
-            [nested("one").query("fold == (outer + 1) % 3").assign(fold=lambda each: each.outer)],
-            "outer fold equals the inner fold",
+            [nested("one").query("fold == (outer + 1) % 3").assign(fold=lambda table: table.outer)],
+            "the same outer and inner fold",
         ),
         (
             [plain("one"), plain("one").rename(columns={"image_id": "study_id"})],
@@ -142,13 +142,13 @@ def test_inconsistent_tables_are_refused(tables, message):
 
 
 def test_a_learner_without_an_image_is_named():
-    found = gather([plain("one"), plain("two").drop(index=4)], *PREPARED)
-    with pytest.raises(FusionError, match=r"test scores of fold 2: two has no score for 1 of 2 ids .* first e"):
-        found.test_stack(2)
+    gathered = gather([plain("one"), plain("two").drop(index=4)], *PREPARED)
+    with pytest.raises(FusionError, match=r"test scores of fold 2: two has no score for 1 of 2 ids .* the first is e"):
+        gathered.test_stack(2)
 
 
 def test_labels_of_overlapping_or_other_classes_are_refused():
-    with pytest.raises(FusionError, match="1 ids do not have exactly one of the classes sick, well, first b"):
+    with pytest.raises(FusionError, match="1 ids do not have exactly one of the classes sick, well; the first is b"):
         gather([plain("one")], IMAGES, LABELS.assign(sick=1).assign(well=[0, 1, 0, 0, 0, 0]), FOLDS)
     with pytest.raises(FusionError, match=r"labels lack the learners' class\(es\) well"):
         gather([plain("one")], IMAGES, LABELS.drop(columns="well"), FOLDS)

@@ -10,7 +10,7 @@ from kitlib.fusion.ensembles import judge_test_split, majority_vote
 from kitlib.fusion.flannel import ENSEMBLES, ensemble_settings
 from kitlib.fusion.stacking import gather
 from kitlib.fusion.test_split import ALL_FOLDS, gather_test_split
-from kitlib.reports.ensemble_report import out_of_fold_temperature, test_split_scores
+from kitlib.reports.ensemble_report import collect_test_scores, out_of_fold_temperature
 
 CLASSES = ["sick", "well"]
 # a to d are in the folds 0 and 1, t to w in the split test; w is of the same patient as a
@@ -34,16 +34,20 @@ def learner(model, *folds, sick=0.6) -> pd.DataFrame:
 ONE, TWO = scores("one", "tuv", 0, [0.9, 0.2, 0.3]), scores("two", "tuv", 0, [0.6, 0.7, 0.1])
 
 
-def found_of(*folds, **sick):
-    return gather([learner(name, *folds, sick=each) for name, each in sick.items()], *PREPARED)
+def gathered_scores(*folds, **sick):
+    return gather([learner(name, *folds, sick=value) for name, value in sick.items()], *PREPARED)
 
 
 def test_learners_are_averaged_over_folds_in_the_order_of_the_out_of_fold_scores():
-    found = found_of(0, 1, two=0.6, one=0.8)
+    gathered = gathered_scores(0, 1, two=0.6, one=0.8)
     later = scores("one", "vut", 1, [0.5, 0.0, 0.7])[["image_id", "model", "fold", "well", "sick"]]
-    test = gather_test_split([pd.concat([ONE, TWO]), later, TWO.assign(fold=1)], found, *PREPARED)
+    test = gather_test_split([pd.concat([ONE, TWO]), later, TWO.assign(fold=1)], gathered, *PREPARED)
     stack = test.means.full_stack()
-    assert (test.means.learners, test.means.classes) == (found.learners, found.classes) == (("two", "one"), ("sick", "well"))
+    assert (
+        (test.means.learners, test.means.classes)
+        == (gathered.learners, gathered.classes)
+        == (("two", "one"), ("sick", "well"))
+    )
     assert stack.ids.tolist() == ["t", "u", "v"] and stack.truth.tolist() == [0, 1, 0]
     # one: (.9 + .7) / 2, (.2 + 0) / 2, (.3 + .5) / 2
     np.testing.assert_allclose(stack.probabilities[:, :, 0], [[0.6, 0.8], [0.7, 0.1], [0.1, 0.4]])
@@ -51,12 +55,12 @@ def test_learners_are_averaged_over_folds_in_the_order_of_the_out_of_fold_scores
 
 
 def test_images_of_patients_in_a_fold_are_excluded_and_images_without_a_score_are_counted():
-    found = found_of(0, one=0.8)
-    test = gather_test_split([scores("one", "tuw", 0, 0.5)], found, *PREPARED)
+    gathered = gathered_scores(0, one=0.8)
+    test = gather_test_split([scores("one", "tuw", 0, 0.5)], gathered, *PREPARED)
     assert test.left_out == 1 and test.means.unanswered == 1
     assert test.means.full_stack().ids.tolist() == test.rows.image_id.tolist() == ["t", "u"]
-    assert gather_test_split([ONE.head(0)], found, *PREPARED) is None
-    assert gather_test_split([], found, *PREPARED) is None
+    assert gather_test_split([ONE.head(0)], gathered, *PREPARED) is None
+    assert gather_test_split([], gathered, *PREPARED) is None
 
 
 @pytest.mark.parametrize(
@@ -65,32 +69,32 @@ def test_images_of_patients_in_a_fold_are_excluded_and_images_without_a_score_ar
         ([ONE], "two has out-of-fold scores of fold 0 but no test ones"),
         ([ONE, TWO, TWO.assign(fold=1)], "two has test scores of fold 1 but no out-of-fold ones"),
         ([ONE, TWO.head(2)], "two, fold 0, has 2 scores, but one, fold 0, has 3: only one of them predicted v"),
-        ([ONE, TWO.replace({"image_id": {"v": "b"}})], "1 ids with test scores are not of the split test, first b"),
-        ([ONE, TWO.replace({"image_id": {"v": "X"}})], "1 ids with test scores are not of the split test, first X"),
+        ([ONE, TWO.replace({"image_id": {"v": "b"}})], "1 ids with test scores are not in the test split; the first is b"),
+        ([ONE, TWO.replace({"image_id": {"v": "X"}})], "1 ids with test scores are not in the test split; the first is X"),
         (
             [ONE, TWO.rename(columns={"well": "fine"})],
-            "two has the classes sick, fine, but sick, well in its out-of-fold",
+            "two has the classes sick, fine, but its out-of-fold scores have sick, well",
         ),
-        ([ONE, TWO.assign(sick=np.nan)], "two has NaN scores, first t"),
+        ([ONE, TWO.assign(sick=np.nan)], "two has NaN scores; the first is for image t"),
         ([ONE, TWO.assign(sick=0.5)], "two has scores that do not sum to 1"),
-        ([each.assign(image_id="w").head(1) for each in (ONE, TWO)], "all of their patients also have images in the folds"),
+        ([table.assign(image_id="w").head(1) for table in (ONE, TWO)], "all of their patients also have images in the"),
     ],
 )
 def test_test_scores_that_do_not_belong_to_the_learners_are_refused(tables, message):
     with pytest.raises(FusionError, match=f"^test images: .*{message}"):
-        gather_test_split(tables, found_of(0, one=0.8, two=0.6), *PREPARED)
+        gather_test_split(tables, gathered_scores(0, one=0.8, two=0.6), *PREPARED)
 
 
 def test_ensembles_are_trained_out_of_fold_and_evaluated_on_the_test_images():
     # `one` is always right out of fold and `two` always wrong, so `one` gets all weight. On the test images it is the other
     # way round, which must not change the weights.
-    found = found_of(0, one=0.8, two=0.1)
-    assert found.folds == [0] and not found.crosses and found_of(0, 1, one=0.8).crosses
+    gathered = gathered_scores(0, one=0.8, two=0.1)
+    assert gathered.folds == [0] and not gathered.crosses and gathered_scores(0, 1, one=0.8).crosses
     wrong, right = scores("one", "tuv", 0, [0.1, 0.9, 0.1]), scores("two", "tuv", 0, [0.9, 0.1, 0.9])
-    test = gather_test_split([wrong, right], found, *PREPARED)
+    test = gather_test_split([wrong, right], gathered, *PREPARED)
     ensembles = {name: ENSEMBLES[name] for name in ("mean", "vote", "weighted")}
     ensembles["flannel"] = ensemble_settings("flannel", epochs=3)
-    judged = judge_test_split(found, test.means, ensembles)
+    judged = judge_test_split(gathered, test.means, ensembles)
     assert judged.protocols == dict.fromkeys(["one", "two", *ensembles], "out-of-fold")
     of_model = {name: rows.set_index("image_id").sick for name, rows in judged.scores.groupby("model")}
     np.testing.assert_allclose(of_model["mean"], 0.5)
@@ -99,32 +103,32 @@ def test_ensembles_are_trained_out_of_fold_and_evaluated_on_the_test_images():
     assert set(judged.scores.fold) == {ALL_FOLDS} and len(judged.scores) == 6 * 3
     weights = judged.weights[judged.weights.model == "weighted"]
     np.testing.assert_allclose(weights[["one", "two"]], [[1, 0]] * 3, atol=1e-6)
-    with pytest.raises(FusionError, match="one: name of both an ensemble and a learner"):
-        judge_test_split(found, test.means, {"one": ENSEMBLES["mean"]})
+    with pytest.raises(FusionError, match="both an ensemble and a learner are called one"):
+        judge_test_split(gathered, test.means, {"one": ENSEMBLES["mean"]})
 
 
 def test_the_final_ensemble_predicts_as_evaluated_and_its_temperature_is_fitted_out_of_fold():
     # .9 everywhere, right 3 times in 4: log 9 / T = log 3, so T = 2; the truth of the test images is not used.
-    found = gather([scores("one", "abcd", [0, 0, 1, 1], [0.9, 0.1, 0.9, 0.9])], *PREPARED)
-    test = gather_test_split([ONE, ONE.assign(fold=1)], found, *PREPARED)
-    judged = judge_test_split(found, test.means, {"mean": ENSEMBLES["mean"]})
-    kept = learnt_ensemble(found, "mean", ENSEMBLES["mean"])
-    assert out_of_fold_temperature(kept, found) == pytest.approx(2, abs=1e-3) and kept.folds == (0, 1)
-    table = test_split_scores(judged, test, "mean", 0.5, "mean scaled")
+    gathered = gather([scores("one", "abcd", [0, 0, 1, 1], [0.9, 0.1, 0.9, 0.9])], *PREPARED)
+    test = gather_test_split([ONE, ONE.assign(fold=1)], gathered, *PREPARED)
+    judged = judge_test_split(gathered, test.means, {"mean": ENSEMBLES["mean"]})
+    ensemble = learnt_ensemble(gathered, "mean", ENSEMBLES["mean"])
+    assert out_of_fold_temperature(ensemble, gathered) == pytest.approx(2, abs=1e-3) and ensemble.folds == (0, 1)
+    table = collect_test_scores(judged, test, "mean", 0.5, "mean scaled")
     assert list(dict.fromkeys(table.model)) == ["one", "mean", "mean scaled"]
     after = table[table.model == "mean scaled"].set_index("image_id").sick
     # .9^2 / (.9^2 + .1^2)
     assert after["t"] == pytest.approx(0.81 / 0.82) and table[table.model == "one"].fold.tolist() == [0, 0, 0, 1, 1, 1]
-    assert len(test_split_scores(judged, test, "mean", 1.0, "mean scaled")) == 9
-    applied = apply_ensemble(kept, test.rows).set_index("image_id")
+    assert len(collect_test_scores(judged, test, "mean", 1.0, "mean scaled")) == 9
+    applied = apply_ensemble(ensemble, test.rows).set_index("image_id")
     np.testing.assert_allclose(applied.sick, table[table.model == "mean"].sick)
 
 
 def test_an_ensemble_records_the_folds_it_was_trained_on():
     # Models of fold 0 with predictions of their training images: scores of the other fold are in-sample and not used.
     whole = [scores(name, "abcd", 0, sick).assign(outer=-1) for name, sick in (("one", [0.8, 0.2] * 2), ("two", 0.5))]
-    found = gather(whole, *PREPARED)
-    assert found.folds == [0] and found.has_in_sample()
-    assert learnt_ensemble(found, "kept", ENSEMBLES["weighted"]).folds == (0,)
-    in_sample = learnt_ensemble(found, "kept", ensemble_settings("weighted", stack_on="in_sample"))
+    gathered = gather(whole, *PREPARED)
+    assert gathered.folds == [0] and gathered.has_in_sample()
+    assert learnt_ensemble(gathered, "kept", ENSEMBLES["weighted"]).folds == (0,)
+    in_sample = learnt_ensemble(gathered, "kept", ensemble_settings("weighted", stack_on="in_sample"))
     assert (in_sample.folds, in_sample.protocol) == ((1,), "in-sample")

@@ -143,19 +143,19 @@ def test_tuned_settings_do_not_depend_on_the_order_of_rows(oof, tuned):
 
 
 def test_predictions_of_two_folds_for_one_image_are_refused(oof):
-    twice = pd.concat([oof["image_scores"], oof["image_scores"].iloc[[4]].assign(fold=2)])
+    predicted_twice = pd.concat([oof["image_scores"], oof["image_scores"].iloc[[4]].assign(fold=2)])
     with pytest.raises(FusionError, match="image_id i04 belongs to fold 1, but was predicted by c of fold 2"):
-        tune(Judge(**{**oof, "image_scores": twice}))
+        tune(Judge(**{**oof, "image_scores": predicted_twice}))
 
 
 def test_predictions_of_a_model_that_saw_the_image_are_refused(oof):
-    seen = {name: oof[name].assign(fold=lambda t: (t["fold"] + 1) % 3) for name in ("detections", "coverage")}
+    trained_on = {name: oof[name].assign(fold=lambda t: (t["fold"] + 1) % 3) for name in ("detections", "coverage")}
     with pytest.raises(FusionError, match="which was trained on it"):
-        tune(Judge(**{**oof, **seen}))
+        tune(Judge(**{**oof, **trained_on}))
     with pytest.raises(
-        FusionError, match="144 detections are of images that the coverage table lacks, first i00 by good of fold 1"
+        FusionError, match=r"144 detections .* `coverage` table lacks; the first is in i00, predicted by good of fold 1"
     ):
-        tune(Judge(**{**oof, "detections": seen["detections"]}))
+        tune(Judge(**{**oof, "detections": trained_on["detections"]}))
 
 
 def test_an_image_that_a_detector_covered_but_found_nothing_on_is_scored(oof):
@@ -163,24 +163,24 @@ def test_an_image_that_a_detector_covered_but_found_nothing_on_is_scored(oof):
     _, steps = tune(Judge(**silent), rounds=0)
     assert steps["score"].iloc[0] == pytest.approx(score_of(silent, FusionSettings()))
     uncovered = {**silent, "coverage": oof["coverage"][oof["coverage"]["image_id"] != "i00"]}
-    rest = {name: table[~table.iloc[:, 0].isin(["i00", "s00"])] for name, table in oof.items()}
+    remaining = {name: table[~table.iloc[:, 0].isin(["i00", "s00"])] for name, table in oof.items()}
     _, steps = tune(Judge(**uncovered), rounds=0)
-    assert steps["score"].iloc[0] == pytest.approx(score_of(rest, FusionSettings()))
+    assert steps["score"].iloc[0] == pytest.approx(score_of(remaining, FusionSettings()))
 
 
 def test_cross_fit_scores_each_fold_with_settings_tuned_on_the_others(oof, monkeypatch):
     monkeypatch.setattr("kitlib.fusion.tuning.MODEL_WEIGHTS", (0.0, 1.0, 2.0))
     monkeypatch.setattr("kitlib.fusion.tuning.BOX_IOUS", (0.5, 0.6))
-    found = cross_fit(Judge(**oof), rounds=1)
+    by_fold = cross_fit(Judge(**oof), rounds=1)
     # The expected values: tune on two folds, fuse and score the third.
-    for row in found.itertuples():
+    for row in by_fold.itertuples():
         ids = set(oof["folds"].loc[oof["folds"]["fold"] == row.fold, "id"])
         ids |= {name.replace("i", "s") for name in ids}
         others = {name: table[~table.iloc[:, 0].isin(ids)] for name, table in oof.items()}
-        held = {name: table[table.iloc[:, 0].isin(ids)] for name, table in oof.items()}
-        assert row.cross_fitted == pytest.approx(score_of(held, tune(Judge(**others), rounds=1)[0]))
-        assert row.default == pytest.approx(score_of(held, FusionSettings())) and row.images == 12
-    assert found["fold"].tolist() == [0, 1, 2]
+        held_out = {name: table[table.iloc[:, 0].isin(ids)] for name, table in oof.items()}
+        assert row.cross_fitted == pytest.approx(score_of(held_out, tune(Judge(**others), rounds=1)[0]))
+        assert row.default == pytest.approx(score_of(held_out, FusionSettings())) and row.images == 12
+    assert by_fold["fold"].tolist() == [0, 1, 2]
 
 
 def test_cross_fit_needs_two_folds(oof):
@@ -210,7 +210,7 @@ def test_only_images_that_every_model_predicted_are_scored(oof):
     studies = {name.replace("i", "s") for name in ids}
     small = {name: table[table.iloc[:, 0].isin(ids | studies)] for name, table in oof.items()}
     assert steps["score"].iloc[0] == pytest.approx(tune(Judge(**small), rounds=0)[1]["score"].iloc[0])
-    with pytest.raises(FusionError, match="no image has predictions of every model"):
+    with pytest.raises(FusionError, match="no image was predicted by every model"):
         tune(Judge(**{**oof, "image_scores": oof["image_scores"].assign(image_id=lambda t: t["image_id"] + "x")}))
 
 
