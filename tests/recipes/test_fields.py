@@ -130,6 +130,6 @@ def test_the_choices_of_fields_are_those_of_the_library():
     assert get_args(field_kinds(SegmenterRecipe)["network"]) == tuple(NETWORKS)
     assert get_args(field_kinds(PatchRecipe)["patch_score"]) == tuple(SCORES)
     assert get_args(field_kinds(StudyRecipe)["outputs"]) == tuple(TRAINED_OUTPUTS)
-    assert get_args(field_kinds(StudyRecipe)["trained_on"]) == tuple(SHOWN)
+    assert get_args(field_kinds(StudyRecipe)["trained_on"]) == tuple(CANVAS_KINDS)
     losses = {loss for each in BOX_LOSSES.values() for loss in each}
     assert set(get_args(field_kinds(DetectorRecipe)["box_loss"])) == {"", *losses}
