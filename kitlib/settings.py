@@ -102,7 +102,7 @@ class Settings:
                 valid = checked(value, kind)
             except (ValueError, OverflowError):
                 value = list(value) if isinstance(value, tuple) else value
-                raise SettingsError(f"{type(self).__name__}.{name} is {value!r}; wanted {describe(kind)}") from None
+                raise SettingsError(f"{type(self).__name__}.{name} is {value!r}; expected {describe(kind)}") from None
             object.__setattr__(self, name, valid)
 
 

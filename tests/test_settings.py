@@ -60,7 +60,7 @@ NO_NUMBERS = [math.nan, math.inf, -math.inf, True, "1", None, [1.0]]
 def test_an_invalid_value_is_refused_with_the_valid_ones(name, values, valid):
     for value in values:
         for make in (lambda **fields: Knobs(**fields), lambda **fields: override(Knobs(), **fields)):
-            with pytest.raises(SettingsError, match=rf"^Knobs\.{name} is .*; wanted {valid}"):
+            with pytest.raises(SettingsError, match=rf"^Knobs\.{name} is .*; expected {valid}"):
                 make(**{name: value})
         with pytest.raises(SettingsError):
             from_dict(Knobs, {name: value})
@@ -131,7 +131,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("kind", "name", "value", "valid"), WRONG)
 def test_a_recipe_refuses_an_invalid_value(kind, name, value, valid):
-    with pytest.raises(SettingsError, match=rf"^{kind.__name__}\.{name} is .*; wanted {valid}"):
+    with pytest.raises(SettingsError, match=rf"^{kind.__name__}\.{name} is .*; expected {valid}"):
         kind(**{name: value})
 
 

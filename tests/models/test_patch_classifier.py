@@ -124,12 +124,12 @@ def test_a_loaded_model_is_the_same_and_ready_to_predict():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"masked": False}, "masked is False; wanted True"),
-        ({"multi_label": True, "judged_by": "auc"}, "multi_label is True; wanted False"),
-        ({"trained_on": "either"}, "trained_on is 'either'; wanted 'full'"),
-        ({"views": ["full", "flip"]}, "views is .*; wanted a list of 1 items: 'full'"),
-        ({"probe": "border"}, "probe is 'border'; wanted ''"),
-        ({"canvas": 0}, "canvas is 0; wanted a whole number of at least 8"),
+        ({"masked": False}, "masked is False; expected True"),
+        ({"multi_label": True, "judged_by": "auc"}, "multi_label is True; expected False"),
+        ({"trained_on": "either"}, "trained_on is 'either'; expected 'full'"),
+        ({"views": ["full", "flip"]}, "views is .*; expected a list of 1 items: 'full'"),
+        ({"probe": "border"}, "probe is 'border'; expected ''"),
+        ({"canvas": 0}, "canvas is 0; expected a whole number of at least 8"),
         ({"canvas": 31}, "canvas is 31, smaller than the image_size of 32"),
     ],
 )

@@ -120,7 +120,7 @@ def test_a_folder_that_no_plan_has_made_is_not_touched(tmp_path):
         ({"stages": {}}, "a plan has no field 'stages'; it has: extends, runs"),
         ({"runs": ""}, "the key `runs` is missing"),
         ({"steps": {"x": {"notebook": "10_prepare", "gpu": 1}}}, "step x: Step has no field 'gpu'; it has: notebook"),
-        ({"steps": {"x": {"notebook": "10_prepare", "gpus": "two"}}}, "Step.gpus is 'two'; wanted a whole number"),
+        ({"steps": {"x": {"notebook": "10_prepare", "gpus": "two"}}}, "Step.gpus is 'two'; expected a whole number"),
         ({"steps": {"x": {}}}, "step x: expected exactly one of notebook and command"),
         ({"steps": {"x": {"command": ["true"], "parameters": {"a": 1}}}}, "step x: a command has no parameters"),
         ({"steps": {"x": {"notebook": "11_prepare"}}}, "notebook '11_prepare' does not exist; available: 10_prepare, 1"),
@@ -147,7 +147,7 @@ def test_a_folder_that_no_plan_has_made_is_not_touched(tmp_path):
             "step x: x-2 needs a run of study with the same values; available: study-0, study-1",
         ),
         ({"variables": {"data": "{data}"}}, "step prepare: a variable refers to itself"),
-        ({"steps": {"x": {"notebook": ["10_prepare"]}}}, "step x: Step.notebook is ['10_prepare']; wanted a string"),
+        ({"steps": {"x": {"notebook": ["10_prepare"]}}}, "step x: Step.notebook is ['10_prepare']; expected a string"),
     ],
 )
 def test_a_faulty_plan_is_refused_with_what_is_valid(tmp_path, changes, message):

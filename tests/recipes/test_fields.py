@@ -84,12 +84,12 @@ def test_settings_that_fit_together_are_accepted(fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"network": "hrnet"}, "network is 'hrnet'; wanted one of 'unet', 'resunet', 'fc_densenet103'"),
+        ({"network": "hrnet"}, "network is 'hrnet'; expected one of 'unet', 'resunet', 'fc_densenet103'"),
         (
             {"structures": []},
-            r"structures is \[\]; wanted a list, each item one of 'lungs', .*, at least one, none repeated",
+            r"structures is \[\]; expected a list, each item one of 'lungs', .*, at least one, none repeated",
         ),
-        ({"structures": ["lung"]}, r"structures is \['lung'\]; wanted a list, each item one of 'lungs'"),
+        ({"structures": ["lung"]}, r"structures is \['lung'\]; expected a list, each item one of 'lungs'"),
         ({"structures": ["heart", "heart"]}, r"structures is \['heart', 'heart'\]; .*, at least one, none repeated"),
         ({"structures": ["lungs", "left_lung"]}, "lungs are both sides; use lungs, or left_lung and right_lung"),
         ({"cutouts": 2}, "SegmenterRecipe has no field 'cutouts'; it has: starting_weights"),

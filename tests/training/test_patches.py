@@ -106,7 +106,7 @@ def test_it_learns_and_penalises(tmp_path, lungs):
 
 
 def test_recipes_and_tasks_without_lung_masks_are_refused_before_anything_is_written(tmp_path, lungs):
-    with pytest.raises(ValueError, match="masked is False; wanted True"):
+    with pytest.raises(ValueError, match="masked is False; expected True"):
         train(tmp_path / "run", lungs, override(RECIPE, masked=False))
     with pytest.raises(ValueError, match=r"patched: .*set lungs_run"):
         train(tmp_path / "run", None)
