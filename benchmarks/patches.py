@@ -19,7 +19,7 @@ from rich.table import Table
 
 from kitlib.device import autocast, memory_format, pick_device
 from kitlib.models.patch_classifier import CHUNKS, PatchClassifier
-from kitlib.models.patches import centres, places
+from kitlib.models.patches import centres, join_centres
 from kitlib.recipes.fields import PatchRecipe
 from kitlib.recipes.named import recipe
 
@@ -95,7 +95,7 @@ def main(
         model = PatchClassifier(settings, CLASSES).eval().to(device, memory_format=memory_format(device))
         side = settings.image_size
         canvases, mask = chests(images, settings.canvas)
-        where = places([centres(mask, patches, seed) for seed in range(images)])
+        where = join_centres([centres(mask, patches, seed) for seed in range(images)])
         model.chunk = max(1, CHUNKS[device.type] // side**2)
         with torch.inference_mode(), autocast(device):
             few = where[:: max(1, len(where) // 4)]

@@ -58,7 +58,7 @@ def measure_patches(small: bool) -> str:
         model = PatchClassifier(settings, patches.CLASSES).eval()
         model = model.to(device, memory_format=memory_format(device))
         canvases, mask = patches.chests(images, settings.canvas)
-        where = patches.places([patches.centres(mask, count, seed) for seed in range(images)])
+        where = patches.join_centres([patches.centres(mask, count, seed) for seed in range(images)])
         model.chunk = max(1, CHUNKS[device.type] // settings.image_size**2)
         few = where[:: max(1, len(where) // 40)]  # for the slow loop
         with torch.inference_mode(), autocast(device):

@@ -29,14 +29,14 @@ class CachedLungs:
         self.bundle, self.masked, self.batch_size, self.most = bundle, masked, batch_size, most
         self.fault, self.missed, self.seconds = "", 0, 0.0
         self._segmenter: LungFinder | None = None
-        self._known: dict[str, tuple[np.ndarray | None, bytes | None]] = {}
+        self._cache: dict[str, tuple[np.ndarray | None, bytes | None]] = {}
         # The thread of a stopped model may still be reading ahead when the next model begins.
         self._one_at_a_time = threading.Lock()
 
     @property
     def segmented(self) -> int:
         """Number of images in the cache."""
-        return len(self._known)
+        return len(self._cache)
 
     def begin(self) -> None:
         """Load the segmenter, unless it is already loaded or has failed."""
@@ -55,19 +55,19 @@ class CachedLungs:
         """Return the lungs of each X-ray, segmenting those that are not in the cache."""
         with self._one_at_a_time:
             self.begin()
-            began, uncached = time.monotonic(), [xray for xray in xrays if xray.image_id not in self._known]
+            began, uncached = time.monotonic(), [xray for xray in xrays if xray.image_id not in self._cache]
             if uncached and self._segmenter is not None and not self.fault:
                 self._segment(self._segmenter, uncached)
             self.seconds += time.monotonic() - began
-            lungs = [self._kept(xray.image_id) for xray in xrays]
-            for image_id in list(self._known)[: -self.most] if self.most else ():
-                del self._known[image_id]
+            lungs = [self._cached(xray.image_id) for xray in xrays]
+            for image_id in list(self._cache)[: -self.most] if self.most else ():
+                del self._cache[image_id]
             return lungs
 
     def _segment(self, segmenter: LungFinder, xrays: list[CachedXray]) -> None:
         """Segment a batch; after a failure, segment its images one by one, and give up if all of several fail."""
         try:
-            self._keep(xrays, segmenter.find(xrays))
+            self._store(xrays, segmenter.find(xrays))
             return
         except Exception as error:
             failure = error
@@ -81,17 +81,17 @@ class CachedLungs:
         if len(xrays) > 1 and all(lungs is None for lungs in results):
             self._give_up(failure)
         else:
-            self._keep(xrays, [lungs or Lungs(None) for lungs in results])
+            self._store(xrays, [lungs or Lungs(None) for lungs in results])
 
-    def _keep(self, xrays: Sequence[CachedXray], results: list[Lungs]) -> None:
+    def _store(self, xrays: Sequence[CachedXray], results: list[Lungs]) -> None:
         for xray, lungs in zip(xrays, results, strict=True):
             mask = lungs.mask if self.masked else None
             png = None if mask is None else cv2.imencode(".png", mask.astype(np.uint8))[1].tobytes()
-            self._known[xray.image_id] = lungs.frame, png
+            self._cache[xray.image_id] = lungs.frame, png
             self.missed += lungs.frame is None
 
-    def _kept(self, image_id: str) -> Lungs:
-        frame, png = self._known.get(image_id, (None, None))
+    def _cached(self, image_id: str) -> Lungs:
+        frame, png = self._cache.get(image_id, (None, None))
         if png is None:
             return Lungs(frame)
         return Lungs(frame, np.asarray(cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)) > 0)

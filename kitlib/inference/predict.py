@@ -20,7 +20,7 @@ from kitlib.lungs.crop import crop, finder_for, looks_at_lungs, seen_lungs, want
 from kitlib.lungs.finders import LungFinder, Lungs
 from kitlib.models.families import BOXES, LUNGS, STUDIES, load_network, recorded_family
 from kitlib.models.halving_batches import HalvingBatches
-from kitlib.models.patches import image_seed, patch_canvas, places
+from kitlib.models.patches import image_seed, join_centres, patch_canvas
 from kitlib.recipes.fields import VIEWS
 from kitlib.tables import BOX, check_table, empty_table
 from kitlib.xrays.cache import CachedXray
@@ -42,7 +42,7 @@ class Batch:
     placements: dict[str, list[Placement]]
     pixels: dict[str, torch.Tensor]
     lungs_missed: int
-    where: torch.Tensor | None = None  # centres of a patch model, int64 (m, 3), see kitlib.models.patches.places
+    where: torch.Tensor | None = None  # centres of a patch model, int64 (m, 3), see kitlib.models.patches.join_centres
 
 
 class Predictor:
@@ -86,7 +86,7 @@ class Predictor:
         self.wants_masks = wants_masks(recipe, self.views)
         self.segmenter = record.get("architecture", {}).get("segmenter", "")  # digest of the segmenter it was trained with
         self._outputs = recipe.get("outputs", "both")
-        self._place = PLACEMENTS[record["placement"]]
+        self._make_placement = PLACEMENTS[record["placement"]]
 
     def predict(self, stream: Iterable[CachedXray]) -> Generator[pd.DataFrame, None, None]:
         """Yield one table of predictions per batch, while a thread prefetches X-rays from `stream`.
@@ -134,20 +134,24 @@ class Predictor:
         names, recipe = [xray.image_id for xray in xrays], self.network.recipe
         lungs = seen_lungs(self._finder, xrays, masked=True)
         canvases = [patch_canvas(xray, each, recipe) for xray, each in zip(xrays, lungs, strict=True)]
-        where = places([each.centres(recipe.patches, image_seed(name)) for each, name in zip(canvases, names, strict=True)])
+        where = join_centres(
+            [each.centres(recipe.patches, image_seed(name)) for each, name in zip(canvases, names, strict=True)]
+        )
         pixels = torch.from_numpy(np.stack([each.pixels for each in canvases]))
         return Batch(names, {}, {"full": pixels}, sum(each.mask is None for each in canvases), where)
 
     def _placement(self, xray: CachedXray, frame: np.ndarray | None) -> Placement:
         """Return the placement of the image, or of its frame, on the model's square canvas."""
-        return self._canvas.middle(crop(self._place, frame, xray.rows, xray.columns, self._canvas.whole))
+        return self._canvas.middle(crop(self._make_placement, frame, xray.rows, xray.columns, self._canvas.whole))
 
     def _probabilities(self, batch: Batch) -> pd.DataFrame:
         if self.family.sees_patches:
             with torch.inference_mode(), autocast(self.device):
                 probabilities = self.network.image_probabilities(batch.pixels["full"], batch.where).numpy()
         else:
-            probabilities = np.mean([self.fitted(self._classified, pixels) for pixels, _ in self._seen_by(batch)], axis=0)
+            probabilities = np.mean(
+                [self.fitted(self._classified, pixels) for pixels, _ in self._view_inputs(batch)], axis=0
+            )
         table = pd.DataFrame(probabilities, columns=self.classes)
         if self.family.answers == STUDIES and self._outputs != "both":
             table[[name for name in self.classes if (name == "none") != (self._outputs == "none")]] = np.nan
@@ -161,7 +165,7 @@ class Predictor:
             probabilities = self.network.probabilities(self.network(self.network.normalise(pixels)))
         return list(probabilities.double().cpu().numpy())
 
-    def _seen_by(self, batch: Batch) -> Iterator[tuple[torch.Tensor, list[Placement]]]:
+    def _view_inputs(self, batch: Batch) -> Iterator[tuple[torch.Tensor, list[Placement]]]:
         """Yield pixels and placements of each view, in the order of `views`, with pixels mirrored for mirrored views."""
         for canvas, mirrored in (VIEWS[view] for view in self.views):
             pixels = batch.pixels[canvas]
@@ -170,20 +174,21 @@ class Predictor:
     def _boxes(self, batch: Batch) -> pd.DataFrame:
         views = [
             [
-                self._in_original(place, found, VIEWS[view][1])
+                self._to_original(place, found, VIEWS[view][1])
                 for place, found in zip(placements, self.fitted(self.network.predict, pixels), strict=True)
             ]
-            for view, (pixels, placements) in zip(self.views, self._seen_by(batch), strict=True)
+            for view, (pixels, placements) in zip(self.views, self._view_inputs(batch), strict=True)
         ]
         found = [
-            self._merged(lists, place) for *lists, place in zip(*views, batch.placements[self._canvas_names[0]], strict=True)
+            self._merge_views(lists, place)
+            for *lists, place in zip(*views, batch.placements[self._canvas_names[0]], strict=True)
         ]
         table = pd.DataFrame(np.concatenate([boxes for boxes, _ in found]), columns=list(BOX))
         table.insert(0, "image_id", np.repeat(np.array(batch.image_ids, dtype=object), [len(boxes) for boxes, _ in found]))
         table = table.assign(model=self.model, fold=self.fold, score=np.concatenate([scores for _, scores in found]))
         return check_table(table, "detections")
 
-    def _in_original(
+    def _to_original(
         self, placement: Placement, boxes_on_canvas: np.ndarray, mirrored: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Convert a canvas's boxes (k, 5) to boxes (m, 4) in original pixels, clipped to the image, and scores (m,).
@@ -194,7 +199,9 @@ class Predictor:
         boxes, inside = clip_boxes(placement.boxes_to_original(boxes), placement.rows, placement.columns)
         return boxes[inside], boxes_on_canvas[inside, 4].astype(float).clip(0, 1)
 
-    def _merged(self, lists: list[tuple[np.ndarray, np.ndarray]], placement: Placement) -> tuple[np.ndarray, np.ndarray]:
+    def _merge_views(
+        self, lists: list[tuple[np.ndarray, np.ndarray]], placement: Placement
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Fuse the boxes and scores of all views of an image, in original pixels."""
         if len(lists) == 1:
             return lists[0]

@@ -327,13 +327,13 @@ class DecodedOnce:
     def __init__(self, cache: "XrayCache", images: pd.DataFrame, settings: SubmitSettings) -> None:
         self.cache, self.error = cache, ""
         self.outcomes: list[Outcome] = []
-        self._coming = cache.decode(images, workers=settings.workers or None, timeout_s=settings.file_timeout_s)
+        self._decoding = cache.decode(images, workers=settings.workers or None, timeout_s=settings.file_timeout_s)
         self._one_at_a_time = threading.Lock()
 
     def without(self, image_ids: set[str]) -> Iterator["CachedXray"]:
         """Yield all readable images except `image_ids`, decoding them if necessary."""
         index = 0
-        while self._reaches(index):
+        while self._decode_up_to(index):
             outcome = self.outcomes[index]
             index += 1
             if outcome.status != "failed" and outcome.image_id not in image_ids:
@@ -349,14 +349,15 @@ class DecodedOnce:
     def close(self) -> None:
         """Stop decoding, unless the thread of a stopped model is still waiting for a file."""
         if self._one_at_a_time.acquire(timeout=2):
-            self._coming.close()
+            self._decoding.close()
             self._one_at_a_time.release()
 
-    def _reaches(self, index: int) -> bool:
+    def _decode_up_to(self, index: int) -> bool:
+        """Decode the next file if `outcomes` ends before `index`; return whether `outcomes[index]` exists."""
         with self._one_at_a_time:
             if index == len(self.outcomes):
                 try:
-                    self.outcomes.append(next(self._coming))
+                    self.outcomes.append(next(self._decoding))
                 except StopIteration:
                     return False
                 except Exception as error:

@@ -60,7 +60,7 @@ class MaskDecoder(nn.Module):
         return self.last(functional.relu(torch.stack(resized).sum(dim=0)))[:, 0]
 
 
-def mask_decoder(backbone: Any) -> MaskDecoder:
+def make_mask_decoder(backbone: Any) -> MaskDecoder:
     """Build the decoder for a timm backbone. Raises ValueError if timm cannot return the backbone's feature maps."""
     name = backbone.pretrained_cfg.get("architecture") or type(backbone).__name__
     if not hasattr(backbone, "forward_intermediates"):

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kitlib.classes import STUDY_CLASSES
 from kitlib.device import memory_format
 from kitlib.models.backbones import check_backbone
-from kitlib.models.box_mask import MaskDecoder, mask_decoder
+from kitlib.models.box_mask import MaskDecoder, make_mask_decoder
 from kitlib.recipes.fields import ClassifierRecipe, FindingsRecipe, StudyRecipe
 
 OUTPUTS = (*STUDY_CLASSES, "none")
@@ -22,7 +22,7 @@ TRAINED_OUTPUTS = {"study": slice(0, 4), "none": slice(4, 5), "both": slice(0, 5
 
 
 class Classifier(nn.Module):
-    """A timm backbone with pooled features and a head (see `head`), with random weights.
+    """A timm backbone with pooled features and a head (see `make_head`), with random weights.
 
     `answers` is the number of predicted probabilities, by default one per output. A frozen backbone gets no gradients and,
     if the recipe also freezes its statistics, stays in evaluation mode. `stages` lists the names of its parameters, stage by
@@ -36,7 +36,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.recipe, self.answers = recipe, outputs
         self.backbone = _backbone(recipe, outputs)
-        self.head = head(self.backbone.head_hidden_size, recipe.hidden, recipe.dropout, outputs)
+        self.head = make_head(self.backbone.head_hidden_size, recipe.hidden, recipe.dropout, outputs)
         self.mean, self.std = _normalisation(self.backbone, recipe)
         self.stages = _stages(self.backbone)
         if recipe.frozen_backbone:
@@ -99,7 +99,7 @@ class StudyClassifier(Classifier):
     def __init__(self, recipe: StudyRecipe) -> None:
         super().__init__(recipe, len(OUTPUTS))
         if recipe.segmentation:
-            self.mask_decoder = mask_decoder(self.backbone)
+            self.mask_decoder = make_mask_decoder(self.backbone)
             stride = self.mask_decoder.stride
             if recipe.image_size % stride:
                 raise ValueError(
@@ -172,7 +172,7 @@ def check_classes(recipe: FindingsRecipe, classes: Sequence[str]) -> None:
         raise ValueError(f"one_logit needs 2 classes, but there are {len(classes)}: {', '.join(classes)}; set it to False")
 
 
-def head(features: int, hidden: int, dropout: float, outputs: int = len(OUTPUTS)) -> nn.Sequential:
+def make_head(features: int, hidden: int, dropout: float, outputs: int = len(OUTPUTS)) -> nn.Sequential:
     """Build the head of a classifier: linear-ReLU-dropout-linear with Xavier weights.
 
     This is Heidelberg's head (section 3.4), 2048-1024-ReLU-dropout-outputs, for any number of `features`. If `hidden` is 0
@@ -212,7 +212,7 @@ def study_loss(
         losses = functional.cross_entropy(logits[:, :4], study.nan_to_num(), label_smoothing=smoothing, reduction="none")
         loss = loss + mean_of_known(losses, ~study.isnan().any(dim=1))
     if outputs != "study":
-        truth = smoothed(none.nan_to_num(), smoothing, classes=2)
+        truth = smooth_labels(none.nan_to_num(), smoothing, classes=2)
         losses = functional.binary_cross_entropy_with_logits(logits[:, 4], truth, reduction="none")
         loss = loss + (1.0 if outputs == "none" else none_weight) * mean_of_known(losses, ~none.isnan())
     return loss
@@ -224,7 +224,7 @@ def mean_of_known(losses: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     return (losses * known).sum() / known.sum().clamp(min=1)
 
 
-def smoothed(truth: torch.Tensor, share: float, classes: int) -> torch.Tensor:
+def smooth_labels(truth: torch.Tensor, share: float, classes: int) -> torch.Tensor:
     """Apply label smoothing: spread `share` of the probabilities evenly over `classes` (2 for a binary label).
 
     Szegedy et al. 2016, section 7.

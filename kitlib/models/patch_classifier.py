@@ -19,7 +19,7 @@ class PatchClassifier(FindingsClassifier):
 
     An image's prediction is the share of its patches that vote for each class, or their mean softmax, as the recipe's
     `patch_score` says. Patches are cut from canvases (`kitlib.models.patches.patch_canvas`) around the centres in `where`,
-    see `kitlib.models.patches.places`.
+    see `kitlib.models.patches.join_centres`.
     """
 
     recipe: PatchRecipe

@@ -70,10 +70,10 @@ def image_seed(image_id: str) -> int:
     return int(hashlib.sha256(image_id.encode()).hexdigest()[:8], 16)
 
 
-def places(drawn: Sequence[np.ndarray]) -> torch.Tensor:
+def join_centres(centre_arrays: Sequence[np.ndarray]) -> torch.Tensor:
     """Join the centres of several canvases, an array (k, 2) each, into an int64 tensor (m, 3): canvas index, row, column."""
-    canvas_index = np.repeat(np.arange(len(drawn)), [len(each) for each in drawn])
-    return torch.from_numpy(np.column_stack([canvas_index, np.concatenate(drawn)]).astype(np.int64))
+    canvas_index = np.repeat(np.arange(len(centre_arrays)), [len(each) for each in centre_arrays])
+    return torch.from_numpy(np.column_stack([canvas_index, np.concatenate(centre_arrays)]).astype(np.int64))
 
 
 def windows(canvases: torch.Tensor, side: int) -> torch.Tensor:
@@ -87,7 +87,7 @@ def windows(canvases: torch.Tensor, side: int) -> torch.Tensor:
     return padded.unfold(1, side, 1).unfold(2, side, 1)
 
 
-def cut(canvases: torch.Tensor, where: torch.Tensor, side: int) -> torch.Tensor:
+def cut_patches(canvases: torch.Tensor, where: torch.Tensor, side: int) -> torch.Tensor:
     """Cut the patches (m, side, side) around the centres `where` (m, 3) from canvases (n, rows, columns), on their device.
 
     Raises IndexError for a centre outside of the canvases.

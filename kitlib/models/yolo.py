@@ -91,7 +91,7 @@ class YoloDetector(nn.Module):
                     f"recipe.{name} is {side}, which is not a multiple of {stride}, the stride of {recipe.backbone!r}; "
                     f"choose {max(1, round(side / stride)) * stride}"
                 )
-        self.starting_weights = self._start()
+        self.starting_weights = self._load_weights()
 
     @torch.inference_mode()
     def predict(self, pixels: torch.Tensor) -> list[np.ndarray]:
@@ -109,9 +109,9 @@ class YoloDetector(nn.Module):
         # float16 gives box coordinates to a quarter of a pixel; bfloat16 would be off by two pixels.
         with torch.autocast(device.type, torch.float16, enabled=precision(device) != "32-true"):
             output = self.model(images)
-        return [self._best(each).cpu().numpy() for each in self._candidates(output)]
+        return [self._suppress(each).cpu().numpy() for each in self._candidates(output)]
 
-    def _start(self) -> str:
+    def _load_weights(self) -> str:
         """Load the recipe's starting weights; return a summary. Raises BundleError if the backbone is incomplete."""
         source = self.recipe.starting_weights
         if not source:
@@ -134,7 +134,7 @@ class YoloDetector(nn.Module):
         output = output.transpose(1, 2)  # (n, boxes, 5): centre, size, score of the one class
         return list(torch.cat([box_convert(output[..., :4], "cxcywh", "xyxy"), output[..., 4:5]], dim=-1))
 
-    def _best(self, boxes: torch.Tensor) -> torch.Tensor:
+    def _suppress(self, boxes: torch.Tensor) -> torch.Tensor:
         """Return one image's boxes (k, 5) after score threshold, clipping and non-maximum suppression, best first."""
         # ultralytics' own suppression is not used: it stops at a time limit and silently loses boxes on slow machines.
         boxes = boxes.float()

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from kitlib.inference.predict import load_predictor
-from kitlib.models.classifier import FindingsClassifier, check_classes, mean_of_known, smoothed
+from kitlib.models.classifier import FindingsClassifier, check_classes, mean_of_known, smooth_labels
 from kitlib.models.patch_classifier import PatchClassifier
 from kitlib.recipes.fields import FindingsRecipe, PatchRecipe
 from kitlib.scoring.metrics import class_weights, exclusive_scores, mean_auc
@@ -142,7 +142,7 @@ def findings_loss(
     """
     logits, is_known, truth = logits.float(), ~label.isnan(), label.nan_to_num()
     if multi_label:
-        truth = smoothed(truth, smoothing, classes=2)
+        truth = smooth_labels(truth, smoothing, classes=2)
         return mean_of_known(functional.binary_cross_entropy_with_logits(logits, truth, reduction="none"), is_known)
     losses = functional.cross_entropy(logits, truth, label_smoothing=smoothing, reduction="none")
     if weights is not None:

@@ -10,7 +10,7 @@ import torch
 from kitlib.device import derived_seed
 from kitlib.lungs.crop import finder_for, seen_lungs
 from kitlib.lungs.finders import LungFinder
-from kitlib.models.patches import PatchCanvas, cut, image_seed, patch_canvas, places
+from kitlib.models.patches import PatchCanvas, cut_patches, image_seed, join_centres, patch_canvas
 from kitlib.recipes.fields import PatchRecipe
 from kitlib.settings import override
 from kitlib.training.augmentation import Augmentation
@@ -59,7 +59,7 @@ class PatchDataset(Examples):
             return example | {"canvas": torch.from_numpy(canvas.pixels), "centres": centres}
         # Another random stream than the augmentation's.
         ((row, column),) = canvas.centres(1, derived_seed(self.seed, epoch, index, 3))
-        patch = cut(torch.from_numpy(canvas.pixels)[None], torch.tensor([[0, row, column]]), canvas.side)[0].numpy()
+        patch = cut_patches(torch.from_numpy(canvas.pixels)[None], torch.tensor([[0, row, column]]), canvas.side)[0].numpy()
         patch, _ = self.augmentation(patch, np.zeros((0, 4)), derived_seed(self.seed, epoch, index))
         unknown = {"none": torch.tensor(torch.nan), "boxes": torch.zeros(0, 4)}
         return example | unknown | {"pixels": torch.from_numpy(patch)}
@@ -119,7 +119,7 @@ def collate_canvases(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """
     return {
         "canvases": torch.stack([each["canvas"] for each in examples]),
-        "where": places([each["centres"] for each in examples]),
+        "where": join_centres([each["centres"] for each in examples]),
         "label": torch.stack([each["label"] for each in examples]),
         "index": torch.tensor([each["index"] for each in examples]),
     }

@@ -13,7 +13,7 @@ from kitlib.models.classifier import (
     FindingsClassifier,
     StudyClassifier,
     check_classes,
-    head,
+    make_head,
     probabilities,
     study_loss,
 )
@@ -29,16 +29,16 @@ def size(module):
 
 def test_the_heads_have_the_published_sizes():
     # Published by the Heidelberg project: 2048-1024-ReLU-15 for the NIH backbone, 2048-1024-ReLU-4 for the study model
-    assert size(head(2048, 1024, 0.5, outputs=15)) == 2_113_551
-    assert size(head(2048, 1024, 0.5, outputs=4)) == 2_102_276
+    assert size(make_head(2048, 1024, 0.5, outputs=15)) == 2_113_551
+    assert size(make_head(2048, 1024, 0.5, outputs=4)) == 2_102_276
     # The kit's fifth output, none, adds a row of weights and a bias.
-    assert size(head(2048, 1024, 0.5)) == 2_102_276 + 1025
+    assert size(make_head(2048, 1024, 0.5)) == 2_102_276 + 1025
 
 
 def test_the_head_starts_with_xaviers_weights():
     # Glorot and Bengio 2010, eq. 16: uniform within sqrt(6 / (inputs + outputs)), of variance 2 / (inputs + outputs)
     torch.manual_seed(0)
-    made = head(300, 200, 0.5)
+    made = make_head(300, 200, 0.5)
     for layer in (made[0], made[3]):
         spread = 6 / sum(layer.weight.shape)
         assert layer.weight.abs().max() <= spread**0.5 and not layer.bias.any()
@@ -47,11 +47,11 @@ def test_the_head_starts_with_xaviers_weights():
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 8))
 def test_the_heads_size_in_closed_form(features, hidden, outputs):
-    assert size(head(features, hidden, 0.0, outputs)) == (features + 1) * hidden + (hidden + 1) * outputs
+    assert size(make_head(features, hidden, 0.0, outputs)) == (features + 1) * hidden + (hidden + 1) * outputs
 
 
 def test_a_head_without_hidden_units_is_dropout_and_one_layer():
-    plain = head(2208, 0, 0.25, outputs=4)
+    plain = make_head(2208, 0, 0.25, outputs=4)
     assert [type(layer).__name__ for layer in plain] == ["Dropout", "Linear"] and plain[0].p == 0.25
     assert size(plain) == 2209 * 4
 

@@ -10,7 +10,7 @@ from kitlib.errors import SettingsError
 from kitlib.models.classifier import FindingsClassifier
 from kitlib.models.families import load_network
 from kitlib.models.patch_classifier import PatchClassifier
-from kitlib.models.patches import mean_softmax, places
+from kitlib.models.patches import join_centres, mean_softmax
 from kitlib.recipes.fields import PatchRecipe
 from kitlib.settings import override
 
@@ -30,7 +30,7 @@ def drawn(images=3):
     """Return canvases of noise with different brightness and different numbers of centres, some at the border."""
     rng = np.random.default_rng(1)
     canvases = np.stack([rng.integers(0, 60 * image + 70, (64, 64)) for image in range(images)]).astype(np.uint8)
-    where = places([rng.integers(0, 64, (count, 2)) for count in (7, 1, 5)[:images]])
+    where = join_centres([rng.integers(0, 64, (count, 2)) for count in (7, 1, 5)[:images]])
     where[0, 1:] = torch.tensor([0, 63])
     return torch.from_numpy(canvases), where
 

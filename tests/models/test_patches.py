@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 from kitlib.letterbox import PLACEMENTS
 from kitlib.lungs.equalise import adjusted
 from kitlib.lungs.finders import Lungs
-from kitlib.models.patches import centres, cut, image_seed, mean_softmax, patch_canvas, places, votes
+from kitlib.models.patches import centres, cut_patches, image_seed, join_centres, mean_softmax, patch_canvas, votes
 from kitlib.recipes.fields import PatchRecipe
 from kitlib.xrays.cache import CachedXray
 
@@ -51,7 +51,7 @@ def test_a_patch_is_a_slice_of_the_padded_canvas(count, rows, columns, side, see
     rng = np.random.default_rng(seed)
     canvases = rng.integers(1, 256, (count, rows, columns)).astype(np.uint8)
     where = np.stack([rng.integers(size, size=7) for size in (count, rows, columns)], axis=1)
-    found = cut(torch.from_numpy(canvases), torch.from_numpy(where), side)
+    found = cut_patches(torch.from_numpy(canvases), torch.from_numpy(where), side)
     assert found.shape == (7, side, side) and found.dtype == torch.uint8
     # The padding is larger than necessary; the patch begins side // 2 before its centre.
     padded = np.pad(canvases, ((0, 0), (20, 20), (20, 20)))
@@ -63,7 +63,7 @@ def test_a_patch_is_a_slice_of_the_padded_canvas(count, rows, columns, side, see
 
 def test_centres_outside_of_the_canvas_are_refused():
     with pytest.raises(IndexError):
-        cut(torch.zeros(1, 8, 8, dtype=torch.uint8), torch.tensor([[0, 8, 3]]), 4)
+        cut_patches(torch.zeros(1, 8, 8, dtype=torch.uint8), torch.tensor([[0, 8, 3]]), 4)
 
 
 def test_votes_are_shares_and_a_tie_goes_to_the_first_class():
@@ -95,7 +95,7 @@ def test_shares_sum_to_one_and_do_not_depend_on_the_patches_order(seed, patches,
 
 
 def test_joined_centres_name_their_canvas():
-    found = places([np.array([[5, 6]]), np.array([[1, 2], [3, 4]])])
+    found = join_centres([np.array([[5, 6]]), np.array([[1, 2], [3, 4]])])
     assert found.tolist() == [[0, 5, 6], [1, 1, 2], [1, 3, 4]] and found.dtype == torch.int64
 
 
@@ -124,7 +124,7 @@ def test_an_image_without_usable_lungs_is_a_single_patch(case):
         mask[:4, :4] = case == "tiny"  # 16 of 64 x 48 pixels are 0.5 %; at least 1 % is required
     found = patch_canvas(image, Lungs(None) if case == "not found" else Lungs(np.zeros(4), mask), RECIPE)
     assert found.mask is None and found.pixels.shape == (64, 64)
-    (patch,) = cut(torch.from_numpy(found.pixels)[None], places([found.centres(9, 0)]), 16)
+    (patch,) = cut_patches(torch.from_numpy(found.pixels)[None], join_centres([found.centres(9, 0)]), 16)
     whole = PLACEMENTS["stretch"](image.rows, image.columns, 16).image(adjusted(image.pixels, True, 0.5))
     np.testing.assert_array_equal(patch.numpy(), whole)
 

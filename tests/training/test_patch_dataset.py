@@ -8,7 +8,7 @@ import torch
 from kitlib.letterbox import PLACEMENTS
 from kitlib.lungs.equalise import adjusted
 from kitlib.lungs.finders import Lungs
-from kitlib.models.patches import centres, cut, image_seed
+from kitlib.models.patches import centres, cut_patches, image_seed
 from kitlib.recipes.fields import PatchRecipe
 from kitlib.settings import override
 from kitlib.training.patch_dataset import PatchDataset, collate_canvases
@@ -67,7 +67,7 @@ def test_a_training_patch_is_drawn_by_seed_epoch_and_index_alone():
     for index, image_id in enumerate(small.image_ids):
         whole = torch.from_numpy(canvas(small, image_id))[None]
         every = torch.tensor([[0, row, column] for row in range(60) for column in range(30, 60)])
-        possible = {patch.tobytes() for patch in cut(whole, every, 15).numpy()}
+        possible = {patch.tobytes() for patch in cut_patches(whole, every, 15).numpy()}
         seen = {drawn[epoch, index].tobytes() for epoch in range(12)}
         # 12 of 1,800 positions: more than two equal ones have a probability of 1 in 10,000.
         assert seen <= possible and len(seen) >= 10
