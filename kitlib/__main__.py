@@ -1,4 +1,4 @@
-"""The command line, `python -m kitlib COMMAND`: thin commands that import what they need, so that none waits for torch."""
+"""The kit's command line, `python -m kitlib COMMAND`. Commands import only what they need: most start without torch."""
 
 import json
 import logging
@@ -19,13 +19,14 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 Folder = Annotated[Path, typer.Option(exists=True, file_okay=False)]
 File = Annotated[Path, typer.Option(exists=True, dir_okay=False)]
-# A submission that is not there is what `validate` is to find, not a mistake in the call.
-Submission = Annotated[Path, typer.Option()]
+# Without exists=True, because `validate` reports a missing submission as a fault, not as a wrong call.
+Submission = Annotated[Path, typer.Option(help="The submission.csv to read.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 @app.callback()
 def main() -> None:
+    """Configure logging for every command."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
 
 
@@ -33,7 +34,8 @@ def main() -> None:
 def score(truth: Folder, submission: Submission, as_json: Json = False) -> None:
     """Score SUBMISSION against train_study_level.csv and train_image_level.csv in TRUTH, as the competition does.
 
-    With --json: the score, the six APs and opacity_boxed, null where the truth lacks a class.
+    Prints the score, the average precision of each of the six classes, and opacity_boxed, that of opacity on images with
+    boxes alone. A class without positives in the ground truth is nan, with --json null.
     """
     from kitlib.scoring.score import score_files
 
@@ -50,9 +52,9 @@ def score(truth: Folder, submission: Submission, as_json: Json = False) -> None:
 
 @app.command()
 def validate(sample: File, submission: Submission, as_json: Json = False) -> None:
-    """Exit with 0 only if Kaggle would accept SUBMISSION for the ids of SAMPLE; otherwise name every fault and its row.
+    """Check whether Kaggle would accept SUBMISSION for the ids of SAMPLE; print every fault with its row.
 
-    With --json: valid, and faults as a list of row, id and problem.
+    Exits with 0 only if there is no fault. With --json, prints `valid`, and `faults` as a list of row, id and problem.
     """
     from kitlib.scoring import validate as validator
 
@@ -71,6 +73,8 @@ def validate(sample: File, submission: Submission, as_json: Json = False) -> Non
 
 
 class Layout(StrEnum):
+    """Data sets whose file layout `phantom` can write."""
+
     SIIM = "siim"
     NIH = "nih"
     RSNA = "rsna"
@@ -84,32 +88,38 @@ class Layout(StrEnum):
 
 @app.command()
 def phantom(
-    folder: Annotated[Path, typer.Option()],
-    layout: Annotated[Layout, typer.Option(help="Whose files they are.")] = Layout.SIIM,
-    truth: Annotated[Path | None, typer.Option(help="siim: where the test set's labels go.")] = None,
-    train_studies: Annotated[int | None, typer.Option(help="siim: 240 unless told.")] = None,
-    test_studies: Annotated[int | None, typer.Option(help="siim: 80 unless told.")] = None,
-    images: Annotated[int | None, typer.Option(help="All but siim: 400 unless told; jsrt: 24, of 8 MB each.")] = None,
-    side: Annotated[int | None, typer.Option(help="Pixels, 320 unless told; jsrt: always 2048.")] = None,
+    folder: Annotated[Path, typer.Option(help="The data set is written into a new folder below this one.")],
+    layout: Annotated[Layout, typer.Option(help="The data set whose files are imitated.")] = Layout.SIIM,
+    truth: Annotated[
+        Path | None, typer.Option(help="siim only, required: the folder for the labels of the test set.")
+    ] = None,
+    train_studies: Annotated[
+        int | None, typer.Option(help="siim only: number of studies to train on (default: 240).")
+    ] = None,
+    test_studies: Annotated[int | None, typer.Option(help="siim only: number of test studies (default: 80).")] = None,
+    images: Annotated[
+        int | None, typer.Option(help="All but siim: number of images (default: 400; jsrt: 24, of 8 MB each).")
+    ] = None,
+    side: Annotated[int | None, typer.Option(help="Side of the images in pixels (default: 320; jsrt: always 2048).")] = None,
     seed: int = 0,
 ) -> None:
-    """Write phantoms into a folder of FOLDER.
+    """Write a data set of phantoms, that is, simulated X-rays, and print its folder.
 
-    siim, nih and rsna make siim-covid19-detection, nih-chest-xrays and rsna-pneumonia-detection-challenge; the sets of lung
-    masks and of diagnoses a folder of their own name.
+    The folder's name is siim-covid19-detection for siim, nih-chest-xrays for nih, rsna-pneumonia-detection-challenge for
+    rsna, and the layout's own name for the data sets of lung masks and of diagnoses.
     """
-    given = {"truth": truth, "train_studies": train_studies, "test_studies": test_studies, "images": images, "side": side}
+    options = {"truth": truth, "train_studies": train_studies, "test_studies": test_studies, "images": images, "side": side}
     sizes: dict[str, Any] = {"images": 24 if layout is Layout.JSRT else 400}
     if layout is Layout.SIIM:
         sizes = {"train_studies": 240, "test_studies": 80}
     if layout is not Layout.JSRT:
         sizes["side"] = 320
-    for name in [name for name, value in given.items() if value is not None]:
+    for name in [name for name, value in options.items() if value is not None]:
         if name not in sizes and (name != "truth" or layout is not Layout.SIIM):
-            raise typer.BadParameter(f"--{name.replace('_', '-')} has no meaning with --layout {layout}")
-        sizes[name] = given[name]
+            raise typer.BadParameter(f"--{name.replace('_', '-')} cannot be used with --layout {layout}")
+        sizes[name] = options[name]
     if layout is Layout.SIIM and truth is None:
-        raise typer.BadParameter("--layout siim wants --truth, a folder for the test set's labels")
+        raise typer.BadParameter("--layout siim requires --truth, a folder for the labels of the test set")
     write: Callable[..., Path]
     try:
         if layout is Layout.SIIM:
@@ -133,21 +143,28 @@ def phantom(
 
 
 class FileFormat(StrEnum):
+    """Annotation formats of `export` and `import`."""
+
     COCO = "coco"
     YOLO = "yolo"
 
 
-Format = Annotated[FileFormat, typer.Option("--format")]
+Format = Annotated[FileFormat, typer.Option("--format", help="Format of the annotation files.")]
 
 
 @app.command()
 def export(
     run: Folder,
     file_format: Format,
-    out: Annotated[Path, typer.Option()],
-    images: Annotated[bool, typer.Option("--images", help="Also write every image as PNG, at its original size.")] = False,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    images: Annotated[
+        bool, typer.Option("--images", help="Also write every image to OUT/images as PNG, at its original size.")
+    ] = False,
 ) -> None:
-    """Write the boxes of RUN, a run of notebook 10, as OUT/annotations.json (coco) or OUT/labels (yolo)."""
+    """Write the boxes of RUN, a run of notebook 10, as OUT/annotations.json (coco) or OUT/labels (yolo), and print OUT.
+
+    Images that had to be left out because they cannot be decoded are listed on standard error.
+    """
     from kitlib.runs.export import export_run
 
     try:
@@ -160,12 +177,19 @@ def export(
 
 @app.command(name="import")
 def import_(
-    source: Annotated[Path, typer.Option(exists=True, help="coco: the JSON file. yolo: the folder with labels.")],
+    source: Annotated[
+        Path, typer.Option(exists=True, help="coco: the JSON file. yolo: the folder that contains the folder labels.")
+    ],
     file_format: Format,
-    out: Annotated[Path, typer.Option()],
-    run: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="The run that was exported.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write the tables to.")],
+    run: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="The run that was exported; required for yolo.")
+    ] = None,
 ) -> None:
-    """Write the boxes of SOURCE as OUT/boxes.parquet; of coco without RUN also its images and folds."""
+    """Write the boxes of SOURCE as OUT/boxes.parquet and print the number of rows.
+
+    For coco without RUN, the images and folds in the file are also written, as OUT/images.parquet and OUT/folds.parquet.
+    """
     from kitlib.runs.export import import_tables
 
     try:
@@ -177,20 +201,24 @@ def import_(
 
 @app.command()
 def run(
-    plan: Annotated[Path, typer.Argument(help="Such as submissions/plans/demo.yaml.")],
-    engine: Annotated[list[str] | None, typer.Argument(help="After --: arguments of Snakemake.")] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of one of its variables, in YAML.")] = None,
-    runs: Annotated[Path | None, typer.Option(help="The folder of the runs' folders, instead of the plan's own.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="A step; it and what it needs are done, nothing else.")] = None,
-    cores: Annotated[int | None, typer.Option(min=1, help="Of this machine; all unless told.")] = None,
-    gpus: Annotated[
-        int | None, typer.Option(min=0, help="Of this machine, the visible ones unless told; 0: all runs use the CPU.")
+    plan: Annotated[Path, typer.Argument(help="The plan's YAML file, such as submissions/plans/demo.yaml.")],
+    engine: Annotated[list[str] | None, typer.Argument(help="Arguments for Snakemake, after --.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE: set a variable of the plan to a YAML value; repeatable.")
     ] = None,
-    retries: Annotated[int, typer.Option(min=0, help="How often a run that failed is tried again.")] = 0,
+    runs: Annotated[Path | None, typer.Option(help="The folder for the run folders (default: the plan's).")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Do only this step and the steps that it needs; repeatable.")
+    ] = None,
+    cores: Annotated[int | None, typer.Option(min=1, help="Number of CPU cores to use (default: all).")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=0, help="Number of GPUs to use (default: all visible ones); 0: all runs use the CPU.")
+    ] = None,
+    retries: Annotated[int, typer.Option(min=0, help="Number of times that a failed run is repeated.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be done.")] = False,
-    graph: Annotated[Path | None, typer.Option(help="Only draw the plan into this .png or .svg file.")] = None,
+    graph: Annotated[Path | None, typer.Option(help="Only draw the plan to this .png or .svg file.")] = None,
 ) -> None:
-    """Do what is not done yet of PLAN: runs of notebooks and what they need, on this machine or a cluster."""
+    """Carry out PLAN: the runs of notebooks and commands that are not finished yet, on this machine or a cluster."""
     import yaml
     from rich.console import Console
 
@@ -202,28 +230,28 @@ def run(
     logging.getLogger("papermill").setLevel(logging.WARNING)
     pairs = [change.partition("=") for change in changes or []]
     if not all(separator for _, separator, _ in pairs):
-        raise typer.BadParameter("--set wants NAME=VALUE")
+        raise typer.BadParameter("--set requires NAME=VALUE")
     try:
-        read = read_plan(plan, runs, {name: yaml.safe_load(value) for name, _, value in pairs})
+        parsed_plan = read_plan(plan, runs, {name: yaml.safe_load(value) for name, _, value in pairs})
         if graph:
-            with replacing(graph) as beside:
-                draw_plan(read).savefig(beside, dpi=110)
+            with replacing(graph) as temporary_path:
+                draw_plan(parsed_plan).savefig(temporary_path, dpi=110)
         if dry_run:
-            Console().print(describe_plan(read))
+            Console().print(describe_plan(parsed_plan))
         if not (graph or dry_run):
-            run_plan(read, Console(), only or (), cores, gpus, retries, engine or ())
+            run_plan(parsed_plan, Console(), only or (), cores, gpus, retries, engine or ())
     except PlanError as error:
         _fail(error)
 
 
 @app.command(hidden=True)
-def run_planned(described: Annotated[Path, typer.Argument(exists=True)], name: str) -> None:
-    """One run of a plan, as the engine calls it."""
+def run_planned(runs_file: Annotated[Path, typer.Argument(exists=True)], name: str) -> None:
+    """Carry out the run NAME of a plan; Snakemake calls this. RUNS_FILE is the plan's runs.json."""
     from kitlib.plans.one_run import run_planned as work
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
     try:
-        work(described, name)
+        work(runs_file, name)
     except PlanError as error:
         _fail(error)
 
@@ -231,10 +259,13 @@ def run_planned(described: Annotated[Path, typer.Argument(exists=True)], name: s
 @app.command()
 def demo(
     whole: Annotated[
-        bool, typer.Option("--whole", help="Pre-train and pseudo-label, too, on NIH's and RSNA's phantoms.")
+        bool, typer.Option("--whole", help="Also pre-train and pseudo-label, on phantoms of NIH and RSNA.")
     ] = False,
 ) -> None:
-    """From a phantom competition's DICOM files to a scored submission.csv, through every notebook and an offline kernel."""
+    """Run the demo, from a phantom competition's DICOM files to a scored submission.csv.
+
+    It runs every notebook and rehearses an offline kernel.
+    """
     from rich.console import Console
 
     from kitlib.errors import PlanError
@@ -251,28 +282,34 @@ def demo(
 def page(
     runs: Annotated[
         Path | None,
-        typer.Option(exists=True, file_okay=False, help="runs/demo, which `make demo` makes, unless told."),
+        typer.Option(exists=True, file_okay=False, help="Folder of trained runs (default: runs/demo, from `make demo`)."),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 7860,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0: any free port.")] = 7860,
     host: Annotated[
-        str, typer.Option(help="Only in a container is it another: 0.0.0.0, with the port published on 127.0.0.1.")
+        str,
+        typer.Option(
+            help="Address to serve on. Change it only in a container: 0.0.0.0, with the port published on 127.0.0.1."
+        ),
     ] = "127.0.0.1",
 ) -> None:
-    """Serve a page on this computer that shows what the models of RUNS say of a chest X-ray. Not for diagnosis."""
+    """Serve a web page on this computer that shows the predictions of the models in RUNS for a chest X-ray.
+
+    Not for diagnosis.
+    """
     from kitlib.page.server import quiet_gradio
 
     try:
-        typer.echo("Starting, which takes some ten seconds ...")
+        typer.echo("Starting, which takes about ten seconds ...")
         with quiet_gradio() as folder:
             from kitlib.page.blocks import open_page
 
-            open_page(runs, folder, port, host, lambda address: typer.echo(f"{address}  (Ctrl-C ends it)"))
+            open_page(runs, folder, port, host, lambda address: typer.echo(f"{address}  (press Ctrl-C to stop)"))
         code = 0
     except (ImportError, OSError, ValueError) as error:
         _fail(error)
-    except SystemExit as ended:  # SIGTERM's
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    # Python's own end would wait for a model that is at work in a thread, or stumble over it.
+    except SystemExit as stop:  # raised on SIGTERM
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    # Skip Python's shutdown: it would wait for, or fail in, a thread in which a model is still predicting.
     sys.stdout.flush()
     os._exit(code)
 

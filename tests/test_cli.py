@@ -33,40 +33,40 @@ def folder(tmp_path):
 
 
 def test_score_prints_one_json_object(folder):
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "kitlib", "score", "--truth", folder, "--submission", folder / "submission.csv", "--json"],
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0
-    found = json.loads(done.stdout)
-    assert set(found) == {"score", *SCORED_CLASSES, "opacity_boxed"}
-    # negative and none: one of two; typical and opacity: nothing predicted; the other two classes are not in the truth.
-    assert found == {
+    assert result.returncode == 0
+    output = json.loads(result.stdout)
+    assert set(output) == {"score", *SCORED_CLASSES, "opacity_boxed"}
+    # AP 1/2 for negative and none, 0 for typical and opacity; the other two classes are not in the ground truth.
+    assert output == {
         **{"score": 0.25, "negative": 0.5, "typical": 0, "indeterminate": None, "atypical": None},
         **{"none": 0.5, "opacity": 0, "opacity_boxed": 0},
     }
-    assert "no indeterminate" in done.stderr
+    assert "no indeterminate" in result.stderr
 
 
 def test_score_prints_a_table(folder):
-    done = run("score", "--truth", folder, "--submission", folder / "submission.csv")
-    assert done.exit_code == 0
-    assert done.stdout.splitlines()[0].split() == ["score", "0.2500"]
-    assert len(done.stdout.splitlines()) == 8
+    result = run("score", "--truth", folder, "--submission", folder / "submission.csv")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0].split() == ["score", "0.2500"]
+    assert len(result.stdout.splitlines()) == 8
 
 
 def test_score_of_an_incomplete_file_fails_with_the_ids(folder):
     write_all_negative(folder / "submission.csv", IDS[1:])
-    done = run("score", "--truth", folder, "--submission", folder / "submission.csv", "--json")
-    assert done.exit_code == 1 and done.stdout == ""
-    assert "s1_study" in done.stderr
+    result = run("score", "--truth", folder, "--submission", folder / "submission.csv", "--json")
+    assert result.exit_code == 1 and result.stdout == ""
+    assert "s1_study" in result.stderr
 
 
 def test_validate_accepts(folder):
-    done = run("validate", "--sample", folder / "submission.csv", "--submission", folder / "submission.csv", "--json")
-    assert done.exit_code == 0
-    assert json.loads(done.stdout) == {"valid": True, "faults": []}
+    result = run("validate", "--sample", folder / "submission.csv", "--submission", folder / "submission.csv", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == {"valid": True, "faults": []}
 
 
 def test_validate_lists_the_faults(folder):
@@ -74,21 +74,21 @@ def test_validate_lists_the_faults(folder):
     with open(folder / "submission.csv", "a") as file:
         file.write("s1_study,negative 2 0 0 1 1\n")
     call = ("validate", "--sample", folder / "sample.csv", "--submission", folder / "submission.csv")
-    done = run(*call, "--json")
-    assert done.exit_code == 1
-    found = json.loads(done.stdout)
-    assert found["valid"] is False
-    assert [(fault["row"], fault["id"]) for fault in found["faults"]] == [
+    result = run(*call, "--json")
+    assert result.exit_code == 1
+    output = json.loads(result.stdout)
+    assert output["valid"] is False
+    assert [(fault["row"], fault["id"]) for fault in output["faults"]] == [
         (6, "s1_study"),
         (6, "s1_study"),
         (None, "s0_study"),
     ]
-    done = run(*call)
-    assert done.exit_code == 1
-    assert "row 6, s1_study: duplicate id" in done.stdout and "3 faults" in done.stdout
+    result = run(*call)
+    assert result.exit_code == 1
+    assert "row 6, s1_study: duplicate id" in result.stdout and "3 faults" in result.stdout
 
 
-def test_a_missing_submission_is_a_fault_and_a_missing_sample_a_usage_error(folder):
+def test_a_missing_submission_is_a_fault_and_a_missing_sample_a_wrong_call(folder):
     assert run("validate", "--sample", folder / "submission.csv", "--submission", folder / "no.csv").exit_code == 1
     assert run("validate", "--sample", folder / "no.csv", "--submission", folder / "submission.csv").exit_code == 2
     assert run("score", "--truth", folder).exit_code == 2
@@ -99,15 +99,15 @@ def test_phantoms_of_every_layout_can_be_read(tmp_path):
     sizes = {"nih": ("--images", 16), "rsna": ("--images", 6), "siim": ("--train-studies", 4, "--test-studies", 4)}
     for layout, size in sizes.items():
         truth = ("--truth", tmp_path / "truth") if layout == "siim" else ()
-        done = run("phantom", "--folder", tmp_path, "--layout", layout, *truth, *size, "--side", 32)
-        assert done.exit_code == 0, done.stderr
-        data = read_dataset(layout, done.stdout.strip().splitlines()[-1], progress=False)
+        result = run("phantom", "--folder", tmp_path, "--layout", layout, *truth, *size, "--side", 32)
+        assert result.exit_code == 0, result.stderr
+        data = read_dataset(layout, result.stdout.strip().splitlines()[-1], progress=False)
         assert len(data.images) >= size[1] and len(data.boxes)
     for layout, size in {"jsrt": (), "montgomery": ("--side", 32), "shenzhen": ("--side", 32), "darwin": ()}.items():
-        done = run("phantom", "--folder", tmp_path, "--layout", layout, "--images", 4, *size)
-        assert done.exit_code == 0, done.stderr
-        data = read_dataset(layout, done.stdout.strip().splitlines()[-1], progress=False)
-        # One of Darwin's is tagged as lateral, one of Shenzhen's has no mask.
+        result = run("phantom", "--folder", tmp_path, "--layout", layout, "--images", 4, *size)
+        assert result.exit_code == 0, result.stderr
+        data = read_dataset(layout, result.stdout.strip().splitlines()[-1], progress=False)
+        # One image of Darwin is tagged as lateral, one of Shenzhen has no mask.
         assert len(data.images) == 4 - (layout == "darwin")
         assert data.masks.image_id.nunique() == 4 - (layout in ("darwin", "shenzhen"))
 
