@@ -1,4 +1,4 @@
-"""Readers: one a data set, all giving the same tables (kitlib.tables), and folds, leak checks and data sheet on top.
+"""Reads the published data sets, one reader each, into the same tables (kitlib.tables); makes folds and data sheets of them.
 
-No pixels beyond what a reader must look at, and nothing of any model.
+Pixels are read only where a reader needs them. Nothing in this package depends on a model.
 """

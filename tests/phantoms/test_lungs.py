@@ -59,7 +59,7 @@ def test_readers_find_what_was_asked_for(prepared):
     told = {layout: data.faults.problem.tolist() for layout, (data, *_) in prepared.items()}
     assert told["jsrt"] == told["montgomery"] == [] and told["shenzhen"] == ["and 2 other images have no mask"]
     # Nothing tells the patients of its COVID-19 images, as in the real one.
-    assert len(told["darwin"]) == 2 and "are no frontal X-rays" in told["darwin"][0] and "one patient" in told["darwin"][1]
+    assert len(told["darwin"]) == 2 and "are not frontal X-rays" in told["darwin"][0] and "one patient" in told["darwin"][1]
 
 
 def test_classes_have_the_published_shares(prepared):
