@@ -1,4 +1,4 @@
-"""Where the lungs are in an image: finders, frames, crops, and what a model's canvas shows of them.
+"""Finds the lungs in an image, and crops, masks and draws X-rays on a model's canvas accordingly.
 
-No networks and no training: the segmenter is in models, training and inference.
+Contains no network and no training; the segmenter is in models, training and inference.
 """
