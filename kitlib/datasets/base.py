@@ -1,4 +1,4 @@
-"""What every reader of a data set returns, and what readers share: strict CSV files, faults, headers, labels and boxes."""
+"""The Dataset that every reader returns, and what the readers share: CSV files, faults, image headers, labels and boxes."""
 
 import math
 import os
@@ -17,18 +17,18 @@ from kitlib.tables import BOX, check_table, empty_table
 from kitlib.xrays.dicom import read_header
 from kitlib.xrays.image_file import image_format, image_size
 
-HEADER_THREADS = 16  # the time goes into waiting for the disk
+HEADER_THREADS = 16  # more than cores, because most of the time is spent waiting for the disk
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The tables of one data set as in kitlib.tables, what is broken in it, and the counts that its makers published.
+    """The tables of one data set (see kitlib.tables), its faults, and the counts that its authors published.
 
-    `images` may have `false_none` (SIIM: nobody looked at it), `split` ("train" or "test", where an official list says so)
-    and `convention` (of MASK_CONVENTIONS). `masks`, of sets that have them, has the columns image_id, structure (a key of
-    MASK_CODES) and path; several rows of one image and structure count together. `faults` has the columns file, row (an id
-    as it stands in the file, or a path) and problem, which also says what was done about it. `published` is name -> count,
-    of the whole set.
+    `images` may have the columns `false_none` (SIIM: not looked at by an annotator), `split` ("train" or "test", from an
+    official list) and `convention` (of MASK_CONVENTIONS). `masks`, None for sets without masks, has the columns image_id,
+    structure (a key of MASK_CODES) and path; several rows of one image and structure are united. `faults` has the columns
+    file, row (an id as written in the file, or a path) and problem, which also says what was done about it. `published`
+    maps a name to its count in the whole data set. Raises ValueError for an unknown convention.
     """
 
     images: pd.DataFrame
@@ -41,7 +41,7 @@ class Dataset:
     def __post_init__(self) -> None:
         conventions = set(self.images["convention"]) if "convention" in self.images else set()
         if unknown := sorted(conventions - set(MASK_CONVENTIONS)):
-            raise ValueError(f"the convention of masks is one of {', '.join(MASK_CONVENTIONS)}, not {unknown}")
+            raise ValueError(f"unknown convention of masks {unknown}; valid: {', '.join(MASK_CONVENTIONS)}")
 
     @classmethod
     def checked(
@@ -55,81 +55,94 @@ class Dataset:
         boxes: pd.DataFrame | None = None,
         masks: pd.DataFrame | None = None,
     ) -> "Dataset":
-        """The data set in `folder`, its images and labels checked; an empty table of boxes by default. Raises TableError."""
+        """Return a Dataset after checking the tables of images and labels; `boxes` defaults to an empty table.
+
+        Raises TableError, which names `folder`, for a table that breaks its contract.
+        """
         images, labels = check_table(images, "images", str(folder)), check_table(labels, "labels", str(folder))
         boxes = empty_table("boxes") if boxes is None else boxes
         return cls(images, labels, boxes, faults.table(), dict(published or {}), masks)
 
 
 class Faults:
-    """Collects what is broken; nothing is dropped without a line here."""
+    """Collects the faults of a data set; everything that a reader excludes has a row here."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, str, str]] = []
 
     def add(self, file: str, row: str, problem: str) -> None:
+        """Add one fault: the file, the id or path of the row, and the problem with what was done about it."""
         self.rows.append((file, row, problem))
 
-    def count(self, file: str, rows: Iterable[str], problem: str, others: str = "others") -> None:
-        """One line for all of `rows`, where there are any: there may be thousands."""
+    def add_summary(self, file: str, rows: Iterable[str], problem: str, others: str = "others") -> None:
+        """Add a single fault that stands for all of `rows`, of which there may be thousands; none if `rows` is empty."""
         if rows := sorted(rows):
             self.add(file, rows[0], f"and {len(rows) - 1} {others} {problem}")
 
     def table(self) -> pd.DataFrame:
+        """Return the faults as a table with the columns file, row and problem."""
         return pd.DataFrame(self.rows, columns=["file", "row", "problem"], dtype=object)
 
 
-def read_csv(path: Path, columns: Sequence[str], got: str = "see inputs/README.md") -> pd.DataFrame:
-    """All cells as text, empty ones as "". Raises DatasetError: no file (`got`: where to get it), no CSV, other columns."""
+def read_csv(path: Path, columns: Sequence[str], how_to_get: str = "see inputs/README.md") -> pd.DataFrame:
+    """Read a CSV file with all cells as text, empty cells as "".
+
+    Raises DatasetError if the file is missing (the message ends in `how_to_get`), is not CSV, or lacks one of `columns`.
+    """
     if not path.is_file():
-        raise DatasetError(f"{path} is missing: copy the data set's file there, {got}")
+        raise DatasetError(f"{path} is missing: copy the data set's file there, {how_to_get}")
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} is no CSV file ({error}): fetch the data set's file again") from error
+        raise DatasetError(f"{path} is not a CSV file ({error}): fetch the data set's file again") from error
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        raise DatasetError(f"{path} lacks the column(s) {missing}, it has {list(table.columns)}: is it another file?")
+        raise DatasetError(
+            f"{path} lacks the column(s) {missing}; it has {list(table.columns)}: check that it is the right file"
+        )
     return table
 
 
 def files_below(root: Path, suffixes: Sequence[str], faults: Faults) -> dict[str, Path]:
-    """Image id (the name without suffix) -> path of each file below `root` with one of `suffixes`; the first counts."""
-    found: dict[str, Path] = {}
+    """Return image id (the file name without suffix) -> path of the files below `root` that have one of `suffixes`.
+
+    Of several files with the same id the first is used, with a fault for each other. Hidden files are ignored.
+    """
+    paths: dict[str, Path] = {}
     for folder, folders, names in os.walk(root):
         folders.sort()
         for name in sorted(names):
             path = Path(folder, name)
             if name.startswith(".") or path.suffix.lower() not in suffixes:
                 continue
-            if path.stem in found:
-                faults.add(str(path.relative_to(root)), path.stem, f"has the name of {found[path.stem]}; left out")
+            if path.stem in paths:
+                faults.add(str(path.relative_to(root)), path.stem, f"has the same name as {paths[path.stem]}; left out")
             else:
-                found[path.stem] = path
-    return found
+                paths[path.stem] = path
+    return paths
 
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What a DICOM, PNG or JPEG file says of itself before its pixels; `problem` is why that is of no use, if so."""
+    """The facts in the header of an image file."""
 
     rows: int = 0
     columns: int = 0
-    patient_id: str = ""  # of DICOM alone, as `view`
-    view: str = ""
-    problem: str = ""
+    patient_id: str = ""  # DICOM only
+    view: str = ""  # DICOM only
+    problem: str = ""  # why the header cannot be used, "" if it can
 
 
 def read_headers(paths: Sequence[str], progress: bool) -> list[ImageHeader]:
-    """The headers of all files, in their order."""
+    """Return the headers of the files `paths`, in their order; unreadable ones state their `problem`."""
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        return list(tqdm(pool.map(_header, paths), total=len(paths), desc="headers", unit="file", disable=not progress))
+        return list(tqdm(pool.map(_read_header, paths), total=len(paths), desc="headers", unit="file", disable=not progress))
 
 
 def with_headers(rows: pd.DataFrame, folder: Path, faults: Faults, progress: bool) -> pd.DataFrame:
-    """`rows` (image_id, patient_id, path, source and view) as a table images in which every image is a study.
+    """Return the table images of `rows` (image_id, patient_id, path, source, view), each image a study of its own.
 
-    Sizes, and a view that is "", are what the headers say. An image whose header cannot be read is left out, with a fault.
+    Sizes, and views that are "", are taken from the headers. An image whose header cannot be read is left out, with a fault.
     """
     headers = read_headers(rows.path.tolist(), progress)
     for path, image_id, header in zip(rows.path, rows.image_id, headers, strict=True):
@@ -144,13 +157,16 @@ def with_headers(rows: pd.DataFrame, folder: Path, faults: Faults, progress: boo
     return images[[not header.problem for header in headers]].reset_index(drop=True)
 
 
-def one_hot(ids: pd.Series, shown: pd.Series, classes: Iterable[str]) -> pd.DataFrame:
-    """The table labels of exclusive classes, of which each of `ids` shows one."""
-    return pd.DataFrame({"id": ids, **{name: (shown == name).astype(float) for name in classes}})
+def one_hot(ids: pd.Series, image_classes: pd.Series, classes: Iterable[str]) -> pd.DataFrame:
+    """Return the table labels of exclusive `classes`: 1.0 for the class of each id in `image_classes`, else 0.0."""
+    return pd.DataFrame({"id": ids, **{name: (image_classes == name).astype(float) for name in classes}})
 
 
 def boxes_of(image_ids: pd.Series, cells: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
-    """The table boxes of four columns x, y, width and height, as text, and which rows are whole: numbers with an area."""
+    """Return the table boxes of text cells x, y, width and height (four columns), and a boolean mask of its valid rows.
+
+    A row is valid if all four are finite numbers and the box has an area.
+    """
     x, y, width, height = (pd.to_numeric(cells[name], errors="coerce") for name in cells)
     boxes = pd.DataFrame({"image_id": image_ids, "xmin": x, "ymin": y, "xmax": x + width, "ymax": y + height})
     return boxes, np.isfinite(boxes[list(BOX)]).all(axis=1) & (width > 0) & (height > 0)
@@ -159,30 +175,32 @@ def boxes_of(image_ids: pd.Series, cells: pd.DataFrame) -> tuple[pd.DataFrame, p
 def cut_at_edges(
     images: pd.DataFrame, boxes: pd.DataFrame, faults: Faults, file: str, suffix: str = ""
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Boxes cut at zero and at the images' far edges where `images` has sizes; images that lose a box leave with it.
+    """Cut boxes at the edges of their images; returns the remaining images and boxes.
 
-    `file` and `suffix` (of an image's id) are the faults' words for where a box comes from.
+    The right and bottom edges are used only if `images` has the columns rows and columns. An image with a box outside of it,
+    or thinner than a pixel, is removed with all of its boxes. `file` and `suffix` (appended to the image id) name the origin
+    of a box in the faults.
     """
     sizes = {"xmin": 0, "ymin": 0, "xmax": math.inf, "ymax": math.inf}
     boxes = check_table(boxes, "boxes", file)
-    placed = boxes[["image_id"]].merge(images, on="image_id", how="left")
+    box_images = boxes[["image_id"]].merge(images, on="image_id", how="left")
     if "columns" in images:
-        sizes |= {"xmax": placed["columns"].to_numpy(), "ymax": placed["rows"].to_numpy()}
+        sizes |= {"xmax": box_images["columns"].to_numpy(), "ymax": box_images["rows"].to_numpy()}
     cut = boxes.copy()
     for low, high in (("xmin", "xmax"), ("ymin", "ymax")):
         cut[low], cut[high] = boxes[low].clip(lower=sizes[low]), np.minimum(boxes[high], sizes[high])
-    reach = (boxes[list(BOX)] - cut[list(BOX)]).abs().max(axis=1)
-    nothing = (cut.xmax - cut.xmin < 1) | (cut.ymax - cut.ymin < 1)
-    for index in np.flatnonzero((reach > 0) & ~nothing):
+    overhang = (boxes[list(BOX)] - cut[list(BOX)]).abs().max(axis=1)
+    is_empty = (cut.xmax - cut.xmin < 1) | (cut.ymax - cut.ymin < 1)
+    for index in np.flatnonzero((overhang > 0) & ~is_empty):
         name = f"{boxes.image_id[index]}{suffix}"
-        faults.add(file, name, f"a box reaches {reach[index]:.1f} pixels beyond the image; cut at its edge")
-    lost = set(boxes.image_id[nothing])
-    for image_id in sorted(lost):
+        faults.add(file, name, f"a box reaches {overhang[index]:.1f} pixels beyond the image; cut at its edge")
+    removed = set(boxes.image_id[is_empty])
+    for image_id in sorted(removed):
         faults.add(file, f"{image_id}{suffix}", "a box lies outside the image or is thinner than a pixel; left out")
-    return images[~images.image_id.isin(lost)], cut[~cut.image_id.isin(lost)].reset_index(drop=True)
+    return images[~images.image_id.isin(removed)], cut[~cut.image_id.isin(removed)].reset_index(drop=True)
 
 
-def _header(path: str) -> ImageHeader:
+def _read_header(path: str) -> ImageHeader:
     try:
         if image_format(path):
             return ImageHeader(*image_size(path))
@@ -191,5 +209,5 @@ def _header(path: str) -> ImageHeader:
         return ImageHeader(problem=error.reason)
     except OSError as error:
         return ImageHeader(problem=str(error))
-    problem = "" if header.rows and header.columns else "it says no image size"
+    problem = "" if header.rows and header.columns else "the header states no image size"
     return ImageHeader(header.rows, header.columns, header.patient_id, header.view, problem)

@@ -1,4 +1,4 @@
-"""Reads BIMCV-COVID19+ and BIMCV-COVID19- (de la Iglesia Vaya et al. 2020): X-rays with the labels of their reports."""
+"""Reads BIMCV-COVID19+ and BIMCV-COVID19- (de la Iglesia Vaya et al. 2020): X-rays with labels from their reports."""
 
 import ast
 import re
@@ -11,28 +11,29 @@ from kitlib.datasets.diagnoses import SUFFIXES, ages, diagnosis_dataset
 from kitlib.errors import DatasetError
 
 NAME = re.compile(r"sub-(S\d+)_ses-(E\d+)_.*?(?:vp-([a-z]+)_)?(?:cr|dx)", re.IGNORECASE)
-# How folders call the two sets: covid19_posi or BIMCV-COVID19+, covid19_neg or BIMCV-COVID19-.
+# Folder names of the two sets: covid19_posi or BIMCV-COVID19+, covid19_neg or BIMCV-COVID19-.
 POSITIVE, NEGATIVE = re.compile(r"posi|\+", re.IGNORECASE), re.compile(r"neg|-$", re.IGNORECASE)
-# By whole words: "Mujer" begins as "male" does.
-UNTOLD = dict.fromkeys(("", "none", "nan"), "")
-SEXES = {"m": "M", "male": "M", "hombre": "M", "f": "F", "female": "F", "mujer": "F"} | UNTOLD
+# Whole words are compared, because "Mujer" (female) starts with the same letter as "male".
+UNKNOWN_SEX = dict.fromkeys(("", "none", "nan"), "")
+SEXES = {"m": "M", "male": "M", "hombre": "M", "f": "F", "female": "F", "mujer": "F"} | UNKNOWN_SEX
 FRONTAL = ("ap", "pa")
-KNOWN = ("COVID-19", "pneumonia", "normal", "other")
+KNOWN_DIAGNOSES = ("COVID-19", "pneumonia", "normal", "other")
 LABELS, PARTICIPANTS = "derivatives/labels/*.tsv", "participants.tsv"
 COLUMNS = ("ReportID", "Labels")
-GOT = "https://bimcv.cipf.es/bimcv-projects/bimcv-covid19, see inputs/README.md"
+HOW_TO_GET = "https://bimcv.cipf.es/bimcv-projects/bimcv-covid19, see inputs/README.md"
 
 
 def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
-    """The frontal images sub-*/ses-*/mod-rx/*.png below `folder`, of the positive set, the negative one, or both.
+    """Read the frontal images sub-*/ses-*/mod-rx/*.png below `folder`, of the positive set, the negative set, or both.
 
-    A report (`derivatives/labels/*.tsv`, columns ReportID, which is the session, and Labels, a list) says what an image
-    shows: "COVID 19" is COVID-19, alone "normal" is normal, "pneumonia" without either is pneumonia, anything else other.
-    Of the positive set (the nearest folder that says so has `posi` or `+` in its name) only reports of COVID 19 count, for
-    its patients were also X-rayed before and after; of the negative one (`neg` in the name, or `-` at its end) such a
-    report contradicts the test. Both are left out and counted, as are images without a report, of no or another view than
-    `vp-ap` and `vp-pa`, and unreadable ones. Sex and age are from `participants.tsv`, where it is. Raises DatasetError where
-    no image or no table of labels is there, and for an image of which no folder says the set.
+    The diagnosis comes from the session's report (`derivatives/labels/*.tsv`, columns ReportID, which is the session, and
+    Labels, a list): COVID-19 if it has "COVID 19", normal if "normal" is the only label, pneumonia if it has "pneumonia",
+    otherwise other. The nearest folder that names a set decides which set an image is from: positive with `posi` or `+` in
+    its name, negative with `neg`, or `-` at its end. Of the positive set, whose patients were also X-rayed before and after
+    the disease, only images with a report of COVID 19 are used; of the negative set such a report contradicts the test, and
+    the image is left out. Also left out, with faults: images without a report, images of another view than `vp-ap` and
+    `vp-pa`, and unreadable ones. Sex and age come from `participants.tsv`, if present. Raises DatasetError if there is no
+    image or no table of labels, or if no folder tells an image's set.
     """
     folder, faults = Path(folder), Faults()
     rows = []
@@ -42,20 +43,20 @@ def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
             positive = _is_positive(path, folder)
             rows.append((path.stem, match[1].upper(), match[2].upper(), (match[3] or "").lower(), str(path), positive))
         elif path.suffix.lower() in SUFFIXES:
-            faults.add(str(path.relative_to(folder)), path.stem, "is not called sub-S1_ses-E1_..._cr or _dx; left out")
+            faults.add(str(path.relative_to(folder)), path.stem, "is not named sub-S1_ses-E1_..._cr or _dx; left out")
     if not rows:
-        raise DatasetError(f"{folder} holds no image sub-*/ses-*/mod-rx/*.png: unpack the archives there, {GOT}")
+        raise DatasetError(f"{folder} holds no image sub-*/ses-*/mod-rx/*.png: unpack the archives there, {HOW_TO_GET}")
     table = pd.DataFrame(rows, columns=["image_id", "subject", "session", "view", "path", "positive"])
-    reports = _reports(folder, faults)
-    table = _without(table, table.image_id.duplicated(), "occur again; the first one is used", faults)
-    table = _without(table, ~table["view"].isin(FRONTAL), "are called neither vp-ap nor vp-pa; left out", faults)
-    table = _without(table, ~table.session.isin(reports), "have no report; left out", faults)
+    reports = _read_reports(folder, faults)
+    table = _drop_rows(table, table.image_id.duplicated(), "occur again; the first one is used", faults)
+    table = _drop_rows(table, ~table["view"].isin(FRONTAL), "are named neither vp-ap nor vp-pa; left out", faults)
+    table = _drop_rows(table, ~table.session.isin(reports), "have no report; left out", faults)
     table = table.assign(diagnosis=table.session.map(reports))
-    another = table.positive & (table.diagnosis != "COVID-19")
-    table = _without(table, another, "of the positive set have another report; left out", faults)
-    contradicted = ~table.positive & (table.diagnosis == "COVID-19")
-    table = _without(table, contradicted, "of the negative set have a report of COVID 19; left out", faults)
-    people = _participants(folder, faults)
+    has_other_report = table.positive & (table.diagnosis != "COVID-19")
+    table = _drop_rows(table, has_other_report, "of the positive set have another report; left out", faults)
+    is_contradicted = ~table.positive & (table.diagnosis == "COVID-19")
+    table = _drop_rows(table, is_contradicted, "of the negative set have a report of COVID 19; left out", faults)
+    people = _read_participants(folder, faults)
     return diagnosis_dataset(
         pd.DataFrame(
             {
@@ -71,31 +72,32 @@ def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
         ),
         folder,
         faults,
-        KNOWN,
-        GOT,
+        KNOWN_DIAGNOSES,
+        HOW_TO_GET,
         progress=progress,
     )
 
 
 def _is_positive(path: Path, folder: Path) -> bool:
+    """Return whether the nearest folder that names a set names the positive one. Raises DatasetError if none does."""
     for name in reversed(path.relative_to(folder.parent).parts[:-1]):
         positive, negative = bool(POSITIVE.search(name)), bool(NEGATIVE.search(name))
         if positive != negative:
             return positive
     raise DatasetError(
-        f"{path}: no folder says whether it is of the positive set or the negative one; call the sets' folders covid19_posi "
+        f"{path}: no folder tells whether it is from the positive or the negative set; name the sets' folders covid19_posi "
         "or BIMCV-COVID19+, and covid19_neg or BIMCV-COVID19-"
     )
 
 
-def _without(table: pd.DataFrame, wrong: pd.Series, why: str, faults: Faults) -> pd.DataFrame:
-    faults.count("mod-rx", table.image_id[wrong], why)
+def _drop_rows(table: pd.DataFrame, wrong: pd.Series, problem: str, faults: Faults) -> pd.DataFrame:
+    faults.add_summary("mod-rx", table.image_id[wrong], problem)
     return table[~wrong]
 
 
-def _reports(folder: Path, faults: Faults) -> dict[str, str]:
-    """Session -> diagnosis, of all tables of labels."""
-    told = {}
+def _read_reports(folder: Path, faults: Faults) -> dict[str, str]:
+    """Return session -> diagnosis from all tables of labels. Raises DatasetError if there are none."""
+    diagnoses = {}
     for path in sorted(folder.rglob(LABELS)):
         table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
         if not set(COLUMNS) <= set(table):
@@ -104,12 +106,14 @@ def _reports(folder: Path, faults: Faults) -> dict[str, str]:
             try:
                 labels = {str(label).strip().lower() for label in ast.literal_eval(cell)}
             except (ValueError, SyntaxError, TypeError):
-                faults.add(path.name, report, "the labels are no list; the report is not used")
+                faults.add(path.name, report, "the labels are not a list; the report is not used")
                 continue
-            told[report.removeprefix("ses-").upper()] = _diagnosis(labels)
-    if not told:
-        raise DatasetError(f"{folder} has no {LABELS} with the columns {', '.join(COLUMNS)}: fetch the metadata, {GOT}")
-    return told
+            diagnoses[report.removeprefix("ses-").upper()] = _diagnosis(labels)
+    if not diagnoses:
+        raise DatasetError(
+            f"{folder} has no {LABELS} with the columns {', '.join(COLUMNS)}: fetch the metadata, {HOW_TO_GET}"
+        )
+    return diagnoses
 
 
 def _diagnosis(labels: set[str]) -> str:
@@ -120,18 +124,22 @@ def _diagnosis(labels: set[str]) -> str:
     return "pneumonia" if "pneumonia" in labels else "other"
 
 
-def _participants(folder: Path, faults: Faults) -> pd.DataFrame:
-    """Sex and age by subject; empty where no table is there."""
+def _read_participants(folder: Path, faults: Faults) -> pd.DataFrame:
+    """Return a table of sex and age by subject, empty if there is no table of participants."""
     tables = [pd.DataFrame({"sex": [], "age": []})]
     for path in sorted(folder.rglob(PARTICIPANTS)):
         table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
         if {"participant", "age", "gender"} <= set(table):
-            # A participant with several sessions has a list of ages; they differ by a year at most.
-            first = table.age.str.extract(r"(\d+)", expand=False).fillna("")
-            years = ages(first, table.participant, faults, path.name)
-            told = table.gender.str.strip().str.lower()
-            faults.count(path.name, table.participant[~told.isin(SEXES)], "have a gender of another word; not used")
-            sex = told.map(SEXES).fillna("").tolist()
+            # A participant with several sessions has a list of ages, which differ by a year at most.
+            first_age = table.age.str.extract(r"(\d+)", expand=False).fillna("")
+            years = ages(first_age, table.participant, faults, path.name)
+            gender = table.gender.str.strip().str.lower()
+            faults.add_summary(
+                path.name,
+                table.participant[~gender.isin(SEXES)],
+                "have an unknown word for their gender; the sex is unknown",
+            )
+            sex = gender.map(SEXES).fillna("").tolist()
             subject = table.participant.str.removeprefix("sub-").str.upper()
             tables.append(pd.DataFrame({"sex": sex, "age": years.to_numpy()}, index=subject))
     people = pd.concat(tables)

@@ -10,11 +10,12 @@ from kitlib.datasets.diagnoses import ages, diagnosis_dataset, sexes
 from kitlib.errors import DatasetError
 
 METADATA = "metadata.csv"
-# Every release has these; offset, sex, age, folder and license are read where they are.
+# The columns of every release; offset, sex, age, folder and license are read if present.
 COLUMNS = ("patientid", "finding", "view", "modality", "filename")
 VIEWS = ("PA", "AP", "AP Supine", "APS")
 UNKNOWN = ("", "todo", "unknown")
-# The last part of a finding that tells more than the part of its path before it, and findings of releases without paths.
+# Diagnoses of the parts of a finding's path (the last part that is listed here decides), and of the findings of releases
+# without paths.
 FINDINGS = {
     "COVID-19": "COVID-19",
     **dict.fromkeys(("Viral", "SARS", "MERS", "MERS-CoV", "Influenza", "H1N1", "Varicella", "Herpes"), "viral"),
@@ -25,41 +26,43 @@ FINDINGS = {
     **dict.fromkeys(("Tuberculosis", "ARDS"), "other"),
 }
 BY_NAME = {name.lower(): diagnosis for name, diagnosis in FINDINGS.items()}
-GOT = "`git clone https://github.com/ieee8023/covid-chestxray-dataset`, see inputs/README.md"
+HOW_TO_GET = "`git clone https://github.com/ieee8023/covid-chestxray-dataset`, see inputs/README.md"
 
 
 def read_covid_chestxray(folder: str | Path, progress: bool = True) -> Dataset:
-    """The frontal X-rays that `metadata.csv` names, in the folder that each row says, or in images/.
+    """Read the frontal X-rays that `metadata.csv` lists, from the folder that each row names, by default images/.
 
-    image_id is the file's name without suffix, or with it where two share it. A finding is a path such as
-    `Pneumonia/Viral/COVID-19`, or one name, as older releases have it; several stand with a comma between. One is enough to
-    know a germ: `COVID-19, ARDS` is COVID-19. `offset`, in days, is kept, NaN where unknown. A row without a patient counts
-    as a patient of its own. Left out, with a fault: other modalities and views, counted; findings that are unknown, not
-    named here, or several that exclude one another; rows that name a file again, and files that are missing or damaged.
-    Raises DatasetError where the table is missing or has other columns, or no image is left.
+    image_id is the file name without suffix, or with it if two files share it. A finding is a path such as
+    `Pneumonia/Viral/COVID-19`, or a single name in older releases; several are separated by commas, and the most specific
+    one decides: `COVID-19, ARDS` is COVID-19. The column `offset`, in days, is included, NaN where unknown. A row without a
+    patient is treated as a patient of its own. Left out, with a fault: other modalities and views; findings that are
+    unknown, not in FINDINGS, or mutually exclusive; repeated rows of one file; missing and damaged files. Raises
+    DatasetError if the table is missing or lacks a column, or no image remains.
     """
     folder, faults = Path(folder), Faults()
-    # Their case and spaces changed over the releases.
-    table = read_csv(folder / METADATA, (), GOT).rename(columns=lambda name: name.strip().lower())
+    # The case and the spaces of the column names differ between releases.
+    table = read_csv(folder / METADATA, (), HOW_TO_GET).rename(columns=lambda name: name.strip().lower())
     missing = [name for name in COLUMNS if name not in table]
     if missing:
-        raise DatasetError(f"{folder / METADATA} lacks the column(s) {missing}, it has {list(table.columns)}: {GOT}")
+        raise DatasetError(f"{folder / METADATA} lacks the column(s) {missing}; it has {list(table.columns)}: {HOW_TO_GET}")
     table = table.apply(lambda column: column.str.strip())
-    table = _frontal(table, faults)
-    again = table.filename.duplicated()
-    faults.count(METADATA, table.filename[again], "name a file that an earlier row names; the first row is used")
-    table = table[~again].assign(diagnosis=lambda rows: _diagnoses(rows, faults))
+    table = _select_frontal(table, faults)
+    is_repeated = table.filename.duplicated()
+    faults.add_summary(METADATA, table.filename[is_repeated], "repeat the file of an earlier row; the first row is used")
+    table = table[~is_repeated].assign(diagnosis=lambda rows: _find_diagnoses(rows, faults))
     table = table[table.diagnosis != ""]
-    inside = table["folder"].where(table["folder"] != "", "images") if "folder" in table else "images"
-    table["path"] = [str(folder / place) for place in inside + "/" + table.filename]
-    here = table.path.map(lambda path: Path(path).is_file()).astype(bool)
-    faults.count(METADATA, table.filename[~here], "have no file; left out")
-    table = table[here].reset_index(drop=True)
+    subfolders = table["folder"].where(table["folder"] != "", "images") if "folder" in table else "images"
+    table["path"] = [str(folder / relative_path) for relative_path in subfolders + "/" + table.filename]
+    has_file = table.path.map(lambda path: Path(path).is_file()).astype(bool)
+    faults.add_summary(METADATA, table.filename[~has_file], "have no file; left out")
+    table = table[has_file].reset_index(drop=True)
     if table.empty:
-        raise DatasetError(f"{folder} holds no frontal X-ray that {METADATA} names, with a finding: {GOT}")
+        raise DatasetError(f"{folder} holds no frontal X-ray with a finding that {METADATA} lists: {HOW_TO_GET}")
     stems = table.filename.map(lambda name: Path(name).stem)
     image_ids = stems.mask(stems.duplicated(keep=False), table.filename)
-    faults.count(METADATA, image_ids[table.patientid == ""], "have no patient; each counts as one of its own")
+    faults.add_summary(
+        METADATA, image_ids[table.patientid == ""], "have no patient; each is treated as a patient of its own"
+    )
     rows = pd.DataFrame(
         {
             "image_id": image_ids,
@@ -75,54 +78,55 @@ def read_covid_chestxray(folder: str | Path, progress: bool = True) -> Dataset:
             "offset": pd.to_numeric(_column(table, "offset"), errors="coerce").astype(float),
         }
     )
-    return diagnosis_dataset(rows, folder, faults, DIAGNOSES, GOT, progress=progress)
+    return diagnosis_dataset(rows, folder, faults, DIAGNOSES, HOW_TO_GET, progress=progress)
 
 
 def diagnosis_of(finding: str) -> str:
-    """One of DIAGNOSES, or "" where `finding` is unknown. Raises ValueError where it is not among FINDINGS, or contradicts.
+    """Return the diagnosis (of DIAGNOSES) of a finding, "" if it is unknown. Raises ValueError if it cannot be derived.
 
-    Of a path the deepest part that is known counts: what stands below a germ's kind is a kind of it.
+    The deepest part of a path that is in FINDINGS decides, because a part is a kind of the part before it. The finding is
+    refused if none of its parts is in FINDINGS, or if several findings exclude one another.
     """
-    found = set()
+    diagnoses = set()
     for path in finding.split(","):
         parts = [part.strip().lower() for part in path.split("/")]
         if path.strip().lower() in UNKNOWN:
             continue
-        known = [BY_NAME[part] for part in parts if part in BY_NAME]
-        if not known:
-            raise ValueError(f"finding {path.strip()!r} is none that is known here")
-        found.add(known[-1])
-    # What else is found beside a pneumonia, and a pneumonia beside one of a known germ, take nothing back.
+        matches = [BY_NAME[part] for part in parts if part in BY_NAME]
+        if not matches:
+            raise ValueError(f"the finding {path.strip()!r} is not known")
+        diagnoses.add(matches[-1])
+    # "other" is compatible with a pneumonia, and an unspecified pneumonia with one of a known germ.
     for vague in ("other", "pneumonia"):
-        if len(found - {"normal"}) > 1:
-            found.discard(vague)
-    if len(found) > 1:
-        raise ValueError(f"findings {finding!r} exclude one another")
-    return found.pop() if found else ""
+        if len(diagnoses - {"normal"}) > 1:
+            diagnoses.discard(vague)
+    if len(diagnoses) > 1:
+        raise ValueError(f"the findings {finding!r} exclude one another")
+    return diagnoses.pop() if diagnoses else ""
 
 
-def _frontal(table: pd.DataFrame, faults: Faults) -> pd.DataFrame:
-    xray = table.modality.str.lower() == "x-ray"
-    faults.count(METADATA, table.filename[~xray], "are no X-rays; left out")
-    table = table[xray]
-    frontal = table["view"].str.lower().isin([view.lower() for view in VIEWS])
-    for view, rows in table[~frontal].groupby("view"):
-        faults.count(METADATA, rows.filename, f"have the view {view!r}, not one of {', '.join(VIEWS)}; left out")
-    return table[frontal]
+def _select_frontal(table: pd.DataFrame, faults: Faults) -> pd.DataFrame:
+    is_xray = table.modality.str.lower() == "x-ray"
+    faults.add_summary(METADATA, table.filename[~is_xray], "are not X-rays; left out")
+    table = table[is_xray]
+    is_frontal = table["view"].str.lower().isin([view.lower() for view in VIEWS])
+    for view, rows in table[~is_frontal].groupby("view"):
+        faults.add_summary(METADATA, rows.filename, f"have the view {view!r}, not one of {', '.join(VIEWS)}; left out")
+    return table[is_frontal]
 
 
-def _diagnoses(table: pd.DataFrame, faults: Faults) -> list[str]:
-    """The diagnosis of each row, "" for those that are left out."""
-    told, unknown = [], []
+def _find_diagnoses(table: pd.DataFrame, faults: Faults) -> list[str]:
+    """Return the diagnosis of each row, "" for rows to be left out, which get a fault."""
+    diagnoses, undiagnosed = [], []
     for name, finding in zip(table.filename, table.finding, strict=True):
         try:
-            told.append(diagnosis_of(finding))
-            unknown += [] if told[-1] else [name]
+            diagnoses.append(diagnosis_of(finding))
+            undiagnosed += [] if diagnoses[-1] else [name]
         except ValueError as error:
             faults.add(METADATA, name, f"{error}; left out")
-            told.append("")
-    faults.count(METADATA, unknown, "have no finding yet; left out")
-    return told
+            diagnoses.append("")
+    faults.add_summary(METADATA, undiagnosed, "have no finding yet; left out")
+    return diagnoses
 
 
 def _column(table: pd.DataFrame, name: str) -> pd.Series:

@@ -8,30 +8,32 @@ from kitlib.datasets.base import Dataset, Faults, files_below
 from kitlib.datasets.diagnoses import SUFFIXES, diagnosis_dataset
 from kitlib.errors import DatasetError
 
-# Folder -> diagnosis. Nobody says that who tested negative was healthy.
+# Folder -> diagnosis. A negative test does not mean that the patient was healthy.
 FOLDERS = {"P": "COVID-19", "N": "other"}
-GOT = "https://github.com/ari-dasci/OD-covidgr, see inputs/README.md"
+HOW_TO_GET = "https://github.com/ari-dasci/OD-covidgr, see inputs/README.md"
 # Tabik et al. 2020, IEEE Journal of Biomedical and Health Informatics.
 PUBLISHED = {"images": 852, "COVID-19": 426, "other": 426}
 
 
 def read_covidgr(folder: str | Path, progress: bool = True) -> Dataset:
-    """The images below P/ and N/ of `folder`, or of the one folder in it that has both.
+    """Read the images below P/ and N/ in `folder`, or in the one folder within it that has both.
 
-    image_id is `P-` or `N-` and the file's name without suffix. The set says nothing of patients: each image counts as one
-    of its own, and only near-duplicates hold images together. Severities are not read. Left out, with a fault: names that
-    occur twice, and unreadable files. Raises DatasetError where P or N is missing or empty.
+    image_id is `P-` or `N-` and the file name without suffix. The data set does not state patients, so each image is treated
+    as a patient of its own, and only near-duplicates keep images in one fold. Severities are not read. Left out, with a
+    fault: names that occur twice, and unreadable files. Raises DatasetError if P or N is missing or empty.
     """
     folder, faults = Path(folder), Faults()
-    inner = [place.parent for place in sorted(folder.rglob("P")) if place.is_dir() and (place.parent / "N").is_dir()]
-    if len(inner) != 1:
-        raise DatasetError(f"{folder} has {len(inner)} places with the folders P and N, wanted one: unpack it there, {GOT}")
+    roots = [path.parent for path in sorted(folder.rglob("P")) if path.is_dir() and (path.parent / "N").is_dir()]
+    if len(roots) != 1:
+        raise DatasetError(
+            f"{folder} has {len(roots)} folders that contain P and N, expected one: unpack the data set there, {HOW_TO_GET}"
+        )
     rows = []
     for name, diagnosis in FOLDERS.items():
-        files = files_below(inner[0] / name, SUFFIXES, faults)
+        files = files_below(roots[0] / name, SUFFIXES, faults)
         if not files:
-            raise DatasetError(f"{inner[0] / name} holds no PNG or JPEG image: unpack the set again, {GOT}")
+            raise DatasetError(f"{roots[0] / name} holds no PNG or JPEG image: unpack the data set again, {HOW_TO_GET}")
         rows += [(f"{name}-{stem}", f"covidgr-{name}-{stem}", str(path), diagnosis) for stem, path in files.items()]
     table = pd.DataFrame(rows, columns=["image_id", "patient_id", "path", "diagnosis"])
     table = table.assign(source="covidgr", view="PA")
-    return diagnosis_dataset(table, folder, faults, ("COVID-19", "other"), GOT, PUBLISHED, progress)
+    return diagnosis_dataset(table, folder, faults, ("COVID-19", "other"), HOW_TO_GET, PUBLISHED, progress)

@@ -1,4 +1,4 @@
-"""Reads one annotation file of V7's Darwin, JSON 1.0 or 2.0: whose image it describes, its tags, and its polygons filled."""
+"""Reads an annotation file of V7's Darwin (JSON 1.0 or 2.0): image names, size, tags and polygons; fills polygons."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -11,25 +11,25 @@ import numpy as np
 from kitlib.errors import MaskError
 from kitlib.xrays.header import MAX_SAMPLES
 
-LUNG_NAMES = ("lung", "lungs", "left lung", "right lung")  # in small letters
+LUNG_NAMES = ("lung", "lungs", "left lung", "right lung")  # in lower case
 
 
 @dataclass(frozen=True)
 class DarwinAnnotation:
-    """What was said of one image."""
+    """The annotation of one image."""
 
-    names: tuple[str, ...]  # file names that the image may have: Darwin's own, then that of its source
+    names: tuple[str, ...]  # file names that the image may have: in Darwin, then in the original source
     rows: int
     columns: int
     tags: tuple[str, ...]
-    polygons: tuple[tuple[str, tuple[np.ndarray, ...]], ...]  # name, and closed paths (n, 2) of x, y in the image's pixels
+    polygons: tuple[tuple[str, tuple[np.ndarray, ...]], ...]  # name, closed paths (n, 2) of x, y in image pixels
 
-    def has(self, names: Sequence[str] = LUNG_NAMES) -> bool:
-        """Whether a polygon has one of `names`, given in small letters."""
+    def has_polygon(self, names: Sequence[str] = LUNG_NAMES) -> bool:
+        """Return whether a polygon has one of `names`, which are in lower case."""
         return any(name.lower() in names for name, _ in self.polygons)
 
     def mask(self, names: Sequence[str] = LUNG_NAMES) -> np.ndarray:
-        """bool (rows, columns): what lies in any of the polygons of these names, each filled by itself."""
+        """Return a bool mask (rows, columns), the union of the polygons that have one of `names` (in lower case)."""
         inside = np.zeros((self.rows, self.columns), bool)
         for name, paths in self.polygons:
             if name.lower() in names:
@@ -38,38 +38,41 @@ class DarwinAnnotation:
 
 
 def read_darwin_json(path: str | Path) -> DarwinAnnotation:
-    """Raises MaskError for a file that is no such JSON, of a video, or without the image's size."""
+    """Read an annotation file in Darwin JSON 1.0 or 2.0.
+
+    Raises MaskError if the file is anything else, annotates a video, or lacks a valid image size.
+    """
     try:
-        told = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MaskError(f"{path} cannot be read as JSON ({error}): fetch it again") from error
     try:
-        names, rows, columns = _image(told)
-        annotations = told["annotations"]
-        tags = tuple(str(each["name"]) for each in annotations if "tag" in each)
-        polygons = tuple((str(each["name"]).strip(), paths) for each in annotations if (paths := _paths(each)))
+        names, rows, columns = _image(content)
+        annotations = content["annotations"]
+        tags = tuple(str(entry["name"]) for entry in annotations if "tag" in entry)
+        polygons = tuple((str(entry["name"]).strip(), paths) for entry in annotations if (paths := _paths(entry)))
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        version = told.get("version", "none") if isinstance(told, dict) else "none"
+        version = content.get("version", "none") if isinstance(content, dict) else "none"
         raise MaskError(
-            f"{path} is no annotation of one image in Darwin JSON 1.0 or 2.0 ({error!r}; it tells the version {version}): "
-            "export it as Darwin JSON 2.0, or leave it out"
+            f"{path} is not an annotation of one image in Darwin JSON 1.0 or 2.0 ({error!r}; version {version}): "
+            "export it as Darwin JSON 2.0, or remove it"
         ) from error
     if not 0 < rows * columns <= MAX_SAMPLES or min(rows, columns) < 1:
-        raise MaskError(f"{path} says that its image has {rows} x {columns} pixels: fetch it again, or leave it out")
+        raise MaskError(f"{path} states an invalid image size, {rows} x {columns} pixels: fetch it again, or remove it")
     return DarwinAnnotation(names, rows, columns, tags, polygons)
 
 
 def fill_even_odd(paths: Iterable[np.ndarray], rows: int, columns: int) -> np.ndarray:
-    """bool (rows, columns): the pixels whose middle lies within an odd number of closed `paths` (n, 2) of x, y.
+    """Fill closed `paths` (n, 2) of x, y by the even-odd rule; returns a bool mask (rows, columns).
 
-    A pixel's left edge is its index. cv2.fillPoly also takes the pixels that an outline touches, half a pixel too many on
-    every side.
+    A pixel is inside if its centre lies within an odd number of paths; its left edge is its index. cv2.fillPoly would also
+    fill the pixels that an outline touches, half a pixel too much on every side.
     """
     crossings = np.zeros((rows, columns + 1), np.uint8)
     for path in paths:
         start, end = path, np.roll(path, -1, axis=0)
         low, high = np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1])
-        # Rows whose middle lies between the ends of each edge, its lower end not counted: the next edge has that.
+        # Rows whose centre lies between the ends of an edge. One end is excluded, because the next edge includes it.
         first, last = (np.ceil(bound - 0.5).clip(0, rows).astype(int) for bound in (low, high))
         count = last - first
         edge = np.repeat(np.arange(len(path)), count)
@@ -80,20 +83,20 @@ def fill_even_odd(paths: Iterable[np.ndarray], rows: int, columns: int) -> np.nd
     return (np.cumsum(crossings, axis=1, dtype=np.uint8)[:, :columns] & 1).astype(bool)
 
 
-def _image(told: dict[str, Any]) -> tuple[tuple[str, ...], int, int]:
-    """Names, rows and columns of the image."""
-    if "item" in told:  # 2.0
-        item, slot = told["item"], told["item"]["slots"][0]
+def _image(content: dict[str, Any]) -> tuple[tuple[str, ...], int, int]:
+    """Return names, rows and columns of the image."""
+    if "item" in content:  # 2.0
+        item, slot = content["item"], content["item"]["slots"][0]
         names = [item["name"], *(source["file_name"] for source in slot.get("source_files", ()))]
         size = slot
     else:
-        size = told["image"]
+        size = content["image"]
         names = [size["filename"], size.get("original_filename") or size["filename"]]
     return tuple(dict.fromkeys(Path(str(name)).name for name in names)), int(size["height"]), int(size["width"])
 
 
 def _paths(annotation: dict[str, Any]) -> tuple[np.ndarray, ...]:
-    """The closed paths of a polygon, simple or complex; none of anything else."""
+    """Return the closed paths of a simple or complex polygon, () for any other annotation."""
     polygon = annotation.get("polygon") or annotation.get("complex_polygon")
     if not polygon:
         return ()
@@ -102,5 +105,5 @@ def _paths(annotation: dict[str, Any]) -> tuple[np.ndarray, ...]:
     paths += polygon.get("additional_paths") or []
     points = tuple(np.array([(point["x"], point["y"]) for point in path], float).reshape(-1, 2) for path in paths)
     if not all(np.isfinite(path).all() for path in points):
-        raise ValueError("a polygon's point is not finite")
+        raise ValueError("a polygon has a coordinate that is not finite")
     return points

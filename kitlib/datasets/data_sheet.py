@@ -1,4 +1,4 @@
-"""What a set of images with exclusive classes is made of, and what in it could be learnt instead of the disease."""
+"""Data sheet of a set of images with exclusive classes: its composition, and shortcuts that a model could learn."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,18 @@ from matplotlib.figure import Figure
 
 from kitlib.tables import check_table, class_columns
 
-AGE_GROUPS = {"0-17": 18, "18-39": 40, "40-64": 65, "65+": np.inf}  # up to these years
+AGE_GROUPS = {"0-17": 18, "18-39": 40, "40-64": 65, "65+": np.inf}  # name -> upper bound in years, exclusive
 UNKNOWN = "unknown"
-CHILD = "child"  # in the column age_group, where a set says so of images whose age nobody knows
-NEARLY_ALL = 0.95
+CHILD = "child"  # in the column age_group of sets that state it without an exact age
+NEARLY_ALL = 0.95  # share of images
 
 
 @dataclass(frozen=True)
 class DataSheet:
-    """`tables` has, for source, view, sex and age, the images of each class (a row) with each value (a column).
+    """Counts and warnings about a set of images.
 
-    `flags` has the columns kind, which ("" where it is not of one class or fold) and problem, worst kinds first.
+    `tables` maps source, view, sex and age to a table of image counts with a row per class and a column per value. `flags`
+    has the columns kind, which (the class or fold, "" if it concerns neither) and problem, worst kinds first.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -26,7 +27,7 @@ class DataSheet:
 
 
 def exclusive(labels: pd.DataFrame) -> bool:
-    """Whether exactly one of several classes is true of every row."""
+    """Return whether every row of the table labels has exactly one of several classes."""
     values = labels[class_columns(labels, "labels")].to_numpy(dtype=float)
     return bool(values.shape[1] > 1 and np.isin(values, [0, 1]).all() and (values.sum(axis=1) == 1).all())
 
@@ -37,16 +38,18 @@ def data_sheet(
     folds: pd.DataFrame | None = None,
     near_duplicates: pd.DataFrame | None = None,
 ) -> DataSheet:
-    """What `images` show by source, view, sex and age, and what must be told with every figure that is computed on them.
+    """Count the images of each class by source, view, sex and age, and flag what can invalidate results on them.
 
-    An age is of AGE_GROUPS, or unknown; who has none is a child where the column `age_group` says so. Flagged are: a class
-    without images; one whose images come nearly all from one of several sources; one of children beside one of adults; a
-    class that a fold lacks; patients, and groups of `near_duplicates` (image_id, group), that are in several of the folds,
-    or in a fold and the official test set. Raises ValueError where the labels are not exclusive.
+    Ages are grouped by AGE_GROUPS, or unknown; without an age, `age_group` may state a child. Flagged are: a class without
+    images; a class nearly all of whose images come from one of several sources; a class of children when another is of
+    adults; a class that is missing from a fold; patients, and groups of `near_duplicates` (image_id, group), that are in
+    several folds, or in a fold and in the official test set. Raises ValueError if the labels are not exclusive.
     """
     images, labels = check_table(images, "images"), check_table(labels, "labels")
     if not exclusive(labels):
-        raise ValueError("the labels are not exclusive: a data sheet wants exactly one of several classes for every study")
+        raise ValueError(
+            "the labels are not exclusive: a data sheet requires exactly one of several classes for every study"
+        )
     classes = class_columns(labels, "labels")
     truth = labels.set_index("id")[classes].idxmax(axis=1)
     shown = pd.Categorical(images.study_id.map(truth), categories=classes)
@@ -60,16 +63,16 @@ def data_sheet(
         name: pd.crosstab(shown, column.to_numpy(), dropna=False).rename_axis(index="class", columns=name)
         for name, column in values.items()
     }
-    known = [name for name in (*AGE_GROUPS, UNKNOWN) if name in tables["age"]]
-    tables["age"] = tables["age"][known]
-    flags = _of_sources(tables["source"]) + _of_ages(tables["age"])
+    groups = [name for name in (*AGE_GROUPS, UNKNOWN) if name in tables["age"]]
+    tables["age"] = tables["age"][groups]
+    flags = _flag_sources(tables["source"]) + _flag_ages(tables["age"])
     if folds is not None:
-        flags += _of_folds(images.assign(shown=shown.astype(object)), classes, folds, near_duplicates)
+        flags += _flag_folds(images.assign(shown=shown.astype(object)), classes, folds, near_duplicates)
     return DataSheet(tables, pd.DataFrame(flags, columns=["kind", "which", "problem"], dtype=object))
 
 
 def age_groups(images: pd.DataFrame) -> pd.Series:
-    """A key of AGE_GROUPS, or UNKNOWN, for every image."""
+    """Return a key of AGE_GROUPS, or UNKNOWN, for every image."""
     years = images.age if "age" in images else pd.Series(np.nan, index=images.index)
     groups = pd.cut(years, [0, *AGE_GROUPS.values()], right=False, labels=list(AGE_GROUPS)).astype(object)
     child = (images.age_group == CHILD) if "age_group" in images else pd.Series(False, index=images.index)
@@ -77,7 +80,7 @@ def age_groups(images: pd.DataFrame) -> pd.Series:
 
 
 def data_sheet_figure(sheet: DataSheet) -> Figure:
-    """A panel a table: each class's images by value, as shares of the class, with its number of images."""
+    """Return a figure with one panel per table: the shares of the values within each class, and its number of images."""
     figure = Figure(figsize=(11, 1.6 + 0.9 * len(sheet.tables["source"])), layout="constrained")
     for axis, (name, table) in zip(figure.subplots(2, 2).ravel(), sheet.tables.items(), strict=True):
         counts = table.sum(axis=1)
@@ -89,7 +92,7 @@ def data_sheet_figure(sheet: DataSheet) -> Figure:
     return figure
 
 
-def _of_sources(table: pd.DataFrame) -> list[tuple[str, str, str]]:
+def _flag_sources(table: pd.DataFrame) -> list[tuple[str, str, str]]:
     flags = [("no image", name, "no image shows this class") for name in table.index[table.sum(axis=1) == 0]]
     if table.shape[1] < 2:
         return flags
@@ -101,8 +104,8 @@ def _of_sources(table: pd.DataFrame) -> list[tuple[str, str, str]]:
                 (
                     "one source",
                     name,
-                    f"{share:.1%} of its {counts.sum()} images are of {source}, {of_source:.1%} of whose images show it: "
-                    "what marks the source can pass for what marks the class",
+                    f"{share:.1%} of its {counts.sum()} images are from {source}, {of_source:.1%} of whose images show it: "
+                    "a model may learn to recognise the source instead of the class",
                 )
             )
     best, most = table.max(axis=0).sum() / table.to_numpy().sum(), table.sum(axis=1).max() / table.to_numpy().sum()
@@ -111,13 +114,13 @@ def _of_sources(table: pd.DataFrame) -> list[tuple[str, str, str]]:
             (
                 "one source",
                 "",
-                f"by its source alone {best:.1%} of the images are told right, {most:.1%} by the commonest class",
+                f"the source alone predicts {best:.1%} of the images correctly, the most frequent class {most:.1%}",
             )
         )
     return flags
 
 
-def _of_ages(table: pd.DataFrame) -> list[tuple[str, str, str]]:
+def _flag_ages(table: pd.DataFrame) -> list[tuple[str, str, str]]:
     known = table.drop(columns=UNKNOWN, errors="ignore")
     children = known.get("0-17", pd.Series(0, index=known.index)) / known.sum(axis=1).replace(0, np.nan)
     adult = children.index[children <= 1 - NEARLY_ALL]
@@ -125,34 +128,40 @@ def _of_ages(table: pd.DataFrame) -> list[tuple[str, str, str]]:
         (
             "children among adults",
             name,
-            f"{share:.1%} of the images whose age is known are children's, and none or nearly none of {', '.join(adult)}: "
-            "age can pass for what marks the class",
+            f"{share:.1%} of the images of known age are children's, but none or nearly none of {', '.join(adult)}: "
+            "a model may learn to recognise the age instead of the class",
         )
         for name, share in children[children >= NEARLY_ALL].items()
         if len(adult)
     ]
 
 
-def _of_folds(
+def _flag_folds(
     images: pd.DataFrame, classes: list[str], folds: pd.DataFrame, near_duplicates: pd.DataFrame | None
 ) -> list[tuple[str, str, str]]:
-    place = images.image_id.map(folds.set_index("id").fold.map("fold {}".format))
+    location = images.image_id.map(folds.set_index("id").fold.map("fold {}".format))
     if "split" in images:
-        place = place.mask(images.split == "test", "the test set")
-    placed = images.assign(place=place)[place.notna()]
+        location = location.mask(images.split == "test", "the test set")
+    located = images.assign(location=location)[location.notna()]
     flags = []
-    spread = {"patient": placed.patient_id}
+    spread = {"patient": located.patient_id}
     if near_duplicates is not None:
-        spread["group of near-duplicates"] = placed.image_id.map(near_duplicates.set_index("image_id").group)
+        spread["group of near-duplicates"] = located.image_id.map(near_duplicates.set_index("image_id").group)
     for name, groups in spread.items():
-        places = placed.place.groupby(groups).nunique()
-        if (places > 1).any():
-            first = placed[groups == places.index[places > 1][0]]
-            examples = ", ".join(f"{row.image_id} in {row.place}" for row in first.head(3).itertuples())
-            flags.append(("leak", "", f"{(places > 1).sum()} times a {name} is in several places, first: {examples}"))
-    counts = pd.crosstab(placed.place, placed.shown).reindex(columns=classes, fill_value=0)
+        counts_of_locations = located.location.groupby(groups).nunique()
+        if (counts_of_locations > 1).any():
+            first = located[groups == counts_of_locations.index[counts_of_locations > 1][0]]
+            examples = ", ".join(f"{row.image_id} in {row.location}" for row in first.head(3).itertuples())
+            flags.append(
+                (
+                    "leak",
+                    "",
+                    f"{(counts_of_locations > 1).sum()} cases of a {name} in several places, first: {examples}",
+                )
+            )
+    counts = pd.crosstab(located.location, located.shown).reindex(columns=classes, fill_value=0)
     for name in counts.index:
-        lacking = [each for each in classes if counts.loc[name, each] == 0]
-        if lacking:
-            flags.append(("class missing", name, f"has no image of {', '.join(lacking)}"))
+        missing = [class_name for class_name in classes if counts.loc[name, class_name] == 0]
+        if missing:
+            flags.append(("class missing", name, f"has no image of {', '.join(missing)}"))
     return flags

@@ -1,4 +1,4 @@
-"""Folds that keep a patient, and images that are nearly the same, on one side; and the check that proves it."""
+"""Makes folds and test splits that never separate a patient's images or near-duplicates, and checks folds for leaks."""
 
 import numpy as np
 import pandas as pd
@@ -17,25 +17,28 @@ def make_folds(
     seed: int = 0,
     near_duplicates: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """The table folds (id = image_id, fold from 0) over the images that are not `false_none` and not of the split "test".
+    """Assign images to `n_folds` stratified folds; returns the table folds (id = image_id, fold from 0).
 
-    Images that share a patient or a group of `near_duplicates` (columns image_id, group), directly or through others, share
-    a fold. Each fold gets the whole set's shares of classes (an image counts for the rarest of its own) and of box presence
-    as closely as whole groups allow. Depends on `seed` and the rows, not on their order. Raises ValueError where there are
-    fewer groups than folds, an image's study has no label, or `n_folds` is below 2.
+    Images that are `false_none` or of the split "test" are in no fold. Images that share a patient or a group of
+    `near_duplicates` (columns image_id, group), directly or through others, share a fold. The proportions of classes (an
+    image counts for the rarest of its classes) and of images with boxes are as equal as whole groups allow. The result
+    depends on `seed` and the rows, not on their order. Raises ValueError if there are fewer groups than folds, an image's
+    study has no label, or `n_folds` is below 2.
     """
-    kept = _looked_at(images)
-    if "split" in kept:
-        kept = kept[kept.split != "test"].reset_index(drop=True)
-    groups = leak_groups(kept, near_duplicates)
-    found = len(np.unique(groups))
-    if not 2 <= n_folds <= found:
-        raise ValueError(f"{n_folds} folds of {found} groups of patients: from 2 to as many folds as groups are possible")
-    strata = _strata(kept, labels, boxes)
+    included = _annotated_images(images)
+    if "split" in included:
+        included = included[included.split != "test"].reset_index(drop=True)
+    groups = leak_groups(included, near_duplicates)
+    n_groups = len(np.unique(groups))
+    if not 2 <= n_folds <= n_groups:
+        raise ValueError(
+            f"{n_folds} folds of {n_groups} groups of patients: choose at least 2 folds and at most the number of groups"
+        )
+    strata = _strata(included, labels, boxes)
     counts = pd.crosstab(groups, strata).to_numpy()
-    fold = _spread_evenly(counts, np.full(n_folds, n_folds), np.random.default_rng(seed))[groups]
-    folds = check_table(pd.DataFrame({"id": kept.image_id, "fold": fold}), "folds")
-    check_no_leak(folds, kept, near_duplicates)
+    fold = _assign_groups(counts, np.full(n_folds, n_folds), np.random.default_rng(seed))[groups]
+    folds = check_table(pd.DataFrame({"id": included.image_id, "fold": fold}), "folds")
+    check_no_leak(folds, included, near_duplicates)
     return folds
 
 
@@ -46,55 +49,59 @@ def hold_out_test(
     seed: int = 0,
     near_duplicates: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """`images` with the column `split`, "test" for about `share` of them and "train" for the others; in place of any other.
+    """Return `images` with the column `split`: "test" for about `share` of them, "train" for the others.
 
-    Images that share a patient or a group of near-duplicates are on one side, and each class has its share on both as
-    closely as whole groups allow; `false_none` images are of "train". With a share of 0.1, nine folds of the rest give
-    80/10/10. Depends on `seed` and the rows, not on their order. Raises ValueError for a share that is not between 0 and 1,
-    and where a side would be empty.
+    Replaces an existing split. Images that share a patient or a group of near-duplicates get the same split, and the
+    proportions of classes are as equal as whole groups allow; `false_none` images are "train". With a share of 0.1, nine
+    folds of the training images give 80/10/10. The result depends on `seed` and the rows, not on their order. Raises
+    ValueError for a share that is not between 0 and 1, or if a side would be empty.
     """
     if not 0 < share < 1:
-        raise ValueError(f"the share of test images is {share}, wanted more than 0 and less than 1")
-    kept = _looked_at(images)
-    groups = leak_groups(kept, near_duplicates)
-    counts = pd.crosstab(groups, _strata(kept, labels, empty_table("boxes"))).to_numpy()
+        raise ValueError(f"the share of test images is {share}; expected more than 0 and less than 1")
+    included = _annotated_images(images)
+    groups = leak_groups(included, near_duplicates)
+    counts = pd.crosstab(groups, _strata(included, labels, empty_table("boxes"))).to_numpy()
     parts = np.array([1 / (1 - share), 1 / share])
-    side = _spread_evenly(counts, parts, np.random.default_rng([seed, 1]))[groups]
+    side = _assign_groups(counts, parts, np.random.default_rng([seed, 1]))[groups]
     if len(set(side)) < 2:
-        raise ValueError(f"{len(counts)} groups of patients cannot be parted with a share of {share}: one side is empty")
-    check_no_leak(pd.DataFrame({"id": kept.image_id, "fold": side}), kept, near_duplicates)
-    return images.assign(split=np.where(images.image_id.isin(kept.image_id[side == 1]), "test", "train"))
+        raise ValueError(f"{len(counts)} groups of patients cannot be split with a share of {share}: one side is empty")
+    check_no_leak(pd.DataFrame({"id": included.image_id, "fold": side}), included, near_duplicates)
+    return images.assign(split=np.where(images.image_id.isin(included.image_id[side == 1]), "test", "train"))
 
 
 def source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> pd.DataFrame:
-    """The table folds in which each source is a fold, numbered in the order of the alphabet: leave one source out.
+    """Return the table folds with one fold per source, numbered alphabetically, for leave-one-source-out validation.
 
-    Over the images that make_folds takes. Images whose patient, or near-duplicate, is in another source too are in no fold:
-    wherever they stood, something would leak. Raises ValueError where there is one source, or one loses all its images.
+    Images that are `false_none` or of the split "test" are in no fold. Neither are images whose patient or near-duplicate
+    also occurs in another source, because they would leak. Raises ValueError if there is only one source, or a source loses
+    all its images.
     """
-    kept = _looked_at(images)
-    if "split" in kept:
-        kept = kept[kept.split != "test"].reset_index(drop=True)
-    sources = sorted(set(kept.source))
+    included = _annotated_images(images)
+    if "split" in included:
+        included = included[included.split != "test"].reset_index(drop=True)
+    sources = sorted(set(included.source))
     if len(sources) < 2:
-        raise ValueError(f"the images are of one source, {', '.join(sources)}: folds by source need at least two")
-    apart = kept.source.groupby(leak_groups(kept, near_duplicates)).transform("nunique") == 1
-    lost = sorted(set(sources) - set(kept.source[apart]))
-    if lost:
-        raise ValueError(f"every image of {', '.join(lost)} shows a patient, or is a near-duplicate, of another source")
-    kept = kept[apart]
-    folds = pd.DataFrame({"id": kept.image_id, "fold": kept.source.map(sources.index)})
+        raise ValueError(f"the images are from one source, {', '.join(sources)}: folds by source need at least two")
+    in_one_source = included.source.groupby(leak_groups(included, near_duplicates)).transform("nunique") == 1
+    emptied = sorted(set(sources) - set(included.source[in_one_source]))
+    if emptied:
+        raise ValueError(f"every image of {', '.join(emptied)} shares a patient or a near-duplicate with another source")
+    included = included[in_one_source]
+    folds = pd.DataFrame({"id": included.image_id, "fold": included.source.map(sources.index)})
     folds = check_table(folds, "folds")
-    check_no_leak(folds, kept, near_duplicates)
+    check_no_leak(folds, included, near_duplicates)
     return folds
 
 
 def leak_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> np.ndarray:
-    """A group number for every row of `images`: connected through patients and near-duplicates, chains included."""
+    """Return a group number for every row of `images`; rows of one group must share a fold.
+
+    Rows are connected if they share a patient or a group of near-duplicates, directly or through others.
+    """
     links = [pd.factorize(images.patient_id)[0]]
     if near_duplicates is not None:
         group = images.image_id.map(near_duplicates.set_index("image_id").group)
-        # An image without a group is near nothing but itself.
+        # An image without a group of near-duplicates is a group of its own.
         links.append(pd.factorize(group.astype(object).where(group.notna(), images.image_id + " alone"))[0])
     rows = np.arange(len(images))
     edges, nodes = [], len(images)
@@ -107,65 +114,68 @@ def leak_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = Non
 
 
 def check_no_leak(folds: pd.DataFrame, images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> None:
-    """Raise DatasetError, naming patients and images, where something that must stay together lies in several folds.
+    """Raise DatasetError, naming examples, if a patient or a group of near-duplicates is in several folds.
 
-    Also raises it where an image of `folds` is not in `images`: whose patient it shows cannot be checked then.
+    Also raises it if an image of `folds` is not in `images`, because its patient is then unknown.
     """
-    placed = check_table(folds, "folds").rename(columns={"id": "image_id"})
-    placed = placed.merge(images[["image_id", "patient_id"]], on="image_id", how="left")
-    unknown = placed[placed.patient_id.isna()]
+    assigned = check_table(folds, "folds").rename(columns={"id": "image_id"})
+    assigned = assigned.merge(images[["image_id", "patient_id"]], on="image_id", how="left")
+    unknown = assigned[assigned.patient_id.isna()]
     if len(unknown):
-        raise DatasetError(f"{len(unknown)} images of the folds are not among the images, first {unknown.image_id.iloc[0]}")
-    _refuse_spread(placed, "patient_id", "patients")
-    if near_duplicates is not None:
-        _refuse_spread(placed.merge(near_duplicates, on="image_id"), "group", "groups of near-duplicate images")
-
-
-def _looked_at(images: pd.DataFrame) -> pd.DataFrame:
-    """In the order of their ids, without what no annotator looked at."""
-    kept = check_table(images, "images").sort_values("image_id", ignore_index=True)
-    return kept[~kept.false_none.astype(bool)].reset_index(drop=True) if "false_none" in kept else kept
-
-
-def _refuse_spread(placed: pd.DataFrame, column: str, name: str) -> None:
-    spread = placed.groupby(column).fold.nunique()
-    leaking = sorted(spread[spread > 1].index)
-    if leaking:
-        shown = "; ".join(
-            f"{value} (" + ", ".join(f"{row.image_id} in fold {row.fold}" for row in rows.itertuples()) + ")"
-            for value, rows in placed[placed[column].isin(leaking[:5])].groupby(column)
+        raise DatasetError(
+            f"{len(unknown)} images of the folds are not in the table of images, first {unknown.image_id.iloc[0]}"
         )
-        raise DatasetError(f"{len(leaking)} {name} are in several folds, first: {shown}. Make new folds with make_folds")
+    _check_one_fold_each(assigned, "patient_id", "patients")
+    if near_duplicates is not None:
+        _check_one_fold_each(assigned.merge(near_duplicates, on="image_id"), "group", "groups of near-duplicate images")
 
 
-def _spread_evenly(counts: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A fold for every group, given its number of images in each stratum (groups, strata).
+def _annotated_images(images: pd.DataFrame) -> pd.DataFrame:
+    """Return the images sorted by id, without those that no annotator looked at (`false_none`)."""
+    annotated = check_table(images, "images").sort_values("image_id", ignore_index=True)
+    return annotated[~annotated.false_none.astype(bool)].reset_index(drop=True) if "false_none" in annotated else annotated
 
-    `parts` (folds,) are the reciprocals of the folds' shares, which sum to one: n folds of the same size have n each.
-    Largest groups first, each into the fold where the squared distances from its share of every stratum, each relative to
-    that, grow least; the many groups of one image then fill what is left. scikit-learn's StratifiedGroupKFold, whose order
-    follows the spread within a group, ends up to 5 points off on SIIM's training set.
+
+def _check_one_fold_each(assigned: pd.DataFrame, column: str, name: str) -> None:
+    fold_counts = assigned.groupby(column).fold.nunique()
+    leaking = sorted(fold_counts[fold_counts > 1].index)
+    if leaking:
+        examples = "; ".join(
+            f"{value} (" + ", ".join(f"{row.image_id} in fold {row.fold}" for row in rows.itertuples()) + ")"
+            for value, rows in assigned[assigned[column].isin(leaking[:5])].groupby(column)
+        )
+        raise DatasetError(f"{len(leaking)} {name} are in several folds, first: {examples}. Make new folds with make_folds")
+
+
+def _assign_groups(counts: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return a fold for every group, given `counts` (groups, strata), each group's number of images per stratum.
+
+    `parts` (folds,) are the reciprocals of the folds' shares, which sum to one; n folds of equal size have n each. Groups
+    are assigned from the largest to the smallest, each to the fold where the sum over strata of the squared distance from
+    the fold's target, divided by that target, grows least; the many groups of one image even out the remainder. On SIIM's
+    training set scikit-learn's StratifiedGroupKFold, which orders groups by their spread over strata, is up to 5 percentage
+    points off.
     """
-    # The number of images settles ties. Without it a set whose strata are all rare would fill one fold only.
+    # The number of images breaks ties. Without it, if all strata are rare, a single fold would be filled.
     counts = np.column_stack([counts, counts.sum(axis=1)])
     weight = np.r_[np.ones(counts.shape[1] - 1), 1e-3]
-    even = counts.sum(axis=0) / np.asarray(parts, dtype=float)[:, None]
-    filled = np.zeros(even.shape)
+    target = counts.sum(axis=0) / np.asarray(parts, dtype=float)[:, None]
+    filled = np.zeros(target.shape)
     fold = np.empty(len(counts), dtype=int)
     order = rng.permutation(len(counts))
     for group in order[np.argsort(-counts[order].sum(axis=1), kind="stable")]:
-        growth = (counts[group] * (2 * (filled - even) + counts[group]) * weight / even).sum(axis=1)
+        growth = (counts[group] * (2 * (filled - target) + counts[group]) * weight / target).sum(axis=1)
         fold[group] = growth.argmin()
         filled[fold[group]] += counts[group]
     return fold
 
 
 def _strata(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> np.ndarray:
-    """The rarest class that is true of every image, and box presence, as one number."""
+    """Return the stratum of every image, a number that encodes its rarest class and whether it has a box."""
     classes = check_table(labels, "labels").set_index("id")
     missing = sorted(set(images.study_id) - set(classes.index))
     if missing:
-        raise ValueError(f"{len(missing)} studies have images and no label, first {missing[0]}: drop them or label them")
+        raise ValueError(f"{len(missing)} studies have images but no label, first {missing[0]}: remove or label them")
     true = classes.loc[images.study_id].fillna(0).to_numpy() > 0.5
     rarest_first = true[:, np.argsort(true.sum(axis=0), kind="stable")]
     rarest = np.where(rarest_first.any(axis=1), rarest_first.argmax(axis=1), true.shape[1])

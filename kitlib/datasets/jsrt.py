@@ -1,4 +1,4 @@
-"""Reads JSRT's database of nodules with the SCR masks of lungs and heart into the kit's tables."""
+"""Reads the JSRT database of lung nodules with the SCR masks of lungs and heart."""
 
 import re
 from pathlib import Path
@@ -11,35 +11,35 @@ from kitlib.xrays.image_file import JSRT_BYTES, JSRT_SIDE
 
 NAME = re.compile(r"JPC(LN|NN)\d{3}")
 LABELS = {"LN": "nodule", "NN": "no nodule"}
-# Folder of SCR -> structure. It has the clavicles, too, which are not read. Its sides are the patient's.
+# Folder in SCR -> structure; left and right are the patient's. SCR's clavicles are not read.
 STRUCTURES = {"heart": "heart", "left lung": "left_lung", "right lung": "right_lung"}
 MASK_SUFFIXES = (".gif", ".png")
-IMAGES_GOT = "from db.jsrt.or.jp, see inputs/README.md"
-MASKS_GOT = "from www.isi.uu.nl/Research/Databases/SCR, see inputs/README.md"
-# Shiraishi et al. 2000 (AJR) for the images; van Ginneken et al. 2006 (Medical Image Analysis) for the masks, of each.
+HOW_TO_GET_IMAGES = "from db.jsrt.or.jp, see inputs/README.md"
+HOW_TO_GET_MASKS = "from www.isi.uu.nl/Research/Databases/SCR, see inputs/README.md"
+# Shiraishi et al. 2000 (AJR) for the images; van Ginneken et al. 2006 (Medical Image Analysis) for the masks of all of them.
 PUBLISHED = {"images": 247, "nodule": 154, "no nodule": 93, "masks": 247}
 
 
 def read_jsrt(folder: str | Path, progress: bool = True) -> Dataset:
-    """The raw `.IMG` files below `folder`, as JSRT's `All247images` has them, and the masks of SCR's `scratch`.
+    """Read the raw `.IMG` files below `folder`, as in JSRT's `All247images`, and the masks of SCR's `scratch`.
 
-    image_id, study_id and patient are the file's name, labels the columns nodule and no nodule, by that name. Left out, with
-    a fault: files of another name or size. Images without a mask stay; so do those that lack some of the structures that
-    other images have, but without their masks. Raises DatasetError where no image or no mask is there.
+    image_id and study_id are the file name, which also gives the patient and the labels, nodule and no nodule. Left out,
+    with a fault: files of another name or size. Images without masks are included. So are images that lack some of the
+    structures that other images have, but then without any mask. Raises DatasetError if there is no image or no mask.
     """
     folder, faults = Path(folder), Faults()
-    found = files_below(folder, (".img",), faults)
+    candidates = files_below(folder, (".img",), faults)
     files = {}
-    for name, path in sorted(found.items()):
+    for name, path in sorted(candidates.items()):
         size = path.stat().st_size
         if not NAME.fullmatch(name.upper()):
-            faults.add(path.name, name, "is none of JSRT's names, JPCLN001 and so on; left out")
+            faults.add(path.name, name, "is not a JSRT name such as JPCLN001; left out")
         elif size != JSRT_BYTES:
-            faults.add(path.name, name, f"has {size} bytes, and JSRT's files have {JSRT_BYTES}; left out, fetch it again")
+            faults.add(path.name, name, f"has {size} bytes instead of {JSRT_BYTES}; left out, fetch it again")
         else:
             files[name.upper()] = path
     if not files:
-        raise DatasetError(f"{folder} holds no .IMG file of JSRT: unpack All247images there, {IMAGES_GOT}")
+        raise DatasetError(f"{folder} holds no .IMG file of JSRT: unpack All247images there, {HOW_TO_GET_IMAGES}")
     images = pd.DataFrame(
         {
             "image_id": list(files),
@@ -54,32 +54,32 @@ def read_jsrt(folder: str | Path, progress: bool = True) -> Dataset:
         }
     )
     labels = one_hot(images.image_id, images.image_id.str.slice(3, 5).map(LABELS), LABELS.values())
-    masks = _masks(folder, images, faults)
+    masks = _find_masks(folder, images, faults)
     return Dataset.checked(folder, images, labels, faults, PUBLISHED, masks=masks)
 
 
-def _masks(folder: Path, images: pd.DataFrame, faults: Faults) -> pd.DataFrame:
-    """Of images that have every structure that any has."""
+def _find_masks(folder: Path, images: pd.DataFrame, faults: Faults) -> pd.DataFrame:
+    """Return the masks of the images that have every structure that occurs. Raises DatasetError if there is no mask."""
     rows = []
-    # SCR has two folds, and each has a folder of every structure.
-    for found in sorted(path for path in folder.rglob("*") if path.name.lower() in STRUCTURES and path.is_dir()):
-        structure = STRUCTURES[found.name.lower()]
-        for name, path in files_below(found, MASK_SUFFIXES, faults).items():
+    # SCR has two folds, each with a folder per structure.
+    for mask_folder in sorted(path for path in folder.rglob("*") if path.name.lower() in STRUCTURES and path.is_dir()):
+        structure = STRUCTURES[mask_folder.name.lower()]
+        for name, path in files_below(mask_folder, MASK_SUFFIXES, faults).items():
             rows.append((name.upper(), structure, str(path)))
     masks = pd.DataFrame(rows, columns=["image_id", "structure", "path"], dtype=object)
     if masks.empty:
-        raise DatasetError(f"{folder} holds no mask: unpack SCR's folder scratch there, {MASKS_GOT}")
-    twice = masks.duplicated(["image_id", "structure"])
-    for row in masks[twice].itertuples():
+        raise DatasetError(f"{folder} holds no mask: unpack SCR's folder scratch there, {HOW_TO_GET_MASKS}")
+    is_repeated = masks.duplicated(["image_id", "structure"])
+    for row in masks[is_repeated].itertuples():
         faults.add(row.path, row.image_id, f"is a second mask of its {row.structure.replace('_', ' ')}; left out")
-    masks = masks[~twice]
-    faults.count("scratch", set(masks.image_id) - set(images.image_id), "have masks and no image; left out")
+    masks = masks[~is_repeated]
+    faults.add_summary("scratch", set(masks.image_id) - set(images.image_id), "have masks but no image; left out")
     masks = masks[masks.image_id.isin(images.image_id)]
     structures = set(masks.structure)
-    lacking = {image_id: structures - set(part) for image_id, part in masks.groupby("image_id").structure}
-    lacking = {image_id: names for image_id, names in lacking.items() if names}
-    for image_id, names in lacking.items():
+    missing = {image_id: structures - set(part) for image_id, part in masks.groupby("image_id").structure}
+    missing = {image_id: names for image_id, names in missing.items() if names}
+    for image_id, names in missing.items():
         words = ", ".join(sorted(name.replace("_", " ") for name in names))
         faults.add("scratch", image_id, f"has no mask of the {words}; its other masks are left out")
-    faults.count("scratch", set(images.image_id) - set(masks.image_id), "have no mask", "other images")
-    return masks[~masks.image_id.isin(list(lacking))].sort_values(["image_id", "structure"], ignore_index=True)
+    faults.add_summary("scratch", set(images.image_id) - set(masks.image_id), "have no mask", "other images")
+    return masks[~masks.image_id.isin(list(missing))].sort_values(["image_id", "structure"], ignore_index=True)

@@ -1,4 +1,4 @@
-"""Reads masks that people drew, in the files that data sets have them in, and keeps them at the size of the decoded copy."""
+"""Reads mask files of published data sets, and stores them as label images of the decoded copies' sizes."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,23 +17,23 @@ from kitlib.xrays.cache import XrayCache, usable_cores
 from kitlib.xrays.image_file import open_image
 from kitlib.xrays.mask_store import MaskStore
 
-# A file whose largest value is below this holds codes, such as 1 for the right and 2 for the left lung, and no greys.
+# A file whose largest value is below this holds codes (such as 1 for the right and 2 for the left lung) and not greys.
 CODES_BELOW = 16
 ASPECT_TOLERANCE = 0.01
-# What is drawn first is covered by what is drawn later: where a lung and the heart overlap, it is lung.
+# Later structures overwrite earlier ones: where a lung and the heart overlap, the pixel is lung.
 DRAWN_IN_ORDER = ("heart", "lungs", "left_lung", "right_lung")
-# A part of less than this share of a mask is no lung; one lung alone is narrower than this, in heights.
+# A connected part below this share of a mask is not a lung; a mask narrower than this multiple of its height is one lung.
 LEAST_PART, LONE_LUNG = 0.05, 0.65
-PART = 128  # images a file of masks, so that few are in memory at once
+IMAGES_PER_PART = 128  # images per file of the mask store, so that few masks are in memory at once
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """bool (rows, columns): what a PNG, JPEG or GIF file, or the lungs of a Darwin JSON file, count as inside.
+    """Read a PNG, JPEG or GIF mask, or the lungs of a Darwin JSON file, as a bool mask (rows, columns).
 
-    Of an image it is what is brighter than half of the scale, 255 or, where a value is beyond that, 65535; of colours the
-    brightest channel decides, palettes are looked up, alpha is left out. V7's masks have what is to be ignored at 127,
-    which is outside. Where no value reaches CODES_BELOW and the file is no JPEG, values are codes and all but 0 are inside.
-    An image of one colour that is black is an empty mask. Raises MaskError, which names the file.
+    In an image, pixels above half of the scale are inside; the scale is 255, or 65535 if a value exceeds 255. The brightest
+    colour channel decides, palettes are resolved, alpha is ignored. V7's masks mark pixels to be ignored by 127, which is
+    outside. If no value reaches CODES_BELOW and the file is not JPEG, values are codes, and all but 0 are inside. A black
+    image is an empty mask. Raises MaskError, which names the file.
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
@@ -58,26 +58,27 @@ def read_mask(path: str | Path) -> np.ndarray:
 def fill_masks(
     store: MaskStore, masks: pd.DataFrame, images: pd.DataFrame, cache: XrayCache, progress: bool = True
 ) -> pd.DataFrame:
-    """Add a label image to `store` for each of `images`, which are in `cache`, that has rows in `masks` (see Dataset).
+    """Add a label image to `store` for each of `images` that has rows in `masks` (see Dataset); returns the faults.
 
-    Returns faults, as Dataset has them. An image has no mask at all where one of its files is missing, damaged or of another
-    aspect ratio (by more than 1 %) than the image, or where no pixel is lung: half a mask would teach that the rest is
-    background. One lung alone, or a structure without a pixel, is a fault too, but kept. Masks are brought to the decoded
-    copy's size by area, and a pixel is inside from one half. Of structures that overlap, DRAWN_IN_ORDER, the later one
-    counts. Images that the store has already are left as they are.
+    The images must be in `cache`; the faults have the columns of Dataset.faults. An image gets no mask if one of its files
+    is missing, damaged or of another aspect ratio than the image (by more than 1 %), or if no pixel is lung: an incomplete
+    mask would teach that the missing part is background. A mask of one lung only, or with an empty structure, is stored, but
+    also a fault. Masks are resized to the decoded copy by area; a pixel is inside if at least half of it is. Where
+    structures overlap, the later one of DRAWN_IN_ORDER wins. Masks that are already in the store are not changed. Raises
+    ValueError for an unknown structure.
     """
     unknown = sorted(set(masks.structure) - set(DRAWN_IN_ORDER))
     if unknown:
-        raise ValueError(f"masks have the structure {unknown[0]!r}; there are: {', '.join(DRAWN_IN_ORDER)}")
-    wanted = masks[masks.image_id.isin(images.image_id) & ~masks.image_id.isin(store.ids)]
+        raise ValueError(f"unknown structure {unknown[0]!r} in the masks; valid: {', '.join(DRAWN_IN_ORDER)}")
+    pending = masks[masks.image_id.isin(images.image_id) & ~masks.image_id.isin(store.ids)]
     drawings = [
         (image_id, list(zip(rows.structure, rows.path, strict=True)))
-        for image_id, rows in wanted.groupby("image_id", sort=False)
+        for image_id, rows in pending.groupby("image_id", sort=False)
     ]
     faults, bar = Faults(), tqdm(total=len(drawings), desc="masks", unit="image", disable=not progress)
     with bar, ThreadPoolExecutor(usable_cores()) as pool:
-        for start in range(0, len(drawings), PART):
-            part = drawings[start : start + PART]
+        for start in range(0, len(drawings), IMAGES_PER_PART):
+            part = drawings[start : start + IMAGES_PER_PART]
             read = list(pool.map(lambda drawing: _label_image(drawing[0], drawing[1], cache), part))
             for (image_id, _), (_, problems) in zip(part, read, strict=True):
                 for file, problem in problems:
@@ -90,55 +91,55 @@ def fill_masks(
 def _label_image(
     image_id: str, files: Sequence[tuple[str, str]], cache: XrayCache
 ) -> tuple[np.ndarray | None, list[tuple[str, str]]]:
-    """uint8 of the decoded copy's size, None where the image is to have no mask, and what is wrong, by file."""
+    """Return a label image (uint8, of the decoded copy's size; None for no mask) and (file, problem) pairs."""
     xray, problems = cache.read(image_id), []
-    drawn: dict[str, list[np.ndarray]] = {}
+    masks_of: dict[str, list[np.ndarray]] = {}
     for structure, path in files:
         try:
             mask = read_mask(path)
         except MaskError as error:
-            problems.append((_shown(path), f"{error}; the image has no mask"))
+            problems.append((_short_name(path), f"{error}; the image has no mask"))
             continue
         if abs(mask.shape[1] * xray.rows / (mask.shape[0] * xray.columns) - 1) > ASPECT_TOLERANCE:
             sizes = f"{mask.shape[0]} x {mask.shape[1]} pixels, its image {xray.rows} x {xray.columns}"
-            problems.append((_shown(path), f"has {sizes}, another aspect ratio; the image has no mask"))
+            problems.append((_short_name(path), f"has {sizes}: the aspect ratios differ; the image has no mask"))
             continue
-        drawn.setdefault(structure, []).append(_resized(mask, xray.pixels.shape))
+        masks_of.setdefault(structure, []).append(_resize(mask, xray.pixels.shape))
     if problems:
         return None, problems
     codes = np.zeros(xray.pixels.shape, np.uint8)
     for structure in DRAWN_IN_ORDER:
-        for inside in drawn.get(structure, ()):
+        for inside in masks_of.get(structure, ()):
             codes[inside] = MASK_CODES[structure]
-    where = _shown(files[0][1])
+    first_file = _short_name(files[0][1])
     lungs = np.isin(codes, LUNG_CODES)
     if not lungs.any():
-        return None, [(where, "no pixel is lung; the image has no mask")]
+        return None, [(first_file, "no pixel is lung; the image has no mask")]
     problems = [
-        (where, f"the {structure.replace('_', ' ')} has no pixel; kept")
-        for structure, masks in drawn.items()
+        (first_file, f"the {structure.replace('_', ' ')} has no pixel; the mask is used")
+        for structure, masks in masks_of.items()
         if not any(inside.any() for inside in masks)
     ]
-    if not problems and _is_lone(lungs):
-        problems.append((where, "one lung only is drawn; kept"))
+    if not problems and _is_one_lung(lungs):
+        problems.append((first_file, "only one lung is drawn; the mask is used"))
     return codes, problems
 
 
-def _resized(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """bool of `shape`: the pixels of which at least half is inside."""
+def _resize(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Resize a bool mask to `shape`; a pixel is inside if at least half of it is."""
     if mask.shape == shape:
         return mask
-    by = cv2.INTER_AREA if mask.shape[0] >= shape[0] else cv2.INTER_LINEAR
-    return cv2.resize(mask.astype(np.uint8) * 255, shape[::-1], interpolation=by) > 127
+    interpolation = cv2.INTER_AREA if mask.shape[0] >= shape[0] else cv2.INTER_LINEAR
+    return cv2.resize(mask.astype(np.uint8) * 255, shape[::-1], interpolation=interpolation) > 127
 
 
-def _is_lone(lungs: np.ndarray) -> bool:
-    """Whether a mask of lungs, which has a pixel, has one part, too narrow for two."""
+def _is_one_lung(lungs: np.ndarray) -> bool:
+    """Return whether a nonempty mask of lungs has one large part only, which is too narrow to be both lungs."""
     parts = cv2.connectedComponentsWithStats(lungs.astype(np.uint8))[2][1:]
     large = parts[parts[:, cv2.CC_STAT_AREA] >= LEAST_PART * lungs.sum()]
     return len(large) == 1 and bool(large[0, cv2.CC_STAT_WIDTH] < LONE_LUNG * large[0, cv2.CC_STAT_HEIGHT])
 
 
-def _shown(path: str) -> str:
-    """Masks of one image often share its name, and their folders tell them apart."""
+def _short_name(path: str) -> str:
+    """Return folder and name of a mask file; masks of one image often have the same name in different folders."""
     return "/".join(Path(path).parts[-2:])

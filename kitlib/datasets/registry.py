@@ -1,4 +1,4 @@
-"""Which data sets the kit reads, and how what is here compares with what their makers published."""
+"""Registry of the data sets that the kit reads, and the comparison of a data set with its published counts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,16 +38,23 @@ READERS: dict[str, Callable[..., Dataset]] = {
 
 
 def read_dataset(name: str, folder: str | Path, progress: bool = True) -> Dataset:
-    """The training set `name` (a key of READERS) in `folder`. Raises ValueError; DatasetError where a piece is missing."""
+    """Read the training images of the data set `name` (a key of READERS) from `folder`.
+
+    Raises ValueError for an unknown name, DatasetError if a file or folder is missing.
+    """
     if name not in READERS:
-        raise ValueError(f"no data set is called {name!r}; there are: {', '.join(READERS)}")
+        raise ValueError(f"unknown data set {name!r}; available: {', '.join(READERS)}")
     return READERS[name](folder, progress=progress)
 
 
 def compare_with_published(dataset: Dataset) -> pd.DataFrame:
-    """A row a count: what, here, published (NA where nothing is), and share, of the published one; masks are of images."""
+    """Compare a data set's counts with the published ones; returns a table with one row per count.
+
+    Its columns are what, here (the count in `dataset`), published (NA if unknown) and share (here / published). The row
+    masks counts images with a mask.
+    """
     images, labels = dataset.images, dataset.labels
-    here = {
+    counts = {
         "images": len(images),
         "studies": images.study_id.nunique(),
         "patients": images.patient_id.nunique(),
@@ -55,10 +62,10 @@ def compare_with_published(dataset: Dataset) -> pd.DataFrame:
         "faults": len(dataset.faults),
     }
     if "false_none" in images:
-        here["false_none"] = int(images.false_none.sum())
+        counts["false_none"] = int(images.false_none.sum())
     if dataset.masks is not None:
-        here["masks"] = dataset.masks.image_id.nunique()
-    here |= {name: int((labels[name] > 0.5).sum()) for name in class_columns(labels, "labels")}
-    published = pd.Series({name: dataset.published.get(name, pd.NA) for name in here}, dtype="Int64")
-    table = pd.DataFrame({"here": pd.Series(here, dtype="Int64"), "published": published})
+        counts["masks"] = dataset.masks.image_id.nunique()
+    counts |= {name: int((labels[name] > 0.5).sum()) for name in class_columns(labels, "labels")}
+    published = pd.Series({name: dataset.published.get(name, pd.NA) for name in counts}, dtype="Int64")
+    table = pd.DataFrame({"here": pd.Series(counts, dtype="Int64"), "published": published})
     return table.assign(share=(table.here / table.published).round(4)).rename_axis("what").reset_index()

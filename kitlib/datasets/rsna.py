@@ -1,4 +1,4 @@
-"""Reads the RSNA Pneumonia Detection Challenge (stage 2, training set) into the kit's tables."""
+"""Reads the training set (stage 2) of the RSNA Pneumonia Detection Challenge."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,10 @@ from kitlib.errors import DatasetError
 
 LABELS, CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
 IMAGES = "stage_2_train_images"
-# RSNA's own table of which NIH image each of its images is; published beside the challenge, not with its files.
+# RSNA's table of the NIH image of each of its images; published separately from the challenge's files.
 MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
-GOT = "`kaggle competitions download -c rsna-pneumonia-detection-challenge`, see inputs/README.md"
-# Shih et al. 2019 (Radiology: AI) for the stage 2 training set; rows and boxes counted in its table.
+HOW_TO_GET = "`kaggle competitions download -c rsna-pneumonia-detection-challenge`, see inputs/README.md"
+# Shih et al. 2019 (Radiology: AI) for the stage 2 training set; rows and boxes are counted in its table.
 PUBLISHED = {
     "images": 26684,
     "label_rows": 30227,
@@ -26,20 +26,20 @@ PUBLISHED = {
 
 
 def read_rsna(folder: str | Path, progress: bool = True) -> Dataset:
-    """The training images below `folder` (DICOM, or PNG or JPEG as re-packed sets have them), their class and opacity boxes.
+    """Read the training images below `folder` (DICOM, or PNG or JPEG if re-packed), their classes and opacity boxes.
 
-    image_id and study_id are RSNA's patientId. One patient has one image there, but the images are NIH's, where a patient
-    has several: with MAPPING in the folder `patient_id` is NIH's, so that folds do not leak, and without it the patientId,
-    with a fault that says so. Labels have the columns RSNA_CLASSES, one of them 1. Left out, with a fault: rows without a
-    file, files without a row, images with an unreadable header, a bad box, or a class that contradicts their boxes. Raises
-    DatasetError for a missing table or image folder.
+    image_id and study_id are RSNA's patientId. RSNA has one image per patientId, but the images are NIH's, where a patient
+    has several: with MAPPING in the folder `patient_id` is NIH's, so that folds do not leak; without it, it is the
+    patientId, with a fault. Labels have the columns RSNA_CLASSES, exactly one of them 1. Left out, with a fault: rows
+    without a file, files without a row, images with an unreadable header, an invalid box, or a class that contradicts their
+    boxes. Raises DatasetError if a table or the image folder is missing.
     """
     folder, faults = Path(folder), Faults()
     labels, boxes = read_label_tables(folder, faults)
     if not (folder / IMAGES).is_dir():
-        raise DatasetError(f"{folder / IMAGES} is missing: unpack the challenge's training images there, {GOT}")
+        raise DatasetError(f"{folder / IMAGES} is missing: unpack the challenge's training images there, {HOW_TO_GET}")
     files = files_below(folder / IMAGES, (".dcm", ".png", ".jpg", ".jpeg"), faults)
-    faults.count(LABELS, set(labels.id) - set(files), "have no file; left out", "other images")
+    faults.add_summary(LABELS, set(labels.id) - set(files), "have no file; left out", "other images")
     for image_id in sorted(set(files) - set(labels.id)):
         faults.add(files[image_id].name, image_id, f"has no usable row in {LABELS}; left out")
     image_ids = sorted(set(files) & set(labels.id))
@@ -59,32 +59,35 @@ def read_rsna(folder: str | Path, progress: bool = True) -> Dataset:
 
 
 def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Labels (id = patientId, one column a class) and opacity boxes of the two CSV files. Raises DatasetError."""
-    rows = read_csv(Path(folder) / LABELS, ("patientId", "x", "y", "width", "height", "Target"), GOT)
-    detailed = read_csv(Path(folder) / CLASSES, ("patientId", "class"), GOT).drop_duplicates()
-    boxes, whole = boxes_of(rows.patientId, rows[["x", "y", "width", "height"]])
-    bad = set(rows.patientId[~rows.Target.isin(["0", "1"]) | (whole != (rows.Target == "1"))])
-    for patient in sorted(bad):
+    """Read the two CSV files of `folder`; returns the tables labels (id = patientId) and boxes (of opacities).
+
+    Invalid rows are left out, with a fault. Raises DatasetError if a file is missing or lacks a column.
+    """
+    rows = read_csv(Path(folder) / LABELS, ("patientId", "x", "y", "width", "height", "Target"), HOW_TO_GET)
+    detailed = read_csv(Path(folder) / CLASSES, ("patientId", "class"), HOW_TO_GET).drop_duplicates()
+    boxes, is_valid = boxes_of(rows.patientId, rows[["x", "y", "width", "height"]])
+    excluded = set(rows.patientId[~rows.Target.isin(["0", "1"]) | (is_valid != (rows.Target == "1"))])
+    for patient in sorted(excluded):
         faults.add(LABELS, patient, "Target is not 1 with a box or 0 without one; the image is left out")
     for patient in sorted(set(detailed.patientId[detailed.patientId.duplicated(keep=False)])):
         faults.add(CLASSES, patient, "has two different classes; the image is left out")
-        bad.add(patient)
-    known = detailed.drop_duplicates("patientId").set_index("patientId")["class"]
-    boxed = set(boxes.image_id[whole])
-    for patient in sorted(set(rows.patientId) - bad):
-        name = known.get(patient, "")
+        excluded.add(patient)
+    class_of = detailed.drop_duplicates("patientId").set_index("patientId")["class"]
+    boxed = set(boxes.image_id[is_valid])
+    for patient in sorted(set(rows.patientId) - excluded):
+        name = class_of.get(patient, "")
         if name not in RSNA_CLASSES or (name == "Lung Opacity") != (patient in boxed):
-            faults.add(CLASSES, patient, f"class {name!r} does not fit the image's boxes; the image is left out")
-            bad.add(patient)
-    kept = sorted(set(rows.patientId) - bad)
-    labels = one_hot(pd.Series(kept, dtype=object), known.reindex(kept).reset_index(drop=True), RSNA_CLASSES)
-    return labels, boxes[whole & ~boxes.image_id.isin(bad)].reset_index(drop=True)
+            faults.add(CLASSES, patient, f"the class {name!r} contradicts the image's boxes; the image is left out")
+            excluded.add(patient)
+    patients = sorted(set(rows.patientId) - excluded)
+    labels = one_hot(pd.Series(patients, dtype=object), class_of.reindex(patients).reset_index(drop=True), RSNA_CLASSES)
+    return labels, boxes[is_valid & ~boxes.image_id.isin(excluded)].reset_index(drop=True)
 
 
 def nih_patients(path: Path, faults: Faults) -> dict[str, str]:
-    """patientId -> NIH's patient, as kitlib.datasets.nih calls it; empty, with a fault, without the file.
+    """Return RSNA's patientId -> NIH's patient, with the ids of kitlib.datasets.nih, from RSNA's mapping file `path`.
 
-    Raises DatasetError.
+    A missing file is a fault and gives an empty mapping. Raises DatasetError for a file of another form.
     """
     if not path.is_file():
         faults.add(path.name, "", "the file is missing; images of one NIH patient may fall into several folds")
@@ -96,5 +99,5 @@ def nih_patients(path: Path, faults: Faults) -> dict[str, str]:
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(
-            f"{path} is no list of objects with subset_img_id and img_id ({error!r}); fetch RSNA's file again, or remove it"
+            f"{path} is not a list of objects with subset_img_id and img_id ({error!r}): fetch it again, or remove it"
         ) from error

@@ -1,7 +1,7 @@
-"""Reads the SIIM-FISABIO-RSNA COVID-19 layout, train and test, into the kit's tables, and lists what is broken in it.
+"""Reads the training and test sets of the SIIM-FISABIO-RSNA COVID-19 competition, and lists their faults.
 
-Nothing broken is dropped silently: each table of faults has the columns `file`, `row` (an id as it stands in the file, or a
-path) and `problem`, which also says what was done about it.
+Nothing is left out silently: each table of faults has the columns `file`, `row` (an id as written in the file, or a path)
+and `problem`, which also says what was done about it.
 """
 
 import ast
@@ -20,43 +20,47 @@ from kitlib.errors import DatasetError
 from kitlib.tables import BOX, check_table
 
 STUDY_TABLE, IMAGE_TABLE, SAMPLE = "train_study_level.csv", "train_image_level.csv", "sample_submission.csv"
-# Of the training set, counted from the competition's own tables and DICOM headers.
+# Of the training set, counted in the competition's tables and DICOM headers.
 PUBLISHED = {"images": 6334, "studies": 6054, "patients": 3261, "boxes": 7853, "false_none": 217}
 
 
 @dataclass(frozen=True)
 class SiimTest:
-    images: pd.DataFrame  # table images: one row a file; rows and columns are 0 where the header cannot be read
+    """The test set: its images, and the ids that a submission needs."""
+
+    images: pd.DataFrame  # table images: one row per file; rows and columns are 0 if the header cannot be read
     faults: pd.DataFrame
-    study_ids: tuple[str, ...]  # every study and image that a submission needs: the sample's in its order, then
-    image_ids: tuple[str, ...]  # those that have files alone
-    sample_ids: tuple[str, ...]  # the sample's own ids as it has them (..._study, ..._image), each once; empty without one
+    study_ids: tuple[str, ...]  # all studies that need a row: the sample's in its order, then others that have files
+    image_ids: tuple[str, ...]  # all images that need a row, in the same order
+    sample_ids: tuple[str, ...]  # the sample submission's ids (..._study, ..._image), each once; empty without a sample
 
 
 def read_train(folder: str | Path, progress: bool = True) -> Dataset:
-    """Training images, study labels and boxes (original pixels, cut at the image's edges) of the competition in `folder`.
+    """Read training images, study labels and boxes (original pixels, cut at the image's edges) of the competition.
 
-    `false_none` is True where an image has no box and another image of its study has one: annotators looked at one image a
-    study, so its emptiness says nothing. Such images keep their row here, and are left out of folds.
+    `false_none` is True if an image has no box but another image of its study has one: annotators looked at one image per
+    study, so the missing box means nothing. Such images are in the tables, but in no fold.
 
-    Left out, with a fault: rows without a file, files without a row, images without a study label, images with an
-    unreadable header (their patient is unknown) or with a box that cannot be read (the image would pass for a healthy one).
-    Raises DatasetError where the train folder, a CSV file or a column is missing.
+    Left out, with a fault: rows without a file, files without a row, images without a study label, images with an unreadable
+    header (their patient is unknown) or with an invalid box (the image would be taken as healthy). Raises DatasetError if
+    the train folder, a CSV file or a column is missing.
     """
     folder, faults = Path(folder), Faults()
     labels, boxes, rows = read_label_tables(folder, faults)
     train = folder / "train"
     if not train.is_dir():
         raise DatasetError(f"{train} is missing: unpack the competition's training files there, see inputs/README.md")
-    files = _dicom_files(train, faults)
+    files = _find_dicom_files(train, faults)
     for image_id in sorted(set(rows.image_id) - set(files.image_id)):
         faults.add(IMAGE_TABLE, f"{image_id}_image", "has no file below train; left out")
     for file in files[~files.image_id.isin(rows.image_id)].itertuples():
-        faults.add(_below(file.path, folder), file.image_id, f"has no usable row in {IMAGE_TABLE}; left out")
+        faults.add(_relative_path(file.path, folder), file.image_id, f"has no usable row in {IMAGE_TABLE}; left out")
     images = rows.merge(files, on="image_id", suffixes=("", "_of_file"))
     for row in images[images.study_id != images.study_id_of_file].itertuples():
         faults.add(
-            IMAGE_TABLE, f"{row.image_id}_image", f"lies below study {row.study_id_of_file}; the table's study is used"
+            IMAGE_TABLE,
+            f"{row.image_id}_image",
+            f"the file is below the study {row.study_id_of_file}; the table's study is used",
         )
     images = _with_headers(images, folder, faults, "left out", progress)
     images = images[images.readable].drop(columns=["readable", "study_id_of_file"])
@@ -67,40 +71,39 @@ def read_train(folder: str | Path, progress: bool = True) -> Dataset:
 
 
 def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -> SiimTest:
-    """Test images from the files below `folder`/test, cross-checked with the sample submission.
+    """Read the test images below `folder`/test and the ids that a submission needs, from files and sample submission.
 
-    Without `headers` no file is opened: the table is there in a moment, with the study as patient and sizes of 0.
-
-    The two need not agree (the public and the hidden test set differ, and either may hold no study or no image): what only
-    one of them has is a fault, and has its id in the result. An image with an unreadable header keeps its row, with its
-    study from the path and that study as its patient. Raises DatasetError where both are missing.
+    With `headers=False` no file is opened, which is fast; patients are then the studies, and sizes are 0. Files and sample
+    need not agree (the public and the hidden test set differ, and either may have no study or no image): an id that only one
+    of them has is a fault, and still part of the result. An image with an unreadable header has a row, with the study from
+    its path also as its patient. Raises DatasetError if both the sample and the folder test are missing.
     """
     folder = Path(folder)
     sample, test = folder / SAMPLE, folder / "test"
     if not sample.is_file() and not test.is_dir():
         raise DatasetError(f"{folder} has neither {SAMPLE} nor a folder test; see inputs/README.md for its layout")
     faults = Faults()
-    sample_ids = _sample_ids(sample, faults)
+    sample_ids = _read_sample_ids(sample, faults)
     listed: dict[str, list[str]] = {"study": [], "image": []}
     for name in sample_ids:
         bare, _, kind = name.rpartition("_")
         listed[kind].append(bare)
     if not test.is_dir():
-        faults.add("test", "", "the folder is missing; there are only the sample submission's ids")
-    files = _dicom_files(test, faults)  # none where there is no folder
+        faults.add("test", "", "the folder is missing; only the sample submission's ids are used")
+    files = _find_dicom_files(test, faults)  # empty if the folder is missing
     studies = sorted(entry.name for entry in test.iterdir() if entry.is_dir()) if test.is_dir() else []
     ids: dict[str, tuple[str, ...]] = {}
-    for kind, of_files in (("study", studies), ("image", files.image_id.tolist())):
-        known, there = set(listed[kind]), set(of_files)
+    for kind, names in (("study", studies), ("image", files.image_id.tolist())):
+        sample_names, file_names = set(listed[kind]), set(names)
         for name in listed[kind]:
-            if name not in there:
-                faults.add(SAMPLE, f"{name}_{kind}", "has no file below test; its row is kept")
-        further = [name for name in of_files if name not in known]
-        for name in further:
+            if name not in file_names:
+                faults.add(SAMPLE, f"{name}_{kind}", "has no file below test; it gets a row all the same")
+        additional = [name for name in names if name not in sample_names]
+        for name in additional:
             faults.add("test", name, f"{kind} is not in {SAMPLE}; it gets a row all the same")
-        ids[kind] = (*listed[kind], *further)
+        ids[kind] = (*listed[kind], *additional)
     if headers:
-        images = _with_headers(files, folder, faults, "kept, its study taken from the path", progress).drop(
+        images = _with_headers(files, folder, faults, "kept, with the study from its path", progress).drop(
             columns="readable"
         )
     else:
@@ -110,86 +113,90 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
 
 
 def read_label_tables(folder: Path, faults: Faults) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """The two label CSVs alone: labels (id = study_id), boxes in original pixels, and image_id, study_id, false_none.
+    """Read the two label CSV files; returns labels (id = study_id), boxes (original pixels) and a table of images.
 
-    Without the DICOM files boxes are cut at zero only. Raises DatasetError.
+    The table of images has the columns image_id, study_id and false_none. Boxes are cut at zero only, because image sizes
+    are in the DICOM files. Invalid rows are left out, with a fault. Raises DatasetError if a file or a column is missing.
     """
-    labels = _study_labels(folder / STUDY_TABLE, faults)
+    labels = _read_study_labels(folder / STUDY_TABLE, faults)
     table = read_csv(folder / IMAGE_TABLE, ("id", "boxes", "label", "StudyInstanceUID"))
     table["image_id"] = _bare_ids(table.id, "_image", IMAGE_TABLE, faults)
-    known = set(labels.id)
-    kept, boxes, marked = [], [], set()
+    labelled = set(labels.id)
+    rows, boxes, studies_with_boxes = [], [], set()
     for row in table[table.image_id != ""].itertuples():
         if row.boxes.strip():
-            marked.add(row.StudyInstanceUID)
-        if row.StudyInstanceUID not in known:
+            studies_with_boxes.add(row.StudyInstanceUID)
+        if row.StudyInstanceUID not in labelled:
             faults.add(IMAGE_TABLE, row.id, f"study {row.StudyInstanceUID!r} has no usable row in {STUDY_TABLE}; left out")
             continue
         try:
-            found = _parse_boxes(row.boxes)
-            if bool(found) != row.label.startswith("opacity"):
+            image_boxes = _parse_boxes(row.boxes)
+            if bool(image_boxes) != row.label.startswith("opacity"):
                 raise ValueError(f"boxes and label disagree: {row.label[:60]!r}")
         except ValueError as error:
             faults.add(IMAGE_TABLE, row.id, f"{error}; left out")
             continue
-        kept.append((row.image_id, row.StudyInstanceUID, not found))
-        boxes += [(row.image_id, *box) for box in found]
-    images = pd.DataFrame(kept, columns=["image_id", "study_id", "false_none"], dtype=object)
-    images["false_none"] = images.false_none.astype(bool) & images.study_id.isin(marked)
+        rows.append((row.image_id, row.StudyInstanceUID, not image_boxes))
+        boxes += [(row.image_id, *box) for box in image_boxes]
+    images = pd.DataFrame(rows, columns=["image_id", "study_id", "false_none"], dtype=object)
+    images["false_none"] = images.false_none.astype(bool) & images.study_id.isin(studies_with_boxes)
     images, boxes = cut_at_edges(images, pd.DataFrame(boxes, columns=["image_id", *BOX]), faults, IMAGE_TABLE, "_image")
     return labels, boxes, images.sort_values("image_id", ignore_index=True)
 
 
-def _study_labels(path: Path, faults: Faults) -> pd.DataFrame:
+def _read_study_labels(path: Path, faults: Faults) -> pd.DataFrame:
     table = read_csv(path, ("id", *STUDY_LABEL_COLUMNS))
     labels = pd.DataFrame({"id": _bare_ids(table.id, "_study", STUDY_TABLE, faults)})
     for column, name in STUDY_LABEL_COLUMNS.items():
         labels[name] = pd.to_numeric(table[column], errors="coerce")
     values = labels[list(STUDY_CLASSES)]
-    one_hot = values.isin([0, 1]).all(axis=1) & (values.sum(axis=1) == 1)
-    for name in table.id[~one_hot & (labels.id != "")]:
+    is_one_hot = values.isin([0, 1]).all(axis=1) & (values.sum(axis=1) == 1)
+    for name in table.id[~is_one_hot & (labels.id != "")]:
         faults.add(STUDY_TABLE, name, "not exactly one class is 1 and the others 0; left out")
-    return check_table(labels[one_hot & (labels.id != "")], "labels", str(path))
+    return check_table(labels[is_one_hot & (labels.id != "")], "labels", str(path))
 
 
 def _bare_ids(ids: pd.Series, suffix: str, file: str, faults: Faults) -> pd.Series:
-    """Ids without their suffix; "" for those that have another one, or repeat an earlier row."""
+    """Return ids without their suffix, "" for ids without it and for repetitions of an earlier row, with a fault."""
     bare = ids.str.removesuffix(suffix)
-    wrong = ~ids.str.endswith(suffix) | (bare == "")
-    repeated = ~wrong & ids.duplicated()
-    for name in ids[wrong]:
+    is_wrong = ~ids.str.endswith(suffix) | (bare == "")
+    is_repeated = ~is_wrong & ids.duplicated()
+    for name in ids[is_wrong]:
         faults.add(file, name, f"the id does not end in {suffix}; left out")
-    for name in ids[repeated]:
+    for name in ids[is_repeated]:
         faults.add(file, name, "the id occurs again; the first row is used")
-    return bare.where(~wrong & ~repeated, "")
+    return bare.where(~is_wrong & ~is_repeated, "")
 
 
 def _parse_boxes(cell: str) -> list[tuple[float, float, float, float]]:
-    """Boxes of one cell, a literal such as [{'x': 1.0, 'y': 2.0, 'width': 3.0, 'height': 4.0}]; ValueError says why not."""
+    """Return the boxes (xmin, ymin, xmax, ymax) of one cell such as [{'x': 1.0, 'y': 2.0, 'width': 3.0, 'height': 4.0}].
+
+    Raises ValueError if the cell is neither empty nor a Python literal of that form.
+    """
     if not cell.strip():
         return []
     try:
         entries = ast.literal_eval(cell)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"boxes are no Python literal: {cell[:60]!r}") from error
+        raise ValueError(f"the boxes are not a Python literal: {cell[:60]!r}") from error
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"boxes are no list of boxes: {cell[:60]!r}")
-    return [_corners(entry) for entry in entries]
+        raise ValueError(f"the boxes are not a list of boxes: {cell[:60]!r}")
+    return [_box_corners(entry) for entry in entries]
 
 
-def _corners(entry: Any) -> tuple[float, float, float, float]:
+def _box_corners(entry: Any) -> tuple[float, float, float, float]:
     try:
         x, y, width, height = (float(entry[key]) for key in ("x", "y", "width", "height"))
     except (TypeError, KeyError, ValueError, OverflowError) as error:
-        raise ValueError(f"a box wants numbers for x, y, width, height, got {str(entry)[:60]!r}") from error
+        raise ValueError(f"a box needs numbers for x, y, width, height, got {str(entry)[:60]!r}") from error
     corners = (x, y, x + width, y + height)
     if not all(map(math.isfinite, corners)) or corners[2] <= x or corners[3] <= y:
         raise ValueError(f"a box without area: {str(entry)[:90]!r}")
     return corners
 
 
-def _sample_ids(path: Path, faults: Faults) -> tuple[str, ...]:
-    """The sample submission's ids that end in _study or _image, each once, in its order."""
+def _read_sample_ids(path: Path, faults: Faults) -> tuple[str, ...]:
+    """Return the sample submission's ids that end in _study or _image, each once, in the file's order."""
     if not path.is_file():
         faults.add(SAMPLE, "", "the file is missing; ids are taken from the files below test")
         return ()
@@ -197,44 +204,49 @@ def _sample_ids(path: Path, faults: Faults) -> tuple[str, ...]:
     for name in ids[ids.duplicated()]:
         faults.add(SAMPLE, name, "the id occurs again; it gets one row")
     ids = ids.drop_duplicates()
-    usable = ids.str.fullmatch(r".+_(?:study|image)", flags=re.DOTALL)
-    for name in ids[~usable]:
+    is_usable = ids.str.fullmatch(r".+_(?:study|image)", flags=re.DOTALL)
+    for name in ids[~is_usable]:
         faults.add(SAMPLE, name, "the id ends neither in _study nor in _image; left out")
-    return tuple(ids[usable])
+    return tuple(ids[is_usable])
 
 
-def _dicom_files(root: Path, faults: Faults) -> pd.DataFrame:
-    """image_id, study_id and path of every <study>/<series>/<image>.dcm below `root`, sorted by image_id."""
-    found: dict[str, tuple[str, str, str]] = {}
+def _find_dicom_files(root: Path, faults: Faults) -> pd.DataFrame:
+    """Return image_id, study_id and path of every <study>/<series>/<image>.dcm below `root`, sorted by image_id."""
+    files: dict[str, tuple[str, str, str]] = {}
     for folder, _, names in sorted(os.walk(root)):
         parts = Path(folder).relative_to(root).parts
         for name in sorted(names):
             path = Path(folder, name)
             problem = ""
             if name.startswith("."):
-                continue  # left behind by desktops and interrupted downloads
+                continue  # hidden files of desktops and interrupted downloads
             if path.suffix.lower() != ".dcm" or len(parts) != 2:
                 problem = "is not a <study>/<series>/<image>.dcm; left out"
-            elif path.stem in found:
-                problem = f"has the name of {found[path.stem][2]}; left out"
+            elif path.stem in files:
+                problem = f"has the same name as {files[path.stem][2]}; left out"
             if problem:
-                faults.add(_below(path, root.parent), path.stem, problem)
+                faults.add(_relative_path(path, root.parent), path.stem, problem)
             else:
-                found[path.stem] = (path.stem, parts[0], str(path))
-    return pd.DataFrame([found[name] for name in sorted(found)], columns=["image_id", "study_id", "path"], dtype=object)
+                files[path.stem] = (path.stem, parts[0], str(path))
+    return pd.DataFrame([files[name] for name in sorted(files)], columns=["image_id", "study_id", "path"], dtype=object)
 
 
 def _with_headers(images: pd.DataFrame, folder: Path, faults: Faults, outcome: str, progress: bool) -> pd.DataFrame:
-    """Columns patient_id, rows, columns, view, source, and `readable`; `outcome` says what becomes of the others."""
-    read = []
+    """Return `images` with the columns patient_id, rows, columns, view, source and readable, from the DICOM headers.
+
+    An unreadable header is a fault, in which `outcome` says what is done with the image.
+    """
+    records = []
     for row, header in zip(images.itertuples(), read_headers(images.path, progress), strict=True):
         if header.problem:
-            faults.add(_below(row.path, folder), row.image_id, f"header cannot be read ({header.problem}); {outcome}")
+            faults.add(
+                _relative_path(row.path, folder), row.image_id, f"the header cannot be read ({header.problem}); {outcome}"
+            )
         patient = header.patient_id or row.study_id
-        read.append((patient, header.rows, header.columns, header.view, not header.problem))
-    columns = pd.DataFrame(read, columns=["patient_id", "rows", "columns", "view", "readable"], index=images.index)
+        records.append((patient, header.rows, header.columns, header.view, not header.problem))
+    columns = pd.DataFrame(records, columns=["patient_id", "rows", "columns", "view", "readable"], index=images.index)
     return images.join(columns).assign(source="siim")
 
 
-def _below(path: str | Path, folder: Path) -> str:
+def _relative_path(path: str | Path, folder: Path) -> str:
     return str(Path(path).relative_to(folder))

@@ -1,6 +1,6 @@
-"""What of an X-ray a model's canvas shows: its grey adjusted, the lungs or all but them, a middle square, a border.
+"""How an X-ray is drawn on the model's input: grey levels, lung masking, the central square, the border probe.
 
-Training and prediction share it, so that a model predicts on what it has learnt from.
+Training and prediction share this code, so that a model sees the same kind of input in both.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from kitlib.lungs.crop import only_lungs
 from kitlib.lungs.equalise import adjusted
 from kitlib.recipes.fields import TrainingRecipe
 
-# Of a canvas's side, at each edge: what the probe "border" leaves.
+# Width of the border that the probe "border" shows, as a share of the canvas's side.
 BORDER = 0.1
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """A recipe's fields of these names, which say what a model is shown; see kitlib.recipes.fields."""
+    """The fields of a recipe that determine a model's input; their meaning is documented in kitlib.recipes.fields."""
 
     image_size: int
     canvas: int = 0
@@ -32,31 +32,31 @@ class Canvas:
 
     @property
     def whole(self) -> int:
-        """Side of the square on which the image is laid; the model sees a square of image_size of it."""
+        """Side of the square on which the image is placed; the model sees a square of `image_size` of it."""
         return self.canvas or self.image_size
 
     @property
     def needs_mask(self) -> bool:
-        """Whether what is seen follows the lungs' mask."""
+        """Whether the model's input depends on the lung mask."""
         return self.masked or self.probe == "outside_lungs"
 
     def grey(self, pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        """uint8 (height, width) as it is to be laid on the canvas: adjusted, then black outside or inside of the lungs.
+        """Return uint8 (height, width) for the canvas: the grey adjusted, then black outside or inside of the lungs.
 
-        `mask`, bool of the same shape; without one (the lungs were not found) nothing is black.
+        `mask` is bool of the same shape; None (the lungs were not found) leaves all pixels visible.
         """
-        # In this order: what a mask blackens is part of the image's histogram, as Patched FLANNEL has it.
+        # The grey is adjusted before masking: as in Patched FLANNEL, masked pixels count in the image's histogram.
         pixels = adjusted(pixels, self.equalise, self.gamma) if self.equalise or self.gamma != 1 else pixels
         if self.probe == "outside_lungs" and mask is not None:
             mask = ~mask
         return only_lungs(pixels, mask)
 
     def lay(self, grey: np.ndarray, place: Placement) -> np.ndarray:
-        """The canvas of `place` with `grey` on it, and no more than its border for the probe of that name."""
+        """Return the canvas with `grey` placed on it; for the probe "border" everything but the border is black."""
         return border_alone(place.image(grey)) if self.probe == "border" else place.image(grey)
 
     def middle(self, place: Placement) -> Placement:
-        """From a placement on the whole square to one on the square of image_size in its middle, which prediction sees."""
+        """Convert a placement on the whole square to one on its central square of `image_size`, which prediction uses."""
         edge = (self.whole - self.image_size) // 2
         if not edge and self.whole == self.image_size:
             return place
@@ -69,13 +69,13 @@ class Canvas:
         )
 
     def middle_of(self, pixels: np.ndarray) -> np.ndarray:
-        """The same square of a whole canvas (whole, whole); a view, no copy."""
+        """Return the central square of `image_size` of a canvas (whole, whole), as a view."""
         edge = (self.whole - self.image_size) // 2
         return pixels[edge : edge + self.image_size, edge : edge + self.image_size]
 
 
 def canvas_of(recipe: TrainingRecipe | Mapping[str, Any], image_size: int = 0) -> Canvas:
-    """The canvas of a recipe, or of a bundle's record of one; `image_size` instead of its own, where it is not 0."""
+    """Return the Canvas of a recipe or of the recipe in a bundle's record; a nonzero `image_size` replaces the recipe's."""
     names = [field.name for field in dataclasses.fields(Canvas)]
     if isinstance(recipe, TrainingRecipe):
         fields = {name: getattr(recipe, name) for name in names if hasattr(recipe, name)}
@@ -85,7 +85,7 @@ def canvas_of(recipe: TrainingRecipe | Mapping[str, Any], image_size: int = 0) -
 
 
 def border_alone(canvas: np.ndarray) -> np.ndarray:
-    """uint8 (rows, columns), black but for a tenth of its side at each edge, in whole pixels and at least one."""
+    """Return a copy of uint8 (rows, columns) that is black except for a border of a tenth of each side, at least a pixel."""
     shown = canvas.copy()
     down, across = (max(1, round(BORDER * side)) for side in canvas.shape)
     shown[down : canvas.shape[0] - down, across : canvas.shape[1] - across] = 0

@@ -1,4 +1,4 @@
-"""From a segmenter's maps of one image to its lungs: islands dropped, dilated, closed, and taken only where plausible."""
+"""Turns a segmenter's maps of one image into its lungs: removes islands, dilates, closes, checks plausibility."""
 
 from dataclasses import dataclass
 
@@ -12,71 +12,71 @@ from kitlib.lungs.finders import FOUND, in_original
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.xrays.cache import CachedXray
 
-# Raise it whenever the same maps may become other lungs: masks made before are then made anew, since a submission would crop
-# by this version's.
+# Version of the clean-up. Raise it whenever the same maps may give other lungs: existing masks are then computed again,
+# since a submission would crop with the new version.
 CLEAN_UP = 1
-CLEAN_SIDE = 512  # pixels of the canvas at which masks are cleaned up: what was published counts these
-# Why lungs are not taken as found.
+CLEAN_SIDE = 512  # canvas side in pixels for the clean-up; the published numbers of dilations and closings refer to it
+# Verdicts on images whose lungs are not used.
 BLANK, EMPTY, SMALL, NARROW = "blank image", "no lung found", "too small", "too narrow for two lungs"
-BLANK_SPREAD = 8  # grey levels from the darkest to the brightest pixel; a network finds lungs even in less
+BLANK_SPREAD = 8  # grey levels; an image of a smaller range is blank, but a network would still find lungs in it
 
 
 @dataclass(frozen=True)
 class Segmented:
-    """What was found in one image."""
+    """The result of segmenting one image."""
 
     image_id: str
     verdict: str  # FOUND, BLANK, EMPTY, SMALL or NARROW
-    area: float  # of the cleaned lungs, share of the canvas
-    frame: np.ndarray  # (4,) xmin, ymin, xmax, ymax in original pixels; the whole image where not found
-    codes: np.ndarray  # uint8 of MASK_CODES, of the shape of the cached pixels; "lungs" is what the clean-up has added
+    area: float  # of the cleaned lungs, as a share of the canvas
+    frame: np.ndarray  # (4,) xmin, ymin, xmax, ymax in original pixels; the whole image unless the verdict is FOUND
+    codes: np.ndarray  # uint8 of MASK_CODES, of the shape of the cached pixels; "lungs" marks pixels added by the clean-up
 
 
 def placement(xray: CachedXray, recipe: SegmenterRecipe) -> Placement:
-    """Where the whole image lies on the recipe's canvas."""
+    """Return the placement of the whole image on the recipe's canvas."""
     return PLACEMENTS[recipe.placement](xray.rows, xray.columns, recipe.image_size)
 
 
 def on_canvas(xray: CachedXray, place: Placement, recipe: SegmenterRecipe) -> np.ndarray:
-    """What the network sees, uint8 (side, side): the image's grey adjusted, then laid on the canvas, black around it."""
-    # In this order: the canvas's padding is no part of the image's histogram.
+    """Return the network's input, uint8 (side, side): the image's grey adjusted, then placed on the black canvas."""
+    # The grey is adjusted first, so that the canvas's padding does not count in the histogram.
     return place.image(adjusted(xray.pixels, recipe.equalise, recipe.gamma))
 
 
 def on_copy(maps: np.ndarray, place: Placement, shape: tuple[int, int], recipe: SegmenterRecipe) -> np.ndarray:
-    """Maps as of `LungSegmenter.maps` as a label image of the decoded copy, uint8 `shape`, of MASK_CODES.
+    """Convert maps of `LungSegmenter.maps` to a label image of the decoded copy: uint8 of `shape`, codes of MASK_CODES.
 
-    Probabilities are linear between the canvas's pixels; the most probable of background and structures counts.
+    Probabilities are interpolated linearly; each pixel gets the most probable of background and structures.
     """
-    codes, alone = np.zeros(shape, np.uint8), len(maps) == 1
-    # One structure alone has to be more probable than not, which saves the background's map.
-    best = np.uint8(127) if alone else place.back(255 - maps.sum(axis=0).clip(max=255).astype(np.uint8), *shape)
-    for name, each in zip(recipe.structures, maps, strict=True):
-        likely = place.back(each, *shape)
+    codes, is_single = np.zeros(shape, np.uint8), len(maps) == 1
+    # A single structure only needs a probability above one half, which saves computing the background's map.
+    best = np.uint8(127) if is_single else place.back(255 - maps.sum(axis=0).clip(max=255).astype(np.uint8), *shape)
+    for name, probabilities in zip(recipe.structures, maps, strict=True):
+        likely = place.back(probabilities, *shape)
         codes[likely > best] = MASK_CODES[name]
         best = np.maximum(best, likely)
     return codes
 
 
 def segmented(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: SegmenterRecipe) -> Segmented:
-    """The verdict on the maps of one image, which lie on the canvas as `place` says.
+    """Clean up the maps of one image, which are on the canvas of `place`, and decide whether its lungs can be used.
 
-    The lungs are dilated and closed by 3 x 3 pixels on a canvas of 512 pixels a side, and not trusted below an area: UNet +
-    HRNet paper, section 3.2. Nor are a frame narrower than two lungs and, before all that, small islands.
+    Small islands are removed; the lungs are dilated and closed by 3 x 3 pixels on a canvas of 512 pixels a side, and refused
+    below a minimum area (UNet + HRNet paper, section 3.2) or if their frame is too narrow for two lungs.
     """
     shape, whole = xray.pixels.shape, np.array([0.0, 0.0, xray.columns, xray.rows])
     if int(xray.pixels.max()) - int(xray.pixels.min()) < BLANK_SPREAD:
         return Segmented(xray.image_id, BLANK, 0.0, whole, np.zeros(shape, np.uint8))
     sides = [number for number, name in enumerate(recipe.structures) if MASK_CODES[name] in LUNG_CODES]
-    # By way of the copy: the two canvases round their bars each for itself.
+    # Via the decoded copy, because the two canvases round the width of their padding differently.
     likely = place.back(maps[sides].sum(axis=0, dtype=np.uint16).clip(max=255).astype(np.uint8), *shape)
     large = PLACEMENTS[recipe.placement](xray.rows, xray.columns, CLEAN_SIDE)
     clean = without_islands(large.image(likely) > 127, recipe.least_island)
     clean = cleaned(clean, recipe.dilations, recipe.closings)
     area = float(clean.mean())
     raw, inside = on_copy(maps, place, shape, recipe), large.back(clean.astype(np.uint8) * 255, *shape) > 127
-    kept = np.where(np.isin(raw, LUNG_CODES), raw, MASK_CODES["lungs"])
-    codes = np.where(inside, kept, np.where(raw == MASK_CODES["heart"], raw, 0)).astype(np.uint8)
+    lung_codes = np.where(np.isin(raw, LUNG_CODES), raw, MASK_CODES["lungs"])
+    codes = np.where(inside, lung_codes, np.where(raw == MASK_CODES["heart"], raw, 0)).astype(np.uint8)
     tight, wide = (lung_frame(inside, margin) for margin in (0.0, recipe.margin))
     if tight is None or wide is None:
         return Segmented(xray.image_id, EMPTY, area, whole, codes)
@@ -87,15 +87,15 @@ def segmented(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: Segm
 
 
 def without_islands(lungs: np.ndarray, least: float) -> np.ndarray:
-    """A bool mask (rows, columns) less its connected parts of less than a share of its pixels."""
+    """Return a bool mask (rows, columns) without the connected parts that cover less than a share `least` of the array."""
     count, places, stats, _ = cv2.connectedComponentsWithStats(lungs.astype(np.uint8), connectivity=8)
     large = stats[:, cv2.CC_STAT_AREA] >= least * lungs.size
-    large[0] = False  # what is around them
+    large[0] = False  # the background
     return large[places] if count > 1 else lungs
 
 
 def cleaned(lungs: np.ndarray, dilations: int, closings: int) -> np.ndarray:
-    """A bool mask (rows, columns), dilated and then closed so many times by 3 x 3 pixels."""
+    """Return a bool mask (rows, columns) after `dilations` and then `closings` by 3 x 3 pixels."""
     square = np.ones((3, 3), np.uint8)
     clean: np.ndarray = lungs.astype(np.uint8)
     if dilations:
@@ -106,9 +106,9 @@ def cleaned(lungs: np.ndarray, dilations: int, closings: int) -> np.ndarray:
 
 
 def lung_frame(lungs: np.ndarray, margin: float) -> np.ndarray | None:
-    """xmin, ymin, xmax, ymax around a bool mask (rows, columns), on whole pixels, with a share of its sides added around.
+    """Return the box xmin, ymin, xmax, ymax around a bool mask (rows, columns), on whole pixels; None if it is empty.
 
-    None for an empty mask.
+    A share `margin` of the box's sides is added on each side, within the image.
     """
     across, down = np.flatnonzero(lungs.any(axis=0)), np.flatnonzero(lungs.any(axis=1))
     if not len(across):

@@ -1,6 +1,6 @@
-"""How a model looks at lungs: cropped to their frame, and black outside of their mask where its recipe says so.
+"""Crops images to the lungs' frame, and blackens what is outside of their mask, as a model's recipe requires.
 
-Training and prediction share it, so that a model predicts on what it has learnt from.
+Training and prediction share this code, so that a model sees the same kind of input in both.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,71 +14,81 @@ from kitlib.recipes.fields import VIEWS, WithBackbone
 from kitlib.xrays.cache import CachedXray
 
 
-class NobodysLungs:
-    """Finds none: every image is seen whole."""
+class NoLungs:
+    """A finder that never finds lungs, so that every image is used whole."""
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
+        """Return Lungs without frame and mask for each image."""
         return [Lungs(None)] * len(xrays)
 
 
-def finder_for(recipe_lungs: str, given: LungFinder | None) -> LungFinder:
-    """Who finds the lungs for a recipe's field `lungs`: its "darkness" alone, or for "masks" who is given, if anybody."""
+def finder_for(recipe_lungs: str, finder: LungFinder | None) -> LungFinder:
+    """Return the finder for a recipe's field `lungs`: DarkLungs for "darkness", else `finder`, or NoLungs if it is None."""
     if recipe_lungs == "darkness":
         return DarkLungs()
-    return NobodysLungs() if given is None else given
+    return NoLungs() if finder is None else finder
 
 
 def looks_at_lungs(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
-    """Whether a model of `recipe`, as a bundle's record has it, asks where the lungs are; `views` instead of its own."""
+    """Return whether a model needs to know where the lungs are, because it masks the image or crops a view to them.
+
+    `recipe` is the recipe in a bundle's record; nonempty `views` replace the recipe's.
+    """
     shown = views or recipe.get("views") or ("full",)
     by_mask = recipe.get("masked", False) or recipe.get("probe") == "outside_lungs"
     return by_mask or any(VIEWS[view][0] == "lungs" for view in shown if view in VIEWS)
 
 
 def wants_masks(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
-    """Whether such a model asks a segmenter for them."""
+    """Return whether a model needs a segmenter's lung masks; the arguments are those of `looks_at_lungs`."""
     return recipe.get("lungs", "darkness") == "masks" and looks_at_lungs(recipe, views)
 
 
-def check_finder(recipe: WithBackbone, given: LungFinder | None, model: str) -> None:
-    """Raise ValueError where a training of `recipe` lacks the masks it asks for, or would not heed those it is given."""
-    if recipe.lungs == "masks" and given is None:
+def check_finder(recipe: WithBackbone, finder: LungFinder | None, model: str) -> None:
+    """Raise ValueError if a training of `recipe` needs masks but has no finder, or has a finder but would ignore it."""
+    if recipe.lungs == "masks" and finder is None:
         raise ValueError(
-            f'{model}: the recipe\'s lungs are "masks", and no run has them; set lungs_run to a run of notebook 14, or give '
-            'overrides {"lungs": "darkness"}'
+            f'{model}: the recipe has lungs="masks", but there is no run with masks; set lungs_run to a run of notebook 14, '
+            'or set overrides {"lungs": "darkness"}'
         )
-    if recipe.lungs == "darkness" and given is not None:
+    if recipe.lungs == "darkness" and finder is not None:
         raise ValueError(
-            f'{model}: a run of masks is given, and the recipe\'s lungs are "darkness", which heeds none; give overrides '
-            '{"lungs": "masks"}, or leave lungs_run empty'
+            f'{model}: lungs_run names a run with masks, but the recipe has lungs="darkness", which ignores them; set '
+            'overrides {"lungs": "masks"}, or leave lungs_run empty'
         )
 
 
 def seen_lungs(finder: LungFinder, xrays: Sequence[CachedXray], masked: bool) -> list[Lungs]:
-    """What a model takes of what is found: where it wants masks and an image has none, nothing, and otherwise no mask."""
-    found = finder.find(xrays)
+    """Return the lungs of each image as far as a model uses them: the frame, and the mask if the model is `masked`.
+
+    For a masked model, lungs without a mask count as not found.
+    """
+    all_lungs = finder.find(xrays)
     if not masked:
-        return [Lungs(lungs.frame) for lungs in found]
-    return [lungs if lungs.frame is not None and lungs.mask is not None else Lungs(None) for lungs in found]
+        return [Lungs(lungs.frame) for lungs in all_lungs]
+    return [lungs if lungs.frame is not None and lungs.mask is not None else Lungs(None) for lungs in all_lungs]
 
 
 def crop(place: Callable[..., Placement], frame: np.ndarray | None, rows: int, columns: int, side: int) -> Placement:
-    """`place` (see kitlib.letterbox.PLACEMENTS) of the frame, in original pixels, on a square canvas; None: of the whole."""
+    """Return the placement of a frame, or of the whole image if it is None, on a square canvas of `side` pixels.
+
+    `frame` (4,) is xmin, ymin, xmax, ymax in original pixels; `place` is a value of kitlib.letterbox.PLACEMENTS.
+    """
     return place(rows, columns, side) if frame is None else within(place, frame, rows, columns, side)
 
 
 def only_lungs(pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """uint8 (height, width) with 0 where the bool mask of the same shape is False; as they are where there is no mask."""
+    """Return uint8 pixels (height, width), set to 0 where the bool mask of that shape is False; unchanged without a mask."""
     return pixels if mask is None else pixels * mask
 
 
 def boxes_shown(place: Placement, boxes: np.ndarray) -> np.ndarray:
-    """Boxes (n, 4) in original pixels on the canvas of `place`, float (k, 4) in its pixels.
+    """Convert boxes (n, 4) from original pixels to pixels of the canvas of `place`; returns float (k, 4).
 
-    They are cut at the edges of the frame and of the canvas, and gone where less than a pixel a side is left of either.
+    Boxes are cut at the edges of the frame and of the canvas; those with less than a pixel a side in either are removed.
     """
     xmin, ymin, xmax, ymax = place.frame or (0.0, 0.0, float(place.columns), float(place.rows))
     corner = np.array([xmin, ymin] * 2)
-    cut, inside = clip_boxes(np.asarray(boxes, dtype=float).reshape(-1, 4) - corner, ymax - ymin, xmax - xmin)
-    cut, seen = clip_boxes(place.boxes_to_canvas(cut[inside] + corner), place.canvas_rows, place.canvas_columns)
-    return cut[seen]
+    cut, is_inside = clip_boxes(np.asarray(boxes, dtype=float).reshape(-1, 4) - corner, ymax - ymin, xmax - xmin)
+    cut, is_visible = clip_boxes(place.boxes_to_canvas(cut[is_inside] + corner), place.canvas_rows, place.canvas_columns)
+    return cut[is_visible]

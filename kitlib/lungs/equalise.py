@@ -1,16 +1,17 @@
-"""The grey of an X-ray as a segmenter wants it: its histogram equalised, then a power of it."""
+"""Adjusts the grey of an X-ray: histogram equalisation, then a gamma curve."""
 
 import numpy as np
 
 
 def adjusted(pixels: np.ndarray, equalise: bool, gamma: float) -> np.ndarray:
-    """uint8 pixels of any shape, equalised if asked, then 255 (x / 255)^gamma, rounded; Patched FLANNEL, section 2.1.
+    """Return uint8 pixels of any shape, equalised if `equalise`, then mapped to 255 (x / 255)^gamma, rounded.
 
-    The equalised grey is the share of pixels that are not brighter, from the darkest one's on, rescaled to 0..255 in whole
-    numbers; an image of one grey becomes black.
+    This is Patched FLANNEL, section 2.1. The equalised grey is the cumulative histogram, less the count of the darkest grey
+    that occurs, rescaled to 0..255 and cut to integers; an image of one grey becomes black. Raises ValueError unless gamma
+    is positive.
     """
     if gamma <= 0:
-        raise ValueError(f"gamma is {gamma}, wanted a positive power, such as 0.5")
+        raise ValueError(f"gamma is {gamma}; expected a positive number, such as 0.5")
     table = np.arange(256)
     if equalise:
         counts = np.bincount(pixels.ravel(), minlength=256).cumsum()

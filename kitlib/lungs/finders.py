@@ -1,4 +1,4 @@
-"""Where the lungs of an image are, whoever says so: their darkness, a finished run's masks, or a model on the spot."""
+"""Finders return the lungs of images: from their darkness, or from the masks of a finished run."""
 
 import hashlib
 import json
@@ -21,46 +21,48 @@ FOUND = "found"
 
 @dataclass(frozen=True)
 class Lungs:
-    """The lungs of one image, as far as they were found."""
+    """The lungs of one image, if found."""
 
-    frame: np.ndarray | None  # (4,) xmin, ymin, xmax, ymax in original pixels; None: not found, the whole image counts
-    mask: np.ndarray | None = None  # bool, of the shape of the cached pixels; None: nobody drew one
+    frame: np.ndarray | None  # (4,) xmin, ymin, xmax, ymax in original pixels; None: not found, the whole image is used
+    mask: np.ndarray | None = None  # bool, of the shape of the cached pixels; None: no mask
 
 
 class LungFinder(Protocol):
-    """Says where the lungs are, image by image of a batch."""
+    """Interface of everything that finds the lungs in a batch of images."""
 
-    def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]: ...
+    def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
+        """Return the lungs of each image, in the same order."""
 
 
 class DarkLungs:
-    """By their darkness alone, see kitlib.lungs.darkness; no masks."""
+    """A finder that uses the lungs' darkness alone (see kitlib.lungs.darkness); it returns frames, but no masks."""
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
-        found = []
+        """Return the lungs' frame of each image, None if uncertain."""
+        lungs = []
         for xray in xrays:
             box = lung_box(xray.pixels)
-            found.append(Lungs(None if box is None else in_original(box, xray)))
-        return found
+            lungs.append(Lungs(None if box is None else in_original(box, xray)))
+        return lungs
 
 
 def in_original(box: np.ndarray, xray: CachedXray) -> np.ndarray:
-    """xmin, ymin, xmax, ymax (4,) on the pixels of the decoded copy, in those of the original."""
+    """Convert a box xmin, ymin, xmax, ymax (4,) from pixels of the decoded copy to pixels of the original image."""
     height, width = xray.pixels.shape
-    # In this order, so that a frame at the far edge is not beyond it by a rounding.
+    # Divide first: a frame at the far edge then never exceeds it by a rounding error.
     return box / [width, height, width, height] * np.array([xray.columns, xray.rows] * 2)
 
 
 def segmenter_digest(record: dict[str, Any]) -> str:
-    """SHA-256 (hex) of what a segmenter's masks follow from: a bundle's weights, and its recipe with the clean-up."""
-    told = json.dumps([record["weights_sha256"], record["recipe"]], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()
+    """Return the SHA-256 (hex) of all that determines a segmenter's masks: the weights and the recipe of its bundle."""
+    content = json.dumps([record["weights_sha256"], record["recipe"]], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 class StoredLungs:
-    """As a run of the notebook that applies a segmenter has found them: its table lungs and its masks.
+    """A finder that reads the lungs from a finished run of notebook 14: its table lungs and its masks.
 
-    `fingerprint` (hex) tells one run's lungs from another's, and `segmenter` who drew them, see `segmenter_digest`.
+    `fingerprint` (hex) identifies the run's lungs, `segmenter` the segmenter that found them (see `segmenter_digest`).
     """
 
     def __init__(self, run_folder: str | Path) -> None:
@@ -68,21 +70,22 @@ class StoredLungs:
         table = read_table("lungs", table_path)
         self.segmenter = segmenter_digest(read_record(Path(run_folder) / "bundle"))
         self.run, self.known = Path(run_folder), frozenset(table.image_id)
-        found = table[table.verdict == FOUND]
-        self.frames = dict(zip(found.image_id, found[list(BOX)].to_numpy(float), strict=True))
+        found_rows = table[table.verdict == FOUND]
+        self.frames = dict(zip(found_rows.image_id, found_rows[list(BOX)].to_numpy(float), strict=True))
         self.masks = MaskStore(Path(run_folder) / "masks")
         self.fingerprint = hashlib.sha256(f"{file_digest(table_path)} {self.masks.fingerprint()}".encode()).hexdigest()
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
+        """Return the lungs of each image. Raises ValueError for an image that the run has not segmented in this size."""
         return [self.of(xray) for xray in xrays]
 
     def of(self, xray: CachedXray) -> Lungs:
-        """The same for one image. Raises ValueError for one the run has not looked at, or has seen in another size."""
+        """Return the lungs of one image. Raises ValueError if the run has not segmented it, or in another size."""
         if xray.image_id not in self.known:
             raise ValueError(
-                f"{self.run}, of {len(self.known)} images, has not looked at {xray.image_id!r}: apply the segmenter to the "
-                "prepared run that is trained on. Extra images go with models that see whole ones in training (trained_on "
-                "full, not masked)"
+                f"{self.run}, of {len(self.known)} images, has not segmented {xray.image_id!r}: apply the segmenter to the "
+                "prepared run that is used for training. Extra images are possible only with models that are trained on "
+                "whole images (trained_on full, not masked)"
             )
         frame = self.frames.get(xray.image_id)
         if frame is None:
@@ -90,7 +93,7 @@ class StoredLungs:
         codes = self.masks.read(xray.image_id)
         if codes.shape != xray.pixels.shape:
             raise ValueError(
-                f"{self.masks.folder}: the mask of {xray.image_id} has {codes.shape} pixels, its decoded copy "
+                f"{self.masks.folder}: the mask of {xray.image_id} has {codes.shape} pixels, but its decoded copy has "
                 f"{xray.pixels.shape}; apply the segmenter to this prepared run"
             )
         return Lungs(frame, np.isin(codes, LUNG_CODES))

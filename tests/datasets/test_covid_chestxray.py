@@ -1,4 +1,4 @@
-"""ieee8023's table: which rows are frontal X-rays with a diagnosis, and what is said of each that is not."""
+"""ieee8023's table: which rows become images with a diagnosis, and the faults of all others."""
 
 import math
 
@@ -36,7 +36,7 @@ def write(folder, rows):
         ("SARS", "viral"),
         ("Pneumonia/Bacterial/Staphylococcus/MRSA", "bacterial"),
         ("Mycoplasma Bacterial Pneumonia", "bacterial"),
-        # A germ that nobody thought of is of its kind.
+        # A germ that is not listed has the diagnosis of its kind.
         ("Pneumonia/Bacterial/Acinetobacter", "bacterial"),
         ("Pneumonia/Fungal/Pneumocystis", "pneumonia"),
         ("Pneumonia, Streptococcus", "bacterial"),
@@ -52,8 +52,8 @@ def test_findings_of_all_releases(finding, diagnosis):
 
 
 @pytest.mark.parametrize("finding", ["COVID-19, Streptococcus", "No Finding, SARS", "No Finding, Pneumonia", "Broken rib"])
-def test_findings_that_say_two_things_or_nothing_known(finding):
-    with pytest.raises(ValueError, match=r"exclude one another|none that is known"):
+def test_contradictory_and_unknown_findings(finding):
+    with pytest.raises(ValueError, match=r"exclude one another|is not known"):
         diagnosis_of(finding)
 
 
@@ -71,8 +71,8 @@ def test_a_row_becomes_an_image(tmp_path):
     assert images.licence.tolist() == ["CC BY 4.0", "", "CC BY 4.0"] and set(images.source) == {"ieee8023"}
     assert list(data.labels) == ["id", *DIAGNOSES] and (data.labels[list(DIAGNOSES)].sum(axis=1) == 1).all()
     assert images.diagnosis.tolist() == ["COVID-19", "normal", "pneumonia"]
-    told = data.faults.problem.tolist()
-    assert len(told) == 2 and "no patient" in told[0] and "no number of years" in told[1]
+    problems = data.faults.problem.tolist()
+    assert len(problems) == 2 and "no patient" in problems[0] and "not a number of years" in problems[1]
 
 
 def test_what_is_left_out_is_listed(tmp_path):
@@ -82,12 +82,16 @@ def test_what_is_left_out_is_listed(tmp_path):
     write(tmp_path, rows)
     (tmp_path / "images" / "8.png").unlink()
     data = read_covid_chestxray(tmp_path, progress=False)
-    # Two files that differ in their suffix alone are two images.
+    # Two files that differ only in their suffix are two images.
     assert data.images.image_id.tolist() == ["0", "7.jpg", "7.png"]
     told = " | ".join(data.faults.row + " " + data.faults.problem)
     for words in (
-        *("2.png and 0 others are no X-rays", "1.png and 0 others have the view 'L'", "3.png and 0 others have no finding"),
-        *("4.png findings 'No Finding, SARS' exclude", "0.png and 0 others name a file", "8.png and 0 others have no file"),
+        *("2.png and 0 others are not X-rays", "1.png and 0 others have the view 'L'", "3.png and 0 others have no finding"),
+        *(
+            "4.png the findings 'No Finding, SARS' exclude",
+            "0.png and 0 others repeat the file",
+            "8.png and 0 others have no file",
+        ),
     ):
         assert words in told
     assert len(data.faults) == 6

@@ -1,4 +1,4 @@
-"""COVIDx, COVIDGR-1.0, MIDRC-RICORD-1C and BIMCV-COVID19, drawn by hand: what their layouts say, and what they do not."""
+"""COVIDx, COVIDGR-1.0, MIDRC-RICORD-1C and BIMCV-COVID19, on small layouts written by the tests."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_covidx_older_lists_and_several(tmp_path):
     for name in ("train/a.png", "train/b.jpg", "test/a.png"):
         save(tmp_path / name)
     images = read_covidx(tmp_path, progress=False).images
-    # One name in two parts is two images, told apart by their part; the patient is one, which a data sheet will say.
+    # One name in two parts is two images, whose ids have the part; the patient is one, which a data sheet flags as a leak.
     assert sorted(images.image_id) == ["b", "test-a.png", "train-a.png"]
     assert images.patient_id.value_counts()["covidx-covidx-1"] == 2 and set(images.source) == {"covidx"}
     (tmp_path / "train_COVIDx2.txt").write_text("")
@@ -73,7 +73,7 @@ def test_covidx_images_of_rsna_are_of_nih_patients(tmp_path, source):
         save(tmp_path / "train" / f"{name}.png")
     apart = read_covidx(tmp_path, progress=False)
     assert apart.images.patient_id.is_unique and "one NIH patient may fall into several folds" in apart.faults.problem[0]
-    # Two images of NIH's patient 9 and one that the table does not know.
+    # Two images of NIH's patient 9 and one that is not in the table.
     entries = [{"subset_img_id": name, "img_id": f"00000009_00{name[1]}.png"} for name in ("a1", "b2")]
     (tmp_path / MAPPING).write_text(json.dumps(entries))
     joined = read_covidx(tmp_path, progress=False)
@@ -94,7 +94,7 @@ def test_covidgr(tmp_path):
     (tmp_path / "COVIDGR_1.0" / "N" / "1.jpg").unlink()
     with pytest.raises(DatasetError, match="N holds no PNG or JPEG"):
         read_covidgr(tmp_path, progress=False)
-    with pytest.raises(DatasetError, match="0 places with the folders P and N"):
+    with pytest.raises(DatasetError, match="0 folders that contain P and N"):
         read_covidgr(tmp_path / "COVIDGR_1.0" / "P", progress=False)
 
 
@@ -111,7 +111,7 @@ def test_ricord(tmp_path):
         write_xray(top / place, pixels, transfer_syntax="1.2.840.10008.1.2.1", extra={"ViewPosition": view})
     data = read_ricord(tmp_path, progress=False)
     assert data.images.image_id.tolist() == ["419639-000002-study1-series1-1-1", "419639-000002-study2-series1-1-1"]
-    # As COVIDx calls the same patient.
+    # The same id as in COVIDx.
     assert set(data.images.patient_id) == {"ricord-419639-000002"} and data.images["view"].tolist() == ["AP", "PA"]
     assert list(data.labels) == ["id", "COVID-19"] and len(data.faults) == 2
     with pytest.raises(DatasetError, match="MIDRC-RICORD-1C-PATIENT"):
@@ -158,7 +158,7 @@ def test_bimcv(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("BIMCV-COVID19+", "BIMCV-COVID19-"), ("bimcv+/covid19_posi", "bimcv+/covid19_neg")])
-def test_bimcv_sets_are_told_by_their_folders_and_sexes_by_words(tmp_path, names):
+def test_bimcv_sets_are_recognised_by_folder_names_and_sexes_by_words(tmp_path, names):
     for folder, subject, labels in zip(names, ("S1", "S2"), ("['COVID 19']", "['normal']"), strict=True):
         root = tmp_path / "in" / folder
         save(root / f"sub-{subject}" / "ses-E1" / "mod-rx" / f"sub-{subject}_ses-{subject.replace('S', 'E')}_vp-ap_cr.png")
@@ -171,9 +171,9 @@ def test_bimcv_sets_are_told_by_their_folders_and_sexes_by_words(tmp_path, names
     images = data.images.set_index("patient_id")
     assert images.diagnosis.to_dict() == {"bimcv-S1": "COVID-19", "bimcv-S2": "normal"}
     assert images.sex.to_dict() == {"bimcv-S1": "F", "bimcv-S2": "M"}
-    assert "have a gender of another word" in data.faults.problem.item() and data.faults["row"].item() == "sub-S3"
-    # The set's folder itself may be the one that is named; a folder without a sign is no set.
+    assert "have an unknown word for their gender" in data.faults.problem.item() and data.faults["row"].item() == "sub-S3"
+    # The folder passed may itself be the named one; a folder without a name of a set is refused.
     assert len(read_bimcv(tmp_path / "in" / names[0], progress=False).images) == 1
     (tmp_path / "in" / names[1]).rename(tmp_path / "in" / "others")
-    with pytest.raises(DatasetError, match=r"others.* no folder says whether .* BIMCV-COVID19\+, and covid19_neg"):
+    with pytest.raises(DatasetError, match=r"others.* no folder tells whether .* BIMCV-COVID19\+, and covid19_neg"):
         read_bimcv(tmp_path / "in", progress=False)

@@ -1,4 +1,4 @@
-"""V7's set: annotations find their images, frontal ones stay, masks come from polygons or files, patients keep together."""
+"""V7's set: matching annotations to images, frontal views only, masks from polygons or files, patients."""
 
 import json
 
@@ -55,7 +55,7 @@ class Folder:
 
 @pytest.fixture
 def darwin(tmp_path):
-    """Three images as Darwin has them: of polygons, of a semantic mask, and lateral."""
+    """Three images in Darwin's layout: one with polygons, one with a semantic mask, one lateral."""
     folder = Folder(tmp_path)
     for number in (1, 2, 3):
         folder.image(f"0000000{number}.jpeg")
@@ -71,11 +71,11 @@ def test_frontal_images_with_tags_and_masks(darwin):
     data = darwin.read()
     assert data.images.image_id.tolist() == ["00000001", "00000002"] and set(data.images.convention) == {"with_heart"}
     assert data.images["view"].tolist() == ["AP", ""]
-    # Two of Kermany's patient 1.
+    # Both are of Kermany's patient 1.
     assert data.images.patient_id.tolist() == ["kermany-person1"] * 2
     assert data.labels[list(CLASSES)].to_numpy().tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
     assert [path.rsplit("/", 1)[1] for path in data.masks.path] == ["965322.json", "965323.png"]
-    assert data.faults.problem.tolist() == ["and 0 others are no frontal X-rays, as their tags say; left out"]
+    assert data.faults.problem.tolist() == ["and 0 others are not frontal X-rays, according to their tags; left out"]
     assert data.faults.row.tolist() == ["00000003"]
 
 
@@ -121,7 +121,7 @@ def test_images_and_masks_without_annotations(tmp_path):
     data = folder.read()
     assert len(data.masks) == 4 and data.labels[list(CLASSES)].isna().all(axis=None)
     assert any("and 3 others have no annotation" in problem for problem in data.faults.problem)
-    # Unknown classes are no obstacle to folds.
+    # Folds can be made although all classes are unknown.
     assert len(make_folds(data.images, data.labels, data.boxes, 2)) == 4
 
 
@@ -141,8 +141,8 @@ def test_what_is_broken_is_listed(darwin):
     for problem in (
         "small and 0 others have a side below 256 pixels; left out",
         "bare and 0 others have no mask",
-        "3 and 0 others are annotations of no image; left out",
-        "965322 and 0 others are annotations of an image that has one; left out",
+        "3 and 0 others are annotations without an image; left out",
+        "965322 and 0 others are further annotations of an image; left out",
         "metadata.csv  the file is missing; images of one patient",
     ):
         assert problem in told
@@ -165,7 +165,7 @@ def test_a_missing_piece_names_itself_and_where_it_is_got(darwin):
     with pytest.raises(DatasetError, match=r"images is missing.*darwin dataset pull"):
         darwin.read()
     (darwin.root / "images").mkdir()
-    with pytest.raises(DatasetError, match="no frontal X-ray of 256 pixels"):
+    with pytest.raises(DatasetError, match="no frontal X-ray of at least 256 pixels"):
         darwin.read()
 
 

@@ -1,4 +1,4 @@
-"""Darwin's annotation files: both versions give the same, polygons fill what lies within, and errors name the file."""
+"""Darwin's annotation files: both versions give equal results, polygons are filled, errors name the file."""
 
 import json
 
@@ -49,7 +49,7 @@ COMPLEX = [
 def test_names_size_tags_and_a_square(tmp_path, told):
     annotation = read(tmp_path, told)
     assert annotation.names == ("0001.jpeg", "person1_virus_6.jpeg") and (annotation.rows, annotation.columns) == (20, 30)
-    assert annotation.tags == ("Lateral",) and annotation.has() and not annotation.has(("ignore",))
+    assert annotation.tags == ("Lateral",) and annotation.has_polygon() and not annotation.has_polygon(("ignore",))
     expected = np.zeros((20, 30), bool)
     expected[3:13, 2:12] = True
     np.testing.assert_array_equal(annotation.mask(), expected)
@@ -62,11 +62,11 @@ def test_a_path_within_another_is_a_hole(tmp_path, told):
 
 
 def test_polygons_are_united_and_those_of_other_names_left_out(tmp_path):
-    # Overlapping lungs are no hole; a pacemaker over a lung takes nothing away from it.
+    # Overlapping lungs make no hole, and a polygon of another name removes nothing from a lung.
     shapes = [("Lung", SQUARE), ("lung", [(8, 3), (16, 3), (16, 13), (8, 13)]), ("Ignore", [(0, 0), (30, 0), (30, 20)])]
     mask = read(tmp_path, version_1(*({"name": name, "polygon": {"path": points(path)}} for name, path in shapes))).mask()
     assert mask.sum() == 10 * 14 and mask[3:13, 2:16].all()
-    assert not read(tmp_path, version_1(TAG)).has()
+    assert not read(tmp_path, version_1(TAG)).has_polygon()
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_missing_file_names_itself(tmp_path):
 
 @given(st.integers(0, 2**32 - 1), st.floats(5, 90), st.integers(3, 200))
 def test_the_area_is_that_of_the_polygon(seed, radius, corners):
-    """Shoelace formula; a pixel's middle decides, so that the error has no side: cv2.fillPoly's would be +perimeter / 2."""
+    """Against the shoelace formula: a pixel's centre decides, so there is no bias; cv2.fillPoly's is +perimeter / 2."""
     rng = np.random.default_rng(seed)
     angle = np.linspace(0, 2 * np.pi, corners, endpoint=False)
     outline = rng.uniform(95, 105, 2) + radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -102,11 +102,11 @@ def test_the_area_is_that_of_the_polygon(seed, radius, corners):
     area = abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
     filled = fill_even_odd([outline], 200, 200)
     perimeter = np.linalg.norm(outline - np.roll(outline, -1, axis=0), axis=1).sum()
-    # Of a convex shape each row's width is off by less than a pixel, and the rows by one.
+    # For a convex shape each row's width is off by less than a pixel, and the number of rows by one.
     assert abs(filled.sum() - area) <= perimeter / 2 + 1
     if corners > 20 and radius > 20:
         assert abs(filled.sum() / area - 1) < 0.01
-    # The same pixels by the definition, one ray a pixel.
+    # The same pixels by definition, with one ray per pixel.
     start, end = outline, np.roll(outline, -1, axis=0)
     row, column = rng.integers(0, 200, (2, 300))
     middle_x, middle_y = column[:, None] + 0.5, row[:, None] + 0.5

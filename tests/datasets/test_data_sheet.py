@@ -1,4 +1,4 @@
-"""The data sheet counts what is there, and flags what could be learnt instead of the disease; each rule by hand."""
+"""The data sheet's counts, and each of its flags, on examples computed by hand."""
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ CLASSES = ["COVID-19", "normal"]
 
 
 def tables(classes, **columns):
-    """One image a study and patient, of one source unless told."""
+    """Return images and labels with one image per study and patient, by default of one source."""
     ids = [f"i{place}" for place in range(len(classes))]
     images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": ids, "path": "x.png", "rows": 9, "columns": 9})
     images = images.assign(**{"source": "a", "view": "PA"} | columns)
@@ -36,7 +36,7 @@ def test_counts_by_source_view_sex_and_age():
     assert sheet.tables["age"].to_dict("index")["normal"] == {"0-17": 1, "18-39": 0, "65+": 1}
     assert all(table.to_numpy().sum() == 4 and list(table.index) == CLASSES for table in sheet.tables.values())
     assert len(data_sheet_figure(sheet).axes) == 4
-    # Whose sex nobody says counts too, whether it is empty, NaN or no column.
+    # Images of unknown sex are counted, too, whether the cell is empty or NaN or the column is missing.
     for other in (images.assign(sex=["M", np.nan, "", "M"]), images.drop(columns="sex")):
         assert data_sheet(other, labels).tables["sex"].to_numpy().sum() == 4
 
@@ -48,15 +48,15 @@ def test_ages_at_the_edges_of_their_groups():
 
 
 def test_a_class_from_one_source_is_flagged():
-    # 19 of 20 COVID-19 images are of a, of whose 20 images they are 95 %; by source 38 of 40 are told right, else 20.
+    # 19 of 20 COVID-19 images are 95 % of a's 20 images; the source predicts 38 of 40 correctly, one class 20.
     images, labels = tables(["COVID-19"] * 20 + ["normal"] * 20, source=["a"] * 19 + ["b"] * 20 + ["a"])
     sheet = data_sheet(images, labels)
     assert kinds(sheet) == [("one source", "COVID-19"), ("one source", "normal"), ("one source", "")]
-    assert "95.0% of its 20 images are of a, 95.0% of whose" in sheet.flags.problem[0]
-    assert "95.0% of the images are told right, 50.0% by the commonest" in sheet.flags.problem[2]
+    assert "95.0% of its 20 images are from a, 95.0% of whose" in sheet.flags.problem[0]
+    assert "predicts 95.0% of the images correctly, the most frequent class 50.0%" in sheet.flags.problem[2]
     images.loc[18, "source"] = "b"
     assert kinds(data_sheet(images, labels))[0] == ("one source", "normal")
-    # A single source says nothing.
+    # A single source is not flagged.
     assert data_sheet(images.assign(source="a"), labels).flags.empty
 
 
@@ -66,10 +66,10 @@ def test_children_among_adults_are_flagged():
     )
     sheet = data_sheet(images, labels)
     assert kinds(sheet) == [("children among adults", "normal")] and "of COVID-19" in sheet.flags.problem[0]
-    # Children in both classes, or in neither, tell nothing apart.
+    # Children in both classes, or in neither, are not flagged.
     assert data_sheet(images.assign(age=4.0), labels).flags.empty
     assert data_sheet(images.assign(age=40.0), labels).flags.empty
-    # Of unknown ages nothing can be said.
+    # Unknown ages are not flagged.
     assert data_sheet(images.assign(age=np.nan, age_group=""), labels).flags.empty
 
 
@@ -81,13 +81,13 @@ def test_leaks_and_missing_classes_are_flagged():
     sheet = data_sheet(images, labels, folds, near)
     assert kinds(sheet) == [("leak", ""), ("class missing", "fold 1"), ("class missing", "the test set")]
     assert sheet.flags.problem.tolist() == [
-        "1 times a group of near-duplicates is in several places, first: i0 in fold 0, i4 in the test set",
+        "1 cases of a group of near-duplicates in several places, first: i0 in fold 0, i4 in the test set",
         "has no image of COVID-19",
         "has no image of normal",
     ]
     images.loc[1:2, "patient_id"] = "same"
     assert (
-        "a patient is in several places, first: i1 in fold 0, i2 in fold 1"
+        "a patient in several places, first: i1 in fold 0, i2 in fold 1"
         in data_sheet(images, labels, folds).flags.problem.iloc[0]
     )
 

@@ -1,4 +1,4 @@
-"""Folds keep together what shows the same patient, and are as alike as whole patients allow."""
+"""Folds never separate a patient's images, and are as similar as whole patients allow."""
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from kitlib.errors import DatasetError
 
 
 def tables(patients: list[int], classes: list[int], boxed: list[bool]):
-    """One image a study: images, labels, boxes."""
+    """Return images, labels and boxes with one image per study."""
     count = len(patients)
     images = pd.DataFrame(
         {
@@ -63,7 +63,7 @@ def test_nothing_leaks_and_nothing_is_lost(drawn, n_folds, seed):
 @settings(max_examples=12, deadline=None)
 @given(sets(), st.integers(2, 5))
 def test_single_image_patients_spread_evenly(drawn, n_folds):
-    """Without ties every class splits as evenly as whole images go: counts differ by one at most."""
+    """Without shared patients, the numbers of images of a class differ by at most one between folds."""
     (images, labels, boxes), _ = drawn
     images["patient_id"] = images.image_id
     folds = make_folds(images, labels, boxes[:0], n_folds)
@@ -73,7 +73,7 @@ def test_single_image_patients_spread_evenly(drawn, n_folds):
 
 
 def test_groups_connect_through_chains():
-    """a and b share a patient, b and c look alike, c and d share a patient; e stands alone."""
+    """a and b share a patient, b and c are near-duplicates, c and d share a patient; e is on its own."""
     images = pd.DataFrame({"image_id": list("abcde"), "patient_id": ["p1", "p1", "p2", "p2", "p3"]})
     near = pd.DataFrame({"image_id": list("bcde"), "group": [7, 7, 8, 9]})
     groups = leak_groups(images, near)
@@ -86,7 +86,7 @@ def test_a_leak_names_the_patient():
     folds = make_folds(images, labels, boxes, 2)
     check_no_leak(folds, images)
     folds.loc[folds.id == "i0", "fold"] = 1 - folds.fold[folds.id == "i0"]
-    with pytest.raises(DatasetError, match=r"1 patients lie in several folds, first: p1 \(i0 in fold"):
+    with pytest.raises(DatasetError, match=r"1 patients are in several folds, first: p1 \(i0 in fold"):
         check_no_leak(folds, images)
 
 
@@ -100,7 +100,7 @@ def test_a_leak_through_near_duplicates_is_found():
 
 def test_a_fold_of_an_unknown_image_is_a_leak():
     images, labels, boxes = tables([1, 2, 3, 4], [0, 1, 2, 3], [True] * 4)
-    with pytest.raises(DatasetError, match="1 images of the folds are not among the images, first i2"):
+    with pytest.raises(DatasetError, match="1 images of the folds are not in the table of images, first i2"):
         check_no_leak(make_folds(images, labels, boxes, 2), images[images.image_id != "i2"])
 
 
@@ -136,7 +136,7 @@ def test_held_out_images_share_nothing_with_the_rest(drawn, share, seed):
 
 
 def test_a_tenth_held_out_and_nine_folds_are_80_10_10():
-    """500 patients of one image, four classes of 320, 100, 60 and 20: each has a tenth of its images in each part."""
+    """500 patients of one image each; classes of 320, 100, 60 and 20 have a tenth of their images in each part."""
     classes = np.repeat(range(4), (320, 100, 60, 20))
     images, labels, boxes = tables(list(range(500)), classes.tolist(), [False] * 500)
     parted = hold_out_test(images, labels, 0.1, 3)
@@ -157,10 +157,10 @@ def test_an_impossible_share_is_refused(share):
         hold_out_test(images.assign(patient_id="p"), labels, 0.5)
 
 
-def test_a_source_is_a_fold_and_what_two_share_is_in_none():
+def test_a_source_is_a_fold_and_shared_patients_are_in_none():
     images, *_ = tables([0, 1, 2, 2, 3, 4, 5], [0] * 7, [False] * 7)
     images["source"] = ["b", "a", "a", "b", "c", "c", "b"]
-    # Patient 2 is in both a and b; i5 looks like i6, of another source.
+    # Patient 2 is in both a and b; i5 is a near-duplicate of i6, of another source.
     near = pd.DataFrame({"image_id": ["i5", "i6", "i4"], "group": [1, 1, 2]})
     folds = source_folds(images, near)
     assert folds.set_index("id").fold.to_dict() == {"i0": 1, "i1": 0, "i4": 2}
@@ -173,7 +173,7 @@ def test_a_source_is_a_fold_and_what_two_share_is_in_none():
     with pytest.raises(ValueError, match="one source, a: "):
         source_folds(images.assign(source="a"))
     images.loc[2:3, "source"] = ["b", "d"]
-    with pytest.raises(ValueError, match="every image of d shows"):
+    with pytest.raises(ValueError, match="every image of d shares"):
         source_folds(images)
 
 

@@ -1,4 +1,4 @@
-"""Masks in every form that data sets have them in, at the size of the decoded copy, and what is wrong as faults."""
+"""Masks in all file formats of the data sets, stored at the size of the decoded copy, and their faults."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_a_mask_is_the_same_in_every_form(tmp_path, name):
 
 @pytest.mark.parametrize("value", [0, 20, 127])
 def test_what_is_not_brighter_than_half_is_an_empty_mask(tmp_path, value):
-    """Half of the scale and not of the brightest: an image with nothing but 127, to be ignored, shows no lung."""
+    """The threshold is half of the scale, not of the brightest pixel: an image with only 127 (ignored) has no lung."""
     Image.fromarray((INSIDE * value).astype(np.uint8)).save(tmp_path / "a.png")
     assert read_mask(tmp_path / "a.png").shape == (30, 40) and not read_mask(tmp_path / "a.png").any()
 
@@ -74,7 +74,7 @@ def test_a_blank_jpeg_with_noise_is_empty(tmp_path):
 
 @pytest.mark.parametrize("name", ["cut.png", "cut.gif", "text.png", "gone.png"])
 def test_a_damaged_file_names_itself(tmp_path, name):
-    # Noise, so that a quarter of the file is not all of it.
+    # Noise, so that the file is longer than the part that is left.
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8))
     if name.startswith("cut"):
         noise.save(tmp_path / name)
@@ -89,7 +89,7 @@ def test_a_damaged_file_names_itself(tmp_path, name):
 
 
 class Set:
-    """Decoded copies of 60 x 80 pixels at half their size, and the masks that a test writes."""
+    """A cache of copies of 60 x 80 pixels at half their size, a mask store, and the mask files that a test writes."""
 
     def __init__(self, folder):
         self.folder, self.rows = folder, []
@@ -114,7 +114,7 @@ def drawn(tmp_path):
 
 
 def large(*areas):
-    """60 x 80, areas as (top, bottom, left, right)."""
+    """Return a bool mask of 60 x 80 with the areas (top, bottom, left, right) inside."""
     mask = np.zeros((60, 80), bool)
     for top, bottom, left, right in areas:
         mask[top:bottom, left:right] = True
@@ -129,7 +129,7 @@ def test_structures_have_their_codes_and_lungs_cover_the_heart(drawn):
         drawn.add("a", structure, large(area))
     assert drawn.fill().empty
     expected = np.zeros((30, 40), np.uint8)
-    # Half the size; by hand.
+    # At half the size, computed by hand.
     expected[12:25, 14:26] = MASK_CODES["heart"]
     expected[5:25, 22:36], expected[5:25, 4:16] = MASK_CODES["left_lung"], MASK_CODES["right_lung"]
     np.testing.assert_array_equal(drawn.store.read("a"), expected)
@@ -144,7 +144,7 @@ def test_rows_of_one_structure_are_united(drawn):
 
 @pytest.mark.parametrize("size", [(30, 40), (60, 80), (120, 160), (90, 120), (15, 20)])
 def test_masks_of_any_size_of_the_same_shape_fit(drawn, size):
-    """The true mask is drawn at each size; a pixel's border around it is what may differ."""
+    """The same mask is written at each size; the result may differ only in a border of one pixel."""
     rows, columns = size
     whole = cv2.resize(INSIDE.astype(np.uint8), (columns, rows), interpolation=cv2.INTER_NEAREST)
     drawn.add("a", "lungs", whole)
@@ -165,7 +165,7 @@ def test_a_pixel_is_inside_from_one_half(drawn):
     assert drawn.store.read("half")[1, 1] == 1 and drawn.store.read("quarter")[1, 1] == 0
 
 
-def test_half_a_mask_is_none(drawn, tmp_path):
+def test_an_incomplete_mask_is_not_stored(drawn, tmp_path):
     for image_id in ("missing", "damaged", "aspect"):
         drawn.add(image_id, "lungs", large(LEFT))
     drawn.add("missing", "lungs", None)
@@ -178,7 +178,7 @@ def test_half_a_mask_is_none(drawn, tmp_path):
     assert drawn.store.ids == ["kept"] and sorted(faults.index) == ["aspect", "damaged", "empty", "missing"]
     assert faults.str.endswith("; the image has no mask").all()
     assert "lungs_3.png" in faults.missing and "damaged.png" in faults.damaged and "no pixel is lung" in faults["empty"]
-    assert "60 x 79 pixels, its image 60 x 80, another aspect ratio" in faults.aspect
+    assert "60 x 79 pixels, its image 60 x 80: the aspect ratios differ" in faults.aspect
 
 
 def test_a_percent_of_aspect_ratio_is_rounding(drawn):
@@ -187,11 +187,11 @@ def test_a_percent_of_aspect_ratio_is_rounding(drawn):
     assert drawn.fill().empty and "a" in drawn.store
 
 
-def test_one_lung_is_told_and_kept(drawn):
-    # As narrow for its height as real ones: the median of 1,035 pairs has 0.47.
+def test_one_lung_is_a_fault_and_stored(drawn):
+    # As narrow as real lungs: the median of width / height in 1,035 pairs is 0.47.
     lone = (6, 54, 46, 68)
     drawn.add("united", "lungs", large(lone))
-    # A crumb beside it makes no second lung.
+    # A small part next to it is not a second lung.
     drawn.add("crumb", "lungs", large(lone, (10, 12, 8, 10)))
     drawn.add("sides", "left_lung", large(lone))
     drawn.add("sides", "right_lung", large())
@@ -199,14 +199,14 @@ def test_one_lung_is_told_and_kept(drawn):
     drawn.add("both", "lungs", large(LEFT, RIGHT))
     faults = drawn.fill().set_index("row").problem
     assert dict(faults) == {
-        "united": "one lung only is drawn; kept",
-        "crumb": "one lung only is drawn; kept",
-        "sides": "the right lung has no pixel; kept",
+        "united": "only one lung is drawn; the mask is used",
+        "crumb": "only one lung is drawn; the mask is used",
+        "sides": "the right lung has no pixel; the mask is used",
     }
     assert sorted(drawn.store.ids) == ["both", "crumb", "sides", "united", "with_heart"]
 
 
-def test_masks_of_other_images_are_not_read_and_those_that_are_there_stay(drawn):
+def test_masks_of_other_images_are_not_read_and_stored_ones_do_not_change(drawn):
     drawn.add("a", "lungs", large(LEFT, RIGHT))
     drawn.add("other", "lungs", None)
     masks = pd.DataFrame(drawn.rows, columns=["image_id", "structure", "path"])
@@ -234,7 +234,7 @@ def test_darwins_lungs_are_read_from_their_polygons(drawn, tmp_path):
 @settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4))
 def test_shrinking_keeps_the_area(tmp_path_factory, seed, factor):
-    """Ellipses at `factor` times the copy's size: Dice of the kept mask and the same ellipse drawn small is above 0.97."""
+    """An ellipse of `factor` times the copy's size has a Dice above 0.97 with the same ellipse drawn small."""
     rng = np.random.default_rng(seed)
     axes, centre = rng.uniform(12, 18, 2), rng.uniform(30, 34, 2)
 

@@ -1,4 +1,4 @@
-"""A copy that was re-encoded, cropped, rescaled and brightened is found; another chest is not."""
+"""Near-duplicates: a re-encoded, cropped, rescaled and brightened copy is found, another chest is not."""
 
 import cv2
 import numpy as np
@@ -15,7 +15,7 @@ CLASSES = ("negative", "typical", "indeterminate", "atypical")
 
 
 class Images(dict):
-    """Pixels by image id, read as a cache is read."""
+    """Pixels by image id, with the interface of a cache."""
 
     def read(self, image_id: str) -> CachedXray:
         return CachedXray(image_id, self[image_id], *self[image_id].shape)
@@ -28,7 +28,7 @@ def phantom(seed: int) -> np.ndarray:
 
 
 def copy_of(pixels: np.ndarray, seed: int) -> np.ndarray:
-    """Cropped by up to 1 % at each edge, rescaled, brightened, and sent through JPEG."""
+    """Return a copy, cropped by up to 1 % at each edge, rescaled, brightened and compressed as JPEG."""
     rng = np.random.default_rng([seed, 1])
     top, bottom, left, right = rng.integers(0, 3, 4)
     cropped = pixels[top : pixels.shape[0] - bottom, left : pixels.shape[1] - right]
@@ -49,7 +49,7 @@ def test_copies_are_found_and_other_patients_are_not():
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(0.5, 1.0), st.integers(0, 60))
 def test_the_hash_does_not_see_brightness(seed, contrast, brightness):
-    """Signs of frequencies against their median: a linear change of grey moves only those that rounding reaches."""
+    """Bits compare frequencies to their median, so a linear change of grey alters only bits at the limit of rounding."""
     noise = np.random.default_rng(seed).normal(0, 1, (24, 20))
     pixels = (127 + 60 * np.clip(cv2.resize(noise, (200, 240), interpolation=cv2.INTER_CUBIC), -2, 2)).astype(np.uint8)
     changed = (pixels * contrast * 0.75 + brightness).astype(np.uint8)
@@ -59,7 +59,7 @@ def test_the_hash_does_not_see_brightness(seed, contrast, brightness):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 6), st.integers(0, 2**32 - 1))
 def test_groups_are_the_chains_of_near_pairs(count, max_distance, seed):
-    """Against the plain search of all pairs, on hashes of 16 bits that often come close."""
+    """Against a direct search of all pairs, on hashes of 16 bits, which are often close."""
     hashes = list(np.random.default_rng(seed).random((count, 16)) < 0.5)
     groups = group_hashes(hashes, max_distance)
     expected = list(range(count))

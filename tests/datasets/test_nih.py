@@ -1,4 +1,4 @@
-"""NIH ChestX-ray14: findings, patients, official lists and boxes, and what is broken is listed."""
+"""NIH ChestX-ray14: findings, patients, official lists, boxes and faults."""
 
 import numpy as np
 import pytest
@@ -69,9 +69,9 @@ def test_images_findings_patients_boxes_and_lists(layout):
 
 def test_what_is_broken_is_listed(layout):
     told = read_nih(layout, progress=False).faults.set_index("row").problem
-    assert "'Cold' are not among the 15" in told["00000003_000"]
+    assert "the findings 'Cold' are not valid" in told["00000003_000"]
     assert "have no file" in told["00000004_000"]
-    assert "no number" in told["00000001_000"]
+    assert "not a number" in told["00000001_000"]
 
 
 def test_test_images_are_in_no_fold(layout):
@@ -89,7 +89,7 @@ def test_test_images_are_in_no_fold(layout):
 def test_without_lists_all_images_may_be_trained_on(layout):
     (layout / "test_list.txt").unlink()
     data = read_nih(layout, progress=False)
-    assert "split" not in data.images and "all images may be trained on" in " ".join(data.faults.problem)
+    assert "split" not in data.images and "all images may be used for training" in " ".join(data.faults.problem)
 
 
 @pytest.mark.parametrize("name", ["Data_Entry_2017.csv", "images_001"])
@@ -106,7 +106,7 @@ def test_counts_stand_beside_the_published_ones(layout):
     table = compare_with_published(read_dataset("nih", layout, progress=False)).set_index("what")
     assert table.here["images"] == 3 and table.published["images"] == 112120 and table.published["patients"] == 30805
     assert table.here["Hernia"] == 1 and table.published["Hernia"] == 227
-    with pytest.raises(ValueError, match="there are: siim, nih, rsna"):
+    with pytest.raises(ValueError, match="available: siim, nih, rsna"):
         read_dataset("chexpert", layout)
 
 

@@ -1,4 +1,4 @@
-"""Several sets as one: classes by scheme, nothing lost without a count, and no id that means two images."""
+"""Several data sets as one: classes by scheme, counts of what is left out, and unique ids."""
 
 import cv2
 import numpy as np
@@ -83,7 +83,7 @@ def test_ids_that_clash_take_their_sets_name(tmp_path, parts):
         "covid_chestxray-IM-0001-0001": "COVID-19",
         "kermany-IM-0001-0001": "normal",
     }
-    # Texts of one set alone are empty in the other, no NaN.
+    # Text columns that only one data set has are "" in the other, not NaN.
     assert set(data.images["part"]) == {"train", ""} and set(data.images.age_group) == {"child", ""}
 
 
@@ -95,7 +95,7 @@ def test_sets_of_findings_say_what_they_can(tmp_path, parts):
     assert of_nih.diagnosis.value_counts().to_dict() == {"normal": 18, "pneumonia": 2}
     assert set(of_nih.split) == {"train", "test"} and set(data.images.split[data.images.source != "nih"]) == {"train"}
     darwin = write_lungs(tmp_path, "darwin", images=4, side=320, seed=1, workers=1, progress=False)
-    with pytest.raises(ValueError, match=r"images of darwin have no diagnosis.*nonetheless: nih"):
+    with pytest.raises(ValueError, match=r"images of darwin have no diagnosis.*converted to diagnoses: nih"):
         read_pool({"darwin": darwin}, "three", progress=False)
     with pytest.raises(ValueError, match="there are: flannel"):
         read_pool(parts, "seven", progress=False)

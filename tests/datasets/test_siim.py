@@ -84,12 +84,12 @@ def test_a_whole_layout_gives_the_tables(layout):
 @pytest.mark.parametrize(
     ("cell", "problem"),
     [
-        ("[{'x': 1", "no Python literal"),
-        ("__import__('os').getcwd()", "no Python literal"),
-        ("{'x': 1}", "no list of boxes"),
-        ("[]", "no list of boxes"),
-        ("[{'x': 1.0, 'y': 2.0, 'width': 3.0}]", "wants numbers"),
-        ("[{'x': 'left', 'y': 2.0, 'width': 3.0, 'height': 4.0}]", "wants numbers"),
+        ("[{'x': 1", "not a Python literal"),
+        ("__import__('os').getcwd()", "not a Python literal"),
+        ("{'x': 1}", "not a list of boxes"),
+        ("[]", "not a list of boxes"),
+        ("[{'x': 1.0, 'y': 2.0, 'width': 3.0}]", "needs numbers"),
+        ("[{'x': 'left', 'y': 2.0, 'width': 3.0, 'height': 4.0}]", "needs numbers"),
         ("[{'x': 1.0, 'y': 2.0, 'width': -3.0, 'height': 4.0}]", "without area"),
         ("[{'x': 1.0, 'y': 2.0, 'width': 3.0, 'height': 1e999}]", "without area"),
         ("[{'x': 900.0, 'y': 2.0, 'width': 3.0, 'height': 4.0}]", "outside the image"),
@@ -162,7 +162,7 @@ def test_a_missing_table_or_column_names_the_file_and_the_remedy(layout, name):
     with pytest.raises(DatasetError, match=rf"{name} lacks.*{table.columns[1]}"):
         read_train(layout, progress=False)
     (layout / name).write_bytes(b"")
-    with pytest.raises(DatasetError, match=f"{name} is no CSV file"):
+    with pytest.raises(DatasetError, match=f"{name} is not a CSV file"):
         read_train(layout, progress=False)
     (layout / name).unlink()
     with pytest.raises(DatasetError, match=rf"{name} is missing.*inputs/README.md"):

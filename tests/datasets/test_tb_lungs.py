@@ -1,4 +1,4 @@
-"""Montgomery and Shenzhen: files in their own folders and as they are re-packed, readings, patients, and what is broken."""
+"""Montgomery and Shenzhen: the original and the re-packed layouts, readings, patients and faults."""
 
 import math
 
@@ -60,7 +60,7 @@ def test_montgomery_has_two_masks_an_image_and_readings(montgomery):
     assert data.faults.empty and (data.images["rows"] == 60).all() and (data.images["columns"] == 80).all()
     assert data.labels[["normal", "tuberculosis"]].to_numpy().tolist() == [[1, 0], [0, 1], [0, 1]]
     assert data.images.sex.tolist() == ["F", "M", "M"] and data.images.age.tolist() == [27, 63, 64]
-    # The third reading says whose image it is.
+    # The third reading states its patient.
     assert data.images.patient_id.tolist() == ["montgomery-0001", "montgomery-0017", "montgomery-0017"]
     assert data.masks.image_id.value_counts().tolist() == [2, 2, 2] and set(data.masks.structure) == {"lungs"}
     assert set(data.images.convention) == {"lung_fields"}
@@ -74,7 +74,7 @@ def test_shenzhen_has_masks_of_most_images(shenzhen):
     assert data.faults.problem.tolist() == ["and 0 other images have no mask"] and data.faults.row[0] == "CHNCXR_0004_1"
     assert data.images.sex.tolist() == ["M", "F", "F", "M"]
     ages = data.images.age.tolist()
-    # Months and days of a year of 365.25; without a unit nobody knows.
+    # Months and days in years of 365.25 days; an age without a unit is unknown.
     assert ages[:3] == pytest.approx([45, 16 / 12, 64 / 365.25]) and math.isnan(ages[3])
     assert [data.published[name] for name in ("images", "normal", "tuberculosis", "masks")] == [662, 326, 336, 566]
 
@@ -82,7 +82,7 @@ def test_shenzhen_has_masks_of_most_images(shenzhen):
 def test_images_with_masks_are_compared_with_the_published_ones(shenzhen, montgomery):
     table = compare_with_published(read_dataset("shenzhen", shenzhen, progress=False)).set_index("what")
     assert table.here.masks == 3 and table.share.masks == round(3 / 566, 4) and table.share.images == round(4 / 662, 4)
-    # Two files an image.
+    # Two mask files per image.
     assert compare_with_published(read_montgomery(montgomery, progress=False)).set_index("what").here.masks == 3
 
 
@@ -108,7 +108,7 @@ def test_the_pack_of_both_sets_is_told_apart(tmp_path):
         data = read(tmp_path, progress=False)
         assert data.images.image_id.tolist() == data.masks.image_id.tolist() == [name]
         assert data.masks.path[0].endswith(f"{name}{'_mask' if name.startswith('C') else ''}.png")
-        assert data.faults.problem.str.contains("has the name of").tolist() == [True]
+        assert data.faults.problem.str.contains("has the same name as").tolist() == [True]
 
 
 def test_what_is_broken_is_listed(montgomery):
@@ -121,14 +121,14 @@ def test_what_is_broken_is_listed(montgomery):
         "MCUCXR_0023_1"
     }
     told = data.faults.groupby("row").problem.agg(" ".join)
-    assert "left out" in told.MCUCXR_0017_1 and "have masks and no image" in told.MCUCXR_0017_1
-    assert "a mask of the right lung alone" in told.MCUCXR_0001_0 and "have no reading" in told.MCUCXR_0001_0
-    # Whose image it is is known of an image that is gone, too.
+    assert "left out" in told.MCUCXR_0017_1 and "have masks but no image" in told.MCUCXR_0017_1
+    assert "a mask of the right lung only" in told.MCUCXR_0001_0 and "have no reading" in told.MCUCXR_0001_0
+    # A reading may refer to an image that was left out.
     assert data.images.patient_id.tolist() == ["montgomery-0001", "montgomery-0017"]
 
 
 def test_a_missing_piece_names_itself_and_what_to_do(montgomery, tmp_path_factory):
-    with pytest.raises(DatasetError, match=r"no image called CHNCXR_0001_0\.png.*ChinaSet_AllFiles"):
+    with pytest.raises(DatasetError, match=r"no image named CHNCXR_0001_0\.png.*ChinaSet_AllFiles"):
         read_shenzhen(montgomery, progress=False)
     (montgomery / "MontgomerySet" / "ManualMask").rename(tmp_path_factory.mktemp("away") / "ManualMask")
     with pytest.raises(DatasetError, match=r"no mask.*MontgomerySet"):

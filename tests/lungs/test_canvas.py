@@ -1,4 +1,4 @@
-"""What is shown: the middle of a canvas, grey before masks, probes, and that prediction sees what training is judged on."""
+"""A model's input: central squares, grey before masks, probes, and equal inputs in validation and prediction."""
 
 import cv2
 import numpy as np
@@ -26,7 +26,7 @@ LARGER = override(STILL, image_size=24, canvas=36)
 
 
 class Finder:
-    """One frame and mask for every image but those missed."""
+    """A finder that returns one frame and mask for every image except those in `missed`."""
 
     def __init__(self, missed=()):
         self.missed = missed
@@ -109,7 +109,7 @@ def test_grey_is_adjusted_before_a_mask_blackens_it(seed, equalise, gamma):
     masked, probe = (override(STILL, **told, **each) for each in ({"masked": True}, {"probe": "outside_lungs"}))
     grey = adjusted(pixels, equalise, gamma)
     inside, outside = (canvas_of(recipe).grey(pixels, mask) for recipe in (masked, probe))
-    # Each pixel is seen by one of the two.
+    # Each pixel is visible to exactly one of the two.
     assert np.array_equal(inside, np.where(mask, grey, 0)) and np.array_equal(outside, np.where(mask, 0, grey))
     assert np.array_equal(canvas_of(probe).grey(pixels, None), grey)
 
@@ -129,7 +129,7 @@ def test_no_pixel_of_the_lungs_reaches_a_probe_that_does_not_look_at_them():
     examples = dataset(small, recipe, lungs=finder)
     painted = dataset(other, recipe, lungs=finder)
     same = [torch.equal(examples[index]["pixels"], painted[index]["pixels"]) for index in range(8)]
-    # Where no lungs were found the image is whole, and counted.
+    # An image without lungs is used whole, and counted.
     assert same == [index != 3 for index in range(8)] and examples.lungs_missed() == 1
     border = override(STILL, probe="border", placement="stretch")
     middle = [cv2.rectangle(pixels.copy(), (8, 8), (40, 30), 0, -1) for pixels in small.pixels.values()]

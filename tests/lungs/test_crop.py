@@ -1,4 +1,4 @@
-"""What a model is shown of an image whose lungs are known: frames, boxes, masks, and who may be asked for them."""
+"""Lung crops: frames, boxes and masks on the canvas, and the choice of a finder."""
 
 import numpy as np
 import pytest
@@ -35,8 +35,8 @@ def common(one, other):
     return np.concatenate([np.maximum(one[:2], other[:2]), np.minimum(one[2:], other[2:])])
 
 
-class Told:
-    """Finds what it is told, for every image."""
+class FixedLungs:
+    """A finder that returns the same lungs for every image."""
 
     def __init__(self, lungs):
         self.lungs = lungs
@@ -49,7 +49,7 @@ class Told:
 def test_boxes_return_exactly_from_a_crop_and_are_cut_at_its_edges(placement, frame, box):
     frame, box = box_of(frame), box_of(box)
     place = crop(PLACEMENTS[placement], frame, ROWS, COLUMNS, 512)
-    # What the canvas shows of the original; a letterbox has black bars beyond the frame, which are none of it.
+    # The part of the original that the canvas shows; a letterbox's black bars are outside of the frame.
     window = place.boxes_to_original(np.array([[0, 0, 512, 512]]))[0]
     cut = common(box, frame)
     shown = common(cut, window)
@@ -65,7 +65,7 @@ def test_boxes_return_exactly_from_a_crop_and_are_cut_at_its_edges(placement, fr
 def test_without_a_frame_the_whole_image_is_shown():
     for name, place in PLACEMENTS.items():
         assert crop(place, None, ROWS, COLUMNS, 512) == place(ROWS, COLUMNS, 512), name
-        # The frame of the whole image shows the same.
+        # The frame of the whole image gives the same.
         whole = crop(place, np.array([0.0, 0.0, COLUMNS, ROWS]), ROWS, COLUMNS, 512)
         np.testing.assert_array_equal(whole.offset, place(ROWS, COLUMNS, 512).offset)
 
@@ -80,7 +80,7 @@ def test_outside_of_the_mask_all_is_black():
 def test_a_masked_model_takes_no_frame_without_a_mask_and_others_take_no_mask():
     small, frame = SmallXrays(8), np.array([10.0, 10, 60, 60])
     xrays = list(small.stream())[:2]
-    both, bare = Told(Lungs(frame, MASK)), Told(Lungs(frame))
+    both, bare = FixedLungs(Lungs(frame, MASK)), FixedLungs(Lungs(frame))
     assert [(lungs.frame is frame, lungs.mask is MASK) for lungs in seen_lungs(both, xrays, masked=True)] == [
         (True, True)
     ] * 2
@@ -88,12 +88,12 @@ def test_a_masked_model_takes_no_frame_without_a_mask_and_others_take_no_mask():
     assert [(lungs.frame is frame, lungs.mask) for lungs in seen_lungs(both, xrays, masked=False)] == [(True, None)] * 2
 
 
-def test_a_recipe_says_who_is_asked():
-    told = Told(Lungs(None))
-    assert finder_for("masks", told) is told and isinstance(finder_for("darkness", told), DarkLungs)
+def test_a_recipe_chooses_the_finder():
+    finder = FixedLungs(Lungs(None))
+    assert finder_for("masks", finder) is finder and isinstance(finder_for("darkness", finder), DarkLungs)
 
-    class Empty(Told):
-        """One that counts, and has found nothing yet."""
+    class Empty(FixedLungs):
+        """A finder with len() == 0, which is falsy but not None."""
 
         def __len__(self):
             return 0
@@ -106,7 +106,7 @@ def test_a_recipe_says_who_is_asked():
 @pytest.mark.parametrize(
     ("recipe", "looks", "masks"),
     [
-        ({}, False, False),  # a bundle of a kit that knew no such fields
+        ({}, False, False),  # a bundle of an older kit without these fields
         ({"views": ["full", "lungs_flip"]}, True, False),
         ({"views": ["full", "flip"], "lungs": "masks"}, False, False),
         ({"views": ["lungs"], "lungs": "masks"}, True, True),
@@ -120,9 +120,9 @@ def test_a_record_tells_whether_the_model_looks_at_lungs_and_whose(recipe, looks
 
 def test_masks_that_are_missing_or_that_nobody_heeds_are_refused_with_what_to_set():
     masks = override(RECIPE, lungs="masks")
-    check_finder(masks, Told(Lungs(None)), "study")
+    check_finder(masks, FixedLungs(Lungs(None)), "study")
     check_finder(RECIPE, None, "study")
     with pytest.raises(ValueError, match=r'study: .*set lungs_run to a run of notebook 14, or .*\{"lungs": "darkness"\}'):
         check_finder(masks, None, "study")
-    with pytest.raises(ValueError, match=r'heeds none; give overrides \{"lungs": "masks"\}'):
-        check_finder(RECIPE, Told(Lungs(None)), "study")
+    with pytest.raises(ValueError, match=r'ignores them; set overrides \{"lungs": "masks"\}'):
+        check_finder(RECIPE, FixedLungs(Lungs(None)), "study")

@@ -1,4 +1,4 @@
-"""The frame of the lungs, on phantoms whose lungs are drawn, and on real X-rays with masks drawn by people."""
+"""The lungs' frame on phantoms and on real X-rays with hand-drawn masks."""
 
 import csv
 

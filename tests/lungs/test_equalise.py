@@ -60,5 +60,5 @@ def test_the_power_comes_after_the_equalisation():
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0])
 def test_no_power_that_is_not_positive(gamma):
-    with pytest.raises(ValueError, match=rf"gamma is {gamma}, wanted a positive power, such as 0\.5"):
+    with pytest.raises(ValueError, match=rf"gamma is {gamma}; expected a positive number, such as 0\.5"):
         adjusted(np.zeros((2, 2), np.uint8), False, gamma)

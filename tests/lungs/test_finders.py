@@ -1,4 +1,4 @@
-"""Who says where lungs are: darkness, in original pixels, and a finished run, whatever it knows of an image."""
+"""Lung finders: darkness, with frames in original pixels, and a finished run with and without an image's lungs."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_a_frame_at_the_far_edge_is_never_beyond_it(height, width, rows, columns
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kitlib.lungs.finders.lung_box", lambda pixels: whole)
         xray = CachedXray("a", np.broadcast_to(np.uint8(0), (height, width)), rows, columns)
-        # To the last bit: what lies beyond is refused as a frame.
+        # Exactly: a frame that exceeds the image is refused.
         assert DarkLungs().find([xray])[0].frame.tolist() == [0, 0, columns, rows]
 
 
@@ -74,15 +74,15 @@ def test_heart_is_no_lung_and_either_side_is(small, tmp_path):
     assert np.array_equal(mask, np.isin(codes, LUNG_CODES)) and mask.sum() == 3 * 5 * ROWS // 2
 
 
-def test_what_was_not_found_has_no_lungs_and_what_was_never_looked_at_is_an_error(small, tmp_path):
+def test_images_without_lungs_have_no_frame_and_unknown_images_are_an_error(small, tmp_path):
     folder = lungs_run(tmp_path, small, missed=["image003"])
-    # Its mask lies there all the same, as notebook 14 leaves it.
+    # Its mask is in the store nevertheless, as notebook 14 writes it.
     MaskStore(folder / "masks").add({"image003": np.ones((ROWS // 2, COLUMNS // 2), np.uint8)})
     stored = StoredLungs(folder)
     stranger = CachedXray("image999", np.zeros((40, 50), np.uint8), ROWS, COLUMNS)
     found = stored.find([small.read("image003"), small.read("image004")])
     assert [each.frame is None for each in found] == [each.mask is None for each in found] == [True, False]
-    with pytest.raises(ValueError, match="has not looked at 'image999': apply the segmenter to the prepared run"):
+    with pytest.raises(ValueError, match="has not segmented 'image999': apply the segmenter to the prepared run"):
         stored.of(stranger)
 
 
@@ -119,7 +119,7 @@ def test_the_fingerprint_changes_with_frames_masks_and_nothing_else(small, tmp_p
     assert len(told) == 4
 
 
-def test_a_segmenter_is_told_by_its_weights_and_its_clean_up(tmp_path):
+def test_a_segmenter_is_identified_by_weights_and_clean_up(tmp_path):
     plain, again, wider = (
         segmenter_digest(read_record(bright_segmenter(tmp_path / name, **clean_up)))
         for name, clean_up in (("plain", {}), ("again", {}), ("wider", {"margin": 0.2}))

@@ -60,7 +60,7 @@ def test_readers_find_the_requested_images_and_masks(prepared):
     assert problems["jsrt"] == problems["montgomery"] == [] and problems["shenzhen"] == ["and 2 other images have no mask"]
     # As in the real set, the patients of COVID-19 images are unknown.
     assert len(problems["darwin"]) == 2
-    assert "are no frontal X-rays" in problems["darwin"][0] and "one patient" in problems["darwin"][1]
+    assert "are not frontal X-rays" in problems["darwin"][0] and "one patient" in problems["darwin"][1]
 
 
 def test_classes_have_the_published_shares(prepared):
