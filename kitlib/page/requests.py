@@ -1,7 +1,12 @@
-"""Request filter of the page's server: only this computer may ask, and the browser may contact no other server."""
+"""Request filter of the page's server: only this computer may ask, only for uploaded files, and nothing leaves it."""
 
+import json
+import os
 import re
+from collections.abc import Iterator
 from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -25,16 +30,25 @@ EXTERNAL_TAGS = re.compile(
 )
 
 
+UPLOAD_ROUTES = ("/gradio_api/upload", "/upload")
+# An event of the page sends the values of its controls: a few kilobytes.
+MAX_EVENT_BYTES = 1_000_000
+
+
 class Guarded:
     """ASGI middleware that passes on only requests from pages of this server, opened under a name of this computer.
 
     Another site's page can send requests from its own address (visible in the Origin header) or under a name of its own that
     points to 127.0.0.1 (visible in the Host header). Both get status 403 and a sentence. The headers of each response keep
     the browser from contacting other servers, and tags that name other servers are removed from HTML.
+
+    Gradio opens any file whose path an event contains, and fetches URLs, because its own check is off in a mounted app. So
+    events may contain only paths of files below `upload_folder`; others get status 403. Uploads that would make that folder
+    larger than `max_total_bytes` get status 413.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, upload_folder: Path, max_total_bytes: int) -> None:
+        self.app, self.upload_folder, self.max_total_bytes = app, upload_folder.resolve(), max_total_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -48,8 +62,79 @@ class Guarded:
             await _refusal(sentence)(scope, receive, send)
         elif origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             await _refusal("Requests from other web pages are not allowed.")(scope, receive, send)
+        elif scope["path"] in UPLOAD_ROUTES:
+            refusal = self._check_upload(headers.get("content-length", ""))
+            await (refusal(scope, receive, send) if refusal else self.app(scope, receive, _FilteredSend(send)))
         else:
-            await self.app(scope, receive, _FilteredSend(send))
+            body = await _read_body(receive)
+            refusal = self._check_event(body)
+            replay = _Replay(body or b"", receive)
+            await (refusal(scope, replay, send) if refusal else self.app(scope, replay, _FilteredSend(send)))
+
+    def _check_upload(self, content_length: str) -> PlainTextResponse | None:
+        if not content_length.isdecimal():
+            return _refusal("An upload must state its length.", 411)
+        present = sum(path.stat().st_size for path in self.upload_folder.rglob("*") if path.is_file())
+        if present + int(content_length) > self.max_total_bytes:
+            sentence = (
+                f"The files uploaded to this page may take {self.max_total_bytes / 1e6:,.0f} MB in all. Restart the page, "
+                "which deletes them, or choose smaller files."
+            )
+            return _refusal(sentence, 413)
+        return None
+
+    def _check_event(self, body: bytes | None) -> PlainTextResponse | None:
+        if body is None:
+            return _refusal(f"A request may have {MAX_EVENT_BYTES:,} bytes, except for uploads.", 413)
+        try:
+            event = json.loads(body) if body else None
+            paths = list(_paths(event))
+        except (ValueError, RecursionError):
+            return _refusal("The request is not valid JSON.", 400)
+        if not all(self._is_upload(path) for path in paths):
+            return _refusal("Only files that were uploaded to this page can be opened.")
+        return None
+
+    def _is_upload(self, path: Any) -> bool:
+        try:
+            return Path(os.path.realpath(path)).is_relative_to(self.upload_folder)
+        except (TypeError, ValueError):  # not a string, or with a zero byte
+            return False
+
+
+def _paths(value: Any) -> Iterator[Any]:
+    """Yield every value under a key `path` in parsed JSON: Gradio takes any such object for a file."""
+    if isinstance(value, dict):
+        yield from (item for key, item in value.items() if key == "path" and item is not None)
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _paths(item)
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """Return the whole body of a request, or None if it is longer than MAX_EVENT_BYTES."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > MAX_EVENT_BYTES:
+            return None
+    return body
+
+
+class _Replay:
+    """Gives a body that has been read to the app once more, then what the server receives: the client's disconnection."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self.body: bytes | None = body
+        self.receive = receive
+
+    async def __call__(self) -> Message:
+        if self.body is None:
+            return await self.receive()
+        body, self.body = self.body, None
+        return {"type": "http.request", "body": body, "more_body": False}
 
 
 def _is_this_computer(host: str) -> bool:
@@ -60,8 +145,8 @@ def _is_this_computer(host: str) -> bool:
         return False
 
 
-def _refusal(sentence: str) -> PlainTextResponse:
-    return PlainTextResponse(sentence, status_code=403, headers=HEADERS)
+def _refusal(sentence: str, status: int = 403) -> PlainTextResponse:
+    return PlainTextResponse(sentence, status_code=status, headers=HEADERS)
 
 
 class _FilteredSend:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # gradio must not be imported before `quiet_gradio` has set t
 OFFLINE_SETTINGS = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
 # The upload of a larger file is aborted. A smaller file above MAX_UPLOAD_BYTES gets the message of kitlib.page.uploads.
 ABORTED_UPLOAD_BYTES = 4 * MAX_UPLOAD_BYTES
+MAX_TOTAL_UPLOAD_BYTES = 40 * MAX_UPLOAD_BYTES  # of all files until the page is stopped
 # The last two are for a container whose port is published only on the computer's own address.
 HOSTS = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "::")
 GRACE_S = 1.0  # time for the server to stop
@@ -62,11 +63,17 @@ def quiet_gradio() -> Iterator[Path]:
 def page_app(
     blocks: "gradio.Blocks",
     max_upload_bytes: int = ABORTED_UPLOAD_BYTES,
+    max_total_bytes: int = MAX_TOTAL_UPLOAD_BYTES,
     theme: "gradio.Theme | None" = None,
     css: str | None = None,
 ) -> Guarded:
-    """Return an app with `blocks` at / and the text "ok" at /healthz; uploads above `max_upload_bytes` get status 413."""
+    """Return an app with `blocks` at / and the text "ok" at /healthz.
+
+    An uploaded file above `max_upload_bytes`, or above `max_total_bytes` with all earlier ones, gets status 413. Call this
+    within `quiet_gradio`, which sets the folder of uploads.
+    """
     import gradio
+    from gradio.utils import get_upload_folder
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.get("/healthz")(lambda: PlainTextResponse("ok"))
@@ -85,7 +92,7 @@ def page_app(
         css=css,
     )
     blocks.config["stylesheets"] = []  # Google's fonts
-    return Guarded(app)
+    return Guarded(app, Path(get_upload_folder()), max_total_bytes)
 
 
 def serve(

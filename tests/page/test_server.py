@@ -158,22 +158,69 @@ def test_an_upload_is_stored_in_the_temporary_folder(client, folder):
 
 def test_a_file_that_is_too_large_is_answered_and_not_kept(client, folder):
     before = sorted(folder.rglob("*"))
-    sent = 0
-
-    def body():
-        nonlocal sent
-        yield b'--b\r\nContent-Disposition: form-data; name="files"; filename="large.dcm"\r\n\r\n'
-        for _ in range(20):
-            sent += LIMIT // 5
-            yield bytes(LIMIT // 5)
-        yield b"\r\n--b--\r\n"
-
-    headers = {"content-type": "multipart/form-data; boundary=b"}
-    answer = client.post("/gradio_api/upload", content=body(), headers=headers)
+    answer = client.post("/gradio_api/upload", files={"files": ("large.dcm", bytes(4 * LIMIT))})
     assert answer.status_code == 413
     assert answer.text == f"File size exceeded maximum allowed size of {LIMIT} bytes."
     assert sorted(folder.rglob("*")) == before
     assert client.get("/healthz").text == "ok"
+
+
+def test_all_uploads_together_have_a_limit_and_state_their_length(folder):
+    import gradio
+
+    with gradio.Blocks() as blocks:
+        gradio.File()
+    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    with TestClient(page_app(blocks, LIMIT, max_total_bytes=present + LIMIT), base_url=HOME) as client:
+        codes = [
+            client.post("/gradio_api/upload", files={"files": (f"{n}.png", bytes([n]) * (LIMIT // 3))}).status_code
+            for n in range(1, 4)
+        ]
+        assert codes == [200, 200, 413]  # the third file and the form around it exceed the limit
+        unstated = client.post(
+            "/gradio_api/upload",
+            content=iter([b"--b--"]),
+            headers={"content-type": "multipart/form-data; boundary=b"},
+        )
+        assert unstated.status_code == 411
+
+
+FOREIGN = ["/etc/passwd", str(Path(__file__).resolve()), "http://evil.example/x.png", "file:///etc/passwd", "x\0y", 5, ["a"]]
+
+
+@pytest.mark.parametrize("path", [*FOREIGN, "{folder}/../../etc/passwd", "{folder}"], ids=str)
+def test_an_event_opens_no_file_but_uploads(client, folder, path, monkeypatch):
+    if isinstance(path, str):
+        path = path.replace("{folder}/", f"{folder}/files/").replace("{folder}", str(folder))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: pytest.fail(f"looked up {host}"))
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    before = sorted(folder.rglob("*"))
+    for data in ([file], [[file]], [{"image": file}], [{"path": path}]):
+        for route in ("call/steps", "queue/join", "run/steps", "api/steps", "component_server"):
+            answer = client.post(f"/gradio_api/{route}", json={"data": data, "fn_index": 0, "session_hash": "s"})
+            assert (answer.status_code, answer.text) == (403, "Only files that were uploaded to this page can be opened.")
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_an_uploaded_file_may_be_in_an_event(client):
+    (path,) = client.post("/gradio_api/upload", files={"files": ("a.png", b"\x89PNG")}).json()
+    answer = client.post("/gradio_api/call/steps", json={"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]})
+    assert answer.status_code == 200 and "event_id" in answer.json()
+
+
+@pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 100_000, b"{}", b"[]", b"null", b'"text"', b'{"data": 1}'], ids=repr)
+def test_an_odd_body_gets_a_short_answer_without_a_traceback(app, body):
+    with TestClient(app, base_url=HOME, raise_server_exceptions=False) as client:
+        for route in ("call/steps", "queue/join", "run/steps", "reset", "cancel", "upload", "stream/x/y/z", "no-such"):
+            for headers in ({"content-type": "application/json"}, {"content-type": "text/plain"}):
+                answer = client.post(f"/gradio_api/{route}", content=body, headers=headers)
+                assert 400 <= answer.status_code <= 500 or answer.status_code == 200, route
+                assert "Traceback" not in answer.text and ".py" not in answer.text and len(answer.text) < 1000
+
+
+def test_a_request_that_is_too_long_is_refused(client):
+    answer = client.post("/gradio_api/call/steps", json={"data": ["x" * 1_000_001]})
+    assert answer.status_code == 413 and answer.text.startswith("A request may have 1,000,000 bytes")
 
 
 @contextmanager
