@@ -1,7 +1,7 @@
-"""Two folds of one model: one after the other, side by side, and each by two processes together. Part of `make bench`.
+"""Speed of training two folds: one after the other, side by side, and each with two processes. Part of `make bench`.
 
-On a machine with two GPUs: `python benchmarks/folds.py --full --workers 2`. On a CPU the threads are shared out, so
-that all three use the same cores; then it shows what the processes cost, and not what a second GPU gains.
+On a machine with two GPUs: `python benchmarks/folds.py --full --workers 2`. On a CPU the threads are divided among the
+processes, so that all three ways use the same cores: this measures the cost of processes, not the gain of a second GPU.
 """
 
 import sys
@@ -29,9 +29,9 @@ from kitlib.training.train_folds import train_folds
 WAYS: dict[str, dict[str, int]] = {
     "one after the other": {"at_once": 1},
     "side by side": {"at_once": 2},
-    "two processes a model": {"processes": 2},
+    "two processes per model": {"processes": 2},
 }
-# Arguments of `main` with which it takes about a second: the tests run it so.
+# Arguments of `main` for the tests, with which it takes about a second.
 SMALLEST = {"images": 16, "epochs": 1, "ways": ["one after the other"]}
 
 
@@ -47,27 +47,27 @@ def main(
     epochs: int = 4,
     full: bool = False,
     workers: int = 0,
-    ways: Annotated[list[str], typer.Option(help="of WAYS, the first of them to begin with")] = [*WAYS],  # noqa: B006
+    ways: Annotated[list[str], typer.Option(help="keys of WAYS to measure; speeds are relative to the first")] = [*WAYS],  # noqa: B006
 ) -> None:
     settings = override(recipe("small_study", StudyRecipe), epochs=epochs)
     if full:
         settings = override(recipe("strong_study", StudyRecipe), epochs=epochs, starting_weights="")
     xrays = NoisyXrays(images, settings.image_size)
-    table = Table("two folds", "seconds", "of them training", "images a second", "times the first way")
+    table = Table("two folds", "seconds", "of this, training", "images per second", "relative to the first way")
     speeds = {}
     for way in ways:
         with tempfile.TemporaryDirectory() as run:
             start = time.perf_counter()
             trained = train_folds(task(xrays, settings, workers), [0, 1], Path(run), **WAYS[way])
             seconds = time.perf_counter() - start
-        training = max(one.metrics["seconds"] for one in trained) if way == "side by side" else None
-        training = training or sum(one.metrics["seconds"] for one in trained)
+        training = max(fold.metrics["seconds"] for fold in trained) if way == "side by side" else None
+        training = training or sum(fold.metrics["seconds"] for fold in trained)
         speeds[way] = images * epochs / training  # each fold trains on half of the images
         ratio = speeds[way] / speeds[ways[0]]
         table.add_row(way, f"{seconds:.1f}", f"{training:.1f}", f"{speeds[way]:.0f}", f"{ratio:.2f}")
     console = Console()
     console.print(table)
-    console.print(f"{images} images, {epochs} epochs, {torch.cuda.device_count()} GPUs; the rest of the time is starting up")
+    console.print(f"{images} images, {epochs} epochs, {torch.cuda.device_count()} GPUs; the other seconds are start-up time")
 
 
 if __name__ == "__main__":

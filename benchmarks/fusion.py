@@ -1,4 +1,4 @@
-"""Seconds to fuse the boxes of three detectors, 100 each, on 200 images; from that, on the 1,263 of the public test set.
+"""Time to fuse 100 boxes of each of three detectors on 200 images, and its extrapolation to the public test set's 1,263.
 
 python benchmarks/fusion.py
 """
@@ -14,12 +14,12 @@ from kitlib.fusion.model_fusion import FusionSettings, fuse_boxes
 from kitlib.tables import BOX
 
 PUBLIC_TEST = 1263  # images
-# Arguments of `main` with which it takes about a second: the tests run it so.
+# Arguments of `main` for the tests, with which it takes about a second.
 SMALLEST = {"images": 2, "boxes": 3}
 
 
 def case(images: int, models: int, boxes: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Tables images and detections: boxes strewn around two places an image, most of them with low scores."""
+    """Return tables images and detections: random boxes around two points per image, most of them with low scores."""
     rng = np.random.default_rng(0)
     names = np.array([f"{number:012x}" for number in range(images)], dtype=object)
     n = images * models * boxes
@@ -35,15 +35,15 @@ def case(images: int, models: int, boxes: int) -> tuple[pd.DataFrame, pd.DataFra
 
 
 def main(images: int = 200, models: int = 3, boxes: int = 100) -> None:
-    listed, table = case(images, models, boxes)
+    image_table, detections = case(images, models, boxes)
     for method in METHODS:
         settings = FusionSettings(box_method=method)
-        fuse_boxes(table.iloc[: models * boxes], listed, settings)  # compiles
-        began = time.perf_counter()
-        found = fuse_boxes(table, listed, settings)
-        seconds = time.perf_counter() - began
+        fuse_boxes(detections.iloc[: models * boxes], image_table, settings)  # compiles
+        start = time.perf_counter()
+        fused = fuse_boxes(detections, image_table, settings)
+        seconds = time.perf_counter() - start
         whole = seconds * PUBLIC_TEST / images
-        print(f"{method:<9}{seconds:6.1f} s, {PUBLIC_TEST} images {whole:6.1f} s; {len(table)} boxes to {len(found)}")
+        print(f"{method:<9}{seconds:6.1f} s, {PUBLIC_TEST} images {whole:6.1f} s; {len(detections)} boxes to {len(fused)}")
 
 
 if __name__ == "__main__":

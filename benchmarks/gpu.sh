@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
-# Spends a GPU's ten minutes: what is there, the kit's own tests in both half precisions, waits, every named recipe, speed, two
-# processes, and phantoms from training to a submission. For any CUDA machine, with internet or without.
+# Measures a CUDA machine in ten minutes: its hardware and packages, the kit's tests in both half precisions, waits for the GPU,
+# every named recipe, speed, two processes, and phantoms from training to a submission. Works with or without internet.
 #
 #   bash benchmarks/gpu.sh            on a GPU, the most valuable part first, in less than nine minutes
-#   bash benchmarks/gpu.sh --small    the smallest size, which a CPU ends in minutes, too
+#   bash benchmarks/gpu.sh --small    the smallest size, which takes minutes on a CPU, too
 #
-# A part that fails or hangs costs no other. Exits with 1 if any did not end well. From the environment:
-#   OUT           folder of the results, a table and a log a part (runs/gpu)
-#   WHEELS        folder of wheels of what this machine lacks, see benchmarks/gpu/wheels.txt (none)
-#   PYTHON        (.venv/bin/python where there is one, else python3)
-#   LIMIT         seconds for everything (530)
+# If a part fails or hangs, the others still run. Exit status 1 if any part failed. Environment variables (defaults):
+#   OUT           folder of the results: a table, and a log per part (runs/gpu)
+#   WHEELS        folder of wheels of packages that this machine lacks, see benchmarks/gpu/wheels.txt (none)
+#   PYTHON        the Python to use (.venv/bin/python if it exists, else python3)
+#   LIMIT         seconds for all parts together (530)
 #   PARTS         list of the parts, in a folder with their scripts (benchmarks/gpu/parts.txt)
 set -uo pipefail
-{  # read whole before it begins, so that it may be edited while it runs
+{  # bash reads the whole block before it runs it, so the file may be edited while it runs
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-runs/gpu} LIMIT=${LIMIT:-530} PARTS=${PARTS:-benchmarks/gpu/parts.txt}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 mkdir -p "$OUT"
 awk '/^[^#]/ { sub(/-.*/, "", $1); print $1 }' "$PARTS" | while read -r name; do rm -f "$OUT/$name.log"; done
 table=$OUT/table.md scratch=$(mktemp -d) failed=0 child=
-grace=5  # seconds from asking a part to end until it is killed
+grace=5  # seconds between SIGTERM and SIGKILL
 export PYTHONUNBUFFERED=1
-# What Kaggle's T4s compute in; a newer GPU would choose bfloat16, and never meet its faults.
+# As on Kaggle's T4s: a newer GPU would choose bfloat16 and not show the problems of float16.
 export KIT_PRECISION=${KIT_PRECISION:-16-mixed}
 
 finish() {
@@ -36,7 +36,7 @@ row() { echo "| $1 | $2 | $3 | $4 |" | tee -a "$table"; }
 { echo "| part | result | seconds | figures |"; echo "|---|---|---|---|"; } | tee "$table"
 
 if [ -n "${WHEELS:-}" ]; then
-    # Beside the machine's own packages, which stay as they are.
+    # Into a separate folder, which leaves the machine's own packages unchanged.
     if timeout 60 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$scratch/site" \
         "$WHEELS"/*.whl >"$OUT/wheels.log" 2>&1; then
         rm "$OUT/wheels.log"
@@ -49,31 +49,31 @@ export PYTHONPATH=$scratch/site:$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 while read -r name limit script arguments <&3; do
     case $name in '' | '#'*) continue ;; esac
-    left=$((LIMIT - SECONDS - grace))
-    if [ "$left" -lt 1 ]; then
+    remaining=$((LIMIT - SECONDS - grace))
+    if [ "$remaining" -lt 1 ]; then
         row "$name" "no time left" 0 ""
         failed=1
         continue
     fi
-    [ "$left" -lt "$limit" ] && limit=$left
-    # Parts whose names differ after a dash share a log: what is fetched from a machine may be limited to a few files.
+    [ "$remaining" -lt "$limit" ] && limit=$remaining
+    # Parts whose names differ only after a dash share a log, because some machines return only a few files.
     log=$OUT/${name%%-*}.log
     echo "== $name: $script $arguments" >>"$log"
-    before=$(stat -c %s "$log") began=$SECONDS
-    # shellcheck disable=SC2086  # arguments are words
+    log_size=$(stat -c %s "$log") start=$SECONDS
+    # shellcheck disable=SC2086  # $arguments is split into words on purpose
     timeout --kill-after="$grace" "$limit" "$PYTHON" "$(dirname "$PARTS")/$script" $arguments "$@" >>"$log" 2>&1 3<&- &
     child=$!
     wait "$child"
     code=$? child=
     case $code in
     0) result=ok ;;
-    124 | 137) result="stopped at its $limit s" ;;
+    124 | 137) result="stopped after $limit s" ;;
     *) result="failed, exit status $code" ;;
     esac
     [ "$code" = 0 ] || failed=1
-    figures=$(tail -c +$((before + 1)) "$log" | grep '^figures: ' | tail -n 1)
-    row "$name" "$result" $((SECONDS - began)) "${figures#figures: }"
+    figures=$(tail -c +$((log_size + 1)) "$log" | grep '^figures: ' | tail -n 1)
+    row "$name" "$result" $((SECONDS - start)) "${figures#figures: }"
 done 3<"$PARTS"
-echo "$SECONDS s in all; logs in $OUT" | tee -a "$table"
+echo "$SECONDS s in total; logs are in $OUT" | tee -a "$table"
 exit "$failed"
 }

@@ -1,6 +1,6 @@
-"""Lungs of a data set: the kit's batches, reading and clean-up side by side, against a loop of image after image.
+"""Speed of lung segmentation: the kit's batches, which read, segment and clean up in parallel, against a loop over images.
 
-Part of `make bench`. With a GPU: `python benchmarks/lungs.py --full`, the published UNet at 512 pixels.
+Part of `make bench`. With a GPU: `python benchmarks/lungs.py --full`, the published networks at 512 pixels.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ from kitlib.training.apply_lungs import apply_lungs
 from kitlib.xrays.cache import CachedXray, XrayCache
 
 SIDE = 512  # of the decoded copies, pixels
-# Arguments of `main` with which it takes about a second: the tests run it so.
+# Arguments of `main` for the tests, with which it takes about a second.
 SMALLEST = {"count": 2}
 
 
 def phantoms(cache: XrayCache, count: int) -> pd.DataFrame:
-    """A few drawn chests, each many times: only their pixels' number matters here."""
+    """Put `count` images of eight phantoms into `cache` and return the table images; only their number matters."""
     drawn = []
     for seed in range(8):
         rng = np.random.default_rng(seed)
@@ -49,7 +49,7 @@ def phantoms(cache: XrayCache, count: int) -> pd.DataFrame:
 
 
 def bundle(folder: Path, name: str) -> Path:
-    """A segmenter of random weights: as fast as a trained one."""
+    """Save a segmenter with random weights, which is as fast as a trained one, and return its folder."""
     torch.manual_seed(0)
     model = Segmenter(recipe(name, SegmenterRecipe))
     record = {
@@ -62,28 +62,28 @@ def bundle(folder: Path, name: str) -> Path:
 
 
 def one_by_one(images: pd.DataFrame, cache: XrayCache, segmenter: Path, run: Path) -> None:
-    """What a notebook's loop does: read, place, compute, clean up and write one image, then the next."""
+    """Read, letterbox, segment, clean up and write one image after another, as a loop in a notebook does."""
     run.mkdir()
-    alone = load_segmenter(segmenter, batch_size=1)
+    finder = load_segmenter(segmenter, batch_size=1)
     for image_id in images.image_id:
-        (lungs,) = alone.find([cache.read(image_id)])
+        (lungs,) = finder.find([cache.read(image_id)])
         mask = np.zeros((SIDE, SIDE), bool) if lungs.mask is None else lungs.mask
         cv2.imwrite(str(run / f"{image_id}.png"), mask.astype(np.uint8))
 
 
 def main(count: int = 256, full: bool = False) -> None:
     device = pick_device()
-    table = Table("network", "loop, images a second", "kit, images a second", "times")
+    table = Table("network", "loop, images per second", "kit, images per second", "kit / loop")
     with tempfile.TemporaryDirectory() as folder:
         cache = XrayCache(Path(folder) / "xrays", SIDE)
         images = phantoms(cache, count)
         for name in ("unet_lungs", "resunet_lungs", "fc_densenet103_lungs") if full else ("small_lungs",):
-            made = bundle(Path(folder) / name, name)
-            apply_lungs(images[: min(16, count)], cache, made, Path(folder) / f"{name}_warm", progress=False)
+            segmenter = bundle(Path(folder) / name, name)
+            apply_lungs(images[: min(16, count)], cache, segmenter, Path(folder) / f"{name}_warm", progress=False)
             speeds = []
             for way in (one_by_one, apply_lungs):
                 start = time.perf_counter()
-                way(images, cache, made, Path(folder) / f"{name}_{way.__name__}")
+                way(images, cache, segmenter, Path(folder) / f"{name}_{way.__name__}")
                 speeds.append(count / (time.perf_counter() - start))
             table.add_row(name, *(f"{speed:.0f}" for speed in speeds), f"{speeds[1] / speeds[0]:.1f}")
     console = Console()

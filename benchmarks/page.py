@@ -1,7 +1,7 @@
-"""The page's answers without its browser: the first and a warm one, its pictures, and the memory of many visitors.
+"""Speed and memory of the page, without a browser: the first prediction, a warm one, the pictures, and many visits.
 
-Part of `make bench`: wants the runs that `make demo` leaves, or others by --runs. Uploads are new files each time, so that
-nothing is answered from memory.
+Part of `make bench`. Needs the runs of `make demo`, or others by --runs. Every upload is a new file, so that no prediction
+comes from a cache.
 """
 
 import shutil
@@ -25,18 +25,20 @@ from kitlib.page.systems import find_systems
 from kitlib.page.view import BOXES, HEAT, LUNGS, TRUTH, Viewer
 from kitlib.page.warm_models import WarmModels
 
-# Arguments of `main` with which it takes a few seconds: the tests run it so, on runs of their own.
+# Arguments of `main` for the tests, with which it takes a few seconds; the tests add their own runs.
 SMALLEST = {"uploads": 1, "visits": 1}
 
 
 def main(
     runs: Annotated[Path, typer.Option(exists=True)] = Path("runs/demo"),
-    images: Annotated[Path, typer.Option(exists=True, help="DICOM files in or below it.")] = Path("inputs/demo"),
-    uploads: Annotated[int, typer.Option(help="of which the median is told")] = 12,
-    visits: Annotated[int, typer.Option(help="until memory is looked at again, after as many to begin with")] = 100,
+    images: Annotated[Path, typer.Option(exists=True, help="folder with DICOM files, also in sub-folders")] = Path(
+        "inputs/demo"
+    ),
+    uploads: Annotated[int, typer.Option(help="number of uploads, of which the median time is printed")] = 12,
+    visits: Annotated[int, typer.Option(help="memory is measured after this many visits, and after twice as many")] = 100,
 ) -> None:
     files = sorted(images.rglob("*.dcm"))[:uploads]
-    table = Table("", "models", "first answer, s", "warm answer, s", "of it the models", "s a model", title="Seconds")
+    table = Table("", "models", "first prediction", "warm prediction", "of this, models", "per model", title="Seconds")
     with tempfile.TemporaryDirectory() as folder:
         copies, systems = DecodedCopies(Path(folder) / "copies"), find_systems(list_runs([runs]))
         new = (_renewed(file, Path(folder), number) for number in range(10**6) for file in files)
@@ -68,17 +70,17 @@ def main(
 
 
 def _timed(work):
-    began = time.perf_counter()
+    start = time.perf_counter()
     result = work()
-    return time.perf_counter() - began, result
+    return time.perf_counter() - start, result
 
 
 def _renewed(file: Path, folder: Path, number: int) -> Path:
-    """A copy that is another file: what follows the pixels is no part of them, and changes the bytes."""
+    """Return the path of a copy of `file` with the same pixels and other bytes, because padding follows the pixels."""
     path = folder / f"{file.stem}-{number}.dcm"
     shutil.copyfile(file, path)
     with open(path, "ab") as opened:
-        # (FFFC,FFFC) Data Set Trailing Padding, OB, 8 bytes, little endian: explicit and implicit readers pass it over.
+        # (FFFC,FFFC) Data Set Trailing Padding, OB, 8 bytes, little endian: explicit and implicit readers skip it.
         opened.write(b"\xfc\xff\xfc\xffOB\0\0\x08\0\0\0" + number.to_bytes(8, "little"))
     return path
 

@@ -1,6 +1,6 @@
-"""Patches of many images in one batched forward, against the published loop of patch after patch, and the bare forward.
+"""Speed of patch predictions: the kit's batches of many images, the published loop over patches, a bare forward pass.
 
-Part of `make bench`. With a GPU: `python benchmarks/patches.py --full`, the five published networks, 100 patches an image.
+Part of `make bench`. With a GPU: `python benchmarks/patches.py --full`, the five published networks, 100 patches per image.
 """
 
 import sys
@@ -24,23 +24,23 @@ from kitlib.recipes.fields import PatchRecipe
 from kitlib.recipes.named import recipe
 
 CLASSES = ("COVID-19", "viral", "bacterial", "normal")
-# Patched FLANNEL's five, side of a patch in pixels; images, and patches of each.
+# Recipes of Patched FLANNEL's five networks, number of images, patches per image.
 PUBLISHED = [
     (PatchRecipe(backbone=name, image_size=299 if name == "inception_v3" else 224), 8, 100)
     for name in ("densenet161", "inception_v3", "resnet152", "resnext101_32x8d", "vgg19_bn")
 ]
-# What two cores do in a minute.
+# The same for two CPU cores: takes about a minute.
 SHORT = [
     (recipe("small_patches", PatchRecipe), 4, 50),
     (PatchRecipe(backbone="mobilenetv3_small_050"), 2, 25),
     (PatchRecipe(backbone="densenet161"), 1, 8),
 ]
-# Arguments of `main` with which it takes about a second: the tests run it so.
+# Arguments of `main` for the tests, with which it takes about a second.
 SMALLEST = {"networks": 1, "rounds": 1}
 
 
 def chests(count: int, side: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Canvases of noise, black outside of two ellipses, and their mask: only the number of pixels matters here."""
+    """Return `count` canvases of noise, black outside two ellipses, and the mask; only the number of pixels matters."""
     y, x = np.mgrid[:side, :side] / side - 0.5
     mask = ((np.abs(x) - 0.22) / 0.16) ** 2 + (y / 0.38) ** 2 < 1
     noise = np.random.default_rng(0).integers(0, 256, (count, side, side)).astype(np.uint8)
@@ -48,15 +48,15 @@ def chests(count: int, side: int) -> tuple[torch.Tensor, np.ndarray]:
 
 
 def one_by_one(model: PatchClassifier, canvases: torch.Tensor, where: torch.Tensor) -> np.ndarray:
-    """The published way: cut one patch, bring it to the device, compute it, fetch its answer, then the next."""
+    """Return probabilities by the published loop: cut one patch, move it to the device, predict, fetch; then the next."""
     side = model.recipe.image_size
     before, after = side // 2, side - 1 - side // 2
     padded = np.pad(canvases.numpy(), ((0, 0), (before, after), (before, after)))
-    device, found = next(model.parameters()).device, []
+    device, probabilities = next(model.parameters()).device, []
     for image, row, column in where.tolist():
         patch = torch.from_numpy(padded[image, row : row + side, column : column + side].copy())[None].to(device)
-        found.append(model.probabilities(model(model.normalise(patch))).cpu().numpy())
-    return np.concatenate(found)
+        probabilities.append(model.probabilities(model(model.normalise(patch))).cpu().numpy())
+    return np.concatenate(probabilities)
 
 
 def batched(model: PatchClassifier, canvases: torch.Tensor, where: torch.Tensor) -> np.ndarray:
@@ -64,7 +64,7 @@ def batched(model: PatchClassifier, canvases: torch.Tensor, where: torch.Tensor)
 
 
 def bare_forward(model: PatchClassifier, canvases: torch.Tensor, where: torch.Tensor) -> None:
-    """The floor: as many patches, ready on the device in full batches, through the network and nothing else."""
+    """Run as many patches, ready on the device in full batches, through the network: the upper limit of speed."""
     chunk = min(len(where), model.chunk)
     ready = model.normalise(canvases.new_zeros(chunk, *[model.recipe.image_size] * 2).to(next(model.parameters()).device))
     for start in range(0, len(where), chunk):
@@ -73,7 +73,7 @@ def bare_forward(model: PatchClassifier, canvases: torch.Tensor, where: torch.Te
 
 
 def seconds(way: Callable, *arguments: object) -> float:
-    """On a CPU, which others use too, this process's own time, a thread's share of it; with a GPU as it passes."""
+    """Return the duration of `way`: with a GPU wall time; without one CPU time per thread, since the machine is shared."""
     clock, threads = (time.perf_counter, 1) if torch.cuda.is_available() else (time.process_time, torch.get_num_threads())
     start = clock()
     way(*arguments)
@@ -84,7 +84,7 @@ def main(
     full: bool = False,
     rounds: int = 2,
     threads: int = 0,
-    networks: Annotated[int, typer.Option(help="only so many of them, the smallest first; 0: all")] = 0,
+    networks: Annotated[int, typer.Option(help="measure only this many networks, the first ones; 0: all")] = 0,
 ) -> None:
     device = pick_device()
     if threads:
@@ -101,16 +101,18 @@ def main(
             few = where[:: max(1, len(where) // 4)]
             apart = max(apart, float(np.abs(one_by_one(model, canvases, few) - batched(model, canvases, few)).max()))
             batched(model, canvases, where)
-            # In turn, so that a busy moment of the machine meets all three; the best of each.
+            # Alternate, so that a busy moment of the machine affects all three ways; the best time of each counts.
             ways = (one_by_one, batched, bare_forward)
-            each = [[seconds(way, model, canvases, where) for way in ways] for _ in range(rounds)]
-        loop, kit, floor = (len(where) / min(times) for times in zip(*each, strict=True))
-        speeds = f"{loop:.1f}", f"{kit:.1f}", f"{floor:.1f}", f"{kit / loop:.1f}", f"{floor / loop:.1f}"
+            durations = [[seconds(way, model, canvases, where) for way in ways] for _ in range(rounds)]
+        loop, kit, bare = (len(where) / min(times) for times in zip(*durations, strict=True))
+        speeds = f"{loop:.1f}", f"{kit:.1f}", f"{bare:.1f}", f"{kit / loop:.1f}", f"{bare / loop:.1f}"
         table.add_row(settings.backbone, str(side), *speeds)
     console = Console()
     console.print(table)
-    console.print("patches a second" + (", a second of the processor's own time" if device.type == "cpu" else ""))
-    console.print(f"{device}, {torch.get_num_threads()} threads; a patch's probability differs by at most {apart:.1e}")
+    console.print("patches per second" + (" of CPU time" if device.type == "cpu" else ""))
+    console.print(
+        f"{device}, {torch.get_num_threads()} threads; loop and batches differ by at most {apart:.1e} in a probability"
+    )
 
 
 if __name__ == "__main__":

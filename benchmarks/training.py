@@ -1,7 +1,7 @@
-"""The kit's training beside a bare PyTorch loop of the same network and batch, its loader, and its memory: `make bench`.
+"""Speed and memory of the kit's training, against a bare PyTorch loop with the same network and batch size: `make bench`.
 
-The bare loop turns one synthetic batch that already lies on the device; the kit's `fit` reads, augments, sends and logs as
-every training does. Full-size networks on a GPU: `python benchmarks/training.py --full --workers 8`.
+The bare loop repeats one synthetic batch that is already on the device; the kit's `fit` reads, augments, transfers and logs
+as in every training. Full-size networks on a GPU: `python benchmarks/training.py --full --workers 8`.
 """
 
 import contextlib
@@ -37,14 +37,14 @@ from kitlib.training.study import StudyTraining
 from kitlib.training.xray_dataset import XrayDataset, batches
 from kitlib.xrays.cache import CachedXray
 
-BAR = 0.95  # of the bare loop's speed, on a GPU
-# Arguments of `main` with which it takes about a second: the tests run it so.
+BAR = 0.95  # least speed relative to the bare loop, on a GPU
+# Arguments of `main` for the tests, with which it takes about a second.
 SMALLEST = {"images": 8, "epochs": 2, "only": "small study"}
 
 
 @dataclass
 class NoisyXrays:
-    """`count` X-rays of noise in memory, an image a study and a patient; every other one has two boxes."""
+    """`count` X-rays of noise in memory, one image per study and patient; every second image has two boxes."""
 
     count: int
     longest_side: int
@@ -75,13 +75,13 @@ def network(settings: TrainingRecipe, device: torch.device) -> torch.nn.Module:
 
 
 def bare_rate(settings: TrainingRecipe, xrays: NoisyXrays, device: torch.device, steps: int) -> float:
-    """Images a second of forward, backward and step alone, on one batch, after three steps to warm up."""
+    """Return images per second of forward, backward and optimiser step on one batch, after three warm-up steps."""
     seed_everything(0)
     model = network(settings, device).train()
     optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == "16-mixed")
     batch = next(iter(batches(xrays.examples(settings, augment=False), settings.batch_size)))
-    pixels, boxes = batch["pixels"].to(device), [each.to(device) for each in batch["boxes"]]
+    pixels, boxes = batch["pixels"].to(device), [image_boxes.to(device) for image_boxes in batch["boxes"]]
     if isinstance(settings, StudyRecipe):
         x, truth = model.normalise(pixels), batch["label"].argmax(dim=1).to(device)
     for step in range(3 + steps):
@@ -102,7 +102,7 @@ def bare_rate(settings: TrainingRecipe, xrays: NoisyXrays, device: torch.device,
 
 
 def watched(kind: type[RecipeTraining]) -> type[RecipeTraining]:
-    """This training, noting the memory of all its processes in MB after each epoch."""
+    """Return a subclass of `kind` that records the memory of all its processes, in MB, after each epoch."""
 
     class Watched(kind):
         def on_train_start(self) -> None:
@@ -117,16 +117,16 @@ def watched(kind: type[RecipeTraining]) -> type[RecipeTraining]:
 
 
 def resident() -> float:
-    """MB of this process and its workers; what they share counts once."""
-    process, held = psutil.Process(), 0
-    for each in (process, *process.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended, or that nobody has waited for, holds none
-            held += each.memory_full_info().pss
-    return held / 1e6
+    """Return the memory of this process and its workers in MB; shared memory counts once."""
+    parent, total = psutil.Process(), 0
+    for process in (parent, *parent.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a process that has just ended, or a zombie, uses no memory
+            total += process.memory_full_info().pss
+    return total / 1e6
 
 
 def loader_rate(examples: XrayDataset, batch_size: int, workers: int) -> float:
-    """Images a second that come out of the loader once its canvases are kept and its workers are up."""
+    """Return images per second of the loader, after a first pass that caches the canvases and starts the workers."""
     loader = batches(examples, batch_size, workers, shuffle=True)
     for _ in loader:
         pass
@@ -141,11 +141,11 @@ def finish(device: torch.device) -> None:
 
 
 def measure(name: str, settings: TrainingRecipe, xrays: NoisyXrays, workers: int, table: Table) -> float:
-    """One row of the table; returns the kit's share of the bare loop's speed."""
+    """Add one row to the table; return the kit's speed relative to the bare loop."""
     device, steps = pick_device(), xrays.count // settings.batch_size
     before = bare_rate(settings, xrays, device, steps)
     train, validation = xrays.examples(settings, augment=True), xrays.examples(settings, augment=False)
-    eaten = loader_rate(train, settings.batch_size, workers)
+    loader = loader_rate(train, settings.batch_size, workers)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seed_everything(0)
@@ -156,22 +156,22 @@ def measure(name: str, settings: TrainingRecipe, xrays: NoisyXrays, workers: int
     with tempfile.TemporaryDirectory() as scratch:
         loaders = batches(train, settings.batch_size, workers, shuffle=True), batches(validation, settings.batch_size)
         fitted = fit(module, settings, *loaders, scratch, device, seed=0, progress=False)
-    # The best epoch of either: machines are shared. The kit's first one starts the workers.
+    # The best speed of each, because the machine is shared. The kit's first epoch includes the start of the workers.
     kit = max(fitted.history.images_per_s[1:])
     bare = max(before, bare_rate(settings, xrays, device, steps))
-    megabytes = [f"{each:,.0f}" for each in module.megabytes]
+    megabytes = [f"{value:,.0f}" for value in module.megabytes]
     peak = f"{torch.cuda.max_memory_allocated(device) / 1e6:,.0f}" if device.type == "cuda" else "-"
-    rates = (f"{rate:,.1f}" for rate in (kit, bare, eaten))
+    rates = (f"{rate:,.1f}" for rate in (kit, bare, loader))
     table.add_row(name, *rates, f"{kit / bare:.3f}", peak, " ".join(megabytes))
     return kit / bare
 
 
 def main(
-    full: Annotated[bool, typer.Option(help="Full-size networks at 512 pixels, for a GPU.")] = False,
-    workers: Annotated[int, typer.Option(help="Processes that read and augment.")] = 0,
-    epochs: Annotated[int, typer.Option(min=2, help="Of each training; the memory after each is shown.")] = 4,
-    images: Annotated[int, typer.Option(help="In each set; 0: 64, and 480 of the full size.")] = 0,
-    only: Annotated[str, typer.Option(help="One row of the table; empty: all.")] = "",
+    full: Annotated[bool, typer.Option(help="train full-size networks at 512 pixels, for a GPU")] = False,
+    workers: Annotated[int, typer.Option(help="processes that read and augment")] = 0,
+    epochs: Annotated[int, typer.Option(min=2, help="epochs of each training; memory is shown after each")] = 4,
+    images: Annotated[int, typer.Option(help="number of images; 0: 64, with --full 480")] = 0,
+    only: Annotated[str, typer.Option(help="name of the only row to measure; empty: all")] = "",
 ) -> None:
     shortened = {"epochs": epochs, "patience": epochs}
     if full:
@@ -188,16 +188,16 @@ def main(
             "small Faster R-CNN": recipe("small_faster_rcnn", DetectorRecipe, **shortened),
         }
         xrays = NoisyXrays(images or 64, 256)
-        torch.set_num_threads(1)  # of which others take none away
+        torch.set_num_threads(1)  # for a stable speed while other processes use the machine
     device = pick_device()
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    table = Table("training", title=f"images a second; {where}, {precision(device)}, {workers} workers")
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    table = Table("training", title=f"images per second; {hardware}, {precision(device)}, {workers} workers")
     for title in ("kit", "bare loop", "loader alone", "kit / bare", "GPU peak, MB", f"MB after epochs 1 to {epochs}"):
         table.add_column(title, justify="right")
     ratios = [measure(name, settings, xrays, workers, table) for name, settings in cases.items() if only in ("", name)]
     Console(width=125).print(table)
     if device.type == "cuda" and full and min(ratios) < BAR:
-        sys.exit(f"the slowest training has {min(ratios):.3f} of the bare loop's speed, wanted {BAR}")
+        sys.exit(f"the slowest training has {min(ratios):.3f} of the bare loop's speed, expected at least {BAR}")
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def run(
 
     from kitlib.atomic import replacing
     from kitlib.plans.engine import describe_plan, run_plan
-    from kitlib.plans.graph import plan_graph
+    from kitlib.plans.graph import draw_plan
     from kitlib.plans.plan import read_plan
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
@@ -207,7 +207,7 @@ def run(
         read = read_plan(plan, runs, {name: yaml.safe_load(value) for name, _, value in pairs})
         if graph:
             with replacing(graph) as beside:
-                plan_graph(read).savefig(beside, dpi=110)
+                draw_plan(read).savefig(beside, dpi=110)
         if dry_run:
             Console().print(describe_plan(read))
         if not (graph or dry_run):

@@ -58,9 +58,9 @@ def save_bundle(folder: str | Path, state_dict: dict[str, torch.Tensor], record:
 
 
 def read_bundle(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return the record and the weights (on the CPU) of a bundle.
+    """Return a bundle's record (the content of model.json) and its weights by tensor name, on the CPU.
 
-    Raises BundleError for a missing file, a wrong hash, and missing or unknown keys.
+    Raises BundleError for a missing file, a wrong hash, or missing or unknown keys.
     """
     record = read_record(folder)
     record_path, weights_path = Path(folder) / RECORD, Path(folder) / WEIGHTS
@@ -79,7 +79,7 @@ def read_bundle(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Ten
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
-    """Return the record without reading the weights. Raises BundleError for a missing file, or missing or unknown keys."""
+    """Return a bundle's record without reading its weights. Raises BundleError for a missing file or wrong keys."""
     folder = Path(folder)
     for path in (folder / RECORD, folder / WEIGHTS):
         if not path.is_file():
@@ -91,7 +91,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BundleError(f"{path} is not valid JSON ({error}); copy the bundle from its run again") from error
+        raise BundleError(f"{path} is not valid JSON ({error}); copy the bundle again") from error
     if not isinstance(record, dict):
         raise BundleError(f"{path} holds a {type(record).__name__} instead of an object; copy the bundle again")
     _check_record(record, STATED | ADDED, str(path))
@@ -142,7 +142,7 @@ def _check_record(record: dict[str, Any], kinds: dict[str, type | tuple[type, ..
         )
     for key, kind in kinds.items():
         if type(record[key]) is not kind:
-            raise BundleError(f"{where}: {key} is {record[key]!r}, expected {getattr(kind, '__name__', kind)}")
+            raise BundleError(f"{where}: {key} is {record[key]!r}, expected type {getattr(kind, '__name__', kind)}")
 
 
 def _untied(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

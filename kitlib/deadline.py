@@ -64,7 +64,7 @@ def session_start() -> float | None:
 def session_deadline(hours: float) -> Deadline | None:
     """Return the end of a session of `hours`, counted from its start; None if the session has no limit (0 hours)."""
     if hours < 0:
-        raise ValueError(f"a session cannot have {hours} hours; use a positive number, or 0 for no limit")
+        raise ValueError(f"invalid session length: {hours} hours; use a positive number, or 0 for no limit")
     limit = session_limit(hours * 3600 or math.inf)
     return None if math.isinf(limit) else Deadline(limit, session_start())
 

@@ -39,7 +39,10 @@ def pick_device() -> torch.device:
 
 
 def training_device() -> torch.device:
-    """Return the device to train on, as `pick_device` does, but raise DeviceError for an unusable GPU: a CPU takes days."""
+    """Return the device to train on, as `pick_device`, but raise DeviceError if a GPU is present and torch cannot use it.
+
+    Training on the CPU instead would take days, which nobody should find out from a warning in a log.
+    """
     if torch.cuda.is_available() and (reason := _unusable_reason(_own_gpu())):
         raise DeviceError(
             f"{reason}. On Kaggle choose the accelerator 'GPU T4 x2' (accelerator: NvidiaTeslaT4); elsewhere install a "

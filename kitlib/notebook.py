@@ -77,7 +77,7 @@ def run_notebook(
     try:
         code, timeout = process.wait(time_limit_s), ""
     except subprocess.TimeoutExpired as expired:
-        code, timeout = -1, f"killed at its time limit of {expired.timeout / 60:g} minutes"
+        code, timeout = -1, f"stopped at its time limit of {expired.timeout / 60:g} minutes"
     finally:
         # Also if this process is told to exit: the notebook's kernel would keep running.
         kill_family(process.pid)

@@ -18,7 +18,7 @@ def on_kaggle() -> bool:
 
 
 def project_root() -> Path:
-    """Return the folder that contains `kitlib`: the clone, or KIT_ROOT inside a kernel that unpacked its library."""
+    """Return the folder that contains `kitlib`: the project's clone, or the value of KIT_ROOT inside a Kaggle kernel."""
     return Path(os.environ.get("KIT_ROOT", Path(__file__).resolve().parent.parent))
 
 

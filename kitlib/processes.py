@@ -10,7 +10,7 @@ import psutil
 
 
 def kill_family(process: int) -> None:
-    """Kill a process and all its descendants, even those in a process group of their own, such as a notebook's kernel."""
+    """Kill the process with the id `process` and all its descendants, even in other process groups (notebook kernels)."""
     try:
         first = psutil.Process(process)
         first.suspend()  # it must not start another child while its family is listed
@@ -39,7 +39,7 @@ def handling(handlers: Mapping[int, Callable]) -> Iterator[None]:
 
 
 def exiting_on_signals() -> AbstractContextManager[None]:
-    """Raise SystemExit on SIGTERM and on a closed terminal (SIGHUP), so that open files and child processes are closed.
+    """Raise SystemExit on SIGTERM and when the terminal closes (SIGHUP), so that files are closed and children terminated.
 
     A signal that is ignored stays ignored, because nohup relies on that.
     """

@@ -90,9 +90,9 @@ class Distinct:
 class Settings:
     """Base class of checked settings: every field is validated against its annotation.
 
-    Lists become tuples; a whole number given for a float becomes a float; a bool is never a number. Annotations may be bool,
-    int, float (finite), str, Any, Literal, unions, tuples, dicts, and Annotated with rules such as Range, whose string
-    completes "a number ...". Raises SettingsError, which names the field, its value and what is valid.
+    Lists become tuples, and an int becomes a float if the field is a float; a bool is not accepted as a number. Annotations
+    may be bool, int, float (finite), str, Any, Literal, unions, tuples, dicts, and Annotated with rules such as Range; the
+    `str()` of a rule is used in messages. Raises SettingsError, which names the field, its value and what is valid.
     """
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ class Settings:
                 valid = checked(value, kind)
             except (ValueError, OverflowError):
                 value = list(value) if isinstance(value, tuple) else value
-                raise SettingsError(f"{type(self).__name__}.{name} is {value!r}; wanted {describe(kind)}") from None
+                raise SettingsError(f"{type(self).__name__}.{name} is {value!r}; expected {describe(kind)}") from None
             object.__setattr__(self, name, valid)
 
 
@@ -113,7 +113,10 @@ def override(settings: R, **overrides: Any) -> R:
 
 
 def from_dict(kind: type[R], values: dict[str, Any]) -> R:
-    """Build settings from parsed JSON or YAML; missing fields keep defaults. Raises SettingsError if one is invalid."""
+    """Build settings of class `kind` from parsed JSON or YAML. Missing fields keep their defaults.
+
+    Raises SettingsError for an unknown field or an invalid value.
+    """
     if not isinstance(values, dict):
         raise SettingsError(f"{kind.__name__} must be a mapping of its fields, got {values!r}")
     _check_names(kind, values)

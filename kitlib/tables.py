@@ -105,22 +105,22 @@ def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame
         repeated = table.duplicated(key, keep=False)
         if repeated.any():
             first = _first(table, repeated, key)
-            raise TableError(f"{place}: {int(repeated.sum())} rows repeat the same {', '.join(key)}, first {first}")
+            raise TableError(f"{place}: {int(repeated.sum())} rows have duplicate {', '.join(key)}; the first is {first}")
     if "xmin" in schema:
         empty = ~((table.xmin < table.xmax) & (table.ymin < table.ymax))
         if empty.any():
             first = _first(table, empty, ["image_id", *BOX])
-            raise TableError(f"{place}: {int(empty.sum())} boxes without area, first {first}")
+            raise TableError(f"{place}: {int(empty.sum())} boxes have no area; the first is {first}")
     return table.reset_index(drop=True)
 
 
 def class_columns(table: pd.DataFrame, name: str) -> list[str]:
-    """Return the class columns of `table`, a table listed in OPEN, in their order."""
+    """Return the class columns of `table`, in order. `name` is the table's schema, one of OPEN."""
     return [column for column in table.columns if column not in SCHEMAS[name]]
 
 
 def study_labels(labels: pd.DataFrame, where: str = "") -> pd.DataFrame:
-    """Return the `id` and SIIM's four study classes of a table labels. Raises TableError for another data set's labels."""
+    """Return the columns `id` and SIIM's four study classes of a `labels` table. Raises TableError if a class is missing."""
     labels = check_table(labels, "labels", where)
     missing = [name for name in STUDY_CLASSES if name not in labels.columns]
     if missing:
@@ -183,7 +183,9 @@ def _typed(column: pd.Series, kind: str, place: str) -> pd.Series:
         expected = "finite pixels"
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
-        raise TableError(f"{place}: {int(bad.sum())} value(s) are not {expected}, first {number.iloc[row]} in row {row}")
+        raise TableError(
+            f"{place}: {int(bad.sum())} value(s) are not {expected}; the first is {number.iloc[row]} in row {row}"
+        )
     return number.astype("int64") if kind in ("count", "integer") else number
 
 

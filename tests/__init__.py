@@ -1,4 +1,4 @@
-"""Tests, in folders named as the rooms of kitlib that they test, and `notebooks`; what several of them share lies here."""
+"""Tests in folders named like the rooms of kitlib that they test, and `notebooks`; shared helpers are in this folder."""
 
 from pathlib import Path
 

@@ -9,36 +9,36 @@ from hypothesis import settings
 
 from tests import REAL_DATA
 
-# Compiling ensemble-boxes' loops takes longer than running them. Said before any test file imports them: once numba is
-# loaded, half of it would hear and half would not.
+# Compiling ensemble-boxes' loops takes longer than running them. Set before any test file imports them, because parts of
+# numba read this variable when they are imported.
 os.environ["NUMBA_DISABLE_JIT"] = "1"
 
-# Most tests expect the CPU, whose sums repeat exactly; those that are marked with `gpu` also run on a GPU that is asked for.
-# Said before torch is imported.
+# Most tests expect the CPU, whose sums are reproducible; those marked `gpu` also run on a GPU if KIT_TEST_GPU is set.
+# Set before torch is imported.
 if not os.environ.get("KIT_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-# Examples are timed by nobody: machines are shared, and a slow moment is no fault. They are the same in each run, so that a
-# test that fails did not pass by chance before; `make properties` draws new ones.
+# No deadline, because machines are shared and may be slow for a moment. Examples are the same in each run, so that a test
+# does not pass by chance; `make properties` draws new ones.
 settings.register_profile("kit", deadline=None, derandomize=True)
 settings.register_profile("anew", deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("kit")
 
 
-LIMIT_S = 900  # for one test; the slowest takes about a minute where nobody else computes
+LIMIT_S = 900  # for one test; the slowest takes about a minute on an idle machine
 _stderr = pytest.StashKey[int]()
 
 
 def pytest_configure(config):
-    # The real one: during a test, what is written to its number is captured.
+    # A copy of the real stderr, because pytest captures file descriptor 2 during a test.
     config.stash[_stderr] = os.dup(2)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item):
-    """End the process of a test that hangs, after a traceback of all its threads; xdist then names the test.
+    """End the process of a test that hangs, with a traceback of all its threads; xdist then names the test.
 
-    faulthandler's own thread does this also where a hanging library never gives Python its lock back.
+    faulthandler uses its own thread, so this also works if a library hangs while it holds Python's lock.
     """
     faulthandler.dump_traceback_later(LIMIT_S, exit=True, file=item.config.stash[_stderr])
     try:
@@ -49,7 +49,7 @@ def pytest_runtest_protocol(item):
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The real X-rays that lie beside this project on its developers' machines."""
+    """The folder of real X-rays next to this project on its developers' machines; skips the test if it does not exist."""
     if not REAL_DATA.is_dir():
         pytest.skip(f"no real data at {REAL_DATA}")
     return REAL_DATA
@@ -57,7 +57,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Sums come out bit for bit alike only with as many threads."""
+    """Use one thread in torch, because sums are only identical bit for bit with the same number of threads."""
     import torch
 
     threads = torch.get_num_threads()
@@ -76,7 +76,7 @@ def _warm_kernels():
 
 @pytest.fixture(scope="module")
 def quick_kernels(_warm_kernels):
-    """Notebooks that need not load torch again, each in a process of its own all the same."""
+    """Run notebooks in copies of a process that has already loaded torch, each in its own process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", _warm_kernels)
         yield

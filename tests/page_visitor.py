@@ -1,4 +1,4 @@
-"""A visitor of the page: a real server, a headless browser, and what one does and sees there."""
+"""Drives the page in tests: a real server, a headless browser, and a visitor's actions and observations."""
 
 import base64
 import os
@@ -15,11 +15,11 @@ import cv2
 import numpy as np
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-# No sandbox: containers often run as root. The rest keeps the browser itself from asking outside.
+# No sandbox, because containers often run as root. The other flags stop the browser's own network requests.
 FLAGS = ("no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync")
 WAIT_MS = 30_000  # machines are shared
 BOXES, TRUTH = "rect.opacity", "rect.truth"
-# What the browser's console says of a request that the page's own policy has stopped.
+# Console messages of a request that the page's own security policy has blocked.
 BLOCKED = re.compile("Content Security Policy|Refused to")
 expect.set_options(timeout=WAIT_MS)
 
@@ -38,70 +38,72 @@ def chromium(executable: str) -> Iterator[Browser]:
         browser.close()
 
 
-# Python runs it before the server and each of its decoding processes: it notes whom they ask.
+# Python runs this code at the start of the server and of its decoding processes: it records which hosts they contact.
 AUDIT = """
 import os, sys
-def note(event, given):
+def record(event, arguments):
     if event in ("socket.connect", "socket.sendto"):
-        asked = given[1][0] if isinstance(given[1], tuple) else "a file of this computer"
+        host = arguments[1][0] if isinstance(arguments[1], tuple) else "a file of this computer"
     elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
-        asked = given[0]
+        host = arguments[0]
     else:
         return
-    with open(os.environ["ASKED"], "a") as file:
-        file.write(f"{asked}\\n")
-sys.addaudithook(note)
+    with open(os.environ["CONTACTED_HOSTS"], "a") as file:
+        file.write(f"{host}\\n")
+sys.addaudithook(record)
 """
-NOBODY_ELSE = {"127.0.0.1", "localhost", "None", "a file of this computer"}
+LOCAL_HOSTS = {"127.0.0.1", "localhost", "None", "a file of this computer"}
 
 
 @contextmanager
 def serving(runs: Path) -> Iterator[subprocess.Popen]:
-    """The page of `runs` in a process of its own, which tells its address on stdout.
+    """Serve the page of `runs` in its own process, which prints its address to stdout.
 
-    No request may be its last, and neither it nor its decoding processes may look up or call another computer.
+    Fails if the server ends by itself, or if it or one of its decoding processes looks up or contacts another computer.
     """
     command = [sys.executable, "-m", "kitlib", "page", "--runs", str(runs), "--port", "0"]
-    hooks, asked = runs.parent / "hooks", runs.parent / "asked.txt"
+    hooks, hosts = runs.parent / "hooks", runs.parent / "contacted_hosts.txt"
     hooks.mkdir()
     (hooks / "sitecustomize.py").write_text(AUDIT)
-    asked.touch()
-    surroundings = {**os.environ, "PYTHONPATH": str(hooks), "ASKED": str(asked)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=surroundings) as server:
+    hosts.touch()
+    environment = {**os.environ, "PYTHONPATH": str(hooks), "CONTACTED_HOSTS": str(hosts)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         try:
             yield server
             assert server.poll() is None, "the server has ended"
         finally:
             server.terminate()
-    assert set(asked.read_text().split("\n")) - {""} <= NOBODY_ELSE
+    assert set(hosts.read_text().split("\n")) - {""} <= LOCAL_HOSTS
 
 
 def address_of(server: subprocess.Popen) -> str:
-    told = ""
+    output = ""
     for line in server.stdout:
-        if found := re.search(r"http://\S+", line):
-            return found[0]
-        told += line
-    raise AssertionError(f"the server has ended without an address: {told}")
+        if match := re.search(r"http://\S+", line):
+            return match[0]
+        output += line
+    raise AssertionError(f"the server ended without printing an address: {output}")
 
 
 @contextmanager
 def visiting(browser: Browser, address: str, **window) -> Iterator["Visitor"]:
-    """One more visitor. Their browser asks no one but the server, runs into no error and shows no dialog."""
-    asked, faults = [], []
+    """Open the page in a new browser context. Fails on requests to other hosts, errors and dialogs."""
+    urls, faults = [], []
     context = browser.new_context(viewport={"width": 1400, "height": 1000}, **window)
     context.set_default_timeout(WAIT_MS)
     page = context.new_page()
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: urls.append(request.url))
     page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("console", lambda told: BLOCKED.search(told.text) and faults.append(told.text))
+    page.on("console", lambda message: BLOCKED.search(message.text) and faults.append(message.text))
     page.on("dialog", lambda dialog: faults.append(dialog.message) or dialog.dismiss())
-    # Gradio 5.50 asks how far an upload is once more when there is none.
-    page.on("response", lambda got: got.status >= 400 and "upload_progress" not in got.url and faults.append(got.url))
+    # Gradio 5.50 requests the progress of an upload once more after it has ended.
+    page.on(
+        "response", lambda reply: reply.status >= 400 and "upload_progress" not in reply.url and faults.append(reply.url)
+    )
     page.goto(address)
     yield Visitor(page)
     context.close()
-    assert {urlsplit(url).netloc for url in asked if url.startswith("http")} == {urlsplit(address).netloc}
+    assert {urlsplit(url).netloc for url in urls if url.startswith("http")} == {urlsplit(address).netloc}
     assert faults == []
 
 
@@ -111,7 +113,7 @@ class Visitor:
         self.status = page.get_by_role("status")
 
     def choose(self, *files: Path) -> None:
-        """Upload these in the place of those that were chosen before."""
+        """Upload these files, replacing those chosen before."""
         clear = self.page.locator("#upload .icon-button-wrapper").get_by_role("button", name="Clear")
         if clear.count():
             clear.click()
@@ -138,24 +140,24 @@ class Visitor:
 
     @contextmanager
     def redrawn(self, layer: str = "xray") -> Iterator[None]:
-        """Waits until that layer is another image than before."""
+        """Wait until the layer shows another image than before."""
         before = self.drawn(f"image.{layer}").get_attribute("href")
         yield
         expect(self.drawn(f"image.{layer}")).not_to_have_attribute("href", before)
 
     def places(self, rectangles: str) -> list[list[float]]:
-        """xmin, ymin, xmax, ymax of each as the SVG has them, sorted."""
-        told = "all => all.map(e => ['x', 'y', 'width', 'height'].map(name => +e.getAttribute(name)))"
-        x, y, width, height = np.array(self.drawn(rectangles).evaluate_all(told), float).reshape(-1, 4).T
+        """Return xmin, ymin, xmax, ymax of each rectangle in the SVG, sorted."""
+        script = "all => all.map(e => ['x', 'y', 'width', 'height'].map(name => +e.getAttribute(name)))"
+        x, y, width, height = np.array(self.drawn(rectangles).evaluate_all(script), float).reshape(-1, 4).T
         return sorted(np.stack([x, y, x + width, y + height], 1).tolist())
 
     def pixels(self) -> np.ndarray:
-        """uint8 (h, w), the picture's own below all that is drawn."""
+        """Return the picture without the layers drawn on it, uint8 (h, w)."""
         encoded = self.drawn("image.xray").get_attribute("href").partition(",")[2]
         return cv2.imdecode(np.frombuffer(base64.b64decode(encoded), np.uint8), cv2.IMREAD_GRAYSCALE)
 
     def download(self, button: str, folder: Path) -> Path:
-        with self.page.expect_download() as found:
+        with self.page.expect_download() as download:
             self.page.click(f"#{button}")
-        found.value.save_as(folder / found.value.suggested_filename)
-        return folder / found.value.suggested_filename
+        download.value.save_as(folder / download.value.suggested_filename)
+        return folder / download.value.suggested_filename

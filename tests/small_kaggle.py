@@ -1,4 +1,4 @@
-"""Kaggle as its client sees it: a server on this machine that answers as told and keeps what it was asked."""
+"""A fake of Kaggle's API: a local server that returns prepared answers and records the requests."""
 
 import json
 import threading
@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 
 class SmallKaggle:
-    """Answers each request by its name ("SaveKernel"); `answers` replaces one by (status, body) or by what gives these."""
+    """A server that answers requests by name ("SaveKernel"); `answers` overrides one with (status, body) or a function."""
 
     def __init__(self, user="somebody"):
         self.user, self.asked, self.uploads = user, [], {}
@@ -22,12 +22,12 @@ class SmallKaggle:
         self.server.server_close()
 
     def requests(self, name):
-        return [body for asked, body in self.asked if asked == name]
+        return [body for requested, body in self.asked if requested == name]
 
     def answer(self, name, body):
-        told = self.answers.get(name)
-        if told is not None:
-            return told(body) if callable(told) else told
+        override = self.answers.get(name)
+        if override is not None:
+            return override(body) if callable(override) else override
         return getattr(self, f"_{name}")(body)
 
     def _IntrospectToken(self, body):
@@ -76,7 +76,7 @@ class SmallKaggle:
                 self._reply(*kaggle.answer(name, body))
 
             def do_PUT(self):
-                size = self.headers.get("Content-Length")  # 0 when the client asks how far an upload has come
+                size = self.headers.get("Content-Length")  # 0 if the client requests the progress of an upload
                 content = self._chunks() if size is None else self.rfile.read(int(size))
                 name = urlsplit(self.path).path.rsplit("/", 1)[1]
                 if kaggle.upload_status == 200:

@@ -1,4 +1,4 @@
-"""Wheels, bundles and kernels' files small enough to build a kernel of in a test."""
+"""Small wheels, bundles and kernel files, from which tests build kernels."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ TRAINING = 'prepare_run = "prepare"\nrun_folder = "study"\nepochs = 50'
 
 
 def make_wheel(folder, name, version, requires=(), tag="py3-none-any", python=None, modules=None) -> Path:
-    """A wheel that pip can install; `requires` are Requires-Dist lines, `modules` maps file names to sources."""
+    """Write a wheel that pip can install; `requires` are Requires-Dist values, `modules` maps file names to sources."""
     path = Path(folder) / f"{name}-{version}-{tag}.whl"
     info = f"{name}-{version}.dist-info"
     metadata = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}", *(f"Requires-Dist: {line}" for line in requires)]
@@ -40,19 +40,19 @@ def make_wheel(folder, name, version, requires=(), tag="py3-none-any", python=No
 
 
 def installed_wheel(folder, name) -> Path:
-    """A wheel of an installed package, for the Python that runs this: what a test installs without a network."""
-    found = importlib.metadata.distribution(name)
-    path = Path(folder) / f"{found.name.replace('-', '_')}-{found.version}-py3-none-any.whl"
+    """Write a wheel of an installed package, so that a test can install it without a network."""
+    package = importlib.metadata.distribution(name)
+    path = Path(folder) / f"{package.name.replace('-', '_')}-{package.version}-py3-none-any.whl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as opened:
-        for file in found.files:
-            if ".." not in file.parts and file.suffix != ".pyc" and found.locate_file(file).is_file():
-                opened.write(found.locate_file(file), str(file))
+        for file in package.files:
+            if ".." not in file.parts and file.suffix != ".pyc" and package.locate_file(file).is_file():
+                opened.write(package.locate_file(file), str(file))
     return path
 
 
 def make_run(folder, model="effnet", fold=0, family="study", architecture=None, **recipe) -> Path:
-    """A run folder whose bundle holds one tensor."""
+    """Write a run folder whose bundle has one tensor; `recipe` are fields of its recipe."""
     stated = {"family": family, "model": model, "classes": ["a"], "recipe": recipe, "image_size": 8}
     stated |= {
         "architecture": architecture or {},
@@ -69,7 +69,7 @@ def make_run(folder, model="effnet", fold=0, family="study", architecture=None, 
 
 
 def make_notebook(path, *cells, parameters=PARAMETERS) -> Path:
-    """A notebook of code cells behind a title and a `parameters` cell, ids made up as usual."""
+    """Write a notebook with a title, a `parameters` cell and the given code cells, with nbformat's random cell ids."""
     new = nbformat.v4
     opening = [new.new_markdown_cell("# A stage"), new.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -78,7 +78,7 @@ def make_notebook(path, *cells, parameters=PARAMETERS) -> Path:
 
 
 def make_submission(folder, *cells, **keys) -> Path:
-    """A submission's YAML file with its notebook and one run beside it; `keys` replace or add keys, None drops one."""
+    """Write a submission's YAML file, its notebook and one run; `keys` replace or add keys, None removes one."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = {"title": "Small test kernel", "slug": "small-test-kernel", "owner": "somebody"}
@@ -89,7 +89,7 @@ def make_submission(folder, *cells, **keys) -> Path:
 
 
 def make_training(folder, *cells, notebook_parameters=TRAINING, **keys) -> Path:
-    """The same of a notebook that makes a run out of others and has nothing to do with weights, wheels or a competition."""
+    """Write the YAML file of a kernel that makes a run, with a notebook without weights, wheels or a competition."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     notebook = make_notebook(folder / "train.ipynb", *cells, parameters=notebook_parameters)

@@ -1,4 +1,4 @@
-"""The run of a segmenter without one: frames and masks of SmallXrays, as the notebook that applies one leaves them."""
+"""A fake run of notebook 14: frames and masks of SmallXrays, and a segmenter that needs no training."""
 
 import dataclasses
 from pathlib import Path
@@ -15,12 +15,12 @@ from kitlib.tables import BOX, write_table
 from kitlib.xrays.mask_store import MaskStore
 from tests.small_xrays import COLUMNS, ROWS, SmallXrays
 
-# In original pixels, on the pixels of the cached copy, around the white block; the mask is all of the frame.
+# In original pixels, aligned to pixels of the cached copy, around the white block; the mask fills the frame.
 FRAME = (10.0, 6.0, 70.0, 66.0)
 
 
 def lungs_run(folder: Path, small: SmallXrays, missed=(), frame=FRAME) -> Path:
-    """A run folder: every image has one frame and mask, but those `missed`."""
+    """Write a run folder in which every image has FRAME and a mask, except those in `missed`."""
     rows = [
         (name, "too small", 0.01, 0.0, 0.0, float(COLUMNS), float(ROWS)) if name in missed else (name, FOUND, 0.5, *frame)
         for name in small.image_ids
@@ -40,14 +40,14 @@ def stored_lungs(folder: Path, small: SmallXrays, **changes) -> StoredLungs:
 
 
 def bright_segmenter(folder: Path, **clean_up) -> Path:
-    """The bundle of a UNet whose weights say that bright is lung: it passes the image through, and nothing else."""
+    """Save the bundle of a UNet whose weights pass the image through, so that bright pixels are lung."""
     rules = {"dilations": 0, "closings": 0, "least_area": 0.01, "least_width": 0.5, "least_island": 0.001, "margin": 0.1}
     recipe = SegmenterRecipe(width=1 / 32, image_size=64, **(rules | clean_up))
     network = Segmenter(recipe)
     for parameter in network.parameters():
         parameter.data.zero_()
     down, joined, last = network.network.down[0], network.network.joined[3], network.network.last
-    # The second of the two joined maps is the image's own; the other one comes from the depths.
+    # Of the two concatenated maps, the second comes from the image's resolution, the first from deeper layers.
     for convolution, channel in ((down[0], 0), (down[2], 0), (joined[0], 1), (joined[2], 0)):
         convolution.weight.data[0, channel, 1, 1] = 1
     last.weight.data.fill_(10), last.bias.data.fill_(-1)

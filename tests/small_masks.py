@@ -1,4 +1,4 @@
-"""Chests of two dark ellipses and a heart between them, in memory, with their masks in a folder."""
+"""Small synthetic chests in memory (two dark ellipses, a heart between them), with their masks in a folder."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from kitlib.xrays.mask_store import MaskStore
 
 ROWS, COLUMNS = 120, 100  # original size; the cache holds half of it
 
-# A hundred parameters or so of each size, no augmentation: it learns dark from bright in some dozen steps.
+# Very narrow, with hardly any augmentation: it learns to tell dark from bright in a few dozen steps.
 RECIPE = SegmenterRecipe(
     network="resunet",
     width=0.0625,
@@ -34,7 +34,7 @@ RECIPE = SegmenterRecipe(
 
 @dataclass
 class SmallMasks:
-    """`count` images, one a study and two a patient, patients in turn in `folds`; `sides` tells the lungs apart."""
+    """`count` images, one per study and two per patient, in `folds` alternating folds; `sides`: one mask code per lung."""
 
     folder: Path
     count: int = 16
@@ -62,10 +62,10 @@ class SmallMasks:
         self.labels = pd.DataFrame({"id": self.image_ids, "ill": numbers // 2 % 2 * 1.0, "well": 1.0 - numbers // 2 % 2})
         self.boxes = empty_table("boxes")
         self.fold_table = pd.DataFrame({"id": self.image_ids, "fold": numbers // 2 % self.folds})
-        self.masks, self.pixels, drawn = MaskStore(self.folder), {}, {}
+        self.masks, self.pixels, codes = MaskStore(self.folder), {}, {}
         for number, image_id in enumerate(self.image_ids):
-            self.pixels[image_id], drawn[image_id] = chest(number, self.sides)
-        self.masks.add(drawn)
+            self.pixels[image_id], codes[image_id] = chest(number, self.sides)
+        self.masks.add(codes)
 
     def read(self, image_id: str) -> CachedXray:
         return CachedXray(image_id=image_id, pixels=self.pixels[image_id], rows=ROWS, columns=COLUMNS)
@@ -78,13 +78,13 @@ class SmallMasks:
 
 
 def chest(number: int, sides: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels and codes uint8 (60, 50) of a chest whose place and width `number` decides."""
+    """Return pixels and mask codes, each uint8 (60, 50), of a chest; `number` determines its position and its noise."""
     rng = np.random.default_rng(number)
     middle = 25 + int(rng.integers(-2, 3))
     codes = np.zeros((ROWS // 2, COLUMNS // 2), np.uint8)
     cv2.ellipse(codes, (middle + 3, 38), (6, 9), 0, 0, 360, MASK_CODES["heart"], -1)
-    for name, place in (("right_lung", middle - 11), ("left_lung", middle + 11)):
-        cv2.ellipse(codes, (place, 30), (8, 19), 0, 0, 360, MASK_CODES[name if sides else "lungs"], -1)
+    for name, x in (("right_lung", middle - 11), ("left_lung", middle + 11)):
+        cv2.ellipse(codes, (x, 30), (8, 19), 0, 0, 360, MASK_CODES[name if sides else "lungs"], -1)
     lungs = codes > 0
     lungs &= codes != MASK_CODES["heart"]
     pixels = np.where(lungs, 60, np.where(codes > 0, 230, 170)) + rng.integers(-15, 16, codes.shape)

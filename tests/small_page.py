@@ -1,4 +1,4 @@
-"""What the page is tried with: runs without training, of phantoms and networks as they were drawn, and bad files."""
+"""Test data of the page: runs with phantoms and untrained networks, and files that cannot be read as X-rays."""
 
 import struct
 import zipfile
@@ -28,7 +28,7 @@ from kitlib.xrays.writing import write_xray
 from tests.small_lungs import bright_segmenter
 from tests.small_runs import coverage, image_scores, prepare, study_scores, train, true_boxes
 
-VAST = 60_000  # pixels a side that a header promises
+VAST = 60_000  # pixels per side in the header of a too large image
 SIDE, COPY = 160, 96  # the longer side of the phantoms and of their decoded copies, pixels: boxes are scaled on the way
 FOLDS = (0, 1)
 STUDY = StudyRecipe(backbone="test_resnet", image_size=96, hidden=8)  # 3 x 3 cells, in which Grad-CAM can differ
@@ -40,9 +40,9 @@ FASTER_RCNN = DetectorRecipe(
 
 
 def page_runs(folder: Path) -> Path:
-    """FOLDER/runs with the runs prepare, study, yolo, faster_rcnn, lungs and fuse; the competition is in FOLDER/inputs.
+    """Write the runs prepare, study, yolo, faster_rcnn, lungs and fuse to FOLDER/runs, the competition to FOLDER/inputs.
 
-    Of its images some are not square and some MONOCHROME1. Each detector finds several boxes, of scores that differ.
+    Some images are not square, some are MONOCHROME1. Each detector predicts several boxes with different scores.
     """
     runs = folder / "runs"
     inputs, sizes = folder / "inputs", {"train_studies": 16, "test_studies": 4, "side": SIDE, "damaged_test_files": 0}
@@ -54,11 +54,11 @@ def page_runs(folder: Path) -> Path:
     cache.fill(data.images, workers=1)
     prepare(runs / "prepare", tables, dataset="siim", longest_side=COPY)
 
-    known = {"study_scores": study_scores(tables, 0.7), "image_scores": image_scores(tables)}
-    train(runs / "study", tables, FOLDS, "study", STUDY, **known)
+    predictions = {"study_scores": study_scores(tables, 0.7), "image_scores": image_scores(tables)}
+    train(runs / "study", tables, FOLDS, "study", STUDY, **predictions)
     for model, recipe in (("yolo", YOLO), ("faster_rcnn", FASTER_RCNN)):
-        known = {"coverage": coverage(tables, model), "detections": true_boxes(tables, 0.7, model)}
-        train(runs / model, tables, FOLDS, model, recipe, **known)
+        predictions = {"coverage": coverage(tables, model), "detections": true_boxes(tables, 0.7, model)}
+        train(runs / model, tables, FOLDS, model, recipe, **predictions)
     copies = [cv2.resize(cache.read(image_id).pixels, (64, 64)) for image_id in data.images["image_id"]]
     for fold in FOLDS:
         for model, network in _networks(fold, torch.from_numpy(np.stack(copies))[:, None] / 255).items():
@@ -76,7 +76,7 @@ def page_runs(folder: Path) -> Path:
 
 
 def bad_files(folder: Path, good: Path) -> dict[Path, str]:
-    """Files that are no X-ray, with what is to be said of each; `good` is a DICOM file."""
+    """Write files that cannot be read as X-rays; return each with a part of its error message. `good` is a DICOM file."""
     for name, content in (("text.dcm", b"words, no image"), ("empty.dcm", b""), ("half.dcm", good.read_bytes()[:8000])):
         (folder / name).write_bytes(content)
     zipfile.ZipFile(folder / "study.zip", "w").write(good, "good.dcm")
@@ -89,29 +89,29 @@ def bad_files(folder: Path, good: Path) -> dict[Path, str]:
         write_xray(folder / name, np.zeros((8, 8), np.uint8), transfer_syntax=ExplicitVRLittleEndian, extra=extra)
     with open(folder / "huge.dcm", "wb") as huge:
         huge.truncate(MAX_UPLOAD_BYTES + 1)
-    told = {
-        **{"text.dcm": "no image", "empty.dcm": "is empty", "half.dcm": "damaged or incomplete DICOM"},
+    messages = {
+        **{"text.dcm": "not an image", "empty.dcm": "is empty", "half.dcm": "damaged or incomplete DICOM"},
         **{"study.zip": "Unpack it", "vast.png": f"{VAST:,} x {VAST:,}", "vast.dcm": f"{VAST:,} x {VAST:,}"},
         **{"echo.dcm": "ultrasound", "huge.dcm": "larger than the 100 MB"},
     }
-    return {folder / name: sentence for name, sentence in told.items()}
+    return {folder / name: message for name, message in messages.items()}
 
 
 def _networks(fold: int, images: torch.Tensor) -> dict[str, torch.nn.Module]:
-    """Untrained, but normalised by `images`, (n, 1, side, side) of 0..1: what they say differs from place to place."""
+    """Return untrained networks whose batch norms fit `images` (n, 1, side, side) of 0..1, so that predictions differ."""
     torch.manual_seed(fold)
     study, yolo, faster_rcnn = StudyClassifier(STUDY), YoloDetector(YOLO), FasterRCNNDetector(FASTER_RCNN)
-    _meet(study.backbone, (images - 0.45) / 0.225)
-    _meet(yolo.model, images.repeat(1, 3, 1, 1))
-    _meet(faster_rcnn.model.backbone, (images - 0.45) / 0.225)
+    _fit_batch_norm(study.backbone, (images - 0.45) / 0.225)
+    _fit_batch_norm(yolo.model, images.repeat(1, 3, 1, 1))
+    _fit_batch_norm(faster_rcnn.model.backbone, (images - 0.45) / 0.225)
     for boxes, scores in zip(yolo.model.model[-1].cv2, yolo.model.model[-1].cv3, strict=True):
         boxes[-1].weight.data.normal_(0, 1), scores[-1].weight.data.normal_(0, 0.4), scores[-1].bias.data.zero_()
     faster_rcnn.model.roi_heads.box_predictor.cls_score.weight.data.normal_(0, 0.5)
     return {"study": study, "yolo": yolo, "faster_rcnn": faster_rcnn}
 
 
-def _meet(network: torch.nn.Module, images: torch.Tensor) -> None:
-    """Without a batch's statistics the signal of random layers dies away, and all answers are alike."""
+def _fit_batch_norm(network: torch.nn.Module, images: torch.Tensor) -> None:
+    """Set batch statistics from `images`; without them, the signal of random layers fades and all predictions are equal."""
     for layer in network.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.momentum = 1.0

@@ -1,4 +1,4 @@
-"""Run folders made up without training: their tables of predictions are chosen, so that their figures are known."""
+"""Run folders without training: their tables of predictions are chosen so that the figures are known."""
 
 import dataclasses
 from pathlib import Path
@@ -36,9 +36,9 @@ def train(
     of_fold=None,
     **predicted,
 ) -> Path:
-    """A trained run with the tables `predicted`, cut to `folds`; `record` and `of_fold` go into its JSON files."""
+    """Write a trained run with the tables `predicted`, limited to `folds`; its JSON files get `record` and `of_fold`."""
     for fold in folds:
-        known = {
+        metrics = {
             "model": model,
             "fold": fold,
             "recipe": dataclasses.asdict(recipe),
@@ -48,22 +48,22 @@ def train(
             "seconds": 10.0,
             **(of_fold or {}),
         }
-        write_json(folder / f"fold{fold}" / "metrics.json", known)
+        write_json(folder / f"fold{fold}" / "metrics.json", metrics)
     for name, table in predicted.items():
         write_table(table[table.fold.isin(folds)], name, folder / "tables" / f"{name}.parquet")
-    given = {"prepare_run": "prepare", "folds": list(folds), **(parameters or {})}
-    write_json(folder / "record.json", {"parameters": given, **(record or {})})
+    all_parameters = {"prepare_run": "prepare", "folds": list(folds), **(parameters or {})}
+    write_json(folder / "record.json", {"parameters": all_parameters, **(record or {})})
     if finished:
         write_json(folder / "metrics.json", {"model": model, "folds": list(folds), "score": 0.125})
     return folder
 
 
 def study_scores(tables: dict[str, pd.DataFrame], sure: float, model="study") -> pd.DataFrame:
-    """Each study's true class has `sure`, the others share the rest: 1 is right throughout, 0.25 knows nothing."""
+    """Return predictions in which the true class has `sure` and the others share the remainder; 0.25 is uninformative."""
     images = tables["images"].drop_duplicates("study_id").merge(tables["folds"], left_on="image_id", right_on="id")
     truth = tables["labels"].set_index("id").loc[images.study_id, list(STUDY_CLASSES)]
-    found = (truth * sure + (1 - truth) * (1 - sure) / 3).reset_index(drop=True)
-    return found.assign(study_id=images.study_id.to_numpy(), model=model, fold=images.fold.to_numpy())
+    scores = (truth * sure + (1 - truth) * (1 - sure) / 3).reset_index(drop=True)
+    return scores.assign(study_id=images.study_id.to_numpy(), model=model, fold=images.fold.to_numpy())
 
 
 def image_scores(tables: dict[str, pd.DataFrame], none=0.5, model="study") -> pd.DataFrame:
@@ -76,13 +76,13 @@ def coverage(tables: dict[str, pd.DataFrame], model="yolo") -> pd.DataFrame:
 
 
 def true_boxes(tables: dict[str, pd.DataFrame], score: float, model="yolo") -> pd.DataFrame:
-    """Every true box, found with `score`."""
+    """Return detections that equal the true boxes, with `score`."""
     boxes = tables["boxes"].merge(tables["folds"], left_on="image_id", right_on="id").drop(columns="id")
     return boxes.assign(model=model, score=score)
 
 
 def false_boxes(tables: dict[str, pd.DataFrame], score: float, model="yolo") -> pd.DataFrame:
-    """On every image one box, far from the true one."""
+    """Return detections with one box per image, far from the true one."""
     away = dict(zip(SIDES, (BOX[2] + 10, BOX[1], BOX[2] + 30, BOX[3]), strict=True))
     return coverage(tables, model).assign(score=score, **away)
 

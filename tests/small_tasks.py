@@ -1,14 +1,14 @@
-"""Tasks of small data sets such as SmallXrays, and their training."""
+"""Tasks on small data sets such as SmallXrays, and their training."""
 
 from kitlib.training.driver import train_fold
 from kitlib.training.task import Task
 
 
 def small_task(small, recipe, model_name="small", **options):
-    """A task on all tables of `small`, without a progress bar."""
+    """Return a task on all tables of `small`, without a progress bar."""
     return Task(small.tables(), small, recipe, model_name, **{"progress": False} | options)
 
 
 def train_small(folder, small, recipe, fold=1, **options):
-    """What the kit's training of one fold gives for a small task."""
+    """Train one fold of a task on `small` and return its results."""
     return train_fold(small_task(small, recipe, **options), fold, folder)

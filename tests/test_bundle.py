@@ -1,4 +1,4 @@
-"""Bundles: what is saved is read, what is damaged is refused; starting weights; fingerprints."""
+"""Bundles return from disk unchanged, and damaged ones are refused; starting weights; fingerprints."""
 
 import json
 import pickle
@@ -40,14 +40,14 @@ def test_weights_and_record_come_back(tmp_path_factory, shapes, dtype):
     folder = tmp_path_factory.mktemp("bundle")
     weights = {f"layer.{number}": torch.randint(0, 2, shape).to(dtype) for number, shape in enumerate(shapes)}
     save_bundle(folder, weights, RECORD)
-    record, found = read_bundle(folder)
+    record, loaded = read_bundle(folder)
     assert {key: record[key] for key in RECORD} == RECORD | {"classes": ["negative", "typical"]}
-    assert found.keys() == weights.keys()
+    assert loaded.keys() == weights.keys()
     for name, tensor in weights.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
 
 
-def test_the_record_states_versions_and_nothing_else_lies_in_the_folder(tmp_path):
+def test_a_bundle_has_two_files_and_records_versions(tmp_path):
     save_bundle(tmp_path, WEIGHTS, RECORD)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "weights.safetensors"]
     assert read_bundle(tmp_path)[0]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
@@ -58,15 +58,15 @@ def test_tied_and_overlapping_tensors_come_back(tmp_path):
     whole = torch.arange(10.0)
     weights = {"a.weight": layer.weight, "b.weight": layer.weight, "half": whole[:5], "turned": whole.reshape(2, 5).T}
     save_bundle(tmp_path, weights, RECORD)
-    record, found = read_bundle(tmp_path)
+    record, loaded = read_bundle(tmp_path)
     assert record["tied"] == {"b.weight": "a.weight"}
     # 64 + 5 + 10 float32 numbers, each stored once, and a header
     assert (tmp_path / "weights.safetensors").stat().st_size < 4 * 79 + 512
     for name, tensor in weights.items():
-        assert torch.equal(found[name], tensor)
+        assert torch.equal(loaded[name], tensor)
 
 
-def test_one_changed_byte_is_noticed(tmp_path):
+def test_one_changed_byte_is_detected(tmp_path):
     save_bundle(tmp_path, WEIGHTS, RECORD)
     path = tmp_path / "weights.safetensors"
     content = bytearray(path.read_bytes())
@@ -76,7 +76,7 @@ def test_one_changed_byte_is_noticed(tmp_path):
         read_bundle(tmp_path)
 
 
-def test_a_bundle_whose_writing_was_killed_does_not_read(tmp_path, monkeypatch):
+def test_a_bundle_whose_writing_was_interrupted_cannot_be_read(tmp_path, monkeypatch):
     save_bundle(tmp_path, WEIGHTS, RECORD)
 
     def killed(*_):
@@ -101,24 +101,24 @@ def edited(folder, **changes):
     [
         ({"fold": None}, r"model\.json: missing keys \['fold'\]"),
         ({"colour": 1}, r"unknown keys \['colour'\]"),
-        ({"fold": "one"}, r"fold is 'one', expected int"),
+        ({"fold": "one"}, r"fold is 'one', expected type int"),
         ({"tied": {"b": "c"}}, r"ties 'b' to 'c'"),
     ],
 )
-def test_a_record_that_is_not_understood_is_refused(tmp_path, changes, message):
+def test_an_invalid_record_is_refused(tmp_path, changes, message):
     save_bundle(tmp_path, WEIGHTS, RECORD)
     edited(tmp_path, **changes)
     with pytest.raises(BundleError, match=message):
         read_bundle(tmp_path)
 
 
-def test_a_record_that_would_not_read_is_not_written(tmp_path):
+def test_an_invalid_record_is_not_written(tmp_path):
     with pytest.raises(BundleError, match=r"missing keys \['fold'\]"):
         save_bundle(tmp_path, WEIGHTS, {key: value for key, value in RECORD.items() if key != "fold"})
     assert not list(tmp_path.iterdir())
 
 
-def test_no_json_and_no_folder_are_named(tmp_path):
+def test_a_missing_folder_and_invalid_json_are_named(tmp_path):
     with pytest.raises(BundleError, match="no such folder"):
         read_bundle(tmp_path / "nowhere")
     save_bundle(tmp_path, WEIGHTS, RECORD)
@@ -146,7 +146,7 @@ class Model(nn.Module):
         self.head = nn.Linear(4, 5)
 
 
-def test_a_fingerprint_follows_the_data_and_not_its_order_or_place():
+def test_a_fingerprint_depends_on_the_data_but_not_on_order_or_path():
     small = SmallXrays(8)
     tables = {"images": small.images, "labels": small.labels, "boxes": small.boxes, "folds": small.fold_table}
     reference = data_fingerprint(**tables)

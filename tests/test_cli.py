@@ -41,7 +41,7 @@ def test_score_prints_one_json_object(folder):
     assert done.returncode == 0
     found = json.loads(done.stdout)
     assert set(found) == {"score", *SCORED_CLASSES, "opacity_boxed"}
-    # negative and none: one of two; typical and opacity: nothing found; the other two classes are not in the truth.
+    # negative and none: one of two; typical and opacity: nothing predicted; the other two classes are not in the truth.
     assert found == {
         **{"score": 0.25, "negative": 0.5, "typical": 0, "indeterminate": None, "atypical": None},
         **{"none": 0.5, "opacity": 0, "opacity_boxed": 0},
@@ -88,14 +88,14 @@ def test_validate_lists_the_faults(folder):
     assert "row 6, s1_study: duplicate id" in done.stdout and "3 faults" in done.stdout
 
 
-def test_an_absent_submission_is_a_fault_and_an_absent_sample_a_wrong_call(folder):
+def test_a_missing_submission_is_a_fault_and_a_missing_sample_a_usage_error(folder):
     assert run("validate", "--sample", folder / "submission.csv", "--submission", folder / "no.csv").exit_code == 1
     assert run("validate", "--sample", folder / "no.csv", "--submission", folder / "submission.csv").exit_code == 2
     assert run("score", "--truth", folder).exit_code == 2
     assert run("score", "--truth", folder, "--submission", folder / "no.csv").exit_code == 1
 
 
-def test_phantoms_of_each_layout_are_read_by_its_reader(tmp_path):
+def test_phantoms_of_every_layout_can_be_read(tmp_path):
     sizes = {"nih": ("--images", 16), "rsna": ("--images", 6), "siim": ("--train-studies", 4, "--test-studies", 4)}
     for layout, size in sizes.items():
         truth = ("--truth", tmp_path / "truth") if layout == "siim" else ()
@@ -112,7 +112,7 @@ def test_phantoms_of_each_layout_are_read_by_its_reader(tmp_path):
         assert data.masks.image_id.nunique() == 4 - (layout in ("darwin", "shenzhen"))
 
 
-def test_phantoms_refuse_what_has_no_meaning(tmp_path):
+def test_phantoms_refuse_invalid_options(tmp_path):
     for words in (("--layout", "chexpert"), ("--layout", "nih", "--truth", "x"), ("--images", 4, "--truth", "x"), ()):
         assert run("phantom", "--folder", tmp_path, *words).exit_code == 2
     assert run("phantom", "--folder", tmp_path, "--layout", "jsrt", "--side", 512).exit_code == 2

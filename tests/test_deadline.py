@@ -16,7 +16,7 @@ def test_the_deadline_interrupts_a_wait():
     assert 0.15 < time.monotonic() - began < 5
 
 
-def test_no_handler_of_exceptions_swallows_it():
+def test_except_exception_does_not_catch_the_deadline():
     script = (
         "from kitlib.deadline import Deadline\n"
         "with Deadline(0.2).enforced():\n"
@@ -28,37 +28,37 @@ def test_no_handler_of_exceptions_swallows_it():
     assert done.stderr.strip().endswith("kitlib.deadline.OutOfTime")
 
 
-def test_a_deadline_that_was_met_never_strikes():
+def test_a_deadline_that_was_met_does_not_interrupt_later():
     with Deadline(0.2).enforced():
         pass
     time.sleep(0.3)
 
 
-def test_a_deadline_that_is_past_strikes_at_once():
+def test_a_past_deadline_interrupts_at_once():
     with pytest.raises(OutOfTime), Deadline(1, started=time.monotonic() - 5).enforced():
         threading.Event().wait(30)
 
 
-def test_the_surroundings_may_end_a_session_earlier(monkeypatch):
+def test_the_environment_may_end_a_session_earlier(monkeypatch):
     monkeypatch.setenv("KIT_TIME_LIMIT_S", "12.5")
     assert session_limit(9 * 3600) == 12.5
     assert session_limit(10) == 10
 
 
-def test_a_session_counts_from_its_start_and_has_an_end_only_where_somebody_says_so(monkeypatch):
+def test_a_session_counts_from_its_start_and_ends_only_if_a_limit_is_set(monkeypatch):
     assert session_deadline(0) is None
     assert session_deadline(2).left() == pytest.approx(7200, abs=60)
     monkeypatch.setenv("KIT_STARTED", str(time.monotonic() - 3600))
     assert session_deadline(2).left() == pytest.approx(3600, abs=60)
-    # A rehearsal's limit holds with hours and without.
+    # A rehearsal's limit applies with a limit in hours and without.
     monkeypatch.setenv("KIT_TIME_LIMIT_S", "4000")
     assert [session_deadline(hours).left() for hours in (2, 0)] == pytest.approx([400, 400], abs=60)
-    with pytest.raises(ValueError, match="a session cannot have -1 hours"):
+    with pytest.raises(ValueError, match="invalid session length: -1 hours"):
         session_deadline(-1)
 
 
 def test_a_deadline_is_the_same_in_another_process():
     script = "import pickle, sys; print(pickle.load(sys.stdin.buffer).left())"
-    given = pickle.dumps(Deadline(500))
-    done = subprocess.run([sys.executable, "-c", script], input=given, capture_output=True, timeout=60, check=True)
+    pickled = pickle.dumps(Deadline(500))
+    done = subprocess.run([sys.executable, "-c", script], input=pickled, capture_output=True, timeout=60, check=True)
     assert float(done.stdout) == pytest.approx(500, abs=60)

@@ -1,4 +1,4 @@
-"""Choosing a device against faked GPUs, precision, and seeds."""
+"""The choice of a device with fake GPUs, precision, and seeds."""
 
 import random
 
@@ -32,17 +32,17 @@ def test_supports_follows_cudas_compatibility_rules(capability, built_for, runs)
     assert device.supports(capability, built_for) is runs
 
 
-def test_channels_lie_last_on_gpus_only():
-    # ResUNet of width 0.1 dies in its backward on the CPU otherwise.
+def test_channels_are_last_only_on_gpus():
+    # Otherwise the backward pass of a ResUNet of width 0.1 crashes on the CPU.
     assert device.memory_format(torch.device("cuda", 1)) is torch.channels_last
     assert device.memory_format(torch.device("cpu")) is torch.contiguous_format
 
 
-def test_a_narrow_resunet_is_trained_on_the_cpu():
+def test_a_narrow_resunet_can_be_trained_on_the_cpu():
     cpu = torch.device("cpu")
     model = Segmenter(SegmenterRecipe(network="resunet", width=0.1)).to(memory_format=device.memory_format(cpu))
     model(model.normalise(torch.zeros(8, 64, 64, dtype=torch.uint8))).mean().backward()
-    assert all(each.grad is not None for each in model.parameters())
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def fake_gpu(monkeypatch, name, capability):
@@ -52,13 +52,13 @@ def fake_gpu(monkeypatch, name, capability):
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: KAGGLE_BUILD)
 
 
-def test_a_gpu_without_code_for_it_is_passed_over_aloud(monkeypatch, caplog):
+def test_a_gpu_that_torch_does_not_support_is_skipped_with_a_warning(monkeypatch, caplog):
     fake_gpu(monkeypatch, "Tesla P100", (6, 0))
     assert device.pick_device() == torch.device("cpu")
     assert "Tesla P100" in caplog.text and "sm_60" in caplog.text
 
 
-def test_a_gpu_that_fails_at_its_first_operation_is_passed_over_aloud(monkeypatch, caplog):
+def test_a_gpu_that_fails_at_its_first_operation_is_skipped_with_a_warning(monkeypatch, caplog):
     fake_gpu(monkeypatch, "Tesla T4", (7, 5))
 
     def fails(*_, **__):
@@ -69,7 +69,7 @@ def test_a_gpu_that_fails_at_its_first_operation_is_passed_over_aloud(monkeypatc
     assert "no kernel image" in caplog.text
 
 
-def test_each_process_of_a_shared_training_has_a_gpu_of_its_own(monkeypatch):
+def test_each_process_of_a_shared_training_has_its_own_gpu(monkeypatch):
     fake_gpu(monkeypatch, "Tesla T4", (7, 5))
     tried, real = [], torch.ones
     monkeypatch.setattr(torch, "ones", lambda size, device: tried.append(device) or real(size))
@@ -79,11 +79,11 @@ def test_each_process_of_a_shared_training_has_a_gpu_of_its_own(monkeypatch):
     assert tried == [torch.device("cuda", number) for number in (0, 0, 1, 1)]
 
 
-def test_a_training_does_not_fall_back_on_the_cpu_in_silence(monkeypatch):
+def test_a_training_does_not_silently_fall_back_to_the_cpu(monkeypatch):
     fake_gpu(monkeypatch, "Tesla P100", (6, 0))
     with pytest.raises(device.DeviceError, match=r"not for the Tesla P100 \(sm_60\)\. On Kaggle choose .*'GPU T4 x2'"):
         device.training_device()
-    # On purpose, and where there is none, it may.
+    # Without any GPU, training on the CPU is allowed.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device.training_device() == torch.device("cpu")
 
@@ -92,7 +92,7 @@ def test_a_training_does_not_fall_back_on_the_cpu_in_silence(monkeypatch):
     ("real_bf16", "name", "dtype"), [(False, "16-mixed", torch.float16), (True, "bf16-mixed", torch.bfloat16)]
 )
 def test_emulated_bf16_does_not_count(monkeypatch, real_bf16, name, dtype):
-    # A T4 says yes as long as emulation counts.
+    # A T4 reports bfloat16 support if emulation counts.
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or real_bf16)
     assert device.precision(torch.device("cuda")) == name
     assert device.DTYPES[name] == dtype
@@ -106,13 +106,13 @@ def test_a_gpu_computes_in_the_precision_that_the_environment_names(monkeypatch,
     assert device.precision(torch.device("cpu")) == "32-true"
 
 
-def test_a_precision_that_there_is_not_is_refused_with_those_that_there_are(monkeypatch):
+def test_an_unknown_precision_is_refused_with_the_valid_ones(monkeypatch):
     monkeypatch.setenv("KIT_PRECISION", "fp16")
     with pytest.raises(ValueError, match="KIT_PRECISION is 'fp16'; valid: 16-mixed, bf16-mixed, 32-true"):
         device.autocast(torch.device("cpu"))
 
 
-def test_processes_share_the_gpus_by_gloo_alone(monkeypatch):
+def test_processes_share_a_gpu_only_with_gloo(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [device.gpu_of(process).index for process in range(4)] == [0, 1, 2, 3]
     monkeypatch.setenv("KIT_BACKEND", "gloo")
@@ -128,7 +128,7 @@ def test_the_cpu_computes_in_full_precision():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
-def test_a_seed_repeats_what_three_generators_draw():
+def test_a_seed_makes_three_generators_repeat():
     def draw():
         device.seed_everything(3)
         return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002

@@ -1,4 +1,4 @@
-"""The command that spends a GPU's minutes: parts that fail or hang cost no other, and every minute has its part."""
+"""benchmarks/gpu.sh: if a part fails or hangs, the others still run, and all parts fit into nine minutes."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from kitlib.recipes.named import RECIPES
 GPU = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"
 SCRIPTS = {
     "fails.py": "print('figures: half of it')\nraise SystemExit(3)",
-    # A process of its own, which must not live on either.
+    # A child process, which must be killed as well.
     "hangs.py": "import subprocess, sys\n"
     "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
     "print('figures:', child.pid, flush=True)\nchild.wait()",
@@ -24,7 +24,7 @@ SCRIPTS = {
 
 @pytest.fixture
 def parts(tmp_path):
-    """A folder of parts; `machine.py` is the real one."""
+    """Return a folder with test scripts as parts, and the real `machine.py`."""
     for name, text in SCRIPTS.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "machine.py").symlink_to(GPU / "machine.py")
@@ -33,37 +33,37 @@ def parts(tmp_path):
 
 def run(parts, listing, **environment):
     (parts / "parts.txt").write_text(listing)
-    given = {"PARTS": str(parts / "parts.txt"), "OUT": str(parts / "out"), "PYTHON": sys.executable, **environment}
+    variables = {"PARTS": str(parts / "parts.txt"), "OUT": str(parts / "out"), "PYTHON": sys.executable, **environment}
     command = ["bash", str(GPU.parent / "gpu.sh"), "--small"]
-    ended = subprocess.run(command, env=os.environ | given, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=300)
     rows = [line.strip("| ").split(" | ") for line in (parts / "out" / "table.md").read_text().splitlines()[2:-1]]
-    assert [each for each in ended.stdout.splitlines() if each.startswith("|")][2:] == [
+    assert [line for line in done.stdout.splitlines() if line.startswith("|")][2:] == [
         line for line in (parts / "out" / "table.md").read_text().splitlines()[2:-1]
     ]
-    return ended.returncode, {name: (result, *figures) for name, result, _, *figures in rows}
+    return done.returncode, {name: (result, *figures) for name, result, _, *figures in rows}
 
 
-def test_parts_that_fail_or_hang_are_told_and_cost_no_other(parts):
+def test_parts_that_fail_or_hang_are_reported_and_the_others_run(parts):
     listing = ["# comment", "", "broken 60 fails.py", "stuck 9 hangs.py", "machine 200 machine.py"]
     listing += ["well-a 60 works.py one two", "well-b 60 works.py", ""]
     status, rows = run(parts, "\n".join(listing))
     assert status == 1
     assert rows["broken"] == ("failed, exit status 3", "half of it")
-    assert rows["stuck"][0] == "stopped at its 9 s" and not psutil.pid_exists(int(rows["stuck"][1]))
+    assert rows["stuck"][0] == "stopped after 9 s" and not psutil.pid_exists(int(rows["stuck"][1]))
     assert rows["machine"][0] == "ok" and "torch" in rows["machine"][1]
     assert rows["well-a"] == ("ok", "one two --small") and rows["well-b"] == ("ok", "--small")
     logs = {path.name for path in (parts / "out").iterdir()}
     assert logs == {"table.md", "broken.log", "stuck.log", "machine.log", "well.log"}
 
 
-def test_the_whole_ends_in_time_and_what_is_left_out_is_told(parts):
-    # Five seconds are kept for killing a part; four or less are left to the first.
+def test_the_script_ends_in_time_and_reports_parts_that_did_not_run(parts):
+    # Five seconds are reserved for killing a part, so the first part has at most four.
     status, rows = run(parts, "stuck 60 hangs.py\nlate 60 works.py\n", LIMIT="9")
     assert status == 1
-    assert rows["stuck"][0] in [f"stopped at its {limit} s" for limit in (1, 2, 3, 4)] and rows["late"][0] == "no time left"
+    assert rows["stuck"][0] in [f"stopped after {limit} s" for limit in (1, 2, 3, 4)] and rows["late"][0] == "no time left"
 
 
-def test_wheels_that_cannot_be_installed_are_told_and_the_parts_run_all_the_same(parts):
+def test_wheels_that_cannot_be_installed_are_reported_and_the_parts_still_run(parts):
     (parts / "wheels").mkdir()
     (parts / "wheels" / "broken-1-py3-none-any.whl").write_text("no wheel")
     status, rows = run(parts, "well 60 works.py\n", WHEELS=str(parts / "wheels"))
@@ -89,7 +89,7 @@ def test_waits_are_counted_by_phase_and_line_of_the_kit():
     from kitlib.device import seed_everything
 
     def advance(line):
-        # As torch warns, below a line of the kit, inside of Lightning's loop.
+        # Warn as torch does: called by a line of the kit, inside Lightning's loop.
         source = "def step(warn):\n    warn()\n"
         space = {}
         exec(compile(source, line, "exec"), space)

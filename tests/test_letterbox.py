@@ -26,8 +26,8 @@ def test_boxes_return_from_the_canvas_within_a_thousandth_of_a_pixel(rows, colum
 
 
 def test_letterbox_of_a_portrait_image():
-    # 3028 x 2544 at 512: scale 512 / 3028, 430 columns inside, 41 of padding on the left (a common y' = y / 512 is the
-    # Heidelberg project's fault).
+    # 3028 x 2544 at 512: scale 512 / 3028, 430 columns inside, 41 columns of padding on the left. (The Heidelberg project
+    # wrongly divided y by 512.)
     place = letterbox(3028, 2544, 512)
     assert (place.inner_rows, place.inner_columns, place.top, place.left) == (512, 430, 0, 41)
     assert place.boxes_to_canvas([[0, 0, 2544, 3028]]).tolist() == [[41, 0, 471, 512]]
@@ -35,17 +35,17 @@ def test_letterbox_of_a_portrait_image():
 
 @pytest.mark.parametrize("placement", sorted(PLACEMENTS))
 @pytest.mark.parametrize("shape", [(300, 200), (150, 400)])
-def test_pixels_and_boxes_land_in_the_same_place(placement, shape):
-    # A white rectangle: the box found on the canvas must be the box sent there, to the pixel that resizing blurs.
+def test_pixels_and_boxes_have_the_same_position_on_the_canvas(placement, shape):
+    # The outline of a white rectangle on the canvas must equal its mapped box, up to the pixel that resizing blurs.
     pixels = np.zeros(shape, np.uint8)
     pixels[40:120, 60:180] = 255
     place = PLACEMENTS[placement](*shape, 256)
     ys, xs = np.nonzero(place.image(pixels) > 127)
-    sent = place.boxes_to_canvas([[60, 40, 180, 120]])[0].clip(0, 256)
-    assert np.abs(np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) - sent).max() <= 1
+    mapped = place.boxes_to_canvas([[60, 40, 180, 120]])[0].clip(0, 256)
+    assert np.abs(np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) - mapped).max() <= 1
 
 
-def test_a_smaller_copy_of_the_image_lands_where_the_original_does():
+def test_a_smaller_copy_has_the_same_position_as_the_original():
     place = letterbox(2000, 1500, 256)
     pixels = np.tile(np.linspace(0, 255, 750, dtype=np.uint8), (1000, 1))
     assert place.image(pixels).shape == (256, 256)
@@ -59,7 +59,7 @@ def test_flipping_twice_changes_nothing(seed, columns):
     assert np.allclose(flip_boxes(flip_boxes(boxes, columns), columns), boxes)
 
 
-def test_clipping_drops_what_is_left_of_no_pixel():
+def test_clipping_drops_boxes_with_less_than_a_pixel_inside():
     boxes, kept = clip_boxes([[-5, -5, 10, 10], [90, 0, 100.5, 20], [99.5, 0, 130, 20]], rows=50, columns=100)
     assert boxes.tolist() == [[0, 0, 10, 10], [90, 0, 100, 20], [99.5, 0, 100, 20]]
     assert kept.tolist() == [True, True, False]
@@ -70,7 +70,7 @@ def test_an_image_of_unknown_size_is_an_error():
         letterbox(0, 100, 64)
 
 
-def test_a_centre_crop_is_heidelbergs_256_to_224():
+def test_a_centre_crop_equals_heidelbergs_256_to_224():
     # 3028 x 2544 at 224: the shorter side becomes 256, the longer one 256 * 3028 / 2544 = 304.7.
     place = centre_crop(3028, 2544, 224)
     assert (place.inner_rows, place.inner_columns, place.top, place.left) == (305, 256, -41, -16)
@@ -78,7 +78,7 @@ def test_a_centre_crop_is_heidelbergs_256_to_224():
 
 
 @given(sides, sides, st.sampled_from(sorted(PLACEMENTS)), st.integers(0, 10**6))
-def test_boxes_return_from_a_part_of_the_image(rows, columns, placement, seed):
+def test_boxes_return_from_a_crop_of_the_image(rows, columns, placement, seed):
     rng = np.random.default_rng(seed)
     frame = np.sort(rng.uniform(0, 1, (2, 2)), axis=0) * [columns, rows]
     if (frame[1] - frame[0]).min() < 1:
@@ -91,25 +91,25 @@ def test_boxes_return_from_a_part_of_the_image(rows, columns, placement, seed):
     assert corners == pytest.approx(inner, abs=1e-6)
 
 
-def test_a_part_is_cut_from_a_reduced_copy_where_its_boxes_are():
-    # The copy is 4 times smaller; a block on its pixels 30..50, 20..40 lies at 120..200, 80..160 of the original.
+def test_a_crop_of_a_reduced_copy_shows_the_right_pixels():
+    # The copy is 4 times smaller; a block on its pixels 30..50, 20..40 is at 120..200, 80..160 of the original.
     pixels = np.zeros((100, 80), np.uint8)
     pixels[20:40, 30:50] = 255
     place = within(letterbox, np.array([40.0, 20.0, 280.0, 380.0]), 400, 320, 360)
     ys, xs = np.nonzero(place.image(pixels) > 127)
-    found = place.boxes_to_original([[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]])[0]
-    assert np.abs(found - [120, 80, 200, 160]).max() <= 4 / 2
+    block = place.boxes_to_original([[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]])[0]
+    assert np.abs(block - [120, 80, 200, 160]).max() <= 4 / 2
 
 
 @pytest.mark.parametrize("frame", [[0, 0, 0, 10], [-1, 0, 10, 10], [0, 0, 321, 10]])
-def test_a_frame_that_is_no_part_is_refused(frame):
+def test_a_frame_outside_the_image_or_without_area_is_refused(frame):
     with pytest.raises(ValueError, match="does not lie in an image of 400 x 320"):
         within(letterbox, np.array(frame), 400, 320, 64)
 
 
 @given(sides, sides, st.sampled_from(sorted(PLACEMENTS)), st.integers(0, 10**6))
-def test_any_part_of_any_copy_fills_its_canvas(rows, columns, placement, seed):
-    # Parts smaller than a pixel of the copy too: of a white image every part is white.
+def test_any_crop_of_any_copy_fills_its_canvas(rows, columns, placement, seed):
+    # Also crops smaller than a pixel of the copy: every crop of a white image must be white.
     rng = np.random.default_rng(seed)
     side = rng.uniform(1 / 16, 1, 2) * [columns, rows]
     corner = rng.uniform(0, 1, 2) * ([columns, rows] - side)
@@ -123,7 +123,7 @@ def test_any_part_of_any_copy_fills_its_canvas(rows, columns, placement, seed):
 
 
 def middles(place, rows, columns):
-    """Where the middles of the pixels of a copy of `rows` x `columns` lie on the canvas: y (rows,) and x (columns,)."""
+    """Return the canvas coordinates of the pixel centres of a copy of `rows` x `columns`: y (rows,) and x (columns,)."""
     y, x = (np.arange(rows) + 0.5) * place.rows / rows, (np.arange(columns) + 0.5) * place.columns / columns
     return y * place.scale[1] + place.offset[1], x * place.scale[0] + place.offset[0]
 
@@ -136,8 +136,8 @@ def middles(place, rows, columns):
     st.booleans(),
     st.integers(0, 10**6),
 )
-def test_a_canvas_comes_back_to_where_its_boxes_do(rows, columns, share, placement, part, seed):
-    # A canvas that brightens evenly is as bright at a pixel of the copy as its middle's place on the canvas says.
+def test_a_canvas_is_mapped_back_like_its_boxes(rows, columns, share, placement, part, seed):
+    # On a linear gradient, the grey level of a pixel of the copy tells the position of its centre on the canvas.
     rng = np.random.default_rng(seed)
     copy_rows, copy_columns = max(1, round(share * rows)), max(1, round(share * columns))
     place = PLACEMENTS[placement](rows, columns, 120)
@@ -148,23 +148,23 @@ def test_a_canvas_comes_back_to_where_its_boxes_do(rows, columns, share, placeme
     inside = ((y >= 0.5) & (y <= 119.5))[:, None] & ((x >= 0.5) & (x <= 119.5))
     beyond = ((y < -0.6) | (y > 120.6))[:, None] | ((x < -0.6) | (x > 120.6))
     for down, right in ((2, 0), (0, 2), (1, 1)):
-        even = (down * np.arange(120)[:, None] + right * np.arange(120)).astype(np.uint8)
-        found = place.back(even, copy_rows, copy_columns)
-        assert found.shape == (copy_rows, copy_columns) and found.dtype == np.uint8
-        wanted = down * (y[:, None] - 0.5) + right * (x - 0.5)
-        # Half a grey of rounding, and OpenCV's thirty-second of a pixel along each side.
-        assert np.abs(found - wanted)[inside].max(initial=0) <= 0.5 + 2 / 32
-        assert not found[beyond].any()
+        gradient = (down * np.arange(120)[:, None] + right * np.arange(120)).astype(np.uint8)
+        back = place.back(gradient, copy_rows, copy_columns)
+        assert back.shape == (copy_rows, copy_columns) and back.dtype == np.uint8
+        expected = down * (y[:, None] - 0.5) + right * (x - 0.5)
+        # Half a grey level by rounding, and 1/32 pixel per axis by OpenCV.
+        assert np.abs(back - expected)[inside].max(initial=0) <= 0.5 + 2 / 32
+        assert not back[beyond].any()
 
 
-def test_what_was_laid_on_a_canvas_of_its_own_size_comes_back_as_it_was():
+def test_an_image_on_a_canvas_of_its_own_size_returns_unchanged():
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120)).astype(np.uint8)
     for place in (letterbox(90, 120, 120), letterbox(900, 1200, 120), stretch(90, 120, (90, 120))):
         assert np.array_equal(place.back(place.image(pixels), 90, 120), pixels)
-    # The last pixels' colour reaches to the canvas's edge, also where the copy is finer.
+    # Border pixels extend to the edge of the canvas, also if the copy has a finer resolution.
     white = np.full((30, 30), 255, np.uint8)
     assert (letterbox(90, 90, 30).back(white, 90, 90) == 255).all()
-    # Of a centre crop the middle comes back, and black around it; of 256 rows it keeps 224 as they are.
+    # A centre crop returns its middle, with black around it; at the same scale, 224 of 256 rows are unchanged.
     place = centre_crop(256, 320, 224)
     back = place.back(np.full((224, 224), 255, np.uint8), 256, 320)
     expected = np.zeros((256, 320), np.uint8)
@@ -174,13 +174,13 @@ def test_what_was_laid_on_a_canvas_of_its_own_size_comes_back_as_it_was():
 
 @pytest.mark.parametrize("placement", ["letterbox", "stretch"])
 @pytest.mark.parametrize("shape", [(300, 200), (151, 397), (64, 64)])
-def test_a_mask_returns_to_its_place_on_a_smaller_copy(placement, shape):
+def test_a_mask_returns_to_its_position_on_a_smaller_copy(placement, shape):
     mask = np.zeros(shape, np.uint8)
     rows, columns = shape
     mask[rows // 4 : rows // 2, columns // 5 : columns // 2] = 255
     place = PLACEMENTS[placement](10 * rows, 10 * columns, 256)
     back = place.back(place.image(mask), rows, columns) > 127
     ys, xs = np.nonzero(back)
-    found = [ys.min(), ys.max() + 1, xs.min(), xs.max() + 1]
-    # A canvas's pixel is up to 1.6 of the copy's: an edge moves by half of that.
-    assert np.abs(np.array(found) - [rows // 4, rows // 2, columns // 5, columns // 2]).max() <= 1
+    edges = [ys.min(), ys.max() + 1, xs.min(), xs.max() + 1]
+    # A pixel of the canvas covers up to 1.6 pixels of the copy: an edge moves by at most half of that.
+    assert np.abs(np.array(edges) - [rows // 4, rows // 2, columns // 5, columns // 2]).max() <= 1

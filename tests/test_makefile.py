@@ -1,4 +1,4 @@
-"""`make` refuses an unfit Python or .venv in one sentence, before it installs anything."""
+"""`make` refuses an unsuitable Python or .venv with a one-sentence message, before it installs anything."""
 
 import os
 import shutil
@@ -23,15 +23,15 @@ def project(tmp_path):
 
 
 def python(path, new_enough=True):
-    """A stand-in for Python: says whether it is new enough, notes what else it is asked, and installs nothing."""
+    """Write a fake Python that answers the version check, records all other calls in PATH.calls, and installs nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {int(not new_enough)}\necho "$@" >> "{path}.asked"\nexit 1\n')
+    path.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {int(not new_enough)}\necho "$@" >> "{path}.calls"\nexit 1\n')
     path.chmod(0o755)
     return path
 
 
 def make(project, chosen):
-    # As from a shell, also where these tests run under `make test`.
+    # Without the variables of an outer `make test`.
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")}
     command = ["make", "lint", f"PYTHON={chosen}"]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=60)
@@ -43,25 +43,27 @@ def make(project, chosen):
 
 def test_an_old_python_is_refused(project):
     old = python(project / "python3.10", new_enough=False)
-    told, printed = make(project, old)
-    assert told == [f"Python 3.11 or newer is needed, and {old} is not; name one: make PYTHON=/path/to/python3.12"]
-    assert printed == "" and not Path(f"{old}.asked").exists() and not (project / ".venv").exists()
+    errors, printed = make(project, old)
+    assert errors == [f"Python 3.11 or newer is required, and {old} is older; choose one: make PYTHON=/path/to/python3.12"]
+    assert printed == "" and not Path(f"{old}.calls").exists() and not (project / ".venv").exists()
 
 
-def test_where_there_is_no_python_one_is_asked_for(project):
-    told, printed = make(project, "")
-    assert told == ["Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.12"] and printed == ""
+def test_a_missing_python_is_an_error(project):
+    errors, printed = make(project, "")
+    assert errors == ["Python 3.11 or newer is required; choose one: make PYTHON=/path/to/python3.12"] and printed == ""
 
 
 def test_a_venv_of_an_old_python_is_refused(project):
     old = python(project / ".venv" / "bin" / "python", new_enough=False)
-    told, printed = make(project, sys.executable)
-    assert told == [".venv belongs to a Python that is older than 3.11 or gone; remove it (rm -rf .venv) and run make again"]
-    assert printed == "" and not Path(f"{old}.asked").exists()
+    errors, printed = make(project, sys.executable)
+    assert errors == [
+        "the Python of .venv is older than 3.11 or no longer exists; remove .venv (rm -rf .venv) and run make again"
+    ]
+    assert printed == "" and not Path(f"{old}.calls").exists()
 
 
 def ready(project, requirements):
-    """Marks .venv as made of these, before the files were written."""
+    """Mark .venv as made from `requirements`, with a time stamp older than the project's files."""
     path = project / ".venv" / ".ready"
     path.write_text(requirements)
     os.utime(path, (0, 0))
@@ -69,18 +71,18 @@ def ready(project, requirements):
 
 @pytest.mark.parametrize("line", ["pandas==2.3.3\n", "kaggle==2.2.4\n", "absl-py==1.4.0\n"])
 def test_a_venv_of_other_requirements_is_refused(project, line):
-    here = python(project / ".venv" / "bin" / "python")
+    fake = python(project / ".venv" / "bin" / "python")
     requirements = "".join((project / name).read_text() for name in SOURCES)
     assert line in requirements
     ready(project, requirements.replace(line, ""))
-    told, printed = make(project, sys.executable)
-    assert told == [".venv was made of other requirements; remove it (rm -rf .venv) and run make again"]
-    assert printed == "" and not Path(f"{here}.asked").exists()
+    errors, printed = make(project, sys.executable)
+    assert errors == [".venv was made from other requirements; remove it (rm -rf .venv) and run make again"]
+    assert printed == "" and not Path(f"{fake}.calls").exists()
 
 
-def test_a_venv_of_the_same_requirements_is_used_though_their_files_are_newer(project):
-    here = python(project / ".venv" / "bin" / "python")
+def test_a_venv_of_the_same_requirements_is_used_even_if_their_files_are_newer(project):
+    fake = python(project / ".venv" / "bin" / "python")
     ready(project, "".join((project / name).read_text() for name in SOURCES))
     _, printed = make(project, sys.executable)
     assert printed.startswith("Installing into .venv")
-    assert Path(f"{here}.asked").read_text().startswith("-m pip install")  # the stand-in fails, and make ends
+    assert Path(f"{fake}.calls").read_text().startswith("-m pip install")  # the fake Python fails, and make stops

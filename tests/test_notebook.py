@@ -24,7 +24,7 @@ WRITE = "import pathlib; pathlib.Path(result).write_text('done')"
         ("result = '/dev/null'", "it ended without writing"),
     ],
 )
-def test_a_run_that_only_looks_finished_has_failed(tmp_path, cell, message):
+def test_a_run_that_only_looks_finished_is_an_error(tmp_path, cell, message):
     write_notebook(tmp_path / "n.ipynb", cell, WRITE)
     with pytest.raises(NotebookError, match=message):
         run_notebook(tmp_path / "n.ipynb", tmp_path / "out.ipynb", {"result": str(tmp_path / "r")}, tmp_path / "r")
@@ -32,26 +32,26 @@ def test_a_run_that_only_looks_finished_has_failed(tmp_path, cell, message):
 
 def test_a_run_reports_its_cells_and_keeps_the_types_of_its_parameters(tmp_path):
     write_notebook(tmp_path / "n.ipynb", "assert result['fold'] == '007'", "result = result['path']", WRITE)
-    seen = []
+    cells = []
     parameters = {"result": {"fold": "007", "path": str(tmp_path / "r")}}
     run_notebook(
-        tmp_path / "n.ipynb", tmp_path / "out.ipynb", parameters, tmp_path / "r", on_cell=lambda *cell: seen.append(cell)
+        tmp_path / "n.ipynb", tmp_path / "out.ipynb", parameters, tmp_path / "r", on_cell=lambda *cell: cells.append(cell)
     )
     assert (tmp_path / "r").read_text() == "done"
-    assert seen == [(number, 5) for number in range(1, 6)]
+    assert cells == [(number, 5) for number in range(1, 6)]
 
 
-def test_a_run_ends_whatever_its_output_is_and_whoever_listens_fails(tmp_path):
-    # More than a pipe holds, from outside of Python and in no encoding.
-    shout = "import os, pathlib\nerr = os.open(f'/proc/{os.getppid()}/fd/2', os.O_WRONLY)\n"
-    shout += "os.write(err, b'\\xff\\n')\nos.write(err, b'y\\n' * 150_000)"
-    write_notebook(tmp_path / "n.ipynb", shout, WRITE)
+def test_a_run_ends_with_any_output_and_if_its_callback_fails(tmp_path):
+    # More output than a pipe can buffer, not from Python, and not valid UTF-8.
+    output = "import os, pathlib\nerr = os.open(f'/proc/{os.getppid()}/fd/2', os.O_WRONLY)\n"
+    output += "os.write(err, b'\\xff\\n')\nos.write(err, b'y\\n' * 150_000)"
+    write_notebook(tmp_path / "n.ipynb", output, WRITE)
 
-    def deaf(*_):
+    def fail(*_):
         raise OSError("no space left")
 
     run_notebook(
-        tmp_path / "n.ipynb", tmp_path / "out.ipynb", {"result": str(tmp_path / "r")}, tmp_path / "r", deaf, time_limit_s=60
+        tmp_path / "n.ipynb", tmp_path / "out.ipynb", {"result": str(tmp_path / "r")}, tmp_path / "r", fail, time_limit_s=60
     )
     assert (tmp_path / "r").read_text() == "done"
     log = (tmp_path / "out.log").read_text()

@@ -22,19 +22,19 @@ def test_an_input_is_found_in_all_of_kaggles_mount_layouts(tmp_path, layout):
 
 
 @pytest.mark.parametrize("layout", ["", "notebooks/somebody/"])
-def test_of_two_kernels_with_runs_of_one_name_one_is_named(tmp_path, layout):
+def test_a_kernels_name_selects_between_runs_of_the_same_name(tmp_path, layout):
     for kernel in ("first", "second"):
         (tmp_path / layout / kernel / "study").mkdir(parents=True)
     assert find_input("second/study", tmp_path) == tmp_path / layout / "second" / "study"
 
 
-def test_a_missing_input_lists_what_is_there(tmp_path):
+def test_a_missing_input_is_an_error_that_lists_the_available_ones(tmp_path):
     (tmp_path / "competitions" / "other").mkdir(parents=True)
     with pytest.raises(InputNotFound, match=r"no input 'weights'.*\n.*competitions\n.*competitions/other"):
         find_input("weights", tmp_path)
 
 
-def test_a_run_is_read_from_where_it_was_made_or_from_an_input(tmp_path, monkeypatch):
+def test_a_run_is_read_from_the_runs_folder_or_else_from_an_input(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "project_root", lambda: tmp_path)
     (tmp_path / "inputs" / "study").mkdir(parents=True)
     assert find_run("study") == tmp_path / "inputs" / "study"

@@ -1,4 +1,4 @@
-"""kitlib's rooms stand in an order, and a room imports only from rooms before it; this list is the map of the library."""
+"""kitlib's rooms are ordered, and a room imports only from rooms before it; ROOMS is the map of the library."""
 
 import ast
 import graphlib
@@ -8,7 +8,7 @@ from pathlib import Path
 from tests import PROJECT
 
 KITLIB = PROJECT / "kitlib"
-# The plain modules, which import only one another, come first; the command line, which may import everything, last.
+# Root modules ("") come first and import only one another; the command line comes last and may import everything.
 ROOMS = (
     *("", "recipes", "xrays", "datasets", "scoring", "phantoms", "lungs", "fusion", "models", "runs", "inference"),
     *("training", "reports", "kernels", "plans", "leaderboard", "page"),
@@ -17,18 +17,18 @@ COMMAND_LINE = "kitlib.__main__"
 
 
 def room_of(module: str) -> str:
-    """The room of "kitlib.room.file" or of "kitlib.room"; "" for a plain module."""
+    """Return the room of "kitlib.room.file" or "kitlib.room"; "" for a root module."""
     parts = module.split(".")
     return parts[1] if len(parts) > 2 or (KITLIB / parts[-1]).is_dir() else ""
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Modules of kitlib that a file imports anywhere: at its head, in a function, for type checking alone."""
+    """Yield the modules of kitlib that a file imports anywhere, also in functions and for type checking."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("kitlib."))
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: a relative import hides the room that it crosses"
+            assert not node.level, f"{path}: use absolute imports, which name the room"
             for alias in node.names if (node.module or "").split(".")[0] == "kitlib" else ():
                 inner = PROJECT / node.module.replace(".", "/") / alias.name
                 is_module = inner.with_suffix(".py").is_file() or inner.is_dir()
@@ -36,11 +36,11 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def files() -> dict[str, Path]:
-    """Every file of kitlib by its module's name."""
+    """Return the path of every file of kitlib by module name."""
     return {".".join(path.relative_to(PROJECT).with_suffix("").parts): path for path in sorted(KITLIB.rglob("*.py"))}
 
 
-def test_every_folder_is_a_room_that_says_what_it_owns():
+def test_every_folder_is_a_room_with_a_description():
     folders = {path.relative_to(KITLIB).as_posix() for path in KITLIB.rglob("*") if path.is_dir()}
     assert {folder for folder in folders if not folder.endswith("__pycache__")} == set(ROOMS[1:])
     for room in ROOMS[1:]:
@@ -59,10 +59,10 @@ def test_a_room_imports_only_from_rooms_before_it():
     assert upward == []
 
 
-def test_files_import_one_another_without_circles():
+def test_files_have_no_circular_imports():
     graph = {module: set(imported(path)) for module, path in files().items()}
-    assert "kitlib.tables" in graph["kitlib.datasets.base"]  # imports are found
-    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    assert "kitlib.tables" in graph["kitlib.datasets.base"]  # imports are detected
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
 
 
 def test_tests_mirror_the_rooms():

@@ -1,4 +1,4 @@
-"""Settings check each field against its annotation when they are made, and say what is valid."""
+"""Settings check every field against its annotation when they are created, and errors list what is valid."""
 
 import json
 import math
@@ -57,16 +57,16 @@ NO_NUMBERS = [math.nan, math.inf, -math.inf, True, "1", None, [1.0]]
         ("weights", [{"a": -1}, {"a": "b"}, {1: 1.0}, [1.0]], "a mapping, each value a finite number of at least 0"),
     ],
 )
-def test_a_wrong_value_is_refused_however_it_is_given_with_what_is_valid(name, values, valid):
+def test_an_invalid_value_is_refused_with_the_valid_ones(name, values, valid):
     for value in values:
-        for make in (lambda **given: Knobs(**given), lambda **given: override(Knobs(), **given)):
-            with pytest.raises(SettingsError, match=rf"^Knobs\.{name} is .*; wanted {valid}"):
+        for make in (lambda **fields: Knobs(**fields), lambda **fields: override(Knobs(), **fields)):
+            with pytest.raises(SettingsError, match=rf"^Knobs\.{name} is .*; expected {valid}"):
                 make(**{name: value})
         with pytest.raises(SettingsError):
             from_dict(Knobs, {name: value})
 
 
-def test_values_become_what_their_annotation_says():
+def test_values_are_converted_to_their_annotated_type():
     knobs = Knobs(share=0, any_number=np.float64(2.5), pair=[1, 1], steps=[1, 4], words=["b", "a"], weights={"m": 2})
     assert (knobs.share, knobs.any_number, knobs.pair, knobs.steps, knobs.words) == (
         0.0,
@@ -79,9 +79,9 @@ def test_values_become_what_their_annotation_says():
     assert Knobs(optional="x", anything={"a": [None]}).anything == {"a": [None]}
 
 
-# Larger whole numbers are no floats of the same value.
+# Larger whole numbers cannot be represented as floats.
 @given(st.integers(-(2**53), 2**53) | st.floats() | st.booleans() | st.text(max_size=3) | st.none())
-def test_a_number_is_taken_exactly_where_it_lies_in_its_range(value):
+def test_a_number_is_accepted_exactly_if_it_is_in_its_range(value):
     number = type(value) in (int, float)
     inside = {
         "count": type(value) is int and value >= 1,
@@ -130,17 +130,17 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("kind", "name", "value", "valid"), WRONG)
-def test_a_recipe_refuses_what_would_fail_or_mean_nothing(kind, name, value, valid):
-    with pytest.raises(SettingsError, match=rf"^{kind.__name__}\.{name} is .*; wanted {valid}"):
+def test_a_recipe_refuses_an_invalid_value(kind, name, value, valid):
+    with pytest.raises(SettingsError, match=rf"^{kind.__name__}\.{name} is .*; expected {valid}"):
         kind(**{name: value})
 
 
 @pytest.mark.parametrize("kind", [StudyRecipe, FindingsRecipe, PatchRecipe, DetectorRecipe, SegmenterRecipe])
-def test_no_field_of_a_recipe_takes_what_no_field_can_be(kind):
-    for each in fields(kind):
+def test_no_field_of_a_recipe_accepts_a_value_that_is_never_valid(kind):
+    for one_field in fields(kind):
         for value in (math.nan, math.inf, -1, -0.5, None, object(), {"a": 1}, [[1]]):
-            with pytest.raises(SettingsError, match=rf"^{kind.__name__}\.{each.name} is "):
-                kind(**{each.name: value})
+            with pytest.raises(SettingsError, match=rf"^{kind.__name__}\.{one_field.name} is "):
+                kind(**{one_field.name: value})
 
 
 KINDS = [StudyRecipe, FindingsRecipe, PatchRecipe, DetectorRecipe, SegmenterRecipe]
@@ -156,23 +156,23 @@ RANGES = [
 @given(
     st.sampled_from(RANGES), st.integers(-5, 5) | st.floats(-5, 5) | st.sampled_from([0.0, 1.0, 7, 8, 179, 180, 181, 1e9])
 )
-def test_a_field_of_a_recipe_takes_what_lies_in_its_range_and_nothing_else(ranged, value):
+def test_a_field_of_a_recipe_accepts_exactly_the_values_in_its_range(ranged, value):
     kind, name, number, rule = ranged
     refused = ""
     try:
         kind(**{name: value})
-    except SettingsError as error:  # of this field, or of one that contradicts its value
+    except SettingsError as error:  # about this field, or about another that contradicts it
         refused = str(error)
     valid = rule.allows(value) and (number is float or type(value) is int)
     assert refused.startswith(f"{kind.__name__}.{name} is ") == (not valid)
 
 
 def test_every_number_of_a_recipe_has_a_range():
-    bare = [(kind.__name__, name) for kind in KINDS for name, one in field_kinds(kind).items() if one in (int, float)]
-    assert bare == [] and len(RANGES) > 200  # of 5 kinds with 30 to 50 numbers each
+    bare = [(kind.__name__, name) for kind in KINDS for name, type_ in field_kinds(kind).items() if type_ in (int, float)]
+    assert bare == [] and len(RANGES) > 200  # 5 kinds with 30 to 50 numbers each
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_named_recipe_is_what_its_record_says(name):
+def test_a_named_recipe_returns_from_json_unchanged(name):
     recipe = RECIPES[name]
     assert from_dict(type(recipe), json.loads(json.dumps(asdict(recipe)))) == recipe

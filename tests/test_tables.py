@@ -19,7 +19,7 @@ DETECTIONS = pd.DataFrame(
 )
 
 
-def test_a_table_returns_from_its_file_as_it_went(tmp_path):
+def test_a_table_returns_from_its_file_unchanged(tmp_path):
     write_table(DETECTIONS.assign(extra="kept"), "detections", tmp_path / "d.parquet")
     back = read_table("detections", tmp_path / "d.parquet")
     pd.testing.assert_frame_equal(back, check_table(DETECTIONS.assign(extra="kept"), "detections"))
@@ -29,14 +29,14 @@ def test_a_table_returns_from_its_file_as_it_went(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"score": [0.5, 1.5]}, r"column score: 1 value\(s\) are not in 0..1 or NaN, first 1.5 in row 1"),
-        ({"xmax": [1, 20]}, "1 boxes without area"),
+        ({"score": [0.5, 1.5]}, r"column score: 1 value\(s\) are not in 0..1 or NaN; the first is 1.5 in row 1"),
+        ({"xmax": [1, 20]}, "1 boxes have no area"),
         ({"ymin": [np.nan, 0]}, "not finite pixels"),
         ({"fold": ["x", 0]}, "column fold: not numeric"),
         ({"image_id": [None, "a"]}, "column image_id: empty in row 0"),
     ],
 )
-def test_a_broken_value_is_named(change, message):
+def test_an_invalid_value_is_named(change, message):
     with pytest.raises(TableError, match=message):
         check_table(DETECTIONS.assign(**change), "detections")
 
@@ -44,13 +44,13 @@ def test_a_broken_value_is_named(change, message):
 def test_missing_columns_and_doubled_keys_are_named():
     with pytest.raises(TableError, match=r"missing column\(s\) score"):
         check_table(DETECTIONS.drop(columns="score"), "detections")
-    with pytest.raises(TableError, match="2 rows repeat the same id"):
+    with pytest.raises(TableError, match="2 rows have duplicate id"):
         check_table(pd.DataFrame({"id": ["a", "a"], "fold": [0, 1]}), "folds")
     with pytest.raises(TableError, match="unknown table 'fold'"):
         check_table(DETECTIONS, "fold")
 
 
-def test_nothing_concatenated_is_an_empty_table_with_its_dtypes():
+def test_concatenating_nothing_gives_an_empty_table_with_the_right_dtypes():
     nothing = concatenate([], "detections")
     assert len(nothing) == 0
     assert nothing.dtypes.to_dict() == check_table(DETECTIONS, "detections").dtypes.to_dict()
@@ -76,16 +76,21 @@ MASK_SCORES = pd.DataFrame({"image_id": ["a", "a"], "model": "m", "fold": -1, "s
     ("name", "table", "change", "message"),
     [
         ("lungs", LUNGS, {}, None),
-        ("lungs", LUNGS, {"area": [0.3, 1.2]}, r"column area: 1 value\(s\) are not in 0..1 or NaN, first 1.2 in row 1"),
-        ("lungs", LUNGS, {"image_id": "a"}, "2 rows repeat the same image_id"),
-        ("lungs", LUNGS, {"xmax": [90.0, 0.0]}, "1 boxes without area"),
+        (
+            "lungs",
+            LUNGS,
+            {"area": [0.3, 1.2]},
+            r"column area: 1 value\(s\) are not in 0..1 or NaN; the first is 1.2 in row 1",
+        ),
+        ("lungs", LUNGS, {"image_id": "a"}, "2 rows have duplicate image_id"),
+        ("lungs", LUNGS, {"xmax": [90.0, 0.0]}, "1 boxes have no area"),
         ("lungs", LUNGS, {"ymax": [np.nan, 80.0]}, "column ymax: .* not finite pixels"),
         ("mask_scores", MASK_SCORES, {}, None),
-        ("mask_scores", MASK_SCORES, {"structure": "lungs"}, "2 rows repeat the same image_id, model, fold, structure"),
+        ("mask_scores", MASK_SCORES, {"structure": "lungs"}, "2 rows have duplicate image_id, model, fold, structure"),
         ("mask_scores", MASK_SCORES, {"dice": [90, 50]}, r"column dice: 2 value\(s\) are not in 0..1"),
     ],
 )
-def test_tables_of_lungs_keep_their_contracts(name, table, change, message, tmp_path):
+def test_tables_of_lungs_are_checked(name, table, change, message, tmp_path):
     if message is None:
         write_table(table, name, tmp_path / "t.parquet")
         pd.testing.assert_frame_equal(read_table(name, tmp_path / "t.parquet"), check_table(table, name))
@@ -100,12 +105,12 @@ NESTED = pd.DataFrame({"image_id": ["a", "a"], "model": "m", "outer": [-1, 2], "
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"outer": 2}, "2 rows repeat the same image_id, model, outer, fold"),
+        ({"outer": 2}, "2 rows have duplicate image_id, model, outer, fold"),
         ({"outer": ["none", 2]}, "column outer: not numeric"),
         ({"well": [0.5, 1.5]}, r"column well: 1 value\(s\) are not in 0..1"),
     ],
 )
-def test_nested_scores_have_a_row_an_outer_and_an_inner_fold_and_any_classes(change, message, tmp_path):
+def test_nested_scores_are_unique_per_outer_and_inner_fold_and_have_any_classes(change, message, tmp_path):
     write_table(NESTED, "nested_scores", tmp_path / "t.parquet")
     back = read_table("nested_scores", tmp_path / "t.parquet")
     assert class_columns(back, "nested_scores") == ["sick", "well"] and back.outer.tolist() == [-1, 2]

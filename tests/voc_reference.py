@@ -1,4 +1,4 @@
-"""PASCAL VOC 2010 average precision by its definition, in plain Python on exact fractions: slow, independent of kitlib."""
+"""PASCAL VOC 2010 average precision by its definition, in plain Python with exact fractions: slow, independent of kitlib."""
 
 import math
 from fractions import Fraction
@@ -13,7 +13,7 @@ def iou(a, b):
 
 
 def slow_average_precision(detections, truth):
-    """VOC 2010 in plain Python on exact fractions; detections (image, score, box), truth (image, box)."""
+    """Return the VOC 2010 average precision of detections (image, score, box) against truth (image, box)."""
     if not truth:
         return math.nan
     claimed, curve, hits, shown = set(), [], 0, 0
@@ -22,15 +22,15 @@ def slow_average_precision(detections, truth):
             if confidence != level:
                 continue
             shown += 1
-            here = [(n, other) for n, (there, other) in enumerate(truth) if there == image]
-            candidates = [(iou(box, other), [-side for side in other], n) for n, other in here]
+            in_image = [(n, true_box) for n, (true_image, true_box) in enumerate(truth) if true_image == image]
+            candidates = [(iou(box, true_box), [-side for side in true_box], n) for n, true_box in in_image]
             overlap, _, n = max(candidates, default=(0, 0, 0))
             if overlap > Fraction(1, 2) and n not in claimed:
                 claimed.add(n)
                 hits += 1
         curve.append((Fraction(hits, len(truth)), Fraction(hits, shown)))
-    area, before = Fraction(0), Fraction(0)
-    for place, (recall, _) in enumerate(curve):
-        area += (recall - before) * max(precision for _, precision in curve[place:])
-        before = recall
+    area, previous = Fraction(0), Fraction(0)
+    for index, (recall, _) in enumerate(curve):
+        area += (recall - previous) * max(precision for _, precision in curve[index:])
+        previous = recall
     return float(area)

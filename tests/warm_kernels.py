@@ -1,7 +1,7 @@
-"""Notebooks' kernels as copies of one process that has loaded torch, which is most of what a small notebook does.
+"""Notebook kernels that are forks of a process that has loaded torch, because loading takes most of a small notebook's time.
 
-Papermill starts them as it starts any kernel. What shows only in a kernel of its own is shown by tests/test_notebook.py
-and by the rehearsals, whose sandbox knows nothing of this.
+Papermill starts them like any other kernel. tests/test_notebook.py and the rehearsals do not use them, and so test real
+kernels.
 """
 
 import gc
@@ -30,91 +30,93 @@ MODULES = (
 
 @contextmanager
 def warm_kernels():
-    """Where Jupyter finds, until this ends, a kernel `python3` that is a copy: a value of JUPYTER_PATH."""
+    """Provide forked `python3` kernels to Jupyter; yields the value for JUPYTER_PATH, valid until the context ends."""
     folder = Path(tempfile.mkdtemp(prefix="warm-kernels-"))
-    place, spec = str(folder / "socket"), folder / "kernels" / "python3" / "kernel.json"
+    address, spec = str(folder / "socket"), folder / "kernels" / "python3" / "kernel.json"
     spec.parent.mkdir(parents=True)
-    argv = [sys.executable, "-I", "-S", __file__, "ask", place, "-f", "{connection_file}"]
+    argv = [sys.executable, "-I", "-S", __file__, "ask", address, "-f", "{connection_file}"]
     spec.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
     environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    server = subprocess.Popen([sys.executable, __file__, "serve", place], env=environment, stdout=subprocess.PIPE)
+    server = subprocess.Popen([sys.executable, __file__, "serve", address], env=environment, stdout=subprocess.PIPE)
     try:
         if server.stdout.readline() != b"ready\n":
-            raise RuntimeError(f"no kernels: the process that copies itself ended with {server.wait()}")
+            raise RuntimeError(f"the process that forks the kernels ended with exit code {server.wait()}")
         yield str(folder)
     finally:
-        server.kill()  # its copies end with it
+        server.kill()  # ends its forks, too
         server.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def serve(place):
-    sys.path.pop(0)  # the tests' folder, which is no kernel's
+def serve(address):
+    """Load MODULES, then fork a kernel for each request to the socket `address`."""
+    sys.path.pop(0)  # the tests' folder, which is not on a kernel's path
     for name in MODULES:
         importlib.import_module(f"kitlib.{name}")
-    gc.freeze()  # or each copy's first collection would write to, and so double, all that is loaded
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(place)
-        listening.listen(32)
+    gc.freeze()  # otherwise the first garbage collection of each fork would write to, and so copy, all loaded memory
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen(32)
         print("ready", flush=True)
         while True:
-            asking, _ = listening.accept()
-            with asking:
+            client, _ = server.accept()
+            with client:
                 if os.fork() == 0:
-                    listening.close()
-                    be_kernel(asking)
+                    server.close()
+                    run_kernel(client)
             with suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
 
 
-def be_kernel(asking):
-    """Go on as the kernel that `asking` wants, with its streams, environment and folder; ends this process."""
+def run_kernel(client):
+    """Run the requested kernel in this process, with the client's streams, environment and folder; ends the process."""
     code = 1
     try:
-        # The request ends with a line's end, and its first bytes bring the streams.
-        told, streams, _, _ = socket.recv_fds(asking, 65536, 3)
-        while not told.endswith(b"\n"):
-            told += asking.recv(65536)
-        request = json.loads(told)
-        for stream, given in enumerate(streams):
-            os.dup2(given, stream)
+        # The request ends with a newline; the file descriptors arrive with its first bytes.
+        message, streams, _, _ = socket.recv_fds(client, 65536, 3)
+        while not message.endswith(b"\n"):
+            message += client.recv(65536)
+        request = json.loads(message)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
         sys.argv = ["ipykernel_launcher", *request["arguments"]]
-        threading.Thread(target=end_with, args=(asking,), daemon=True).start()
+        threading.Thread(target=end_with, args=(client,), daemon=True).start()
         import torch
         from ipykernel.kernelapp import launch_new_instance
 
-        # Libraries that are loaded do not ask again.
+        # Loaded libraries do not read the environment again.
         if "OMP_NUM_THREADS" in os.environ:
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         launch_new_instance()
         code = 0
-        asking.sendall(b"0")
+        client.sendall(b"0")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def end_with(asking):
-    """End this process when the one that asked for it is killed."""
-    asking.recv(1)
+def end_with(client):
+    """End this process when the client process is killed."""
+    client.recv(1)
     os._exit(1)
 
 
-def ask(place, *arguments):
+def ask(address, *arguments):
+    """Request a kernel from the socket `address` and wait for its end; return its exit code."""
     request = {"environment": dict(os.environ), "folder": os.getcwd(), "arguments": arguments}
-    with socket.socket(socket.AF_UNIX) as asking:
-        asking.connect(place)
-        told = json.dumps(request).encode() + b"\n"
-        sent = socket.send_fds(asking, [told], [0, 1, 2])
-        asking.sendall(told[sent:])
-        # An answer when the kernel ends, nothing where it is killed.
-        return 0 if asking.recv(1) else 1
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(address)
+        message = json.dumps(request).encode() + b"\n"
+        sent = socket.send_fds(client, [message], [0, 1, 2])
+        client.sendall(message[sent:])
+        # The kernel sends one byte when it ends normally, and nothing if it is killed.
+        return 0 if client.recv(1) else 1
 
 
 if __name__ == "__main__":
-    does, *given = sys.argv[1:]
-    sys.exit({"serve": serve, "ask": ask}[does](*given))
+    command, *options = sys.argv[1:]
+    sys.exit({"serve": serve, "ask": ask}[command](*options))

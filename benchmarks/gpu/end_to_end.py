@@ -1,6 +1,6 @@
-"""Phantoms from training to a submission on the GPU, and the same weights' submission on the CPU beside it.
+"""Trains on phantoms and submits on the GPU, then submits with the same weights on the CPU, and compares the two.
 
-The first study model is trained as Kaggle's T4s would, in float16, the second one in bfloat16; both predict in float16.
+The first study model is trained in float16, as on Kaggle's T4s, the second in bfloat16; both predict in float16.
 """
 
 import json
@@ -38,7 +38,7 @@ from kitlib.training.driver import train_fold
 from kitlib.training.task import Task
 from kitlib.xrays.cache import XrayCache
 
-# Model, its recipe, its fold, its precision on a GPU; the most valuable first, as a submission has them.
+# Model, recipe, fold, precision on a GPU; the most valuable first, as in a submission.
 MODELS = (
     ("study", "small_study", 0, "16-mixed"),
     ("yolo", "small_yolo", 0, "16-mixed"),
@@ -47,7 +47,7 @@ MODELS = (
 )
 FULL = {"train_studies": 120, "test_studies": 40, "side": 256}
 SMALL = {"train_studies": 12, "test_studies": 6, "side": 96}
-APART = 0.05  # of a probability and of the score: half precision moves the third digit
+APART = 0.05  # allowed difference of a probability and of the score: half precision changes the third digit
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def computing_in(name: str) -> Iterator[None]:
 
 
 def train_all(competition: Path, folder: Path, small: bool) -> Path:
-    """The trained bundles as a kernel has them, most valuable first."""
+    """Train all MODELS and return the folder of their bundles and the fusion, laid out as a kernel's weights."""
     data = read_train(competition, progress=False)
     cache = XrayCache(folder / "xrays", FULL["side"])
     cache.fill(data.images)
@@ -72,12 +72,12 @@ def train_all(competition: Path, folder: Path, small: bool) -> Path:
     tables["folds"] = make_folds(data.images, data.labels, data.boxes, 2, 0)
     weights, bundles = folder / "weights", []
     for model, name, fold, trained_in in MODELS:
-        recipe, run, began = RECIPES[name], folder / f"{model}{fold}", time.perf_counter()
+        recipe, run, start = RECIPES[name], folder / f"{model}{fold}", time.perf_counter()
         recipe = override(recipe, epochs=1) if small else recipe
         with computing_in(trained_in):
             trained = train_fold(Task(tables, cache, recipe, model, progress=False), fold, run)
-        best, spent = trained.metrics["best"]["score"], time.perf_counter() - began
-        print(f"{model} of fold {fold}, {trained.metrics['precision']}: score {best:.3f} after {spent:.1f} s", flush=True)
+        best, seconds = trained.metrics["best"]["score"], time.perf_counter() - start
+        print(f"{model}, fold {fold}, {trained.metrics['precision']}: score {best:.3f} after {seconds:.1f} s", flush=True)
         shutil.copytree(run / "bundle", weights / run.name)
         bundles.append({"folder": run.name, "model": model, "fold": fold})
     (weights / "weights.json").write_text(json.dumps({"bundles": bundles}), encoding="utf-8")
@@ -96,13 +96,13 @@ def submit(competition: Path, weights: Path, output: Path) -> None:
 
 
 def submit_on_cpu(competition: Path, weights: Path, output: Path) -> None:
-    """In a process that sees no GPU."""
+    """Write the submission in a process that sees no GPU."""
     command = [sys.executable, __file__, "--submit", str(competition), str(weights), str(output)]
     subprocess.run(command, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
 
 
-def farthest(first: Path, second: Path) -> float:
-    """By how much two submissions' probabilities of a study's classes differ at most."""
+def largest_difference(first: Path, second: Path) -> float:
+    """Return the largest difference between two submissions' probabilities of the study classes."""
     tables = [read_submission(path).studies.set_index(["study_id", "label"]).score for path in (first, second)]
     apart: pd.Series = (tables[0] - tables[1]).abs()
     return float(apart[apart.index.get_level_values("label").isin(STUDY_CLASSES)].max())
@@ -122,21 +122,21 @@ def main(
         folder = Path(scratch)
         sizes = {"seed": 2021, "damaged_test_files": 1, "progress": False} | (SMALL if small else FULL)
         competition = write_competition(folder / "inputs", folder / "truth", **sizes)
-        began = time.perf_counter()
+        start = time.perf_counter()
         weights = train_all(competition, folder, small)
-        spent = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         half, cpu = folder / "half.csv", folder / "cpu.csv"
         with computing_in("16-mixed"):
             submit(competition, weights, half)
         score = score_files(folder / "truth", half)["score"]
-        where = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
-        told = f"score {score:.3f} on {where} after {spent:.0f} s of training"
-        figures(told)
+        hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
+        summary = f"score {score:.3f} on {hardware} after {seconds:.0f} s of training"
+        figures(summary)
         submit_on_cpu(competition, weights, cpu)
-        beside, apart = score_files(folder / "truth", cpu)["score"], farthest(half, cpu)
-        figures(f"{told}, {beside:.3f} by the same weights on the CPU, probabilities {apart:.0e} apart at most")
-    if abs(score - beside) > APART or apart > APART:
-        sys.exit(f"GPU and CPU are apart by more than {APART}")
+        cpu_score, apart = score_files(folder / "truth", cpu)["score"], largest_difference(half, cpu)
+        figures(f"{summary}, {cpu_score:.3f} with the same weights on the CPU, probabilities differ by at most {apart:.0e}")
+    if abs(score - cpu_score) > APART or apart > APART:
+        sys.exit(f"the submissions of GPU and CPU differ by more than {APART}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The kit's own tests that also run on a GPU: training and prediction of every family, in the precision that is named."""
+"""Runs the kit's tests marked `gpu`: training and prediction of every model family, in the given precision."""
 
 import os
 import re
@@ -17,16 +17,16 @@ CLOSING = re.compile(r"\d+ (?:passed|failed|error)")
 
 
 def files_with(text: str) -> list[str]:
-    """Test files that hold it."""
+    """Return the test files that contain `text`."""
     return [str(path) for path in sorted((PROJECT / "tests").rglob("test_*.py")) if text in path.read_text(encoding="utf-8")]
 
 
 def main(precision: str, small: bool = False) -> None:
     environment = os.environ | {"KIT_PRECISION": precision, "KIT_TEST_GPU": "1"}
-    # Each process has a CUDA context of its own, and launches small kernels from a core of its own.
+    # The tests launch many small GPU kernels, so several processes on different cores are faster than one.
     processes = min(6, (os.cpu_count() or 1) // 2)
     side_by_side = ["-n", str(processes), "--dist", "worksteal"] if processes > 1 else []
-    # No other files: they import what notebooks and the page need, which a GPU's machine may lack.
+    # Only these files: others import packages for notebooks and the page, which a GPU machine may lack.
     chosen = [*files_with(f"def {SMALL}("), "-k", SMALL] if small else files_with(MARK)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider", "-rf", "--tb=short"]
     command += ["--durations=10", *side_by_side, *chosen]

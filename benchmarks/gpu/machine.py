@@ -1,4 +1,4 @@
-"""The GPU, the packages beside the versions that the kit is made for, and modules of the kit that cannot be imported."""
+"""Prints the GPU, installed packages against the versions that the kit requires, and modules that cannot be imported."""
 
 import importlib
 import os
@@ -15,15 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import typer
 from part import PROJECT, figures
 
-# What the page, notebooks, plans and kernels want; nothing that is measured here does.
+# Only needed by the page, notebooks, plans and kernels, which are not measured here.
 NOT_NEEDED = {
     *("gradio", "fastapi", "starlette", "uvicorn", "papermill", "nbformat", "nbclient"),
     *("snakemake", "kaggle", "kagglesdk", "pytorch_grad_cam"),
 }
 
 
-def wanted_versions() -> dict[str, str]:
-    """Package to version, as requirements.txt pins it."""
+def required_versions() -> dict[str, str]:
+    """Return the version of each package pinned in requirements.txt."""
     pinned = re.findall(r"^([\w.-]+)==([\w.]+)", (PROJECT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
     return dict(pinned)
 
@@ -35,8 +35,8 @@ def installed(name: str) -> str:
         return "-"
 
 
-def not_imported() -> dict[str, list[str]]:
-    """What is missing, or the error, to the modules of the kit that cannot be imported for it."""
+def find_import_errors() -> dict[str, list[str]]:
+    """Return, for each missing package or import error, the modules of the kit that fail because of it."""
     faults: dict[str, list[str]] = {}
     for path in sorted((PROJECT / "kitlib").rglob("*.py")):
         parts = path.relative_to(PROJECT).with_suffix("").parts
@@ -45,10 +45,10 @@ def not_imported() -> dict[str, list[str]]:
             continue
         try:
             importlib.import_module(name)
-        except Exception as error:  # whatever it is, it is what this part is to say
+        except Exception as error:  # any error is reported
             missing = error.__cause__ if isinstance(error.__cause__, ModuleNotFoundError) else error
-            told = missing.name if isinstance(missing, ModuleNotFoundError) else f"{type(error).__name__}: {error}"
-            faults.setdefault(str(told), []).append(name)
+            cause = missing.name if isinstance(missing, ModuleNotFoundError) else f"{type(error).__name__}: {error}"
+            faults.setdefault(str(cause), []).append(name)
     return faults
 
 
@@ -62,26 +62,28 @@ def main(small: bool = False) -> None:
 
     name, about = "no GPU", f"torch {torch.__version__}"
     if torch.cuda.is_available():
-        found = torch.cuda.get_device_properties(0)
-        name = found.name
-        print(f"{found}; torch is built for {torch.cuda.get_arch_list()}")
-        # bfloat16 by the processor's own units, not emulated.
+        properties = torch.cuda.get_device_properties(0)
+        name = properties.name
+        print(f"{properties}; torch is built for {torch.cuda.get_arch_list()}")
+        # Only native bfloat16 counts, not emulated.
         print(f"bf16: {torch.cuda.is_bf16_supported(including_emulation=False)}, cuDNN {torch.backends.cudnn.version()}")
         half = torch.randn(256, 256, device="cuda", dtype=torch.float16)
         print(f"a product in float16 is finite: {bool((half @ half / 16).isfinite().all())}")
     figures(f"{name}, {about}")
-    for package, wanted in wanted_versions().items():
-        there = installed(package)
-        print(f"{package:28} {there:16} " + ("" if there == wanted else f"the kit is made for {wanted}"))
+    for package, required in required_versions().items():
+        found_version = installed(package)
+        print(f"{package:28} {found_version:16} " + ("" if found_version == required else f"the kit requires {required}"))
     figures(f"{name}, {about}, timm {installed('timm')}, numpy {installed('numpy')}, pandas {installed('pandas')}")
     if small:
         return
-    faults = not_imported()
-    for missing, modules in faults.items():
-        print(f"{missing}: wanted by {', '.join(modules)}")
-    needed = sorted(each for each in faults if each.split(".")[0] not in NOT_NEEDED)
+    faults = find_import_errors()
+    for cause, modules in faults.items():
+        print(f"{cause}: required by {', '.join(modules)}")
+    needed = sorted(cause for cause in faults if cause.split(".")[0] not in NOT_NEEDED)
     if needed:
-        sys.exit(f"the kit cannot be imported whole: {'; '.join(needed)}. Give wheels of what is missing: WHEELS=FOLDER")
+        sys.exit(
+            f"modules of the kit cannot be imported: {'; '.join(needed)}. Provide wheels of missing packages: WHEELS=FOLDER"
+        )
 
 
 if __name__ == "__main__":

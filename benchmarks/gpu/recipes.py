@@ -1,4 +1,4 @@
-"""Every named recipe at its published size: steps of training and a batch of prediction in what a T4's memory holds."""
+"""Runs two training steps and one prediction batch of every named recipe, at its published size, in a T4's memory."""
 
 import gc
 import sys
@@ -33,21 +33,21 @@ from kitlib.training.yolo import settings as ultralytics_settings
 
 from ultralytics.cfg import get_cfg  # isort: skip  (kitlib.models.yolo makes the import offline)
 
-CAP = 14.6  # GiB of a T4's memory that torch can have
+CAP = 14.6  # GiB of a T4's memory that torch can use
 GIB = 2**30
-STEPS = 2  # that are timed, after one to warm up
-# What a submission is made of comes first.
+STEPS = 2  # timed training steps, after one warm-up step
+# The recipes of a submission come first.
 ORDER = ("strong", "lean", "heidelberg", "unet", "resunet", "fc", "flannel", "patched", "hrnet", "ensemble")
 
 
 def names(small: bool) -> list[str]:
-    """The recipes of a published size in their order, or the small ones."""
+    """Return the names of the published recipes, ordered by ORDER, or of the small recipes."""
     if small:
         return [name for name in RECIPES if name.startswith("small_")]
-    known = [name for name in RECIPES if not name.startswith("small_")]
-    unknown = len(ORDER)
-    kinds = {name: next((place for place, kind in enumerate(ORDER) if name.startswith(kind)), unknown) for name in known}
-    return sorted(known, key=kinds.__getitem__)
+    published = [name for name in RECIPES if not name.startswith("small_")]
+    last = len(ORDER)
+    ranks = {name: next((rank for rank, kind in enumerate(ORDER) if name.startswith(kind)), last) for name in published}
+    return sorted(published, key=ranks.__getitem__)
 
 
 def network(settings: TrainingRecipe) -> nn.Module:
@@ -57,13 +57,13 @@ def network(settings: TrainingRecipe) -> nn.Module:
         return Segmenter(settings)
     if isinstance(settings, DetectorRecipe):
         return (YoloDetector if settings.family == "yolo" else FasterRCNNDetector)(settings)
-    # As many classes as the systems have: NIH's findings, covid or not, FLANNEL's.
+    # As many classes as the published systems: NIH's 14 findings, COVID-19 or not, FLANNEL's 4.
     classes = [f"class {number}" for number in range(14 if settings.multi_label else 2 if settings.one_logit else 4)]
     return (PatchClassifier if isinstance(settings, PatchRecipe) else FindingsClassifier)(settings, classes)
 
 
 class Images:
-    """`count` images of noise with labels, boxes and masks, as the loaders give them; what a training asks of its data."""
+    """`count` images of noise with labels, boxes and masks, in the form in which the loaders return batches."""
 
     def __init__(self, model: nn.Module, count: int) -> None:
         settings = model.recipe
@@ -80,65 +80,65 @@ class Images:
         return self.count
 
     def batch(self, device: torch.device) -> dict[str, Any]:
-        told = {"pixels": self.pixels, "label": torch.tensor(self.label), "none": torch.tensor(self.none)}
-        told |= {"truth": self.truth, "index": torch.arange(self.count)}
-        told = {name: each.to(device) for name, each in told.items()}
-        return told | {"boxes": [self.boxes.to(device) for _ in range(self.count)]}
+        tensors = {"pixels": self.pixels, "label": torch.tensor(self.label), "none": torch.tensor(self.none)}
+        tensors |= {"truth": self.truth, "index": torch.arange(self.count)}
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        return tensors | {"boxes": [self.boxes.to(device) for _ in range(self.count)]}
 
 
 def training(model: nn.Module, images: Images) -> RecipeTraining:
     settings = model.recipe
     if isinstance(settings, StudyRecipe):
-        found = StudyTraining(model, images, np.arange(len(images)))
+        module = StudyTraining(model, images, np.arange(len(images)))
     elif isinstance(settings, SegmenterRecipe):
-        found = LungsTraining(model, len(images))
+        module = LungsTraining(model, len(images))
     elif isinstance(settings, DetectorRecipe):
-        found = FasterRCNNTraining(model, lambda *_: 0.0)
+        module = FasterRCNNTraining(model, lambda *_: 0.0)
     else:
-        found = FindingsTraining(model, images)
-    # Without a trainer nobody would hear.
-    found.log = found.log_dict = lambda *_, **__: None
-    return found
+        module = FindingsTraining(model, images)
+    # There is no trainer to log to.
+    module.log = module.log_dict = lambda *_, **__: None
+    return module
 
 
 def step_of(model: nn.Module, images: Images, device: torch.device, scratch: str) -> tuple[Callable[[], torch.Tensor], Any]:
-    """The loss of a batch that lies on the device, and the moving average that a step moves, or None."""
+    """Return a function that computes the loss of a batch on the device, and the moving average of weights or None."""
     if isinstance(model, YoloDetector):
         inner = model.model
         inner.args = get_cfg(overrides=ultralytics_settings(model.recipe, Path(scratch), device, 0, 0))
         xyxy = images.boxes / model.recipe.image_size
         boxes = torch.cat([(xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]], dim=1).repeat(len(images), 1)
-        given = {
+        targets = {
             "bboxes": boxes,
             "cls": torch.zeros(len(boxes), 1),
             "batch_idx": torch.arange(len(images)).repeat_interleave(2),
         }
-        given = {name: each.to(device) for name, each in given.items()}
+        targets = {name: tensor.to(device) for name, tensor in targets.items()}
         pixels = images.pixels.to(device)
 
         def loss() -> torch.Tensor:
-            shown = pixels[:, None].expand(-1, 3, -1, -1).float() / 255
-            return inner(given | {"img": shown})[0].sum()
+            rgb = pixels[:, None].expand(-1, 3, -1, -1).float() / 255
+            return inner(targets | {"img": rgb})[0].sum()
 
-        return loss, moving_average(inner, 0.999)  # ultralytics always has one
+        return loss, moving_average(inner, 0.999)  # ultralytics always uses a moving average
     module = training(model, images).to(device)
     batch = images.batch(device)
     return lambda: module.training_step(batch, 0), module.average
 
 
 def train(model: nn.Module, device: torch.device, scratch: str) -> float:
-    """Images a second of `STEPS` steps: forward, backward, optimiser and moving average."""
+    """Return images per second of `STEPS` steps: forward, backward, optimiser and moving average."""
     settings = model.recipe
     images = Images(model, settings.batch_size)
     loss, average = step_of(model, images, device, scratch)
-    learning = model.model if isinstance(model, YoloDetector) else model
-    optimizer = make_optimizer(learning, settings)
+    trained = model.model if isinstance(model, YoloDetector) else model
+    optimizer = make_optimizer(trained, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == "16-mixed")
     model.train()
     for step in range(1 + STEPS):
         if step == 1:
             finish(device)
-            began = time.perf_counter()
+            start = time.perf_counter()
         optimizer.zero_grad()
         with autocast(device):
             value = loss()
@@ -146,9 +146,9 @@ def train(model: nn.Module, device: torch.device, scratch: str) -> float:
         scaler.step(optimizer)
         scaler.update()
         if average is not None:
-            average.update(learning, step=step + 1)
+            average.update(trained, step=step + 1)
     finish(device)
-    rate = settings.batch_size * STEPS / (time.perf_counter() - began)
+    rate = settings.batch_size * STEPS / (time.perf_counter() - start)
     if not torch.isfinite(value):
         raise ArithmeticError(
             f"the loss of {settings.backbone or settings.network} is {value.item()} in {precision(device)}"
@@ -157,7 +157,7 @@ def train(model: nn.Module, device: torch.device, scratch: str) -> float:
 
 
 def predict(model: nn.Module, device: torch.device) -> tuple[int, float]:
-    """How many images are predicted at once, as a training does after each epoch, and how many a second."""
+    """Return the batch size of a prediction, as in validation, and images per second."""
     settings, count = model.recipe, 2 * model.recipe.batch_size
     side = settings.image_size
     if isinstance(settings, PatchRecipe):
@@ -167,23 +167,23 @@ def predict(model: nn.Module, device: torch.device) -> tuple[int, float]:
     pixels = torch.randint(0, 256, (count, side, side), dtype=torch.uint8)
     model.eval()
 
-    def answer() -> None:
+    def predict_batch() -> None:
         with torch.inference_mode(), autocast(device):
             if isinstance(settings, PatchRecipe):
-                of = torch.arange(count).repeat_interleave(settings.patches)
-                where = torch.stack([of, *torch.randint(0, side, (2, len(of)))], dim=1)
+                image = torch.arange(count).repeat_interleave(settings.patches)
+                where = torch.stack([image, *torch.randint(0, side, (2, len(image)))], dim=1)
                 model.image_probabilities(pixels, where)
             elif isinstance(settings, DetectorRecipe):
                 model.predict(pixels)
             else:
                 model.probabilities(model(model.normalise(pixels.to(device)))).cpu()
 
-    answer()
+    predict_batch()
     finish(device)
-    began = time.perf_counter()
-    answer()
+    start = time.perf_counter()
+    predict_batch()
     finish(device)
-    return count, count / (time.perf_counter() - began)
+    return count, count / (time.perf_counter() - start)
 
 
 def finish(device: torch.device) -> None:
@@ -192,21 +192,21 @@ def finish(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> float:
-    """GiB that torch has taken of the GPU at most since the last call."""
+    """Return the peak GPU memory that torch has reserved since the last call, in GiB; NaN on a CPU."""
     if device.type != "cuda":
         return float("nan")
-    most = torch.cuda.max_memory_reserved(device) / GIB
+    reserved = torch.cuda.max_memory_reserved(device) / GIB
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    return most
+    return reserved
 
 
 def measure(name: str, device: torch.device, scratch: str) -> tuple[float, str]:
-    """Peak memory in GiB, and the recipe's row."""
+    """Return the peak memory of training in GiB, and the recipe's row of the table."""
     settings = RECIPES[name]
     seed_everything(0)
-    with device:  # random weights are drawn on a GPU in no time
+    with device:  # a GPU draws random weights much faster
         model = network(settings)
     model = model.to(memory_format=memory_format(device))
     rate = train(model, device, scratch)
@@ -225,23 +225,23 @@ def main(small: bool = False) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP * GIB / whole), device)
     print(f"{device}, {precision(device)}, at most {CAP} GiB")
     print(f"{'recipe':30} {'batch':>5} {'side':>5} {'GiB':>8} {'images/s':>9} {'predict':>7} {'GiB':>8} {'images/s':>9}")
-    wanted, peaks, failed = names(small), {}, []
+    recipes, peaks, failed = names(small), {}, []
     with tempfile.TemporaryDirectory() as scratch:
-        for name in wanted:
+        for name in recipes:
             try:
                 peaks[name], row = measure(name, device, scratch)
-            except (RuntimeError, ArithmeticError) as error:  # among them what does not fit: the others are asked, too
+            except (RuntimeError, ArithmeticError) as error:  # such as too little memory; go on with the next recipe
                 failed.append(name)
                 row = f"{name:30} {type(error).__name__}: {str(error).splitlines()[0]}"
             peak(device)
             print(row, flush=True)
-            told = f"{len(peaks)} of {len(wanted)} recipes fit {CAP} GiB"
+            summary = f"{len(peaks)} of {len(recipes)} recipes fit into {CAP} GiB"
             if device.type != "cuda":
-                told = f"{len(peaks)} of {len(wanted)} recipes, no GPU"
+                summary = f"{len(peaks)} of {len(recipes)} recipes, no GPU"
             elif peaks:
                 largest = max(peaks, key=peaks.__getitem__)
-                told += f", the largest is {largest} with {peaks[largest]:.1f}"
-            figures(told + (f"; not: {', '.join(failed)}" if failed else ""))
+                summary += f", the largest is {largest} with {peaks[largest]:.1f}"
+            figures(summary + (f"; failed: {', '.join(failed)}" if failed else ""))
     if failed:
         sys.exit(1)
 

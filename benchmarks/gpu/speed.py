@@ -1,4 +1,4 @@
-"""The kit beside bare loops: training, the loader against what the GPU takes, patches and lungs batched."""
+"""Speed of the kit against bare loops: training, the loader, batched patches and batched lung segmentation."""
 
 import os
 import sys
@@ -27,8 +27,8 @@ from kitlib.xrays.cache import XrayCache
 GOAL_TRAINING, GOAL_PATCHES = 0.95, 20.0
 
 
-def trained(small: bool) -> str:
-    """The kit's share of a bare loop's speed, and the loader's rate as a multiple of what the GPU takes."""
+def measure_training(small: bool) -> str:
+    """Print the table of training speeds; return the kit's speed relative to a bare loop, as text."""
     epochs = {"epochs": 2, "patience": 2} if small else {"epochs": 3, "patience": 3}
     if small:
         cases, xrays, workers = {"study": recipe("small_study", StudyRecipe, **epochs)}, training.NoisyXrays(16, 128), 0
@@ -38,21 +38,21 @@ def trained(small: bool) -> str:
             "Faster R-CNN": recipe("heidelberg_faster_rcnn", DetectorRecipe, inference_size=0, **epochs),
         }
         xrays, workers = training.NoisyXrays(300, 1024), min(12, (os.cpu_count() or 1) - 1)
-    table = Table("training", title=f"images a second, {precision(pick_device())}, {workers} workers")
+    table = Table("training", title=f"images per second, {precision(pick_device())}, {workers} workers")
     for title in ("kit", "bare loop", "loader alone", "kit / bare", "GPU peak, MB", "MB after each epoch"):
         table.add_column(title, justify="right")
     shares = {name: training.measure(name, settings, xrays, workers, table) for name, settings in cases.items()}
     Console(width=125).print(table)
-    told = [f"{name} {share:.2f}" for name, share in shares.items()]
-    return f"kit / bare loop {', '.join(told)} (goal {GOAL_TRAINING})"
+    texts = [f"{name} {share:.2f}" for name, share in shares.items()]
+    return f"kit / bare loop {', '.join(texts)} (goal {GOAL_TRAINING})"
 
 
-def patched(small: bool) -> str:
-    """How many times as many patches the batched forward computes as the published loop of patch after patch."""
+def measure_patches(small: bool) -> str:
+    """Print the table of patches per second; return the speed of batches relative to the published loop, as text."""
     device = pick_device()
     sizes = [("small_patches", 2, 8)] if small else [("patched_densenet161", 4, 100), ("patched_vgg19_bn", 4, 100)]
-    table = Table("patches a second", "loop", "batched", "bare forward", "batched / loop")
-    told = []
+    table = Table("patches per second", "loop", "batched", "bare forward", "batched / loop")
+    ratios = []
     for name, images, count in sizes:
         settings = recipe(name, PatchRecipe)
         model = PatchClassifier(settings, patches.CLASSES).eval()
@@ -60,41 +60,42 @@ def patched(small: bool) -> str:
         canvases, mask = patches.chests(images, settings.canvas)
         where = patches.places([patches.centres(mask, count, seed) for seed in range(images)])
         model.chunk = max(1, CHUNKS[device.type] // settings.image_size**2)
-        few = where[:: max(1, len(where) // 40)]  # of the slow loop
+        few = where[:: max(1, len(where) // 40)]  # for the slow loop
         with torch.inference_mode(), autocast(device):
-            alone, together = patches.one_by_one(model, canvases, few), patches.batched(model, canvases, few)
-            apart = float(np.abs(alone.astype(float) - together.astype(float)).max())
+            single, batched = patches.one_by_one(model, canvases, few), patches.batched(model, canvases, few)
+            apart = float(np.abs(single.astype(float) - batched.astype(float)).max())
             patches.batched(model, canvases, where)
             loop = len(few) / patches.seconds(patches.one_by_one, model, canvases, few)
             kit, bare = (
-                len(where) / patches.seconds(w, model, canvases, where) for w in (patches.batched, patches.bare_forward)
+                len(where) / patches.seconds(way, model, canvases, where) for way in (patches.batched, patches.bare_forward)
             )
-        table.add_row(f"{name}, apart by {apart:.0e}", *(f"{each:.1f}" for each in (loop, kit, bare, kit / loop)))
-        told.append(f"{kit / loop:.1f}")
+        table.add_row(f"{name}, differ by {apart:.0e}", *(f"{value:.1f}" for value in (loop, kit, bare, kit / loop)))
+        ratios.append(f"{kit / loop:.1f}")
     Console(width=125).print(table)
-    return f"patches batched / loop {', '.join(told)} (goal {GOAL_PATCHES:.0f})"
+    return f"patches batched / loop {', '.join(ratios)} (goal {GOAL_PATCHES:.0f})"
 
 
-def segmented(small: bool) -> str:
-    """Lungs a second by the kit's batches, and as a multiple of a loop of image after image."""
+def measure_lungs(small: bool) -> str:
+    """Return, as text, how many images per second the kit segments, also relative to a loop over images."""
     count, name = (16, "small_lungs") if small else (192, "unet_lungs")
     with tempfile.TemporaryDirectory() as folder:
         cache = XrayCache(Path(folder) / "xrays", lungs.SIDE)
         images = lungs.phantoms(cache, count)
-        made = lungs.bundle(Path(folder) / name, name)
-        lungs.apply_lungs(images[:8], cache, made, Path(folder) / "warm", progress=False)
-        few = images[: max(8, count // 4)]  # of the slow loop
-        loop = len(few) / patches.seconds(lungs.one_by_one, few, cache, made, Path(folder) / "loop")
-        kit = count / patches.seconds(lungs.apply_lungs, images, cache, made, Path(folder) / "kit")
-    print(f"lungs a second, {name}: {kit:.0f}, by image after image {loop:.0f}")
+        segmenter = lungs.bundle(Path(folder) / name, name)
+        lungs.apply_lungs(images[:8], cache, segmenter, Path(folder) / "warm", progress=False)
+        few = images[: max(8, count // 4)]  # for the slow loop
+        loop = len(few) / patches.seconds(lungs.one_by_one, few, cache, segmenter, Path(folder) / "loop")
+        kit = count / patches.seconds(lungs.apply_lungs, images, cache, segmenter, Path(folder) / "kit")
+    print(f"segmented images per second, {name}: {kit:.0f}, by a loop {loop:.0f}")
     return f"lungs {kit:.0f}/s, {kit / loop:.1f} times the loop"
 
 
 def main(small: bool = False) -> None:
-    told = []
-    for measured in (patched, segmented, trained):  # the longest last, so that each has its figure if time is short
-        told.append(measured(small))
-        figures("; ".join(told))
+    results = []
+    # The longest measurement comes last, so that the others are reported if the time runs out.
+    for measure in (measure_patches, measure_lungs, measure_training):
+        results.append(measure(small))
+        figures("; ".join(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two processes that train one model by gloo, on one GPU where there is but one: the weights are those of one process."""
+"""Checks that two processes that train one model together (by gloo, also on a single GPU) get one process's weights."""
 
 import os
 import sys
@@ -18,28 +18,28 @@ from kitlib.training.train_folds import train_folds
 from tests.small_tasks import small_task
 from tests.small_xrays import RECIPE, SmallXrays
 
-TOLERANCE = 1e-5  # they add the same numbers in another order
-# In full precision: half of a batch is rounded otherwise in any other, TensorFloat-32 among them.
+TOLERANCE = 1e-5  # because the same numbers are added in another order
+# Full precision: in any other, also TensorFloat-32, half a batch is rounded differently from a whole one.
 ENVIRONMENT = {"KIT_PRECISION": "32-true", "KIT_BACKEND": "gloo", "NVIDIA_TF32_OVERRIDE": "0"}
 
 
 def main(small: bool = False) -> None:
-    os.environ.update(ENVIRONMENT)  # before CUDA is first used, and for the processes
+    os.environ.update(ENVIRONMENT)  # before CUDA is first used; child processes inherit it
     xrays = SmallXrays(16)
-    # Without batch norm and dropout an image's gradient is the same whatever images are beside it.
+    # Without batch norm and dropout, an image's gradient does not depend on the other images in its batch.
     recipe = override(
         RECIPE, backbone="test_convnext", image_size=64, dropout=0.0, optimizer="sgd", batch_size=8, blur_p=0.0
     )
     recipe = override(recipe, epochs=1 if small else 3)
     task = small_task(xrays, recipe)
     with tempfile.TemporaryDirectory() as folder:
-        alone = train_fold(task, 1, Path(folder) / "alone")
-        (together,) = train_folds(task, [1], Path(folder) / "together", processes=2)
-        expected, found = (read_bundle(run.run_folder / "bundle")[1] for run in (alone, together))
-        apart = max(float((found[name].double() - value.double()).abs().max()) for name, value in expected.items())
-        where = f"{alone.metrics['device']}, {alone.metrics['precision']}, {torch.cuda.device_count()} GPUs"
-        figures(f"weights differ by {apart:.1e} at most, wanted {TOLERANCE:.0e} ({where})")
-        print(f"an epoch took {min(alone.history.seconds):.2f} s alone and {min(together.history.seconds):.2f} s together")
+        single = train_fold(task, 1, Path(folder) / "alone")
+        (joint,) = train_folds(task, [1], Path(folder) / "together", processes=2)
+        expected, weights = (read_bundle(run.run_folder / "bundle")[1] for run in (single, joint))
+        apart = max(float((weights[name].double() - value.double()).abs().max()) for name, value in expected.items())
+        hardware = f"{single.metrics['device']}, {single.metrics['precision']}, {torch.cuda.device_count()} GPUs"
+        figures(f"weights differ by at most {apart:.1e}, allowed {TOLERANCE:.0e} ({hardware})")
+        print(f"one epoch: {min(single.history.seconds):.2f} s by one process, {min(joint.history.seconds):.2f} s by two")
     if not apart <= TOLERANCE:
         sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""Where the processor waits for the GPU: torch's own check over a training of every family, counted by line of the kit."""
+"""Counts where the CPU waits for the GPU, by line of the kit: torch's synchronisation check on a training of each family."""
 
 import logging
 import sys
@@ -27,7 +27,7 @@ STEPS, VALIDATION, REST = "training steps", "validation", "the rest"
 
 
 class Waits:
-    """Counts waits by (phase, line of the kit) while it is entered."""
+    """A context manager that counts waits by (phase, line of the kit) in `counted`."""
 
     MESSAGE = "called a synchronizing CUDA operation"  # c10/cuda/CUDAFunctions.cpp
 
@@ -53,13 +53,15 @@ class Waits:
             self.shown(message, *others)
             return
         stack = traceback.extract_stack()
-        own = next((frame for frame in reversed(stack) if "/kitlib/" in frame.filename), None)
-        line = f"{own.filename.split('/kitlib/')[-1]}:{own.lineno} {(own.line or '')[:80]}" if own else "(libraries)"
+        frame = next((frame for frame in reversed(stack) if "/kitlib/" in frame.filename), None)
+        line = "(libraries)"
+        if frame:
+            line = f"{frame.filename.split('/kitlib/')[-1]}:{frame.lineno} {(frame.line or '')[:80]}"
         self.counted[phase(stack), line] += 1
 
 
 def phase(stack: list[traceback.FrameSummary]) -> str:
-    """What a training was at: Lightning's loops and ultralytics' trainer tell by their names."""
+    """Return the phase of a training from its call stack: the names of Lightning's loops and ultralytics' methods."""
     if any("evaluation_loop" in frame.filename or frame.name == "validate" for frame in stack):
         return VALIDATION
     if any("training_epoch_loop" in frame.filename or frame.name == "_do_train" for frame in stack):
@@ -68,7 +70,7 @@ def phase(stack: list[traceback.FrameSummary]) -> str:
 
 
 def trainings(scratch: Path) -> dict[str, tuple[str, Any, dict[str, Any]]]:
-    """Family to its small recipe's name, its images and what else its task has."""
+    """Return for each model family the name of its small recipe, its images, and further arguments of its task."""
     small, chests = SmallXrays(32), SmallMasks(scratch / "masks")
     return {
         "study": ("small_study", small, {}),
@@ -82,7 +84,7 @@ def trainings(scratch: Path) -> dict[str, tuple[str, Any, dict[str, Any]]]:
 
 def main(small: bool = False) -> None:
     logging.getLogger("kitlib").setLevel(logging.WARNING)
-    told = []
+    averages = []
     with tempfile.TemporaryDirectory() as folder:
         for family, (name, images, options) in trainings(Path(folder)).items():
             recipe = override(RECIPES[name], epochs=1 if small else EPOCHS)
@@ -93,11 +95,11 @@ def main(small: bool = False) -> None:
             for (when, line), count in waits.counted.most_common():
                 print(f"  {count:5d} x {when:15} {line}")
             waited = sum(count for (when, _), count in waits.counted.items() if when == STEPS)
-            told.append(f"{family} {waited / steps:.1f}")
-            # On a CPU nothing waits, and zeros would look like a result.
-            figures(
-                f"waits a training step: {', '.join(told)}" if torch.cuda.is_available() else f"{len(told)} families, no GPU"
-            )
+            averages.append(f"{family} {waited / steps:.1f}")
+            if torch.cuda.is_available():
+                figures(f"waits per training step: {', '.join(averages)}")
+            else:  # zeros would look like a result
+                figures(f"{len(averages)} families, no GPU")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What each addition to the training is worth on phantoms, out of fold: `python benchmarks/phantoms/ablation.py`.
+"""Measures the gain of each addition to the training on phantoms, out of fold: `python benchmarks/phantoms/ablation.py`.
 
-Every row trains the same small models on the same folds and seeds with one field of the recipe changed, and keeps the last
-epoch: nothing is chosen on what is judged. The table gives the mean average precision of the study's outputs (or the
-opacity's) and the paired difference to the first row, with the 95 % interval of a bootstrap over patients. Runs are kept in
---folder, so that an interrupted table goes on. An hour on two cores.
+Every row trains the same small models on the same folds and seeds with one field of the recipe changed. The last epoch is
+kept, so that nothing is chosen on the judged fold. The tables show the mean average precision of the study outputs (or of
+opacity) and the paired difference to the first row, with 95 % intervals of a bootstrap over patients. Finished runs stay in
+--folder, so that an interrupted script continues. Takes an hour on two cores.
 """
 
 from pathlib import Path
@@ -56,21 +56,21 @@ DETECTOR: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-# Arguments of `main` with which it takes a few seconds: the tests run it so.
+# Arguments of `main` for the tests, with which it takes a few seconds.
 SMALLEST = {"studies": 8, "side": 64, "seeds": 1, "samples": 2, "only": "study", "rows": 2, "epochs": 1}
 
 
 def main(
-    folder: Annotated[Path, typer.Option(help="where phantoms, decoded copies and runs are kept")] = Path("runs/ablation"),
+    folder: Annotated[Path, typer.Option(help="folder for phantoms, decoded copies and runs")] = Path("runs/ablation"),
     studies: int = 160,
     side: int = 256,
     seeds: int = 2,
     samples: int = 500,
     only: Annotated[str, typer.Option(help="one of study, small_yolo, small_faster_rcnn; empty: all")] = "",
-    rows: Annotated[int, typer.Option(help="of each table, the first so many; 0: all")] = 0,
-    epochs: Annotated[int, typer.Option(help="of each training; 0: as many as the recipe says")] = 0,
+    rows: Annotated[int, typer.Option(help="measure only the first rows of each table; 0: all")] = 0,
+    epochs: Annotated[int, typer.Option(help="epochs of each training; 0: the recipe's")] = 0,
 ) -> None:
-    """Train what is missing, print the tables as Markdown and keep them in FOLDER/ablation.md."""
+    """Train the missing models, print the tables as Markdown and write them to FOLDER/ablation.md."""
     sizes = {"train_studies": studies, "test_studies": 4, "side": side, "damaged_test_files": 0}
     competition = write_competition(folder / "inputs", folder / "truth", seed=7, progress=False, **sizes)
     data = read_train(competition, progress=False)
@@ -94,7 +94,7 @@ def main(
     print("\n\n".join(text))
 
 
-Cases = dict[str, dict[str, Any]]  # the addition's name, the fields it changes
+Cases = dict[str, dict[str, Any]]  # name of the addition -> recipe fields that it changes
 
 
 def _study_table(
@@ -105,22 +105,22 @@ def _study_table(
         settings = recipe("small_study", StudyRecipe, keep="last", **changes)
         draws = []
         for seed in range(seeds):
-            place = folder / "runs" / "study" / f"{name.replace(' ', '_')}_seed{seed}"
+            run_folder = folder / "runs" / "study" / f"{name.replace(' ', '_')}_seed{seed}"
             task = Task(tables, cache, settings, "study", seed=seed, progress=False)
-            runs = [train_fold(task, fold, place / f"fold{fold}") for fold in (0, 1)]
+            runs = [train_fold(task, fold, run_folder / f"fold{fold}") for fold in (0, 1)]
             study_scores = concatenate([run.tables["study_scores"] for run in runs], "study_scores")
             image_scores = concatenate([run.tables["image_scores"] for run in runs], "image_scores")
             draws.append(_study_draws(study_scores, image_scores, tables, samples))
-        mean = np.mean(draws, axis=0)  # (1 + samples, 2): the study classes' mean AP, and none's
+        mean = np.mean(draws, axis=0)  # (1 + samples, 2): mean AP of the study classes, AP of none
         first = mean if first is None else first
-        rows.append((name, *(_cell(mean[:, place], first[:, place]) for place in (0, 1))))
+        rows.append((name, *(_cell(mean[:, output], first[:, output]) for output in (0, 1))))
     return _markdown(["addition", "study classes", "none"], rows)
 
 
 def _study_draws(
     study_scores: pd.DataFrame, image_scores: pd.DataFrame, tables: dict[str, pd.DataFrame], samples: int
 ) -> np.ndarray:
-    """AP (1 + samples, 2) of the study classes (mean) and of none, NaN for what the model does not answer."""
+    """Return (1 + samples, 2): mean AP of the study classes and AP of none; NaN if the model has no such output."""
     images = tables["images"][tables["images"].image_id.isin(tables["folds"].id)]
     patients = np.sort(images.patient_id.unique())
     of_study = images.drop_duplicates("study_id").set_index("study_id").patient_id
@@ -136,13 +136,13 @@ def _study_draws(
         times = np.ones(len(patients))
         if number:
             times = rng.multinomial(len(patients), np.full(len(patients), 1 / len(patients)))
-        found = [
+        precisions = [
             class_precision(study_scores[name], labels.loc[study_scores.study_id, name] == 1, times[study])
             for name in STUDY_CLASSES
             if len(study_scores)
         ]
         none = class_precision(image_scores.none, empty, times[image]) if len(image_scores) else np.nan
-        draws.append((np.nanmean(found) if found else np.nan, none))
+        draws.append((np.nanmean(precisions) if precisions else np.nan, none))
     return np.array(draws)
 
 
@@ -160,11 +160,12 @@ def _detector_table(
         settings = recipe(model, DetectorRecipe, keep="last", **changes)
         draws = []
         for seed in range(seeds):
-            place = folder / "runs" / model / f"{name.replace(' ', '_')}_seed{seed}"
+            run_folder = folder / "runs" / model / f"{name.replace(' ', '_')}_seed{seed}"
             task = Task(tables, cache, settings, model, seed=seed, progress=False)
-            runs = [train_fold(task, fold, place / f"fold{fold}") for fold in (0, 1)]
-            found, seen = (concatenate([run.tables[each] for run in runs], each) for each in ("detections", "coverage"))
-            draws.append(detection_draws(found, seen, tables["images"], tables["boxes"], samples))
+            runs = [train_fold(task, fold, run_folder / f"fold{fold}") for fold in (0, 1)]
+            detections = concatenate([run.tables["detections"] for run in runs], "detections")
+            coverage = concatenate([run.tables["coverage"] for run in runs], "coverage")
+            draws.append(detection_draws(detections, coverage, tables["images"], tables["boxes"], samples))
         mean = np.mean(draws, axis=0)
         first = mean if first is None else first
         rows.append((name, _cell(mean, first)))

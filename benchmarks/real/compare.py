@@ -1,4 +1,4 @@
-"""Compares detectors on the images that all of them held out: AP with its interval, and the paired difference to the first.
+"""Compares detectors on images that were held out from all of them: AP with interval, paired difference to the first run.
 
 PYTHONPATH=. python benchmarks/real/compare.py --prepared runs/real/rsna runs/real/yolo_scratch runs/real/yolo_nih
 """
@@ -14,13 +14,13 @@ from kitlib.tables import read_table
 
 
 def main(
-    runs: Annotated[list[Path], typer.Argument(help="run folders of notebook 40, the first one is compared with")],
+    runs: Annotated[list[Path], typer.Argument(help="run folders of notebook 40; the others are compared with the first")],
     prepared: Annotated[Path, typer.Option(help="the run of notebook 10 that they were trained on")],
     samples: int = 1000,
 ) -> None:
     tables = read_prepared(prepared)
-    looked = [set(read_table("coverage", run / "tables" / "coverage.parquet").image_id) for run in runs]
-    shared = set.intersection(*looked)
+    covered = [set(read_table("coverage", run / "tables" / "coverage.parquet").image_id) for run in runs]
+    shared = set.intersection(*covered)
     first = None
     print("| run | AP at IoU 0.5 | difference to the first |\n|---|---|---|")
     for run in runs:
@@ -28,10 +28,10 @@ def main(
         coverage = coverage[coverage.image_id.isin(shared)]
         draws = detection_draws(detections, coverage, tables["images"], tables["boxes"], samples)
         first = draws if first is None else first
-        told = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**interval(draws))
+        precision = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**interval(draws))
         difference = "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**interval(draws - first)) if run != runs[0] else ""
-        print(f"| {run.name} | {told} | {difference} |")
-    print(f"\n{len(shared)} images that every run has held out")
+        print(f"| {run.name} | {precision} | {difference} |")
+    print(f"\n{len(shared)} images were held out by every run")
 
 
 if __name__ == "__main__":

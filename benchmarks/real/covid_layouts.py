@@ -1,9 +1,9 @@
-"""Lays real X-rays out as ieee8023's COVID-19 collection and Kermany's children: nearly what FLANNEL was trained on.
+"""Arranges real X-rays as ieee8023's COVID-19 collection and Kermany's children: nearly FLANNEL's training data.
 
     PYTHONPATH=. python benchmarks/real/covid_layouts.py --data ../shared/data --out inputs/real
 
-OUT/covid-chestxray holds the frontal images of DATA/cxr_cls/ieee8023 with a metadata.csv, OUT/chest-xray-pneumonia the 4,004
-and 624 images of Kermany's training and test folders that are at hand. Images are linked or unpacked, not changed.
+OUT/covid-chestxray gets the frontal images of DATA/cxr_cls/ieee8023 with a metadata.csv, OUT/chest-xray-pneumonia the
+available 4,004 and 624 images of Kermany's training and test folders. Images are linked or unpacked, not changed.
 """
 
 import json
@@ -19,9 +19,9 @@ from kitlib.atomic import write_csv
 
 def main(
     data: Annotated[Path, typer.Option(help="folder with cxr_cls and cxr_seg")],
-    out: Annotated[Path, typer.Option(help="where the two folders are made")],
+    out: Annotated[Path, typer.Option(help="parent of the two new folders")],
 ) -> None:
-    """Make both folders and print how many images each holds."""
+    """Create both folders and print the number of images in each."""
     data = data.resolve()
     labels = pd.read_csv(data / "cxr_cls" / "labels.csv", dtype=str, keep_default_na=False)
     covid, children = out / "covid-chestxray", out / "chest-xray-pneumonia"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# FLANNEL's experiment on nearly its own data, at sizes that two CPU cores finish in an hour or two: five small learners of whole
-# images, one of patches of the lungs, two shortcut probes; each image is judged by models and ensembles that have not met its fold.
+# Repeats FLANNEL's experiment on nearly its own data, in one or two hours on two CPU cores: five small learners on whole images,
+# one on patches of the lungs, two shortcut probes; each image is judged by models and ensembles that have not seen its fold.
 # First: PYTHONPATH=. .venv/bin/python benchmarks/real/covid_layouts.py --data ../shared/data --out inputs/real
 #   and: benchmarks/real/lungs.sh, whose UNet finds the lungs
-# Then:  bash benchmarks/real/flannel.sh SQUEEZENET, the file of SqueezeNet's ImageNet weights
-# With a GPU and the five networks' weights files: the plan submissions/plans/flannel.yaml.
+# Then:  bash benchmarks/real/flannel.sh SQUEEZENET, the file with SqueezeNet's ImageNet weights
+# With a GPU and weights files for the five published networks, use the plan submissions/plans/flannel.yaml instead.
 set -euo pipefail
 source=$(realpath "$1")
 cd "$(dirname "$0")/../.."
@@ -37,7 +37,7 @@ squeezenet="backbone: squeezenet1_1, channels: 3, starting_weights: $weights"
 { learner efficientnet ""
   learner vit "backbone: test_vit, learning_rate: 0.001"
   learner squeezenet_frozen "$squeezenet, frozen_backbone: true, hidden: 128, image_size: 128"
-  outer="[]" folds="[0]"  # nothing learns from a probe
+  outer="[]" folds="[0]"  # no ensemble is fitted to a probe
   learner border "probe: border"
   lungs=$runs/lungs
   learner outside_lungs "probe: outside_lungs, lungs: masks"
@@ -49,5 +49,5 @@ runs: [$runs/squeezenet, $runs/lcnet, $runs/efficientnet, $runs/vit, $runs/squee
 report="prepare_run: $runs/prepare, published: flannel, lungs_run: $runs/lungs"
 notebook 85_classification_report report "{$report, run_folder: $runs/report, runs: [$runs/ensemble], \
 probes: [$runs/border, $runs/outside_lungs], heat_runs: [$runs/squeezenet]}"
-# The patches have answered the first fold alone, and all are judged on what all have answered.
+# The patches were only predicted for the first outer fold; this report judges all models on these images.
 notebook 85_classification_report report_patched "{$report, run_folder: $runs/report_patched, runs: [$runs/ensemble, $runs/patched]}"

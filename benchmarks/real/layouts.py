@@ -1,10 +1,10 @@
-"""Lays real X-rays out as RSNA's and NIH's data sets.
+"""Arranges real X-rays as RSNA's and NIH's data sets.
 
     PYTHONPATH=. python benchmarks/real/layouts.py --data ../shared/data --out inputs/real
 
-OUT/rsna holds the images of DATA/cxr_det that RSNA's radiologists read, with their own rows of the label table; OUT/nih the
-NIH images of DATA/cxr_cls with their findings. No patient and no group of near-duplicates is in both, so that a backbone
-trained on the second has not seen what a detector is tested on. Images are linked, not copied.
+OUT/rsna gets the images of DATA/cxr_det that RSNA's radiologists annotated, with their rows of the label table; OUT/nih gets
+the NIH images of DATA/cxr_cls with their findings. No patient and no group of near-duplicates is in both, so that a backbone
+trained on OUT/nih has not seen the images on which a detector is tested. Images are linked, not copied.
 """
 
 import json
@@ -20,9 +20,9 @@ from kitlib.datasets.rsna import CLASSES, IMAGES, LABELS, MAPPING
 
 def main(
     data: Annotated[Path, typer.Option(help="folder with cxr_det, cxr_cls and label_tables")],
-    out: Annotated[Path, typer.Option(help="where rsna/ and nih/ are made")],
+    out: Annotated[Path, typer.Option(help="parent of the new folders rsna/ and nih/")],
 ) -> None:
-    """Make both folders and print how many images each holds."""
+    """Create both folders and print the number of images in each."""
     data = data.resolve()
     labels = pd.read_csv(data / "cxr_cls" / "labels.csv", dtype=str, keep_default_na=False)
     read = pd.read_csv(data / "cxr_det" / "images.csv", dtype=str, keep_default_na=False)
@@ -46,7 +46,7 @@ def _rsna(data: Path, read: pd.DataFrame, folder: Path) -> None:
         folder / CLASSES, read.rename(columns={"rsna_patientId": "patientId", "rsna_class": "class"})[["patientId", "class"]]
     )
     pairs = zip(read.rsna_patientId, read.image, strict=True)
-    write_json(folder / MAPPING, [{"subset_img_id": one, "img_id": f"{Path(image).stem}.png"} for one, image in pairs])
+    write_json(folder / MAPPING, [{"subset_img_id": rsna, "img_id": f"{Path(image).stem}.png"} for rsna, image in pairs])
 
 
 def _nih(data: Path, rows: pd.DataFrame, folder: Path) -> None:

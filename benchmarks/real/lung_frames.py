@@ -1,8 +1,8 @@
-"""Frames to crop to, out of fold: how much of the drawn lungs they hold, by a segmenter's masks and by darkness alone.
+"""Compares crops by a segmenter's masks with crops by darkness, out of fold: how much of the annotated lungs they contain.
 
 PYTHONPATH=. .venv/bin/python benchmarks/real/lung_frames.py runs/lungs/v7 runs/lungs/unet_v7
 
-The first is a prepared run with masks, the second a run of notebook 12 on it.
+The first argument is a prepared run with masks, the second a run of notebook 12 on it.
 """
 
 from pathlib import Path
@@ -31,24 +31,24 @@ def main(prepared: Path, segmented: Path) -> None:
         for start in range(0, len(ids), BATCH):
             xrays = [cache.read(image_id) for image_id in ids[start : start + BATCH]]
             for name, finder in finders.items():
-                rows += [(name, *held) for held in judge(finder, xrays, masks)]
-    table = pd.DataFrame(rows, columns=["finder", "not found", "lungs held", "area"])
-    found = table[~table["not found"]].groupby("finder")
-    told = pd.DataFrame(
+                rows += [(name, *result) for result in judge(finder, xrays, masks)]
+    table = pd.DataFrame(rows, columns=["finder", "not found", "inside", "area"])
+    frames = table[~table["not found"]].groupby("finder")
+    summary = pd.DataFrame(
         {
             "images": table.groupby("finder").size(),
             "not found": table.groupby("finder")["not found"].mean(),
-            "whole lungs held": found["lungs held"].apply(lambda held: (held > 0.995).mean()),
-            "held in 95 %": found["lungs held"].quantile(0.05),
-            "least held": found["lungs held"].min(),
-            "share of the image": found["area"].mean(),
+            "whole lungs inside": frames["inside"].apply(lambda inside: (inside > 0.995).mean()),
+            "share inside, in 95 %": frames["inside"].quantile(0.05),
+            "smallest share inside": frames["inside"].min(),
+            "share of the image": frames["area"].mean(),
         }
     )
-    Console().print(told.round(3).to_string())
+    Console().print(summary.round(3).to_string())
 
 
 def judge(finder: LungFinder, xrays: list[CachedXray], masks: MaskStore) -> list[tuple[bool, float, float]]:
-    """For each image whether nothing was found, the share of the drawn lungs in the frame, and its share of the image."""
+    """Return per image: True if no lungs were found, share of annotated lungs in the frame, frame's share of the image."""
     rows = []
     for xray, lungs in zip(xrays, finder.find(xrays), strict=True):
         if lungs.frame is None:
@@ -58,8 +58,8 @@ def judge(finder: LungFinder, xrays: list[CachedXray], masks: MaskStore) -> list
         scale = [xray.columns / xray.pixels.shape[1], xray.rows / xray.pixels.shape[0]]
         x, y = drawn[:, 1] * scale[0], drawn[:, 0] * scale[1]
         xmin, ymin, xmax, ymax = lungs.frame
-        held = float(((x > xmin) & (x < xmax) & (y > ymin) & (y < ymax)).mean())
-        rows.append((False, held, (xmax - xmin) * (ymax - ymin) / (xray.rows * xray.columns)))
+        inside = float(((x > xmin) & (x < xmax) & (y > ymin) & (y < ymax)).mean())
+        rows.append((False, inside, (xmax - xmin) * (ymax - ymin) / (xray.rows * xray.columns)))
     return rows
 
 

@@ -1,9 +1,9 @@
-"""Prepares real chest X-rays with masks that people drew, each convention by itself, as runs that notebook 12 reads.
+"""Prepares real chest X-rays with manual lung masks as runs for notebook 12, one run per data set.
 
 PYTHONPATH=. .venv/bin/python benchmarks/real/lungs.py --data ../shared/data --out runs/lungs
 
-The data are not part of this project; it needs the tables cxr_seg/labels.csv and cxr_cls/labels.csv. Patients are merged
-with near-duplicates where those tables say so.
+The data are not part of this project; the script needs the tables cxr_seg/labels.csv and cxr_cls/labels.csv. Patients and
+near-duplicates that these tables put into one group count as one patient.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.mask_store import MaskStore
 
 LONGEST_SIDE = 512
-# Folder of the run -> the annotator as the table has it, the folds, and what the lungs' masks count.
+# Run folder -> annotator in the table, number of folds, convention of the masks (see MASK_CONVENTIONS).
 SETS = {
     "v7": ("v7labs", 5, "with_heart"),
     "kermany": ("v7labs_semantic(aligned)", 5, "with_heart"),
@@ -57,13 +57,13 @@ def prepare(data: Path, rows: pd.DataFrame, groups: pd.Series, run: Path, n_fold
     if (outcomes.status == "failed").any():
         raise SystemExit(outcomes[outcomes.status == "failed"].to_string())
     images = images.assign(rows=outcomes["rows"].to_numpy(), columns=outcomes["columns"].to_numpy())
-    drawn = {}
+    codes = {}
     for image_id, path in zip(ids, rows["mask"], strict=True):
         mask = cv2.imread(str(data / path), cv2.IMREAD_GRAYSCALE)
         if mask.shape != cache.read(image_id).pixels.shape:
-            raise SystemExit(f"{path}: {mask.shape} pixels, its image {cache.read(image_id).pixels.shape}")
-        drawn[image_id] = np.where(mask > 127, MASK_CODES["lungs"], 0)
-    store.add(drawn)
+            raise SystemExit(f"{path} has {mask.shape} pixels, but its image has {cache.read(image_id).pixels.shape}")
+        codes[image_id] = np.where(mask > 127, MASK_CODES["lungs"], 0)
+    store.add(codes)
     labels = pd.get_dummies(rows.label, dtype=float)
     labels.insert(0, "id", ids)
     duplicates = near_duplicate_groups(cache, images.image_id, 32)

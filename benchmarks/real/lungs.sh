@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the three published networks on masks that people drew of real X-rays, at sizes that two CPU cores finish in an hour or two.
+# Trains the three published networks on manual masks of real X-rays, at sizes that take two CPU cores an hour or two.
 # First: PYTHONPATH=. .venv/bin/python benchmarks/real/lungs.py --data ../shared/data --out runs/lungs
 # With a GPU: FULL=1 bash benchmarks/real/lungs.sh, which trains the published sizes on all folds.
 set -euo pipefail
@@ -19,7 +19,7 @@ if [ -n "${FULL:-}" ]; then
   segment fc_densenet_v7 v7 fc_densenet103_lungs "0, 1, 2, 3, 4" "$v7_also" "structures: [lungs]"
   segment unet_kermany kermany unet_lungs "0, 1, 2, 3, 4" "$runs/v7, $runs/shenzhen" ""
 else
-  # The same for all three: small canvases, few epochs, less turning. Channels as a share of the published ones.
+  # For all three: small canvases, few epochs, smaller rotations. `width` is the share of the published channels.
   small="image_size: 96, epochs: 20, batch_size: 8, rotate_degrees: 15.0, turn_p: 1.0, shift: 0.0, horizontal_flip: 0.0"
   segment unet_v7 v7 unet_lungs "0, 1, 2, 3, 4" "$v7_also" "$small, width: 0.5, learning_rate: 0.002" &
   { segment fc_densenet_v7 v7 fc_densenet103_lungs "0, 1" "$v7_also" \

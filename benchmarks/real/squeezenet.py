@@ -1,4 +1,4 @@
-"""SqueezeNet 1.1 as a timm backbone, which timm lacks: importing this module registers it under the name `squeezenet1_1`.
+"""Registers SqueezeNet 1.1, which timm lacks, as a timm backbone with the name `squeezenet1_1`; importing is enough.
 
 KIT_BACKBONES=benchmarks.real.squeezenet lets the kit's notebooks use it.
 """
@@ -11,17 +11,17 @@ from torch import nn
 from torch.nn import functional
 
 FEATURES = 512  # channels of the last map
-# Zeros, the mean grey, before the first row and column of what a detector sees: SqueezeNet's own layers pad too little, so
-# that its cells would lie up to half a stride off, and one a side would be missing.
+# Rows and columns of zeros (the mean grey) before a detector's image. SqueezeNet's own layers pad too little: without these,
+# cells would be shifted by up to half a stride, and one per side would be missing.
 PADDING = 4
 
 
 class SqueezeNet(torchvision.models.SqueezeNet):
-    """torchvision's SqueezeNet 1.1 with its key names (`features.N...`, `classifier.1...`), spoken to as timm's models are.
+    """torchvision's SqueezeNet 1.1 and its key names (`features.N...`, `classifier.1...`), with the interface of timm.
 
-    Its features come at strides 4, 8 and 16. The first convolution pads nothing, so a side of 16 k pixels gives maps of
-    4 k - 1, 2 k - 1 and k - 1 cells, and it is all one whether the pools round up or, as Keras's do, down; see also
-    PaddedFeatures. Without `num_classes` the model gives pooled features (n, 512). Iandola et al. 2016, arXiv 1602.07360.
+    Feature maps have strides 4, 8 and 16. The first convolution has no padding, so a side of 16 k pixels gives maps of
+    4 k - 1, 2 k - 1 and k - 1 cells, whether pooling rounds up or, as in Keras, down; see also PaddedFeatures. With
+    `num_classes=0` the model returns pooled features (n, 512). Iandola et al. 2016, arXiv 1602.07360.
     """
 
     def __init__(self, num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.5, global_pool: str = "avg") -> None:
@@ -43,9 +43,9 @@ class SqueezeNet(torchvision.models.SqueezeNet):
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
-        """Another number of classes, from random weights; 0 leaves pooled features, with `global_pool` "" the last map."""
+        """Replace the classifier by a random one; 0 classes: pooled features or, with `global_pool` "", the last map."""
         if global_pool not in ("", "avg") or (num_classes and not global_pool):
-            raise ValueError(f"squeezenet1_1 has global_pool 'avg', or '' without classes; got {global_pool!r}")
+            raise ValueError(f"global_pool of squeezenet1_1 must be 'avg', or '' without classes, not {global_pool!r}")
         self.num_classes = num_classes
         pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if global_pool else []
         if not num_classes:
@@ -57,7 +57,7 @@ class SqueezeNet(torchvision.models.SqueezeNet):
         self.classifier = nn.Sequential(nn.Dropout(self.drop_rate), last, nn.ReLU(inplace=True), *pool)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """x (n, in_chans, rows, columns) to the last map (n, 512, ~rows / 16, ~columns / 16)."""
+        """Return the last map (n, 512, ~rows / 16, ~columns / 16) of x (n, in_chans, rows, columns)."""
         return self.features(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -75,22 +75,22 @@ class SqueezeNet(torchvision.models.SqueezeNet):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The maps at strides 4, 8 and 16 that `indices` names, after the last one; timm's contract."""
+        """Return the last map and the maps selected by `indices` of strides 4, 8 and 16, as timm's models do."""
         if output_fmt != "NCHW":
-            raise ValueError(f"squeezenet1_1 gives NCHW maps, not {output_fmt!r}")
-        wanted, last = feature_take_indices(len(self.feature_info), indices)
-        places = {int(info["module"].partition(".")[2]): number for number, info in enumerate(self.feature_info)}
+            raise ValueError(f"output_fmt of squeezenet1_1 must be 'NCHW', not {output_fmt!r}")
+        selected, last = feature_take_indices(len(self.feature_info), indices)
+        map_of_layer = {int(info["module"].partition(".")[2]): number for number, info in enumerate(self.feature_info)}
         maps: list[torch.Tensor] = []
-        for place, layer in enumerate(self.features):
+        for number, layer in enumerate(self.features):
             x = layer(x)
-            if places.get(place) in wanted:
+            if map_of_layer.get(number) in selected:
                 maps.append(x)
-            if stop_early and places.get(place) == last:
+            if stop_early and map_of_layer.get(number) == last:
                 break
         return maps if intermediates_only else (x, maps)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
-        """Parameters by depth, timm's contract; coarse: a group a stride."""
+        """Return patterns that group parameters by depth, as timm's models do; `coarse`: one group per stride."""
         if not coarse:
             return {"stem": r"^features\.0\.", "blocks": [(r"^features\.(\d+)\.", None)]}
         return {
@@ -108,7 +108,7 @@ class SqueezeNet(torchvision.models.SqueezeNet):
 
 
 class PaddedFeatures(FeatureListNet):
-    """The maps for `features_only`, with a cell a stride: side / 4, side / 8 and side / 16 cells."""
+    """The maps for `features_only`, padded to exactly side / 4, side / 8 and side / 16 cells."""
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         return super().forward(functional.pad(x, (PADDING, 0) * 2))
@@ -123,8 +123,8 @@ default_cfgs = generate_default_cfgs(
             "pool_size": (13, 13),
             "crop_pct": 0.875,
             "interpolation": "bilinear",
-            # ImageNet's, averaged over the colours: with one mean and spread for all, a grey picture is the same number in
-            # each colour, and summing the first convolution over the colours is exact.
+            # ImageNet's values, averaged over the colours: with the same mean and std for all, a grey pixel has the same
+            # value in each colour, so the first convolution can be summed over the colours without error.
             "mean": (0.449,) * 3,
             "std": (0.226,) * 3,
             "first_conv": "features.0",
@@ -136,7 +136,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def squeezenet1_1(pretrained: bool = False, **options: object) -> SqueezeNet:
-    """For `timm.create_model`, which passes its options on."""
+    """Build the model for `timm.create_model`, which passes its options."""
     return build_model_with_cfg(
         SqueezeNet,
         "squeezenet1_1",

@@ -1,4 +1,4 @@
-"""YOLOv8's neck and head on torchvision's SqueezeNet 1.1: importing this module gives the kit's YOLO this backbone.
+"""Registers torchvision's SqueezeNet 1.1, with YOLOv8's neck and head, as a backbone of the kit's YOLO; importing is enough.
 
 KIT_BACKBONES=benchmarks.real.squeezenet_yolo lets the kit's notebooks use it.
 """
@@ -6,9 +6,9 @@ KIT_BACKBONES=benchmarks.real.squeezenet_yolo lets the kit's notebooks use it.
 from benchmarks.real.squeezenet import PADDING
 from kitlib.models.yolo import ARCHITECTURES
 
-LAYERS = "model.model.1.m."  # where torchvision's `features.` are in the detector
+LAYERS = "model.model.1.m."  # the detector's prefix for torchvision's `features.`
 
-# SqueezeNet's features lie at strides 8 and 16. The backbone is what pre-trained weights contain, the rest starts at random.
+# SqueezeNet's feature maps have strides 8 and 16. Pre-trained weights cover the backbone; neck and head start at random.
 ARCHITECTURES["squeezenet1_1"] = {
     "nc": 1,
     "scales": {"n": [1.0, 1.0, 1024]},
@@ -16,7 +16,7 @@ ARCHITECTURES["squeezenet1_1"] = {
     "backbone": [
         [-1, 1, "nn.ZeroPad2d", [[PADDING, 0, PADDING, 0]]],
         [-1, 1, "TorchVision", [512, "squeezenet1_1", None, True, 1, True]],
-        [1, 1, "Index", [256, 8]],  # what comes in counts as the first of its outputs
+        [1, 1, "Index", [256, 8]],  # index 0 is the input of the backbone, so layer n has index n + 1
         [1, 1, "Index", [512, 13]],
     ],
     "head": [

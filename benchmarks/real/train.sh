@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains what benchmarks/README.md compares, on the folders that layouts.py makes: train.sh SQUEEZENET.npz
-# Two detectors beside each other at most: a core each.
+# Trains the models compared in benchmarks/README.md, on the folders made by layouts.py: train.sh SQUEEZENET.npz
+# At most two detectors train side by side, one per core.
 set -euo pipefail
 source=$(realpath "$1")
 cd "$(dirname "$0")/../.."

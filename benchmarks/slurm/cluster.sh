@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# A SLURM cluster of one controller and two nodes on this one machine, to try plans on: no systemd, all state in FOLDER.
+# A SLURM cluster with a controller and two nodes on a single machine, to try plans: no systemd, all state in FOLDER.
 #
 #   benchmarks/slurm/cluster.sh start FOLDER    needs root and Debian's packages slurm-wlm and munge
-#                                               (makes /etc/slurm/slurm.conf, where sbatch and Snakemake look)
-#   benchmarks/slurm/cluster.sh status FOLDER   nodes, and all jobs with the node of each
-#   benchmarks/slurm/cluster.sh kill FOLDER n1  a node dies, and what runs on it
+#                                               (creates /etc/slurm/slurm.conf, which sbatch and Snakemake read)
+#   benchmarks/slurm/cluster.sh status FOLDER   lists nodes, and jobs with their nodes
+#   benchmarks/slurm/cluster.sh kill FOLDER n1  kills a node and everything that runs on it
 #   benchmarks/slurm/cluster.sh revive FOLDER n1
 #   benchmarks/slurm/cluster.sh stop FOLDER
 set -euo pipefail
 
 NODES=(n1 n2)
-command=${1:?start, status, kill, revive or stop} folder=$(realpath -m "${2:?the folder for its state}") node=${3:-}
-# Not in the environment: Snakemake takes SLURM's variables out of it, as of an outer job.
+command=${1:?start, status, kill, revive or stop} folder=$(realpath -m "${2:?the folder of the state}") node=${3:-}
+# Not set by an environment variable, because Snakemake removes SLURM's variables, as if they came from an outer job.
 config=/etc/slurm/slurm.conf
 
 fail() {
@@ -20,10 +20,10 @@ fail() {
 }
 
 wait_for() { # SECONDS WHAT COMMAND...
-    local seconds=$1 left=$1 what=$2
+    local seconds=$1 remaining=$1 what=$2
     shift 2
     until "$@" >/dev/null 2>&1; do
-        ((left-- > 0)) || fail "$what: not after $seconds s; logs are in $folder"
+        ((remaining-- > 0)) || fail "$what: not ready after $seconds s; logs are in $folder"
         sleep 1
     done
 }
@@ -31,8 +31,8 @@ wait_for() { # SECONDS WHAT COMMAND...
 configure() {
     local host cores memory
     host=$(hostname -s) cores=$(nproc) memory=$(awk '/MemTotal/ {print int($2 / 1024 / 2.2)}' /proc/meminfo)
-    # Both nodes have all cores of the machine, but each only its share of the memory.
-    [[ ! -e $config || $(readlink $config) == "$folder/slurm.conf" ]] || fail "$config is there: this machine has a cluster"
+    # Both nodes have all cores of the machine, but each has only its share of the memory.
+    [[ ! -e $config || $(readlink $config) == "$folder/slurm.conf" ]] || fail "$config exists: this machine has a cluster"
     cat >"$folder/slurm.conf" <<EOF
 ClusterName=toy
 SlurmctldHost=$host
@@ -50,7 +50,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
-# A dead node is noticed, and its jobs are given to others, in seconds; ended jobs stay visible to squeue.
+# Detect a dead node and move its jobs within seconds; keep ended jobs visible to squeue.
 SlurmdTimeout=10
 ReturnToService=2
 JobRequeue=1
@@ -66,29 +66,29 @@ EOF
 
 start_node() {
     mkdir -p "$folder/spool-$1"
-    slurmd -N "$1" || fail "slurmd of $1 did not start; its log is $folder/slurmd-$1.log"
+    slurmd -N "$1" || fail "slurmd of $1 did not start; see $folder/slurmd-$1.log"
 }
 
 node_is_idle() { sinfo -h -n "$1" -o %T | grep -qx idle; }
 
 start() {
-    [[ $EUID == 0 ]] || fail "it has to run as root"
+    [[ $EUID == 0 ]] || fail "run this script as root"
     for program in munged slurmctld slurmd; do
         command -v $program >/dev/null || fail "$program is missing: apt-get install slurm-wlm munge"
     done
-    [[ ! -e $folder/slurmctld.pid ]] || fail "$folder has a running cluster, or one that died: stop it first"
+    [[ ! -e $folder/slurmctld.pid ]] || fail "$folder has a running or dead cluster: stop it first"
     mkdir -p "$folder/state"
     chmod 755 "$folder"
     configure
-    trap stop_daemons EXIT  # a start that fails leaves nothing behind but its logs
+    trap stop_daemons EXIT  # a failed start leaves only its logs behind
     (umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")
     munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
         --log-file="$folder/munged.log" --seed-file="$folder/munged.seed" 2>"$folder/munged.out" ||
         fail "munged: $(cat "$folder/munged.out")"
-    slurmctld || fail "slurmctld did not start; its log is $folder/slurmctld.log"
+    slurmctld || fail "slurmctld did not start; see $folder/slurmctld.log"
     wait_for 20 slurmctld scontrol ping
-    for each in "${NODES[@]}"; do start_node "$each"; done
-    for each in "${NODES[@]}"; do wait_for 30 "node $each" node_is_idle "$each"; done
+    for name in "${NODES[@]}"; do start_node "$name"; done
+    for name in "${NODES[@]}"; do wait_for 30 "node $name" node_is_idle "$name"; done
     trap - EXIT
     show_nodes
 }
@@ -96,16 +96,16 @@ start() {
 show_nodes() { sinfo -h -N -o "%N %T, %c cores, %m MB"; }
 
 status() {
-    [[ -e $folder/slurmctld.pid ]] || fail "no cluster runs in $folder"
+    [[ -e $folder/slurmctld.pid ]] || fail "$folder has no running cluster"
     show_nodes
     squeue -a -t all -S i -o "%i %k %T on %N, %M"
 }
 
-kill_node() { # the daemon, and the processes of its jobs, as a power cut would
-    [[ -n $node && -e $folder/slurmd-$node.pid ]] || fail "there is no node ${node:-(none named)} in $folder"
+kill_node() { # kills the daemon and the processes of its jobs, as a power cut would
+    [[ -n $node && -e $folder/slurmd-$node.pid ]] || fail "$folder has no running node ${node:-(none named)}"
     local daemon steps
     daemon=$(cat "$folder/slurmd-$node.pid")
-    # Each job has a slurmstepd, which leads a session of its own and says in its name which job it is.
+    # Each job has a slurmstepd, which has its own session and contains the job's number in its name.
     steps=$(squeue -h -w "$node" -t R -o %A | while read -r job; do pgrep -f "slurmstepd: \[$job\." || true; done)
     kill -9 "$daemon"
     for step in $steps; do
@@ -130,7 +130,7 @@ ended() { ! kill -0 "$1"; }
 
 stop() {
     if [[ -e $folder/slurmctld.pid ]] && scontrol ping >/dev/null 2>&1; then
-        # slurmd leaves its jobs alone when it ends. A dead node never says that its jobs are gone.
+        # slurmd does not stop its jobs when it ends, and a dead node never reports that its jobs have ended.
         scancel --state=pending --user=root
         scancel --state=running --user=root
         for _ in {1..20}; do

@@ -1,4 +1,4 @@
-"""What a submission's models answer, and one answer from all that they predicted: the code of submission and page."""
+"""What each bundle of a submission predicts, and the fusion of all their predictions; used by submissions and the page."""
 
 import logging
 import time
@@ -22,22 +22,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AnsweringModel:
-    """What a bundle says of its model before its weights are read."""
+    """A bundle's model as its record describes it, before its weights are read."""
 
     folder: Path
     model: str
     fold: int
-    answers: frozenset[str]  # of "study", "none" and "boxes"
-    longest_side: int  # pixels of the decoded copy it was trained on
-    wants_masks: bool  # whether it asks a segmenter where the lungs are
-    masked: bool  # and for their masks
-    segmenter: str  # digest of the one whose lungs it was trained on, "" without
-    data_fingerprint: str  # of the prepared run it was trained on
+    answers: frozenset[str]  # what it predicts: a subset of "study", "none" and "boxes"
+    longest_side: int  # longest side, in pixels, of the decoded images it was trained on
+    wants_masks: bool  # whether it needs a segmenter to find the lungs
+    masked: bool  # whether it also needs the lung masks
+    segmenter: str  # digest of the segmenter whose lungs it was trained on, "" if none
+    data_fingerprint: str  # fingerprint of the prepared run it was trained on
 
 
 @dataclass(frozen=True)
 class Stacked:
-    """How the study models were stacked: how many studies by all learners, in how many seconds; `note` says what was not."""
+    """Result of applying the ensemble: studies predicted by all learners, run time, and a note on what was not combined."""
 
     studies: int
     seconds: float
@@ -45,14 +45,17 @@ class Stacked:
 
 
 def read_answering_model(folder: Path) -> AnsweringModel:
-    """Raises BundleError for a record that cannot be read, ValueError for a model that answers no row of a submission."""
+    """Read a bundle's record.
+
+    Raises BundleError if it cannot be read, and ValueError for a model whose predictions a submission does not contain.
+    """
     record = read_record(folder)
     recipe = record["recipe"]
     return AnsweringModel(
         folder,
         record["model"],
         record["fold"],
-        _answers(record),
+        _predicted_outputs(record),
         record["longest_side"],
         wants_masks(recipe),
         recipe.get("masked", False),
@@ -69,42 +72,44 @@ def fused_answer(
     fusion: FusionSettings,
     ensemble: Ensemble | None = None,
 ) -> tuple[Fused, Stacked | None]:
-    """One answer for `images` (image_id, study_id, rows, columns), as kitlib.fusion.model_fusion gives it.
+    """Fuse predictions for `images` (image_id, study_id, rows, columns); return the result and a note on the ensemble.
 
-    `probabilities` and `detections` are what Predictors have given, of classifiers and of detectors, `coverage` which
-    detector has seen which image. The ensemble's answer takes the place of its learners'; where it fails they are fused as
-    they are, and where a learner is missing, the others' plain mean stands: Stacked says so. It is None without an ensemble.
+    `probabilities` and `detections` are the tables that Predictors of classifiers and of detectors yield; `coverage` records
+    which detector has predicted which image. The ensemble's prediction replaces those of its learners. If it fails, its
+    learners are fused without it; for studies that lack a learner it is the plain mean of the others. Stacked reports both;
+    it is None if there is no ensemble or no study model has predicted.
     """
     study_scores, image_scores = study_and_image_scores(probabilities, images)
-    study_scores, stacked = _stacked(study_scores, ensemble)
+    study_scores, stacked = _apply_ensemble(study_scores, ensemble)
     coverage = list(coverage)
-    covered = pd.concat(coverage) if coverage else None
-    return fuse(study_scores, image_scores, concatenate(detections, "detections"), images, fusion, covered), stacked
+    joined_coverage = pd.concat(coverage) if coverage else None
+    return fuse(study_scores, image_scores, concatenate(detections, "detections"), images, fusion, joined_coverage), stacked
 
 
-def _stacked(study_scores: pd.DataFrame, ensemble: Ensemble | None) -> tuple[pd.DataFrame, Stacked | None]:
+def _apply_ensemble(study_scores: pd.DataFrame, ensemble: Ensemble | None) -> tuple[pd.DataFrame, Stacked | None]:
     if ensemble is None or study_scores.empty:
         return study_scores, None
     began = time.monotonic()
     try:
-        answer = apply_ensemble(ensemble, study_scores).assign(model=ensemble.name, fold=0)
+        prediction = apply_ensemble(ensemble, study_scores).assign(model=ensemble.name, fold=0)
         others = study_scores[~study_scores["model"].isin(ensemble.learners)]
-        stacked = concatenate([answer.drop(columns="answered"), others], "study_scores")
+        stacked = concatenate([prediction.drop(columns="answered"), others], "study_scores")
     except Exception as error:
         logger.error("the ensemble failed", exc_info=error)
-        note = f"failed: {type(error).__name__}: {error}; the study models are fused as they are"
+        note = f"failed: {type(error).__name__}: {error}; the study models are fused without it"
         return study_scores, Stacked(0, time.monotonic() - began, note)
-    absent, note = answer["answered"] < len(ensemble.learners), ""
-    if answer.empty:
-        note = f"none of its learners ({', '.join(ensemble.learners)}) has answered; the study models are fused as they are"
-    if absent.any():
-        there = set(study_scores["model"])
-        lost = ", ".join(name for name in ensemble.learners if name not in there) or "a learner that was stopped"
-        note = f"{int(absent.sum())} of {len(answer)} studies lack {lost}: they have the plain mean of the others"
-    return stacked, Stacked(int((~absent).sum()), time.monotonic() - began, note)
+    is_incomplete, note = prediction["answered"] < len(ensemble.learners), ""
+    if prediction.empty:
+        note = f"none of its learners ({', '.join(ensemble.learners)}) has predicted; the study models are fused without it"
+    if is_incomplete.any():
+        available = set(study_scores["model"])
+        missing = ", ".join(name for name in ensemble.learners if name not in available) or "a learner that was stopped"
+        count = int(is_incomplete.sum())
+        note = f"{count} of {len(prediction)} studies lack {missing}; they get the plain mean of the other learners"
+    return stacked, Stacked(int((~is_incomplete).sum()), time.monotonic() - began, note)
 
 
-def _answers(record: dict[str, Any]) -> frozenset[str]:
+def _predicted_outputs(record: dict[str, Any]) -> frozenset[str]:
     family = recorded_family(record)
     if family.no_submission:
         classes = ", ".join(map(str, record["classes"][:3]))

@@ -1,4 +1,4 @@
-"""A submission's lungs: segmented once an image, whichever models ask, and never at the price of a prediction."""
+"""Lungs of a submission's images: each image is segmented once for all models, and failures never stop a prediction."""
 
 import logging
 import threading
@@ -17,13 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 class CachedLungs:
-    """Asks the segmenter of `bundle` about each image once; a `LungFinder`.
+    """A `LungFinder` that runs the segmenter of `bundle` once per image and caches the results.
 
-    An image that it fails at has no lungs. Without a bundle that works, or once it has failed at each image of several, it
-    finds no more, and `fault` says why ("" before).
-    `segmented` is the number of images that it has looked at, `missed` those of them without plausible lungs, `seconds` the
-    time that took. Frames are kept, and masks, as PNG, where they are asked for by `masked`; with `most`, of so many images,
-    the last ones. Several threads may ask.
+    An image on which the segmenter fails has no lungs. If the bundle cannot be loaded, or the segmenter fails on every image
+    of a batch of several, no more lungs are found and `fault` says why (it is "" before). `segmented` counts the cached
+    images, `missed` the segmented images without plausible lungs, `seconds` is the time spent. The cache holds frames and,
+    if `masked`, masks as PNG; with `most`, only those of the last `most` images. Safe to use from several threads.
     """
 
     def __init__(self, bundle: Path | None, masked: bool, batch_size: int | None = None, most: int | None = None) -> None:
@@ -31,59 +30,61 @@ class CachedLungs:
         self.fault, self.missed, self.seconds = "", 0, 0.0
         self._segmenter: LungFinder | None = None
         self._known: dict[str, tuple[np.ndarray | None, bytes | None]] = {}
-        # A model that was stopped may still be reading ahead in its thread when the next one begins.
+        # The thread of a stopped model may still be reading ahead when the next model begins.
         self._one_at_a_time = threading.Lock()
 
     @property
     def segmented(self) -> int:
+        """Number of images in the cache."""
         return len(self._known)
 
     def begin(self) -> None:
-        """Load the segmenter, unless that has been done or has failed."""
+        """Load the segmenter, unless it is already loaded or has failed."""
         if self._segmenter is not None or self.fault:
             return
         began = time.monotonic()
         try:
             if self.bundle is None:
-                raise FileNotFoundError("the weights have no segmenter's bundle; name its run by the kernel's key `lungs`")
+                raise FileNotFoundError("the weights contain no segmenter; name its run with the kernel's key `lungs`")
             self._segmenter = load_segmenter(self.bundle, batch_size=self.batch_size)
         except Exception as error:
             self._give_up(error)
         self.seconds += time.monotonic() - began
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
+        """Return the lungs of each X-ray, segmenting those that are not in the cache."""
         with self._one_at_a_time:
             self.begin()
-            began, new = time.monotonic(), [xray for xray in xrays if xray.image_id not in self._known]
-            if new and self._segmenter is not None and not self.fault:
-                self._segment(self._segmenter, new)
+            began, uncached = time.monotonic(), [xray for xray in xrays if xray.image_id not in self._known]
+            if uncached and self._segmenter is not None and not self.fault:
+                self._segment(self._segmenter, uncached)
             self.seconds += time.monotonic() - began
-            found = [self._kept(xray.image_id) for xray in xrays]
+            lungs = [self._kept(xray.image_id) for xray in xrays]
             for image_id in list(self._known)[: -self.most] if self.most else ():
                 del self._known[image_id]
-            return found
+            return lungs
 
     def _segment(self, segmenter: LungFinder, xrays: list[CachedXray]) -> None:
-        """One image that the segmenter fails at is missed alone; where it fails at all of a batch, it is given up."""
+        """Segment a batch; after a failure, segment its images one by one, and give up if all of several fail."""
         try:
             self._keep(xrays, segmenter.find(xrays))
             return
         except Exception as error:
             failure = error
-        alone: list[Lungs | None] = []
+        results: list[Lungs | None] = []
         for xray in xrays:
             try:
-                alone += segmenter.find([xray])
+                results += segmenter.find([xray])
             except Exception as error:
                 failure = error
-                alone.append(None)
-        if len(xrays) > 1 and all(lungs is None for lungs in alone):
+                results.append(None)
+        if len(xrays) > 1 and all(lungs is None for lungs in results):
             self._give_up(failure)
         else:
-            self._keep(xrays, [lungs or Lungs(None) for lungs in alone])
+            self._keep(xrays, [lungs or Lungs(None) for lungs in results])
 
-    def _keep(self, xrays: Sequence[CachedXray], found: list[Lungs]) -> None:
-        for xray, lungs in zip(xrays, found, strict=True):
+    def _keep(self, xrays: Sequence[CachedXray], results: list[Lungs]) -> None:
+        for xray, lungs in zip(xrays, results, strict=True):
             mask = lungs.mask if self.masked else None
             png = None if mask is None else cv2.imencode(".png", mask.astype(np.uint8))[1].tobytes()
             self._known[xray.image_id] = lungs.frame, png
@@ -96,5 +97,5 @@ class CachedLungs:
         return Lungs(frame, np.asarray(cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)) > 0)
 
     def _give_up(self, error: Exception) -> None:
-        logger.error("the lungs' segmenter failed", exc_info=error)
-        self.fault = f"failed: {type(error).__name__}: {error}; images are seen whole from here on"
+        logger.error("the lung segmenter failed", exc_info=error)
+        self.fault = f"failed: {type(error).__name__}: {error}; all further images are used uncropped"

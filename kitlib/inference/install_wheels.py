@@ -1,4 +1,4 @@
-"""Packages that Kaggle's image lacks, installed inside a kernel from an attached dataset, without a network."""
+"""Installs packages that Kaggle's image lacks from wheels in an attached dataset, without network access."""
 
 import importlib
 import importlib.metadata
@@ -13,27 +13,27 @@ logger = logging.getLogger(__name__)
 
 
 def install_wheels(slug: str) -> list[str]:
-    """Install from the dataset `slug` each wheel whose version is not there yet; returns them as name==version.
+    """Install each wheel of the dataset `slug` whose version is not installed yet; return those as name==version.
 
-    Raises InputNotFound, or RuntimeError with what pip said.
+    Raises InputNotFound if the dataset is not attached, and RuntimeError with pip's output if pip fails.
     """
     folder, started = find_input(slug), time.monotonic()
     missing = []
     for wheel in sorted(folder.glob("*.whl")):
         name, version = wheel.name.split("-")[:2]
         try:
-            there = importlib.metadata.version(name)
+            installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            there = None
-        if there != version:
+            installed = None
+        if installed != version:
             missing.append(f"{name}=={version}")
     if missing:
-        # --no-deps: otherwise pip would replace the image's own torch and OpenCV.
+        # --no-deps keeps pip from replacing the torch and OpenCV of Kaggle's image.
         command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-compile", "--quiet"]
         command += ["--disable-pip-version-check", "--root-user-action=ignore", "--find-links", str(folder), *missing]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            raise RuntimeError(f"pip cannot install {', '.join(missing)} from {folder}:\n{done.stdout}")
+        process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if process.returncode:
+            raise RuntimeError(f"pip cannot install {', '.join(missing)} from {folder}:\n{process.stdout}")
         importlib.invalidate_caches()
-    logger.info("installed in %.1f s: %s", time.monotonic() - started, ", ".join(missing) or "nothing, all is there")
+    logger.info("installed in %.1f s: %s", time.monotonic() - started, ", ".join(missing) or "nothing, all were installed")
     return missing

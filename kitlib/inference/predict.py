@@ -1,4 +1,4 @@
-"""Predictions of one trained model over a stream of X-rays. Imports no training library: a submission starts in seconds."""
+"""Prediction with one trained model over a stream of X-rays; imports no training library, so a submission starts fast."""
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,34 +26,34 @@ from kitlib.tables import BOX, check_table, empty_table
 from kitlib.xrays.cache import CachedXray
 
 BATCH_SIZES = {"cuda": 64, "cpu": 8}
-# Of boxes from different views; 1st place used it between models.
+# IoU for the fusion of boxes from different views; the 1st place used this value between models.
 VIEWS_IOU = 0.6
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images on their canvases: `placements` and `pixels` (n, side, side) for each canvas that the views want.
+    """A batch of images on their canvases: `placements` and `pixels` (n, side, side) for each canvas that the views use.
 
-    Of a patch model `pixels` has one canvas, "full", on which `where` are the centres of its patches, and no placement.
-
-    `lungs_missed` of them are seen whole because their lungs were looked for and not found.
+    For a patch model `pixels` has the canvas "full" alone, `where` holds the centres of its patches, and there are no
+    placements. `lungs_missed` counts the images that are used uncropped because no lungs were found.
     """
 
     image_ids: list[str]
     placements: dict[str, list[Placement]]
     pixels: dict[str, torch.Tensor]
     lungs_missed: int
-    where: torch.Tensor | None = None  # of a patch model: int64 (m, 3), see kitlib.models.patches.places
+    where: torch.Tensor | None = None  # centres of a patch model, int64 (m, 3), see kitlib.models.patches.places
 
 
 class Predictor:
-    """One model and how its input is made. Boxes leave it in original pixels.
+    """A trained model with the preparation of its input; predicts boxes in original pixels.
 
-    `views` (keys of VIEWS; by default those of the model's recipe) are averaged: probabilities by their mean, boxes, brought
-    back to the original, by weighted box fusion into one list. `lungs` finds the lungs, batch by batch, for a recipe whose
-    lungs are "masks" (see kitlib.lungs.crop). Where they are not found, frame or, where the mask counts, mask, the image is
-    seen whole and as it is; `lungs_missed` counts how often, among the images of `seen`. A patch model takes it as one patch
-    then; else the centres of its patches follow from the image's name, so that a prediction repeats.
+    `views` (keys of VIEWS; by default those of the model's recipe) are combined: probabilities by their mean, boxes in
+    original pixels by weighted box fusion. `lungs` finds the lungs, batch by batch, for a recipe whose lungs are "masks"
+    (see kitlib.lungs.crop). An image without the lung frame (or lung mask, if the recipe uses it) is used uncropped and
+    unmasked, by a patch model as a single patch; `lungs_missed` counts these among the images of `seen`. The centres of
+    patches are derived from the image's id, so that predictions are reproducible. Raises ValueError for unknown or repeated
+    views.
     """
 
     def __init__(
@@ -69,31 +69,32 @@ class Predictor:
         self.model, self.fold, self.classes = record["model"], record["fold"], list(record["classes"])
         self.network, self.device = network, device
         self.fitted = HalvingBatches(self.model, device, batch_size or BATCH_SIZES[device.type])
-        self.seen: list[str] = []  # image_ids whose predictions have left, with a box or without
+        self.seen: list[str] = []  # image_ids whose predictions have been yielded, including those without boxes
         self.lungs_missed = 0
         recipe = record["recipe"]
         self.views = tuple(views or recipe.get("views") or ("full",))
         unknown = [view for view in self.views if view not in VIEWS]
         if unknown or len(set(self.views)) < len(self.views):
-            raise ValueError(f"{self.model}: views {list(self.views)}; there are, each once: {', '.join(VIEWS)}")
+            raise ValueError(f"{self.model}: views are {list(self.views)}; valid views, each once: {', '.join(VIEWS)}")
         if self.family.sees_patches and self.views != ("full",):
-            raise ValueError(f"{self.model}: views {list(self.views)}; a patch model has no other than full")
+            raise ValueError(f"{self.model}: views are {list(self.views)}; a patch model has only the view full")
         self._canvas_names = sorted({VIEWS[view][0] for view in self.views})
-        # A detector may look at a larger canvas than it was trained on.
+        # A detector may predict on a larger canvas than it was trained on.
         self._canvas = canvas_of(recipe, recipe.get("inference_size") or record["image_size"])
         found_by = recipe.get("lungs", "darkness")
         self._finder, self._looks = finder_for(found_by, lungs), looks_at_lungs(recipe, self.views)
         self.wants_masks = wants_masks(recipe, self.views)
-        self.segmenter = record.get("architecture", {}).get("segmenter", "")  # whose lungs it was trained on
+        self.segmenter = record.get("architecture", {}).get("segmenter", "")  # digest of the segmenter it was trained with
         self._outputs = recipe.get("outputs", "both")
         self._place = PLACEMENTS[record["placement"]]
 
     def predict(self, stream: Iterable[CachedXray]) -> Generator[pd.DataFrame, None, None]:
-        """A table a batch, while a thread reads ahead in `stream`.
+        """Yield one table of predictions per batch, while a thread prefetches X-rays from `stream`.
 
-        Study: image_id, model, fold, the four classes and none, a row an image; NaN for what the model has not learnt.
-        Findings and patches: table class_scores. Detector: table detections, no row for images without a box. An error of
-        the stream is raised here; closing the iterator ends the thread. `seen` and `lungs_missed` begin anew.
+        Study models: image_id, model, fold, the four classes and none, one row per image, NaN for outputs that were not
+        trained. Findings and patch models: table class_scores. Detectors: table detections, without rows for images without
+        boxes. An error of the stream is raised here; closing the generator ends the thread. Resets `seen` and
+        `lungs_missed`.
         """
         self.seen, self.lungs_missed = [], 0
         for batch in ahead(self._batches(stream)):
@@ -113,7 +114,7 @@ class Predictor:
             yield self.canvases(xrays)
 
     def canvases(self, xrays: list[CachedXray]) -> Batch:
-        """What the model sees of these X-rays."""
+        """Prepare the model's input for these X-rays."""
         if self.family.sees_patches:
             return self._patch_canvases(xrays)
         lungs = [Lungs(None)] * len(xrays)
@@ -121,33 +122,33 @@ class Predictor:
             lungs = seen_lungs(self._finder, xrays, self._canvas.needs_mask)
         frames: dict[str, list[np.ndarray | None]] = {"full": [None] * len(xrays), "lungs": [each.frame for each in lungs]}
         placements = {name: list(map(self._placement, xrays, frames[name])) for name in self._canvas_names}
-        shown = [self._canvas.grey(xray.pixels, each.mask) for xray, each in zip(xrays, lungs, strict=True)]
+        greys = [self._canvas.grey(xray.pixels, each.mask) for xray, each in zip(xrays, lungs, strict=True)]
         pixels = {
-            name: torch.from_numpy(np.stack(list(map(self._canvas.lay, shown, places))))
-            for name, places in placements.items()
+            name: torch.from_numpy(np.stack(list(map(self._canvas.lay, greys, canvas_placements))))
+            for name, canvas_placements in placements.items()
         }
-        missed = sum(each.frame is None for each in lungs) if self._looks else 0
-        return Batch([xray.image_id for xray in xrays], placements, pixels, missed)
+        missed_count = sum(each.frame is None for each in lungs) if self._looks else 0
+        return Batch([xray.image_id for xray in xrays], placements, pixels, missed_count)
 
     def _patch_canvases(self, xrays: list[CachedXray]) -> Batch:
         names, recipe = [xray.image_id for xray in xrays], self.network.recipe
         lungs = seen_lungs(self._finder, xrays, masked=True)
-        laid = [patch_canvas(xray, each, recipe) for xray, each in zip(xrays, lungs, strict=True)]
-        where = places([each.centres(recipe.patches, image_seed(name)) for each, name in zip(laid, names, strict=True)])
-        pixels = torch.from_numpy(np.stack([each.pixels for each in laid]))
-        return Batch(names, {}, {"full": pixels}, sum(each.mask is None for each in laid), where)
+        canvases = [patch_canvas(xray, each, recipe) for xray, each in zip(xrays, lungs, strict=True)]
+        where = places([each.centres(recipe.patches, image_seed(name)) for each, name in zip(canvases, names, strict=True)])
+        pixels = torch.from_numpy(np.stack([each.pixels for each in canvases]))
+        return Batch(names, {}, {"full": pixels}, sum(each.mask is None for each in canvases), where)
 
     def _placement(self, xray: CachedXray, frame: np.ndarray | None) -> Placement:
-        """Where the image, or its frame, lies on the square that the model sees."""
+        """Return the placement of the image, or of its frame, on the model's square canvas."""
         return self._canvas.middle(crop(self._place, frame, xray.rows, xray.columns, self._canvas.whole))
 
     def _probabilities(self, batch: Batch) -> pd.DataFrame:
         if self.family.sees_patches:
             with torch.inference_mode(), autocast(self.device):
-                found = self.network.image_probabilities(batch.pixels["full"], batch.where).numpy()
+                probabilities = self.network.image_probabilities(batch.pixels["full"], batch.where).numpy()
         else:
-            found = np.mean([self.fitted(self._classified, pixels) for pixels, _ in self._seen_by(batch)], axis=0)
-        table = pd.DataFrame(found, columns=self.classes)
+            probabilities = np.mean([self.fitted(self._classified, pixels) for pixels, _ in self._seen_by(batch)], axis=0)
+        table = pd.DataFrame(probabilities, columns=self.classes)
         if self.family.answers == STUDIES and self._outputs != "both":
             table[[name for name in self.classes if (name == "none") != (self._outputs == "none")]] = np.nan
         table.insert(0, "image_id", batch.image_ids)
@@ -157,11 +158,11 @@ class Predictor:
 
     def _classified(self, pixels: torch.Tensor) -> list[np.ndarray]:
         with torch.inference_mode(), autocast(self.device):
-            found = self.network.probabilities(self.network(self.network.normalise(pixels)))
-        return list(found.double().cpu().numpy())
+            probabilities = self.network.probabilities(self.network(self.network.normalise(pixels)))
+        return list(probabilities.double().cpu().numpy())
 
     def _seen_by(self, batch: Batch) -> Iterator[tuple[torch.Tensor, list[Placement]]]:
-        """Pixels and placements of each view, in the order of `views`; mirrored ones are mirrored here."""
+        """Yield pixels and placements of each view, in the order of `views`, with pixels mirrored for mirrored views."""
         for canvas, mirrored in (VIEWS[view] for view in self.views):
             pixels = batch.pixels[canvas]
             yield pixels.flip(-1) if mirrored else pixels, batch.placements[canvas]
@@ -182,20 +183,25 @@ class Predictor:
         table = table.assign(model=self.model, fold=self.fold, score=np.concatenate([scores for _, scores in found]))
         return check_table(table, "detections")
 
-    def _in_original(self, place: Placement, found: np.ndarray, mirrored: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes (k, 4) of one canvas in original pixels, cut at the image's edges, less what keeps less than a pixel."""
-        boxes = flip_boxes(found[:, :4], place.canvas_columns) if mirrored else found[:, :4]
-        boxes, inside = clip_boxes(place.boxes_to_original(boxes), place.rows, place.columns)
-        return boxes[inside], found[inside, 4].astype(float).clip(0, 1)
+    def _in_original(
+        self, placement: Placement, boxes_on_canvas: np.ndarray, mirrored: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Convert a canvas's boxes (k, 5) to boxes (m, 4) in original pixels, clipped to the image, and scores (m,).
 
-    def _merged(self, lists: list[tuple[np.ndarray, np.ndarray]], place: Placement) -> tuple[np.ndarray, np.ndarray]:
-        """One list of boxes in original pixels and their scores, from those of every view."""
+        Boxes with less than a pixel inside of the image are dropped.
+        """
+        boxes = flip_boxes(boxes_on_canvas[:, :4], placement.canvas_columns) if mirrored else boxes_on_canvas[:, :4]
+        boxes, inside = clip_boxes(placement.boxes_to_original(boxes), placement.rows, placement.columns)
+        return boxes[inside], boxes_on_canvas[inside, 4].astype(float).clip(0, 1)
+
+    def _merged(self, lists: list[tuple[np.ndarray, np.ndarray]], placement: Placement) -> tuple[np.ndarray, np.ndarray]:
+        """Fuse the boxes and scores of all views of an image, in original pixels."""
         if len(lists) == 1:
             return lists[0]
-        # Only here: its import takes a second, and Kaggle's image lacks it where no detector was sent along.
+        # Imported here: it takes a second, and a kernel without a detector does not install ensemble-boxes.
         from kitlib.fusion.box_fusion import merge_boxes
 
-        side = np.array([place.columns, place.rows] * 2, dtype=float)
+        side = np.array([placement.columns, placement.rows] * 2, dtype=float)
         boxes, scores = [], []
         for box, score in lists:
             boxes.append(box[score > 0] / side)
@@ -211,31 +217,34 @@ def load_predictor(
     views: Sequence[str] | None = None,
     lungs: LungFinder | None = None,
 ) -> Predictor:
-    """The bundle's model on `device` (default: `pick_device`); `views` instead of its recipe's; `lungs` as Predictor says.
+    """Load a bundle's model on `device` (default: `pick_device`). `views` and `lungs` are those of Predictor.
 
-    Raises BundleError for a bundle that cannot be trusted.
+    Raises BundleError for a damaged bundle and for a segmenter's bundle.
     """
     record, state_dict = read_bundle(bundle_folder)
     device = device or pick_device()
     if recorded_family(record, bundle_folder).answers == LUNGS:
-        raise BundleError(f"{bundle_folder} holds a segmenter, which kitlib.inference.segment_lungs.load_segmenter reads")
+        raise BundleError(
+            f"{bundle_folder} contains a segmenter; load it with kitlib.inference.segment_lungs.load_segmenter instead"
+        )
     return Predictor(record, load_network(record, state_dict, device), device, batch_size, views, lungs)
 
 
 def study_and_image_scores(chunks: Iterable[pd.DataFrame], images: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Tables study_scores (mean over a study's images) and image_scores out of a study model's predictions of images.
+    """Convert predictions of study models into the tables study_scores (mean over a study's images) and image_scores.
 
-    What a model has not learnt (NaN) has no row.
+    Predictions that are NaN, because the output was not trained, have no row. Raises ValueError for images that are not in
+    `images`.
     """
     chunks = [chunk for chunk in chunks if len(chunk)]
     if not chunks:
         return empty_table("study_scores"), empty_table("image_scores")
-    found = pd.concat(chunks, ignore_index=True)
+    predictions = pd.concat(chunks, ignore_index=True)
     studies = images.set_index("image_id").study_id
-    unknown = found.loc[~found.image_id.isin(studies.index), "image_id"]
+    unknown = predictions.loc[~predictions.image_id.isin(studies.index), "image_id"]
     if len(unknown):
         raise ValueError(f"{len(unknown)} predicted images are not in the table images, first {unknown.iloc[0]}")
-    found["study_id"] = found.image_id.map(studies)
-    mean = found.groupby(["study_id", "model", "fold"], as_index=False)[list(STUDY_CLASSES)].mean()
-    nones = found[["image_id", "model", "fold", "none"]]
+    predictions["study_id"] = predictions.image_id.map(studies)
+    mean = predictions.groupby(["study_id", "model", "fold"], as_index=False)[list(STUDY_CLASSES)].mean()
+    nones = predictions[["image_id", "model", "fold", "none"]]
     return check_table(mean.dropna(), "study_scores"), check_table(nones.dropna(), "image_scores")

@@ -1,4 +1,4 @@
-"""Items made in a thread while the ones before are worked on: reading and placing overlap with the model's computing."""
+"""Prefetches items in a thread, so that reading and preparing images overlap with the model's computation."""
 
 import queue
 import threading
@@ -11,41 +11,41 @@ BATCHES_AHEAD = 3
 
 
 def ahead(items: Iterator[Item], most: int = BATCHES_AHEAD) -> Generator[Item, None, None]:
-    """The same items, made by a thread that stays at most `most` in front; an error of theirs is raised here.
+    """Yield `items` unchanged while a thread prefetches up to `most` of them.
 
-    Closing the iterator ends the thread.
+    An error of `items` is raised after the items before it. Closing the generator ends the thread.
     """
-    done, stopped = object(), threading.Event()
-    made: queue.Queue = queue.Queue(most)
+    end, stopped = object(), threading.Event()
+    prefetched: queue.Queue = queue.Queue(most)
 
     def put(item: Any) -> None:
         while not stopped.is_set():
             try:
-                return made.put(item, timeout=0.1)
+                return prefetched.put(item, timeout=0.1)
             except queue.Full:
                 continue
 
-    def work() -> None:
+    def produce() -> None:
         try:
             for item in items:
                 put((item, None))
                 if stopped.is_set():
                     return
-            put((done, None))
-        except BaseException as error:  # the consumer raises it, whatever it is
-            put((done, error))
+            put((end, None))
+        except BaseException as error:  # passed on, so that the consumer raises it
+            put((end, error))
 
-    thread = threading.Thread(target=work, name="canvases", daemon=True)
+    thread = threading.Thread(target=produce, name="canvases", daemon=True)
     thread.start()
     try:
         while True:
-            item, error = made.get()
+            item, error = prefetched.get()
             if error is not None:
                 raise error
-            if item is done:
+            if item is end:
                 return
             yield item
     finally:
         stopped.set()
-        # A stream that waits for a slow file must not hold up whoever has stopped listening.
+        # Wait a second at most: the thread may be blocked by a slow file after the consumer has stopped.
         thread.join(timeout=1)

@@ -1,6 +1,6 @@
-"""A trained segmenter at work: label images of X-rays, what of them is plausible as lungs, and the frame to crop to.
+"""Runs a trained lung segmenter: probability maps, plausible lung masks, and the frames to crop to.
 
-Imports no training library: a submission starts in seconds.
+Imports no training library, so that a submission starts in seconds.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +27,7 @@ BATCH_SIZES = {"cuda": 64, "cpu": 8}
 
 
 class LungSegmenter:
-    """A segmenter under its bundle's recipe, a `LungFinder`. `missed` counts the images whose lungs were not found."""
+    """A `LungFinder` that runs a trained segmenter. `missed` counts the images without plausible lungs."""
 
     def __init__(
         self, record: dict[str, Any], network: Segmenter, device: torch.device, batch_size: int | None = None
@@ -38,23 +38,23 @@ class LungSegmenter:
         self.missed = 0
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
-        """The frame and the mask of each; neither where the mask is not plausible."""
-        found = [
+        """Return frame and mask of each X-ray's lungs; both are None if the mask is not plausible."""
+        results = [
             segmented(xray, maps, place, self.recipe)
             for xray, maps, place in zip(xrays, *self._canvases_of(xrays), strict=True)
         ]
-        self.missed += sum(each.verdict != FOUND for each in found)
+        self.missed += sum(each.verdict != FOUND for each in results)
         return [
-            Lungs(each.frame, np.isin(each.codes, LUNG_CODES)) if each.verdict == FOUND else Lungs(None) for each in found
+            Lungs(each.frame, np.isin(each.codes, LUNG_CODES)) if each.verdict == FOUND else Lungs(None) for each in results
         ]
 
     def maps(self, stream: Iterable[CachedXray]) -> Iterator[tuple[CachedXray, np.ndarray, Placement]]:
-        """Each X-ray with the probability of each structure on the network's canvas, and the placement.
+        """Yield each X-ray, the probability maps of its structures on the network's canvas, and its placement on the canvas.
 
-        Probabilities are uint8 (structures, side, side), 255 for 1. A thread reads and places ahead of the network.
+        Maps are uint8 (structures, side, side), 255 for a probability of 1. A thread prefetches X-rays and canvases.
         """
-        for xrays, places, pixels in ahead(self._batches(stream)):
-            yield from zip(xrays, self.fitted(self._compute, pixels), places, strict=True)
+        for xrays, placements, pixels in ahead(self._batches(stream)):
+            yield from zip(xrays, self.fitted(self._compute, pixels), placements, strict=True)
 
     def _batches(self, stream: Iterable[CachedXray]) -> Iterator[tuple[list[CachedXray], list[Placement], torch.Tensor]]:
         xrays: list[CachedXray] = []
@@ -67,13 +67,13 @@ class LungSegmenter:
             yield xrays, *self._placed(xrays)
 
     def _placed(self, xrays: Sequence[CachedXray]) -> tuple[list[Placement], torch.Tensor]:
-        places = [placement(xray, self.recipe) for xray in xrays]
-        canvases = [on_canvas(xray, place, self.recipe) for xray, place in zip(xrays, places, strict=True)]
-        return places, torch.from_numpy(np.stack(canvases))
+        placements = [placement(xray, self.recipe) for xray in xrays]
+        canvases = [on_canvas(xray, place, self.recipe) for xray, place in zip(xrays, placements, strict=True)]
+        return placements, torch.from_numpy(np.stack(canvases))
 
     def _canvases_of(self, xrays: Sequence[CachedXray]) -> tuple[list[np.ndarray], list[Placement]]:
-        places, pixels = self._placed(xrays)
-        return self.fitted(self._compute, pixels), places
+        placements, pixels = self._placed(xrays)
+        return self.fitted(self._compute, pixels), placements
 
     def _compute(self, pixels: torch.Tensor) -> list[np.ndarray]:
         with torch.inference_mode(), autocast(self.device):
@@ -84,9 +84,9 @@ class LungSegmenter:
 def load_segmenter(
     bundle_folder: str | Path, device: torch.device | None = None, batch_size: int | None = None
 ) -> LungSegmenter:
-    """The bundle's segmenter on `device` (default: `pick_device`). Raises BundleError for a bundle of another kind."""
+    """Load a bundle's segmenter on `device` (default: `pick_device`). Raises BundleError for another kind of model."""
     record, state_dict = read_bundle(bundle_folder)
     if recorded_family(record, bundle_folder).answers != LUNGS:
-        raise BundleError(f"{bundle_folder} holds a {record['family']} model; name the bundle of a run that segments lungs")
+        raise BundleError(f"{bundle_folder} contains a {record['family']} model; name the bundle of a segmenter's run")
     device = device or pick_device()
     return LungSegmenter(record, load_network(record, state_dict, device), device, batch_size)

@@ -1,4 +1,4 @@
-"""What run folders say of themselves, finished or not: one entry each, none left out."""
+"""Listing of run folders, finished or not: kind, state, parameters, recipe, duration, memory and versions of each."""
 
 import dataclasses
 import json
@@ -13,12 +13,12 @@ from kitlib.plans.plan import RECORD as PLANNED
 from kitlib.recipes.named import RECIPES
 from kitlib.runs.record import METRICS, RECORD
 
-# What a training leaves in a fold's folder.
+# A folder of a fold that contains one of these marks its parent as a run.
 FOLD_FILES = (METRICS, "checkpoints")
 
-SHORT = 8  # digits of a fingerprint or a commit that are shown
+SHORT = 8  # number of digits that are shown of a fingerprint or commit
 
-# A file that only runs of a kind have; the first that fits.
+# Kind of run -> files of which it has at least one. The first kind that matches counts.
 KINDS = {
     "fusion": ("fusion.json",),
     "ensemble": ("ensemble/ensemble.json",),
@@ -35,10 +35,11 @@ KINDS = {
 
 @dataclass(frozen=True)
 class ListedRun:
-    """A run folder: `state` is finished, unfinished, failed or damaged, `remark` says what there is to say about that.
+    """One run folder as listed: `state` is finished, unfinished, failed or damaged, and `remark` explains the state.
 
-    `record`, `metrics` and `plan` are the folder's JSON files, empty where one is missing or damaged; `folds` has the
-    metrics of each fold that is trained, by its number or, of nested folds, by "outer/inner", such as "2/0".
+    `kind` is a key of KINDS, "command" or "other". `record`, `metrics` and `plan` are the contents of the folder's JSON
+    files, empty if one is missing or damaged. `folds` maps each trained fold to its metrics; the key is the fold's number
+    or, for nested folds, "outer/inner", such as "2/0".
     """
 
     name: str
@@ -52,95 +53,96 @@ class ListedRun:
     folds: dict[int | str, dict[str, Any]] = field(default_factory=dict)
 
     @property
-    def nested(self) -> bool:
-        """Whether folds were held out from its models, so that none was trained on all of the prepared run's."""
+    def is_nested(self) -> bool:
+        """Whether outer folds were held out, so that each model was trained on a prepared run without its outer fold."""
         return any(isinstance(fold, str) for fold in self.folds)
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Of its notebook: as it recorded them, else those that its plan gave."""
+        """The parameters of the run's notebook: those that it recorded, otherwise those in its plan."""
         return self.record.get("parameters") or self.plan.get("parameters") or {}
 
 
 def list_runs(roots: Iterable[str | Path], skip: Iterable[str | Path] = ()) -> list[ListedRun]:
-    """All runs in the folders `roots` or below them, without the folders `skip`.
+    """List all runs that are one of the folders `roots` or lie below one, except the folders `skip`.
 
-    They are named by their path from the root, or by their whole path where there are several roots.
-    Raises FileNotFoundError for a root that is no folder.
+    Runs are named by their path relative to the root, or by their full path if there are several roots. Raises
+    FileNotFoundError for a root that is not a folder.
     """
-    skipped, tops = {Path(folder).resolve() for folder in skip}, [Path(root) for root in roots]
-    found: dict[Path, ListedRun] = {}
-    for root in tops:
+    skipped, root_folders = {Path(folder).resolve() for folder in skip}, [Path(root) for root in roots]
+    runs: dict[Path, ListedRun] = {}
+    for root in root_folders:
         if not root.is_dir():
-            raise FileNotFoundError(f"{root} is no folder; name one with runs in or below it")
-        for place, folders, _ in os.walk(root):
-            folder = Path(place)
+            raise FileNotFoundError(f"{root} is not a folder; name a run folder, or a folder with runs below it")
+        for path, folders, _ in os.walk(root):
+            folder = Path(path)
             if is_run(folder):
-                # Whatever lies in a run is its own.
+                # Folders inside a run are part of it, not runs of their own.
                 folders.clear()
                 if folder.resolve() not in skipped:
-                    name = folder if len(tops) > 1 else folder.name if folder == root else folder.relative_to(root)
-                    found.setdefault(folder.resolve(), list_run(folder, str(name)))
+                    name = folder if len(root_folders) > 1 else folder.name if folder == root else folder.relative_to(root)
+                    runs.setdefault(folder.resolve(), list_run(folder, str(name)))
             else:
-                folders[:] = sorted(each for each in folders if not each.startswith("."))
-    return list(found.values())
+                folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
+    return list(runs.values())
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a notebook or a plan has begun a run in this folder."""
+    """Return whether a notebook or a plan has started a run in this folder."""
     return any((folder / name).is_file() for name in (RECORD, METRICS, PLANNED)) or any(
-        (fold / name).exists() for fold in _folds(folder).values() for name in FOLD_FILES
+        (fold / name).exists() for fold in _fold_folders(folder).values() for name in FOLD_FILES
     )
 
 
 def list_run(folder: Path, name: str) -> ListedRun:
-    """One run folder, called `name`."""
+    """Read one run folder and return it under `name`; missing and damaged files go into its state and remark."""
     remarks: list[str] = []
-    record, metrics, planned = (_read(folder / file, remarks) for file in (RECORD, METRICS, PLANNED))
+    record, metrics, planned = (_read_json(folder / file, remarks) for file in (RECORD, METRICS, PLANNED))
     plan = planned.get("run", {})
-    trained = {fold: path / METRICS for fold, path in _folds(folder).items() if (path / METRICS).is_file()}
-    folds = {fold: _read(path, remarks) for fold, path in trained.items()}
+    trained = {fold: path / METRICS for fold, path in _fold_folders(folder).items() if (path / METRICS).is_file()}
+    folds = {fold: _read_json(path, remarks) for fold, path in trained.items()}
     if not all(folds.values()) or ((folder / METRICS).is_file() and not metrics):
         state = "damaged"
     elif metrics:
         state = "finished"
         if not (folder / RECORD).is_file():
-            remarks.append(f"no {RECORD}, as an older kitlib leaves it")
+            remarks.append(f"no {RECORD}: written by an older kitlib")
     elif plan and not plan.get("notebook") and (folder / f"done-{planned.get('key')}.json").is_file():
         state = "finished"
     else:
-        state, told = _begun(folder, plan.get("name", ""))
-        remarks += [told] if told else []
-    return ListedRun(name, folder, _kind(folder, plan), state, "; ".join(remarks), record, metrics, plan, folds)
+        state, problem = _read_plan_state(folder, plan.get("name", ""))
+        remarks += [problem] if problem else []
+    return ListedRun(name, folder, _find_kind(folder, plan), state, "; ".join(remarks), record, metrics, plan, folds)
 
 
 def describe(runs: Sequence[ListedRun]) -> dict[str, Any]:
-    """What one run, or the runs of one model's folds together, say of how they came about; memory in MB of 10^6 bytes.
+    """Summarise how a run, or the runs that hold the folds of one model, were made; memory in MB of 10^6 bytes.
 
-    kind, model, state, recipe, `changes` (from the recipe, and what else was not as usual), folds, `cross_fitted` (a
-    fusion's score under settings that were tuned on other folds), started, wall_s, `training_s` (of all epochs, whatever
-    sessions they took), memory_mb, gpu, gpu_memory_mb, host and commit; None or empty where nothing is said.
+    Returns kind, model, state, recipe, `changes` (settings that differ from the recipe, and parameters that differ from
+    their defaults), folds, `cross_fitted` (a fusion's score under settings tuned on the other folds), started, wall_s,
+    `training_s` (seconds of all epochs, over all sessions), memory_mb, gpu, gpu_memory_mb, host and commit; None or "" where
+    nothing is recorded.
     """
     first, trained = runs[0], {fold: metrics for run in runs for fold, metrics in run.folds.items()}
     records, folds = [run.record for run in runs], list(trained.values())
-    both = [*records, *folds]
-    # A damaged file has no figures, and an older kitlib's not all of them.
+    sources = [*records, *folds]
+    # Keys may be missing: a damaged file is empty, and an older kitlib recorded fewer.
     numbers = {
-        key: [each[key] for each in both if isinstance(each.get(key), int | float)]
+        key: [source[key] for source in sources if isinstance(source.get(key), int | float)]
         for key in ("wall_s", "seconds", "peak_memory_mb", "peak_child_memory_mb", "peak_gpu_memory_mb")
     }
-    gpus = dict.fromkeys(str(each["gpu"]) for each in both if each.get("gpu"))
-    recipe, changes = _recipe(first, folds)
-    asked = [fold for run in runs if "recipe" in run.parameters for fold in _asked(run)]
-    commits = dict.fromkeys(_commit(record) for record in records if record)
+    gpus = dict.fromkeys(str(source["gpu"]) for source in sources if source.get("gpu"))
+    recipe, changes = _recipe_and_changes(first, folds)
+    requested = [fold for run in runs if "recipe" in run.parameters for fold in _requested_folds(run)]
+    commits = dict.fromkeys(_short_commit(record) for record in records if record)
     return {
         "kind": first.kind,
         "model": str(first.metrics.get("model") or next((fold.get("model", "") for fold in folds), "")),
         "state": first.state,
         "recipe": recipe,
         "changes": changes,
-        "folds": ", ".join(map(str, sorted(trained, key=_in_order)))
-        + (f" of {len(asked)}" if len(asked) > len(folds) else ""),
+        "folds": ", ".join(map(str, sorted(trained, key=_fold_sort_key)))
+        + (f" of {len(requested)}" if len(requested) > len(folds) else ""),
         "cross_fitted": first.metrics.get("cross_fitted_score"),
         "started": min((str(record["started"]) for record in records if "started" in record), default=""),
         "wall_s": sum(numbers["wall_s"]) or None,
@@ -153,8 +155,8 @@ def describe(runs: Sequence[ListedRun]) -> dict[str, Any]:
     }
 
 
-def _read(path: Path, remarks: list[str]) -> dict[str, Any]:
-    """The JSON object; empty where there is none, and if it cannot be read, a remark says so."""
+def _read_json(path: Path, remarks: list[str]) -> dict[str, Any]:
+    """Return a file's JSON object, empty if the file is missing; if it is damaged, also add a remark to `remarks`."""
     if not path.is_file():
         return {}
     try:
@@ -163,80 +165,83 @@ def _read(path: Path, remarks: list[str]) -> dict[str, Any]:
         remarks.append(f"{path.parent.name}/{path.name} cannot be read ({error})")
         return {}
     if not isinstance(value, dict) or not value:
-        remarks.append(f"{path.parent.name}/{path.name} holds no figures")
+        remarks.append(f"{path.parent.name}/{path.name} is not a JSON object with values")
         return {}
     return value
 
 
-def _begun(folder: Path, name: str) -> tuple[str, str]:
-    """State and remark of a run without results: what the newest plan that has begun it says."""
-    told = []
+def _read_plan_state(folder: Path, name: str) -> tuple[str, str]:
+    """Return the state and remark of a run without results, according to the newest plan that has started it."""
+    states = []
     for described in folder.parent.glob(".*/runs.json") if name else ():
-        state = _read(state_file(described, name), [])
+        state = _read_json(state_file(described, name), [])
         if state.get("state") in ("failed", "running"):
-            told.append(state)
-    if not told:
+            states.append(state)
+    if not states:
         return "unfinished", ""
-    newest = max(told, key=lambda state: state.get("started", 0))
+    newest = max(states, key=lambda state: state.get("started", 0))
     if newest["state"] == "failed":
         return "failed", str(newest.get("problem", "")).split("\n")[0]
-    return "unfinished", f"at cell {newest.get('cell')} of {newest.get('cells')} on {newest.get('host')}, or killed there"
+    return "unfinished", f"at cell {newest.get('cell')} of {newest.get('cells')} on {newest.get('host')}, running or killed"
 
 
-def _folds(folder: Path) -> dict[int | str, Path]:
-    numbered = {path.name.removeprefix("fold"): path for path in folder.glob("fold*")}
-    found: dict[int | str, Path] = {int(number): numbered[number] for number in sorted(numbered) if number.isdigit()}
+def _fold_folders(folder: Path) -> dict[int | str, Path]:
+    folder_of = {path.name.removeprefix("fold"): path for path in folder.glob("fold*")}
+    folders: dict[int | str, Path] = {int(number): folder_of[number] for number in sorted(folder_of) if number.isdigit()}
     for path in sorted(folder.glob("outer*/fold*")):
         outer, inner = path.parent.name.removeprefix("outer"), path.name.removeprefix("fold")
         if outer.isdigit() and inner.isdigit():
-            found[f"{outer}/{inner}"] = path
-    return found
+            folders[f"{outer}/{inner}"] = path
+    return folders
 
 
-def _in_order(fold: int | str) -> list[int]:
+def _fold_sort_key(fold: int | str) -> list[int]:
     return [int(part) for part in str(fold).split("/")]
 
 
-def _asked(run: ListedRun) -> list[Any]:
-    """The folds, or pairs of an outer and an inner one, that its parameters ask for."""
+def _requested_folds(run: ListedRun) -> list[Any]:
+    """Return the folds, or pairs of an outer and an inner fold, that the run's parameters request."""
     folds, outer_folds = (run.parameters.get(name) or [] for name in ("folds", "outer_folds"))
     return [(outer, fold) for outer in outer_folds for fold in folds if fold != outer] if outer_folds else folds
 
 
-def _kind(folder: Path, plan: dict[str, Any]) -> str:
+def _find_kind(folder: Path, plan: dict[str, Any]) -> str:
     for kind, names in KINDS.items():
-        if any((place / name).is_file() for place in (folder, *_folds(folder).values()) for name in names):
+        if any((path / name).is_file() for path in (folder, *_fold_folders(folder).values()) for name in names):
             return kind
     return "command" if plan.get("command") else "other"
 
 
-def _recipe(run: ListedRun, folds: list[dict[str, Any]]) -> tuple[str, str]:
-    """The recipe's name and what differs from it; without a name, the recipe that it is exactly, if there is one."""
-    made = next((fold["recipe"] for fold in folds if isinstance(fold.get("recipe"), dict)), None)
+def _recipe_and_changes(run: ListedRun, folds: list[dict[str, Any]]) -> tuple[str, str]:
+    """Return the recipe's name and the differences from it as text, such as "epochs=3, seed=2".
+
+    If the parameters name no recipe, the name is that of the recipe with exactly these fields, or "not stated".
+    """
+    used = next((fold["recipe"] for fold in folds if isinstance(fold.get("recipe"), dict)), None)
     name = run.parameters.get("recipe", "")
-    known = {each: _plain(dataclasses.asdict(recipe)) for each, recipe in RECIPES.items()}
-    if not name and made is not None:
-        name = next((each for each, fields in known.items() if fields == made), "not stated")
+    recipes = {recipe_name: _as_json(dataclasses.asdict(recipe)) for recipe_name, recipe in RECIPES.items()}
+    if not name and used is not None:
+        name = next((recipe_name for recipe_name, fields in recipes.items() if fields == used), "not stated")
     changed: dict[str, Any] = {}
-    if made is not None and name in known:
-        changed = {key: made.get(key) for key in sorted({*made, *known[name]}) if made.get(key) != known[name].get(key)}
-    elif made is None:
+    if used is not None and name in recipes:
+        changed = {key: used.get(key) for key in sorted({*used, *recipes[name]}) if used.get(key) != recipes[name].get(key)}
+    elif used is None:
         changed = dict(run.parameters.get("overrides") or {})
-    usual = {"seed": 0, "limit_train": 0, "limit_validation": 0, "extra_run": ""}
+    defaults = {"seed": 0, "limit_train": 0, "limit_validation": 0, "extra_run": ""}
     if "recipe" in run.parameters:
-        changed |= {key: run.parameters[key] for key, value in usual.items() if run.parameters.get(key, value) != value}
+        changed |= {key: run.parameters[key] for key, value in defaults.items() if run.parameters.get(key, value) != value}
     return str(name), ", ".join(f"{key}={value}" for key, value in changed.items())
 
 
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+def _as_json(value: Any) -> Any:
+    """Return `value` as it would come back from JSON: tuples become lists."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: _as_json(inner) for key, inner in value.items()}
+    return [_as_json(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _commit(record: dict[str, Any]) -> str:
-    """The commit, shortened; where there was no clone, the digest of the library."""
+def _short_commit(record: dict[str, Any]) -> str:
+    """Return the shortened commit, or the digest of kitlib if the run was not made in a clone."""
     commit, _, changes = str(record.get("git_commit") or "").partition("+")
     if commit:
         return commit[:SHORT] + (f"+{changes}" if changes else "")

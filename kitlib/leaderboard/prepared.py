@@ -1,4 +1,4 @@
-"""Which prepared run the models of listed runs were trained on: found by fingerprints, never by a name alone."""
+"""Search for the prepared run that the models of a listed run were trained on, by fingerprints and never by name alone."""
 
 from pathlib import Path
 from typing import Any
@@ -13,55 +13,60 @@ from kitlib.runs.finished_run import read_prepared
 
 
 class PreparedRuns:
-    """Tables of prepared runs, found by the data fingerprint of what was trained on them."""
+    """The prepared runs among listed runs: finds the one that a model was trained on, and returns its tables."""
 
     def __init__(self, runs: list[ListedRun]) -> None:
         self._unread = [run.folder for run in runs if run.kind == "prepared" and run.state == "finished"]
-        self._found: dict[str, tuple[str, dict[str, pd.DataFrame]]] = {}
+        self._by_fingerprint: dict[str, tuple[str, dict[str, pd.DataFrame]]] = {}
 
     def find(self, fingerprint: str, run: ListedRun) -> tuple[str, dict[str, pd.DataFrame]] | None:
-        """The folds' fingerprint and the tables; also where `run` names its prepared run, not among those listed."""
+        """Return the folds' fingerprint and the tables of the prepared run with this data fingerprint, or None.
+
+        Searches the listed runs, and the prepared run that `run` names even if it is not listed.
+        """
         named = named_folder(run.parameters.get("prepare_run"), run)
-        # The one that is named first: computing a fingerprint takes seconds.
+        # The named run goes first, because computing a fingerprint takes seconds.
         self._unread.sort(key=lambda folder: named is None or folder.resolve() != named.resolve())
         if named is not None and named not in self._unread:
             self._unread.insert(0, named)
-        while fingerprint not in self._found and self._unread:
+        while fingerprint not in self._by_fingerprint and self._unread:
             try:
                 tables = read_prepared(self._unread.pop(0))
             except (OSError, ValueError):
-                continue  # it has a line of its own, which says so
-            self._found[data_fingerprint(**tables)] = data_fingerprint(folds=tables["folds"]), tables
-        return self._found.get(fingerprint)
+                continue  # the leaderboard has a row for that run, whose remark states the error
+            self._by_fingerprint[data_fingerprint(**tables)] = data_fingerprint(folds=tables["folds"]), tables
+        return self._by_fingerprint.get(fingerprint)
 
-    def find_whole(self, runs: tuple[ListedRun, ...]) -> tuple[str, dict[str, pd.DataFrame]]:
-        """The same for ensembles and learners of nested folds, whose models were trained on parts of the prepared run.
+    def find_for_nested(self, runs: tuple[ListedRun, ...]) -> tuple[str, dict[str, pd.DataFrame]]:
+        """Return the folds' fingerprint and the tables of the prepared run of an ensemble, or of learners with nested folds.
 
-        It is the run that they name, if its folds are those that they say, and if each nested model's data are the rest of
-        it without the model's outer fold. Raises RunError where that is not so.
+        Their models were trained on parts of it, so the run is found by the name in their parameters and then checked: its
+        folds must have the fingerprint in their metrics, and without a model's outer fold it must be that model's data.
+        Raises RunError otherwise, and for a prepared run that does not exist.
         """
         run = runs[0]
         folder = named_folder(run.parameters.get("prepare_run"), run)
         if folder is None:
-            raise RunError(f"the prepared run {run.parameters.get('prepare_run')!r}, which it names, is not here")
+            raise RunError(f"its prepared run {run.parameters.get('prepare_run')!r} does not exist")
         tables = read_prepared(folder)
-        found = data_fingerprint(folds=tables["folds"])
+        fingerprint = data_fingerprint(folds=tables["folds"])
         folds = tables["folds"]
-        held: dict[str, str] = {}
-        for each in runs:
-            if each.metrics.get("folds_fingerprint") != found:
-                raise RunError(f"{folder} has other folds than those it was made with")
-            for name, metrics in each.folds.items():
+        fingerprint_without: dict[str, str] = {}
+        for trained in runs:
+            if trained.metrics.get("folds_fingerprint") != fingerprint:
+                raise RunError(f"{folder} has other folds than those that {trained.name} was made with")
+            for name, metrics in trained.folds.items():
                 outer = str(name).partition("/")[0]
-                if outer not in held:
-                    held[outer] = data_fingerprint(**{**tables, "folds": folds[folds["fold"] != int(outer)]})
-                if metrics.get("data_fingerprint") != held[outer]:
+                if outer not in fingerprint_without:
+                    part = {**tables, "folds": folds[folds["fold"] != int(outer)]}
+                    fingerprint_without[outer] = data_fingerprint(**part)
+                if metrics.get("data_fingerprint") != fingerprint_without[outer]:
                     raise RunError(f"{folder} without fold {outer} is not what its fold {name} was trained on")
-        return found, tables
+        return fingerprint, tables
 
 
 def named_folder(name: Any, run: ListedRun) -> Path | None:
-    """Where the run that `run` calls `name` is, also if its folder has been moved together with it."""
+    """Return the folder of the run that `run` refers to as `name`, or None; finds it also if both were moved together."""
     if not name or not isinstance(name, str):
         return None
     for folder in (run.folder.parent / name, run.folder.parent / Path(name).name):

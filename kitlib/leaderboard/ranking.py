@@ -1,7 +1,7 @@
-"""Which run is best: out-of-fold figures of all runs, computed anew from their tables and ranked only where they compare.
+"""Ranking of models: out-of-fold scores of all runs, recomputed from their tables, and ranked only if comparable.
 
-Runs are ranked together that share the folds' fingerprint, the images that are judged and their truth, and what they answer.
-Two figures of different rankings say nothing about which model is better.
+Models are ranked together if they share the folds' fingerprint, the scored images, their ground truth, and the kind of
+prediction. Scores of different rankings do not tell which model is better.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import pandas as pd
 from kitlib.bundle import data_fingerprint
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import LeaderboardError
-from kitlib.leaderboard.entries import Answer, Entry
+from kitlib.leaderboard.entries import Entry, Predictions
 from kitlib.leaderboard.listing import SHORT, describe
 from kitlib.reports.classification_bootstrap import draws as class_draws
 from kitlib.reports.classification_report import judged
@@ -23,7 +23,8 @@ from kitlib.reports.findings_report import answers, auc_draws
 from kitlib.reports.lungs_report import dice_draws
 from kitlib.scoring.score import truth_of
 
-# What the score of an answer is, by the parts that it has: the competition's mean over the average precisions among them.
+# Name of the score by the parts that are predicted. With studies, nones or detections, the score is the competition's: the
+# mean of the average precisions (AP) of the classes among them.
 FIGURES = {
     ("studies", "nones", "detections"): "competition score",
     ("studies", "nones"): "mean AP of study classes and none",
@@ -43,168 +44,183 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """`table` has a row an entry, the best of each ranking first and what has no figure last; `differences` a row for each
-    entry below the first of its ranking: difference to the first (negative), low and high of its paired interval."""
+    """Ranked entries and their differences to the best.
+
+    `table` has one row per entry (COLUMNS), ordered by ranking and score; entries without a score come last. `differences`
+    has one row for each entry below the first of its ranking: its score minus that of the first (not positive), and `low`
+    and `high` of the paired 95 % interval.
+    """
 
     table: pd.DataFrame
     differences: pd.DataFrame
 
     def rankings(self) -> dict[int, pd.DataFrame]:
-        """The rows of each ranking, by its number."""
+        """Return the rows of `table` by ranking number, from 1."""
         return {int(number): rows for number, rows in self.table.dropna(subset="ranking").groupby("ranking")}
 
-    def says(self) -> str:
-        """How many rankings there are, and what does not compare."""
+    def summary(self) -> str:
+        """Return a text for people: the number of models, rankings and runs without a score, and what is not comparable."""
         ranked = self.table.dropna(subset="ranking")
-        rest = self.table[self.table["ranking"].isna()]
+        unranked = self.table[self.table["ranking"].isna()]
         groups = ranked["folds_fingerprint"].unique()
-        said = [
-            f"{len(ranked)} models in {ranked['ranking'].nunique()} rankings, {len(rest)} further runs without a figure. "
-            "Ranked together is what shares folds, judged images, their truth and what it answers; figures of different "
-            "rankings are not comparable."
+        sentences = [
+            f"{len(ranked)} models in {ranked['ranking'].nunique()} rankings, {len(unranked)} other runs without a score. "
+            "Models are ranked together if they share folds, scored images, ground truth and kind of prediction; scores of "
+            "different rankings are not comparable."
         ]
         if len(groups) > 1:
-            said.append(
-                f"There are {len(groups)} groups of different folds ({', '.join(groups)}): no figure of one may be held "
-                "against a figure of another."
+            sentences.append(
+                f"There are {len(groups)} groups of different folds ({', '.join(groups)}): do not compare a score of one "
+                "group with a score of another."
             )
         if ranked.groupby(["folds_fingerprint", "figure"])["ranking"].nunique().gt(1).any():
-            said.append(
-                "Models of one group that are judged on different images, or against different labels or boxes, stand "
-                "apart: name `folds` that all of them have, or `compare` two."
+            sentences.append(
+                "Models of one group that are scored on different images, or against different labels or boxes, are ranked "
+                "separately: set `folds` to folds that all of them have, or `compare` two of them."
             )
-        return "\n".join(said)
+        return "\n".join(sentences)
 
 
 def rank(entries: Iterable[Entry], samples: int = 200, seed: int = 0) -> Leaderboard:
-    """Figures with intervals of 95 % over `samples` draws of whole patients, and paired differences within each ranking."""
+    """Score and rank entries, with 95 % bootstrap intervals over patients and paired differences within each ranking.
+
+    `samples` is the number of bootstrap draws. Raises LeaderboardError if it is below 1.
+    """
     if samples < 1:
-        raise LeaderboardError(f"samples is {samples}; intervals need at least 1 draw, and some hundreds to be steady")
+        raise LeaderboardError(f"samples is {samples}; intervals need at least 1 draw, and some hundreds to be stable")
     rankings: dict[tuple[str, int, str, str], list[tuple[Entry, pd.DataFrame, dict[str, Any]]]] = {}
-    rest = []
+    unranked = []
     for entry in entries:
-        if (answer := entry.answer) is None:
-            rest.append(_row(entry))
+        if (predictions := entry.predictions) is None:
+            unranked.append(_row(entry))
         else:
-            figure = list(FIGURES).index(answer.parts)
-            key = entry.folds_fingerprint, figure, _digest(answer.images["image_id"]), _truth_digest(entry, answer)
-            draws = _draws(answer, entry.tables, samples, seed)
-            rankings.setdefault(key, []).append((entry, draws, _figures(answer, draws)))
+            figure = list(FIGURES).index(predictions.parts)
+            images_digest = _digest(predictions.images["image_id"])
+            key = entry.folds_fingerprint, figure, images_digest, _truth_digest(entry, predictions)
+            draws = _draw_scores(predictions, entry.tables, samples, seed)
+            rankings.setdefault(key, []).append((entry, draws, _scores_of_row(predictions, draws)))
     rows, differences = [], []
     for number, key in enumerate(sorted(rankings), start=1):
-        # A figure that the truth does not define (NaN) comes last.
-        ranked = sorted(rankings[key], key=lambda each: -each[1]["score"].fillna(-1).iloc[0])
-        best = ranked[0]
-        for entry, draws, figures in ranked:
-            rows.append({"ranking": number, **_row(entry), **figures})
-            if entry is not best[0]:
-                told = _told(draws["score"] - best[1]["score"])
-                differences.append({"ranking": number, "name": entry.name, "best": best[0].name, **told})
-    table = pd.DataFrame([*rows, *rest]).reindex(columns=COLUMNS).astype({"ranking": "Int64", "images": "Int64"})
+        # Scores that the ground truth does not define (NaN) come last.
+        ranked = sorted(rankings[key], key=lambda item: -item[1]["score"].fillna(-1).iloc[0])
+        best_entry, best_draws, _ = ranked[0]
+        for entry, draws, scores in ranked:
+            rows.append({"ranking": number, **_row(entry), **scores})
+            if entry is not best_entry:
+                difference = _difference(draws["score"] - best_draws["score"])
+                differences.append({"ranking": number, "name": entry.name, "best": best_entry.name, **difference})
+    table = pd.DataFrame([*rows, *unranked]).reindex(columns=COLUMNS).astype({"ranking": "Int64", "images": "Int64"})
     return Leaderboard(table, pd.DataFrame(differences, columns=["ranking", "name", "best", "difference", "low", "high"]))
 
 
 def compare(
     entries: Iterable[Entry], first: str, second: str, across_folds: bool = False, samples: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Second minus first for the score and each part that both answer: figure, first, second, difference, low, high, images.
+    """Compare two models on the images that both have predicted, with paired 95 % bootstrap intervals over patients.
 
-    Judged on the images that both have, the same patients drawn for both. Names are those of entries or of runs in them.
-    Raises LeaderboardError for an unknown name, one without a figure, nothing in common, and, unless `across_folds`, for
-    models of different folds: a model that was trained on other patients differs by that, too.
+    `first` and `second` are names of entries or of runs in them. Returns a table with a row for the score and each of its
+    parts: figure (its name), first, second, difference (second minus first), low, high, images. Raises LeaderboardError for
+    an unknown name, a model without a score, models with nothing in common and, unless `across_folds`, models of different
+    folds, because training on other patients changes the score too.
     """
     entries = list(entries)
-    (one, ones), (other, others) = _named(entries, first), _named(entries, second)
-    if one.folds_fingerprint != other.folds_fingerprint and not across_folds:
+    (entry, predictions), (other_entry, other_predictions) = _find_entry(entries, first), _find_entry(entries, second)
+    if entry.folds_fingerprint != other_entry.folds_fingerprint and not across_folds:
         raise LeaderboardError(
-            f"{one.name} has folds {one.folds_fingerprint[:SHORT]}, {other.name} {other.folds_fingerprint[:SHORT]}: their "
-            "figures are not comparable, as each was trained on patients that the other is judged on; train both on one "
-            "prepared run, or set across_folds = True to compare them all the same"
+            f"{entry.name} has folds {entry.folds_fingerprint[:SHORT]}, {other_entry.name} "
+            f"{other_entry.folds_fingerprint[:SHORT]}: their scores are not comparable, because each was trained on "
+            "patients on which the other is scored; train both on one prepared run, or set across_folds = True to compare "
+            "them anyway"
         )
-    shared = set(ones.images["image_id"]) & set(others.images["image_id"])
-    parts = [part for part in ones.parts if part in others.parts]
+    shared = set(predictions.images["image_id"]) & set(other_predictions.images["image_id"])
+    parts = [part for part in predictions.parts if part in other_predictions.parts]
     if not shared or not parts:
         raise LeaderboardError(
-            f"{one.name} and {other.name} have nothing in common: {len(shared)} images, and answers for "
-            f"{' and '.join(ones.parts)} here, {' and '.join(others.parts)} there"
+            f"{entry.name} and {other_entry.name} cannot be compared: they share {len(shared)} images, and "
+            f"{entry.name} predicts {' and '.join(predictions.parts)}, {other_entry.name} "
+            f"{' and '.join(other_predictions.parts)}"
         )
-    judged = ones.images[ones.images["image_id"].isin(shared)]
-    cut = [Answer(judged, **{part: getattr(answer, part) for part in parts}) for answer in (ones, others)]
-    both = [_draws(answer, one.tables, samples, seed) for answer in cut]
+    images = predictions.images[predictions.images["image_id"].isin(shared)]
+    draws, other_draws = (
+        _draw_scores(Predictions(images, **{part: getattr(model, part) for part in parts}), entry.tables, samples, seed)
+        for model in (predictions, other_predictions)
+    )
     rows = []
-    for name in both[0].columns:
-        if name in both[1] and both[0][name].notna().any() and both[1][name].notna().any():
-            told = _told(both[1][name] - both[0][name])
-            values = {"first": both[0][name].iloc[0], "second": both[1][name].iloc[0]}
-            rows.append({"figure": name, **values, **told, "images": len(shared)})
+    for name in draws.columns:
+        if name in other_draws and draws[name].notna().any() and other_draws[name].notna().any():
+            values = {"first": draws[name].iloc[0], "second": other_draws[name].iloc[0]}
+            difference = _difference(other_draws[name] - draws[name])
+            rows.append({"figure": name, **values, **difference, "images": len(shared)})
     return pd.DataFrame(rows)
 
 
-def _draws(answer: Answer, tables: dict[str, pd.DataFrame], samples: int, seed: int) -> pd.DataFrame:
-    """Figures as columns, `score` first; the first row is of all patients, then one a draw."""
-    if answer.findings is not None:
-        scores = answer.findings.set_index("image_id").loc[answer.images["image_id"]].reset_index()
-        drawn = auc_draws(answers(scores, answer.images, tables["labels"]), samples, seed)
+def _draw_scores(predictions: Predictions, tables: dict[str, pd.DataFrame], samples: int, seed: int) -> pd.DataFrame:
+    """Return `score` and its parts as columns; the first row is for all patients, then one per bootstrap draw."""
+    if predictions.findings is not None:
+        scores = predictions.findings.set_index("image_id").loc[predictions.images["image_id"]].reset_index()
+        drawn = auc_draws(answers(scores, predictions.images, tables["labels"]), samples, seed)
         return drawn.rename(columns={"mean": "score"})
-    if answer.classes is not None:
-        scores = answer.classes.set_index("image_id").loc[answer.images["image_id"]].reset_index()
-        drawn = class_draws(judged(scores, answer.images, tables["labels"]), samples, seed)
-        kept = {"f1 macro": "score", "accuracy": "accuracy", "roc_auc macro": "auc", "log_loss": "log_loss"}
-        return drawn[list(kept)].rename(columns=kept)
-    if answer.masks is not None:
-        return dice_draws(answer.masks, answer.images, samples, seed)
-    truth = truth_of(answer.images, tables["labels"], tables["boxes"])
-    if answer.studies is None:
+    if predictions.classes is not None:
+        scores = predictions.classes.set_index("image_id").loc[predictions.images["image_id"]].reset_index()
+        drawn = class_draws(judged(scores, predictions.images, tables["labels"]), samples, seed)
+        names = {"f1 macro": "score", "accuracy": "accuracy", "roc_auc macro": "auc", "log_loss": "log_loss"}
+        return drawn[list(names)].rename(columns=names)
+    if predictions.masks is not None:
+        return dice_draws(predictions.masks, predictions.images, samples, seed)
+    truth = truth_of(predictions.images, tables["labels"], tables["boxes"])
+    if predictions.studies is None:
         truth = replace(truth, labels=truth.labels.head(0))
-    drawn = score_draws(truth, answer.studies, answer.nones, answer.detections, answer.images, samples, seed)
+    drawn = score_draws(
+        truth, predictions.studies, predictions.nones, predictions.detections, predictions.images, samples, seed
+    )
     return drawn.assign(studies=drawn[list(STUDY_CLASSES)].mean(axis=1))
 
 
-def _told(draws: pd.Series) -> dict[str, float]:
-    told = interval(draws.to_numpy())
-    return {"difference": told["value"], "low": told["low"], "high": told["high"]}
+def _difference(draws: pd.Series) -> dict[str, float]:
+    limits = interval(draws.to_numpy())
+    return {"difference": limits["value"], "low": limits["low"], "high": limits["high"]}
 
 
 def _row(entry: Entry) -> dict[str, Any]:
-    known = {"data_fingerprint": entry.data_fingerprint[:SHORT], "folds_fingerprint": entry.folds_fingerprint[:SHORT]}
-    named = {"model": entry.model} if entry.model else {}
-    return {"name": entry.name, **describe(entry.runs), **named, "remark": entry.remark, **known}
+    fingerprints = {"data_fingerprint": entry.data_fingerprint[:SHORT], "folds_fingerprint": entry.folds_fingerprint[:SHORT]}
+    model = {"model": entry.model} if entry.model else {}
+    return {"name": entry.name, **describe(entry.runs), **model, "remark": entry.remark, **fingerprints}
 
 
-def _figures(answer: Answer, draws: pd.DataFrame) -> dict[str, Any]:
-    told, value = interval(draws["score"].to_numpy()), draws.iloc[0]
-    figures = {name: value.get(name) for name in ("studies", "none", "opacity")}
-    if answer.findings is not None:
-        figures = {"auc": told["value"]}
-    elif answer.classes is not None:
-        figures = {name: value[name] for name in ("auc", "accuracy")}
-    elif answer.masks is not None:
-        figures = {"dice": told["value"]}
-    spread = {"score": told["value"], "low": told["low"], "high": told["high"]}
-    return {"images": len(answer.images), "figure": FIGURES[answer.parts], **spread, **figures}
+def _scores_of_row(predictions: Predictions, draws: pd.DataFrame) -> dict[str, Any]:
+    limits, values = interval(draws["score"].to_numpy()), draws.iloc[0]
+    scores = {name: values.get(name) for name in ("studies", "none", "opacity")}
+    if predictions.findings is not None:
+        scores = {"auc": limits["value"]}
+    elif predictions.classes is not None:
+        scores = {name: values[name] for name in ("auc", "accuracy")}
+    elif predictions.masks is not None:
+        scores = {"dice": limits["value"]}
+    spread = {"score": limits["value"], "low": limits["low"], "high": limits["high"]}
+    return {"images": len(predictions.images), "figure": FIGURES[predictions.parts], **spread, **scores}
 
 
-def _named(entries: list[Entry], name: str) -> tuple[Entry, Answer]:
-    found = [entry for entry in entries if name == entry.name or name in [run.name for run in entry.runs]]
-    if not found:
-        there = ", ".join(entry.name for entry in entries if entry.answer is not None)
-        raise LeaderboardError(f"no run is called {name!r}; those with a figure are: {there or 'none'}")
-    if (answer := found[0].answer) is None:
-        raise LeaderboardError(f"{name} has no out-of-fold figure ({found[0].runs[0].state}) {found[0].remark}")
-    return found[0], answer
+def _find_entry(entries: list[Entry], name: str) -> tuple[Entry, Predictions]:
+    matches = [entry for entry in entries if name == entry.name or name in [run.name for run in entry.runs]]
+    if not matches:
+        available = ", ".join(entry.name for entry in entries if entry.predictions is not None)
+        raise LeaderboardError(f"unknown run {name!r}; runs with a score: {available or 'none'}")
+    if (predictions := matches[0].predictions) is None:
+        raise LeaderboardError(f"{name} has no out-of-fold score (state {matches[0].runs[0].state}). {matches[0].remark}")
+    return matches[0], predictions
 
 
 def _digest(image_ids: pd.Series) -> str:
     return hashlib.sha256("\n".join(image_ids).encode()).hexdigest()
 
 
-def _truth_digest(entry: Entry, answer: Answer) -> str:
-    """Of what the answer is judged against: other images of a prepared run may differ, and paths as well."""
-    if answer.masks is not None:
-        told = {str(fold.get("masks_fingerprint")) for run in entry.runs for fold in run.folds.values()}
-        return " ".join(sorted(told))
+def _truth_digest(entry: Entry, predictions: Predictions) -> str:
+    """Return a digest of the ground truth of the predicted images; paths and other images do not change it."""
+    if predictions.masks is not None:
+        fingerprints = {str(fold.get("masks_fingerprint")) for run in entry.runs for fold in run.folds.values()}
+        return " ".join(sorted(fingerprints))
     labels, boxes = entry.tables["labels"], entry.tables["boxes"]
     return data_fingerprint(
-        labels=labels[labels["id"].isin(answer.images["study_id"])],
-        boxes=boxes[boxes["image_id"].isin(answer.images["image_id"])],
+        labels=labels[labels["id"].isin(predictions.images["study_id"])],
+        boxes=boxes[boxes["image_id"].isin(predictions.images["image_id"])],
     )

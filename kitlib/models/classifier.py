@@ -1,4 +1,4 @@
-"""Classifiers: any timm backbone with a head, for a study's classes and `none`, or for an image's findings or its class."""
+"""Classifiers: any timm backbone with a head, for the study classes and `none`, or for an image's findings or class."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,20 +17,20 @@ from kitlib.models.box_mask import MaskDecoder, mask_decoder
 from kitlib.recipes.fields import ClassifierRecipe, FindingsRecipe, StudyRecipe
 
 OUTPUTS = (*STUDY_CLASSES, "none")
-# What a study recipe's `outputs` lets a network learn, as places in OUTPUTS.
-LEARNT = {"study": slice(0, 4), "none": slice(4, 5), "both": slice(0, 5)}
+# The slice of OUTPUTS that is trained, for each value of a study recipe's `outputs`.
+TRAINED_OUTPUTS = {"study": slice(0, 4), "none": slice(4, 5), "both": slice(0, 5)}
 
 
 class Classifier(nn.Module):
-    """Pooled features of a backbone, then a head (see `head`); weights are random until somebody loads them.
+    """A timm backbone with pooled features and a head (see `head`), with random weights.
 
-    `answers` is the number of its probabilities, by default one an output. A frozen backbone takes no gradients and, where
-    the recipe freezes statistics too, stays in evaluation mode. `stages` are the names of its parameters, stage by stage
-    from the input on, as timm groups them; `unfreeze` lets the last ones learn, whose batch norm stays in evaluation mode
-    all the same where thawed statistics are kept.
+    `answers` is the number of predicted probabilities, by default one per output. A frozen backbone gets no gradients and,
+    if the recipe also freezes its statistics, stays in evaluation mode. `stages` lists the names of its parameters, stage by
+    stage from the input on, as timm groups them. `unfreeze` makes the last stages trainable; their batch norm stays in
+    evaluation mode if the recipe keeps thawed statistics.
     """
 
-    backbone: Any  # timm's networks share no type that has what they share
+    backbone: Any  # timm's networks have no common type that declares their common attributes
 
     def __init__(self, recipe: ClassifierRecipe, outputs: int) -> None:
         super().__init__()
@@ -41,52 +41,56 @@ class Classifier(nn.Module):
         self.stages = _stages(self.backbone)
         if recipe.frozen_backbone:
             self.backbone.requires_grad_(False)
-            # Lightning trains a model in the mode it is given.
+            # Lightning keeps the mode in which it gets the model, so the frozen parts are set to evaluation mode here.
             self.train()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalised x (n, channels, side, side) to logits (n, outputs)."""
+        """Return logits (n, outputs) for normalised images (n, channels, side, side)."""
         return self.head(self.backbone(x))
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Grey canvases (n, side, side), 0..255, uint8 or mixed to float, to the network's input, on their device."""
+        """Return the network's input for grey canvases (n, side, side), 0..255, uint8 or (after mixup) float.
+
+        The result is (n, channels, side, side) on the device of the canvases.
+        """
         shape = (1, self.recipe.channels, 1, 1)
         mean, std = (pixels.new_tensor(each, dtype=torch.float32).view(shape) for each in (self.mean, self.std))
         x = (pixels[:, None].float() / 255 - mean) / std
         return x.contiguous(memory_format=memory_format(x.device))
 
     def unfreeze(self, epoch: int) -> None:
-        """Let those stages of a frozen backbone learn that the recipe gives free by this epoch (from 0), the last first."""
+        """Make the stages of a frozen backbone trainable that the recipe unfreezes by this epoch (from 0), last first."""
         if not (self.recipe.frozen_backbone and self.recipe.unfreeze_every):
             return
-        free = min(epoch // self.recipe.unfreeze_every, len(self.stages))
-        for stage in self.stages[len(self.stages) - free :]:
+        count = min(epoch // self.recipe.unfreeze_every, len(self.stages))
+        for stage in self.stages[len(self.stages) - count :]:
             for name in stage:
                 self.backbone.get_parameter(name).requires_grad_(True)
         self.train(self.training)
 
     def rates(self) -> dict[str, float]:
-        """Prefixes of parameters that do not learn at the recipe's rate, and their share of it; see `make_optimizer`."""
-        thaws = self.recipe.frozen_backbone and self.recipe.unfreeze_every
-        return {"backbone.": self.recipe.unfrozen_rate} if thaws else {}
+        """Return factors on the recipe's learning rate by parameter name prefix, as `make_optimizer` expects them."""
+        unfreezes = self.recipe.frozen_backbone and self.recipe.unfreeze_every
+        return {"backbone.": self.recipe.unfrozen_rate} if unfreezes else {}
 
     def train(self, mode: bool = True) -> "Classifier":
+        """Set training or evaluation mode; parts with frozen statistics always stay in evaluation mode."""
         super().train(mode)
         if self.recipe.frozen_backbone and self.recipe.frozen_statistics:
-            free: dict[str, bool] = {}
+            is_trainable: dict[str, bool] = {}
             for name, module in self.backbone.named_modules():
-                own = [each.requires_grad for each in module.parameters()]
-                # What has no parameters, such as dropout, does as the block around it.
-                free[name] = all(own) if own else free[name.rpartition(".")[0]]
-                still = isinstance(module, _BatchNorm) and not self.recipe.thawed_statistics
-                module.training = mode and free[name] and not still
+                requires_grad = [each.requires_grad for each in module.parameters()]
+                # A module without parameters, such as dropout, follows the block that contains it.
+                is_trainable[name] = all(requires_grad) if requires_grad else is_trainable[name.rpartition(".")[0]]
+                is_fixed_norm = isinstance(module, _BatchNorm) and not self.recipe.thawed_statistics
+                module.training = mode and is_trainable[name] and not is_fixed_norm
         return self
 
 
 class StudyClassifier(Classifier):
-    """The four study classes, then the image-level `none`: five outputs in the order of OUTPUTS.
+    """Classifier of the four study classes and the image-level `none`: five outputs in the order of OUTPUTS.
 
-    With `recipe.segmentation` it also has a decoder of the boxes' mask, which only `with_mask` computes.
+    With `recipe.segmentation` it also has a decoder that predicts the boxes' mask; only `with_mask` runs it.
     """
 
     recipe: StudyRecipe
@@ -105,22 +109,26 @@ class StudyClassifier(Classifier):
             self.mask_cells = recipe.image_size // stride
 
     def with_mask(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits as of `forward`, and those of the mask (n, cells, cells); see `kitlib.models.box_mask.box_mask`."""
+        """Return the logits of `forward` and mask logits (n, cells, cells), see `kitlib.models.box_mask.box_mask`."""
         last, maps = self.backbone.forward_intermediates(x, indices=self.mask_decoder.indices)
         return self.head(self.backbone.forward_head(last)), self.mask_decoder(maps, self.mask_cells)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (n, 5) to float32 probabilities: study classes sum to 1, none stands alone; NaN for what is not learnt."""
-        found = torch.full_like(logits, torch.nan, dtype=torch.float32)
-        learnt = LEARNT[self.recipe.outputs]
-        found[:, learnt] = probabilities(logits)[:, learnt]
-        return found
+        """Return float32 probabilities (n, 5) for logits (n, 5), with NaN for outputs that the recipe does not train.
+
+        The four study classes sum to 1; `none` is independent of them.
+        """
+        result = torch.full_like(logits, torch.nan, dtype=torch.float32)
+        trained = TRAINED_OUTPUTS[self.recipe.outputs]
+        result[:, trained] = probabilities(logits)[:, trained]
+        return result
 
 
 class FindingsClassifier(Classifier):
-    """One output a class of `classes`, in their order; with `recipe.one_logit` one for the first of two classes.
+    """Classifier with one output per class, in the order of `classes`; with `recipe.one_logit` one output for two classes.
 
-    With `recipe.auxiliary` an inception_v3 has its auxiliary head too, which only `with_auxiliary` computes.
+    That single output is the logit of the first class. With `recipe.auxiliary` an inception_v3 also has its auxiliary head;
+    only `with_auxiliary` runs it. Raises ValueError if the recipe does not fit the classes.
     """
 
     recipe: FindingsRecipe
@@ -131,37 +139,44 @@ class FindingsClassifier(Classifier):
         self.classes, self.answers = tuple(classes), len(classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalised x (n, channels, side, side) to logits (n, outputs)."""
+        """Return logits (n, outputs) for normalised images (n, channels, side, side)."""
         if not self.recipe.auxiliary:
             return super().forward(x)
         return self.head(self.backbone.forward_head(self.backbone.forward_postaux(self.backbone.forward_preaux(x))))
 
     def with_auxiliary(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits as of `forward`, and those of the auxiliary head, of the same shape."""
+        """Return the logits of `forward` and those of the auxiliary head, both (n, outputs)."""
         features, auxiliary = self.backbone(x)
         return self.head(features), auxiliary
 
     def class_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """Outputs to float32 logits (n, classes): a lone z becomes (z, 0), whose softmax is sigmoid(z) and the rest to 1."""
+        """Return float32 logits (n, classes) for outputs (n, outputs).
+
+        The single output z of `one_logit` becomes (z, 0), whose softmax is (sigmoid(z), 1 - sigmoid(z)).
+        """
         logits = logits.float()
         return torch.cat([logits, torch.zeros_like(logits)], dim=1) if self.recipe.one_logit else logits
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Outputs to float32 probabilities (n, classes), each for itself, or with the sum 1 where exactly one is true."""
+        """Return float32 probabilities (n, classes) for outputs (n, outputs).
+
+        They are independent of each other if the recipe is `multi_label`; otherwise they sum to 1.
+        """
         logits = self.class_logits(logits)
         return logits.sigmoid() if self.recipe.multi_label else logits.softmax(dim=1)
 
 
 def check_classes(recipe: FindingsRecipe, classes: Sequence[str]) -> None:
-    """Raise ValueError where the recipe does not fit these classes, with what to change."""
+    """Raise ValueError if the recipe does not fit these classes."""
     if recipe.one_logit and len(classes) != 2:
-        raise ValueError(f"one_logit answers 2 classes, and there are {len(classes)}: {', '.join(classes)}; set it to False")
+        raise ValueError(f"one_logit needs 2 classes, but there are {len(classes)}: {', '.join(classes)}; set it to False")
 
 
 def head(features: int, hidden: int, dropout: float, outputs: int = len(OUTPUTS)) -> nn.Sequential:
-    """Heidelberg's head, 2048-1024-ReLU-dropout-outputs, for a backbone of any width; Xavier's weights (section 3.4).
+    """Build the head of a classifier: linear-ReLU-dropout-linear with Xavier weights.
 
-    Without hidden units dropout and one linear layer, as ImageNet's networks have it.
+    This is Heidelberg's head (section 3.4), 2048-1024-ReLU-dropout-outputs, for any number of `features`. If `hidden` is 0
+    it is dropout and one linear layer, as in ImageNet networks.
     """
     last = [nn.Dropout(dropout), nn.Linear(hidden or features, outputs)]
     layers = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), *last) if hidden else nn.Sequential(*last)
@@ -173,7 +188,7 @@ def head(features: int, hidden: int, dropout: float, outputs: int = len(OUTPUTS)
 
 
 def probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """Logits (n, 5) to float32 probabilities: the four study classes sum to 1, none stands alone."""
+    """Return float32 probabilities (n, 5) for logits (n, 5): the four study classes sum to 1, `none` is independent."""
     logits = logits.float()
     return torch.cat([logits[:, :4].softmax(dim=1), logits[:, 4:].sigmoid()], dim=1)
 
@@ -186,50 +201,53 @@ def study_loss(
     outputs: str = "both",
     smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Cross entropy over the study classes + `none_weight` x binary cross entropy of none, each the mean over what is known.
+    """Return the cross entropy of the study classes + `none_weight` x the binary cross entropy of none.
 
-    `study` (n, 4) are class probabilities, a row with a NaN is unknown; `none` (n,) is 0..1 or NaN. Of `outputs` "study" or
-    "none" only that part counts, unweighted. `smoothing` is the share of the truth that is spread evenly, over the
-    four classes and over none and its opposite.
+    Each part is the mean over the rows with a known label. `study` (n, 4) are class probabilities; a row with a NaN is
+    unknown. `none` (n,) is 0..1, or NaN if unknown. With `outputs` "study" or "none" the loss is that part alone,
+    unweighted. `smoothing` is the share of label smoothing: over the four classes, and over none and its opposite.
     """
     logits, loss = logits.float(), logits.new_zeros((), dtype=torch.float32)
     if outputs != "none":
-        each = functional.cross_entropy(logits[:, :4], study.nan_to_num(), label_smoothing=smoothing, reduction="none")
-        loss = loss + mean_of_known(each, ~study.isnan().any(dim=1))
+        losses = functional.cross_entropy(logits[:, :4], study.nan_to_num(), label_smoothing=smoothing, reduction="none")
+        loss = loss + mean_of_known(losses, ~study.isnan().any(dim=1))
     if outputs != "study":
         truth = smoothed(none.nan_to_num(), smoothing, classes=2)
-        each = functional.binary_cross_entropy_with_logits(logits[:, 4], truth, reduction="none")
-        loss = loss + (1.0 if outputs == "none" else none_weight) * mean_of_known(each, ~none.isnan())
+        losses = functional.binary_cross_entropy_with_logits(logits[:, 4], truth, reduction="none")
+        loss = loss + (1.0 if outputs == "none" else none_weight) * mean_of_known(losses, ~none.isnan())
     return loss
 
 
 def mean_of_known(losses: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """The mean of those losses whose place in `known`, of their shape, is True; 0, with a gradient, where none is."""
-    # Taking the known ones out would make the processor wait for the GPU at every step, to learn how many they are.
+    """Return the mean of the losses where the mask `known`, of the same shape, is True; 0, with a gradient, if nowhere."""
+    # Boolean indexing would make the CPU wait for the GPU at every step, because the result's size depends on the mask.
     return (losses * known).sum() / known.sum().clamp(min=1)
 
 
 def smoothed(truth: torch.Tensor, share: float, classes: int) -> torch.Tensor:
-    """Probabilities with `share` of them spread evenly over `classes` (Szegedy et al. 2016, section 7); 2 for yes or no."""
+    """Apply label smoothing: spread `share` of the probabilities evenly over `classes` (2 for a binary label).
+
+    Szegedy et al. 2016, section 7.
+    """
     return truth * (1 - share) + share / classes
 
 
 def _backbone(recipe: ClassifierRecipe, outputs: int) -> Any:
     check_backbone(recipe.backbone)
     options: dict[str, Any] = {"pretrained": False, "in_chans": recipe.channels, "num_classes": 0}
-    # Transformers with learnt positions are built for one side; the others take any.
+    # Transformers with learnt position embeddings are built for one image size; other networks accept any size.
     if getattr(timm.get_pretrained_cfg(recipe.backbone), "fixed_input_size", False):
         options["img_size"] = recipe.image_size
     if not getattr(recipe, "auxiliary", 0):
         return timm.create_model(recipe.backbone, **options)
-    # Built for our classes, so that the auxiliary head answers them; the head after the backbone is the kit's.
+    # Built with `outputs` classes for the auxiliary head; the main head is removed, as the kit adds its own.
     backbone: Any = timm.create_model(recipe.backbone, **options | {"num_classes": outputs, "aux_logits": True})
     backbone.reset_classifier(0)
     return backbone
 
 
 def _stages(backbone: Any) -> list[list[str]]:
-    """Names of the parameters by timm's coarse groups, input first; norms in a group of their own join the one before."""
+    """Return the parameters' names by stage (timm's coarse groups), input first; groups of norms alone join the previous."""
     stages: list[list[str]] = []
     for names in group_parameters(backbone, backbone.group_matcher(coarse=True)).values():
         if stages and all(backbone.get_parameter(name).ndim < 2 for name in names):
@@ -240,9 +258,9 @@ def _stages(backbone: Any) -> list[list[str]]:
 
 
 def _normalisation(backbone: Any, recipe: ClassifierRecipe) -> tuple[list[float], list[float]]:
-    """Mean and spread that are taken of pixels 0..1: a half, or what the backbone's weights expect.
+    """Return mean and standard deviation per channel to normalise pixels 0..1 with, as `recipe.normalisation` says.
 
-    The latter are averaged over the colours for a grey input.
+    They are 0.5, or what the backbone's weights expect, averaged over the colours for grey input.
     """
     if recipe.normalisation == "half":
         return [0.5] * recipe.channels, [0.5] * recipe.channels

@@ -1,7 +1,7 @@
-"""The model families: the recipe each is trained by, its network, what it answers, and how a bundle becomes a model.
+"""The model families: each one's recipe, network and kind of prediction, and how to load a model from a bundle.
 
-No other file compares names of families; kitlib.training.driver adds how each is trained. A network's file is imported when
-one is built: ultralytics takes seconds, and is missing from a kernel that carries no YOLO.
+No other file compares names of families; kitlib.training.driver adds how each is trained. A network's module is imported
+only when a network is built: ultralytics takes seconds to import, and kernels without a YOLO do not include it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,12 +28,12 @@ STUDIES, CLASSES, BOXES, LUNGS = "studies", "classes", "boxes", "lungs"
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of model.
+    """A model family: its recipe, its network and what it predicts.
 
-    `answers` is STUDIES (the four study classes and none), CLASSES (those of its labels), BOXES or LUNGS (label images).
-    `network` builds it, with random or starting weights, from a recipe and the names of its classes. `sees_patches`: its
-    input is patches of an image. `one_process`: several processes cannot train one model together. `no_submission` says, of
-    a family that answers no row of a submission, what to submit in its place; empty where it does.
+    `answers` is what it predicts: STUDIES (the four study classes and none), CLASSES (those of its labels), BOXES or LUNGS
+    (label images). `network` builds the network, with random or starting weights, from a recipe and the names of its
+    classes. `sees_patches`: its input is patches of an image. `one_process`: a model cannot be trained by several processes
+    together. `no_submission` is empty if the family predicts rows of a submission; otherwise it says what to submit instead.
     """
 
     name: str
@@ -81,8 +81,8 @@ def _segmenter(recipe: SegmenterRecipe, classes: Sequence[str]) -> Any:
     return Segmenter(recipe)
 
 
-_FINDINGS = "knows findings, which no row of a submission asks for; submit a study model or a detector that starts from it"
-_LUNGS = "draws lungs, which no row of a submission asks for; name its run by the kernel's key `lungs`"
+_FINDINGS = "predicts findings, which a submission does not contain; submit a study model or detector that starts from it"
+_LUNGS = "predicts lung masks, which a submission does not contain; name its run with the kernel's key `lungs`"
 
 FAMILIES: Mapping[str, Family] = {
     family.name: family
@@ -98,24 +98,27 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(recipe: TrainingRecipe) -> Family:
-    """The family that a recipe trains. Raises ValueError for a recipe of no family."""
+    """Return the family that a recipe trains. Raises ValueError if there is none."""
     for family in FAMILIES.values():
         if type(recipe) is family.recipe and getattr(recipe, "family", family.name) == family.name:
             return family
-    raise ValueError(f"{type(recipe).__name__} trains no model; there are: {', '.join(FAMILIES)}")
+    raise ValueError(f"{type(recipe).__name__} belongs to no model family; the families are: {', '.join(FAMILIES)}")
 
 
 def recorded_family(record: Mapping[str, Any], bundle: str | Path = "this bundle") -> Family:
-    """The family of the model in `bundle`, by its record. Raises BundleError for one that this kit does not know."""
+    """Return the family that a bundle's record names. Raises BundleError, which names `bundle`, for an unknown family."""
     if record["family"] not in FAMILIES:
-        raise BundleError(f"{bundle}: no family {record['family']!r}; there are: {', '.join(FAMILIES)}")
+        raise BundleError(f"{bundle}: unknown family {record['family']!r}; the families are: {', '.join(FAMILIES)}")
     return FAMILIES[record["family"]]
 
 
 def load_network(record: Mapping[str, Any], weights: dict[str, torch.Tensor], device: torch.device) -> Any:
-    """The network of a bundle's record and weights on `device`, ready to predict. Raises where the weights do not fit."""
+    """Build the network of a bundle's record and load its weights; return it on `device` in evaluation mode.
+
+    Raises BundleError for an unknown family, and RuntimeError if the weights do not fit.
+    """
     family = recorded_family(record)
-    # Its weights are these, wherever it started from.
+    # The bundle's weights replace the starting weights, which may no longer exist.
     recipe = override(from_dict(family.recipe, record["recipe"]), starting_weights="")
     network = family.network(recipe, record["classes"])
     network.load_state_dict(weights, strict=True)

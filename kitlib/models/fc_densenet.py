@@ -4,16 +4,16 @@ import torch
 from torch import nn
 
 FIRST = 48  # channels of the first convolution
-GROWTH = 16  # channels that a layer adds
-DOWN, BOTTLENECK, UP = (4, 5, 7, 10, 12), 15, (12, 10, 7, 5, 4)  # layers a block
+GROWTH = 16  # channels that each layer adds
+DOWN, BOTTLENECK, UP = (4, 5, 7, 10, 12), 15, (12, 10, 7, 5, 4)  # layers per block
 DROPOUT = 0.2
 
 
 class FCDenseNet103(nn.Module):
-    """Dense blocks down, a bottleneck, dense blocks up; 103 convolutions and, with four outputs, 9,319,428 parameters.
+    """FC-DenseNet103: a U-Net of dense blocks with 103 convolutions and, for four outputs, 9,319,428 parameters.
 
-    The bottleneck and the blocks on the way up, except the last one, pass on their new features alone. Any sides of at
-    least 32 pixels: what is up-sampled is cut to the skipped map's size.
+    The bottleneck and the blocks on the way up, except the last one, pass on only their new features. Images may have any
+    sides of at least 32 pixels: up-sampled maps are cropped to the size of the skipped map.
     """
 
     multiple = 1
@@ -30,32 +30,32 @@ class FCDenseNet103(nn.Module):
             skipped.append(channels)
             self.smaller.append(_transition_down(channels))
         self.bottleneck = DenseBlock(channels, growth, BOTTLENECK)
-        new = growth * BOTTLENECK
+        new_channels = growth * BOTTLENECK
         self.larger, self.up = nn.ModuleList(), nn.ModuleList()
         for layers in UP:
-            self.larger.append(nn.ConvTranspose2d(new, new, 3, stride=2))
-            channels = new + skipped.pop()
+            self.larger.append(nn.ConvTranspose2d(new_channels, new_channels, 3, stride=2))
+            channels = new_channels + skipped.pop()
             self.up.append(DenseBlock(channels, growth, layers))
-            new = growth * layers
-        self.last = nn.Conv2d(channels + new, outputs, 1)
+            new_channels = growth * layers
+        self.last = nn.Conv2d(channels + new_channels, outputs, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (n, 1, rows, columns) to logits (n, outputs, rows, columns)."""
+        """Return logits (n, outputs, rows, columns) for images (n, 1, rows, columns)."""
         x, skipped = self.first(x), []
         for block, smaller in zip(self.down, self.smaller, strict=True):
             x = torch.cat([x, block(x)], dim=1)
             skipped.append(x)
             x = smaller(x)
-        new = self.bottleneck(x)
+        new_features = self.bottleneck(x)
         for larger, block in zip(self.larger, self.up, strict=True):
             finer = skipped.pop()
-            x = torch.cat([_centre(larger(new), *finer.shape[-2:]), finer], dim=1)
-            new = block(x)
-        return self.last(torch.cat([x, new], dim=1))
+            x = torch.cat([_crop_centre(larger(new_features), *finer.shape[-2:]), finer], dim=1)
+            new_features = block(x)
+        return self.last(torch.cat([x, new_features], dim=1))
 
 
 class DenseBlock(nn.Module):
-    """Layers of BN-ReLU-conv 3 x 3-dropout, each of which sees the block's input and all layers before it."""
+    """Layers of BN-ReLU-conv 3 x 3-dropout, each with the block's input and all previous layers' outputs as input."""
 
     def __init__(self, channels: int, growth: int, layers: int) -> None:
         super().__init__()
@@ -70,11 +70,11 @@ class DenseBlock(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (n, channels, rows, columns) to the new features alone (n, growth x layers, rows, columns)."""
-        seen = [x]
+        """Return the new features alone, (n, growth x layers, rows, columns), for x (n, channels, rows, columns)."""
+        features = [x]
         for layer in self.layers:
-            seen.append(layer(torch.cat(seen, dim=1)))
-        return torch.cat(seen[1:], dim=1)
+            features.append(layer(torch.cat(features, dim=1)))
+        return torch.cat(features[1:], dim=1)
 
 
 def _transition_down(channels: int) -> nn.Sequential:
@@ -87,6 +87,6 @@ def _transition_down(channels: int) -> nn.Sequential:
     )
 
 
-def _centre(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+def _crop_centre(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     top, left = (x.shape[-2] - rows) // 2, (x.shape[-1] - columns) // 2
     return x[..., top : top + rows, left : left + columns]

@@ -1,4 +1,4 @@
-"""As many images at a time as a GPU's memory allows."""
+"""Prediction in batches that are halved when a GPU runs out of memory."""
 
 import logging
 from collections.abc import Callable
@@ -10,27 +10,30 @@ logger = logging.getLogger(__name__)
 
 
 class HalvingBatches:
-    """Computes over a batch in pieces of at most `size` images, halved for good whenever memory does not suffice."""
+    """Computes a batch in pieces of at most `size` images; halves `size` permanently when the GPU runs out of memory."""
 
     def __init__(self, model: str, device: torch.device, size: int) -> None:
         self.model, self.device, self.size = model, device, size
 
     def __call__(self, compute: Callable[[torch.Tensor], list[Any]], pixels: torch.Tensor) -> list[Any]:
-        """The lists that `compute` gives of `pixels` (n, ...) on the device, joined."""
-        found: list[Any] = []
+        """Call `compute` on pieces of `pixels` (n, ...) on the device; return its lists, joined.
+
+        Raises torch.cuda.OutOfMemoryError if even a single image does not fit.
+        """
+        results: list[Any] = []
         start = 0
         while start < len(pixels):
             piece = pixels[start : start + self.size]
             try:
-                found += compute(piece.to(self.device, non_blocking=True))
+                results += compute(piece.to(self.device, non_blocking=True))
             except torch.cuda.OutOfMemoryError:
                 if len(piece) == 1:
                     raise
                 self.size = (len(piece) + 1) // 2
-                logger.warning("%s: out of GPU memory at %d images, going on with %d", self.model, len(piece), self.size)
+                logger.warning("%s: out of GPU memory at %d images, continuing with %d", self.model, len(piece), self.size)
             else:
                 start += len(piece)
                 continue
-            # Outside the handler: the error's traceback holds the tensors that are to be freed.
+            # Outside the except block, where the error's traceback would keep the tensors alive.
             torch.cuda.empty_cache()
-        return found
+        return results

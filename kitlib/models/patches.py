@@ -1,4 +1,4 @@
-"""Patches of the lungs: the canvas that they are cut from, where their centres lie, and how their answers become one."""
+"""Lung patches: the canvas that they are cut from, their random centres, and how patch predictions are combined."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,68 +17,70 @@ from kitlib.xrays.cache import CachedXray
 
 @dataclass(frozen=True)
 class PatchCanvas:
-    """What the patches of one image are cut from.
+    """The canvas of one image from which patches are cut.
 
     `pixels` uint8 (canvas, canvas) are black outside of the lungs' `mask`, bool of the same shape, on which the centres lie.
-    Without a mask the image is one patch: all of it, as it is, in the canvas's top left corner, and black beside it.
+    If `mask` is None the image is a single patch: the whole image, unmasked, in the canvas's top left corner; the remaining
+    canvas is black.
     """
 
     pixels: np.ndarray
     mask: np.ndarray | None
-    side: int  # of a patch, pixels
+    side: int  # side of a patch, pixels
 
     def centres(self, patches: int, seed: int) -> np.ndarray:
-        """Rows and columns, int64 (patches, 2), of the patches' centres; (1, 2) where the image is one patch."""
+        """Return the row and column of each patch's centre, int64 (patches, 2); (1, 2) if the image is a single patch."""
         if self.mask is None:
             return np.array([[self.side // 2, self.side // 2]])
         return centres(self.mask, patches, seed)
 
 
 def patch_canvas(xray: CachedXray, lungs: Lungs, recipe: PatchRecipe) -> PatchCanvas:
-    """Image and mask laid on the recipe's canvas, after the image's grey was adjusted (Patched FLANNEL, section 2.2).
+    """Adjust an image's grey levels and place it and its lung mask on the recipe's canvas (Patched FLANNEL, section 2.2).
 
-    One patch is the whole image where the lungs were not found, where they are less than `least_lungs` of the canvas, and
-    where the original is smaller than a patch.
+    The whole image becomes a single patch if it has no lung mask, if the lungs are less than `least_lungs` of the canvas, or
+    if the original is smaller than a patch.
     """
-    grey, place, side = adjusted(xray.pixels, recipe.equalise, recipe.gamma), PLACEMENTS[recipe.placement], recipe.image_size
+    grey, side = adjusted(xray.pixels, recipe.equalise, recipe.gamma), recipe.image_size
+    make_placement = PLACEMENTS[recipe.placement]
     if lungs.mask is not None and min(xray.rows, xray.columns) >= side:
-        on_canvas = place(xray.rows, xray.columns, recipe.canvas)
-        mask = on_canvas.image(lungs.mask.astype(np.uint8) * 255) > 127
+        placement = make_placement(xray.rows, xray.columns, recipe.canvas)
+        mask = placement.image(lungs.mask.astype(np.uint8) * 255) > 127
         if mask.any() and mask.mean() >= recipe.least_lungs:
-            return PatchCanvas(on_canvas.image(grey) * mask, mask, side)
+            return PatchCanvas(placement.image(grey) * mask, mask, side)
     pixels = np.zeros((recipe.canvas, recipe.canvas), np.uint8)
-    pixels[:side, :side] = place(xray.rows, xray.columns, side).image(grey)
+    pixels[:side, :side] = make_placement(xray.rows, xray.columns, side).image(grey)
     return PatchCanvas(pixels, None, side)
 
 
 def centres(mask: np.ndarray, patches: int, seed: int) -> np.ndarray:
-    """Rows and columns, int64 (patches, 2), each drawn evenly from the True pixels of a mask, whatever was drawn before.
+    """Draw the row and column of patch centres, int64 (patches, 2), uniformly with replacement from a mask's True pixels.
 
-    Raises ValueError for a mask without one.
+    Raises ValueError if no pixel is True.
     """
     inside = np.flatnonzero(mask)
     if not len(inside):
-        raise ValueError("no pixel of the mask is True, so that no patch has a centre; take the whole image as one patch")
+        raise ValueError("no pixel of the mask is True, so patches cannot have centres; use the whole image as one patch")
     drawn = inside[np.random.default_rng(seed).integers(len(inside), size=patches)]
     return np.stack(np.divmod(drawn, mask.shape[1]), axis=1)
 
 
 def image_seed(image_id: str) -> int:
-    """A seed (0..2^32 - 1) that follows from the name alone, so that a prediction repeats in any company and order."""
+    """Return a seed (0..2^32 - 1) derived from the id alone, so that predictions do not depend on other images or order."""
     return int(hashlib.sha256(image_id.encode()).hexdigest()[:8], 16)
 
 
 def places(drawn: Sequence[np.ndarray]) -> torch.Tensor:
-    """The centres of several canvases, an array (k, 2) each, as one int64 tensor (m, 3): which canvas, row, column."""
-    which = np.repeat(np.arange(len(drawn)), [len(each) for each in drawn])
-    return torch.from_numpy(np.column_stack([which, np.concatenate(drawn)]).astype(np.int64))
+    """Join the centres of several canvases, an array (k, 2) each, into an int64 tensor (m, 3): canvas index, row, column."""
+    canvas_index = np.repeat(np.arange(len(drawn)), [len(each) for each in drawn])
+    return torch.from_numpy(np.column_stack([canvas_index, np.concatenate(drawn)]).astype(np.int64))
 
 
 def windows(canvases: torch.Tensor, side: int) -> torch.Tensor:
-    """A view (n, rows, columns, side, side) of canvases (n, rows, columns): at [i, r, c] the patch around that pixel.
+    """Return a view (n, rows, columns, side, side) of canvases (n, rows, columns): [i, r, c] is the patch around that pixel.
 
-    Patches reach over the canvas's border, where 0 is; they are never stretched. Of an even side the centre is the pixel
-    right of and below the middle.
+    Patches that cross the canvas's border are padded with 0. If the side is even, the centre is the pixel to the right of
+    and below the middle.
     """
     before = side // 2
     padded = functional.pad(canvases, (before, side - 1 - before, before, side - 1 - before))
@@ -86,26 +88,30 @@ def windows(canvases: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def cut(canvases: torch.Tensor, where: torch.Tensor, side: int) -> torch.Tensor:
-    """The patches (m, side, side) at `places` (m, 3) of canvases (n, rows, columns), in one gather on their device.
+    """Cut the patches (m, side, side) around the centres `where` (m, 3) from canvases (n, rows, columns), on their device.
 
-    Raises IndexError for a centre beyond the canvases.
+    Raises IndexError for a centre outside of the canvases.
     """
     return windows(canvases, side)[tuple(where.T)]
 
 
 def votes(probabilities: torch.Tensor, which: torch.Tensor, images: int) -> torch.Tensor:
-    """Share of an image's patches that name each class, float64 (images, classes); Patched FLANNEL, section 2.2.
+    """Return the share of each image's patches that vote for each class, float64 (images, classes).
 
-    `probabilities` (m, classes) are the patches', `which` (m,) the image of each. A patch names its most probable class,
-    of equals the first. Rows sum to 1; NaN for an image without patches, or with one that has no answer.
+    `probabilities` (m, classes) are those of the patches, `which` (m,) the index of each patch's image. A patch votes for
+    its most probable class, the first if several are equal. Rows sum to 1; a row is NaN if the image has no patches, or a
+    patch with NaN. Patched FLANNEL, section 2.2.
     """
-    named = functional.one_hot(probabilities.argmax(dim=1), probabilities.shape[1]).double()
-    named[probabilities.isnan().any(dim=1)] = torch.nan
-    return _mean(named, which, images)
+    one_hot = functional.one_hot(probabilities.argmax(dim=1), probabilities.shape[1]).double()
+    one_hot[probabilities.isnan().any(dim=1)] = torch.nan
+    return _mean(one_hot, which, images)
 
 
 def mean_softmax(probabilities: torch.Tensor, which: torch.Tensor, images: int) -> torch.Tensor:
-    """The mean of an image's patches' probabilities, float64 (images, classes); the arguments are those of `votes`."""
+    """Return the mean probabilities of each image's patches, float64 (images, classes).
+
+    `probabilities` (m, classes) are those of the patches, `which` (m,) the index of each patch's image.
+    """
     return _mean(probabilities.double(), which, images)
 
 

@@ -1,4 +1,4 @@
-"""ResUNet (Zhang et al. 2018, Road Extraction by Deep Residual U-Net, table I), as ResUNet + ensembles has it, table 5."""
+"""ResUNet (Zhang et al. 2018, Road Extraction by Deep Residual U-Net, table I), as in "ResUNet + ensembles", table 5."""
 
 from itertools import pairwise
 
@@ -10,9 +10,10 @@ CHANNELS = (64, 128, 256, 512)
 
 
 class ResUNet(nn.Module):
-    """Three residual units down and a bridge, of stride 1, 2, 2, 2; three up, after bilinear up-sampling and concatenation.
+    """ResUNet: three residual units and a bridge, of stride 1, 2, 2, 2, then three residual units on the way up.
 
-    Sides of x must be multiples of `multiple`.
+    Each of the latter follows bilinear up-sampling and concatenation with the skipped map. Images must have sides that are
+    multiples of `multiple`.
     """
 
     multiple = 8
@@ -28,7 +29,7 @@ class ResUNet(nn.Module):
         self.last = nn.Conv2d(channels[0], outputs, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (n, 1, rows, columns) to logits (n, outputs, rows, columns)."""
+        """Return logits (n, outputs, rows, columns) for images (n, 1, rows, columns)."""
         skipped = []
         for unit in self.down:
             x = unit(x)
@@ -42,7 +43,7 @@ class ResUNet(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """BN-ReLU-conv 3 x 3, twice, plus a 1 x 1 convolution of the input; the network's first unit has no leading BN-ReLU."""
+    """Two BN-ReLU-conv 3 x 3 plus a 1 x 1 convolution of the input; the network's first unit has no leading BN-ReLU."""
 
     def __init__(self, before: int, after: int, stride: int = 1, first: bool = False) -> None:
         super().__init__()
@@ -57,4 +58,5 @@ class ResidualUnit(nn.Module):
         self.shortcut = nn.Conv2d(before, after, 1, stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return features (n, after, rows / stride, columns / stride) for x (n, before, rows, columns)."""
         return self.path(x) + self.shortcut(x)

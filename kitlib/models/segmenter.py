@@ -1,4 +1,4 @@
-"""Segmenters of lungs: one of three published networks, its loss, and what its outputs say of each pixel."""
+"""Lung segmenters: one of three published networks, their losses, and their probabilities for each pixel."""
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ NETWORKS: dict[str, type[Published]] = {"unet": UNet, "resunet": ResUNet, "fc_de
 
 
 class Segmenter(nn.Module):
-    """A network under its recipe. Its outputs: one structure alone, or background and then each structure."""
+    """A published segmentation network with one output for a single structure, or one for background and each structure."""
 
     network: Published
 
@@ -27,23 +27,23 @@ class Segmenter(nn.Module):
         self.mean, self.std = [0.5], [0.25]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalised x (n, 1, rows, columns) of any size to logits (n, outputs, rows, columns).
+        """Return logits (n, outputs, rows, columns) for normalised images (n, 1, rows, columns) of any size.
 
-        Where the network wants other sides, x is padded with its edge and the logits are cut back.
+        If the network does not accept these sides, x is padded with its edge pixels and the logits are cropped back.
         """
         rows, columns = x.shape[-2:]
-        down, right = (_missing(side, self.network) for side in (rows, columns))
+        down, right = (_padding(side, self.network) for side in (rows, columns))
         if down or right:
             x = functional.pad(x, (0, right, 0, down), mode="replicate")
         return self.network(x)[..., :rows, :columns]
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Grey canvases uint8 (n, rows, columns) to the network's input, on their device."""
+        """Return the network's input (n, 1, rows, columns) for grey canvases uint8 (n, rows, columns), on their device."""
         x = (pixels[:, None].float() / 255 - self.mean[0]) / self.std[0]
         return x.contiguous(memory_format=memory_format(x.device))
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits to float32 probabilities (n, 1 + structures, rows, columns), background first, summing to 1."""
+        """Return float32 probabilities (n, 1 + structures, rows, columns) for logits, background first, summing to 1."""
         logits = logits.float()
         if logits.shape[1] > 1:
             return logits.softmax(dim=1)
@@ -52,11 +52,12 @@ class Segmenter(nn.Module):
 
 
 def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, recipe: SegmenterRecipe) -> torch.Tensor:
-    """The recipe's loss of logits (n, outputs, rows, columns) against places (n, rows, columns), 0 for background.
+    """Return the recipe's loss for logits (n, outputs, rows, columns) and a label image (n, rows, columns).
 
-    "dice": 1 - 2 sum(p g) / (sum(p^2) + sum(g^2)), UNet + HRNet paper, equation 1, the mean over images and structures; 1 is
-    added above and below, so that an empty mask costs 0 where nothing is found. "cross_entropy": the mean over pixels,
-    background by its weight.
+    Labels are 0 for background and k for the k-th structure. "dice": the mean over images and structures of
+    1 - 2 sum(p g) / (sum(p^2) + sum(g^2)), UNet + HRNet paper, equation 1, with 1 added to numerator and denominator, so
+    that it is 0 if a mask is empty and nothing is predicted. "cross_entropy": the mean over pixels, with background weighted
+    by `background_weight`.
     """
     logits = logits.float()
     if recipe.loss == "cross_entropy":
@@ -65,14 +66,14 @@ def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, recipe: Segment
         weight = logits.new_ones(logits.shape[1])
         weight[0] = recipe.background_weight
         return functional.cross_entropy(logits, truth.long(), weight)
-    found = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)[:, 1:]
-    places = torch.arange(1, found.shape[1] + 1, device=truth.device)
-    mask = (truth[:, None] == places[:, None, None]).float()
-    shared, squares = (found * mask).sum(dim=(2, 3)), (found**2 + mask).sum(dim=(2, 3))
-    return 1 - ((2 * shared + 1) / (squares + 1)).mean()
+    probabilities = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)[:, 1:]
+    structures = torch.arange(1, probabilities.shape[1] + 1, device=truth.device)
+    mask = (truth[:, None] == structures[:, None, None]).float()
+    intersection, squares = (probabilities * mask).sum(dim=(2, 3)), (probabilities**2 + mask).sum(dim=(2, 3))
+    return 1 - ((2 * intersection + 1) / (squares + 1)).mean()
 
 
-def _missing(side: int, network: Published) -> int:
-    """Pixels that a side lacks to the next one that the network takes."""
-    wanted = max(side, getattr(network, "least", network.multiple))
-    return -(-wanted // network.multiple) * network.multiple - side
+def _padding(side: int, network: Published) -> int:
+    """Return the number of pixels by which a side must be padded to be valid for the network."""
+    minimum = max(side, getattr(network, "least", network.multiple))
+    return -(-minimum // network.multiple) * network.multiple - side

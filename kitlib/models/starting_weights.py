@@ -1,4 +1,4 @@
-"""Where a network starts: weights of a finished run, a .safetensors or a .npz file, copied in as far as they fit."""
+"""Starting weights: finds those of a finished run, a .safetensors or .npz file, and copies into a network what fits."""
 
 import json
 import logging
@@ -19,81 +19,86 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
 def find_starting_weights(path: str | Path) -> Path:
-    """The bundle folder or the file that `path` names: an existing path, else a run or its bundle, found by `find_run`.
+    """Return the weights file or bundle folder that `path` names; for a run folder, the bundle inside.
 
-    Of a run folder it is the bundle inside. Raises BundleError.
+    `path` is an existing path, or the name of a run or its bundle, which `find_run` looks up. Raises BundleError if neither
+    exists.
     """
-    found = Path(path)
-    if not found.exists():
-        if found.suffix in (".safetensors", ".npz", *PICKLES):
-            raise BundleError(f"no weights file {found}; give a local .safetensors or .npz file, nothing is downloaded")
+    source = Path(path)
+    if not source.exists():
+        if source.suffix in (".safetensors", ".npz", *PICKLES):
+            raise BundleError(
+                f"weights file {source} does not exist; name a local .safetensors or .npz file, as nothing is downloaded"
+            )
         try:
-            found = find_run(path)
+            source = find_run(path)
         except InputNotFound as error:
-            raise BundleError(f"starting weights {str(path)!r} are no file, folder or finished run: {error}") from error
-    return found / "bundle" if (found / "bundle").is_dir() else found
+            raise BundleError(
+                f"starting weights {str(path)!r} are neither a file, a folder nor a finished run: {error}"
+            ) from error
+    return source / "bundle" if (source / "bundle").is_dir() else source
 
 
 def read_starting_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Tensors by name, on the CPU, of what `find_starting_weights` finds: a bundle (its hash is checked) or a file.
+    """Read the tensors by name, on the CPU, from the bundle or file that `find_starting_weights` returns for `path`.
 
-    Raises BundleError; nothing is ever unpickled.
+    Raises BundleError if it is missing, cannot be read, or does not match its bundle's hash. Nothing is ever unpickled.
     """
-    found = find_starting_weights(path)
-    if found.is_dir():
-        return read_bundle(found)[1]
-    return _read_arrays(found) if found.suffix == ".npz" else read_weights(found)
+    source = find_starting_weights(path)
+    if source.is_dir():
+        return read_bundle(source)[1]
+    return _read_arrays(source) if source.suffix == ".npz" else read_weights(source)
 
 
 def starting_weights_digest(path: str | Path) -> str:
-    """SHA-256 (hex) of the weights that `find_starting_weights` finds; of a bundle the one that its record promises."""
-    found = find_starting_weights(path)
-    if not found.is_dir():
-        return file_digest(found)
-    return json.loads((found / RECORD).read_text(encoding="utf-8"))["weights_sha256"]
+    """Return the SHA-256 (hex) of the weights that `path` names; for a bundle, as its record states it."""
+    source = find_starting_weights(path)
+    if not source.is_dir():
+        return file_digest(source)
+    return json.loads((source / RECORD).read_text(encoding="utf-8"))["weights_sha256"]
 
 
 def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "backbone.") -> dict[str, list[str]]:
-    """Copy into `model` what fits of `read_starting_weights(path)`; the rest of the model keeps its random weights.
+    """Copy the fitting tensors of the weights at `path` into `model`; return the tensor names by what happened to them.
 
-    The names there are those of the whole model or those of its part `prefix` (a plain timm checkpoint), whichever fits more
-    tensors. A `head` is taken whole or not at all: half of one that was made for other classes is no start. A first
-    convolution for 3 colours is summed for a grey model (timm's rule) and a grey one is spread evenly over 3, which is right
-    when the grey input is normalised like the colours. Returns and logs the names: `loaded`, `random` (of the model),
-    `unused` (of the file). Raises BundleError if nothing fits.
+    The keys are `loaded`, `random` (tensors of the model that keep their random weights) and `unused` (tensors of the file);
+    the numbers are logged. The file's names may be those of the whole model or those of its part `prefix` (a plain timm
+    checkpoint), whichever fits more tensors. A `head` is loaded only if all of it fits, because part of a head for other
+    classes is useless. A first convolution for 3 colours is summed for a grey model (timm's rule), and a grey one is spread
+    evenly over 3 colours, which assumes that grey input is normalised like the colours. Raises BundleError if nothing fits.
     """
-    found, target = read_starting_weights(path), model.state_dict()
-    prefix = max(("", prefix), key=lambda start: sum(start + name in target for name in found))
+    tensors, target = read_starting_weights(path), model.state_dict()
+    prefix = max(("", prefix), key=lambda start: sum(start + name in target for name in tensors))
     loaded = {}
-    for name, tensor in found.items():
-        wanted = target.get(prefix + name)
-        if wanted is None:
+    for name, tensor in tensors.items():
+        model_tensor = target.get(prefix + name)
+        if model_tensor is None:
             continue
-        if tensor.ndim == 4 and wanted.ndim == 4 and (tensor.shape[1], wanted.shape[1]) in ((3, 1), (1, 3)):
-            colours = wanted.shape[1]
+        if tensor.ndim == 4 and model_tensor.ndim == 4 and (tensor.shape[1], model_tensor.shape[1]) in ((3, 1), (1, 3)):
+            colours = model_tensor.shape[1]
             tensor = tensor.sum(dim=1, keepdim=True).expand(-1, colours, -1, -1) / colours
-        if tensor.shape == wanted.shape:
+        if tensor.shape == model_tensor.shape:
             loaded[prefix + name] = tensor
     if any(name.startswith("head.") and name not in loaded for name in target):
         loaded = {name: tensor for name, tensor in loaded.items() if not name.startswith("head.")}
     if not loaded:
         raise BundleError(
-            f"{path} fits nowhere: it begins with {sorted(found)[:3]}, the model with {sorted(target)[:3]}; "
-            "choose the backbone that these weights belong to"
+            f"no tensor of {path} fits the model: the file's names begin with {sorted(tensors)[:3]}, the model's with "
+            f"{sorted(target)[:3]}; choose the backbone that these weights belong to"
         )
     model.load_state_dict(loaded, strict=False)
     report = {
         "loaded": sorted(loaded),
         "random": sorted(set(target) - set(loaded)),
-        "unused": sorted(name for name in found if prefix + name not in loaded),
+        "unused": sorted(name for name in tensors if prefix + name not in loaded),
     }
     logger.info(
         "starting weights %s: %d of the model's %d tensors loaded; left random: %s; unused: %s",
         path,
         len(loaded),
         len(target),
-        _shortened(report["random"]),
-        _shortened(report["unused"]),
+        _shorten(report["random"]),
+        _shorten(report["unused"]),
     )
     return report
 
@@ -104,10 +109,10 @@ def _read_arrays(path: Path) -> dict[str, torch.Tensor]:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise BundleError(
-            f"{path} cannot be read as .npz ({error}); it has to hold plain numeric arrays, and pickles are never loaded"
+            f"{path} cannot be read as .npz ({error}); it must contain plain numeric arrays, as pickles are never loaded"
         ) from error
 
 
-def _shortened(names: list[str], most: int = 6) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) + rest) if names else "nothing"
+def _shorten(names: list[str], limit: int = 6) -> str:
+    suffix = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) + suffix) if names else "nothing"

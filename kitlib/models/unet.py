@@ -1,4 +1,4 @@
-"""UNet (Ronneberger et al. 2015) as the UNet + HRNet paper has it, table 4: half the original's channels, padded."""
+"""UNet (Ronneberger et al. 2015) as in the UNet + HRNet paper, table 4: half of the original's channels, with padding."""
 
 from itertools import pairwise
 
@@ -9,9 +9,9 @@ CHANNELS = (32, 64, 128, 256, 512)
 
 
 class UNet(nn.Module):
-    """Two 3 x 3 convolutions with ReLU a level, max-pool down, 2 x 2 transposed convolutions up, concatenation.
+    """UNet: two 3 x 3 convolutions with ReLU per level, max-pooling down, 2 x 2 transposed convolutions up, concatenation.
 
-    With one output it has the paper's 7,759,521 parameters. Sides of x must be multiples of `multiple`.
+    For one output it has the paper's 7,759,521 parameters. Images must have sides that are multiples of `multiple`.
     """
 
     multiple = 16
@@ -28,13 +28,13 @@ class UNet(nn.Module):
         self.last = nn.Conv2d(channels[0], outputs, 1)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
-                # Ronneberger et al., section 3: without batch norm the start decides whether it learns.
+                # Ronneberger et al., section 3: without batch norm the initial weights decide whether training works.
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (n, 1, rows, columns) to logits (n, outputs, rows, columns)."""
+        """Return logits (n, outputs, rows, columns) for images (n, 1, rows, columns)."""
         skipped = []
         for level, convolutions in enumerate(self.down):
             x = convolutions(nn.functional.max_pool2d(x, 2) if level else x)

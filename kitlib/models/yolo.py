@@ -18,7 +18,7 @@ from kitlib.models.backbones import import_own_backbones
 from kitlib.models.starting_weights import load_starting_weights
 from kitlib.recipes.fields import BOX_LOSSES, DetectorRecipe
 
-# Read by ultralytics when it is imported: without them it asks the network, for up to 20 seconds where there is none.
+# ultralytics reads these when it is imported; without them it tries to connect, for up to 20 seconds if offline.
 os.environ.setdefault("YOLO_OFFLINE", "1")
 os.environ.setdefault("YOLO_AUTOINSTALL", "False")
 os.environ.setdefault("YOLO_CONFIG_DIR", str(Path(tempfile.gettempdir()) / f"ultralytics_{os.getuid()}"))
@@ -32,20 +32,21 @@ from ultralytics.utils.loss import BboxLoss, E2ELoss  # noqa: E402
 
 SETTINGS["sync"] = False  # telemetry
 
-CANDIDATES = 3000  # boxes an image, best first, that reach non-maximum suppression
+CANDIDATES = 3000  # number of boxes per image, best first, that reach non-maximum suppression
 
-# Networks that ultralytics lacks, by name, each a dictionary as ultralytics' YAML files hold it. Empty: for modules of your
-# own, see `import_own_backbones`.
+# Custom networks by name, each a dictionary in the format of ultralytics' YAML files. Filled by the modules that
+# `import_own_backbones` imports.
 ARCHITECTURES: dict[str, dict[str, Any]] = {}
 
 
 class GeneralisedIoU(BboxLoss):
-    """ultralytics' box loss with GIoU (Rezatofighi et al. 2019) for CIoU, as the Heidelberg report has it, section 3.2."""
+    """ultralytics' box loss with GIoU (Rezatofighi et al. 2019) instead of CIoU (Heidelberg report, section 3.2)."""
 
-    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        _, distribution = super().forward(*given)
-        _, found, _, true, scores, scores_sum, boxed, *_ = given
-        loss = generalized_box_iou_loss(found[boxed].float(), true[boxed].float()) * scores[boxed].sum(-1)
+    def forward(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the box loss and the distribution loss of ultralytics' arguments."""
+        _, distribution = super().forward(*arguments)
+        _, predicted, _, true, scores, scores_sum, is_box, *_ = arguments
+        loss = generalized_box_iou_loss(predicted[is_box].float(), true[is_box].float()) * scores[is_box].sum(-1)
         return loss.sum() / scores_sum, distribution
 
 
@@ -55,6 +56,7 @@ class Network(DetectionModel):
     box_loss = BOX_LOSSES["yolo"][0]
 
     def init_criterion(self) -> Any:
+        """Return ultralytics' criterion, with its box loss replaced if the recipe names another one."""
         criterion = super().init_criterion()
         if self.box_loss == "giou":
             parts = [criterion.one2many, criterion.one2one] if isinstance(criterion, E2ELoss) else [criterion]
@@ -64,13 +66,16 @@ class Network(DetectionModel):
 
 
 class YoloDetector(nn.Module):
-    """Takes canvases as they are: grey uint8 of the recipe's size, tripled and scaled to 0..1 here and nowhere else."""
+    """YOLO for grey uint8 canvases of the recipe's size, which it repeats for three channels and scales to 0..1 itself."""
 
     family = "yolo"
     mean, std = [0.0] * 3, [1.0] * 3
 
     def __init__(self, recipe: DetectorRecipe, model: DetectionModel | None = None):
-        """`model`: a network that is already built, such as training's moving average; otherwise the recipe's."""
+        """Build the recipe's network, or wrap `model`, an existing network such as the moving average of a training.
+
+        Raises ValueError if a size in the recipe is not a multiple of the network's stride.
+        """
         super().__init__()
         self.recipe = recipe
         if model is not None:
@@ -83,28 +88,31 @@ class YoloDetector(nn.Module):
             side = getattr(recipe, name)
             if side % stride:
                 raise ValueError(
-                    f"recipe.{name} {side} is no multiple of {stride}, the grid of {recipe.backbone!r}; "
-                    f"take {max(1, round(side / stride)) * stride}"
+                    f"recipe.{name} is {side}, which is not a multiple of {stride}, the stride of {recipe.backbone!r}; "
+                    f"choose {max(1, round(side / stride)) * stride}"
                 )
         self.starting_weights = self._start()
 
     @torch.inference_mode()
     def predict(self, pixels: torch.Tensor) -> list[np.ndarray]:
-        """For canvases uint8 (n, side, side), n float arrays (k, 5): xmin, ymin, xmax, ymax in canvas pixels and score 0..1,
-        best first, k at most `max_detections`. The side is the recipe's `inference_size`, if it has one."""
+        """Detect boxes on canvases uint8 (n, side, side); return n float arrays (k, 5), best first.
+
+        Columns are xmin, ymin, xmax, ymax in canvas pixels and the score 0..1; k is at most `max_detections`. The side is
+        the recipe's `inference_size`, or `image_size` if that is 0. Raises ValueError for other canvases.
+        """
         side = self.recipe.inference_size or self.recipe.image_size
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (side, side):
-            raise ValueError(f"wants uint8 canvases (n, {side}, {side}), got {pixels.dtype} {tuple(pixels.shape)}")
+            raise ValueError(f"expected uint8 canvases (n, {side}, {side}), got {pixels.dtype} {tuple(pixels.shape)}")
         self.model.eval()
         device = next(self.parameters()).device
         images = pixels.to(device)[:, None].expand(-1, 3, -1, -1).float() / 255
-        # float16 places a box within a quarter of a pixel; bfloat16 would be off by two.
+        # float16 gives box coordinates to a quarter of a pixel; bfloat16 would be off by two pixels.
         with torch.autocast(device.type, torch.float16, enabled=precision(device) != "32-true"):
             output = self.model(images)
         return [self._best(each).cpu().numpy() for each in self._candidates(output)]
 
     def _start(self) -> str:
-        """Load the recipe's starting weights; what was loaded, in words."""
+        """Load the recipe's starting weights; return a summary. Raises BundleError if the backbone is incomplete."""
         source = self.recipe.starting_weights
         if not source:
             return "from scratch"
@@ -114,12 +122,12 @@ class YoloDetector(nn.Module):
         if missing:
             raise BundleError(
                 f"{source} lacks {len(missing)} tensors of {self.recipe.backbone!r}, such as {missing[0]}; name weights of "
-                "that very model, or of all of its backbone"
+                "exactly that model or of its whole backbone"
             )
         return f"{source}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
 
     def _candidates(self, output: tuple | torch.Tensor) -> list[torch.Tensor]:
-        """Boxes (n, any, 5) of the head's raw output: corners in canvas pixels, score."""
+        """Return the boxes of the head's raw output, n tensors (any, 5): corners in canvas pixels, score."""
         output = output[0] if isinstance(output, tuple) else output
         if self.model.end2end:  # (n, boxes, 6): corners, score, class
             return list(output[..., :5])
@@ -127,7 +135,8 @@ class YoloDetector(nn.Module):
         return list(torch.cat([box_convert(output[..., :4], "cxcywh", "xyxy"), output[..., 4:5]], dim=-1))
 
     def _best(self, boxes: torch.Tensor) -> torch.Tensor:
-        # Not ultralytics' own suppression: it stops at a time limit, so that a slow machine silently loses boxes.
+        """Return one image's boxes (k, 5) after score threshold, clipping and non-maximum suppression, best first."""
+        # ultralytics' own suppression is not used: it stops at a time limit and silently loses boxes on slow machines.
         boxes = boxes.float()
         boxes = boxes[boxes[:, 4] >= self.recipe.min_score]
         boxes = boxes[boxes[:, 4].argsort(descending=True, stable=True)[:CANDIDATES]]
@@ -137,23 +146,23 @@ class YoloDetector(nn.Module):
 
 
 def _architecture(recipe: DetectorRecipe) -> dict[str, Any]:
-    """ultralytics' description of the named model, its channels multiplied by the recipe's width."""
+    """Return ultralytics' description of the recipe's model, with its channels multiplied by the recipe's width."""
     import_own_backbones()
     name = recipe.backbone
-    architecture = deepcopy(ARCHITECTURES[name]) if name in ARCHITECTURES else _of_ultralytics(name)
+    architecture = deepcopy(ARCHITECTURES[name]) if name in ARCHITECTURES else _read_architecture(name)
     if recipe.width == 1:
         return architecture
     if "scales" not in architecture:
-        raise ValueError(f"{name!r} has one width only; recipe.width {recipe.width} needs one such as yolo11n")
-    depth, width, most = architecture["scales"][architecture["scale"]]
-    return {**architecture, "scales": {architecture["scale"]: [depth, width * recipe.width, most]}}
+        raise ValueError(f"{name!r} has a fixed width, but recipe.width is {recipe.width}; choose a model such as yolo11n")
+    depth, width, max_channels = architecture["scales"][architecture["scale"]]
+    return {**architecture, "scales": {architecture["scale"]: [depth, width * recipe.width, max_channels]}}
 
 
-def _of_ultralytics(name: str) -> dict[str, Any]:
+def _read_architecture(name: str) -> dict[str, Any]:
     try:
-        # Parts of such a file are evaluated, and the name may come from a stranger's bundle: it must not be a path.
+        # ultralytics evaluates parts of the file, and the name may come from an untrusted bundle, so it must not be a path.
         if not re.fullmatch(r"[\w-]+", name):
             raise FileNotFoundError(name)
         return yaml_model_load(f"{name}.yaml")
     except FileNotFoundError as error:
-        raise ValueError(f"ultralytics has no model {name!r}; try yolov5lu or yolo11n") from error
+        raise ValueError(f"ultralytics has no model {name!r}; choose one such as yolov5lu or yolo11n") from error

@@ -1,4 +1,4 @@
-"""An answer to take away: the rows of a submission, and JSON for programs."""
+"""Predictions as downloadable files: the study's rows of a submission, and JSON for programs."""
 
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,34 @@ from kitlib.page.warm_models import Answer
 from kitlib.scoring.submission_csv import submission_ids, write_submission
 from kitlib.tables import BOX
 
-NOT_FOR_DIAGNOSIS = "Not for diagnosis: research models of a competition, no medical device."
+NOT_FOR_DIAGNOSIS = "Not for diagnosis: these are research models from a competition, not a medical device."
 
 
-def named(fused: Fused, study: OpenedStudy) -> Fused:
-    """The same with the images' own names in the place of their keys."""
+def with_image_names(fused: Fused, study: OpenedStudy) -> Fused:
+    """Return the predictions with the images' names in place of their keys."""
     names = {image.key: image.image_id for image in study.images}
     tables = (table.assign(image_id=table["image_id"].map(names)) for table in (fused.nones, fused.detections))
     return Fused(fused.studies, *tables)
 
 
 def write_rows(path: str | Path, answer: Answer, study: OpenedStudy) -> None:
-    """The study's and its images' rows as a submission of these models has them; where none answers, the prior."""
-    fused = named(answer.fused, study)
+    """Write the rows of the study and its images as a submission with these models has them.
+
+    Rows that no model has predicted get the placeholder prediction (the class frequencies).
+    """
+    fused = with_image_names(answer.fused, study)
     ids = submission_ids([study.study_id], [image.image_id for image in study.images])
     studies, nones = fused.studies[~fused.studies["prior"]], fused.nones[~fused.nones["prior"]]
     write_submission(path, ids, studies, nones, fused.detections)
 
 
 def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: System) -> None:
-    """The same as JSON: probabilities in 0..1, all boxes in pixels of the original image; null where no model answers."""
-    fused = named(answer.fused, study)
-    told = fused.studies.iloc[0]
+    """Write the predictions as JSON: probabilities 0..1 and all boxes in pixels of the original image.
+
+    Values that no model has predicted are null.
+    """
+    fused = with_image_names(answer.fused, study)
+    study_row = fused.studies.iloc[0]
     seen = set(fused.nones.loc[fused.nones["seen"], "image_id"])
     nones = fused.nones["none"].where(~fused.nones["prior"]).set_axis(fused.nones["image_id"])
     write_json(
@@ -44,7 +50,7 @@ def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: S
         {
             "note": NOT_FOR_DIAGNOSIS,
             "study_id": study.study_id,
-            "study": None if told["prior"] else {name: float(told[name]) for name in STUDY_CLASSES},
+            "study": None if study_row["prior"] else {name: float(study_row[name]) for name in STUDY_CLASSES},
             "images": [
                 {
                     "image_id": image.image_id,
@@ -65,5 +71,5 @@ def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: S
 
 
 def _boxes(detections: pd.DataFrame, image_id: str) -> list[dict[str, Any]]:
-    own = detections[detections["image_id"] == image_id].sort_values("score", ascending=False)
-    return own[["score", *BOX]].round({"score": 7, **dict.fromkeys(BOX, 2)}).to_dict("records")
+    rows = detections[detections["image_id"] == image_id].sort_values("score", ascending=False)
+    return rows[["score", *BOX]].round({"score": 7, **dict.fromkeys(BOX, 2)}).to_dict("records")

@@ -1,4 +1,4 @@
-"""The page: a study's images, what the kit's models say of them, and where they look. Gradio's layout and its events."""
+"""The layout and events of the page, in Gradio."""
 
 import logging
 import threading
@@ -20,7 +20,7 @@ from kitlib.page.opened_study import DecodedCopies
 from kitlib.page.server import serve
 from kitlib.page.systems import find_systems
 from kitlib.page.uploads import MAX_UPLOAD_BYTES
-from kitlib.page.view import BOXES, HEAT, KEPT_S, TRUTH, View, Viewer
+from kitlib.page.view import BOXES, HEAT, KEEP_S, TRUTH, View, Viewer
 from kitlib.page.warm_models import WarmModels
 from kitlib.page.window_level import Windowed
 from kitlib.paths import project_root
@@ -29,31 +29,32 @@ from kitlib.reports.figures import SHOWN_SCORE
 logger = logging.getLogger(__name__)
 
 TITLE = "Chest X-rays and the kit's models"
-NOTHING = "Nothing is open: upload an X-ray, or pick one from the gallery."
+NOTHING = "No study is open. Upload an X-ray or choose one from the gallery."
 STYLE = """
 footer { display: none !important }
 #status { min-height: 1.6em } #status .refused { color: #b00020; font-weight: 600 } .dark #status .refused { color: #ff8a80 }
 #gallery .caption-label { inset: auto 0 0 0; max-width: 100%; padding: 0 .3em; font-size: .65rem; border-radius: 0 }
 #gallery .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important }
-#told table.facts, #told .facts tr { width: 100%; border: 0 }
-#told .facts :is(th, td) { border: 0; padding: .1em .8em .1em 0; font-size: .85em; text-align: left; vertical-align: top }
-#told .facts th { white-space: nowrap; opacity: .7; font-weight: 400 } #told .facts td { overflow-wrap: anywhere }
-#told .remarks { font-size: .85em; margin-top: .5em }
+#details table.facts, #details .facts tr { width: 100%; border: 0 }
+#details .facts :is(th, td) { border: 0; padding: .1em .8em .1em 0; font-size: .85em; text-align: left; vertical-align: top }
+#details .facts th { white-space: nowrap; opacity: .7; font-weight: 400 } #details .facts td { overflow-wrap: anywhere }
+#details .remarks { font-size: .85em; margin-top: .5em }
 """
 
 
 def build_page(viewer: Viewer) -> gr.Blocks:
-    """The page's blocks. Predictions, and heat that is asked for first, wait for each other in the viewer's models."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, KEPT_S), fill_width=True) as blocks:
+    """Build the page's Gradio blocks. Predictions, and heat maps that are not cached, run one at a time."""
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, KEEP_S), fill_width=True) as blocks:
         gr.Markdown(f"# {TITLE}\n**{NOT_FOR_DIAGNOSIS}**", elem_id="title")
         _Page(viewer).lay_out()
     return blocks
 
 
 def open_page(runs: Path | None, folder: Path, port: int, host: str, ready: Callable[[str], None]) -> None:
-    """Serve the page of the models below `runs` until it is stopped, see kitlib.page.server.serve.
+    """Serve the page with the models below `runs` until it is stopped; `ready` is called with its address.
 
-    `folder` takes what it writes. Raises PageError without trained models, FileNotFoundError without that folder, PageError.
+    Files are written to `folder`; `port` and `host` are those of kitlib.page.server.serve. Raises PageError if there are no
+    trained models or the port is not available, and FileNotFoundError if a folder does not exist.
     """
     listed = list_runs([runs or project_root() / "runs" / "demo"])
     systems, copies, models = find_systems(listed), DecodedCopies(folder / "copies"), WarmModels()
@@ -61,12 +62,12 @@ def open_page(runs: Path | None, folder: Path, port: int, host: str, ready: Call
         gallery = find_gallery(listed, systems[0].models[0].data_fingerprint, copies)
 
         def begin(address: str) -> None:
-            # The page is there already, and the first question waits.
+            # The models load while the page opens; the first prediction waits for them.
             threading.Thread(target=models.load, args=[systems[0]], daemon=True).start()
             ready(address)
 
         page = build_page(Viewer(systems, models, copies, gallery, folder))
-        # The reader's own fonts: the default theme asks Google for its own.
+        # Fonts of the visitor's computer: the default theme downloads fonts from Google.
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         serve(page, port, host, begin, theme, STYLE)
     finally:
@@ -74,19 +75,19 @@ def open_page(runs: Path | None, folder: Path, port: int, host: str, ready: Call
 
 
 class _NoInterfaceFile(ComponentMeta):
-    """Makes a component's class without the interface file that Gradio writes beside the source of every one."""
+    """Creates a component class without the interface file (.pyi) that Gradio writes next to the source file."""
 
     def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> type:
         return ABCMeta.__new__(cls, name, bases, attributes)
 
 
 class LenientSlider(gr.Slider, metaclass=_NoInterfaceFile):
-    """A slider that takes the nearest allowed value while a number is being typed, which may be empty or out of range.
+    """A slider that accepts any input while a number is being typed and uses the nearest valid value.
 
-    Gradio's own raises at every such keystroke.
+    Gradio's own slider raises an error for each keystroke that leaves it empty or out of range.
     """
 
-    is_template = True  # drawn by the browser's code for its parent class, Slider
+    is_template = True  # the browser uses the code of the parent class, Slider
 
     def preprocess(self, payload: float | None) -> float:
         lowest = self.minimum
@@ -94,7 +95,7 @@ class LenientSlider(gr.Slider, metaclass=_NoInterfaceFile):
 
 
 class _Visit:
-    """What a visitor asked for last: Gradio gives each one a copy. Answers to what was asked before come too late."""
+    """Identifies a visitor's latest request, so that results of earlier ones are dropped. Gradio copies it per visitor."""
 
     turn: object = None
 
@@ -105,16 +106,16 @@ class _Page:
 
     def lay_out(self) -> None:
         names = list(self.viewer.systems)
-        # A View, or the status line that stands where nothing is open: to begin with, and once it is forgotten.
-        self.view = gr.State(_status(NOTHING), time_to_live=KEPT_S)
-        self.windowed, self.visit = gr.State(None, time_to_live=KEPT_S), gr.State(_Visit())
+        # A View, or the text of the status line if no study is open, as at the start and after the view has expired.
+        self.view = gr.State(_status(NOTHING), time_to_live=KEEP_S)
+        self.windowed, self.visit = gr.State(None, time_to_live=KEEP_S), gr.State(_Visit())
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
                 self.systems = gr.Radio(
                     names,
                     value=names[0],
                     label="Models",
-                    info="A detector alone answers beside the same study models.",
+                    info="A single detector is combined with the same study models.",
                     elem_id="models",
                 )
                 with gr.Tabs():
@@ -152,7 +153,7 @@ class _Page:
                 with gr.Row():
                     self.rows = gr.DownloadButton("Submission rows", visible=False, size="sm", elem_id="rows")
                     self.json = gr.DownloadButton("JSON", visible=False, size="sm", elem_id="json")
-                self.told = gr.HTML(elem_id="told")
+                self.details = gr.HTML(elem_id="details")
         self._listen()
 
     def _lay_out_gallery(self, gallery: Gallery) -> None:
@@ -166,12 +167,21 @@ class _Page:
 
     def _listen(self) -> None:
         opened = [
-            *(self.view, self.windowed, self.status, self.picture, self.images, self.bars, self.told),
+            *(self.view, self.windowed, self.status, self.picture, self.images, self.bars, self.details),
             *(self.threshold, self.layers, self.heat_class, self.own_window, self.center, self.width, self.rows, self.json),
         ]
-        seen = [self.view, self.images, self.threshold, self.layers, self.heat_class, self.windowed, self.center, self.width]
-        # A click while the one before is being answered is not lost. Nor is an answer: Gradio's queue sends those of a
-        # visitor in one stream, and loses what is asked for while that is being closed.
+        drawing_inputs = [
+            self.view,
+            self.images,
+            self.threshold,
+            self.layers,
+            self.heat_class,
+            self.windowed,
+            self.center,
+            self.width,
+        ]
+        # "always_last" keeps a click that comes while an earlier one is processed. The queue is off because it sends all
+        # results of a visitor in one stream, and loses requests that come while that stream is being closed.
         quiet: dict[str, Any] = {
             "trigger_mode": "always_last",
             "queue": False,
@@ -179,7 +189,7 @@ class _Page:
             "show_progress": "hidden",
         }
         loud = {**quiet, "show_progress": "minimal", "show_progress_on": self.picture}
-        uploaded = self._answering(self.viewer.upload, self._opened)
+        uploaded = self._handler(self.viewer.upload, self._open)
         answers = [
             gr.on(
                 [self.upload.upload, self.upload.delete],
@@ -188,74 +198,77 @@ class _Page:
                 opened,
                 **loud,
             ),
-            self.systems.input(self._settle, [self.visit, self.view, self.systems], opened, **loud),
+            self.systems.input(self._switch_models, [self.visit, self.view, self.systems], opened, **loud),
         ]
         if (gallery := self.viewer.gallery) is not None:
             answers.append(self.thumbnails.select(self._picked, [self.visit, self.systems], opened, **loud))
             self.choice.input(
                 lambda choice: self._first_page(gallery, choice), self.choice, [self.page, self.thumbnails], **quiet
             )
-            turned = [self.choice, self.page], self.thumbnails
-            self.page.input(lambda choice, page: gallery.page(choice, int(page))[0], *turned, **quiet)
-        # Shown in a step of its own, by what the controls say then: they may have been moved in the meantime.
+            page_inputs = [self.choice, self.page], self.thumbnails
+            self.page.input(lambda choice, page: gallery.page(choice, int(page))[0], *page_inputs, **quiet)
+        # Drawn in a separate step that reads the controls again, because they may have changed during the prediction.
         changes = [
-            *(answer.then(self._settle, [self.visit, self.view, self.systems], opened, **quiet) for answer in answers),
+            *(
+                answer.then(self._switch_models, [self.visit, self.view, self.systems], opened, **quiet)
+                for answer in answers
+            ),
             self.images.input(self._image, [self.view, self.images], opened, **quiet),
             self.own_window.input(self._window, [self.view, self.images, self.own_window], opened, **quiet),
         ]
         for change in changes:
-            change.then(self._show, seen, opened, **quiet)
-        self.upload.clear(lambda: self._closed(_status(NOTHING)), None, opened, **quiet)
+            change.then(self._show, drawing_inputs, opened, **quiet)
+        self.upload.clear(lambda: self._clear(_status(NOTHING)), None, opened, **quiet)
         self.layers.input(lambda layers: gr.update(visible=HEAT in layers), self.layers, self.heat_class, **quiet)
         moves = (self.layers, self.threshold, self.heat_class, self.center, self.width)
-        gr.on([control.input for control in moves], self._draw, seen, self.picture, **quiet)
+        gr.on([control.input for control in moves], self._draw, drawing_inputs, self.picture, **quiet)
 
-    def _answering(self, answered: Callable[..., View], opened: Callable[[View], dict]) -> Callable[..., dict]:
-        """A handler of a visit and further inputs: the view that `answered` gives as `opened` shows it, or the refusal."""
+    def _handler(self, predict: Callable[..., View], render: Callable[[View], dict]) -> Callable[..., dict]:
+        """Return an event handler that calls `predict` and shows its result with `render`, or shows an error message."""
 
-        def handler(visit: _Visit, *given: Any) -> dict:
+        def handler(visit: _Visit, *inputs: Any) -> dict:
             turn = visit.turn = object()
             try:
-                shown = opened(answered(*given))
+                updates = render(predict(*inputs))
             except PageError as refused:
-                shown = self._closed(_status(str(refused), "refused"))
-            except Exception as error:  # the next study may go well
-                logger.error("a study could not be answered", exc_info=error)
-                sentence = f"This went wrong ({type(error).__name__}: {error}); the terminal says more."
-                shown = self._closed(_status(sentence, "refused"))
-            # The visitor may have asked for another study in the meantime.
-            return shown if visit.turn is turn else {self.view: gr.skip()}
+                updates = self._clear(_status(str(refused), "refused"))
+            except Exception as error:  # the page stays usable for other studies
+                logger.error("a study could not be predicted", exc_info=error)
+                sentence = f"Something went wrong ({type(error).__name__}: {error}). The terminal shows the details."
+                updates = self._clear(_status(sentence, "refused"))
+            # The visitor may have opened another study in the meantime.
+            return updates if visit.turn is turn else {self.view: gr.skip()}
 
         return handler
 
     def _picked(self, visit: _Visit, system: str, event: gr.SelectData) -> dict:
         image_id = event.value["caption"].rpartition(", ")[2]
-        return self._answering(self.viewer.pick, self._opened)(visit, image_id, system)
+        return self._handler(self.viewer.pick, self._open)(visit, image_id, system)
 
-    def _settle(self, visit: _Visit, view: View | str, system: str) -> dict:
-        """The study answered by the models that are chosen by now."""
+    def _switch_models(self, visit: _Visit, view: View | str, system: str) -> dict:
+        """Predict the open study with the models that are selected now, if they have changed."""
         if isinstance(view, str) or view.system.name == system:
             return {self.view: gr.skip()}
-        return self._answering(self.viewer.switch, self._answer)(visit, view, system)
+        return self._handler(self.viewer.switch, self._answer)(visit, view, system)
 
     def _first_page(self, gallery: Gallery, choice: str) -> tuple[dict, list]:
         shown, pages = gallery.page(choice, 1)
         return gr.update(value=1, maximum=max(pages, 2), visible=pages > 1), shown
 
-    def _opened(self, view: View) -> dict:
+    def _open(self, view: View) -> dict:
         names = [image.image_id for image in view.study.images]
         return {
             self.images: gr.update(choices=names, value=names[0], visible=len(names) > 1),
-            self.heat_class: view.likeliest,
+            self.heat_class: view.most_probable,
             **dict.fromkeys((self.threshold, self.layers), gr.update(visible=True)),
             **self._image(view, names[0]),
             **self._answer(view),
         }
 
     def _answer(self, view: View) -> dict:
-        rows, told = self.viewer.files(view)
-        shown = {self.rows: gr.update(value=rows, visible=True), self.json: gr.update(value=told, visible=True)}
-        return {self.view: view, **shown}
+        rows, json_path = self.viewer.files(view)
+        updates = {self.rows: gr.update(value=rows, visible=True), self.json: gr.update(value=json_path, visible=True)}
+        return {self.view: view, **updates}
 
     def _image(self, view: View | str, image_id: str | None) -> dict:
         is_dicom = isinstance(view, View) and view.image(image_id).is_dicom
@@ -265,47 +278,47 @@ class _Page:
             **dict.fromkeys((self.center, self.width), gr.update(visible=False)),
         }
 
-    def _closed(self, status: str) -> dict:
-        """The sentence, and nothing of what was shown before: it would pass for the answer."""
-        shown = (self.images, self.threshold, self.layers, self.heat_class, self.own_window, self.center, self.width)
+    def _clear(self, status: str) -> dict:
+        """Show the status and hide everything else, which would look like the result for the new study."""
+        hidden = (self.images, self.threshold, self.layers, self.heat_class, self.own_window, self.center, self.width)
         return {
             **{self.view: status, self.windowed: None, self.status: status},
-            **dict.fromkeys((self.picture, self.bars, self.told), ""),
-            **dict.fromkeys((*shown, self.rows, self.json), gr.update(visible=False)),
+            **dict.fromkeys((self.picture, self.bars, self.details), ""),
+            **dict.fromkeys((*hidden, self.rows, self.json), gr.update(visible=False)),
         }
 
-    def _window(self, view: View | str, image_id: str | None, own: bool) -> dict:
+    def _window(self, view: View | str, image_id: str | None, is_custom: bool) -> dict:
         hidden: dict[gr.blocks.Block, Any] = {
             self.windowed: None,
             **dict.fromkeys((self.center, self.width), gr.update(visible=False)),
         }
-        if isinstance(view, str) or not own:
+        if isinstance(view, str) or not is_custom:
             return hidden
         try:
             windowed = self.viewer.window(view, view.image(image_id))
         except PageError as refused:
             return {**hidden, self.windowed: str(refused)}
         (center, width), step = windowed.default, max((windowed.highest - windowed.lowest) / 500, 0.01)
-        # A file's own window may lie beside its values.
+        # The file's window may lie outside the range of its values.
         ends = min(windowed.lowest, center), max(windowed.highest, center)
         return {
             self.windowed: windowed,
             self.center: gr.update(minimum=ends[0], maximum=ends[1], value=center, step=step, visible=True),
             self.width: gr.update(
-                minimum=1, maximum=max(2 * windowed.whole[1], width), value=width, step=step, visible=True
+                minimum=1, maximum=max(2 * windowed.full_range[1], width), value=width, step=step, visible=True
             ),
         }
 
-    def _show(self, view: View | str, image_id: str | None, *seen: Any) -> dict:
+    def _show(self, view: View | str, image_id: str | None, *drawing_inputs: Any) -> dict:
         if isinstance(view, str):
-            return self._closed(view)
+            return self._clear(view)
         image = view.image(image_id)
         return {
             self.status: _status(self.viewer.summary(view)),
-            self.picture: self._draw(view, image_id, *seen),
+            self.picture: self._draw(view, image_id, *drawing_inputs),
             self.bars: self.viewer.bars(view, image),
-            self.told: self.viewer.told(view, image),
-            self.heat_class: gr.update(visible=HEAT in seen[1]),
+            self.details: self.viewer.details(view, image),
+            self.heat_class: gr.update(visible=HEAT in drawing_inputs[1]),
         }
 
     def _draw(
@@ -321,7 +334,7 @@ class _Page:
     ) -> str:
         if isinstance(view, str):
             return f"<p>{view}</p>"
-        if isinstance(windowed, str):  # why there is no window
+        if isinstance(windowed, str):  # the reason why the window cannot be set
             return f"<p>{escape(windowed)}</p>{self.viewer.draw(view, view.image(image_id), threshold, layers, heat_class)}"
         return self.viewer.draw(view, view.image(image_id), threshold, layers, heat_class, windowed, (center, width))
 

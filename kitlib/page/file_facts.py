@@ -1,4 +1,4 @@
-"""What a file of unknown origin is and says of its image: read where a hostile one does no harm, in a decoding process."""
+"""File format and header facts of an uploaded file, read in a decoding process where a malicious file can do no harm."""
 
 import re
 from dataclasses import dataclass, field
@@ -14,15 +14,15 @@ from kitlib.xrays.dicom import read_stored_values
 from kitlib.xrays.header import header_of, read_elements
 from kitlib.xrays.image_file import image_format, open_image
 
-# Channels of a grey picture that went through a lossy codec differ by less, a coloured arrow or tinted paper by more.
-COLOURED_SHARE = 1 / 16  # of the range of greys
+# The channels of a grey image after lossy compression differ by less, those of a coloured arrow or tinted paper by more.
+COLOURED_SHARE = 1 / 16  # of the range of grey levels
 ILLEGIBLE = "ILLEGIBLE"
-GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B")  # Pillow's
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B")  # modes of Pillow
 
 UNPACK = "Unpack it and choose the images in it."
 CONVERT = "Save the image as PNG or JPEG, or choose the DICOM file it was made from."
 CHOOSE_IMAGE = "Choose a DICOM, PNG or JPEG file of a chest X-ray."
-FOREIGN = {  # how the file begins: what it is, and what to do
+FOREIGN_FORMATS = {  # start of the file (a regular expression): what the file is, and what to do
     rb"PK(\x03\x04|\x05\x06|\x07\x08)": ("a ZIP archive", UNPACK),
     rb"\x1f\x8b": ("a gzip archive", UNPACK),
     rb"BZh[1-9]|\xfd7zXZ\0|\x28\xb5\x2f\xfd": ("a compressed archive", UNPACK),
@@ -44,54 +44,61 @@ FOREIGN = {  # how the file begins: what it is, and what to do
 
 @dataclass(frozen=True)
 class FileFacts:
-    """Texts are empty where the file says nothing. The ids are for telling files apart and nothing to show."""
+    """What a file's header says about its image; texts are empty if the file does not say.
+
+    The ids only serve to tell studies and patients apart and must not be shown.
+    """
 
     kind: str  # "DICOM", "PNG", "JPEG", "GIF" or "JSRT"
-    shown: dict[str, str] = field(default_factory=dict)  # name and value for a reader, nothing of the patient
+    shown: dict[str, str] = field(default_factory=dict)  # facts to display by name, nothing about the patient
     modality: str = ""
     body_part: str = ""
     view: str = ""
     study_id: str = ""
     patient_id: str = ""
-    coloured: bool = False  # channels that differ
+    coloured: bool = False  # whether the colour channels differ
 
 
-def foreign(path: str | Path) -> tuple[str, str] | None:
-    """What the file is that is surely no image to read, and what to do; None where decoding has to tell. Raises OSError."""
-    if promised_kind(path):  # a DICOM file's first 128 bytes may be another format's header
+def recognise_foreign(path: str | Path) -> tuple[str, str] | None:
+    """Return what a file is that cannot be an X-ray, and what to do; None if it may be an image. Raises OSError."""
+    if kind_by_signature(path):  # a DICOM file's first 128 bytes may be another format's header
         return None
     with open(path, "rb") as file:
         start = file.read(1024)
-    found = next((told for beginning, told in FOREIGN.items() if re.match(beginning, start, re.DOTALL)), None)
-    return found or (("a text file", CHOOSE_IMAGE) if _is_text(start) else None)
+    match = next(
+        (description for beginning, description in FOREIGN_FORMATS.items() if re.match(beginning, start, re.DOTALL)), None
+    )
+    return match or (("a text file", CHOOSE_IMAGE) if _is_text(start) else None)
 
 
-def promised_kind(path: str | Path) -> str:
-    """What the first bytes promise, whatever follows them: a kind of FileFacts, or "" for nothing known. Raises OSError."""
+def kind_by_signature(path: str | Path) -> str:
+    """Return the kind of file (see FileFacts) that its first bytes announce, or "" if unknown. Raises OSError."""
     with open(path, "rb") as file:
         return image_format(path) or ("DICOM" if file.read(132)[128:] == b"DICM" else "")
 
 
 def read_facts(path: str | Path) -> FileFacts:
-    """Raises UnreadableXray, and OSError for a file that cannot be opened."""
+    """Read the facts of a file. Raises UnreadableXray, and OSError if the file cannot be opened."""
     kind = image_format(path)
     if kind:
         return FileFacts(kind, {"Format": kind}, coloured=kind != "JSRT" and _picture_is_coloured(path))
     try:
-        # With the pixels: from memory an element's length that lies asks for no more than there is.
+        # Reads the pixels too: in memory, an element with an invalid length cannot request more bytes than the file has.
         elements, syntax = read_elements(path)
         with open(path, "rb") as file:
-            # Of a deflated file the reader tells what was inside.
+            # For a deflated file, read_elements returns the transfer syntax of the inflated data.
             if DeflatedExplicitVRLittleEndian.encode() in file.read(2048):
                 syntax = DeflatedExplicitVRLittleEndian
         header, samples = header_of(elements, syntax), elements.whole("SamplesPerPixel", 1)
     except OSError:
         raise
-    except Exception as error:  # whatever pydicom makes of a damaged file
-        told = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise UnreadableXray(path, told + " ".join(str(error).split())) from None
-    modality, body_part, view, photometric = map(_code, (header.modality, header.body_part, header.view, header.photometric))
-    shown = {
+    except Exception as error:  # pydicom raises many kinds of errors for damaged files
+        prefix = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise UnreadableXray(path, prefix + " ".join(str(error).split())) from None
+    modality, body_part, view, photometric = map(
+        _clean_code, (header.modality, header.body_part, header.view, header.photometric)
+    )
+    facts = {
         "Format": "DICOM",
         "Modality": modality,
         "View": view,
@@ -102,7 +109,7 @@ def read_facts(path: str | Path) -> FileFacts:
     }
     return FileFacts(
         "DICOM",
-        {name: text for name, value in shown.items() if (text := printable(value, 80))},
+        {name: text for name, value in facts.items() if (text := printable(value, 80))},
         modality=modality.upper(),
         body_part=body_part.upper(),
         view=view.upper(),
@@ -113,13 +120,19 @@ def read_facts(path: str | Path) -> FileFacts:
 
 
 def printable(text: str, longest: int) -> str:
-    """One line of at most `longest` letters: control letters, half letters and those that turn the direction are `?`."""
+    """Return the text as one line of at most `longest` characters.
+
+    Control characters, surrogates and characters that change the writing direction become `?`.
+    """
     text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
-def _code(text: str) -> str:
-    """A code as headers have them, or that it is none: past a damaged length stand the next elements, the patient's too."""
+def _clean_code(text: str) -> str:
+    """Return the text if it can be a header code, otherwise ILLEGIBLE.
+
+    With a damaged length, the value contains the next elements, possibly the patient's name.
+    """
     return text if len(text) <= 32 and re.fullmatch(r"[\w ,./()+-]*", text) else ILLEGIBLE
 
 
@@ -129,7 +142,7 @@ def _is_text(start: bytes) -> bool:
     try:
         start.decode("utf-8")
     except UnicodeDecodeError as error:
-        return bool(start) and error.start >= len(start) - 3  # a letter cut in two by reading so far
+        return bool(start) and error.start >= len(start) - 3  # the last character may be cut off
     return True
 
 
@@ -139,27 +152,27 @@ def _picture_is_coloured(path: str | Path) -> bool:
             return False
         try:
             if image.format == "GIF":
-                return _differ(np.array(image.convert("RGB")), 8)
+                return _channels_differ(np.array(image.convert("RGB")), 8)
             pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         except (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError) as error:
             raise UnreadableXray(path, f"damaged image: {' '.join(str(error).split())}") from None
     if pixels is None:
         raise UnreadableXray(path, "damaged image: nothing could be decoded")
-    return _differ(pixels, 8)
+    return _channels_differ(pixels, 8)
 
 
 def _dicom_is_coloured(path: str | Path, photometric: str, bits_stored: int) -> bool:
     values = read_stored_values(path)
     all_bits = 8 * values.itemsize
     bits = bits_stored if 1 <= bits_stored <= all_bits else all_bits
-    if photometric.upper().startswith("YBR"):  # as luma and two differences of colour, unless the decoder made RGB of it
-        away = np.abs(values[..., 1:].astype(np.int32) - 2 ** (bits - 1)).max()
-        return bool(away > COLOURED_SHARE * 2**bits) and _differ(values, bits)
-    return _differ(values, bits)
+    if photometric.upper().startswith("YBR"):  # luma and two colour differences, unless the decoder converted them to RGB
+        distance = np.abs(values[..., 1:].astype(np.int32) - 2 ** (bits - 1)).max()
+        return bool(distance > COLOURED_SHARE * 2**bits) and _channels_differ(values, bits)
+    return _channels_differ(values, bits)
 
 
-def _differ(channels: np.ndarray, bits: int) -> bool:
-    """Whether any pixel's channels (rows, columns, 3) are further apart than those of a grey one."""
+def _channels_differ(channels: np.ndarray, bits: int) -> bool:
+    """Return whether the channels (rows, columns, 3) of any pixel differ by more than those of a grey pixel."""
     first, second, third = cv2.split(np.ascontiguousarray(channels))
     pairs = ((first, second), (second, third), (third, first))
-    return max(cv2.norm(one, other, cv2.NORM_INF) for one, other in pairs) > COLOURED_SHARE * 2**bits
+    return max(cv2.norm(channel, other, cv2.NORM_INF) for channel, other in pairs) > COLOURED_SHARE * 2**bits

@@ -1,4 +1,4 @@
-"""A prepared run to choose from: pages of its images as thumbnails, and a chosen one's study with what is known of it."""
+"""The gallery of a prepared run: pages of thumbnails, and the study of a chosen image with its annotations."""
 
 import logging
 import os
@@ -27,84 +27,85 @@ from kitlib.xrays.worker import shrink, source_of
 logger = logging.getLogger(__name__)
 
 THUMBNAIL = 160  # pixels, of the longest side
-KEPT_THUMBNAILS = 1000  # at most 26 MB
-NO_COPY = np.full((THUMBNAIL, THUMBNAIL), 128, np.uint8)
+CACHED_THUMBNAILS = 1000  # take at most 26 MB
+GREY_TILE = np.full((THUMBNAIL, THUMBNAIL), 128, np.uint8)
 ALL, TEST = "all", "test"
-# Data sets of which somebody has marked the opacities: elsewhere an image without a box may have some.
+# Data sets with annotated opacities. In other data sets an image without a box may show opacities.
 MARKED = ("siim", "rsna")
 
 
 class Gallery:
-    """The images of one prepared run (notebook 10); threads may share it. Opening it decodes nothing.
+    """The images of one prepared run (notebook 10). Opening the gallery decodes nothing; it may be shared between threads.
 
-    `fingerprint` is the one that models trained on this run name (see data_fingerprint), `longest_side` that of its decoded
-    copies, pixels. Raises RunError or TableError where `run` is no finished prepared run.
+    `fingerprint` is the data_fingerprint that models trained on this run record. `longest_side` is that of the run's decoded
+    copies, in pixels. Raises RunError or TableError if `run` is not a finished prepared run.
     """
 
-    def __init__(self, run: str | Path, copies: DecodedCopies, a_page: int = 12) -> None:
+    def __init__(self, run: str | Path, copies: DecodedCopies, page_size: int = 12) -> None:
         metrics, tables = read_metrics(run), read_prepared(run)
         if "longest_side" not in metrics:
-            raise RunError(f"{run} is no run of notebook 10: its metrics.json does not say longest_side")
+            raise RunError(f"{run} is not a run of notebook 10: its metrics.json has no longest_side")
         self.name, self.longest_side = Path(run).resolve().name, int(metrics["longest_side"])
         self.fingerprint = data_fingerprint(**tables)
-        self.a_page = a_page
+        self.page_size = page_size
         self._copies, self._xrays = copies, XrayCache(Path(run) / "xrays", self.longest_side)
         self._boxes = tables["boxes"]
-        self._images = images = _described(tables, metrics.get("dataset") in MARKED)
+        self._images = images = _describe_images(tables, metrics.get("dataset") in MARKED)
         choices = {ALL: images} | {name: images[images["true_class"] == name] for name in STUDY_CLASSES}
         if "split" in images:
             choices[TEST] = images[images["split"] == TEST]
         self._choices = {name: rows for name, rows in choices.items() if len(rows) or name == ALL}
-        self._thumbnail = lru_cache(KEPT_THUMBNAILS)(lambda key: shrink(self._xrays.read(key).pixels, THUMBNAIL))
+        self._thumbnail = lru_cache(CACHED_THUMBNAILS)(lambda key: shrink(self._xrays.read(key).pixels, THUMBNAIL))
 
     def choices(self) -> list[str]:
-        """What there is to look at: "all", the study classes that it has, and "test" if some images were put aside."""
+        """Return the available choices: "all", the study classes that occur, and "test" if there are test images."""
         return list(self._choices)
 
     def page(self, choice: str, number: int) -> tuple[list[tuple[np.ndarray, str]], int]:
-        """Page `number` of `choice`, from 1, and how many there are; each image is uint8 (h, w) and its caption.
+        """Return the tiles of page `number` (from 1) of `choice`, and the number of pages.
 
-        The longest side is at most THUMBNAIL pixels; captions are plain text, no HTML. An image without a decoded copy is a
-        grey tile. Raises ValueError for a choice or page that there is not.
+        A tile is a uint8 image (h, w), at most THUMBNAIL pixels a side, and its caption, which is plain text. An image
+        without a decoded copy is a grey tile. Raises ValueError if the choice or the page does not exist.
         """
         if choice not in self._choices:
-            raise ValueError(f"there is no choice {choice!r}; there are: {', '.join(self._choices)}")
+            raise ValueError(f"choice {choice!r} does not exist; choices: {', '.join(self._choices)}")
         rows = self._choices[choice]
-        pages = max(1, -(-len(rows) // self.a_page))
+        pages = max(1, -(-len(rows) // self.page_size))
         if not 1 <= number <= pages:
-            raise ValueError(f"there is no page {number} of {choice!r}, only 1 to {pages}")
-        shown = rows.iloc[(number - 1) * self.a_page : number * self.a_page]
-        return [self._tile(row) for row in shown.itertuples()], pages
+            raise ValueError(f"page {number} of {choice!r} does not exist; it has pages 1 to {pages}")
+        rows_of_page = rows.iloc[(number - 1) * self.page_size : number * self.page_size]
+        return [self._tile(row) for row in rows_of_page.itertuples()], pages
 
     def open(self, image_id: str) -> OpenedStudy:
-        """The whole study of the image of this name, which comes first.
+        """Return the whole study of an image, this image first.
 
-        Another image of the study that cannot be read is left out, with a remark. Raises UnreadableXray where the chosen one
-        cannot, ValueError for an image that there is not.
+        Other images of the study that cannot be read are left out, with a remark. Raises UnreadableXray if the chosen image
+        cannot be read, and ValueError if it does not exist.
         """
         chosen = self._images[self._images["image_id"] == image_id]
         if chosen.empty:
-            raise ValueError(f"there is no image {image_id!r} in {self.name}")
+            raise ValueError(f"image {image_id!r} does not exist in {self.name}")
         study = self._images[self._images["study_id"].isin(chosen["study_id"])].drop(chosen.index)
         study = pd.concat([chosen, study.sort_values("image_id")])
         opened, remarks = [], []
         for row in study.itertuples():
             try:
-                opened.append(self._opened(row))
+                opened.append(self._open_image(row))
             except UnreadableXray as error:
                 if row.image_id == image_id:
                     raise
-                remarks.append(f"The image {row.image_id} of this study is left out: {error.reason}.")
+                remarks.append(f"Image {row.image_id} of this study is left out: {error.reason}.")
         folds = study["fold"].dropna().astype(int).tolist()
         if len(set(folds)) > 1:
             remarks.append(
-                "Its images are in several folds: models that have not seen the first may have learnt from others."
+                "The images of this study are in several folds: models that were not trained on the first image may have "
+                "been trained on others."
             )
         return OpenedStudy(
             study_id=chosen["study_id"].iloc[0],
             images=tuple(opened),
             copies=self._copies,
-            kept=self._xrays,
+            run_cache=self._xrays,
             trained_on=self.fingerprint,
             fold=folds[0] if folds else None,
             true_class=chosen["true_class"].iloc[0],
@@ -112,29 +113,29 @@ class Gallery:
         )
 
     def _tile(self, row: Any) -> tuple[np.ndarray, str]:
-        """`row`, here and below, is one that itertuples gives of `_described`: pandas has no type for its fields."""
-        known = [row.true_class] if row.true_class else []
+        """Return the thumbnail and caption of `row`, a row of `_describe_images` from itertuples (untyped in pandas)."""
+        caption = [row.true_class] if row.true_class else []
         if row.marked:
-            known.append("no box" if not row.boxes else "1 box" if row.boxes == 1 else f"{row.boxes} boxes")
+            caption.append("no box" if not row.boxes else "1 box" if row.boxes == 1 else f"{row.boxes} boxes")
         try:
             pixels = self._thumbnail(row.image_id)
         except (KeyError, CacheError):
-            pixels, known = NO_COPY, [*known, "no decoded copy"]
-        return pixels, ", ".join([*known, row.image_id])
+            pixels, caption = GREY_TILE, [*caption, "no decoded copy"]
+        return pixels, ", ".join([*caption, row.image_id])
 
-    def _opened(self, row: Any) -> OpenedImage:
-        key, path, remarks = row.image_id, project_root() / row.path, []  # where notebooks run, paths start there
-        there = path.is_file() and os.access(path, os.R_OK)
-        if not there:
-            remarks.append("Its file is not at hand: what is shown is the copy that the run keeps of it.")
+    def _open_image(self, row: Any) -> OpenedImage:
+        key, path, remarks = row.image_id, project_root() / row.path, []  # paths are relative to the root
+        is_available = path.is_file() and os.access(path, os.R_OK)
+        if not is_available:
+            remarks.append("The original file was not found. The picture is the copy stored in the run.")
         elif not self._is_decoded(path, key):
-            remarks.append("Its file has changed since it was decoded: what is shown is the copy that the run keeps of it.")
-            # As good as gone: boxes and class are those of the image that was in it.
-            there, path = False, path.with_name(f"{path.name} (changed since it was decoded)")
+            remarks.append("The original file has changed since it was decoded. The picture is the copy stored in the run.")
+            # Treated as missing, because boxes and class belong to the earlier image.
+            is_available, path = False, path.with_name(f"{path.name} (changed since it was decoded)")
         copy = self._copy(key, path)
         if not row.marked:
-            remarks.append("Nobody has marked opacities on this image: whether it shows any is not known.")
-        file = read_facts(path) if there else None  # in this process: it has been decoded before
+            remarks.append("Opacities were not annotated on this image, so it is unknown whether it shows any.")
+        file = read_facts(path) if is_available else None  # safe in this process, because the file has been decoded before
         boxes = self._boxes.loc[self._boxes["image_id"] == key, list(BOX)].reset_index(drop=True)
         return OpenedImage(
             image_id=key,
@@ -150,26 +151,26 @@ class Gallery:
 
     def _copy(self, key: str, path: Path) -> CachedXray:
         try:
-            kept = key in self._xrays
-            return self._xrays.read(key) if kept else self._copies.read(key, path, self.longest_side)
+            is_in_run = key in self._xrays
+            return self._xrays.read(key) if is_in_run else self._copies.read(key, path, self.longest_side)
         except CacheError as error:
             raise UnreadableXray(path, str(error)) from error
 
     def _is_decoded(self, path: Path, key: str) -> bool:
-        """Whether `path` is what the decoded copy was made from, as far as that is known; it may have been moved since."""
+        """Return whether the decoded copy was made from `path`, as far as is known; the file may have been moved since."""
         try:
             with safe_open(self._xrays.folder / f"{key}.safetensors", framework="numpy") as copy:
-                told = copy.metadata() or {}
-        except (OSError, SafetensorError):  # whoever reads its pixels will say so
+                metadata = copy.metadata() or {}
+        except (OSError, SafetensorError):  # reading its pixels will report the error
             return True
-        found = source_of(str(path))
-        return all(told.get(name, found[name]) == found[name] for name in ("source_bytes", "source_samples"))
+        source = source_of(str(path))
+        return all(metadata.get(name, source[name]) == source[name] for name in ("source_bytes", "source_samples"))
 
 
 def find_gallery(listed: Sequence[ListedRun], fingerprint: str, copies: DecodedCopies) -> Gallery | None:
-    """The gallery of the prepared run with that data fingerprint: one of those listed, or named by a run trained on it.
+    """Return the gallery of the prepared run with this data fingerprint, or None if there is none or it cannot be read.
 
-    None where there is none, or it cannot be read (which is logged).
+    Looks at the prepared runs in `listed` and at those named by models that were trained on one. Failures are logged.
     """
     trained = [run for run in listed if fingerprint in [fold.get("data_fingerprint") for fold in run.folds.values()]]
     folders = [named_folder(run.parameters.get("prepare_run"), run) for run in trained]
@@ -178,29 +179,30 @@ def find_gallery(listed: Sequence[ListedRun], fingerprint: str, copies: DecodedC
         try:
             gallery = Gallery(folder, copies)
         except (OSError, ValueError, CacheError) as error:
-            logger.warning("%s is no gallery: %s", folder, error)
+            logger.warning("%s cannot be opened as a gallery: %s", folder, error)
             continue
         if gallery.fingerprint == fingerprint:
             return gallery
     return None
 
 
-def _described(tables: dict[str, pd.DataFrame], marked: bool) -> pd.DataFrame:
-    """The images with `true_class` ("": not known), `fold` (NaN: none), `marked` (opacities, if any) and count of `boxes`.
+def _describe_images(tables: dict[str, pd.DataFrame], marked: bool) -> pd.DataFrame:
+    """Return the table images with true_class ("" if unknown), fold (NaN if none), marked, and the number of boxes.
 
-    They are in the order of their ids' hashes: always the same, and mixed, where ids follow the class or the patient.
+    `marked` says whether opacities were annotated. The order is that of the hashed ids: always the same, and mixed, even if
+    ids are sorted by class or patient.
     """
     images, folds = tables["images"], tables["folds"].set_index("id")["fold"]
     truth = tables["labels"].set_index("id").reindex(columns=list(STUDY_CLASSES)).fillna(0.0)
     true_class = truth.idxmax(axis=1).where(truth.max(axis=1) > 0.5, "")
     fold = images["image_id"].map(folds).astype(float)
-    unseen = images["false_none"].astype(bool) if "false_none" in images else False
+    unannotated = images["false_none"].astype(bool) if "false_none" in images else False
     described = images.assign(
         true_class=images["study_id"].map(true_class).fillna(""),
-        # Models that have learnt from a patient's other images are no fair judges of one that is in no fold.
+        # An image in no fold gets the fold of its patient, because models may be trained on the patient's other images.
         fold=fold.fillna(fold.groupby(images["patient_id"]).transform("first")),
-        marked=marked & ~np.broadcast_to(unseen, len(images)),
+        marked=marked & ~np.broadcast_to(unannotated, len(images)),
         boxes=images["image_id"].map(tables["boxes"]["image_id"].value_counts()).fillna(0).astype(int),
     ).drop(columns="patient_id")
-    mixed = pd.util.hash_pandas_object(images["image_id"], index=False).to_numpy()
-    return described.iloc[np.argsort(mixed, kind="stable")].reset_index(drop=True)
+    hashes = pd.util.hash_pandas_object(images["image_id"], index=False).to_numpy()
+    return described.iloc[np.argsort(hashes, kind="stable")].reset_index(drop=True)

@@ -1,4 +1,4 @@
-"""Which requests the page's server hears, and what its answers forbid the browser: nothing leaves for another computer."""
+"""Request filter of the page's server: only this computer may ask, and the browser may contact no other server."""
 
 import re
 from ipaddress import ip_address
@@ -9,27 +9,28 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADERS = {
-    # Gradio writes scripts and styles into its page, and compiles handlers in the browser.
+    # Gradio puts scripts and styles into its page and compiles event handlers in the browser.
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; "
     "connect-src 'self' data: blob:; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; "
     "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
-    # Not no-referrer: it would turn the Origin of the page's own forms into "null".
+    # "no-referrer" would change the Origin of the page's own forms to "null".
     "Referrer-Policy": "same-origin",
     "X-Frame-Options": "DENY",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-OUTSIDE = re.compile(
+EXTERNAL_TAGS = re.compile(
     rb"""<script\b[^>]*\ssrc=["'](?:https?:)?//[^>]*>\s*</script>|<(?:link|meta)\b[^>]*["'](?:https?:)?//[^>]*>""", re.I
 )
 
 
 class Guarded:
-    """Let only pages of this server, opened by a name of this computer, ask `app`; keep the browser from asking elsewhere.
+    """ASGI middleware that passes on only requests from pages of this server, opened under a name of this computer.
 
-    Another site's page can ask under its own name that it has pointed at 127.0.0.1 (the Host says so) or from its own
-    place (the Origin says so); both are answered with 403 and a sentence. HTML loses the tags that name other servers.
+    Another site's page can send requests from its own address (visible in the Origin header) or under a name of its own that
+    points to 127.0.0.1 (visible in the Host header). Both get status 403 and a sentence. The headers of each response keep
+    the browser from contacting other servers, and tags that name other servers are removed from HTML.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -43,12 +44,12 @@ class Guarded:
         if scope["type"] != "http":  # the page needs no WebSocket
             await send({"type": "websocket.close", "code": 1008})
         elif not _is_this_computer(host):
-            sentence = "This page is for the computer it runs on: open it there as http://127.0.0.1 with its port."
+            sentence = "This page works only on the computer that runs it. Open it there as http://127.0.0.1 with its port."
             await _refusal(sentence)(scope, receive, send)
         elif origin is not None and origin not in (f"http://{host}", f"https://{host}"):
-            await _refusal("Other web pages may not ask this one.")(scope, receive, send)
+            await _refusal("Requests from other web pages are not allowed.")(scope, receive, send)
         else:
-            await self.app(scope, receive, _Outgoing(send))
+            await self.app(scope, receive, _FilteredSend(send))
 
 
 def _is_this_computer(host: str) -> bool:
@@ -63,12 +64,12 @@ def _refusal(sentence: str) -> PlainTextResponse:
     return PlainTextResponse(sentence, status_code=403, headers=HEADERS)
 
 
-class _Outgoing:
-    """Sends one answer on as it comes, but HTML whole, because a tag may lie across two pieces."""
+class _FilteredSend:
+    """Sends one response chunk by chunk, but HTML in one piece, because a tag may be split between two chunks."""
 
     def __init__(self, send: Send) -> None:
         self.send = send
-        self.start: Message | None = None  # held back until the length of the HTML is known
+        self.start: Message | None = None  # sent when the length of the HTML is known
         self.html = b""
 
     async def __call__(self, message: Message) -> None:
@@ -82,8 +83,10 @@ class _Outgoing:
             self.html += message.get("body", b"")
             if message.get("more_body"):
                 return
-            html = OUTSIDE.sub(b"", self.html)
-            if "content-length" in (headers := MutableHeaders(scope=self.start)) and self.html:  # HEAD has none to cut
+            html = EXTERNAL_TAGS.sub(b"", self.html)
+            if (
+                "content-length" in (headers := MutableHeaders(scope=self.start)) and self.html
+            ):  # the response to HEAD has no body
                 headers["content-length"] = str(len(html))
             await self.send(self.start)
             message = {**message, "body": html}

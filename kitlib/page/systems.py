@@ -1,4 +1,4 @@
-"""Which models answer together: found in a folder of runs, as its fusions have put them together."""
+"""Systems of models that predict together, found in a folder of runs and combined as its fusion runs combine them."""
 
 import logging
 from collections.abc import Sequence
@@ -15,87 +15,91 @@ from kitlib.lungs.finders import segmenter_digest
 
 logger = logging.getLogger(__name__)
 
-TRAINED = ("study", "detector")  # kinds of runs whose models answer rows of a submission
+TRAINED = ("study", "detector")  # kinds of runs whose models predict rows of a submission
 NO_MODELS = (
-    "no trained study model or detector {where}; `make demo` trains some in runs/demo, or name another folder of runs"
+    "no trained study model or detector {where}; run `make demo` to train some in runs/demo, or name another folder of runs"
 )
 
 
 @dataclass(frozen=True)
 class System:
-    """Models that answer together, as a submission of them would. `name` is what a person chooses it by."""
+    """Models that predict together, as in a submission. `name` is the text of its radio button."""
 
     name: str
     models: tuple[AnsweringModel, ...]
     fusion: FusionSettings
-    ensemble: Path | None = None  # a bundle that stacks the study models
-    lungs: Path | None = None  # a segmenter's bundle, for models that look at lungs and for people who want to see them
-    left_out: tuple[str, ...] = ()  # sentences: bundles that cannot be used
+    ensemble: Path | None = None  # bundle that stacks the study models
+    lungs: Path | None = None  # bundle of a segmenter, for models that use lung masks and for the layer "lungs"
+    left_out: tuple[str, ...] = ()  # sentences about bundles that cannot be used
 
     @property
     def longest_side(self) -> int:
-        """Of the decoded copies that its models read, pixels: as a submission of these models decodes."""
+        """Longest side of the decoded copies that its models read, in pixels, as in a submission of these models."""
         return max(model.longest_side for model in self.models)
 
     @property
     def detectors(self) -> tuple[str, ...]:
+        """Names of its detectors."""
         return tuple(dict.fromkeys(model.model for model in self.models if "boxes" in model.answers))
 
     def with_detector(self, name: str) -> "System":
-        """The same system with no other detector than this one."""
+        """Return a system with only this detector and all other models."""
         models = tuple(model for model in self.models if "boxes" not in model.answers or model.model == name)
         return replace(self, name=name, models=models)
 
 
 def find_systems(listed: Sequence[ListedRun]) -> list[System]:
-    """Each finished fusion among `listed` with the models it fused, then the same with each of its detectors alone.
+    """Return the system of each finished fusion in `listed`, each followed by variants with a single detector.
 
-    Without a fusion all trained models answer with equal weights. Raises PageError where there is no model at all.
+    Without a fusion, the only system has all trained models with equal weights. Raises PageError if there are no models.
     """
-    segmenters = _segmenters(listed)
-    found = []
+    segmenters = _find_segmenters(listed)
+    base_systems = []
     for run in listed:
         if run.kind == "fusion" and run.state == "finished":
             try:
-                found.append(_fused(run, segmenters))
+                base_systems.append(_read_fusion(run, segmenters))
             except (OSError, ValueError) as error:
                 logger.warning("the fusion %s is left out: %s", run.name, error)
-    if not found:
+    if not base_systems:
         trained = [run.folder for run in listed if run.kind in TRAINED and run.state == "finished"]
-        found = [_system("all models, equal weights", trained, FusionSettings(), None, segmenters)]
+        base_systems = [_build_system("all models, equal weights", trained, FusionSettings(), None, segmenters)]
     systems = []
-    for system in found:
+    for system in base_systems:
         systems.append(system)
         if len(system.detectors) > 1:
             alone = [system.with_detector(name) for name in system.detectors]
-            among = f", with {system.name}'s other models" if len(found) > 1 else ""
-            systems += [replace(each, name=f"{each.name}{among}") for each in alone]
+            suffix = f", with {system.name}'s other models" if len(base_systems) > 1 else ""
+            systems += [replace(variant, name=f"{variant.name}{suffix}") for variant in alone]
     return systems
 
 
-def _fused(run: ListedRun, segmenters: dict[str, Path]) -> System:
+def _read_fusion(run: ListedRun, segmenters: dict[str, Path]) -> System:
     folders = []
     for name in run.parameters.get("runs") or []:
-        folder = _beside(name, run)
+        folder = _find_named_run(name, run)
         if folder is None:
-            raise PageError(f"its run {name} is not here")
+            raise PageError(f"its run {name} was not found")
         folders.append(folder)
-    named = run.parameters.get("study_ensemble")
-    stacking = _beside(named, run)
-    if named and stacking is None:
-        raise PageError(f"its ensemble {named} is not here")
-    ensemble = stacking / "ensemble" if stacking else None
+    ensemble_name = run.parameters.get("study_ensemble")
+    ensemble_run = _find_named_run(ensemble_name, run)
+    if ensemble_name and ensemble_run is None:
+        raise PageError(f"its ensemble {ensemble_name} was not found")
+    ensemble = ensemble_run / "ensemble" if ensemble_run else None
     name = f"{run.name}: {' + '.join(folder.name for folder in folders)}"
-    return _system(name, folders, read_settings(run.folder / "fusion.json"), ensemble, segmenters)
+    return _build_system(name, folders, read_settings(run.folder / "fusion.json"), ensemble, segmenters)
 
 
-def _beside(name: object, run: ListedRun) -> Path | None:
-    """The run that `run` names by a whole path: beside it, where both were copied, before where it was."""
-    beside = run.folder.parent / Path(name).name if isinstance(name, str) and Path(name).is_absolute() else None
-    return beside if beside is not None and beside.is_dir() else named_folder(name, run)
+def _find_named_run(name: object, run: ListedRun) -> Path | None:
+    """Return the folder of the run that `run` names, or None.
+
+    If the name is a full path, a folder of that name next to `run` comes first, because runs may have been moved together.
+    """
+    sibling = run.folder.parent / Path(name).name if isinstance(name, str) and Path(name).is_absolute() else None
+    return sibling if sibling is not None and sibling.is_dir() else named_folder(name, run)
 
 
-def _system(
+def _build_system(
     name: str, folders: Sequence[Path], fusion: FusionSettings, ensemble: Path | None, segmenters: dict[str, Path]
 ) -> System:
     models: dict[tuple[str, int], AnsweringModel] = {}
@@ -108,27 +112,29 @@ def _system(
                 left_out.append(f"{folder.name}/{bundle.parent.name} is left out: {error}.")
                 continue
             if (other := models.setdefault((model.model, model.fold), model)) is not model:
-                said = f"{other.folder.parents[1].name} has fold {model.fold} of {model.model}, too"
-                left_out.append(f"{folder.name}/{bundle.parent.name} is left out: {said}.")
+                reason = f"{other.folder.parents[1].name} also has fold {model.fold} of {model.model}"
+                left_out.append(f"{folder.name}/{bundle.parent.name} is left out: {reason}.")
     if not models:
-        raise PageError(NO_MODELS.format(where=f"in {', '.join(map(str, folders))}" if folders else "here"))
-    # A fold of each model before the second ones, as a submission's file names them.
+        raise PageError(NO_MODELS.format(where=f"in {', '.join(map(str, folders))}" if folders else "found"))
+    # Sorted by fold: the first folds of all models come before the second ones, as in a submission.
     in_order = tuple(sorted(models.values(), key=lambda model: model.fold))
-    wanted = {model.segmenter for model in in_order if model.wants_masks}
-    if len(wanted) > 1:
-        raise PageError(f"{name}: its models want the lungs of {len(wanted)} segmenters, and a submission has one")
-    lungs = segmenters.get(next(iter(wanted))) if wanted else next(iter(segmenters.values()), None)
+    segmenter_digests = {model.segmenter for model in in_order if model.wants_masks}
+    if len(segmenter_digests) > 1:
+        raise PageError(
+            f"{name}: its models need masks of {len(segmenter_digests)} different segmenters; a submission can use only one"
+        )
+    lungs = segmenters.get(next(iter(segmenter_digests))) if segmenter_digests else next(iter(segmenters.values()), None)
     return System(name, in_order, fusion, ensemble, lungs, tuple(left_out))
 
 
-def _segmenters(listed: Sequence[ListedRun]) -> dict[str, Path]:
-    """Bundles of segmenters by their digest: of masks that were applied before those of single folds."""
+def _find_segmenters(listed: Sequence[ListedRun]) -> dict[str, Path]:
+    """Return bundles of segmenters by digest; those of runs that applied masks come before those of single folds."""
     bundles = [run.folder / "bundle" for run in listed if run.kind == "applied lungs"]
     bundles += [bundle for run in listed if run.kind == "lungs" for bundle in sorted(run.folder.glob("fold*/bundle"))]
-    found: dict[str, Path] = {}
+    by_digest: dict[str, Path] = {}
     for bundle in bundles:
         try:
-            found.setdefault(segmenter_digest(read_record(bundle)), bundle)
+            by_digest.setdefault(segmenter_digest(read_record(bundle)), bundle)
         except BundleError as error:
             logger.warning("the segmenter %s is left out: %s", bundle, error)
-    return found
+    return by_digest

@@ -1,4 +1,4 @@
-"""Files that somebody chose become one study; what cannot be shown is refused in sentences that say what to do."""
+"""Turns uploaded files into one study, and refuses unusable files with sentences that say what to do."""
 
 import hashlib
 import os
@@ -10,16 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kitlib.errors import CacheError, PageError, UnreadableXray
-from kitlib.page.file_facts import CHOOSE_IMAGE, ILLEGIBLE, FileFacts, foreign, printable, promised_kind, read_facts
+from kitlib.page.file_facts import (
+    CHOOSE_IMAGE,
+    ILLEGIBLE,
+    FileFacts,
+    kind_by_signature,
+    printable,
+    read_facts,
+    recognise_foreign,
+)
 from kitlib.page.opened_study import DecodedCopies, OpenedImage, OpenedStudy
 from kitlib.xrays.header import MAX_SAMPLES
 from kitlib.xrays.worker import Outcome
 
 MAX_UPLOAD_BYTES = 100_000_000
-MOST_IMAGES = 16  # of one study
-LEAST_SIDE = 16  # pixels: a smaller picture is an icon
+MAX_IMAGES = 16  # of one study
+MIN_SIDE = 16  # pixels; smaller images are icons
 
-# Computed, digital, digitised film, fluoroscopy; and what says nothing of the image: other, secondary capture, none.
+# Computed and digital radiography, digitised film, fluoroscopy; and unspecific values: other, secondary capture, none.
 XRAY_MODALITIES = ("CR", "DX", "DR", "RG", "RF", "OT", "SC", "")
 OTHER_MODALITIES = {
     "US": "ultrasound",
@@ -46,23 +54,27 @@ class _Accepted:
 
 
 def open_uploads(paths: Sequence[str | Path], copies: DecodedCopies, longest_side: int) -> OpenedStudy:
-    """One study of the files `paths`, decoded to at most `longest_side` pixels a side in the processes of `copies`.
+    """Open the files `paths` as one study, decoded to at most `longest_side` pixels a side in the processes of `copies`.
 
-    An image is named by its file, the study by StudyInstanceUID where the DICOM files have one and agree, and by its first
-    image elsewhere; both are made of letters, digits, `.`, `_` and `-`. A file that cannot be shown is left out, and the
-    study's remarks say why. Raises PageError where none is left.
+    An image is named after its file. The study is named by the StudyInstanceUID if the DICOM files have one and agree, and
+    otherwise by its first image. Both names consist of letters, digits, `.`, `_` and `-`. A file that cannot be shown is
+    left out, and the study's remarks say why. Raises PageError if no file can be shown.
     """
     if not paths:
         raise PageError(f"No file was chosen. {CHOOSE_IMAGE}")
-    if len(paths) > MOST_IMAGES:
-        raise PageError(f"{len(paths)} files were chosen, and a study has at most {MOST_IMAGES} here. Choose fewer.")
+    if len(paths) > MAX_IMAGES:
+        raise PageError(
+            f"{len(paths)} files were chosen, but a study can have at most {MAX_IMAGES} images. Choose fewer files."
+        )
     accepted: dict[str, _Accepted] = {}
     remarks, refusals = [], []
     for path in map(Path, paths):
         try:
-            key = _digest_of_sensible(path)
+            key = _check_and_digest(path)
             if key in accepted:
-                remarks.append(f"{_name(path)} is the same file as {_name(accepted[key].path)} and counts once.")
+                remarks.append(
+                    f"{_display_name(path)} is the same file as {_display_name(accepted[key].path)} and is used only once."
+                )
             else:
                 accepted[key] = _accept(path, key, copies, longest_side)
         except PageError as refused:
@@ -70,154 +82,161 @@ def open_uploads(paths: Sequence[str | Path], copies: DecodedCopies, longest_sid
     if not accepted:
         raise PageError(" ".join(refusals))
 
-    images, taken = [], set[str]()
-    for key, one in accepted.items():
-        image_id = _free_id(one.path, taken)
-        taken.add(image_id)
-        images.append(_image(image_id, key, one))
-    study_id, disagreements = _study_id([one.facts for one in accepted.values()], images[0].image_id)
+    images, used_ids = [], set[str]()
+    for key, upload in accepted.items():
+        image_id = _free_id(upload.path, used_ids)
+        used_ids.add(image_id)
+        images.append(_open_image(image_id, key, upload))
+    study_id, disagreements = _study_id([upload.facts for upload in accepted.values()], images[0].image_id)
     left_out = [f"Left out: {refusal}" for refusal in refusals]
     return OpenedStudy(study_id, tuple(images), copies, remarks=(*left_out, *remarks, *disagreements))
 
 
-def _digest_of_sensible(path: Path) -> str:
-    """32 hexadecimal digits of the file's bytes, once it is a file of a size that an X-ray can have."""
-    name = _name(path)
+def _check_and_digest(path: Path) -> str:
+    """Return 32 hexadecimal digits of the file's bytes. Raises PageError if the file cannot be an X-ray."""
+    name = _display_name(path)
     try:
-        str(path).encode()  # tables hold whole letters alone
+        str(path).encode()  # tables cannot store names with surrogates
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            raise PageError(f"{name} is a folder or a device and no file. {CHOOSE_IMAGE}")
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
+            raise PageError(f"{name} is a folder or a device, not a file. {CHOOSE_IMAGE}")
         if not status.st_size:
             raise PageError(f"{name} is empty. Copy or export it again.")
         if status.st_size > MAX_UPLOAD_BYTES:
             most = f"{MAX_UPLOAD_BYTES / 1e6:,.0f} MB"
-            raise PageError(f"{name} is larger than the {most} that a file may have here. Choose a single X-ray.")
-        if told := foreign(path):
-            raise PageError(f"{name} is {told[0]} and no image that can be read here. {told[1]}")
+            raise PageError(
+                f"{name} is larger than the {most} that a file can have here. Choose a file with a single X-ray."
+            )
+        if foreign := recognise_foreign(path):
+            raise PageError(f"{name} is {foreign[0]}, not an image that can be read here. {foreign[1]}")
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except PageError:
         raise
-    except (OSError, ValueError):  # gone; a name with a zero byte, or one that is no UTF-8
-        raise PageError(f"{name} cannot be opened. Give it a shorter, plainer name and choose it again.") from None
+    except (OSError, ValueError):  # deleted, or a name with a zero byte or not in UTF-8
+        raise PageError(f"{name} cannot be opened. Give it a shorter and simpler name and choose it again.") from None
 
 
 def _accept(path: Path, key: str, copies: DecodedCopies, longest_side: int) -> _Accepted:
-    name, kind = _name(path), ""
+    name, kind = _display_name(path), ""
     try:
-        kind = promised_kind(path)
-        facts = copies.ask(read_facts, path)
+        kind = kind_by_signature(path)
+        facts = copies.run(read_facts, path)
         if facts.modality not in XRAY_MODALITIES:
-            raise PageError(_another_modality(name, facts.modality))
+            raise PageError(_wrong_modality_message(name, facts.modality))
         if facts.kind == "DICOM" and facts.coloured:
             raise PageError(
-                f"{name} is a DICOM file in colour, as ultrasound and photographs are, and X-rays are grey. "
-                "If it is an X-ray with coloured marks, export it in grey, or as PNG."
+                f"{name} is a DICOM file in colour, like an ultrasound image or a photograph, but X-rays are grey. "
+                "If it is an X-ray with coloured marks, export it in grey or as PNG."
             )
         outcome = copies.decode(key, path, longest_side)
     except UnreadableXray as error:
-        raise PageError(_unreadable(path, kind, error.reason)) from None
+        raise PageError(_unreadable_message(path, kind, error.reason)) from None
     except CacheError:
         raise PageError(
-            f"{name} cannot be opened because this computer's disk is full or cannot be written. "
-            "Free some space, or tell whoever runs this page."
+            f"{name} cannot be opened because this computer's disk is full or write-protected. "
+            "Free some space, or tell the person who runs this page."
         ) from None
     except OSError:
-        raise PageError(f"{name} is gone. Choose it again.") from None
+        raise PageError(f"{name} no longer exists. Choose it again.") from None
     if outcome.status == "failed":
-        raise PageError(_unreadable(path, kind, outcome.reason))
-    if min(outcome.rows, outcome.columns) < LEAST_SIDE:
+        raise PageError(_unreadable_message(path, kind, outcome.reason))
+    if min(outcome.rows, outcome.columns) < MIN_SIDE:
         raise PageError(
             f"{name} has {outcome.rows} x {outcome.columns} pixels (rows x columns), too few for an X-ray: "
-            f"at least {LEAST_SIDE} a side are wanted. Choose the original image."
+            f"each side needs at least {MIN_SIDE}. Choose the original image."
         )
     return _Accepted(path, facts, outcome)
 
 
-def _another_modality(name: str, modality: str) -> str:
+def _wrong_modality_message(name: str, modality: str) -> str:
     what = f"{OTHER_MODALITIES[modality]} (modality {modality})" if modality in OTHER_MODALITIES else f"modality {modality}"
-    return f"{name} is a DICOM file of {what}, and the models know X-rays alone. Choose an X-ray (modality CR or DX)."
+    return f"{name} is a DICOM file of {what}, but the models know only X-rays. Choose an X-ray (modality CR or DX)."
 
 
-def _unreadable(path: Path, kind: str, reason: str) -> str:
-    name = _name(path)
-    promised = re.search(r"promises (\d+) x (\d+)", reason)
-    if promised and (size := [int(side) for side in promised.groups()]) and size[0] * size[1] > MAX_SAMPLES // 3:
+def _unreadable_message(path: Path, kind: str, reason: str) -> str:
+    name = _display_name(path)
+    stated = re.search(r"promises (\d+) x (\d+)", reason)
+    if stated and (size := [int(side) for side in stated.groups()]) and size[0] * size[1] > MAX_SAMPLES // 3:
         return (
-            f"{name} says that it has {size[0]:,} x {size[1]:,} pixels, more than any X-ray. "
-            "It is damaged or made to do harm. Export it again."
+            f"{name} claims to have {size[0]:,} x {size[1]:,} pixels, more than any X-ray. "
+            "It is damaged or meant to do harm. Export it again."
         )
     if re.match(r"not (decoded|read) in", reason):
-        return f"{name} took too long to read and was given up. Export it again, or save it as PNG."
+        return f"{name} took too long to read, so reading was stopped. Export it again or save it as PNG."
     if "crashed" in reason or reason == "out of memory":
-        return f"{name} brought its reader down, as damaged files do; nothing else was harmed. Export it again."
+        return (
+            f"{name} crashed the program that reads it and is probably damaged. Nothing else was affected. Export it again."
+        )
     if not kind:
-        return f"{name} is no image that can be read here: neither DICOM nor PNG, JPEG or GIF. {CHOOSE_IMAGE}"
-    told = _unquoted(reason.replace(str(path), "the file"))
-    return f"{name} is a damaged or incomplete {kind} file ({told}). Copy or export it again."
+        return f"{name} is not an image that can be read here: it is neither DICOM nor PNG, JPEG or GIF. {CHOOSE_IMAGE}"
+    detail = _without_quotations(reason.replace(str(path), "the file"))
+    return f"{name} is a damaged or incomplete {kind} file ({detail}). Copy or export it again."
 
 
-def _unquoted(told: str) -> str:
-    """What a reader says, without what it quotes of the file: that may be a patient's name in a wrong place."""
-    return printable(re.sub(r"""(?<![A-Za-z])b?(['"]).*\1(?![A-Za-z])""", "…", told), 160)
+def _without_quotations(message: str) -> str:
+    """Return an error text without its quotations from the file, which may be a patient's name in the wrong place."""
+    return printable(re.sub(r"""(?<![A-Za-z])b?(['"]).*\1(?![A-Za-z])""", "…", message), 160)
 
 
-def _image(image_id: str, key: str, one: _Accepted) -> OpenedImage:
-    rows, columns = one.outcome.rows, one.outcome.columns
+def _open_image(image_id: str, key: str, upload: _Accepted) -> OpenedImage:
+    rows, columns = upload.outcome.rows, upload.outcome.columns
     return OpenedImage(
         image_id,
         key,
-        one.path,
+        upload.path,
         rows,
         columns,
-        is_dicom=one.facts.kind == "DICOM",
-        facts={**one.facts.shown, "Size": f"{rows} x {columns} (rows x columns)"},
-        remarks=tuple(_remarks(one)),
+        is_dicom=upload.facts.kind == "DICOM",
+        facts={**upload.facts.shown, "Size": f"{rows} x {columns} (rows x columns)"},
+        remarks=tuple(_remarks(upload)),
     )
 
 
-def _remarks(one: _Accepted) -> Iterator[str]:
-    if one.facts.coloured:
-        yield "The image is in colour; its brightness is what is shown and read."
-    if one.facts.view in LATERAL:
-        yield "The file says that this is a lateral view; the models know frontal views alone."
-    body_part = one.facts.body_part
+def _remarks(upload: _Accepted) -> Iterator[str]:
+    if upload.facts.coloured:
+        yield "The image is in colour; only its brightness is shown and used by the models."
+    if upload.facts.view in LATERAL:
+        yield "The file says that this is a lateral view; the models know only frontal views."
+    body_part = upload.facts.body_part
     if body_part and body_part != ILLEGIBLE and not any(part in body_part for part in CHEST):
-        yield f"The file says that this is not a chest but {body_part}; the models know chests alone."
-    for warning in one.outcome.warnings:
-        yield f"Something in the file is odd: {_unquoted(warning)}."
+        yield f"The file says that the body part is {body_part}, not the chest; the models know only chest X-rays."
+    for warning in upload.outcome.warnings:
+        yield f"The file has an unusual value: {_without_quotations(warning)}."
 
 
 def _study_id(files: list[FileFacts], first_image: str) -> tuple[str, list[str]]:
-    """The study's id, and what to say where the headers do not agree; without the values, which belong to patients."""
-    studies, patients = ({getattr(each, name) for each in files} - {""} for name in ("study_id", "patient_id"))
+    """Return the study's id, and remarks if the headers disagree, without the values, which identify patients."""
+    studies, patients = ({getattr(facts, name) for facts in files} - {""} for name in ("study_id", "patient_id"))
     remarks = [
-        f"The files' headers name several {what}; they are answered as one study all the same."
+        f"The files' headers name several {what}; the files are still treated as one study."
         for what, ids in (("patients", patients), ("studies", studies))
         if len(ids) > 1
     ]
     agreed = studies.pop() if len(studies) == 1 else ""
-    # A UID has at most 64 letters; past a damaged length stand the next elements, the patient's too.
+    # A UID has at most 64 characters. With a damaged length, the value contains the next elements, even the patient's name.
     return agreed if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{,63}", agreed) else first_image, remarks
 
 
-def _name(path: Path) -> str:
+def _display_name(path: Path) -> str:
     return printable(path.name, 60) or "The file"
 
 
-def _free_id(path: Path, taken: set[str]) -> str:
-    # The last part of a UID is no suffix.
+def _free_id(path: Path, used_ids: set[str]) -> str:
+    # If the suffix is a number, the name is a UID, which has no suffix.
     plain = _plain_id(path.name if path.suffix[1:].isdigit() else path.stem) or "image"
     number = 2
     image_id = plain
-    while image_id in taken:
+    while image_id in used_ids:
         image_id, number = f"{plain}-{number}", number + 1
     return image_id
 
 
 def _plain_id(text: str) -> str:
-    """At most 100 letters that need no care in a CSV file or a page; accents go, the rest becomes `_`; "" for no letter."""
+    """Return at most 100 characters that are safe in CSV files and HTML; "" if no letter or digit is left.
+
+    Accents are removed, other characters become `_`.
+    """
     bare = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", bare).lstrip(".")[:100]
     return plain if re.search(r"[A-Za-z0-9]", plain) else ""

@@ -1,4 +1,4 @@
-"""What one visitor of the page looks at, and how it is drawn: the page without its web server."""
+"""What one visitor of the page sees and how it is drawn, independent of the web server."""
 
 import html
 import logging
@@ -22,68 +22,68 @@ from kitlib.page.xray_svg import bars, picture
 
 logger = logging.getLogger(__name__)
 
-# An hour after a visitor opened it a study is forgotten, and what was uploaded and written for it is deleted.
-KEPT_S = 3600
+# An hour after it was opened, a study is forgotten, and the files uploaded and written for it are deleted.
+KEEP_S = 3600
 BOXES, TRUTH, LUNGS, HEAT = "boxes", "annotated boxes", "lungs", "heat"
-WINDOWED_SIDE = 1024  # pixels of the picture that window and level are set on
+WINDOWED_SIDE = 1024  # pixels of the longest side while window and level are set
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class View:
-    """A study with a system's answer. Opaque to comparing and printing, which Gradio does with what it keeps."""
+    """A study with a system's predictions. Has no comparison and no repr, because Gradio compares and prints its state."""
 
     study: OpenedStudy
     system: System
     answer: Answer
 
     def image(self, image_id: str | None) -> OpenedImage:
-        """The image of that name; the first where there is none."""
+        """Return the image of this name, or the first image if there is none."""
         return next((image for image in self.study.images if image.image_id == image_id), self.study.images[0])
 
     @property
-    def likeliest(self) -> str:
+    def most_probable(self) -> str:
         """The study class with the highest probability."""
         return max(STUDY_CLASSES, key=lambda name: self.answer.fused.studies.iloc[0][name])
 
 
 class Viewer:
-    """Opens studies and has them answered, for all visitors; `folder` takes the files to take away."""
+    """Opens studies and predicts them, for all visitors; downloadable files are written to `folder`."""
 
     def __init__(
         self, systems: Sequence[System], models: WarmModels, copies: DecodedCopies, gallery: Gallery | None, folder: Path
     ) -> None:
         self.systems = {system.name: system for system in systems}
         self.models, self.copies, self.gallery, self.folder = models, copies, gallery, folder
-        # What there may be to draw over an image.
+        # The layers that can be drawn over an image.
         self.layers = [BOXES, TRUTH, *([LUNGS] if any(system.lungs for system in systems) else []), HEAT]
 
     def upload(self, paths: Sequence[str | Path], system_name: str) -> View:
-        """Several files are one study. Raises PageError with a sentence."""
+        """Open the files as one study and predict it. Raises PageError with sentences for the visitor."""
         system = self._system(system_name)
-        return self._answered(open_uploads(paths, self.copies, system.longest_side), system)
+        return self._answer(open_uploads(paths, self.copies, system.longest_side), system)
 
     def pick(self, image_id: str, system_name: str) -> View:
-        """The study of an image of the gallery. Raises PageError."""
+        """Open the study of an image of the gallery and predict it. Raises PageError."""
         if self.gallery is None:
-            raise PageError("There is no gallery: these models' prepared run is not here.")
+            raise PageError("There is no gallery, because the prepared run of these models was not found.")
         try:
             study = self.gallery.open(image_id)
         except UnreadableXray as error:
             raise PageError(f"This image cannot be opened: {error.reason}.") from error
-        return self._answered(study, self._system(system_name))
+        return self._answer(study, self._system(system_name))
 
     def switch(self, view: View, system_name: str) -> View:
-        """The same study, answered by another system. Raises PageError."""
-        return self._answered(view.study, self._system(system_name))
+        """Predict the same study with another system. Raises PageError."""
+        return self._answer(view.study, self._system(system_name))
 
     def window(self, view: View, image: OpenedImage) -> Windowed:
-        """Raises PageError where the file is gone or no DICOM file."""
+        """Return the image's values for window and level. Raises PageError if the file is missing or not a DICOM file."""
         try:
             if not image.is_dicom:
-                raise PageError(f"{image.image_id} is no DICOM file: it has no values to set a window on.")
+                raise PageError(f"{image.image_id} is not a DICOM file, so window and level cannot be set.")
             return read_windowed(image.path, WINDOWED_SIDE)
         except (UnreadableXray, OSError) as error:
-            raise PageError(f"The file of {image.image_id} cannot be read again: open it once more.") from error
+            raise PageError(f"The file of {image.image_id} cannot be read any more. Please open it again.") from error
 
     def draw(
         self,
@@ -95,43 +95,43 @@ class Viewer:
         windowed: Windowed | None = None,
         window: tuple[float, float] | None = None,
     ) -> str:
-        """The image as an SVG element with what is asked for of `layers` and is there; `windowed` at `window` as its pixels.
+        """Return HTML with the image and the available `layers` as SVG; `windowed` at `window` replaces its pixels.
 
-        The captions say what could not be drawn, and why.
+        The captions say which layers could not be drawn, and why.
         """
         system, captions, mask, heat = view.system, [], None, None
         pixels = view.study.read(image, system.longest_side).pixels
         if LUNGS in layers:
             try:
-                mask, why = self.models.lungs(system, view.study, image)
-                captions += [why] if why else []
-            except Exception as error:  # the rest can be drawn
-                logger.error("no lungs", exc_info=error)
-                captions.append(f"No lungs: {type(error).__name__}: {error}.")
+                mask, reason = self.models.lungs(system, view.study, image)
+                captions += [reason] if reason else []
+            except Exception as error:  # the other layers can still be drawn
+                logger.error("the lungs cannot be drawn", exc_info=error)
+                captions.append(f"The lungs cannot be shown: {type(error).__name__}: {error}.")
         if HEAT in layers:
             try:
-                name, heat = self.models.heat(system, view.study, image, heat_class or view.likeliest)
-                cold = "" if heat.any() else ": nothing speaks for it"
-                captions.append(f"Heat: Grad-CAM of {name} for {heat_class or view.likeliest}{cold}.")
-            except (ImportError, ValueError) as error:  # which say what is missing
-                captions.append(f"No heat: {error}.")
+                name, heat = self.models.heat(system, view.study, image, heat_class or view.most_probable)
+                note = "" if heat.any() else "; no part of the image points to it"
+                captions.append(f"Heat map: Grad-CAM of {name} for {heat_class or view.most_probable}{note}.")
+            except (ImportError, ValueError) as error:  # their messages say what is missing
+                captions.append(f"The heat map cannot be shown: {error}.")
             except Exception as error:
-                logger.error("no heat", exc_info=error)
-                captions.append(f"No heat: {type(error).__name__}: {error}.")
+                logger.error("the heat map cannot be drawn", exc_info=error)
+                captions.append(f"The heat map cannot be shown: {type(error).__name__}: {error}.")
         if windowed is not None:
-            pixels = windowed.shown(*(window or windowed.default))
-            captions.append("The window is for your eyes alone: the models see the image as it was before.")
+            pixels = windowed.render(*(window or windowed.default))
+            captions.append("Window and level change only this picture, not what the models see.")
             if windowed.has_curve:
-                captions.append("Before, the file's own curve (VOI LUT) was applied, which no window equals.")
-        found, nones = view.answer.fused.detections, view.answer.fused.nones
-        seen = bool(nones.loc[nones["image_id"] == image.key, "seen"].all())
-        if BOXES in layers and not seen:
-            captions.append("No detector answers for this image.")
+                captions.append("Without this setting, the picture follows the file's own grey curve (VOI LUT).")
+        detections, nones = view.answer.fused.detections, view.answer.fused.nones
+        has_detections = bool(nones.loc[nones["image_id"] == image.key, "seen"].all())
+        if BOXES in layers and not has_detections:
+            captions.append("No detector has looked at this image.")
         return picture(
             pixels,
             image.rows,
             image.columns,
-            boxes=found[found["image_id"] == image.key] if BOXES in layers and seen else None,
+            boxes=detections[detections["image_id"] == image.key] if BOXES in layers and has_detections else None,
             truth=image.truth if TRUTH in layers else None,
             threshold=threshold,
             mask=mask,
@@ -140,26 +140,28 @@ class Viewer:
         )
 
     def bars(self, view: View, image: OpenedImage) -> str:
-        """The study's four probabilities and the image's `none`."""
+        """Return the study's four probabilities and the image's `none` as HTML bars."""
         fused = view.answer.fused
         study = fused.studies.iloc[0]
         none = fused.nones.set_index("image_id").loc[image.key]
-        known = not none["prior"]
+        is_predicted = not none["prior"]
         return bars(
             {name: float(study[name]) for name in STUDY_CLASSES},
-            float(none["none"]) if known else None,
+            float(none["none"]) if is_predicted else None,
             bool(study["prior"]),
             view.study.true_class,
         )
 
-    def told(self, view: View, image: OpenedImage) -> str:
-        """What there is to say of image, study and answer, as HTML."""
-        folds = view.answer.models.groupby("model", sort=False)["fold"].agg(lambda each: ", ".join(map(str, each)))
+    def details(self, view: View, image: OpenedImage) -> str:
+        """Return facts and remarks about the image, the study and the predictions as HTML."""
+        folds = view.answer.models.groupby("model", sort=False)["fold"].agg(
+            lambda fold_series: ", ".join(map(str, fold_series))
+        )
         facts = {
             "Image": image.image_id,
             "Study": view.study.study_id,
             **({"Annotated class": view.study.true_class} if view.study.true_class else {}),
-            "Models (folds)": "; ".join(f"{model} ({of_it})" for model, of_it in folds.items()),
+            "Models (folds)": "; ".join(f"{model} ({fold_names})" for model, fold_names in folds.items()),
             **image.facts,
         }
         rows = "".join(
@@ -170,30 +172,30 @@ class Viewer:
         return f'<table class="facts">{rows}</table><ul class="remarks">{points}</ul>'
 
     def summary(self, view: View) -> str:
-        """One sentence for the status line."""
+        """Return one sentence for the status line."""
         images, models = len(view.study.images), view.answer.models
         several = f" of {images} images" if images > 1 else ""
         return f"Study {view.study.study_id}{several}: {len(models)} models answered in {models.seconds.sum():.2f} s."
 
     def files(self, view: View) -> tuple[Path, Path]:
-        """The submission's rows and the JSON file, in a new folder; those of an hour ago are deleted."""
+        """Write the submission rows and the JSON file to a new folder and return their paths; deletes old folders."""
         answers = self.folder / "answers"
         answers.mkdir(parents=True, exist_ok=True)
-        for old in answers.iterdir():
-            if time.time() - old.stat().st_mtime > KEPT_S:
-                shutil.rmtree(old, ignore_errors=True)
+        for old_folder in answers.iterdir():
+            if time.time() - old_folder.stat().st_mtime > KEEP_S:
+                shutil.rmtree(old_folder, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(dir=answers))
-        rows, told = folder / "submission.csv", folder / "answer.json"
-        write_rows(rows, view.answer, view.study)
-        write_answer(told, view.answer, view.study, view.system)
-        return rows, told
+        rows_path, json_path = folder / "submission.csv", folder / "answer.json"
+        write_rows(rows_path, view.answer, view.study)
+        write_answer(json_path, view.answer, view.study, view.system)
+        return rows_path, json_path
 
     def _system(self, name: str) -> System:
         if name not in self.systems:
-            raise PageError(f"There are no models called {name!r}; there are: {', '.join(self.systems)}.")
+            raise PageError(f"There are no models called {name!r}. Available models: {', '.join(self.systems)}.")
         return self.systems[name]
 
-    def _answered(self, study: OpenedStudy, system: System) -> View:
+    def _answer(self, study: OpenedStudy, system: System) -> View:
         try:
             return View(study, system, self.models.answer(system, study))
         except UnreadableXray as error:

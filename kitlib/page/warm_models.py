@@ -1,4 +1,4 @@
-"""Models that are loaded once and answer for one study after another."""
+"""Models that stay loaded and predict one study after another."""
 
 import logging
 import threading
@@ -21,24 +21,24 @@ from kitlib.page.systems import System
 
 logger = logging.getLogger(__name__)
 
-# Answers, and images whose lungs are known, that are kept.
-KEPT = 200
-KEPT_HEATS = 16  # of up to 4 MB
+# Number of studies with cached predictions, and of images with cached lungs.
+CACHED_ANSWERS = 200
+CACHED_HEATS = 16  # up to 4 MB each
 SUBMISSION_BATCH = 16  # SubmitSettings.batch_size
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a system says of a study. Images go by their key in `fused`, whose boxes are in original pixels."""
+    """A system's predictions for a study. In `fused`, images are named by their key and boxes are in original pixels."""
 
     fused: Fused
-    models: pd.DataFrame  # model, fold, seconds: who has answered, loading not counted
-    remarks: tuple[str, ...]  # sentences: what these models have seen before, what was left out or failed
-    failed: int = 0  # models that could not answer
+    models: pd.DataFrame  # model, fold, seconds (without loading) of the models that predicted the study
+    remarks: tuple[str, ...]  # sentences: whether models were trained on the study, what was left out, what failed
+    failed: int = 0  # number of models that failed
 
 
 class WarmModels:
-    """Loads a bundle when it is first asked for. Any number of threads may ask; one is answered at a time."""
+    """Loads bundles on first use and caches predictions. May be shared between threads; predictions run one at a time."""
 
     def __init__(self) -> None:
         self._predictors: dict[tuple[Path, CachedLungs | None], Predictor] = {}
@@ -49,7 +49,7 @@ class WarmModels:
         self._one_at_a_time = threading.RLock()
 
     def load(self, system: System) -> None:
-        """Load all of its models now. One that cannot be loaded is told when it is asked."""
+        """Load all models of the system now. A failure is logged, and reported when the model has to predict."""
         with self._one_at_a_time:
             for model in system.models:
                 try:
@@ -58,49 +58,49 @@ class WarmModels:
                     logger.error("%s cannot be loaded", model.folder, exc_info=error)
 
     def answer(self, system: System, study: OpenedStudy) -> Answer:
-        """As a submission of `system` would answer; of a study that some of its models have learnt from by the others.
+        """Predict the study as a submission of `system` would, without models that were trained on it (see `choose_models`).
 
-        A model that fails is left out, with a remark; where all do, the last one's error is raised. Raises UnreadableXray.
+        A model that fails is left out, with a remark. If all models fail, the last error is raised. Raises UnreadableXray.
         """
-        asked = (system.name, study.study_id, study.trained_on, tuple(image.key for image in study.images))
+        key = (system.name, study.study_id, study.trained_on, tuple(image.key for image in study.images))
         with self._one_at_a_time:
-            answer = self._answers.get(asked) or self._answered(system, study)
-            if not answer.failed:  # what failed may do better another time
-                _remember(self._answers, asked, answer, KEPT)
+            answer = self._answers.get(key) or self._answered(system, study)
+            if not answer.failed:  # a failure may be temporary, so it is not cached
+                _remember(self._answers, key, answer, CACHED_ANSWERS)
             return answer
 
     def lungs(self, system: System, study: OpenedStudy, image: OpenedImage) -> tuple[np.ndarray | None, str]:
-        """The lungs' mask, bool, as large as the decoded copy; None and a sentence where there is none."""
+        """Return the lung mask (bool, as large as the decoded copy) and "", or None and a sentence that says why."""
         if system.lungs is None:
-            return None, "These models have no segmenter."
+            return None, "These models have no lung segmenter."
         segmenter = self._segmenter(system)
         mask = segmenter.find([study.read(image, system.longest_side)])[0].mask
         return mask, "" if mask is not None else f"The segmenter {segmenter.fault or 'finds no lungs'}."
 
     def heat(self, system: System, study: OpenedStudy, image: OpenedImage, class_name: str) -> tuple[str, np.ndarray]:
-        """Where a study model looks for a class: its name, and kitlib.reports.heat_maps' heat on the decoded copy.
+        """Return the name of a study model and its heat map for a class, on the decoded copy (see kitlib.reports.heat_maps).
 
-        The model is the first of those that answer for the study. Raises ValueError where none knows the class, and
-        ImportError without the package grad-cam.
+        The model is the first that predicts the study and the class. Raises ValueError if none predicts the class, and
+        ImportError if the package grad-cam is missing.
         """
         from kitlib.reports.heat_maps import compute_heat
 
-        models, _ = answering(system, study)
-        wanted = "none" if class_name == "none" else "study"
+        models, _ = choose_models(system, study)
+        output = "none" if class_name == "none" else "study"
         for model in models:
-            if wanted in model.answers:
-                asked = (model.folder, image.key, system.longest_side, class_name)
-                heat = self._heats.get(asked)
+            if output in model.answers:
+                key = (model.folder, image.key, system.longest_side, class_name)
+                heat = self._heats.get(key)
                 if heat is None:
                     with self._one_at_a_time:
                         xray = study.read(image, system.longest_side)
                         heat = compute_heat(self._predictor(system, model), [xray], [class_name])[0].heat
-                        _remember(self._heats, asked, heat, KEPT_HEATS)
+                        _remember(self._heats, key, heat, CACHED_HEATS)
                 return f"{model.model}, fold {model.fold}", heat
-        raise ValueError(f"no model among {system.name} answers {class_name}")
+        raise ValueError(f"none of the models of {system.name} predicts {class_name}")
 
     def _answered(self, system: System, study: OpenedStudy) -> Answer:
-        models, remarks = answering(system, study)
+        models, remarks = choose_models(system, study)
         xrays = [study.read(image, system.longest_side) for image in study.images]
         remarks += system.left_out
         probabilities, detections, coverage, rows, failures = [], [], [], [], []
@@ -117,24 +117,24 @@ class WarmModels:
             rows.append((model.model, model.fold, time.perf_counter() - began))
             if "boxes" in model.answers:
                 detections += chunks
-                seen = {"image_id": predictor.seen, "model": predictor.model, "fold": predictor.fold}
-                coverage.append(pd.DataFrame(seen))
+                coverage_rows = {"image_id": predictor.seen, "model": predictor.model, "fold": predictor.fold}
+                coverage.append(pd.DataFrame(coverage_rows))
             else:
                 probabilities += chunks
             if predictor.lungs_missed:
-                remarks.append(f"{model.model} saw {predictor.lungs_missed} images whole: no lungs were found in them.")
+                remarks.append(f"{model.model} used {predictor.lungs_missed} images uncropped, because no lungs were found.")
         if not rows:
             raise failures[-1]
         ensemble = None
         try:
             ensemble = self._ensemble(system)
         except (OSError, ValueError) as error:
-            remarks.append(f"The ensemble failed: {error}; the study models are fused as they are.")
+            remarks.append(f"The ensemble failed: {error}; the study models are combined without it.")
         fused, stacked = fused_answer(probabilities, detections, coverage, study.table(), system.fusion, ensemble)
         if stacked and stacked.note:
             remarks.append(f"The ensemble: {stacked.note}.")
         if any(model.wants_masks for model in models) and self._segmenter(system).fault:
-            remarks.append(f"The lungs' segmenter {self._segmenter(system).fault}.")
+            remarks.append(f"The lung segmenter {self._segmenter(system).fault}.")
         table = pd.DataFrame(rows, columns=["model", "fold", "seconds"])
         return Answer(fused, table, tuple(remarks), failed=len(models) - len(rows))
 
@@ -146,9 +146,9 @@ class WarmModels:
         return self._predictors[model.folder, lungs]
 
     def _segmenter(self, system: System) -> CachedLungs:
-        """One for each size of decoded copies: a mask is as large as its image's copy."""
-        wanted = system.lungs, system.longest_side
-        return self._lungs.setdefault(wanted, CachedLungs(system.lungs, True, SUBMISSION_BATCH, most=KEPT))
+        """Return the segmenter for the system's size of decoded copies, because a mask is as large as its image's copy."""
+        key = system.lungs, system.longest_side
+        return self._lungs.setdefault(key, CachedLungs(system.lungs, True, SUBMISSION_BATCH, most=CACHED_ANSWERS))
 
     def _ensemble(self, system: System) -> Ensemble | None:
         if system.ensemble is None:
@@ -158,31 +158,32 @@ class WarmModels:
         return self._ensembles[system.ensemble]
 
 
-def answering(system: System, study: OpenedStudy) -> tuple[list[AnsweringModel], list[str]]:
-    """Those models of `system` that answer for `study`, and sentences on what they have seen of it before.
+def choose_models(system: System, study: OpenedStudy) -> tuple[list[AnsweringModel], list[str]]:
+    """Return the models of `system` that predict `study`, and sentences about which of them were trained on it.
 
-    A model that has learnt from it answers only where all models of its prepared run have.
+    A model that was trained on the study predicts it only if all models of its prepared run were.
     """
     models, remarks = list(system.models), []
-    own = [model for model in models if study.trained_on and model.data_fingerprint == study.trained_on]
-    strange = dict.fromkeys(model.model for model in models if study.trained_on and model not in own)
-    if strange:
-        names = ", ".join(strange)
-        remarks.append(f"Whether {names} learnt from this study is not known: the data of the training were others.")
-    if study.fold is None or not own:
+    models_of_run = [model for model in models if study.trained_on and model.data_fingerprint == study.trained_on]
+    unknown = dict.fromkeys(model.model for model in models if study.trained_on and model not in models_of_run)
+    if unknown:
+        names = ", ".join(unknown)
+        remarks.append(f"It is not known whether {names} learnt from this study, because they were trained on other data.")
+    if study.fold is None or not models_of_run:
         return models, remarks
     if system.ensemble is not None:
-        remarks.append("The weights of the ensemble were learnt from answers for all studies, this one among them.")
-    if all(model.fold != study.fold for model in own):
-        folds = ", ".join(map(str, sorted({model.fold for model in own})))
-        return models, [*remarks, f"The models of folds {folds} have learnt from this study, which is in fold {study.fold}."]
-    unseen = [model for model in models if model not in own or model.fold == study.fold]
-    return unseen, [*remarks, f"Answered by the models of fold {study.fold}, which have not learnt from this study."]
+        remarks.append("The weights of the ensemble were learnt from predictions for all studies, including this one.")
+    if all(model.fold != study.fold for model in models_of_run):
+        folds = ", ".join(map(str, sorted({model.fold for model in models_of_run})))
+        remark = f"These models (folds {folds}) have learnt from this study, which is in fold {study.fold}."
+        return models, [*remarks, remark]
+    unseen = [model for model in models if model not in models_of_run or model.fold == study.fold]
+    return unseen, [*remarks, f"Predicted by the models of fold {study.fold}, which have not learnt from this study."]
 
 
-def _remember(known: OrderedDict, asked: tuple, told: Any, most: int) -> None:
-    """Keep what was told last."""
-    known[asked] = told
-    known.move_to_end(asked)
-    if len(known) > most:
-        known.popitem(last=False)
+def _remember(cache: OrderedDict, key: tuple, value: Any, limit: int) -> None:
+    """Store a value as the latest one and drop the oldest if there are more than `limit`."""
+    cache[key] = value
+    cache.move_to_end(key)
+    if len(cache) > limit:
+        cache.popitem(last=False)

@@ -1,4 +1,4 @@
-"""Other windows on a DICOM file's values than the one that its decoded copy is shown with."""
+"""Window and level: shows the values of a DICOM file with other windows than that of its decoded copy."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,57 +13,57 @@ from kitlib.xrays.worker import shrink
 
 @dataclass(frozen=True)
 class Windowed:
-    """A shrunken X-ray with all of its values, which are what windows are about: after the modality LUT or rescale.
+    """A shrunken X-ray with its full range of values, after the modality LUT or rescale, to which windows apply.
 
-    A chest X-ray's values have no physical unit: two files' windows cannot be compared. Centres and widths are those of
-    DICOM's function LINEAR.
+    The values of a chest X-ray have no physical unit, so windows of two files cannot be compared. Centres and widths are
+    those of DICOM's function LINEAR.
     """
 
-    values: np.ndarray  # float32 (h, w), the means of areas
+    values: np.ndarray  # float32 (h, w), means over areas
     inverted: bool  # MONOCHROME1: the lowest value is white
-    lowest: float  # of the whole image, before it was shrunk
+    lowest: float  # of the whole image before shrinking
     highest: float
-    own: tuple[float, float] | None  # the file's first window (centre, width); None where it has none
-    has_curve: bool  # the file brings a VOI LUT, which its decoded copy follows and no window equals
+    file_window: tuple[float, float] | None  # the file's first window (centre, width); None if it has none
+    has_curve: bool  # whether the file has a VOI LUT, which its decoded copy follows and no window can reproduce
 
     @property
-    def whole(self) -> tuple[float, float]:
-        """Centre and width of the window whose ends are the lowest and the highest value."""
+    def full_range(self) -> tuple[float, float]:
+        """Centre and width of the window from the lowest to the highest value."""
         return (self.lowest + self.highest + 1) / 2, self.highest - self.lowest + 1
 
     @property
     def default(self) -> tuple[float, float]:
-        """The file's own window, or the whole range."""
-        return self.own or self.whole
+        """The file's window, or the full range if it has none."""
+        return self.file_window or self.full_range
 
-    def shown(self, center: float, width: float) -> np.ndarray:
-        """uint8 (h, w), 255 = white as a radiologist sees it. Raises ValueError unless the width is at least 1.
+    def render(self, center: float, width: float) -> np.ndarray:
+        """Return uint8 (h, w), 255 = white as a radiologist sees it. Raises ValueError if the width is below 1.
 
-        DICOM PS3.3 C.11.2.1.2.1 over 0..255, turned round for MONOCHROME1, to the nearest grey (decoded copies: the one
-        below). The window may be anywhere: beside all values it shows black or white alone.
+        DICOM PS3.3 C.11.2.1.2.1 over 0..255, inverted for MONOCHROME1, rounded to the nearest grey level (decoded copies
+        round down). A window outside the range of values gives an all black or all white image.
         """
         if not (np.isfinite(center) and np.isfinite(width) and width >= 1):
-            raise ValueError(f"The window's width must be 1 or more and its centre a number; they are {width} and {center}.")
+            raise ValueError(f"The window's width must be 1 or more and its centre a number, not {width} and {center}.")
         grey = Window(center, width, "LINEAR", 0.0, 255.0)(self.values.astype(np.float64))
         return np.rint(255 - grey if self.inverted else grey).astype(np.uint8)
 
 
 def read_windowed(path: str | Path, longest_side: int) -> Windowed:
-    """The values of a DICOM file, at most `longest_side` pixels a side: the very size of its decoded copy.
+    """Read the values of a DICOM file, at most `longest_side` pixels a side, exactly the size of its decoded copy.
 
-    Decodes in this process: only for a file that a decoding process has survived. Of a colour file the luma as
-    `decode_xray` shows it, without a window of its own. Raises UnreadableXray.
+    Decodes in this process, so use it only for a file that a decoding process has read before. A colour file gives its luma
+    as in `decode_xray`, without a window. Raises UnreadableXray.
     """
     stored = read_stored_values(path)
     if stored.ndim == 3:
         stored, display = decode_xray(path).pixels, Display()
     else:
         inverted = read_header(path).photometric.upper() == "MONOCHROME1"
-        elements, _ = read_elements(path, with_pixels=False)  # which read_header has shown to be readable
+        elements, _ = read_elements(path, with_pixels=False)  # readable, because read_header has read them
         display = read_display(elements, 8 * stored.itemsize, stored.dtype.kind == "i", inverted)
     modality = display.modality
     if isinstance(modality, Lut):
-        # Before shrinking: a curve of means is not the mean of a curve. A rescale may wait, and has less to do then.
+        # A lookup table is applied before shrinking, because it is not linear. A rescale is, and is cheaper afterwards.
         stored, modality = modality(stored), None
     values, ends = shrink(stored.astype(np.float32), longest_side), np.array([stored.min(), stored.max()], dtype=np.float64)
     if modality is not None:
@@ -73,10 +73,10 @@ def read_windowed(path: str | Path, longest_side: int) -> Windowed:
 
 
 def _as_linear(voi: Lut | Window | None) -> tuple[float, float] | None:
-    """The centre and width with which LINEAR shows what `voi` shows; of a SIGMOID the line through its middle."""
+    """Return the centre and width with which LINEAR shows the same as `voi`; for a SIGMOID the tangent at its centre."""
     if not isinstance(voi, Window):
         return None
     if voi.function == "LINEAR":
         return voi.center, voi.width
-    # LINEAR takes a half from the centre and one from the width, LINEAR_EXACT and SIGMOID do not.
+    # LINEAR subtracts 0.5 from the centre and 1 from the width; LINEAR_EXACT and SIGMOID do not.
     return voi.center + 0.5, voi.width + 1

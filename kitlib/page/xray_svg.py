@@ -1,4 +1,4 @@
-"""An X-ray as one SVG picture with all that is drawn over it, and the probabilities of a study as bars."""
+"""Draws an X-ray with all layers as one SVG picture, and the probabilities of a study as bars."""
 
 import base64
 from collections.abc import Mapping
@@ -13,21 +13,21 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.tables import BOX
 from kitlib.xrays.worker import shrink
 
-# Of a picture of 1024 pixels: 4 ms and 130 kB, where PNG takes 25 ms and 400 kB; no grey is more than 12 of 255 off.
+# A picture of 1024 pixels takes 4 ms and 130 kB (as PNG 25 ms and 400 kB); grey levels differ by at most 12 of 255.
 JPEG_QUALITY = 92
-HEAT_SIDE = 256  # cells of Grad-CAM are coarser, and the browser smooths
-HEAT_ALPHA = 0.6  # of the hottest place: the X-ray must stay to be seen
+HEAT_SIDE = 256  # pixels; Grad-CAM is coarser, and the browser interpolates
+HEAT_ALPHA = 0.6  # opacity of the hottest pixel; the X-ray must stay visible
 BAR = "#3b82f6"  # contrast above 3 on white and on Gradio's dark background
 
 
 @dataclass(frozen=True)
 class Mark:
-    """How one kind of line is drawn. Colours of Okabe and Ito, which colour-blind people tell apart; dashes for print."""
+    """How one kind of line is drawn: colours of Okabe and Ito for colour-blind people, dashes for black and white print."""
 
     colour: str
     width: float  # pixels of the screen
-    dash: str  # of SVG; "" is a whole line
-    border: str  # the same in CSS, for the legend
+    dash: str  # SVG's stroke-dasharray; "" for a solid line
+    border: str  # the line's style in CSS, for the legend
 
 
 MARKS = {
@@ -49,43 +49,43 @@ def picture(
     heat: np.ndarray | None = None,
     caption: str = "",
 ) -> str:
-    """HTML of one `<svg>` whose coordinates are the original image's pixels, and a legend of what it shows.
+    """Return HTML with one `<svg>` in the coordinates of the original image, and a legend.
 
-    `pixels`, uint8 (h, w), is a copy of any size of the image of `rows` x `columns`; `mask`, bool (h, w), and `heat`,
-    float 0..1 (h, w), likewise; an empty one draws nothing. `boxes` (score, xmin, ymin, xmax, ymax) are shown from the
-    score `threshold` on, `truth` (xmin, ymin, xmax, ymax) always, both in original pixels. The picture fills its column's
-    width, up to three quarters of the window's height. `caption` is plain text. Raises ValueError for an image, a mask or
-    heat of another kind.
+    `pixels`, uint8 (h, w), is a copy of any size of the image of `rows` x `columns`; so are `mask`, bool (h, w), and `heat`,
+    float 0..1 (h, w), of which all-zero ones draw nothing. `boxes` (score, xmin, ymin, xmax, ymax) are drawn if their score
+    is at least `threshold`, `truth` (xmin, ymin, xmax, ymax) always, both in original pixels. The picture fills the width of
+    its column, up to three quarters of the window's height. `caption` is plain text. Raises ValueError if pixels, mask or
+    heat have another type, shape or range.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or not pixels.size or rows < 1 or columns < 1:
         raise ValueError(
-            f"a picture wants uint8 (h, w), not {pixels.dtype} {pixels.shape}, of an image, not {rows} x {columns}"
+            f"pixels must be uint8 (h, w) and the size at least 1 x 1, not {pixels.dtype} {pixels.shape}, {rows} x {columns}"
         )
     mask, heat = (layer if layer is not None and layer.any() else None for layer in (mask, heat))
     _, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     layers, legend = [_image("xray", "jpeg", jpeg, rows, columns)], []
-    shown = None if boxes is None else boxes[boxes.score >= threshold].sort_values("score", kind="stable")
+    visible_boxes = None if boxes is None else boxes[boxes.score >= threshold].sort_values("score", kind="stable")
     if heat is not None:
         layers.append(_image("heat", "png", _heat_png(heat), rows, columns))
         legend.append((_heat_swatch(), "where the model looked (Grad-CAM)"))
     if mask is not None:
-        layers += _outlined("path", f'd="{_outline(mask, rows, columns)}"', "lungs")
+        layers += _line_with_halo("path", f'd="{_outline_path(mask, rows, columns)}"', "lungs")
         legend.append((_swatch("lungs"), "lungs found by the model"))
     if truth is not None and len(truth):
         for box in truth[list(BOX)].itertuples(index=False):
             layers += _rectangle("truth", *box)
         legend.append((_swatch("truth"), "annotated opacity"))
-    if shown is not None and len(shown):
-        letters = max(rows, columns) / 40
-        for box in shown[list(BOX)].itertuples(index=False):
+    if visible_boxes is not None and len(visible_boxes):
+        font_size = max(rows, columns) / 40
+        for box in visible_boxes[list(BOX)].itertuples(index=False):
             layers += _rectangle("opacity", *box)
-        # After all rectangles: no line crosses a number. The best score comes last, on top.
-        layers += [_score(box.score, box.xmin, box.ymin, columns, letters) for box in shown.itertuples()]
+        # Scores are drawn after all rectangles, so that no line crosses a number, the highest score last, on top.
+        layers += [_score(box.score, box.xmin, box.ymin, columns, font_size) for box in visible_boxes.itertuples()]
         legend.append((_swatch("opacity"), "opacity found by the model, with its score"))
     return (
         '<figure class="xray-picture" style="margin:0">'
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {columns} {rows}" role="img" '
-        f'aria-label="{escape(_told(shown, truth, threshold, mask, heat))}" '
+        f'aria-label="{escape(_description(visible_boxes, truth, threshold, mask, heat))}" '
         f'style="display:block;margin:0 auto;width:min(100%,{75 * columns / rows:.4f}vh);height:auto;'
         f'aspect-ratio:{columns}/{rows}">{"".join(layers)}</svg>'
         f'<figcaption style="text-align:center;font-size:0.9em;line-height:1.6">{_legend(legend)}'
@@ -94,20 +94,21 @@ def picture(
 
 
 def bars(studies: Mapping[str, float], none: float | None, priors: bool, true_class: str = "") -> str:
-    """HTML of one bar for each of STUDY_CLASSES and, unless it is None, for `none`, each with its number of three digits.
+    """Return HTML with one bar per class of STUDY_CLASSES and, unless it is None, one for `none`, with three decimals.
 
-    Values are 0..1. `priors`: no model has answered for the study, and `studies` are the training set's shares; they are
-    grey then. `true_class` of STUDY_CLASSES is marked as annotated; "": it is not known. Raises ValueError.
+    Values are 0..1. With `priors`, no model has predicted the study and `studies` are the class frequencies of the training
+    set, drawn in grey. `true_class` (of STUDY_CLASSES, "" if unknown) is marked as annotated. Raises ValueError for missing
+    or unknown classes and values outside 0..1.
     """
     missing = [label for label in STUDY_CLASSES if label not in studies]
     if missing or true_class not in ("", *STUDY_CLASSES):
-        raise ValueError(f"missing classes {missing}, true class {true_class!r}; there are: {', '.join(STUDY_CLASSES)}")
+        raise ValueError(f"missing classes {missing}, true class {true_class!r}; valid: {', '.join(STUDY_CLASSES)}")
     rows = [_bar(label, float(studies[label]), priors, label == true_class) for label in STUDY_CLASSES]
     note = ""
     if priors:
         note = (
-            '<p class="priors" style="margin:0.5em 0 0;font-size:0.9em">No chosen model answers for the study: the grey '
-            "bars are the shares of the classes in the training set, the same for every image.</p>"
+            '<p class="priors" style="margin:0.5em 0 0;font-size:0.9em">None of the chosen models predicts the class of the '
+            "study. The grey bars show how common each class is in the training set; they are the same for every study.</p>"
         )
     of_image = ""
     if none is not None:
@@ -118,17 +119,17 @@ def bars(studies: Mapping[str, float], none: float | None, priors: bool, true_cl
 
 def _bar(label: str, value: float, grey: bool, is_true: bool, meaning: str = "") -> str:
     if not 0 <= value <= 1:
-        raise ValueError(f"the probability of {label} is {value}, wanted 0..1")
-    said = meaning or f"probability of {label}"
-    said += (", the training set's share" if grey else "") + (", the annotated class" if is_true else "")
+        raise ValueError(f"the probability of {label} is {value}; it must be in 0..1")
+    title = meaning or f"probability of {label}"
+    title += (", the training set's share" if grey else "") + (", the annotated class" if is_true else "")
     badge = '<span style="border:1px solid currentColor;border-radius:3px;padding:0 0.3em;font-size:0.75em">annotated</span>'
     colour = "currentColor;opacity:0.35" if grey else BAR
     return (
-        f'<div class="bar{" priors" if grey else ""}{" truth" if is_true else ""}" title="{escape(said)}" '
+        f'<div class="bar{" priors" if grey else ""}{" truth" if is_true else ""}" title="{escape(title)}" '
         'style="display:grid;grid-template-columns:minmax(7em,12em) minmax(4em,1fr) 3.5em;'
         'gap:0.6em;align-items:center;margin:0.3em 0">'
         f'<span style="font-weight:{700 if is_true else 400}">{escape(label)} {badge if is_true else ""}</span>'
-        f'<span role="meter" aria-label="{escape(said)}" aria-valuemin="0" aria-valuemax="1" aria-valuenow="{value:.3f}" '
+        f'<span role="meter" aria-label="{escape(title)}" aria-valuemin="0" aria-valuemax="1" aria-valuenow="{value:.3f}" '
         'style="position:relative;height:0.9em;border-radius:3px;overflow:hidden">'
         '<span style="position:absolute;inset:0;background:currentColor;opacity:0.12"></span>'
         f'<span style="position:absolute;inset:0 auto 0 0;width:{100 * value:.2f}%;background:{colour}"></span></span>'
@@ -142,52 +143,52 @@ def _image(name: str, kind: str, encoded: np.ndarray, rows: int, columns: int) -
 
 
 def _heat_png(heat: np.ndarray) -> np.ndarray:
-    """PNG of a colour a pixel, the more transparent the colder."""
+    """Return a PNG with one colour per pixel, more transparent where the heat is lower."""
     if heat.ndim != 2 or not (np.isfinite(heat).all() and heat.min() >= 0 and heat.max() <= 1):
-        raise ValueError(f"heat wants (h, w) of 0..1, got {heat.shape}")
+        raise ValueError(f"heat must be (h, w) with values in 0..1; its shape is {heat.shape}")
     levels = np.rint(shrink(heat.astype(np.float32), HEAT_SIDE) * 255).astype(np.uint8)
     coloured = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2BGRA)
     coloured[..., 3] = np.rint(levels * HEAT_ALPHA)
     return cv2.imencode(".png", coloured)[1]
 
 
-def _outline(mask: np.ndarray, rows: int, columns: int) -> str:
-    """SVG path through the middles of a mask's outermost pixels, holes as well, in original pixels."""
+def _outline_path(mask: np.ndarray, rows: int, columns: int) -> str:
+    """Return an SVG path in original pixels through the centres of the mask's outermost pixels, holes included."""
     if mask.ndim != 2 or mask.dtype != bool:
-        raise ValueError(f"a mask wants bool (h, w), got {mask.dtype} {mask.shape}")
+        raise ValueError(f"a mask must be bool (h, w), not {mask.dtype} {mask.shape}")
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    # OpenCV counts from the middle of the first pixel, SVG from its corner.
+    # OpenCV's origin is the centre of the first pixel, SVG's is its corner.
     scale = np.array([columns / mask.shape[1], rows / mask.shape[0]])
     placed = [(contour[:, 0] + 0.5) * scale for contour in contours]
     return "".join("M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points) + "Z" for points in placed)
 
 
-def _outlined(element: str, place: str, name: str) -> list[str]:
-    """A line of MARKS over a dark one, so that it is seen on white and on black."""
+def _line_with_halo(element: str, geometry: str, name: str) -> list[str]:
+    """Return a line of MARKS on top of a wider dark one, so that it is visible on white and on black."""
     mark, drawn = (
         MARKS[name],
         'fill="none" vector-effect="non-scaling-stroke" stroke-linecap="round" stroke-linejoin="round"',
     )
     dash = f' stroke-dasharray="{mark.dash}"' if mark.dash else ""
     return [
-        f'<{element} class="halo" {place} {drawn} stroke="#000" stroke-opacity="0.55" stroke-width="{mark.width + 2}"/>',
-        f'<{element} class="{name}" {place} {drawn} stroke="{mark.colour}" stroke-width="{mark.width}"{dash}/>',
+        f'<{element} class="halo" {geometry} {drawn} stroke="#000" stroke-opacity="0.55" stroke-width="{mark.width + 2}"/>',
+        f'<{element} class="{name}" {geometry} {drawn} stroke="{mark.colour}" stroke-width="{mark.width}"{dash}/>',
     ]
 
 
 def _rectangle(name: str, xmin: float, ymin: float, xmax: float, ymax: float) -> list[str]:
-    place = f'x="{xmin:.2f}" y="{ymin:.2f}" width="{xmax - xmin:.2f}" height="{ymax - ymin:.2f}"'
-    return _outlined("rect", place, name)
+    geometry = f'x="{xmin:.2f}" y="{ymin:.2f}" width="{xmax - xmin:.2f}" height="{ymax - ymin:.2f}"'
+    return _line_with_halo("rect", geometry, name)
 
 
-def _score(score: float, xmin: float, ymin: float, columns: int, letters: float) -> str:
-    """The score above the box, or inside of it where the image ends; within the image at the right edge too."""
-    x = min(max(xmin, 0), columns - 2.2 * letters)
-    y = ymin - letters / 3 if ymin > 1.3 * letters else max(ymin, 0) + 1.1 * letters
+def _score(score: float, xmin: float, ymin: float, columns: int, font_size: float) -> str:
+    """Return the score as text above the box, or inside it at the top of the image, and always within the right edge."""
+    x = min(max(xmin, 0), columns - 2.2 * font_size)
+    y = ymin - font_size / 3 if ymin > 1.3 * font_size else max(ymin, 0) + 1.1 * font_size
     return (
-        f'<text class="score" x="{x:.2f}" y="{y:.2f}" font-size="{letters:.2f}" font-family="sans-serif" font-weight="600" '
-        f'fill="{MARKS["opacity"].colour}" stroke="#000" stroke-width="{letters / 5:.2f}" stroke-linejoin="round" '
-        f'paint-order="stroke">{score:.2f}</text>'
+        f'<text class="score" x="{x:.2f}" y="{y:.2f}" font-size="{font_size:.2f}" font-family="sans-serif" '
+        f'font-weight="600" fill="{MARKS["opacity"].colour}" stroke="#000" stroke-width="{font_size / 5:.2f}" '
+        f'stroke-linejoin="round" paint-order="stroke">{score:.2f}</text>'
     )
 
 
@@ -205,26 +206,26 @@ def _heat_swatch() -> str:
 def _legend(entries: list[tuple[str, str]]) -> str:
     if not entries:
         return ""
-    told = "".join(f'<span style="white-space:nowrap">{swatch} {meaning}</span>' for swatch, meaning in reversed(entries))
-    return f'<div class="legend" style="display:flex;flex-wrap:wrap;justify-content:center;gap:0 1.5em">{told}</div>'
+    items = "".join(f'<span style="white-space:nowrap">{swatch} {meaning}</span>' for swatch, meaning in reversed(entries))
+    return f'<div class="legend" style="display:flex;flex-wrap:wrap;justify-content:center;gap:0 1.5em">{items}</div>'
 
 
-def _told(
-    shown: pd.DataFrame | None,
+def _description(
+    visible_boxes: pd.DataFrame | None,
     truth: pd.DataFrame | None,
     threshold: float,
     mask: np.ndarray | None,
     heat: np.ndarray | None,
 ) -> str:
-    """The sentence that a screen reader says of the picture."""
+    """Return the sentence that a screen reader says for the picture."""
     parts = []
-    if shown is not None:
-        parts.append(f"{_count(len(shown), 'box', 'boxes')} of opacity with a score of at least {threshold:.2f}")
+    if visible_boxes is not None:
+        parts.append(f"{_count(len(visible_boxes), 'box', 'boxes')} of opacity with a score of at least {threshold:.2f}")
     if truth is not None:
         parts.append(f"{_count(len(truth), 'annotated box', 'annotated boxes')}")
     parts += ["the outline of the lungs"] * (mask is not None) + ["a heat map"] * (heat is not None)
     return "Chest X-ray" + (" with " + ", ".join(parts) if parts else "") + "."
 
 
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
+def _count(number: int, singular: str, plural: str) -> str:
+    return f"{number} {singular if number == 1 else plural}"

@@ -1,6 +1,7 @@
-"""Writes phantoms laid out as the sets with one diagnosis an image: Kermany's, and ieee8023's covid-chestxray-dataset.
+"""Write phantoms in the layouts of data sets with one diagnosis per image: Kermany's and ieee8023's covid-chestxray-dataset.
 
-In each layout one file is damaged, one patient has four images and others two, and one image is another patient's again.
+In each layout one file is damaged, one image is a near-duplicate of another patient's, and some patients have two or four
+images.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from kitlib.phantoms.patients import draw_exposure, draw_finding, draw_near_dupl
 from kitlib.phantoms.plan import apportion
 
 LEAST_IMAGES = 24
-# Diagnosis -> what shows it: each by its own look, so that a network can tell them apart.
+# Diagnosis -> the finding that is drawn; each looks different, so that a network can tell the diagnoses apart.
 SHOWN_BY = {
     "viral": "Infiltration",
     "bacterial": "Consolidation",
@@ -27,8 +28,8 @@ SHOWN_BY = {
     "normal": "No Finding",
     "other": "Mass",
 }
-SEVERAL = (4, 2, 2)  # images of the first patients of each diagnosis, where it has enough; others have one
-# What ieee8023's table says of a diagnosis, in its last releases.
+SEVERAL = (4, 2, 2)  # numbers of images of each diagnosis's first patients, if it has enough images; others have one
+# Diagnosis -> values of the column `finding` in the last releases of ieee8023's table.
 FINDINGS = {
     "COVID-19": ("Pneumonia/Viral/COVID-19",),
     "viral": ("Pneumonia/Viral/SARS", "Pneumonia/Viral/Influenza"),
@@ -41,27 +42,30 @@ FINDINGS = {
 
 @dataclass(frozen=True)
 class Planned:
-    """One image: `number` from 1, `follow_up` from 0 within its patient, who is numbered from 1 over all diagnoses."""
+    """One planned image.
+
+    `number` counts images from 1, `follow_up` a patient's images from 0, and `patient` patients from 1 over all diagnoses.
+    """
 
     number: int
     diagnosis: str  # of DIAGNOSES
     patient: int
     follow_up: int
-    test: bool  # of an official test set, by patient
+    test: bool  # whether the patient is in the official test set
     age: int
     sex: str
     patient_seed: int
     seed: int
-    again: bool = False  # drawn as the image before, cropped and exposed anew
+    is_copy: bool = False  # a near-duplicate of the previous image: the same drawing, cropped and exposed again
     damaged: bool = False
 
 
 @dataclass(frozen=True)
 class _Layout:
-    shares: dict[str, float]  # of the diagnoses
+    shares: dict[str, float]  # share of the images by diagnosis
     adults: bool
-    place: Callable[[Planned], str]  # an image's path in the folder
-    tell_tale: str  # a file by whose bytes phantoms are told from a real set
+    make_path: Callable[[Planned], str]  # returns an image's path below the layout's folder
+    identifying_file: str  # a file whose bytes distinguish phantoms from a real data set
     tables: Callable[[Path, list[Planned], list[None]], None] | None = None
 
 
@@ -75,17 +79,18 @@ def write_diagnoses(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write FOLDER/LAYOUT, one of LAYOUTS, with `images` files, one of them damaged, `side` pixels long; return it.
+    """Write FOLDER/LAYOUT, one of LAYOUTS, with `images` files, one of them damaged, and return that folder.
 
-    kermany: `chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg`. covid_chestxray: `metadata.csv`, `images/*.png`, and rows
-    of a lateral image, a CT slice and an image that nobody has labelled, which have no file. At least LEAST_IMAGES images of
-    32 pixels; for the rest see `write_phantoms`. Raises ValueError for another layout.
+    The longer side of an image has `side` pixels. kermany: `chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg`.
+    covid_chestxray: `images/*.png` and `metadata.csv`, which also has rows without a file for a lateral image, a CT slice
+    and an unlabelled image. At least LEAST_IMAGES images of 32 pixels; for everything else see `write_phantoms`. Raises
+    ValueError for an unknown layout.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"no set of diagnoses is called {layout!r}; there are: {', '.join(LAYOUTS)}")
+        raise ValueError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")
     return write_phantoms(
         Path(folder) / layout,
-        (LAYOUTS[layout].tell_tale,),
+        (LAYOUTS[layout].identifying_file,),
         {"images": images, "side": side, "seed": seed},
         partial(plan_diagnoses, layout, images, seed),
         partial(_write_image, layout=layout, side=side),
@@ -98,17 +103,17 @@ def write_diagnoses(
 
 
 def plan_diagnoses(layout: str, images: int, seed: int) -> list[Planned]:
-    """In the order of the diagnoses, patients and their images."""
+    """Return the planned images of a layout, ordered by diagnosis, patient and follow-up."""
     rng = np.random.default_rng([seed, 60, list(LAYOUTS).index(layout)])
     shown = apportion(images, LAYOUTS[layout].shares)
     planned: list[Planned] = []
     patient = 0
     for diagnosis in dict.fromkeys(shown):
-        left, several = shown.count(diagnosis), list(SEVERAL)
-        while left:
+        remaining, sizes = shown.count(diagnosis), list(SEVERAL)
+        while remaining:
             patient += 1
-            # A diagnosis of few images has as many patients, so that each fold can get one.
-            size = several.pop(0) if several and left >= 2 * sum(several) + 2 else 1
+            # A diagnosis with few images has one patient for each, so that every fold can get one.
+            size = sizes.pop(0) if sizes and remaining >= 2 * sum(sizes) + 2 else 1
             low, high = (18, 90) if LAYOUTS[layout].adults else (1, 6)
             of_patient = partial(
                 Planned,
@@ -120,24 +125,24 @@ def plan_diagnoses(layout: str, images: int, seed: int) -> list[Planned]:
                 patient_seed=int(rng.integers(2**31)),
             )
             for follow_up in range(size):
-                drawn = int(rng.integers(2**31))
-                planned.append(of_patient(number=len(planned) + 1, follow_up=follow_up, seed=drawn))
-            left -= size
-    # The first diagnosis has the most patients of one image; its last two are the copy and what it is a copy
-    # of; the rarer ones keep what they have.
-    last = shown.count(shown[0]) - 1
-    planned[last] = replace(
-        planned[last], again=True, patient_seed=planned[last - 1].patient_seed, seed=planned[last - 1].seed
+                image_seed = int(rng.integers(2**31))
+                planned.append(of_patient(number=len(planned) + 1, follow_up=follow_up, seed=image_seed))
+            remaining -= size
+    # The near-duplicate and the damaged file are taken from the end of the first diagnosis, which has many patients with one
+    # image, so that the rarer diagnoses lose none. The last image becomes the copy of the one before it.
+    copy = shown.count(shown[0]) - 1
+    planned[copy] = replace(
+        planned[copy], is_copy=True, patient_seed=planned[copy - 1].patient_seed, seed=planned[copy - 1].seed
     )
-    planned[last - 2] = replace(planned[last - 2], damaged=True)
+    planned[copy - 2] = replace(planned[copy - 2], damaged=True)
     return planned
 
 
 def _write_image(root: Path, image: Planned, layout: str, side: int) -> None:
-    path = root / LAYOUTS[layout].place(image)
+    path = root / LAYOUTS[layout].make_path(image)
     if image.damaged:
-        with replacing(path) as beside:
-            beside.write_bytes(b"\xff\xd8\xff\xe0 cut off")
+        with replacing(path) as temporary_path:
+            temporary_path.write_bytes(b"\xff\xd8\xff\xe0 cut off")
         return
     rng = np.random.default_rng(image.seed)
     patient = draw_patient(np.random.default_rng(image.patient_seed))
@@ -147,18 +152,18 @@ def _write_image(root: Path, image: Planned, layout: str, side: int) -> None:
         patient, opacities = draw_finding(rng, SHOWN_BY[image.diagnosis], patient)
     exposure = draw_exposure(rng, side)
     if layout == "kermany":
-        # As its real ones: an R in every image, and nothing unexposed.
+        # As in the real images: every one has a marker R and none an unexposed border.
         exposure = replace(exposure, marker="R", border=0.0)
-    if image.again:
+    if image.is_copy:
         exposure = draw_near_duplicate(rng, exposure)
     grey, _ = render(patient, exposure, opacities)
     pixels = np.rint(grey * np.float32(255)).astype(np.uint8)
     options = [cv2.IMWRITE_JPEG_QUALITY, 90] if path.suffix == ".jpeg" else []
-    with replacing(path) as beside:
-        cv2.imwrite(str(beside), pixels, options)
+    with replacing(path) as temporary_path:
+        cv2.imwrite(str(temporary_path), pixels, options)
 
 
-def _kermany_place(image: Planned) -> str:
+def _kermany_path(image: Planned) -> str:
     part = "test" if image.test else "train"
     if image.diagnosis == "normal":
         return f"chest_xray/{part}/NORMAL/IM-{image.patient:04d}-{image.follow_up + 1:04d}.jpeg"
@@ -166,7 +171,7 @@ def _kermany_place(image: Planned) -> str:
     return f"chest_xray/{part}/PNEUMONIA/person{image.patient}_{germ}_{image.number}.jpeg"
 
 
-def _covid_chestxray_place(image: Planned) -> str:
+def _covid_chestxray_path(image: Planned) -> str:
     return f"images/phantom-{image.patient:04d}-{image.follow_up}.png"
 
 
@@ -184,7 +189,7 @@ def _covid_chestxray_table(root: Path, planned: list[Planned], written: list[Non
             "date": "2020",
             "location": "drawn",
             "folder": "images",
-            "filename": Path(_covid_chestxray_place(image)).name,
+            "filename": Path(_covid_chestxray_path(image)).name,
             "doi": "",
             "url": "",
             "license": ("CC BY-NC-SA", "CC BY 3.0", "")[image.patient % 3],
@@ -193,8 +198,8 @@ def _covid_chestxray_table(root: Path, planned: list[Planned], written: list[Non
         }
         for image in planned
     ]
-    others = ({"view": "L"}, {"view": "Axial", "modality": "CT", "folder": "volumes"}, {"finding": "todo"})
-    rows += [rows[0] | other | {"filename": f"other-{place}.png"} for place, other in enumerate(others)]
+    unusable = ({"view": "L"}, {"view": "Axial", "modality": "CT", "folder": "volumes"}, {"finding": "todo"})
+    rows += [rows[0] | changes | {"filename": f"other-{index}.png"} for index, changes in enumerate(unusable)]
     write_csv(root / "metadata.csv", pd.DataFrame(rows))
 
 
@@ -203,16 +208,15 @@ LAYOUTS = {
     "kermany": _Layout(
         {"bacterial": 2780 / 5856, "viral": 1493 / 5856, "normal": 1583 / 5856},
         adults=False,
-        place=_kermany_place,
-        tell_tale="chest_xray/train/PNEUMONIA/person1_bacteria_1.jpeg",
+        make_path=_kermany_path,
+        identifying_file="chest_xray/train/PNEUMONIA/person1_bacteria_1.jpeg",
     ),
-    # metadata.csv and images/*.png. The table also has a lateral image, a CT slice and an image that nobody has labelled;
-    # these have no file.
+    # metadata.csv and images/*.png. The table also has a lateral image, a CT slice and an unlabelled image without files.
     "covid_chestxray": _Layout(
         {"COVID-19": 0.62, "viral": 0.08, "bacterial": 0.12, "normal": 0.08, "pneumonia": 0.05, "other": 0.05},
         adults=True,
-        place=_covid_chestxray_place,
-        tell_tale="metadata.csv",
+        make_path=_covid_chestxray_path,
+        identifying_file="metadata.csv",
         tables=_covid_chestxray_table,
     ),
 }

@@ -1,8 +1,8 @@
-"""Renders a synthetic frontal chest radiograph from a patient, an exposure and opacities, with boxes, lungs and heart.
+"""Render a synthetic frontal chest radiograph, with boxes and masks, from a patient, an exposure and opacities.
 
-Everything smooth is drawn at `WORK_SIDE` pixels or less and enlarged; noise and markers are drawn at full size. What is
-drawn follows how an X-ray comes about: soft tissue and bone add attenuation, aerated lung takes it away, and an opacity is
-lung without its air.
+Anatomy is drawn at a longer side of `WORK_SIDE` pixels or less and enlarged; noise and markers are drawn at full size. The
+image is built like an X-ray: soft tissue and bone add attenuation, aerated lung removes it, and an opacity is lung without
+air.
 """
 
 import cv2
@@ -12,23 +12,23 @@ from kitlib.phantoms.patients import LUNG_ASPECT, Exposure, Opacity, Patient
 
 WORK_SIDE = 512  # pixels of the longer side at which anatomy is drawn
 LUNG_SHARE = 0.74  # share of the image that the lungs fill, the median of SIIM's training set
-BOX_LEVEL = 0.35  # a box encloses what is denser than this share of the opacity's own density
+BOX_LEVEL = 0.35  # a box encloses the pixels that have more than this share of the opacity's own density
 SHIFT = 4  # fractional bits of the coordinates that cv2 draws with
 
-# A lung's outline from the apex down the chest wall, and at the top of the mediastinum; u counted away from the midline.
+# A lung's outline from the apex down the chest wall, and at the top of the mediastinum; u counts from the midline outwards.
 CHEST_WALL = [(0.30, -1.0), (0.50, -0.97), (0.72, -0.72), (0.88, -0.35), (0.96, 0.1), (1.0, 0.55), (1.0, 0.98)]
 MEDIASTINUM_TOP = [(0.17, -0.45), (0.2, -0.85)]
 
 
 def render(patient: Patient, exposure: Exposure, opacities: tuple[Opacity, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
-    """The radiograph (rows, columns) as float32 grey 0..1, 1 = white, and its boxes (n, 4) in its pixels.
+    """Return the radiograph (rows, columns) as float32 grey in 0..1, 1 = white, and boxes (n, 4) in its pixels.
 
-    Boxes are of the `boxed` opacities, in their order. The same arguments give the same pixels.
+    The boxes are those of the opacities with `boxed`, in their order. The same arguments give the same pixels.
     """
     view = _View(patient, exposure)
     rng = np.random.default_rng([patient.seed, 1])
     lungs = _lungs(patient, view, rng)
-    # A lung is thinner towards its edges: there is less air in the beam.
+    # A lung is thinner towards its edges, so there is less air in the beam.
     air = view.blur(lungs, 0.012) * (0.45 + view.blur(lungs, 0.14) * np.float32(0.55 / 255)) * np.float32(1 / 255)
     boxes = [_replace_air(air, lungs > 127, opacity, view) for opacity in opacities]
     grey = _soft_tissue(patient, view) + _bones(view, rng) * np.float32(patient.bone)
@@ -39,18 +39,18 @@ def render(patient: Patient, exposure: Exposure, opacities: tuple[Opacity, ...] 
     return _expose(grey, exposure), np.array(boxed).reshape(-1, 4) * view.enlargement
 
 
-def structures(patient: Patient, exposure: Exposure) -> dict[str, np.ndarray]:
-    """Masks of left_lung, right_lung and heart as `render` draws them, bool (rows, columns); sides are the patient's.
+def draw_masks(patient: Patient, exposure: Exposure) -> dict[str, np.ndarray]:
+    """Return the masks of left_lung, right_lung and heart as `render` draws them: bool (rows, columns), the patient's sides.
 
-    Lungs are what has air, opacities included. The heart is what lies between them, from the hila to the diaphragm, and
-    nowhere lung: nothing else in the picture says where it ends.
+    Lungs include opacities. The heart is the region between the lungs from the hila to the diaphragm, without the lungs,
+    because nothing else in the image shows where it ends.
     """
     view = _View(patient, exposure)
     right, left = _lung_outlines(patient, np.random.default_rng([patient.seed, 1]))
     outlines = {"left_lung": left, "right_lung": right, "heart": _heart_outline(patient)}
     masks = {}
     for name, outline in outlines.items():
-        # The drawing's pixels are enlarged about their middles, which cv2 counts from 0.
+        # cv2 counts pixel centres from 0: scale about the pixels' corners, not their centres.
         points = (view.pixels(outline) + 0.5) * view.enlargement[:2] - 0.5
         canvas = np.zeros((exposure.rows, exposure.columns), np.uint8)
         cv2.fillPoly(canvas, [np.round(points * 2**SHIFT).astype(np.int32)], 255, cv2.LINE_AA, SHIFT)
@@ -60,9 +60,9 @@ def structures(patient: Patient, exposure: Exposure) -> dict[str, np.ndarray]:
 
 
 class _View:
-    """Thorax units to pixels of the drawing canvas, which is the image at `WORK_SIDE` or its own size if smaller.
+    """Converts thorax units to pixels of the canvas: the image at `WORK_SIDE`, or at its own size if that is smaller.
 
-    Canvases are uint8 with 255 for one: OpenCV smooths the edges of what it draws in 8 bits alone.
+    Canvases are uint8 with 255 for 1, because OpenCV draws smooth edges in 8-bit images only.
     """
 
     def __init__(self, patient: Patient, exposure: Exposure) -> None:
@@ -81,23 +81,26 @@ class _View:
         return np.zeros((self.rows, self.columns), np.uint8)
 
     def pixels(self, points: np.ndarray) -> np.ndarray:
-        """(..., 2) of u, v to x, y."""
+        """Return points (..., 2) in thorax units (u, v) as pixels (x, y)."""
         return np.asarray(points, dtype=float) @ self.matrix.T + self.origin
 
     def fill(self, canvas: np.ndarray, outlines: np.ndarray, value: float = 1.0) -> None:
-        """Areas whose outlines (areas, points, 2) are closed."""
+        """Fill closed outlines (areas, points, 2) on the canvas."""
         for outline in self._fixed_point(outlines):
             cv2.fillPoly(canvas, [outline], round(255 * value), cv2.LINE_AA, SHIFT)
 
     def lines(self, canvas: np.ndarray, curves: np.ndarray, width: float, value: float) -> None:
-        """Curves (curves, points, 2) `width` thorax units wide; at least a pixel."""
+        """Draw curves (curves, points, 2) that are `width` thorax units wide, at least a pixel."""
         thickness = max(1, round(width * self.unit))
-        # Broad lines are blurred later; to smooth their edges as well would take four times as long.
+        # Broad lines are blurred later; smoothing their edges too would take four times as long.
         kind = cv2.LINE_AA if thickness == 1 else cv2.LINE_8
         cv2.polylines(canvas, self._fixed_point(curves), False, round(255 * value), thickness, kind, SHIFT)
 
     def blur(self, canvas: np.ndarray, sigma: float) -> np.ndarray:
-        """Gaussian blur of `sigma` thorax units. Wide ones are done on a reduced copy, which nobody can tell apart."""
+        """Return the canvas blurred with a Gaussian of `sigma` thorax units.
+
+        Wide blurs are computed on a reduced copy, which makes no visible difference.
+        """
         pixels = sigma * self.unit
         if pixels <= 3:
             return cv2.GaussianBlur(canvas, (0, 0), max(0.4, pixels), borderType=cv2.BORDER_REPLICATE)
@@ -117,7 +120,7 @@ def _lungs(patient: Patient, view: _View, rng: np.random.Generator) -> np.ndarra
 
 
 def _lung_outlines(patient: Patient, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The closed outlines (points, 2) of the right and the left lung."""
+    """Return the closed outlines (points, 2) of the right and the left lung, in thorax units."""
     low = patient.diaphragm
     right_base = [(0.85, 0.78 + low), (0.6, 0.64 + low), (0.36, 0.68 + low), (0.24, 0.8 + low)]
     left_base = [(0.9, 0.88 + low), (0.76, 0.76 + low), (0.68, 0.77 + low)]
@@ -130,32 +133,35 @@ def _lung_outlines(patient: Patient, rng: np.random.Generator) -> tuple[np.ndarr
 
 
 def _right_heart(patient: Patient) -> list[tuple[float, float]]:
-    """The lung's edge along the heart from its base upwards, u counted away from the midline."""
+    """Return the right lung's edge along the heart, from the base upwards; u counts from the midline outwards."""
     return [(0.3 * patient.heart, 0.55), (0.29 * patient.heart, 0.25), (0.2, 0.0)]
 
 
 def _left_heart(patient: Patient) -> list[tuple[float, float]]:
-    """The same of the left lung; the last two points are beside the aorta."""
+    """Return the left lung's edge along the heart, from the base upwards; u counts from the midline outwards.
+
+    The last two points lie along the aorta.
+    """
     heart = patient.heart
     return [(0.66 * heart, 0.7), (0.56 * heart, 0.4), (0.36, 0.12), (0.25, -0.05), (0.29, -0.2), (0.22, -0.32)]
 
 
 def _heart_outline(patient: Patient) -> np.ndarray:
-    """The closed outline (points, 2), which reaches into both lungs a little, so that no gap is left between."""
+    """Return the heart's closed outline (points, 2). It overlaps both lungs a little, so that no gap is left."""
     right, left = np.array(_right_heart(patient)) * (-1, 1), np.array(_left_heart(patient)[3::-1])
     base = np.array([(0.5 * patient.heart, 0.82 + patient.diaphragm), (-0.24, 0.8 + patient.diaphragm)])
     return _rounded(np.concatenate([right, left, base]) * (1.07, 1))
 
 
 def _replace_air(air: np.ndarray, inside: np.ndarray, opacity: Opacity, view: _View) -> np.ndarray:
-    """Take the opacity's share out of `air`, in place; return its box (4,) in canvas pixels."""
+    """Remove the opacity's share of `air`, in place; return the opacity's box (4,) in canvas pixels."""
     rng = np.random.default_rng([opacity.seed, 2])
     radius = np.array([opacity.radius_u, opacity.radius_v])
     centre = np.array([opacity.u, opacity.v])
     reach = view.pixels(np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * 1.5 * radius + centre)
     left, top = np.floor(reach.min(axis=0)).astype(int).clip(0, (view.columns - 2, view.rows - 2))
     right, bottom = np.ceil(reach.max(axis=0)).astype(int).clip((left + 2, top + 2), (view.columns, view.rows))
-    # Pixels of the area to the ellipse's own coordinates, in which its rim has radius 1.
+    # Converts pixels of the area to the ellipse's own coordinates, in which its rim has radius 1.
     inverse = np.diag(1 / radius) @ np.linalg.inv(view.matrix)
     offset = inverse @ (np.array([left, top]) + 0.5 - view.pixels(centre))
     x, y = np.arange(right - left), np.arange(bottom - top)[:, None]
@@ -168,7 +174,7 @@ def _replace_air(air: np.ndarray, inside: np.ndarray, opacity: Opacity, view: _V
     cloudy = np.clip(share * (1 + 0.3 * opacity.softness * (0.5 * grain + 0.5 * waves)), 0, 1)
     air[top:bottom, left:right] *= (1 - opacity.density * cloudy).astype(np.float32)
     dense = share > BOX_LEVEL
-    if not dense.any():  # outside the lungs, or smaller than a pixel: the pixel at its middle
+    if not dense.any():  # outside the lungs, or smaller than a pixel: return the pixel at its centre
         middle = view.pixels(centre).clip(0, (view.columns - 1, view.rows - 1))
         return np.concatenate([middle, middle + 1])
     across, down = np.flatnonzero(dense.any(axis=0)), np.flatnonzero(dense.any(axis=1))
@@ -176,7 +182,7 @@ def _replace_air(air: np.ndarray, inside: np.ndarray, opacity: Opacity, view: _V
 
 
 def _soft_tissue(patient: Patient, view: _View) -> np.ndarray:
-    """Trunk, neck and arms against air, brighter in the mediastinum and below the diaphragm, as grey."""
+    """Return the attenuation of trunk, neck and arms as grey, higher in the mediastinum and below the diaphragm."""
     low = patient.diaphragm
     outline = [(-0.3, -4), (0.3, -4), (0.34, -1.4), (0.5, -1.22), (1.05, -1.16), (1.5, -1.0), (1.75, -0.5), (1.8, 0.3)]
     outline += [(2.0, 4.0), (1.75, 4.0), (1.5, 0.75), (1.28, 0.15), (1.2, 0.6), (1.22, 1.3), (1.25, 4.0), (-0.3, 4.0)]
@@ -197,7 +203,7 @@ def _soft_tissue(patient: Patient, view: _View) -> np.ndarray:
 
 
 def _bones(view: _View, rng: np.random.Generator) -> np.ndarray:
-    """Ribs, clavicles, shoulders and the spine, as grey to add: what crosses adds up."""
+    """Return the attenuation of ribs, clavicles, shoulders and spine as grey to add; crossing bones add up."""
     t = np.linspace(0, 1, 14)
     rib = np.arange(10)[:, None]
     start = -1.02 + 0.19 * rib * rng.uniform(0.95, 1.05)
@@ -224,13 +230,13 @@ def _bones(view: _View, rng: np.random.Generator) -> np.ndarray:
 
 
 def _bars(view: _View, canvas: np.ndarray, curves: np.ndarray, width: float, value: float) -> None:
-    """Bones seen from the side: their compact rims are brighter than their middle."""
+    """Draw long bones, whose rims are brighter than their middles because their dense wall is seen edge-on."""
     view.lines(canvas, curves, width, value)
     view.lines(canvas, curves, 0.65 * width, 0.6 * value)
 
 
 def _vessels(view: _View, rng: np.random.Generator) -> np.ndarray:
-    """Pulmonary vessels that thin out from the hila, 0..1."""
+    """Return pulmonary vessels that thin out from the hila, 0..1."""
     branches, hila = view.canvas(), view.canvas()
     t = np.linspace(0, 1, 8)
     for side in (-1, 1):
@@ -248,7 +254,7 @@ def _vessels(view: _View, rng: np.random.Generator) -> np.ndarray:
 
 
 def _expose(grey: np.ndarray, exposure: Exposure) -> np.ndarray:
-    """Enlarge to the image's size; add contrast, noise, the unexposed border and the marker."""
+    """Return the image at full size, with contrast, noise, the unexposed border and the marker."""
     grey = np.power(np.clip(grey * np.float32(exposure.gain), 0, 1), np.float32(exposure.gamma))
     if grey.shape != (exposure.rows, exposure.columns):
         grey = cv2.resize(grey, (exposure.columns, exposure.rows), interpolation=cv2.INTER_CUBIC)
@@ -270,17 +276,18 @@ def _expose(grey: np.ndarray, exposure: Exposure) -> np.ndarray:
 
 
 def _mirrored(points: np.ndarray, side: int) -> np.ndarray:
-    """(points, 2) on the side asked for, as a stack of one."""
+    """Return points (points, 2) on the given side (-1 right, 1 left) as an array (1, points, 2)."""
     return (np.asarray(points) * (side, 1))[None]
 
 
 def _ellipse(u: float, v: float, radius_u: float, radius_v: float) -> np.ndarray:
+    """Return the outline of an ellipse as an array (1, 24, 2)."""
     angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     return np.stack([u + radius_u * np.cos(angle), v + radius_v * np.sin(angle)], axis=-1)[None]
 
 
 def _rounded(points: list[tuple[float, float]] | np.ndarray) -> np.ndarray:
-    """A closed outline with its corners cut twice (Chaikin 1974)."""
+    """Return a closed outline with its corners cut twice (Chaikin 1974)."""
     points = np.asarray(points, dtype=float)
     for _ in range(2):
         following = np.roll(points, -1, axis=0)

@@ -1,4 +1,4 @@
-"""A folder of phantoms: whole or not there at all, left alone where it fits, never in the place of anything else."""
+"""Write a folder of phantoms atomically: reuse it if it fits, and never replace a folder that is not made of phantoms."""
 
 import hashlib
 import importlib
@@ -30,34 +30,41 @@ Written = TypeVar("Written")
 
 @dataclass(frozen=True)
 class PhantomFolder:
-    """`marker` lies beside `folder`, which has the data set's own files and no other; it says what they were made from.
+    """A folder of phantoms and the marker file beside it, which records the parameters that made them.
 
-    `tables` are the names of the folder's tables, by whose bytes phantoms are told from a real data set.
+    `folder` has only files of the data set's layout. `tables` are names of files in it whose bytes, recorded in the marker,
+    distinguish phantoms from a real data set.
     """
 
     folder: Path
     marker: Path
     tables: tuple[str, ...]
 
-    def made_with(self, parameters: dict[str, Any]) -> bool:
-        """Whether the folder is there and fits `parameters`. Raises FileExistsError where it holds something else."""
+    def is_made_with(self, parameters: dict[str, Any]) -> bool:
+        """Return whether the folder exists and was made with `parameters`.
+
+        Raises FileExistsError if it contains anything but phantoms.
+        """
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return False
         made = json.loads(self.marker.read_text(encoding="utf-8")) if self.marker.is_file() else {}
-        # The tables tell ours from a real data set that was unpacked where phantoms were once.
+        # The digest detects a real data set that was unpacked where phantoms had been.
         if made.get("tables") != self._digest(self.folder):
-            raise FileExistsError(f"{self.folder} holds something else than phantoms; choose another folder or move it away")
+            raise FileExistsError(f"{self.folder} has files that are not phantoms; choose another folder or move it away")
         return parameters.items() <= made.items()
 
     @contextmanager
     def replacing(self, parameters: dict[str, Any]) -> Iterator[Path]:
-        """Yield a folder beside, to be filled; when the block ends without an error it takes the place of `folder`."""
+        """Yield a temporary folder to fill; if the block ends without an error, it replaces `folder`.
+
+        The marker is written with `parameters` and the digest of the tables.
+        """
         partial, replaced = (self.folder.with_name(f".{self.folder.name}.{suffix}") for suffix in ("partial", "replaced"))
-        for left_behind in (partial, replaced):
-            shutil.rmtree(left_behind, ignore_errors=True)
+        for leftover in (partial, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        # Killed between any two of these, the next call finds either phantoms that fit their marker or none.
+        # If the process is killed between two of these steps, the next call finds phantoms that fit their marker, or none.
         if self.folder.exists():
             self.folder.rename(replaced)
         write_json(self.marker, parameters | {"tables": self._digest(partial)})
@@ -80,53 +87,57 @@ def write_phantoms(
     least: tuple[int, int],
     code: tuple[str, ...],
     marker: str = "",
-    elsewhere: Sequence[Path] = (),
+    other_files: Sequence[Path] = (),
     unit: str = "image",
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write `folder`, a set of phantoms with `tables` (see PhantomFolder), unless it is there and fits; return it.
+    """Write `folder` with a set of phantoms, unless it exists and was made with the same parameters; return `folder`.
 
-    It is made from `parameters`, the numbers `images` and `side` (pixels) among them, by the modules `code` and those that
-    draw: the same ones give the same bytes, whatever `workers` (default: the machine's cores, fewer for a small set). Every
-    item of the `plan` is handed to `write`, maybe in another process, and what that returns to `finish`, both with the
-    folder to write into. It appears when it is whole: after an interruption, call again. If it is there and made in this
-    way, which the file `marker` beside it says (`.NAME.json` unless told), and so are the files `elsewhere`, nothing is
-    done; made otherwise, it is replaced. Raises FileExistsError where it holds something else, ValueError for fewer images
-    or less of a side than `least`.
+    `plan` returns the items to write. `write` writes one item below a folder, maybe in another process; `finish` then gets
+    the folder, the items and what `write` returned for them. `parameters` include the image's `side` in pixels and maybe the
+    number of `images`. The same parameters and code (the modules `code` and those that draw) give the same bytes, for any
+    number of `workers` (default: the cores, fewer for a small set). `tables` are as in PhantomFolder; `marker` is the name
+    of the marker file beside the folder, by default `.NAME.json`. The folder appears when it is complete: after an
+    interruption, call again. It is written again if it was made with other parameters, or if one of `other_files` is
+    missing. Raises FileExistsError if it contains anything but phantoms, ValueError if `images` or `side` is less than
+    `least`.
     """
     images, side = parameters.get("images", 0), parameters["side"]
     if images < least[0] or side < least[1]:
-        raise ValueError(f"wanted at least {least[0]} images of {least[1]} pixels, got {images} of {side}")
-    parameters = parameters | {"generator": fingerprint(*code)}
+        raise ValueError(f"expected at least {least[0]} images of {least[1]} pixels, got {images} of {side}")
+    parameters = parameters | {"generator": hash_code(*code)}
     target = PhantomFolder(folder, folder.with_name(marker or f".{folder.name}.json"), tables)
-    if target.made_with(parameters) and all(path.is_file() for path in elsewhere):
-        logging.getLogger(__name__).info("%s is there already, made with these parameters", folder)
+    if target.is_made_with(parameters) and all(path.is_file() for path in other_files):
+        logging.getLogger(__name__).info("%s already exists and was made with these parameters", folder)
         return folder
     planned = plan()
     with target.replacing(parameters) as root:
-        drawn = each_in_order(partial(write, root), planned, workers or default_workers(len(planned)), side)
-        written = list(tqdm(drawn, total=len(planned), desc="phantoms", unit=unit, disable=not progress))
+        results = map_in_order(partial(write, root), planned, workers or choose_workers(len(planned)), side)
+        written = list(tqdm(results, total=len(planned), desc="phantoms", unit=unit, disable=not progress))
         if finish:
             finish(root, planned, written)
     return folder
 
 
-def fingerprint(*code: str) -> str:
-    """16 hexadecimal digits of the code of these modules and of those that draw: an older kit's phantoms are drawn anew."""
+def hash_code(*code: str) -> str:
+    """Return 16 hexadecimal digits that change with the code of these modules or of the drawing modules.
+
+    Phantoms of another version of the code are drawn again.
+    """
     files = [Path(inspect.getfile(importlib.import_module(name))) for name in (*DRAWING, *code)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def default_workers(images: int) -> int:
-    """One process for every hundred images, since starting one takes as long as drawing many; at most one a core."""
+def choose_workers(images: int) -> int:
+    """Return one process for every hundred images, at most one per core; starting one takes as long as many images."""
     return min(usable_cores(), 1 + images // 100)
 
 
-def each_in_order(write: Callable[[Item], Written], items: Sequence[Item], workers: int, side: int) -> Iterator[Written]:
-    """What `write` returns for each item, in the items' order, so that results do not depend on `workers`.
+def map_in_order(write: Callable[[Item], Written], items: Sequence[Item], workers: int, side: int) -> Iterator[Written]:
+    """Yield what `write` returns for each item, in the items' order whatever `workers` is.
 
-    `write` and the items cross to other processes; `side`, pixels of an image, sets how many go at once.
+    `write` and the items are pickled for other processes; `side`, in pixels, sets the number of items per chunk.
     """
     if workers <= 1:
         yield from map(write, items)

@@ -1,6 +1,6 @@
-"""Writes phantoms laid out as the sets of lung masks: JSRT with SCR, Montgomery, Shenzhen, and V7's from Darwin.
+"""Write phantoms in the layouts of data sets with lung masks: JSRT with SCR, Montgomery, Shenzhen, and V7's from Darwin.
 
-Masks are those of the drawing, as each set counts lungs.
+Masks come from the drawing, with each data set's own definition of the lungs.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from PIL import Image
 from kitlib.atomic import replacing, write_json, write_text
 from kitlib.datasets.darwin import CLASSES
 from kitlib.datasets.darwin import LEAST_SIDE as DARWIN_SIDE
-from kitlib.phantoms.drawing import render, structures
+from kitlib.phantoms.drawing import draw_masks, render
 from kitlib.phantoms.folder import LEAST_SIDE, write_phantoms
 from kitlib.phantoms.patients import draw_exposure, draw_finding, draw_patient
 from kitlib.phantoms.plan import apportion
@@ -24,7 +24,7 @@ from kitlib.xrays.image_file import JSRT_BITS, JSRT_SIDE
 
 SCR_SIDE = 1024  # pixels of SCR's masks
 MASKED_SHARE = 566 / 662  # of Shenzhen's images
-LATERAL_SHARE = 0.02  # of Darwin's images, and at least one; what they show is frontal nonetheless
+LATERAL_SHARE = 0.02  # of Darwin's images, and at least one, are tagged as lateral; they too are drawn frontal
 FIRST_DARWIN_ID = 965322
 
 
@@ -38,7 +38,7 @@ class _Planned:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """One phantom: `pixels` uint8 (rows, columns), its structures' masks (see `structures`), and a sex and an age."""
+    """One phantom: `pixels` uint8 (rows, columns), its masks by structure (see `draw_masks`), the patient's sex and age."""
 
     pixels: np.ndarray
     masks: dict[str, np.ndarray]
@@ -48,10 +48,10 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class _Layout:
-    """`classes` -> its share of the images, and the findings that show it."""
+    """One data set's layout. `classes` maps a class to its share of the images and to the findings that show it."""
 
     classes: dict[str, tuple[float, tuple[str, ...]]]
-    tell_tale: str  # a file that every set of this layout has, by whose bytes phantoms are told from a real one
+    identifying_file: str  # a file of every set of this layout, whose bytes distinguish phantoms from a real one
     write: Callable[[Path, _Planned, _Drawn], None]
 
 
@@ -65,23 +65,23 @@ def write_lungs(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write FOLDER/LAYOUT, one of LAYOUTS, and return it.
+    """Write FOLDER/LAYOUT, one of LAYOUTS, with `images` images and their masks; return that folder.
 
     jsrt: `All247images/*.IMG`, 2048 x 2048 pixels and 8 MB each, whatever `side` is, and `scratch/fold1` and `fold2` with
-    masks of heart, left and right lung, 1024 x 1024, as GIF files. montgomery: PNG files, a mask of each lung, and readings.
-    shenzhen: the same, with one mask for six images in seven. darwin: images, and annotations with two polygons called Lung,
-    which take in the heart; one image in fifty, and at least one, is tagged as lateral and has none. The images of these
-    three have `side` pixels on their longer side and are not square. At least an image of each class; for the rest see
-    `write_phantoms`. Raises ValueError for another layout.
+    masks of heart, left and right lung, 1024 x 1024, as GIF files. montgomery: PNG files, a mask of each lung, and clinical
+    readings. shenzhen: PNG files, one mask for six images in seven, and clinical readings. darwin: images, and annotations
+    with two polygons called Lung, which include the heart; one image in fifty, and at least one, is tagged as lateral and
+    has none. Images of the last three layouts have `side` pixels on their longer side and are not square. At least one image
+    of each class; for everything else see `write_phantoms`. Raises ValueError for an unknown layout.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"no set of lung masks is called {layout!r}; there are: {', '.join(LAYOUTS)}")
+        raise ValueError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")
     # The shorter side has at least four fifths of the longer one.
     least_side = DARWIN_SIDE * 5 // 4 if layout == "darwin" else LEAST_SIDE
     side = JSRT_SIDE if layout == "jsrt" else side
     return write_phantoms(
         Path(folder) / layout,
-        (LAYOUTS[layout].tell_tale,),
+        (LAYOUTS[layout].identifying_file,),
         {"images": images, "side": side, "seed": seed},
         partial(_plan, layout, images, seed),
         partial(_write, layout=layout, side=side),
@@ -93,7 +93,7 @@ def write_lungs(
 
 
 def _plan(layout: str, images: int, seed: int) -> list[_Planned]:
-    """In the order of the classes, as JSRT's and the two tuberculosis sets are numbered."""
+    """Return the planned images, ordered by class, as JSRT and the two tuberculosis sets are numbered."""
     rng = np.random.default_rng([seed, 40, list(LAYOUTS).index(layout)])
     shown = apportion(images, {name: share for name, (share, _) in LAYOUTS[layout].classes.items()})
     seeds = rng.integers(2**31, size=(images, 2))
@@ -112,17 +112,17 @@ def _write(root: Path, image: _Planned, layout: str, side: int) -> None:
         exposure = replace(exposure, rows=side, columns=side)
     grey, _ = render(patient, exposure, opacities)
     pixels = np.rint(grey * np.float32(255)).astype(np.uint8)
-    drawn = _Drawn(pixels, structures(patient, exposure), str(rng.choice(["F", "M"])), int(rng.integers(18, 90)))
+    drawn = _Drawn(pixels, draw_masks(patient, exposure), str(rng.choice(["F", "M"])), int(rng.integers(18, 90)))
     LAYOUTS[layout].write(root, image, drawn)
 
 
 def _write_jsrt(root: Path, image: _Planned, drawn: _Drawn) -> None:
-    # Odd and even numbers, as SCR's own.
+    # As in SCR, odd numbers are fold 1 and even numbers fold 2.
     fold = f"fold{2 - image.number % 2}"
     name = f"JPC{'LN' if image.shown == 'nodule' else 'NN'}{image.number:03d}"
     values = (255 - drawn.pixels.astype(">u2")) << (JSRT_BITS - 8)
-    with replacing(root / "All247images" / f"{name}.IMG") as beside:
-        beside.write_bytes(values.astype(">u2").tobytes())
+    with replacing(root / "All247images" / f"{name}.IMG") as temporary_path:
+        temporary_path.write_bytes(values.astype(">u2").tobytes())
     for structure, mask in drawn.masks.items():
         small = cv2.resize(mask.astype(np.uint8) * 255, (SCR_SIDE, SCR_SIDE), interpolation=cv2.INTER_AREA) > 127
         _save(root / "scratch" / fold / "masks" / structure.replace("_", " ") / f"{name}.gif", small)
@@ -143,7 +143,7 @@ def _write_montgomery(root: Path, image: _Planned, drawn: _Drawn) -> None:
 def _write_shenzhen(root: Path, image: _Planned, drawn: _Drawn) -> None:
     name = f"CHNCXR_{image.number:04d}_{int(image.shown != 'normal')}"
     _save(root / "CXR_png" / f"{name}.png", drawn.pixels)
-    # Spread evenly over both classes.
+    # Images without a mask are spread evenly over both classes.
     if int(image.number * MASKED_SHARE) > int((image.number - 1) * MASKED_SHARE):
         _save(root / "mask" / f"{name}_mask.png", drawn.masks["left_lung"] | drawn.masks["right_lung"])
     sex = {"F": "female", "M": "male"}[drawn.sex]
@@ -152,28 +152,28 @@ def _write_shenzhen(root: Path, image: _Planned, drawn: _Drawn) -> None:
 
 def _write_darwin(root: Path, image: _Planned, drawn: _Drawn) -> None:
     name = f"{image.number:08d}.jpeg"
-    with replacing(root / "images" / name) as beside:
-        cv2.imwrite(str(beside), drawn.pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
+    with replacing(root / "images" / name) as temporary_path:
+        cv2.imwrite(str(temporary_path), drawn.pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
     rows, columns = drawn.pixels.shape
     lateral = int(image.number * LATERAL_SHARE) > int((image.number - 1) * LATERAL_SHARE) or image.number == 1
     tags = [image.shown, *(["Viral Pneumonia"] if image.shown == "COVID-19" else []), "Lateral" if lateral else "PA"]
     annotations: list[dict[str, Any]] = [{"name": tag, "tag": {}} for tag in tags]
     if not lateral:
         right, left, heart = (drawn.masks[structure] for structure in ("right_lung", "left_lung", "heart"))
-        # Each lung takes its side of the heart, split in the middle between the lungs.
+        # The heart is split midway between the lungs, and each part joined to the lung on its side.
         middle = (np.nonzero(right)[1].mean() + np.nonzero(left)[1].mean()) / 2
-        of_right = np.arange(columns) < middle
-        annotations += [_polygon(right | (heart & of_right)), _polygon(left | (heart & ~of_right))]
-    told = {
+        is_right_side = np.arange(columns) < middle
+        annotations += [_polygon(right | (heart & is_right_side)), _polygon(left | (heart & ~is_right_side))]
+    record = {
         "dataset": "covid-19-chest-x-ray-dataset",
         "image": {"width": columns, "height": rows, "filename": name, "original_filename": f"phantom_{image.number}.jpeg"},
         "annotations": annotations,
     }
-    write_json(root / "annotations" / "all-images" / f"{FIRST_DARWIN_ID + image.number - 1}.json", told)
+    write_json(root / "annotations" / "all-images" / f"{FIRST_DARWIN_ID + image.number - 1}.json", record)
 
 
 def _polygon(mask: np.ndarray) -> dict[str, Any]:
-    """Darwin's annotation of a lung, whose paths run a quarter of a pixel within the outermost pixels' edges."""
+    """Return Darwin's annotation of a lung; paths run a quarter of a pixel inside the outermost pixels' edges."""
     doubled = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     contours, _ = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     paths = [[{"x": x / 2 + 0.25, "y": y / 2 + 0.25} for x, y in contour[:, 0].tolist()] for contour in contours]
@@ -184,11 +184,11 @@ def _polygon(mask: np.ndarray) -> dict[str, Any]:
 
 def _save(path: Path, pixels: np.ndarray) -> None:
     image = Image.fromarray(pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels)
-    with replacing(path) as beside:
-        image.save(beside)
+    with replacing(path) as temporary_path:
+        image.save(temporary_path)
 
 
-# Kermany's images of each class (Cell 2018), and those of COVID-19 that V7 counts.
+# Numbers of Kermany's images by class (Cell 2018), and of COVID-19 images by V7's count.
 DARWIN_COUNTS = dict(zip(CLASSES, (1583, 2780, 1493, 517), strict=True))
 TUBERCULOSIS = ("Infiltration", "Consolidation", "Effusion")
 LAYOUTS = {

@@ -1,4 +1,4 @@
-"""Writes phantoms laid out as NIH ChestX-ray14: PNG files, the table of entries, the official lists and the boxes."""
+"""Write phantoms in the layout of NIH ChestX-ray14: PNG files, the table of entries, the official lists and the boxes."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,16 +13,16 @@ from kitlib.datasets.nih import BOXES, ENTRIES, LISTS
 from kitlib.phantoms.drawing import Opacity, render
 from kitlib.phantoms.folder import LEAST_SIDE, write_phantoms
 from kitlib.phantoms.patients import DRAWN_FINDINGS, draw_exposure, draw_finding, draw_patient
-from kitlib.phantoms.plan import apportion, patient_numbers
+from kitlib.phantoms.plan import apportion, draw_patient_numbers
 
 NAME = "nih-chest-xrays"
 ARCHIVES = 12  # folders images_001 to images_012
-# Half of the real images show none of the findings; the rarer ones are drawn more often here, so that few images teach them.
+# Half of the real images show no finding. Rare findings are drawn more often, so that few images suffice to learn them.
 SHARES = dict(zip(DRAWN_FINDINGS, (0.08, 0.09, 0.12, 0.06, 0.07, 0.06, 0.07, 0.45), strict=True))
-HEART_SHARE = 0.06  # of images with another finding, whose heart is large too: a second label
+HEART_SHARE = 0.06  # of images with another finding that also show Cardiomegaly, as a second label
 TEST_SHARE = 0.228  # 25,596 of 112,120 images; by patient
 RGBA_SHARE = 0.005  # some of the real files have four channels
-# Of what phantoms show, the findings in the real list of boxes, by the names it has for them; on test images alone.
+# Drawn findings with boxes -> their names in the real list of boxes, which has test images only.
 BOXED = {"Infiltration": "Infiltrate", "Mass": "Mass", "Nodule": "Nodule", "Pneumonia": "Pneumonia"}
 
 
@@ -34,7 +34,7 @@ class _Planned:
     follow_up: int
     patient_seed: int
     seed: int
-    findings: tuple[str, ...]  # in the order of the alphabet, as the real table has them
+    findings: tuple[str, ...]  # in alphabetical order, as in the real table
     view: str
     rgba: bool
     test: bool
@@ -43,13 +43,13 @@ class _Planned:
 def write_nih(
     folder: str | Path, *, images: int, side: int, seed: int, workers: int | None = None, progress: bool = True
 ) -> Path:
-    """Write FOLDER/nih-chest-xrays and return it.
+    """Write FOLDER/nih-chest-xrays with `images` images and the tables, and return that folder.
 
     It has `images_001/images/*.png` to `images_012` (`side` x `side` pixels, the real ones have 1024; one in 200, and at
-    least one, RGBA), `Data_Entry_2017_v2020.csv`, `train_val_list.txt`, `test_list.txt` and, for test images,
-    `BBox_List_2017.csv`. Patients have up to four images and are in one list alone. An image shows one of
-    `kitlib.phantoms.patients.DRAWN_FINDINGS`, some with Cardiomegaly beside it; the other findings of NIH's do not occur. At
-    least 16 images of 32 pixels; for the rest see `write_phantoms`.
+    least one, is RGBA), `Data_Entry_2017_v2020.csv`, `train_val_list.txt`, `test_list.txt` and, for test images,
+    `BBox_List_2017.csv`. Patients have up to four images, all in the same list. An image shows one of
+    `kitlib.phantoms.patients.DRAWN_FINDINGS`, sometimes with Cardiomegaly; NIH's other findings do not occur. At least 16
+    images of 32 pixels; for everything else see `write_phantoms`.
     """
     return write_phantoms(
         Path(folder) / NAME,
@@ -66,10 +66,10 @@ def write_nih(
 
 
 def _plan(images: int, seed: int) -> list[_Planned]:
-    """In the order of patients and their images, as the real table is."""
+    """Return the planned images, ordered by patient and follow-up, as in the real table."""
     rng = np.random.default_rng([seed, 30])
     main = rng.permutation(apportion(images, SHARES))
-    numbers = patient_numbers(images, rng)
+    numbers = draw_patient_numbers(images, rng)
     test = _test_patients(numbers, rng)
     rgba = set(rng.permutation(images)[: max(1, round(RGBA_SHARE * images))])
     first: dict[int, int] = {}
@@ -97,28 +97,28 @@ def _plan(images: int, seed: int) -> list[_Planned]:
 
 
 def _test_patients(numbers: list[int], rng: np.random.Generator) -> set[int]:
-    """Patients drawn until they have TEST_SHARE of the images."""
+    """Return patients, drawn at random until they have TEST_SHARE of the images."""
     images = pd.Series(numbers).value_counts(sort=False)
     drawn = images.loc[rng.permutation(images.index)].cumsum()
     return set(drawn.index[: 1 + int((drawn < TEST_SHARE * len(numbers)).sum())])
 
 
 def _write_image(root: Path, image: _Planned, side: int) -> np.ndarray:
-    """Write one image; return the boxes (n, 4) of its opacities, pixels."""
+    """Write one image; return the boxes (n, 4) of its opacities in pixels."""
     rng = np.random.default_rng(image.seed)
     patient = draw_patient(np.random.default_rng(image.patient_seed))
     opacities: tuple[Opacity, ...] = ()
-    # The heart's size comes last, for other findings would make it small again.
+    # Cardiomegaly is drawn last, because other findings limit the heart's size.
     for finding in sorted(image.findings, key="Cardiomegaly".__eq__):
-        patient, more = draw_finding(rng, finding, patient)
-        opacities += more
+        patient, added = draw_finding(rng, finding, patient)
+        opacities += added
     exposure = replace(draw_exposure(rng, side), rows=side, columns=side)
     grey, boxes = render(patient, exposure, opacities)
     pixels = np.rint(grey * np.float32(255)).astype(np.uint8)
     if image.rgba:
         pixels = np.dstack([pixels] * 3 + [np.full_like(pixels, 255)])
-    with replacing(root / f"images_{image.archive:03d}" / "images" / image.name) as beside:
-        cv2.imwrite(str(beside), pixels)
+    with replacing(root / f"images_{image.archive:03d}" / "images" / image.name) as temporary_path:
+        cv2.imwrite(str(temporary_path), pixels)
     return boxes
 
 
@@ -135,7 +135,7 @@ def _write_tables(root: Path, planned: list[_Planned], boxes: list[np.ndarray], 
             "Patient Age": [age[image.patient] for image in planned],
             "Patient Gender": [sex[image.patient] for image in planned],
             "View Position": [image.view for image in planned],
-            # The real header is split at its commas. The film's size, which is not the PNG's.
+            # The real header is split at its commas. The size is that of the original image, not of the PNG.
             "OriginalImage[Width": 2 * side,
             "Height]": 2 * side,
             "OriginalImagePixelSpacing[x": 0.143,
@@ -145,11 +145,12 @@ def _write_tables(root: Path, planned: list[_Planned], boxes: list[np.ndarray], 
     write_csv(root / ENTRIES[0], entries)
     for split, name in LISTS.items():
         write_text(root / name, "".join(f"{image.name}\n" for image in planned if image.test == (split == "test")))
-    # Three columns without a name or a value, as in the real list.
+    # As in the real list, three columns have neither name nor values.
     lines = ["Image Index,Finding Label,Bbox [x,y,w,h],,,\n"]
-    for image, found in zip(planned, boxes, strict=True):
+    for image, image_boxes in zip(planned, boxes, strict=True):
         for finding in BOXED.keys() & set(image.findings) if image.test else ():
             lines += [
-                f"{image.name},{BOXED[finding]},{x1:.6f},{y1:.6f},{x2 - x1:.6f},{y2 - y1:.6f}\n" for x1, y1, x2, y2 in found
+                f"{image.name},{BOXED[finding]},{x1:.6f},{y1:.6f},{x2 - x1:.6f},{y2 - y1:.6f}\n"
+                for x1, y1, x2, y2 in image_boxes
             ]
     write_text(root / BOXES, "".join(lines))

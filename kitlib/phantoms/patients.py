@@ -1,6 +1,6 @@
-"""Draws at random what a phantom radiograph shows: a patient, an exposure, and the opacities of a study class.
+"""Draw at random what a phantom radiograph shows: a patient, an exposure, and the opacities of a study class or finding.
 
-Places are in thorax units: u to the image's right, v downwards, the lungs within about -1..1 on both axes, the patient's
+Positions are in thorax units: u to the image's right, v downwards, the lungs within about -1..1 on both axes, the patient's
 right lung at negative u.
 """
 
@@ -24,26 +24,26 @@ class Opacity:
     density: float  # share of the air that is replaced, 0..1
     softness: float  # width of the rim as a share of the radius: 0.15 a sharp consolidation, 0.8 ground glass
     seed: int
-    boxed: bool = True  # annotators box opacities, not effusions
+    boxed: bool = True  # False for effusions, which annotators do not box
 
 
 @dataclass(frozen=True)
 class Patient:
-    """What stays the same in all of a patient's images."""
+    """Anatomy that is the same in all of a patient's images."""
 
-    width: float  # body size against the mean, as height
+    width: float  # body size relative to the mean, like height
     height: float
-    heart: float  # how far the heart reaches to the left, against the mean
-    diaphragm: float  # thorax units by which the diaphragm stands lower than the mean
+    heart: float  # how far the heart reaches to the left, relative to the mean
+    diaphragm: float  # thorax units by which the diaphragm is lower than the mean
     tissue: float  # attenuation of the soft tissue, grey
-    bone: float  # attenuation of the bones against the mean
+    bone: float  # attenuation of the bones, relative to the mean
     stomach_gas: bool
     seed: int
 
 
 @dataclass(frozen=True)
 class Exposure:
-    """One image of a patient: its size, how the patient stands in it, and the machine's settings."""
+    """One image of a patient: its size, the patient's position in it, and the machine's settings."""
 
     rows: int
     columns: int
@@ -54,13 +54,14 @@ class Exposure:
     gamma: float
     gain: float
     noise: float  # standard deviation, grey
-    marker: str  # "L", "R" or "" for none, burnt in at the side it names
-    marker_height: float  # its place as a share of the rows
+    marker: str  # "L", "R" or "" for none, burnt in on the side it names
+    marker_height: float  # its vertical position as a share of the rows
     border: float  # unexposed margin, share of the longer side
     seed: int
 
 
 def draw_patient(rng: np.random.Generator) -> Patient:
+    """Draw a random patient."""
     return Patient(
         width=rng.uniform(0.92, 1.08),
         height=rng.uniform(0.9, 1.08),
@@ -74,7 +75,7 @@ def draw_patient(rng: np.random.Generator) -> Patient:
 
 
 def draw_exposure(rng: np.random.Generator, side: int) -> Exposure:
-    """A random exposure whose longer side has `side` pixels; three in five are landscape, and none is square."""
+    """Draw a random exposure whose longer side has `side` pixels; three in five are landscape, and none is square."""
     other = min(side - 1, round(side * rng.uniform(0.8, 0.97)))
     rows, columns = (other, side) if rng.random() < 0.6 else (side, other)
     return Exposure(
@@ -95,10 +96,10 @@ def draw_exposure(rng: np.random.Generator, side: int) -> Exposure:
 
 
 def draw_near_duplicate(rng: np.random.Generator, exposure: Exposure) -> Exposure:
-    """The same exposure processed again: up to 4 per cent cropped off each axis, other contrast, other noise."""
+    """Return the exposure processed again: cropped by up to 4 per cent along each axis, with other contrast and noise."""
     rows = round(exposure.rows * rng.uniform(0.96, 1.0))
     columns = round(exposure.columns * rng.uniform(0.96, 1.0))
-    # Keeps the patient's size in pixels while the image shrinks.
+    # The zoom compensates for the smaller image, so that the patient's size in pixels stays.
     shrunk = min(columns, rows * LUNG_ASPECT) / min(exposure.columns, exposure.rows * LUNG_ASPECT)
     return replace(
         exposure,
@@ -112,11 +113,12 @@ def draw_near_duplicate(rng: np.random.Generator, exposure: Exposure) -> Exposur
 
 
 def draw_opacities(rng: np.random.Generator, study_class: str) -> tuple[Opacity, ...]:
-    """Opacities as the reporting classes describe them (Litmanovich et al., Journal of Thoracic Imaging 2020).
+    """Draw the opacities of a study class, as the reporting classes describe them.
 
     negative: none. typical: ground glass in both lungs, peripheral and lower, two or more. indeterminate: diffuse and
     perihilar, in one lung or both. atypical: in the upper zones one sharp lobar consolidation or two nodules, or a pleural
-    effusion, which has no box. Raises ValueError for another class.
+    effusion, which has no box. Source: Litmanovich et al., Journal of Thoracic Imaging 2020. Raises ValueError for an
+    unknown class.
     """
     side = float(rng.choice([-1, 1]))
     if study_class == "negative":
@@ -141,23 +143,23 @@ def draw_opacities(rng: np.random.Generator, study_class: str) -> tuple[Opacity,
             )
         fluid = _patch(rng, side, (0.85, 0.95), (0.95, 1.05), (0.5, 0.6), (0.4, 0.5), (0.9, 1.0), 0.15)
         return (replace(fluid, boxed=False),)
-    raise ValueError(f"no study class is called {study_class!r}; there are: {', '.join(STUDY_CLASSES)}")
+    raise ValueError(f"unknown study class {study_class!r}; valid: {', '.join(STUDY_CLASSES)}")
 
 
-# Findings of NIH's that phantoms show, each by its own look, so that a network can tell them apart.
+# NIH's findings that phantoms show; each looks different, so that a network can tell them apart.
 DRAWN_FINDINGS = ("Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Consolidation", "No Finding")
 
 
 def draw_finding(rng: np.random.Generator, finding: str, patient: Patient) -> tuple[Patient, tuple[Opacity, ...]]:
-    """What shows one of DRAWN_FINDINGS: the patient with a heart of its size, and opacities.
+    """Draw one of DRAWN_FINDINGS; return the patient, whose heart may change, and the opacities.
 
-    Cardiomegaly is a heart beyond any other patient's. Infiltration is ground glass in the middle zones, of both lungs in
-    half the images; Pneumonia a half-dense, half-sharp patch low in one lung; Consolidation a dense, sharp one high up; Mass
-    and Nodule round, dense and sharp, large and small; Effusion fluid in one lung's lower corner, which has no box. Raises
-    ValueError for another finding.
+    Cardiomegaly is a heart larger than any other patient's. Infiltration is ground glass in the middle zones, in half the
+    images of both lungs; Pneumonia a half-dense, half-sharp patch low in one lung; Consolidation a dense, sharp patch high
+    in one lung; Mass and Nodule are round, dense and sharp, large and small; Effusion is fluid in one lung's lower corner,
+    without a box. Raises ValueError for another finding.
     """
     if finding not in DRAWN_FINDINGS:
-        raise ValueError(f"phantoms do not show {finding!r}; they show: {', '.join(DRAWN_FINDINGS)}")
+        raise ValueError(f"phantoms cannot show {finding!r}; valid: {', '.join(DRAWN_FINDINGS)}")
     heart = rng.uniform(1.3, 1.45) if finding == "Cardiomegaly" else min(patient.heart, 1.08)
     patient, side = replace(patient, heart=float(heart)), float(rng.choice([-1, 1]))
     if finding == "Infiltration":
@@ -171,8 +173,8 @@ def draw_finding(rng: np.random.Generator, finding: str, patient: Patient) -> tu
         return patient, (_patch(rng, side, (0.46, 0.58), (-0.62, -0.4), (0.27, 0.36), (0.22, 0.3), (0.9, 1.0), 0.15),)
     if finding in ("Mass", "Nodule"):
         radius = rng.uniform(0.17, 0.22) if finding == "Mass" else rng.uniform(0.08, 0.11)
-        round_one = _patch(rng, side, (0.45, 0.68), (-0.5, 0.35), (radius, radius), (radius, radius), (0.9, 1.0), 0.15)
-        return patient, (round_one,)
+        opacity = _patch(rng, side, (0.45, 0.68), (-0.5, 0.35), (radius, radius), (radius, radius), (0.9, 1.0), 0.15)
+        return patient, (opacity,)
     if finding == "Effusion":
         fluid = _patch(rng, side, (0.85, 0.95), (0.95, 1.05), (0.5, 0.6), (0.4, 0.5), (0.9, 1.0), 0.15)
         return patient, (replace(fluid, boxed=False),)
@@ -189,7 +191,7 @@ def _patch(
     density: tuple[float, float],
     softness: float,
 ) -> Opacity:
-    """An opacity with its numbers drawn from the ranges given; u counts from the midline towards `side`."""
+    """Draw an opacity whose values lie in the given ranges; u counts from the midline towards `side`."""
     u_drawn, v_drawn, radius_u_drawn, radius_v_drawn, density_drawn = (
         float(rng.uniform(*bounds)) for bounds in (u, v, radius_u, radius_v, density)
     )

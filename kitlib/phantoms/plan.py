@@ -1,4 +1,4 @@
-"""Plans a phantom competition: which patients, studies and images it has, what is odd or broken, all from one seed."""
+"""Plan a phantom competition from one seed: its patients, studies and images, and which files are odd or damaged."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ import numpy as np
 
 # Shares in SIIM's training set.
 CLASS_SHARES = {"negative": 0.28, "typical": 0.47, "indeterminate": 0.17, "atypical": 0.08}
-# A study of one image is the rule; shares of studies with a near-duplicate image that nobody annotated, and with others.
+# Most studies have one image. Shares of studies with an unannotated near-duplicate image, and with other further images.
 DUPLICATE_SHARE, SERIES_SHARE = 0.05, 0.03
 ODDITIES = ("window width 0", "skull", "padding")
 ODDITY_SHARE = 0.01
@@ -16,6 +16,8 @@ DAMAGES = ("truncated", "garbage", "empty")
 
 @dataclass(frozen=True)
 class PlannedImage:
+    """One planned image; `oddity` is one of ODDITIES and `damage` one of DAMAGES, or empty."""
+
     image_id: str
     series_id: str
     duplicate: bool = False  # of the study's first image
@@ -25,6 +27,8 @@ class PlannedImage:
 
 @dataclass(frozen=True)
 class PlannedStudy:
+    """One planned study of a patient."""
+
     split: str  # "train" or "test"
     study_id: str
     patient_id: str
@@ -35,28 +39,28 @@ class PlannedStudy:
 
 
 def plan_split(split: str, studies: int, seed: int, damaged: int) -> list[PlannedStudy]:
-    """Which studies, images, duplicates, oddities and damages a split holds. No patient is in both splits.
+    """Return the planned studies of a split, "train" or "test". No patient is in both splits.
 
-    Raises ValueError where fewer images than `damaged` are left that keep their study readable.
+    `damaged` images cannot be read. Raises ValueError if that is more than half of the images.
     """
     rng = np.random.default_rng([seed, ("train", "test").index(split)])
     classes = rng.permutation(apportion(studies, CLASS_SHARES))
-    patients = rng.permutation(patient_numbers(studies, rng))
+    patients = rng.permutation(draw_patient_numbers(studies, rng))
     positive = np.flatnonzero(classes != "negative")
     duplicated = set(rng.choice(positive, max(1, round(DUPLICATE_SHARE * studies)), replace=False))
     others = [index for index in rng.permutation(studies) if index not in duplicated]
-    several = set(others[: max(1, round(SERIES_SHARE * studies))])
+    with_more_images = set(others[: max(1, round(SERIES_SHARE * studies))])
     planned = []
     for index in range(studies):
         study_id = _hex_id(seed, split, "study", index)
-        count = 1 + (index in duplicated) + (int(rng.integers(1, 3)) if index in several else 0)
+        count = 1 + (index in duplicated) + (int(rng.integers(1, 3)) if index in with_more_images else 0)
         images = tuple(
             PlannedImage(
-                image_id=_hex_id(seed, split, "image", index, place),
-                series_id=_hex_id(seed, split, "series", index, place),
-                duplicate=index in duplicated and place > 0,
+                image_id=_hex_id(seed, split, "image", index, position),
+                series_id=_hex_id(seed, split, "series", index, position),
+                duplicate=index in duplicated and position > 0,
             )
-            for place in range(count)
+            for position in range(count)
         )
         patient = int(patients[index])
         planned.append(
@@ -74,15 +78,17 @@ def plan_split(split: str, studies: int, seed: int, damaged: int) -> list[Planne
 
 
 def _with_oddities(planned: list[PlannedStudy], damaged: int, rng: np.random.Generator) -> list[PlannedStudy]:
-    places = [(study, image) for study in range(len(planned)) for image in range(len(planned[study].images))]
-    if damaged > len(places) // 2:
-        raise ValueError(f"damaged_test_files = {damaged}, but the test set has {len(places)} images: at most half of them")
-    order = rng.permutation(len(places))
-    odd = max(len(ODDITIES), round(ODDITY_SHARE * len(ODDITIES) * len(places)))
+    image_indices = [(study, image) for study in range(len(planned)) for image in range(len(planned[study].images))]
+    if damaged > len(image_indices) // 2:
+        raise ValueError(
+            f"damaged_test_files is {damaged}, but the test set has {len(image_indices)} images; at most half may be damaged"
+        )
+    order = rng.permutation(len(image_indices))
+    odd = max(len(ODDITIES), round(ODDITY_SHARE * len(ODDITIES) * len(image_indices)))
     changes = [{"damage": DAMAGES[k % len(DAMAGES)]} for k in range(damaged)]
     changes += [{"oddity": ODDITIES[k % len(ODDITIES)]} for k in range(odd)]
-    for place, change in zip(order, changes, strict=False):
-        study, image = places[place]
+    for position, change in zip(order, changes, strict=False):
+        study, image = image_indices[position]
         images = list(planned[study].images)
         images[image] = replace(images[image], **change)
         planned[study] = replace(planned[study], images=tuple(images))
@@ -90,7 +96,7 @@ def _with_oddities(planned: list[PlannedStudy], damaged: int, rng: np.random.Gen
 
 
 def apportion(count: int, shares: dict[str, float]) -> list[str]:
-    """`count` names, in the order of `shares` (which sum to one), by largest remainder and every name at least once."""
+    """Return `count` names in the order of `shares` (which sum to 1), by largest remainder and each name at least once."""
     exact = {name: share * count for name, share in shares.items()}
     counts = {name: max(1, int(value)) for name, value in exact.items()}
     for name in sorted(exact, key=lambda name: int(exact[name]) - exact[name]):
@@ -101,8 +107,8 @@ def apportion(count: int, shares: dict[str, float]) -> list[str]:
     return [name for name in shares for _ in range(counts[name])]
 
 
-def patient_numbers(studies: int, rng: np.random.Generator) -> list[int]:
-    """The patient's number of every study, from 0 in order: six patients in ten have one study, others up to four."""
+def draw_patient_numbers(studies: int, rng: np.random.Generator) -> list[int]:
+    """Return each study's patient number, ascending from 0: six patients in ten have one study, others up to four."""
     numbers: list[int] = []
     patient = 0
     while len(numbers) < studies:
@@ -112,5 +118,5 @@ def patient_numbers(studies: int, rng: np.random.Generator) -> list[int]:
 
 
 def _hex_id(*parts: object) -> str:
-    """Twelve hexadecimal digits, as the competition's own ids."""
+    """Return twelve hexadecimal digits, like the competition's ids."""
     return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:12]

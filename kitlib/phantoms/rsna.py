@@ -1,4 +1,4 @@
-"""Writes phantoms laid out as the training set of the RSNA Pneumonia Detection Challenge."""
+"""Write phantoms in the layout of the training set of the RSNA Pneumonia Detection Challenge."""
 
 import uuid
 from dataclasses import dataclass, replace
@@ -16,23 +16,23 @@ from kitlib.datasets.rsna import CLASSES, IMAGES, LABELS, MAPPING, PUBLISHED
 from kitlib.phantoms.drawing import render
 from kitlib.phantoms.folder import LEAST_SIDE, write_phantoms
 from kitlib.phantoms.patients import draw_exposure, draw_finding, draw_patient
-from kitlib.phantoms.plan import apportion, patient_numbers
+from kitlib.phantoms.plan import apportion, draw_patient_numbers
 from kitlib.xrays.writing import write_xray
 
 SLUG = "rsna-pneumonia-detection-challenge"
-# What an image of each class shows. Nodules are no pneumonia: RSNA's readers put them into the middle class, without boxes.
+# Class -> findings that its images show. Nodules are not pneumonia: RSNA's readers put them into the middle class, unboxed.
 SHOWN = {
     "Normal": ("No Finding",),
     "No Lung Opacity / Not Normal": ("Cardiomegaly", "Effusion", "Nodule"),
     "Lung Opacity": ("Infiltration", "Consolidation", "Pneumonia"),
 }
-# NIH's numbers of these patients, beyond those of phantoms laid out as NIH's: they are other people.
+# NIH's number of the first patient: above those of phantoms in NIH's layout, because these are other patients.
 FIRST_PATIENT = 20001
 
 
 @dataclass(frozen=True)
 class _Planned:
-    patient_id: str  # the challenge's, which names one image
+    patient_id: str  # the challenge's patientId, which identifies one image
     nih_name: str
     patient_seed: int
     seed: int
@@ -42,11 +42,11 @@ class _Planned:
 def write_rsna(
     folder: str | Path, *, images: int, side: int, seed: int, workers: int | None = None, progress: bool = True
 ) -> Path:
-    """Write FOLDER/rsna-pneumonia-detection-challenge and return it.
+    """Write FOLDER/rsna-pneumonia-detection-challenge with `images` images and the tables, and return that folder.
 
-    It has `stage_2_train_images/<patientId>.dcm` (8-bit JPEG baseline, `side` x `side` pixels; the real ones have 1024),
-    the two label tables, in which classes have the real set's shares and boxes whole pixels, and RSNA's mapping of images to
-    NIH's, whose patients have up to four images. At least 3 images of 32 pixels; for the rest see `write_phantoms`.
+    It has `stage_2_train_images/<patientId>.dcm` (8-bit JPEG baseline, `side` x `side` pixels; the real ones have 1024), the
+    two label tables, with the real set's class shares and boxes in whole pixels, and RSNA's mapping of images to NIH's,
+    whose patients have up to four images. At least 3 images of 32 pixels; for everything else see `write_phantoms`.
     """
     return write_phantoms(
         Path(folder) / SLUG,
@@ -63,11 +63,11 @@ def write_rsna(
 
 
 def _plan(images: int, seed: int) -> list[_Planned]:
-    """In the order of their patientId, as the real tables are."""
+    """Return the planned images, ordered by patientId, as in the real tables."""
     rng = np.random.default_rng([seed, 20])
     total = sum(PUBLISHED[name] for name in RSNA_CLASSES)
     classes = rng.permutation(apportion(images, {name: PUBLISHED[name] / total for name in RSNA_CLASSES}))
-    numbers = patient_numbers(images, rng)
+    numbers = draw_patient_numbers(images, rng)
     first = {number: index for index, number in reversed(list(enumerate(numbers)))}
     planned = []
     for index, (number, shown_class) in enumerate(zip(numbers, classes, strict=True)):
@@ -84,7 +84,7 @@ def _plan(images: int, seed: int) -> list[_Planned]:
 
 
 def _write_image(root: Path, image: _Planned, side: int) -> np.ndarray:
-    """Write one image; return its boxes (n, 4), whole pixels."""
+    """Write one image; return its boxes (n, 4) in whole pixels."""
     rng = np.random.default_rng(image.seed)
     finding = str(rng.choice(SHOWN[image.shown_class]))
     patient, opacities = draw_finding(rng, finding, draw_patient(np.random.default_rng(image.patient_seed)))
@@ -111,9 +111,9 @@ def _write_image(root: Path, image: _Planned, side: int) -> np.ndarray:
 def _write_tables(root: Path, planned: list[_Planned], boxes: list[np.ndarray]) -> None:
     rows: list[dict[str, Any]] = []
     classes = []
-    for image, found in zip(planned, boxes, strict=True):
-        for box in found if len(found) else [None]:
-            # One row a box in both tables, as the real ones have it.
+    for image, image_boxes in zip(planned, boxes, strict=True):
+        for box in image_boxes if len(image_boxes) else [None]:
+            # As in the real set, both tables have one row for each box.
             cells = (*box[:2], *(box[2:] - box[:2])) if box is not None else (None,) * 4
             rows.append(
                 {

@@ -1,4 +1,4 @@
-"""Writes a competition of phantoms: the SIIM folder with its DICOM files and tables, and the test set's truth apart."""
+"""Write a phantom competition: the SIIM folder with DICOM files and tables, and the test set's ground truth elsewhere."""
 
 import shutil
 from functools import partial
@@ -33,11 +33,11 @@ from kitlib.xrays.writing import write_xray
 COMPETITION = "siim-covid19-detection"
 LABEL_TABLES = ("train_study_level.csv", "train_image_level.csv")
 MARKER = ".phantom.json"
-MARKER_INSIDE = "phantom.json"  # where kits before this one put it
+MARKER_INSIDE = "phantom.json"  # the marker's path inside the folder in earlier versions
 
 # Shares in SIIM's training set.
 MONOCHROME1_SHARE = 0.27
-# Nine in ten of SIIM's files are uncompressed and the rest JPEG Lossless; other hospitals send the others.
+# SIIM's files are nine in ten uncompressed and the rest JPEG Lossless; the other syntaxes occur in other hospitals.
 SYNTAX_SHARES = {
     ExplicitVRLittleEndian: 0.62,
     JPEGLosslessSV1: 0.12,
@@ -66,21 +66,22 @@ def write_competition(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write FOLDER/siim-covid19-detection and, into `truth`, the test set's two label tables; return the former.
+    """Write FOLDER/siim-covid19-detection and, into `truth`, the test set's two label tables; return the first folder.
 
-    The folder has the competition's own files and no other: `train/` and `test/` with <study>/<series>/<image>.dcm,
-    `train_study_level.csv`, `train_image_level.csv`, `sample_submission.csv`. `side` is the longer side of an image in
-    pixels. As in the real set, a near-duplicate image of a positive study has no box in the training table; in the truth
-    of the test set it has its boxes, because the hidden labels were mended. `damaged_test_files` of the test images cannot
-    be read whole; they keep their rows.
-
-    For the rest see `write_phantoms`; the marker is FOLDER/.phantom.json. Raises ValueError for numbers that give no
-    competition.
+    The folder has only the competition's files: `train/` and `test/` with <study>/<series>/<image>.dcm,
+    `train_study_level.csv`, `train_image_level.csv` and `sample_submission.csv`. `side` is the longer side of an image in
+    pixels. As in the real set, a near-duplicate image of a positive study has no box in the training table; in the test
+    set's ground truth it has boxes, because the hidden labels were corrected. `damaged_test_files` of the test images cannot
+    be read completely; they keep their rows. The marker is FOLDER/.phantom.json; for everything else see `write_phantoms`.
+    Raises ValueError for fewer than four studies in a split, too small a `side`, or too many damaged files.
     """
     if min(train_studies, test_studies) < len(STUDY_CLASSES):
-        raise ValueError(f"every class needs a study in train and test: at least 4, got {train_studies} and {test_studies}")
+        raise ValueError(
+            f"train_studies is {train_studies} and test_studies {test_studies}; each must be at least {len(STUDY_CLASSES)}, "
+            "one study of each class"
+        )
     if side < LEAST_SIDE:
-        raise ValueError(f"a chest of {side} pixels shows nothing: at least {LEAST_SIDE}")
+        raise ValueError(f"side is {side}; it must be at least {LEAST_SIDE} pixels")
     competition, truth = Path(folder) / COMPETITION, Path(truth)
     if (competition / MARKER_INSIDE).is_file():
         shutil.rmtree(competition)
@@ -95,7 +96,7 @@ def write_competition(
         least=(0, LEAST_SIDE),
         code=("kitlib.xrays.writing", __name__),
         marker=MARKER,
-        elsewhere=[truth / name for name in LABEL_TABLES],
+        other_files=[truth / name for name in LABEL_TABLES],
         unit="study",
         workers=workers,
         progress=progress,
@@ -103,17 +104,17 @@ def write_competition(
 
 
 def _write_study(root: Path, study: PlannedStudy, side: int) -> list[dict[str, Any]]:
-    """Write one study's files; return a row an image with its ids, class and boxes (n, 4) in the image's pixels."""
+    """Write one study's files; return for each image its ids, class and boxes (n, 4) in the image's pixels."""
     patient = draw_patient(np.random.default_rng(study.patient_seed))
     rng = np.random.default_rng(study.seed)
     opacities = draw_opacities(rng, study.study_class)
     first = draw_exposure(rng, side)
     rows = []
-    for place, image in enumerate(study.images):
+    for index, image in enumerate(study.images):
         exposure = first
         if image.duplicate:
             exposure = draw_near_duplicate(rng, first)
-        elif place > 0:
+        elif index > 0:
             exposure = draw_exposure(rng, side)
         grey, boxes = render(patient, exposure, opacities)
         path = root / study.split / study.study_id / image.series_id / f"{image.image_id}.dcm"
@@ -133,7 +134,7 @@ def _write_study(root: Path, study: PlannedStudy, side: int) -> list[dict[str, A
 
 
 def _write_dicom(path: Path, grey: np.ndarray, study: PlannedStudy, image: PlannedImage, rng: np.random.Generator) -> None:
-    """Store grey 0..1 in a bit depth, photometric interpretation, window and transfer syntax drawn from `rng`."""
+    """Write grey 0..1 as DICOM, with bit depth, photometric interpretation, window and transfer syntax drawn from `rng`."""
     syntax = ExplicitVRLittleEndian if image.oddity == "padding" else _draw(rng, SYNTAX_SHARES)
     bits = 8 if syntax == JPEGBaseline8Bit else _draw(rng, BITS_SHARES)
     photometric = "MONOCHROME1" if rng.random() < MONOCHROME1_SHARE else "MONOCHROME2"

@@ -1,4 +1,4 @@
-"""The whole kit on a phantom competition: from DICOM files to a scored submission.csv, in minutes, on two CPU cores."""
+"""Run the whole kit on a phantom competition: from DICOM files to a scored submission.csv, in minutes on two CPU cores."""
 
 import os
 import shutil
@@ -16,40 +16,50 @@ from kitlib.plans.engine import run_plan
 from kitlib.plans.plan import Plan, read_plan
 from kitlib.scoring.score import score_files
 
-TRAININGS = 3  # of the plan, which need nothing of each other
+TRAININGS = 3  # training steps of the plan that can run at the same time
 
 
 def demo_plan(whole: bool = False) -> Plan:
-    """The plan of `make demo`; `whole` pre-trains on phantoms of NIH and RSNA and pseudo-labels the test set, too."""
+    """Return the plan of `make demo`.
+
+    With `whole`, it also segments lungs, pre-trains on phantoms of NIH and RSNA, and trains on pseudo-labels of the test
+    set.
+    """
     return read_plan(project_root() / "submissions" / "plans" / ("demo_whole.yaml" if whole else "demo.yaml"))
 
 
 def run_demo(plan: Plan, console: Console, times_the_floor: float = 3.0) -> dict[str, float]:
-    """Carry out the demo's plan from its beginning and judge what it submits.
+    """Run the demo's plan from scratch, write `submission.csv` into its runs folder, and return the scores.
 
-    Leaves `submission.csv` among the plan's runs; returns its score and the parts. Raises PlanError unless the score is
-    more than `times_the_floor` times that of the sample, which a model that ignores its images does not reach; PlanError.
+    Raises PlanError if a run fails, or unless the score is more than `times_the_floor` times that of the all-negative sample
+    submission, which a model that ignores its images does not reach.
     """
-    began = time.monotonic()
-    # All at once, with a thread each: small models gain little from a second thread, and the system shares the cores evenly.
-    # Afresh, as what an earlier kitlib has made would count as done.
+    started = time.monotonic()
+    # The trainings run at the same time with one thread each, because small models gain little from a second thread.
+    # Afresh, because otherwise runs of an earlier version of kitlib would count as done.
     run_plan(plan, console, cores=max(TRAININGS, os.cpu_count() or 1), afresh=True)
-    made = plan.planned["report"].parameters
+    parameters = plan.planned["report"].parameters
     submission = plan.runs / "submission.csv"
-    with replacing(submission) as beside:
-        shutil.copyfile(made["submission"], beside)
-    sample = project_root() / made["competition"] / "sample_submission.csv"
-    return _judge(project_root() / made["truth"], submission, sample, times_the_floor, console, time.monotonic() - began)
+    with replacing(submission) as temporary_path:
+        shutil.copyfile(parameters["submission"], temporary_path)
+    sample = project_root() / parameters["competition"] / "sample_submission.csv"
+    return _compare_with_floor(
+        project_root() / parameters["truth"], submission, sample, times_the_floor, console, time.monotonic() - started
+    )
 
 
-def _judge(
+def _compare_with_floor(
     truth: Path, submission: Path, sample: Path, times_the_floor: float, console: Console, seconds: float
 ) -> dict[str, float]:
+    """Print the scores of the submission and of the sample; return the submission's. Raises PlanError if it is too low."""
     scores, floor = score_files(truth, submission), score_files(truth, sample)
     table = Table("", "submission", "all-negative floor", title=f"{submission}, after {seconds:.0f} s")
     for name in (*SCORED_CLASSES, "opacity_boxed", "score"):
         table.add_row(name, f"{scores[name]:.4f}", f"{floor[name]:.4f}")
     console.print(table)
     if not scores["score"] > times_the_floor * floor["score"]:
-        raise PlanError(f"score {scores['score']:.4f} does not clearly beat the floor {floor['score']:.4f}")
+        raise PlanError(
+            f"{submission}: the score {scores['score']:.4f} is not above {times_the_floor:g} times that of the all-negative "
+            f"sample, {floor['score']:.4f}; the models have not learned"
+        )
     return scores

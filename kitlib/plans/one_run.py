@@ -1,4 +1,4 @@
-"""One run of a plan, in a process of its own: on this machine, or wherever a cluster has sent it."""
+"""Execute one run of a plan in its own process, on this machine or on a cluster's node."""
 
 import fcntl
 import json
@@ -25,117 +25,125 @@ from kitlib.plans.plan import RECORD, PlannedRun
 from kitlib.processes import kill_family
 
 logger = logging.getLogger(__name__)
-# GPUs that runs on this machine share out among themselves, such as "0,1"; not set where a cluster gives each job its own.
+# The GPUs that runs on this machine share, such as "0,1"; not set on a cluster, which assigns GPUs to each job.
 SHARED_GPUS = "KIT_SHARED_GPUS"
 
 
-def planned_runs(described: str | Path) -> dict[str, PlannedRun]:
-    """The runs of a file that `kitlib.plans.engine` has written."""
-    runs = json.loads(Path(described).read_text(encoding="utf-8"))
+def read_planned_runs(runs_file: str | Path) -> dict[str, PlannedRun]:
+    """Return the runs by name from the file runs.json that `kitlib.plans.engine` writes."""
+    runs = json.loads(Path(runs_file).read_text(encoding="utf-8"))
     return {name: PlannedRun.from_json(run) for name, run in runs.items()}
 
 
-def state_file(described: str | Path, name: str) -> Path:
-    """Where a run says how far it is: state (running, done, failed), cell, cells, host, started, ended and problem."""
-    return Path(described).parent / "states" / f"{name}.json"
+def state_file(runs_file: str | Path, name: str) -> Path:
+    """Return the path of the JSON file with a run's state.
 
-
-def run_planned(described: str | Path, name: str) -> None:
-    """Do one run of a plan, unless it is done; goes on in its folder if that was begun with the same key, else starts over.
-
-    What is done with another key is renamed to NAME.old-KEY, in place of an older one of that key, and said in the log.
-    Raises PlanError, and PlanError for a folder that no plan has begun.
+    Its keys are state (running, done or failed), cell, cells, host, started, ended and problem.
     """
-    run, told = planned_runs(described)[name], state_file(described, name)
+    return Path(runs_file).parent / "states" / f"{name}.json"
+
+
+def run_planned(runs_file: str | Path, name: str) -> None:
+    """Execute one run of a plan and write its done file, unless the run is already done.
+
+    A folder that was started with the same key is resumed, otherwise the run starts over. The folder of a run that is done
+    with another key is renamed to NAME.old-KEY, replacing an earlier one of that name, with a warning. Raises PlanError if
+    the run fails, or if the folder was not made by a plan.
+    """
+    run, record_path = read_planned_runs(runs_file)[name], state_file(runs_file, name)
     state: dict[str, Any] = {"state": "running", "host": platform.node(), "started": time.time()}
 
-    def tell(**more: Any) -> None:
-        state.update(more)
-        write_json(told, state)
+    def save_state(**changes: Any) -> None:
+        state.update(changes)
+        write_json(record_path, state)
 
-    # A termination must reach the notebook's kernel too, which leads a process group of its own.
+    # SIGTERM must run the clean-up code that ends the notebook's kernel, which is in its own process group.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with _held(run.folder):
-        # The job of an engine that was killed may have gone on, and ended this run while we waited for its folder.
-        if run.mark.is_file():
-            tell(state="done", ended=time.time())
+    with _locked(run.folder):
+        # A job that outlived its killed engine may have finished this run while we waited for the folder.
+        if run.done_file.is_file():
+            save_state(state="done", ended=time.time())
             return
-        tell(cell=0, cells=0)
-        _begin(run)
+        save_state(cell=0, cells=0)
+        _prepare_folder(run)
         try:
-            with claimed_gpus(run.gpus) as environment:
+            with claim_gpus(run.gpus) as environment:
                 if run.notebook:
-                    _run_notebook(run, run.notebook, environment, lambda cell, cells: tell(cell=cell, cells=cells))
+                    _run_notebook(run, run.notebook, environment, lambda cell, cells: save_state(cell=cell, cells=cells))
                 else:
                     _run_command(run, environment)
         except BaseException as error:
-            tell(state="failed", ended=time.time(), problem=str(error) or type(error).__name__)
+            save_state(state="failed", ended=time.time(), problem=str(error) or type(error).__name__)
             raise
-        write_json(run.mark, {**state, "state": "done", "ended": time.time()})
-        tell(state="done", ended=time.time())
+        write_json(run.done_file, {**state, "state": "done", "ended": time.time()})
+        save_state(state="done", ended=time.time())
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """The folder for this process alone; the system lets go of it when the process ends, however it ends."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a run's folder for this process, waiting until it is free. The lock ends with the process in any case."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f".{folder.name}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.warning("another process works in %s; waiting for it", folder)
+            logger.warning("another process is working in %s; waiting until it ends", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _begin(run: PlannedRun) -> None:
-    begun = run.begun_key()
-    if begun not in (None, run.key):
-        if run.mark_of(begun).is_file():
-            # Days of training may be in it, and a forgotten --set looks like a wish for another run.
-            old = run.folder.with_name(f"{run.name}.old-{begun}")
-            shutil.rmtree(old, ignore_errors=True)
-            run.folder.rename(old)
-            logger.warning("%s: done with other parameters or on other inputs, kept as %s", run.folder, old)
+def _prepare_folder(run: PlannedRun) -> None:
+    """Move or delete what another key has left in the run's folder, and record this run's key in the folder."""
+    previous_key = run.read_key()
+    if previous_key not in (None, run.key):
+        if run.done_file_of(previous_key).is_file():
+            # It may contain days of training, and the key may differ only because an option --set was forgotten.
+            backup = run.folder.with_name(f"{run.name}.old-{previous_key}")
+            shutil.rmtree(backup, ignore_errors=True)
+            run.folder.rename(backup)
+            logger.warning("%s was done with other parameters or inputs; it is renamed to %s", run.folder, backup)
         else:
-            logger.warning("%s: begun with other parameters or on other inputs, starting over", run.folder)
+            logger.warning("%s was started with other parameters or inputs; it is deleted and started over", run.folder)
             shutil.rmtree(run.folder)
     write_json(run.folder / RECORD, {"key": run.key, "run": run.as_json()})
 
 
 @contextmanager
-def claimed_gpus(count: int) -> Iterator[dict[str, str]]:
-    """What tells a process its GPUs: `count` of those that are shared out here, or as many as there are, held meanwhile."""
+def claim_gpus(count: int) -> Iterator[dict[str, str]]:
+    """Reserve `count` of the shared GPUs, or all if there are fewer; yield the environment variables that select them.
+
+    Waits until enough are free. Yields no variables on a cluster.
+    """
     if SHARED_GPUS not in os.environ:
         yield {}
         return
     folder = Path(tempfile.gettempdir()) / f"kit-gpus-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     shared = list(filter(None, os.environ[SHARED_GPUS].split(",")))
-    held: dict[str, IO] = {}
+    locks: dict[str, IO] = {}
     count = min(count, len(shared))
     try:
-        while len(held) < count:
+        while len(locks) < count:
             for gpu in shared:
-                if gpu not in held and len(held) < count and (lock := _try_lock(folder / gpu)):
-                    held[gpu] = lock
-            if len(held) < count:
-                # Two that each kept what they have would wait for each other for ever.
-                _let_go(held)
+                if gpu not in locks and len(locks) < count and (lock := _try_lock(folder / gpu)):
+                    locks[gpu] = lock
+            if len(locks) < count:
+                # Release before waiting, because two processes that keep some GPUs would wait for each other forever.
+                _release(locks)
                 time.sleep(random.uniform(0.5, 1.5))
-        yield {"CUDA_VISIBLE_DEVICES": ",".join(held)}
+        yield {"CUDA_VISIBLE_DEVICES": ",".join(locks)}
     finally:
-        _let_go(held)
+        _release(locks)
 
 
-def _let_go(held: dict[str, IO]) -> None:
-    for lock in held.values():
+def _release(locks: dict[str, IO]) -> None:
+    for lock in locks.values():
         lock.close()
-    held.clear()
+    locks.clear()
 
 
 def _try_lock(path: Path) -> IO | None:
-    lock = open(path, "w")  # noqa: SIM115  whoever asked closes it
+    lock = open(path, "w")  # noqa: SIM115  the caller closes it
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -154,15 +162,17 @@ def _run_notebook(run: PlannedRun, notebook: Path, environment: dict[str, str], 
 
 def _run_command(run: PlannedRun, environment: dict[str, str]) -> None:
     log = run.folder / "command.log"
-    command = [sys.executable if word == "python" and not place else word for place, word in enumerate(run.command)]
+    command = [sys.executable if word == "python" and not index else word for index, word in enumerate(run.command)]
     environment = {**os.environ, **environment, "OMP_NUM_THREADS": str(run.threads)}
-    with log.open("w", encoding="utf-8") as kept:
-        process = subprocess.Popen(command, stdout=kept, stderr=subprocess.STDOUT, cwd=project_root(), env=environment)
+    with log.open("w", encoding="utf-8") as log_file:
+        process = subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT, cwd=project_root(), env=environment)
         try:
             code = process.wait(run.minutes * 60 or None)
-            problem = f"exit code {code}" if code else "" if run.result.is_file() else f"it ended without {run.result}"
+            problem = (
+                f"exit code {code}" if code else "" if run.result.is_file() else f"it ended without writing {run.result}"
+            )
         except subprocess.TimeoutExpired:
-            problem = f"stopped after its {run.minutes:g} minutes"
+            problem = f"stopped at its time limit of {run.minutes:g} minutes"
         finally:
             kill_family(process.pid)
             process.wait()

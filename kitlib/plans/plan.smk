@@ -1,4 +1,4 @@
-# The engine's side of a plan: one rule a run, as kitlib.plans.engine has written them into the configuration.
+# Snakemake's rules for a plan: one for each run, from the configuration that kitlib.plans.engine writes.
 localrules: all
 
 
@@ -12,7 +12,7 @@ for run in config["runs"]:
     rule:
         name: run["rule"]
         input: run["input"]
-        output: run["mark"]
+        output: run["done_file"]
         threads: run["threads"]
         resources: **run["resources"]
         retries: config["retries"]

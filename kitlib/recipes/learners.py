@@ -1,13 +1,13 @@
-"""The documents' classifiers of exclusive classes: FLANNEL's on whole images and patches, HRNets, ResUNet's ensembles'."""
+"""Recipes of the papers' classifiers of exclusive classes: FLANNEL, Patched FLANNEL, HRNets, ResUNet + ensembles."""
 
 from kitlib.recipes.fields import FindingsRecipe, PatchRecipe
 from kitlib.settings import override
 
-# FLANNEL's order, in which its ensemble concatenates their answers.
+# In FLANNEL's order, in which its ensemble concatenates their predictions.
 FLANNEL_NETWORKS = ("densenet161", "inception_v3", "resnet152", "resnext101_32x8d", "vgg19_bn")
 
-# FLANNEL's code: the image stretched to 336 pixels a side, of which training sees 224 anywhere and validation the middle;
-# the best of all 200 epochs. It judges an epoch by accuracy; the kit by macro F1, in which a rare class counts.
+# FLANNEL's code: the image is stretched to 336 pixels a side; training crops a random square of 224, validation the middle.
+# The best of all 200 epochs is kept: in the code by accuracy, in the kit by macro F1, in which rare classes count.
 _FLANNEL = FindingsRecipe(
     multi_label=False,
     judged_by="macro_f1",
@@ -29,12 +29,12 @@ _FLANNEL = FindingsRecipe(
     blur_p=0.0,
     erase_p=0.0,
 )
-# The network's own size, of a canvas that is larger in the same proportion, and the weight of its second head's loss as in
+# The network's own input size, on a canvas larger in the same proportion, and the weight of the auxiliary head's loss in
 # torchvision's training.
 _INCEPTION = {"image_size": 299, "auxiliary": 0.4}
 
-# UNet + HRNet, section 4 and Table 5, on the lungs alone; Table 3's augmentation, that of `unet_lungs`. In 25 epochs no
-# milestone is met: the rate stays.
+# UNet + HRNet, section 4 and Table 5, on images masked to the lungs, with the augmentation of Table 3, as in `unet_lungs`.
+# No milestone is within the 25 epochs, so the rate is constant.
 _HRNET = FindingsRecipe(
     multi_label=False,
     one_logit=True,
@@ -55,20 +55,20 @@ _HRNET = FindingsRecipe(
     horizontal_flip=0.0,
     rotate_degrees=45.0,
     scale_x=(0.8, 1.1),
-    shear_degrees=11.3,  # tan of it is the paper's 0.2
+    shear_degrees=11.3,  # the paper's 0.2 is its tangent
     shear_p=0.7,
     gamma_drawn=(0.5, 3.0),
     salt_pepper=0.01,
     salt_pepper_p=0.3,
     blur_p=0.5,
     blur_pixels=11,
-    noise=0.05,  # the paper's 0.5 has no unit
+    noise=0.05,  # the paper states 0.5, without a unit
     noise_p=0.3,
     erase_p=0.0,
 )
 
-# ResUNet + ensembles, section 4.3: the head alone for five epochs, then from the last stage on at 1e-5, the running
-# statistics those of the starting weights. The paper names neither the size nor when a stage begins to learn: the kit's.
+# ResUNet + ensembles, section 4.3: only the head for five epochs, then also backbone stages from the last on, at 1e-5; batch
+# norm statistics stay those of the starting weights. The paper states neither image size nor epochs per stage.
 _ENSEMBLE = FindingsRecipe(
     multi_label=False,
     class_weights=True,
@@ -90,11 +90,11 @@ _ENSEMBLE = FindingsRecipe(
     schedule="step",
     milestones=(5,),
     step_factor=0.01,
-    rotate_degrees=15.0,  # the paper's "15 %"; Keras, whose generator it is, counts degrees
+    rotate_degrees=15.0,  # the paper's "15 %"; it uses the Keras generator, which takes degrees
     shift=0.15,
     scale_x=(0.85, 1.15),
     scale_y=(0.85, 1.15),
-    shear_degrees=8.53,  # tan of it is 15 %
+    shear_degrees=8.53,  # its tangent is 15 %
     shear_p=1.0,
     blur_p=0.0,
     erase_p=0.0,

@@ -1,6 +1,6 @@
-"""The named recipes: each published system's settings, and sizes that two CPU cores finish in a minute.
+"""Named recipes: published systems, and small recipes that two CPU cores train in a minute.
 
-A notebook names one and may override fields.
+A notebook names a recipe and may override its fields.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from kitlib.settings import R, override
 # Heidelberg's augmentation of the Faster R-CNN, report section 3.1.
 _HEIDELBERG_BOXES: dict[str, Any] = {
     "rotate_degrees": 20.0,
-    "shift": 0.0625,  # albumentations' own, which the report leaves at its default
+    "shift": 0.0625,  # albumentations' default, which the report does not change
     "turn_p": 0.3,
     "brightness_contrast": 0.2,
     "brightness_contrast_p": 0.3,
@@ -28,7 +28,7 @@ _HEIDELBERG_YOLO = DetectorRecipe(
     epochs=35,
     batch_size=16,
     nominal_batch=64,
-    momentum=0.937,  # ultralytics' own
+    momentum=0.937,  # ultralytics' default
     learning_rate=0.01,
     weight_decay=5e-4,
     warmup_epochs=3.0,
@@ -39,21 +39,21 @@ _HEIDELBERG_YOLO = DetectorRecipe(
     box_loss="giou",
 )
 
-# The published settings, and sizes that two CPU cores finish in a minute.
+# Published recipes first, then the small ones.
 RECIPES: dict[str, TrainingRecipe] = {
     "heidelberg_backbone": FindingsRecipe(),
     "heidelberg_study": StudyRecipe(frozen_backbone=True, schedule_every=1),
     "heidelberg_faster_rcnn": DetectorRecipe(inference_size=1024, **_HEIDELBERG_BOXES),
-    # The losses' gains are ultralytics' own: those of the report's equation 2 belong to YOLOv5's anchors, whose losses are
-    # scaled otherwise, and make the boxes' gradients a hundredth, so that SGD at the published rate learns less of them.
+    # With ultralytics' loss gains: those of the report's equation 2 are for YOLOv5's anchor-based losses, which have another
+    # scale; here they would divide the gradients of boxes by 100, too small for SGD at the published learning rate.
     "heidelberg_yolo": _HEIDELBERG_YOLO,
-    # Those gains all the same (with one class and no objectness the class output carries both of theirs; dfl, which the
-    # report's network has not, keeps ultralytics' ratio to the box), and the report's thresholds, which cut off boxes that
-    # would earn average precision.
+    # With the report's gains: the class gain is the sum of its class and objectness gains, as there is no objectness;
+    # dfl, which the report's network lacks, keeps ultralytics' ratio to the box gain. Also with the report's thresholds,
+    # which drop boxes that would add to average precision.
     "heidelberg_yolo_published": dataclasses.replace(
         _HEIDELBERG_YOLO, box_gain=0.075, class_gain=0.05 + 0.75, dfl_gain=0.015, nms_iou=0.2, min_score=0.1
     ),
-    # 6th place, the leanest of the strong ones: one classifier and one Faster R-CNN, mirror images averaged.
+    # 6th place, the smallest of the strong solutions: one classifier and one Faster R-CNN, averaged over mirrored images.
     "lean_study": StudyRecipe(
         backbone="tf_efficientnet_b7",
         channels=3,
@@ -80,7 +80,7 @@ RECIPES: dict[str, TrainingRecipe] = {
         views=("full", "flip"),
         rotate_degrees=10.0,
     ),
-    # What the strongest have in common: auxiliary segmentation, moving averages, lung crops.
+    # Common to the strongest solutions: auxiliary segmentation, moving averages, lung crops.
     "strong_study": StudyRecipe(
         backbone="tf_efficientnetv2_m",
         channels=3,
@@ -120,7 +120,7 @@ RECIPES: dict[str, TrainingRecipe] = {
         views=("full", "flip"),
     ),
     "unet_lungs": SegmenterRecipe(),
-    # ResUNet + ensembles, sections 4.1 and 4.2; the optimiser's settings are the kit's.
+    # ResUNet + ensembles, sections 4.1 and 4.2; the optimiser's settings are the kit's own.
     "resunet_lungs": SegmenterRecipe(
         network="resunet",
         image_size=256,
@@ -138,7 +138,7 @@ RECIPES: dict[str, TrainingRecipe] = {
         blur_p=0.0,
         noise_p=0.0,
     ),
-    # Patched FLANNEL, section 2.1, and Oh et al.'s code, whose network it is.
+    # Patched FLANNEL, section 2.1, with the network and the code of Oh et al.
     "fc_densenet103_lungs": SegmenterRecipe(
         network="fc_densenet103",
         structures=("heart", "left_lung", "right_lung"),
@@ -169,7 +169,7 @@ RECIPES: dict[str, TrainingRecipe] = {
         rotate_degrees=10.0,
         gamma_drawn=(0.7, 1.5),
         noise_p=0.0,
-        least_area=0.1,  # the published rule refuses small chests whose lungs are right
+        least_area=0.1,  # the published rule rejects correct masks of small chests
     ),
     "small_backbone": FindingsRecipe(
         backbone="test_efficientnet",
@@ -269,11 +269,16 @@ RECIPES: dict[str, TrainingRecipe] = {
 
 
 def recipe(name: str, kind: type[R], **overrides: Any) -> R:
-    """The recipe `name`, which must be a `kind`, with fields replaced. Raises SettingsError with the valid names."""
+    """Return the recipe `name` with some fields replaced.
+
+    Raises SettingsError, with the valid names, if there is no such recipe or if it is not an instance of `kind`.
+    """
     if name not in RECIPES:
-        raise SettingsError(f"no recipe is called {name!r}; there are: {', '.join(RECIPES)}")
-    found = RECIPES[name]
-    if not isinstance(found, kind):
+        raise SettingsError(f"no recipe is called {name!r}; valid names: {', '.join(RECIPES)}")
+    published = RECIPES[name]
+    if not isinstance(published, kind):
         fitting = [other for other, value in RECIPES.items() if isinstance(value, kind)]
-        raise SettingsError(f"recipe {name!r} is a {type(found).__name__}, wanted a {kind.__name__}: {', '.join(fitting)}")
-    return override(found, **overrides)
+        raise SettingsError(
+            f"recipe {name!r} is a {type(published).__name__}, expected a {kind.__name__}: {', '.join(fitting)}"
+        )
+    return override(published, **overrides)

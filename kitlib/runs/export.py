@@ -63,8 +63,8 @@ def import_tables(source: str | Path, out: str | Path, file_format: str, run: st
 
     `source` is the COCO JSON file, or the folder that contains YOLO's `labels`. If `run` is given, a COCO file must list
     exactly the images that `export_run` writes for that run. YOLO requires `run`, because its labels are fractions of the
-    image size. Without `run`, the images of a COCO file, and its folds if any, are written too. Raises ValueError for an unknown format
-    or YOLO without a run, RunError and DatasetError.
+    image size. Without `run`, a COCO file's images, and its folds if any, are written too. Raises ValueError for an unknown
+    format, or for YOLO without a run; RunError if `run` is not a prepared run; DatasetError if the annotations are invalid.
     """
     if file_format not in FORMATS:
         raise ValueError(f"unknown format {file_format!r}; available: {', '.join(FORMATS)}")

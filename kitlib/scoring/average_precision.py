@@ -1,22 +1,23 @@
-"""PASCAL VOC 2010 average precision: the matching of boxes, and the area under the monotone precision-recall envelope.
+"""PASCAL VOC 2010 average precision: matches boxes and integrates the monotone envelope of the precision-recall curve.
 
 Everingham et al., The PASCAL VOC Challenge, IJCV 2010, section 4.2; development kit of 2010 (VOCevaldet.m): a detection
-belongs to the true box of its image that it overlaps most; it is a hit if that IoU is above 0.5 and no more confident
-detection has claimed the box. IoU is of continuous boxes, without that kit's added pixel: coordinates are no whole numbers.
+is matched to the true box of its image with the largest IoU. It is a hit if that IoU is above 0.5 and no more confident
+detection is matched to the same box. Boxes are continuous, without that kit's added pixel, as coordinates are not integers.
 
-Detections of equal score enter the curve as one block. Which true box a detection belongs to depends on no other detection,
-and true boxes that it overlaps equally are told apart by their coordinates; so the order of rows never matters.
+Detections of equal score enter the curve as one block. A detection's match does not depend on other detections, and ties
+between true boxes of equal IoU are broken by their coordinates. So the result never depends on the order of rows.
 """
 
 import numpy as np
 
-OVERLAP = 0.5  # a detection is right if its IoU with an unclaimed true box is larger than this
+OVERLAP = 0.5  # the IoU of a detection with its true box must be larger than this
 
 
 def average_precision(score: np.ndarray, hit: np.ndarray, positives: float, weight: np.ndarray | None = None) -> float:
-    """Area (0..1) for detections (n,) with their `score` and whether each is a `hit`; NaN without positives.
+    """Return the average precision (0..1) of detections (n,) with their `score` and whether each is a `hit`.
 
-    `weight` (n,): how often each detection counts, in a bootstrap; `positives` is then the weighted count.
+    `positives` is the number of true boxes; the result is NaN if it is 0. `weight` (n,) is how often each detection counts
+    in a bootstrap sample; `positives` is then the weighted count.
     """
     if positives <= 0:
         return float("nan")
@@ -28,20 +29,20 @@ def average_precision(score: np.ndarray, hit: np.ndarray, positives: float, weig
 def precision_recall(
     score: np.ndarray, hit: np.ndarray, positives: float, weight: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and recall (k,), 0..1, after each block of equal scores, the highest first; not yet the envelope."""
+    """Return precision and recall (k,), 0..1, after each block of equal scores, highest first, without the envelope."""
     score, hit = np.asarray(score, dtype=float), np.asarray(hit, dtype=bool)
     order = np.argsort(-score, kind="stable")
     block_ends = np.flatnonzero(np.append(np.diff(score[order]) != 0, True)) if len(order) else order
     weight = np.ones(len(order)) if weight is None else np.asarray(weight, dtype=float)[order]
-    hits, shown = np.cumsum(weight * hit[order])[block_ends], np.cumsum(weight)[block_ends]
-    return np.divide(hits, shown, out=np.zeros(len(hits)), where=shown > 0), hits / positives
+    hits, detected = np.cumsum(weight * hit[order])[block_ends], np.cumsum(weight)[block_ends]
+    return np.divide(hits, detected, out=np.zeros(len(hits)), where=detected > 0), hits / positives
 
 
 def match_boxes(image: np.ndarray, boxes: np.ndarray, true_image: np.ndarray, true_boxes: np.ndarray) -> np.ndarray:
-    """For each detection (n,) the row of `true_boxes` that it belongs to, -1 where no IoU is above 0.5.
+    """Match detections to true boxes; return for each detection (n,) its row in `true_boxes`, -1 if no IoU is above 0.5.
 
-    `image` and `true_image` are any comparable ids; boxes are (n, 4) and (m, 4) in one coordinate space. A detection's score
-    plays no part.
+    `image` and `true_image` are ids of any comparable type; boxes are (n, 4) and (m, 4) in the same coordinate space.
+    Several detections can match the same true box, whatever their scores.
     """
     boxes, true_boxes = np.asarray(boxes, float).reshape(-1, 4), np.asarray(true_boxes, float).reshape(-1, 4)
     best, match = np.full(len(boxes), OVERLAP), np.full(len(boxes), -1)
@@ -51,11 +52,11 @@ def match_boxes(image: np.ndarray, boxes: np.ndarray, true_image: np.ndarray, tr
     order = np.lexsort((*true_boxes.T[::-1], true_name))
     count = np.bincount(true_name)
     first = np.cumsum(count) - count
-    place = np.searchsorted(names, image).clip(max=len(names) - 1)
-    count_here = np.where(names[place] == np.asarray(image), count[place], 0)
+    image_index = np.searchsorted(names, image).clip(max=len(names) - 1)
+    candidates = np.where(names[image_index] == np.asarray(image), count[image_index], 0)
     for k in range(count.max()):
-        rows = np.flatnonzero(count_here > k)
-        candidate = order[first[place[rows]] + k]
+        rows = np.flatnonzero(candidates > k)
+        candidate = order[first[image_index[rows]] + k]
         overlap = _iou(boxes[rows], true_boxes[candidate])
         better = overlap > best[rows]
         best[rows[better]], match[rows[better]] = overlap[better], candidate[better]
@@ -63,7 +64,7 @@ def match_boxes(image: np.ndarray, boxes: np.ndarray, true_image: np.ndarray, tr
 
 
 def first_hits(score: np.ndarray, match: np.ndarray) -> np.ndarray:
-    """Which detections (n,) are hits: of those with one `match`, the most confident; a second one is no hit."""
+    """Return a boolean mask (n,) of the hits: for each true box in `match`, its most confident detection alone."""
     score, match = np.asarray(score, dtype=float), np.asarray(match)
     order = np.argsort(-score, kind="stable")
     hit = np.zeros(len(order), dtype=bool)
@@ -74,13 +75,13 @@ def first_hits(score: np.ndarray, match: np.ndarray) -> np.ndarray:
 def box_hits(
     image: np.ndarray, score: np.ndarray, boxes: np.ndarray, true_image: np.ndarray, true_boxes: np.ndarray
 ) -> np.ndarray:
-    """Which detections (n,) are hits, by `match_boxes` and `first_hits`."""
+    """Return a boolean mask (n,) of the detections that are hits, by `match_boxes` and `first_hits`."""
     return first_hits(score, match_boxes(image, boxes, true_image, true_boxes))
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of boxes (..., 4), broadcast; 0 where a box has no area."""
+    """Return the IoU of boxes (..., 4), with broadcasting; 0 if a box has no area."""
     sides = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(0)
-    shared = sides.prod(axis=-1)
-    union = (a[..., 2:] - a[..., :2]).clip(0).prod(axis=-1) + (b[..., 2:] - b[..., :2]).clip(0).prod(axis=-1) - shared
-    return shared / np.maximum(union, np.finfo(float).tiny)
+    intersection = sides.prod(axis=-1)
+    union = (a[..., 2:] - a[..., :2]).clip(0).prod(axis=-1) + (b[..., 2:] - b[..., :2]).clip(0).prod(axis=-1) - intersection
+    return intersection / np.maximum(union, np.finfo(float).tiny)

@@ -1,7 +1,7 @@
-"""The competition's score: the plain mean of six PASCAL VOC 2010 average precisions.
+"""The competition score: the unweighted mean of six PASCAL VOC 2010 average precisions.
 
-The four study classes and `none` pass through the same rule as boxes, with the one-pixel box `0 0 1 1`. A class that is
-absent from the truth has no AP (NaN) and is left out of the mean; in the competition's own tables all six are present.
+The four study classes and `none` are scored like boxes, with the one-pixel box `0 0 1 1`. A class that is absent from the
+truth has no AP (NaN) and is ignored in the mean; in the competition's tables all six are present.
 """
 
 import ast
@@ -25,9 +25,10 @@ SCORE_KEYS = ("score", *SCORED_CLASSES, "opacity_boxed")
 
 @dataclass(frozen=True)
 class Truth:
-    """`labels` (id and the four study classes, 0 or 1), `image_ids`, and `boxes` (image_id, box) in original pixels.
+    """Ground truth of a set of images and their studies.
 
-    An image without a box is a `none`.
+    `labels` has the columns id and the four study classes, 0 or 1; `boxes` has image_id and the box in original pixels. The
+    class of an image without boxes is `none`.
     """
 
     labels: pd.DataFrame
@@ -36,15 +37,15 @@ class Truth:
 
     @property
     def is_none(self) -> np.ndarray:
-        """Whether each of `image_ids` (n,) has no box."""
+        """Boolean mask (n,) of the `image_ids` without a box."""
         return ~pd.Index(self.image_ids).isin(self.boxes["image_id"])
 
 
 def read_truth(folder: str | Path) -> Truth:
-    """The truth as the competition gives it: train_study_level.csv and train_image_level.csv in `folder`.
+    """Read the competition's ground truth: train_study_level.csv and train_image_level.csv in `folder`.
 
-    Every image counts, also the 217 train images that no annotator looked at, and boxes stay as they were drawn: Kaggle's
-    rule knows no exceptions. Raises ScoringError for a file, column or value that cannot be read.
+    All images count, including the 217 train images that no annotator looked at, and boxes are unchanged, as in Kaggle's
+    scoring. Raises ScoringError for a file, column or value that cannot be read.
     """
     studies = _read_table(Path(folder) / "train_study_level.csv", ["id", *STUDY_LABEL_COLUMNS])
     labels = studies.rename(columns=STUDY_LABEL_COLUMNS)[["id", *STUDY_CLASSES]]
@@ -69,26 +70,30 @@ def read_truth(folder: str | Path) -> Truth:
 
 
 def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> Truth:
-    """The truth of `images` and their studies, from the tables of a prepared run."""
-    of_images = boxes["image_id"].isin(images["image_id"])
-    return Truth(labels[labels["id"].isin(images["study_id"])], tuple(images["image_id"]), boxes[of_images])
+    """Return the ground truth of `images` and their studies, from the tables of a prepared run."""
+    is_included = boxes["image_id"].isin(images["image_id"])
+    return Truth(labels[labels["id"].isin(images["study_id"])], tuple(images["image_id"]), boxes[is_included])
 
 
 def score_files(truth_folder: str | Path, submission: str | Path) -> dict[str, float]:
-    """`score` of a submission.csv. Raises SubmissionError, ScoringError, as its parts do."""
+    """Score a submission.csv against the ground truth in `truth_folder`; return SCORE_KEYS -> 0..1, see `score`.
+
+    Raises SubmissionError or ScoringError if a file cannot be read or the ids differ.
+    """
     return score(read_truth(truth_folder), read_submission(submission))
 
 
 def score(truth: Truth, submission: Submission) -> dict[str, float]:
-    """SCORE_KEYS -> 0..1 (NaN where the truth has none of a class); `opacity_boxed` is over images that have boxes only.
+    """Score a submission; return SCORE_KEYS -> 0..1, NaN for classes that are absent from the truth.
 
-    Raises ScoringError where the submission lacks ids of the truth, or has others, as Kaggle would.
+    `opacity_boxed` is the AP of opacity on the images that have boxes. Raises ScoringError if ids of the truth are missing
+    from the submission, or if it has others: Kaggle would reject it.
     """
-    wanted, given = set(submission_ids(truth.labels["id"], truth.image_ids)), set(submission.ids)
-    if wanted != given:
-        missing, unknown = sorted(wanted - given), sorted(given - wanted)
+    expected, submitted = set(submission_ids(truth.labels["id"], truth.image_ids)), set(submission.ids)
+    if expected != submitted:
+        missing, unknown = sorted(expected - submitted), sorted(submitted - expected)
         raise ScoringError(
-            f"the submission must answer for the truth's ids and no others: {len(missing)} are missing {missing[:5]}, "
+            f"the submission must have exactly the ids of the truth: {len(missing)} are missing {missing[:5]}, "
             f"{len(unknown)} are unknown {unknown[:5]}"
         )
     precision = {}
@@ -99,11 +104,11 @@ def score(truth: Truth, submission: Submission) -> dict[str, float]:
     precision["none"] = _one_pixel_precision(nones, "image_id", np.array(truth.image_ids, dtype=object)[truth.is_none])
     opacities = submission.images[submission.images["label"] == "opacity"]
     hits = table_hits(opacities, "image_id", truth.boxes)
-    found = _summary(precision, *opacity_precisions(opacities, hits, truth.boxes))
-    absent = [label for label in SCORED_CLASSES if np.isnan(found[label])]
+    scores = _summary(precision, *opacity_precisions(opacities, hits, truth.boxes))
+    absent = [label for label in SCORED_CLASSES if np.isnan(scores[label])]
     if absent:
-        logger.warning("the truth has no %s; the score is the mean of the other classes", " and no ".join(absent))
-    return found
+        logger.warning("the truth has no %s; the score is the mean over the other classes", " and no ".join(absent))
+    return scores
 
 
 def score_tables(
@@ -113,21 +118,22 @@ def score_tables(
     detections: pd.DataFrame,
     matches: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """As `score`, from tables in memory: study_id + four classes; image_id, none; image_id, score, box.
+    """Score predictions in tables; return SCORE_KEYS -> 0..1, NaN for classes that are absent from the truth.
 
-    `matches` is average_precision.match_boxes of the detections, for callers that change their scores only. Rows for other
-    ids are left out. Raises ScoringError unless every study and image of the truth has a probability.
+    The tables have the columns study_id and the four classes; image_id and none; image_id, score and box. `matches` is
+    average_precision.match_boxes of the detections, for callers that change only their scores. Rows for other ids are
+    ignored. Raises ScoringError unless every study and image of the truth has a probability.
     """
     studies = study_probabilities.set_index("study_id").reindex(truth.labels["id"])[list(STUDY_CLASSES)]
     nones = none_probabilities.set_index("image_id")["none"].reindex(list(truth.image_ids))
-    unanswered = [*studies.index[studies.isna().any(axis=1)], *nones.index[nones.isna()]]
-    if unanswered:
-        raise ScoringError(f"{len(unanswered)} studies or images have no probability, first {unanswered[:5]}")
+    missing = [*studies.index[studies.isna().any(axis=1)], *nones.index[nones.isna()]]
+    if missing:
+        raise ScoringError(f"{len(missing)} studies or images have no probability, first {missing[:5]}")
     precision = {label: class_precision(studies[label], truth.labels[label] == 1) for label in STUDY_CLASSES}
     precision["none"] = class_precision(nones, truth.is_none)
-    known = detections["image_id"].isin(truth.image_ids).to_numpy()
-    if not known.all():
-        detections, matches = detections[known], None if matches is None else matches[known]
+    is_known = detections["image_id"].isin(truth.image_ids).to_numpy()
+    if not is_known.all():
+        detections, matches = detections[is_known], None if matches is None else matches[is_known]
     if matches is None:
         hits = table_hits(detections, "image_id", truth.boxes)
     else:
@@ -136,21 +142,30 @@ def score_tables(
 
 
 def class_precision(scores: np.ndarray, positive: np.ndarray, weight: np.ndarray | None = None) -> float:
-    """AP of one score (n,) an item whose `positive` (n,) is bool; NaN where none is positive. `weight`: as often counted."""
+    """Return the AP of a class from one score per item, (n,); NaN if no item is positive.
+
+    `positive` (n,) is bool; `weight` (n,) is how often each item counts.
+    """
     positive = np.asarray(positive, dtype=bool)
     return average_precision(scores, positive, positive.sum() if weight is None else weight[positive].sum(), weight)
 
 
 def opacity_precisions(detections: pd.DataFrame, hits: np.ndarray, boxes: pd.DataFrame) -> tuple[float, float]:
-    """AP of boxes on all images, and on the images of `boxes` alone, where no healthy image can produce a false positive."""
+    """Return the AP of detections on all images, and on the images in `boxes` alone.
+
+    The latter has no false positives on healthy images.
+    """
     scores = detections["score"].to_numpy()
     boxed = detections["image_id"].isin(boxes["image_id"].unique()).to_numpy()
     return average_precision(scores, hits, len(boxes)), average_precision(scores[boxed], hits[boxed], len(boxes))
 
 
 def table_hits(rows: pd.DataFrame, key: str, truth: pd.DataFrame) -> np.ndarray:
-    """Which `rows` (n,) of scored boxes are hits on the boxes of `truth`; both name their image or study in column `key`."""
-    # Numbers for names: comparing strings would take most of the time.
+    """Return a boolean mask (n,) of the scored boxes in `rows` that are hits on the boxes of `truth`.
+
+    The column `key` of both tables names the image or study.
+    """
+    # Numbers replace names, because comparing strings would take most of the time.
     names = pd.Index(truth[key].unique())
     return box_hits(
         names.get_indexer(rows[key]), rows["score"], rows[list(BOX)], names.get_indexer(truth[key]), truth[list(BOX)]
@@ -158,9 +173,9 @@ def table_hits(rows: pd.DataFrame, key: str, truth: pd.DataFrame) -> np.ndarray:
 
 
 def competition_score(precision: dict[str, float]) -> float:
-    """The mean of the six APs of SCORED_CLASSES, without those that the truth cannot give; NaN without any."""
-    given = [precision[label] for label in SCORED_CLASSES if not np.isnan(precision[label])]
-    return float(np.mean(given)) if given else float("nan")
+    """Return the mean of the APs of SCORED_CLASSES, ignoring NaN (classes absent from the truth); NaN if all are NaN."""
+    available = [precision[label] for label in SCORED_CLASSES if not np.isnan(precision[label])]
+    return float(np.mean(available)) if available else float("nan")
 
 
 def _summary(precision: dict[str, float], opacity: float, opacity_boxed: float) -> dict[str, float]:
@@ -181,6 +196,7 @@ def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     missing = [column for column in columns if column not in table.columns]
     if missing or table["id"].duplicated().any():
         raise ScoringError(
-            f"{path} must have the columns {', '.join(columns)} and each id once; has {', '.join(table.columns)}"
+            f"{path} must have the columns {', '.join(columns)} and no duplicate id; its columns are "
+            f"{', '.join(table.columns)}"
         )
     return table

@@ -1,7 +1,7 @@
-"""The competition's submission.csv: its ids, its prediction strings, read whole and written whole.
+"""Reads and writes the competition's submission.csv, its ids and its prediction strings.
 
 A row is `<id>_study` or `<id>_image` and a string of groups of six: label, confidence, xmin, ymin, xmax, ymax. Study classes
-and `none` carry the one-pixel box `0 0 1 1`; `opacity` boxes are in pixels of the original DICOM image.
+and `none` have the one-pixel box `0 0 1 1`; `opacity` boxes are in pixels of the original DICOM image.
 """
 
 import csv
@@ -26,7 +26,7 @@ ONE_PIXEL = (0.0, 0.0, 1.0, 1.0)
 LABELS = {"study": STUDY_CLASSES, "image": IMAGE_CLASSES}
 _LABEL_CODE = {label: code for code, label in enumerate(SCORED_CLASSES)}
 
-# Shares of SIIM's train tables (6,054 studies, 6,334 images): what is written where no model has said anything.
+# Class frequencies in SIIM's train tables (6,054 studies, 6,334 images): placeholder predictions for rows without a model.
 PRIORS = {
     "negative": 1676 / 6054,
     "typical": 2855 / 6054,
@@ -38,9 +38,10 @@ PRIORS = {
 
 @dataclass(frozen=True)
 class Submission:
-    """What a submission file says. `ids` as in the file, in its order; the tables have bare ids and one row a group.
+    """Contents of a submission file: its `ids` in the file's order, and tables with bare ids and one row per group.
 
-    `studies`: study_id, label, score, xmin, ymin, xmax, ymax. `images`: image_id and the same. Id and label are categorical.
+    `studies`: study_id, label, score, xmin, ymin, xmax, ymax. `images`: image_id and the same columns. Id and label are
+    categorical.
     """
 
     ids: tuple[str, ...]
@@ -49,7 +50,7 @@ class Submission:
 
 
 def split_id(submission_id: str) -> tuple[str, str]:
-    """`00188a671292_study` -> (`00188a671292`, `study`). Raises SubmissionError for any other ending."""
+    """Split an id such as `00188a671292_study` into (`00188a671292`, `study`). Raises SubmissionError for other endings."""
     bare, _, level = submission_id.rpartition("_")
     if not bare or level not in LABELS:
         raise SubmissionError(f"id {submission_id!r} must end in _study or _image")
@@ -57,13 +58,16 @@ def split_id(submission_id: str) -> tuple[str, str]:
 
 
 def submission_ids(study_ids: Iterable[str], image_ids: Iterable[str]) -> list[str]:
-    """Ids as a submission writes them, studies first like sample_submission.csv."""
+    """Return the ids of a submission's rows, studies first as in sample_submission.csv."""
     return [f"{study}_study" for study in study_ids] + [f"{image}_image" for image in image_ids]
 
 
 def read_cells(path: str | Path) -> list[tuple[int, list[str]]]:
-    """(line number from 1, cells) of every line that is not blank, the header too. Raises SubmissionError."""
-    # The default limit of 131,072 characters a cell is about 2,500 boxes.
+    """Read a CSV file; return (line number from 1, cells) of every line that is not blank, including the header.
+
+    Raises SubmissionError if the file cannot be read.
+    """
+    # The csv module's default limit of 131,072 characters per cell allows only about 2,500 boxes.
     csv.field_size_limit(sys.maxsize)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -74,7 +78,10 @@ def read_cells(path: str | Path) -> list[tuple[int, list[str]]]:
 
 
 def read_ids(path: str | Path) -> list[str]:
-    """The ids of sample_submission.csv, in its order. Raises SubmissionError for a wrong header, a wrong or a second id."""
+    """Read the ids of sample_submission.csv, in its order.
+
+    Raises SubmissionError for a wrong header, an invalid id or a duplicate id.
+    """
     cells = read_cells(path)
     if not cells or cells[0][1][:1] != HEADER[:1]:
         raise SubmissionError(f"{path} must begin with the header {','.join(HEADER)}")
@@ -82,25 +89,28 @@ def read_ids(path: str | Path) -> list[str]:
     for submission_id in ids:
         split_id(submission_id)
     if len(set(ids)) < len(ids):
-        raise SubmissionError(f"{path} has an id twice: {pd.Series(ids)[pd.Series(ids).duplicated()].iloc[0]}")
+        raise SubmissionError(f"{path} has a duplicate id: {pd.Series(ids)[pd.Series(ids).duplicated()].iloc[0]}")
     return ids
 
 
 def parse_prediction(text: str) -> tuple[list[str], np.ndarray]:
-    """Labels and an array (n, 5) of confidence, xmin, ymin, xmax, ymax. Raises ValueError, not yet checking any value."""
+    """Parse a prediction string into labels and an array (n, 5): confidence, xmin, ymin, xmax, ymax.
+
+    Raises ValueError if the string is not groups of a label and five numbers; the values are not checked.
+    """
     tokens = text.split()
     if not tokens or len(tokens) % 6:
         raise ValueError(f"{len(tokens)} words are not groups of six (label confidence xmin ymin xmax ymax)")
     labels = tokens[::6]
     del tokens[::6]
-    # float() would read 1_0 as ten.
+    # float() would accept 1_0 as ten.
     if "_" in text:
-        raise ValueError("an underscore is no part of a label or number")
+        raise ValueError("labels and numbers must not contain an underscore")
     return labels, np.fromiter(map(float, tokens), dtype=float, count=len(tokens)).reshape(-1, 5)
 
 
 def read_submission(path: str | Path) -> Submission:
-    """Read a whole submission. Raises SubmissionError at the first row that cannot be scored."""
+    """Read a submission file. Raises SubmissionError at the first row that cannot be scored."""
     cells = read_cells(path)
     if not cells or cells[0][1] != HEADER:
         raise SubmissionError(f"{path} must begin with the header {','.join(HEADER)}")
@@ -113,7 +123,10 @@ def read_submission(path: str | Path) -> Submission:
             labels, numbers = parse_prediction(text)
             unknown = set(labels) - set(LABELS[level])
             if unknown:
-                raise ValueError(f"labels {', '.join(sorted(unknown))} do not belong to a row of kind {level}")
+                raise ValueError(
+                    f"labels {', '.join(sorted(unknown))} are not valid for a row of kind {level}; valid labels are: "
+                    f"{', '.join(LABELS[level])}"
+                )
             if not np.isfinite(numbers).all():
                 raise ValueError("a number is not finite")
         except ValueError as error:
@@ -121,12 +134,12 @@ def read_submission(path: str | Path) -> Submission:
         ids.append(submission_id)
         parts[level].append((name, [_LABEL_CODE[label] for label in labels], numbers))
     if len(set(ids)) < len(ids):
-        raise SubmissionError(f"{path} has an id twice; `python -m kitlib validate` lists every fault")
+        raise SubmissionError(f"{path} has a duplicate id; `python -m kitlib validate` lists every fault")
     return Submission(tuple(ids), _group_table("study_id", parts["study"]), _group_table("image_id", parts["image"]))
 
 
 def _group_table(key: str, parts: list[tuple[str, list[int], np.ndarray]]) -> pd.DataFrame:
-    # Categories, because hundreds of thousands of repeated strings cost more time and memory than the boxes.
+    # Categorical columns, because hundreds of thousands of repeated strings take more time and memory than the boxes.
     codes = [code for _, labels, _ in parts for code in labels]
     rows = np.repeat(np.arange(len(parts)), [len(labels) for _, labels, _ in parts])
     numbers = np.concatenate([np.empty((0, 5)), *(numbers for *_, numbers in parts)])
@@ -137,9 +150,9 @@ def _group_table(key: str, parts: list[tuple[str, list[int], np.ndarray]]) -> pd
 
 
 def as_tables(submission: Submission) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """A submission as fused tables: studies (study_id, the four classes), nones (image_id, none), detections.
+    """Convert a submission into fused tables: studies (study_id, the four classes), nones (image_id, none), detections.
 
-    Of a label that a row names twice the highest confidence counts; one that it does not name is 0.
+    If a row repeats a label, its highest confidence counts; study classes that it does not name get 0.
     """
     studies = submission.studies.astype({"study_id": object, "label": object})
     studies = studies.pivot_table("score", "study_id", "label", "max", fill_value=0.0)
@@ -157,45 +170,45 @@ def write_submission(
     none_probabilities: pd.DataFrame | None = None,
     detections: pd.DataFrame | None = None,
 ) -> tuple[str, ...]:
-    """Write one row for every id, in the given order, beside and rename; return the ids that got PRIORS.
+    """Write a submission with one row per id, in the given order; return the ids whose rows are placeholder predictions.
 
-    `ids` as in sample_submission.csv. `study_probabilities`: study_id and the four classes; `none_probabilities`: image_id,
-    none; `detections`: image_id, score, xmin, ymin, xmax, ymax in original pixels. Where a probability is missing or NaN,
-    the prior stands. Predictions for other ids are left out, because Kaggle refuses rows it did not ask for. Raises
-    ValueError for a doubled id or a value outside 0..1.
+    `ids` are those of sample_submission.csv. `study_probabilities`: study_id and the four classes; `none_probabilities`:
+    image_id, none; `detections`: image_id, score, xmin, ymin, xmax, ymax in original pixels. If a probability is missing or
+    NaN, the row gets the class frequencies PRIORS. Predictions for other ids are ignored, because Kaggle rejects additional
+    rows. The file is replaced atomically. Raises ValueError for a duplicate id or a value outside 0..1.
     """
     ids = list(ids)
     studies = _probabilities(study_probabilities, "study_id", STUDY_CLASSES)
     nones = _probabilities(none_probabilities, "image_id", ("none",))
     boxes = _box_strings(detections)
-    lines, on_priors, known = [",".join(HEADER)], [], 0
+    lines, placeholder_ids, known_count = [",".join(HEADER)], [], 0
     for submission_id in ids:
         name, level = split_id(submission_id)
-        found = (studies if level == "study" else nones).get(name)
+        probabilities = (studies if level == "study" else nones).get(name)
         classes = STUDY_CLASSES if level == "study" else ("none",)
-        known += found is not None
-        if found is None or np.isnan(found).any():
-            on_priors.append(submission_id)
-            found = np.array([PRIORS[label] for label in classes])
+        known_count += probabilities is not None
+        if probabilities is None or np.isnan(probabilities).any():
+            placeholder_ids.append(submission_id)
+            probabilities = np.array([PRIORS[label] for label in classes])
         groups = boxes.get(name, []) if level == "image" else []
-        groups = groups + [f"{label} {_confidence(p)} 0 0 1 1" for label, p in zip(classes, found, strict=True)]
+        groups = groups + [f"{label} {_confidence(p)} 0 0 1 1" for label, p in zip(classes, probabilities, strict=True)]
         lines.append(f"{submission_id},{' '.join(groups)}")
     if len(set(ids)) < len(ids):
-        raise ValueError(f"ids for {path} repeat: {len(ids) - len(set(ids))} too many")
-    if known < len(studies) + len(nones):
+        raise ValueError(f"the ids for {path} must be unique, but {len(ids) - len(set(ids))} are duplicates")
+    if known_count < len(studies) + len(nones):
         logger.warning(
-            "%s: predictions of %d ids that were not asked for are left out", path, len(studies) + len(nones) - known
+            "%s: predictions for %d ids outside of the sample are ignored", path, len(studies) + len(nones) - known_count
         )
-    if on_priors:
-        logger.info("%s: %d of %d rows hold priors", path, len(on_priors), len(ids))
+    if placeholder_ids:
+        logger.info("%s: %d of %d rows are placeholder predictions", path, len(placeholder_ids), len(ids))
     write_text(path, "\n".join(lines) + "\n")
-    return tuple(on_priors)
+    return tuple(placeholder_ids)
 
 
 def write_all_negative(path: str | Path, ids: Iterable[str]) -> None:
-    """The sample submission's answer, `negative 1` and `none 1` everywhere: the floor that a score is held against."""
-    answer = {"study": "negative 1 0 0 1 1", "image": "none 1 0 0 1 1"}
-    rows = [f"{submission_id},{answer[split_id(submission_id)[1]]}" for submission_id in ids]
+    """Write the predictions of the sample submission, `negative 1` and `none 1` in all rows: a baseline for scores."""
+    prediction = {"study": "negative 1 0 0 1 1", "image": "none 1 0 0 1 1"}
+    rows = [f"{submission_id},{prediction[split_id(submission_id)[1]]}" for submission_id in ids]
     write_text(path, "\n".join([",".join(HEADER), *rows]) + "\n")
 
 
@@ -204,23 +217,25 @@ def _probabilities(table: pd.DataFrame | None, key: str, classes: tuple[str, ...
         return {}
     values = table[list(classes)].to_numpy(dtype=float)
     if table[key].duplicated().any():
-        raise ValueError(f"{key} {table[key][table[key].duplicated()].iloc[0]} has two rows of {', '.join(classes)}")
+        raise ValueError(
+            f"{key} {table[key][table[key].duplicated()].iloc[0]} has two rows of {', '.join(classes)}; expected one"
+        )
     if (values < 0).any() or (values > 1).any():
         raise ValueError(f"{', '.join(classes)} must lie in 0..1, got {np.nanmin(values)}..{np.nanmax(values)}")
     return dict(zip(table[key], values, strict=True))
 
 
 def _box_strings(detections: pd.DataFrame | None) -> dict[str, list[str]]:
-    """image_id -> its `opacity` groups, highest score first."""
+    """Return the `opacity` groups of each image_id, highest score first. Raises ValueError for invalid values."""
     if detections is None or detections.empty:
         return {}
     values = detections[["score", *BOX]].to_numpy(dtype=float)
     if not np.isfinite(values).all() or (values[:, 0] < 0).any() or (values[:, 0] > 1).any():
         raise ValueError("detections must have scores in 0..1 and finite boxes")
-    # A tenth of a pixel is written; what loses its area by that would make Kaggle refuse the file.
+    # Boxes are rounded to a tenth of a pixel; Kaggle would reject a file with boxes that lose their area by that.
     rounded = values[:, 1:].round(1)
-    kept = (rounded[:, 0] < rounded[:, 2]) & (rounded[:, 1] < rounded[:, 3])
-    ids, values = detections["image_id"].to_numpy(dtype=object)[kept], values[kept]
+    has_area = (rounded[:, 0] < rounded[:, 2]) & (rounded[:, 1] < rounded[:, 3])
+    ids, values = detections["image_id"].to_numpy(dtype=object)[has_area], values[has_area]
     order = np.argsort(-values[:, 0], kind="stable")
     strings: dict[str, list[str]] = {}
     for name, (score, xmin, ymin, xmax, ymax) in zip(ids[order], values[order].tolist(), strict=True):
@@ -229,6 +244,6 @@ def _box_strings(detections: pd.DataFrame | None) -> dict[str, list[str]]:
 
 
 def _confidence(p: float) -> str:
-    """Seven significant digits (a float32's), never in exponent notation: not every reader of the format knows it."""
+    """Format a confidence with seven significant digits (float32's) and without an exponent, which some readers reject."""
     text = f"{p:.7g}"
     return text if "e" not in text else f"{p:.15f}".rstrip("0").rstrip(".")

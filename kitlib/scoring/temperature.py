@@ -1,5 +1,7 @@
-"""Temperature scaling of probabilities, fitted on other folds (Guo et al. 2017, ICML, "On Calibration of Modern Neural
-Networks", section 4.2)."""
+"""Temperature scaling of probabilities, fitted on the other folds.
+
+Guo et al. 2017, ICML, "On Calibration of Modern Neural Networks", section 4.2.
+"""
 
 from collections.abc import Sequence
 
@@ -7,49 +9,55 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize_scalar
 
-LEAST = 1e-7  # a probability below counts as this: float32 knows none nearer to 1
-BOUNDS = (0.02, 50.0)  # of the temperature: beyond, all answers are certain or even
+LEAST = 1e-7  # smaller probabilities count as this value, about float32's resolution at 1
+BOUNDS = (0.02, 50.0)  # limits of the temperature; beyond them probabilities are 0 or 1, or all equal
 
 
 def scaled(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """(n, C) -> p^(1/T), each row adding to 1: softmax of the logits over T. Above 1 it softens, below 1 it sharpens."""
+    """Return probabilities (n, C) scaled by a temperature T: p^(1/T), with rows normalised to sum to 1.
+
+    This is the softmax of logits divided by T. T above 1 softens, T below 1 sharpens. Raises ValueError if T is not above 0.
+    """
     if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, wanted more than 0")
+        raise ValueError(f"temperature is {temperature}, expected a number above 0")
     logits = np.log(np.maximum(probabilities, LEAST)) / temperature
     raised = np.exp(logits - logits.max(axis=1, keepdims=True))
     return raised / raised.sum(axis=1, keepdims=True)
 
 
 def log_loss(probabilities: np.ndarray, truth: np.ndarray) -> float:
-    """Mean of -log p of the true class; `truth` (n,) numbers the classes from 0."""
+    """Return the mean of -log p of the true class; `probabilities` (n, C), `truth` (n,) class indices."""
     return float(-np.log(np.maximum(probabilities[np.arange(len(truth)), truth], LEAST)).mean())
 
 
 def fit_temperature(probabilities: np.ndarray, truth: np.ndarray) -> float:
-    """The temperature, within BOUNDS, that gives (n, C) the lowest log loss. Raises ValueError without rows."""
+    """Return the temperature within BOUNDS that minimises the log loss of probabilities (n, C) on `truth` (n,).
+
+    Raises ValueError if there are no rows.
+    """
     if not len(truth):
-        raise ValueError("no rows to fit a temperature to")
-    found = minimize_scalar(
+        raise ValueError("there are no rows to fit a temperature to")
+    result = minimize_scalar(
         lambda exponent: log_loss(scaled(probabilities, np.exp(exponent)), truth),
         bounds=np.log(BOUNDS),
         method="bounded",
         options={"xatol": 1e-6},
     )
-    return float(np.exp(found.x))
+    return float(np.exp(result.x))
 
 
 def cross_scaled(scores: pd.DataFrame, classes: Sequence[str], truth: np.ndarray) -> tuple[pd.DataFrame, pd.Series]:
-    """Each fold of one model's out-of-fold scores, scaled by the temperature of its other folds; the temperatures by fold.
+    """Scale each fold of a model's out-of-fold scores by the temperature fitted on its other folds.
 
-    `scores` has a column fold and `classes`; `truth` (n,) numbers these from 0. Raises ValueError for a single fold: there
-    is nothing to fit on.
+    Returns the scaled table and the temperature of each fold. `scores` has the columns fold and `classes`; `truth` (n,)
+    holds class indices. Raises ValueError if there is a single fold, as there would be nothing to fit on.
     """
-    folds, found = scores["fold"].to_numpy(), scores[list(classes)].to_numpy(dtype=float)
+    folds, probabilities = scores["fold"].to_numpy(), scores[list(classes)].to_numpy(dtype=float)
     numbers = np.unique(folds)
     if len(numbers) < 2:
-        raise ValueError(f"scores of one fold ({', '.join(map(str, numbers))}): a temperature is fitted on the others")
-    temperatures = pd.Series({fold: fit_temperature(found[folds != fold], truth[folds != fold]) for fold in numbers})
-    after = np.empty_like(found)
+        raise ValueError(f"scores of a single fold ({', '.join(map(str, numbers))}): fitting a temperature needs others")
+    temperatures = pd.Series({fold: fit_temperature(probabilities[folds != fold], truth[folds != fold]) for fold in numbers})
+    scaled_probabilities = np.empty_like(probabilities)
     for fold, temperature in temperatures.items():
-        after[folds == fold] = scaled(found[folds == fold], temperature)
-    return scores.assign(**dict(zip(classes, after.T, strict=True))), temperatures
+        scaled_probabilities[folds == fold] = scaled(probabilities[folds == fold], temperature)
+    return scores.assign(**dict(zip(classes, scaled_probabilities.T, strict=True))), temperatures

@@ -1,4 +1,4 @@
-"""Whether Kaggle would accept a submission.csv, and if not, every reason with its row."""
+"""Checks whether Kaggle would accept a submission.csv and lists every fault with its row."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 from kitlib.errors import SubmissionError
 from kitlib.scoring.submission_csv import HEADER, LABELS, ONE_PIXEL, parse_prediction, read_cells, read_ids, split_id
 
-# What pandas, and so Kaggle's scorer, reads as "no value" in a cell of text.
+# Texts that pandas, and so Kaggle's scorer, reads as NaN.
 READ_AS_NAN = frozenset(
     (
         *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"),
@@ -20,7 +20,9 @@ READ_AS_NAN = frozenset(
 
 @dataclass(frozen=True)
 class Fault:
-    row: int | None  # line of the submission, the header being 1; None where there is no line
+    """A reason why Kaggle would reject a submission."""
+
+    row: int | None  # line number in the submission, 1 for the header; None if the fault has no line
     id: str | None
     problem: str
 
@@ -30,11 +32,12 @@ class Fault:
 
 
 def validate(sample: str | Path, submission: str | Path) -> list[Fault]:
-    """Every fault of `submission` beside the ids of `sample`, by row, absent ids last; empty if Kaggle would accept it.
+    """Return every fault of `submission`, by row, missing ids last; the list is empty if Kaggle would accept the file.
 
-    The order of rows and groups is free, and a class may be left out. Raises SubmissionError if the *sample* cannot be read.
+    `sample` is sample_submission.csv, which names the valid ids. Rows and groups may have any order, and classes may be
+    missing. Raises SubmissionError if the sample (not the submission) cannot be read.
     """
-    wanted = read_ids(sample)
+    expected = read_ids(sample)
     try:
         cells = read_cells(submission)
     except SubmissionError as error:
@@ -42,40 +45,40 @@ def validate(sample: str | Path, submission: str | Path) -> list[Fault]:
     if not cells:
         return [Fault(None, None, f"{submission} is empty")]
     first_row: dict[str, int] = {}
-    faults, known = [], set(wanted)
+    faults, valid_ids = [], set(expected)
     line, header = cells[0]
     if header != HEADER:
-        faults.append(Fault(line, None, f"the header is {','.join(header)!r}, must be {','.join(HEADER)!r}"))
+        faults.append(Fault(line, None, f"the header is {','.join(header)!r}, but must be {','.join(HEADER)!r}"))
     for line, row in cells[1:]:
         name = row[0]
         if len(row) != 2:
-            faults.append(Fault(line, name, f"{len(row)} cells, must be 2"))
+            faults.append(Fault(line, name, f"the row has {len(row)} cells, but must have 2"))
         if name in first_row:
             faults.append(Fault(line, name, f"duplicate id, first in row {first_row[name]}"))
         first_row.setdefault(name, line)
-        if name not in known:
-            faults.append(Fault(line, name, "extra id: the sample submission does not ask for it"))
+        if name not in valid_ids:
+            faults.append(Fault(line, name, "extra id: it is not in the sample submission"))
         elif len(row) >= 2:
             faults += [Fault(line, name, problem) for problem in prediction_faults(row[1], split_id(name)[1])]
-    absent = (name for name in wanted if name not in first_row)
-    return faults + [Fault(None, name, "missing id: the sample submission asks for it") for name in absent]
+    missing = (name for name in expected if name not in first_row)
+    return faults + [Fault(None, name, "missing id: it is in the sample submission") for name in missing]
 
 
 def prediction_faults(text: str, level: str) -> list[str]:
-    """Every fault of one prediction string; `level` is `study` or `image`."""
+    """Return every fault of a prediction string; `level` is `study` or `image`."""
     if text.strip() in READ_AS_NAN:
         return [f"empty prediction string ({text!r} is read as NaN)"]
     try:
         labels, numbers = parse_prediction(text)
     except ValueError:
         return _faults_by_group(text, level)
-    # Almost every row is clean: one check of the whole row, and group by group only where it fails.
+    # Almost all rows are valid, so the whole row is checked at once, and group by group only if that fails.
     confidence, xmin, ymin, xmax, ymax = numbers.T
-    clean = set(labels) <= set(LABELS[level]) and np.isfinite(numbers).all()
-    clean = clean and ((confidence >= 0) & (confidence <= 1) & (xmin < xmax) & (ymin < ymax)).all()
-    one_pixel = np.array([label != "opacity" for label in labels])
-    clean = clean and (numbers[one_pixel, 1:] == ONE_PIXEL).all()
-    return [] if clean else _faults_by_group(text, level)
+    is_valid = set(labels) <= set(LABELS[level]) and np.isfinite(numbers).all()
+    is_valid = is_valid and ((confidence >= 0) & (confidence <= 1) & (xmin < xmax) & (ymin < ymax)).all()
+    has_one_pixel_box = np.array([label != "opacity" for label in labels])
+    is_valid = is_valid and (numbers[has_one_pixel_box, 1:] == ONE_PIXEL).all()
+    return [] if is_valid else _faults_by_group(text, level)
 
 
 def _faults_by_group(text: str, level: str) -> list[str]:
@@ -85,21 +88,21 @@ def _faults_by_group(text: str, level: str) -> list[str]:
     faults = []
     for start in range(0, len(tokens), 6):
         label, *words = tokens[start : start + 6]
-        place = f"group {start // 6 + 1}"
+        group = f"group {start // 6 + 1}"
         if label not in LABELS[level]:
-            faults.append(f"{place}: label {label!r} is none of {', '.join(LABELS[level])}")
+            faults.append(f"{group}: label {label!r} is not one of {', '.join(LABELS[level])}")
         try:
-            # float() would read 1_0 as ten.
+            # float() would accept 1_0 as ten.
             confidence, *box = (float(word.replace("_", "?")) for word in words)
         except ValueError:
-            faults.append(f"{place}: {' '.join(words)!r} is not five numbers")
+            faults.append(f"{group}: {' '.join(words)!r} is not five numbers")
             continue
         if not 0 <= confidence <= 1:
-            faults.append(f"{place}: confidence {words[0]} is not in 0..1")
+            faults.append(f"{group}: confidence {words[0]} is not in 0..1")
         if not all(map(math.isfinite, box)):
-            faults.append(f"{place}: box {' '.join(words[1:])} is not finite")
+            faults.append(f"{group}: box {' '.join(words[1:])} is not finite")
         elif label != "opacity" and label in LABELS[level] and tuple(box) != ONE_PIXEL:
-            faults.append(f"{place}: {label} counts only with the box 0 0 1 1, not {' '.join(words[1:])}")
+            faults.append(f"{group}: {label} must have the box 0 0 1 1, not {' '.join(words[1:])}")
         elif box[0] >= box[2] or box[1] >= box[3]:
-            faults.append(f"{place}: box {' '.join(words[1:])} is inverted or has no area (xmin ymin xmax ymax)")
+            faults.append(f"{group}: box {' '.join(words[1:])} is inverted or has no area (xmin ymin xmax ymax)")
     return faults

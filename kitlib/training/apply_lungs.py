@@ -1,4 +1,4 @@
-"""Lungs of a whole data set, segmented once: masks, frames to crop to and, if asked, images black outside of the lungs."""
+"""Segments the lungs of a whole data set: masks, crop frames and, optionally, images that are black outside the lungs."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -25,11 +25,11 @@ from kitlib.training.fold_folder import open_run
 from kitlib.xrays.cache import DECODING, CachedXray, DecodedXrays, XrayCache, usable_cores
 from kitlib.xrays.mask_store import MaskStore
 
-# Masks of an older kit are not taken for this one's, with which a submission would crop.
-CODE = f"decoding {DECODING}, clean-up {CLEAN_UP}"
-PART = 256  # images a file of masks: an interrupted run repeats fewer than so many
-# Of the segmenter's recipe: what becomes of a mask, which does not need another training.
-CHANGEABLE = ("least_island", "dilations", "closings", "least_area", "least_width", "margin")
+# Part of a run's identity, so that masks of another version of the kit are not reused: a submission would crop differently.
+CODE_VERSION = f"decoding {DECODING}, clean-up {CLEAN_UP}"
+IMAGES_PER_FILE = 256  # images per file of masks; an interrupted run repeats fewer than this
+# Fields of the segmenter's recipe that post-process a mask, so that changing them needs no new training.
+CLEAN_UP_FIELDS = ("least_island", "dilations", "closings", "least_area", "least_width", "margin")
 
 
 def apply_lungs(
@@ -44,17 +44,18 @@ def apply_lungs(
     resume: bool = True,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Segment each of `images` once and return the table lungs, in their order.
+    """Segment the lungs of every image and return the table lungs, one row per image in the order of `images`.
 
-    `run_folder` gets that table, `masks/`, `bundle/` (the segmenter as it was applied: that of a submission which is to crop
-    alike) and, with `masked_images`, `masked/`, a decoded copy that is black outside of the lungs, whole where they were not
-    found. `clean_up` changes fields of CHANGEABLE. An interrupted run goes on. Raises TrainingError where the folder holds a
-    run of other images or another segmenter, SettingsError for a field that is none of the clean-up's.
+    Writes to `run_folder`: the table, `masks/`, `bundle/` (the segmenter with the clean-up that was applied; a submission
+    that is to crop alike needs this bundle) and, with `masked_images`, `masked/`, a cache of the images that are black
+    outside the lungs (unchanged where no lungs were found). `clean_up` overrides recipe fields of CLEAN_UP_FIELDS. With
+    `resume` an interrupted run continues. Raises TrainingError if the folder holds a run of other images or of another
+    segmenter, SettingsError for a field that is not in CLEAN_UP_FIELDS.
     """
     run_folder, changes = Path(run_folder), clean_up or {}
-    unknown = [name for name in changes if name not in CHANGEABLE]
+    unknown = [name for name in changes if name not in CLEAN_UP_FIELDS]
     if unknown:
-        raise SettingsError(f"the clean-up has no field {unknown[0]!r}; it has: {', '.join(CHANGEABLE)}")
+        raise SettingsError(f"clean_up has no field {unknown[0]!r}; valid fields: {', '.join(CLEAN_UP_FIELDS)}")
     record, weights = read_bundle(bundle)
     model = load_segmenter(bundle, device, batch_size)
     recipe = model.recipe = override(model.recipe, **changes)
@@ -64,49 +65,50 @@ def apply_lungs(
         "longest_side": cache.longest_side,
         "data_fingerprint": data_fingerprint(images=images),
         "masked_images": masked_images,
-        "code": CODE,
+        "code": CODE_VERSION,
     }
     open_run(run_folder, identity, resume)
-    masks, rows = _done(run_folder, resume)
-    waiting = [image_id for image_id in images.image_id if image_id not in masks]
+    masks, rows = _read_finished_parts(run_folder, resume)
+    remaining = [image_id for image_id in images.image_id if image_id not in masks]
     masked = XrayCache(run_folder / "masked", cache.longest_side) if masked_images else None
     bar = tqdm(total=len(images), initial=len(masks), desc="lungs", unit="image", disable=not progress)
     with bar, ThreadPoolExecutor(usable_cores()) as pool:
-        for start in range(0, len(waiting), PART):
-            stream = (cache.read(image_id) for image_id in waiting[start : start + PART])
-            # The clean-up of one image and the network's work on the next ones overlap.
-            found = list(pool.map(lambda given: _finished(given, recipe, masked), model.maps(stream)))
-            # The masks last: they say what is done.
+        for start in range(0, len(remaining), IMAGES_PER_FILE):
+            stream = (cache.read(image_id) for image_id in remaining[start : start + IMAGES_PER_FILE])
+            # Threads clean up images while the network works on the next ones.
+            results = list(pool.map(lambda segmentation: _clean_up_image(segmentation, recipe, masked), model.maps(stream)))
+            # Masks are written last: an image counts as done if its mask is stored.
             part = run_folder / "checkpoints" / f"lungs-{len(masks):06d}.parquet"
-            rows.append(_table(found))
+            rows.append(_lungs_table(results))
             write_table(rows[-1], "lungs", part)
-            masks.add({each.image_id: each.codes for each in found})
-            bar.update(len(found))
+            masks.add({result.image_id: result.codes for result in results})
+            bar.update(len(results))
     lungs = concatenate(rows, "lungs").set_index("image_id").loc[images.image_id].reset_index()
     write_table(lungs, "lungs", run_folder / "tables" / "lungs.parquet")
-    stated = {name: value for name, value in record.items() if name not in ADDED}
-    save_bundle(run_folder / "bundle", weights, stated | {"recipe": dataclasses.asdict(recipe)})
+    fields = {name: value for name, value in record.items() if name not in ADDED}
+    save_bundle(run_folder / "bundle", weights, fields | {"recipe": dataclasses.asdict(recipe)})
     return lungs
 
 
-def _done(run_folder: Path, resume: bool) -> tuple[MaskStore, list[pd.DataFrame]]:
-    """What an interrupted run has left: whole files of masks, and the rows of their images."""
+def _read_finished_parts(run_folder: Path, resume: bool) -> tuple[MaskStore, list[pd.DataFrame]]:
+    """Return the masks that an interrupted run has stored, and the lungs tables with the rows of these images."""
     store = MaskStore(run_folder / "masks") if resume else MaskStore.afresh(run_folder / "masks")
     parts = [read_table("lungs", part) for part in sorted((run_folder / "checkpoints").glob("lungs-*.parquet"))]
     return store, [part[part.image_id.isin(store.ids)] for part in parts]
 
 
-def _finished(
-    given: tuple[CachedXray, np.ndarray, Placement], recipe: SegmenterRecipe, masked: XrayCache | None
+def _clean_up_image(
+    segmentation: tuple[CachedXray, np.ndarray, Placement], recipe: SegmenterRecipe, masked: XrayCache | None
 ) -> Segmented:
-    xray, maps, place = given
-    found = segmented(xray, maps, place, recipe)
+    """Clean up the maps of one image and, with a cache `masked`, store the image black outside its lungs."""
+    xray, maps, place = segmentation
+    result = segmented(xray, maps, place, recipe)
     if masked is not None:
-        inside = np.isin(found.codes, LUNG_CODES) if found.verdict == FOUND else True
+        inside = np.isin(result.codes, LUNG_CODES) if result.verdict == FOUND else True
         masked.put(dataclasses.replace(xray, pixels=np.where(inside, xray.pixels, 0).astype(np.uint8)))
-    return found
+    return result
 
 
-def _table(found: Iterable[Segmented]) -> pd.DataFrame:
-    rows = [(each.image_id, each.verdict, each.area, *each.frame) for each in found]
+def _lungs_table(results: Iterable[Segmented]) -> pd.DataFrame:
+    rows = [(result.image_id, result.verdict, result.area, *result.frame) for result in results]
     return check_table(pd.DataFrame(rows, columns=["image_id", "verdict", "area", *BOX]), "lungs")

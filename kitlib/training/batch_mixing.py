@@ -1,4 +1,4 @@
-"""MixUp and CutMix: a batch's images blended with one another, their targets in the same shares."""
+"""MixUp and CutMix: mix the images of a batch with one another, and their targets in the same proportion."""
 
 import math
 from typing import Any
@@ -7,41 +7,42 @@ import torch
 
 
 def mix_batch(batch: dict[str, Any], mixup: float, cutmix: float) -> dict[str, Any]:
-    """A batch of `kitlib.training.xray_dataset.collate` with its images and targets mixed; the one given stays as it is.
+    """Return a copy of a batch (see `kitlib.training.xray_dataset.collate`) with mixed images and targets, without boxes.
 
-    `mixup` and `cutmix` are alpha of Beta(alpha, alpha), from which one share a batch is drawn, 0 for never; with both, a
-    batch gets one of the two, each with probability 1/2. Every image meets a partner of its own (a permutation), so that the
-    sum of each target over the batch stays. MixUp blends pixels, which become float32 0..255 (Zhang et al. 2018, section 2).
-    CutMix lays a rectangle of the partner over the image; the share is the area that is left (Yun et al. 2019, section 3.1).
+    `mixup` and `cutmix` are the alpha of Beta(alpha, alpha), from which one share per batch is drawn; 0 switches the method
+    off. With both, each batch uses one of them, with probability 1/2 each. Partners are a permutation of the batch, so that
+    the sum of each target over the batch does not change. MixUp blends pixels, which become float32 0..255 (Zhang et al.
+    2018, section 2). CutMix pastes a rectangle of the partner; the share is the area that stays (Yun et al. 2019, section
+    3.1).
 
-    `label` and `none` are blended by the share, and what is NaN in either stays unknown. `mask` (n, cells, cells), where
-    there is one, goes with the pixels: the rectangle's edges then lie between its cells. All is drawn from torch's generator
-    of the CPU, whatever the device. Boxes are left out: those of neither image fit the mixture.
+    `label` and `none` are blended by the share; a target that is NaN in either image becomes NaN. `mask` (n, cells, cells),
+    if the batch has one, is mixed like the pixels, and the edges of the rectangle then lie between cells. Everything is
+    drawn from torch's CPU generator, on any device. Boxes are dropped, since neither image's boxes fit the mixture.
     """
     if not mixup and not cutmix:
         return batch
-    cut = cutmix > 0 and (not mixup or torch.rand(()).item() < 0.5)
-    alpha = torch.tensor(float(cutmix if cut else mixup))
+    uses_cutmix = cutmix > 0 and (not mixup or torch.rand(()).item() < 0.5)
+    alpha = torch.tensor(float(cutmix if uses_cutmix else mixup))
     share = torch.distributions.Beta(alpha, alpha).sample().item()
     pixels, mask = batch["pixels"], batch.get("mask")
     partner = torch.randperm(len(pixels)).to(pixels.device)
     mixed = {name: value for name, value in batch.items() if name != "boxes"}
-    if cut:
+    if uses_cutmix:
         side, cells = pixels.shape[-1], pixels.shape[-1] if mask is None else mask.shape[-1]
-        top, bottom, left, right = _rectangle(cells, share)
+        top, bottom, left, right = _draw_rectangle(cells, share)
         share = 1 - (bottom - top) * (right - left) / cells**2
-        mixed["pixels"] = _pasted(pixels, partner, [edge * (side // cells) for edge in (top, bottom, left, right)])
+        mixed["pixels"] = _paste(pixels, partner, [edge * (side // cells) for edge in (top, bottom, left, right)])
         if mask is not None:
-            mixed["mask"] = _pasted(mask, partner, [top, bottom, left, right])
+            mixed["mask"] = _paste(mask, partner, [top, bottom, left, right])
     else:
-        mixed["pixels"] = _blended(pixels.float(), partner, share)
+        mixed["pixels"] = _blend(pixels.float(), partner, share)
         if mask is not None:
-            mixed["mask"] = _blended(mask, partner, share)
-    return mixed | {name: _blended(batch[name], partner, share) for name in ("label", "none")}
+            mixed["mask"] = _blend(mask, partner, share)
+    return mixed | {name: _blend(batch[name], partner, share) for name in ("label", "none")}
 
 
-def _rectangle(cells: int, share: float) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right of a square of area (1 - share), its centre anywhere, cut at the canvas's edges."""
+def _draw_rectangle(cells: int, share: float) -> tuple[int, int, int, int]:
+    """Draw a square of area (1 - share) around a random centre; return top, bottom, left, right, clipped to the canvas."""
     half = cells * math.sqrt(1 - share) / 2
     edges = []
     for centre in (torch.rand(2) * cells).tolist():
@@ -49,12 +50,12 @@ def _rectangle(cells: int, share: float) -> tuple[int, int, int, int]:
     return tuple(edges)
 
 
-def _pasted(values: torch.Tensor, partner: torch.Tensor, edges: list[int]) -> torch.Tensor:
+def _paste(values: torch.Tensor, partner: torch.Tensor, edges: list[int]) -> torch.Tensor:
     top, bottom, left, right = edges
-    pasted = values.clone()
-    pasted[:, top:bottom, left:right] = values[partner, top:bottom, left:right]
-    return pasted
+    result = values.clone()
+    result[:, top:bottom, left:right] = values[partner, top:bottom, left:right]
+    return result
 
 
-def _blended(values: torch.Tensor, partner: torch.Tensor, share: float) -> torch.Tensor:
+def _blend(values: torch.Tensor, partner: torch.Tensor, share: float) -> torch.Tensor:
     return share * values + (1 - share) * values[partner]

@@ -1,6 +1,6 @@
-"""One model trained by several processes, a GPU each: what a process's share is, and how shares come together.
+"""Training of one model by several processes, each on its own GPU: sharing of batches, gathering of results, launching.
 
-The recipe's batch is that of all processes together, so a recipe means the same with any number of them.
+The recipe's batch size is that of all processes together, so a recipe means the same with any number of processes.
 """
 
 import dataclasses
@@ -26,27 +26,27 @@ from kitlib.training.fold_folder import start_over
 from kitlib.training.task import Task
 
 
-def share() -> tuple[int, int]:
-    """This process's number, from 0, and how many train together; (0, 1) where one trains alone."""
+def rank_and_world_size() -> tuple[int, int]:
+    """Return this process's rank (from 0) and the number of processes that train together; (0, 1) for a single process."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def is_first() -> bool:
-    """Whether this process is the one that writes."""
-    return share()[0] == 0
+def is_first_process() -> bool:
+    """Whether this process has rank 0, the only one that writes files."""
+    return rank_and_world_size()[0] == 0
 
 
 class Keys(Protocol):
-    """The keys of an epoch's examples, in their order."""
+    """Sampler with a length: the keys of an epoch's examples, in order."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
 
 
 class SharedBatches(Sampler[list[Any]]):
-    """Batches of keys, of which this process takes every so-manieth key; all have the same number of them.
+    """Batch sampler that splits every batch among the processes: rank r of n gets the keys r, r + n, r + 2n, ...
 
-    `sampler` gives the same order in every process. As with one process, a last batch that is not full is left out.
+    `sampler` must give the same order in every process. A last batch that is not full is dropped, as with one process.
     """
 
     def __init__(self, sampler: Keys, batch_size: int) -> None:
@@ -56,7 +56,7 @@ class SharedBatches(Sampler[list[Any]]):
         return len(self.sampler) // self.batch_size
 
     def __iter__(self) -> Iterator[list[Any]]:
-        rank, processes = share()
+        rank, processes = rank_and_world_size()
         batch: list[Any] = []
         for key in self.sampler:
             batch.append(key)
@@ -66,41 +66,41 @@ class SharedBatches(Sampler[list[Any]]):
 
 
 def gather_rows(rows: np.ndarray) -> np.ndarray:
-    """`rows` with every row taken from the process that has made it: row i from the process i modulo their number."""
-    rank, processes = share()
+    """Return `rows` with row i taken from process i modulo the number of processes, which has computed it."""
+    rank, processes = rank_and_world_size()
     if processes == 1:
         return rows
-    for other, part in enumerate(_from_all(rows[rank::processes])):
+    for other, part in enumerate(_all_gather(rows[rank::processes])):
         rows[other::processes] = part
     return rows
 
 
-def gather_list(made: Sequence[Any]) -> list[Any]:
-    """All that the processes have made, in the data's order: item i by the process i modulo their number."""
-    parts = _from_all(list(made))
+def gather_list(items: Sequence[Any]) -> list[Any]:
+    """Return the items of all n processes in the order of the data, where item i is from process i modulo n."""
+    parts = _all_gather(list(items))
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
-def _from_all(value: Any) -> list[Any]:
-    processes = share()[1]
+def _all_gather(value: Any) -> list[Any]:
+    processes = rank_and_world_size()[1]
     if processes == 1:
         return [value]
-    found: list[Any] = [None] * processes
-    torch.distributed.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * processes
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def train_together(train: Callable[[Task, int, Path], Any], task: Task, fold: int, run_folder: Path, processes: int) -> Any:
-    """`train(task, fold, run_folder)` by several processes, whose output goes to run_folder/processes; what it gives.
+    """Run `train(task, fold, run_folder)` in several processes that share each batch, and return its result.
 
-    The processes share the recipe's batch. If the task is not to be resumed, the folder is emptied of an earlier run once,
-    before they start. Raises ValueError where they cannot share it, SessionOver as `train` does, and TrainingError for
-    everything else that a process has raised.
+    The output of the processes goes to run_folder/processes. If the task does not resume, an earlier run in the folder is
+    deleted once, before the processes start. Raises ValueError if the recipe's training cannot be shared, SessionOver if
+    `train` does, and TrainingError, with the first message and the log folder, for any other error in a process.
     """
-    _check(task.recipe, processes)
+    _check_can_share(task.recipe, processes)
     if not task.resume:
         start_over(run_folder)
-        # Or each process would empty the folder, and reading the results train them again.
+        # Otherwise each process would empty the folder, and the call below that reads the results would train again.
         task = dataclasses.replace(task, resume=True)
     if not (run_folder / "metrics.json").is_file():
         logs = run_folder / "processes"
@@ -118,27 +118,31 @@ def train_together(train: Callable[[Task, int, Path], Any], task: Task, fold: in
             logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
         )
         try:
-            ended = elastic_launch(config, _one_of_them)(train, task, fold, run_folder)
+            results = elastic_launch(config, _run_process)(train, task, fold, run_folder)
         except ChildFailedError as error:
-            told: Any = error.get_first_failure()[1].message  # a str, says torch; what a process raised is a dict
-            told = told["message"] if isinstance(told, dict) else told
-            raise TrainingError(f"{run_folder}: {told}\n  logs: {logs}") from error
-        if ended[0] is not None:
-            raise ended[0]
+            message: Any = error.get_first_failure()[1].message  # annotated as str by torch, but a dict for an exception
+            message = message["message"] if isinstance(message, dict) else message
+            raise TrainingError(f"{run_folder}: {message}\n  logs: {logs}") from error
+        if results[0] is not None:
+            raise results[0]
     return train(task, fold, run_folder)
 
 
-def _check(recipe: TrainingRecipe, processes: int) -> None:
+def _check_can_share(recipe: TrainingRecipe, processes: int) -> None:
     if recipe.batch_size % processes:
-        raise ValueError(f"{processes} processes cannot share a batch of {recipe.batch_size} images evenly")
-    if later := getattr(recipe, "unfreeze_every", 0):
-        # torch gathers the gradients of what learns at the start, and of nothing else.
-        raise ValueError(f"recipe.unfreeze_every is {later}: what learns later is not shared by processes")
+        raise ValueError(
+            f"{processes} processes cannot share a batch of {recipe.batch_size} images evenly; set batch_size to a multiple"
+        )
+    if unfreeze_every := getattr(recipe, "unfreeze_every", 0):
+        # DDP synchronises only the gradients of parameters that are trainable at the start.
+        raise ValueError(
+            f"unfreeze_every is {unfreeze_every}: stages that unfreeze later cannot be trained by several processes; use one"
+        )
     if family_of(recipe).one_process:
-        raise ValueError(f"a {family_of(recipe).name} is trained by one process; train its folds side by side, one a GPU")
+        raise ValueError(f"a {family_of(recipe).name} is trained by one process; train its folds side by side, one per GPU")
 
 
-def _one_of_them(train: Callable[[Task, int, Path], Any], task: Task, fold: int, run_folder: Path) -> Exception | None:
+def _run_process(train: Callable[[Task, int, Path], Any], task: Task, fold: int, run_folder: Path) -> Exception | None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
         train(task, fold, run_folder)

@@ -1,4 +1,4 @@
-"""Training of one model on one fold, whatever its family: the one way from a task to a finished run folder."""
+"""Training of one model on one fold: the path from a task to a finished run folder that all model families share."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,41 +12,41 @@ from kitlib.training.task import Task, TrainedFold, read_trained
 
 
 def train_fold(task: Task, fold: int, run_folder: str | Path) -> TrainedFold | None:
-    """Train on all folds but `fold`, keep the recipe's epoch, predict what the model has not seen with it.
+    """Train on all folds but `fold`, write the bundle and the out-of-fold predictions to `run_folder`, and return them.
 
-    `run_folder` gets all of it: bundle, tables, figures and, last, metrics.json. An interrupted run goes on where it was and
-    gives what an uninterrupted one gives; a finished one is read back. None in all but the first of several processes that
-    train together. Raises TrainingError if the folder holds a run of other data or settings, SessionOver at the task's
-    deadline, and ValueError for a task that cannot be trained, before anything is written.
+    The folder gets the bundle of the kept epoch, tables, figures and, last, metrics.json. An interrupted run is resumed and
+    gives the same result as an uninterrupted one; a finished run is read back. Where several processes train together, all
+    but the first return None. Raises TrainingError if the folder holds a run of other data or settings, SessionOver at the
+    task's deadline, and ValueError, before anything is written, for a task that cannot be trained.
     """
     run_folder, task = Path(run_folder), task.checked()
     family = family_of(task.recipe)
     strategy = _strategies()[family.name](task, fold, run_folder)
     identity = task.identity(fold)
-    finished, device = open_run(run_folder, identity, task.resume), training_device()
-    if finished:
+    is_finished, device = open_run(run_folder, identity, task.resume), training_device()
+    if is_finished:
         strategy.complete(device)
         return read_trained(run_folder)
     seed_everything(task.seed)
     model = family.network(task.recipe, strategy.classes).to(memory_format=memory_format(device))
-    start = strategy.start(model)
+    starting_weights = strategy.start(model)
     strategy.make_examples()
-    fitted = strategy.fit(model, device)
-    if not data_parallel.is_first():
+    result = strategy.fit(model, device)
+    if not data_parallel.is_first_process():
         return None
-    save_trained(run_folder, model, family.name, strategy.classes, identity, fitted)
+    save_trained(run_folder, model, family.name, strategy.classes, identity, result)
     counts = {
-        "starting_weights": start,
+        "starting_weights": starting_weights,
         "train_images": len(strategy.train),
         "validation_images": len(strategy.validation),
         **strategy.predict(device),
     }
-    finish_fold(run_folder, identity, counts, fitted, device)
+    finish_fold(run_folder, identity, counts, result, device)
     return read_trained(run_folder)
 
 
 def _strategies() -> dict[str, Callable[[Task, int, Path], Strategy]]:
-    """How each of kitlib.models.families.FAMILIES is trained."""
+    """Return the strategy of each model family of kitlib.models.families.FAMILIES, by the family's name."""
     from kitlib.training.faster_rcnn import FasterRCNNStrategy
     from kitlib.training.findings import FindingsStrategy, PatchStrategy
     from kitlib.training.lungs import SegmenterStrategy

@@ -1,4 +1,4 @@
-"""Training of a Faster R-CNN by pytorch-lightning."""
+"""Training of a Faster R-CNN with Lightning."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -14,16 +14,19 @@ from kitlib.training.loop import RecipeTraining
 
 
 class FasterRCNNTraining(RecipeTraining):
-    """Losses and validation over batches of `XrayDataset`; the score is `judge` of the found and the true boxes."""
+    """Lightning module with the losses and the validation of a Faster R-CNN on batches of `XrayDataset`.
+
+    The validation score is `score(predictions, ground_truth)`, with one array of boxes per image in both lists.
+    """
 
     model: FasterRCNNDetector
-    judged: FasterRCNNDetector
+    evaluated_model: FasterRCNNDetector
 
-    def __init__(self, model: FasterRCNNDetector, judge: Callable[[list, list], float]) -> None:
+    def __init__(self, model: FasterRCNNDetector, score: Callable[[list, list], float]) -> None:
         super().__init__(model, model.recipe)
-        self.judge = judge
-        self.found: list[np.ndarray] = []
-        self.true: list[np.ndarray] = []
+        self.score = score
+        self.predictions: list[np.ndarray] = []
+        self.ground_truth: list[np.ndarray] = []
 
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
         losses = self.model.losses(batch["pixels"], batch["boxes"])
@@ -32,18 +35,19 @@ class FasterRCNNTraining(RecipeTraining):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self.found, self.true = [], []
+        self.predictions, self.ground_truth = [], []
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
-        self.found += self.judged.predict(batch["pixels"])
-        self.true += [each.cpu().numpy() for each in batch["boxes"]]
+        self.predictions += self.evaluated_model.predict(batch["pixels"])
+        self.ground_truth += [each.cpu().numpy() for each in batch["boxes"]]
 
     def on_validation_epoch_end(self) -> None:
-        self.log("score", self.judge(data_parallel.gather_list(self.found), data_parallel.gather_list(self.true)))
+        predictions, ground_truth = (data_parallel.gather_list(boxes) for boxes in (self.predictions, self.ground_truth))
+        self.log("score", self.score(predictions, ground_truth))
 
 
 class FasterRCNNStrategy(DetectorStrategy):
-    """A Faster R-CNN, trained by pytorch-lightning."""
+    """Trains a Faster R-CNN with Lightning."""
 
     def module(self, model: FasterRCNNDetector) -> FasterRCNNTraining:
         return FasterRCNNTraining(model, canvas_precision)

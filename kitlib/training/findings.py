@@ -1,4 +1,4 @@
-"""Training of a findings classifier, of images or of their patches, and its predictions of images that it has not seen."""
+"""Training of a findings classifier on images or on patches, and its predictions of the validation fold and test images."""
 
 import logging
 from pathlib import Path
@@ -29,46 +29,53 @@ Labelled = XrayDataset | PatchDataset
 def check_findings(
     images: pd.DataFrame, labels: pd.DataFrame, folds: pd.DataFrame, recipe: FindingsRecipe, model_name: str
 ) -> None:
-    """Raise ValueError where these tables and settings cannot be trained on, with what to change."""
+    """Raise ValueError, with what to change, if the labels, folds and recipe do not go together.
+
+    Checks the starting weights of a frozen backbone, that no test image is in a fold, and that exclusive labels sum to 1.
+    """
     check_frozen(recipe, model_name)
     check_classes(recipe, class_columns(labels, "labels"))
     if "split" in images:
         test = set(images.image_id[images.split == "test"])
-        inside = folds.id[folds.id.isin(test)]
-        if len(inside):
+        in_folds = folds.id[folds.id.isin(test)]
+        if len(in_folds):
             raise ValueError(
-                f"{len(inside)} images of the split 'test' are in folds, first {inside.iloc[0]}; use make_folds"
+                f"{len(in_folds)} images of the split 'test' are in folds, first {in_folds.iloc[0]}; use make_folds"
             )
     if not recipe.multi_label:
         classes = class_columns(labels, "labels")
-        known = labels[labels[classes].notna().all(axis=1)]
-        wrong = known[(known[classes].sum(axis=1) - 1).abs() > 1e-6]
-        if len(wrong):
+        fully_labelled = labels[labels[classes].notna().all(axis=1)]
+        invalid = fully_labelled[(fully_labelled[classes].sum(axis=1) - 1).abs() > 1e-6]
+        if len(invalid):
             raise ValueError(
-                f"{model_name}: with multi_label false exactly one class is true, but {len(wrong)} labels do not sum to 1, "
-                f'first {wrong["id"].iloc[0]}; give overrides {{"multi_label": true}}'
+                f"{model_name}: multi_label is false, but {len(invalid)} labels do not sum to 1, first "
+                f'{invalid["id"].iloc[0]}; correct them, or set overrides {{"multi_label": true}}'
             )
 
 
 def unseen_test_images(images: pd.DataFrame, train_images: pd.DataFrame, limit: int | None = None) -> pd.DataFrame:
-    """Images of the split "test" of patients that the model was not trained on, the first `limit` of them."""
+    """Return the images of the split "test", at most `limit`, without those of patients that the model is trained on.
+
+    Logs a warning if any are dropped for that reason. Empty if the table has no column `split`.
+    """
     if "split" not in images:
         return images.iloc[:0]
     test = images[images.split == "test"]
-    seen = test.patient_id.isin(train_images.patient_id)
-    if seen.any():
+    is_of_trained_patient = test.patient_id.isin(train_images.patient_id)
+    if is_of_trained_patient.any():
         logger.warning(
-            "%d test images are of patients that are trained on and are not predicted, first %s",
-            int(seen.sum()),
-            test.image_id[seen].iloc[0],
+            "%d test images are not predicted, because the model is trained on other images of their patients, first %s",
+            int(is_of_trained_patient.sum()),
+            test.image_id[is_of_trained_patient].iloc[0],
         )
-    return test[~seen].iloc[:limit].reset_index(drop=True)
+    return test[~is_of_trained_patient].iloc[:limit].reset_index(drop=True)
 
 
 class FindingsTraining(ClassifierTraining):
-    """Loss and validation over batches of `XrayDataset`; the score is that of the recipe's `judged_by`.
+    """Lightning module with the loss and the validation of a findings classifier on batches of `XrayDataset`.
 
-    `weights` (classes,), such as `class_weights`, multiply the losses of a class's images.
+    The validation score is the recipe's `judged_by`. `weights` (classes,), such as those of `class_weights`, multiply the
+    loss of each image by the weight of its class.
     """
 
     model: FindingsClassifier
@@ -78,9 +85,9 @@ class FindingsTraining(ClassifierTraining):
     def __init__(self, model: FindingsClassifier, validation: Labelled, weights: np.ndarray | None = None) -> None:
         super().__init__(model, len(validation))
         self.truth = validation.label
-        told = None if weights is None else torch.tensor(weights, dtype=torch.float32)
-        # It follows from the data, and no checkpoint has to hold it.
-        self.register_buffer("weights", told, persistent=False)
+        tensor = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+        # Not in checkpoints, since it follows from the data.
+        self.register_buffer("weights", tensor, persistent=False)
 
     def loss(self, batch: dict[str, Any], logits: torch.Tensor, smoothing: float) -> torch.Tensor:
         logits = self.model.class_logits(logits)
@@ -90,30 +97,33 @@ class FindingsTraining(ClassifierTraining):
         if not self.recipe.auxiliary:
             return super().training_loss(batch)
         outputs = self.model.with_auxiliary(self.model.normalise(batch["pixels"]))
-        loss, beside = (self.loss(batch, logits, self.recipe.label_smoothing) for logits in outputs)
-        return loss + self.recipe.auxiliary * beside
+        loss, auxiliary_loss = (self.loss(batch, logits, self.recipe.label_smoothing) for logits in outputs)
+        return loss + self.recipe.auxiliary * auxiliary_loss
 
     def scores(self) -> dict[str, float]:
-        if np.isnan(self.found).any():
-            # Or the most probable of what is none would be the first class; `fit` stops at such a score.
+        if np.isnan(self.validation_probabilities).any():
+            # argmax would count NaN predictions as the first class; `fit` stops with an error at a NaN score.
             return {"score": float("nan")}
         if self.recipe.judged_by == "auc":
-            return mean_auc(self.truth, self.found, self.model.classes)
-        return exclusive_scores(self.truth, self.found, self.model.classes, self.recipe.judged_by)
+            return mean_auc(self.truth, self.validation_probabilities, self.model.classes)
+        return exclusive_scores(self.truth, self.validation_probabilities, self.model.classes, self.recipe.judged_by)
 
 
 class PatchTraining(FindingsTraining):
-    """The same over batches of `PatchDataset`: a validation image is judged by the answer of several of its patches."""
+    """Lightning module that trains on patches and validates images by the pooled predictions of several of their patches.
 
-    judged: PatchClassifier
+    Batches are those of `PatchDataset`.
+    """
+
+    evaluated_model: PatchClassifier
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
-        where, size = batch["where"], len(batch["canvases"])
-        logits = self.judged.patch_logits(batch["canvases"], where)
-        loss = self.loss({"label": batch["label"][where[:, 0]]}, logits, smoothing=0.0)
+        centres, size = batch["where"], len(batch["canvases"])
+        logits = self.evaluated_model.patch_logits(batch["canvases"], centres)
+        loss = self.loss({"label": batch["label"][centres[:, 0]]}, logits, smoothing=0.0)
         self.log("validation_loss", loss, batch_size=size, sync_dist=True)
-        found = self.judged.scored(self.judged.probabilities(logits), where, size)
-        self.found[batch["index"].cpu().numpy()] = found.numpy()
+        scores = self.evaluated_model.scored(self.evaluated_model.probabilities(logits), centres, size)
+        self.validation_probabilities[batch["index"].cpu().numpy()] = scores.numpy()
 
 
 def findings_loss(
@@ -123,42 +133,43 @@ def findings_loss(
     smoothing: float = 0.0,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Binary cross entropy, the mean over all known labels, or cross entropy, the mean over the images with all known.
+    """Return the scalar loss of a batch: binary cross entropy with `multi_label`, else cross entropy.
 
-    `logits` and `label` (n, classes); labels are 0..1, soft ones included, or NaN where unknown. 0 where nothing is known.
-    `smoothing` is the share of the truth that goes evenly to what else could be: both sides of a label, or all classes.
-    `weights` (classes,) multiply the losses of exclusive classes' images; the mean is over the images, as Keras takes it.
+    `logits` and `label` are (n, classes); labels are 0..1, soft labels allowed, or NaN if unknown. Binary cross entropy is
+    averaged over all known labels, cross entropy over the images whose labels are all known; the loss is 0 if there are
+    none. `smoothing` is the share of each target that is spread evenly, over true and false or over all classes. `weights`
+    (classes,) multiply the cross entropy of an image by the weight of its class; the mean stays over images, as in Keras.
     """
-    logits, known, truth = logits.float(), ~label.isnan(), label.nan_to_num()
+    logits, is_known, truth = logits.float(), ~label.isnan(), label.nan_to_num()
     if multi_label:
         truth = smoothed(truth, smoothing, classes=2)
-        return mean_of_known(functional.binary_cross_entropy_with_logits(logits, truth, reduction="none"), known)
-    each = functional.cross_entropy(logits, truth, label_smoothing=smoothing, reduction="none")
+        return mean_of_known(functional.binary_cross_entropy_with_logits(logits, truth, reduction="none"), is_known)
+    losses = functional.cross_entropy(logits, truth, label_smoothing=smoothing, reduction="none")
     if weights is not None:
-        each = each * (truth @ weights)
-    return mean_of_known(each, known.all(dim=1))
+        losses = losses * (truth @ weights)
+    return mean_of_known(losses, is_known.all(dim=1))
 
 
 class FindingsStrategy(Strategy):
-    """A classifier of single images over the classes of the table labels, in their order.
+    """Trains a classifier of single images over the classes of the table labels, in the order of its columns.
 
-    Predicts class_scores of its fold, test_scores of the images of the split "test" (`limit_validation` limits them, too)
-    and, with the task's `in_sample`, training_scores of the images it was trained on, as they are: FLANNEL was published
-    stacked on such. Its bundle is where a study classifier or a detector may start.
+    Writes the tables class_scores (validation fold), test_scores (images of the split "test", also limited by
+    `limit_validation`) and, with the task's `in_sample`, training_scores (its own training images, without augmentation, as
+    FLANNEL's published ensemble is stacked on). A study classifier or a detector may start from its bundle.
     """
 
     uses = ("lungs", "in_sample")
     recipe: FindingsRecipe
     train: Labelled
     validation: Labelled
-    training: ClassVar[type[FindingsTraining]] = FindingsTraining
+    training_module: ClassVar[type[FindingsTraining]] = FindingsTraining
 
     def __init__(self, task: Task, fold: int, run_folder: Path) -> None:
         super().__init__(task, fold, run_folder)
         test_images = unseen_test_images(self.images, self.train_images, task.limit_validation)
-        self.predicted = {"class_scores": self.validation_images, "test_scores": test_images}
+        self.images_to_predict = {"class_scores": self.validation_images, "test_scores": test_images}
         if task.in_sample:
-            self.predicted["training_scores"] = self.train_images
+            self.images_to_predict["training_scores"] = self.train_images
 
     @property
     def classes(self) -> list[str]:
@@ -175,21 +186,21 @@ class FindingsStrategy(Strategy):
         self.validation = self.examples(self.validation_images)
 
     def examples(self, images: pd.DataFrame, **options: Any) -> Labelled:
-        """The data set of these images."""
+        """Return the data set of these images; `options` are those of its class, such as `augment`."""
         tables = images, self.labels, self.boxes
         return XrayDataset(*tables, self.task.cache, self.recipe, lungs=self.task.lungs, **options)
 
     def module(self, model: FindingsClassifier) -> FindingsTraining:
         weights = class_weights(self.train.label) if self.recipe.class_weights else None
-        return self.training(model, self.validation, weights)
+        return self.training_module(model, self.validation, weights)
 
     def predict(self, device: torch.device) -> dict[str, Any]:
         for name in ("class_scores", "test_scores", "training_scores"):
-            self._table(name).unlink(missing_ok=True)
+            self._table_path(name).unlink(missing_ok=True)
         lungs_missed = self.complete(device)
         return {
             "classes": self.classes,
-            "test_images": len(self.predicted["test_scores"]),
+            "test_images": len(self.images_to_predict["test_scores"]),
             "lungs_missed": {"training": self.train.lungs_missed(), "predicted": lungs_missed},
             "classes_without_images": {
                 "training": without_images(self.train.label, self.classes),
@@ -198,29 +209,29 @@ class FindingsStrategy(Strategy):
         }
 
     def complete(self, device: torch.device) -> int:
-        """Predict those tables that are asked for and not there; the number of images whose lungs were not found."""
-        missing = [name for name in self.predicted if not self._table(name).is_file()]
+        """Write the requested tables that are missing, and return the number of predicted images without lungs."""
+        missing = [name for name in self.images_to_predict if not self._table_path(name).is_file()]
         if not missing:
             return 0
-        bundle, at_once = self.run_folder / "bundle", 2 * self.recipe.batch_size
-        predictor, lungs_missed = load_predictor(bundle, device, at_once, lungs=self.task.lungs), 0
+        bundle, batch_size = self.run_folder / "bundle", 2 * self.recipe.batch_size
+        predictor, lungs_missed = load_predictor(bundle, device, batch_size, lungs=self.task.lungs), 0
         for name in missing:
-            chunks = predictor.predict(map(self.task.cache.read, self.predicted[name].image_id))
+            chunks = predictor.predict(map(self.task.cache.read, self.images_to_predict[name].image_id))
             self.write(name, concatenate(chunks, "class_scores"), "class_scores")
             lungs_missed += predictor.lungs_missed
         return lungs_missed
 
-    def _table(self, name: str) -> Path:
+    def _table_path(self, name: str) -> Path:
         return self.run_folder / "tables" / f"{name}.parquet"
 
 
 class PatchStrategy(FindingsStrategy):
-    """A classifier of patches: it learns a patch of each image an epoch, and several together judge and answer an image."""
+    """Trains a classifier of patches: one patch per image and epoch; validation and prediction pool several per image."""
 
     recipe: PatchRecipe
-    training, joined = PatchTraining, (None, collate_canvases)
-    # Whole canvases: few, since workers hand them over through memory that containers keep small.
-    validated = 0.5
+    training_module, collate_fns = PatchTraining, (None, collate_canvases)
+    # Validation examples are whole canvases: small batches, because workers pass them through /dev/shm, small in containers.
+    validation_batch_ratio = 0.5
 
     def examples(self, images: pd.DataFrame, **options: Any) -> PatchDataset:
         tables = images, self.labels, self.boxes

@@ -1,4 +1,4 @@
-"""Training under pytorch-lightning: the optimiser, the schedule, early stopping and exact resume."""
+"""The training loop, on Lightning: optimiser, learning rate schedule, moving average, early stopping and exact resume."""
 
 import logging
 import math
@@ -25,34 +25,34 @@ from kitlib.deadline import Deadline, SessionOver, epoch_fits
 from kitlib.device import derived_seed, gpu_of, precision, process_group_backend
 from kitlib.recipes.fields import TrainingRecipe
 from kitlib.training import data_parallel
-from kitlib.training.fold_folder import LEARNING_RATE_FLOOR, Fitted, is_over, kept_row
+from kitlib.training.fold_folder import LEARNING_RATE_FLOOR, FitResult, find_kept_epoch, is_over
 
 logger = logging.getLogger(__name__)
 
 
 class RecipeTraining(pl.LightningModule):
-    """A network under a recipe's optimiser and schedule. A subclass adds `training_step` and validation.
+    """Lightning module that trains a network with a recipe's optimiser and schedule; a subclass adds the steps.
 
-    Training runs `model`, validation must run `judged`, in evaluation mode, and log `score` (greater is better): the best
-    epoch, early stopping and the curves go by it. Everything logged once an epoch becomes a column of the history. Only the
-    weights of `judged` are kept as the best ones.
+    `training_step` must run `model`. Validation must run `evaluated_model`, in evaluation mode, and log `score` (greater is
+    better), which decides the best epoch and early stopping. Metrics logged once per epoch become columns of the history.
+    The best weights are those of `evaluated_model`.
     """
 
     def __init__(self, model: torch.nn.Module, recipe: TrainingRecipe) -> None:
         super().__init__()
         self.model = model
         self.recipe = recipe
-        # A part of this module, so that it moves to the GPU and into the checkpoint with it.
+        # A submodule, so that it moves to the GPU and is part of the checkpoint.
         self.average = moving_average(model, recipe.ema_decay) if recipe.ema_decay else None
 
     @property
-    def judged(self) -> torch.nn.Module:
-        """The moving average of `model` if the recipe asks for one, else `model`."""
+    def evaluated_model(self) -> torch.nn.Module:
+        """The network to validate: the moving average of `model` if the recipe has one, else `model`."""
         return self.model if self.average is None else self.average.module
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = make_optimizer(self.model, self.recipe)
-        if self.recipe.schedule == "plateau":  # set by _EpochKeeper, who knows the scores
+        if self.recipe.schedule == "plateau":  # the rate is set by _EpochKeeper, which has the scores
             return {"optimizer": optimizer}
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, self.recipe))
@@ -61,15 +61,15 @@ class RecipeTraining(pl.LightningModule):
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         super().optimizer_step(*arguments, **options)
         if self.average is not None:
-            # Lightning counts the step only after this hook.
+            # Lightning increments global_step after this hook.
             self.average.update(self.model, step=self.trainer.global_step + 1)
 
 
 def moving_average(model: torch.nn.Module, decay: float) -> ModelEmaV3:
-    """The exponential moving average of a network's weights and running statistics, which learns nothing itself.
+    """Return an exponential moving average of a network's weights and running statistics, without gradients.
 
-    Step n keeps min(decay, 1 - n^-3/4) of the average so far, so that the random start is soon forgotten: with 0.998
-    the decay is reached after 4,000 steps, and a training of a hundred steps averages over its last thirty or so.
+    Step n multiplies the average so far by min(decay, 1 - n^-3/4), so that the random initialisation is soon forgotten. A
+    decay of 0.998 is reached after 4,000 steps; a training of 100 steps averages over about its last 30.
     """
     average = ModelEmaV3(model, decay, use_warmup=True, warmup_power=0.75)
     average.requires_grad_(False)
@@ -77,70 +77,74 @@ def moving_average(model: torch.nn.Module, decay: float) -> ModelEmaV3:
 
 
 def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
-    """SGD with Nesterov's momentum, Adam or AdamW, over what is not frozen; biases and norms do not decay.
+    """Return the recipe's optimiser: SGD with Nesterov momentum, Adam or AdamW, without decay of biases and norms.
 
-    A network may have a method `rates()`: prefix of parameter names -> share of the recipe's learning rate, the longest
-    prefix counts. Parameters under such a prefix are taken also while they are frozen, so that they can learn later.
-    Raises ValueError for a prefix that no parameter has, or a network with nothing to learn.
+    It gets the parameters that require gradients. A network may have a method `rates()`, a dict from prefixes of parameter
+    names to shares of the recipe's learning rate; the longest matching prefix counts. Parameters with such a prefix are
+    included while they are frozen, so that they can be unfrozen later. Raises ValueError for a prefix without parameters,
+    or a network without any parameter to train.
     """
     rates: dict[str, float] = getattr(model, "rates", dict)()
-    unmet = set(rates)
+    unmatched_prefixes = set(rates)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         prefixes = [prefix for prefix in rates if name.startswith(prefix)]
-        unmet -= set(prefixes)
+        unmatched_prefixes -= set(prefixes)
         if prefixes or parameter.requires_grad:
             rate = rates[max(prefixes, key=len)] if prefixes else 1.0
             decay = 0.0 if parameter.ndim <= 1 or name.endswith(".bias") else recipe.weight_decay
             groups.setdefault((recipe.learning_rate * rate, decay), []).append(parameter)
-    if unmet or not groups:
-        raise ValueError(f"{type(model).__name__} has no parameter {' or '.join(sorted(unmet)) or 'that is not frozen'}")
-    described = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
+    if unmatched_prefixes or not groups:
+        missing = " or ".join(sorted(unmatched_prefixes)) or "that is not frozen"
+        raise ValueError(f"{type(model).__name__} has no parameter {missing}")
+    parameter_groups = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
     if recipe.optimizer == "sgd":
         momentum = recipe.momentum
-        return torch.optim.SGD(described, lr=recipe.learning_rate, momentum=momentum, nesterov=momentum > 0)
+        return torch.optim.SGD(parameter_groups, lr=recipe.learning_rate, momentum=momentum, nesterov=momentum > 0)
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(described, lr=recipe.learning_rate)
-    return torch.optim.AdamW(described, lr=recipe.learning_rate)
+        return torch.optim.Adam(parameter_groups, lr=recipe.learning_rate)
+    return torch.optim.AdamW(parameter_groups, lr=recipe.learning_rate)
 
 
 def learning_rate_factor(step: int, steps: int, recipe: TrainingRecipe) -> float:
-    """Share of the recipe's learning rate at a step (from 0) of `steps`, which the recipe's epochs share evenly.
+    """Return the factor (0..1) of the recipe's learning rate at `step` (from 0) of `steps`, over all epochs together.
 
-    Up linearly over `warmup_epochs`, and half a cosine down: 0.5 (1 + cos(pi t / T)) 0.95 + 0.05, Heidelberg report, eq. 1.
-    With schedule_every = 0, t and T are steps after the warm-up, and the end is the floor, 0.05. With e = 1 or more, t
-    rises by one every e epochs from the training's start and T is the number of epochs: published is e = 2, which ends
-    half-way, at t of nearly T / 2 and a factor of nearly 0.525; e = 1 ends one step above the floor.
+    Schedule "cosine": a linear rise over `warmup_epochs`, then half a cosine down, 0.5 (1 + cos(pi t / T)) 0.95 + 0.05
+    (Heidelberg report, eq. 1). With schedule_every 0, t and T count steps after the warm-up, and the last value is the
+    floor, 0.05. With schedule_every e > 0, t increases by one every e epochs from the start of training, and T is the
+    number of epochs: the published e = 2 ends half-way, at t of about T / 2 and a factor of about 0.525; e = 1 ends one
+    step above the floor.
 
-    With schedule "step": step_factor to the power of the milestones, in epochs, that are over.
+    Schedule "step": step_factor to the power of the number of milestones, in epochs, that are over.
     """
     if recipe.schedule == "step":
-        # In whole numbers: the first step after a milestone has the new rate, whatever the number of steps.
+        # In integers, so that exactly the first step after a milestone has the new rate.
         return recipe.step_factor ** sum(step * recipe.epochs >= milestone * steps for milestone in recipe.milestones)
     warmup = round(steps * recipe.warmup_epochs / recipe.epochs)
     if recipe.schedule_every:
         epoch = step * recipe.epochs // steps
-        done = min(1.0, epoch // recipe.schedule_every / recipe.epochs)
+        progress = min(1.0, epoch // recipe.schedule_every / recipe.epochs)
     else:
-        done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
-    risen = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    return risen * (LEARNING_RATE_FLOOR + (1 - LEARNING_RATE_FLOOR) * 0.5 * (1 + math.cos(math.pi * done)))
+        progress = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+    warm_up_factor = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    return warm_up_factor * (LEARNING_RATE_FLOOR + (1 - LEARNING_RATE_FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def plateau_factor(scores: Sequence[float], recipe: TrainingRecipe) -> float:
-    """Share of the recipe's learning rate after epochs of these scores: a tenth for each plateau, as torch counts them.
+    """Return the factor of the recipe's learning rate after epochs with these scores: 0.1 to the number of plateaus.
 
-    It follows from the scores alone, so that a resumed training takes the rate that it would have had.
+    Plateaus are counted as in torch's ReduceLROnPlateau. The factor follows from the scores alone, so that a resumed
+    training has the same rate as an uninterrupted one.
     """
-    probe = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(probe, "max", factor=0.1, patience=recipe.plateau_epochs)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.1, patience=recipe.plateau_epochs)
     for score in scores:
         schedule.step(score)
-    return probe.param_groups[0]["lr"]
+    return optimizer.param_groups[0]["lr"]
 
 
-def gathered_batches(recipe: TrainingRecipe) -> int:
-    """Batches whose gradients make one step of the optimiser: nominal_batch / batch_size, rounded as ultralytics does."""
+def batches_per_step(recipe: TrainingRecipe) -> int:
+    """Return the number of batches per optimiser step: nominal_batch / batch_size, rounded as in ultralytics, at least 1."""
     return max(1, round(recipe.nominal_batch / recipe.batch_size))
 
 
@@ -155,31 +159,32 @@ def fit(
     progress: bool = True,
     title: str = "training",
     deadline: Deadline | None = None,
-) -> Fitted:
-    """Train until the recipe's epochs or patience are over, and leave the kept epoch's weights in `module.model` on the CPU.
+) -> FitResult:
+    """Train a module by its recipe, load the kept epoch's weights into `module.model` on the CPU, and return the history.
 
-    They are those of `module.judged`: its moving average, where the recipe has one.
+    Training ends after the recipe's epochs, or earlier by its patience. The kept weights are those of
+    `module.evaluated_model`, the moving average if the recipe has one.
 
-    After each epoch `run_folder/checkpoints/last.ckpt` holds all that is needed to go on and `best.safetensors` the best
-    weights; an existing last.ckpt is resumed from. What an epoch draws depends on `seed` and its number alone, so on a CPU,
-    with as many threads, a resumed training equals an uninterrupted one bit for bit. The optimiser steps once in
-    `gathered_batches` and at an epoch's end; a last group that is not full counts for as much as its images. Raises
-    SessionOver, after a checkpoint, when another epoch would not end before `deadline`.
+    After each epoch `run_folder/checkpoints` holds last.ckpt, from which a later call resumes, and best.safetensors. Random
+    draws of an epoch depend on `seed` and the epoch number alone: on a CPU, with the same number of threads, a resumed
+    training equals an uninterrupted one bit for bit. The optimiser steps after every `batches_per_step` batches and at the
+    end of an epoch, where an incomplete group has a proportionally smaller gradient. Raises SessionOver, after writing the
+    checkpoint, if another epoch would not end before `deadline`.
 
-    Where several processes share the training (kitlib.training.data_parallel), each calls this with its share of the
-    batches; the first alone writes, and it alone has the kept weights in the end.
+    Several processes that train together (kitlib.training.data_parallel) each call this with their share of the batches;
+    only the first process writes files and gets the kept weights.
     """
     folder = Path(run_folder) / "checkpoints"
     last = folder / "last.ckpt"
-    processes = data_parallel.share()[1]
+    processes = data_parallel.rank_and_world_size()[1]
     keeper = _EpochKeeper(folder, module, recipe, seed, deadline)
-    with _quiet_lightning():
+    with _silence_lightning():
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
-            **_devices(device, processes),
+            **_device_arguments(device, processes),
             precision=precision(device),
             max_epochs=recipe.epochs,
-            accumulate_grad_batches=gathered_batches(recipe),
+            accumulate_grad_batches=batches_per_step(recipe),
             callbacks=[keeper, *([_Progress(title, recipe.epochs)] if progress else [])],
             benchmark=device.type == "cuda",
             logger=False,
@@ -190,8 +195,8 @@ def fit(
             use_distributed_sampler=False,
             default_root_dir=run_folder,
         )
-        # The checkpoint is a pickle of our own making; weights_only keeps it from running code all the same.
-        history = _history(last)
+        # The kit wrote this checkpoint itself, but weights_only still prevents a pickle from running code.
+        history = _read_history(last)
         if history and is_over(history, recipe):
             keeper.history = history
         elif not epoch_fits(deadline, [row["seconds"] for row in history]):
@@ -201,33 +206,33 @@ def fit(
     if not is_over(keeper.history, recipe):
         raise SessionOver(Path(run_folder), len(keeper.history), recipe.epochs)
     module.to("cpu")
-    if data_parallel.is_first():
+    if data_parallel.is_first_process():
         module.model.load_state_dict(load_file(folder / "best.safetensors"))
-    return Fitted(pd.DataFrame(keeper.history), kept_row(keeper.history, recipe) + 1)
+    return FitResult(pd.DataFrame(keeper.history), find_kept_epoch(keeper.history, recipe) + 1)
 
 
-def _devices(device: torch.device, processes: int) -> dict[str, Any]:
-    """Lightning's arguments for where to train, and for what processes that train together exchange gradients by."""
+def _device_arguments(device: torch.device, processes: int) -> dict[str, Any]:
+    """Return Lightning's arguments `devices` and `strategy` for training by this number of processes."""
     if processes == 1:
         return {"devices": [device.index or 0] if device.type == "cuda" else 1, "strategy": "auto"}
     backend = process_group_backend()
     if backend == "gloo" and device.type == "cuda":
-        # Told each process's GPU, Lightning does not ask for as many GPUs as there are processes.
+        # With explicit devices Lightning does not require as many GPUs as processes.
         gpus = [gpu_of(process) for process in range(processes)]
         return {"devices": 1, "strategy": DDPStrategy(parallel_devices=gpus, process_group_backend=backend)}
     return {"devices": processes, "strategy": DDPStrategy(process_group_backend=backend or None)}
 
 
 class _EpochKeeper(pl.Callback):
-    """Seeds each epoch, keeps the history, the best weights and the checkpoint, and ends the training."""
+    """Seeds each epoch, records the history, writes the best weights and the checkpoint, and stops the training."""
 
     def __init__(
         self, folder: Path, module: RecipeTraining, recipe: TrainingRecipe, seed: int, deadline: Deadline | None
     ) -> None:
         self.folder, self.module, self.recipe, self.seed, self.deadline = folder, module, recipe, seed, deadline
         self.history: list[dict[str, float]] = []
-        self.session: list[float] = []  # seconds of this session's epochs
-        self.started = self.trained = 0.0
+        self.session_seconds: list[float] = []  # seconds of this session's epochs
+        self.epoch_start = self.training_end = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}
@@ -236,34 +241,36 @@ class _EpochKeeper(pl.Callback):
         self.history = state_dict["history"]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # What several processes draw, such as dropout, must differ between them.
-        rank = data_parallel.share()[0]
+        # Random draws, such as dropout, must differ between processes.
+        rank = data_parallel.rank_and_world_size()[0]
         torch.manual_seed(derived_seed(self.seed, trainer.current_epoch, *([rank] if rank else [])))
         if self.recipe.schedule == "plateau":
             factor = plateau_factor([row["score"] for row in self.history], self.recipe)
             for group in trainer.optimizers[0].param_groups:
                 group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
-        self.started = time.perf_counter()
+        self.epoch_start = time.perf_counter()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.device.type == "cuda":
-            # Steps are only queued until then, and the rate would be too high.
+            # GPU steps are asynchronous: without this, images_per_s would be too high.
             torch.cuda.synchronize(pl_module.device)
-        self.trained = time.perf_counter()
+        self.training_end = time.perf_counter()
 
-    # The end of the training epoch and not of its validation, or Lightning would resume inside the epoch.
+    # Not on_validation_end: from a checkpoint written there, Lightning would resume within the epoch.
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not math.isfinite(logged.get("score", math.nan)):
-            raise ValueError(f"epoch {trainer.current_epoch + 1}: no finite validation score; logged: {logged}")
-        assert trainer.train_dataloader is not None  # the one that `fit` was given
+            raise ValueError(
+                f"epoch {trainer.current_epoch + 1}: the validation score is missing or not finite; logged: {logged}"
+            )
+        assert trainer.train_dataloader is not None  # `fit` always passes one
         images = trainer.num_training_batches * trainer.train_dataloader.batch_sampler.batch_size
-        self.session.append(time.perf_counter() - self.started)
+        self.session_seconds.append(time.perf_counter() - self.epoch_start)
         self.history.append(
             {
                 "epoch": trainer.current_epoch + 1,
-                "seconds": self.session[-1],
-                "images_per_s": images / max(1e-9, self.trained - self.started),
+                "seconds": self.session_seconds[-1],
+                "images_per_s": images / max(1e-9, self.training_end - self.epoch_start),
                 "learning_rate": max(group["lr"] for group in trainer.optimizers[0].param_groups),
                 **logged,
             }
@@ -271,24 +278,26 @@ class _EpochKeeper(pl.Callback):
         if trainer.is_global_zero:
             self._write(trainer)
         else:
-            trainer.save_checkpoint(self.folder / "last.ckpt")  # takes part, and writes nothing
-        # One decision for all processes, whose clocks differ.
-        over = is_over(self.history, self.recipe) or not epoch_fits(self.deadline, self.session)
-        trainer.should_stop = trainer.strategy.broadcast(over)
+            trainer.save_checkpoint(
+                self.folder / "last.ckpt"
+            )  # a collective call: every process takes part, only the first writes
+        # The first process decides for all of them, because their clocks differ.
+        should_stop = is_over(self.history, self.recipe) or not epoch_fits(self.deadline, self.session_seconds)
+        trainer.should_stop = trainer.strategy.broadcast(should_stop)
         logger.info("epoch %d of %d: score %.4f", len(self.history), self.recipe.epochs, self.history[-1]["score"])
 
     def _write(self, trainer: pl.Trainer) -> None:
-        if kept_row(self.history, self.recipe) == len(self.history) - 1:
-            state = self.module.judged.state_dict().items()
+        if find_kept_epoch(self.history, self.recipe) == len(self.history) - 1:
+            state = self.module.evaluated_model.state_dict().items()
             weights = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state}
-            with replacing(self.folder / "best.safetensors") as beside:
-                save_file(weights, beside)
-        with replacing(self.folder / "last.ckpt") as beside:
-            trainer.save_checkpoint(beside)
+            with replacing(self.folder / "best.safetensors") as temporary_path:
+                save_file(weights, temporary_path)
+        with replacing(self.folder / "last.ckpt") as temporary_path:
+            trainer.save_checkpoint(temporary_path)
 
 
 class _Progress(pl.Callback):
-    """One bar over all batches of a training, with the last epoch's loss and score."""
+    """Shows one progress bar over all batches of a training, with the last epoch's loss and score."""
 
     def __init__(self, title: str, epochs: int) -> None:
         self.title, self.epochs = title, epochs
@@ -300,7 +309,7 @@ class _Progress(pl.Callback):
             total=steps * self.epochs,
             initial=steps * trainer.current_epoch,
             unit="batch",
-            # Each refresh is a line of its own in a log file.
+            # In a log file each refresh is a new line, so refresh rarely there.
             mininterval=0.5 if sys.stderr.isatty() else 10,
             maxinterval=60,
         )
@@ -321,15 +330,15 @@ class _Progress(pl.Callback):
             self.bar.close()
 
 
-def _history(checkpoint: Path) -> list[dict[str, float]]:
+def _read_history(checkpoint: Path) -> list[dict[str, float]]:
     if not checkpoint.is_file():
         return []
     return torch.load(checkpoint, weights_only=True, map_location="cpu")["callbacks"][_EpochKeeper.__qualname__]["history"]
 
 
 @contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Without Lightning's notes about devices and tips, and its advice on workers; warnings of other kinds pass."""
+def _silence_lightning() -> Iterator[None]:
+    """Silence Lightning's notes about devices, tips and numbers of workers within the block; other warnings pass."""
     names = ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero")
     loggers = [logging.getLogger(name) for name in names]
     levels = [each.level for each in loggers]
@@ -338,7 +347,7 @@ def _quiet_lightning() -> Iterator[None]:
             each.setLevel(logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PossibleUserWarning)
-            # Lightning's loader asks torch for a name that torch has deprecated; neither side is ours.
+            # Lightning's data loading uses a name that torch has deprecated.
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             yield
     finally:

@@ -1,4 +1,4 @@
-"""Training of a lung segmenter, and its masks of images that it has not seen."""
+"""Training of a lung segmenter, and scores of its out-of-fold masks."""
 
 from typing import Any
 
@@ -22,70 +22,79 @@ from kitlib.training.strategy import Strategy
 from kitlib.xrays.cache import DecodedXrays
 from kitlib.xrays.mask_store import MaskStore
 
-PART = 256  # masks a file
+MASKS_PER_FILE = 256
 
 
 def with_masks(images: pd.DataFrame, folds: pd.DataFrame, masks: MaskStore) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The images that have a mask, and their folds. Raises MaskError for none, or for masks of several conventions."""
-    known = images[images.image_id.isin(masks.ids)]
-    if known.empty:
-        raise MaskError(f"none of {len(images)} images has a mask in {masks.folder}; prepare a data set of lung masks")
-    conventions = sorted(set(known.convention)) if "convention" in known else []
+    """Return the rows of `images` and of `folds` whose image has a mask.
+
+    Raises MaskError if no image has one, or if the column `convention` has several values.
+    """
+    with_mask = images[images.image_id.isin(masks.ids)]
+    if with_mask.empty:
+        raise MaskError(f"none of the {len(images)} images has a mask in {masks.folder}; prepare a data set of lung masks")
+    conventions = sorted(set(with_mask.convention)) if "convention" in with_mask else []
     if len(conventions) > 1:
         raise MaskError(
-            f"the masks are of {len(conventions)} conventions ({', '.join(conventions)}): what one calls lung the other "
-            "does not. Prepare and segment each by itself"
+            f"the masks follow {len(conventions)} conventions ({', '.join(conventions)}), which define lungs differently; "
+            "prepare and train on one convention at a time"
         )
-    return known, folds[folds.id.isin(known.image_id)]
+    return with_mask, folds[folds.id.isin(with_mask.image_id)]
 
 
 def check_other_source(home: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
-    """Raise ValueError where images of `other`, another run's table, are of images or patients of `home`."""
+    """Raise ValueError if the images `other`, of the run `name`, share an image_id or patient_id with the images `home`."""
     for column in ("image_id", "patient_id"):
         shared = other.loc[other[column].isin(home[column]), column]
         if len(shared):
             raise ValueError(
-                f"{name} is no other source: {len(shared)} of its images are of the training set, by {column}, first "
-                f"{shared.iloc[0]!r}; take it out of also_on"
+                f"{name} is not an independent source: {len(shared)} of its images are in the training set by {column}, "
+                f"first {shared.iloc[0]!r}; remove it from also_on"
             )
 
 
 def score_masks(
-    segmenter: LungSegmenter, cache: DecodedXrays, masks: MaskStore, image_ids: pd.Series, found: MaskStore | None = None
+    segmenter: LungSegmenter,
+    cache: DecodedXrays,
+    masks: MaskStore,
+    image_ids: pd.Series,
+    predicted_masks: MaskStore | None = None,
 ) -> pd.DataFrame:
-    """Table mask_scores, fold -1, of images with a drawn mask; `found` takes the label images.
+    """Segment images that have a ground truth mask and return the table mask_scores, with fold -1.
 
-    Masks are judged as the network gives them, without any clean-up.
-    A model of "lungs" is held against either side; one that tells the sides apart is judged by each structure and, as
-    "lungs", by both sides together.
+    The predicted label images are added to `predicted_masks`, if given. They are scored as the network predicts them,
+    without clean-up. There is a row for each of the recipe's structures and for "lungs", which is both sides together.
     """
-    rows, kept = [], {}
+    rows, pending = [], {}
     for xray, maps, place in segmenter.maps(cache.read(image_id) for image_id in image_ids):
-        here, truth = on_copy(maps, place, xray.pixels.shape, segmenter.recipe), masks.read(xray.image_id)
+        predicted, truth = on_copy(maps, place, xray.pixels.shape, segmenter.recipe), masks.read(xray.image_id)
         for structure in dict.fromkeys([*segmenter.recipe.structures, "lungs"]):
-            wanted = LUNG_CODES if structure == "lungs" else (MASK_CODES[structure],)
-            agreement = overlap(np.isin(here, wanted), np.isin(truth, wanted))
+            codes = LUNG_CODES if structure == "lungs" else (MASK_CODES[structure],)
+            agreement = overlap(np.isin(predicted, codes), np.isin(truth, codes))
             rows.append((xray.image_id, segmenter.model, -1, structure, *agreement))
-        kept[xray.image_id] = here
-        if found is not None and len(kept) >= PART:
-            found.add(kept)
-            kept = {}
-    if found is not None:
-        found.add(kept)
+        pending[xray.image_id] = predicted
+        if predicted_masks is not None and len(pending) >= MASKS_PER_FILE:
+            predicted_masks.add(pending)
+            pending = {}
+    if predicted_masks is not None:
+        predicted_masks.add(pending)
     columns = ["image_id", "model", "fold", "structure", "dice", "jaccard"]
     return check_table(pd.DataFrame(rows, columns=columns), "mask_scores")
 
 
 class LungsTraining(RecipeTraining):
-    """Loss and validation over batches of `MaskDataset`; the score is the mean Dice of the validation's structures."""
+    """Lightning module with the loss and the validation of a segmenter on batches of `MaskDataset`.
+
+    The validation score is the Dice coefficient on the canvas, averaged over images and structures.
+    """
 
     model: Segmenter
-    judged: Segmenter
+    evaluated_model: Segmenter
     recipe: SegmenterRecipe
 
     def __init__(self, model: Segmenter, validation_images: int) -> None:
         super().__init__(model, model.recipe)
-        self.found = np.full((validation_images, len(model.recipe.structures), 2), np.nan)
+        self.overlaps = np.full((validation_images, len(model.recipe.structures), 2), np.nan)
 
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
         logits = self.model(self.model.normalise(batch["pixels"]))
@@ -94,37 +103,37 @@ class LungsTraining(RecipeTraining):
         return loss
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
-        logits = self.judged(self.judged.normalise(batch["pixels"]))
+        logits = self.evaluated_model(self.evaluated_model.normalise(batch["pixels"]))
         size = len(batch["pixels"])
         self.log("validation_loss", segmentation_loss(logits, batch["truth"], self.recipe), batch_size=size, sync_dist=True)
-        places = self.judged.probabilities(logits).argmax(dim=1).cpu().numpy()
+        predicted = self.evaluated_model.probabilities(logits).argmax(dim=1).cpu().numpy()
         truth = batch["truth"].cpu().numpy()
-        for row, one, drawn in zip(batch["index"].tolist(), places, truth, strict=True):
-            for number in range(self.found.shape[1]):
-                self.found[row, number] = overlap(one == number + 1, drawn == number + 1)
+        for row, prediction, mask in zip(batch["index"].tolist(), predicted, truth, strict=True):
+            for number in range(self.overlaps.shape[1]):
+                self.overlaps[row, number] = overlap(prediction == number + 1, mask == number + 1)
 
     def on_validation_epoch_end(self) -> None:
-        self.found = data_parallel.gather_rows(self.found)
-        dice, jaccard = self.found.mean(axis=0).T
+        self.overlaps = data_parallel.gather_rows(self.overlaps)
+        dice, jaccard = self.overlaps.mean(axis=0).T
         structures = self.recipe.structures
-        told = {"score": float(dice.mean()), "jaccard": float(jaccard.mean())}
-        self.log_dict(told | (dict(zip(structures, map(float, dice), strict=True)) if len(structures) > 1 else {}))
+        scores = {"score": float(dice.mean()), "jaccard": float(jaccard.mean())}
+        self.log_dict(scores | (dict(zip(structures, map(float, dice), strict=True)) if len(structures) > 1 else {}))
 
 
 class SegmenterStrategy(Strategy):
-    """A segmenter of lungs. Learns from the images that have a mask; predicts mask_scores and `masks/` of its fold.
+    """Trains a lung segmenter on the images that have a mask; writes the table mask_scores and `masks/` of its fold.
 
-    Raises MaskError where no image has a mask, or where masks of two conventions would be learnt as one.
+    Raises MaskError if no image has a mask, or if the masks follow several conventions.
     """
 
     uses = ("masks",)
     recipe: SegmenterRecipe
-    joined = collate_masks, collate_masks
+    collate_fns = collate_masks, collate_masks
 
     def check(self) -> None:
         if self.task.masks is None:
             raise ValueError(
-                f"{self.task.model_name}: a segmenter learns from drawn masks; give the masks of a prepared run"
+                f"{self.task.model_name}: a segmenter needs masks, and the task has none; prepare a data set of lung masks"
             )
         self.masks = self.task.masks
         self.images, self.folds = with_masks(self.images, self.folds, self.masks)
@@ -134,7 +143,7 @@ class SegmenterStrategy(Strategy):
         return self.recipe.structures
 
     def start(self, model: Segmenter) -> str:
-        """Load the weights of another run's bundle of the same network. Raises BundleError where they do not fit."""
+        """Load the bundle that the recipe names and say what was loaded. Raises BundleError if it is of another network."""
         name = self.recipe.starting_weights
         if not name:
             return "from scratch"
@@ -142,7 +151,9 @@ class SegmenterStrategy(Strategy):
         try:
             model.load_state_dict(weights, strict=True)
         except RuntimeError as error:
-            raise BundleError(f"{name} ({record['family']}) does not fit {self.recipe.network}: {error}") from error
+            raise BundleError(
+                f"{name} ({record['family']}) does not fit the network {self.recipe.network}: {error}"
+            ) from error
         return f"{name}: {len(weights)} tensors"
 
     def make_examples(self) -> None:
@@ -155,7 +166,7 @@ class SegmenterStrategy(Strategy):
 
     def predict(self, device: torch.device) -> dict[str, Any]:
         segmenter = load_segmenter(self.run_folder / "bundle", device, 2 * self.recipe.batch_size)
-        found = MaskStore.afresh(self.run_folder / "masks")
-        scores = score_masks(segmenter, self.task.cache, self.masks, self.validation_images.image_id, found)
+        predicted_masks = MaskStore.afresh(self.run_folder / "masks")
+        scores = score_masks(segmenter, self.task.cache, self.masks, self.validation_images.image_id, predicted_masks)
         self.write("mask_scores", scores.assign(fold=self.fold))
         return {}

@@ -1,4 +1,4 @@
-"""Cached X-rays with their masks as training examples: both on one canvas, moved together, the mask's places kept whole."""
+"""Cached X-rays with their masks as training examples: both on the same canvas, with the same augmentation."""
 
 from typing import Any
 
@@ -13,18 +13,18 @@ from kitlib.letterbox import Placement
 from kitlib.lungs.clean_up import on_canvas, placement
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.training.augmentation import MaskAugmentation
-from kitlib.training.xray_dataset import KEPT_BYTES, Examples, KeptCanvases
+from kitlib.training.xray_dataset import MAX_CACHE_BYTES, CanvasCache, Examples
 from kitlib.xrays.cache import CachedXray, DecodedXrays
 from kitlib.xrays.mask_store import MaskStore
 
 
 class MaskDataset(Examples):
-    """One example an image of `images`, in its order.
+    """Data set of images with their masks: one example per row of `images`, in order.
 
-    An example is a dict: `pixels` uint8 (side, side), grey, as the recipe adjusts it, on its canvas; `truth` uint8 (side,
-    side), 0 where nothing is, k for the recipe's structure k; `index`, its row in `images`. The key is an index, or (epoch,
-    index) as `EpochSampler` gives it, and with the seed it alone decides the augmentation. Raises MaskError for images
-    without a mask.
+    An example is a dict: `pixels`, uint8 (side, side), the image on the recipe's canvas with its grey levels adjusted;
+    `truth`, uint8 (side, side), 0 for background and k for the recipe's k-th structure (from 1); `index`, the row in
+    `images`. The key is an index, or (epoch, index) from `EpochSampler`; augmentation depends on `seed` and the key alone.
+    Raises MaskError if an image has no mask.
     """
 
     def __init__(
@@ -42,45 +42,47 @@ class MaskDataset(Examples):
         if missing:
             raise MaskError(f"{len(missing)} of {len(self)} images have no mask in {masks.folder}, first {missing[0]}")
         self.augmentation = MaskAugmentation(recipe) if augment else None
-        fits = 2 * len(self) * self.side**2 <= KEPT_BYTES
-        self.kept = [KeptCanvases(len(self), self.side) for _ in range(2)] if fits else []
+        fits = 2 * len(self) * self.side**2 <= MAX_CACHE_BYTES
+        self.canvas_caches = [CanvasCache(len(self), self.side) for _ in range(2)] if fits else []
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        pixels, truth = self._canvas(index)
+        pixels, truth = self._read_canvas(index)
         if self.augmentation is not None:
             pixels, truth = self.augmentation(pixels, truth, derived_seed(self.seed, epoch, index))
         return {"pixels": torch.from_numpy(pixels), "truth": torch.from_numpy(truth), "index": index}
 
-    def _canvas(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        if self.kept:
-            # The mask is put last: where it is whole, the image is.
-            drawn, shown = (each.get(index) for each in reversed(self.kept))
-            if drawn and shown:
-                return shown[0], drawn[0]
+    def _read_canvas(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.canvas_caches:
+            # The mask is stored last: if it is complete, so is the image.
+            cached_truth, cached_pixels = (each.get(index) for each in reversed(self.canvas_caches))
+            if cached_truth and cached_pixels:
+                return cached_pixels[0], cached_truth[0]
         xray = self.cache.read(self.image_ids[index])
         place = placement(xray, self.recipe)
         pixels = on_canvas(xray, place, self.recipe)
         truth = truth_on_canvas(self.masks.read(xray.image_id), place, self.recipe, xray)
-        for kept, canvas in zip(self.kept, (pixels, truth), strict=False):
-            kept.put(index, canvas, xray.rows, xray.columns)
+        for cache, canvas in zip(self.canvas_caches, (pixels, truth), strict=False):
+            cache.put(index, canvas, xray.rows, xray.columns)
         return pixels, truth
 
 
 def truth_on_canvas(codes: np.ndarray, place: Placement, recipe: SegmenterRecipe, xray: CachedXray) -> np.ndarray:
-    """A label image of the decoded copy's size as places in the recipe's structures, uint8 (side, side).
+    """Draw the label image `codes` of a cached X-ray on the canvas; return uint8 (side, side), k for the k-th structure.
 
-    Each structure is shrunk by area and cut at one half. Structure "lungs" takes either side. Raises MaskError where the
-    mask has another size, or only both lungs as one while the recipe tells the sides apart.
+    Structures are numbered from 1 in the recipe's order; 0 is background. Each is resized as a mask 0..255, by area when it
+    shrinks, and thresholded at one half; a later structure overwrites an earlier one. The structure "lungs" includes both
+    sides. Raises MaskError if the mask has another size than the cached image, or does not distinguish left and right while
+    the recipe does.
     """
     if codes.shape != xray.pixels.shape:
         raise MaskError(
-            f"the mask of {xray.image_id} has {codes.shape} pixels, its image {xray.pixels.shape}; prepare it again"
+            f"the mask of {xray.image_id} has {codes.shape} pixels, its image {xray.pixels.shape}; prepare the data again"
         )
     if (codes == MASK_CODES["lungs"]).any() and "lungs" not in recipe.structures:
         raise MaskError(
-            f"the mask of {xray.image_id} has both lungs as one, the recipe asks for {', '.join(recipe.structures)}; "
-            'give overrides {"structures": ["lungs"]}'
+            f"the mask of {xray.image_id} does not distinguish left and right lung, as structures do: "
+            f'{", ".join(recipe.structures)}; set overrides {{"structures": ["lungs"]}}'
         )
     truth = np.zeros((place.canvas_rows, place.canvas_columns), np.uint8)
     for number, name in enumerate(recipe.structures, start=1):
@@ -90,6 +92,6 @@ def truth_on_canvas(codes: np.ndarray, place: Placement, recipe: SegmenterRecipe
 
 
 def collate_masks(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacked `pixels` and `truth` (n, side, side), and `index` (n,)."""
+    """Return a batch of examples: stacked `pixels` and `truth` (n, side, side), and `index` (n,)."""
     batch = {name: torch.stack([each[name] for each in examples]) for name in ("pixels", "truth")}
     return batch | {"index": torch.tensor([each["index"] for each in examples])}

@@ -1,4 +1,4 @@
-"""Cached X-rays as patches of their lungs: one an image in training, the canvas with its centres in validation."""
+"""Cached X-rays as patches of the lungs: one patch per training example, a canvas with patch centres for validation."""
 
 import mmap
 from typing import Any
@@ -14,20 +14,20 @@ from kitlib.models.patches import PatchCanvas, cut, image_seed, patch_canvas, pl
 from kitlib.recipes.fields import PatchRecipe
 from kitlib.settings import override
 from kitlib.training.augmentation import Augmentation
-from kitlib.training.xray_dataset import KEPT_BYTES, Examples, KeptCanvases, KeptFrames
+from kitlib.training.xray_dataset import MAX_CACHE_BYTES, CanvasCache, Examples, FrameCache
 from kitlib.xrays.cache import CachedXray, DecodedXrays
 
 
 class PatchDataset(Examples):
-    """One example an image of `images`, in its order.
+    """Data set of patches of the lungs: one example per row of `images`, in order.
 
-    A training example is a dict as `XrayDataset` makes it, without boxes and with an unknown `none`: `pixels` uint8 (side,
-    side) is one patch of the lungs. Its centre and its augmentation depend on `seed` and the key (epoch, index) alone. A
-    validation example (`augment` False) has in place of it `canvas`, uint8 (canvas, canvas), and `centres`, int64 (k, 2), of
-    the recipe's `validation_patches`, which follow from the image's name.
+    A training example (`augment` True) is a dict like that of `XrayDataset`, with no boxes and an unknown `none`: `pixels`,
+    uint8 (side, side), is one patch of the lungs. Its centre and augmentation depend on `seed` and the key (epoch, index)
+    alone. A validation example has, instead of `pixels`, `canvas`, uint8 (canvas, canvas), and `centres`, int64 (k, 2), the
+    rows and columns of the recipe's `validation_patches`, which depend on the image_id alone.
 
-    Boxes are taken as `XrayDataset` takes them, and not shown. `lungs_missed` counts the images that are one patch, see
-    `kitlib.models.patches.patch_canvas`.
+    The argument `boxes` is ignored; it is there because `XrayDataset` has it. Images without usable lungs are a single
+    patch (see `kitlib.models.patches.patch_canvas`); `lungs_missed` counts them.
     """
 
     def __init__(
@@ -44,74 +44,78 @@ class PatchDataset(Examples):
         self.cache, self.recipe, self.seed = cache, recipe, seed
         self.image_ids = images.image_id.tolist()
         self.label = labels.set_index("id").reindex(images.study_id).to_numpy(np.float32)
-        # It is given patches, not canvases to crop.
+        # It augments patches, which must not be cropped again.
         self.augmentation = Augmentation(override(recipe, canvas=recipe.image_size)) if augment else None
         self.finder = finder_for(recipe.lungs, lungs)
-        self.frames = KeptFrames(len(self))
-        self.kept = KeptPatchCanvases(len(self), recipe)
+        self.frame_cache = FrameCache(len(self))
+        self.canvas_cache = PatchCanvasCache(len(self), recipe)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        canvas = self._canvas(index)
-        told = {"label": torch.from_numpy(self.label[index]), "index": index}
+        canvas = self._read_canvas(index)
+        example = {"label": torch.from_numpy(self.label[index]), "index": index}
         if self.augmentation is None:
-            drawn = canvas.centres(self.recipe.validation_patches, image_seed(self.image_ids[index]))
-            return told | {"canvas": torch.from_numpy(canvas.pixels), "centres": drawn}
-        # Another stream than the augmentation's own.
+            centres = canvas.centres(self.recipe.validation_patches, image_seed(self.image_ids[index]))
+            return example | {"canvas": torch.from_numpy(canvas.pixels), "centres": centres}
+        # Another random stream than the augmentation's.
         ((row, column),) = canvas.centres(1, derived_seed(self.seed, epoch, index, 3))
         patch = cut(torch.from_numpy(canvas.pixels)[None], torch.tensor([[0, row, column]]), canvas.side)[0].numpy()
         patch, _ = self.augmentation(patch, np.zeros((0, 4)), derived_seed(self.seed, epoch, index))
         unknown = {"none": torch.tensor(torch.nan), "boxes": torch.zeros(0, 4)}
-        return told | unknown | {"pixels": torch.from_numpy(patch)}
+        return example | unknown | {"pixels": torch.from_numpy(patch)}
 
     def lungs_missed(self) -> int:
-        """How many of all images are one patch, found out now for those that none has asked for."""
-        for index in np.flatnonzero(self.frames.asked == 0).tolist():
-            self._canvas(index)
-        return int((self.frames.asked == KeptFrames.MISSED).sum())
+        """Return the number of images that are a single patch. Reads all images that were not read before."""
+        for index in np.flatnonzero(self.frame_cache.status == 0).tolist():
+            self._read_canvas(index)
+        return int((self.frame_cache.status == FrameCache.MISSED).sum())
 
-    def _canvas(self, index: int) -> PatchCanvas:
-        kept = self.kept.get(index)
-        if kept is not None:
-            return kept
+    def _read_canvas(self, index: int) -> PatchCanvas:
+        cached = self.canvas_cache.get(index)
+        if cached is not None:
+            return cached
         xray = self.cache.read(self.image_ids[index])
         (lungs,) = seen_lungs(self.finder, [xray], masked=True)
         canvas = patch_canvas(xray, lungs, self.recipe)
-        self.frames.put(index, None if canvas.mask is None else lungs.frame)
-        self.kept.put(index, canvas, xray)
+        self.frame_cache.put(index, None if canvas.mask is None else lungs.frame)
+        self.canvas_cache.put(index, canvas, xray)
         return canvas
 
 
-class KeptPatchCanvases:
-    """As many canvases with their masks, a bit a pixel, as fit into memory, which forked workers share; the first ones."""
+class PatchCanvasCache:
+    """In-memory cache, shared by forked workers, of canvases and their masks (a bit per pixel); holds the first that fit."""
 
     def __init__(self, count: int, recipe: PatchRecipe) -> None:
         self.side, self.patch = recipe.canvas, recipe.image_size
         packed = -(-(self.side**2) // 8)
-        room = min(count, KEPT_BYTES // (self.side**2 + packed))
-        self.canvases = KeptCanvases(room, self.side)
-        self.masks = np.frombuffer(mmap.mmap(-1, max(1, room * packed)), np.uint8)[: room * packed].reshape(room, packed)
+        capacity = min(count, MAX_CACHE_BYTES // (self.side**2 + packed))
+        self.canvases = CanvasCache(capacity, self.side)
+        self.masks = np.frombuffer(mmap.mmap(-1, max(1, capacity * packed)), np.uint8)[: capacity * packed].reshape(
+            capacity, packed
+        )
 
     def get(self, index: int) -> PatchCanvas | None:
-        """Its pixels must not be written to; None where nothing was put."""
-        kept = self.canvases.get(index) if index < len(self.masks) else None
-        if kept is None:
+        """Return a cached canvas, whose pixels must not be changed, or None if it is not cached."""
+        cached = self.canvases.get(index) if index < len(self.masks) else None
+        if cached is None:
             return None
         mask = np.unpackbits(self.masks[index], count=self.side**2).view(bool).reshape(self.side, self.side)
-        return PatchCanvas(kept[0], mask if mask.any() else None, self.patch)
+        return PatchCanvas(cached[0], mask if mask.any() else None, self.patch)
 
     def put(self, index: int, canvas: PatchCanvas, xray: CachedXray) -> None:
+        """Cache the canvas of an X-ray; does nothing if there is no space for this index."""
         if index >= len(self.masks):
             return
         if canvas.mask is not None:
             self.masks[index] = np.packbits(canvas.mask)
-        self.canvases.put(index, canvas.pixels, xray.rows, xray.columns)  # last: it tells that both are whole
+        self.canvases.put(index, canvas.pixels, xray.rows, xray.columns)  # last, because it marks both as complete
 
 
 def collate_canvases(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacked `canvases` (n, canvas, canvas), `label` (n, classes), `index` (n,); `where` (m, 3), see `places`.
+    """Return a batch of validation examples: `canvases` (n, canvas, canvas), `label` (n, classes), `index` (n,), `where`.
 
-    It joins validation's examples; training's are joined as `XrayDataset`'s are.
+    `where` (m, 3) are the centres of all patches, see `kitlib.models.patches.places`. Training examples are collated by
+    `kitlib.training.xray_dataset.collate`.
     """
     return {
         "canvases": torch.stack([each["canvas"] for each in examples]),

@@ -1,7 +1,7 @@
-"""Soft labels for images that have none, from models that have seen neither them nor anything like them.
+"""Pseudo-labels: soft labels of unlabelled images from models that were not trained on them or on similar images.
 
-Every image is judged only by models that were not trained on it, on another image of its patient or study, or on a
-near-duplicate of one of these: what a model remembers is no label.
+An image is predicted only by models that were not trained on it, on another image of its patient or study, or on a
+near-duplicate of one of these, because a model may have memorised its training images.
 """
 
 import logging
@@ -29,8 +29,10 @@ MODEL = ["model", "fold"]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of several models and folds. `probabilities`: image_id, model, fold, the four classes and none, NaN for what a model
-    has not learnt. `detections` and `coverage` are the tables of these names.
+    """Predictions of several models and folds.
+
+    `probabilities` has the columns image_id, model, fold, the four study classes and none (NaN for outputs that a model does
+    not have). `detections` and `coverage` are the tables of these names.
     """
 
     probabilities: pd.DataFrame
@@ -40,11 +42,11 @@ class Predictions:
 
 @dataclass(frozen=True)
 class PseudoLabels:
-    """Tables to train on, and what did not get into them.
+    """Tables to train on, made of predictions, and the images that were left out.
 
-    `images` has two columns more: `none`, the soft target, and `unsure`, True where the boxes are no lesson for a
-    detector. `labels` has the four study classes, adding to 1, for studies that a classifier has judged. `boxes` has a
-    column `score`. `left_out` has image_id and reason.
+    `images` has two more columns: `none`, the soft target, and `unsure`, True if a detector should not be trained on the
+    image. `labels` has the four study classes, which sum to 1, of studies with a classifier's prediction. `boxes` has a
+    column `score`. `left_out` has the columns image_id and reason.
     """
 
     images: pd.DataFrame
@@ -54,15 +56,15 @@ class PseudoLabels:
 
 
 def duplicate_groups(sources: Iterable[tuple[pd.DataFrame, XrayCache]], max_distance: int = MAX_DISTANCE) -> pd.DataFrame:
-    """Columns image_id and group over the images of several (table images, cache); near-duplicates share a group.
+    """Group near-duplicates among the images of several sources (table images, cache); return columns image_id and group.
 
-    Raises ValueError for an image that is not decoded: what it resembles would go unnoticed.
+    Raises ValueError for an image that is not in its cache, because its duplicates would go unnoticed.
     """
     caches = {image_id: cache for images, cache in sources for image_id in images["image_id"]}
-    absent = [image_id for image_id, cache in caches.items() if image_id not in cache]
-    if absent:
+    missing = [image_id for image_id, cache in caches.items() if image_id not in cache]
+    if missing:
         raise ValueError(
-            f"{len(absent)} of {len(caches)} images are not decoded, first {absent[0]}; run notebook 10 again by this kit"
+            f"{len(missing)} of {len(caches)} images are not decoded, first {missing[0]}; run notebook 10 with this kit"
         )
     hashes = [
         perceptual_hash(cache.read(image_id).pixels) for image_id, cache in tqdm(caches.items(), desc="near-duplicates")
@@ -78,28 +80,29 @@ def seen_by(
     groups: pd.DataFrame | None = None,
     extra: Iterable[pd.DataFrame] = (),
 ) -> pd.DataFrame:
-    """Rows (image_id, model, fold) for each of `images` that a model of `models` (model, fold) must not judge.
+    """Return rows (image_id, model, fold) of the pairs of an image and a model that must not predict it.
 
-    The model of a fold was trained on the images of `folds` in all other folds, which are rows of `trained`, and on those of
-    all `extra` tables of images. It must not judge these, images of their studies and patients, images in one group of
-    `groups` with them, nor any image of a study or patient of which it must not judge one.
+    `models` has the columns model and fold. The model of a fold was trained on the images of `trained` that `folds` puts in
+    other folds, and on all images of the tables `extra`. It must not predict any of `images` that is one of these, shares
+    their study, patient or near-duplicate group (column group of `groups`), or shares the study or patient of another image
+    that it must not predict.
     """
     fold_of = trained["image_id"].map(folds.set_index("id")["fold"])
     group = None if groups is None else groups.set_index("image_id")["group"]
     extra, parts = list(extra), []
     for fold, of_fold in models.groupby("fold"):
-        there = pd.concat([trained[fold_of.notna() & (fold_of != fold)], *extra])
-        seen = pd.Series(False, images.index)
+        trained_images = pd.concat([trained[fold_of.notna() & (fold_of != fold)], *extra])
+        is_seen = pd.Series(False, images.index)
         for column in ("image_id", "study_id", "patient_id"):
-            seen |= images[column].isin(there[column])
+            is_seen |= images[column].isin(trained_images[column])
         if group is not None:
-            seen |= images["image_id"].map(group).isin(group.reindex(there["image_id"]).dropna())
-        before = -1
-        while seen.sum() > before:  # a study may have a second patient, where a header was not readable
-            before = seen.sum()
+            is_seen |= images["image_id"].map(group).isin(group.reindex(trained_images["image_id"]).dropna())
+        previous_count = -1
+        while is_seen.sum() > previous_count:  # a study may have two patient_ids if a header was unreadable
+            previous_count = is_seen.sum()
             for column in ("study_id", "patient_id"):
-                seen |= images[column].isin(images.loc[seen, column])
-        parts.append(images.loc[seen, ["image_id"]].merge(of_fold[MODEL], how="cross"))
+                is_seen |= images[column].isin(images.loc[is_seen, column])
+        parts.append(images.loc[is_seen, ["image_id"]].merge(of_fold[MODEL], how="cross"))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -111,38 +114,42 @@ def predict_unseen(
     batch_size: int | None = None,
     lungs: StoredLungs | LungSegmenter | None = None,
 ) -> Predictions:
-    """What each of `models` (model, fold, bundle: a folder) says of those of `images` that `seen` does not bar it from.
+    """Predict `images` with each of `models` (columns model, fold, bundle folder), except the pairs in `seen`.
 
-    `lungs` finds the lungs of `images` for models that want a segmenter's; how many were not found is logged. Raises
-    ValueError for such a model without them and for a model of findings, which knows none of these labels; BundleError as
-    `load_predictor` does.
+    `seen` is the result of `seen_by`. `lungs` finds the lungs for models that use a segmenter's; the number of images
+    without lungs is logged. Raises ValueError if such a model has no `lungs` or those of another segmenter, and for a
+    findings classifier, which does not predict these labels. Raises BundleError as `load_predictor` does.
     """
     probabilities, detections, coverage = [], [], []
     for row in models.itertuples():
         predictor = load_predictor(row.bundle, batch_size=batch_size, lungs=lungs)
         if predictor.family.answers == CLASSES:
-            raise ValueError(f"{row.bundle} is a classifier of findings; name runs of study classifiers and detectors")
+            raise ValueError(f"{row.bundle} is a findings classifier; name runs of study classifiers and detectors")
         if predictor.wants_masks and (lungs is None or lungs.segmenter != predictor.segmenter):
             raise ValueError(
-                f"{row.bundle} looks at the lungs that {'another' if lungs else 'a'} segmenter has found; set lungs_run "
-                "to the run of notebook 14 that it was trained with"
+                f"{row.bundle} needs the lungs of {'another' if lungs else 'a'} segmenter; set lungs_run to the run of "
+                "notebook 14 that it was trained with"
             )
-        barred = set(seen.loc[(seen["model"] == row.model) & (seen["fold"] == row.fold), "image_id"])
-        unseen = [image_id for image_id in images["image_id"] if image_id not in barred]
+        seen_ids = set(seen.loc[(seen["model"] == row.model) & (seen["fold"] == row.fold), "image_id"])
+        unseen = [image_id for image_id in images["image_id"] if image_id not in seen_ids]
         chunks = list(predictor.predict(map(cache.read, tqdm(unseen, desc=f"{row.model}, fold {row.fold}"))))
         if predictor.lungs_missed:
             missed = predictor.lungs_missed
             logger.info(
-                "%s, fold %d: no lungs found in %d of %d images, seen whole", row.model, row.fold, missed, len(unseen)
+                "%s, fold %d: no lungs found in %d of %d images, which are predicted uncropped",
+                row.model,
+                row.fold,
+                missed,
+                len(unseen),
             )
         if predictor.family.answers == STUDIES:
             probabilities += chunks
         else:
             detections += chunks
             coverage.append(pd.DataFrame({"image_id": predictor.seen, "model": row.model, "fold": row.fold}))
-    nothing = pd.DataFrame(columns=["image_id", *MODEL, *STUDY_CLASSES, "none"])
+    empty = pd.DataFrame(columns=["image_id", *MODEL, *STUDY_CLASSES, "none"])
     return Predictions(
-        pd.concat(probabilities, ignore_index=True) if probabilities else nothing,
+        pd.concat(probabilities, ignore_index=True) if probabilities else empty,
         concatenate(detections, "detections"),
         concatenate(coverage, "coverage"),
     )
@@ -158,44 +165,46 @@ def pseudo_labels(
     high: float = 0.5,
     workers: int = 1,
 ) -> PseudoLabels:
-    """Tables to train on for `images`, fused by `settings` from the predictions that `seen` (see `seen_by`) does not bar.
+    """Fuse the predictions of `images` by `settings` into pseudo-labels, without those of pairs in `seen` (see `seen_by`).
 
-    An image that no model was allowed to judge is left out. Boxes of score `kept` or more are its boxes. A detector may
-    learn from it where the best box scores `high` or more (there is something) or less than `low` (there is nothing), not
-    between these, and not where no detector has judged it. Scores are of fused boxes: calibrated if the settings calibrate.
+    Images without a remaining prediction are left out. Boxes with a score of at least `kept` become boxes of the image. An
+    image is `unsure`, not for training a detector, if no detector has predicted it or if its best box scores at least `low`
+    and less than `high`. Scores are those of fused boxes, calibrated if the settings calibrate.
 
     Raises ValueError unless 0 <= low <= kept <= high <= 1.
     """
     if not 0 <= low <= kept <= high <= 1:
-        raise ValueError(f"thresholds of boxes: want 0 <= low <= kept <= high <= 1, got {low}, {kept}, {high}")
+        raise ValueError(f"thresholds of boxes: expected 0 <= low <= kept <= high <= 1, got {low}, {kept}, {high}")
     images = check_table(images, "images")
     probabilities, detections, coverage = (
-        _without(table, seen, images) for table in (predicted.probabilities, predicted.detections, predicted.coverage)
+        _drop_seen(table, seen, images) for table in (predicted.probabilities, predicted.detections, predicted.coverage)
     )
     study_scores, image_scores = study_and_image_scores([probabilities], images)
     fused = fuse(study_scores, image_scores, detections, images, settings, coverage, workers)
     nones = fused.nones.set_index("image_id")
-    judged = ~images["image_id"].map(nones["prior"])
-    barred = images["image_id"].isin(seen["image_id"])
-    reason = np.where(barred, "seen by every model that could judge it", "predicted by no model")
-    left_out = pd.DataFrame({"image_id": images["image_id"], "reason": reason})[~judged].reset_index(drop=True)
-    images = images[judged].reset_index(drop=True)
-    found = fused.detections[fused.detections["image_id"].isin(images["image_id"])]
-    best = images["image_id"].map(found.groupby("image_id")["score"].max()).fillna(0.0)
-    unsure = ~images["image_id"].map(nones["seen"]) | ((best >= low) & (best < high))
+    is_predicted = ~images["image_id"].map(nones["prior"])
+    is_seen = images["image_id"].isin(seen["image_id"])
+    reason = np.where(
+        is_seen, "every model that could predict it was trained on it or on a similar image", "no model has predicted it"
+    )
+    left_out = pd.DataFrame({"image_id": images["image_id"], "reason": reason})[~is_predicted].reset_index(drop=True)
+    images = images[is_predicted].reset_index(drop=True)
+    boxes_of_labelled = fused.detections[fused.detections["image_id"].isin(images["image_id"])]
+    best = images["image_id"].map(boxes_of_labelled.groupby("image_id")["score"].max()).fillna(0.0)
+    is_unsure = ~images["image_id"].map(nones["seen"]) | ((best >= low) & (best < high))
     images = images.drop(columns="false_none", errors="ignore")
-    images = images.assign(none=images["image_id"].map(nones["none"]), unsure=unsure)
+    images = images.assign(none=images["image_id"].map(nones["none"]), unsure=is_unsure)
     studies = fused.studies[~fused.studies["prior"] & fused.studies["study_id"].isin(images["study_id"])]
     classes = list(STUDY_CLASSES)
-    labels = studies[classes].div(studies[classes].sum(axis=1), axis=0)  # after the negative share they add to another sum
+    labels = studies[classes].div(studies[classes].sum(axis=1), axis=0)  # the fusion's negative share changes their sum
     labels.insert(0, "id", studies["study_id"])
-    boxes = found[found["score"] >= kept]
-    logger.info("%d images labelled, %d left out, %d with unsure boxes", len(images), len(left_out), int(unsure.sum()))
+    boxes = boxes_of_labelled[boxes_of_labelled["score"] >= kept]
+    logger.info("%d images labelled, %d left out, %d with unsure boxes", len(images), len(left_out), int(is_unsure.sum()))
     return PseudoLabels(images, check_table(labels, "labels"), check_table(boxes, "boxes"), left_out)
 
 
-def _without(table: pd.DataFrame, seen: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
-    """The predictions of `images` that are not barred."""
+def _drop_seen(table: pd.DataFrame, seen: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `images` in a table of predictions, without the pairs of image and model in `seen`."""
     key = ["image_id", *MODEL]
-    barred = pd.MultiIndex.from_frame(table[key]).isin(pd.MultiIndex.from_frame(seen[key]))
-    return table[~barred & table["image_id"].isin(images["image_id"])].reset_index(drop=True)
+    is_seen = pd.MultiIndex.from_frame(table[key]).isin(pd.MultiIndex.from_frame(seen[key]))
+    return table[~is_seen & table["image_id"].isin(images["image_id"])].reset_index(drop=True)

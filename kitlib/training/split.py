@@ -1,4 +1,4 @@
-"""Which images a fold's model is trained on and validated on."""
+"""Training and validation images of a fold, with extra training images of another run."""
 
 import logging
 
@@ -20,23 +20,25 @@ def split(
     limit_train: int | None = None,
     limit_validation: int | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Images of all folds but `fold`, and images of `fold`; those marked `false_none` or without a fold are in neither.
+    """Return the training images (all folds but `fold`) and the validation images (`fold`).
 
-    A limit is a number of images: patients are drawn by `seed` and kept whole as long as they fit.
+    Images without a fold or marked `false_none` are in neither. A limit is a largest number of images; patients are drawn by
+    `seed` and taken with all of their images as long as these fit. Raises ValueError if the folds have images that are not
+    in the table, or if either part is empty.
     """
-    known = images.set_index("image_id", drop=False)
-    missing = folds.loc[~folds.id.isin(known.index), "id"]
+    images_by_id = images.set_index("image_id", drop=False)
+    missing = folds.loc[~folds.id.isin(images_by_id.index), "id"]
     if len(missing):
         raise ValueError(f"{len(missing)} images of the folds are not in the table images, first {missing.iloc[0]}")
-    kept = folds[~folds.id.map(known.false_none).astype(bool)] if "false_none" in images.columns else folds
+    usable = folds[~folds.id.map(images_by_id.false_none).astype(bool)] if "false_none" in images.columns else folds
     parts = []
-    for chosen, limit in ((kept.fold != fold, limit_train), (kept.fold == fold, limit_validation)):
-        part = known.loc[kept.id[chosen]].reset_index(drop=True)
+    for is_selected, limit in ((usable.fold != fold, limit_train), (usable.fold == fold, limit_validation)):
+        part = images_by_id.loc[usable.id[is_selected]].reset_index(drop=True)
         if limit is not None:
-            part = _whole_patients(part, limit, seed)
+            part = _sample_patients(part, limit, seed)
         if part.empty:
             raise ValueError(
-                f"fold {fold} leaves nothing to train or to validate on; folds: {sorted(set(kept.fold))}, limit {limit}"
+                f"fold {fold} leaves no images to train or to validate on; folds: {sorted(set(usable.fold))}, limit: {limit}"
             )
         parts.append(part)
     return parts[0], parts[1]
@@ -50,11 +52,11 @@ def with_extra(
     extra: ExtraImages | None,
     validation_images: pd.DataFrame,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, DecodedXrays]:
-    """The training images with the extra ones after them, and labels, boxes and a cache for both.
+    """Append extra images to the training images; return the images, labels, boxes and a cache that reads both.
 
-    Extra images marked `false_none` stay out. The labels keep their classes: an extra image's label is NaN (unknown) where
-    the extra table lacks the class. Raises ValueError for extra images that are validated on, by image_id, study_id or
-    patient_id, or that are trained on already.
+    Extra images marked `false_none` are left out. The classes stay those of `labels`: an extra image's label is NaN
+    (unknown) for a class that the extra table lacks. Raises ValueError if no extra image remains, if extra images share an
+    image_id, study_id or patient_id with validation images, or an image_id or study_id with training images.
     """
     if extra is None:
         return train_images, labels, boxes, cache
@@ -63,36 +65,38 @@ def with_extra(
     if "false_none" in added.columns:
         added = added[~added.false_none.fillna(False).astype(bool)]
     if added.empty:
-        raise ValueError("the extra run has no image to learn this from (detectors: NIH's have no boxes); name another")
-    for there, meaning, columns in (
+        raise ValueError(
+            "the extra run has no image to train this model on (NIH's have no boxes for a detector); name another run"
+        )
+    for other_images, meaning, columns in (
         (validation_images, "validated on", ("image_id", "study_id", "patient_id")),
         (train_images, "trained on already", ("image_id", "study_id")),
     ):
         for column in columns:
-            shared = added.loc[added[column].isin(there[column]), column]
+            shared = added.loc[added[column].isin(other_images[column]), column]
             if len(shared):
                 raise ValueError(
                     f"{len(shared)} of {len(added)} extra images are {meaning}, by {column}, first {shared.iloc[0]!r}; "
-                    "leave them out of the extra run"
+                    "remove them from the extra run"
                 )
     classes = class_columns(labels, "labels")
     unknown = [name for name in classes if name not in added_labels or added_labels[name].isna().all()]
     if unknown:
-        logger.warning("the extra images tell nothing about %s: these labels count as unknown", ", ".join(unknown))
+        logger.warning("the extra images have no labels of %s, which count as unknown", ", ".join(unknown))
     added_boxes = check_table(extra.boxes, "boxes", "the extra images")
-    # Each table speaks only for its own images: an extra box must not reach a validation image.
+    # Each run's tables count only for its own images: an extra box must not reach a validation image.
     labels, added_labels = labels[~labels.id.isin(added.study_id)], added_labels[added_labels.id.isin(added.study_id)]
     boxes, added_boxes = boxes[~boxes.image_id.isin(added.image_id)], added_boxes[added_boxes.image_id.isin(added.image_id)]
     return (
         concatenate((train_images, added), "images"),
         concatenate((labels, added_labels.reindex(columns=labels.columns).astype(dict.fromkeys(classes, float))), "labels"),
         concatenate((boxes, added_boxes), "boxes"),
-        _BothCaches(cache, extra),
+        _CombinedCache(cache, extra),
     )
 
 
-class _BothCaches:
-    """Reads an image from the cache that has it."""
+class _CombinedCache:
+    """Reads extra images from the extra run's cache, and all others from the task's."""
 
     def __init__(self, cache: DecodedXrays, extra: ExtraImages) -> None:
         self.cache, self.extra = cache, extra.cache
@@ -103,12 +107,13 @@ class _BothCaches:
         return (self.extra if image_id in self.extra_ids else self.cache).read(image_id)
 
 
-def _whole_patients(images: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
+def _sample_patients(images: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
+    """Return at most `limit` images of patients that are drawn by `seed`, each with all of its images."""
     patients = np.random.default_rng(seed).permutation(images.patient_id.unique())
     sizes = images.patient_id.value_counts()
-    drawn, room = set(), limit
+    selected, remaining = set(), limit
     for patient in patients:
-        if sizes[patient] <= room:
-            drawn.add(patient)
-            room -= sizes[patient]
-    return images[images.patient_id.isin(drawn)].reset_index(drop=True)
+        if sizes[patient] <= remaining:
+            selected.add(patient)
+            remaining -= sizes[patient]
+    return images[images.patient_id.isin(selected)].reset_index(drop=True)

@@ -1,4 +1,4 @@
-"""Training of a study classifier on all folds but one, and its out-of-fold predictions of that one."""
+"""Training of a study classifier on all folds but one, and its out-of-fold predictions."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from kitlib.training.xray_dataset import XrayDataset
 
 
 class StudyTraining(ClassifierTraining):
-    """Loss and validation of the study classifier; the score is that of `validation_scores`."""
+    """Lightning module with the loss and the validation of a study classifier; the score is that of `validation_scores`."""
 
     model: StudyClassifier
     recipe: StudyRecipe
@@ -41,9 +41,9 @@ class StudyTraining(ClassifierTraining):
         if not self.recipe.segmentation:
             return super().training_loss(batch)
         logits, mask = self.model.with_mask(self.model.normalise(batch["pixels"]))
-        auxiliary = mask_loss(mask, batch["mask"])
-        self.log("train_mask_loss", auxiliary, on_step=False, on_epoch=True, batch_size=len(mask))
-        return self.loss(batch, logits, self.recipe.label_smoothing) + self.recipe.segmentation * auxiliary
+        auxiliary_loss = mask_loss(mask, batch["mask"])
+        self.log("train_mask_loss", auxiliary_loss, on_step=False, on_epoch=True, batch_size=len(mask))
+        return self.loss(batch, logits, self.recipe.label_smoothing) + self.recipe.segmentation * auxiliary_loss
 
     def loss(self, batch: dict[str, Any], logits: torch.Tensor, smoothing: float) -> torch.Tensor:
         recipe = self.recipe
@@ -51,42 +51,42 @@ class StudyTraining(ClassifierTraining):
 
     def scores(self) -> dict[str, float]:
         truth = self.validation.label, self.validation.none
-        return validation_scores(self.found, self.study_ids, *truth, self.recipe.outputs)
+        return validation_scores(self.validation_probabilities, self.study_ids, *truth, self.recipe.outputs)
 
 
 def validation_scores(
-    found: np.ndarray, study_ids: np.ndarray, study: np.ndarray, none: np.ndarray, outputs: str = "both"
+    probabilities: np.ndarray, study_ids: np.ndarray, study: np.ndarray, none: np.ndarray, outputs: str = "both"
 ) -> dict[str, float]:
-    """Average precision (VOC 2010, as in the competition) of each of the five outputs, and `score`, their mean.
+    """Return the average precision (VOC 2010, as in the competition) of each of the five outputs, and `score`, their mean.
 
-    `found` (n, 5) are an image's probabilities, `study` (n, 4) and `none` (n,) its truth, NaN where unknown. The classes are
-    judged over studies, by the mean over a study's images, none over images. Of `outputs` "study" or "none" only those
-    are judged. A class without a positive is NaN and does not count in the mean; all NaN gives NaN.
+    `probabilities` (n, 5) are those of n images, `study` (n, 4) and `none` (n,) their labels, NaN if unknown. The study
+    classes are scored over studies, with the mean over a study's images, and none over images. With `outputs` "study" or
+    "none" only these are scored. A class without positives is NaN and left out of the mean; if all are NaN, so is `score`.
     """
     scores = {}
     if outputs != "none":
         names = list(STUDY_CLASSES)
         truth = pd.DataFrame(study, columns=names).groupby(study_ids).first()
-        mean = pd.DataFrame(found[:, :4], columns=names).groupby(study_ids).mean()
+        mean = pd.DataFrame(probabilities[:, :4], columns=names).groupby(study_ids).mean()
         for name in names:
-            known = truth[name].notna().to_numpy()
-            scores[name] = _precision(mean[name].to_numpy()[known], truth[name].to_numpy()[known])
+            has_label = truth[name].notna().to_numpy()
+            scores[name] = _average_precision(mean[name].to_numpy()[has_label], truth[name].to_numpy()[has_label])
     if outputs != "study":
-        told = ~np.isnan(none)
-        scores["none"] = _precision(found[told, 4], none[told])
+        is_known = ~np.isnan(none)
+        scores["none"] = _average_precision(probabilities[is_known, 4], none[is_known])
     finite = [value for value in scores.values() if np.isfinite(value)]
     return {"score": float(np.mean(finite)) if finite else float("nan"), **scores}
 
 
-def _precision(found: np.ndarray, truth: np.ndarray) -> float:
+def _average_precision(probabilities: np.ndarray, truth: np.ndarray) -> float:
     hits = truth > 0.5
-    return average_precision(found, hits, int(hits.sum()))
+    return average_precision(probabilities, hits, int(hits.sum()))
 
 
 class StudyStrategy(Strategy):
-    """A classifier of studies and of the image-level `none`. Predicts study_scores and image_scores of its fold.
+    """Trains a classifier of studies and of the image-level `none`; writes the tables study_scores and image_scores.
 
-    A recipe whose outputs are "study" or "none" leaves the table of the other empty.
+    If the recipe's `outputs` are "study" or "none", the table of the other is empty.
     """
 
     uses = ("extra", "lungs")
@@ -97,10 +97,12 @@ class StudyStrategy(Strategy):
 
     def __init__(self, task: Task, fold: int, run_folder: Path) -> None:
         super().__init__(task, fold, run_folder)
-        self.seen = with_extra(self.train_images, self.labels, self.boxes, task.cache, task.extra, self.validation_images)
+        self.training_data = with_extra(
+            self.train_images, self.labels, self.boxes, task.cache, task.extra, self.validation_images
+        )
 
     def check(self) -> None:
-        """Raise ValueError for a recipe that freezes random weights, and for labels that are not the study classes."""
+        """Raise ValueError if the recipe freezes random weights or the labels are not the study classes."""
         check_frozen(self.recipe, self.task.model_name)
         self.labels = study_labels(self.labels)
 
@@ -109,9 +111,9 @@ class StudyStrategy(Strategy):
 
     def make_examples(self) -> None:
         task, recipe = self.task, self.recipe
-        self.train = XrayDataset(*self.seen, recipe, augment=True, seed=task.seed, lungs=task.lungs)
-        validated = self.validation_images, self.labels, self.boxes, task.cache
-        self.validation = XrayDataset(*validated, recipe, lungs=task.lungs)
+        self.train = XrayDataset(*self.training_data, recipe, augment=True, seed=task.seed, lungs=task.lungs)
+        validation_data = self.validation_images, self.labels, self.boxes, task.cache
+        self.validation = XrayDataset(*validation_data, recipe, lungs=task.lungs)
 
     def module(self, model: StudyClassifier) -> StudyTraining:
         return StudyTraining(model, self.validation, self.validation_images.study_id.to_numpy())

@@ -1,4 +1,4 @@
-"""What is to be trained, and what a finished training has left."""
+"""The inputs of a training (Task) and the results of a finished one (TrainedFold)."""
 
 import dataclasses
 import json
@@ -20,19 +20,19 @@ from kitlib.xrays.cache import DecodedXrays
 from kitlib.xrays.mask_store import MaskStore
 
 TABLES = ("images", "labels", "boxes", "folds")
-# Tables of a run whose file has another name than their kind.
+# Schemas of the tables whose file name is not the name of their schema.
 KINDS = {"test_scores": "class_scores", "training_scores": "class_scores"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One model to train on every fold: on which images, by which recipe, until when.
+    """One model to train on every fold: data, recipe, seed, limits and deadline.
 
-    `tables` are images, labels, boxes and folds of a prepared run, `cache` its decoded images. Limits are numbers of images,
-    whole patients; they do not touch `extra` images, which are trained on as well and never validated on. `lungs` finds
-    lungs for a recipe whose lungs are "masks"; `masks` are the drawn ones that a segmenter learns from. With `in_sample` a
-    classifier also predicts its own training images. A family that cannot use one of these refuses it. With `resume` an
-    interrupted run goes on where it stopped; without, it is started over.
+    `tables` are images, labels, boxes and folds of a prepared run, `cache` its decoded images. The limits are numbers of
+    images, in whole patients; they do not apply to `extra` images, which are added to training and never validated on.
+    `lungs` finds the lungs for a recipe whose `lungs` are "masks"; `masks` are the ground truth of a segmenter. With
+    `in_sample` a classifier also predicts its own training images. A family that cannot use one of these raises ValueError.
+    With `resume` an interrupted run continues; without it, the run starts over.
     """
 
     tables: Mapping[str, pd.DataFrame]
@@ -52,13 +52,13 @@ class Task:
     progress: bool = True
 
     def checked(self) -> "Task":
-        """The same with its tables checked (see kitlib.tables). Raises ValueError for tables that are not these four."""
+        """Return a copy of the task with checked tables (see kitlib.tables). Raises ValueError if they are not the four."""
         if set(self.tables) != set(TABLES):
-            raise ValueError(f"tables are {', '.join(self.tables)}; wanted {', '.join(TABLES)}")
+            raise ValueError(f"tables are {', '.join(self.tables)}; expected {', '.join(TABLES)}")
         return dataclasses.replace(self, tables={name: check_table(self.tables[name], name) for name in TABLES})
 
     def identity(self, fold: int) -> dict[str, Any]:
-        """All that the weights of this fold's model follow from, in JSON's types."""
+        """Return everything that determines the weights of this fold's model, as JSON types."""
         start = self.recipe.starting_weights
         return {
             "model": self.model_name,
@@ -83,11 +83,11 @@ class Task:
 
 @dataclass(frozen=True)
 class TrainedFold:
-    """A finished training of one fold, as its folder holds it.
+    """Results of a finished training of one fold, as read from its run folder.
 
-    `tables` are its predictions by the name of their file, of images that the model has not seen: study_scores and
-    image_scores, class_scores and test_scores (and, if asked for, training_scores, of images that it has seen), detections
-    and coverage, or mask_scores.
+    `tables` are its predictions by file name. They are of images that the model was not trained on: study_scores and
+    image_scores; class_scores and test_scores; detections and coverage; or mask_scores. Only training_scores, if requested,
+    are of its training images.
     """
 
     run_folder: Path
@@ -97,12 +97,12 @@ class TrainedFold:
 
     @property
     def masks(self) -> MaskStore:
-        """The label images that a segmenter has drawn of its fold."""
+        """The label images that a segmenter has predicted of its fold."""
         return MaskStore(self.run_folder / "masks")
 
 
 def read_trained(run_folder: str | Path) -> TrainedFold:
-    """The results of a finished run. Raises FileNotFoundError without metrics.json, which marks one."""
+    """Read the results of a finished run. Raises FileNotFoundError if it has no metrics.json, which marks a finished run."""
     run_folder = Path(run_folder)
     metrics = json.loads((run_folder / "metrics.json").read_text(encoding="utf-8"))
     history = pd.read_csv(run_folder / "tables" / "history.csv")

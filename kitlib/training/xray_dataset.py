@@ -1,4 +1,4 @@
-"""Cached X-rays as training examples: uint8 canvases, targets and augmentation that repeats exactly."""
+"""Cached X-rays as training examples: uint8 canvases, targets and reproducible augmentation; loaders of batches."""
 
 import mmap
 from collections.abc import Callable, Iterator
@@ -21,15 +21,18 @@ from kitlib.training import data_parallel
 from kitlib.training.augmentation import Augmentation
 from kitlib.xrays.cache import CachedXray, DecodedXrays
 
-# Canvases stay in memory where a data set's fit: reading a cache entry and resizing it costs more than augmentation. SIIM's
-# at 512 pixels a side take 1.6 GB, at 1024 they are too many. Crops of lungs are kept beside whole images while both fit.
-KEPT_BYTES = 2**32
-# What a recipe's `trained_on` shows of an image.
-SHOWN = {"full": ("full",), "lungs": ("lungs",), "either": ("full", "lungs")}
+# Canvases of a data set stay in memory if they fit, because reading and resizing an image costs more than augmentation. SIIM
+# needs 1.6 GB at 512 pixels a side and does not fit at 1024. Lung crops are kept as well if both kinds fit.
+MAX_CACHE_BYTES = 2**32
+# Kinds of canvases, whole images or lung crops, by the recipe's `trained_on`.
+CANVAS_KINDS = {"full": ("full",), "lungs": ("lungs",), "either": ("full", "lungs")}
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """One example an image, in the order of `image_ids`; a key is an index, or (epoch, index) from `EpochSampler`."""
+    """Base class of data sets with one example per image of `image_ids`, in order.
+
+    A key is an index, or (epoch, index) from `EpochSampler`.
+    """
 
     image_ids: list[str]
 
@@ -38,25 +41,25 @@ class Examples(Dataset[dict[str, Any]]):
 
 
 class XrayDataset(Examples):
-    """One example an image of `images`, in its order.
+    """Data set of X-rays: one example per row of `images`, in order.
 
-    An example is a dict: `pixels` uint8 (side, side), grey, on the recipe's canvas; `label` float32 (classes,) in the order
-    of the table labels, NaN where unknown; `none` float32, the probability that the image has no opacity: that of a column
-    `none` of `images` where it is known, else 1 without a box and 0 with one, or NaN where a column `boxes_known` is False
-    (nobody has marked opacities there); `boxes` float32 (k, 4) in canvas pixels, moved with the image; `index`, its row in
-    `images`.
+    An example is a dict: `pixels`, uint8 (side, side), the grey image on the recipe's canvas; `label`, float32 (classes,) in
+    the order of the table labels, NaN if unknown; `none`, float32, the probability that the image has no opacity; `boxes`,
+    float32 (k, 4) in canvas pixels, transformed with the image; `index`, the row in `images`. `none` is the value of a
+    column `none` of `images` if that is known, else NaN if a column `boxes_known` is False (opacities are not annotated),
+    else 1 without boxes and 0 with boxes.
 
-    The key is an index, or (epoch, index) as `EpochSampler` gives it: augmentation depends on `seed` and the key alone,
-    whatever process draws it, so a resumed training sees what an uninterrupted one sees.
+    The key is an index, or (epoch, index) from `EpochSampler`. Augmentation depends on `seed` and the key alone, in any
+    process, so that a resumed training sees the same examples as an uninterrupted one.
 
-    A recipe trained on "lungs" sees their frame in place of the whole image; one trained on "either" sees the one or the
-    other as seed and key decide, and the whole for an index alone, as in validation. A masked one sees black outside of
-    their mask, and the probe "outside_lungs" black inside (see kitlib.lungs.canvas). `lungs` finds them where the recipe's
-    lungs are "masks" (see kitlib.lungs.crop). Where they are not found, frame or, where the mask counts, mask, the whole
-    image is seen as it is; `lungs_missed` counts these.
+    A recipe trained on "lungs" crops images to the frame of the lungs. One trained on "either" crops or not, as seed and key
+    decide, and never for a plain index, as in validation. A masked recipe blackens everything outside the lungs' mask, the
+    probe "outside_lungs" everything inside (see kitlib.lungs.canvas). `lungs` finds the lungs if the recipe's `lungs` are
+    "masks" (see kitlib.lungs.crop). Images without a frame or, where it is needed, a mask are used whole and unmasked;
+    `lungs_missed` counts them.
 
-    Of a recipe's larger `canvas`, which is what is kept, training sees a square of image_size anywhere, and what is not
-    augmented the one in the middle.
+    If the recipe's `canvas` is larger than image_size, augmentation crops a random square of image_size, and examples
+    without augmentation are its middle. The larger canvas is what is kept in memory.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class XrayDataset(Examples):
     ) -> None:
         self.cache, self.side, self.seed, self.canvas = cache, recipe.image_size, seed, canvas_of(recipe)
         self.image_ids = images.image_id.tolist()
-        self.place = PLACEMENTS[recipe.placement]
+        self.make_placement = PLACEMENTS[recipe.placement]
         self.label = labels.set_index("id").reindex(images.study_id).to_numpy(np.float32)
         corners = {image_id: rows[list(BOX)].to_numpy(float) for image_id, rows in boxes.groupby("image_id")}
         self.boxes = [corners.get(image_id, np.zeros((0, 4))) for image_id in self.image_ids]
@@ -80,20 +83,22 @@ class XrayDataset(Examples):
         if "boxes_known" in images.columns:
             self.none[images.boxes_known.eq(False).to_numpy()] = np.nan
         if "none" in images.columns:
-            told = images.none.to_numpy(np.float32)
-            if ((told < 0) | (told > 1)).any():
-                raise ValueError(f"images, column none: wanted 0..1 or NaN, got {np.nanmin(told)} to {np.nanmax(told)}")
-            self.none = np.where(np.isnan(told), self.none, told)
+            soft_none = images.none.to_numpy(np.float32)
+            if ((soft_none < 0) | (soft_none > 1)).any():
+                raise ValueError(
+                    f"images, column none: expected 0..1 or NaN, got {np.nanmin(soft_none)} to {np.nanmax(soft_none)}"
+                )
+            self.none = np.where(np.isnan(soft_none), self.none, soft_none)
         self.augmentation = Augmentation(recipe) if augment else None
-        self.finder, self.shown = finder_for(recipe.lungs, lungs), SHOWN[recipe.trained_on]
-        self.frames = KeptFrames(len(self))
-        fitting = min(len(self.shown), KEPT_BYTES // max(1, len(self) * self.canvas.whole**2))
-        self.kept = KeptCanvases(fitting * len(self), self.canvas.whole)
+        self.finder, self.canvas_kinds = finder_for(recipe.lungs, lungs), CANVAS_KINDS[recipe.trained_on]
+        self.frame_cache = FrameCache(len(self))
+        cached_kinds = min(len(self.canvas_kinds), MAX_CACHE_BYTES // max(1, len(self) * self.canvas.whole**2))
+        self.canvas_cache = CanvasCache(cached_kinds * len(self), self.canvas.whole)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        pixels, place = self._laid(index, self._drawn(key))
-        # Boxes are cut at the canvas's edges, and gone where less than a pixel a side is left.
+        pixels, place = self._read_canvas(index, self._choose_kind(key))
+        # Boxes are clipped to the canvas and dropped if less than a pixel of a side remains.
         if self.augmentation is None:
             pixels, boxes = self.canvas.middle_of(pixels), boxes_shown(self.canvas.middle(place), self.boxes[index])
         else:
@@ -108,93 +113,99 @@ class XrayDataset(Examples):
         }
 
     def lungs_missed(self) -> int:
-        """How many of all images are seen whole for want of their lungs, found out now for those that none has asked for."""
-        if not self.canvas.needs_mask and "lungs" not in self.shown:
+        """Return the number of images used whole because no lungs were found. Computes any that are still unknown."""
+        if not self.canvas.needs_mask and "lungs" not in self.canvas_kinds:
             return 0
-        for index in np.flatnonzero(self.frames.asked == 0).tolist():
-            self._lungs(index, self.cache.read(self.image_ids[index]))
-        return int((self.frames.asked == KeptFrames.MISSED).sum())
+        for index in np.flatnonzero(self.frame_cache.status == 0).tolist():
+            self._find_lungs(index, self.cache.read(self.image_ids[index]))
+        return int((self.frame_cache.status == FrameCache.MISSED).sum())
 
-    def _drawn(self, key: int | tuple[int, int]) -> str:
-        """The canvas of `shown` that the key shows."""
-        return self.shown[derived_seed(self.seed, *key, 2) % len(self.shown) if isinstance(key, tuple) else 0]
+    def _choose_kind(self, key: int | tuple[int, int]) -> str:
+        """Return the kind of canvas, one of `canvas_kinds`, of the key."""
+        return self.canvas_kinds[derived_seed(self.seed, *key, 2) % len(self.canvas_kinds) if isinstance(key, tuple) else 0]
 
-    def _laid(self, index: int, canvas: str) -> tuple[np.ndarray, Placement]:
-        """The whole canvas with the image on it, and where it lies there."""
-        kept_at = self.shown.index(canvas) * len(self) + index
-        keeps = kept_at < len(self.kept.pixels)
-        kept = self.kept.get(kept_at) if keeps else None
-        if kept is not None:
-            pixels, rows, columns = kept
-            return pixels, self._whole(canvas, self.frames.get(index), rows, columns)
+    def _read_canvas(self, index: int, kind: str) -> tuple[np.ndarray, Placement]:
+        """Return the whole canvas of an image, from memory or drawn now, and the image's placement on it."""
+        slot = self.canvas_kinds.index(kind) * len(self) + index
+        has_slot = slot < len(self.canvas_cache.pixels)
+        cached = self.canvas_cache.get(slot) if has_slot else None
+        if cached is not None:
+            pixels, rows, columns = cached
+            return pixels, self._placement(kind, self.frame_cache.get(index), rows, columns)
         xray = self.cache.read(self.image_ids[index])
-        looks = self.canvas.needs_mask or canvas == "lungs"
-        lungs = self._lungs(index, xray) if looks else Lungs(None)
-        place = self._whole(canvas, lungs, xray.rows, xray.columns)
+        needs_lungs = self.canvas.needs_mask or kind == "lungs"
+        lungs = self._find_lungs(index, xray) if needs_lungs else Lungs(None)
+        place = self._placement(kind, lungs, xray.rows, xray.columns)
         pixels = self.canvas.lay(self.canvas.grey(xray.pixels, lungs.mask), place)
-        if keeps:
-            self.kept.put(kept_at, pixels, xray.rows, xray.columns)
+        if has_slot:
+            self.canvas_cache.put(slot, pixels, xray.rows, xray.columns)
         return pixels, place
 
-    def _whole(self, canvas: str, lungs: Lungs, rows: int, columns: int) -> Placement:
-        """Where an image lies on the whole canvas."""
-        return crop(self.place, lungs.frame if canvas == "lungs" else None, rows, columns, self.canvas.whole)
+    def _placement(self, kind: str, lungs: Lungs, rows: int, columns: int) -> Placement:
+        """Return the placement of an image, or of its lungs' frame, on the whole canvas."""
+        return crop(self.make_placement, lungs.frame if kind == "lungs" else None, rows, columns, self.canvas.whole)
 
-    def _lungs(self, index: int, xray: CachedXray) -> Lungs:
-        """What the recipe takes of the image's lungs. Frames are kept; masks, which are large, are found each time."""
-        if not self.canvas.needs_mask and self.frames.asked[index]:
-            return self.frames.get(index)
+    def _find_lungs(self, index: int, xray: CachedXray) -> Lungs:
+        """Return the lungs of an image, as the recipe uses them. Frames are cached; masks are large and found again."""
+        if not self.canvas.needs_mask and self.frame_cache.status[index]:
+            return self.frame_cache.get(index)
         (lungs,) = seen_lungs(self.finder, [xray], self.canvas.needs_mask)
-        self.frames.put(index, lungs.frame)
+        self.frame_cache.put(index, lungs.frame)
         return lungs
 
 
-class KeptFrames:
-    """Frames of lungs, in original pixels, in memory that forked workers share; `asked` (n,) says what is known of each."""
+class FrameCache:
+    """In-memory cache, shared by forked workers, of lung frames in original pixels.
+
+    `status` (n,) is 0 for an image that was not processed yet, FOUND or MISSED.
+    """
 
     FOUND, MISSED = 1, 2
 
     def __init__(self, count: int) -> None:
         self.frames = np.frombuffer(mmap.mmap(-1, max(32, count * 32)), np.float64)[: count * 4].reshape(count, 4)
-        self.asked = np.frombuffer(mmap.mmap(-1, max(1, count)), np.uint8)[:count]
+        self.status = np.frombuffer(mmap.mmap(-1, max(1, count)), np.uint8)[:count]
 
     def get(self, index: int) -> Lungs:
-        return Lungs(self.frames[index].copy() if self.asked[index] == self.FOUND else None)
+        """Return the lungs of an image, without a frame if it has none or was not processed."""
+        return Lungs(self.frames[index].copy() if self.status[index] == self.FOUND else None)
 
     def put(self, index: int, frame: np.ndarray | None) -> None:
+        """Store the frame (4,) of an image, or None if no lungs were found."""
         if frame is not None:
             self.frames[index] = frame
-        self.asked[index] = self.MISSED if frame is None else self.FOUND  # last, as in KeptCanvases
+        self.status[index] = self.MISSED if frame is None else self.FOUND  # last, as in CanvasCache
 
 
-class KeptCanvases:
-    """Canvases uint8 (side, side) and the original sizes of their images, in memory that forked workers share.
+class CanvasCache:
+    """In-memory cache, shared by forked workers, of canvases, uint8 (side, side), and the original sizes of their images.
 
-    Each canvas is there once, whichever worker made it; the system gives the memory as it is filled.
+    Each canvas is stored once for all workers; the system allocates memory as it is filled.
     """
 
     def __init__(self, count: int, side: int) -> None:
-        # Anonymous and not in /dev/shm, which containers keep small.
+        # Anonymous memory, since /dev/shm is small in containers.
         self.pixels = np.frombuffer(mmap.mmap(-1, max(1, count * side**2)), np.uint8)[: count * side**2]
         self.pixels = self.pixels.reshape(count, side, side)
         self.sizes = np.frombuffer(mmap.mmap(-1, max(8, count * 8)), np.int32)[: count * 2].reshape(count, 2)
 
     def get(self, index: int) -> tuple[np.ndarray, int, int] | None:
-        """Pixels, which must not be written to, rows and columns; None where nothing was put."""
+        """Return a canvas, which must not be changed, and the original rows and columns; None if it is not stored."""
         columns, rows = self.sizes[index].tolist()
         return (self.pixels[index], rows, columns) if rows else None
 
     def put(self, index: int, pixels: np.ndarray, rows: int, columns: int) -> None:
+        """Store the canvas of an image of `rows` x `columns` original pixels."""
         self.pixels[index] = pixels
         self.sizes[index, 0] = columns
-        self.sizes[index, 1] = rows  # last: it tells the other workers that the canvas is whole
+        self.sizes[index, 1] = rows  # last, because it tells other workers that the canvas is complete
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Keys (epoch, index) in an order that depends on the seed and the epoch alone.
+    """Sampler of keys (epoch, index) in a random order that depends on the seed and the epoch alone.
 
-    The epoch travels in the key because worker processes that outlive an epoch hold their own copy of the data set.
-    Lightning calls `set_epoch` before each epoch.
+    The key includes the epoch because persistent workers have their own copy of the data set, whose state they would not
+    update. Lightning calls `set_epoch` before each epoch.
     """
 
     def __init__(self, length: int, seed: int) -> None:
@@ -217,43 +228,47 @@ def batches(
     workers: int = 0,
     shuffle: bool = False,
     seed: int = 0,
-    joined: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+    collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> DataLoader:
-    """Batches as `joined` makes them of examples, by default `collate`.
+    """Return a loader of batches, which `collate_fn` (default: `collate`) makes of examples.
 
-    Shuffled ones come in a new order each epoch and leave out the last, smaller one.
-
-    Where several processes train together, each gets its share of every shuffled batch, or every so-manieth image.
+    With `shuffle`, batches have a new order in each epoch, and a last smaller one is dropped. Where several processes train
+    together, process r of n gets the examples r, r + n, ... of each shuffled batch, or of the whole data set in order.
     """
-    (rank, processes), batch_size = data_parallel.share(), min(batch_size, len(dataset))
+    (rank, processes), batch_size = data_parallel.rank_and_world_size(), min(batch_size, len(dataset))
     if shuffle:
-        # A last batch may be a single image, on which batch norm fails: it is left out.
-        chosen: dict[str, Any] = {"batch_sampler": data_parallel.SharedBatches(EpochSampler(len(dataset), seed), batch_size)}
+        # Drops an incomplete last batch, because batch norm fails on a single image.
+        sampling: dict[str, Any] = {
+            "batch_sampler": data_parallel.SharedBatches(EpochSampler(len(dataset), seed), batch_size)
+        }
     else:
-        chosen = {"sampler": range(rank, len(dataset), processes), "batch_size": max(1, batch_size // processes)}
+        sampling = {"sampler": range(rank, len(dataset), processes), "batch_size": max(1, batch_size // processes)}
     return DataLoader(
         dataset,
-        **chosen,
-        collate_fn=joined or collate,
+        **sampling,
+        collate_fn=collate_fn or collate,
         num_workers=workers,
         persistent_workers=workers > 0,
-        # Kept canvases are shared with forked processes alone.
+        # Only forked processes share the canvases in memory.
         multiprocessing_context="fork" if workers else None,
         pin_memory=torch.cuda.is_available(),
-        # Its own stream: the seeds of workers would otherwise be drawn from dropout's.
+        # A separate generator, since drawing the workers' seeds from the global one would change dropout.
         generator=torch.Generator(),
-        worker_init_fn=_one_thread,
+        worker_init_fn=_limit_threads,
     )
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacked `pixels` (n, side, side), `label` (n, classes), `none` (n,), `index` (n,); `boxes`, n tensors (k, 4)."""
+    """Return a batch of examples: `pixels` (n, side, side), `label` (n, classes), `none` (n,), `index` (n,), `boxes`.
+
+    `boxes` is a list of n tensors (k, 4).
+    """
     stacked = {name: torch.stack([each[name] for each in examples]) for name in ("pixels", "label", "none")}
     index = torch.tensor([each["index"] for each in examples])
     return {**stacked, "boxes": [each["boxes"] for each in examples], "index": index}
 
 
-def _one_thread(_: int) -> None:
-    """A worker a core: more threads in each only get in each other's way."""
+def _limit_threads(_: int) -> None:
+    """Limit a worker to one thread: there is a worker per core, and more threads would slow them down."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

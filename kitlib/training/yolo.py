@@ -1,8 +1,8 @@
-"""Training of a YOLO by ultralytics' own trainer, fed from the kit's data set and judged by the kit's score.
+"""Training of a YOLO with ultralytics' trainer, on the kit's data set and with the kit's validation score.
 
-ultralytics owns the network, losses, optimiser, schedule, moving average and augmentation. Four things are replaced: files
-(canvases come from the cache, so that nothing is written or resized a second time), validation (the same score as
-every other detector), checkpoints (tensors and not pickled modules) and the console.
+Network, losses, optimiser, schedule, moving average and augmentation are those of ultralytics. Replaced are: image files
+(canvases come from the cache, so that nothing is written or resized again), validation (the score of all detectors),
+checkpoints (tensors instead of pickled modules) and the console output.
 """
 
 import logging
@@ -25,7 +25,7 @@ from kitlib.device import derived_seed, precision, seed_everything
 from kitlib.models.yolo import YoloDetector  # before ultralytics, whose import it makes silent and offline
 from kitlib.recipes.fields import DetectorRecipe
 from kitlib.training.detector import DetectorStrategy, canvas_precision
-from kitlib.training.fold_folder import LEARNING_RATE_FLOOR, Fitted, is_over, kept_row
+from kitlib.training.fold_folder import LEARNING_RATE_FLOOR, FitResult, find_kept_epoch, is_over
 from kitlib.training.xray_dataset import XrayDataset
 
 from ultralytics.data.dataset import YOLODataset  # isort: skip
@@ -35,31 +35,34 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 DATA = {"names": {0: "opacity"}, "nc": 1, "channels": 3}
-MOSAIC_OFF = 10  # last epochs see whole images only, as in ultralytics; a third of a shorter training
+MOSAIC_OFF = 10  # last epochs without mosaic, as in ultralytics; at most a third of the training
 
 
 class Canvases(YOLODataset):
-    """The canvases and boxes of an `XrayDataset` in the form that ultralytics augments: three equal channels.
+    """Adapter that gives ultralytics the canvases, in three equal channels, and the boxes of an `XrayDataset`.
 
-    Where it augments, they are those of `epoch`, which the trainer sets: a recipe may show other parts of an image in each.
+    With `augment`, they are those of `epoch`, which the trainer sets, because a recipe may crop differently in each epoch.
     """
 
     buffer: list[int]
 
     def __init__(self, examples: XrayDataset, augment: bool, settings: Any) -> None:
         self.examples, self.epoch = examples, 0
-        self.latest: tuple[Any, dict[str, Any]] = (None, {})  # an example by its key: its boxes and its pixels are one
+        self.latest: tuple[Any, dict[str, Any]] = (None, {})  # the last example and its key, read once for boxes and pixels
         super().__init__(
             img_path="", imgsz=examples.side, augment=augment, hyp=settings, data=DATA, batch_size=settings.batch
         )
 
     def get_img_files(self, img_path: str) -> list[str]:
+        """Return the image_ids in place of file names."""
         return list(self.examples.image_ids)
 
     def get_labels(self) -> list[dict[str, Any]]:
+        """Return the labels of all examples, see `label`."""
         return [self.label(index) for index in range(len(self.examples))]
 
     def label(self, index: int) -> dict[str, Any]:
+        """Return an example's boxes in ultralytics' format: x centre, y centre, width, height, as shares of the canvas."""
         side = self.examples.side
         xmin, ymin, xmax, ymax = (self.example(index)["boxes"].numpy() / side).T
         return {
@@ -74,37 +77,40 @@ class Canvases(YOLODataset):
         }
 
     def example(self, index: int) -> dict[str, Any]:
+        """Return an example of the `XrayDataset`, in `epoch` if this data set augments."""
         key = (self.epoch, index) if self.augment else index
         if self.latest[0] != key:
             self.latest = key, self.examples[key]
         return self.latest[1]
 
     def get_image_and_label(self, index: int) -> dict[str, Any]:
+        """Return an example with the boxes of this epoch."""
         self.labels[index] = self.label(index)
         return super().get_image_and_label(index)
 
     def load_image(self, i: int, *_: Any, **__: Any) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
+        """Return the canvas (side, side, 3) and its size, twice, as ultralytics expects it."""
         canvas = self.example(i)["pixels"].numpy()
-        if self.augment:  # mosaic draws its partners from here
+        if self.augment:  # mosaic draws its other images from this buffer
             self.buffer = [*self.buffer, i][-max(1, self.max_buffer_length) :]
         return np.repeat(canvas[..., None], 3, axis=2), canvas.shape, canvas.shape
 
 
 class Trainer(DetectionTrainer):
-    """Everything that an epoch draws depends on the seed and its number, so that a resumed training repeats it exactly.
+    """ultralytics' trainer with exact resume: random draws of an epoch depend on the seed and the epoch number alone.
 
-    Unlike Lightning, ultralytics goes on gathering batches for a step across an epoch's end: what is in hand then is kept.
+    Unlike Lightning, ultralytics accumulates gradients across the end of an epoch, so the checkpoint holds gradients.
     """
 
-    # Batches since the last step, and by how many ultralytics miscounts them after a resume, until its first step.
-    in_hand = miscounted = 0
+    # Batches since the last optimiser step, and the error of ultralytics' count of them between a resume and the next step.
+    pending_batches = count_offset = 0
 
     def __init__(
         self,
         detector: YoloDetector,
         examples: dict[str, XrayDataset],
         validation: DataLoader,
-        judge: Callable[[list, list], float],
+        score: Callable[[list, list], float],
         run_folder: Path,
         device: torch.device,
         seed: int,
@@ -112,64 +118,69 @@ class Trainer(DetectionTrainer):
         bar: tqdm,
         deadline: Deadline | None,
     ) -> None:
-        self.detector, self.judged, self.judge, self.bar = detector, validation, judge, bar
+        self.detector, self.validation_batches, self.score_function, self.bar = detector, validation, score, bar
         self.examples = examples
         self.folder, self.kit_seed = run_folder / "checkpoints", seed
         self.history: list[dict[str, float]] = []
         self.deadline = deadline
-        self.session: list[float] = []  # seconds of this session's epochs
-        self.kept_scaler: dict[str, Any] = {}
-        self.gradients: dict[str, torch.Tensor] = {}  # of batches before a resume
+        self.session_seconds: list[float] = []  # of the epochs of this session
+        self.resumed_scaler: dict[str, Any] = {}
+        self.gradients: dict[str, torch.Tensor] = {}  # accumulated before a resume
         super().__init__(overrides=settings(detector.recipe, self.folder, device, seed, workers))
         self.model = detector.model
         for part in self.model.modules():
             if isinstance(part, torch.nn.BatchNorm2d):
                 part.momentum = detector.recipe.norm_momentum
         self.last = self.folder / "last.ckpt"
-        self.add_callback("on_pretrain_routine_end", lambda _: self._half_precision(device))
-        self.add_callback("on_train_start", lambda _: self._count_on())
+        self.add_callback("on_pretrain_routine_end", lambda _: self._enable_float16(device))
+        self.add_callback("on_train_start", lambda _: self._correct_batch_count())
         self.add_callback("on_train_epoch_start", lambda _: self._begin_epoch())
-        self.add_callback("on_train_batch_start", lambda _: self._take_in_hand())
+        self.add_callback("on_train_batch_start", lambda _: self._count_batch())
         self.add_callback("on_train_batch_end", lambda _: self.bar.update())
-        self.add_callback("on_train_epoch_end", lambda _: self._end_of_batches())
+        self.add_callback("on_train_epoch_end", lambda _: self._note_batches_end())
 
     def get_dataset(self) -> dict[str, Any]:
+        """Return ultralytics' description of the data, without files."""
         return {**DATA, "train": "", "val": ""}
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Canvases:
+        """Return the training data set ("train") or the validation data set ("val")."""
         return Canvases(self.examples[mode], mode == "train", self.args)
 
     def validate(self) -> tuple[dict[str, float], float]:
+        """Return no metrics, and the score of the moving average on the validation images as fitness."""
         average = YoloDetector(self.detector.recipe, self.ema.ema)
-        found, true = [], []
-        for batch in self.judged:
-            found += average.predict(batch["pixels"])
-            true += [each.numpy() for each in batch["boxes"]]
-        return {}, self.judge(found, true)
+        predictions, ground_truth = [], []
+        for batch in self.validation_batches:
+            predictions += average.predict(batch["pixels"])
+            ground_truth += [each.numpy() for each in batch["boxes"]]
+        return {}, self.score_function(predictions, ground_truth)
 
     def save_metrics(self, metrics: dict[str, float]) -> None:
+        """Add the epoch to the history, and stop if the training or the session is over."""
         losses = {name.removeprefix("train/"): value for name, value in metrics.items() if name.startswith("train/")}
-        self.session.append(time.perf_counter() - self.epoch_began)
+        self.session_seconds.append(time.perf_counter() - self.epoch_start)
         self.history.append(
             {
                 "epoch": self.epoch + 1,
-                "seconds": self.session[-1],
-                "images_per_s": len(self.train_loader.dataset) / max(1e-9, self.batches_ended - self.epoch_began),
+                "seconds": self.session_seconds[-1],
+                "images_per_s": len(self.train_loader.dataset) / max(1e-9, self.batches_end - self.epoch_start),
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
                 "train_loss": sum(losses.values()),
                 **losses,
                 "score": self.fitness,
             }
         )
-        self.stop |= is_over(self.history, self.detector.recipe) or not epoch_fits(self.deadline, self.session)
+        self.stop |= is_over(self.history, self.detector.recipe) or not epoch_fits(self.deadline, self.session_seconds)
         logger.info("epoch %d of %d: score %.4f", self.epoch + 1, self.epochs, self.fitness)
         shown = {name: f"{self.history[-1][name]:.3f}" for name in ("train_loss", "score")}
         self.bar.set_postfix({"epoch": self.epoch + 1, **shown}, refresh=False)
 
     def save_model(self) -> bool:
-        if kept_row(self.history, self.detector.recipe) == len(self.history) - 1:
-            with replacing(self.folder / "best.safetensors") as beside:
-                save_file({name: value.contiguous() for name, value in self.ema.ema.state_dict().items()}, beside)
+        """Write best.safetensors, if this is the best epoch, and last.ckpt, from which a later run resumes."""
+        if find_kept_epoch(self.history, self.detector.recipe) == len(self.history) - 1:
+            with replacing(self.folder / "best.safetensors") as temporary_path:
+                save_file({name: value.contiguous() for name, value in self.ema.ema.state_dict().items()}, temporary_path)
         state = {
             "epoch": self.epoch,
             "history": self.history,
@@ -178,14 +189,15 @@ class Trainer(DetectionTrainer):
             "updates": self.ema.updates,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "in_hand": self.in_hand,
+            "in_hand": self.pending_batches,
             "gradients": {name: each.grad for name, each in self.model.named_parameters() if each.grad is not None},
         }
-        with replacing(self.last) as beside:
-            torch.save(state, beside)
+        with replacing(self.last) as temporary_path:
+            torch.save(state, temporary_path)
         return True
 
     def resume_training(self, ckpt: None) -> None:
+        """Resume from last.ckpt if it exists."""
         if self.last.is_file():
             self.resume = True
             super().resume_training(torch.load(self.last, map_location=self.device, weights_only=True))
@@ -197,63 +209,64 @@ class Trainer(DetectionTrainer):
         self.ema.ema.load_state_dict(ckpt["ema"])
         self.ema.updates = ckpt["updates"]
         self.optimizer.load_state_dict(ckpt["optimizer"])
-        self.kept_scaler, self.in_hand, self.gradients = ckpt["scaler"], ckpt["in_hand"], ckpt["gradients"]
+        self.resumed_scaler, self.pending_batches, self.gradients = ckpt["scaler"], ckpt["in_hand"], ckpt["gradients"]
 
     @property
     def accumulate(self) -> int:
-        """Batches a step, as ultralytics counts them."""
-        return self.gathered + self.miscounted
+        """Batches per optimiser step, corrected for ultralytics' count after a resume."""
+        return self.batches_per_step + self.count_offset
 
     @accumulate.setter
     def accumulate(self, batches: int) -> None:
-        self.gathered = batches
+        self.batches_per_step = batches
 
     def optimizer_step(self) -> None:
+        """Step, and reset the count of batches since the last step."""
         super().optimizer_step()
-        self.in_hand = self.miscounted = 0
+        self.pending_batches = self.count_offset = 0
 
     def _handle_nan_recovery(self, epoch: int) -> bool:
         if not torch.isfinite(self.loss) or not np.isfinite(self.fitness):
             raise ValueError(
-                f"epoch {epoch + 1}: loss {self.loss.item()}, validation score {self.fitness}; lower recipe.learning_rate "
-                f"({self.args.lr0}), or check that the validation fold has boxes"
+                f"epoch {epoch + 1}: loss {self.loss.item()}, validation score {self.fitness}: not finite; lower "
+                f"learning_rate ({self.args.lr0}), or check that the validation fold has boxes"
             )
         return False
 
     def final_eval(self) -> None:
-        """The caller predicts with the bundle."""
+        """Do nothing: the strategy predicts with the bundle."""
 
-    def _half_precision(self, device: torch.device) -> None:
-        # ultralytics' own switch for float16 first downloads a pickled model to try it out.
+    def _enable_float16(self, device: torch.device) -> None:
+        # ultralytics' own switch for float16 would first download a pickled model for a test.
         if precision(device) == "16-mixed":
             self.amp, self.scaler = True, torch.amp.GradScaler("cuda")
-            self.scaler.load_state_dict(self.kept_scaler or self.scaler.state_dict())
+            self.scaler.load_state_dict(self.resumed_scaler or self.scaler.state_dict())
 
-    def _count_on(self) -> None:
-        # It counts batches from the training's start, and believes the last step to have been before that.
+    def _correct_batch_count(self) -> None:
+        # ultralytics counts batches from the start of training but does not restore the batch of the last step.
         if self.start_epoch:
-            self.miscounted = self.start_epoch * len(self.train_loader) - self.in_hand
+            self.count_offset = self.start_epoch * len(self.train_loader) - self.pending_batches
 
-    def _take_in_hand(self) -> None:
-        self.in_hand += 1
+    def _count_batch(self) -> None:
+        self.pending_batches += 1
 
     def _begin_epoch(self) -> None:
-        # Only here, because ultralytics discards all gradients before its first epoch.
+        # Restored here, because ultralytics zeroes gradients before the first epoch.
         for name, gradient in self.gradients.items():
             self.model.get_parameter(name).grad = gradient
         self.gradients = {}
-        self.epoch_began = time.perf_counter()
+        self.epoch_start = time.perf_counter()
         self.train_loader.generator.manual_seed(derived_seed(self.kit_seed, self.epoch))
         self.train_loader.dataset.buffer, self.train_loader.dataset.epoch = [], self.epoch
         self.train_loader.reset()
         seed_everything(derived_seed(self.kit_seed, self.epoch))
 
-    def _end_of_batches(self) -> None:
-        self.batches_ended = time.perf_counter()
+    def _note_batches_end(self) -> None:
+        self.batches_end = time.perf_counter()
 
 
 def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: int, workers: int) -> dict[str, Any]:
-    """ultralytics' arguments for a recipe; what it does not name is ultralytics' own (translation)."""
+    """Return ultralytics' training arguments for a recipe; others, such as `translate`, keep ultralytics' defaults."""
     return {
         "task": "detect",
         "model": f"{recipe.backbone}.yaml",
@@ -277,7 +290,7 @@ def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: i
         "lr0": recipe.learning_rate,
         "lrf": LEARNING_RATE_FLOOR,
         "cos_lr": True,
-        "momentum": recipe.momentum if recipe.optimizer == "sgd" else 0.9,  # of Adam, the first beta
+        "momentum": recipe.momentum if recipe.optimizer == "sgd" else 0.9,  # for Adam and AdamW, the first beta
         "weight_decay": recipe.weight_decay,
         "warmup_epochs": recipe.warmup_epochs,
         "warmup_bias_lr": 0.1 if recipe.optimizer == "sgd" else 0.0,
@@ -298,28 +311,28 @@ def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: i
 
 
 class YoloStrategy(DetectorStrategy):
-    """A YOLO, trained by ultralytics, which augments and takes the moving average by itself."""
+    """Trains a YOLO with ultralytics, which augments and keeps the moving average itself."""
 
     augments = False
 
     def module(self, model: YoloDetector) -> NoReturn:
         raise TypeError("ultralytics trains a YOLO, not Lightning")
 
-    def fit(self, model: YoloDetector, device: torch.device) -> Fitted:
+    def fit(self, model: YoloDetector, device: torch.device) -> FitResult:
         task, recipe = self.task, self.recipe
         with tqdm(
             desc=self.title,
             total=-(-len(self.train) // recipe.batch_size) * recipe.epochs,
             unit="batch",
-            # Each refresh is a line of its own in a log file.
+            # In a log file each refresh is a new line, so refresh rarely there.
             mininterval=0.5 if sys.stderr.isatty() else 10,
             maxinterval=60,
             disable=not task.progress,
         ) as bar:
-            where = self.run_folder, device, task.seed, task.workers
+            environment = self.run_folder, device, task.seed, task.workers
             examples = {"train": self.train, "val": self.validation}
-            trainer = Trainer(model, examples, self.validation_batches(), canvas_precision, *where, bar, task.deadline)
-            trainer.history = history = _history(trainer.last)
+            trainer = Trainer(model, examples, self.validation_batches(), canvas_precision, *environment, bar, task.deadline)
+            trainer.history = history = _read_history(trainer.last)
             if not history or not is_over(history, recipe):
                 if epoch_fits(task.deadline, [row["seconds"] for row in history]):
                     trainer.train()
@@ -327,8 +340,8 @@ class YoloStrategy(DetectorStrategy):
                     raise SessionOver(self.run_folder, len(trainer.history), recipe.epochs)
         model.to("cpu")
         model.model.load_state_dict(load_file(trainer.folder / "best.safetensors"))
-        return Fitted(pd.DataFrame(trainer.history), kept_row(trainer.history, recipe) + 1)
+        return FitResult(pd.DataFrame(trainer.history), find_kept_epoch(trainer.history, recipe) + 1)
 
 
-def _history(checkpoint: Path) -> list[dict[str, float]]:
+def _read_history(checkpoint: Path) -> list[dict[str, float]]:
     return torch.load(checkpoint, weights_only=True, map_location="cpu")["history"] if checkpoint.is_file() else []

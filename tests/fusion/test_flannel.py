@@ -157,11 +157,11 @@ def test_settings_are_strict_and_the_published_ones_equal_the_authors_code():
     assert (published.batch_size, published.epochs, published.stack_on) == (20, 200, "in_sample")
     assert EnsembleSettings().stack_on == "out_of_fold"
     for wrong, message in (
-        ({"method": "median"}, "method is 'median'; wanted one of 'mean', 'vote'"),
+        ({"method": "median"}, "method is 'median'; expected one of 'mean', 'vote'"),
         ({"gama": 1.0}, "has no field 'gama'"),
-        ({"gamma": -1.0}, "gamma is -1.0; wanted a finite number of at least 0"),
-        ({"epochs": 0}, "epochs is 0; wanted a whole number of at least 1"),
-        ({"stack_on": "test"}, "stack_on is 'test'; wanted one of 'out_of_fold', 'in_sample'"),
+        ({"gamma": -1.0}, "gamma is -1.0; expected a finite number of at least 0"),
+        ({"epochs": 0}, "epochs is 0; expected a whole number of at least 1"),
+        ({"stack_on": "test"}, "stack_on is 'test'; expected one of 'out_of_fold', 'in_sample'"),
     ):
         with pytest.raises(SettingsError, match=message):
             ensemble_settings("flannel", **wrong)

@@ -1,4 +1,4 @@
-"""A submission's segmenter is asked once an image, keeps what was found as it was, and fails without harm."""
+"""CachedLungs segments each image once, returns cached lungs unchanged, and survives a failing segmenter."""
 
 import re
 import threading
@@ -17,7 +17,7 @@ XRAYS = list(SMALL.stream())
 
 
 class Segmenter:
-    """Finds a frame and a mask that differ from image to image, none in the first; breaks at the images `breaks`."""
+    """Finds a different frame and mask in each image, none in the first; raises for the images in `breaks`."""
 
     def __init__(self, breaks=()):
         self.breaks, self.asked = breaks, []
@@ -50,7 +50,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_what_was_found_is_kept_as_it_was_and_asked_for_once(segmenter, tmp_path, masked):
+def test_cached_lungs_are_unchanged_and_segmented_once(segmenter, tmp_path, masked):
     lungs = CachedLungs(tmp_path, masked)
     expected = [Segmenter.of(xray) if masked else Lungs(Segmenter.of(xray).frame) for xray in XRAYS]
     first = lungs.find(XRAYS[:5])
@@ -61,9 +61,9 @@ def test_what_was_found_is_kept_as_it_was_and_asked_for_once(segmenter, tmp_path
     assert (lungs.segmented, lungs.missed, lungs.fault) == (8, 1, "") and lungs.seconds > 0
 
 
-def test_without_a_bundle_or_with_a_damaged_one_no_lungs_are_found_and_it_says_why(tmp_path):
+def test_without_a_valid_bundle_no_lungs_are_found_and_fault_says_why(tmp_path):
     for bundle, told in (
-        (None, "name its run by the kernel's key `lungs`"),
+        (None, "name its run with the kernel's key `lungs`"),
         (tmp_path, "failed: BundleError: .*is missing"),
     ):
         lungs = CachedLungs(bundle, masked=True)
@@ -72,24 +72,24 @@ def test_without_a_bundle_or_with_a_damaged_one_no_lungs_are_found_and_it_says_w
         assert re.search(told, lungs.fault)
 
 
-def test_an_image_that_the_segmenter_fails_at_is_missed_alone(segmenter, tmp_path):
+def test_an_image_on_which_the_segmenter_fails_does_not_affect_the_others(segmenter, tmp_path):
     segmenter.breaks, lungs = ["image005"], CachedLungs(tmp_path, masked=False)
     found = lungs.find(XRAYS)
     assert [each.frame is not None for each in found] == [False, True, True, True, True, False, True, True]
     assert lungs.fault == "" and (lungs.segmented, lungs.missed) == (8, 2)
 
 
-def test_a_segmenter_that_fails_at_a_whole_batch_is_given_up(segmenter, tmp_path):
+def test_a_segmenter_that_fails_on_a_whole_batch_is_not_used_again(segmenter, tmp_path):
     segmenter.breaks, lungs = ["image002", "image003"], CachedLungs(tmp_path, masked=False)
     for start in (0, 2, 4, 6):
         lungs.find(XRAYS[start : start + 2])
     frames = [each.frame is not None for each in lungs.find(XRAYS)]
-    # Images of the first batch keep what was found; the later ones are not asked about: 2, 2 and then each of these alone.
+    # The first batch keeps its lungs; the third is not segmented. Calls: two images, two, and each of the latter alone.
     assert frames == [False, True, *[False] * 6] and len(segmenter.asked) == 6
-    assert lungs.fault.startswith("failed: RuntimeError: no kernel image is available; images are seen whole")
+    assert lungs.fault.startswith("failed: RuntimeError: no kernel image is available; all further images are used")
 
 
-def test_two_threads_do_not_ask_twice(segmenter, tmp_path, monkeypatch):
+def test_two_threads_do_not_segment_an_image_twice(segmenter, tmp_path, monkeypatch):
     find = Segmenter.find
     monkeypatch.setattr(Segmenter, "find", lambda self, xrays: time.sleep(0.05) or find(self, xrays))
     lungs = CachedLungs(tmp_path, masked=False)

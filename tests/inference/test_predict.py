@@ -1,4 +1,4 @@
-"""Prediction from bundles: light imports, memory, mirror images, boxes back in original pixels, the thread's manners."""
+"""Prediction from bundles: light imports, memory, mirrored views, boxes in original pixels, and the prefetching thread."""
 
 import subprocess
 import sys
@@ -59,7 +59,7 @@ def test_prediction_imports_no_training_library():
     assert done.stdout.strip() == ""
 
 
-def test_a_study_model_gives_a_row_an_image_whatever_the_batch(bundle):
+def test_a_study_model_yields_one_row_per_image_whatever_the_batch(bundle):
     small = SmallXrays(10)
     tables = [pd.concat(load_predictor(bundle, CPU, size).predict(small.stream())) for size in (1, 4, 10)]
     assert list(tables[0].columns) == ["image_id", "model", "fold", *STUDY_CLASSES, "none"]
@@ -69,13 +69,13 @@ def test_a_study_model_gives_a_row_an_image_whatever_the_batch(bundle):
         np.testing.assert_allclose(other[list(OUTPUTS)], tables[0][list(OUTPUTS)], atol=1e-5)
 
 
-def test_the_batch_size_makes_the_chunks(bundle):
+def test_the_batch_size_determines_the_chunks(bundle):
     chunks = list(load_predictor(bundle, CPU, 4).predict(SmallXrays(10).stream()))
     assert [len(chunk) for chunk in chunks] == [4, 4, 2]
     assert list(load_predictor(bundle, CPU, 4).predict(iter(()))) == []
 
 
-def test_mirroring_makes_image_and_mirror_image_equal(bundle):
+def test_the_flip_view_makes_predictions_of_image_and_mirror_image_equal(bundle):
     small = SmallXrays(8)
     mirrored = SmallXrays(8)
     mirrored.pixels = {name: np.ascontiguousarray(pixels[:, ::-1]) for name, pixels in small.pixels.items()}
@@ -89,7 +89,7 @@ def test_mirroring_makes_image_and_mirror_image_equal(bundle):
 
 
 class Detector:
-    """Finds the white blocks of SmallXrays in canvas pixels; has memory for `room` images at a time."""
+    """Detects the white blocks of SmallXrays in canvas pixels; has memory for `room` images at a time."""
 
     def __init__(self, room=100):
         self.room, self.calls = room, []
@@ -115,21 +115,21 @@ def detecting(placement="letterbox", size=160, room=100, batch_size=8, views=("f
 
 @pytest.mark.parametrize("placement", ["letterbox", "stretch"])
 @pytest.mark.parametrize("views", [("full",), ("flip",), ("lungs",), ("lungs_flip",), tuple(VIEWS)])
-def test_boxes_come_back_in_original_pixels_from_every_view(placement, views, monkeypatch):
+def test_boxes_of_every_view_are_in_original_pixels(placement, views, monkeypatch):
     # A frame with odd sides on the cached copy's grid (50 x 40), around the white block at 10..30, 5..25.
     monkeypatch.setattr("kitlib.lungs.finders.lung_box", lambda pixels: np.array([3.0, 2.0, 44.0, 39.0]))
     small = SmallXrays(16)
     rows = pd.concat(detecting(placement, views=views).predict(small.stream()))
     merged = rows.merge(small.boxes, on="image_id", suffixes=("", "_true"))
-    # Views of one block are one box, with the mean of equal scores.
+    # The boxes of a block in several views are fused into one, with the mean of their equal scores.
     assert sorted(rows.image_id) == sorted(small.boxes.image_id) and len(merged) == len(small.boxes)
     assert rows.score.to_numpy() == pytest.approx(0.5) and set(rows.model) == {"small"}
     for side in ("xmin", "ymin", "xmax", "ymax"):
-        # one canvas pixel is 0.625 original ones at most, and a cached one is two: blocks blur by that much
+        # a canvas pixel is at most 0.625 original pixels and a cached pixel is two, so edges are blurred by that much
         assert (merged[side] - merged[f"{side}_true"]).abs().max() < 1.3
 
 
-def test_without_lungs_their_view_is_the_whole_image_and_counted(monkeypatch):
+def test_without_lungs_the_lungs_view_is_the_whole_image_and_counted(monkeypatch):
     monkeypatch.setattr("kitlib.lungs.finders.lung_box", lambda pixels: None)
     small = SmallXrays(16)
     lungs = detecting(views=("lungs",))
@@ -138,7 +138,7 @@ def test_without_lungs_their_view_is_the_whole_image_and_counted(monkeypatch):
 
 
 class Finder:
-    """Finds this frame in every image but those `missed`, and a mask of the copy's left half; `batches` are whom it met."""
+    """Finds `frame` and a mask of the left half in every image except `missed`; `batches` records its calls."""
 
     def __init__(self, frame=(6.0, 4.0, 88.0, 78.0), missed=(), masks=True):
         self.frame, self.missed, self.masks, self.batches = np.array(frame), missed, masks, []
@@ -158,7 +158,7 @@ class Finder:
 @pytest.mark.parametrize("placement", sorted(PLACEMENTS))
 @settings(max_examples=30)
 @given(st.tuples(*[st.floats(0, 400)] * 2), st.tuples(*[st.floats(1500, 2003)] * 2), st.booleans())
-def test_boxes_return_exactly_from_a_crop(placement, low, high, mirrored):
+def test_boxes_of_a_crop_convert_back_exactly(placement, low, high, mirrored):
     rows, columns, frame = 3001, 2003, np.array([*low, *high])
     truth = np.array([[700.25, 800.5, 1100.75, 1200.125]])  # in the middle of each crop
     place = within(PLACEMENTS[placement], frame, rows, columns, 512)
@@ -175,21 +175,21 @@ def test_boxes_return_exactly_from_a_crop(placement, low, high, mirrored):
     np.testing.assert_allclose(found[list(BOX)], truth, rtol=0, atol=1e-6)
 
 
-def test_lungs_are_looked_for_in_batches_and_the_missed_ones_seen_whole():
+def test_lungs_are_found_in_batches_and_images_without_them_are_used_uncropped():
     small, finder = SmallXrays(16), Finder(missed=["image003", "image014"])
     predictor = detecting(views=("lungs",), lungs=finder, batch_size=4, recipe={"lungs": "masks"})
     found = pd.concat(predictor.predict(small.stream())).set_index("image_id")
     assert [len(batch) for batch in finder.batches] == [4] * 4 and predictor.lungs_missed == 2
     assert set(found.index) == set(small.boxes.image_id)
     whole = pd.concat(detecting().predict(small.stream())).set_index("image_id")
-    # From another canvas the block has other edges, by parts of a pixel.
+    # On another canvas the block's edges differ by parts of a pixel.
     differ = (found[list(BOX)] != whole[list(BOX)]).any(axis=1)
     assert differ[differ].index.tolist() == [name for name in found.index if name not in finder.missed]
 
 
 @pytest.mark.parametrize("recipe", [{}, {"masked": True}], ids=["plain", "masked"])
 @pytest.mark.parametrize("finder", [None, Finder(missed=SmallXrays(16).image_ids)], ids=["nobody", "finds none"])
-def test_where_no_lungs_are_found_all_is_as_without_them_and_counted(recipe, finder):
+def test_images_without_lungs_are_predicted_as_without_cropping_and_counted(recipe, finder):
     small, views = SmallXrays(16), ("full", "lungs", "flip", "lungs_flip")
     lungs = detecting(views=views, lungs=finder, recipe={"lungs": "masks"} | recipe)
     whole = detecting(views=("full", "flip"))
@@ -198,7 +198,7 @@ def test_where_no_lungs_are_found_all_is_as_without_them_and_counted(recipe, fin
     assert (lungs.lungs_missed, whole.lungs_missed) == (16, 0)
 
 
-def test_nobody_is_asked_where_no_view_wants_the_lungs():
+def test_the_finder_is_not_called_if_no_view_uses_the_lungs():
     finder = Finder()
     predictor = detecting(views=("full", "flip"), lungs=finder, recipe={"lungs": "masks"})
     list(predictor.predict(SmallXrays(8).stream()))
@@ -206,7 +206,7 @@ def test_nobody_is_asked_where_no_view_wants_the_lungs():
 
 
 @pytest.mark.parametrize("views", [("full",), ("lungs",)])
-def test_a_masked_model_sees_black_outside_of_the_mask_and_misses_what_has_none(views):
+def test_a_masked_model_gets_black_outside_of_the_mask_and_counts_images_without_one(views):
     class Network:
         def __init__(self):
             self.seen = []
@@ -227,7 +227,7 @@ def test_a_masked_model_sees_black_outside_of_the_mask_and_misses_what_has_none(
     place = within(PLACEMENTS["stretch"], frame, ROWS, COLUMNS, 32)
     edge = place.boxes_to_canvas(np.array([0.0, 0.0, COLUMNS / 2, ROWS]))[0, 2]
     for index, pixels in enumerate(seen[True]):
-        # An area that is shrunk reaches over one pixel of the canvas.
+        # Shrinking blurs the mask's edge by one pixel of the canvas.
         assert (pixels[:, int(edge) + 2 :] == 0).all() and (pixels[:, : int(edge) - 1] > 0).mean() > 0.5
         whole = PLACEMENTS["stretch"](ROWS, COLUMNS, 32).image(small.pixels[f"image{index:03d}"])
         np.testing.assert_array_equal(seen[False][index], whole)
@@ -247,11 +247,11 @@ def test_a_model_predicts_on_the_crop_that_its_training_saw(bundle):
 
 
 def test_unknown_views_are_refused():
-    with pytest.raises(ValueError, match="there are, each once: full, flip, lungs, lungs_flip"):
+    with pytest.raises(ValueError, match="valid views, each once: full, flip, lungs, lungs_flip"):
         detecting(views=("left",))
 
 
-def test_a_canvas_of_its_own_side_at_prediction():
+def test_a_detector_can_predict_on_a_larger_canvas():
     record = RECORD | {"family": "yolo", "recipe": {"inference_size": 320}}
     seen = []
 
@@ -265,7 +265,7 @@ def test_a_canvas_of_its_own_side_at_prediction():
 
 
 @pytest.mark.parametrize(("outputs", "studies", "nones"), [("both", 8, 16), ("study", 8, 0), ("none", 0, 16)])
-def test_a_model_answers_for_what_it_has_learnt(bundle, outputs, studies, nones):
+def test_outputs_that_were_not_trained_have_no_rows(bundle, outputs, studies, nones):
     small = SmallXrays(16)
     whole = load_predictor(bundle, CPU)
     record = RECORD | {"recipe": RECORD["recipe"] | {"outputs": outputs}}
@@ -282,7 +282,7 @@ def test_findings_are_a_table_of_class_scores():
     assert list(check_table(found, "class_scores").columns) == ["image_id", "model", "fold", "Mass", "Edema"]
 
 
-def test_exact_boxes_return_exactly_and_are_cut_at_the_images_edge():
+def test_exact_boxes_convert_back_exactly_and_are_clipped_to_the_image():
     placement = PLACEMENTS["letterbox"](3001, 2003, 512)
     truth = np.array([[100.25, 200.5, 1800.75, 2900.125]])
 
@@ -294,12 +294,12 @@ def test_exact_boxes_return_exactly_and_are_cut_at_the_images_edge():
 
     xray = CachedXray(image_id="a", pixels=np.zeros((300, 200), np.uint8), rows=3001, columns=2003)
     found = next(Predictor(RECORD | {"family": "yolo", "image_size": 512}, Exact(), CPU, 1).predict([xray]))
-    # the box in the padding left of the image is gone, the one around everything is the image
+    # the box in the padding left of the image is dropped, the box around the whole canvas becomes the image
     np.testing.assert_allclose(found[["xmin", "ymin", "xmax", "ymax"]], [truth[0], [0, 0, 2003, 3001]], atol=1e-3)
     assert found.score.tolist() == [0.25, 1.0]
 
 
-def test_out_of_memory_halves_the_batch_for_good_and_loses_nothing(caplog):
+def test_out_of_memory_halves_the_batch_permanently_and_loses_no_image(caplog):
     small = SmallXrays(32)
     whole = pd.concat(detecting().predict(small.stream()))
     predictor = detecting(room=3, batch_size=16)
@@ -307,7 +307,7 @@ def test_out_of_memory_halves_the_batch_for_good_and_loses_nothing(caplog):
     pd.testing.assert_frame_equal(found.reset_index(drop=True), whole.reset_index(drop=True))
     assert predictor.fitted.size == 2 and predictor.network.calls[:3] == [16, 8, 4]
     assert max(predictor.network.calls[3:]) == 2
-    assert "out of GPU memory at 16 images, going on with 8" in caplog.text
+    assert "out of GPU memory at 16 images, continuing with 8" in caplog.text
 
 
 def test_one_image_that_does_not_fit_is_an_error():
@@ -341,14 +341,14 @@ def test_reading_runs_ahead_but_not_far_and_ends_with_the_caller():
     deadline = time.monotonic() + 5
     while len(read) < 8 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert 8 <= len(read) <= 12  # one batch out, three waiting, one in the thread's hands
+    assert 8 <= len(read) <= 12  # one batch yielded, three queued, one held by the thread
     chunks.close()
     assert threading.active_count() == before
 
 
 def test_an_unknown_family_is_refused(tmp_path):
     save_bundle(tmp_path, {"a": torch.zeros(1)}, RECORD | {"family": "mask_rcnn"})
-    with pytest.raises(BundleError, match="'mask_rcnn'; there are: study, findings, patches, faster_rcnn, yolo"):
+    with pytest.raises(BundleError, match="'mask_rcnn'; the families are: study, findings, patches, faster_rcnn, yolo"):
         load_predictor(tmp_path, CPU)
 
 
@@ -365,7 +365,7 @@ def test_study_scores_are_the_mean_over_a_studys_images():
     assert per_image.set_index("image_id").none.to_dict() == {"a": 0.1, "b": 0.1, "c": 0.3}
 
 
-def test_no_predictions_give_empty_tables_and_strangers_are_named():
+def test_no_predictions_give_empty_tables_and_unknown_images_are_named():
     images = pd.DataFrame({"image_id": ["a"], "study_id": ["s"]})
     studies, per_image = study_and_image_scores([], images)
     assert len(studies) == len(per_image) == 0
@@ -374,7 +374,7 @@ def test_no_predictions_give_empty_tables_and_strangers_are_named():
         study_and_image_scores([stranger], images)
 
 
-def test_the_bundles_weights_are_what_predicts(bundle):
+def test_predictions_use_the_bundles_weights(bundle):
     small = SmallXrays(4)
     torch.manual_seed(0)
     model = StudyClassifier(override(RECIPE)).eval()

@@ -1,4 +1,4 @@
-"""Prediction from a patch model's bundle: what its validation saw, the same in any company, missed lungs counted."""
+"""Prediction with a patch model's bundle: equal to validation, independent of other images, missed lungs counted."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ from kitlib.training.xray_dataset import batches
 from tests.small_xrays import SmallXrays
 
 CPU = torch.device("cpu")
-# As many patches in validation as in prediction, so that both see the same.
+# Validation and prediction use the same number of patches, so that their results are equal.
 RECIPE = PatchRecipe(
     backbone="test_resnet", channels=1, canvas=60, image_size=32, patches=5, validation_patches=5, patch_score="mean_softmax"
 )
@@ -28,7 +28,7 @@ MISSED = ["image003", "image006"]
 
 
 class Finder:
-    """Finds the middle of the cached copy, in every image but those MISSED."""
+    """Finds lungs in the middle of every image except those in MISSED."""
 
     def find(self, xrays):
         return [Lungs(None) if xray.image_id in MISSED else Lungs(np.zeros(4), self.mask(xray)) for xray in xrays]
@@ -66,7 +66,7 @@ def found(bundle):
     return pd.concat(predictor.predict(SmallXrays(8).stream()), ignore_index=True), predictor
 
 
-def test_a_prediction_is_a_table_of_class_scores_and_counts_what_had_no_lungs(found):
+def test_a_prediction_is_a_table_of_class_scores_and_images_without_lungs_are_counted(found):
     table, predictor = found
     assert list(check_table(table, "class_scores").columns) == ["image_id", "model", "fold", *STUDY_CLASSES]
     assert table.image_id.tolist() == SmallXrays(8).image_ids == predictor.seen and set(table.fold) == {2}
@@ -75,17 +75,17 @@ def test_a_prediction_is_a_table_of_class_scores_and_counts_what_had_no_lungs(fo
     assert predictor.wants_masks and predictor.segmenter == "ab"
 
 
-def test_a_prediction_sees_what_validation_sees(found, network):
+def test_predictions_equal_those_of_validation(found, network):
     small = SmallXrays(8)
     examples = PatchDataset(small.images, small.labels, small.boxes, small, RECIPE, lungs=Finder())
     with torch.inference_mode():
-        (batch,) = batches(examples, 8, joined=collate_canvases)
+        (batch,) = batches(examples, 8, collate_fn=collate_canvases)
         expected = network.image_probabilities(batch["canvases"], batch["where"])
     np.testing.assert_allclose(found[0][list(STUDY_CLASSES)], expected, atol=1e-6)
     assert examples.lungs_missed() == 2
 
 
-def test_a_prediction_repeats_whatever_the_order_and_the_batch(found, bundle):
+def test_predictions_do_not_depend_on_order_and_batch(found, bundle):
     small = SmallXrays(8)
     backward = (small.read(image_id) for image_id in small.image_ids[::-1])
     again = pd.concat(load_predictor(bundle, CPU, 3, lungs=Finder()).predict(backward), ignore_index=True)
@@ -99,7 +99,7 @@ def test_without_a_segmenter_every_image_is_one_patch(bundle):
 
 
 def test_a_patch_model_has_one_view(bundle):
-    with pytest.raises(ValueError, match="a patch model has no other than full"):
+    with pytest.raises(ValueError, match="a patch model has only the view full"):
         load_predictor(bundle, CPU, views=("full", "flip"))
 
 
@@ -110,7 +110,7 @@ def test_votes_are_whole_patches(network):
     )
     voting = PatchClassifier(override(RECIPE, patch_score="votes"), STUDY_CLASSES).eval()
     voting.load_state_dict(network.state_dict())
-    (batch,) = batches(examples, 2, joined=collate_canvases)
+    (batch,) = batches(examples, 2, collate_fn=collate_canvases)
     with torch.inference_mode():
         counted = 5 * voting.image_probabilities(batch["canvases"], batch["where"])
     torch.testing.assert_close(counted, counted.round(), atol=1e-9, rtol=0)

@@ -1,4 +1,4 @@
-"""The thread that reads ahead: order, errors of any kind, and whoever has stopped listening."""
+"""The prefetching thread: order, errors of any kind, and consumers that stop early."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from kitlib.inference.read_ahead import ahead
 def test_items_come_once_each_and_in_order(most):
     assert list(ahead(iter(range(50)), most)) == list(range(50))
     assert list(ahead(iter(()))) == []
-    # Nothing, as an item, is an item.
+    # None is an item like any other.
     assert list(ahead(iter([None, 0, None]))) == [None, 0, None]
 
 
@@ -29,7 +29,7 @@ def test_an_error_comes_after_the_items_before_it(error):
         next(items)
 
 
-def test_a_slow_item_does_not_hold_up_who_has_stopped_listening():
+def test_a_slow_item_does_not_delay_a_consumer_that_stops():
     waiting, go_on = threading.Event(), threading.Event()
 
     def slow():
@@ -42,11 +42,11 @@ def test_a_slow_item_does_not_hold_up_who_has_stopped_listening():
     assert next(items) == 1 and waiting.wait(5)
     started = time.monotonic()
     items.close()
-    assert time.monotonic() - started < 5  # 1 s, and what a busy machine adds
+    assert time.monotonic() - started < 5  # 1 s, with a margin for a busy machine
     go_on.set()
 
 
-def test_a_caller_that_fails_ends_the_thread():
+def test_an_error_of_the_consumer_ends_the_thread():
     made = []
 
     def endless():
@@ -65,5 +65,5 @@ def test_a_caller_that_fails_ends_the_thread():
     deadline = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    # Three taken, two waiting, one in the thread's hands.
+    # Three consumed, two queued, one held by the thread.
     assert threading.active_count() <= before and len(made) <= 6

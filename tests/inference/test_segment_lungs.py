@@ -1,4 +1,4 @@
-"""A mask's verdict, clean-up, frame and way back to the image, and a segmenter's batches."""
+"""Lung masks: verdict, clean-up, frame and conversion to the image's pixels; batches of a segmenter."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def xray(rows=1000, columns=800, height=500, width=400):
 
 
 def maps_of(mask, image, recipe, structures=1):
-    """Maps on the recipe's canvas that say of `mask` (bool, the cached pixels' shape) that it is certain."""
+    """Return probability maps on the recipe's canvas that are certain of `mask` (bool, the cached pixels' shape)."""
     place = letterbox(image.rows, image.columns, recipe.image_size)
     canvas = place.image(mask.astype(np.uint8) * 255)
     return np.stack([canvas] * structures), place
@@ -54,17 +54,17 @@ def two_lungs(image, top=0.2, bottom=0.8, inner=0.08, outer=0.4):
 
 
 @given(st.integers(0, 2**31), st.integers(0, 9), st.integers(0, 3))
-def test_the_clean_up_is_so_many_dilations_and_closings(seed, dilations, closings):
+def test_the_clean_up_applies_the_given_dilations_and_closings(seed, dilations, closings):
     mask = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(60, 50)), 3) > 0.1
     square = np.ones((3, 3))
     wanted = ndimage.binary_dilation(mask, square, dilations) if dilations else mask
     if closings:
-        # What lies beyond the image's edge erodes nothing.
+        # The outside of the image does not erode the mask.
         wanted = ndimage.binary_erosion(ndimage.binary_dilation(wanted, square, closings), square, closings, border_value=1)
     assert np.array_equal(cleaned(mask, dilations, closings), wanted)
 
 
-def test_small_islands_go_and_large_parts_stay():
+def test_small_islands_are_removed_and_large_parts_stay():
     mask = np.zeros((100, 100), bool)
     mask[10:50, 10:40], mask[60:69, 60:70], mask[90:92, 90:92] = True, True, True
     assert without_islands(mask, 0.01).sum() == 40 * 30
@@ -73,7 +73,7 @@ def test_small_islands_go_and_large_parts_stay():
 
 
 @given(st.integers(2, 40), st.integers(2, 40), st.data())
-def test_a_frame_holds_the_mask_and_is_tight_without_a_margin(rows, columns, data):
+def test_a_frame_contains_the_mask_and_is_tight_without_a_margin(rows, columns, data):
     mask = np.zeros((rows, columns), bool)
     assert lung_frame(mask, 0.1) is None
     for _ in range(data.draw(st.integers(1, 5))):
@@ -87,12 +87,12 @@ def test_a_frame_holds_the_mask_and_is_tight_without_a_margin(rows, columns, dat
 
 
 @pytest.mark.parametrize("size", [(1000, 800, 500, 400), (811, 1303, 300, 482), (512, 512, 512, 512), (2001, 700, 999, 349)])
-def test_a_mask_comes_back_from_the_canvas_where_it_was(size):
+def test_a_mask_on_the_canvas_converts_back_to_its_position(size):
     image = xray(*size)
     mask = two_lungs(image)
     maps, place = maps_of(mask, image, override(PLAIN, image_size=256))
     back = on_copy(maps, place, image.pixels.shape, PLAIN) > 0
-    # A canvas's pixel is up to four of the copy's; lungs drawn so are off by less than half of one at their edge.
+    # A canvas pixel is up to four pixels of the copy, so the edges of lungs are off by less than half a canvas pixel.
     edge = ndimage.binary_dilation(mask, iterations=3) & ~ndimage.binary_erosion(mask, iterations=3)
     assert not ((back != mask) & ~edge).any()
     assert 2 * (back & mask).sum() / (back.sum() + mask.sum()) > 0.98
@@ -104,7 +104,7 @@ def test_a_frame_is_in_original_pixels_and_on_the_copys_grid():
     mask[60:240, 20:90], mask[60:240, 110:180] = True, True
     found = segmented(image, *maps_of(mask, image, override(PLAIN, image_size=512)), override(PLAIN, image_size=512))
     assert found.verdict == FOUND
-    # Five original pixels are one of the copy; the canvas is finer than the copy, so that it is off by one of them at most.
+    # A pixel of the copy is five original pixels; the canvas is finer than the copy, so the error is at most one of these.
     assert np.abs(found.frame - np.array([20, 60, 180, 240]) * 5.0).max() <= 5
     assert (found.frame % 5 == 0).all()
 
@@ -134,24 +134,24 @@ def test_eight_dilations_grow_a_mask_by_eight_pixels_at_512_whatever_the_canvas(
 
 @pytest.mark.parametrize("size", [(1680, 2048, 840, 1024), (1024, 845, 1024, 845), (805, 1024, 805, 1024)])
 @pytest.mark.parametrize("side", [96, 256, 512])
-def test_a_frame_is_where_the_mask_is_however_the_canvases_round_their_bars(size, side):
+def test_a_frame_matches_the_mask_however_the_canvases_round_their_padding(size, side):
     image = xray(*size)
     mask = two_lungs(image, 0.2, 0.6)
     recipe = override(PLAIN, image_size=side, least_area=0.0)
     maps, place = maps_of(mask, image, recipe)
     found, raw = segmented(image, maps, place, recipe), on_copy(maps, place, image.pixels.shape, recipe) > 0
-    # One pixel of the canvas of 512 at which masks are cleaned is up to two of the copy's.
+    # Masks are cleaned on a canvas of 512, one pixel of which is up to two pixels of the copy.
     assert np.abs(lung_frame(found.codes > 0, 0.0) - lung_frame(raw, 0.0)).max() <= 2
 
 
-def test_a_pixel_is_lung_where_both_sides_together_are_more_probable_than_not():
+def test_a_pixel_is_lung_if_both_lungs_together_have_a_probability_above_a_half():
     image, recipe = xray(512, 512, 512, 512), override(RECIPES["fc_densenet103_lungs"], image_size=512, dilations=0)
     shares = {"heart": 0.0, "left_lung": 0.45, "right_lung": 0.39}
     maps = np.stack([two_lungs(image) * np.uint8(255 * shares[name]) for name in recipe.structures])
     assert segmented(image, maps, letterbox(512, 512, 512), recipe).verdict == FOUND
 
 
-def test_nothing_one_lung_specks_and_blank_images_are_no_lungs():
+def test_empty_masks_single_lungs_specks_and_blank_images_are_not_plausible():
     image = xray()
     lungs = two_lungs(image)
     one = lungs.copy()
@@ -167,7 +167,7 @@ def test_nothing_one_lung_specks_and_blank_images_are_no_lungs():
             assert found.frame.tolist() == [0, 0, image.columns, image.rows]
 
 
-def test_what_the_clean_up_adds_is_lungs_and_sides_and_heart_keep_their_codes():
+def test_pixels_added_by_the_clean_up_are_lungs_and_other_structures_keep_their_codes():
     image = xray(512, 512, 512, 512)
     left, right = two_lungs(image), two_lungs(image)
     left[:, :256], right[:, 256:] = False, False
@@ -195,17 +195,17 @@ def small(tmp_path_factory):
     return SmallMasks(tmp_path_factory.mktemp("masks"), count=10)
 
 
-def test_batches_answer_as_images_one_by_one(segmenter, small):
+def test_batches_give_the_same_result_as_single_images(segmenter, small):
     one_by_one = LungSegmenter({"model": "m"}, segmenter.network, CPU, batch_size=1)
     for (image, maps, place), (alone, other, _) in zip(
         segmenter.maps(small.stream()), one_by_one.maps(small.stream()), strict=True
     ):
         assert image.image_id == alone.image_id and place.canvas_rows == RECIPE.image_size
-        # Sums in another order: a grey level of 255.
+        # Sums in another order can differ by one of 255 levels.
         assert np.abs(maps.astype(int) - other).max() <= 1
 
 
-def test_a_finder_gives_frames_and_masks_and_counts_what_it_misses(small):
+def test_a_finder_returns_frames_and_masks_and_counts_missed_images(small):
     class Says(torch.nn.Module):
         recipe = override(RECIPE, image_size=64, least_width=0.0, least_area=0.05, dilations=1)
 
@@ -216,7 +216,7 @@ def test_a_finder_gives_frames_and_masks_and_counts_what_it_misses(small):
             return x
 
         def probabilities(self, x):
-            # Dark is lung, apart from the canvas's black bars; nothing is dark in the second image.
+            # Dark pixels are lung, except the canvas's black padding; the second image has no dark pixels.
             inside = ((x > 0) & (x < 100)).float()
             inside[1:2] = 0
             return torch.cat([1 - inside, inside], dim=1)
@@ -233,7 +233,7 @@ def test_a_finder_gives_frames_and_masks_and_counts_what_it_misses(small):
             assert (lungs.frame[:2] <= tight[:2] + 2).all() and (lungs.frame[2:] >= tight[2:] - 2).all()
 
 
-def test_equalised_grey_does_not_see_the_bars_of_the_canvas(small):
+def test_equalisation_ignores_the_padding_of_the_canvas(small):
     seen = []
 
     class Looks(torch.nn.Module):
@@ -251,9 +251,9 @@ def test_equalised_grey_does_not_see_the_bars_of_the_canvas(small):
 
     LungSegmenter({"model": "m"}, Looks(), CPU).find(list(small.stream()))
     canvas = seen[0].numpy()
-    # 60 x 50 pixels at 64: bars of 5 or 6 columns on either side, black; the image's darkest grey is black, too.
+    # 60 x 50 pixels on 64: black padding of 5 or 6 columns on either side; the image's darkest grey is black, too.
     assert (canvas[:, :, :5] == 0).all() and (canvas[:, :, -5:] == 0).all()
-    # Equalised greys x are even over 0..255, so that the mean of sqrt(x / 255) is 2/3.
+    # Equalised greys x are uniform over 0..255, so the mean of sqrt(x / 255) is 2/3.
     assert canvas[:, 2:-2, 8:-8].mean() == pytest.approx(255 * 2 / 3, abs=12)
 
 
@@ -264,11 +264,11 @@ def test_a_bundle_of_another_kind_is_refused(tmp_path):
         **{"data_fingerprint": "", "validation": {}},
     }
     save_bundle(tmp_path / "bundle", {"a": torch.zeros(1)}, record)
-    with pytest.raises(BundleError, match="holds a study model; name the bundle of a run that segments lungs"):
+    with pytest.raises(BundleError, match="contains a study model; name the bundle of a segmenter's run"):
         load_segmenter(tmp_path / "bundle")
 
 
-def test_recipes_of_segmenters_are_all_built():
+def test_all_recipes_of_segmenters_can_be_built():
     for recipe in RECIPES.values():
         if isinstance(recipe, SegmenterRecipe):
             assert Segmenter(override(recipe, width=0.1)).network is not None

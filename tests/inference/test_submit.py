@@ -1,4 +1,4 @@
-"""A submission under everything that goes wrong: slow models, broken ones, broken files, no time, other test sets."""
+"""Submissions when things go wrong: slow models, broken models, broken files, no time, other test sets."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def competition(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Two folds of an untrained classifier, laid out as build_kernel.py does."""
+    """Bundles of two folds of an untrained classifier, in the layout of build_kernel.py."""
     folder, bundles = tmp_path_factory.mktemp("weights"), []
     for fold in (0, 1):
         torch.manual_seed(fold)
@@ -76,7 +76,7 @@ def weights(tmp_path_factory) -> Path:
 
 
 def on_priors(path: Path) -> set[str]:
-    """Studies whose `typical` is the prior's."""
+    """Return the studies whose `typical` is the placeholder prediction."""
     studies = read_submission(path).studies
     return set(studies.study_id[(studies.label == "typical") & ((studies.score - PRIORS["typical"]).abs() < 1e-6)])
 
@@ -89,10 +89,10 @@ def submit(competition, weights, folder, settings=SETTINGS) -> tuple[Path, pd.Da
 
 
 @pytest.mark.gpu
-def test_every_row_is_predicted_but_those_of_damaged_files(competition, weights, tmp_path):
+def test_every_row_is_predicted_except_those_of_damaged_files(competition, weights, tmp_path):
     path, ledger = submit(competition, weights, tmp_path)
     assert validate(competition / "sample_submission.csv", path) == []
-    decoding = ledger[(ledger.stage == "decode") & ledger.note.str.contains("keeps its prior")]
+    decoding = ledger[(ledger.stage == "decode") & ledger.note.str.contains("keeps its placeholder prediction")]
     assert len(decoding) == DAMAGED
     files = pd.Series({each.stem: each.parts[-3] for each in competition.glob("test/*/*/*.dcm")})
     damaged = {note.split()[0] for note in decoding.note}
@@ -102,7 +102,7 @@ def test_every_row_is_predicted_but_those_of_damaged_files(competition, weights,
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def test_a_broken_model_costs_nothing_but_itself(competition, weights, tmp_path):
+def test_a_broken_model_does_not_affect_the_others(competition, weights, tmp_path):
     broken = tmp_path / "weights"
     shutil.copytree(weights, broken)
     (broken / "small-fold0" / "weights.safetensors").write_bytes(b"no weights")
@@ -112,13 +112,13 @@ def test_a_broken_model_costs_nothing_but_itself(competition, weights, tmp_path)
     assert len(on_priors(path)) <= DAMAGED
 
 
-def test_without_any_weights_the_priors_stand(competition, tmp_path):
+def test_without_any_weights_the_placeholder_predictions_remain(competition, tmp_path):
     path, ledger = submit(competition, tmp_path / "nothing", tmp_path)
     assert "failed: InputNotFound" in ledger.set_index("stage").note["predict"]
     assert validate(competition / "sample_submission.csv", path) == []
 
 
-def test_it_ends_in_time_whatever_the_models_need(competition, weights, tmp_path, monkeypatch):
+def test_a_submission_ends_in_time_even_if_models_hang(competition, weights, tmp_path, monkeypatch):
     monkeypatch.setattr("kitlib.inference.predict.Predictor._probabilities", lambda *_: time.sleep(30))
     began = time.monotonic()
     settings = SubmitSettings(time_limit_s=10, share=0.5, longest_side=64, workers=1, batch_size=4)
@@ -128,16 +128,16 @@ def test_it_ends_in_time_whatever_the_models_need(competition, weights, tmp_path
     assert validate(competition / "sample_submission.csv", path) == []
 
 
-def test_the_first_model_keeps_what_it_had_predicted_when_time_was_up(competition, weights, tmp_path, monkeypatch):
+def test_the_first_model_keeps_its_predictions_when_time_is_up(competition, weights, tmp_path, monkeypatch):
     batches, quick = [], Predictor._probabilities
 
-    def third_is_struck(self, batch):
+    def time_is_up_at_third_batch(self, batch):
         batches.append(batch)
         if len(batches) == 3:
             signal.raise_signal(signal.SIGALRM)
         return quick(self, batch)
 
-    monkeypatch.setattr(Predictor, "_probabilities", third_is_struck)
+    monkeypatch.setattr(Predictor, "_probabilities", time_is_up_at_third_batch)
     path, ledger = submit(competition, weights, tmp_path)
     notes = ledger.set_index("stage")
     assert (notes.files["small-fold0"], notes.note["small-fold0"]) == (8, "time was up")
@@ -145,9 +145,9 @@ def test_the_first_model_keeps_what_it_had_predicted_when_time_was_up(competitio
     assert 0 < len(on_priors(path)) < read_submission(path).studies.study_id.nunique()
 
 
-def test_a_first_model_that_leaves_others_their_share_goes_on_at_the_end(competition, weights, tmp_path, monkeypatch):
+def test_a_first_model_stopped_after_its_share_continues_at_the_end(competition, weights, tmp_path, monkeypatch):
     run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
-    budgets = iter([0.0, 60.0, 60.0])  # of the first model, of the second, and of the first once more
+    budgets = iter([0.0, 60.0, 60.0])  # for the first model, the second model, and the first model again
     predict_with = run._predict_with
     monkeypatch.setattr(run, "_predict_with", lambda model, xrays, _, may: predict_with(model, xrays, next(budgets), may))
     run.predict(weights, tmp_path / "scratch")
@@ -158,7 +158,7 @@ def test_a_first_model_that_leaves_others_their_share_goes_on_at_the_end(competi
     assert len(on_priors(run.output)) <= DAMAGED
 
 
-def test_without_tuned_fusion_the_defaults_serve(competition, weights, tmp_path):
+def test_without_tuned_fusion_the_defaults_are_used(competition, weights, tmp_path):
     untuned = tmp_path / "weights"
     shutil.copytree(weights, untuned)
     (untuned / "fusion.json").unlink()
@@ -166,7 +166,7 @@ def test_without_tuned_fusion_the_defaults_serve(competition, weights, tmp_path)
     assert len(on_priors(path)) <= DAMAGED
 
 
-def test_a_full_disk_costs_what_is_not_decoded_and_is_told(competition, weights, tmp_path, monkeypatch):
+def test_after_a_full_disk_decoded_images_are_predicted_and_the_rest_is_noted(competition, weights, tmp_path, monkeypatch):
     decode = XrayCache.decode
 
     def full_after_five(self, *args, **kwargs):
@@ -185,7 +185,7 @@ def test_a_full_disk_costs_what_is_not_decoded_and_is_told(competition, weights,
     assert 0 < len(on_priors(path)) < read_submission(path).studies.study_id.nunique()
 
 
-def test_a_further_model_must_fit_whole(competition, weights, tmp_path, monkeypatch):
+def test_a_further_model_must_have_time_for_all_images(competition, weights, tmp_path, monkeypatch):
     monkeypatch.setattr("kitlib.inference.submit.IMAGES_BEFORE_JUDGING", 4)
     run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
     budgets, predict_with = iter([60.0, 1e-3]), run._predict_with
@@ -198,7 +198,7 @@ def test_a_further_model_must_fit_whole(competition, weights, tmp_path, monkeypa
 
 
 def with_recipe(weights, copy, names=("small-fold0", "small-fold1"), **fields) -> Path:
-    """A copy of `weights` whose bundles of these names have other fields in their recipe."""
+    """Return a copy of `weights` in which the recipes of the bundles `names` have the given fields."""
     shutil.copytree(weights, copy)
     for name in names:
         record = json.loads((copy / name / "model.json").read_text())
@@ -208,7 +208,7 @@ def with_recipe(weights, copy, names=("small-fold0", "small-fold1"), **fields) -
 
 
 @pytest.mark.gpu
-def test_a_bundles_views_run_and_missed_lungs_are_told(competition, weights, tmp_path, monkeypatch):
+def test_a_bundles_views_are_used_and_missed_lungs_are_noted(competition, weights, tmp_path, monkeypatch):
     calls, classified = [], Predictor._classified
     monkeypatch.setattr("kitlib.lungs.finders.lung_box", lambda _: None)
     monkeypatch.setattr(Predictor, "_classified", lambda self, pixels: calls.append(len(pixels)) or classified(self, pixels))
@@ -222,7 +222,7 @@ def test_a_bundles_views_run_and_missed_lungs_are_told(competition, weights, tmp
 
 @pytest.mark.parametrize(("views", "fits"), [(["full"], True), (list(VIEWS), False)])
 def test_a_model_is_judged_by_the_pace_of_its_views(competition, weights, tmp_path, monkeypatch, views, fits):
-    # Every batch of 4 images takes one second a view, by a clock that nothing else moves.
+    # Every batch of 4 images takes one second per view, by a clock that nothing else advances.
     clock, classified = [0.0], Predictor._classified
 
     def in_a_second(self, pixels):
@@ -240,11 +240,11 @@ def test_a_model_is_judged_by_the_pace_of_its_views(competition, weights, tmp_pa
     run.predict(with_recipe(weights, tmp_path / "weights", ["small-fold1"], views=views), tmp_path / "scratch")
     told = run.finish().set_index("stage").note["small-fold1"]
     needed = len(views) * len(run.images) / SETTINGS.batch_size
-    dropped = f"dropped: it needs {needed:.0f} s and {2 * batches:.0f} s were left"
+    dropped = f"dropped: it needs {needed:.0f} s, but only {2 * batches:.0f} s remained"
     assert told == ("" if fits else dropped)
 
 
-def test_a_model_of_none_alone_is_the_first_of_its_answer(competition, weights, tmp_path, monkeypatch):
+def test_a_model_of_none_alone_is_the_first_of_its_kind(competition, weights, tmp_path, monkeypatch):
     shared = with_recipe(weights, tmp_path / "study", ["small-fold0"], outputs="study")
     shared = with_recipe(shared, tmp_path / "weights", ["small-fold1"], outputs="none")
     run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
@@ -256,12 +256,12 @@ def test_a_model_of_none_alone_is_the_first_of_its_answer(competition, weights, 
 
     monkeypatch.setattr(run, "_predict_with", asked)
     run.predict(shared, tmp_path / "scratch")
-    # The first leaves half of the time to the second, which may end with a part as well.
+    # The first model leaves half of the time to the second, which may also end with a part of the images.
     assert told == [(pytest.approx(0.5, abs=0.01), True), (pytest.approx(1, abs=0.01), True)]
     assert len(on_priors(run.output)) <= DAMAGED
 
 
-def test_findings_and_unreadable_bundles_are_refused_and_told(competition, weights, tmp_path):
+def test_findings_and_unreadable_bundles_are_refused_and_noted(competition, weights, tmp_path):
     other = tmp_path / "weights"
     shutil.copytree(weights, other)
     record = json.loads((other / "small-fold0" / "model.json").read_text())
@@ -271,7 +271,7 @@ def test_findings_and_unreadable_bundles_are_refused_and_told(competition, weigh
     (other / "weights.json").write_text(json.dumps(manifest))
     path, ledger = submit(competition, other, tmp_path)
     notes = ledger.set_index("stage").note
-    assert "small knows findings, which no row of a submission asks for" in notes["small-fold0"]
+    assert "small predicts findings, which a submission does not contain" in notes["small-fold0"]
     assert notes["small-fold0"].endswith("(its classes: Mass, ...)")
     assert notes["gone"].startswith("failed: BundleError") and "gone/model.json is missing" in notes["gone"]
     assert notes["small-fold1"] == "" and len(on_priors(path)) <= DAMAGED
@@ -281,7 +281,7 @@ OF_MASKS = {"lungs": "masks", "views": ["lungs"]}
 
 
 def with_lungs(folder) -> Path:
-    """The bundle of an untrained segmenter, put into the weights as build_kernel.py does."""
+    """Add the bundle of an untrained segmenter to the weights, in the layout of build_kernel.py."""
     torch.manual_seed(5)
     recipe = SegmenterRecipe(image_size=64, width=0.125)
     model = Segmenter(recipe)
@@ -294,7 +294,7 @@ def with_lungs(folder) -> Path:
 
 
 class Segmenting:
-    """Finds a frame in every image but two, and the mask of its left half; `asked` lists the images in turn."""
+    """Finds a frame and a mask of the left half in every image except two; `asked` lists the images in order."""
 
     def __init__(self):
         self.asked, self.missed = [], set()
@@ -323,7 +323,7 @@ def scores_of(path) -> pd.Series:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_each_image_is_segmented_once_for_all_models_and_the_missed_are_told(
+def test_each_image_is_segmented_once_for_all_models_and_missed_lungs_are_noted(
     competition, weights, of_whole_images, tmp_path, monkeypatch, masked
 ):
     segmenter = Segmenting()
@@ -333,7 +333,7 @@ def test_each_image_is_segmented_once_for_all_models_and_the_missed_are_told(
     readable = len(list(competition.glob("test/*/*/*.dcm"))) - DAMAGED
     assert sorted(segmenter.asked) == sorted(set(segmenter.asked)) and len(segmenter.asked) == readable
     notes = ledger.set_index("stage")
-    assert (notes.files["lungs"], notes.note["lungs"]) == (readable, "2 without plausible lungs: seen whole")
+    assert (notes.files["lungs"], notes.note["lungs"]) == (readable, "2 images without plausible lungs are used uncropped")
     told = ledger[ledger.note.str.startswith("no lungs found")]
     assert told.stage.tolist() == ["small-fold0", "small-fold1"] and told.files.tolist() == [2, 2]
     assert len(on_priors(path)) <= DAMAGED
@@ -341,8 +341,8 @@ def test_each_image_is_segmented_once_for_all_models_and_the_missed_are_told(
 
 
 @pytest.mark.gpu
-def test_a_real_segmenter_runs_where_a_model_asks_for_it(competition, weights, tmp_path):
-    # Untrained: what it finds is of no interest, that it looked at each image once is.
+def test_a_real_segmenter_runs_if_a_model_needs_it(competition, weights, tmp_path):
+    # The segmenter is untrained; the test is that it predicts each image once.
     shared = with_lungs(with_recipe(weights, tmp_path / "weights", ["small-fold1"], **OF_MASKS))
     path, ledger = submit(competition, shared, tmp_path)
     assert ledger.set_index("stage").files["lungs"] == len(list(competition.glob("test/*/*/*.dcm"))) - DAMAGED
@@ -352,7 +352,7 @@ def test_a_real_segmenter_runs_where_a_model_asks_for_it(competition, weights, t
 
 
 @pytest.mark.parametrize("fault", ["no bundle", "damaged", "another family", "breaks"])
-def test_without_a_segmenter_that_works_every_image_is_seen_whole(
+def test_without_a_working_segmenter_all_images_are_used_uncropped(
     competition, weights, of_whole_images, tmp_path, monkeypatch, fault
 ):
     shared = with_recipe(weights, tmp_path / "weights", **OF_MASKS)
@@ -367,7 +367,7 @@ def test_without_a_segmenter_that_works_every_image_is_seen_whole(
     path, ledger = submit(competition, shared, tmp_path)
     rows = ledger[ledger.stage == "lungs"]
     assert rows.files.tolist() == [0] and rows.note.iloc[0].startswith("failed: ")
-    assert rows.note.iloc[0].endswith("images are seen whole from here on")
+    assert rows.note.iloc[0].endswith("all further images are used uncropped")
     readable = len(list(competition.glob("test/*/*/*.dcm"))) - DAMAGED
     assert ledger[ledger.note.str.startswith("no lungs found")].files.tolist() == [readable] * 2
     assert (scores_of(path) - of_whole_images).abs().max() < 1e-6 and len(on_priors(path)) <= DAMAGED
@@ -379,12 +379,12 @@ def test_a_segmenter_is_no_model_of_a_submission(competition, weights, tmp_path)
     told["bundles"].insert(0, {"folder": "lungs"})
     (other / "weights.json").write_text(json.dumps(told))
     path, ledger = submit(competition, other, tmp_path)
-    assert "unet draws lungs, which no row of a submission asks for" in ledger.set_index("stage").note["lungs"]
+    assert "unet predicts lung masks, which a submission does not contain" in ledger.set_index("stage").note["lungs"]
     assert len(on_priors(path)) <= DAMAGED
 
 
 def with_ensemble(weights, copy) -> Path:
-    """The two folds of `weights` as two models, small and other, and a FLANNEL of both, as build_kernel.py puts it there."""
+    """Return `weights` with its two folds as two models, small and other, and a FLANNEL of both, as in build_kernel.py."""
     shutil.copytree(weights, copy)
     record = json.loads((copy / "small-fold1" / "model.json").read_text())
     (copy / "small-fold1" / "model.json").write_text(json.dumps(record | {"model": "other", "fold": 0}))
@@ -414,7 +414,7 @@ def test_study_models_are_stacked_by_the_kernels_ensemble(competition, weights, 
 
 
 @pytest.mark.parametrize("fault", ["learner", "ensemble"])
-def test_without_a_learner_or_the_ensemble_the_plain_mean_serves_and_is_told(competition, weights, tmp_path, fault):
+def test_without_a_learner_or_the_ensemble_the_plain_mean_is_used_and_noted(competition, weights, tmp_path, fault):
     shared = with_ensemble(weights, tmp_path / "weights")
     broken = shared / ("small-fold1" if fault == "learner" else "ensemble")
     (broken / "weights.safetensors").write_bytes(b"no weights")
@@ -424,17 +424,17 @@ def test_without_a_learner_or_the_ensemble_the_plain_mean_serves_and_is_told(com
     scores, _ = study_and_image_scores([chunk for model in run.models for chunk in model.chunks], run.images)
     studies = scores.study_id.nunique()
     if fault == "learner":
-        told = f"{studies} of {studies} studies lack other: they have the plain mean of the others"
+        told = f"{studies} of {studies} studies lack other; they get the plain mean of the other learners"
         assert (notes.files["ensemble"], notes.note["ensemble"]) == (0, told) and set(scores.model) == {"small"}
     else:
         assert notes.note["ensemble"].startswith("failed: BundleError: ") and set(scores.model) == {"small", "other"}
-        assert notes.note["ensemble"].endswith("; copy both again; the study models are fused as they are")
+        assert notes.note["ensemble"].endswith("; copy both again; the study models are fused without it")
     written = scores_of(run.output)
     for study, mean in scores.groupby("study_id")[list(STUDY_CLASSES)].mean().iterrows():
         assert written[study][mean.index].to_numpy() == pytest.approx(mean.to_numpy(), abs=1e-6)
 
 
-def test_killed_while_it_predicts_a_valid_file_is_there(competition, weights, tmp_path):
+def test_a_valid_file_exists_if_killed_during_prediction(competition, weights, tmp_path):
     script = (
         "import sys, time\n"
         "from kitlib.inference import submit\n"
@@ -476,7 +476,7 @@ def test_any_test_set_gets_its_rows(competition, weights, tmp_path, kind):
     assert ledger.stage.iloc[-1] == "validate"
 
 
-def test_the_priors_need_no_package_that_kaggles_image_lacks():
+def test_placeholder_predictions_need_no_package_that_kaggles_image_lacks():
     absent = ["pebble", "imagecodecs", "ensemble_boxes", "ultralytics", "pylibjpeg", "torch"]
     script = f"import sys; sys.modules |= dict.fromkeys({absent}); import kitlib.inference.submit"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=project_root())

@@ -206,7 +206,7 @@ def test_a_damaged_bundle_is_refused(tmp_path, wheel):
 
 def test_a_backbone_in_a_submission_is_refused(tmp_path, wheel):
     runs = [str(make_run(tmp_path / "nih", family="findings"))]
-    with pytest.raises(KernelError, match="nih/bundle knows findings, which no row of a submission asks for"):
+    with pytest.raises(KernelError, match="nih/bundle predicts findings, which a submission does not contain"):
         build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs)), tmp_path / "out", [wheel])
 
 
@@ -264,7 +264,7 @@ def test_a_model_trained_on_masks_requires_its_segmenter(tmp_path, wheel):
         ({"runs": [crops], "lungs": other}, r"but the key `lungs` names another segmenter; name the run of notebook 14"),
         (
             {"runs": [segmenter]},
-            r"unet/bundle draws lungs, which no row of a submission asks for; name its run by the kernel's key `lungs`",
+            r"unet/bundle predicts lung masks, which a submission does not contain; name its run with the",
         ),
         ({"runs": [crops], "lungs": crops}, r"lungs: .*crops/bundle holds a study model; name a run of notebook 14"),
         ({"runs": [crops], "lungs": str(tmp_path / "none")}, r"lungs: .*none/bundle does not exist"),
@@ -334,8 +334,8 @@ def test_wheels_that_the_image_cannot_install_are_refused(tmp_path):
         ({"accelerator": "NvidiaTeslaP100"}, "accelerator 'NvidiaTeslaP100' is unknown; valid: NvidiaTeslaT4, none"),
         ({"owner": "Some Body"}, "owner 'Some Body' is not a Kaggle user name"),
         ({"time_limit_hours": 13}, r"time_limit_hours is 13\.0"),
-        ({"time_limit_hours": "nine"}, "time_limit_hours is 'nine'; wanted a finite number"),
-        ({"runs": [1, 2]}, r"runs is \[1, 2\]; wanted a list, each item a string"),
+        ({"time_limit_hours": "nine"}, "time_limit_hours is 'nine'; expected a finite number"),
+        ({"runs": [1, 2]}, r"runs is \[1, 2\]; expected a list, each item a string"),
     ],
 )
 def test_a_submission_is_read_strictly(tmp_path, keys, message):
@@ -486,11 +486,11 @@ def test_every_shipped_notebook_can_be_built_as_a_kernel(tmp_path, wheel):
         ({"notebook": "notebooks/99_nothing.ipynb"}, r"small\.yaml: notebook: .*99_nothing\.ipynb does not exist"),
         ({"kernel_sources": ["one"]}, "kernel_sources: the slug 'one' has 3 characters, Kaggle allows 5 to 50"),
         ({"kernel_sources": ["a/b/c"]}, "kernel_sources: 'a/b/c' is neither a slug of the owner's nor OWNER/SLUG"),
-        ({"dataset_sources": [7]}, r"dataset_sources is \[7\]; wanted a list, each item a string"),
+        ({"dataset_sources": [7]}, r"dataset_sources is \[7\]; expected a list, each item a string"),
         ({"dataset_sources": ["some body/data"], "kernel_sources": ["one/data-set", "two/data-set"]}, "the slug data-set"),
         ({"wheels": "mine/wheels-of-all"}, "the slug 'mine/wheels-of-all' may only have letters, digits, - and _"),
         ({"wheels": "five5"}, "the slug 'five5' has 5 characters, Kaggle allows 6 to 50"),
-        ({"internet": "yes"}, "internet is 'yes'; wanted true or false"),
+        ({"internet": "yes"}, "internet is 'yes'; expected true or false"),
         ({"kernel_source": []}, "no field 'kernel_source'; it has: .*kernel_sources.*rehearsal.*fusion"),
     ],
 )

@@ -12,14 +12,14 @@ from tests.small_xrays import RECIPE, SmallXrays
 TABLES = tables_of(SmallXrays())
 
 
-def planned(folder, plan, name, state, **told):
-    """What `python -m kitlib run` leaves of a run that has not ended well: the plan's folder is beside the run's."""
+def planned(folder, plan, name, state, **details):
+    """Write what `python -m kitlib run` leaves of a run that did not finish; the plan's folder is next to the run's."""
     write_json(
         folder / "plan.json", {"key": "1", "run": {"name": name, "notebook": "n.ipynb", "parameters": {"recipe": "r"}}}
     )
     (folder.parent / plan).mkdir(exist_ok=True)
     (folder.parent / plan / "runs.json").write_text("{}")
-    write_json(folder.parent / plan / "states" / f"{name}.json", {"state": state, **told})
+    write_json(folder.parent / plan / "states" / f"{name}.json", {"state": state, **details})
 
 
 def test_every_run_is_listed_with_its_state(tmp_path):
@@ -32,12 +32,12 @@ def test_every_run_is_listed_with_its_state(tmp_path):
     (train(tmp_path / "fold_damaged", TABLES) / "fold1" / "metrics.json").write_text("[]")
     write_json(tmp_path / "phantoms" / "plan.json", {"key": "2", "run": {"name": "phantoms", "command": ["python"]}})
     write_json(tmp_path / "phantoms" / "done-2.json", {"state": "done"})
-    # None of these is a run: a hidden folder, pictures, and a run that lies in a run.
+    # None of these is a run: a hidden folder, images, and a run inside a run.
     write_json(tmp_path / ".hidden" / "metrics.json", {"model": "hidden"})
     (tmp_path / "xrays").mkdir()
     write_json(tmp_path / "prepare" / "inner" / "metrics.json", {"model": "inner"})
-    found = {run.name: run for run in list_runs([tmp_path])}
-    assert {name: (run.kind, run.state) for name, run in found.items()} == {
+    runs = {run.name: run for run in list_runs([tmp_path])}
+    assert {name: (run.kind, run.state) for name, run in runs.items()} == {
         "damaged": ("other", "damaged"),
         "fold_damaged": ("other", "damaged"),
         "phantoms": ("command", "finished"),
@@ -47,39 +47,39 @@ def test_every_run_is_listed_with_its_state(tmp_path):
         "siim/stopped": ("other", "unfinished"),
         "siim/study": ("study", "finished"),
     }
-    assert found["siim/failed"].remark == "cell 4 raised ValueError: no"
-    assert found["siim/going"].remark == "at cell 4 of 9 on node1, or killed there"
-    assert found["damaged"].remark.startswith("damaged/metrics.json cannot be read (Unterminated string")
-    assert found["fold_damaged"].remark == "fold1/metrics.json holds no figures"
-    assert found["prepare"].remark == "no record.json, as an older kitlib leaves it" and found["siim/study"].remark == ""
-    assert describe([found["siim/stopped"]])["folds"] == "0 of 2"
-    # A run that failed and then ended well is finished, whatever an older plan says.
+    assert runs["siim/failed"].remark == "cell 4 raised ValueError: no"
+    assert runs["siim/going"].remark == "at cell 4 of 9 on node1, running or killed"
+    assert runs["damaged"].remark.startswith("damaged/metrics.json cannot be read (Unterminated string")
+    assert runs["fold_damaged"].remark == "fold1/metrics.json is not a JSON object with values"
+    assert runs["prepare"].remark == "no record.json: written by an older kitlib" and runs["siim/study"].remark == ""
+    assert describe([runs["siim/stopped"]])["folds"] == "0 of 2"
+    # A run that failed and was then completed is finished, whatever an older plan says.
     write_json(tmp_path / "siim" / "failed" / "metrics.json", {"model": "m"})
     assert {run.name: run.state for run in list_runs([tmp_path])}["siim/failed"] == "finished"
 
 
-def test_runs_below_several_folders_have_their_whole_path_and_appear_once(tmp_path):
+def test_runs_below_several_folders_have_their_full_path_and_appear_once(tmp_path):
     for name in ("a/study", "b/study"):
         train(tmp_path / name, TABLES)
     names = [run.name for run in list_runs([tmp_path / "a", tmp_path / "b" / "study", tmp_path / "b"])]
     assert names == [str(tmp_path / "a" / "study"), str(tmp_path / "b" / "study")]
     assert [run.name for run in list_runs([tmp_path / "b" / "study"])] == ["study"]
     assert [run.name for run in list_runs([tmp_path], skip=[tmp_path / "a" / "study"])] == ["b/study"]
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         list_runs([tmp_path / "nowhere"])
 
 
-def test_a_model_tells_what_made_it_over_all_runs_of_its_folds(tmp_path):
+def test_a_model_is_described_over_all_runs_of_its_folds(tmp_path):
     recipe = override(RECIPES["small_study"], epochs=3)
     common = {"recipe": recipe, "coverage": coverage(TABLES)}
-    given = {"recipe": "small_study", "overrides": {"epochs": 3}, "seed": 2, "extra_run": "pseudo"}
+    parameters = {"recipe": "small_study", "overrides": {"epochs": 3}, "seed": 2, "extra_run": "pseudo"}
     record = {"wall_s": 20.5, "peak_memory_mb": 800, "peak_child_memory_mb": 1200, "host": "n1", "git_commit": "c" * 40}
-    train(tmp_path / "s-0", TABLES, folds=[0], parameters=given, record={**record, "started": "2026-11-02"}, **common)
+    train(tmp_path / "s-0", TABLES, folds=[0], parameters=parameters, record={**record, "started": "2026-11-02"}, **common)
     on_gpu = {"gpu": "Tesla T4", "peak_gpu_memory_mb": 3000}
     other = {**record, "started": "2026-11-01", "host": "n2", "git_commit": None, "kitlib_digest": "d" * 64}
-    train(tmp_path / "s-1", TABLES, folds=[1], parameters=given, record=other, of_fold=on_gpu, **common)
-    told = describe(list_runs([tmp_path]))
-    assert told == {
+    train(tmp_path / "s-1", TABLES, folds=[1], parameters=parameters, record=other, of_fold=on_gpu, **common)
+    description = describe(list_runs([tmp_path]))
+    assert description == {
         "kind": "detector",
         "model": "study",
         "state": "finished",
@@ -98,13 +98,13 @@ def test_a_model_tells_what_made_it_over_all_runs_of_its_folds(tmp_path):
     }
 
 
-def test_a_run_of_an_older_kitlib_names_its_recipe_only_where_it_is_exactly_that(tmp_path):
+def test_a_run_of_an_older_kitlib_has_a_recipe_name_only_if_the_fields_are_equal(tmp_path):
     for name, recipe in {"named": RECIPES["small_yolo"], "other": RECIPE}.items():
         folder = train(
             tmp_path / name, TABLES, recipe=recipe, detections=false_boxes(TABLES, 0.5), coverage=coverage(TABLES)
         )
         (folder / "record.json").unlink()
-    told = [describe([run]) for run in list_runs([tmp_path])]
-    assert [(each["recipe"], each["changes"]) for each in told] == [("small_yolo", ""), ("not stated", "")]
-    assert told[0]["wall_s"] is None and told[0]["training_s"] == 20 and told[0]["commit"] == ""
+    descriptions = [describe([run]) for run in list_runs([tmp_path])]
+    assert [(run["recipe"], run["changes"]) for run in descriptions] == [("small_yolo", ""), ("not stated", "")]
+    assert descriptions[0]["wall_s"] is None and descriptions[0]["training_s"] == 20 and descriptions[0]["commit"] == ""
     assert json.loads((tmp_path / "named" / "fold0" / "metrics.json").read_text())["recipe"]["views"] == ["full"]

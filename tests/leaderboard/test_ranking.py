@@ -39,7 +39,7 @@ def board(folder, samples=20, folds=()):
 
 
 def both_right(**changes):
-    """Study classes all right (AP 1 each); `none` without knowledge: one block of 32 with 8 positives, AP 8/32."""
+    """All study classes right (AP 1 each); `none` equal for all 32 images, of which 8 are positive (AP 8/32)."""
     return {"study_scores": study_scores(TABLES, 1.0), "image_scores": image_scores(TABLES), **changes}
 
 
@@ -52,21 +52,21 @@ def test_figures_are_those_of_the_tables(tmp_path):
     train(tmp_path / "nones", TABLES, image_scores=image_scores(TABLES, none=is_none * 0.5 + 0.1))
     half = true_boxes(TABLES, 0.9)[lambda boxes: boxes.fold == 0]
     train(tmp_path / "boxes", TABLES, detections=half, coverage=coverage(TABLES))
-    found = board(tmp_path)
-    rows = found.table.set_index("name")
-    # Blind: one block of 16 studies, 4 of each class: 4/16. The score is the mean of what is answered.
+    leaderboard = board(tmp_path)
+    rows = leaderboard.table.set_index("name")
+    # Blind: equal scores for 16 studies, 4 of ranking class: AP 4/16. The score is the mean over the predicted classes.
     assert rows.score.dropna().to_dict() == pytest.approx(
         {"right": (4 + 0.25) / 5, "blind": 0.25, "studies": 1.0, "nones": 1.0, "boxes": 0.5}
     )
     assert rows.loc["right", ["studies", "none"]].tolist() == pytest.approx([1.0, 0.25])
     assert rows.loc["boxes", "opacity"] == pytest.approx(0.5) and rows.images.dropna().unique().tolist() == [32]
     assert (rows.low <= rows.score)[rows.score.notna()].all() and (rows.high >= rows.score)[rows.score.notna()].all()
-    # What answers different questions is not ranked together.
-    ranked = {number: each.name.tolist() for number, each in found.rankings().items()}
+    # Models with different kinds of predictions are not ranked together.
+    ranked = {number: ranking.name.tolist() for number, ranking in leaderboard.rankings().items()}
     assert sorted(ranked.values()) == [["boxes"], ["nones"], ["right", "blind"], ["studies"]]
     assert rows.loc["prepare", ["kind", "state"]].tolist() == ["prepared", "finished"] and pd.isna(rows.score["prepare"])
-    assert found.says().startswith("5 models in 4 rankings, 1 further runs without a figure.")
-    assert "groups of different folds" not in found.says()
+    assert leaderboard.summary().startswith("5 models in 4 rankings, 1 other runs without a score.")
+    assert "groups of different folds" not in leaderboard.summary()
 
 
 def test_folds_in_several_runs_are_one_model_whose_boxes_are_pooled(tmp_path):
@@ -74,12 +74,12 @@ def test_folds_in_several_runs_are_one_model_whose_boxes_are_pooled(tmp_path):
     common = {"model": "yolo", "coverage": coverage(TABLES)}
     train(tmp_path / "yolo-0", TABLES, folds=[0], detections=true_boxes(TABLES, 0.5), **common)
     train(tmp_path / "yolo-1", TABLES, folds=[1], detections=false_boxes(TABLES, 0.9), **common)
-    # Trained otherwise, or not to its end: a model by itself.
+    # A run with another recipe, or an unfinished one, is a model by itself.
     train(tmp_path / "yolo-2", TABLES, folds=[1], detections=NOTHING, recipe=override(RECIPE, epochs=9), **common)
     train(tmp_path / "yolo-3", TABLES, folds=[1], finished=False, **common)
     rows = board(tmp_path).table.set_index("name")
     assert set(rows.index) == {"prepare", "yolo-[0,1]", "yolo-2", "yolo-3"}
-    # 16 false boxes come before 12 right ones of 24: half the recall at a precision of 12/28. The folds' mean would be 0.5.
+    # 16 false boxes rank above 12 of 24 true ones: recall 0.5 at a precision of 12/28. The mean over folds would be 0.5.
     assert rows.score["yolo-[0,1]"] == pytest.approx(0.5 * 12 / 28)
     assert rows.folds["yolo-[0,1]"] == "0, 1" and rows.images["yolo-[0,1]"] == 32
     assert rows.score["yolo-2"] == 0.0 and rows.images["yolo-2"] == 16
@@ -102,11 +102,11 @@ def test_runs_of_different_folds_are_neither_ranked_together_nor_compared_unaske
         tmp_path / "other", OTHER_FOLDS, study_scores=study_scores(OTHER_FOLDS, 0.25), image_scores=image_scores(OTHER_FOLDS)
     )
     entries = read_entries(list_runs([tmp_path]))
-    found = rank(entries, 20)
-    assert sorted(rows.name.tolist() for rows in found.rankings().values()) == [["one", "two"], ["other"]]
-    assert found.differences.name.tolist() == ["two"]
-    groups = ", ".join(found.table.dropna(subset="ranking").folds_fingerprint.unique())
-    assert f"There are 2 groups of different folds ({groups}): no figure of one may be held against" in found.says()
+    leaderboard = rank(entries, 20)
+    assert sorted(rows.name.tolist() for rows in leaderboard.rankings().values()) == [["one", "two"], ["other"]]
+    assert leaderboard.differences.name.tolist() == ["two"]
+    groups = ", ".join(leaderboard.table.dropna(subset="ranking").folds_fingerprint.unique())
+    assert f"There are 2 groups of different folds ({groups}): do not compare a score of one group" in leaderboard.summary()
     with pytest.raises(LeaderboardError, match=r"one has folds \w{8}, other \w{8}: .*not comparable.*across_folds = True"):
         compare(entries, "one", "other")
     across = compare(entries, "one", "other", across_folds=True, samples=20).set_index("figure")
@@ -117,47 +117,49 @@ def test_runs_of_different_folds_are_neither_ranked_together_nor_compared_unaske
     assert (across.images == 32).all()
 
 
-def test_models_that_are_judged_against_other_boxes_are_not_ranked_together(tmp_path):
+def test_models_that_are_scored_against_other_boxes_are_not_ranked_together(tmp_path):
     fewer = {**TABLES, "boxes": TABLES["boxes"].iloc[1:]}
     prepare(tmp_path / "prepare", TABLES)
     prepare(tmp_path / "prepare_again", fewer)
     train(tmp_path / "one", TABLES, **both_right())
     train(tmp_path / "other", fewer, parameters={"prepare_run": "prepare_again"}, **both_right())
-    found = board(tmp_path)
-    assert sorted(rows.name.tolist() for rows in found.rankings().values()) == [["one"], ["other"]]
-    assert "or against different labels or boxes, stand apart" in found.says()
+    leaderboard = board(tmp_path)
+    assert sorted(rows.name.tolist() for rows in leaderboard.rankings().values()) == [["one"], ["other"]]
+    assert "or against different labels or boxes, are ranked separately" in leaderboard.summary()
 
 
-def test_models_of_some_folds_are_ranked_with_the_others_part_if_asked(tmp_path):
+def test_models_of_some_folds_are_ranked_on_these_folds_if_requested(tmp_path):
     prepare(tmp_path / "prepare", TABLES)
     train(tmp_path / "all", TABLES, **both_right())
     train(tmp_path / "first", TABLES, folds=[0], recipe=override(RECIPE, epochs=9), **both_right())
     apart = board(tmp_path)
-    assert len(apart.rankings()) == 2 and "name `folds` that all of them have" in apart.says()
+    assert len(apart.rankings()) == 2 and "set `folds` to folds that all of them have" in apart.summary()
     together = board(tmp_path, folds=[0])
     assert [rows.name.tolist() for rows in together.rankings().values()] == [["all", "first"]]
-    assert together.table.images.dropna().tolist() == [16, 16] and "name `folds`" not in together.says()
+    assert together.table.images.dropna().tolist() == [16, 16] and "set `folds`" not in together.summary()
     missing = board(tmp_path, folds=[1]).table.set_index("name")
-    assert missing.remark["first"] == "no figure: no image of the folds [1] is answered, its own metrics.json says 0.1250"
+    assert missing.remark["first"] == "no score: it has no predictions for the folds [1] (its own metrics.json says 0.1250)"
 
 
 def test_differences_are_paired_over_patients(tmp_path):
     prepare(tmp_path / "prepare", TABLES)
-    all_of_them, looked = true_boxes(TABLES, 0.6), coverage(TABLES)
+    all_of_them, covered = true_boxes(TABLES, 0.6), coverage(TABLES)
     missed = pd.concat([all_of_them.iloc[::3], false_boxes(TABLES, 0.4).iloc[::2]])
-    found = {"best": all_of_them, "same": all_of_them, "worse": missed}
-    for name, detections in found.items():
-        train(tmp_path / name, TABLES, detections=detections, coverage=looked)
-    told = board(tmp_path, samples=50).differences.set_index("name")
-    assert told.loc["same", ["difference", "low", "high"]].tolist() == [0, 0, 0]
-    # A comparison of two detectors by the report's own draws.
-    draws = {name: detection_draws(each, looked, TABLES["images"], TABLES["boxes"], 50) for name, each in found.items()}
+    detections_of = {"best": all_of_them, "same": all_of_them, "worse": missed}
+    for name, detections in detections_of.items():
+        train(tmp_path / name, TABLES, detections=detections, coverage=covered)
+    differences = board(tmp_path, samples=50).differences.set_index("name")
+    assert differences.loc["same", ["difference", "low", "high"]].tolist() == [0, 0, 0]
+    # The same comparison of two detectors with the draws of the report.
+    draws = {
+        name: detection_draws(boxes, covered, TABLES["images"], TABLES["boxes"], 50) for name, boxes in detections_of.items()
+    }
     expected = interval(draws["worse"] - draws["best"])
-    assert told.loc["worse", ["difference", "low", "high"]].tolist() == pytest.approx(list(expected.values()))
+    assert differences.loc["worse", ["difference", "low", "high"]].tolist() == pytest.approx(list(expected.values()))
     assert expected["low"] < expected["value"] < expected["high"] < 0
 
 
-def test_what_cannot_be_judged_has_a_line_that_says_why(tmp_path):
+def test_a_run_that_cannot_be_scored_has_a_remark_that_says_why(tmp_path):
     prepare(tmp_path / "prepare", TABLES)
     in_sample = study_scores(TABLES, 1.0).assign(fold=lambda table: 1 - table.fold)
     train(tmp_path / "in_sample", TABLES, study_scores=in_sample)
@@ -168,25 +170,25 @@ def test_what_cannot_be_judged_has_a_line_that_says_why(tmp_path):
     write_json(tmp_path / "broken_prepare" / "metrics.json", {"longest_side": 1})
     (tmp_path / "broken_prepare" / "tables").mkdir()
     (tmp_path / "broken_prepare" / "tables" / "folds.parquet").write_text("")
-    found = board(tmp_path)
-    remarks = found.table.set_index("name").remark
-    assert found.rankings() == {} and (found.table.state == "finished").all()
-    assert "16 predictions are not out of fold, first study000 by the model of fold 1, which has" in remarks["in_sample"]
-    assert "the prepared run with data fingerprint" in remarks["elsewhere"] and "is not here" in remarks["elsewhere"]
-    assert remarks["damaged"].startswith("no figure: ") and "metrics.json says 0.1250" in remarks["damaged"]
+    leaderboard = board(tmp_path)
+    remarks = leaderboard.table.set_index("name").remark
+    assert leaderboard.rankings() == {} and (leaderboard.table.state == "finished").all()
+    assert "16 predictions are not out of fold, first study000 by the model of fold 1, which was" in remarks["in_sample"]
+    assert "the prepared run with data fingerprint" in remarks["elsewhere"] and "was not found" in remarks["elsewhere"]
+    assert remarks["damaged"].startswith("no score: ") and "metrics.json says 0.1250" in remarks["damaged"]
     assert "its folds cannot be read" in remarks["broken_prepare"]
     entries = read_entries(list_runs([tmp_path]))
     with pytest.raises(
-        LeaderboardError, match=r"in_sample has no out-of-fold figure \(finished\) no figure: 16 predictions"
+        LeaderboardError, match=r"in_sample has no out-of-fold score \(state finished\). no score: 16 predictions"
     ):
         compare(entries, "in_sample", "elsewhere")
-    with pytest.raises(LeaderboardError, match="no run is called 'study'; those with a figure are: none"):
+    with pytest.raises(LeaderboardError, match="unknown run 'study'; runs with a score: none"):
         compare(entries, "study", "elsewhere")
     with pytest.raises(LeaderboardError, match="samples is 0"):
         rank(entries, 0)
 
 
-def test_a_prepared_run_is_found_where_its_name_leads(tmp_path, monkeypatch):
+def test_a_prepared_run_that_is_not_listed_is_found_by_its_name(tmp_path, monkeypatch):
     monkeypatch.setenv("KIT_ROOT", str(tmp_path))
     prepare(tmp_path / "inputs" / "prepare", TABLES)
     train(tmp_path / "runs" / "study", TABLES, **both_right())
@@ -208,19 +210,19 @@ def test_a_fusion_is_judged_by_the_competitions_score(tmp_path):
         table.to_parquet(fuse / "tables" / f"{name}.parquet")
     write_json(fuse / "fusion.json", {})
     write_json(fuse / "metrics.json", {"runs": ["study", "yolo"], "score": 0.9, "cross_fitted_score": 0.8})
-    found = board(tmp_path)
-    row = found.table.set_index("name").loc["fuse"]
+    leaderboard = board(tmp_path)
+    row = leaderboard.table.set_index("name").loc["fuse"]
     # (4 * 1 + 0.25 + 1) / 6
     assert row.score == pytest.approx(0.875) and row.low <= 0.875 <= row.high
     assert [row.figure, row.images, row.cross_fitted] == ["competition score", 32, 0.8]
-    assert len(set(found.table.folds_fingerprint)) == 1
-    # Its runs named by paths that held before the folder was moved.
+    assert len(set(leaderboard.table.folds_fingerprint)) == 1
+    # Its metrics name the runs by the paths that they had before the folder was moved.
     write_json(fuse / "metrics.json", {"runs": ["/kaggle/working/study", "/kaggle/working/yolo"], "score": 0.9})
     assert board(tmp_path).table.set_index("name").score["fuse"] == pytest.approx(0.875)
-    # On the parts that both answer: the fusion has the study run's own.
-    told = compare(read_entries(list_runs([tmp_path])), "fuse", "study", samples=5)
-    assert told.set_index("figure").difference[["score", "negative", "none"]].tolist() == [0, 0, 0]
-    assert "opacity" not in set(told.figure)
+    # Only the parts that both predict are compared: the fusion has the study run's own predictions.
+    compared = compare(read_entries(list_runs([tmp_path])), "fuse", "study", samples=5)
+    assert compared.set_index("figure").difference[["score", "negative", "none"]].tolist() == [0, 0, 0]
+    assert "opacity" not in set(compared.figure)
     write_json(fuse / "metrics.json", {"runs": ["gone"], "score": 0.9})
     assert "trained on 0 sets of data" in board(tmp_path).table.set_index("name").remark["fuse"]
 
@@ -236,14 +238,14 @@ def test_findings_are_judged_by_their_mean_roc_auc(tmp_path):
     blind = right.assign(typical=0.5, atypical=0.5)
     for name, scores in {"right": right, "half_blind": blind}.items():
         train(tmp_path / name, TABLES, model="nih", recipe=RECIPES["small_backbone"], class_scores=scores)
-    found = board(tmp_path)
-    # Two classes right, two told nothing of: (1 + 1 + 0.5 + 0.5) / 4.
-    assert found.rankings()[1].set_index("name").auc.to_dict() == pytest.approx({"right": 1.0, "half_blind": 0.75})
-    assert found.rankings()[1].figure.unique().tolist() == ["mean ROC AUC"]
-    assert found.differences.difference.tolist() == pytest.approx([-0.25])
+    leaderboard = board(tmp_path)
+    # Two classes right, two with a constant score: (1 + 1 + 0.5 + 0.5) / 4.
+    assert leaderboard.rankings()[1].set_index("name").auc.to_dict() == pytest.approx({"right": 1.0, "half_blind": 0.75})
+    assert leaderboard.rankings()[1].figure.unique().tolist() == ["mean ROC AUC"]
+    assert leaderboard.differences.difference.tolist() == pytest.approx([-0.25])
 
 
-def test_the_picture_has_a_panel_a_ranking():
+def test_the_figure_has_one_panel_per_ranking():
     rows = [("a", 1, 0.5), ("b", 1, 0.25), ("c", 2, 0.0)]
     table = pd.DataFrame(rows, columns=["name", "ranking", "score"]).assign(
         low=lambda t: t.score,
@@ -258,7 +260,7 @@ def test_the_picture_has_a_panel_a_ranking():
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["AP, 9 images, folds 1"] * 2
     first = figure.axes[0]
     assert [label.get_text() for label in first.get_yticklabels()] == ["a", "b"]
-    # The best is on top, and no axis shows what no figure can be.
+    # The best is on top, and the axis does not extend below 0, where no score can be.
     assert first.transData.transform((0.5, 0))[1] > first.transData.transform((0.5, 1))[1]
     assert figure.axes[1].get_xlim()[0] == 0
     assert rankings_figure(table.head(0)).axes
@@ -270,9 +272,9 @@ def test_the_notebook_lists_and_compares(tmp_path, quick_kernels):
     train(runs / "right", TABLES, **both_right())
     train(runs / "blind", TABLES, **both_right(study_scores=study_scores(TABLES, 0.25)))
     train(runs / "stopped", TABLES, folds=[0], finished=False)
-    given = {"runs": [str(runs)], "run_folder": str(runs / "leaderboard"), "compare": ["right", "blind"], "samples": 20}
+    parameters = {"runs": [str(runs)], "run_folder": str(runs / "leaderboard"), "compare": ["right", "blind"], "samples": 20}
     notebook, out = project_root() / "notebooks" / "90_leaderboard.ipynb", runs / "leaderboard"
-    run_notebook(notebook, tmp_path / "90.ipynb", given, out / "metrics.json")
+    run_notebook(notebook, tmp_path / "90.ipynb", parameters, out / "metrics.json")
     table = pd.read_csv(out / "leaderboard.csv").set_index("name")
     assert table.score.dropna().to_dict() == pytest.approx({"right": 0.85, "blind": 0.25})
     assert table.state["stopped"] == "unfinished" and "leaderboard" not in table.index
@@ -281,24 +283,24 @@ def test_the_notebook_lists_and_compares(tmp_path, quick_kernels):
     assert (out / "figures" / "rankings.png").is_file()
 
 
-def test_segmenters_are_ranked_by_the_lungs_dice_and_a_better_one_by_its_paired_difference(tmp_path):
+def test_segmenters_are_ranked_by_the_dice_of_the_lungs_with_paired_differences(tmp_path):
     prepare(tmp_path / "prepare", TABLES)
     rows = [(each.id, "m", each.fold, name) for each in TABLES["folds"].itertuples() for name in ("lungs", "heart")]
     masks = pd.DataFrame(rows, columns=["image_id", "model", "fold", "structure"])
     for name, dice in (("good", 0.9), ("poor", 0.8)):
-        # A Dice of d is a Jaccard of d / (2 - d); the heart counts for nothing here.
-        found = masks.assign(dice=dice, jaccard=dice / (2 - dice)).assign(
+        # A Dice of d is a Jaccard of d / (2 - d); the heart does not count.
+        mask_scores = masks.assign(dice=dice, jaccard=dice / (2 - dice)).assign(
             dice=lambda t, d=dice: d * (t.structure == "lungs")
         )
-        train(tmp_path / name, TABLES, model=name, mask_scores=found)
-    found = board(tmp_path)
-    table = found.table.set_index("name")
+        train(tmp_path / name, TABLES, model=name, mask_scores=mask_scores)
+    leaderboard = board(tmp_path)
+    table = leaderboard.table.set_index("name")
     assert table.score.dropna().to_dict() == pytest.approx({"good": 0.9, "poor": 0.8})
     assert table.loc["good", ["kind", "figure", "images"]].tolist() == ["lungs", "mean Dice of the lungs", 32]
-    assert found.differences.loc[0, ["difference", "low", "high"]].tolist() == pytest.approx([-0.1, -0.1, -0.1])
+    assert leaderboard.differences.loc[0, ["difference", "low", "high"]].tolist() == pytest.approx([-0.1, -0.1, -0.1])
 
 
-# Four classes of which exactly one is true, an image a study of its own, three folds.
+# Four exclusive classes, one image per study, three folds.
 EXCLUSIVE = {
     "images": TABLES["images"].assign(study_id=TABLES["images"].image_id),
     "labels": pd.DataFrame(np.eye(4)[np.arange(32) // 2 % 4], columns=list("abcd")).assign(id=TABLES["images"].image_id),
@@ -309,19 +311,19 @@ CLASSIFIER = override(RECIPES["small_backbone"], multi_label=False)
 
 
 def class_scores(model, wrong=0):
-    """Sure and right, but for the first images, which are called the next class."""
+    """Return certain and correct scores, except that the first `wrong` images get the next class."""
     truth = EXCLUSIVE["labels"][list("abcd")].to_numpy().argmax(axis=1)
     truth[:wrong] = (truth[:wrong] + 1) % 4
     folds = EXCLUSIVE["folds"]
-    found = pd.DataFrame(np.eye(4)[truth], columns=list("abcd"))
-    return found.assign(image_id=folds.id, fold=folds.fold, model=model)
+    scores = pd.DataFrame(np.eye(4)[truth], columns=list("abcd"))
+    return scores.assign(image_id=folds.id, fold=folds.fold, model=model)
 
 
 def nested_run(folder, model, outer, wrong=0):
-    """A run that holds out one outer fold: its models in outer<k>/fold<n>, its scores of that fold's images."""
-    rest = {**EXCLUSIVE, "folds": EXCLUSIVE["folds"][EXCLUSIVE["folds"].fold != outer].reset_index(drop=True)}
+    """Write a run with one outer fold held out: models in outer<k>/fold<n>, and scores of that fold's images."""
+    remaining = {**EXCLUSIVE, "folds": EXCLUSIVE["folds"][EXCLUSIVE["folds"].fold != outer].reset_index(drop=True)}
     inner = [fold for fold in range(3) if fold != outer]
-    train(folder / f"outer{outer}", rest, folds=inner, model=model, recipe=CLASSIFIER, finished=False)
+    train(folder / f"outer{outer}", remaining, folds=inner, model=model, recipe=CLASSIFIER, finished=False)
     (folder / f"outer{outer}" / "record.json").rename(folder / "record.json")
     scores = class_scores(model, wrong)
     write_table(scores[scores.fold == outer], "class_scores", folder / "tables" / "class_scores.parquet")
@@ -339,35 +341,35 @@ def test_exclusive_classes_of_nested_folds_and_ensembles_are_ranked_by_macro_f1(
     write_table(scores, "class_scores", tmp_path / "ensemble" / "tables" / "class_scores.parquet")
     write_json(tmp_path / "ensemble" / "ensemble" / "ensemble.json", {"method": "flannel"})
     write_json(tmp_path / "ensemble" / "record.json", {"parameters": {"prepare_run": "prepare"}})
-    known = {"model": "flannel", "learners": ["learner"], "folds_fingerprint": data_fingerprint(folds=EXCLUSIVE["folds"])}
-    write_json(tmp_path / "ensemble" / "metrics.json", known)
-    found = board(tmp_path)
-    assert len(found.rankings()) == 1
-    rows = found.rankings()[1].set_index("name")
+    metrics = {"model": "flannel", "learners": ["learner"], "folds_fingerprint": data_fingerprint(folds=EXCLUSIVE["folds"])}
+    write_json(tmp_path / "ensemble" / "metrics.json", metrics)
+    leaderboard = board(tmp_path)
+    assert len(leaderboard.rankings()) == 1
+    rows = leaderboard.rankings()[1].set_index("name")
     assert rows.index.tolist() == ["ensemble: flannel", "ensemble: mean", "learner-[0,1,2]", "plain"]
     assert rows.figure.unique().tolist() == ["macro F1"] and rows.images.tolist() == [32] * 4
     assert rows.accuracy.to_dict() == {
         **{"ensemble: flannel": 1.0, "ensemble: mean": 31 / 32, "learner-[0,1,2]": 30 / 32, "plain": 28 / 32}
     }
-    # By hand: of 8 images of each class one is called b instead of a; F1 14/15 and 16/17.
+    # By hand: there are 8 images of each class, and one of class a is called b; F1 14/15 and 16/17.
     assert rows.score["ensemble: mean"] == pytest.approx((14 / 15 + 16 / 17 + 2) / 4)
     assert rows.folds["learner-[0,1,2]"] == "0/1, 0/2, 1/0, 1/2, 2/0, 2/1" and rows.model["ensemble: mean"] == "mean"
     compared = compare(read_entries(list_runs([tmp_path])), "learner-[0,1,2]", "ensemble: flannel", samples=5)
     assert compared.set_index("figure").difference["accuracy"] == pytest.approx(2 / 32)
 
 
-def test_exclusive_classifiers_compare_on_the_images_that_both_have_answered(tmp_path):
+def test_exclusive_classifiers_compare_on_the_images_that_both_have_predicted(tmp_path):
     prepare(tmp_path / "prepare", EXCLUSIVE)
     train(tmp_path / "early", EXCLUSIVE, (0, 1), "early", CLASSIFIER, class_scores=class_scores("early", 4))
     train(tmp_path / "late", EXCLUSIVE, (1, 2), "late", CLASSIFIER, class_scores=class_scores("late", 6))
     compared = compare(read_entries(list_runs([tmp_path])), "early", "late", samples=5).set_index("figure")
-    # Fold 1 has images 4 to 7, 16 to 19 and 28 to 31: of these 12 the second calls images 4 and 5 the next class.
+    # Fold 1 has images 4 to 7, 16 to 19 and 28 to 31. The second model is wrong on two of these 12, images 4 and 5.
     assert compared.images.unique().tolist() == [12]
     assert compared["first"]["accuracy"] == 1 and compared.difference["accuracy"] == pytest.approx(-2 / 12)
     assert board(tmp_path).table.columns.is_unique
 
 
-def test_nested_models_of_other_data_have_no_figure(tmp_path):
+def test_nested_models_of_other_data_have_no_score(tmp_path):
     prepare(tmp_path / "prepare", {**EXCLUSIVE, "labels": EXCLUSIVE["labels"].assign(a=0.0, b=1.0, c=0.0, d=0.0)})
     nested_run(tmp_path / "learner", "learner", 0)
     remark = board(tmp_path).table.set_index("name").remark["learner"]

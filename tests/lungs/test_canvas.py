@@ -97,8 +97,8 @@ def test_a_kept_canvas_is_the_whole_one():
     small = SmallXrays(8)
     examples = dataset(small, LARGER, augment=True)
     first, again = examples[3, 2]["pixels"], examples[3, 2]["pixels"]
-    assert torch.equal(first, again) and examples.kept.pixels.shape == (8, 36, 36) and first.shape == (24, 24)
-    assert torch.equal(dataset(small, LARGER)[2]["pixels"], torch.from_numpy(examples.kept.get(2)[0][6:30, 6:30]))
+    assert torch.equal(first, again) and examples.canvas_cache.pixels.shape == (8, 36, 36) and first.shape == (24, 24)
+    assert torch.equal(dataset(small, LARGER)[2]["pixels"], torch.from_numpy(examples.canvas_cache.get(2)[0][6:30, 6:30]))
 
 
 @given(st.integers(0, 1000), st.booleans(), st.sampled_from([1.0, 0.5]))
@@ -176,8 +176,8 @@ def test_prediction_sees_what_training_is_judged_on(changes):
 
 
 def test_a_border_that_nobody_would_see_is_refused():
-    with pytest.raises(SettingsError, match="the middle 224 of a canvas of 336 show nothing: set canvas=0"):
+    with pytest.raises(SettingsError, match="the middle 224 of a canvas of 336, without its border; set canvas=0"):
         override(FindingsRecipe(), probe="border", canvas=336)
-    with pytest.raises(SettingsError, match="masked blackens everything outside the lungs: set masked=False"):
+    with pytest.raises(SettingsError, match="masked blackens everything outside the lungs; set masked=False"):
         override(FindingsRecipe(), probe="border", lungs="masks", masked=True)
     assert canvas_of({"image_size": 32}, 64) == canvas_of(override(StudyRecipe(), image_size=64))

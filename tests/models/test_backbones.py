@@ -1,4 +1,4 @@
-"""A backbone that somebody registers with timm serves in training, as starting weights and in prediction, in any process."""
+"""Custom backbones that are registered with timm work in training, as starting weights and in prediction, in any process."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from tests import PROJECT
 from tests.small_tasks import train_small
 from tests.small_xrays import RECIPE, SmallXrays
 
-# Three convolutions, whose answers come at strides 4, 8 and 16, with what timm's own models say of themselves.
+# A network of three convolutions with strides 4, 8 and 16, and the attributes that timm's own models have.
 OWN_BACKBONE = """
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
@@ -78,7 +78,7 @@ for name, folder in (("study", study), ("detector", detector)):
 
 @pytest.fixture
 def own_backbone(tmp_path, monkeypatch):
-    """The folder of the module `own_backbone`, as it is when a user has set PYTHONPATH and KIT_BACKBONES."""
+    """Folder with the module `own_backbone`, with PYTHONPATH and KIT_BACKBONES set as a user would set them."""
     (tmp_path / "own_backbone.py").write_text(OWN_BACKBONE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv(MODULES, "own_backbone")
@@ -100,7 +100,7 @@ def test_a_backbone_registered_with_timm_trains_and_predicts_from_its_bundle(own
     for name, tensor in detector.model.backbone.body.state_dict().items():
         assert torch.equal(tensor, weights[f"backbone.{name}"]), name
     runs["detector"] = train_small(own_backbone / "detector", small, started)
-    # In a new process, which knows the backbone by the environment alone.
+    # In a new process, which learns of the backbone from the environment variable alone.
     paths = [str(run.run_folder / "bundle") for run in runs.values()]
     environment = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{own_backbone}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -113,7 +113,7 @@ def test_a_backbone_registered_with_timm_trains_and_predicts_from_its_bundle(own
     np.testing.assert_allclose(found.loc[expected.index, "none"], expected.none, atol=1e-5)
     best = pd.read_parquet(own_backbone / "detector.parquet").groupby("image_id").score.max()
     expected = runs["detector"].tables["detections"].groupby("image_id").score.max()
-    assert len(expected) == 8  # barely trained, it is sure of nothing and finds something in every image
+    assert len(expected) == 8  # a barely trained network finds some box in every image
     np.testing.assert_allclose(best.loc[expected.index], expected, atol=1e-4)
 
 
@@ -124,6 +124,6 @@ def test_a_module_that_cannot_be_imported_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["hf-hub:somebody/model", "local-dir:/tmp/model", "resnet19"])
-def test_what_is_no_registered_name_is_refused(name):
-    with pytest.raises(ValueError, match=f"no backbone '{name}'; near: "):
+def test_an_unregistered_name_is_refused(name):
+    with pytest.raises(ValueError, match=f"no backbone '{name}'; similar names: "):
         check_backbone(name)

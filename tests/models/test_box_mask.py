@@ -1,4 +1,4 @@
-"""The mask's area in closed form, and a loss that rewards the better mask."""
+"""Box masks have the boxes' area, and the mask loss is lower for a better prediction."""
 
 import numpy as np
 import pytest
@@ -15,20 +15,20 @@ corners = st.tuples(*[st.floats(-5, SIDE + 5, width=32) for _ in range(4)])
 
 
 def inside(box):
-    """Width and height of what of a box lies on the canvas."""
+    """Return width and height of the part of a box that lies on the canvas."""
     low, high = np.clip(box[:2], 0, SIDE), np.clip(box[2:], 0, SIDE)
     return np.maximum(high - low, 0)
 
 
 @given(corners)
-def test_the_masks_area_is_the_boxes_to_the_pixels_fraction(values):
+def test_the_mask_has_exactly_the_area_of_the_box(values):
     xmin, xmax = sorted(values[:2])
     ymin, ymax = sorted(values[2:])
     mask = box_mask(torch.tensor([[xmin, ymin, xmax, ymax]]), CELLS, STRIDE)
     assert mask.shape == (CELLS, CELLS) and mask.min() >= 0 and mask.max() <= 1
     width, height = inside(np.array([xmin, ymin, xmax, ymax]))
     assert mask.sum().item() * STRIDE**2 == pytest.approx(width * height, abs=1e-2)
-    # The centre of mass is the middle of what is visible: x along columns, y along rows.
+    # The centre of mass is the middle of the visible part: x along columns, y along rows.
     if width * height > 1:
         middles = (torch.arange(CELLS) + 0.5) * STRIDE
         cut = mask.sum(dim=0) @ middles / mask.sum(), mask.sum(dim=1) @ middles / mask.sum()
@@ -36,7 +36,7 @@ def test_the_masks_area_is_the_boxes_to_the_pixels_fraction(values):
         assert abs(cut[1].item() - np.clip([ymin, ymax], 0, SIDE).mean()) < STRIDE
 
 
-def test_a_cell_holds_the_share_that_is_covered():
+def test_a_cell_holds_the_share_of_its_area_that_is_covered():
     # 2 of 4 columns and 1 of 4 rows of the first cell: 1/8; the second cell of the row: 4 of 4 columns.
     mask = box_mask(torch.tensor([[2.0, 3.0, 8.0, 4.0]]), 3, 4)
     assert torch.equal(mask, torch.tensor([[1 / 8, 1 / 4, 0], [0, 0, 0], [0, 0, 0]]))
@@ -60,7 +60,7 @@ def test_the_loss_is_its_formula():
 @settings(max_examples=60)
 @given(st.integers(0, 2**31), st.floats(0.05, 0.95), st.booleans())
 def test_a_better_prediction_costs_less(seed, step, empty):
-    """On the way from any prediction to the truth, every step is cheaper."""
+    """The loss falls with every step from any prediction towards the truth."""
     torch.manual_seed(seed)
     mask = torch.zeros(2, 6, 6)
     if not empty:
@@ -70,7 +70,7 @@ def test_a_better_prediction_costs_less(seed, step, empty):
     assert mask_loss(truth, mask) < mask_loss(nearer, mask) < mask_loss(start, mask)
 
 
-def test_a_rough_mask_beats_none_and_a_batch_without_a_box_can_be_right():
+def test_a_rough_mask_costs_less_than_none_and_a_batch_without_a_box_can_cost_0():
     mask = functional.pad(torch.ones(1, 4, 4), (2, 2, 2, 2))
     rough = functional.pad(torch.ones(1, 4, 4), (1, 3, 1, 3))
     assert mask_loss(rough * 8 - 4, mask) < mask_loss(torch.full_like(mask, -4.0), mask)

@@ -1,4 +1,4 @@
-"""The head's size, freezing, probabilities, the loss, and that any kind of backbone fits."""
+"""Classifiers: the head's size, freezing, probabilities, the loss, and different kinds of backbones."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def size(module):
 
 
 def test_the_heads_have_the_published_sizes():
-    # Published by the Heidelberg project: 2048-1024-ReLU-15 of the NIH backbone, 2048-1024-ReLU-4 of the study model
+    # Published by the Heidelberg project: 2048-1024-ReLU-15 for the NIH backbone, 2048-1024-ReLU-4 for the study model
     assert size(head(2048, 1024, 0.5, outputs=15)) == 2_113_551
     assert size(head(2048, 1024, 0.5, outputs=4)) == 2_102_276
     # The kit's fifth output, none, adds a row of weights and a bias.
@@ -70,14 +70,14 @@ def test_the_heidelberg_backbone_gives_the_head_2048_features():
 # A residual net, a ConvNeXt, an EfficientNet whose head is wider than its features, a transformer built for one side.
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_convnext", "mobilenetv3_small_050", "test_vit"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_any_backbone_gives_five_logits(backbone, channels):
+def test_any_backbone_has_five_logits(backbone, channels):
     model = StudyClassifier(override(RECIPE, backbone=backbone, channels=channels, image_size=64)).eval()
     x = model.normalise(torch.zeros(2, 64, 64, dtype=torch.uint8))
     assert x.shape == (2, channels, 64, 64)
     assert model(x).shape == (2, 5)
 
 
-def test_an_unknown_backbone_is_named_with_its_neighbours():
+def test_the_error_for_an_unknown_backbone_suggests_similar_names():
     with pytest.raises(ValueError, match=r"no backbone 'resnet19'.*resnet18"):
         StudyClassifier(override(RECIPE, backbone="resnet19"))
 
@@ -89,7 +89,7 @@ def test_grey_is_normalised_by_the_mean_over_the_colours():
     assert model.normalise(torch.full((1, 32, 32), 255, dtype=torch.uint8))[0, 0, 0, 0] == pytest.approx(0.551 / 0.226)
 
 
-def test_a_half_is_taken_of_pixels_where_the_recipe_says_so():
+def test_normalisation_half_subtracts_and_divides_by_a_half():
     model = StudyClassifier(override(RECIPE, normalisation="half", channels=3))
     assert model.mean == model.std == [0.5] * 3
     x = model.normalise(torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 3).expand(1, 32, 3))
@@ -98,13 +98,13 @@ def test_a_half_is_taken_of_pixels_where_the_recipe_says_so():
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_frozen_means_batch_norm_statistics_too(frozen):
+def test_a_frozen_backbone_keeps_its_batch_norm_statistics(frozen):
     assert parts_changed_by_a_step(override(RECIPE, frozen_backbone=frozen)) == (
         {"head"} if frozen else {"backbone", "head"}
     )
 
 
-def test_statistics_of_a_frozen_backbone_may_run_on_as_heidelbergs_did():
+def test_a_frozen_backbone_can_update_its_statistics_as_heidelbergs_did():
     torch.manual_seed(0)
     model = StudyClassifier(override(RECIPE, frozen_backbone=True, frozen_statistics=False))
     changed = changed_by_a_step(model)
@@ -113,7 +113,7 @@ def test_statistics_of_a_frozen_backbone_may_run_on_as_heidelbergs_did():
 
 
 def changed_by_a_step(model):
-    """Names of tensors that one step of training changes."""
+    """Return the names of the tensors that one training step changes."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
     pixels = torch.randint(0, 256, (4, 32, 32), dtype=torch.uint8)
@@ -123,7 +123,7 @@ def changed_by_a_step(model):
 
 
 def parts_changed_by_a_step(recipe, epoch=0):
-    """Of the head and the stages of test_resnet, those whose weights or statistics one step of that epoch changes."""
+    """Return the parts (head, stages of test_resnet) whose weights or statistics one training step of `epoch` changes."""
     torch.manual_seed(0)
     model = StudyClassifier(recipe).train()
     model.unfreeze(epoch)
@@ -135,7 +135,7 @@ def parts_changed_by_a_step(recipe, epoch=0):
     return parts
 
 
-def test_stages_are_given_free_the_last_first():
+def test_stages_are_unfrozen_from_the_last():
     recipe = override(RECIPE, frozen_backbone=True, unfreeze_every=2)
     stages = ["layer4", "layer3", "layer2", "layer1", "stem"]
     for epoch in (0, 1, 2, 3, 4, 6, 8, 10, 90):
@@ -157,7 +157,7 @@ def test_stages_are_given_free_the_last_first():
         ("vgg19", ["pre_logits", "features.34", "features.32", "features.30", "features.28", "features.25"]),
     ],
 )
-def test_what_learns_after_each_unfreezing_is_exactly_the_last_stages(backbone, last_first):
+def test_after_each_unfreezing_exactly_the_last_stages_are_trainable(backbone, last_first):
     recipe = FindingsRecipe(backbone=backbone, frozen_backbone=True, unfreeze_every=5, multi_label=False)
     with torch.device("meta"):
         model = FindingsClassifier(recipe, ["normal", "pneumonia", "COVID-19"])
@@ -170,7 +170,7 @@ def test_what_learns_after_each_unfreezing_is_exactly_the_last_stages(backbone, 
         assert all(each.requires_grad for each in model.head.parameters())
 
 
-def test_statistics_of_thawed_stages_stay_where_the_recipe_keeps_them():
+def test_thawed_stages_keep_their_statistics_if_the_recipe_says_so():
     torch.manual_seed(0)
     recipe = override(RECIPE, frozen_backbone=True, unfreeze_every=1, thawed_statistics=False)
     model = StudyClassifier(recipe).train()
@@ -180,7 +180,7 @@ def test_statistics_of_thawed_stages_stay_where_the_recipe_keeps_them():
         assert not any("running_" in name or "num_batches" in name for name in changed)
         stages = {name.split(".")[1] for name in changed if name.startswith("backbone.layer")}
         assert stages == ({"layer4", "layer3"} if epoch == 2 else {"layer4", "layer3", "layer2", "layer1"})
-        # The norms' weights learn all the same.
+        # The weights of the norms are trained nevertheless.
         assert "backbone.layer4.0.bn2.weight" in changed
         dropout = [module for module in model.head if isinstance(module, torch.nn.Dropout)]
         assert dropout[0].training
@@ -194,12 +194,12 @@ def test_stages_hold_each_parameter_once_in_the_networks_order(backbone):
         model = StudyClassifier(override(RECIPE, backbone=backbone, image_size=64))
     names = [name for name, _ in model.backbone.named_parameters()]
     assert sorted(name for stage in model.stages for name in stage) == sorted(names)
-    # A stage of norms alone would be an unfreezing of next to nothing.
+    # Unfreezing a stage that consists of norms alone would have hardly any effect.
     assert all(any(model.backbone.get_parameter(name).ndim > 1 for name in stage) for stage in model.stages)
     assert names[0] in model.stages[0] and len(model.stages) >= 5
 
 
-def test_what_is_given_free_learns_at_its_own_rate():
+def test_unfrozen_stages_have_their_own_learning_rate():
     frozen = override(RECIPE, frozen_backbone=True)
     assert StudyClassifier(override(frozen, unfreeze_every=1, unfrozen_rate=0.2)).rates() == {"backbone.": 0.2}
     assert StudyClassifier(frozen).rates() == StudyClassifier(RECIPE).rates() == {}
@@ -208,11 +208,11 @@ def test_what_is_given_free_learns_at_its_own_rate():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"unfreeze_every": 1}, "unfreeze_every is 1, but nothing is frozen: set frozen_backbone=True"),
-        ({"thawed_statistics": False}, "thawed_statistics is False, but no statistics are frozen first"),
+        ({"unfreeze_every": 1}, "unfreeze_every is 1, but nothing is frozen; set frozen_backbone=True"),
+        ({"thawed_statistics": False}, "thawed_statistics is False, but no statistics are frozen; set"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(changes, message):
+def test_settings_without_effect_are_refused(changes, message):
     with pytest.raises(SettingsError, match=message):
         override(RECIPE, **changes)
 
@@ -221,7 +221,7 @@ EXCLUSIVE = FindingsRecipe(backbone="test_resnet", channels=1, image_size=32, hi
 COVID = ["COVID-19", "not COVID-19"]
 
 
-def test_one_logit_is_the_softmax_of_it_and_nothing():
+def test_one_logit_equals_the_softmax_of_the_logit_and_0():
     torch.manual_seed(0)
     model = FindingsClassifier(override(EXCLUSIVE, one_logit=True), COVID).eval()
     logits = model(model.normalise(torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)))
@@ -229,7 +229,7 @@ def test_one_logit_is_the_softmax_of_it_and_nothing():
     found = model.probabilities(logits)
     assert torch.allclose(found[:, 0], logits[:, 0].sigmoid()) and torch.allclose(found.sum(dim=1), torch.ones(3))
     assert torch.allclose(found, torch.stack([logits[:, 0], torch.zeros(3)], dim=1).softmax(dim=1))
-    # The cross entropy over both is the binary one of the first class.
+    # The cross entropy over both classes equals the binary cross entropy of the first class.
     label = torch.eye(2)[[0, 1, 0]]
     binary = functional.binary_cross_entropy_with_logits(logits[:, 0], label[:, 0])
     assert torch.allclose(functional.cross_entropy(model.class_logits(logits), label), binary)
@@ -238,23 +238,23 @@ def test_one_logit_is_the_softmax_of_it_and_nothing():
 @pytest.mark.parametrize(
     ("changes", "classes", "message"),
     [
-        ({"one_logit": True}, ["a", "b", "c"], "one_logit answers 2 classes, and there are 3: a, b, c; set it to False"),
+        ({"one_logit": True}, ["a", "b", "c"], "one_logit needs 2 classes, but there are 3: a, b, c; set it to False"),
         (
             {"one_logit": True, "class_weights": True, "multi_label": True},
             COVID,
             "one_logit=True and class_weights=True: only for classes of which exactly one is true; set multi_label=False",
         ),
         ({"judged_by": "macro_f1", "multi_label": True}, COVID, "judged_by='macro_f1': only for classes"),
-        ({"auxiliary": 0.4}, COVID, "auxiliary is 0.4, the weight of .* an inception_v3 that learns, not of test_resnet"),
-        ({"auxiliary": 0.4, "backbone": "inception_v3", "frozen_backbone": True}, COVID, "not of a frozen inception_v3"),
+        ({"auxiliary": 0.4}, COVID, "auxiliary is 0.4, the weight of .* trainable inception_v3 has, not test_resnet"),
+        ({"auxiliary": 0.4, "backbone": "inception_v3", "frozen_backbone": True}, COVID, "not a frozen inception_v3"),
     ],
 )
-def test_settings_that_do_not_go_with_the_classes_are_refused(changes, classes, message):
+def test_settings_that_do_not_fit_the_classes_are_refused(changes, classes, message):
     with pytest.raises(ValueError, match=message):
         check_classes(override(EXCLUSIVE, **changes), classes)
 
 
-def test_inceptions_auxiliary_head_answers_the_same_classes_and_prediction_does_not_compute_it():
+def test_inceptions_auxiliary_head_has_the_same_classes_and_prediction_does_not_run_it():
     torch.manual_seed(0)
     recipe = override(EXCLUSIVE, backbone="inception_v3", channels=3, image_size=299, auxiliary=0.4)
     model = FindingsClassifier(recipe, ["a", "b", "c"]).eval()
@@ -268,26 +268,26 @@ def test_inceptions_auxiliary_head_answers_the_same_classes_and_prediction_does_
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit"])
-def test_the_mask_comes_beside_the_same_logits_and_prediction_does_not_compute_it(backbone):
+def test_the_mask_decoder_does_not_change_the_logits_and_prediction_does_not_run_it(backbone):
     torch.manual_seed(0)
     recipe = override(RECIPE, backbone=backbone, image_size=64, segmentation=1.0)
     model = StudyClassifier(recipe).eval()
     x = model.normalise(torch.randint(0, 256, (2, 64, 64), dtype=torch.uint8))
     logits, mask = model.with_mask(x)
-    stride = 16 if backbone == "test_vit" else 8  # a vision transformer has but one size of map
+    stride = 16 if backbone == "test_vit" else 8  # all maps of a vision transformer have the same size
     assert mask.shape == (2, 64 // stride, 64 // stride) and model.mask_decoder.stride == stride
     model.mask_decoder.register_forward_hook(lambda *_: pytest.fail("the decoder was computed"))
     assert torch.allclose(model(x), logits, atol=1e-5)
 
 
-def test_segmentation_names_what_it_cannot_work_with():
+def test_segmentation_refuses_unsuitable_sizes_and_backbones():
     with pytest.raises(ValueError, match=r"image_size is 44.*multiple of 8, such as 40"):
         StudyClassifier(override(RECIPE, image_size=44, segmentation=1.0))
-    with pytest.raises(ValueError, match=r"maps inside the backbone.*segmentation=0"), torch.device("meta"):
+    with pytest.raises(ValueError, match=r"intermediate feature maps.*segmentation=0"), torch.device("meta"):
         StudyClassifier(override(RECIPE, backbone="densenet121", segmentation=1.0))
 
 
-def test_a_model_answers_what_it_has_learnt():
+def test_outputs_that_are_not_trained_are_nan():
     logits = torch.randn(3, 5)
     both = StudyClassifier(RECIPE).probabilities(logits)
     assert torch.equal(both, probabilities(logits))
@@ -299,7 +299,7 @@ def test_a_model_answers_what_it_has_learnt():
 
 @settings(max_examples=50)
 @given(st.lists(st.lists(st.floats(-50, 50), min_size=5, max_size=5), min_size=1, max_size=4))
-def test_four_classes_sum_to_one_and_none_stands_alone(rows):
+def test_four_classes_sum_to_one_and_none_is_independent(rows):
     found = probabilities(torch.tensor(rows)).numpy()
     assert found[:, :4].sum(axis=1) == pytest.approx(np.ones(len(rows)), abs=1e-5)
     assert found[:, 4] == pytest.approx(1 / (1 + np.exp(-np.array(rows)[:, 4])), abs=1e-6)
@@ -325,7 +325,7 @@ def test_the_loss_of_one_output_is_its_part_of_the_formula():
 def test_smoothing_spreads_a_share_of_the_truth_evenly():
     torch.manual_seed(0)
     logits, study, none = torch.randn(3, 5), torch.eye(4)[:3], torch.tensor([1.0, 0, 0.5])
-    # 0.2 of the truth: 0.05 for each of four classes, and none becomes 0.9, 0.1 and stays at 0.5.
+    # A share of 0.2 gives 0.05 to each of four classes; none becomes 0.9 or 0.1, or stays at 0.5.
     by_hand = study_loss(logits, study * 0.8 + 0.05, torch.tensor([0.9, 0.1, 0.5]), 0.5)
     assert study_loss(logits, study, none, 0.5, smoothing=0.2).item() == pytest.approx(by_hand.item(), abs=1e-6)
 
@@ -350,7 +350,7 @@ def test_a_batch_without_any_label_costs_nothing_and_still_has_gradients():
     assert loss.item() == 0 and (logits.grad == 0).all()
 
 
-def test_a_loaded_model_needs_no_starting_weights_and_all_of_its_own():
+def test_a_loaded_model_needs_all_of_its_weights_and_no_starting_weights():
     recipe = override(RECIPE, starting_weights="/gone/imagenet.safetensors")
     weights = StudyClassifier(recipe).state_dict()
     record = {

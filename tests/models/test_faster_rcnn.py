@@ -1,4 +1,4 @@
-"""What the network is shown, what it returns, and where its weights may come from."""
+"""Faster R-CNN: its input, its predictions, its losses and its starting weights."""
 
 import numpy as np
 import pytest
@@ -46,9 +46,9 @@ def test_the_network_sees_the_canvas_normalised_once_and_at_its_own_size(side, c
 
 
 @pytest.mark.parametrize(("side", "strides"), [(64, [4]), (128, [4, 8]), (512, [4, 8, 16, 32]), (1024, [4, 8, 16, 32, 64])])
-def test_a_canvas_uses_the_maps_whose_anchors_it_holds(side, strides):
+def test_a_canvas_uses_the_maps_whose_anchors_fit_into_it(side, strides):
     model = FasterRCNNDetector(override(RECIPE, image_size=side)).model
-    # A map's largest square anchor is 8 strides wide, which is half of the canvas on the last map of these sizes.
+    # A map's largest square anchor is 8 strides wide: half of the canvas on the last map, at these sizes.
     squares = [max(sizes) for sizes in model.rpn.anchor_generator.sizes]
     assert squares == [8 * stride for stride in strides] and squares[-1] == side / 2
     features = model.backbone(torch.zeros(1, 1, side, side))
@@ -59,12 +59,12 @@ def test_predictions_are_boxes_of_the_canvas_best_first_and_limited(detector):
     found = detector.predict(NOISE)
     assert len(found) == 3
     for boxes in found:
-        assert boxes.shape == (7, 5)  # an untrained network is sure of nothing, and every proposal passes 0.001
+        assert boxes.shape == (7, 5)  # in an untrained network every proposal has a score above 0.001
         assert (boxes[:, :4] >= 0).all() and (boxes[:, :4] <= 64).all() and (boxes[:, :2] < boxes[:, 2:4]).all()
         assert (np.diff(boxes[:, 4]) <= 0).all() and (boxes[:, 4] >= 0.001).all() and (boxes[:, 4] <= 1).all()
 
 
-def test_a_score_threshold_drops_what_is_below(detector):
+def test_boxes_below_the_score_threshold_are_dropped(detector):
     scores = np.concatenate([boxes[:, 4] for boxes in detector.predict(NOISE)])
     torch.manual_seed(0)
     strict = FasterRCNNDetector(override(RECIPE, min_score=float(np.median(scores)))).eval()
@@ -78,7 +78,7 @@ def test_images_without_boxes_train_the_background():
     losses = detector.losses(NOISE, [torch.zeros(0, 4)] * 3)
     assert losses["loss_box_reg"] == losses["loss_rpn_box_reg"] == 0  # no box to be placed
     sum(losses.values()).backward()
-    # Descending lowers the score of foreground: the gradient of its bias is positive, of the background's negative.
+    # A step lowers the foreground score: the gradient of its bias is positive, that of the background's bias negative.
     background, opacity = detector.model.roi_heads.box_predictor.cls_score.bias.grad
     assert opacity > 0 > background
 
@@ -90,7 +90,7 @@ def test_a_canvas_of_another_size_or_type_is_refused(detector):
         detector.predict(torch.zeros(1, 64, 64))
 
 
-def test_a_bundle_s_weights_predict_alike_and_nothing_else_is_read(detector):
+def test_a_bundles_weights_give_the_same_predictions_and_no_other_file_is_read(detector):
     record = {
         "family": "faster_rcnn",
         "classes": ["opacity"],
@@ -98,15 +98,15 @@ def test_a_bundle_s_weights_predict_alike_and_nothing_else_is_read(detector):
     }
     loaded = load_network(record, detector.state_dict(), torch.device("cpu"))
     for boxes, again in zip(detector.predict(NOISE), loaded.predict(NOISE), strict=True):
-        np.testing.assert_allclose(again, boxes, rtol=1e-4, atol=1e-3)  # another memory order adds up in another order
+        np.testing.assert_allclose(again, boxes, rtol=1e-4, atol=1e-3)  # another memory format sums in another order
     with pytest.raises(RuntimeError, match="Missing key"):
         load_network(record, {}, torch.device("cpu"))
 
 
-def test_backbones_that_cannot_serve_are_named():
+def test_unsuitable_backbones_are_refused():
     with pytest.raises(ValueError, match=r"strides \[16, 16, 16\].*needs 4, 8 and 16"):
         FasterRCNNDetector(override(RECIPE, backbone="test_vit"))
-    with pytest.raises(ValueError, match=r"no backbone 'resnet19'; near: .*resnet18"):
+    with pytest.raises(ValueError, match=r"no backbone 'resnet19'; similar names: .*resnet18"):
         FasterRCNNDetector(override(RECIPE, backbone="resnet19"))
 
 
@@ -137,8 +137,8 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
         FasterRCNNDetector(override(RECIPE, starting_weights=str(tmp_path / "other.safetensors")))
 
 
-def test_a_larger_canvas_at_prediction_reaches_the_backbone_as_it_is():
-    # The Heidelberg code asked for 1,024 pixels at inference, and torchvision resized them back to 512.
+def test_a_larger_canvas_at_prediction_is_not_resized():
+    # The Heidelberg code predicted at 1,024 pixels, which torchvision resized back to 512.
     detector = FasterRCNNDetector(override(RECIPE, image_size=64, inference_size=128))
     seen = []
     detector.model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
@@ -168,7 +168,7 @@ def test_a_findings_bundle_starts_a_detector(tmp_path, channels):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_trained_detector_starts_another_with_all_it_has(detector, tmp_path):
+def test_a_trained_detector_is_a_complete_start_for_another(detector, tmp_path):
     save_file({name: value.contiguous() for name, value in detector.state_dict().items()}, tmp_path / "rsna.safetensors")
     started = FasterRCNNDetector(override(RECIPE, starting_weights=str(tmp_path / "rsna.safetensors")))
     assert all(torch.equal(started.state_dict()[name], value) for name, value in detector.state_dict().items())
@@ -178,7 +178,7 @@ def test_a_trained_detector_starts_another_with_all_it_has(detector, tmp_path):
 def test_the_ciou_loss_is_that_of_the_decoded_boxes():
     torch.manual_seed(0)
     plain, complete = FasterRCNNDetector(RECIPE), FasterRCNNDetector(override(RECIPE, box_loss="ciou"))
-    # Offsets of nought: what is found is the proposal itself.
+    # With offsets of 0 the predicted box is the proposal itself.
     torch.nn.init.zeros_(plain.model.roi_heads.box_predictor.bbox_pred.weight)
     torch.nn.init.zeros_(plain.model.roi_heads.box_predictor.bbox_pred.bias)
     complete.load_state_dict(plain.state_dict())

@@ -1,4 +1,4 @@
-"""Batched patches against the loop of patch after patch, memory, the score that the recipe names, and refusals."""
+"""Patch classifier: batched prediction equals a loop over patches, memory, scores of images, and invalid settings."""
 
 import dataclasses
 
@@ -21,13 +21,13 @@ CLASSES = ("COVID-19", "viral", "bacterial", "normal")
 def model(**changes):
     torch.manual_seed(0)
     made = PatchClassifier(override(RECIPE, **changes), CLASSES)
-    # Random weights answer all patches nearly alike; these differ.
+    # With random weights all patches get nearly the same prediction; these weights make them differ.
     made.head[-1].weight.data *= 30
     return made.eval()
 
 
 def drawn(images=3):
-    """Canvases of noise of their own brightness, and unlike numbers of centres, some of them at the border."""
+    """Return canvases of noise with different brightness and different numbers of centres, some at the border."""
     rng = np.random.default_rng(1)
     canvases = np.stack([rng.integers(0, 60 * image + 70, (64, 64)) for image in range(images)]).astype(np.uint8)
     where = places([rng.integers(0, 64, (count, 2)) for count in (7, 1, 5)[:images]])
@@ -36,7 +36,7 @@ def drawn(images=3):
 
 
 def one_after_another(network, canvases, where):
-    """The published way: cut one patch out of a padded image, normalise it, compute it, and so on."""
+    """Return the logits of a loop, as published: cut one patch from a padded image, normalise it, predict it."""
     found = []
     for image, row, column in where.tolist():
         padded = np.pad(canvases[image].numpy(), 16)
@@ -48,11 +48,11 @@ def one_after_another(network, canvases, where):
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet"])
-def test_batched_patches_answer_as_one_after_another(backbone, chunk):
+def test_batched_prediction_equals_a_loop_over_patches(backbone, chunk):
     network, (canvases, where) = model(backbone=backbone), drawn()
     network.chunk = chunk
     alone = one_after_another(network, canvases, where)
-    assert alone.std(dim=0).max() > 0.01  # patches tell apart, or equality would say nothing
+    assert alone.std(dim=0).max() > 0.01  # predictions differ between patches; otherwise equality would prove nothing
     together = network.probabilities(network.patch_logits(canvases, where))
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
     means = override(RECIPE, patch_score="mean_softmax")
@@ -62,7 +62,7 @@ def test_batched_patches_answer_as_one_after_another(backbone, chunk):
 
 
 @torch.inference_mode()
-def test_votes_are_those_of_the_single_patches():
+def test_votes_are_those_of_the_individual_patches():
     network, (canvases, where) = model(), drawn()
     assert network.recipe.patch_score == "votes"
     named = one_after_another(network, canvases, where).argmax(dim=1).numpy()
@@ -71,7 +71,7 @@ def test_votes_are_those_of_the_single_patches():
 
 
 @torch.inference_mode()
-def test_an_image_answers_alike_in_any_company():
+def test_an_images_prediction_does_not_depend_on_the_other_images():
     network, (canvases, where) = model(patch_score="mean_softmax"), drawn()
     together = network.image_probabilities(canvases, where)
     for image in range(3):
@@ -93,7 +93,7 @@ def test_two_classes_may_have_one_logit():
 
 
 @torch.inference_mode()
-def test_patches_are_fewer_at_a_time_where_memory_is_small(monkeypatch):
+def test_batches_are_halved_if_memory_is_small(monkeypatch):
     network, (canvases, where), seen = model(), drawn(), []
     whole, forward = network.image_probabilities(canvases, where), FindingsClassifier.forward
 
@@ -124,15 +124,15 @@ def test_a_loaded_model_is_the_same_and_ready_to_predict():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"masked": False}, "masked is False; wanted True"),
-        ({"multi_label": True, "judged_by": "auc"}, "multi_label is True; wanted False"),
-        ({"trained_on": "either"}, "trained_on is 'either'; wanted 'full'"),
-        ({"views": ["full", "flip"]}, "views is .*; wanted a list of 1 items: 'full'"),
-        ({"probe": "border"}, "probe is 'border'; wanted ''"),
-        ({"canvas": 0}, "canvas is 0; wanted a whole number of at least 8"),
+        ({"masked": False}, "masked is False; expected True"),
+        ({"multi_label": True, "judged_by": "auc"}, "multi_label is True; expected False"),
+        ({"trained_on": "either"}, "trained_on is 'either'; expected 'full'"),
+        ({"views": ["full", "flip"]}, "views is .*; expected a list of 1 items: 'full'"),
+        ({"probe": "border"}, "probe is 'border'; expected ''"),
+        ({"canvas": 0}, "canvas is 0; expected a whole number of at least 8"),
         ({"canvas": 31}, "canvas is 31, smaller than the image_size of 32"),
     ],
 )
-def test_settings_that_patches_have_no_use_for_are_refused(changes, message):
+def test_settings_that_do_not_apply_to_patches_are_refused(changes, message):
     with pytest.raises(SettingsError, match=message):
         override(RECIPE, **changes)

@@ -1,4 +1,4 @@
-"""Centres by chi-square, patches against slices of a padded array, votes and their ties, and what becomes of odd masks."""
+"""Lung patches: uniform centres, patches as slices of a padded array, votes and their ties, and unusable masks."""
 
 import numpy as np
 import pytest
@@ -18,8 +18,8 @@ RECIPE = PatchRecipe(canvas=64, image_size=16)
 
 
 def test_centres_are_uniform_over_the_masks_pixels():
-    # Two lungs of unlike size and a lone pixel. Rows and columns drawn independently, as the published code does, would
-    # fall between them.
+    # Two lungs of different size and a single pixel. Rows and columns drawn independently, as in the published code, would
+    # also fall between them.
     mask = np.zeros((24, 30), bool)
     mask[4:20, 3:10] = mask[6:14, 18:27] = mask[22, 28] = True
     drawn = centres(mask, 40_000, seed=5)
@@ -27,7 +27,7 @@ def test_centres_are_uniform_over_the_masks_pixels():
     counts = np.zeros(mask.shape, int)
     np.add.at(counts, tuple(drawn.T), 1)
     assert chisquare(counts[mask]).pvalue > 0.001  # 215 pixels, 186 draws each
-    # And no draw depends on the one before: pairs of lungs come in the products' shares.
+    # Draws are independent: the frequencies of pairs of lungs are the products of their shares.
     left = drawn[:, 1] < 15
     pairs = np.bincount(2 * left[::2] + left[1::2], minlength=4)
     share = mask[:, :15].sum() / mask.sum()
@@ -35,13 +35,13 @@ def test_centres_are_uniform_over_the_masks_pixels():
     assert chisquare(pairs, expected).pvalue > 0.001
 
 
-def test_centres_follow_from_the_seed_alone():
+def test_centres_depend_on_the_seed_alone():
     mask = np.eye(50, dtype=bool)
     assert np.array_equal(centres(mask, 9, 3), centres(mask.copy(), 9, 3))
     assert not np.array_equal(centres(mask, 9, 3), centres(mask, 9, 4))
     with pytest.raises(ValueError, match="no pixel of the mask is True"):
         centres(np.zeros((4, 4), bool), 3, 0)
-    # By sha256sum, which is the same wherever it runs: printf a | sha256sum begins with ca978112.
+    # `printf a | sha256sum` begins with ca978112.
     assert image_seed("a") == 0xCA978112 and image_seed("b") != image_seed("a")
 
 
@@ -53,7 +53,7 @@ def test_a_patch_is_a_slice_of_the_padded_canvas(count, rows, columns, side, see
     where = np.stack([rng.integers(size, size=7) for size in (count, rows, columns)], axis=1)
     found = cut(torch.from_numpy(canvases), torch.from_numpy(where), side)
     assert found.shape == (7, side, side) and found.dtype == torch.uint8
-    # Much more padding than is needed; the patch begins side // 2 before its centre.
+    # The padding is larger than necessary; the patch begins side // 2 before its centre.
     padded = np.pad(canvases, ((0, 0), (20, 20), (20, 20)))
     for patch, (image, row, column) in zip(found.numpy(), where, strict=True):
         top, left = row + 20 - side // 2, column + 20 - side // 2
@@ -69,7 +69,7 @@ def test_centres_outside_of_the_canvas_are_refused():
 def test_votes_are_shares_and_a_tie_goes_to_the_first_class():
     found = torch.tensor([[0.2, 0.4, 0.4], [0.5, 0.5, 0.0], [0.1, 0.2, 0.7], [1 / 3] * 3, [0.0, 0.1, 0.9]])
     which = torch.tensor([0, 0, 0, 0, 2])
-    # The first image's patches name 1 (of 1 and 2), 0 (of 0 and 1), 2 and 0 (of all three).
+    # The first image's patches vote for 1 (tied with 2), 0 (tied with 1), 2, and 0 (all three tied).
     shares = votes(found, which, 3)
     assert shares[0].tolist() == [0.5, 0.25, 0.25] and shares[2].tolist() == [0, 0, 1] and shares[1].isnan().all()
     expected = found[:4].double().mean(dim=0)
@@ -89,25 +89,25 @@ def test_shares_sum_to_one_and_do_not_depend_on_the_patches_order(seed, patches,
         rows = score(found, which, len(patches))
         torch.testing.assert_close(rows.sum(dim=1), torch.ones(len(patches), dtype=torch.float64), atol=1e-6, rtol=0)
         torch.testing.assert_close(score(found[order], which[order], len(patches)), rows, atol=1e-12, rtol=0)
-    # A share of so many votes is a whole number of them.
+    # Each share times the number of patches is a whole number.
     counted = votes(found, which, len(patches)) * torch.tensor(patches)[:, None]
     torch.testing.assert_close(counted, counted.round(), atol=1e-9, rtol=0)
 
 
-def test_places_say_which_canvas_a_centre_is_of():
+def test_joined_centres_name_their_canvas():
     found = places([np.array([[5, 6]]), np.array([[1, 2], [3, 4]])])
     assert found.tolist() == [[0, 5, 6], [1, 1, 2], [1, 3, 4]] and found.dtype == torch.int64
 
 
 def xray(rows=128, columns=96):
-    """A copy of half the original's size, and lungs on it: its left half."""
+    """Return an X-ray whose cached copy has half of the original's size, and lungs that fill its left half."""
     pixels = np.random.default_rng(0).integers(1, 256, (rows // 2, columns // 2)).astype(np.uint8)
     mask = np.zeros(pixels.shape, bool)
     mask[:, : columns // 4] = True
     return CachedXray("a", pixels, rows, columns), mask
 
 
-def test_the_canvas_is_the_adjusted_image_black_outside_of_the_mask():
+def test_the_canvas_is_the_adjusted_image_and_black_outside_of_the_mask():
     image, mask = xray()
     found = patch_canvas(image, Lungs(np.zeros(4), mask), RECIPE)
     whole = PLACEMENTS["stretch"](128, 96, 64).image(adjusted(image.pixels, True, 0.5))
@@ -117,11 +117,11 @@ def test_the_canvas_is_the_adjusted_image_black_outside_of_the_mask():
 
 
 @pytest.mark.parametrize("case", ["not found", "empty", "tiny", "small image"])
-def test_what_has_no_lungs_to_cut_from_is_one_patch_of_the_whole(case):
+def test_an_image_without_usable_lungs_is_a_single_patch(case):
     image, mask = xray(*(14, 90) if case == "small image" else ())
     if case in ("empty", "tiny"):
         mask[:] = False
-        mask[:4, :4] = case == "tiny"  # 16 of 64 x 48 pixels are 0.5 %, 1 % are wanted
+        mask[:4, :4] = case == "tiny"  # 16 of 64 x 48 pixels are 0.5 %; at least 1 % is required
     found = patch_canvas(image, Lungs(None) if case == "not found" else Lungs(np.zeros(4), mask), RECIPE)
     assert found.mask is None and found.pixels.shape == (64, 64)
     (patch,) = cut(torch.from_numpy(found.pixels)[None], places([found.centres(9, 0)]), 16)
@@ -129,7 +129,7 @@ def test_what_has_no_lungs_to_cut_from_is_one_patch_of_the_whole(case):
     np.testing.assert_array_equal(patch.numpy(), whole)
 
 
-def test_a_mask_of_just_enough_lungs_is_taken():
+def test_a_mask_of_just_enough_lungs_is_used():
     image, mask = xray()
     mask[:] = False
     mask[:9, :4] = True  # on the canvas 9 x 5 of 64 x 64 pixels, 1.1 %

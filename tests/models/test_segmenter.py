@@ -1,4 +1,4 @@
-"""The three networks against their papers' tables, the two losses against numpy, and images of any size."""
+"""Segmenters: the networks agree with their papers' tables, the losses with numpy; images may have any size."""
 
 import math
 
@@ -29,7 +29,7 @@ def parameters(network):
 
 
 def outputs_of(network, kind, x):
-    """Channels and sides that each module of a kind gives, in the order in which they are run."""
+    """Return the output shape (channels, sides) of each module of a kind, in the order in which they run."""
     seen, hooks = [], []
     for module in network.modules():
         if isinstance(module, kind):
@@ -54,8 +54,8 @@ def test_unet_has_the_papers_parameters_and_levels():
 
 
 def test_resunet_has_the_closed_forms_parameters_and_zhangs_strides():
-    # Units of Zhang et al., table I, as (channels in, channels out): the encoder, the bridge, the decoder over what is
-    # up-sampled and skipped.
+    # Units of Zhang et al., table I, as (channels in, channels out): the encoder, the bridge, and the decoder, whose input
+    # is the up-sampled and the skipped map.
     units = [(1, 64), (64, 128), (128, 256), (256, 512), (512 + 256, 256), (256 + 128, 128), (128 + 64, 64)]
     expected = 64 + 1  # the last 1 x 1 convolution
     for number, (before, after) in enumerate(units):
@@ -72,7 +72,7 @@ def test_resunet_has_the_closed_forms_parameters_and_zhangs_strides():
 
 
 def test_a_residual_unit_adds_its_input():
-    # Of a unit whose second convolution is zero the shortcut is left alone, which reads the input before it is activated.
+    # If a unit's second convolution is zero, only the shortcut remains, which uses the input before its activation.
     torch.manual_seed(0)
     for unit in ResUNet(1, 0.0625).eval().down:
         nn.init.zeros_(unit.path[-1].weight)
@@ -98,12 +98,12 @@ def test_fc_densenet_has_the_papers_parameters_convolutions_and_feature_maps():
     # Jegou et al., table 2, the numbers m of feature maps (its 578 is 304 + 160 + 112 = 576).
     published = [112, 192, 304, 464, 656, 896, 1088, 816, 576, 384, 256]
     assert [before + new for before, new, *_ in fed] == published
-    # What each block passes on is 16 maps a layer and nothing of what it was given.
+    # Each block passes on 16 maps per layer, without its input.
     assert [new for _, new, *_ in fed] == [16 * layers for layers in (4, 5, 7, 10, 12, 15, 12, 10, 7, 5, 4)]
     assert [rows for *_, rows, _ in fed] == [64, 32, 16, 8, 4, 2, 4, 8, 16, 32, 64]
     larger = [each for each in network.modules() if isinstance(each, nn.ConvTranspose2d)]
     assert [(each.in_channels, each.out_channels) for each in larger] == [(c, c) for c in (240, 192, 160, 112, 80)]
-    # Only the last block hands on what it was given as well.
+    # Only the last block also passes on its input.
     assert network.last.in_channels == 256 and out.shape == (1, 4, 64, 32)
     dropouts = {each.p for each in network.modules() if isinstance(each, nn.Dropout2d)}
     assert dropouts == {0.2}
@@ -111,7 +111,7 @@ def test_fc_densenet_has_the_papers_parameters_convolutions_and_feature_maps():
 
 @pytest.mark.parametrize("name", NARROW)
 @pytest.mark.parametrize("sides", [(32, 48), (37, 50), (33, 47), (65, 34)])
-def test_sides_that_a_network_does_not_take_are_padded_with_the_edge_and_cut_back(name, sides):
+def test_unsupported_sides_are_padded_with_the_edge_and_cropped_back(name, sides):
     torch.manual_seed(0)
     model = Segmenter(NARROW[name]).eval()
     x = torch.randn(2, 1, *sides)
@@ -126,7 +126,7 @@ def test_sides_that_a_network_does_not_take_are_padded_with_the_edge_and_cut_bac
 
 
 @pytest.mark.parametrize("sides", [(33, 47), (20, 47), (1, 1)])
-def test_fc_densenet_takes_any_sides_of_at_least_32_pixels(sides):
+def test_fc_densenet_accepts_any_sides_of_at_least_32_pixels(sides):
     model = Segmenter(NARROW["fc_densenet103"]).eval()
     given_sides = []
     model.network.register_forward_pre_hook(lambda _, x: given_sides.append(tuple(x[0].shape[-2:])))
@@ -135,7 +135,7 @@ def test_fc_densenet_takes_any_sides_of_at_least_32_pixels(sides):
     assert given_sides == [tuple(max(32, side) for side in sides)]
 
 
-def test_fc_densenet_cuts_the_middle_of_what_it_enlarges_to_the_skipped_map():
+def test_fc_densenet_crops_up_sampled_maps_to_the_middle():
     network = FCDenseNet103(1, 0.0625).eval()
     enlarged, skipped, joined = [], [], []
     for larger, up, smaller in zip(network.larger, network.up, network.smaller, strict=True):
@@ -145,7 +145,7 @@ def test_fc_densenet_cuts_the_middle_of_what_it_enlarges_to_the_skipped_map():
     with torch.inference_mode():
         network(torch.randn(1, 1, 33, 47))
     for whole, finer, both in zip(enlarged, reversed(skipped), joined, strict=True):
-        # n pixels become 2 n + 1, of which 2 n or 2 n + 1 are wanted: the middle of them begins at the first.
+        # n pixels become 2 n + 1, which are cropped to 2 n or 2 n + 1: either begins at the first pixel.
         rows, columns = finer.shape[-2:]
         assert {whole.shape[-2] - rows, whole.shape[-1] - columns} <= {0, 1}
         assert torch.equal(both, torch.cat([whole[..., :rows, :columns], finer], dim=1))
@@ -162,12 +162,12 @@ def test_every_parameter_learns(name, loss):
     segmentation_loss(model(torch.randn(2, 1, 40, 40)), truth, recipe).backward()
     for parameter_name, each in model.named_parameters():
         assert each.grad is not None and torch.isfinite(each.grad).all(), parameter_name
-        # A bias before a batch norm is taken away by it again.
+        # A batch norm cancels the bias of the convolution before it.
         assert each.ndim == 1 or each.grad.abs().max() > 0, parameter_name
 
 
 @pytest.mark.parametrize("name", NARROW)
-def test_a_saved_segmenter_answers_alike(name):
+def test_a_saved_segmenter_gives_the_same_predictions(name):
     torch.manual_seed(0)
     model = Segmenter(override(NARROW[name], **TWO)).eval()
     told = {"network": name, "width": 0.0625, "starting_weights": "gone", **TWO}
@@ -202,19 +202,19 @@ def test_probabilities_sum_to_one_and_background_comes_first(outputs, kind):
         assert torch.equal(found.argmax(dim=1), logits.argmax(dim=1))
 
 
-def test_grey_is_scaled_to_its_mean_and_spread():
+def test_grey_is_normalised_by_mean_and_standard_deviation():
     x = Segmenter(NARROW["unet"]).normalise(torch.tensor([[[0, 255]]], dtype=torch.uint8))
     assert x.tolist() == [[[[-2.0, 2.0]]]]  # (0 - 0.5) / 0.25 and (1 - 0.5) / 0.25
 
 
 def certain(places, outputs):
-    """Logits (n, outputs, rows, columns) that give each pixel's place a probability of 1 to six digits."""
+    """Return logits (n, outputs, rows, columns) that give each pixel's label a probability of 1, to six digits."""
     wanted = np.stack([places == place for place in range(outputs)], axis=1) if outputs > 1 else (places == 1)[:, None]
     return torch.from_numpy(np.where(wanted, 40.0, -40.0).astype(np.float32))
 
 
 def dice_loss(logits, truth):
-    """UNet + HRNet paper, equation 1, and one above and below, image by image and structure by structure."""
+    """Return the Dice loss of the UNet + HRNet paper, equation 1, with 1 added to numerator and denominator, by loops."""
     logits, losses = logits.astype(float), []
     for one, drawn in zip(logits, truth, strict=True):
         found = 1 / (1 + np.exp(-one)) if len(one) == 1 else (np.exp(one) / np.exp(one).sum(axis=0))[1:]
@@ -225,7 +225,7 @@ def dice_loss(logits, truth):
 
 
 def cross_entropy(logits, truth, background_weight):
-    """-sum w log p / sum w over pixels."""
+    """Return -sum w log p / sum w over pixels."""
     logits = logits.astype(float)
     if logits.shape[1] == 1:
         inside = 1 / (1 + np.exp(-logits[:, 0]))
@@ -239,7 +239,7 @@ def cross_entropy(logits, truth, background_weight):
 
 @settings(max_examples=30)
 @given(st.integers(0, 2**31), st.sampled_from([1, 3, 4]), st.integers(1, 3), st.sampled_from([0.25, 0.5, 1.0, 2.0]))
-def test_losses_are_numpys(seed, outputs, images, background_weight):
+def test_losses_equal_those_of_numpy(seed, outputs, images, background_weight):
     rng = np.random.default_rng(seed)
     logits = (2 * rng.normal(size=(images, outputs, 7, 5))).astype(np.float32)
     truth = rng.integers(0, max(2, outputs), (images, 7, 5)).astype(np.uint8)
@@ -264,17 +264,17 @@ def test_the_dice_loss_has_its_closed_forms(outputs):
         return segmentation_loss(certain(found, outputs), torch.from_numpy(truth), recipe).item()
 
     assert loss(places, places) == pytest.approx(0, abs=1e-6)
-    assert loss(empty, empty) == pytest.approx(0, abs=1e-6)  # nothing to find and nothing found
+    assert loss(empty, empty) == pytest.approx(0, abs=1e-6)  # an empty mask and an empty prediction
     assert loss(other, places) == pytest.approx(1 - 1 / 41, abs=1e-6)  # (0 + 1) / (20 + 20 + 1)
     assert loss(places, empty) == pytest.approx(1 - 1 / 21, abs=1e-6)
-    # Every pixel at one half, half of the pixels drawn: 2 n/4 over n/4 + n/2, and one each.
+    # All probabilities are 1/2 and half of the mask is set: 2 n/4 over n/4 + n/2, with 1 added to both.
     half = np.zeros((1, 10, 10), np.uint8)
     half[:, :5] = 1
     even = segmentation_loss(torch.zeros(1, 1, 10, 10), torch.from_numpy(half), NARROW["unet"]).item()
     assert even == pytest.approx(1 - (2 * 25 + 1) / (25 + 50 + 1))
 
 
-def test_one_structures_cross_entropy_is_the_binary_one_where_background_counts_in_full():
+def test_cross_entropy_of_one_structure_is_binary_if_background_has_weight_1():
     generator = torch.Generator().manual_seed(0)
     logits, truth = torch.randn(2, 1, 9, 8, generator=generator), torch.randint(0, 2, (2, 9, 8), generator=generator)
     recipe = override(NARROW["unet"], loss="cross_entropy", background_weight=1.0)

@@ -1,4 +1,4 @@
-"""Starting weights: what is found and read, and what is loaded."""
+"""Starting weights: which files are found and read, and which tensors are loaded."""
 
 import pickle
 
@@ -68,12 +68,12 @@ def test_pickles_are_never_loaded(tmp_path):
             read_starting_weights(tmp_path / name)
 
 
-def test_what_is_not_there_is_named(tmp_path, monkeypatch):
+def test_missing_weights_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("kitlib.paths.runs_root", lambda: tmp_path)
     monkeypatch.setattr("kitlib.paths.inputs_root", lambda: tmp_path)
     with pytest.raises(BundleError, match=r"missing\.safetensors.*nothing is downloaded"):
         read_starting_weights(tmp_path / "missing.safetensors")
-    with pytest.raises(BundleError, match="'nih/fold0/bundle' are no file, folder or finished run"):
+    with pytest.raises(BundleError, match="'nih/fold0/bundle' are neither a file, a folder nor a finished run"):
         read_starting_weights("nih/fold0/bundle")
     (tmp_path / "empty").mkdir()
     with pytest.raises(BundleError, match=r"model\.json is missing"):
@@ -90,7 +90,7 @@ def test_a_backbone_is_summed_for_grey_and_spread_for_colours(tmp_path):
     assert report["random"] == [f"head.{name}" for name in ("0.bias", "0.weight", "1.bias", "1.weight")]
     assert report["unused"] == ["fc.weight"]
     assert all(torch.equal(each.weight, old) for each, old in zip(grey.head, before, strict=True))
-    # the same grey picture in all three colours gives the same features as once
+    # a grey image in all three colours gives the same features as a single grey channel
     picture = torch.rand(1, 1, 5, 5)
     torch.testing.assert_close(grey.backbone[0](picture), colours.backbone[0](picture.expand(-1, 3, -1, -1)))
     save_file(grey.state_dict(), tmp_path / "grey.safetensors")
@@ -98,13 +98,13 @@ def test_a_backbone_is_summed_for_grey_and_spread_for_colours(tmp_path):
     torch.testing.assert_close(again.backbone[0](picture.expand(-1, 3, -1, -1)), grey.backbone[0](picture))
 
 
-def test_a_head_is_taken_whole_or_not_at_all(tmp_path):
+def test_a_head_is_loaded_whole_or_not_at_all(tmp_path):
     torch.manual_seed(0)
     five, other_five, four = Model(), Model(), Model(classes=4)
     save_file(five.state_dict(), tmp_path / "whole.safetensors")
     assert load_starting_weights(other_five, tmp_path / "whole.safetensors")["random"] == []
     assert torch.equal(five.head[1].weight, other_five.head[1].weight)
-    # the hidden layer would fit, yet it was made for five other classes
+    # the hidden layer would fit, but it was trained for five other classes
     report = load_starting_weights(four, tmp_path / "whole.safetensors")
     assert report["random"] == report["unused"] == ["head.0.bias", "head.0.weight", "head.1.bias", "head.1.weight"]
     assert not torch.equal(five.head[0].weight, four.head[0].weight)
@@ -125,5 +125,5 @@ def test_a_findings_backbone_starts_a_study_classifier(tmp_path):
 
 def test_weights_that_fit_nowhere_are_an_error(tmp_path):
     save_file({"0.weight": torch.zeros(7, 7)}, tmp_path / "other.safetensors")
-    with pytest.raises(BundleError, match="fits nowhere"):
+    with pytest.raises(BundleError, match=r"no tensor of .* fits the model"):
         load_starting_weights(Model(1), tmp_path / "other.safetensors")

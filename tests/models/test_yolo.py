@@ -1,4 +1,4 @@
-"""What the network is shown, how its output becomes boxes, and that nothing asks the network outside."""
+"""YOLO: its input, its predictions, its losses and starting weights; prediction never opens a connection."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def detector():
 
 
 def varied(detector):
-    """With large random last layers, so that boxes and scores of an untrained network differ from place to place."""
+    """Give an untrained network large random last layers, so that its boxes and scores vary over the image."""
     generator = torch.Generator().manual_seed(0)
     head = detector.model.model[-1]
     for part in (head.cv2, head.cv3):
@@ -51,7 +51,7 @@ def test_the_network_sees_the_canvas_scaled_once_in_three_equal_channels(detecto
 
 
 class Fixed(torch.nn.Module):
-    """A network that always gives this output."""
+    """A network that always returns the same output."""
 
     end2end = False
 
@@ -67,7 +67,9 @@ class Fixed(torch.nn.Module):
 def test_boxes_are_those_of_ultralytics_own_suppression(iou):
     generator = torch.Generator().manual_seed(0)
     sizes = torch.rand(3, 2, 200, generator=generator) * 20 + 2
-    centres = sizes / 2 + torch.rand(3, 2, 200, generator=generator) * (64 - sizes)  # inside: ultralytics does not cut
+    centres = sizes / 2 + torch.rand(3, 2, 200, generator=generator) * (
+        64 - sizes
+    )  # inside, because ultralytics does not clip boxes
     raw = torch.cat([centres, sizes, torch.rand(3, 1, 200, generator=generator) ** 8], dim=1)
     theirs = non_max_suppression(raw, conf_thres=0.001, iou_thres=iou, max_det=50)
     ours = YoloDetector(override(RECIPE, nms_iou=iou, max_detections=50), Fixed(raw)).predict(NOISE)
@@ -76,7 +78,7 @@ def test_boxes_are_those_of_ultralytics_own_suppression(iou):
         np.testing.assert_allclose(found, expected[:, :5], atol=1e-4)
 
 
-@pytest.mark.parametrize("backbone", ["yolov5nu", "yolo11n", "yolov10n", "yolo26n"])  # the last two suppress by themselves
+@pytest.mark.parametrize("backbone", ["yolov5nu", "yolo11n", "yolov10n", "yolo26n"])  # the last two need no suppression
 def test_every_generation_returns_boxes_of_the_canvas_best_first_and_limited(backbone):
     detector = YoloDetector(override(RECIPE, backbone=backbone, min_score=1e-9)).eval()
     for boxes in detector.predict(NOISE):
@@ -85,20 +87,20 @@ def test_every_generation_returns_boxes_of_the_canvas_best_first_and_limited(bac
         assert (np.diff(boxes[:, 4]) <= 0).all() and (boxes[:, 4] >= 0).all() and (boxes[:, 4] <= 1).all()
 
 
-def test_settings_that_cannot_be_are_named(detector):
-    with pytest.raises(ValueError, match=r"image_size 100 is no multiple of 32.*take 96"):
+def test_invalid_settings_are_refused(detector):
+    with pytest.raises(ValueError, match=r"image_size is 100, which is not a multiple of 32.*choose 96"):
         YoloDetector(override(RECIPE, image_size=100))
-    with pytest.raises(ValueError, match=r"inference_size 136 is no multiple of 32.*take 128"):
+    with pytest.raises(ValueError, match=r"inference_size is 136, which is not a multiple of 32.*choose 128"):
         YoloDetector(override(RECIPE, inference_size=136))
     with pytest.raises(ValueError, match="no model 'yolo99n'"):
         YoloDetector(override(RECIPE, backbone="yolo99n"))
-    with pytest.raises(ValueError, match="'yolov9t' has one width only"):
+    with pytest.raises(ValueError, match="'yolov9t' has a fixed width"):
         YoloDetector(override(RECIPE, backbone="yolov9t"))
     with pytest.raises(ValueError, match=r"uint8 canvases \(n, 64, 64\), got torch.uint8 \(1, 64, 32\)"):
         detector.predict(torch.zeros(1, 64, 32, dtype=torch.uint8))
 
 
-def test_a_bundle_s_weights_predict_alike_and_nothing_else_is_read(detector):
+def test_a_bundles_weights_give_the_same_predictions_and_no_other_file_is_read(detector):
     record = {
         "family": "yolo",
         "classes": ["opacity"],
@@ -113,7 +115,7 @@ def test_a_bundle_s_weights_predict_alike_and_nothing_else_is_read(detector):
 
 def test_starting_weights_are_a_bundle_s_or_ultralytics_own_names(detector, tmp_path):
     save_file(detector.state_dict(), tmp_path / "bundle.safetensors")
-    # As ultralytics names them; of eighty classes, so that the three last layers do not fit (their biases begin alike).
+    # Named as in ultralytics, with eighty classes, so that the three last layers do not fit (their biases start equal).
     theirs = {name: value.contiguous() for name, value in detector.model.state_dict().items()}
     last = [name for name in theirs if ".cv3." in name and name.rsplit(".", 2)[1] == "2"]
     for name in last:
@@ -127,7 +129,7 @@ def test_starting_weights_are_a_bundle_s_or_ultralytics_own_names(detector, tmp_
         YoloDetector(override(RECIPE, starting_weights=str(tmp_path / "other.safetensors")))
 
 
-def test_weights_of_the_whole_backbone_alone_are_a_start(detector, tmp_path):
+def test_weights_of_the_whole_backbone_suffice(detector, tmp_path):
     # The first ten layers, 0 to 9, are YOLOv8's backbone.
     whole = detector.state_dict()
     backbone = {name: value for name, value in whole.items() if int(name.split(".")[2]) < 10}
@@ -144,7 +146,7 @@ def test_weights_of_the_whole_backbone_alone_are_a_start(detector, tmp_path):
 
 
 def test_a_description_in_a_file_is_never_evaluated(tmp_path):
-    # ultralytics evaluates the activation, and the name of a backbone may come from a stranger's bundle.
+    # ultralytics evaluates the activation, and the name of a backbone may come from an untrusted bundle.
     evil = {"nc": 1, "scales": {"n": [0.33, 0.25, 1024]}, "backbone": [[-1, 1, "Conv", [64, 3, 2]]]}
     evil |= {"head": [[[0], 1, "Detect", ["nc"]]], "activation": f"open({str(tmp_path / 'evaluated')!r}, 'w') and nn.SiLU()"}
     (tmp_path / "yolov8n.yaml").write_text(json.dumps(evil))
@@ -182,7 +184,7 @@ def test_a_larger_canvas_at_prediction():
 
 
 def box_losses(**changes):
-    """ultralytics' loss parts (box, class, dfl) of one batch, by the gains in `changes`."""
+    """Return ultralytics' loss parts (box, class, dfl) of one batch, with the gains in `changes`."""
     torch.manual_seed(0)
     detector = YoloDetector(override(RECIPE, **{name: value for name, value in changes.items() if name == "box_loss"}))
     gains = {"box": 7.5, "cls": 0.5, "dfl": 1.5} | {name: value for name, value in changes.items() if name != "box_loss"}
@@ -213,12 +215,12 @@ def test_giou_replaces_ciou_in_the_box_loss_alone():
         box_losses(box_loss="smooth_l1")
 
 
-def test_the_generalised_iou_is_torchvision_s():
+def test_the_generalised_iou_equals_torchvisions():
     boxes = torch.tensor([[0.0, 0, 10, 10], [5.0, 5, 20, 20]]), torch.tensor([[0.0, 0, 10, 5], [30.0, 30, 40, 40]])
     weight = torch.tensor([[0.5], [1.0]])
     loss, _ = GeneralisedIoU(1)(
         torch.zeros(2, 4), boxes[0], torch.ones(2, 2), boxes[1], weight, weight.sum(), torch.ones(2, dtype=torch.bool),
         torch.tensor([64.0, 64.0]), torch.ones(2, 1),
     )  # fmt: skip
-    # IoU 1/2 in a hull that is the larger box: 1/2. Apart, 225 and 100 in a hull of 35 x 35: -(1225 - 325) / 1225.
+    # IoU 1/2, hull equal to the larger box: 1/2. Disjoint areas of 225 and 100, hull 35 x 35: -(1225 - 325) / 1225.
     assert loss.item() == pytest.approx((0.5 * (1 - 0.5) + 1.0 * (1 + 900 / 1225)) / 1.5, abs=1e-5)

@@ -57,7 +57,7 @@ def test_two_sets_as_one_with_a_test_set_put_aside_and_folds_by_source(tmp_path,
     # 29 and 29 images are readable; each set's phantoms have one image of a patient again as another's.
     assert abs((images.split == "test").mean() - 0.2) < 0.05
     again = plan_diagnoses("covid_chestxray", 30, seed=4)
-    place = next(index for index, image in enumerate(again) if image.again)
+    place = next(index for index, image in enumerate(again) if image.is_copy)
     ids = [f"phantom-{image.patient:04d}-{image.follow_up}" for image in again[place - 1 : place + 1]]
     assert len(set(images.set_index("image_id").split[ids])) == 1
     flags = pd.read_csv(run / "data_sheet" / "flags.csv")

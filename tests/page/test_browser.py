@@ -1,4 +1,4 @@
-"""The page in a real browser: numbers and places on the screen are the kit's own, and a bad file costs a sentence."""
+"""The page in a real browser: numbers and positions match the models, and an unusable file only causes a message."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def server(runs):
 
 @pytest.fixture(scope="module")
 def xrays(runs):
-    """The test set's files with what their headers say, the first of them MONOCHROME1 and not square."""
+    """Return the files of the test set with values from their headers; the first is MONOCHROME1 and not square."""
     files = sorted((runs.parent / "inputs").rglob("test/*/*/*.dcm"))
     heads = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
     told = [(head.PhotometricInterpretation, head.Rows, head.Columns) for head in heads]
@@ -57,7 +57,7 @@ def xrays(runs):
 
 @pytest.fixture(scope="module")
 def answer(runs, xrays, server):
-    """What the fused models say of the first file, from this process, while the server starts."""
+    """Return the predictions of the fused models for the first file, computed in this process while the server starts."""
     copies = DecodedCopies(runs.parent / "copies")
     study = open_uploads([xrays.path[0]], copies, COPY)
     yield WarmModels().answer(find_systems(list_runs([runs]))[0], study).fused
@@ -85,13 +85,13 @@ def test_bars_and_boxes_are_the_models_own_on_a_monochrome1_image_that_is_not_sq
     bars = visitor.page.locator("#bars [role=meter]").evaluate_all("all => all.map(e => +e.getAttribute('aria-valuenow'))")
     said = answer.studies.iloc[0][["negative", "typical", "indeterminate", "atypical"]].tolist()
     np.testing.assert_allclose(bars, [*said, answer.nones["none"][0]], atol=0.001)
-    # On screen: a box's middle lies at the same share of the picture as in the file, within a pixel of the screen.
+    # On screen, the centre of a box is at the same relative position as in the file, within one pixel.
     image, best = (visitor.drawn(each).last.bounding_box() for each in ("image.xray", BOXES))
     xmin, ymin, xmax, ymax = expected[-1]
     assert image["width"] / image["height"] == pytest.approx(xray.width / xray.height, rel=0.01)
     for start, size, middle in (("x", "width", (xmin + xmax) / 2), ("y", "height", (ymin + ymax) / 2)):
         assert best[start] + best[size] / 2 == pytest.approx(image[start] + image[size] * middle / xray[size], abs=1)
-    # MONOCHROME1: where the file's values are low, the picture is bright.
+    # MONOCHROME1: low values are bright.
     shown = visitor.pixels()
     stored = cv2.resize(pydicom.dcmread(xray.path).pixel_array.astype(np.float32), shown.shape[::-1])
     assert np.corrcoef(shown.ravel(), stored.ravel())[0, 1] < -0.95
@@ -112,7 +112,7 @@ def test_the_slider_shows_as_many_boxes_as_have_that_score(xrays, visitor, tmp_p
 def test_another_model_answers_otherwise_and_the_first_one_as_before(xrays, visitor):
     visitor.open(xrays.study_id[0], xrays.path[0])
     visitor.show_from(0)
-    found, told = {"at first": visitor.places(BOXES)}, visitor.page.locator("#told")
+    found, told = {"at first": visitor.places(BOXES)}, visitor.page.locator("#details")
     radios = {
         name: visitor.page.get_by_role("radio", name=re.compile(f"^{name}")) for name in ("fuse", "yolo", "faster_rcnn")
     }
@@ -123,7 +123,7 @@ def test_another_model_answers_otherwise_and_the_first_one_as_before(xrays, visi
         found[name] = visitor.places(BOXES)
     assert found["fuse"] == found["at first"]
     assert len({str(boxes) for boxes in found.values()}) == 3
-    # The second click comes while the first is being answered: the picture is what the button says.
+    # The second click comes while the first is processed; the picture must match the selected button.
     radios["yolo"].click()
     radios["faster_rcnn"].click()
     expect(told).not_to_contain_text("yolo")
@@ -151,7 +151,7 @@ def test_window_and_level_change_the_picture_of_a_dicom_file_alone(xrays, visito
         own.check()
     with visitor.redrawn():
         visitor.fill("width", 1)
-    # One value wide, at the lowest one: all lie above it, which is black in MONOCHROME1; at the highest one white.
+    # A window of width 1 at the lowest value: all values are above it, so black in MONOCHROME1; at the highest value white.
     for end, grey in (("min", 0), ("max", 255)):
         with visitor.redrawn():
             visitor.fill("center", visitor.page.get_attribute("#center input[type=number]", end))
@@ -166,18 +166,18 @@ def test_window_and_level_change_the_picture_of_a_dicom_file_alone(xrays, visito
 
 def test_several_files_are_one_study_and_a_bad_one_among_them_is_told(xrays, visitor, tmp_path):
     study = xrays[xrays.study_id == xrays.study_id.mode()[0]]
-    (tmp_path / "notes.dcm").write_text("words, no image")
+    (tmp_path / "notes.dcm").write_text("words, not an image")
     visitor.open(study.study_id.iloc[0], *study.path, tmp_path / "notes.dcm")
-    told = visitor.page.locator("#told")
+    told = visitor.page.locator("#details")
     expect(visitor.status).to_contain_text(f"{len(study)} images")
     expect(told).to_contain_text("Left out: notes.dcm")
     for xray in study[::-1].itertuples():
         visitor.pick("images", xray.path.stem)
         expect(told).to_contain_text(xray.path.stem)
         expect(visitor.drawn("svg")).to_have_attribute("viewBox", f"0 0 {xray.width} {xray.height}")
-    visitor.fill("threshold", "")  # as while a number is being typed
+    visitor.fill("threshold", "")  # as happens while a number is typed
     expect(visitor.drawn("image.xray")).to_have_count(1)
-    # Other models are asked about the image that is looked at, which is not the first.
+    # Switching models keeps the selected image, which is not the first.
     visitor.pick("images", study.path.iloc[-1].stem)
     expect(told).to_contain_text(study.path.iloc[-1].stem)
     visitor.page.get_by_role("radio", name=re.compile("^yolo")).click()
@@ -212,7 +212,7 @@ def test_the_gallery_shows_annotations_beside_what_models_that_have_not_seen_the
     np.testing.assert_allclose(visitor.places(TRUTH), expected, atol=0.01)
     expect(visitor.page.locator("#bars .bar.truth")).to_contain_text("atypical")
     fold = tables["folds"].set_index("id").fold[chosen]
-    expect(visitor.page.locator("#told")).to_contain_text(f"Answered by the models of fold {fold}")
+    expect(visitor.page.locator("#details")).to_contain_text(f"Predicted by the models of fold {fold}")
 
 
 def test_a_bad_file_costs_a_sentence_and_the_next_good_one_is_answered(xrays, visitor, tmp_path):
@@ -227,9 +227,9 @@ def test_a_name_that_is_a_script_is_only_a_name(visitor, tmp_path):
     path = tmp_path / "<img src=x onerror=alert(1)>.png"
     Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (64, 1))).save(path)
     visitor.open("img_src", path)
-    path.write_text("no image now")
+    path.write_text("not an image now")
     visitor.choose(path)
-    expect(visitor.page.locator("#status .refused")).to_contain_text("no image")
+    expect(visitor.page.locator("#status .refused")).to_contain_text("not an image")
     expect(visitor.page.locator("img[src=x]")).to_have_count(0)
 
 

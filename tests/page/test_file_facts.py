@@ -1,4 +1,4 @@
-"""What a file is and says, told from files made here with known content."""
+"""File formats and header facts, read from files written here with known content."""
 
 import struct
 
@@ -8,7 +8,7 @@ from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless
 
 from kitlib.errors import UnreadableXray
-from kitlib.page.file_facts import foreign, printable, promised_kind, read_facts
+from kitlib.page.file_facts import kind_by_signature, printable, read_facts, recognise_foreign
 from kitlib.xrays.writing import write_xray
 
 GREY = np.arange(48 * 64, dtype=np.uint16).reshape(48, 64)
@@ -56,7 +56,7 @@ def test_a_dicom_file_says_what_was_written_and_nothing_of_the_patient(tmp_path)
 def test_colour_is_a_pixel_whose_channels_differ_by_more_than_a_sixteenth(tmp_path, photometric):
     grey = np.repeat((GREY % 256).astype(np.uint8)[..., None], 3, axis=2)
     if photometric == "YBR_FULL":
-        grey[..., 1:] = 128  # no colour, PS3.3 C.7.6.3.1.2
+        grey[..., 1:] = 128  # grey, PS3.3 C.7.6.3.1.2
     assert not read_facts(coloured_dicom(tmp_path / "grey.dcm", grey, photometric)).coloured
     for away, coloured in ((16, False), (17, True)):  # of 256 greys
         dot = grey.copy()
@@ -94,27 +94,27 @@ def test_pictures_are_grey_or_coloured_whatever_their_mode_says(tmp_path):
         (b"  <!DOCTYPE html><p>", "web page"),
         (b"BMI,age\n22,40\n", "text"),
         ("é".encode() * 600, "text"),
-        (b"x" + "é".encode() * 600, "text"),  # the last of 1,024 bytes is half a letter
+        (b"x" + "é".encode() * 600, "text"),  # the last of 1,024 bytes is half a character
     ],
 )
 def test_other_files_are_named_by_their_content(tmp_path, content, what):
     (tmp_path / "x.dcm").write_bytes(content)
-    told, advice = foreign(tmp_path / "x.dcm")
+    told, advice = recognise_foreign(tmp_path / "x.dcm")
     assert what in told and advice.endswith(".")
-    assert promised_kind(tmp_path / "x.dcm") == ""
+    assert kind_by_signature(tmp_path / "x.dcm") == ""
 
 
-def test_what_may_be_an_image_is_left_to_decoding(tmp_path):
+def test_files_that_may_be_images_are_not_foreign(tmp_path):
     whole = write(tmp_path / "x.dcm").read_bytes()
-    # A preamble may be another format's header (PS3.10 section 7.1); a file may lack one.
+    # A preamble may be the header of another format (PS3.10 section 7.1), and a file may have no preamble.
     for content in (whole, b"II*\0" + whole[4:], whole[132:], np.random.default_rng(0).bytes(500)):
         (tmp_path / "x.dcm").write_bytes(content)
-        assert foreign(tmp_path / "x.dcm") is None
+        assert recognise_foreign(tmp_path / "x.dcm") is None
     Image.fromarray(GREY).save(tmp_path / "x.png")
-    assert foreign(tmp_path / "x.png") is None and promised_kind(tmp_path / "x.png") == "PNG"
+    assert recognise_foreign(tmp_path / "x.png") is None and kind_by_signature(tmp_path / "x.png") == "PNG"
 
 
-def test_damaged_files_have_one_error(tmp_path):
+def test_damaged_files_raise_unreadable_xray(tmp_path):
     whole = write(tmp_path / "x.dcm").read_bytes()
     for content in (b"", whole[:140], bytes(500), b"\x89PNG\r\n\x1a\n" + bytes(30)):
         (tmp_path / "x.dcm").write_bytes(content)
@@ -133,7 +133,7 @@ def test_a_damaged_length_shows_nothing_of_the_next_elements(tmp_path):
     assert facts.modality == "ILLEGIBLE" and "Doe" not in repr(facts)
 
 
-def test_printable_is_one_short_line_without_tricks():
+def test_printable_is_one_short_line_without_control_characters():
     assert printable("Röntgen <b>\n\t 肺", 60) == "Röntgen <b> 肺"
     assert printable("abc\u202egnp.exe\x00\udcff", 60) == "abc?gnp.exe??"
     assert printable("x" * 300, 60) == "x" * 59 + "…"

@@ -1,3 +1,5 @@
+"""The gallery of a prepared run: pages, thumbnails, whole studies, and runs with missing or changed files."""
+
 import os
 
 import cv2
@@ -25,7 +27,7 @@ def copies(tmp_path_factory):
 
 
 def make_run(folder, small=None, dataset="siim", **changed):
-    """A prepared run with the tables of `small`, those of `changed` instead, and copies of all its images."""
+    """Write a prepared run with the tables of `small`, replaced by those in `changed`, and decoded copies of all images."""
     small = small or SmallXrays(16)
     cache = XrayCache(folder / "xrays", small.longest_side)
     for image_id in small.image_ids:
@@ -39,11 +41,11 @@ def captions(gallery, choice):
 
 
 def test_pages_show_every_image_of_a_choice_once(tmp_path, copies):
-    gallery = Gallery(make_run(tmp_path), copies, a_page=5)
+    gallery = Gallery(make_run(tmp_path), copies, page_size=5)
     assert gallery.choices() == ["all", *STUDY_CLASSES] and gallery.longest_side == 50
     assert gallery.name == tmp_path.name
     shown = captions(gallery, "all")
-    # 16 images, two a study, four studies of each class in turn; all but the negative ones have one box.
+    # 16 images, two per study; the studies have the four classes in turn; all but the negative ones have one box.
     assert sorted(caption.split(", ")[-1] for caption in shown) == [f"image{n:03d}" for n in range(16)]
     assert gallery.page("all", 1)[1] == 4 and len(gallery.page("all", 4)[0]) == 1
     assert sorted(captions(gallery, "typical")) == [f"typical, 1 box, image{n:03d}" for n in (2, 3, 10, 11)]
@@ -63,7 +65,7 @@ def test_thumbnails_are_small_keep_their_shape_and_are_kept(tmp_path, copies):
     small.pixels["image001"] = np.tile(np.array([[50, 150]], np.uint8), (400, 150))
     gallery = Gallery(make_run(tmp_path, small), copies)
     tiles = {caption.split(", ")[-1]: tile for tile, caption in gallery.page("all", 1)[0]}
-    # 400 x 300 at 160 pixels: 160 x 120, each the mean of 2.5 columns that are 50 and 150 in turn.
+    # 400 x 300 shrunk to 160 x 120: each pixel is the mean of 2.5 columns, which are 50 and 150 in turn.
     assert tiles["image001"].shape == (160, 120) and tiles["image001"].dtype == np.uint8
     assert abs(tiles["image001"].mean() - 100) < 0.5 and np.ptp(tiles["image001"].astype(int)) <= 20
     assert (tiles["image002"] == small.pixels["image002"]).all()
@@ -78,7 +80,7 @@ def test_an_image_without_a_copy_is_a_grey_tile(tmp_path, copies):
     folder = XrayCache(run / "xrays", 50).folder
     (folder / "image003.safetensors").unlink()
     (folder / "image004.safetensors").write_bytes(b"damaged")
-    gallery = Gallery(run, copies, a_page=16)
+    gallery = Gallery(run, copies, page_size=16)
     grey = {caption: tile for tile, caption in gallery.page("all", 1)[0] if "no decoded copy" in caption}
     assert set(grey) == {"typical, 1 box, no decoded copy, image003", "indeterminate, 1 box, no decoded copy, image004"}
     assert all((tile == 128).all() and tile.shape == (160, 160) for tile in grey.values())
@@ -91,7 +93,7 @@ def test_an_image_without_a_copy_is_a_grey_tile(tmp_path, copies):
         gallery.open("image003")
 
 
-def test_the_whole_study_opens_with_what_is_known_of_it(tmp_path, copies):
+def test_the_whole_study_opens_with_class_fold_and_boxes(tmp_path, copies):
     small = SmallXrays(16)
     run = make_run(tmp_path, small, images=small.images.assign(rows=0, columns=0))
     gallery = Gallery(run, copies)
@@ -107,7 +109,7 @@ def test_the_whole_study_opens_with_what_is_known_of_it(tmp_path, copies):
     assert "patient" not in repr(study.images) and "patient" not in repr(study.remarks)
 
 
-def test_an_image_that_nobody_marked_has_no_truth(tmp_path, copies):
+def test_an_image_without_annotations_has_no_truth(tmp_path, copies):
     small = SmallXrays(16)
     unseen = small.images["image_id"] == "image003"
     run = make_run(
@@ -121,7 +123,7 @@ def test_an_image_that_nobody_marked_has_no_truth(tmp_path, copies):
     assert "typical, image003" in captions(gallery, "all")
     study = gallery.open("image003")
     assert [image.truth is None for image in study.images] == [True, False] and study.fold == 0
-    assert "Nobody has marked opacities" in " ".join(study.images[0].remarks)
+    assert "Opacities were not annotated" in " ".join(study.images[0].remarks)
     elsewhere = Gallery(make_run(tmp_path / "nih", dataset="nih"), copies)
     assert elsewhere.open("image003").images[0].truth is None
 
@@ -129,7 +131,7 @@ def test_an_image_that_nobody_marked_has_no_truth(tmp_path, copies):
 def test_only_images_whose_patient_is_in_no_fold_have_none(tmp_path, copies):
     small = SmallXrays(16)
     put_aside = small.images["patient_id"] == "patient001"  # images 4 to 7
-    unlearnt = put_aside | (small.images["study_id"] == "study007")  # and 14, 15, of the patient of 12 and 13
+    unlearnt = put_aside | (small.images["study_id"] == "study007")  # images 14 and 15, whose patient also has 12 and 13
     images = small.images.assign(split=np.where(put_aside, "test", "train"))
     gallery = Gallery(make_run(tmp_path, small, images=images, folds=small.fold_table[~unlearnt]), copies)
     assert gallery.choices()[-1] == "test"
@@ -154,7 +156,7 @@ def test_labels_of_other_classes_are_not_shown(tmp_path, copies):
     assert gallery.open("image002").images[0].truth.to_numpy().tolist() == [list(BOX)]
 
 
-def test_files_serve_where_they_are_those_that_were_decoded(tmp_path, copies):
+def test_files_are_used_if_they_are_the_ones_that_were_decoded(tmp_path, copies):
     small = SmallXrays(6)
     stored = {name: cv2.resize(pixels, (COLUMNS, ROWS)) for name, pixels in small.pixels.items()}
     paths = {name: tmp_path / f"{name}.{'png' if name == 'image001' else 'dcm'}" for name in stored}
@@ -166,12 +168,12 @@ def test_files_serve_where_they_are_those_that_were_decoded(tmp_path, copies):
     images = small.images.assign(path=[str(paths[name]) for name in small.image_ids])
     run = prepare(tmp_path / "run", {**tables_of(small), "images": images}, dataset="siim")
     cache = XrayCache(run / "xrays", 50)
-    for name, path in list(paths.items())[:5]:  # the last is decoded when it is asked for
+    for name, path in list(paths.items())[:5]:  # the last one is decoded on request
         copies.decode(name, path, 50)
         made = XrayCache(copies.folder, 50).folder / f"{name}.safetensors"
         cache.folder.mkdir(parents=True, exist_ok=True)
         made.rename(cache.folder / made.name)
-    os.utime(paths["image002"], (0, 0))  # as a move may leave it
+    os.utime(paths["image002"], (0, 0))  # moving a file may change its time
     paths["image003"].write_bytes(paths["image000"].read_bytes())
     paths["image004"].unlink()
     gallery = Gallery(run, copies)
@@ -189,24 +191,26 @@ def test_files_serve_where_they_are_those_that_were_decoded(tmp_path, copies):
     }
     assert found["image002"].remarks == () and found["image000"].path == paths["image000"]
     assert "has changed" in found["image003"].remarks[0] and not found["image003"].path.exists()
-    assert "not at hand" in found["image004"].remarks[0] and found["image004"].facts == {"Size": "80 x 100 (rows x columns)"}
+    assert "was not found" in found["image004"].remarks[0] and found["image004"].facts == {
+        "Size": "80 x 100 (rows x columns)"
+    }
     study = gallery.open("image003")
     with pytest.raises(UnreadableXray, match="changed since it was decoded"):
-        study.read(study.images[0], 40)  # another side than the run's: the file would be needed
+        study.read(study.images[0], 40)  # at another size than the run's copies the file is needed
     assert study.read(study.images[1], 40).pixels.shape == (32, 40)
     assert (found["image005"].rows, found["image005"].columns) == (ROWS, COLUMNS)
     assert "SECRET" not in repr(found)
 
 
-def test_a_choice_page_or_image_that_there_is_not_is_refused(tmp_path, copies):
+def test_an_unknown_choice_page_or_image_is_refused(tmp_path, copies):
     gallery = Gallery(make_run(tmp_path), copies)
-    with pytest.raises(ValueError, match="no choice 'test'; there are: all, negative"):
+    with pytest.raises(ValueError, match="choice 'test' does not exist; choices: all, negative"):
         gallery.page("test", 1)
     for number in (0, 3):
-        with pytest.raises(ValueError, match="only 1 to 2"):
+        with pytest.raises(ValueError, match="has pages 1 to 2"):
             gallery.page("all", number)
     for image_id in ("", "image016"):
-        with pytest.raises(ValueError, match=f"no image '{image_id}' in"):
+        with pytest.raises(ValueError, match=f"image '{image_id}' does not exist in"):
             gallery.open(image_id)
     with pytest.raises(RunError, match="not finished"):
         Gallery(tmp_path / "nothing", copies)

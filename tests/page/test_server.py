@@ -1,3 +1,5 @@
+"""The page's server: who may ask, what leaves the computer, which files remain, and how it ends."""
+
 import hashlib
 import json
 import multiprocessing
@@ -34,7 +36,7 @@ def folder():
 
 @pytest.fixture(scope="module")
 def going_on():
-    """Set by the reader of a stream once its first piece has come."""
+    """An event that the reader of a stream sets after its first chunk."""
     return threading.Event()
 
 
@@ -68,7 +70,7 @@ def client(app):
 
 
 def addresses(html):
-    """All that a browser might ask for by itself: sources, links and what metas name."""
+    """Return all addresses that a browser might load by itself: sources, links and contents of meta tags."""
     found = []
 
     class Tags(HTMLParser):
@@ -116,9 +118,9 @@ def test_names_of_this_computer_are_answered(client, host):
         *["192.168.0.7:7860", "0.0.0.0:7860", "[::2]:7860", "[::1", ""],
     ],
 )
-def test_a_name_that_somebody_pointed_here_is_refused(client, host):
+def test_other_host_names_are_refused(client, host):
     answer = client.get("/", headers={"host": host})
-    assert answer.status_code == 403 and answer.text.startswith("This page is for the computer it runs on")
+    assert answer.status_code == 403 and answer.text.startswith("This page works only on the computer that runs it")
     assert "content-security-policy" in answer.headers
 
 
@@ -126,7 +128,7 @@ def test_a_name_that_somebody_pointed_here_is_refused(client, host):
 def test_other_pages_may_not_ask(client, origin):
     for method in ("GET", "POST", "OPTIONS"):
         answer = client.request(method, "/gradio_api/queue/join", headers={"origin": origin}, json={})
-        assert (answer.status_code, answer.text) == (403, "Other web pages may not ask this one.")
+        assert (answer.status_code, answer.text) == (403, "Requests from other web pages are not allowed.")
     assert client.get("/healthz", headers={"origin": HOME}).text == "ok"
 
 
@@ -145,7 +147,7 @@ def test_files_of_the_machine_are_not_served(client):
     assert client.get("/docs").status_code == client.get("/monitoring/x").status_code + 1 == 404
 
 
-def test_an_upload_lies_in_the_folder_that_goes(client, folder):
+def test_an_upload_is_stored_in_the_temporary_folder(client, folder):
     content = b"\x89PNG" * 1000
     answer = client.post("/gradio_api/upload", files={"files": ("chest <b>.png", content)})
     (place,) = answer.json()
@@ -195,34 +197,34 @@ def test_answers_stream_as_they_come_and_only_the_loopback_is_asked(app, going_o
         with client.stream("GET", f"/gradio_api/call/steps/{event}") as answer:
             assert answer.headers["content-type"].startswith("text/event-stream")
             pieces = (json.loads(line[6:])[0] for line in answer.iter_lines() if line.startswith("data: ["))
-            assert next(pieces) == "first step"  # while the function still waits: nothing holds the stream back
+            assert next(pieces) == "first step"  # arrives while the function still waits: the stream is not buffered
             going_on.set()
             assert next(pieces) == "second step"
     assert set(asked) == {"127.0.0.1"}
 
 
-def test_a_port_that_is_taken_is_told_with_what_to_do(folder, app):
+def test_a_port_in_use_is_reported_with_what_to_do(folder, app):
     import gradio
 
     with socket.create_server(("127.0.0.1", 0)) as opened, gradio.Blocks() as blocks:
         port = opened.getsockname()[1]
-        with pytest.raises(PageError, match=rf"Port {port} of 127\.0\.0\.1 is taken.* --port {port + 1}\."):
+        with pytest.raises(PageError, match=rf"Port {port} of 127\.0\.0\.1 is already in use.* --port {port + 1}\."):
             serve(blocks, port)
 
 
-def test_the_surroundings_are_as_before(monkeypatch):
+def test_environment_temporary_folder_and_signals_are_restored(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
     before = dict(os.environ), tempfile.tempdir, signal.getsignal(signal.SIGTERM)
     with quiet_gradio() as folder:
         assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False" and os.environ["HF_HUB_OFFLINE"] == "1"
         assert Path(os.environ["GRADIO_TEMP_DIR"]).is_relative_to(folder)
-        assert folder.stat().st_mode & 0o077 == 0  # X-rays are for their reader alone
+        assert folder.stat().st_mode & 0o077 == 0  # only the user may read the X-rays
     assert (dict(os.environ), tempfile.tempdir, signal.getsignal(signal.SIGTERM)) == before
     assert not folder.exists()
 
 
-def test_the_address_that_is_told_can_be_opened():
+def test_the_address_can_be_opened():
     hosts = ["127.0.0.1", "localhost", "::1", "0.0.0.0", "::"]
     assert [address_to_open(host) for host in hosts] == ["127.0.0.1", "localhost", "[::1]", "127.0.0.1", "127.0.0.1"]
 
@@ -237,9 +239,9 @@ def served(told):
     sys.exit(77)
 
 
-# Fresh processes: a fork would have the locks of the threads of other tests, but not the threads.
+# Uses new processes, because a fork would inherit locks held by threads of other tests, but not the threads.
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 77), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_signals_end_it_with_a_page_open_and_nothing_stays(app, number, code):
+def test_signals_end_the_server_with_an_open_page_and_leave_no_files(app, number, code):
     fresh = multiprocessing.get_context("spawn")
     here, there = fresh.Pipe()
     process = fresh.Process(target=served, args=(there,), daemon=True)
@@ -256,5 +258,5 @@ def test_signals_end_it_with_a_page_open_and_nothing_stays(app, number, code):
 
 
 def test_a_host_that_other_computers_can_ask_is_refused(app):
-    with pytest.raises(ValueError, match=r"--host is one of 127\.0\.0\.1, .*, not '192\.168\.0\.7'"):
+    with pytest.raises(ValueError, match=r"--host must be one of 127\.0\.0\.1, .*, not '192\.168\.0\.7'"):
         serve(app, port=0, host="192.168.0.7")

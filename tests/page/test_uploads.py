@@ -1,4 +1,4 @@
-"""Files that somebody chose: a study with names that are safe, or whole sentences; nothing else, whatever is in them."""
+"""Uploaded files become a study with safe names, or are refused in whole sentences, whatever their content."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from pydicom.uid import ExplicitVRLittleEndian, JPEGLosslessSV1, RLELossless
 import kitlib.page.opened_study
 from kitlib.errors import CacheError, PageError
 from kitlib.page.opened_study import DecodedCopies, OpenedStudy
-from kitlib.page.uploads import MAX_UPLOAD_BYTES, MOST_IMAGES, open_uploads
+from kitlib.page.uploads import MAX_IMAGES, MAX_UPLOAD_BYTES, open_uploads
 from kitlib.xrays.dicom import read_xray
 from kitlib.xrays.writing import write_xray
 
@@ -44,7 +44,7 @@ def png(path, mode="L"):
 
 
 def gigantic_png(path):
-    """A whole header, its checksum too, of 60,000 x 60,000 pixels."""
+    """Write a PNG with a valid header and checksum for 60,000 x 60,000 pixels."""
     raw = bytearray(png(path).read_bytes())
     raw[16:24] = struct.pack(">II", 60_000, 60_000)
     raw[29:33] = struct.pack(">I", zlib.crc32(raw[12:29]))
@@ -64,10 +64,10 @@ def test_a_dicom_file_is_a_study_of_one_image(tmp_path, copies):
     study = open_uploads([str(path)], copies, SIDE)
     (image,) = study.images
     assert (study.study_id, image.image_id, image.rows, image.columns, image.is_dicom) == ("1.2.3", "chest", 48, 64, True)
-    assert (study.remarks, image.remarks, image.truth, study.kept, study.trained_on) == ((), (), None, None, "")
+    assert (study.remarks, image.remarks, image.truth, study.run_cache, study.trained_on) == ((), (), None, None, "")
     assert image.facts["Size"] == "48 x 64 (rows x columns)" and image.facts["Modality"] == "DX"
     assert "Doe" not in repr(study)
-    # Half of 48 x 64, each pixel the mean of four.
+    # 48 x 64 shrunk by half: each pixel is the mean of four.
     halves = read_xray(path).reshape(24, 2, 32, 2).mean(axis=(1, 3))
     assert np.abs(study.read(image, SIDE).pixels - halves).max() <= 0.5
 
@@ -84,12 +84,12 @@ def test_several_files_are_one_study_and_the_same_file_counts_once(tmp_path, cop
     assert study.study_id == "7"
     assert [image.image_id for image in study.images] == ["a", "a-2", "a-2-2"]
     assert [image.is_dicom for image in study.images] == [True, True, False]
-    assert study.remarks == ("again.png is the same file as a-2.png and counts once.",)
+    assert study.remarks == ("again.png is the same file as a-2.png and is used only once.",)
     assert len({image.key for image in study.images}) == 3
     assert open_uploads(paths[2:], copies, SIDE).images[0].key == study.images[2].key
 
 
-def test_headers_that_name_several_studies_or_patients_are_told_without_the_names(tmp_path, copies):
+def test_headers_with_several_studies_or_patients_are_reported_without_the_names(tmp_path, copies):
     paths = [write(tmp_path / f"{n}.dcm", GREY + n, study_id=f"study{n}", patient_id=f"Doe{n}") for n in range(2)]
     study = open_uploads(paths, copies, SIDE)
     assert study.study_id == "0"
@@ -114,19 +114,19 @@ def test_the_readable_files_of_a_study_open_without_the_others(tmp_path, copies)
     assert "x.zip is a ZIP archive" in text and "empty.dcm is empty." in text
 
 
-def test_what_is_no_single_sensible_file_is_refused(tmp_path, copies):
+def test_missing_large_and_special_files_are_refused(tmp_path, copies):
     assert "No file was chosen" in refusal([], copies)
-    assert f"at most {MOST_IMAGES}" in refusal([tmp_path / "x"] * (MOST_IMAGES + 1), copies)
+    assert f"at most {MAX_IMAGES}" in refusal([tmp_path / "x"] * (MAX_IMAGES + 1), copies)
     os.mkfifo(tmp_path / "pipe.dcm")
     with open(tmp_path / "large.dcm", "wb") as file:
-        file.truncate(MAX_UPLOAD_BYTES + 1)  # a hole: it takes no disk
+        file.truncate(MAX_UPLOAD_BYTES + 1)  # a sparse file, which takes no disk space
     assert "folder" in refusal([tmp_path], copies) and "device" in refusal([tmp_path / "pipe.dcm"], copies)
     assert "larger than the 100 MB" in refusal([tmp_path / "large.dcm"], copies)
     for name in ("gone.dcm", "x" * 300 + ".dcm", "zero\0byte", os.fsdecode(b"\xff.png")):
         assert "cannot be opened" in refusal([tmp_path / name], copies)
 
 
-def test_damaged_files_and_promises_are_told_in_a_sentence(tmp_path, copies):
+def test_damaged_files_and_impossible_sizes_are_refused_in_a_sentence(tmp_path, copies):
     whole = write(tmp_path / "cut.dcm").read_bytes()
     (tmp_path / "cut.dcm").write_bytes(whole[:-1000])
     assert "cut.dcm is a damaged or incomplete DICOM file (the pixel data ends" in refusal([tmp_path / "cut.dcm"], copies)
@@ -136,7 +136,7 @@ def test_damaged_files_and_promises_are_told_in_a_sentence(tmp_path, copies):
         path.write_bytes(path.read_bytes()[:-500])
         assert f"damaged or incomplete {kind} file" in refusal([path], copies)
     (tmp_path / "noise.dcm").write_bytes(np.random.default_rng(0).bytes(5000))
-    assert "no image that can be read" in refusal([tmp_path / "noise.dcm"], copies)
+    assert "not an image that can be read" in refusal([tmp_path / "noise.dcm"], copies)
 
     gif = bytearray(png(tmp_path / "huge.gif").read_bytes())
     gif[6:10] = struct.pack("<HH", 60_000, 60_000)
@@ -146,7 +146,7 @@ def test_damaged_files_and_promises_are_told_in_a_sentence(tmp_path, copies):
         sides = {"Rows": 60_000, "Columns": 60_000}
         huge.append(write(tmp_path / f"{syntax}.dcm", syntax=syntax, extra=sides))
     for path in huge:
-        assert "says that it has 60,000 x 60,000 pixels" in refusal([path], copies)
+        assert "claims to have 60,000 x 60,000 pixels" in refusal([path], copies)
     write(tmp_path / "icon.dcm", GREY[:15])
     assert "has 15 x 64 pixels" in refusal([tmp_path / "icon.dcm"], copies)
 
@@ -173,20 +173,20 @@ def test_colour_is_refused_in_dicom_and_remarked_in_pictures(tmp_path, copies):
     assert "in colour" in refusal([tmp_path / "c.dcm"], copies)
     Image.fromarray(colour).save(tmp_path / "c.png")
     (image,) = open_uploads([tmp_path / "c.png"], copies, SIDE).images
-    assert image.remarks == ("The image is in colour; its brightness is what is shown and read.",)
+    assert image.remarks == ("The image is in colour; only its brightness is shown and used by the models.",)
     (image,) = open_uploads([png(tmp_path / "grey.png", "RGB")], copies, SIDE).images
     assert image.remarks == ()
 
 
-def test_what_the_header_says_that_matters_is_remarked(tmp_path, copies):
+def test_unusual_header_values_are_remarked(tmp_path, copies):
     odd = {"ViewPosition": "LL", "BodyPartExamined": "HIP", "WindowCenter": "2000", "WindowWidth": "0"}
     path = write(tmp_path / "x.dcm", extra=odd)
-    path.write_bytes(path.read_bytes().replace(b"2000", b"Doe "))  # a name where a number belongs
+    path.write_bytes(path.read_bytes().replace(b"2000", b"Doe "))  # a name in place of a number
     (image,) = open_uploads([path], copies, SIDE).images
     lateral, body_part, window = image.remarks
     assert "lateral" in lateral and "HIP" in body_part
     assert window == (
-        "Something in the file is odd: WindowCenter is …, not a number: ignored, the image's own range is used."
+        "The file has an unusual value: WindowCenter is …, not a number: ignored, the image's own range is used."
     )
 
 
@@ -194,7 +194,7 @@ def test_what_the_header_says_that_matters_is_remarked(tmp_path, copies):
     ("name", "image_id"),
     [
         ("00188a671292_image.dcm", "00188a671292_image"),
-        ("1.2.840.113", "1.2.840.113"),  # a UID, whose last part is no suffix
+        ("1.2.840.113", "1.2.840.113"),  # a UID, which has no suffix
         ("<script>alert(1)</script>".replace("/", "") + ".dcm", "_script_alert_1_script_"),
         ("Röntgen Thorax, 3.dcm", "Rontgen_Thorax_3"),
         ("one\ntwo\r.dcm", "one_two_"),
@@ -204,32 +204,32 @@ def test_what_the_header_says_that_matters_is_remarked(tmp_path, copies):
         ("x" * 250 + ".dcm", "x" * 100),
     ],
 )
-def test_names_that_need_care_become_plain(tmp_path, copies, name, image_id):
+def test_unsafe_file_names_become_plain_ids(tmp_path, copies, name, image_id):
     study = open_uploads([write(tmp_path / "plain").rename(tmp_path / name)], copies, SIDE)
     assert study.images[0].image_id == image_id
 
 
 @pytest.mark.parametrize("study_id", ["1,2\r\nevil_study,x", "../..", "1.2 Doe^John", "1" * 65, ""])
-def test_a_study_id_that_needs_care_gives_way_to_the_image(tmp_path, copies, study_id):
+def test_an_unsafe_study_id_is_replaced_by_the_image_id(tmp_path, copies, study_id):
     path = write(tmp_path / "x.dcm", study_id=study_id)
     assert open_uploads([path], copies, SIDE).study_id == "x"
 
 
-def test_a_reader_that_crashes_hangs_or_devours_costs_its_file(tmp_path, copies, monkeypatch):
+def test_a_file_that_crashes_hangs_or_fills_memory_is_refused(tmp_path, copies, monkeypatch):
     path = write(tmp_path / "x.dcm")
     monkeypatch.setattr(kitlib.page.opened_study, "TIMEOUT_S", 1.0)
     for code, told in (
-        ("bytearray(4 * 2**30)", "brought its reader down"),
-        ("import os; os.abort()", "brought its reader down"),
+        ("bytearray(4 * 2**30)", "crashed the program"),
+        ("import os; os.abort()", "crashed the program"),
         ("import time; time.sleep(60)", "took too long"),
     ):
-        monkeypatch.setattr(copies, "ask", lambda _, __, code=code: DecodedCopies.ask(copies, exec, code))
+        monkeypatch.setattr(copies, "run", lambda _, __, code=code: DecodedCopies.run(copies, exec, code))
         assert told in refusal([path], copies)
     monkeypatch.undo()
     assert open_uploads([path], copies, SIDE).images
 
 
-def test_a_full_disk_is_told(tmp_path, copies, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, copies, monkeypatch):
     def full(*_):
         raise CacheError("/secret/place: No space left on device")
 
@@ -246,8 +246,8 @@ def test_a_full_disk_is_told(tmp_path, copies, monkeypatch):
     damage=st.dictionaries(st.floats(0, 1), st.integers(0, 255), max_size=5),
     name=st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=40),
 )
-def test_whatever_the_bytes_a_study_or_a_refusal(tmp_path, copies, content, kept, whole, damage, name):
-    """Noise, truncations and damaged bytes; `kept` is the part of the file, `damage` maps places in it to bytes."""
+def test_any_bytes_give_a_study_or_a_refusal(tmp_path, copies, content, kept, whole, damage, name):
+    """Noise, truncated and damaged files; `kept` is the share of the file, `damage` maps relative positions to bytes."""
     path = tmp_path / "file"
     if whole == "noise":
         path.write_bytes(content)
@@ -261,7 +261,7 @@ def test_whatever_the_bytes_a_study_or_a_refusal(tmp_path, copies, content, kept
         if raw:
             raw[int(place * (len(raw) - 1))] = byte
     path.write_bytes(raw)
-    with contextlib.suppress(OSError, ValueError):  # a name that no disk takes
+    with contextlib.suppress(OSError, ValueError):  # a name that the file system does not allow
         path = path.rename(tmp_path / name)
     try:
         study = open_uploads([path], copies, SIDE)
@@ -276,7 +276,7 @@ def test_whatever_the_bytes_a_study_or_a_refusal(tmp_path, copies, content, kept
 
 @pytest.mark.real_data
 def test_real_xrays_open_and_other_modalities_do_not(real_data, copies):
-    """index.csv: of 31 files the CR, DX and OT ones decode (28); two of MR and a CT without a preamble are none of ours."""
+    """Of the 31 files in index.csv, the 28 CR, DX and OT files open; two MR files and a CT file are refused."""
     opened, refused = [], {}
     for path in sorted(Path(real_data / "dicom").rglob("*.dcm")):
         try:

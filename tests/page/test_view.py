@@ -1,4 +1,4 @@
-"""What a visitor sees of a study, drawn without a web server."""
+"""What a visitor sees of a study, without a web server."""
 
 import re
 from dataclasses import replace
@@ -36,7 +36,7 @@ def viewer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def view(viewer):
-    """A study with annotated boxes, of which there are pages enough to find one."""
+    """A study with annotated boxes; the first page of the gallery has at least one."""
     names = [caption.rpartition(", ")[2] for _, caption in viewer.gallery.page("typical", 1)[0]]
     return next(view for name in names if len((view := viewer.pick(name, FUSED)).study.images[0].truth))
 
@@ -45,7 +45,7 @@ def drawn(svg, name):
     return len(re.findall(f'class="{name}"', svg))
 
 
-def test_the_threshold_hides_boxes_below_it_and_layers_what_is_not_asked_for(viewer, view):
+def test_the_threshold_hides_boxes_below_it_and_only_chosen_layers_are_drawn(viewer, view):
     image, found = view.study.images[0], view.answer.fused.detections
     scores = found.score[found.image_id == image.key].sort_values().to_numpy()
     assert len(scores) > 3
@@ -57,21 +57,21 @@ def test_the_threshold_hides_boxes_below_it_and_layers_what_is_not_asked_for(vie
     assert [drawn(bare, name) for name in ("xray", "opacity", "truth", "lungs", "heat")] == [1, 0, 0, 0, 0]
     full = viewer.draw(view, image, 0.0, [LUNGS, HEAT])
     assert [drawn(full, name) for name in ("lungs", "heat")] == [1, 1]
-    assert f"Grad-CAM of study, fold {view.study.fold} for {view.likeliest}" in full
+    assert f"Grad-CAM of study, fold {view.study.fold} for {view.most_probable}" in full
 
 
-def test_what_cannot_be_drawn_is_said(viewer, view):
+def test_captions_say_what_cannot_be_drawn(viewer, view):
     image = view.study.images[0]
     system = replace(view.system, lungs=None, models=tuple(m for m in view.system.models if "boxes" in m.answers))
     svg = viewer.draw(replace(view, system=system), image, 0.0, [LUNGS, HEAT])
-    assert "These models have no segmenter" in svg and "answers" in svg and drawn(svg, "heat") == 0
+    assert "These models have no lung segmenter" in svg and "predicts" in svg and drawn(svg, "heat") == 0
 
 
-def test_no_detector_is_not_no_opacity(viewer, view):
+def test_without_a_detector_the_picture_does_not_say_0_boxes(viewer, view):
     system = replace(view.system, name="classifier", models=tuple(m for m in view.system.models if "boxes" not in m.answers))
     alone = replace(view, system=system, answer=viewer.models.answer(system, view.study))
     svg = viewer.draw(alone, view.study.images[0], 0.0)
-    assert "No detector answers for this image" in svg and "0 boxes" not in svg
+    assert "No detector has looked at this image" in svg and "0 boxes" not in svg
 
 
 def test_each_visitor_takes_files_of_their_own(viewer, view):
@@ -85,15 +85,16 @@ def test_a_window_changes_the_picture_and_not_the_answer(viewer, tmp_path):
     view = viewer.upload([tmp_path / "ramp.dcm"], FUSED)
     image = view.study.images[0]
     windowed = viewer.window(view, image)
-    assert windowed.default == (2000.5, 4001)  # no window in the file: 0 to 4000, in steps of one
-    # PS3.3 C.11.2.1.2.1: below centre - 0.5 - (width - 1) / 2 all is black, above centre - 0.5 + (width - 1) / 2 white
-    shown = windowed.shown(1000.5, 1001)
+    assert windowed.default == (2000.5, 4001)  # the file has no window; values are 0 to 4000 in steps of one
+    # PS3.3 C.11.2.1.2.1: black up to centre - 0.5 - (width - 1) / 2, white above centre - 0.5 + (width - 1) / 2.
+    shown = windowed.render(1000.5, 1001)
     assert (shown[pixels <= 500] == 0).all() and (shown[pixels > 1500] == 255).all()
-    assert np.abs(windowed.shown(*windowed.default).astype(int) - decode_xray(tmp_path / "ramp.dcm").pixels).max() <= 1
+    assert np.abs(windowed.render(*windowed.default).astype(int) - decode_xray(tmp_path / "ramp.dcm").pixels).max() <= 1
     plain, own = (viewer.draw(view, image, 0.0, [], windowed=each) for each in (None, windowed))
-    assert "for your eyes alone" in own and "for your eyes alone" not in plain
+    note = "Window and level change only this picture"
+    assert note in own and note not in plain
     (tmp_path / "ramp.dcm").unlink()
-    with pytest.raises(PageError, match="cannot be read again"):
+    with pytest.raises(PageError, match="cannot be read any more"):
         viewer.window(view, image)
 
 
@@ -109,12 +110,12 @@ def test_bars_hold_the_numbers_of_the_answer_and_mark_the_annotated_class(viewer
 
 def test_names_from_files_are_escaped(viewer, view):
     image = replace(view.study.images[0], facts={"View": "<script>alert(1)</script>"}, remarks=("<b>odd</b>",))
-    html = viewer.told(view, image)
+    html = viewer.details(view, image)
     assert "<script>" not in html and "&lt;script&gt;" in html and "<b>odd" not in html
 
 
-def test_a_system_or_place_that_there_is_not_is_refused(viewer, view):
-    with pytest.raises(PageError, match="There are no models called 'gone'; there are: fuse"):
+def test_an_unknown_system_and_a_missing_gallery_are_refused(viewer, view):
+    with pytest.raises(PageError, match=r"There are no models called 'gone'\. Available models: fuse"):
         viewer.switch(view, "gone")
     with pytest.raises(PageError, match="no gallery"):
         Viewer([view.system], viewer.models, viewer.copies, None, viewer.folder).pick("any", FUSED)

@@ -1,4 +1,4 @@
-"""What the page answers is what a submission writes, and what the notebooks found out of fold."""
+"""The page's predictions equal those of a submission and the out-of-fold predictions of the notebooks."""
 
 import json
 import re
@@ -19,12 +19,12 @@ from kitlib.fusion.model_fusion import fuse
 from kitlib.inference.predict import load_predictor, study_and_image_scores
 from kitlib.inference.submit import SubmissionRun, SubmitSettings
 from kitlib.leaderboard.listing import list_runs
-from kitlib.page.answer_files import named, write_answer, write_rows
+from kitlib.page.answer_files import with_image_names, write_answer, write_rows
 from kitlib.page.gallery import find_gallery
 from kitlib.page.opened_study import DecodedCopies
 from kitlib.page.systems import find_systems
 from kitlib.page.uploads import open_uploads
-from kitlib.page.warm_models import WarmModels, answering
+from kitlib.page.warm_models import WarmModels, choose_models
 from kitlib.scoring.submission_csv import PRIORS, as_tables, read_submission
 from kitlib.tables import BOX
 from tests.small_page import COPY, page_runs
@@ -64,7 +64,7 @@ def models():
 
 @pytest.fixture
 def weights(tmp_path, fused):
-    """The system as build_kernel.py lays a submission's weights out."""
+    """Write the system's weights in the layout that build_kernel.py gives a submission."""
     bundles = []
     for model in fused.models:
         name = f"{model.model}-fold{model.fold}"
@@ -78,11 +78,11 @@ def weights(tmp_path, fused):
 def test_an_uploaded_study_has_the_rows_that_the_submission_writes(runs, fused, copies, models, weights, tmp_path):
     competition = next((runs.parent / "inputs").glob("siim-*"))
     study = max((competition / "test").iterdir(), key=lambda folder: len(list(folder.glob("*/*.dcm"))))
-    # A test set of this study alone, so that its images are one batch in both.
+    # The test set has only this study, so that its images are one batch in both.
     shutil.copytree(study, tmp_path / "one" / "test" / study.name)
     run = SubmissionRun(tmp_path / "one", tmp_path / "submission.csv", SubmitSettings(time_limit_s=600, workers=1))
     run.predict(str(weights), tmp_path / "scratch")
-    assert run.ledger.note.tolist()[-1] == "0 rows keep priors"
+    assert run.ledger.note.tolist()[-1] == "0 rows keep placeholder predictions"
 
     opened = open_uploads(sorted(study.glob("*/*.dcm")), copies, fused.longest_side)
     write_rows(tmp_path / "page.csv", models.answer(fused, opened), opened)
@@ -92,10 +92,7 @@ def test_an_uploaded_study_has_the_rows_that_the_submission_writes(runs, fused, 
 
 
 def test_studies_one_by_one_have_the_numbers_of_a_whole_test_set(runs, fused, copies, models, weights, tmp_path):
-    """Batches of other images change the last digits of a float32, about 1e-7 of 1, and no more.
-
-    Coordinates are written with one digit after the point: the least change may turn it to the next one.
-    """
+    """Other images in a batch change a float32 by about 1e-7, which may change the one decimal of a coordinate."""
     competition = next((runs.parent / "inputs").glob("siim-*"))
     run = SubmissionRun(competition, tmp_path / "submission.csv", SubmitSettings(time_limit_s=600, workers=1))
     run.predict(str(weights), tmp_path / "scratch")
@@ -114,9 +111,9 @@ def test_studies_one_by_one_have_the_numbers_of_a_whole_test_set(runs, fused, co
 
 
 def opened(gallery, place):
-    """The study of the image at a place, from 0, of the gallery."""
-    shown = gallery.page("all", 1 + place // gallery.a_page)[0]
-    return gallery.open(shown[place % gallery.a_page][1].rpartition(", ")[2])
+    """Open the study of the image at index `place` of the gallery."""
+    shown = gallery.page("all", 1 + place // gallery.page_size)[0]
+    return gallery.open(shown[place % gallery.page_size][1].rpartition(", ")[2])
 
 
 def test_a_study_of_the_gallery_is_answered_as_out_of_fold(fused, gallery, models, runs):
@@ -125,7 +122,7 @@ def test_a_study_of_the_gallery_is_answered_as_out_of_fold(fused, gallery, model
     of_fold = [model for model in fused.models if model.fold == study.fold]
     assert answer.models[["model", "fold"]].to_records(index=False).tolist() == [(m.model, m.fold) for m in of_fold]
     assert any("have not learnt from this study" in remark for remark in answer.remarks)
-    # The same through the functions that the training and fusion notebooks call.
+    # Computes the same with the functions that the training and fusion notebooks call.
     chunks = {model.model: list(load_predictor(model.folder).predict(_xrays(study))) for model in of_fold}
     study_scores, image_scores = study_and_image_scores(chunks["study"], study.table())
     found = pd.concat([*chunks["yolo"], *chunks["faster_rcnn"]])
@@ -146,31 +143,33 @@ def _xrays(study):
     ("changes", "answering", "says"),
     [
         ({"fold": 7}, 6, "have learnt from this study, which is in fold 7"),
-        ({"trained_on": "another"}, 6, "is not known"),
+        ({"trained_on": "another"}, 6, "It is not known whether"),
         ({"fold": None}, 6, ""),
     ],
 )
-def test_which_models_answer_and_what_they_have_seen_is_told(fused, gallery, models, changes, answering, says):
+def test_remarks_say_which_models_predict_and_whether_they_were_trained_on_the_study(
+    fused, gallery, models, changes, answering, says
+):
     answer = models.answer(fused, replace(opened(gallery, 1), study_id=str(changes), **changes))
     assert len(answer.models) == answering
     assert says in " ".join(answer.remarks) and (says or not answer.remarks)
 
 
-def test_whoever_has_learnt_from_a_study_does_not_answer_beside_models_of_another_prepared_run(fused, gallery):
+def test_models_trained_on_a_study_do_not_predict_it_together_with_models_of_another_prepared_run(fused, gallery):
     study = opened(gallery, 0)
     mixed = [replace(m, data_fingerprint="another") if m.model == "yolo" else m for m in fused.models]
-    found, remarks = answering(replace(fused, models=tuple(mixed), ensemble=Path("ensemble")), study)
+    found, remarks = choose_models(replace(fused, models=tuple(mixed), ensemble=Path("ensemble")), study)
     strange = {("yolo", 0), ("yolo", 1)}
     assert {(m.model, m.fold) for m in found} == strange | {("study", study.fold), ("faster_rcnn", study.fold)}
-    assert [any(said in remark for remark in remarks) for said in ("Whether yolo learnt", "weights of the ensemble")] == [
+    assert [any(said in remark for remark in remarks) for said in ("whether yolo learnt", "weights of the ensemble")] == [
         1,
         1,
     ]
-    # Of an image that was put aside the same is not known of the stranger.
-    assert "Whether yolo" in answering(replace(fused, models=tuple(mixed)), replace(study, fold=None))[1][0]
+    # For a test image, it is not known either whether the other run's models were trained on it.
+    assert "whether yolo" in choose_models(replace(fused, models=tuple(mixed)), replace(study, fold=None))[1][0]
 
 
-def test_a_damaged_model_is_left_out_and_told_and_asked_again(runs, gallery, tmp_path):
+def test_a_damaged_model_is_left_out_reported_and_tried_again(runs, gallery, tmp_path):
     shutil.copytree(runs, tmp_path / "runs")
     system, warm = find_systems(list_runs([tmp_path / "runs"]))[0], WarmModels()
     study = opened(gallery, 0)
@@ -198,7 +197,7 @@ def test_lungs_are_as_large_as_the_copy_that_a_system_reads(fused, gallery, mode
         assert max(models.lungs(system, study, study.images[0])[0].shape) == side
 
 
-def test_a_segmenter_that_fails_at_one_image_is_asked_about_the_next(fused, gallery, monkeypatch):
+def test_a_segmenter_that_fails_on_one_image_is_used_for_the_next(fused, gallery, monkeypatch):
     warm, places = WarmModels(), iter((True, True))
     segmenter = warm._segmenter(fused)
     segmenter.begin()
@@ -217,7 +216,7 @@ def _fails(places):
 
 
 def test_a_system_with_one_detector_has_its_boxes_alone(systems, gallery, models):
-    """A single list of boxes passes through the fusion as it is: the numbers are the detector's own."""
+    """A single list of boxes passes through the fusion unchanged, so the boxes are those of the detector."""
     study = opened(gallery, 2)
     system = replace(systems["yolo"], models=tuple(m for m in systems["yolo"].models if m.fold == study.fold), name="one")
     bundle = next(model.folder for model in system.models if model.model == "yolo")
@@ -228,7 +227,7 @@ def test_a_system_with_one_detector_has_its_boxes_alone(systems, gallery, models
     assert len(own) and systems["yolo"].detectors == ("yolo",) and systems["faster_rcnn"].detectors == ("faster_rcnn",)
 
 
-def test_files_to_take_away_hold_the_answer(fused, gallery, models, tmp_path):
+def test_downloaded_files_contain_the_predictions(fused, gallery, models, tmp_path):
     study = opened(gallery, 0)
     answer = models.answer(fused, study)
     write_rows(tmp_path / "rows.csv", answer, study)
@@ -245,7 +244,7 @@ def test_files_to_take_away_hold_the_answer(fused, gallery, models, tmp_path):
     assert "Not for diagnosis" in told["note"] and len(told["models"]) == 3
 
 
-def test_what_no_model_answers_is_the_prior_and_null(fused, gallery, models, tmp_path):
+def test_values_without_a_model_are_class_frequencies_in_csv_and_null_in_json(fused, gallery, models, tmp_path):
     detectors = replace(fused, name="detectors", models=tuple(m for m in fused.models if "boxes" in m.answers))
     study = opened(gallery, 0)
     answer = models.answer(detectors, study)
@@ -278,24 +277,24 @@ def test_heat_and_lungs_lie_on_the_decoded_copy(fused, gallery, models):
     pixels = study.read(study.images[0], COPY).pixels
     name, heat = models.heat(fused, study, study.images[0], "typical")
     assert name == f"study, fold {study.fold}" and heat.shape == pixels.shape and 0 <= heat.min() <= heat.max() <= 1
-    # tests/small_lungs.py: this segmenter says that bright is lung
+    # The segmenter of tests/small_lungs.py finds lungs where pixels are bright.
     mask, why = models.lungs(fused, study, study.images[0])
     assert why == ""
     assert mask.shape == pixels.shape and pixels[mask].mean() > pixels[~mask].mean()
     none = models.lungs(replace(fused, lungs=None), study, study.images[0])
-    assert none == (None, "These models have no segmenter.")
+    assert none == (None, "These models have no lung segmenter.")
     detectors = replace(fused, models=tuple(model for model in fused.models if "boxes" in model.answers))
-    with pytest.raises(ValueError, match=r"no model among .* answers typical"):
+    with pytest.raises(ValueError, match=r"none of the models of .* predicts typical"):
         models.heat(detectors, study, study.images[0], "typical")
 
 
-def test_an_ensemble_stacks_the_study_models_and_its_failure_is_told(fused, gallery, tmp_path):
+def test_an_ensemble_stacks_the_study_models_and_its_failure_is_reported(fused, gallery, tmp_path):
     study, warm = replace(opened(gallery, 0), fold=None), WarmModels()
     plain = warm.answer(fused, study).fused.studies
     one = Ensemble("stack", "weighted", ("study",), tuple(STUDY_CLASSES), "study_id", 2.0, weights={"learners": np.ones(1)})
     write_ensemble(tmp_path / "one", one)
     stacked = warm.answer(replace(fused, name="stacked", ensemble=tmp_path / "one"), study).fused.studies
-    # negative is mixed with none afterwards; of the others the temperature 2 makes p to p^(1/2) / sum of p^(1/2)
+    # negative is mixed with none afterwards; for the others the temperature 2 gives p^(1/2) / sum of p^(1/2)
     p = torch.tensor([load_mean(fused, study)[name] for name in STUDY_CLASSES]).sqrt()
     expected = (p / p.sum()).numpy()[1:]
     np.testing.assert_allclose(stacked.iloc[0][list(STUDY_CLASSES)[1:]].to_numpy(float), expected, rtol=1e-5)
@@ -304,7 +303,7 @@ def test_an_ensemble_stacks_the_study_models_and_its_failure_is_told(fused, gall
     write_ensemble(tmp_path / "strange", strange)
     answer = warm.answer(replace(fused, name="strange", ensemble=tmp_path / "strange"), study)
     assert answer.remarks == (
-        "The ensemble: none of its learners (other) has answered; the study models are fused as they are.",
+        "The ensemble: none of its learners (other) has predicted; the study models are fused without it.",
     )
     pd.testing.assert_frame_equal(answer.fused.studies, plain)
     answer = warm.answer(replace(fused, name="gone", ensemble=tmp_path / "gone"), study)
@@ -313,7 +312,7 @@ def test_an_ensemble_stacks_the_study_models_and_its_failure_is_told(fused, gall
 
 
 def load_mean(system, study):
-    """The study's probabilities by a plain mean over folds and images."""
+    """Return the study's probabilities as a plain mean over folds and images."""
     folders = [model.folder for model in system.models if model.model == "study"]
     tables = [pd.concat(list(load_predictor(folder).predict(_xrays(study)))) for folder in folders]
     return pd.concat(tables)[list(STUDY_CLASSES)].mean()
@@ -337,5 +336,5 @@ def test_systems_follow_a_folder_that_was_moved_and_say_what_is_missing(runs, tm
 def test_names_replace_keys(fused, copies, models, runs):
     files = sorted(next((runs.parent / "inputs").glob("siim-*/test")).glob("*/*/*.dcm"))[:2]
     study = open_uploads(files, copies, COPY)
-    told = named(models.answer(fused, study).fused, study)
+    told = with_image_names(models.answer(fused, study).fused, study)
     assert set(told.nones.image_id) == set(told.detections.image_id) == {file.stem for file in files}

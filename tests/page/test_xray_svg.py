@@ -1,4 +1,4 @@
-"""Pictures and bars as a browser's parser sees them: what is drawn, where, in which words, and nothing that runs."""
+"""Pictures and bars as an HTML parser sees them: elements, positions and texts, and no scripts."""
 
 import base64
 from xml.etree import ElementTree
@@ -14,7 +14,7 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.page.xray_svg import MARKS, bars, picture
 
 SVG = "{http://www.w3.org/2000/svg}"
-ROWS, COLUMNS = 300, 200  # of the original; the copy has a third
+ROWS, COLUMNS = 300, 200  # original size; the copy is three times smaller
 GREY = np.add.outer(np.arange(100), np.arange(67)).astype(np.uint8)
 BOXES = pd.DataFrame(
     [(0.2, 10, 20, 60, 90), (0.9, 100.5, 120.25, 180, 299), (0.5, 0, 0, 200, 300)],
@@ -33,7 +33,7 @@ def of_class(root: ElementTree.Element, name: str) -> list[ElementTree.Element]:
 
 def decoded(image: ElementTree.Element) -> np.ndarray:
     assert (image.get("width"), image.get("height")) == (str(COLUMNS), str(ROWS))
-    assert image.get("preserveAspectRatio") == "none"  # a copy's aspect is a rounded one
+    assert image.get("preserveAspectRatio") == "none"  # the aspect ratio of a copy is rounded
     return cv2.imdecode(np.frombuffer(base64.b64decode(image.get("href").split(",")[1]), np.uint8), cv2.IMREAD_UNCHANGED)
 
 
@@ -99,7 +99,7 @@ def test_lines_do_not_grow_with_the_image_and_differ_in_colour_and_dash():
 
 
 def test_the_lungs_outline_runs_through_the_middles_of_its_outermost_pixels():
-    """Of a 4 x 5 mask each pixel is 50 x 60 of the original: rows 1 to 3, columns 1 and 2."""
+    """Each pixel of a 4 x 5 mask is 50 x 60 original pixels; the mask covers rows 1 to 3 of columns 1 and 2."""
     mask = np.zeros((5, 4), bool)
     mask[1:4, 1:3] = True
     path = of_class(drawn(mask=mask), "lungs")[0].get("d")
@@ -116,7 +116,7 @@ def test_a_hole_is_outlined_and_an_empty_mask_is_not_drawn():
 
 
 def test_heat_is_as_opaque_as_it_is_hot():
-    """0, half and 1 of 0.6 * 255 = 153; colours by OpenCV's inferno, whose ends are nearly black and nearly white."""
+    """Opacities are 0, half and all of 0.6 * 255 = 153; the ends of OpenCV's inferno are almost black and almost white."""
     heat = np.zeros((30, 20), np.float32)
     heat[:, 10:], heat[:10, 10:] = 1, 0.5
     root = drawn(heat=heat)
@@ -133,14 +133,14 @@ def test_heat_is_as_opaque_as_it_is_hot():
 )
 @settings(max_examples=30)
 def test_a_caption_is_text_whatever_it_says(caption):
-    caption = "".join(letter for letter in caption if ord(letter) & 0xFFFE != 0xFFFE)  # no characters of XML
+    caption = "".join(letter for letter in caption if ord(letter) & 0xFFFE != 0xFFFE)  # characters that XML does not allow
     for hostile in (caption, f"</figcaption><script>alert(1)</script>{caption}\"'"):
         root = drawn(caption=hostile)
         assert "".join(root.find("figcaption").itertext()) == hostile
         assert not [element for element in root.iter() if "script" in element.tag]
 
 
-def test_truth_that_is_empty_is_said_and_not_in_the_legend():
+def test_an_empty_truth_is_described_but_not_in_the_legend():
     root = drawn(truth=BOXES.iloc[:0].drop(columns="score"), boxes=BOXES.iloc[:1], threshold=0.1)
     assert legend(root) == ["opacity found by the model, with its score"]
     label = root.find(f"{SVG}svg").get("aria-label")
@@ -157,14 +157,14 @@ def test_truth_that_is_empty_is_said_and_not_in_the_legend():
         {"heat": np.ones((4, 4, 3), np.float32)},
     ],
 )
-def test_layers_of_another_kind_are_refused(told):
-    with pytest.raises(ValueError, match="wants"):
+def test_layers_of_another_type_or_range_are_refused(told):
+    with pytest.raises(ValueError, match="must be"):
         drawn(**told)
 
 
 @pytest.mark.parametrize("pixels", [GREY.astype(float), GREY[0], GREY[:0]])
-def test_pixels_of_another_kind_are_refused(pixels):
-    with pytest.raises(ValueError, match="wants uint8"):
+def test_pixels_of_another_type_or_shape_are_refused(pixels):
+    with pytest.raises(ValueError, match="must be uint8"):
         picture(pixels, ROWS, COLUMNS)
 
 
@@ -189,13 +189,13 @@ def test_bars_say_name_and_number_and_mark_the_annotated_class():
     assert "width:12.34%" in html and "width:3.14%" in html
 
 
-def test_priors_are_grey_and_said_to_be_no_answer():
+def test_class_frequencies_are_grey_and_explained():
     root = ElementTree.fromstring(bars(SHARES, 0.5, True))
     assert [label.endswith("the training set's share") for label, _ in meters(root)] == [True] * 4 + [False]
-    assert "No chosen model answers for the study" in "".join(root.itertext())
+    assert "None of the chosen models predicts the class of the study" in "".join(root.itertext())
     assert len(of_class(root, "bar priors")) == 4
     without = ElementTree.fromstring(bars(SHARES, None, False))
-    assert len(meters(without)) == 4 and "No chosen model" not in "".join(without.itertext())
+    assert len(meters(without)) == 4 and "None of the chosen models" not in "".join(without.itertext())
 
 
 @pytest.mark.parametrize(
@@ -203,5 +203,5 @@ def test_priors_are_grey_and_said_to_be_no_answer():
     [({"negative": 1.0}, None, ""), (SHARES, None, "none"), (SHARES, 1.5, ""), ({**SHARES, "typical": float("nan")}, 0, "")],
 )
 def test_bars_of_other_classes_or_numbers_are_refused(studies, none, true_class):
-    with pytest.raises(ValueError, match=r"there are: negative, typical|wanted 0\.\.1"):
+    with pytest.raises(ValueError, match=r"valid: negative, typical|must be in 0\.\.1"):
         bars(studies, none, False, true_class)

@@ -1,4 +1,4 @@
-"""Phantoms laid out as the sets of diagnoses: what each has of each class, twice, damaged, and from one patient."""
+"""Phantoms in the layouts with diagnoses: their classes, near-duplicates, damaged files and patients."""
 
 import hashlib
 
@@ -40,16 +40,16 @@ def test_every_image_is_there_and_one_is_damaged(layout, written):
 def test_the_plan_has_several_images_of_a_patient_and_one_image_twice(layout, written):
     planned = plan_diagnoses(layout, 48, seed=3)
     table = pd.DataFrame([vars(image) for image in planned])
-    # By largest remainder of the shares, each at least one.
+    # By largest remainder of the shares, at least one of each.
     for diagnosis, share in LAYOUTS[layout].shares.items():
         assert abs((table.diagnosis == diagnosis).sum() - 48 * share) < 1
     assert table.groupby("patient").size().max() == 4 and not table.groupby("patient").diagnosis.nunique().gt(1).any()
-    assert table.again.sum() == table.damaged.sum() == 1
-    copy = int(table.again.to_numpy().argmax())
+    assert table.is_copy.sum() == table.damaged.sum() == 1
+    copy = int(table.is_copy.to_numpy().argmax())
     assert table.patient[copy] != table.patient[copy - 1]
     one, other = (
-        perceptual_hash(decode_image(written[layout] / LAYOUTS[layout].place(planned[place])).pixels)
-        for place in (copy - 1, copy)
+        perceptual_hash(decode_image(written[layout] / LAYOUTS[layout].make_path(planned[index])).pixels)
+        for index in (copy - 1, copy)
     )
     assert group_hashes([one, other], MAX_DISTANCE).tolist() == [0, 0]
 
@@ -69,12 +69,12 @@ def test_the_same_parameters_give_the_same_bytes(written, tmp_path):
     assert canary.exists()
 
 
-def test_it_refuses_numbers_that_give_no_set(tmp_path):
+def test_too_small_sizes_unknown_layouts_and_real_data_are_refused(tmp_path):
     with pytest.raises(ValueError, match="at least 24 images of 32 pixels"):
         write_diagnoses(tmp_path, "covid_chestxray", seed=0, images=23, side=64)
-    with pytest.raises(ValueError, match="'nih'; there are: kermany"):
+    with pytest.raises(ValueError, match="'nih'; valid: kermany"):
         write_diagnoses(tmp_path, "nih", **SMALL)
     (tmp_path / "covid_chestxray").mkdir()
     (tmp_path / "covid_chestxray" / "metadata.csv").write_text("real")
-    with pytest.raises(FileExistsError, match="something else"):
+    with pytest.raises(FileExistsError, match="files that are not phantoms"):
         write_diagnoses(tmp_path, "covid_chestxray", seed=0, images=48, side=64)

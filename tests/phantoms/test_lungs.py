@@ -1,4 +1,4 @@
-"""Phantoms laid out as the sets of lung masks: read without surprise, and their masks are those of the drawing."""
+"""Phantoms in the layouts with lung masks: they are read without faults, and their masks match the drawing."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(written, tmp_path_factory):
-    """Layout -> data set, decoded copy, masks and their faults."""
+    """By layout: the data set, the decoded copy, the mask store and the masks' faults."""
     sets = {}
     for layout, folder in written.items():
         run, data = tmp_path_factory.mktemp(layout), read_dataset(layout, folder, progress=False)
@@ -48,7 +48,7 @@ def dice(one, other):
     return 2 * (one & other).sum() / (one.sum() + other.sum())
 
 
-def test_readers_find_what_was_asked_for(prepared):
+def test_readers_find_the_requested_images_and_masks(prepared):
     images = {layout: len(data.images) for layout, (data, *_) in prepared.items()}
     # One of Darwin's twelve is tagged as lateral.
     assert images == {"jsrt": 3, "montgomery": 7, "shenzhen": 14, "darwin": 11}
@@ -56,10 +56,11 @@ def test_readers_find_what_was_asked_for(prepared):
     # Shenzhen has 566 masks of 662 images: 14 x 566 / 662 = 11.97.
     assert masks == {"jsrt": 3, "montgomery": 7, "shenzhen": 11, "darwin": 11}
     assert all(faults.empty for *_, faults in prepared.values())
-    told = {layout: data.faults.problem.tolist() for layout, (data, *_) in prepared.items()}
-    assert told["jsrt"] == told["montgomery"] == [] and told["shenzhen"] == ["and 2 other images have no mask"]
-    # Nothing tells the patients of its COVID-19 images, as in the real one.
-    assert len(told["darwin"]) == 2 and "are no frontal X-rays" in told["darwin"][0] and "one patient" in told["darwin"][1]
+    problems = {layout: data.faults.problem.tolist() for layout, (data, *_) in prepared.items()}
+    assert problems["jsrt"] == problems["montgomery"] == [] and problems["shenzhen"] == ["and 2 other images have no mask"]
+    # As in the real set, the patients of COVID-19 images are unknown.
+    assert len(problems["darwin"]) == 2
+    assert "are no frontal X-rays" in problems["darwin"][0] and "one patient" in problems["darwin"][1]
 
 
 def test_classes_have_the_published_shares(prepared):
@@ -70,7 +71,7 @@ def test_classes_have_the_published_shares(prepared):
     # 154 and 93 of 247, times 3; 80 and 58 of 138, times 7; 326 and 336 of 662, times 14.
     assert counts("jsrt") == [2, 1] and counts("montgomery") == [4, 3] and counts("shenzhen") == [7, 7]
     # 1,583, 2,780, 1,493 and 517 of 6,373, times 12: 3.0, 5.2, 2.8, 1.0; each at least one, then by largest remainder.
-    # The first is the lateral one; COVID-19 is viral, too.
+    # The first image is tagged as lateral and therefore excluded; COVID-19 images are also labelled viral.
     assert counts("darwin") == [3 - 1, 5, 2 + 2, 2]
     images = prepared["montgomery"][0].images
     assert images.age.between(18, 89).all() and set(images.sex) == {"F", "M"}
@@ -79,7 +80,7 @@ def test_classes_have_the_published_shares(prepared):
 
 @pytest.mark.parametrize("layout", SIZES)
 def test_lungs_are_dark_and_lie_in_their_masks(layout, prepared):
-    """JSRT's raw files are bright where the film is dark: what is read from them is not."""
+    """JSRT's raw files are inverted; the reader corrects this."""
     _, cache, store, _ = prepared[layout]
     darker = []
     for image_id in store.ids:
@@ -107,7 +108,7 @@ def test_jsrt_has_each_structure_at_its_side(prepared):
     for image_id in store.ids:
         codes = store.read(image_id)
         columns = {name: np.nonzero(codes == MASK_CODES[name])[1].mean() for name in ("right_lung", "heart", "left_lung")}
-        # As one faces the patient.
+        # Seen from the front, the patient's right is on the left.
         assert columns["right_lung"] < columns["heart"] < columns["left_lung"]
         assert 0.02 < (codes == MASK_CODES["heart"]).mean() < 0.12
 
@@ -115,16 +116,17 @@ def test_jsrt_has_each_structure_at_its_side(prepared):
 def area_mean(mask, shape):
     """The exact mean of each pixel's area, by the overlap of intervals along either axis."""
 
-    def overlaps(wanted, given):
-        edge, inner = np.arange(wanted + 1) * given / wanted, np.arange(given)
-        return np.clip(np.minimum(edge[1:, None], inner + 1) - np.maximum(edge[:-1, None], inner), 0, None) * wanted / given
+    def overlaps(target, source):
+        edge, inner = np.arange(target + 1) * source / target, np.arange(source)
+        overlap = np.minimum(edge[1:, None], inner + 1) - np.maximum(edge[:-1, None], inner)
+        return np.clip(overlap, 0, None) * target / source
 
     return overlaps(shape[0], mask.shape[0]) @ mask @ overlaps(shape[1], mask.shape[1]).T
 
 
 @pytest.mark.parametrize("layout", ["jsrt", "montgomery", "shenzhen"])
-def test_masks_survive_the_way_into_the_store(layout, prepared):
-    """Files read by another hand and shrunk by definition; only means of one half to a rounding of 8 bits may differ."""
+def test_stored_masks_equal_the_files_masks(layout, prepared):
+    """Compares with files read by Pillow and reduced by exact area means; only means within rounding of 1/2 may differ."""
     data, cache, store, _ = prepared[layout]
     for image_id, rows in data.masks.groupby("image_id"):
         shape = cache.read(image_id).pixels.shape
@@ -133,18 +135,18 @@ def test_masks_survive_the_way_into_the_store(layout, prepared):
         assert dice(store.read(image_id) > 0, expected) > 0.999
 
 
-def test_darwins_polygons_give_back_the_drawing(prepared, written):
-    """The same polygons filled by Pillow at four times the size, and shrunk."""
+def test_darwins_polygons_reproduce_the_drawing(prepared, written):
+    """Compares with the same polygons filled by Pillow at four times the size and reduced."""
     data, cache, store, _ = prepared["darwin"]
     for image_id, path in zip(data.masks.image_id, data.masks.path, strict=True):
-        told = json.loads(Path(path).read_text())
-        lungs = [each for each in told["annotations"] if each["name"] == "Lung"]
+        record = json.loads(Path(path).read_text())
+        lungs = [annotation for annotation in record["annotations"] if annotation["name"] == "Lung"]
         assert len(lungs) == 2
-        size = (told["image"]["width"], told["image"]["height"])
+        size = (record["image"]["width"], record["image"]["height"])
         large = Image.new("1", (4 * size[0], 4 * size[1]))
         for lung in lungs:
             paths = [lung["polygon"]["path"]] if "polygon" in lung else lung["complex_polygon"]["path"]
-            # What the others cut out of the outline is small.
+            # The other paths cut small holes, which are ignored.
             outline = max(paths, key=len)
             ImageDraw.Draw(large).polygon([(4 * point["x"], 4 * point["y"]) for point in outline], fill=1)
         shape = cache.read(image_id).pixels.shape
@@ -153,8 +155,8 @@ def test_darwins_polygons_give_back_the_drawing(prepared, written):
         assert read_mask(path).shape == size[::-1]
 
 
-def test_darwins_lungs_take_in_the_heart(prepared):
-    """Lung fields alone leave a gap between them in every row; with the heart, the rows at its height have none."""
+def test_darwins_lungs_include_the_heart(prepared):
+    """Lungs alone leave a gap in every row; with the heart, the rows at its height have none."""
     gapless = {}
     for layout in ("shenzhen", "darwin"):
         _, _, store, _ = prepared[layout]
@@ -183,7 +185,7 @@ def test_the_same_parameters_give_the_same_bytes_and_are_left_alone(layout, writ
     assert not canary.exists() and len(read_dataset(layout, again, progress=False).images) == 4 - (layout == "darwin")
 
 
-def test_jsrts_files_are_raw_and_masks_lie_in_scrs_folds(written):
+def test_jsrts_files_are_raw_and_masks_are_in_scrs_folds(written):
     files = sorted((written["jsrt"] / "All247images").iterdir())
     assert [path.stat().st_size for path in files] == [2 * 2048 * 2048] * 3
     assert decode_image(files[0]).pixels.shape == (2048, 2048)
@@ -193,14 +195,14 @@ def test_jsrts_files_are_raw_and_masks_lie_in_scrs_folds(written):
     assert {mask.split("/")[1] for mask in masks if "002" in mask} == {"fold2"}
 
 
-def test_it_replaces_no_real_data_and_refuses_numbers_that_give_no_set(tmp_path):
+def test_real_data_is_not_replaced_and_too_small_sizes_are_refused(tmp_path):
     (tmp_path / "shenzhen" / "CXR_png").mkdir(parents=True)
     (tmp_path / "shenzhen" / "CXR_png" / "CHNCXR_0001_0.png").write_bytes(b"real")
-    with pytest.raises(FileExistsError, match="something else than phantoms"):
+    with pytest.raises(FileExistsError, match="files that are not phantoms"):
         write_lungs(tmp_path, "shenzhen", **SIZES["shenzhen"], seed=3, progress=False)
     for layout, wrong, least in (("jsrt", {"images": 1}, "2 images"), ("darwin", {"side": 319}, "4 images of 320")):
         with pytest.raises(ValueError, match=f"at least {least}"):
             write_lungs(tmp_path, layout, **(SIZES[layout] | wrong), seed=3)
-    with pytest.raises(ValueError, match=r"'nih'; there are: jsrt, montgomery, shenzhen, darwin"):
+    with pytest.raises(ValueError, match=r"'nih'; valid: jsrt, montgomery, shenzhen, darwin"):
         write_lungs(tmp_path, "nih", images=9, side=320, seed=3)
     assert list(LAYOUTS) == list(SIZES)

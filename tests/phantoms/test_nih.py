@@ -1,4 +1,4 @@
-"""Phantoms laid out as NIH's set: read by its reader without a fault, and each finding is where it is said to be."""
+"""Phantoms in NIH's layout: they are read without faults, and each finding is where its label or box says."""
 
 import hashlib
 from dataclasses import replace
@@ -35,7 +35,7 @@ def test_the_reader_finds_no_fault(written, data):
     assert set(data.images["rows"]) == set(data.images["columns"]) == {64} and set(data.images["view"]) == {"AP", "PA"}
     positives = data.labels.set_index("id").sum()
     assert set(positives.index[positives > 0]) == set(DRAWN_FINDINGS)
-    # 45 in a hundred of 120 show nothing; 8 in a hundred a large heart, and some others beside their finding.
+    # 45 % of 120 show no finding; 8 % show Cardiomegaly alone, and some others show it with their finding.
     assert positives["No Finding"] == 54 and 10 <= positives["Cardiomegaly"] <= 20
     assert data.labels[list(NIH_FINDINGS)].sum(axis=1).isin([1, 2]).all()
     assert sorted(path.name for path in written.glob("images_*")) == [f"images_{n:03d}" for n in range(1, 13)]
@@ -61,11 +61,11 @@ def test_no_patient_is_in_both_lists_and_boxes_are_of_test_images(data):
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 @example(3599)  # an effusion of 0.49 % of the image
-def test_each_finding_changes_the_image_where_it_is_said_to_be(seed):
-    """The same patient and exposure, with the finding minus without any, in an image of 160 pixels.
+def test_each_finding_changes_the_expected_part_of_the_image(seed):
+    """Subtracts the image without a finding from that with one, for the same patient and exposure, at 160 pixels.
 
-    At least 0.1 % of it changes: the smallest effusion of the smallest patient, far from the film, makes 0.18 %, and the
-    smallest mass 0.23 %.
+    At least 0.1 % of the pixels must change: the smallest effusion of the smallest patient, at the smallest zoom, changes
+    0.18 %, and the smallest mass 0.23 %.
     """
     drawn = {}
     for finding in DRAWN_FINDINGS:
@@ -80,12 +80,12 @@ def test_each_finding_changes_the_image_where_it_is_said_to_be(seed):
     assert all(
         (change > 0.03).mean() > 0.001 for finding, change in changed.items() if finding not in ("No Finding", "Nodule")
     )
-    # The heart grows to the patient's left mostly, which is the image's right, and in the lower half of the lungs.
+    # The heart grows mostly to the patient's left, the image's right, and in the lower half of the lungs.
     heart = changed["Cardiomegaly"]
     assert heart[:, 80:].sum() > heart[:, :80].sum() and heart[80:].sum() > heart[:60].sum()
     assert changed["Consolidation"][:72].sum() > 0.7 * changed["Consolidation"].sum()
     assert changed["Pneumonia"][72:].sum() > 0.7 * changed["Pneumonia"].sum()
-    # Opacities on top of a lung of the same seed: the mass is the larger one.
+    # Drawn from the same seed, the mass is larger than the nodule.
     nodule, mass = (np.prod(drawn[name][1][0][2:] - drawn[name][1][0][:2]) for name in ("Nodule", "Mass"))
     assert nodule < 0.6 * mass
     assert drawn["Infiltration"][2][0].density < drawn["Pneumonia"][2][0].density < drawn["Consolidation"][2][0].density
@@ -115,10 +115,10 @@ def test_the_same_parameters_give_the_same_bytes_and_are_left_alone(written, tmp
     assert len(pd.read_csv(again / ENTRIES[0])) == 16
 
 
-def test_it_replaces_no_real_data_and_refuses_numbers_that_give_no_set(written, tmp_path):
+def test_real_data_is_not_replaced_and_too_small_sizes_are_refused(written, tmp_path):
     (tmp_path / written.name).mkdir()
     (tmp_path / written.name / ENTRIES[0]).write_text("Image Index\n")
-    with pytest.raises(FileExistsError, match="something else than phantoms"):
+    with pytest.raises(FileExistsError, match="files that are not phantoms"):
         write_nih(tmp_path, **SMALL)
     for wrong in ({"images": 15}, {"side": 31}):
         with pytest.raises(ValueError, match="at least 16 images of 32 pixels"):

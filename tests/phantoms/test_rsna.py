@@ -1,4 +1,4 @@
-"""Phantoms laid out as RSNA's set: read by its reader without a fault, and each class shows what it says."""
+"""Phantoms in RSNA's layout: they are read without faults, and images show what their class says."""
 
 import hashlib
 
@@ -31,15 +31,15 @@ def test_the_reader_finds_no_fault(written, data):
     assert data.labels[list(RSNA_CLASSES)].sum().tolist() == [13, 18, 9]
     boxed = set(data.labels.id[data.labels["Lung Opacity"] == 1])
     assert set(data.boxes.image_id) == boxed
-    # Several images of one of NIH's patients, which folds must keep together.
+    # Some patients, numbered as NIH's, have several images, which folds must keep together.
     assert data.images.patient_id.nunique() < 40 and data.images.patient_id.str.fullmatch(r"nih-\d{8}").all()
     rows, classes = (pd.read_csv(written / name) for name in (LABELS, CLASSES))
     assert list(rows) == ["patientId", "x", "y", "width", "height", "Target"] and list(classes) == ["patientId", "class"]
     assert rows.patientId.tolist() == classes.patientId.tolist() and len(rows) == len(data.boxes) + 31
 
 
-def test_boxes_lie_on_what_is_brighter_than_the_other_lung(data):
-    """The image minus its mirror image, mean inside a box that is on one side only; the other lung is darker."""
+def test_boxes_are_brighter_than_the_other_lung(data):
+    """Averages the image minus its mirror image inside the box, for images with one box."""
     paths = data.images.set_index("image_id").path
     single = data.boxes[~data.boxes.image_id.duplicated(keep=False)]
     brighter = []
@@ -66,10 +66,10 @@ def test_the_same_parameters_give_the_same_bytes_and_are_left_alone(written, tmp
     assert not canary.exists() and len(list((again / IMAGES).iterdir())) == 3
 
 
-def test_it_replaces_no_real_data_and_refuses_numbers_that_give_no_set(written, tmp_path):
+def test_real_data_is_not_replaced_and_too_small_sizes_are_refused(written, tmp_path):
     (tmp_path / written.name).mkdir()
     (tmp_path / written.name / LABELS).write_text("patientId,x,y,width,height,Target\n")
-    with pytest.raises(FileExistsError, match="something else than phantoms"):
+    with pytest.raises(FileExistsError, match="files that are not phantoms"):
         write_rsna(tmp_path, **SMALL)
     for wrong in ({"images": 2}, {"side": 31}):
         with pytest.raises(ValueError, match="at least 3 images of 32 pixels"):

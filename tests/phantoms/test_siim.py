@@ -1,4 +1,4 @@
-"""Phantom radiographs show what their boxes and classes say; the competition made of them is laid out as SIIM's."""
+"""Phantom radiographs match their boxes and classes, and the phantom competition has SIIM's layout."""
 
 import ast
 import dataclasses
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
 from kitlib.errors import UnreadableXray
-from kitlib.phantoms.drawing import render, structures
+from kitlib.phantoms.drawing import draw_masks, render
 from kitlib.phantoms.patients import draw_exposure, draw_near_duplicate, draw_opacities, draw_patient
 from kitlib.phantoms.plan import CLASS_SHARES, plan_split
 from kitlib.phantoms.siim import write_competition
@@ -27,7 +27,7 @@ SMALL = {"train_studies": 30, "test_studies": 12, "side": 64, "seed": 5, "worker
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> tuple[Path, Path]:
-    """A competition and the truth of its test set."""
+    """The folders of a competition and of its test set's ground truth."""
     root = tmp_path_factory.mktemp("inputs")
     return write_competition(root / "demo", root / "truth", **SMALL), root / "truth"
 
@@ -64,12 +64,12 @@ def test_same_scene_gives_same_pixels_in_range(seed, study_class, side):
 
 @settings(max_examples=15, deadline=None)
 @given(SEEDS, st.integers(100, 700))
-def test_masks_lie_on_what_is_drawn(seed, side):
-    """Lungs are darker than all around them; the heart, which has no air, is brighter, and beside both of them."""
+def test_masks_match_the_drawing(seed, side):
+    """Lungs are darker than their surroundings; the heart, which has no air, is brighter and lies between the lungs."""
     patient, exposure, _ = scene(seed, "negative", side)
     exposure = dataclasses.replace(quiet(exposure), rotation=0.0)
     grey, _ = render(patient, exposure)
-    masks = structures(patient, exposure)
+    masks = draw_masks(patient, exposure)
     assert list(masks) == ["left_lung", "right_lung", "heart"]
     assert all(mask.shape == grey.shape and mask.dtype == bool for mask in masks.values())
     assert not (masks["heart"] & (masks["left_lung"] | masks["right_lung"])).any()
@@ -77,22 +77,22 @@ def test_masks_lie_on_what_is_drawn(seed, side):
     for name in ("left_lung", "right_lung"):
         mask = masks[name].astype(np.uint8)
         kernel = np.ones((3, 3), np.uint8)
-        # Five hundredths of the side beyond the edge and as far within, as the edge itself is soft.
+        # Compares bands outside and inside of the edge, up to 2.5 % of the side away, because the edge itself is soft.
         far = max(2, round(0.05 * side / 2))
         around = (cv2.dilate(mask, kernel, iterations=far) > 0) & (cv2.dilate(mask, kernel, iterations=far // 2) == 0)
         within = (cv2.erode(mask, kernel, iterations=far // 2) > 0) & (cv2.erode(mask, kernel, iterations=far) == 0)
         assert np.median(grey[within]) < np.median(grey[around & ~masks["heart"]]) - 0.05
         assert np.median(grey[masks["heart"]]) > np.median(grey[within]) + 0.15
-    # The patient's left is at the image's right, and most of the heart lies there.
+    # The patient's left is on the image's right, and contains most of the heart.
     columns = {name: np.nonzero(mask)[1].mean() for name, mask in masks.items()}
     assert columns["right_lung"] < columns["heart"] < columns["left_lung"]
 
 
-def test_masks_of_a_large_image_are_those_of_a_small_one():
-    """The drawing is done small and enlarged; its masks are drawn at full size, and an area's share stays."""
+def test_masks_of_a_large_image_match_those_of_a_small_one():
+    """Images are drawn small and enlarged, masks at full size; both must cover the same area."""
     patient, exposure, _ = scene(3, "negative", 400)
     large = dataclasses.replace(exposure, rows=4 * exposure.rows, columns=4 * exposure.columns)
-    small, enlarged = structures(patient, exposure), structures(patient, large)
+    small, enlarged = draw_masks(patient, exposure), draw_masks(patient, large)
     for name, mask in small.items():
         shrunk = cv2.resize(enlarged[name].astype(np.uint8) * 255, mask.shape[::-1], interpolation=cv2.INTER_AREA) > 127
         assert 2 * (shrunk & mask).sum() / (shrunk.sum() + mask.sum()) > 0.98
@@ -100,8 +100,8 @@ def test_masks_of_a_large_image_are_those_of_a_small_one():
 
 @settings(max_examples=15, deadline=None)
 @given(SEEDS, st.sampled_from(STUDY_CLASSES[1:]))
-def test_a_box_is_where_the_opacity_changes_the_image(seed, study_class):
-    """The change is measured on the pixels: with the opacity minus without it."""
+def test_a_box_encloses_the_change_that_the_opacity_makes(seed, study_class):
+    """The change is the image with the opacity minus the image without it."""
     patient, exposure, opacities = scene(seed, study_class, 240)
     opacity = dataclasses.replace(opacities[0], boxed=True)
     with_it, boxes = render(patient, quiet(exposure), (opacity,))
@@ -111,7 +111,7 @@ def test_a_box_is_where_the_opacity_changes_the_image(seed, study_class):
     xmin, ymin, xmax, ymax = boxes[0].round().astype(int)
     assert change.min() > -0.02  # an opacity is never darker than the lung
     assert change[ymin:ymax, xmin:xmax].sum() > 0.85 * change.sum()
-    assert change.max() > 0.08  # to be seen through noise of at most 0.016
+    assert change.max() > 0.08  # visible through noise of at most 0.016
     ys, xs = np.nonzero(change > 0.2 * change.max())
     assert overlap(boxes[0], np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])) > 0.6
 
@@ -119,7 +119,7 @@ def test_a_box_is_where_the_opacity_changes_the_image(seed, study_class):
 @settings(max_examples=10, deadline=None)
 @given(SEEDS)
 def test_boxes_grow_with_the_image(seed):
-    """Four times the side: four times the box, to three of the small image's pixels. 800 is drawn at 512 and enlarged."""
+    """Four times the side gives four times the box, within three of the small image's pixels; 800 is drawn at 512."""
     patient, exposure, opacities = scene(seed, "typical", 200)
     large = dataclasses.replace(exposure, rows=4 * exposure.rows, columns=4 * exposure.columns)
     np.testing.assert_allclose(render(patient, large, opacities)[1] / 4, render(patient, exposure, opacities)[1], atol=3)
@@ -150,7 +150,7 @@ def test_air_is_black_and_bone_and_heart_are_white(seed):
     patient, exposure, _ = scene(seed, "negative", 200)
     plain = dataclasses.replace(quiet(exposure), shift_u=0.0, shift_v=0.0, rotation=0.0, zoom=1.0, rows=200, columns=199)
     grey, _ = render(patient, plain)
-    # Upper lungs and spine in a centred chest: at +-0.5 thorax units of 0.37 x 199 pixels, above the hila.
+    # Upper lungs and spine of a centred chest: at +-0.5 thorax units, 0.37 x 199 pixels each, above the hila.
     right, spine, left = (grey[50:70, column - 4 : column + 4].mean() for column in (62, 99, 137))
     assert max(right, left) + 0.15 < spine
     assert grey[:8, :8].mean() < 0.15  # above the shoulder
@@ -158,12 +158,12 @@ def test_air_is_black_and_bone_and_heart_are_white(seed):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(4, 400), st.integers(4, 120), st.integers(0, 10**6))
-def test_plan_keeps_shares_and_keeps_patients_apart(train_studies, test_studies, seed):
+def test_plan_has_the_class_shares_and_separates_patients(train_studies, test_studies, seed):
     train, test = plan_split("train", train_studies, seed, 0), plan_split("test", test_studies, seed, 1)
     for studies, count in ((train, train_studies), (test, test_studies)):
         classes = [study.study_class for study in studies]
         assert len(classes) == count and set(classes) == set(STUDY_CLASSES)
-        for name, share in CLASS_SHARES.items():  # at least one of each may cost the largest class three
+        for name, share in CLASS_SHARES.items():  # the minimum of one per class may take up to three from the largest
             assert abs(classes.count(name) - share * count) <= 3
         duplicated = [study for study in studies if any(image.duplicate for image in study.images)]
         assert duplicated and all(study.study_class != "negative" for study in duplicated)
@@ -173,7 +173,7 @@ def test_plan_keeps_shares_and_keeps_patients_apart(train_studies, test_studies,
     assert sum(image.damage != "" for study in test for image in study.images) == 1
 
 
-def test_tables_are_the_competitions(written):
+def test_tables_have_the_competitions_format(written):
     competition, truth = written
     for tables, split in ((competition, "train"), (truth, "test")):
         studies, images = pd.read_csv(tables / "train_study_level.csv"), pd.read_csv(tables / "train_image_level.csv")
@@ -191,8 +191,8 @@ def test_tables_are_the_competitions(written):
             boxes = ast.literal_eval(row.boxes)
             assert words[::6] == ["opacity"] * len(boxes) and words[1::6] == ["1"] * len(boxes)
             edges = [(b["x"], b["y"], b["x"] + b["width"], b["y"] + b["height"]) for b in boxes]
-            said = [[float(word) for word in words[start : start + 4]] for start in range(2, len(words), 6)]
-            np.testing.assert_allclose(edges, said, atol=1e-4)
+            label_edges = [[float(word) for word in words[start : start + 4]] for start in range(2, len(words), 6)]
+            np.testing.assert_allclose(edges, label_edges, atol=1e-4)
 
 
 def test_sample_submission_lists_studies_then_images_of_the_test_set(written):
@@ -204,7 +204,7 @@ def test_sample_submission_lists_studies_then_images_of_the_test_set(written):
     assert sample.PredictionString.tolist() == ["negative 1 0 0 1 1"] * len(studies) + ["none 1 0 0 1 1"] * len(images)
 
 
-def test_duplicates_are_false_none_in_train_and_mended_in_the_truth(written):
+def test_near_duplicates_are_unboxed_in_train_and_boxed_in_the_truth(written):
     for tables, boxed in zip(written, (1, 2), strict=True):
         images = pd.read_csv(tables / "train_image_level.csv")
         split = "train" if boxed == 1 else "test"
@@ -213,14 +213,14 @@ def test_duplicates_are_false_none_in_train_and_mended_in_the_truth(written):
         checked = 0
         for study in studies:
             rows = images[images.StudyInstanceUID == study.study_id]
-            if rows.boxes.notna().any():  # an effusion has no box on any image
+            if rows.boxes.notna().any():  # effusions have no boxes
                 assert rows.boxes.notna().sum() == (1 if split == "train" else len(rows))
                 checked += 1
         assert checked
 
 
-def test_files_decode_upright_but_the_damaged_ones(written):
-    """Every image resembles the mean of all: one that is not inverted where it should be would correlate below zero."""
+def test_all_files_but_the_damaged_ones_decode_with_the_right_polarity(written):
+    """Every image correlates with the mean of all images; one with the wrong polarity would correlate below zero."""
     competition, _ = written
     greys, unreadable, syntaxes = [], [], set()
     for path in sorted(competition.glob("t*/*/*/*.dcm")):
@@ -254,7 +254,7 @@ def test_bytes_depend_on_the_seed_and_not_on_the_workers(written, tmp_path):
     assert fingerprint(tmp_path / "truth") == fingerprint(truth)
 
 
-def test_writing_again_does_nothing_and_other_numbers_replace(tmp_path):
+def test_writing_again_does_nothing_and_other_parameters_replace(tmp_path):
     few = SMALL | {"train_studies": 4, "test_studies": 4, "side": 32, "damaged_test_files": 0}
     partial = tmp_path / "demo" / ".siim-covid19-detection.partial" / "train"
     partial.mkdir(parents=True)  # left behind by a run that was killed
@@ -275,32 +275,32 @@ def test_writing_again_does_nothing_and_other_numbers_replace(tmp_path):
     assert not canary.exists() and fingerprint(competition) == before
     write_competition(tmp_path / "demo", tmp_path / "truth", **(few | {"seed": 6}))
     assert fingerprint(competition) != before
-    # Killed while the new one takes the old one's place.
+    # The process was killed after the old folder was renamed.
     competition.rename(competition.with_name(".siim-covid19-detection.replaced"))
     write_competition(tmp_path / "demo", tmp_path / "truth", **few)
     assert fingerprint(competition) == before and len(list((tmp_path / "demo").iterdir())) == 2
     write_competition(tmp_path / "demo", tmp_path / "truth", **(few | {"seed": 6}))
-    # As it was with the marker inside.
+    # The folder of an earlier version, with the marker inside.
     (tmp_path / "demo" / ".phantom.json").rename(competition / "phantom.json")
     write_competition(tmp_path / "demo", tmp_path / "truth", **few)
     assert fingerprint(competition) == before
-    # The real one, unpacked where the phantoms were.
+    # The real data set, unpacked where the phantoms were.
     (competition / "train_image_level.csv").write_text("id,boxes,label,StudyInstanceUID\n")
-    with pytest.raises(FileExistsError, match="something else than phantoms"):
+    with pytest.raises(FileExistsError, match="files that are not phantoms"):
         write_competition(tmp_path / "demo", tmp_path / "truth", **(few | {"seed": 6}))
 
 
-def test_what_it_did_not_write_it_does_not_replace(tmp_path):
+def test_real_data_is_not_replaced(tmp_path):
     real = tmp_path / "siim-covid19-detection" / "train"
     real.mkdir(parents=True)
     (real / "precious.dcm").write_bytes(b"120 GB")
-    with pytest.raises(FileExistsError, match="something else than phantoms"):
+    with pytest.raises(FileExistsError, match="files that are not phantoms"):
         write_competition(tmp_path, tmp_path / "truth", **SMALL)
     assert (real / "precious.dcm").exists()
 
 
 @pytest.mark.parametrize("wrong", [{"train_studies": 3}, {"test_studies": 0}, {"side": 8}, {"damaged_test_files": 100}])
-def test_numbers_that_give_no_competition_are_refused(wrong, tmp_path):
+def test_invalid_sizes_are_refused(wrong, tmp_path):
     with pytest.raises(ValueError, match=r"at least|at most"):
         write_competition(tmp_path / "demo", tmp_path / "truth", **(SMALL | wrong))
     assert not (tmp_path / "demo" / "siim-covid19-detection").exists()
@@ -309,7 +309,7 @@ def test_numbers_that_give_no_competition_are_refused(wrong, tmp_path):
 @settings(max_examples=10, deadline=None)
 @given(SEEDS)
 def test_a_near_duplicate_shows_the_same_opacities(seed):
-    """Cropped by up to 4 % and not rescaled: boxes of the same size to eight pixels of 200, for the wavy rim is cut anew."""
+    """Cropping by up to 4 % keeps the boxes' sizes within eight of 200 pixels; the wavy rim is sampled differently."""
     rng = np.random.default_rng(seed)
     patient, exposure, opacities = scene(seed, "indeterminate", 200)
     again = draw_near_duplicate(rng, exposure)

@@ -1,4 +1,4 @@
-"""One run of a plan: what becomes of its folder, and how runs of several plans share GPUs."""
+"""One run of a plan: what happens to an existing folder, and how runs of several plans share GPUs."""
 
 import fcntl
 import json
@@ -8,19 +8,19 @@ import signal
 import pytest
 
 from kitlib.atomic import write_json
-from kitlib.plans.one_run import SHARED_GPUS, claimed_gpus, run_planned
+from kitlib.plans.one_run import SHARED_GPUS, claim_gpus, run_planned
 from kitlib.plans.plan import RECORD, PlannedRun
 
 
 @pytest.fixture(autouse=True)
-def usual_termination():
+def restored_sigterm_handler():
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
 
 
 def planned(folder, key, script='echo ok > "{}/metrics.json"'):
-    """A file with one run, `train`, which does `script` in its folder."""
+    """Write a file with one run, `train`, that executes `script` in its folder; return the file."""
     run = PlannedRun(
         name="train",
         step="train",
@@ -41,26 +41,26 @@ def planned(folder, key, script='echo ok > "{}/metrics.json"'):
     return folder / f"{key}.runs.json"
 
 
-def test_what_is_done_with_other_parameters_is_kept_aside(tmp_path, caplog):
+def test_a_run_that_is_done_with_other_parameters_is_renamed(tmp_path, caplog):
     run_planned(planned(tmp_path, "first"), "train")
     (tmp_path / "train" / "weights").write_text("days")
     run_planned(planned(tmp_path, "second"), "train")
-    old = tmp_path / "train.old-first"
-    assert (old / "weights").read_text() == "days" and (old / "done-first.json").is_file()
-    assert str(old) in caplog.text
+    backup = tmp_path / "train.old-first"
+    assert (backup / "weights").read_text() == "days" and (backup / "done-first.json").is_file()
+    assert str(backup) in caplog.text
     assert sorted(path.name for path in (tmp_path / "train").iterdir()) == [
         "command.log",
         "done-second.json",
         "metrics.json",
         RECORD,
     ]
-    # There and back again: of each key the newest is there, and nothing stops the run.
+    # Switching back and forth keeps the newest folder of each key.
     run_planned(planned(tmp_path, "first"), "train")
     run_planned(planned(tmp_path, "second"), "train")
     assert sorted(path.name for path in tmp_path.glob("train*")) == ["train", "train.old-first", "train.old-second"]
 
 
-def test_what_was_only_begun_with_other_parameters_is_started_over(tmp_path):
+def test_an_unfinished_run_with_other_parameters_is_started_over(tmp_path):
     write_json(tmp_path / "train" / RECORD, {"key": "first"})
     (tmp_path / "train" / "half").touch()
     run_planned(planned(tmp_path, "second"), "train")
@@ -69,7 +69,7 @@ def test_what_was_only_begun_with_other_parameters_is_started_over(tmp_path):
     assert json.loads((tmp_path / "train" / RECORD).read_text())["key"] == "second"
 
 
-def test_who_waits_for_a_gpu_keeps_no_other(tmp_path, monkeypatch):
+def test_a_run_that_waits_for_a_gpu_releases_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv(SHARED_GPUS, "0,1")
     folder = tmp_path / f"kit-gpus-{os.getuid()}"
@@ -86,7 +86,7 @@ def test_who_waits_for_a_gpu_keeps_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", other_can_have_the_first)
     with open(folder / "1", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(Waited), claimed_gpus(2):
+        with pytest.raises(Waited), claim_gpus(2):
             pass
-    with claimed_gpus(2) as told:
-        assert told == {"CUDA_VISIBLE_DEVICES": "0,1"}
+    with claim_gpus(2) as variables:
+        assert variables == {"CUDA_VISIBLE_DEVICES": "0,1"}

@@ -1,4 +1,4 @@
-"""Plans as they are read: what runs there are, what each needs, and when it counts as done."""
+"""Reading plans: which runs they have, what each run needs, and when it is done."""
 
 import json
 import shutil
@@ -31,11 +31,11 @@ def write_plan(folder, name="plan", **changes):
     return path
 
 
-def do(run):
-    """Leave what a finished run leaves."""
+def finish(run):
+    """Write the files of a finished run."""
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / RECORD).write_text(json.dumps({"key": run.key}))
-    run.mark.write_text("{}")
+    run.done_file.write_text("{}")
 
 
 def test_placeholders_name_values_and_the_folders_of_other_runs(tmp_path):
@@ -47,12 +47,12 @@ def test_placeholders_name_values_and_the_folders_of_other_runs(tmp_path):
         "folds": [1],
         "run_folder": str(runs / "study-1"),
     }
-    # Both runs of `study` take their places in the list around them.
+    # Both runs of `study` are inserted into the list that contains the placeholder.
     assert planned["fuse"].parameters["runs"] == [str(runs / "study-0"), str(runs / "study-1"), "other"]
     assert planned["fuse"].needs == ("prepare", "study-0", "study-1")
 
 
-def test_of_another_matrix_the_runs_with_the_same_values_are_meant(tmp_path):
+def test_a_placeholder_selects_the_run_with_the_same_matrix_values(tmp_path):
     pseudo = {
         "notebook": "50_pseudo_label",
         "matrix": {"fold": [0, 1]},
@@ -78,39 +78,39 @@ def test_a_plan_extends_another_and_variables_change(tmp_path):
     assert plan.planned["prepare"].parameters["competition"] == "other"
 
 
-def test_a_changed_parameter_makes_its_run_and_all_that_need_it_anew(tmp_path):
+def test_a_changed_parameter_changes_its_run_and_all_that_need_it(tmp_path):
     for run in read_plan(write_plan(tmp_path)).planned.values():
-        do(run)
+        finish(run)
     assert set(read_plan(write_plan(tmp_path)).states().values()) == {"done"}
     changed = {**STUDY, "parameters": {**STUDY["parameters"], "seed": 7}}
     states = read_plan(write_plan(tmp_path, steps={"study": changed})).states()
     assert states == {"prepare": "done", "study-0": "changed", "study-1": "changed", "fuse": "changed"}
 
 
-def test_what_changes_no_result_changes_no_run(tmp_path):
+def test_settings_without_effect_on_results_change_no_key(tmp_path):
     first = read_plan(write_plan(tmp_path)).planned
-    # Stated defaults, effort and another place are no other run.
+    # Explicit defaults, resources and another runs folder do not make it another run.
     same = {"parameters": {**STUDY["parameters"], "seed": 0, "workers": 8}, "threads": 7, "minutes": 5}
     again = read_plan(write_plan(tmp_path, runs=str(tmp_path / "moved"), steps={"study": {**STUDY, **same}})).planned
     assert {name: run.key for name, run in first.items()} == {name: run.key for name, run in again.items()}
 
 
-def test_a_run_that_was_begun_goes_on_and_one_whose_needs_are_undone_too(tmp_path):
+def test_a_started_run_resumes_and_so_does_one_whose_needs_are_not_done(tmp_path):
     plan = read_plan(write_plan(tmp_path))
     for run in plan.planned.values():
-        do(run)
-    plan.planned["study-0"].mark.unlink()
-    assert plan.states() == {"prepare": "done", "study-0": "goes on", "study-1": "done", "fuse": "goes on"}
+        finish(run)
+    plan.planned["study-0"].done_file.unlink()
+    assert plan.states() == {"prepare": "done", "study-0": "resumes", "study-1": "done", "fuse": "resumes"}
     shutil.rmtree(plan.planned["prepare"].folder)
     assert plan.states()["prepare"] == "new"
-    assert plan.states()["study-1"] == "goes on"
+    assert plan.states()["study-1"] == "resumes"
 
 
-def test_a_folder_that_no_plan_has_made_is_left_alone(tmp_path):
+def test_a_folder_that_no_plan_has_made_is_not_touched(tmp_path):
     plan = read_plan(write_plan(tmp_path))
     plan.planned["prepare"].folder.mkdir(parents=True)
     (plan.planned["prepare"].folder / "work.txt").write_text("days")
-    with pytest.raises(PlanError, match="prepare holds something that no plan has made"):
+    with pytest.raises(PlanError, match="prepare has files that no plan has made"):
         plan.states()
 
 
@@ -118,33 +118,36 @@ def test_a_folder_that_no_plan_has_made_is_left_alone(tmp_path):
     ("changes", "message"),
     [
         ({"stages": {}}, "a plan has no field 'stages'; it has: extends, runs"),
-        ({"runs": ""}, "runs is missing"),
+        ({"runs": ""}, "the key `runs` is missing"),
         ({"steps": {"x": {"notebook": "10_prepare", "gpu": 1}}}, "step x: Step has no field 'gpu'; it has: notebook"),
-        ({"steps": {"x": {"notebook": "10_prepare", "gpus": "two"}}}, "Step.gpus is 'two'; wanted a whole number"),
-        ({"steps": {"x": {}}}, "step x: wanted exactly one of notebook and command"),
-        ({"steps": {"x": {"command": ["true"], "parameters": {"a": 1}}}}, "step x: parameters are a notebook's"),
-        ({"steps": {"x": {"notebook": "11_prepare"}}}, "no notebook '11_prepare'; there are: 10_prepare, 1"),
+        ({"steps": {"x": {"notebook": "10_prepare", "gpus": "two"}}}, "Step.gpus is 'two'; expected a whole number"),
+        ({"steps": {"x": {}}}, "step x: expected exactly one of notebook and command"),
+        ({"steps": {"x": {"command": ["true"], "parameters": {"a": 1}}}}, "step x: a command has no parameters"),
+        ({"steps": {"x": {"notebook": "11_prepare"}}}, "notebook '11_prepare' does not exist; available: 10_prepare, 1"),
         ({"steps": {"x": {"notebook": "10_prepare", "parameters": {"fold": 1}}}}, "no parameter fold; it has: dataset"),
         (
             {"steps": {"x": {"command": ["{nothing}"]}}},
-            "{nothing} stands for nothing; there are: data, prepare, study",
+            "unknown placeholder {nothing}; valid: data, prepare, study",
         ),
-        ({"steps": {"x": {"command": ["true"], "needs": ["y"]}}}, "step x: needs y; there are: prepare, study, fuse, x"),
-        ({"steps": {"x": {"command": ["{y}"]}, "y": {"command": ["{x}"]}}}, "steps that wait for each other: "),
-        ({"steps": {"x": {"command": ["true"], "matrix": {"fold": [0, 0]}}}}, "matrix fold wants a list of different"),
-        ({"steps": {"x": {"command": ["true"], "matrix": {"fold": ["a b"]}}}}, "matrix fold wants a list of different"),
-        ({"steps": {"data": {"command": ["true"]}}}, "data: a step, a variable and a matrix need names of their own"),
-        ({"steps": {"X": {"command": ["true"]}}}, "a step cannot be called 'X'"),
+        (
+            {"steps": {"x": {"command": ["true"], "needs": ["y"]}}},
+            "unknown step in needs: y; valid: prepare, study, fuse, x",
+        ),
+        ({"steps": {"x": {"command": ["{y}"]}, "y": {"command": ["{x}"]}}}, "steps need each other: "),
+        ({"steps": {"x": {"command": ["true"], "matrix": {"fold": [0, 0]}}}}, "matrix fold must be a list of different"),
+        ({"steps": {"x": {"command": ["true"], "matrix": {"fold": ["a b"]}}}}, "matrix fold must be a list of different"),
+        ({"steps": {"data": {"command": ["true"]}}}, "data: steps, variables and matrix keys need different names"),
+        ({"steps": {"X": {"command": ["true"]}}}, "invalid step name 'X'"),
         (
             {"steps": {"x": {"command": ["{study}"], "matrix": {"fold": [1, 2]}}}},
-            "step x: x-2 needs a run of study with the same values; there are: study-0, study-1",
+            "step x: x-2 needs a run of study with the same values; available: study-0, study-1",
         ),
         (
             {"steps": {"x": {"command": ["true"], "matrix": {"fold": [2]}, "needs": ["study"]}}},
-            "step x: x-2 needs a run of study with the same values; there are: study-0, study-1",
+            "step x: x-2 needs a run of study with the same values; available: study-0, study-1",
         ),
-        ({"variables": {"data": "{data}"}}, "step prepare: a variable that stands for itself"),
-        ({"steps": {"x": {"notebook": ["10_prepare"]}}}, "step x: Step.notebook is ['10_prepare']; wanted a string"),
+        ({"variables": {"data": "{data}"}}, "step prepare: a variable refers to itself"),
+        ({"steps": {"x": {"notebook": ["10_prepare"]}}}, "step x: Step.notebook is ['10_prepare']; expected a string"),
     ],
 )
 def test_a_faulty_plan_is_refused_with_what_is_valid(tmp_path, changes, message):
@@ -153,18 +156,18 @@ def test_a_faulty_plan_is_refused_with_what_is_valid(tmp_path, changes, message)
     assert message in str(refused.value)
 
 
-def test_files_variables_and_steps_that_are_not_there_are_named(tmp_path):
+def test_missing_files_variables_and_steps_are_errors(tmp_path):
     path = write_plan(tmp_path)
-    with pytest.raises(PlanError, match=r"in that folder there are: plan\.yaml"):
+    with pytest.raises(PlanError, match=r"demo\.yaml does not exist; plans in that folder: plan\.yaml"):
         read_plan(tmp_path / "demo.yaml")
     with pytest.raises(PlanError, match="has no variable side; it has: data"):
         read_plan(path, changes={"side": 3})
     with pytest.raises(PlanError, match="has no step report; it has: fuse, prepare, study"):
-        read_plan(path).of_steps(["report"])
+        read_plan(path).runs_of_steps(["report"])
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
-def test_every_plan_that_is_shipped_can_be_read(path):
+def test_every_shipped_plan_can_be_read(path):
     plan = read_plan(path, runs="runs/of-a-test")
     assert set(plan.states().values()) == {"new"}
     done = set()
@@ -174,15 +177,15 @@ def test_every_plan_that_is_shipped_can_be_read(path):
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
-def test_a_shipped_plan_gives_masks_to_the_recipes_that_ask_for_them_and_to_no_other(path):
+def test_shipped_plans_pass_masks_to_exactly_the_recipes_that_use_them(path):
     for name, run in read_plan(path).planned.items():
-        # Segmenters draw masks and ask for none.
+        # Segmenters produce masks and use none.
         if "recipe" in run.parameters and run.notebook.stem != "12_segment_lungs":
             settings = recipe(run.parameters["recipe"], TrainingRecipe, **run.parameters.get("overrides", {}))
             check_finder(settings, run.parameters.get("lungs_run") or None, name)
 
 
-def test_the_plan_in_the_readme_is_one(tmp_path):
+def test_the_plan_in_the_readme_can_be_read(tmp_path):
     readme = (project_root() / "README.md").read_text(encoding="utf-8")
     (tmp_path / "mine.yaml").write_text(readme.partition("```yaml\n")[2].partition("```")[0])
     planned = read_plan(tmp_path / "mine.yaml").planned
@@ -190,10 +193,10 @@ def test_the_plan_in_the_readme_is_one(tmp_path):
     assert len(planned["fuse"].parameters["runs"]) == 5
 
 
-def test_parameters_without_effect_are_some_notebooks():
+def test_parameters_without_effect_exist_in_notebooks():
     import papermill
 
-    known = {
+    names = {
         name for path in (project_root() / "notebooks").glob("*.ipynb") for name in papermill.inspect_notebook(str(path))
     }
-    assert known >= WITHOUT_EFFECT
+    assert names >= WITHOUT_EFFECT

@@ -1,4 +1,4 @@
-"""Every field of every recipe has an effect: a training and its prediction read it, or the recipe refuses another value."""
+"""Every field of every recipe has an effect: training or prediction reads it, or the recipe refuses any other value."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from kitlib.recipes import fields as recipes
 from kitlib.recipes.fields import TrainingRecipe
 from kitlib.settings import checked, field_kinds, override
 from kitlib.training.apply_lungs import apply_lungs
-from kitlib.training.loop import gathered_batches
+from kitlib.training.loop import batches_per_step
 from tests.small_lungs import stored_lungs
 from tests.small_masks import RECIPE as SEGMENTER
 from tests.small_masks import SmallMasks
@@ -26,10 +26,10 @@ from tests.training.test_findings import SmallFindings
 from tests.training.test_patches import RECIPE as PATCHES
 
 LIBRARY = str(Path(kitlib.__file__).parent)
-# Whoever only checks or copies a value does not use it.
+# Files that only check or copy a value do not count as using it.
 CHECKS = {kitlib_settings.__file__, recipes.__file__}
 
-# Everything that can be switched on together; each family takes the fields it has.
+# All options that can be on together; each family gets those that it has.
 ON = {
     "epochs": 2,
     "optimizer": "sgd",
@@ -60,7 +60,7 @@ STEPS = {"epochs": 2, "schedule": "step", "milestones": [1], "warmup_epochs": 0.
 PLATEAU = {"epochs": 2, "schedule": "plateau", "warmup_epochs": 0.0}
 MASKS_ONLY = {"lungs": "masks"}
 FROZEN = {"frozen_backbone": True, "unfreeze_every": 1, "starting_weights": "first"}  # "first": the first training's bundle
-# A family's fields are those that any of its trainings, with what follows from it, reads.
+# Per family: the recipe, and changes for trainings that together read all of its fields.
 TRAININGS = {
     "study": (STUDY, [ON | MASKS_ONLY, STEPS | FROZEN, PLATEAU]),
     "findings": (FINDINGS, [ON | MASKS_ONLY, STEPS | FROZEN, PLATEAU]),
@@ -72,7 +72,7 @@ TRAININGS = {
     "yolo": (YOLO, [{"epochs": 2, "optimizer": "sgd", "warmup_epochs": 1.0, **MASKS_ONLY, "trained_on": "either"}]),
     "segmenter": (SEGMENTER, [ON, STEPS | {"loss": "cross_entropy"}, PLATEAU]),
 }
-# Values of all types; each field is given those that its annotation allows.
+# Values of all types; each field is tried with those that its annotation allows.
 VALUES = (
     *(True, False, 0, 1, 2, 3, 17, 32, 64, 0.0, 0.25, 0.75, 1.5, "other"),
     *(
@@ -112,16 +112,16 @@ def test_each_field_is_read_by_a_training_or_refuses_another_value(family, tmp_p
     assert ignored == []
 
 
-def test_a_field_that_nobody_reads_is_found(monkeypatch):
+def test_an_unread_field_is_detected(monkeypatch):
     read = fields_read(monkeypatch, type(STUDY))
     override(STUDY, epochs=2)
-    assert STUDY.dropout == 0.5 and read == set()  # a copy, and a test, are no training
-    gathered_batches(STUDY)
+    assert STUDY.dropout == 0.5 and read == set()  # neither copies nor tests count
+    batches_per_step(STUDY)
     assert read == {"batch_size", "nominal_batch"}
 
 
 def fields_read(monkeypatch, kind):
-    """A set that grows with the names of fields that the library reads of recipes of a kind, or of the record of one."""
+    """Return a set that collects the fields that the library reads from recipes of a kind or from bundle records."""
     read = set()
 
     def note(name):
@@ -153,7 +153,7 @@ def fields_read(monkeypatch, kind):
 
 
 def accepted(recipe, name):
-    """Other values of the field, allowed by its annotation, that the recipe takes."""
+    """Return recipes with other values of the field that are valid and accepted."""
     kind, taken, allowed = field_kinds(type(recipe))[name], [], []
     for value in VALUES:
         try:

@@ -1,3 +1,5 @@
+"""Recipes: overrides, contradictions that are refused, published settings, and choices that match the library."""
+
 from typing import get_args
 
 import pytest
@@ -5,7 +7,7 @@ import pytest
 from kitlib.classes import MASK_CODES
 from kitlib.errors import SettingsError
 from kitlib.letterbox import PLACEMENTS
-from kitlib.models.classifier import LEARNT
+from kitlib.models.classifier import TRAINED_OUTPUTS
 from kitlib.models.patches import SCORES
 from kitlib.models.segmenter import NETWORKS
 from kitlib.recipes.fields import (
@@ -22,7 +24,7 @@ from kitlib.recipes.fields import (
 )
 from kitlib.recipes.named import RECIPES, recipe
 from kitlib.settings import field_kinds, from_dict, override
-from kitlib.training.xray_dataset import SHOWN
+from kitlib.training.xray_dataset import CANVAS_KINDS
 from kitlib.training.yolo import OPTIMIZERS
 
 
@@ -35,8 +37,8 @@ def test_overrides_replace_fields_and_leave_the_published_recipe_alone():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: recipe("heidelberg", StudyRecipe), "no recipe is called 'heidelberg'; there are: heidelberg_backbone"),
-        (lambda: recipe("heidelberg_yolo", StudyRecipe), "is a DetectorRecipe, wanted a StudyRecipe: heidelberg_study"),
+        (lambda: recipe("heidelberg", StudyRecipe), "no recipe is called 'heidelberg'; valid names: heidelberg_backbone"),
+        (lambda: recipe("heidelberg_yolo", StudyRecipe), "is a DetectorRecipe, expected a StudyRecipe: heidelberg_study"),
         (lambda: override(StudyRecipe(), epoch=3), "no field 'epoch'; it has: starting_weights, image_size"),
         (lambda: from_dict(DetectorRecipe, ["a"]), "must be a mapping"),
     ],
@@ -49,8 +51,11 @@ def test_unknown_names_and_types_are_errors_that_list_what_is_valid(call, messag
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"schedule": "plateau", "warmup_epochs": 1.0}, r"plateau', which has no warm-up; set warmup_epochs=0, not 1\.0"),
-        ({"masked": True}, "masked is true and lungs is 'darkness'"),
+        (
+            {"schedule": "plateau", "warmup_epochs": 1.0},
+            r"plateau', which has no warm-up, but warmup_epochs is 1\.0; set 0",
+        ),
+        ({"masked": True}, "masked is true, but lungs is 'darkness'"),
         ({"trained_on": "lungs", "views": ["lungs", "flip"]}, "a model trained on crops cannot predict whole images"),
     ],
 )
@@ -69,7 +74,7 @@ def test_settings_that_contradict_each_other_are_refused_before_a_training(field
         {"schedule": "plateau"},
     ],
 )
-def test_what_goes_together_is_taken(fields):
+def test_settings_that_fit_together_are_accepted(fields):
     taken = override(StudyRecipe(), **fields)
     assert {name: getattr(taken, name) for name in fields} == {
         name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
@@ -79,21 +84,21 @@ def test_what_goes_together_is_taken(fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"network": "hrnet"}, "network is 'hrnet'; wanted one of 'unet', 'resunet', 'fc_densenet103'"),
+        ({"network": "hrnet"}, "network is 'hrnet'; expected one of 'unet', 'resunet', 'fc_densenet103'"),
         (
             {"structures": []},
-            r"structures is \[\]; wanted a list, each item one of 'lungs', .*, at least one, none repeated",
+            r"structures is \[\]; expected a list, each item one of 'lungs', .*, at least one, none repeated",
         ),
-        ({"structures": ["lung"]}, r"structures is \['lung'\]; wanted a list, each item one of 'lungs'"),
+        ({"structures": ["lung"]}, r"structures is \['lung'\]; expected a list, each item one of 'lungs'"),
         ({"structures": ["heart", "heart"]}, r"structures is \['heart', 'heart'\]; .*, at least one, none repeated"),
-        ({"structures": ["lungs", "left_lung"]}, "'lungs' is both sides as one: take it or the sides"),
+        ({"structures": ["lungs", "left_lung"]}, "lungs are both sides; use lungs, or left_lung and right_lung"),
         ({"cutouts": 2}, "SegmenterRecipe has no field 'cutouts'; it has: starting_weights"),
         ({"backbone": "resnet50"}, "SegmenterRecipe has no field 'backbone'"),
-        ({"structures": ("heart",)}, "wanted lungs, or left_lung and right_lung, among them"),
+        ({"structures": ("heart",)}, "expected them to include lungs, or left_lung and right_lung"),
         ({"horizontal_flip": 0.5, "structures": ("heart", "left_lung", "right_lung")}, "a mirrored left lung"),
     ],
 )
-def test_a_segmenter_refuses_what_it_would_not_use(fields, message):
+def test_a_segmenter_refuses_invalid_and_unknown_fields(fields, message):
     with pytest.raises(SettingsError, match=message):
         override(SegmenterRecipe(), **fields)
 
@@ -119,12 +124,12 @@ def test_the_published_segmenters_are_those_of_their_papers():
     assert set(tiramisu.structures) == {"heart", "left_lung", "right_lung"}
 
 
-def test_the_choices_are_what_the_library_has():
+def test_the_choices_of_fields_are_those_of_the_library():
     assert get_args(View) == tuple(VIEWS) and get_args(Structure) == tuple(MASK_CODES)
     assert get_args(Placing) == tuple(PLACEMENTS) and get_args(Optimizer) == tuple(OPTIMIZERS)
     assert get_args(field_kinds(SegmenterRecipe)["network"]) == tuple(NETWORKS)
     assert get_args(field_kinds(PatchRecipe)["patch_score"]) == tuple(SCORES)
-    assert get_args(field_kinds(StudyRecipe)["outputs"]) == tuple(LEARNT)
-    assert get_args(field_kinds(StudyRecipe)["trained_on"]) == tuple(SHOWN)
+    assert get_args(field_kinds(StudyRecipe)["outputs"]) == tuple(TRAINED_OUTPUTS)
+    assert get_args(field_kinds(StudyRecipe)["trained_on"]) == tuple(CANVAS_KINDS)
     losses = {loss for each in BOX_LOSSES.values() for loss in each}
     assert set(get_args(field_kinds(DetectorRecipe)["box_loss"])) == {"", *losses}

@@ -1,4 +1,4 @@
-"""The documents' classifiers have their networks' published sizes with their heads, and the settings of their papers."""
+"""The papers' classifiers have their networks' published sizes, with their heads, and their papers' settings."""
 
 import pytest
 import torch
@@ -29,9 +29,9 @@ def test_a_learner_is_its_network_with_another_last_layer(name):
     whole, width = SIZES[recipe.backbone]
     outputs, hidden = 1 if recipe.one_logit else len(classes), recipe.hidden
     head = (width + 1) * hidden + (hidden + 1) * outputs if hidden else (width + 1) * outputs
-    # Inception's second head answers the classes too, from 768 features.
-    beside = 769 * (1000 - outputs) if recipe.auxiliary else 0
-    assert sum(each.numel() for each in model.parameters()) == whole - (width + 1) * 1000 - beside + head
+    # Inception's auxiliary head has the same classes, from 768 features.
+    auxiliary = 769 * (1000 - outputs) if recipe.auxiliary else 0
+    assert sum(each.numel() for each in model.parameters()) == whole - (width + 1) * 1000 - auxiliary + head
     assert model.mean == [0.5] * 3 or recipe.normalisation == "backbone"
 
 

@@ -11,7 +11,7 @@ from tests.voc_reference import slow_average_precision
 corner = st.integers(0, 6)
 side = st.integers(1, 6)
 box = st.tuples(corner, corner, side, side).map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3]))
-# Distinct truth boxes: two identical ones cannot be told apart, and either may be claimed.
+# True boxes are distinct: if two are identical, a detection may match either.
 truths = st.lists(st.tuples(st.integers(0, 2), box), max_size=6, unique=True)
 detected = st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.1, 0.2, 0.5, 0.9]), box), max_size=12)
 
@@ -24,7 +24,7 @@ def fast_average_precision(detections, truth):
 
 @settings(max_examples=120, deadline=None)
 @given(detected, truths, st.randoms())
-def test_average_precision_is_that_of_the_slow_reference_in_any_order(detections, truth, random):
+def test_average_precision_equals_the_slow_reference_in_any_order(detections, truth, random):
     expected = slow_average_precision(detections, truth)
     assert fast_average_precision(detections, truth) == pytest.approx(expected, nan_ok=True)
     random.shuffle(detections)
@@ -39,9 +39,9 @@ def test_equal_scores_give_the_prevalence(positives, negatives):
 
 
 def test_average_precision_by_hand():
-    # hit, miss, hit of 2: recall 1/2 at precision 1, recall 1 at precision 2/3.
+    # Hit, miss, hit, with 2 true boxes: recall 1/2 at precision 1, recall 1 at precision 2/3.
     assert average_precision([0.9, 0.8, 0.7], [True, False, True], 2) == pytest.approx(1 / 2 + 1 / 2 * 2 / 3)
-    # The miss ties with the second hit: the same area, and in either order.
+    # If the miss ties with the second hit, the area is the same in either order.
     assert average_precision([0.9, 0.7, 0.7], [True, False, True], 2) == pytest.approx(1 / 2 + 1 / 2 * 2 / 3)
     assert math.isnan(average_precision([0.9], [False], 0))
     assert average_precision([], [], 3) == 0
@@ -55,13 +55,13 @@ def test_a_weight_counts_as_that_many_copies(rows):
 
 
 def test_iou_of_exactly_a_half_is_no_match():
-    # 10 x 20 holds 10 x 10: IoU = 1/2; a hair more is a match.
+    # 10 x 20 contains 10 x 10: IoU = 1/2, no match; a slightly larger box is a match.
     truth = [[0, 0, 10, 20]]
     assert match_boxes([0, 0], [[0, 0, 10, 10], [0, 0, 10, 10.001]], [0], truth).tolist() == [-1, 0]
 
 
-def test_second_detection_of_a_box_is_a_false_positive_even_beside_a_free_box():
-    # Both detections overlap the first truth box most (VOC's development kit does not look for the second best).
+def test_second_detection_of_a_box_is_a_false_positive_even_if_it_overlaps_a_free_box():
+    # Both detections overlap the first true box most (VOC's development kit ignores the second best).
     truth = [[0, 0, 10, 10], [0, 0, 10, 13]]
     hits = box_hits([0, 0], [0.9, 0.8], [[0, 0, 10, 10], [0, 0, 10, 10.5]], [0, 0], truth)
     assert hits.tolist() == [True, False]

@@ -1,4 +1,4 @@
-"""ROC AUC, F1, accuracy, Dice and Jaccard against scikit-learn's, weights in closed form, and what is not defined."""
+"""ROC AUC, F1, accuracy, Dice and Jaccard equal scikit-learn's; class weights in closed form; undefined cases."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ rows = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 3)), 
 
 @settings(max_examples=100, deadline=None)
 @given(rows=rows)
-def test_it_is_scikit_learns_with_ties_and_weights(rows):
+def test_roc_auc_equals_scikit_learns_with_ties_and_weights(rows):
     scores, positive, weight = (np.array(column) for column in zip(*rows, strict=True))
     area = roc_auc(scores, positive, weight)
     if not weight[positive].sum() or not weight[~positive].sum():
@@ -22,15 +22,15 @@ def test_it_is_scikit_learns_with_ties_and_weights(rows):
         assert area == pytest.approx(roc_auc_score(positive, scores, sample_weight=weight), abs=1e-12)
 
 
-def test_a_weight_counts_an_image_so_often():
+def test_a_weight_counts_as_that_many_images():
     scores, positive = np.array([0.1, 0.4, 0.4, 0.9]), np.array([False, True, False, True])
     times = np.array([2, 1, 3, 0])
     assert roc_auc(scores, positive, times) == roc_auc(scores.repeat(times), positive.repeat(times))
-    # of the pairs of the one positive: two won, three tied
+    # of the pairs of the only positive two are won and three tied
     assert roc_auc(scores, positive, times) == (2 + 3 / 2) / 5
 
 
-def test_the_mean_leaves_out_what_is_unknown_and_what_has_one_side_only():
+def test_the_mean_ignores_unknown_labels_and_classes_without_positives_or_negatives():
     truth = np.array([[0, 1, np.nan, np.nan], [1, 1, 0.2, np.nan], [1, 1, 0.5, np.nan], [np.nan, 1, 1, np.nan]])
     found = np.array([[0.3, 0.1, 0.9, 0.5], [0.2, 0.2, 0.5, 0.5], [0.6, 0.3, 0.4, 0.5], [0, 0.4, 0.6, 0.5]])
     scores = mean_auc(truth, found, ["half", "all", "soft", "unknown"])
@@ -43,7 +43,7 @@ def test_the_mean_leaves_out_what_is_unknown_and_what_has_one_side_only():
 CLASSES = ["COVID-19", "viral", "bacterial", "normal"]
 
 
-def test_a_class_weighs_all_images_by_the_number_of_classes_and_its_own():
+def test_class_weights_are_images_by_classes_times_images_of_the_class():
     # N / (C n): 8 / (4 x 1), 8 / (4 x 2), 8 / (4 x 1), 8 / (4 x 4)
     label = np.eye(4)[[0, 1, 1, 2, 3, 3, 3, 3]]
     assert class_weights(label).tolist() == [2.0, 1.0, 2.0, 0.5]
@@ -51,7 +51,7 @@ def test_a_class_weighs_all_images_by_the_number_of_classes_and_its_own():
     assert class_weights(unknown).tolist() == [2.0, 1.0, 2.0, 0.5]
 
 
-def test_a_class_without_images_weighs_nothing_and_the_others_as_if_it_were_not():
+def test_a_class_without_images_has_weight_0_and_does_not_affect_the_others():
     # 6 / (2 x 2), 6 / (2 x 4)
     assert class_weights(np.eye(3)[[0, 0, 2, 2, 2, 2]]).tolist() == [1.5, 0.0, 0.75]
 
@@ -65,7 +65,7 @@ def test_an_image_weighs_one_on_average(numbers):
 @given(st.integers(0, 1000), st.integers(5, 60))
 def test_scores_are_scikit_learns(seed, count):
     rng = np.random.default_rng(seed)
-    actual = np.concatenate([np.arange(4), rng.integers(0, 4, count)])  # each occurs
+    actual = np.concatenate([np.arange(4), rng.integers(0, 4, count)])  # each class occurs
     found = rng.dirichlet(np.ones(4), len(actual))
     by_f1, by_accuracy = (exclusive_scores(np.eye(4)[actual], found, CLASSES, name) for name in ("macro_f1", "accuracy"))
     called = found.argmax(axis=1)
@@ -76,11 +76,11 @@ def test_scores_are_scikit_learns(seed, count):
     assert list(by_f1) == ["score", *CLASSES]
 
 
-def test_a_class_that_does_not_occur_is_not_in_the_mean():
+def test_a_class_that_does_not_occur_is_ignored_in_the_mean():
     truth = np.eye(4)[[0, 0, 1, 1]]
     found = np.eye(4)[[0, 0, 1, 3]]
     scores = exclusive_scores(truth, found, CLASSES, "macro_f1")
-    # F1 of the first 1, of the second 2 x 1 x 0.5 / 1.5; the fourth is called once and never true
+    # F1 of the first class is 1, of the second 2 x 1 x 0.5 / 1.5; the fourth is predicted once but never true
     assert scores["score"] == pytest.approx((1 + 2 / 3) / 2) and scores["viral"] == pytest.approx(2 / 3)
     assert np.isnan([scores["bacterial"], scores["normal"]]).all()
     truth[3] = np.nan
@@ -89,7 +89,7 @@ def test_a_class_that_does_not_occur_is_not_in_the_mean():
 
 
 @given(st.integers(0, 2**31), st.floats(0, 1), st.floats(0, 1), st.tuples(st.integers(1, 30), st.integers(1, 30)))
-def test_agreement_is_that_of_two_classes_of_pixels(seed, many, others, shape):
+def test_overlap_equals_scikit_learns_scores_of_pixels(seed, many, others, shape):
     rng = np.random.default_rng(seed)
     found, truth = rng.random(shape) < many, rng.random(shape) < others
     dice, jaccard = overlap(found, truth)
@@ -98,7 +98,7 @@ def test_agreement_is_that_of_two_classes_of_pixels(seed, many, others, shape):
     assert jaccard == pytest.approx(dice / (2 - dice)) and overlap(truth, found) == (dice, jaccard)
 
 
-def test_closed_forms():
+def test_overlap_in_closed_form():
     one, other, empty = (np.zeros((10, 10), bool) for _ in range(3))
     one[:4], other[2:8] = True, True  # 40 and 60 pixels, 20 of them shared
     assert overlap(one, other) == (pytest.approx(40 / 100), pytest.approx(20 / 80))
@@ -106,6 +106,6 @@ def test_closed_forms():
     assert overlap(empty, empty) == (1, 1) and overlap(one, empty) == overlap(empty, one) == (0, 0)
 
 
-def test_masks_of_two_sizes_are_not_compared():
-    with pytest.raises(ValueError, match=r"masks of \(10, 9\) and \(9, 10\) pixels cannot be compared"):
+def test_masks_of_different_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"masks of shape \(10, 9\) and \(9, 10\) cannot be compared"):
         overlap(np.ones((10, 9), bool), np.ones((9, 10), bool))

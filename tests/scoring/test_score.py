@@ -17,7 +17,7 @@ from tests.voc_reference import slow_average_precision
 
 @pytest.fixture
 def competition(tmp_path):
-    """40 studies of one image, ten a class; the boxes of an image lie apart."""
+    """Folder with the truth of 40 studies of one image each, ten per class; an image's boxes do not overlap."""
     names = [f"{n:012x}" for n in range(40)]
     classes = np.arange(40) % 4
     table = pd.DataFrame({"id": [f"{name}_study" for name in names]})
@@ -50,7 +50,7 @@ def write(path, truth, tables):
     return path
 
 
-def test_perfect_answers_score_one(competition):
+def test_perfect_predictions_score_one(competition):
     truth = read_truth(competition)
     tables = perfect(truth)
     expected = dict.fromkeys(("score", *SCORED_CLASSES, "opacity_boxed"), 1.0)
@@ -114,7 +114,7 @@ def test_file_tables_and_slow_reference_agree(competition, seed):
         assert score_tables(truth, studies, nones, found, known) == pytest.approx(expected)
 
 
-def test_order_of_rows_and_groups_is_free(competition):
+def test_score_does_not_depend_on_the_order_of_rows_and_groups(competition):
     truth = read_truth(competition)
     path = write(competition / "submission.csv", truth, random_tables(truth, 7))
     expected = score_files(competition, path)
@@ -128,7 +128,7 @@ def test_order_of_rows_and_groups_is_free(competition):
     assert score_files(competition, path) == expected
 
 
-def test_other_ids_than_the_truths_are_refused(competition):
+def test_ids_that_differ_from_the_truth_are_refused(competition):
     truth = read_truth(competition)
     path = write(competition / "submission.csv", truth, perfect(truth))
     text = path.read_text()
@@ -139,7 +139,7 @@ def test_other_ids_than_the_truths_are_refused(competition):
         score_files(competition, path)
 
 
-def test_a_class_absent_from_the_truth_is_left_out_of_the_mean(tmp_path, caplog):
+def test_a_class_absent_from_the_truth_is_ignored_in_the_mean(tmp_path, caplog):
     labels = pd.DataFrame(
         {"id": ["a", "b"], "negative": [1.0, 0], "typical": [0, 1.0], "indeterminate": 0.0, "atypical": 0.0}
     )
@@ -158,7 +158,7 @@ def test_a_class_absent_from_the_truth_is_left_out_of_the_mean(tmp_path, caplog)
         ("train_image_level.csv", "boxes", "b"),
     ],
 )
-def test_broken_truth_is_named(competition, file, old, new):
+def test_an_unreadable_truth_file_is_named(competition, file, old, new):
     path = competition / file
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(ScoringError, match=file):
@@ -166,7 +166,7 @@ def test_broken_truth_is_named(competition, file, old, new):
 
 
 @pytest.mark.real_data
-def test_floor_and_perfect_answer_on_the_real_tables(real_data, tmp_path):
+def test_baseline_and_perfect_predictions_on_the_real_tables(real_data, tmp_path):
     truth = read_truth(real_data / "siim_csv")
     assert (len(truth.labels), len(truth.image_ids), len(truth.boxes)) == (6054, 6334, 7853)
     ids = submission_ids(truth.labels["id"], truth.image_ids)

@@ -38,7 +38,7 @@ def rows_of(path):
     return dict(row.split(",") for row in rows)
 
 
-def test_a_row_for_every_id_in_order_and_priors_where_nothing_is_known(tmp_path):
+def test_every_id_has_a_row_in_order_and_placeholder_predictions_fill_gaps(tmp_path):
     path = tmp_path / "submission.csv"
     on_priors = write_submission(
         path,
@@ -59,12 +59,12 @@ def test_a_row_for_every_id_in_order_and_priors_where_nothing_is_known(tmp_path)
     assert float(rows["s1_study"].split()[1]) == pytest.approx(PRIORS["negative"], abs=1e-7)
 
 
-def test_priors_alone_are_a_whole_file(tmp_path):
+def test_placeholder_predictions_alone_make_a_complete_file(tmp_path):
     assert write_submission(tmp_path / "s.csv", IDS) == tuple(IDS)
     found = read_submission(tmp_path / "s.csv")
     assert found.ids == tuple(IDS)
     assert len(found.studies) == 8 and found.images["label"].tolist() == ["none", "none"]
-    # Each study's four shares of the train table add to one.
+    # The four class frequencies of the train table sum to one.
     assert found.studies["score"].sum() == pytest.approx(2, abs=1e-6)
 
 
@@ -78,21 +78,21 @@ def test_confidences_are_plain_decimals_of_seven_digits(tmp_path_factory, p):
     assert float(text) == pytest.approx(p, rel=1e-6, abs=1e-15)
 
 
-def test_scores_that_differ_in_float32_near_one_stay_apart(tmp_path):
+def test_scores_that_differ_in_float32_near_one_stay_different(tmp_path):
     near = [1.0, float(np.float32(1) - np.float32(2**-23))]
     write_submission(tmp_path / "s.csv", IDS[2:], none_probabilities=nones(i1=near[0], i2=near[1]))
     assert read_submission(tmp_path / "s.csv").images["score"].nunique() == 2
 
 
-def test_a_box_that_rounding_would_flatten_is_left_out(tmp_path):
+def test_a_box_that_loses_its_area_by_rounding_is_dropped(tmp_path):
     write_submission(tmp_path / "s.csv", ["i_image"], None, nones(i=0.5), boxes(("i", 0.9, 10.01, 5, 10.04, 50)))
     assert rows_of(tmp_path / "s.csv") == {"i_image": "none 0.5 0 0 1 1"}
 
 
-def test_predictions_nobody_asked_for_are_left_out_and_said(tmp_path, caplog):
+def test_predictions_for_other_ids_are_ignored_and_logged(tmp_path, caplog):
     write_submission(tmp_path / "s.csv", ["i1_image"], None, nones(i1=0.5, i9=0.5), boxes(("i9", 0.9, 1, 1, 9, 9)))
     assert list(rows_of(tmp_path / "s.csv")) == ["i1_image"]
-    assert "1 ids that were not asked for" in caplog.text
+    assert "predictions for 1 ids outside of the sample" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,11 @@ def test_predictions_nobody_asked_for_are_left_out_and_said(tmp_path, caplog):
         ({"study_probabilities": pd.concat([studies(s1=[1, 0, 0, 0])] * 2)}, "s1 has two rows"),
         ({"detections": boxes(("i1", float("nan"), 1, 1, 9, 9))}, "scores in 0..1"),
         ({"detections": boxes(("i1", 0.5, 1, 1, float("inf"), 9))}, "finite boxes"),
-        ({"ids": ["i1_image", "i1_image"]}, "repeat"),
+        ({"ids": ["i1_image", "i1_image"]}, "1 are duplicates"),
         ({"ids": ["i1"]}, "_study or _image"),
     ],
 )
-def test_what_kaggle_would_refuse_is_not_written(tmp_path, given_, words):
+def test_invalid_values_are_not_written(tmp_path, given_, words):
     path = tmp_path / "s.csv"
     write_submission(path, IDS)
     before = path.read_text()
@@ -122,7 +122,7 @@ coordinate = st.floats(-50, 5000).map(lambda x: round(x, 1))
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["i1", "i2"]), confidence, coordinate, coordinate)))
-def test_reading_gives_back_what_was_written(tmp_path_factory, found):
+def test_reading_returns_what_was_written(tmp_path_factory, found):
     path = tmp_path_factory.mktemp("s") / "s.csv"
     table = boxes(*[(name, p, x, y, round(x + 20, 1), round(y + 30.5, 1)) for name, p, x, y in found])
     write_submission(path, IDS, studies(s1=[0.4, 0.3, 0.2, 0.1]), nones(i1=0.25), table)
@@ -146,7 +146,7 @@ def test_reading_gives_back_what_was_written(tmp_path_factory, found):
         ("id,PredictionString\ni_image,none x 0 0 1 1\n", "row 2: could not convert"),
         ("id,PredictionString\ni,none 1 0 0 1 1\n", "_study or _image"),
         ("id,PredictionString\ni_image\n", "row 2"),
-        ("id,PredictionString\ni_image,none 1 0 0 1 1\ni_image,none 1 0 0 1 1\n", "twice"),
+        ("id,PredictionString\ni_image,none 1 0 0 1 1\ni_image,none 1 0 0 1 1\n", "duplicate id"),
     ],
 )
 def test_unreadable_submissions_name_the_row(tmp_path, text, words):
@@ -170,7 +170,7 @@ def test_a_row_of_many_thousand_boxes_is_read(tmp_path):
     assert len(read_submission(tmp_path / "s.csv").images) == 6001
 
 
-def test_a_submission_comes_back_as_the_tables_it_was_written_from(tmp_path):
+def test_as_tables_returns_the_tables_that_were_written(tmp_path):
     studies = pd.DataFrame({"study_id": ["s"], "negative": 0.5, "typical": 0.25, "indeterminate": 0.125, "atypical": 0.0625})
     nones = pd.DataFrame({"image_id": ["i", "j"], "none": [0.75, 0.5]})
     boxes = pd.DataFrame(

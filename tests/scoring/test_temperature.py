@@ -8,7 +8,7 @@ from kitlib.scoring.temperature import cross_scaled, fit_temperature, log_loss, 
 
 
 @given(st.floats(0.1, 10), st.integers(2, 5), st.integers(0, 99))
-def test_it_is_the_softmax_of_divided_logits_and_keeps_the_order(temperature, classes, seed):
+def test_scaling_is_the_softmax_of_divided_logits_and_keeps_the_ranking(temperature, classes, seed):
     logits = np.random.default_rng(seed).normal(size=(20, classes))
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     divided = np.exp(logits / temperature)
@@ -19,23 +19,23 @@ def test_it_is_the_softmax_of_divided_logits_and_keeps_the_order(temperature, cl
 
 
 def calibrated(n, seed=0) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities of three classes, and truths drawn by them."""
+    """Return probabilities of three classes, and true classes drawn from them."""
     rng = np.random.default_rng(seed)
     found = rng.dirichlet(np.ones(3), n)
     return found, np.array([rng.choice(3, p=row) for row in found])
 
 
 @pytest.mark.parametrize("spoilt", [0.5, 1.0, 3.0])
-def test_it_finds_the_temperature_that_spoilt_the_scores(spoilt):
+def test_the_fit_recovers_the_temperature_that_was_applied(spoilt):
     found, truth = calibrated(4000)
     fitted = fit_temperature(scaled(found, 1 / spoilt), truth)
     assert fitted == pytest.approx(spoilt, rel=0.06)  # about two standard errors
     assert (
         log_loss(scaled(scaled(found, 1 / spoilt), fitted), truth) <= log_loss(found, truth) + 1e-3
-    )  # LEAST cuts what a power made tiny
+    )  # the power can be smaller than LEAST
 
 
-def test_in_closed_form_for_two_classes():
+def test_temperature_in_closed_form_for_two_classes():
     # p = .9 everywhere, right 3 times in 4: logit 3 after scaling is log(.9/.1) / T = log 3, so T = 2
     found, truth = np.tile([0.9, 0.1], (4, 1)), np.array([0, 0, 0, 1])
     assert fit_temperature(found, truth) == pytest.approx(2, abs=1e-3)
@@ -46,22 +46,22 @@ def test_certain_scores_and_bounds_stay_finite():
     assert np.isfinite(fit_temperature(certain, np.array([0, 0, 0, 1])))
     right = scaled(certain, fit_temperature(certain, np.zeros(4, int)))
     assert np.isfinite(right).all() and right[0, 0] == pytest.approx(1)
-    with pytest.raises(ValueError, match="temperature is 0, wanted more than 0"):
+    with pytest.raises(ValueError, match="temperature is 0, expected a number above 0"):
         scaled(certain, 0)
     with pytest.raises(ValueError, match="no rows"):
         fit_temperature(certain[:0], np.array([], int))
 
 
-def test_a_fold_is_scaled_by_what_the_others_say():
+def test_a_fold_is_scaled_by_the_temperature_of_the_others():
     found, truth = calibrated(300)
     table = pd.DataFrame(found, columns=["a", "b", "c"]).assign(fold=np.arange(300) % 3)
     after, temperatures = cross_scaled(table, ["a", "b", "c"], truth)
     other = truth.copy()
-    other[table.fold == 1] = 0  # what is true in fold 1 changes the other folds' temperatures alone
+    other[table.fold == 1] = 0  # the truth of fold 1 affects only the other folds' temperatures
     again, changed = cross_scaled(table, ["a", "b", "c"], other)
     assert temperatures[1] == changed[1] and temperatures[0] != changed[0]
     pd.testing.assert_frame_equal(after[table.fold == 1], again[table.fold == 1])
     rest = table.fold != 2
     assert temperatures[2] == fit_temperature(found[rest], truth[rest])
-    with pytest.raises(ValueError, match=r"scores of one fold \(0\)"):
+    with pytest.raises(ValueError, match=r"scores of a single fold \(0\)"):
         cross_scaled(table[table.fold == 0], ["a", "b", "c"], truth[:100])

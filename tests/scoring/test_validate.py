@@ -33,7 +33,7 @@ def test_good_files_are_accepted(sample):
 
 
 @pytest.mark.parametrize("change", ["\r\n", "\ufeff", "quotes"])
-def test_what_pandas_reads_alike_is_accepted(sample, change):
+def test_text_formats_that_pandas_accepts_are_valid(sample, change):
     path = sample.parent / "submission.csv"
     text = "id,PredictionString\n" + "".join(f"{name},{row}\n" for name, row in GOOD.items())
     text = {"\r\n": text.replace("\n", "\r\n"), "\ufeff": "\ufeff" + text, "quotes": text.replace(STUDY, f'"{STUDY}"')}[
@@ -55,14 +55,14 @@ def test_what_pandas_reads_alike_is_accepted(sample, change):
         ("none 1 0 0 1 1 0.5", "7 words are not groups of six"),
         ("None 1 0 0 1 1", "label 'None'"),
         ("covid 1 0 0 1 1", "label 'covid'"),
-        ("negative 1 0 0 1 1", "label 'negative' is none of none, opacity"),
+        ("negative 1 0 0 1 1", "label 'negative' is not one of none, opacity"),
         ("none 1.01 0 0 1 1", "confidence 1.01 is not in 0..1"),
         ("none -0.1 0 0 1 1", "confidence -0.1 is not in 0..1"),
         ("none nan 0 0 1 1", "confidence nan is not in 0..1"),
         ("none inf 0 0 1 1", "confidence inf is not in 0..1"),
         ("none x 0 0 1 1", "is not five numbers"),
         ("none 0_5 0 0 1 1", "is not five numbers"),
-        ("none 0.5 0 0 2 2", "only with the box 0 0 1 1"),
+        ("none 0.5 0 0 2 2", "must have the box 0 0 1 1"),
         ("opacity 0.5 10 10 5 20", "inverted"),
         ("opacity 0.5 10 20 15 10", "inverted"),
         ("opacity 0.5 10 10 10 20", "no area"),
@@ -70,13 +70,13 @@ def test_what_pandas_reads_alike_is_accepted(sample, change):
         ("opacity 0.5 10 10 inf 20", "not finite"),
     ],
 )
-def test_a_bad_string_is_one_fault_with_its_row(sample, bad, words):
+def test_an_invalid_string_is_one_fault_with_its_row(sample, bad, words):
     ((row, name, problem),) = faults_of(sample, (GOOD | {"i1_image": bad}).items())
     assert (row, name) == (4, "i1_image")
     assert words in problem
 
 
-def test_every_bad_group_of_a_string_is_named():
+def test_every_invalid_group_of_a_string_is_named():
     text = "opacity 2 5 5 1 9 opacity 0.5 1 1 2 2 nothing 0.1 0 0 1 1 none 1 0 0 x 1"
     assert [problem.split(":")[0] for problem in prediction_faults(text, "image")] == [
         "group 1",
@@ -86,18 +86,18 @@ def test_every_bad_group_of_a_string_is_named():
     ]
 
 
-def test_image_labels_do_not_belong_to_studies():
-    assert "'opacity' is none of negative" in prediction_faults("opacity 0.5 0 0 9 9", "study")[0]
+def test_image_labels_are_invalid_for_studies():
+    assert "'opacity' is not one of negative" in prediction_faults("opacity 0.5 0 0 9 9", "study")[0]
 
 
 def test_every_wrong_id_is_named(sample):
     rows = [("s1_study", STUDY), ("s1_study", STUDY), ("x_image", IMAGE), ("i2_image", IMAGE), ("", IMAGE)]
     assert faults_of(sample, rows) == [
         (3, "s1_study", "duplicate id, first in row 2"),
-        (4, "x_image", "extra id: the sample submission does not ask for it"),
-        (6, "", "extra id: the sample submission does not ask for it"),
-        (None, "s2_study", "missing id: the sample submission asks for it"),
-        (None, "i1_image", "missing id: the sample submission asks for it"),
+        (4, "x_image", "extra id: it is not in the sample submission"),
+        (6, "", "extra id: it is not in the sample submission"),
+        (None, "s2_study", "missing id: it is in the sample submission"),
+        (None, "i1_image", "missing id: it is in the sample submission"),
     ]
 
 
@@ -109,9 +109,9 @@ def test_a_wrong_header_is_a_fault_of_row_one(sample, header):
     assert row == 1 and "header" in problem
 
 
-def test_further_cells_are_a_fault(sample):
+def test_additional_cells_are_a_fault(sample):
     ((row, _, problem),) = faults_of(sample, (GOOD | {"i2_image": "none 1 0 0 1 1,"}).items())
-    assert (row, problem) == (5, "3 cells, must be 2")
+    assert (row, problem) == (5, "the row has 3 cells, but must have 2")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00", "folder"])
@@ -134,7 +134,7 @@ word = st.sampled_from(["opacity", "none", "0.5", "0", "1", "2", "-1", "nan", "1
 
 
 @given(st.lists(word, max_size=18).map(" ".join), st.sampled_from(["study", "image"]))
-def test_a_string_passes_only_if_each_group_does_alone(text, level):
+def test_a_string_is_valid_only_if_each_of_its_groups_is(text, level):
     words = text.split()
     groups = [" ".join(words[k : k + 6]) for k in range(0, len(words), 6)]
     alone = [not prediction_faults(group, level) for group in groups]

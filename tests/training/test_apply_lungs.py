@@ -1,4 +1,4 @@
-"""A segmenter applied to a data set: once an image, interrupted and resumed, with masks that later stages find."""
+"""Applying a segmenter to a data set: every image once, exact resume, and masks that later stages read."""
 
 import numpy as np
 import pandas as pd
@@ -99,14 +99,14 @@ class Counting:
 
 
 def test_an_interrupted_run_goes_on_and_ends_alike(run, small, bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PART", 4)
+    monkeypatch.setattr(module, "IMAGES_PER_FILE", 4)
     with pytest.raises(OSError, match="the disk is gone"):
         apply_lungs(small.images, Counting(small, fails_at=11), bundle, tmp_path, batch_size=2, progress=False)
-    # Eight images are in two whole files; a part that was not finished has left nothing.
+    # Eight images are in two complete files; an unfinished part leaves nothing.
     assert len(MaskStore(tmp_path / "masks")) == 8 and not (tmp_path / "tables" / "lungs.parquet").exists()
-    rest = Counting(small)
-    lungs = apply_lungs(small.images, rest, bundle, tmp_path, batch_size=2, progress=False)
-    assert sorted(rest.reads) == small.image_ids[8:]
+    counting = Counting(small)
+    lungs = apply_lungs(small.images, counting, bundle, tmp_path, batch_size=2, progress=False)
+    assert sorted(counting.reads) == small.image_ids[8:]
     pd.testing.assert_frame_equal(lungs, run[1])
     nothing = Counting(small)
     pd.testing.assert_frame_equal(apply_lungs(small.images, nothing, bundle, tmp_path, progress=False), lungs)
@@ -114,13 +114,13 @@ def test_an_interrupted_run_goes_on_and_ends_alike(run, small, bundle, tmp_path,
 
 
 def test_rows_without_their_masks_are_made_again(run, small, bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PART", 4)
+    monkeypatch.setattr(module, "IMAGES_PER_FILE", 4)
     applied(small, bundle, tmp_path)
     # Killed between the rows of the last part and its masks.
     sorted((tmp_path / "masks").glob("*.arrow"))[-1].unlink()
-    rest = Counting(small)
-    pd.testing.assert_frame_equal(apply_lungs(small.images, rest, bundle, tmp_path, progress=False), run[1])
-    assert len(rest.reads) == 4
+    counting = Counting(small)
+    pd.testing.assert_frame_equal(apply_lungs(small.images, counting, bundle, tmp_path, progress=False), run[1])
+    assert len(counting.reads) == 4
 
 
 def test_a_changed_clean_up_is_kept_in_the_bundle_and_is_another_run(small, bundle, tmp_path):
@@ -129,9 +129,9 @@ def test_a_changed_clean_up_is_kept_in_the_bundle_and_is_another_run(small, bund
     found = plain.verdict == FOUND
     assert ((wide.xmax - wide.xmin) >= (plain.xmax - plain.xmin))[found].all() and found.sum() == 15
     assert load_segmenter(tmp_path / "wide" / "bundle").recipe.margin == 0.2
-    with pytest.raises(TrainingError, match=r"recipe\.margin: 0\.2 there, 0\.0 here"):
+    with pytest.raises(TrainingError, match=r"recipe\.margin: 0\.2 recorded, 0\.0 requested"):
         applied(small, bundle, tmp_path / "wide", clean_up={"dilations": 0, "margin": 0.0})
-    with pytest.raises(SettingsError, match="no field 'width'; it has: least_island, dilations"):
+    with pytest.raises(SettingsError, match="no field 'width'; valid fields: least_island, dilations"):
         applied(small, bundle, tmp_path / "other", clean_up={"width": 2.0})
 
 

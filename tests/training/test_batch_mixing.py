@@ -1,4 +1,4 @@
-"""Mixing keeps the sum of each target, what is unknown, and the agreement of pixels, mask and share."""
+"""Mixing keeps the sum of each target and unknown targets, and mixes pixels, mask and targets by the same share."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ SIDE = 16
 
 
 def batch(n, seed, stride=None):
-    """Images of one grey each, which is their number times ten, with their own class; masks of one value an image."""
+    """A batch in which image i has the grey level 10 i and its own class; each mask has one value."""
     torch.manual_seed(seed)
     made = {
         "pixels": (torch.arange(n, dtype=torch.uint8) * 10)[:, None, None].expand(n, SIDE, SIDE).clone(),
@@ -39,11 +39,11 @@ def test_the_sum_of_each_target_stays_and_pixels_hold_the_shares_of_the_labels(n
     before = {name: value.clone() for name, value in given_batch.items() if name != "boxes"}
     mixed = mix_batch(given_batch, *alphas)
     for name, value in before.items():
-        assert torch.equal(given_batch[name], value)  # the batch given stays
+        assert torch.equal(given_batch[name], value)  # the input batch is unchanged
     assert mixed["label"].sum(dim=0).numpy() == pytest.approx(np.ones(n), abs=1e-5)
     assert mixed["label"].sum(dim=1).numpy() == pytest.approx(np.ones(n), abs=1e-5)
     assert mixed["none"].sum().item() == pytest.approx(before["none"].sum().item(), abs=1e-4)
-    # An image's mean grey is that of its parts in the shares its label tells, in MixUp and in CutMix.
+    # In MixUp and in CutMix the mean grey level of an image is that of its parts, in the shares of its label.
     greys = mixed["label"] @ (torch.arange(n) * 10.0)
     assert mixed["pixels"].float().mean(dim=(1, 2)).numpy() == pytest.approx(greys.numpy(), abs=1e-3)
     if stride:
@@ -58,7 +58,7 @@ def test_what_is_unknown_in_either_image_stays_unknown():
         one = batch(2, seed=1)
         one["none"] = torch.tensor([torch.nan, 1.0])
         one["label"][0] = torch.nan
-        # The draw decides whether each image meets the other or itself.
+        # By chance each image is mixed with the other one or with itself.
         for seed in range(4):
             torch.manual_seed(seed)
             mixed = mix_batch(one, *alphas)
@@ -74,7 +74,7 @@ def test_the_shares_are_betas():
         shares = []
         while len(shares) < 700:
             mixed = mix_batch({"pixels": torch.zeros(2, 1, 1), "label": torch.eye(2), "none": torch.zeros(2)}, alpha, 0.0)
-            if mixed["label"][0, 1] > 0:  # the images have met
+            if mixed["label"][0, 1] > 0:  # mixed with the other image, not with itself
                 shares.append(mixed["label"][0, 0].item())
         assert np.mean(shares) == pytest.approx(0.5, abs=0.06)
         assert np.var(shares) == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.2)

@@ -1,4 +1,4 @@
-"""Each option of a classifier's training learns, what is frozen stays as it is, a run with all of them resumes exactly."""
+"""Every option of a classifier's training learns, frozen weights stay, and a run with all options resumes exactly."""
 
 import pandas as pd
 import pytest
@@ -36,7 +36,7 @@ def starting_weights(tmp_path_factory):
     return str(path)
 
 
-# Four classes in equal numbers and a quarter without a box: a constant answer earns 0.25.
+# Four balanced classes, and a quarter of the images without a box: a constant prediction scores 0.25.
 @pytest.mark.parametrize(
     "changes",
     [
@@ -55,7 +55,7 @@ def test_every_option_learns(tmp_path, changes):
         assert run.history.train_mask_loss.iloc[-1] < run.history.train_mask_loss.iloc[0]
 
 
-def test_outputs_say_which_tables_are_filled_and_what_the_score_is(tmp_path):
+def test_the_field_outputs_decides_which_tables_are_filled_and_what_the_score_is(tmp_path):
     short = override(LEARNING, epochs=1)
     study = train(tmp_path / "study", override(short, outputs="study"))
     none = train(tmp_path / "none", override(short, outputs="none"))
@@ -79,12 +79,12 @@ def test_weights_and_statistics_of_a_frozen_backbone_stay_bit_for_bit(tmp_path, 
 
 
 def test_each_epoch_unfreezes_one_more_stage(tmp_path, starting_weights):
-    """After three epochs, with a stage more in the second and in the third, layer4 and layer3 have learnt and no other."""
+    """Epochs 2 and 3 unfreeze one stage each: after three epochs layer4 and layer3 have changed, and no other stage."""
     recipe = override(
         LEARNING, epochs=3, patience=3, frozen_backbone=True, unfreeze_every=1, starting_weights=starting_weights
     )
     train(tmp_path, recipe)
-    # The last epoch's weights: the best ones may be of an earlier.
+    # The last epoch's weights, since the best ones may be of an earlier epoch.
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     torch.manual_seed(3)
     before = StudyClassifier(RECIPE).backbone.state_dict()
@@ -95,7 +95,7 @@ def test_each_epoch_unfreezes_one_more_stage(tmp_path, starting_weights):
     assert len(rates) == 2 and rates[0] == pytest.approx(rates[1] * 0.1)
 
 
-def test_a_file_that_leaves_the_frozen_backbone_random_is_refused(tmp_path):
+def test_starting_weights_that_lack_tensors_of_a_frozen_backbone_are_refused(tmp_path):
     torch.manual_seed(0)
     weights = StudyClassifier(RECIPE).backbone.state_dict()
     save_file(
@@ -103,12 +103,12 @@ def test_a_file_that_leaves_the_frozen_backbone_random_is_refused(tmp_path):
     )
     recipe = override(LEARNING, frozen_backbone=True, starting_weights=str(tmp_path / "half.safetensors"))
     with pytest.raises(
-        ValueError, match=r"half\.safetensors leaves \d+ tensors of the frozen test_resnet random, first backbone\.layer4"
+        ValueError, match=r"half\.safetensors lacks \d+ tensors of the frozen test_resnet, first backbone\.layer4"
     ):
         train(tmp_path / "run", recipe)
 
 
-def test_weights_that_fit_next_to_nothing_are_refused_and_what_is_left_random_is_said(tmp_path):
+def test_weights_of_another_backbone_are_refused_and_the_number_of_random_tensors_is_reported(tmp_path):
     whole = StudyClassifier(RECIPE).backbone.state_dict()
     # Of test_resnet's 372,688 parameters layer4 has 267,840 and layer1's first convolution 9,216.
     for name, left_out in (("little", "layer4"), ("most", "layer1.0.conv1")):
@@ -123,7 +123,7 @@ def test_weights_that_fit_next_to_nothing_are_refused_and_what_is_left_random_is
         lambda path: FindingsClassifier(FindingsRecipe(backbone="test_resnet", hidden=8, starting_weights=path), ["Mass"]),
     ):
         with pytest.raises(
-            BundleError, match=r"little\.safetensors leaves 72% of test_resnet random, such as backbone\.layer4"
+            BundleError, match=r"little\.safetensors lacks 72% of the parameters of test_resnet, first backbone\.layer4"
         ):
             started(make, "little")
         # The convolution and the head's two layers.
@@ -167,7 +167,7 @@ def test_a_resumed_run_with_every_option_equals_an_uninterrupted_one_bit_for_bit
     pd.testing.assert_frame_equal(halves.tables["image_scores"], whole.tables["image_scores"], check_exact=True)
 
 
-def test_the_penalty_is_the_sum_of_absolute_weights_that_learn():
+def test_the_penalty_is_the_sum_of_absolute_trainable_weights():
     small = SmallXrays(8)
     examples = XrayDataset(small.images, small.labels, small.boxes, small, RECIPE)
     module = StudyTraining(StudyClassifier(override(RECIPE, l1=0.5)), examples, small.images.study_id.to_numpy())

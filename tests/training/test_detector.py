@@ -1,4 +1,4 @@
-"""For both families: a run's outputs, exact resume, learning; and what ultralytics is given to train on."""
+"""Detectors of both families: outputs of a run, exact resume, learning, and the inputs of ultralytics."""
 
 import os
 
@@ -18,7 +18,7 @@ from kitlib.runs.finished_run import ExtraImages
 from kitlib.scoring.average_precision import average_precision, box_hits
 from kitlib.settings import override
 from kitlib.tables import BOX, read_table
-from kitlib.training.detector import canvas_precision, with_negatives
+from kitlib.training.detector import canvas_precision, sample_negatives
 from kitlib.training.faster_rcnn import FasterRCNNTraining
 from kitlib.training.strategy import Strategy
 from kitlib.training.xray_dataset import XrayDataset
@@ -59,7 +59,7 @@ def uninterrupted(request, tmp_path_factory):
         run = train(tmp_path_factory.mktemp("run"), RECIPES[request.param])
     finally:
         os.chdir(before)
-    assert not list(elsewhere.iterdir())  # ultralytics likes to leave runs/detect where one stands
+    assert not list(elsewhere.iterdir())  # ultralytics writes runs/detect to the working directory
     return run
 
 
@@ -71,7 +71,7 @@ def test_a_run_leaves_what_later_stages_read(uninterrupted):
     assert set(detections.image_id) <= set(fold.id) and set(detections.model) == {"small"} and set(detections.fold) == {1}
     assert detections[["xmin", "ymin"]].min().min() >= 0  # cut at the edges of the original image
     assert detections.xmax.max() <= COLUMNS and detections.ymax.max() <= ROWS
-    # Images without a detection, too, have been looked at.
+    # The table coverage includes images without a detection.
     coverage = read_table("coverage", folder / "tables" / "coverage.parquet")
     expected = pd.DataFrame({"image_id": fold.id, "model": "small", "fold": 1}).reset_index(drop=True)
     pd.testing.assert_frame_equal(coverage, expected)
@@ -94,14 +94,14 @@ def pooled_precision(small, found):
 
 
 def test_the_out_of_fold_boxes_have_the_score_that_chose_the_epoch(uninterrupted):
-    # The same images through another path: bundle from disk, prediction's own canvases, boxes in original pixels. A
-    # stretched canvas has no padding where boxes could be cut, and IoU does not change with the scale of an axis.
+    # The same images by another path: prediction loads the bundle, draws its own canvases and returns original pixels. A
+    # stretched canvas has no padding in which boxes are clipped, and IoU does not depend on the scale of an axis.
     again = pooled_precision(SmallXrays(16), uninterrupted.tables["detections"])
     assert again == pytest.approx(uninterrupted.metrics["best"]["score"], abs=1e-6)
 
 
 @pytest.mark.parametrize("family", list(RECIPES))
-def test_a_detector_is_judged_on_the_canvas_that_it_predicts_on(tmp_path, monkeypatch, family):
+def test_a_detector_is_validated_on_the_canvas_that_it_predicts_on(tmp_path, monkeypatch, family):
     sizes = []
     judged = Strategy.validation_batches
 
@@ -112,7 +112,7 @@ def test_a_detector_is_judged_on_the_canvas_that_it_predicts_on(tmp_path, monkey
 
     monkeypatch.setattr(Strategy, "validation_batches", noted)
     run = train(tmp_path, override(RECIPES[family], epochs=1, inference_size=64))
-    # Four times the pixels of training's 32 x 32: a fourth of the eight images that would be judged at once.
+    # Four times the pixels of training: a quarter of the eight images of a validation batch.
     assert sizes == [2]
     assert pooled_precision(SmallXrays(16), run.tables["detections"]) == pytest.approx(
         run.metrics["best"]["score"], abs=1e-6
@@ -120,7 +120,7 @@ def test_a_detector_is_judged_on_the_canvas_that_it_predicts_on(tmp_path, monkey
 
 
 def stop_at(patch, epoch, batch):
-    """Make training of either family die in this epoch and batch (from 0)."""
+    """Make training of either family raise ConnectionError in this epoch and batch (from 0)."""
     step = FasterRCNNTraining.training_step
 
     def dying_step(self, batch_of_images, number):
@@ -165,9 +165,9 @@ def test_a_finished_run_is_read_back_and_another_is_refused(uninterrupted, monke
     again = train(uninterrupted.run_folder, recipe)
     assert again.metrics == uninterrupted.metrics
     pd.testing.assert_frame_equal(again.tables["detections"], uninterrupted.tables["detections"])
-    with pytest.raises(TrainingError, match=r"recipe\.nms_iou: 0\.5 there, 0\.4 here"):
+    with pytest.raises(TrainingError, match=r"recipe\.nms_iou: 0\.5 recorded, 0\.4 requested"):
         train(uninterrupted.run_folder, override(recipe, nms_iou=0.4))
-    with pytest.raises(TrainingError, match="longest_side: 50 there, 40 here"):
+    with pytest.raises(TrainingError, match="longest_side: 50 recorded, 40 requested"):
         train(uninterrupted.run_folder, recipe, SmallXrays(16, longest_side=40))
 
 
@@ -188,7 +188,7 @@ def test_patience_ends_a_run_and_the_best_epoch_is_kept(tmp_path):
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
-    """A Faster R-CNN that finds white blocks. At more than twice this rate some random starts learn nothing."""
+    """A Faster R-CNN that finds white blocks. At twice this learning rate some random starts learn nothing."""
     return train(tmp_path_factory.mktemp("taught"), override(FASTER_RCNN, image_size=64, epochs=20), SmallXrays(32))
 
 
@@ -214,7 +214,7 @@ def test_a_loss_that_is_no_number_ends_a_yolo_with_advice(tmp_path, monkeypatch)
         self.loss = self.loss * float("nan")
 
     monkeypatch.setattr(Trainer, "optimizer_step", spoil)
-    with pytest.raises(ValueError, match=r"epoch 1: loss nan.*lower recipe\.learning_rate"):
+    with pytest.raises(ValueError, match=r"epoch 1: loss nan.*lower learning_rate"):
         train(tmp_path, YOLO)
 
 
@@ -229,10 +229,10 @@ def test_a_fold_without_boxes_is_refused(tmp_path):
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 24), (0.25, 24 + 6), (1.0, 32), (9.0, 32)])
 def test_negatives_are_a_share_of_the_images_with_boxes(share, expected):
     small = SmallXrays(32)  # 24 with a box, 8 without
-    kept = with_negatives(small.images, small.boxes, share, seed=3)
+    kept = sample_negatives(small.images, small.boxes, share, seed=3)
     assert len(kept) == expected and kept.image_id.is_monotonic_increasing
     assert set(small.boxes.image_id) <= set(kept.image_id)
-    again = with_negatives(small.images, small.boxes, share, seed=3)
+    again = sample_negatives(small.images, small.boxes, share, seed=3)
     assert kept.image_id.tolist() == again.image_id.tolist()
 
 
@@ -241,7 +241,7 @@ def test_canvas_precision_of_a_case_worked_by_hand():
     found = [
         np.array([[0, 0, 10, 10, 0.9], [0, 0, 10, 9, 0.5]]),  # right; a second one of the same box, wrong
         np.array([[0, 0, 10, 10, 0.8]]),  # no box there
-        np.array([[20, 20, 30, 30, 0.7]]),  # right; the other box is never found
+        np.array([[20, 20, 30, 30, 0.7]]),  # right; the other box is not found
     ]
     # Recall 1/3 at precision 1, 2/3 at 2/3: the area is (1 + 2/3) / 3.
     assert canvas_precision(found, true) == pytest.approx(5 / 9)
@@ -250,7 +250,7 @@ def test_canvas_precision_of_a_case_worked_by_hand():
 
 @pytest.mark.parametrize("changes", [{}, {"zoom": 0.5, "mosaic": 1.0}, {"rotate_degrees": 15.0, "horizontal_flip": 1.0}])
 def test_ultralytics_moves_boxes_with_the_picture(tmp_path, changes):
-    # Every image is its own white block on black: what is white must be what the boxes frame.
+    # Every image is a white block on black: the boxes must cover the white pixels.
     small = SmallXrays(16)
     for image_id in small.image_ids:
         small.pixels[image_id] = (small.pixels[image_id] == 255).astype(np.uint8) * 255
@@ -268,7 +268,7 @@ def test_ultralytics_moves_boxes_with_the_picture(tmp_path, changes):
             left, top = int(np.floor(x - width / 2)), int(np.floor(y - height / 2))
             mask[max(0, top) : int(np.ceil(y + height / 2)), max(0, left) : int(np.ceil(x + width / 2))] = True
             framed += 1
-        # ultralytics drops what is cut to a sliver, so that an image may lose a box; a frame in the wrong place loses all.
+        # ultralytics drops boxes that are clipped to slivers, so an image may lose one; misplaced boxes miss all.
         missed.append((white & ~mask).sum() / max(1, white.sum()))
     assert framed > 8 and np.median(missed) < 0.02 and np.mean(missed) < 0.1
 
@@ -288,7 +288,7 @@ def test_an_unaugmented_canvas_reaches_ultralytics_as_it_is(tmp_path):
 EITHER = {"lungs": "masks", "trained_on": "either"}
 
 
-def test_ultralytics_is_given_crops_with_their_own_boxes_by_epoch(tmp_path):
+def test_ultralytics_gets_the_crops_and_boxes_of_each_epoch(tmp_path):
     small, recipe = SmallXrays(16), override(YOLO, image_size=64, **EITHER)
     lungs = stored_lungs(tmp_path / "lungs", small)
     examples = XrayDataset(small.images, small.labels, small.boxes, small, recipe, seed=3, lungs=lungs)
@@ -305,7 +305,7 @@ def test_ultralytics_is_given_crops_with_their_own_boxes_by_epoch(tmp_path):
             crops.append(crop)
             x, y, width, height = given["instances"].bboxes[0] * 64
             corners = np.array([[x - width / 2, y - height / 2, x + width / 2, y + height / 2]])
-            true = small.boxes.iloc[0][list(BOX)].to_numpy(float)  # every image's
+            true = small.boxes.iloc[0][list(BOX)].to_numpy(float)  # the same in every image
             np.testing.assert_allclose(places[crop].boxes_to_original(corners)[0], true, atol=1e-3)
     assert 0 < sum(crops) < len(crops)
 
@@ -317,13 +317,13 @@ def test_a_detector_of_lung_crops_leaves_boxes_in_original_pixels(tmp_path, fami
         SmallXrays(16),
         {"lungs": "masks", "trained_on": "lungs", "views": ["lungs"], "masked": True, "epochs": 1},
     )
-    held = small.fold_table.id[small.fold_table.fold == 1].tolist()
-    lungs = stored_lungs(tmp_path / "lungs", small, missed=held[:2])
+    validation_ids = small.fold_table.id[small.fold_table.fold == 1].tolist()
+    lungs = stored_lungs(tmp_path / "lungs", small, missed=validation_ids[:2])
     run = train(tmp_path / "run", override(RECIPES[family], **changes), small, lungs=lungs)
     assert run.metrics["lungs_missed"] == {"training": 0, "predicted": 2}
     assert run.metrics["lungs_fingerprint"] == lungs.fingerprint
-    assert set(run.tables["coverage"].image_id) == set(held)
-    found = run.tables["detections"][~run.tables["detections"].image_id.isin(held[:2])]
+    assert set(run.tables["coverage"].image_id) == set(validation_ids)
+    found = run.tables["detections"][~run.tables["detections"].image_id.isin(validation_ids[:2])]
     # No box of a crop reaches beyond its frame, and stretched crops have no padding.
     assert len(found) and (found[["xmin", "ymin"]].to_numpy() >= np.array(FRAME[:2]) - 1e-6).all()
     assert (found[["xmax", "ymax"]].to_numpy() <= np.array(FRAME[2:]) + 1e-6).all()
@@ -353,22 +353,22 @@ def test_a_yolo_on_either_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "changes", "told"),
+    ("recipe", "changes", "message"),
     [
-        (YOLO, {"sharpen_p": 0.5, "ema_decay": 0.9}, r"yolov8n is a yolo, which takes no ema_decay \(.* 0\.0\), sharpen_p"),
-        (YOLO, {"schedule": "plateau"}, r"yolov8n is a yolo, which takes no schedule \(leave it at 'cosine'\)"),
-        (YOLO, {"schedule_every": 0}, r"schedule_every \(leave it at 1\): settings of faster_rcnn alone"),
+        (YOLO, {"sharpen_p": 0.5, "ema_decay": 0.9}, r"yolov8n is a yolo, which has no ema_decay \(.* 0\.0\), sharpen_p"),
+        (YOLO, {"schedule": "plateau"}, r"yolov8n is a yolo, which has no schedule \(leave it at 'cosine'\)"),
+        (YOLO, {"schedule_every": 0}, r"schedule_every \(leave it at 1\); only faster_rcnn has these fields"),
         (YOLO, {"fpn_channels": 32}, r"fpn_channels \(leave it at 256\)"),
         (
             FASTER_RCNN,
             {"mosaic": 1.0, "zoom": 0.2},
-            r"is a faster_rcnn, which takes no mosaic \(.* 0\.0\), zoom \(.* 0\.5\)",
+            r"is a faster_rcnn, which has no mosaic \(.* 0\.0\), zoom \(.* 0\.5\)",
         ),
-        (FASTER_RCNN, {"width": 0.5}, r"width \(leave it at 1\.0\): settings of yolo alone"),
+        (FASTER_RCNN, {"width": 0.5}, r"width \(leave it at 1\.0\); only yolo has these fields"),
     ],
 )
-def test_a_setting_of_the_other_family_is_refused_when_the_recipe_is_made(recipe, changes, told):
-    with pytest.raises(SettingsError, match=told):
+def test_a_setting_of_the_other_family_is_refused_when_the_recipe_is_made(recipe, changes, message):
+    with pytest.raises(SettingsError, match=message):
         override(recipe, **changes)
 
 
@@ -381,8 +381,7 @@ def test_the_published_settings_reach_ultralytics(tmp_path):
     assert (published["box"], published["cls"]) == (0.075, 0.8)
 
 
-def test_the_moving_average_is_what_is_judged_and_kept(tmp_path):
-    # A decay so near to 1 that the average hardly leaves its beginning.
+def test_the_moving_average_is_validated_and_kept(tmp_path):
     kept = train(tmp_path / "average", override(FASTER_RCNN, ema_decay=0.5)).metrics["best"]
     plain = train(tmp_path / "plain", FASTER_RCNN).metrics["best"]
     assert kept["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-6) and kept["score"] != plain["score"]
@@ -397,17 +396,19 @@ def test_extra_images_are_trained_on_and_never_validated_on(tmp_path):
         train(tmp_path, override(FASTER_RCNN, epochs=1, negatives=9.0), small)
 
 
-def test_letterbox_and_stretch_judge_a_detector_alike(taught):
+def test_letterbox_and_stretch_give_similar_scores(taught):
     # One trained detector on canvases of either kind; it was trained on stretched ones of nearly the same shape (4 : 5).
     small = SmallXrays(32)
     record, weights = read_bundle(taught.run_folder / "bundle")
     network = load_network(record, weights, torch.device("cpu"))
-    held = small.fold_table.id[small.fold_table.fold == 1]
+    validation_ids = small.fold_table.id[small.fold_table.fold == 1]
     scores = {}
     for placement in ("stretch", "letterbox"):
-        chunks = Predictor(record | {"placement": placement}, network, torch.device("cpu"), 4).predict(map(small.read, held))
+        chunks = Predictor(record | {"placement": placement}, network, torch.device("cpu"), 4).predict(
+            map(small.read, validation_ids)
+        )
         found = pd.concat(chunks)
-        true = small.boxes[small.boxes.image_id.isin(held)]
+        true = small.boxes[small.boxes.image_id.isin(validation_ids)]
         hits = box_hits(found.image_id, found.score, found[list(BOX)], true.image_id, true[list(BOX)])
         scores[placement] = average_precision(found.score.to_numpy(), hits, len(true))
     assert scores["stretch"] > 0.7 and abs(scores["stretch"] - scores["letterbox"]) < 0.15

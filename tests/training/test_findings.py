@@ -1,4 +1,4 @@
-"""A findings run's outputs, the loss, unknown labels, exclusive classes, test images, exact resume, what is refused."""
+"""Findings classifiers: outputs of a run, loss, unknown labels, exclusive classes, test images, exact resume, errors."""
 
 import numpy as np
 import pandas as pd
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class SmallFindings(SmallXrays):
-    """Two findings of each study, one its opposite; the last patient's images are the data set's test images."""
+    """Two findings per study, each the opposite of the other; the last patient's images are the test images."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,8 +94,8 @@ def test_the_out_of_fold_table_has_the_score_that_chose_the_epoch(uninterrupted)
 
 
 @pytest.mark.gpu
-def test_it_learns_and_a_study_classifier_starts_from_it(tmp_path):
-    # The classes are brightnesses: unseen patients must be told apart almost perfectly.
+def test_training_learns_and_a_study_classifier_starts_from_the_bundle(tmp_path):
+    # The classes are grey levels: images of unseen patients must be classified almost perfectly.
     learnt = train(tmp_path / "learnt", recipe=override(RECIPE, epochs=8, learning_rate=1e-2, batch_size=8))
     assert learnt.metrics["best"]["score"] > 0.9  # chance is 0.5
     study = StudyClassifier(StudyRecipe(backbone="test_resnet", image_size=32, hidden=16))
@@ -137,7 +137,7 @@ def test_the_backbone_learns_at_the_published_rates(tmp_path):
 
 
 @pytest.mark.gpu
-def test_exactly_one_class_is_learnt_as_such(tmp_path):
+def test_exclusive_classes_have_probabilities_that_sum_to_one(tmp_path):
     run = train(tmp_path, recipe=override(RECIPE, multi_label=False, epochs=1))
     assert run.tables["class_scores"][FINDINGS].sum(axis=1).to_numpy() == pytest.approx(np.ones(12), abs=1e-6)
     several = SmallFindings(32)
@@ -152,21 +152,21 @@ EXCLUSIVE = override(
 
 
 @pytest.mark.gpu
-def test_a_learner_of_exclusive_classes_learns_and_scores_its_own_images_where_asked(tmp_path):
+def test_a_learner_of_exclusive_classes_learns_and_predicts_its_training_images_on_request(tmp_path):
     small = SmallFindings(32)
     recipe = override(EXCLUSIVE, epochs=20, patience=20, one_logit=True, class_weights=True, normalisation="half", l1=1e-5)
     run = train(tmp_path, small, recipe, in_sample=True)
-    assert run.metrics["best"]["score"] > 0.7  # of a constant answer at most 0.4, of chance 0.5
+    assert run.metrics["best"]["score"] > 0.7  # a constant prediction scores at most 0.4, chance 0.5
     assert run.tables["class_scores"][FINDINGS].sum(axis=1).to_numpy() == pytest.approx(np.ones(12), abs=1e-6)
     assert set(run.tables["training_scores"].image_id) == set(small.fold_table.id[small.fold_table.fold != 1])
     assert not set(run.tables["training_scores"].image_id) & set(run.tables["class_scores"].image_id)
     assert run.metrics["classes_without_images"] == {"training": [], "validation": []}
-    # The kept epoch's score again, from the table; the images of the fold are told by the most probable class.
+    # The kept epoch's score, computed again from the table: an image's class is the most probable one.
     studies = small.images.set_index("image_id").study_id[run.tables["class_scores"].image_id]
     truth = small.labels.set_index("id").loc[studies, FINDINGS].to_numpy()
     again = exclusive_scores(truth, run.tables["class_scores"][FINDINGS].to_numpy(), FINDINGS, "macro_f1")
     assert again == pytest.approx({name: run.metrics["best"][name] for name in again}, abs=1e-6)
-    # A finished run is asked for what it has not said yet.
+    # A finished run adds a table that is requested later.
     (tmp_path / "tables" / "training_scores.parquet").unlink()
     assert "training_scores" not in train(tmp_path, small, recipe).tables
     pd.testing.assert_frame_equal(
@@ -174,9 +174,9 @@ def test_a_learner_of_exclusive_classes_learns_and_scores_its_own_images_where_a
     )
 
 
-def test_a_fold_without_a_class_is_trained_on_judged_by_the_others_and_counted(tmp_path):
+def test_a_class_without_images_is_reported_and_left_out_of_the_score(tmp_path):
     small = SmallFindings(32)
-    small.labels["Edema"] = 0.0  # nobody has it
+    small.labels["Edema"] = 0.0  # no image has it
     recipe = override(EXCLUSIVE, epochs=1, class_weights=True)
     run = train(tmp_path, small, recipe)
     metrics = run.metrics
@@ -184,18 +184,18 @@ def test_a_fold_without_a_class_is_trained_on_judged_by_the_others_and_counted(t
     assert np.isfinite(metrics["best"]["score"]) and run.history.Edema.isna().all()
 
 
-def test_what_does_not_go_with_the_classes_is_refused_before_anything_is_written(tmp_path):
+def test_settings_that_do_not_fit_the_classes_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"judged_by='macro_f1': only for classes .* set multi_label=False"):
         train(tmp_path, recipe=override(RECIPE, judged_by="macro_f1"))
     small = SmallFindings(32)
     small.labels["Edema"] = 0.0
-    with pytest.raises(ValueError, match="one_logit answers 2 classes, and there are 3"):
+    with pytest.raises(ValueError, match="one_logit needs 2 classes, but there are 3"):
         train(tmp_path, small, recipe=override(EXCLUSIVE, one_logit=True))
     assert not list(tmp_path.iterdir())
 
 
 class OneBatch:
-    """A validation data set's truth, for a training that is never run."""
+    """Stands in for a validation data set: the labels of four images."""
 
     label = np.eye(2)[[0, 1, 1, 1]]
 
@@ -222,16 +222,16 @@ def test_the_loss_of_a_batch_has_its_weights_its_auxiliary_head_and_its_penalty(
         patch.setattr(
             training, "recipe", override(FindingsRecipe(backbone="inception_v3", multi_label=False), auxiliary=0.4)
         )
-        # An undecided second head costs the logarithm of 2 an image, and weights are 1 on average.
+        # A second head with zero logits has a loss of log 2 per image, and weights are 1 on average.
         torch.testing.assert_close(training.training_loss(batch), data + 0.4 * np.log(2))
 
 
 @pytest.mark.parametrize("judged_by", ["auc", "macro_f1", "accuracy"])
-def test_answers_that_are_no_numbers_have_no_score(judged_by):
+def test_nan_predictions_give_a_nan_score(judged_by):
     training = FindingsTraining(FindingsClassifier(override(EXCLUSIVE, judged_by=judged_by), FINDINGS), OneBatch())
-    training.found = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    training.validation_probabilities = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
     assert training.scores()["score"] == 1
-    training.found[2] = np.nan  # a training that diverged says so of all
+    training.validation_probabilities[2] = np.nan  # one NaN is enough
     assert np.isnan(training.scores()["score"])
 
 
@@ -273,16 +273,19 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one_and_another_is_refused(
 
 def test_test_images_of_trained_patients_are_not_predicted(tmp_path, caplog):
     small = SmallFindings(32)
-    # The test images' first one is now of a patient in fold 0, which is trained on.
+    # The first test image now belongs to a patient of fold 0, which is trained on.
     small.images.loc[28, "patient_id"] = "patient000"
     with caplog.at_level("WARNING"):
         run = train(tmp_path, small, recipe=override(RECIPE, epochs=1))
     assert run.tables["test_scores"].image_id.tolist() == small.image_ids[29:]
-    assert "1 test images are of patients that are trained on and are not predicted, first image028" in caplog.text
+    assert (
+        "1 test images are not predicted, because the model is trained on other images of their patients, first image028"
+        in caplog.text
+    )
 
 
-def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match=r'test_resnet at random.*"frozen_backbone": false'):
+def test_an_untrainable_task_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r'test_resnet would stay random.*"frozen_backbone": false'):
         train(tmp_path, recipe=override(RECIPE, frozen_backbone=True))
     leaking = SmallFindings(32)
     leaking.fold_table = SmallXrays(32).fold_table
@@ -326,9 +329,9 @@ def test_a_better_prediction_costs_less(seed, multi_label, step):
 
 @pytest.mark.parametrize("multi_label", [True, False])
 def test_smoothing_is_cheapest_at_the_smoothed_truth(multi_label):
-    # a quarter spread over two sides leaves 7/8, over four classes 13/16 for the true one and 1/16 for each other
-    wanted = torch.tensor([[7 / 8, 1 / 8, 1 / 8, 1 / 8]]) if multi_label else torch.tensor([[13 / 16, *[1 / 16] * 3]])
-    logits = (wanted.logit() if multi_label else wanted.log()).requires_grad_()
+    # A quarter spread over true and false leaves 7/8; over four classes 13/16 for the true one and 1/16 for each other.
+    expected = torch.tensor([[7 / 8, 1 / 8, 1 / 8, 1 / 8]]) if multi_label else torch.tensor([[13 / 16, *[1 / 16] * 3]])
+    logits = (expected.logit() if multi_label else expected.log()).requires_grad_()
     findings_loss(logits, torch.eye(4)[:1], multi_label, smoothing=0.25).backward()
     torch.testing.assert_close(logits.grad, torch.zeros(1, 4), atol=1e-6, rtol=0)
 

@@ -1,4 +1,4 @@
-"""The split, who may use a run folder, and what one holds at the end."""
+"""Splits of folds, extra images, the identity of a run folder, and its curves."""
 
 import math
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import TrainingError
 from kitlib.runs.finished_run import ExtraImages
-from kitlib.training.fold_folder import Fitted, draw_curves, open_run
+from kitlib.training.fold_folder import FitResult, draw_curves, open_run
 from kitlib.training.split import split, with_extra
 from kitlib.training.xray_dataset import XrayDataset
 from tests.small_tasks import small_task
@@ -39,9 +39,9 @@ def test_limits_keep_patients_whole(limit, seed):
     assert (train.patient_id.value_counts() == 4).all()
 
 
-def test_an_impossible_split_is_named():
+def test_an_impossible_split_raises_an_error_that_lists_the_folds():
     small = SmallXrays(16)
-    with pytest.raises(ValueError, match=r"fold 7 leaves nothing.*folds: \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"fold 7 leaves no images.*folds: \[0, 1\]"):
         split(small.images, small.fold_table, 7, seed=0)
     with pytest.raises(ValueError, match="1 images of the folds are not in the table images, first image000"):
         split(small.images[1:], small.fold_table, 0, seed=0)
@@ -52,7 +52,7 @@ def test_a_run_folder_belongs_to_one_run(tmp_path):
     begin(tmp_path, identity)
     assert open_run(tmp_path, identity, resume=True) is False
     other = identity | {"recipe": {"epochs": 5, "rates": (1, 2)}, "data_fingerprint": "abd"}
-    listing = r"data_fingerprint: 'abc' there, 'abd' here; recipe\.epochs: 3 there, 5 here"
+    listing = r"data_fingerprint: 'abc' recorded, 'abd' requested; recipe\.epochs: 3 recorded, 5 requested"
     advice = f"to keep it, set run_folder to another name; to replace it, delete {tmp_path}"
     with pytest.raises(TrainingError, match=rf"{listing}.*{advice}"):
         open_run(tmp_path, other, resume=True)
@@ -66,20 +66,20 @@ def test_a_run_folder_belongs_to_one_run(tmp_path):
     assert open_run(tmp_path, other, resume=True) is False
 
 
-def test_a_folder_without_a_checkpoint_belongs_to_nobody(tmp_path):
-    # A training that failed before its first epoch was over, such as by a wrong value, and is asked for with a right one.
+def test_a_folder_without_a_checkpoint_is_taken_over_by_another_run(tmp_path):
+    # A training that failed within its first epoch, such as by a wrong value, is started again with the right value.
     wrong, right = {"fold": 0, "recipe": {"epochs": 3}}, {"fold": 0, "recipe": {"epochs": 5}}
     assert open_run(tmp_path, wrong, resume=True) is False
     (tmp_path / "checkpoints" / ".last.ckpt.half").touch()
     assert open_run(tmp_path, right, resume=True) is False
     (tmp_path / "checkpoints" / "last.ckpt").touch()
     assert open_run(tmp_path, right, resume=True) is False
-    with pytest.raises(TrainingError, match=r"recipe\.epochs: 5 there, 3 here"):
+    with pytest.raises(TrainingError, match=r"recipe\.epochs: 5 recorded, 3 requested"):
         open_run(tmp_path, wrong, resume=True)
 
 
 def begin(folder, identity):
-    """A run with a finished epoch."""
+    """Make a run with a completed epoch."""
     assert open_run(folder, identity, resume=True) is False
     (folder / "checkpoints" / "last.ckpt").touch()
 
@@ -87,12 +87,12 @@ def begin(folder, identity):
 def test_curves_show_what_was_logged(tmp_path):
     columns = {"epoch": [1, 2], "seconds": [1.0, 1.0], "images_per_s": [9.0, 9.0], "learning_rate": [0.1, 0.05]}
     history = pd.DataFrame(columns | {"train_loss": [2.0, 1.0], "score": [0.4, 0.5], "typical": [math.nan, 0.5]})
-    draw_curves(Fitted(history, 2), tmp_path / "figures" / "curves.png")
+    draw_curves(FitResult(history, 2), tmp_path / "figures" / "curves.png")
     assert (tmp_path / "figures" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def renamed(small, columns=("image_id", "study_id", "patient_id"), prefix="x"):
-    """The same pictures as extra images, under other names in `columns`."""
+    """Return the same images as extra images, with other names in `columns`."""
     images = small.images.assign(**{column: prefix + small.images[column] for column in columns})
     labels, boxes = small.labels, small.boxes
     if "study_id" in columns:
@@ -108,7 +108,7 @@ def joined(small, extra):
     return with_extra(train, small.labels, small.boxes, small, extra, validation)
 
 
-def test_extra_images_are_trained_on_beside_the_others_each_from_its_own_cache():
+def test_extra_images_are_trained_on_and_read_from_their_own_cache():
     small, brighter = SmallXrays(16), SmallXrays(8)
     brighter.pixels = {image_id: pixels // 2 for image_id, pixels in brighter.pixels.items()}
     extra = renamed(brighter)
@@ -143,7 +143,7 @@ def test_extra_images_that_are_trained_on_already_are_refused_and_false_none_one
     assert len(joined(small, marked)[0]) == 8 + 4
 
 
-def test_extra_tables_say_nothing_about_other_images(caplog):
+def test_extra_tables_do_not_change_other_images(caplog):
     # A stray box and a label of another data set's classes must not reach what is validated.
     small, extra = SmallXrays(16), renamed(SmallXrays(16))
     stray = pd.concat([extra.boxes, small.boxes], ignore_index=True)
@@ -151,33 +151,33 @@ def test_extra_tables_say_nothing_about_other_images(caplog):
     _, labels, boxes, _ = joined(small, ExtraImages(extra.images, opacity, stray, extra.cache))
     assert len(boxes) == 2 * len(small.boxes) and not boxes.duplicated().any()
     assert list(labels.columns) == ["id", *STUDY_CLASSES] and labels.iloc[len(small.labels) :, 1:].isna().all(axis=None)
-    assert "tell nothing about negative, typical, indeterminate, atypical" in caplog.text
+    assert "no labels of negative, typical, indeterminate, atypical" in caplog.text
 
 
 def identity(extra=None, lungs=None):
     return small_task(SMALL, RECIPE, extra=extra, lungs=lungs).identity(0)
 
 
-def test_a_run_is_known_by_the_lungs_that_it_saw(tmp_path):
+def test_the_lungs_are_part_of_a_runs_identity(tmp_path):
     one, other = (SimpleNamespace(fingerprint=digest, segmenter="ef" * 32) for digest in ("ab" * 32, "cd" * 32))
     assert "lungs_fingerprint" not in identity()
     begin(tmp_path, identity(lungs=one))
     assert open_run(tmp_path, identity(lungs=one), resume=True) is False
-    for differs, told in ((identity(lungs=other), "cd" * 32), (identity(), "-")):
-        with pytest.raises(TrainingError, match=rf"lungs_fingerprint: 'abab\w+' there, '{told}' here"):
+    for differs, requested in ((identity(lungs=other), "cd" * 32), (identity(), "-")):
+        with pytest.raises(TrainingError, match=rf"lungs_fingerprint: 'abab\w+' recorded, '{requested}' requested"):
             open_run(tmp_path, differs, resume=True)
 
 
-def test_a_run_is_known_by_its_extra_images_too(tmp_path):
+def test_extra_images_are_part_of_a_runs_identity(tmp_path):
     extra = renamed(SmallXrays(8))
     softer = ExtraImages(extra.images.assign(none=0.5), extra.labels, extra.boxes, extra.cache)
     relabelled = ExtraImages(extra.images, extra.labels.assign(typical=0.5), extra.boxes, extra.cache)
     assert "extra" not in identity()
-    known = [identity(each)["extra"] for each in (extra, softer, relabelled)]
-    assert all(one != other for place, one in enumerate(known) for other in known[:place])
+    records = [identity(each)["extra"] for each in (extra, softer, relabelled)]
+    assert all(first != other for index, first in enumerate(records) for other in records[:index])
     assert identity(renamed(SmallXrays(8))) == identity(extra)
     begin(tmp_path, identity(extra))
-    with pytest.raises(TrainingError, match=r"extra\.none_fingerprint: '\w+' there, '\w+' here"):
+    with pytest.raises(TrainingError, match=r"extra\.none_fingerprint: '\w+' recorded, '\w+' requested"):
         open_run(tmp_path, identity(softer), resume=True)
-    with pytest.raises(TrainingError, match=r"extra\.images: 8 there, '-' here"):
+    with pytest.raises(TrainingError, match=r"extra\.images: 8 recorded, '-' requested"):
         open_run(tmp_path, identity(), resume=True)

@@ -1,4 +1,4 @@
-"""The schedule, early stopping, the optimiser's groups, gathered batches, and the moving average through a resume."""
+"""Schedules, early stopping, parameter groups, batches per step, and the moving average after a resume."""
 
 import math
 
@@ -12,11 +12,11 @@ from kitlib.recipes.fields import FindingsRecipe
 from kitlib.recipes.named import recipe
 from kitlib.settings import override
 from kitlib.training import loop as training
-from kitlib.training.fold_folder import is_over, kept_row
+from kitlib.training.fold_folder import find_kept_epoch, is_over
 from kitlib.training.loop import (
     RecipeTraining,
+    batches_per_step,
     fit,
-    gathered_batches,
     learning_rate_factor,
     make_optimizer,
     plateau_factor,
@@ -44,7 +44,7 @@ def test_warm_up_is_linear_and_the_cosine_takes_the_rest():
 
 
 def test_an_epochwise_schedule_is_a_staircase():
-    # The published NIH training: 35 epochs. Every epoch it ends one step above the floor, every other one half-way.
+    # The published NIH training: 35 epochs. schedule_every=1 ends one step above the floor, 2 half-way.
     assert BACKBONE.epochs == 35 and BACKBONE.schedule_every == 1
     every_other = override(BACKBONE, schedule_every=2)
     for epoch in range(35):
@@ -85,18 +85,18 @@ def rows(*scores):
     [
         ([0.1], 0, False),
         ([0.1, 0.3, 0.2], 1, False),
-        ([0.3, 0.2, 0.2], 0, True),  # two epochs without a better one
+        ([0.3, 0.2, 0.2], 0, True),  # two epochs without a better score
         ([0.3, 0.3, 0.3], 0, True),  # equal is not better
         ([0.1, 0.2, 0.3, 0.4, 0.5], 4, True),  # epochs used up
     ],
 )
 def test_patience_and_epochs_end_a_training(scores, best, over):
     best_kept = override(RECIPE, epochs=5, patience=2)
-    assert kept_row(rows(*scores), best_kept) == best
+    assert find_kept_epoch(rows(*scores), best_kept) == best
     assert is_over(rows(*scores), best_kept) is over
-    # The last epoch is kept whatever the fold says of it, and none ends a training early.
+    # The last epoch is kept whatever its score, and no training stops early.
     last = override(best_kept, keep="last")
-    assert kept_row(rows(*scores), last) == len(scores) - 1
+    assert find_kept_epoch(rows(*scores), last) == len(scores) - 1
     assert is_over(rows(*scores), last) is (len(scores) == 5)
 
 
@@ -147,9 +147,9 @@ PLATEAU = override(RECIPE, schedule="plateau", plateau_epochs=1)
     [
         ([], [1]),
         ([0.1, 0.2, 0.3, 0.4], [1, 1, 1, 1, 1]),
-        # The second epoch without a better one, then again the second after that.
+        # The rate falls after the second epoch without a better score, and again two epochs later.
         ([0.5, 0.6, 0.6, 0.6, 0.6, 0.6], [1, 1, 1, 1, 0.1, 0.1, 0.01]),
-        # A better one in between begins the count anew.
+        # A better score resets the count.
         ([0.5, 0.4, 0.6, 0.5, 0.7, 0.6, 0.6], [1, 1, 1, 1, 1, 1, 1, 0.1]),
         # The best so far counts, not the one before.
         ([0.9, 0.1, 0.2, 0.3], [1, 1, 1, 0.1, 0.1]),
@@ -161,7 +161,7 @@ def test_a_plateau_takes_a_tenth_of_the_rate(scores, factors):
 
 
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), max_size=25), st.integers(0, 5))
-def test_each_plateau_is_counted_from_the_one_before(scores, patience):
+def test_each_plateau_is_counted_from_the_previous_one(scores, patience):
     best, bad, factor = -math.inf, 0, 1.0
     for score in scores:
         best, bad = (score, 0) if score > best else (best, bad + 1)
@@ -172,7 +172,7 @@ def test_each_plateau_is_counted_from_the_one_before(scores, patience):
 
 
 class Staged(torch.nn.Module):
-    """A frozen part, of which one stage is to learn later, and a head."""
+    """A frozen backbone of two stages with rates of their own, and a head."""
 
     def __init__(self):
         super().__init__()
@@ -185,7 +185,7 @@ class Staged(torch.nn.Module):
         return self.shares
 
 
-def test_a_network_may_ask_for_other_rates_and_for_what_is_still_frozen():
+def test_a_network_may_set_rates_and_include_frozen_parameters():
     model = Staged()
     optimizer = make_optimizer(model, override(RECIPE, learning_rate=0.2, weight_decay=0.1))
     groups = {id(each): group for group in optimizer.param_groups for each in group["params"]}
@@ -202,11 +202,11 @@ def test_a_network_may_ask_for_other_rates_and_for_what_is_still_frozen():
 
 @pytest.mark.parametrize(("batch", "nominal", "gathered"), [(16, 64, 4), (10, 0, 1), (16, 8, 1), (24, 64, 3), (8, 32, 4)])
 def test_the_nominal_batch_is_rounded_to_whole_batches(batch, nominal, gathered):
-    assert gathered_batches(override(RECIPE, batch_size=batch, nominal_batch=nominal)) == gathered
+    assert batches_per_step(override(RECIPE, batch_size=batch, nominal_batch=nominal)) == gathered
 
 
 class Slope(RecipeTraining):
-    """y = w x on numbers; its validation notes the weight that it judged."""
+    """y = w x; records the weight before each training step and the validated weight."""
 
     def __init__(self, recipe, dies_at=None):
         super().__init__(torch.nn.Linear(1, 1, bias=False), recipe)
@@ -222,11 +222,11 @@ class Slope(RecipeTraining):
         return (self.model(batch) ** 2).mean() / 2
 
     def on_validation_epoch_start(self):
-        self.judged_weights.append(self.judged.weight.item())
+        self.judged_weights.append(self.evaluated_model.weight.item())
 
     def validation_step(self, batch, _):
-        assert not self.judged.training
-        self.log("score", -(self.judged(batch) ** 2).mean())
+        assert not self.evaluated_model.training
+        self.log("score", -(self.evaluated_model(batch) ** 2).mean())
 
 
 def slope_batches(count, size=2):
@@ -239,7 +239,7 @@ def train_slope(folder, recipe, count=6, dies_at=None):
 
 
 FLAT = override(RECIPE, optimizer="sgd", learning_rate=0.1, epochs=4, schedule_every=0)
-GATHERED = {"nominal_batch": 4 * FLAT.batch_size}  # a step of the optimiser every four batches
+GATHERED = {"nominal_batch": 4 * FLAT.batch_size}  # one optimiser step per four batches
 
 
 def test_an_incomplete_group_of_batches_steps_at_the_epochs_end_and_counts_by_its_images(tmp_path):
@@ -278,7 +278,7 @@ def test_a_resumed_moving_average_with_gathered_batches_equals_an_uninterrupted_
     with pytest.raises(ConnectionError):
         train_slope(tmp_path / "cut", averaged, dies_at=dies_at)
     resumed, again = train_slope(tmp_path / "cut", averaged)
-    # At least what came after the break: the checkpoint before it carries the average, its step and the momentum.
+    # The epochs after the break: the checkpoint before it holds the average, its step and the momentum.
     assert resumed.judged_weights == whole.judged_weights[-len(resumed.judged_weights) :]
     assert len(resumed.judged_weights) == 4 - dies_at[0]
     assert again.history.score.tolist() == fitted.history.score.tolist()
@@ -286,10 +286,10 @@ def test_a_resumed_moving_average_with_gathered_batches_equals_an_uninterrupted_
 
 
 def test_half_precision_leaves_weights_and_average_in_full(tmp_path, monkeypatch):
-    # What a GPU with bf16 does, on the CPU: Lightning autocasts, and nothing of ours casts back or scales.
+    # Precision bf16-mixed on the CPU: Lightning autocasts, and the kit's own code must not cast weights.
     monkeypatch.setattr(training, "precision", lambda _: "bf16-mixed")
     module, _ = train_slope(tmp_path, override(FLAT, ema_decay=0.9))
-    assert module.model.weight.dtype == module.judged.weight.dtype == torch.float32
+    assert module.model.weight.dtype == module.evaluated_model.weight.dtype == torch.float32
     assert module.judged_weights[-1] < module.judged_weights[0] < 1
     full, _ = train_slope(tmp_path / "full", override(FLAT, ema_decay=0.9))
     assert module.judged_weights == pytest.approx(full.judged_weights, abs=0.02)
@@ -316,8 +316,8 @@ def test_a_resumed_step_schedule_equals_an_uninterrupted_one_and_its_closed_form
         assert again.history.learning_rate.tolist() == fitted.history.learning_rate.tolist()
 
 
-class Told(Slope):
-    """Its validation says what it is told to, epoch by epoch."""
+class FixedScores(Slope):
+    """A training whose validation logs fixed scores."""
 
     scores = (0.5, 0.6, 0.6, 0.4, 0.6, 0.5)
 
@@ -325,14 +325,14 @@ class Told(Slope):
         self.log("score", self.scores[self.current_epoch])
 
 
-def train_told(folder, dies_at=None):
+def train_fixed_scores(folder, dies_at=None):
     recipe = override(FLAT, epochs=6, schedule="plateau", plateau_epochs=1, patience=10)
-    module = Told(recipe, dies_at)
+    module = FixedScores(recipe, dies_at)
     return module, fit(module, recipe, slope_batches(5), slope_batches(1), folder, torch.device("cpu"), 0, False)
 
 
 def test_a_plateaus_rate_is_that_of_the_next_epoch(tmp_path):
-    module, fitted = train_told(tmp_path)
+    module, fitted = train_fixed_scores(tmp_path)
     rates = [0.1, 0.1, 0.1, 0.1, 0.01, 0.01]  # epochs 3 and 4 were no better than the second
     assert fitted.history.learning_rate.tolist() == pytest.approx(rates)
     # By hand: the gradient of w^2 / 2 is w; Nesterov SGD 0.9.
@@ -347,10 +347,10 @@ def test_a_plateaus_rate_is_that_of_the_next_epoch(tmp_path):
 
 @pytest.mark.parametrize("dies_at", [(0, 3), (3, 0), (4, 2), (5, 4)])
 def test_a_resumed_plateau_equals_an_uninterrupted_one(tmp_path, dies_at):
-    whole, fitted = train_told(tmp_path / "whole")
+    whole, fitted = train_fixed_scores(tmp_path / "whole")
     with pytest.raises(ConnectionError):
-        train_told(tmp_path / "cut", dies_at)
-    resumed, again = train_told(tmp_path / "cut")
+        train_fixed_scores(tmp_path / "cut", dies_at)
+    resumed, again = train_fixed_scores(tmp_path / "cut")
     assert again.history.learning_rate.tolist() == fitted.history.learning_rate.tolist()
     assert resumed.seen == whole.seen[-len(resumed.seen) :] and len(resumed.seen) == 5 * (6 - dies_at[0])
     assert torch.equal(resumed.model.weight, whole.model.weight)

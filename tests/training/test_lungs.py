@@ -1,4 +1,4 @@
-"""A segmenter's run: what it leaves, exact resume, scores computed anew from its masks, and what is refused."""
+"""A segmenter's run: its outputs, exact resume, scores recomputed from its masks, and errors."""
 
 import numpy as np
 import pandas as pd
@@ -39,7 +39,7 @@ def run(small, tmp_path_factory):
 
 @pytest.mark.gpu
 def test_it_learns_two_dark_ellipses(run):
-    # The heart, brighter than all, cuts into both lungs; a frame around them would have a Dice below 0.75.
+    # The heart, the brightest structure, cuts into both lungs; a box around the lungs would have a Dice below 0.75.
     assert run.tables["mask_scores"].dice.min() > 0.85
 
 
@@ -69,7 +69,6 @@ def test_sides_and_heart_are_judged_each_and_the_lungs_together(tmp_path):
     run = train(small, tmp_path / "run", recipe)
     dice = run.tables["mask_scores"].pivot_table("dice", "image_id", "structure")
     assert set(dice) == {*structures, "lungs"}
-    # Each side by itself is no better than both where the only doubt is between them and the background.
     assert dice.mean().min() > 0.6
     for image_id in dice.index:
         found, drawn = run.masks.read(image_id), small.masks.read(image_id)
@@ -79,7 +78,7 @@ def test_sides_and_heart_are_judged_each_and_the_lungs_together(tmp_path):
 
 @pytest.mark.parametrize("schedule", ["plateau", "cosine"])
 def test_a_training_that_sessions_interrupt_ends_bit_for_bit_alike(small, tmp_path, schedule):
-    # The score cannot rise three times without a pause: the rate falls on the way.
+    # With plateau_epochs 0 the rate falls after each epoch without a better score.
     recipe = override(RECIPE, epochs=4, schedule=schedule, plateau_epochs=0, learning_rate=0.03)
     whole = train(small, tmp_path / "whole", recipe)
     with pytest.raises(SessionOver):
@@ -110,21 +109,21 @@ def test_images_without_a_mask_are_left_out_and_none_at_all_is_an_error(small, t
     some.add({image_id: small.masks.read(image_id) for image_id in small.image_ids[2:]})
     run = train(small, tmp_path / "run", override(RECIPE, epochs=1), masks=some)
     assert run.metrics["train_images"] + run.metrics["validation_images"] == len(small.image_ids) - 2
-    with pytest.raises(MaskError, match="none of 16 images has a mask"):
+    with pytest.raises(MaskError, match="none of the 16 images has a mask"):
         train(small, tmp_path / "no", masks=MaskStore(tmp_path / "none"))
 
 
 def test_masks_of_two_conventions_are_never_learnt_as_one(small, tmp_path):
     images = small.images.assign(convention=["lung_fields", "with_heart"] * 8)
     task = Task({**small.tables(), "images": images}, small, RECIPE, "m", masks=small.masks)
-    with pytest.raises(MaskError, match="2 conventions \\(lung_fields, with_heart\\)"):
+    with pytest.raises(MaskError, match="follow 2 conventions \\(lung_fields, with_heart\\)"):
         train_fold(task, 0, tmp_path)
 
 
 @pytest.mark.gpu
 def test_weights_of_another_network_are_refused_and_its_own_are_taken(run, small, tmp_path):
     bundle = str(run.run_folder / "bundle")
-    with pytest.raises(BundleError, match="does not fit unet"):
+    with pytest.raises(BundleError, match="does not fit the network unet"):
         train(small, tmp_path / "a", override(RECIPE, network="unet", starting_weights=bundle))
     going_on = train(small, tmp_path / "b", override(RECIPE, epochs=1, starting_weights=bundle, learning_rate=1e-6))
     assert going_on.tables["mask_scores"].dice.mean() == pytest.approx(run.tables["mask_scores"].dice.mean(), abs=0.05)

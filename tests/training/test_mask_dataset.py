@@ -1,4 +1,4 @@
-"""Canvases and masks as examples: what a mask becomes on a canvas, and augmentation that moves both alike and repeats."""
+"""Examples of images with masks: masks on the canvas, and augmentation that moves both alike and is reproducible."""
 
 import cv2
 import numpy as np
@@ -34,7 +34,7 @@ STILL = SegmenterRecipe(
     blur_p=0.0,
     noise_p=0.0,
 )
-# All that moves an image, and nothing that changes its grey.
+# All geometric transforms, and no change of grey levels.
 MOVING = override(
     STILL,
     horizontal_flip=0.5,
@@ -72,7 +72,7 @@ def of(small, recipe, **options):
 
 
 def canvas(seed, side=96):
-    """A picture of three blobs drawn from its own mask: 80 grey levels a structure, black without one."""
+    """Return an image and its mask: three ellipses, structure k with grey level 80 k, on black."""
     rng = np.random.default_rng(seed)
     truth = np.zeros((side, side), np.uint8)
     for structure in (1, 2, 3):
@@ -83,7 +83,7 @@ def canvas(seed, side=96):
 
 
 def borders(truth, reach=3):
-    """Pixels within `reach` of another structure, of the background or of the canvas's edge; two moves blur so far."""
+    """Return a mask of pixels within `reach` of another label or of the canvas edge, where resampling blurs."""
     square = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
     edged = np.pad(truth, reach, constant_values=9)
     return (cv2.dilate(edged, square) != cv2.erode(edged, square))[reach:-reach, reach:-reach]
@@ -103,7 +103,7 @@ def test_masks_move_with_their_image_and_stay_whole(seed):
 
 @settings(max_examples=20)
 @given(st.integers(0, 2**31))
-def test_around_a_moved_image_all_is_black_and_nothing(seed):
+def test_a_moved_image_is_surrounded_by_black_and_by_background(seed):
     moved, places = MaskAugmentation(MOVING)(np.full((96, 96), 255, np.uint8), np.ones((96, 96), np.uint8), seed)
     inside = ~borders(places)
     assert set(np.unique(places)) <= {0, 1} and np.array_equal(moved[inside] == 255, places[inside] == 1)
@@ -124,12 +124,12 @@ def test_a_seed_decides_all_and_the_arguments_stay(name):
     before = pixels.copy(), truth.copy()
     augmentation, other = (MaskAugmentation(RECIPES[name]) for _ in range(2))
     first = [augmentation(pixels, truth, seed) for seed in range(4)]
-    # In another order, by another object.
+    # With another object, in another order.
     again = [other(pixels, truth, seed) for seed in reversed(range(4))][::-1]
     for (one, its), (two, theirs) in zip(first, again, strict=True):
         assert np.array_equal(one, two) and np.array_equal(its, theirs)
     assert np.array_equal(pixels, before[0]) and np.array_equal(truth, before[1])
-    # Patched FLANNEL's has no augmentation.
+    # Patched FLANNEL's segmenter has no augmentation.
     kinds = len({one.tobytes() + its.tobytes() for one, its in first})
     assert kinds == (1 if name == "fc_densenet103_lungs" else 4)
 
@@ -220,9 +220,9 @@ def test_an_example_is_the_image_and_its_mask_on_the_canvas(small, sided):
     for index, example in enumerate(of(small, recipe)):
         image_id = small.image_ids[index]
         assert example["index"] == index and example["pixels"].dtype == example["truth"].dtype == torch.uint8
-        wanted = place.image(adjusted(small.pixels[image_id], True, 0.5))
-        assert np.array_equal(example["pixels"].numpy(), wanted)
-        # 60 x 50 pixels at 64 are enlarged: no pixel lies more than half of one beside where it was.
+        expected = place.image(adjusted(small.pixels[image_id], True, 0.5))
+        assert np.array_equal(example["pixels"].numpy(), expected)
+        # 60 x 50 pixels are enlarged to 64: no pixel moves by more than half a pixel.
         drawn = cv2.resize((small.masks.read(image_id) == 1).astype(np.uint8), (place.inner_columns, 64)) > 0
         truth = example["truth"].numpy()[:, place.left : place.left + place.inner_columns]
         assert set(np.unique(truth)) == {0, 1} and (truth == drawn).mean() > 0.97
@@ -244,16 +244,16 @@ def test_validation_is_never_augmented_and_training_never_twice_the_same(small):
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_a_key_and_the_seed_decide_an_example_whoever_draws_it(small, kept, monkeypatch):
-    monkeypatch.setattr(mask_dataset, "KEPT_BYTES", 2**32 if kept else 0)
+def test_an_example_depends_on_seed_and_key_alone(small, kept, monkeypatch):
+    monkeypatch.setattr(mask_dataset, "MAX_CACHE_BYTES", 2**32 if kept else 0)
     recipe = override(MOVING, image_size=64, noise_p=1.0)
     train, again, other = (of(small, recipe, augment=True, seed=seed) for seed in (3, 3, 4))
-    assert bool(train.kept) == kept
+    assert bool(train.canvas_caches) == kept
     keys = [(epoch, index) for epoch in (0, 1) for index in range(6)]
     first = {key: train[key] for key in keys}
     for key in reversed(keys):
         for name in ("pixels", "truth"):
-            # Twice, once from the cache and once, if so, from what is kept of it.
+            # Each key is read twice; the second time from memory, if canvases are kept.
             assert torch.equal(again[key][name], first[key][name]) and torch.equal(train[key][name], first[key][name])
         assert not torch.equal(other[key]["pixels"], first[key]["pixels"])
 
@@ -268,7 +268,7 @@ def test_workers_give_what_the_process_itself_gives(small):
         assert torch.equal(batch["truth"][row], train[key]["truth"])
 
 
-def test_images_without_a_mask_are_counted_before_a_training_begins(small, tmp_path):
+def test_images_without_a_mask_are_an_error_before_training_begins(small, tmp_path):
     some = MaskStore(tmp_path)
     some.add({image_id: small.masks.read(image_id) for image_id in small.image_ids[:4]})
     with pytest.raises(MaskError, match=f"2 of 6 images have no mask in {tmp_path}, first chest004"):
@@ -293,20 +293,20 @@ def test_lungs_are_either_side_or_both_as_one():
     assert np.array_equal(truth[:, 10:50], np.isin(codes, LUNG_CODES))
 
 
-def test_sides_are_not_made_of_lungs_that_are_one():
+def test_masks_without_sides_are_refused_by_a_recipe_with_sides():
     codes = np.zeros((60, 40), np.uint8)
     codes[10:20, 10:20] = MASK_CODES["lungs"]
     with pytest.raises(
-        MaskError, match=r"mask of a has both lungs as one, .* heart, left_lung, right_lung; .*\[\"lungs\"\]"
+        MaskError, match=r"mask of a does not distinguish left .*: heart, left_lung, right_lung; .*\[\"lungs\"\]"
     ):
         on(codes, override(STILL, **SIDES))
-    # An empty mask says nothing of what it would have told apart.
+    # An empty mask has no lungs whose sides could be unknown.
     assert not on(codes * 0, override(STILL, **SIDES)).any()
 
 
 def test_a_mask_of_another_size_is_refused():
     image = xray()
-    with pytest.raises(MaskError, match=r"mask of a has \(60, 41\) pixels, its image \(60, 40\); prepare it again"):
+    with pytest.raises(MaskError, match=r"mask of a has \(60, 41\) pixels, its image \(60, 40\); prepare the data again"):
         truth_on_canvas(np.zeros((60, 41), np.uint8), letterbox(600, 400, 64), STILL, image)
 
 
@@ -317,7 +317,7 @@ def test_places_are_numbered_as_the_recipe_lists_them_and_the_later_one_lies_on_
     assert set(np.unique(on(codes, both, 61))) == {1, 2} and (on(codes, both, 61)[:, :31] == 1).all()
     turned = on(codes, override(STILL, structures=["right_lung", "left_lung"]), 61)
     assert np.array_equal(turned, 3 - on(codes, both, 61))
-    # Enlarged twofold less a pixel, the column between the two belongs to both by half: the recipe's last one has it.
+    # Enlarged to 2 n - 1 pixels, the column between the two belongs half to each: the later structure gets it.
     for names in (["left_lung", "right_lung"], ["right_lung", "left_lung"]):
         wide = on(codes, override(STILL, structures=names), 121)
         assert set(np.unique(wide)) == {1, 2}  # no gap between them

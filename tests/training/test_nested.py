@@ -1,4 +1,4 @@
-"""Nested folds: what a model may have seen, and whose answer counts for an image."""
+"""Nested folds: what each model is trained on, and which predictions are evaluated for an image."""
 
 import pandas as pd
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from kitlib.deadline import SessionOver
 from kitlib.paths import find_input
 from kitlib.tables import check_table, empty_table
-from kitlib.training.nested import NOT_NESTED, gather, hold_out, is_whole, train_nested
+from kitlib.training.nested import NOT_NESTED, gather_scores, hold_out, is_complete, train_nested
 from kitlib.training.task import Task, TrainedFold
 from kitlib.training.train_folds import begin_session
 from tests.small_xrays import RECIPE
@@ -30,7 +30,7 @@ def answers(ids, fold, score):
 
 
 def trained_on(task, fold, run_folder):
-    """Stands in for a training: says fold / 10 of what it validates on, and fold / 10 + 0.5 of what it is tested on."""
+    """Stands in for a training: scores fold / 10 for validation images, fold / 10 + 0.5 for test images."""
     images, folds = task.tables["images"], task.tables["folds"]
     seen = folds.id[folds.fold != fold]
     test = images.image_id[images.split == "test"]
@@ -57,33 +57,33 @@ def split():
 
 
 def test_an_outer_fold_becomes_test_images_and_leaves_the_folds():
-    held = hold_out(tables(), 1)
-    images = held["images"].set_index("image_id")
-    assert set(held["folds"].fold) == {0, 2} and len(held["folds"]) == 8
+    remaining = hold_out(tables(), 1)
+    images = remaining["images"].set_index("image_id")
+    assert set(remaining["folds"].fold) == {0, 2} and len(remaining["folds"]) == 8
     assert set(images.index[images.split == "test"]) == {"image1", "image4", "image7", "image10"}
     assert "split" not in tables()["images"]
 
 
 @pytest.mark.parametrize("outer", [3, -1])
-def test_an_outer_fold_that_there_is_not_is_an_error_that_lists_them(outer):
-    with pytest.raises(ValueError, match=rf"outer fold {outer}: wanted one of the folds \[0, 1, 2\]"):
+def test_an_unknown_outer_fold_is_an_error_that_lists_the_folds(outer):
+    with pytest.raises(ValueError, match=rf"outer fold {outer} is not one of the folds \[0, 1, 2\]"):
         hold_out(tables(), outer)
 
 
 @pytest.mark.parametrize(
     ("folds", "outer_folds", "message"),
     [
-        ([0, 1, 2, 3], [], r"folds \[3\] are not among those of the prepared run, \[0, 1, 2\]"),
-        ([0, 1, 2], [0, 5], r"folds \[5\] are not among"),
+        ([0, 1, 2, 3], [], r"folds \[3\] are not in the prepared run, which has \[0, 1, 2\]"),
+        ([0, 1, 2], [0, 5], r"folds \[5\] are not in the prepared run"),
         ([1], [0, 1], r"outer folds \[1\] leave none of the folds \[1\] to validate on"),
     ],
 )
-def test_folds_that_there_are_not_are_refused_before_anything_is_trained(tmp_path, folds, outer_folds, message):
+def test_unknown_folds_are_refused_before_any_training(tmp_path, folds, outer_folds, message):
     with pytest.raises(ValueError, match=message):
         train_nested(task(tables(["train"] * 13)), folds, outer_folds, tmp_path, train=lambda *_: pytest.fail("trained"))
 
 
-def test_a_stopped_nested_run_is_gone_on_with_by_its_own_name(tmp_path, capsys, monkeypatch):
+def test_a_stopped_nested_run_is_resumed_by_its_name(tmp_path, capsys, monkeypatch):
     def stopped(task, fold, run_folder):
         (run_folder / "checkpoints").mkdir(parents=True)
         (run_folder / "checkpoints" / "run.json").write_text("{}")
@@ -99,12 +99,12 @@ def test_a_stopped_nested_run_is_gone_on_with_by_its_own_name(tmp_path, capsys, 
     ]
 
 
-def test_each_row_says_what_its_model_had_not_seen(tmp_path, split):
+def test_each_row_has_the_fold_and_the_outer_fold_of_its_model(tmp_path, split):
     trained = train_all(tmp_path, [0, 1, 2], split)
     assert {outer: [run.run_folder for run in runs] for outer, runs in trained.items()} == {
         outer: [tmp_path / f"outer{outer}" / f"fold{fold}" for fold in range(3) if fold != outer] for outer in range(3)
     }
-    found = gather(trained, FOLDS)
+    found = gather_scores(trained, FOLDS)
     own = found.nested.image_id.map(FOLDS.set_index("id").fold)
     # 6 models of 12 images each: 4 out of fold, 4 of the outer fold, 4 that it was trained on.
     assert len(found.nested) == 6 * 12
@@ -117,19 +117,19 @@ def test_each_row_says_what_its_model_had_not_seen(tmp_path, split):
         assert found.nested.yes[rows].to_numpy() == pytest.approx(score[rows].to_numpy())
 
 
-def test_the_judged_answer_is_the_mean_of_the_models_without_the_images_fold(tmp_path, split):
-    found = gather(train_all(tmp_path, [0, 1, 2], split), FOLDS)
+def test_the_evaluated_prediction_is_the_mean_of_the_models_without_the_images_fold(tmp_path, split):
+    found = gather_scores(train_all(tmp_path, [0, 1, 2], split), FOLDS)
     judged = found.judged.set_index("image_id")
     assert len(judged) == 12 and judged.fold.to_dict() == FOLDS.set_index("id").fold.to_dict()
-    # Of image0, in fold 0: models of the inner folds 1 and 2 say 0.6 and 0.7.
+    # image0 is in fold 0: the models of the inner folds 1 and 2 score it 0.6 and 0.7.
     assert judged.yes["image0"] == pytest.approx(0.65)
     assert judged.yes["image1"] == pytest.approx(0.60) and judged.yes["image2"] == pytest.approx(0.55)
-    # The official test image belongs to no fold; two models validated on each fold have told it.
+    # The official test image is in no fold; it has a mean over two models for each fold.
     assert set(found.test.image_id) == {"official"} and sorted(found.test.yes) == pytest.approx([0.5, 0.6, 0.7])
 
 
-def test_without_outer_folds_the_answer_is_the_out_of_fold_one(tmp_path, split):
-    found = gather(train_all(tmp_path, [], split), FOLDS)
+def test_without_outer_folds_the_out_of_fold_prediction_is_evaluated(tmp_path, split):
+    found = gather_scores(train_all(tmp_path, [], split), FOLDS)
     assert set(found.nested.outer) == {NOT_NESTED}
     assert found.judged.set_index("image_id").yes["image2"] == pytest.approx(0.2)
     assert len(found.judged) == 12 and len(found.test) == 3
@@ -144,5 +144,7 @@ def test_a_session_that_ends_begins_no_further_outer_fold(tmp_path, split, monke
 
     monkeypatch.setattr("kitlib.training.nested.train_folds", ended)
     trained = train_all(tmp_path, [0, 1, 2], split)
-    assert begun == ["outer0"] and not is_whole(trained, [0, 1, 2], [0, 1, 2])
-    assert len(gather(trained, FOLDS).judged) == 0 and gather(trained, FOLDS).nested.equals(empty_table("nested_scores"))
+    assert begun == ["outer0"] and not is_complete(trained, [0, 1, 2], [0, 1, 2])
+    assert len(gather_scores(trained, FOLDS).judged) == 0 and gather_scores(trained, FOLDS).nested.equals(
+        empty_table("nested_scores")
+    )

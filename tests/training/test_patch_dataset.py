@@ -1,4 +1,4 @@
-"""What a training of patches sees: centres by seed, epoch and index, kept canvases, whole images where no lungs are."""
+"""Patch examples: centres by seed, epoch and index, cached canvases, and whole images where no lungs are found."""
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ RECIPE = PatchRecipe(backbone="test_resnet", channels=1, canvas=60, image_size=1
 
 
 class Finder:
-    """Finds the copy's right half in every image but those `missed`; `asked` says for whom it was asked."""
+    """Finds the right half of every image except those of `missed`; `asked` lists the image_ids it was called with."""
 
     def __init__(self, missed=()):
         self.missed, self.asked = missed, []
@@ -39,7 +39,7 @@ def dataset(small, recipe=RECIPE, lungs=None, **options):
 
 
 def canvas(small, image_id):
-    """What lies on the canvas of 60 x 60: the image stretched and adjusted, black in its left half."""
+    """Return the expected 60 x 60 canvas: the image stretched and adjusted, with a black left half."""
     pixels = PLACEMENTS["stretch"](ROWS, COLUMNS, 60).image(adjusted(small.pixels[image_id], True, 0.5))
     return np.where(np.arange(60) < 30, 0, pixels).astype(np.uint8)
 
@@ -48,7 +48,7 @@ def test_a_validation_image_is_its_canvas_with_the_same_centres_each_time():
     small = SmallXrays(8)
     examples = dataset(small)
     for index, image_id in enumerate(small.image_ids):
-        for _ in range(2):  # the second time from the kept canvas
+        for _ in range(2):  # the second time from the cached canvas
             example = examples[index]
             np.testing.assert_array_equal(example["canvas"].numpy(), canvas(small, image_id))
             mask = np.broadcast_to(np.arange(60) >= 30, (60, 60))
@@ -69,7 +69,7 @@ def test_a_training_patch_is_drawn_by_seed_epoch_and_index_alone():
         every = torch.tensor([[0, row, column] for row in range(60) for column in range(30, 60)])
         possible = {patch.tobytes() for patch in cut(whole, every, 15).numpy()}
         seen = {drawn[epoch, index].tobytes() for epoch in range(12)}
-        # 12 of 1,800 places: no more than two are the same one, but for one time in 10,000.
+        # 12 of 1,800 positions: more than two equal ones have a probability of 1 in 10,000.
         assert seen <= possible and len(seen) >= 10
 
 
@@ -81,7 +81,7 @@ def test_patches_are_augmented_as_the_recipe_says():
         assert torch.equal(mirrored[key]["pixels"], plain[key]["pixels"].flip(1))
 
 
-def test_without_lungs_all_of_the_image_is_one_patch_and_counted():
+def test_an_image_without_lungs_is_a_single_patch_and_counted():
     small, finder = SmallXrays(8), Finder(["image002", "image005"])
     training, validation = (dataset(small, lungs=finder, augment=augment) for augment in (True, False))
     for index, count in ((1, 3), (2, 1), (5, 1)):
@@ -90,17 +90,17 @@ def test_without_lungs_all_of_the_image_is_one_patch_and_counted():
     assert all(np.array_equal(training[epoch, 5]["pixels"].numpy(), whole) for epoch in range(3))
     finder.asked.clear()
     assert (training.lungs_missed(), validation.lungs_missed()) == (2, 2)
-    # Those whom nobody had looked at yet: seven of the training's, five of the validation's.
+    # Images that were not read before: seven of the training set, five of the validation set.
     assert sorted(finder.asked) == sorted(
         [name for name in small.image_ids if name != "image005"]
         + [name for name in small.image_ids if name not in ("image001", "image002", "image005")]
     )
 
 
-def test_batches_hold_canvases_with_unlike_numbers_of_centres():
+def test_batches_hold_canvases_with_different_numbers_of_centres():
     small = SmallXrays(4)
     examples = dataset(small, lungs=Finder(["image001"]))
-    (batch,) = batches(examples, 4, joined=collate_canvases)
+    (batch,) = batches(examples, 4, collate_fn=collate_canvases)
     assert batch["canvases"].shape == (4, 60, 60) and batch["canvases"].dtype == torch.uint8
     assert batch["where"][:, 0].tolist() == [0, 0, 0, 1, 2, 2, 2, 3, 3, 3] and batch["where"][3].tolist() == [1, 7, 7]
     assert batch["label"].shape == (4, 4) and batch["index"].tolist() == [0, 1, 2, 3]
@@ -112,11 +112,11 @@ def test_batches_hold_canvases_with_unlike_numbers_of_centres():
 @pytest.mark.parametrize("room", [1, 3, 8])
 def test_as_many_canvases_are_kept_as_fit(monkeypatch, room):
     small, finder = SmallXrays(8), Finder(["image001"])
-    monkeypatch.setattr("kitlib.training.patch_dataset.KEPT_BYTES", room * (60**2 + 60**2 // 8))
+    monkeypatch.setattr("kitlib.training.patch_dataset.MAX_CACHE_BYTES", room * (60**2 + 60**2 // 8))
     examples = dataset(small, lungs=finder, augment=True)
     keys = [(epoch, index) for epoch in range(3) for index in range(8)]
     first = [examples[key]["pixels"] for key in keys]
-    assert finder.asked[8:] == small.image_ids[room:] * 2  # in the first epoch all, then those that do not fit
+    assert finder.asked[8:] == small.image_ids[room:] * 2  # all in the first epoch, later those that do not fit
     monkeypatch.undo()
     assert all(
         torch.equal(dataset(small, lungs=Finder(["image001"]), augment=True)[key]["pixels"], each)

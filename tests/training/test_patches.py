@@ -1,4 +1,4 @@
-"""A run of a patch model: what it leaves, what it says of itself, that it learns, goes on exactly and refuses."""
+"""A patch model's run: outputs, score, learning, exact resume, and errors."""
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from tests.small_xrays import SmallXrays
 
 TIMES = ["seconds", "images_per_s"]
 CLASSES = list(STUDY_CLASSES)
-# The classes are brightnesses, which equalising would take away.
+# The classes are grey levels, which equalisation would remove.
 RECIPE = PatchRecipe(
     backbone="test_resnet",
     channels=1,
@@ -69,7 +69,7 @@ def test_a_run_leaves_a_bundle_of_patches_and_scores_of_images(uninterrupted):
 
 
 def test_the_out_of_fold_table_has_the_score_that_chose_the_epoch(uninterrupted):
-    # As many patches in validation as in prediction, from another path: bundle from disk, prediction's own canvases.
+    # Validation and prediction have the same patches; prediction loads the bundle and draws its own canvases.
     small, scores = SmallXrays(32), uninterrupted.tables["class_scores"]
     studies = small.images.set_index("image_id").study_id[scores.image_id]
     truth = small.labels.set_index("id").loc[studies, CLASSES].to_numpy()
@@ -98,15 +98,15 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
 
 @pytest.mark.gpu
 def test_it_learns_and_penalises(tmp_path, lungs):
-    # In batches of four and without an early end: some random starts dwell on three of the classes for ten epochs.
+    # Batches of four and no early stopping: some random starts predict only three of the classes for ten epochs.
     longer = override(RECIPE, epochs=40, patience=40, batch_size=4, learning_rate=5e-3)
     learnt = train(tmp_path, lungs, override(longer, patch_score="mean_softmax", l1=1e-5, normalisation="half"))
     assert learnt.metrics["best"]["score"] > 0.7  # macro F1 of four classes, chance is 0.25
     assert learnt.tables["class_scores"][CLASSES].sum(axis=1).to_numpy() == pytest.approx(np.ones(16), abs=1e-6)
 
 
-def test_what_patches_cannot_do_is_refused_before_anything_is_written(tmp_path, lungs):
-    with pytest.raises(ValueError, match="masked is False; wanted True"):
+def test_recipes_and_tasks_without_lung_masks_are_refused_before_anything_is_written(tmp_path, lungs):
+    with pytest.raises(ValueError, match="masked is False; expected True"):
         train(tmp_path / "run", lungs, override(RECIPE, masked=False))
     with pytest.raises(ValueError, match=r"patched: .*set lungs_run"):
         train(tmp_path / "run", None)

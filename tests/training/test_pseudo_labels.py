@@ -1,3 +1,5 @@
+"""Pseudo-labels: which models may predict an image, fused labels and boxes, and images that are left out."""
+
 from dataclasses import asdict
 
 import numpy as np
@@ -63,8 +65,8 @@ def test_extra_images_were_seen_in_every_fold():
 
 @settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 2)), min_size=2, max_size=12))
-def test_what_may_be_judged_has_nothing_in_common_with_what_was_trained_on(rows):
-    """However studies, patients and folds cross: an image left to a model shares nothing with its training images."""
+def test_a_model_may_predict_only_images_that_share_nothing_with_its_training_images(rows):
+    """For any studies, patients and folds: an image that a model may predict shares none with its training images."""
     table = images_of(*[(f"i{n}", f"s{study}", f"p{patient}") for n, (study, patient, _) in enumerate(rows)])
     folds = pd.DataFrame({"id": table["image_id"], "fold": [fold for *_, fold in rows]})
     models = pd.DataFrame({"model": "m", "fold": [0, 1, 2]})
@@ -105,7 +107,7 @@ ONE, FAR = (100.0, 100.0, 500.0, 500.0), (600.0, 600.0, 900.0, 900.0)
 
 
 def predictions(boxes=(), coverage=(("d", 0),), none=(0.2, 0.6)):
-    """Models c of folds 0 and 1 give every image their `none` and half of the rest to typical; detectors find `boxes`."""
+    """Models c of folds 0 and 1 predict `none` and half of the remainder as typical; detectors find `boxes`."""
     rows = [(name, "c", fold, p, (1 - p) / 2, (1 - p) / 4, (1 - p) / 4, p) for name in "abcd" for fold, p in enumerate(none)]
     probabilities = pd.DataFrame(rows, columns=["image_id", "model", "fold", *STUDY_CLASSES, "none"])
     looked = pd.DataFrame([(name, *model) for name in "abcd" for model in coverage], columns=["image_id", "model", "fold"])
@@ -116,22 +118,24 @@ def predictions(boxes=(), coverage=(("d", 0),), none=(0.2, 0.6)):
 def test_labels_are_means_over_models_that_have_not_seen_the_image():
     seen = pd.DataFrame([("a", "c", 0), ("b", "c", 1), ("c", "c", 0), ("c", "c", 1)], columns=["image_id", "model", "fold"])
     found = pseudo_labels(predictions(coverage=()), IMAGES, seen, PLAIN)
-    # a: fold 1 alone says 0.6; b: fold 0 alone 0.2; d: both, 0.4; c was seen by both.
+    # a is predicted by fold 1 alone, 0.6; b by fold 0 alone, 0.2; d by both, 0.4; c by neither.
     assert found.images["image_id"].tolist() == ["a", "b", "d"]
     assert found.images["none"].tolist() == pytest.approx([0.6, 0.2, 0.4])
     labels = found.labels.set_index("id")
     assert labels["negative"].to_dict() == pytest.approx({"A": 0.6, "B": 0.2, "D": 0.4})
     assert labels["typical"].to_dict() == pytest.approx({"A": 0.2, "B": 0.4, "D": 0.3})
-    assert found.left_out.to_numpy().tolist() == [["c", "seen by every model that could judge it"]]
-    # No detector has looked at any of them: nothing is known of boxes.
+    assert found.left_out.to_numpy().tolist() == [
+        ["c", "every model that could predict it was trained on it or on a similar image"]
+    ]
+    # No detector has predicted any of them, so nothing is known about boxes.
     assert found.images["unsure"].all() and found.boxes.empty
 
 
-def test_boxes_are_kept_and_doubtful_images_marked():
+def test_confident_boxes_are_kept_and_unsure_images_marked():
     boxes = [("a", "d", 0, 0.8, *ONE), ("a", "d", 0, 0.35, *FAR), ("a", "d", 0, 0.2, 0.0, 0.0, 50.0, 50.0)]
     boxes += [("b", "d", 0, 0.45, *ONE), ("c", "d", 0, 0.05, *ONE)]
     found = pseudo_labels(predictions(boxes), IMAGES, empty_table("coverage"), PLAIN, low=0.1, kept=0.3, high=0.5)
-    # b has a best box between low and high; on c the best is too weak to be anything, on d there is none.
+    # The best box of b scores between low and high; the best of c scores below low; d has none.
     assert found.images["unsure"].tolist() == [False, True, False, False]
     assert found.boxes[["image_id", "score"]].to_numpy().tolist() == [["a", 0.8], ["a", 0.35], ["b", 0.45]]
 
@@ -140,14 +144,14 @@ def test_boxes_of_a_detector_that_has_seen_the_image_do_not_count():
     boxes = [("a", "d", fold, score, *ONE) for fold, score in enumerate((0.9, 0.6))]
     seen = pd.DataFrame([("a", "d", 0), ("b", "d", 0), ("b", "d", 1)], columns=["image_id", "model", "fold"])
     found = pseudo_labels(predictions(boxes, coverage=(("d", 0), ("d", 1))), IMAGES, seen, PLAIN)
-    assert found.boxes["score"].tolist() == [0.6]  # one list is left, and no empty one lowers it
+    assert found.boxes["score"].tolist() == [0.6]  # one list of boxes remains, and no empty list lowers its score
     assert found.images.set_index("image_id")["unsure"].to_dict() == {"a": False, "b": True, "c": False, "d": False}
 
 
 @settings(max_examples=8)
 @given(st.sets(st.tuples(st.sampled_from("abcd"), st.sampled_from(["c", "d"]), st.integers(0, 1))))
 def test_what_a_model_has_seen_never_touches_its_label(rows):
-    """Changing what barred models say changes nothing; the rest is what fusing the others alone gives."""
+    """Predictions of models in `seen` do not change the result."""
     seen = pd.DataFrame(sorted(rows), columns=["image_id", "model", "fold"])
     boxes = [(name, "d", fold, 0.5 + 0.2 * fold, *ONE) for name in "abcd" for fold in (0, 1)]
     honest = predictions(boxes, coverage=(("d", 0), ("d", 1)))
@@ -186,10 +190,10 @@ def test_thresholds_that_cross_are_refused():
 def test_an_image_that_was_not_predicted_is_left_out():
     images = pd.concat([IMAGES, images_of(("e", "E", "pe"))], ignore_index=True)
     found = pseudo_labels(predictions(), images, empty_table("coverage"), PLAIN)
-    assert found.left_out.to_numpy().tolist() == [["e", "predicted by no model"]]
+    assert found.left_out.to_numpy().tolist() == [["e", "no model has predicted it"]]
 
 
-def test_models_of_a_segmenters_lungs_judge_by_them_and_others_need_none(tmp_path, caplog):
+def test_models_of_a_segmenters_lungs_require_them_and_others_do_not(tmp_path, caplog):
     small, network = SmallXrays(8), StudyClassifier(RECIPE)
     record = {"family": "study", "classes": OUTPUTS, "architecture": {}, "longest_side": 50, "image_size": 32}
     record |= {"placement": "letterbox", "mean": [0.5], "std": [0.5], "data_fingerprint": "", "validation": {}, "fold": 0}
@@ -200,19 +204,22 @@ def test_models_of_a_segmenters_lungs_judge_by_them_and_others_need_none(tmp_pat
         ("whole", RECIPE, ""),
         ("other", of_lungs, "else"),
     ):
-        told = {"model": name, "recipe": asdict(recipe), "architecture": {"segmenter": segmenter}}
-        save_bundle(tmp_path / name, network.state_dict(), record | told)
+        changes = {"model": name, "recipe": asdict(recipe), "architecture": {"segmenter": segmenter}}
+        save_bundle(tmp_path / name, network.state_dict(), record | changes)
     models = pd.DataFrame({"model": ["crops", "whole"], "fold": 0, "bundle": [tmp_path / "crops", tmp_path / "whole"]})
     images, seen = small.images, empty_table("coverage")
-    with pytest.raises(ValueError, match=r"crops looks at the lungs that a segmenter has found; set lungs_run"):
+    with pytest.raises(ValueError, match=r"crops needs the lungs of a segmenter; set lungs_run"):
         predict_unseen(models, images, small, seen)
     other = models.head(1).assign(model="other", bundle=tmp_path / "other")
-    with pytest.raises(ValueError, match=r"other looks at the lungs that another segmenter has found; set lungs_run"):
+    with pytest.raises(ValueError, match=r"other needs the lungs of another segmenter; set lungs_run"):
         predict_unseen(other, images, small, seen, lungs=lungs)
     assert len(predict_unseen(models.tail(1), images, small, seen).probabilities) == 8
     with caplog.at_level("INFO"):
-        told = predict_unseen(models, images, small, seen, lungs=lungs).probabilities.set_index(["model", "image_id"])
-    assert "crops, fold 0: no lungs found in 2 of 8 images, seen whole" in caplog.text and "whole, fold" not in caplog.text
-    # One network: what differs is what it was shown.
-    same = (told.loc["crops", "none"] - told.loc["whole", "none"]).abs() < 1e-6
+        scores = predict_unseen(models, images, small, seen, lungs=lungs).probabilities.set_index(["model", "image_id"])
+    assert (
+        "crops, fold 0: no lungs found in 2 of 8 images, which are predicted uncropped" in caplog.text
+        and "whole, fold" not in caplog.text
+    )
+    # Both bundles have the same weights, so predictions differ only where the input differs.
+    same = (scores.loc["crops", "none"] - scores.loc["whole", "none"]).abs() < 1e-6
     assert same[same].index.tolist() == ["image001", "image004"]

@@ -1,4 +1,4 @@
-"""Trainings that a session's end, a crash or a kill interrupts, and the next session that goes on from a read-only input."""
+"""Trainings interrupted by a deadline, a crash or a kill, and resumed in a new session from a read-only input."""
 
 import multiprocessing
 import os
@@ -31,12 +31,12 @@ from tests.training.test_loop import FLAT, train_slope
 
 EPOCHS = 3
 MIXED = {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1, "ema_decay": 0.9, "nominal_batch": 8}
-# Data, recipe and the tables that it predicts; what a recipe adds is in as far as a family knows it.
+# Data, recipe with the options that the family has, and the tables of predictions.
 FAMILIES = {
     "study": (SmallXrays, override(RECIPE, **MIXED, segmentation=0.5), ("study_scores", "image_scores")),
     "findings": (SmallFindings, override(FINDINGS, **MIXED), ("class_scores", "test_scores")),
     "faster_rcnn": (SmallXrays, override(FASTER_RCNN, ema_decay=0.9, nominal_batch=8), ("detections",)),
-    # Three batches a step and two an epoch: at an epoch's end there are gradients in hand.
+    # Three batches per step and two per epoch: at the end of an epoch there are accumulated gradients.
     "yolo": (SmallXrays, override(YOLO, nominal_batch=12), ("detections",)),
 }
 
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class EndsAfter(Deadline):
-    """Lets so many epochs pass, however long they take: it is asked before the first one and after each."""
+    """A deadline after a number of epochs: it is checked before the first epoch and after each."""
 
     def __init__(self, epochs):
         super().__init__(1.0)
@@ -77,7 +77,7 @@ def uninterrupted(tmp_path_factory):
     done = {}
 
     def run(family, **changes):
-        """Of the family's recipe with `changes`, trained once for all tests that ask for it."""
+        """Train the family's recipe with `changes`, once for all tests."""
         key = family, *changes.items()
         if key not in done:
             recipe = override(FAMILIES[family][1], epochs=EPOCHS, **changes)
@@ -92,20 +92,20 @@ def contents(folder):
 
 
 def as_input(run):
-    """The run as Kaggle attaches it: nothing in it can be written to."""
+    """Make the run read-only, like an attached Kaggle input, and return its contents."""
     for path in (run, *run.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
     return contents(run)
 
 
 def new_session():
-    """The random state of a process that has done something else."""
+    """Set another random state, as in a new process."""
     torch.manual_seed(12345)
     np.random.seed(12345)  # noqa: NPY002
 
 
 def session(family, run, done, more):
-    """Train up to `more` epochs in `run`, of which `done` are there, until the session ends before the training does."""
+    """Train `more` epochs in `run`, which has `done` epochs, until the deadline ends the session."""
     new_session()
     after = done + more
     with pytest.raises(SessionOver, match=f"the session ends after {after} of {EPOCHS} epochs") as over:
@@ -120,12 +120,12 @@ def test_sessions_that_end_at_any_epoch_give_what_one_session_gives(tmp_path, un
     first, second, third = (tmp_path / place / "run" for place in ("input", "input2", "working"))
     session(family, first, done=0, more=0)
     before = as_input(first)
-    assert continue_from(first, second) == [f"fold1: goes on from {first / 'fold1'}"]
+    assert continue_from(first, second) == [f"fold1: resumes from {first / 'fold1'}"]
     session(family, second, done=0, more=1)
     session(family, second, done=1, more=1)
     assert contents(first) == before
     before = as_input(second)
-    assert continue_from(second, third) == [f"fold1: goes on from {second / 'fold1'}"]
+    assert continue_from(second, third) == [f"fold1: resumes from {second / 'fold1'}"]
     new_session()
     resumed = train(family, third / "fold1", deadline=EndsAfter(1))
     assert contents(second) == before
@@ -145,13 +145,13 @@ def test_another_epoch_must_fit_with_half_its_length_to_spare():
 
 
 def dying_writer(path, whole):
-    """Leave half of the file `whole`, a killed process's last deed."""
+    """Write half of the bytes `whole` to a file, and kill this process."""
     Path(path).write_bytes(whole[: len(whole) // 2])
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def killed_in_writing(patch, moment, epoch):
-    """Make this process die (of a signal that nothing can catch) while it writes the checkpoint of `epoch`, from 1."""
+    """Make this process kill itself while it writes the checkpoint of `epoch` (from 1)."""
     seen = {"checkpoints": 0}
     save, save_tensors, save_weights, replace = pl.Trainer.save_checkpoint, torch.save, train_yolo.save_file, os.replace
 
@@ -164,7 +164,7 @@ def killed_in_writing(patch, moment, epoch):
 
     def saving_tensors(state, path, *rest, **options):
         save_tensors(state, path, *rest, **options)
-        if isinstance(path, Path):  # of ultralytics' training; Lightning's writes to memory first
+        if isinstance(path, Path):  # ultralytics' checkpoint; Lightning saves to memory first
             seen["checkpoints"] += 1
             if seen["checkpoints"] == epoch and moment == "half written":
                 dying_writer(path, path.read_bytes())
@@ -196,7 +196,7 @@ def train_and_die(family, folder, moment, epoch):
     ("family", "moment"),
     [("study", "half written"), ("study", "best half written"), ("study", "not renamed"), ("yolo", "half written")],
 )
-def test_killed_in_the_middle_of_writing_the_checkpoint_before_is_whole(tmp_path, uninterrupted, family, moment):
+def test_a_kill_while_writing_leaves_the_previous_checkpoint_intact(tmp_path, uninterrupted, family, moment):
     last = override(FAMILIES[family][1], epochs=EPOCHS, keep="last")  # every epoch writes its weights
     process = multiprocessing.get_context("fork").Process(target=train_and_die, args=(family, tmp_path / "cut", moment, 2))
     process.start()
@@ -207,7 +207,7 @@ def test_killed_in_the_middle_of_writing_the_checkpoint_before_is_whole(tmp_path
     new_session()
     resumed = train(family, tmp_path / "cut", recipe=last)
     assert_equal_runs(resumed, uninterrupted(family, keep="last"), FAMILIES[family][2])
-    # What was half written does not stay for ever.
+    # Half-written files are removed.
     left = {path.name for path in (tmp_path / "cut" / "checkpoints").iterdir() if path.is_file()}
     assert left == {"run.json", "last.ckpt", "best.safetensors"}
 
@@ -219,7 +219,7 @@ def test_kills_at_any_moment_change_nothing(tmp_path):
     for moment in moments:
         process = multiprocessing.get_context("fork").Process(target=train_slope, args=(tmp_path / "cut", slow))
         process.start()
-        # By the work that it has done: on a busy machine it would come to nothing in that time.
+        # Wait for CPU time and not for wall time, so that a busy machine makes progress too.
         while process.exitcode is None and sum(psutil.Process(process.pid).cpu_times()[:2]) < moment:
             time.sleep(0.005)
         if process.exitcode is not None:
@@ -239,26 +239,28 @@ def stopped(folder, **options):
     return folder
 
 
-def test_a_copy_of_an_earlier_session_takes_nothing_back(tmp_path):
+def test_an_earlier_session_does_not_overwrite_a_later_one(tmp_path):
     first, run = tmp_path / "first", tmp_path / "run"
     stopped(first / "fold1")
     with pytest.raises(SessionOver):
         train("study", run / "fold1", deadline=EndsAfter(2))
     further = contents(run)
-    assert continue_from(first, run) == [f"fold1: kept, the one in {first} is no further"]
+    assert continue_from(first, run) == [f"fold1: not copied, the one in {first} is no further"]
     assert contents(run) == further
-    assert continue_from(run, first) == [f"fold1: goes on from {run / 'fold1'}"]
+    assert continue_from(run, first) == [f"fold1: resumes from {run / 'fold1'}"]
     assert not list(first.glob(".*"))
-    with pytest.raises(TrainingError, match=r"has no fold\*/checkpoints/run\.json to go on with; there is: first, run"):
+    with pytest.raises(TrainingError, match=r"has no fold\*/checkpoints/run\.json to resume; it contains: first, run"):
         continue_from(tmp_path, run)
 
 
 def test_a_session_of_other_settings_folds_or_data_is_refused_with_each_difference(tmp_path):
     resumed = partial(train, "study", stopped(tmp_path), deadline=EndsAfter(9))
     recipe = override(FAMILIES["study"][1], epochs=EPOCHS)
-    with pytest.raises(TrainingError, match=r"recipe\.dropout: 0\.5 there, 0\.1 here; recipe\.mixup: 0\.4 there, 0\.0 here"):
+    with pytest.raises(
+        TrainingError, match=r"recipe\.dropout: 0\.5 recorded, 0\.1 requested; recipe\.mixup: 0\.4 recorded, 0\.0 requested"
+    ):
         resumed(recipe=override(recipe, dropout=0.1, mixup=0.0))
-    with pytest.raises(TrainingError, match="seed: 0 there, 1 here"):
+    with pytest.raises(TrainingError, match="seed: 0 recorded, 1 requested"):
         resumed(seed=1)
 
     class Refolded(SmallXrays):
@@ -266,11 +268,13 @@ def test_a_session_of_other_settings_folds_or_data_is_refused_with_each_differen
             super().__post_init__()
             self.fold_table = self.fold_table.assign(fold=self.fold_table.fold.replace({0: 2}))
 
-    with pytest.raises(TrainingError, match=r"data_fingerprint: '\w+' there, '\w+' here; folds_fingerprint: '\w+' there"):
+    with pytest.raises(
+        TrainingError, match=r"data_fingerprint: '\w+' recorded, '\w+' requested; folds_fingerprint: '\w+' recorded"
+    ):
         train_small(tmp_path, Refolded(16), recipe, model_name="study")
 
 
-def test_starting_weights_are_known_by_their_content_wherever_they_lie(tmp_path, uninterrupted):
+def test_starting_weights_are_identified_by_content_and_not_by_path(tmp_path, uninterrupted):
     begun, elsewhere = tmp_path / "begun", tmp_path / "elsewhere"
     shutil.copytree(uninterrupted("study").run_folder / "bundle", begun)
     starting = partial(override, RECIPE, epochs=EPOCHS)
@@ -279,9 +283,9 @@ def test_starting_weights_are_known_by_their_content_wherever_they_lie(tmp_path,
     assert find_starting_weights(elsewhere) == elsewhere
     with pytest.raises(SessionOver, match="after 2 of 3 epochs"):
         train("study", run, recipe=starting(starting_weights=str(elsewhere)), deadline=EndsAfter(1))
-    # Other weights where the first ones were.
+    # Other weights at the first path.
     record, weights = read_bundle(elsewhere)
     stated = {key: record[key] for key in STATED}
     save_bundle(begun, {name: weight + 1 for name, weight in weights.items()}, stated)
-    with pytest.raises(TrainingError, match=r"starting_weights_sha256: '\w{64}' there, '\w{64}' here"):
+    with pytest.raises(TrainingError, match=r"starting_weights_sha256: '\w{64}' recorded, '\w{64}' requested"):
         train("study", run, recipe=starting(starting_weights=str(begun)))

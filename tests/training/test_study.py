@@ -1,4 +1,4 @@
-"""A run's outputs, exact resume, refusal of another run, and the validation score."""
+"""A study classifier's run: outputs, exact resume, refusal of another run, and the validation score."""
 
 import dataclasses
 import json
@@ -60,7 +60,7 @@ def test_a_run_leaves_what_later_stages_read(uninterrupted):
 
 
 def test_the_out_of_fold_tables_have_the_score_that_chose_the_epoch(uninterrupted):
-    # The same images through another path: bundle from disk, prediction's own canvases, study means of its own.
+    # The same images by another path: prediction loads the bundle, draws its own canvases and averages over studies.
     small = SmallXrays(32)
     studies, images = uninterrupted.tables["study_scores"], uninterrupted.tables["image_scores"]
     truth = small.labels.set_index("id").loc[studies.study_id, list(STUDY_CLASSES)].to_numpy()
@@ -78,7 +78,7 @@ def test_the_out_of_fold_tables_have_the_score_that_chose_the_epoch(uninterrupte
 
 
 def stop_at(monkeypatch, epoch, batch):
-    """Make training die in this epoch and batch (from 0), once."""
+    """Make training raise ConnectionError in this epoch and batch (from 0)."""
     step = StudyTraining.training_step
 
     def dying(self, batch_of_images, number):
@@ -133,31 +133,31 @@ def test_a_finished_run_is_read_back(uninterrupted, monkeypatch):
 
 def test_another_recipe_fold_or_data_is_refused(uninterrupted):
     folder = uninterrupted.run_folder
-    with pytest.raises(TrainingError, match=r"recipe\.dropout: 0\.5 there, 0\.1 here"):
+    with pytest.raises(TrainingError, match=r"recipe\.dropout: 0\.5 recorded, 0\.1 requested"):
         train(folder, recipe=override(RECIPE, dropout=0.1))
-    with pytest.raises(TrainingError, match="fold: 1 there, 0 here"):
+    with pytest.raises(TrainingError, match="fold: 1 recorded, 0 requested"):
         train(folder, fold=0)
     changed = SmallXrays(32)
     changed.boxes = changed.boxes.iloc[1:]
     with pytest.raises(TrainingError, match="data_fingerprint"):
         train(folder, changed)
-    with pytest.raises(TrainingError, match="longest_side: 50 there, 40 here"):
+    with pytest.raises(TrainingError, match="longest_side: 50 recorded, 40 requested"):
         train(folder, SmallXrays(32, longest_side=40))
 
 
 def test_a_backbone_frozen_at_random_weights_is_refused_with_what_to_give(tmp_path):
-    with pytest.raises(ValueError, match=r'test_resnet at random.*"starting_weights".*"frozen_backbone": false'):
+    with pytest.raises(ValueError, match=r'test_resnet would stay random.*"starting_weights".*"frozen_backbone": false'):
         train(tmp_path, recipe=override(RECIPE, frozen_backbone=True))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.gpu
 def test_training_learns_starts_from_a_bundle_and_freezes(tmp_path, caplog):
-    # The classes are four brightnesses; a fold of the unseen patients must be told apart almost perfectly.
+    # The classes are four grey levels; images of unseen patients must be classified almost perfectly.
     learnt = train(
         tmp_path / "learnt", recipe=override(RECIPE, epochs=16, learning_rate=1e-2, batch_size=8, brightness_contrast=0.0)
     )
-    assert learnt.metrics["best"]["score"] > 0.9  # a constant guess earns 0.25
+    assert learnt.metrics["best"]["score"] > 0.9  # a constant prediction scores 0.25
     recipe = override(RECIPE, epochs=1, frozen_backbone=True, starting_weights=str(tmp_path / "learnt"))
     with caplog.at_level("INFO"):
         started = train(tmp_path / "started", recipe=recipe, limit_train=8, limit_validation=4)
@@ -170,7 +170,7 @@ def test_training_learns_starts_from_a_bundle_and_freezes(tmp_path, caplog):
 
 
 class Renamed(SmallXrays):
-    """The same pictures under other names: `extra003` for `image003`, of patients and studies of their own."""
+    """The same images with other names: `extra003` for `image003`, with other patients and studies."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -203,8 +203,8 @@ def test_extra_images_are_trained_on_and_never_validated_on(tmp_path, uninterrup
 
 
 @pytest.mark.gpu
-def test_extra_images_teach(tmp_path):
-    # The one patient of its own has two of the four classes; the extra ones show all of them.
+def test_training_learns_from_extra_images(tmp_path):
+    # The single patient of the task has two of the four classes; the extra images have all of them.
     recipe = override(RECIPE, epochs=8, patience=8, learning_rate=1e-2, batch_size=8, brightness_contrast=0.0)
     taught = train(tmp_path, recipe=recipe, limit_train=4, extra=Renamed(32).extra())
     assert taught.metrics["best"]["score"] > 0.8
@@ -213,14 +213,14 @@ def test_extra_images_teach(tmp_path):
 CROPS = override(RECIPE, lungs="masks", trained_on="lungs", views=["lungs"], masked=True)
 
 
-def test_a_run_on_lung_crops_is_judged_on_crops_and_tells_what_it_missed(tmp_path):
+def test_a_run_on_lung_crops_is_validated_on_crops_and_counts_missed_lungs(tmp_path):
     small = SmallXrays(32)
-    held = small.fold_table.id[small.fold_table.fold == 1].tolist()
-    lungs = stored_lungs(tmp_path / "lungs", small, missed=[held[0], held[1], "image000"])
+    validation_ids = small.fold_table.id[small.fold_table.fold == 1].tolist()
+    lungs = stored_lungs(tmp_path / "lungs", small, missed=[validation_ids[0], validation_ids[1], "image000"])
     run = train(tmp_path / "run", small, override(CROPS, epochs=2), lungs=lungs)
     assert run.metrics["lungs_missed"] == {"training": 1, "predicted": 2}
     assert run.metrics["lungs_fingerprint"] == lungs.fingerprint
-    # The same images through another path: the predictor's own crops.
+    # The same images by another path: the predictor crops them itself.
     images = run.tables["image_scores"]
     none = (~images.image_id.isin(small.boxes.image_id)).to_numpy(float)
     found = np.c_[np.zeros((len(images), 4)), images.none]
@@ -241,12 +241,12 @@ def test_a_training_on_either_resumes_bit_for_bit(tmp_path, monkeypatch):
             train(tmp_path / "stopped", small, recipe, lungs=lungs)
     resumed = train(tmp_path / "stopped", small, recipe, lungs=lungs)
     assert all(torch.equal(value, weights_of(resumed)[name]) for name, value in weights_of(whole).items())
-    # Whole images alone teach something else.
+    # Training on whole images alone gives other weights.
     full = train(tmp_path / "full", small, override(recipe, trained_on="full"), lungs=lungs)
     assert not all(torch.equal(value, weights_of(full)[name]) for name, value in weights_of(whole).items())
 
 
-def test_masks_that_do_not_suit_the_recipe_are_refused_before_anything_is_written(tmp_path):
+def test_lungs_that_do_not_fit_the_recipe_are_refused_before_anything_is_written(tmp_path):
     lungs = stored_lungs(tmp_path / "lungs", SmallXrays(32))
     with pytest.raises(ValueError, match=r"small: .*set lungs_run"):
         train(tmp_path / "run", recipe=CROPS)
@@ -255,7 +255,7 @@ def test_masks_that_do_not_suit_the_recipe_are_refused_before_anything_is_writte
     assert not (tmp_path / "run").exists()
 
 
-def test_the_score_is_the_mean_over_what_has_positives():
+def test_the_score_is_the_mean_over_classes_with_positives():
     study = np.eye(4)[[0, 0, 1, 2]]
     found = np.c_[study, [0.9, 0.2, 0.8, 0.1]]
     scores = validation_scores(found, np.array(list("abcd")), study, np.array([1.0, 0, 0, np.nan]))
@@ -263,9 +263,9 @@ def test_the_score_is_the_mean_over_what_has_positives():
     assert scores["score"] == scores["negative"] == scores["none"] == 1
 
 
-def test_only_what_is_learnt_is_judged():
+def test_only_trained_outputs_are_scored():
     study = np.eye(4)[[0, 1, 2, 3]]
-    found = np.c_[study[:, ::-1], [0.9, 0.2, 0.8, 0.1]]  # the classes all wrong, none right
+    found = np.c_[study[:, ::-1], [0.9, 0.2, 0.8, 0.1]]  # all classes wrong, none right
     none = np.array([1.0, 0, 0, 0])
     alone = validation_scores(found, np.arange(4), study, none, "none")
     assert alone == {"score": 1, "none": 1}
@@ -273,7 +273,7 @@ def test_only_what_is_learnt_is_judged():
     assert classes == dict.fromkeys(["score", *STUDY_CLASSES], 1)
 
 
-def test_classes_are_judged_over_studies():
+def test_classes_are_scored_over_studies():
     # Study a's two images average to 0.55 against b's 0.5: right over studies, wrong over images.
     study = np.array([[1.0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]])
     found = np.array([[0.9, 0.1, 0, 0, 0], [0.2, 0.8, 0, 0, 0], [0.5, 0.5, 0, 0, 0]])
@@ -281,7 +281,7 @@ def test_classes_are_judged_over_studies():
     assert scores["negative"] == 1 and scores["typical"] == 1
 
 
-def test_metrics_name_what_a_run_was(uninterrupted):
+def test_metrics_describe_the_run(uninterrupted):
     small = SmallXrays(32)
     metrics = json.loads((uninterrupted.run_folder / "metrics.json").read_text())
     fingerprint = data_fingerprint(images=small.images, labels=small.labels, boxes=small.boxes, folds=small.fold_table)

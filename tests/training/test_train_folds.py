@@ -1,4 +1,4 @@
-"""Folds side by side and one model by two processes: what comes out is what one process gives."""
+"""Folds side by side, and one model by two processes, give what one process gives."""
 
 import logging
 import math
@@ -27,7 +27,7 @@ from tests.small_xrays import RECIPE, SmallXrays
 
 TIMES = ["seconds", "images_per_s"]
 QUICK = override(RECIPE, epochs=2)
-# Without batch norm and dropout an image's gradient is the same whatever images are beside it.
+# Without batch norm and dropout an image's gradient does not depend on the rest of the batch.
 ALONE = override(RECIPE, backbone="test_convnext", image_size=64, dropout=0.0, optimizer="sgd", batch_size=8, blur_p=0.0)
 
 
@@ -48,12 +48,12 @@ def assert_equal_runs(first, second, tolerance=0.0):
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Folds side by side in copies of this process, which need not load torch; one test spawns them as notebooks do."""
+    """Fork instead of spawn, to save the import of torch; one test spawns processes as notebooks do."""
     fork = multiprocessing.get_context("fork")
 
     class AsSpawned(fork.Process):
         def run(self):
-            # What pytest has put in these places is none of a new process's.
+            # Undo pytest's redirection, which a spawned process would not have.
             sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
             logging.getLogger().handlers.clear()
             super().run()
@@ -69,10 +69,10 @@ def test_folds_side_by_side_equal_folds_one_after_the_other(tmp_path, capfd):
     together = train_folds(task(), [0, 1], tmp_path / "together", at_once=2)
     for first, second in zip(together, alone, strict=True):
         assert_equal_runs(first, second)
-    # An epoch's line comes from each as it ends, and the rest of the output is in its log.
-    said = capfd.readouterr().out
+    # Log lines of each fold are printed here, and all output is in its log file.
+    output = capfd.readouterr().out
     for fold in (0, 1):
-        assert f"fold {fold}: epoch 2 of 2: score" in said
+        assert f"fold {fold}: epoch 2 of 2: score" in output
         assert "epoch 1 of 2" in (tmp_path / "together" / f"fold{fold}" / "train.log").read_text()
 
 
@@ -87,24 +87,27 @@ def test_folds_that_fail_or_are_killed_are_named_and_stop_no_other(tmp_path):
     with pytest.raises(TrainingError) as failed:
         train_folds(task(), [7, 1, 0], tmp_path, at_once=2, train=deadly)
     message = str(failed.value)
-    assert "2 of 3 folds failed, the others are done" in message
-    assert "fold 7: ValueError: fold 7 leaves nothing to train or to validate on" in message
-    assert f"fold 1: killed without a word\n  log: {tmp_path}/fold1/train.log" in message
+    assert "2 of 3 folds failed, the others are finished" in message
+    assert "fold 7: ValueError: fold 7 leaves no images to train or to validate on" in message
+    assert f"fold 1: killed, without output\n  log: {tmp_path}/fold1/train.log" in message
     assert (tmp_path / "fold0" / "metrics.json").is_file()
 
 
-def test_folds_that_the_session_stops_are_left_out_and_said(tmp_path, capfd):
+def test_folds_that_the_session_stops_are_left_out_with_a_note(tmp_path, capfd):
     finished = train_folds(task(), [0], tmp_path, at_once=1)
     over = Deadline(1, started=time.monotonic() - 2)
     again = train_folds(task(deadline=over), [0, 1], tmp_path, at_once=1)
     assert [run.metrics for run in again] == [run.metrics for run in finished]
-    said = capfd.readouterr().out
-    assert "fold 1 stopped after 0 of 2 epochs" in said
-    assert "1 of 2 folds are not finished. Run this notebook again" in said and f"resume_from to '{tmp_path.name}'" in said
+    output = capfd.readouterr().out
+    assert "fold 1 stopped after 0 of 2 epochs" in output
+    assert (
+        "1 of 2 folds are not finished. To continue, run this notebook again" in output
+        and f"resume_from to '{tmp_path.name}'" in output
+    )
 
 
 def noted(task, fold, run_folder):
-    """A training of no time: fold 1 fails, and a deadline ends fold 0."""
+    """Stands in for a training; with a deadline fold 1 fails and fold 0 is stopped."""
     with open(run_folder.parent / "begun.txt", "a") as begun:
         begun.write(f"{fold} {torch.get_num_threads()} {task.resume}\n")
     if task.deadline is not None and fold == 1:
@@ -127,15 +130,15 @@ def test_after_a_fold_that_the_session_stops_no_other_is_begun(tmp_path, at_once
     (tmp_path / "fold5" / "metrics.json").write_text("{}")
     folds = [0, 3, 5, 4] if at_once == 1 else [0, 0, 3, 5, 4]
     found = train_folds(task(deadline=Deadline(600)), folds, tmp_path, at_once=at_once, train=noted)
-    # What is finished already is read.
+    # A finished fold is read.
     assert found == [5]
     assert {line.split()[0] for line in begun(tmp_path)} == {"0", "5"}
     assert f"{len(folds) - 1} of {len(folds)} folds are not finished" in capfd.readouterr().out
 
 
 @pytest.mark.usefixtures("forked")
-def test_a_failure_does_not_call_done_what_the_session_has_stopped(tmp_path):
-    with pytest.raises(TrainingError, match=r"1 of 2 folds failed, the session's end has stopped 0:\nfold 1: ValueError"):
+def test_an_error_lists_folds_that_the_session_has_stopped(tmp_path):
+    with pytest.raises(TrainingError, match=r"1 of 2 folds failed, the session's end stopped 0:\nfold 1: ValueError"):
         train_folds(task(deadline=Deadline(600)), [0, 1], tmp_path, at_once=2, train=noted)
 
 
@@ -160,28 +163,28 @@ def test_the_folds_of_a_killed_notebook_do_not_train_on(tmp_path, forked):
     parent = forked.Process(target=train_folds, args=(task(), [0, 1], tmp_path), kwargs={"at_once": 2, "train": endless})
     parent.start()
     end = time.monotonic() + 120
-    while len(told := [path.read_text() for path in tmp_path.glob("*.begun")]) < 2 or not all(told):
+    while len(pids := [path.read_text() for path in tmp_path.glob("*.begun")]) < 2 or not all(pids):
         assert time.monotonic() < end and parent.exitcode is None
         time.sleep(0.1)
-    children = [psutil.Process(int(number)) for number in told]
+    children = [psutil.Process(int(number)) for number in pids]
     parent.kill()
     parent.join()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert alive == []
 
 
-def test_two_processes_go_on_with_a_model_as_one_process_does(tmp_path):
+def test_two_processes_resume_a_model_as_one_process_does(tmp_path):
     alone = train_fold(task(ALONE), 1, tmp_path / "alone")
     assert train_folds(task(ALONE, deadline=OneEpoch()), [1], tmp_path / "together", at_once=1) == []
     (run,) = train_folds(task(ALONE), [1], tmp_path / "together", processes=2)
-    # They add the same numbers in another order.
+    # Sums are taken in another order.
     assert_equal_runs(run, alone, tolerance=1e-5)
     pd.testing.assert_frame_equal(run.tables["study_scores"], alone.tables["study_scores"], atol=1e-4)
     assert len(list((tmp_path / "together" / "fold1" / "processes").rglob("stderr.log"))) == 2
 
 
 class OneEpoch(Deadline):
-    """Time enough to begin, and none after the first epoch."""
+    """A deadline that allows exactly one epoch."""
 
     def __init__(self):
         self.asked = 0
@@ -191,12 +194,12 @@ class OneEpoch(Deadline):
         return math.inf if self.asked == 1 else 0.0
 
 
-def test_what_processes_cannot_share_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="at_once 2 and processes 2: choose"):
+def test_trainings_that_processes_cannot_share_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="at_once is 2 and processes is 2: use one"):
         train_folds(task(), [0, 1], tmp_path, at_once=2, processes=2)
     with pytest.raises(ValueError, match="2 processes cannot share a batch of 7 images evenly"):
         train_folds(task(override(ALONE, batch_size=7)), [1], tmp_path, processes=2)
-    with pytest.raises(ValueError, match="what learns later is not shared by processes"):
+    with pytest.raises(ValueError, match="stages that unfreeze later cannot be trained by several processes"):
         train_folds(task(override(ALONE, frozen_backbone=True, unfreeze_every=2)), [1], tmp_path, processes=2)
     with pytest.raises(ValueError, match="a yolo is trained by one process"):
         train_folds(task(DetectorRecipe(family="yolo", batch_size=4)), [1], tmp_path, processes=2)

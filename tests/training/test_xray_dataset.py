@@ -1,4 +1,4 @@
-"""Examples: canvases, targets, boxes that move with the image, and augmentation that repeats exactly."""
+"""Examples: canvases, targets, boxes that move with the image, and reproducible augmentation."""
 
 import cv2
 import numpy as np
@@ -58,7 +58,7 @@ def test_unknown_labels_are_nan():
 
 
 class Disc:
-    """A cache of one picture: a white disc on black; the disc's frame is the box."""
+    """A cache of one image: a white disc on black; the disc's bounding box is its box."""
 
     image_ids = ("disc",)
     images = pd.DataFrame({"image_id": ["disc"], "study_id": ["study"]})
@@ -108,24 +108,24 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
     assert all(same(dataset(small)[(0, index)], dataset(small)[(1, index)]) for index in range(8))
 
 
-def test_augmentation_leaves_the_kept_canvas_alone():
+def test_augmentation_does_not_change_the_cached_canvas():
     small = SmallXrays(8)
     examples = dataset(small, augment=True)
     for epoch in range(20):
         examples[(epoch, 2)]
-    assert np.array_equal(examples.kept.get(2)[0], dataset(small)[2]["pixels"].numpy())
+    assert np.array_equal(examples.canvas_cache.get(2)[0], dataset(small)[2]["pixels"].numpy())
 
 
 def test_a_soft_none_counts_where_it_is_known():
     small = SmallXrays(8)
     small.images = small.images.assign(none=[np.nan, 0.25, np.nan, 0.75, *[np.nan] * 4])
     assert dataset(small).none.tolist() == [1, 0.25, 0, 0.75, 0, 0, 0, 0]
-    with pytest.raises(ValueError, match=r"column none: wanted 0\.\.1 or NaN, got 0\.25 to 1\.5"):
+    with pytest.raises(ValueError, match=r"column none: expected 0\.\.1 or NaN, got 0\.25 to 1\.5"):
         dataset(SmallXrays(8), images=small.images.assign(none=[0.25, 1.5, *[np.nan] * 6]))
 
 
 class Ellipse:
-    """A cache of one picture, 160 x 160: a white ellipse of these centre and half axes on grey; its frame is the box."""
+    """A cache of one image, 160 x 160: a white ellipse on grey, of this centre and half axes, with its bounding box."""
 
     image_ids = ("ellipse",)
     images, labels = Disc.images.assign(image_id="ellipse"), Disc.labels
@@ -167,7 +167,7 @@ def test_a_white_spot_stays_under_its_box_through_every_augmentation(x, y, wide,
     moved_only = override(EVERYTHING, brightness_contrast=0.0, sharpen_p=0.0, blur_p=0.0, cutouts=0, erase_p=0.0)
     moved = dataset(spot, moved_only, augment=True)[(epoch, 0)]
     changed = dataset(spot, EVERYTHING, augment=True)[(epoch, 0)]
-    # Changes of pixels move no box and drop none; the frame of the moved spot is its box, within pixels of resampling.
+    # Pixel transforms neither move nor drop a box; the box bounds the moved spot up to resampling.
     assert torch.equal(moved["boxes"], changed["boxes"]) and len(moved["boxes"]) == 1
     ys, xs = np.nonzero(moved["pixels"].numpy() > 157)
     seen = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
@@ -175,7 +175,7 @@ def test_a_white_spot_stays_under_its_box_through_every_augmentation(x, y, wide,
 
 
 def share(recipe, changed, draws=400):
-    """How many of the draws of a still grey picture with a few bright pixels differ from it as `changed` tells."""
+    """Return the share of augmentations of a grey image with a few bright pixels for which `changed` is true."""
     canvas = np.full((160, 160), 120, np.uint8)
     canvas[::8, ::8] = 160
     augmentation = Augmentation(override(STILL, image_size=160, **recipe))
@@ -245,15 +245,15 @@ def test_workers_share_the_canvases_and_a_second_epoch_reads_nothing():
     examples = dataset(small)
     loader = batches(examples, 4, workers=2)
     first = [batch["pixels"] for batch in loader]
-    assert (examples.kept.sizes == [COLUMNS, ROWS]).all()  # filled by the workers, seen here
+    assert (examples.canvas_cache.sizes == [COLUMNS, ROWS]).all()  # filled by the workers, seen here
     small.pixels.clear()
     assert all(torch.equal(examples[index]["pixels"], torch.cat(first)[index]) for index in range(8))
 
 
 def test_too_many_canvases_are_read_anew(monkeypatch):
-    monkeypatch.setattr(xray_dataset, "KEPT_BYTES", 8 * 32 * 32 - 1)
+    monkeypatch.setattr(xray_dataset, "MAX_CACHE_BYTES", 8 * 32 * 32 - 1)
     examples = dataset(SmallXrays(8))
-    assert not len(examples.kept.pixels) and same(examples[2], dataset(SmallXrays(8))[2])
+    assert not len(examples.canvas_cache.pixels) and same(examples[2], dataset(SmallXrays(8))[2])
 
 
 def read(loader, epoch):
@@ -300,7 +300,7 @@ EITHER = override(STILL, lungs="masks", trained_on="either")
 
 
 class Finder:
-    """Finds one frame in every image but those `missed`, and the mask of its pixels; counts whom it is asked for."""
+    """Finds a frame and a mask in every image except those of `missed`; `asked` lists the image_ids it was called with."""
 
     def __init__(self, missed=(), frame=FRAME):
         self.missed, self.frame, self.asked = missed, frame, []
@@ -336,7 +336,7 @@ def test_a_training_on_lungs_sees_their_frame(placement):
     st.lists(st.floats(35, 80), min_size=2, max_size=2),
     st.booleans(),
 )
-def test_boxes_come_back_from_a_crop_as_far_as_it_shows_them(placement, low, high, kept):
+def test_boxes_are_clipped_to_the_crop_and_map_back_to_the_original(placement, low, high, kept):
     small, frame = SmallXrays(4), np.array([*low, *high])
     examples = dataset(small, override(CROPS, placement=placement, image_size=64), lungs=Finder(frame=frame))
     place = within(PLACEMENTS[placement], frame, ROWS, COLUMNS, 64)
@@ -361,7 +361,7 @@ def test_a_box_outside_of_the_frame_is_gone_and_the_image_keeps_its_label():
     "changes", [{"trained_on": "lungs", "views": ["lungs"]}, {"trained_on": "either"}, {"masked": True}]
 )
 @pytest.mark.parametrize("finder", [None, Finder(SmallXrays(8).image_ids)], ids=["nobody", "finds none"])
-def test_where_no_lungs_are_found_all_is_as_without_them_and_counted(changes, finder):
+def test_images_without_lungs_are_used_whole_and_counted(changes, finder):
     small, keys = SmallXrays(8), [*range(8), *((1, index) for index in range(8))]
     plain = dataset(small, RECIPE, augment=True, seed=4)
     whole = dataset(small, override(RECIPE, lungs="masks", **changes), augment=True, seed=4, lungs=finder)
@@ -369,10 +369,10 @@ def test_where_no_lungs_are_found_all_is_as_without_them_and_counted(changes, fi
     assert (plain.lungs_missed(), whole.lungs_missed()) == (0, 8)
 
 
-def test_missed_lungs_are_counted_whoever_was_asked_for_them():
+def test_missed_lungs_are_counted_for_all_images():
     finder = Finder(["image001", "image006"])
     examples = dataset(SmallXrays(8), CROPS, lungs=finder)
-    list(batches(examples, 4, workers=2))  # asked by the workers, known here
+    list(batches(examples, 4, workers=2))  # found by the workers, known here
     assert finder.asked == [] and examples.lungs_missed() == 2
     fresh, names = dataset(SmallXrays(8), CROPS, lungs=finder), SmallXrays(8).image_ids
     fresh[1]
@@ -419,7 +419,7 @@ def test_a_masked_training_sees_black_outside_of_the_mask(trained_on):
     place = within(PLACEMENTS["stretch"], frame, ROWS, COLUMNS, 61)
     mask = np.array([[12.0, 8.0, 40.0, 60.0]])  # the mask's 6..20, 4..30 in original pixels
     xmin, ymin, xmax, ymax = place.boxes_to_canvas(mask)[0].clip(0, 61)
-    for _ in range(2):  # the second time from the kept canvas
+    for _ in range(2):  # the second time from the cached canvas
         pixels = examples[2]["pixels"].numpy()
         inside = np.zeros((61, 61), bool)
         inside[int(ymin) : int(np.ceil(ymax)), int(xmin) : int(np.ceil(xmax))] = True
@@ -430,15 +430,15 @@ def test_a_masked_training_sees_black_outside_of_the_mask(trained_on):
     assert torch.equal(examples[3]["pixels"], whole) and examples.lungs_missed() == 1
 
 
-def test_kept_crops_and_whole_images_do_not_mix(monkeypatch):
+def test_cached_crops_and_whole_images_do_not_mix(monkeypatch):
     small = SmallXrays(8)
     keys = [*range(8), *((epoch, index) for epoch in range(4) for index in range(8))]
     fresh = [dataset(small, EITHER, lungs=Finder())[key] for key in keys]
     for room in (0, 1, 2):  # nothing kept, whole images alone, both
-        monkeypatch.setattr(xray_dataset, "KEPT_BYTES", room * 8 * 32 * 32)
+        monkeypatch.setattr(xray_dataset, "MAX_CACHE_BYTES", room * 8 * 32 * 32)
         finder = Finder()
         examples = dataset(small, EITHER, lungs=finder)
-        assert len(examples.kept.pixels) == room * 8
+        assert len(examples.canvas_cache.pixels) == room * 8
         assert all(same(examples[key], example) for _ in range(2) for key, example in zip(keys, fresh, strict=True))
         assert len(finder.asked) == len(set(finder.asked))  # a frame is found once
 
@@ -447,5 +447,5 @@ def test_darkness_finds_the_lungs_of_recipes_that_say_so(monkeypatch):
     monkeypatch.setattr("kitlib.lungs.finders.lung_box", lambda pixels: np.array([5.0, 3.0, 35.0, 33.0]))
     small = SmallXrays(8)
     dark = dataset(small, override(CROPS, lungs="darkness"))
-    told = dataset(small, CROPS, lungs=Finder(frame=np.array([10.0, 6.0, 70.0, 66.0])))
-    assert all(same(dark[index], told[index]) for index in range(8))
+    expected = dataset(small, CROPS, lungs=Finder(frame=np.array([10.0, 6.0, 70.0, 66.0])))
+    assert all(same(dark[index], expected[index]) for index in range(8))
