@@ -1,6 +1,7 @@
 """Build the folders that are uploaded to Kaggle from a kernel's YAML: the kernel, its wheels and, for a submission, weights.
 
-Builds are deterministic: the same sources give the same bytes, because names are sorted, dates fixed and nothing is random.
+Builds are deterministic: the same sources produce the same bytes, because names are sorted, dates are fixed and nothing is
+random.
 """
 
 import inspect
@@ -40,12 +41,12 @@ DATASET_BYTES = 200 * 10**9
 
 
 def build_kernel(spec: KernelSpec, out: str | Path, wheels: Iterable[Path]) -> dict[str, Path]:
-    """Write `out`/kernel, `out`/wheels and, for a submission, `out`/weights; return the folders by part name.
+    """Write `out`/kernel, `out`/wheels and, for a submission, `out`/weights; return the folders, keyed by part name.
 
-    The folders of an earlier build are replaced or removed; if anything fails, they stay as they were. Raises KernelError
-    for an unknown notebook parameter, runs without a bundle, a model that needs a segmenter which the kernel does not name,
-    wheels that the image cannot install, and a notebook or dataset over Kaggle's size limit; BundleError for a damaged
-    bundle.
+    `wheels` are the wheel files to copy. The folders of an earlier build are replaced or removed; if anything fails, they
+    stay as they were. Raises KernelError for an unknown notebook parameter, runs without a bundle, a model that needs a
+    segmenter other than the one in the kernel's `lungs`, wheels that the image cannot install, and a notebook or dataset
+    above Kaggle's size limit; BundleError for a damaged bundle.
     """
     out, wheels = Path(out), sorted(wheels)
     check_wheels(wheels, image_pins())
@@ -75,7 +76,7 @@ def sum_file_sizes(folder: str | Path) -> int:
 def make_notebook(spec: KernelSpec) -> nbformat.NotebookNode:
     """Return the kernel's notebook: the start cell with the packed library, then the notebook's cells without their outputs.
 
-    Parameters are injected as papermill does, into a cell after the one tagged `parameters`. Cell ids are numbered, so that
+    Parameters are injected in papermill's way, into a cell after the one tagged `parameters`. Cell ids are numbered, so that
     builds are reproducible.
     """
     parameters = spec.injected_parameters()
@@ -114,7 +115,8 @@ def _write_kernel(spec: KernelSpec, folder: Path) -> None:
     size = notebook_path.stat().st_size
     if size > NOTEBOOK_BYTES:
         raise KernelError(
-            f"{notebook_path.name} has {size:,} bytes, Kaggle takes {NOTEBOOK_BYTES:,}; remove embedded pictures and outputs"
+            f"{notebook_path.name} has {size:,} bytes, but Kaggle accepts at most {NOTEBOOK_BYTES:,}; remove embedded "
+            "pictures and outputs"
         )
     built_datasets = ([spec.weights_slug] if spec.is_submission else []) + [spec.wheels_slug]
     metadata: dict[str, Any] = {
@@ -141,15 +143,15 @@ def _write_wheels(spec: KernelSpec, folder: Path, wheels: list[Path]) -> None:
     folder.mkdir()
     for wheel in wheels:
         shutil.copyfile(wheel, folder / wheel.name)
-    # A dataset that several kernels share must have the same title whichever kernel it is built with.
+    # A dataset that several kernels share must have the same title in all of their builds.
     title = spec.wheels.replace("-", " ").capitalize() if spec.wheels else f"{spec.title} wheels"
     _write_dataset_metadata(folder, title, f"{spec.owner}/{spec.wheels_slug}")
 
 
 def _write_weights(spec: KernelSpec, folder: Path) -> None:
-    """Write the weights dataset: a subfolder for each bundle, weights.json, and the named ensemble, lungs and fusion.json.
+    """Write the weights dataset: a subfolder for each bundle, ensemble, lungs and fusion.json if any, and weights.json.
 
-    weights.json lists the bundles, most valuable first.
+    weights.json lists the bundles, the most valuable first.
     """
     folder.mkdir()
     manifest: list[dict[str, Any]] = []
@@ -162,15 +164,16 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
                 f"{bundle}: the model name {record.get('model')!r} cannot be a folder name; use letters, digits, . _ -"
             )
         if any(entry["folder"] == name for entry in manifest):
-            raise KernelError(f"runs: {bundle} is a second {name}; name one run for each model and fold")
+            raise KernelError(f"runs: {bundle} is a second {name}; list only one run for each model and fold")
         record = _copy_bundle(bundle, folder / name)
         family = recorded_family(record, bundle)
         if family.no_submission:
             raise KernelError(f"runs: {bundle} {family.no_submission}")
         if wants_masks(record["recipe"]) and record["architecture"].get("segmenter") != segmenter:
             raise KernelError(
-                f"runs: {bundle} was trained with a segmenter's lung masks, but the key `lungs` names "
-                f"{'another segmenter' if segmenter else 'none'}; name the run of notebook 14 that was its lungs_run"
+                f"runs: {bundle} was trained with a segmenter's lung masks, but the key `lungs` is "
+                f"{'another segmenter' if segmenter else 'empty'}; set it to the run of notebook 14 that was the model's "
+                "lungs_run"
             )
         kind = "study" if family.answers == STUDIES else "detector"
         if family.answers == STUDIES and record["recipe"].get("outputs") != "none":
@@ -180,7 +183,7 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
     if spec.fusion:
         fusion = project_root() / spec.fusion
         if not fusion.is_file():
-            raise KernelError(f"fusion: {fusion} does not exist; run notebook 60 first, or leave the key out")
+            raise KernelError(f"fusion: {fusion} does not exist; run notebook 60 first, or remove the key")
         shutil.copyfile(fusion, folder / "fusion.json")
     optional_parts = {"ensemble": _write_ensemble(spec, folder, study_models), "lungs": "lungs" if segmenter else ""}
     write_json(folder / "weights.json", {"bundles": manifest} | {key: name for key, name in optional_parts.items() if name})
@@ -188,9 +191,9 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
 
 
 def _write_ensemble(spec: KernelSpec, folder: Path, study_models: set[str]) -> str:
-    """Copy the bundle that the key `ensemble` names; return its subfolder's name, or "" if the kernel names none.
+    """Copy the bundle of the kernel's `ensemble`; return its subfolder's name, or "" if the kernel has no ensemble.
 
-    Raises KernelError unless it combines exactly the study models of the kernel.
+    Raises KernelError unless the ensemble combines exactly `study_models`, the kernel's models that predict study classes.
     """
     bundle = spec.named_bundle("ensemble")
     if bundle is None:
@@ -198,12 +201,13 @@ def _write_ensemble(spec: KernelSpec, folder: Path, study_models: set[str]) -> s
     ensemble = read_ensemble(bundle)
     if ensemble.key != "study_id" or set(ensemble.classes) != set(STUDY_CLASSES):
         raise KernelError(
-            f"ensemble: {bundle} predicts {', '.join(ensemble.classes)} for each {ensemble.key}; name one of study models"
+            f"ensemble: {bundle} predicts {', '.join(ensemble.classes)} for each {ensemble.key}; give an ensemble of study "
+            "models"
         )
     if set(ensemble.learners) != study_models:
         raise KernelError(
             f"ensemble: {bundle} combines {', '.join(sorted(ensemble.learners))}, but runs has the study models "
-            f"{', '.join(sorted(study_models)) or 'none'}; name the same models in both"
+            f"{', '.join(sorted(study_models)) or 'none'}; list the same models in both"
         )
     (folder / "ensemble").mkdir()
     for file in (ENSEMBLE_WEIGHTS, ENSEMBLE_RECORD):
@@ -213,20 +217,20 @@ def _write_ensemble(spec: KernelSpec, folder: Path, study_models: set[str]) -> s
 
 
 def _write_lungs(spec: KernelSpec, folder: Path) -> str:
-    """Copy the segmenter's bundle into the subfolder `lungs`; return its digest, or "" if the kernel names none."""
+    """Copy the segmenter's bundle into the subfolder `lungs`; return its digest, or "" if the kernel has no segmenter."""
     bundle = spec.named_bundle("lungs")
     if bundle is None:
         return ""
     record = _copy_bundle(bundle, folder / "lungs")
     if recorded_family(record, bundle).answers != LUNGS:
         raise KernelError(
-            f"lungs: {bundle} holds a {record['family']} model; name a run of notebook 14, or a fold of notebook 12"
+            f"lungs: {bundle} is a {record['family']} model; give a run of notebook 14, or a fold of notebook 12"
         )
     return segmenter_digest(record)
 
 
 def _copy_bundle(bundle: Path, folder: Path) -> dict[str, Any]:
-    """Copy a bundle into a new folder; return its record, read from the copy, which also verifies the copied weights."""
+    """Copy a bundle into a new folder; return its record. Reading the record from the copy verifies the copied weights."""
     folder.mkdir()
     for file in (WEIGHTS, RECORD):
         if (bundle / file).is_file():
@@ -237,6 +241,8 @@ def _copy_bundle(bundle: Path, folder: Path) -> dict[str, Any]:
 def _write_dataset_metadata(folder: Path, title: str, name: str) -> None:
     size = sum_file_sizes(folder)
     if size > DATASET_BYTES:
-        raise KernelError(f"the dataset {name} has {size:,} bytes, Kaggle takes {DATASET_BYTES:,}; leave out the last runs")
-    # "other": wheels have several licences, and weights inherit those of their training data and starting weights.
+        raise KernelError(
+            f"the dataset {name} has {size:,} bytes, but Kaggle accepts at most {DATASET_BYTES:,}; leave out the last runs"
+        )
+    # "other", because wheels have several licences, and weights inherit those of their training data and starting weights.
     write_json(folder / "dataset-metadata.json", {"title": title, "id": name, "licenses": [{"name": "other"}]})

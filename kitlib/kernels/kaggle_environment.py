@@ -1,6 +1,6 @@
-"""Stand-in for Kaggle's image: a folder with those installed packages that the image has, at the image's versions.
+"""Stand-in for Kaggle's image: a folder with the installed packages that the image also has, at the image's versions.
 
-A package that a kernel needs but neither the image nor the wheels dataset provides is missing in a rehearsal too.
+If neither the image nor the wheels dataset has a package that a kernel needs, it is missing in a rehearsal too.
 """
 
 import fcntl
@@ -28,10 +28,11 @@ KEY = "key.json"
 
 
 def link_kaggle_packages(folder: str | Path | None = None, image: Mapping[str, str] | None = None) -> Path:
-    """Make `folder` (default `build/stand-in`) a packages folder of hard links to the installed packages; return it.
+    """Fill `folder` (default `build/stand-in`) with hard links to the installed packages that the image has; return it.
 
-    An existing folder is reused while Python, the packages and this file stay the same. `image` maps canonical names to
-    versions. Raises KernelError for an importable package whose installed version differs from the image's.
+    An existing folder is reused if Python, the packages and this file are unchanged. `image` maps canonical package names to
+    versions (default: Kaggle's image). Raises KernelError for a package that kernels may import whose installed version
+    differs from the image's, and if a package that rehearsals need is not installed.
     """
     folder = Path(folder or project_root() / "build" / "stand-in")
     image = image_pins() if image is None else image
@@ -45,7 +46,7 @@ def link_kaggle_packages(folder: str | Path | None = None, image: Mapping[str, s
     key_path = folder / KEY
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-        # Of two rehearsals that start at once, the second waits and uses the folder that the first has made.
+        # If two rehearsals start at once, the second waits and then uses the folder that the first has made.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not key_path.is_file() or json.loads(key_path.read_text(encoding="utf-8")) != key:
             shutil.rmtree(folder, ignore_errors=True)
@@ -58,7 +59,7 @@ def link_kaggle_packages(folder: str | Path | None = None, image: Mapping[str, s
 
 
 def create_environment(folder: str | Path, packages: str | Path) -> Path:
-    """Create an empty virtual environment on top of the folder `packages`; return its Python interpreter.
+    """Create a virtual environment in `folder` that also imports from `packages`; return its Python interpreter.
 
     Installing into the environment does not change `packages`.
     """
@@ -75,10 +76,10 @@ def _site_packages() -> Path:
 
 
 def _matching_distributions(image: Mapping[str, str]) -> list[importlib.metadata.Distribution]:
-    """Return the installed packages at the image's version, with the dependencies of the installed torch.
+    """Return the packages that are installed at the image's version, and the dependencies of the installed torch.
 
     Raises KernelError if a package that kernels may import (requirements.txt and its dependencies) has another version than
-    in the image. Tools at another version are ignored.
+    in the image, or if a package that rehearsals need is missing. Tools at another version are ignored.
     """
     distributions = importlib.metadata.distributions()
     installed: dict[str, importlib.metadata.Distribution] = {canonicalize_name(dist.name): dist for dist in distributions}
@@ -92,35 +93,35 @@ def _matching_distributions(image: Mapping[str, str]) -> list[importlib.metadata
         raise KernelError(f"installed versions differ from Kaggle's image: {', '.join(mismatched)}; run `make` again")
     missing = [name for name in ("pip", "papermill", "ipykernel") if name not in installed]
     if missing:
-        raise KernelError(f"not installed: {', '.join(missing)}; a rehearsal needs them, run `make` again")
+        raise KernelError(f"a rehearsal needs packages that are not installed: {', '.join(missing)}; run `make` again")
     # kaggle_image.txt lists the CPU image. The GPU image also has the CUDA packages that torch requires. Listed packages are
-    # excluded: at another version they either raised above or are tools.
+    # excluded, because those at another version are tools; any others have raised an error above.
     torch_dependencies = {name for name in find_dependencies(["torch"], installed) if name not in image}
     return [installed[name] for name in sorted(matching | torch_dependencies)]
 
 
 def find_dependencies(names: Iterable[str], installed: Mapping[str, importlib.metadata.Distribution]) -> set[str]:
     """Return the installed packages among `names` (canonical) and, recursively, their installed requirements."""
-    names_found, waiting = set(), list(names)
+    dependencies, waiting = set(), list(names)
     while waiting:
         name = waiting.pop()
-        if name in names_found or name not in installed:
+        if name in dependencies or name not in installed:
             continue
-        names_found.add(name)
+        dependencies.add(name)
         requirements = map(Requirement, installed[name].requires or [])
         waiting += [
             canonicalize_name(requirement.name)
             for requirement in requirements
             if not requirement.marker or requirement.marker.evaluate({"extra": ""})
         ]
-    return names_found
+    return dependencies
 
 
 def _link_distributions(distributions: list[importlib.metadata.Distribution], folder: Path) -> None:
     site, folders = _site_packages(), set()
     for distribution in distributions:
         for file in distribution.files or []:
-            # A kernel only imports: commands and data files outside of the packages folder are not needed.
+            # A kernel only imports packages; it does not need their commands and data files outside of the packages folder.
             if ".." in file.parts or file.suffix == ".pyc":
                 continue
             target = folder / file
@@ -133,7 +134,7 @@ def _link_distributions(distributions: list[importlib.metadata.Distribution], fo
 def _link_compiled(folder: Path) -> None:
     """Link the .pyc files that were compiled since the folder was made.
 
-    The folder is read-only for a kernel, and torch takes half a minute to import without compiled files.
+    A kernel cannot write them, because the folder is read-only, and without them torch takes half a minute to import.
     """
     site, ending = str(_site_packages()), f".{sys.implementation.cache_tag}.pyc"
     for parent, _, files in os.walk(folder):
@@ -155,5 +156,5 @@ def _link_file(source: Path, target: Path) -> None:
         # The two OpenCV packages list the same files, and some packages list files that were removed after installing.
         return
     except OSError:
-        # The folder is on another file system, or on one without hard links.
+        # The folder is on another file system, or the file system has no hard links.
         shutil.copy2(source, target)

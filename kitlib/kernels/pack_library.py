@@ -1,4 +1,4 @@
-"""Pack the part of kitlib that a notebook imports into the compressed archive that its kernel carries."""
+"""Pack the part of kitlib that a notebook imports into a compressed archive, which is embedded in the kernel."""
 
 import ast
 import base64
@@ -14,11 +14,11 @@ ROOT = Path(kitlib.__file__).parent.parent
 
 
 def find_needed_files(sources: Iterable[str]) -> list[str]:
-    """Return the kitlib files that these Python sources import, directly or indirectly: paths like "kitlib/tables.py".
+    """Return the sorted paths of the kitlib files that these Python sources import, directly or indirectly.
 
-    Paths are sorted. A YAML file with a module's name in the same folder is included. Imports inside functions and for type
-    checking only count too. Raises SyntaxError for a source that is not Python, ImportError for a kitlib module that does
-    not exist.
+    Paths are relative to the project's root, such as "kitlib/tables.py". A YAML file that has the same name as a module and
+    is next to it is included. Imports inside functions and under TYPE_CHECKING count too. Raises SyntaxError for a source
+    that is not Python, ImportError for a kitlib module that does not exist.
     """
     files: set[str] = set()
     waiting = [name for source in sources for name in _imported_names(source)]
@@ -34,10 +34,10 @@ def find_needed_files(sources: Iterable[str]) -> list[str]:
 
 
 def pack_library(sources: Iterable[str]) -> str:
-    """Return the files that these sources need (`find_needed_files`) and kitlib's digest as the base64 of a tar.bz2.
+    """Return a base64 tar.bz2 of the files that these sources need (`find_needed_files`) and of kitlib's digest.
 
-    The archive is bzip2, because zlib's output differs between implementations: the same library always gives the same
-    bytes.
+    The same library always produces the same bytes. The compression is bzip2, because zlib's output differs between
+    implementations.
     """
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:bz2", compresslevel=9) as archive:
@@ -54,7 +54,7 @@ def _add_file(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _imported_names(source: str) -> Iterator[str]:
-    """Yield the kitlib names that a source imports: modules, or "module.name", which may be a module or a name in one."""
+    """Yield the kitlib names that a source imports: "module", or "module.name", where `name` may be a submodule."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "kitlib")
@@ -63,7 +63,10 @@ def _imported_names(source: str) -> Iterator[str]:
 
 
 def _find_module_file(name: str) -> str:
-    """Return the file of the module `name` or, if `name` is not a module, of the module that defines it."""
+    """Return the file of the module `name` or, if `name` is not a module, of the module that defines it.
+
+    Raises ImportError if neither exists.
+    """
     for module in (name, name.rpartition(".")[0]):
         for path in (f"{module.replace('.', '/')}.py", f"{module.replace('.', '/')}/__init__.py"):
             if module and (ROOT / path).is_file():

@@ -1,4 +1,4 @@
-"""Push a built kernel and its datasets with Kaggle's client; problems that the client only prints or returns are errors."""
+"""Push a built kernel and its datasets with Kaggle's client; raise an error for problems that the client only prints."""
 
 import contextlib
 import io
@@ -18,25 +18,25 @@ from kitlib.errors import KernelError
 logger = logging.getLogger(__name__)
 
 TOKEN = (
-    "no valid Kaggle token was found. Make one at https://www.kaggle.com/settings (API, Create New Token) and put it "
+    "no valid Kaggle token was found. Create one at https://www.kaggle.com/settings (API, Create New Token) and put it "
     "into the environment variable KAGGLE_API_TOKEN or the file ~/.kaggle/access_token; an older kaggle.json goes into "
     "~/.kaggle, or its two values into KAGGLE_USERNAME and KAGGLE_KEY. Building and rehearsing need no token"
 )
 ADVICE = {
-    401: "the token is invalid or has expired: make a new one at https://www.kaggle.com/settings",
-    403: "access is denied: check that the owner is you, and that you have accepted the competition's rules",
-    404: "it does not exist, or you have no access to it: check the owner and the slug",
+    401: "the token is invalid or has expired; create a new one at https://www.kaggle.com/settings",
+    403: "access is denied; check that the owner is you, and that you have accepted the competition's rules",
+    404: "it does not exist, or you have no access to it; check the owner and the slug",
 }
 METADATA = ("dataset-metadata.json", "kernel-metadata.json")
-# Files on one page of a dataset's listing; a wheels dataset has fewer.
+# Number of files on one page of a dataset's listing; a wheels dataset has fewer files.
 PAGE = 200
-# Lines that the client prints which do not concern what was pushed.
+# Beginnings of lines that the client prints but that are no problem of the pushed kernel or dataset.
 HARMLESS_OUTPUT = ("Warning: Looks like you're using an outdated", "Warning: Your Kaggle API key is readable")
 COMPLAINTS = {
-    "invalid_dataset_sources": "datasets that do not exist or that it may not use",
+    "invalid_dataset_sources": "datasets that do not exist or that the kernel may not use",
     "invalid_competition_sources": "competitions that do not exist, or whose rules you have not accepted",
     "invalid_kernel_sources": "kernels that do not exist or that have never run",
-    "invalid_model_sources": "models that do not exist or that it may not use",
+    "invalid_model_sources": "models that do not exist or that the kernel may not use",
     "invalid_tags": "tags that do not exist",
 }
 
@@ -47,14 +47,15 @@ class Pushed:
 
     url: str  # of the kernel's page, which shows its progress
     version: int
-    datasets: dict[str, str]  # by OWNER/SLUG: "created", "new version" or "unchanged"
+    datasets: dict[str, str]  # OWNER/SLUG -> "created", "new version" or "unchanged"
 
 
 def push(out: str | Path, wait_s: float = 3600.0, poll_s: float = 5.0) -> Pushed:
     """Push `out`/wheels and `out`/weights, wait until both are ready, then push `out`/kernel, which starts the kernel.
 
     An existing dataset gets a new version; a wheels dataset with the same file names and sizes is left unchanged. The status
-    of a dataset is checked every `poll_s` seconds, for at most `wait_s` seconds. Raises KernelError if anything is refused.
+    of a dataset is checked every `poll_s` seconds, for at most `wait_s` seconds. Raises KernelError if the kernel is not
+    built, if signing in fails, if Kaggle refuses a dataset or the kernel, or if a dataset is not ready in time.
     """
     out = Path(out)
     metadata_path = out / "kernel" / "kernel-metadata.json"
@@ -77,10 +78,10 @@ def push(out: str | Path, wait_s: float = 3600.0, poll_s: float = 5.0) -> Pushed
 
 
 def _sign_in() -> Any:
-    """Return Kaggle's client, signed in, changed to raise KernelError if a file of a dataset is not uploaded."""
+    """Return Kaggle's client, signed in; it is changed to raise KernelError if a file of a dataset is not uploaded."""
     output = io.StringIO()
     with _calling_client("signing in", output):
-        # Importing it signs in, and exits the program if there is no token.
+        # Importing this module signs in, and exits the program if there is no token.
         from kaggle.api.kaggle_api_extended import KaggleApi
 
         class Client(KaggleApi):
@@ -89,7 +90,7 @@ def _sign_in() -> Any:
                 expected, uploaded = [name for name in os.listdir(folder) if name not in METADATA], request.files or []
                 if len(uploaded) != len(expected):
                     raise KernelError(
-                        f"only {len(uploaded)} of {len(expected)} files of {folder} could be uploaded, so none was "
+                        f"only {len(uploaded)} of {len(expected)} files in {folder} could be uploaded, so none was "
                         f"published; push again{_quote_output(output)}"
                     )
 
@@ -103,7 +104,7 @@ def _sign_in() -> Any:
 
 @contextlib.contextmanager
 def _calling_client(action: str, output: io.StringIO) -> Iterator[None]:
-    """Collect what the client prints inside the block in `output`, emptied first; raise its errors as KernelError."""
+    """Empty `output`, collect in it what the client prints inside the block, and turn its errors into KernelError."""
     output.seek(0)
     output.truncate()
     try:
@@ -114,7 +115,7 @@ def _calling_client(action: str, output: io.StringIO) -> Iterator[None]:
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else None
         advice = f"; {ADVICE[status]}" if status in ADVICE else ""
-        raise KernelError(f"{action}: Kaggle answers {error}{advice}{_quote_output(output)}") from error
+        raise KernelError(f"{action}: Kaggle answered {error}{advice}{_quote_output(output)}") from error
     except requests.RequestException as error:
         raise KernelError(f"{action}: Kaggle cannot be reached: {error}{_quote_output(output)}") from error
     except (ValueError, LookupError, TypeError, OSError) as error:
@@ -130,13 +131,14 @@ def _quote_output(output: io.StringIO) -> str:
 
 
 def _push_dataset(client: Any, name: str, folder: Path, wait_s: float, poll_s: float) -> str:
+    """Upload a dataset and wait until it is ready; return "created", "new version" or "unchanged"."""
     action = f"pushing the dataset {name}"
     status = _dataset_status(client, name)
     previous_version = _dataset_version(client, name) if status else 0
     if status == "ready" and folder.name == "wheels" and _has_same_files(client, name, folder):
         return "unchanged"
     logger.info("uploading %s", name)
-    # "zip", because otherwise the client skips subfolders.
+    # dir_mode is "zip", because otherwise the client skips subfolders.
     with _calling_client(action, client.captured_output):
         if status:
             answer = client.dataset_create_version(str(folder), "built by the kit", quiet=True, dir_mode="zip")
@@ -146,7 +148,7 @@ def _push_dataset(client: Any, name: str, folder: Path, wait_s: float, poll_s: f
         reason = answer and (
             answer.error or (answer.invalid_tags and f"invalid tags {answer.invalid_tags}") or answer.status
         )
-        raise KernelError(f"{action}: Kaggle answers {reason or 'nothing'}{_quote_output(client.captured_output)}")
+        raise KernelError(f"{action}: Kaggle answered {reason or 'nothing'}{_quote_output(client.captured_output)}")
     _wait_until_ready(client, name, previous_version, wait_s, poll_s)
     return "new version" if status else "created"
 
@@ -157,14 +159,14 @@ def _dataset_status(client: Any, name: str) -> str | None:
         try:
             return client.dataset_status(name)
         except requests.HTTPError as error:
-            # Kaggle answers 403 for missing datasets too. If it belongs to another user, creating it will fail.
+            # Kaggle returns 403 for missing datasets too. If the dataset belongs to another user, creating it will fail.
             if error.response is not None and error.response.status_code in (403, 404):
                 return None
             raise
 
 
 def _dataset_version(client: Any, name: str) -> int:
-    """Return the number of the dataset's current version; 0 if Kaggle reports none."""
+    """Return the number of the dataset's current version, 0 if Kaggle reports no version."""
     from kagglesdk.datasets.types.dataset_api_service import ApiGetDatasetRequest
 
     request = ApiGetDatasetRequest()
@@ -174,9 +176,9 @@ def _dataset_version(client: Any, name: str) -> int:
 
 
 def _has_same_files(client: Any, name: str, folder: Path) -> bool:
-    """Return whether the dataset has the folder's file names and sizes.
+    """Return whether the dataset's files have the same names and sizes as those in `folder`.
 
-    This suffices for wheels only, whose names contain their versions.
+    This comparison suffices only for wheels, whose names contain their versions.
     """
     with _calling_client(f"asking for the files of {name}", client.captured_output):
         listed = client.dataset_list_files(name, page_size=PAGE)
@@ -191,19 +193,19 @@ def _wait_until_ready(client: Any, name: str, previous_version: int, wait_s: flo
     """
     started = time.monotonic()
     while True:
-        # Wait before the first check: until the upload is registered, the status is that of the older version.
+        # Wait before the first check, because until the upload is registered, Kaggle reports the older version's status.
         time.sleep(poll_s)
         status = _dataset_status(client, name)
         if status == "ready" and (not previous_version or _dataset_version(client, name) > previous_version):
             return
         if status in ("failed", "deleted"):
             raise KernelError(
-                f"{name} was uploaded, but its status is {status!r}: see https://www.kaggle.com/datasets/{name}"
+                f"{name} was uploaded, but its status is {status!r}; see https://www.kaggle.com/datasets/{name}"
             )
         if time.monotonic() - started > wait_s:
             raise KernelError(
-                f"{name} was uploaded, but is not ready after {wait_s:g} s ({status or 'unknown'}), and the kernel was not "
-                f"pushed: see https://www.kaggle.com/datasets/{name} and push again"
+                f"{name} was uploaded, but is not ready after {wait_s:g} s (its status: {status or 'unknown'}), and the "
+                f"kernel was not pushed; see https://www.kaggle.com/datasets/{name} and push again"
             )
         logger.info("%s: %s", name, status or "not listed yet")
 
@@ -211,7 +213,7 @@ def _wait_until_ready(client: Any, name: str, previous_version: int, wait_s: flo
 def _push_kernel(client: Any, metadata: dict[str, Any], folder: Path) -> tuple[str, int]:
     """Push the kernel and return its URL and version.
 
-    Raises KernelError also if Kaggle has started the kernel although a source is missing.
+    Raises KernelError if Kaggle refuses the kernel, or starts it although a source is missing.
     """
     name = metadata["id"]
     logger.info("pushing the kernel %s", name)
@@ -220,7 +222,7 @@ def _push_kernel(client: Any, metadata: dict[str, Any], folder: Path) -> tuple[s
     if answer is None or answer.error:
         reason = (answer and answer.error) or "nothing"
         raise KernelError(
-            f"the kernel {name} was not pushed: Kaggle answers {reason}{_quote_output(client.captured_output)}"
+            f"the kernel {name} was not pushed: Kaggle answered {reason}{_quote_output(client.captured_output)}"
         )
     complaints = [
         f"{meaning}: {', '.join(getattr(answer, field))}" for field, meaning in COMPLAINTS.items() if getattr(answer, field)

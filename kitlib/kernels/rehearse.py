@@ -1,4 +1,4 @@
-"""Run a built kernel as Kaggle would: with the image's packages, Kaggle's folders, no network and a time limit."""
+"""Run a built kernel as on Kaggle: with the image's packages, Kaggle's folders, no network and a time limit."""
 
 import base64
 import json
@@ -29,10 +29,10 @@ from kitlib.scoring.validate import validate
 
 logger = logging.getLogger(__name__)
 
-# Environment variables that the GPU and the libraries need; the kernel gets no others of this machine.
+# Environment variables that the GPU and the libraries need; the kernel gets no other variables of this machine.
 PASSED_VARIABLES = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "TZ")
 WORKING, REHEARSAL, ENVIRONMENT = Path("/kaggle/working"), Path("/rehearsal"), Path("/environment")
-# Where Kaggle mounts inputs below /kaggle/input: by slug, or by kind, owner and slug. Kaggle uses both.
+# Kaggle mounts inputs below /kaggle/input either at their slug or at their kind, owner and slug; both layouts occur.
 LAYOUTS = {
     "plain": {"competition_sources": "{slug}", "dataset_sources": "{slug}", "kernel_sources": "{slug}"},
     "nested": {
@@ -45,29 +45,31 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """The outcome of a rehearsal.
+    """The result of a rehearsal.
 
-    The kernel's output is in `working`, its printed lines in `log`, its executed notebook in `executed`.
+    `working` is the folder with the kernel's output, `log` has its printed lines and `executed` is its executed notebook.
     """
 
     seconds: float
     limit_s: float
     problem: str  # why the notebook did not run to its end; empty if it did
     unfinished: bool  # the notebook ended at its session's deadline as intended, and its run can be resumed
-    result: str  # the file that a finished kernel writes, below `working`; empty if the notebook makes no run
-    faults: tuple[str, ...]  # of the result; a missing file is a fault
-    scores: dict[str, float] | None  # of a valid submission if the ground truth was given
-    not_isolated: str  # why no sandbox was possible; empty if the kernel ran in one
+    result: str  # path, below `working`, of the file that a finished kernel writes; empty if the notebook makes no run
+    faults: tuple[str, ...]  # faults of the result; a missing file is a fault
+    scores: dict[str, float] | None  # scores of a valid submission if the ground truth was passed
+    not_isolated: str  # why the kernel could not run in a sandbox; empty if it did
     working: Path
     log: Path
     executed: Path
 
     @property
     def in_time(self) -> bool:
+        """Whether the kernel ended within its time limit."""
         return self.seconds <= self.limit_s
 
     @property
     def passed(self) -> bool:
+        """Whether the kernel finished in time, without problems, and with a result without faults."""
         return self.in_time and not self.problem and not self.faults and not self.unfinished
 
 
@@ -80,24 +82,24 @@ def rehearse(
     on_line: Callable[[str], None] | None = None,
     layout: str = "plain",
 ) -> Rehearsal:
-    """Run `out`/kernel, built from `spec`, with the parameters of its rehearsal; return how it went.
+    """Run `out`/kernel, built from `spec`, with the parameters of its rehearsal; return the result.
 
-    The kernel is killed after `time_limit_s` seconds. Only the inputs that it names are attached: `out`/wheels,
-    `out`/weights, and for each other input the folder of that slug in `inputs`, mounted as `layout` (of LAYOUTS) says.
-    Replaces `out`/working, `out`/rehearsal.log and `out`/rehearsal.ipynb. `on_line` is called with each line that the kernel
-    prints. `truth`, for a submission only, is a folder with train_study_level.csv and train_image_level.csv. Symbolic links
-    in inputs that lead into the project's folder or below /tmp are broken for the kernel, which sees neither. Raises
-    KernelError if the rehearsal cannot start, for example because an input is missing.
+    The kernel is killed after `time_limit_s` seconds. Only the inputs in its metadata are attached: `out`/wheels,
+    `out`/weights, and for each other input the folder in `inputs` with its slug. `layout`, a key of LAYOUTS, decides where
+    they are mounted. Replaces `out`/working, `out`/rehearsal.log and `out`/rehearsal.ipynb. `on_line` is called with each
+    line that the kernel prints. `truth`, only for a submission, is a folder with train_study_level.csv and
+    train_image_level.csv. Symbolic links in inputs that lead into the project's folder or below /tmp are broken inside the
+    kernel, where both are hidden. Raises KernelError if the rehearsal cannot start, for example if an input is missing.
     """
     out, inputs = Path(out).resolve(), Path(inputs).resolve()
     metadata = _read_metadata(spec, out)
     built_datasets = _find_built_datasets(out)
     folders = _find_inputs(metadata, built_datasets, inputs, LAYOUTS[layout])
     if truth and not spec.is_submission:
-        raise KernelError(f"{spec.slug} makes no submission that the truth could score; leave the truth out")
+        raise KernelError(f"{spec.slug} makes no submission to score with the ground truth; leave the ground truth out")
     sample = inputs / spec.competition / "sample_submission.csv"
     if spec.is_submission and not sample.is_file():
-        raise KernelError(f"{sample} does not exist; the inputs are a folder that contains {spec.competition}/")
+        raise KernelError(f"{sample} does not exist; the folder of inputs must contain {spec.competition}/")
     packages = link_kaggle_packages()
     working, log, executed = out / "working", out / "rehearsal.log", out / "rehearsal.ipynb"
     shutil.rmtree(working, ignore_errors=True)
@@ -136,12 +138,12 @@ def _read_metadata(spec: KernelSpec, out: Path) -> dict[str, Any]:
     if metadata["id"] != f"{spec.owner}/{spec.slug}":
         raise KernelError(f"{out} contains {metadata['id']}, not {spec.owner}/{spec.slug}; build the kernel first")
     if metadata["enable_internet"]:
-        logger.warning("On Kaggle this kernel has internet access; its rehearsal has none.")
+        logger.warning("On Kaggle this kernel has internet access, but its rehearsal has none.")
     return metadata
 
 
 def _find_built_datasets(out: Path) -> dict[str, Path]:
-    """Return the folders of the datasets that were built with the kernel, by OWNER/SLUG."""
+    """Return the folders of the datasets that were built with the kernel, keyed by OWNER/SLUG."""
     metadata_paths = {folder: folder / "dataset-metadata.json" for folder in (out / "wheels", out / "weights")}
     return {
         json.loads(file.read_text(encoding="utf-8"))["id"]: folder
@@ -153,9 +155,10 @@ def _find_built_datasets(out: Path) -> dict[str, Path]:
 def _find_inputs(
     metadata: dict[str, Any], built_datasets: dict[str, Path], inputs: Path, layout: dict[str, str]
 ) -> dict[str, Path]:
-    """Return the inputs' folders by their paths below /kaggle/input.
+    """Return the inputs' folders, keyed by their paths below /kaggle/input.
 
-    Raises KernelError that lists all missing inputs, or if a dataset exists both in the build and in `inputs`.
+    Raises KernelError if inputs are missing, all of which the message lists, or if a dataset exists both in the build and in
+    `inputs`.
     """
     folders, missing = {}, []
     for kind, pattern in layout.items():
@@ -163,27 +166,29 @@ def _find_inputs(
             owner, _, slug = source.rpartition("/")
             folder = inputs / slug
             if source in built_datasets and folder.is_dir():
-                raise KernelError(f"{source} was built and is also in {inputs}; remove one of them")
+                raise KernelError(f"{source} was built and is also in {inputs}; remove one of the two")
             folder = built_datasets.get(source, folder)
             if not folder.is_dir():
                 advice = "that kernel's output, or a link to its rehearsal's working/"
                 advice = advice if kind == "kernel_sources" else "see inputs/README.md"
-                missing.append(f"{folder} for {source} of its {kind}: {advice}")
+                missing.append(f"{folder}, for {source} in {kind} ({advice})")
             folders[pattern.format(owner=owner, slug=slug)] = folder
     if missing:
-        raise KernelError("inputs of the kernel are missing: there is no " + "; no ".join(missing))
+        raise KernelError("inputs of the kernel are missing: " + "; ".join(missing))
     return folders
 
 
 def _installable_wheels(wheels: Path, replacement_folder: Path) -> Path:
     """Return a folder of wheels that this Python can install.
 
-    This is `wheels` itself or, if these are for another Python, `replacement_folder`, filled with the same versions.
+    This is `wheels` or, if its wheels are for another Python, `replacement_folder`, which is filled with the same versions.
     """
     wheel_files = sorted(wheels.glob("*.whl"))
     if are_installable(wheel_files):
         return wheels
-    logger.warning("This Python cannot install the wheels for Kaggle's Python 3.12; using the same versions built for it.")
+    logger.warning(
+        "This Python cannot install the wheels for Kaggle's Python 3.12; using wheels of the same versions for this Python."
+    )
     replacement_folder.mkdir()
     for wheel in local_wheels(parse_pins(wheel_files)):
         shutil.copyfile(wheel, replacement_folder / wheel.name)
@@ -191,7 +196,7 @@ def _installable_wheels(wheels: Path, replacement_folder: Path) -> Path:
 
 
 def _check_result(spec: KernelSpec, working: Path, sample: Path) -> tuple[str, bool, tuple[str, ...]]:
-    """Return the path of the result below `working`, whether the run is merely unfinished, and the result's faults."""
+    """Return the path of the result below `working`, whether the run can be resumed, and the result's faults."""
     if spec.is_submission:
         result = working / "submission.csv"
         faults = (
@@ -206,7 +211,7 @@ def _check_result(spec: KernelSpec, working: Path, sample: Path) -> tuple[str, b
     result, record = working / run / "metrics.json", working / run / "record.json"
     if result.is_file():
         return f"{run}/{result.name}", False, ()
-    # A training that its session's deadline ended leaves a record and checkpoints.
+    # A training run that ended at its session's deadline has left a record and checkpoints.
     unfinished = record.is_file() and any((working / run).rglob("checkpoints"))
     return f"{run}/{result.name}", unfinished, (f"{run}/{result.name} does not exist in {working}",)
 
@@ -222,7 +227,7 @@ def _isolated_command(
 ) -> tuple[list[str], dict[str, str]]:
     """Return the command that runs the notebook in a sandbox, and its environment.
 
-    `temporary_folder` holds the sandbox's root, environment and /tmp; the caller deletes it.
+    `temporary_folder` contains the sandbox's root, environment and /tmp; the caller deletes it.
     """
     for name in ("root", "tmp/home"):
         (temporary_folder / name).mkdir(parents=True)
@@ -260,11 +265,11 @@ def _unisolated_command(
 ) -> tuple[list[str], dict[str, str]]:
     """Return the command that runs the notebook without a sandbox, with links instead of mounts, and its environment.
 
-    It is used on systems without private namespaces.
+    This is the fallback for systems without private namespaces.
     """
     logger.warning(
-        "Not isolated, because this system has no private namespaces (%s): the kernel could reach the network, write into "
-        "its inputs and see this machine's files. Its packages, its time limit and its output are as on Kaggle.",
+        "The rehearsal is not isolated, because this system has no private namespaces (%s): the kernel could reach the "
+        "network, write into its inputs and see this machine's files. Packages, time limit and output are as on Kaggle.",
         no_sandbox_reason(),
     )
     root = temporary_folder / "kaggle"
@@ -295,9 +300,9 @@ def _environment(python: Path, home: str) -> dict[str, str]:
 
 
 def _papermill_options(spec: KernelSpec) -> list[str]:
-    """Return papermill's options for the rehearsal's parameters, [] if the kernel has none.
+    """Return papermill's options for the rehearsal's parameters, [] if the kernel has no such parameters.
 
-    Papermill replaces the cell of injected parameters, so all parameters are passed.
+    All parameters are passed, because papermill replaces the cell of injected parameters.
     """
     if not spec.rehearsal:
         return []
@@ -318,9 +323,9 @@ def run_with_limit(
     log: Path,
     on_line: Callable[[str], None] | None,
 ) -> tuple[int, float]:
-    """Run a command, copying its output to `log`; return its exit code and its duration in seconds.
+    """Run a command in the folder `working`, copying its output to `log`; return its exit code and duration in seconds.
 
-    After `time_limit_s` seconds all its processes are killed.
+    After `time_limit_s` seconds all its processes are killed. `on_line` is called with each line of output.
     """
     started = time.monotonic()
     process = subprocess.Popen(
@@ -356,5 +361,5 @@ def _find_problem(exit_code: int, is_over_limit: bool, executed: Path) -> str:
         return "the time limit was reached"
     text = executed.read_text(encoding="utf-8")
     cell = first_problem(executed) if text else "papermill wrote no notebook"
-    # A killed kernel can leave a notebook whose cells all look completed.
+    # The notebook of a killed kernel may look as if all cells were completed.
     return cell or (f"papermill's exit code is {exit_code}" if exit_code else "")

@@ -1,8 +1,8 @@
 """Runs a command in a sandbox: private mounts, processes and network, with chosen folders mounted at chosen paths.
 
-It uses Linux namespaces through util-linux's `unshare`, without an image, a daemon or, where the system lets users create
-namespaces, root rights. This file is also the program that sets the sandbox up from inside, so it imports only the standard
-library.
+It uses Linux namespaces through util-linux's `unshare` and needs no image, no daemon and, on systems where users may create
+namespaces, no root rights. This file is also the program that sets up the sandbox from inside, so it imports only the
+standard library.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Not shared with the machine: /proc is private, and /tmp is empty (and read-only unless `writable` names it).
+# Folders that are not shared with the machine: /proc is private; /tmp is empty, and read-only unless it is in `writable`.
 PRIVATE_FOLDERS = ("proc", "tmp")
 # linux/mount.h, asm/unistd.h (one number on all architectures) and net/if.h
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, RDONLY = 442, -100, 0x8000, 1
@@ -38,9 +38,9 @@ def sandbox_command(
     """Return the command line that runs `command` in a sandbox.
 
     `root` is an empty folder on which the sandbox's file system is mounted. `read_only` and `writable` map absolute paths in
-    the sandbox to files and folders outside. Everything else of this machine is visible and read-only, except the folders in
-    `hidden`. The only network is the loopback. `folder` is the working directory. Killing the returned command kills every
-    process in the sandbox. Raises RuntimeError if this system has no private namespaces.
+    the sandbox to files and folders outside. The rest of this machine's file system is visible and read-only, except the
+    folders in `hidden`. The only network is the loopback. `folder` is the working directory. Killing the process of the
+    returned command kills every process in the sandbox. Raises RuntimeError if this system has no private namespaces.
     """
     unshare, reason = _find_unshare()
     if unshare is None:
@@ -48,8 +48,8 @@ def sandbox_command(
     plan = {
         "command": list(command),
         "root": str(root),
-        "read_only": {place: os.path.realpath(source) for place, source in read_only.items()},
-        "writable": {place: os.path.realpath(source) for place, source in writable.items()},
+        "read_only": {target: os.path.realpath(source) for target, source in read_only.items()},
+        "writable": {target: os.path.realpath(source) for target, source in writable.items()},
         "hidden": [os.path.realpath(path) for path in hidden],
         "keep": [os.path.realpath(sys.base_prefix)],
         "folder": folder,
@@ -58,17 +58,17 @@ def sandbox_command(
 
 
 def no_sandbox_reason() -> str:
-    """Return why this system cannot run a sandbox; empty if it can."""
+    """Return the reason why this system cannot run a sandbox, "" if it can."""
     return _find_unshare()[1]
 
 
 @functools.cache
 def _find_unshare() -> tuple[list[str] | None, str]:
-    """Return the `unshare` command that works here, or None and the reason why none works."""
+    """Return the `unshare` command that works on this system and "", or None and the reason why none works."""
     if not shutil.which("unshare"):
-        return None, "the program `unshare` (package util-linux) is missing"
+        return None, "the program `unshare` (package util-linux) is not installed"
     reason = ""
-    # Root tries without a user namespace first, because some systems forbid user namespaces.
+    # As root, a sandbox without a user namespace is tried first, because some systems forbid user namespaces.
     for user_options in [[], ["--map-root-user"]] if os.geteuid() == 0 else [["--map-root-user"]]:
         command = ["unshare", *user_options, "--mount", "--net", "--pid", "--fork", "--kill-child=KILL"]
         with tempfile.TemporaryDirectory() as root:
@@ -144,7 +144,7 @@ def _mount(*arguments: object) -> None:
 
 
 def _make_read_only(folder: Path) -> None:
-    """Make the mount at `folder` and all mounts below it read-only; other mount flags stay. Raises OSError if it fails."""
+    """Make the mount at `folder` and all mounts below it read-only, keeping other mount flags. Raises OSError on failure."""
     libc = ctypes.CDLL(None, use_errno=True)
     attributes = struct.pack("QQQQ", RDONLY, 0, 0, 0)
     if libc.syscall(MOUNT_SETATTR, AT_FDCWD, os.fsencode(folder), AT_RECURSIVE, attributes, len(attributes)):
@@ -161,7 +161,7 @@ def _bring_loopback_up() -> None:
 def _run_as_init(command: list[str]) -> int:
     """Run a command as the sandbox's first process, which must also reap orphaned processes.
 
-    Returns the exit code as a shell does: 128 plus the number of the signal that killed the command.
+    Returns the command's exit code or, as a shell does, 128 plus the number of the signal that killed the command.
     """
     child = os.posix_spawnp(command[0], command, os.environ)
     while True:

@@ -17,10 +17,10 @@ from kitlib.paths import project_root
 from kitlib.settings import Settings, from_dict
 
 ACCELERATORS = ("NvidiaTeslaT4", "none")
-# Kaggle's minimum and maximum lengths; its client requires longer slugs for new datasets and for attached kernels.
+# Kaggle's minimum and maximum lengths; Kaggle's client requires longer slugs for new datasets and for attached kernels.
 TITLE, SLUG = (6, 50), (3, 50)
 NEW_DATASET, KERNEL_SOURCE = (6, 50), (5, 50)
-# Key -> the bundle's subfolder in the run that it names, and which runs have one.
+# Key of a run -> the subfolder of the bundle in that run, and which runs have such a bundle.
 BUNDLE_KEYS = {
     "lungs": ("bundle", "a run of notebook 14, or a fold of notebook 12"),
     "ensemble": ("ensemble", "a run of notebook 65 on study models"),
@@ -30,52 +30,56 @@ SLUG_LETTERS = re.compile(r"[A-Za-z0-9_-]+")
 
 @dataclass(frozen=True)
 class KernelSpec(Settings):
-    """One Kaggle kernel as its YAML file describes it.
+    """One Kaggle kernel, as its YAML file describes it.
 
     Paths are relative to the project's root. A source without a `/` belongs to the owner.
     """
 
-    title: str = ""  # Kaggle derives the slug from the title, so it must give `slug`
+    title: str = ""  # Kaggle derives the slug from the title; the result must be `slug`
     slug: str = ""
     owner: str = ""  # Kaggle user name
-    competition: str = "siim-covid19-detection"  # whose data are attached; empty: no competition
-    dataset_sources: tuple[str, ...] = ()  # datasets that are attached
-    kernel_sources: tuple[str, ...] = ()  # kernels whose output (their runs) is attached
+    competition: str = "siim-covid19-detection"  # the competition whose data are attached; empty: no competition
+    dataset_sources: tuple[str, ...] = ()  # datasets to attach
+    kernel_sources: tuple[str, ...] = ()  # kernels whose output (their runs) to attach
     wheels: str = ""  # slug of the wheels dataset, which several kernels may share; empty: SLUG-wheels
-    accelerator: str = "NvidiaTeslaT4"  # two T4, or "none" for a CPU kernel
+    accelerator: str = "NvidiaTeslaT4"  # two T4 GPUs, or "none" for a CPU kernel
     internet: bool = False
     time_limit_hours: float = 9.0
     notebook: str = "notebooks/70_submit.ipynb"
     parameters: dict[str, Any] = field(default_factory=dict)  # for the notebook's `parameters` cell
-    rehearsal: dict[str, Any] = field(default_factory=dict)  # parameters that replace others in a rehearsal
-    runs: tuple[str, ...] = ()  # run folders or globs of them, most valuable first; each contains `bundle/`
-    fusion: str | None = None  # fusion.json, tuned on out-of-fold predictions
+    rehearsal: dict[str, Any] = field(default_factory=dict)  # parameters that replace `parameters` in a rehearsal
+    runs: tuple[str, ...] = ()  # run folders or glob patterns, most valuable first; each folder contains `bundle/`
+    fusion: str | None = None  # path of a fusion.json, tuned on out-of-fold predictions
     ensemble: str | None = None  # run of notebook 65 that combines the study models of `runs`
-    lungs: str | None = None  # run of notebook 14 (or fold of 12) whose `bundle/` segments the lungs of test images
+    lungs: str | None = None  # run of notebook 14 (or fold of 12) whose `bundle/` segments the lungs in test images
 
     @property
     def weights_slug(self) -> str:
+        """Slug of the weights dataset."""
         return f"{self.slug}-weights"
 
     @property
     def wheels_slug(self) -> str:
+        """Slug of the wheels dataset."""
         return self.wheels or f"{self.slug}-wheels"
 
     @property
     def time_limit_s(self) -> float:
+        """Time limit in seconds."""
         return self.time_limit_hours * 3600
 
     @property
     def notebook_path(self) -> Path:
+        """Absolute path of the notebook."""
         return project_root() / self.notebook
 
     @property
     def is_submission(self) -> bool:
-        """Whether the notebook runs trained models, which go into a dataset: it then has a parameter `weights`."""
+        """Whether the notebook has a parameter `weights`: it then runs trained models, which go into a dataset."""
         return "weights" in self.notebook_parameters()
 
     def notebook_parameters(self) -> dict[str, Any]:
-        """Return the notebook's parameters by name, as papermill describes them.
+        """Return the notebook's parameters, keyed by name, as papermill describes them.
 
         Raises KernelError if the notebook does not exist.
         """
@@ -84,13 +88,14 @@ class KernelSpec(Settings):
         return papermill.inspect_notebook(str(self.notebook_path))
 
     def injected_parameters(self, rehearsed: bool = False) -> dict[str, Any]:
-        """Return all parameters that are passed to the notebook, in a rehearsal if `rehearsed`.
+        """Return all parameters that are passed to the notebook, including those of the rehearsal if `rehearsed`.
 
-        The parameters `competition`, `weights`, `wheels` and `time_limit_s` come from the kernel's own keys if the notebook
-        has them. Raises KernelError if the file sets one of these, or a parameter that the notebook does not have.
+        The parameters `competition`, `weights`, `wheels` and `time_limit_s` are set from the kernel's own keys if the
+        notebook has them. Raises KernelError if `parameters` or `rehearsal` contains one of these four, or a parameter that
+        the notebook does not have.
         """
         kernel_values = {"weights": self.weights_slug, "wheels": self.wheels_slug, "time_limit_s": self.time_limit_s}
-        # If the kernel has no competition, the file may set the parameter to an attached dataset.
+        # If the kernel has no competition, the file may set the parameter `competition` to an attached dataset.
         kernel_values = ({"competition": self.competition} if self.competition else {}) | kernel_values
         valid = self.notebook_parameters()
         kernel_values = {name: value for name, value in kernel_values.items() if name in valid}
@@ -98,8 +103,8 @@ class KernelSpec(Settings):
             repeated = sorted(set(kernel_values) & set(parameters))
             if repeated:
                 raise KernelError(
-                    f"{key}: {', '.join(repeated)} cannot be set here; change the kernel's own keys instead (competition, "
-                    "slug, wheels, time_limit_hours)"
+                    f"{key}: {', '.join(repeated)} cannot be set as a parameter; change the kernel's own keys instead "
+                    "(competition, slug, wheels, time_limit_hours)"
                 )
             try:
                 check_parameters(self.notebook_path, parameters)
@@ -108,9 +113,9 @@ class KernelSpec(Settings):
         return kernel_values | self.parameters | (self.rehearsal if rehearsed else {})
 
     def run_folder(self, rehearsed: bool = False) -> str | None:
-        """Return the folder of the run that the notebook makes, below Kaggle's working folder; None if it makes no run.
+        """Return the path, below Kaggle's working folder, of the run that the notebook makes; None if it makes no run.
 
-        Raises KernelError for a path outside of the working folder, where Kaggle keeps nothing.
+        Raises KernelError for a path outside of the working folder, because Kaggle keeps only files in it.
         """
         valid = self.notebook_parameters()
         if "run_folder" not in valid or self.is_submission:
@@ -118,7 +123,7 @@ class KernelSpec(Settings):
         folder = self.injected_parameters(rehearsed).get("run_folder", ast.literal_eval(valid["run_folder"]["default"]))
         if not folder or Path(folder).is_absolute() or ".." in Path(folder).parts:
             raise KernelError(
-                f"run_folder is {folder!r}, but Kaggle keeps only what is below /kaggle/working; use a relative path"
+                f"run_folder is {folder!r}, but Kaggle keeps only files below /kaggle/working; use a relative path"
             )
         return folder
 
@@ -127,7 +132,7 @@ class KernelSpec(Settings):
         return [entry if "/" in entry else f"{self.owner}/{entry}" for entry in entries]
 
     def named_bundle(self, key: str) -> Path | None:
-        """Return the bundle folder of the run that `key` (of BUNDLE_KEYS) names; None if the key is empty.
+        """Return the bundle folder of the run in `key`, one of BUNDLE_KEYS; None if the kernel's value is empty.
 
         Raises KernelError if the run has no bundle.
         """
@@ -136,11 +141,11 @@ class KernelSpec(Settings):
         subfolder, advice = BUNDLE_KEYS[key]
         bundle = project_root() / getattr(self, key) / subfolder
         if not bundle.is_dir():
-            raise KernelError(f"{key}: {bundle} does not exist; name {advice}")
+            raise KernelError(f"{key}: {bundle} does not exist; give {advice}")
         return bundle
 
     def bundles(self) -> list[Path]:
-        """Return the bundle folders of `runs`, most valuable first, without repetitions.
+        """Return the bundle folders of `runs`, in order and without duplicates.
 
         Raises KernelError for an entry without a bundle.
         """
@@ -155,10 +160,10 @@ class KernelSpec(Settings):
 
 
 def read_spec(path: str | Path, owner: str | None = None) -> KernelSpec:
-    """Return the kernel that the file at `path` describes.
+    """Return the kernel that the YAML file at `path` describes.
 
-    Its owner is `owner`, else the environment's KAGGLE_USERNAME, else the file's. Raises KernelError that names every fault:
-    unknown keys (with the valid ones), missing values or values of the wrong type, and names that Kaggle does not accept.
+    Its owner is `owner`, else the environment variable KAGGLE_USERNAME, else the owner in the file. Raises KernelError for a
+    missing file, unknown keys, missing values, values of the wrong type, and names that Kaggle does not accept.
     """
     path = Path(path)
     if not path.is_file():
@@ -188,20 +193,20 @@ def _find_faults(spec: KernelSpec) -> list[str]:
     if not is_submission and (spec.runs or spec.fusion or spec.lungs or spec.ensemble):
         faults.append(
             f"runs, fusion, ensemble and lungs need a notebook with a parameter `weights`, which {spec.notebook_path.name} "
-            "does not have; attach a run that another kernel made by kernel_sources"
+            "does not have; to use a run that another kernel made, add that kernel to kernel_sources"
         )
     if spec.title and make_slug(spec.title) != spec.slug:
-        faults.append(f"slug is {spec.slug!r}, but the title {spec.title!r} gives {make_slug(spec.title)!r} on Kaggle")
+        faults.append(f"slug is {spec.slug!r}, but Kaggle makes {make_slug(spec.title)!r} of the title {spec.title!r}")
     built_datasets = (["weights"] if is_submission else []) + ([] if spec.wheels else ["wheels"])
     for title in (spec.title, *(f"{spec.title} {word}" for word in built_datasets)):
         if spec.title and not TITLE[0] <= len(title) <= TITLE[1]:
-            faults.append(f"the title {title!r} has {len(title)} characters, Kaggle allows {TITLE[0]} to {TITLE[1]}")
+            faults.append(f"the title {title!r} has {len(title)} characters, but Kaggle allows {TITLE[0]} to {TITLE[1]}")
     if spec.slug:
         faults += _find_slug_faults(spec.slug, SLUG)
         faults += _find_slug_faults(spec.wheels_slug, NEW_DATASET)
         faults += _find_slug_faults(spec.weights_slug, NEW_DATASET) if is_submission else []
     if spec.owner and not re.fullmatch(r"[a-z0-9-]+", spec.owner):
-        faults.append(f"owner {spec.owner!r} is not a Kaggle user name: use lower-case letters, digits and hyphens")
+        faults.append(f"owner {spec.owner!r} is not a Kaggle user name; use lower-case letters, digits and hyphens")
     if spec.accelerator not in ACCELERATORS:
         faults.append(f"accelerator {spec.accelerator!r} is unknown; valid: {', '.join(ACCELERATORS)}")
     if not 0 < spec.time_limit_hours <= 12:
@@ -211,19 +216,19 @@ def _find_faults(spec: KernelSpec) -> list[str]:
 
 def _find_slug_faults(slug: str, characters: tuple[int, int]) -> list[str]:
     if not SLUG_LETTERS.fullmatch(slug):
-        return [f"the slug {slug!r} may only have letters, digits, - and _"]
+        return [f"the slug {slug!r} has other characters than letters, digits, - and _"]
     if not characters[0] <= len(slug) <= characters[1]:
-        return [f"the slug {slug!r} has {len(slug)} characters, Kaggle allows {characters[0]} to {characters[1]}"]
+        return [f"the slug {slug!r} has {len(slug)} characters, but Kaggle allows {characters[0]} to {characters[1]}"]
     return []
 
 
 def _find_source_faults(spec: KernelSpec, is_submission: bool) -> list[str]:
-    """Return faults of the attached inputs, among them equal slugs, which Kaggle would mount at the same path."""
+    """Return faults of the attached inputs. Equal slugs are a fault, because Kaggle would mount them at the same path."""
     faults, slugs = [], [spec.competition, spec.wheels_slug, *([spec.weights_slug] if is_submission else [])]
     for key, characters in (("dataset_sources", SLUG), ("kernel_sources", KERNEL_SOURCE)):
         for entry in getattr(spec, key):
             if entry.count("/") > 1 or not all(entry.split("/")):
-                faults.append(f"{key}: {entry!r} is neither a slug of the owner's nor OWNER/SLUG")
+                faults.append(f"{key}: {entry!r} is neither SLUG, an input of the owner, nor OWNER/SLUG")
                 continue
             faults += [f"{key}: {fault}" for fault in _find_slug_faults(entry.split("/")[-1], characters)]
             slugs.append(entry.split("/")[-1])

@@ -1,4 +1,4 @@
-"""The first cell of a kernel, which runs before kitlib is available: start the clock, unpack kitlib, install the wheels.
+"""The first cell of a kernel, which runs before kitlib is available: starts the clock, unpacks kitlib, installs the wheels.
 
 The source of this file is copied into the kernel, so its top-level imports are from the standard library only.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 def start_kernel(packed: str, wheels: str = "") -> Path:
     """Unpack the embedded library (base64 of a tar.bz2) into a new folder and return the folder.
 
-    The folder comes first on the import path of this process and of its child processes. Then the dataset `wheels` is
-    installed, unless it is empty because the notebook installs the wheels. Sets KIT_STARTED, in seconds of time.monotonic(),
-    from which deadlines count, unless a rehearsal has set it already. Raises the errors of `install_wheels`.
+    Puts the folder first on the import path of this process and of its child processes. Then installs the wheels dataset
+    with the slug `wheels`; if it is empty, the notebook installs its wheels itself. Sets KIT_STARTED, the start of all
+    deadlines in seconds of time.monotonic(), unless a rehearsal has set it already. Raises the errors of `install_wheels`.
     """
     os.environ.setdefault("KIT_STARTED", str(time.monotonic()))
     folder = Path(tempfile.mkdtemp(prefix="kit-"))

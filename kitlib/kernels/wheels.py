@@ -1,4 +1,4 @@
-"""The wheels dataset: packages that the notebooks import and Kaggle's image lacks, at the versions of requirements.txt."""
+"""The wheels dataset: packages that notebooks import and Kaggle's image lacks, at the versions in requirements.txt."""
 
 import logging
 import os
@@ -21,8 +21,8 @@ from kitlib.paths import project_root
 
 logger = logging.getLogger(__name__)
 
-# What kernels install, for training and inference. Tools that run plans or push kernels (Snakemake, Kaggle's client) are
-# not needed on Kaggle.
+# The packages that kernels install for training and inference. Tools that run plans or push kernels (Snakemake, Kaggle's
+# client) are not needed on Kaggle.
 INFERENCE = (
     "ultralytics",
     "ultralytics-thop",
@@ -34,7 +34,7 @@ INFERENCE = (
     "imagecodecs",
     "pebble",
 )
-# (wheel, requirement): why the kernel does not need it. Training and running a detector was observed to import neither.
+# (wheel, its requirement) -> why kernels do not need it. Neither is imported when a detector is trained or predicts.
 UNNEEDED = {
     (
         "ultralytics",
@@ -49,12 +49,12 @@ IMAGE_PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_
 
 
 def image_pins() -> dict[str, str]:
-    """Return the version of each package in Kaggle's image, by canonical name."""
+    """Return the version of each package in Kaggle's image, keyed by canonical name."""
     return read_pins(Path(__file__).with_name("kaggle_image.txt"))
 
 
 def inference_pins(requirements: str | Path | None = None) -> dict[str, str]:
-    """Return the versions of the packages in INFERENCE, from requirements.txt.
+    """Return the versions of the packages in INFERENCE from requirements.txt, keyed by canonical name.
 
     Raises KernelError for a package that is not pinned, or that Kaggle's image already has.
     """
@@ -69,7 +69,7 @@ def inference_pins(requirements: str | Path | None = None) -> dict[str, str]:
 
 
 def read_pins(path: str | Path) -> dict[str, str]:
-    """Return the versions of the `name==version` lines of a requirements file, by canonical name.
+    """Return the versions in the `name==version` lines of a requirements file, keyed by canonical name.
 
     Comments and options are skipped.
     """
@@ -79,10 +79,10 @@ def read_pins(path: str | Path) -> dict[str, str]:
 
 
 def kaggle_wheels(pins: Mapping[str, str], cache: str | Path | None = None) -> list[Path]:
-    """Return the wheels of `pins` for Kaggle's image, sorted.
+    """Return the sorted paths of the wheels for Kaggle's image of the packages and versions in `pins`.
 
-    They come from the cache (default `build/wheels`); missing ones are downloaded into it. Raises KernelError if pip finds
-    none.
+    Wheels that are not in the folder `cache` (default `build/wheels`) are downloaded into it. Raises KernelError if pip does
+    not find a wheel.
     """
     options = ["--python-version", "{}.{}".format(*IMAGE_PYTHON), "--implementation", "cp"]
     for abi in ("cp312", "abi3", "none"):
@@ -93,10 +93,10 @@ def kaggle_wheels(pins: Mapping[str, str], cache: str | Path | None = None) -> l
 
 
 def local_wheels(pins: Mapping[str, str], cache: str | Path | None = None) -> list[Path]:
-    """Return the wheels of `pins` for the running Python, sorted.
+    """Return the sorted paths of the wheels for the running Python of the packages and versions in `pins`.
 
-    They come from the cache (default `build/wheels-cp311` or the like); missing ones are downloaded into it. Raises
-    KernelError if pip finds none.
+    Wheels that are not in the folder `cache` (by default, for example, `build/wheels-cp311`) are downloaded into it. Raises
+    KernelError if pip does not find a wheel.
     """
     name = f"wheels-cp{sys.version_info.major}{sys.version_info.minor}"
     return _fetch_wheels(pins, Path(cache or project_root() / "build" / name), frozenset(sys_tags()), [])
@@ -109,7 +109,7 @@ def image_tags() -> frozenset[Tag]:
 
 
 def parse_pins(wheels: Iterable[Path]) -> dict[str, str]:
-    """Return the versions that the file names of wheels state, by canonical name.
+    """Return the versions in the file names of wheels, keyed by canonical name.
 
     Raises KernelError for a file that is not a wheel.
     """
@@ -123,7 +123,7 @@ def are_installable(wheels: Iterable[Path]) -> bool:
 
 
 def check_wheels(wheels: Iterable[Path], image: Mapping[str, str]) -> None:
-    """Raise KernelError that lists every wheel that the image cannot install and every requirement that is not met.
+    """Raise KernelError if the image cannot install a wheel or if a wheel's requirement is not met; list all of these.
 
     `image` maps canonical names to versions. Requirements are met by the image or by another wheel; markers are evaluated
     for the image, and requirements of extras are ignored.
@@ -145,7 +145,7 @@ def check_wheels(wheels: Iterable[Path], image: Mapping[str, str]) -> None:
     for wheel in wheels:
         name, _, tags = _parse_filename(wheel)
         if not tags & image_tags():
-            faults.append(f"{wheel.name} is not for Python 3.12 on Linux with glibc 2.35")
+            faults.append(f"{wheel.name} is not built for Python 3.12 on Linux with glibc 2.35")
         metadata = _read_metadata(wheel)
         if metadata.requires_python and environment["python_full_version"] not in metadata.requires_python:
             faults.append(f"{wheel.name} requires Python {metadata.requires_python}")
@@ -166,7 +166,7 @@ def _find_unmet(name: str, requirement: Requirement, attached: Mapping[str, str]
     if requirement.specifier.contains(version, prereleases=True):
         return []
     source = "an attached wheel" if required in attached else "the image"
-    return [f"{name} requires {requirement}, {source} has {required} {version}; pin a version of {name} that accepts it"]
+    return [f"{name} requires {requirement}, but {source} has {required} {version}; pin a version of {name} that accepts it"]
 
 
 def _read_metadata(wheel: Path) -> Metadata:
@@ -185,7 +185,9 @@ def _parse_filename(wheel: Path) -> tuple[str, str, frozenset[Tag]]:
     try:
         name, version, _, tags = parse_wheel_filename(wheel.name)
     except InvalidWheelFilename as error:
-        raise KernelError(f"{wheel} is not a wheel, and Kaggle cannot build one offline; attach only .whl files") from error
+        raise KernelError(
+            f"{wheel} is not a wheel, and Kaggle cannot build a wheel without internet; attach only .whl files"
+        ) from error
     return name, str(version), tags
 
 

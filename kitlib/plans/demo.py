@@ -1,4 +1,4 @@
-"""Run the whole kit on a phantom competition: from DICOM files to a scored submission.csv, in minutes on two CPU cores."""
+"""Run the whole kit on a phantom competition, from DICOM files to a scored submission.csv, in minutes on two CPU cores."""
 
 import os
 import shutil
@@ -22,8 +22,8 @@ TRAININGS = 3  # training steps of the plan that can run at the same time
 def demo_plan(whole: bool = False) -> Plan:
     """Return the plan of `make demo`.
 
-    With `whole`, it also segments lungs, pre-trains on phantoms of NIH and RSNA, and trains on pseudo-labels of the test
-    set.
+    If `whole`, the plan also segments lungs, pre-trains on phantoms of NIH and RSNA, and trains on pseudo-labels for the
+    test set.
     """
     return read_plan(project_root() / "submissions" / "plans" / ("demo_whole.yaml" if whole else "demo.yaml"))
 
@@ -35,8 +35,8 @@ def run_demo(plan: Plan, console: Console, times_the_floor: float = 3.0) -> dict
     submission, which a model that ignores its images does not reach.
     """
     started = time.monotonic()
-    # The trainings run at the same time with one thread each, because small models gain little from a second thread.
-    # Afresh, because otherwise runs of an earlier version of kitlib would count as done.
+    # The trainings run at the same time with one thread each, because small models gain little from a second thread. The
+    # plan starts afresh, because otherwise runs of an earlier version of kitlib would count as done.
     run_plan(plan, console, cores=max(TRAININGS, os.cpu_count() or 1), afresh=True)
     parameters = plan.planned["report"].parameters
     submission = plan.runs / "submission.csv"
@@ -51,7 +51,10 @@ def run_demo(plan: Plan, console: Console, times_the_floor: float = 3.0) -> dict
 def _compare_with_floor(
     truth: Path, submission: Path, sample: Path, times_the_floor: float, console: Console, seconds: float
 ) -> dict[str, float]:
-    """Print the scores of the submission and of the sample; return the submission's. Raises PlanError if it is too low."""
+    """Print the scores of the submission and of the sample; return the submission's.
+
+    Raises PlanError if the submission's score is not above `times_the_floor` times the sample's.
+    """
     scores, floor = score_files(truth, submission), score_files(truth, sample)
     table = Table("", "submission", "all-negative floor", title=f"{submission}, after {seconds:.0f} s")
     for name in (*SCORED_CLASSES, "opacity_boxed", "score"):
@@ -59,7 +62,7 @@ def _compare_with_floor(
     console.print(table)
     if not scores["score"] > times_the_floor * floor["score"]:
         raise PlanError(
-            f"{submission}: the score {scores['score']:.4f} is not above {times_the_floor:g} times that of the all-negative "
-            f"sample, {floor['score']:.4f}; the models have not learned"
+            f"{submission}: the score {scores['score']:.4f} is not above {times_the_floor:g} times the score of the "
+            f"all-negative sample, {floor['score']:.4f}; the models have not learned"
         )
     return scores

@@ -1,4 +1,4 @@
-"""Run a plan with Snakemake, which decides what runs when and where; show its progress and report failures."""
+"""Run a plan with Snakemake, which schedules the runs; show the plan's progress and report failures."""
 
 import fcntl
 import json
@@ -44,15 +44,15 @@ def run_plan(
     engine: Sequence[str] = (),
     afresh: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Run what is not done yet of a plan, or of the steps `only` and what they need; return each run's state record.
+    """Execute the runs of a plan that are not done yet; return each run's state record, keyed by run name.
 
-    Records are by run name, with the keys that `state_file` describes; empty for a run that was not started. `engine` are
-    further arguments for Snakemake, such as --executor slurm --jobs 8. Without an executor, runs share this machine's
-    `cores` (default: all) and `gpus` (default: the visible ones). With an executor, `gpus` is the most that one run
-    requests. With 0 GPUs all runs use the CPU. A run that fails is tried again `retries` times, and stops only the runs that
-    need it. `afresh` empties the plan's folder first. SIGTERM and SIGHUP also end the runs, and raise SystemExit. Raises
-    PlanError if the plan is already being run, if its folder has runs that no plan has made, if GPUs are missing, or at the
-    end if a run has failed.
+    The keys of a record are described at `state_file`; it is empty for a run that was not started. `only` limits the plan to
+    these steps and the steps that they need. `engine` has further arguments for Snakemake, such as --executor slurm --jobs
+    8. Without an executor, runs share this machine's `cores` (default: all) and `gpus` (default: all visible ones). With an
+    executor, `gpus` is the largest number of GPUs that one run requests. If it is 0, all runs use the CPU. A run that fails
+    is tried again `retries` times, and stops only the runs that need it. `afresh` empties the plan's folder first. SIGTERM
+    and SIGHUP also end the runs, and raise SystemExit. Raises PlanError if the plan is already being run, if its folder
+    contains files that no plan has made, if there are fewer GPUs than `gpus`, or at the end if a run has failed.
     """
     folder = plan.runs / f".{plan.path.stem}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,14 +70,14 @@ def run_plan(
                 state_file(runs_file, name).unlink(missing_ok=True)
         is_local = not {"--executor", "-e", "--profile"} & {argument.partition("=")[0] for argument in engine}
         shared_gpus = _select_gpus(gpus) if is_local else list(map(str, range(gpus or 0)))
-        # On this machine, a run that requests more than there is gets all of it and runs alone.
+        # On this machine, a run that requests more of a resource than the machine has gets all of it and runs alone.
         limits = {"gpu": len(shared_gpus)} if is_local or gpus is not None else {}
         limits |= {"mem_mb": psutil.virtual_memory().total // 2**20} if is_local else {}
         write_json(folder / "config.json", make_configuration(plan, runs_file, targets, limits, retries))
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("plan.smk"))]
         command += ["--configfile", str(folder / "config.json"), "--directory", str(folder), "--keep-going", "--nocolor"]
-        # What is done depends on the done files only, whose names contain the key of all inputs. Snakemake's lock is off,
-        # because it would stay behind if the process were killed; ours ends with the process.
+        # Only done files decide which runs are done, because their names contain the key of all inputs. Snakemake's lock is
+        # off, because it would remain if the process were killed; our lock ends with the process.
         command += ["--rerun-incomplete", "--rerun-triggers", "input", "--nolock"]
         if is_local:
             command += ["--cores", str(cores or len(os.sched_getaffinity(0)))]
@@ -106,7 +106,7 @@ def _remove_runs(plan: Plan, own_lock: Path, stack: ExitStack) -> None:
     """Empty the plan's folder except for lock files; a deleted lock file would no longer keep other processes out."""
     locks = sorted(plan.runs.glob(".*/lock"))
     for lock in locks:
-        if lock != own_lock:  # of another plan with the same folder
+        if lock != own_lock:  # the lock of another plan that uses the same folder
             _lock(lock, plan, stack)
     for folder in (plan.runs, *(lock.parent for lock in locks)):
         for entry in folder.iterdir():
@@ -118,7 +118,7 @@ def _remove_runs(plan: Plan, own_lock: Path, stack: ExitStack) -> None:
 
 
 def describe_plan(plan: Plan) -> Table:
-    """Return a table of the plan's steps: the states of their runs, the notebook or command, and one run's resources."""
+    """Return a table of the plan's steps: the states of their runs, the notebook or command, and the resources per run."""
     table = Table("step", "runs", "does", "asks for", title=str(plan.path), box=SIMPLE)
     for column in (table.columns[0], table.columns[2], table.columns[3]):
         column.no_wrap = True
@@ -140,20 +140,20 @@ def describe_plan(plan: Plan) -> Table:
 def make_configuration(
     plan: Plan, runs_file: Path, targets: list[str], limits: dict[str, int], retries: int
 ) -> dict[str, Any]:
-    """Return the configuration that plan.smk reads: for each run a rule with its inputs, command and resources.
+    """Return the configuration that plan.smk reads: a rule for each run with its inputs, command and resources.
 
-    `limits` maps resources to the most that a run may request.
+    `targets` has the names of the runs to execute. `limits` maps resources to the largest amount that a run may request.
     """
     runs = []
     for number, (name, run) in enumerate(plan.planned.items()):
         requested = {"mem_mb": round(run.memory_gb * 1024), "gpu": run.gpus, "runtime": math.ceil(run.minutes)}
         resources = {resource: min(amount, limits.get(resource, amount)) for resource, amount in requested.items()}
         resources = {resource: amount for resource, amount in resources.items() if amount}
-        # The command runs in the project's folder: relative paths start there, and -m kitlib works without installing it.
+        # The command runs in the project's folder, from which relative paths and `-m kitlib` (not installed) are resolved.
         command = ["cd", str(project_root()), "&&", sys.executable, "-m", "kitlib", "run-planned", str(runs_file), name]
         runs.append(
             {
-                # The number keeps names apart that differ only in a character that is replaced.
+                # The number distinguishes names that differ only in a replaced character.
                 "rule": f"r{number}_{name.replace('-', '_').replace('.', '_')}",
                 "input": [str(plan.planned[need].done_file) for need in run.needs],
                 "done_file": str(run.done_file),
@@ -166,7 +166,7 @@ def make_configuration(
 
 
 def _select_gpus(count: int | None) -> list[str]:
-    """Return the indices of the first `count` GPUs, of all if None. Raises PlanError if there are fewer."""
+    """Return the indices of the first `count` GPUs, or of all if None. Raises PlanError if there are fewer than `count`."""
     available = _find_gpus() if count != 0 else []
     if count is not None and len(available) < count:
         raise PlanError(f"{count} GPUs were requested; available: {', '.join(available) or 'none'}")
@@ -176,7 +176,7 @@ def _select_gpus(count: int | None) -> list[str]:
 def _find_gpus() -> list[str]:
     """Return the indices of the GPUs that a child process may use.
 
-    They are counted with nvidia-smi, because importing torch takes seconds and memory on the GPU.
+    nvidia-smi lists the GPUs, because importing torch takes seconds and memory on the GPU.
     """
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [index for index in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if index and index != "-1"]
@@ -203,8 +203,8 @@ def _run_engine(
         (runs_file.parent / ENGINE_LOG).open("w", encoding="utf-8") as log,
         _ProgressDisplay(plan, states, console) as board,
     ):
-        # Snakemake gets its own session, so that Ctrl-C reaches it only once, from here. It must not ignore SIGINT, as this
-        # process does, and its children would, if a script has started it with `&`.
+        # Snakemake gets its own session, so that Ctrl-C reaches it only once, from here. If a script has started this
+        # process with `&`, it ignores SIGINT, which child processes inherit; the handler makes Snakemake react to SIGINT.
         with handling({signal.SIGINT: signal.default_int_handler}):
             process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -230,7 +230,7 @@ def _run_engine(
 
 
 class _ProgressDisplay:
-    """Shows a plan's progress: on a terminal bars for the plan and each started run, otherwise a line for each change."""
+    """Display of a plan's progress: on a terminal, bars for the plan and each started run; otherwise a line per change."""
 
     def __init__(self, plan: Plan, states: dict[str, str], console: Console) -> None:
         self.waiting = [name for name, state in states.items() if state != "done"]
@@ -278,6 +278,7 @@ class _ProgressDisplay:
 
 
 def _read_record(runs_file: Path, name: str) -> dict[str, Any]:
+    """Return a run's state record, {} if the run was not started."""
     path = state_file(runs_file, name)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -294,14 +295,15 @@ def _add_needs(plan: Plan, targets: Iterable[str]) -> list[str]:
 
 
 def _failure_message(plan: Plan, records: dict[str, dict[str, Any]], done: int, unfinished: list[str], log: Path) -> str:
+    """Return the message for a plan that ended with `done` runs done and the `unfinished` ones not."""
     failed = [name for name in unfinished if records[name].get("state") == "failed"]
-    # A process that was killed has left the state "running".
+    # The record of a killed process still has the state "running".
     killed = [name for name in unfinished if records[name].get("state") == "running"]
     not_started = [name for name in unfinished if name not in (*failed, *killed)]
     lines = [f"{plan.path}: {done} of {len(plan.planned)} runs are done"]
     lines += [f"{name} failed on {records[name]['host']}: {records[name]['problem']}" for name in failed]
     lines += [
-        f"{name} was killed on {records[name]['host']} and left no error; its folder: {plan.planned[name].folder}"
+        f"{name} was killed on {records[name]['host']} without an error message; its folder: {plan.planned[name].folder}"
         for name in killed
     ]
     lines += [f"not started: {', '.join(not_started)}"] if not_started else []

@@ -11,7 +11,7 @@ COLOURS = {"changed": "#ffb38a", "resumes": "#ffe08a", "new": "#e6e6e6", "done":
 def draw_plan(plan: Plan) -> Figure:
     """Return a figure of the plan's steps with arrows from each step to the steps that need it.
 
-    A step is drawn in the column after the last step that it needs. Arrows that follow from other arrows are left out.
+    A step is drawn one column to the right of the last step that it needs. Arrows implied by other arrows are left out.
     """
     states, runs = (
         plan.states(),
@@ -30,7 +30,7 @@ def draw_plan(plan: Plan) -> Figure:
     tallest = max(map(len, columns))
     figure = Figure(figsize=(2.1 * len(columns) + 1, 0.8 * tallest + 1), layout="constrained")
     axes = figure.subplots()
-    # Every other column is shifted, so that long arrows do not cross the steps between.
+    # Every second column is shifted, so that long arrows do not cross the steps between their ends.
     position = {
         step: (column, (tallest - len(steps)) / 2 + row + column % 2 / 3)
         for column, steps in enumerate(columns)

@@ -1,4 +1,4 @@
-"""Execute one run of a plan in its own process, on this machine or on a cluster's node."""
+"""Execute one run of a plan in its own process, on this machine or on a node of a cluster."""
 
 import fcntl
 import json
@@ -30,7 +30,7 @@ SHARED_GPUS = "KIT_SHARED_GPUS"
 
 
 def read_planned_runs(runs_file: str | Path) -> dict[str, PlannedRun]:
-    """Return the runs by name from the file runs.json that `kitlib.plans.engine` writes."""
+    """Read the runs, keyed by name, from the file runs.json that `kitlib.plans.engine` writes."""
     runs = json.loads(Path(runs_file).read_text(encoding="utf-8"))
     return {name: PlannedRun.from_json(run) for name, run in runs.items()}
 
@@ -38,7 +38,8 @@ def read_planned_runs(runs_file: str | Path) -> dict[str, PlannedRun]:
 def state_file(runs_file: str | Path, name: str) -> Path:
     """Return the path of the JSON file with a run's state.
 
-    Its keys are state (running, done or failed), cell, cells, host, started, ended and problem.
+    Its keys are state (running, done or failed), cell (the current cell's number), cells (their total), host, started and
+    ended (Unix times), and problem.
     """
     return Path(runs_file).parent / "states" / f"{name}.json"
 
@@ -46,9 +47,9 @@ def state_file(runs_file: str | Path, name: str) -> Path:
 def run_planned(runs_file: str | Path, name: str) -> None:
     """Execute one run of a plan and write its done file, unless the run is already done.
 
-    A folder that was started with the same key is resumed, otherwise the run starts over. The folder of a run that is done
-    with another key is renamed to NAME.old-KEY, replacing an earlier one of that name, with a warning. Raises PlanError if
-    the run fails, or if the folder was not made by a plan.
+    `runs_file` is the file runs.json. A run that was started with the same key is resumed, otherwise it starts over. The
+    folder of a run that was done with another key is renamed to NAME.old-KEY, replacing an earlier folder of that name, with
+    a warning. Raises PlanError if the run fails, or if the folder was not made by a plan.
     """
     run, record_path = read_planned_runs(runs_file)[name], state_file(runs_file, name)
     state: dict[str, Any] = {"state": "running", "host": platform.node(), "started": time.time()}
@@ -57,10 +58,10 @@ def run_planned(runs_file: str | Path, name: str) -> None:
         state.update(changes)
         write_json(record_path, state)
 
-    # SIGTERM must run the clean-up code that ends the notebook's kernel, which is in its own process group.
+    # SIGTERM must run the clean-up code, because the notebook's kernel is in its own process group and would continue.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with _locked(run.folder):
-        # A job that outlived its killed engine may have finished this run while we waited for the folder.
+        # A job that outlived its killed engine may have finished this run while this process waited for the folder.
         if run.done_file.is_file():
             save_state(state="done", ended=time.time())
             return
@@ -81,29 +82,29 @@ def run_planned(runs_file: str | Path, name: str) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lock a run's folder for this process, waiting until it is free. The lock ends with the process in any case."""
+    """Lock a run's folder for this process, waiting until the folder is free. The lock ends with the process in any case."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f".{folder.name}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.warning("another process is working in %s; waiting until it ends", folder)
+            logger.warning("another process is working in %s; waiting until that process ends", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _prepare_folder(run: PlannedRun) -> None:
-    """Move or delete what another key has left in the run's folder, and record this run's key in the folder."""
+    """Rename or delete the run's folder if it was started with another key, and record this run's key in the folder."""
     previous_key = run.read_key()
     if previous_key not in (None, run.key):
         if run.done_file_of(previous_key).is_file():
-            # It may contain days of training, and the key may differ only because an option --set was forgotten.
+            # The folder may contain days of training, and the key may differ only because an option --set was forgotten.
             backup = run.folder.with_name(f"{run.name}.old-{previous_key}")
             shutil.rmtree(backup, ignore_errors=True)
             run.folder.rename(backup)
-            logger.warning("%s was done with other parameters or inputs; it is renamed to %s", run.folder, backup)
+            logger.warning("%s was done with other parameters or inputs; it was renamed to %s", run.folder, backup)
         else:
-            logger.warning("%s was started with other parameters or inputs; it is deleted and started over", run.folder)
+            logger.warning("%s was started with other parameters or inputs; deleting it and starting over", run.folder)
             shutil.rmtree(run.folder)
     write_json(run.folder / RECORD, {"key": run.key, "run": run.as_json()})
 
@@ -112,7 +113,7 @@ def _prepare_folder(run: PlannedRun) -> None:
 def claim_gpus(count: int) -> Iterator[dict[str, str]]:
     """Reserve `count` of the shared GPUs, or all if there are fewer; yield the environment variables that select them.
 
-    Waits until enough are free. Yields no variables on a cluster.
+    Waits until enough GPUs are free. On a cluster, which assigns the GPUs, yields an empty dictionary.
     """
     if SHARED_GPUS not in os.environ:
         yield {}

@@ -1,4 +1,4 @@
-"""Read plans from YAML: many runs of notebooks and commands, what each needs, and which of them are done."""
+"""Read plans from YAML: runs of notebooks and commands, with their dependencies, and whether they are done."""
 
 import ast
 import hashlib
@@ -26,43 +26,43 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Step(Settings):
-    """One step of a plan's YAML, with exactly one of `notebook` and `command`.
+    """One step of a plan, with exactly one of `notebook` and `command`.
 
-    A step with a matrix has one run for each combination of the matrix's values. In any string, `{name}` is replaced by a
-    variable, by a value of the step's own matrix, by the run's own folder (`{run}`), or by the folder of another step's run,
-    which is then executed first. If both steps have a matrix with the same names, it is the run with the same values. If the
-    other step's matrix has further names, `{name}` is a list of the folders of all these runs; inside a list, its items are
-    inserted into that list.
+    A step with a matrix has one run for each combination of the matrix's values. In any string, `{name}` is replaced by the
+    value of a variable, by a value of the step's own matrix, by the run's own folder (`{run}`), or by the folder of another
+    step's run, which is then executed first. If both steps have a matrix with the same names, the run with the same values
+    is taken. If the other step's matrix has additional names, `{name}` is replaced by a list of the folders of all matching
+    runs; inside a list, the items are inserted into that list.
     """
 
-    notebook: str = ""  # its name below notebooks/, such as 30_train_study
-    parameters: dict[str, Any] = field(default_factory=dict)  # of the notebook; the plan adds `run_folder`
+    notebook: str = ""  # the notebook's name in notebooks/, such as 30_train_study
+    parameters: dict[str, Any] = field(default_factory=dict)  # the notebook's parameters; the plan adds `run_folder`
     command: tuple[str | int | float, ...] = ()  # run in the project's folder; "python" is the running interpreter
     result: str = "{run}/metrics.json"  # a file that only a successful run writes
     matrix: dict[str, Any] = field(default_factory=dict)  # name -> list of values
-    needs: tuple[str, ...] = ()  # steps to run first that no placeholder names
+    needs: tuple[str, ...] = ()  # further steps to run first, which no placeholder mentions
     threads: int = 1  # CPU threads
     gpus: int = 0
     memory_gb: float = 4.0
-    minutes: float = 0.0  # time limit of a run; 0: none
+    minutes: float = 0.0  # time limit of a run; 0: no limit
 
 
 @dataclass(frozen=True)
 class _PlanFile(Settings):
-    extends: str = ""  # file name of a plan in the same folder, to which this file adds, or whose values it replaces
-    runs: str = ""  # the folder of the runs' folders; relative to the project's root
+    extends: str = ""  # file name of a plan in the same folder; this file adds to its values or replaces them
+    runs: str = ""  # the folder that contains the runs' folders; relative to the project's root
     variables: dict[str, Any] = field(default_factory=dict)
-    defaults: dict[str, Any] = field(default_factory=dict)  # notebook -> default fields of its steps
+    defaults: dict[str, Any] = field(default_factory=dict)  # notebook -> default values for steps with this notebook
     steps: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a plan. All fields but the folders are the same wherever the plan runs."""
+    """One run of a plan. Apart from paths, its fields do not depend on where the plan runs."""
 
     name: str  # the step's name, followed by its values: study-0
     step: str
-    values: dict[str, Any]  # by name in the step's matrix
+    values: dict[str, Any]  # values from the step's matrix, keyed by name
     folder: Path
     notebook: Path | None
     parameters: dict[str, Any]
@@ -73,7 +73,7 @@ class PlannedRun:
     gpus: int
     memory_gb: float
     minutes: float
-    key: str  # hash of all that determines the result: parameters, notebook defaults, and the keys of the runs it needs
+    key: str  # hash of everything that determines the result: parameters, notebook defaults, keys of the runs it needs
 
     @property
     def done_file(self) -> Path:
@@ -81,7 +81,7 @@ class PlannedRun:
         return self.done_file_of(self.key)
 
     def done_file_of(self, key: str) -> Path:
-        """Return the done file for another key, with which this folder may have been started."""
+        """Return the path of the done file for any `key`, such as one with which the folder was started earlier."""
         return self.folder / f"done-{key}.json"
 
     def state(self) -> str:
@@ -92,15 +92,17 @@ class PlannedRun:
         return "new" if key is None else "resumes" if key == self.key else "changed"
 
     def read_key(self) -> str | None:
-        """Return the key with which the run's folder was started; None if there is no such folder.
+        """Return the key with which the run's folder was started; None if the folder is missing or empty.
 
-        Raises PlanError for a folder that no plan has made, because starting over would delete it.
+        Raises PlanError for a folder that no plan has made, because starting over would delete its files.
         """
         record = self.folder / RECORD
         if record.is_file():
             return json.loads(record.read_text(encoding="utf-8"))["key"]
         if self.folder.is_dir() and any(self.folder.iterdir()):
-            raise PlanError(f"{self.folder} has files that no plan has made; move them away, or choose other `runs`")
+            raise PlanError(
+                f"{self.folder} has files that no plan has made; move them away, or set `runs` to another folder"
+            )
         return None
 
     def as_json(self) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class PlannedRun:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "PlannedRun":
-        """Return the run whose fields `as_json` returned."""
+        """Return the run with these fields; the inverse of `as_json`."""
         paths = {name: Path(values[name]) for name in ("folder", "result")}
         notebook = Path(values["notebook"]) if values["notebook"] else None
         lists = {name: tuple(values[name]) for name in ("command", "needs")}
@@ -118,14 +120,14 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan's runs by name, each after the runs that it needs."""
+    """A plan. `planned` maps names to runs, each after the runs that it needs; `runs` is the parent folder."""
 
     path: Path
     runs: Path
     planned: dict[str, PlannedRun]
 
     def states(self) -> dict[str, str]:
-        """Return the state of each run by its name; a done run is "resumes" if a run that it needs is not done."""
+        """Return the states of all runs, keyed by name; a done run has "resumes" if a run that it needs is not done."""
         states: dict[str, str] = {}
         for name, run in self.planned.items():
             state = run.state()
@@ -134,7 +136,7 @@ class Plan:
         return states
 
     def runs_of_steps(self, steps: Iterable[str]) -> list[str]:
-        """Return the names of all runs of some steps. Raises PlanError for a step that does not exist."""
+        """Return the names of all runs of `steps`. Raises PlanError for a step that does not exist."""
         selected, valid = set(steps), {run.step for run in self.planned.values()}
         if selected - valid:
             raise PlanError(
@@ -144,14 +146,15 @@ class Plan:
 
 
 class _FolderList(list):
-    """The folders of several runs; inside another list, its items are inserted into that list."""
+    """A list of the folders of several runs; inside another list, its items are inserted into that list."""
 
 
 def read_plan(path: str | Path, runs: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Plan:
     """Return the plan that the file at `path` describes.
 
-    `changes` replaces values of its variables, and `runs` the folder of its runs. Raises PlanError that names the file and
-    the step: unknown keys or placeholders, unknown parameters of a notebook, steps that wait for each other.
+    `changes` replaces values of the plan's variables, and `runs` the folder of its runs. Raises PlanError, which mentions
+    the file and the step, for a missing file, unknown keys or placeholders, unknown parameters of a notebook, and steps that
+    need each other.
     """
     path = Path(path)
     plan_file = _read_file(path)
@@ -160,7 +163,7 @@ def read_plan(path: str | Path, runs: str | Path | None = None, changes: Mapping
         raise PlanError(f"{path} has no variable {', '.join(unknown)}; it has: {', '.join(plan_file.variables) or 'none'}")
     variables = plan_file.variables | dict(changes or {})
     if not (runs or plan_file.runs):
-        raise PlanError(f"{path}: the key `runs` is missing; name a folder for the runs, such as runs/siim")
+        raise PlanError(f"{path}: the key `runs` is missing; set it to a folder for the runs, such as runs/siim")
     folder = (project_root() / (runs or plan_file.runs)).resolve()
     steps = {name: _parse_step(path, name, values, plan_file.defaults) for name, values in plan_file.steps.items()}
     _check_names(path, steps, variables)
@@ -180,7 +183,7 @@ def read_plan(path: str | Path, runs: str | Path | None = None, changes: Mapping
 def _read_file(path: Path) -> _PlanFile:
     if not path.is_file():
         available = ", ".join(sorted(other.name for other in path.parent.glob("*.yaml"))) or "none"
-        raise PlanError(f"{path} does not exist; plans in that folder: {available}")
+        raise PlanError(f"{path} does not exist; plans in its folder: {available}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         plan_file = from_dict(_PlanFile, values)
@@ -199,7 +202,7 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _parse_step(path: Path, name: str, values: Any, defaults: dict[str, Any]) -> Step:
     if not re.fullmatch(r"[a-z]\w*", name):
-        raise PlanError(f"{path}: invalid step name {name!r}; use letters, digits and _, starting with a small letter")
+        raise PlanError(f"{path}: invalid step name {name!r}; use letters, digits and _, starting with a lower-case letter")
     try:
         notebook = values.get("notebook") if isinstance(values, dict) else None
         step_defaults = defaults.get(notebook, {}) if isinstance(notebook, str) else {}
@@ -223,7 +226,7 @@ def _check_names(path: Path, steps: dict[str, Step], variables: dict[str, Any]) 
 
 
 def _find_names(step: Step, variables: dict[str, Any]) -> set[str]:
-    """Return all names that a step needs: those in its placeholders, and in the placeholders of the variables it uses."""
+    """Return the names in a step's `needs`, in its placeholders, and in the placeholders of variables that it uses."""
     names, texts = set(step.needs), [json.dumps([step.parameters, step.command, step.result])]
     while texts:
         new = set(PLACEHOLDER.findall(texts.pop())) - names
@@ -233,7 +236,7 @@ def _find_names(step: Step, variables: dict[str, Any]) -> set[str]:
 
 
 def _sort_steps(path: Path, steps: dict[str, Step], variables: dict[str, Any]) -> list[str]:
-    """Return the steps' names, each after the steps that it needs. Raises PlanError for unknown names and cycles."""
+    """Return the names of the steps, each after the steps that it needs. Raises PlanError for unknown names or cycles."""
     graph = {}
     for name, step in steps.items():
         missing = sorted(set(step.needs) - set(steps))
@@ -250,7 +253,7 @@ def _sort_steps(path: Path, steps: dict[str, Step], variables: dict[str, Any]) -
 
 
 def _expand_matrix(path: Path, name: str, matrix: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return all combinations of a matrix's values, by name. Raises PlanError for invalid values."""
+    """Return all combinations of a matrix's values, each a dictionary by name. Raises PlanError for invalid values."""
     for key, values in matrix.items():
         texts = [str(value) for value in values] if isinstance(values, list) else []
         if not texts or len(set(texts)) < len(texts) or not all(re.fullmatch(r"[\w.]+", text) for text in texts):
@@ -268,7 +271,7 @@ def _plan_run(
     folder: Path,
     planned: dict[str, PlannedRun],
 ) -> PlannedRun:
-    """Return the run of a step for one combination of its matrix's values; `planned` has the runs before it."""
+    """Return the run of a step for one combination of its matrix's values; `planned` has the runs planned so far."""
     step, run_name = steps[name], "-".join([name, *map(str, values.values())])
     runs_by_step = {
         other: _matching_runs(planned.values(), other, steps[other].matrix, values) for other in steps if other != name
@@ -280,7 +283,7 @@ def _plan_run(
             raise PlanError(f"{run_name} needs a run of {other} with the same values; available: {available}")
 
     def fill_texts(folders: Mapping[str, str]) -> Any:
-        """Return the step's parameters, command and result with all placeholders replaced; `folders` are by run name."""
+        """Return the step's parameters, command and result with placeholders replaced; `folders` is keyed by run name."""
         runs = {
             other: _FolderList(folders[run.name] for run in matching)
             if set(steps[other].matrix) - set(values)
@@ -302,7 +305,7 @@ def _plan_run(
             raise PlanError(f"the notebook {step.notebook!r} does not exist; available: {available}")
         parameters = {**parameters, "run_folder": folders[run_name]}
         check_parameters(notebook, parameters)
-    # The key uses names instead of folders, so that runs stay done when the plan's folder is moved.
+    # The key contains names instead of folders, so that runs stay done if the plan's folder is moved.
     named_texts = fill_texts({other: f"run {other}" for other in folders})
     return PlannedRun(
         name=run_name,
@@ -350,10 +353,10 @@ def _fill(value: Any, names: Mapping[str, Any]) -> Any:
 
 
 def _make_key(step: Step, texts: list[Any], needs: list[str]) -> str:
-    """Return the run's key, 12 hexadecimal digits: a hash of its parameters, command, result and the keys that it needs."""
+    """Return the run's key, 12 hexadecimal digits: a hash of parameters, command, result and `needs`, the needed keys."""
     parameters, command, result = texts
     if step.notebook:
-        import papermill  # slow to import, and not needed to run a command
+        import papermill  # imported here because it is slow and not needed for a command
 
         path = project_root() / "notebooks" / f"{step.notebook}.ipynb"
         notebook_parameters = papermill.inspect_notebook(str(path)).items()

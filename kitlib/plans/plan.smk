@@ -1,4 +1,4 @@
-# Snakemake's rules for a plan: one for each run, from the configuration that kitlib.plans.engine writes.
+# Snakemake's rules for a plan: one rule for each run, from the configuration that kitlib.plans.engine writes.
 localrules: all
 
 

@@ -1,4 +1,4 @@
-"""Bootstrap of classification metrics: intervals over patients, paired differences, and own results under published ones.
+"""Bootstrap of classification metrics: intervals over patients, paired differences, comparison with published results.
 
 Whole patients are drawn with replacement because the images of one patient are not independent. Predictions for the same
 patients get the same draws with the same seed, so the difference between the draws of two models is a paired comparison.
@@ -18,10 +18,10 @@ DRAWS_PER_BATCH = 64
 
 
 def draws(predictions: Judged, samples: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Return every metric of `overall` and `class_table` as a column: the first row is all patients, then one row per draw.
+    """Return all metrics as columns: in the first row for all patients, then one row for each of `samples` bootstrap draws.
 
-    The columns are those of `overall`, then for example "f1 COVID-19" and "f1 macro". A class that does not occur in a draw
-    is left out of the means of that draw. Raises ValueError if `samples` is below 1.
+    The columns are those of `overall`, then those of `class_table`, for example "f1 COVID-19" and "f1 macro". A class that
+    does not occur in a draw is left out of the means of that draw. Raises ValueError if `samples` is below 1.
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; it must be at least 1, and a few hundred for stable intervals")
@@ -32,7 +32,7 @@ def draws(predictions: Judged, samples: int = 1000, seed: int = 0) -> pd.DataFra
 
 
 def intervals(drawn: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
-    """Return name, value, low and high of each column of `draws`: percentile intervals, NaN for an undefined metric."""
+    """Return the percentile interval of each column of `draws`: name, value, low and high, NaN for an undefined metric."""
     return pd.DataFrame([{"name": name, **_interval_or_nan(drawn[name].to_numpy(), level)} for name in drawn.columns])
 
 
@@ -44,13 +44,13 @@ def paired_differences(
     seed: int = 0,
     drawn: Mapping[str, pd.DataFrame] | None = None,
 ) -> pd.DataFrame:
-    """Return each other model's metrics minus those of `reference`, on the images that all models have predicted.
+    """Return the difference between each model's metrics and those of `reference`, on the images that all models predicted.
 
     Both models of a pair get the same draws of patients. The columns are model, reference, name (of the metric), value, low,
     high, sides and images. `sides` is twice the smaller share of draws on either side of zero: about 1 if nothing separates
     the two models. `drawn` holds the result of `draws` for each of `models`, computed with one seed, and replaces `samples`
-    and `seed`; `models` must then already be reduced to their shared images. Raises ValueError for an unknown reference, for
-    `drawn` of other models or images, and as `on_shared_images` does.
+    and `seed`; `models` must then already be reduced to their shared images. Raises ValueError for an unknown reference, if
+    `drawn` was computed for other models or images, and in the cases described at `on_shared_images`.
     """
     if reference not in models:
         raise ValueError(f"reference model {reference!r} does not exist; available models: {', '.join(models)}")
@@ -80,10 +80,10 @@ def paired_differences(
 
 
 def append_to_published(table: PublishedTable, drawn: Mapping[str, pd.DataFrame], level: float = 0.95) -> pd.DataFrame:
-    """Return the published rows, and below them one row with intervals per own model, as text.
+    """Return a table of text: the published rows, and below them one row with intervals for each of our models.
 
-    `drawn` maps the name of each model to its `draws`. The columns are the published ones; the index levels are `from`
-    ("published" or "here") and `model`. A value that is missing on one side is "-".
+    `drawn` maps model names to the results of `draws`. The columns are the published ones; the index levels are `from`
+    ("published" or "here") and `model`. A missing value is "-".
     """
     rows = {}
     for name, row in table.rows.iterrows():
@@ -99,9 +99,9 @@ def append_to_published(table: PublishedTable, drawn: Mapping[str, pd.DataFrame]
 
 
 def what_differs(table: PublishedTable, predictions: Judged, protocol: str) -> pd.DataFrame:
-    """Return rows data, protocol and faults with columns published and here: why the two are not a ranking.
+    """Describe why published and own results cannot be ranked: rows data, protocol and faults, columns published and here.
 
-    `protocol` describes how the own predictions were made, for example "3 patient-grouped folds, nested".
+    `protocol` describes how our predictions were made, for example "3 patient-grouped folds, nested".
     """
     counts = np.bincount(predictions.truth, minlength=len(predictions.classes))
     classes = ", ".join(f"{count:,} {name}" for name, count in zip(predictions.classes, counts, strict=True))
@@ -119,14 +119,14 @@ def what_differs(table: PublishedTable, predictions: Judged, protocol: str) -> p
 
 
 def _interval_or_nan(values: np.ndarray, level: float) -> dict[str, float]:
-    """Return value, low and high of one column of `draws`; low and high are NaN if no draw defines the metric."""
+    """Return value, low and high of one column of `draws`; low and high are NaN if the metric is undefined in all draws."""
     if np.isfinite(values[1:]).any():
         return interval(values, level)
     return {"value": float(values[0]), "low": float("nan"), "high": float("nan")}
 
 
 def _draw_counts(patients: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield how often each patient is drawn, (at most DRAWS_PER_BATCH, patients) per batch.
+    """Yield batches of draw counts: how often each patient is drawn, (at most DRAWS_PER_BATCH, patients).
 
     The first batch has one row in which each patient counts once; the `samples` draws follow.
     """

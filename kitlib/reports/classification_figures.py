@@ -16,7 +16,7 @@ RELIABILITY_BINS = 10
 
 
 def confusion_figure(models: Mapping[str, Judged]) -> Figure:
-    """Draw one confusion matrix per model: image counts and, below them, their share of the true class.
+    """Draw one confusion matrix per model, with image counts and shares of the true class.
 
     Rows are the true class, columns the predicted class.
     """
@@ -34,7 +34,7 @@ def class_curves(predictions: Judged) -> Figure:
 def model_curves(models: Mapping[str, Judged], class_name: str) -> Figure:
     """Draw the ROC and precision-recall curves of each model for one class against the others.
 
-    Raises ValueError if a model does not have the class.
+    Raises ValueError if a model does not predict the class.
     """
     lines = {}
     for name, predictions in models.items():
@@ -46,9 +46,10 @@ def model_curves(models: Mapping[str, Judged], class_name: str) -> Figure:
 
 
 def reliability(predictions: Judged, bins: int = RELIABILITY_BINS) -> pd.DataFrame:
-    """Return one row per confidence bin that contains images: mean confidence, share of correct images, number of images.
+    """Return one row per confidence bin that contains images, with the columns predicted, observed and count.
 
-    The columns are predicted, observed and count. `bins` is the number of bins of `confidence_bins`.
+    `predicted` is the mean confidence, `observed` the share of correctly classified images and `count` the number of images.
+    `bins` is the number of equal bins over 0..1 (see `confidence_bins`).
     """
     bin_of, confidence = confidence_bins(predictions.probabilities, bins), predictions.probabilities.max(axis=1)
     counts = np.bincount(bin_of, minlength=bins)
@@ -60,9 +61,10 @@ def reliability(predictions: Judged, bins: int = RELIABILITY_BINS) -> pd.DataFra
 
 
 def reliability_figure(models: Mapping[str, Judged]) -> Figure:
-    """Draw one panel per model: the share of correct images against the confidence, with dots as large as their bin's count.
+    """Draw one panel per model: the share of correctly classified images in each bin against the mean confidence.
 
-    The keys of `models` are the titles, such as one model before and after scaling.
+    The area of a dot shows the number of images in the bin. The keys of `models` are the titles; they can also be, for
+    example, one model before and after temperature scaling.
     """
     figure = Figure(figsize=(0.6 + 3.4 * len(models), 3.6), layout="constrained")
     for axis, (name, predictions) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
@@ -78,8 +80,8 @@ def reliability_figure(models: Mapping[str, Judged]) -> Figure:
 def intervals_figure(intervals: pd.DataFrame, line: float | None = None) -> Figure:
     """Draw values as dots with their intervals: one panel per metric, one line per model.
 
-    `intervals` has model, name (of the metric), value, low and high. `line` is a reference value drawn across each panel,
-    such as 0 for differences or 0.5 for ROC AUC.
+    `intervals` has the columns model, name (of the metric), value, low and high. `line` is a reference value drawn across
+    each panel, such as 0 for differences or 0.5 for ROC AUC.
     """
     names = list(dict.fromkeys(intervals["name"]))
     models = list(dict.fromkeys(intervals["model"]))
@@ -102,8 +104,8 @@ def intervals_figure(intervals: pd.DataFrame, line: float | None = None) -> Figu
 def examples(predictions: Judged, cache: XrayCache, count: int = 4) -> Figure:
     """Draw `count` correctly classified images in the first row and `count` misclassified ones in the second.
 
-    Each row takes the most confident image of each true class in turn. The true class is above an image, its probabilities
-    are below. Raises KeyError if an image has no decoded copy.
+    Each row takes the most confident image of each true class in turn. Above each image is the true class, below it are the
+    predicted probabilities. Raises KeyError if an image has no decoded copy.
     """
     right = predictions.predicted == predictions.truth
     rows = [_surest(predictions, np.flatnonzero(chosen), count) for chosen in (right, ~right)]
@@ -134,7 +136,10 @@ def _surest(predictions: Judged, indices: np.ndarray, count: int) -> list[int]:
 
 
 def _curves(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Draw ROC and precision-recall curves of scores and truth (bool) by name, if there are positives and negatives."""
+    """Draw the ROC and precision-recall curve of each entry of `lines`, which maps names to scores and truth (bool).
+
+    Entries without positives or without negatives are omitted.
+    """
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=0.8)

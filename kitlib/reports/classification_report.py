@@ -1,7 +1,7 @@
 """Metrics of single-label classification: confusion, metrics per class and their means, calibration, failures by class.
 
 All functions take the predictions of one model, one row per image, for images with exactly one true class. The predicted
-class is the most probable one, the first one of a tie. "Sensitivity" is recall and "ppv" is precision.
+class is the most probable one, the first one in case of a tie. "Sensitivity" is recall and "ppv" is precision.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ CLASS_METRICS = (*COUNT_METRICS, "roc_auc", "pr_auc", "brier")
 OVERALL_METRICS = ("accuracy", "micro_f1", "papers_micro_f1", "ece", "brier", "log_loss")
 CALIBRATION_METRICS = ("ece", "brier", "log_loss")
 ECE_BINS = 15  # Guo et al. 2017
-# Probabilities of an image may sum to 1 plus or minus this: they were computed in single precision and averaged.
+# The sum of an image's probabilities may differ from 1 by this, because they were averaged in single precision.
 SUM_TOLERANCE = 1e-3
 
 
@@ -54,15 +54,16 @@ class Judged:
 
 
 def judged(scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, source: str = "") -> Judged:
-    """Match the predictions of one model (table class_scores) with their true classes.
+    """Match the predictions of one model (a `class_scores` table) with their true classes.
 
-    `source` restricts the result to images of one source. If several folds' models have predicted an image, their
-    probabilities are averaged. Raises ValueError if the table has several models or no rows, if a class of the labels is not
-    predicted, if an image does not have exactly one true class, or if probabilities do not sum to 1.
+    `source` restricts the result to images from one source. If the models of several folds have predicted an image, their
+    probabilities are averaged. Raises ValueError if the table has several models or no rows, if no image is from `source`,
+    if a class of the labels is not predicted, if an image does not have exactly one true class, or if probabilities do not
+    sum to 1.
     """
     scores, labels = check_table(scores, "class_scores"), check_table(labels, "labels")
     if scores.empty:
-        raise ValueError("the table class_scores is empty")
+        raise ValueError("the `class_scores` table is empty")
     models = sorted(set(scores.model))
     if len(models) > 1:
         raise ValueError(f"scores are of several models ({', '.join(models)}); split them with by_model and pass one")
@@ -81,19 +82,19 @@ def judged(scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, sou
     ids = scores.image_id.to_numpy()
     wrong = np.flatnonzero(np.isnan(labelled.truth).any(axis=1) | (np.nansum(labelled.truth, axis=1) != 1))
     if len(wrong):
-        raise ValueError(f"{len(wrong)} images do not have exactly one true class, the first is {ids[wrong[0]]}")
+        raise ValueError(f"{len(wrong)} images do not have exactly one true class; the first is {ids[wrong[0]]}")
     sums = labelled.probabilities.sum(axis=1)
     invalid = np.flatnonzero(np.abs(sums - 1) > SUM_TOLERANCE)
     if len(invalid):
         raise ValueError(
-            f"the probabilities of {len(invalid)} images do not sum to 1, first {ids[invalid[0]]} with "
-            f"{sums[invalid[0]]:.4f}; was the model trained for several findings per image (multi_label)?"
+            f"the probabilities of {len(invalid)} images do not sum to 1; the first is {ids[invalid[0]]} with "
+            f"{sums[invalid[0]]:.4f}. Was the model trained for several findings per image (multi_label)?"
         )
     return Judged(labelled, ids, image_table.source.reindex(ids).to_numpy(), labelled.truth.argmax(axis=1))
 
 
 def by_model(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Split a table class_scores by model, in the order in which the models appear."""
+    """Split a `class_scores` table into one table per model, in the order in which the models appear."""
     return {str(name): rows.reset_index(drop=True) for name, rows in scores.groupby("model", sort=False)}
 
 
@@ -107,7 +108,7 @@ def on_shared_images(models: Mapping[str, Judged]) -> dict[str, Judged]:
         raise ValueError(f"the models have different classes or class orders and cannot be compared ({classes})")
     shared = sorted(set.intersection(*(set(predictions.image_id) for predictions in models.values()))) if models else []
     if not shared:
-        raise ValueError(f"no image is predicted by all of these models: {', '.join(models) or 'none given'}")
+        raise ValueError(f"no image was predicted by all of these models: {', '.join(models) or 'none given'}")
     return {name: model.rows(pd.Index(model.image_id).get_indexer(shared)) for name, model in models.items()}
 
 
@@ -122,8 +123,8 @@ def confusion(predictions: Judged) -> pd.DataFrame:
 def count_metrics(matrix: np.ndarray) -> dict[str, np.ndarray]:
     """Compute COUNT_METRICS (..., classes), each class against the others, from confusion matrices (..., truth, predicted).
 
-    A class without images has NaN in all metrics but accuracy; specificity is also NaN if there are no other classes'
-    images. The ppv of a class that is never predicted is 0, and so is the npv of a class that is always predicted.
+    For a class without images, all metrics except accuracy are NaN; specificity is also NaN if all images are of one class.
+    The ppv of a class that is never predicted is 0, and so is the npv of a class that is always predicted.
     """
     matrix = np.asarray(matrix, dtype=float)
     hits, of_class, calls = np.diagonal(matrix, axis1=-2, axis2=-1), matrix.sum(axis=-1), matrix.sum(axis=-2)
@@ -159,9 +160,10 @@ class Metrics:
         self.ranked = [_ranked(column, positive) for column, positive in zip(probabilities.T, true.T, strict=True)]
 
     def for_weights(self, weight: np.ndarray) -> pd.DataFrame:
-        """Return one row per draw: OVERALL_METRICS, then for example "f1 macro".
+        """Return one row per draw, with OVERALL_METRICS and then the metrics of each class and their mean as columns.
 
-        `weight` (draws, n) says how often each draw contains each image.
+        The class columns are, for example, "f1 COVID-19" and "f1 macro". `weight` (draws, n) says how often each draw
+        contains each image.
         """
         size, total = len(self.classes), weight.sum(axis=1)
         matrix = (weight @ self.cells).reshape(-1, size, size)
@@ -201,11 +203,11 @@ def class_table(predictions: Judged) -> pd.DataFrame:
 
 
 def overall(predictions: Judged) -> dict[str, float]:
-    """Return OVERALL_METRICS of one model by name.
+    """Return OVERALL_METRICS of one model, keyed by name.
 
-    For single labels micro_f1 equals accuracy. papers_micro_f1 is what the FLANNEL papers call micro-F1: the harmonic mean
-    of macro precision and macro recall. brier is the squared error summed over the classes (0..2, Brier 1950). log_loss is
-    in nats, as in `log_losses`.
+    For single labels, micro_f1 equals accuracy. papers_micro_f1 is the harmonic mean of macro precision and macro recall,
+    which the FLANNEL papers call micro-F1. brier is the squared error summed over the classes (0..2, Brier 1950). log_loss
+    is the mean of `log_losses`, in nats.
     """
     return Metrics(predictions).for_weights(np.ones((1, len(predictions.truth)))).iloc[0][list(OVERALL_METRICS)].to_dict()
 
@@ -213,32 +215,32 @@ def overall(predictions: Judged) -> dict[str, float]:
 def log_losses(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Return the negative log of the true class's probability (n,), in nats.
 
-    Takes probabilities (n, classes) and the indices of the true classes (n,). Probabilities are at least LEAST, as in the
-    temperature fit, so a probability of 0, which a vote can give, costs 16 nats.
+    Takes probabilities (n, classes) and the indices of the true classes (n,). Probabilities are raised to at least LEAST, as
+    in the temperature fit, so a probability of 0, which a vote can result in, costs 16 nats.
     """
     return -np.log(np.maximum(probabilities[np.arange(len(truth)), truth], LEAST))
 
 
 def confidence_bins(probabilities: np.ndarray, bins: int = ECE_BINS) -> np.ndarray:
-    """Return the bin (n,) of each image's highest probability: `bins` of equal width over 0..1, upper edges included."""
+    """Return the bin (n,) of each image's highest probability: `bins` equal bins over 0..1, upper edges included."""
     return np.clip(np.ceil(probabilities.max(axis=1) * bins).astype(int) - 1, 0, bins - 1)
 
 
 def ece(probabilities: np.ndarray, truth: np.ndarray, bins: int = ECE_BINS) -> float:
     """Compute the expected calibration error of the predicted class, 0..1.
 
-    This is |accuracy - mean confidence| of each bin, weighted by the number of images (Guo et al. 2017, equation 3).
+    This is the mean over bins of |accuracy - mean confidence|, weighted by the number of images (Guo et al. 2017, eq. 3).
     """
     gaps = (probabilities.argmax(axis=1) == truth) - probabilities.max(axis=1)
     return float(np.abs(np.bincount(confidence_bins(probabilities, bins), gaps)).sum() / len(truth))
 
 
 def at_prevalence(predictions: Judged, prevalences: Iterable[float]) -> pd.DataFrame:
-    """Compute each class's ppv and npv for a population in which its share is `prevalence` (0 < prevalence < 1).
+    """Compute each class's ppv and npv for populations in which the class has a given prevalence.
 
-    Uses Bayes' rule with the sensitivity and specificity measured here; the other classes keep their proportions. The
-    predictive values of a data set that is half COVID-19 do not hold in any other population. Raises ValueError for other
-    prevalences.
+    Returns the columns class, prevalence, ppv and npv. Uses Bayes' rule with the sensitivity and specificity of
+    `predictions`; the other classes keep their proportions. The predictive values on a data set that is half COVID-19 do not
+    hold in any other population. Raises ValueError for a prevalence that is not strictly between 0 and 1.
     """
     metrics, rows = count_metrics(confusion(predictions).to_numpy()), []
     for prevalence in prevalences:
@@ -256,8 +258,9 @@ def at_prevalence(predictions: Judged, prevalences: Iterable[float]) -> pd.DataF
 def source_table(predictions: Judged) -> pd.DataFrame:
     """Return `class_table` for all sources pooled, then for each source alone, without the macro rows.
 
-    Within one source a model gains nothing from recognising the source. If a source has a single class, there is nothing to
-    separate: specificity and the areas under curves are NaN.
+    The columns are source, class, support, of (the number of images from the source) and CLASS_METRICS. Within one source, a
+    model gains nothing from recognising the source. If a source has a single class, specificity and the areas under curves
+    are NaN.
     """
     sources = predictions.source
     parts = {"pooled": predictions} | {str(name): predictions.rows(sources == name) for name in sorted(set(sources))}
@@ -275,10 +278,10 @@ def failures(
 ) -> pd.DataFrame:
     """Return one row per class with its number of images and how many of them were not predicted.
 
-    `outside_folds` counts images that were excluded or set aside for testing, `unanswered` those in a fold without a
-    prediction, `answered` those with one. With a table `lungs`, `lungs_not_found` counts images in folds whose lungs were
-    not found. The last columns are shares of the images in folds. If one class fails more often than another, the metrics of
-    the remaining images look better than they are.
+    `outside_folds` counts images that were excluded or set aside for testing, `unanswered` images in folds without a
+    prediction, and `answered` images in folds with one. If a `lungs` table is passed, `lungs_not_found` counts images in
+    folds whose lungs were not found. The last columns are shares of the images in folds. If one class fails more often than
+    another, the metrics on the remaining images look better than they are.
     """
     classes = class_columns(labels, "labels")
     truth = labels.set_index("id")[classes].reindex(images.study_id).to_numpy() >= 0.5
@@ -294,7 +297,7 @@ def failures(
 
 
 def _ratio(above: np.ndarray, below: np.ndarray, where_none: float = np.nan) -> np.ndarray:
-    """Return above / below, and `where_none` where below is 0."""
+    """Return above / below, or `where_none` where below is 0."""
     above, below = np.broadcast_arrays(np.asarray(above, dtype=float), np.asarray(below, dtype=float))
     return np.divide(above, below, out=np.full(above.shape, where_none), where=below > 0)
 
@@ -311,7 +314,10 @@ def calibrated(predictions: Judged) -> tuple[Judged, pd.Series]:
 
 
 def calibration_table(models: Mapping[str, Judged]) -> pd.DataFrame:
-    """Return one row per model: ece, brier and log_loss `before` and `after` scaling, and the mean `temperature`."""
+    """Return ece, brier and log_loss before and after temperature scaling, with one row per model.
+
+    The columns are named, for example, "ece before" and "ece after"; the last column is the mean `temperature`.
+    """
     rows = {}
     for name, predictions in models.items():
         after, temperatures = calibrated(predictions)
@@ -322,14 +328,14 @@ def calibration_table(models: Mapping[str, Judged]) -> pd.DataFrame:
 
 
 def _ranked(values: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the order by falling score, which images are positive in that order, and the last index of each tie."""
+    """Return the order by descending score, which images are positive in that order, and the last index of each tie."""
     order = np.argsort(-values, kind="stable")
     scores = values[order]
     return order, positive[order].astype(float), np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
 
 
 def _areas(weight: np.ndarray, order: np.ndarray, positive: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return ROC AUC and average precision (draws,) of `_ranked` images with weights (draws, n).
+    """Return the ROC AUC and the average precision, each (draws,), of images sorted by `_ranked` with `weight` (draws, n).
 
     ROC AUC is NaN without positives or without negatives, average precision is NaN without positives.
     """

@@ -1,4 +1,4 @@
-"""Predictions of finished single-label classification runs, by model, and bundles with images they were not trained on."""
+"""Predictions of finished single-label classification runs, and bundles with images that they were not trained on."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,14 +17,14 @@ SAME_SCORE = 1e-6  # an ensemble's run repeats its learners' scores, which may d
 
 
 def read_class_scores(runs: Iterable[str | Path], folds: pd.DataFrame, split: str = "folds") -> dict[str, pd.DataFrame]:
-    """Read the predictions of training and ensemble runs; return one table class_scores per model, in order of appearance.
+    """Read the predictions of training and ensemble runs; return one `class_scores` table per model, in order of appearance.
 
     With split "folds" these are out-of-fold predictions. With "test" they are predictions for the test images that were set
     aside, averaged over the models of all folds, with the fold ALL_FOLDS. Runs with different folds of one model are merged,
-    and rows that an ensemble run repeats count once. If runs disagree about an image under the same model name, they are
-    kept as separate models called "run: model". `folds` is the table of the prepared run. Raises RunError for an unknown
-    split, for a run without such predictions, and for predictions that are not out of these folds or, with "test", are for
-    images in them.
+    and rows that an ensemble run repeats count once. If two runs have different scores for an image under the same model
+    name, they are kept as separate models called "run: model". `folds` is the table of the prepared run. Raises RunError for
+    an unknown split; for a run without such predictions; with split "folds", for predictions that are not out-of-fold with
+    respect to `folds`; and with "test", for predictions for images in `folds`.
     """
     if split not in SPLITS:
         raise RunError(f"split is {split!r}; valid splits: {', '.join(SPLITS)}")
@@ -35,7 +35,9 @@ def read_class_scores(runs: Iterable[str | Path], folds: pd.DataFrame, split: st
         table = read_table("class_scores", path) if path.is_file() else empty_table("class_scores")
         if table.empty:
             advice = (
-                f"it has {other_path.name}: change split" if other_path.is_file() else "use runs of notebooks 20, 25 or 65"
+                f"it has {other_path.name}; use the other split"
+                if other_path.is_file()
+                else "use runs of notebooks 20, 25 or 65"
             )
             raise RunError(f"{run} has no predictions in tables/{path.name}; {advice}")
         _check_unseen(run, table, folds, split)
@@ -58,11 +60,12 @@ def read_class_scores(runs: Iterable[str | Path], folds: pd.DataFrame, split: st
 
 
 def unseen_bundle(run: str | Path, tables: dict[str, pd.DataFrame]) -> tuple[Path, list[str]]:
-    """Return the run's first bundle and the images in the folds of the prepared run `tables` that it was not trained on.
+    """Return the run's first bundle and the ids of images in the prepared run's folds that it was not trained on.
 
-    For a nested run (run/outer<k>/fold<n>/bundle) these are the images of the outer fold that was held out, otherwise those
-    of the bundle's own validation fold, on which its epoch was chosen. Raises RunError for a run without a bundle, and for a
-    bundle trained on other data or folds; a nested bundle must be trained on the prepared run without its outer fold.
+    `tables` are the tables of the prepared run. For a nested run (run/outer<k>/fold<n>/bundle), the images are those in the
+    outer fold that was held out, otherwise those in the bundle's validation fold, on which its epoch was chosen. Raises
+    RunError for a run without a bundle, and for a bundle that was trained on other data or folds; a nested bundle must have
+    been trained on the prepared run without its outer fold.
     """
     run = Path(run)
     records = sorted([*run.glob("outer*/fold*/bundle/model.json"), *run.glob("fold*/bundle/model.json")])
@@ -83,7 +86,7 @@ def unseen_bundle(run: str | Path, tables: dict[str, pd.DataFrame]) -> tuple[Pat
 
 
 def choose_models(models: Iterable[str], reference: str, pictured: Iterable[str]) -> tuple[str, list[str]]:
-    """Return the reference model and the models to draw, as named or, if empty, by default.
+    """Return the reference model and the models to draw; empty values of `reference` and `pictured` get a default.
 
     The default reference is the mean of an ensemble's learners, or else the first model; by default the reference and the
     last model are drawn. Raises ValueError for a name that is not in `models`.
@@ -98,7 +101,7 @@ def choose_models(models: Iterable[str], reference: str, pictured: Iterable[str]
 
 
 def protocol_of(folds: pd.DataFrame, folds_by: str) -> str:
-    """Describe in words how predictions out of these folds were made.
+    """Describe in words how the out-of-fold predictions for `folds` were made.
 
     `folds_by` is the value in the prepared run's metrics.json. Raises RunError if it is neither "patient" nor "source".
     """
@@ -120,13 +123,13 @@ def _check_unseen(run: Path, table: pd.DataFrame, folds: pd.DataFrame, split: st
     if split == "test" and len(in_folds):
         first = in_folds.iloc[0]
         raise RunError(
-            f"{run}: {len(in_folds)} test predictions are for images in the folds, first {first.image_id} by "
-            f"{first.model}; use the prepared run that the model was trained on"
+            f"{run}: {len(in_folds)} test predictions are for images in the folds; the first is for {first.image_id} by "
+            f"{first.model}. Use the prepared run that the model was trained on"
         )
 
 
 def _merge_parts(parts: list[pd.DataFrame]) -> pd.DataFrame | None:
-    """Merge tables and drop repeated rows; return None if they disagree about an image and fold, or in their classes."""
+    """Merge tables and drop repeated rows; return None if their classes or their scores for an image and fold differ."""
     classes = class_columns(parts[0], "class_scores")
     if any(set(class_columns(part, "class_scores")) != set(classes) for part in parts):
         return None

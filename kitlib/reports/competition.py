@@ -1,4 +1,4 @@
-"""Report tables for the competition score: confusion, calibration, curves, and bootstrap intervals of score and detector AP.
+"""Report tables for the competition score: confusion, calibration, curves, bootstrap intervals of the score and of AP.
 
 Functions that take a `Truth` also take fused tables: `studies` (study_id, four classes), `nones` (image_id, none) and
 `detections` (image_id, score, box in original pixels), as in `kitlib.fusion.model_fusion.Fused`.
@@ -14,7 +14,7 @@ from kitlib.scoring.score import SCORE_KEYS, Truth, class_precision, competition
 
 
 def confusion(truth: Truth, studies: pd.DataFrame) -> pd.DataFrame:
-    """Count studies by true class (rows) and most probable class (columns), 4 x 4."""
+    """Count the studies of each true class (rows) and most probable class (columns), 4 x 4."""
     probabilities = _in_order(studies, "study_id", truth.labels["id"], list(STUDY_CLASSES))
     actual = truth.labels[list(STUDY_CLASSES)].to_numpy().argmax(axis=1)
     counts = confusion_matrix(actual, probabilities.argmax(axis=1), labels=range(len(STUDY_CLASSES)))
@@ -22,9 +22,10 @@ def confusion(truth: Truth, studies: pd.DataFrame) -> pd.DataFrame:
 
 
 def class_report(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins: int = 10) -> pd.DataFrame:
-    """Return metrics of each study class and of `none`: positives, of, average_precision, roc_auc, brier, calibration_error.
+    """Return one row of metrics for each study class and for `none`.
 
-    Brier score and expected calibration error (equal bins, weighted by their counts) are of one class against the others.
+    The columns are class, positives, of (studies or images), average_precision, roc_auc, brier and calibration_error. Brier
+    score and expected calibration error (`bins` equal bins, weighted by their counts) are for one class against the others.
     Metrics that are undefined because all or none of the rows are positive are NaN.
     """
     calibration = reliability(truth, studies, nones, bins)
@@ -47,9 +48,9 @@ def class_report(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins:
 
 
 def reliability(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins: int = 10) -> pd.DataFrame:
-    """Return how often each class is true per probability bin: class, predicted (mean), observed (share), count.
+    """Return how often each class is true in each probability bin: class, predicted (mean), observed (share), count.
 
-    There are `bins` of equal width over 0..1; empty bins are omitted. Study classes count studies, `none` counts images.
+    There are `bins` equal bins over 0..1; empty ones are omitted. Study classes count studies, `none` counts images.
     """
     tables = []
     for name, (positive, predicted) in _answers(truth, studies, nones).items():
@@ -62,7 +63,7 @@ def reliability(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins: 
 def precision_recall_curves(
     truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, detections: pd.DataFrame
 ) -> dict[str, pd.DataFrame]:
-    """Return recall and precision (VOC's envelope) for each class that occurs, by title such as `class (AP 0.123)`."""
+    """Return recall and precision (VOC's envelope) of each class that occurs, keyed by titles such as `class (AP 0.123)`."""
     of_ids = _answers(truth, studies, nones).items()
     answers = {name: (predicted, positive, positive.sum()) for name, (positive, predicted) in of_ids}
     detections_of_truth = detections[detections["image_id"].isin(truth.image_ids)]
@@ -88,7 +89,7 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return name, value, low and high of the score, the six APs and opacity_boxed, with percentile intervals.
+    """Return percentile intervals of the score, the six APs and opacity_boxed: name, value, low and high.
 
     Whole patients are drawn with replacement (`images` has image_id, study_id, patient_id) because images of one patient are
     not independent. A class that does not occur in a sample is left out of the mean of that sample.
@@ -107,17 +108,19 @@ def score_draws(
     samples: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return SCORE_KEYS as columns: the first row is all patients, then one row per bootstrap draw (see `bootstrap`).
+    """Return SCORE_KEYS as columns: in the first row for all patients, then one row per bootstrap draw (see `bootstrap`).
 
-    A part that is None has not been predicted: its columns are NaN and the score is the mean of the others. Predictions for
-    the same truth and seed get the same draws, so the difference of two such tables is a paired comparison. Raises
-    ValueError for an image or study of the truth that `images` lacks.
+    If a table of predictions is None, its columns are NaN and the score is the mean of the others. Predictions for the same
+    truth and seed get the same draws, so the difference of two such tables is a paired comparison. Raises ValueError for an
+    image or study of `truth` that `images` lacks.
     """
     patient = images.set_index("image_id")["patient_id"].reindex(list(truth.image_ids))
     patient_of_study = images.drop_duplicates("study_id").set_index("study_id")["patient_id"].reindex(truth.labels["id"])
     unknown = [*patient.index[patient.isna()], *patient_of_study.index[patient_of_study.isna()]]
     if unknown:
-        raise ValueError(f"{len(unknown)} images or studies of the truth are not in the table images, first {unknown[0]}")
+        raise ValueError(
+            f"{len(unknown)} images or studies of the ground truth are not in the `images` table; the first is {unknown[0]}"
+        )
     codes, patients = pd.factorize(patient)
     study_codes = pd.Index(patients).get_indexer(patient_of_study)
     positions = pd.Index(truth.image_ids)
@@ -152,9 +155,9 @@ def score_draws(
 def _answers(
     truth: Truth, studies: pd.DataFrame | None, nones: pd.DataFrame | None
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return by class whether it is true (n,), bool, and its probability (n,): per study, and per image for `none`.
+    """Map each class to its truth (n,), bool, and probability (n,): per study, and per image for `none`.
 
-    Classes of a table that is None are missing.
+    Classes of a table that is None are omitted.
     """
     answers = {}
     if studies is not None:
@@ -168,11 +171,11 @@ def _answers(
 
 
 def _in_order(table: pd.DataFrame, key: str, ids: pd.Series | tuple[str, ...], columns: list[str]) -> np.ndarray:
-    """Return `columns` in the order of `ids`. Raises ValueError if an id has no value."""
+    """Return the values of `columns` in the order of `ids`. Raises ValueError if an id has no value."""
     values = table.set_index(key)[columns].reindex(list(ids))
     if values.isna().any(axis=None):
         missing = values.index[values.isna().any(axis=1)][0]
-        raise ValueError(f"{key} {missing} of the truth has no predicted {', '.join(columns)}")
+        raise ValueError(f"{key} {missing} of the ground truth has no predicted {', '.join(columns)}")
     return values.to_numpy()
 
 
@@ -184,19 +187,19 @@ def detection_draws(
     samples: int = 500,
     seed: int = 0,
 ) -> np.ndarray:
-    """Return opacity AP (VOC 2010) on the images in `coverage`, (1 + samples,): all patients first, then bootstrap draws.
+    """Return the opacity AP (VOC 2010) on the images in `coverage`, (1 + samples,): for all patients, then for each draw.
 
     Whole patients are drawn with replacement. Two detectors with the same images and seed get the same draws, so the
     difference of their arrays is a paired comparison. Folds are pooled, so the scores of a model must be comparable across
-    folds. Raises ValueError if an image of `coverage` is not in `images` or occurs twice.
+    folds. Raises ValueError if an image in `coverage` is not in `images` or occurs twice.
     """
     image_ids = coverage["image_id"]
     if image_ids.duplicated().any():
-        twice = image_ids[image_ids.duplicated()].iloc[0]
-        raise ValueError(f"image {twice} occurs twice in the coverage; pass the out-of-fold coverage of one detector")
+        repeated_id = image_ids[image_ids.duplicated()].iloc[0]
+        raise ValueError(f"image {repeated_id} occurs twice in the coverage; pass the out-of-fold coverage of one detector")
     patient = images.set_index("image_id")["patient_id"].reindex(sorted(image_ids))
     if patient.isna().any():
-        raise ValueError(f"image {patient.index[patient.isna()][0]} of the coverage is not in the table images")
+        raise ValueError(f"image {patient.index[patient.isna()][0]} of the coverage is not in the `images` table")
     codes, patients = pd.factorize(patient)
     detections_of_images = detections[detections["image_id"].isin(image_ids)]
     true = boxes[boxes["image_id"].isin(image_ids)]
@@ -209,6 +212,6 @@ def detection_draws(
 
 
 def interval(draws: np.ndarray, level: float = 0.95) -> dict[str, float]:
-    """Return value, low and high (percentile interval) of the result of `detection_draws` or of the difference of two."""
+    """Return value, low and high (percentile interval) of a result of `detection_draws` or of the difference of two."""
     low, high = np.nanquantile(draws[1:], [(1 - level) / 2, (1 + level) / 2])
     return {"value": float(draws[0]), "low": float(low), "high": float(high)}

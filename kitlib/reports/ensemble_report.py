@@ -1,4 +1,4 @@
-"""Learners and their ensembles in one table, temperature scaling of ensembles, and the weight of each learner."""
+"""Compares learners with their ensembles, scales ensembles by temperature, and draws the weight of each learner."""
 
 import numpy as np
 import pandas as pd
@@ -37,10 +37,10 @@ def comparison(judged: Judged, learners: LearnerScores) -> pd.DataFrame:
 
 
 def cross_scaled_scores(judged: Judged, learners: LearnerScores, model: str, name: str) -> tuple[pd.DataFrame, pd.Series]:
-    """Scale the scores of `model` with the temperature fitted on the other folds, under the model name `name`.
+    """Scale the scores of `model` in each fold by the temperature fitted on the other folds.
 
-    Returns the scaled rows and the temperatures by fold; the entry "all" is the temperature of all rows. Raises ValueError
-    if there is a single fold.
+    Returns the scaled rows, with the model name `name`, and the temperatures keyed by fold; the entry "all" is the
+    temperature fitted on all rows. Raises ValueError if there is only one fold.
     """
     rows = judged.scores[judged.scores["model"] == model].reset_index(drop=True)
     truth = learners.answers["truth"].loc[rows[learners.key]].to_numpy()
@@ -60,9 +60,9 @@ def out_of_fold_temperature(ensemble: Ensemble, learners: LearnerScores) -> floa
 
 
 def collect_test_scores(judged: Judged, test: TestSplitScores, model: str, temperature: float, name: str) -> pd.DataFrame:
-    """Return the table class_scores of the test images: learners by fold, ensembles, and `model` scaled by `temperature`.
+    """Return the `class_scores` table of the test images: learners and their folds, ensembles, and the scaled `model`.
 
-    The scaled rows have the model name `name`; there are none if the temperature is 1.
+    The rows of `model` scaled by `temperature` have the model name `name`; they are omitted if the temperature is 1.
     """
     ensembles = judged.scores[~judged.scores["model"].isin(test.means.learners)]
     chosen, classes = judged.scores[judged.scores["model"] == model], list(test.means.classes)
@@ -72,7 +72,7 @@ def collect_test_scores(judged: Judged, test: TestSplitScores, model: str, tempe
 
 
 def weights_figure(weights: pd.DataFrame, learners: tuple[str, ...]) -> Figure:
-    """Draw one panel per ensemble: each learner's mean weight per true class, with its standard deviation over images."""
+    """Draw one panel per ensemble: the mean weight of each learner for each true class, with the standard deviation."""
     names = list(dict.fromkeys(weights["model"]))
     figure = Figure(figsize=(max(4, 1 + 1.2 * len(learners)), 2.6 * len(names)), layout="constrained")
     for axis, name in zip(figure.subplots(len(names), 1, squeeze=False, sharex=True)[:, 0], names, strict=True):

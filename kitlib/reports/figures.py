@@ -30,7 +30,10 @@ def save_figure(figure: Figure, path: str | Path) -> Figure:
 
 
 def image_grid(count: int, per_row: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """Return a figure for `count` images, `per_row` side by side, and its flat array of axes; width and height in inches."""
+    """Return a figure with `per_row` images side by side, and its flat array of at least `count` axes.
+
+    `width` and `height` are the size of each image in inches.
+    """
     rows = max(1, math.ceil(count / per_row))
     figure = Figure(figsize=(width * per_row, height * rows), layout="constrained")
     axes = figure.subplots(rows, per_row, squeeze=False).ravel()
@@ -83,7 +86,7 @@ def draw_outlines(axis: Axes, codes: np.ndarray, colour: str) -> None:
 
 
 def fold_shares(folds: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> Figure:
-    """Draw the share of each class in each fold; the bars of a class should have about the same height."""
+    """Draw the share of each class in each fold; in good folds, the bars of a class have about the same height."""
     classes = class_columns(labels, "labels")
     joined = folds.merge(images, left_on="id", right_on="image_id").merge(labels, left_on="study_id", right_on="id")
     shares = joined.groupby("fold")[classes].mean()
@@ -96,9 +99,9 @@ def fold_shares(folds: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame)
 
 
 def confusion_figure(matrices: Mapping[str, pd.DataFrame], shares_too: bool = False) -> Figure:
-    """Draw one panel per confusion matrix: counts, coloured by their share of the row.
+    """Draw one panel per confusion matrix with its counts, coloured by their share of the row.
 
-    Rows are the true class, columns the most probable class. `shares_too` also prints the share.
+    Rows are the true class, columns the most probable class. If `shares_too`, the shares are printed too.
     """
     figure = Figure(figsize=(0.6 + 3.9 * len(matrices), 3.9), layout="constrained")
     for axis, (name, matrix) in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items(), strict=True):
@@ -116,7 +119,7 @@ def confusion_figure(matrices: Mapping[str, pd.DataFrame], shares_too: bool = Fa
 
 
 def precision_recall_figure(curves: dict[str, pd.DataFrame]) -> Figure:
-    """Draw one line per class from tables with recall and precision (the VOC envelope); the keys become the legend."""
+    """Draw one line per table of recall and precision (the VOC envelope); the keys of `curves` become the legend."""
     figure = Figure(figsize=(5.5, 4), layout="constrained")
     axis = figure.subplots()
     for name, curve in curves.items():
@@ -127,9 +130,9 @@ def precision_recall_figure(curves: dict[str, pd.DataFrame]) -> Figure:
 
 
 def reliability_figure(bins: pd.DataFrame) -> Figure:
-    """Draw the observed against the predicted frequency, one line per class of `bins`.
+    """Draw the observed against the predicted frequency, with one line per class in `bins`.
 
-    `bins` has class, predicted, observed and count; dots are as large as their bin's count.
+    `bins` has the columns class, predicted, observed and count; the area of a dot shows the count.
     """
     figure = Figure(figsize=(4.5, 4), layout="constrained")
     axis = figure.subplots()
@@ -143,7 +146,7 @@ def reliability_figure(bins: pd.DataFrame) -> Figure:
 
 
 def fusion_steps(steps: pd.DataFrame) -> Figure:
-    """Draw the competition score after each tuning step; `steps` has step, score and gain."""
+    """Draw the competition score after each tuning step; `steps` has the columns step, score and gain."""
     figure = Figure(figsize=(6.5, 0.5 + 0.35 * len(steps)), layout="constrained")
     axis = figure.subplots()
     axis.barh(steps.step, steps.score, color="steelblue")
@@ -158,9 +161,9 @@ def fusion_steps(steps: pd.DataFrame) -> Figure:
 
 
 def rankings_figure(table: pd.DataFrame) -> Figure:
-    """Draw one panel per ranking, the best model on top: its score with its interval, then its recipe and changes.
+    """Draw one panel per ranking, the best model on top; each model has its score with interval, recipe and changes.
 
-    `table` has one row per model with ranking, name, figure, score, low, high, images, recipe, changes and
+    `table` has one row per model with the columns ranking, name, figure, score, low, high, images, recipe, changes and
     folds_fingerprint.
     """
     rankings = [rows for _, rows in table.groupby("ranking")]

@@ -8,12 +8,12 @@ from kitlib.reports.figures import image_grid, show_xray
 from kitlib.tables import class_columns
 from kitlib.xrays.cache import XrayCache
 
-SHOWN_CLASSES = 3  # number of the most probable classes printed below an image
-LINES = ("-", "--", ":")  # changes every ten lines, because matplotlib repeats its ten colours
+SHOWN_CLASSES = 3  # how many of the most probable classes are printed below an image
+LINES = ("-", "--", ":")  # line style, changed after every ten lines because matplotlib repeats its ten colours
 
 
 def roc_figure(curves: dict[str, pd.DataFrame]) -> Figure:
-    """Draw one ROC curve per class from tables with false_positives and recall; the keys become the legend."""
+    """Draw one ROC curve per table of false_positives and recall; the keys of `curves` become the legend."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
@@ -26,7 +26,7 @@ def roc_figure(curves: dict[str, pd.DataFrame]) -> Figure:
 
 
 def auc_figure(intervals: pd.DataFrame) -> Figure:
-    """Draw ROC AUC of the mean and of each class with its interval; `intervals` has name, value, low and high."""
+    """Draw the ROC AUC of each class and the mean with intervals; `intervals` has the columns name, value, low and high."""
     named = intervals.assign(model=intervals["name"], name="ROC AUC with its interval over patients")
     return intervals_figure(named, line=0.5)
 
@@ -34,7 +34,7 @@ def auc_figure(intervals: pd.DataFrame) -> Figure:
 def findings_images(
     cache: XrayCache, scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, per_row: int = 4
 ) -> Figure:
-    """Draw the images of `scores` (table class_scores) with the true classes above and the most probable ones below."""
+    """Draw the images in `scores` (a `class_scores` table) with the true classes above and the most probable ones below."""
     figure, axes = image_grid(len(scores), per_row, 3.2, 4)
     classes = class_columns(scores, "class_scores")
     truth = labels.set_index("id").loc[images.set_index("image_id").study_id.reindex(scores.image_id), classes]

@@ -1,7 +1,7 @@
-"""Metrics of findings classifiers: a table per class, thresholds, and bootstrap intervals of the mean ROC AUC.
+"""Metrics of findings classifiers: a table with one row per class, thresholds, and bootstrap intervals of the mean ROC AUC.
 
-The functions take a table `class_scores` with one row per image, as `mean_over_folds` returns it, and the tables images and
-labels. Unknown labels (NaN) are ignored. A threshold is never chosen on the images that it is evaluated on.
+The functions take a `class_scores` table with one row per image, as `mean_over_folds` returns it, and the `images` and
+`labels` tables. Unknown labels (NaN) are ignored. A threshold is never chosen on the images that it is evaluated on.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ DEFAULT_THRESHOLD = 0.5
 class Answers:
     """True labels and predicted probabilities of n images, both (n, classes).
 
-    `truth` is NaN if unknown, 1 for labels from 0.5 upwards, and 0 otherwise.
+    `truth` is NaN if unknown, 1 for labels of at least 0.5, and 0 otherwise.
     """
 
     classes: tuple[str, ...]
@@ -37,16 +37,17 @@ class Answers:
 
 
 def answers(scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> Answers:
-    """Match the rows of `scores` (table class_scores) with their true labels.
+    """Match the rows of `scores` (a `class_scores` table) with their true labels.
 
-    Raises ValueError if an image has several rows, has no label, or has a score that is NaN, or if the labels lack a class.
+    Raises ValueError if an image has several rows, no label or a score that is NaN, or if the labels lack a class.
     """
     scores, labels = check_table(scores, "class_scores"), check_table(labels, "labels")
     classes = class_columns(scores, "class_scores")
-    twice = scores.image_id[scores.image_id.duplicated()]
-    if len(twice):
+    repeated = scores.image_id[scores.image_id.duplicated()]
+    if len(repeated):
         raise ValueError(
-            f"{twice.nunique()} images have several rows of scores, first {twice.iloc[0]}; average them with mean_over_folds"
+            f"{repeated.nunique()} images have several rows of scores; the first is {repeated.iloc[0]}. Average the rows "
+            "with mean_over_folds"
         )
     missing = [name for name in classes if name not in labels.columns]
     if missing:
@@ -54,7 +55,10 @@ def answers(scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) ->
     image_rows = images.set_index("image_id").reindex(scores.image_id)
     unlabelled = image_rows.index[image_rows.study_id.isna() | ~image_rows.study_id.isin(labels["id"])]
     if len(unlabelled):
-        raise ValueError(f"{len(unlabelled)} predicted images are not in images or have no label, first {unlabelled[0]}")
+        raise ValueError(
+            f"{len(unlabelled)} predicted images are not in the `images` table or have no label; the first is "
+            f"{unlabelled[0]}"
+        )
     truth = labels.set_index("id").loc[image_rows.study_id, classes].to_numpy(float)
     truth = np.where(np.isnan(truth), np.nan, truth >= 0.5)
     probabilities = scores[classes].to_numpy(float)
@@ -64,7 +68,7 @@ def answers(scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) ->
 
 
 def mean_over_folds(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per image: the mean over the models that predicted it; `fold` is that of the first of them."""
+    """Return one row per image with the mean over the models that predicted it; `model` and `fold` are the first model's."""
     scores = check_table(scores, "class_scores")
     grouped = scores.groupby("image_id", sort=False, as_index=False)
     classes = class_columns(scores, "class_scores")
@@ -72,13 +76,13 @@ def mean_over_folds(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_thresholds(predictions: Answers) -> np.ndarray:
-    """Return for each class (classes,) the threshold with the highest F1 on these images.
+    """Return the threshold with the highest F1 on these images for each class, shape (classes,).
 
-    An image is called positive if its probability is at least the threshold. A class without positives has the threshold
+    An image is called positive if its probability is at least the threshold. A class without positives gets a threshold of
     0.5.
     """
     thresholds = np.full(len(predictions.classes), DEFAULT_THRESHOLD)
-    for index, (truth, scores) in enumerate(_known(predictions)):
+    for index, (truth, scores) in enumerate(_known_labels(predictions)):
         if truth.any():
             precision, recall, steps = precision_recall_curve(truth, scores)
             f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
@@ -89,7 +93,7 @@ def best_thresholds(predictions: Answers) -> np.ndarray:
 def cross_fitted_thresholds(predictions: Answers, seed: int = 0) -> np.ndarray:
     """Return a threshold for each image and class (n, classes), chosen by `best_thresholds` on the other folds.
 
-    If there is only one fold, its patients are split into two random halves, each of which gets the threshold of the other.
+    If there is only one fold, its patients are split into two random halves, and each half gets the thresholds of the other.
     """
     part = predictions.fold
     if len(np.unique(part)) < 2:
@@ -104,14 +108,14 @@ def cross_fitted_thresholds(predictions: Answers, seed: int = 0) -> np.ndarray:
 def class_report(predictions: Answers, thresholds: np.ndarray) -> pd.DataFrame:
     """Return one row per class with its ROC AUC, average precision, and precision, recall and F1 at the thresholds.
 
-    The columns are class, positives, of (images with a known label), roc_auc, average_precision, threshold, precision,
-    recall and f1. `thresholds` is (n, classes) or (classes,), for example from `cross_fitted_thresholds`; `threshold` is
-    their mean. ROC AUC is NaN if there are no positives or no negatives, the other metrics are NaN without positives.
-    Precision is 0 if nothing is predicted positive.
+    The columns are class, positives, of (number of images with a known label), roc_auc, average_precision, threshold,
+    precision, recall and f1. `thresholds` is (n, classes) or (classes,), for example from `cross_fitted_thresholds`; the
+    `threshold` column is the mean over images. ROC AUC is NaN without positives or negatives, the other metrics are NaN
+    without positives. Precision is 0 if nothing is predicted positive.
     """
     thresholds = np.broadcast_to(thresholds, predictions.probabilities.shape)
     rows = []
-    for index, (truth, scores) in enumerate(_known(predictions)):
+    for index, (truth, scores) in enumerate(_known_labels(predictions)):
         threshold = thresholds[~np.isnan(predictions.truth[:, index]), index]
         positives = int(truth.sum())
         precision, recall, f1 = precision_recall_f1(truth, scores >= threshold)
@@ -132,9 +136,9 @@ def class_report(predictions: Answers, thresholds: np.ndarray) -> pd.DataFrame:
 
 
 def precision_recall_f1(truth: np.ndarray, called: np.ndarray) -> tuple[float, float, float]:
-    """Compute precision, recall and F1 of truth and predictions, both bool (n,).
+    """Compute precision, recall and F1 from the truth and the predictions `called`, both bool (n,).
 
-    All are NaN without positives. Precision is 0 if nothing is predicted positive.
+    All three are NaN without positives. Precision is 0 if nothing is predicted positive.
     """
     positives, calls, hits = truth.sum(), called.sum(), (truth & called).sum()
     if not positives:
@@ -143,12 +147,13 @@ def precision_recall_f1(truth: np.ndarray, called: np.ndarray) -> tuple[float, f
 
 
 def bootstrap_auc(predictions: Answers, samples: int = 200, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """Return name, value, low and high of the mean ROC AUC and of each class, with percentile intervals.
+    """Return percentile intervals of the mean ROC AUC and of each class's: name, value, low and high.
 
-    Whole patients are drawn with replacement. A class without positives or negatives in a sample is left out of its mean.
+    Whole patients are drawn with replacement. A class without positives or negatives in a sample is left out of the sample's
+    mean.
     """
     draws = auc_draws(predictions, samples, seed)
-    # A class that is undefined in all samples keeps NaN: np.nanquantile would warn about it.
+    # A class that is undefined in all samples keeps NaN, because np.nanquantile would warn about it.
     bounds = np.full((2, draws.shape[1]), np.nan)
     defined = np.isfinite(draws.iloc[1:]).any(axis=0).to_numpy()
     if defined.any():
@@ -158,21 +163,21 @@ def bootstrap_auc(predictions: Answers, samples: int = 200, level: float = 0.95,
 
 
 def auc_draws(predictions: Answers, samples: int = 200, seed: int = 0) -> pd.DataFrame:
-    """Return ROC AUC as columns `mean` and each class: the first row is all patients, then one row per bootstrap draw.
+    """Return the mean ROC AUC and each class's as columns: in the first row for all patients, then one row per draw.
 
     Predictions for the same patients with one seed get the same draws, so the difference of two tables is a paired
     comparison.
     """
     patients, codes = np.unique(predictions.patient, return_inverse=True)
-    known = [~np.isnan(column) for column in predictions.truth.T]
-    ranks = [dense_ranks(scores[mask]) for scores, mask in zip(predictions.probabilities.T, known, strict=True)]
-    truths = [truth[mask] == 1 for truth, mask in zip(predictions.truth.T, known, strict=True)]
+    is_known = [~np.isnan(column) for column in predictions.truth.T]
+    ranks = [dense_ranks(scores[mask]) for scores, mask in zip(predictions.probabilities.T, is_known, strict=True)]
+    truths = [truth[mask] == 1 for truth, mask in zip(predictions.truth.T, is_known, strict=True)]
 
     def judge(counts: np.ndarray) -> list[float]:
         weight = counts[codes]
         aucs = [
             roc_auc_of_ranks(rank, truth, weight[mask]) if len(rank) else float("nan")
-            for rank, truth, mask in zip(ranks, truths, known, strict=True)
+            for rank, truth, mask in zip(ranks, truths, is_known, strict=True)
         ]
         finite = [auc for auc in aucs if np.isfinite(auc)]
         return [float(np.mean(finite)) if finite else float("nan"), *aucs]
@@ -183,12 +188,12 @@ def auc_draws(predictions: Answers, samples: int = 200, seed: int = 0) -> pd.Dat
 
 
 def roc_curves(predictions: Answers) -> dict[str, pd.DataFrame]:
-    """Return false_positives and recall (rates, 0..1) by title such as `class (AUC 0.123)`, the largest area first.
+    """Return the ROC curve of each class, keyed by a title such as `class (AUC 0.123)`, the largest area first.
 
-    Classes without positives or without negatives are omitted.
+    The columns are false_positives and recall (rates, 0..1). Classes without positives or without negatives are omitted.
     """
     curves = {}
-    for name, (truth, scores) in zip(predictions.classes, _known(predictions), strict=True):
+    for name, (truth, scores) in zip(predictions.classes, _known_labels(predictions), strict=True):
         if truth.any() and not truth.all():
             area = roc_auc(scores, truth)
             false_positives, recall, _ = roc_curve(truth, scores)
@@ -198,15 +203,15 @@ def roc_curves(predictions: Answers) -> dict[str, pd.DataFrame]:
 
 
 def uncertainty(scores: pd.DataFrame) -> pd.Series:
-    """Compute the entropy of each row of `class_scores` in bits, summed over classes: 0 if every probability is 0 or 1."""
+    """Compute each row's entropy in bits, summed over classes; it is 0 if every probability is 0 or 1."""
     probability = scores[class_columns(scores, "class_scores")].to_numpy(float)
     with np.errstate(divide="ignore", invalid="ignore"):
         present, absent = (np.where(share > 0, -share * np.log2(share), 0) for share in (probability, 1 - probability))
     return pd.Series((present + absent).sum(axis=1), index=scores.index, name="uncertainty")
 
 
-def _known(predictions: Answers) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Yield for each class the truth (bool) and the probability of the images with a known label."""
+def _known_labels(predictions: Answers) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Yield the truth (bool) and the probability of the images with a known label, class by class."""
     for truth, scores in zip(predictions.truth.T, predictions.probabilities.T, strict=True):
-        known = ~np.isnan(truth)
-        yield truth[known] == 1, scores[known]
+        is_known = ~np.isnan(truth)
+        yield truth[is_known] == 1, scores[is_known]

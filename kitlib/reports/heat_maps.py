@@ -1,7 +1,7 @@
-"""Grad-CAM heat maps of classifiers, and the share of the heat that lies inside the lungs.
+"""Grad-CAM heat maps of classifiers, and the share of the heat that is inside the lungs.
 
-Uses Selvaraju et al. 2017 as implemented in the package grad-cam, on the last convolutional stage. Heat is not a proof of a
-reason: it shows which cells of the last feature maps raise the output of a class. A cell is 1/32 of the canvas wide.
+Uses Selvaraju et al. 2017 as implemented in the grad-cam package, on the last convolutional stage. Heat does not prove why a
+model decides; it shows which cells of the last feature maps raise the output of a class. A cell is 1/32 of the canvas wide.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,17 +25,17 @@ try:
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 except ImportError as error:  # for example on Kaggle, where no wheel is available
     raise ImportError(
-        "heat maps need the package grad-cam: install grad-cam and ttach with pip at the versions in requirements.txt, or "
+        "heat maps need the grad-cam package; install the versions of grad-cam and ttach in requirements.txt with pip, or "
         "leave heat_runs empty"
     ) from error
 
-LONGEST_NAME = 28  # characters of a model's name next to its row
+LONGEST_NAME = 28  # number of characters of a model's name that fit next to its row
 COLUMNS = ["image_id", "class", "heat_inside", "area_inside", "concentration"]
 
 
 @dataclass(frozen=True)
 class Heat:
-    """Heat of one image for one class on its decoded copy: float32, 0..1, all 0 if nothing raises the output."""
+    """Heat map of one image for one class on its decoded copy: float32, 0..1, all 0 if nothing raises the output."""
 
     xray: CachedXray
     class_name: str
@@ -43,10 +43,10 @@ class Heat:
 
 
 def heat_maps(network: Classifier, pixels: torch.Tensor, outputs: Sequence[int]) -> np.ndarray:
-    """Return heat (n, side, side), 0..1, of grey canvases (n, side, side), 0..255, each for one output index.
+    """Return heat maps (n, side, side), 0..1, of grey canvases `pixels` (n, side, side), 0..255.
 
-    The maximum of a canvas is 1, or 0 if nothing raises the output. Raises ValueError for a network without feature maps,
-    such as a transformer.
+    `outputs` has the index of the network output for each canvas. The maximum of a heat map is 1, or 0 if nothing raises the
+    output. Raises ValueError for a network without feature maps, such as a transformer.
     """
     wrapped = _FeatureMapsFirst(network).eval()
     device = next(network.parameters()).device
@@ -54,20 +54,21 @@ def heat_maps(network: Classifier, pixels: torch.Tensor, outputs: Sequence[int])
         gradients(network.normalise(pixels.to(device)), targets=[ClassifierOutputTarget(output) for output in outputs])
         unscaled = np.maximum(gradients.raw, 0)
     side = pixels.shape[-1]
-    heat = np.stack([cv2.resize(each.astype(np.float32), (side, side)) for each in unscaled])
+    heat = np.stack([cv2.resize(grid.astype(np.float32), (side, side)) for grid in unscaled])
     hottest = heat.max(axis=(1, 2), keepdims=True)
     return np.divide(heat, hottest, out=np.zeros_like(heat), where=hottest > 0)
 
 
 def compute_heat(predictor: Predictor, xrays: Iterable[CachedXray], class_names: Sequence[str]) -> list[Heat]:
-    """Return the heat of each X-ray for its class, mapped back from the model's canvas to the pixels of the decoded copy.
+    """Return the heat map of each X-ray for its class, mapped back from the model's canvas to the decoded copy.
 
-    Pixels that the model does not see, such as those outside a crop, have no heat. If the model has several views, only the
-    first and unmirrored one is used. Raises ValueError if the model is not a classifier of whole images or lacks a class.
+    `class_names` has one class per X-ray. Pixels that the model does not see, such as those outside a crop, have no heat. If
+    the model has several views, only the first, unmirrored one is used. Raises ValueError if the model is not a classifier
+    of whole images or lacks a class.
     """
     if not isinstance(predictor.network, Classifier) or predictor.family.sees_patches:
         raise ValueError(
-            f"{predictor.model} is of the family {predictor.family.name}; heat maps need a classifier of whole images"
+            f"{predictor.model} belongs to the family {predictor.family.name}; heat maps need a classifier of whole images"
         )
     unknown = sorted(set(class_names) - set(predictor.classes))
     if unknown:
@@ -87,10 +88,10 @@ def compute_heat(predictor: Predictor, xrays: Iterable[CachedXray], class_names:
 
 
 def inside_lungs(heats: Iterable[Heat], lungs: LungFinder) -> pd.DataFrame:
-    """Return one row per image: the share of the heat inside the lung mask, the mask's share of the image, and their ratio.
+    """Return one row per image with the share of the heat inside the lung mask.
 
-    The columns are COLUMNS. The ratio is `concentration`: 1 means that the heat is spread evenly. Values are NaN if there is
-    no mask or no heat.
+    The columns are image_id, class, heat_inside (the share), area_inside (the mask's share of the image) and concentration
+    (their ratio, 1 if the heat is spread evenly). The last three are NaN if there is no mask or no heat.
     """
     rows = []
     for heat in heats:
@@ -104,7 +105,10 @@ def inside_lungs(heats: Iterable[Heat], lungs: LungFinder) -> pd.DataFrame:
 
 
 def heat_summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return one row per model from tables of `inside_lungs`: means over images, and how many images have no value."""
+    """Summarise each model's table of `inside_lungs` in one row: means over images, images, and not_judged.
+
+    `not_judged` counts the images without a value.
+    """
     rows = {name: {**table[COLUMNS[2:]].mean(), "images": len(table)} for name, table in tables.items()}
     summary = pd.DataFrame.from_dict(rows, orient="index")
     return summary.assign(not_judged=[int(table.heat_inside.isna().sum()) for table in tables.values()])
@@ -113,20 +117,20 @@ def heat_summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def heat_figure(heats_by_model: Mapping[str, Sequence[Heat]], lungs: LungFinder | None = None) -> Figure:
     """Draw a column per image: the image in the first row, then one row of heat maps per model.
 
-    Models can be, for example, one trained with and one without lung masks. The outline of the lungs is drawn if `lungs` has
-    a mask. Raises ValueError if the models' heat maps are of different images.
+    The models can be, for example, one trained with and one without lung masks. The outline of the lungs is drawn if `lungs`
+    finds a mask. Raises ValueError if the models' heat maps are of different images.
     """
     first = next(iter(heats_by_model.values()))
     ids = [heat.xray.image_id for heat in first]
     for name, heats in heats_by_model.items():
         if [heat.xray.image_id for heat in heats] != ids:
-            raise ValueError(f"the heat maps of {name} are of other images than those of {next(iter(heats_by_model))}")
+            raise ValueError(f"{name} and {next(iter(heats_by_model))} have heat maps of different images")
     figure = Figure(figsize=(2.4 * max(len(ids), 1), 2.6 * (1 + len(heats_by_model))), layout="constrained")
     axes = figure.subplots(1 + len(heats_by_model), max(len(ids), 1), squeeze=False)
     for axis in axes.ravel():
         axis.set(xticks=[], yticks=[])
     for row, (name, heats) in enumerate({"image": first, **heats_by_model}.items()):
-        # A run may be named by its full path; the end of the path identifies it.
+        # A name may be a run's full path, whose end identifies the run.
         axes[row, 0].set_ylabel(name[-LONGEST_NAME:], fontsize=9)
         for axis, heat in zip(axes[row], heats, strict=False):
             axis.imshow(heat.xray.pixels, cmap="gray", vmin=0, vmax=255)
@@ -140,7 +144,7 @@ def heat_figure(heats_by_model: Mapping[str, Sequence[Heat]], lungs: LungFinder 
 
 
 class _FeatureMapsFirst(nn.Module):
-    """A classifier that passes its last feature maps through `maps`, where Grad-CAM hooks in.
+    """A classifier that passes its last feature maps through the layer `maps`, to which Grad-CAM attaches its hooks.
 
     The layers before `maps` compute no gradients.
     """
@@ -162,7 +166,7 @@ class _FeatureMapsFirst(nn.Module):
             )
         logits = self.network.head(backbone.forward_head(self.maps(last.detach().requires_grad_())))
         if logits.shape[1] == 1:
-            # One logit stands for two classes: evidence for the first is evidence against the second.
+            # One logit represents two classes: evidence for the first is evidence against the second.
             return torch.cat([logits, -logits], dim=1)
         return logits
 
@@ -170,7 +174,7 @@ class _FeatureMapsFirst(nn.Module):
 class _UnscaledGradCAM(GradCAM):
     """GradCAM that keeps the unscaled heat in `raw`.
 
-    The package scales each map from its minimum to its maximum, but the share of the heat inside the lungs needs the values.
+    The package rescales each map to 0..1, but the share of the heat inside the lungs needs the unscaled values.
     """
 
     def get_cam_image(self, *args: Any, **kwargs: Any) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Predictions compared with the Heidelberg project's published metrics, on its scale and on the competition's.
+"""Compares predictions with the Heidelberg project's published metrics, on the project's scale and on the competition's.
 
-Its 859 held-out images all have a box, so no healthy image can produce a false positive there (see facts). Box metrics are
-therefore computed on images with a box and, to show what a detector is worth in the competition, on all images.
+The project's 859 held-out images all have a box, so no healthy image can produce a false positive (see facts). Box metrics
+are therefore computed on images with a box and, to show a detector's value in the competition, on all images.
 """
 
 import math
@@ -31,28 +31,29 @@ def heidelberg_table(
     folds: pd.DataFrame | None = None,
     confidences: dict[str, float] | None = None,
 ) -> pd.DataFrame:
-    """Return one row per set of predictions, then the published rows, with COLUMNS; values that are not available are NaN.
+    """Return one row for each entry of `answers`, then the published rows, with COLUMNS; missing values are NaN.
 
-    The metrics are computed on those of `images` that the detectors have predicted and on the studies that have predictions;
-    placeholder predictions (the class frequencies) do not count. Compare the counts `images`, `boxed_images` and `studies`
-    before the metrics. `ap` is the competition's VOC 2010 AP of boxes on all images, `ap_boxed` the same on images with a
-    box. `f1`, `recall` and `precision` are of all boxes with at least the confidence `confidence` on images with a box,
-    `precision_all` on all images.
+    The box metrics are computed on those of `images` that the detectors have predicted, the study metrics on the studies
+    that have predictions; placeholder predictions (the class frequencies) do not count. Before comparing metrics, compare
+    the counts `images`, `boxed_images` and `studies`. `ap` is the competition's VOC 2010 AP of boxes on all images,
+    `ap_boxed` the AP on images with a box. `f1`, `recall` and `precision` are computed on images with a box from the boxes
+    whose confidence is at least `confidence`, `precision_all` on all images.
 
-    The confidence is never chosen on the images that it is evaluated on. It is the entry in `confidences` or, if there is
-    none, the one with the highest F1 on the other folds of `folds`, for each fold; the mean of these is shown, NaN with a
-    single fold.
+    The confidence limit is never chosen on the images that it is evaluated on. It is the entry in `confidences` or, without
+    an entry, in each fold of `folds` the limit with the highest F1 on the other folds; the table then shows the mean over
+    images, NaN with a single fold.
 
-    Study metrics are computed on studies; recall, precision and F1 are means over the classes. `study_map` is the mean AP of
-    the probabilities. `study_map_hard` is, as in the report, the mean AP with 1 for the most probable class and 0 for the
-    others. Raises ValueError if predictions have neither folds nor a confidence.
+    Study recall, precision and F1 are means over the classes. `study_map` is the mean AP of the probabilities.
+    `study_map_hard` is, as in the report, the mean AP with a probability of 1 for the most probable class and 0 for the
+    others. Raises ValueError for predictions with neither `folds` nor an entry in `confidences`, for an image that is in no
+    fold, and for a study without a label.
     """
     confidences = confidences or {}
     rows = {}
     for name, answer in answers.items():
         if folds is None and name not in confidences:
             raise ValueError(
-                f"{name!r} needs an entry in confidences, or the table folds to choose a confidence out of fold"
+                f"{name!r} needs an entry in confidences, or the `folds` table to choose a confidence out of fold"
             )
         chosen = _confidence_by_fold(answer, images, boxes, folds) if name not in confidences else confidences[name]
         rows[name] = _box_figures(answer, images, boxes, chosen) | _study_figures(answer, images, labels)
@@ -66,10 +67,11 @@ def heidelberg_table(
 def heidelberg_figures(predictions: Answers, thresholds: np.ndarray, exclusive: bool = False) -> pd.DataFrame:
     """Return precision, recall, accuracy and F1: the published row, then rows at the threshold 0.5 and at `thresholds`.
 
-    Precision, recall and F1 are plain means over the classes that occur. Accuracy is the share of images with all classes
-    right, among images whose labels are all known. With `exclusive` there is one own row, in which the most probable class
-    is predicted. The published row is of another split of the whole NIH set: it shows the scale, not a ranking. The report
-    does not say how it averages; this follows scikit-learn for several labels per image.
+    `thresholds` is (n, classes) or (classes,). Precision, recall and F1 are unweighted means over the classes that occur.
+    Accuracy is the share of images for which all classes are right, among images whose labels are all known. If `exclusive`,
+    the published row is followed by a single row, in which the most probable class is predicted. The published row is for
+    another split of the whole NIH set, so it shows the scale and is not a ranking. The report does not say how it averages;
+    this function follows scikit-learn's convention for several labels per image.
     """
     calls = {
         f"here, from {DEFAULT_THRESHOLD} on": predictions.probabilities >= DEFAULT_THRESHOLD,
@@ -98,8 +100,8 @@ def heidelberg_figures(predictions: Answers, thresholds: np.ndarray, exclusive: 
 
 
 def best_confidence(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame) -> float:
-    """Return the confidence with the highest F1 of the predicted boxes on images with a box; NaN if there are no boxes."""
-    detections, true_boxes = _on_boxed(answer, _seen(answer, images), boxes)
+    """Return the confidence limit with the highest F1 on images with a box; NaN without predicted or ground-truth boxes."""
+    detections, true_boxes = _on_boxed(answer, _predicted_images(answer, images), boxes)
     if detections.empty or true_boxes.empty:
         return float("nan")
     hits = table_hits(detections, "image_id", true_boxes)
@@ -110,25 +112,27 @@ def best_confidence(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame) ->
 
 
 def _confidence_by_fold(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame, folds: pd.DataFrame) -> dict[str, float]:
-    """Map each image_id to the confidence chosen on the images of the other folds."""
-    seen = _seen(answer, images)
-    fold = seen["image_id"].map(folds.set_index("id")["fold"])
+    """Map each image_id to the confidence limit chosen on the images in the other folds."""
+    predicted_images = _predicted_images(answer, images)
+    fold = predicted_images["image_id"].map(folds.set_index("id")["fold"])
     if fold.isna().any():
-        raise ValueError(f"image {seen['image_id'][fold.isna()].iloc[0]} is in no fold; pass only images that are in folds")
+        raise ValueError(
+            f"image {predicted_images['image_id'][fold.isna()].iloc[0]} is in no fold; pass only images that are in folds"
+        )
     chosen: dict[str, float] = {}
     for number in fold.unique():
-        best = best_confidence(answer, seen[fold != number], boxes)
-        chosen |= dict.fromkeys(seen.loc[fold == number, "image_id"], best)
+        best = best_confidence(answer, predicted_images[fold != number], boxes)
+        chosen |= dict.fromkeys(predicted_images.loc[fold == number, "image_id"], best)
     return chosen
 
 
 def _box_figures(
     answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame, confidence: float | dict[str, float]
 ) -> dict[str, float]:
-    seen = _seen(answer, images)
-    detections = answer.detections[answer.detections["image_id"].isin(seen["image_id"])].reset_index(drop=True)
-    true_boxes = boxes[boxes["image_id"].isin(seen["image_id"])]
-    figures = {"images": len(seen), "boxed_images": true_boxes["image_id"].nunique()}
+    predicted_images = _predicted_images(answer, images)
+    detections = answer.detections[answer.detections["image_id"].isin(predicted_images["image_id"])].reset_index(drop=True)
+    true_boxes = boxes[boxes["image_id"].isin(predicted_images["image_id"])]
+    figures = {"images": len(predicted_images), "boxed_images": true_boxes["image_id"].nunique()}
     if true_boxes.empty:
         return figures
     hits = table_hits(detections, "image_id", true_boxes)
@@ -176,7 +180,7 @@ def _study_figures(answer: Fused, images: pd.DataFrame, labels: pd.DataFrame) ->
     }
 
 
-def _seen(answer: Fused, images: pd.DataFrame) -> pd.DataFrame:
+def _predicted_images(answer: Fused, images: pd.DataFrame) -> pd.DataFrame:
     return images[images["image_id"].isin(answer.nones.loc[answer.nones["seen"], "image_id"])]
 
 

@@ -16,12 +16,12 @@ from kitlib.xrays.mask_store import MaskStore
 
 
 def overlap_figure(scores: pd.DataFrame) -> Figure:
-    """Draw the share of images up to each Dice, one line per structure; the dotted line is the agreement of two people."""
+    """Draw the cumulative share of images over Dice, one line per structure; dotted is the agreement between two readers."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
     for structure, part in scores.groupby("structure", sort=False):
         axis.plot(np.sort(part.dice), np.arange(1, len(part) + 1) / len(part), drawstyle="steps-post", label=structure)
-    axis.axvline(HUMAN_AGREEMENT, color="grey", linestyle=":", label="two people, median")
+    axis.axvline(HUMAN_AGREEMENT, color="grey", linestyle=":", label="two readers, median")
     axis.set(xlabel="Dice, out of fold", ylabel="share of images", xlim=(min(0.7, scores.dice.min()), 1), ylim=(0, 1))
     axis.legend(fontsize=8)
     return figure
@@ -41,7 +41,7 @@ def mask_images(
 
 
 def lungs_montage(cache: XrayCache, masks: MaskStore, lungs: pd.DataFrame) -> Figure:
-    """Draw the images of a table lungs: dimmed outside the mask, with an orange frame if the lungs were found."""
+    """Draw the images in a `lungs` table, dimmed outside the mask, with an orange frame if the lungs were found."""
     figure, axes = image_grid(len(lungs), 6, 2.1, 2.3)
     for axis, row in zip(axes, lungs.itertuples(), strict=False):
         xray = cache.read(row.image_id)

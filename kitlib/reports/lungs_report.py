@@ -1,4 +1,4 @@
-"""Tables of lung segmentation by class: overlap with annotated masks, with intervals, and images without usable lungs."""
+"""Lung segmentation for each class: overlap with annotated masks, with intervals, and images without usable lungs."""
 
 import numpy as np
 import pandas as pd
@@ -15,18 +15,20 @@ ALL = "all"
 def overlap_report(
     scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, samples: int = 500, seed: int = 0
 ) -> pd.DataFrame:
-    """Return one row per structure and class, the class `all` first, with Dice and Jaccard: mean, interval, median, minimum.
+    """Return the mean, interval, median and minimum of Dice and Jaccard, with one row per structure and class.
 
-    `scores` is a table mask_scores with one row per image and structure; images and labels are as in kitlib.tables. The
-    columns also count images and patients. The 95 % intervals are percentiles of means over whole patients drawn with
-    replacement; all rows of a class get the same draws. Raises ValueError for images that are not in `images` or that have
-    several rows, for example from several models.
+    The class `all` comes first. `scores` is a `mask_scores` table with one row per image and structure; `images` and
+    `labels` are as in kitlib.tables. The columns are structure, class, images and patients (counts), then for example dice
+    (the mean), dice_low, dice_high, dice_median and dice_min. The 95 % intervals are percentiles of means over whole
+    patients drawn with replacement; all rows of a class get the same draws. Raises ValueError for images that are not in
+    `images` or that have several rows, for example from several models.
     """
     scores = check_table(scores, "mask_scores")
-    twice = scores.image_id[scores.duplicated(["image_id", "structure"])]
-    if len(twice):
+    repeated = scores.image_id[scores.duplicated(["image_id", "structure"])]
+    if len(repeated):
         raise ValueError(
-            f"{twice.nunique()} images have several rows of scores, first {twice.iloc[0]}; pass one model's rows"
+            f"{repeated.nunique()} images have several rows of scores; the first is {repeated.iloc[0]}. Pass the rows of "
+            "one model"
         )
     joined = _with_classes(scores, images, labels)
     rows = []
@@ -51,10 +53,10 @@ def clustered_interval(
 
 
 def dice_draws(scores: pd.DataFrame, images: pd.DataFrame, samples: int = 200, seed: int = 0) -> pd.DataFrame:
-    """Return the mean Dice as the column `score`: first over all `images`, then one row per draw of whole patients.
+    """Return the mean Dice in the column `score`: in the first row for all `images`, then one row per draw of patients.
 
-    `scores` has one row per image. The same images and seed get the same draws, so the difference of two such tables is a
-    paired comparison.
+    Whole patients are drawn. `scores` has one row per image. The same images and seed get the same draws, so the difference
+    of two such tables is a paired comparison.
     """
     dice = scores.set_index("image_id").dice.loc[images.image_id].to_numpy()
     drawn = _means(dice, images.patient_id.to_numpy(), samples, seed)
@@ -69,10 +71,11 @@ def _means(values: np.ndarray, patients: np.ndarray, samples: int, seed: int) ->
 
 
 def verdicts(lungs: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per class, the class `all` first: images, the number of each verdict, and the share of lungs not found.
+    """Return the number of images with each verdict, with one row per class, the class `all` first.
 
-    `lungs` is the table of a run that applied a segmenter. If the shares differ between classes, excluding images without
-    lungs favours a class.
+    `lungs` is the table of a run that applied a segmenter. The columns are class, images, one count per verdict, and
+    not_found, the share of images without lungs. If the shares differ between classes, excluding these images favours a
+    class.
     """
     joined = _with_classes(check_table(lungs, "lungs"), images, labels)
     counts = pd.crosstab(joined["class"], joined.verdict).reindex(joined["class"].unique())
@@ -83,14 +86,14 @@ def verdicts(lungs: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) ->
 
 
 def _with_classes(table: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
-    """Return the table's rows under the class `all`, then again under each true class of their image.
+    """Return the table's rows with the class `all`, then repeated for each true class of their image.
 
     Raises ValueError for an image that is not in `images`.
     """
     joined = table.merge(images[["image_id", "study_id", "patient_id"]], on="image_id", how="left")
     unknown = joined.image_id[joined.study_id.isna()]
     if len(unknown):
-        raise ValueError(f"{unknown.nunique()} images are not in the table images, first {unknown.iloc[0]}")
+        raise ValueError(f"{unknown.nunique()} images are not in the `images` table; the first is {unknown.iloc[0]}")
     truth = labels.set_index("id").reindex(joined.study_id)
     parts = [joined.assign(**{"class": ALL})]
     for name in class_columns(labels, "labels"):

@@ -1,6 +1,6 @@
-"""The documents' tables of metrics, read from `published_tables.yaml`, and a check whether the metrics are possible at all.
+"""Published tables of metrics, read from `published_tables.yaml`, and a check whether their metrics are possible at all.
 
-A published value that cannot be the metric it is called is kept as printed; the table's `faults` say so.
+A published value that cannot be the metric that it is called is kept as printed; the table's `faults` mention it.
 """
 
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ UNITS = {"percent": 100.0, "share": 1.0}
 class PublishedTable:
     """One published table.
 
-    `rows` has one row per model, values 0..1, NaN where nothing is printed; `spread` has the standard deviations, if
-    printed.
+    `rows` has one row per model and values in 0..1, NaN where nothing is printed. `spread` has the standard deviations, None
+    if they are not printed.
     """
 
     title: str  # document and table number
     rows: pd.DataFrame
     data: str  # test data, with the number of images per class
     protocol: str  # how data were split, models chosen and results averaged
-    faults: str  # why a value may not mean what its name says; empty if nothing is known
+    faults: str  # why a value may not mean what its name says; empty if no fault is known
     spread: pd.DataFrame | None = None
     counts: tuple[int, int] | None = None  # positives and negatives of each row, if the rows are single tests
 
@@ -44,10 +44,11 @@ def find_published(name: str) -> PublishedTable:
 
 
 def check_counts(table: PublishedTable) -> pd.DataFrame:
-    """Check for each row whether some counts of true and false positives and negatives give its metrics.
+    """Check whether the metrics in each row can result from any counts of true and false positives and negatives.
 
-    The columns are the metrics in percent, COUNTS (the first possible ones, NA if there are none), consistent, renamed and
-    says. Rows of means are not checked. Returns an empty table if the number of positives and negatives is unknown.
+    The columns are the metrics in percent, COUNTS (the first possible counts, NA if there are none), consistent (bool),
+    renamed (metrics that must have another name) and says (the result in words). Rows of means are not checked. Returns an
+    empty table if the number of positives and negatives is unknown.
     """
     if table.counts is None:
         return pd.DataFrame()
@@ -59,14 +60,14 @@ def check_counts(table: PublishedTable) -> pd.DataFrame:
 def possible_counts(
     positives: int, negatives: int, printed: dict[str, float], decimals: int = 2
 ) -> tuple[pd.DataFrame, dict[str, tuple[str, ...]]]:
-    """Return the counts that can give the `printed` metrics of a test, and which printed names must mean another metric.
+    """Return the counts from which `printed` metrics can result, and the printed names that must mean another metric.
 
-    The first result has the columns COUNTS; `printed` is in percent. All integer counts are tried, so the result is a proof
-    within the printed decimals. A printed value may be rounded or truncated, as papers do both. If no counts give all
-    metrics under their printed names, as few names as possible are read as another metric, never two as the same one, and
-    sensitivity keeps its name if any such reading allows it. The second result maps a name to the metrics it can be. Metrics
-    are those of `count_metrics` and "balanced accuracy". Raises ValueError for another metric, a value outside 0..100, or a
-    test without positives or negatives.
+    `printed` maps metric names to percentages of a test with `positives` and `negatives`. The first result is a table with
+    the columns COUNTS, the second maps a printed name to the metrics that it can be. All integer counts are tried, so the
+    result is a proof within the printed `decimals`. A printed value may be rounded or truncated, because papers do both. If
+    no counts fit all metrics under their printed names, as few names as possible are read as other metrics, no two as the
+    same one, and sensitivity keeps its name if possible. Metrics are those of `count_metrics` and "balanced accuracy".
+    Raises ValueError for another metric, a value outside 0..100, or a test without positives or negatives.
     """
     tp, tn = (grid.ravel() for grid in np.meshgrid(np.arange(positives + 1), np.arange(negatives + 1), indexing="ij"))
     counts = np.stack([tp, positives - tp, tn, negatives - tn])
@@ -75,8 +76,8 @@ def possible_counts(
     invalid = [f"{name} {value}" for name, value in printed.items() if name not in figures or not 0 <= value <= 100]
     if invalid or min(positives, negatives) < 1:
         raise ValueError(
-            f"{positives} positives and {negatives} negatives with {', '.join(invalid) or 'these metrics'}: expected at "
-            f"least one of each, and percentages from 0 to 100 of: {', '.join(figures)}"
+            f"got {positives} positives and {negatives} negatives with {', '.join(invalid) or 'valid metrics'}; expected at "
+            f"least one positive and one negative, and percentages from 0 to 100 for: {', '.join(figures)}"
         )
     step, slack = 10.0**-decimals, 1e-9
     fits = {
@@ -108,7 +109,7 @@ def possible_counts(
 def _verdict(positives: int, negatives: int, printed: dict[str, float]) -> dict[str, Any]:
     counts, renamed = possible_counts(positives, negatives, printed)
     if counts.empty:
-        return {"consistent": False, "renamed": "", "says": "no counts give these metrics, under these or other names"}
+        return {"consistent": False, "renamed": "", "says": "no counts result in these metrics, under these or other names"}
     counts_text = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.iloc[0].items())
     more = f", or {len(counts) - 1} other counts" if len(counts) > 1 else ""
     names = "; ".join(f"{name} is the {' or the '.join(actual)}" for name, actual in renamed.items())

@@ -20,9 +20,9 @@ def study_examples(
 ) -> Figure:
     """Draw one image per study: first those whose true class got the highest probability, then those with the lowest.
 
-    Each row has up to `count` images. An image shows its annotated boxes and, above, the true class, the three most probable
-    classes and `none`. If a model predicts only one of the two tables, the other is omitted. Studies without a known class
-    are left out; the tables are as in `kitlib.tables`.
+    Each row has up to `count` images. An image shows its annotated boxes and, above it, the true class, the three most
+    probable classes and `none`. If `study_scores` or `image_scores` is empty, its values are omitted. Studies without a
+    known class are left out. The tables are as in `kitlib.tables`.
     """
     shown = images.merge(_answers(images, labels, boxes, study_scores, image_scores), on="image_id")
     shown = shown.drop_duplicates("study_id").sort_values("truth_found", ascending=False, kind="stable")
@@ -40,7 +40,7 @@ def _answers(
     study_scores: pd.DataFrame,
     image_scores: pd.DataFrame,
 ) -> pd.DataFrame:
-    """Return image_id, title and truth_found: the probability that the model gave to the true class."""
+    """Return image_id, title and truth_found, the probability that the model assigned to the true class."""
     classes = list(STUDY_CLASSES)
     studies = study_scores.groupby("study_id")[classes].mean()
     nones = image_scores.groupby("image_id").none.mean()

@@ -222,11 +222,14 @@ def test_an_ensemble_requires_exactly_its_learners(tmp_path, wheel):
     assert json.loads((weights / "weights.json").read_text())["ensemble"] == "ensemble"
     assert contents(weights / "ensemble") == contents(tmp_path / "stack" / "ensemble")
     for keys, message in (
-        ({"runs": runs[1:], "ensemble": stack}, r"combines one, two, but runs has the study models two; name the same"),
-        ({"runs": runs, "ensemble": str(tmp_path / "images")}, r"images/ensemble predicts negative, .* name one of study"),
+        ({"runs": runs[1:], "ensemble": stack}, r"combines one, two, but runs has the study models two; list the same"),
+        (
+            {"runs": runs, "ensemble": str(tmp_path / "images")},
+            r"images/ensemble predicts negative, .* give an ensemble of study",
+        ),
         (
             {"runs": runs, "ensemble": str(tmp_path / "gone")},
-            r"ensemble: .*gone/ensemble does not exist; name a run of notebook 65",
+            r"ensemble: .*gone/ensemble does not exist; give a run of notebook 65",
         ),
     ):
         with pytest.raises(KernelError, match=message):
@@ -259,14 +262,14 @@ def test_a_model_trained_on_masks_requires_its_segmenter(tmp_path, wheel):
     for keys, message in (
         (
             {"runs": [crops]},
-            r"crops/bundle was trained with a segmenter's lung masks, but the key `lungs` names none; name the run",
+            r"crops/bundle was trained with a segmenter's lung masks, but the key `lungs` is empty; set it to the run",
         ),
-        ({"runs": [crops], "lungs": other}, r"but the key `lungs` names another segmenter; name the run of notebook 14"),
+        ({"runs": [crops], "lungs": other}, r"but the key `lungs` is another segmenter; set it to the run of notebook 14"),
         (
             {"runs": [segmenter]},
             r"unet/bundle predicts lung masks, which a submission does not contain; name its run with the",
         ),
-        ({"runs": [crops], "lungs": crops}, r"lungs: .*crops/bundle holds a study model; name a run of notebook 14"),
+        ({"runs": [crops], "lungs": crops}, r"lungs: .*crops/bundle is a study model; give a run of notebook 14"),
         ({"runs": [crops], "lungs": str(tmp_path / "none")}, r"lungs: .*none/bundle does not exist"),
     ):
         with pytest.raises(KernelError, match=message):
@@ -294,27 +297,33 @@ def test_an_unknown_parameter_is_refused_with_the_valid_ones(tmp_path, wheel):
 
 def test_a_parameter_that_a_kernel_key_sets_is_refused(tmp_path, wheel):
     spec = read_spec(make_submission(tmp_path, parameters={"time_limit_s": 4}))
-    with pytest.raises(KernelError, match="parameters: time_limit_s cannot be set here; change the kernel's own keys"):
+    with pytest.raises(
+        KernelError, match="parameters: time_limit_s cannot be set as a parameter; change the kernel's own keys"
+    ):
         build_kernel(spec, tmp_path / "out", [wheel])
 
 
 def test_a_notebook_over_a_megabyte_is_refused_and_the_last_good_build_stays(tmp_path, wheel):
     build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
     before = contents(tmp_path / "out")
-    with pytest.raises(KernelError, match=r"small-test-kernel\.ipynb has 1,\d{3},\d{3} bytes, Kaggle takes 1,000,000"):
+    with pytest.raises(
+        KernelError, match=r"small-test-kernel\.ipynb has 1,\d{3},\d{3} bytes, but Kaggle accepts at most 1,000,000"
+    ):
         build_kernel(read_spec(make_submission(tmp_path, "#" * 1_000_000)), tmp_path / "out", [wheel])
     assert contents(tmp_path / "out") == before
 
 
 def test_a_dataset_over_the_limit_is_refused(tmp_path, wheel, monkeypatch):
     monkeypatch.setattr(kernel, "DATASET_BYTES", 100)
-    with pytest.raises(KernelError, match=r"dataset somebody/small-test-kernel-weights has .* bytes, Kaggle takes 100"):
+    with pytest.raises(
+        KernelError, match=r"dataset somebody/small-test-kernel-weights has .* bytes, but Kaggle accepts at most 100"
+    ):
         build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
 
 
 def test_wheels_that_the_image_cannot_install_are_refused(tmp_path):
     wheel = make_wheel(tmp_path, "kit_extra", "1.2", ["pandas>=3"])
-    with pytest.raises(KernelError, match=r"kit-extra requires pandas>=3, the image has pandas 2\.3\.3"):
+    with pytest.raises(KernelError, match=r"kit-extra requires pandas>=3, but the image has pandas 2\.3\.3"):
         build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
 
 
@@ -328,9 +337,12 @@ def test_wheels_that_the_image_cannot_install_are_refused(tmp_path):
         ({"title": None}, "title is missing"),
         ({"owner": None}, "owner is missing"),
         ({"runs": []}, "runs is missing"),
-        ({"slug": "another-slug"}, "slug is 'another-slug', but the title 'Small test kernel' gives 'small-test-kernel'"),
-        ({"title": "A " * 22 + "end", "slug": "a-" * 22 + "end"}, "'.*weights' has 55 characters, Kaggle allows 6 to 50"),
-        ({"title": "Four", "slug": "four"}, "'Four' has 4 characters, Kaggle allows 6 to 50"),
+        ({"slug": "another-slug"}, "slug is 'another-slug', but Kaggle makes 'small-test-kernel' of the title 'Small test"),
+        (
+            {"title": "A " * 22 + "end", "slug": "a-" * 22 + "end"},
+            "'.*weights' has 55 characters, but Kaggle allows 6 to 50",
+        ),
+        ({"title": "Four", "slug": "four"}, "'Four' has 4 characters, but Kaggle allows 6 to 50"),
         ({"accelerator": "NvidiaTeslaP100"}, "accelerator 'NvidiaTeslaP100' is unknown; valid: NvidiaTeslaT4, none"),
         ({"owner": "Some Body"}, "owner 'Some Body' is not a Kaggle user name"),
         ({"time_limit_hours": 13}, r"time_limit_hours is 13\.0"),
@@ -461,7 +473,7 @@ def test_rehearsal_parameters_are_not_built_into_the_kernel(tmp_path, wheel):
 
 @pytest.mark.parametrize("folder", ["/elsewhere/study", "../study", ""])
 def test_a_run_that_kaggle_would_not_keep_is_refused(tmp_path, wheel, folder):
-    with pytest.raises(KernelError, match=r"run_folder is .*, but Kaggle keeps only what is below /kaggle/working"):
+    with pytest.raises(KernelError, match=r"run_folder is .*, but Kaggle keeps only files below /kaggle/working"):
         training(tmp_path, wheel, parameters={"run_folder": folder})
 
 
@@ -484,12 +496,15 @@ def test_every_shipped_notebook_can_be_built_as_a_kernel(tmp_path, wheel):
         ({"fusion": "fusion.json"}, "runs, fusion, ensemble and lungs need a notebook with a parameter `weights`"),
         ({"lungs": "runs/lungs/fold0"}, "runs, fusion, ensemble and lungs need a notebook with a parameter `weights`"),
         ({"notebook": "notebooks/99_nothing.ipynb"}, r"small\.yaml: notebook: .*99_nothing\.ipynb does not exist"),
-        ({"kernel_sources": ["one"]}, "kernel_sources: the slug 'one' has 3 characters, Kaggle allows 5 to 50"),
-        ({"kernel_sources": ["a/b/c"]}, "kernel_sources: 'a/b/c' is neither a slug of the owner's nor OWNER/SLUG"),
+        ({"kernel_sources": ["one"]}, "kernel_sources: the slug 'one' has 3 characters, but Kaggle allows 5 to 50"),
+        ({"kernel_sources": ["a/b/c"]}, "kernel_sources: 'a/b/c' is neither SLUG, an input of the owner, nor OWNER/SLUG"),
         ({"dataset_sources": [7]}, r"dataset_sources is \[7\]; expected a list, each item a string"),
         ({"dataset_sources": ["some body/data"], "kernel_sources": ["one/data-set", "two/data-set"]}, "the slug data-set"),
-        ({"wheels": "mine/wheels-of-all"}, "the slug 'mine/wheels-of-all' may only have letters, digits, - and _"),
-        ({"wheels": "five5"}, "the slug 'five5' has 5 characters, Kaggle allows 6 to 50"),
+        (
+            {"wheels": "mine/wheels-of-all"},
+            "the slug 'mine/wheels-of-all' has other characters than letters, digits, - and _",
+        ),
+        ({"wheels": "five5"}, "the slug 'five5' has 5 characters, but Kaggle allows 6 to 50"),
         ({"internet": "yes"}, "internet is 'yes'; expected true or false"),
         ({"kernel_source": []}, "no field 'kernel_source'; it has: .*kernel_sources.*rehearsal.*fusion"),
     ],

@@ -112,10 +112,10 @@ def test_a_kernel_without_weights_pushes_its_wheels_alone(kaggle, tmp_path):
 @pytest.mark.parametrize(
     ("field", "source", "message"),
     [
-        ("invalidDatasetSources", WHEELS, "datasets that do not exist or that it may not use: "),
+        ("invalidDatasetSources", WHEELS, "datasets that do not exist or that the kernel may not use: "),
         ("invalidCompetitionSources", "siim-covid19-detection", "competitions .* whose rules you have not accepted: "),
         ("invalidKernelSources", "somebody/earlier-kernel", "kernels that do not exist or that have never run: "),
-        ("invalidModelSources", "somebody/model", "models that do not exist or that it may not use: "),
+        ("invalidModelSources", "somebody/model", "models that do not exist or that the kernel may not use: "),
         ("invalidTags", "pneumonia", "tags that do not exist: "),
     ],
 )
@@ -129,7 +129,7 @@ def test_a_source_that_kaggle_rejects_is_an_error(kaggle, out, field, source, me
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ({"error": "Notebook is too large"}, f"{KERNEL} was not pushed: Kaggle answers Notebook is too large"),
+        ({"error": "Notebook is too large"}, f"{KERNEL} was not pushed: Kaggle answered Notebook is too large"),
         ({"url": f"https://www.kaggle.com/code/{KERNEL}"}, "no version number"),
         ({"url": "https://www.kaggle.com/code/somebody/kernel2", "versionNumber": 1}, "URL is .*somebody/kernel2"),
     ],
@@ -152,9 +152,9 @@ def test_a_title_that_does_not_give_the_slug_is_an_error(kaggle, out, tmp_path):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ({"status": "Error", "error": "Title is in use"}, "dataset .*-wheels: Kaggle answers Title is in use"),
-        ({"status": "Ok", "invalidTags": ["lungs"]}, r"Kaggle answers invalid tags \['lungs'\]"),
-        ({}, "Kaggle answers nothing"),
+        ({"status": "Error", "error": "Title is in use"}, "dataset .*-wheels: Kaggle answered Title is in use"),
+        ({"status": "Ok", "invalidTags": ["lungs"]}, r"Kaggle answered invalid tags \['lungs'\]"),
+        ({}, "Kaggle answered nothing"),
     ],
 )
 def test_a_dataset_that_kaggle_does_not_take_is_an_error_and_no_kernel_is_pushed(kaggle, out, answer, message):
@@ -168,7 +168,7 @@ def test_a_dataset_that_kaggle_does_not_take_is_an_error_and_no_kernel_is_pushed
 def test_a_file_that_cannot_be_uploaded_is_an_error_and_nothing_is_published(kaggle, out, status):
     """The client itself continues without the file and only prints a line, or nothing if it is quiet."""
     kaggle.upload_status = status
-    with pytest.raises(KernelError, match=r"only 0 of 1 files of .*wheels could be uploaded, so none was published"):
+    with pytest.raises(KernelError, match=r"only 0 of 1 files in .*wheels could be uploaded, so none was published"):
         pushed(out)
     assert not kaggle.requests("CreateDataset")
     assert not kaggle.requests("SaveKernel")
@@ -197,13 +197,13 @@ def test_a_dataset_that_is_never_ready_is_an_error(kaggle, out, status, advice):
 )
 def test_an_http_error_is_reported_with_kaggles_message(kaggle, out, request_name, status, message):
     kaggle.answers[request_name] = (status, {"code": status, "message": message.split(";")[0].rstrip("$")})
-    with pytest.raises(KernelError, match=f"Kaggle answers {message}"):
+    with pytest.raises(KernelError, match=f"Kaggle answered {message}"):
         pushed(out)
 
 
 def test_a_server_error_without_a_message_is_an_error(kaggle, out):
     kaggle.answers["GetDatasetStatus"] = (502, {})
-    with pytest.raises(KernelError, match=r"asking for the dataset .*-wheels: Kaggle answers 502 Server Error"):
+    with pytest.raises(KernelError, match=r"asking for the dataset .*-wheels: Kaggle answered 502 Server Error"):
         pushed(out)
     assert not kaggle.uploads
 
@@ -220,7 +220,7 @@ def test_a_kernel_of_another_owner_is_refused_before_anything_is_sent(kaggle, ou
 def test_a_token_that_kaggle_does_not_know_is_an_error(kaggle, out, monkeypatch):
     monkeypatch.setenv("KAGGLE_API_TOKEN", "old")
     with pytest.raises(
-        KernelError, match=r"no valid Kaggle token was found\. Make one at https://www\.kaggle\.com/settings"
+        KernelError, match=r"no valid Kaggle token was found\. Create one at https://www\.kaggle\.com/settings"
     ):
         pushed(out)
 

@@ -262,7 +262,7 @@ def test_how_a_rehearsal_is_judged(
 def test_inputs_without_the_competition_are_refused(tmp_path, wheel):
     kernel = built(tmp_path, wheel)
     (tmp_path / "inputs").mkdir()
-    with pytest.raises(KernelError, match=r"no .*siim-covid19-detection for .* of its competition_sources"):
+    with pytest.raises(KernelError, match=r"inputs .* are missing: .*siim-covid19-detection, for .* in competition_sources"):
         rehearse(*kernel, tmp_path / "inputs", 60)
     (tmp_path / "inputs" / "siim-covid19-detection").mkdir()
     with pytest.raises(KernelError, match=r"siim-covid19-detection/sample_submission\.csv does not exist"):
@@ -364,7 +364,7 @@ def test_a_built_dataset_must_not_also_be_among_the_inputs(tmp_path, prepared, w
 
 
 def test_a_truth_without_a_submission_is_refused(tmp_path, competition, wheel):
-    with pytest.raises(KernelError, match="small-test-kernel makes no submission that the truth could score"):
+    with pytest.raises(KernelError, match="small-test-kernel makes no submission to score with the ground truth"):
         rehearse(*built(tmp_path, wheel, make=make_training), competition / "inputs", 60, competition / "truth")
 
 

@@ -52,8 +52,8 @@ def test_requirements_may_be_met_by_the_image_or_by_another_wheel(tmp_path):
     ("requirement", "message"),
     [
         ("missing-one>=2", "one requires missing-one>=2, which neither the image nor another wheel has"),
-        ("numpy<2", r"one requires numpy<2, the image has numpy 2\.4\.6"),
-        ("two>=3", r"one requires two>=3, an attached wheel has two 2\.5"),
+        ("numpy<2", r"one requires numpy<2, but the image has numpy 2\.4\.6"),
+        ("two>=3", r"one requires two>=3, but an attached wheel has two 2\.5"),
         ('numpy<2; python_version == "3.12" and sys_platform == "linux"', "one requires numpy<2"),
     ],
 )
@@ -112,7 +112,7 @@ def test_only_wheels_for_the_images_python_and_system(tmp_path, tag, fits):
     if fits:
         check_wheels([wheel], IMAGE)
     else:
-        with pytest.raises(KernelError, match=r"is not for Python 3\.12"):
+        with pytest.raises(KernelError, match=r"is not built for Python 3\.12"):
             check_wheels([wheel], IMAGE)
 
 

@@ -158,7 +158,7 @@ def test_a_faulty_plan_is_refused_with_what_is_valid(tmp_path, changes, message)
 
 def test_missing_files_variables_and_steps_are_errors(tmp_path):
     path = write_plan(tmp_path)
-    with pytest.raises(PlanError, match=r"demo\.yaml does not exist; plans in that folder: plan\.yaml"):
+    with pytest.raises(PlanError, match=r"demo\.yaml does not exist; plans in its folder: plan\.yaml"):
         read_plan(tmp_path / "demo.yaml")
     with pytest.raises(PlanError, match="has no variable side; it has: data"):
         read_plan(path, changes={"side": 3})

@@ -19,41 +19,43 @@ from tests.small_xrays import SmallXrays
 
 
 def test_confusion_shows_counts_and_shares_of_rows():
-    given = judged(*tables())
-    figure = confusion_figure({"m": given, "again": given})
+    predictions = judged(*tables())
+    figure = confusion_figure({"m": predictions, "again": predictions})
     texts = [text.get_text() for text in figure.axes[1].texts]
-    matrix = confusion(given).to_numpy()
+    matrix = confusion(predictions).to_numpy()
     assert texts[1] == f"{matrix[0, 1]:,}\n{matrix[0, 1] / matrix[0].sum():.1%}" and len(texts) == 9
 
 
 def test_curves_name_their_areas_and_omit_undefined_ones():
-    given = judged(*tables())
-    table = class_table(given).set_index("class")
-    roc, pr = class_curves(given).axes
+    predictions = judged(*tables())
+    table = class_table(predictions).set_index("class")
+    roc, pr = class_curves(predictions).axes
     labels = [text.get_text() for axis in (roc, pr) for text in axis.get_legend().texts]
     expected = [f"{name} (AUC {table.roc_auc[name]:.3f})" for name in CLASSES]
     assert labels == expected + [f"{name} (AP {table.pr_auc[name]:.3f})" for name in CLASSES]
-    lonely = given.rows(given.truth == 0)
+    lonely = predictions.rows(predictions.truth == 0)
     assert model_curves({"m": lonely}, "viral").axes[0].get_legend() is None
     with pytest.raises(ValueError, match=r"m has no class 'Mass'; its classes: COVID-19, viral, normal"):
-        model_curves({"m": given}, "Mass")
+        model_curves({"m": predictions}, "Mass")
 
 
 def test_reliability_counts_every_image_once():
-    given = judged(*tables())
-    bins = reliability(given)
+    predictions = judged(*tables())
+    bins = reliability(predictions)
     assert bins["count"].sum() == 240
-    assert np.average(bins.observed, weights=bins["count"]) == pytest.approx((given.predicted == given.truth).mean())
-    assert np.average(bins.predicted, weights=bins["count"]) == pytest.approx(given.probabilities.max(axis=1).mean())
-    titles = [axis.get_title() for axis in reliability_figure({"before": given, "after": given}).axes]
+    assert np.average(bins.observed, weights=bins["count"]) == pytest.approx(
+        (predictions.predicted == predictions.truth).mean()
+    )
+    assert np.average(bins.predicted, weights=bins["count"]) == pytest.approx(predictions.probabilities.max(axis=1).mean())
+    titles = [axis.get_title() for axis in reliability_figure({"before": predictions, "after": predictions}).axes]
     assert titles[0].startswith("before\nECE 0.") and len(titles) == 2
 
 
 def test_intervals_have_one_panel_per_metric():
     scores, images, labels = tables(60)
-    given = {"mean": judged(scores, images, labels), "other": judged(scores, images, labels)}
-    told = paired_differences(given, "mean", samples=5)
-    figure = intervals_figure(told[told["name"].isin(["accuracy", "f1 macro"])], line=0)
+    predictions = {"mean": judged(scores, images, labels), "other": judged(scores, images, labels)}
+    differences = paired_differences(predictions, "mean", samples=5)
+    figure = intervals_figure(differences[differences["name"].isin(["accuracy", "f1 macro"])], line=0)
     assert [axis.get_title() for axis in figure.axes] == ["accuracy", "f1 macro"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["other"]
 
@@ -62,19 +64,22 @@ def test_examples_show_each_class_right_and_wrong_with_its_probabilities():
     scores, images, labels = tables(60)
     small = SmallXrays(60)
     ids = dict(zip(images.image_id, small.image_ids, strict=True))
-    given = judged(*(each.replace(ids) for each in (scores, images, labels)))
-    figure = examples(given, small, count=3)
+    predictions = judged(*(table.replace(ids) for table in (scores, images, labels)))
+    figure = examples(predictions, small, count=3)
     upper, lower = figure.axes[:3], figure.axes[3:]
-    assert [axis.get_title().split("\n")[1] for axis in upper] == [f"{given.classes[p]}: right" for p in _order(given, True)]
+    assert [axis.get_title().split("\n")[1] for axis in upper] == [
+        f"{predictions.classes[p]}: right" for p in _order(predictions, True)
+    ]
     assert all(axis.get_title().endswith(": wrong") for axis in lower if axis.images)
-    shown = given.image_id.tolist().index(upper[0].get_title().split("\n")[0])
+    shown = predictions.image_id.tolist().index(upper[0].get_title().split("\n")[0])
     assert (
-        upper[0].get_xlabel().split("\n")[0] == f"{CLASSES[given.predicted[shown]]} {given.probabilities[shown].max():.2f}"
+        upper[0].get_xlabel().split("\n")[0]
+        == f"{CLASSES[predictions.predicted[shown]]} {predictions.probabilities[shown].max():.2f}"
     )
 
 
-def _order(given, right):
+def _order(predictions, right):
     """Return the three classes in the order of their most confident correct image."""
-    rows = np.flatnonzero((given.predicted == given.truth) == right)
-    rows = rows[np.argsort(-given.probabilities.max(axis=1)[rows], kind="stable")]
-    return list(dict.fromkeys(given.truth[rows].tolist()))[:3]
+    rows = np.flatnonzero((predictions.predicted == predictions.truth) == right)
+    rows = rows[np.argsort(-predictions.probabilities.max(axis=1)[rows], kind="stable")]
+    return list(dict.fromkeys(predictions.truth[rows].tolist()))[:3]

@@ -92,8 +92,8 @@ def test_metrics_of_many_matrices_equal_those_of_each_matrix():
 
 def test_calibration_error_of_bins_known_by_hand():
     # 0.8 is the upper edge of a bin with two images, one correct; 0.6 is in another bin, correct.
-    found = np.array([[0.8, 0.2], [0.8, 0.2], [0.4, 0.6]])
-    assert ece(found, np.array([0, 1, 1]), bins=5) == pytest.approx((2 * 0.3 + 0.4) / 3)
+    probabilities = np.array([[0.8, 0.2], [0.8, 0.2], [0.4, 0.6]])
+    assert ece(probabilities, np.array([0, 1, 1]), bins=5) == pytest.approx((2 * 0.3 + 0.4) / 3)
     assert ece(np.array([[1.0, 0.0]] * 4), np.zeros(4, int)) == 0
 
 
@@ -160,7 +160,7 @@ def test_folds_are_averaged_and_models_are_split():
 
 def test_inconsistent_scores_and_labels_are_refused():
     scores, images, labels = tables(10)
-    with pytest.raises(ValueError, match=r"do not sum to 1, first i000 .*multi_label"):
+    with pytest.raises(ValueError, match=r"do not sum to 1; the first is i000 .*multi_label"):
         judged(scores.assign(viral=0.9), images, labels)
     with pytest.raises(ValueError, match=r"10 images do not have exactly one true class"):
         judged(scores, images, labels.assign(**dict.fromkeys(CLASSES, 1.0)))
@@ -168,7 +168,7 @@ def test_inconsistent_scores_and_labels_are_refused():
         judged(scores.drop(columns="normal"), images, labels)
     with pytest.raises(ValueError, match=r"of several models \(m, n\); split them with by_model"):
         judged(pd.concat([scores, scores.assign(model="n")]), images, labels)
-    with pytest.raises(ValueError, match=r"no image is predicted by all of these models: a, b"):
+    with pytest.raises(ValueError, match=r"no image was predicted by all of these models: a, b"):
         halves = {"a": scores[:5], "b": scores[5:]}
         on_shared_images({name: judged(rows, images, labels) for name, rows in halves.items()})
 
@@ -186,11 +186,11 @@ def soft_model(count=3000, temperature=4.0):
 
 
 def test_an_underconfident_model_is_scaled_to_the_probabilities_that_the_truth_was_drawn_from():
-    given = soft_model()
-    after, temperatures = calibrated(given)
+    predictions = soft_model()
+    after, temperatures = calibrated(predictions)
     assert sorted(temperatures.index) == [0, 1] and temperatures.to_numpy() == pytest.approx(0.25, abs=0.03)
-    assert (after.predicted == given.predicted).all()
-    row = calibration_table({"flannel": given}).loc["flannel"]
+    assert (after.predicted == predictions.predicted).all()
+    row = calibration_table({"flannel": predictions}).loc["flannel"]
     assert row["ece before"] > 0.2 and row["ece after"] < 0.03
     assert row["log_loss after"] < row["log_loss before"] and row["brier after"] < row["brier before"]
     assert row.temperature == pytest.approx(temperatures.mean())

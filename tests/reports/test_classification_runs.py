@@ -30,15 +30,15 @@ def test_folds_are_merged_repeated_rows_count_once_and_different_scores_become_s
     first, second = (write(tmp_path / f"learner{n}", scores[scores.fold == n]) for n in (0, 1))
     mean = scores.assign(model="mean")
     ensemble = write(tmp_path / "ensemble", pd.concat([scores, mean]))
-    found = read_class_scores([first, second, ensemble], folds_of(scores))
-    assert list(found) == ["m", "mean"] and len(found["m"]) == len(found["mean"]) == 20
-    assert sorted(found["m"].image_id) == sorted(scores.image_id)
+    tables_by_model = read_class_scores([first, second, ensemble], folds_of(scores))
+    assert list(tables_by_model) == ["m", "mean"] and len(tables_by_model["m"]) == len(tables_by_model["mean"]) == 20
+    assert sorted(tables_by_model["m"].image_id) == sorted(scores.image_id)
     other = mean.copy()
     other[CLASSES] = other[CLASSES].to_numpy()[:, ::-1]
     patched = write(tmp_path / "patched", other)
-    found = read_class_scores([ensemble, patched], folds_of(scores))
-    assert list(found) == ["m", "ensemble: mean", "patched: mean"]
-    assert found["patched: mean"].model.unique().tolist() == ["patched: mean"]
+    tables_by_model = read_class_scores([ensemble, patched], folds_of(scores))
+    assert list(tables_by_model) == ["m", "ensemble: mean", "patched: mean"]
+    assert tables_by_model["patched: mean"].model.unique().tolist() == ["patched: mean"]
 
 
 def test_test_images_get_the_mean_over_the_folds_models_even_if_runs_repeat_rows(tmp_path):
@@ -50,17 +50,19 @@ def test_test_images_get_the_mean_over_the_folds_models_even_if_runs_repeat_rows
         (tmp_path / name / "metrics.json").write_text("{}")
     expected = (rows[CLASSES].to_numpy() + rows[CLASSES].to_numpy()[:, ::-1]) / 2
     for names in (["first", "second"], ["ensemble"], ["first", "ensemble"]):  # the ensemble repeats all learners' rows
-        found = read_class_scores([tmp_path / name for name in names], folds_of(rows.head(0)), "test")
-        assert found["m"].fold.tolist() == [-1] * 8
-        np.testing.assert_allclose(found["m"].set_index("image_id").loc[rows.image_id, CLASSES], expected)
-    assert list(found) == ["m", "mean"]
+        tables_by_model = read_class_scores([tmp_path / name for name in names], folds_of(rows.head(0)), "test")
+        assert tables_by_model["m"].fold.tolist() == [-1] * 8
+        np.testing.assert_allclose(tables_by_model["m"].set_index("image_id").loc[rows.image_id, CLASSES], expected)
+    assert list(tables_by_model) == ["m", "mean"]
     with pytest.raises(
         RunError, match=r"ensemble has no predictions in tables/class_scores.parquet; it has test_scores.parquet"
     ):
         read_class_scores([tmp_path / "ensemble"], folds_of(rows))
     with pytest.raises(RunError, match="split is 'tests'; valid splits: folds, test"):
         read_class_scores([tmp_path / "ensemble"], folds_of(rows), "tests")
-    with pytest.raises(RunError, match=r"ensemble: 1 test predictions are for images in the folds, first \S+ by mean"):
+    with pytest.raises(
+        RunError, match=r"ensemble: 1 test predictions are for images in the folds; the first is for \S+ by mean"
+    ):
         write_table(pd.concat([rows[1:], mean]), "class_scores", tmp_path / "ensemble" / "tables" / "test_scores.parquet")
         read_class_scores([tmp_path / "ensemble"], folds_of(rows.head(1)), "test")
 
@@ -96,10 +98,10 @@ def test_a_nested_models_unseen_images_are_the_outer_folds(tmp_path, monkeypatch
     monkeypatch.setattr(
         "kitlib.reports.classification_runs.read_record", lambda folder: json.loads((folder / "model.json").read_text())
     )
-    for place, seen in (("plain/fold1", folds), ("nested/outer2/fold1", folds[:2])):
-        (tmp_path / place / "bundle").mkdir(parents=True)
-        record = {"fold": 1, "data_fingerprint": data_fingerprint(labels=labels, folds=seen)}
-        (tmp_path / place / "bundle" / "model.json").write_text(json.dumps(record))
+    for parent, trained_folds in (("plain/fold1", folds), ("nested/outer2/fold1", folds[:2])):
+        (tmp_path / parent / "bundle").mkdir(parents=True)
+        record = {"fold": 1, "data_fingerprint": data_fingerprint(labels=labels, folds=trained_folds)}
+        (tmp_path / parent / "bundle" / "model.json").write_text(json.dumps(record))
     assert unseen_bundle(tmp_path / "plain", prepared) == (tmp_path / "plain/fold1/bundle", ["b"])
     assert unseen_bundle(tmp_path / "nested", prepared) == (tmp_path / "nested/outer2/fold1/bundle", ["c"])
     for changed in ({"labels": labels.assign(x=0.0)}, {"folds": folds.assign(fold=[1, 0, 2])}):

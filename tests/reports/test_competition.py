@@ -27,9 +27,11 @@ def case():
     studies = pd.DataFrame(probabilities, columns=list(STUDY_CLASSES)).assign(study_id=labels["id"])
     nones = pd.DataFrame({"image_id": names, "none": np.clip((classes == 0) * 0.3 + rng.random(N) * 0.7, 0, 1)})
     shift = rng.normal(0, 12, (N, 4))
-    found = pd.DataFrame(np.array([10, 10, 60, 90]) + shift, columns=list(BOX)).assign(image_id=names, score=rng.random(N))
+    detections = pd.DataFrame(np.array([10, 10, 60, 90]) + shift, columns=list(BOX)).assign(
+        image_id=names, score=rng.random(N)
+    )
     images = pd.DataFrame({"image_id": names, "study_id": labels["id"], "patient_id": [f"p{n // 2}" for n in range(N)]})
-    return truth, studies, nones, found, images
+    return truth, studies, nones, detections, images
 
 
 def test_confusion_counts_most_probable_classes():
@@ -41,9 +43,9 @@ def test_confusion_counts_most_probable_classes():
 
 
 def test_class_report_has_the_average_precisions_of_the_score(case):
-    truth, studies, nones, found, _ = case
+    truth, studies, nones, detections, _ = case
     table = reports.class_report(truth, studies, nones).set_index("class")
-    expected = score_tables(truth, studies, nones, found)
+    expected = score_tables(truth, studies, nones, detections)
     assert table["average_precision"].to_dict() == pytest.approx({name: expected[name] for name in (*STUDY_CLASSES, "none")})
     assert table.loc["none", ["positives", "of"]].tolist() == [20, 80]
 
@@ -66,9 +68,9 @@ def test_calibration_of_known_answers():
 
 
 def test_area_under_the_curves_is_the_average_precision(case):
-    truth, studies, nones, found, _ = case
-    curves = reports.precision_recall_curves(truth, studies, nones, found)
-    expected = score_tables(truth, studies, nones, found)
+    truth, studies, nones, detections, _ = case
+    curves = reports.precision_recall_curves(truth, studies, nones, detections)
+    expected = score_tables(truth, studies, nones, detections)
     for (title, curve), name in zip(curves.items(), SCORED_CLASSES, strict=True):
         area = (curve["recall"].diff() * curve["precision"]).sum()
         assert area == pytest.approx(expected[name]) and title == f"{name} (AP {expected[name]:.3f})"
@@ -76,53 +78,53 @@ def test_area_under_the_curves_is_the_average_precision(case):
 
 
 def test_boxes_on_images_outside_the_truth_do_not_count(case):
-    truth, studies, nones, found, _ = case
-    other = pd.concat([found, found.assign(image_id="elsewhere", score=1.0)])
-    curves, expected = (reports.precision_recall_curves(truth, studies, nones, boxes) for boxes in (other, found))
+    truth, studies, nones, detections, _ = case
+    other = pd.concat([detections, detections.assign(image_id="elsewhere", score=1.0)])
+    curves, expected = (reports.precision_recall_curves(truth, studies, nones, boxes) for boxes in (other, detections))
     assert list(curves) == list(expected)
 
 
 def test_bootstrap_brackets_the_score(case):
-    truth, studies, nones, found, images = case
-    table = reports.bootstrap(truth, studies, nones, found, images, samples=50).set_index("name")
-    expected = score_tables(truth, studies, nones, found)
+    truth, studies, nones, detections, images = case
+    table = reports.bootstrap(truth, studies, nones, detections, images, samples=50).set_index("name")
+    expected = score_tables(truth, studies, nones, detections)
     assert list(table.index) == list(SCORE_KEYS)
     assert table["value"].to_dict() == pytest.approx(expected)
     assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
     pd.testing.assert_frame_equal(
-        table, reports.bootstrap(truth, studies, nones, found, images, samples=50).set_index("name")
+        table, reports.bootstrap(truth, studies, nones, detections, images, samples=50).set_index("name")
     )
 
 
 def test_bootstrap_draws_whole_patients(case):
-    truth, studies, nones, found, images = case
-    one = reports.bootstrap(truth, studies, nones, found, images.assign(patient_id="same"), samples=5)
+    truth, studies, nones, detections, images = case
+    one = reports.bootstrap(truth, studies, nones, detections, images.assign(patient_id="same"), samples=5)
     # With a single patient all draws are equal.
     assert one["low"].tolist() == pytest.approx(one["value"].tolist()) == one["high"].tolist()
-    wide = reports.bootstrap(truth, studies, nones, found, images, samples=100).set_index("name")
-    narrow = reports.bootstrap(truth, studies, nones, found, images.assign(patient_id=images["image_id"]), samples=100)
+    wide = reports.bootstrap(truth, studies, nones, detections, images, samples=100).set_index("name")
+    narrow = reports.bootstrap(truth, studies, nones, detections, images.assign(patient_id=images["image_id"]), samples=100)
     assert (wide["high"] - wide["low"])["score"] > 0 and (narrow["high"] - narrow["low"]).gt(0).all()
 
 
 def test_missing_rows_are_named(case):
-    truth, studies, nones, found, images = case
-    with pytest.raises(ValueError, match="study_id s3 of the truth"):
+    truth, studies, nones, detections, images = case
+    with pytest.raises(ValueError, match="study_id s3 of the ground truth"):
         reports.confusion(truth, studies.drop(3))
-    with pytest.raises(ValueError, match="table images, first i5"):
-        reports.bootstrap(truth, studies, nones, found, images.drop(5))
+    with pytest.raises(ValueError, match="`images` table; the first is i5"):
+        reports.bootstrap(truth, studies, nones, detections, images.drop(5))
 
 
 def test_the_score_of_some_parts_is_their_mean_and_has_paired_draws(case):
-    truth, studies, nones, found, images = case
-    whole = reports.score_draws(truth, studies, nones, found, images, 5)
-    expected = score_tables(truth, studies, nones, found)
+    truth, studies, nones, detections, images = case
+    whole = reports.score_draws(truth, studies, nones, detections, images, 5)
+    expected = score_tables(truth, studies, nones, detections)
     assert whole.iloc[0].to_dict() == pytest.approx(expected) and len(whole) == 1 + 5
     parts = reports.score_draws(truth, studies, nones, None, images, 5)
     assert parts["score"].iloc[0] == pytest.approx(np.mean([expected[name] for name in (*STUDY_CLASSES, "none")]))
     assert parts[["opacity", "opacity_boxed"]].isna().all(axis=None)
     # The draws do not depend on which parts are predicted.
     pd.testing.assert_frame_equal(parts[["atypical", "none"]], whole[["atypical", "none"]])
-    boxes = reports.score_draws(truth, None, None, found, images, 5)
+    boxes = reports.score_draws(truth, None, None, detections, images, 5)
     pd.testing.assert_series_equal(boxes["score"], whole["opacity"], check_names=False)
 
 

@@ -15,24 +15,24 @@ CLASSES = ["sick", "well"]
 
 
 @pytest.fixture(scope="module")
-def found():
+def learner_scores():
     """Eight images in two folds: `good` is right seven times, `bad` is never right."""
     ids = [f"i{k}" for k in range(8)]
     images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": ids})
     truth = np.arange(8) // 2 % 2
     labels = pd.DataFrame(np.eye(2)[truth], columns=CLASSES).assign(id=ids)
     folds = pd.DataFrame({"id": ids, "fold": np.arange(8) % 2})
-    said = {"good": np.where(np.arange(8) == 0, 1 - truth, truth), "bad": 1 - truth}
+    predicted = {"good": np.where(np.arange(8) == 0, 1 - truth, truth), "bad": 1 - truth}
     tables = [
-        pd.DataFrame(0.2 + 0.6 * np.eye(2)[each], columns=CLASSES).assign(image_id=ids, model=name, fold=folds.fold)
-        for name, each in said.items()
+        pd.DataFrame(0.2 + 0.6 * np.eye(2)[classes], columns=CLASSES).assign(image_id=ids, model=name, fold=folds.fold)
+        for name, classes in predicted.items()
     ]
     return gather(tables, images, labels, folds)
 
 
-def test_the_table_has_a_row_for_each_learner_and_ensemble(found):
-    judged = judge_ensembles(found, {name: ENSEMBLES[name] for name in ("mean", "weighted")})
-    table = comparison(judged, found)
+def test_the_table_has_a_row_for_each_learner_and_ensemble(learner_scores):
+    judged = judge_ensembles(learner_scores, {name: ENSEMBLES[name] for name in ("mean", "weighted")})
+    table = comparison(judged, learner_scores)
     assert set(table.index) == {"good", "bad", "mean", "weighted"} and (table.learns == "cross-fitted").all()
     assert table.accuracy["good"] == 7 / 8 and table.accuracy["bad"] == 0 and (table["rows"] == 8).all()
     # sick: 3 of 4 images are found without false positives: F1 6/7; well: 4 of 4 with one false positive: F1 8/9.
@@ -40,16 +40,24 @@ def test_the_table_has_a_row_for_each_learner_and_ensemble(found):
     assert table.log_loss["bad"] == pytest.approx(-np.log(0.2))
     # In both folds the good learner gets all of the weight.
     assert table.loc["weighted", "accuracy"] == 7 / 8 and judged.weights.good.min() > 0.999
-    assert len(weights_figure(judged.weights, found.learners).axes) == 1
+    assert len(weights_figure(judged.weights, learner_scores.learners).axes) == 1
 
 
-def test_scores_are_scaled_on_the_other_fold_and_the_final_ensemble_records_its_protocol(found):
-    judged = judge_ensembles(found, {"mean": ENSEMBLES["mean"]})
-    scaled, temperatures = cross_scaled_scores(judged, found, "good", "good scaled")
+def test_scores_are_scaled_on_the_other_fold_and_the_final_ensemble_records_its_protocol(learner_scores):
+    judged = judge_ensembles(learner_scores, {"mean": ENSEMBLES["mean"]})
+    scaled, temperatures = cross_scaled_scores(judged, learner_scores, "good", "good scaled")
     assert set(scaled.model) == {"good scaled"} and set(temperatures.index) == {0, 1, "all"}
     rows = judged.scores[(judged.scores.model == "good") & (judged.scores.fold == 1)]
-    truth = found.answers.truth.loc[rows.image_id].to_numpy()
+    truth = learner_scores.answers.truth.loc[rows.image_id].to_numpy()
     assert temperatures[0] == pytest.approx(fit_temperature(rows[CLASSES].to_numpy(), truth))
-    kept = learnt_ensemble(found, "kept", ENSEMBLES["weighted"], temperature=0.8)
-    assert (kept.name, kept.method, kept.folds, kept.protocol) == ("kept", "weighted", (0, 1), "cross-fitted")
-    assert kept.weights["learners"].tolist() == pytest.approx([1, 0], abs=1e-3) and kept.settings["method"] == "weighted"
+    ensemble = learnt_ensemble(learner_scores, "ensemble", ENSEMBLES["weighted"], temperature=0.8)
+    assert (ensemble.name, ensemble.method, ensemble.folds, ensemble.protocol) == (
+        "ensemble",
+        "weighted",
+        (0, 1),
+        "cross-fitted",
+    )
+    assert (
+        ensemble.weights["learners"].tolist() == pytest.approx([1, 0], abs=1e-3)
+        and ensemble.settings["method"] == "weighted"
+    )

@@ -30,8 +30,8 @@ def boxes(*rows, score=None):
 
 def test_boxes_are_scaled_from_original_pixels():
     truth = boxes(("i1", 100.0, 200.0, 300.0, 600.0))
-    found = boxes(("i1", 150.0, 250.0, 350.0, 650.0), ("i1", 0.0, 0.0, 9.0, 9.0), score=[0.7, 0.05])
-    figure = figures.example_images(Cache(), IMAGES, LABELS, truth, found, per_row=2)
+    detections = boxes(("i1", 150.0, 250.0, 350.0, 650.0), ("i1", 0.0, 0.0, 9.0, 9.0), score=[0.7, 0.05])
+    figure = figures.example_images(Cache(), IMAGES, LABELS, truth, detections, per_row=2)
     healthy, ill = figure.axes
     assert not healthy.patches
     # Original pixels divided by ten; the box with the score 0.05 is not drawn.

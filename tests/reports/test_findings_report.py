@@ -27,13 +27,13 @@ def tables(count=200, folds=2, seed=0, unknown=0.0):
     """Two images per patient; the probabilities follow the truth, most closely for the first class."""
     rng = np.random.default_rng(seed)
     truth = (rng.random((count, 3)) < [0.3, 0.1, 0.5]).astype(float)
-    found = np.clip(truth * [0.5, 0.3, 0.1] + 0.6 * rng.random((count, 3)), 0, 1)
+    probabilities = np.clip(truth * [0.5, 0.3, 0.1] + 0.6 * rng.random((count, 3)), 0, 1)
     truth[rng.random(truth.shape) < unknown] = np.nan
     ids = [f"i{number}" for number in range(count)]
     images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": [f"p{n // 2}" for n in range(count)]})
     images = images.assign(path="", rows=1, columns=1, source="", view="")
     labels = pd.DataFrame(truth, columns=CLASSES).assign(id=ids)
-    scores = pd.DataFrame(found, columns=CLASSES).assign(image_id=ids, model="m", fold=np.arange(count) // 2 % folds)
+    scores = pd.DataFrame(probabilities, columns=CLASSES).assign(image_id=ids, model="m", fold=np.arange(count) // 2 % folds)
     return scores, images, labels
 
 
@@ -43,13 +43,13 @@ def test_the_class_table_has_the_metrics_of_scikit_learn():
     report = class_report(given_answers, np.array([0.5, 0.4, 0.3])).set_index("class")
     assert report.index.tolist() == CLASSES
     for name, threshold in zip(CLASSES, (0.5, 0.4, 0.3), strict=True):
-        truth, found, row = labels[name], scores[name], report.loc[name]
+        truth, probabilities, row = labels[name], scores[name], report.loc[name]
         assert row.positives == truth.sum() and row.of == 200 and row.threshold == pytest.approx(threshold)
-        assert row.roc_auc == pytest.approx(roc_auc_score(truth, found))
-        assert row.average_precision == pytest.approx(average_precision_score(truth, found))
-        assert row.precision == pytest.approx(precision_score(truth, found >= threshold))
-        assert row.recall == pytest.approx(recall_score(truth, found >= threshold))
-        assert row.f1 == pytest.approx(f1_score(truth, found >= threshold))
+        assert row.roc_auc == pytest.approx(roc_auc_score(truth, probabilities))
+        assert row.average_precision == pytest.approx(average_precision_score(truth, probabilities))
+        assert row.precision == pytest.approx(precision_score(truth, probabilities >= threshold))
+        assert row.recall == pytest.approx(recall_score(truth, probabilities >= threshold))
+        assert row.f1 == pytest.approx(f1_score(truth, probabilities >= threshold))
 
 
 def test_aggregates_are_macro_means_and_the_share_of_images_with_all_classes_right():
@@ -92,14 +92,14 @@ def test_unknown_labels_are_ignored():
 @settings(max_examples=30, deadline=None)
 @given(truth=st.lists(st.booleans(), min_size=2, max_size=12).filter(any), seed=st.integers(0, 99))
 def test_no_threshold_has_a_better_f1(truth, seed):
-    found = np.random.default_rng(seed).integers(0, 5, len(truth)) / 4
+    probabilities = np.random.default_rng(seed).integers(0, 5, len(truth)) / 4
     ids = [f"i{number}" for number in range(len(truth))]
-    scores = pd.DataFrame({"image_id": ids, "model": "m", "fold": 0, "Mass": found})
+    scores = pd.DataFrame({"image_id": ids, "model": "m", "fold": 0, "Mass": probabilities})
     images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": ids})
     given_answers = answers(scores, images, pd.DataFrame({"id": ids, "Mass": np.array(truth, dtype=float)}))
     chosen = best_thresholds(given_answers)[0]
-    every = [f1_score(truth, found >= threshold) for threshold in (0, 0.25, 0.5, 0.75, 1)]
-    assert f1_score(truth, found >= chosen) == pytest.approx(max(every))
+    every = [f1_score(truth, probabilities >= threshold) for threshold in (0, 0.25, 0.5, 0.75, 1)]
+    assert f1_score(truth, probabilities >= chosen) == pytest.approx(max(every))
 
 
 @pytest.mark.parametrize("folds", [1, 2, 3])
@@ -171,9 +171,9 @@ def test_an_interval_holds_the_truth_about_as_often_as_it_says():
     for seed in range(60):
         rng = np.random.default_rng(seed)
         truth = np.arange(120) % 2
-        found = 1 / (1 + np.exp(-(rng.normal(size=120) + truth)))
+        probabilities = 1 / (1 + np.exp(-(rng.normal(size=120) + truth)))
         ids = [f"i{number}" for number in range(120)]
-        scores = pd.DataFrame({"image_id": ids, "model": "m", "fold": 0, "Mass": found})
+        scores = pd.DataFrame({"image_id": ids, "model": "m", "fold": 0, "Mass": probabilities})
         images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": ids})
         given_answers = answers(scores, images, pd.DataFrame({"id": ids, "Mass": truth.astype(float)}))
         row = bootstrap_auc(given_answers, samples=100, level=0.9, seed=seed).iloc[0]
@@ -184,7 +184,7 @@ def test_an_interval_holds_the_truth_about_as_often_as_it_says():
 def test_several_rows_an_image_are_refused_or_averaged():
     scores, images, labels = tables(20, folds=1)
     twice = pd.concat([scores, scores.assign(fold=1, Mass=0.0)])
-    with pytest.raises(ValueError, match="20 images have several rows of scores, first i0"):
+    with pytest.raises(ValueError, match="20 images have several rows of scores; the first is i0"):
         answers(twice, images, labels)
     mean = mean_over_folds(twice)
     assert mean.image_id.tolist() == scores.image_id.tolist()
@@ -196,7 +196,7 @@ def test_mismatched_tables_are_refused():
     scores, images, labels = tables(6)
     with pytest.raises(ValueError, match=r"labels lack the predicted classes \['Hernia'\]"):
         answers(scores.assign(Hernia=0.5), images, labels)
-    with pytest.raises(ValueError, match=r"1 predicted images .* first i0"):
+    with pytest.raises(ValueError, match=r"1 predicted images .* the first is i0"):
         answers(scores, images[1:], labels)
     with pytest.raises(ValueError, match="image i2 has a score that is NaN"):
         answers(scores.assign(Mass=scores.Mass.where(scores.image_id != "i2")), images, labels)

@@ -62,9 +62,9 @@ def test_heat_of_real_backbones_by_an_independent_gradient(backbone):
     logits = network.head(network.backbone.forward_head(maps))
     (logits[0, 2] + logits[1, 0]).backward()
     cam = (maps.grad.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).relu().detach()
-    found = heat_maps(network, pixels, [2, 0])
+    heats = heat_maps(network, pixels, [2, 0])
     assert (cam.amax(dim=(1, 2)) > 0).all()
-    for each, expected in zip(found, cam, strict=True):
+    for each, expected in zip(heats, cam, strict=True):
         resized = torch.nn.functional.interpolate(expected[None, None], 64, mode="bilinear", align_corners=False)[0, 0]
         assert each == pytest.approx((resized / resized.max()).numpy(), abs=1e-4)
 
@@ -104,18 +104,18 @@ def test_heat_of_a_bundle_has_the_pixels_of_the_decoded_copy(tmp_path, family):
     save(tmp_path / "bundle", network, family, classes, recipe)
     predictor = load_predictor(tmp_path / "bundle", torch.device("cpu"), batch_size=4)
     xrays = [small.read(name) for name in small.image_ids]
-    found = compute_heat(predictor, xrays, [classes[n % 2] for n in range(6)])
-    assert [each.xray.image_id for each in found] == small.image_ids
-    assert all(each.heat.shape == each.xray.pixels.shape and 0 <= each.heat.min() <= each.heat.max() <= 1 for each in found)
+    heats = compute_heat(predictor, xrays, [classes[n % 2] for n in range(6)])
+    assert [each.xray.image_id for each in heats] == small.image_ids
+    assert all(each.heat.shape == each.xray.pixels.shape and 0 <= each.heat.min() <= each.heat.max() <= 1 for each in heats)
     lungs = stored_lungs(tmp_path / "lungs", small, missed=["image001"])
-    table = inside_lungs(found, lungs)
+    table = inside_lungs(heats, lungs)
     assert table.heat_inside.isna().tolist()[1]
-    figure = heat_figure({"whole": found, "segmented": found}, lungs)
+    figure = heat_figure({"whole": heats, "segmented": heats}, lungs)
     assert len(figure.axes) == 18 and figure.axes[6].get_ylabel() == "whole" and figure.axes[0].get_title() == "image000"
     with pytest.raises(ValueError, match=r"m has no class \['Mass'\]; it has: "):
         compute_heat(predictor, xrays[:1], ["Mass"])
-    with pytest.raises(ValueError, match="are of other images"):
-        heat_figure({"whole": found, "segmented": found[1:]})
+    with pytest.raises(ValueError, match="have heat maps of different images"):
+        heat_figure({"whole": heats, "segmented": heats[1:]})
 
 
 class Finder:

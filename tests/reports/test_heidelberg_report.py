@@ -15,7 +15,7 @@ from kitlib.tables import BOX
 ONE, FAR = (100.0, 100.0, 500.0, 500.0), (600.0, 600.0, 900.0, 900.0)
 
 
-def found(*rows):
+def detected(*rows):
     return pd.DataFrame(rows, columns=["image_id", "score", *BOX])
 
 
@@ -34,7 +34,7 @@ def small():
     labels = pd.DataFrame(np.eye(4)[[1, 0, 1, 2]], columns=list(STUDY_CLASSES)).assign(id=list("stuv"))
     boxes = pd.DataFrame([("a", *ONE), ("c", *ONE), ("d", *ONE), ("d", *FAR)], columns=["image_id", *BOX])
     folds = pd.DataFrame({"id": list("abcd"), "fold": [0, 0, 1, 1]})
-    detections = found(
+    detections = detected(
         ("a", 0.9, *ONE), ("a", 0.6, *FAR), ("b", 0.8, *ONE), ("c", 0.7, *ONE), ("d", 0.4, *ONE), ("d", 0.3, 0, 0, 50, 50)
     )
     return images, labels, boxes, folds, detections
@@ -88,7 +88,7 @@ def test_study_metrics_equal_those_of_scikit_learn():
     probability = rng.dirichlet(np.ones(4), n) * 0.6 + 0.4 * np.eye(4)[np.where(rng.random(n) < 0.6, classes, 3)]
     studies = pd.DataFrame(probability, columns=list(STUDY_CLASSES)).assign(study_id=images["study_id"], prior=False)
     boxes = pd.DataFrame([("i0", *ONE)], columns=["image_id", *BOX])
-    mine = answer(found(), images, studies.sample(frac=1, random_state=0))
+    mine = answer(detected(), images, studies.sample(frac=1, random_state=0))
     row = heidelberg_table({"mine": mine}, images, labels, boxes, confidences={"mine": 0.5}).loc["mine"]
     predicted = probability.argmax(axis=1)
     assert row["study_accuracy"] == pytest.approx(accuracy_score(classes, predicted))

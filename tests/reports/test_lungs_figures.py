@@ -43,19 +43,19 @@ def outlines(axis):
 
 
 def test_predicted_masks_are_orange_and_annotated_masks_are_green(small, tmp_path):
-    found = MaskStore(tmp_path)
+    predicted = MaskStore(tmp_path)
     lungs_alone = small.masks.read("chest001").copy()
     lungs_alone[lungs_alone == 2] = 0
-    found.add({"chest001": lungs_alone, "chest002": np.zeros((ROWS // 2, COLUMNS // 2), np.uint8)})
+    predicted.add({"chest001": lungs_alone, "chest002": np.zeros((ROWS // 2, COLUMNS // 2), np.uint8)})
     ids = ["chest001", "chest002", "chest003"]
-    figure = mask_images(small, found, ids, ["one", "two", "three"], drawn=small.masks)
+    figure = mask_images(small, predicted, ids, ["one", "two", "three"], drawn=small.masks)
     assert [axis.get_title() for axis in figure.axes] == ["one", "two", "three", ""]
     orange, green = to_hex(PREDICTION), to_hex(TRUTH)
     # Heart and both lungs are annotated. The predicted masks have both lungs, nothing, and no mask at all.
     assert [outlines(axis) for axis in figure.axes] == [[green] * 3 + [orange] * 2, [green] * 3, [green] * 3, []]
     for axis, image_id in zip(figure.axes, ids, strict=False):
         assert np.array_equal(axis.images[0].get_array(), small.pixels[image_id]) and not axis.axison
-    (alone, *_) = mask_images(small, found, ids[:1], ["one"]).axes
+    (alone, *_) = mask_images(small, predicted, ids[:1], ["one"]).axes
     assert outlines(alone) == [orange] * 2
     assert save_figure(figure, tmp_path / "figure.png") is figure and (tmp_path / "figure.png").stat().st_size > 1000
 

@@ -112,12 +112,12 @@ def test_draws_of_two_models_are_paired():
 
 def test_unknown_images_and_images_with_several_rows_are_refused():
     stranger = scores([0.9, 0.8], ids=["i1", "elsewhere"])
-    with pytest.raises(ValueError, match="1 images are not in the table images, first elsewhere"):
+    with pytest.raises(ValueError, match="1 images are not in the `images` table; the first is elsewhere"):
         overlap_report(stranger, IMAGES, LABELS)
     twice = pd.concat([scores(), scores().assign(model="other")])
-    with pytest.raises(ValueError, match="6 images have several rows of scores, first i0; pass one model's"):
+    with pytest.raises(ValueError, match=r"6 images have several rows of scores; the first is i0\. Pass the rows"):
         overlap_report(twice, IMAGES, LABELS)
-    with pytest.raises(ValueError, match="1 images are not in the table images, first elsewhere"):
+    with pytest.raises(ValueError, match="1 images are not in the `images` table; the first is elsewhere"):
         verdicts(lungs([FOUND] * 2, ["i1", "elsewhere"]), IMAGES, LABELS)
 
 
@@ -137,8 +137,8 @@ def test_verdicts_are_counted_by_class():
     assert counts.not_found.tolist() == pytest.approx([1 / 2, 2 / 3, 0])
 
 
-@pytest.mark.parametrize(("told", "share"), [(FOUND, 0.0), ("blank image", 1.0)])
-def test_one_verdict_for_all_is_counted_too(told, share):
-    counts = verdicts(lungs([told] * 6), IMAGES, LABELS)
-    assert counts[told].tolist() == [6, 3, 2] and counts.not_found.tolist() == [share] * 3
-    assert counts[FOUND].tolist() == ([6, 3, 2] if told == FOUND else [0, 0, 0])
+@pytest.mark.parametrize(("verdict", "share"), [(FOUND, 0.0), ("blank image", 1.0)])
+def test_one_verdict_for_all_is_counted_too(verdict, share):
+    counts = verdicts(lungs([verdict] * 6), IMAGES, LABELS)
+    assert counts[verdict].tolist() == [6, 3, 2] and counts.not_found.tolist() == [share] * 3
+    assert counts[FOUND].tolist() == ([6, 3, 2] if verdict == FOUND else [0, 0, 0])

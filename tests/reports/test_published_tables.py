@@ -85,12 +85,14 @@ def test_impossible_values_are_reported_and_invalid_input_is_refused():
     assert counts.empty and not renamed
     nonsense = replace(find_published("hrnet"), rows=find_published("hrnet").rows.head(1) * 0.5, counts=(3, 3))
     checked = check_counts(nonsense).iloc[0]
-    assert not checked.consistent and "no counts give these metrics" in checked.says
-    with pytest.raises(ValueError, match=r"auc 50: expected .* of: accuracy, sensitivity, specificity"):
+    assert not checked.consistent and "no counts result in these metrics" in checked.says
+    with pytest.raises(ValueError, match=r"auc 50; expected .* for: accuracy, sensitivity, specificity"):
         possible_counts(3, 3, {"auc": 50})
-    with pytest.raises(ValueError, match=r"accuracy 150: expected .* percent"):
+    with pytest.raises(ValueError, match=r"accuracy 150; expected .* percent"):
         possible_counts(3, 3, {"accuracy": 150})
-    with pytest.raises(ValueError, match="0 positives and 3 negatives with these metrics: expected at least one of each"):
+    with pytest.raises(
+        ValueError, match="0 positives and 3 negatives with valid metrics; expected at least one positive and one"
+    ):
         possible_counts(0, 3, {"accuracy": 50})
 
 

@@ -14,8 +14,10 @@ def scores(sure):
     truth = SMALL.labels.set_index("id")
     rows = []
     for study_id, share in sure.items():
-        found = truth.loc[study_id].to_numpy(float)
-        values = share * found + (1 - share) * pd.Series(found).shift(1, fill_value=found[-1]).to_numpy()
+        probabilities = truth.loc[study_id].to_numpy(float)
+        values = (
+            share * probabilities + (1 - share) * pd.Series(probabilities).shift(1, fill_value=probabilities[-1]).to_numpy()
+        )
         rows.append({"study_id": study_id, "model": "small", "fold": 0, **dict(zip(STUDY_CLASSES, values, strict=True))})
     with_box = set(SMALL.boxes.image_id)
     shown = SMALL.images[SMALL.images.study_id.isin(sure)]
