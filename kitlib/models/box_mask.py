@@ -1,4 +1,4 @@
-"""Auxiliary segmentation task of classifiers: an image's boxes as a mask, the decoder that predicts it, and its loss."""
+"""Auxiliary segmentation task of classifiers: draws an image's boxes as a mask; the mask's decoder and loss."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +15,8 @@ FINEST = 8  # smallest stride of a feature map that the decoder uses, pixels
 def box_mask(boxes: torch.Tensor, cells: int, stride: int) -> torch.Tensor:
     """Draw boxes (k, 4), corners in canvas pixels, as a mask (cells, cells) whose cells are squares of `stride` pixels.
 
-    A cell's value is the share of its area that a box covers, 0..1; for several boxes it is the largest share. So the sum of
-    a single box's mask times stride^2 is exactly the area of the box on the canvas. Without boxes the mask is 0.
+    A cell's value is the share of its area that a box covers, 0..1, or the largest share if there are several boxes. So for
+    a single box, the sum of the mask times stride^2 is exactly the box's area on the canvas. Without boxes the mask is 0.
     """
     if not len(boxes):
         return boxes.new_zeros((cells, cells))
@@ -29,10 +29,11 @@ def box_mask(boxes: torch.Tensor, cells: int, stride: int) -> torch.Tensor:
 
 
 def mask_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return 0.6 x binary cross entropy + 0.4 x Dice loss (1st place) of logits and mask, both (n, cells, cells), mask 0..1.
+    """Return 0.6 x binary cross entropy + 0.4 x Dice loss for logits (n, cells, cells) and a mask of the same shape, 0..1.
 
-    The Dice loss over the whole batch is 1 - 2 sum(p m) / (sum(p) + sum(m)), with 1 added to numerator and denominator, so
-    that it is 0 if the batch has no box and none is predicted (Milletari et al. 2016, section 3, without the squares).
+    The weights are those of the 1st place. The Dice loss over the whole batch is 1 - 2 sum(p m) / (sum(p) + sum(m)), with 1
+    added to numerator and denominator, so that the loss is 0 if the batch contains no boxes and the predicted mask is empty
+    (Milletari et al. 2016, section 3, without the squares).
     """
     logits = logits.float()
     predicted = logits.sigmoid()
@@ -41,9 +42,9 @@ def mask_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class MaskDecoder(nn.Module):
-    """A feature pyramid (Lin et al. 2017) over a backbone's maps of stride 8 and more, summed at the finest resolution.
+    """A feature pyramid (Lin et al. 2017) over a backbone's maps of stride 8 and above, summed at the finest resolution.
 
-    `indices` are the maps that it uses, as timm's `forward_intermediates` numbers them; `stride` is that of the finest map.
+    `indices` are the numbers of the maps that are used, in timm's `forward_intermediates`; `stride` is that of the finest.
     """
 
     def __init__(self, channels: Sequence[int], indices: Sequence[int], stride: int) -> None:
@@ -54,9 +55,9 @@ class MaskDecoder(nn.Module):
 
     def forward(self, maps: Sequence[torch.Tensor], cells: int) -> torch.Tensor:
         """Return mask logits (n, cells, cells) for feature maps (n, channels, rows, columns), finest first."""
-        levels = self.pyramid({str(level): each for level, each in enumerate(maps)}).values()
-        # The finest map is resized too: without padding a network's maps can be smaller than `cells`.
-        resized = [functional.interpolate(each, (cells, cells), mode="bilinear", align_corners=False) for each in levels]
+        levels = self.pyramid({str(level): feature_map for level, feature_map in enumerate(maps)}).values()
+        # The finest map is resized too, because the maps of a network without padding can be smaller than `cells`.
+        resized = [functional.interpolate(level, (cells, cells), mode="bilinear", align_corners=False) for level in levels]
         return self.last(functional.relu(torch.stack(resized).sum(dim=0)))[:, 0]
 
 
@@ -68,7 +69,7 @@ def make_mask_decoder(backbone: Any) -> MaskDecoder:
             f"recipe.segmentation needs the backbone's intermediate feature maps, which timm does not return for {name}; "
             "choose a ResNet, EfficientNet, ConvNeXt or ViT, or segmentation=0"
         )
-    # Of several maps with the same stride the deepest is used; all maps of a ViT have the same stride.
+    # If several maps have the same stride, as all maps of a ViT do, the deepest is used.
     deepest = {info["reduction"]: (index, info["num_chs"]) for index, info in enumerate(backbone.feature_info)}
     chosen = {stride: deepest[stride] for stride in sorted(deepest) if stride >= FINEST}
     return MaskDecoder([width for _, width in chosen.values()], [index for index, _ in chosen.values()], min(chosen))

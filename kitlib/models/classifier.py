@@ -1,4 +1,4 @@
-"""Classifiers: any timm backbone with a head, for the study classes and `none`, or for an image's findings or class."""
+"""Classifiers: any timm backbone with a head that predicts the study classes and `none`, or findings, or one class."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,9 +25,9 @@ class Classifier(nn.Module):
     """A timm backbone with pooled features and a head (see `make_head`), with random weights.
 
     `answers` is the number of predicted probabilities, by default one per output. A frozen backbone gets no gradients and,
-    if the recipe also freezes its statistics, stays in evaluation mode. `stages` lists the names of its parameters, stage by
-    stage from the input on, as timm groups them. `unfreeze` makes the last stages trainable; their batch norm stays in
-    evaluation mode if the recipe keeps thawed statistics.
+    if the recipe also freezes its statistics, stays in evaluation mode. `stages` lists the names of the backbone's
+    parameters, grouped into stages by timm, starting at the input. `unfreeze` makes the last stages trainable; their batch
+    norm stays in evaluation mode if the recipe sets `thawed_statistics`.
     """
 
     backbone: Any  # timm's networks have no common type that declares their common attributes
@@ -41,7 +41,7 @@ class Classifier(nn.Module):
         self.stages = _stages(self.backbone)
         if recipe.frozen_backbone:
             self.backbone.requires_grad_(False)
-            # Lightning keeps the mode in which it gets the model, so the frozen parts are set to evaluation mode here.
+            # Lightning does not change the mode of the model, so the frozen parts are set to evaluation mode here.
             self.train()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,12 +54,12 @@ class Classifier(nn.Module):
         The result is (n, channels, side, side) on the device of the canvases.
         """
         shape = (1, self.recipe.channels, 1, 1)
-        mean, std = (pixels.new_tensor(each, dtype=torch.float32).view(shape) for each in (self.mean, self.std))
+        mean, std = (pixels.new_tensor(values, dtype=torch.float32).view(shape) for values in (self.mean, self.std))
         x = (pixels[:, None].float() / 255 - mean) / std
         return x.contiguous(memory_format=memory_format(x.device))
 
     def unfreeze(self, epoch: int) -> None:
-        """Make the stages of a frozen backbone trainable that the recipe unfreezes by this epoch (from 0), last first."""
+        """Make the last stages of a frozen backbone trainable, as many as the recipe unfreezes by this epoch (from 0)."""
         if not (self.recipe.frozen_backbone and self.recipe.unfreeze_every):
             return
         count = min(epoch // self.recipe.unfreeze_every, len(self.stages))
@@ -69,17 +69,17 @@ class Classifier(nn.Module):
         self.train(self.training)
 
     def rates(self) -> dict[str, float]:
-        """Return factors on the recipe's learning rate by parameter name prefix, as `make_optimizer` expects them."""
+        """Return factors for the learning rate, keyed by parameter name prefix, for `make_optimizer`; {} if all are 1."""
         unfreezes = self.recipe.frozen_backbone and self.recipe.unfreeze_every
         return {"backbone.": self.recipe.unfrozen_rate} if unfreezes else {}
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Set training or evaluation mode; parts with frozen statistics always stay in evaluation mode."""
+        """Set training or evaluation mode; parts with frozen statistics stay in evaluation mode."""
         super().train(mode)
         if self.recipe.frozen_backbone and self.recipe.frozen_statistics:
             is_trainable: dict[str, bool] = {}
             for name, module in self.backbone.named_modules():
-                requires_grad = [each.requires_grad for each in module.parameters()]
+                requires_grad = [parameter.requires_grad for parameter in module.parameters()]
                 # A module without parameters, such as dropout, follows the block that contains it.
                 is_trainable[name] = all(requires_grad) if requires_grad else is_trainable[name.rpartition(".")[0]]
                 is_fixed_norm = isinstance(module, _BatchNorm) and not self.recipe.thawed_statistics
@@ -90,7 +90,7 @@ class Classifier(nn.Module):
 class StudyClassifier(Classifier):
     """Classifier of the four study classes and the image-level `none`: five outputs in the order of OUTPUTS.
 
-    With `recipe.segmentation` it also has a decoder that predicts the boxes' mask; only `with_mask` runs it.
+    With `recipe.segmentation` it also has a decoder that predicts a mask of the boxes. Only `with_mask` runs the decoder.
     """
 
     recipe: StudyRecipe
@@ -109,7 +109,7 @@ class StudyClassifier(Classifier):
             self.mask_cells = recipe.image_size // stride
 
     def with_mask(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits of `forward` and mask logits (n, cells, cells), see `kitlib.models.box_mask.box_mask`."""
+        """Return the logits of `forward`, and logits (n, cells, cells) of the mask of `kitlib.models.box_mask.box_mask`."""
         last, maps = self.backbone.forward_intermediates(x, indices=self.mask_decoder.indices)
         return self.head(self.backbone.forward_head(last)), self.mask_decoder(maps, self.mask_cells)
 
@@ -125,10 +125,11 @@ class StudyClassifier(Classifier):
 
 
 class FindingsClassifier(Classifier):
-    """Classifier with one output per class, in the order of `classes`; with `recipe.one_logit` one output for two classes.
+    """Classifier with one output per class, in the order of `classes`, or a single output for two classes.
 
-    That single output is the logit of the first class. With `recipe.auxiliary` an inception_v3 also has its auxiliary head;
-    only `with_auxiliary` runs it. Raises ValueError if the recipe does not fit the classes.
+    The single output, with `recipe.one_logit`, is the logit of the first class. With `recipe.auxiliary` an inception_v3 also
+    has its auxiliary head, which only `with_auxiliary` runs. Raises ValueError if `one_logit` is set for other than two
+    classes.
     """
 
     recipe: FindingsRecipe
@@ -160,23 +161,25 @@ class FindingsClassifier(Classifier):
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Return float32 probabilities (n, classes) for outputs (n, outputs).
 
-        They are independent of each other if the recipe is `multi_label`; otherwise they sum to 1.
+        The probabilities are independent of each other if the recipe is `multi_label`; otherwise they sum to 1.
         """
         logits = self.class_logits(logits)
         return logits.sigmoid() if self.recipe.multi_label else logits.softmax(dim=1)
 
 
 def check_classes(recipe: FindingsRecipe, classes: Sequence[str]) -> None:
-    """Raise ValueError if the recipe does not fit these classes."""
+    """Raise ValueError if the recipe sets `one_logit` and there are not exactly two classes."""
     if recipe.one_logit and len(classes) != 2:
-        raise ValueError(f"one_logit needs 2 classes, but there are {len(classes)}: {', '.join(classes)}; set it to False")
+        raise ValueError(
+            f"one_logit needs 2 classes, but there are {len(classes)}: {', '.join(classes)}; set one_logit to False"
+        )
 
 
 def make_head(features: int, hidden: int, dropout: float, outputs: int = len(OUTPUTS)) -> nn.Sequential:
     """Build the head of a classifier: linear-ReLU-dropout-linear with Xavier weights.
 
-    This is Heidelberg's head (section 3.4), 2048-1024-ReLU-dropout-outputs, for any number of `features`. If `hidden` is 0
-    it is dropout and one linear layer, as in ImageNet networks.
+    This is the head of the Heidelberg report (section 3.4), 2048-1024-ReLU-dropout-outputs, for any number of `features`. If
+    `hidden` is 0, the head is dropout and one linear layer, as in ImageNet networks.
     """
     last = [nn.Dropout(dropout), nn.Linear(hidden or features, outputs)]
     layers = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), *last) if hidden else nn.Sequential(*last)
@@ -201,11 +204,11 @@ def study_loss(
     outputs: str = "both",
     smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Return the cross entropy of the study classes + `none_weight` x the binary cross entropy of none.
+    """Return the cross entropy of the study classes + `none_weight` x the binary cross entropy of `none`, for logits (n, 5).
 
-    Each part is the mean over the rows with a known label. `study` (n, 4) are class probabilities; a row with a NaN is
-    unknown. `none` (n,) is 0..1, or NaN if unknown. With `outputs` "study" or "none" the loss is that part alone,
-    unweighted. `smoothing` is the share of label smoothing: over the four classes, and over none and its opposite.
+    Each part is the mean over the rows with a known label. `study` (n, 4) are the true class probabilities; a row with a NaN
+    is unknown. `none` (n,) is 0..1, or NaN if unknown. With `outputs` "study" or "none" the loss is that part alone,
+    unweighted. `smoothing` is the share of label smoothing: over the four classes, and over `none` and its opposite.
     """
     logits, loss = logits.float(), logits.new_zeros((), dtype=torch.float32)
     if outputs != "none":
@@ -218,10 +221,10 @@ def study_loss(
     return loss
 
 
-def mean_of_known(losses: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Return the mean of the losses where the mask `known`, of the same shape, is True; 0, with a gradient, if nowhere."""
+def mean_of_known(losses: torch.Tensor, is_known: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the losses where `is_known` (same shape) is True; 0, with a gradient, if it is all False."""
     # Boolean indexing would make the CPU wait for the GPU at every step, because the result's size depends on the mask.
-    return (losses * known).sum() / known.sum().clamp(min=1)
+    return (losses * is_known).sum() / is_known.sum().clamp(min=1)
 
 
 def smooth_labels(truth: torch.Tensor, share: float, classes: int) -> torch.Tensor:
@@ -240,14 +243,14 @@ def _backbone(recipe: ClassifierRecipe, outputs: int) -> Any:
         options["img_size"] = recipe.image_size
     if not getattr(recipe, "auxiliary", 0):
         return timm.create_model(recipe.backbone, **options)
-    # Built with `outputs` classes for the auxiliary head; the main head is removed, as the kit adds its own.
+    # The auxiliary head gets `outputs` classes. The main head is removed, because the kit adds its own.
     backbone: Any = timm.create_model(recipe.backbone, **options | {"num_classes": outputs, "aux_logits": True})
     backbone.reset_classifier(0)
     return backbone
 
 
 def _stages(backbone: Any) -> list[list[str]]:
-    """Return the parameters' names by stage (timm's coarse groups), input first; groups of norms alone join the previous."""
+    """Return parameter names per stage (timm's coarse groups), input first; a group of norms alone joins the one before."""
     stages: list[list[str]] = []
     for names in group_parameters(backbone, backbone.group_matcher(coarse=True)).values():
         if stages and all(backbone.get_parameter(name).ndim < 2 for name in names):
@@ -258,9 +261,10 @@ def _stages(backbone: Any) -> list[list[str]]:
 
 
 def _normalisation(backbone: Any, recipe: ClassifierRecipe) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation per channel to normalise pixels 0..1 with, as `recipe.normalisation` says.
+    """Return mean and standard deviation per channel, with which pixels 0..1 are normalised.
 
-    They are 0.5, or what the backbone's weights expect, averaged over the colours for grey input.
+    Both are 0.5 if `recipe.normalisation` is "half"; otherwise those of the backbone's weights, averaged over the colours
+    for grey input.
     """
     if recipe.normalisation == "half":
         return [0.5] * recipe.channels, [0.5] * recipe.channels

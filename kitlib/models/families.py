@@ -1,7 +1,7 @@
-"""The model families: each one's recipe, network and kind of prediction, and how to load a model from a bundle.
+"""The model families: recipe, network and kind of prediction of each; and loading a model from a bundle.
 
-No other file compares names of families; kitlib.training.driver adds how each is trained. A network's module is imported
-only when a network is built: ultralytics takes seconds to import, and kernels without a YOLO do not include it.
+No other file compares the names of families; kitlib.training.driver adds how each is trained. A network's module is
+imported only when a network is built, because ultralytics takes seconds to import and kernels without a YOLO lack it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,10 +30,11 @@ STUDIES, CLASSES, BOXES, LUNGS = "studies", "classes", "boxes", "lungs"
 class Family:
     """A model family: its recipe, its network and what it predicts.
 
-    `answers` is what it predicts: STUDIES (the four study classes and none), CLASSES (those of its labels), BOXES or LUNGS
-    (label images). `network` builds the network, with random or starting weights, from a recipe and the names of its
-    classes. `sees_patches`: its input is patches of an image. `one_process`: a model cannot be trained by several processes
-    together. `no_submission` is empty if the family predicts rows of a submission; otherwise it says what to submit instead.
+    `answers` is what the family predicts: STUDIES (the four study classes and `none`), CLASSES (the classes of its training
+    labels), BOXES or LUNGS (label images). `network` builds the network, with random or starting weights, from a recipe and
+    the class names. `sees_patches` is True if the input is patches of an image, `one_process` if several processes cannot
+    train a model together. `no_submission` is empty if the family predicts rows of a submission; otherwise it is the end of
+    an error message that says what to submit instead.
     """
 
     name: str
@@ -82,7 +83,7 @@ def _segmenter(recipe: SegmenterRecipe, classes: Sequence[str]) -> Any:
 
 
 _FINDINGS = "predicts findings, which a submission does not contain; submit a study model or detector that starts from it"
-_LUNGS = "predicts lung masks, which a submission does not contain; name its run with the kernel's key `lungs`"
+_LUNGS = "predicts lung masks, which a submission does not contain; give its run in the kernel's key `lungs`"
 
 FAMILIES: Mapping[str, Family] = {
     family.name: family
@@ -98,7 +99,7 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(recipe: TrainingRecipe) -> Family:
-    """Return the family that a recipe trains. Raises ValueError if there is none."""
+    """Return the family that a recipe trains. Raises ValueError if no family has such a recipe."""
     for family in FAMILIES.values():
         if type(recipe) is family.recipe and getattr(recipe, "family", family.name) == family.name:
             return family
@@ -106,16 +107,16 @@ def family_of(recipe: TrainingRecipe) -> Family:
 
 
 def recorded_family(record: Mapping[str, Any], bundle: str | Path = "this bundle") -> Family:
-    """Return the family that a bundle's record names. Raises BundleError, which names `bundle`, for an unknown family."""
+    """Return the family in a bundle's record. Raises BundleError if it is unknown; the message contains `bundle`."""
     if record["family"] not in FAMILIES:
         raise BundleError(f"{bundle}: unknown family {record['family']!r}; the families are: {', '.join(FAMILIES)}")
     return FAMILIES[record["family"]]
 
 
 def load_network(record: Mapping[str, Any], weights: dict[str, torch.Tensor], device: torch.device) -> Any:
-    """Build the network of a bundle's record and load its weights; return it on `device` in evaluation mode.
+    """Build the network that a bundle's record describes, with `weights`; return it on `device` in evaluation mode.
 
-    Raises BundleError for an unknown family, and RuntimeError if the weights do not fit.
+    Raises BundleError for an unknown family; RuntimeError if names or shapes of the weights do not fit the network.
     """
     family = recorded_family(record)
     # The bundle's weights replace the starting weights, which may no longer exist.

@@ -1,4 +1,4 @@
-"""Faster R-CNN with a feature pyramid on any timm backbone that has features at strides 4, 8 and 16 (and 32)."""
+"""Faster R-CNN with a feature pyramid on any timm backbone with features at strides 4, 8 and 16, and possibly 32."""
 
 import logging
 from collections import OrderedDict
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 STRIDES = (4, 8, 16, 32, 64)  # strides of the pyramid's maps; the last map may be pooled from the one before
 BACKBONE_STRIDES = (4, 8, 16, 32)
-# Sides of anchors in strides of their map: torchvision's, and two smaller ones for canvases that use only the finest maps.
+# Sides of anchors, in strides of their map: torchvision's (8), and two smaller ones for small canvases, which use few maps.
 ANCHOR_SIDES = (8 / 2, 8 / 2**0.5, 8)
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
 
@@ -35,8 +35,8 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
 class Pyramid(nn.Module):
     """A timm backbone and a feature pyramid over its features, with `out_channels` channels in each map.
 
-    `strides` are those of the returned maps: from 4 up, as long as the largest anchor is at most half of the canvas, but at
-    least one. The pyramid uses all of the backbone's features, also for fewer maps.
+    `strides` are those of the returned maps: from 4 up, as long as the largest anchor is at most half of the canvas; always
+    at least 4. The pyramid uses all of the backbone's features even if fewer maps are returned.
     """
 
     body: Any  # timm's networks have no common type that declares their common attributes
@@ -46,11 +46,11 @@ class Pyramid(nn.Module):
         self.body = _backbone(recipe)
         self.levels = _feature_indices(recipe.backbone, self.body.feature_info.reduction())
         strides = STRIDES[: len(self.levels) + 1]
-        self.strides = [each for each in strides if each == 4 or 2 * ANCHOR_SIDES[-1] * each <= recipe.image_size]
+        self.strides = [stride for stride in strides if stride == 4 or 2 * ANCHOR_SIDES[-1] * stride <= recipe.image_size]
         self.out_channels = recipe.fpn_channels
         channels = self.body.feature_info.channels()
         self.fpn = FeaturePyramidNetwork([channels[level] for level in self.levels], self.out_channels, LastLevelMaxPool())
-        # Unused maps get no gradient, for which training in several processes would wait.
+        # Unused maps are frozen, because training in several processes would wait for their gradients.
         self.fpn.layer_blocks[len(self.strides) :].requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
@@ -58,7 +58,7 @@ class Pyramid(nn.Module):
         with autocast(images.device):
             features = self.body(images)
             maps = self.fpn(OrderedDict((str(index), features[level]) for index, level in enumerate(self.levels)))
-        # The rest runs in full precision: bfloat16 coordinates would be off by four pixels.
+        # The remaining layers run in full precision, because bfloat16 coordinates would be off by four pixels.
         return OrderedDict((name, maps[name].float()) for name in list(maps)[: len(self.strides)])
 
 
@@ -84,7 +84,7 @@ class FasterRCNNDetector(nn.Module):
             rpn_post_nms_top_n_test=recipe.proposals,
             # As in torchvision, boxes are not pooled from the last map, which is itself pooled.
             box_roi_pool=MultiScaleRoIAlign(
-                [str(place) for place in range(min(len(pyramid.levels), len(pyramid.strides)))],
+                [str(level) for level in range(min(len(pyramid.levels), len(pyramid.strides)))],
                 output_size=7,
                 sampling_ratio=2,
             ),
@@ -101,13 +101,14 @@ class FasterRCNNDetector(nn.Module):
         self.starting_weights = _load_weights(self, recipe)
 
     def losses(self, pixels: torch.Tensor, boxes: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the four losses of a batch: `pixels` uint8 (n, side, side), `boxes` n float tensors (k, 4), canvas pixels.
+        """Return torchvision's four losses, keyed by name, for `pixels` uint8 (n, side, side) and their boxes.
 
-        Boxes of shape (0, 4) mark an image that is all background. Requires training mode.
+        `boxes` are n float tensors (k, 4) in canvas pixels; shape (0, 4) marks an image that is all background. Requires
+        training mode. Raises ValueError unless the side is `image_size`.
         """
         targets = [
-            {"boxes": each, "labels": torch.ones(len(each), dtype=torch.int64, device=each.device)}
-            for each in (each.reshape(-1, 4).to(pixels.device, torch.float32) for each in boxes)
+            {"boxes": image_boxes, "labels": torch.ones(len(image_boxes), dtype=torch.int64, device=image_boxes.device)}
+            for image_boxes in (tensor.reshape(-1, 4).to(pixels.device, torch.float32) for tensor in boxes)
         ]
         with torch.autocast(pixels.device.type, enabled=False):
             return self.model(self._images(pixels, self.recipe.image_size), targets)
@@ -122,7 +123,7 @@ class FasterRCNNDetector(nn.Module):
         self.model.eval()
         with torch.autocast(pixels.device.type, enabled=False):
             outputs = self.model(self._images(pixels, self.recipe.inference_size or self.recipe.image_size))
-        return [torch.cat([each["boxes"], each["scores"][:, None]], dim=1).cpu().numpy() for each in outputs]
+        return [torch.cat([output["boxes"], output["scores"][:, None]], dim=1).cpu().numpy() for output in outputs]
 
     def _images(self, pixels: torch.Tensor, side: int) -> list[torch.Tensor]:
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (side, side):
@@ -139,11 +140,11 @@ class _NormaliseOnly(GeneralizedRCNNTransform):
 
 
 class _CompleteIoU(RoIHeads):
-    """torchvision's second stage with the CIoU loss of decoded boxes (Zheng et al. 2020) instead of smooth L1 of offsets."""
+    """torchvision's second stage with the CIoU loss on decoded boxes (Zheng et al. 2020) instead of smooth L1 on offsets."""
 
     @classmethod
     def like(cls, heads: RoIHeads) -> "_CompleteIoU":
-        """Return heads with the layers and settings of `heads`."""
+        """Return an instance with the layers and settings of `heads`."""
         matcher, sampler = heads.proposal_matcher, heads.fg_bg_sampler
         return cls(
             heads.box_roi_pool,
@@ -174,7 +175,7 @@ class _CompleteIoU(RoIHeads):
         is_box = labels > 0
         # Columns 4 to 8 are the offsets of the only class; the first four belong to the background.
         predicted, true = (
-            self.box_coder.decode_single(each[is_box], regions[is_box]) for each in (predicted[:, 4:8], offsets)
+            self.box_coder.decode_single(encoded[is_box], regions[is_box]) for encoded in (predicted[:, 4:8], offsets)
         )
         loss = complete_box_iou_loss(predicted, true, reduction="sum") / labels.numel()
         return [], {"loss_classifier": functional.cross_entropy(scores, labels), "loss_box_reg": loss}
@@ -186,7 +187,7 @@ def _backbone(recipe: DetectorRecipe) -> Any:
 
 
 def _load_weights(detector: FasterRCNNDetector, recipe: DetectorRecipe) -> str:
-    """Load the recipe's starting weights, of a Faster R-CNN or of a classifier's backbone; return a summary for the log.
+    """Load the recipe's starting weights, from a Faster R-CNN or a classifier's backbone; return a summary for the log.
 
     Raises BundleError if tensors of the backbone are missing.
     """
@@ -197,20 +198,20 @@ def _load_weights(detector: FasterRCNNDetector, recipe: DetectorRecipe) -> str:
         report = load_starting_weights(detector, recipe.starting_weights, prefix="")
         return f"{recipe.starting_weights}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
     body = detector.model.backbone.body
-    backbone_weights = {name: each for name, each in weights.items() if name.startswith("backbone.")}
-    weights = {name.removeprefix("backbone."): each for name, each in (backbone_weights or weights).items()}
+    backbone_weights = {name: tensor for name, tensor in weights.items() if name.startswith("backbone.")}
+    weights = {name.removeprefix("backbone."): tensor for name, tensor in (backbone_weights or weights).items()}
     with torch.device("meta"):
         expected = timm.create_model(recipe.backbone, num_classes=0).state_dict()
     missing = [name for name in expected if name not in weights]
     if missing:
         raise BundleError(
             f"{recipe.starting_weights} lacks {len(missing)} of the {len(expected)} tensors of {recipe.backbone!r}, such as "
-            f"{missing[0]}; name weights of exactly that backbone"
+            f"{missing[0]}; choose weights of exactly that backbone"
         )
     first_convolution = body.pretrained_cfg["first_conv"]
     first_convolution = f"{first_convolution[0] if isinstance(first_convolution, tuple) else first_convolution}.weight"
     if weights[first_convolution].shape[1] == 1 and recipe.channels == 3:
-        # timm sums the colours' weights for a grey network; here, conversely, each colour gets a third of the grey weights.
+        # The reverse of timm's rule, which sums the colours' weights for grey input: each colour gets a third of the sum.
         weights[first_convolution] = weights[first_convolution].expand(-1, 3, -1, -1) / 3
     # timm renames the tensors for features_only while it loads them.
     loaded = timm.create_model(
@@ -237,7 +238,7 @@ def _feature_indices(backbone: str, strides: list[int]) -> list[int]:
 
 
 def _normalisation(body: Any, channels: int) -> tuple[list[float], list[float]]:
-    """Return the backbone's mean and standard deviation for pixels 0..1, averaged over the colours if the input is grey."""
+    """Return the backbone's mean and standard deviation per channel for pixels 0..1, averaged over the colours if grey."""
     mean, std = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
     if channels == len(mean):
         return list(mean), list(std)

@@ -1,19 +1,19 @@
-"""FC-DenseNet103 (Jegou et al. 2017, The One Hundred Layers Tiramisu, table 2), Patched FLANNEL's segmenter."""
+"""FC-DenseNet103 (Jegou et al. 2017, The One Hundred Layers Tiramisu, table 2), the segmenter of Patched FLANNEL."""
 
 import torch
 from torch import nn
 
-FIRST = 48  # channels of the first convolution
+FIRST = 48  # output channels of the first convolution
 GROWTH = 16  # channels that each layer adds
 DOWN, BOTTLENECK, UP = (4, 5, 7, 10, 12), 15, (12, 10, 7, 5, 4)  # layers per block
-DROPOUT = 0.2
+DROPOUT = 0.2  # probability
 
 
 class FCDenseNet103(nn.Module):
     """FC-DenseNet103: a U-Net of dense blocks with 103 convolutions and, for four outputs, 9,319,428 parameters.
 
-    The bottleneck and the blocks on the way up, except the last one, pass on only their new features. Images may have any
-    sides of at least 32 pixels: up-sampled maps are cropped to the size of the skipped map.
+    The bottleneck and the blocks on the way up, except for the last block, pass on only their new features. Images may have
+    any sides of at least 32 pixels, because up-sampled maps are cropped to the size of the skipped map.
     """
 
     multiple = 1
@@ -55,18 +55,18 @@ class FCDenseNet103(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Layers of BN-ReLU-conv 3 x 3-dropout, each with the block's input and all previous layers' outputs as input."""
+    """BN-ReLU-conv 3 x 3-dropout layers; the input of each is the block's input and the outputs of all previous layers."""
 
     def __init__(self, channels: int, growth: int, layers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
             nn.Sequential(
-                nn.BatchNorm2d(channels + growth * done),
+                nn.BatchNorm2d(channels + growth * previous),
                 nn.ReLU(inplace=True),
-                nn.Conv2d(channels + growth * done, growth, 3, padding=1),
+                nn.Conv2d(channels + growth * previous, growth, 3, padding=1),
                 nn.Dropout2d(DROPOUT),
             )
-            for done in range(layers)
+            for previous in range(layers)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

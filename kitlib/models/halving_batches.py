@@ -1,4 +1,4 @@
-"""Prediction in batches that are halved when a GPU runs out of memory."""
+"""Runs predictions in batches whose size is halved when a GPU runs out of memory."""
 
 import logging
 from collections.abc import Callable
@@ -10,13 +10,13 @@ logger = logging.getLogger(__name__)
 
 
 class HalvingBatches:
-    """Computes a batch in pieces of at most `size` images; halves `size` permanently when the GPU runs out of memory."""
+    """Splits a batch into pieces of at most `size` images; `size` is halved for good when the GPU runs out of memory."""
 
     def __init__(self, model: str, device: torch.device, size: int) -> None:
         self.model, self.device, self.size = model, device, size
 
     def __call__(self, compute: Callable[[torch.Tensor], list[Any]], pixels: torch.Tensor) -> list[Any]:
-        """Call `compute` on pieces of `pixels` (n, ...) on the device; return its lists, joined.
+        """Call `compute` on pieces of `pixels` (n, ...), moved to the device; return the n results in one list.
 
         Raises torch.cuda.OutOfMemoryError if even a single image does not fit.
         """
@@ -34,6 +34,6 @@ class HalvingBatches:
             else:
                 start += len(piece)
                 continue
-            # Outside the except block, where the error's traceback would keep the tensors alive.
+            # Outside of the except block, because in it the error's traceback would keep the tensors alive.
             torch.cuda.empty_cache()
         return results

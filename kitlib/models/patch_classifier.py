@@ -9,17 +9,17 @@ from kitlib.models.halving_batches import HalvingBatches
 from kitlib.models.patches import SCORES, windows
 from kitlib.recipes.fields import PatchRecipe
 
-# Pixels per forward pass: 512 patches of 224 x 224 on a GPU (fewer if its memory is too small), or 8 on a CPU, which fit
-# into its cache.
+# Pixels per forward pass: 512 patches of 224 x 224 on a GPU (fewer if its memory is too small), or 8 on a CPU, so that they
+# fit into its cache.
 CHUNKS = {"cuda": 512 * 224**2, "cpu": 8 * 224**2}
 
 
 class PatchClassifier(FindingsClassifier):
-    """Classifier of patches with one output per class; exactly one class is true.
+    """Classifier of lung patches with one output per class, for classes that exclude each other.
 
-    An image's prediction is the share of its patches that vote for each class, or their mean softmax, as the recipe's
-    `patch_score` says. Patches are cut from canvases (`kitlib.models.patches.patch_canvas`) around the centres in `where`,
-    see `kitlib.models.patches.join_centres`.
+    An image's prediction is the share of its patches that vote for each class, or the mean softmax of its patches, depending
+    on the recipe's `patch_score`. Patches are cut from the canvases of `kitlib.models.patches.patch_canvas`. The argument
+    `where` of the methods holds their centres, int64 (m, 3), see `kitlib.models.patches.join_centres`.
     """
 
     recipe: PatchRecipe
@@ -31,17 +31,17 @@ class PatchClassifier(FindingsClassifier):
     def image_probabilities(self, canvases: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """Return float64 probabilities (n, classes) on the CPU for canvases uint8 (n, side, side) and centres int64 (m, 3).
 
-        Rows sum to 1. All patches are cut on the model's device and predicted together, in chunks as large as its memory
-        allows. Call it in evaluation mode, without gradients, in the precision of `kitlib.device.autocast`.
+        Rows sum to 1. The patches of all images are cut on the model's device and predicted together, in chunks as large as
+        the device's memory allows. Call this in evaluation mode, without gradients, under `kitlib.device.autocast`.
         """
         return self.scored(self.probabilities(self.patch_logits(canvases, where)), where, len(canvases))
 
     def patch_logits(self, canvases: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        """Return the logits (m, outputs) of the individual patches, on the model's device."""
+        """Return the logits (m, outputs) of the individual patches, on the model's device; see `image_probabilities`."""
         device, side = next(self.parameters()).device, self.recipe.image_size
         patches = windows(canvases.to(device, non_blocking=True), side)
         batches = HalvingBatches("patches", device, self.chunk or max(1, CHUNKS[device.type] // side**2))
-        logits = batches(lambda each: [self(self.normalise(patches[tuple(each.T)]))], where)
+        logits = batches(lambda piece: [self(self.normalise(patches[tuple(piece.T)]))], where)
         self.chunk = batches.size
         return torch.cat(logits)
 

@@ -10,17 +10,17 @@ CHANNELS = (64, 128, 256, 512)
 
 
 class ResUNet(nn.Module):
-    """ResUNet: three residual units and a bridge, of stride 1, 2, 2, 2, then three residual units on the way up.
+    """ResUNet: three residual units and a bridge, with strides 1, 2, 2, 2, then three residual units on the way up.
 
-    Each of the latter follows bilinear up-sampling and concatenation with the skipped map. Images must have sides that are
-    multiples of `multiple`.
+    On the way up, bilinear up-sampling and concatenation with the skipped map precede each unit. The sides of images must be
+    multiples of `multiple` pixels.
     """
 
     multiple = 8
 
     def __init__(self, outputs: int, width: float = 1.0) -> None:
         super().__init__()
-        channels = [max(1, round(each * width)) for each in CHANNELS]
+        channels = [max(1, round(count * width)) for count in CHANNELS]
         self.down = nn.ModuleList(
             ResidualUnit(before, after, stride=2 if level else 1, first=not level)
             for level, (before, after) in enumerate(zip([1, *channels[:-1]], channels, strict=True))

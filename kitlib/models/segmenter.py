@@ -1,4 +1,4 @@
-"""Lung segmenters: one of three published networks, their losses, and their probabilities for each pixel."""
+"""Lung segmenters: three published networks, their losses, and their probabilities for each pixel."""
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ NETWORKS: dict[str, type[Published]] = {"unet": UNet, "resunet": ResUNet, "fc_de
 
 
 class Segmenter(nn.Module):
-    """A published segmentation network with one output for a single structure, or one for background and each structure."""
+    """A published segmentation network: one output for a single structure, or one for background and one per structure."""
 
     network: Published
 
@@ -29,7 +29,7 @@ class Segmenter(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (n, outputs, rows, columns) for normalised images (n, 1, rows, columns) of any size.
 
-        If the network does not accept these sides, x is padded with its edge pixels and the logits are cropped back.
+        If the network does not accept these sides, x is padded with its edge pixels and the logits are cropped again.
         """
         rows, columns = x.shape[-2:]
         down, right = (_padding(side, self.network) for side in (rows, columns))
@@ -52,12 +52,12 @@ class Segmenter(nn.Module):
 
 
 def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, recipe: SegmenterRecipe) -> torch.Tensor:
-    """Return the recipe's loss for logits (n, outputs, rows, columns) and a label image (n, rows, columns).
+    """Return the recipe's loss for logits (n, outputs, rows, columns) and label images (n, rows, columns).
 
-    Labels are 0 for background and k for the k-th structure. "dice": the mean over images and structures of
-    1 - 2 sum(p g) / (sum(p^2) + sum(g^2)), UNet + HRNet paper, equation 1, with 1 added to numerator and denominator, so
-    that it is 0 if a mask is empty and nothing is predicted. "cross_entropy": the mean over pixels, with background weighted
-    by `background_weight`.
+    Labels are 0 for background and k for the k-th structure. The loss "dice" is the mean over images and structures of
+    1 - 2 sum(p g) / (sum(p^2) + sum(g^2)), equation 1 of the UNet + HRNet paper, with 1 added to numerator and denominator,
+    so that it is 0 if a mask is empty and nothing is predicted. "cross_entropy" is the mean over pixels, with the background
+    weighted by `background_weight`.
     """
     logits = logits.float()
     if recipe.loss == "cross_entropy":
@@ -74,6 +74,6 @@ def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, recipe: Segment
 
 
 def _padding(side: int, network: Published) -> int:
-    """Return the number of pixels by which a side must be padded to be valid for the network."""
+    """Return the number of pixels that must be added to a side so that the network accepts it."""
     minimum = max(side, getattr(network, "least", network.multiple))
     return -(-minimum // network.multiple) * network.multiple - side

@@ -1,4 +1,4 @@
-"""Starting weights: finds those of a finished run, a .safetensors or .npz file, and copies into a network what fits."""
+"""Starting weights: finds the weights of a finished run or a file, and copies the tensors that fit into a network."""
 
 import json
 import logging
@@ -19,16 +19,16 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
 def find_starting_weights(path: str | Path) -> Path:
-    """Return the weights file or bundle folder that `path` names; for a run folder, the bundle inside.
+    """Return the path of a weights file or bundle folder; for a run folder, that of the bundle inside.
 
-    `path` is an existing path, or the name of a run or its bundle, which `find_run` looks up. Raises BundleError if neither
-    exists.
+    `path` is an existing path, or the name of a run or its bundle, which `find_run` looks up. Raises BundleError if it is
+    neither.
     """
     source = Path(path)
     if not source.exists():
         if source.suffix in (".safetensors", ".npz", *PICKLES):
             raise BundleError(
-                f"weights file {source} does not exist; name a local .safetensors or .npz file, as nothing is downloaded"
+                f"weights file {source} does not exist; give a local .safetensors or .npz file; nothing is downloaded"
             )
         try:
             source = find_run(path)
@@ -40,9 +40,10 @@ def find_starting_weights(path: str | Path) -> Path:
 
 
 def read_starting_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read the tensors by name, on the CPU, from the bundle or file that `find_starting_weights` returns for `path`.
+    """Read starting weights; return tensors on the CPU, keyed by name. `path` is that of `find_starting_weights`.
 
-    Raises BundleError if it is missing, cannot be read, or does not match its bundle's hash. Nothing is ever unpickled.
+    Raises BundleError if the file is missing, cannot be read, or does not match the hash in its bundle. Pickles are never
+    loaded.
     """
     source = find_starting_weights(path)
     if source.is_dir():
@@ -51,7 +52,7 @@ def read_starting_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def starting_weights_digest(path: str | Path) -> str:
-    """Return the SHA-256 (hex) of the weights that `path` names; for a bundle, as its record states it."""
+    """Return the SHA-256 (hex) of the weights at `path`; for a bundle, the hash in its record is returned unchecked."""
     source = find_starting_weights(path)
     if not source.is_dir():
         return file_digest(source)
@@ -59,13 +60,14 @@ def starting_weights_digest(path: str | Path) -> str:
 
 
 def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "backbone.") -> dict[str, list[str]]:
-    """Copy the fitting tensors of the weights at `path` into `model`; return the tensor names by what happened to them.
+    """Copy the tensors at `path` that fit into `model`; return lists of tensor names: `loaded`, `random` and `unused`.
 
-    The keys are `loaded`, `random` (tensors of the model that keep their random weights) and `unused` (tensors of the file);
-    the numbers are logged. The file's names may be those of the whole model or those of its part `prefix` (a plain timm
-    checkpoint), whichever fits more tensors. A `head` is loaded only if all of it fits, because part of a head for other
-    classes is useless. A first convolution for 3 colours is summed for a grey model (timm's rule), and a grey one is spread
-    evenly over 3 colours, which assumes that grey input is normalised like the colours. Raises BundleError if nothing fits.
+    `random` are tensors of the model that keep their random weights, `unused` are tensors of the file; the counts are
+    logged. Names in the file may be those of the whole model or, as in a plain timm checkpoint, those of its part `prefix`,
+    whichever fits more tensors. A `head` is loaded only if all of it fits, because part of a head for other classes is
+    useless. If the model is grey and the file is for 3 colours, the first convolution is summed over the colours (timm's
+    rule); conversely it is spread evenly over them, which assumes that grey input is normalised like the colours. Raises
+    BundleError if no tensor fits.
     """
     tensors, target = read_starting_weights(path), model.state_dict()
     prefix = max(("", prefix), key=lambda start: sum(start + name in target for name in tensors))
@@ -109,7 +111,7 @@ def _read_arrays(path: Path) -> dict[str, torch.Tensor]:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise BundleError(
-            f"{path} cannot be read as .npz ({error}); it must contain plain numeric arrays, as pickles are never loaded"
+            f"{path} cannot be read as .npz ({error}); it must contain plain numeric arrays; pickles are never loaded"
         ) from error
 
 

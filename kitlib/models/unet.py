@@ -1,4 +1,4 @@
-"""UNet (Ronneberger et al. 2015) as in the UNet + HRNet paper, table 4: half of the original's channels, with padding."""
+"""UNet (Ronneberger et al. 2015) as in the UNet + HRNet paper, table 4: half of the original channels, with padding."""
 
 from itertools import pairwise
 
@@ -11,14 +11,14 @@ CHANNELS = (32, 64, 128, 256, 512)
 class UNet(nn.Module):
     """UNet: two 3 x 3 convolutions with ReLU per level, max-pooling down, 2 x 2 transposed convolutions up, concatenation.
 
-    For one output it has the paper's 7,759,521 parameters. Images must have sides that are multiples of `multiple`.
+    With one output it has 7,759,521 parameters, as in the paper. The sides of images must be multiples of `multiple` pixels.
     """
 
     multiple = 16
 
     def __init__(self, outputs: int, width: float = 1.0) -> None:
         super().__init__()
-        channels = [max(1, round(each * width)) for each in CHANNELS]
+        channels = [max(1, round(count * width)) for count in CHANNELS]
         self.down = nn.ModuleList(
             _convolutions(before, after) for before, after in zip([1, *channels[:-1]], channels, strict=True)
         )

@@ -1,4 +1,4 @@
-"""YOLO of any generation that ultralytics builds from a model YAML, without ultralytics' pickles, downloads or telemetry."""
+"""YOLOs of any generation, built from ultralytics' model YAMLs, without its pickles, downloads and telemetry."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from kitlib.models.backbones import import_own_backbones
 from kitlib.models.starting_weights import load_starting_weights
 from kitlib.recipes.fields import BOX_LOSSES, DetectorRecipe
 
-# ultralytics reads these when it is imported; without them it tries to connect, for up to 20 seconds if offline.
+# ultralytics reads these variables when it is imported. Without them it tries to connect, for up to 20 seconds if offline.
 os.environ.setdefault("YOLO_OFFLINE", "1")
 os.environ.setdefault("YOLO_AUTOINSTALL", "False")
 os.environ.setdefault("YOLO_CONFIG_DIR", str(Path(tempfile.gettempdir()) / f"ultralytics_{os.getuid()}"))
@@ -32,10 +32,10 @@ from ultralytics.utils.loss import BboxLoss, E2ELoss  # noqa: E402
 
 SETTINGS["sync"] = False  # telemetry
 
-CANDIDATES = 3000  # number of boxes per image, best first, that reach non-maximum suppression
+CANDIDATES = 3000  # number of the best boxes per image that enter non-maximum suppression
 
-# Custom networks by name, each a dictionary in the format of ultralytics' YAML files. Filled by the modules that
-# `import_own_backbones` imports.
+# Custom networks, keyed by name; values are dictionaries in the format of ultralytics' YAML files. The modules that
+# `import_own_backbones` imports add entries.
 ARCHITECTURES: dict[str, dict[str, Any]] = {}
 
 
@@ -43,7 +43,7 @@ class GeneralisedIoU(BboxLoss):
     """ultralytics' box loss with GIoU (Rezatofighi et al. 2019) instead of CIoU (Heidelberg report, section 3.2)."""
 
     def forward(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the box loss and the distribution loss of ultralytics' arguments."""
+        """Return the box loss and the distribution loss; the arguments are those of ultralytics' BboxLoss."""
         _, distribution = super().forward(*arguments)
         _, predicted, _, true, scores, scores_sum, is_box, *_ = arguments
         loss = generalized_box_iou_loss(predicted[is_box].float(), true[is_box].float()) * scores[is_box].sum(-1)
@@ -51,12 +51,12 @@ class GeneralisedIoU(BboxLoss):
 
 
 class Network(DetectionModel):
-    """ultralytics' network with the box loss that the recipe names."""
+    """ultralytics' network with the recipe's box loss."""
 
     box_loss = BOX_LOSSES["yolo"][0]
 
     def init_criterion(self) -> Any:
-        """Return ultralytics' criterion, with its box loss replaced if the recipe names another one."""
+        """Return ultralytics' criterion; its box loss is replaced if the recipe's is "giou"."""
         criterion = super().init_criterion()
         if self.box_loss == "giou":
             parts = [criterion.one2many, criterion.one2one] if isinstance(criterion, E2ELoss) else [criterion]
@@ -66,13 +66,13 @@ class Network(DetectionModel):
 
 
 class YoloDetector(nn.Module):
-    """YOLO for grey uint8 canvases of the recipe's size, which it repeats for three channels and scales to 0..1 itself."""
+    """YOLO for grey uint8 canvases of the recipe's size, which it repeats over three channels and scales to 0..1 itself."""
 
     family = "yolo"
     mean, std = [0.0] * 3, [1.0] * 3
 
     def __init__(self, recipe: DetectorRecipe, model: DetectionModel | None = None):
-        """Build the recipe's network, or wrap `model`, an existing network such as the moving average of a training.
+        """Build the recipe's network, or wrap `model`, an existing network such as the moving average of a trained one.
 
         Raises ValueError if a size in the recipe is not a multiple of the network's stride.
         """
@@ -106,13 +106,13 @@ class YoloDetector(nn.Module):
         self.model.eval()
         device = next(self.parameters()).device
         images = pixels.to(device)[:, None].expand(-1, 3, -1, -1).float() / 255
-        # float16 gives box coordinates to a quarter of a pixel; bfloat16 would be off by two pixels.
+        # float16 coordinates are precise to a quarter of a pixel; bfloat16 would be off by two pixels.
         with torch.autocast(device.type, torch.float16, enabled=precision(device) != "32-true"):
             output = self.model(images)
-        return [self._suppress(each).cpu().numpy() for each in self._candidates(output)]
+        return [self._suppress(boxes).cpu().numpy() for boxes in self._candidates(output)]
 
     def _load_weights(self) -> str:
-        """Load the recipe's starting weights; return a summary. Raises BundleError if the backbone is incomplete."""
+        """Load the recipe's starting weights; return a summary. Raises BundleError if backbone tensors are missing."""
         source = self.recipe.starting_weights
         if not source:
             return "from scratch"
@@ -121,13 +121,13 @@ class YoloDetector(nn.Module):
         missing = [name for name in report["random"] if name.startswith(backbone)]
         if missing:
             raise BundleError(
-                f"{source} lacks {len(missing)} tensors of {self.recipe.backbone!r}, such as {missing[0]}; name weights of "
-                "exactly that model or of its whole backbone"
+                f"{source} lacks {len(missing)} tensors of {self.recipe.backbone!r}, such as {missing[0]}; choose weights "
+                "of exactly that model or of its whole backbone"
             )
         return f"{source}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
 
     def _candidates(self, output: tuple | torch.Tensor) -> list[torch.Tensor]:
-        """Return the boxes of the head's raw output, n tensors (any, 5): corners in canvas pixels, score."""
+        """Convert the head's raw output to n tensors (any, 5): box corners in canvas pixels, and score."""
         output = output[0] if isinstance(output, tuple) else output
         if self.model.end2end:  # (n, boxes, 6): corners, score, class
             return list(output[..., :5])
@@ -135,7 +135,7 @@ class YoloDetector(nn.Module):
         return list(torch.cat([box_convert(output[..., :4], "cxcywh", "xyxy"), output[..., 4:5]], dim=-1))
 
     def _suppress(self, boxes: torch.Tensor) -> torch.Tensor:
-        """Return one image's boxes (k, 5) after score threshold, clipping and non-maximum suppression, best first."""
+        """Return one image's boxes (k, 5), best first, after score threshold, clipping and non-maximum suppression."""
         # ultralytics' own suppression is not used: it stops at a time limit and silently loses boxes on slow machines.
         boxes = boxes.float()
         boxes = boxes[boxes[:, 4] >= self.recipe.min_score]
@@ -146,7 +146,7 @@ class YoloDetector(nn.Module):
 
 
 def _architecture(recipe: DetectorRecipe) -> dict[str, Any]:
-    """Return ultralytics' description of the recipe's model, with its channels multiplied by the recipe's width."""
+    """Return ultralytics' description (YAML content) of the recipe's model, with channels multiplied by `recipe.width`."""
     import_own_backbones()
     name = recipe.backbone
     architecture = deepcopy(ARCHITECTURES[name]) if name in ARCHITECTURES else _read_architecture(name)

@@ -267,7 +267,7 @@ def test_a_model_trained_on_masks_requires_its_segmenter(tmp_path, wheel):
         ({"runs": [crops], "lungs": other}, r"but the key `lungs` is another segmenter; set it to the run of notebook 14"),
         (
             {"runs": [segmenter]},
-            r"unet/bundle predicts lung masks, which a submission does not contain; name its run with the",
+            r"unet/bundle predicts lung masks, which a submission does not contain; give its run in the",
         ),
         ({"runs": [crops], "lungs": crops}, r"lungs: .*crops/bundle is a study model; give a run of notebook 14"),
         ({"runs": [crops], "lungs": str(tmp_path / "none")}, r"lungs: .*none/bundle does not exist"),

@@ -119,7 +119,7 @@ def test_a_backbone_registered_with_timm_trains_and_predicts_from_its_bundle(own
 
 def test_a_module_that_cannot_be_imported_is_named(monkeypatch):
     monkeypatch.setenv(MODULES, "os, no_such_module")
-    with pytest.raises(ValueError, match=r"KIT_BACKBONES names 'no_such_module', which cannot be imported: .*PYTHONPATH"):
+    with pytest.raises(ValueError, match=r"KIT_BACKBONES lists 'no_such_module', which cannot be imported: .*PYTHONPATH"):
         import_own_backbones()
 
 
