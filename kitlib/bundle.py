@@ -37,7 +37,7 @@ STATED: dict[str, type | tuple[type, ...]] = {
     "data_fingerprint": str,  # see data_fingerprint
     "validation": dict,  # scores on that fold
 }
-ADDED: dict[str, type | tuple[type, ...]] = {"tied": dict, "weights_sha256": str, "versions": dict}
+ADDED: dict[str, type | tuple[type, ...]] = {"tied": dict, "weights_sha256": str, "versions": dict, "record_sha256": str}
 
 
 def save_bundle(folder: str | Path, state_dict: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
@@ -54,13 +54,14 @@ def save_bundle(folder: str | Path, state_dict: dict[str, torch.Tensor], record:
     with replacing(folder / WEIGHTS) as temporary_path:
         save_file(stored, temporary_path)
         digest = file_digest(temporary_path)
-    write_json(folder / RECORD, {**record, "tied": tied, "weights_sha256": digest, "versions": versions()})
+    record = {**record, "tied": tied, "weights_sha256": digest, "versions": versions()}
+    write_json(folder / RECORD, {**record, "record_sha256": record_digest(record)})
 
 
 def read_bundle(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return a bundle's record (the content of model.json) and its weights by tensor name, on the CPU.
 
-    Raises BundleError for a missing file, a wrong hash, or missing or unknown keys.
+    Raises BundleError for a missing file, a wrong hash, missing or unknown keys, and weights that are NaN or infinite.
     """
     record = read_record(folder)
     record_path, weights_path = Path(folder) / RECORD, Path(folder) / WEIGHTS
@@ -75,11 +76,17 @@ def read_bundle(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Ten
         if name not in weights:
             raise BundleError(f"{record_path} ties {alias!r} to {name!r}, which {weights_path} lacks; copy both again")
         weights[alias] = weights[name]
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise BundleError(f"{weights_path}: {name} of the model {record['model']!r} is not finite; train it again")
     return record, weights
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
-    """Return a bundle's record without reading its weights. Raises BundleError for a missing file or wrong keys."""
+    """Return a bundle's record without reading its weights.
+
+    Raises BundleError for a missing file, missing or unknown keys, and a record that was changed after it was written.
+    """
     folder = Path(folder)
     for path in (folder / RECORD, folder / WEIGHTS):
         if not path.is_file():
@@ -90,12 +97,23 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     path = folder / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not valid JSON ({error}); copy the bundle again") from error
     if not isinstance(record, dict):
         raise BundleError(f"{path} holds a {type(record).__name__} instead of an object; copy the bundle again")
     _check_record(record, STATED | ADDED, str(path))
+    if record["record_sha256"] != record_digest(record):
+        raise BundleError(
+            f"{path} was changed after it was written, so its classes, sizes or recipe may not belong to the weights; "
+            "copy the bundle again"
+        )
     return record
+
+
+def record_digest(record: dict[str, Any]) -> str:
+    """Return the SHA-256 (hex) of a record's content, whatever the order of its keys; `record_sha256` itself is left out."""
+    content = {key: value for key, value in record.items() if key != "record_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kitlib.bundle import data_fingerprint, read_bundle, read_weights, save_bundle
+from kitlib.bundle import data_fingerprint, read_bundle, read_record, read_weights, save_bundle
 from kitlib.errors import BundleError
+from tests.small_bundles import edit_record
 from tests.small_xrays import SmallXrays
 
 RECORD = {
@@ -89,11 +90,37 @@ def test_a_bundle_whose_writing_was_interrupted_cannot_be_read(tmp_path, monkeyp
         read_bundle(tmp_path)
 
 
-def edited(folder, **changes):
-    path = folder / "model.json"
-    record = json.loads(path.read_text())
-    record.update(changes)
-    path.write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
+@pytest.mark.parametrize(
+    "changes", [{"classes": ["typical", "negative"]}, {"image_size": 64}, {"recipe": {}}, {"mean": [0]}]
+)
+def test_a_record_that_was_changed_by_hand_is_refused(tmp_path, changes):
+    save_bundle(tmp_path, WEIGHTS, RECORD)
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    for read in (read_record, read_bundle):
+        with pytest.raises(BundleError, match=r"model\.json was changed after it was written"):
+            read(tmp_path)
+
+
+def test_the_order_of_a_records_keys_and_its_layout_do_not_matter(tmp_path):
+    save_bundle(tmp_path, WEIGHTS, RECORD)
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items()))))
+    assert read_record(tmp_path)["fold"] == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    save_bundle(tmp_path, WEIGHTS | {"head.bias": torch.tensor([0.0, value])}, RECORD)
+    with pytest.raises(BundleError, match=r"head\.bias of the model 'small' is not finite"):
+        read_bundle(tmp_path)
+
+
+def test_a_record_nested_too_deep_is_refused(tmp_path):
+    save_bundle(tmp_path, WEIGHTS, RECORD)
+    (tmp_path / "model.json").write_text("[" * 100_000)
+    with pytest.raises(BundleError, match="is not valid JSON"):
+        read_record(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +134,7 @@ def edited(folder, **changes):
 )
 def test_an_invalid_record_is_refused(tmp_path, changes, message):
     save_bundle(tmp_path, WEIGHTS, RECORD)
-    edited(tmp_path, **changes)
+    edit_record(tmp_path, **changes)
     with pytest.raises(BundleError, match=message):
         read_bundle(tmp_path)
 

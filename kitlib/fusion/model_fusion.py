@@ -237,8 +237,12 @@ def write_settings(settings: FusionSettings, path: str | Path) -> None:
 
 
 def read_settings(path: str | Path) -> FusionSettings:
-    """Read settings from the JSON file `path`. Raises SettingsError for unknown fields and invalid values."""
-    return from_dict(FusionSettings, json.loads(Path(path).read_text(encoding="utf-8")))
+    """Read settings from the JSON file `path`. Raises SettingsError for invalid JSON, unknown fields and invalid values."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{path} cannot be read as JSON ({error}); run notebook 60 again") from error
+    return from_dict(FusionSettings, values)
 
 
 def _clip_detections(detections: pd.DataFrame | None, images: pd.DataFrame) -> pd.DataFrame:

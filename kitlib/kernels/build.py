@@ -21,10 +21,11 @@ from papermill.translators import PythonTranslator
 from kitlib.atomic import write_json
 from kitlib.bundle import RECORD, WEIGHTS, read_bundle
 from kitlib.classes import STUDY_CLASSES
-from kitlib.errors import KernelError
+from kitlib.errors import KernelError, SettingsError
 from kitlib.fusion.ensemble_bundle import RECORD as ENSEMBLE_RECORD
 from kitlib.fusion.ensemble_bundle import WEIGHTS as ENSEMBLE_WEIGHTS
 from kitlib.fusion.ensemble_bundle import read_ensemble
+from kitlib.fusion.model_fusion import read_settings
 from kitlib.kernels import start as kernel_start
 from kitlib.kernels.pack_library import pack_library
 from kitlib.kernels.spec import KernelSpec
@@ -178,12 +179,16 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
         kind = "study" if family.answers == STUDIES else "detector"
         if family.answers == STUDIES and record["recipe"].get("outputs") != "none":
             study_models.add(record["model"])
-        entry = {"folder": name, "kind": kind} | {key: record[key] for key in ("family", "model", "fold", "weights_sha256")}
-        manifest.append(entry)
+        recorded = ("family", "model", "fold", "weights_sha256", "record_sha256")
+        manifest.append({"folder": name, "kind": kind} | {key: record[key] for key in recorded})
     if spec.fusion:
         fusion = project_root() / spec.fusion
         if not fusion.is_file():
             raise KernelError(f"fusion: {fusion} does not exist; run notebook 60 first, or remove the key")
+        try:
+            read_settings(fusion)
+        except SettingsError as error:
+            raise KernelError(f"fusion: {error}") from error
         shutil.copyfile(fusion, folder / "fusion.json")
     optional_parts = {"ensemble": _write_ensemble(spec, folder, study_models), "lungs": "lungs" if segmenter else ""}
     write_json(folder / "weights.json", {"bundles": manifest} | {key: name for key, name in optional_parts.items() if name})

@@ -81,11 +81,14 @@ class KernelSpec(Settings):
     def notebook_parameters(self) -> dict[str, Any]:
         """Return the notebook's parameters, keyed by name, as papermill describes them.
 
-        Raises KernelError if the notebook does not exist.
+        Raises KernelError if the notebook does not exist or is not a notebook.
         """
         if not self.notebook_path.is_file():
             raise KernelError(f"notebook: {self.notebook_path} does not exist")
-        return papermill.inspect_notebook(str(self.notebook_path))
+        try:
+            return papermill.inspect_notebook(str(self.notebook_path))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise KernelError(f"notebook: {self.notebook_path} is not a notebook ({type(error).__name__})") from error
 
     def injected_parameters(self, rehearsed: bool = False) -> dict[str, Any]:
         """Return all parameters that are passed to the notebook, including those of the rehearsal if `rehearsed`.
@@ -173,6 +176,11 @@ def read_spec(path: str | Path, owner: str | None = None) -> KernelSpec:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         spec = from_dict(KernelSpec, values)
         spec = dataclasses.replace(spec, owner=owner or os.environ.get("KAGGLE_USERNAME") or spec.owner)
+        # The YAML file may be a stranger's, and a push uploads what it names. Runs and fusion settings are read before they
+        # are copied, so they cannot be other files.
+        notebook = spec.notebook_path.resolve()
+        if not any(notebook.is_relative_to(root.resolve()) for root in (project_root(), path.parent)):
+            raise KernelError(f"notebook: {notebook} is outside the project and the folder of this YAML file")
         faults = _find_faults(spec)
     except (yaml.YAMLError, SettingsError, KernelError) as error:
         raise KernelError(f"{path}: {error}") from error

@@ -33,6 +33,7 @@ from kitlib.scoring.submission_csv import PRIORS, read_submission
 from kitlib.scoring.temperature import scaled
 from kitlib.scoring.validate import validate
 from kitlib.xrays.cache import XrayCache
+from tests.small_bundles import edit_record
 
 DAMAGED = 2
 SETTINGS = SubmitSettings(time_limit_s=600, longest_side=64, workers=1, batch_size=4)
@@ -201,9 +202,8 @@ def with_recipe(weights, copy, names=("small-fold0", "small-fold1"), **fields) -
     """Return a copy of `weights` in which the recipes of the bundles `names` have the given fields."""
     shutil.copytree(weights, copy)
     for name in names:
-        record = json.loads((copy / name / "model.json").read_text())
-        record["recipe"] |= fields
-        (copy / name / "model.json").write_text(json.dumps(record))
+        recipe = json.loads((copy / name / "model.json").read_text())["recipe"]
+        edit_record(copy / name, recipe=recipe | fields)
     return copy
 
 
@@ -264,8 +264,7 @@ def test_a_model_of_none_alone_is_the_first_of_its_kind(competition, weights, tm
 def test_findings_and_unreadable_bundles_are_refused_and_noted(competition, weights, tmp_path):
     other = tmp_path / "weights"
     shutil.copytree(weights, other)
-    record = json.loads((other / "small-fold0" / "model.json").read_text())
-    (other / "small-fold0" / "model.json").write_text(json.dumps(record | {"family": "findings", "classes": ["Mass"]}))
+    edit_record(other / "small-fold0", family="findings", classes=["Mass"])
     manifest = json.loads((other / "weights.json").read_text())
     manifest["bundles"].insert(0, manifest["bundles"][0] | {"folder": "gone"})
     (other / "weights.json").write_text(json.dumps(manifest))
@@ -386,8 +385,7 @@ def test_a_segmenter_is_no_model_of_a_submission(competition, weights, tmp_path)
 def with_ensemble(weights, copy) -> Path:
     """Return `weights` with its two folds as two models, small and other, and a FLANNEL of both, as in build_kernel.py."""
     shutil.copytree(weights, copy)
-    record = json.loads((copy / "small-fold1" / "model.json").read_text())
-    (copy / "small-fold1" / "model.json").write_text(json.dumps(record | {"model": "other", "fold": 0}))
+    edit_record(copy / "small-fold1", model="other", fold=0)
     rng = np.random.default_rng(2)
     learnt = {"weight": rng.normal(size=(2, 64)), "bias": np.array([1.0, -0.5])}
     known = {"method": "flannel", "learners": ("other", "small"), "classes": STUDY_CLASSES[::-1], "key": "study_id"}

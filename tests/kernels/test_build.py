@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import yaml
 from papermill.parameterize import parameterize_notebook
 from safetensors.numpy import load_file
 
@@ -178,7 +179,7 @@ def test_importing_an_unknown_kitlib_module_is_an_error_at_building():
 def test_weights_are_listed_in_order_of_value_and_copied_unchanged(tmp_path, wheel):
     runs = [make_run(tmp_path / "runs" / f"study{fold}", fold=fold) for fold in (0, 1)]
     best = make_run(tmp_path / "runs" / "detector", "yolo11s", 3, "yolo")
-    (tmp_path / "fusion.json").write_text('{"power": 0.5}')
+    (tmp_path / "fusion.json").write_text('{"opacity_power": 0.5}')
     spec = make_submission(
         tmp_path / "spec", runs=[str(best), str(runs[0].parent / "study*"), str(best)], fusion=str(tmp_path / "fusion.json")
     )
@@ -193,7 +194,29 @@ def test_weights_are_listed_in_order_of_value_and_copied_unchanged(tmp_path, whe
         weights = tmp_path / "out/weights" / entry["folder"] / "weights.safetensors"
         assert hashlib.sha256(weights.read_bytes()).hexdigest() == entry["weights_sha256"]
         assert load_file(weights)["weight"].tolist() == [[entry["fold"]] * 3] * 2
-    assert (tmp_path / "out/weights/fusion.json").read_text() == '{"power": 0.5}'
+    assert (tmp_path / "out/weights/fusion.json").read_text() == '{"opacity_power": 0.5}'
+
+
+@pytest.mark.parametrize("content", ["{", '{"colour": 1}', "[1]", '{"opacity_power": "strong"}', "root:x:0:0:root:/root:/bin/bash"])
+def test_fusion_settings_are_read_before_they_are_copied(tmp_path, wheel, content):
+    (tmp_path / "fusion.json").write_text(content)
+    spec = read_spec(make_submission(tmp_path / "spec", fusion=str(tmp_path / "fusion.json")))
+    with pytest.raises(KernelError, match=r"^fusion: "):
+        build_kernel(spec, tmp_path / "out", [wheel])
+    assert not (tmp_path / "out/weights").exists()
+
+
+def test_a_notebook_is_a_notebook_of_the_project_or_beside_the_yaml_file(tmp_path):
+    spec = make_submission(tmp_path / "spec")
+    (tmp_path / "private.ipynb").write_text("{}")
+    with_notebook = {**yaml.safe_load(spec.read_text()), "notebook": str(tmp_path / "private.ipynb")}
+    spec.write_text(yaml.safe_dump(with_notebook))
+    with pytest.raises(KernelError, match=r"private\.ipynb is outside the project and the folder of this YAML file"):
+        read_spec(spec)
+    (tmp_path / "spec" / "notes.txt").write_text("my notes")
+    spec.write_text(yaml.safe_dump(with_notebook | {"notebook": str(tmp_path / "spec" / "notes.txt")}))
+    with pytest.raises(KernelError, match=r"notes\.txt is not a notebook"):
+        read_spec(spec)
 
 
 def test_a_damaged_bundle_is_refused(tmp_path, wheel):

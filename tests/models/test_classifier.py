@@ -238,7 +238,11 @@ def test_one_logit_equals_the_softmax_of_the_logit_and_0():
 @pytest.mark.parametrize(
     ("changes", "classes", "message"),
     [
-        ({"one_logit": True}, ["a", "b", "c"], "one_logit needs 2 classes, but there are 3: a, b, c; set one_logit to F"),
+        (
+            {"one_logit": True},
+            ["a", "b", "c"],
+            "one_logit needs 2 classes, but there are 3: a, b, c; set one_logit to False",
+        ),
         (
             {"one_logit": True, "class_weights": True, "multi_label": True},
             COVID,

@@ -31,6 +31,7 @@ from kitlib.training.split import with_extra
 from kitlib.training.xray_dataset import XrayDataset
 from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.writing import write_xray
+from tests.small_bundles import edit_record
 from tests.small_kernels import make_run as make_bundle
 from tests.small_xrays import SmallXrays
 
@@ -181,9 +182,8 @@ def test_extra_images_that_cannot_be_read_are_refused_at_once(tmp_path, prepared
 
 def trained_run(folder, tables, model="c", extra=None, folds=(0, 1)):
     for fold in folds:
-        record = json.loads((make_bundle(folder / f"fold{fold}", model, fold) / "bundle" / "model.json").read_text())
-        record["data_fingerprint"] = data_fingerprint(**tables)
-        write_json(folder / f"fold{fold}" / "bundle" / "model.json", record)
+        bundle = make_bundle(folder / f"fold{fold}", model, fold) / "bundle"
+        edit_record(bundle, data_fingerprint=data_fingerprint(**tables))
         write_json(folder / f"fold{fold}" / "metrics.json", {"model": model, **({"extra": extra} if extra else {})})
     return folder
 
