@@ -156,7 +156,7 @@ def _wrong_modality_message(name: str, modality: str) -> str:
 
 def _unreadable_message(path: Path, kind: str, reason: str) -> str:
     name = _display_name(path)
-    stated = re.search(r"promises (\d+) x (\d+)", reason)
+    stated = re.search(r"states (\d+) x (\d+)", reason)
     if stated and (size := [int(side) for side in stated.groups()]) and size[0] * size[1] > MAX_SAMPLES // 3:
         return (
             f"{name} claims to have {size[0]:,} x {size[1]:,} pixels, more than any X-ray. "

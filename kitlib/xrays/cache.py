@@ -1,4 +1,4 @@
-"""The decode-once cache: decodes every X-ray once, in parallel, and stores a reduced copy with the original size."""
+"""Cache that decodes every X-ray once, in parallel, and stores a reduced copy together with the original size."""
 
 import errno
 import hashlib
@@ -32,14 +32,14 @@ STALE_SECONDS = 3600
 
 
 def usable_cores() -> int:
-    """Return the number of CPU cores that this process may use; on a shared machine that is fewer than it has."""
+    """Return the number of CPU cores that this process may use; a shared machine may have more."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def decoding_pool(workers: int) -> ProcessPool:
     """Return a pool of worker processes for `XrayCache.decode`.
 
-    Starting a pool takes a second or two, so a caller that decodes single files now and then should reuse one.
+    Starting a pool takes a second or two, so a caller that occasionally decodes single files should reuse its pool.
     """
     return ProcessPool(workers, max_tasks=FILES_PER_WORKER, initializer=start_worker, context=LightContext())
 
@@ -54,13 +54,13 @@ class CachedXray:
     """The decoded copy of one image: reduced pixels and the original size."""
 
     image_id: str
-    pixels: np.ndarray  # uint8 (height, width), longest side at most the cache's, aspect ratio preserved
+    pixels: np.ndarray  # uint8 (height, width), longest side at most the cache's `longest_side`, aspect ratio preserved
     rows: int  # original size
     columns: int
 
 
 class DecodedXrays(Protocol):
-    """Interface of everything that returns decoded X-rays by image id, at most `longest_side` pixels a side."""
+    """Interface for sources of decoded X-rays, which are read by image id and have at most `longest_side` pixels a side."""
 
     longest_side: int
 
@@ -72,9 +72,10 @@ class XrayCache:
     """Cache of decoded X-rays in `folder`, at most `longest_side` pixels a side.
 
     Each image is one safetensors file, written atomically. `pack` turns all entries into one archive, which this class reads
-    as well. Entries of another `longest_side` or another decoder version are in another sub-folder and are ignored. An entry
-    is reused for a file at any path if the file's size, modification time and sampled bytes (see `source_of`) are those of
-    the file that was decoded; otherwise the image is decoded again. Raises ValueError if `longest_side` is below 1.
+    as well. Entries with another `longest_side` or decoder version are in another subfolder and are ignored. An entry is
+    reused for a file at any path if the file's size, modification time and sampled bytes (see `source_of`) equal those of
+    the file that was decoded; otherwise the image is decoded again. Raises ValueError if `longest_side` is below 1,
+    CacheError if an archive cannot be unpacked.
     """
 
     def __init__(self, folder: str | Path, longest_side: int = 1024):
@@ -92,10 +93,10 @@ class XrayCache:
         """Decode `images` (columns image_id and path) and yield one Outcome per image, in order of completion.
 
         Files are decoded in `workers` processes (default: all usable cores), only a few files ahead of the consumer. A file
-        that takes longer than `timeout_s`, crashes its worker or asks for gigabytes of memory fails without affecting the
-        others. Stopping the iteration stops the workers, unless they belong to a `pool` (see `decoding_pool`), which stays
-        open for the next call. Raises CacheError if the cache cannot be written, ValueError for missing columns or an
-        image_id that occurs twice.
+        that takes longer than `timeout_s` seconds, crashes its worker or needs gigabytes of memory results in a failed
+        Outcome without affecting the other files. Stopping the iteration stops the workers, unless they belong to a `pool`
+        (see `decoding_pool`), which stays open for the next call. Raises CacheError if the cache cannot be written or an
+        image_id cannot be a file name; ValueError for missing columns or an image_id that occurs twice.
         """
         ids, paths = self._check_images(images)
         self._remove_abandoned()
@@ -121,7 +122,8 @@ class XrayCache:
     def fill(self, images: pd.DataFrame, workers: int | None = None, timeout_s: float = 20.0) -> pd.DataFrame:
         """Decode all of `images` (columns image_id and path) with a progress bar.
 
-        Returns one row per image, in the order of `images`, with the fields of Outcome as columns.
+        Returns a table with one row per image, in the order of `images`, and the fields of Outcome as columns. Raises the
+        errors of `decode`.
         """
         outcomes = tqdm(self.decode(images, workers, timeout_s), total=len(images), desc="decoding", unit="image")
         rows = [asdict(outcome) for outcome in outcomes]
@@ -134,32 +136,33 @@ class XrayCache:
         if not entry.is_file():
             other_versions = ", ".join(sorted(path.name for path in self.folder.parent.glob("*px_*") if path != self.folder))
             hint = (
-                f"; {other_versions} has entries of another size or decoder version: prepare the run again"
+                f"; {other_versions} has entries of another size or decoder version, so prepare the run again"
                 if other_versions
                 else ""
             )
             raise KeyError(
-                f"no image {image_id!r} in {self.folder}: decode it first; if decoding failed, see its Outcome{hint}"
+                f"no image {image_id!r} in {self.folder}; decode it first, and if decoding failed, see its Outcome{hint}"
             )
         try:
             with safe_open(entry, framework="numpy") as opened:
                 metadata = opened.metadata()
                 return CachedXray(image_id, opened.get_tensor("pixels"), int(metadata["rows"]), int(metadata["columns"]))
         except (SafetensorError, KeyError, TypeError) as error:
-            raise CacheError(f"{entry} is damaged ({error}): delete it and decode again") from error
+            raise CacheError(f"{entry} is damaged ({error}); delete it and decode the image again") from error
 
     def put(self, xray: CachedXray) -> None:
-        """Write `xray` as an entry that belongs to no source file, such as a modified copy; replaces an existing entry."""
+        """Write `xray`, for example a modified copy, as an entry without a source file; replaces an existing entry."""
         entry = self._entry_path(xray.image_id)
         metadata = {"rows": str(xray.rows), "columns": str(xray.columns), "warnings": "[]"}
         with replacing(entry) as temporary_path:
             temporary_path.write_bytes(save({"pixels": np.ascontiguousarray(xray.pixels)}, metadata=metadata))
 
     def pack(self) -> Path:
-        """Replace the folder of entries by one tar archive and return its path. Raises CacheError if there are no entries.
+        """Replace the folder of entries with one tar archive and return its path.
 
-        Kaggle handles outputs of thousands of files badly. Call it last: only a new XrayCache reads the packed entries,
-        which it unpacks into a scratch folder outside of Kaggle's output.
+        Packing is for Kaggle, which handles outputs of thousands of files badly. Call it last, because only a new XrayCache
+        can read the packed entries; it unpacks them into a scratch folder outside of Kaggle's output. Raises CacheError if
+        there are no entries.
         """
         if not self.folder.is_dir():
             raise CacheError(f"{self.folder} has no entries to pack; decode the images first")
@@ -175,12 +178,12 @@ class XrayCache:
     def _entry_path(self, image_id: str) -> Path:
         if not image_id or image_id.startswith(".") or "/" in image_id or "\0" in image_id or len(image_id) > 200:
             raise CacheError(
-                f"image_id {image_id!r} cannot name a file: use at most 200 characters, no '/' and no leading '.'"
+                f"image_id {image_id!r} cannot be a file name; use at most 200 characters, no '/' and no leading '.'"
             )
         return self.folder / f"{image_id}.safetensors"
 
     def _cached_outcome(self, image_id: str, path: str) -> Outcome | None:
-        """Return the outcome of an image that was already decoded from this very file, else None."""
+        """Return the outcome if the image was already decoded from the same file content, else None."""
         try:
             with safe_open(self._entry_path(image_id), framework="numpy") as opened:
                 metadata = opened.metadata() or {}
@@ -210,7 +213,10 @@ class XrayCache:
                 raise CacheError(f"{image_id} cannot be written to {self.folder}: {error}; {advice}") from error
 
     def _check_images(self, images: pd.DataFrame) -> tuple[list[str], list[str]]:
-        """Return the image ids and paths. Raises ValueError or CacheError for columns or ids that cannot be used."""
+        """Return the image ids and paths.
+
+        Raises ValueError for missing columns or an id that occurs twice, CacheError for an id that cannot be a file name.
+        """
         missing = {"image_id", "path"} - set(images.columns)
         if missing:
             raise ValueError(
@@ -218,13 +224,13 @@ class XrayCache:
             )
         ids = images["image_id"].astype(str)
         if ids.duplicated().any():
-            raise ValueError(f"image_id {ids[ids.duplicated()].iloc[0]!r} occurs twice: two files would share one entry")
+            raise ValueError(f"image_id {ids[ids.duplicated()].iloc[0]!r} occurs twice; two files cannot share one entry")
         for image_id in ids:
             self._entry_path(image_id)
         return ids.tolist(), images["path"].astype(str).tolist()
 
     def _remove_abandoned(self) -> None:
-        """Delete temporary files of killed workers; files younger than STALE_SECONDS may belong to another run."""
+        """Delete temporary files of killed workers, but not those newer than STALE_SECONDS, which another run may use."""
         for temporary_path in self.folder.glob(".*.safetensors"):
             try:
                 if time.time() - temporary_path.stat().st_mtime > STALE_SECONDS:

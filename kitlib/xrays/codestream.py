@@ -1,4 +1,4 @@
-"""Reads size and bit depth from a compressed frame's own header, before a decoder allocates memory for the frame."""
+"""Reads the size and bit depth in a compressed frame's own header, before a decoder allocates memory for the frame."""
 
 import struct
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ END = b"\xff\xd9"
 
 @dataclass(frozen=True)
 class FrameHeader:
-    """The facts that a compressed frame states about itself."""
+    """Size and bit depth of a compressed frame, as stated in its own header."""
 
     rows: int
     columns: int
@@ -25,9 +25,10 @@ class FrameHeader:
 
 
 def read_frame_header(frame: bytes, transfer_syntax: str) -> FrameHeader | None:
-    """Return the header of a compressed frame, or None for RLE, whose frames state no size.
+    """Return the header of a compressed frame, or None for RLE, whose frames do not contain their size.
 
-    Raises ValueError for a header that is damaged, or of a kind that is not safe to decode.
+    Raises ValueError if the header is damaged, if the frame is of a kind that is not safe to decode, or if the transfer
+    syntax is not supported.
     """
     if transfer_syntax == RLELossless:
         return None
@@ -87,7 +88,7 @@ def _jpeg_2000(frame: bytes) -> FrameHeader:
 def _check_blocks(frame: bytes, position: int, rows: int, columns: int) -> None:
     """Raise ValueError if the image has more than MAX_BLOCKS code-blocks or precincts.
 
-    A decoder allocates a hundred bytes or more for each of them, and they may be as small as 4 x 4 pixels.
+    A decoder allocates a hundred bytes or more for each block, and a block may be as small as 4 x 4 pixels.
     """
     position = frame.find(b"\xff\x52", position, position + 4096)
     if position < 0:

@@ -1,7 +1,7 @@
-"""Chooses the decoder of each transfer syntax: imagecodecs, as a pydicom plug-in, where it is faster with equal pixels.
+"""Chooses the decoder for each transfer syntax: imagecodecs, as a pydicom plug-in, if it is faster and the pixels are equal.
 
-Exactly one decoder is used per syntax, so that training and test images are decoded alike. Without imagecodecs, pydicom's
-usual plug-ins are the fallback.
+Exactly one decoder is used for each syntax, so that training and test images are decoded in the same way. If imagecodecs is
+not installed, pydicom's usual plug-ins are the fallback.
 """
 
 import importlib.util
@@ -28,8 +28,8 @@ PLUGIN = "imagecodecs"
 _JPEG = (JPEGBaseline8Bit, JPEGLossless, JPEGLosslessSV1)
 _JPEG_LS = (JPEGLSLossless, JPEGLSNearLossless)
 _JPEG_2000 = (JPEG2000Lossless, JPEG2000)
-# Not JPEG Extended: some of its lossy 12-bit pixels differ by one from pylibjpeg's. Not RLE: a damaged frame crashes the
-# process in imagecodecs, while pylibjpeg's decoder, written in Rust, raises a panic that can be caught.
+# JPEG Extended is excluded, because some of its lossy 12-bit pixels differ by one from pylibjpeg's. RLE is excluded, because
+# a damaged frame crashes the process in imagecodecs, while pylibjpeg's Rust decoder raises a panic, which can be caught.
 SYNTAXES = (*_JPEG, *_JPEG_LS, *_JPEG_2000)
 
 # pydicom requires this name and `is_available` in a plug-in's module.
@@ -42,14 +42,14 @@ def is_available(uid: str) -> bool:
 
 
 def decode_frame(frame: bytes, runner: DecodeRunner) -> np.ndarray:
-    """Decode one frame to uint8 or uint16 (rows, columns) or (rows, columns, 3); the signature is pydicom's for plug-ins."""
+    """Decode one frame to uint8 or uint16 (rows, columns) or (rows, columns, 3). pydicom prescribes the signature."""
     import imagecodecs
 
     syntax = runner.transfer_syntax
     if syntax in _JPEG:
         pixels = imagecodecs.jpeg8_decode(frame)
     elif syntax in _JPEG_LS:
-        # CharLS reads on past the end of a truncated frame, for half a minute; an additional end marker stops it.
+        # CharLS reads past the end of a truncated frame, for half a minute; an additional end marker stops it.
         pixels = imagecodecs.jpegls_decode(frame + END)
     else:
         pixels = imagecodecs.jpeg2k_decode(frame, numthreads=1)
@@ -62,7 +62,7 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> np.ndarray:
 
 
 def plugin_for(syntax: str) -> str:
-    """Return the name of the pydicom plug-in that decodes a transfer syntax; "" if pydicom offers no choice."""
+    """Return the name of the pydicom plug-in that decodes a transfer syntax, or "" to let pydicom choose."""
     if is_available(syntax):
         return PLUGIN
     if syntax == JPEGBaseline8Bit:

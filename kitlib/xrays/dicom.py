@@ -1,4 +1,4 @@
-"""Reads a chest X-ray from a DICOM file, as pixels for display, stored values or header; UnreadableXray if it cannot."""
+"""Reads a chest X-ray from a DICOM file, as pixels for display, stored values or header. Errors become UnreadableXray."""
 
 import logging
 from collections.abc import Callable
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def _raises_unreadable_xray(read: Callable[[str | Path], T]) -> Callable[[str | Path], T]:
-    """Decorate a reader so that every error of a damaged file, in pydicom or a decoder, becomes UnreadableXray."""
+    """Decorate a function that reads a file, so that every error in pydicom or a decoder becomes UnreadableXray."""
 
     @wraps(read)
     def wrapper(path: str | Path) -> T:
@@ -29,11 +29,11 @@ def _raises_unreadable_xray(read: Callable[[str | Path], T]) -> Callable[[str | 
             is_plain = type(error) is ValueError or isinstance(error, InvalidElement)
             reason = str(error) if is_plain else f"{type(error).__name__}: {error}"
         except BaseException as error:
-            # A panic of a Rust decoder is not an Exception. Neither is KeyboardInterrupt, which must pass.
+            # A panic of a Rust decoder is not an Exception. Neither is KeyboardInterrupt, which must not be caught.
             if type(error).__name__ != "PanicException":
                 raise
             reason = f"the decoder panicked: {error}"
-        # Not "from error": the traceback would keep the file's bytes and pixels in memory.
+        # Raised without "from error", because the traceback would keep the file's bytes and pixels in memory.
         raise UnreadableXray(path, " ".join(reason.split()))
 
     return wrapper
@@ -41,7 +41,7 @@ def _raises_unreadable_xray(read: Callable[[str | Path], T]) -> Callable[[str | 
 
 @dataclass(frozen=True)
 class Xray:
-    """A decoded X-ray of full size."""
+    """A decoded X-ray at full resolution."""
 
     pixels: np.ndarray  # uint8 (rows, columns) for display: 255 is white (bone), 0 is black (air)
     warnings: tuple[str, ...]  # invalid header elements, and what was done instead
@@ -50,7 +50,7 @@ class Xray:
 def read_xray(path: str | Path) -> np.ndarray:
     """Decode a DICOM file to uint8 pixels (rows, columns) for display, where 255 is white, and log its warnings.
 
-    See `decode_xray`, which returns the warnings instead. Raises UnreadableXray.
+    See `decode_xray`, which returns the warnings instead. Raises UnreadableXray if the file cannot be read as an X-ray.
     """
     xray = decode_xray(path)
     if xray.warnings:
@@ -60,12 +60,13 @@ def read_xray(path: str | Path) -> np.ndarray:
 
 @_raises_unreadable_xray
 def decode_xray(path: str | Path) -> Xray:
-    """Decode a DICOM file to pixels for display and a list of warnings. Raises UnreadableXray.
+    """Decode a DICOM file to pixels for display and a list of warnings.
 
-    Applies the modality LUT, the VOI LUT and one inversion for MONOCHROME1, then maps minimum..maximum to 0..255. Of several
-    VOI LUTs or windows the first is used, a LUT before a window; of several frames the first. PresentationLUTShape INVERSE
-    belongs to MONOCHROME1 and has no effect of its own. PixelPaddingValue is treated as any other value. Colour becomes
-    luma. A constant image becomes black. Invalid header elements are ignored, with a warning.
+    Applies the modality LUT, the VOI LUT and an inversion for MONOCHROME1, then maps minimum..maximum to 0..255. If there
+    are several VOI LUTs or windows, the first is used, and a LUT is preferred to a window; if there are several frames, the
+    first is used. PresentationLUTShape INVERSE belongs to MONOCHROME1 and is ignored. PixelPaddingValue is treated like any
+    other value. Colour images are converted to luma. A constant image becomes black. Invalid header elements are ignored,
+    with a warning. Raises UnreadableXray if the file cannot be read as an X-ray.
     """
     elements, syntax = read_elements(path)
     stored = read_stored(elements, syntax)
@@ -81,10 +82,10 @@ def decode_xray(path: str | Path) -> Xray:
 
 @_raises_unreadable_xray
 def read_stored_values(path: str | Path) -> np.ndarray:
-    """Return the first frame's stored values, before any LUT. Raises UnreadableXray.
+    """Return the first frame's stored values, before any LUT.
 
-    The array is (rows, columns) or (rows, columns, 3), of uint8, int8, uint16 or int16. Bits above BitsStored are cleared
-    or, for signed images, set to the sign bit.
+    The array is uint8, int8, uint16 or int16 with shape (rows, columns) or (rows, columns, 3). Bits above BitsStored are
+    cleared or, for signed images, set to the sign bit. Raises UnreadableXray if the file cannot be read as an X-ray.
     """
     stored = read_stored(*read_elements(path))
     kind = np.dtype(f"{'i' if stored.signed else 'u'}{stored.patterns.itemsize}")
@@ -93,9 +94,9 @@ def read_stored_values(path: str | Path) -> np.ndarray:
 
 @_raises_unreadable_xray
 def read_header(path: str | Path) -> XrayHeader:
-    """Read ids, size and view of a DICOM file without its pixels.
+    """Read ids, size, view and other header fields of a DICOM file without its pixels.
 
-    Raises UnreadableXray, also for a file that has none of an X-ray's elements.
+    Raises UnreadableXray if the file cannot be read or has none of an X-ray's elements.
     """
     return header_of(*read_elements(path, with_pixels=False))
 
@@ -105,9 +106,9 @@ def _luma(patterns: np.ndarray) -> np.ndarray:
 
 
 def _to_pixels(stored: StoredFrame, display: Display) -> tuple[np.ndarray, list[str]]:
-    """Return uint8 pixels (rows, columns) and warnings: maps each bit pattern through a table of 256 or 65,536 greys.
+    """Return uint8 pixels (rows, columns) and warnings, mapping each bit pattern through a table of 256 or 65,536 greys.
 
-    The greys are computed only for the patterns that occur, so the result equals that of the formulas on all pixels.
+    The table is computed only for patterns that occur, so the result equals that of applying the formulas to all pixels.
     """
     size = 256**stored.patterns.itemsize
     occurring = np.flatnonzero(cv2.calcHist([stored.patterns], [0], None, [size], [0, size]))

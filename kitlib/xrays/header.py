@@ -25,7 +25,7 @@ from pydicom.uid import (
 # million pixels and 80 MB.
 MAX_FILE_BYTES = 2**29
 MAX_SAMPLES = 2**26
-DEFER_BYTES = 2**18  # elements above this are read as views of the file; no LUT is that long
+DEFER_BYTES = 2**18  # elements that are longer are read as views of the file; no LUT is that long
 
 IDS = ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID")
 TEXTS = ("Modality", "BodyPartExamined", "ViewPosition", "PhotometricInterpretation", "VOILUTFunction")
@@ -41,12 +41,12 @@ BINARY = {"US": "u2", "SS": "i2", "UL": "u4", "SL": "i4", "FL": "f4", "FD": "f8"
 
 
 class InvalidElement(ValueError):
-    """A header element whose value cannot be right; the image may still be shown without it."""
+    """Raised when a header element has a value that cannot be right; the image may still be shown without the element."""
 
 
 @dataclass(frozen=True)
 class XrayHeader:
-    """The facts that a DICOM header states about its image; absent text is "", absent numbers are 0."""
+    """Header fields of an X-ray's DICOM file; absent texts are "", absent numbers are 0."""
 
     image_id: str  # SOPInstanceUID
     study_id: str
@@ -66,7 +66,7 @@ class Elements:
     """Access to the elements of one pydicom dataset by keyword; values are converted on access."""
 
     def __init__(self, dataset: Dataset, source: bytes = b""):
-        """Wrap `dataset`; `source` is the content of the file that the offsets of deferred elements refer to."""
+        """Wrap `dataset`; `source` is the content of its file, into which the offsets of deferred elements point."""
         self.dataset, self.source = dataset, memoryview(source)
         self._elements = dict(dataset.items())
 
@@ -74,7 +74,7 @@ class Elements:
         return Tag(keyword) in self._elements
 
     def raw(self, keyword: str) -> bytes | memoryview:
-        """Return the value's bytes: b"" if the element is absent, a view of the file if it is deferred."""
+        """Return the value's bytes, b"" if the element is absent, or a view of the file if the element is deferred."""
         element = self._elements.get(Tag(keyword))
         if isinstance(element, RawDataElement) and element.value is None and element.length:
             length = len(self.source) if self.is_encapsulated(keyword) else element.length
@@ -82,7 +82,7 @@ class Elements:
         return element.value if element is not None and isinstance(element.value, bytes) else b""
 
     def text(self, keyword: str) -> str:
-        """Return the first value as text, stripped; "" if absent.
+        """Return the first value as stripped text, "" if the element is absent.
 
         Decodes UTF-8, or Latin-1 if the bytes are not valid UTF-8, so that different ids stay different.
         """
@@ -99,7 +99,7 @@ class Elements:
         if not value:
             return []
         vr = self.vr(keyword)
-        # Files with implicit VR do not state it, and damaged ones may state nonsense.
+        # Files with implicit VR do not contain the VR, and damaged files may contain an invalid VR.
         vr = vr if vr in BINARY or vr in ("DS", "IS") else dictionary_VR(keyword)
         if vr in BINARY:
             kind = np.dtype(BINARY[vr]).newbyteorder("<" if self.is_little_endian(keyword) else ">")
@@ -111,7 +111,7 @@ class Elements:
             raise InvalidElement(f"{keyword} is {value[:40]!r}, not a number") from error
 
     def number(self, keyword: str) -> float | None:
-        """Return the first value as a number, None if there is none. Raises InvalidElement if it is not a number."""
+        """Return the first value as a number, None if absent or empty. Raises InvalidElement if it is not a number."""
         values = self.numbers(keyword)
         return values[0] if values else None
 
@@ -125,11 +125,11 @@ class Elements:
         return int(value)
 
     def items(self, keyword: str) -> list["Elements"]:
-        """Return the items of a sequence, [] if it is absent."""
+        """Return the items of a sequence, [] if the sequence is absent."""
         return [Elements(item) for item in (self.dataset[keyword].value or [])] if keyword in self else []
 
     def vr(self, keyword: str) -> str:
-        """Return the element's value representation, such as "US"; "" if the file does not state it."""
+        """Return the element's value representation, such as "US", or "" if the file does not contain it."""
         return self._elements[Tag(keyword)].VR or ""
 
     def is_little_endian(self, keyword: str) -> bool:
@@ -143,33 +143,34 @@ class Elements:
 
 
 def read_elements(path: str | Path, with_pixels: bool = True) -> tuple[Elements, str]:
-    """Read a DICOM file; returns its elements and its transfer syntax.
+    """Read a DICOM file; return its elements and its transfer syntax.
 
-    A file that states no transfer syntax is taken as uncompressed, with VR and byte order derived from its first element.
-    Raises ValueError for a file that is not regular or too large, or any exception of pydicom for a damaged one.
+    A file without a transfer syntax is read as uncompressed, with VR and byte order derived from its first element. Raises
+    ValueError for a file that is not regular or too large, OSError for one that cannot be opened, or any exception of
+    pydicom for a damaged one.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         raise ValueError("not a regular file")
     if status.st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{status.st_size} bytes, more than the {MAX_FILE_BYTES} that are allowed for an X-ray")
+        raise ValueError(f"the file has {status.st_size} bytes, more than the limit of {MAX_FILE_BYTES} for an X-ray")
     if not with_pixels:
         with open(path, "rb") as file:
             if DeflatedExplicitVRLittleEndian.encode() not in file.read(2048):
                 file.seek(0)
                 return _parse(file)
-    # An element may state a wrong, huge length. Reading from memory stops at the end of the data; reading from a file
+    # A damaged element may state a huge length. Reading from memory stops at the end of the data, but reading from a file
     # first allocates the stated length.
     return _parse(BytesIO(source := _inflate(Path(path).read_bytes())), source)
 
 
 def header_of(elements: Elements, transfer_syntax: str) -> XrayHeader:
-    """Return the header fields. Raises ValueError if none of an X-ray's elements is present.
+    """Return the header fields in `elements`. Raises ValueError if none of an X-ray's elements is present.
 
     The check is needed because pydicom reads arbitrary bytes as an empty dataset.
     """
     if not any(keyword in elements for keyword in KEYWORDS):
-        raise ValueError("the file has none of an X-ray's DICOM elements: it is empty, truncated or not DICOM")
+        raise ValueError("the file has none of an X-ray's DICOM elements; it is empty, truncated or not DICOM")
     image_id, study_id, series_id, patient_id = map(elements.text, IDS)
     return XrayHeader(
         image_id=image_id,
@@ -188,9 +189,9 @@ def header_of(elements: Elements, transfer_syntax: str) -> XrayHeader:
 
 
 def _parse(file: BinaryIO, source: bytes = b"") -> tuple[Elements, str]:
-    """Parse a DICOM file; returns its elements and transfer syntax.
+    """Parse a DICOM file; return its elements and transfer syntax.
 
-    Includes the pixel data only if `source`, the file's content, is passed; large elements are then views of it.
+    The pixel data are included only if `source`, the file's content, is passed; large elements are then views of `source`.
     """
     dataset = dcmread(
         file,
@@ -207,10 +208,10 @@ def _parse(file: BinaryIO, source: bytes = b"") -> tuple[Elements, str]:
 
 
 def _inflate(raw: bytes) -> bytes:
-    """Return `raw`, or, for a deflated file, its inflated dataset without the meta group.
+    """Return `raw` or, if the file is deflated, its inflated dataset without the meta group.
 
-    By the standard that dataset is Explicit VR Little Endian. pydicom would inflate without a limit, to a thousand times the
-    file's size. Raises ValueError if the result exceeds MAX_FILE_BYTES or the meta group has no length.
+    In the DICOM standard, that dataset is Explicit VR Little Endian. pydicom would inflate without a limit, to up to a
+    thousand times the file's size. Raises ValueError if the result exceeds MAX_FILE_BYTES or the meta group has no length.
     """
     if DeflatedExplicitVRLittleEndian.encode() not in raw[:2048]:
         return raw
@@ -219,10 +220,10 @@ def _inflate(raw: bytes) -> bytes:
     start = file.tell()
     # (0002,0000) UL: bytes of the meta group after this element, which is 12 bytes long.
     if raw[start : start + 8] != b"\x02\x00\x00\x00UL\x04\x00":
-        raise ValueError("the file is deflated, and its meta information does not state its length")
+        raise ValueError("the file is deflated, but its meta information has no group length")
     start += 12 + int.from_bytes(raw[start + 8 : start + 12], "little")
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     plain = inflater.decompress(raw[start:], MAX_FILE_BYTES)
     if inflater.unconsumed_tail:
-        raise ValueError(f"the file inflates to more than the {MAX_FILE_BYTES} bytes that are allowed for an X-ray")
+        raise ValueError(f"the file inflates to more than {MAX_FILE_BYTES} bytes, the limit for an X-ray")
     return plain

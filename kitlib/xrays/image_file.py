@@ -1,7 +1,7 @@
-"""Reads a chest X-ray from a PNG, JPEG or GIF file, as NIH and many re-packed data sets have them, or a raw JSRT file.
+"""Reads a chest X-ray from a PNG, JPEG or GIF file, as in NIH and many re-packed data sets, or from a raw JSRT file.
 
-A raw file of the JSRT database (db.jsrt.or.jp) is 2048 x 2048 big-endian 16-bit numbers without a header, of which 12 bits
-are used; larger values are darker. It is recognised by its suffix and its exact size.
+A raw file of the JSRT database (db.jsrt.or.jp) contains 2048 x 2048 big-endian 16-bit numbers without a header. Only 12 bits
+are used; larger values are darker. The file is recognised by its suffix and its exact size.
 """
 
 import os
@@ -19,16 +19,16 @@ from kitlib.xrays.dicom import Xray
 from kitlib.xrays.header import MAX_SAMPLES
 
 SIGNATURES = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF87a": "GIF", b"GIF89a": "GIF"}
-# Not PIL.Image.open: ultralytics replaces it with a version that hides the reason for which a file cannot be opened.
+# PIL.Image.open is not used, because ultralytics replaces it with a version that hides why a file cannot be opened.
 OPENERS = {"PNG": PngImageFile, "JPEG": JpegImageFile, "GIF": GifImageFile}
 JSRT_SUFFIX, JSRT_SIDE, JSRT_BITS = ".img", 2048, 12
 JSRT_BYTES = 2 * JSRT_SIDE**2
 
 
 def image_format(path: str | Path) -> str:
-    """Return "PNG", "JPEG", "GIF" or "JSRT", or "" for any other file. Raises OSError if it cannot be opened.
+    """Return "PNG", "JPEG", "GIF" or "JSRT", or "" for any other file. Raises OSError if the file cannot be opened.
 
-    The first bytes decide, not the name; only JSRT's raw files are recognised by suffix and size.
+    The format is recognised by the first bytes, not by the name, except for JSRT's raw files (suffix and size).
     """
     with open(path, "rb") as file:
         start = file.read(8)
@@ -37,7 +37,7 @@ def image_format(path: str | Path) -> str:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Return rows and columns as stated in the file's header, without decoding. Raises UnreadableXray."""
+    """Return rows and columns from the file's header, without decoding. Raises UnreadableXray if it cannot be opened."""
     if _is_jsrt(path):
         return JSRT_SIDE, JSRT_SIDE
     with open_image(path) as image:
@@ -46,17 +46,17 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def decode_image(path: str | Path) -> Xray:
-    """Decode a PNG, JPEG, GIF or raw JSRT file to 8-bit grey. Raises UnreadableXray, also for a truncated file.
+    """Decode a PNG, JPEG, GIF or raw JSRT file to 8-bit grey. Raises UnreadableXray for a damaged or truncated file.
 
-    8-bit values stay as they are, 16-bit values keep their upper eight bits, colour becomes luma, alpha is ignored. JSRT's
-    raw files keep the upper eight of their twelve bits and are inverted, so that air is dark. The grey range is not
-    stretched, because the data set's authors have already chosen it.
+    8-bit values are unchanged, 16-bit values are reduced to their upper eight bits, colour is converted to luma, and alpha
+    is ignored. JSRT's raw values are reduced to the upper eight of their twelve bits and inverted, so that air is dark. The
+    grey range is not stretched, because the data set's authors have already chosen it.
     """
     if _is_jsrt(path):
         return Xray(_decode_jsrt(path), ())
     with open_image(path) as image:
         try:
-            # Pillow refuses truncated files and wrong checksums, where OpenCV would fill in grey.
+            # Pillow refuses truncated files and wrong checksums; OpenCV would fill the missing part with grey.
             image.load()
             if image.format == "GIF":  # OpenCV would return an animation
                 return Xray(np.array(image.convert("L")), ())
@@ -75,7 +75,7 @@ def decode_image(path: str | Path) -> Xray:
 def open_image(path: str | Path) -> Image.Image:
     """Open a PNG, JPEG or GIF file as a Pillow image whose pixels are not loaded yet.
 
-    Raises UnreadableXray if it cannot be opened or its size is not within 1 to MAX_SAMPLES pixels.
+    Raises UnreadableXray if the file cannot be opened or has no pixels or more than MAX_SAMPLES.
     """
     try:
         name = image_format(path)
@@ -87,7 +87,7 @@ def open_image(path: str | Path) -> Image.Image:
     columns, rows = image.size
     if not rows or not columns or rows * columns > MAX_SAMPLES:
         image.close()
-        raise UnreadableXray(path, f"promises {rows} x {columns} pixels; valid are 1 to {MAX_SAMPLES}")
+        raise UnreadableXray(path, f"states {rows} x {columns} pixels in its header; expected 1 to {MAX_SAMPLES} pixels")
     return image
 
 
@@ -104,6 +104,7 @@ def _decode_jsrt(path: str | Path) -> np.ndarray:
     if values.max() >> JSRT_BITS:
         raise UnreadableXray(
             path,
-            f"has the value {values.max()}, but JSRT files use {JSRT_BITS} bits: the bytes may be swapped; fetch it again",
+            f"has the value {values.max()}, but JSRT files use {JSRT_BITS} bits; the bytes may be swapped, so download "
+            "the file again",
         )
     return 255 - (values >> (JSRT_BITS - 8)).astype(np.uint8)

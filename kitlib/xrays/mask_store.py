@@ -1,4 +1,4 @@
-"""Stores the masks of a run's images: label images as PNG bytes in a few memory-mapped Arrow files."""
+"""Stores the masks of a run's images, as label images in PNG format, in a few memory-mapped Arrow files."""
 
 import hashlib
 import shutil
@@ -17,12 +17,12 @@ SCHEMA = pa.schema({"image_id": pa.string(), "png": pa.binary()})
 
 
 class MaskStore:
-    """Label images by image_id, each of the size of the image's decoded copy: uint8 (height, width) of MASK_CODES.
+    """Store of label images, keyed by image_id: uint8 (height, width) of MASK_CODES, the size of the image's decoded copy.
 
     Reads the masks in `folder`, to which `add` writes, and in any `others`, such as the folders of a model's other folds.
-    Each `add` writes one more file atomically, so that an interrupted stage continues after the last one. Many masks share a
-    file, because Kaggle handles outputs of thousands of files badly; files are memory-mapped, so memory use stays low.
-    Raises MaskError if a file is damaged.
+    Each `add` writes one new file atomically, so that an interrupted stage can continue after the last file. Many masks
+    share a file, because Kaggle handles outputs of thousands of files badly; files are memory-mapped, so memory use stays
+    low. Raises MaskError if a file is damaged.
     """
 
     def __init__(self, folder: str | Path, *others: str | Path) -> None:
@@ -33,7 +33,7 @@ class MaskStore:
                 self._open(part)
 
     def __reduce__(self) -> tuple[type["MaskStore"], tuple[Path, ...]]:
-        # Another process maps the files itself; pickling the masks would read them all.
+        # Another process maps the files itself, because pickling the masks would read all of them.
         return MaskStore, (self.folder, *self.others)
 
     @classmethod
@@ -54,30 +54,30 @@ class MaskStore:
         return len(self._locations)
 
     def read(self, image_id: str) -> np.ndarray:
-        """Return the label image of one image. Raises KeyError if it has none, MaskError if it is damaged."""
+        """Return the label image of one image. Raises KeyError if the image has no mask, MaskError if it is damaged."""
         if image_id not in self._locations:
-            raise KeyError(f"no mask of image {image_id!r} in {self.folder}, which has {len(self)} masks")
+            raise KeyError(f"no mask for image {image_id!r} in {self.folder}, which has {len(self)} masks")
         part, column, row = self._locations[image_id]
         png = np.frombuffer(column[row].as_py() or b"", np.uint8)
         codes = cv2.imdecode(png, cv2.IMREAD_UNCHANGED) if png.size else None
         if codes is None or codes.ndim != 2 or codes.dtype != np.uint8:
             raise MaskError(
-                f"{part}: the mask of image {image_id!r} is damaged; delete {part.parent} and create the masks again"
+                f"{part}: the mask for image {image_id!r} is damaged; delete {part.parent} and create the masks again"
             )
         return codes
 
     def add(self, masks: Mapping[str, np.ndarray]) -> None:
-        """Write label images, by image_id, as one more file. Nothing is written if one of them is refused.
+        """Write label images, keyed by image_id, into one new file. Nothing is written if one of them is refused.
 
-        Raises ValueError if an image already has a mask, or an array is not a label image: two axes, codes of MASK_CODES.
+        Raises ValueError if an image already has a mask, or if an array is not a label image (rows, columns) of MASK_CODES.
         """
         existing = [image_id for image_id in masks if image_id in self]
         if existing:
-            raise ValueError(f"{self.folder} already has a mask of image {existing[0]!r} and of {len(existing) - 1} others")
+            raise ValueError(f"{self.folder} already has masks for {len(existing)} images; the first is {existing[0]!r}")
         for image_id, codes in masks.items():
             if codes.ndim != 2 or not codes.size or codes.min() < 0 or codes.max() > max(MASK_CODES.values()):
                 raise ValueError(
-                    f"the mask of image {image_id!r} is not a label image: expected (rows, columns) of {MASK_CODES}"
+                    f"the mask for image {image_id!r} is not a label image; expected (rows, columns) of {MASK_CODES}"
                 )
         if not masks:
             return
@@ -94,7 +94,7 @@ class MaskStore:
         self._open(part)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 (hex) of all image ids and masks; it does not depend on their distribution over files."""
+        """Return the SHA-256 (hex) of all image ids and masks, which does not depend on their distribution over files."""
         digest = hashlib.sha256()
         for image_id in sorted(self.ids):
             _, column, row = self._locations[image_id]
@@ -108,7 +108,7 @@ class MaskStore:
                 raise pa.ArrowInvalid(f"its columns are {', '.join(f'{field.name} {field.type}' for field in table.schema)}")
         except pa.ArrowInvalid as error:
             raise MaskError(
-                f"{part} is not a file of masks ({error}); delete {part.parent} and create the masks again"
+                f"{part} is not a mask file ({error}); delete {part.parent} and create the masks again"
             ) from error
         ids, png = table["image_id"].to_pylist(), table["png"]
         self._locations |= {image_id: (part, png, row) for row, image_id in enumerate(ids)}

@@ -1,4 +1,4 @@
-"""Decodes the pixel data of a DICOM file to bit patterns, after checking that header and codestream agree on the size."""
+"""Decodes the pixel data of a DICOM file to bit patterns, after checking that header and codestream have the same size."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +25,10 @@ NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, D
 
 @dataclass(frozen=True)
 class StoredFrame:
-    """The first frame's bit patterns, uint8 or uint16 (rows, columns[, 3]), and how to interpret them."""
+    """Bit patterns of the first frame, and how to interpret them."""
 
-    patterns: np.ndarray
-    bits: int  # the low bits of a pattern hold the value
+    patterns: np.ndarray  # uint8 or uint16 (rows, columns) or (rows, columns, 3)
+    bits: int  # number of low bits of a pattern that contain the value
     signed: bool
     bits_stored: int
     photometric: str
@@ -36,25 +36,27 @@ class StoredFrame:
 
 
 def read_stored(elements: Elements, syntax: str) -> StoredFrame:
-    """Decode the first frame. Raises ValueError for invalid pixel data, or any exception of the decoder."""
+    """Decode the first frame. Raises ValueError for invalid pixel data, or any exception that the decoder raises."""
     if "PixelData" not in elements:
         other = [name for name in ("FloatPixelData", "DoubleFloatPixelData") if name in elements]
-        raise ValueError(f"has {other[0]} instead of PixelData" if other else "no PixelData: not an image, or truncated")
+        raise ValueError(
+            f"{other[0]} instead of PixelData is not supported" if other else "no PixelData; not an image, or truncated"
+        )
     rows, columns, samples = elements.whole("Rows", 0), elements.whole("Columns", 0), elements.whole("SamplesPerPixel", 1)
     frames = max(1, elements.whole("NumberOfFrames", 1))
     if not (0 < rows <= 65535 and 0 < columns <= 65535 and samples in (1, 3)):
         raise ValueError(f"invalid size: Rows {rows}, Columns {columns}, SamplesPerPixel {samples}")
     if rows * columns * samples > MAX_SAMPLES:
-        raise ValueError(f"the header promises {rows} x {columns} x {samples} values, more than the limit of {MAX_SAMPLES}")
+        raise ValueError(f"the header states {rows} x {columns} x {samples} values, more than the limit of {MAX_SAMPLES}")
 
-    warnings = [f"{frames} frames: the first is used"] if frames > 1 else []
+    warnings = [f"the file has {frames} frames; only the first is used"] if frames > 1 else []
     photometric = elements.text("PhotometricInterpretation").upper()
     if photometric == "PALETTE COLOR":
         raise ValueError("PhotometricInterpretation PALETTE COLOR is not supported for X-rays")
     expected = ("MONOCHROME1", "MONOCHROME2") if samples == 1 else ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
     if photometric not in expected:
         fallback = "MONOCHROME2" if samples == 1 else "RGB"
-        warnings.append(f"PhotometricInterpretation is {photometric!r}: treated as {fallback}")
+        warnings.append(f"PhotometricInterpretation {photometric!r} is treated as {fallback}")
         photometric = fallback
 
     native = syntax in NATIVE
@@ -78,10 +80,10 @@ def read_stored(elements: Elements, syntax: str) -> StoredFrame:
         )
     bits_stored = elements.whole("BitsStored", allocated)
     if not 1 <= bits_stored <= allocated:
-        warnings.append(f"BitsStored is {bits_stored} of {allocated} allocated: all bits are used")
+        warnings.append(f"BitsStored is {bits_stored}, but BitsAllocated is {allocated}; all allocated bits are used")
         bits_stored = allocated
     if frame_header and not frame_header.has_end_marker:
-        warnings.append("the compressed frame has no end marker: it may be truncated")
+        warnings.append("the compressed frame has no end marker and may be truncated")
 
     signed = elements.whole("PixelRepresentation", 0) == 1
     layout: dict[str, Any] = {
@@ -110,14 +112,14 @@ def read_stored(elements: Elements, syntax: str) -> StoredFrame:
             **layout,
         )
         photometric = str(properties["photometric_interpretation"])
-    # For these syntaxes the codestream's precision, and not BitsStored, locates the sign bit; pydicom has the same rule.
+    # For these syntaxes the codestream's precision, not BitsStored, determines the sign bit, as in pydicom.
     trusts_frame = syntax in JPEG2000TransferSyntaxes or (syntax in JPEGLSTransferSyntaxes and signed)
     bits = frame_header.precision if frame_header and trusts_frame else bits_stored
     return StoredFrame(patterns, bits, signed, bits_stored, photometric, warnings)
 
 
 def _read_checked_frame_header(frame: bytes, syntax: str, rows: int, columns: int, samples: int) -> FrameHeader | None:
-    """Return the frame's own header, None for RLE. Raises ValueError if its size differs from the DICOM header's."""
+    """Return the frame's own header, None for RLE. Raises ValueError if its size differs from that in the DICOM header."""
     frame_header = read_frame_header(frame, syntax)
     if frame_header and (frame_header.rows, frame_header.columns, frame_header.samples) != (rows, columns, samples):
         raise ValueError(
@@ -130,12 +132,13 @@ def _read_checked_frame_header(frame: bytes, syntax: str, rows: int, columns: in
 def _read_uncompressed(
     elements: Elements, data: bytes | memoryview, syntax: str, rows: int, columns: int, allocated: int
 ) -> np.ndarray:
-    """Return the patterns of uncompressed pixel data, as a view if its byte order is the machine's; trailing bytes are
-    padding. Raises ValueError if the data is too short.
+    """Return the patterns (rows, columns) of uncompressed pixel data, as a view if its byte order is the machine's.
+
+    Trailing bytes are ignored as padding. Raises ValueError if the data are too short.
     """
     size = rows * columns * allocated // 8
     if len(data) < size:
-        raise ValueError(f"the pixel data ends after {len(data)} of {size} bytes")
+        raise ValueError(f"the pixel data end after {len(data)} of {size} bytes")
     if syntax == ExplicitVRBigEndian and allocated == 8 and elements.vr("PixelData") == "OW":
         swapped = np.frombuffer(data[: len(data) // 2 * 2], dtype="u2").byteswap().view(np.uint8)
         return swapped[:size].reshape(rows, columns)
@@ -145,6 +148,6 @@ def _read_uncompressed(
 
 
 def values_of(patterns: np.ndarray, bits: int, signed: bool) -> np.ndarray:
-    """Convert bit patterns to int64 values: their low `bits`, the highest of which is the sign bit if `signed`."""
+    """Convert bit patterns to int64 values from their low `bits`, the highest of which is the sign bit if `signed`."""
     values = patterns.astype(np.int64) & ((1 << bits) - 1)
     return values - ((values >> (bits - 1)) << bits) if signed else values

@@ -2,8 +2,8 @@
 
 The formulas are those of DICOM PS3.3 C.11.1 and C.11.2, in pydicom's order of operations, so that the results equal those of
 `apply_modality_lut` and `apply_voi_lut` bit for bit. Two differences are intended: a negative RescaleSlope does not invert
-the window (pydicom's output range then runs backwards), and an 8-bit LUT may have more than 256 entries (pydicom's index
-wraps).
+the window (in pydicom, the output range is then reversed), and an 8-bit LUT may have more than 256 entries (in pydicom, the
+index wraps around).
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 
 @dataclass(frozen=True)
 class Lut:
-    """A lookup table: values up to `first` map to the first entry, values past the end to the last."""
+    """A lookup table. Values up to `first` are mapped to the first entry, values past the end to the last entry."""
 
     first: int
     entries: np.ndarray  # (n,) float64
@@ -40,7 +40,7 @@ class Rescale:
 
 @dataclass(frozen=True)
 class Window:
-    """A VOI window, which maps values around `center` to lowest..highest."""
+    """A VOI window, which maps values around `center` to the range from `lowest` to `highest`."""
 
     center: float
     width: float
@@ -51,7 +51,7 @@ class Window:
     def __call__(self, values: np.ndarray) -> np.ndarray:
         center, width, span = self.center, self.width, self.highest - self.lowest
         if self.function == "SIGMOID":
-            with np.errstate(over="ignore"):  # exp overflows to infinity, and 1 / infinity is the right 0
+            with np.errstate(over="ignore"):  # exp overflows to infinity, and 1 / infinity is correctly 0
                 return span / (1 + np.exp(-4 * (values - center) / width)) + self.lowest
         if self.function == "LINEAR":
             center, width = center - 0.5, width - 1
@@ -73,33 +73,33 @@ class Display:
 
 
 def read_display(elements: Elements, bits_stored: int, signed: bool, inverted: bool) -> Display:
-    """Read the first modality LUT and the first VOI LUT or window; a LUT sequence goes before a window.
+    """Read the first modality LUT or rescale, and the first VOI LUT or window; a LUT sequence is preferred.
 
-    Invalid elements are ignored, with a warning.
+    `inverted` says whether to invert the greys, as for MONOCHROME1. Invalid elements are ignored, with a warning.
     """
     warnings: list[str] = []
     modality, voi = None, None
     try:
         modality = _lut(elements, "ModalityLUTSequence", signed) or _rescale(elements)
     except InvalidElement as error:
-        warnings.append(f"{error}: ignored")
+        warnings.append(f"{error}; it is ignored")
     try:
         voi = _lut(elements, "VOILUTSequence", signed) or _window(elements, modality, bits_stored, signed)
     except InvalidElement as error:
-        warnings.append(f"{error}: ignored, the image's own range is used")
+        warnings.append(f"{error}; it is ignored, and the image's own range is used")
     return Display(modality, voi, inverted, warnings)
 
 
 def to_grey(values: np.ndarray, display: Display) -> tuple[np.ndarray, list[str]]:
     """Return the uint8 grey of each stored value (n,), and warnings about transforms that were ignored.
 
-    `values` are the distinct integers that occur in the image. Their minimum becomes 0, their maximum 255, and fractions are
-    cut off (as by `(255 * x).astype(uint8)`). A VOI LUT or modality LUT that maps all values to one grey is ignored; an
-    image of one stored value becomes 0.
+    `values` are the distinct integers that occur in the image. After the transforms, their minimum becomes 0, their maximum
+    255, and fractions are truncated (as in `(255 * x).astype(uint8)`). A VOI LUT or modality LUT that maps all values to one
+    grey is ignored; if the image has only one stored value, its grey is 0.
     """
     stored = values.astype(np.float64)
     if len(values) < 2:
-        return np.zeros(len(values), dtype=np.uint8), ["all pixels of the image have one value"]
+        return np.zeros(len(values), dtype=np.uint8), ["all pixels of the image have the same value"]
     warnings = []
     with np.errstate(
         over="ignore", invalid="ignore", divide="ignore"
@@ -107,10 +107,12 @@ def to_grey(values: np.ndarray, display: Display) -> tuple[np.ndarray, list[str]
         calibrated = display.modality(stored) if display.modality else stored
         shown = display.voi(calibrated) if display.voi else calibrated
         if not _varies(shown) and display.voi:
-            warnings.append(f"{_name(display.voi)} maps every pixel to one grey: ignored, the image's own range is used")
+            warnings.append(
+                f"{_name(display.voi)} maps every pixel to one grey; it is ignored, and the image's own range is used"
+            )
             shown = calibrated
         if not _varies(shown):
-            warnings.append(f"{_name(display.modality)} maps every pixel to one value: ignored")
+            warnings.append(f"{_name(display.modality)} maps every pixel to one value; it is ignored")
             shown = stored
     if display.inverted:
         shown = shown.max() - shown
@@ -164,12 +166,12 @@ def _lut(elements: Elements, keyword: str, signed: bool) -> Lut | None:
     order = "<" if item.is_little_endian("LUTDescriptor") else ">"
     described = np.frombuffer(bytes(item.raw("LUTDescriptor")[:6]).ljust(6, b"\0"), dtype=f"{order}u2")
     length, first, bits = int(described[0]) or 2**16, int(described[1]), int(described[2])
-    # The standard's VR is "US or SS": an explicit VR decides, otherwise the pixel representation.
+    # In the standard, the VR is "US or SS"; an explicit VR decides, otherwise the pixel representation.
     if item.vr("LUTDescriptor") == "SS" or (item.vr("LUTDescriptor") != "US" and signed):
         first = int(np.int16(np.uint16(first)))
     raw = item.raw("LUTData")
     if not 8 <= bits <= 16:
-        raise InvalidElement(f"invalid {keyword} with entries of {bits} bits")
+        raise InvalidElement(f"invalid {keyword} with {bits} bits per entry")
     if len(raw) >= 2 * length:
         entries = np.frombuffer(raw[: 2 * length], dtype=f"{order}u2")
     elif bits == 8 and len(raw) >= length:  # two entries per 16-bit word

@@ -1,6 +1,6 @@
-"""The task of the decode-once cache's worker processes: one image file to one cache entry.
+"""The task of the cache's worker processes: decode one image file into one cache entry.
 
-Imports little, so that a worker starts fast.
+The module imports little, so that a worker starts fast.
 """
 
 import hashlib
@@ -29,17 +29,17 @@ from kitlib.letterbox import letterbox
 from kitlib.xrays.dicom import decode_xray
 from kitlib.xrays.image_file import decode_image, image_format
 
-# Enough for any decoder to decode the largest X-ray, and low enough that a damaged file fails early.
+# Memory limit of a worker: enough to decode the largest X-ray, and low enough that a damaged file fails early.
 WORKER_DATA_BYTES = 3 * 2**30
 SAMPLE_BYTES = 2**16
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of decoding one image. `rows` and `columns` are the original size, 0 if decoding failed."""
+    """Result of decoding one image. `rows` and `columns` are the original size, 0 if decoding failed."""
 
     image_id: str
-    status: str  # "decoded", "cached" (already decoded before) or "failed"
+    status: str  # "decoded", "cached" (decoded earlier) or "failed"
     reason: str = ""  # why decoding failed
     warnings: tuple[str, ...] = ()  # about invalid header elements
     rows: int = 0
@@ -48,9 +48,9 @@ class Outcome:
 
 
 def decode_into(entry: Path, image_id: str, path: str, longest_side: int) -> Outcome:
-    """Decode the file `path`, shrink it to `longest_side` and write it atomically to `entry`.
+    """Decode the file `path`, shrink the image to `longest_side` and write it atomically to `entry`.
 
-    A file that cannot be read gives a failed Outcome. Raises OSError if the entry cannot be written, as on a full disk.
+    Returns a failed Outcome if the file cannot be read. Raises OSError if the entry cannot be written, as on a full disk.
     """
     start = time.perf_counter()
     try:
@@ -80,9 +80,9 @@ def shrink(pixels: np.ndarray, longest_side: int) -> np.ndarray:
 def source_of(path: str) -> dict[str, str]:
     """Identify a file's content by size, modification time and a digest of its first, middle and last 64 KiB.
 
-    Returns entry metadata with the keys source_bytes, source_mtime_ns and source_samples. Size and time alone are equal for
-    images unpacked from one archive; the sampled bytes include the header with its ids, and pixels. Hashing the whole file
-    would take as long as decoding it. Raises OSError.
+    Returns entry metadata with the keys source_bytes, source_mtime_ns and source_samples. Size and time alone can be equal
+    for images unpacked from one archive; the sampled bytes contain the header with its ids, and pixels. Hashing the whole
+    file would take as long as decoding it. Raises OSError if the file cannot be read or is not a regular file.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise OSError("not a regular file")
@@ -98,7 +98,7 @@ def source_of(path: str) -> dict[str, str]:
 
 
 def start_worker() -> None:
-    """Initialise a worker process: limits its memory, so that an excessive file fails alone, and silences warnings."""
+    """Initialise a worker process: limit its memory, so that an excessive file fails alone, and silence warnings."""
     resource.setrlimit(resource.RLIMIT_DATA, (WORKER_DATA_BYTES, WORKER_DATA_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     cv2.setNumThreads(1)
@@ -109,8 +109,8 @@ def start_worker() -> None:
 class _LightProcess(multiprocessing.context.SpawnProcess):
     @staticmethod
     def _Popen(process: BaseProcess) -> Any:
-        # A spawned process imports its parent's main module again. For a training script that imports all of torch; for a
-        # script without `if __name__ == "__main__"` it repeats the whole run. Workers need none of it.
+        # A spawned process imports its parent's main module again. For a training script, this would import all of torch;
+        # for a script without `if __name__ == "__main__"`, it would repeat the whole run. Workers do not need that module.
         main = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")
         try:
@@ -120,6 +120,6 @@ class _LightProcess(multiprocessing.context.SpawnProcess):
 
 
 class LightContext(multiprocessing.context.SpawnContext):
-    """Starts new processes that import only what their task needs; safe in a process with threads or CUDA."""
+    """Context for new processes that import only what their task needs; safe in a process with threads or CUDA."""
 
     Process = _LightProcess

@@ -27,7 +27,7 @@ from kitlib.xrays.stored_values import NATIVE
 
 DIGITAL_X_RAY = UID("1.2.840.10008.5.1.4.1.1.1.1")
 
-# Encoders take the samples and the number of bits per sample. Of a signed image, JPEG Lossless gets the two's complement cut
+# Encoders take the samples and the number of bits per sample. For signed images, JPEG Lossless gets the two's complement cut
 # to `bits` and JPEG-LS the full two's complement (imagecodecs writes the dtype's precision); JPEG 2000 encodes the sign.
 ENCODERS: dict[str, Callable[[np.ndarray, int], bytes | bytearray]] = {
     JPEGBaseline8Bit: lambda samples, bits: imagecodecs.jpeg8_encode(samples, level=95),
@@ -61,11 +61,11 @@ def write_xray(
 ) -> None:
     """Write one DICOM X-ray of the stored values (rows, columns), uint8, int8, uint16 or int16, atomically.
 
-    `transfer_syntax` is a UID of WRITABLE; JPEG baseline takes only uint8 and, like JPEG 2000 (.91), is lossy. `bits_stored`
-    defaults to all bits of the dtype. `window` is (centre, width) after the modality LUT; `voi_function` is LINEAR,
-    LINEAR_EXACT or SIGMOID. The ids are written unchanged to StudyInstanceUID, SeriesInstanceUID and SOPInstanceUID, because
-    SIIM's are short hex strings and not UIDs. `extra` maps DICOM keywords to values and overrides all other elements; the
-    value None omits an element. Raises ValueError for another transfer syntax, shape or dtype.
+    `transfer_syntax` is one of WRITABLE; baseline JPEG supports only uint8 and, like JPEG 2000 (.91), is lossy.
+    `bits_stored` defaults to all bits of the dtype. `window` is (centre, width) after the modality LUT; `voi_function` is
+    LINEAR, LINEAR_EXACT or SIGMOID. The ids are written unchanged to StudyInstanceUID, SeriesInstanceUID and SOPInstanceUID,
+    because SIIM's ids are short hex strings and not UIDs. `extra` maps DICOM keywords to values and overrides all other
+    elements; the value None omits an element. Raises ValueError for an unsupported transfer syntax, shape or dtype.
     """
     if transfer_syntax not in WRITABLE:
         raise ValueError(f"cannot write transfer syntax {transfer_syntax!r}; valid: {', '.join(WRITABLE)}")
@@ -73,7 +73,7 @@ def write_xray(
         raise ValueError(f"expected stored values (rows, columns) of 8 or 16 bits, got {stored.shape} of {stored.dtype}")
     bits = bits_stored or stored.itemsize * 8
     if transfer_syntax == JPEGBaseline8Bit and stored.dtype != np.uint8:
-        raise ValueError(f"{path}: JPEG baseline requires uint8, got {stored.dtype}")
+        raise ValueError(f"{path}: baseline JPEG requires uint8, got {stored.dtype}")
 
     dataset = Dataset()
     with pydicom_config.disable_value_validation():

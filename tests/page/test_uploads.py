@@ -129,7 +129,7 @@ def test_missing_large_and_special_files_are_refused(tmp_path, copies):
 def test_damaged_files_and_impossible_sizes_are_refused_in_a_sentence(tmp_path, copies):
     whole = write(tmp_path / "cut.dcm").read_bytes()
     (tmp_path / "cut.dcm").write_bytes(whole[:-1000])
-    assert "cut.dcm is a damaged or incomplete DICOM file (the pixel data ends" in refusal([tmp_path / "cut.dcm"], copies)
+    assert "cut.dcm is a damaged or incomplete DICOM file (the pixel data end" in refusal([tmp_path / "cut.dcm"], copies)
     for suffix, kind in (("png", "PNG"), ("jpg", "JPEG"), ("gif", "GIF")):
         path = tmp_path / f"cut.{suffix}"
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64), dtype=np.uint8)).save(path)
@@ -186,7 +186,7 @@ def test_unusual_header_values_are_remarked(tmp_path, copies):
     lateral, body_part, window = image.remarks
     assert "lateral" in lateral and "HIP" in body_part
     assert window == (
-        "The file has an unusual value: WindowCenter is …, not a number: ignored, the image's own range is used."
+        "The file has an unusual value: WindowCenter is …, not a number; it is ignored, and the image's own range is used."
     )
 
 

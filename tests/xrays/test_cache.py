@@ -67,9 +67,9 @@ def test_a_packed_cache_is_one_file_and_reads_and_goes_on_alike(tmp_path, monkey
     packed.chmod(0o444)
     for _ in range(2):  # the second time the archive is already unpacked
         again = XrayCache(tmp_path / "cache", longest_side=45)
-        for image_id, kept in before.items():
-            np.testing.assert_array_equal(again.read(image_id).pixels, kept.pixels)
-            assert again.read(image_id).rows == kept.rows
+        for image_id, expected in before.items():
+            np.testing.assert_array_equal(again.read(image_id).pixels, expected.pixels)
+            assert again.read(image_id).rows == expected.rows
         assert "image3" not in again
     assert again.fill(images, workers=1).status.tolist() == ["cached", "cached", "cached", "decoded"]
     assert "image3" in XrayCache(again.pack().parent, longest_side=45)
@@ -98,12 +98,12 @@ def test_fill_read_resume_and_notice_changes(tmp_path):
     assert table.reason[3]
     assert "image3" not in cache
 
-    kept = cache.read("image0")
-    assert (kept.rows, kept.columns) == (90, 60)
-    assert kept.pixels.shape == (45, 30)
+    decoded = cache.read("image0")
+    assert (decoded.rows, decoded.columns) == (90, 60)
+    assert decoded.pixels.shape == (45, 30)
     # Exactly half the size: each pixel is the mean of four, rounded.
     blocks = read_xray(tmp_path / "0.dcm").reshape(45, 2, 30, 2).mean(axis=(1, 3))
-    assert np.abs(kept.pixels - blocks).max() <= 0.5
+    assert np.abs(decoded.pixels - blocks).max() <= 0.5
 
     write_images(tmp_path, 1, rows=30)  # another image in the place of the first
     again = cache.fill(images, workers=1).set_index("image_id")
@@ -124,14 +124,14 @@ def test_another_file_of_the_same_size_and_time_is_decoded(tmp_path):
     cache = XrayCache(tmp_path / "c")
     cache.fill(images, workers=1)
     before, status = path.read_bytes(), path.stat()
-    kept = cache.read("image0").pixels
+    decoded = cache.read("image0").pixels
     middle = len(before) // 2
     path.write_bytes(before[: middle - 50] + bytes(100) + before[middle + 50 :])
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert path.stat().st_size == status.st_size
     assert cache.fill(images, workers=1).status.tolist() == ["decoded"]
     # 100 bytes of 16-bit pixels were changed.
-    assert (cache.read("image0").pixels != kept).sum() in range(45, 52)
+    assert (cache.read("image0").pixels != decoded).sum() in range(45, 52)
 
 
 def test_a_copy_with_the_same_time_is_reused_and_a_touched_file_is_not(tmp_path):
@@ -257,7 +257,7 @@ def test_a_damaged_entry_is_reported_and_decoded_again(tmp_path):
     cache.fill(images, workers=1)
     entry = next(cache.folder.glob("*.safetensors"))
     entry.write_bytes(entry.read_bytes()[:50])
-    with pytest.raises(CacheError, match="delete it and decode again"):
+    with pytest.raises(CacheError, match="delete it and decode the image again"):
         cache.read("image0")
     assert cache.fill(images, workers=1).status.tolist() == ["decoded"]
     assert cache.read("image0").rows == 90
@@ -288,7 +288,7 @@ def test_tables_and_ids_that_are_refused(tmp_path):
         list(cache.decode(pd.DataFrame({"image_id": ["a"]})))
     with pytest.raises(ValueError, match="occurs twice"):
         list(cache.decode(pd.DataFrame({"image_id": ["a", "a"], "path": ["x", "y"]})))
-    with pytest.raises(CacheError, match="cannot name a file"):
+    with pytest.raises(CacheError, match="cannot be a file name"):
         list(cache.decode(pd.DataFrame({"image_id": ["../a"], "path": ["x"]})))
     assert list(cache.decode(pd.DataFrame({"image_id": [], "path": []}))) == []
 

@@ -85,8 +85,8 @@ def test_a_truncated_frame_is_refused_or_warned_about(tmp_path, syntax):
     """Without an end marker, CharLS reads on for half a minute past the end of such a frame."""
     path = written(tmp_path, syntax)
     whole = get_frame(dcmread(path).PixelData, 0, number_of_frames=1)
-    for kept in (0.3, 0.6, 0.95):
-        cut = whole[: int(len(whole) * kept) // 2 * 2]
+    for share in (0.3, 0.6, 0.95):
+        cut = whole[: int(len(whole) * share) // 2 * 2]
         dataset = dcmread(path)
         head, tail = dataset.PixelData[:8], b"\xfe\xff\xdd\xe0\0\0\0\0"
         dataset.PixelData = head + b"\xfe\xff\x00\xe0" + len(cut).to_bytes(4, "little") + cut + tail

@@ -237,7 +237,7 @@ def test_bits_above_bits_stored_do_not_count(tmp_path, syntax, signed):
 def test_a_constant_image_is_black(tmp_path, photometric):
     xray = decode_xray(write(tmp_path / "x.dcm", np.full((5, 7), 300, "u2"), photometric=photometric, window=(300, 100)))
     np.testing.assert_array_equal(xray.pixels, np.zeros((5, 7), np.uint8))
-    assert xray.warnings == ("all pixels of the image have one value",)
+    assert xray.warnings == ("all pixels of the image have the same value",)
 
 
 def test_missing_tags_and_missing_preamble(tmp_path):

@@ -44,13 +44,13 @@ def test_parts_and_folders_are_one_store(tmp_path):
         for part in range(3):
             store.add({f"{fold}-{part}-{number}": label_image(100 * fold + 10 * part + number) for number in range(2)})
     store.add({})
-    assert [each.name for each in sorted((tmp_path / "1").iterdir())] == [f"part-0000{part}.arrow" for part in range(3)]
+    assert [path.name for path in sorted((tmp_path / "1").iterdir())] == [f"part-0000{part}.arrow" for part in range(3)]
     both = MaskStore(tmp_path / "0", tmp_path / "1")
     assert sorted(both.ids) == [f"{fold}-{part}-{number}" for fold in (0, 1) for part in range(3) for number in (0, 1)]
     assert np.array_equal(both.read("1-2-1"), label_image(121)) and "0-0-0" in both and "2-0-0" not in both
     both.add({"new": label_image(7)})
     assert "new" in MaskStore(tmp_path / "0") and "new" not in MaskStore(tmp_path / "1")
-    with pytest.raises(KeyError, match=r"no mask of image '2-0-0' in .*, which has 13 masks"):
+    with pytest.raises(KeyError, match=r"no mask for image '2-0-0' in .*, which has 13 masks"):
         both.read("2-0-0")
     assert len(MaskStore(tmp_path / "nowhere")) == 0 and not (tmp_path / "nowhere").exists()
     assert len(MaskStore.afresh(tmp_path / "1")) == 0 and not (tmp_path / "1").exists()
@@ -77,7 +77,7 @@ def test_an_interrupted_add_leaves_no_file_and_can_be_repeated(tmp_path, monkeyp
     with pytest.raises(OSError, match="no space left"):
         store.add({"b": label_image(1)})
     monkeypatch.undo()
-    assert "b" not in store and [each.name for each in tmp_path.iterdir()] == ["part-00000.arrow"]
+    assert "b" not in store and [path.name for path in tmp_path.iterdir()] == ["part-00000.arrow"]
     again = MaskStore(tmp_path)
     again.add({"b": label_image(1)})
     assert np.array_equal(MaskStore(tmp_path).read("b"), label_image(1))
@@ -86,7 +86,7 @@ def test_an_interrupted_add_leaves_no_file_and_can_be_repeated(tmp_path, monkeyp
 def test_an_existing_mask_is_not_replaced_and_the_whole_call_is_refused(tmp_path):
     store = MaskStore(tmp_path)
     store.add({"a": label_image(0)})
-    with pytest.raises(ValueError, match="already has a mask of image 'a' and of 0 others"):
+    with pytest.raises(ValueError, match="already has masks for 1 images; the first is 'a'"):
         store.add({"b": label_image(1), "a": label_image(2)})
     assert MaskStore(tmp_path).ids == ["a"] and np.array_equal(store.read("a"), label_image(0))
 
@@ -98,7 +98,7 @@ def test_an_existing_mask_is_not_replaced_and_the_whole_call_is_refused(tmp_path
 )
 def test_an_array_that_is_not_a_label_image_is_refused(tmp_path, codes):
     with pytest.raises(
-        ValueError, match=r"mask of image 'a' is not a label image: expected \(rows, columns\) of .*'heart': 2"
+        ValueError, match=r"mask for image 'a' is not a label image; expected \(rows, columns\) of .*'heart': 2"
     ):
         MaskStore(tmp_path).add({"a": codes})
     assert list(tmp_path.iterdir()) == []
@@ -119,9 +119,7 @@ def test_a_damaged_file_is_named_with_the_folder_to_delete(tmp_path, damage):
     MaskStore(tmp_path / "two").add({"b": label_image(1)})
     part = tmp_path / "two" / "part-00000.arrow"
     part.write_bytes(damage(part.read_bytes()))
-    with pytest.raises(
-        MaskError, match=f"{part} is not a file of masks .*; delete {part.parent} and create the masks again"
-    ):
+    with pytest.raises(MaskError, match=f"{part} is not a mask file .*; delete {part.parent} and create the masks again"):
         MaskStore(tmp_path / "one", tmp_path / "two")
 
 
@@ -130,7 +128,7 @@ def test_a_damaged_file_is_named_with_the_folder_to_delete(tmp_path, damage):
 )
 def test_a_file_with_other_columns_is_described(tmp_path, columns, described):
     write(tmp_path / "part-00000.arrow", pa.table(columns))
-    with pytest.raises(MaskError, match=rf"part-00000\.arrow is not a file of masks \(its columns are {described}\)"):
+    with pytest.raises(MaskError, match=rf"part-00000\.arrow is not a mask file \(its columns are {described}\)"):
         MaskStore(tmp_path)
 
 
@@ -157,7 +155,7 @@ def test_a_damaged_mask_is_named_and_the_others_are_read(tmp_path, bytes_of):
     part = tmp_path / "two" / "part-00000.arrow"
     write(part, pa.table({"image_id": ["b", "c"], "png": [bytes_of(codes), png(codes)]}, schema=SCHEMA))
     store = MaskStore(tmp_path / "one", tmp_path / "two")
-    with pytest.raises(MaskError, match=f"{part}: the mask of image 'b' is damaged; delete {part.parent} and create"):
+    with pytest.raises(MaskError, match=f"{part}: the mask for image 'b' is damaged; delete {part.parent} and create"):
         store.read("b")
     assert np.array_equal(store.read("a"), codes) and np.array_equal(store.read("c"), codes)
 
@@ -200,7 +198,7 @@ def test_other_processes_read_the_same_masks(tmp_path):
     store.add({f"i{number}": label_image(number) for number in range(6)})
     sums = [int(label_image(number).astype(int).sum()) for number in range(6)]
     forked = DataLoader(Sums(store), batch_size=None, num_workers=1, multiprocessing_context="fork")
-    assert [int(each) for each in forked] == sums
+    assert [int(value) for value in forked] == sums
     # A spawned process gets the pickled store.
     sent = Sums(pickle.loads(pickle.dumps(store)))
     assert [sent[index] for index in range(6)] == sums
