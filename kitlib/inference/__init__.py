@@ -1,4 +1,4 @@
-"""From trained bundles to predictions, lung masks, and a whole submission under a deadline.
+"""Turns trained bundles into predictions, lung masks and complete submissions before a deadline.
 
-Does not belong here: training libraries, because a submission kernel carries this room and not training.
+Does not belong here: training libraries, because a submission kernel contains this folder but not kitlib.training.
 """

@@ -1,4 +1,4 @@
-"""What each bundle of a submission predicts, and the fusion of all their predictions; used by submissions and the page."""
+"""Reads what each bundle of a submission predicts and fuses all predictions; used by submissions and the page."""
 
 import logging
 import time
@@ -22,22 +22,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AnsweringModel:
-    """A bundle's model as its record describes it, before its weights are read."""
+    """A model as described by its bundle's record, without its weights."""
 
     folder: Path
     model: str
     fold: int
-    answers: frozenset[str]  # what it predicts: a subset of "study", "none" and "boxes"
-    longest_side: int  # longest side, in pixels, of the decoded images it was trained on
-    wants_masks: bool  # whether it needs a segmenter to find the lungs
-    masked: bool  # whether it also needs the lung masks
-    segmenter: str  # digest of the segmenter whose lungs it was trained on, "" if none
-    data_fingerprint: str  # fingerprint of the prepared run it was trained on
+    answers: frozenset[str]  # what the model predicts: a subset of "study", "none" and "boxes"
+    longest_side: int  # longest side, in pixels, of the decoded training images
+    wants_masks: bool  # whether a segmenter must find the lungs
+    masked: bool  # whether the lung masks are also needed, not only the frames
+    segmenter: str  # digest of the segmenter that found the lungs in training, "" if none
+    data_fingerprint: str  # fingerprint of the prepared run that was used in training
 
 
 @dataclass(frozen=True)
 class Stacked:
-    """Result of applying the ensemble: studies predicted by all learners, run time, and a note on what was not combined."""
+    """Report on applying the ensemble: number of studies predicted by all learners, run time, and a note on the others."""
 
     studies: int
     seconds: float
@@ -45,9 +45,9 @@ class Stacked:
 
 
 def read_answering_model(folder: Path) -> AnsweringModel:
-    """Read a bundle's record.
+    """Read the record of the bundle in `folder`.
 
-    Raises BundleError if it cannot be read, and ValueError for a model whose predictions a submission does not contain.
+    Raises BundleError if it cannot be read; ValueError if a submission does not contain this model's kind of predictions.
     """
     record = read_record(folder)
     recipe = record["recipe"]
@@ -72,12 +72,12 @@ def fused_answer(
     fusion: FusionSettings,
     ensemble: Ensemble | None = None,
 ) -> tuple[Fused, Stacked | None]:
-    """Fuse predictions for `images` (image_id, study_id, rows, columns); return the result and a note on the ensemble.
+    """Fuse predictions for `images` (image_id, study_id, rows, columns); return the result and a report on the ensemble.
 
-    `probabilities` and `detections` are the tables that Predictors of classifiers and of detectors yield; `coverage` records
-    which detector has predicted which image. The ensemble's prediction replaces those of its learners. If it fails, its
-    learners are fused without it; for studies that lack a learner it is the plain mean of the others. Stacked reports both;
-    it is None if there is no ensemble or no study model has predicted.
+    `probabilities` and `detections` are the tables that the Predictors of classifiers and detectors yield; `coverage` tables
+    (image_id, model, fold) list the images that each detector has predicted. The ensemble's prediction replaces those of its
+    learners; for studies that lack a learner, it is the plain mean of the other learners. If the ensemble fails, its
+    learners are fused without it. The report notes both cases; it is None without an ensemble or study models' predictions.
     """
     study_scores, image_scores = study_and_image_scores(probabilities, images)
     study_scores, stacked = _apply_ensemble(study_scores, ensemble)

@@ -1,4 +1,4 @@
-"""Lungs of a submission's images: each image is segmented once for all models, and failures never stop a prediction."""
+"""Finds the lungs in a submission's images: once per image for all models, and failures never stop a prediction."""
 
 import logging
 import threading
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 class CachedLungs:
     """A `LungFinder` that runs the segmenter of `bundle` once per image and caches the results.
 
-    An image on which the segmenter fails has no lungs. If the bundle cannot be loaded, or the segmenter fails on every image
-    of a batch of several, no more lungs are found and `fault` says why (it is "" before). `segmented` counts the cached
-    images, `missed` the segmented images without plausible lungs, `seconds` is the time spent. The cache holds frames and,
-    if `masked`, masks as PNG; with `most`, only those of the last `most` images. Safe to use from several threads.
+    If the segmenter fails on an image, the image is treated as one without lungs. If the bundle cannot be loaded, or every
+    image of a batch of several fails, segmentation is given up, and `fault`, "" until then, contains the reason. `segmented`
+    is the number of cached images, `missed` the number of segmented images without plausible lungs, and `seconds` the time
+    spent. The cache contains frames and, if `masked`, masks as PNG: for all images, or for the last `most`. Thread-safe.
     """
 
     def __init__(self, bundle: Path | None, masked: bool, batch_size: int | None = None, most: int | None = None) -> None:
@@ -39,7 +39,7 @@ class CachedLungs:
         return len(self._cache)
 
     def begin(self) -> None:
-        """Load the segmenter, unless it is already loaded or has failed."""
+        """Load the segmenter, unless it is loaded already or `fault` is set. An error sets `fault`."""
         if self._segmenter is not None or self.fault:
             return
         began = time.monotonic()
@@ -52,7 +52,7 @@ class CachedLungs:
         self.seconds += time.monotonic() - began
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
-        """Return the lungs of each X-ray, segmenting those that are not in the cache."""
+        """Return the lungs of each X-ray; segment the X-rays that are not in the cache."""
         with self._one_at_a_time:
             self.begin()
             began, uncached = time.monotonic(), [xray for xray in xrays if xray.image_id not in self._cache]
@@ -65,7 +65,7 @@ class CachedLungs:
             return lungs
 
     def _segment(self, segmenter: LungFinder, xrays: list[CachedXray]) -> None:
-        """Segment a batch; after a failure, segment its images one by one, and give up if all of several fail."""
+        """Segment a batch. If that fails, segment its images one by one, and give up if all of several images fail."""
         try:
             self._store(xrays, segmenter.find(xrays))
             return

@@ -32,28 +32,28 @@ VIEWS_IOU = 0.6
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of images on their canvases: `placements` and `pixels` (n, side, side) for each canvas that the views use.
+    """A batch of images on canvases: `placements` and `pixels` (n, side, side), keyed by name of the canvas, see VIEWS.
 
-    For a patch model `pixels` has the canvas "full" alone, `where` holds the centres of its patches, and there are no
-    placements. `lungs_missed` counts the images that are used uncropped because no lungs were found.
+    For a patch model, `pixels` contains only the canvas "full", `where` contains the patch centres, and `placements` is
+    empty. `lungs_missed` counts the images that are used uncropped because no lungs were found.
     """
 
     image_ids: list[str]
     placements: dict[str, list[Placement]]
     pixels: dict[str, torch.Tensor]
     lungs_missed: int
-    where: torch.Tensor | None = None  # centres of a patch model, int64 (m, 3), see kitlib.models.patches.join_centres
+    where: torch.Tensor | None = None  # int64 (m, 3), see kitlib.models.patches.join_centres
 
 
 class Predictor:
-    """A trained model with the preparation of its input; predicts boxes in original pixels.
+    """A trained classifier or detector with its input preparation; predicts probabilities, or boxes in original pixels.
 
-    `views` (keys of VIEWS; by default those of the model's recipe) are combined: probabilities by their mean, boxes in
-    original pixels by weighted box fusion. `lungs` finds the lungs, batch by batch, for a recipe whose lungs are "masks"
-    (see kitlib.lungs.crop). An image without the lung frame (or lung mask, if the recipe uses it) is used uncropped and
-    unmasked, by a patch model as a single patch; `lungs_missed` counts these among the images of `seen`. The centres of
-    patches are derived from the image's id, so that predictions are reproducible. Raises ValueError for unknown or repeated
-    views.
+    Predictions for several `views` (keys of VIEWS; by default those of the recipe) are combined: probabilities by their
+    mean, boxes by weighted box fusion. `lungs` finds the lungs, batch by batch, if the recipe's `lungs` is "masks" (see
+    kitlib.lungs.crop). An image without a lung frame (or lung mask, if the recipe uses masks) is used uncropped and
+    unmasked, or as a single patch by a patch model; `lungs_missed` counts such images in `seen`. Patch centres are derived
+    from the image's id, so that predictions are reproducible. Raises ValueError for unknown or repeated views, and for views
+    other than "full" of a patch model.
     """
 
     def __init__(
@@ -75,26 +75,26 @@ class Predictor:
         self.views = tuple(views or recipe.get("views") or ("full",))
         unknown = [view for view in self.views if view not in VIEWS]
         if unknown or len(set(self.views)) < len(self.views):
-            raise ValueError(f"{self.model}: views are {list(self.views)}; valid views, each once: {', '.join(VIEWS)}")
+            raise ValueError(f"{self.model}: views are {list(self.views)}; valid, each at most once: {', '.join(VIEWS)}")
         if self.family.sees_patches and self.views != ("full",):
-            raise ValueError(f"{self.model}: views are {list(self.views)}; a patch model has only the view full")
+            raise ValueError(f"{self.model}: views are {list(self.views)}; a patch model supports only the view 'full'")
         self._canvas_names = sorted({VIEWS[view][0] for view in self.views})
         # A detector may predict on a larger canvas than it was trained on.
         self._canvas = canvas_of(recipe, recipe.get("inference_size") or record["image_size"])
         found_by = recipe.get("lungs", "darkness")
-        self._finder, self._looks = finder_for(found_by, lungs), looks_at_lungs(recipe, self.views)
+        self._finder, self._uses_lungs = finder_for(found_by, lungs), looks_at_lungs(recipe, self.views)
         self.wants_masks = wants_masks(recipe, self.views)
-        self.segmenter = record.get("architecture", {}).get("segmenter", "")  # digest of the segmenter it was trained with
+        self.segmenter = record.get("architecture", {}).get("segmenter", "")  # digest of the segmenter used in training
         self._outputs = recipe.get("outputs", "both")
         self._make_placement = PLACEMENTS[record["placement"]]
 
     def predict(self, stream: Iterable[CachedXray]) -> Generator[pd.DataFrame, None, None]:
         """Yield one table of predictions per batch, while a thread prefetches X-rays from `stream`.
 
-        Study models: image_id, model, fold, the four classes and none, one row per image, NaN for outputs that were not
-        trained. Findings and patch models: table class_scores. Detectors: table detections, without rows for images without
-        boxes. An error of the stream is raised here; closing the generator ends the thread. Resets `seen` and
-        `lungs_missed`.
+        Study models yield image_id, model, fold, the four classes and none, with one row per image and NaN for outputs that
+        were not trained; findings and patch models yield `class_scores` tables; detectors yield `detections` tables, in
+        which images without boxes have no row. An error in the stream is raised here. Closing the generator ends the thread.
+        Resets `seen` and `lungs_missed`.
         """
         self.seen, self.lungs_missed = [], 0
         for batch in ahead(self._batches(stream)):
@@ -114,34 +114,34 @@ class Predictor:
             yield self.canvases(xrays)
 
     def canvases(self, xrays: list[CachedXray]) -> Batch:
-        """Prepare the model's input for these X-rays."""
+        """Return the model's input for these X-rays."""
         if self.family.sees_patches:
             return self._patch_canvases(xrays)
         lungs = [Lungs(None)] * len(xrays)
-        if self._looks:
+        if self._uses_lungs:
             lungs = seen_lungs(self._finder, xrays, self._canvas.needs_mask)
         frames: dict[str, list[np.ndarray | None]] = {"full": [None] * len(xrays), "lungs": [each.frame for each in lungs]}
         placements = {name: list(map(self._placement, xrays, frames[name])) for name in self._canvas_names}
-        greys = [self._canvas.grey(xray.pixels, each.mask) for xray, each in zip(xrays, lungs, strict=True)]
+        greys = [self._canvas.grey(xray.pixels, image_lungs.mask) for xray, image_lungs in zip(xrays, lungs, strict=True)]
         pixels = {
             name: torch.from_numpy(np.stack(list(map(self._canvas.lay, greys, canvas_placements))))
             for name, canvas_placements in placements.items()
         }
-        missed_count = sum(each.frame is None for each in lungs) if self._looks else 0
+        missed_count = sum(each.frame is None for each in lungs) if self._uses_lungs else 0
         return Batch([xray.image_id for xray in xrays], placements, pixels, missed_count)
 
     def _patch_canvases(self, xrays: list[CachedXray]) -> Batch:
-        names, recipe = [xray.image_id for xray in xrays], self.network.recipe
+        image_ids, recipe = [xray.image_id for xray in xrays], self.network.recipe
         lungs = seen_lungs(self._finder, xrays, masked=True)
-        canvases = [patch_canvas(xray, each, recipe) for xray, each in zip(xrays, lungs, strict=True)]
+        canvases = [patch_canvas(xray, image_lungs, recipe) for xray, image_lungs in zip(xrays, lungs, strict=True)]
         where = join_centres(
-            [each.centres(recipe.patches, image_seed(name)) for each, name in zip(canvases, names, strict=True)]
+            [canvas.centres(recipe.patches, image_seed(name)) for canvas, name in zip(canvases, image_ids, strict=True)]
         )
-        pixels = torch.from_numpy(np.stack([each.pixels for each in canvases]))
-        return Batch(names, {}, {"full": pixels}, sum(each.mask is None for each in canvases), where)
+        pixels = torch.from_numpy(np.stack([canvas.pixels for canvas in canvases]))
+        return Batch(image_ids, {}, {"full": pixels}, sum(canvas.mask is None for canvas in canvases), where)
 
     def _placement(self, xray: CachedXray, frame: np.ndarray | None) -> Placement:
-        """Return the placement of the image, or of its frame, on the model's square canvas."""
+        """Return the placement of the image, or of its lung frame, on the model's square canvas."""
         return self._canvas.middle(crop(self._make_placement, frame, xray.rows, xray.columns, self._canvas.whole))
 
     def _probabilities(self, batch: Batch) -> pd.DataFrame:
@@ -149,9 +149,7 @@ class Predictor:
             with torch.inference_mode(), autocast(self.device):
                 probabilities = self.network.image_probabilities(batch.pixels["full"], batch.where).numpy()
         else:
-            probabilities = np.mean(
-                [self.fitted(self._classified, pixels) for pixels, _ in self._view_inputs(batch)], axis=0
-            )
+            probabilities = np.mean([self.fitted(self._classify, pixels) for pixels, _ in self._view_inputs(batch)], axis=0)
         table = pd.DataFrame(probabilities, columns=self.classes)
         if self.family.answers == STUDIES and self._outputs != "both":
             table[[name for name in self.classes if (name == "none") != (self._outputs == "none")]] = np.nan
@@ -160,13 +158,13 @@ class Predictor:
         table.insert(2, "fold", self.fold)
         return table
 
-    def _classified(self, pixels: torch.Tensor) -> list[np.ndarray]:
+    def _classify(self, pixels: torch.Tensor) -> list[np.ndarray]:
         with torch.inference_mode(), autocast(self.device):
             probabilities = self.network.probabilities(self.network(self.network.normalise(pixels)))
         return list(probabilities.double().cpu().numpy())
 
     def _view_inputs(self, batch: Batch) -> Iterator[tuple[torch.Tensor, list[Placement]]]:
-        """Yield pixels and placements of each view, in the order of `views`, with pixels mirrored for mirrored views."""
+        """Yield the pixels (flipped for mirrored views) and placements for each view, in the order of `views`."""
         for canvas, mirrored in (VIEWS[view] for view in self.views):
             pixels = batch.pixels[canvas]
             yield pixels.flip(-1) if mirrored else pixels, batch.placements[canvas]
@@ -174,26 +172,26 @@ class Predictor:
     def _boxes(self, batch: Batch) -> pd.DataFrame:
         views = [
             [
-                self._to_original(place, found, VIEWS[view][1])
-                for place, found in zip(placements, self.fitted(self.network.predict, pixels), strict=True)
+                self._to_original(placement, canvas_boxes, VIEWS[view][1])
+                for placement, canvas_boxes in zip(placements, self.fitted(self.network.predict, pixels), strict=True)
             ]
             for view, (pixels, placements) in zip(self.views, self._view_inputs(batch), strict=True)
         ]
-        found = [
-            self._merge_views(lists, place)
-            for *lists, place in zip(*views, batch.placements[self._canvas_names[0]], strict=True)
+        merged = [
+            self._merge_views(lists, placement)
+            for *lists, placement in zip(*views, batch.placements[self._canvas_names[0]], strict=True)
         ]
-        table = pd.DataFrame(np.concatenate([boxes for boxes, _ in found]), columns=list(BOX))
-        table.insert(0, "image_id", np.repeat(np.array(batch.image_ids, dtype=object), [len(boxes) for boxes, _ in found]))
-        table = table.assign(model=self.model, fold=self.fold, score=np.concatenate([scores for _, scores in found]))
+        table = pd.DataFrame(np.concatenate([boxes for boxes, _ in merged]), columns=list(BOX))
+        table.insert(0, "image_id", np.repeat(np.array(batch.image_ids, dtype=object), [len(boxes) for boxes, _ in merged]))
+        table = table.assign(model=self.model, fold=self.fold, score=np.concatenate([scores for _, scores in merged]))
         return check_table(table, "detections")
 
     def _to_original(
         self, placement: Placement, boxes_on_canvas: np.ndarray, mirrored: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Convert a canvas's boxes (k, 5) to boxes (m, 4) in original pixels, clipped to the image, and scores (m,).
+        """Convert boxes with scores (k, 5) on a canvas to boxes (m, 4) in original pixels, clipped to the image, and scores.
 
-        Boxes with less than a pixel inside of the image are dropped.
+        Boxes with less than a pixel inside the image are dropped.
         """
         boxes = flip_boxes(boxes_on_canvas[:, :4], placement.canvas_columns) if mirrored else boxes_on_canvas[:, :4]
         boxes, inside = clip_boxes(placement.boxes_to_original(boxes), placement.rows, placement.columns)
@@ -202,10 +200,10 @@ class Predictor:
     def _merge_views(
         self, lists: list[tuple[np.ndarray, np.ndarray]], placement: Placement
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Fuse the boxes and scores of all views of an image, in original pixels."""
+        """Fuse an image's boxes and scores from all views; return boxes (k, 4) in original pixels and scores (k,)."""
         if len(lists) == 1:
             return lists[0]
-        # Imported here: it takes a second, and a kernel without a detector does not install ensemble-boxes.
+        # Imported here because it takes a second and needs ensemble-boxes, which kernels without a detector do not install.
         from kitlib.fusion.box_fusion import merge_boxes
 
         side = np.array([placement.columns, placement.rows] * 2, dtype=float)
@@ -224,9 +222,9 @@ def load_predictor(
     views: Sequence[str] | None = None,
     lungs: LungFinder | None = None,
 ) -> Predictor:
-    """Load a bundle's model on `device` (default: `pick_device`). `views` and `lungs` are those of Predictor.
+    """Load a bundle's model on `device` (default: `pick_device`). For the other parameters see Predictor.
 
-    Raises BundleError for a damaged bundle and for a segmenter's bundle.
+    Raises BundleError if the bundle is damaged or contains a segmenter.
     """
     record, state_dict = read_bundle(bundle_folder)
     device = device or pick_device()
@@ -238,10 +236,10 @@ def load_predictor(
 
 
 def study_and_image_scores(chunks: Iterable[pd.DataFrame], images: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Convert predictions of study models into the tables study_scores (mean over a study's images) and image_scores.
+    """Convert predictions of study models to the tables `study_scores` (mean over a study's images) and `image_scores`.
 
-    Predictions that are NaN, because the output was not trained, have no row. Raises ValueError for images that are not in
-    `images`.
+    `chunks` are the tables that Predictors yield, `images` has image_id and study_id. Outputs that were not trained, NaN in
+    `chunks`, get no row. Raises ValueError for predictions for images that are not in `images`.
     """
     chunks = [chunk for chunk in chunks if len(chunk)]
     if not chunks:
@@ -250,7 +248,7 @@ def study_and_image_scores(chunks: Iterable[pd.DataFrame], images: pd.DataFrame)
     studies = images.set_index("image_id").study_id
     unknown = predictions.loc[~predictions.image_id.isin(studies.index), "image_id"]
     if len(unknown):
-        raise ValueError(f"{len(unknown)} predicted images are not in the table images, first {unknown.iloc[0]}")
+        raise ValueError(f"{len(unknown)} predicted images are not in the `images` table; the first is {unknown.iloc[0]}")
     predictions["study_id"] = predictions.image_id.map(studies)
     mean = predictions.groupby(["study_id", "model", "fold"], as_index=False)[list(STUDY_CLASSES)].mean()
     nones = predictions[["image_id", "model", "fold", "none"]]

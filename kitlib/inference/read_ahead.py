@@ -13,7 +13,7 @@ BATCHES_AHEAD = 3
 def ahead(items: Iterator[Item], most: int = BATCHES_AHEAD) -> Generator[Item, None, None]:
     """Yield `items` unchanged while a thread prefetches up to `most` of them.
 
-    An error of `items` is raised after the items before it. Closing the generator ends the thread.
+    An error in `items` is raised after the preceding items. Closing the generator ends the thread.
     """
     end, stopped = object(), threading.Event()
     prefetched: queue.Queue = queue.Queue(most)
@@ -32,7 +32,7 @@ def ahead(items: Iterator[Item], most: int = BATCHES_AHEAD) -> Generator[Item, N
                 if stopped.is_set():
                     return
             put((end, None))
-        except BaseException as error:  # passed on, so that the consumer raises it
+        except BaseException as error:  # passed on to the consumer, which raises it
             put((end, error))
 
     thread = threading.Thread(target=produce, name="canvases", daemon=True)

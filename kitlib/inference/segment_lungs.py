@@ -27,7 +27,7 @@ BATCH_SIZES = {"cuda": 64, "cpu": 8}
 
 
 class LungSegmenter:
-    """A `LungFinder` that runs a trained segmenter. `missed` counts the images without plausible lungs."""
+    """A `LungFinder` that runs a trained segmenter. `missed` counts the images in which no plausible lungs were found."""
 
     def __init__(
         self, record: dict[str, Any], network: Segmenter, device: torch.device, batch_size: int | None = None
@@ -38,20 +38,21 @@ class LungSegmenter:
         self.missed = 0
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
-        """Return frame and mask of each X-ray's lungs; both are None if the mask is not plausible."""
+        """Return the lung frame and mask of each X-ray; both are None if the mask is not plausible."""
         results = [
-            segmented(xray, maps, place, self.recipe)
-            for xray, maps, place in zip(xrays, *self._canvases_of(xrays), strict=True)
+            segmented(xray, maps, xray_placement, self.recipe)
+            for xray, maps, xray_placement in zip(xrays, *self._segment(xrays), strict=True)
         ]
-        self.missed += sum(each.verdict != FOUND for each in results)
+        self.missed += sum(result.verdict != FOUND for result in results)
         return [
-            Lungs(each.frame, np.isin(each.codes, LUNG_CODES)) if each.verdict == FOUND else Lungs(None) for each in results
+            Lungs(result.frame, np.isin(result.codes, LUNG_CODES)) if result.verdict == FOUND else Lungs(None)
+            for result in results
         ]
 
     def maps(self, stream: Iterable[CachedXray]) -> Iterator[tuple[CachedXray, np.ndarray, Placement]]:
-        """Yield each X-ray, the probability maps of its structures on the network's canvas, and its placement on the canvas.
+        """Yield each X-ray with the probability maps of its structures on the network's canvas and its placement there.
 
-        Maps are uint8 (structures, side, side), 255 for a probability of 1. A thread prefetches X-rays and canvases.
+        Maps are uint8 (structures, side, side); 255 is a probability of 1. A thread prefetches X-rays and canvases.
         """
         for xrays, placements, pixels in ahead(self._batches(stream)):
             yield from zip(xrays, self.fitted(self._compute, pixels), placements, strict=True)
@@ -61,18 +62,20 @@ class LungSegmenter:
         for xray in stream:
             xrays.append(xray)
             if len(xrays) >= self.fitted.size:
-                yield xrays, *self._placed(xrays)
+                yield xrays, *self._place(xrays)
                 xrays = []
         if xrays:
-            yield xrays, *self._placed(xrays)
+            yield xrays, *self._place(xrays)
 
-    def _placed(self, xrays: Sequence[CachedXray]) -> tuple[list[Placement], torch.Tensor]:
+    def _place(self, xrays: Sequence[CachedXray]) -> tuple[list[Placement], torch.Tensor]:
         placements = [placement(xray, self.recipe) for xray in xrays]
-        canvases = [on_canvas(xray, place, self.recipe) for xray, place in zip(xrays, placements, strict=True)]
+        canvases = [
+            on_canvas(xray, xray_placement, self.recipe) for xray, xray_placement in zip(xrays, placements, strict=True)
+        ]
         return placements, torch.from_numpy(np.stack(canvases))
 
-    def _canvases_of(self, xrays: Sequence[CachedXray]) -> tuple[list[np.ndarray], list[Placement]]:
-        placements, pixels = self._placed(xrays)
+    def _segment(self, xrays: Sequence[CachedXray]) -> tuple[list[np.ndarray], list[Placement]]:
+        placements, pixels = self._place(xrays)
         return self.fitted(self._compute, pixels), placements
 
     def _compute(self, pixels: torch.Tensor) -> list[np.ndarray]:
@@ -84,9 +87,9 @@ class LungSegmenter:
 def load_segmenter(
     bundle_folder: str | Path, device: torch.device | None = None, batch_size: int | None = None
 ) -> LungSegmenter:
-    """Load a bundle's segmenter on `device` (default: `pick_device`). Raises BundleError for another kind of model."""
+    """Load a bundle's segmenter on `device` (default: `pick_device`). Raises BundleError if it is another kind of model."""
     record, state_dict = read_bundle(bundle_folder)
     if recorded_family(record, bundle_folder).answers != LUNGS:
-        raise BundleError(f"{bundle_folder} contains a {record['family']} model; name the bundle of a segmenter's run")
+        raise BundleError(f"{bundle_folder} contains a {record['family']} model; choose the bundle of a segmenter's run")
     device = device or pick_device()
     return LungSegmenter(record, load_network(record, state_dict, device), device, batch_size)

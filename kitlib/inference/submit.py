@@ -1,4 +1,4 @@
-"""Writes submission.csv for a test folder of DICOM files: a complete file within seconds, then improved after each model.
+"""Writes submission.csv for a test folder of DICOM files: a complete file within seconds, improved after each model.
 
 Packages that Kaggle's image may lack until the wheels are installed, and those that take seconds to import (torch), are
 imported inside functions, so that the first file is written before any of them is needed.
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A model can be dropped as too slow only after this many images beyond its first batch, whose time includes its start-up.
+# A model can be dropped as too slow only after this many images beyond the first batch, whose time includes start-up.
 IMAGES_BEFORE_JUDGING = 32
-# Fusion may take until this share of the time limit, beyond the share planned for prediction.
+# Share of the time limit at which fusion must end; it is larger than the share that is planned for prediction.
 LAST_SHARE = 0.9
 
 
@@ -47,7 +47,7 @@ class SubmitSettings:
 
     time_limit_s: float = 9 * 3600.0  # the competition's limit for a notebook
     share: float = 0.65  # share of the time limit to plan for: the scored rerun may be slower than the rehearsal
-    longest_side: int = 0  # longest side, in pixels, of the decoded images for all models; 0: as in training
+    longest_side: int = 0  # longest side, in pixels, of the decoded images; 0: the largest of the models' own
     file_timeout_s: float = 20.0  # files that take longer to decode are skipped
     workers: int = 0  # number of decoding processes; 0: one per core
     batch_size: int = 16
@@ -59,9 +59,9 @@ class Model:
 
     record: "AnsweringModel"
     chunks: list[pd.DataFrame] = field(default_factory=list)
-    seen: list[str] = field(default_factory=list)  # image_ids that it has predicted, including those without boxes
+    seen: list[str] = field(default_factory=list)  # image_ids that the model has predicted, including those without boxes
     rows_as: tuple[str, int] = ("", 0)  # model and fold in its tables
-    stopped: bool = False  # whether it was stopped after its share of the time; it may continue later
+    stopped: bool = False  # whether the model was stopped after its share of the time; it may continue later
     lungs_missed: int = 0  # number of predicted images that were used uncropped because no lungs were found
 
     @property
@@ -79,7 +79,7 @@ class Model:
         self.chunks, self.seen, self.lungs_missed = [], [], 0
 
     def coverage(self) -> pd.DataFrame:
-        """Return the table coverage: image_id, model and fold of each image that the model has predicted."""
+        """Return a `coverage` table: image_id, model and fold of each image that the model has predicted."""
         return pd.DataFrame({"image_id": self.seen, "model": self.rows_as[0], "fold": self.rows_as[1]})
 
 
@@ -87,14 +87,14 @@ class SubmissionRun:
     """Writes one submission file for one test set; call `install`, `predict` and `finish` in this order.
 
     The constructor already writes a valid file of placeholder predictions (the class frequencies). `ledger` has one row per
-    stage: its number of files, its seconds, and a note on what was dropped and why.
+    stage, with its number of files, its seconds, and a note on what was dropped and why.
     """
 
     def __init__(self, competition: str | Path, output: str | Path, settings: SubmitSettings) -> None:
         """Write the placeholder predictions to `output`.
 
-        `competition` contains `test/` and `sample_submission.csv`. The sample names the rows of the submission; if it is
-        missing, the test files do.
+        `competition` contains `test/` and `sample_submission.csv`. The submission gets the rows of the sample or, if the
+        sample is missing, rows for the test files.
         """
         began = time.monotonic()
         self.settings, self.output, self.sample = settings, Path(output), Path(competition) / "sample_submission.csv"
@@ -120,7 +120,7 @@ class SubmissionRun:
         return pd.DataFrame(self.rows, columns=["stage", "files", "seconds", "note"])
 
     def install(self, wheels: str) -> None:
-        """Install the wheels of the attached dataset `wheels`, if not "". A failure becomes a row of the ledger."""
+        """Install the wheels in the attached dataset `wheels`; "" for none. A failure becomes a row of the ledger."""
         if not wheels:
             return
         began = time.monotonic()
@@ -131,9 +131,9 @@ class SubmissionRun:
             self._note("wheels", 0, began, _failure(error))
 
     def predict(self, weights: str, scratch: str | Path) -> None:
-        """Predict with the bundles of the input `weights`, in order, while time remains; update the file after each.
+        """Predict with the bundles in the input `weights`, in order, while time remains; update the file after each bundle.
 
-        A bundle that fails or is too slow becomes a row of the ledger, never an error, and the previous file remains.
+        If a bundle fails or is too slow, the ledger gets a row, no error is raised, and the previous file remains.
         Decoded images are written to a new folder below `scratch`, which is removed at the end.
         """
         began = time.monotonic()
@@ -165,9 +165,10 @@ class SubmissionRun:
             self._note("validate", len(self.ids), began, "not validated: sample_submission.csv does not exist")
             return self.ledger
         faults = validate(self.sample, self.output)
-        self._note("validate", len(self.ids), began, "valid" if not faults else f"{len(faults)} faults, first: {faults[0]}")
+        note = f"{len(faults)} faults; the first is: {faults[0]}" if faults else "valid"
+        self._note("validate", len(self.ids), began, note)
         if faults:
-            raise ValueError(f"Kaggle would reject {self.output}: {len(faults)} faults, first: {faults[0]}")
+            raise ValueError(f"Kaggle would reject {self.output}: {note}")
         return self.ledger
 
     def _read_weights(self, weights: Path) -> "FusionSettings":
@@ -182,12 +183,12 @@ class SubmissionRun:
             except (OSError, ValueError, KeyError) as error:  # the other bundles may be valid
                 self._note(folder.name, 0, began, _failure(error))
         if not self.models:
-            raise ValueError(f"{weights / 'weights.json'} names no usable bundle; see the rows above for the reasons")
+            raise ValueError(f"{weights / 'weights.json'} lists no usable bundle; see the rows above for the reasons")
         if any(model.record.wants_masks for model in self.models):
             from kitlib.inference.cached_lungs import CachedLungs
 
             bundle = weights / contents["lungs"] if "lungs" in contents else None
-            masked = any(each.record.masked for each in self.models)
+            masked = any(model.record.masked for model in self.models)
             self.lungs = CachedLungs(bundle, masked, self.settings.batch_size)
         if "ensemble" in contents:
             self._read_ensemble(weights / contents["ensemble"])
@@ -205,8 +206,8 @@ class SubmissionRun:
 
     def _predict_all(self, xrays: "DecodedOnce", fusion: "FusionSettings") -> None:
         for index, model in enumerate(self.models):
-            # The first model of each kind of prediction may end with a part of the images, which is better than none. It
-            # leaves the first models of the other kinds their share of the time. Any further model must finish all images.
+            # The first model of each kind of prediction may stop before it has predicted all images, which is better than no
+            # prediction, so that the first models of other kinds get their share of the time. Further models must finish.
             predicted = frozenset[str]().union(*(other.answers for other in self.models if other.seen))
             is_first, first_models = not model.answers <= predicted, 0
             for other in self.models[index:]:
@@ -239,7 +240,7 @@ class SubmissionRun:
         return in_time
 
     def _predict_with(self, model: Model, xrays: "DecodedOnce", budget: float, may_stop: bool) -> str:
-        """Predict the images that the model has not predicted yet; return why it was stopped, "" if it finished."""
+        """Predict the images that the model has not predicted yet; return why it was stopped, or "" if it finished."""
         from kitlib.inference.predict import load_predictor
 
         began, total, model.stopped = time.monotonic(), len(self.images), False
@@ -320,8 +321,8 @@ class SubmissionRun:
 class DecodedOnce:
     """All readable images of a test set, for any number of passes; the first pass decodes them while the model predicts.
 
-    `outcomes` has the result for each file so far. An error of the decoding itself ends all passes and is kept in `error`.
-    Passes may overlap, because the thread of a stopped model may still be reading ahead when the next model begins.
+    `outcomes` contains the results for the files decoded so far. If decoding itself fails, all passes end, and `error` says
+    why. Passes may overlap, because the thread of a stopped model may still be reading ahead when the next model begins.
     """
 
     def __init__(self, cache: "XrayCache", images: pd.DataFrame, settings: SubmitSettings) -> None:
@@ -341,13 +342,13 @@ class DecodedOnce:
 
     def sized(self, images: pd.DataFrame) -> pd.DataFrame:
         """Return the rows of `images` that have been decoded so far, with their original rows and columns."""
-        sizes = {each.image_id: (each.rows, each.columns) for each in list(self.outcomes) if each.status != "failed"}
+        sizes = {done.image_id: (done.rows, done.columns) for done in list(self.outcomes) if done.status != "failed"}
         images = images[images.image_id.isin(sizes)].copy()
         images[["rows", "columns"]] = [sizes[name] for name in images.image_id]
         return images
 
     def close(self) -> None:
-        """Stop decoding, unless the thread of a stopped model is still waiting for a file."""
+        """Stop decoding, unless the thread of a stopped model still waits for a file after two seconds."""
         if self._one_at_a_time.acquire(timeout=2):
             self._decoding.close()
             self._one_at_a_time.release()
@@ -367,7 +368,7 @@ class DecodedOnce:
 
 
 def _failure(error: BaseException) -> str:
-    """Return the ledger's note for an error, and log its traceback."""
+    """Return the ledger's note for an error, and log the error's traceback."""
     if isinstance(error, OutOfTime):
         return "time was up"
     logger.error("a stage failed", exc_info=error)

@@ -1,4 +1,4 @@
-"""Phantoms: synthetic X-rays, written in the file layout of each public data set.
+"""Phantoms: synthetic X-rays in the file layouts of the public data sets.
 
-Does not belong here: anything that real data needs.
+Does not belong here: code that is needed for real data.
 """

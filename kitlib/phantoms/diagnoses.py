@@ -1,7 +1,7 @@
 """Write phantoms in the layouts of data sets with one diagnosis per image: Kermany's and ieee8023's covid-chestxray-dataset.
 
-In each layout one file is damaged, one image is a near-duplicate of another patient's, and some patients have two or four
-images.
+In each layout, one file is damaged, one image is a near-duplicate of another patient's image, and some patients have two or
+four images.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from kitlib.phantoms.patients import draw_exposure, draw_finding, draw_near_dupl
 from kitlib.phantoms.plan import apportion
 
 LEAST_IMAGES = 24
-# Diagnosis -> the finding that is drawn; each looks different, so that a network can tell the diagnoses apart.
+# Diagnosis -> the finding that is drawn. Each looks different, so that a network can tell the diagnoses apart.
 SHOWN_BY = {
     "viral": "Infiltration",
     "bacterial": "Consolidation",
@@ -28,8 +28,8 @@ SHOWN_BY = {
     "normal": "No Finding",
     "other": "Mass",
 }
-SEVERAL = (4, 2, 2)  # numbers of images of each diagnosis's first patients, if it has enough images; others have one
-# Diagnosis -> values of the column `finding` in the last releases of ieee8023's table.
+SEVERAL = (4, 2, 2)  # numbers of images of a diagnosis's first patients, if it has enough images; other patients have one
+# Diagnosis -> values in the column `finding` of the last releases of ieee8023's table.
 FINDINGS = {
     "COVID-19": ("Pneumonia/Viral/COVID-19",),
     "viral": ("Pneumonia/Viral/SARS", "Pneumonia/Viral/Influenza"),
@@ -44,11 +44,12 @@ FINDINGS = {
 class Planned:
     """One planned image.
 
-    `number` counts images from 1, `follow_up` a patient's images from 0, and `patient` patients from 1 over all diagnoses.
+    `number` counts images from 1, `patient` counts patients from 1 over all diagnoses, and `follow_up` counts a patient's
+    images from 0.
     """
 
     number: int
-    diagnosis: str  # of DIAGNOSES
+    diagnosis: str  # a key of FINDINGS
     patient: int
     follow_up: int
     test: bool  # whether the patient is in the official test set
@@ -56,16 +57,16 @@ class Planned:
     sex: str
     patient_seed: int
     seed: int
-    is_copy: bool = False  # a near-duplicate of the previous image: the same drawing, cropped and exposed again
+    is_copy: bool = False  # whether the image is the previous one, cropped and exposed again
     damaged: bool = False
 
 
 @dataclass(frozen=True)
 class _Layout:
-    shares: dict[str, float]  # share of the images by diagnosis
+    shares: dict[str, float]  # diagnosis -> share of the images
     adults: bool
     make_path: Callable[[Planned], str]  # returns an image's path below the layout's folder
-    identifying_file: str  # a file whose bytes distinguish phantoms from a real data set
+    identifying_file: str  # a file whose content distinguishes phantoms from the real data set
     tables: Callable[[Path, list[Planned], list[None]], None] | None = None
 
 
@@ -79,12 +80,12 @@ def write_diagnoses(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write FOLDER/LAYOUT, one of LAYOUTS, with `images` files, one of them damaged, and return that folder.
+    """Write `images` files, one of them damaged, in one of LAYOUTS, and return their folder, FOLDER/LAYOUT.
 
-    The longer side of an image has `side` pixels. kermany: `chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg`.
-    covid_chestxray: `images/*.png` and `metadata.csv`, which also has rows without a file for a lateral image, a CT slice
-    and an unlabelled image. At least LEAST_IMAGES images of 32 pixels; for everything else see `write_phantoms`. Raises
-    ValueError for an unknown layout.
+    The layout "kermany" has `chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg`; "covid_chestxray" has `images/*.png` and
+    `metadata.csv`, which also has rows without a file for a lateral image, a CT slice and an unlabelled image. The longer
+    side of an image has `side` pixels, at least 32; `images` is at least LEAST_IMAGES. For the other parameters and errors
+    see `write_phantoms`. Raises ValueError for an unknown layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")
@@ -105,17 +106,17 @@ def write_diagnoses(
 def plan_diagnoses(layout: str, images: int, seed: int) -> list[Planned]:
     """Return the planned images of a layout, ordered by diagnosis, patient and follow-up."""
     rng = np.random.default_rng([seed, 60, list(LAYOUTS).index(layout)])
-    shown = apportion(images, LAYOUTS[layout].shares)
+    diagnoses = apportion(images, LAYOUTS[layout].shares)
     planned: list[Planned] = []
     patient = 0
-    for diagnosis in dict.fromkeys(shown):
-        remaining, sizes = shown.count(diagnosis), list(SEVERAL)
+    for diagnosis in dict.fromkeys(diagnoses):
+        remaining, sizes = diagnoses.count(diagnosis), list(SEVERAL)
         while remaining:
             patient += 1
-            # A diagnosis with few images has one patient for each, so that every fold can get one.
+            # If a diagnosis has few images, each has its own patient, so that every fold can get one.
             size = sizes.pop(0) if sizes and remaining >= 2 * sum(sizes) + 2 else 1
             low, high = (18, 90) if LAYOUTS[layout].adults else (1, 6)
-            of_patient = partial(
+            plan_image = partial(
                 Planned,
                 diagnosis=diagnosis,
                 patient=patient,
@@ -126,11 +127,11 @@ def plan_diagnoses(layout: str, images: int, seed: int) -> list[Planned]:
             )
             for follow_up in range(size):
                 image_seed = int(rng.integers(2**31))
-                planned.append(of_patient(number=len(planned) + 1, follow_up=follow_up, seed=image_seed))
+                planned.append(plan_image(number=len(planned) + 1, follow_up=follow_up, seed=image_seed))
             remaining -= size
     # The near-duplicate and the damaged file are taken from the end of the first diagnosis, which has many patients with one
-    # image, so that the rarer diagnoses lose none. The last image becomes the copy of the one before it.
-    copy = shown.count(shown[0]) - 1
+    # image, so that the rarer diagnoses lose no images. The last image becomes a copy of the one before it.
+    copy = diagnoses.count(diagnoses[0]) - 1
     planned[copy] = replace(
         planned[copy], is_copy=True, patient_seed=planned[copy - 1].patient_seed, seed=planned[copy - 1].seed
     )
@@ -152,7 +153,7 @@ def _write_image(root: Path, image: Planned, layout: str, side: int) -> None:
         patient, opacities = draw_finding(rng, SHOWN_BY[image.diagnosis], patient)
     exposure = draw_exposure(rng, side)
     if layout == "kermany":
-        # As in the real images: every one has a marker R and none an unexposed border.
+        # As in the real images, all have a marker R and none has an unexposed border.
         exposure = replace(exposure, marker="R", border=0.0)
     if image.is_copy:
         exposure = draw_near_duplicate(rng, exposure)
@@ -204,14 +205,13 @@ def _covid_chestxray_table(root: Path, planned: list[Planned], written: list[Non
 
 
 LAYOUTS = {
-    # chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg, in the shares of Kermany's images of each class (Cell 2018).
+    # The shares are those of Kermany's images in each class (Cell 2018).
     "kermany": _Layout(
         {"bacterial": 2780 / 5856, "viral": 1493 / 5856, "normal": 1583 / 5856},
         adults=False,
         make_path=_kermany_path,
         identifying_file="chest_xray/train/PNEUMONIA/person1_bacteria_1.jpeg",
     ),
-    # metadata.csv and images/*.png. The table also has a lateral image, a CT slice and an unlabelled image without files.
     "covid_chestxray": _Layout(
         {"COVID-19": 0.62, "viral": 0.08, "bacterial": 0.12, "normal": 0.08, "pneumonia": 0.05, "other": 0.05},
         adults=True,

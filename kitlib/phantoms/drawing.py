@@ -1,8 +1,8 @@
 """Render a synthetic frontal chest radiograph, with boxes and masks, from a patient, an exposure and opacities.
 
-Anatomy is drawn at a longer side of `WORK_SIDE` pixels or less and enlarged; noise and markers are drawn at full size. The
-image is built like an X-ray: soft tissue and bone add attenuation, aerated lung removes it, and an opacity is lung without
-air.
+Anatomy is drawn with a longer side of at most `WORK_SIDE` pixels and enlarged; noise and markers are drawn at full
+resolution. The image is built like an X-ray: soft tissue and bone add attenuation, aerated lung removes it, and an opacity
+is lung without air.
 """
 
 import cv2
@@ -12,7 +12,7 @@ from kitlib.phantoms.patients import LUNG_ASPECT, Exposure, Opacity, Patient
 
 WORK_SIDE = 512  # pixels of the longer side at which anatomy is drawn
 LUNG_SHARE = 0.74  # share of the image that the lungs fill, the median of SIIM's training set
-BOX_LEVEL = 0.35  # a box encloses the pixels that have more than this share of the opacity's own density
+BOX_LEVEL = 0.35  # a box encloses the pixels with more than this share of the opacity's density
 SHIFT = 4  # fractional bits of the coordinates that cv2 draws with
 
 # A lung's outline from the apex down the chest wall, and at the top of the mediastinum; u counts from the midline outwards.
@@ -21,9 +21,9 @@ MEDIASTINUM_TOP = [(0.17, -0.45), (0.2, -0.85)]
 
 
 def render(patient: Patient, exposure: Exposure, opacities: tuple[Opacity, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
-    """Return the radiograph (rows, columns) as float32 grey in 0..1, 1 = white, and boxes (n, 4) in its pixels.
+    """Return the radiograph (rows, columns), float32 grey in 0..1, 1 = white, and boxes (n, 4) in its pixels.
 
-    The boxes are those of the opacities with `boxed`, in their order. The same arguments give the same pixels.
+    There is one box for each opacity with `boxed`, in their order. The same arguments give the same pixels.
     """
     view = _View(patient, exposure)
     rng = np.random.default_rng([patient.seed, 1])
@@ -40,10 +40,10 @@ def render(patient: Patient, exposure: Exposure, opacities: tuple[Opacity, ...] 
 
 
 def draw_masks(patient: Patient, exposure: Exposure) -> dict[str, np.ndarray]:
-    """Return the masks of left_lung, right_lung and heart as `render` draws them: bool (rows, columns), the patient's sides.
+    """Return masks of left_lung, right_lung and heart as `render` draws them, keyed by name: bool (rows, columns).
 
-    Lungs include opacities. The heart is the region between the lungs from the hila to the diaphragm, without the lungs,
-    because nothing else in the image shows where it ends.
+    Left and right are the patient's. Lungs include opacities. The heart is the region between the lungs from the hila to the
+    diaphragm, without the lungs, because nothing else in the image shows where the heart ends.
     """
     view = _View(patient, exposure)
     right, left = _lung_outlines(patient, np.random.default_rng([patient.seed, 1]))
@@ -90,7 +90,7 @@ class _View:
             cv2.fillPoly(canvas, [outline], round(255 * value), cv2.LINE_AA, SHIFT)
 
     def lines(self, canvas: np.ndarray, curves: np.ndarray, width: float, value: float) -> None:
-        """Draw curves (curves, points, 2) that are `width` thorax units wide, at least a pixel."""
+        """Draw curves (curves, points, 2), `width` thorax units wide and at least one pixel."""
         thickness = max(1, round(width * self.unit))
         # Broad lines are blurred later; smoothing their edges too would take four times as long.
         kind = cv2.LINE_AA if thickness == 1 else cv2.LINE_8
@@ -140,7 +140,7 @@ def _right_heart(patient: Patient) -> list[tuple[float, float]]:
 def _left_heart(patient: Patient) -> list[tuple[float, float]]:
     """Return the left lung's edge along the heart, from the base upwards; u counts from the midline outwards.
 
-    The last two points lie along the aorta.
+    The last two points are along the aorta.
     """
     heart = patient.heart
     return [(0.66 * heart, 0.7), (0.56 * heart, 0.4), (0.36, 0.12), (0.25, -0.05), (0.29, -0.2), (0.22, -0.32)]
@@ -154,14 +154,14 @@ def _heart_outline(patient: Patient) -> np.ndarray:
 
 
 def _replace_air(air: np.ndarray, inside: np.ndarray, opacity: Opacity, view: _View) -> np.ndarray:
-    """Remove the opacity's share of `air`, in place; return the opacity's box (4,) in canvas pixels."""
+    """Remove the opacity's share of `air` in place; return the opacity's box (4,) in canvas pixels."""
     rng = np.random.default_rng([opacity.seed, 2])
     radius = np.array([opacity.radius_u, opacity.radius_v])
     centre = np.array([opacity.u, opacity.v])
     reach = view.pixels(np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * 1.5 * radius + centre)
     left, top = np.floor(reach.min(axis=0)).astype(int).clip(0, (view.columns - 2, view.rows - 2))
     right, bottom = np.ceil(reach.max(axis=0)).astype(int).clip((left + 2, top + 2), (view.columns, view.rows))
-    # Converts pixels of the area to the ellipse's own coordinates, in which its rim has radius 1.
+    # Converts pixels to coordinates in which the ellipse is a circle of radius 1.
     inverse = np.diag(1 / radius) @ np.linalg.inv(view.matrix)
     offset = inverse @ (np.array([left, top]) + 0.5 - view.pixels(centre))
     x, y = np.arange(right - left), np.arange(bottom - top)[:, None]
@@ -254,7 +254,7 @@ def _vessels(view: _View, rng: np.random.Generator) -> np.ndarray:
 
 
 def _expose(grey: np.ndarray, exposure: Exposure) -> np.ndarray:
-    """Return the image at full size, with contrast, noise, the unexposed border and the marker."""
+    """Return the image at full resolution, with contrast, noise, the unexposed border and the marker."""
     grey = np.power(np.clip(grey * np.float32(exposure.gain), 0, 1), np.float32(exposure.gamma))
     if grey.shape != (exposure.rows, exposure.columns):
         grey = cv2.resize(grey, (exposure.columns, exposure.rows), interpolation=cv2.INTER_CUBIC)

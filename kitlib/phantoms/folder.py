@@ -1,4 +1,4 @@
-"""Write a folder of phantoms atomically: reuse it if it fits, and never replace a folder that is not made of phantoms."""
+"""Write a folder of phantoms atomically, reuse it if its parameters are the same, and never replace other data."""
 
 import hashlib
 import importlib
@@ -21,7 +21,7 @@ from kitlib.atomic import write_json
 from kitlib.xrays.cache import usable_cores
 from kitlib.xrays.worker import LightContext
 
-LEAST_SIDE = 32  # pixels; a smaller chest shows nothing
+LEAST_SIDE = 32  # pixels; in smaller images nothing is recognisable
 DRAWING = ("kitlib.phantoms.drawing", "kitlib.phantoms.patients", "kitlib.phantoms.plan")
 
 Item = TypeVar("Item")
@@ -30,10 +30,10 @@ Written = TypeVar("Written")
 
 @dataclass(frozen=True)
 class PhantomFolder:
-    """A folder of phantoms and the marker file beside it, which records the parameters that made them.
+    """A folder of phantoms and its marker, a JSON file next to it with the parameters with which they were made.
 
-    `folder` has only files of the data set's layout. `tables` are names of files in it whose bytes, recorded in the marker,
-    distinguish phantoms from a real data set.
+    `folder` contains only files of the data set's layout. `tables` are the names of files in it whose digest, which is
+    recorded in the marker, distinguishes phantoms from a real data set.
     """
 
     folder: Path
@@ -43,19 +43,21 @@ class PhantomFolder:
     def is_made_with(self, parameters: dict[str, Any]) -> bool:
         """Return whether the folder exists and was made with `parameters`.
 
-        Raises FileExistsError if it contains anything but phantoms.
+        Raises FileExistsError if the folder contains anything but phantoms.
         """
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return False
-        made = json.loads(self.marker.read_text(encoding="utf-8")) if self.marker.is_file() else {}
+        recorded = json.loads(self.marker.read_text(encoding="utf-8")) if self.marker.is_file() else {}
         # The digest detects a real data set that was unpacked where phantoms had been.
-        if made.get("tables") != self._digest(self.folder):
-            raise FileExistsError(f"{self.folder} has files that are not phantoms; choose another folder or move it away")
-        return parameters.items() <= made.items()
+        if recorded.get("tables") != self._digest(self.folder):
+            raise FileExistsError(
+                f"{self.folder} contains files that are not phantoms; choose another folder or move this one"
+            )
+        return parameters.items() <= recorded.items()
 
     @contextmanager
     def replacing(self, parameters: dict[str, Any]) -> Iterator[Path]:
-        """Yield a temporary folder to fill; if the block ends without an error, it replaces `folder`.
+        """Yield a temporary folder to fill, which replaces `folder` if the block ends without an error.
 
         The marker is written with `parameters` and the digest of the tables.
         """
@@ -64,7 +66,7 @@ class PhantomFolder:
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        # If the process is killed between two of these steps, the next call finds phantoms that fit their marker, or none.
+        # If the process is killed between two of these steps, the next call finds phantoms that fit the marker, or none.
         if self.folder.exists():
             self.folder.rename(replaced)
         write_json(self.marker, parameters | {"tables": self._digest(partial)})
@@ -92,16 +94,16 @@ def write_phantoms(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write `folder` with a set of phantoms, unless it exists and was made with the same parameters; return `folder`.
+    """Write a set of phantoms to `folder`, unless it exists and was made with the same parameters; return `folder`.
 
-    `plan` returns the items to write. `write` writes one item below a folder, maybe in another process; `finish` then gets
-    the folder, the items and what `write` returned for them. `parameters` include the image's `side` in pixels and maybe the
-    number of `images`. The same parameters and code (the modules `code` and those that draw) give the same bytes, for any
-    number of `workers` (default: the cores, fewer for a small set). `tables` are as in PhantomFolder; `marker` is the name
-    of the marker file beside the folder, by default `.NAME.json`. The folder appears when it is complete: after an
-    interruption, call again. It is written again if it was made with other parameters, or if one of `other_files` is
-    missing. Raises FileExistsError if it contains anything but phantoms, ValueError if `images` or `side` is less than
-    `least`.
+    `plan` returns the items to write. `write` writes one item below a folder, possibly in another process. `finish` then
+    gets the folder, the items and the results of `write` for them. `parameters` contains `side` in pixels and, for most
+    sets, `images`, their number; ValueError is raised if they are less than `least` (images, side). The same parameters and
+    code (the modules in `code` and the drawing modules) give the same bytes, for any number of `workers` (default: one per
+    core, fewer for a small set). `tables` are as in PhantomFolder; `marker` is the name of the marker file next to the
+    folder, by default `.NAME.json`. The folder appears only when it is complete; after an interruption, call again. It is
+    written again if it was made with other parameters or code, or if one of `other_files` is missing. `unit` names an item
+    in the progress bar. Raises FileExistsError if the folder contains anything but phantoms.
     """
     images, side = parameters.get("images", 0), parameters["side"]
     if images < least[0] or side < least[1]:
@@ -121,21 +123,21 @@ def write_phantoms(
 
 
 def hash_code(*code: str) -> str:
-    """Return 16 hexadecimal digits that change with the code of these modules or of the drawing modules.
+    """Return a hash, 16 hexadecimal digits, of the code of these modules and the drawing modules.
 
-    Phantoms of another version of the code are drawn again.
+    Phantoms that were made with another version of the code are drawn again.
     """
     files = [Path(inspect.getfile(importlib.import_module(name))) for name in (*DRAWING, *code)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def choose_workers(images: int) -> int:
-    """Return one process for every hundred images, at most one per core; starting one takes as long as many images."""
+    """Return one worker per hundred images, at most one per core, because starting one takes as long as many images."""
     return min(usable_cores(), 1 + images // 100)
 
 
 def map_in_order(write: Callable[[Item], Written], items: Sequence[Item], workers: int, side: int) -> Iterator[Written]:
-    """Yield what `write` returns for each item, in the items' order whatever `workers` is.
+    """Yield the result of `write` for each item, in order, whatever the number of `workers`.
 
     `write` and the items are pickled for other processes; `side`, in pixels, sets the number of items per chunk.
     """

@@ -1,4 +1,4 @@
-"""Write phantoms in the layouts of data sets with lung masks: JSRT with SCR, Montgomery, Shenzhen, and V7's from Darwin.
+"""Write phantoms in the layouts of data sets with lung masks: JSRT with SCR, Montgomery, Shenzhen, and V7's (Darwin).
 
 Masks come from the drawing, with each data set's own definition of the lungs.
 """
@@ -22,9 +22,9 @@ from kitlib.phantoms.patients import draw_exposure, draw_finding, draw_patient
 from kitlib.phantoms.plan import apportion
 from kitlib.xrays.image_file import JSRT_BITS, JSRT_SIDE
 
-SCR_SIDE = 1024  # pixels of SCR's masks
-MASKED_SHARE = 566 / 662  # of Shenzhen's images
-LATERAL_SHARE = 0.02  # of Darwin's images, and at least one, are tagged as lateral; they too are drawn frontal
+SCR_SIDE = 1024  # side of SCR's masks, pixels
+MASKED_SHARE = 566 / 662  # share of Shenzhen's images with a mask
+LATERAL_SHARE = 0.02  # share of Darwin's images, at least one, tagged as lateral; they are drawn frontal all the same
 FIRST_DARWIN_ID = 965322
 
 
@@ -38,7 +38,7 @@ class _Planned:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """One phantom: `pixels` uint8 (rows, columns), its masks by structure (see `draw_masks`), the patient's sex and age."""
+    """One phantom: `pixels` uint8 (rows, columns), masks keyed by structure (see `draw_masks`), sex and age."""
 
     pixels: np.ndarray
     masks: dict[str, np.ndarray]
@@ -51,7 +51,7 @@ class _Layout:
     """One data set's layout. `classes` maps a class to its share of the images and to the findings that show it."""
 
     classes: dict[str, tuple[float, tuple[str, ...]]]
-    identifying_file: str  # a file of every set of this layout, whose bytes distinguish phantoms from a real one
+    identifying_file: str  # a file whose content distinguishes phantoms from the real data set
     write: Callable[[Path, _Planned, _Drawn], None]
 
 
@@ -65,14 +65,15 @@ def write_lungs(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write FOLDER/LAYOUT, one of LAYOUTS, with `images` images and their masks; return that folder.
+    """Write `images` images and their masks in one of LAYOUTS; return their folder, FOLDER/LAYOUT.
 
-    jsrt: `All247images/*.IMG`, 2048 x 2048 pixels and 8 MB each, whatever `side` is, and `scratch/fold1` and `fold2` with
-    masks of heart, left and right lung, 1024 x 1024, as GIF files. montgomery: PNG files, a mask of each lung, and clinical
-    readings. shenzhen: PNG files, one mask for six images in seven, and clinical readings. darwin: images, and annotations
-    with two polygons called Lung, which include the heart; one image in fifty, and at least one, is tagged as lateral and
-    has none. Images of the last three layouts have `side` pixels on their longer side and are not square. At least one image
-    of each class; for everything else see `write_phantoms`. Raises ValueError for an unknown layout.
+    "jsrt" has `All247images/*.IMG`, 2048 x 2048 pixels and 8 MB each, whatever `side` is, and `scratch/fold1` and `fold2`
+    with masks of heart, left and right lung, 1024 x 1024, as GIF files. "montgomery" has PNG files, a mask of each lung, and
+    clinical readings. "shenzhen" has PNG files, one mask for six images in seven, and clinical readings. "darwin" has
+    images, and annotations with two polygons called Lung, which include the heart; one image in fifty, and at least one, is
+    tagged as lateral and has no polygons. Images in the last three layouts have `side` pixels on their longer side and are
+    not square. `images` is at least the number of classes. For the other parameters and errors see `write_phantoms`. Raises
+    ValueError for an unknown layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")
@@ -117,7 +118,7 @@ def _write(root: Path, image: _Planned, layout: str, side: int) -> None:
 
 
 def _write_jsrt(root: Path, image: _Planned, drawn: _Drawn) -> None:
-    # As in SCR, odd numbers are fold 1 and even numbers fold 2.
+    # As in SCR, odd numbers are in fold 1 and even numbers in fold 2.
     fold = f"fold{2 - image.number % 2}"
     name = f"JPC{'LN' if image.shown == 'nodule' else 'NN'}{image.number:03d}"
     values = (255 - drawn.pixels.astype(">u2")) << (JSRT_BITS - 8)
@@ -160,7 +161,7 @@ def _write_darwin(root: Path, image: _Planned, drawn: _Drawn) -> None:
     annotations: list[dict[str, Any]] = [{"name": tag, "tag": {}} for tag in tags]
     if not lateral:
         right, left, heart = (drawn.masks[structure] for structure in ("right_lung", "left_lung", "heart"))
-        # The heart is split midway between the lungs, and each part joined to the lung on its side.
+        # The heart is split midway between the lungs, and each part is joined to the lung on its side.
         middle = (np.nonzero(right)[1].mean() + np.nonzero(left)[1].mean()) / 2
         is_right_side = np.arange(columns) < middle
         annotations += [_polygon(right | (heart & is_right_side)), _polygon(left | (heart & ~is_right_side))]
@@ -173,7 +174,7 @@ def _write_darwin(root: Path, image: _Planned, drawn: _Drawn) -> None:
 
 
 def _polygon(mask: np.ndarray) -> dict[str, Any]:
-    """Return Darwin's annotation of a lung; paths run a quarter of a pixel inside the outermost pixels' edges."""
+    """Return Darwin's annotation of a lung, with paths a quarter of a pixel inside of the outermost pixels' edges."""
     doubled = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     contours, _ = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     paths = [[{"x": x / 2 + 0.25, "y": y / 2 + 0.25} for x, y in contour[:, 0].tolist()] for contour in contours]
@@ -188,7 +189,7 @@ def _save(path: Path, pixels: np.ndarray) -> None:
         image.save(temporary_path)
 
 
-# Numbers of Kermany's images by class (Cell 2018), and of COVID-19 images by V7's count.
+# Class -> number of images: Kermany's (Cell 2018), and V7's count of COVID-19 images.
 DARWIN_COUNTS = dict(zip(CLASSES, (1583, 2780, 1493, 517), strict=True))
 TUBERCULOSIS = ("Infiltration", "Consolidation", "Effusion")
 LAYOUTS = {

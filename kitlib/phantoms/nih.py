@@ -1,4 +1,4 @@
-"""Write phantoms in the layout of NIH ChestX-ray14: PNG files, the table of entries, the official lists and the boxes."""
+"""Write phantoms in the layout of NIH ChestX-ray14: PNG files, the table of entries, the official lists and boxes."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,10 +19,10 @@ NAME = "nih-chest-xrays"
 ARCHIVES = 12  # folders images_001 to images_012
 # Half of the real images show no finding. Rare findings are drawn more often, so that few images suffice to learn them.
 SHARES = dict(zip(DRAWN_FINDINGS, (0.08, 0.09, 0.12, 0.06, 0.07, 0.06, 0.07, 0.45), strict=True))
-HEART_SHARE = 0.06  # of images with another finding that also show Cardiomegaly, as a second label
-TEST_SHARE = 0.228  # 25,596 of 112,120 images; by patient
-RGBA_SHARE = 0.005  # some of the real files have four channels
-# Drawn findings with boxes -> their names in the real list of boxes, which has test images only.
+HEART_SHARE = 0.06  # share of images with another finding that also show Cardiomegaly, as a second label
+TEST_SHARE = 0.228  # 25,596 of 112,120 images; whole patients are drawn
+RGBA_SHARE = 0.005  # share of files with four channels, as some of the real files have
+# Drawn findings with boxes -> their names in the real list of boxes, which contains only test images.
 BOXED = {"Infiltration": "Infiltrate", "Mass": "Mass", "Nodule": "Nodule", "Pneumonia": "Pneumonia"}
 
 
@@ -43,13 +43,13 @@ class _Planned:
 def write_nih(
     folder: str | Path, *, images: int, side: int, seed: int, workers: int | None = None, progress: bool = True
 ) -> Path:
-    """Write FOLDER/nih-chest-xrays with `images` images and the tables, and return that folder.
+    """Write `images` images and the tables to FOLDER/nih-chest-xrays, and return that folder.
 
-    It has `images_001/images/*.png` to `images_012` (`side` x `side` pixels, the real ones have 1024; one in 200, and at
-    least one, is RGBA), `Data_Entry_2017_v2020.csv`, `train_val_list.txt`, `test_list.txt` and, for test images,
+    The folder has `images_001/images/*.png` to `images_012` (`side` x `side` pixels, where the real images have 1024; one in
+    200, and at least one, is RGBA), `Data_Entry_2017_v2020.csv`, `train_val_list.txt`, `test_list.txt` and, for test images,
     `BBox_List_2017.csv`. Patients have up to four images, all in the same list. An image shows one of
-    `kitlib.phantoms.patients.DRAWN_FINDINGS`, sometimes with Cardiomegaly; NIH's other findings do not occur. At least 16
-    images of 32 pixels; for everything else see `write_phantoms`.
+    `kitlib.phantoms.patients.DRAWN_FINDINGS`, sometimes with Cardiomegaly; NIH's other findings do not occur. `images` is at
+    least 16 and `side` at least 32; for the other parameters and errors see `write_phantoms`.
     """
     return write_phantoms(
         Path(folder) / NAME,
@@ -68,14 +68,14 @@ def write_nih(
 def _plan(images: int, seed: int) -> list[_Planned]:
     """Return the planned images, ordered by patient and follow-up, as in the real table."""
     rng = np.random.default_rng([seed, 30])
-    main = rng.permutation(apportion(images, SHARES))
+    main_findings = rng.permutation(apportion(images, SHARES))
     numbers = draw_patient_numbers(images, rng)
     test = _test_patients(numbers, rng)
     rgba = set(rng.permutation(images)[: max(1, round(RGBA_SHARE * images))])
-    first: dict[int, int] = {}
+    first_index: dict[int, int] = {}
     planned = []
-    for index, (number, finding) in enumerate(zip(numbers, main, strict=True)):
-        follow_up = index - first.setdefault(number, index)
+    for index, (number, finding) in enumerate(zip(numbers, main_findings, strict=True)):
+        follow_up = index - first_index.setdefault(number, index)
         findings = {str(finding)}
         if finding not in ("No Finding", "Cardiomegaly") and rng.random() < HEART_SHARE:
             findings.add("Cardiomegaly")
@@ -97,14 +97,14 @@ def _plan(images: int, seed: int) -> list[_Planned]:
 
 
 def _test_patients(numbers: list[int], rng: np.random.Generator) -> set[int]:
-    """Return patients, drawn at random until they have TEST_SHARE of the images."""
+    """Return the numbers of the test patients, drawn at random until they have TEST_SHARE of the images."""
     images = pd.Series(numbers).value_counts(sort=False)
     drawn = images.loc[rng.permutation(images.index)].cumsum()
     return set(drawn.index[: 1 + int((drawn < TEST_SHARE * len(numbers)).sum())])
 
 
 def _write_image(root: Path, image: _Planned, side: int) -> np.ndarray:
-    """Write one image; return the boxes (n, 4) of its opacities in pixels."""
+    """Write one image; return the boxes (n, 4) of its opacities, in pixels."""
     rng = np.random.default_rng(image.seed)
     patient = draw_patient(np.random.default_rng(image.patient_seed))
     opacities: tuple[Opacity, ...] = ()

@@ -1,7 +1,7 @@
-"""Draw at random what a phantom radiograph shows: a patient, an exposure, and the opacities of a study class or finding.
+"""Draw random contents of a phantom radiograph: a patient, an exposure, and opacities of a study class or finding.
 
-Positions are in thorax units: u to the image's right, v downwards, the lungs within about -1..1 on both axes, the patient's
-right lung at negative u.
+Positions are in thorax units: u points to the image's right, v downwards, and the lungs are within about -1..1 on both axes.
+The patient's right lung is at negative u.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ class Opacity:
     radius_u: float
     radius_v: float
     density: float  # share of the air that is replaced, 0..1
-    softness: float  # width of the rim as a share of the radius: 0.15 a sharp consolidation, 0.8 ground glass
+    softness: float  # width of the rim as a share of the radius: 0.15 for a sharp consolidation, 0.8 for ground glass
     seed: int
     boxed: bool = True  # False for effusions, which annotators do not box
 
@@ -31,11 +31,11 @@ class Opacity:
 class Patient:
     """Anatomy that is the same in all of a patient's images."""
 
-    width: float  # body size relative to the mean, like height
+    width: float  # relative to the mean, like `height`
     height: float
     heart: float  # how far the heart reaches to the left, relative to the mean
     diaphragm: float  # thorax units by which the diaphragm is lower than the mean
-    tissue: float  # attenuation of the soft tissue, grey
+    tissue: float  # attenuation of the soft tissue, grey 0..1
     bone: float  # attenuation of the bones, relative to the mean
     stomach_gas: bool
     seed: int
@@ -53,9 +53,9 @@ class Exposure:
     rotation: float  # degrees
     gamma: float
     gain: float
-    noise: float  # standard deviation, grey
-    marker: str  # "L", "R" or "" for none, burnt in on the side it names
-    marker_height: float  # its vertical position as a share of the rows
+    noise: float  # standard deviation, grey 0..1
+    marker: str  # "L" or "R", burnt in on that side of the patient, or "" for none
+    marker_height: float  # vertical position of the marker, share of the rows
     border: float  # unexposed margin, share of the longer side
     seed: int
 
@@ -75,7 +75,7 @@ def draw_patient(rng: np.random.Generator) -> Patient:
 
 
 def draw_exposure(rng: np.random.Generator, side: int) -> Exposure:
-    """Draw a random exposure whose longer side has `side` pixels; three in five are landscape, and none is square."""
+    """Draw a random exposure whose longer side has `side` pixels. Three in five are landscape, and none is square."""
     other = min(side - 1, round(side * rng.uniform(0.8, 0.97)))
     rows, columns = (other, side) if rng.random() < 0.6 else (side, other)
     return Exposure(
@@ -96,10 +96,10 @@ def draw_exposure(rng: np.random.Generator, side: int) -> Exposure:
 
 
 def draw_near_duplicate(rng: np.random.Generator, exposure: Exposure) -> Exposure:
-    """Return the exposure processed again: cropped by up to 4 per cent along each axis, with other contrast and noise."""
+    """Return the exposure cropped by up to 4 per cent along each axis, with different contrast and noise."""
     rows = round(exposure.rows * rng.uniform(0.96, 1.0))
     columns = round(exposure.columns * rng.uniform(0.96, 1.0))
-    # The zoom compensates for the smaller image, so that the patient's size in pixels stays.
+    # The zoom compensates for the smaller image, so that the patient's size in pixels stays the same.
     shrunk = min(columns, rows * LUNG_ASPECT) / min(exposure.columns, exposure.rows * LUNG_ASPECT)
     return replace(
         exposure,
@@ -113,12 +113,12 @@ def draw_near_duplicate(rng: np.random.Generator, exposure: Exposure) -> Exposur
 
 
 def draw_opacities(rng: np.random.Generator, study_class: str) -> tuple[Opacity, ...]:
-    """Draw the opacities of a study class, as the reporting classes describe them.
+    """Draw random opacities of a study class, following the definitions of the classes for reporting.
 
-    negative: none. typical: ground glass in both lungs, peripheral and lower, two or more. indeterminate: diffuse and
-    perihilar, in one lung or both. atypical: in the upper zones one sharp lobar consolidation or two nodules, or a pleural
-    effusion, which has no box. Source: Litmanovich et al., Journal of Thoracic Imaging 2020. Raises ValueError for an
-    unknown class.
+    negative: no opacities. typical: two or more of ground glass, peripheral and low, in both lungs. indeterminate: diffuse
+    and perihilar ones, in one lung or both. atypical: one sharp lobar consolidation or two nodules in the upper zones, or a
+    pleural effusion, which has no box. Source: Litmanovich et al., Journal of Thoracic Imaging 2020. Raises ValueError for
+    an unknown class.
     """
     side = float(rng.choice([-1, 1]))
     if study_class == "negative":
@@ -146,17 +146,17 @@ def draw_opacities(rng: np.random.Generator, study_class: str) -> tuple[Opacity,
     raise ValueError(f"unknown study class {study_class!r}; valid: {', '.join(STUDY_CLASSES)}")
 
 
-# NIH's findings that phantoms show; each looks different, so that a network can tell them apart.
+# NIH's findings that phantoms show. Each looks different, so that a network can tell them apart.
 DRAWN_FINDINGS = ("Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Consolidation", "No Finding")
 
 
 def draw_finding(rng: np.random.Generator, finding: str, patient: Patient) -> tuple[Patient, tuple[Opacity, ...]]:
-    """Draw one of DRAWN_FINDINGS; return the patient, whose heart may change, and the opacities.
+    """Draw one of DRAWN_FINDINGS; return the patient, whose heart may be changed, and the opacities.
 
-    Cardiomegaly is a heart larger than any other patient's. Infiltration is ground glass in the middle zones, in half the
-    images of both lungs; Pneumonia a half-dense, half-sharp patch low in one lung; Consolidation a dense, sharp patch high
-    in one lung; Mass and Nodule are round, dense and sharp, large and small; Effusion is fluid in one lung's lower corner,
-    without a box. Raises ValueError for another finding.
+    Cardiomegaly is a heart larger than that of patients without it. Infiltration is ground glass in the middle zones, in
+    both lungs in half of the images. Pneumonia is a half-dense, half-sharp patch low in one lung, Consolidation a dense,
+    sharp patch high in one lung. Mass (large) and Nodule (small) are round, dense and sharp. Effusion is fluid in the lower
+    corner of one lung, without a box. Raises ValueError for another finding.
     """
     if finding not in DRAWN_FINDINGS:
         raise ValueError(f"phantoms cannot show {finding!r}; valid: {', '.join(DRAWN_FINDINGS)}")
@@ -191,7 +191,7 @@ def _patch(
     density: tuple[float, float],
     softness: float,
 ) -> Opacity:
-    """Draw an opacity whose values lie in the given ranges; u counts from the midline towards `side`."""
+    """Draw an opacity with values in the given ranges; u counts from the midline towards `side` (-1 or 1)."""
     u_drawn, v_drawn, radius_u_drawn, radius_v_drawn, density_drawn = (
         float(rng.uniform(*bounds)) for bounds in (u, v, radius_u, radius_v, density)
     )

@@ -1,4 +1,4 @@
-"""Plan a phantom competition from one seed: its patients, studies and images, and which files are odd or damaged."""
+"""Plan a phantom competition from one seed: its patients, studies and images, and its odd or damaged files."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ import numpy as np
 
 # Shares in SIIM's training set.
 CLASS_SHARES = {"negative": 0.28, "typical": 0.47, "indeterminate": 0.17, "atypical": 0.08}
-# Most studies have one image. Shares of studies with an unannotated near-duplicate image, and with other further images.
+# Shares of studies with an unannotated near-duplicate image, and with other additional images; most studies have one image.
 DUPLICATE_SHARE, SERIES_SHARE = 0.05, 0.03
 ODDITIES = ("window width 0", "skull", "padding")
 ODDITY_SHARE = 0.01
@@ -16,11 +16,11 @@ DAMAGES = ("truncated", "garbage", "empty")
 
 @dataclass(frozen=True)
 class PlannedImage:
-    """One planned image; `oddity` is one of ODDITIES and `damage` one of DAMAGES, or empty."""
+    """One planned image. `oddity` is one of ODDITIES or empty, `damage` one of DAMAGES or empty."""
 
     image_id: str
     series_id: str
-    duplicate: bool = False  # of the study's first image
+    duplicate: bool = False  # whether it is a near-duplicate of the study's first image
     oddity: str = ""
     damage: str = ""
 
@@ -41,7 +41,7 @@ class PlannedStudy:
 def plan_split(split: str, studies: int, seed: int, damaged: int) -> list[PlannedStudy]:
     """Return the planned studies of a split, "train" or "test". No patient is in both splits.
 
-    `damaged` images cannot be read. Raises ValueError if that is more than half of the images.
+    `damaged` is the number of images that cannot be read. Raises ValueError if it is more than half of the images.
     """
     rng = np.random.default_rng([seed, ("train", "test").index(split)])
     classes = rng.permutation(apportion(studies, CLASS_SHARES))
@@ -96,7 +96,7 @@ def _with_oddities(planned: list[PlannedStudy], damaged: int, rng: np.random.Gen
 
 
 def apportion(count: int, shares: dict[str, float]) -> list[str]:
-    """Return `count` names in the order of `shares` (which sum to 1), by largest remainder and each name at least once."""
+    """Return `count` names in the order of `shares`, which sum to 1, by largest remainder; each name at least once."""
     exact = {name: share * count for name, share in shares.items()}
     counts = {name: max(1, int(value)) for name, value in exact.items()}
     for name in sorted(exact, key=lambda name: int(exact[name]) - exact[name]):
@@ -108,7 +108,7 @@ def apportion(count: int, shares: dict[str, float]) -> list[str]:
 
 
 def draw_patient_numbers(studies: int, rng: np.random.Generator) -> list[int]:
-    """Return each study's patient number, ascending from 0: six patients in ten have one study, others up to four."""
+    """Return each study's patient number, ascending from 0; six patients in ten have one study, the others up to four."""
     numbers: list[int] = []
     patient = 0
     while len(numbers) < studies:

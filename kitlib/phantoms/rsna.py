@@ -20,13 +20,13 @@ from kitlib.phantoms.plan import apportion, draw_patient_numbers
 from kitlib.xrays.writing import write_xray
 
 SLUG = "rsna-pneumonia-detection-challenge"
-# Class -> findings that its images show. Nodules are not pneumonia: RSNA's readers put them into the middle class, unboxed.
+# Class -> findings that its images show. RSNA's readers put nodules, which are not pneumonia, in the middle class, unboxed.
 SHOWN = {
     "Normal": ("No Finding",),
     "No Lung Opacity / Not Normal": ("Cardiomegaly", "Effusion", "Nodule"),
     "Lung Opacity": ("Infiltration", "Consolidation", "Pneumonia"),
 }
-# NIH's number of the first patient: above those of phantoms in NIH's layout, because these are other patients.
+# First patient number in the mapping to NIH's images; larger than in phantoms of NIH's layout, which are other patients.
 FIRST_PATIENT = 20001
 
 
@@ -42,11 +42,12 @@ class _Planned:
 def write_rsna(
     folder: str | Path, *, images: int, side: int, seed: int, workers: int | None = None, progress: bool = True
 ) -> Path:
-    """Write FOLDER/rsna-pneumonia-detection-challenge with `images` images and the tables, and return that folder.
+    """Write `images` images and the tables to FOLDER/rsna-pneumonia-detection-challenge, and return that folder.
 
-    It has `stage_2_train_images/<patientId>.dcm` (8-bit JPEG baseline, `side` x `side` pixels; the real ones have 1024), the
-    two label tables, with the real set's class shares and boxes in whole pixels, and RSNA's mapping of images to NIH's,
-    whose patients have up to four images. At least 3 images of 32 pixels; for everything else see `write_phantoms`.
+    The folder has `stage_2_train_images/<patientId>.dcm` (8-bit baseline JPEG, `side` x `side` pixels, where the real images
+    have 1024), the two label tables, with the real set's class shares and boxes in whole pixels, and RSNA's mapping to NIH's
+    images, in which patients have up to four images. `images` is at least 3 and `side` at least 32; for the other parameters
+    and errors see `write_phantoms`.
     """
     return write_phantoms(
         Path(folder) / SLUG,

@@ -1,4 +1,4 @@
-"""Write a phantom competition: the SIIM folder with DICOM files and tables, and the test set's ground truth elsewhere."""
+"""Write a phantom competition: the SIIM folder with DICOM files and tables, and separately the test set's ground truth."""
 
 import shutil
 from functools import partial
@@ -33,11 +33,11 @@ from kitlib.xrays.writing import write_xray
 COMPETITION = "siim-covid19-detection"
 LABEL_TABLES = ("train_study_level.csv", "train_image_level.csv")
 MARKER = ".phantom.json"
-MARKER_INSIDE = "phantom.json"  # the marker's path inside the folder in earlier versions
+MARKER_INSIDE = "phantom.json"  # earlier versions wrote the marker inside the folder, under this name
 
 # Shares in SIIM's training set.
 MONOCHROME1_SHARE = 0.27
-# SIIM's files are nine in ten uncompressed and the rest JPEG Lossless; the other syntaxes occur in other hospitals.
+# Nine in ten of SIIM's files are uncompressed and the others JPEG Lossless; the other syntaxes occur in other hospitals.
 SYNTAX_SHARES = {
     ExplicitVRLittleEndian: 0.62,
     JPEGLosslessSV1: 0.12,
@@ -66,19 +66,20 @@ def write_competition(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write FOLDER/siim-covid19-detection and, into `truth`, the test set's two label tables; return the first folder.
+    """Write FOLDER/siim-covid19-detection, and the test set's two label tables to `truth`; return the first folder.
 
-    The folder has only the competition's files: `train/` and `test/` with <study>/<series>/<image>.dcm,
+    The folder contains only the competition's files: `train/` and `test/` with <study>/<series>/<image>.dcm,
     `train_study_level.csv`, `train_image_level.csv` and `sample_submission.csv`. `side` is the longer side of an image in
-    pixels. As in the real set, a near-duplicate image of a positive study has no box in the training table; in the test
-    set's ground truth it has boxes, because the hidden labels were corrected. `damaged_test_files` of the test images cannot
-    be read completely; they keep their rows. The marker is FOLDER/.phantom.json; for everything else see `write_phantoms`.
-    Raises ValueError for fewer than four studies in a split, too small a `side`, or too many damaged files.
+    pixels. As in the real set, a near-duplicate image of a positive study has no box in the training table; it has boxes in
+    the test set's ground truth, because the hidden labels were corrected. `damaged_test_files` is the number of test images
+    that cannot be read completely; they keep their rows. The marker is FOLDER/.phantom.json. For the other parameters and
+    errors see `write_phantoms`. Raises ValueError if a split has fewer than four studies, `side` is less than 32, or more
+    than half of the test images are damaged.
     """
     if min(train_studies, test_studies) < len(STUDY_CLASSES):
         raise ValueError(
-            f"train_studies is {train_studies} and test_studies {test_studies}; each must be at least {len(STUDY_CLASSES)}, "
-            "one study of each class"
+            f"train_studies is {train_studies} and test_studies is {test_studies}; both must be at least "
+            f"{len(STUDY_CLASSES)}, one study per class"
         )
     if side < LEAST_SIDE:
         raise ValueError(f"side is {side}; it must be at least {LEAST_SIDE} pixels")
@@ -104,16 +105,16 @@ def write_competition(
 
 
 def _write_study(root: Path, study: PlannedStudy, side: int) -> list[dict[str, Any]]:
-    """Write one study's files; return for each image its ids, class and boxes (n, 4) in the image's pixels."""
+    """Write one study's files; return one dict per image with split, ids, class and boxes (n, 4) in its pixels."""
     patient = draw_patient(np.random.default_rng(study.patient_seed))
     rng = np.random.default_rng(study.seed)
     opacities = draw_opacities(rng, study.study_class)
-    first = draw_exposure(rng, side)
+    first_exposure = draw_exposure(rng, side)
     rows = []
     for index, image in enumerate(study.images):
-        exposure = first
+        exposure = first_exposure
         if image.duplicate:
-            exposure = draw_near_duplicate(rng, first)
+            exposure = draw_near_duplicate(rng, first_exposure)
         elif index > 0:
             exposure = draw_exposure(rng, side)
         grey, boxes = render(patient, exposure, opacities)

@@ -1,4 +1,4 @@
-"""Metrics, competition scores, and the rows of a submission with their validator: pure functions of tables.
+"""Metrics, the competition's score, and reading, writing and validation of submission files.
 
-Does not belong here: models; fitting of ensembles.
+Does not belong here: models, and fitting of ensembles.
 """

@@ -1,23 +1,24 @@
 """PASCAL VOC 2010 average precision: matches boxes and integrates the monotone envelope of the precision-recall curve.
 
 Everingham et al., The PASCAL VOC Challenge, IJCV 2010, section 4.2; development kit of 2010 (VOCevaldet.m): a detection
-is matched to the true box of its image with the largest IoU. It is a hit if that IoU is above 0.5 and no more confident
-detection is matched to the same box. Boxes are continuous, without that kit's added pixel, as coordinates are not integers.
+is matched to the ground-truth box in its image with the largest IoU. It is a hit if that IoU is above 0.5 and no more
+confident detection is matched to the same box. The development kit adds a pixel to widths and heights; this file does not,
+because coordinates are not integers.
 
-Detections of equal score enter the curve as one block. A detection's match does not depend on other detections, and ties
-between true boxes of equal IoU are broken by their coordinates. So the result never depends on the order of rows.
+Detections with equal scores enter the curve as one block. A detection's match does not depend on other detections, and ties
+between ground-truth boxes with equal IoU are broken by their coordinates. So the result never depends on the order of rows.
 """
 
 import numpy as np
 
-OVERLAP = 0.5  # the IoU of a detection with its true box must be larger than this
+OVERLAP = 0.5  # the IoU of a hit with its ground-truth box is larger than this
 
 
 def average_precision(score: np.ndarray, hit: np.ndarray, positives: float, weight: np.ndarray | None = None) -> float:
-    """Return the average precision (0..1) of detections (n,) with their `score` and whether each is a `hit`.
+    """Return the average precision, 0..1, of detections with the given scores (n,) and hits (n,), a boolean mask.
 
-    `positives` is the number of true boxes; the result is NaN if it is 0. `weight` (n,) is how often each detection counts
-    in a bootstrap sample; `positives` is then the weighted count.
+    `positives` is the number of ground-truth boxes; the result is NaN if it is 0. `weight` (n,) is how often each detection
+    counts in a bootstrap sample; `positives` is then the weighted count.
     """
     if positives <= 0:
         return float("nan")
@@ -29,7 +30,7 @@ def average_precision(score: np.ndarray, hit: np.ndarray, positives: float, weig
 def precision_recall(
     score: np.ndarray, hit: np.ndarray, positives: float, weight: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return precision and recall (k,), 0..1, after each block of equal scores, highest first, without the envelope."""
+    """Return precision and recall, 0..1, (k,) each, after each of k blocks of equal scores, highest first; no envelope."""
     score, hit = np.asarray(score, dtype=float), np.asarray(hit, dtype=bool)
     order = np.argsort(-score, kind="stable")
     block_ends = np.flatnonzero(np.append(np.diff(score[order]) != 0, True)) if len(order) else order
@@ -39,10 +40,10 @@ def precision_recall(
 
 
 def match_boxes(image: np.ndarray, boxes: np.ndarray, true_image: np.ndarray, true_boxes: np.ndarray) -> np.ndarray:
-    """Match detections to true boxes; return for each detection (n,) its row in `true_boxes`, -1 if no IoU is above 0.5.
+    """Return the row in `true_boxes` that each detection matches, shape (n,); -1 if no IoU is above 0.5.
 
-    `image` and `true_image` are ids of any comparable type; boxes are (n, 4) and (m, 4) in the same coordinate space.
-    Several detections can match the same true box, whatever their scores.
+    `image` (n,) and `true_image` (m,) are ids of any comparable type; `boxes` (n, 4) and `true_boxes` (m, 4) share one
+    coordinate space. Several detections can match the same ground-truth box, whatever their scores.
     """
     boxes, true_boxes = np.asarray(boxes, float).reshape(-1, 4), np.asarray(true_boxes, float).reshape(-1, 4)
     best, match = np.full(len(boxes), OVERLAP), np.full(len(boxes), -1)
@@ -64,7 +65,7 @@ def match_boxes(image: np.ndarray, boxes: np.ndarray, true_image: np.ndarray, tr
 
 
 def first_hits(score: np.ndarray, match: np.ndarray) -> np.ndarray:
-    """Return a boolean mask (n,) of the hits: for each true box in `match`, its most confident detection alone."""
+    """Return a boolean mask (n,) of the hits: the most confident detection for each ground-truth box in `match` (n,)."""
     score, match = np.asarray(score, dtype=float), np.asarray(match)
     order = np.argsort(-score, kind="stable")
     hit = np.zeros(len(order), dtype=bool)
@@ -75,12 +76,12 @@ def first_hits(score: np.ndarray, match: np.ndarray) -> np.ndarray:
 def box_hits(
     image: np.ndarray, score: np.ndarray, boxes: np.ndarray, true_image: np.ndarray, true_boxes: np.ndarray
 ) -> np.ndarray:
-    """Return a boolean mask (n,) of the detections that are hits, by `match_boxes` and `first_hits`."""
+    """Return a boolean mask (n,) of the detections that are hits; see `match_boxes` and `first_hits`."""
     return first_hits(score, match_boxes(image, boxes, true_image, true_boxes))
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the IoU of boxes (..., 4), with broadcasting; 0 if a box has no area."""
+    """Return the IoU of boxes (..., 4) with broadcasting; 0 if a box has no area."""
     sides = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(0)
     intersection = sides.prod(axis=-1)
     union = (a[..., 2:] - a[..., :2]).clip(0).prod(axis=-1) + (b[..., 2:] - b[..., :2]).clip(0).prod(axis=-1) - intersection

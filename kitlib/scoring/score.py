@@ -1,7 +1,7 @@
 """The competition score: the unweighted mean of six PASCAL VOC 2010 average precisions.
 
-The four study classes and `none` are scored like boxes, with the one-pixel box `0 0 1 1`. A class that is absent from the
-truth has no AP (NaN) and is ignored in the mean; in the competition's tables all six are present.
+The four study classes and `none` are scored like boxes, with the one-pixel box `0 0 1 1`. The AP of a class that is absent
+from the truth is NaN and ignored in the mean; in the competition's tables all six classes are present.
 """
 
 import ast
@@ -25,10 +25,10 @@ SCORE_KEYS = ("score", *SCORED_CLASSES, "opacity_boxed")
 
 @dataclass(frozen=True)
 class Truth:
-    """Ground truth of a set of images and their studies.
+    """Ground truth for a set of images and their studies.
 
-    `labels` has the columns id and the four study classes, 0 or 1; `boxes` has image_id and the box in original pixels. The
-    class of an image without boxes is `none`.
+    `labels` has the study's id and the four study classes, 0 or 1; `boxes` has image_id, xmin, ymin, xmax and ymax in
+    original pixels. The class of an image without boxes is `none`.
     """
 
     labels: pd.DataFrame
@@ -44,8 +44,8 @@ class Truth:
 def read_truth(folder: str | Path) -> Truth:
     """Read the competition's ground truth: train_study_level.csv and train_image_level.csv in `folder`.
 
-    All images count, including the 217 train images that no annotator looked at, and boxes are unchanged, as in Kaggle's
-    scoring. Raises ScoringError for a file, column or value that cannot be read.
+    As in Kaggle's scoring, all images count, including the 217 train images that no annotator looked at, and boxes are not
+    changed. Raises ScoringError if a file cannot be read, lacks a column, or contains an invalid value.
     """
     studies = _read_table(Path(folder) / "train_study_level.csv", ["id", *STUDY_LABEL_COLUMNS])
     labels = studies.rename(columns=STUDY_LABEL_COLUMNS)[["id", *STUDY_CLASSES]]
@@ -53,7 +53,9 @@ def read_truth(folder: str | Path) -> Truth:
     try:
         labels[list(STUDY_CLASSES)] = labels[list(STUDY_CLASSES)].astype(float)
     except ValueError as error:
-        raise ScoringError(f"train_study_level.csv in {folder}: a label is not a number: {error}") from error
+        raise ScoringError(
+            f"train_study_level.csv in {folder}: a label is not a number ({error}); expected 0 or 1"
+        ) from error
     images = _read_table(Path(folder) / "train_image_level.csv", ["id", "boxes"])
     image_ids = images["id"].str.removesuffix("_image")
     rows = []
@@ -64,37 +66,40 @@ def read_truth(folder: str | Path) -> Truth:
                 for box in ast.literal_eval(cell or "[]")
             ]
         except (ValueError, SyntaxError, TypeError, KeyError) as error:
-            raise ScoringError(f"train_image_level.csv in {folder}: boxes of {image_id} are {cell!r}: {error}") from error
+            raise ScoringError(
+                f"train_image_level.csv in {folder}: invalid boxes {cell!r} of {image_id}: {error}"
+            ) from error
     boxes = pd.DataFrame(rows, columns=["image_id", *BOX]).astype({"image_id": object, **dict.fromkeys(BOX, float)})
     return Truth(labels, tuple(image_ids), boxes)
 
 
 def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> Truth:
-    """Return the ground truth of `images` and their studies, from the tables of a prepared run."""
+    """Return the ground truth for `images` and their studies, from the tables of a prepared run."""
     is_included = boxes["image_id"].isin(images["image_id"])
     return Truth(labels[labels["id"].isin(images["study_id"])], tuple(images["image_id"]), boxes[is_included])
 
 
 def score_files(truth_folder: str | Path, submission: str | Path) -> dict[str, float]:
-    """Score a submission.csv against the ground truth in `truth_folder`; return SCORE_KEYS -> 0..1, see `score`.
+    """Score a submission.csv against the ground truth in `truth_folder`; return values 0..1, keyed by SCORE_KEYS.
 
-    Raises SubmissionError or ScoringError if a file cannot be read or the ids differ.
+    For the values see `score`. Raises SubmissionError if the submission cannot be read; ScoringError if the ground truth
+    cannot be read or the ids differ.
     """
     return score(read_truth(truth_folder), read_submission(submission))
 
 
 def score(truth: Truth, submission: Submission) -> dict[str, float]:
-    """Score a submission; return SCORE_KEYS -> 0..1, NaN for classes that are absent from the truth.
+    """Score a submission; return values 0..1, keyed by SCORE_KEYS, NaN for classes that are absent from the truth.
 
-    `opacity_boxed` is the AP of opacity on the images that have boxes. Raises ScoringError if ids of the truth are missing
-    from the submission, or if it has others: Kaggle would reject it.
+    `opacity_boxed` is the AP of opacity on the images that have boxes. Raises ScoringError if the submission's ids are not
+    exactly those of the truth, because Kaggle would reject it.
     """
     expected, submitted = set(submission_ids(truth.labels["id"], truth.image_ids)), set(submission.ids)
     if expected != submitted:
         missing, unknown = sorted(expected - submitted), sorted(submitted - expected)
         raise ScoringError(
-            f"the submission must have exactly the ids of the truth: {len(missing)} are missing {missing[:5]}, "
-            f"{len(unknown)} are unknown {unknown[:5]}"
+            f"the submission must have exactly the ids of the truth, but {len(missing)} are missing, such as {missing[:5]}, "
+            f"and {len(unknown)} are unknown, such as {unknown[:5]}"
         )
     precision = {}
     for label in STUDY_CLASSES:
@@ -118,17 +123,18 @@ def score_tables(
     detections: pd.DataFrame,
     matches: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """Score predictions in tables; return SCORE_KEYS -> 0..1, NaN for classes that are absent from the truth.
+    """Score predictions in tables; return values 0..1, keyed by SCORE_KEYS, NaN for classes that are absent from the truth.
 
-    The tables have the columns study_id and the four classes; image_id and none; image_id, score and box. `matches` is
-    average_precision.match_boxes of the detections, for callers that change only their scores. Rows for other ids are
-    ignored. Raises ScoringError unless every study and image of the truth has a probability.
+    `study_probabilities` has study_id and the four classes, `none_probabilities` image_id and none, `detections` image_id,
+    score, xmin, ymin, xmax and ymax. `matches` is the result of `average_precision.match_boxes` for the detections, for
+    callers that change only their scores. Rows for other ids are ignored. Raises ScoringError unless every study and image
+    of the truth has a probability.
     """
     studies = study_probabilities.set_index("study_id").reindex(truth.labels["id"])[list(STUDY_CLASSES)]
     nones = none_probabilities.set_index("image_id")["none"].reindex(list(truth.image_ids))
     missing = [*studies.index[studies.isna().any(axis=1)], *nones.index[nones.isna()]]
     if missing:
-        raise ScoringError(f"{len(missing)} studies or images have no probability, first {missing[:5]}")
+        raise ScoringError(f"{len(missing)} studies or images have no probability, such as {missing[:5]}")
     precision = {label: class_precision(studies[label], truth.labels[label] == 1) for label in STUDY_CLASSES}
     precision["none"] = class_precision(nones, truth.is_none)
     is_known = detections["image_id"].isin(truth.image_ids).to_numpy()
@@ -142,18 +148,18 @@ def score_tables(
 
 
 def class_precision(scores: np.ndarray, positive: np.ndarray, weight: np.ndarray | None = None) -> float:
-    """Return the AP of a class from one score per item, (n,); NaN if no item is positive.
+    """Return the AP of a class, 0..1, from one score per study or image, (n,); NaN if none is positive.
 
-    `positive` (n,) is bool; `weight` (n,) is how often each item counts.
+    `positive` (n,) is a boolean mask; `weight` (n,) is how often each study or image counts.
     """
     positive = np.asarray(positive, dtype=bool)
     return average_precision(scores, positive, positive.sum() if weight is None else weight[positive].sum(), weight)
 
 
 def opacity_precisions(detections: pd.DataFrame, hits: np.ndarray, boxes: pd.DataFrame) -> tuple[float, float]:
-    """Return the AP of detections on all images, and on the images in `boxes` alone.
+    """Return the AP of detections on all images, and their AP on the images in `boxes` alone.
 
-    The latter has no false positives on healthy images.
+    The latter ignores false positives on images without boxes. `hits` (n,) is a boolean mask of the detections.
     """
     scores = detections["score"].to_numpy()
     boxed = detections["image_id"].isin(boxes["image_id"].unique()).to_numpy()
@@ -161,11 +167,11 @@ def opacity_precisions(detections: pd.DataFrame, hits: np.ndarray, boxes: pd.Dat
 
 
 def table_hits(rows: pd.DataFrame, key: str, truth: pd.DataFrame) -> np.ndarray:
-    """Return a boolean mask (n,) of the scored boxes in `rows` that are hits on the boxes of `truth`.
+    """Return a boolean mask (n,) of the scored boxes in `rows` that are hits on the boxes in `truth`.
 
-    The column `key` of both tables names the image or study.
+    The column `key` of both tables contains the id of the image or study.
     """
-    # Numbers replace names, because comparing strings would take most of the time.
+    # Ids are replaced by numbers, because comparing strings would take most of the time.
     names = pd.Index(truth[key].unique())
     return box_hits(
         names.get_indexer(rows[key]), rows["score"], rows[list(BOX)], names.get_indexer(truth[key]), truth[list(BOX)]

@@ -1,7 +1,7 @@
 """Reads and writes the competition's submission.csv, its ids and its prediction strings.
 
-A row is `<id>_study` or `<id>_image` and a string of groups of six: label, confidence, xmin, ymin, xmax, ymax. Study classes
-and `none` have the one-pixel box `0 0 1 1`; `opacity` boxes are in pixels of the original DICOM image.
+A row has an id, `<id>_study` or `<id>_image`, and a prediction string: groups of label, confidence, xmin, ymin, xmax and
+ymax. Study classes and `none` have the one-pixel box `0 0 1 1`; `opacity` boxes are in pixels of the original DICOM image.
 """
 
 import csv
@@ -26,7 +26,7 @@ ONE_PIXEL = (0.0, 0.0, 1.0, 1.0)
 LABELS = {"study": STUDY_CLASSES, "image": IMAGE_CLASSES}
 _LABEL_CODE = {label: code for code, label in enumerate(SCORED_CLASSES)}
 
-# Class frequencies in SIIM's train tables (6,054 studies, 6,334 images): placeholder predictions for rows without a model.
+# Class frequencies in SIIM's train tables (6,054 studies, 6,334 images): placeholders for rows without a prediction.
 PRIORS = {
     "negative": 1676 / 6054,
     "typical": 2855 / 6054,
@@ -38,10 +38,10 @@ PRIORS = {
 
 @dataclass(frozen=True)
 class Submission:
-    """Contents of a submission file: its `ids` in the file's order, and tables with bare ids and one row per group.
+    """Contents of a submission file: its `ids` in order, and tables with one row per group and ids without suffix.
 
-    `studies`: study_id, label, score, xmin, ymin, xmax, ymax. `images`: image_id and the same columns. Id and label are
-    categorical.
+    `studies` has study_id, label, score, xmin, ymin, xmax and ymax; `images` has image_id instead of study_id. Ids and
+    labels are categorical.
     """
 
     ids: tuple[str, ...]
@@ -63,7 +63,7 @@ def submission_ids(study_ids: Iterable[str], image_ids: Iterable[str]) -> list[s
 
 
 def read_cells(path: str | Path) -> list[tuple[int, list[str]]]:
-    """Read a CSV file; return (line number from 1, cells) of every line that is not blank, including the header.
+    """Read a CSV file; return the line number (from 1) and cells of every line that is not blank, including the header.
 
     Raises SubmissionError if the file cannot be read.
     """
@@ -78,7 +78,7 @@ def read_cells(path: str | Path) -> list[tuple[int, list[str]]]:
 
 
 def read_ids(path: str | Path) -> list[str]:
-    """Read the ids of sample_submission.csv, in its order.
+    """Read the ids in sample_submission.csv, in the file's order.
 
     Raises SubmissionError for a wrong header, an invalid id or a duplicate id.
     """
@@ -150,9 +150,10 @@ def _group_table(key: str, parts: list[tuple[str, list[int], np.ndarray]]) -> pd
 
 
 def as_tables(submission: Submission) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Convert a submission into fused tables: studies (study_id, the four classes), nones (image_id, none), detections.
+    """Convert a submission to the tables studies (study_id, four classes), nones (image_id, none) and detections.
 
-    If a row repeats a label, its highest confidence counts; study classes that it does not name get 0.
+    Detections have image_id, score, xmin, ymin, xmax and ymax. If a row repeats a label, the highest confidence counts;
+    study classes that are missing from a row get 0.
     """
     studies = submission.studies.astype({"study_id": object, "label": object})
     studies = studies.pivot_table("score", "study_id", "label", "max", fill_value=0.0)
@@ -172,10 +173,11 @@ def write_submission(
 ) -> tuple[str, ...]:
     """Write a submission with one row per id, in the given order; return the ids whose rows are placeholder predictions.
 
-    `ids` are those of sample_submission.csv. `study_probabilities`: study_id and the four classes; `none_probabilities`:
-    image_id, none; `detections`: image_id, score, xmin, ymin, xmax, ymax in original pixels. If a probability is missing or
-    NaN, the row gets the class frequencies PRIORS. Predictions for other ids are ignored, because Kaggle rejects additional
-    rows. The file is replaced atomically. Raises ValueError for a duplicate id or a value outside 0..1.
+    `ids` are those of sample_submission.csv. `study_probabilities` has study_id and the four classes, `none_probabilities`
+    image_id and none, `detections` image_id, score, xmin, ymin, xmax and ymax in original pixels. If a probability is
+    missing or NaN, the row gets the class frequencies PRIORS. Predictions for other ids are ignored, because Kaggle rejects
+    additional rows. The file is replaced atomically. Raises ValueError for duplicate ids, probabilities or scores outside
+    0..1, and boxes that are not finite.
     """
     ids = list(ids)
     studies = _probabilities(study_probabilities, "study_id", STUDY_CLASSES)
@@ -197,7 +199,9 @@ def write_submission(
         raise ValueError(f"the ids for {path} must be unique, but {len(ids) - len(set(ids))} are duplicates")
     if known_count < len(studies) + len(nones):
         logger.warning(
-            "%s: predictions for %d ids outside of the sample are ignored", path, len(studies) + len(nones) - known_count
+            "%s: %d ids that are not in the sample are ignored",
+            path,
+            len(studies) + len(nones) - known_count,
         )
     if placeholder_ids:
         logger.info("%s: %d of %d rows are placeholder predictions", path, len(placeholder_ids), len(ids))
@@ -206,7 +210,7 @@ def write_submission(
 
 
 def write_all_negative(path: str | Path, ids: Iterable[str]) -> None:
-    """Write the predictions of the sample submission, `negative 1` and `none 1` in all rows: a baseline for scores."""
+    """Write the sample submission's predictions, `negative 1` and `none 1` in all rows, as a baseline for scores."""
     prediction = {"study": "negative 1 0 0 1 1", "image": "none 1 0 0 1 1"}
     rows = [f"{submission_id},{prediction[split_id(submission_id)[1]]}" for submission_id in ids]
     write_text(path, "\n".join([",".join(HEADER), *rows]) + "\n")
@@ -218,21 +222,21 @@ def _probabilities(table: pd.DataFrame | None, key: str, classes: tuple[str, ...
     values = table[list(classes)].to_numpy(dtype=float)
     if table[key].duplicated().any():
         raise ValueError(
-            f"{key} {table[key][table[key].duplicated()].iloc[0]} has two rows of {', '.join(classes)}; expected one"
+            f"{key} {table[key][table[key].duplicated()].iloc[0]} has several rows of probabilities; expected one"
         )
     if (values < 0).any() or (values > 1).any():
-        raise ValueError(f"{', '.join(classes)} must lie in 0..1, got {np.nanmin(values)}..{np.nanmax(values)}")
+        raise ValueError(f"{', '.join(classes)} must be in 0..1, got {np.nanmin(values)}..{np.nanmax(values)}")
     return dict(zip(table[key], values, strict=True))
 
 
 def _box_strings(detections: pd.DataFrame | None) -> dict[str, list[str]]:
-    """Return the `opacity` groups of each image_id, highest score first. Raises ValueError for invalid values."""
+    """Return the `opacity` groups, highest score first, keyed by image_id. Raises ValueError for invalid values."""
     if detections is None or detections.empty:
         return {}
     values = detections[["score", *BOX]].to_numpy(dtype=float)
     if not np.isfinite(values).all() or (values[:, 0] < 0).any() or (values[:, 0] > 1).any():
         raise ValueError("detections must have scores in 0..1 and finite boxes")
-    # Boxes are rounded to a tenth of a pixel; Kaggle would reject a file with boxes that lose their area by that.
+    # Boxes are rounded to a tenth of a pixel. Boxes without area after that are left out, because Kaggle would reject them.
     rounded = values[:, 1:].round(1)
     has_area = (rounded[:, 0] < rounded[:, 2]) & (rounded[:, 1] < rounded[:, 3])
     ids, values = detections["image_id"].to_numpy(dtype=object)[has_area], values[has_area]

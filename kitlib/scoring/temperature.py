@@ -1,4 +1,4 @@
-"""Temperature scaling of probabilities, fitted on the other folds.
+"""Temperature scaling of probabilities, with each fold's temperature fitted on the other folds.
 
 Guo et al. 2017, ICML, "On Calibration of Modern Neural Networks", section 4.2.
 """
@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize_scalar
 
-LEAST = 1e-7  # smaller probabilities count as this value, about float32's resolution at 1
-BOUNDS = (0.02, 50.0)  # limits of the temperature; beyond them probabilities are 0 or 1, or all equal
+LEAST = 1e-7  # smaller probabilities are raised to this value, about float32's resolution at 1
+BOUNDS = (0.02, 50.0)  # limits of the temperature; beyond them, probabilities are nearly 0 and 1, or nearly equal
 
 
 def scaled(probabilities: np.ndarray, temperature: float) -> np.ndarray:
@@ -26,17 +26,17 @@ def scaled(probabilities: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def log_loss(probabilities: np.ndarray, truth: np.ndarray) -> float:
-    """Return the mean of -log p of the true class; `probabilities` (n, C), `truth` (n,) class indices."""
+    """Return the mean of -log p of the true class, for `probabilities` (n, C) and class indices `truth` (n,)."""
     return float(-np.log(np.maximum(probabilities[np.arange(len(truth)), truth], LEAST)).mean())
 
 
 def fit_temperature(probabilities: np.ndarray, truth: np.ndarray) -> float:
-    """Return the temperature within BOUNDS that minimises the log loss of probabilities (n, C) on `truth` (n,).
+    """Return the temperature within BOUNDS that minimises the log loss, for `probabilities` (n, C) and `truth` (n,).
 
     Raises ValueError if there are no rows.
     """
     if not len(truth):
-        raise ValueError("there are no rows to fit a temperature to")
+        raise ValueError("a temperature cannot be fitted, because there are no rows")
     result = minimize_scalar(
         lambda exponent: log_loss(scaled(probabilities, np.exp(exponent)), truth),
         bounds=np.log(BOUNDS),
@@ -49,13 +49,15 @@ def fit_temperature(probabilities: np.ndarray, truth: np.ndarray) -> float:
 def cross_scaled(scores: pd.DataFrame, classes: Sequence[str], truth: np.ndarray) -> tuple[pd.DataFrame, pd.Series]:
     """Scale each fold of a model's out-of-fold scores by the temperature fitted on its other folds.
 
-    Returns the scaled table and the temperature of each fold. `scores` has the columns fold and `classes`; `truth` (n,)
-    holds class indices. Raises ValueError if there is a single fold, as there would be nothing to fit on.
+    Returns `scores` with scaled classes, and a Series of temperatures indexed by fold. `scores` has the columns fold and
+    `classes`; `truth` (n,) contains class indices. Raises ValueError if there is only one fold.
     """
     folds, probabilities = scores["fold"].to_numpy(), scores[list(classes)].to_numpy(dtype=float)
     numbers = np.unique(folds)
     if len(numbers) < 2:
-        raise ValueError(f"scores of a single fold ({', '.join(map(str, numbers))}): fitting a temperature needs others")
+        raise ValueError(
+            f"all scores are from a single fold ({', '.join(map(str, numbers))}), but a temperature is fitted on other folds"
+        )
     temperatures = pd.Series({fold: fit_temperature(probabilities[folds != fold], truth[folds != fold]) for fold in numbers})
     scaled_probabilities = np.empty_like(probabilities)
     for fold, temperature in temperatures.items():

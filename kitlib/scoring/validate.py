@@ -22,20 +22,20 @@ READ_AS_NAN = frozenset(
 class Fault:
     """A reason why Kaggle would reject a submission."""
 
-    row: int | None  # line number in the submission, 1 for the header; None if the fault has no line
+    row: int | None  # line number in the submission, 1 for the header; None if no line is concerned
     id: str | None
     problem: str
 
     def __str__(self) -> str:
-        place = "no row" if self.row is None else f"row {self.row}"
-        return f"{place}, {self.id}: {self.problem}" if self.id else f"{place}: {self.problem}"
+        location = "no row" if self.row is None else f"row {self.row}"
+        return f"{location}, {self.id}: {self.problem}" if self.id else f"{location}: {self.problem}"
 
 
 def validate(sample: str | Path, submission: str | Path) -> list[Fault]:
-    """Return every fault of `submission`, by row, missing ids last; the list is empty if Kaggle would accept the file.
+    """Return all faults of `submission`, ordered by row, missing ids last; empty if Kaggle would accept the file.
 
-    `sample` is sample_submission.csv, which names the valid ids. Rows and groups may have any order, and classes may be
-    missing. Raises SubmissionError if the sample (not the submission) cannot be read.
+    `sample` is sample_submission.csv, which lists the valid ids. Rows and groups may have any order, and classes may be
+    missing. Raises SubmissionError if the sample cannot be read; a submission that cannot be read is a fault.
     """
     expected = read_ids(sample)
     try:
@@ -54,7 +54,7 @@ def validate(sample: str | Path, submission: str | Path) -> list[Fault]:
         if len(row) != 2:
             faults.append(Fault(line, name, f"the row has {len(row)} cells, but must have 2"))
         if name in first_row:
-            faults.append(Fault(line, name, f"duplicate id, first in row {first_row[name]}"))
+            faults.append(Fault(line, name, f"duplicate id: row {first_row[name]} has the same id"))
         first_row.setdefault(name, line)
         if name not in valid_ids:
             faults.append(Fault(line, name, "extra id: it is not in the sample submission"))
@@ -65,14 +65,14 @@ def validate(sample: str | Path, submission: str | Path) -> list[Fault]:
 
 
 def prediction_faults(text: str, level: str) -> list[str]:
-    """Return every fault of a prediction string; `level` is `study` or `image`."""
+    """Return all faults of a prediction string; `level` is "study" or "image"."""
     if text.strip() in READ_AS_NAN:
         return [f"empty prediction string ({text!r} is read as NaN)"]
     try:
         labels, numbers = parse_prediction(text)
     except ValueError:
         return _faults_by_group(text, level)
-    # Almost all rows are valid, so the whole row is checked at once, and group by group only if that fails.
+    # Almost all rows are valid, so the whole row is checked at once; its groups are checked only if that fails.
     confidence, xmin, ymin, xmax, ymax = numbers.T
     is_valid = set(labels) <= set(LABELS[level]) and np.isfinite(numbers).all()
     is_valid = is_valid and ((confidence >= 0) & (confidence <= 1) & (xmin < xmax) & (ymin < ymax)).all()

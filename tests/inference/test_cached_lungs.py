@@ -39,9 +39,9 @@ class Segmenter:
 
 @pytest.fixture
 def segmenter(monkeypatch):
-    made = Segmenter()
-    monkeypatch.setattr(cached_lungs, "load_segmenter", lambda bundle, batch_size: made)
-    return made
+    fake = Segmenter()
+    monkeypatch.setattr(cached_lungs, "load_segmenter", lambda bundle, batch_size: fake)
+    return fake
 
 
 def same(one, other):
@@ -62,14 +62,14 @@ def test_cached_lungs_are_unchanged_and_segmented_once(segmenter, tmp_path, mask
 
 
 def test_without_a_valid_bundle_no_lungs_are_found_and_fault_says_why(tmp_path):
-    for bundle, told in (
+    for bundle, message in (
         (None, "give its run in the kernel's key `lungs`"),
         (tmp_path, "failed: BundleError: .*is missing"),
     ):
         lungs = CachedLungs(bundle, masked=True)
         lungs.begin()
         assert all(each.frame is None and each.mask is None for each in lungs.find(XRAYS)) and lungs.segmented == 0
-        assert re.search(told, lungs.fault)
+        assert re.search(message, lungs.fault)
 
 
 def test_an_image_on_which_the_segmenter_fails_does_not_affect_the_others(segmenter, tmp_path):

@@ -247,7 +247,7 @@ def test_a_model_predicts_on_the_crop_that_its_training_saw(bundle):
 
 
 def test_unknown_views_are_refused():
-    with pytest.raises(ValueError, match="valid views, each once: full, flip, lungs, lungs_flip"):
+    with pytest.raises(ValueError, match="valid, each at most once: full, flip, lungs, lungs_flip"):
         detecting(views=("left",))
 
 
@@ -370,7 +370,7 @@ def test_no_predictions_give_empty_tables_and_unknown_images_are_named():
     studies, per_image = study_and_image_scores([], images)
     assert len(studies) == len(per_image) == 0
     stranger = pd.DataFrame([["x", "m", 0, 1, 0, 0, 0, 0.5]], columns=["image_id", "model", "fold", *STUDY_CLASSES, "none"])
-    with pytest.raises(ValueError, match="1 predicted images are not in the table images, first x"):
+    with pytest.raises(ValueError, match="1 predicted images are not in the `images` table; the first is x"):
         study_and_image_scores([stranger], images)
 
 

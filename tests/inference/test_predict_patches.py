@@ -42,9 +42,9 @@ class Finder:
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    made = PatchClassifier(RECIPE, STUDY_CLASSES).eval()
-    made.head[-1].weight.data *= 30
-    return made
+    network = PatchClassifier(RECIPE, STUDY_CLASSES).eval()
+    network.head[-1].weight.data *= 30
+    return network
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_without_a_segmenter_every_image_is_one_patch(bundle):
 
 
 def test_a_patch_model_has_one_view(bundle):
-    with pytest.raises(ValueError, match="a patch model has only the view full"):
+    with pytest.raises(ValueError, match="a patch model supports only the view 'full'"):
         load_predictor(bundle, CPU, views=("full", "flip"))
 
 

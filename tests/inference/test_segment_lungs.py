@@ -264,7 +264,7 @@ def test_a_bundle_of_another_kind_is_refused(tmp_path):
         **{"data_fingerprint": "", "validation": {}},
     }
     save_bundle(tmp_path / "bundle", {"a": torch.zeros(1)}, record)
-    with pytest.raises(BundleError, match="contains a study model; name the bundle of a segmenter's run"):
+    with pytest.raises(BundleError, match="contains a study model; choose the bundle of a segmenter's run"):
         load_segmenter(tmp_path / "bundle")
 
 

@@ -209,27 +209,27 @@ def with_recipe(weights, copy, names=("small-fold0", "small-fold1"), **fields) -
 
 @pytest.mark.gpu
 def test_a_bundles_views_are_used_and_missed_lungs_are_noted(competition, weights, tmp_path, monkeypatch):
-    calls, classified = [], Predictor._classified
+    calls, classified = [], Predictor._classify
     monkeypatch.setattr("kitlib.lungs.finders.lung_box", lambda _: None)
-    monkeypatch.setattr(Predictor, "_classified", lambda self, pixels: calls.append(len(pixels)) or classified(self, pixels))
+    monkeypatch.setattr(Predictor, "_classify", lambda self, pixels: calls.append(len(pixels)) or classified(self, pixels))
     path, ledger = submit(competition, with_recipe(weights, tmp_path / "weights", views=list(VIEWS)), tmp_path)
     readable = len(list(competition.glob("test/*/*/*.dcm"))) - DAMAGED
     assert sum(calls) == 2 * len(VIEWS) * readable  # two folds
-    told = ledger[ledger.note.str.startswith("no lungs found")]
-    assert told.stage.tolist() == ["small-fold0", "small-fold1"] and told.files.tolist() == [readable] * 2
+    rows = ledger[ledger.note.str.startswith("no lungs found")]
+    assert rows.stage.tolist() == ["small-fold0", "small-fold1"] and rows.files.tolist() == [readable] * 2
     assert len(on_priors(path)) <= DAMAGED
 
 
 @pytest.mark.parametrize(("views", "fits"), [(["full"], True), (list(VIEWS), False)])
 def test_a_model_is_judged_by_the_pace_of_its_views(competition, weights, tmp_path, monkeypatch, views, fits):
     # Every batch of 4 images takes one second per view, by a clock that nothing else advances.
-    clock, classified = [0.0], Predictor._classified
+    clock, classified = [0.0], Predictor._classify
 
     def in_a_second(self, pixels):
         clock[0] += 1
         return classified(self, pixels)
 
-    monkeypatch.setattr(Predictor, "_classified", in_a_second)
+    monkeypatch.setattr(Predictor, "_classify", in_a_second)
     monkeypatch.setattr("kitlib.inference.submit.time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr("kitlib.inference.submit.IMAGES_BEFORE_JUDGING", 4)
     monkeypatch.setattr("kitlib.lungs.finders.lung_box", lambda pixels: np.array([0, 0, *pixels.shape[::-1]]))
@@ -238,26 +238,26 @@ def test_a_model_is_judged_by_the_pace_of_its_views(competition, weights, tmp_pa
     budgets, predict_with = iter([1e3, 2.0 * batches]), run._predict_with
     monkeypatch.setattr(run, "_predict_with", lambda model, xrays, _, may: predict_with(model, xrays, next(budgets), may))
     run.predict(with_recipe(weights, tmp_path / "weights", ["small-fold1"], views=views), tmp_path / "scratch")
-    told = run.finish().set_index("stage").note["small-fold1"]
+    note = run.finish().set_index("stage").note["small-fold1"]
     needed = len(views) * len(run.images) / SETTINGS.batch_size
     dropped = f"dropped: it needs {needed:.0f} s, but only {2 * batches:.0f} s remained"
-    assert told == ("" if fits else dropped)
+    assert note == ("" if fits else dropped)
 
 
 def test_a_model_of_none_alone_is_the_first_of_its_kind(competition, weights, tmp_path, monkeypatch):
     shared = with_recipe(weights, tmp_path / "study", ["small-fold0"], outputs="study")
     shared = with_recipe(shared, tmp_path / "weights", ["small-fold1"], outputs="none")
     run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
-    told, predict_with = [], run._predict_with
+    limits, predict_with = [], run._predict_with
 
     def asked(model, xrays, budget, may_stop):
-        told.append((budget / run.deadline.left(), may_stop))
+        limits.append((budget / run.deadline.left(), may_stop))
         return predict_with(model, xrays, budget, may_stop)
 
     monkeypatch.setattr(run, "_predict_with", asked)
     run.predict(shared, tmp_path / "scratch")
     # The first model leaves half of the time to the second, which may also end with a part of the images.
-    assert told == [(pytest.approx(0.5, abs=0.01), True), (pytest.approx(1, abs=0.01), True)]
+    assert limits == [(pytest.approx(0.5, abs=0.01), True), (pytest.approx(1, abs=0.01), True)]
     assert len(on_priors(run.output)) <= DAMAGED
 
 
@@ -287,8 +287,8 @@ def with_lungs(folder) -> Path:
     record = {"family": "segmenter", "model": "unet", "classes": ["lungs"], "recipe": asdict(recipe), "architecture": {}}
     record |= {"longest_side": 64, "image_size": 64, "placement": recipe.placement, "mean": model.mean, "std": model.std}
     save_bundle(folder / "lungs", model.state_dict(), record | {"fold": 0, "data_fingerprint": "", "validation": {}})
-    told = json.loads((folder / "weights.json").read_text())
-    (folder / "weights.json").write_text(json.dumps(told | {"lungs": "lungs"}))
+    contents = json.loads((folder / "weights.json").read_text())
+    (folder / "weights.json").write_text(json.dumps(contents | {"lungs": "lungs"}))
     return folder
 
 
@@ -333,8 +333,8 @@ def test_each_image_is_segmented_once_for_all_models_and_missed_lungs_are_noted(
     assert sorted(segmenter.asked) == sorted(set(segmenter.asked)) and len(segmenter.asked) == readable
     notes = ledger.set_index("stage")
     assert (notes.files["lungs"], notes.note["lungs"]) == (readable, "2 images without plausible lungs are used uncropped")
-    told = ledger[ledger.note.str.startswith("no lungs found")]
-    assert told.stage.tolist() == ["small-fold0", "small-fold1"] and told.files.tolist() == [2, 2]
+    rows = ledger[ledger.note.str.startswith("no lungs found")]
+    assert rows.stage.tolist() == ["small-fold0", "small-fold1"] and rows.files.tolist() == [2, 2]
     assert len(on_priors(path)) <= DAMAGED
     assert (scores_of(path) - of_whole_images).abs().max() > 1e-4
 
@@ -374,9 +374,9 @@ def test_without_a_working_segmenter_all_images_are_used_uncropped(
 
 def test_a_segmenter_is_no_model_of_a_submission(competition, weights, tmp_path):
     other = with_lungs(shutil.copytree(weights, tmp_path / "weights"))
-    told = json.loads((other / "weights.json").read_text())
-    told["bundles"].insert(0, {"folder": "lungs"})
-    (other / "weights.json").write_text(json.dumps(told))
+    contents = json.loads((other / "weights.json").read_text())
+    contents["bundles"].insert(0, {"folder": "lungs"})
+    (other / "weights.json").write_text(json.dumps(contents))
     path, ledger = submit(competition, other, tmp_path)
     assert "unet predicts lung masks, which a submission does not contain" in ledger.set_index("stage").note["lungs"]
     assert len(on_priors(path)) <= DAMAGED
@@ -390,8 +390,8 @@ def with_ensemble(weights, copy) -> Path:
     learnt = {"weight": rng.normal(size=(2, 64)), "bias": np.array([1.0, -0.5])}
     known = {"method": "flannel", "learners": ("other", "small"), "classes": STUDY_CLASSES[::-1], "key": "study_id"}
     write_ensemble(copy / "ensemble", Ensemble("stacked", **known, temperature=0.5, weights=learnt))
-    told = json.loads((copy / "weights.json").read_text())
-    (copy / "weights.json").write_text(json.dumps(told | {"ensemble": "ensemble"}))
+    contents = json.loads((copy / "weights.json").read_text())
+    (copy / "weights.json").write_text(json.dumps(contents | {"ensemble": "ensemble"}))
     return copy
 
 
@@ -422,8 +422,8 @@ def test_without_a_learner_or_the_ensemble_the_plain_mean_is_used_and_noted(comp
     scores, _ = study_and_image_scores([chunk for model in run.models for chunk in model.chunks], run.images)
     studies = scores.study_id.nunique()
     if fault == "learner":
-        told = f"{studies} of {studies} studies lack other; they get the plain mean of the other learners"
-        assert (notes.files["ensemble"], notes.note["ensemble"]) == (0, told) and set(scores.model) == {"small"}
+        note = f"{studies} of {studies} studies lack other; they get the plain mean of the other learners"
+        assert (notes.files["ensemble"], notes.note["ensemble"]) == (0, note) and set(scores.model) == {"small"}
     else:
         assert notes.note["ensemble"].startswith("failed: BundleError: ") and set(scores.model) == {"small", "other"}
         assert notes.note["ensemble"].endswith("; copy both again; the study models are fused without it")

@@ -38,8 +38,8 @@ def test_the_heads_have_the_published_sizes():
 def test_the_head_starts_with_xaviers_weights():
     # Glorot and Bengio 2010, eq. 16: uniform within sqrt(6 / (inputs + outputs)), of variance 2 / (inputs + outputs)
     torch.manual_seed(0)
-    made = make_head(300, 200, 0.5)
-    for layer in (made[0], made[3]):
+    head = make_head(300, 200, 0.5)
+    for layer in (head[0], head[3]):
         spread = 6 / sum(layer.weight.shape)
         assert layer.weight.abs().max() <= spread**0.5 and not layer.bias.any()
         assert layer.weight.var().item() == pytest.approx(spread / 3, rel=0.1)
@@ -264,8 +264,8 @@ def test_inceptions_auxiliary_head_has_the_same_classes_and_prediction_does_not_
     model = FindingsClassifier(recipe, ["a", "b", "c"]).eval()
     x = model.normalise(torch.randint(0, 256, (1, 299, 299), dtype=torch.uint8))
     with torch.inference_mode():
-        logits, beside = model.with_auxiliary(x)
-        assert logits.shape == beside.shape == (1, 3) and not torch.allclose(logits, beside)
+        logits, auxiliary_logits = model.with_auxiliary(x)
+        assert logits.shape == auxiliary_logits.shape == (1, 3) and not torch.allclose(logits, auxiliary_logits)
         model.backbone.AuxLogits.register_forward_hook(lambda *_: pytest.fail("the auxiliary head was computed"))
         assert torch.allclose(model(x), logits, atol=1e-5)
     assert size(model.backbone.AuxLogits) == 27_161_264 - 23_834_568 - 769 * (1000 - 3)  # timm's with and without it
@@ -340,9 +340,9 @@ def test_unknown_labels_do_not_count():
     study = torch.tensor([[0, 1.0, 0, 0], [torch.nan] * 4, [1.0, 0, 0, 0]])
     none = torch.tensor([torch.nan, 1.0, 0.0])
     loss = study_loss(logits, study, none, 0.5)
-    known = study_loss(logits[[0, 2]], study[[0, 2]], torch.full((2,), torch.nan), 0.5)
-    told = study_loss(logits[1:], torch.full((2, 4), torch.nan), none[1:], 0.5)
-    assert loss.item() == pytest.approx((known + told).item(), abs=1e-6)
+    study_part = study_loss(logits[[0, 2]], study[[0, 2]], torch.full((2,), torch.nan), 0.5)
+    none_part = study_loss(logits[1:], torch.full((2, 4), torch.nan), none[1:], 0.5)
+    assert loss.item() == pytest.approx((study_part + none_part).item(), abs=1e-6)
     loss.backward()
     assert logits.grad[0, 4] == 0 and (logits.grad[1, :4] == 0).all()
 

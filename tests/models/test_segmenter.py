@@ -170,14 +170,14 @@ def test_every_parameter_learns(name, loss):
 def test_a_saved_segmenter_gives_the_same_predictions(name):
     torch.manual_seed(0)
     model = Segmenter(override(NARROW[name], **TWO)).eval()
-    told = {"network": name, "width": 0.0625, "starting_weights": "gone", **TWO}
-    record = {"family": "segmenter", "recipe": told, "classes": model.recipe.structures}
+    recipe = {"network": name, "width": 0.0625, "starting_weights": "gone", **TWO}
+    record = {"family": "segmenter", "recipe": recipe, "classes": model.recipe.structures}
     again = load_network(record, model.state_dict(), torch.device("cpu"))
     pixels = torch.randint(0, 256, (2, 40, 36), dtype=torch.uint8)
     with torch.inference_mode():
         torch.testing.assert_close(again(again.normalise(pixels)), model(model.normalise(pixels)), atol=1e-6, rtol=0)
     with pytest.raises(RuntimeError, match="size mismatch"):
-        load_network(record | {"recipe": told | {"width": 0.125}}, model.state_dict(), torch.device("cpu"))
+        load_network(record | {"recipe": recipe | {"width": 0.125}}, model.state_dict(), torch.device("cpu"))
 
 
 def test_one_structure_has_one_output_and_several_have_one_more():

@@ -39,7 +39,7 @@ def test_equal_scores_give_the_prevalence(positives, negatives):
 
 
 def test_average_precision_by_hand():
-    # Hit, miss, hit, with 2 true boxes: recall 1/2 at precision 1, recall 1 at precision 2/3.
+    # Hit, miss, hit, with 2 ground-truth boxes: recall 1/2 at precision 1, recall 1 at precision 2/3.
     assert average_precision([0.9, 0.8, 0.7], [True, False, True], 2) == pytest.approx(1 / 2 + 1 / 2 * 2 / 3)
     # If the miss ties with the second hit, the area is the same in either order.
     assert average_precision([0.9, 0.7, 0.7], [True, False, True], 2) == pytest.approx(1 / 2 + 1 / 2 * 2 / 3)
@@ -61,7 +61,7 @@ def test_iou_of_exactly_a_half_is_no_match():
 
 
 def test_second_detection_of_a_box_is_a_false_positive_even_if_it_overlaps_a_free_box():
-    # Both detections overlap the first true box most (VOC's development kit ignores the second best).
+    # Both detections overlap the first ground-truth box most (VOC's development kit ignores the second best).
     truth = [[0, 0, 10, 10], [0, 0, 10, 13]]
     hits = box_hits([0, 0], [0.9, 0.8], [[0, 0, 10, 10], [0, 0, 10, 10.5]], [0, 0], truth)
     assert hits.tolist() == [True, False]

@@ -134,7 +134,8 @@ def test_ids_that_differ_from_the_truth_are_refused(competition):
     text = path.read_text()
     path.write_text(text.replace("000000000003_image", "000000000abc_image"))
     with pytest.raises(
-        ScoringError, match=r"1 are missing \['000000000003_image'\], 1 are unknown \['000000000abc_image'\]"
+        ScoringError,
+        match=r"1 are missing, such as \['000000000003_image'\], and 1 are unknown, such as \['000000000abc_image'\]",
     ):
         score_files(competition, path)
 

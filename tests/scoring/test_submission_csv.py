@@ -92,14 +92,14 @@ def test_a_box_that_loses_its_area_by_rounding_is_dropped(tmp_path):
 def test_predictions_for_other_ids_are_ignored_and_logged(tmp_path, caplog):
     write_submission(tmp_path / "s.csv", ["i1_image"], None, nones(i1=0.5, i9=0.5), boxes(("i9", 0.9, 1, 1, 9, 9)))
     assert list(rows_of(tmp_path / "s.csv")) == ["i1_image"]
-    assert "predictions for 1 ids outside of the sample" in caplog.text
+    assert "1 ids that are not in the sample" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("given_", "words"),
     [
         ({"none_probabilities": nones(i1=1.5)}, "0..1"),
-        ({"study_probabilities": pd.concat([studies(s1=[1, 0, 0, 0])] * 2)}, "s1 has two rows"),
+        ({"study_probabilities": pd.concat([studies(s1=[1, 0, 0, 0])] * 2)}, "s1 has several rows"),
         ({"detections": boxes(("i1", float("nan"), 1, 1, 9, 9))}, "scores in 0..1"),
         ({"detections": boxes(("i1", 0.5, 1, 1, float("inf"), 9))}, "finite boxes"),
         ({"ids": ["i1_image", "i1_image"]}, "1 are duplicates"),

@@ -63,5 +63,5 @@ def test_a_fold_is_scaled_by_the_temperature_of_the_others():
     pd.testing.assert_frame_equal(after[table.fold == 1], again[table.fold == 1])
     rest = table.fold != 2
     assert temperatures[2] == fit_temperature(found[rest], truth[rest])
-    with pytest.raises(ValueError, match=r"scores of a single fold \(0\)"):
+    with pytest.raises(ValueError, match=r"all scores are from a single fold \(0\)"):
         cross_scaled(table[table.fold == 0], ["a", "b", "c"], truth[:100])

@@ -93,7 +93,7 @@ def test_image_labels_are_invalid_for_studies():
 def test_every_wrong_id_is_named(sample):
     rows = [("s1_study", STUDY), ("s1_study", STUDY), ("x_image", IMAGE), ("i2_image", IMAGE), ("", IMAGE)]
     assert faults_of(sample, rows) == [
-        (3, "s1_study", "duplicate id, first in row 2"),
+        (3, "s1_study", "duplicate id: row 2 has the same id"),
         (4, "x_image", "extra id: it is not in the sample submission"),
         (6, "", "extra id: it is not in the sample submission"),
         (None, "s2_study", "missing id: it is in the sample submission"),
