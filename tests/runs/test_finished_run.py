@@ -221,7 +221,7 @@ def test_images_without_marked_opacities_do_not_train_a_detector(tmp_path):
     # An NIH image without a box is not a certain `none`: the target is unknown.
     assert np.isnan(XrayDataset(extra.images, extra.labels, extra.boxes, extra.cache, StudyRecipe()).none).all()
     nothing = read_extra(tmp_path / "nih", for_boxes=True)
-    with pytest.raises(ValueError, match="detectors: NIH's have no boxes"):
+    with pytest.raises(ValueError, match="NIH's have no boxes for a detector"):
         with_extra(small.images.head(0), small.labels, small.boxes, small, nothing, small.images)
 
 
