@@ -16,7 +16,7 @@ from kitlib.device import autocast, pick_device
 from kitlib.errors import BundleError
 from kitlib.inference.read_ahead import ahead
 from kitlib.letterbox import Placement
-from kitlib.lungs.clean_up import on_canvas, placement, segmented
+from kitlib.lungs.clean_up import clean_up_maps, make_input, place_image
 from kitlib.lungs.finders import FOUND, Lungs, segmenter_digest
 from kitlib.models.families import LUNGS, load_network, recorded_family
 from kitlib.models.halving_batches import HalvingBatches
@@ -40,7 +40,7 @@ class LungSegmenter:
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
         """Return frame and mask of each X-ray's lungs; both are None if the mask is not plausible."""
         results = [
-            segmented(xray, maps, place, self.recipe)
+            clean_up_maps(xray, maps, place, self.recipe)
             for xray, maps, place in zip(xrays, *self._canvases_of(xrays), strict=True)
         ]
         self.missed += sum(each.verdict != FOUND for each in results)
@@ -67,8 +67,8 @@ class LungSegmenter:
             yield xrays, *self._placed(xrays)
 
     def _placed(self, xrays: Sequence[CachedXray]) -> tuple[list[Placement], torch.Tensor]:
-        placements = [placement(xray, self.recipe) for xray in xrays]
-        canvases = [on_canvas(xray, place, self.recipe) for xray, place in zip(xrays, placements, strict=True)]
+        placements = [place_image(xray, self.recipe) for xray in xrays]
+        canvases = [make_input(xray, place, self.recipe) for xray, place in zip(xrays, placements, strict=True)]
         return placements, torch.from_numpy(np.stack(canvases))
 
     def _canvases_of(self, xrays: Sequence[CachedXray]) -> tuple[list[np.ndarray], list[Placement]]:
