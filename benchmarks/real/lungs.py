@@ -17,7 +17,7 @@ import typer
 from kitlib.atomic import write_json
 from kitlib.classes import MASK_CODES
 from kitlib.datasets.folds import check_no_leak, make_folds
-from kitlib.datasets.near_duplicates import near_duplicate_groups
+from kitlib.datasets.near_duplicates import group_near_duplicates
 from kitlib.tables import empty_table, write_table
 from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.mask_store import MaskStore
@@ -52,7 +52,7 @@ def prepare(data: Path, rows: pd.DataFrame, groups: pd.Series, run: Path, n_fold
             "convention": convention,
         }
     )
-    cache, store = XrayCache(run / "xrays", LONGEST_SIDE), MaskStore.afresh(run / "masks")
+    cache, store = XrayCache(run / "xrays", LONGEST_SIDE), MaskStore.create_empty(run / "masks")
     outcomes = cache.fill(images)
     if (outcomes.status == "failed").any():
         raise SystemExit(outcomes[outcomes.status == "failed"].to_string())
@@ -66,7 +66,7 @@ def prepare(data: Path, rows: pd.DataFrame, groups: pd.Series, run: Path, n_fold
     store.add(codes)
     labels = pd.get_dummies(rows.label, dtype=float)
     labels.insert(0, "id", ids)
-    duplicates = near_duplicate_groups(cache, images.image_id, 32)
+    duplicates = group_near_duplicates(cache, images.image_id, 32)
     folds = make_folds(images, labels, empty_table("boxes"), n_folds, 0, duplicates)
     check_no_leak(folds, images, duplicates)
     for name, table in {"images": images, "labels": labels, "boxes": empty_table("boxes"), "folds": folds}.items():

@@ -44,7 +44,7 @@ class Dataset:
             raise ValueError(f"unknown convention of masks {unknown}; valid: {', '.join(MASK_CONVENTIONS)}")
 
     @classmethod
-    def checked(
+    def from_tables(
         cls,
         folder: Path,
         images: pd.DataFrame,
@@ -103,7 +103,7 @@ def read_csv(path: Path, columns: Sequence[str], how_to_get: str = "see inputs/R
     return table
 
 
-def files_below(root: Path, suffixes: Sequence[str], faults: Faults) -> dict[str, Path]:
+def find_files(root: Path, suffixes: Sequence[str], faults: Faults) -> dict[str, Path]:
     """Return image id (the file name without suffix) -> path of the files below `root` that have one of `suffixes`.
 
     Of several files with the same id the first is used, with a fault for each other. Hidden files are ignored.
@@ -139,7 +139,7 @@ def read_headers(paths: Sequence[str], progress: bool) -> list[ImageHeader]:
         return list(tqdm(pool.map(_read_header, paths), total=len(paths), desc="headers", unit="file", disable=not progress))
 
 
-def with_headers(rows: pd.DataFrame, folder: Path, faults: Faults, progress: bool) -> pd.DataFrame:
+def add_headers(rows: pd.DataFrame, folder: Path, faults: Faults, progress: bool) -> pd.DataFrame:
     """Return the table images of `rows` (image_id, patient_id, path, source, view), each image a study of its own.
 
     Sizes, and views that are "", are taken from the headers. An image whose header cannot be read is left out, with a fault.
@@ -162,7 +162,7 @@ def one_hot(ids: pd.Series, image_classes: pd.Series, classes: Iterable[str]) ->
     return pd.DataFrame({"id": ids, **{name: (image_classes == name).astype(float) for name in classes}})
 
 
-def boxes_of(image_ids: pd.Series, cells: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
+def make_boxes(image_ids: pd.Series, cells: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
     """Return the table boxes of text cells x, y, width and height (four columns), and a boolean mask of its valid rows.
 
     A row is valid if all four are finite numbers and the box has an area.

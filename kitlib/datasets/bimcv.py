@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from kitlib.datasets.base import Dataset, Faults
-from kitlib.datasets.diagnoses import SUFFIXES, ages, diagnosis_dataset
+from kitlib.datasets.diagnoses import SUFFIXES, diagnosis_dataset, parse_ages
 from kitlib.errors import DatasetError
 
 NAME = re.compile(r"sub-(S\d+)_ses-(E\d+)_.*?(?:vp-([a-z]+)_)?(?:cr|dx)", re.IGNORECASE)
@@ -132,7 +132,7 @@ def _read_participants(folder: Path, faults: Faults) -> pd.DataFrame:
         if {"participant", "age", "gender"} <= set(table):
             # A participant with several sessions has a list of ages, which differ by a year at most.
             first_age = table.age.str.extract(r"(\d+)", expand=False).fillna("")
-            years = ages(first_age, table.participant, faults, path.name)
+            years = parse_ages(first_age, table.participant, faults, path.name)
             gender = table.gender.str.strip().str.lower()
             faults.add_summary(
                 path.name,

@@ -6,7 +6,7 @@ import pandas as pd
 
 from kitlib.classes import DIAGNOSES
 from kitlib.datasets.base import Dataset, Faults, read_csv
-from kitlib.datasets.diagnoses import ages, diagnosis_dataset, sexes
+from kitlib.datasets.diagnoses import diagnosis_dataset, parse_ages, parse_sexes
 from kitlib.errors import DatasetError
 
 METADATA = "metadata.csv"
@@ -73,8 +73,8 @@ def read_covid_chestxray(folder: str | Path, progress: bool = True) -> Dataset:
             "diagnosis": table.diagnosis,
             "finding": table.finding,
             "licence": _column(table, "license"),
-            "sex": sexes(_column(table, "sex")),
-            "age": ages(_column(table, "age"), image_ids, faults, METADATA),
+            "sex": parse_sexes(_column(table, "sex")),
+            "age": parse_ages(_column(table, "age"), image_ids, faults, METADATA),
             "offset": pd.to_numeric(_column(table, "offset"), errors="coerce").astype(float),
         }
     )

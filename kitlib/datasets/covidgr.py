@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults, files_below
+from kitlib.datasets.base import Dataset, Faults, find_files
 from kitlib.datasets.diagnoses import SUFFIXES, diagnosis_dataset
 from kitlib.errors import DatasetError
 
@@ -30,7 +30,7 @@ def read_covidgr(folder: str | Path, progress: bool = True) -> Dataset:
         )
     rows = []
     for name, diagnosis in FOLDERS.items():
-        files = files_below(roots[0] / name, SUFFIXES, faults)
+        files = find_files(roots[0] / name, SUFFIXES, faults)
         if not files:
             raise DatasetError(f"{roots[0] / name} holds no PNG or JPEG image: unpack the data set again, {HOW_TO_GET}")
         rows += [(f"{name}-{stem}", f"covidgr-{name}-{stem}", str(path), diagnosis) for stem, path in files.items()]

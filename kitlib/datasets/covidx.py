@@ -7,7 +7,7 @@ import pandas as pd
 
 from kitlib.datasets.base import Dataset, Faults
 from kitlib.datasets.diagnoses import diagnosis_dataset
-from kitlib.datasets.rsna import MAPPING, nih_patients
+from kitlib.datasets.rsna import MAPPING, read_nih_patients
 from kitlib.errors import DatasetError
 
 PARTS = ("train", "val", "test")
@@ -62,7 +62,7 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
     if not entries:
         raise DatasetError(f"{folder / 'train'} and {folder / 'test'} hold no image that a list names: {HOW_TO_GET}")
     maybe_rsna = any(source in (RSNA, UNKNOWN_SOURCE) for _, _, source, _ in entries.values())
-    nih_patient_ids = nih_patients(folder / MAPPING, faults) if maybe_rsna else {}
+    nih_patient_ids = read_nih_patients(folder / MAPPING, faults) if maybe_rsna else {}
     names = pd.Series([Path(path).name for path in entries], dtype=object)
     stems = names.map(lambda name: Path(name).stem)
     ids = stems.mask(stems.duplicated(keep=False), names)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from kitlib.datasets.base import Dataset, Faults, files_below, read_csv, read_headers
+from kitlib.datasets.base import Dataset, Faults, find_files, read_csv, read_headers
 from kitlib.datasets.darwin_json import DarwinAnnotation, read_darwin_json
 from kitlib.errors import DatasetError, MaskError
 
@@ -41,10 +41,10 @@ def read_darwin(folder: str | Path, progress: bool = True) -> Dataset:
     folder, faults = Path(folder), Faults()
     if not (folder / "images").is_dir():
         raise DatasetError(f"{folder / 'images'} is missing: put the images there, {HOW_TO_GET}")
-    files = files_below(folder / "images", SUFFIXES, faults)
+    files = find_files(folder / "images", SUFFIXES, faults)
     mask_files: dict[str, Path] = {}
     for mask_folder in sorted(path for path in folder.rglob("*") if "mask" in path.name.lower() and path.is_dir()):
-        mask_files |= {name.removesuffix("_mask"): path for name, path in files_below(mask_folder, SUFFIXES, faults).items()}
+        mask_files |= {name.removesuffix("_mask"): path for name, path in find_files(mask_folder, SUFFIXES, faults).items()}
     annotations = _read_annotations(folder, files, faults, progress)
     headers = dict(zip(files, read_headers([str(path) for path in files.values()], progress), strict=True))
     image_ids, too_small, not_frontal = [], [], []
@@ -85,7 +85,7 @@ def read_darwin(folder: str | Path, progress: bool = True) -> Dataset:
         }
     )
     masks = _find_masks(folder, image_ids, annotations, mask_files, faults)
-    return Dataset.checked(folder, images, _labels(tags), faults, PUBLISHED, masks=masks)
+    return Dataset.from_tables(folder, images, _labels(tags), faults, PUBLISHED, masks=masks)
 
 
 def _read_annotations(

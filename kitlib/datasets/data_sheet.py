@@ -26,13 +26,13 @@ class DataSheet:
     flags: pd.DataFrame
 
 
-def exclusive(labels: pd.DataFrame) -> bool:
+def are_exclusive(labels: pd.DataFrame) -> bool:
     """Return whether every row of the table labels has exactly one of several classes."""
     values = labels[class_columns(labels, "labels")].to_numpy(dtype=float)
     return bool(values.shape[1] > 1 and np.isin(values, [0, 1]).all() and (values.sum(axis=1) == 1).all())
 
 
-def data_sheet(
+def make_data_sheet(
     images: pd.DataFrame,
     labels: pd.DataFrame,
     folds: pd.DataFrame | None = None,
@@ -46,32 +46,32 @@ def data_sheet(
     several folds, or in a fold and in the official test set. Raises ValueError if the labels are not exclusive.
     """
     images, labels = check_table(images, "images"), check_table(labels, "labels")
-    if not exclusive(labels):
+    if not are_exclusive(labels):
         raise ValueError(
             "the labels are not exclusive: a data sheet requires exactly one of several classes for every study"
         )
     classes = class_columns(labels, "labels")
     truth = labels.set_index("id")[classes].idxmax(axis=1)
-    shown = pd.Categorical(images.study_id.map(truth), categories=classes)
+    image_classes = pd.Categorical(images.study_id.map(truth), categories=classes)
     values = {
         "source": images.source,
         "view": images["view"].replace("", UNKNOWN),
         "sex": images.get("sex", pd.Series("", images.index)).fillna("").replace("", UNKNOWN),
-        "age": age_groups(images),
+        "age": group_ages(images),
     }
     tables = {
-        name: pd.crosstab(shown, column.to_numpy(), dropna=False).rename_axis(index="class", columns=name)
+        name: pd.crosstab(image_classes, column.to_numpy(), dropna=False).rename_axis(index="class", columns=name)
         for name, column in values.items()
     }
     groups = [name for name in (*AGE_GROUPS, UNKNOWN) if name in tables["age"]]
     tables["age"] = tables["age"][groups]
     flags = _flag_sources(tables["source"]) + _flag_ages(tables["age"])
     if folds is not None:
-        flags += _flag_folds(images.assign(shown=shown.astype(object)), classes, folds, near_duplicates)
+        flags += _flag_folds(images.assign(true_class=image_classes.astype(object)), classes, folds, near_duplicates)
     return DataSheet(tables, pd.DataFrame(flags, columns=["kind", "which", "problem"], dtype=object))
 
 
-def age_groups(images: pd.DataFrame) -> pd.Series:
+def group_ages(images: pd.DataFrame) -> pd.Series:
     """Return a key of AGE_GROUPS, or UNKNOWN, for every image."""
     years = images.age if "age" in images else pd.Series(np.nan, index=images.index)
     groups = pd.cut(years, [0, *AGE_GROUPS.values()], right=False, labels=list(AGE_GROUPS)).astype(object)
@@ -121,8 +121,8 @@ def _flag_sources(table: pd.DataFrame) -> list[tuple[str, str, str]]:
 
 
 def _flag_ages(table: pd.DataFrame) -> list[tuple[str, str, str]]:
-    known = table.drop(columns=UNKNOWN, errors="ignore")
-    children = known.get("0-17", pd.Series(0, index=known.index)) / known.sum(axis=1).replace(0, np.nan)
+    known_ages = table.drop(columns=UNKNOWN, errors="ignore")
+    children = known_ages.get("0-17", pd.Series(0, index=known_ages.index)) / known_ages.sum(axis=1).replace(0, np.nan)
     adult = children.index[children <= 1 - NEARLY_ALL]
     return [
         (
@@ -159,7 +159,7 @@ def _flag_folds(
                     f"{(counts_of_locations > 1).sum()} cases of a {name} in several places, first: {examples}",
                 )
             )
-    counts = pd.crosstab(located.location, located.shown).reindex(columns=classes, fill_value=0)
+    counts = pd.crosstab(located.location, located.true_class).reindex(columns=classes, fill_value=0)
     for name in counts.index:
         missing = [class_name for class_name in classes if counts.loc[name, class_name] == 0]
         if missing:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from kitlib.classes import DIAGNOSES
-from kitlib.datasets.base import Dataset, Faults, one_hot, with_headers
+from kitlib.datasets.base import Dataset, Faults, add_headers, one_hot
 from kitlib.errors import DatasetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -17,7 +17,7 @@ def diagnosis_dataset(
     rows: pd.DataFrame,
     folder: Path,
     faults: Faults,
-    known: Sequence[str],
+    diagnoses: Sequence[str],
     how_to_get: str,
     published: dict[str, int] | None = None,
     progress: bool = True,
@@ -29,25 +29,25 @@ def diagnosis_dataset(
     diagnoses (of DIAGNOSES) that the data set distinguishes. An image whose header cannot be read is left out, with a fault.
     Raises DatasetError, which ends in `how_to_get`, if no image remains; ValueError for a diagnosis that is not in `known`.
     """
-    invalid = sorted(set(rows.diagnosis) - set(known) | set(known) - set(DIAGNOSES))
+    invalid = sorted(set(rows.diagnosis) - set(diagnoses) | set(diagnoses) - set(DIAGNOSES))
     if invalid:
-        raise ValueError(f"unknown diagnoses {invalid}; valid: {', '.join(known)}")
+        raise ValueError(f"unknown diagnoses {invalid}; valid: {', '.join(diagnoses)}")
     rows = rows.sort_values("image_id", ignore_index=True)
     defaults = {"sex": "", "licence": "", "age": np.nan}
     rows = rows.assign(**{name: value for name, value in defaults.items() if name not in rows})
-    images = with_headers(rows, folder, faults, progress)
+    images = add_headers(rows, folder, faults, progress)
     if images.empty:
         raise DatasetError(f"{folder} holds no X-ray that can be read: {how_to_get}")
-    return Dataset.checked(folder, images, one_hot(images.image_id, images.diagnosis, known), faults, published)
+    return Dataset.from_tables(folder, images, one_hot(images.image_id, images.diagnosis, diagnoses), faults, published)
 
 
-def sexes(cells: pd.Series) -> list[str]:
+def parse_sexes(cells: pd.Series) -> list[str]:
     """Return "M" or "F" by the first letter of each cell, in either case; "" for anything else."""
     letters = cells.str.strip().str[:1].str.upper()
     return letters.where(letters.isin(["M", "F"]), "").tolist()
 
 
-def ages(cells: pd.Series, ids: pd.Series, faults: Faults, file: str) -> pd.Series:
+def parse_ages(cells: pd.Series, ids: pd.Series, faults: Faults, file: str) -> pd.Series:
     """Return ages in years, NaN for empty cells and for values that are not an age, which get a fault."""
     years = pd.to_numeric(cells.str.strip(), errors="coerce").astype(float)
     years = years.where(years.between(0, 130))

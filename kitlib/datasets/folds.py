@@ -28,7 +28,7 @@ def make_folds(
     included = _annotated_images(images)
     if "split" in included:
         included = included[included.split != "test"].reset_index(drop=True)
-    groups = leak_groups(included, near_duplicates)
+    groups = find_leak_groups(included, near_duplicates)
     n_groups = len(np.unique(groups))
     if not 2 <= n_folds <= n_groups:
         raise ValueError(
@@ -59,7 +59,7 @@ def hold_out_test(
     if not 0 < share < 1:
         raise ValueError(f"the share of test images is {share}; expected more than 0 and less than 1")
     included = _annotated_images(images)
-    groups = leak_groups(included, near_duplicates)
+    groups = find_leak_groups(included, near_duplicates)
     counts = pd.crosstab(groups, _strata(included, labels, empty_table("boxes"))).to_numpy()
     parts = np.array([1 / (1 - share), 1 / share])
     side = _assign_groups(counts, parts, np.random.default_rng([seed, 1]))[groups]
@@ -69,7 +69,7 @@ def hold_out_test(
     return images.assign(split=np.where(images.image_id.isin(included.image_id[side == 1]), "test", "train"))
 
 
-def source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> pd.DataFrame:
+def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return the table folds with one fold per source, numbered alphabetically, for leave-one-source-out validation.
 
     Images that are `false_none` or of the split "test" are in no fold. Neither are images whose patient or near-duplicate
@@ -82,7 +82,7 @@ def source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = No
     sources = sorted(set(included.source))
     if len(sources) < 2:
         raise ValueError(f"the images are from one source, {', '.join(sources)}: folds by source need at least two")
-    in_one_source = included.source.groupby(leak_groups(included, near_duplicates)).transform("nunique") == 1
+    in_one_source = included.source.groupby(find_leak_groups(included, near_duplicates)).transform("nunique") == 1
     emptied = sorted(set(sources) - set(included.source[in_one_source]))
     if emptied:
         raise ValueError(f"every image of {', '.join(emptied)} shares a patient or a near-duplicate with another source")
@@ -93,7 +93,7 @@ def source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = No
     return folds
 
 
-def leak_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> np.ndarray:
+def find_leak_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> np.ndarray:
     """Return a group number for every row of `images`; rows of one group must share a fold.
 
     Rows are connected if they share a patient or a group of near-duplicates, directly or through others.

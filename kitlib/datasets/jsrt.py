@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults, files_below, one_hot
+from kitlib.datasets.base import Dataset, Faults, find_files, one_hot
 from kitlib.errors import DatasetError
 from kitlib.xrays.image_file import JSRT_BYTES, JSRT_SIDE
 
@@ -28,7 +28,7 @@ def read_jsrt(folder: str | Path, progress: bool = True) -> Dataset:
     structures that other images have, but then without any mask. Raises DatasetError if there is no image or no mask.
     """
     folder, faults = Path(folder), Faults()
-    candidates = files_below(folder, (".img",), faults)
+    candidates = find_files(folder, (".img",), faults)
     files = {}
     for name, path in sorted(candidates.items()):
         size = path.stat().st_size
@@ -55,7 +55,7 @@ def read_jsrt(folder: str | Path, progress: bool = True) -> Dataset:
     )
     labels = one_hot(images.image_id, images.image_id.str.slice(3, 5).map(LABELS), LABELS.values())
     masks = _find_masks(folder, images, faults)
-    return Dataset.checked(folder, images, labels, faults, PUBLISHED, masks=masks)
+    return Dataset.from_tables(folder, images, labels, faults, PUBLISHED, masks=masks)
 
 
 def _find_masks(folder: Path, images: pd.DataFrame, faults: Faults) -> pd.DataFrame:
@@ -64,7 +64,7 @@ def _find_masks(folder: Path, images: pd.DataFrame, faults: Faults) -> pd.DataFr
     # SCR has two folds, each with a folder per structure.
     for mask_folder in sorted(path for path in folder.rglob("*") if path.name.lower() in STRUCTURES and path.is_dir()):
         structure = STRUCTURES[mask_folder.name.lower()]
-        for name, path in files_below(mask_folder, MASK_SUFFIXES, faults).items():
+        for name, path in find_files(mask_folder, MASK_SUFFIXES, faults).items():
             rows.append((name.upper(), structure, str(path)))
     masks = pd.DataFrame(rows, columns=["image_id", "structure", "path"], dtype=object)
     if masks.empty:

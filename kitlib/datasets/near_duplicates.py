@@ -20,7 +20,7 @@ MAX_DISTANCE = 32
 BLOCK = 1024  # rows of the distance matrix that are in memory at once
 
 
-def near_duplicate_groups(cache: XrayCache, image_ids: Iterable[str], max_distance: int = MAX_DISTANCE) -> pd.DataFrame:
+def group_near_duplicates(cache: XrayCache, image_ids: Iterable[str], max_distance: int = MAX_DISTANCE) -> pd.DataFrame:
     """Group near-duplicates among `image_ids` by perceptual hash; returns a table with the columns image_id and group.
 
     Images within `max_distance` bits (of 256), directly or through others, share a group; every other image is a group of

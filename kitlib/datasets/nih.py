@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from kitlib.classes import NIH_FINDINGS
-from kitlib.datasets.base import Dataset, Faults, boxes_of, cut_at_edges, files_below, read_csv, with_headers
+from kitlib.datasets.base import Dataset, Faults, add_headers, cut_at_edges, find_files, make_boxes, read_csv
 from kitlib.errors import DatasetError
 from kitlib.tables import BOX
 
@@ -51,7 +51,7 @@ def read_nih(folder: str | Path, progress: bool = True) -> Dataset:
     for index in table["Image Index"][table["Image Index"].duplicated()]:
         faults.add(name, index, "the image occurs again; the first row is used")
     table = table.drop_duplicates("Image Index")
-    files = files_below(folder, (".png", ".jpg", ".jpeg"), faults)
+    files = find_files(folder, (".png", ".jpg", ".jpeg"), faults)
     if not files:
         raise DatasetError(f"{folder} holds no PNG or JPEG image: unpack images_001 to images_012 there, {HOW_TO_GET}")
     table["image_id"] = table["Image Index"].map(lambda index: Path(index).stem)
@@ -67,11 +67,11 @@ def read_nih(folder: str | Path, progress: bool = True) -> Dataset:
             "view": table["View Position"],
         }
     )
-    images = with_headers(rows, folder, faults, progress)
+    images = add_headers(rows, folder, faults, progress)
     boxes = read_boxes(folder / BOXES, faults)
     images, boxes = cut_at_edges(images, boxes[boxes.image_id.isin(images.image_id)], faults, BOXES)
     images = _add_split(images, folder, faults)
-    return Dataset.checked(folder, images, labels[labels.id.isin(images.image_id)], faults, PUBLISHED, boxes=boxes)
+    return Dataset.from_tables(folder, images, labels[labels.id.isin(images.image_id)], faults, PUBLISHED, boxes=boxes)
 
 
 def _match_files(table: pd.DataFrame, files: dict[str, Path], name: str, faults: Faults) -> pd.DataFrame:
@@ -110,7 +110,7 @@ def read_boxes(path: Path, faults: Faults) -> pd.DataFrame:
         raise DatasetError(
             f"{path} has the columns {list(table.columns)}; expected x, y, w, h after image and finding: {HOW_TO_GET}"
         )
-    boxes, is_valid = boxes_of(table["Image Index"].map(lambda index: Path(index).stem), table.iloc[:, 2:6])
+    boxes, is_valid = make_boxes(table["Image Index"].map(lambda index: Path(index).stem), table.iloc[:, 2:6])
     for image_id in boxes.image_id[~is_valid]:
         faults.add(path.name, image_id, "a box without area or with a cell that is not a number; the box is left out")
     # The list has "Infiltrate" for Infiltration.

@@ -59,7 +59,7 @@ def read_pool(parts: Mapping[str, str | Path], scheme: str, progress: bool = Tru
     )
 
 
-def shortened(images: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
+def sample_images(images: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
     """Return a random sample of at most `count` of a pool's `images`, about the same share of each source and diagnosis.
 
     The order of the rows is preserved. The choice depends on `seed` and the ids, not on their order. A patient's images are

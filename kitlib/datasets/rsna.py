@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from kitlib.classes import RSNA_CLASSES
-from kitlib.datasets.base import Dataset, Faults, boxes_of, cut_at_edges, files_below, one_hot, read_csv, with_headers
+from kitlib.datasets.base import Dataset, Faults, add_headers, cut_at_edges, find_files, make_boxes, one_hot, read_csv
 from kitlib.errors import DatasetError
 
 LABELS, CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
@@ -38,12 +38,12 @@ def read_rsna(folder: str | Path, progress: bool = True) -> Dataset:
     labels, boxes = read_label_tables(folder, faults)
     if not (folder / IMAGES).is_dir():
         raise DatasetError(f"{folder / IMAGES} is missing: unpack the challenge's training images there, {HOW_TO_GET}")
-    files = files_below(folder / IMAGES, (".dcm", ".png", ".jpg", ".jpeg"), faults)
+    files = find_files(folder / IMAGES, (".dcm", ".png", ".jpg", ".jpeg"), faults)
     faults.add_summary(LABELS, set(labels.id) - set(files), "have no file; left out", "other images")
     for image_id in sorted(set(files) - set(labels.id)):
         faults.add(files[image_id].name, image_id, f"has no usable row in {LABELS}; left out")
     image_ids = sorted(set(files) & set(labels.id))
-    patients = nih_patients(folder / MAPPING, faults)
+    patients = read_nih_patients(folder / MAPPING, faults)
     rows = pd.DataFrame(
         {
             "image_id": image_ids,
@@ -53,9 +53,9 @@ def read_rsna(folder: str | Path, progress: bool = True) -> Dataset:
             "view": "",
         }
     )
-    images = with_headers(rows, folder, faults, progress)
+    images = add_headers(rows, folder, faults, progress)
     images, boxes = cut_at_edges(images, boxes[boxes.image_id.isin(images.image_id)], faults, LABELS)
-    return Dataset.checked(folder, images, labels[labels.id.isin(images.image_id)], faults, PUBLISHED, boxes=boxes)
+    return Dataset.from_tables(folder, images, labels[labels.id.isin(images.image_id)], faults, PUBLISHED, boxes=boxes)
 
 
 def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -65,7 +65,7 @@ def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame,
     """
     rows = read_csv(Path(folder) / LABELS, ("patientId", "x", "y", "width", "height", "Target"), HOW_TO_GET)
     detailed = read_csv(Path(folder) / CLASSES, ("patientId", "class"), HOW_TO_GET).drop_duplicates()
-    boxes, is_valid = boxes_of(rows.patientId, rows[["x", "y", "width", "height"]])
+    boxes, is_valid = make_boxes(rows.patientId, rows[["x", "y", "width", "height"]])
     excluded = set(rows.patientId[~rows.Target.isin(["0", "1"]) | (is_valid != (rows.Target == "1"))])
     for patient in sorted(excluded):
         faults.add(LABELS, patient, "Target is not 1 with a box or 0 without one; the image is left out")
@@ -84,7 +84,7 @@ def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame,
     return labels, boxes[is_valid & ~boxes.image_id.isin(excluded)].reset_index(drop=True)
 
 
-def nih_patients(path: Path, faults: Faults) -> dict[str, str]:
+def read_nih_patients(path: Path, faults: Faults) -> dict[str, str]:
     """Return RSNA's patientId -> NIH's patient, with the ids of kitlib.datasets.nih, from RSNA's mapping file `path`.
 
     A missing file is a fault and gives an empty mapping. Raises DatasetError for a file of another form.

@@ -67,7 +67,7 @@ def read_train(folder: str | Path, progress: bool = True) -> Dataset:
     images, boxes = cut_at_edges(images, boxes[boxes.image_id.isin(images.image_id)], faults, IMAGE_TABLE, "_image")
     for study_id in sorted(set(labels.id) - set(images.study_id)):
         faults.add(STUDY_TABLE, f"{study_id}_study", "has no usable image")
-    return Dataset.checked(folder, images, labels, faults, PUBLISHED, boxes=boxes)
+    return Dataset.from_tables(folder, images, labels, faults, PUBLISHED, boxes=boxes)
 
 
 def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -> SiimTest:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults, one_hot, with_headers
+from kitlib.datasets.base import Dataset, Faults, add_headers, one_hot
 from kitlib.errors import DatasetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif")
@@ -86,10 +86,10 @@ def _read(folder: Path, cohort: _Cohort, progress: bool) -> Dataset:
             "age": [_age(texts.get(name, "")) for name in files],
         }
     )
-    images = with_headers(rows, folder, faults, progress)
+    images = add_headers(rows, folder, faults, progress)
     labels = one_hot(images.image_id, images.image_id.str[-1].map(LABELS), LABELS.values())
     masks = _find_masks(mask_files, images, faults)
-    return Dataset.checked(folder, images, labels, faults, cohort.published, masks=masks)
+    return Dataset.from_tables(folder, images, labels, faults, cohort.published, masks=masks)
 
 
 def _find_files(

@@ -13,7 +13,7 @@ from kitlib.bundle import read_record
 from kitlib.fusion.ensemble_bundle import Ensemble, apply_ensemble
 from kitlib.fusion.model_fusion import Fused, FusionSettings, fuse
 from kitlib.inference.predict import study_and_image_scores
-from kitlib.lungs.crop import wants_masks
+from kitlib.lungs.crop import needs_masks
 from kitlib.models.families import BOXES, recorded_family
 from kitlib.tables import concatenate
 
@@ -57,7 +57,7 @@ def read_answering_model(folder: Path) -> AnsweringModel:
         record["fold"],
         _predicted_outputs(record),
         record["longest_side"],
-        wants_masks(recipe),
+        needs_masks(recipe),
         recipe.get("masked", False),
         record["architecture"].get("segmenter", ""),
         record["data_fingerprint"],

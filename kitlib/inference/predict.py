@@ -15,8 +15,8 @@ from kitlib.device import autocast, pick_device
 from kitlib.errors import BundleError
 from kitlib.inference.read_ahead import ahead
 from kitlib.letterbox import PLACEMENTS, Placement, clip_boxes, flip_boxes
-from kitlib.lungs.canvas import canvas_of
-from kitlib.lungs.crop import crop, finder_for, looks_at_lungs, seen_lungs, wants_masks
+from kitlib.lungs.canvas import read_canvas
+from kitlib.lungs.crop import choose_finder, crop, find_lungs, needs_lungs, needs_masks
 from kitlib.lungs.finders import LungFinder, Lungs
 from kitlib.models.families import BOXES, LUNGS, STUDIES, load_network, recorded_family
 from kitlib.models.halving_batches import HalvingBatches
@@ -80,10 +80,10 @@ class Predictor:
             raise ValueError(f"{self.model}: views are {list(self.views)}; a patch model supports only the view 'full'")
         self._canvas_names = sorted({VIEWS[view][0] for view in self.views})
         # A detector may predict on a larger canvas than it was trained on.
-        self._canvas = canvas_of(recipe, recipe.get("inference_size") or record["image_size"])
+        self._canvas = read_canvas(recipe, recipe.get("inference_size") or record["image_size"])
         found_by = recipe.get("lungs", "darkness")
-        self._finder, self._uses_lungs = finder_for(found_by, lungs), looks_at_lungs(recipe, self.views)
-        self.wants_masks = wants_masks(recipe, self.views)
+        self._finder, self._uses_lungs = choose_finder(found_by, lungs), needs_lungs(recipe, self.views)
+        self.wants_masks = needs_masks(recipe, self.views)
         self.segmenter = record.get("architecture", {}).get("segmenter", "")  # digest of the segmenter used in training
         self._outputs = recipe.get("outputs", "both")
         self._make_placement = PLACEMENTS[record["placement"]]
@@ -119,7 +119,7 @@ class Predictor:
             return self._patch_canvases(xrays)
         lungs = [Lungs(None)] * len(xrays)
         if self._uses_lungs:
-            lungs = seen_lungs(self._finder, xrays, self._canvas.needs_mask)
+            lungs = find_lungs(self._finder, xrays, self._canvas.needs_mask)
         frames: dict[str, list[np.ndarray | None]] = {"full": [None] * len(xrays), "lungs": [each.frame for each in lungs]}
         placements = {name: list(map(self._placement, xrays, frames[name])) for name in self._canvas_names}
         greys = [self._canvas.grey(xray.pixels, image_lungs.mask) for xray, image_lungs in zip(xrays, lungs, strict=True)]
@@ -132,7 +132,7 @@ class Predictor:
 
     def _patch_canvases(self, xrays: list[CachedXray]) -> Batch:
         image_ids, recipe = [xray.image_id for xray in xrays], self.network.recipe
-        lungs = seen_lungs(self._finder, xrays, masked=True)
+        lungs = find_lungs(self._finder, xrays, masked=True)
         canvases = [patch_canvas(xray, image_lungs, recipe) for xray, image_lungs in zip(xrays, lungs, strict=True)]
         where = join_centres(
             [canvas.centres(recipe.patches, image_seed(name)) for canvas, name in zip(canvases, image_ids, strict=True)]

@@ -16,7 +16,7 @@ from kitlib.device import autocast, pick_device
 from kitlib.errors import BundleError
 from kitlib.inference.read_ahead import ahead
 from kitlib.letterbox import Placement
-from kitlib.lungs.clean_up import on_canvas, placement, segmented
+from kitlib.lungs.clean_up import clean_up_maps, make_input, place_image
 from kitlib.lungs.finders import FOUND, Lungs, segmenter_digest
 from kitlib.models.families import LUNGS, load_network, recorded_family
 from kitlib.models.halving_batches import HalvingBatches
@@ -40,7 +40,7 @@ class LungSegmenter:
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
         """Return the lung frame and mask of each X-ray; both are None if the mask is not plausible."""
         results = [
-            segmented(xray, maps, xray_placement, self.recipe)
+            clean_up_maps(xray, maps, xray_placement, self.recipe)
             for xray, maps, xray_placement in zip(xrays, *self._segment(xrays), strict=True)
         ]
         self.missed += sum(result.verdict != FOUND for result in results)
@@ -68,9 +68,9 @@ class LungSegmenter:
             yield xrays, *self._place(xrays)
 
     def _place(self, xrays: Sequence[CachedXray]) -> tuple[list[Placement], torch.Tensor]:
-        placements = [placement(xray, self.recipe) for xray in xrays]
+        placements = [place_image(xray, self.recipe) for xray in xrays]
         canvases = [
-            on_canvas(xray, xray_placement, self.recipe) for xray, xray_placement in zip(xrays, placements, strict=True)
+            make_input(xray, xray_placement, self.recipe) for xray, xray_placement in zip(xrays, placements, strict=True)
         ]
         return placements, torch.from_numpy(np.stack(canvases))
 

@@ -30,7 +30,7 @@ from kitlib.kernels import start as kernel_start
 from kitlib.kernels.pack_library import pack_library
 from kitlib.kernels.spec import KernelSpec
 from kitlib.kernels.wheels import check_wheels, image_pins
-from kitlib.lungs.crop import wants_masks
+from kitlib.lungs.crop import needs_masks
 from kitlib.lungs.finders import segmenter_digest
 from kitlib.models.families import LUNGS, STUDIES, recorded_family
 from kitlib.paths import project_root
@@ -170,7 +170,7 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
         family = recorded_family(record, bundle)
         if family.no_submission:
             raise KernelError(f"runs: {bundle} {family.no_submission}")
-        if wants_masks(record["recipe"]) and record["architecture"].get("segmenter") != segmenter:
+        if needs_masks(record["recipe"]) and record["architecture"].get("segmenter") != segmenter:
             raise KernelError(
                 f"runs: {bundle} was trained with a segmenter's lung masks, but the key `lungs` is "
                 f"{'another segmenter' if segmenter else 'empty'}; set it to the run of notebook 14 that was the model's "

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from kitlib.letterbox import Placement
-from kitlib.lungs.crop import only_lungs
-from kitlib.lungs.equalise import adjusted
+from kitlib.lungs.crop import blacken_outside
+from kitlib.lungs.equalise import adjust_grey
 from kitlib.recipes.fields import TrainingRecipe
 
 # Width of the border that the probe "border" shows, as a share of the canvas's side.
@@ -46,14 +46,14 @@ class Canvas:
         `mask` is bool of the same shape; None (the lungs were not found) leaves all pixels visible.
         """
         # The grey is adjusted before masking: as in Patched FLANNEL, masked pixels count in the image's histogram.
-        pixels = adjusted(pixels, self.equalise, self.gamma) if self.equalise or self.gamma != 1 else pixels
+        pixels = adjust_grey(pixels, self.equalise, self.gamma) if self.equalise or self.gamma != 1 else pixels
         if self.probe == "outside_lungs" and mask is not None:
             mask = ~mask
-        return only_lungs(pixels, mask)
+        return blacken_outside(pixels, mask)
 
     def lay(self, grey: np.ndarray, place: Placement) -> np.ndarray:
         """Return the canvas with `grey` placed on it; for the probe "border" everything but the border is black."""
-        return border_alone(place.image(grey)) if self.probe == "border" else place.image(grey)
+        return keep_border(place.image(grey)) if self.probe == "border" else place.image(grey)
 
     def middle(self, place: Placement) -> Placement:
         """Convert a placement on the whole square to one on its central square of `image_size`, which prediction uses."""
@@ -68,13 +68,13 @@ class Canvas:
             left=place.left - edge,
         )
 
-    def middle_of(self, pixels: np.ndarray) -> np.ndarray:
+    def crop_middle(self, pixels: np.ndarray) -> np.ndarray:
         """Return the central square of `image_size` of a canvas (whole, whole), as a view."""
         edge = (self.whole - self.image_size) // 2
         return pixels[edge : edge + self.image_size, edge : edge + self.image_size]
 
 
-def canvas_of(recipe: TrainingRecipe | Mapping[str, Any], image_size: int = 0) -> Canvas:
+def read_canvas(recipe: TrainingRecipe | Mapping[str, Any], image_size: int = 0) -> Canvas:
     """Return the Canvas of a recipe or of the recipe in a bundle's record; a nonzero `image_size` replaces the recipe's."""
     names = [field.name for field in dataclasses.fields(Canvas)]
     if isinstance(recipe, TrainingRecipe):
@@ -84,7 +84,7 @@ def canvas_of(recipe: TrainingRecipe | Mapping[str, Any], image_size: int = 0) -
     return Canvas(**fields | ({"image_size": image_size} if image_size else {}))
 
 
-def border_alone(canvas: np.ndarray) -> np.ndarray:
+def keep_border(canvas: np.ndarray) -> np.ndarray:
     """Return a copy of uint8 (rows, columns) that is black except for a border of a tenth of each side, at least a pixel."""
     shown = canvas.copy()
     down, across = (max(1, round(BORDER * side)) for side in canvas.shape)

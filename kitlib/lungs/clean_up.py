@@ -7,7 +7,7 @@ import numpy as np
 
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.letterbox import PLACEMENTS, Placement
-from kitlib.lungs.equalise import adjusted
+from kitlib.lungs.equalise import adjust_grey
 from kitlib.lungs.finders import FOUND, in_original
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.xrays.cache import CachedXray
@@ -32,18 +32,18 @@ class Segmented:
     codes: np.ndarray  # uint8 of MASK_CODES, of the shape of the cached pixels; "lungs" marks pixels added by the clean-up
 
 
-def placement(xray: CachedXray, recipe: SegmenterRecipe) -> Placement:
+def place_image(xray: CachedXray, recipe: SegmenterRecipe) -> Placement:
     """Return the placement of the whole image on the recipe's canvas."""
     return PLACEMENTS[recipe.placement](xray.rows, xray.columns, recipe.image_size)
 
 
-def on_canvas(xray: CachedXray, place: Placement, recipe: SegmenterRecipe) -> np.ndarray:
+def make_input(xray: CachedXray, place: Placement, recipe: SegmenterRecipe) -> np.ndarray:
     """Return the network's input, uint8 (side, side): the image's grey adjusted, then placed on the black canvas."""
     # The grey is adjusted first, so that the canvas's padding does not count in the histogram.
-    return place.image(adjusted(xray.pixels, recipe.equalise, recipe.gamma))
+    return place.image(adjust_grey(xray.pixels, recipe.equalise, recipe.gamma))
 
 
-def on_copy(maps: np.ndarray, place: Placement, shape: tuple[int, int], recipe: SegmenterRecipe) -> np.ndarray:
+def decode_maps(maps: np.ndarray, place: Placement, shape: tuple[int, int], recipe: SegmenterRecipe) -> np.ndarray:
     """Convert maps of `LungSegmenter.maps` to a label image of the decoded copy: uint8 of `shape`, codes of MASK_CODES.
 
     Probabilities are interpolated linearly; each pixel gets the most probable of background and structures.
@@ -58,7 +58,7 @@ def on_copy(maps: np.ndarray, place: Placement, shape: tuple[int, int], recipe: 
     return codes
 
 
-def segmented(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: SegmenterRecipe) -> Segmented:
+def clean_up_maps(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: SegmenterRecipe) -> Segmented:
     """Clean up the maps of one image, which are on the canvas of `place`, and decide whether its lungs can be used.
 
     Small islands are removed; the lungs are dilated and closed by 3 x 3 pixels on a canvas of 512 pixels a side, and refused
@@ -71,10 +71,10 @@ def segmented(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: Segm
     # Via the decoded copy, because the two canvases round the width of their padding differently.
     likely = place.back(maps[sides].sum(axis=0, dtype=np.uint16).clip(max=255).astype(np.uint8), *shape)
     large = PLACEMENTS[recipe.placement](xray.rows, xray.columns, CLEAN_SIDE)
-    clean = without_islands(large.image(likely) > 127, recipe.least_island)
-    clean = cleaned(clean, recipe.dilations, recipe.closings)
+    clean = remove_islands(large.image(likely) > 127, recipe.least_island)
+    clean = dilate_and_close(clean, recipe.dilations, recipe.closings)
     area = float(clean.mean())
-    raw, inside = on_copy(maps, place, shape, recipe), large.back(clean.astype(np.uint8) * 255, *shape) > 127
+    raw, inside = decode_maps(maps, place, shape, recipe), large.back(clean.astype(np.uint8) * 255, *shape) > 127
     lung_codes = np.where(np.isin(raw, LUNG_CODES), raw, MASK_CODES["lungs"])
     codes = np.where(inside, lung_codes, np.where(raw == MASK_CODES["heart"], raw, 0)).astype(np.uint8)
     tight, wide = (lung_frame(inside, margin) for margin in (0.0, recipe.margin))
@@ -86,7 +86,7 @@ def segmented(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: Segm
     return Segmented(xray.image_id, verdict, area, frame, codes)
 
 
-def without_islands(lungs: np.ndarray, least: float) -> np.ndarray:
+def remove_islands(lungs: np.ndarray, least: float) -> np.ndarray:
     """Return a bool mask (rows, columns) without the connected parts that cover less than a share `least` of the array."""
     count, places, stats, _ = cv2.connectedComponentsWithStats(lungs.astype(np.uint8), connectivity=8)
     large = stats[:, cv2.CC_STAT_AREA] >= least * lungs.size
@@ -94,7 +94,7 @@ def without_islands(lungs: np.ndarray, least: float) -> np.ndarray:
     return large[places] if count > 1 else lungs
 
 
-def cleaned(lungs: np.ndarray, dilations: int, closings: int) -> np.ndarray:
+def dilate_and_close(lungs: np.ndarray, dilations: int, closings: int) -> np.ndarray:
     """Return a bool mask (rows, columns) after `dilations` and then `closings` by 3 x 3 pixels."""
     square = np.ones((3, 3), np.uint8)
     clean: np.ndarray = lungs.astype(np.uint8)

@@ -22,14 +22,14 @@ class NoLungs:
         return [Lungs(None)] * len(xrays)
 
 
-def finder_for(recipe_lungs: str, finder: LungFinder | None) -> LungFinder:
+def choose_finder(recipe_lungs: str, finder: LungFinder | None) -> LungFinder:
     """Return the finder for a recipe's field `lungs`: DarkLungs for "darkness", else `finder`, or NoLungs if it is None."""
     if recipe_lungs == "darkness":
         return DarkLungs()
     return NoLungs() if finder is None else finder
 
 
-def looks_at_lungs(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
+def needs_lungs(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
     """Return whether a model needs to know where the lungs are, because it masks the image or crops a view to them.
 
     `recipe` is the recipe in a bundle's record; nonempty `views` replace the recipe's.
@@ -39,9 +39,9 @@ def looks_at_lungs(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
     return by_mask or any(VIEWS[view][0] == "lungs" for view in shown if view in VIEWS)
 
 
-def wants_masks(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
-    """Return whether a model needs a segmenter's lung masks; the arguments are those of `looks_at_lungs`."""
-    return recipe.get("lungs", "darkness") == "masks" and looks_at_lungs(recipe, views)
+def needs_masks(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
+    """Return whether a model needs a segmenter's lung masks; the arguments are those of `needs_lungs`."""
+    return recipe.get("lungs", "darkness") == "masks" and needs_lungs(recipe, views)
 
 
 def check_finder(recipe: WithBackbone, finder: LungFinder | None, model: str) -> None:
@@ -58,7 +58,7 @@ def check_finder(recipe: WithBackbone, finder: LungFinder | None, model: str) ->
         )
 
 
-def seen_lungs(finder: LungFinder, xrays: Sequence[CachedXray], masked: bool) -> list[Lungs]:
+def find_lungs(finder: LungFinder, xrays: Sequence[CachedXray], masked: bool) -> list[Lungs]:
     """Return the lungs of each image as far as a model uses them: the frame, and the mask if the model is `masked`.
 
     For a masked model, lungs without a mask count as not found.
@@ -77,12 +77,12 @@ def crop(place: Callable[..., Placement], frame: np.ndarray | None, rows: int, c
     return place(rows, columns, side) if frame is None else within(place, frame, rows, columns, side)
 
 
-def only_lungs(pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+def blacken_outside(pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """Return uint8 pixels (height, width), set to 0 where the bool mask of that shape is False; unchanged without a mask."""
     return pixels if mask is None else pixels * mask
 
 
-def boxes_shown(place: Placement, boxes: np.ndarray) -> np.ndarray:
+def clip_boxes_to_canvas(place: Placement, boxes: np.ndarray) -> np.ndarray:
     """Convert boxes (n, 4) from original pixels to pixels of the canvas of `place`; returns float (k, 4).
 
     Boxes are cut at the edges of the frame and of the canvas; those with less than a pixel a side in either are removed.

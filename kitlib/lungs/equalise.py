@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def adjusted(pixels: np.ndarray, equalise: bool, gamma: float) -> np.ndarray:
+def adjust_grey(pixels: np.ndarray, equalise: bool, gamma: float) -> np.ndarray:
     """Return uint8 pixels of any shape, equalised if `equalise`, then mapped to 255 (x / 255)^gamma, rounded.
 
     This is Patched FLANNEL, section 2.1. The equalised grey is the cumulative histogram, less the count of the darkest grey

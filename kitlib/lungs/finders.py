@@ -69,7 +69,7 @@ class StoredLungs:
         table_path = Path(run_folder) / "tables" / "lungs.parquet"
         table = read_table("lungs", table_path)
         self.segmenter = segmenter_digest(read_record(Path(run_folder) / "bundle"))
-        self.run, self.known = Path(run_folder), frozenset(table.image_id)
+        self.run, self.image_ids = Path(run_folder), frozenset(table.image_id)
         found_rows = table[table.verdict == FOUND]
         self.frames = dict(zip(found_rows.image_id, found_rows[list(BOX)].to_numpy(float), strict=True))
         self.masks = MaskStore(Path(run_folder) / "masks")
@@ -77,15 +77,15 @@ class StoredLungs:
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
         """Return the lungs of each image. Raises ValueError for an image that the run has not segmented in this size."""
-        return [self.of(xray) for xray in xrays]
+        return [self.find_one(xray) for xray in xrays]
 
-    def of(self, xray: CachedXray) -> Lungs:
+    def find_one(self, xray: CachedXray) -> Lungs:
         """Return the lungs of one image. Raises ValueError if the run has not segmented it, or in another size."""
-        if xray.image_id not in self.known:
+        if xray.image_id not in self.image_ids:
             raise ValueError(
-                f"{self.run}, of {len(self.known)} images, has not segmented {xray.image_id!r}: apply the segmenter to the "
-                "prepared run that is used for training. Extra images are possible only with models that are trained on "
-                "whole images (trained_on full, not masked)"
+                f"{self.run} has segmented {len(self.image_ids)} images, but not image {xray.image_id!r}: apply the "
+                "segmenter to the prepared run that is used for training. Only models trained on whole images "
+                "(trained_on full, not masked) can use extra images"
             )
         frame = self.frames.get(xray.image_id)
         if frame is None:

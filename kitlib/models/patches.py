@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from kitlib.letterbox import PLACEMENTS
-from kitlib.lungs.equalise import adjusted
+from kitlib.lungs.equalise import adjust_grey
 from kitlib.lungs.finders import Lungs
 from kitlib.recipes.fields import PatchRecipe
 from kitlib.xrays.cache import CachedXray
@@ -41,7 +41,7 @@ def patch_canvas(xray: CachedXray, lungs: Lungs, recipe: PatchRecipe) -> PatchCa
     The whole image becomes a single patch if it has no lung mask, if the lungs cover less than the share `least_lungs` of
     the canvas, or if a side of the original image is shorter than a patch.
     """
-    grey, side = adjusted(xray.pixels, recipe.equalise, recipe.gamma), recipe.image_size
+    grey, side = adjust_grey(xray.pixels, recipe.equalise, recipe.gamma), recipe.image_size
     make_placement = PLACEMENTS[recipe.placement]
     if lungs.mask is not None and min(xray.rows, xray.columns) >= side:
         placement = make_placement(xray.rows, xray.columns, recipe.canvas)

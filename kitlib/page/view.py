@@ -18,7 +18,7 @@ from kitlib.page.systems import System
 from kitlib.page.uploads import open_uploads
 from kitlib.page.warm_models import Answer, WarmModels
 from kitlib.page.window_level import Windowed, read_windowed
-from kitlib.page.xray_svg import bars, picture
+from kitlib.page.xray_svg import draw_bars, draw_picture
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class Viewer:
         has_detections = bool(nones.loc[nones["image_id"] == image.key, "seen"].all())
         if BOXES in layers and not has_detections:
             captions.append("No detector has looked at this image.")
-        return picture(
+        return draw_picture(
             pixels,
             image.rows,
             image.columns,
@@ -145,7 +145,7 @@ class Viewer:
         study = fused.studies.iloc[0]
         none = fused.nones.set_index("image_id").loc[image.key]
         is_predicted = not none["prior"]
-        return bars(
+        return draw_bars(
             {name: float(study[name]) for name in STUDY_CLASSES},
             float(none["none"]) if is_predicted else None,
             bool(study["prior"]),

@@ -64,7 +64,7 @@ class WarmModels:
         """
         key = (system.name, study.study_id, study.trained_on, tuple(image.key for image in study.images))
         with self._one_at_a_time:
-            answer = self._answers.get(key) or self._answered(system, study)
+            answer = self._answers.get(key) or self._predict(system, study)
             if not answer.failed:  # a failure may be temporary, so it is not cached
                 _remember(self._answers, key, answer, CACHED_ANSWERS)
             return answer
@@ -99,7 +99,7 @@ class WarmModels:
                 return f"{model.model}, fold {model.fold}", heat
         raise ValueError(f"none of the models of {system.name} predicts {class_name}")
 
-    def _answered(self, system: System, study: OpenedStudy) -> Answer:
+    def _predict(self, system: System, study: OpenedStudy) -> Answer:
         models, remarks = choose_models(system, study)
         xrays = [study.read(image, system.longest_side) for image in study.images]
         remarks += system.left_out

@@ -37,7 +37,7 @@ MARKS = {
 }
 
 
-def picture(
+def draw_picture(
     pixels: np.ndarray,
     rows: int,
     columns: int,
@@ -93,7 +93,7 @@ def picture(
     )
 
 
-def bars(studies: Mapping[str, float], none: float | None, priors: bool, true_class: str = "") -> str:
+def draw_bars(studies: Mapping[str, float], none: float | None, priors: bool, true_class: str = "") -> str:
     """Return HTML with one bar per class of STUDY_CLASSES and, unless it is None, one for `none`, with three decimals.
 
     Values are 0..1. With `priors`, no model has predicted the study and `studies` are the class frequencies of the training

@@ -16,7 +16,7 @@ from kitlib.classes import LUNG_CODES
 from kitlib.errors import SettingsError
 from kitlib.inference.segment_lungs import load_segmenter
 from kitlib.letterbox import Placement
-from kitlib.lungs.clean_up import CLEAN_UP, Segmented, segmented
+from kitlib.lungs.clean_up import CLEAN_UP, Segmented, clean_up_maps
 from kitlib.lungs.finders import FOUND
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.settings import override
@@ -92,7 +92,7 @@ def apply_lungs(
 
 def _read_finished_parts(run_folder: Path, resume: bool) -> tuple[MaskStore, list[pd.DataFrame]]:
     """Return the masks that an interrupted run has stored, and the lungs tables with the rows of these images."""
-    store = MaskStore(run_folder / "masks") if resume else MaskStore.afresh(run_folder / "masks")
+    store = MaskStore(run_folder / "masks") if resume else MaskStore.create_empty(run_folder / "masks")
     parts = [read_table("lungs", part) for part in sorted((run_folder / "checkpoints").glob("lungs-*.parquet"))]
     return store, [part[part.image_id.isin(store.ids)] for part in parts]
 
@@ -102,7 +102,7 @@ def _clean_up_image(
 ) -> Segmented:
     """Clean up the maps of one image and, with a cache `masked`, store the image black outside its lungs."""
     xray, maps, place = segmentation
-    result = segmented(xray, maps, place, recipe)
+    result = clean_up_maps(xray, maps, place, recipe)
     if masked is not None:
         inside = np.isin(result.codes, LUNG_CODES) if result.verdict == FOUND else True
         masked.put(dataclasses.replace(xray, pixels=np.where(inside, xray.pixels, 0).astype(np.uint8)))

@@ -10,7 +10,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations
 
 from kitlib.device import derived_seed
-from kitlib.lungs.canvas import canvas_of
+from kitlib.lungs.canvas import read_canvas
 from kitlib.recipes.fields import TrainingRecipe, WithDistortions, WithOcclusions
 
 # Of the Gaussian blur (recipes with blur_pixels), in pixels; UNet + HRNet paper, Table 3.
@@ -28,7 +28,7 @@ class Augmentation:
 
     def __init__(self, recipe: TrainingRecipe) -> None:
         transforms = _geometric_transforms(recipe)
-        if canvas_of(recipe).whole > recipe.image_size:
+        if read_canvas(recipe).whole > recipe.image_size:
             # Last, so that the crop shows less of the black around a rotated image.
             transforms.append(albumentations.RandomCrop(recipe.image_size, recipe.image_size))
         self.geometry = albumentations.Compose(

@@ -10,7 +10,7 @@ from kitlib.bundle import read_bundle
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.errors import BundleError, MaskError
 from kitlib.inference.segment_lungs import LungSegmenter, load_segmenter
-from kitlib.lungs.clean_up import on_copy
+from kitlib.lungs.clean_up import decode_maps
 from kitlib.models.segmenter import Segmenter, segmentation_loss
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.scoring.metrics import overlap
@@ -67,7 +67,7 @@ def score_masks(
     """
     rows, pending = [], {}
     for xray, maps, place in segmenter.maps(cache.read(image_id) for image_id in image_ids):
-        predicted, truth = on_copy(maps, place, xray.pixels.shape, segmenter.recipe), masks.read(xray.image_id)
+        predicted, truth = decode_maps(maps, place, xray.pixels.shape, segmenter.recipe), masks.read(xray.image_id)
         for structure in dict.fromkeys([*segmenter.recipe.structures, "lungs"]):
             codes = LUNG_CODES if structure == "lungs" else (MASK_CODES[structure],)
             agreement = overlap(np.isin(predicted, codes), np.isin(truth, codes))
@@ -166,7 +166,7 @@ class SegmenterStrategy(Strategy):
 
     def predict(self, device: torch.device) -> dict[str, Any]:
         segmenter = load_segmenter(self.run_folder / "bundle", device, 2 * self.recipe.batch_size)
-        predicted_masks = MaskStore.afresh(self.run_folder / "masks")
+        predicted_masks = MaskStore.create_empty(self.run_folder / "masks")
         scores = score_masks(segmenter, self.task.cache, self.masks, self.validation_images.image_id, predicted_masks)
         self.write("mask_scores", scores.assign(fold=self.fold))
         return {}

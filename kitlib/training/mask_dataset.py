@@ -10,7 +10,7 @@ from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.device import derived_seed
 from kitlib.errors import MaskError
 from kitlib.letterbox import Placement
-from kitlib.lungs.clean_up import on_canvas, placement
+from kitlib.lungs.clean_up import make_input, place_image
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.training.augmentation import MaskAugmentation
 from kitlib.training.xray_dataset import MAX_CACHE_BYTES, CanvasCache, Examples
@@ -59,8 +59,8 @@ class MaskDataset(Examples):
             if cached_truth and cached_pixels:
                 return cached_pixels[0], cached_truth[0]
         xray = self.cache.read(self.image_ids[index])
-        place = placement(xray, self.recipe)
-        pixels = on_canvas(xray, place, self.recipe)
+        place = place_image(xray, self.recipe)
+        pixels = make_input(xray, place, self.recipe)
         truth = truth_on_canvas(self.masks.read(xray.image_id), place, self.recipe, xray)
         for cache, canvas in zip(self.canvas_caches, (pixels, truth), strict=False):
             cache.put(index, canvas, xray.rows, xray.columns)

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from kitlib.device import derived_seed
-from kitlib.lungs.crop import finder_for, seen_lungs
+from kitlib.lungs.crop import choose_finder, find_lungs
 from kitlib.lungs.finders import LungFinder
 from kitlib.models.patches import PatchCanvas, cut_patches, image_seed, join_centres, patch_canvas
 from kitlib.recipes.fields import PatchRecipe
@@ -46,7 +46,7 @@ class PatchDataset(Examples):
         self.label = labels.set_index("id").reindex(images.study_id).to_numpy(np.float32)
         # It augments patches, which must not be cropped again.
         self.augmentation = Augmentation(override(recipe, canvas=recipe.image_size)) if augment else None
-        self.finder = finder_for(recipe.lungs, lungs)
+        self.finder = choose_finder(recipe.lungs, lungs)
         self.frame_cache = FrameCache(len(self))
         self.canvas_cache = PatchCanvasCache(len(self), recipe)
 
@@ -75,7 +75,7 @@ class PatchDataset(Examples):
         if cached is not None:
             return cached
         xray = self.cache.read(self.image_ids[index])
-        (lungs,) = seen_lungs(self.finder, [xray], masked=True)
+        (lungs,) = find_lungs(self.finder, [xray], masked=True)
         canvas = patch_canvas(xray, lungs, self.recipe)
         self.frame_cache.put(index, None if canvas.mask is None else lungs.frame)
         self.canvas_cache.put(index, canvas, xray)

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kitlib.device import derived_seed
 from kitlib.letterbox import PLACEMENTS, Placement
-from kitlib.lungs.canvas import canvas_of
-from kitlib.lungs.crop import boxes_shown, crop, finder_for, seen_lungs
+from kitlib.lungs.canvas import read_canvas
+from kitlib.lungs.crop import choose_finder, clip_boxes_to_canvas, crop, find_lungs
 from kitlib.lungs.finders import LungFinder, Lungs
 from kitlib.recipes.fields import WithBackbone
 from kitlib.tables import BOX
@@ -73,7 +73,7 @@ class XrayDataset(Examples):
         seed: int = 0,
         lungs: LungFinder | None = None,
     ) -> None:
-        self.cache, self.side, self.seed, self.canvas = cache, recipe.image_size, seed, canvas_of(recipe)
+        self.cache, self.side, self.seed, self.canvas = cache, recipe.image_size, seed, read_canvas(recipe)
         self.image_ids = images.image_id.tolist()
         self.make_placement = PLACEMENTS[recipe.placement]
         self.label = labels.set_index("id").reindex(images.study_id).to_numpy(np.float32)
@@ -90,7 +90,7 @@ class XrayDataset(Examples):
                 )
             self.none = np.where(np.isnan(soft_none), self.none, soft_none)
         self.augmentation = Augmentation(recipe) if augment else None
-        self.finder, self.canvas_kinds = finder_for(recipe.lungs, lungs), CANVAS_KINDS[recipe.trained_on]
+        self.finder, self.canvas_kinds = choose_finder(recipe.lungs, lungs), CANVAS_KINDS[recipe.trained_on]
         self.frame_cache = FrameCache(len(self))
         cached_kinds = min(len(self.canvas_kinds), MAX_CACHE_BYTES // max(1, len(self) * self.canvas.whole**2))
         self.canvas_cache = CanvasCache(cached_kinds * len(self), self.canvas.whole)
@@ -100,9 +100,12 @@ class XrayDataset(Examples):
         pixels, place = self._read_canvas(index, self._choose_kind(key))
         # Boxes are clipped to the canvas and dropped if less than a pixel of a side remains.
         if self.augmentation is None:
-            pixels, boxes = self.canvas.middle_of(pixels), boxes_shown(self.canvas.middle(place), self.boxes[index])
+            pixels, boxes = (
+                self.canvas.crop_middle(pixels),
+                clip_boxes_to_canvas(self.canvas.middle(place), self.boxes[index]),
+            )
         else:
-            boxes = boxes_shown(place, self.boxes[index])
+            boxes = clip_boxes_to_canvas(place, self.boxes[index])
             pixels, boxes = self.augmentation(pixels, boxes, derived_seed(self.seed, epoch, index))
         return {
             "pixels": torch.from_numpy(pixels),
@@ -149,7 +152,7 @@ class XrayDataset(Examples):
         """Return the lungs of an image, as the recipe uses them. Frames are cached; masks are large and found again."""
         if not self.canvas.needs_mask and self.frame_cache.status[index]:
             return self.frame_cache.get(index)
-        (lungs,) = seen_lungs(self.finder, [xray], self.canvas.needs_mask)
+        (lungs,) = find_lungs(self.finder, [xray], self.canvas.needs_mask)
         self.frame_cache.put(index, lungs.frame)
         return lungs
 

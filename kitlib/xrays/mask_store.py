@@ -37,7 +37,7 @@ class MaskStore:
         return MaskStore, (self.folder, *self.others)
 
     @classmethod
-    def afresh(cls, folder: str | Path) -> "MaskStore":
+    def create_empty(cls, folder: str | Path) -> "MaskStore":
         """Return an empty store in `folder`, whose previous content is deleted."""
         shutil.rmtree(folder, ignore_errors=True)
         return cls(folder)

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kitlib.datasets.data_sheet import age_groups, data_sheet, data_sheet_figure, exclusive
+from kitlib.datasets.data_sheet import are_exclusive, data_sheet_figure, group_ages, make_data_sheet
 
 CLASSES = ["COVID-19", "normal"]
 
@@ -28,7 +28,7 @@ def test_counts_by_source_view_sex_and_age():
         **{"source": list("aabb"), "view": ["PA", "", "AP", "PA"], "sex": ["M", "F", "", "M"]},
         **{"age": [17.9, 18, np.nan, 65], "age_group": ["", "", "child", ""]},
     )
-    sheet = data_sheet(images, labels)
+    sheet = make_data_sheet(images, labels)
     assert sheet.tables["source"].to_dict("index") == {"COVID-19": {"a": 2, "b": 0}, "normal": {"a": 0, "b": 2}}
     assert sheet.tables["view"].to_dict("index")["COVID-19"] == {"AP": 0, "PA": 1, "unknown": 1}
     assert sheet.tables["sex"].to_dict("index")["normal"] == {"F": 0, "M": 1, "unknown": 1}
@@ -38,39 +38,39 @@ def test_counts_by_source_view_sex_and_age():
     assert len(data_sheet_figure(sheet).axes) == 4
     # Images of unknown sex are counted, too, whether the cell is empty or NaN or the column is missing.
     for other in (images.assign(sex=["M", np.nan, "", "M"]), images.drop(columns="sex")):
-        assert data_sheet(other, labels).tables["sex"].to_numpy().sum() == 4
+        assert make_data_sheet(other, labels).tables["sex"].to_numpy().sum() == 4
 
 
 def test_ages_at_the_edges_of_their_groups():
     images, _ = tables(["normal"] * 7, age=[0, 17.9, 18, 39.9, 40, 65, np.nan])
-    assert age_groups(images).tolist() == ["0-17", "0-17", "18-39", "18-39", "40-64", "65+", "unknown"]
-    assert set(age_groups(images.drop(columns="age"))) == {"unknown"}
+    assert group_ages(images).tolist() == ["0-17", "0-17", "18-39", "18-39", "40-64", "65+", "unknown"]
+    assert set(group_ages(images.drop(columns="age"))) == {"unknown"}
 
 
 def test_a_class_from_one_source_is_flagged():
     # 19 of 20 COVID-19 images are 95 % of a's 20 images; the source predicts 38 of 40 correctly, one class 20.
     images, labels = tables(["COVID-19"] * 20 + ["normal"] * 20, source=["a"] * 19 + ["b"] * 20 + ["a"])
-    sheet = data_sheet(images, labels)
+    sheet = make_data_sheet(images, labels)
     assert kinds(sheet) == [("one source", "COVID-19"), ("one source", "normal"), ("one source", "")]
     assert "95.0% of its 20 images are from a, 95.0% of whose" in sheet.flags.problem[0]
     assert "predicts 95.0% of the images correctly, the most frequent class 50.0%" in sheet.flags.problem[2]
     images.loc[18, "source"] = "b"
-    assert kinds(data_sheet(images, labels))[0] == ("one source", "normal")
+    assert kinds(make_data_sheet(images, labels))[0] == ("one source", "normal")
     # A single source is not flagged.
-    assert data_sheet(images.assign(source="a"), labels).flags.empty
+    assert make_data_sheet(images.assign(source="a"), labels).flags.empty
 
 
 def test_children_among_adults_are_flagged():
     images, labels = tables(
         ["COVID-19"] * 20 + ["normal"] * 20, age=[50.0] * 20 + [np.nan] * 20, age_group=[""] * 20 + ["child"] * 20
     )
-    sheet = data_sheet(images, labels)
+    sheet = make_data_sheet(images, labels)
     assert kinds(sheet) == [("children among adults", "normal")] and "of COVID-19" in sheet.flags.problem[0]
     # Children in both classes, or in neither, are not flagged.
-    assert data_sheet(images.assign(age=4.0), labels).flags.empty
-    assert data_sheet(images.assign(age=40.0), labels).flags.empty
+    assert make_data_sheet(images.assign(age=4.0), labels).flags.empty
+    assert make_data_sheet(images.assign(age=40.0), labels).flags.empty
     # Unknown ages are not flagged.
-    assert data_sheet(images.assign(age=np.nan, age_group=""), labels).flags.empty
+    assert make_data_sheet(images.assign(age=np.nan, age_group=""), labels).flags.empty
 
 
 def test_leaks_and_missing_classes_are_flagged():
@@ -78,7 +78,7 @@ def test_leaks_and_missing_classes_are_flagged():
     images["split"] = ["train"] * 4 + ["test"]
     folds = pd.DataFrame({"id": ["i0", "i1", "i2", "i3"], "fold": [0, 0, 1, 1]})
     near = pd.DataFrame({"image_id": ["i0", "i4", "i2", "i3"], "group": [1, 1, 2, 2]})
-    sheet = data_sheet(images, labels, folds, near)
+    sheet = make_data_sheet(images, labels, folds, near)
     assert kinds(sheet) == [("leak", ""), ("class missing", "fold 1"), ("class missing", "the test set")]
     assert sheet.flags.problem.tolist() == [
         "1 cases of a group of near-duplicates in several places, first: i0 in fold 0, i4 in the test set",
@@ -88,19 +88,19 @@ def test_leaks_and_missing_classes_are_flagged():
     images.loc[1:2, "patient_id"] = "same"
     assert (
         "a patient in several places, first: i1 in fold 0, i2 in fold 1"
-        in data_sheet(images, labels, folds).flags.problem.iloc[0]
+        in make_data_sheet(images, labels, folds).flags.problem.iloc[0]
     )
 
 
 def test_an_empty_class_and_labels_that_are_not_exclusive():
     images, labels = tables(["normal", "normal"])
-    assert kinds(data_sheet(images, labels)) == [("no image", "COVID-19")]
+    assert kinds(make_data_sheet(images, labels)) == [("no image", "COVID-19")]
     for wrong in (
         labels.assign(normal=0.0),
         labels.assign(normal=np.nan),
         labels.assign(**{"COVID-19": 1.0}),
         labels[["id", "normal"]],
     ):
-        assert not exclusive(wrong)
+        assert not are_exclusive(wrong)
         with pytest.raises(ValueError, match="not exclusive"):
-            data_sheet(images, wrong)
+            make_data_sheet(images, wrong)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.datasets.base import Faults
-from kitlib.datasets.folds import check_no_leak, hold_out_test, leak_groups, make_folds, source_folds
+from kitlib.datasets.folds import check_no_leak, find_leak_groups, hold_out_test, make_folds, make_source_folds
 from kitlib.datasets.siim import read_label_tables
 from kitlib.errors import DatasetError
 
@@ -49,7 +49,7 @@ def test_nothing_leaks_and_nothing_is_lost(drawn, n_folds, seed):
     near = images[["image_id"]].assign(group=rng.integers(0, len(images), len(images)))
     images.loc[images.index[-1], "false_none"] = True
     kept = images[~images.false_none]
-    if len(set(leak_groups(kept, near))) < n_folds:
+    if len(set(find_leak_groups(kept, near))) < n_folds:
         return
     folds = make_folds(images, labels, boxes, n_folds, seed, near)
     assert sorted(folds.id) == sorted(kept.image_id)
@@ -76,9 +76,9 @@ def test_groups_connect_through_chains():
     """a and b share a patient, b and c are near-duplicates, c and d share a patient; e is on its own."""
     images = pd.DataFrame({"image_id": list("abcde"), "patient_id": ["p1", "p1", "p2", "p2", "p3"]})
     near = pd.DataFrame({"image_id": list("bcde"), "group": [7, 7, 8, 9]})
-    groups = leak_groups(images, near)
+    groups = find_leak_groups(images, near)
     assert len(set(groups[:4])) == 1 and groups[4] != groups[0]
-    assert len(set(leak_groups(images))) == 3
+    assert len(set(find_leak_groups(images))) == 3
 
 
 def test_a_leak_names_the_patient():
@@ -123,7 +123,7 @@ def test_held_out_images_share_nothing_with_the_rest(drawn, share, seed):
     (images, labels, _), rng = drawn
     near = images[["image_id"]].assign(group=rng.integers(0, len(images), len(images)))
     images.loc[images.index[-1], "false_none"] = True
-    if len(set(leak_groups(images[~images.false_none], near))) < 6:
+    if len(set(find_leak_groups(images[~images.false_none], near))) < 6:
         return
     parted = hold_out_test(images, labels, share, seed, near)
     assert parted.image_id.equals(images.image_id) and set(parted.split) == {"train", "test"}
@@ -162,19 +162,19 @@ def test_a_source_is_a_fold_and_shared_patients_are_in_none():
     images["source"] = ["b", "a", "a", "b", "c", "c", "b"]
     # Patient 2 is in both a and b; i5 is a near-duplicate of i6, of another source.
     near = pd.DataFrame({"image_id": ["i5", "i6", "i4"], "group": [1, 1, 2]})
-    folds = source_folds(images, near)
+    folds = make_source_folds(images, near)
     assert folds.set_index("id").fold.to_dict() == {"i0": 1, "i1": 0, "i4": 2}
-    assert source_folds(images.assign(split=["test", *["train"] * 6]), None).set_index("id").fold.to_dict() == {
+    assert make_source_folds(images.assign(split=["test", *["train"] * 6]), None).set_index("id").fold.to_dict() == {
         "i1": 0,
         "i4": 2,
         "i5": 2,
         "i6": 1,
     }
     with pytest.raises(ValueError, match="one source, a: "):
-        source_folds(images.assign(source="a"))
+        make_source_folds(images.assign(source="a"))
     images.loc[2:3, "source"] = ["b", "d"]
     with pytest.raises(ValueError, match="every image of d shares"):
-        source_folds(images)
+        make_source_folds(images)
 
 
 @pytest.mark.real_data

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kitlib.datasets.near_duplicates import MAX_DISTANCE, group_hashes, near_duplicate_groups, perceptual_hash
+from kitlib.datasets.near_duplicates import MAX_DISTANCE, group_hashes, group_near_duplicates, perceptual_hash
 from kitlib.phantoms.drawing import render
 from kitlib.phantoms.patients import draw_exposure, draw_opacities, draw_patient
 from kitlib.xrays.cache import CachedXray
@@ -40,7 +40,7 @@ def copy_of(pixels: np.ndarray, seed: int) -> np.ndarray:
 def test_copies_are_found_and_other_patients_are_not():
     images = Images({f"i{seed}": phantom(seed) for seed in range(40)})
     images |= {f"c{seed}": copy_of(images[f"i{seed}"], seed) for seed in range(0, 40, 4)}
-    groups = near_duplicate_groups(images, [*images, "never decoded"]).set_index("image_id").group
+    groups = group_near_duplicates(images, [*images, "never decoded"]).set_index("image_id").group
     assert "never decoded" not in groups.index
     assert all(groups[f"i{seed}"] == groups[f"c{seed}"] for seed in range(0, 40, 4))
     assert groups.nunique() == 40

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from kitlib.classes import CLASS_SCHEMES, DIAGNOSES, scheme_classes
-from kitlib.datasets.folds import leak_groups
-from kitlib.datasets.pool import read_pool, shortened
+from kitlib.datasets.folds import find_leak_groups
+from kitlib.datasets.pool import read_pool, sample_images
 from kitlib.phantoms.diagnoses import plan_diagnoses, write_diagnoses
 from kitlib.phantoms.lungs import write_lungs
 from kitlib.phantoms.nih import write_nih
@@ -48,7 +48,7 @@ def test_labels_are_the_schemes_classes_and_the_rest_is_counted(scheme, parts):
     assert sum(int(problem.split()[0]) for problem in lost.problem) == classes.isna().sum()
     # The readers' own faults: one damaged file in each, and what ieee8023's table has besides.
     assert data.faults.file.str.startswith(("kermany: ", "covid_chestxray: ")).sum() == 1 + 4
-    assert len(set(leak_groups(data.images))) == data.images.patient_id.nunique()
+    assert len(set(find_leak_groups(data.images))) == data.images.patient_id.nunique()
 
 
 def test_published_counts_are_those_that_all_sets_have(parts):
@@ -104,11 +104,11 @@ def test_sets_of_findings_say_what_they_can(tmp_path, parts):
 def test_a_shortened_pool_has_a_share_of_every_source_and_diagnosis():
     kinds = [("a", "normal")] * 40 + [("a", "pneumonia")] * 20 + [("b", "COVID-19")] * 20
     images = pd.DataFrame(kinds, columns=["source", "diagnosis"]).assign(image_id=[f"i{n:02d}" for n in range(80)])
-    some = shortened(images, 20, seed=1)
+    some = sample_images(images, 20, seed=1)
     assert some.groupby(["source", "diagnosis"]).size().to_dict() == {
         **{("a", "normal"): 10, ("a", "pneumonia"): 5, ("b", "COVID-19"): 5}
     }
     assert some.image_id.is_monotonic_increasing
-    again = shortened(images[::-1].reset_index(drop=True), 20, seed=1)
-    assert set(again.image_id) == set(some.image_id) != set(shortened(images, 20, seed=2).image_id)
-    pd.testing.assert_frame_equal(shortened(images, 100), images)
+    again = sample_images(images[::-1].reset_index(drop=True), 20, seed=1)
+    assert set(again.image_id) == set(some.image_id) != set(sample_images(images, 20, seed=2).image_id)
+    pd.testing.assert_frame_equal(sample_images(images, 100), images)

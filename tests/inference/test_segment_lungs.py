@@ -17,11 +17,11 @@ from kitlib.lungs.clean_up import (
     EMPTY,
     NARROW,
     SMALL,
-    cleaned,
+    clean_up_maps,
+    decode_maps,
+    dilate_and_close,
     lung_frame,
-    on_copy,
-    segmented,
-    without_islands,
+    remove_islands,
 )
 from kitlib.lungs.finders import FOUND
 from kitlib.models.segmenter import Segmenter
@@ -61,15 +61,15 @@ def test_the_clean_up_applies_the_given_dilations_and_closings(seed, dilations, 
     if closings:
         # The outside of the image does not erode the mask.
         wanted = ndimage.binary_erosion(ndimage.binary_dilation(wanted, square, closings), square, closings, border_value=1)
-    assert np.array_equal(cleaned(mask, dilations, closings), wanted)
+    assert np.array_equal(dilate_and_close(mask, dilations, closings), wanted)
 
 
 def test_small_islands_are_removed_and_large_parts_stay():
     mask = np.zeros((100, 100), bool)
     mask[10:50, 10:40], mask[60:69, 60:70], mask[90:92, 90:92] = True, True, True
-    assert without_islands(mask, 0.01).sum() == 40 * 30
-    assert without_islands(mask, 0.009).sum() == 40 * 30 + 90
-    assert not without_islands(np.zeros((5, 5), bool), 0.01).any()
+    assert remove_islands(mask, 0.01).sum() == 40 * 30
+    assert remove_islands(mask, 0.009).sum() == 40 * 30 + 90
+    assert not remove_islands(np.zeros((5, 5), bool), 0.01).any()
 
 
 @given(st.integers(2, 40), st.integers(2, 40), st.data())
@@ -91,7 +91,7 @@ def test_a_mask_on_the_canvas_converts_back_to_its_position(size):
     image = xray(*size)
     mask = two_lungs(image)
     maps, place = maps_of(mask, image, override(PLAIN, image_size=256))
-    back = on_copy(maps, place, image.pixels.shape, PLAIN) > 0
+    back = decode_maps(maps, place, image.pixels.shape, PLAIN) > 0
     # A canvas pixel is up to four pixels of the copy, so the edges of lungs are off by less than half a canvas pixel.
     edge = ndimage.binary_dilation(mask, iterations=3) & ~ndimage.binary_erosion(mask, iterations=3)
     assert not ((back != mask) & ~edge).any()
@@ -102,7 +102,7 @@ def test_a_frame_is_in_original_pixels_and_on_the_copys_grid():
     image = xray(rows=1500, columns=1000, height=300, width=200)
     mask = np.zeros((300, 200), bool)
     mask[60:240, 20:90], mask[60:240, 110:180] = True, True
-    found = segmented(image, *maps_of(mask, image, override(PLAIN, image_size=512)), override(PLAIN, image_size=512))
+    found = clean_up_maps(image, *maps_of(mask, image, override(PLAIN, image_size=512)), override(PLAIN, image_size=512))
     assert found.verdict == FOUND
     # A pixel of the copy is five original pixels; the canvas is finer than the copy, so the error is at most one of these.
     assert np.abs(found.frame - np.array([20, 60, 180, 240]) * 5.0).max() <= 5
@@ -116,7 +116,7 @@ def test_the_published_rule_counts_pixels_at_512():
         # 500 columns: 49,500 and 50,000 pixels.
         mask = np.zeros((512, 512), bool)
         mask[100 : 100 + rows, 5:505] = True
-        found = segmented(image, *maps_of(mask, image, recipe), recipe)
+        found = clean_up_maps(image, *maps_of(mask, image, recipe), recipe)
         assert found.area == pytest.approx(rows * 500 / 512**2)
         assert found.verdict == verdict, rows
         assert found.frame.tolist() == ([5, 100, 505, 200] if verdict == FOUND else [0, 0, 512, 512])
@@ -127,7 +127,7 @@ def test_eight_dilations_grow_a_mask_by_eight_pixels_at_512_whatever_the_canvas(
     mask = two_lungs(image)
     for side in (128, 256, 512):
         recipe = override(PUBLISHED, image_size=side, margin=0.0)
-        found = segmented(image, *maps_of(mask, image, recipe), recipe)
+        found = clean_up_maps(image, *maps_of(mask, image, recipe), recipe)
         before = lung_frame(mask, 0.0)
         assert np.abs(found.frame - before - [-8, -8, 8, 8]).max() <= 512 / side / 2 + 1
 
@@ -139,7 +139,7 @@ def test_a_frame_matches_the_mask_however_the_canvases_round_their_padding(size,
     mask = two_lungs(image, 0.2, 0.6)
     recipe = override(PLAIN, image_size=side, least_area=0.0)
     maps, place = maps_of(mask, image, recipe)
-    found, raw = segmented(image, maps, place, recipe), on_copy(maps, place, image.pixels.shape, recipe) > 0
+    found, raw = clean_up_maps(image, maps, place, recipe), decode_maps(maps, place, image.pixels.shape, recipe) > 0
     # Masks are cleaned on a canvas of 512, one pixel of which is up to two pixels of the copy.
     assert np.abs(lung_frame(found.codes > 0, 0.0) - lung_frame(raw, 0.0)).max() <= 2
 
@@ -148,7 +148,7 @@ def test_a_pixel_is_lung_if_both_lungs_together_have_a_probability_above_a_half(
     image, recipe = xray(512, 512, 512, 512), override(RECIPES["fc_densenet103_lungs"], image_size=512, dilations=0)
     shares = {"heart": 0.0, "left_lung": 0.45, "right_lung": 0.39}
     maps = np.stack([two_lungs(image) * np.uint8(255 * shares[name]) for name in recipe.structures])
-    assert segmented(image, maps, letterbox(512, 512, 512), recipe).verdict == FOUND
+    assert clean_up_maps(image, maps, letterbox(512, 512, 512), recipe).verdict == FOUND
 
 
 def test_empty_masks_single_lungs_specks_and_blank_images_are_not_plausible():
@@ -159,9 +159,9 @@ def test_empty_masks_single_lungs_specks_and_blank_images_are_not_plausible():
     specks = np.zeros_like(lungs)
     specks[::40, ::40] = True
     blank = CachedXray("b", np.full_like(image.pixels, 100), image.rows, image.columns)
-    assert segmented(blank, *maps_of(lungs, image, PLAIN), PLAIN).verdict == BLANK
+    assert clean_up_maps(blank, *maps_of(lungs, image, PLAIN), PLAIN).verdict == BLANK
     for mask, verdict in ((lungs, FOUND), (one, NARROW), (specks, EMPTY), (lungs & False, EMPTY)):
-        found = segmented(image, *maps_of(mask, image, PLAIN), PLAIN)
+        found = clean_up_maps(image, *maps_of(mask, image, PLAIN), PLAIN)
         assert found.verdict == verdict
         if verdict != FOUND:
             assert found.frame.tolist() == [0, 0, image.columns, image.rows]
@@ -175,10 +175,10 @@ def test_pixels_added_by_the_clean_up_are_lungs_and_other_structures_keep_their_
     heart[300:340, 225:287] = True
     recipe = override(RECIPES["fc_densenet103_lungs"], image_size=512)
     maps = np.stack([mask.astype(np.uint8) * 255 for mask in (heart, left, right)])
-    found = segmented(image, maps, letterbox(512, 512, 512), recipe)
+    found = clean_up_maps(image, maps, letterbox(512, 512, 512), recipe)
     assert (found.codes[left] == MASK_CODES["left_lung"]).all() and (found.codes[right] == MASK_CODES["right_lung"]).all()
     lungs = np.isin(found.codes, LUNG_CODES)
-    grown = cleaned(left | right, recipe.dilations, recipe.closings)
+    grown = dilate_and_close(left | right, recipe.dilations, recipe.closings)
     assert np.array_equal(lungs, grown)
     assert (found.codes[heart & ~grown] == MASK_CODES["heart"]).all()
     assert (found.codes[grown & ~left & ~right] == MASK_CODES["lungs"]).all()

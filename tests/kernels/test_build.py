@@ -197,7 +197,9 @@ def test_weights_are_listed_in_order_of_value_and_copied_unchanged(tmp_path, whe
     assert (tmp_path / "out/weights/fusion.json").read_text() == '{"opacity_power": 0.5}'
 
 
-@pytest.mark.parametrize("content", ["{", '{"colour": 1}', "[1]", '{"opacity_power": "strong"}', "root:x:0:0:root:/root:/bin/bash"])
+@pytest.mark.parametrize(
+    "content", ["{", '{"colour": 1}', "[1]", '{"opacity_power": "strong"}', "root:x:0:0:root:/root:/bin/bash"]
+)
 def test_fusion_settings_are_read_before_they_are_copied(tmp_path, wheel, content):
     (tmp_path / "fusion.json").write_text(content)
     spec = read_spec(make_submission(tmp_path / "spec", fusion=str(tmp_path / "fusion.json")))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from kitlib.errors import SettingsError
 from kitlib.inference.predict import Predictor
 from kitlib.letterbox import PLACEMENTS
-from kitlib.lungs.canvas import border_alone, canvas_of
-from kitlib.lungs.equalise import adjusted
+from kitlib.lungs.canvas import keep_border, read_canvas
+from kitlib.lungs.equalise import adjust_grey
 from kitlib.lungs.finders import Lungs
 from kitlib.recipes.fields import FindingsRecipe, StudyRecipe
 from kitlib.settings import override
@@ -52,11 +52,11 @@ def dataset(small, recipe, **options):
 )
 def test_the_middle_of_a_canvas_is_a_placement_of_its_own(name, shape, sides):
     image_size, more = sides
-    canvas = canvas_of(override(STILL, image_size=image_size, canvas=image_size + more))
+    canvas = read_canvas(override(STILL, image_size=image_size, canvas=image_size + more))
     pixels = np.random.default_rng(0).integers(1, 256, shape).astype(np.uint8)
     place = PLACEMENTS[name](*shape, canvas.whole)
     middle, cut = canvas.middle(place), (image_size + more - image_size) // 2
-    assert np.array_equal(middle.image(pixels), canvas.middle_of(place.image(pixels)))
+    assert np.array_equal(middle.image(pixels), canvas.crop_middle(place.image(pixels)))
     # Points of the original lie as far from the square's corner as the square's corner lies inside.
     box = np.array([[1.0, 2.0, 15.0, 18.0]])
     np.testing.assert_allclose(middle.boxes_to_canvas(box), place.boxes_to_canvas(box) - cut)
@@ -107,16 +107,16 @@ def test_grey_is_adjusted_before_a_mask_blackens_it(seed, equalise, gamma):
     pixels, mask = rng.integers(0, 256, (20, 30)).astype(np.uint8), rng.random((20, 30)) < 0.5
     told = {"equalise": equalise, "gamma": gamma, "lungs": "masks"}
     masked, probe = (override(STILL, **told, **each) for each in ({"masked": True}, {"probe": "outside_lungs"}))
-    grey = adjusted(pixels, equalise, gamma)
-    inside, outside = (canvas_of(recipe).grey(pixels, mask) for recipe in (masked, probe))
+    grey = adjust_grey(pixels, equalise, gamma)
+    inside, outside = (read_canvas(recipe).grey(pixels, mask) for recipe in (masked, probe))
     # Each pixel is visible to exactly one of the two.
     assert np.array_equal(inside, np.where(mask, grey, 0)) and np.array_equal(outside, np.where(mask, 0, grey))
-    assert np.array_equal(canvas_of(probe).grey(pixels, None), grey)
+    assert np.array_equal(read_canvas(probe).grey(pixels, None), grey)
 
 
 @pytest.mark.parametrize(("side", "edge"), [(224, 22), (32, 3), (4, 1)])
 def test_a_border_is_a_tenth_of_the_side(side, edge):
-    shown = border_alone(np.full((side, side), 200, np.uint8))
+    shown = keep_border(np.full((side, side), 200, np.uint8))
     assert (shown == 200).sum() == side**2 - (side - 2 * edge) ** 2
     assert (shown[edge:-edge, edge:-edge] == 0).all() and (shown[:edge] == 200).all()
 
@@ -180,4 +180,4 @@ def test_a_border_that_nobody_would_see_is_refused():
         override(FindingsRecipe(), probe="border", canvas=336)
     with pytest.raises(SettingsError, match="masked blackens everything outside the lungs; set masked=False"):
         override(FindingsRecipe(), probe="border", lungs="masks", masked=True)
-    assert canvas_of({"image_size": 32}, 64) == canvas_of(override(StudyRecipe(), image_size=64))
+    assert read_canvas({"image_size": 32}, 64) == read_canvas(override(StudyRecipe(), image_size=64))

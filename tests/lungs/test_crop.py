@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from kitlib.letterbox import PLACEMENTS
 from kitlib.lungs.crop import (
-    boxes_shown,
+    blacken_outside,
     check_finder,
+    choose_finder,
+    clip_boxes_to_canvas,
     crop,
-    finder_for,
-    looks_at_lungs,
-    only_lungs,
-    seen_lungs,
-    wants_masks,
+    find_lungs,
+    needs_lungs,
+    needs_masks,
 )
 from kitlib.lungs.finders import DarkLungs, Lungs
 from kitlib.settings import override
@@ -53,7 +53,7 @@ def test_boxes_return_exactly_from_a_crop_and_are_cut_at_its_edges(placement, fr
     window = place.boxes_to_original(np.array([[0, 0, 512, 512]]))[0]
     cut = common(box, frame)
     shown = common(cut, window)
-    found = boxes_shown(place, box)
+    found = clip_boxes_to_canvas(place, box)
     least = min((cut[2:] - cut[:2]).min(), ((shown[2:] - shown[:2]) * place.scale[:2]).min())
     assume(abs(least - 1) > 1e-6)
     if least < 1:
@@ -72,25 +72,25 @@ def test_without_a_frame_the_whole_image_is_shown():
 
 def test_outside_of_the_mask_all_is_black():
     pixels = np.full((40, 50), 200, np.uint8)
-    seen = only_lungs(pixels, MASK)
+    seen = blacken_outside(pixels, MASK)
     assert seen.dtype == np.uint8 and (seen[MASK] == 200).all() and (seen[~MASK] == 0).all()
-    assert only_lungs(pixels, None) is pixels
+    assert blacken_outside(pixels, None) is pixels
 
 
 def test_a_masked_model_takes_no_frame_without_a_mask_and_others_take_no_mask():
     small, frame = SmallXrays(8), np.array([10.0, 10, 60, 60])
     xrays = list(small.stream())[:2]
     both, bare = FixedLungs(Lungs(frame, MASK)), FixedLungs(Lungs(frame))
-    assert [(lungs.frame is frame, lungs.mask is MASK) for lungs in seen_lungs(both, xrays, masked=True)] == [
+    assert [(lungs.frame is frame, lungs.mask is MASK) for lungs in find_lungs(both, xrays, masked=True)] == [
         (True, True)
     ] * 2
-    assert [(lungs.frame, lungs.mask) for lungs in seen_lungs(bare, xrays, masked=True)] == [(None, None)] * 2
-    assert [(lungs.frame is frame, lungs.mask) for lungs in seen_lungs(both, xrays, masked=False)] == [(True, None)] * 2
+    assert [(lungs.frame, lungs.mask) for lungs in find_lungs(bare, xrays, masked=True)] == [(None, None)] * 2
+    assert [(lungs.frame is frame, lungs.mask) for lungs in find_lungs(both, xrays, masked=False)] == [(True, None)] * 2
 
 
 def test_a_recipe_chooses_the_finder():
     finder = FixedLungs(Lungs(None))
-    assert finder_for("masks", finder) is finder and isinstance(finder_for("darkness", finder), DarkLungs)
+    assert choose_finder("masks", finder) is finder and isinstance(choose_finder("darkness", finder), DarkLungs)
 
     class Empty(FixedLungs):
         """A finder with len() == 0, which is falsy but not None."""
@@ -98,9 +98,9 @@ def test_a_recipe_chooses_the_finder():
         def __len__(self):
             return 0
 
-    assert isinstance(finder_for("masks", Empty(Lungs(None))), Empty)
+    assert isinstance(choose_finder("masks", Empty(Lungs(None))), Empty)
     xrays = list(SmallXrays(8).stream())
-    assert [lungs.frame for lungs in finder_for("masks", None).find(xrays)] == [None] * 8
+    assert [lungs.frame for lungs in choose_finder("masks", None).find(xrays)] == [None] * 8
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ def test_a_recipe_chooses_the_finder():
     ],
 )
 def test_a_record_tells_whether_the_model_looks_at_lungs_and_whose(recipe, looks, masks):
-    assert (looks_at_lungs(recipe), wants_masks(recipe)) == (looks, masks)
-    assert looks_at_lungs(recipe, ["lungs"]) and wants_masks(recipe, ["lungs"]) == (recipe.get("lungs") == "masks")
+    assert (needs_lungs(recipe), needs_masks(recipe)) == (looks, masks)
+    assert needs_lungs(recipe, ["lungs"]) and needs_masks(recipe, ["lungs"]) == (recipe.get("lungs") == "masks")
 
 
 def test_masks_that_are_missing_or_that_nobody_heeds_are_refused_with_what_to_set():

@@ -69,8 +69,8 @@ def test_heart_is_no_lung_and_either_side_is(small, tmp_path):
     codes = np.zeros((ROWS // 2, COLUMNS // 2), np.uint8)
     for code in MASK_CODES.values():
         codes[:, 5 * code : 5 * code + 5] = code
-    MaskStore.afresh(folder / "masks").add({"image000": codes})
-    mask = StoredLungs(folder).of(small.read("image000")).mask
+    MaskStore.create_empty(folder / "masks").add({"image000": codes})
+    mask = StoredLungs(folder).find_one(small.read("image000")).mask
     assert np.array_equal(mask, np.isin(codes, LUNG_CODES)) and mask.sum() == 3 * 5 * ROWS // 2
 
 
@@ -82,15 +82,15 @@ def test_images_without_lungs_have_no_frame_and_unknown_images_are_an_error(smal
     stranger = CachedXray("image999", np.zeros((40, 50), np.uint8), ROWS, COLUMNS)
     found = stored.find([small.read("image003"), small.read("image004")])
     assert [each.frame is None for each in found] == [each.mask is None for each in found] == [True, False]
-    with pytest.raises(ValueError, match="has not segmented 'image999': apply the segmenter to the prepared run"):
-        stored.of(stranger)
+    with pytest.raises(ValueError, match="but not image 'image999': apply the segmenter to the prepared run"):
+        stored.find_one(stranger)
 
 
 def test_a_mask_of_another_copy_is_refused_with_the_mend(small, tmp_path):
     stored = stored_lungs(tmp_path, small)
     larger = CachedXray("image000", np.zeros((ROWS, COLUMNS), np.uint8), ROWS, COLUMNS)
     with pytest.raises(ValueError, match=r"mask of image000 has \(40, 50\) pixels, .* \(80, 100\); apply the segmenter to"):
-        stored.of(larger)
+        stored.find_one(larger)
 
 
 def test_a_run_that_is_none_is_named(small, tmp_path):
@@ -114,7 +114,7 @@ def test_the_fingerprint_changes_with_frames_masks_and_nothing_else(small, tmp_p
     folder = lungs_run(tmp_path / "masks", small)
     masks = {image_id: MaskStore(folder / "masks").read(image_id) for image_id in small.image_ids}
     masks["image005"][0, 0] = 1
-    MaskStore.afresh(folder / "masks").add(masks)
+    MaskStore.create_empty(folder / "masks").add(masks)
     told.add(StoredLungs(folder).fingerprint)
     assert len(told) == 4
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from kitlib.letterbox import PLACEMENTS
-from kitlib.lungs.equalise import adjusted
+from kitlib.lungs.equalise import adjust_grey
 from kitlib.lungs.finders import Lungs
 from kitlib.models.patches import centres, cut_patches, image_seed, join_centres, mean_softmax, patch_canvas, votes
 from kitlib.recipes.fields import PatchRecipe
@@ -110,7 +110,7 @@ def xray(rows=128, columns=96):
 def test_the_canvas_is_the_adjusted_image_and_black_outside_of_the_mask():
     image, mask = xray()
     found = patch_canvas(image, Lungs(np.zeros(4), mask), RECIPE)
-    whole = PLACEMENTS["stretch"](128, 96, 64).image(adjusted(image.pixels, True, 0.5))
+    whole = PLACEMENTS["stretch"](128, 96, 64).image(adjust_grey(image.pixels, True, 0.5))
     assert found.mask[:, :32].all() and not found.mask[:, 32:].any()  # half of 64 columns
     np.testing.assert_array_equal(found.pixels, np.where(found.mask, whole, 0))
     assert found.centres(5, 0).shape == (5, 2) and found.mask[tuple(found.centres(50, 0).T)].all()
@@ -125,7 +125,7 @@ def test_an_image_without_usable_lungs_is_a_single_patch(case):
     found = patch_canvas(image, Lungs(None) if case == "not found" else Lungs(np.zeros(4), mask), RECIPE)
     assert found.mask is None and found.pixels.shape == (64, 64)
     (patch,) = cut_patches(torch.from_numpy(found.pixels)[None], join_centres([found.centres(9, 0)]), 16)
-    whole = PLACEMENTS["stretch"](image.rows, image.columns, 16).image(adjusted(image.pixels, True, 0.5))
+    whole = PLACEMENTS["stretch"](image.rows, image.columns, 16).image(adjust_grey(image.pixels, True, 0.5))
     np.testing.assert_array_equal(patch.numpy(), whole)
 
 

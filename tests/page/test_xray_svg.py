@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
-from kitlib.page.xray_svg import MARKS, bars, picture
+from kitlib.page.xray_svg import MARKS, draw_bars, draw_picture
 
 SVG = "{http://www.w3.org/2000/svg}"
 ROWS, COLUMNS = 300, 200  # original size; the copy is three times smaller
@@ -24,7 +24,7 @@ SHARES = dict(zip(STUDY_CLASSES, (0.1234, 0.7, 0.12, 0.0566), strict=True))
 
 
 def drawn(**told) -> ElementTree.Element:
-    return ElementTree.fromstring(picture(GREY, ROWS, COLUMNS, **told))
+    return ElementTree.fromstring(draw_picture(GREY, ROWS, COLUMNS, **told))
 
 
 def of_class(root: ElementTree.Element, name: str) -> list[ElementTree.Element]:
@@ -165,7 +165,7 @@ def test_layers_of_another_type_or_range_are_refused(told):
 @pytest.mark.parametrize("pixels", [GREY.astype(float), GREY[0], GREY[:0]])
 def test_pixels_of_another_type_or_shape_are_refused(pixels):
     with pytest.raises(ValueError, match="must be uint8"):
-        picture(pixels, ROWS, COLUMNS)
+        draw_picture(pixels, ROWS, COLUMNS)
 
 
 def meters(root: ElementTree.Element) -> list[tuple[str, str]]:
@@ -175,7 +175,7 @@ def meters(root: ElementTree.Element) -> list[tuple[str, str]]:
 
 
 def test_bars_say_name_and_number_and_mark_the_annotated_class():
-    html = bars(SHARES, 0.0314, False, "typical")
+    html = draw_bars(SHARES, 0.0314, False, "typical")
     root = ElementTree.fromstring(html)
     assert meters(root) == [
         ("probability of negative", "0.123"),
@@ -190,11 +190,11 @@ def test_bars_say_name_and_number_and_mark_the_annotated_class():
 
 
 def test_class_frequencies_are_grey_and_explained():
-    root = ElementTree.fromstring(bars(SHARES, 0.5, True))
+    root = ElementTree.fromstring(draw_bars(SHARES, 0.5, True))
     assert [label.endswith("the training set's share") for label, _ in meters(root)] == [True] * 4 + [False]
     assert "None of the chosen models predicts the class of the study" in "".join(root.itertext())
     assert len(of_class(root, "bar priors")) == 4
-    without = ElementTree.fromstring(bars(SHARES, None, False))
+    without = ElementTree.fromstring(draw_bars(SHARES, None, False))
     assert len(meters(without)) == 4 and "None of the chosen models" not in "".join(without.itertext())
 
 
@@ -204,4 +204,4 @@ def test_class_frequencies_are_grey_and_explained():
 )
 def test_bars_of_other_classes_or_numbers_are_refused(studies, none, true_class):
     with pytest.raises(ValueError, match=r"valid: negative, typical|must be in 0\.\.1"):
-        bars(studies, none, False, true_class)
+        draw_bars(studies, none, False, true_class)

@@ -98,7 +98,7 @@ def test_another_set_of_masks_is_another_run(small, tmp_path):
     assert other.masks.fingerprint() == small.masks.fingerprint()
     assert train(other, tmp_path / "run", override(RECIPE, epochs=1)).metrics["epochs"] == 1
     changed = {image_id: np.roll(small.masks.read(image_id), 1, axis=0) for image_id in small.image_ids}
-    other.masks = MaskStore.afresh(tmp_path / "others")
+    other.masks = MaskStore.create_empty(tmp_path / "others")
     other.masks.add(changed)
     with pytest.raises(TrainingError, match="masks_fingerprint"):
         train(other, tmp_path / "run", override(RECIPE, epochs=1))

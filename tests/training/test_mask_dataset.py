@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.errors import MaskError
 from kitlib.letterbox import PLACEMENTS, letterbox
-from kitlib.lungs.equalise import adjusted
+from kitlib.lungs.equalise import adjust_grey
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.recipes.named import RECIPES
 from kitlib.settings import override
@@ -220,7 +220,7 @@ def test_an_example_is_the_image_and_its_mask_on_the_canvas(small, sided):
     for index, example in enumerate(of(small, recipe)):
         image_id = small.image_ids[index]
         assert example["index"] == index and example["pixels"].dtype == example["truth"].dtype == torch.uint8
-        expected = place.image(adjusted(small.pixels[image_id], True, 0.5))
+        expected = place.image(adjust_grey(small.pixels[image_id], True, 0.5))
         assert np.array_equal(example["pixels"].numpy(), expected)
         # 60 x 50 pixels are enlarged to 64: no pixel moves by more than half a pixel.
         drawn = cv2.resize((small.masks.read(image_id) == 1).astype(np.uint8), (place.inner_columns, 64)) > 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kitlib.letterbox import PLACEMENTS
-from kitlib.lungs.equalise import adjusted
+from kitlib.lungs.equalise import adjust_grey
 from kitlib.lungs.finders import Lungs
 from kitlib.models.patches import centres, cut_patches, image_seed
 from kitlib.recipes.fields import PatchRecipe
@@ -40,7 +40,7 @@ def dataset(small, recipe=RECIPE, lungs=None, **options):
 
 def canvas(small, image_id):
     """Return the expected 60 x 60 canvas: the image stretched and adjusted, with a black left half."""
-    pixels = PLACEMENTS["stretch"](ROWS, COLUMNS, 60).image(adjusted(small.pixels[image_id], True, 0.5))
+    pixels = PLACEMENTS["stretch"](ROWS, COLUMNS, 60).image(adjust_grey(small.pixels[image_id], True, 0.5))
     return np.where(np.arange(60) < 30, 0, pixels).astype(np.uint8)
 
 
@@ -86,7 +86,7 @@ def test_an_image_without_lungs_is_a_single_patch_and_counted():
     training, validation = (dataset(small, lungs=finder, augment=augment) for augment in (True, False))
     for index, count in ((1, 3), (2, 1), (5, 1)):
         assert validation[index]["centres"].shape == (count, 2)
-    whole = PLACEMENTS["stretch"](ROWS, COLUMNS, 15).image(adjusted(small.pixels["image005"], True, 0.5))
+    whole = PLACEMENTS["stretch"](ROWS, COLUMNS, 15).image(adjust_grey(small.pixels["image005"], True, 0.5))
     assert all(np.array_equal(training[epoch, 5]["pixels"].numpy(), whole) for epoch in range(3))
     finder.asked.clear()
     assert (training.lungs_missed(), validation.lungs_missed()) == (2, 2)

@@ -53,7 +53,7 @@ def test_parts_and_folders_are_one_store(tmp_path):
     with pytest.raises(KeyError, match=r"no mask for image '2-0-0' in .*, which has 13 masks"):
         both.read("2-0-0")
     assert len(MaskStore(tmp_path / "nowhere")) == 0 and not (tmp_path / "nowhere").exists()
-    assert len(MaskStore.afresh(tmp_path / "1")) == 0 and not (tmp_path / "1").exists()
+    assert len(MaskStore.create_empty(tmp_path / "1")) == 0 and not (tmp_path / "1").exists()
 
 
 def test_an_interrupted_add_leaves_no_file_and_can_be_repeated(tmp_path, monkeypatch):
