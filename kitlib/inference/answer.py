@@ -10,14 +10,18 @@ from typing import Any
 import pandas as pd
 
 from kitlib.bundle import read_record
+from kitlib.errors import BundleError
 from kitlib.fusion.ensemble_bundle import Ensemble, apply_ensemble
 from kitlib.fusion.model_fusion import Fused, FusionSettings, fuse
 from kitlib.inference.predict import study_and_image_scores
 from kitlib.lungs.crop import needs_masks
 from kitlib.models.families import BOXES, recorded_family
+from kitlib.settings import from_dict
 from kitlib.tables import concatenate
 
 logger = logging.getLogger(__name__)
+
+MAX_SIDE = 65_535  # pixels; DICOM's rows and columns have 16 bits
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,17 @@ class Stacked:
     note: str
 
 
-def read_answering_model(folder: Path) -> AnsweringModel:
-    """Read the record of the bundle in `folder`.
+def read_answering_model(folder: Path, record_sha256: str = "") -> AnsweringModel:
+    """Read a bundle's record.
 
-    Raises BundleError if it cannot be read; ValueError if a submission does not contain this model's kind of predictions.
+    Raises BundleError if it cannot be read or its digest is not `record_sha256` ("": any digest), SettingsError for an
+    invalid recipe, and ValueError for a model whose predictions a submission does not contain.
     """
     record = read_record(folder)
+    if record_sha256 not in ("", record["record_sha256"]):
+        raise BundleError(f"{folder} is not the bundle that weights.json lists; build the kernel's weights again")
+    if not 1 <= record["longest_side"] <= MAX_SIDE:
+        raise BundleError(f"{folder}: longest_side is {record['longest_side']}; expected 1 to {MAX_SIDE} pixels")
     recipe = record["recipe"]
     return AnsweringModel(
         folder,
@@ -114,6 +123,7 @@ def _predicted_outputs(record: dict[str, Any]) -> frozenset[str]:
     if family.no_submission:
         classes = ", ".join(map(str, record["classes"][:3]))
         raise ValueError(f"{record['model']} {family.no_submission} (its classes: {classes}, ...)")
+    from_dict(family.recipe, record["recipe"])
     if family.answers == BOXES:
         return frozenset({"boxes"})
     outputs = record["recipe"].get("outputs", "both")

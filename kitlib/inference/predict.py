@@ -52,8 +52,9 @@ class Predictor:
     mean, boxes by weighted box fusion. `lungs` finds the lungs, batch by batch, if the recipe's `lungs` is "masks" (see
     kitlib.lungs.crop). An image without a lung frame (or lung mask, if the recipe uses masks) is used uncropped and
     unmasked, or as a single patch by a patch model; `lungs_missed` counts such images in `seen`. Patch centres are derived
-    from the image's id, so that predictions are reproducible. Raises ValueError for unknown or repeated views, and for views
-    other than "full" of a patch model.
+    from the image's id, so that predictions are reproducible. A batch of a classifier that overflows in half precision is
+    predicted again in float32; `overflowed` counts its images. Raises ValueError for unknown or repeated views, and for
+    views other than "full" of a patch model.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Predictor:
         self.network, self.device = network, device
         self.fitted = HalvingBatches(self.model, device, batch_size or BATCH_SIZES[device.type])
         self.seen: list[str] = []  # image_ids whose predictions have been yielded, including those without boxes
+        self.overflowed = 0
         self.lungs_missed = 0
         recipe = record["recipe"]
         self.views = tuple(views or recipe.get("views") or ("full",))
@@ -160,7 +162,14 @@ class Predictor:
 
     def _classify(self, pixels: torch.Tensor) -> list[np.ndarray]:
         with torch.inference_mode(), autocast(self.device):
-            probabilities = self.network.probabilities(self.network(self.network.normalise(pixels)))
+            logits = self.network(self.network.normalise(pixels))
+            if not logits.isfinite().all():  # float16 ends at 65,504
+                self.overflowed += len(pixels)
+                with torch.autocast(self.device.type, enabled=False):
+                    logits = self.network(self.network.normalise(pixels))
+            probabilities = self.network.probabilities(logits)
+            # A `none` that is computed from NaN by comparison would be a number.
+            probabilities[~logits.isfinite().flatten(1).all(dim=1)] = torch.nan
         return list(probabilities.double().cpu().numpy())
 
     def _view_inputs(self, batch: Batch) -> Iterator[tuple[torch.Tensor, list[Placement]]]:

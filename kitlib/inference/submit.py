@@ -63,6 +63,7 @@ class Model:
     rows_as: tuple[str, int] = ("", 0)  # model and fold in its tables
     stopped: bool = False  # whether the model was stopped after its share of the time; it may continue later
     lungs_missed: int = 0  # number of predicted images that were used uncropped because no lungs were found
+    overflowed: int = 0  # number of images that were predicted again in float32
 
     @property
     def folder(self) -> Path:
@@ -76,7 +77,7 @@ class Model:
 
     def drop(self) -> None:
         """Discard all predictions."""
-        self.chunks, self.seen, self.lungs_missed = [], [], 0
+        self.chunks, self.seen, self.lungs_missed, self.overflowed, self.stopped = [], [], 0, 0, False
 
     def coverage(self) -> pd.DataFrame:
         """Return a `coverage` table: image_id, model and fold of each image that the model has predicted."""
@@ -177,32 +178,34 @@ class SubmissionRun:
 
         contents = json.loads((weights / "weights.json").read_text(encoding="utf-8"))
         for entry in contents["bundles"]:
-            began, folder = time.monotonic(), weights / entry["folder"]
+            began, name = time.monotonic(), str(entry)[:80]
             try:
-                self.models.append(Model(read_answering_model(folder)))
-            except (OSError, ValueError, KeyError) as error:  # the other bundles may be valid
-                self._note(folder.name, 0, began, _failure(error))
+                name = entry["folder"]
+                self.models.append(Model(read_answering_model(weights / name, entry.get("record_sha256", ""))))
+            except Exception as error:  # the other bundles may be valid
+                self._note(str(name), 0, began, _failure(error))
         if not self.models:
             raise ValueError(f"{weights / 'weights.json'} lists no usable bundle; see the rows above for the reasons")
         if any(model.record.wants_masks for model in self.models):
             from kitlib.inference.cached_lungs import CachedLungs
 
-            bundle = weights / contents["lungs"] if "lungs" in contents else None
             masked = any(model.record.masked for model in self.models)
+            bundle = weights / str(contents["lungs"]) if "lungs" in contents else None
             self.lungs = CachedLungs(bundle, masked, self.settings.batch_size)
-        if "ensemble" in contents:
-            self._read_ensemble(weights / contents["ensemble"])
-        tuned = weights / "fusion.json"
-        return read_settings(tuned) if tuned.is_file() else FusionSettings()
-
-    def _read_ensemble(self, folder: Path) -> None:
         began = time.monotonic()
         try:
-            from kitlib.fusion.ensemble_bundle import read_ensemble
+            if "ensemble" in contents:
+                from kitlib.fusion.ensemble_bundle import read_ensemble
 
-            self.ensemble = read_ensemble(folder)
+                self.ensemble = read_ensemble(weights / contents["ensemble"])
         except Exception as error:  # its learners can still be fused
             self._note("ensemble", 0, began, f"{_failure(error)}; the study models are fused without it")
+        try:
+            tuned = weights / "fusion.json"
+            return read_settings(tuned) if tuned.is_file() else FusionSettings()
+        except Exception as error:  # untuned settings are better than no fusion
+            self._note("fusion.json", 0, began, f"{_failure(error)}; the models are fused with the default settings")
+            return FusionSettings()
 
     def _predict_all(self, xrays: "DecodedOnce", fusion: "FusionSettings") -> None:
         for index, model in enumerate(self.models):
@@ -235,8 +238,10 @@ class SubmissionRun:
         self._note(model.folder.name, max(0, len(model.seen) - seen_before), began, note)
         if model.lungs_missed:
             self._note(model.folder.name, model.lungs_missed, began, "no lungs found so far; used uncropped")
+        if model.overflowed:
+            self._note(model.folder.name, model.overflowed, began, "overflowed in half precision; predicted in float32")
         if len(model.seen) > seen_before:
-            self._fuse(xrays, fusion)
+            self._fuse(xrays, fusion, model)
         return in_time
 
     def _predict_with(self, model: Model, xrays: "DecodedOnce", budget: float, may_stop: bool) -> str:
@@ -254,6 +259,7 @@ class SubmissionRun:
                 model.chunks.append(chunk)
                 model.seen = [*seen_before, *predictor.seen]
                 model.lungs_missed = missed_before + predictor.lungs_missed
+                model.overflowed = predictor.overflowed
                 now, seen = time.monotonic(), len(predictor.seen)
                 first_batch = first_batch or (now, seen)
                 remaining = total - len(model.seen)
@@ -266,8 +272,8 @@ class SubmissionRun:
                         return f"dropped: it needs {needed:.0f} s, but only {budget:.0f} s remained"
         return ""
 
-    def _fuse(self, xrays: "DecodedOnce", fusion: "FusionSettings") -> None:
-        """Fuse all predictions so far and replace the file."""
+    def _fuse(self, xrays: "DecodedOnce", fusion: "FusionSettings", newest: Model) -> None:
+        """Fuse all predictions so far and replace the file; if that fails, drop the model `newest` and fuse the others."""
         from kitlib.inference.answer import fused_answer
 
         began = time.monotonic()
@@ -288,8 +294,13 @@ class SubmissionRun:
                 on_priors = write_submission(self.output, self.ids, studies, nones, fused.detections)
                 note = f"{len(on_priors)} rows keep placeholder predictions"
                 self._note("fuse and write", len(self.ids) - len(on_priors), began, note)
-        except (Exception, OutOfTime) as error:  # the previous file remains, and fusion runs again after later models
+        except OutOfTime as error:  # the previous file remains
             self._note("fuse and write", 0, began, _failure(error))
+        except Exception as error:  # the next fusion would fail as well
+            self._note("fuse and write", 0, began, f"{_failure(error)}; {newest.folder.name} is dropped")
+            newest.drop()
+            if others := [model for model in self.models if model.seen]:
+                self._fuse(xrays, fusion, others[-1])
 
     def _note(self, stage: str, files: int, began: float, note: str = "") -> None:
         seconds = time.monotonic() - began

@@ -94,9 +94,9 @@ class XrayCache:
 
         Files are decoded in `workers` processes (default: all usable cores), only a few files ahead of the consumer. A file
         that takes longer than `timeout_s` seconds, crashes its worker or needs gigabytes of memory results in a failed
-        Outcome without affecting the other files. Stopping the iteration stops the workers, unless they belong to a `pool`
-        (see `decoding_pool`), which stays open for the next call. Raises CacheError if the cache cannot be written or an
-        image_id cannot be a file name; ValueError for missing columns or an image_id that occurs twice.
+        Outcome without affecting the other files, and so does an image_id that cannot be a file name. Stopping the iteration
+        stops the workers, unless they belong to a `pool` (see `decoding_pool`), which stays open for the next call. Raises
+        CacheError if the cache cannot be written; ValueError for missing columns or an image_id that occurs twice.
         """
         ids, paths = self._check_images(images)
         self._remove_abandoned()
@@ -105,7 +105,11 @@ class XrayCache:
         running: dict[Future, tuple[str, float]] = {}
         try:
             for image_id, path in zip(ids, paths, strict=True):
-                if outcome := self._cached_outcome(image_id, path):
+                try:
+                    outcome = self._cached_outcome(image_id, path)
+                except CacheError as error:
+                    outcome = Outcome(image_id, "failed", str(error))
+                if outcome:
                     yield outcome
                     continue
                 task = (self._entry_path(image_id), image_id, path, self.longest_side)
@@ -213,10 +217,7 @@ class XrayCache:
                 raise CacheError(f"{image_id} cannot be written to {self.folder}: {error}; {advice}") from error
 
     def _check_images(self, images: pd.DataFrame) -> tuple[list[str], list[str]]:
-        """Return the image ids and paths.
-
-        Raises ValueError for missing columns or an id that occurs twice, CacheError for an id that cannot be a file name.
-        """
+        """Return the image ids and paths. Raises ValueError for missing columns or an id that occurs twice."""
         missing = {"image_id", "path"} - set(images.columns)
         if missing:
             raise ValueError(
@@ -225,8 +226,6 @@ class XrayCache:
         ids = images["image_id"].astype(str)
         if ids.duplicated().any():
             raise ValueError(f"image_id {ids[ids.duplicated()].iloc[0]!r} occurs twice; two files cannot share one entry")
-        for image_id in ids:
-            self._entry_path(image_id)
         return ids.tolist(), images["path"].astype(str).tolist()
 
     def _remove_abandoned(self) -> None:

@@ -1,5 +1,6 @@
 """Prediction from bundles: light imports, memory, mirrored views, boxes in original pixels, and the prefetching thread."""
 
+import functools
 import subprocess
 import sys
 import threading
@@ -384,3 +385,36 @@ def test_predictions_use_the_bundles_weights(bundle):
     expected = [*logits[:4].softmax(0).tolist(), logits[4].sigmoid().item()]
     found = pd.concat(load_predictor(bundle, CPU).predict(small.stream()))
     assert found.loc[found.image_id == "image003", list(OUTPUTS)].to_numpy()[0] == pytest.approx(expected, abs=1e-5)
+
+
+class Overflowing(torch.nn.Module):
+    """A classifier whose activations exceed float16 for bright images, and whose float32 output is NaN for image value 9."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recipe = RECIPE
+
+    def normalise(self, pixels):
+        return pixels.float()
+
+    def forward(self, x):
+        large = x.flatten(1).mean(dim=1, keepdim=True) * 1000
+        large = large.half().float() if torch.is_autocast_enabled("cpu") else large
+        large = torch.where(x.flatten(1)[:, :1] == 9, torch.nan, large)
+        return large.expand(-1, 5) / 1e6
+
+    def probabilities(self, logits):
+        return torch.cat([logits[:, :4].softmax(dim=1), 1 - (logits[:, 4:] > 0).float()], dim=1)
+
+
+def test_a_batch_that_overflows_in_half_precision_is_predicted_in_float32(monkeypatch):
+    half = functools.partial(torch.autocast, "cpu", dtype=torch.float16)
+    monkeypatch.setattr("kitlib.inference.predict.autocast", lambda device: half())
+    images = {"dark": 1, "bright": 200, "broken": 9}
+    xrays = [CachedXray(name, np.full((32, 32), value, np.uint8), 32, 32) for name, value in images.items()]
+    predictor = Predictor(RECORD, Overflowing(), CPU, batch_size=1)
+    table = pd.concat(predictor.predict(xrays)).set_index("image_id")
+    # 200 x 1000 exceeds 65,504, float16's largest number; the broken image has no prediction, in either precision.
+    assert predictor.overflowed == 2
+    assert table.loc[["dark", "bright"], list(OUTPUTS)].notna().all(axis=None)
+    assert table.loc["broken", list(OUTPUTS)].isna().all()

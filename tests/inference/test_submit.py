@@ -478,3 +478,92 @@ def test_placeholder_predictions_need_no_package_that_kaggles_image_lacks():
     absent = ["pebble", "imagecodecs", "ensemble_boxes", "ultralytics", "pylibjpeg", "torch"]
     script = f"import sys; sys.modules |= dict.fromkeys({absent}); import kitlib.inference.submit"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=project_root())
+
+
+def with_manifest(weights, copy, **changes) -> Path:
+    """Return a copy of `weights` whose weights.json has other values for some keys."""
+    shutil.copytree(weights, copy)
+    manifest = json.loads((copy / "weights.json").read_text())
+    (copy / "weights.json").write_text(json.dumps(manifest | changes))
+    return copy
+
+
+FAULTS = {
+    "nested": lambda copy: (copy / "small-fold1" / "model.json").write_text("[" * 100_000),
+    "outputs": lambda copy: edit_record(copy / "small-fold1", recipe=asdict(RECIPE) | {"outputs": ["study"]}),
+    "longest_side": lambda copy: edit_record(copy / "small-fold1", longest_side=10**12),
+    "classes": lambda copy: (copy / "small-fold1" / "model.json").write_text(
+        (copy / "small-fold1" / "model.json").read_text().replace('"negative"', '"x"')
+    ),
+    "text": lambda copy: (copy / "small-fold1" / "model.json").write_text("not JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_bundle_costs_only_itself(competition, weights, tmp_path, fault):
+    copy = tmp_path / "weights"
+    shutil.copytree(weights, copy)
+    FAULTS[fault](copy)
+    path, ledger = submit(competition, copy, tmp_path)
+    notes = ledger.set_index("stage").note
+    assert notes["small-fold1"].startswith("failed: ") and notes["small-fold0"] == ""
+    assert len(on_priors(path)) <= DAMAGED
+
+
+@pytest.mark.parametrize(
+    "entry", [5, None, {}, {"folder": 3}, {"folder": "gone"}, {"folder": "small-fold1", "record_sha256": "0"}]
+)
+def test_a_faulty_entry_of_the_manifest_costs_only_itself(competition, weights, tmp_path, entry):
+    copy = with_manifest(weights, tmp_path / "weights", bundles=[entry, {"folder": "small-fold0"}])
+    path, ledger = submit(competition, copy, tmp_path)
+    assert ledger.note.str.startswith("failed: ").sum() == 1
+    assert ledger.set_index("stage").note["small-fold0"] == "" and len(on_priors(path)) <= DAMAGED
+
+
+@pytest.mark.parametrize("content", ["{", '{"colour": 1}', "[1]", "\xff", '{"opacity_power": -1}'])
+def test_faulty_fusion_settings_give_way_to_the_defaults(competition, weights, tmp_path, content):
+    copy = with_manifest(weights, tmp_path / "weights")
+    (copy / "fusion.json").write_bytes(content.encode("latin-1"))
+    path, ledger = submit(competition, copy, tmp_path)
+    note = ledger.set_index("stage").note["fusion.json"]
+    assert note.startswith("failed: SettingsError") and note.endswith("fused with the default settings")
+    assert len(on_priors(path)) <= DAMAGED
+
+
+@pytest.mark.parametrize("changes", [{"ensemble": 5}, {"ensemble": "gone"}, {"lungs": 5}, {"lungs": [1]}])
+def test_a_faulty_ensemble_or_segmenter_costs_no_prediction(competition, weights, tmp_path, changes):
+    path, ledger = submit(competition, with_manifest(weights, tmp_path / "weights", **changes), tmp_path)
+    assert len(on_priors(path)) <= DAMAGED
+    if "ensemble" in changes:
+        assert ledger.set_index("stage").note["ensemble"].endswith("the study models are fused without it")
+
+
+def test_a_model_that_makes_fusion_fail_is_dropped(competition, weights, tmp_path, monkeypatch):
+    from kitlib.inference import answer
+
+    fuse = answer.fused_answer
+
+    def failing(probabilities, *others):
+        if any((chunk.fold == 1).any() for chunk in probabilities):
+            raise RuntimeError("cannot be fused")
+        return fuse(probabilities, *others)
+
+    monkeypatch.setattr(answer, "fused_answer", failing)
+    path, ledger = submit(competition, weights, tmp_path)
+    notes = ledger[ledger.stage == "fuse and write"].note.tolist()
+    assert notes[1] == "failed: RuntimeError: cannot be fused; small-fold1 is dropped" and len(notes) == 3
+    assert len(on_priors(path)) <= DAMAGED
+
+
+def test_a_file_whose_name_is_too_long_keeps_its_placeholder(competition, weights, tmp_path):
+    copy = tmp_path / "competition"
+    shutil.copytree(competition, copy)
+    (copy / "sample_submission.csv").unlink()
+    source = next((copy / "test").rglob("*.dcm"))
+    name = "x" * 210
+    target = copy / "test" / "long" / "series" / f"{name}.dcm"
+    target.parent.mkdir(parents=True)
+    shutil.copyfile(source, target)
+    path, ledger = submit(copy, weights, tmp_path)
+    assert ledger.note.str.contains("cannot be a file name").sum() == 1
+    assert "long" in on_priors(path) and len(on_priors(path)) <= DAMAGED + 1

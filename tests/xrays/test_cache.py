@@ -288,9 +288,16 @@ def test_tables_and_ids_that_are_refused(tmp_path):
         list(cache.decode(pd.DataFrame({"image_id": ["a"]})))
     with pytest.raises(ValueError, match="occurs twice"):
         list(cache.decode(pd.DataFrame({"image_id": ["a", "a"], "path": ["x", "y"]})))
-    with pytest.raises(CacheError, match="cannot be a file name"):
-        list(cache.decode(pd.DataFrame({"image_id": ["../a"], "path": ["x"]})))
     assert list(cache.decode(pd.DataFrame({"image_id": [], "path": []}))) == []
+
+
+@pytest.mark.parametrize("image_id", ["../a", "x" * 201, ".a", ""])
+def test_an_id_that_cannot_be_a_file_name_costs_only_its_image(tmp_path, image_id):
+    images = write_images(tmp_path, 1)
+    images = pd.concat([images.assign(image_id=image_id), images], ignore_index=True)
+    table = XrayCache(tmp_path / "c").fill(images, workers=1)
+    assert table["status"].tolist() == ["failed", "decoded"]
+    assert "cannot be a file name" in table["reason"][0]
 
 
 def test_a_worker_imports_little():
