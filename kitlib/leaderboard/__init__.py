@@ -1,4 +1,4 @@
-"""The leaderboard: every run below a folder, listed, checked and ranked.
+"""The leaderboard: lists, checks and ranks all runs below a folder.
 
 Does not belong here: training and prediction.
 """

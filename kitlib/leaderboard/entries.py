@@ -1,4 +1,4 @@
-"""Entries of the leaderboard: the out-of-fold predictions of each model, gathered from the folders of its runs."""
+"""Leaderboard entries: one per model, with its out-of-fold predictions gathered from the folders of its runs."""
 
 import os
 from collections.abc import Iterable
@@ -20,9 +20,11 @@ from kitlib.tables import concatenate, read_table
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's out-of-fold predictions for `images`, rows of the table images sorted by id; the other parts may be None.
+    """A model's out-of-fold predictions for `images`; kinds of prediction that the model does not make are None.
 
-    `findings` and `classes` are both tables class_scores: of findings that may occur together, and of exclusive classes.
+    `images` is an `images` table, sorted by image_id. `studies`, `nones` and `detections` are the tables of
+    `kitlib.fusion.model_fusion.Fused`, `masks` is a `mask_scores` table. `findings` and `classes` are `class_scores` tables:
+    `findings` for findings that may occur together, `classes` for exclusive classes.
     """
 
     images: pd.DataFrame
@@ -35,7 +37,7 @@ class Predictions:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names of the parts that are not None, such as ("studies", "nones")."""
+        """Names of the kinds of prediction that are not None, such as ("studies", "nones")."""
         names = ("studies", "nones", "detections", "findings", "classes", "masks")
         return tuple(name for name in names if getattr(self, name) is not None)
 
@@ -44,8 +46,8 @@ class Predictions:
 class Entry:
     """One row of the leaderboard: a run, several runs that hold the folds of one model, or one ensemble `model` of a run.
 
-    `predictions` is None if the entry cannot be scored; `remark` says why if it should have been. `tables` are those of the
-    prepared run that the model was trained on, empty without predictions.
+    `predictions` is None if the entry has no score; if a score was expected, `remark` says why it is missing. `tables` holds
+    the tables of the prepared run that the model was trained on; it is empty if `predictions` is None.
     """
 
     name: str
@@ -59,10 +61,10 @@ class Entry:
 
 
 def read_entries(runs: Iterable[ListedRun], folds: Iterable[int] = ()) -> list[Entry]:
-    """Return the leaderboard entries of listed runs, with predictions for the images of `folds` (default: all folds).
+    """Return the leaderboard entries of listed runs, with predictions for the images in `folds` (default: all folds).
 
-    Runs in one folder that hold different folds of one model, trained alike, become one entry. A run of ensembles becomes
-    one entry per ensemble; its learners have entries through their own runs.
+    Runs in one folder that hold different folds of the same model become one entry. A run of notebook 65 becomes one entry
+    per ensemble; its learners get entries from their own runs.
     """
     runs, scored_folds = list(runs), frozenset(folds)
     prepared = PreparedRuns(runs)
@@ -74,25 +76,25 @@ def read_entries(runs: Iterable[ListedRun], folds: Iterable[int] = ()) -> list[E
 
 
 def _ensemble_names(run: ListedRun) -> list[str]:
-    """Return the names of the ensembles in a run of notebook 65 that have scores; [""] for any other run."""
+    """Return the names of the ensembles with scores in a run of notebook 65, or [""] for any other run."""
     path = run.folder / "tables" / "class_scores.parquet"
     if run.kind != "ensemble" or run.state != "finished" or not path.is_file():
         return [""]
     try:
         models = by_model(read_table("class_scores", path))
     except (OSError, ValueError):
-        return [""]  # the error appears in the remark of the run's only entry
+        return [""]  # the run gets one entry, whose remark states the error
     return [name for name in models if name not in run.metrics.get("learners", ())] or [""]
 
 
 def _group_by_model(runs: list[ListedRun]) -> list[tuple[ListedRun, ...]]:
-    """Group the runs of one folder that differ only in their folds, in their order; any other run is a group by itself."""
+    """Group runs of the same folder that differ only in their folds, keeping the order; any other run is its own group."""
     groups: dict[Any, list[ListedRun]] = {}
     for index, run in enumerate(runs):
         shared = [{key: value for key, value in fold.items() if key in SHARED_METRICS} for fold in run.folds.values()]
         if run.is_nested:
-            # Without its outer fold, each model has other data, so runs are matched by the fingerprint of all folds.
-            # Whether the data belong to one prepared run is checked when that run is read.
+            # The data differ between outer folds, so runs are matched by the fingerprint of all folds instead.
+            # `find_for_nested` checks later that the data are parts of one prepared run.
             whole = {"data_fingerprint": run.metrics.get("folds_fingerprint")}
             shared = [fold | whole for fold in shared]
         is_one_model = run.state == "finished" and shared and all(fold == shared[0] for fold in shared)
@@ -105,7 +107,7 @@ def _group_by_model(runs: list[ListedRun]) -> list[tuple[ListedRun, ...]]:
     return models
 
 
-# Keys of a fold's metrics.json whose values are equal in all folds of one model.
+# Keys of a fold's metrics.json whose values must be equal in all folds of one model.
 SHARED_METRICS = (
     "model",
     "recipe",
@@ -130,37 +132,37 @@ def _read_entry(
     sources = list(group)
     if run.kind == "fusion":
         sources = [source for name in run.metrics.get("runs", ()) if (source := _find_source(name, run, runs)) is not None]
-    prints = sorted({fold.get("data_fingerprint", "") for source in sources for fold in source.folds.values()})
+    fingerprints = sorted({fold.get("data_fingerprint", "") for source in sources for fold in source.folds.values()})
     if run.kind == "prepared" and run.state == "finished":
         return _add_folds_fingerprint(entry, run)
-    folds_prints = {
+    folds_digests = {
         fold["folds_fingerprint"] for source in sources for fold in source.folds.values() if "folds_fingerprint" in fold
     }
-    if len(prints) == 1:
-        folds_print = folds_prints.pop() if len(folds_prints) == 1 else ""
-        entry = replace(entry, folds_fingerprint=folds_print, data_fingerprint=prints[0])
+    if len(fingerprints) == 1:
+        folds_digest = folds_digests.pop() if len(folds_digests) == 1 else ""
+        entry = replace(entry, folds_fingerprint=folds_digest, data_fingerprint=fingerprints[0])
     if run.state != "finished" or run.kind not in ("study", "detector", "findings", "ensemble", "lungs", "fusion"):
         return entry
     try:
         if run.kind == "ensemble" or run.is_nested:
-            folds_print, tables = prepared.find_for_nested(group)
-            entry = replace(entry, folds_fingerprint=folds_print, data_fingerprint=data_fingerprint(**tables))
+            folds_digest, tables = prepared.find_for_nested(group)
+            entry = replace(entry, folds_fingerprint=folds_digest, data_fingerprint=data_fingerprint(**tables))
         else:
-            if len(prints) != 1:
-                raise LeaderboardError(f"its models were trained on {len(prints)} sets of data instead of one")
-            match = prepared.find(prints[0], run)
+            if len(fingerprints) != 1:
+                raise LeaderboardError(f"its models were trained on {len(fingerprints)} sets of data instead of one")
+            match = prepared.find(fingerprints[0], run)
             if match is None:
                 raise LeaderboardError(
-                    f"the prepared run with data fingerprint {prints[0][:SHORT]}, on which it was trained, was not found: "
-                    "list its folder too"
+                    f"the prepared run that it was trained on (data fingerprint {fingerprints[0][:SHORT]}) was not found: "
+                    "list that run's folder too"
                 )
-            folds_print, tables = match
-            entry = replace(entry, folds_fingerprint=folds_print, data_fingerprint=prints[0])
+            folds_digest, tables = match
+            entry = replace(entry, folds_fingerprint=folds_digest, data_fingerprint=fingerprints[0])
         predictions = _read_predictions(group, tables, folds, model)
         if predictions.images.empty:
-            raise LeaderboardError(f"it has no predictions for the folds {sorted(folds)}")
+            raise LeaderboardError(f"it has no predictions for folds {sorted(folds)}")
         return replace(entry, predictions=predictions, tables=tables)
-    # For a damaged table, pyarrow raises ValueError or OSError, from which this kit's own errors derive too.
+    # pyarrow raises ValueError or OSError for a damaged table; the kit's own errors are subclasses of these.
     except (OSError, ValueError, KeyError) as error:
         reason = error.args[0] if isinstance(error, KeyError) and error.args else error
         score = run.metrics.get("score")
@@ -171,7 +173,7 @@ def _read_entry(
 def _read_predictions(
     runs: tuple[ListedRun, ...], tables: dict[str, pd.DataFrame], folds: frozenset[int], model: str = ""
 ) -> Predictions:
-    """Read the out-of-fold predictions of one model for images of `folds`. Raises RunError if one is not out of fold."""
+    """Read one model's out-of-fold predictions for images in `folds`. Raises RunError if a prediction is not out of fold."""
     fold_of = tables["folds"].set_index("id")["fold"]
     images = tables["images"][tables["images"]["image_id"].isin(fold_of.index)].sort_values("image_id")
     if folds:
@@ -189,7 +191,7 @@ def _read_predictions(
         if not model and any(recipe.get("multi_label", True) for recipe in recipes):
             return Predictions(images, findings=scores)
         if len(scores):
-            judged(scores, images, tables["labels"])  # raises now if these scores cannot be judged
+            judged(scores, images, tables["labels"])  # raises an error now if these scores cannot be evaluated
         return Predictions(images, classes=scores)
     if runs[0].kind == "lungs":
         parts = [read_table("mask_scores", run.folder / "tables" / "mask_scores.parquet") for run in runs]
@@ -216,7 +218,7 @@ def _read_predictions(
 
 
 def _add_folds_fingerprint(entry: Entry, run: ListedRun) -> Entry:
-    """Return the entry of a prepared run with the fingerprint of its folds, or with a remark if they cannot be read."""
+    """Return the entry of a prepared run with its folds' fingerprint, or with a remark if the folds cannot be read."""
     fingerprint = run.metrics.get("folds_fingerprint")
     if not fingerprint:
         try:
@@ -227,7 +229,7 @@ def _add_folds_fingerprint(entry: Entry, run: ListedRun) -> Entry:
 
 
 def _find_source(name: Any, run: ListedRun, runs: list[ListedRun]) -> ListedRun | None:
-    """Return the run that the fusion `run` refers to as `name`, from `runs` or else from its folder; None if it is gone."""
+    """Return the run that the fusion `run` refers to as `name`: from `runs`, or read from disk; None if it is not found."""
     folder = named_folder(name, run)
     if folder is None:
         return None

@@ -1,4 +1,4 @@
-"""Listing of run folders, finished or not: kind, state, parameters, recipe, duration, memory and versions of each."""
+"""Lists run folders, finished or not, with each run's kind, state, parameters, recipe, duration, memory and versions."""
 
 import dataclasses
 import json
@@ -13,12 +13,12 @@ from kitlib.plans.plan import RECORD as PLANNED
 from kitlib.recipes.named import RECIPES
 from kitlib.runs.record import METRICS, RECORD
 
-# A folder of a fold that contains one of these marks its parent as a run.
+# A fold's folder that contains one of these marks its parent as a run.
 FOLD_FILES = (METRICS, "checkpoints")
 
-SHORT = 8  # number of digits that are shown of a fingerprint or commit
+SHORT = 8  # number of digits shown for a fingerprint or commit
 
-# Kind of run -> files of which it has at least one. The first kind that matches counts.
+# Maps a kind of run to the files that identify it: a run has the first kind of which it contains at least one file.
 KINDS = {
     "fusion": ("fusion.json",),
     "ensemble": ("ensemble/ensemble.json",),
@@ -35,11 +35,12 @@ KINDS = {
 
 @dataclass(frozen=True)
 class ListedRun:
-    """One run folder as listed: `state` is finished, unfinished, failed or damaged, and `remark` explains the state.
+    """One run folder: its name, kind, state and the contents of its JSON files.
 
-    `kind` is a key of KINDS, "command" or "other". `record`, `metrics` and `plan` are the contents of the folder's JSON
-    files, empty if one is missing or damaged. `folds` maps each trained fold to its metrics; the key is the fold's number
-    or, for nested folds, "outer/inner", such as "2/0".
+    `kind` is a key of KINDS, "command" or "other". `state` is "finished", "unfinished", "failed" or "damaged"; `remark`
+    explains it. `record`, `metrics` and `plan` are the contents of the folder's JSON files, empty if a file is missing or
+    damaged. `folds` maps each trained fold to its metrics; the key is the fold's number or, for nested folds, "outer/inner",
+    such as "2/0".
     """
 
     name: str
@@ -54,26 +55,26 @@ class ListedRun:
 
     @property
     def is_nested(self) -> bool:
-        """Whether outer folds were held out, so that each model was trained on a prepared run without its outer fold."""
+        """Whether the run is a nested cross-validation, in which each model was trained without its outer fold."""
         return any(isinstance(fold, str) for fold in self.folds)
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The parameters of the run's notebook: those that it recorded, otherwise those in its plan."""
+        """The parameters of the run's notebook, from its record or, if the record has none, from its plan."""
         return self.record.get("parameters") or self.plan.get("parameters") or {}
 
 
 def list_runs(roots: Iterable[str | Path], skip: Iterable[str | Path] = ()) -> list[ListedRun]:
-    """List all runs that are one of the folders `roots` or lie below one, except the folders `skip`.
+    """List all runs in and below the folders `roots`, except those whose folder is in `skip`.
 
-    Runs are named by their path relative to the root, or by their full path if there are several roots. Raises
-    FileNotFoundError for a root that is not a folder.
+    A run's name is its path relative to the root, or its full path if there are several roots. Raises FileNotFoundError if a
+    root is not a folder.
     """
     skipped, root_folders = {Path(folder).resolve() for folder in skip}, [Path(root) for root in roots]
     runs: dict[Path, ListedRun] = {}
     for root in root_folders:
         if not root.is_dir():
-            raise FileNotFoundError(f"{root} is not a folder; name a run folder, or a folder with runs below it")
+            raise FileNotFoundError(f"{root} is not a folder; give a run folder, or a folder with runs below it")
         for path, folders, _ in os.walk(root):
             folder = Path(path)
             if is_run(folder):
@@ -88,14 +89,14 @@ def list_runs(roots: Iterable[str | Path], skip: Iterable[str | Path] = ()) -> l
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a notebook or a plan has started a run in this folder."""
+    """Return whether `folder` is a run folder, that is, whether a notebook or a plan has started a run in it."""
     return any((folder / name).is_file() for name in (RECORD, METRICS, PLANNED)) or any(
         (fold / name).exists() for fold in _fold_folders(folder).values() for name in FOLD_FILES
     )
 
 
 def list_run(folder: Path, name: str) -> ListedRun:
-    """Read one run folder and return it under `name`; missing and damaged files go into its state and remark."""
+    """Read one run folder and return it as a ListedRun; its state and remark report missing and damaged files."""
     remarks: list[str] = []
     record, metrics, planned = (_read_json(folder / file, remarks) for file in (RECORD, METRICS, PLANNED))
     plan = planned.get("run", {})
@@ -106,7 +107,7 @@ def list_run(folder: Path, name: str) -> ListedRun:
     elif metrics:
         state = "finished"
         if not (folder / RECORD).is_file():
-            remarks.append(f"no {RECORD}: written by an older kitlib")
+            remarks.append(f"no {RECORD}: the run was written by an older kitlib")
     elif plan and not plan.get("notebook") and (folder / f"done-{planned.get('key')}.json").is_file():
         state = "finished"
     else:
@@ -116,17 +117,17 @@ def list_run(folder: Path, name: str) -> ListedRun:
 
 
 def describe(runs: Sequence[ListedRun]) -> dict[str, Any]:
-    """Summarise how a run, or the runs that hold the folds of one model, were made; memory in MB of 10^6 bytes.
+    """Summarise how one model was trained, from its runs: recipe, folds, time, memory (MB of 10^6 bytes), GPU and commit.
 
-    Returns kind, model, state, recipe, `changes` (settings that differ from the recipe, and parameters that differ from
-    their defaults), folds, `cross_fitted` (a fusion's score under settings tuned on the other folds), started, wall_s,
-    `training_s` (seconds of all epochs, over all sessions), memory_mb, gpu, gpu_memory_mb, host and commit; None or "" where
-    nothing is recorded.
+    Returns a dict with kind, model, state, recipe, `changes` (settings that differ from the recipe, and parameters that
+    differ from their defaults), folds, `cross_fitted` (a fusion's score under settings tuned on the other folds), started,
+    wall_s, `training_s` (seconds of all epochs in all sessions), memory_mb, gpu, gpu_memory_mb, host and commit. A value
+    that is not recorded is None or "".
     """
     first, trained = runs[0], {fold: metrics for run in runs for fold, metrics in run.folds.items()}
     records, folds = [run.record for run in runs], list(trained.values())
     sources = [*records, *folds]
-    # Keys may be missing: a damaged file is empty, and an older kitlib recorded fewer.
+    # Keys may be missing, because a damaged file counts as empty and older versions of kitlib recorded fewer keys.
     numbers = {
         key: [source[key] for source in sources if isinstance(source.get(key), int | float)]
         for key in ("wall_s", "seconds", "peak_memory_mb", "peak_child_memory_mb", "peak_gpu_memory_mb")
@@ -156,7 +157,7 @@ def describe(runs: Sequence[ListedRun]) -> dict[str, Any]:
 
 
 def _read_json(path: Path, remarks: list[str]) -> dict[str, Any]:
-    """Return a file's JSON object, empty if the file is missing; if it is damaged, also add a remark to `remarks`."""
+    """Return a file's JSON object, or {} if the file is missing or damaged; a damaged file adds a remark to `remarks`."""
     if not path.is_file():
         return {}
     try:
@@ -171,7 +172,7 @@ def _read_json(path: Path, remarks: list[str]) -> dict[str, Any]:
 
 
 def _read_plan_state(folder: Path, name: str) -> tuple[str, str]:
-    """Return the state and remark of a run without results, according to the newest plan that has started it."""
+    """Return the state and remark of a run without results, as recorded by the plan that started it last."""
     states = []
     for described in folder.parent.glob(".*/runs.json") if name else ():
         state = _read_json(state_file(described, name), [])
@@ -200,7 +201,7 @@ def _fold_sort_key(fold: int | str) -> list[int]:
 
 
 def _requested_folds(run: ListedRun) -> list[Any]:
-    """Return the folds, or pairs of an outer and an inner fold, that the run's parameters request."""
+    """Return the folds that the run's parameters request; for nested folds, pairs (outer fold, inner fold)."""
     folds, outer_folds = (run.parameters.get(name) or [] for name in ("folds", "outer_folds"))
     return [(outer, fold) for outer in outer_folds for fold in folds if fold != outer] if outer_folds else folds
 
@@ -213,9 +214,10 @@ def _find_kind(folder: Path, plan: dict[str, Any]) -> str:
 
 
 def _recipe_and_changes(run: ListedRun, folds: list[dict[str, Any]]) -> tuple[str, str]:
-    """Return the recipe's name and the differences from it as text, such as "epochs=3, seed=2".
+    """Return the recipe's name, and as text the settings that differ from it, such as "epochs=3, seed=2".
 
-    If the parameters name no recipe, the name is that of the recipe with exactly these fields, or "not stated".
+    If the run's parameters do not include a recipe name, it is the name of the recipe whose fields are equal to those used,
+    or "not stated".
     """
     used = next((fold["recipe"] for fold in folds if isinstance(fold.get("recipe"), dict)), None)
     name = run.parameters.get("recipe", "")
@@ -234,14 +236,14 @@ def _recipe_and_changes(run: ListedRun, folds: list[dict[str, Any]]) -> tuple[st
 
 
 def _as_json(value: Any) -> Any:
-    """Return `value` as it would come back from JSON: tuples become lists."""
+    """Return `value` as it would be read back from JSON, with lists for tuples."""
     if isinstance(value, dict):
         return {key: _as_json(inner) for key, inner in value.items()}
     return [_as_json(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _short_commit(record: dict[str, Any]) -> str:
-    """Return the shortened commit, or the digest of kitlib if the run was not made in a clone."""
+    """Return the shortened git commit, or kitlib's digest if the run was not made in a git clone."""
     commit, _, changes = str(record.get("git_commit") or "").partition("+")
     if commit:
         return commit[:SHORT] + (f"+{changes}" if changes else "")

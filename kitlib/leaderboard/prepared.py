@@ -1,4 +1,4 @@
-"""Search for the prepared run that the models of a listed run were trained on, by fingerprints and never by name alone."""
+"""Search for the prepared run that a listed run's models were trained on, confirmed by fingerprints."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from kitlib.runs.finished_run import read_prepared
 
 
 class PreparedRuns:
-    """The prepared runs among listed runs: finds the one that a model was trained on, and returns its tables."""
+    """Finds, among listed runs, the prepared run that a model was trained on. Reads each prepared run at most once."""
 
     def __init__(self, runs: list[ListedRun]) -> None:
         self._unread = [run.folder for run in runs if run.kind == "prepared" and run.state == "finished"]
@@ -22,10 +22,10 @@ class PreparedRuns:
     def find(self, fingerprint: str, run: ListedRun) -> tuple[str, dict[str, pd.DataFrame]] | None:
         """Return the folds' fingerprint and the tables of the prepared run with this data fingerprint, or None.
 
-        Searches the listed runs, and the prepared run that `run` names even if it is not listed.
+        Searches the listed runs, and the run in the `prepare_run` parameter of `run` even if that is not listed.
         """
         named = named_folder(run.parameters.get("prepare_run"), run)
-        # The named run goes first, because computing a fingerprint takes seconds.
+        # The run in the parameter is read first, because it most likely matches and computing a fingerprint takes seconds.
         self._unread.sort(key=lambda folder: named is None or folder.resolve() != named.resolve())
         if named is not None and named not in self._unread:
             self._unread.insert(0, named)
@@ -40,9 +40,9 @@ class PreparedRuns:
     def find_for_nested(self, runs: tuple[ListedRun, ...]) -> tuple[str, dict[str, pd.DataFrame]]:
         """Return the folds' fingerprint and the tables of the prepared run of an ensemble, or of learners with nested folds.
 
-        Their models were trained on parts of it, so the run is found by the name in their parameters and then checked: its
-        folds must have the fingerprint in their metrics, and without a model's outer fold it must be that model's data.
-        Raises RunError otherwise, and for a prepared run that does not exist.
+        Their models were trained on parts of the prepared run, so it is found by the parameter `prepare_run` of the first of
+        `runs`. Raises RunError if the prepared run does not exist, if its folds do not have the fingerprint in the metrics
+        of all `runs`, or if its data without a model's outer fold are not the data that the model was trained on.
         """
         run = runs[0]
         folder = named_folder(run.parameters.get("prepare_run"), run)
@@ -54,19 +54,19 @@ class PreparedRuns:
         fingerprint_without: dict[str, str] = {}
         for trained in runs:
             if trained.metrics.get("folds_fingerprint") != fingerprint:
-                raise RunError(f"{folder} has other folds than those that {trained.name} was made with")
+                raise RunError(f"the folds of {folder} are not those that {trained.name} was made with")
             for name, metrics in trained.folds.items():
                 outer = str(name).partition("/")[0]
                 if outer not in fingerprint_without:
                     part = {**tables, "folds": folds[folds["fold"] != int(outer)]}
                     fingerprint_without[outer] = data_fingerprint(**part)
                 if metrics.get("data_fingerprint") != fingerprint_without[outer]:
-                    raise RunError(f"{folder} without fold {outer} is not what its fold {name} was trained on")
+                    raise RunError(f"fold {name} of {trained.name} was not trained on {folder} without fold {outer}")
         return fingerprint, tables
 
 
 def named_folder(name: Any, run: ListedRun) -> Path | None:
-    """Return the folder of the run that `run` refers to as `name`, or None; finds it also if both were moved together."""
+    """Return the folder of the run that `run` refers to as `name`, or None; also works if both runs were moved together."""
     if not name or not isinstance(name, str):
         return None
     for folder in (run.folder.parent / name, run.folder.parent / Path(name).name):

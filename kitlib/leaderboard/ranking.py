@@ -1,7 +1,7 @@
-"""Ranking of models: out-of-fold scores of all runs, recomputed from their tables, and ranked only if comparable.
+"""Ranking of models by out-of-fold scores, which are recomputed from the tables of their runs.
 
-Models are ranked together if they share the folds' fingerprint, the scored images, their ground truth, and the kind of
-prediction. Scores of different rankings do not tell which model is better.
+Models are ranked together if they share the folds' fingerprint, the scored images, the ground truth of these images, and the
+kind of prediction. Scores in different rankings are not comparable.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from kitlib.reports.findings_report import answers, auc_draws
 from kitlib.reports.lungs_report import dice_draws
 from kitlib.scoring.score import truth_of
 
-# Name of the score by the parts that are predicted. With studies, nones or detections, the score is the competition's: the
-# mean of the average precisions (AP) of the classes among them.
+# Name of the score for each combination of predictions. With studies, nones or detections, the score is the competition's:
+# the mean average precision (AP) over the predicted classes.
 FIGURES = {
     ("studies", "nones", "detections"): "competition score",
     ("studies", "nones"): "mean AP of study classes and none",
@@ -44,39 +44,40 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """Ranked entries and their differences to the best.
+    """Ranked entries, and the differences between their scores and the best score.
 
-    `table` has one row per entry (COLUMNS), ordered by ranking and score; entries without a score come last. `differences`
-    has one row for each entry below the first of its ranking: its score minus that of the first (not positive), and `low`
-    and `high` of the paired 95 % interval.
+    `table` has one row per entry, with the columns COLUMNS, ordered by ranking and score; entries without a score come last.
+    `differences` has one row per entry except the best of each ranking, with the columns ranking, name, best (the best
+    entry's name), difference (the entry's score minus the best score, at most 0), and low and high (its paired 95 %
+    interval).
     """
 
     table: pd.DataFrame
     differences: pd.DataFrame
 
     def rankings(self) -> dict[int, pd.DataFrame]:
-        """Return the rows of `table` by ranking number, from 1."""
+        """Return the rows of `table` in each ranking, keyed by the ranking's number, from 1."""
         return {int(number): rows for number, rows in self.table.dropna(subset="ranking").groupby("ranking")}
 
     def summary(self) -> str:
-        """Return a text for people: the number of models, rankings and runs without a score, and what is not comparable."""
+        """Return a text with the numbers of models, rankings and unscored runs, and which scores are not comparable."""
         ranked = self.table.dropna(subset="ranking")
         unranked = self.table[self.table["ranking"].isna()]
         groups = ranked["folds_fingerprint"].unique()
         sentences = [
             f"{len(ranked)} models in {ranked['ranking'].nunique()} rankings, {len(unranked)} other runs without a score. "
-            "Models are ranked together if they share folds, scored images, ground truth and kind of prediction; scores of "
+            "Models are ranked together if they share folds, scored images, ground truth and kind of prediction; scores in "
             "different rankings are not comparable."
         ]
         if len(groups) > 1:
             sentences.append(
-                f"There are {len(groups)} groups of different folds ({', '.join(groups)}): do not compare a score of one "
-                "group with a score of another."
+                f"The models use {len(groups)} different sets of folds ({', '.join(groups)}): scores of models with "
+                "different folds are not comparable."
             )
         if ranked.groupby(["folds_fingerprint", "figure"])["ranking"].nunique().gt(1).any():
             sentences.append(
-                "Models of one group that are scored on different images, or against different labels or boxes, are ranked "
-                "separately: set `folds` to folds that all of them have, or `compare` two of them."
+                "Models with the same folds that are scored on different images, or against different labels or boxes, are "
+                "ranked separately: set `folds` to folds that all of them have, or `compare` two of them."
             )
         return "\n".join(sentences)
 
@@ -84,10 +85,10 @@ class Leaderboard:
 def rank(entries: Iterable[Entry], samples: int = 200, seed: int = 0) -> Leaderboard:
     """Score and rank entries, with 95 % bootstrap intervals over patients and paired differences within each ranking.
 
-    `samples` is the number of bootstrap draws. Raises LeaderboardError if it is below 1.
+    `samples` is the number of bootstrap draws. Raises LeaderboardError if `samples` is below 1.
     """
     if samples < 1:
-        raise LeaderboardError(f"samples is {samples}; intervals need at least 1 draw, and some hundreds to be stable")
+        raise LeaderboardError(f"samples is {samples}; intervals need at least 1 draw, and a few hundred to be stable")
     rankings: dict[tuple[str, int, str, str], list[tuple[Entry, pd.DataFrame, dict[str, Any]]]] = {}
     unranked = []
     for entry in entries:
@@ -101,7 +102,7 @@ def rank(entries: Iterable[Entry], samples: int = 200, seed: int = 0) -> Leaderb
             rankings.setdefault(key, []).append((entry, draws, _scores_of_row(predictions, draws)))
     rows, differences = [], []
     for number, key in enumerate(sorted(rankings), start=1):
-        # Scores that the ground truth does not define (NaN) come last.
+        # Entries whose score is undefined (NaN) for this ground truth come last.
         ranked = sorted(rankings[key], key=lambda item: -item[1]["score"].fillna(-1).iloc[0])
         best_entry, best_draws, _ = ranked[0]
         for entry, draws, scores in ranked:
@@ -118,19 +119,20 @@ def compare(
 ) -> pd.DataFrame:
     """Compare two models on the images that both have predicted, with paired 95 % bootstrap intervals over patients.
 
-    `first` and `second` are names of entries or of runs in them. Returns a table with a row for the score and each of its
-    parts: figure (its name), first, second, difference (second minus first), low, high, images. Raises LeaderboardError for
-    an unknown name, a model without a score, models with nothing in common and, unless `across_folds`, models of different
-    folds, because training on other patients changes the score too.
+    `first` and `second` are names of entries, or of runs in entries. Returns a table with one row for the score and one for
+    each of its parts, with the columns figure (name of the score or part), first, second, difference (second minus first),
+    low and high (its interval), and images (their number). Raises LeaderboardError if a name is unknown, if a model has no
+    score, if the models share no images or no kind of prediction, or, unless `across_folds` is set, if they were trained
+    with different folds, because training on other patients changes the score too.
     """
     entries = list(entries)
     (entry, predictions), (other_entry, other_predictions) = _find_entry(entries, first), _find_entry(entries, second)
     if entry.folds_fingerprint != other_entry.folds_fingerprint and not across_folds:
         raise LeaderboardError(
-            f"{entry.name} has folds {entry.folds_fingerprint[:SHORT]}, {other_entry.name} "
-            f"{other_entry.folds_fingerprint[:SHORT]}: their scores are not comparable, because each was trained on "
-            "patients on which the other is scored; train both on one prepared run, or set across_folds = True to compare "
-            "them anyway"
+            f"{entry.name} has folds {entry.folds_fingerprint[:SHORT]}, {other_entry.name} has folds "
+            f"{other_entry.folds_fingerprint[:SHORT]}: their scores are not comparable, because each model was trained on "
+            "patients that the other is scored on; train both on the same prepared run, or set across_folds = True to "
+            "compare them anyway"
         )
     shared = set(predictions.images["image_id"]) & set(other_predictions.images["image_id"])
     parts = [part for part in predictions.parts if part in other_predictions.parts]
@@ -155,7 +157,7 @@ def compare(
 
 
 def _draw_scores(predictions: Predictions, tables: dict[str, pd.DataFrame], samples: int, seed: int) -> pd.DataFrame:
-    """Return `score` and its parts as columns; the first row is for all patients, then one per bootstrap draw."""
+    """Return `score` and its parts as columns of a table: one row for all patients, then one row per bootstrap draw."""
     if predictions.findings is not None:
         scores = predictions.findings.set_index("image_id").loc[predictions.images["image_id"]].reset_index()
         drawn = auc_draws(answers(scores, predictions.images, tables["labels"]), samples, seed)
@@ -215,7 +217,7 @@ def _digest(image_ids: pd.Series) -> str:
 
 
 def _truth_digest(entry: Entry, predictions: Predictions) -> str:
-    """Return a digest of the ground truth of the predicted images; paths and other images do not change it."""
+    """Return a digest of the ground truth for the predicted images, independent of paths and of other images."""
     if predictions.masks is not None:
         fingerprints = {str(fold.get("masks_fingerprint")) for run in entry.runs for fold in run.folds.values()}
         return " ".join(sorted(fingerprints))

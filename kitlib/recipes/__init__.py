@@ -1,4 +1,4 @@
-"""Recipes: the fields of each kind of training with defaults and valid ranges, and the published recipes by name.
+"""Training recipes: the fields of each kind with defaults and valid ranges, and the published recipes by name.
 
 Does not belong here: code that trains or predicts.
 """

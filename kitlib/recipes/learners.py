@@ -1,13 +1,14 @@
-"""Recipes of the papers' classifiers of exclusive classes: FLANNEL, Patched FLANNEL, HRNets, ResUNet + ensembles."""
+"""Recipes of published classifiers of exclusive classes: FLANNEL, Patched FLANNEL, UNet + HRNet, ResUNet + ensembles."""
 
 from kitlib.recipes.fields import FindingsRecipe, PatchRecipe
 from kitlib.settings import override
 
-# In FLANNEL's order, in which its ensemble concatenates their predictions.
+# In the order in which FLANNEL's ensemble concatenates their predictions.
 FLANNEL_NETWORKS = ("densenet161", "inception_v3", "resnet152", "resnext101_32x8d", "vgg19_bn")
 
-# FLANNEL's code: the image is stretched to 336 pixels a side; training crops a random square of 224, validation the middle.
-# The best of all 200 epochs is kept: in the code by accuracy, in the kit by macro F1, in which rare classes count.
+# As in FLANNEL's code, the image is stretched to 336 pixels a side; training crops a random square of 224, validation crops
+# the middle. The best of all 200 epochs is kept, in FLANNEL's code by accuracy, here by macro F1, in which rare classes
+# count as much as frequent classes.
 _FLANNEL = FindingsRecipe(
     multi_label=False,
     judged_by="macro_f1",
@@ -29,12 +30,12 @@ _FLANNEL = FindingsRecipe(
     blur_p=0.0,
     erase_p=0.0,
 )
-# The network's own input size, on a canvas larger in the same proportion, and the weight of the auxiliary head's loss in
-# torchvision's training.
+# inception_v3's input size, and the weight of its auxiliary head's loss in torchvision's training. For FLANNEL the canvas
+# grows in the same proportion.
 _INCEPTION = {"image_size": 299, "auxiliary": 0.4}
 
-# UNet + HRNet, section 4 and Table 5, on images masked to the lungs, with the augmentation of Table 3, as in `unet_lungs`.
-# No milestone is within the 25 epochs, so the rate is constant.
+# UNet + HRNet, section 4 and Table 5, on images that are black outside the lungs, with the augmentation of Table 3 as in
+# `unet_lungs`. No milestone is within the 25 epochs, so the rate is constant.
 _HRNET = FindingsRecipe(
     multi_label=False,
     one_logit=True,
@@ -55,7 +56,7 @@ _HRNET = FindingsRecipe(
     horizontal_flip=0.0,
     rotate_degrees=45.0,
     scale_x=(0.8, 1.1),
-    shear_degrees=11.3,  # the paper's 0.2 is its tangent
+    shear_degrees=11.3,  # tan(11.3 degrees) is the paper's 0.2
     shear_p=0.7,
     gamma_drawn=(0.5, 3.0),
     salt_pepper=0.01,
@@ -67,8 +68,9 @@ _HRNET = FindingsRecipe(
     erase_p=0.0,
 )
 
-# ResUNet + ensembles, section 4.3: only the head for five epochs, then also backbone stages from the last on, at 1e-5; batch
-# norm statistics stay those of the starting weights. The paper states neither image size nor epochs per stage.
+# ResUNet + ensembles, section 4.3: trains only the head for five epochs, then also backbone stages, the last first, at a
+# rate of 1e-5; batch norm statistics stay those of the starting weights. The paper does not state the image size or the
+# epochs per stage.
 _ENSEMBLE = FindingsRecipe(
     multi_label=False,
     class_weights=True,
@@ -90,11 +92,11 @@ _ENSEMBLE = FindingsRecipe(
     schedule="step",
     milestones=(5,),
     step_factor=0.01,
-    rotate_degrees=15.0,  # the paper's "15 %"; it uses the Keras generator, which takes degrees
+    rotate_degrees=15.0,  # the paper says "15 %", but its Keras generator takes degrees
     shift=0.15,
     scale_x=(0.85, 1.15),
     scale_y=(0.85, 1.15),
-    shear_degrees=8.53,  # its tangent is 15 %
+    shear_degrees=8.53,  # tan(8.53 degrees) is 15 %
     shear_p=1.0,
     blur_p=0.0,
     erase_p=0.0,

@@ -1,6 +1,6 @@
 """Named recipes: published systems, and small recipes that two CPU cores train in a minute.
 
-A notebook names a recipe and may override its fields.
+A notebook chooses a recipe by name and may override its fields.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe, PatchRecipe, S
 from kitlib.recipes.learners import LEARNERS
 from kitlib.settings import R, override
 
-# Heidelberg's augmentation of the Faster R-CNN, report section 3.1.
+# Augmentation of Heidelberg's Faster R-CNN, report section 3.1.
 _HEIDELBERG_BOXES: dict[str, Any] = {
     "rotate_degrees": 20.0,
     "shift": 0.0625,  # albumentations' default, which the report does not change
@@ -39,21 +39,22 @@ _HEIDELBERG_YOLO = DetectorRecipe(
     box_loss="giou",
 )
 
-# Published recipes first, then the small ones.
+# Published recipes first, then small recipes.
 RECIPES: dict[str, TrainingRecipe] = {
     "heidelberg_backbone": FindingsRecipe(),
     "heidelberg_study": StudyRecipe(frozen_backbone=True, schedule_every=1),
     "heidelberg_faster_rcnn": DetectorRecipe(inference_size=1024, **_HEIDELBERG_BOXES),
-    # With ultralytics' loss gains: those of the report's equation 2 are for YOLOv5's anchor-based losses, which have another
-    # scale; here they would divide the gradients of boxes by 100, too small for SGD at the published learning rate.
+    # Uses ultralytics' loss gains. The gains in the report's equation 2 are for YOLOv5's anchor-based losses, which have
+    # another scale; here they would divide box gradients by 100, too small for SGD at the published learning rate.
     "heidelberg_yolo": _HEIDELBERG_YOLO,
-    # With the report's gains: the class gain is the sum of its class and objectness gains, as there is no objectness;
-    # dfl, which the report's network lacks, keeps ultralytics' ratio to the box gain. Also with the report's thresholds,
-    # which drop boxes that would add to average precision.
+    # Uses the report's gains. The class gain is the sum of the report's class and objectness gains, because this network has
+    # no objectness output; the dfl gain, which the report's network lacks, keeps ultralytics' ratio to the box gain. Also
+    # uses the report's thresholds, which drop boxes that would add to average precision.
     "heidelberg_yolo_published": dataclasses.replace(
         _HEIDELBERG_YOLO, box_gain=0.075, class_gain=0.05 + 0.75, dfl_gain=0.015, nms_iou=0.2, min_score=0.1
     ),
-    # 6th place, the smallest of the strong solutions: one classifier and one Faster R-CNN, averaged over mirrored images.
+    # 6th place, the smallest of the strong solutions: one classifier and one Faster R-CNN, with predictions averaged over
+    # the image and its mirror image.
     "lean_study": StudyRecipe(
         backbone="tf_efficientnet_b7",
         channels=3,
@@ -80,7 +81,7 @@ RECIPES: dict[str, TrainingRecipe] = {
         views=("full", "flip"),
         rotate_degrees=10.0,
     ),
-    # Common to the strongest solutions: auxiliary segmentation, moving averages, lung crops.
+    # Methods common to the strongest solutions: auxiliary segmentation, moving averages, lung crops.
     "strong_study": StudyRecipe(
         backbone="tf_efficientnetv2_m",
         channels=3,
@@ -120,7 +121,7 @@ RECIPES: dict[str, TrainingRecipe] = {
         views=("full", "flip"),
     ),
     "unet_lungs": SegmenterRecipe(),
-    # ResUNet + ensembles, sections 4.1 and 4.2; the optimiser's settings are the kit's own.
+    # ResUNet + ensembles, sections 4.1 and 4.2; the optimiser's settings are the kit's.
     "resunet_lungs": SegmenterRecipe(
         network="resunet",
         image_size=256,
@@ -169,7 +170,7 @@ RECIPES: dict[str, TrainingRecipe] = {
         rotate_degrees=10.0,
         gamma_drawn=(0.7, 1.5),
         noise_p=0.0,
-        least_area=0.1,  # the published rule rejects correct masks of small chests
+        least_area=0.1,  # the published value rejects correct masks of small chests
     ),
     "small_backbone": FindingsRecipe(
         backbone="test_efficientnet",
@@ -269,9 +270,10 @@ RECIPES: dict[str, TrainingRecipe] = {
 
 
 def recipe(name: str, kind: type[R], **overrides: Any) -> R:
-    """Return the recipe `name` with some fields replaced.
+    """Return the recipe called `name`, with the fields in `overrides` replaced.
 
-    Raises SettingsError, with the valid names, if there is no such recipe or if it is not an instance of `kind`.
+    Raises SettingsError, with the valid names, if the recipe does not exist or is not an instance of `kind`; also if an
+    override is not a valid field or value.
     """
     if name not in RECIPES:
         raise SettingsError(f"no recipe is called {name!r}; valid names: {', '.join(RECIPES)}")
@@ -279,6 +281,6 @@ def recipe(name: str, kind: type[R], **overrides: Any) -> R:
     if not isinstance(published, kind):
         fitting = [other for other, value in RECIPES.items() if isinstance(value, kind)]
         raise SettingsError(
-            f"recipe {name!r} is a {type(published).__name__}, expected a {kind.__name__}: {', '.join(fitting)}"
+            f"recipe {name!r} is a {type(published).__name__}; expected a {kind.__name__}, such as {', '.join(fitting)}"
         )
     return override(published, **overrides)

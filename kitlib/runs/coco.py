@@ -1,4 +1,4 @@
-"""The tables images, boxes and folds as one COCO JSON file, and back: for annotation tools and other people's detectors.
+"""Writes and reads `images`, `boxes` and `folds` tables as a COCO JSON file, for annotation tools and other detectors.
 
 COCO: https://cocodataset.org/#format-data. Its boxes are x, y, width, height in pixels of the original image.
 """
@@ -14,26 +14,28 @@ from kitlib.atomic import write_text
 from kitlib.errors import DatasetError
 from kitlib.tables import BOX, check_table
 
-CATEGORY = "opacity"  # of boxes without a column `finding`
-# Enough digits for the exact sum or difference of any two coordinates as written; floats would lose the last digit.
+CATEGORY = "opacity"  # category of boxes without a `finding` column
+# Enough digits for the exact sum or difference of any two coordinates in the file; floats would lose the last digit.
 EXACT = Context(prec=400)
 MOST_PIXELS = 1e9  # larger coordinates, and NaN, are rejected as mistakes
-# Keys of an image that this module writes itself; a column with such a name would be overwritten.
+# Keys of an image entry that this module writes; a column of `images` with such a name would be overwritten.
 _RESERVED = {"id", "file_name", "width", "height", "fold"}
 
 
 def write_coco(path: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, folds: pd.DataFrame | None = None) -> None:
     """Write images, boxes and folds as one COCO JSON file, atomically.
 
-    Every row of `images` becomes an image entry with all its columns and, if `folds` is given, its fold, even if the image
-    has no box. `file_name` is `<image_id>.png`. Categories are the values of the boxes' column `finding` in alphabetical
-    order, or `opacity` without that column. Raises DatasetError for an image of unknown size, a box or fold of an unknown
-    image, and a column of `images` that COCO reserves or JSON cannot hold.
+    Every row of `images`, with or without boxes, becomes an image entry with all its columns and, if `folds` is given, its
+    fold. `file_name` is `<image_id>.png`. Categories are the values of the boxes' column `finding` in alphabetical order, or
+    only `opacity` if there is no such column. Raises DatasetError if an image's size is unknown, if a box or a fold belongs
+    to none of the images, or if a column of `images` has a name that COCO reserves or a value that JSON cannot hold.
     """
     images, boxes, categories = check_images_and_boxes(images, boxes)
     reserved = _RESERVED & set(images.columns)
     if reserved:
-        raise DatasetError(f"column(s) {', '.join(sorted(reserved))} of images have names that COCO reserves: rename them")
+        raise DatasetError(
+            f"images: the column name(s) {', '.join(sorted(reserved))} are reserved by COCO; rename these columns"
+        )
     columns = images.drop(columns=["rows", "columns"])
     # JSON has no NaN.
     rows = columns.astype(object).where(columns.notna(), None).to_dict("records")
@@ -62,11 +64,12 @@ def write_coco(path: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fold
 
 
 def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
-    """Return the tables `images` and `boxes` of any COCO file with boxes, and `folds` if `write_coco` was given them.
+    """Read a COCO file and return the tables `images` and `boxes`, and `folds` if the file contains folds.
 
-    Coordinates are bit for bit those passed to `write_coco`. Images keep their columns; in a file from another program,
-    image_id is the file name without suffix, and each image is its own study and patient. Boxes have the column `finding`
-    unless the only category is `opacity`. Raises DatasetError, naming the file and entry, for anything that is not valid.
+    Coordinates are bit for bit those passed to `write_coco`, and images keep the columns that it wrote. For a file from
+    another program, image_id is the file name without suffix, and each image is its own study and patient. `boxes` has the
+    column `finding` unless the only category is `opacity`. Raises DatasetError, with the file and the entry, if the file is
+    missing or invalid.
     """
     content = _read_json(Path(path))
     where = {name: f"{path}, {name}" for name in ("images", "annotations", "categories")}
@@ -80,7 +83,7 @@ def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
         place = f"{where['annotations']}, id {entry['id']!r}"
         if not _is_listed(entry["image_id"], image_of) or not _is_listed(entry["category_id"], names):
             raise DatasetError(
-                f"{place}: the file lists no image {entry['image_id']!r} or no category {entry['category_id']!r}"
+                f"{place}: the file does not list image {entry['image_id']!r} or category {entry['category_id']!r}"
             )
         boxes.append((image_of[entry["image_id"]], *_corners(entry["bbox"], place), names[entry["category_id"]]))
     table = pd.DataFrame(boxes, columns=["image_id", *BOX, "finding"])
@@ -94,10 +97,10 @@ def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
 
 
 def read_coco_boxes(path: str | Path, images: pd.DataFrame) -> pd.DataFrame:
-    """Return the table boxes of a COCO file that an annotation tool wrote for `images`; such tools drop other columns.
+    """Return the `boxes` table of a COCO file that an annotation tool wrote for `images`.
 
-    Raises DatasetError as `read_coco` does, and if the file lists an image that is not in `images`, lacks one of them, or
-    states another size for one, because its boxes are then in pixels of a resized image.
+    Raises DatasetError if the file is invalid (see `read_coco`), if it does not list exactly the images in `images`, or if
+    it states another size for an image, because the image's boxes are then in pixels of a resized image.
     """
     tables = read_coco(path)
     sizes = images[["image_id", "rows", "columns"]].merge(
@@ -107,27 +110,27 @@ def read_coco_boxes(path: str | Path, images: pd.DataFrame) -> pd.DataFrame:
         suffixes=("", "_file"),
         indicator=True,
     )
-    for side, problem in (("left_only", "are not in the file"), ("right_only", "of the file are not in the table images")):
+    for side, problem in (("left_only", "are not in the file"), ("right_only", "in the file are not in the `images` table")):
         unmatched = sizes.loc[sizes["_merge"] == side, "image_id"]
         if len(unmatched):
             raise DatasetError(
-                f"{path}: {len(unmatched)} images {problem}, first {unmatched.iloc[0]}: export the same images"
+                f"{path}: {len(unmatched)} images {problem}; the first is {unmatched.iloc[0]}. Export the same images"
             )
     resized = sizes[(sizes["rows"] != sizes["rows_file"]) | (sizes["columns"] != sizes["columns_file"])]
     if len(resized):
         raise DatasetError(
-            f"{path}: {len(resized)} images have another size, first {resized.image_id.iloc[0]} with "
+            f"{path}: {len(resized)} images have another size; the first is {resized.image_id.iloc[0]} with "
             f"{resized.columns_file.iloc[0]:.0f} x {resized.rows_file.iloc[0]:.0f} instead of "
-            f"{resized['columns'].iloc[0]} x {resized['rows'].iloc[0]} pixels: annotate images of full size"
+            f"{resized['columns'].iloc[0]} x {resized['rows'].iloc[0]} pixels. Annotate images at full resolution"
         )
     return tables["boxes"]
 
 
 def annotated_images(images: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `images` whose boxes are all known, so that an image without a box is a true negative.
+    """Return the rows of `images` that are fully annotated, so that an image without a box is a true negative.
 
-    Excludes images that no annotator looked at (SIIM's `false_none`), and NIH's images without a box, because NIH boxes only
-    few of the images that show a finding.
+    Excludes images that no annotator looked at (SIIM's `false_none`), and NIH's images without a box, because in NIH only a
+    few of the images with a finding have boxes.
     """
     unannotated = images["false_none"].astype(bool) if "false_none" in images else pd.Series(False, images.index)
     unboxed = (images["source"] == "nih") & ~images["image_id"].isin(boxes["image_id"])
@@ -135,33 +138,35 @@ def annotated_images(images: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
 
 
 def check_images_and_boxes(images: pd.DataFrame, boxes: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """Check the tables images and boxes; return both, and the sorted category names of the boxes.
+    """Check the `images` and `boxes` tables; return both, and the sorted category names of the boxes.
 
-    Raises DatasetError if an image's size is unknown, or a box belongs to none of the images or has no finding.
+    Raises DatasetError if an image's size is unknown, or if a box belongs to none of the images or has no finding.
     """
     images, boxes = check_table(images, "images"), check_table(boxes, "boxes")
     unsized = images.loc[(images["rows"] < 1) | (images["columns"] < 1), "image_id"]
     if len(unsized):
         raise DatasetError(
-            f"{len(unsized)} of {len(images)} images have no rows and columns, first {unsized.iloc[0]}: "
-            "prepare the data set with notebook 10, which reads the sizes from the files"
+            f"{len(unsized)} of {len(images)} images have no recorded size (rows and columns); the first is "
+            f"{unsized.iloc[0]}. Prepare the data set with notebook 10, which reads the sizes from the files"
         )
     unmatched = boxes.loc[~boxes["image_id"].isin(images["image_id"]), "image_id"]
     if len(unmatched):
-        raise DatasetError(f"{len(unmatched)} boxes belong to none of the images, first {unmatched.iloc[0]}: remove them")
+        raise DatasetError(
+            f"{len(unmatched)} boxes belong to none of the images; the first is for image {unmatched.iloc[0]}. Remove them"
+        )
     if "finding" not in boxes:
         return images, boxes, [CATEGORY]
     has_name = boxes["finding"].map(lambda name: isinstance(name, str) and name.strip() == name != "")
     if not has_name.all():
         raise DatasetError(
-            f"image {boxes['image_id'][~has_name].iloc[0]} has a box whose finding is not a name: expected text that is not "
-            "empty and has no space around it"
+            f"image {boxes['image_id'][~has_name].iloc[0]} has a box whose finding is not a name; expected text that is not "
+            "empty and does not begin or end with a space"
         )
     return images, boxes, sorted(boxes["finding"].unique())
 
 
 def category_indices(boxes: pd.DataFrame, categories: list[str]) -> list[int]:
-    """Return the index of each box's finding in `categories`; 0 for boxes without a column `finding`."""
+    """Return the index of each box's finding in `categories`, or 0 for every box if `boxes` has no column `finding`."""
     if "finding" not in boxes:
         return [0] * len(boxes)
     return boxes["finding"].map({name: index for index, name in enumerate(categories)}).tolist()
@@ -171,14 +176,14 @@ def _add_folds(entries: list[dict[str, Any]], folds: pd.DataFrame) -> None:
     fold_of = dict(zip(folds["id"], folds["fold"].tolist(), strict=True))
     unmatched = set(fold_of) - {entry["image_id"] for entry in entries}
     if unmatched:
-        raise DatasetError(f"{len(unmatched)} images of the folds are not among the images, first {min(unmatched)}")
+        raise DatasetError(f"{len(unmatched)} images in folds are not in the `images` table; the first is {min(unmatched)}")
     for entry in entries:
         if entry["image_id"] in fold_of:
             entry["fold"] = fold_of[entry["image_id"]]
 
 
 def _annotation(number: int, image: int, category: int, box: list[float]) -> str:
-    """Return one annotation as JSON text, built by hand because a float cannot hold all digits of a width or height."""
+    """Return an annotation as JSON text, formatted here because a float cannot hold all digits of the width and height."""
     x, y, xmax, ymax = (Decimal(repr(edge)) for edge in box)
     width, height = EXACT.subtract(xmax, x), EXACT.subtract(ymax, y)
     return (
@@ -192,24 +197,24 @@ def _json_lines(entries: list[dict[str, Any]]) -> list[str]:
         return [json.dumps(entry, allow_nan=False) for entry in entries]
     except (TypeError, ValueError) as error:
         raise DatasetError(
-            f"a column of images has a value that JSON cannot represent ({error}): drop the column"
+            f"a column of `images` has a value that JSON cannot represent ({error}); drop the column"
         ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise DatasetError(f"{path} is missing: name a COCO JSON file")
+        raise DatasetError(f"{path} is missing; give the path of a COCO JSON file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} is not valid JSON ({error}): export it again") from error
+        raise DatasetError(f"{path} is not valid JSON ({error}); export it again") from error
     if not isinstance(content, dict):
-        raise DatasetError(f"{path} is not a COCO file: expected an object with images, annotations and categories")
+        raise DatasetError(f"{path} is not a COCO file; expected an object with images, annotations and categories")
     return content
 
 
 def _entries(content: dict[str, Any], name: str, keys: tuple[str, ...], where: dict[str, str]) -> list[dict[str, Any]]:
-    """Return the list `name` of a COCO file, checked: every entry has `keys` and an id of its own."""
+    """Return the list `name` of a COCO file. Raises DatasetError if an entry lacks one of `keys` or has no unique id."""
     entries = content.get(name)
     if not isinstance(entries, list):
         raise DatasetError(f"{where[name]}: the list is missing; the file has: {', '.join(content)}")
@@ -231,7 +236,7 @@ def _is_listed(key: Any, names: dict[Any, str]) -> bool:
 def _corners(bbox: Any, place: str) -> tuple[float, float, float, float]:
     is_box = isinstance(bbox, list) and len(bbox) == 4 and all(type(edge) in (int, Decimal) for edge in bbox)
     if not is_box or not all(abs(edge) < MOST_PIXELS for edge in bbox) or min(bbox[2:]) <= 0:
-        raise DatasetError(f"{place}: bbox {bbox!r} is not x, y, width, height in pixels, the last two above 0")
+        raise DatasetError(f"{place}: bbox {bbox!r} is not x, y, width, height in pixels, with width and height above 0")
     x, y, width, height = map(Decimal, bbox)
     return float(x), float(y), float(EXACT.add(x, width)), float(EXACT.add(y, height))
 
@@ -239,7 +244,10 @@ def _corners(bbox: Any, place: str) -> tuple[float, float, float, float]:
 def _image_row(entry: dict[str, Any], image_id: str, where: str) -> dict[str, Any]:
     sizes = (entry["height"], entry["width"])
     if not all(type(size) is int and size > 0 for size in sizes):
-        raise DatasetError(f"{where}, id {entry['id']!r}: height {sizes[0]!r} and width {sizes[1]!r} are not whole pixels")
+        raise DatasetError(
+            f"{where}, id {entry['id']!r}: height {sizes[0]!r} and width {sizes[1]!r} are not positive whole numbers of "
+            "pixels"
+        )
     defaults = {"study_id": image_id, "patient_id": image_id, "path": str(entry["file_name"]), "source": "coco", "view": ""}
     columns = {
         name: float(value) if isinstance(value, Decimal) else value

@@ -1,4 +1,4 @@
-"""Export of a prepared run to COCO or YOLO files, optionally with its images as PNG, and import of such files as tables."""
+"""Exports a prepared run to COCO or YOLO files, optionally with its images as PNG, and imports such files as tables."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,12 +28,13 @@ FORMATS: dict[str, Callable[..., None]] = {
 def export_run(
     run: str | Path, folder: str | Path, file_format: str, with_images: bool = False, progress: bool = True
 ) -> list[str]:
-    """Write a prepared run as FOLDER/annotations.json (coco) or FOLDER/labels (yolo); return a line per image left out.
+    """Write a prepared run as FOLDER/annotations.json (coco) or FOLDER/labels (yolo); return a line per undecodable image.
 
-    Images whose boxes are not all known (see `annotated_images`) are excluded, because other programs would take them for
-    images without an opacity; they are not returned. `with_images` also writes every image to FOLDER/images as PNG, 8-bit
-    grey, at its original size; an image that cannot be decoded is left out of the labels too. Raises ValueError for an
-    unknown format, RunError, DatasetError, and FileExistsError if FOLDER/labels exists already.
+    Images that are not fully annotated (see `annotated_images`) are left out without a message, because other programs would
+    take them for images without an opacity. `with_images` also writes every image to FOLDER/images as an 8-bit grey PNG at
+    its original size; an image that cannot be decoded is then left out of the labels too. Raises ValueError if the format
+    is unknown; RunError if `run` is not finished; DatasetError if no image can be exported or the tables do not fit the
+    format; FileExistsError if FOLDER/labels exists already.
     """
     if file_format not in FORMATS:
         raise ValueError(f"unknown format {file_format!r}; available: {', '.join(FORMATS)}")
@@ -46,10 +47,10 @@ def export_run(
             problems = list(tqdm(results, total=len(images), desc="images", unit="image", disable=not progress))
         problem_of = {name: problem for name, problem in zip(images["image_id"], problems, strict=True) if problem}
         if len(problem_of) == len(images):
-            first = next(iter(problem_of.items()), ("", "the run has no images whose boxes are all known"))
+            problem = ": ".join(next(iter(problem_of.items()), ("the run has no fully annotated images",)))
             raise DatasetError(
-                f"no image could be decoded, first {': '.join(first)}; check that the files are at the paths in the table "
-                f"images of {run}"
+                f"no image could be decoded; the first problem: {problem}. Check that the files are at the paths in the "
+                f"`images` table of {run}"
             )
     images = images[~images["image_id"].isin(list(problem_of))]
     boxes = tables["boxes"][tables["boxes"]["image_id"].isin(images["image_id"])]
@@ -59,17 +60,18 @@ def export_run(
 
 
 def import_tables(source: str | Path, out: str | Path, file_format: str, run: str | Path | None = None) -> dict[str, int]:
-    """Write the boxes of a COCO or YOLO data set as OUT/boxes.parquet; return the number of rows by table written.
+    """Write the boxes of a COCO or YOLO data set as OUT/boxes.parquet; return the number of rows of each table written.
 
     `source` is the COCO JSON file, or the folder that contains YOLO's `labels`. If `run` is given, a COCO file must list
     exactly the images that `export_run` writes for that run. YOLO requires `run`, because its labels are fractions of the
-    image size. Without `run`, a COCO file's images, and its folds if any, are written too. Raises ValueError for an unknown
-    format, or for YOLO without a run; RunError if `run` is not a prepared run; DatasetError if the annotations are invalid.
+    image size. Without `run`, a COCO file's images and folds, if it has folds, are written too. Raises ValueError if the
+    format is unknown, or for YOLO without `run`; RunError if `run` is not a prepared run; DatasetError if the annotations
+    are invalid.
     """
     if file_format not in FORMATS:
         raise ValueError(f"unknown format {file_format!r}; available: {', '.join(FORMATS)}")
     if file_format == "yolo" and run is None:
-        raise ValueError("yolo requires a prepared run: its image sizes convert the labels' fractions to pixels; name it")
+        raise ValueError("yolo requires a prepared run, whose image sizes convert the labels' fractions to pixels; give one")
     if run is None:
         tables = read_coco(source)
     else:
@@ -82,7 +84,7 @@ def import_tables(source: str | Path, out: str | Path, file_format: str, run: st
 
 
 def _write_png(folder: Path, image_id: str, path: str) -> str:
-    """Write one image as PNG; return why it cannot be decoded, or "". Raises OSError if it cannot be written."""
+    """Write one image as PNG; return "", or the reason if it cannot be decoded. Raises OSError if it cannot be written."""
     try:
         pixels = (decode_image(path) if image_format(path) else decode_xray(path)).pixels
     except (UnreadableXray, OSError) as error:

@@ -1,4 +1,4 @@
-"""Reading of finished run folders: their tables, metrics, models and predictions, checked for the stages after them."""
+"""Reads tables, metrics, models and predictions from finished run folders, and checks them for the stages that follow."""
 
 import json
 from collections.abc import Iterable
@@ -19,13 +19,13 @@ from kitlib.tables import concatenate, read_table
 from kitlib.xrays.cache import DecodedXrays, XrayCache
 
 PREPARED_TABLES = ("images", "labels", "boxes", "folds")
-STACKED_TABLES = ("nested_scores", "class_scores", "study_scores")  # the first that a run has is its most complete
+STACKED_TABLES = ("nested_scores", "class_scores", "study_scores")  # most complete first; the first that a run has is read
 PREDICTED_TABLES = ("study_scores", "image_scores", "detections", "coverage")
 
 
 @dataclass(frozen=True)
 class ExtraImages:
-    """Additional images to train on, such as pseudo-labelled ones or another data set's; no model is validated on them.
+    """Additional training images, such as pseudo-labelled images or another data set's; no model is validated on them.
 
     `images`, `labels` and `boxes` are tables of these names (see `kitlib.tables`). An optional column `none` of `images` is
     a soft target (see XrayDataset). `cache` reads the decoded images.
@@ -37,8 +37,8 @@ class ExtraImages:
     cache: DecodedXrays
 
     def identity(self) -> dict[str, Any]:
-        """Return what identifies these images, in JSON types: their number, side in pixels, and fingerprints."""
-        # data_fingerprint reads only the ids of `images`, so the soft targets are passed to it as labels.
+        """Return a dict that identifies these images, in JSON types: number, longest side in pixels, and fingerprints."""
+        # data_fingerprint reads only the ids of `images`, so the soft targets are passed as labels.
         none = self.images.set_index("image_id").reindex(columns=["none"]).rename_axis("id").reset_index()
         return {
             "images": len(self.images),
@@ -50,10 +50,10 @@ class ExtraImages:
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """Out-of-fold predictions, gathered from several runs: each model predicts the images of its held-out fold.
+    """Out-of-fold predictions, gathered from several runs: each model predicts the images in its held-out fold.
 
     Tables may be empty. `coverage` (image_id, model, fold) has a row for each image that a detector has predicted, even if
-    it predicted no box.
+    the image has no predicted box.
     """
 
     study_scores: pd.DataFrame
@@ -74,7 +74,7 @@ def read_metrics(run: str | Path) -> dict[str, Any]:
 def read_prepared(run: str | Path) -> dict[str, pd.DataFrame]:
     """Return the tables of a prepared run by name: images, labels, boxes, folds.
 
-    Raises RunError if the run is not finished, TableError for a missing or invalid table.
+    Raises RunError if the run is not finished, or TableError if a table is missing or invalid.
     """
     read_metrics(run)
     return {name: read_table(name, Path(run) / "tables" / f"{name}.parquet") for name in PREPARED_TABLES}
@@ -83,8 +83,8 @@ def read_prepared(run: str | Path) -> dict[str, pd.DataFrame]:
 def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
     """Gather the out-of-fold predictions of trained runs; a model's folds may come from several runs.
 
-    Raises RunError for a run without predictions, for detections without coverage, and if two runs have the same fold of a
-    model.
+    Raises RunError if a run has no predictions or has detections without coverage, or if two runs have the same fold of the
+    same model.
     """
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in PREDICTED_TABLES}
     run_of: dict[tuple[str | None, int], Path] = {}
@@ -92,15 +92,15 @@ def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
         model = read_metrics(run).get("model")
         available = [name for name in PREDICTED_TABLES if (run / "tables" / f"{name}.parquet").is_file()]
         if not available:
-            raise RunError(f"{run} has no tables of predictions; name runs of the training notebooks")
+            raise RunError(f"{run} has no tables of predictions; give runs of the training notebooks")
         if "detections" in available and "coverage" not in available:
             raise RunError(f"{run} has detections but no tables/coverage.parquet; train the detector again")
         tables = {name: read_table(name, run / "tables" / f"{name}.parquet") for name in available}
         for fold in sorted({fold for table in tables.values() for fold in table["fold"]}):
             if (model, fold) in run_of:
                 raise RunError(
-                    f"{run} and {run_of[model, fold]} both have fold {fold} of a model {model!r}; name only one of them, or "
-                    "train one with another model_name"
+                    f"{run} and {run_of[model, fold]} both have fold {fold} of a model {model!r}; pass only one of these "
+                    "runs, or train one of them with another model_name"
                 )
             run_of[model, fold] = run
         for name, table in tables.items():
@@ -109,32 +109,33 @@ def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
 
 
 def check_out_of_fold(table: pd.DataFrame, key: str, fold_of: pd.Series) -> None:
-    """Check that every prediction in `table` is out-of-fold, that is, made by the model that held out the image's fold.
+    """Raise RunError unless every prediction in `table` is out of fold: its `fold` must be the fold of its image or study.
 
-    `fold_of` is a series of folds by id, `key` the column of `table` that holds these ids. The model of a fold was trained
-    on all other folds, so it has learnt their images. Raises RunError for a row whose `fold` differs from its id's fold.
+    `fold_of` is a series of folds indexed by id; `key` is the column of `table` with these ids. A fold's model was trained
+    on all other folds, so its predictions for images in those folds are not out of fold.
     """
     wrong = table[table[key].map(fold_of) != table["fold"]]
     if len(wrong):
         first = wrong.iloc[0]
         raise RunError(
-            f"{len(wrong)} predictions are not out of fold, first {first[key]} by the model of fold {first['fold']}, which "
-            f"was trained on it ({first['model']}); or the run was trained with other folds than this prepared run's"
+            f"{len(wrong)} predictions are not out of fold; the first is for {first[key]} by model {first['model']} of fold "
+            f"{first['fold']}. Either this model was trained on it, or the run was trained with other folds than this "
+            "prepared run's"
         )
 
 
 def read_learners(runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame]) -> LearnerScores:
     """Read the scores to stack from trained runs of image classifiers (notebooks 25 and 20) or study models (30).
 
-    `prepared` holds the tables of the prepared run that all of them were trained on. A learner's folds and outer folds may
-    come from several runs. Raises RunError for a run without scores, FusionError if the scores cannot be stacked together.
+    `prepared` holds the tables of the prepared run that all learners were trained on. A learner's folds and outer folds may
+    come from several runs. Raises RunError if a run has no scores, or FusionError if the scores cannot be stacked together.
     """
     tables = []
     for run in map(Path, runs):
         read_metrics(run)
         available = [name for name in STACKED_TABLES if (run / "tables" / f"{name}.parquet").is_file()]
         if not available:
-            raise RunError(f"{run} has none of the tables {', '.join(STACKED_TABLES)}; name runs of notebooks 25, 20 or 30")
+            raise RunError(f"{run} has none of the tables {', '.join(STACKED_TABLES)}; give runs of notebooks 25, 20 or 30")
         tables.append(read_table(available[0], run / "tables" / f"{available[0]}.parquet"))
     return gather(tables, prepared["images"], prepared["labels"], prepared["folds"])
 
@@ -142,10 +143,10 @@ def read_learners(runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame])
 def read_test_split(
     runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame], out_of_fold: LearnerScores
 ) -> TestSplitScores | None:
-    """Read the learners' scores of the prepared run's test images (tables/test_scores.parquet); None if no run has any.
+    """Read the learners' scores for the prepared run's test images (tables/test_scores.parquet); None if no run has any.
 
-    `out_of_fold` is what `read_learners` returned for the same runs and `prepared`. Raises FusionError if the test scores do
-    not match those learners (see `gather_test_split`).
+    `out_of_fold` is the result of `read_learners` for the same `runs` and `prepared`. Raises FusionError if the test scores
+    do not match these learners (see `gather_test_split`).
     """
     paths = [Path(run) / "tables" / "test_scores.parquet" for run in runs]
     tables = [read_table("class_scores", path) for path in paths if path.is_file()]
@@ -153,20 +154,20 @@ def read_test_split(
 
 
 def read_study_ensemble(run: str | Path, study_scores: pd.DataFrame) -> pd.DataFrame:
-    """Return the cross-fitted study_scores of an ensemble's run (notebook 65), which replace those of its learners.
+    """Return an ensemble's cross-fitted `study_scores` table from its run (notebook 65), to use instead of its learners'.
 
-    `study_scores` are the learners' scores. Raises RunError if the run is not an ensemble of study models, or if
-    `study_scores` has other models than its learners, because fusion must be tuned on what the submission will use.
+    `study_scores` is the learners' table. Raises RunError if the run is not an ensemble of study models, or if the models in
+    `study_scores` are not exactly its learners, because fusion must be tuned on the models that the submission will use.
     """
     ensemble = read_ensemble(Path(run) / "ensemble")
     path = Path(run) / "tables" / "study_scores.parquet"
     if not path.is_file():
-        raise RunError(f"{run} has no tables/study_scores.parquet; name a run of notebook 65 on study models")
+        raise RunError(f"{run} has no tables/study_scores.parquet; give a run of notebook 65 on study models")
     others = sorted(set(study_scores["model"]) ^ set(ensemble.learners))
     if others:
         raise RunError(
             f"{', '.join(others)}: either not a learner of the ensemble {run}, or a learner that is not among the runs; "
-            f"name exactly the study models that it combines: {', '.join(ensemble.learners)}"
+            f"give the runs of exactly the study models that it combines: {', '.join(ensemble.learners)}"
         )
     return read_table("study_scores", path)
 
@@ -177,41 +178,44 @@ def read_models(
     folds: Iterable[int] = (),
     extra: Iterable[ExtraImages] = (),
 ) -> pd.DataFrame:
-    """List the trained models of `runs` as a table: model, fold, and bundle, its folder; of all folds unless `folds` is set.
+    """List the trained models of `runs` in a table with the columns model, fold and bundle (the bundle's folder).
 
-    `prepared` holds the tables of the prepared run that all of them were trained on, `extra` the additional images that some
-    were trained on. Raises RunError for a run without a bundle, and for a model that was trained on anything else, because
-    predictions for images that it has seen could then not be told apart.
+    `folds` limits the list to models of these folds; default: all. `prepared` holds the tables of the prepared run that all
+    models were trained on, `extra` the additional images that some models were trained on. Raises RunError if a run has no
+    bundle, if no model remains, or if a model was trained on other data, because the images that it has seen are then
+    unknown.
     """
     expected, known_extra = data_fingerprint(**prepared), [images.identity() for images in extra]
     chosen, rows = set(folds), []
     for run in map(Path, runs):
         bundles = sorted(run.glob(f"fold*/bundle/{RECORD}"))
         if not bundles:
-            raise RunError(f"{run} has no fold*/bundle/{RECORD}; name runs of the training notebooks")
+            raise RunError(f"{run} has no fold*/bundle/{RECORD}; give runs of the training notebooks")
         for path in bundles:
             record, metrics = json.loads(path.read_text(encoding="utf-8")), read_metrics(path.parent.parent)
             if record["data_fingerprint"] != expected:
                 raise RunError(
-                    f"{path}: trained on another prepared run, so the images that it has seen are unknown; name that run"
+                    f"{path}: the model was trained on another prepared run, so the images that it has seen are unknown; "
+                    "give that prepared run"
                 )
             if metrics.get("extra") and metrics["extra"] not in known_extra:
                 raise RunError(
-                    f"{path}: trained on extra images too; name their run, so that all images that it has seen are known"
+                    f"{path}: the model was trained on extra images too; give the run that they came from, so that all "
+                    "images that the model has seen are known"
                 )
             if not chosen or record["fold"] in chosen:
                 rows.append((record["model"], record["fold"], str(path.parent)))
     if not rows:
-        raise RunError(f"no model of the folds {sorted(chosen)} in {', '.join(map(str, runs))}")
+        raise RunError(f"no model of folds {sorted(chosen)} in {', '.join(map(str, runs))}")
     return pd.DataFrame(rows, columns=["model", "fold", "bundle"])
 
 
 def read_extra(run: str | Path, for_boxes: bool = False) -> ExtraImages:
     """Read additional training images from a pseudo-labelled run (notebook 50) or any prepared run (notebook 10).
 
-    Of a prepared run, only images in its folds are used: no official test images, and none that no annotator looked at.
-    `for_boxes` excludes images whose boxes must not train a detector: unsure pseudo-labels, and all of NIH's. Raises
-    RunError if the run is of another kind or its decoded images are missing.
+    From a prepared run, only images in its folds are used, which excludes official test images and images that no annotator
+    looked at. `for_boxes` excludes images whose boxes must not train a detector: images with unsure pseudo-labels, and all
+    NIH images. Raises RunError if the run is of another kind or its decoded images are missing.
     """
     run, metrics = Path(run), read_metrics(run)
     if "longest_side" not in metrics:
@@ -222,27 +226,27 @@ def read_extra(run: str | Path, for_boxes: bool = False) -> ExtraImages:
     if folds.is_file():
         images = images[images["image_id"].isin(read_table("folds", folds)["id"])]
     if metrics.get("dataset") == "nih":
-        # Nobody marked opacities in NIH's images, so an image without a box is not a negative.
+        # Opacities are not annotated in NIH, so an image without a box is not a negative.
         images = images.assign(boxes_known=False, unsure=True)
     if for_boxes and "unsure" in images.columns:
         images = images[~images["unsure"].astype(bool)]
-    # A pseudo-labelled run whose images are decoded in another run names that run.
+    # The images of a pseudo-labelled run may be decoded in another run, which its metrics then state.
     xrays_run = find_run(metrics["xrays_run"]) if metrics.get("xrays_run") else run
     cache = XrayCache(xrays_run / "xrays", metrics["longest_side"])
     missing = [image_id for image_id in images["image_id"] if image_id not in cache]
     if missing:
         raise RunError(
-            f"{len(missing)} of {len(images)} images are not decoded in {cache.folder}, first {missing[0]}; attach all "
-            f"files of {xrays_run}, or run its notebook again with this version of kitlib"
+            f"{len(missing)} of {len(images)} images are not decoded in {cache.folder}; the first is {missing[0]}. Attach "
+            f"all files of {xrays_run}, or run its notebook again with this version of kitlib"
         )
     return ExtraImages(images.reset_index(drop=True), tables["labels"], tables["boxes"], cache)
 
 
 def read_answer(runs: str | Path | Iterable[str | Path], images: pd.DataFrame) -> Fused:
-    """Return the out-of-fold predictions of one model, from its run or runs, for `images`, under the default settings.
+    """Return one model's out-of-fold predictions for `images`, from its run or runs, fused with the default settings.
 
-    Images and studies that it has not predicted get placeholder predictions (the class frequencies), marked `prior`, and are
-    not `seen`. Raises RunError as `read_out_of_fold` does.
+    Images and studies that the model has not predicted get placeholder predictions (the class frequencies), marked `prior`,
+    and are not `seen`. Raises RunError as `read_out_of_fold` does.
     """
     predictions = read_out_of_fold([runs] if isinstance(runs, str | Path) else runs)
     detections, coverage = (
@@ -252,7 +256,7 @@ def read_answer(runs: str | Path | Iterable[str | Path], images: pd.DataFrame) -
 
 
 def read_answers(runs: Iterable[str | Path], images: pd.DataFrame) -> dict[str, Fused]:
-    """Return the out-of-fold predictions of each model by name (see `read_answer`), joining runs with folds of one model."""
+    """Return each model's out-of-fold predictions (see `read_answer`), keyed by model; runs with folds of one are joined."""
     runs_of: dict[str, list[str | Path]] = {}
     for run in runs:
         runs_of.setdefault(read_metrics(run)["model"], []).append(run)
@@ -260,21 +264,21 @@ def read_answers(runs: Iterable[str | Path], images: pd.DataFrame) -> dict[str, 
 
 
 def read_fused(run: str | Path) -> Fused:
-    """Return the fused out-of-fold predictions of a run of notebook 60, without rows that no model has predicted (`prior`).
+    """Return the fused out-of-fold predictions from a run of notebook 60, without placeholder predictions (`prior`).
 
-    Raises RunError if the run is not finished, or an older kitlib wrote it.
+    Raises RunError if the run is not finished, or if an older kitlib wrote it.
     """
     read_metrics(run)
     tables = {name: pd.read_parquet(Path(run) / "tables" / f"{name}.parquet") for name in ("studies", "nones", "detections")}
     for name in ("studies", "nones"):
         tables[name] = tables[name][~tables[name].prior].reset_index(drop=True)
     if "seen" not in tables["nones"]:
-        raise RunError(f"{run}/tables/nones.parquet lacks the column seen, because an older kitlib wrote it; fuse again")
+        raise RunError(f"{run}/tables/nones.parquet lacks the column `seen`, because an older kitlib wrote it; fuse again")
     return Fused(**tables)
 
 
 def judged_images(images: pd.DataFrame, fused: Fused) -> pd.DataFrame:
-    """Return the rows of `images` that can be scored: a model has predicted the image's `none` and its study's classes.
+    """Return the rows of `images` that can be scored, for which a model has predicted both `none` and the study's classes.
 
     Placeholder predictions (`prior`) do not count. Raises RunError if no image remains.
     """
@@ -283,7 +287,7 @@ def judged_images(images: pd.DataFrame, fused: Fused) -> pd.DataFrame:
     judged = images[has_none & images["study_id"].isin(studies.loc[~studies["prior"], "study_id"])]
     if judged.empty:
         raise RunError(
-            f"no image has predictions of both `none` and its study's classes ({int(has_none.sum())} have a `none`); "
-            "include a study run with the same folds as the detectors among the runs to fuse"
+            f"no image has predictions for both `none` and its study's classes ({int(has_none.sum())} have a `none`); "
+            "include among the runs to fuse a study run with the same folds as the detectors"
         )
     return judged.reset_index(drop=True)

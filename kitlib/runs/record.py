@@ -22,9 +22,9 @@ from kitlib.errors import RunError
 from kitlib.paths import project_root, run_path
 
 RECORD, METRICS = "record.json", "metrics.json"
-DIGEST_FILE = "whole_library.sha256"  # stored in the part of kitlib that a kernel carries
+DIGEST_FILE = "whole_library.sha256"  # digest of the whole library, stored in the part of kitlib that a kernel contains
 
-# Packages that pixels, weights or figures depend on.
+# Packages whose versions can change pixels, weights or figures.
 PACKAGES = (
     "torch",
     "torchvision",
@@ -47,7 +47,7 @@ PACKAGES = (
     "papermill",
 )
 
-# These identify Kaggle's Docker image: its Dockerfile writes the two files, and its notebooks have the variable.
+# Kaggle's Docker image is identified by two files that its Dockerfile writes and an environment variable of its notebooks.
 IMAGE_VARIABLE, IMAGE_FILES = "KAGGLE_DOCKER_IMAGE", {"commit": "/etc/git_commit", "built": "/etc/build_date"}
 
 # ru_maxrss is in KiB on Linux, in bytes on macOS.
@@ -60,8 +60,8 @@ HISTORY = ("In", "Out")
 def start_run(name: str | Path, values: Mapping[str, Any]) -> Path:
     """Start the run `name`: create its folder, write a new record.json, delete metrics.json, and return the folder.
 
-    `values` are a notebook's `globals()` before it computes anything. Those that JSON can represent, except private names
-    and names in capitals, are recorded as the run's parameters.
+    `values` is a notebook's `globals()` before it computes anything. Values that JSON can represent are recorded as the
+    run's parameters, except those with private names or names in capitals.
     """
     folder = run_path(name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def start_run(name: str | Path, values: Mapping[str, Any]) -> Path:
 def finish_run(run: str | Path, metrics: Mapping[str, Any]) -> None:
     """Add wall time, memory and GPU to record.json, then write `metrics` as metrics.json, with null for NaN and infinity.
 
-    Raises RunError if `start_run` has not been called for this run.
+    Raises RunError if record.json is missing or damaged, for example because `start_run` was not called for this run.
     """
     path = Path(run) / RECORD
     try:
@@ -101,11 +101,12 @@ def finish_run(run: str | Path, metrics: Mapping[str, Any]) -> None:
 
 
 def process_record() -> dict[str, Any]:
-    """Return the versions, peak memory and GPU of this process so far, in JSON types; memory in MB of 10^6 bytes.
+    """Return the package versions, peak memory and GPU of this process so far, in JSON types; memory in MB of 10^6 bytes.
 
-    `peak_memory_mb` is the peak of this process. `peak_child_memory_mb` is that of its largest child process that has ended,
-    or None if no child was larger than this process, because a program starts with the peak of the process that started it.
-    `gpu` and `peak_gpu_memory_mb` (torch tensors, on the GPU with the most) are None if torch has not used a GPU.
+    `peak_memory_mb` is the peak of this process. `peak_child_memory_mb` is the peak of its largest child process that has
+    ended, or None if no child had a higher peak than this process, because a child inherits its parent's peak when it
+    starts. `gpu` is the names of the GPUs that torch has used, `peak_gpu_memory_mb` the peak memory of torch tensors on the
+    GPU with the highest peak; both are None if torch has not used a GPU.
     """
     peak, child_peak = _peak_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * MAXRSS_BYTES
     return {
@@ -117,7 +118,7 @@ def process_record() -> dict[str, Any]:
 
 
 def _peak_bytes() -> int:
-    # VmHWM is this program's own peak; ru_maxrss also counts that of the process from which it was forked.
+    # VmHWM is the peak of this program alone; ru_maxrss includes the peak of the process that it was forked from.
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text(encoding="utf-8").splitlines():
@@ -127,7 +128,7 @@ def _peak_bytes() -> int:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of kitlib and of the installed packages among PACKAGES, by package name."""
+    """Return the versions of kitlib and of the installed packages among PACKAGES, keyed by package name."""
     versions = {"kitlib": kitlib.__version__}
     for name in PACKAGES:
         try:
@@ -144,10 +145,10 @@ def _version(name: str) -> str:
 
 
 def kitlib_digest() -> str:
-    """Return the SHA-256 (hex) over kitlib's Python and YAML files.
+    """Return the SHA-256 digest (hex) of kitlib's Python and YAML files.
 
-    In a kernel, which carries only the files that it imports, this is the digest of the library that it was built from, read
-    from DIGEST_FILE.
+    A kernel contains only the files that it imports, so there the digest of the library that the kernel was built from is
+    read from DIGEST_FILE.
     """
     digest, folder = hashlib.sha256(), Path(kitlib.__file__).parent
     if (folder / DIGEST_FILE).is_file():
@@ -158,7 +159,10 @@ def kitlib_digest() -> str:
 
 
 def git_commit(folder: str | Path) -> str | None:
-    """Return the commit of the clone `folder`, with `+changes` if tracked files differ from it; None if git cannot tell."""
+    """Return the commit of the git clone `folder`, plus "+changes" if tracked files were modified; None if git fails.
+
+    Also returns None if `folder` is not the root of a clone.
+    """
     # Without this check, git would report a repository that merely contains the folder.
     if not (Path(folder) / ".git").exists():
         return None
@@ -170,7 +174,7 @@ def git_commit(folder: str | Path) -> str | None:
 
 
 def _git(folder: str | Path, *arguments: str) -> str:
-    # Reading must not lock the index, because another process may be committing.
+    # Without optional locks, because another process may be committing.
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20, env=environment).stdout.strip()
@@ -199,7 +203,7 @@ def _docker_image() -> dict[str, str]:
 
 
 def _parameters(values: Mapping[str, Any]) -> dict[str, Any]:
-    # Names in capitals are constants that the notebook has imported.
+    # Names in capitals are imported constants, not parameters.
     public = {name: value for name, value in values.items() if not (name.startswith("_") or name.isupper())}
     return {name: _without_nan(value) for name, value in public.items() if name not in HISTORY and _is_json(value)}
 

@@ -1,7 +1,7 @@
-"""The tables boxes and folds as YOLO's folder of label files, and back: one line per box, normalised by the image's size.
+"""Writes and reads `boxes` and `folds` tables as YOLO label files: one file per image, one line per box.
 
-Format: https://docs.ultralytics.com/datasets/detect. A line is `class cx cy width height`; an image without a box has an
-empty file.
+Format: https://docs.ultralytics.com/datasets/detect. A line is `class cx cy width height`, as fractions of the image size;
+an image without a box has an empty file.
 """
 
 import shutil
@@ -17,32 +17,34 @@ from kitlib.runs.coco import CATEGORY, category_indices, check_images_and_boxes
 from kitlib.tables import BOX, check_table
 
 LABELS, CLASSES = "labels", "classes.txt"
-# Fraction of a side by which a box may exceed the image: most programs round to six decimals, so a box at the edge may.
+# Tolerance, as a fraction of a side, for boxes beyond the image: most programs round to six decimals, which can move a box
+# at the edge.
 OVERHANG = Decimal("1e-5")
-# Decimals of a pixel that survive, because fractions are written with the 28 digits of Python's decimals. They resolve more
-# than a float of at least a thousandth of a pixel can hold, so nothing is lost.
+# Coordinates are rounded to this number of decimals of a pixel. Fractions are written with the 28 digits of Python's
+# decimals, so these decimals are correct, and a float of at least a thousandth of a pixel cannot hold more.
 DECIMALS = 20
 
 
 def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, folds: pd.DataFrame | None = None) -> None:
     """Write FOLDER/labels with one file per image, FOLDER/classes.txt and FOLDER/data.yaml, which expects FOLDER/images.
 
-    With `folds`, also writes fold0.yaml and so on: each validates on its fold and trains on all others. Classes are the
-    values of the boxes' column `finding` in alphabetical order, or `opacity` without that column. FOLDER/labels is renamed
-    into place when complete. Raises FileExistsError if FOLDER/labels exists, and DatasetError as `write_coco` does, for an
-    image_id that cannot name a file, and for a box that exceeds its image, because ultralytics would drop the whole image.
+    With `folds`, also writes fold0.yaml and so on, each of which validates on its fold and trains on all others. Classes are
+    the values of the column `finding` of `boxes` in alphabetical order, or only `opacity` if there is no such column.
+    FOLDER/labels is renamed into place when complete. Raises FileExistsError if FOLDER/labels exists; DatasetError if an
+    image's size is unknown, if a box belongs to none of the images, if an image_id cannot be used as a file name, or if a
+    box exceeds its image, because ultralytics would drop the whole image.
     """
     folder = Path(folder)
     labels, temporary_folder = folder / LABELS, folder / f".{LABELS}.partial"
     if labels.exists():
-        raise FileExistsError(f"{labels} exists already: choose another folder, so that old and new labels are not mixed")
+        raise FileExistsError(f"{labels} exists already; choose another folder, so that old and new labels are not mixed")
     images, boxes, classes = check_images_and_boxes(images, boxes)
     lines = _label_lines(images, boxes, category_indices(boxes, classes))
     shutil.rmtree(temporary_folder, ignore_errors=True)
     temporary_folder.mkdir(parents=True)
     for image_id in images["image_id"]:
         if "/" in image_id or image_id.startswith("."):
-            raise DatasetError(f"image_id {image_id!r} cannot name a file: it must not contain '/' or start with '.'")
+            raise DatasetError(f"image_id {image_id!r} is not a valid file name; it must not contain '/' or start with '.'")
         (temporary_folder / f"{image_id}.txt").write_text("".join(lines.get(image_id, ())), encoding="utf-8")
     names = {"names": dict(enumerate(classes))}
     write_text(folder / CLASSES, "".join(f"{name}\n" for name in classes))
@@ -58,11 +60,12 @@ def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fo
 
 
 def read_yolo(folder: str | Path, images: pd.DataFrame) -> pd.DataFrame:
-    """Return the table boxes of FOLDER/labels, in the order of `images`, whose rows and columns convert fractions to pixels.
+    """Read FOLDER/labels and return the `boxes` table, in original pixels and in the order of `images`.
 
-    Coordinates that are 0 or at least a thousandth of a pixel are bit for bit those passed to `write_yolo`. Boxes have the
-    column `finding` unless the only class is `opacity`. Raises DatasetError, naming the file and line, for an invalid label,
-    and if an image has no label file or a label file has no image.
+    The columns `rows` and `columns` of `images` convert fractions to pixels. Coordinates that are 0 or at least a
+    thousandth of a pixel are bit for bit those passed to `write_yolo`. The table has the column `finding` unless the only
+    class is `opacity`. Raises DatasetError if a label is invalid (with the file and line), or if an image has no label file
+    or a label file has no image.
     """
     folder = Path(folder)
     images, _, _ = check_images_and_boxes(images, pd.DataFrame(columns=["image_id", *BOX]))
@@ -71,12 +74,14 @@ def read_yolo(folder: str | Path, images: pd.DataFrame) -> pd.DataFrame:
     missing = sorted(set(images["image_id"]) - set(files))
     if missing:
         raise DatasetError(
-            f"{folder / LABELS} lacks {len(missing)} of {len(images)} files, first {missing[0]}.txt: "
-            "an image without a box has an empty file"
+            f"{folder / LABELS} lacks {len(missing)} of {len(images)} files; the first is {missing[0]}.txt. An image "
+            "without a box needs an empty file"
         )
     unmatched = sorted(set(files) - set(images["image_id"]))
     if unmatched:
-        raise DatasetError(f"{len(unmatched)} files belong to none of the images, first {files[unmatched[0]]}: remove them")
+        raise DatasetError(
+            f"{len(unmatched)} files belong to none of the images; the first is {files[unmatched[0]]}. Remove them"
+        )
     rows = []
     for image in images.itertuples(index=False):
         path = files[image.image_id]
@@ -89,12 +94,12 @@ def read_yolo(folder: str | Path, images: pd.DataFrame) -> pd.DataFrame:
 
 
 def _label_lines(images: pd.DataFrame, boxes: pd.DataFrame, numbers: list[int]) -> dict[str, list[str]]:
-    """Return the label lines by image_id; `numbers` are the class numbers of the boxes."""
+    """Return the label lines of each image, keyed by image_id; `numbers` are the class numbers of the boxes."""
     sizes = images.set_index("image_id")[["columns", "rows"]].loc[boxes["image_id"]].to_numpy(float)
     low, high = boxes[["xmin", "ymin"]].to_numpy(), boxes[["xmax", "ymax"]].to_numpy()
     exceeds = ((low < 0) | (high > sizes)).any(axis=1)
     if exceeds.any():
-        raise DatasetError(f"image {boxes['image_id'][exceeds].iloc[0]} has a box that reaches beyond it: clip the box")
+        raise DatasetError(f"image {boxes['image_id'][exceeds].iloc[0]} has a box that reaches beyond it; clip the box")
     lines: dict[str, list[str]] = {}
     corners = zip(low.tolist(), high.tolist(), sizes.astype(int).tolist(), strict=True)
     for image_id, number, (lows, highs, size) in zip(boxes["image_id"], numbers, corners, strict=True):
@@ -107,12 +112,12 @@ def _label_lines(images: pd.DataFrame, boxes: pd.DataFrame, numbers: list[int]) 
 
 def _read_classes(path: Path) -> list[str]:
     if not path.is_file():
-        raise DatasetError(f"{path} is missing: write a text file with one class name per line, the first for class 0")
+        raise DatasetError(f"{path} is missing; write a text file with one class name per line, starting with class 0")
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _parse_line(line: str, size: tuple[int, int], classes: list[str], place: str) -> tuple[float, float, float, float, str]:
-    """Return xmin, ymin, xmax, ymax in pixels and the class of one label line; `size` is the image's columns and rows."""
+    """Return xmin, ymin, xmax, ymax in pixels, and the class name, from a label line; `size` is (columns, rows)."""
     words = line.split()
     try:
         number, fractions = int(words[0]), [Decimal(word) for word in words[1:]]
@@ -121,8 +126,8 @@ def _parse_line(line: str, size: tuple[int, int], classes: list[str], place: str
     if len(fractions) != 4 or not all(fraction.is_finite() for fraction in fractions):
         raise DatasetError(f"{place}: {line.strip()!r} is not `class cx cy width height`")
     if not 0 <= number < len(classes):
-        raise DatasetError(f"{place}: class {number}, but {CLASSES} names {len(classes)}, counted from 0")
-    problem = f"{place}: the box {' '.join(words[1:])} reaches beyond the image or has no area; expected fractions of 1"
+        raise DatasetError(f"{place}: class {number} does not exist; {CLASSES} lists {len(classes)} classes, counted from 0")
+    problem = f"{place}: the box {' '.join(words[1:])} reaches beyond the image or has no area; expected fractions 0..1"
     if not all(0 <= fraction <= 1 + OVERHANG for fraction in fractions) or not all(fractions[2:]):
         raise DatasetError(problem)
     corners = []

@@ -13,7 +13,7 @@ TABLES = tables_of(SmallXrays())
 
 
 def planned(folder, plan, name, state, **details):
-    """Write what `python -m kitlib run` leaves of a run that did not finish; the plan's folder is next to the run's."""
+    """Write the files that `python -m kitlib run` leaves for an unfinished run; the plan's folder is next to the run's."""
     write_json(
         folder / "plan.json", {"key": "1", "run": {"name": name, "notebook": "n.ipynb", "parameters": {"recipe": "r"}}}
     )
@@ -51,9 +51,10 @@ def test_every_run_is_listed_with_its_state(tmp_path):
     assert runs["siim/going"].remark == "at cell 4 of 9 on node1, running or killed"
     assert runs["damaged"].remark.startswith("damaged/metrics.json cannot be read (Unterminated string")
     assert runs["fold_damaged"].remark == "fold1/metrics.json is not a JSON object with values"
-    assert runs["prepare"].remark == "no record.json: written by an older kitlib" and runs["siim/study"].remark == ""
+    assert runs["prepare"].remark == "no record.json: the run was written by an older kitlib"
+    assert runs["siim/study"].remark == ""
     assert describe([runs["siim/stopped"]])["folds"] == "0 of 2"
-    # A run that failed and was then completed is finished, whatever an older plan says.
+    # A run that failed and was then completed is finished, even if an older plan recorded the failure.
     write_json(tmp_path / "siim" / "failed" / "metrics.json", {"model": "m"})
     assert {run.name: run.state for run in list_runs([tmp_path])}["siim/failed"] == "finished"
 

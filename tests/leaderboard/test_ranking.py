@@ -39,7 +39,7 @@ def board(folder, samples=20, folds=()):
 
 
 def both_right(**changes):
-    """All study classes right (AP 1 each); `none` equal for all 32 images, of which 8 are positive (AP 8/32)."""
+    """Return predictions with perfect study classes (AP 1 each) and equal `none` for 32 images, 8 positive (AP 8/32)."""
     return {"study_scores": study_scores(TABLES, 1.0), "image_scores": image_scores(TABLES), **changes}
 
 
@@ -61,12 +61,12 @@ def test_figures_are_those_of_the_tables(tmp_path):
     assert rows.loc["right", ["studies", "none"]].tolist() == pytest.approx([1.0, 0.25])
     assert rows.loc["boxes", "opacity"] == pytest.approx(0.5) and rows.images.dropna().unique().tolist() == [32]
     assert (rows.low <= rows.score)[rows.score.notna()].all() and (rows.high >= rows.score)[rows.score.notna()].all()
-    # Models with different kinds of predictions are not ranked together.
+    # Models with different kinds of prediction are not ranked together.
     ranked = {number: ranking.name.tolist() for number, ranking in leaderboard.rankings().items()}
     assert sorted(ranked.values()) == [["boxes"], ["nones"], ["right", "blind"], ["studies"]]
     assert rows.loc["prepare", ["kind", "state"]].tolist() == ["prepared", "finished"] and pd.isna(rows.score["prepare"])
     assert leaderboard.summary().startswith("5 models in 4 rankings, 1 other runs without a score.")
-    assert "groups of different folds" not in leaderboard.summary()
+    assert "different sets of folds" not in leaderboard.summary()
 
 
 def test_folds_in_several_runs_are_one_model_whose_boxes_are_pooled(tmp_path):
@@ -79,7 +79,8 @@ def test_folds_in_several_runs_are_one_model_whose_boxes_are_pooled(tmp_path):
     train(tmp_path / "yolo-3", TABLES, folds=[1], finished=False, **common)
     rows = board(tmp_path).table.set_index("name")
     assert set(rows.index) == {"prepare", "yolo-[0,1]", "yolo-2", "yolo-3"}
-    # 16 false boxes rank above 12 of 24 true ones: recall 0.5 at a precision of 12/28. The mean over folds would be 0.5.
+    # 16 false positive boxes rank above 12 of the 24 true positives: recall 0.5 at precision 12/28. The mean over folds
+    # would be 0.5.
     assert rows.score["yolo-[0,1]"] == pytest.approx(0.5 * 12 / 28)
     assert rows.folds["yolo-[0,1]"] == "0, 1" and rows.images["yolo-[0,1]"] == 32
     assert rows.score["yolo-2"] == 0.0 and rows.images["yolo-2"] == 16
@@ -106,8 +107,10 @@ def test_runs_of_different_folds_are_neither_ranked_together_nor_compared_unaske
     assert sorted(rows.name.tolist() for rows in leaderboard.rankings().values()) == [["one", "two"], ["other"]]
     assert leaderboard.differences.name.tolist() == ["two"]
     groups = ", ".join(leaderboard.table.dropna(subset="ranking").folds_fingerprint.unique())
-    assert f"There are 2 groups of different folds ({groups}): do not compare a score of one group" in leaderboard.summary()
-    with pytest.raises(LeaderboardError, match=r"one has folds \w{8}, other \w{8}: .*not comparable.*across_folds = True"):
+    assert f"The models use 2 different sets of folds ({groups}): scores of models with" in leaderboard.summary()
+    with pytest.raises(
+        LeaderboardError, match=r"one has folds \w{8}, other has folds \w{8}: .*not comparable.*across_folds = True"
+    ):
         compare(entries, "one", "other")
     across = compare(entries, "one", "other", across_folds=True, samples=20).set_index("figure")
     # 0.25 - 1 for each of the four classes, 0 for none.
@@ -138,7 +141,7 @@ def test_models_of_some_folds_are_ranked_on_these_folds_if_requested(tmp_path):
     assert [rows.name.tolist() for rows in together.rankings().values()] == [["all", "first"]]
     assert together.table.images.dropna().tolist() == [16, 16] and "set `folds`" not in together.summary()
     missing = board(tmp_path, folds=[1]).table.set_index("name")
-    assert missing.remark["first"] == "no score: it has no predictions for the folds [1] (its own metrics.json says 0.1250)"
+    assert missing.remark["first"] == "no score: it has no predictions for folds [1] (its own metrics.json says 0.1250)"
 
 
 def test_differences_are_paired_over_patients(tmp_path):
@@ -150,7 +153,7 @@ def test_differences_are_paired_over_patients(tmp_path):
         train(tmp_path / name, TABLES, detections=detections, coverage=covered)
     differences = board(tmp_path, samples=50).differences.set_index("name")
     assert differences.loc["same", ["difference", "low", "high"]].tolist() == [0, 0, 0]
-    # The same comparison of two detectors with the draws of the report.
+    # The report's bootstrap draws give the same comparison of two detectors.
     draws = {
         name: detection_draws(boxes, covered, TABLES["images"], TABLES["boxes"], 50) for name, boxes in detections_of.items()
     }
@@ -173,8 +176,8 @@ def test_a_run_that_cannot_be_scored_has_a_remark_that_says_why(tmp_path):
     leaderboard = board(tmp_path)
     remarks = leaderboard.table.set_index("name").remark
     assert leaderboard.rankings() == {} and (leaderboard.table.state == "finished").all()
-    assert "16 predictions are not out of fold, first study000 by the model of fold 1, which was" in remarks["in_sample"]
-    assert "the prepared run with data fingerprint" in remarks["elsewhere"] and "was not found" in remarks["elsewhere"]
+    assert "16 predictions are not out of fold; the first is for study000 by model" in remarks["in_sample"]
+    assert "the prepared run that it was trained on" in remarks["elsewhere"] and "was not found" in remarks["elsewhere"]
     assert remarks["damaged"].startswith("no score: ") and "metrics.json says 0.1250" in remarks["damaged"]
     assert "its folds cannot be read" in remarks["broken_prepare"]
     entries = read_entries(list_runs([tmp_path]))
@@ -216,10 +219,10 @@ def test_a_fusion_is_judged_by_the_competitions_score(tmp_path):
     assert row.score == pytest.approx(0.875) and row.low <= 0.875 <= row.high
     assert [row.figure, row.images, row.cross_fitted] == ["competition score", 32, 0.8]
     assert len(set(leaderboard.table.folds_fingerprint)) == 1
-    # Its metrics name the runs by the paths that they had before the folder was moved.
+    # The fusion's metrics contain the paths that its runs had before the folder was moved.
     write_json(fuse / "metrics.json", {"runs": ["/kaggle/working/study", "/kaggle/working/yolo"], "score": 0.9})
     assert board(tmp_path).table.set_index("name").score["fuse"] == pytest.approx(0.875)
-    # Only the parts that both predict are compared: the fusion has the study run's own predictions.
+    # Only predictions that both models make are compared, and the fusion uses those of the study run unchanged.
     compared = compare(read_entries(list_runs([tmp_path])), "fuse", "study", samples=5)
     assert compared.set_index("figure").difference[["score", "negative", "none"]].tolist() == [0, 0, 0]
     assert "opacity" not in set(compared.figure)
@@ -239,7 +242,7 @@ def test_findings_are_judged_by_their_mean_roc_auc(tmp_path):
     for name, scores in {"right": right, "half_blind": blind}.items():
         train(tmp_path / name, TABLES, model="nih", recipe=RECIPES["small_backbone"], class_scores=scores)
     leaderboard = board(tmp_path)
-    # Two classes right, two with a constant score: (1 + 1 + 0.5 + 0.5) / 4.
+    # Two classes are ranked perfectly, two have a constant score: (1 + 1 + 0.5 + 0.5) / 4.
     assert leaderboard.rankings()[1].set_index("name").auc.to_dict() == pytest.approx({"right": 1.0, "half_blind": 0.75})
     assert leaderboard.rankings()[1].figure.unique().tolist() == ["mean ROC AUC"]
     assert leaderboard.differences.difference.tolist() == pytest.approx([-0.25])
@@ -373,4 +376,4 @@ def test_nested_models_of_other_data_have_no_score(tmp_path):
     prepare(tmp_path / "prepare", {**EXCLUSIVE, "labels": EXCLUSIVE["labels"].assign(a=0.0, b=1.0, c=0.0, d=0.0)})
     nested_run(tmp_path / "learner", "learner", 0)
     remark = board(tmp_path).table.set_index("name").remark["learner"]
-    assert "without fold 0 is not what its fold 0/1 was trained on" in remark
+    assert "fold 0/1 of learner was not trained on" in remark

@@ -208,7 +208,7 @@ def test_unfrozen_stages_have_their_own_learning_rate():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"unfreeze_every": 1}, "unfreeze_every is 1, but nothing is frozen; set frozen_backbone=True"),
+        ({"unfreeze_every": 1}, "unfreeze_every is 1, but the backbone is not frozen; set frozen_backbone=True"),
         ({"thawed_statistics": False}, "thawed_statistics is False, but no statistics are frozen; set"),
     ],
 )
@@ -246,11 +246,11 @@ def test_one_logit_equals_the_softmax_of_the_logit_and_0():
         (
             {"one_logit": True, "class_weights": True, "multi_label": True},
             COVID,
-            "one_logit=True and class_weights=True: only for classes of which exactly one is true; set multi_label=False",
+            "one_logit=True and class_weights=True: valid only if exactly one class is true; set multi_label=False",
         ),
-        ({"judged_by": "macro_f1", "multi_label": True}, COVID, "judged_by='macro_f1': only for classes"),
-        ({"auxiliary": 0.4}, COVID, "auxiliary is 0.4, the weight of .* trainable inception_v3 has, not test_resnet"),
-        ({"auxiliary": 0.4, "backbone": "inception_v3", "frozen_backbone": True}, COVID, "not a frozen inception_v3"),
+        ({"judged_by": "macro_f1", "multi_label": True}, COVID, "judged_by='macro_f1': valid only if"),
+        ({"auxiliary": 0.4}, COVID, "auxiliary is 0.4, but test_resnet has no .* trainable inception_v3"),
+        ({"auxiliary": 0.4, "backbone": "inception_v3", "frozen_backbone": True}, COVID, "but a frozen inception_v3 has no"),
     ],
 )
 def test_settings_that_do_not_fit_the_classes_are_refused(changes, classes, message):

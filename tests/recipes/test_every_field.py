@@ -1,4 +1,4 @@
-"""Every field of every recipe has an effect: training or prediction reads it, or the recipe refuses any other value."""
+"""Every field of every recipe has an effect: training or prediction reads it, or the recipe rejects any other value."""
 
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ LIBRARY = str(Path(kitlib.__file__).parent)
 # Files that only check or copy a value do not count as using it.
 CHECKS = {kitlib_settings.__file__, recipes.__file__}
 
-# All options that can be on together; each family gets those that it has.
+# All options that can be used together; each family gets those that it supports.
 ON = {
     "epochs": 2,
     "optimizer": "sgd",
@@ -60,7 +60,7 @@ STEPS = {"epochs": 2, "schedule": "step", "milestones": [1], "warmup_epochs": 0.
 PLATEAU = {"epochs": 2, "schedule": "plateau", "warmup_epochs": 0.0}
 MASKS_ONLY = {"lungs": "masks"}
 FROZEN = {"frozen_backbone": True, "unfreeze_every": 1, "starting_weights": "first"}  # "first": the first training's bundle
-# Per family: the recipe, and changes for trainings that together read all of its fields.
+# For each family: a recipe, and overrides for several trainings that together read all of its fields.
 TRAININGS = {
     "study": (STUDY, [ON | MASKS_ONLY, STEPS | FROZEN, PLATEAU]),
     "findings": (FINDINGS, [ON | MASKS_ONLY, STEPS | FROZEN, PLATEAU]),
@@ -72,7 +72,7 @@ TRAININGS = {
     "yolo": (YOLO, [{"epochs": 2, "optimizer": "sgd", "warmup_epochs": 1.0, **MASKS_ONLY, "trained_on": "either"}]),
     "segmenter": (SEGMENTER, [ON, STEPS | {"loss": "cross_entropy"}, PLATEAU]),
 }
-# Values of all types; each field is tried with those that its annotation allows.
+# Values of all types; each field is tried with the values that its annotation allows.
 VALUES = (
     *(True, False, 0, 1, 2, 3, 17, 32, 64, 0.0, 0.25, 0.75, 1.5, "other"),
     *(
@@ -153,7 +153,7 @@ def fields_read(monkeypatch, kind):
 
 
 def accepted(recipe, name):
-    """Return recipes with other values of the field that are valid and accepted."""
+    """Return copies of the recipe with other valid values of the field."""
     kind, taken, allowed = field_kinds(type(recipe))[name], [], []
     for value in VALUES:
         try:

@@ -38,7 +38,7 @@ def test_overrides_replace_fields_and_leave_the_published_recipe_alone():
     ("call", "message"),
     [
         (lambda: recipe("heidelberg", StudyRecipe), "no recipe is called 'heidelberg'; valid names: heidelberg_backbone"),
-        (lambda: recipe("heidelberg_yolo", StudyRecipe), "is a DetectorRecipe, expected a StudyRecipe: heidelberg_study"),
+        (lambda: recipe("heidelberg_yolo", StudyRecipe), "is a DetectorRecipe; expected a StudyRecipe, such as heidelberg"),
         (lambda: override(StudyRecipe(), epoch=3), "no field 'epoch'; it has: starting_weights, image_size"),
         (lambda: from_dict(DetectorRecipe, ["a"]), "must be a mapping"),
     ],
@@ -53,7 +53,7 @@ def test_unknown_names_and_types_are_errors_that_list_what_is_valid(call, messag
     [
         (
             {"schedule": "plateau", "warmup_epochs": 1.0},
-            r"plateau', which has no warm-up, but warmup_epochs is 1\.0; set 0",
+            r"plateau', which has no warm-up, but warmup_epochs is 1\.0; set warmup_epochs=0",
         ),
         ({"masked": True}, "masked is true, but lungs is 'darkness'"),
         ({"trained_on": "lungs", "views": ["lungs", "flip"]}, "a model trained on crops cannot predict whole images"),
@@ -91,7 +91,7 @@ def test_settings_that_fit_together_are_accepted(fields):
         ),
         ({"structures": ["lung"]}, r"structures is \['lung'\]; expected a list, each item one of 'lungs'"),
         ({"structures": ["heart", "heart"]}, r"structures is \['heart', 'heart'\]; .*, at least one, none repeated"),
-        ({"structures": ["lungs", "left_lung"]}, "lungs are both sides; use lungs, or left_lung and right_lung"),
+        ({"structures": ["lungs", "left_lung"]}, "lungs includes both sides; use lungs, or left_lung and right"),
         ({"cutouts": 2}, "SegmenterRecipe has no field 'cutouts'; it has: starting_weights"),
         ({"backbone": "resnet50"}, "SegmenterRecipe has no field 'backbone'"),
         ({"structures": ("heart",)}, "expected them to include lungs, or left_lung and right_lung"),

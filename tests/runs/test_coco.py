@@ -132,16 +132,16 @@ def test_boxes_of_the_same_images_in_the_same_pixels(tmp_path):
     path = tmp_path / "a.json"
     write_coco(path, IMAGES.iloc[::-1], BOXES)
     same(read_coco_boxes(path, IMAGES), BOXES, "boxes")
-    with pytest.raises(DatasetError, match="1 images of the file are not in the table images, first c"):
+    with pytest.raises(DatasetError, match="1 images in the file are not in the `images` table; the first is c"):
         read_coco_boxes(path, IMAGES.head(2))
-    with pytest.raises(DatasetError, match="first a with 2000 x 2600 instead of 1000 x 1300 pixels"):
+    with pytest.raises(DatasetError, match="the first is a with 2000 x 2600 instead of 1000 x 1300 pixels"):
         read_coco_boxes(path, IMAGES.assign(rows=[3000, 1300, 100], columns=[2500, 1000, 90]))
     write_coco(path, IMAGES.head(2), BOXES)
-    with pytest.raises(DatasetError, match="1 images are not in the file, first c"):
+    with pytest.raises(DatasetError, match="1 images are not in the file; the first is c"):
         read_coco_boxes(path, IMAGES)
 
 
-def test_images_whose_boxes_are_unknown_are_no_negatives():
+def test_images_that_are_not_fully_annotated_are_excluded():
     assert annotated_images(IMAGES, BOXES).image_id.tolist() == ["b", "c"]
     assert annotated_images(IMAGES.assign(source="nih", false_none=False), BOXES).image_id.tolist() == ["b", "a"]
     assert len(annotated_images(IMAGES.drop(columns="false_none"), BOXES)) == 3
@@ -154,18 +154,18 @@ BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2]}
 @pytest.mark.parametrize(
     ("image", "box", "message"),
     [
-        ({"width": 0}, {}, "images, id 1.*width 0 are not whole pixels"),
+        ({"width": 0}, {}, "images, id 1.*width 0 are not positive whole"),
         ({"height": "10"}, {}, "images, id 1.*'10'"),
         ({}, {"bbox": [1, 1, -2, 2]}, r"annotations, id 1.*\[1, 1, -2, 2\]"),
         ({}, {"bbox": [1, 1, float("nan"), 2]}, "annotations, id 1.*nan"),
         ({}, {"bbox": [1, 1, 10**400, 2]}, "annotations, id 1"),
         ({}, {"bbox": [1, 1, 2]}, "annotations, id 1"),
         ({}, {"bbox": [1, 1, "2", 2]}, "annotations, id 1"),
-        ({}, {"image_id": 2}, "no image 2"),
-        ({}, {"category_id": [1]}, r"no category \[1\]"),
+        ({}, {"image_id": 2}, "does not list image 2"),
+        ({}, {"category_id": [1]}, r"or category \[1\]"),
     ],
 )
-def test_a_wrong_entry_is_named(tmp_path, image, box, message):
+def test_an_error_names_the_invalid_entry(tmp_path, image, box, message):
     content = {"images": [IMAGE | image], "annotations": [BOX | box], "categories": [{"id": 1, "name": "opacity"}]}
     (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(DatasetError, match=f"a.json, {message}" if "id 1" in message else message):
@@ -183,7 +183,7 @@ def test_a_wrong_entry_is_named(tmp_path, image, box, message):
         ('{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "categories, entry 1: id 1 is repeated"),
     ],
 )
-def test_what_is_no_coco_file_is_refused(tmp_path, content, message):
+def test_an_invalid_coco_file_is_refused(tmp_path, content, message):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(DatasetError, match=message):
         read_coco(tmp_path / "a.json")
@@ -194,12 +194,12 @@ def test_what_is_no_coco_file_is_refused(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("images", "boxes", "folds", "message"),
     [
-        (IMAGES.assign(rows=[3000, 0, 100]), BOXES, None, "1 of 3 images have no rows and columns, first a.*notebook 10"),
-        (IMAGES.head(1), BOXES, None, "2 boxes belong to none of the images, first a"),
+        (IMAGES.assign(rows=[3000, 0, 100]), BOXES, None, "1 of 3 images have no recorded size .* is a.*notebook 10"),
+        (IMAGES.head(1), BOXES, None, "2 boxes belong to none of the images; the first is for image a"),
         (IMAGES, BOXES.assign(finding=["Mass", None, "Mass"]), None, "image b has a box whose finding is not a name"),
-        (IMAGES.assign(width=1), BOXES, None, "column.*width.*rename"),
+        (IMAGES.assign(width=1), BOXES, None, "column.*width.*reserved.*rename"),
         (IMAGES.assign(mask=[np.zeros(1), None, None]), BOXES, None, "drop the column"),
-        (IMAGES, BOXES, FOLDS.assign(id=["b", "z"]), "1 images of the folds are not among the images, first z"),
+        (IMAGES, BOXES, FOLDS.assign(id=["b", "z"]), "1 images in folds are not in the `images` table; the first is z"),
     ],
 )
 def test_tables_that_no_file_can_hold_are_refused(tmp_path, images, boxes, folds, message):

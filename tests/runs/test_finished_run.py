@@ -99,7 +99,7 @@ def test_judged_images_have_predictions_of_none_and_of_the_study_classes():
     detections = pd.DataFrame(columns=["image_id", "score", *BOX])
     # `b` has placeholder study classes, `c` a placeholder none, and the study of `d` no row at all.
     assert judged_images(images, Fused(studies, nones, detections))["image_id"].tolist() == ["a"]
-    with pytest.raises(RunError, match=r"\(3 have a `none`\); include a study run"):
+    with pytest.raises(RunError, match=r"\(3 have a `none`\); include among the runs to fuse a study run"):
         judged_images(images, Fused(studies.assign(prior=True), nones, detections))
 
 
@@ -127,7 +127,7 @@ def test_a_fused_answer_comes_back_without_priors(tmp_path):
     fused = read_fused(tmp_path)
     assert fused.studies["study_id"].tolist() == ["s"] and fused.nones["image_id"].tolist() == ["b"]
     tables["nones"].drop(columns="seen").to_parquet(tmp_path / "tables" / "nones.parquet")
-    with pytest.raises(RunError, match=r"nones\.parquet lacks the column seen.*; fuse again"):
+    with pytest.raises(RunError, match=r"nones\.parquet lacks the column `seen`.*; fuse again"):
         read_fused(tmp_path)
 
 
@@ -176,7 +176,7 @@ def test_extra_images_that_cannot_be_read_are_refused_at_once(tmp_path, prepared
         read_extra(tmp_path)
     shutil.copytree(prepared / "tables", tmp_path / "tables")
     write_json(tmp_path / "metrics.json", {"longest_side": 50})
-    with pytest.raises(RunError, match=r"6 of 6 images are not decoded in .*, first image000"):
+    with pytest.raises(RunError, match=r"6 of 6 images are not decoded in .*; the first is image000"):
         read_extra(tmp_path)
 
 
@@ -195,7 +195,7 @@ def test_models_are_named_with_their_folds(tmp_path, prepared):
     assert models[["model", "fold"]].to_numpy().tolist() == [["c", 0], ["c", 1], ["d", 0], ["d", 1]]
     assert models["bundle"].iloc[3] == str(tmp_path / "d" / "fold1" / "bundle")
     assert read_models(runs, tables, folds=[1])[["model", "fold"]].to_numpy().tolist() == [["c", 1], ["d", 1]]
-    with pytest.raises(RunError, match=r"no model of the folds \[4\]"):
+    with pytest.raises(RunError, match=r"no model of folds \[4\]"):
         read_models(runs, tables, folds=[4])
     with pytest.raises(RunError, match="has no fold"):
         read_models([prepared], tables)
@@ -207,7 +207,7 @@ def test_models_that_have_seen_unknown_images_are_refused(tmp_path, prepared):
     with pytest.raises(RunError, match="trained on another prepared run"):
         read_models([trained_run(tmp_path / "c", other)], tables)
     more = trained_run(tmp_path / "d", tables, extra=extra.identity())
-    with pytest.raises(RunError, match="trained on extra images too; name their run"):
+    with pytest.raises(RunError, match="trained on extra images too; give the run"):
         read_models([more], tables)
     assert len(read_models([more], tables, extra=[extra])) == 2
 
@@ -221,7 +221,7 @@ def test_images_without_marked_opacities_do_not_train_a_detector(tmp_path):
     # An NIH image without a box is not a certain `none`: the target is unknown.
     assert np.isnan(XrayDataset(extra.images, extra.labels, extra.boxes, extra.cache, StudyRecipe()).none).all()
     nothing = read_extra(tmp_path / "nih", for_boxes=True)
-    with pytest.raises(ValueError, match="NIH's have no boxes for a detector"):
+    with pytest.raises(ValueError, match="NIH images have no boxes for a detector"):
         with_extra(small.images.head(0), small.labels, small.boxes, small, nothing, small.images)
 
 

@@ -77,7 +77,7 @@ def test_boxes_beyond_the_edge_by_rounding_are_clipped(tmp_path):
         ("0 0.5 0.5 0.1", "is not `class cx cy width height`"),
         ("opacity 0.5 0.5 0.1 0.1", "is not `class"),
         ("0 0.5 0.5 0.1 nan", "is not `class"),
-        ("1 0.5 0.5 0.1 0.1", r"class 1, but classes\.txt names 1"),
+        ("1 0.5 0.5 0.1 0.1", r"class 1 does not exist; classes\.txt lists 1"),
         ("-1 0.5 0.5 0.1 0.1", "class -1"),
         ("0 450 500 10 10", "beyond the image"),
         ("0 0.5 0.5 0 0.1", "no area"),
@@ -85,7 +85,7 @@ def test_boxes_beyond_the_edge_by_rounding_are_clipped(tmp_path):
         ("0 0.1 0.5 0.3 0.1", "beyond the image"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, message):
+def test_an_error_names_the_invalid_line(tmp_path, line, message):
     write_yolo(tmp_path, IMAGES, BOXES)
     with open(tmp_path / "labels" / "b.txt", "a") as file:
         file.write(f"{line}\n")
@@ -93,12 +93,12 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         read_yolo(tmp_path, IMAGES)
 
 
-def test_a_missing_and_a_strange_file_are_named(tmp_path):
+def test_an_error_names_a_missing_or_unmatched_file(tmp_path):
     write_yolo(tmp_path, IMAGES, BOXES)
-    with pytest.raises(DatasetError, match=r"1 files belong to none of the images, first .*c\.txt"):
+    with pytest.raises(DatasetError, match=r"1 files belong to none of the images; the first is .*c\.txt"):
         read_yolo(tmp_path, IMAGES.head(2))
     (tmp_path / "labels" / "a.txt").unlink()
-    with pytest.raises(DatasetError, match=r"lacks 1 of 3 files, first a\.txt.*empty file"):
+    with pytest.raises(DatasetError, match=r"lacks 1 of 3 files; the first is a\.txt.*empty file"):
         read_yolo(tmp_path, IMAGES)
     (tmp_path / "classes.txt").unlink()
     with pytest.raises(DatasetError, match=r"classes\.txt is missing"):
@@ -108,9 +108,9 @@ def test_a_missing_and_a_strange_file_are_named(tmp_path):
 def test_labels_are_not_mixed_and_boxes_stay_inside(tmp_path):
     with pytest.raises(DatasetError, match="image b has a box that reaches beyond"):
         write_yolo(tmp_path, IMAGES, BOXES.assign(xmin=[1, -0.1, 1]))
-    with pytest.raises(DatasetError, match="no rows and columns"):
+    with pytest.raises(DatasetError, match="no recorded size"):
         write_yolo(tmp_path, IMAGES.assign(rows=0), BOXES)
-    with pytest.raises(DatasetError, match="cannot name a file"):
+    with pytest.raises(DatasetError, match="is not a valid file name"):
         write_yolo(tmp_path, IMAGES.replace("c", "x/c"), BOXES)
     assert not (tmp_path / "labels").exists()
     write_yolo(tmp_path, IMAGES, BOXES)
