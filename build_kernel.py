@@ -32,6 +32,9 @@ def main(
     time_limit: Annotated[
         float | None, typer.Option(min=1, help="seconds for the rehearsal; default: the kernel's limit")
     ] = None,
+    allow_placeholders: Annotated[
+        bool, typer.Option("--allow-placeholders", help="pass a rehearsal in which models were dropped or failed")
+    ] = False,
     owner: Annotated[str | None, typer.Option(help="Kaggle user name; default: KAGGLE_USERNAME, else the file's")] = None,
     should_push: Annotated[
         bool, typer.Option("--push", help="push the kernel and its datasets; needs an API token")
@@ -51,7 +54,7 @@ def main(
         parts = build_kernel(spec, out, kaggle_wheels(inference_pins()))
         console.print(_size_table(parts))
         if should_rehearse and inputs:
-            _run_rehearsal(spec, out, inputs, truth, time_limit)
+            _run_rehearsal(spec, out, inputs, truth, time_limit, allow_placeholders)
         if should_push:
             console.rule("push")
             _print_pushed(push(out))
@@ -63,10 +66,25 @@ def main(
         raise typer.Exit(2) from error
 
 
-def _run_rehearsal(spec: KernelSpec, out: Path, inputs: Path, truth: Path | None, time_limit: float | None) -> None:
+def _run_rehearsal(
+    spec: KernelSpec,
+    out: Path,
+    inputs: Path,
+    truth: Path | None,
+    time_limit: float | None,
+    allow_placeholders: bool,
+) -> None:
     console.rule("rehearsal")
     limit = spec.time_limit_s if time_limit is None else time_limit
-    result = rehearse(spec, out, inputs, limit, truth, on_line=lambda line: console.out(line, highlight=False))
+    result = rehearse(
+        spec,
+        out,
+        inputs,
+        limit,
+        truth,
+        on_line=lambda line: console.out(line, highlight=False),
+        allow_placeholders=allow_placeholders,
+    )
     _print_rehearsal(result)
     if not result.passed:
         raise typer.Exit(3 if result.unfinished else 1)

@@ -103,13 +103,16 @@ class SubmissionRun:
         self.deadline, self.last_deadline = Deadline(limit * settings.share, start), Deadline(limit * LAST_SHARE, start)
         self.rows: list[dict[str, Any]] = []
         self.models: list[Model] = []
+        self.listed: list[str] = []  # folders of the bundles in weights.json
+
         self.lungs: CachedLungs | None = None
         self.ensemble: Ensemble | None = None
         self.stacked: Stacked | None = None  # result of the ensemble in the latest fusion
         test = read_test(competition, headers=False)
+        self.images = test.images
+        self.readable = len(self.images)  # number of files that were not found unreadable
         # Kaggle requires exactly the sample's rows; the test files are used only if there is no sample.
         self.ids = test.sample_ids or submission_ids(test.study_ids, test.image_ids)
-        self.images = test.images
         write_submission(self.output, self.ids)
         self._note("priors", len(self.ids), began, f"time limit {limit:.0f} s, planned {limit * settings.share:.0f} s")
         for fault in test.faults.itertuples():
@@ -155,9 +158,15 @@ class SubmissionRun:
                 if xrays:
                     xrays.close()
                     self._note_decoding(xrays)
+                    self.readable -= sum(outcome.status == "failed" for outcome in list(xrays.outcomes))
                 self._note_lungs()
                 if self.stacked:
                     self._note("ensemble", self.stacked.studies, time.monotonic() - self.stacked.seconds, self.stacked.note)
+
+    def usage(self) -> list[dict[str, Any]]:
+        """Return one entry per bundle in weights.json: `bundle`, and how many of the `readable` files it has `predicted`."""
+        predicted = {model.folder.name: len(model.seen) for model in self.models}
+        return [{"bundle": name, "predicted": predicted.get(name, 0), "readable": self.readable} for name in self.listed]
 
     def finish(self) -> pd.DataFrame:
         """Validate the file against the sample and return the ledger. Raises ValueError if Kaggle would reject the file."""
@@ -181,6 +190,7 @@ class SubmissionRun:
             began, name = time.monotonic(), str(entry)[:80]
             try:
                 name = entry["folder"]
+                self.listed.append(str(name))
                 self.models.append(Model(read_answering_model(weights / name, entry.get("record_sha256", ""))))
             except Exception as error:  # the other bundles may be valid
                 self._note(str(name), 0, began, _failure(error))

@@ -43,6 +43,9 @@ LAYOUTS = {
 }
 
 
+USAGE = "usage.json"  # in the kernel's output: how many files each bundle has predicted, see SubmissionRun.usage
+
+
 @dataclass(frozen=True)
 class Rehearsal:
     """The result of a rehearsal.
@@ -81,8 +84,13 @@ def rehearse(
     truth: str | Path | None = None,
     on_line: Callable[[str], None] | None = None,
     layout: str = "plain",
+    allow_placeholders: bool = False,
 ) -> Rehearsal:
     """Run `out`/kernel, built from `spec`, with the parameters of its rehearsal; return the result.
+
+    It is a fault if a bundle in `out`/weights has not predicted every readable file, unless `allow_placeholders`: a valid
+    file of placeholder predictions would pass otherwise. The submission notebook writes usage.json for this check.
+
 
     The kernel is killed after `time_limit_s` seconds. Only the inputs in its metadata are attached: `out`/wheels,
     `out`/weights, and for each other input the folder in `inputs` with its slug. `layout`, a key of LAYOUTS, decides where
@@ -115,6 +123,9 @@ def rehearse(
         exit_code, seconds = run_with_limit(command, environment, working, time_limit_s, log, on_line)
     problem = _find_problem(exit_code, seconds > time_limit_s, executed)
     result, unfinished, faults = _check_result(spec, working, sample)
+    scores = score_files(truth, working / result) if truth and not faults else None
+    if spec.is_submission and not allow_placeholders:
+        faults += _find_unused_bundles(out / "weights" / "weights.json", working / USAGE)
     return Rehearsal(
         seconds=seconds,
         limit_s=time_limit_s,
@@ -122,7 +133,7 @@ def rehearse(
         unfinished=unfinished and not problem,
         result=result,
         faults=() if unfinished and not problem else faults,
-        scores=score_files(truth, working / result) if truth and not faults else None,
+        scores=scores,
         not_isolated=no_sandbox_reason(),
         working=working,
         log=log,
@@ -214,6 +225,20 @@ def _check_result(spec: KernelSpec, working: Path, sample: Path) -> tuple[str, b
     # A training run that ended at its session's deadline has left a record and checkpoints.
     unfinished = record.is_file() and any((working / run).rglob("checkpoints"))
     return f"{run}/{result.name}", unfinished, (f"{run}/{result.name} does not exist in {working}",)
+
+
+def _find_unused_bundles(manifest: Path, usage: Path) -> tuple[str, ...]:
+    """Return a fault for each bundle of the manifest that has not predicted every readable file."""
+    names = [entry["folder"] for entry in json.loads(manifest.read_text(encoding="utf-8"))["bundles"]]
+    if not usage.is_file():
+        return (f"{usage.name} does not exist in {usage.parent}, so it is unknown which of {', '.join(names)} were used",)
+    used = {entry["bundle"]: entry for entry in json.loads(usage.read_text(encoding="utf-8"))}
+    counts = [(name, used.get(name, {"predicted": 0, "readable": 0})) for name in names]
+    return tuple(
+        f"{name} predicted {count['predicted']} of {count['readable']} readable files; the ledger says why"
+        for name, count in counts
+        if not 0 < count["predicted"] == count["readable"]
+    )
 
 
 def _isolated_command(

@@ -538,6 +538,17 @@ def test_a_faulty_ensemble_or_segmenter_costs_no_prediction(competition, weights
         assert ledger.set_index("stage").note["ensemble"].endswith("the study models are fused without it")
 
 
+def test_usage_counts_every_listed_bundle(competition, weights, tmp_path):
+    copy = with_manifest(weights, tmp_path / "weights", bundles=[{"folder": "small-fold0"}, {"folder": "gone"}])
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    run.predict(copy, tmp_path / "scratch")
+    readable = len(run.images) - DAMAGED
+    assert run.usage() == [
+        {"bundle": "small-fold0", "predicted": readable, "readable": readable},
+        {"bundle": "gone", "predicted": 0, "readable": readable},
+    ]
+
+
 def test_a_model_that_makes_fusion_fail_is_dropped(competition, weights, tmp_path, monkeypatch):
     from kitlib.inference import answer
 

@@ -13,6 +13,7 @@ import timm
 from typer.testing import CliRunner
 
 import build_kernel as command_line
+from kitlib.atomic import write_json
 from kitlib.bundle import save_bundle
 from kitlib.errors import KernelError
 from kitlib.kernels import kaggle_environment, sandbox
@@ -29,10 +30,13 @@ from tests.small_kernels import installed_wheel, make_submission, make_training,
 isolated = pytest.mark.skipif(bool(no_sandbox_reason()), reason=f"no private namespaces here: {no_sandbox_reason()}")
 
 SUBMISSION = "id,PredictionString\na_study,negative 1 0 0 1 1\nb_image,none 1 0 0 1 1\n"
-WRITE = """
+USAGE = [{"bundle": "effnet-fold0", "predicted": 1, "readable": 1}]
+WRITE = f"""
 import shutil
+from kitlib.atomic import write_json
 from kitlib.paths import find_input, runs_root
 shutil.copy(find_input(competition) / "sample_submission.csv", runs_root() / "submission.csv")
+write_json(runs_root() / "usage.json", {USAGE})
 """
 # Tries each of `attempts` in the kernel and writes the results as JSON into the output folder.
 PROBE = """
@@ -245,6 +249,7 @@ def test_how_a_rehearsal_is_judged(
     def run(_command, _environment, working, *_):
         if submission:
             (working / "submission.csv").write_text(submission)
+        write_json(working / "usage.json", USAGE)
         (working.parent / "rehearsal.ipynb").write_text('{"cells": []}')
         return exit_code, seconds
 
@@ -257,6 +262,32 @@ def test_how_a_rehearsal_is_judged(
     assert bool(result.faults) is bool(fault)
     # A valid file is scored, even after the time limit.
     assert result.scores is None if fault else result.scores["score"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("usage", "fault"),
+    [
+        ([{"bundle": "effnet-fold0", "predicted": 9, "readable": 10}], "effnet-fold0 predicted 9 of 10 readable files"),
+        ([{"bundle": "effnet-fold0", "predicted": 0, "readable": 0}], "effnet-fold0 predicted 0 of 0 readable files"),
+        ([{"bundle": "other-fold0", "predicted": 10, "readable": 10}], "effnet-fold0 predicted 0 of 0 readable files"),
+        ([], "effnet-fold0 predicted 0 of 0 readable files"),
+        (None, "it is unknown which of effnet-fold0 were used"),
+    ],
+)
+def test_a_valid_file_without_a_models_predictions_does_not_pass(tmp_path, competition, wheel, monkeypatch, usage, fault):
+    def run(_command, _environment, working, *_):
+        (working / "submission.csv").write_text(SUBMISSION)
+        if usage is not None:
+            write_json(working / "usage.json", usage)
+        (working.parent / "rehearsal.ipynb").write_text('{"cells": []}')
+        return 0, 1.0
+
+    monkeypatch.setattr(rehearsals, "run_with_limit", run)
+    monkeypatch.setattr(rehearsals, "link_kaggle_packages", lambda: tmp_path)
+    kernel = *built(tmp_path, wheel), competition / "inputs", 60, competition / "truth"
+    result = rehearse(*kernel)
+    assert not result.passed and fault in " ".join(result.faults) and result.scores["score"] == 1.0
+    assert rehearse(*kernel, allow_placeholders=True).passed
 
 
 def test_inputs_without_the_competition_are_refused(tmp_path, wheel):
@@ -351,7 +382,7 @@ def test_missing_inputs_are_named_with_how_to_get_them(tmp_path, prepared, wheel
     kernel = built(tmp_path / "kernel", wheel, make=make_training, **keys)
     with pytest.raises(KernelError) as raised:
         rehearse(*kernel, prepared, 60)
-    line = f"{prepared / 'their-kernel'} for other/their-kernel of its kernel_sources: that kernel's output, or a link to"
+    line = f"{prepared / 'their-kernel'}, for other/their-kernel in kernel_sources (that kernel's output, or a link to"
     assert line in str(raised.value)
     assert f"{prepared / 'their-data'} for other/their-data of its dataset_sources" in str(raised.value)
     assert "earlier-kernel" not in str(raised.value)
