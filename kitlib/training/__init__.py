@@ -1,4 +1,4 @@
-"""Training: examples and augmentation, the loop, one driver for all model families, and pseudo-labels.
+"""Training: data sets and augmentation, the training loop, one driver for all model families, and pseudo-labels.
 
 Does not belong here: networks and reports.
 """

@@ -25,10 +25,11 @@ from kitlib.training.fold_folder import open_run
 from kitlib.xrays.cache import DECODING, CachedXray, DecodedXrays, XrayCache, usable_cores
 from kitlib.xrays.mask_store import MaskStore
 
-# Part of a run's identity, so that masks of another version of the kit are not reused: a submission would crop differently.
+# Part of a run's identity, so that masks from another version of the kit are not reused, with which a submission would crop
+# differently.
 CODE_VERSION = f"decoding {DECODING}, clean-up {CLEAN_UP}"
-IMAGES_PER_FILE = 256  # images per file of masks; an interrupted run repeats fewer than this
-# Fields of the segmenter's recipe that post-process a mask, so that changing them needs no new training.
+IMAGES_PER_FILE = 256  # images per file of masks; at most this many are segmented again after an interruption
+# Fields of the segmenter's recipe that only post-process masks, so that they can be changed without new training.
 CLEAN_UP_FIELDS = ("least_island", "dilations", "closings", "least_area", "least_width", "margin")
 
 
@@ -44,13 +45,13 @@ def apply_lungs(
     resume: bool = True,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Segment the lungs of every image and return the table lungs, one row per image in the order of `images`.
+    """Segment the lungs of every image and return the `lungs` table, one row per image in the order of `images`.
 
-    Writes to `run_folder`: the table, `masks/`, `bundle/` (the segmenter with the clean-up that was applied; a submission
-    that is to crop alike needs this bundle) and, with `masked_images`, `masked/`, a cache of the images that are black
-    outside the lungs (unchanged where no lungs were found). `clean_up` overrides recipe fields of CLEAN_UP_FIELDS. With
-    `resume` an interrupted run continues. Raises TrainingError if the folder holds a run of other images or of another
-    segmenter, SettingsError for a field that is not in CLEAN_UP_FIELDS.
+    Writes to `run_folder`: the table, `masks/`, `bundle/` (the segmenter with the clean-up that was applied, which a
+    submission needs to crop in the same way) and, with `masked_images`, `masked/`, a cache of the images with black outside
+    the lungs (unchanged if no lungs were found). `clean_up` overrides recipe fields in CLEAN_UP_FIELDS. With `resume` an
+    interrupted run continues. Raises TrainingError if the folder contains a run with other images or another segmenter;
+    SettingsError if `clean_up` has a field that is not in CLEAN_UP_FIELDS.
     """
     run_folder, changes = Path(run_folder), clean_up or {}
     unknown = [name for name in changes if name not in CLEAN_UP_FIELDS]
@@ -75,7 +76,7 @@ def apply_lungs(
     with bar, ThreadPoolExecutor(usable_cores()) as pool:
         for start in range(0, len(remaining), IMAGES_PER_FILE):
             stream = (cache.read(image_id) for image_id in remaining[start : start + IMAGES_PER_FILE])
-            # Threads clean up images while the network works on the next ones.
+            # Threads clean up the masks while the network segments the next images.
             results = list(pool.map(lambda segmentation: _clean_up_image(segmentation, recipe, masked), model.maps(stream)))
             # Masks are written last: an image counts as done if its mask is stored.
             part = run_folder / "checkpoints" / f"lungs-{len(masks):06d}.parquet"
@@ -91,7 +92,7 @@ def apply_lungs(
 
 
 def _read_finished_parts(run_folder: Path, resume: bool) -> tuple[MaskStore, list[pd.DataFrame]]:
-    """Return the masks that an interrupted run has stored, and the lungs tables with the rows of these images."""
+    """Return the masks that an interrupted run has stored, and `lungs` tables with the rows of the same images."""
     store = MaskStore(run_folder / "masks") if resume else MaskStore.create_empty(run_folder / "masks")
     parts = [read_table("lungs", part) for part in sorted((run_folder / "checkpoints").glob("lungs-*.parquet"))]
     return store, [part[part.image_id.isin(store.ids)] for part in parts]
@@ -100,7 +101,7 @@ def _read_finished_parts(run_folder: Path, resume: bool) -> tuple[MaskStore, lis
 def _clean_up_image(
     segmentation: tuple[CachedXray, np.ndarray, Placement], recipe: SegmenterRecipe, masked: XrayCache | None
 ) -> Segmented:
-    """Clean up the maps of one image and, with a cache `masked`, store the image black outside its lungs."""
+    """Clean up the segmentation of one image; if `masked` is given, store the image in it with black outside the lungs."""
     xray, maps, place = segmentation
     result = clean_up_maps(xray, maps, place, recipe)
     if masked is not None:

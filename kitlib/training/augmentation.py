@@ -5,7 +5,7 @@ import os
 import cv2
 import numpy as np
 
-# Otherwise albumentations looks for a newer version online at import, for up to ten seconds without a network.
+# Without this, importing albumentations checks online for a newer version, which takes up to ten seconds without a network.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations
 
@@ -13,7 +13,7 @@ from kitlib.device import derived_seed
 from kitlib.lungs.canvas import read_canvas
 from kitlib.recipes.fields import TrainingRecipe, WithDistortions, WithOcclusions
 
-# Of the Gaussian blur (recipes with blur_pixels), in pixels; UNet + HRNet paper, Table 3.
+# Sigma of the Gaussian blur of recipes with blur_pixels, in pixels; UNet + HRNet paper, Table 3.
 BLUR_SIGMA = 0.5
 
 
@@ -29,17 +29,20 @@ class Augmentation:
     def __init__(self, recipe: TrainingRecipe) -> None:
         transforms = _geometric_transforms(recipe)
         if read_canvas(recipe).whole > recipe.image_size:
-            # Last, so that the crop shows less of the black around a rotated image.
+            # Cropped last, so that less of the black around a rotated image remains.
             transforms.append(albumentations.RandomCrop(recipe.image_size, recipe.image_size))
         self.geometry = albumentations.Compose(
             transforms,
             bbox_params=albumentations.BboxParams("pascal_voc", label_fields=[], clip=True, min_width=1, min_height=1),
         )
-        # Separate from the boxes: albumentations' cut-outs would remove the boxes that they cover.
+        # Applied without the boxes, because albumentations' cut-outs would remove the boxes that they cover.
         self.pixels = albumentations.Compose(_pixel_transforms(recipe))
 
     def __call__(self, pixels: np.ndarray, boxes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return copies of a uint8 canvas (side, side) and its boxes (k, 4), in canvas pixels, augmented by `seed` alone."""
+        """Return augmented copies of a uint8 canvas (side, side) and its boxes (k, 4) in canvas pixels.
+
+        The augmentation depends on `seed` alone.
+        """
         self.geometry.set_random_seed(seed)
         self.pixels.set_random_seed(derived_seed(seed, 1))
         moved = self.geometry(image=pixels, bboxes=boxes)
@@ -49,8 +52,8 @@ class Augmentation:
 class MaskAugmentation:
     """Augments a canvas with its mask: the same geometric transforms of both, then pixel transforms of the canvas.
 
-    Areas outside a rotated or shrunk image are black, and background in the mask. The recipe `unet_lungs` has the settings
-    of the UNet + HRNet paper, Table 3, `resunet_lungs` those of ResUNet + ensembles, section 4.1.
+    Areas outside a rotated or shrunk image are black in the canvas and background in the mask. The recipe `unet_lungs` uses
+    the settings of the UNet + HRNet paper, Table 3, `resunet_lungs` those of ResUNet + ensembles, section 4.1.
     """
 
     def __init__(self, recipe: TrainingRecipe) -> None:
@@ -58,7 +61,7 @@ class MaskAugmentation:
         self.pixels = albumentations.Compose(_pixel_transforms(recipe))
 
     def __call__(self, pixels: np.ndarray, truth: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return copies of a canvas and its mask, both uint8 (side, side), augmented by `seed` alone."""
+        """Return augmented copies of a canvas and its mask, both uint8 (side, side); depends on `seed` alone."""
         self.geometry.set_random_seed(seed)
         self.pixels.set_random_seed(derived_seed(seed, 1))
         moved = self.geometry(image=pixels, mask=truth)
@@ -77,7 +80,7 @@ def _geometric_transforms(recipe: TrainingRecipe) -> list[albumentations.BasicTr
         "fill_mask": 0,
         "mask_interpolation": cv2.INTER_NEAREST,
     }
-    # For recipes without these fields the defaults, which switch the transforms off.
+    # Recipes without these fields get the defaults, which switch the transforms off.
     distortions = recipe if isinstance(recipe, WithDistortions) else WithDistortions()
     scales, shifts = {"x": distortions.scale_x, "y": distortions.scale_y}, (-recipe.shift, recipe.shift)
     if recipe.rotate_degrees or recipe.shift or set(distortions.scale_x + distortions.scale_y) != {1.0}:

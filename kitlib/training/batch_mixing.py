@@ -1,4 +1,4 @@
-"""MixUp and CutMix: mix the images of a batch with one another, and their targets in the same proportion."""
+"""MixUp and CutMix: mix pairs of images in a batch, and their targets in the same proportion."""
 
 import math
 from typing import Any
@@ -10,14 +10,14 @@ def mix_batch(batch: dict[str, Any], mixup: float, cutmix: float) -> dict[str, A
     """Return a copy of a batch (see `kitlib.training.xray_dataset.collate`) with mixed images and targets, without boxes.
 
     `mixup` and `cutmix` are the alpha of Beta(alpha, alpha), from which one share per batch is drawn; 0 switches the method
-    off. With both, each batch uses one of them, with probability 1/2 each. Partners are a permutation of the batch, so that
-    the sum of each target over the batch does not change. MixUp blends pixels, which become float32 0..255 (Zhang et al.
-    2018, section 2). CutMix pastes a rectangle of the partner; the share is the area that stays (Yun et al. 2019, section
-    3.1).
+    off, and if both are 0 the batch is returned unchanged. If both are used, each batch uses either, with probability 1/2.
+    Partners are a permutation of the batch, so that the sum of each target over the batch does not change. MixUp blends
+    pixels, which become float32 0..255 (Zhang et al. 2018, section 2). CutMix pastes a rectangle of the partner; the share
+    is the area of the image that stays (Yun et al. 2019, section 3.1).
 
     `label` and `none` are blended by the share; a target that is NaN in either image becomes NaN. `mask` (n, cells, cells),
-    if the batch has one, is mixed like the pixels, and the edges of the rectangle then lie between cells. Everything is
-    drawn from torch's CPU generator, on any device. Boxes are dropped, since neither image's boxes fit the mixture.
+    if the batch has it, is mixed like the pixels, and the edges of the rectangle are then between cells. All random numbers
+    come from torch's CPU generator, on any device. Boxes are dropped, because neither image's boxes fit the mixture.
     """
     if not mixup and not cutmix:
         return batch

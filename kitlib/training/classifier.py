@@ -15,53 +15,53 @@ from kitlib.training import data_parallel
 from kitlib.training.batch_mixing import mix_batch
 from kitlib.training.loop import RecipeTraining
 
-# Largest share of the backbone's parameters that starting weights may lack: enough for a first convolution with other
-# channels, not for another backbone that has a few parameter names in common.
+# Largest share of the backbone's parameters that starting weights may lack. This allows a first convolution with another
+# number of channels, but not another backbone that has a few parameter names in common.
 MAX_RANDOM_SHARE = 0.1
 
 
 def check_frozen(recipe: ClassifierRecipe, model_name: str) -> None:
-    """Raise ValueError if the recipe freezes a backbone without starting weights: random features cannot be trained on."""
+    """Raise ValueError if the recipe freezes a backbone without starting weights, because its features would stay random."""
     if recipe.frozen_backbone and not recipe.starting_weights:
         raise ValueError(
-            f"{model_name}: frozen_backbone is true, but starting_weights is empty: {recipe.backbone} would stay random; "
+            f"{model_name}: frozen_backbone is true, but starting_weights is empty, so {recipe.backbone} would stay random; "
             'set overrides {"starting_weights": "..."} (a .safetensors file of the NIH or ImageNet backbone) or '
             '{"frozen_backbone": false}'
         )
 
 
 def start_from_weights(model: Classifier) -> str:
-    """Load the recipe's starting weights into the model and return a sentence: how many tensors were loaded, how many not.
+    """Load the recipe's starting weights into `model` and return a text with the numbers of loaded and random tensors.
 
-    Returns "from scratch" if the recipe names none. Raises ValueError if the weights lack a tensor of a frozen backbone,
-    BundleError if they lack more than MAX_RANDOM_SHARE of the parameters of a trainable one.
+    Returns "from scratch" if the recipe has no starting weights. Raises ValueError if the weights lack a tensor of a frozen
+    backbone; BundleError if they lack more than MAX_RANDOM_SHARE of the parameters of a trainable backbone.
     """
     recipe = model.recipe
     if not recipe.starting_weights:
         return "from scratch"
     report = load_starting_weights(model, recipe.starting_weights)
-    sizes = {name: each.numel() for name, each in model.backbone.named_parameters(prefix="backbone")}
+    sizes = {name: parameter.numel() for name, parameter in model.backbone.named_parameters(prefix="backbone")}
     random_names = [name for name in report["random"] if name in sizes]
     if random_names and recipe.frozen_backbone:
         raise ValueError(
-            f"{recipe.starting_weights} lacks {len(random_names)} tensors of the frozen {recipe.backbone}, first "
-            f'{random_names[0]}; use weights of this backbone, or set overrides {{"frozen_backbone": false}}'
+            f"{recipe.starting_weights} lacks {len(random_names)} tensors of the frozen {recipe.backbone}; the first is "
+            f'{random_names[0]}. Use weights of this backbone, or set overrides {{"frozen_backbone": false}}'
         )
     share = sum(sizes[name] for name in random_names) / sum(sizes.values())
     if share > MAX_RANDOM_SHARE:
         raise BundleError(
-            f"{recipe.starting_weights} lacks {share:.0%} of the parameters of {recipe.backbone}, first {random_names[0]}; "
-            "use weights of exactly this backbone"
+            f"{recipe.starting_weights} lacks {share:.0%} of the parameters of {recipe.backbone}; the first missing tensor "
+            f"is {random_names[0]}. Use weights of exactly this backbone"
         )
     return f"{recipe.starting_weights}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
 
 
 class ClassifierTraining(RecipeTraining):
-    """Lightning module that trains a classifier by its recipe on batches of `XrayDataset`.
+    """Lightning module that trains a classifier by its recipe on batches from an `XrayDataset`.
 
     A subclass implements `loss` and `scores`, and may override `targets` and `training_loss`. After each validation
-    `validation_probabilities`, float64 (validation images, outputs), holds the output of `evaluated_model` in the order of
-    the data set.
+    `validation_probabilities`, float64 (validation images, outputs), holds the predictions of `evaluated_model` in the
+    order of the data set.
     """
 
     model: StudyClassifier | FindingsClassifier
@@ -74,32 +74,32 @@ class ClassifierTraining(RecipeTraining):
 
     @abstractmethod
     def loss(self, batch: dict[str, Any], logits: torch.Tensor, smoothing: float) -> torch.Tensor:
-        """Return the scalar loss of logits (n, outputs). `smoothing` is the label smoothing share, 0 in validation."""
+        """Return the scalar loss of logits (n, outputs). `smoothing` is the share of label smoothing, 0 in validation."""
 
     @abstractmethod
     def scores(self) -> dict[str, float]:
-        """Return the metrics of `validation_probabilities` to log; `score` selects the best epoch, greater is better."""
+        """Return the metrics to log for `validation_probabilities`; the best epoch is the one with the highest `score`."""
 
     def targets(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return a training batch, before mixing, with any further targets of the subclass, such as `mask`."""
+        """Return the training batch, before mixing, with any additional targets of the subclass, such as `mask`."""
         return batch
 
     def training_loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Return the scalar loss of a batch after mixing; a subclass adds its auxiliary losses here."""
+        """Return the scalar training loss of a batch after mixing; a subclass adds its auxiliary losses here."""
         return self.loss(batch, self.model(self.model.normalise(batch["pixels"])), self.recipe.label_smoothing)
 
     def on_train_epoch_start(self) -> None:
-        # Depends on the epoch number alone, so that a resumed training unfreezes the same stages as an uninterrupted one.
+        # Depends on the epoch number alone, so that resumed training unfreezes the same stages as uninterrupted training.
         self.model.unfreeze(self.current_epoch)
 
     def penalty(self) -> torch.Tensor:
-        """Return l1 times the sum of absolute values of all trainable parameters, as Oh et al. 2020 add it to their loss."""
-        sums = [each.abs().sum() for each in self.model.parameters() if each.requires_grad]
+        """Return the L1 penalty (Oh et al. 2020): `l1` times the sum of the absolute values of all trainable parameters."""
+        sums = [parameter.abs().sum() for parameter in self.model.parameters() if parameter.requires_grad]
         return self.recipe.l1 * reduce(torch.add, sums)
 
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
         loss = self.training_loss(mix_batch(self.targets(batch), self.recipe.mixup, self.recipe.cutmix))
-        # Logged without the penalty, so that the curve is comparable with the validation loss.
+        # Logged without the penalty, so that it is comparable with the validation loss.
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["pixels"]), sync_dist=True)
         return loss + self.penalty() if self.recipe.l1 else loss
 

@@ -1,6 +1,6 @@
-"""Training of one model by several processes, each on its own GPU: sharing of batches, gathering of results, launching.
+"""Trains one model with several processes, each on its own GPU: starts them, shares batches and gathers results.
 
-The recipe's batch size is that of all processes together, so a recipe means the same with any number of processes.
+The recipe's batch size is the total over all processes, so that a recipe means the same with any number of processes.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def is_first_process() -> bool:
-    """Whether this process has rank 0, the only one that writes files."""
+    """Return whether this process has rank 0, that is, whether it writes files."""
     return rank_and_world_size()[0] == 0
 
 
 class Keys(Protocol):
-    """Sampler with a length: the keys of an epoch's examples, in order."""
+    """Protocol of a sampler with a length, which iterates over the keys of an epoch's examples."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
@@ -46,7 +46,7 @@ class Keys(Protocol):
 class SharedBatches(Sampler[list[Any]]):
     """Batch sampler that splits every batch among the processes: rank r of n gets the keys r, r + n, r + 2n, ...
 
-    `sampler` must give the same order in every process. A last batch that is not full is dropped, as with one process.
+    `sampler` must yield the same order in every process. An incomplete last batch is dropped, also with one process.
     """
 
     def __init__(self, sampler: Keys, batch_size: int) -> None:
@@ -66,7 +66,7 @@ class SharedBatches(Sampler[list[Any]]):
 
 
 def gather_rows(rows: np.ndarray) -> np.ndarray:
-    """Return `rows` with row i taken from process i modulo the number of processes, which has computed it."""
+    """Gather rows that the processes computed in turn: return `rows` with row i from process i modulo their number."""
     rank, processes = rank_and_world_size()
     if processes == 1:
         return rows
@@ -76,7 +76,7 @@ def gather_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def gather_list(items: Sequence[Any]) -> list[Any]:
-    """Return the items of all n processes in the order of the data, where item i is from process i modulo n."""
+    """Return the items of all n processes in the order of the data: item i comes from process i modulo n."""
     parts = _all_gather(list(items))
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
@@ -93,14 +93,14 @@ def _all_gather(value: Any) -> list[Any]:
 def train_together(train: Callable[[Task, int, Path], Any], task: Task, fold: int, run_folder: Path, processes: int) -> Any:
     """Run `train(task, fold, run_folder)` in several processes that share each batch, and return its result.
 
-    The output of the processes goes to run_folder/processes. If the task does not resume, an earlier run in the folder is
-    deleted once, before the processes start. Raises ValueError if the recipe's training cannot be shared, SessionOver if
-    `train` does, and TrainingError, with the first message and the log folder, for any other error in a process.
+    The output of the processes is written to run_folder/processes. If the task does not resume, an earlier run in the folder
+    is deleted once, before the processes start. Raises ValueError if several processes cannot train this recipe; SessionOver
+    if `train` raises it; TrainingError, with the first message and the log folder, for any other error in a process.
     """
     _check_can_share(task.recipe, processes)
     if not task.resume:
         start_over(run_folder)
-        # Otherwise each process would empty the folder, and the call below that reads the results would train again.
+        # Otherwise each process would empty the folder, and the last line, which reads the results, would train again.
         task = dataclasses.replace(task, resume=True)
     if not (run_folder / "metrics.json").is_file():
         logs = run_folder / "processes"
@@ -120,7 +120,7 @@ def train_together(train: Callable[[Task, int, Path], Any], task: Task, fold: in
         try:
             results = elastic_launch(config, _run_process)(train, task, fold, run_folder)
         except ChildFailedError as error:
-            message: Any = error.get_first_failure()[1].message  # annotated as str by torch, but a dict for an exception
+            message: Any = error.get_first_failure()[1].message  # for an exception a dict, although torch annotates str
             message = message["message"] if isinstance(message, dict) else message
             raise TrainingError(f"{run_folder}: {message}\n  logs: {logs}") from error
         if results[0] is not None:
@@ -131,15 +131,20 @@ def train_together(train: Callable[[Task, int, Path], Any], task: Task, fold: in
 def _check_can_share(recipe: TrainingRecipe, processes: int) -> None:
     if recipe.batch_size % processes:
         raise ValueError(
-            f"{processes} processes cannot share a batch of {recipe.batch_size} images evenly; set batch_size to a multiple"
+            f"{processes} processes cannot share a batch of {recipe.batch_size} images evenly; set batch_size to a multiple "
+            f"of {processes}"
         )
     if unfreeze_every := getattr(recipe, "unfreeze_every", 0):
         # DDP synchronises only the gradients of parameters that are trainable at the start.
         raise ValueError(
-            f"unfreeze_every is {unfreeze_every}: stages that unfreeze later cannot be trained by several processes; use one"
+            f"unfreeze_every is {unfreeze_every}: stages that unfreeze later cannot be trained by several processes; set "
+            "processes to 1"
         )
     if family_of(recipe).one_process:
-        raise ValueError(f"a {family_of(recipe).name} is trained by one process; train its folds side by side, one per GPU")
+        raise ValueError(
+            f"a {family_of(recipe).name} is trained by one process; set processes to 1 and train its folds side by side, "
+            "one per GPU"
+        )
 
 
 def _run_process(train: Callable[[Task, int, Path], Any], task: Task, fold: int, run_folder: Path) -> Exception | None:

@@ -1,4 +1,4 @@
-"""Training of an opacity detector of any family on all folds but one, and its out-of-fold boxes."""
+"""Trains an opacity detector of any family on all folds but one, and predicts boxes for the held-out fold."""
 
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,15 @@ from kitlib.training.xray_dataset import XrayDataset
 
 
 class DetectorStrategy(Strategy):
-    """Trains an opacity detector; writes the tables detections (original pixels) and coverage (a row per predicted image).
+    """Trains a detector; writes the tables `detections` (original pixels) and `coverage` (a row per predicted image).
 
-    The best epoch has the highest opacity AP on the validation fold, including images without boxes. For a model of lung
-    crops this score counts the boxes as far as the crops show them; later scores of the tables count all boxes.
+    The best epoch has the highest opacity AP on the validation fold, including images without boxes. For a model trained on
+    lung crops, this score counts only the parts of boxes that the crops show; scores of the tables count whole boxes.
     """
 
     uses = ("extra", "lungs")
     classes = ("opacity",)
-    augments = True  # XrayDataset augments; False if the trainer does
+    augments = True  # whether XrayDataset augments; False if the trainer does
     recipe: DetectorRecipe
     train: XrayDataset
     validation: XrayDataset
@@ -42,14 +42,14 @@ class DetectorStrategy(Strategy):
         ):
             if not part_images.image_id.isin(boxes.image_id).any():
                 raise ValueError(
-                    f"{task.model_name}: none of the {len(part_images)} images of the {name} has a box; raise its limit"
+                    f"{task.model_name}: none of the {len(part_images)} images in the {name} has a box; raise its limit"
                 )
         # Validation uses the canvas size of prediction; if that is larger, fewer images fit a batch.
         self.validation_side = self.recipe.inference_size or self.recipe.image_size
         self.validation_batch_ratio *= (self.recipe.image_size / self.validation_side) ** 2
 
     def check(self) -> None:
-        """Check nothing: any boxes can be trained on, and recipes check their fields themselves."""
+        """Do nothing, because a detector can be trained on any boxes and recipes check their own fields."""
 
     def start(self, model: Any) -> str:
         return model.starting_weights
@@ -69,13 +69,13 @@ class DetectorStrategy(Strategy):
         rows = {"image_id": predictor.seen, "model": self.task.model_name, "fold": self.fold}
         self.write("coverage", pd.DataFrame(rows))
         return {
-            "train_images_with_boxes": sum(len(each) > 0 for each in self.train.boxes),
+            "train_images_with_boxes": sum(len(boxes) > 0 for boxes in self.train.boxes),
             "lungs_missed": {"training": self.train.lungs_missed(), "predicted": predictor.lungs_missed},
         }
 
 
 def sample_negatives(images: pd.DataFrame, boxes: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
-    """Return the images with a box and, drawn by `seed`, at most `share` times as many without, in the order of `images`."""
+    """Return the images with a box and a random sample, at most `share` times as many, of those without; keeps the order."""
     has_boxes = images.image_id.isin(boxes.image_id).to_numpy()
     others = np.random.default_rng(seed).permutation(np.flatnonzero(~has_boxes))
     indices = np.concatenate([np.flatnonzero(has_boxes), others[: round(share * has_boxes.sum())]])
@@ -83,9 +83,10 @@ def sample_negatives(images: pd.DataFrame, boxes: pd.DataFrame, share: float, se
 
 
 def canvas_precision(predictions: list[np.ndarray], ground_truth: list[np.ndarray]) -> float:
-    """Return the opacity AP (VOC 2010) over images, for boxes in canvas pixels.
+    """Return the opacity AP (VOC 2010) over all images, for boxes in canvas pixels.
 
-    For each image, `predictions` has an array (k, 5) of boxes with their score, `ground_truth` an array (m, 4) of boxes.
+    Both lists have one array per image: `predictions` an array (k, 5) of boxes with their score, `ground_truth` an array
+    (m, 4) of boxes.
     """
     image, true_image = (
         np.repeat(np.arange(len(arrays)), [len(boxes) for boxes in arrays]) for arrays in (predictions, ground_truth)

@@ -1,4 +1,4 @@
-"""Training of one model on one fold: the path from a task to a finished run folder that all model families share."""
+"""Trains one model on one fold: the steps from a task to a finished run folder, the same for all model families."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +12,12 @@ from kitlib.training.task import Task, TrainedFold, read_trained
 
 
 def train_fold(task: Task, fold: int, run_folder: str | Path) -> TrainedFold | None:
-    """Train on all folds but `fold`, write the bundle and the out-of-fold predictions to `run_folder`, and return them.
+    """Train on all folds but `fold`, write bundle and out-of-fold predictions to `run_folder`, and return the results.
 
-    The folder gets the bundle of the kept epoch, tables, figures and, last, metrics.json. An interrupted run is resumed and
-    gives the same result as an uninterrupted one; a finished run is read back. Where several processes train together, all
-    but the first return None. Raises TrainingError if the folder holds a run of other data or settings, SessionOver at the
-    task's deadline, and ValueError, before anything is written, for a task that cannot be trained.
+    Writes the bundle of the kept epoch, tables, figures and, last, metrics.json. An interrupted run is resumed and has the
+    same result as an uninterrupted run; a finished run is only read. If several processes train together, all but the first
+    return None. Raises TrainingError if the folder contains a run with other data or settings; SessionOver at the task's
+    deadline; ValueError, before anything is written, if the task cannot be trained.
     """
     run_folder, task = Path(run_folder), task.checked()
     family = family_of(task.recipe)
@@ -46,7 +46,7 @@ def train_fold(task: Task, fold: int, run_folder: str | Path) -> TrainedFold | N
 
 
 def _strategies() -> dict[str, Callable[[Task, int, Path], Strategy]]:
-    """Return the strategy of each model family of kitlib.models.families.FAMILIES, by the family's name."""
+    """Return the strategy of each model family in kitlib.models.families.FAMILIES, keyed by the family's name."""
     from kitlib.training.faster_rcnn import FasterRCNNStrategy
     from kitlib.training.findings import FindingsStrategy, PatchStrategy
     from kitlib.training.lungs import SegmenterStrategy

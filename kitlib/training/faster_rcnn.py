@@ -1,4 +1,4 @@
-"""Training of a Faster R-CNN with Lightning."""
+"""Trains a Faster R-CNN with Lightning."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -14,9 +14,9 @@ from kitlib.training.loop import RecipeTraining
 
 
 class FasterRCNNTraining(RecipeTraining):
-    """Lightning module with the losses and the validation of a Faster R-CNN on batches of `XrayDataset`.
+    """Lightning module with the losses and the validation of a Faster R-CNN on batches from an `XrayDataset`.
 
-    The validation score is `score(predictions, ground_truth)`, with one array of boxes per image in both lists.
+    The validation score is `score(predictions, ground_truth)`; both are lists with one array of boxes per image.
     """
 
     model: FasterRCNNDetector
@@ -39,7 +39,7 @@ class FasterRCNNTraining(RecipeTraining):
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
         self.predictions += self.evaluated_model.predict(batch["pixels"])
-        self.ground_truth += [each.cpu().numpy() for each in batch["boxes"]]
+        self.ground_truth += [boxes.cpu().numpy() for boxes in batch["boxes"]]
 
     def on_validation_epoch_end(self) -> None:
         predictions, ground_truth = (data_parallel.gather_list(boxes) for boxes in (self.predictions, self.ground_truth))

@@ -1,4 +1,4 @@
-"""Training of a findings classifier on images or on patches, and its predictions of the validation fold and test images."""
+"""Trains a findings classifier on images or patches, and predicts the validation fold and the test images."""
 
 import logging
 from pathlib import Path
@@ -29,9 +29,10 @@ Labelled = XrayDataset | PatchDataset
 def check_findings(
     images: pd.DataFrame, labels: pd.DataFrame, folds: pd.DataFrame, recipe: FindingsRecipe, model_name: str
 ) -> None:
-    """Raise ValueError, with what to change, if the labels, folds and recipe do not go together.
+    """Raise ValueError if the labels, folds and recipe do not fit together.
 
-    Checks the starting weights of a frozen backbone, that no test image is in a fold, and that exclusive labels sum to 1.
+    Checks that a frozen backbone has starting weights, that the recipe fits the classes, that no test image is in a fold,
+    and that exclusive labels sum to 1.
     """
     check_frozen(recipe, model_name)
     check_classes(recipe, class_columns(labels, "labels"))
@@ -40,7 +41,8 @@ def check_findings(
         in_folds = folds.id[folds.id.isin(test)]
         if len(in_folds):
             raise ValueError(
-                f"{len(in_folds)} images of the split 'test' are in folds, first {in_folds.iloc[0]}; use make_folds"
+                f"{len(in_folds)} images in the split 'test' are in folds; the first is {in_folds.iloc[0]}. Make the folds "
+                "with make_folds, which leaves them out"
             )
     if not recipe.multi_label:
         classes = class_columns(labels, "labels")
@@ -48,15 +50,15 @@ def check_findings(
         invalid = fully_labelled[(fully_labelled[classes].sum(axis=1) - 1).abs() > 1e-6]
         if len(invalid):
             raise ValueError(
-                f"{model_name}: multi_label is false, but {len(invalid)} labels do not sum to 1, first "
-                f'{invalid["id"].iloc[0]}; correct them, or set overrides {{"multi_label": true}}'
+                f"{model_name}: multi_label is false, but {len(invalid)} rows of labels do not sum to 1; the first is for "
+                f'{invalid["id"].iloc[0]}. Correct them, or set overrides {{"multi_label": true}}'
             )
 
 
 def unseen_test_images(images: pd.DataFrame, train_images: pd.DataFrame, limit: int | None = None) -> pd.DataFrame:
-    """Return the images of the split "test", at most `limit`, without those of patients that the model is trained on.
+    """Return at most `limit` images in the split "test", without images of patients that the model is trained on.
 
-    Logs a warning if any are dropped for that reason. Empty if the table has no column `split`.
+    Logs a warning if images are dropped because of their patient. Returns no rows if `images` has no column `split`.
     """
     if "split" not in images:
         return images.iloc[:0]
@@ -64,7 +66,8 @@ def unseen_test_images(images: pd.DataFrame, train_images: pd.DataFrame, limit: 
     is_of_trained_patient = test.patient_id.isin(train_images.patient_id)
     if is_of_trained_patient.any():
         logger.warning(
-            "%d test images are not predicted, because the model is trained on other images of their patients, first %s",
+            "%d test images are not predicted, because the model is trained on other images of their patients; "
+            "the first is %s",
             int(is_of_trained_patient.sum()),
             test.image_id[is_of_trained_patient].iloc[0],
         )
@@ -72,10 +75,10 @@ def unseen_test_images(images: pd.DataFrame, train_images: pd.DataFrame, limit: 
 
 
 class FindingsTraining(ClassifierTraining):
-    """Lightning module with the loss and the validation of a findings classifier on batches of `XrayDataset`.
+    """Lightning module with the loss and the validation of a findings classifier on batches from an `XrayDataset`.
 
-    The validation score is the recipe's `judged_by`. `weights` (classes,), such as those of `class_weights`, multiply the
-    loss of each image by the weight of its class.
+    The validation score is the recipe's `judged_by`. `weights` (classes,), such as the result of `class_weights`, multiply
+    the loss of each image by the weight of its class.
     """
 
     model: FindingsClassifier
@@ -86,7 +89,7 @@ class FindingsTraining(ClassifierTraining):
         super().__init__(model, len(validation))
         self.truth = validation.label
         tensor = None if weights is None else torch.tensor(weights, dtype=torch.float32)
-        # Not in checkpoints, since it follows from the data.
+        # Not in checkpoints, because it can be computed from the data.
         self.register_buffer("weights", tensor, persistent=False)
 
     def loss(self, batch: dict[str, Any], logits: torch.Tensor, smoothing: float) -> torch.Tensor:
@@ -102,7 +105,7 @@ class FindingsTraining(ClassifierTraining):
 
     def scores(self) -> dict[str, float]:
         if np.isnan(self.validation_probabilities).any():
-            # argmax would count NaN predictions as the first class; `fit` stops with an error at a NaN score.
+            # argmax would count NaN predictions as the first class; with a NaN score, `fit` raises an error.
             return {"score": float("nan")}
         if self.recipe.judged_by == "auc":
             return mean_auc(self.truth, self.validation_probabilities, self.model.classes)
@@ -110,9 +113,9 @@ class FindingsTraining(ClassifierTraining):
 
 
 class PatchTraining(FindingsTraining):
-    """Lightning module that trains on patches and validates images by the pooled predictions of several of their patches.
+    """Lightning module that trains on patches, and validates on images by pooling predictions for several of their patches.
 
-    Batches are those of `PatchDataset`.
+    Batches come from a `PatchDataset`.
     """
 
     evaluated_model: PatchClassifier
@@ -136,9 +139,10 @@ def findings_loss(
     """Return the scalar loss of a batch: binary cross entropy with `multi_label`, else cross entropy.
 
     `logits` and `label` are (n, classes); labels are 0..1, soft labels allowed, or NaN if unknown. Binary cross entropy is
-    averaged over all known labels, cross entropy over the images whose labels are all known; the loss is 0 if there are
-    none. `smoothing` is the share of each target that is spread evenly, over true and false or over all classes. `weights`
-    (classes,) multiply the cross entropy of an image by the weight of its class; the mean stays over images, as in Keras.
+    averaged over all known labels, cross entropy over the images whose labels are all known; if there are no such labels or
+    images, the loss is 0. `smoothing` is the share of each target that is spread evenly: over true and false with
+    `multi_label`, else over all classes. `weights` (classes,) multiply the cross entropy of an image by the weight of its
+    class; the mean is still over the number of images, as in Keras.
     """
     logits, is_known, truth = logits.float(), ~label.isnan(), label.nan_to_num()
     if multi_label:
@@ -151,11 +155,12 @@ def findings_loss(
 
 
 class FindingsStrategy(Strategy):
-    """Trains a classifier of single images over the classes of the table labels, in the order of its columns.
+    """Trains a classifier of single images, whose classes are the columns of the `labels` table, in their order.
 
-    Writes the tables class_scores (validation fold), test_scores (images of the split "test", also limited by
-    `limit_validation`) and, with the task's `in_sample`, training_scores (its own training images, without augmentation, as
-    FLANNEL's published ensemble is stacked on). A study classifier or a detector may start from its bundle.
+    Writes the tables `class_scores` (validation fold), `test_scores` (images in the split "test", limited by
+    `limit_validation`) and, with the task's `in_sample`, `training_scores` (the model's training images without
+    augmentation, which FLANNEL's published ensemble is trained on). A study classifier or a detector may start from its
+    bundle.
     """
 
     uses = ("lungs", "in_sample")
@@ -186,7 +191,7 @@ class FindingsStrategy(Strategy):
         self.validation = self.examples(self.validation_images)
 
     def examples(self, images: pd.DataFrame, **options: Any) -> Labelled:
-        """Return the data set of these images; `options` are those of its class, such as `augment`."""
+        """Return a data set of `images`; `options` are passed to its constructor, such as `augment`."""
         tables = images, self.labels, self.boxes
         return XrayDataset(*tables, self.task.cache, self.recipe, lungs=self.task.lungs, **options)
 
@@ -209,7 +214,7 @@ class FindingsStrategy(Strategy):
         }
 
     def complete(self, device: torch.device) -> int:
-        """Write the requested tables that are missing, and return the number of predicted images without lungs."""
+        """Write the requested tables that are missing; return the number of predicted images in which lungs were missed."""
         missing = [name for name in self.images_to_predict if not self._table_path(name).is_file()]
         if not missing:
             return 0
@@ -226,11 +231,11 @@ class FindingsStrategy(Strategy):
 
 
 class PatchStrategy(FindingsStrategy):
-    """Trains a classifier of patches: one patch per image and epoch; validation and prediction pool several per image."""
+    """Trains a classifier of patches: on one patch per image and epoch; validation and prediction pool several per image."""
 
     recipe: PatchRecipe
     training_module, collate_fns = PatchTraining, (None, collate_canvases)
-    # Validation examples are whole canvases: small batches, because workers pass them through /dev/shm, small in containers.
+    # Small, because validation examples are whole canvases that workers pass through /dev/shm, which is small in containers.
     validation_batch_ratio = 0.5
 
     def examples(self, images: pd.DataFrame, **options: Any) -> PatchDataset:

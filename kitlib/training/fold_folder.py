@@ -1,4 +1,4 @@
-"""The run folder of one fold: its identity, copying it from an earlier session, and its results."""
+"""The run folder of one fold: checks its identity, copies it from an earlier session, and writes its results."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from kitlib.runs.record import process_record
 
 logger = logging.getLogger(__name__)
 
-# Columns of every history that are not metrics; the other columns are metrics that the module logged.
+# Columns of a history that are not metrics; all other columns are metrics that the module logged.
 NOT_METRICS = ("epoch", "seconds", "images_per_s", "learning_rate")
 
 # Heidelberg's schedule ends at a twentieth of its first learning rate.
@@ -33,20 +33,21 @@ LEARNING_RATE_FLOOR = 0.05
 class FitResult:
     """History and kept epoch of a finished training.
 
-    `history` has one row per epoch: epoch (from 1), seconds (with validation), images_per_s (of training alone),
-    learning_rate (at the end of the epoch), and the metrics that the module logged. `best_epoch` is the kept epoch (from 1).
+    `history` has one row per epoch, with the columns epoch (from 1), seconds (including validation), images_per_s (training
+    only), learning_rate (at the end of the epoch), and the metrics that the module logged. `best_epoch` is the epoch whose
+    weights are kept (from 1).
     """
 
     history: pd.DataFrame
     best_epoch: int
 
     def best(self) -> dict[str, float]:
-        """Return the finite metrics of the kept epoch, without NOT_METRICS."""
+        """Return the finite metrics of the kept epoch."""
         row = self.history.loc[self.history.epoch == self.best_epoch].iloc[0]
         return {name: float(value) for name, value in row.items() if math.isfinite(value) and name not in NOT_METRICS}
 
     def metrics(self, device: torch.device) -> dict[str, Any]:
-        """Return the fields of metrics.json that every training has, as JSON types; images_per_s is the median of epochs."""
+        """Return the fields that every metrics.json contains, in JSON types; images_per_s is the median over epochs."""
         return {
             "best_epoch": self.best_epoch,
             "epochs": len(self.history),
@@ -59,33 +60,33 @@ class FitResult:
 
 
 def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> bool:
-    """Prepare a run folder for the run that `identity` (JSON types) describes; return True if this run is finished there.
+    """Prepare a run folder for the run described by `identity` (JSON types); return True if the folder has it finished.
 
-    With `resume`, the checkpoints of an interrupted run stay, and a folder that holds checkpoints or results of another
-    identity raises TrainingError. Without it, checkpoints and metrics.json, which marks a finished run, are deleted. A
-    folder without checkpoints and results is taken over by any run.
+    With `resume`, the checkpoints of an interrupted run stay; raises TrainingError if the folder contains checkpoints or
+    results of a run with another identity. Without `resume`, checkpoints and metrics.json, which marks a finished run, are
+    deleted. A folder without checkpoints and results can be used by any run.
     """
     run_folder = Path(run_folder)
     record_path = run_folder / "checkpoints" / "run.json"
     if not resume:
         start_over(run_folder)
-    # Temporary files of a killed process; weights are large.
+    # Removes temporary files of a killed process, which are as large as the weights.
     for kind in ("last", "best"):
         for temporary_path in record_path.parent.glob(f".{kind}.*"):
-            temporary_path.unlink(missing_ok=True)  # every process of a shared training does this
+            temporary_path.unlink(missing_ok=True)  # another process of the same training may have deleted it
     if not record_path.is_file():
         write_json(record_path, identity)
         return False
     recorded = _flatten(json.loads(record_path.read_text(encoding="utf-8")))
     requested = _flatten(json.loads(json.dumps(identity)))
     for fields in (recorded, requested):
-        # Weights are compared by their digest: in another session the same file may have another path.
+        # Weights are compared by their digest, because the same file may have another path in another session.
         fields.pop("recipe.starting_weights", None)
     differing = [name for name in sorted(recorded | requested) if recorded.get(name, "-") != requested.get(name, "-")]
     is_finished = (run_folder / "metrics.json").is_file()
-    has_results = any(each.name == "last.ckpt" or each.suffix == ".parquet" for each in record_path.parent.iterdir())
+    has_results = any(path.name == "last.ckpt" or path.suffix == ".parquet" for path in record_path.parent.iterdir())
     if differing and not is_finished and not has_results:
-        logger.info("%s has no checkpoint of its previous settings; starting over with the new ones", run_folder)
+        logger.info("%s has no checkpoint with its previous settings; starting over with the new settings", run_folder)
         write_json(record_path, identity)
         return False
     if differing:
@@ -93,8 +94,8 @@ def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> 
             f"{name}: {recorded.get(name, '-')!r} recorded, {requested.get(name, '-')!r} requested" for name in differing
         )
         raise TrainingError(
-            f"{run_folder} holds a run with other settings or data ({listing}). To continue that run, use its values; "
-            f"to keep it, set run_folder to another name; to replace it, delete {run_folder}"
+            f"{run_folder} contains a run with other settings or data ({listing}). To continue that run, use the recorded "
+            f"values; to keep it, set run_folder to another name; to replace it, delete {run_folder}"
         )
     if is_finished:
         logger.info("%s is finished; reading its results", run_folder)
@@ -110,7 +111,7 @@ def start_over(run_folder: Path) -> None:
 def continue_from(earlier: Path, run: Path) -> list[str]:
     """Copy the folds of an earlier session's run into `run`, to resume them; return one message per fold.
 
-    `earlier` may be read-only. A copy appears complete or not at all. A fold of `run` that is at least as far stays. Raises
+    `earlier` may be read-only. Copies are atomic. A fold that has as many epochs or more in `run` is not copied. Raises
     TrainingError if `earlier` has no fold to resume.
     """
     folds = sorted(path.parent.parent for path in earlier.glob("fold*/checkpoints/run.json"))
@@ -121,11 +122,11 @@ def continue_from(earlier: Path, run: Path) -> list[str]:
     for fold in folds:
         destination = run / fold.name
         if (destination / "checkpoints").is_dir() and _read_progress(destination) >= _read_progress(fold):
-            lines.append(f"{fold.name}: not copied, the one in {earlier} is no further")
+            lines.append(f"{fold.name}: not copied, because it has no more epochs in {earlier} than in {run}")
             continue
         temporary_folder = run / f".{fold.name}.copying"
         shutil.rmtree(temporary_folder, ignore_errors=True)
-        # Contents without permissions: an attached input is read-only, and the copy must be writable.
+        # Permissions are not copied, because an attached input is read-only and the copy must be writable.
         for path in sorted(fold.rglob("*")):
             target = temporary_folder / path.relative_to(fold)
             if path.is_file():
@@ -138,7 +139,7 @@ def continue_from(earlier: Path, run: Path) -> list[str]:
 
 
 def _read_progress(fold: Path) -> tuple[bool, int]:
-    """Return whether a fold is finished, and its last completed epoch (from 0), -1 if there is none."""
+    """Return whether a fold is finished, and its last completed epoch (from 0), or -1 if no epoch is complete."""
     checkpoint = fold / "checkpoints" / "last.ckpt"
     last = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["epoch"] if checkpoint.is_file() else -1
     return (fold / "metrics.json").is_file(), last
@@ -147,12 +148,12 @@ def _read_progress(fold: Path) -> tuple[bool, int]:
 def save_trained(
     run_folder: Path, model: Any, family: str, classes: Iterable[str], identity: dict[str, Any], fitted: FitResult
 ) -> None:
-    """Write the run's bundle. `model` has the kept weights, a `recipe`, and `mean` and `std` of its input."""
+    """Write the run's bundle. `model` has the kept weights, a `recipe`, and the `mean` and `std` to normalise its input."""
     recipe, best = model.recipe, fitted.best()
     record = {key: identity[key] for key in ("model", "fold", "recipe", "longest_side", "data_fingerprint")} | {
         "family": family,
         "classes": list(classes),
-        "architecture": {"parameters": sum(each.numel() for each in model.parameters())}
+        "architecture": {"parameters": sum(parameter.numel() for parameter in model.parameters())}
         | {key: identity[key] for key in ("segmenter",) if key in identity},
         "image_size": recipe.image_size,
         "placement": recipe.placement,
@@ -176,7 +177,10 @@ def finish_fold(
 
 
 def draw_curves(result: FitResult, path: str | Path) -> None:
-    """Plot losses (left) and validation scores (right) by epoch to the image file `path`, with the kept epoch marked."""
+    """Write a plot of losses (left) and validation scores (right) against epochs to the image file `path`.
+
+    A dotted line marks the kept epoch.
+    """
     history, figure = result.history, Figure(figsize=(10, 4))
     left, right = figure.subplots(1, 2)
     parts = history.columns.difference(NOT_METRICS, sort=False)
@@ -195,7 +199,7 @@ def draw_curves(result: FitResult, path: str | Path) -> None:
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as one dict, whose keys join the nested keys by dots."""
+    """Return nested dicts as one dict; its keys are the nested keys joined by dots."""
     flat: dict[str, Any] = {}
     for key, inner in value.items():
         flat |= _flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
@@ -203,14 +207,14 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find_kept_epoch(history: list[dict[str, float]], recipe: TrainingRecipe) -> int:
-    """Return the index (from 0) of the epoch that the recipe keeps: the first with the highest score, or the last one."""
+    """Return the index (from 0) of the epoch that the recipe keeps: the first with the highest score, or the last."""
     if recipe.keep == "last":
         return len(history) - 1
     return max(range(len(history)), key=lambda row: (history[row]["score"], -row))
 
 
 def is_over(history: list[dict[str, float]], recipe: TrainingRecipe) -> bool:
-    """Whether the training has ended: all epochs are done, or `patience` epochs have passed since the kept one."""
+    """Return whether training is over: all epochs are done, or `patience` epochs have passed since the kept epoch."""
     if not history:
         return False
     return len(history) >= recipe.epochs or len(history) - 1 - find_kept_epoch(history, recipe) >= recipe.patience

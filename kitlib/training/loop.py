@@ -35,7 +35,7 @@ class RecipeTraining(pl.LightningModule):
 
     `training_step` must run `model`. Validation must run `evaluated_model`, in evaluation mode, and log `score` (greater is
     better), which decides the best epoch and early stopping. Metrics logged once per epoch become columns of the history.
-    The best weights are those of `evaluated_model`.
+    The kept weights are those of `evaluated_model`.
     """
 
     def __init__(self, model: torch.nn.Module, recipe: TrainingRecipe) -> None:
@@ -47,12 +47,12 @@ class RecipeTraining(pl.LightningModule):
 
     @property
     def evaluated_model(self) -> torch.nn.Module:
-        """The network to validate: the moving average of `model` if the recipe has one, else `model`."""
+        """The network to validate: the moving average of `model` if the recipe uses one, else `model`."""
         return self.model if self.average is None else self.average.module
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = make_optimizer(self.model, self.recipe)
-        if self.recipe.schedule == "plateau":  # the rate is set by _EpochKeeper, which has the scores
+        if self.recipe.schedule == "plateau":  # _EpochKeeper sets the rate from the validation scores
             return {"optimizer": optimizer}
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, self.recipe))
@@ -68,8 +68,8 @@ class RecipeTraining(pl.LightningModule):
 def moving_average(model: torch.nn.Module, decay: float) -> ModelEmaV3:
     """Return an exponential moving average of a network's weights and running statistics, without gradients.
 
-    Step n multiplies the average so far by min(decay, 1 - n^-3/4), so that the random initialisation is soon forgotten. A
-    decay of 0.998 is reached after 4,000 steps; a training of 100 steps averages over about its last 30.
+    Step n multiplies the previous average by min(decay, 1 - n^-3/4), so that the random initialisation is soon forgotten. A
+    decay of 0.998 is reached after 4,000 steps; after only 100 steps, the average covers about the last 30.
     """
     average = ModelEmaV3(model, decay, use_warmup=True, warmup_power=0.75)
     average.requires_grad_(False)
@@ -77,12 +77,12 @@ def moving_average(model: torch.nn.Module, decay: float) -> ModelEmaV3:
 
 
 def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimiser: SGD with Nesterov momentum, Adam or AdamW, without decay of biases and norms.
+    """Return the recipe's optimiser: SGD with Nesterov momentum, Adam or AdamW, without weight decay for biases and norms.
 
-    It gets the parameters that require gradients. A network may have a method `rates()`, a dict from prefixes of parameter
-    names to shares of the recipe's learning rate; the longest matching prefix counts. Parameters with such a prefix are
-    included while they are frozen, so that they can be unfrozen later. Raises ValueError for a prefix without parameters,
-    or a network without any parameter to train.
+    The optimiser gets the parameters that require gradients. A network may have a method `rates()`, which returns a dict
+    from prefixes of parameter names to factors of the recipe's learning rate; the longest matching prefix is used.
+    Parameters with such a prefix are included even while frozen, so that they can be unfrozen later. Raises ValueError if a
+    prefix matches no parameter, or if the network has no parameter to train.
     """
     rates: dict[str, float] = getattr(model, "rates", dict)()
     unmatched_prefixes = set(rates)
@@ -107,7 +107,7 @@ def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.opti
 
 
 def learning_rate_factor(step: int, steps: int, recipe: TrainingRecipe) -> float:
-    """Return the factor (0..1) of the recipe's learning rate at `step` (from 0) of `steps`, over all epochs together.
+    """Return the factor (0..1) of the recipe's learning rate at `step` (from 0); `steps` is their number in all epochs.
 
     Schedule "cosine": a linear rise over `warmup_epochs`, then half a cosine down, 0.5 (1 + cos(pi t / T)) 0.95 + 0.05
     (Heidelberg report, eq. 1). With schedule_every 0, t and T count steps after the warm-up, and the last value is the
@@ -115,10 +115,10 @@ def learning_rate_factor(step: int, steps: int, recipe: TrainingRecipe) -> float
     number of epochs: the published e = 2 ends half-way, at t of about T / 2 and a factor of about 0.525; e = 1 ends one
     step above the floor.
 
-    Schedule "step": step_factor to the power of the number of milestones, in epochs, that are over.
+    Schedule "step": step_factor to the power of the number of milestones (in epochs) that have passed.
     """
     if recipe.schedule == "step":
-        # In integers, so that exactly the first step after a milestone has the new rate.
+        # Computed in integers, so that exactly the first step after a milestone gets the new rate.
         return recipe.step_factor ** sum(step * recipe.epochs >= milestone * steps for milestone in recipe.milestones)
     warmup = round(steps * recipe.warmup_epochs / recipe.epochs)
     if recipe.schedule_every:
@@ -131,10 +131,10 @@ def learning_rate_factor(step: int, steps: int, recipe: TrainingRecipe) -> float
 
 
 def plateau_factor(scores: Sequence[float], recipe: TrainingRecipe) -> float:
-    """Return the factor of the recipe's learning rate after epochs with these scores: 0.1 to the number of plateaus.
+    """Return the factor of the recipe's learning rate after epochs with these scores: 0.1 to the power of the plateaus.
 
-    Plateaus are counted as in torch's ReduceLROnPlateau. The factor follows from the scores alone, so that a resumed
-    training has the same rate as an uninterrupted one.
+    Plateaus are counted as in torch's ReduceLROnPlateau. The factor depends on the scores alone, so that resumed training
+    uses the same rate as uninterrupted training.
     """
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.1, patience=recipe.plateau_epochs)
@@ -144,7 +144,7 @@ def plateau_factor(scores: Sequence[float], recipe: TrainingRecipe) -> float:
 
 
 def batches_per_step(recipe: TrainingRecipe) -> int:
-    """Return the number of batches per optimiser step: nominal_batch / batch_size, rounded as in ultralytics, at least 1."""
+    """Return the batches per optimiser step, nominal_batch / batch_size, rounded as in ultralytics and at least 1."""
     return max(1, round(recipe.nominal_batch / recipe.batch_size))
 
 
@@ -163,16 +163,16 @@ def fit(
     """Train a module by its recipe, load the kept epoch's weights into `module.model` on the CPU, and return the history.
 
     Training ends after the recipe's epochs, or earlier by its patience. The kept weights are those of
-    `module.evaluated_model`, the moving average if the recipe has one.
+    `module.evaluated_model`, the moving average if the recipe uses one.
 
-    After each epoch `run_folder/checkpoints` holds last.ckpt, from which a later call resumes, and best.safetensors. Random
-    draws of an epoch depend on `seed` and the epoch number alone: on a CPU, with the same number of threads, a resumed
-    training equals an uninterrupted one bit for bit. The optimiser steps after every `batches_per_step` batches and at the
-    end of an epoch, where an incomplete group has a proportionally smaller gradient. Raises SessionOver, after writing the
-    checkpoint, if another epoch would not end before `deadline`.
+    After each epoch `run_folder/checkpoints` contains last.ckpt, from which a later call resumes, and best.safetensors. An
+    epoch's random numbers depend on `seed` and the epoch number alone: on a CPU, with the same number of threads, resumed
+    training equals uninterrupted training bit for bit. The optimiser steps after every `batches_per_step` batches and at the
+    end of an epoch, where an incomplete group of batches has a proportionally smaller gradient. Raises SessionOver, after
+    writing the checkpoint, if another epoch would not end before `deadline`.
 
-    Several processes that train together (kitlib.training.data_parallel) each call this with their share of the batches;
-    only the first process writes files and gets the kept weights.
+    If several processes train together (kitlib.training.data_parallel), each calls this function with its share of the
+    batches; only the first process writes files and gets the kept weights.
     """
     folder = Path(run_folder) / "checkpoints"
     last = folder / "last.ckpt"
@@ -195,7 +195,7 @@ def fit(
             use_distributed_sampler=False,
             default_root_dir=run_folder,
         )
-        # The kit wrote this checkpoint itself, but weights_only still prevents a pickle from running code.
+        # The kit wrote the checkpoint itself, but weights_only is still safer: a pickle could run code.
         history = _read_history(last)
         if history and is_over(history, recipe):
             keeper.history = history
@@ -212,7 +212,7 @@ def fit(
 
 
 def _device_arguments(device: torch.device, processes: int) -> dict[str, Any]:
-    """Return Lightning's arguments `devices` and `strategy` for training by this number of processes."""
+    """Return Lightning's arguments `devices` and `strategy` for training with this number of processes."""
     if processes == 1:
         return {"devices": [device.index or 0] if device.type == "cuda" else 1, "strategy": "auto"}
     backend = process_group_backend()
@@ -252,11 +252,11 @@ class _EpochKeeper(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.device.type == "cuda":
-            # GPU steps are asynchronous: without this, images_per_s would be too high.
+            # GPU steps are asynchronous; without synchronisation, images_per_s would be too high.
             torch.cuda.synchronize(pl_module.device)
         self.training_end = time.perf_counter()
 
-    # Not on_validation_end: from a checkpoint written there, Lightning would resume within the epoch.
+    # Not on_validation_end, because from a checkpoint written in that hook Lightning would resume within the epoch.
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not math.isfinite(logged.get("score", math.nan)):
@@ -338,18 +338,18 @@ def _read_history(checkpoint: Path) -> list[dict[str, float]]:
 
 @contextmanager
 def _silence_lightning() -> Iterator[None]:
-    """Silence Lightning's notes about devices, tips and numbers of workers within the block; other warnings pass."""
+    """Silence Lightning's messages about devices, tips and numbers of workers in a with block; other warnings still show."""
     names = ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero")
     loggers = [logging.getLogger(name) for name in names]
-    levels = [each.level for each in loggers]
+    levels = [library_logger.level for library_logger in loggers]
     try:
-        for each in loggers:
-            each.setLevel(logging.WARNING)
+        for library_logger in loggers:
+            library_logger.setLevel(logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PossibleUserWarning)
             # Lightning's data loading uses a name that torch has deprecated.
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             yield
     finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
+        for library_logger, level in zip(loggers, levels, strict=True):
+            library_logger.setLevel(level)

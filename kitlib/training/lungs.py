@@ -1,4 +1,4 @@
-"""Training of a lung segmenter, and scores of its out-of-fold masks."""
+"""Trains a lung segmenter, and scores its out-of-fold masks."""
 
 from typing import Any
 
@@ -28,11 +28,11 @@ MASKS_PER_FILE = 256
 def with_masks(images: pd.DataFrame, folds: pd.DataFrame, masks: MaskStore) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the rows of `images` and of `folds` whose image has a mask.
 
-    Raises MaskError if no image has one, or if the column `convention` has several values.
+    Raises MaskError if no image has a mask, or if the images' column `convention` has several values.
     """
     with_mask = images[images.image_id.isin(masks.ids)]
     if with_mask.empty:
-        raise MaskError(f"none of the {len(images)} images has a mask in {masks.folder}; prepare a data set of lung masks")
+        raise MaskError(f"none of the {len(images)} images has a mask in {masks.folder}; prepare a data set with lung masks")
     conventions = sorted(set(with_mask.convention)) if "convention" in with_mask else []
     if len(conventions) > 1:
         raise MaskError(
@@ -43,13 +43,13 @@ def with_masks(images: pd.DataFrame, folds: pd.DataFrame, masks: MaskStore) -> t
 
 
 def check_other_source(home: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
-    """Raise ValueError if the images `other`, of the run `name`, share an image_id or patient_id with the images `home`."""
+    """Raise ValueError if any of the images `other`, from the run `name`, shares an image_id or patient_id with `home`."""
     for column in ("image_id", "patient_id"):
         shared = other.loc[other[column].isin(home[column]), column]
         if len(shared):
             raise ValueError(
-                f"{name} is not an independent source: {len(shared)} of its images are in the training set by {column}, "
-                f"first {shared.iloc[0]!r}; remove it from also_on"
+                f"{name} is not an independent source: {len(shared)} of its images have the same {column} as images of the "
+                f"training set; the first {column} is {shared.iloc[0]!r}. Remove {name} from also_on"
             )
 
 
@@ -60,10 +60,10 @@ def score_masks(
     image_ids: pd.Series,
     predicted_masks: MaskStore | None = None,
 ) -> pd.DataFrame:
-    """Segment images that have a ground truth mask and return the table mask_scores, with fold -1.
+    """Segment images that have a ground-truth mask, and return the `mask_scores` table with fold -1.
 
-    The predicted label images are added to `predicted_masks`, if given. They are scored as the network predicts them,
-    without clean-up. There is a row for each of the recipe's structures and for "lungs", which is both sides together.
+    Masks are scored as predicted, without clean-up. The table has a row per image for each of the recipe's structures and
+    for "lungs", both sides together. The predicted label images are added to `predicted_masks`, if it is given.
     """
     rows, pending = [], {}
     for xray, maps, place in segmenter.maps(cache.read(image_id) for image_id in image_ids):
@@ -83,7 +83,7 @@ def score_masks(
 
 
 class LungsTraining(RecipeTraining):
-    """Lightning module with the loss and the validation of a segmenter on batches of `MaskDataset`.
+    """Lightning module with the loss and the validation of a segmenter on batches from a `MaskDataset`.
 
     The validation score is the Dice coefficient on the canvas, averaged over images and structures.
     """
@@ -121,7 +121,7 @@ class LungsTraining(RecipeTraining):
 
 
 class SegmenterStrategy(Strategy):
-    """Trains a lung segmenter on the images that have a mask; writes the table mask_scores and `masks/` of its fold.
+    """Trains a lung segmenter on the images that have a mask; writes the `mask_scores` table and `masks/` for its fold.
 
     Raises MaskError if no image has a mask, or if the masks follow several conventions.
     """
@@ -133,7 +133,8 @@ class SegmenterStrategy(Strategy):
     def check(self) -> None:
         if self.task.masks is None:
             raise ValueError(
-                f"{self.task.model_name}: a segmenter needs masks, and the task has none; prepare a data set of lung masks"
+                f"{self.task.model_name}: a segmenter requires masks, but the task has no masks; prepare a data set with "
+                "lung masks"
             )
         self.masks = self.task.masks
         self.images, self.folds = with_masks(self.images, self.folds, self.masks)
@@ -143,7 +144,10 @@ class SegmenterStrategy(Strategy):
         return self.recipe.structures
 
     def start(self, model: Segmenter) -> str:
-        """Load the bundle that the recipe names and say what was loaded. Raises BundleError if it is of another network."""
+        """Load the bundle in the recipe's `starting_weights` and return a sentence that says what was loaded.
+
+        Raises BundleError if the bundle is of another network.
+        """
         name = self.recipe.starting_weights
         if not name:
             return "from scratch"

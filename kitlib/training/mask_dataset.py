@@ -1,4 +1,4 @@
-"""Cached X-rays with their masks as training examples: both on the same canvas, with the same augmentation."""
+"""Cached X-rays and their masks as training examples, on the same canvas and with the same augmentation."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ class MaskDataset(Examples):
 
     An example is a dict: `pixels`, uint8 (side, side), the image on the recipe's canvas with its grey levels adjusted;
     `truth`, uint8 (side, side), 0 for background and k for the recipe's k-th structure (from 1); `index`, the row in
-    `images`. The key is an index, or (epoch, index) from `EpochSampler`; augmentation depends on `seed` and the key alone.
+    `images`. A key is an index, or (epoch, index) from `EpochSampler`; augmentation depends on `seed` and the key alone.
     Raises MaskError if an image has no mask.
     """
 
@@ -40,7 +40,9 @@ class MaskDataset(Examples):
         self.image_ids, self.side = images.image_id.tolist(), recipe.image_size
         missing = [image_id for image_id in self.image_ids if image_id not in masks]
         if missing:
-            raise MaskError(f"{len(missing)} of {len(self)} images have no mask in {masks.folder}, first {missing[0]}")
+            raise MaskError(
+                f"{len(missing)} of {len(self)} images have no mask in {masks.folder}; the first is {missing[0]}"
+            )
         self.augmentation = MaskAugmentation(recipe) if augment else None
         fits = 2 * len(self) * self.side**2 <= MAX_CACHE_BYTES
         self.canvas_caches = [CanvasCache(len(self), self.side) for _ in range(2)] if fits else []
@@ -54,8 +56,8 @@ class MaskDataset(Examples):
 
     def _read_canvas(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if self.canvas_caches:
-            # The mask is stored last: if it is complete, so is the image.
-            cached_truth, cached_pixels = (each.get(index) for each in reversed(self.canvas_caches))
+            # The mask is stored after the image, so if the mask is complete, the image is too.
+            cached_truth, cached_pixels = (cache.get(index) for cache in reversed(self.canvas_caches))
             if cached_truth and cached_pixels:
                 return cached_pixels[0], cached_truth[0]
         xray = self.cache.read(self.image_ids[index])
@@ -70,19 +72,20 @@ class MaskDataset(Examples):
 def truth_on_canvas(codes: np.ndarray, place: Placement, recipe: SegmenterRecipe, xray: CachedXray) -> np.ndarray:
     """Draw the label image `codes` of a cached X-ray on the canvas; return uint8 (side, side), k for the k-th structure.
 
-    Structures are numbered from 1 in the recipe's order; 0 is background. Each is resized as a mask 0..255, by area when it
-    shrinks, and thresholded at one half; a later structure overwrites an earlier one. The structure "lungs" includes both
-    sides. Raises MaskError if the mask has another size than the cached image, or does not distinguish left and right while
-    the recipe does.
+    Structures are numbered from 1 in the recipe's order; 0 is background. Each structure is resized as a mask 0..255, with
+    area interpolation if it shrinks, and thresholded at one half; later structures overwrite earlier ones. The structure
+    "lungs" includes both sides. Raises MaskError if the mask has another size than the cached image, or if the mask does not
+    distinguish left and right but the recipe does.
     """
     if codes.shape != xray.pixels.shape:
         raise MaskError(
-            f"the mask of {xray.image_id} has {codes.shape} pixels, its image {xray.pixels.shape}; prepare the data again"
+            f"the mask of {xray.image_id} has {codes.shape} pixels, but its image has {xray.pixels.shape}; prepare the data "
+            "again"
         )
     if (codes == MASK_CODES["lungs"]).any() and "lungs" not in recipe.structures:
         raise MaskError(
-            f"the mask of {xray.image_id} does not distinguish left and right lung, as structures do: "
-            f'{", ".join(recipe.structures)}; set overrides {{"structures": ["lungs"]}}'
+            f"the mask of {xray.image_id} does not distinguish left and right lung, but the structures "
+            f'{", ".join(recipe.structures)} do; set overrides {{"structures": ["lungs"]}}'
         )
     truth = np.zeros((place.canvas_rows, place.canvas_columns), np.uint8)
     for number, name in enumerate(recipe.structures, start=1):
@@ -93,5 +96,5 @@ def truth_on_canvas(codes: np.ndarray, place: Placement, recipe: SegmenterRecipe
 
 def collate_masks(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a batch of examples: stacked `pixels` and `truth` (n, side, side), and `index` (n,)."""
-    batch = {name: torch.stack([each[name] for each in examples]) for name in ("pixels", "truth")}
-    return batch | {"index": torch.tensor([each["index"] for each in examples])}
+    batch = {name: torch.stack([example[name] for example in examples]) for name in ("pixels", "truth")}
+    return batch | {"index": torch.tensor([example["index"] for example in examples])}

@@ -1,7 +1,7 @@
-"""Nested cross-validation: base models for a stacked ensemble that is evaluated on a fold unused by both.
+"""Nested cross-validation: trains the learners of a stacked ensemble, so that ensemble and learners have an unused fold.
 
-For each outer fold, models are trained on the other folds, each without one inner fold. The ensemble is trained on their
-predictions of the inner folds.
+For each outer fold, models are trained on the other folds, each without one inner fold. The ensemble is trained on the
+models' predictions for the inner folds and evaluated on the outer fold.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ NOT_NESTED = -1  # value of the column `outer` if no outer fold was held out
 class NestedScores:
     """Predictions of all models of one learner.
 
-    `nested` is the table nested_scores, with the predictions of every model. `judged` is a table class_scores with one row
-    per image, for evaluation: for the images of an outer fold the mean over the models that were trained without that fold
-    (column fold: the outer fold), without outer folds the out-of-fold prediction. `test` is a table class_scores of the
-    images of the split "test", with one row per image and fold: the mean over outer folds.
+    `nested` is a `nested_scores` table with the predictions of every model. `judged`, for evaluation, is a `class_scores`
+    table with one row per image: the mean over the models that were trained without the image's outer fold (which is in the
+    column `fold`) or, if no outer fold was held out, the out-of-fold prediction. `test` is a `class_scores` table for the
+    images in the split "test", with one row per image and fold: the mean over outer folds.
     """
 
     nested: pd.DataFrame
@@ -38,7 +38,7 @@ class NestedScores:
 def hold_out(tables: Mapping[str, pd.DataFrame], outer: int) -> dict[str, pd.DataFrame]:
     """Return the tables of a prepared run with fold `outer` removed from the folds and its images in the split "test".
 
-    Raises ValueError if `outer` is not one of the folds, or the only one.
+    Raises ValueError if `outer` is not one of the folds, or if it is the only fold.
     """
     images, folds = tables["images"], tables["folds"]
     held_out_ids = folds.id[folds.fold == outer]
@@ -58,19 +58,21 @@ def train_nested(
     processes: int = 1,
     train: Train = train_fold,
 ) -> dict[int, list[Any]]:
-    """Train all models of a nested cross-validation; return the results of `train_folds` by outer fold.
+    """Train all models of a nested cross-validation; return the results of `train_folds`, keyed by outer fold.
 
-    For each outer fold, one model per other fold n of `folds` is trained without both, in `run`/outer<k>/fold<n>. Without
-    outer folds the models are in `run`/fold<n> and the results under the key NOT_NESTED. After a fold that the end of the
-    session stops, no further outer fold is begun. Raises ValueError, before any training, for folds that the tables do not
-    have, and for an outer fold that leaves no other fold.
+    For each outer fold k and each other fold n in `folds`, a model is trained without both, in `run`/outer<k>/fold<n>. If
+    `outer_folds` is empty, the models are in `run`/fold<n> and the results under the key NOT_NESTED. If the end of the
+    session stops a fold, no further outer fold is started. Raises ValueError, before any training, if a fold is not in the
+    tables, or if an outer fold leaves no other fold.
     """
     folds, outer_folds = list(folds), list(outer_folds)
     available = set(task.tables["folds"].fold)
     if unknown := sorted({*folds, *outer_folds} - available):
         raise ValueError(f"folds {unknown} are not in the prepared run, which has {sorted(available)}; remove them")
     if without_inner := [outer for outer in outer_folds if not set(folds) - {outer}]:
-        raise ValueError(f"outer folds {without_inner} leave none of the folds {folds} to validate on; add others to folds")
+        raise ValueError(
+            f"outer folds {without_inner} leave none of the folds {folds} to validate on; add other folds to `folds`"
+        )
     if not outer_folds:
         return {NOT_NESTED: train_folds(task, folds, run, at_once, processes, train=train)}
     trained: dict[int, list[Any]] = {}
@@ -84,16 +86,16 @@ def train_nested(
 
 
 def is_complete(trained: dict[int, list[Any]], folds: Iterable[int], outer_folds: Iterable[int]) -> bool:
-    """Whether the results of `train_nested` for these folds include all models."""
+    """Return whether `trained`, the results of `train_nested` for these folds, includes all models."""
     folds = list(folds)
     expected = {outer: len([fold for fold in folds if fold != outer]) for outer in list(outer_folds) or [NOT_NESTED]}
     return expected == {outer: len(models) for outer, models in trained.items()}
 
 
 def gather_scores(trained: dict[int, list[TrainedFold]], folds: pd.DataFrame) -> NestedScores:
-    """Collect the predictions of finished models into NestedScores; `folds` is the table of the prepared run.
+    """Collect the predictions of finished models into NestedScores; `folds` is the `folds` table of the prepared run.
 
-    `nested` includes the models' predictions of their own training images if the runs have training_scores.
+    `nested` includes the models' predictions for their own training images if the runs have `training_scores`.
     """
     nested, judged, test = [], [], []
     for outer, models in trained.items():

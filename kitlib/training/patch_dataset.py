@@ -1,4 +1,4 @@
-"""Cached X-rays as patches of the lungs: one patch per training example, a canvas with patch centres for validation."""
+"""Lung patches of cached X-rays as examples: one patch for training, a canvas with patch centres for validation."""
 
 import mmap
 from typing import Any
@@ -19,15 +19,15 @@ from kitlib.xrays.cache import CachedXray, DecodedXrays
 
 
 class PatchDataset(Examples):
-    """Data set of patches of the lungs: one example per row of `images`, in order.
+    """Data set of lung patches: one example per row of `images`, in order.
 
-    A training example (`augment` True) is a dict like that of `XrayDataset`, with no boxes and an unknown `none`: `pixels`,
-    uint8 (side, side), is one patch of the lungs. Its centre and augmentation depend on `seed` and the key (epoch, index)
-    alone. A validation example has, instead of `pixels`, `canvas`, uint8 (canvas, canvas), and `centres`, int64 (k, 2), the
-    rows and columns of the recipe's `validation_patches`, which depend on the image_id alone.
+    A training example (`augment` True) is a dict as from `XrayDataset`, with no boxes and an unknown `none`; `pixels`,
+    uint8 (side, side), is one lung patch, whose centre and augmentation depend on `seed` and the key (epoch, index) alone.
+    A validation example has, instead of `pixels`, `canvas`, uint8 (canvas, canvas), and `centres`, int64 (k, 2), the rows
+    and columns of k patch centres, which depend on the image_id alone; k is the recipe's `validation_patches`.
 
-    The argument `boxes` is ignored; it is there because `XrayDataset` has it. Images without usable lungs are a single
-    patch (see `kitlib.models.patches.patch_canvas`); `lungs_missed` counts them.
+    The argument `boxes` is ignored; it exists for compatibility with `XrayDataset`. An image without usable lungs is used as
+    a single patch (see `kitlib.models.patches.patch_canvas`); `lungs_missed` counts such images.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class PatchDataset(Examples):
         self.cache, self.recipe, self.seed = cache, recipe, seed
         self.image_ids = images.image_id.tolist()
         self.label = labels.set_index("id").reindex(images.study_id).to_numpy(np.float32)
-        # It augments patches, which must not be cropped again.
+        # canvas=image_size, because patches must not be cropped again.
         self.augmentation = Augmentation(override(recipe, canvas=recipe.image_size)) if augment else None
         self.finder = choose_finder(recipe.lungs, lungs)
         self.frame_cache = FrameCache(len(self))
@@ -57,7 +57,7 @@ class PatchDataset(Examples):
         if self.augmentation is None:
             centres = canvas.centres(self.recipe.validation_patches, image_seed(self.image_ids[index]))
             return example | {"canvas": torch.from_numpy(canvas.pixels), "centres": centres}
-        # Another random stream than the augmentation's.
+        # The additional 3 makes this seed differ from that of the augmentation.
         ((row, column),) = canvas.centres(1, derived_seed(self.seed, epoch, index, 3))
         patch = cut_patches(torch.from_numpy(canvas.pixels)[None], torch.tensor([[0, row, column]]), canvas.side)[0].numpy()
         patch, _ = self.augmentation(patch, np.zeros((0, 4)), derived_seed(self.seed, epoch, index))
@@ -65,7 +65,7 @@ class PatchDataset(Examples):
         return example | unknown | {"pixels": torch.from_numpy(patch)}
 
     def lungs_missed(self) -> int:
-        """Return the number of images that are a single patch. Reads all images that were not read before."""
+        """Return the number of images used as a single patch. Reads all images that were not read before."""
         for index in np.flatnonzero(self.frame_cache.status == 0).tolist():
             self._read_canvas(index)
         return int((self.frame_cache.status == FrameCache.MISSED).sum())
@@ -83,7 +83,7 @@ class PatchDataset(Examples):
 
 
 class PatchCanvasCache:
-    """In-memory cache, shared by forked workers, of canvases and their masks (a bit per pixel); holds the first that fit."""
+    """In-memory cache of canvases and masks (a bit per pixel), shared by forked workers; stores the first that fit."""
 
     def __init__(self, count: int, recipe: PatchRecipe) -> None:
         self.side, self.patch = recipe.canvas, recipe.image_size
@@ -95,7 +95,7 @@ class PatchCanvasCache:
         )
 
     def get(self, index: int) -> PatchCanvas | None:
-        """Return a cached canvas, whose pixels must not be changed, or None if it is not cached."""
+        """Return the cached canvas, whose pixels must not be changed, or None if it is not cached."""
         cached = self.canvases.get(index) if index < len(self.masks) else None
         if cached is None:
             return None
@@ -108,18 +108,20 @@ class PatchCanvasCache:
             return
         if canvas.mask is not None:
             self.masks[index] = np.packbits(canvas.mask)
-        self.canvases.put(index, canvas.pixels, xray.rows, xray.columns)  # last, because it marks both as complete
+        self.canvases.put(
+            index, canvas.pixels, xray.rows, xray.columns
+        )  # last, because this marks canvas and mask as complete
 
 
 def collate_canvases(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a batch of validation examples: `canvases` (n, canvas, canvas), `label` (n, classes), `index` (n,), `where`.
 
-    `where` (m, 3) are the centres of all patches, see `kitlib.models.patches.places`. Training examples are collated by
-    `kitlib.training.xray_dataset.collate`.
+    `where` (m, 3) holds the centres of all patches, see `kitlib.models.patches.join_centres`. Training examples are collated
+    by `kitlib.training.xray_dataset.collate`.
     """
     return {
-        "canvases": torch.stack([each["canvas"] for each in examples]),
-        "where": join_centres([each["centres"] for each in examples]),
-        "label": torch.stack([each["label"] for each in examples]),
-        "index": torch.tensor([each["index"] for each in examples]),
+        "canvases": torch.stack([example["canvas"] for example in examples]),
+        "where": join_centres([example["centres"] for example in examples]),
+        "label": torch.stack([example["label"] for example in examples]),
+        "index": torch.tensor([example["index"] for example in examples]),
     }

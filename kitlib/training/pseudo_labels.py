@@ -1,4 +1,4 @@
-"""Pseudo-labels: soft labels of unlabelled images from models that were not trained on them or on similar images.
+"""Pseudo-labels: soft labels for unlabelled images, from models that were not trained on these or on similar images.
 
 An image is predicted only by models that were not trained on it, on another image of its patient or study, or on a
 near-duplicate of one of these, because a model may have memorised its training images.
@@ -29,10 +29,10 @@ MODEL = ["model", "fold"]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of several models and folds.
+    """Predictions of several models, which may be of several folds.
 
     `probabilities` has the columns image_id, model, fold, the four study classes and none (NaN for outputs that a model does
-    not have). `detections` and `coverage` are the tables of these names.
+    not have). `detections` and `coverage` are tables of these names (see `kitlib.tables`).
     """
 
     probabilities: pd.DataFrame
@@ -42,11 +42,11 @@ class Predictions:
 
 @dataclass(frozen=True)
 class PseudoLabels:
-    """Tables to train on, made of predictions, and the images that were left out.
+    """Pseudo-labels as tables to train on, and the images that were left out.
 
-    `images` has two more columns: `none`, the soft target, and `unsure`, True if a detector should not be trained on the
-    image. `labels` has the four study classes, which sum to 1, of studies with a classifier's prediction. `boxes` has a
-    column `score`. `left_out` has the columns image_id and reason.
+    `images` has two additional columns: `none`, the soft target, and `unsure`, True if a detector should not be trained on
+    the image. `labels` has the four study classes, which sum to 1, for each study that a classifier has predicted. `boxes`
+    has an additional column `score`. `left_out` has the columns image_id and reason.
     """
 
     images: pd.DataFrame
@@ -56,15 +56,17 @@ class PseudoLabels:
 
 
 def duplicate_groups(sources: Iterable[tuple[pd.DataFrame, XrayCache]], max_distance: int = MAX_DISTANCE) -> pd.DataFrame:
-    """Group near-duplicates among the images of several sources (table images, cache); return columns image_id and group.
+    """Group near-duplicates among the images of several sources; return a table with the columns image_id and group.
 
-    Raises ValueError for an image that is not in its cache, because its duplicates would go unnoticed.
+    A source is a pair of an `images` table and its cache. Raises ValueError if an image is not in its cache, because its
+    duplicates would not be detected.
     """
     caches = {image_id: cache for images, cache in sources for image_id in images["image_id"]}
     missing = [image_id for image_id, cache in caches.items() if image_id not in cache]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(caches)} images are not decoded, first {missing[0]}; run notebook 10 with this kit"
+            f"{len(missing)} of {len(caches)} images are not decoded; the first is {missing[0]}. Run notebook 10 again with "
+            "this version of kitlib"
         )
     hashes = [
         perceptual_hash(cache.read(image_id).pixels) for image_id, cache in tqdm(caches.items(), desc="near-duplicates")
@@ -80,12 +82,12 @@ def seen_by(
     groups: pd.DataFrame | None = None,
     extra: Iterable[pd.DataFrame] = (),
 ) -> pd.DataFrame:
-    """Return rows (image_id, model, fold) of the pairs of an image and a model that must not predict it.
+    """Return a table (image_id, model, fold) with each pair of an image and a model that must not predict the image.
 
-    `models` has the columns model and fold. The model of a fold was trained on the images of `trained` that `folds` puts in
-    other folds, and on all images of the tables `extra`. It must not predict any of `images` that is one of these, shares
-    their study, patient or near-duplicate group (column group of `groups`), or shares the study or patient of another image
-    that it must not predict.
+    `models` has the columns model and fold. A fold's model was trained on the images in `trained` that are in other folds
+    according to `folds`, and on all images in the tables `extra`. It must not predict an image of `images` that is one of
+    its training images, that shares the study, patient or near-duplicate group (column `group` of `groups`) of a training
+    image, or that shares the study or patient of another image that it must not predict.
     """
     fold_of = trained["image_id"].map(folds.set_index("id")["fold"])
     group = None if groups is None else groups.set_index("image_id")["group"]
@@ -114,17 +116,18 @@ def predict_unseen(
     batch_size: int | None = None,
     lungs: StoredLungs | LungSegmenter | None = None,
 ) -> Predictions:
-    """Predict `images` with each of `models` (columns model, fold, bundle folder), except the pairs in `seen`.
+    """Predict `images` with each of `models` (columns model, fold, bundle), except for the pairs in `seen`.
 
-    `seen` is the result of `seen_by`. `lungs` finds the lungs for models that use a segmenter's; the number of images
-    without lungs is logged. Raises ValueError if such a model has no `lungs` or those of another segmenter, and for a
-    findings classifier, which does not predict these labels. Raises BundleError as `load_predictor` does.
+    `seen` is the result of `seen_by`; `bundle` is a bundle's folder. `lungs` finds the lungs for models that use lung masks;
+    the number of images in which no lungs were found is logged. Raises ValueError if a model uses lung masks and `lungs` is
+    missing or from another segmenter, or if a model is a findings classifier, which does not predict study classes; raises
+    BundleError as `load_predictor` does.
     """
     probabilities, detections, coverage = [], [], []
     for row in models.itertuples():
         predictor = load_predictor(row.bundle, batch_size=batch_size, lungs=lungs)
         if predictor.family.answers == CLASSES:
-            raise ValueError(f"{row.bundle} is a findings classifier; name runs of study classifiers and detectors")
+            raise ValueError(f"{row.bundle} is a findings classifier; give only runs of study classifiers and detectors")
         if predictor.wants_masks and (lungs is None or lungs.segmenter != predictor.segmenter):
             raise ValueError(
                 f"{row.bundle} needs the lungs of {'another' if lungs else 'a'} segmenter; set lungs_run to the run of "
@@ -165,11 +168,11 @@ def pseudo_labels(
     high: float = 0.5,
     workers: int = 1,
 ) -> PseudoLabels:
-    """Fuse the predictions of `images` by `settings` into pseudo-labels, without those of pairs in `seen` (see `seen_by`).
+    """Fuse predictions for `images` into pseudo-labels, without predictions for the pairs in `seen` (see `seen_by`).
 
     Images without a remaining prediction are left out. Boxes with a score of at least `kept` become boxes of the image. An
-    image is `unsure`, not for training a detector, if no detector has predicted it or if its best box scores at least `low`
-    and less than `high`. Scores are those of fused boxes, calibrated if the settings calibrate.
+    image is `unsure`, which excludes it from training a detector, if no detector has predicted it or if its highest box
+    score is at least `low` and less than `high`. Scores are those of fused boxes, calibrated if `settings` calibrate them.
 
     Raises ValueError unless 0 <= low <= kept <= high <= 1.
     """
@@ -204,7 +207,7 @@ def pseudo_labels(
 
 
 def _drop_seen(table: pd.DataFrame, seen: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `images` in a table of predictions, without the pairs of image and model in `seen`."""
+    """Return a table's predictions for `images`, without those for the pairs of image and model in `seen`."""
     key = ["image_id", *MODEL]
     is_seen = pd.MultiIndex.from_frame(table[key]).isin(pd.MultiIndex.from_frame(seen[key]))
     return table[~is_seen & table["image_id"].isin(images["image_id"])].reset_index(drop=True)

@@ -1,4 +1,4 @@
-"""Base class of the training of each model family: checks, data sets, fitting and out-of-fold predictions."""
+"""Base class for training a model family: checks, data sets, fitting and out-of-fold predictions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -24,15 +24,15 @@ OPTIONAL_INPUTS = ("extra", "lungs", "masks", "in_sample")
 
 
 class Strategy(ABC):
-    """Trains one model family on one fold of a task; kitlib.training.driver calls the methods in their order here.
+    """Base class that trains one model family on one fold; kitlib.training.driver calls its methods in order of definition.
 
     The constructor checks the task and raises ValueError if it cannot be trained, before anything is written.
     """
 
-    uses: ClassVar[tuple[str, ...]]  # names of OPTIONAL_INPUTS
-    # Collate functions of training and of validation batches; None: kitlib.training.xray_dataset.collate.
+    uses: ClassVar[tuple[str, ...]]  # the OPTIONAL_INPUTS that the family uses
+    # Collate functions for training and validation batches; None: kitlib.training.xray_dataset.collate.
     collate_fns: ClassVar[tuple[Callable[[list[dict[str, Any]]], dict[str, Any]] | None, ...]] = (None, None)
-    # Size of a validation batch relative to a training batch: without gradients twice as many images fit into memory.
+    # Size of a validation batch relative to a training batch; without gradients, twice as many images fit into memory.
     validation_batch_ratio: float = 2.0
     train: Examples
     validation: Examples
@@ -41,7 +41,7 @@ class Strategy(ABC):
         unused = [name for name in OPTIONAL_INPUTS if getattr(task, name) not in (None, False) and name not in self.uses]
         if unused:
             raise ValueError(
-                f"{task.model_name}: a {type(task.recipe).__name__} cannot use {', '.join(unused)}; leave it out"
+                f"{task.model_name}: a {type(task.recipe).__name__} cannot use {', '.join(unused)}; remove this input"
             )
         if isinstance(task.recipe, WithBackbone):
             check_finder(task.recipe, task.lungs, task.model_name)
@@ -55,7 +55,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise ValueError if the tables do not fit the recipe; may replace the tables that are trained on."""
+        """Raise ValueError if the tables do not fit the recipe; may replace the training tables, such as `self.images`."""
 
     @property
     @abstractmethod
@@ -75,7 +75,7 @@ class Strategy(ABC):
         """Return the Lightning module that trains and validates `model`."""
 
     def fit(self, model: Any, device: torch.device) -> FitResult:
-        """Train the model, load the kept epoch's weights into it, on the CPU, and return the history.
+        """Train the model, load the kept epoch's weights into it on the CPU, and return the history.
 
         Raises SessionOver at the task's deadline.
         """
@@ -99,18 +99,18 @@ class Strategy(ABC):
 
     @abstractmethod
     def predict(self, device: torch.device) -> dict[str, Any]:
-        """Write the tables of predictions of the trained bundle, and return counts for metrics.json."""
+        """Predict with the trained bundle, write the tables of predictions, and return counts for metrics.json."""
 
     def complete(self, device: torch.device) -> int:
-        """Write predictions that a finished run lacks and the task requests; return the number of images without lungs."""
+        """Write requested predictions that a finished run lacks; return the number of images in which lungs were missed."""
         return 0
 
     def predictor(self, device: torch.device) -> Predictor:
-        """Return a predictor of the run's bundle."""
+        """Return a predictor for the run's bundle."""
         return load_predictor(self.run_folder / "bundle", device, self.validation_batch, lungs=self.task.lungs)
 
     def write(self, name: str, table: Any, kind: str = "") -> None:
-        """Write one of the run's tables to tables/`name`.parquet; `kind` is its schema, by default that of `name`."""
+        """Write one of the run's tables to tables/`name`.parquet; `kind` is the name of its schema, by default `name`."""
         write_table(table, kind or name, self.run_folder / "tables" / f"{name}.parquet")
 
     @property
@@ -120,6 +120,9 @@ class Strategy(ABC):
 
 
 def without_images(label: np.ndarray, classes: Sequence[str]) -> list[str]:
-    """Return the classes (columns of `label`, NaN if unknown) without an image whose label is at least 0.5."""
+    """Return the classes for which no image has a label of at least 0.5.
+
+    `label` (images, classes) has a column for each of `classes`; unknown labels are NaN.
+    """
     present = (np.nan_to_num(label) >= 0.5).any(axis=0)
     return [name for name, is_present in zip(classes, present, strict=True) if not is_present]

@@ -1,4 +1,4 @@
-"""Training of a study classifier on all folds but one, and its out-of-fold predictions."""
+"""Trains a study classifier on all folds but one, and predicts the held-out fold."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from kitlib.training.xray_dataset import XrayDataset
 
 
 class StudyTraining(ClassifierTraining):
-    """Lightning module with the loss and the validation of a study classifier; the score is that of `validation_scores`."""
+    """Lightning module with the loss and the validation of a study classifier; the score comes from `validation_scores`."""
 
     model: StudyClassifier
     recipe: StudyRecipe
@@ -59,9 +59,10 @@ def validation_scores(
 ) -> dict[str, float]:
     """Return the average precision (VOC 2010, as in the competition) of each of the five outputs, and `score`, their mean.
 
-    `probabilities` (n, 5) are those of n images, `study` (n, 4) and `none` (n,) their labels, NaN if unknown. The study
-    classes are scored over studies, with the mean over a study's images, and none over images. With `outputs` "study" or
-    "none" only these are scored. A class without positives is NaN and left out of the mean; if all are NaN, so is `score`.
+    `probabilities` (n, 5) are the outputs for n images, `study` (n, 4) and `none` (n,) their labels, NaN if unknown. Study
+    classes are scored over studies, by the mean over a study's images; `none` is scored over images. With `outputs` "study"
+    or "none", only these outputs are scored. The average precision of a class without positives is NaN and left out of the
+    mean; if all are NaN, `score` is NaN.
     """
     scores = {}
     if outputs != "none":
@@ -84,9 +85,9 @@ def _average_precision(probabilities: np.ndarray, truth: np.ndarray) -> float:
 
 
 class StudyStrategy(Strategy):
-    """Trains a classifier of studies and of the image-level `none`; writes the tables study_scores and image_scores.
+    """Trains a study classifier with an image-level `none`; writes the tables `study_scores` and `image_scores`.
 
-    If the recipe's `outputs` are "study" or "none", the table of the other is empty.
+    If the recipe's `outputs` is "study", `image_scores` is empty; if it is "none", `study_scores` is empty.
     """
 
     uses = ("extra", "lungs")
@@ -102,7 +103,7 @@ class StudyStrategy(Strategy):
         )
 
     def check(self) -> None:
-        """Raise ValueError if the recipe freezes random weights or the labels are not the study classes."""
+        """Raise ValueError if the recipe freezes random weights, or if the labels are not those of the study classes."""
         check_frozen(self.recipe, self.task.model_name)
         self.labels = study_labels(self.labels)
 

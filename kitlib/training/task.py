@@ -1,4 +1,4 @@
-"""The inputs of a training (Task) and the results of a finished one (TrainedFold)."""
+"""The inputs of training (Task) and the results of a finished fold (TrainedFold)."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from kitlib.xrays.cache import DecodedXrays
 from kitlib.xrays.mask_store import MaskStore
 
 TABLES = ("images", "labels", "boxes", "folds")
-# Schemas of the tables whose file name is not the name of their schema.
+# Schemas of the tables whose file name is not the schema's name.
 KINDS = {"test_scores": "class_scores", "training_scores": "class_scores"}
 
 
@@ -28,11 +28,12 @@ KINDS = {"test_scores": "class_scores", "training_scores": "class_scores"}
 class Task:
     """One model to train on every fold: data, recipe, seed, limits and deadline.
 
-    `tables` are images, labels, boxes and folds of a prepared run, `cache` its decoded images. The limits are numbers of
-    images, in whole patients; they do not apply to `extra` images, which are added to training and never validated on.
-    `lungs` finds the lungs for a recipe whose `lungs` are "masks"; `masks` are the ground truth of a segmenter. With
-    `in_sample` a classifier also predicts its own training images. A family that cannot use one of these raises ValueError.
-    With `resume` an interrupted run continues; without it, the run starts over.
+    `tables` holds the tables images, labels, boxes and folds of a prepared run; `cache` reads its decoded images.
+    `limit_train` and `limit_validation` are largest numbers of images, taken in whole patients; they do not apply to the
+    `extra` images, which are used for training and never for validation. `lungs` finds the lungs if the recipe's `lungs` is
+    "masks"; `masks` are the ground truth for a segmenter. With `in_sample`, a classifier also predicts its own training
+    images. Training raises ValueError if the model family cannot use one of these inputs. With `resume`, an interrupted run
+    continues; without it, the run starts over.
     """
 
     tables: Mapping[str, pd.DataFrame]
@@ -52,13 +53,13 @@ class Task:
     progress: bool = True
 
     def checked(self) -> "Task":
-        """Return a copy of the task with checked tables (see kitlib.tables). Raises ValueError if they are not the four."""
+        """Return a copy of the task with checked tables (see kitlib.tables). Raises ValueError if a table is missing."""
         if set(self.tables) != set(TABLES):
             raise ValueError(f"tables are {', '.join(self.tables)}; expected {', '.join(TABLES)}")
         return dataclasses.replace(self, tables={name: check_table(self.tables[name], name) for name in TABLES})
 
     def identity(self, fold: int) -> dict[str, Any]:
-        """Return everything that determines the weights of this fold's model, as JSON types."""
+        """Return a dict, in JSON types, with everything that determines the weights of this fold's model."""
         start = self.recipe.starting_weights
         return {
             "model": self.model_name,
@@ -83,11 +84,11 @@ class Task:
 
 @dataclass(frozen=True)
 class TrainedFold:
-    """Results of a finished training of one fold, as read from its run folder.
+    """Results of one finished fold, as read from its run folder.
 
-    `tables` are its predictions by file name. They are of images that the model was not trained on: study_scores and
-    image_scores; class_scores and test_scores; detections and coverage; or mask_scores. Only training_scores, if requested,
-    are of its training images.
+    `tables` holds the model's predictions, keyed by file name: study_scores and image_scores; class_scores and test_scores;
+    detections and coverage; or mask_scores. These are for images that the model was not trained on; only training_scores,
+    if requested, is for its training images.
     """
 
     run_folder: Path
@@ -97,7 +98,7 @@ class TrainedFold:
 
     @property
     def masks(self) -> MaskStore:
-        """The label images that a segmenter has predicted of its fold."""
+        """Label images that a segmenter has predicted for its fold."""
         return MaskStore(self.run_folder / "masks")
 
 

@@ -1,4 +1,4 @@
-"""Training of a model's folds: one after the other, side by side on a GPU each, or each on several GPUs."""
+"""Trains a model's folds: one after the other, side by side with one GPU per fold, or each fold on several GPUs."""
 
 import dataclasses
 import logging
@@ -33,8 +33,8 @@ FAILED, SESSION_OVER = 1, 75  # exit codes of a fold's process; 75: try again la
 def begin_session(run: Path, hours: float = 0, resume_from: str | Path = "") -> Deadline | None:
     """Return this session's deadline (see `session_deadline`), and copy the folds of an earlier session into `run`.
 
-    `resume_from` is the run folder of the earlier session: a path, or the name of an attached input; empty for none. Prints
-    what happened to each fold.
+    `resume_from` is the run folder of the earlier session: a path or the name of an attached input; if it is empty, nothing
+    is copied. Prints for each fold whether it was copied.
     """
     deadline = session_deadline(hours)
     if resume_from:
@@ -55,19 +55,22 @@ def train_folds(
     resume_name: str = "",
     train: Train = train_fold,
 ) -> list[Any]:
-    """Run `train(task, fold, run / "fold<n>")` for each fold and return the results of the finished ones.
+    """Run `train(task, fold, run / "fold<n>")` for each fold and return the results of the finished folds.
 
     `at_once` folds train side by side, each in its own process with its own GPU, an equal share of the CPU threads and the
-    log fold<n>/train.log; 0: as many as GPUs, 1: in this process. `processes` processes train each fold together (see
-    kitlib.training.data_parallel). Folds that the end of the session stops are left out, with a printed note; after that
-    no further fold is begun. Side by side, a fold that fails does not stop the others; afterwards TrainingError lists all
-    failed folds. The printed note names `resume_name`, by default `run`, as the run that the next session resumes.
+    log fold<n>/train.log; 0: as many folds as GPUs; 1: one after the other in this process. `processes` is the number of
+    processes that train each fold together (see kitlib.training.data_parallel).
+
+    If the end of the session stops a fold, no further fold is started, and a message is printed that says how to continue;
+    it gives `resume_name` (default: the name of `run`) as the run to resume from. Raises ValueError if `at_once` and
+    `processes` are not valid together. Raises TrainingError, which lists all failed folds, if folds that train side by side
+    fail; the other folds finish first.
     """
     folds, gpus = list(folds), torch.cuda.device_count()
     if processes > 1 and at_once > 1:
-        raise ValueError(f"at_once is {at_once} and processes is {processes}: use one of them and set the other to 1")
+        raise ValueError(f"at_once is {at_once} and processes is {processes}: use only one of them and set the other to 1")
     if processes < 1 or at_once < 0:
-        raise ValueError(f"at_once is {at_once} and processes is {processes}; expected at least 0 and at least 1")
+        raise ValueError(f"expected at_once of at least 0 and processes of at least 1, got {at_once} and {processes}")
     side_by_side = min(len(folds), at_once or (max(1, gpus) if processes == 1 else 1))
     if not task.resume:
         for fold in folds:
@@ -78,7 +81,7 @@ def train_folds(
     results, session_over = [], side_by_side > 1
     for fold in folds:
         if session_over and not _is_finished(run, fold):
-            # A fold without a finished epoch has no known epoch length, and would start an epoch that cannot finish.
+            # Without a finished epoch, a fold's epoch length is unknown, so it would start an epoch that cannot finish.
             continue
         try:
             if processes > 1:
@@ -87,7 +90,7 @@ def train_folds(
                 results.append(train(task, fold, run / f"fold{fold}"))
         except SessionOver as stopped:
             session_over = True
-            print(f"fold {fold} stopped after {stopped.done} of {stopped.epochs} epochs: the session ends")
+            print(f"fold {fold} stopped after {stopped.done} of {stopped.epochs} epochs, because the session ends")
     if len(results) < len(folds):
         print(
             f"{len(folds) - len(results)} of {len(folds)} folds are not finished. To continue, run this notebook again with "
@@ -102,7 +105,7 @@ def _is_finished(run: Path, fold: int) -> bool:
 
 
 def _train_side_by_side(train: Train, task: Task, folds: list[int], run: Path, at_once: int) -> None:
-    """Train until each fold is finished, stopped by the deadline, or failed. Raises TrainingError if any has failed."""
+    """Train until every fold is finished, stopped by the deadline, or failed. Raises TrainingError if any fold failed."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     threads = max(1, torch.get_num_threads() // at_once)
     # Spawned, because a forked process cannot use a GPU if its parent has initialised CUDA.
@@ -128,8 +131,8 @@ def _train_side_by_side(train: Train, task: Task, folds: list[int], run: Path, a
                 process, _, fold = running.pop(sentinel)
                 process.join()
                 if process.exitcode == SESSION_OVER:
-                    # No further fold is begun: the length of its epochs is unknown.
-                    stopped += [fold, *(each for each in remaining if not _is_finished(run, each))]
+                    # No further fold is started, because the length of its epochs is unknown.
+                    stopped += [fold, *(other for other in remaining if not _is_finished(run, other))]
                     remaining.clear()
                 elif process.exitcode:
                     failed.append(fold)
@@ -142,7 +145,9 @@ def _train_side_by_side(train: Train, task: Task, folds: list[int], run: Path, a
     if failed:
         messages = [f"fold {fold}: {_last_line(run / f'fold{fold}' / LOG)}" for fold in sorted(failed)]
         others = (
-            f"the session's end stopped {', '.join(map(str, sorted(stopped)))}" if stopped else "the others are finished"
+            f"the session's end stopped folds {', '.join(map(str, sorted(stopped)))}"
+            if stopped
+            else "the others are finished"
         )
         raise TrainingError("\n".join([f"{len(failed)} of {len(folds)} folds failed, {others}:", *messages]))
 
@@ -150,7 +155,10 @@ def _train_side_by_side(train: Train, task: Task, folds: list[int], run: Path, a
 def _train_in_process(
     train: Train, task: Task, fold: int, run_folder: Path, gpu: str, threads: int, parent: int, log_queue: Any
 ) -> None:
-    """Train one fold in this new process, on one GPU, with its output in a log; exits with SESSION_OVER or FAILED."""
+    """Train one fold in this new process, on one GPU, with output to a log file.
+
+    Exits with code SESSION_OVER if the session's end stops the fold, FAILED if an error is raised.
+    """
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     _die_with_parent(parent)
     torch.set_num_threads(threads)
@@ -176,7 +184,7 @@ def _train_in_process(
 
 
 def _die_with_parent(parent: int) -> None:
-    """Have Linux kill this process when its parent dies; otherwise the folds of a killed notebook would train on."""
+    """Let Linux kill this process when its parent ends, so that the folds of a killed notebook do not continue to train."""
     import ctypes
     import signal
 
@@ -186,7 +194,7 @@ def _die_with_parent(parent: int) -> None:
 
 
 class _Printer(logging.Handler):
-    """Prints log records, because a notebook does not show logs."""
+    """Log handler that prints records, because a notebook does not show logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(record.getMessage(), flush=True)

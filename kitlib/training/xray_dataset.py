@@ -1,4 +1,4 @@
-"""Cached X-rays as training examples: uint8 canvases, targets and reproducible augmentation; loaders of batches."""
+"""Data set of cached X-rays with targets and reproducible augmentation, and data loaders for its batches."""
 
 import mmap
 from collections.abc import Callable, Iterator
@@ -21,15 +21,15 @@ from kitlib.training import data_parallel
 from kitlib.training.augmentation import Augmentation
 from kitlib.xrays.cache import CachedXray, DecodedXrays
 
-# Canvases of a data set stay in memory if they fit, because reading and resizing an image costs more than augmentation. SIIM
-# needs 1.6 GB at 512 pixels a side and does not fit at 1024. Lung crops are kept as well if both kinds fit.
+# Canvases of a data set stay in memory if they fit, because reading and resizing an image takes longer than augmentation.
+# SIIM needs 1.6 GB at 512 pixels a side and does not fit at 1024. Lung crops are kept as well if both kinds fit.
 MAX_CACHE_BYTES = 2**32
-# Kinds of canvases, whole images or lung crops, by the recipe's `trained_on`.
+# Maps the recipe's `trained_on` to the kinds of canvas that it uses: whole images ("full"), lung crops ("lungs").
 CANVAS_KINDS = {"full": ("full",), "lungs": ("lungs",), "either": ("full", "lungs")}
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """Base class of data sets with one example per image of `image_ids`, in order.
+    """Base class of data sets with one example per image in `image_ids`, in order.
 
     A key is an index, or (epoch, index) from `EpochSampler`.
     """
@@ -44,22 +44,22 @@ class XrayDataset(Examples):
     """Data set of X-rays: one example per row of `images`, in order.
 
     An example is a dict: `pixels`, uint8 (side, side), the grey image on the recipe's canvas; `label`, float32 (classes,) in
-    the order of the table labels, NaN if unknown; `none`, float32, the probability that the image has no opacity; `boxes`,
-    float32 (k, 4) in canvas pixels, transformed with the image; `index`, the row in `images`. `none` is the value of a
-    column `none` of `images` if that is known, else NaN if a column `boxes_known` is False (opacities are not annotated),
-    else 1 without boxes and 0 with boxes.
+    the order of the `labels` table, NaN if unknown; `none`, float32, the probability that the image has no opacity; `boxes`,
+    float32 (k, 4) in canvas pixels, transformed with the image; `index`, the row in `images`. `none` comes from the column
+    `none` of `images` if it exists and is not NaN; otherwise it is NaN if the column `boxes_known` is False (opacities are
+    not annotated), else 1 for an image without boxes and 0 for an image with boxes.
 
-    The key is an index, or (epoch, index) from `EpochSampler`. Augmentation depends on `seed` and the key alone, in any
-    process, so that a resumed training sees the same examples as an uninterrupted one.
+    A key is an index, or (epoch, index) from `EpochSampler`. Augmentation depends on `seed` and the key alone, in any
+    process, so that resumed training uses the same examples as uninterrupted training.
 
-    A recipe trained on "lungs" crops images to the frame of the lungs. One trained on "either" crops or not, as seed and key
-    decide, and never for a plain index, as in validation. A masked recipe blackens everything outside the lungs' mask, the
-    probe "outside_lungs" everything inside (see kitlib.lungs.canvas). `lungs` finds the lungs if the recipe's `lungs` are
-    "masks" (see kitlib.lungs.crop). Images without a frame or, where it is needed, a mask are used whole and unmasked;
-    `lungs_missed` counts them.
+    With `trained_on` "lungs", images are cropped to the frame of the lungs. With "either", `seed` and the key decide whether
+    an image is cropped; it is never cropped for a plain index, as in validation. A `masked` recipe blackens everything
+    outside the lungs' mask, the probe "outside_lungs" everything inside (see kitlib.lungs.canvas). `lungs` finds the lungs
+    if the recipe's `lungs` is "masks" (see kitlib.lungs.crop). An image without a frame or, if required, a mask is used
+    whole and unmasked; `lungs_missed` counts such images.
 
-    If the recipe's `canvas` is larger than image_size, augmentation crops a random square of image_size, and examples
-    without augmentation are its middle. The larger canvas is what is kept in memory.
+    If the recipe's `canvas` is larger than image_size, augmentation crops a random square of image_size, and without
+    augmentation the middle is cropped. The larger canvas is kept in memory.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class XrayDataset(Examples):
         self.label = labels.set_index("id").reindex(images.study_id).to_numpy(np.float32)
         corners = {image_id: rows[list(BOX)].to_numpy(float) for image_id, rows in boxes.groupby("image_id")}
         self.boxes = [corners.get(image_id, np.zeros((0, 4))) for image_id in self.image_ids]
-        self.none = np.array([float(not len(each)) for each in self.boxes], dtype=np.float32)
+        self.none = np.array([float(not len(image_boxes)) for image_boxes in self.boxes], dtype=np.float32)
         if "boxes_known" in images.columns:
             self.none[images.boxes_known.eq(False).to_numpy()] = np.nan
         if "none" in images.columns:
@@ -98,7 +98,7 @@ class XrayDataset(Examples):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         pixels, place = self._read_canvas(index, self._choose_kind(key))
-        # Boxes are clipped to the canvas and dropped if less than a pixel of a side remains.
+        # Boxes are clipped to the canvas, and dropped if a side is then shorter than a pixel.
         if self.augmentation is None:
             pixels, boxes = (
                 self.canvas.crop_middle(pixels),
@@ -116,7 +116,7 @@ class XrayDataset(Examples):
         }
 
     def lungs_missed(self) -> int:
-        """Return the number of images used whole because no lungs were found. Computes any that are still unknown."""
+        """Return the number of images used whole because no lungs were found. Searches images not yet processed first."""
         if not self.canvas.needs_mask and "lungs" not in self.canvas_kinds:
             return 0
         for index in np.flatnonzero(self.frame_cache.status == 0).tolist():
@@ -124,11 +124,11 @@ class XrayDataset(Examples):
         return int((self.frame_cache.status == FrameCache.MISSED).sum())
 
     def _choose_kind(self, key: int | tuple[int, int]) -> str:
-        """Return the kind of canvas, one of `canvas_kinds`, of the key."""
+        """Return the kind of canvas for a key, one of `canvas_kinds`."""
         return self.canvas_kinds[derived_seed(self.seed, *key, 2) % len(self.canvas_kinds) if isinstance(key, tuple) else 0]
 
     def _read_canvas(self, index: int, kind: str) -> tuple[np.ndarray, Placement]:
-        """Return the whole canvas of an image, from memory or drawn now, and the image's placement on it."""
+        """Return an image's whole canvas, from the cache or newly drawn, and the image's placement on it."""
         slot = self.canvas_kinds.index(kind) * len(self) + index
         has_slot = slot < len(self.canvas_cache.pixels)
         cached = self.canvas_cache.get(slot) if has_slot else None
@@ -149,7 +149,7 @@ class XrayDataset(Examples):
         return crop(self.make_placement, lungs.frame if kind == "lungs" else None, rows, columns, self.canvas.whole)
 
     def _find_lungs(self, index: int, xray: CachedXray) -> Lungs:
-        """Return the lungs of an image, as the recipe uses them. Frames are cached; masks are large and found again."""
+        """Return an image's lungs as the recipe uses them. Frames are cached; masks are not, because they are large."""
         if not self.canvas.needs_mask and self.frame_cache.status[index]:
             return self.frame_cache.get(index)
         (lungs,) = find_lungs(self.finder, [xray], self.canvas.needs_mask)
@@ -158,9 +158,9 @@ class XrayDataset(Examples):
 
 
 class FrameCache:
-    """In-memory cache, shared by forked workers, of lung frames in original pixels.
+    """In-memory cache of lung frames in original pixels, shared by forked workers.
 
-    `status` (n,) is 0 for an image that was not processed yet, FOUND or MISSED.
+    `status` (n,) is FOUND, MISSED (no lungs), or 0 for an image that was not processed yet.
     """
 
     FOUND, MISSED = 1, 2
@@ -170,7 +170,7 @@ class FrameCache:
         self.status = np.frombuffer(mmap.mmap(-1, max(1, count)), np.uint8)[:count]
 
     def get(self, index: int) -> Lungs:
-        """Return the lungs of an image, without a frame if it has none or was not processed."""
+        """Return the lungs of an image, without a frame if no lungs were found or the image was not processed."""
         return Lungs(self.frames[index].copy() if self.status[index] == self.FOUND else None)
 
     def put(self, index: int, frame: np.ndarray | None) -> None:
@@ -181,24 +181,24 @@ class FrameCache:
 
 
 class CanvasCache:
-    """In-memory cache, shared by forked workers, of canvases, uint8 (side, side), and the original sizes of their images.
+    """In-memory cache of canvases, uint8 (side, side), and their images' original sizes, shared by forked workers.
 
-    Each canvas is stored once for all workers; the system allocates memory as it is filled.
+    Each canvas is stored once for all workers; the system allocates memory as the cache is filled.
     """
 
     def __init__(self, count: int, side: int) -> None:
-        # Anonymous memory, since /dev/shm is small in containers.
+        # Anonymous memory, because /dev/shm is small in containers.
         self.pixels = np.frombuffer(mmap.mmap(-1, max(1, count * side**2)), np.uint8)[: count * side**2]
         self.pixels = self.pixels.reshape(count, side, side)
         self.sizes = np.frombuffer(mmap.mmap(-1, max(8, count * 8)), np.int32)[: count * 2].reshape(count, 2)
 
     def get(self, index: int) -> tuple[np.ndarray, int, int] | None:
-        """Return a canvas, which must not be changed, and the original rows and columns; None if it is not stored."""
+        """Return a canvas, which must not be changed, and its image's original rows and columns; None if not stored."""
         columns, rows = self.sizes[index].tolist()
         return (self.pixels[index], rows, columns) if rows else None
 
     def put(self, index: int, pixels: np.ndarray, rows: int, columns: int) -> None:
-        """Store the canvas of an image of `rows` x `columns` original pixels."""
+        """Store the canvas of an image with an original size of `rows` x `columns` pixels."""
         self.pixels[index] = pixels
         self.sizes[index, 0] = columns
         self.sizes[index, 1] = rows  # last, because it tells other workers that the canvas is complete
@@ -207,8 +207,8 @@ class CanvasCache:
 class EpochSampler(Sampler[tuple[int, int]]):
     """Sampler of keys (epoch, index) in a random order that depends on the seed and the epoch alone.
 
-    The key includes the epoch because persistent workers have their own copy of the data set, whose state they would not
-    update. Lightning calls `set_epoch` before each epoch.
+    The key includes the epoch, because persistent workers have their own copies of the data set, which a change of epoch
+    would not reach. Lightning calls `set_epoch` before each epoch.
     """
 
     def __init__(self, length: int, seed: int) -> None:
@@ -233,14 +233,14 @@ def batches(
     seed: int = 0,
     collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> DataLoader:
-    """Return a loader of batches, which `collate_fn` (default: `collate`) makes of examples.
+    """Return a data loader whose batches `collate_fn` (default: `collate`) makes from examples.
 
-    With `shuffle`, batches have a new order in each epoch, and a last smaller one is dropped. Where several processes train
-    together, process r of n gets the examples r, r + n, ... of each shuffled batch, or of the whole data set in order.
+    With `shuffle`, each epoch has a new order, and an incomplete last batch is dropped. If several processes train together,
+    process r of n gets the examples r, r + n, ... of each batch with `shuffle`, otherwise of the data set.
     """
     (rank, processes), batch_size = data_parallel.rank_and_world_size(), min(batch_size, len(dataset))
     if shuffle:
-        # Drops an incomplete last batch, because batch norm fails on a single image.
+        # An incomplete last batch is dropped, because batch norm fails on a single image.
         sampling: dict[str, Any] = {
             "batch_sampler": data_parallel.SharedBatches(EpochSampler(len(dataset), seed), batch_size)
         }
@@ -255,7 +255,7 @@ def batches(
         # Only forked processes share the canvases in memory.
         multiprocessing_context="fork" if workers else None,
         pin_memory=torch.cuda.is_available(),
-        # A separate generator, since drawing the workers' seeds from the global one would change dropout.
+        # A separate generator, because drawing the workers' seeds from the global generator would change dropout.
         generator=torch.Generator(),
         worker_init_fn=_limit_threads,
     )
@@ -266,12 +266,12 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
 
     `boxes` is a list of n tensors (k, 4).
     """
-    stacked = {name: torch.stack([each[name] for each in examples]) for name in ("pixels", "label", "none")}
-    index = torch.tensor([each["index"] for each in examples])
-    return {**stacked, "boxes": [each["boxes"] for each in examples], "index": index}
+    stacked = {name: torch.stack([example[name] for example in examples]) for name in ("pixels", "label", "none")}
+    index = torch.tensor([example["index"] for example in examples])
+    return {**stacked, "boxes": [example["boxes"] for example in examples], "index": index}
 
 
 def _limit_threads(_: int) -> None:
-    """Limit a worker to one thread: there is a worker per core, and more threads would slow them down."""
+    """Limit a worker to one thread, because there is one worker per core and more threads would be slower."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

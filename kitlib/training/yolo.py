@@ -1,8 +1,8 @@
-"""Training of a YOLO with ultralytics' trainer, on the kit's data set and with the kit's validation score.
+"""Trains a YOLO with ultralytics' trainer, on the kit's data set and with the kit's validation score.
 
-Network, losses, optimiser, schedule, moving average and augmentation are those of ultralytics. Replaced are: image files
-(canvases come from the cache, so that nothing is written or resized again), validation (the score of all detectors),
-checkpoints (tensors instead of pickled modules) and the console output.
+Network, losses, optimiser, schedule, moving average and augmentation are those of ultralytics. The kit replaces image files
+(canvases come from the cache, so that nothing is written or resized again), validation (the same score as for other
+detectors), checkpoints (tensors instead of pickled modules) and the console output.
 """
 
 import logging
@@ -35,30 +35,34 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 DATA = {"names": {0: "opacity"}, "nc": 1, "channels": 3}
-MOSAIC_OFF = 10  # last epochs without mosaic, as in ultralytics; at most a third of the training
+MOSAIC_OFF = 10  # number of last epochs without mosaic, as in ultralytics; at most a third of all epochs
 
 
 class Canvases(YOLODataset):
-    """Adapter that gives ultralytics the canvases, in three equal channels, and the boxes of an `XrayDataset`.
+    """Adapter that makes the canvases (as three equal channels) and boxes of an `XrayDataset` a data set of ultralytics.
 
-    With `augment`, they are those of `epoch`, which the trainer sets, because a recipe may crop differently in each epoch.
+    With `augment`, examples are those of `epoch`, which the trainer sets, because a recipe may crop differently in each
+    epoch.
     """
 
     buffer: list[int]
 
     def __init__(self, examples: XrayDataset, augment: bool, settings: Any) -> None:
         self.examples, self.epoch = examples, 0
-        self.latest: tuple[Any, dict[str, Any]] = (None, {})  # the last example and its key, read once for boxes and pixels
+        self.latest: tuple[Any, dict[str, Any]] = (
+            None,
+            {},
+        )  # last key and example, so that it is read once for boxes and pixels
         super().__init__(
             img_path="", imgsz=examples.side, augment=augment, hyp=settings, data=DATA, batch_size=settings.batch
         )
 
     def get_img_files(self, img_path: str) -> list[str]:
-        """Return the image_ids in place of file names."""
+        """Return the image_ids, which ultralytics uses as file names."""
         return list(self.examples.image_ids)
 
     def get_labels(self) -> list[dict[str, Any]]:
-        """Return the labels of all examples, see `label`."""
+        """Return the labels of all examples (see `label`)."""
         return [self.label(index) for index in range(len(self.examples))]
 
     def label(self, index: int) -> dict[str, Any]:
@@ -77,19 +81,19 @@ class Canvases(YOLODataset):
         }
 
     def example(self, index: int) -> dict[str, Any]:
-        """Return an example of the `XrayDataset`, in `epoch` if this data set augments."""
+        """Return an example of the `XrayDataset`, for the epoch `epoch` if this data set augments."""
         key = (self.epoch, index) if self.augment else index
         if self.latest[0] != key:
             self.latest = key, self.examples[key]
         return self.latest[1]
 
     def get_image_and_label(self, index: int) -> dict[str, Any]:
-        """Return an example with the boxes of this epoch."""
+        """Return an example in ultralytics' format, with the boxes of the current epoch."""
         self.labels[index] = self.label(index)
         return super().get_image_and_label(index)
 
     def load_image(self, i: int, *_: Any, **__: Any) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
-        """Return the canvas (side, side, 3) and its size, twice, as ultralytics expects it."""
+        """Return the canvas (side, side, 3), and its size twice: ultralytics expects the sizes before and after resizing."""
         canvas = self.example(i)["pixels"].numpy()
         if self.augment:  # mosaic draws its other images from this buffer
             self.buffer = [*self.buffer, i][-max(1, self.max_buffer_length) :]
@@ -97,12 +101,12 @@ class Canvases(YOLODataset):
 
 
 class Trainer(DetectionTrainer):
-    """ultralytics' trainer with exact resume: random draws of an epoch depend on the seed and the epoch number alone.
+    """Trainer of ultralytics with exact resume: an epoch's random numbers depend on the seed and the epoch number alone.
 
-    Unlike Lightning, ultralytics accumulates gradients across the end of an epoch, so the checkpoint holds gradients.
+    Unlike Lightning, ultralytics accumulates gradients across the end of an epoch, so the checkpoint contains gradients.
     """
 
-    # Batches since the last optimiser step, and the error of ultralytics' count of them between a resume and the next step.
+    # Batches since the last optimiser step, and the error in ultralytics' count of these from a resume to the next step.
     pending_batches = count_offset = 0
 
     def __init__(
@@ -123,7 +127,7 @@ class Trainer(DetectionTrainer):
         self.folder, self.kit_seed = run_folder / "checkpoints", seed
         self.history: list[dict[str, float]] = []
         self.deadline = deadline
-        self.session_seconds: list[float] = []  # of the epochs of this session
+        self.session_seconds: list[float] = []  # seconds of this session's epochs
         self.resumed_scaler: dict[str, Any] = {}
         self.gradients: dict[str, torch.Tensor] = {}  # accumulated before a resume
         super().__init__(overrides=settings(detector.recipe, self.folder, device, seed, workers))
@@ -148,16 +152,16 @@ class Trainer(DetectionTrainer):
         return Canvases(self.examples[mode], mode == "train", self.args)
 
     def validate(self) -> tuple[dict[str, float], float]:
-        """Return no metrics, and the score of the moving average on the validation images as fitness."""
+        """Return no metrics and, as fitness, the moving average's score on the validation images."""
         average = YoloDetector(self.detector.recipe, self.ema.ema)
         predictions, ground_truth = [], []
         for batch in self.validation_batches:
             predictions += average.predict(batch["pixels"])
-            ground_truth += [each.numpy() for each in batch["boxes"]]
+            ground_truth += [boxes.numpy() for boxes in batch["boxes"]]
         return {}, self.score_function(predictions, ground_truth)
 
     def save_metrics(self, metrics: dict[str, float]) -> None:
-        """Add the epoch to the history, and stop if the training or the session is over."""
+        """Add the epoch to the history, and stop if training is over or another epoch does not fit before the deadline."""
         losses = {name.removeprefix("train/"): value for name, value in metrics.items() if name.startswith("train/")}
         self.session_seconds.append(time.perf_counter() - self.epoch_start)
         self.history.append(
@@ -190,7 +194,9 @@ class Trainer(DetectionTrainer):
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "in_hand": self.pending_batches,
-            "gradients": {name: each.grad for name, each in self.model.named_parameters() if each.grad is not None},
+            "gradients": {
+                name: parameter.grad for name, parameter in self.model.named_parameters() if parameter.grad is not None
+            },
         }
         with replacing(self.last) as temporary_path:
             torch.save(state, temporary_path)
@@ -213,7 +219,7 @@ class Trainer(DetectionTrainer):
 
     @property
     def accumulate(self) -> int:
-        """Batches per optimiser step, corrected for ultralytics' count after a resume."""
+        """Batches per optimiser step, corrected for the error in ultralytics' count after a resume."""
         return self.batches_per_step + self.count_offset
 
     @accumulate.setter
@@ -221,23 +227,23 @@ class Trainer(DetectionTrainer):
         self.batches_per_step = batches
 
     def optimizer_step(self) -> None:
-        """Step, and reset the count of batches since the last step."""
+        """Step the optimiser, and reset the count of batches since the last step."""
         super().optimizer_step()
         self.pending_batches = self.count_offset = 0
 
     def _handle_nan_recovery(self, epoch: int) -> bool:
         if not torch.isfinite(self.loss) or not np.isfinite(self.fitness):
             raise ValueError(
-                f"epoch {epoch + 1}: loss {self.loss.item()}, validation score {self.fitness}: not finite; lower "
+                f"epoch {epoch + 1}: loss {self.loss.item()} or validation score {self.fitness} is not finite; lower "
                 f"learning_rate ({self.args.lr0}), or check that the validation fold has boxes"
             )
         return False
 
     def final_eval(self) -> None:
-        """Do nothing: the strategy predicts with the bundle."""
+        """Do nothing, because the strategy predicts with the bundle."""
 
     def _enable_float16(self, device: torch.device) -> None:
-        # ultralytics' own switch for float16 would first download a pickled model for a test.
+        # Not with ultralytics' own switch for float16, which would first download a pickled model for a test.
         if precision(device) == "16-mixed":
             self.amp, self.scaler = True, torch.amp.GradScaler("cuda")
             self.scaler.load_state_dict(self.resumed_scaler or self.scaler.state_dict())
@@ -251,7 +257,7 @@ class Trainer(DetectionTrainer):
         self.pending_batches += 1
 
     def _begin_epoch(self) -> None:
-        # Restored here, because ultralytics zeroes gradients before the first epoch.
+        # Gradients are restored here, because ultralytics zeroes them before the first epoch.
         for name, gradient in self.gradients.items():
             self.model.get_parameter(name).grad = gradient
         self.gradients = {}
@@ -266,7 +272,7 @@ class Trainer(DetectionTrainer):
 
 
 def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: int, workers: int) -> dict[str, Any]:
-    """Return ultralytics' training arguments for a recipe; others, such as `translate`, keep ultralytics' defaults."""
+    """Return ultralytics' training arguments for a recipe; all others, such as `translate`, keep their defaults."""
     return {
         "task": "detect",
         "model": f"{recipe.backbone}.yaml",
@@ -311,7 +317,7 @@ def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: i
 
 
 class YoloStrategy(DetectorStrategy):
-    """Trains a YOLO with ultralytics, which augments and keeps the moving average itself."""
+    """Trains a YOLO with ultralytics, which does its own augmentation and moving average."""
 
     augments = False
 

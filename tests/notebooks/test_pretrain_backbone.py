@@ -74,7 +74,7 @@ def test_a_session_that_ends_says_how_to_go_on_and_the_next_one_does(run):
     first, second = run.parent / "first", run.parent / "second"
     said = printed(run.parent / "second.ipynb")
     assert f"fold0: resumes from {first / 'fold0'}" in said
-    assert "fold 1 stopped after 0 of 1 epochs: the session ends" in said and "set resume_from to 'second'" in said
+    assert "fold 1 stopped after 0 of 1 epochs, because the session ends" in said and "set resume_from to 'second'" in said
     # The fold that was finished is shown, and nothing takes the run for a whole one.
     assert (second / "figures" / "examples.png").is_file() and not (second / "metrics.json").exists()
     weights = [(each / "fold0" / "bundle" / "weights.safetensors").read_bytes() for each in (first, second, run)]

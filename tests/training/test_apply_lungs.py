@@ -86,7 +86,7 @@ def test_masked_images_are_black_outside_of_the_lungs_and_whole_where_none_were_
 
 
 class Counting:
-    """Counts reads, and fails at one of them."""
+    """Cache that counts reads and raises an error at a chosen read."""
 
     def __init__(self, small, fails_at=None):
         self.small, self.longest_side, self.reads, self.fails_at = small, small.longest_side, [], fails_at
@@ -102,7 +102,7 @@ def test_an_interrupted_run_goes_on_and_ends_alike(run, small, bundle, tmp_path,
     monkeypatch.setattr(module, "IMAGES_PER_FILE", 4)
     with pytest.raises(OSError, match="the disk is gone"):
         apply_lungs(small.images, Counting(small, fails_at=11), bundle, tmp_path, batch_size=2, progress=False)
-    # Eight images are in two complete files; an unfinished part leaves nothing.
+    # Eight images are in two complete files; an incomplete part leaves no files.
     assert len(MaskStore(tmp_path / "masks")) == 8 and not (tmp_path / "tables" / "lungs.parquet").exists()
     counting = Counting(small)
     lungs = apply_lungs(small.images, counting, bundle, tmp_path, batch_size=2, progress=False)
@@ -116,7 +116,7 @@ def test_an_interrupted_run_goes_on_and_ends_alike(run, small, bundle, tmp_path,
 def test_rows_without_their_masks_are_made_again(run, small, bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "IMAGES_PER_FILE", 4)
     applied(small, bundle, tmp_path)
-    # Killed between the rows of the last part and its masks.
+    # As if killed after writing the rows of the last part and before writing its masks.
     sorted((tmp_path / "masks").glob("*.arrow"))[-1].unlink()
     counting = Counting(small)
     pd.testing.assert_frame_equal(apply_lungs(small.images, counting, bundle, tmp_path, progress=False), run[1])

@@ -12,7 +12,7 @@ SIDE = 16
 
 
 def batch(n, seed, stride=None):
-    """A batch in which image i has the grey level 10 i and its own class; each mask has one value."""
+    """Return a batch in which image i has grey level 10 i and its own class; each mask has a single value."""
     torch.manual_seed(seed)
     made = {
         "pixels": (torch.arange(n, dtype=torch.uint8) * 10)[:, None, None].expand(n, SIDE, SIDE).clone(),
@@ -43,7 +43,7 @@ def test_the_sum_of_each_target_stays_and_pixels_hold_the_shares_of_the_labels(n
     assert mixed["label"].sum(dim=0).numpy() == pytest.approx(np.ones(n), abs=1e-5)
     assert mixed["label"].sum(dim=1).numpy() == pytest.approx(np.ones(n), abs=1e-5)
     assert mixed["none"].sum().item() == pytest.approx(before["none"].sum().item(), abs=1e-4)
-    # In MixUp and in CutMix the mean grey level of an image is that of its parts, in the shares of its label.
+    # With MixUp and CutMix, an image's mean grey level is the mean over its parts, weighted by the shares in its label.
     greys = mixed["label"] @ (torch.arange(n) * 10.0)
     assert mixed["pixels"].float().mean(dim=(1, 2)).numpy() == pytest.approx(greys.numpy(), abs=1e-3)
     if stride:
@@ -58,7 +58,7 @@ def test_what_is_unknown_in_either_image_stays_unknown():
         one = batch(2, seed=1)
         one["none"] = torch.tensor([torch.nan, 1.0])
         one["label"][0] = torch.nan
-        # By chance each image is mixed with the other one or with itself.
+        # Each image is mixed at random with the other image or with itself.
         for seed in range(4):
             torch.manual_seed(seed)
             mixed = mix_batch(one, *alphas)
@@ -68,7 +68,7 @@ def test_what_is_unknown_in_either_image_stays_unknown():
 
 
 def test_the_shares_are_betas():
-    # Of Beta(a, a) the mean is 1/2 and the variance 1 / (4 (2 a + 1)).
+    # Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)).
     for alpha in (0.2, 1.0):
         torch.manual_seed(0)
         shares = []

@@ -84,7 +84,7 @@ def test_each_epoch_unfreezes_one_more_stage(tmp_path, starting_weights):
         LEARNING, epochs=3, patience=3, frozen_backbone=True, unfreeze_every=1, starting_weights=starting_weights
     )
     train(tmp_path, recipe)
-    # The last epoch's weights, since the best ones may be of an earlier epoch.
+    # Checks the last epoch's weights, because the best weights may be from an earlier epoch.
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     torch.manual_seed(3)
     before = StudyClassifier(RECIPE).backbone.state_dict()
@@ -103,14 +103,14 @@ def test_starting_weights_that_lack_tensors_of_a_frozen_backbone_are_refused(tmp
     )
     recipe = override(LEARNING, frozen_backbone=True, starting_weights=str(tmp_path / "half.safetensors"))
     with pytest.raises(
-        ValueError, match=r"half\.safetensors lacks \d+ tensors of the frozen test_resnet, first backbone\.layer4"
+        ValueError, match=r"half\.safetensors lacks \d+ tensors of the frozen test_resnet; the first is backbone\.layer4"
     ):
         train(tmp_path / "run", recipe)
 
 
 def test_weights_of_another_backbone_are_refused_and_the_number_of_random_tensors_is_reported(tmp_path):
     whole = StudyClassifier(RECIPE).backbone.state_dict()
-    # Of test_resnet's 372,688 parameters layer4 has 267,840 and layer1's first convolution 9,216.
+    # test_resnet has 372,688 parameters, of which layer4 has 267,840 and layer1's first convolution 9,216.
     for name, left_out in (("little", "layer4"), ("most", "layer1.0.conv1")):
         kept = {key: value for key, value in whole.items() if not key.startswith(left_out)}
         save_file(kept, tmp_path / f"{name}.safetensors")
@@ -123,10 +123,11 @@ def test_weights_of_another_backbone_are_refused_and_the_number_of_random_tensor
         lambda path: FindingsClassifier(FindingsRecipe(backbone="test_resnet", hidden=8, starting_weights=path), ["Mass"]),
     ):
         with pytest.raises(
-            BundleError, match=r"little\.safetensors lacks 72% of the parameters of test_resnet, first backbone\.layer4"
+            BundleError,
+            match=r"little\.safetensors lacks 72% of the parameters of test_resnet; the first .* is backbone\.layer4",
         ):
             started(make, "little")
-        # The convolution and the head's two layers.
+        # Random are the convolution and the head's two layers.
         assert started(make, "most").endswith(f"most.safetensors: {len(whole) - 1} tensors, 5 left random")
 
 

@@ -1,4 +1,4 @@
-"""Two processes that train one model: one validation score, and errors that name their cause."""
+"""Two processes that train one model have one validation score, and their errors state the cause."""
 
 import pytest
 

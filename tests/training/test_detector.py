@@ -71,7 +71,7 @@ def test_a_run_leaves_what_later_stages_read(uninterrupted):
     assert set(detections.image_id) <= set(fold.id) and set(detections.model) == {"small"} and set(detections.fold) == {1}
     assert detections[["xmin", "ymin"]].min().min() >= 0  # cut at the edges of the original image
     assert detections.xmax.max() <= COLUMNS and detections.ymax.max() <= ROWS
-    # The table coverage includes images without a detection.
+    # The `coverage` table includes images without a detection.
     coverage = read_table("coverage", folder / "tables" / "coverage.parquet")
     expected = pd.DataFrame({"image_id": fold.id, "model": "small", "fold": 1}).reset_index(drop=True)
     pd.testing.assert_frame_equal(coverage, expected)
@@ -81,7 +81,7 @@ def test_a_run_leaves_what_later_stages_read(uninterrupted):
     assert record["classes"] == ["opacity"] and record["fold"] == 1 and record["longest_side"] == 50
     assert record["validation"]["score"] == pytest.approx(uninterrupted.metrics["best"]["score"])
     assert uninterrupted.history.epoch.tolist() == [1, 2]
-    # 8 images in the fold, 6 with a box; as many in the other.
+    # Each fold has 8 images, 6 of them with a box.
     counts = [uninterrupted.metrics[name] for name in ("train_images", "train_images_with_boxes", "validation_images")]
     assert counts == [8, 6, 8]
     assert (folder / "figures" / "curves.png").is_file() and not list(folder.rglob("*.pt"))
@@ -94,7 +94,7 @@ def pooled_precision(small, found):
 
 
 def test_the_out_of_fold_boxes_have_the_score_that_chose_the_epoch(uninterrupted):
-    # The same images by another path: prediction loads the bundle, draws its own canvases and returns original pixels. A
+    # Prediction is independent of validation: it loads the bundle, draws its own canvases and returns original pixels. A
     # stretched canvas has no padding in which boxes are clipped, and IoU does not depend on the scale of an axis.
     again = pooled_precision(SmallXrays(16), uninterrupted.tables["detections"])
     assert again == pytest.approx(uninterrupted.metrics["best"]["score"], abs=1e-6)
@@ -112,7 +112,7 @@ def test_a_detector_is_validated_on_the_canvas_that_it_predicts_on(tmp_path, mon
 
     monkeypatch.setattr(Strategy, "validation_batches", noted)
     run = train(tmp_path, override(RECIPES[family], epochs=1, inference_size=64))
-    # Four times the pixels of training: a quarter of the eight images of a validation batch.
+    # With four times as many pixels as in training, a validation batch has a quarter of the eight images.
     assert sizes == [2]
     assert pooled_precision(SmallXrays(16), run.tables["detections"]) == pytest.approx(
         run.metrics["best"]["score"], abs=1e-6
@@ -180,7 +180,7 @@ def test_a_faster_rcnn_gathers_batches_into_a_step(tmp_path, nominal_batch, step
 
 
 def test_patience_ends_a_run_and_the_best_epoch_is_kept(tmp_path):
-    # Nothing is learnt at this rate, so the first epoch stays the best.
+    # The model learns nothing at this rate, so the first epoch stays the best.
     for family, recipe in RECIPES.items():
         run = train(tmp_path / family, override(recipe, epochs=9, patience=1, learning_rate=1e-12))
         assert (run.metrics["epochs"], run.metrics["best_epoch"]) == (2, 1), family
@@ -188,14 +188,14 @@ def test_patience_ends_a_run_and_the_best_epoch_is_kept(tmp_path):
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
-    """A Faster R-CNN that finds white blocks. At twice this learning rate some random starts learn nothing."""
+    """Faster R-CNN that learns to find white blocks. At twice this learning rate, some random starts learn nothing."""
     return train(tmp_path_factory.mktemp("taught"), override(FASTER_RCNN, image_size=64, epochs=20), SmallXrays(32))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", list(RECIPES))
 def test_training_learns_a_white_block(tmp_path, family, request):
-    # One box at one place in three of four images; predicting it everywhere earns an AP of 0.75.
+    # Three of four images have the same box; predicting it for every image has an AP of 0.75.
     if family == "faster_rcnn":
         run = request.getfixturevalue("taught")
     else:
@@ -222,7 +222,7 @@ def test_a_fold_without_boxes_is_refused(tmp_path):
     small = SmallXrays(16)
     fold = small.fold_table.id[small.fold_table.fold == 1]
     small.boxes = small.boxes[~small.boxes.image_id.isin(fold)]
-    with pytest.raises(ValueError, match="none of the 8 images of the validation fold 1 has a box"):
+    with pytest.raises(ValueError, match="none of the 8 images in the validation fold 1 has a box"):
         train(tmp_path, FASTER_RCNN, small)
 
 
@@ -355,16 +355,16 @@ def test_a_yolo_on_either_resumes_bit_for_bit(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("recipe", "changes", "message"),
     [
-        (YOLO, {"sharpen_p": 0.5, "ema_decay": 0.9}, r"yolov8n is a yolo, which has no ema_decay \(.* 0\.0\), sharpen_p"),
-        (YOLO, {"schedule": "plateau"}, r"yolov8n is a yolo, which has no schedule \(leave it at 'cosine'\)"),
-        (YOLO, {"schedule_every": 0}, r"schedule_every \(leave it at 1\); only faster_rcnn has these fields"),
+        (YOLO, {"sharpen_p": 0.5, "ema_decay": 0.9}, r"a yolo, which does not use ema_decay \(.* 0\.0\), sharpen_p"),
+        (YOLO, {"schedule": "plateau"}, r"yolov8n is a yolo, which does not use schedule \(leave it at 'cosine'\)"),
+        (YOLO, {"schedule_every": 0}, r"schedule_every \(leave it at 1\); only faster_rcnn uses these fields"),
         (YOLO, {"fpn_channels": 32}, r"fpn_channels \(leave it at 256\)"),
         (
             FASTER_RCNN,
             {"mosaic": 1.0, "zoom": 0.2},
-            r"is a faster_rcnn, which has no mosaic \(.* 0\.0\), zoom \(.* 0\.5\)",
+            r"is a faster_rcnn, which does not use mosaic \(.* 0\.0\), zoom \(.* 0\.5\)",
         ),
-        (FASTER_RCNN, {"width": 0.5}, r"width \(leave it at 1\.0\); only yolo has these fields"),
+        (FASTER_RCNN, {"width": 0.5}, r"width \(leave it at 1\.0\); only yolo uses these fields"),
     ],
 )
 def test_a_setting_of_the_other_family_is_refused_when_the_recipe_is_made(recipe, changes, message):

@@ -46,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class SmallFindings(SmallXrays):
-    """Two findings per study, each the opposite of the other; the last patient's images are the test images."""
+    """Data set with two opposite findings per study, of which one is true; the last patient's images are test images."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -85,7 +85,7 @@ def test_a_run_leaves_a_bundle_and_the_scores_of_unseen_images(uninterrupted):
 
 
 def test_the_out_of_fold_table_has_the_score_that_chose_the_epoch(uninterrupted):
-    # The same images through another path: bundle from disk, prediction's own canvases.
+    # Prediction is independent of validation: it loads the bundle from disk and draws its own canvases.
     small, scores = SmallFindings(32), uninterrupted.tables["class_scores"]
     studies = small.images.set_index("image_id").study_id[scores.image_id]
     truth = small.labels.set_index("id").loc[studies, FINDINGS].to_numpy()
@@ -142,7 +142,9 @@ def test_exclusive_classes_have_probabilities_that_sum_to_one(tmp_path):
     assert run.tables["class_scores"][FINDINGS].sum(axis=1).to_numpy() == pytest.approx(np.ones(12), abs=1e-6)
     several = SmallFindings(32)
     several.labels.loc[0, FINDINGS] = 1.0
-    with pytest.raises(ValueError, match=r'1 labels do not sum to 1, first study000; .*"multi_label": true'):
+    with pytest.raises(
+        ValueError, match=r'1 rows of labels do not sum to 1; the first is for study000\. .*"multi_label": true'
+    ):
         train(tmp_path / "several", several, recipe=override(RECIPE, multi_label=False))
 
 
@@ -161,7 +163,7 @@ def test_a_learner_of_exclusive_classes_learns_and_predicts_its_training_images_
     assert set(run.tables["training_scores"].image_id) == set(small.fold_table.id[small.fold_table.fold != 1])
     assert not set(run.tables["training_scores"].image_id) & set(run.tables["class_scores"].image_id)
     assert run.metrics["classes_without_images"] == {"training": [], "validation": []}
-    # The kept epoch's score, computed again from the table: an image's class is the most probable one.
+    # The kept epoch's score is recomputed from the table: an image's class is the most probable class.
     studies = small.images.set_index("image_id").study_id[run.tables["class_scores"].image_id]
     truth = small.labels.set_index("id").loc[studies, FINDINGS].to_numpy()
     again = exclusive_scores(truth, run.tables["class_scores"][FINDINGS].to_numpy(), FINDINGS, "macro_f1")
@@ -185,7 +187,7 @@ def test_a_class_without_images_is_reported_and_left_out_of_the_score(tmp_path):
 
 
 def test_settings_that_do_not_fit_the_classes_are_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match=r"judged_by='macro_f1': only for classes .* set multi_label=False"):
+    with pytest.raises(ValueError, match=r"judged_by='macro_f1': valid only if .* set multi_label=False"):
         train(tmp_path, recipe=override(RECIPE, judged_by="macro_f1"))
     small = SmallFindings(32)
     small.labels["Edema"] = 0.0
@@ -195,7 +197,7 @@ def test_settings_that_do_not_fit_the_classes_are_refused_before_anything_is_wri
 
 
 class OneBatch:
-    """Stands in for a validation data set: the labels of four images."""
+    """Fake validation data set with the labels of four images."""
 
     label = np.eye(2)[[0, 1, 1, 1]]
 
@@ -279,7 +281,7 @@ def test_test_images_of_trained_patients_are_not_predicted(tmp_path, caplog):
         run = train(tmp_path, small, recipe=override(RECIPE, epochs=1))
     assert run.tables["test_scores"].image_id.tolist() == small.image_ids[29:]
     assert (
-        "1 test images are not predicted, because the model is trained on other images of their patients, first image028"
+        "1 test images are not predicted, because the model is trained on other images of their patients; the first is image"
         in caplog.text
     )
 
@@ -289,7 +291,7 @@ def test_an_untrainable_task_is_refused_before_anything_is_written(tmp_path):
         train(tmp_path, recipe=override(RECIPE, frozen_backbone=True))
     leaking = SmallFindings(32)
     leaking.fold_table = SmallXrays(32).fold_table
-    with pytest.raises(ValueError, match="4 images of the split 'test' are in folds, first image028"):
+    with pytest.raises(ValueError, match="4 images in the split 'test' are in folds; the first is image028"):
         train(tmp_path, leaking)
     assert not list(tmp_path.iterdir())
 

@@ -41,9 +41,9 @@ def test_limits_keep_patients_whole(limit, seed):
 
 def test_an_impossible_split_raises_an_error_that_lists_the_folds():
     small = SmallXrays(16)
-    with pytest.raises(ValueError, match=r"fold 7 leaves no images.*folds: \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"fold 7 leaves no images.*available folds: \[0, 1\]"):
         split(small.images, small.fold_table, 7, seed=0)
-    with pytest.raises(ValueError, match="1 images of the folds are not in the table images, first image000"):
+    with pytest.raises(ValueError, match="1 images in folds are not in the `images` table; the first is image000"):
         split(small.images[1:], small.fold_table, 0, seed=0)
 
 
@@ -67,7 +67,7 @@ def test_a_run_folder_belongs_to_one_run(tmp_path):
 
 
 def test_a_folder_without_a_checkpoint_is_taken_over_by_another_run(tmp_path):
-    # A training that failed within its first epoch, such as by a wrong value, is started again with the right value.
+    # Training that failed within its first epoch, for example because of a wrong value, can start again with another value.
     wrong, right = {"fold": 0, "recipe": {"epochs": 3}}, {"fold": 0, "recipe": {"epochs": 5}}
     assert open_run(tmp_path, wrong, resume=True) is False
     (tmp_path / "checkpoints" / ".last.ckpt.half").touch()
@@ -79,7 +79,7 @@ def test_a_folder_without_a_checkpoint_is_taken_over_by_another_run(tmp_path):
 
 
 def begin(folder, identity):
-    """Make a run with a completed epoch."""
+    """Create a run folder with one completed epoch."""
     assert open_run(folder, identity, resume=True) is False
     (folder / "checkpoints" / "last.ckpt").touch()
 
@@ -92,7 +92,7 @@ def test_curves_show_what_was_logged(tmp_path):
 
 
 def renamed(small, columns=("image_id", "study_id", "patient_id"), prefix="x"):
-    """Return the same images as extra images, with other names in `columns`."""
+    """Return the images as extra images, with new ids in `columns`."""
     images = small.images.assign(**{column: prefix + small.images[column] for column in columns})
     labels, boxes = small.labels, small.boxes
     if "study_id" in columns:
@@ -129,7 +129,9 @@ def test_extra_images_are_trained_on_and_read_from_their_own_cache():
 @pytest.mark.parametrize("shared", ["image_id", "study_id", "patient_id"])
 def test_extra_images_that_are_validated_on_are_refused(shared):
     others = [column for column in ("image_id", "study_id", "patient_id") if column != shared]
-    with pytest.raises(ValueError, match=f"8 of 16 extra images are validated on, by {shared}, first '{shared[:5]}"):
+    with pytest.raises(
+        ValueError, match=f"8 of 16 extra images have the same {shared} as validation images; .* '{shared[:5]}"
+    ):
         joined(SmallXrays(16), renamed(SmallXrays(16), others))
 
 
@@ -137,21 +139,21 @@ def test_extra_images_that_are_trained_on_already_are_refused_and_false_none_one
     small, extra = SmallXrays(16), renamed(SmallXrays(16))
     train, _ = split(small.images, small.fold_table, 0, seed=0)
     again = ExtraImages(train, small.labels, small.boxes, small)
-    with pytest.raises(ValueError, match="8 of 8 extra images are trained on already, by image_id, first 'image008'"):
+    with pytest.raises(ValueError, match=r"8 of 8 extra images have the same image_id as training images; .* 'image008'"):
         joined(small, again)
     marked = ExtraImages(extra.images.assign(false_none=[True] * 12 + [False] * 4), extra.labels, extra.boxes, extra.cache)
     assert len(joined(small, marked)[0]) == 8 + 4
 
 
 def test_extra_tables_do_not_change_other_images(caplog):
-    # A stray box and a label of another data set's classes must not reach what is validated.
+    # A box and a label of the extra run for other images must not be added to validation images.
     small, extra = SmallXrays(16), renamed(SmallXrays(16))
     stray = pd.concat([extra.boxes, small.boxes], ignore_index=True)
     opacity = extra.labels[["id"]].assign(opacity=1.0)
     _, labels, boxes, _ = joined(small, ExtraImages(extra.images, opacity, stray, extra.cache))
     assert len(boxes) == 2 * len(small.boxes) and not boxes.duplicated().any()
     assert list(labels.columns) == ["id", *STUDY_CLASSES] and labels.iloc[len(small.labels) :, 1:].isna().all(axis=None)
-    assert "no labels of negative, typical, indeterminate, atypical" in caplog.text
+    assert "no labels for negative, typical, indeterminate, atypical" in caplog.text
 
 
 def identity(extra=None, lungs=None):

@@ -94,7 +94,7 @@ def test_patience_and_epochs_end_a_training(scores, best, over):
     best_kept = override(RECIPE, epochs=5, patience=2)
     assert find_kept_epoch(rows(*scores), best_kept) == best
     assert is_over(rows(*scores), best_kept) is over
-    # The last epoch is kept whatever its score, and no training stops early.
+    # The last epoch is kept regardless of its score, and training never stops early.
     last = override(best_kept, keep="last")
     assert find_kept_epoch(rows(*scores), last) == len(scores) - 1
     assert is_over(rows(*scores), last) is (len(scores) == 5)
@@ -124,7 +124,7 @@ def test_momentum_is_the_recipes():
 
 
 def test_adam_steps_as_kingma_and_ba_have_it():
-    # Algorithm 1 of 2015, decay added to the gradient: what Patched FLANNEL's code trains with.
+    # Adam's algorithm 1 (2015) with weight decay added to the gradient, as Patched FLANNEL's code uses it.
     layer = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(layer.weight)
     optimizer = make_optimizer(layer, override(RECIPE, optimizer="adam", learning_rate=0.1, weight_decay=0.5))
@@ -151,7 +151,7 @@ PLATEAU = override(RECIPE, schedule="plateau", plateau_epochs=1)
         ([0.5, 0.6, 0.6, 0.6, 0.6, 0.6], [1, 1, 1, 1, 0.1, 0.1, 0.01]),
         # A better score resets the count.
         ([0.5, 0.4, 0.6, 0.5, 0.7, 0.6, 0.6], [1, 1, 1, 1, 1, 1, 1, 0.1]),
-        # The best so far counts, not the one before.
+        # Scores are compared with the best score so far, not with the previous score.
         ([0.9, 0.1, 0.2, 0.3], [1, 1, 1, 0.1, 0.1]),
     ],
 )
@@ -167,12 +167,12 @@ def test_each_plateau_is_counted_from_the_previous_one(scores, patience):
         best, bad = (score, 0) if score > best else (best, bad + 1)
         if bad > patience:
             factor, bad = factor / 10, 0
-    # torch's own rate ends at 1e-8, below which nothing moves.
+    # ReduceLROnPlateau does not change the rate by less than 1e-8.
     assert plateau_factor(scores, override(PLATEAU, plateau_epochs=patience)) == pytest.approx(max(factor, 1e-8), rel=1e-6)
 
 
 class Staged(torch.nn.Module):
-    """A frozen backbone of two stages with rates of their own, and a head."""
+    """Model with a frozen backbone of two stages, each with its own rate, and a head."""
 
     def __init__(self):
         super().__init__()
@@ -206,7 +206,7 @@ def test_the_nominal_batch_is_rounded_to_whole_batches(batch, nominal, gathered)
 
 
 class Slope(RecipeTraining):
-    """y = w x; records the weight before each training step and the validated weight."""
+    """Model y = w x that records its weight before each training step, and the validated weight."""
 
     def __init__(self, recipe, dies_at=None):
         super().__init__(torch.nn.Linear(1, 1, bias=False), recipe)
@@ -278,7 +278,7 @@ def test_a_resumed_moving_average_with_gathered_batches_equals_an_uninterrupted_
     with pytest.raises(ConnectionError):
         train_slope(tmp_path / "cut", averaged, dies_at=dies_at)
     resumed, again = train_slope(tmp_path / "cut", averaged)
-    # The epochs after the break: the checkpoint before it holds the average, its step and the momentum.
+    # Epochs after the interruption: the last checkpoint before it holds the average, its step and the momentum.
     assert resumed.judged_weights == whole.judged_weights[-len(resumed.judged_weights) :]
     assert len(resumed.judged_weights) == 4 - dies_at[0]
     assert again.history.score.tolist() == fitted.history.score.tolist()
@@ -317,7 +317,7 @@ def test_a_resumed_step_schedule_equals_an_uninterrupted_one_and_its_closed_form
 
 
 class FixedScores(Slope):
-    """A training whose validation logs fixed scores."""
+    """Training module whose validation logs fixed scores."""
 
     scores = (0.5, 0.6, 0.6, 0.4, 0.6, 0.5)
 

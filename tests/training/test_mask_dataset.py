@@ -23,7 +23,7 @@ from kitlib.xrays.cache import CachedXray
 from kitlib.xrays.mask_store import MaskStore
 from tests.small_masks import COLUMNS, ROWS, SmallMasks
 
-# No augmentation at all.
+# Recipe without augmentation.
 STILL = SegmenterRecipe(
     image_size=64,
     rotate_degrees=0.0,
@@ -34,7 +34,7 @@ STILL = SegmenterRecipe(
     blur_p=0.0,
     noise_p=0.0,
 )
-# All geometric transforms, and no change of grey levels.
+# Recipe with all geometric transforms, but without changes of grey levels.
 MOVING = override(
     STILL,
     horizontal_flip=0.5,
@@ -124,7 +124,7 @@ def test_a_seed_decides_all_and_the_arguments_stay(name):
     before = pixels.copy(), truth.copy()
     augmentation, other = (MaskAugmentation(RECIPES[name]) for _ in range(2))
     first = [augmentation(pixels, truth, seed) for seed in range(4)]
-    # With another object, in another order.
+    # Read from another object, in another order.
     again = [other(pixels, truth, seed) for seed in reversed(range(4))][::-1]
     for (one, its), (two, theirs) in zip(first, again, strict=True):
         assert np.array_equal(one, two) and np.array_equal(its, theirs)
@@ -271,7 +271,7 @@ def test_workers_give_what_the_process_itself_gives(small):
 def test_images_without_a_mask_are_an_error_before_training_begins(small, tmp_path):
     some = MaskStore(tmp_path)
     some.add({image_id: small.masks.read(image_id) for image_id in small.image_ids[:4]})
-    with pytest.raises(MaskError, match=f"2 of 6 images have no mask in {tmp_path}, first chest004"):
+    with pytest.raises(MaskError, match=f"2 of 6 images have no mask in {tmp_path}; the first is chest004"):
         MaskDataset(small.images, small, some, STILL)
     assert len(MaskDataset(pd.DataFrame({"image_id": small.image_ids[:4]}), small, some, STILL)) == 4
 
@@ -297,16 +297,18 @@ def test_masks_without_sides_are_refused_by_a_recipe_with_sides():
     codes = np.zeros((60, 40), np.uint8)
     codes[10:20, 10:20] = MASK_CODES["lungs"]
     with pytest.raises(
-        MaskError, match=r"mask of a does not distinguish left .*: heart, left_lung, right_lung; .*\[\"lungs\"\]"
+        MaskError, match=r"mask of a does not distinguish left .* heart, left_lung, right_lung do; .*\[\"lungs\"\]"
     ):
         on(codes, override(STILL, **SIDES))
-    # An empty mask has no lungs whose sides could be unknown.
+    # An empty mask is valid, because it has no lungs that left and right would have to be known for.
     assert not on(codes * 0, override(STILL, **SIDES)).any()
 
 
 def test_a_mask_of_another_size_is_refused():
     image = xray()
-    with pytest.raises(MaskError, match=r"mask of a has \(60, 41\) pixels, its image \(60, 40\); prepare the data again"):
+    with pytest.raises(
+        MaskError, match=r"mask of a has \(60, 41\) pixels, but its image has \(60, 40\); prepare the data again"
+    ):
         truth_on_canvas(np.zeros((60, 41), np.uint8), letterbox(600, 400, 64), STILL, image)
 
 

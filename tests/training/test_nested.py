@@ -30,7 +30,7 @@ def answers(ids, fold, score):
 
 
 def trained_on(task, fold, run_folder):
-    """Stands in for a training: scores fold / 10 for validation images, fold / 10 + 0.5 for test images."""
+    """Replace training by fixed scores: fold / 10 for validation images, fold / 10 + 0.5 for test images."""
     images, folds = task.tables["images"], task.tables["folds"]
     seen = folds.id[folds.fold != fold]
     test = images.image_id[images.split == "test"]
@@ -106,7 +106,7 @@ def test_each_row_has_the_fold_and_the_outer_fold_of_its_model(tmp_path, split):
     }
     found = gather_scores(trained, FOLDS)
     own = found.nested.image_id.map(FOLDS.set_index("id").fold)
-    # 6 models of 12 images each: 4 out of fold, 4 of the outer fold, 4 that it was trained on.
+    # 6 models predict 12 images each: 4 out of fold, 4 of the outer fold, 4 that the model was trained on.
     assert len(found.nested) == 6 * 12
     for rows, count, score in (
         (found.nested.fold == own, 24, found.nested.fold / 10),

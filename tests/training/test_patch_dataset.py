@@ -19,7 +19,7 @@ RECIPE = PatchRecipe(backbone="test_resnet", channels=1, canvas=60, image_size=1
 
 
 class Finder:
-    """Finds the right half of every image except those of `missed`; `asked` lists the image_ids it was called with."""
+    """Finder of the right half of every image except those in `missed`; `asked` lists the image_ids it was called with."""
 
     def __init__(self, missed=()):
         self.missed, self.asked = missed, []

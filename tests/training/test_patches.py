@@ -57,19 +57,19 @@ def test_a_run_leaves_a_bundle_of_patches_and_scores_of_images(uninterrupted):
     small, folder, metrics = SmallXrays(32), uninterrupted.run_folder, uninterrupted.metrics
     scores = read_table("class_scores", folder / "tables" / "class_scores.parquet")
     assert set(scores.image_id) == set(small.fold_table.id[small.fold_table.fold == 1]) and len(scores) == 16
-    # Votes of four patches: quarters.
+    # Votes of four patches are multiples of a quarter.
     np.testing.assert_array_equal(4 * scores[CLASSES], (4 * scores[CLASSES]).round())
     assert scores[CLASSES].sum(axis=1).tolist() == [1.0] * 16
     record, weights = read_bundle(folder / "bundle")
     assert record["family"] == "patches" and record["classes"] == CLASSES and weights["head.1.weight"].shape[0] == 4
     assert metrics["recipe"]["patch_score"] == record["recipe"]["patch_score"] == "votes"
-    # image003 is trained on, image010 is not, and both are predicted, as `in_sample` asks.
+    # image003 is a training image, image010 is not; with `in_sample` both are predicted.
     assert metrics["lungs_missed"] == {"training": 1, "predicted": 2}
     assert set(uninterrupted.tables["training_scores"].image_id) == set(small.fold_table.id[small.fold_table.fold == 0])
 
 
 def test_the_out_of_fold_table_has_the_score_that_chose_the_epoch(uninterrupted):
-    # Validation and prediction have the same patches; prediction loads the bundle and draws its own canvases.
+    # Validation and prediction use the same patches; prediction loads the bundle and draws its own canvases.
     small, scores = SmallXrays(32), uninterrupted.tables["class_scores"]
     studies = small.images.set_index("image_id").study_id[scores.image_id]
     truth = small.labels.set_index("id").loc[studies, CLASSES].to_numpy()

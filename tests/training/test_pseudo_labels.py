@@ -24,7 +24,7 @@ PLAIN = FusionSettings()
 
 
 def images_of(*rows):
-    """Rows of image_id, study_id, patient_id."""
+    """Return an `images` table from rows of image_id, study_id and patient_id."""
     table = pd.DataFrame(rows, columns=["image_id", "study_id", "patient_id"])
     return table.assign(path="", rows=1000, columns=1000, source="test", view="")
 
@@ -98,7 +98,7 @@ def test_near_duplicates_are_found_across_two_caches():
     theirs = images_of(("theirs", "t", "q"), ("else", "u", "r")), Cache(theirs=copy, **{"else": other})
     groups = duplicate_groups([mine, theirs]).set_index("image_id")["group"]
     assert groups["mine"] == groups["theirs"] != groups["else"]
-    with pytest.raises(ValueError, match="1 of 3 images are not decoded, first mine"):
+    with pytest.raises(ValueError, match="1 of 3 images are not decoded; the first is mine"):
         duplicate_groups([(mine[0], Cache()), theirs])
 
 
@@ -107,7 +107,7 @@ ONE, FAR = (100.0, 100.0, 500.0, 500.0), (600.0, 600.0, 900.0, 900.0)
 
 
 def predictions(boxes=(), coverage=(("d", 0),), none=(0.2, 0.6)):
-    """Models c of folds 0 and 1 predict `none` and half of the remainder as typical; detectors find `boxes`."""
+    """Return predictions: models c of folds 0 and 1 predict `none`, half of the rest as typical; detectors find `boxes`."""
     rows = [(name, "c", fold, p, (1 - p) / 2, (1 - p) / 4, (1 - p) / 4, p) for name in "abcd" for fold, p in enumerate(none)]
     probabilities = pd.DataFrame(rows, columns=["image_id", "model", "fold", *STUDY_CLASSES, "none"])
     looked = pd.DataFrame([(name, *model) for name in "abcd" for model in coverage], columns=["image_id", "model", "fold"])

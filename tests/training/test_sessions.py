@@ -31,12 +31,12 @@ from tests.training.test_loop import FLAT, train_slope
 
 EPOCHS = 3
 MIXED = {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1, "ema_decay": 0.9, "nominal_batch": 8}
-# Data, recipe with the options that the family has, and the tables of predictions.
+# Per family: data, a recipe with the options that it supports, and its tables of predictions.
 FAMILIES = {
     "study": (SmallXrays, override(RECIPE, **MIXED, segmentation=0.5), ("study_scores", "image_scores")),
     "findings": (SmallFindings, override(FINDINGS, **MIXED), ("class_scores", "test_scores")),
     "faster_rcnn": (SmallXrays, override(FASTER_RCNN, ema_decay=0.9, nominal_batch=8), ("detections",)),
-    # Three batches per step and two per epoch: at the end of an epoch there are accumulated gradients.
+    # With three batches per step and two per epoch, gradients are accumulated across the end of an epoch.
     "yolo": (SmallXrays, override(YOLO, nominal_batch=12), ("detections",)),
 }
 
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class EndsAfter(Deadline):
-    """A deadline after a number of epochs: it is checked before the first epoch and after each."""
+    """Deadline after a number of epochs, which is checked before the first epoch and after each epoch."""
 
     def __init__(self, epochs):
         super().__init__(1.0)
@@ -99,7 +99,7 @@ def as_input(run):
 
 
 def new_session():
-    """Set another random state, as in a new process."""
+    """Change the random state, as in a new process."""
     torch.manual_seed(12345)
     np.random.seed(12345)  # noqa: NPY002
 
@@ -139,7 +139,7 @@ def test_a_finished_training_needs_no_time_for_another_epoch(tmp_path, uninterru
 def test_another_epoch_must_fit_with_half_its_length_to_spare():
     deadline = Deadline(100.0)
     assert epoch_fits(None, [1e9]) and epoch_fits(deadline, [])
-    # 1.5 times the longest one, not the last: 90 of the 100 seconds, and 105
+    # 1.5 times the longest epoch, not the last: 90 of the 100 seconds, and 105
     assert epoch_fits(deadline, [60.0, 10.0]) and not epoch_fits(deadline, [70.0, 10.0])
     assert not epoch_fits(Deadline(1.0, started=time.monotonic() - 2), [])
 
@@ -245,7 +245,7 @@ def test_an_earlier_session_does_not_overwrite_a_later_one(tmp_path):
     with pytest.raises(SessionOver):
         train("study", run / "fold1", deadline=EndsAfter(2))
     further = contents(run)
-    assert continue_from(first, run) == [f"fold1: not copied, the one in {first} is no further"]
+    assert continue_from(first, run) == [f"fold1: not copied, because it has no more epochs in {first} than in {run}"]
     assert contents(run) == further
     assert continue_from(run, first) == [f"fold1: resumes from {run / 'fold1'}"]
     assert not list(first.glob(".*"))
@@ -283,7 +283,7 @@ def test_starting_weights_are_identified_by_content_and_not_by_path(tmp_path, un
     assert find_starting_weights(elsewhere) == elsewhere
     with pytest.raises(SessionOver, match="after 2 of 3 epochs"):
         train("study", run, recipe=starting(starting_weights=str(elsewhere)), deadline=EndsAfter(1))
-    # Other weights at the first path.
+    # Writes other weights to the first path.
     record, weights = read_bundle(elsewhere)
     stated = {key: record[key] for key in STATED}
     save_bundle(begun, {name: weight + 1 for name, weight in weights.items()}, stated)

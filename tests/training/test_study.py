@@ -60,7 +60,7 @@ def test_a_run_leaves_what_later_stages_read(uninterrupted):
 
 
 def test_the_out_of_fold_tables_have_the_score_that_chose_the_epoch(uninterrupted):
-    # The same images by another path: prediction loads the bundle, draws its own canvases and averages over studies.
+    # Prediction is independent of validation: it loads the bundle, draws its own canvases and averages over studies.
     small = SmallXrays(32)
     studies, images = uninterrupted.tables["study_scores"], uninterrupted.tables["image_scores"]
     truth = small.labels.set_index("id").loc[studies.study_id, list(STUDY_CLASSES)].to_numpy()
@@ -170,7 +170,7 @@ def test_training_learns_starts_from_a_bundle_and_freezes(tmp_path, caplog):
 
 
 class Renamed(SmallXrays):
-    """The same images with other names: `extra003` for `image003`, with other patients and studies."""
+    """Copies of the images with new ids, such as `extra003` for `image003`, and with other patients and studies."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -220,7 +220,7 @@ def test_a_run_on_lung_crops_is_validated_on_crops_and_counts_missed_lungs(tmp_p
     run = train(tmp_path / "run", small, override(CROPS, epochs=2), lungs=lungs)
     assert run.metrics["lungs_missed"] == {"training": 1, "predicted": 2}
     assert run.metrics["lungs_fingerprint"] == lungs.fingerprint
-    # The same images by another path: the predictor crops them itself.
+    # The predictor crops the images itself, independently of the data set.
     images = run.tables["image_scores"]
     none = (~images.image_id.isin(small.boxes.image_id)).to_numpy(float)
     found = np.c_[np.zeros((len(images), 4)), images.none]

@@ -1,4 +1,4 @@
-"""Folds side by side, and one model by two processes, give what one process gives."""
+"""Folds trained side by side, and one model trained by two processes, give the results of a single process."""
 
 import logging
 import math
@@ -27,7 +27,7 @@ from tests.small_xrays import RECIPE, SmallXrays
 
 TIMES = ["seconds", "images_per_s"]
 QUICK = override(RECIPE, epochs=2)
-# Without batch norm and dropout an image's gradient does not depend on the rest of the batch.
+# Without batch norm and dropout, an image's gradient does not depend on the other images of the batch.
 ALONE = override(RECIPE, backbone="test_convnext", image_size=64, dropout=0.0, optimizer="sgd", batch_size=8, blur_p=0.0)
 
 
@@ -107,7 +107,7 @@ def test_folds_that_the_session_stops_are_left_out_with_a_note(tmp_path, capfd):
 
 
 def noted(task, fold, run_folder):
-    """Stands in for a training; with a deadline fold 1 fails and fold 0 is stopped."""
+    """Replace training: with a deadline, fold 1 fails and fold 0 is stopped."""
     with open(run_folder.parent / "begun.txt", "a") as begun:
         begun.write(f"{fold} {torch.get_num_threads()} {task.resume}\n")
     if task.deadline is not None and fold == 1:
@@ -138,7 +138,7 @@ def test_after_a_fold_that_the_session_stops_no_other_is_begun(tmp_path, at_once
 
 @pytest.mark.usefixtures("forked")
 def test_an_error_lists_folds_that_the_session_has_stopped(tmp_path):
-    with pytest.raises(TrainingError, match=r"1 of 2 folds failed, the session's end stopped 0:\nfold 1: ValueError"):
+    with pytest.raises(TrainingError, match=r"1 of 2 folds failed, the session's end stopped folds 0:\nfold 1: ValueError"):
         train_folds(task(deadline=Deadline(600)), [0, 1], tmp_path, at_once=2, train=noted)
 
 
@@ -149,7 +149,7 @@ def test_folds_side_by_side_share_the_threads_and_are_started_over_once(tmp_path
         (tmp_path / f"fold{fold}" / "checkpoints").mkdir(parents=True)
         (tmp_path / f"fold{fold}" / "metrics.json").write_text("{}")
     assert train_folds(task(resume=False), [2, 3], tmp_path, at_once=2, train=noted) == [2, 3]
-    # Each is trained in a process with half of the threads, and then read here.
+    # Each fold is trained in a process with half of the threads, and then read in this process.
     assert sorted(begun(tmp_path)) == ["2 2 True", "2 5 True", "3 2 True", "3 5 True"]
     assert list(tmp_path.glob("*/checkpoints")) == []
 
@@ -184,7 +184,7 @@ def test_two_processes_resume_a_model_as_one_process_does(tmp_path):
 
 
 class OneEpoch(Deadline):
-    """A deadline that allows exactly one epoch."""
+    """Deadline that allows exactly one epoch."""
 
     def __init__(self):
         self.asked = 0
@@ -195,7 +195,7 @@ class OneEpoch(Deadline):
 
 
 def test_trainings_that_processes_cannot_share_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="at_once is 2 and processes is 2: use one"):
+    with pytest.raises(ValueError, match="at_once is 2 and processes is 2: use only one"):
         train_folds(task(), [0, 1], tmp_path, at_once=2, processes=2)
     with pytest.raises(ValueError, match="2 processes cannot share a batch of 7 images evenly"):
         train_folds(task(override(ALONE, batch_size=7)), [1], tmp_path, processes=2)

@@ -58,7 +58,7 @@ def test_unknown_labels_are_nan():
 
 
 class Disc:
-    """A cache of one image: a white disc on black; the disc's bounding box is its box."""
+    """Cache with one image, a white disc on black, whose box is the bounding box of the disc."""
 
     image_ids = ("disc",)
     images = pd.DataFrame({"image_id": ["disc"], "study_id": ["study"]})
@@ -125,7 +125,7 @@ def test_a_soft_none_counts_where_it_is_known():
 
 
 class Ellipse:
-    """A cache of one image, 160 x 160: a white ellipse on grey, of this centre and half axes, with its bounding box."""
+    """Cache with one image, 160 x 160: a white ellipse on grey, with this centre, half axes and its bounding box."""
 
     image_ids = ("ellipse",)
     images, labels = Disc.images.assign(image_id="ellipse"), Disc.labels
@@ -167,7 +167,7 @@ def test_a_white_spot_stays_under_its_box_through_every_augmentation(x, y, wide,
     moved_only = override(EVERYTHING, brightness_contrast=0.0, sharpen_p=0.0, blur_p=0.0, cutouts=0, erase_p=0.0)
     moved = dataset(spot, moved_only, augment=True)[(epoch, 0)]
     changed = dataset(spot, EVERYTHING, augment=True)[(epoch, 0)]
-    # Pixel transforms neither move nor drop a box; the box bounds the moved spot up to resampling.
+    # Pixel transforms do not move or drop a box; the box bounds the moved disc or ellipse up to resampling.
     assert torch.equal(moved["boxes"], changed["boxes"]) and len(moved["boxes"]) == 1
     ys, xs = np.nonzero(moved["pixels"].numpy() > 157)
     seen = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
@@ -300,7 +300,7 @@ EITHER = override(STILL, lungs="masks", trained_on="either")
 
 
 class Finder:
-    """Finds a frame and a mask in every image except those of `missed`; `asked` lists the image_ids it was called with."""
+    """Finder of a frame and a mask in every image except those in `missed`; `asked` lists the requested image_ids."""
 
     def __init__(self, missed=(), frame=FRAME):
         self.missed, self.frame, self.asked = missed, frame, []
@@ -403,7 +403,7 @@ def test_either_shows_half_of_the_images_as_crops_and_validation_the_whole():
         for index, pixels in enumerate(pixels_of(examples, [(epoch, index) for index in range(8)]))
     ]
     assert np.mean(crops) == pytest.approx(0.5, abs=0.1)
-    # Every image is drawn both ways, and another seed draws otherwise.
+    # Every image is drawn both cropped and whole, and another seed gives other choices.
     assert all(0 < sum(crops[index::8]) < 50 for index in range(8))
     other = pixels_of(dataset(small, EITHER, seed=1, lungs=Finder()), [(epoch, 0) for epoch in range(50)])
     assert [not np.array_equal(pixels, whole[0]) for pixels in other] != crops[::8]
