@@ -1,4 +1,4 @@
-"""Data set readers, which all return the same tables (kitlib.tables), and folds, leak checks and the data sheet.
+"""Readers of data sets, which all return the tables of kitlib.tables; folds, checks for leaks, and the data sheet.
 
-Does not belong here: pixels beyond what a reader has to inspect; models.
+Does not belong here: models; decoding pixels, beyond what a reader has to inspect.
 """

@@ -1,4 +1,4 @@
-"""The Dataset that every reader returns, and what the readers share: CSV files, faults, image headers, labels and boxes."""
+"""The Dataset that every reader returns, and shared parts of readers: CSV files, faults, image headers, labels, boxes."""
 
 import math
 import os
@@ -17,18 +17,19 @@ from kitlib.tables import BOX, check_table, empty_table
 from kitlib.xrays.dicom import read_header
 from kitlib.xrays.image_file import image_format, image_size
 
-HEADER_THREADS = 16  # more than cores, because most of the time is spent waiting for the disk
+HEADER_THREADS = 16  # more than there are cores, because the threads mostly wait for the disk
 
 
 @dataclass(frozen=True)
 class Dataset:
     """The tables of one data set (see kitlib.tables), its faults, and the counts that its authors published.
 
-    `images` may have the columns `false_none` (SIIM: not looked at by an annotator), `split` ("train" or "test", from an
-    official list) and `convention` (of MASK_CONVENTIONS). `masks`, None for sets without masks, has the columns image_id,
-    structure (a key of MASK_CODES) and path; several rows of one image and structure are united. `faults` has the columns
-    file, row (an id as written in the file, or a path) and problem, which also says what was done about it. `published`
-    maps a name to its count in the whole data set. Raises ValueError for an unknown convention.
+    `images` may have the columns `false_none` (SIIM: no annotator looked at the image), `split` ("train" or "test", from an
+    official list) and `convention` (of MASK_CONVENTIONS). `masks` is None for data sets without masks, otherwise it has the
+    columns image_id, structure (a key of MASK_CODES) and path; several files for the same image and structure are combined.
+    `faults` has the columns file, row (an id as written in the file, or a path) and problem, which also says how the fault
+    was handled. `published` maps the name of a count to its value for the whole data set. Raises ValueError if a convention
+    is unknown.
     """
 
     images: pd.DataFrame
@@ -41,7 +42,7 @@ class Dataset:
     def __post_init__(self) -> None:
         conventions = set(self.images["convention"]) if "convention" in self.images else set()
         if unknown := sorted(conventions - set(MASK_CONVENTIONS)):
-            raise ValueError(f"unknown convention of masks {unknown}; valid: {', '.join(MASK_CONVENTIONS)}")
+            raise ValueError(f"unknown mask conventions {unknown}; valid: {', '.join(MASK_CONVENTIONS)}")
 
     @classmethod
     def from_tables(
@@ -55,9 +56,9 @@ class Dataset:
         boxes: pd.DataFrame | None = None,
         masks: pd.DataFrame | None = None,
     ) -> "Dataset":
-        """Return a Dataset after checking the tables of images and labels; `boxes` defaults to an empty table.
+        """Check the tables of images and labels and return a Dataset; `boxes` defaults to an empty table.
 
-        Raises TableError, which names `folder`, for a table that breaks its contract.
+        Raises TableError, which names `folder`, if one of these tables breaks its contract.
         """
         images, labels = check_table(images, "images", str(folder)), check_table(labels, "labels", str(folder))
         boxes = empty_table("boxes") if boxes is None else boxes
@@ -65,17 +66,17 @@ class Dataset:
 
 
 class Faults:
-    """Collects the faults of a data set; everything that a reader excludes has a row here."""
+    """Collects the faults of a data set: a row for everything that a reader leaves out or changes."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, str, str]] = []
 
     def add(self, file: str, row: str, problem: str) -> None:
-        """Add one fault: the file, the id or path of the row, and the problem with what was done about it."""
+        """Add one fault: the file, the id or path of the row, the problem and how it was handled."""
         self.rows.append((file, row, problem))
 
     def add_summary(self, file: str, rows: Iterable[str], problem: str, others: str = "others") -> None:
-        """Add a single fault that stands for all of `rows`, of which there may be thousands; none if `rows` is empty."""
+        """Add a single fault for all of `rows`, of which there may be thousands; adds nothing if `rows` is empty."""
         if rows := sorted(rows):
             self.add(file, rows[0], f"and {len(rows) - 1} {others} {problem}")
 
@@ -85,9 +86,10 @@ class Faults:
 
 
 def read_csv(path: Path, columns: Sequence[str], how_to_get: str = "see inputs/README.md") -> pd.DataFrame:
-    """Read a CSV file with all cells as text, empty cells as "".
+    """Read a CSV file with all cells as text, and empty cells as "".
 
-    Raises DatasetError if the file is missing (the message ends in `how_to_get`), is not CSV, or lacks one of `columns`.
+    Raises DatasetError if the file is missing (the message ends with `how_to_get`), is not a CSV file, or lacks one of
+    `columns`.
     """
     if not path.is_file():
         raise DatasetError(f"{path} is missing: copy the data set's file there, {how_to_get}")
@@ -98,15 +100,16 @@ def read_csv(path: Path, columns: Sequence[str], how_to_get: str = "see inputs/R
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise DatasetError(
-            f"{path} lacks the column(s) {missing}; it has {list(table.columns)}: check that it is the right file"
+            f"{path} lacks the columns {missing}; it has {list(table.columns)}: check that it is the right file"
         )
     return table
 
 
 def find_files(root: Path, suffixes: Sequence[str], faults: Faults) -> dict[str, Path]:
-    """Return image id (the file name without suffix) -> path of the files below `root` that have one of `suffixes`.
+    """Return the files below `root` that have one of `suffixes`: image id (the file name without suffix) -> path.
 
-    Of several files with the same id the first is used, with a fault for each other. Hidden files are ignored.
+    If several files have the same id, the first one is used and each of the others becomes a fault. Hidden files are
+    ignored.
     """
     paths: dict[str, Path] = {}
     for folder, folders, names in os.walk(root):
@@ -124,7 +127,7 @@ def find_files(root: Path, suffixes: Sequence[str], faults: Faults) -> dict[str,
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """The facts in the header of an image file."""
+    """The size, patient and view that the header of an image file states."""
 
     rows: int = 0
     columns: int = 0
@@ -134,15 +137,16 @@ class ImageHeader:
 
 
 def read_headers(paths: Sequence[str], progress: bool) -> list[ImageHeader]:
-    """Return the headers of the files `paths`, in their order; unreadable ones state their `problem`."""
+    """Return the headers of the files in `paths`, in the same order; the header of an unreadable file has a `problem`."""
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
         return list(tqdm(pool.map(_read_header, paths), total=len(paths), desc="headers", unit="file", disable=not progress))
 
 
 def add_headers(rows: pd.DataFrame, folder: Path, faults: Faults, progress: bool) -> pd.DataFrame:
-    """Return the table images of `rows` (image_id, patient_id, path, source, view), each image a study of its own.
+    """Return an `images` table made of `rows` and the sizes in the files' headers; every image is a study of its own.
 
-    Sizes, and views that are "", are taken from the headers. An image whose header cannot be read is left out, with a fault.
+    `rows` has the columns image_id, patient_id, path, source and view; an empty view is filled in from the header. An image
+    whose header cannot be read is left out, with a fault that names the file relative to `folder`.
     """
     headers = read_headers(rows.path.tolist(), progress)
     for path, image_id, header in zip(rows.path, rows.image_id, headers, strict=True):
@@ -158,14 +162,18 @@ def add_headers(rows: pd.DataFrame, folder: Path, faults: Faults, progress: bool
 
 
 def one_hot(ids: pd.Series, image_classes: pd.Series, classes: Iterable[str]) -> pd.DataFrame:
-    """Return the table labels of exclusive `classes`: 1.0 for the class of each id in `image_classes`, else 0.0."""
+    """Return a `labels` table of mutually exclusive `classes`.
+
+    The row of each id has 1.0 for its class in `image_classes` (with the same index as `ids`) and 0.0 for the other classes.
+    """
     return pd.DataFrame({"id": ids, **{name: (image_classes == name).astype(float) for name in classes}})
 
 
 def make_boxes(image_ids: pd.Series, cells: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
-    """Return the table boxes of text cells x, y, width and height (four columns), and a boolean mask of its valid rows.
+    """Return a `boxes` table from the text cells x, y, width and height, and a boolean Series that marks its valid rows.
 
-    A row is valid if all four are finite numbers and the box has an area.
+    `cells` has these four values as columns in this order, whatever their names. A row is valid if all four are finite
+    numbers and the box has an area.
     """
     x, y, width, height = (pd.to_numeric(cells[name], errors="coerce") for name in cells)
     boxes = pd.DataFrame({"image_id": image_ids, "xmin": x, "ymin": y, "xmax": x + width, "ymax": y + height})
@@ -177,9 +185,9 @@ def cut_at_edges(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Cut boxes at the edges of their images; returns the remaining images and boxes.
 
-    The right and bottom edges are used only if `images` has the columns rows and columns. An image with a box outside of it,
-    or thinner than a pixel, is removed with all of its boxes. `file` and `suffix` (appended to the image id) name the origin
-    of a box in the faults.
+    Boxes are cut at the right and bottom edges only if `images` has the columns rows and columns. An image is removed with
+    all of its boxes if what remains of a box is less than a pixel wide or high. In the faults, `file` is the file that the
+    boxes come from, and `suffix` is appended to the image id.
     """
     sizes = {"xmin": 0, "ymin": 0, "xmax": math.inf, "ymax": math.inf}
     boxes = check_table(boxes, "boxes", file)

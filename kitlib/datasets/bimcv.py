@@ -1,4 +1,4 @@
-"""Reads BIMCV-COVID19+ and BIMCV-COVID19- (de la Iglesia Vaya et al. 2020): X-rays with labels from their reports."""
+"""Reads BIMCV-COVID19+ and BIMCV-COVID19- (de la Iglesia Vaya et al. 2020): X-rays labelled by their radiology reports."""
 
 import ast
 import re
@@ -24,16 +24,17 @@ HOW_TO_GET = "https://bimcv.cipf.es/bimcv-projects/bimcv-covid19, see inputs/REA
 
 
 def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the frontal images sub-*/ses-*/mod-rx/*.png below `folder`, of the positive set, the negative set, or both.
+    """Read the frontal images sub-*/ses-*/mod-rx/*.png below `folder`, from the positive set, the negative set, or both.
 
-    The diagnosis comes from the session's report (`derivatives/labels/*.tsv`, columns ReportID, which is the session, and
-    Labels, a list): COVID-19 if it has "COVID 19", normal if "normal" is the only label, pneumonia if it has "pneumonia",
-    otherwise other. The nearest folder that names a set decides which set an image is from: positive with `posi` or `+` in
-    its name, negative with `neg`, or `-` at its end. Of the positive set, whose patients were also X-rayed before and after
-    the disease, only images with a report of COVID 19 are used; of the negative set such a report contradicts the test, and
-    the image is left out. Also left out, with faults: images without a report, images of another view than `vp-ap` and
-    `vp-pa`, and unreadable ones. Sex and age come from `participants.tsv`, if present. Raises DatasetError if there is no
-    image or no table of labels, or if no folder tells an image's set.
+    The diagnosis comes from the session's report (`derivatives/labels/*.tsv`, with the columns ReportID, which is the
+    session, and Labels, a list): COVID-19 if the list contains "COVID 19", normal if "normal" is the only label, pneumonia
+    if the list contains "pneumonia", otherwise other. An image belongs to the set that its nearest folder with a set's name
+    indicates: positive with `posi` or `+` in the name, negative with `neg`, or `-` at the end. Patients of the positive set
+    were also X-rayed before and after the disease, so only images with a report of COVID 19 are used from it. In the
+    negative set such a report contradicts the test, and the image is left out. Also left out, with faults: images without a
+    report, images with another view than `vp-ap` and `vp-pa`, and unreadable images. Sex and age come from
+    `participants.tsv`, if present. Raises DatasetError if there is no image, no table of labels, or an image whose folders
+    do not tell its set.
     """
     folder, faults = Path(folder), Faults()
     rows = []
@@ -43,9 +44,9 @@ def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
             positive = _is_positive(path, folder)
             rows.append((path.stem, match[1].upper(), match[2].upper(), (match[3] or "").lower(), str(path), positive))
         elif path.suffix.lower() in SUFFIXES:
-            faults.add(str(path.relative_to(folder)), path.stem, "is not named sub-S1_ses-E1_..._cr or _dx; left out")
+            faults.add(str(path.relative_to(folder)), path.stem, "has no name such as sub-S1_ses-E1_..._cr or _dx; left out")
     if not rows:
-        raise DatasetError(f"{folder} holds no image sub-*/ses-*/mod-rx/*.png: unpack the archives there, {HOW_TO_GET}")
+        raise DatasetError(f"{folder} contains no image sub-*/ses-*/mod-rx/*.png: unpack the archives there, {HOW_TO_GET}")
     table = pd.DataFrame(rows, columns=["image_id", "subject", "session", "view", "path", "positive"])
     reports = _read_reports(folder, faults)
     table = _drop_rows(table, table.image_id.duplicated(), "occur again; the first one is used", faults)
@@ -53,9 +54,9 @@ def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
     table = _drop_rows(table, ~table.session.isin(reports), "have no report; left out", faults)
     table = table.assign(diagnosis=table.session.map(reports))
     has_other_report = table.positive & (table.diagnosis != "COVID-19")
-    table = _drop_rows(table, has_other_report, "of the positive set have another report; left out", faults)
+    table = _drop_rows(table, has_other_report, "are from the positive set without a report of COVID 19; left out", faults)
     is_contradicted = ~table.positive & (table.diagnosis == "COVID-19")
-    table = _drop_rows(table, is_contradicted, "of the negative set have a report of COVID 19; left out", faults)
+    table = _drop_rows(table, is_contradicted, "are from the negative set with a report of COVID 19; left out", faults)
     people = _read_participants(folder, faults)
     return diagnosis_dataset(
         pd.DataFrame(
@@ -79,14 +80,17 @@ def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
 
 
 def _is_positive(path: Path, folder: Path) -> bool:
-    """Return whether the nearest folder that names a set names the positive one. Raises DatasetError if none does."""
+    """Return whether the nearest folder with the name of a set belongs to the positive set.
+
+    Raises DatasetError if no folder has such a name.
+    """
     for name in reversed(path.relative_to(folder.parent).parts[:-1]):
         positive, negative = bool(POSITIVE.search(name)), bool(NEGATIVE.search(name))
         if positive != negative:
             return positive
     raise DatasetError(
-        f"{path}: no folder tells whether it is from the positive or the negative set; name the sets' folders covid19_posi "
-        "or BIMCV-COVID19+, and covid19_neg or BIMCV-COVID19-"
+        f"{path}: none of its folders tells whether it is from the positive or the negative set; rename the sets' folders "
+        "to covid19_posi or BIMCV-COVID19+, and to covid19_neg or BIMCV-COVID19-"
     )
 
 
@@ -96,7 +100,7 @@ def _drop_rows(table: pd.DataFrame, wrong: pd.Series, problem: str, faults: Faul
 
 
 def _read_reports(folder: Path, faults: Faults) -> dict[str, str]:
-    """Return session -> diagnosis from all tables of labels. Raises DatasetError if there are none."""
+    """Return session -> diagnosis from all tables of labels. Raises DatasetError if no diagnosis can be read."""
     diagnoses = {}
     for path in sorted(folder.rglob(LABELS)):
         table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
@@ -111,7 +115,8 @@ def _read_reports(folder: Path, faults: Faults) -> dict[str, str]:
             diagnoses[report.removeprefix("ses-").upper()] = _diagnosis(labels)
     if not diagnoses:
         raise DatasetError(
-            f"{folder} has no {LABELS} with the columns {', '.join(COLUMNS)}: fetch the metadata, {HOW_TO_GET}"
+            f"{folder} has no {LABELS} with the columns {', '.join(COLUMNS)} and valid labels: fetch the metadata, "
+            f"{HOW_TO_GET}"
         )
     return diagnoses
 
@@ -125,7 +130,7 @@ def _diagnosis(labels: set[str]) -> str:
 
 
 def _read_participants(folder: Path, faults: Faults) -> pd.DataFrame:
-    """Return a table of sex and age by subject, empty if there is no table of participants."""
+    """Return a table of sex and age with one row per subject (the index); it is empty if there is no participants.tsv."""
     tables = [pd.DataFrame({"sex": [], "age": []})]
     for path in sorted(folder.rglob(PARTICIPANTS)):
         table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
@@ -137,7 +142,7 @@ def _read_participants(folder: Path, faults: Faults) -> pd.DataFrame:
             faults.add_summary(
                 path.name,
                 table.participant[~gender.isin(SEXES)],
-                "have an unknown word for their gender; the sex is unknown",
+                "have an unknown value of gender; the sex is unknown",
             )
             sex = gender.map(SEXES).fillna("").tolist()
             subject = table.participant.str.removeprefix("sub-").str.upper()

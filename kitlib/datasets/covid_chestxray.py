@@ -10,12 +10,12 @@ from kitlib.datasets.diagnoses import diagnosis_dataset, parse_ages, parse_sexes
 from kitlib.errors import DatasetError
 
 METADATA = "metadata.csv"
-# The columns of every release; offset, sex, age, folder and license are read if present.
+# Columns that every release has; offset, sex, age, folder and license are read if present.
 COLUMNS = ("patientid", "finding", "view", "modality", "filename")
 VIEWS = ("PA", "AP", "AP Supine", "APS")
 UNKNOWN = ("", "todo", "unknown")
-# Diagnoses of the parts of a finding's path (the last part that is listed here decides), and of the findings of releases
-# without paths.
+# Part of a finding's path, or a finding in releases without paths -> diagnosis. If several parts are listed, the last one
+# decides.
 FINDINGS = {
     "COVID-19": "COVID-19",
     **dict.fromkeys(("Viral", "SARS", "MERS", "MERS-CoV", "Influenza", "H1N1", "Varicella", "Herpes"), "viral"),
@@ -30,21 +30,21 @@ HOW_TO_GET = "`git clone https://github.com/ieee8023/covid-chestxray-dataset`, s
 
 
 def read_covid_chestxray(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the frontal X-rays that `metadata.csv` lists, from the folder that each row names, by default images/.
+    """Read the frontal X-rays listed in `metadata.csv`, each from the subfolder that its row names (images/ by default).
 
-    image_id is the file name without suffix, or with it if two files share it. A finding is a path such as
-    `Pneumonia/Viral/COVID-19`, or a single name in older releases; several are separated by commas, and the most specific
-    one decides: `COVID-19, ARDS` is COVID-19. The column `offset`, in days, is included, NaN where unknown. A row without a
-    patient is treated as a patient of its own. Left out, with a fault: other modalities and views; findings that are
-    unknown, not in FINDINGS, or mutually exclusive; repeated rows of one file; missing and damaged files. Raises
-    DatasetError if the table is missing or lacks a column, or no image remains.
+    image_id is the file name without suffix, or with the suffix if two files share a name. A finding is a path such as
+    `Pneumonia/Viral/COVID-19`, or a single name in older releases. Several findings are separated by commas, and the most
+    specific one decides: `COVID-19, ARDS` is COVID-19. The images have the column `offset`, in days, NaN if unknown. A row
+    without a patient is treated as a patient of its own. Left out, with a fault: other modalities and views; findings that
+    are unknown, not in FINDINGS, or mutually exclusive; repeated rows for one file; missing and damaged files. Raises
+    DatasetError if the table is missing or lacks a column, or if no image remains.
     """
     folder, faults = Path(folder), Faults()
     # The case and the spaces of the column names differ between releases.
     table = read_csv(folder / METADATA, (), HOW_TO_GET).rename(columns=lambda name: name.strip().lower())
     missing = [name for name in COLUMNS if name not in table]
     if missing:
-        raise DatasetError(f"{folder / METADATA} lacks the column(s) {missing}; it has {list(table.columns)}: {HOW_TO_GET}")
+        raise DatasetError(f"{folder / METADATA} lacks the columns {missing}; it has {list(table.columns)}: {HOW_TO_GET}")
     table = table.apply(lambda column: column.str.strip())
     table = _select_frontal(table, faults)
     is_repeated = table.filename.duplicated()
@@ -57,11 +57,11 @@ def read_covid_chestxray(folder: str | Path, progress: bool = True) -> Dataset:
     faults.add_summary(METADATA, table.filename[~has_file], "have no file; left out")
     table = table[has_file].reset_index(drop=True)
     if table.empty:
-        raise DatasetError(f"{folder} holds no frontal X-ray with a finding that {METADATA} lists: {HOW_TO_GET}")
+        raise DatasetError(f"{folder} has no frontal X-ray with a finding in {METADATA}: {HOW_TO_GET}")
     stems = table.filename.map(lambda name: Path(name).stem)
     image_ids = stems.mask(stems.duplicated(keep=False), table.filename)
     faults.add_summary(
-        METADATA, image_ids[table.patientid == ""], "have no patient; each is treated as a patient of its own"
+        METADATA, image_ids[table.patientid == ""], "have no patient id; each is treated as a patient of its own"
     )
     rows = pd.DataFrame(
         {
@@ -82,10 +82,10 @@ def read_covid_chestxray(folder: str | Path, progress: bool = True) -> Dataset:
 
 
 def diagnosis_of(finding: str) -> str:
-    """Return the diagnosis (of DIAGNOSES) of a finding, "" if it is unknown. Raises ValueError if it cannot be derived.
+    """Return the diagnosis (of DIAGNOSES) that a finding implies, or "" if the finding is unknown.
 
-    The deepest part of a path that is in FINDINGS decides, because a part is a kind of the part before it. The finding is
-    refused if none of its parts is in FINDINGS, or if several findings exclude one another.
+    The deepest part of a path that is in FINDINGS decides, because each part is a kind of the part before it. Raises
+    ValueError if no part of a path is in FINDINGS, or if several findings exclude one another.
     """
     diagnoses = set()
     for path in finding.split(","):
@@ -94,9 +94,9 @@ def diagnosis_of(finding: str) -> str:
             continue
         matches = [BY_NAME[part] for part in parts if part in BY_NAME]
         if not matches:
-            raise ValueError(f"the finding {path.strip()!r} is not known")
+            raise ValueError(f"the finding {path.strip()!r} is unknown")
         diagnoses.add(matches[-1])
-    # "other" is compatible with a pneumonia, and an unspecified pneumonia with one of a known germ.
+    # "other" does not contradict a pneumonia, and "pneumonia" does not contradict a pneumonia with a known germ.
     for vague in ("other", "pneumonia"):
         if len(diagnoses - {"normal"}) > 1:
             diagnoses.discard(vague)
@@ -116,7 +116,7 @@ def _select_frontal(table: pd.DataFrame, faults: Faults) -> pd.DataFrame:
 
 
 def _find_diagnoses(table: pd.DataFrame, faults: Faults) -> list[str]:
-    """Return the diagnosis of each row, "" for rows to be left out, which get a fault."""
+    """Return the diagnosis of each row, or "" for a row that has to be left out, with a fault."""
     diagnoses, undiagnosed = [], []
     for name, finding in zip(table.filename, table.finding, strict=True):
         try:

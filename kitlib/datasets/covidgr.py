@@ -1,4 +1,4 @@
-"""Reads COVIDGR-1.0 (Tabik et al. 2020): PA X-rays of one hospital, half of them of patients with a positive PCR test."""
+"""Reads COVIDGR-1.0 (Tabik et al. 2020): PA X-rays from one hospital, half of them of patients with a positive PCR test."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ PUBLISHED = {"images": 852, "COVID-19": 426, "other": 426}
 
 
 def read_covidgr(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the images below P/ and N/ in `folder`, or in the one folder within it that has both.
+    """Read the images below P/ and N/, which are in `folder` or in exactly one folder below it.
 
     image_id is `P-` or `N-` and the file name without suffix. The data set does not state patients, so each image is treated
-    as a patient of its own, and only near-duplicates keep images in one fold. Severities are not read. Left out, with a
-    fault: names that occur twice, and unreadable files. Raises DatasetError if P or N is missing or empty.
+    as a patient of its own; only near-duplicates are held together in one fold. The severity levels are not read. Left out,
+    with a fault: repeated file names and unreadable files. Raises DatasetError if P or N is missing or empty.
     """
     folder, faults = Path(folder), Faults()
     roots = [path.parent for path in sorted(folder.rglob("P")) if path.is_dir() and (path.parent / "N").is_dir()]
@@ -32,7 +32,7 @@ def read_covidgr(folder: str | Path, progress: bool = True) -> Dataset:
     for name, diagnosis in FOLDERS.items():
         files = find_files(roots[0] / name, SUFFIXES, faults)
         if not files:
-            raise DatasetError(f"{roots[0] / name} holds no PNG or JPEG image: unpack the data set again, {HOW_TO_GET}")
+            raise DatasetError(f"{roots[0] / name} contains no PNG or JPEG image: unpack the data set again, {HOW_TO_GET}")
         rows += [(f"{name}-{stem}", f"covidgr-{name}-{stem}", str(path), diagnosis) for stem, path in files.items()]
     table = pd.DataFrame(rows, columns=["image_id", "patient_id", "path", "diagnosis"])
     table = table.assign(source="covidgr", view="PA")

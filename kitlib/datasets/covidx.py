@@ -1,4 +1,4 @@
-"""Reads COVIDx (Wang, Lin and Wong 2020): images of several data sets, listed with their classes and sources."""
+"""Reads COVIDx (Wang, Lin and Wong 2020): images from several data sets, with lists of their classes and sources."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,31 +11,31 @@ from kitlib.datasets.rsna import MAPPING, read_nih_patients
 from kitlib.errors import DatasetError
 
 PARTS = ("train", "val", "test")
-# Three classes; later lists have two, of which "negative" includes any other pneumonia.
+# Class in a list -> diagnosis. Early lists have three classes, later ones two; "negative" includes other pneumonias.
 CLASSES = {"normal": "normal", "pneumonia": "pneumonia", "covid-19": "COVID-19", "positive": "COVID-19", "negative": "other"}
 KNOWN_DIAGNOSES = ("COVID-19", "pneumonia", "normal", "other")
-# COVIDx's source -> the source's name and the patients' prefix in this kit. Pooled with the original data set, a patient
-# keeps one id.
+# COVIDx's source -> the source's name and the prefix of patient ids in this kit. The prefix is that of the original data
+# set, so that a patient has the same id in both if they are pooled.
 SOURCES = {
     "cohen": ("ieee8023", "ieee"),
     "ricord": ("ricord", "ricord"),
     "bimcv": ("bimcv", "bimcv"),
 }
 RSNA = "rsna"
-UNKNOWN_SOURCE = "covidx"  # for lists of three columns, which have no source
+UNKNOWN_SOURCE = "covidx"  # for lists with three columns, which do not state a source
 HOW_TO_GET = "`kaggle datasets download andyczhao/covidx-cxr2`, see inputs/README.md"
 
 
 def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
     """Read the images in train/, test/ and (if present) val/, each with a list of patient, file, class and source.
 
-    A list is named `train.txt`, or `train_COVIDx5.txt` and the like; older lists have no source. Columns are separated by
-    blanks, which a file name may also contain. image_id is the file name without suffix, or with it if two files share it.
-    `split` is "test" for the official test set, otherwise "train". Patients of sources that the kit also reads by themselves
-    have the same id as there. RSNA's patientIds identify images, most of which share an NIH patient with another: with
-    RSNA's MAPPING in the folder patients are NIH's, without it a fault warns of leaks. Left out, with a fault: invalid
-    lines, files that are listed again, missing or damaged. Raises DatasetError if the list of train or test is missing, a
-    part has several lists, or no image is found.
+    A list is called `train.txt`, `train_COVIDx5.txt` or similar; older lists have no source. Columns are separated by
+    blanks, which a file name may also contain. image_id is the file name without suffix, or with the suffix if two files
+    share a name. `split` is "test" for the official test set, otherwise "train". Patients from data sets that the kit can
+    also read directly get the same ids as there. RSNA's patientIds identify images, most of which come from an NIH patient
+    with several images: if RSNA's MAPPING is in the folder, patients are NIH's; otherwise a fault warns of leaks. Left out,
+    with a fault: invalid lines, repeated files, and missing or damaged files. Raises DatasetError if the list of train or
+    test is missing, a part has several lists, or no image is found.
     """
     folder, faults = Path(folder), Faults()
     entries: dict[str, tuple[str, ...]] = {}
@@ -47,7 +47,7 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
         for number, cells in _read_lines(list_path):
             if cells is None:
                 faults.add(
-                    list_path.name, str(number), "the line does not consist of patient, file, class and source; left out"
+                    list_path.name, str(number), "the line does not have the form patient, file, class, source; left out"
                 )
                 continue
             patient, name, class_name, source = cells
@@ -60,7 +60,7 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
                 entries[str(path)] = (patient, CLASSES[class_name], source, "test" if part == "test" else "train")
     faults.add_summary("train, val, test", missing, "have no file; left out")
     if not entries:
-        raise DatasetError(f"{folder / 'train'} and {folder / 'test'} hold no image that a list names: {HOW_TO_GET}")
+        raise DatasetError(f"{folder / 'train'} and {folder / 'test'} contain none of the listed images: {HOW_TO_GET}")
     maybe_rsna = any(source in (RSNA, UNKNOWN_SOURCE) for _, _, source, _ in entries.values())
     nih_patient_ids = read_nih_patients(folder / MAPPING, faults) if maybe_rsna else {}
     names = pd.Series([Path(path).name for path in entries], dtype=object)
@@ -82,17 +82,22 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
 
 
 def _find_list(folder: Path, part: str) -> Path | None:
-    """Return the list of a part, None if val has none. Raises DatasetError if there are several or another is missing."""
+    """Return the path of a part's list, or None for val without a list.
+
+    Raises DatasetError if there are several lists, or if the list of train or test is missing.
+    """
     lists = sorted(path for path in folder.glob(f"{part}*.txt"))
     if len(lists) > 1:
-        raise DatasetError(f"{folder} has several lists, {', '.join(path.name for path in lists)}: keep one for each part")
+        raise DatasetError(
+            f"{folder} has several lists, {', '.join(path.name for path in lists)}: keep one list for each part"
+        )
     if not lists and part != "val":
-        raise DatasetError(f"{folder}/{part}.txt, or {part}_COVIDx5.txt and the like, is missing: {HOW_TO_GET}")
+        raise DatasetError(f"{folder} has no list {part}.txt, {part}_COVIDx5.txt or similar: {HOW_TO_GET}")
     return lists[0] if lists else None
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, tuple[str, str, str, str] | None]]:
-    """Yield the number (from 1) of each line and its patient, file, class and source, None if the line is invalid.
+    """Yield the number (from 1) of each line, and its patient, file, class and source, or None if the line is invalid.
 
     Class and source are in lower case.
     """
@@ -100,7 +105,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, tuple[str, str, str, str] | N
         cells = line.split()
         if not cells or (number == 1 and "filename" in line.lower()):
             continue
-        # A class in the last column means that the list has three columns, without a source.
+        # If the last column is a class, the list has three columns and does not state a source.
         source = UNKNOWN_SOURCE if cells[-1].lower() in CLASSES else cells.pop().lower()
         is_valid = len(cells) >= 3 and cells[-1].lower() in CLASSES
         yield number, (cells[0], " ".join(cells[1:-1]), cells[-1].lower(), source) if is_valid else None

@@ -12,35 +12,35 @@ from kitlib.datasets.darwin_json import DarwinAnnotation, read_darwin_json
 from kitlib.errors import DatasetError, MaskError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-# Named as the tags are. An image with none of these tags is unknown in all classes.
+# The classes have the same names as the tags. For an image without any of these tags, all classes are unknown.
 CLASSES = ("No Pneumonia (healthy)", "Bacterial Pneumonia", "Viral Pneumonia", "COVID-19")
-# Tags of images that are not frontal X-rays; some are CT slices.
+# Matches tags of images that are not frontal X-rays; some are CT slices.
 NOT_FRONTAL = re.compile(r"\b(lateral|ct|axial|coronal|sagittal)\b", re.IGNORECASE)
 VIEW = re.compile(r"\b(AP|PA)\b")
 LEAST_SIDE = 256  # pixels
 METADATA = "metadata.csv"  # of ieee8023/covid-chestxray-dataset, from which the COVID-19 images come
-# Names of Kermany's images, from which the others come; a patient may have several.
+# File names of Kermany's data set, from which the other images come; a patient may have several images.
 KERMANY_PATIENT = re.compile(r"(person\d+)_(?:bacteria|virus)_\d+|((?:NORMAL2-)?IM-\d+)-\d+", re.IGNORECASE)
 HOW_TO_GET = "`darwin dataset pull v7-labs/covid-19-chest-x-ray-dataset:all-images`, see inputs/README.md"
-# Images and masks, as stated in the data set's repository, github.com/v7labs/covid-19-xray-dataset.
+# As stated in the data set's repository, github.com/v7labs/covid-19-xray-dataset.
 PUBLISHED = {"images": 6504}
 
 
 def read_darwin(folder: str | Path, progress: bool = True) -> Dataset:
     """Read the frontal X-rays below `folder`/images with their labels, views, patients and lung masks.
 
-    Annotations are Darwin's JSON files anywhere below `folder`; they identify their image by its name in Darwin, its name in
-    the original source, or their own file name. Masks are the polygons named lung or, if an annotation has none, an image
-    file with the name of the annotation or the image, in a folder with "mask" in its name, such as
-    `annotations/all-images-semantic-masks`. image_id and study_id are the image's file name without suffix. Labels have the
-    columns CLASSES, all NaN for images without such a tag. Patients come from METADATA and from Kermany's file names; any
-    other image is treated as a patient of its own. Left out, with a fault: images with a tag of NOT_FRONTAL, a side below
-    LEAST_SIDE or an unreadable header, and annotations without an image. Raises DatasetError if there is no image or no
-    mask, or METADATA lacks a column.
+    Annotations are Darwin's JSON files anywhere below `folder`. An annotation is matched to its image by the image's name in
+    Darwin, its name in the original source, or the annotation's file name. Masks are the polygons named lung. If an
+    annotation has none, the mask is an image file with the name of the annotation or the image, in a folder with "mask" in
+    its name, such as `annotations/all-images-semantic-masks`. image_id and study_id are the image's file name without
+    suffix. Labels have the columns CLASSES, all NaN for images without any of these tags. Patients come from METADATA and
+    from Kermany's file names; any other image is treated as a patient of its own. Left out, with a fault: images with a tag
+    that matches NOT_FRONTAL, a side shorter than LEAST_SIDE or an unreadable header, and annotations without an image.
+    Raises DatasetError if there is no image or no mask, or METADATA lacks a column.
     """
     folder, faults = Path(folder), Faults()
     if not (folder / "images").is_dir():
-        raise DatasetError(f"{folder / 'images'} is missing: put the images there, {HOW_TO_GET}")
+        raise DatasetError(f"{folder / 'images'} is missing: copy the images there, {HOW_TO_GET}")
     files = find_files(folder / "images", SUFFIXES, faults)
     mask_files: dict[str, Path] = {}
     for mask_folder in sorted(path for path in folder.rglob("*") if "mask" in path.name.lower() and path.is_dir()):
@@ -63,11 +63,11 @@ def read_darwin(folder: str | Path, progress: bool = True) -> Dataset:
     faults.add_summary(
         "images",
         [image_id for image_id in image_ids if image_id not in annotations],
-        "have no annotation; view and class are unknown",
+        "have no annotation; their view and class are unknown",
     )
     if not image_ids:
         raise DatasetError(
-            f"{folder / 'images'} holds no frontal X-ray of at least {LEAST_SIDE} pixels a side: {HOW_TO_GET}"
+            f"{folder / 'images'} contains no frontal X-ray with at least {LEAST_SIDE} pixels a side: {HOW_TO_GET}"
         )
     tags = {image_id: annotations[image_id][1].tags if image_id in annotations else () for image_id in image_ids}
     patients = _find_patients(folder / METADATA, image_ids, annotations, faults)
@@ -91,7 +91,7 @@ def read_darwin(folder: str | Path, progress: bool = True) -> Dataset:
 def _read_annotations(
     folder: Path, files: dict[str, Path], faults: Faults, progress: bool
 ) -> dict[str, tuple[Path, DarwinAnnotation]]:
-    """Return image id -> path and content of its annotation; of several annotations the first is used."""
+    """Return image id -> (path, content) of the image's annotation; if there are several, the first one is used."""
     annotations: dict[str, tuple[Path, DarwinAnnotation]] = {}
     without_image, repeated = [], []
     paths = sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
@@ -110,7 +110,7 @@ def _read_annotations(
         else:
             annotations[image_id] = (path, annotation)
     faults.add_summary("annotations", without_image, "are annotations without an image; left out")
-    faults.add_summary("annotations", repeated, "are further annotations of an image; left out")
+    faults.add_summary("annotations", repeated, "annotate an image that already has an annotation; left out")
     return annotations
 
 
@@ -131,7 +131,7 @@ def _find_masks(
         else:
             rows.append((image_id, "lungs", str(path)))
     if not rows:
-        raise DatasetError(f"{folder} holds no annotation with a lung and no mask file for any of its images: {HOW_TO_GET}")
+        raise DatasetError(f"{folder} contains no lung mask for its images, neither a polygon nor a file: {HOW_TO_GET}")
     faults.add_summary("images", unmasked, "have no mask")
     return pd.DataFrame(rows, columns=["image_id", "structure", "path"])
 
@@ -148,7 +148,7 @@ def _labels(tags: dict[str, tuple[str, ...]]) -> pd.DataFrame:
 def _find_patients(
     metadata: Path, image_ids: list[str], annotations: dict[str, tuple[Path, DarwinAnnotation]], faults: Faults
 ) -> dict[str, str]:
-    """Return image id -> patient."""
+    """Return image id -> patient id."""
     ieee_patients: dict[str, str] = {}
     if metadata.is_file():
         table = read_csv(metadata, ("patientid", "filename"))

@@ -1,4 +1,4 @@
-"""Reads an annotation file of V7's Darwin (JSON 1.0 or 2.0): image names, size, tags and polygons; fills polygons."""
+"""Reads annotation files of V7's Darwin (JSON 1.0 or 2.0): image names, size, tags and polygons; fills polygons."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -16,20 +16,20 @@ LUNG_NAMES = ("lung", "lungs", "left lung", "right lung")  # in lower case
 
 @dataclass(frozen=True)
 class DarwinAnnotation:
-    """The annotation of one image."""
+    """The tags and polygons of one image, with its names and its size in pixels."""
 
-    names: tuple[str, ...]  # file names that the image may have: in Darwin, then in the original source
+    names: tuple[str, ...]  # possible file names of the image: in Darwin, then in the original source
     rows: int
     columns: int
     tags: tuple[str, ...]
-    polygons: tuple[tuple[str, tuple[np.ndarray, ...]], ...]  # name, closed paths (n, 2) of x, y in image pixels
+    polygons: tuple[tuple[str, tuple[np.ndarray, ...]], ...]  # (name, closed paths (n, 2) of x, y in image pixels)
 
     def has_polygon(self, names: Sequence[str] = LUNG_NAMES) -> bool:
-        """Return whether a polygon has one of `names`, which are in lower case."""
+        """Return whether any polygon has one of `names` (in lower case)."""
         return any(name.lower() in names for name, _ in self.polygons)
 
     def mask(self, names: Sequence[str] = LUNG_NAMES) -> np.ndarray:
-        """Return a bool mask (rows, columns), the union of the polygons that have one of `names` (in lower case)."""
+        """Return the union of all polygons that have one of `names` (in lower case), as a bool mask (rows, columns)."""
         inside = np.zeros((self.rows, self.columns), bool)
         for name, paths in self.polygons:
             if name.lower() in names:
@@ -40,7 +40,7 @@ class DarwinAnnotation:
 def read_darwin_json(path: str | Path) -> DarwinAnnotation:
     """Read an annotation file in Darwin JSON 1.0 or 2.0.
 
-    Raises MaskError if the file is anything else, annotates a video, or lacks a valid image size.
+    Raises MaskError if the file has another format, annotates a video, or lacks a valid image size.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -65,14 +65,14 @@ def read_darwin_json(path: str | Path) -> DarwinAnnotation:
 def fill_even_odd(paths: Iterable[np.ndarray], rows: int, columns: int) -> np.ndarray:
     """Fill closed `paths` (n, 2) of x, y by the even-odd rule; returns a bool mask (rows, columns).
 
-    A pixel is inside if its centre lies within an odd number of paths; its left edge is its index. cv2.fillPoly would also
-    fill the pixels that an outline touches, half a pixel too much on every side.
+    A pixel is inside if its centre is enclosed by an odd number of paths; the centre of pixel 0 is at 0.5. cv2.fillPoly
+    would also fill the pixels that an outline touches, half a pixel too much on every side.
     """
     crossings = np.zeros((rows, columns + 1), np.uint8)
     for path in paths:
         start, end = path, np.roll(path, -1, axis=0)
         low, high = np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1])
-        # Rows whose centre lies between the ends of an edge. One end is excluded, because the next edge includes it.
+        # An edge crosses the rows with a centre between its two ends. The end with the larger y belongs to the next edge.
         first, last = (np.ceil(bound - 0.5).clip(0, rows).astype(int) for bound in (low, high))
         count = last - first
         edge = np.repeat(np.arange(len(path)), count)
@@ -84,7 +84,7 @@ def fill_even_odd(paths: Iterable[np.ndarray], rows: int, columns: int) -> np.nd
 
 
 def _image(content: dict[str, Any]) -> tuple[tuple[str, ...], int, int]:
-    """Return names, rows and columns of the image."""
+    """Return the image's names, and its numbers of rows and columns."""
     if "item" in content:  # 2.0
         item, slot = content["item"], content["item"]["slots"][0]
         names = [item["name"], *(source["file_name"] for source in slot.get("source_files", ()))]

@@ -1,4 +1,4 @@
-"""Data sheet of a set of images with exclusive classes: its composition, and shortcuts that a model could learn."""
+"""Data sheet of images with mutually exclusive classes: their composition, and shortcuts that a model could learn."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,17 @@ from kitlib.tables import check_table, class_columns
 
 AGE_GROUPS = {"0-17": 18, "18-39": 40, "40-64": 65, "65+": np.inf}  # name -> upper bound in years, exclusive
 UNKNOWN = "unknown"
-CHILD = "child"  # in the column age_group of sets that state it without an exact age
+CHILD = "child"  # value of the column age_group in data sets of children without exact ages
 NEARLY_ALL = 0.95  # share of images
 
 
 @dataclass(frozen=True)
 class DataSheet:
-    """Counts and warnings about a set of images.
+    """Counts of a set of images, and warnings about it.
 
-    `tables` maps source, view, sex and age to a table of image counts with a row per class and a column per value. `flags`
-    has the columns kind, which (the class or fold, "" if it concerns neither) and problem, worst kinds first.
+    `tables` maps "source", "view", "sex" and "age" to a table of image counts with a row per class and a column per value.
+    `flags` has the columns kind, which (the class, fold or test set; "" if the warning concerns neither) and problem.
+    Warnings about sources come first, then ages, then folds.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -27,7 +28,7 @@ class DataSheet:
 
 
 def are_exclusive(labels: pd.DataFrame) -> bool:
-    """Return whether every row of the table labels has exactly one of several classes."""
+    """Return whether a `labels` table has at least two classes and exactly one of them is 1, the others 0, in every row."""
     values = labels[class_columns(labels, "labels")].to_numpy(dtype=float)
     return bool(values.shape[1] > 1 and np.isin(values, [0, 1]).all() and (values.sum(axis=1) == 1).all())
 
@@ -38,17 +39,18 @@ def make_data_sheet(
     folds: pd.DataFrame | None = None,
     near_duplicates: pd.DataFrame | None = None,
 ) -> DataSheet:
-    """Count the images of each class by source, view, sex and age, and flag what can invalidate results on them.
+    """Count the images of each class by source, view, sex and age, and flag what can invalidate results on these images.
 
-    Ages are grouped by AGE_GROUPS, or unknown; without an age, `age_group` may state a child. Flagged are: a class without
-    images; a class nearly all of whose images come from one of several sources; a class of children when another is of
-    adults; a class that is missing from a fold; patients, and groups of `near_duplicates` (image_id, group), that are in
-    several folds, or in a fold and in the official test set. Raises ValueError if the labels are not exclusive.
+    Ages are grouped by AGE_GROUPS, or "unknown"; an image without an age counts as 0-17 if its `age_group` is CHILD. Flags
+    are raised for: a class without images; a class with nearly all of its images from one of several sources; a class of
+    children if another class shows adults; a class that is missing from a fold; patients, and groups of `near_duplicates`
+    (columns image_id, group), that are in several folds, or in a fold and in the official test set. Raises ValueError if the
+    labels are not mutually exclusive.
     """
     images, labels = check_table(images, "images"), check_table(labels, "labels")
     if not are_exclusive(labels):
         raise ValueError(
-            "the labels are not exclusive: a data sheet requires exactly one of several classes for every study"
+            "the labels are not exclusive: a data sheet requires exactly one of at least two classes for every study"
         )
     classes = class_columns(labels, "labels")
     truth = labels.set_index("id")[classes].idxmax(axis=1)
@@ -72,7 +74,7 @@ def make_data_sheet(
 
 
 def group_ages(images: pd.DataFrame) -> pd.Series:
-    """Return a key of AGE_GROUPS, or UNKNOWN, for every image."""
+    """Return the age group of every image: a key of AGE_GROUPS, or UNKNOWN."""
     years = images.age if "age" in images else pd.Series(np.nan, index=images.index)
     groups = pd.cut(years, [0, *AGE_GROUPS.values()], right=False, labels=list(AGE_GROUPS)).astype(object)
     child = (images.age_group == CHILD) if "age_group" in images else pd.Series(False, index=images.index)
@@ -80,7 +82,7 @@ def group_ages(images: pd.DataFrame) -> pd.Series:
 
 
 def data_sheet_figure(sheet: DataSheet) -> Figure:
-    """Return a figure with one panel per table: the shares of the values within each class, and its number of images."""
+    """Draw one panel per table: for each class, the shares of the values among its images, and its number of images."""
     figure = Figure(figsize=(11, 1.6 + 0.9 * len(sheet.tables["source"])), layout="constrained")
     for axis, (name, table) in zip(figure.subplots(2, 2).ravel(), sheet.tables.items(), strict=True):
         counts = table.sum(axis=1)
@@ -93,7 +95,7 @@ def data_sheet_figure(sheet: DataSheet) -> Figure:
 
 
 def _flag_sources(table: pd.DataFrame) -> list[tuple[str, str, str]]:
-    flags = [("no image", name, "no image shows this class") for name in table.index[table.sum(axis=1) == 0]]
+    flags = [("no image", name, "there is no image of this class") for name in table.index[table.sum(axis=1) == 0]]
     if table.shape[1] < 2:
         return flags
     for name, counts in table[table.sum(axis=1) > 0].iterrows():
@@ -104,8 +106,8 @@ def _flag_sources(table: pd.DataFrame) -> list[tuple[str, str, str]]:
                 (
                     "one source",
                     name,
-                    f"{share:.1%} of its {counts.sum()} images are from {source}, {of_source:.1%} of whose images show it: "
-                    "a model may learn to recognise the source instead of the class",
+                    f"{share:.1%} of its {counts.sum()} images are from {source}, and {of_source:.1%} of the images from "
+                    "there show the class: a model may learn to recognise the source instead of the class",
                 )
             )
     best, most = table.max(axis=0).sum() / table.to_numpy().sum(), table.sum(axis=1).max() / table.to_numpy().sum()
@@ -114,7 +116,8 @@ def _flag_sources(table: pd.DataFrame) -> list[tuple[str, str, str]]:
             (
                 "one source",
                 "",
-                f"the source alone predicts {best:.1%} of the images correctly, the most frequent class {most:.1%}",
+                f"predicting each image's class from its source alone is right for {best:.1%} of the images, always "
+                f"predicting the most frequent class for {most:.1%}",
             )
         )
     return flags
@@ -128,8 +131,8 @@ def _flag_ages(table: pd.DataFrame) -> list[tuple[str, str, str]]:
         (
             "children among adults",
             name,
-            f"{share:.1%} of the images of known age are children's, but none or nearly none of {', '.join(adult)}: "
-            "a model may learn to recognise the age instead of the class",
+            f"{share:.1%} of this class's images with a known age show children, but (nearly) no image of "
+            f"{', '.join(adult)} does: a model may learn to recognise the age instead of the class",
         )
         for name, share in children[children >= NEARLY_ALL].items()
         if len(adult)
@@ -156,7 +159,8 @@ def _flag_folds(
                 (
                     "leak",
                     "",
-                    f"{(counts_of_locations > 1).sum()} cases of a {name} in several places, first: {examples}",
+                    f"{(counts_of_locations > 1).sum()} cases of a {name} in more than one of the folds and the test set; "
+                    f"the first is {examples}",
                 )
             )
     counts = pd.crosstab(located.location, located.true_class).reindex(columns=classes, fill_value=0)

@@ -1,4 +1,4 @@
-"""Turns rows of files and diagnoses into a Dataset; shared by the readers of data sets with one diagnosis per image."""
+"""Makes a Dataset from files with one diagnosis per image; used by several readers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +22,13 @@ def diagnosis_dataset(
     published: dict[str, int] | None = None,
     progress: bool = True,
 ) -> Dataset:
-    """Return the Dataset of the images `rows` (image_id, patient_id, path, source, view and diagnosis).
+    """Return a Dataset of the images in `rows` (columns image_id, patient_id, path, source, view and diagnosis).
 
-    Every image is a study of its own. Further columns are retained; sex ("M", "F" or ""), age (years, NaN if unknown) and
-    licence are added if missing. An empty `view` is filled in from a DICOM header. Labels are one-hot over `known`, the
-    diagnoses (of DIAGNOSES) that the data set distinguishes. An image whose header cannot be read is left out, with a fault.
-    Raises DatasetError, which ends in `how_to_get`, if no image remains; ValueError for a diagnosis that is not in `known`.
+    Every image is a study of its own. Further columns are included; sex ("M", "F" or ""), age (years, NaN if unknown) and
+    licence are added if missing. An empty `view` is filled in from a DICOM header. Labels are one-hot over `diagnoses`,
+    those of DIAGNOSES that the data set distinguishes. An image whose header cannot be read is left out, with a fault.
+    Raises DatasetError, whose message ends with `how_to_get`, if no image remains; ValueError if a diagnosis is not in
+    `diagnoses`.
     """
     invalid = sorted(set(rows.diagnosis) - set(diagnoses) | set(diagnoses) - set(DIAGNOSES))
     if invalid:
@@ -37,18 +38,21 @@ def diagnosis_dataset(
     rows = rows.assign(**{name: value for name, value in defaults.items() if name not in rows})
     images = add_headers(rows, folder, faults, progress)
     if images.empty:
-        raise DatasetError(f"{folder} holds no X-ray that can be read: {how_to_get}")
+        raise DatasetError(f"{folder} contains no X-ray that can be read: {how_to_get}")
     return Dataset.from_tables(folder, images, one_hot(images.image_id, images.diagnosis, diagnoses), faults, published)
 
 
 def parse_sexes(cells: pd.Series) -> list[str]:
-    """Return "M" or "F" by the first letter of each cell, in either case; "" for anything else."""
+    """Return "M" or "F" for each cell, by its first letter in either case, or "" for any other letter."""
     letters = cells.str.strip().str[:1].str.upper()
     return letters.where(letters.isin(["M", "F"]), "").tolist()
 
 
 def parse_ages(cells: pd.Series, ids: pd.Series, faults: Faults, file: str) -> pd.Series:
-    """Return ages in years, NaN for empty cells and for values that are not an age, which get a fault."""
+    """Return ages in years, NaN for empty cells; a cell that is not an age from 0 to 130 is NaN too, with a fault.
+
+    In the faults, `file` is the file that the cells come from, and `ids` are the ids of their rows.
+    """
     years = pd.to_numeric(cells.str.strip(), errors="coerce").astype(float)
     years = years.where(years.between(0, 130))
     faults.add_summary(

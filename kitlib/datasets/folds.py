@@ -1,4 +1,4 @@
-"""Makes folds and test splits that never separate a patient's images or near-duplicates, and checks folds for leaks."""
+"""Makes folds and test splits that never separate images of a patient or near-duplicates, and checks folds for leaks."""
 
 import numpy as np
 import pandas as pd
@@ -17,13 +17,13 @@ def make_folds(
     seed: int = 0,
     near_duplicates: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """Assign images to `n_folds` stratified folds; returns the table folds (id = image_id, fold from 0).
+    """Assign images to `n_folds` stratified folds; returns a `folds` table (id is the image_id, fold counts from 0).
 
-    Images that are `false_none` or of the split "test" are in no fold. Images that share a patient or a group of
+    Images that are `false_none` or in the split "test" get no fold. Images that share a patient or a group of
     `near_duplicates` (columns image_id, group), directly or through others, share a fold. The proportions of classes (an
-    image counts for the rarest of its classes) and of images with boxes are as equal as whole groups allow. The result
-    depends on `seed` and the rows, not on their order. Raises ValueError if there are fewer groups than folds, an image's
-    study has no label, or `n_folds` is below 2.
+    image counts for its rarest class) and of images with boxes are as similar across folds as whole groups allow. The result
+    depends on `seed` and on the rows, but not on their order. Raises ValueError if there are fewer groups than folds, an
+    image's study has no label, or `n_folds` is below 2.
     """
     included = _annotated_images(images)
     if "split" in included:
@@ -32,7 +32,7 @@ def make_folds(
     n_groups = len(np.unique(groups))
     if not 2 <= n_folds <= n_groups:
         raise ValueError(
-            f"{n_folds} folds of {n_groups} groups of patients: choose at least 2 folds and at most the number of groups"
+            f"{n_groups} groups of patients cannot be divided into {n_folds} folds: choose from 2 to {n_groups} folds"
         )
     strata = _strata(included, labels, boxes)
     counts = pd.crosstab(groups, strata).to_numpy()
@@ -49,12 +49,12 @@ def hold_out_test(
     seed: int = 0,
     near_duplicates: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """Return `images` with the column `split`: "test" for about `share` of them, "train" for the others.
+    """Return `images` with a column `split`: "test" for about `share` of the images, "train" for the others.
 
     Replaces an existing split. Images that share a patient or a group of near-duplicates get the same split, and the
-    proportions of classes are as equal as whole groups allow; `false_none` images are "train". With a share of 0.1, nine
-    folds of the training images give 80/10/10. The result depends on `seed` and the rows, not on their order. Raises
-    ValueError for a share that is not between 0 and 1, or if a side would be empty.
+    proportions of classes are as similar as whole groups allow; `false_none` images are "train". With a share of 0.1 and
+    nine folds, the images are split 80/10/10. The result depends on `seed` and on the rows, but not on their order. Raises
+    ValueError if the share is not between 0 and 1, or if one side would be empty.
     """
     if not 0 < share < 1:
         raise ValueError(f"the share of test images is {share}; expected more than 0 and less than 1")
@@ -70,10 +70,10 @@ def hold_out_test(
 
 
 def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Return the table folds with one fold per source, numbered alphabetically, for leave-one-source-out validation.
+    """Return a `folds` table with one fold per source, numbered alphabetically, for leave-one-source-out validation.
 
-    Images that are `false_none` or of the split "test" are in no fold. Neither are images whose patient or near-duplicate
-    also occurs in another source, because they would leak. Raises ValueError if there is only one source, or a source loses
+    Images that are `false_none` or in the split "test" get no fold. Neither do images whose patient or near-duplicate also
+    occurs in another source, because they would leak. Raises ValueError if there is only one source, or if a source loses
     all its images.
     """
     included = _annotated_images(images)
@@ -81,7 +81,7 @@ def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None
         included = included[included.split != "test"].reset_index(drop=True)
     sources = sorted(set(included.source))
     if len(sources) < 2:
-        raise ValueError(f"the images are from one source, {', '.join(sources)}: folds by source need at least two")
+        raise ValueError(f"all images are from the source {', '.join(sources)}: folds by source require two or more")
     in_one_source = included.source.groupby(find_leak_groups(included, near_duplicates)).transform("nunique") == 1
     emptied = sorted(set(sources) - set(included.source[in_one_source]))
     if emptied:
@@ -94,14 +94,14 @@ def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None
 
 
 def find_leak_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> np.ndarray:
-    """Return a group number for every row of `images`; rows of one group must share a fold.
+    """Return a group number for every row of `images`; all rows with the same number must be in the same fold.
 
-    Rows are connected if they share a patient or a group of near-duplicates, directly or through others.
+    Rows have the same number if they share a patient or a group of near-duplicates, directly or through others.
     """
     links = [pd.factorize(images.patient_id)[0]]
     if near_duplicates is not None:
         group = images.image_id.map(near_duplicates.set_index("image_id").group)
-        # An image without a group of near-duplicates is a group of its own.
+        # An image that is missing from near_duplicates is a group of its own.
         links.append(pd.factorize(group.astype(object).where(group.notna(), images.image_id + " alone"))[0])
     rows = np.arange(len(images))
     edges, nodes = [], len(images)
@@ -114,16 +114,16 @@ def find_leak_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None 
 
 
 def check_no_leak(folds: pd.DataFrame, images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> None:
-    """Raise DatasetError, naming examples, if a patient or a group of near-duplicates is in several folds.
+    """Raise DatasetError, with examples, if a patient or a group of near-duplicates is in several folds.
 
-    Also raises it if an image of `folds` is not in `images`, because its patient is then unknown.
+    Also raises DatasetError if an image in `folds` is not in `images`, because its patient is then unknown.
     """
     assigned = check_table(folds, "folds").rename(columns={"id": "image_id"})
     assigned = assigned.merge(images[["image_id", "patient_id"]], on="image_id", how="left")
     unknown = assigned[assigned.patient_id.isna()]
     if len(unknown):
         raise DatasetError(
-            f"{len(unknown)} images of the folds are not in the table of images, first {unknown.image_id.iloc[0]}"
+            f"{len(unknown)} images in the folds are not in the `images` table; the first is {unknown.image_id.iloc[0]!r}"
         )
     _check_one_fold_each(assigned, "patient_id", "patients")
     if near_duplicates is not None:
@@ -144,19 +144,19 @@ def _check_one_fold_each(assigned: pd.DataFrame, column: str, name: str) -> None
             f"{value} (" + ", ".join(f"{row.image_id} in fold {row.fold}" for row in rows.itertuples()) + ")"
             for value, rows in assigned[assigned[column].isin(leaking[:5])].groupby(column)
         )
-        raise DatasetError(f"{len(leaking)} {name} are in several folds, first: {examples}. Make new folds with make_folds")
+        raise DatasetError(f"{len(leaking)} {name} are in several folds, such as {examples}. Make new folds with make_folds")
 
 
 def _assign_groups(counts: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a fold for every group, given `counts` (groups, strata), each group's number of images per stratum.
+    """Return a fold number for every group; `counts` (groups, strata) has the number of images of each group and stratum.
 
-    `parts` (folds,) are the reciprocals of the folds' shares, which sum to one; n folds of equal size have n each. Groups
-    are assigned from the largest to the smallest, each to the fold where the sum over strata of the squared distance from
-    the fold's target, divided by that target, grows least; the many groups of one image even out the remainder. On SIIM's
-    training set scikit-learn's StratifiedGroupKFold, which orders groups by their spread over strata, is up to 5 percentage
-    points off.
+    `parts` (folds,) are the reciprocals of the folds' shares, which sum to one; for n folds of equal size, every part is n.
+    Groups are assigned from the largest to the smallest. For each fold, the squared distances from the fold's target,
+    divided by the target, are summed over strata; a group goes to the fold where it increases this sum least. The many
+    groups of one image even out the remainder. On SIIM's training set scikit-learn's StratifiedGroupKFold, which orders
+    groups by their spread over strata, is up to 5 percentage points off.
     """
-    # The number of images breaks ties. Without it, if all strata are rare, a single fold would be filled.
+    # The total number of images breaks ties. Without it, a single fold would be filled if all strata are rare.
     counts = np.column_stack([counts, counts.sum(axis=1)])
     weight = np.r_[np.ones(counts.shape[1] - 1), 1e-3]
     target = counts.sum(axis=0) / np.asarray(parts, dtype=float)[:, None]
@@ -171,11 +171,11 @@ def _assign_groups(counts: np.ndarray, parts: np.ndarray, rng: np.random.Generat
 
 
 def _strata(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> np.ndarray:
-    """Return the stratum of every image, a number that encodes its rarest class and whether it has a box."""
+    """Return a stratum number for every image, which encodes its rarest class and whether it has a box."""
     classes = check_table(labels, "labels").set_index("id")
     missing = sorted(set(images.study_id) - set(classes.index))
     if missing:
-        raise ValueError(f"{len(missing)} studies have images but no label, first {missing[0]}: remove or label them")
+        raise ValueError(f"{len(missing)} studies have images but no label; the first is {missing[0]}: remove or label them")
     true = classes.loc[images.study_id].fillna(0).to_numpy() > 0.5
     rarest_first = true[:, np.argsort(true.sum(axis=0), kind="stable")]
     rarest = np.where(rarest_first.any(axis=1), rarest_first.argmax(axis=1), true.shape[1])

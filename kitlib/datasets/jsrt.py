@@ -21,11 +21,11 @@ PUBLISHED = {"images": 247, "nodule": 154, "no nodule": 93, "masks": 247}
 
 
 def read_jsrt(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the raw `.IMG` files below `folder`, as in JSRT's `All247images`, and the masks of SCR's `scratch`.
+    """Read the raw `.IMG` files below `folder`, as in JSRT's `All247images`, and the masks in SCR's folder `scratch`.
 
-    image_id and study_id are the file name, which also gives the patient and the labels, nodule and no nodule. Left out,
-    with a fault: files of another name or size. Images without masks are included. So are images that lack some of the
-    structures that other images have, but then without any mask. Raises DatasetError if there is no image or no mask.
+    image_id and study_id are the file name. It also identifies the patient and states the label, nodule or no nodule. Left
+    out, with a fault: files with another name or size. Images without masks are included. An image that lacks some of the
+    structures that other images have is included without any mask. Raises DatasetError if there is no image or no mask.
     """
     folder, faults = Path(folder), Faults()
     candidates = find_files(folder, (".img",), faults)
@@ -33,13 +33,13 @@ def read_jsrt(folder: str | Path, progress: bool = True) -> Dataset:
     for name, path in sorted(candidates.items()):
         size = path.stat().st_size
         if not NAME.fullmatch(name.upper()):
-            faults.add(path.name, name, "is not a JSRT name such as JPCLN001; left out")
+            faults.add(path.name, name, "has no name such as JPCLN001; left out")
         elif size != JSRT_BYTES:
-            faults.add(path.name, name, f"has {size} bytes instead of {JSRT_BYTES}; left out, fetch it again")
+            faults.add(path.name, name, f"has {size} bytes instead of {JSRT_BYTES}; left out. Fetch the file again")
         else:
             files[name.upper()] = path
     if not files:
-        raise DatasetError(f"{folder} holds no .IMG file of JSRT: unpack All247images there, {HOW_TO_GET_IMAGES}")
+        raise DatasetError(f"{folder} contains no .IMG file of JSRT: unpack All247images there, {HOW_TO_GET_IMAGES}")
     images = pd.DataFrame(
         {
             "image_id": list(files),
@@ -59,7 +59,10 @@ def read_jsrt(folder: str | Path, progress: bool = True) -> Dataset:
 
 
 def _find_masks(folder: Path, images: pd.DataFrame, faults: Faults) -> pd.DataFrame:
-    """Return the masks of the images that have every structure that occurs. Raises DatasetError if there is no mask."""
+    """Return the masks of the images that have a mask of every structure found in the folder, as a table like Dataset.masks.
+
+    Raises DatasetError if there is no mask.
+    """
     rows = []
     # SCR has two folds, each with a folder per structure.
     for mask_folder in sorted(path for path in folder.rglob("*") if path.name.lower() in STRUCTURES and path.is_dir()):
@@ -68,10 +71,10 @@ def _find_masks(folder: Path, images: pd.DataFrame, faults: Faults) -> pd.DataFr
             rows.append((name.upper(), structure, str(path)))
     masks = pd.DataFrame(rows, columns=["image_id", "structure", "path"], dtype=object)
     if masks.empty:
-        raise DatasetError(f"{folder} holds no mask: unpack SCR's folder scratch there, {HOW_TO_GET_MASKS}")
+        raise DatasetError(f"{folder} contains no mask: unpack SCR's folder scratch there, {HOW_TO_GET_MASKS}")
     is_repeated = masks.duplicated(["image_id", "structure"])
     for row in masks[is_repeated].itertuples():
-        faults.add(row.path, row.image_id, f"is a second mask of its {row.structure.replace('_', ' ')}; left out")
+        faults.add(row.path, row.image_id, f"is a second mask of the {row.structure.replace('_', ' ')}; left out")
     masks = masks[~is_repeated]
     faults.add_summary("scratch", set(masks.image_id) - set(images.image_id), "have masks but no image; left out")
     masks = masks[masks.image_id.isin(images.image_id)]

@@ -15,25 +15,25 @@ PARTS = ("train", "test", "val")
 KINDS = ("NORMAL", "PNEUMONIA")
 KNOWN_DIAGNOSES = ("viral", "bacterial", "normal")
 GERMS = {"bacteria": "bacterial", "virus": "viral", "normal": "normal"}
-# Names in Kaggle's version and in Mendeley's third version. A third number counts further images of the same series.
+# File names in Kaggle's version and in Mendeley's third version. A third number counts further images of the same series.
 PERSON = re.compile(r"(person\d+)_(bacteria|virus)_\d+(?:_\d+)?", re.IGNORECASE)
 SERIES = re.compile(r"(?:NORMAL2-)?(IM-\d+)-\d+(?:-\d+)?", re.IGNORECASE)
 MENDELEY = re.compile(r"(BACTERIA|VIRUS|NORMAL)-(\d+)-\d+", re.IGNORECASE)
 HOW_TO_GET = "`kaggle datasets download paultimothymooney/chest-xray-pneumonia`, see inputs/README.md"
-# Kermany et al. 2018, Cell: 5,232 images to train on, of which 3,883 of pneumonia, and 624 to test on.
+# Kermany et al. 2018, Cell: 5,232 training images, 3,883 of them with pneumonia, and 624 test images.
 PUBLISHED = {"images": 5856, "bacterial": 2780, "viral": 1493, "normal": 1583}
 
 
 def read_kermany(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the images in train, test and val of `folder` (or of a folder in it), each with NORMAL and PNEUMONIA.
+    """Read the images in train, test and val of `folder` (or of a folder in it), each with the folders NORMAL and PNEUMONIA.
 
-    image_id is the file name without suffix, prefixed with `PART-` if two parts share it. The file name gives the diagnosis
-    and the patient. The same number is treated as the same patient in all parts and for both germs: whether `person1` of the
-    test folder is that of the training folder is not documented, and joining two patients is harmless, while separating one
-    leaks. Therefore the official test folder, which shares numbers with the others, gives no `split`; the folder is in the
-    column `part`. All patients are children of one to five years: `age_group` is "child", `age` unknown. Left out, with a
-    fault: further copies of a part, names without a diagnosis or with another than their folder, and unreadable files.
-    Raises DatasetError if there is no such folder or no image.
+    image_id is the file name without suffix, prefixed with `PART-` if two parts share the name. The file name states the
+    diagnosis and the patient. The same number is treated as the same patient in all parts and for both germs, because it is
+    not documented whether `person1` in the test folder is `person1` in the training folder; joining two patients is
+    harmless, while separating one leaks. Because the official test folder shares numbers with the others, there is no
+    `split`; the column `part` has the folder. All patients are children of one to five years: `age_group` is "child", `age`
+    unknown. Left out, with a fault: further copies of a part, names that state no diagnosis or another one than their
+    folder, and unreadable files. Raises DatasetError if there is no such folder or no image.
     """
     folder, faults = Path(folder), Faults()
     files: dict[tuple[str, str], _NamedFile] = {}
@@ -42,14 +42,14 @@ def read_kermany(folder: str | Path, progress: bool = True) -> Dataset:
         if file is None:
             faults.add(name, path.stem, "the name states no diagnosis; left out")
         elif (file.diagnosis == "normal") != (kind == "NORMAL"):
-            faults.add(name, path.stem, f"is named as {file.diagnosis} but in the folder {kind}; left out")
+            faults.add(name, path.stem, f"has a name that states {file.diagnosis}, but is in the folder {kind}; left out")
         elif (part, path.stem) in files:
             faults.add(name, path.stem, f"has the same name as {files[part, path.stem].path}; left out")
         else:
             files[part, path.stem] = file
     if not files:
         raise DatasetError(
-            f"{folder} holds no image in train, test or val with the folders {' and '.join(KINDS)}: "
+            f"{folder} contains no image in train, test or val with the folders {' and '.join(KINDS)}: "
             f"unpack the data set there, {HOW_TO_GET}"
         )
     stems = pd.Series([stem for _, stem in files])
@@ -78,9 +78,9 @@ class _NamedFile:
 
 
 def _find_files(folder: Path) -> list[tuple[Path, str, str]]:
-    """Return path, part and kind of the image files in folders PART/KIND, those of the least nested folder first."""
+    """Return (path, part, kind) for each image file in a folder PART/KIND, sorted by depth of the folder, then by path."""
     files = []
-    # Kaggle's archive contains everything twice, the second time one folder deeper, and hidden files of macOS.
+    # Kaggle's archive contains a second copy of all files, one folder deeper, and hidden macOS files.
     for root, folders, names in os.walk(folder):
         folders.sort()
         part, kind = Path(root).parent.name.lower(), Path(root).name.upper()

@@ -1,4 +1,4 @@
-"""Reads mask files of published data sets, and stores them as label images of the decoded copies' sizes."""
+"""Reads the mask files of published data sets, and stores the masks as label images of the decoded copies' size."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,23 +17,24 @@ from kitlib.xrays.cache import XrayCache, usable_cores
 from kitlib.xrays.image_file import open_image
 from kitlib.xrays.mask_store import MaskStore
 
-# A file whose largest value is below this holds codes (such as 1 for the right and 2 for the left lung) and not greys.
+# If all values of a file are below this, they are codes (such as 1 for the right and 2 for the left lung), not grey levels.
 CODES_BELOW = 16
 ASPECT_TOLERANCE = 0.01
-# Later structures overwrite earlier ones: where a lung and the heart overlap, the pixel is lung.
+# Later structures overwrite earlier ones: a pixel where a lung and the heart overlap is lung.
 DRAWN_IN_ORDER = ("heart", "lungs", "left_lung", "right_lung")
-# A connected part below this share of a mask is not a lung; a mask narrower than this multiple of its height is one lung.
+# A connected part that covers less than LEAST_PART of the lung mask is not a lung. If there is only one large part and its
+# width is less than LONE_LUNG of its height, only one lung is drawn.
 LEAST_PART, LONE_LUNG = 0.05, 0.65
-IMAGES_PER_PART = 128  # images per file of the mask store, so that few masks are in memory at once
+IMAGES_PER_PART = 128  # images in each file of the mask store; limits the number of masks in memory
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """Read a PNG, JPEG or GIF mask, or the lungs of a Darwin JSON file, as a bool mask (rows, columns).
+    """Read a PNG, JPEG or GIF mask, or the lungs in a Darwin JSON file, as a bool mask (rows, columns).
 
-    In an image, pixels above half of the scale are inside; the scale is 255, or 65535 if a value exceeds 255. The brightest
-    colour channel decides, palettes are resolved, alpha is ignored. V7's masks mark pixels to be ignored by 127, which is
-    outside. If no value reaches CODES_BELOW and the file is not JPEG, values are codes, and all but 0 are inside. A black
-    image is an empty mask. Raises MaskError, which names the file.
+    In an image, pixels above half of the scale are inside; the scale is 255, or 65535 if any value exceeds 255. The
+    brightest colour channel decides, palettes are resolved, alpha is ignored. V7's masks use 127 for pixels to be ignored,
+    which are therefore outside. If all values are below CODES_BELOW and the file is not a JPEG, they are codes, and all but
+    0 are inside. A black image is an empty mask. Raises MaskError, which names the file, if it cannot be read.
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
@@ -58,14 +59,14 @@ def read_mask(path: str | Path) -> np.ndarray:
 def fill_masks(
     store: MaskStore, masks: pd.DataFrame, images: pd.DataFrame, cache: XrayCache, progress: bool = True
 ) -> pd.DataFrame:
-    """Add a label image to `store` for each of `images` that has rows in `masks` (see Dataset); returns the faults.
+    """Add a label image to `store` for every image that has rows in `masks` (see Dataset); returns the faults.
 
-    The images must be in `cache`; the faults have the columns of Dataset.faults. An image gets no mask if one of its files
-    is missing, damaged or of another aspect ratio than the image (by more than 1 %), or if no pixel is lung: an incomplete
-    mask would teach that the missing part is background. A mask of one lung only, or with an empty structure, is stored, but
-    also a fault. Masks are resized to the decoded copy by area; a pixel is inside if at least half of it is. Where
-    structures overlap, the later one of DRAWN_IN_ORDER wins. Masks that are already in the store are not changed. Raises
-    ValueError for an unknown structure.
+    Decoded copies come from `cache`, which must contain all `images`; the faults have the columns of Dataset.faults. An
+    image gets no mask if one of its mask files is missing, is damaged, or has another aspect ratio than the image (by more
+    than 1 %), or if no pixel is lung: an incomplete mask would teach that the missing part is background. A mask with only
+    one lung or with an empty structure is stored, but is also a fault. Masks are resized to the decoded copy by area
+    averaging; a pixel is inside if at least half of it is. Where structures overlap, the later one in DRAWN_IN_ORDER wins.
+    Masks that are already in the store are not changed. Raises ValueError if a structure is unknown.
     """
     unknown = sorted(set(masks.structure) - set(DRAWN_IN_ORDER))
     if unknown:
@@ -91,18 +92,21 @@ def fill_masks(
 def _label_image(
     image_id: str, files: Sequence[tuple[str, str]], cache: XrayCache
 ) -> tuple[np.ndarray | None, list[tuple[str, str]]]:
-    """Return a label image (uint8, of the decoded copy's size; None for no mask) and (file, problem) pairs."""
+    """Return an image's label image (None if it gets no mask), and a list of (file, problem).
+
+    The label image is uint8, of the same shape as the decoded copy; `files` has (structure, path) for each mask file.
+    """
     xray, problems = cache.read(image_id), []
     masks_of: dict[str, list[np.ndarray]] = {}
     for structure, path in files:
         try:
             mask = read_mask(path)
         except MaskError as error:
-            problems.append((_short_name(path), f"{error}; the image has no mask"))
+            problems.append((_short_name(path), f"{error}; the image gets no mask"))
             continue
         if abs(mask.shape[1] * xray.rows / (mask.shape[0] * xray.columns) - 1) > ASPECT_TOLERANCE:
-            sizes = f"{mask.shape[0]} x {mask.shape[1]} pixels, its image {xray.rows} x {xray.columns}"
-            problems.append((_short_name(path), f"has {sizes}: the aspect ratios differ; the image has no mask"))
+            sizes = f"{mask.shape[0]} x {mask.shape[1]} pixels, but its image has {xray.rows} x {xray.columns}"
+            problems.append((_short_name(path), f"has {sizes}: the aspect ratios differ; the image gets no mask"))
             continue
         masks_of.setdefault(structure, []).append(_resize(mask, xray.pixels.shape))
     if problems:
@@ -114,9 +118,9 @@ def _label_image(
     first_file = _short_name(files[0][1])
     lungs = np.isin(codes, LUNG_CODES)
     if not lungs.any():
-        return None, [(first_file, "no pixel is lung; the image has no mask")]
+        return None, [(first_file, "no pixel is lung; the image gets no mask")]
     problems = [
-        (first_file, f"the {structure.replace('_', ' ')} has no pixel; the mask is used")
+        (first_file, f"the mask of the {structure.replace('_', ' ')} is empty; the image's mask is used")
         for structure, masks in masks_of.items()
         if not any(inside.any() for inside in masks)
     ]
@@ -134,12 +138,12 @@ def _resize(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _is_one_lung(lungs: np.ndarray) -> bool:
-    """Return whether a nonempty mask of lungs has one large part only, which is too narrow to be both lungs."""
+    """Return whether a nonempty lung mask has only one large part, which is too narrow to be both lungs."""
     parts = cv2.connectedComponentsWithStats(lungs.astype(np.uint8))[2][1:]
     large = parts[parts[:, cv2.CC_STAT_AREA] >= LEAST_PART * lungs.sum()]
     return len(large) == 1 and bool(large[0, cv2.CC_STAT_WIDTH] < LONE_LUNG * large[0, cv2.CC_STAT_HEIGHT])
 
 
 def _short_name(path: str) -> str:
-    """Return folder and name of a mask file; masks of one image often have the same name in different folders."""
+    """Return the folder and name of a mask file; an image's masks often have the same name in different folders."""
     return "/".join(Path(path).parts[-2:])

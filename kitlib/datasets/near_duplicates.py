@@ -15,7 +15,8 @@ from kitlib.xrays.cache import XrayCache
 # 256 bits. With the usual 64 bits, 1 in 3,600 pairs of different chests are as close as the copies described below.
 HASH_SIDE = 16
 # In bits, measured on public frontal chest X-rays. All copies that were rescaled, re-exposed and made noisy are within this
-# distance, 99.7 % of those also cropped by up to 1 % at each edge (80 % at 2 %), and 2 of 2.3 million pairs of patients.
+# distance, as are 99.7 % of the copies that were also cropped by up to 1 % at each edge (80 % at 2 %), but only 2 of 2.3
+# million pairs of images of different patients.
 MAX_DISTANCE = 32
 BLOCK = 1024  # rows of the distance matrix that are in memory at once
 
@@ -23,8 +24,9 @@ BLOCK = 1024  # rows of the distance matrix that are in memory at once
 def group_near_duplicates(cache: XrayCache, image_ids: Iterable[str], max_distance: int = MAX_DISTANCE) -> pd.DataFrame:
     """Group near-duplicates among `image_ids` by perceptual hash; returns a table with the columns image_id and group.
 
-    Images within `max_distance` bits (of 256), directly or through others, share a group; every other image is a group of
-    its own. Images that are not in the cache, because they could not be decoded, are not in the table.
+    Images whose hashes differ in at most `max_distance` of 256 bits, directly or through others, share a group; every other
+    image is a group of its own. Images that are not in the cache, because they could not be decoded, are left out of the
+    table.
     """
     available = [image_id for image_id in image_ids if image_id in cache]
     hashes = [perceptual_hash(cache.read(image_id).pixels) for image_id in available]
@@ -32,9 +34,9 @@ def group_near_duplicates(cache: XrayCache, image_ids: Iterable[str], max_distan
 
 
 def perceptual_hash(pixels: np.ndarray) -> np.ndarray:
-    """Return the perceptual hash, bool (256,), of uint8 pixels (rows, columns), independent of the aspect ratio.
+    """Return the perceptual hash, bool (256,), of uint8 pixels (rows, columns); it does not depend on the aspect ratio.
 
-    A bit says whether one of the 256 lowest spatial frequencies is above their median.
+    Each bit says whether the amplitude at one of the 256 lowest spatial frequencies is above the median amplitude.
     """
     # Four samples per frequency, as in imagehash. Large images are subsampled first, which saves three quarters of the time
     # and loses only noise.
@@ -44,9 +46,9 @@ def perceptual_hash(pixels: np.ndarray) -> np.ndarray:
 
 
 def group_hashes(hashes: list[np.ndarray], max_distance: int) -> np.ndarray:
-    """Return a group number for each of n bool hashes: int (n,).
+    """Return a group number for each of n bool hashes, int (n,).
 
-    Hashes that differ in at most `max_distance` bits, directly or through others, share a group.
+    Hashes that differ in at most `max_distance` bits, directly or through others, get the same number.
     """
     if not hashes:
         return np.empty(0, dtype=int)

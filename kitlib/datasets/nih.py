@@ -1,4 +1,4 @@
-"""Reads NIH ChestX-ray14 (Wang et al. 2017): images, 14 findings and No Finding, official lists, boxes."""
+"""Reads NIH ChestX-ray14 (Wang et al. 2017): images, 14 findings and No Finding, official training and test lists, boxes."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ ENTRIES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")  # the later one 
 BOXES = "BBox_List_2017.csv"
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
 HOW_TO_GET = "`kaggle datasets download nih-chest-xrays/data`, see inputs/README.md"
-# Images and patients: Wang et al. 2017 and the data set's FAQ. Rows per finding: counted in Data_Entry_2017.csv.
+# Images and patients are from Wang et al. 2017 and the data set's FAQ; rows per finding are counted in Data_Entry_2017.csv.
 PUBLISHED = {
     "images": 112120,
     "patients": 30805,
@@ -38,12 +38,12 @@ PUBLISHED = {
 
 
 def read_nih(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the images below `folder` (`images_001/images` to `images_012/images`, or any others) with their findings.
+    """Read the images below `folder` (`images_001/images` to `images_012/images`, or other folders) with their findings.
 
-    image_id and study_id are the file name without suffix, patients are `nih-00000001`. Labels have the columns
-    NIH_FINDINGS, 0 or 1. `boxes` has the column `finding`. `split` is "train" or "test" if the official lists are present.
-    Left out, with a fault: rows without a file, files without a row, unreadable headers, unknown findings, invalid boxes.
-    Raises DatasetError if the table of entries is missing or lacks a column, or if there is no image.
+    image_id and study_id are the file name without suffix; patient ids have the form `nih-00000001`. Labels have the columns
+    NIH_FINDINGS, 0 or 1. `boxes` has an additional column `finding`. `split` is "train" or "test" if the official lists are
+    present. Left out, with a fault: rows without a file, files without a row, unreadable headers, unknown findings, invalid
+    boxes. Raises DatasetError if the table of entries is missing or lacks a column, or if there is no image.
     """
     folder, faults = Path(folder), Faults()
     name = next((candidate for candidate in ENTRIES if (folder / candidate).is_file()), ENTRIES[-1])
@@ -53,7 +53,7 @@ def read_nih(folder: str | Path, progress: bool = True) -> Dataset:
     table = table.drop_duplicates("Image Index")
     files = find_files(folder, (".png", ".jpg", ".jpeg"), faults)
     if not files:
-        raise DatasetError(f"{folder} holds no PNG or JPEG image: unpack images_001 to images_012 there, {HOW_TO_GET}")
+        raise DatasetError(f"{folder} contains no PNG or JPEG image: unpack images_001 to images_012 there, {HOW_TO_GET}")
     table["image_id"] = table["Image Index"].map(lambda index: Path(index).stem)
     table = _match_files(table, files, name, faults)
     labels = _read_labels(table, name, faults)
@@ -76,7 +76,7 @@ def read_nih(folder: str | Path, progress: bool = True) -> Dataset:
 
 def _match_files(table: pd.DataFrame, files: dict[str, Path], name: str, faults: Faults) -> pd.DataFrame:
     table["path"] = table.image_id.map({image_id: str(path) for image_id, path in files.items()})
-    # One fault for all: with only one archive unpacked, a hundred thousand rows have no file.
+    # A single fault, because a hundred thousand rows have no file if only one archive is unpacked.
     faults.add_summary(name, table.image_id[table.path.isna()], "have no file; left out", "other rows")
     for image_id in sorted(set(files) - set(table.image_id)):
         faults.add(str(files[image_id].name), image_id, f"has no row in {name}; left out")
@@ -88,7 +88,7 @@ def _read_labels(table: pd.DataFrame, name: str, faults: Faults) -> pd.DataFrame
     values = np.array([[finding in cell for finding in NIH_FINDINGS] for cell in findings], dtype=float)
     labels = pd.DataFrame(values.reshape(-1, len(NIH_FINDINGS)), columns=list(NIH_FINDINGS))
     labels.insert(0, "id", table.image_id.to_numpy())
-    # "No Finding" excludes the others; an empty cell, which has no known finding, is invalid, too.
+    # "No Finding" excludes all other findings. An empty cell is invalid because "" is not a finding.
     is_invalid = [not cell <= set(NIH_FINDINGS) or ("No Finding" in cell and len(cell) > 1) for cell in findings]
     for image_id, cell in zip(table.image_id[is_invalid], table["Finding Labels"][is_invalid], strict=True):
         faults.add(name, image_id, f"the findings {cell!r} are not valid (one or more of 14, or No Finding alone); left out")
@@ -98,8 +98,9 @@ def _read_labels(table: pd.DataFrame, name: str, faults: Faults) -> pd.DataFrame
 def read_boxes(path: Path, faults: Faults) -> pd.DataFrame:
     """Read the list of boxes as a table with the columns image_id, xmin, ymin, xmax, ymax and finding.
 
-    The file's columns are `Image Index`, `Finding Label`, then x, y, w, h by position. Invalid boxes are left out, with a
-    fault; a missing file is a fault and gives an empty table. Raises DatasetError if columns are missing.
+    The file has the columns `Image Index` and `Finding Label`, followed by x, y, width and height, whatever their names.
+    Invalid boxes are left out, with a fault. If the file is missing, this is a fault and the table is empty. Raises
+    DatasetError if columns are missing.
     """
     columns = ["image_id", *BOX, "finding"]
     if not path.is_file():
@@ -112,8 +113,8 @@ def read_boxes(path: Path, faults: Faults) -> pd.DataFrame:
         )
     boxes, is_valid = make_boxes(table["Image Index"].map(lambda index: Path(index).stem), table.iloc[:, 2:6])
     for image_id in boxes.image_id[~is_valid]:
-        faults.add(path.name, image_id, "a box without area or with a cell that is not a number; the box is left out")
-    # The list has "Infiltrate" for Infiltration.
+        faults.add(path.name, image_id, "the box has no area, or one of its cells is not a number; the box is left out")
+    # The list calls Infiltration "Infiltrate".
     finding = table["Finding Label"].replace("Infiltrate", "Infiltration")
     return boxes.assign(finding=finding)[is_valid][columns].reset_index(drop=True)
 
@@ -128,5 +129,5 @@ def _add_split(images: pd.DataFrame, folder: Path, faults: Faults) -> pd.DataFra
         split_of |= {Path(line).stem: split for line in path.read_text(encoding="utf-8").split()}
     split = images.image_id.map(split_of)
     for image_id in images.image_id[split.isna()]:
-        faults.add(", ".join(LISTS.values()), image_id, "is in neither list; left out")
+        faults.add(", ".join(LISTS.values()), image_id, "is in neither of the official lists; left out")
     return images.assign(split=split)[split.notna()].reset_index(drop=True)

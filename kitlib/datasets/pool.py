@@ -1,4 +1,4 @@
-"""Reads several data sets as one, with the classes of one scheme; images that fit no class are left out and counted."""
+"""Reads several data sets as one, with classes from one scheme; images that fit no class are left out and counted."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +12,7 @@ from kitlib.datasets.base import Dataset, one_hot
 from kitlib.datasets.registry import read_dataset
 from kitlib.tables import check_table, empty_table
 
-# Data set without diagnoses -> label -> diagnosis. The first label that is true decides; without one it is "other".
+# Data set without diagnoses -> label -> diagnosis. The first label that is true decides; if none is, it is "other".
 DIAGNOSED = {
     "nih": {"No Finding": "normal", "Pneumonia": "pneumonia"},
     "montgomery": {"normal": "normal"},
@@ -21,13 +21,13 @@ DIAGNOSED = {
 
 
 def read_pool(parts: Mapping[str, str | Path], scheme: str, progress: bool = True) -> Dataset:
-    """Read the data sets `parts` (a key of READERS -> its folder) as one Dataset with one-hot labels of `scheme`.
+    """Read the data sets in `parts` (a key of READERS -> its folder) as one Dataset with one-hot labels.
 
-    `scheme` is a key of CLASS_SCHEMES. Images with a diagnosis that it has no class for are left out, with one fault per
-    data set and diagnosis. An image_id that occurs in two data sets is prefixed with the data set's name in both. Every
-    image is a study of its own; the columns `diagnosis` and `source` tell an image's origin. Official splits are retained;
-    images of data sets without one are "train". There are no boxes. Raises ValueError for an unknown scheme, a data set
-    whose images have no diagnosis, or if no image remains.
+    The labels are the classes of `scheme`, a key of CLASS_SCHEMES. Images whose diagnosis has no class in the scheme are
+    left out, with one fault per data set and diagnosis. An image_id that occurs in two data sets is prefixed with the data
+    set's name in both. Every image is a study of its own; the columns `diagnosis` and `source` tell where an image comes
+    from. Official splits are retained; images from data sets without one are "train". There are no boxes. Raises ValueError
+    if the scheme is unknown, a data set has no diagnoses, or no image remains.
     """
     classes = scheme_classes(scheme)
     sets = {name: _with_diagnosis(read_dataset(name, folder, progress), name) for name, folder in parts.items()}
@@ -42,11 +42,11 @@ def read_pool(parts: Mapping[str, str | Path], scheme: str, progress: bool = Tru
     pool = _fill_missing(pd.concat(images, ignore_index=True))
     pool = pool[pool.diagnosis.isin(CLASS_SCHEMES[scheme])].reset_index(drop=True)
     if pool.empty:
-        raise ValueError(f"{', '.join(parts)} have no image with a class of the scheme {scheme}: {', '.join(classes)}")
+        raise ValueError(f"{', '.join(parts)} have no image of any class of the scheme {scheme}: {', '.join(classes)}")
     pool["study_id"] = pool.image_id
     image_classes = pool.diagnosis.map(CLASS_SCHEMES[scheme])
     for name in sorted(set(classes) - set(image_classes)):
-        faults.append(pd.DataFrame([(", ".join(parts), name, f"no image shows this class of the scheme {scheme}")]))
+        faults.append(pd.DataFrame([(", ".join(parts), name, f"there is no image of this class of the scheme {scheme}")]))
     labels = one_hot(pool.image_id, image_classes, classes)
     all_masks = pd.concat(masks, ignore_index=True) if masks else None
     return Dataset(
@@ -60,14 +60,14 @@ def read_pool(parts: Mapping[str, str | Path], scheme: str, progress: bool = Tru
 
 
 def sample_images(images: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
-    """Return a random sample of at most `count` of a pool's `images`, about the same share of each source and diagnosis.
+    """Return a random sample of at most `count` rows of `images`, with about the same share of each source and diagnosis.
 
-    The order of the rows is preserved. The choice depends on `seed` and the ids, not on their order. A patient's images are
-    sampled independently.
+    `images` is the table of a pool; its order is preserved. The choice depends on `seed` and on the image ids, but not on
+    their order. Images of one patient are sampled independently.
     """
     shuffled = images.sort_values("image_id").sample(frac=1, random_state=np.random.default_rng(seed))
     groups = shuffled.groupby(["source", "diagnosis"])
-    # The offset of one half makes the first image of a small group rank behind the first one of a large group.
+    # Because of the offset of one half, the first image of a small group ranks behind the first image of a large group.
     share = (groups.cumcount() + 0.5) / groups["image_id"].transform("size")
     return images[images.index.isin(share.sort_values(kind="stable").index[:count])]
 
@@ -77,13 +77,16 @@ def _prefix_clashing(image_ids: pd.Series, clashing: set[str], name: str) -> pd.
 
 
 def _with_diagnosis(data: Dataset, name: str) -> Dataset:
-    """Return the data set with the column `diagnosis` in images, if necessary by DIAGNOSED from the study's labels."""
+    """Return the data set with a column `diagnosis` in its images, which DIAGNOSED derives from labels if it is missing.
+
+    Raises ValueError if the data set `name` has no diagnoses and is not in DIAGNOSED.
+    """
     if "diagnosis" in data.images:
         return data
     if name not in DIAGNOSED:
         raise ValueError(
-            f"the images of {name} have no diagnosis and therefore fit no scheme of classes; data sets whose labels can be "
-            f"converted to diagnoses: {', '.join(DIAGNOSED)}"
+            f"the data set {name} has no diagnoses, so its images fit no scheme of classes. Only the labels of these data "
+            f"sets can be converted to diagnoses: {', '.join(DIAGNOSED)}"
         )
     labels = data.labels.set_index("id").loc[data.images.study_id]
     diagnosis = pd.Series("other", index=data.images.index, dtype=object)
@@ -96,14 +99,14 @@ def _excluded_faults(images: pd.DataFrame, name: str, scheme: str) -> pd.DataFra
     counts = images.diagnosis[~images.diagnosis.isin(CLASS_SCHEMES[scheme])].value_counts().sort_index()
     return pd.DataFrame(
         [
-            (name, diagnosis, f"{count} images have a diagnosis that the scheme {scheme} has no class for; left out")
+            (name, diagnosis, f"{count} images have this diagnosis, which has no class in the scheme {scheme}; left out")
             for diagnosis, count in counts.items()
         ]
     )
 
 
 def _fill_missing(images: pd.DataFrame) -> pd.DataFrame:
-    """Fill missing text with "" and a missing official split with "train"."""
+    """Fill in "" for missing texts, and "train" for a missing official split."""
     if "split" in images:
         images["split"] = images.split.astype(object).where(images.split.notna(), "train")
     texts = [column for column in images if images[column].map(lambda cell: isinstance(cell, str)).any()]
@@ -116,7 +119,7 @@ def _join_faults(faults: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _published_counts(sets: dict[str, Dataset], scheme: str) -> dict[str, int]:
-    """Return the published counts of the classes for which every data set has published all its diagnoses."""
+    """Return class -> published number of images, if every data set has published counts for the diagnoses of the class."""
     counts: dict[str, int] = {}
     unknown = set()
     for data in sets.values():

@@ -1,4 +1,4 @@
-"""Registry of the data sets that the kit reads, and the comparison of a data set with its published counts."""
+"""Registry of the data sets that the kit can read; compares a data set with its published counts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +40,7 @@ READERS: dict[str, Callable[..., Dataset]] = {
 def read_dataset(name: str, folder: str | Path, progress: bool = True) -> Dataset:
     """Read the training images of the data set `name` (a key of READERS) from `folder`.
 
-    Raises ValueError for an unknown name, DatasetError if a file or folder is missing.
+    Raises ValueError if the name is unknown, DatasetError if a file or folder is missing.
     """
     if name not in READERS:
         raise ValueError(f"unknown data set {name!r}; available: {', '.join(READERS)}")
@@ -50,8 +50,8 @@ def read_dataset(name: str, folder: str | Path, progress: bool = True) -> Datase
 def compare_with_published(dataset: Dataset) -> pd.DataFrame:
     """Compare a data set's counts with the published ones; returns a table with one row per count.
 
-    Its columns are what, here (the count in `dataset`), published (NA if unknown) and share (here / published). The row
-    masks counts images with a mask.
+    The columns are what (the name of the count), here (its value in `dataset`), published (NA if unknown) and share (here /
+    published). The row "masks" has the number of images with a mask.
     """
     images, labels = dataset.images, dataset.labels
     counts = {

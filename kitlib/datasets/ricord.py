@@ -20,9 +20,10 @@ def read_ricord(folder: str | Path, progress: bool = True) -> Dataset:
     """Read the DICOM files below `folder`, in the retriever's layout MIDRC-RICORD-1C-PATIENT/STUDY/SERIES/FILE.dcm.
 
     All patients have COVID-19, so the data set is useful only in a pool. image_id is the path from the patient's folder on,
-    joined by "-", since files are often named 1-1.dcm. The radiologists' annotations (a JSON file) and the clinical table (a
-    spreadsheet) are not read: sex and age are unknown. Left out, with a fault: files outside of a patient's folder, lateral
-    views (by their headers) and unreadable files. Raises DatasetError if no patient has a DICOM file.
+    joined by "-", because many files are named 1-1.dcm. Sex and age are unknown: neither the radiologists' annotations (a
+    JSON file) nor the clinical table (a spreadsheet) are read. Left out, with a fault: files that are not in a patient's
+    folder, lateral views (according to their headers) and unreadable files. Raises DatasetError if no patient has a DICOM
+    file.
     """
     folder, faults = Path(folder), Faults()
     rows, outside = [], []
@@ -38,7 +39,7 @@ def read_ricord(folder: str | Path, progress: bool = True) -> Dataset:
     faults.add_summary("the folder", outside, "are not in a folder MIDRC-RICORD-1C-PATIENT; left out")
     if not rows:
         raise DatasetError(
-            f"{folder} holds no folder MIDRC-RICORD-1C-PATIENT with DICOM files: fetch them with {HOW_TO_GET}"
+            f"{folder} contains no folder MIDRC-RICORD-1C-PATIENT with DICOM files: fetch them with {HOW_TO_GET}"
         )
     table = pd.DataFrame(rows, columns=["image_id", "patient_id", "path"])
     table["view"] = [header.view for header in read_headers(table.path.tolist(), progress=False)]

@@ -11,10 +11,10 @@ from kitlib.errors import DatasetError
 
 LABELS, CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
 IMAGES = "stage_2_train_images"
-# RSNA's table of the NIH image of each of its images; published separately from the challenge's files.
+# RSNA's list of its images and the NIH images that they come from; published separately from the challenge's files.
 MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
 HOW_TO_GET = "`kaggle competitions download -c rsna-pneumonia-detection-challenge`, see inputs/README.md"
-# Shih et al. 2019 (Radiology: AI) for the stage 2 training set; rows and boxes are counted in its table.
+# Shih et al. 2019 (Radiology: AI), for the stage 2 training set; rows and boxes are counted in its CSV file.
 PUBLISHED = {
     "images": 26684,
     "label_rows": 30227,
@@ -28,11 +28,11 @@ PUBLISHED = {
 def read_rsna(folder: str | Path, progress: bool = True) -> Dataset:
     """Read the training images below `folder` (DICOM, or PNG or JPEG if re-packed), their classes and opacity boxes.
 
-    image_id and study_id are RSNA's patientId. RSNA has one image per patientId, but the images are NIH's, where a patient
-    has several: with MAPPING in the folder `patient_id` is NIH's, so that folds do not leak; without it, it is the
-    patientId, with a fault. Labels have the columns RSNA_CLASSES, exactly one of them 1. Left out, with a fault: rows
-    without a file, files without a row, images with an unreadable header, an invalid box, or a class that contradicts their
-    boxes. Raises DatasetError if a table or the image folder is missing.
+    image_id and study_id are RSNA's patientId. RSNA has one image per patientId, but the images come from NIH, where a
+    patient has several. If MAPPING is in the folder, `patient_id` is NIH's patient, so that folds do not leak; otherwise it
+    is the patientId, with a fault. Labels have the columns RSNA_CLASSES, exactly one of which is 1. Left out, with a fault:
+    rows without a file, files without a row, and images with an unreadable header, an invalid box, or a class that
+    contradicts their boxes. Raises DatasetError if a table or the image folder is missing.
     """
     folder, faults = Path(folder), Faults()
     labels, boxes = read_label_tables(folder, faults)
@@ -59,7 +59,7 @@ def read_rsna(folder: str | Path, progress: bool = True) -> Dataset:
 
 
 def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read the two CSV files of `folder`; returns the tables labels (id = patientId) and boxes (of opacities).
+    """Read the two CSV files in `folder`; returns a `labels` table (id is the patientId) and a `boxes` table (of opacities).
 
     Invalid rows are left out, with a fault. Raises DatasetError if a file is missing or lacks a column.
     """
@@ -68,7 +68,7 @@ def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame,
     boxes, is_valid = make_boxes(rows.patientId, rows[["x", "y", "width", "height"]])
     excluded = set(rows.patientId[~rows.Target.isin(["0", "1"]) | (is_valid != (rows.Target == "1"))])
     for patient in sorted(excluded):
-        faults.add(LABELS, patient, "Target is not 1 with a box or 0 without one; the image is left out")
+        faults.add(LABELS, patient, "Target is neither 1 with a valid box nor 0 without a box; the image is left out")
     for patient in sorted(set(detailed.patientId[detailed.patientId.duplicated(keep=False)])):
         faults.add(CLASSES, patient, "has two different classes; the image is left out")
         excluded.add(patient)
@@ -77,7 +77,7 @@ def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame,
     for patient in sorted(set(rows.patientId) - excluded):
         name = class_of.get(patient, "")
         if name not in RSNA_CLASSES or (name == "Lung Opacity") != (patient in boxed):
-            faults.add(CLASSES, patient, f"the class {name!r} contradicts the image's boxes; the image is left out")
+            faults.add(CLASSES, patient, f"the class {name!r} is invalid or contradicts the boxes; the image is left out")
             excluded.add(patient)
     patients = sorted(set(rows.patientId) - excluded)
     labels = one_hot(pd.Series(patients, dtype=object), class_of.reindex(patients).reset_index(drop=True), RSNA_CLASSES)
@@ -85,9 +85,9 @@ def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame,
 
 
 def read_nih_patients(path: Path, faults: Faults) -> dict[str, str]:
-    """Return RSNA's patientId -> NIH's patient, with the ids of kitlib.datasets.nih, from RSNA's mapping file `path`.
+    """Read RSNA's mapping file `path`; returns patientId -> NIH's patient, with the patient ids of kitlib.datasets.nih.
 
-    A missing file is a fault and gives an empty mapping. Raises DatasetError for a file of another form.
+    If the file is missing, this is a fault and the mapping is empty. Raises DatasetError if the file has another format.
     """
     if not path.is_file():
         faults.add(path.name, "", "the file is missing; images of one NIH patient may fall into several folds")

@@ -1,7 +1,7 @@
 """Reads the training and test sets of the SIIM-FISABIO-RSNA COVID-19 competition, and lists their faults.
 
 Nothing is left out silently: each table of faults has the columns `file`, `row` (an id as written in the file, or a path)
-and `problem`, which also says what was done about it.
+and `problem`, which also says how the fault was handled.
 """
 
 import ast
@@ -20,30 +20,30 @@ from kitlib.errors import DatasetError
 from kitlib.tables import BOX, check_table
 
 STUDY_TABLE, IMAGE_TABLE, SAMPLE = "train_study_level.csv", "train_image_level.csv", "sample_submission.csv"
-# Of the training set, counted in the competition's tables and DICOM headers.
+# For the training set; counted in the competition's tables and DICOM headers.
 PUBLISHED = {"images": 6334, "studies": 6054, "patients": 3261, "boxes": 7853, "false_none": 217}
 
 
 @dataclass(frozen=True)
 class SiimTest:
-    """The test set: its images, and the ids that a submission needs."""
+    """The test set: its images, its faults, and the ids that need a row in a submission."""
 
-    images: pd.DataFrame  # table images: one row per file; rows and columns are 0 if the header cannot be read
-    faults: pd.DataFrame
-    study_ids: tuple[str, ...]  # all studies that need a row: the sample's in its order, then others that have files
-    image_ids: tuple[str, ...]  # all images that need a row, in the same order
+    images: pd.DataFrame  # an `images` table, one row per file; rows and columns are 0 if the header cannot be read
+    faults: pd.DataFrame  # see Dataset.faults
+    study_ids: tuple[str, ...]  # studies that need a row: those of the sample in its order, then others that have files
+    image_ids: tuple[str, ...]  # images that need a row: those of the sample in its order, then others that have files
     sample_ids: tuple[str, ...]  # the sample submission's ids (..._study, ..._image), each once; empty without a sample
 
 
 def read_train(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read training images, study labels and boxes (original pixels, cut at the image's edges) of the competition.
+    """Read the competition's training images, study labels and boxes (in original pixels, cut at the image's edges).
 
     `false_none` is True if an image has no box but another image of its study has one: annotators looked at one image per
     study, so the missing box means nothing. Such images are in the tables, but in no fold.
 
     Left out, with a fault: rows without a file, files without a row, images without a study label, images with an unreadable
-    header (their patient is unknown) or with an invalid box (the image would be taken as healthy). Raises DatasetError if
-    the train folder, a CSV file or a column is missing.
+    header (because their patient is unknown) or an invalid box (because the image would be taken for healthy). Raises
+    DatasetError if the train folder, a CSV file or a column is missing.
     """
     folder, faults = Path(folder), Faults()
     labels, boxes, rows = read_label_tables(folder, faults)
@@ -71,12 +71,13 @@ def read_train(folder: str | Path, progress: bool = True) -> Dataset:
 
 
 def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -> SiimTest:
-    """Read the test images below `folder`/test and the ids that a submission needs, from files and sample submission.
+    """Read the test images below `folder`/test, and the ids in files and sample submission that need a submission row.
 
-    With `headers=False` no file is opened, which is fast; patients are then the studies, and sizes are 0. Files and sample
-    need not agree (the public and the hidden test set differ, and either may have no study or no image): an id that only one
-    of them has is a fault, and still part of the result. An image with an unreadable header has a row, with the study from
-    its path also as its patient. Raises DatasetError if both the sample and the folder test are missing.
+    With `headers=False` no file is opened, which is fast: each study is then treated as a patient, and sizes are 0. The
+    files and the sample submission need not agree (the public and the hidden test set differ, and either may have no study
+    or no image): an id that is in only one of them is a fault, but still part of the result. An image with an unreadable
+    header gets a row, with the study from its path also as its patient. Raises DatasetError if both the sample submission
+    and the folder test are missing.
     """
     folder = Path(folder)
     sample, test = folder / SAMPLE, folder / "test"
@@ -97,13 +98,13 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
         sample_names, file_names = set(listed[kind]), set(names)
         for name in listed[kind]:
             if name not in file_names:
-                faults.add(SAMPLE, f"{name}_{kind}", "has no file below test; it gets a row all the same")
+                faults.add(SAMPLE, f"{name}_{kind}", "has no file below test; it still gets a row")
         additional = [name for name in names if name not in sample_names]
         for name in additional:
-            faults.add("test", name, f"{kind} is not in {SAMPLE}; it gets a row all the same")
+            faults.add("test", name, f"the {kind} is not in {SAMPLE}; it still gets a row")
         ids[kind] = (*listed[kind], *additional)
     if headers:
-        images = _with_headers(files, folder, faults, "kept, with the study from its path", progress).drop(
+        images = _with_headers(files, folder, faults, "included, with the study from its path", progress).drop(
             columns="readable"
         )
     else:
@@ -113,10 +114,11 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
 
 
 def read_label_tables(folder: Path, faults: Faults) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Read the two label CSV files; returns labels (id = study_id), boxes (original pixels) and a table of images.
+    """Read the two label CSV files; returns a `labels` table (id is the study_id), a `boxes` table and a table of images.
 
-    The table of images has the columns image_id, study_id and false_none. Boxes are cut at zero only, because image sizes
-    are in the DICOM files. Invalid rows are left out, with a fault. Raises DatasetError if a file or a column is missing.
+    Boxes are in original pixels, with negative coordinates cut to zero; they cannot be cut at the other edges, because image
+    sizes are in the DICOM files. The table of images has the columns image_id, study_id and false_none. Invalid rows are
+    left out, with a fault. Raises DatasetError if a file or a column is missing.
     """
     labels = _read_study_labels(folder / STUDY_TABLE, faults)
     table = read_csv(folder / IMAGE_TABLE, ("id", "boxes", "label", "StudyInstanceUID"))
@@ -152,12 +154,12 @@ def _read_study_labels(path: Path, faults: Faults) -> pd.DataFrame:
     values = labels[list(STUDY_CLASSES)]
     is_one_hot = values.isin([0, 1]).all(axis=1) & (values.sum(axis=1) == 1)
     for name in table.id[~is_one_hot & (labels.id != "")]:
-        faults.add(STUDY_TABLE, name, "not exactly one class is 1 and the others 0; left out")
+        faults.add(STUDY_TABLE, name, "the row does not have a 1 for exactly one class and 0 for the others; left out")
     return check_table(labels[is_one_hot & (labels.id != "")], "labels", str(path))
 
 
 def _bare_ids(ids: pd.Series, suffix: str, file: str, faults: Faults) -> pd.Series:
-    """Return ids without their suffix, "" for ids without it and for repetitions of an earlier row, with a fault."""
+    """Return the ids without suffix, or "" (with a fault) for an id that lacks the suffix or repeats an earlier row."""
     bare = ids.str.removesuffix(suffix)
     is_wrong = ~ids.str.endswith(suffix) | (bare == "")
     is_repeated = ~is_wrong & ids.duplicated()
@@ -169,9 +171,9 @@ def _bare_ids(ids: pd.Series, suffix: str, file: str, faults: Faults) -> pd.Seri
 
 
 def _parse_boxes(cell: str) -> list[tuple[float, float, float, float]]:
-    """Return the boxes (xmin, ymin, xmax, ymax) of one cell such as [{'x': 1.0, 'y': 2.0, 'width': 3.0, 'height': 4.0}].
+    """Return the boxes (xmin, ymin, xmax, ymax) in a cell such as [{'x': 1.0, 'y': 2.0, 'width': 3.0, 'height': 4.0}].
 
-    Raises ValueError if the cell is neither empty nor a Python literal of that form.
+    An empty cell has no boxes. Raises ValueError if the cell is not a Python literal in this form.
     """
     if not cell.strip():
         return []
@@ -191,7 +193,7 @@ def _box_corners(entry: Any) -> tuple[float, float, float, float]:
         raise ValueError(f"a box needs numbers for x, y, width, height, got {str(entry)[:60]!r}") from error
     corners = (x, y, x + width, y + height)
     if not all(map(math.isfinite, corners)) or corners[2] <= x or corners[3] <= y:
-        raise ValueError(f"a box without area: {str(entry)[:90]!r}")
+        raise ValueError(f"a box has no area: {str(entry)[:90]!r}")
     return corners
 
 
@@ -211,7 +213,7 @@ def _read_sample_ids(path: Path, faults: Faults) -> tuple[str, ...]:
 
 
 def _find_dicom_files(root: Path, faults: Faults) -> pd.DataFrame:
-    """Return image_id, study_id and path of every <study>/<series>/<image>.dcm below `root`, sorted by image_id."""
+    """Return a table of image_id, study_id and path of all <study>/<series>/<image>.dcm below `root`, sorted by image_id."""
     files: dict[str, tuple[str, str, str]] = {}
     for folder, _, names in sorted(os.walk(root)):
         parts = Path(folder).relative_to(root).parts
@@ -219,9 +221,9 @@ def _find_dicom_files(root: Path, faults: Faults) -> pd.DataFrame:
             path = Path(folder, name)
             problem = ""
             if name.startswith("."):
-                continue  # hidden files of desktops and interrupted downloads
+                continue  # hidden files, created by desktops and interrupted downloads
             if path.suffix.lower() != ".dcm" or len(parts) != 2:
-                problem = "is not a <study>/<series>/<image>.dcm; left out"
+                problem = "is not in the form <study>/<series>/<image>.dcm; left out"
             elif path.stem in files:
                 problem = f"has the same name as {files[path.stem][2]}; left out"
             if problem:
@@ -234,7 +236,7 @@ def _find_dicom_files(root: Path, faults: Faults) -> pd.DataFrame:
 def _with_headers(images: pd.DataFrame, folder: Path, faults: Faults, outcome: str, progress: bool) -> pd.DataFrame:
     """Return `images` with the columns patient_id, rows, columns, view, source and readable, from the DICOM headers.
 
-    An unreadable header is a fault, in which `outcome` says what is done with the image.
+    An unreadable header is a fault, which ends with `outcome`: how the image is handled.
     """
     records = []
     for row, header in zip(images.itertuples(), read_headers(images.path, progress), strict=True):

@@ -12,7 +12,7 @@ from kitlib.datasets.base import Dataset, Faults, add_headers, one_hot
 from kitlib.errors import DatasetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif")
-LABELS = {"0": "normal", "1": "tuberculosis"}  # the last digit of an image's name -> label
+LABELS = {"0": "normal", "1": "tuberculosis"}  # last digit of an image's name -> label
 READINGS = "ClinicalReadings"
 SEX = re.compile(r"\bsex:\s*([mfo])|\b(male|femal)", re.IGNORECASE)
 AGE = re.compile(r"(?:age:|male?)[\s,]*(\d+)\s*(y|month|day)", re.IGNORECASE)
@@ -28,7 +28,8 @@ class _Cohort:
     published: dict[str, int]
 
 
-# Counts: Jaeger et al. 2014 (Quantitative Imaging in Medicine and Surgery); Shenzhen's masks: Stirenko et al. 2018.
+# Counts are from Jaeger et al. 2014 (Quantitative Imaging in Medicine and Surgery); of Shenzhen's masks, from Stirenko et
+# al. 2018.
 MONTGOMERY = _Cohort(
     "montgomery",
     "MCUCXR",
@@ -46,12 +47,13 @@ SHENZHEN = _Cohort(
 def read_montgomery(folder: str | Path, progress: bool = True) -> Dataset:
     """Read the images `MCUCXR_0001_0.png` and so on below `folder`, with lung masks and clinical readings.
 
-    Files in a folder with "mask" in its name are masks, as are files whose name ends in "_mask": the left and the right lung
-    separately in `ManualMask/leftMask` and `rightMask`, or both in one file in re-packed copies. image_id and study_id are
-    the file name; the patient is its number, unless a reading states that two images show the same patient. Labels have the
-    columns normal and tuberculosis; images have sex (F, M, O or "") and age (years, NaN if unknown), from ClinicalReadings.
-    Images without a mask, or with a mask of one lung only, are included without a mask, with a fault. Left out, with a
-    fault: unreadable headers, further files of the same name. Raises DatasetError if there is no image or no mask.
+    Masks are the files in a folder with "mask" in its name, and the files whose names end in "_mask": the left and the right
+    lung separately in `ManualMask/leftMask` and `rightMask`, or both in one file in re-packed copies. image_id and study_id
+    are the file name; the patient is its number, unless a reading states that two images show the same patient. Labels have
+    the columns normal and tuberculosis; images have the columns sex (M, F, O or "") and age (years, NaN if unknown), from
+    ClinicalReadings. Images without a mask, or with a mask of one lung only, are included without a mask, with a fault. Left
+    out, with a fault: unreadable headers, further files with the same name. Raises DatasetError if there is no image or no
+    mask.
     """
     return _read(Path(folder), MONTGOMERY, progress)
 
@@ -68,9 +70,9 @@ def _read(folder: Path, cohort: _Cohort, progress: bool) -> Dataset:
     faults = Faults()
     files, mask_files, readings = _find_files(folder, cohort, faults)
     if not files:
-        raise DatasetError(f"{folder} holds no image named {cohort.prefix}_0001_0.png and so on: {cohort.how_to_get}")
+        raise DatasetError(f"{folder} contains no image with a name such as {cohort.prefix}_0001_0.png: {cohort.how_to_get}")
     if not mask_files:
-        raise DatasetError(f"{folder} holds no mask in a folder with mask in its name: {cohort.how_to_get}")
+        raise DatasetError(f"{folder} contains no mask (a file in a folder with mask in its name): {cohort.how_to_get}")
     texts = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in readings.items()}
     faults.add_summary(READINGS, set(files) - set(texts), "have no reading; sex and age are unknown", "other images")
     patients = _find_patients(files, texts)
@@ -95,7 +97,10 @@ def _read(folder: Path, cohort: _Cohort, progress: bool) -> Dataset:
 def _find_files(
     folder: Path, cohort: _Cohort, faults: Faults
 ) -> tuple[dict[str, Path], list[tuple[str, str, Path]], dict[str, Path]]:
-    """Return images by name, masks as (name, side, file) with side "left", "right" or "" for both, and readings by name."""
+    """Return images (name -> path), masks (name, side, path) and readings (name -> path).
+
+    The side of a mask is "left", "right", or "" for both lungs.
+    """
     name_pattern = re.compile(rf"({cohort.prefix}_\d+_[01])(_mask)?", re.IGNORECASE)
     images: dict[str, Path] = {}
     readings: dict[str, Path] = {}
@@ -131,13 +136,13 @@ def _find_masks(mask_files: list[tuple[str, str, Path]], images: pd.DataFrame, f
 
 
 def _find_patients(names: Iterable[str], texts: dict[str, str]) -> dict[str, str]:
-    """Return image name -> patient number; a reading that names another image of the same patient joins the two."""
+    """Return image name -> patient number; two images get the same number if a reading says that they show one patient."""
     patients = {name: name.split("_")[1] for name in names}
     for name, text in texts.items():
         if name not in patients:
             continue
         for number in SAME_PATIENT.findall(text):
-            # An earlier reading may have joined the named image's patient to another one.
+            # The patient of the image with this number may already have another number because of an earlier reading.
             other = next((patient for other_name, patient in patients.items() if other_name.split("_")[1] == number), number)
             same_patient = {patients[name], other}
             patients |= {

@@ -1,6 +1,6 @@
 """How an X-ray is drawn on the model's input: grey levels, lung masking, the central square, the border probe.
 
-Training and prediction share this code, so that a model sees the same kind of input in both.
+Training and prediction share this code, so that a model gets the same kind of input in both.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from kitlib.lungs.crop import blacken_outside
 from kitlib.lungs.equalise import adjust_grey
 from kitlib.recipes.fields import TrainingRecipe
 
-# Width of the border that the probe "border" shows, as a share of the canvas's side.
+# Width of the border that stays visible with the probe "border", as a share of the canvas's side.
 BORDER = 0.1
 
 
@@ -32,7 +32,7 @@ class Canvas:
 
     @property
     def whole(self) -> int:
-        """Side of the square on which the image is placed; the model sees a square of `image_size` of it."""
+        """Side of the square on which the image is placed; the model's input is a square of `image_size` cut from it."""
         return self.canvas or self.image_size
 
     @property
@@ -41,18 +41,19 @@ class Canvas:
         return self.masked or self.probe == "outside_lungs"
 
     def grey(self, pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        """Return uint8 (height, width) for the canvas: the grey adjusted, then black outside or inside of the lungs.
+        """Adjust the grey levels of `pixels`, then blacken what is outside (or inside, for a probe) of the lungs.
 
-        `mask` is bool of the same shape; None (the lungs were not found) leaves all pixels visible.
+        Returns uint8 of the same shape, (height, width). `mask` is a bool mask of that shape; None (the lungs were not
+        found) leaves all pixels visible.
         """
-        # The grey is adjusted before masking: as in Patched FLANNEL, masked pixels count in the image's histogram.
+        # Grey levels are adjusted before masking, so that the histogram includes the masked pixels, as in Patched FLANNEL.
         pixels = adjust_grey(pixels, self.equalise, self.gamma) if self.equalise or self.gamma != 1 else pixels
         if self.probe == "outside_lungs" and mask is not None:
             mask = ~mask
         return blacken_outside(pixels, mask)
 
     def lay(self, grey: np.ndarray, place: Placement) -> np.ndarray:
-        """Return the canvas with `grey` placed on it; for the probe "border" everything but the border is black."""
+        """Place `grey` on the canvas and return the canvas; for the probe "border" everything but the border is black."""
         return keep_border(place.image(grey)) if self.probe == "border" else place.image(grey)
 
     def middle(self, place: Placement) -> Placement:
@@ -75,7 +76,7 @@ class Canvas:
 
 
 def read_canvas(recipe: TrainingRecipe | Mapping[str, Any], image_size: int = 0) -> Canvas:
-    """Return the Canvas of a recipe or of the recipe in a bundle's record; a nonzero `image_size` replaces the recipe's."""
+    """Return the Canvas of a recipe, or of the recipe in a bundle's record; a nonzero `image_size` replaces the recipe's."""
     names = [field.name for field in dataclasses.fields(Canvas)]
     if isinstance(recipe, TrainingRecipe):
         fields = {name: getattr(recipe, name) for name in names if hasattr(recipe, name)}

@@ -1,4 +1,4 @@
-"""Turns a segmenter's maps of one image into its lungs: removes islands, dilates, closes, checks plausibility."""
+"""Turns a segmenter's maps of an image into a lung mask: removes islands, dilates, closes, and checks plausibility."""
 
 from dataclasses import dataclass
 
@@ -12,18 +12,18 @@ from kitlib.lungs.finders import FOUND, in_original
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.xrays.cache import CachedXray
 
-# Version of the clean-up. Raise it whenever the same maps may give other lungs: existing masks are then computed again,
-# since a submission would crop with the new version.
+# Version of the clean-up. Increase it whenever the result for the same maps may change: stored masks are then computed
+# again, because a submission would crop with the new version.
 CLEAN_UP = 1
-CLEAN_SIDE = 512  # canvas side in pixels for the clean-up; the published numbers of dilations and closings refer to it
-# Verdicts on images whose lungs are not used.
+CLEAN_SIDE = 512  # canvas side in pixels during the clean-up; the published dilations and closings refer to this size
+# Verdicts on images whose lungs cannot be used.
 BLANK, EMPTY, SMALL, NARROW = "blank image", "no lung found", "too small", "too narrow for two lungs"
-BLANK_SPREAD = 8  # grey levels; an image of a smaller range is blank, but a network would still find lungs in it
+BLANK_SPREAD = 8  # grey levels; an image with a smaller range is blank, but a network would still find lungs in it
 
 
 @dataclass(frozen=True)
 class Segmented:
-    """The result of segmenting one image."""
+    """The lung mask and frame of one image, and the verdict on whether they can be used."""
 
     image_id: str
     verdict: str  # FOUND, BLANK, EMPTY, SMALL or NARROW
@@ -33,23 +33,24 @@ class Segmented:
 
 
 def place_image(xray: CachedXray, recipe: SegmenterRecipe) -> Placement:
-    """Return the placement of the whole image on the recipe's canvas."""
+    """Return the Placement of the whole image on the recipe's canvas."""
     return PLACEMENTS[recipe.placement](xray.rows, xray.columns, recipe.image_size)
 
 
 def make_input(xray: CachedXray, place: Placement, recipe: SegmenterRecipe) -> np.ndarray:
-    """Return the network's input, uint8 (side, side): the image's grey adjusted, then placed on the black canvas."""
-    # The grey is adjusted first, so that the canvas's padding does not count in the histogram.
+    """Return the segmenter's input, uint8 (side, side): the image with adjusted grey levels on the black canvas."""
+    # Grey levels are adjusted first, so that the histogram does not include the canvas's padding.
     return place.image(adjust_grey(xray.pixels, recipe.equalise, recipe.gamma))
 
 
 def decode_maps(maps: np.ndarray, place: Placement, shape: tuple[int, int], recipe: SegmenterRecipe) -> np.ndarray:
-    """Convert maps of `LungSegmenter.maps` to a label image of the decoded copy: uint8 of `shape`, codes of MASK_CODES.
+    """Convert maps from `LungSegmenter.maps` to a label image for the decoded copy: uint8 of `shape`, codes of MASK_CODES.
 
-    Probabilities are interpolated linearly; each pixel gets the most probable of background and structures.
+    Probabilities are interpolated linearly from the canvas of `place`; each pixel gets the most probable of background and
+    structures.
     """
     codes, is_single = np.zeros(shape, np.uint8), len(maps) == 1
-    # A single structure only needs a probability above one half, which saves computing the background's map.
+    # With a single structure, a pixel belongs to it above one half, so the background's map is not needed.
     best = np.uint8(127) if is_single else place.back(255 - maps.sum(axis=0).clip(max=255).astype(np.uint8), *shape)
     for name, probabilities in zip(recipe.structures, maps, strict=True):
         likely = place.back(probabilities, *shape)
@@ -61,14 +62,14 @@ def decode_maps(maps: np.ndarray, place: Placement, shape: tuple[int, int], reci
 def clean_up_maps(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: SegmenterRecipe) -> Segmented:
     """Clean up the maps of one image, which are on the canvas of `place`, and decide whether its lungs can be used.
 
-    Small islands are removed; the lungs are dilated and closed by 3 x 3 pixels on a canvas of 512 pixels a side, and refused
-    below a minimum area (UNet + HRNet paper, section 3.2) or if their frame is too narrow for two lungs.
+    Small islands are removed, then the lungs are dilated and closed by 3 x 3 pixels on a canvas of 512 pixels a side. They
+    are rejected below a minimum area (UNet + HRNet paper, section 3.2) or if their frame is too narrow for two lungs.
     """
     shape, whole = xray.pixels.shape, np.array([0.0, 0.0, xray.columns, xray.rows])
     if int(xray.pixels.max()) - int(xray.pixels.min()) < BLANK_SPREAD:
         return Segmented(xray.image_id, BLANK, 0.0, whole, np.zeros(shape, np.uint8))
     sides = [number for number, name in enumerate(recipe.structures) if MASK_CODES[name] in LUNG_CODES]
-    # Via the decoded copy, because the two canvases round the width of their padding differently.
+    # The map goes via the decoded copy, because the two canvases round the width of their padding differently.
     likely = place.back(maps[sides].sum(axis=0, dtype=np.uint16).clip(max=255).astype(np.uint8), *shape)
     large = PLACEMENTS[recipe.placement](xray.rows, xray.columns, CLEAN_SIDE)
     clean = remove_islands(large.image(likely) > 127, recipe.least_island)
@@ -87,7 +88,7 @@ def clean_up_maps(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: 
 
 
 def remove_islands(lungs: np.ndarray, least: float) -> np.ndarray:
-    """Return a bool mask (rows, columns) without the connected parts that cover less than a share `least` of the array."""
+    """Remove the connected parts of a bool mask (rows, columns) that cover less than a share `least` of the array."""
     count, places, stats, _ = cv2.connectedComponentsWithStats(lungs.astype(np.uint8), connectivity=8)
     large = stats[:, cv2.CC_STAT_AREA] >= least * lungs.size
     large[0] = False  # the background
@@ -95,7 +96,7 @@ def remove_islands(lungs: np.ndarray, least: float) -> np.ndarray:
 
 
 def dilate_and_close(lungs: np.ndarray, dilations: int, closings: int) -> np.ndarray:
-    """Return a bool mask (rows, columns) after `dilations` and then `closings` by 3 x 3 pixels."""
+    """Apply `dilations` and then `closings`, both by 3 x 3 pixels, to a bool mask (rows, columns); returns the new mask."""
     square = np.ones((3, 3), np.uint8)
     clean: np.ndarray = lungs.astype(np.uint8)
     if dilations:
@@ -106,9 +107,9 @@ def dilate_and_close(lungs: np.ndarray, dilations: int, closings: int) -> np.nda
 
 
 def lung_frame(lungs: np.ndarray, margin: float) -> np.ndarray | None:
-    """Return the box xmin, ymin, xmax, ymax around a bool mask (rows, columns), on whole pixels; None if it is empty.
+    """Return the box xmin, ymin, xmax, ymax around a bool mask (rows, columns), in whole pixels; None if the mask is empty.
 
-    A share `margin` of the box's sides is added on each side, within the image.
+    On each side, the box is extended by a share `margin` of its width or height, but not beyond the image.
     """
     across, down = np.flatnonzero(lungs.any(axis=0)), np.flatnonzero(lungs.any(axis=1))
     if not len(across):

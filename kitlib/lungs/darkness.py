@@ -1,29 +1,31 @@
-"""Finds the lungs by their darkness alone, in some milliseconds per image; returns None if the answer is uncertain.
+"""Finds the lungs by their darkness alone, in a few milliseconds per image.
 
-On 401 real COVID chest X-rays with hand-drawn masks (tests/lungs/test_darkness.py) the frame contains the whole lungs in
-half of the images and 0.95 of their area in 95 %, and covers 0.86 of the image; in 22 % of the images no lungs are found.
-Small children's chests (Kermany's) are harder: 0.80 of the lungs' area in 95 %, no lungs found in 37 %.
+On 401 real COVID chest X-rays with hand-drawn masks (tests/lungs/test_darkness.py), the frame contains the whole lungs in
+half of the images and at least 0.95 of their area in 95 % of them, and covers 0.86 of the image; no lungs are found in 22 %
+of the images. Small children's chests (Kermany's) are harder: the frame contains at least 0.80 of the lungs' area in 95 % of
+the images, and no lungs are found in 37 %.
 """
 
 import cv2
 import numpy as np
 
 WORK_SIDE = 128  # pixels; images are reduced to this longer side
-DARK_SHARES = np.arange(0.2, 0.62, 0.03)  # shares of the image's pixels that are tried as dark
+DARK_SHARES = np.arange(0.2, 0.62, 0.03)  # shares of the pixels that count as dark; each share is tried
 LUNG_AREA = (0.02, 0.32)  # smallest and largest area of one lung, as a share of the image
 LEAST_HEIGHT = 0.2  # of one lung, as a share of the image's height
-# Opacities are as bright as the lungs' surroundings, so a dark area may be a part of a lung only. The frame of both lungs is
-# about as high as it is wide.
+# Opacities are as bright as the lungs' surroundings, so a dark area may be only a part of a lung. LEAST_ASPECT
+# corrects this, because the frame of both lungs is about as high as it is wide.
 MARGIN = 0.13  # share of the frame's sides that is added on each side
 LEAST_ASPECT = 0.95  # height / width of the frame; a lower frame is extended at the bottom
 LEAST_SIDE = 0.55  # share of the image; a smaller frame is not accepted
 
 
 def lung_box(pixels: np.ndarray) -> np.ndarray | None:
-    """Return the box xmin, ymin, xmax, ymax of both lungs with a margin, on whole pixels; None if uncertain.
+    """Return the box xmin, ymin, xmax, ymax of both lungs with a margin, in whole pixels; None if the lungs are uncertain.
 
     `pixels` is uint8 (rows, columns), with dark air. At several grey levels, the dark areas that touch neither the top nor
-    the sides are candidates. The level is used at which the smaller of the two largest areas, one in each half, is largest.
+    the sides are candidates. In each half of the image the largest candidate is taken as a lung; the level is used at which
+    the smaller of the two is largest.
     """
     rows, columns = pixels.shape
     shrink = min(1.0, WORK_SIDE / max(rows, columns))
@@ -48,9 +50,9 @@ def lung_box(pixels: np.ndarray) -> np.ndarray | None:
 
 
 def _score_lungs(dark: np.ndarray) -> tuple[float, tuple[float, float, float, float] | None]:
-    """Return the area of the smaller lung and the frame of both, from a mask of dark pixels (rows, columns).
+    """Return the area of the smaller lung and the frame of both lungs, from a mask of dark pixels (rows, columns).
 
-    The result is 0 and None if the dark areas do not look like two lungs.
+    If the dark areas do not look like two lungs, the area is 0 and the frame is None.
     """
     rows, columns = dark.shape
     dark = cv2.morphologyEx(dark.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
@@ -66,7 +68,7 @@ def _score_lungs(dark: np.ndarray) -> tuple[float, tuple[float, float, float, fl
     right, left = (max(half, key=lambda part: part[4]) for half in halves)
     if min(right[3], left[3]) <= max(right[1], left[1]):
         return 0.0, None
-    # If only a part of one lung is dark, the frame reaches as far on that side of the middle as on the other.
+    # If only a part of one lung is dark, the frame extends as far on its side of the middle as on the other side.
     middle = (right[2] + left[0]) / 2
     reach = max(middle - right[0], left[2] - middle)
     ymin, ymax = min(right[1], left[1]), max(right[3], left[3])

@@ -1,14 +1,14 @@
-"""Adjusts the grey of an X-ray: histogram equalisation, then a gamma curve."""
+"""Adjusts the grey levels of an X-ray: histogram equalisation, then a gamma curve."""
 
 import numpy as np
 
 
 def adjust_grey(pixels: np.ndarray, equalise: bool, gamma: float) -> np.ndarray:
-    """Return uint8 pixels of any shape, equalised if `equalise`, then mapped to 255 (x / 255)^gamma, rounded.
+    """Equalise uint8 pixels of any shape (if `equalise`), then map each x to 255 (x / 255)^gamma, rounded.
 
-    This is Patched FLANNEL, section 2.1. The equalised grey is the cumulative histogram, less the count of the darkest grey
-    that occurs, rescaled to 0..255 and cut to integers; an image of one grey becomes black. Raises ValueError unless gamma
-    is positive.
+    This is Patched FLANNEL, section 2.1. The equalised grey level is the cumulative histogram, minus the number of pixels
+    with the darkest level in the image, rescaled to 0..255 and truncated to integers; an image with a single grey level
+    becomes black. Raises ValueError unless gamma is positive.
     """
     if gamma <= 0:
         raise ValueError(f"gamma is {gamma}; expected a positive number, such as 0.5")

@@ -1,4 +1,4 @@
-"""Finders return the lungs of images: from their darkness, or from the masks of a finished run."""
+"""Finders, which locate the lungs in images: by their darkness, or in the masks of a finished run."""
 
 import hashlib
 import json
@@ -21,24 +21,24 @@ FOUND = "found"
 
 @dataclass(frozen=True)
 class Lungs:
-    """The lungs of one image, if found."""
+    """The frame and the mask of the lungs in one image, if they were found."""
 
-    frame: np.ndarray | None  # (4,) xmin, ymin, xmax, ymax in original pixels; None: not found, the whole image is used
-    mask: np.ndarray | None = None  # bool, of the shape of the cached pixels; None: no mask
+    frame: np.ndarray | None  # (4,) xmin, ymin, xmax, ymax in original pixels; None if not found: the whole image is used
+    mask: np.ndarray | None = None  # bool, of the same shape as the cached pixels; None if there is no mask
 
 
 class LungFinder(Protocol):
-    """Interface of everything that finds the lungs in a batch of images."""
+    """Interface of the classes that find the lungs in a batch of images."""
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
         """Return the lungs of each image, in the same order."""
 
 
 class DarkLungs:
-    """A finder that uses the lungs' darkness alone (see kitlib.lungs.darkness); it returns frames, but no masks."""
+    """A finder that uses the lungs' darkness alone (see kitlib.lungs.darkness); it finds frames, but no masks."""
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
-        """Return the lungs' frame of each image, None if uncertain."""
+        """Return Lungs with a frame for each image, or without one if the lungs are uncertain."""
         lungs = []
         for xray in xrays:
             box = lung_box(xray.pixels)
@@ -49,20 +49,24 @@ class DarkLungs:
 def in_original(box: np.ndarray, xray: CachedXray) -> np.ndarray:
     """Convert a box xmin, ymin, xmax, ymax (4,) from pixels of the decoded copy to pixels of the original image."""
     height, width = xray.pixels.shape
-    # Divide first: a frame at the far edge then never exceeds it by a rounding error.
+    # The division comes first, so that a rounding error never moves a frame beyond the right or bottom edge.
     return box / [width, height, width, height] * np.array([xray.columns, xray.rows] * 2)
 
 
 def segmenter_digest(record: dict[str, Any]) -> str:
-    """Return the SHA-256 (hex) of all that determines a segmenter's masks: the weights and the recipe of its bundle."""
+    """Return a SHA-256 (hex) that identifies a segmenter by what determines its masks: its weights and its recipe.
+
+    `record` is the record of the segmenter's bundle.
+    """
     content = json.dumps([record["weights_sha256"], record["recipe"]], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 class StoredLungs:
-    """A finder that reads the lungs from a finished run of notebook 14: its table lungs and its masks.
+    """A finder that reads the lungs from a finished run of notebook 14: its `lungs` table and its masks.
 
-    `fingerprint` (hex) identifies the run's lungs, `segmenter` the segmenter that found them (see `segmenter_digest`).
+    `fingerprint` (hex) identifies the lungs of the run, `segmenter` the segmenter that found them (see `segmenter_digest`),
+    `image_ids` the images that it has segmented.
     """
 
     def __init__(self, run_folder: str | Path) -> None:
@@ -76,11 +80,11 @@ class StoredLungs:
         self.fingerprint = hashlib.sha256(f"{file_digest(table_path)} {self.masks.fingerprint()}".encode()).hexdigest()
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
-        """Return the lungs of each image. Raises ValueError for an image that the run has not segmented in this size."""
+        """Return the lungs of each image. Raises ValueError if the run has not segmented one of them at this size."""
         return [self.find_one(xray) for xray in xrays]
 
     def find_one(self, xray: CachedXray) -> Lungs:
-        """Return the lungs of one image. Raises ValueError if the run has not segmented it, or in another size."""
+        """Return the lungs of one image. Raises ValueError if the run has not segmented the image at this size."""
         if xray.image_id not in self.image_ids:
             raise ValueError(
                 f"{self.run} has segmented {len(self.image_ids)} images, but not image {xray.image_id!r}: apply the "
@@ -93,7 +97,7 @@ class StoredLungs:
         codes = self.masks.read(xray.image_id)
         if codes.shape != xray.pixels.shape:
             raise ValueError(
-                f"{self.masks.folder}: the mask of {xray.image_id} has {codes.shape} pixels, but its decoded copy has "
-                f"{xray.pixels.shape}; apply the segmenter to this prepared run"
+                f"{self.masks.folder}: the mask of {xray.image_id} has {codes.shape} pixels, but the decoded copy has "
+                f"{xray.pixels.shape}; apply the segmenter to the prepared run that has this copy"
             )
         return Lungs(frame, np.isin(codes, LUNG_CODES))

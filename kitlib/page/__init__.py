@@ -1,4 +1,4 @@
-"""The web page: the images of one study, the models' predictions, and where the models look.
+"""The web page, which shows the images of one study, the models' predictions, and where the models look.
 
 Does not belong here: anything that a submission needs.
 """

@@ -19,14 +19,14 @@ NOT_FOR_DIAGNOSIS = "Not for diagnosis: these are research models from a competi
 
 
 def with_image_names(fused: Fused, study: OpenedStudy) -> Fused:
-    """Return the predictions with the images' names in place of their keys."""
+    """Return the predictions with the images' names as image_id, instead of their keys."""
     names = {image.key: image.image_id for image in study.images}
     tables = (table.assign(image_id=table["image_id"].map(names)) for table in (fused.nones, fused.detections))
     return Fused(fused.studies, *tables)
 
 
 def write_rows(path: str | Path, answer: Answer, study: OpenedStudy) -> None:
-    """Write the rows of the study and its images as a submission with these models has them.
+    """Write the CSV rows that a submission with these models would have for the study and its images.
 
     Rows that no model has predicted get the placeholder prediction (the class frequencies).
     """
@@ -37,7 +37,7 @@ def write_rows(path: str | Path, answer: Answer, study: OpenedStudy) -> None:
 
 
 def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: System) -> None:
-    """Write the predictions as JSON: probabilities 0..1 and all boxes in pixels of the original image.
+    """Write the predictions as JSON, with probabilities 0..1 and all boxes in pixels of the original image.
 
     Values that no model has predicted are null.
     """

@@ -1,4 +1,4 @@
-"""The layout and events of the page, in Gradio."""
+"""The layout and the events of the page, in Gradio."""
 
 import logging
 import threading
@@ -43,7 +43,7 @@ footer { display: none !important }
 
 
 def build_page(viewer: Viewer) -> gr.Blocks:
-    """Build the page's Gradio blocks. Predictions, and heat maps that are not cached, run one at a time."""
+    """Build the Gradio blocks of the page. Predictions, and heat maps that are not cached, run one at a time."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, KEEP_S), fill_width=True) as blocks:
         gr.Markdown(f"# {TITLE}\n**{NOT_FOR_DIAGNOSIS}**", elem_id="title")
         _Page(viewer).lay_out()
@@ -51,10 +51,10 @@ def build_page(viewer: Viewer) -> gr.Blocks:
 
 
 def open_page(runs: Path | None, folder: Path, port: int, host: str, ready: Callable[[str], None]) -> None:
-    """Serve the page with the models below `runs` until it is stopped; `ready` is called with its address.
+    """Serve a page with the models below `runs` (runs/demo by default) until it is stopped; calls `ready` with its address.
 
-    Files are written to `folder`; `port` and `host` are those of kitlib.page.server.serve. Raises PageError if there are no
-    trained models or the port is not available, and FileNotFoundError if a folder does not exist.
+    Files are written to `folder`; `port` and `host` are passed to kitlib.page.server.serve. Raises PageError if there are no
+    trained models or the port is not available; FileNotFoundError if a folder does not exist.
     """
     listed = list_runs([runs or project_root() / "runs" / "demo"])
     systems, copies, models = find_systems(listed), DecodedCopies(folder / "copies"), WarmModels()
@@ -62,12 +62,12 @@ def open_page(runs: Path | None, folder: Path, port: int, host: str, ready: Call
         gallery = find_gallery(listed, systems[0].models[0].data_fingerprint, copies)
 
         def begin(address: str) -> None:
-            # The models load while the page opens; the first prediction waits for them.
+            # The models are loaded while the page opens; the first prediction waits until this is done.
             threading.Thread(target=models.load, args=[systems[0]], daemon=True).start()
             ready(address)
 
         page = build_page(Viewer(systems, models, copies, gallery, folder))
-        # Fonts of the visitor's computer: the default theme downloads fonts from Google.
+        # Uses fonts of the visitor's computer, because the default theme downloads fonts from Google.
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         serve(page, port, host, begin, theme, STYLE)
     finally:
@@ -82,7 +82,7 @@ class _NoInterfaceFile(ComponentMeta):
 
 
 class LenientSlider(gr.Slider, metaclass=_NoInterfaceFile):
-    """A slider that accepts any input while a number is being typed and uses the nearest valid value.
+    """A slider that accepts any input while a number is being typed, and uses the nearest valid value.
 
     Gradio's own slider raises an error for each keystroke that leaves it empty or out of range.
     """
@@ -95,7 +95,7 @@ class LenientSlider(gr.Slider, metaclass=_NoInterfaceFile):
 
 
 class _Visit:
-    """Identifies a visitor's latest request, so that results of earlier ones are dropped. Gradio copies it per visitor."""
+    """Identifies a visitor's latest request, so that earlier results are dropped. Gradio copies it for each visitor."""
 
     turn: object = None
 
@@ -106,7 +106,7 @@ class _Page:
 
     def lay_out(self) -> None:
         names = list(self.viewer.systems)
-        # A View, or the text of the status line if no study is open, as at the start and after the view has expired.
+        # A View, or the text of the status line if no study is open: at the start, and after the view has expired.
         self.view = gr.State(_status(NOTHING), time_to_live=KEEP_S)
         self.windowed, self.visit = gr.State(None, time_to_live=KEEP_S), gr.State(_Visit())
         with gr.Row():
@@ -180,8 +180,8 @@ class _Page:
             self.center,
             self.width,
         ]
-        # "always_last" keeps a click that comes while an earlier one is processed. The queue is off because it sends all
-        # results of a visitor in one stream, and loses requests that come while that stream is being closed.
+        # "always_last" runs the last click made while an earlier one was being processed. The queue is off because it sends
+        # all results of a visitor in one stream, and loses requests that arrive while this stream is being closed.
         quiet: dict[str, Any] = {
             "trigger_mode": "always_last",
             "queue": False,
@@ -207,7 +207,7 @@ class _Page:
             )
             page_inputs = [self.choice, self.page], self.thumbnails
             self.page.input(lambda choice, page: gallery.page(choice, int(page))[0], *page_inputs, **quiet)
-        # Drawn in a separate step that reads the controls again, because they may have changed during the prediction.
+        # The picture is drawn in a separate step, which reads the controls again: they may have changed in the meantime.
         changes = [
             *(
                 answer.then(self._switch_models, [self.visit, self.view, self.systems], opened, **quiet)
@@ -232,9 +232,9 @@ class _Page:
                 updates = render(predict(*inputs))
             except PageError as refused:
                 updates = self._clear(_status(str(refused), "refused"))
-            except Exception as error:  # the page stays usable for other studies
+            except Exception as error:  # the page must remain usable for other studies
                 logger.error("a study could not be predicted", exc_info=error)
-                sentence = f"Something went wrong ({type(error).__name__}: {error}). The terminal shows the details."
+                sentence = f"The study could not be predicted ({type(error).__name__}: {error}). The terminal shows details."
                 updates = self._clear(_status(sentence, "refused"))
             # The visitor may have opened another study in the meantime.
             return updates if visit.turn is turn else {self.view: gr.skip()}
@@ -246,7 +246,7 @@ class _Page:
         return self._handler(self.viewer.pick, self._open)(visit, image_id, system)
 
     def _switch_models(self, visit: _Visit, view: View | str, system: str) -> dict:
-        """Predict the open study with the models that are selected now, if they have changed."""
+        """Predict the open study with the selected models, if the selection has changed."""
         if isinstance(view, str) or view.system.name == system:
             return {self.view: gr.skip()}
         return self._handler(self.viewer.switch, self._answer)(visit, view, system)
@@ -299,7 +299,7 @@ class _Page:
         except PageError as refused:
             return {**hidden, self.windowed: str(refused)}
         (center, width), step = windowed.default, max((windowed.highest - windowed.lowest) / 500, 0.01)
-        # The file's window may lie outside the range of its values.
+        # The file's window may be outside the range of its values.
         ends = min(windowed.lowest, center), max(windowed.highest, center)
         return {
             self.windowed: windowed,

@@ -1,4 +1,4 @@
-"""File format and header facts of an uploaded file, read in a decoding process where a malicious file can do no harm."""
+"""Reads the format and header facts of an uploaded file, in a decoding process where a malicious file can do no harm."""
 
 import re
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from kitlib.xrays.dicom import read_stored_values
 from kitlib.xrays.header import header_of, read_elements
 from kitlib.xrays.image_file import image_format, open_image
 
-# The channels of a grey image after lossy compression differ by less, those of a coloured arrow or tinted paper by more.
+# After lossy compression, the channels of a grey image differ by less, those of a coloured arrow or tinted paper by more.
 COLOURED_SHARE = 1 / 16  # of the range of grey levels
 ILLEGIBLE = "ILLEGIBLE"
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B")  # modes of Pillow
@@ -22,7 +22,7 @@ GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B")  # modes of Pillow
 UNPACK = "Unpack it and choose the images in it."
 CONVERT = "Save the image as PNG or JPEG, or choose the DICOM file it was made from."
 CHOOSE_IMAGE = "Choose a DICOM, PNG or JPEG file of a chest X-ray."
-FOREIGN_FORMATS = {  # start of the file (a regular expression): what the file is, and what to do
+FOREIGN_FORMATS = {  # start of the file (a regular expression) -> what the file is, and what to do
     rb"PK(\x03\x04|\x05\x06|\x07\x08)": ("a ZIP archive", UNPACK),
     rb"\x1f\x8b": ("a gzip archive", UNPACK),
     rb"BZh[1-9]|\xfd7zXZ\0|\x28\xb5\x2f\xfd": ("a compressed archive", UNPACK),
@@ -44,13 +44,13 @@ FOREIGN_FORMATS = {  # start of the file (a regular expression): what the file i
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file's header says about its image; texts are empty if the file does not say.
+    """The format of a file, and what its header states about the image; texts are empty if the header does not state them.
 
     The ids only serve to tell studies and patients apart and must not be shown.
     """
 
     kind: str  # "DICOM", "PNG", "JPEG", "GIF" or "JSRT"
-    shown: dict[str, str] = field(default_factory=dict)  # facts to display by name, nothing about the patient
+    shown: dict[str, str] = field(default_factory=dict)  # name -> fact to display; nothing about the patient
     modality: str = ""
     body_part: str = ""
     view: str = ""
@@ -60,7 +60,10 @@ class FileFacts:
 
 
 def recognise_foreign(path: str | Path) -> tuple[str, str] | None:
-    """Return what a file is that cannot be an X-ray, and what to do; None if it may be an image. Raises OSError."""
+    """Return (what the file is, what to do) if it cannot be an X-ray, or None if it may be an image.
+
+    Raises OSError if the file cannot be opened.
+    """
     if kind_by_signature(path):  # a DICOM file's first 128 bytes may be another format's header
         return None
     with open(path, "rb") as file:
@@ -72,18 +75,21 @@ def recognise_foreign(path: str | Path) -> tuple[str, str] | None:
 
 
 def kind_by_signature(path: str | Path) -> str:
-    """Return the kind of file (see FileFacts) that its first bytes announce, or "" if unknown. Raises OSError."""
+    """Return the kind of file (see FileFacts) that its first bytes identify, or "" if it is unknown.
+
+    Raises OSError if the file cannot be opened.
+    """
     with open(path, "rb") as file:
         return image_format(path) or ("DICOM" if file.read(132)[128:] == b"DICM" else "")
 
 
 def read_facts(path: str | Path) -> FileFacts:
-    """Read the facts of a file. Raises UnreadableXray, and OSError if the file cannot be opened."""
+    """Read the facts of an image file. Raises UnreadableXray if it is damaged, and OSError if it cannot be opened."""
     kind = image_format(path)
     if kind:
         return FileFacts(kind, {"Format": kind}, coloured=kind != "JSRT" and _picture_is_coloured(path))
     try:
-        # Reads the pixels too: in memory, an element with an invalid length cannot request more bytes than the file has.
+        # This reads the pixels too, because an element with an invalid length can then request no more bytes than exist.
         elements, syntax = read_elements(path)
         with open(path, "rb") as file:
             # For a deflated file, read_elements returns the transfer syntax of the inflated data.
@@ -122,7 +128,7 @@ def read_facts(path: str | Path) -> FileFacts:
 def printable(text: str, longest: int) -> str:
     """Return the text as one line of at most `longest` characters.
 
-    Control characters, surrogates and characters that change the writing direction become `?`.
+    Control characters, surrogates and characters that change the writing direction are replaced with `?`.
     """
     text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
@@ -131,7 +137,7 @@ def printable(text: str, longest: int) -> str:
 def _clean_code(text: str) -> str:
     """Return the text if it can be a header code, otherwise ILLEGIBLE.
 
-    With a damaged length, the value contains the next elements, possibly the patient's name.
+    If an element has a damaged length, its value contains the next elements, possibly the patient's name.
     """
     return text if len(text) <= 32 and re.fullmatch(r"[\w ,./()+-]*", text) else ILLEGIBLE
 
@@ -142,7 +148,7 @@ def _is_text(start: bytes) -> bool:
     try:
         start.decode("utf-8")
     except UnicodeDecodeError as error:
-        return bool(start) and error.start >= len(start) - 3  # the last character may be cut off
+        return bool(start) and error.start >= len(start) - 3  # the last character may be incomplete
     return True
 
 
@@ -172,7 +178,7 @@ def _dicom_is_coloured(path: str | Path, photometric: str, bits_stored: int) -> 
 
 
 def _channels_differ(channels: np.ndarray, bits: int) -> bool:
-    """Return whether the channels (rows, columns, 3) of any pixel differ by more than those of a grey pixel."""
+    """Return whether the channels (rows, columns, 3) of any pixel differ by more than compression artefacts."""
     first, second, third = cv2.split(np.ascontiguousarray(channels))
     pairs = ((first, second), (second, third), (third, first))
     return max(cv2.norm(channel, other, cv2.NORM_INF) for channel, other in pairs) > COLOURED_SHARE * 2**bits

@@ -30,21 +30,21 @@ THUMBNAIL = 160  # pixels, of the longest side
 CACHED_THUMBNAILS = 1000  # take at most 26 MB
 GREY_TILE = np.full((THUMBNAIL, THUMBNAIL), 128, np.uint8)
 ALL, TEST = "all", "test"
-# Data sets with annotated opacities. In other data sets an image without a box may show opacities.
+# Data sets in which opacities are annotated. In other data sets, an image without a box may still show opacities.
 MARKED = ("siim", "rsna")
 
 
 class Gallery:
     """The images of one prepared run (notebook 10). Opening the gallery decodes nothing; it may be shared between threads.
 
-    `fingerprint` is the data_fingerprint that models trained on this run record. `longest_side` is that of the run's decoded
-    copies, in pixels. Raises RunError or TableError if `run` is not a finished prepared run.
+    `fingerprint` is the data_fingerprint that is recorded by models trained on this run. `longest_side` is the longest side
+    of the run's decoded copies, in pixels. Raises RunError or TableError if `run` is not a finished prepared run.
     """
 
     def __init__(self, run: str | Path, copies: DecodedCopies, page_size: int = 12) -> None:
         metrics, tables = read_metrics(run), read_prepared(run)
         if "longest_side" not in metrics:
-            raise RunError(f"{run} is not a run of notebook 10: its metrics.json has no longest_side")
+            raise RunError(f"{run} is not a run of notebook 10, because its metrics.json has no longest_side")
         self.name, self.longest_side = Path(run).resolve().name, int(metrics["longest_side"])
         self.fingerprint = data_fingerprint(**tables)
         self.page_size = page_size
@@ -62,10 +62,10 @@ class Gallery:
         return list(self._choices)
 
     def page(self, choice: str, number: int) -> tuple[list[tuple[np.ndarray, str]], int]:
-        """Return the tiles of page `number` (from 1) of `choice`, and the number of pages.
+        """Return the tiles on page `number` (from 1) of `choice`, and the number of pages.
 
-        A tile is a uint8 image (h, w), at most THUMBNAIL pixels a side, and its caption, which is plain text. An image
-        without a decoded copy is a grey tile. Raises ValueError if the choice or the page does not exist.
+        A tile is a uint8 image (h, w) with at most THUMBNAIL pixels a side, and its caption in plain text. The tile is grey
+        if the image has no decoded copy. Raises ValueError if the choice or the page does not exist.
         """
         if choice not in self._choices:
             raise ValueError(f"choice {choice!r} does not exist; choices: {', '.join(self._choices)}")
@@ -77,10 +77,10 @@ class Gallery:
         return [self._tile(row) for row in rows_of_page.itertuples()], pages
 
     def open(self, image_id: str) -> OpenedStudy:
-        """Return the whole study of an image, this image first.
+        """Return the whole study of an image, with this image first.
 
         Other images of the study that cannot be read are left out, with a remark. Raises UnreadableXray if the chosen image
-        cannot be read, and ValueError if it does not exist.
+        cannot be read; ValueError if it does not exist.
         """
         chosen = self._images[self._images["image_id"] == image_id]
         if chosen.empty:
@@ -113,7 +113,7 @@ class Gallery:
         )
 
     def _tile(self, row: Any) -> tuple[np.ndarray, str]:
-        """Return the thumbnail and caption of `row`, a row of `_describe_images` from itertuples (untyped in pandas)."""
+        """Return the thumbnail and the caption of `row`, a row of `_describe_images` from itertuples (untyped in pandas)."""
         caption = [row.true_class] if row.true_class else []
         if row.marked:
             caption.append("no box" if not row.boxes else "1 box" if row.boxes == 1 else f"{row.boxes} boxes")
@@ -135,7 +135,7 @@ class Gallery:
         copy = self._copy(key, path)
         if not row.marked:
             remarks.append("Opacities were not annotated on this image, so it is unknown whether it shows any.")
-        file = read_facts(path) if is_available else None  # safe in this process, because the file has been decoded before
+        file = read_facts(path) if is_available else None  # safe in this process, because the file was decoded before
         boxes = self._boxes.loc[self._boxes["image_id"] == key, list(BOX)].reset_index(drop=True)
         return OpenedImage(
             image_id=key,
@@ -157,7 +157,10 @@ class Gallery:
             raise UnreadableXray(path, str(error)) from error
 
     def _is_decoded(self, path: Path, key: str) -> bool:
-        """Return whether the decoded copy was made from `path`, as far as is known; the file may have been moved since."""
+        """Return whether the decoded copy was made from the file `path`, as far as is known.
+
+        Paths are not compared, because the file may have been moved since.
+        """
         try:
             with safe_open(self._xrays.folder / f"{key}.safetensors", framework="numpy") as copy:
                 metadata = copy.metadata() or {}
@@ -168,9 +171,9 @@ class Gallery:
 
 
 def find_gallery(listed: Sequence[ListedRun], fingerprint: str, copies: DecodedCopies) -> Gallery | None:
-    """Return the gallery of the prepared run with this data fingerprint, or None if there is none or it cannot be read.
+    """Return the gallery of the prepared run with this data fingerprint, or None if no such run can be found and read.
 
-    Looks at the prepared runs in `listed` and at those named by models that were trained on one. Failures are logged.
+    Looks at the prepared runs in `listed`, and at the prepared runs of models with this fingerprint. Failures are logged.
     """
     trained = [run for run in listed if fingerprint in [fold.get("data_fingerprint") for fold in run.folds.values()]]
     folders = [named_folder(run.parameters.get("prepare_run"), run) for run in trained]
@@ -187,10 +190,10 @@ def find_gallery(listed: Sequence[ListedRun], fingerprint: str, copies: DecodedC
 
 
 def _describe_images(tables: dict[str, pd.DataFrame], marked: bool) -> pd.DataFrame:
-    """Return the table images with true_class ("" if unknown), fold (NaN if none), marked, and the number of boxes.
+    """Return the `images` table with true_class ("" if unknown), fold (NaN if none), marked, and the number of boxes.
 
-    `marked` says whether opacities were annotated. The order is that of the hashed ids: always the same, and mixed, even if
-    ids are sorted by class or patient.
+    `marked` says whether opacities were annotated. Rows are sorted by hashed id, so that the order is always the same, and
+    mixed even if ids are sorted by class or patient.
     """
     images, folds = tables["images"], tables["folds"].set_index("id")["fold"]
     truth = tables["labels"].set_index("id").reindex(columns=list(STUDY_CLASSES)).fillna(0.0)

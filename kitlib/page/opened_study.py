@@ -17,32 +17,38 @@ from kitlib.xrays.worker import Outcome
 T = TypeVar("T")
 
 TIMEOUT_S = 20.0  # for one file, as in a submission
-MAX_COPIES = 500  # for each size; the oldest are deleted and decoded again on request
+MAX_COPIES = 500  # of each size; older copies are deleted, and decoded again when needed
 
 
 class DecodedCopies:
-    """Decodes files into `folder`, once for each size, in long-running processes; may be shared between threads.
+    """Decodes each file once per size into `folder`, in long-running processes; may be shared between threads.
 
-    A malicious file that hangs, crashes or fills the memory only fails itself; while it hangs, the other processes continue.
-    `close` ends the processes.
+    If a malicious file hangs, crashes its process or fills the memory, only that file fails; while it hangs, the other
+    processes continue. `close` terminates the processes.
     """
 
     def __init__(self, folder: str | Path, workers: int = 2) -> None:
         self.folder = Path(folder)
         self._pool, self._workers = decoding_pool(workers), workers
         for _ in range(workers):
-            self._pool.schedule(os.getpid)  # starts the processes, so that the first file does not wait
+            self._pool.schedule(os.getpid)  # starts the processes, so that the first file does not have to wait for them
         self._tidying = threading.Lock()
 
     def read(self, key: str, path: str | Path, longest_side: int) -> CachedXray:
-        """Return the decoded copy of `path` with at most `longest_side` pixels a side. Raises UnreadableXray."""
+        """Return the decoded copy of `path` with at most `longest_side` pixels a side.
+
+        Raises UnreadableXray if the file cannot be decoded.
+        """
         cache = XrayCache(self.folder, longest_side)
         if key not in cache and (outcome := self.decode(key, path, longest_side)).status == "failed":
             raise UnreadableXray(path, outcome.reason)
         return cache.read(key)
 
     def decode(self, key: str, path: str | Path, longest_side: int) -> Outcome:
-        """Decode `path` into a copy named `key`; return the outcome. Raises CacheError, for example if the disk is full."""
+        """Decode `path` into a copy called `key`, and return the outcome.
+
+        Raises CacheError if the copy cannot be written, for example because the disk is full.
+        """
         images = pd.DataFrame({"image_id": [key], "path": [str(path)]})
         cache = XrayCache(self.folder, longest_side)
         outcome = next(cache.decode(images, self._workers, TIMEOUT_S, self._pool))
@@ -53,18 +59,21 @@ class DecodedCopies:
         return outcome
 
     def run(self, question: Callable[[str], T], path: str | Path) -> T:
-        """Call `question`, a module-level function, with `path` in one of the processes. Raises UnreadableXray."""
+        """Call `question`, a module-level function, with `path` in one of the processes, and return its result.
+
+        Raises UnreadableXray if the process takes too long, crashes or runs out of memory, and the errors of `question`.
+        """
         try:
             return self._pool.schedule(question, args=(str(path),), timeout=TIMEOUT_S).result()
         except TimeoutError:
             raise UnreadableXray(path, f"not read in {TIMEOUT_S:g} s") from None
         except ProcessExpired as error:
-            raise UnreadableXray(path, f"reading it crashed its process (exit code {error.exitcode})") from None
+            raise UnreadableXray(path, f"the process that read it crashed (exit code {error.exitcode})") from None
         except MemoryError:
             raise UnreadableXray(path, "out of memory") from None
 
     def close(self) -> None:
-        """End the processes."""
+        """Terminate the processes."""
         self._pool.stop()
         self._pool.join()
 
@@ -73,11 +82,11 @@ class DecodedCopies:
 class OpenedImage:
     """One image of an open study.
 
-    `rows` and `columns` are its original size; `truth` (xmin, ymin, xmax, ymax) is in these pixels.
+    `rows` and `columns` are the size of the original image; `truth` (xmin, ymin, xmax, ymax) is in its pixels.
     """
 
-    image_id: str  # its name in the rows of a submission
-    key: str  # name of its decoded copy, equal only for equal files
+    image_id: str  # name of the image in a submission
+    key: str  # name of the decoded copy; different files have different keys
     path: Path  # the original file, which may be missing if a run has the decoded copy
     rows: int
     columns: int
@@ -91,7 +100,7 @@ class OpenedImage:
 class OpenedStudy:
     """Images that are predicted together.
 
-    Decoded copies come from `run_cache`, the cache of a run, if it has them, and otherwise from `copies`.
+    Decoded copies are read from `run_cache`, the cache of a run, if they are in it, otherwise from `copies`.
     """
 
     study_id: str
@@ -99,7 +108,7 @@ class OpenedStudy:
     copies: DecodedCopies
     run_cache: XrayCache | None = None
     trained_on: str = ""  # data fingerprint of the prepared run that contains the study; "" if none does
-    fold: int | None = None  # its fold in that run: only the models of this fold were not trained on it
+    fold: int | None = None  # the study's fold in that run; only the models of this fold were not trained on the study
     true_class: str = ""  # one of STUDY_CLASSES; "" if unknown
     remarks: tuple[str, ...] = ()  # sentences about the whole study
 
@@ -110,6 +119,6 @@ class OpenedStudy:
         return self.copies.read(image.key, image.path, longest_side)
 
     def table(self) -> pd.DataFrame:
-        """Return the study's rows of the table images, with `key` as image_id."""
+        """Return the study's images as a table (image_id, study_id, rows, columns), with `key` as the image_id."""
         rows = [(image.key, self.study_id, image.rows, image.columns) for image in self.images]
         return pd.DataFrame(rows, columns=["image_id", "study_id", "rows", "columns"])

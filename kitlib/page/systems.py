@@ -1,4 +1,4 @@
-"""Systems of models that predict together, found in a folder of runs and combined as its fusion runs combine them."""
+"""Systems of models that predict together: found in a folder of runs, and combined in the same way as by its fusion runs."""
 
 import logging
 from collections.abc import Sequence
@@ -17,33 +17,33 @@ logger = logging.getLogger(__name__)
 
 TRAINED = ("study", "detector")  # kinds of runs whose models predict rows of a submission
 NO_MODELS = (
-    "no trained study model or detector {where}; run `make demo` to train some in runs/demo, or name another folder of runs"
+    "no trained study model or detector {where}; run `make demo` to train some in runs/demo, or give another folder of runs"
 )
 
 
 @dataclass(frozen=True)
 class System:
-    """Models that predict together, as in a submission. `name` is the text of its radio button."""
+    """Models that predict together, as in a submission. `name` is the text of the radio button that selects them."""
 
     name: str
     models: tuple[AnsweringModel, ...]
     fusion: FusionSettings
     ensemble: Path | None = None  # bundle that stacks the study models
     lungs: Path | None = None  # bundle of a segmenter, for models that use lung masks and for the layer "lungs"
-    left_out: tuple[str, ...] = ()  # sentences about bundles that cannot be used
+    left_out: tuple[str, ...] = ()  # sentences about bundles that are not used
 
     @property
     def longest_side(self) -> int:
-        """Longest side of the decoded copies that its models read, in pixels, as in a submission of these models."""
+        """Longest side of the decoded copies that the models read, in pixels, as in a submission of these models."""
         return max(model.longest_side for model in self.models)
 
     @property
     def detectors(self) -> tuple[str, ...]:
-        """Names of its detectors."""
+        """Names of the system's detectors."""
         return tuple(dict.fromkeys(model.model for model in self.models if "boxes" in model.answers))
 
     def with_detector(self, name: str) -> "System":
-        """Return a system with only this detector and all other models."""
+        """Return a system with this detector as its only detector, and with all other models."""
         models = tuple(model for model in self.models if "boxes" not in model.answers or model.model == name)
         return replace(self, name=name, models=models)
 
@@ -51,7 +51,7 @@ class System:
 def find_systems(listed: Sequence[ListedRun]) -> list[System]:
     """Return the system of each finished fusion in `listed`, each followed by variants with a single detector.
 
-    Without a fusion, the only system has all trained models with equal weights. Raises PageError if there are no models.
+    If there is no fusion, all trained models form one system with equal weights. Raises PageError if there are no models.
     """
     segmenters = _find_segmenters(listed)
     base_systems = []
@@ -91,9 +91,10 @@ def _read_fusion(run: ListedRun, segmenters: dict[str, Path]) -> System:
 
 
 def _find_named_run(name: object, run: ListedRun) -> Path | None:
-    """Return the folder of the run that `run` names, or None.
+    """Return the folder of the run called `name` in the parameters of `run`, or None.
 
-    If the name is a full path, a folder of that name next to `run` comes first, because runs may have been moved together.
+    If the name is an absolute path, a folder of that name next to `run` comes first, because runs may have been moved
+    together.
     """
     sibling = run.folder.parent / Path(name).name if isinstance(name, str) and Path(name).is_absolute() else None
     return sibling if sibling is not None and sibling.is_dir() else named_folder(name, run)
@@ -116,19 +117,19 @@ def _build_system(
                 left_out.append(f"{folder.name}/{bundle.parent.name} is left out: {reason}.")
     if not models:
         raise PageError(NO_MODELS.format(where=f"in {', '.join(map(str, folders))}" if folders else "found"))
-    # Sorted by fold: the first folds of all models come before the second ones, as in a submission.
+    # Sorted by fold, so that the first folds of all models come before their second folds, as in a submission.
     in_order = tuple(sorted(models.values(), key=lambda model: model.fold))
     segmenter_digests = {model.segmenter for model in in_order if model.wants_masks}
     if len(segmenter_digests) > 1:
         raise PageError(
-            f"{name}: its models need masks of {len(segmenter_digests)} different segmenters; a submission can use only one"
+            f"{name}: the models need masks from {len(segmenter_digests)} segmenters, but a submission can use only one"
         )
     lungs = segmenters.get(next(iter(segmenter_digests))) if segmenter_digests else next(iter(segmenters.values()), None)
     return System(name, in_order, fusion, ensemble, lungs, tuple(left_out))
 
 
 def _find_segmenters(listed: Sequence[ListedRun]) -> dict[str, Path]:
-    """Return bundles of segmenters by digest; those of runs that applied masks come before those of single folds."""
+    """Return segmenter digest -> bundle; bundles of runs that applied a segmenter come before those of single folds."""
     bundles = [run.folder / "bundle" for run in listed if run.kind == "applied lungs"]
     bundles += [bundle for run in listed if run.kind == "lungs" for bundle in sorted(run.folder.glob("fold*/bundle"))]
     by_digest: dict[str, Path] = {}

@@ -1,4 +1,4 @@
-"""Turns uploaded files into one study, and refuses unusable files with sentences that say what to do."""
+"""Turns uploaded files into one study, and rejects unusable files with sentences that say what to do."""
 
 import hashlib
 import os
@@ -24,10 +24,11 @@ from kitlib.xrays.header import MAX_SAMPLES
 from kitlib.xrays.worker import Outcome
 
 MAX_UPLOAD_BYTES = 100_000_000
-MAX_IMAGES = 16  # of one study
+MAX_IMAGES = 16  # in one study
 MIN_SIDE = 16  # pixels; smaller images are icons
 
-# Computed and digital radiography, digitised film, fluoroscopy; and unspecific values: other, secondary capture, none.
+# Computed and digital radiography, digitised film, fluoroscopy; and values that state no modality: other, secondary capture
+# and an empty value.
 XRAY_MODALITIES = ("CR", "DX", "DR", "RG", "RF", "OT", "SC", "")
 OTHER_MODALITIES = {
     "US": "ultrasound",
@@ -54,11 +55,11 @@ class _Accepted:
 
 
 def open_uploads(paths: Sequence[str | Path], copies: DecodedCopies, longest_side: int) -> OpenedStudy:
-    """Open the files `paths` as one study, decoded to at most `longest_side` pixels a side in the processes of `copies`.
+    """Open the files in `paths` as one study, decoded to at most `longest_side` pixels a side in the processes of `copies`.
 
-    An image is named after its file. The study is named by the StudyInstanceUID if the DICOM files have one and agree, and
-    otherwise by its first image. Both names consist of letters, digits, `.`, `_` and `-`. A file that cannot be shown is
-    left out, and the study's remarks say why. Raises PageError if no file can be shown.
+    The image_id is made from the file name. The study_id is the StudyInstanceUID if the DICOM files have one and agree on
+    it, otherwise the image_id of the first image. Both consist of letters, digits, `.`, `_` and `-`. A file that cannot be
+    shown is left out, and the study's remarks say why. Raises PageError if no file can be shown.
     """
     if not paths:
         raise PageError(f"No file was chosen. {CHOOSE_IMAGE}")
@@ -93,10 +94,10 @@ def open_uploads(paths: Sequence[str | Path], copies: DecodedCopies, longest_sid
 
 
 def _check_and_digest(path: Path) -> str:
-    """Return 32 hexadecimal digits of the file's bytes. Raises PageError if the file cannot be an X-ray."""
+    """Return a digest of the file's bytes, as 32 hexadecimal digits. Raises PageError if the file cannot be an X-ray."""
     name = _display_name(path)
     try:
-        str(path).encode()  # tables cannot store names with surrogates
+        str(path).encode()  # raises ValueError for names with surrogates, which tables cannot store
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
             raise PageError(f"{name} is a folder or a device, not a file. {CHOOSE_IMAGE}")
@@ -151,7 +152,7 @@ def _accept(path: Path, key: str, copies: DecodedCopies, longest_side: int) -> _
 
 def _wrong_modality_message(name: str, modality: str) -> str:
     what = f"{OTHER_MODALITIES[modality]} (modality {modality})" if modality in OTHER_MODALITIES else f"modality {modality}"
-    return f"{name} is a DICOM file of {what}, but the models know only X-rays. Choose an X-ray (modality CR or DX)."
+    return f"{name} is a DICOM file of {what}, but the models support only X-rays. Choose an X-ray (modality CR or DX)."
 
 
 def _unreadable_message(path: Path, kind: str, reason: str) -> str:
@@ -160,7 +161,7 @@ def _unreadable_message(path: Path, kind: str, reason: str) -> str:
     if stated and (size := [int(side) for side in stated.groups()]) and size[0] * size[1] > MAX_SAMPLES // 3:
         return (
             f"{name} claims to have {size[0]:,} x {size[1]:,} pixels, more than any X-ray. "
-            "It is damaged or meant to do harm. Export it again."
+            "It is damaged or malicious. Export it again."
         )
     if re.match(r"not (decoded|read) in", reason):
         return f"{name} took too long to read, so reading was stopped. Export it again or save it as PNG."
@@ -175,7 +176,7 @@ def _unreadable_message(path: Path, kind: str, reason: str) -> str:
 
 
 def _without_quotations(message: str) -> str:
-    """Return an error text without its quotations from the file, which may be a patient's name in the wrong place."""
+    """Remove quotations from the file in an error text, because they may contain the patient's name."""
     return printable(re.sub(r"""(?<![A-Za-z])b?(['"]).*\1(?![A-Za-z])""", "…", message), 160)
 
 
@@ -197,19 +198,22 @@ def _remarks(upload: _Accepted) -> Iterator[str]:
     if upload.facts.coloured:
         yield "The image is in colour; only its brightness is shown and used by the models."
     if upload.facts.view in LATERAL:
-        yield "The file says that this is a lateral view; the models know only frontal views."
+        yield "The file says that this is a lateral view; the models support only frontal views."
     body_part = upload.facts.body_part
     if body_part and body_part != ILLEGIBLE and not any(part in body_part for part in CHEST):
-        yield f"The file says that the body part is {body_part}, not the chest; the models know only chest X-rays."
+        yield f"The file says that the body part is {body_part}, not the chest; the models support only chest X-rays."
     for warning in upload.outcome.warnings:
         yield f"The file has an unusual value: {_without_quotations(warning)}."
 
 
 def _study_id(files: list[FileFacts], first_image: str) -> tuple[str, list[str]]:
-    """Return the study's id, and remarks if the headers disagree, without the values, which identify patients."""
+    """Return the study's id, and remarks if the headers disagree.
+
+    The remarks do not contain the differing values, because they identify patients.
+    """
     studies, patients = ({getattr(facts, name) for facts in files} - {""} for name in ("study_id", "patient_id"))
     remarks = [
-        f"The files' headers name several {what}; the files are still treated as one study."
+        f"The headers of these files state several {what}; the files are still treated as one study."
         for what, ids in (("patients", patients), ("studies", studies))
         if len(ids) > 1
     ]
@@ -223,7 +227,7 @@ def _display_name(path: Path) -> str:
 
 
 def _free_id(path: Path, used_ids: set[str]) -> str:
-    # If the suffix is a number, the name is a UID, which has no suffix.
+    # If the part after the last dot is a number, the name is a UID without a suffix.
     plain = _plain_id(path.name if path.suffix[1:].isdigit() else path.stem) or "image"
     number = 2
     image_id = plain
@@ -233,9 +237,9 @@ def _free_id(path: Path, used_ids: set[str]) -> str:
 
 
 def _plain_id(text: str) -> str:
-    """Return at most 100 characters that are safe in CSV files and HTML; "" if no letter or digit is left.
+    """Return at most 100 characters that are safe in CSV files and HTML, or "" if no letter or digit remains.
 
-    Accents are removed, other characters become `_`.
+    Accents are removed, other characters are replaced with `_`.
     """
     bare = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", bare).lstrip(".")[:100]

@@ -22,7 +22,7 @@ from kitlib.page.xray_svg import draw_bars, draw_picture
 
 logger = logging.getLogger(__name__)
 
-# An hour after it was opened, a study is forgotten, and the files uploaded and written for it are deleted.
+# An hour after a study was opened, it is closed, and its uploaded and downloadable files are deleted.
 KEEP_S = 3600
 BOXES, TRUTH, LUNGS, HEAT = "boxes", "annotated boxes", "lungs", "heat"
 WINDOWED_SIDE = 1024  # pixels of the longest side while window and level are set
@@ -37,7 +37,7 @@ class View:
     answer: Answer
 
     def image(self, image_id: str | None) -> OpenedImage:
-        """Return the image of this name, or the first image if there is none."""
+        """Return the image with this image_id, or the first image if the study does not have it."""
         return next((image for image in self.study.images if image.image_id == image_id), self.study.images[0])
 
     @property
@@ -47,7 +47,7 @@ class View:
 
 
 class Viewer:
-    """Opens studies and predicts them, for all visitors; downloadable files are written to `folder`."""
+    """Opens and predicts studies for all visitors; downloadable files are written to `folder`."""
 
     def __init__(
         self, systems: Sequence[System], models: WarmModels, copies: DecodedCopies, gallery: Gallery | None, folder: Path
@@ -58,14 +58,17 @@ class Viewer:
         self.layers = [BOXES, TRUTH, *([LUNGS] if any(system.lungs for system in systems) else []), HEAT]
 
     def upload(self, paths: Sequence[str | Path], system_name: str) -> View:
-        """Open the files as one study and predict it. Raises PageError with sentences for the visitor."""
+        """Open the files in `paths` as one study and predict it. Raises PageError, with a message for the visitor."""
         system = self._system(system_name)
         return self._answer(open_uploads(paths, self.copies, system.longest_side), system)
 
     def pick(self, image_id: str, system_name: str) -> View:
-        """Open the study of an image of the gallery and predict it. Raises PageError."""
+        """Open the study of an image in the gallery and predict it.
+
+        Raises PageError if there is no gallery, or if the image cannot be opened.
+        """
         if self.gallery is None:
-            raise PageError("There is no gallery, because the prepared run of these models was not found.")
+            raise PageError("There is no gallery, because the prepared run that these models were trained on was not found.")
         try:
             study = self.gallery.open(image_id)
         except UnreadableXray as error:
@@ -73,7 +76,10 @@ class Viewer:
         return self._answer(study, self._system(system_name))
 
     def switch(self, view: View, system_name: str) -> View:
-        """Predict the same study with another system. Raises PageError."""
+        """Predict the study of `view` with another system.
+
+        Raises PageError if the system does not exist, or if an image cannot be decoded.
+        """
         return self._answer(view.study, self._system(system_name))
 
     def window(self, view: View, image: OpenedImage) -> Windowed:
@@ -95,9 +101,9 @@ class Viewer:
         windowed: Windowed | None = None,
         window: tuple[float, float] | None = None,
     ) -> str:
-        """Return HTML with the image and the available `layers` as SVG; `windowed` at `window` replaces its pixels.
+        """Return HTML with the image and the available `layers` as SVG; `windowed` at `window` replaces its grey levels.
 
-        The captions say which layers could not be drawn, and why.
+        The caption says which layers could not be drawn, and why.
         """
         system, captions, mask, heat = view.system, [], None, None
         pixels = view.study.read(image, system.longest_side).pixels
@@ -111,22 +117,22 @@ class Viewer:
         if HEAT in layers:
             try:
                 name, heat = self.models.heat(system, view.study, image, heat_class or view.most_probable)
-                note = "" if heat.any() else "; no part of the image points to it"
+                note = "" if heat.any() else "; no part of the image is evidence for it"
                 captions.append(f"Heat map: Grad-CAM of {name} for {heat_class or view.most_probable}{note}.")
-            except (ImportError, ValueError) as error:  # their messages say what is missing
+            except (ImportError, ValueError) as error:  # the message says what is missing
                 captions.append(f"The heat map cannot be shown: {error}.")
             except Exception as error:
                 logger.error("the heat map cannot be drawn", exc_info=error)
                 captions.append(f"The heat map cannot be shown: {type(error).__name__}: {error}.")
         if windowed is not None:
             pixels = windowed.render(*(window or windowed.default))
-            captions.append("Window and level change only this picture, not what the models see.")
+            captions.append("Window and level change only this picture, not the input of the models.")
             if windowed.has_curve:
                 captions.append("Without this setting, the picture follows the file's own grey curve (VOI LUT).")
         detections, nones = view.answer.fused.detections, view.answer.fused.nones
         has_detections = bool(nones.loc[nones["image_id"] == image.key, "seen"].all())
         if BOXES in layers and not has_detections:
-            captions.append("No detector has looked at this image.")
+            captions.append("No detector has predicted boxes for this image.")
         return draw_picture(
             pixels,
             image.rows,
@@ -172,7 +178,7 @@ class Viewer:
         return f'<table class="facts">{rows}</table><ul class="remarks">{points}</ul>'
 
     def summary(self, view: View) -> str:
-        """Return one sentence for the status line."""
+        """Return the text of the status line: the study, the number of images, and the number and time of the models."""
         images, models = len(view.study.images), view.answer.models
         several = f" of {images} images" if images > 1 else ""
         return f"Study {view.study.study_id}{several}: {len(models)} models answered in {models.seconds.sum():.2f} s."

@@ -29,11 +29,11 @@ SUBMISSION_BATCH = 16  # SubmitSettings.batch_size
 
 @dataclass(frozen=True)
 class Answer:
-    """A system's predictions for a study. In `fused`, images are named by their key and boxes are in original pixels."""
+    """The predictions of a system for a study. In `fused`, image_id is the image's key, and boxes are in original pixels."""
 
     fused: Fused
-    models: pd.DataFrame  # model, fold, seconds (without loading) of the models that predicted the study
-    remarks: tuple[str, ...]  # sentences: whether models were trained on the study, what was left out, what failed
+    models: pd.DataFrame  # columns model, fold, seconds (without loading); a row for each model that predicted the study
+    remarks: tuple[str, ...]  # sentences about models that were trained on the study, were left out, or failed
     failed: int = 0  # number of models that failed
 
 
@@ -60,7 +60,8 @@ class WarmModels:
     def answer(self, system: System, study: OpenedStudy) -> Answer:
         """Predict the study as a submission of `system` would, without models that were trained on it (see `choose_models`).
 
-        A model that fails is left out, with a remark. If all models fail, the last error is raised. Raises UnreadableXray.
+        A model that fails is left out, with a remark. If all models fail, the error of the last one is raised. Raises
+        UnreadableXray if an image cannot be decoded.
         """
         key = (system.name, study.study_id, study.trained_on, tuple(image.key for image in study.images))
         with self._one_at_a_time:
@@ -70,7 +71,10 @@ class WarmModels:
             return answer
 
     def lungs(self, system: System, study: OpenedStudy, image: OpenedImage) -> tuple[np.ndarray | None, str]:
-        """Return the lung mask (bool, as large as the decoded copy) and "", or None and a sentence that says why."""
+        """Return the lung mask of an image and "", or None and a sentence that says why there is no mask.
+
+        The mask is a bool array of the same shape as the decoded copy.
+        """
         if system.lungs is None:
             return None, "These models have no lung segmenter."
         segmenter = self._segmenter(system)
@@ -80,8 +84,8 @@ class WarmModels:
     def heat(self, system: System, study: OpenedStudy, image: OpenedImage, class_name: str) -> tuple[str, np.ndarray]:
         """Return the name of a study model and its heat map for a class, on the decoded copy (see kitlib.reports.heat_maps).
 
-        The model is the first that predicts the study and the class. Raises ValueError if none predicts the class, and
-        ImportError if the package grad-cam is missing.
+        The model is the first one that predicts both the study and the class. Raises ValueError if no model predicts the
+        class; ImportError if the package grad-cam is missing.
         """
         from kitlib.reports.heat_maps import compute_heat
 
@@ -146,7 +150,7 @@ class WarmModels:
         return self._predictors[model.folder, lungs]
 
     def _segmenter(self, system: System) -> CachedLungs:
-        """Return the segmenter for the system's size of decoded copies, because a mask is as large as its image's copy."""
+        """Return the segmenter for the system's size of decoded copies, because a mask has the size of the image's copy."""
         key = system.lungs, system.longest_side
         return self._lungs.setdefault(key, CachedLungs(system.lungs, True, SUBMISSION_BATCH, most=CACHED_ANSWERS))
 
@@ -161,28 +165,28 @@ class WarmModels:
 def choose_models(system: System, study: OpenedStudy) -> tuple[list[AnsweringModel], list[str]]:
     """Return the models of `system` that predict `study`, and sentences about which of them were trained on it.
 
-    A model that was trained on the study predicts it only if all models of its prepared run were.
+    A model that was trained on the study predicts it only if all models of the study's prepared run were trained on it.
     """
     models, remarks = list(system.models), []
     models_of_run = [model for model in models if study.trained_on and model.data_fingerprint == study.trained_on]
     unknown = dict.fromkeys(model.model for model in models if study.trained_on and model not in models_of_run)
     if unknown:
         names = ", ".join(unknown)
-        remarks.append(f"It is not known whether {names} learnt from this study, because they were trained on other data.")
+        remarks.append(f"It is not known whether the training data of {names} (another prepared run) includes this study.")
     if study.fold is None or not models_of_run:
         return models, remarks
     if system.ensemble is not None:
-        remarks.append("The weights of the ensemble were learnt from predictions for all studies, including this one.")
+        remarks.append("The weights of the ensemble were fitted to predictions for all studies, including this one.")
     if all(model.fold != study.fold for model in models_of_run):
         folds = ", ".join(map(str, sorted({model.fold for model in models_of_run})))
-        remark = f"These models (folds {folds}) have learnt from this study, which is in fold {study.fold}."
+        remark = f"These models (folds {folds}) were trained on this study, which is in fold {study.fold}."
         return models, [*remarks, remark]
     unseen = [model for model in models if model not in models_of_run or model.fold == study.fold]
-    return unseen, [*remarks, f"Predicted by the models of fold {study.fold}, which have not learnt from this study."]
+    return unseen, [*remarks, f"Predicted by the models of fold {study.fold}, which were not trained on this study."]
 
 
 def _remember(cache: OrderedDict, key: tuple, value: Any, limit: int) -> None:
-    """Store a value as the latest one and drop the oldest if there are more than `limit`."""
+    """Store a value in the cache as the latest one, and drop the oldest value if there are more than `limit`."""
     cache[key] = value
     cache.move_to_end(key)
     if len(cache) > limit:

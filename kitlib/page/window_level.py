@@ -1,4 +1,4 @@
-"""Window and level: shows the values of a DICOM file with other windows than that of its decoded copy."""
+"""Window and level: shows the values of a DICOM file with other windows than the window of its decoded copy."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +13,18 @@ from kitlib.xrays.worker import shrink
 
 @dataclass(frozen=True)
 class Windowed:
-    """A shrunken X-ray with its full range of values, after the modality LUT or rescale, to which windows apply.
+    """A reduced X-ray with its full range of values, after the modality LUT or rescale and before any window.
 
-    The values of a chest X-ray have no physical unit, so windows of two files cannot be compared. Centres and widths are
-    those of DICOM's function LINEAR.
+    The values of a chest X-ray have no physical unit, so windows of two files cannot be compared. Centres and widths refer
+    to DICOM's function LINEAR.
     """
 
-    values: np.ndarray  # float32 (h, w), means over areas
+    values: np.ndarray  # float32 (h, w), area averages of the original pixels
     inverted: bool  # MONOCHROME1: the lowest value is white
-    lowest: float  # of the whole image before shrinking
-    highest: float
-    file_window: tuple[float, float] | None  # the file's first window (centre, width); None if it has none
-    has_curve: bool  # whether the file has a VOI LUT, which its decoded copy follows and no window can reproduce
+    lowest: float  # lowest value of the original image
+    highest: float  # highest value of the original image
+    file_window: tuple[float, float] | None  # centre and width of the file's first window; None if it has no window
+    has_curve: bool  # whether the file has a VOI LUT, which the decoded copy uses and no window can reproduce
 
     @property
     def full_range(self) -> tuple[float, float]:
@@ -33,14 +33,15 @@ class Windowed:
 
     @property
     def default(self) -> tuple[float, float]:
-        """The file's window, or the full range if it has none."""
+        """Centre and width of the file's window, or of the full range if the file has no window."""
         return self.file_window or self.full_range
 
     def render(self, center: float, width: float) -> np.ndarray:
-        """Return uint8 (h, w), 255 = white as a radiologist sees it. Raises ValueError if the width is below 1.
+        """Return the X-ray in this window, uint8 (h, w), 255 = white as a radiologist sees it.
 
-        DICOM PS3.3 C.11.2.1.2.1 over 0..255, inverted for MONOCHROME1, rounded to the nearest grey level (decoded copies
-        round down). A window outside the range of values gives an all black or all white image.
+        DICOM PS3.3 C.11.2.1.2.1 with the output range 0..255, inverted for MONOCHROME1, rounded to the nearest grey level
+        (decoded copies round down). A window outside the range of values makes the image all black or all white. Raises
+        ValueError if the width is below 1, or if the centre or the width is not finite.
         """
         if not (np.isfinite(center) and np.isfinite(width) and width >= 1):
             raise ValueError(f"The window's width must be 1 or more and its centre a number, not {width} and {center}.")
@@ -49,10 +50,10 @@ class Windowed:
 
 
 def read_windowed(path: str | Path, longest_side: int) -> Windowed:
-    """Read the values of a DICOM file, at most `longest_side` pixels a side, exactly the size of its decoded copy.
+    """Read the values of a DICOM file, at most `longest_side` pixels a side, at exactly the size of its decoded copy.
 
-    Decodes in this process, so use it only for a file that a decoding process has read before. A colour file gives its luma
-    as in `decode_xray`, without a window. Raises UnreadableXray.
+    Decodes in this process, so it must be used only for a file that a decoding process has read before. For a colour file,
+    the values are its luma as in `decode_xray`, without a window. Raises UnreadableXray if the file cannot be decoded.
     """
     stored = read_stored_values(path)
     if stored.ndim == 3:
@@ -63,7 +64,7 @@ def read_windowed(path: str | Path, longest_side: int) -> Windowed:
         display = read_display(elements, 8 * stored.itemsize, stored.dtype.kind == "i", inverted)
     modality = display.modality
     if isinstance(modality, Lut):
-        # A lookup table is applied before shrinking, because it is not linear. A rescale is, and is cheaper afterwards.
+        # A lookup table is applied before shrinking, because it is not linear. A rescale is linear, and cheaper afterwards.
         stored, modality = modality(stored), None
     values, ends = shrink(stored.astype(np.float32), longest_side), np.array([stored.min(), stored.max()], dtype=np.float64)
     if modality is not None:
@@ -73,7 +74,10 @@ def read_windowed(path: str | Path, longest_side: int) -> Windowed:
 
 
 def _as_linear(voi: Lut | Window | None) -> tuple[float, float] | None:
-    """Return the centre and width with which LINEAR shows the same as `voi`; for a SIGMOID the tangent at its centre."""
+    """Return the centre and width with which LINEAR has the same effect as `voi`; None if `voi` is not a window.
+
+    For a SIGMOID they are those of the tangent at its centre.
+    """
     if not isinstance(voi, Window):
         return None
     if voi.function == "LINEAR":

@@ -1,4 +1,4 @@
-"""Draws an X-ray with all layers as one SVG picture, and the probabilities of a study as bars."""
+"""Draws an X-ray with all its layers as one SVG picture, and the probabilities of a study as bars."""
 
 import base64
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ BAR = "#3b82f6"  # contrast above 3 on white and on Gradio's dark background
 
 @dataclass(frozen=True)
 class Mark:
-    """How one kind of line is drawn: colours of Okabe and Ito for colour-blind people, dashes for black and white print."""
+    """The style of one kind of line: colours by Okabe and Ito for colour-blind people, dashes for black and white print."""
 
     colour: str
     width: float  # pixels of the screen
@@ -49,17 +49,17 @@ def draw_picture(
     heat: np.ndarray | None = None,
     caption: str = "",
 ) -> str:
-    """Return HTML with one `<svg>` in the coordinates of the original image, and a legend.
+    """Return HTML with a legend and one `<svg>`, in the coordinates of the original image of `rows` x `columns`.
 
-    `pixels`, uint8 (h, w), is a copy of any size of the image of `rows` x `columns`; so are `mask`, bool (h, w), and `heat`,
-    float 0..1 (h, w), of which all-zero ones draw nothing. `boxes` (score, xmin, ymin, xmax, ymax) are drawn if their score
-    is at least `threshold`, `truth` (xmin, ymin, xmax, ymax) always, both in original pixels. The picture fills the width of
-    its column, up to three quarters of the window's height. `caption` is plain text. Raises ValueError if pixels, mask or
-    heat have another type, shape or range.
+    `pixels`, uint8 (h, w), `mask`, bool (h, w), and `heat`, float 0..1 (h, w), are copies of the image at any size; an
+    all-zero mask or heat map is not drawn. `boxes` (score, xmin, ymin, xmax, ymax) are drawn if their score is at least
+    `threshold`, `truth` (xmin, ymin, xmax, ymax) always, both in original pixels. The picture fills the width of its column,
+    up to three quarters of the window's height. `caption` is plain text. Raises ValueError if pixels, mask or heat have
+    another type, shape or range.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or not pixels.size or rows < 1 or columns < 1:
         raise ValueError(
-            f"pixels must be uint8 (h, w) and the size at least 1 x 1, not {pixels.dtype} {pixels.shape}, {rows} x {columns}"
+            f"expected uint8 pixels (h, w) and a size from 1 x 1, got {pixels.dtype} {pixels.shape} and {rows} x {columns}"
         )
     mask, heat = (layer if layer is not None and layer.any() else None for layer in (mask, heat))
     _, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
@@ -79,7 +79,8 @@ def draw_picture(
         font_size = max(rows, columns) / 40
         for box in visible_boxes[list(BOX)].itertuples(index=False):
             layers += _rectangle("opacity", *box)
-        # Scores are drawn after all rectangles, so that no line crosses a number, the highest score last, on top.
+        # Scores are drawn after all rectangles, so that no line crosses a number, and the highest score last, so that it is
+        # on top.
         layers += [_score(box.score, box.xmin, box.ymin, columns, font_size) for box in visible_boxes.itertuples()]
         legend.append((_swatch("opacity"), "opacity found by the model, with its score"))
     return (
@@ -96,19 +97,21 @@ def draw_picture(
 def draw_bars(studies: Mapping[str, float], none: float | None, priors: bool, true_class: str = "") -> str:
     """Return HTML with one bar per class of STUDY_CLASSES and, unless it is None, one for `none`, with three decimals.
 
-    Values are 0..1. With `priors`, no model has predicted the study and `studies` are the class frequencies of the training
-    set, drawn in grey. `true_class` (of STUDY_CLASSES, "" if unknown) is marked as annotated. Raises ValueError for missing
-    or unknown classes and values outside 0..1.
+    Values are 0..1. With `priors`, no model has predicted the study, and `studies` holds the class frequencies of the
+    training set, which are drawn in grey. `true_class` (of STUDY_CLASSES, "" if unknown) is marked as annotated. Raises
+    ValueError if a class is missing or unknown, or a value is outside 0..1.
     """
     missing = [label for label in STUDY_CLASSES if label not in studies]
     if missing or true_class not in ("", *STUDY_CLASSES):
-        raise ValueError(f"missing classes {missing}, true class {true_class!r}; valid: {', '.join(STUDY_CLASSES)}")
+        raise ValueError(
+            f"invalid bars: missing classes {missing}, true class {true_class!r}; valid classes: {', '.join(STUDY_CLASSES)}"
+        )
     rows = [_bar(label, float(studies[label]), priors, label == true_class) for label in STUDY_CLASSES]
     note = ""
     if priors:
         note = (
-            '<p class="priors" style="margin:0.5em 0 0;font-size:0.9em">None of the chosen models predicts the class of the '
-            "study. The grey bars show how common each class is in the training set; they are the same for every study.</p>"
+            '<p class="priors" style="margin:0.5em 0 0;font-size:0.9em">None of the selected models predicts the class. The '
+            "grey bars show how common each class is in the training set; they are the same for every study.</p>"
         )
     of_image = ""
     if none is not None:
@@ -119,9 +122,9 @@ def draw_bars(studies: Mapping[str, float], none: float | None, priors: bool, tr
 
 def _bar(label: str, value: float, grey: bool, is_true: bool, meaning: str = "") -> str:
     if not 0 <= value <= 1:
-        raise ValueError(f"the probability of {label} is {value}; it must be in 0..1")
+        raise ValueError(f"the probability of {label} is {value}; expected 0..1")
     title = meaning or f"probability of {label}"
-    title += (", the training set's share" if grey else "") + (", the annotated class" if is_true else "")
+    title += (", its share of the training set" if grey else "") + (", the annotated class" if is_true else "")
     badge = '<span style="border:1px solid currentColor;border-radius:3px;padding:0 0.3em;font-size:0.75em">annotated</span>'
     colour = "currentColor;opacity:0.35" if grey else BAR
     return (
@@ -145,7 +148,7 @@ def _image(name: str, kind: str, encoded: np.ndarray, rows: int, columns: int) -
 def _heat_png(heat: np.ndarray) -> np.ndarray:
     """Return a PNG with one colour per pixel, more transparent where the heat is lower."""
     if heat.ndim != 2 or not (np.isfinite(heat).all() and heat.min() >= 0 and heat.max() <= 1):
-        raise ValueError(f"heat must be (h, w) with values in 0..1; its shape is {heat.shape}")
+        raise ValueError(f"expected heat (h, w) with values in 0..1; its shape is {heat.shape}")
     levels = np.rint(shrink(heat.astype(np.float32), HEAT_SIDE) * 255).astype(np.uint8)
     coloured = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2BGRA)
     coloured[..., 3] = np.rint(levels * HEAT_ALPHA)
@@ -153,9 +156,9 @@ def _heat_png(heat: np.ndarray) -> np.ndarray:
 
 
 def _outline_path(mask: np.ndarray, rows: int, columns: int) -> str:
-    """Return an SVG path in original pixels through the centres of the mask's outermost pixels, holes included."""
+    """Return an SVG path in original pixels through the centres of the mask's outermost pixels, around holes too."""
     if mask.ndim != 2 or mask.dtype != bool:
-        raise ValueError(f"a mask must be bool (h, w), not {mask.dtype} {mask.shape}")
+        raise ValueError(f"expected a bool mask (h, w), got {mask.dtype} {mask.shape}")
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     # OpenCV's origin is the centre of the first pixel, SVG's is its corner.
     scale = np.array([columns / mask.shape[1], rows / mask.shape[0]])
@@ -164,7 +167,7 @@ def _outline_path(mask: np.ndarray, rows: int, columns: int) -> str:
 
 
 def _line_with_halo(element: str, geometry: str, name: str) -> list[str]:
-    """Return a line of MARKS on top of a wider dark one, so that it is visible on white and on black."""
+    """Return the SVG of a line in the style MARKS[name] on a wider dark line, to be visible on both white and black."""
     mark, drawn = (
         MARKS[name],
         'fill="none" vector-effect="non-scaling-stroke" stroke-linecap="round" stroke-linejoin="round"',
@@ -182,7 +185,7 @@ def _rectangle(name: str, xmin: float, ymin: float, xmax: float, ymax: float) ->
 
 
 def _score(score: float, xmin: float, ymin: float, columns: int, font_size: float) -> str:
-    """Return the score as text above the box, or inside it at the top of the image, and always within the right edge."""
+    """Return the SVG text of a score above its box, or inside it at the top of the image, always within the right edge."""
     x = min(max(xmin, 0), columns - 2.2 * font_size)
     y = ymin - font_size / 3 if ymin > 1.3 * font_size else max(ymin, 0) + 1.1 * font_size
     return (
@@ -217,7 +220,7 @@ def _description(
     mask: np.ndarray | None,
     heat: np.ndarray | None,
 ) -> str:
-    """Return the sentence that a screen reader says for the picture."""
+    """Return a sentence that describes the picture for screen readers."""
     parts = []
     if visible_boxes is not None:
         parts.append(f"{_count(len(visible_boxes), 'box', 'boxes')} of opacity with a score of at least {threshold:.2f}")

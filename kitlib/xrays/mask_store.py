@@ -38,7 +38,7 @@ class MaskStore:
 
     @classmethod
     def create_empty(cls, folder: str | Path) -> "MaskStore":
-        """Return an empty store in `folder`, whose previous content is deleted."""
+        """Delete the content of `folder` and return an empty store in it."""
         shutil.rmtree(folder, ignore_errors=True)
         return cls(folder)
 

@@ -61,7 +61,7 @@ def test_covidx_older_lists_and_several(tmp_path):
         read_covidx(tmp_path, progress=False)
     (tmp_path / "test.txt").unlink()
     (tmp_path / "train_COVIDx2.txt").unlink()
-    with pytest.raises(DatasetError, match=r"test\.txt, or .* is missing"):
+    with pytest.raises(DatasetError, match=r"has no list test\.txt, "):
         read_covidx(tmp_path, progress=False)
 
 
@@ -92,7 +92,7 @@ def test_covidgr(tmp_path):
     pool = read_pool({"covidgr": tmp_path}, "covid", progress=False)
     assert pool.labels[["COVID-19", "not COVID-19"]].sum().tolist() == [2, 1]
     (tmp_path / "COVIDGR_1.0" / "N" / "1.jpg").unlink()
-    with pytest.raises(DatasetError, match="N holds no PNG or JPEG"):
+    with pytest.raises(DatasetError, match="N contains no PNG or JPEG"):
         read_covidgr(tmp_path, progress=False)
     with pytest.raises(DatasetError, match="0 folders that contain P and N"):
         read_covidgr(tmp_path / "COVIDGR_1.0" / "P", progress=False)
@@ -146,7 +146,7 @@ def test_bimcv(tmp_path):
     assert images["view"].tolist() == ["AP", "PA", "PA"] and images.sex.tolist() == ["M", "F", ""]
     assert images.age["bimcv-S1"] == 64 and images.age[1:].isna().all()
     told = " | ".join(data.faults.problem)
-    for words in ("neither vp-ap nor vp-pa", "have no report", "of the positive set have another report"):
+    for words in ("neither vp-ap nor vp-pa", "have no report", "are from the positive set without a report"):
         assert words in told
     assert len(data.faults) == 3
     for root in (posi, neg):
@@ -171,9 +171,11 @@ def test_bimcv_sets_are_recognised_by_folder_names_and_sexes_by_words(tmp_path, 
     images = data.images.set_index("patient_id")
     assert images.diagnosis.to_dict() == {"bimcv-S1": "COVID-19", "bimcv-S2": "normal"}
     assert images.sex.to_dict() == {"bimcv-S1": "F", "bimcv-S2": "M"}
-    assert "have an unknown word for their gender" in data.faults.problem.item() and data.faults["row"].item() == "sub-S3"
+    assert "have an unknown value of gender" in data.faults.problem.item() and data.faults["row"].item() == "sub-S3"
     # The folder passed may itself be the named one; a folder without a name of a set is refused.
     assert len(read_bimcv(tmp_path / "in" / names[0], progress=False).images) == 1
     (tmp_path / "in" / names[1]).rename(tmp_path / "in" / "others")
-    with pytest.raises(DatasetError, match=r"others.* no folder tells whether .* BIMCV-COVID19\+, and covid19_neg"):
+    with pytest.raises(
+        DatasetError, match=r"others.* none of its folders tells whether .* BIMCV-COVID19\+, and to covid19_neg"
+    ):
         read_bimcv(tmp_path / "in", progress=False)

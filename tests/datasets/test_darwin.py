@@ -142,7 +142,7 @@ def test_what_is_broken_is_listed(darwin):
         "small and 0 others have a side below 256 pixels; left out",
         "bare and 0 others have no mask",
         "3 and 0 others are annotations without an image; left out",
-        "965322 and 0 others are further annotations of an image; left out",
+        "965322 and 0 others annotate an image that already has an annotation; left out",
         "metadata.csv  the file is missing; images of one patient",
     ):
         assert problem in told
@@ -156,7 +156,7 @@ def test_a_missing_piece_names_itself_and_where_it_is_got(darwin):
         path.unlink()
     for path in darwin.root.rglob("9*.png"):
         path.unlink()
-    with pytest.raises(DatasetError, match=r"no annotation with a lung.*darwin dataset pull"):
+    with pytest.raises(DatasetError, match=r"contains no lung mask.*darwin dataset pull"):
         darwin.read()
     (darwin.root / "metadata.csv").write_text("a,b\n1,2\n")
     with pytest.raises(DatasetError, match=r"metadata\.csv lacks"):
@@ -165,7 +165,7 @@ def test_a_missing_piece_names_itself_and_where_it_is_got(darwin):
     with pytest.raises(DatasetError, match=r"images is missing.*darwin dataset pull"):
         darwin.read()
     (darwin.root / "images").mkdir()
-    with pytest.raises(DatasetError, match="no frontal X-ray of at least 256 pixels"):
+    with pytest.raises(DatasetError, match="no frontal X-ray with at least 256 pixels"):
         darwin.read()
 
 

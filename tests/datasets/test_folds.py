@@ -86,7 +86,7 @@ def test_a_leak_names_the_patient():
     folds = make_folds(images, labels, boxes, 2)
     check_no_leak(folds, images)
     folds.loc[folds.id == "i0", "fold"] = 1 - folds.fold[folds.id == "i0"]
-    with pytest.raises(DatasetError, match=r"1 patients are in several folds, first: p1 \(i0 in fold"):
+    with pytest.raises(DatasetError, match=r"1 patients are in several folds, such as p1 \(i0 in fold"):
         check_no_leak(folds, images)
 
 
@@ -100,20 +100,20 @@ def test_a_leak_through_near_duplicates_is_found():
 
 def test_a_fold_of_an_unknown_image_is_a_leak():
     images, labels, boxes = tables([1, 2, 3, 4], [0, 1, 2, 3], [True] * 4)
-    with pytest.raises(DatasetError, match="1 images of the folds are not in the table of images, first i2"):
+    with pytest.raises(DatasetError, match="1 images in the folds are not in the `images` table; the first is 'i2'"):
         check_no_leak(make_folds(images, labels, boxes, 2), images[images.image_id != "i2"])
 
 
 @pytest.mark.parametrize("n_folds", [0, 1, 4])
 def test_impossible_numbers_of_folds_are_refused(n_folds):
     images, labels, boxes = tables([1, 1, 2, 3], [0, 1, 2, 3], [True] * 4)
-    with pytest.raises(ValueError, match=f"{n_folds} folds of 3 groups"):
+    with pytest.raises(ValueError, match=f"3 groups of patients cannot be divided into {n_folds} folds"):
         make_folds(images, labels, boxes, n_folds)
 
 
 def test_a_study_without_label_is_refused():
     images, labels, boxes = tables([1, 2, 3], [0, 1, 2], [True] * 3)
-    with pytest.raises(ValueError, match=r"1 studies.*first s1"):
+    with pytest.raises(ValueError, match=r"1 studies.*the first is s1"):
         make_folds(images, labels[labels.id != "s1"], boxes, 2)
 
 
@@ -170,7 +170,7 @@ def test_a_source_is_a_fold_and_shared_patients_are_in_none():
         "i5": 2,
         "i6": 1,
     }
-    with pytest.raises(ValueError, match="one source, a: "):
+    with pytest.raises(ValueError, match="from the source a: "):
         make_source_folds(images.assign(source="a"))
     images.loc[2:3, "source"] = ["b", "d"]
     with pytest.raises(ValueError, match="every image of d shares"):

@@ -76,7 +76,7 @@ def test_what_cannot_be_told_is_listed_and_left_out(kaggle):
     told = data.faults.set_index("row").problem
     assert set(told.index) == {"NORMAL2-IM-0115-0001-0002", "person7_virus_1", "chest", "IM-0118-0001"}
     assert "has the same name as" in told["NORMAL2-IM-0115-0001-0002"] and "states no diagnosis" in told["chest"]
-    assert told["person7_virus_1"] == "is named as viral but in the folder NORMAL; left out"
+    assert told["person7_virus_1"] == "has a name that states viral, but is in the folder NORMAL; left out"
 
 
 def test_another_folder_is_told(tmp_path):

@@ -176,9 +176,9 @@ def test_an_incomplete_mask_is_not_stored(drawn, tmp_path):
     drawn.add("kept", "lungs", large(LEFT, RIGHT))
     faults = drawn.fill().set_index("row").problem
     assert drawn.store.ids == ["kept"] and sorted(faults.index) == ["aspect", "damaged", "empty", "missing"]
-    assert faults.str.endswith("; the image has no mask").all()
+    assert faults.str.endswith("; the image gets no mask").all()
     assert "lungs_3.png" in faults.missing and "damaged.png" in faults.damaged and "no pixel is lung" in faults["empty"]
-    assert "60 x 79 pixels, its image 60 x 80: the aspect ratios differ" in faults.aspect
+    assert "60 x 79 pixels, but its image has 60 x 80: the aspect ratios differ" in faults.aspect
 
 
 def test_a_percent_of_aspect_ratio_is_rounding(drawn):
@@ -201,7 +201,7 @@ def test_one_lung_is_a_fault_and_stored(drawn):
     assert dict(faults) == {
         "united": "only one lung is drawn; the mask is used",
         "crumb": "only one lung is drawn; the mask is used",
-        "sides": "the right lung has no pixel; the mask is used",
+        "sides": "the mask of the right lung is empty; the image's mask is used",
     }
     assert sorted(drawn.store.ids) == ["both", "crumb", "sides", "united", "with_heart"]
 

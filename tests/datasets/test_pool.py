@@ -30,7 +30,7 @@ def test_schemes_know_their_diagnoses_and_the_order_of_their_classes():
     assert scheme_classes("flannel") == ("COVID-19", "viral", "bacterial", "normal")
     assert scheme_classes("three") == ("normal", "pneumonia", "COVID-19")
     assert scheme_classes("covid") == ("COVID-19", "not COVID-19") and set(CLASS_SCHEMES["covid"]) == set(DIAGNOSES)
-    with pytest.raises(ValueError, match="'four'; there are: flannel, three, covid"):
+    with pytest.raises(ValueError, match="'four'; available: flannel, three, covid"):
         scheme_classes("four")
 
 
@@ -43,7 +43,7 @@ def test_labels_are_the_schemes_classes_and_the_rest_is_counted(scheme, parts):
     assert tuple(labels) == scheme_classes(scheme) and (labels.sum(axis=1) == 1).all()
     assert labels.sum().astype(int).to_dict() == {name: int((classes == name).sum()) for name in scheme_classes(scheme)}
     assert data.images.study_id.equals(data.images.image_id) and set(data.images.source) == {"kermany", "ieee8023"}
-    lost = data.faults[data.faults.problem.str.contains("has no class for")]
+    lost = data.faults[data.faults.problem.str.contains("has no class in")]
     assert lost["row"].tolist() == sorted(set(expected[classes.isna()])) and set(lost.file) <= {"covid_chestxray"}
     assert sum(int(problem.split()[0]) for problem in lost.problem) == classes.isna().sum()
     # The readers' own faults: one damaged file in each, and what ieee8023's table has besides.
@@ -60,7 +60,9 @@ def test_published_counts_are_those_that_all_sets_have(parts):
     data = read_pool({"kermany": parts["kermany"]}, "three", progress=False)
     # Kermany et al.: 1,493 + 2,780 = 4,273 of pneumonia.
     assert data.published == {"pneumonia": 4273, "normal": 1583}
-    assert data.faults["row"].tolist()[-1] == "COVID-19" and "no image shows this class" in data.faults.problem.iloc[-1]
+    assert (
+        data.faults["row"].tolist()[-1] == "COVID-19" and "there is no image of this class" in data.faults.problem.iloc[-1]
+    )
     assert read_pool(parts, "flannel", progress=False).published == {}
 
 
@@ -95,9 +97,9 @@ def test_sets_of_findings_say_what_they_can(tmp_path, parts):
     assert of_nih.diagnosis.value_counts().to_dict() == {"normal": 18, "pneumonia": 2}
     assert set(of_nih.split) == {"train", "test"} and set(data.images.split[data.images.source != "nih"]) == {"train"}
     darwin = write_lungs(tmp_path, "darwin", images=4, side=320, seed=1, workers=1, progress=False)
-    with pytest.raises(ValueError, match=r"images of darwin have no diagnosis.*converted to diagnoses: nih"):
+    with pytest.raises(ValueError, match=r"the data set darwin has no diagnoses.*converted to diagnoses: nih"):
         read_pool({"darwin": darwin}, "three", progress=False)
-    with pytest.raises(ValueError, match="there are: flannel"):
+    with pytest.raises(ValueError, match="available: flannel"):
         read_pool(parts, "seven", progress=False)
 
 

@@ -54,7 +54,7 @@ def test_images_classes_boxes_and_patients(layout):
 
 def test_what_is_broken_is_listed(layout):
     told = read_rsna(layout, progress=False).faults
-    assert told.problem[told.row == "d"].str.contains("'Normal' contradicts").any()
+    assert told.problem[told.row == "d"].str.contains("'Normal' is invalid or contradicts").any()
     assert told.problem[told.row == "a"].str.contains("15.0 pixels beyond").any()
     (layout / MAPPING).unlink()
     assert "may fall into several folds" in " ".join(read_rsna(layout, progress=False).faults.problem)

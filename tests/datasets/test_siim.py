@@ -90,8 +90,8 @@ def test_a_whole_layout_gives_the_tables(layout):
         ("[]", "not a list of boxes"),
         ("[{'x': 1.0, 'y': 2.0, 'width': 3.0}]", "needs numbers"),
         ("[{'x': 'left', 'y': 2.0, 'width': 3.0, 'height': 4.0}]", "needs numbers"),
-        ("[{'x': 1.0, 'y': 2.0, 'width': -3.0, 'height': 4.0}]", "without area"),
-        ("[{'x': 1.0, 'y': 2.0, 'width': 3.0, 'height': 1e999}]", "without area"),
+        ("[{'x': 1.0, 'y': 2.0, 'width': -3.0, 'height': 4.0}]", "has no area"),
+        ("[{'x': 1.0, 'y': 2.0, 'width': 3.0, 'height': 1e999}]", "has no area"),
         ("[{'x': 900.0, 'y': 2.0, 'width': 3.0, 'height': 4.0}]", "outside the image"),
     ],
 )
@@ -134,13 +134,13 @@ def test_rows_files_and_studies_that_do_not_match_are_told(layout):
     assert train.labels.id.tolist() == ["s1", "s2", "s3", "s6"]
     for row, problem in {
         "extra": "no usable row",
-        "notes": "is not a <study>/<series>/<image>.dcm",
+        "notes": "is not in the form <study>/<series>/<image>.dcm",
         "gone_image": "no file",
         "orphan_image": "study 's8' has no usable row",
         "wrong": "does not end in _image",
         "c_image": "occurs again",
         "liar_image": "disagree",
-        "s7_study": "not exactly one class",
+        "s7_study": "1 for exactly one class",
         "s6_study": "no usable image",
     }.items():
         assert problem in told(train.faults, row)
@@ -206,7 +206,7 @@ def test_test_files_that_cannot_be_read_keep_their_row(layout, content):
     test = read_test(layout, progress=False)
     row = test.images.set_index("image_id").loc["e"]
     assert (row.study_id, row.patient_id, row["rows"], row["columns"]) == ("s4", "s4", 0, 0)
-    assert test.image_ids == ("g", "e", "f") and "kept" in told(test.faults, "e")
+    assert test.image_ids == ("g", "e", "f") and "included" in told(test.faults, "e")
 
 
 @pytest.mark.parametrize("kind", ["study", "image"])

@@ -124,5 +124,5 @@ def test_masks_that_are_missing_or_that_nobody_heeds_are_refused_with_what_to_se
     check_finder(RECIPE, None, "study")
     with pytest.raises(ValueError, match=r'study: .*set lungs_run to a run of notebook 14, or .*\{"lungs": "darkness"\}'):
         check_finder(masks, None, "study")
-    with pytest.raises(ValueError, match=r'ignores them; set overrides \{"lungs": "masks"\}'):
+    with pytest.raises(ValueError, match=r'ignores the masks of that run; set overrides \{"lungs": "masks"\}'):
         check_finder(RECIPE, FixedLungs(Lungs(None)), "study")

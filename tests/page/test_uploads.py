@@ -94,8 +94,8 @@ def test_headers_with_several_studies_or_patients_are_reported_without_the_names
     study = open_uploads(paths, copies, SIDE)
     assert study.study_id == "0"
     assert [remark.split(";")[0] for remark in study.remarks] == [
-        "The files' headers name several patients",
-        "The files' headers name several studies",
+        "The headers of these files state several patients",
+        "The headers of these files state several studies",
     ]
     assert "Doe" not in repr(study) and "study1" not in repr(study)
 

@@ -71,7 +71,7 @@ def test_without_a_detector_the_picture_does_not_say_0_boxes(viewer, view):
     system = replace(view.system, name="classifier", models=tuple(m for m in view.system.models if "boxes" not in m.answers))
     alone = replace(view, system=system, answer=viewer.models.answer(system, view.study))
     svg = viewer.draw(alone, view.study.images[0], 0.0)
-    assert "No detector has looked at this image" in svg and "0 boxes" not in svg
+    assert "No detector has predicted boxes for this image" in svg and "0 boxes" not in svg
 
 
 def test_each_visitor_takes_files_of_their_own(viewer, view):

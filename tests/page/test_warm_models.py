@@ -121,7 +121,7 @@ def test_a_study_of_the_gallery_is_answered_as_out_of_fold(fused, gallery, model
     answer = models.answer(fused, study)
     of_fold = [model for model in fused.models if model.fold == study.fold]
     assert answer.models[["model", "fold"]].to_records(index=False).tolist() == [(m.model, m.fold) for m in of_fold]
-    assert any("have not learnt from this study" in remark for remark in answer.remarks)
+    assert any("were not trained on this study" in remark for remark in answer.remarks)
     # Computes the same with the functions that the training and fusion notebooks call.
     chunks = {model.model: list(load_predictor(model.folder).predict(_xrays(study))) for model in of_fold}
     study_scores, image_scores = study_and_image_scores(chunks["study"], study.table())
@@ -142,7 +142,7 @@ def _xrays(study):
 @pytest.mark.parametrize(
     ("changes", "answering", "says"),
     [
-        ({"fold": 7}, 6, "have learnt from this study, which is in fold 7"),
+        ({"fold": 7}, 6, "were trained on this study, which is in fold 7"),
         ({"trained_on": "another"}, 6, "It is not known whether"),
         ({"fold": None}, 6, ""),
     ],
@@ -161,12 +161,14 @@ def test_models_trained_on_a_study_do_not_predict_it_together_with_models_of_ano
     found, remarks = choose_models(replace(fused, models=tuple(mixed), ensemble=Path("ensemble")), study)
     strange = {("yolo", 0), ("yolo", 1)}
     assert {(m.model, m.fold) for m in found} == strange | {("study", study.fold), ("faster_rcnn", study.fold)}
-    assert [any(said in remark for remark in remarks) for said in ("whether yolo learnt", "weights of the ensemble")] == [
+    assert [
+        any(said in remark for remark in remarks) for said in ("the training data of yolo", "weights of the ensemble")
+    ] == [
         1,
         1,
     ]
     # For a test image, it is not known either whether the other run's models were trained on it.
-    assert "whether yolo" in choose_models(replace(fused, models=tuple(mixed)), replace(study, fold=None))[1][0]
+    assert "training data of yolo" in choose_models(replace(fused, models=tuple(mixed)), replace(study, fold=None))[1][0]
 
 
 def test_a_damaged_model_is_left_out_reported_and_tried_again(runs, gallery, tmp_path):
