@@ -1,6 +1,5 @@
 """Reads BIMCV-COVID19+ and BIMCV-COVID19- (de la Iglesia Vaya et al. 2020): X-rays labelled by their radiology reports."""
 
-import ast
 import re
 from pathlib import Path
 
@@ -17,6 +16,7 @@ POSITIVE, NEGATIVE = re.compile(r"posi|\+", re.IGNORECASE), re.compile(r"neg|-$"
 UNKNOWN_SEX = dict.fromkeys(("", "none", "nan"), "")
 SEXES = {"m": "M", "male": "M", "hombre": "M", "f": "F", "female": "F", "mujer": "F"} | UNKNOWN_SEX
 FRONTAL = ("ap", "pa")
+QUOTED = re.compile("'([^']*)'" + '|"([^"]*)"')  # a label in single or double quotes
 KNOWN_DIAGNOSES = ("COVID-19", "pneumonia", "normal", "other")
 LABELS, PARTICIPANTS = "derivatives/labels/*.tsv", "participants.tsv"
 COLUMNS = ("ReportID", "Labels")
@@ -107,16 +107,16 @@ def _read_reports(folder: Path, faults: Faults) -> dict[str, str]:
         if not set(COLUMNS) <= set(table):
             continue
         for report, cell in zip(table.ReportID, table.Labels, strict=True):
-            try:
-                labels = {str(label).strip().lower() for label in ast.literal_eval(cell)}
-            except (ValueError, SyntaxError, TypeError):
+            # Separated by commas, tabs (cxr_covid) or blanks (NumPy); Python would join the strings 'a'\t'b' into one.
+            labels = {(single or double).strip().lower() for single, double in QUOTED.findall(cell)}
+            if not re.fullmatch(r"\s*\[.*\]\s*", cell, re.DOTALL) or QUOTED.sub("", cell).strip("[], \t\n"):
                 faults.add(path.name, report, "the labels are not a list; the report is not used")
                 continue
             diagnoses[report.removeprefix("ses-").upper()] = _diagnosis(labels)
     if not diagnoses:
         raise DatasetError(
-            f"{folder} has no {LABELS} with the columns {', '.join(COLUMNS)} and valid labels: fetch the metadata, "
-            f"{HOW_TO_GET}"
+            f"{folder}/{LABELS} is missing, lacks one of the columns {', '.join(COLUMNS)}, or has no valid labels; fetch "
+            f"the metadata, {HOW_TO_GET}"
         )
     return diagnoses
 

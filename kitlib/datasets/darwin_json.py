@@ -16,7 +16,7 @@ LUNG_NAMES = ("lung", "lungs", "left lung", "right lung")  # in lower case
 
 @dataclass(frozen=True)
 class DarwinAnnotation:
-    """The tags and polygons of one image, with its names and its size in pixels."""
+    """The tags and polygons of one image, with its possible file names and its size in pixels."""
 
     names: tuple[str, ...]  # possible file names of the image: in Darwin, then in the original source
     rows: int

@@ -29,10 +29,12 @@ class PatchClassifier(FindingsClassifier):
         self.chunk = 0  # number of patches that fit into memory together; 0 until the first batch
 
     def image_probabilities(self, canvases: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        """Return float64 probabilities (n, classes) on the CPU for canvases uint8 (n, side, side) and centres int64 (m, 3).
+        """Return float64 probabilities (n, classes) on the CPU; rows sum to 1.
 
-        Rows sum to 1. The patches of all images are cut on the model's device and predicted together, in chunks as large as
-        the device's memory allows. Call this in evaluation mode, without gradients, under `kitlib.device.autocast`.
+        `canvases` is uint8 (n, side, side). `where` is int64 (m, 3), one row per patch: index of the image, row and column
+        of the patch's centre, see `join_centres`. The patches of all images are cut on the model's device and predicted
+        together, in chunks as large as the device's memory allows. Call this in evaluation mode, without gradients, under
+        `kitlib.device.autocast`.
         """
         return self.scored(self.probabilities(self.patch_logits(canvases, where)), where, len(canvases))
 

@@ -187,11 +187,12 @@ def detection_draws(
     samples: int = 500,
     seed: int = 0,
 ) -> np.ndarray:
-    """Return the opacity AP (VOC 2010) on the images in `coverage`, (1 + samples,): for all patients, then for each draw.
+    """Bootstrap the opacity AP (VOC 2010) over patients, on the images in `coverage`.
 
-    Whole patients are drawn with replacement. Two detectors with the same images and seed get the same draws, so the
-    difference of their arrays is a paired comparison. Folds are pooled, so the scores of a model must be comparable across
-    folds. Raises ValueError if an image in `coverage` is not in `images` or occurs twice.
+    Returns an array (1 + samples,): first the AP for all patients, then one per bootstrap draw. Whole patients are drawn
+    with replacement. Two detectors with the same images and seed get the same draws, so the difference of their arrays is a
+    paired comparison. Folds are pooled, so the scores of a model must be comparable across folds. Raises ValueError if an
+    image in `coverage` is not in `images` or occurs twice.
     """
     image_ids = coverage["image_id"]
     if image_ids.duplicated().any():

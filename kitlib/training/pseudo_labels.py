@@ -44,9 +44,9 @@ class Predictions:
 class PseudoLabels:
     """Pseudo-labels as tables to train on, and the images that were left out.
 
-    `images` has two additional columns: `none`, the soft target, and `unsure`, True if a detector should not be trained on
-    the image. `labels` has the four study classes, which sum to 1, for each study that a classifier has predicted. `boxes`
-    has an additional column `score`. `left_out` has the columns image_id and reason.
+    `images` has two additional columns: `none`, the probability of "no opacity" as a soft target, and `unsure`, True if a
+    detector should not be trained on the image. `labels` has the four study classes, which sum to 1, for each study that a
+    classifier has predicted. `boxes` has an additional column `score`. `left_out` has the columns image_id and reason.
     """
 
     images: pd.DataFrame

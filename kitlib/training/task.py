@@ -29,11 +29,11 @@ class Task:
     """One model to train on every fold: data, recipe, seed, limits and deadline.
 
     `tables` holds the tables images, labels, boxes and folds of a prepared run; `cache` reads its decoded images.
-    `limit_train` and `limit_validation` are largest numbers of images, taken in whole patients; they do not apply to the
-    `extra` images, which are used for training and never for validation. `lungs` finds the lungs if the recipe's `lungs` is
-    "masks"; `masks` are the ground truth for a segmenter. With `in_sample`, a classifier also predicts its own training
-    images. Training raises ValueError if the model family cannot use one of these inputs. With `resume`, an interrupted run
-    continues; without it, the run starts over.
+    `limit_train` and `limit_validation` cap the number of images, keeping or dropping whole patients; they do not apply to
+    the `extra` images, which are used for training and never for validation. `lungs` are the stored lungs that are used if
+    `recipe.lungs` is "masks"; `masks` are the ground truth for a segmenter. With `in_sample`, a classifier also predicts its
+    own training images. Training raises ValueError if the model family cannot use one of these inputs. With `resume`, an
+    interrupted run continues; without it, the run starts over.
     """
 
     tables: Mapping[str, pd.DataFrame]

@@ -132,8 +132,9 @@ def test_bimcv(tmp_path):
         for name in of_root:
             subject, session = name.split("_")[:2]
             save(root / subject / session / "mod-rx" / f"{name}.png")
-    reports = {"ses-E1": "['COVID 19', 'infiltrates']", "E2": "['normal']", "E3": "['COVID 19']", "E4": "[' normal']"}
-    reports |= {"E5": "['pneumonia', 'chronic changes']"}
+    # Labels are separated by commas, by tabs (cxr_covid) or, if NumPy has written them, by blanks.
+    reports = {"ses-E1": "['infiltrates'\t'COVID 19']", "E2": "['normal']", "E3": "['COVID 19']", "E4": "[' normal']"}
+    reports |= {"E5": "['chronic changes' \"pneumonia\"]", "E6": "pneumonia"}
     labels = pd.DataFrame({"PatientID": "x", "ReportID": list(reports), "Labels": list(reports.values())})
     for root in (posi, neg):
         (root / "derivatives" / "labels").mkdir(parents=True)
@@ -146,9 +147,14 @@ def test_bimcv(tmp_path):
     assert images["view"].tolist() == ["AP", "PA", "PA"] and images.sex.tolist() == ["M", "F", ""]
     assert images.age["bimcv-S1"] == 64 and images.age[1:].isna().all()
     told = " | ".join(data.faults.problem)
-    for words in ("neither vp-ap nor vp-pa", "have no report", "are from the positive set without a report"):
+    for words in (
+        "neither vp-ap nor vp-pa",
+        "have no report",
+        "are from the positive set without a report",
+        "the labels are not a list",
+    ):
         assert words in told
-    assert len(data.faults) == 3
+    assert len(data.faults) == 5  # the labels of E6 are read once for each set
     for root in (posi, neg):
         (root / "derivatives" / "labels" / "labels.tsv").unlink()
     with pytest.raises(DatasetError, match="ReportID, Labels"):
