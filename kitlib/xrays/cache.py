@@ -46,7 +46,7 @@ def decoding_pool(workers: int) -> ProcessPool:
 
 # Version of the decoder, part of the cache folder's name. Raise it whenever the same file may decode to other pixels, so
 # that older entries are not used. tests/xrays/test_cache.py holds the pixels of this version.
-DECODING = 1
+DECODING = 2
 
 
 @dataclass(frozen=True)

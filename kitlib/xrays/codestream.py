@@ -1,9 +1,21 @@
 """Reads the size and bit depth in a compressed frame's own header, before a decoder allocates memory for the frame."""
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pydicom.uid import JPEG2000TransferSyntaxes, JPEGLSTransferSyntaxes, JPEGTransferSyntaxes, RLELossless
+from pydicom.uid import (
+    JPEG2000,
+    JPEG2000TransferSyntaxes,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSNearLossless,
+    JPEGLSTransferSyntaxes,
+    JPEGTransferSyntaxes,
+    RLELossless,
+)
 
 # Accepted start-of-frame markers: baseline, extended, lossless Huffman; JPEG-LS. Progressive frames are refused, because
 # they may contain any number of scans.
@@ -22,6 +34,42 @@ class FrameHeader:
     samples: int  # per pixel
     precision: int  # bits per sample
     has_end_marker: bool
+
+
+# The transfer syntaxes of each kind of frame; the first decodes any of them.
+LOSSY_JPEG = (JPEGBaseline8Bit, JPEGExtended12Bit)
+FAMILIES = {
+    0xC0: LOSSY_JPEG,
+    0xC1: LOSSY_JPEG,
+    0xC3: (JPEGLossless, JPEGLosslessSV1),
+    0xF7: (JPEGLSNearLossless, *JPEGLSTransferSyntaxes),
+}
+
+
+def find_syntax(frame: bytes, stated: str) -> str:
+    """Return a transfer syntax that decodes the frame: `stated` unless the frame's bytes are of another family.
+
+    Returns `stated` as well if the bytes are not recognised.
+    """
+    if frame[:2] == b"\xff\xd8":
+        family = next((FAMILIES[kind] for kind in _frame_kinds(frame) if kind in FAMILIES), (stated,))
+    elif b"\xff\x4f\xff\x51" in frame[:4096]:
+        family = (JPEG2000, *JPEG2000TransferSyntaxes)
+    else:
+        family = (stated,)
+    return stated if stated in family else family[0]
+
+
+def _frame_kinds(frame: bytes) -> Iterator[int]:
+    """Yield the low byte of each marker of a JPEG's header."""
+    position = 2
+    while frame[position : position + 1] == b"\xff" and len(frame) >= position + 4:
+        marker, length = struct.unpack_from(">HH", frame, position)
+        if marker == 0xFFFF:  # fill byte
+            position += 1
+            continue
+        yield marker & 0xFF
+        position += 2 + length
 
 
 def read_frame_header(frame: bytes, transfer_syntax: str) -> FrameHeader | None:

@@ -64,9 +64,9 @@ def decode_xray(path: str | Path) -> Xray:
 
     Applies the modality LUT, the VOI LUT and an inversion for MONOCHROME1, then maps minimum..maximum to 0..255. If there
     are several VOI LUTs or windows, the first is used, and a LUT is preferred to a window; if there are several frames, the
-    first is used. PresentationLUTShape INVERSE belongs to MONOCHROME1 and is ignored. PixelPaddingValue is treated like any
-    other value. Colour images are converted to luma. A constant image becomes black. Invalid header elements are ignored,
-    with a warning. Raises UnreadableXray if the file cannot be read as an X-ray.
+    first is used. PresentationLUTShape INVERSE belongs to MONOCHROME1 and is ignored. Pixels with PixelPaddingValue are
+    black and do not affect the range. Colour images are converted to luma. A constant image becomes black. Invalid header
+    elements are ignored, with a warning. Raises UnreadableXray if the file cannot be read as an X-ray.
     """
     elements, syntax = read_elements(path)
     stored = read_stored(elements, syntax)
@@ -111,7 +111,15 @@ def _to_pixels(stored: StoredFrame, display: Display) -> tuple[np.ndarray, list[
     The table is computed only for patterns that occur, so the result equals that of applying the formulas to all pixels.
     """
     size = 256**stored.patterns.itemsize
-    occurring = np.flatnonzero(cv2.calcHist([stored.patterns], [0], None, [size], [0, size]))
+    histogram = cv2.calcHist([stored.patterns], [0], None, [size], [0, size]).ravel()
+    if stored.padding:
+        lowest, highest = stored.padding
+        padding = histogram[lowest : highest + 1].copy()
+        histogram[lowest : highest + 1] = 0
+        if not histogram.any():  # then it is the image
+            histogram[lowest : highest + 1] = padding
+    occurring = np.flatnonzero(histogram)
     table = np.zeros(size, dtype=np.uint8)
-    table[occurring], warnings = to_grey(values_of(occurring, stored.bits, stored.signed), display)
+    values = values_of(occurring, stored.bits, stored.signed)
+    table[occurring], warnings = to_grey(values, display, histogram[occurring])
     return cv2.LUT(stored.patterns, table), warnings

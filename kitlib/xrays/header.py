@@ -21,6 +21,8 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
+from kitlib.xrays.encapsulation import DELIMITER, is_unterminated
+
 # Larger files and images are refused before memory is allocated. The largest X-rays, digitised mammograms, have about 40
 # million pixels and 80 MB.
 MAX_FILE_BYTES = 2**29
@@ -31,11 +33,13 @@ IDS = ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID")
 TEXTS = ("Modality", "BodyPartExamined", "ViewPosition", "PhotometricInterpretation", "VOILUTFunction")
 NUMBERS = (
     *("SamplesPerPixel", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns"),
-    *("BitsAllocated", "BitsStored", "PixelRepresentation"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
     *("WindowCenter", "WindowWidth", "RescaleIntercept", "RescaleSlope"),
 )
 LUTS = ("ModalityLUTSequence", "VOILUTSequence")
 KEYWORDS = (*IDS, *TEXTS, *NUMBERS, *LUTS, "PixelData", "FloatPixelData", "DoubleFloatPixelData")
+# Overlay Bit Position of the 16 overlay groups: bits of the pixel data that contain drawings.
+OVERLAYS = tuple(0x60000102 + (group << 17) for group in range(16))
 
 BINARY = {"US": "u2", "SS": "i2", "UL": "u4", "SL": "i4", "FL": "f4", "FD": "f8"}
 
@@ -68,9 +72,10 @@ class Elements:
     def __init__(self, dataset: Dataset, source: bytes = b""):
         """Wrap `dataset`; `source` is the content of its file, into which the offsets of deferred elements point."""
         self.dataset, self.source = dataset, memoryview(source)
+        self.unterminated = False  # whether the pixel data lacked their end
         self._elements = dict(dataset.items())
 
-    def __contains__(self, keyword: str) -> bool:
+    def __contains__(self, keyword: str | int) -> bool:
         return Tag(keyword) in self._elements
 
     def raw(self, keyword: str) -> bytes | memoryview:
@@ -101,6 +106,7 @@ class Elements:
         vr = self.vr(keyword)
         # Files with implicit VR do not contain the VR, and damaged files may contain an invalid VR.
         vr = vr if vr in BINARY or vr in ("DS", "IS") else dictionary_VR(keyword)
+        vr = "US" if vr == "US or SS" else vr
         if vr in BINARY:
             kind = np.dtype(BINARY[vr]).newbyteorder("<" if self.is_little_endian(keyword) else ">")
             return np.frombuffer(value[: len(value) // kind.itemsize * kind.itemsize], dtype=kind).tolist()
@@ -161,7 +167,12 @@ def read_elements(path: str | Path, with_pixels: bool = True) -> tuple[Elements,
                 return _parse(file)
     # A damaged element may state a huge length. Reading from memory stops at the end of the data, but reading from a file
     # first allocates the stated length.
-    return _parse(BytesIO(source := _inflate(Path(path).read_bytes())), source)
+    source = _inflate(Path(path).read_bytes())
+    if unterminated := is_unterminated(source):
+        source += DELIMITER  # without it, pydicom reads no pixel data at all
+    elements, syntax = _parse(BytesIO(source), source)
+    elements.unterminated = unterminated
+    return elements, syntax
 
 
 def header_of(elements: Elements, transfer_syntax: str) -> XrayHeader:
@@ -196,7 +207,7 @@ def _parse(file: BinaryIO, source: bytes = b"") -> tuple[Elements, str]:
     dataset = dcmread(
         file,
         force=True,
-        specific_tags=list(KEYWORDS),
+        specific_tags=[*map(Tag, KEYWORDS), *map(Tag, OVERLAYS)],
         stop_before_pixels=not source,
         defer_size=DEFER_BYTES if source else None,
     )

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pydicom.encaps import get_frame
 from pydicom.pixels import get_decoder
 from pydicom.uid import (
     UID,
@@ -16,11 +15,16 @@ from pydicom.uid import (
     JPEGLSTransferSyntaxes,
 )
 
-from kitlib.xrays.codestream import FrameHeader, read_frame_header
+from kitlib.xrays.codestream import FrameHeader, find_syntax, read_frame_header
 from kitlib.xrays.decoders import plugin_for
-from kitlib.xrays.header import MAX_SAMPLES, Elements
+from kitlib.xrays.encapsulation import encapsulate_frame, read_first_frame
+from kitlib.xrays.header import MAX_SAMPLES, OVERLAYS, Elements, InvalidElement
 
 NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
+
+
+# Share of bytes after the image that is tolerated. A readable file of SIIM's has 216,296 bytes there, 1.6 % of its pixels.
+MAX_EXTRA = 0.1
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class StoredFrame:
     bits_stored: int
     photometric: str
     warnings: list[str]
+    padding: tuple[int, int] | None = None  # lowest and highest pattern of pixels outside the image
 
 
 def read_stored(elements: Elements, syntax: str) -> StoredFrame:
@@ -59,13 +64,19 @@ def read_stored(elements: Elements, syntax: str) -> StoredFrame:
         warnings.append(f"PhotometricInterpretation {photometric!r} is treated as {fallback}")
         photometric = fallback
 
-    native = syntax in NATIVE
-    data = elements.raw("PixelData") if native else bytes(elements.raw("PixelData"))
-    if native == elements.is_encapsulated("PixelData"):
+    native = not elements.is_encapsulated("PixelData")
+    data: bytes | memoryview = elements.raw("PixelData")
+    frame = b"" if native else read_first_frame(bytes(data), frames)
+    actual = _plain_syntax(elements, syntax, rows * columns * samples * frames) if native else find_syntax(frame, syntax)
+    if actual != syntax:
+        warnings.append(f"transfer syntax {syntax} contradicts the pixel data, which are decoded as {actual}")
+        syntax = actual
+    if native is not (syntax in NATIVE):
         raise ValueError(
-            f"transfer syntax {syntax} contradicts the {'encapsulated' if native else 'uncompressed'} pixel data"
+            f"transfer syntax {syntax} contradicts the {'uncompressed' if native else 'encapsulated'} pixel data"
         )
-    frame = b"" if native else get_frame(bytes(data), 0, number_of_frames=frames)
+    if elements.unterminated:
+        warnings.append("the compressed pixel data have no end and may be truncated")
     frame_header = None if native else _read_checked_frame_header(frame, syntax, rows, columns, samples)
     if frame_header:
         allocated = elements.whole("BitsAllocated", 8 if frame_header.precision <= 8 else 16)
@@ -85,12 +96,14 @@ def read_stored(elements: Elements, syntax: str) -> StoredFrame:
     if frame_header and not frame_header.has_end_marker:
         warnings.append("the compressed frame has no end marker and may be truncated")
 
+    if native:
+        warnings += _check_length(len(data), rows * columns * samples * frames * allocated // 8)
     signed = elements.whole("PixelRepresentation", 0) == 1
     layout: dict[str, Any] = {
         "rows": rows,
         "columns": columns,
         "samples_per_pixel": samples,
-        "number_of_frames": frames,
+        "number_of_frames": frames if native else 1,
         "photometric_interpretation": photometric,
         "planar_configuration": elements.whole("PlanarConfiguration", 0) & 1,
         "bits_allocated": allocated,
@@ -105,17 +118,94 @@ def read_stored(elements: Elements, syntax: str) -> StoredFrame:
     else:
         decoder = get_decoder(UID(syntax))
         patterns, properties = decoder.as_array(
-            bytes(data),
+            bytes(data) if native else encapsulate_frame(frame),
             index=0,
             raw=True,
             decoding_plugin="" if native else plugin_for(syntax),
             **layout,
         )
         photometric = str(properties["photometric_interpretation"])
-    # For these syntaxes the codestream's precision, not BitsStored, determines the sign bit, as in pydicom.
-    trusts_frame = syntax in JPEG2000TransferSyntaxes or (syntax in JPEGLSTransferSyntaxes and signed)
-    bits = frame_header.precision if frame_header and trusts_frame else bits_stored
-    return StoredFrame(patterns, bits, signed, bits_stored, photometric, warnings)
+    bits = bits_stored
+    padding = None if samples == 3 else _read_padding(elements, patterns.itemsize, warnings)
+    if frame_header:
+        # For these syntaxes the codestream's precision, not BitsStored, determines the sign bit, as in pydicom.
+        trusts_frame = syntax in JPEG2000TransferSyntaxes or (syntax in JPEGLSTransferSyntaxes and signed)
+        # Lossy JPEG stores 10 bits in 12; only values that do not fit show that BitsStored is wrong.
+        if frame_header.precision > bits_stored and samples == 1 and int(patterns.max()) >> bits_stored:
+            warnings.append(f"BitsStored is {bits_stored}, but the frame has {frame_header.precision} bits, which are used")
+            bits = bits_stored = frame_header.precision
+        bits = frame_header.precision if trusts_frame else bits
+    elif samples == 1:
+        patterns, bits = _align(elements, patterns, bits_stored, signed, padding, warnings)
+        bits_stored = max(bits, bits_stored)
+    return StoredFrame(patterns, bits, signed, bits_stored, photometric, warnings, padding)
+
+
+def _plain_syntax(elements: Elements, syntax: str, values: int) -> str:
+    """Return `syntax`, or Explicit VR Little Endian if it is a compressed one and the plain data have the needed length."""
+    allocated, length = elements.whole("BitsAllocated", 16), len(elements.raw("PixelData"))
+    is_plain = syntax not in NATIVE and 0 <= length - values * allocated // 8 <= 1
+    return str(ExplicitVRLittleEndian) if is_plain else syntax
+
+
+def _check_length(length: int, expected: int) -> list[str]:
+    """Return a warning for uncompressed pixel data that are a little too long. Raises ValueError if they are much too long.
+
+    Then the header does not describe the image: its rows, columns, samples or bits are wrong.
+    """
+    extra = length - expected
+    if extra <= 1:  # data of odd length are padded
+        return []
+    if extra > MAX_EXTRA * expected:
+        raise ValueError(
+            f"the pixel data have {length} bytes, but the header describes {expected}; its size or bits are wrong"
+        )
+    return [f"the pixel data have {extra} bytes more than the header describes; they are ignored"]
+
+
+def _read_padding(elements: Elements, itemsize: int, warnings: list[str]) -> tuple[int, int] | None:
+    """Return the lowest and highest bit pattern of PixelPaddingValue and PixelPaddingRangeLimit, None if absent."""
+    try:
+        value = elements.number("PixelPaddingValue")
+        limit = elements.number("PixelPaddingRangeLimit")
+    except InvalidElement as error:
+        warnings.append(f"{error}; it is ignored")
+        return None
+    if value is None:
+        return None
+    patterns = [int(number) & (256**itemsize - 1) for number in (value, value if limit is None else limit)]
+    return min(patterns), max(patterns)
+
+
+def _align(
+    elements: Elements,
+    patterns: np.ndarray,
+    bits_stored: int,
+    signed: bool,
+    padding: tuple[int, int] | None,
+    warnings: list[str],
+) -> tuple[np.ndarray, int]:
+    """Return uncompressed or RLE patterns with the value in their low bits, and the number of these bits.
+
+    The value ends at HighBit. Bits above it may repeat the sign or contain an overlay; any other bits belong to the value.
+    """
+    allocated, high_bit = 8 * patterns.itemsize, elements.whole("HighBit", bits_stored - 1)
+    shift = high_bit + 1 - bits_stored
+    if high_bit >= allocated or shift < 0:
+        warnings.append(f"HighBit is {high_bit}, but BitsStored is {bits_stored} of {allocated}; HighBit is ignored")
+        shift = 0
+    if shift:
+        return patterns >> shift, bits_stored
+    if bits_stored == allocated or signed or any(tag in elements for tag in OVERLAYS):
+        return patterns, bits_stored
+    highest = int(patterns.max())
+    if highest >> bits_stored and padding:
+        inside = patterns[(patterns < padding[0]) | (patterns > padding[1])]
+        highest = int(inside.max()) if inside.size else 0
+    if highest >> bits_stored:
+        warnings.append(f"BitsStored is {bits_stored}, but values reach {highest}; all {allocated} bits are used")
+        return patterns, allocated
+    return patterns, bits_stored
 
 
 def _read_checked_frame_header(frame: bytes, syntax: str, rows: int, columns: int, samples: int) -> FrameHeader | None:

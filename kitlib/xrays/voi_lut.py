@@ -13,6 +13,8 @@ import numpy as np
 from kitlib.xrays.header import Elements, InvalidElement
 
 FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
+# A window left over from a conversion to 8 bits made 99.8 % of a 12-bit image white.
+ONE_END = 0.99
 
 
 @dataclass(frozen=True)
@@ -84,18 +86,21 @@ def read_display(elements: Elements, bits_stored: int, signed: bool, inverted: b
     except InvalidElement as error:
         warnings.append(f"{error}; it is ignored")
     try:
-        voi = _lut(elements, "VOILUTSequence", signed) or _window(elements, modality, bits_stored, signed)
+        # The LUT's input is signed as well if rescaling can make it negative (PS3.3 C.11.2.1.1).
+        negative = isinstance(modality, Rescale) and min(_output_range(modality, bits_stored, signed)) < 0
+        voi = _lut(elements, "VOILUTSequence", signed or negative) or _window(elements, modality, bits_stored, signed)
     except InvalidElement as error:
         warnings.append(f"{error}; it is ignored, and the image's own range is used")
     return Display(modality, voi, inverted, warnings)
 
 
-def to_grey(values: np.ndarray, display: Display) -> tuple[np.ndarray, list[str]]:
+def to_grey(values: np.ndarray, display: Display, counts: np.ndarray | None = None) -> tuple[np.ndarray, list[str]]:
     """Return the uint8 grey of each stored value (n,), and warnings about transforms that were ignored.
 
     `values` are the distinct integers that occur in the image. After the transforms, their minimum becomes 0, their maximum
     255, and fractions are truncated (as in `(255 * x).astype(uint8)`). A VOI LUT or modality LUT that maps all values to one
-    grey is ignored; if the image has only one stored value, its grey is 0.
+    grey is ignored, and so is a window that maps more than ONE_END of the pixels to its ends, of which most have other
+    values; `counts` (n,) says how many pixels have each value. If the image has only one stored value, its grey is 0.
     """
     stored = values.astype(np.float64)
     if len(values) < 2:
@@ -106,9 +111,10 @@ def to_grey(values: np.ndarray, display: Display) -> tuple[np.ndarray, list[str]
     ):  # transforms with non-finite results are ignored below
         calibrated = display.modality(stored) if display.modality else stored
         shown = display.voi(calibrated) if display.voi else calibrated
-        if not _varies(shown) and display.voi:
+        if display.voi and (not _varies(shown) or _shows_one_end(shown, counts)):
+            share = "every pixel" if not _varies(shown) else "nearly every pixel"
             warnings.append(
-                f"{_name(display.voi)} maps every pixel to one grey; it is ignored, and the image's own range is used"
+                f"{_name(display.voi)} maps {share} to one grey; it is ignored, and the image's own range is used"
             )
             shown = calibrated
         if not _varies(shown):
@@ -118,6 +124,17 @@ def to_grey(values: np.ndarray, display: Display) -> tuple[np.ndarray, list[str]
         shown = shown.max() - shown
     shown = shown - shown.min()
     return (shown / shown.max() * 255).astype(np.uint8), warnings
+
+
+def _shows_one_end(shown: np.ndarray, counts: np.ndarray | None) -> bool:
+    """Return whether more than ONE_END of the pixels have the lowest or the highest grey, but different stored values."""
+    if counts is None:
+        return False
+    for end in (shown.min(), shown.max()):
+        at_end = counts[shown == end]
+        if at_end.sum() > ONE_END * counts.sum() and at_end.max() < ONE_END * counts.sum():
+            return True
+    return False
 
 
 def _varies(values: np.ndarray) -> bool:
@@ -149,13 +166,15 @@ def _window(elements: Elements, modality: Lut | Rescale | None, bits_stored: int
         raise InvalidElement(f"invalid VOILUTFunction {function!r} (valid: {', '.join(FUNCTIONS)})")
     if not np.isfinite([center, width]).all() or width < (1 if function == "LINEAR" else np.nextafter(0, 1)):
         raise InvalidElement(f"invalid WindowCenter {center}, WindowWidth {width} ({function})")
+    return Window(center, width, function, *map(float, _output_range(modality, bits_stored, signed)))
+
+
+def _output_range(modality: Lut | Rescale | None, bits_stored: int, signed: bool) -> list[float]:
+    """Return the lowest and highest value that the modality transform can produce."""
     if isinstance(modality, Lut):
-        ends = [0, 2**modality.bits - 1]
-    else:
-        ends = [-(2 ** (bits_stored - 1)), 2 ** (bits_stored - 1) - 1] if signed else [0, 2**bits_stored - 1]
-        if modality:
-            ends = sorted(end * modality.slope + modality.intercept for end in ends)
-    return Window(center, width, function, *map(float, ends))
+        return [0, 2**modality.bits - 1]
+    ends: list[float] = [-(2 ** (bits_stored - 1)), 2 ** (bits_stored - 1) - 1] if signed else [0, 2**bits_stored - 1]
+    return sorted(end * modality.slope + modality.intercept for end in ends) if modality else ends
 
 
 def _lut(elements: Elements, keyword: str, signed: bool) -> Lut | None:

@@ -1,0 +1,187 @@
+"""DICOM files whose header contradicts their pixel data: the right picture, or a refusal, and a warning that says so."""
+
+import cv2
+import numpy as np
+import pydicom
+import pytest
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
+
+from kitlib.errors import UnreadableXray
+from kitlib.xrays.dicom import decode_xray, read_stored_values, read_xray
+from kitlib.xrays.encapsulation import DELIMITER, ITEM
+from kitlib.xrays.writing import write_xray
+
+RNG = np.random.default_rng(7)
+COMPRESSED = [JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless, RLELossless]
+STORED = RNG.integers(0, 4096, (48, 40), dtype=np.uint16)
+
+
+def write(path, stored=STORED, syntax=ExplicitVRLittleEndian, bits=12, **elements):
+    """Write a DICOM file whose elements may contradict its pixels; return its path."""
+    write_xray(path, stored, transfer_syntax=syntax, bits_stored=bits)
+    if elements:
+        dataset = pydicom.dcmread(path)
+        for keyword, value in elements.items():
+            setattr(dataset, keyword, value)
+        dataset.save_as(path)
+    return path
+
+
+def add_padding(path, value, limit=None):
+    dataset = pydicom.dcmread(path)
+    dataset.add_new("PixelPaddingValue", "US", value)
+    if limit is not None:
+        dataset.add_new("PixelPaddingRangeLimit", "US", limit)
+    dataset.save_as(path)
+
+
+def stretched(values):
+    values = values.astype(float) - values.min()
+    return (values / values.max() * 255).astype(np.uint8)
+
+
+def test_left_aligned_values_are_shifted_to_high_bit(tmp_path):
+    xray = decode_xray(write(tmp_path / "x.dcm", STORED << 4, bits=16, BitsStored=12, HighBit=15))
+    np.testing.assert_array_equal(xray.pixels, stretched(STORED))
+    assert xray.warnings == ()
+
+
+def test_an_impossible_high_bit_is_ignored(tmp_path):
+    xray = decode_xray(write(tmp_path / "x.dcm", HighBit=31))
+    np.testing.assert_array_equal(xray.pixels, stretched(STORED))
+    assert xray.warnings == ("HighBit is 31, but BitsStored is 12 of 16; HighBit is ignored",)
+
+
+@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEGLSLossless])
+def test_the_precision_of_the_frame_counts_if_values_exceed_bits_stored(tmp_path, syntax):
+    stored = RNG.integers(0, 2**14, (48, 40), dtype=np.uint16)
+    xray = decode_xray(write(tmp_path / "x.dcm", stored, syntax, bits=14, BitsStored=12, HighBit=11))
+    np.testing.assert_array_equal(xray.pixels, stretched(stored))
+    precision = 16 if syntax == JPEGLSLossless else 14  # pydicom encodes JPEG-LS at the allocated bits
+    assert xray.warnings == (f"BitsStored is 12, but the frame has {precision} bits, which are used",)
+
+
+@pytest.mark.parametrize("syntax", COMPRESSED)
+@pytest.mark.parametrize("damage", ["two entries", "garbage", "not from 0", "no table", "no delimiter", "cut table"])
+def test_every_fragment_belongs_to_the_one_frame(tmp_path, syntax, damage):
+    path = write(tmp_path / "x.dcm", syntax=syntax)
+    dataset = pydicom.dcmread(path)
+    (frame,) = pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=1)
+    frame += b"\0" * (len(frame) % 2)
+    half = len(frame) // 4 * 2
+    parts = [frame[:half], frame[half:]]
+    entries = {"two entries": [0, half + 8], "garbage": [123456789], "not from 0": [64], "cut table": None}.get(damage, [])
+    table = b"\1\2\3\4\5\6" if entries is None else b"".join(entry.to_bytes(4, "little") for entry in entries)
+    items = parts if damage == "no table" else [table, *parts]
+    content = b"".join(ITEM + len(item).to_bytes(4, "little") + item for item in items)
+    whole = path.read_bytes()
+    start = whole.rindex(b"\xe0\x7f\x10\x00") + 12
+    path.write_bytes(whole[:start] + content + (b"" if damage == "no delimiter" else DELIMITER))
+    xray = decode_xray(path)
+    np.testing.assert_array_equal(xray.pixels, stretched(STORED))
+    assert len(xray.warnings) == (damage == "no delimiter")
+
+
+def test_the_frames_bytes_decide_between_compressed_syntaxes(tmp_path):
+    for actual in (JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless):
+        for stated in (JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless):
+            path = write(tmp_path / "x.dcm", syntax=actual)
+            path.write_bytes(path.read_bytes().replace(actual.encode(), stated.encode()))
+            xray = decode_xray(path)
+            np.testing.assert_array_equal(xray.pixels, stretched(STORED))
+            assert len(xray.warnings) == (actual != stated)
+
+
+def test_plain_pixels_under_a_compressed_syntax_are_read_as_plain(tmp_path):
+    path = write(tmp_path / "x.dcm")
+    dataset = pydicom.dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+    dataset["PixelData"].is_undefined_length = False
+    path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.5\0"))
+    xray = decode_xray(path)
+    np.testing.assert_array_equal(xray.pixels, stretched(STORED))
+    assert "contradicts the pixel data, which are decoded as 1.2.840.10008.1.2.1" in xray.warnings[0]
+
+
+def test_compressed_pixels_under_a_plain_syntax_are_decoded(tmp_path):
+    path = write(tmp_path / "x.dcm", syntax=JPEGLosslessSV1)
+    dataset = pydicom.dcmread(path)
+    stated = JPEGLosslessSV1.encode()
+    assert len(stated) == 22 and dataset.PixelData
+    path.write_bytes(path.read_bytes().replace(stated, b"1.2.840.10008.1.2.1".ljust(22, b"\0")))
+    xray = decode_xray(path)
+    np.testing.assert_array_equal(xray.pixels, stretched(STORED))
+    assert "contradicts the pixel data" in xray.warnings[0]
+
+
+def test_an_unknown_frame_under_a_plain_syntax_is_refused(tmp_path):
+    path = write(tmp_path / "x.dcm", syntax=RLELossless)
+    dataset = pydicom.dcmread(path)
+    dataset.PixelData = encapsulate([b"neither JPEG nor RLE"])
+    dataset.save_as(path)
+    with pytest.raises(UnreadableXray):
+        read_xray(path)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize(("value", "limit"), [(65535, None), (0, None), (65000, 65535)])
+def test_padding_is_black_and_does_not_affect_the_range(tmp_path, photometric, value, limit):
+    stored = RNG.integers(100, 4000, (48, 40), dtype=np.uint16)
+    inside = stored.copy()
+    stored[:8] = RNG.integers(value, (limit or value) + 1, (8, 40))
+    path = write(tmp_path / "x.dcm", stored, bits=16, BitsStored=12, HighBit=11, PhotometricInterpretation=photometric)
+    add_padding(path, value, limit)
+    xray = decode_xray(path)
+    greys = inside[8:].astype(float)
+    expected = stretched(greys if photometric == "MONOCHROME2" else greys.max() - greys)
+    np.testing.assert_array_equal(xray.pixels[8:], expected)
+    assert not xray.pixels[:8].any() and xray.warnings == ()
+
+
+def test_an_image_of_nothing_but_padding_is_shown(tmp_path):
+    stored = np.full((8, 8), 5, np.uint16)
+    path = write(tmp_path / "x.dcm", stored)
+    add_padding(path, 5)
+    assert not read_xray(path).any()
+
+
+def test_a_window_that_shows_one_end_is_ignored(tmp_path):
+    # A window for 8 bits on 12-bit values: 25 of 3,866 values are at most 254.
+    stored = np.arange(230, 4096, dtype=np.uint16).repeat(2).reshape(4, -1)
+    xray = decode_xray(write(tmp_path / "x.dcm", stored, WindowCenter="127", WindowWidth="255"))
+    np.testing.assert_array_equal(xray.pixels, stretched(stored))
+    assert "maps nearly every pixel to one grey" in xray.warnings[0]
+
+
+def test_a_nearly_black_image_keeps_its_window(tmp_path):
+    stored = np.zeros((100, 100), np.uint16)
+    stored[0, :50] = np.arange(1, 51) * 80
+    xray = decode_xray(write(tmp_path / "x.dcm", stored, WindowCenter="2000", WindowWidth="4000"))
+    assert xray.warnings == () and (xray.pixels[1:] == 0).all() and xray.pixels.max() == 255
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
+def test_a_lut_after_a_negative_rescale_starts_at_a_signed_value(tmp_path, syntax):
+    # PS3.3 C.11.2.1.1: first value FC00 is -1024, because rescaled values may be negative.
+    item = pydicom.Dataset()
+    entries = np.linspace(0, 65535, 4096).astype("<u2")
+    item.add_new("LUTDescriptor", "SS", [4096, -1024, 16])
+    item.add_new("LUTData", "OW", entries.tobytes())
+    path = tmp_path / "x.dcm"
+    write_xray(
+        path,
+        STORED,
+        transfer_syntax=syntax,
+        bits_stored=12,
+        extra={"RescaleSlope": "1", "RescaleIntercept": "-1024", "VOILUTSequence": [item]},
+    )
+    np.testing.assert_array_equal(read_xray(path), stretched(entries[STORED]))
+    assert cv2.minMaxLoc(read_stored_values(path))[1] == STORED.max()
