@@ -48,9 +48,9 @@ def image_size(path: str | Path) -> tuple[int, int]:
 def decode_image(path: str | Path) -> Xray:
     """Decode a PNG, JPEG, GIF or raw JSRT file to 8-bit grey. Raises UnreadableXray for a damaged or truncated file.
 
-    8-bit values are unchanged, 16-bit values are reduced to their upper eight bits, colour is converted to luma, and alpha
-    is ignored. JSRT's raw values are reduced to the upper eight of their twelve bits and inverted, so that air is dark. The
-    grey range is not stretched, because the data set's authors have already chosen it.
+    8-bit values are unchanged, 16-bit values are reduced to the upper eight of the 8, 10, 12, 14 or 16 bits in use, colour
+    is converted to luma, and alpha is ignored. JSRT's raw values are reduced to the upper eight of their twelve bits and
+    inverted, so that air is dark. The grey range is not stretched, because the data set's authors have already chosen it.
     """
     if _is_jsrt(path):
         return Xray(_decode_jsrt(path), ())
@@ -65,11 +65,15 @@ def decode_image(path: str | Path) -> Xray:
             raise UnreadableXray(path, f"damaged image: {' '.join(str(error).split())}") from None
     if pixels is None:
         raise UnreadableXray(path, "damaged image: nothing could be decoded")
+    warnings: list[str] = []
     if pixels.dtype == np.uint16:
-        pixels = (pixels // 256).astype(np.uint8)
+        # Converted DICOM files keep their 12 bits or so in 16; the upper eight would be nearly black.
+        bits = next(bits for bits in (8, 10, 12, 14, 16) if int(pixels.max()) < 2**bits)
+        warnings = [f"the 16-bit image uses only {bits} bits, of which the upper eight are shown"] if bits < 16 else []
+        pixels = (pixels // 2 ** (bits - 8)).astype(np.uint8)
     if pixels.ndim == 3:
         pixels = cv2.cvtColor(pixels[..., :3], cv2.COLOR_BGR2GRAY) if pixels.shape[2] >= 3 else pixels[..., 0]
-    return Xray(np.ascontiguousarray(pixels), ())
+    return Xray(np.ascontiguousarray(pixels), tuple(warnings))
 
 
 def open_image(path: str | Path) -> Image.Image:

@@ -129,3 +129,14 @@ def test_a_gif_whose_frame_exceeds_its_screen_is_unreadable(tmp_path):
     (tmp_path / "bomb.gif").write_bytes(raw)
     with pytest.raises(UnreadableXray, match=r"bomb\.gif"):
         decode_image(tmp_path / "bomb.gif")
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_a_16_bit_png_shows_the_upper_eight_of_the_bits_in_use(tmp_path, bits):
+    values = np.linspace(0, 2**bits - 1, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    xray = decode_image(tmp_path / "x.png")
+    np.testing.assert_array_equal(xray.pixels, values // 2 ** (bits - 8))
+    assert (xray.pixels.min(), xray.pixels.max()) == (0, 255)
+    warning = f"the 16-bit image uses only {bits} bits, of which the upper eight are shown"
+    assert xray.warnings == (() if bits == 16 else (warning,))
