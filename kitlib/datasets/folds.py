@@ -19,7 +19,7 @@ def make_folds(
 ) -> pd.DataFrame:
     """Assign images to `n_folds` stratified folds; returns a `folds` table (id is the image_id, fold counts from 0).
 
-    Images that are `false_none` or in the split "test" get no fold. Images that share a patient or a group of
+    Images that are `false_none` or in the split "test" get no fold. Images that share a patient, a study or a group of
     `near_duplicates` (columns image_id, group), directly or through others, share a fold. The proportions of classes (an
     image counts for its rarest class) and of images with boxes are as similar across folds as whole groups allow. The result
     depends on `seed` and on the rows, but not on their order. Raises ValueError if there are fewer groups than folds, an
@@ -96,9 +96,10 @@ def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None
 def find_leak_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> np.ndarray:
     """Return a group number for every row of `images`; all rows with the same number must be in the same fold.
 
-    Rows have the same number if they share a patient or a group of near-duplicates, directly or through others.
+    Rows have the same number if they share a patient, a study or a group of near-duplicates, directly or through others.
     """
-    links = [pd.factorize(images.patient_id)[0]]
+    # Studies too, because the files of a study may state different patients.
+    links = [pd.factorize(images.patient_id)[0], pd.factorize(images.study_id)[0]]
     if near_duplicates is not None:
         group = images.image_id.map(near_duplicates.set_index("image_id").group)
         # An image that is missing from near_duplicates is a group of its own.
@@ -114,18 +115,19 @@ def find_leak_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None 
 
 
 def check_no_leak(folds: pd.DataFrame, images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> None:
-    """Raise DatasetError, with examples, if a patient or a group of near-duplicates is in several folds.
+    """Raise DatasetError, with examples, if a patient, a study or a group of near-duplicates is in several folds.
 
     Also raises DatasetError if an image in `folds` is not in `images`, because its patient is then unknown.
     """
     assigned = check_table(folds, "folds").rename(columns={"id": "image_id"})
-    assigned = assigned.merge(images[["image_id", "patient_id"]], on="image_id", how="left")
+    assigned = assigned.merge(images[["image_id", "patient_id", "study_id"]], on="image_id", how="left")
     unknown = assigned[assigned.patient_id.isna()]
     if len(unknown):
         raise DatasetError(
             f"{len(unknown)} images in the folds are not in the `images` table; the first is {unknown.image_id.iloc[0]!r}"
         )
     _check_one_fold_each(assigned, "patient_id", "patients")
+    _check_one_fold_each(assigned, "study_id", "studies")
     if near_duplicates is not None:
         _check_one_fold_each(assigned.merge(near_duplicates, on="image_id"), "group", "groups of near-duplicate images")
 

@@ -1,5 +1,7 @@
 """Folds never separate a patient's images, and are as similar as whole patients allow."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
-from kitlib.datasets.base import Faults
+from kitlib.datasets.base import Dataset, Faults
 from kitlib.datasets.folds import check_no_leak, find_leak_groups, hold_out_test, make_folds, make_source_folds
 from kitlib.datasets.siim import read_label_tables
 from kitlib.errors import DatasetError
@@ -74,11 +76,38 @@ def test_single_image_patients_spread_evenly(drawn, n_folds):
 
 def test_groups_connect_through_chains():
     """a and b share a patient, b and c are near-duplicates, c and d share a patient; e is on its own."""
-    images = pd.DataFrame({"image_id": list("abcde"), "patient_id": ["p1", "p1", "p2", "p2", "p3"]})
+    images = pd.DataFrame(
+        {"image_id": list("abcde"), "study_id": list("12345"), "patient_id": ["p1", "p1", "p2", "p2", "p3"]}
+    )
     near = pd.DataFrame({"image_id": list("bcde"), "group": [7, 7, 8, 9]})
     groups = find_leak_groups(images, near)
     assert len(set(groups[:4])) == 1 and groups[4] != groups[0]
     assert len(set(find_leak_groups(images))) == 3
+
+
+@settings(max_examples=12, deadline=None)
+@given(sets(smallest=20), st.integers(2, 3), st.integers(0, 100))
+def test_a_study_whose_files_state_two_patients_is_in_one_fold(drawn, n_folds, seed):
+    (images, labels, boxes), _ = drawn
+    # Each of six images is in the study of another image, which has its own patient.
+    images["study_id"] = [f"s{k - 6 if 6 <= k < 12 else k}" for k in range(len(images))]
+    if len(set(find_leak_groups(images))) < n_folds:
+        return
+    folds = make_folds(images, labels, boxes, n_folds, seed)
+    merged = folds.merge(images, left_on="id", right_on="image_id")
+    assert merged.groupby("study_id").fold.nunique().max() == merged.groupby("patient_id").fold.nunique().max() == 1
+    torn = folds.assign(fold=range(len(folds)))
+    with pytest.raises(DatasetError, match="are in several folds"):
+        check_no_leak(torn, images.assign(patient_id=images.image_id))
+
+
+def test_a_study_of_two_patients_is_a_fault():
+    images, labels, _ = tables([0, 1, 2, 3], [0, 1, 2, 3], [False] * 4)
+    images["study_id"] = ["s0", "s0", "s2", "s3"]
+    data = Dataset.from_tables(Path("set"), images, labels, Faults())
+    assert data.faults.to_numpy().tolist() == [
+        ["set", "s0", "the study's images have the patient ids p0, p1; these patients share a fold"]
+    ]
 
 
 def test_a_leak_names_the_patient():
