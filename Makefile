@@ -3,6 +3,8 @@ NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 UV := .venv/bin/uv pip install --quiet --python .venv/bin/python
 READY := .venv/.ready
+# The requirements without comments: a changed comment is no reason to install again.
+PINS := sed -e 's/ *\#.*//' -e '/^$$/d'
 
 # Without compiled .pyc files, every import of torch takes half a minute.
 unexport PYTHONDONTWRITEBYTECODE
@@ -44,7 +46,7 @@ clean:
 $(READY): requirements.txt requirements-tools.txt kitlib/kernels/kaggle_image.txt
 	@test -n "$(PYTHON)" && $(PYTHON) $(NEW_ENOUGH) || { echo "Python 3.11 or newer is required$(if $(PYTHON),$(strip ,) and $(PYTHON) is older); choose one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@test ! -e .venv || .venv/bin/python $(NEW_ENOUGH) 2>/dev/null || { echo "the Python of .venv is older than 3.11 or no longer exists; remove .venv (rm -rf .venv) and run make again" >&2; exit 1; }
-	@test ! -e $@ || cat $^ | cmp -s - $@ || { echo ".venv was made from other requirements; remove it (rm -rf .venv) and run make again" >&2; exit 1; }
+	@test ! -e $@ || test "$$($(PINS) $^)" = "$$($(PINS) $@)" || { echo ".venv was made from other requirements; remove it (rm -rf .venv) and run make again" >&2; exit 1; }
 	@echo "Installing into .venv (a download of several GB, because torch includes CUDA libraries)"
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9

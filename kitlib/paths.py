@@ -44,7 +44,16 @@ def run_path(name: str | Path) -> Path:
 
 def find_run(name: str | Path) -> Path:
     """Return the folder of the run `name`, from `runs_root()` or an attached input. Raises InputNotFound."""
-    return run_path(name) if run_path(name).is_dir() else find_input(name)
+    if run_path(name).is_dir():
+        return run_path(name)
+    try:
+        return find_input(name)
+    except InputNotFound:
+        folders = sorted(path.name for path in runs_root().glob("*") if path.is_dir())
+        raise InputNotFound(
+            f"no run {str(name)!r} below {runs_root()} or among the inputs in {inputs_root()}; run the notebook that makes "
+            f"it first, or correct the name. Folders in {runs_root().name}: {', '.join(folders[:50]) or 'none'}"
+        ) from None
 
 
 def find_input(slug: str | Path, root: str | Path | None = None) -> Path:

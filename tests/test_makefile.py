@@ -82,7 +82,8 @@ def test_a_venv_of_other_requirements_is_refused(project, line):
 
 def test_a_venv_of_the_same_requirements_is_used_even_if_their_files_are_newer(project):
     fake = python(project / ".venv" / "bin" / "python")
-    ready(project, "".join((project / name).read_text() for name in SOURCES))
+    # A comment that has changed is no other requirement.
+    ready(project, "# an older comment\n" + "".join((project / name).read_text() for name in SOURCES))
     _, printed = make(project, sys.executable)
     assert printed.startswith("Installing into .venv")
     assert Path(f"{fake}.calls").read_text().startswith("-m pip install")  # the fake Python fails, and make stops

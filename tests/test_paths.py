@@ -41,3 +41,13 @@ def test_a_run_is_read_from_the_runs_folder_or_else_from_an_input(tmp_path, monk
     (tmp_path / "runs" / "study").mkdir(parents=True)
     assert find_run("study") == tmp_path / "runs" / "study"
     assert find_run(tmp_path / "inputs" / "study") == tmp_path / "inputs" / "study"
+
+
+def test_a_missing_run_is_named_with_the_runs_that_exist(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIT_ROOT", str(tmp_path))
+    monkeypatch.setenv("KIT_KAGGLE_ROOT", str(tmp_path / "kaggle"))
+    (tmp_path / "runs" / "prepare").mkdir(parents=True)
+    with pytest.raises(
+        InputNotFound, match=r"no run 'prepair' below .*runs or among the inputs in .*Folders in runs: prepare"
+    ):
+        find_run("prepair")
