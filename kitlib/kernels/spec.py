@@ -178,8 +178,8 @@ def read_spec(path: str | Path, owner: str | None = None) -> KernelSpec:
         spec = dataclasses.replace(spec, owner=owner or os.environ.get("KAGGLE_USERNAME") or spec.owner)
         # The YAML file may be a stranger's, and a push uploads what it names. Runs and fusion settings are read before they
         # are copied, so they cannot be other files.
-        notebook = spec.notebook_path.resolve()
-        if not any(notebook.is_relative_to(root.resolve()) for root in (project_root(), path.parent)):
+        notebook = os.path.abspath(spec.notebook_path)
+        if not any(Path(notebook).is_relative_to(os.path.abspath(root)) for root in (project_root(), path.parent)):
             raise KernelError(f"notebook: {notebook} is outside the project and the folder of this YAML file")
         faults = _find_faults(spec)
     except (yaml.YAMLError, SettingsError, KernelError) as error:

@@ -384,7 +384,7 @@ def test_missing_inputs_are_named_with_how_to_get_them(tmp_path, prepared, wheel
         rehearse(*kernel, prepared, 60)
     line = f"{prepared / 'their-kernel'}, for other/their-kernel in kernel_sources (that kernel's output, or a link to"
     assert line in str(raised.value)
-    assert f"{prepared / 'their-data'} for other/their-data of its dataset_sources" in str(raised.value)
+    assert f"{prepared / 'their-data'}, for other/their-data in dataset_sources" in str(raised.value)
     assert "earlier-kernel" not in str(raised.value)
 
 

@@ -176,7 +176,9 @@ def test_prediction_sees_what_training_is_judged_on(changes):
 
 
 def test_a_border_that_nobody_would_see_is_refused():
-    with pytest.raises(SettingsError, match="the middle 224 of a canvas of 336, without its border; set canvas=0"):
+    with pytest.raises(
+        SettingsError, match="the middle 224 pixels of a canvas of 336, which does not include the border; set canvas=0"
+    ):
         override(FindingsRecipe(), probe="border", canvas=336)
     with pytest.raises(SettingsError, match="masked blackens everything outside the lungs; set masked=False"):
         override(FindingsRecipe(), probe="border", lungs="masks", masked=True)

@@ -198,7 +198,7 @@ def test_the_ciou_loss_is_that_of_the_decoded_boxes():
     assert losses[1]["loss_box_reg"].item() == pytest.approx(expected, abs=1e-5)
     assert losses[1]["loss_classifier"].item() == pytest.approx(losses[0]["loss_classifier"].item(), rel=1e-5)
     assert losses[0]["loss_box_reg"].item() != pytest.approx(expected, abs=1e-2)
-    with pytest.raises(ValueError, match="a faster_rcnn has smooth_l1, ciou"):
+    with pytest.raises(ValueError, match="valid for a faster_rcnn: smooth_l1, ciou"):
         FasterRCNNDetector(override(RECIPE, box_loss="giou"))
 
 

@@ -211,7 +211,7 @@ def test_giou_replaces_ciou_in_the_box_loss_alone():
     complete, generalised = box_losses(box_loss="ciou"), box_losses(box_loss="giou")
     assert complete[0] != generalised[0]
     torch.testing.assert_close(complete[1:], generalised[1:])
-    with pytest.raises(ValueError, match="a yolo has ciou, giou"):
+    with pytest.raises(ValueError, match="valid for a yolo: ciou, giou"):
         box_losses(box_loss="smooth_l1")
 
 

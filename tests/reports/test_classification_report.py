@@ -207,6 +207,6 @@ def test_a_temperature_of_one_changes_no_figure_of_votes(monkeypatch):
 
 def test_a_single_fold_cannot_be_scaled():
     scores, images, labels = tables(20)
-    with pytest.raises(ValueError, match=r"scores of a single fold \(0\)"):
+    with pytest.raises(ValueError, match=r"scores are from a single fold \(0\)"):
         calibration_table({"m": judged(scores[scores.fold == 0], images, labels)})
     assert calibration_table({}).empty and isinstance(calibration_table({}), pd.DataFrame)
