@@ -101,6 +101,10 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise BundleError(f"{path} is not valid JSON ({error}); copy the bundle again") from error
     if not isinstance(record, dict):
         raise BundleError(f"{path} holds a {type(record).__name__} instead of an object; copy the bundle again")
+    if "record_sha256" not in record and "weights_sha256" in record:
+        raise BundleError(
+            f"{path} has no record_sha256: an older kitlib wrote it, whose records were not protected; train the model again"
+        )
     _check_record(record, STATED | ADDED, str(path))
     if record["record_sha256"] != record_digest(record):
         raise BundleError(
@@ -112,7 +116,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 def record_digest(record: dict[str, Any]) -> str:
     """Return the SHA-256 (hex) of a record's content, whatever the order of its keys; `record_sha256` itself is left out."""
-    content = {key: value for key, value in record.items() if key != "record_sha256"}
+    content = json.loads(json.dumps({key: value for key, value in record.items() if key != "record_sha256"}))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -109,6 +109,21 @@ def test_the_order_of_a_records_keys_and_its_layout_do_not_matter(tmp_path):
     assert read_record(tmp_path)["fold"] == 1
 
 
+def test_a_record_of_an_older_version_is_named_as_such(tmp_path):
+    save_bundle(tmp_path, WEIGHTS, RECORD)
+    path = tmp_path / "model.json"
+    path.write_text(
+        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "record_sha256"})
+    )
+    with pytest.raises(BundleError, match="an older kitlib wrote it"):
+        read_record(tmp_path)
+
+
+def test_a_record_with_integer_keys_comes_back(tmp_path):
+    save_bundle(tmp_path, WEIGHTS, RECORD | {"validation": {10: 0.5, 2: 0.25}})
+    assert read_record(tmp_path)["validation"] == {"10": 0.5, "2": 0.25}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     save_bundle(tmp_path, WEIGHTS | {"head.bias": torch.tensor([0.0, value])}, RECORD)

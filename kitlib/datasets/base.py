@@ -62,8 +62,9 @@ class Dataset:
         """
         images, labels = check_table(images, "images", str(folder)), check_table(labels, "labels", str(folder))
         boxes = empty_table("boxes") if boxes is None else boxes
-        patients = images.groupby("study_id")["patient_id"].unique()
-        for study_id, several in patients[patients.str.len() > 1].items():
+        counts = images.groupby("study_id")["patient_id"].nunique()
+        mixed = images[images["study_id"].isin(counts.index[counts > 1])]
+        for study_id, several in mixed.groupby("study_id")["patient_id"].unique().items():
             problem = f"the study's images have the patient ids {', '.join(sorted(several))}; these patients share a fold"
             faults.add(folder.name, str(study_id), problem)
         return cls(images, labels, boxes, faults.table(), dict(published or {}), masks)

@@ -71,7 +71,7 @@ class Predictor:
         self.network, self.device = network, device
         self.fitted = HalvingBatches(self.model, device, batch_size or BATCH_SIZES[device.type])
         self.seen: list[str] = []  # image_ids whose predictions have been yielded, including those without boxes
-        self.overflowed = 0
+        self.overflowed, self._batch_overflowed = 0, False
         self.lungs_missed = 0
         recipe = record["recipe"]
         self.views = tuple(views or recipe.get("views") or ("full",))
@@ -96,9 +96,9 @@ class Predictor:
         Study models yield image_id, model, fold, the four classes and none, with one row per image and NaN for outputs that
         were not trained; findings and patch models yield `class_scores` tables; detectors yield `detections` tables, in
         which images without boxes have no row. An error in the stream is raised here. Closing the generator ends the thread.
-        Resets `seen` and `lungs_missed`.
+        Resets `seen`, `lungs_missed` and `overflowed`.
         """
-        self.seen, self.lungs_missed = [], 0
+        self.seen, self.lungs_missed, self.overflowed = [], 0, 0
         for batch in ahead(self._batches(stream)):
             table = self._boxes(batch) if self.family.answers == BOXES else self._probabilities(batch)
             self.seen += batch.image_ids
@@ -151,7 +151,9 @@ class Predictor:
             with torch.inference_mode(), autocast(self.device):
                 probabilities = self.network.image_probabilities(batch.pixels["full"], batch.where).numpy()
         else:
+            self._batch_overflowed = False
             probabilities = np.mean([self.fitted(self._classify, pixels) for pixels, _ in self._view_inputs(batch)], axis=0)
+            self.overflowed += len(batch.image_ids) * self._batch_overflowed
         table = pd.DataFrame(probabilities, columns=self.classes)
         if self.family.answers == STUDIES and self._outputs != "both":
             table[[name for name in self.classes if (name == "none") != (self._outputs == "none")]] = np.nan
@@ -164,7 +166,7 @@ class Predictor:
         with torch.inference_mode(), autocast(self.device):
             logits = self.network(self.network.normalise(pixels))
             if not logits.isfinite().all():  # float16 ends at 65,504
-                self.overflowed += len(pixels)
+                self._batch_overflowed = True
                 with torch.autocast(self.device.type, enabled=False):
                     logits = self.network(self.network.normalise(pixels))
             probabilities = self.network.probabilities(logits)

@@ -79,6 +79,12 @@ class Model:
         """Discard all predictions."""
         self.chunks, self.seen, self.lungs_missed, self.overflowed, self.stopped = [], [], 0, 0, False
 
+    def count_predicted(self) -> int:
+        """Return the number of images with a prediction; a classifier's rows without any finite number do not count."""
+        if "boxes" in self.answers:
+            return len(self.seen)
+        return sum(int(chunk.select_dtypes("float").notna().any(axis=1).sum()) for chunk in self.chunks)
+
     def coverage(self) -> pd.DataFrame:
         """Return a `coverage` table: image_id, model and fold of each image that the model has predicted."""
         return pd.DataFrame({"image_id": self.seen, "model": self.rows_as[0], "fold": self.rows_as[1]})
@@ -165,7 +171,7 @@ class SubmissionRun:
 
     def usage(self) -> list[dict[str, Any]]:
         """Return one entry per bundle in weights.json: `bundle`, and how many of the `readable` files it has `predicted`."""
-        predicted = {model.folder.name: len(model.seen) for model in self.models}
+        predicted = {model.folder.name: model.count_predicted() for model in self.models}
         return [{"bundle": name, "predicted": predicted.get(name, 0), "readable": self.readable} for name in self.listed]
 
     def finish(self) -> pd.DataFrame:
@@ -263,13 +269,14 @@ class SubmissionRun:
             self.lungs.begin()
         predictor = load_predictor(model.folder, batch_size=self.settings.batch_size, lungs=self.lungs)
         model.rows_as = predictor.model, predictor.fold
-        seen_before, missed_before, first_batch = list(model.seen), model.lungs_missed, None
+        seen_before, missed_before, overflowed_before = list(model.seen), model.lungs_missed, model.overflowed
+        first_batch = None
         with closing(predictor.predict(xrays.without(set(seen_before)))) as chunks:
             for chunk in chunks:
                 model.chunks.append(chunk)
                 model.seen = [*seen_before, *predictor.seen]
                 model.lungs_missed = missed_before + predictor.lungs_missed
-                model.overflowed = predictor.overflowed
+                model.overflowed = overflowed_before + predictor.overflowed
                 now, seen = time.monotonic(), len(predictor.seen)
                 first_batch = first_batch or (now, seen)
                 remaining = total - len(model.seen)
@@ -283,7 +290,7 @@ class SubmissionRun:
         return ""
 
     def _fuse(self, xrays: "DecodedOnce", fusion: "FusionSettings", newest: Model) -> None:
-        """Fuse all predictions so far and replace the file; if that fails, drop the model `newest` and fuse the others."""
+        """Fuse all predictions so far and replace the file. If that fails, drop the model `newest`; the file stays."""
         from kitlib.inference.answer import fused_answer
 
         began = time.monotonic()
@@ -304,13 +311,11 @@ class SubmissionRun:
                 on_priors = write_submission(self.output, self.ids, studies, nones, fused.detections)
                 note = f"{len(on_priors)} rows keep placeholder predictions"
                 self._note("fuse and write", len(self.ids) - len(on_priors), began, note)
-        except OutOfTime as error:  # the previous file remains
+        except (OutOfTime, OSError, MemoryError) as error:  # no model's fault; the previous file remains
             self._note("fuse and write", 0, began, _failure(error))
-        except Exception as error:  # the next fusion would fail as well
+        except Exception as error:  # every later fusion would fail as well
             self._note("fuse and write", 0, began, f"{_failure(error)}; {newest.folder.name} is dropped")
             newest.drop()
-            if others := [model for model in self.models if model.seen]:
-                self._fuse(xrays, fusion, others[-1])
 
     def _note(self, stage: str, files: int, began: float, note: str = "") -> None:
         seconds = time.monotonic() - began

@@ -31,6 +31,8 @@ EXTERNAL_TAGS = re.compile(
 
 
 UPLOAD_ROUTES = ("/gradio_api/upload", "/upload")
+# Gradio would fetch these for the browser.
+REMOTE_FILE = re.compile(r"/(?:file|proxy)[=/]\s*[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 # An event of the page sends the values of its controls: a few kilobytes.
 MAX_EVENT_BYTES = 1_000_000
 
@@ -43,12 +45,14 @@ class Guarded:
     the browser from contacting other servers, and tags that name other servers are removed from HTML.
 
     Gradio opens any file whose path an event contains, and fetches URLs, because its own check is off in a mounted app. So
-    events may contain only paths of files below `upload_folder`; others get status 403. Uploads that would make that folder
-    larger than `max_total_bytes` get status 413.
+    events may contain only paths of files below `upload_folder`, and no request may name a file of another server; others
+    get status 403. Uploads that would make the folder that contains `upload_folder` larger than `max_total_bytes` get
+    status 413.
     """
 
     def __init__(self, app: ASGIApp, upload_folder: Path, max_total_bytes: int) -> None:
         self.app, self.upload_folder, self.max_total_bytes = app, upload_folder.resolve(), max_total_bytes
+        self.arriving_bytes = 0  # stated lengths of the uploads in progress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -62,9 +66,17 @@ class Guarded:
             await _refusal(sentence)(scope, receive, send)
         elif origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             await _refusal("Requests from other web pages are not allowed.")(scope, receive, send)
+        elif REMOTE_FILE.search(scope["path"]):
+            await _refusal("Files of other servers cannot be opened.")(scope, receive, send)
         elif scope["path"] in UPLOAD_ROUTES:
-            refusal = self._check_upload(headers.get("content-length", ""))
-            await (refusal(scope, receive, send) if refusal else self.app(scope, receive, _FilteredSend(send)))
+            length = headers.get("content-length", "")
+            if refusal := self._check_upload(length):
+                return await refusal(scope, receive, send)
+            self.arriving_bytes += int(length)
+            try:
+                await self.app(scope, receive, _FilteredSend(send))
+            finally:
+                self.arriving_bytes -= int(length)
         else:
             body = await _read_body(receive)
             refusal = self._check_event(body)
@@ -74,8 +86,9 @@ class Guarded:
     def _check_upload(self, content_length: str) -> PlainTextResponse | None:
         if not content_length.isdecimal():
             return _refusal("An upload must state its length.", 411)
-        present = sum(path.stat().st_size for path in self.upload_folder.rglob("*") if path.is_file())
-        if present + int(content_length) > self.max_total_bytes:
+        # Files that are still arriving, or whose upload was aborted, are in the folder above that of uploads.
+        present = sum(path.stat().st_size for path in self.upload_folder.parent.rglob("*") if path.is_file())
+        if present + self.arriving_bytes + int(content_length) > self.max_total_bytes:
             sentence = (
                 f"The files uploaded to this page may take {self.max_total_bytes / 1e6:,.0f} MB in all. Restart the page, "
                 "which deletes them, or choose smaller files."

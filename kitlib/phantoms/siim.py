@@ -162,7 +162,7 @@ def _write_dicom(path: Path, grey: np.ndarray, study: PlannedStudy, image: Plann
     if rng.random() < 0.5:
         extra["PresentationLUTShape"] = "INVERSE" if photometric == "MONOCHROME1" else "IDENTITY"
     if image.oddity == "padding":
-        extra["PixelData"] = stored.tobytes() + b"\0" * (2048 + stored.nbytes % 2)
+        extra["PixelData"] = stored.tobytes() + b"\0" * (2 * (stored.nbytes // 120) + stored.nbytes % 2)
     write_xray(
         path,
         stored,

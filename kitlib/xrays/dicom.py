@@ -12,7 +12,7 @@ import numpy as np
 
 from kitlib.errors import UnreadableXray
 from kitlib.xrays.header import InvalidElement, XrayHeader, header_of, read_elements
-from kitlib.xrays.stored_values import StoredFrame, read_stored, values_of
+from kitlib.xrays.stored_values import StoredFrame, is_padding, read_stored, values_of
 from kitlib.xrays.voi_lut import Display, read_display, to_grey
 
 T = TypeVar("T")
@@ -113,11 +113,10 @@ def _to_pixels(stored: StoredFrame, display: Display) -> tuple[np.ndarray, list[
     size = 256**stored.patterns.itemsize
     histogram = cv2.calcHist([stored.patterns], [0], None, [size], [0, size]).ravel()
     if stored.padding:
-        lowest, highest = stored.padding
-        padding = histogram[lowest : highest + 1].copy()
-        histogram[lowest : highest + 1] = 0
-        if not histogram.any():  # then it is the image
-            histogram[lowest : highest + 1] = padding
+        frame_bits = 8 * stored.patterns.itemsize
+        outside = is_padding(np.arange(size), frame_bits, stored.bits, stored.signed, stored.padding)
+        if histogram[~outside].any():  # otherwise the padding is the image
+            histogram[outside] = 0
     occurring = np.flatnonzero(histogram)
     table = np.zeros(size, dtype=np.uint8)
     values = values_of(occurring, stored.bits, stored.signed)

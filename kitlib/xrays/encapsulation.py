@@ -11,7 +11,7 @@ def read_first_frame(data: bytes, frames: int) -> bytes:
     """Return the first of `frames` frames in `data`, the items of encapsulated pixel data.
 
     If there is only one frame, all fragments belong to it, whatever the Basic Offset Table says. Raises ValueError if
-    there are no items.
+    there are no items, or if the data end inside an item.
     """
     if frames > 1:
         return get_frame(data, 0, number_of_frames=frames)
@@ -20,6 +20,8 @@ def read_first_frame(data: bytes, frames: int) -> bytes:
         length = int.from_bytes(data[position + 4 : position + 8], "little")
         items.append(data[position + 8 : position + 8 + length])
         position += 8 + length
+        if position > len(data):
+            raise ValueError(f"the pixel data end after {len(items[-1])} of {length} bytes of a fragment")
     # The first item is the offset table, which a few writers leave out.
     if items and not _is_frame(items[0]):
         del items[0]

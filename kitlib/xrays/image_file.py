@@ -66,13 +66,15 @@ def decode_image(path: str | Path) -> Xray:
     if pixels is None:
         raise UnreadableXray(path, "damaged image: nothing could be decoded")
     warnings: list[str] = []
+    if pixels.ndim == 3:  # alpha is not shown, and would count as the brightest pixel
+        pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0]
     if pixels.dtype == np.uint16:
         # Converted DICOM files keep their 12 bits or so in 16; the upper eight would be nearly black.
         bits = next(bits for bits in (8, 10, 12, 14, 16) if int(pixels.max()) < 2**bits)
         warnings = [f"the 16-bit image uses only {bits} bits, of which the upper eight are shown"] if bits < 16 else []
         pixels = (pixels // 2 ** (bits - 8)).astype(np.uint8)
     if pixels.ndim == 3:
-        pixels = cv2.cvtColor(pixels[..., :3], cv2.COLOR_BGR2GRAY) if pixels.shape[2] >= 3 else pixels[..., 0]
+        pixels = cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_BGR2GRAY)
     return Xray(np.ascontiguousarray(pixels), tuple(warnings))
 
 

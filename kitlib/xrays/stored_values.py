@@ -13,6 +13,8 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
     JPEG2000TransferSyntaxes,
     JPEGLSTransferSyntaxes,
+    JPEGTransferSyntaxes,
+    RLELossless,
 )
 
 from kitlib.xrays.codestream import FrameHeader, find_syntax, read_frame_header
@@ -23,6 +25,7 @@ from kitlib.xrays.header import MAX_SAMPLES, OVERLAYS, Elements, InvalidElement
 NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
 
 
+COMPRESSED = (RLELossless, *JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG2000TransferSyntaxes)
 # Share of bytes after the image that is tolerated. A readable file of SIIM's has 216,296 bytes there, 1.6 % of its pixels.
 MAX_EXTRA = 0.1
 
@@ -37,7 +40,7 @@ class StoredFrame:
     bits_stored: int
     photometric: str
     warnings: list[str]
-    padding: tuple[int, int] | None = None  # lowest and highest pattern of pixels outside the image
+    padding: tuple[int, int] | None = None  # lowest and highest value of pixels outside the image
 
 
 def read_stored(elements: Elements, syntax: str) -> StoredFrame:
@@ -126,25 +129,31 @@ def read_stored(elements: Elements, syntax: str) -> StoredFrame:
         )
         photometric = str(properties["photometric_interpretation"])
     bits = bits_stored
-    padding = None if samples == 3 else _read_padding(elements, patterns.itemsize, warnings)
+    padding = None if samples == 3 else _read_padding(elements, 8 * patterns.itemsize, signed, warnings)
     if frame_header:
         # For these syntaxes the codestream's precision, not BitsStored, determines the sign bit, as in pydicom.
         trusts_frame = syntax in JPEG2000TransferSyntaxes or (syntax in JPEGLSTransferSyntaxes and signed)
         # Lossy JPEG stores 10 bits in 12; only values that do not fit show that BitsStored is wrong.
-        if frame_header.precision > bits_stored and samples == 1 and int(patterns.max()) >> bits_stored:
+        if samples == 1 and frame_header.precision > bits_stored and _exceeds(elements, patterns, bits_stored, padding):
             warnings.append(f"BitsStored is {bits_stored}, but the frame has {frame_header.precision} bits, which are used")
             bits = bits_stored = frame_header.precision
         bits = frame_header.precision if trusts_frame else bits
     elif samples == 1:
-        patterns, bits = _align(elements, patterns, bits_stored, signed, padding, warnings)
-        bits_stored = max(bits, bits_stored)
+        shift = _find_shift(elements, patterns, bits_stored, signed, padding, warnings)
+        if shift:
+            patterns = patterns >> shift
+            padding = (padding[0] >> shift, padding[1] >> shift) if padding else None
+        elif not signed and _exceeds(elements, patterns, bits_stored, padding):
+            bits = 8 * patterns.itemsize
+            warnings.append(f"BitsStored is {bits_stored}, but values reach {patterns.max()}; all {bits} bits are used")
+            bits_stored = bits
     return StoredFrame(patterns, bits, signed, bits_stored, photometric, warnings, padding)
 
 
 def _plain_syntax(elements: Elements, syntax: str, values: int) -> str:
     """Return `syntax`, or Explicit VR Little Endian if it is a compressed one and the plain data have the needed length."""
     allocated, length = elements.whole("BitsAllocated", 16), len(elements.raw("PixelData"))
-    is_plain = syntax not in NATIVE and 0 <= length - values * allocated // 8 <= 1
+    is_plain = syntax in COMPRESSED and 0 <= length - values * allocated // 8 <= 1
     return str(ExplicitVRLittleEndian) if is_plain else syntax
 
 
@@ -163,49 +172,70 @@ def _check_length(length: int, expected: int) -> list[str]:
     return [f"the pixel data have {extra} bytes more than the header describes; they are ignored"]
 
 
-def _read_padding(elements: Elements, itemsize: int, warnings: list[str]) -> tuple[int, int] | None:
-    """Return the lowest and highest bit pattern of PixelPaddingValue and PixelPaddingRangeLimit, None if absent."""
+def _read_padding(elements: Elements, allocated: int, signed: bool, warnings: list[str]) -> tuple[int, int] | None:
+    """Return the lowest and highest number of PixelPaddingValue and PixelPaddingRangeLimit, None if absent or invalid."""
     try:
         value = elements.number("PixelPaddingValue")
         limit = elements.number("PixelPaddingRangeLimit")
+        if value is None:
+            return None
+        numbers = sorted((value, value if limit is None else limit))
+        if not (np.isfinite(numbers).all() and -(2 ** (allocated - 1)) <= numbers[0] and numbers[1] < 2**allocated):
+            raise InvalidElement(f"PixelPaddingValue is {value}, which {allocated} bits cannot hold")
     except InvalidElement as error:
         warnings.append(f"{error}; it is ignored")
         return None
-    if value is None:
-        return None
-    patterns = [int(number) & (256**itemsize - 1) for number in (value, value if limit is None else limit)]
-    return min(patterns), max(patterns)
+    # An implicit VR is read as unsigned.
+    numbers = [number - 2**allocated if signed and number >= 2 ** (allocated - 1) else number for number in numbers]
+    return int(min(numbers)), int(max(numbers))
 
 
-def _align(
+def is_padding(patterns: np.ndarray, frame_bits: int, bits: int, signed: bool, padding: tuple[int, int]) -> np.ndarray:
+    """Return a bool mask of the bit patterns (n,) that mean padding, by their value or by all of their `frame_bits`."""
+    lowest, highest = padding
+    values, whole = values_of(patterns, bits, signed), values_of(patterns, frame_bits, signed)
+    return ((values >= lowest) & (values <= highest)) | ((whole >= lowest) & (whole <= highest))
+
+
+def _exceeds(elements: Elements, patterns: np.ndarray, bits_stored: int, padding: tuple[int, int] | None) -> bool:
+    """Return whether patterns that are neither padding nor overlays have bits above BitsStored."""
+    if not int(patterns.max()) >> bits_stored or any(tag in elements for tag in OVERLAYS):
+        return False
+    above = patterns[patterns >= 2**bits_stored]
+    if padding:
+        above = above[~is_padding(above, 8 * patterns.itemsize, 8 * patterns.itemsize, False, padding)]
+    return above.size > 0
+
+
+def _find_shift(
     elements: Elements,
     patterns: np.ndarray,
     bits_stored: int,
     signed: bool,
     padding: tuple[int, int] | None,
     warnings: list[str],
-) -> tuple[np.ndarray, int]:
-    """Return uncompressed or RLE patterns with the value in their low bits, and the number of these bits.
+) -> int:
+    """Return by how many bits the values of uncompressed or RLE patterns are above the lowest bits, according to HighBit.
 
-    The value ends at HighBit. Bits above it may repeat the sign or contain an overlay; any other bits belong to the value.
+    A HighBit that contradicts the patterns, which occupy the low bits, is ignored with a warning.
     """
     allocated, high_bit = 8 * patterns.itemsize, elements.whole("HighBit", bits_stored - 1)
     shift = high_bit + 1 - bits_stored
     if high_bit >= allocated or shift < 0:
         warnings.append(f"HighBit is {high_bit}, but BitsStored is {bits_stored} of {allocated}; HighBit is ignored")
-        shift = 0
-    if shift:
-        return patterns >> shift, bits_stored
-    if bits_stored == allocated or signed or any(tag in elements for tag in OVERLAYS):
-        return patterns, bits_stored
-    highest = int(patterns.max())
-    if highest >> bits_stored and padding:
-        inside = patterns[(patterns < padding[0]) | (patterns > padding[1])]
-        highest = int(inside.max()) if inside.size else 0
-    if highest >> bits_stored:
-        warnings.append(f"BitsStored is {bits_stored}, but values reach {highest}; all {allocated} bits are used")
-        return patterns, allocated
-    return patterns, bits_stored
+        return 0
+    if not shift:
+        return 0
+    occurring = np.unique(patterns)
+    if padding:
+        occurring = occurring[~is_padding(occurring, allocated, allocated, signed, padding)]
+    whole = values_of(occurring, allocated, signed)
+    lowest, highest = (-(2 ** (bits_stored - 1)), 2 ** (bits_stored - 1)) if signed else (0, 2**bits_stored)
+    fits = bool(((whole >= lowest) & (whole < highest)).all())
+    if fits and (occurring & ((1 << shift) - 1)).any():
+        warnings.append(f"HighBit is {high_bit}, but the values occupy the low {bits_stored} bits; HighBit is ignored")
+        return 0
+    return shift
 
 
 def _read_checked_frame_header(frame: bytes, syntax: str, rows: int, columns: int, samples: int) -> FrameHeader | None:

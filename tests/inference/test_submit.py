@@ -562,7 +562,25 @@ def test_a_model_that_makes_fusion_fail_is_dropped(competition, weights, tmp_pat
     monkeypatch.setattr(answer, "fused_answer", failing)
     path, ledger = submit(competition, weights, tmp_path)
     notes = ledger[ledger.stage == "fuse and write"].note.tolist()
-    assert notes[1] == "failed: RuntimeError: cannot be fused; small-fold1 is dropped" and len(notes) == 3
+    assert notes[1] == "failed: RuntimeError: cannot be fused; small-fold1 is dropped" and len(notes) == 2
+    assert len(on_priors(path)) <= DAMAGED
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_model(competition, weights, tmp_path, monkeypatch):
+    from kitlib.inference import submit as submissions
+
+    write, calls = submissions.write_submission, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:  # the first fusion
+            raise OSError(28, "No space left on device")
+        return write(*arguments)
+
+    monkeypatch.setattr(submissions, "write_submission", failing)
+    path, ledger = submit(competition, weights, tmp_path)
+    notes = ledger[ledger.stage == "fuse and write"].note.tolist()
+    assert "No space left" in notes[0] and "placeholder" in notes[1] and not ledger.note.str.contains("is dropped").any()
     assert len(on_priors(path)) <= DAMAGED
 
 

@@ -143,7 +143,7 @@ def test_files_of_the_machine_are_not_served(client):
     for path in ("/etc/passwd", own, f"{Path.cwd()}/README.md", "../../etc/passwd", "file:///etc/passwd"):
         for route in ("/gradio_api/file=", "/gradio_api/file/", "/static/", "/assets/", "/svelte/"):
             assert client.get(f"{route}{path}").status_code in (403, 404), path
-    assert client.get(f"/gradio_api/proxy={HOME}/healthz").status_code == 400
+    assert client.get(f"/gradio_api/proxy={HOME}/healthz").status_code == 403
     assert client.get("/docs").status_code == client.get("/monitoring/x").status_code + 1 == 404
 
 
@@ -200,6 +200,14 @@ def test_an_event_opens_no_file_but_uploads(client, folder, path, monkeypatch):
             answer = client.post(f"/gradio_api/{route}", json={"data": data, "fn_index": 0, "session_hash": "s"})
             assert (answer.status_code, answer.text) == (403, "Only files that were uploaded to this page can be opened.")
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("route", ["/gradio_api/file=", "/file=", "/gradio_api/file/", "/gradio_api/proxy="])
+@pytest.mark.parametrize("address", ["https://evil.example/x.png", "HTTP://evil.example/", "ftp://evil.example/x"])
+def test_files_of_other_servers_are_neither_looked_up_nor_fetched(client, route, address, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: pytest.fail(f"looked up {host}"))
+    answer = client.get(route + address)
+    assert (answer.status_code, answer.text) == (403, "Files of other servers cannot be opened.")
 
 
 def test_an_uploaded_file_may_be_in_an_event(client):

@@ -3,6 +3,7 @@
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -140,3 +141,9 @@ def test_a_16_bit_png_shows_the_upper_eight_of_the_bits_in_use(tmp_path, bits):
     assert (xray.pixels.min(), xray.pixels.max()) == (0, 255)
     warning = f"the 16-bit image uses only {bits} bits, of which the upper eight are shown"
     assert xray.warnings == (() if bits == 16 else (warning,))
+
+
+def test_alpha_does_not_count_as_brightness(tmp_path):
+    values = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)
+    cv2.imwrite(str(tmp_path / "x.png"), np.dstack([values] * 3 + [np.full_like(values, 65535)]))
+    np.testing.assert_array_equal(decode_image(tmp_path / "x.png").pixels, values // 16)

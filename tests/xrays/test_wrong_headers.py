@@ -90,6 +90,17 @@ def test_every_fragment_belongs_to_the_one_frame(tmp_path, syntax, damage):
     assert len(xray.warnings) == (damage == "no delimiter")
 
 
+@pytest.mark.parametrize("syntax", COMPRESSED)
+def test_a_file_that_ends_inside_its_frame_is_refused(tmp_path, syntax):
+    path = write(tmp_path / "x.dcm", syntax=syntax)
+    whole = path.read_bytes()
+    start = whole.rindex(b"\xe0\x7f\x10\x00")
+    for share in (0.2, 0.5, 0.9):
+        path.write_bytes(whole[: start + int(share * (len(whole) - start))])
+        with pytest.raises(UnreadableXray, match=r"the pixel data end after \d+ of \d+ bytes"):
+            read_xray(path)
+
+
 def test_the_frames_bytes_decide_between_compressed_syntaxes(tmp_path):
     for actual in (JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless):
         for stated in (JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless):
@@ -185,3 +196,57 @@ def test_a_lut_after_a_negative_rescale_starts_at_a_signed_value(tmp_path, synta
     )
     np.testing.assert_array_equal(read_xray(path), stretched(entries[STORED]))
     assert cv2.minMaxLoc(read_stored_values(path))[1] == STORED.max()
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_high_bit_that_the_values_contradict_is_ignored(tmp_path, signed):
+    stored = STORED.astype(np.int16) - 2048 if signed else STORED
+    xray = decode_xray(write(tmp_path / "x.dcm", stored, HighBit=15))
+    np.testing.assert_array_equal(xray.pixels, stretched(stored))
+    assert xray.warnings == ("HighBit is 15, but the values occupy the low 12 bits; HighBit is ignored",)
+
+
+@pytest.mark.parametrize("value", [65535, 32768])
+def test_a_padding_value_that_the_pixels_cannot_hold_is_ignored(tmp_path, value):
+    stored = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    path = write(tmp_path / "x.dcm", stored, bits=8)
+    add_padding(path, value)
+    xray = decode_xray(path)
+    np.testing.assert_array_equal(xray.pixels, stored)
+    assert xray.warnings == (f"PixelPaddingValue is {value}, which 8 bits cannot hold; it is ignored",)
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, *COMPRESSED])
+@pytest.mark.parametrize(("value", "limit"), [(-2000, None), (-100, 100)])
+def test_signed_padding_is_compared_by_value(tmp_path, syntax, value, limit):
+    stored = RNG.integers(200, 2000, (48, 40)).astype(np.int16)
+    inside = stored[8:].copy()
+    stored[:8] = value
+    path = write(tmp_path / "x.dcm", stored, syntax)
+    dataset = pydicom.dcmread(path)
+    dataset.add_new("PixelPaddingValue", "SS", value)
+    if limit is not None:
+        dataset.add_new("PixelPaddingRangeLimit", "SS", limit)
+    dataset.save_as(path)
+    xray = decode_xray(path)
+    np.testing.assert_array_equal(xray.pixels[8:], stretched(inside))
+    assert not xray.pixels[:8].any()
+
+
+def test_overlay_bits_of_a_compressed_frame_are_no_values(tmp_path):
+    dirty = STORED | (RNG.integers(0, 2, STORED.shape) << 15).astype(np.uint16)
+    path = write(tmp_path / "x.dcm", dirty, JPEGLosslessSV1, bits=16, BitsStored=12, HighBit=11)
+    dataset = pydicom.dcmread(path)
+    dataset.add_new(0x60000102, "US", 15)
+    dataset.save_as(path)
+    xray = decode_xray(path)
+    np.testing.assert_array_equal(xray.pixels, stretched(STORED))
+    assert xray.warnings == ()
+
+
+def test_plain_pixels_under_a_private_syntax_are_refused(tmp_path):
+    path = write(tmp_path / "x.dcm")
+    stated = ExplicitVRLittleEndian.encode() + b"\0"
+    path.write_bytes(path.read_bytes().replace(stated, b"1.2.840.113619.5.2".ljust(len(stated), b"\0")))
+    with pytest.raises(UnreadableXray, match=r"transfer syntax 1\.2\.840\.113619\.5\.2 contradicts"):
+        read_xray(path)
