@@ -26,8 +26,8 @@ os.environ.setdefault("YOLO_VERBOSE", "False")
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
 
-from ultralytics.nn.tasks import DetectionModel, yaml_model_load  # noqa: E402
-from ultralytics.utils import SETTINGS  # noqa: E402
+from ultralytics.nn.tasks import DetectionModel, guess_model_scale  # noqa: E402
+from ultralytics.utils import ROOT, SETTINGS, YAML  # noqa: E402
 from ultralytics.utils.loss import BboxLoss, E2ELoss  # noqa: E402
 
 SETTINGS["sync"] = False  # telemetry
@@ -149,7 +149,7 @@ def _architecture(recipe: DetectorRecipe) -> dict[str, Any]:
     """Return ultralytics' description (YAML content) of the recipe's model, with channels multiplied by `recipe.width`."""
     import_own_backbones()
     name = recipe.backbone
-    architecture = deepcopy(ARCHITECTURES[name]) if name in ARCHITECTURES else _read_architecture(name)
+    architecture = deepcopy(ARCHITECTURES[name]) if name in ARCHITECTURES else read_architecture(name)
     if recipe.width == 1:
         return architecture
     if "scales" not in architecture:
@@ -158,11 +158,18 @@ def _architecture(recipe: DetectorRecipe) -> dict[str, Any]:
     return {**architecture, "scales": {architecture["scale"]: [depth, width * recipe.width, max_channels]}}
 
 
-def _read_architecture(name: str) -> dict[str, Any]:
-    try:
-        # ultralytics evaluates parts of the file, and the name may come from an untrusted bundle, so it must not be a path.
-        if not re.fullmatch(r"[\w-]+", name):
-            raise FileNotFoundError(name)
-        return yaml_model_load(f"{name}.yaml")
-    except FileNotFoundError as error:
-        raise ValueError(f"ultralytics has no model {name!r}; choose one such as yolov5lu or yolo11n") from error
+def read_architecture(name: str) -> dict[str, Any]:
+    """Return ultralytics' own configuration of the model `name`, as its `yaml_model_load` does for a plain name.
+
+    That function prefers a file in the current folder, parts of which ultralytics then evaluates. Here only names of files
+    in its package count, because `name` may come from a stranger's bundle. Raises ValueError for any other name.
+    """
+    configurations = {path.stem: path for path in (ROOT / "cfg" / "models").rglob("*.yaml")}
+    stem = re.sub(r"(yolov[58][nsmlx])6", r"\1-p6", name)
+    without_scale = re.sub(r"(\d+)([nslmx])(.+)?$", r"\1\3", stem)
+    # The "u" of v3 and v5 stands for a newer head and is in no file's name.
+    for candidate in (stem, stem.removesuffix("u"), without_scale, without_scale.removesuffix("u")):
+        if candidate in configurations:
+            architecture = YAML.load(configurations[candidate])
+            return {**architecture, "scale": guess_model_scale(f"{stem}.yaml"), "yaml_file": f"{stem}.yaml"}
+    raise ValueError(f"ultralytics has no model {name!r}; choose one such as yolov5lu or yolo11n")

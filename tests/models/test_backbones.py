@@ -1,6 +1,8 @@
 """Custom backbones that are registered with timm work in training, as starting weights and in prediction, in any process."""
 
 import os
+import re
+import socket
 import subprocess
 import sys
 
@@ -11,8 +13,9 @@ import torch
 
 from kitlib.bundle import read_bundle
 from kitlib.models.backbones import MODULES, check_backbone, import_own_backbones
+from kitlib.models.families import FAMILIES
 from kitlib.models.faster_rcnn import FasterRCNNDetector
-from kitlib.recipes.fields import DetectorRecipe
+from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe, PatchRecipe, StudyRecipe
 from kitlib.settings import override
 from tests import PROJECT
 from tests.small_tasks import train_small
@@ -127,3 +130,26 @@ def test_a_module_that_cannot_be_imported_is_named(monkeypatch):
 def test_an_unregistered_name_is_refused(name):
     with pytest.raises(ValueError, match=f"no backbone '{name}'; similar names: "):
         check_backbone(name)
+
+
+HOSTILE = ["hf-hub:evil/model", "https://evil.example/x", "../../tmp/evil", "/tmp/evil", "evil.yaml", "local-dir:/tmp/x"]
+HOSTILE += ["resnet18\0", "resnet18/../x", "timm/resnet18", "", "yolov5lu.yaml", "yolov5lu\n", "C:\\evil"]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=repr)
+def test_a_backbone_is_a_name_and_never_a_path_or_an_address(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # A file of that name in the current folder, whose activation ultralytics would evaluate.
+    (tmp_path / "evil.yaml").write_text("nc: 1\nactivation: __import__('os').mkdir('ran')\nbackbone: []\nhead: []\n")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: pytest.fail("a network was asked"))
+    recipes = {
+        "study": StudyRecipe(backbone=name),
+        "findings": FindingsRecipe(backbone=name),
+        "patches": PatchRecipe(backbone=name),
+        "faster_rcnn": DetectorRecipe(backbone=name),
+        "yolo": DetectorRecipe(family="yolo", backbone=name),
+    }
+    for family, recipe in recipes.items():
+        with pytest.raises(ValueError, match=re.escape(repr(name))):
+            FAMILIES[family].network(recipe, ["a", "b"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.yaml"]

@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 
 from kitlib.errors import BundleError
 from kitlib.models.families import load_network
-from kitlib.models.yolo import GeneralisedIoU, YoloDetector
+from kitlib.models.yolo import GeneralisedIoU, YoloDetector, read_architecture
 from kitlib.recipes.fields import DetectorRecipe
 from kitlib.settings import override
 from tests import PROJECT
 
 from ultralytics.cfg import get_cfg  # isort: skip
+from ultralytics.nn.tasks import yaml_model_load  # isort: skip
 from ultralytics.utils.nms import non_max_suppression  # isort: skip  (kitlib.models.yolo makes the import offline)
 
 RECIPE = DetectorRecipe(family="yolo", backbone="yolov8n", width=0.25, image_size=64, max_detections=7)
@@ -224,3 +225,34 @@ def test_the_generalised_iou_equals_torchvisions():
     )  # fmt: skip
     # IoU 1/2, hull equal to the larger box: 1/2. Disjoint areas of 225 and 100, hull 35 x 35: -(1225 - 325) / 1225.
     assert loss.item() == pytest.approx((0.5 * (1 - 0.5) + 1.0 * (1 + 900 / 1225)) / 1.5, abs=1e-5)
+
+
+NAMES = [f"yolo{version}{scale}" for version in ("v8", "11", "12") for scale in "nsmlx"]
+NAMES += [
+    "yolov5nu",
+    "yolov5lu",
+    "yolov5n",
+    "yolov5n6",
+    "yolov3u",
+    "yolov3-tinyu",
+    "yolov6s",
+    "yolov9c",
+    "yolov10b",
+    "yolov8s-p2",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plain_name_gives_the_configuration_that_ultralytics_gives(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_architecture(name) == yaml_model_load(f"{name}.yaml")
+
+
+@pytest.mark.parametrize("name", ["yolo11n", "yolo11", "yolov5nu", "yolov5n", "yolov5"])
+def test_a_file_in_the_current_folder_is_not_read(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in ("yolo11n", "yolo11", "yolov5nu", "yolov5u", "yolov5n", "yolov5"):
+        (tmp_path / f"{file}.yaml").write_text("nc: 1\nactivation: __import__('os').mkdir('ran')\nbackbone: []\nhead: []\n")
+    assert "activation" not in read_architecture(name)
+    YoloDetector(DetectorRecipe(family="yolo", backbone=name))
+    assert not (tmp_path / "ran").exists()
