@@ -1,4 +1,4 @@
-"""Readers of data sets, which all return the tables of kitlib.tables; folds, checks for leaks, and the data sheet.
+"""Reads published data sets into the tables of kitlib.tables; makes folds, checks them for leaks, and makes the data sheet.
 
 Does not belong here: models; decoding pixels, beyond what a reader has to inspect.
 """

@@ -1,4 +1,4 @@
-"""The Dataset that every reader returns, and shared parts of readers: CSV files, faults, image headers, labels, boxes."""
+"""The Dataset that a reader returns, and what readers share: CSV files, faults, image headers, and making of tables."""
 
 import math
 import os
@@ -22,7 +22,7 @@ HEADER_THREADS = 16  # more than there are cores, because the threads mostly wai
 
 @dataclass(frozen=True)
 class Dataset:
-    """The tables of one data set (see kitlib.tables), its faults, and the counts that its authors published.
+    """The tables of one data set (see kitlib.tables), its faults, and the counts of its content that its authors published.
 
     `images` may have the columns `false_none` (SIIM: no annotator looked at the image), `split` ("train" or "test", from an
     official list) and `convention` (of MASK_CONVENTIONS). `masks` is None for data sets without masks, otherwise it has the
@@ -56,9 +56,10 @@ class Dataset:
         boxes: pd.DataFrame | None = None,
         masks: pd.DataFrame | None = None,
     ) -> "Dataset":
-        """Check the tables of images and labels and return a Dataset; `boxes` defaults to an empty table.
+        """Return a Dataset of these tables, after checking `images` and `labels`; `boxes` defaults to an empty table.
 
-        Raises TableError, which names `folder`, if one of these tables breaks its contract.
+        A study whose images have different patient ids is added to `faults`. Raises TableError, which names `folder`, if
+        `images` or `labels` is not valid (see kitlib.tables).
         """
         images, labels = check_table(images, "images", str(folder)), check_table(labels, "labels", str(folder))
         boxes = empty_table("boxes") if boxes is None else boxes
@@ -77,11 +78,11 @@ class Faults:
         self.rows: list[tuple[str, str, str]] = []
 
     def add(self, file: str, row: str, problem: str) -> None:
-        """Add one fault: the file, the id or path of the row, the problem and how it was handled."""
+        """Add one fault: its file, its row (an id or a path), and the problem, with how it was handled."""
         self.rows.append((file, row, problem))
 
     def add_summary(self, file: str, rows: Iterable[str], problem: str, others: str = "others") -> None:
-        """Add a single fault for all of `rows`, of which there may be thousands; adds nothing if `rows` is empty."""
+        """Add one fault for all `rows` together, which names the first and counts the others; no fault if there are none."""
         if rows := sorted(rows):
             self.add(file, rows[0], f"and {len(rows) - 1} {others} {problem}")
 
@@ -91,7 +92,7 @@ class Faults:
 
 
 def read_csv(path: Path, columns: Sequence[str], how_to_get: str = "see inputs/README.md") -> pd.DataFrame:
-    """Read a CSV file with all cells as text, and empty cells as "".
+    """Return the table in a CSV file; all cells are text, and empty cells are "".
 
     Raises DatasetError if the file is missing (the message ends with `how_to_get`), is not a CSV file, or lacks one of
     `columns`.
@@ -111,10 +112,10 @@ def read_csv(path: Path, columns: Sequence[str], how_to_get: str = "see inputs/R
 
 
 def find_files(root: Path, suffixes: Sequence[str], faults: Faults) -> dict[str, Path]:
-    """Return the files below `root` that have one of `suffixes`: image id (the file name without suffix) -> path.
+    """Return image id -> path for the files below `root` that have one of `suffixes`.
 
-    If several files have the same id, the first one is used and each of the others becomes a fault. Hidden files are
-    ignored.
+    The id is the file name without suffix. If several files have the same id, the first one is used and each of the others
+    becomes a fault. Hidden files are ignored.
     """
     paths: dict[str, Path] = {}
     for folder, folders, names in os.walk(root):
@@ -132,7 +133,7 @@ def find_files(root: Path, suffixes: Sequence[str], faults: Faults) -> dict[str,
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """The size, patient and view that the header of an image file states."""
+    """The image size, patient and view that the header of an image file states."""
 
     rows: int = 0
     columns: int = 0
@@ -142,13 +143,13 @@ class ImageHeader:
 
 
 def read_headers(paths: Sequence[str], progress: bool) -> list[ImageHeader]:
-    """Return the headers of the files in `paths`, in the same order; the header of an unreadable file has a `problem`."""
+    """Return one ImageHeader per file, in the order of `paths`; that of an unreadable file has a `problem`."""
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
         return list(tqdm(pool.map(_read_header, paths), total=len(paths), desc="headers", unit="file", disable=not progress))
 
 
 def add_headers(rows: pd.DataFrame, folder: Path, faults: Faults, progress: bool) -> pd.DataFrame:
-    """Return an `images` table made of `rows` and the sizes in the files' headers; every image is a study of its own.
+    """Return an `images` table: `rows`, with the sizes from the files' headers; every image is a study of its own.
 
     `rows` has the columns image_id, patient_id, path, source and view; an empty view is filled in from the header. An image
     whose header cannot be read is left out, with a fault that names the file relative to `folder`.
@@ -167,18 +168,18 @@ def add_headers(rows: pd.DataFrame, folder: Path, faults: Faults, progress: bool
 
 
 def one_hot(ids: pd.Series, image_classes: pd.Series, classes: Iterable[str]) -> pd.DataFrame:
-    """Return a `labels` table of mutually exclusive `classes`.
+    """Return a `labels` table with one row per id: 1.0 in the column of its class, 0.0 in those of the other `classes`.
 
-    The row of each id has 1.0 for its class in `image_classes` (with the same index as `ids`) and 0.0 for the other classes.
+    `image_classes` has the class of each id, with the same index as `ids`.
     """
     return pd.DataFrame({"id": ids, **{name: (image_classes == name).astype(float) for name in classes}})
 
 
 def make_boxes(image_ids: pd.Series, cells: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
-    """Return a `boxes` table from the text cells x, y, width and height, and a boolean Series that marks its valid rows.
+    """Return a `boxes` table made from `cells`, and a boolean Series that is True for its valid rows.
 
-    `cells` has these four values as columns in this order, whatever their names. A row is valid if all four are finite
-    numbers and the box has an area.
+    `cells` has one row per box and four columns of text: x, y, width and height, in this order, whatever their names. A row
+    is valid if all four are finite numbers and the box has an area.
     """
     x, y, width, height = (pd.to_numeric(cells[name], errors="coerce") for name in cells)
     boxes = pd.DataFrame({"image_id": image_ids, "xmin": x, "ymin": y, "xmax": x + width, "ymax": y + height})
@@ -188,11 +189,11 @@ def make_boxes(image_ids: pd.Series, cells: pd.DataFrame) -> tuple[pd.DataFrame,
 def cut_at_edges(
     images: pd.DataFrame, boxes: pd.DataFrame, faults: Faults, file: str, suffix: str = ""
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Cut boxes at the edges of their images; returns the remaining images and boxes.
+    """Cut boxes at the edges of their images; returns the `images` and `boxes` tables, without images that have a wrong box.
 
-    Boxes are cut at the right and bottom edges only if `images` has the columns rows and columns. An image is removed with
-    all of its boxes if what remains of a box is less than a pixel wide or high. In the faults, `file` is the file that the
-    boxes come from, and `suffix` is appended to the image id.
+    Boxes are cut at the right and bottom edges only if `images` has the columns rows and columns. An image is removed, with
+    all of its boxes, if what remains of one of them is less than a pixel wide or high. Each cut and each removed image is a
+    fault, with the `file` that the boxes come from, and with the image id followed by `suffix`.
     """
     sizes = {"xmin": 0, "ymin": 0, "xmax": math.inf, "ymax": math.inf}
     boxes = check_table(boxes, "boxes", file)

@@ -24,17 +24,17 @@ HOW_TO_GET = "https://bimcv.cipf.es/bimcv-projects/bimcv-covid19, see inputs/REA
 
 
 def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the frontal images sub-*/ses-*/mod-rx/*.png below `folder`, from the positive set, the negative set, or both.
+    """Read the frontal images sub-*/ses-*/mod-rx/*.png below `folder`, which has the positive set, the negative set or both.
 
-    The diagnosis comes from the session's report (`derivatives/labels/*.tsv`, with the columns ReportID, which is the
-    session, and Labels, a list): COVID-19 if the list contains "COVID 19", normal if "normal" is the only label, pneumonia
-    if the list contains "pneumonia", otherwise other. An image belongs to the set that its nearest folder with a set's name
-    indicates: positive with `posi` or `+` in the name, negative with `neg`, or `-` at the end. Patients of the positive set
-    were also X-rayed before and after the disease, so only images with a report of COVID 19 are used from it. In the
-    negative set such a report contradicts the test, and the image is left out. Also left out, with faults: images without a
-    report, images with another view than `vp-ap` and `vp-pa`, and unreadable images. Sex and age come from
-    `participants.tsv`, if present. Raises DatasetError if there is no image, no table of labels, or an image whose folders
-    do not tell its set.
+    An image's diagnosis comes from the report of its session, a row of `derivatives/labels/*.tsv` with the columns ReportID
+    (the session) and Labels (a list): COVID-19 if the list contains "COVID 19", normal if "normal" is the only label,
+    pneumonia if the list contains "pneumonia", otherwise other. The nearest folder whose name tells the set decides whether
+    an image is of the positive set (`posi` or `+` in the name) or of the negative set (`neg` in the name, or `-` at its
+    end). Patients of the positive set were also X-rayed before and after the disease, so only images with a report of COVID
+    19 are used from it. In the negative set such a report contradicts the test, and the image is left out. Also left out,
+    with faults: images without a report, images with another view than `vp-ap` and `vp-pa`, and unreadable images. Sex and
+    age come from `participants.tsv`, if present. Raises DatasetError if there is no image, no table of labels, or an image
+    whose folders do not tell its set.
     """
     folder, faults = Path(folder), Faults()
     rows = []
@@ -80,7 +80,7 @@ def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
 
 
 def _is_positive(path: Path, folder: Path) -> bool:
-    """Return whether the nearest folder with the name of a set belongs to the positive set.
+    """Return whether an image is of the positive set, according to the nearest of its folders whose name tells the set.
 
     Raises DatasetError if no folder has such a name.
     """
@@ -100,7 +100,7 @@ def _drop_rows(table: pd.DataFrame, wrong: pd.Series, problem: str, faults: Faul
 
 
 def _read_reports(folder: Path, faults: Faults) -> dict[str, str]:
-    """Return session -> diagnosis from all tables of labels. Raises DatasetError if no diagnosis can be read."""
+    """Return session -> diagnosis, from all label tables below `folder`. Raises DatasetError if no diagnosis can be read."""
     diagnoses = {}
     for path in sorted(folder.rglob(LABELS)):
         table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
@@ -130,7 +130,10 @@ def _diagnosis(labels: set[str]) -> str:
 
 
 def _read_participants(folder: Path, faults: Faults) -> pd.DataFrame:
-    """Return a table of sex and age with one row per subject (the index); it is empty if there is no participants.tsv."""
+    """Return a table with one row per subject, which is the index, and the columns sex and age.
+
+    The table is empty if there is no participants.tsv below `folder`.
+    """
     tables = [pd.DataFrame({"sex": [], "age": []})]
     for path in sorted(folder.rglob(PARTICIPANTS)):
         table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)

@@ -34,10 +34,10 @@ def read_covid_chestxray(folder: str | Path, progress: bool = True) -> Dataset:
 
     image_id is the file name without suffix, or with the suffix if two files share a name. A finding is a path such as
     `Pneumonia/Viral/COVID-19`, or a single name in older releases. Several findings are separated by commas, and the most
-    specific one decides: `COVID-19, ARDS` is COVID-19. The images have the column `offset`, in days, NaN if unknown. A row
-    without a patient is treated as a patient of its own. Left out, with a fault: other modalities and views; findings that
-    are unknown, not in FINDINGS, or mutually exclusive; repeated rows for one file; missing and damaged files. Raises
-    DatasetError if the table is missing or lacks a column, or if no image remains.
+    specific one decides: `COVID-19, ARDS` is COVID-19. The images have the column `offset` of the table, in days, NaN if
+    unknown. A row without a patient is treated as a patient of its own. Left out, with a fault: other modalities and views;
+    findings that are unknown, not in FINDINGS, or mutually exclusive; repeated rows for one file; missing and damaged files.
+    Raises DatasetError if the table is missing or lacks a column, or if no image remains.
     """
     folder, faults = Path(folder), Faults()
     # The case and the spaces of the column names differ between releases.
@@ -116,7 +116,7 @@ def _select_frontal(table: pd.DataFrame, faults: Faults) -> pd.DataFrame:
 
 
 def _find_diagnoses(table: pd.DataFrame, faults: Faults) -> list[str]:
-    """Return the diagnosis of each row, or "" for a row that has to be left out, with a fault."""
+    """Return the diagnosis of each row of `table`; it is "", with a fault, for a row that has to be left out."""
     diagnoses, undiagnosed = [], []
     for name, finding in zip(table.filename, table.finding, strict=True):
         try:

@@ -16,11 +16,12 @@ PUBLISHED = {"images": 852, "COVID-19": 426, "other": 426}
 
 
 def read_covidgr(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the images below P/ and N/, which are in `folder` or in exactly one folder below it.
+    """Read the images in the folders P (COVID-19) and N (other), which are in `folder` or in one folder below it.
 
     image_id is `P-` or `N-` and the file name without suffix. The data set does not state patients, so each image is treated
-    as a patient of its own; only near-duplicates are held together in one fold. The severity levels are not read. Left out,
-    with a fault: repeated file names and unreadable files. Raises DatasetError if P or N is missing or empty.
+    as a patient of its own; only near-duplicates are kept together in one fold. The severity levels are not read. Left out,
+    with a fault: repeated file names and unreadable files. Raises DatasetError if P or N is missing or empty, or if there
+    are several pairs.
     """
     folder, faults = Path(folder), Faults()
     roots = [path.parent for path in sorted(folder.rglob("P")) if path.is_dir() and (path.parent / "N").is_dir()]

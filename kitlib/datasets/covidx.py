@@ -1,4 +1,4 @@
-"""Reads COVIDx (Wang, Lin and Wong 2020): images from several data sets, with lists of their classes and sources."""
+"""Reads COVIDx (Wang, Lin and Wong 2020): images from several data sets, with lists of each image's class and source."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,15 +27,15 @@ HOW_TO_GET = "`kaggle datasets download andyczhao/covidx-cxr2`, see inputs/READM
 
 
 def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the images in train/, test/ and (if present) val/, each with a list of patient, file, class and source.
+    """Read the images in the folders train, test and (if present) val, each of which has a list of its images.
 
-    A list is called `train.txt`, `train_COVIDx5.txt` or similar; older lists have no source. Columns are separated by
-    blanks, which a file name may also contain. image_id is the file name without suffix, or with the suffix if two files
-    share a name. `split` is "test" for the official test set, otherwise "train". Patients from data sets that the kit can
-    also read directly get the same ids as there. RSNA's patientIds identify images, most of which come from an NIH patient
-    with several images: if RSNA's MAPPING is in the folder, patients are NIH's; otherwise a fault warns of leaks. Left out,
-    with a fault: invalid lines, repeated files, and missing or damaged files. Raises DatasetError if the list of train or
-    test is missing, a part has several lists, or no image is found.
+    A list is called `train.txt`, `train_COVIDx5.txt` or similar. A line has an image's patient, file, class and, except in
+    older lists, source, separated by blanks, which a file name may also contain. image_id is the file name without suffix,
+    or with the suffix if two files share a name. `split` is "test" for the official test set, otherwise "train". Patients
+    from data sets that the kit can also read directly get the same ids as there. RSNA's patientIds identify images, most of
+    which come from an NIH patient with several images: if RSNA's MAPPING is in the folder, patients are NIH's; otherwise a
+    fault warns of leaks. Left out, with a fault: invalid lines, repeated files, and missing or damaged files. Raises
+    DatasetError if the list of train or test is missing, a part has several lists, or no image is found.
     """
     folder, faults = Path(folder), Faults()
     entries: dict[str, tuple[str, ...]] = {}
@@ -82,7 +82,7 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
 
 
 def _find_list(folder: Path, part: str) -> Path | None:
-    """Return the path of a part's list, or None for val without a list.
+    """Return the path of the list of `part` (train, val or test), or None if val has no list.
 
     Raises DatasetError if there are several lists, or if the list of train or test is missing.
     """
@@ -97,9 +97,10 @@ def _find_list(folder: Path, part: str) -> Path | None:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, tuple[str, str, str, str] | None]]:
-    """Yield the number (from 1) of each line, and its patient, file, class and source, or None if the line is invalid.
+    """Yield, for each line of a list, its number (from 1) and its cells: patient, file, class and source.
 
-    Class and source are in lower case.
+    Class and source are in lower case. If a line is invalid, None stands for the cells. Empty lines and a first line with
+    column names are skipped.
     """
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         cells = line.split()

@@ -91,7 +91,7 @@ def read_darwin(folder: str | Path, progress: bool = True) -> Dataset:
 def _read_annotations(
     folder: Path, files: dict[str, Path], faults: Faults, progress: bool
 ) -> dict[str, tuple[Path, DarwinAnnotation]]:
-    """Return image id -> (path, content) of the image's annotation; if there are several, the first one is used."""
+    """Return image id -> (path of the annotation file, its content); if an image has several, the first one is used."""
     annotations: dict[str, tuple[Path, DarwinAnnotation]] = {}
     without_image, repeated = [], []
     paths = sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
@@ -148,7 +148,7 @@ def _labels(tags: dict[str, tuple[str, ...]]) -> pd.DataFrame:
 def _find_patients(
     metadata: Path, image_ids: list[str], annotations: dict[str, tuple[Path, DarwinAnnotation]], faults: Faults
 ) -> dict[str, str]:
-    """Return image id -> patient id."""
+    """Return image id -> patient id, from the file `metadata`, from Kermany's file names, or a patient per image."""
     ieee_patients: dict[str, str] = {}
     if metadata.is_file():
         table = read_csv(metadata, ("patientid", "filename"))

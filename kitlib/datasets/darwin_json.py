@@ -1,4 +1,4 @@
-"""Reads annotation files of V7's Darwin (JSON 1.0 or 2.0): image names, size, tags and polygons; fills polygons."""
+"""Reads annotation files of V7's Darwin (JSON 1.0 or 2.0): an image's names, size, tags and polygons; fills polygons."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ LUNG_NAMES = ("lung", "lungs", "left lung", "right lung")  # in lower case
 
 @dataclass(frozen=True)
 class DarwinAnnotation:
-    """The tags and polygons of one image, with its possible file names and its size in pixels."""
+    """The annotation of one image: its tags and polygons, its possible file names, and its size in pixels."""
 
     names: tuple[str, ...]  # possible file names of the image: in Darwin, then in the original source
     rows: int
@@ -38,7 +38,7 @@ class DarwinAnnotation:
 
 
 def read_darwin_json(path: str | Path) -> DarwinAnnotation:
-    """Read an annotation file in Darwin JSON 1.0 or 2.0.
+    """Return the annotation in a file in Darwin JSON 1.0 or 2.0.
 
     Raises MaskError if the file has another format, annotates a video, or lacks a valid image size.
     """
@@ -63,10 +63,11 @@ def read_darwin_json(path: str | Path) -> DarwinAnnotation:
 
 
 def fill_even_odd(paths: Iterable[np.ndarray], rows: int, columns: int) -> np.ndarray:
-    """Fill closed `paths` (n, 2) of x, y by the even-odd rule; returns a bool mask (rows, columns).
+    """Fill closed paths by the even-odd rule; returns a bool mask (rows, columns).
 
-    A pixel is inside if its centre is enclosed by an odd number of paths; the centre of pixel 0 is at 0.5. cv2.fillPoly
-    would also fill the pixels that an outline touches, half a pixel too much on every side.
+    Each of `paths` is an array (n, 2) with the x and y of its n corners. A pixel is inside if its centre is enclosed by an
+    odd number of paths; the centre of pixel 0 is at 0.5. cv2.fillPoly would also fill the pixels that an outline touches,
+    half a pixel too much on every side.
     """
     crossings = np.zeros((rows, columns + 1), np.uint8)
     for path in paths:
@@ -84,7 +85,7 @@ def fill_even_odd(paths: Iterable[np.ndarray], rows: int, columns: int) -> np.nd
 
 
 def _image(content: dict[str, Any]) -> tuple[tuple[str, ...], int, int]:
-    """Return the image's names, and its numbers of rows and columns."""
+    """Return the image's possible file names, its number of rows and its number of columns."""
     if "item" in content:  # 2.0
         item, slot = content["item"], content["item"]["slots"][0]
         names = [item["name"], *(source["file_name"] for source in slot.get("source_files", ()))]
@@ -96,7 +97,7 @@ def _image(content: dict[str, Any]) -> tuple[tuple[str, ...], int, int]:
 
 
 def _paths(annotation: dict[str, Any]) -> tuple[np.ndarray, ...]:
-    """Return the closed paths of a simple or complex polygon, () for any other annotation."""
+    """Return the closed paths of a polygon, each an array (n, 2) of x and y; () for an annotation that is not a polygon."""
     polygon = annotation.get("polygon") or annotation.get("complex_polygon")
     if not polygon:
         return ()

@@ -1,4 +1,4 @@
-"""Data sheet of images with mutually exclusive classes: their composition, and shortcuts that a model could learn."""
+"""Makes a data sheet of images with mutually exclusive classes: counts by source, view, sex and age, and warnings."""
 
 from dataclasses import dataclass
 
@@ -18,9 +18,9 @@ NEARLY_ALL = 0.95  # share of images
 class DataSheet:
     """Counts of a set of images, and warnings about it.
 
-    `tables` maps "source", "view", "sex" and "age" to a table of image counts with a row per class and a column per value.
-    `flags` has the columns kind, which (the class, fold or test set; "" if the warning concerns neither) and problem.
-    Warnings about sources come first, then ages, then folds.
+    `tables` has a table of image counts for each of "source", "view", "sex" and "age", with one row per class and one column
+    per value. `flags` has one row per warning and the columns kind, which (the class, fold or test set that it concerns, ""
+    if none) and problem. Warnings about sources come first, then ages, then folds.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -28,7 +28,7 @@ class DataSheet:
 
 
 def are_exclusive(labels: pd.DataFrame) -> bool:
-    """Return whether a `labels` table has at least two classes and exactly one of them is 1, the others 0, in every row."""
+    """Return whether a `labels` table has two or more classes, and in every row a 1 for exactly one and 0 for the others."""
     values = labels[class_columns(labels, "labels")].to_numpy(dtype=float)
     return bool(values.shape[1] > 1 and np.isin(values, [0, 1]).all() and (values.sum(axis=1) == 1).all())
 
@@ -39,10 +39,10 @@ def make_data_sheet(
     folds: pd.DataFrame | None = None,
     near_duplicates: pd.DataFrame | None = None,
 ) -> DataSheet:
-    """Count the images of each class by source, view, sex and age, and flag what can invalidate results on these images.
+    """Count the images of each class by source, view, sex and age, and warn of what can invalidate results on these images.
 
-    Ages are grouped by AGE_GROUPS, or "unknown"; an image without an age counts as 0-17 if its `age_group` is CHILD. Flags
-    are raised for: a class without images; a class with nearly all of its images from one of several sources; a class of
+    Ages are grouped by AGE_GROUPS, or "unknown"; an image without an age counts as 0-17 if its `age_group` is CHILD. There
+    is a warning for: a class without images; a class with nearly all of its images from one of several sources; a class of
     children if another class shows adults; a class that is missing from a fold; patients, and groups of `near_duplicates`
     (columns image_id, group), that are in several folds, or in a fold and in the official test set. Raises ValueError if the
     labels are not mutually exclusive.
@@ -74,7 +74,7 @@ def make_data_sheet(
 
 
 def group_ages(images: pd.DataFrame) -> pd.Series:
-    """Return the age group of every image: a key of AGE_GROUPS, or UNKNOWN."""
+    """Return the age group of every image, a key of AGE_GROUPS or UNKNOWN, with the index of `images`."""
     years = images.age if "age" in images else pd.Series(np.nan, index=images.index)
     groups = pd.cut(years, [0, *AGE_GROUPS.values()], right=False, labels=list(AGE_GROUPS)).astype(object)
     child = (images.age_group == CHILD) if "age_group" in images else pd.Series(False, index=images.index)
@@ -82,7 +82,11 @@ def group_ages(images: pd.DataFrame) -> pd.Series:
 
 
 def data_sheet_figure(sheet: DataSheet) -> Figure:
-    """Draw one panel per table: for each class, the shares of the values among its images, and its number of images."""
+    """Return a figure with one panel per table of the data sheet.
+
+    A panel has one bar per class, labelled with the class's number of images. The bar's parts are the shares of these images
+    with each value, such as each source.
+    """
     figure = Figure(figsize=(11, 1.6 + 0.9 * len(sheet.tables["source"])), layout="constrained")
     for axis, (name, table) in zip(figure.subplots(2, 2).ravel(), sheet.tables.items(), strict=True):
         counts = table.sum(axis=1)

@@ -1,4 +1,4 @@
-"""Makes a Dataset from files with one diagnosis per image; used by several readers."""
+"""Makes a Dataset from images that have one diagnosis each; used by several readers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +25,10 @@ def diagnosis_dataset(
     """Return a Dataset of the images in `rows` (columns image_id, patient_id, path, source, view and diagnosis).
 
     Every image is a study of its own. Further columns are included; sex ("M", "F" or ""), age (years, NaN if unknown) and
-    licence are added if missing. An empty `view` is filled in from a DICOM header. Labels are one-hot over `diagnoses`,
-    those of DIAGNOSES that the data set distinguishes. An image whose header cannot be read is left out, with a fault.
-    Raises DatasetError, whose message ends with `how_to_get`, if no image remains; ValueError if a diagnosis is not in
-    `diagnoses`.
+    licence are added if missing. An empty `view` is filled in from a DICOM header. The labels have one column for each of
+    `diagnoses`, which are those of DIAGNOSES that the data set distinguishes, with a 1 for the image's diagnosis. An image
+    whose header cannot be read is left out, with a fault. Raises DatasetError, whose message ends with `how_to_get`, if no
+    image remains; ValueError if a diagnosis is not in `diagnoses`.
     """
     invalid = sorted(set(rows.diagnosis) - set(diagnoses) | set(diagnoses) - set(DIAGNOSES))
     if invalid:
@@ -43,15 +43,16 @@ def diagnosis_dataset(
 
 
 def parse_sexes(cells: pd.Series) -> list[str]:
-    """Return "M" or "F" for each cell, by its first letter in either case, or "" for any other letter."""
+    """Return "M" or "F" for each cell that starts with this letter, in either case, and "" for any other cell."""
     letters = cells.str.strip().str[:1].str.upper()
     return letters.where(letters.isin(["M", "F"]), "").tolist()
 
 
 def parse_ages(cells: pd.Series, ids: pd.Series, faults: Faults, file: str) -> pd.Series:
-    """Return ages in years, NaN for empty cells; a cell that is not an age from 0 to 130 is NaN too, with a fault.
+    """Return the age in each cell, in years. A cell that is empty or is not a number from 0 to 130 becomes NaN.
 
-    In the faults, `file` is the file that the cells come from, and `ids` are the ids of their rows.
+    Cells that are neither empty nor such a number are a fault, which names `file`, the file that the cells come from, and
+    the id (of `ids`) of the first such cell.
     """
     years = pd.to_numeric(cells.str.strip(), errors="coerce").astype(float)
     years = years.where(years.between(0, 130))

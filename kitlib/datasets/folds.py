@@ -1,4 +1,4 @@
-"""Makes folds and test splits that never separate images of a patient or near-duplicates, and checks folds for leaks."""
+"""Makes folds and test splits that keep a patient's images and near-duplicates together; checks folds for leaks."""
 
 import numpy as np
 import pandas as pd
@@ -53,8 +53,9 @@ def hold_out_test(
 
     Replaces an existing split. Images that share a patient or a group of near-duplicates get the same split, and the
     proportions of classes are as similar as whole groups allow; `false_none` images are "train". With a share of 0.1 and
-    nine folds, the images are split 80/10/10. The result depends on `seed` and on the rows, but not on their order. Raises
-    ValueError if the share is not between 0 and 1, or if one side would be empty.
+    nine folds of the rest, 80 % of the images train a model, 10 % validate it and 10 % test it. The result depends on `seed`
+    and on the rows, but not on their order. Raises ValueError if the share is not between 0 and 1, or if one side would be
+    empty.
     """
     if not 0 < share < 1:
         raise ValueError(f"the share of test images is {share}; expected more than 0 and less than 1")
@@ -72,9 +73,9 @@ def hold_out_test(
 def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return a `folds` table with one fold per source, numbered alphabetically, for leave-one-source-out validation.
 
-    Images that are `false_none` or in the split "test" get no fold. Neither do images whose patient or near-duplicate also
-    occurs in another source, because they would leak. Raises ValueError if there is only one source, or if a source loses
-    all its images.
+    Images that are `false_none` or in the split "test" get no fold. Images whose patient, study or near-duplicate also
+    occurs in another source get no fold either, because they would leak. Raises ValueError if there is only one source, or
+    if a source loses all its images.
     """
     included = _annotated_images(images)
     if "split" in included:
@@ -94,7 +95,7 @@ def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None
 
 
 def find_leak_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> np.ndarray:
-    """Return a group number for every row of `images`; all rows with the same number must be in the same fold.
+    """Return an int array with a group number for every row of `images`; rows with the same number must share a fold.
 
     Rows have the same number if they share a patient, a study or a group of near-duplicates, directly or through others.
     """
@@ -133,7 +134,7 @@ def check_no_leak(folds: pd.DataFrame, images: pd.DataFrame, near_duplicates: pd
 
 
 def _annotated_images(images: pd.DataFrame) -> pd.DataFrame:
-    """Return the images sorted by id, without those that no annotator looked at (`false_none`)."""
+    """Return the `images` table sorted by image id, without the images that no annotator looked at (`false_none`)."""
     annotated = check_table(images, "images").sort_values("image_id", ignore_index=True)
     return annotated[~annotated.false_none.astype(bool)].reset_index(drop=True) if "false_none" in annotated else annotated
 
@@ -150,13 +151,14 @@ def _check_one_fold_each(assigned: pd.DataFrame, column: str, name: str) -> None
 
 
 def _assign_groups(counts: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a fold number for every group; `counts` (groups, strata) has the number of images of each group and stratum.
+    """Return an int array (groups,) with the fold number of every group.
 
-    `parts` (folds,) are the reciprocals of the folds' shares, which sum to one; for n folds of equal size, every part is n.
-    Groups are assigned from the largest to the smallest. For each fold, the squared distances from the fold's target,
-    divided by the target, are summed over strata; a group goes to the fold where it increases this sum least. The many
-    groups of one image even out the remainder. On SIIM's training set scikit-learn's StratifiedGroupKFold, which orders
-    groups by their spread over strata, is up to 5 percentage points off.
+    `counts` (groups, strata) is the number of images of each group in each stratum. `parts` (folds,) is 1 / the share of the
+    images that each fold should get; for n folds of equal size, every part is n. Groups are assigned from the largest to the
+    smallest. For each fold, the squared distances from the fold's target, divided by the target, are summed over strata; a
+    group goes to the fold where it increases this sum least. The many groups of one image even out the remainder. On SIIM's
+    training set scikit-learn's StratifiedGroupKFold, which orders groups by their spread over strata, is up to 5 percentage
+    points off.
     """
     # The total number of images breaks ties. Without it, a single fold would be filled if all strata are rare.
     counts = np.column_stack([counts, counts.sum(axis=1)])
@@ -173,7 +175,10 @@ def _assign_groups(counts: np.ndarray, parts: np.ndarray, rng: np.random.Generat
 
 
 def _strata(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> np.ndarray:
-    """Return a stratum number for every image, which encodes its rarest class and whether it has a box."""
+    """Return an int array with the stratum of every image, a number for its rarest class and for whether it has a box.
+
+    Raises ValueError if the study of an image has no label.
+    """
     classes = check_table(labels, "labels").set_index("id")
     missing = sorted(set(images.study_id) - set(classes.index))
     if missing:

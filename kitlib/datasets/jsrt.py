@@ -23,9 +23,10 @@ PUBLISHED = {"images": 247, "nodule": 154, "no nodule": 93, "masks": 247}
 def read_jsrt(folder: str | Path, progress: bool = True) -> Dataset:
     """Read the raw `.IMG` files below `folder`, as in JSRT's `All247images`, and the masks in SCR's folder `scratch`.
 
-    image_id and study_id are the file name. It also identifies the patient and states the label, nodule or no nodule. Left
-    out, with a fault: files with another name or size. Images without masks are included. An image that lacks some of the
-    structures that other images have is included without any mask. Raises DatasetError if there is no image or no mask.
+    image_id and study_id are the file name without suffix, which also identifies the patient and states the label (nodule or
+    no nodule). Left out, with a fault: files with another name or size. Images without masks are included. An image that
+    lacks some of the structures that other images have is included without any mask. Raises DatasetError if there is no
+    image or no mask.
     """
     folder, faults = Path(folder), Faults()
     candidates = find_files(folder, (".img",), faults)
@@ -59,9 +60,10 @@ def read_jsrt(folder: str | Path, progress: bool = True) -> Dataset:
 
 
 def _find_masks(folder: Path, images: pd.DataFrame, faults: Faults) -> pd.DataFrame:
-    """Return the masks of the images that have a mask of every structure found in the folder, as a table like Dataset.masks.
+    """Return the mask files below `folder`, as a table like Dataset.masks.
 
-    Raises DatasetError if there is no mask.
+    An image gets masks only if it has one of every structure that occurs; others are faults. Raises DatasetError if there is
+    no mask.
     """
     rows = []
     # SCR has two folds, each with a folder per structure.

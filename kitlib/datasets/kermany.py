@@ -25,14 +25,14 @@ PUBLISHED = {"images": 5856, "bacterial": 2780, "viral": 1493, "normal": 1583}
 
 
 def read_kermany(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the images in train, test and val of `folder` (or of a folder in it), each with the folders NORMAL and PNEUMONIA.
+    """Read the images in train, test and val, each with the folders NORMAL and PNEUMONIA, anywhere below `folder`.
 
     image_id is the file name without suffix, prefixed with `PART-` if two parts share the name. The file name states the
     diagnosis and the patient. The same number is treated as the same patient in all parts and for both germs, because it is
     not documented whether `person1` in the test folder is `person1` in the training folder; joining two patients is
     harmless, while separating one leaks. Because the official test folder shares numbers with the others, there is no
-    `split`; the column `part` has the folder. All patients are children of one to five years: `age_group` is "child", `age`
-    unknown. Left out, with a fault: further copies of a part, names that state no diagnosis or another one than their
+    `split`; the column `part` is train, test or val. All patients are children of one to five years: `age_group` is "child",
+    `age` unknown. Left out, with a fault: further copies of a part, names that state no diagnosis, or not that of their
     folder, and unreadable files. Raises DatasetError if there is no such folder or no image.
     """
     folder, faults = Path(folder), Faults()

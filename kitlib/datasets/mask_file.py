@@ -1,4 +1,4 @@
-"""Reads the mask files of published data sets, and stores the masks as label images of the decoded copies' size."""
+"""Reads the mask files of published data sets, and stores the masks as label images with the size of the decoded copies."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,14 +59,14 @@ def read_mask(path: str | Path) -> np.ndarray:
 def fill_masks(
     store: MaskStore, masks: pd.DataFrame, images: pd.DataFrame, cache: XrayCache, progress: bool = True
 ) -> pd.DataFrame:
-    """Add a label image to `store` for every image that has rows in `masks` (see Dataset); returns the faults.
+    """Add a mask to `store` for every image that has rows in `masks` (see Dataset); returns a table like Dataset.faults.
 
-    Decoded copies come from `cache`, which must contain all `images`; the faults have the columns of Dataset.faults. An
-    image gets no mask if one of its mask files is missing, is damaged, or has another aspect ratio than the image (by more
-    than 1 %), or if no pixel is lung: an incomplete mask would teach that the missing part is background. A mask with only
-    one lung or with an empty structure is stored, but is also a fault. Masks are resized to the decoded copy by area
-    averaging; a pixel is inside if at least half of it is. Where structures overlap, the later one in DRAWN_IN_ORDER wins.
-    Masks that are already in the store are not changed. Raises ValueError if a structure is unknown.
+    Decoded copies come from `cache`, which must contain all `images`. An image gets no mask if one of its mask files is
+    missing, is damaged, or has another aspect ratio than the image (by more than 1 %), or if no pixel is lung: an incomplete
+    mask would teach that the missing part is background. A mask with only one lung or with an empty structure is stored, but
+    is also a fault. Masks are resized to the decoded copy by area averaging; a pixel is inside if at least half of it is.
+    Where structures overlap, the later one in DRAWN_IN_ORDER wins. Masks that are already in the store are not changed.
+    Raises ValueError if a structure is unknown.
     """
     unknown = sorted(set(masks.structure) - set(DRAWN_IN_ORDER))
     if unknown:
@@ -92,7 +92,7 @@ def fill_masks(
 def _label_image(
     image_id: str, files: Sequence[tuple[str, str]], cache: XrayCache
 ) -> tuple[np.ndarray | None, list[tuple[str, str]]]:
-    """Return an image's label image (None if it gets no mask), and a list of (file, problem).
+    """Return the mask of an image as a label image (None if it gets no mask), and a list of its faults (file, problem).
 
     The label image is uint8, of the same shape as the decoded copy; `files` has (structure, path) for each mask file.
     """
@@ -130,7 +130,7 @@ def _label_image(
 
 
 def _resize(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Resize a bool mask to `shape`; a pixel is inside if at least half of it is."""
+    """Return a bool mask, resized to `shape`; a new pixel is True if at least half of its area is."""
     if mask.shape == shape:
         return mask
     interpolation = cv2.INTER_AREA if mask.shape[0] >= shape[0] else cv2.INTER_LINEAR
@@ -138,12 +138,12 @@ def _resize(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _is_one_lung(lungs: np.ndarray) -> bool:
-    """Return whether a nonempty lung mask has only one large part, which is too narrow to be both lungs."""
+    """Return whether a nonempty bool mask shows only one lung: it has only one large part, which is too narrow for two."""
     parts = cv2.connectedComponentsWithStats(lungs.astype(np.uint8))[2][1:]
     large = parts[parts[:, cv2.CC_STAT_AREA] >= LEAST_PART * lungs.sum()]
     return len(large) == 1 and bool(large[0, cv2.CC_STAT_WIDTH] < LONE_LUNG * large[0, cv2.CC_STAT_HEIGHT])
 
 
 def _short_name(path: str) -> str:
-    """Return the folder and name of a mask file; an image's masks often have the same name in different folders."""
+    """Return "folder/name" of a mask file, because an image's masks often have the same name in different folders."""
     return "/".join(Path(path).parts[-2:])

@@ -22,11 +22,11 @@ BLOCK = 1024  # rows of the distance matrix that are in memory at once
 
 
 def group_near_duplicates(cache: XrayCache, image_ids: Iterable[str], max_distance: int = MAX_DISTANCE) -> pd.DataFrame:
-    """Group near-duplicates among `image_ids` by perceptual hash; returns a table with the columns image_id and group.
+    """Return a table that assigns each image to a group of near-duplicates, found by perceptual hash.
 
-    Images whose hashes differ in at most `max_distance` of 256 bits, directly or through others, share a group; every other
-    image is a group of its own. Images that are not in the cache, because they could not be decoded, are left out of the
-    table.
+    The columns are image_id and group (a number). Images whose hashes differ in at most `max_distance` of 256 bits, directly
+    or through others, share a group; every other image is a group of its own. Images that are not in the cache, because they
+    could not be decoded, are left out of the table.
     """
     available = [image_id for image_id in image_ids if image_id in cache]
     hashes = [perceptual_hash(cache.read(image_id).pixels) for image_id in available]
@@ -34,7 +34,7 @@ def group_near_duplicates(cache: XrayCache, image_ids: Iterable[str], max_distan
 
 
 def perceptual_hash(pixels: np.ndarray) -> np.ndarray:
-    """Return the perceptual hash, bool (256,), of uint8 pixels (rows, columns); it does not depend on the aspect ratio.
+    """Return the perceptual hash, bool (256,), of an image, uint8 (rows, columns); it does not depend on the aspect ratio.
 
     Each bit says whether the amplitude at one of the 256 lowest spatial frequencies is above the median amplitude.
     """
@@ -46,7 +46,7 @@ def perceptual_hash(pixels: np.ndarray) -> np.ndarray:
 
 
 def group_hashes(hashes: list[np.ndarray], max_distance: int) -> np.ndarray:
-    """Return a group number for each of n bool hashes, int (n,).
+    """Return an int array with a group number for each of `hashes`, which are bool arrays of the same length.
 
     Hashes that differ in at most `max_distance` bits, directly or through others, get the same number.
     """

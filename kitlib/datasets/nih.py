@@ -1,4 +1,4 @@
-"""Reads NIH ChestX-ray14 (Wang et al. 2017): images, 14 findings and No Finding, official training and test lists, boxes."""
+"""Reads NIH ChestX-ray14 (Wang et al. 2017): images, labels (14 findings, or No Finding), boxes, official lists."""
 
 from pathlib import Path
 
@@ -38,12 +38,13 @@ PUBLISHED = {
 
 
 def read_nih(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the images below `folder` (`images_001/images` to `images_012/images`, or other folders) with their findings.
+    """Read the images below `folder` (`images_001/images` to `images_012/images`, or other folders) with their labels.
 
     image_id and study_id are the file name without suffix; patient ids have the form `nih-00000001`. Labels have the columns
-    NIH_FINDINGS, 0 or 1. `boxes` has an additional column `finding`. `split` is "train" or "test" if the official lists are
-    present. Left out, with a fault: rows without a file, files without a row, unreadable headers, unknown findings, invalid
-    boxes. Raises DatasetError if the table of entries is missing or lacks a column, or if there is no image.
+    NIH_FINDINGS, 0 or 1. `boxes` has an additional column `finding`. If the official lists are present, `split` is "train"
+    or "test". Left out, with a fault: rows without a file, files without a row, invalid boxes, images with an unreadable
+    header or an unknown finding, images in neither official list. Raises DatasetError if the table of entries is missing or
+    lacks a column, or if there is no image.
     """
     folder, faults = Path(folder), Faults()
     name = next((candidate for candidate in ENTRIES if (folder / candidate).is_file()), ENTRIES[-1])
@@ -96,11 +97,11 @@ def _read_labels(table: pd.DataFrame, name: str, faults: Faults) -> pd.DataFrame
 
 
 def read_boxes(path: Path, faults: Faults) -> pd.DataFrame:
-    """Read the list of boxes as a table with the columns image_id, xmin, ymin, xmax, ymax and finding.
+    """Return the boxes in the file `path`, as a table with the columns image_id, xmin, ymin, xmax, ymax and finding.
 
     The file has the columns `Image Index` and `Finding Label`, followed by x, y, width and height, whatever their names.
     Invalid boxes are left out, with a fault. If the file is missing, this is a fault and the table is empty. Raises
-    DatasetError if columns are missing.
+    DatasetError if the file lacks columns.
     """
     columns = ["image_id", *BOX, "finding"]
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Reads several data sets as one, with classes from one scheme; images that fit no class are left out and counted."""
+"""Reads several data sets as one, with the classes of one scheme; leaves out images that fit none of them, with a fault."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,13 +21,13 @@ DIAGNOSED = {
 
 
 def read_pool(parts: Mapping[str, str | Path], scheme: str, progress: bool = True) -> Dataset:
-    """Read the data sets in `parts` (a key of READERS -> its folder) as one Dataset with one-hot labels.
+    """Read the data sets in `parts` (key of READERS -> folder of the data set) as one Dataset.
 
-    The labels are the classes of `scheme`, a key of CLASS_SCHEMES. Images whose diagnosis has no class in the scheme are
-    left out, with one fault per data set and diagnosis. An image_id that occurs in two data sets is prefixed with the data
-    set's name in both. Every image is a study of its own; the columns `diagnosis` and `source` tell where an image comes
-    from. Official splits are retained; images from data sets without one are "train". There are no boxes. Raises ValueError
-    if the scheme is unknown, a data set has no diagnoses, or no image remains.
+    Labels have one column for each class of `scheme`, a key of CLASS_SCHEMES, exactly one of which is 1. Images whose
+    diagnosis has no class in the scheme are left out, with one fault per data set and diagnosis. An image_id that occurs in
+    two data sets is prefixed with the data set's name in both. Every image is a study of its own; the columns `diagnosis`
+    and `source` tell where an image comes from. Official splits are retained; images from data sets without one are "train".
+    There are no boxes. Raises ValueError if the scheme is unknown, a data set has no diagnoses, or no image remains.
     """
     classes = scheme_classes(scheme)
     sets = {name: _with_diagnosis(read_dataset(name, folder, progress), name) for name, folder in parts.items()}
@@ -77,7 +77,7 @@ def _prefix_clashing(image_ids: pd.Series, clashing: set[str], name: str) -> pd.
 
 
 def _with_diagnosis(data: Dataset, name: str) -> Dataset:
-    """Return the data set with a column `diagnosis` in its images, which DIAGNOSED derives from labels if it is missing.
+    """Return a data set whose `images` have a column `diagnosis`; if it is missing, it is derived from labels by DIAGNOSED.
 
     Raises ValueError if the data set `name` has no diagnoses and is not in DIAGNOSED.
     """
@@ -106,7 +106,7 @@ def _excluded_faults(images: pd.DataFrame, name: str, scheme: str) -> pd.DataFra
 
 
 def _fill_missing(images: pd.DataFrame) -> pd.DataFrame:
-    """Fill in "" for missing texts, and "train" for a missing official split."""
+    """Return `images` with "" in place of missing texts, and "train" in place of a missing `split`, if the column exists."""
     if "split" in images:
         images["split"] = images.split.astype(object).where(images.split.notna(), "train")
     texts = [column for column in images if images[column].map(lambda cell: isinstance(cell, str)).any()]
@@ -119,7 +119,7 @@ def _join_faults(faults: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _published_counts(sets: dict[str, Dataset], scheme: str) -> dict[str, int]:
-    """Return class -> published number of images, if every data set has published counts for the diagnoses of the class."""
+    """Return class -> published number of images, without classes for which a data set has not published its number."""
     counts: dict[str, int] = {}
     unknown = set()
     for data in sets.values():

@@ -1,4 +1,4 @@
-"""Registry of the data sets that the kit can read; compares a data set with its published counts."""
+"""Lists the data sets that the kit can read, reads them by name, and compares their counts with the published ones."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +38,7 @@ READERS: dict[str, Callable[..., Dataset]] = {
 
 
 def read_dataset(name: str, folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the training images of the data set `name` (a key of READERS) from `folder`.
+    """Return the data set `name` (a key of READERS), read from `folder`; of SIIM, only the training set.
 
     Raises ValueError if the name is unknown, DatasetError if a file or folder is missing.
     """
@@ -48,10 +48,10 @@ def read_dataset(name: str, folder: str | Path, progress: bool = True) -> Datase
 
 
 def compare_with_published(dataset: Dataset) -> pd.DataFrame:
-    """Compare a data set's counts with the published ones; returns a table with one row per count.
+    """Return a table that compares the counts of `dataset` with the published ones, one row per count.
 
-    The columns are what (the name of the count), here (its value in `dataset`), published (NA if unknown) and share (here /
-    published). The row "masks" has the number of images with a mask.
+    The columns are what (the name of the count), here (its value in `dataset`), published (its published value, NA if
+    unknown) and share (here / published). The row "masks" has the number of images with a mask.
     """
     images, labels = dataset.images, dataset.labels
     counts = {

@@ -19,9 +19,9 @@ PUBLISHED = {"images": 998, "patients": 361}
 def read_ricord(folder: str | Path, progress: bool = True) -> Dataset:
     """Read the DICOM files below `folder`, in the retriever's layout MIDRC-RICORD-1C-PATIENT/STUDY/SERIES/FILE.dcm.
 
-    All patients have COVID-19, so the data set is useful only in a pool. image_id is the path from the patient's folder on,
-    joined by "-", because many files are named 1-1.dcm. Sex and age are unknown: neither the radiologists' annotations (a
-    JSON file) nor the clinical table (a spreadsheet) are read. Left out, with a fault: files that are not in a patient's
+    All patients have COVID-19, so the data set is useful only in a pool. image_id is the patient, the folders and the file
+    name, joined by "-", because many files are named 1-1.dcm. Sex and age are unknown: neither the radiologists' annotations
+    (a JSON file) nor the clinical table (a spreadsheet) are read. Left out, with a fault: files that are not in a patient's
     folder, lateral views (according to their headers) and unreadable files. Raises DatasetError if no patient has a DICOM
     file.
     """

@@ -1,4 +1,4 @@
-"""Reads the training set (stage 2) of the RSNA Pneumonia Detection Challenge."""
+"""Reads the training set (stage 2) of the RSNA Pneumonia Detection Challenge: X-rays, classes, and boxes of opacities."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ PUBLISHED = {
 
 
 def read_rsna(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the training images below `folder` (DICOM, or PNG or JPEG if re-packed), their classes and opacity boxes.
+    """Read the training images below `folder` (DICOM, or PNG or JPEG if re-packed), with their classes and opacity boxes.
 
     image_id and study_id are RSNA's patientId. RSNA has one image per patientId, but the images come from NIH, where a
     patient has several. If MAPPING is in the folder, `patient_id` is NIH's patient, so that folds do not leak; otherwise it
@@ -59,9 +59,10 @@ def read_rsna(folder: str | Path, progress: bool = True) -> Dataset:
 
 
 def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read the two CSV files in `folder`; returns a `labels` table (id is the patientId) and a `boxes` table (of opacities).
+    """Read the two CSV files in `folder`; returns a `labels` table (id is the patientId) and a `boxes` table of opacities.
 
-    Invalid rows are left out, with a fault. Raises DatasetError if a file is missing or lacks a column.
+    An image with an invalid or contradictory row is left out of both, with a fault. Raises DatasetError if a file is missing
+    or lacks a column.
     """
     rows = read_csv(Path(folder) / LABELS, ("patientId", "x", "y", "width", "height", "Target"), HOW_TO_GET)
     detailed = read_csv(Path(folder) / CLASSES, ("patientId", "class"), HOW_TO_GET).drop_duplicates()
@@ -85,7 +86,7 @@ def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame,
 
 
 def read_nih_patients(path: Path, faults: Faults) -> dict[str, str]:
-    """Read RSNA's mapping file `path`; returns patientId -> NIH's patient, with the patient ids of kitlib.datasets.nih.
+    """Read RSNA's mapping file `path`; returns RSNA's patientId -> NIH's patient id, written as in kitlib.datasets.nih.
 
     If the file is missing, this is a fault and the mapping is empty. Raises DatasetError if the file has another format.
     """

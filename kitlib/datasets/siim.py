@@ -26,7 +26,7 @@ PUBLISHED = {"images": 6334, "studies": 6054, "patients": 3261, "boxes": 7853, "
 
 @dataclass(frozen=True)
 class SiimTest:
-    """The test set: its images, its faults, and the ids that need a row in a submission."""
+    """The test set: its images, its faults, and the ids of studies and images that need a row in a submission."""
 
     images: pd.DataFrame  # an `images` table, one row per file; rows and columns are 0 if the header cannot be read
     faults: pd.DataFrame  # see Dataset.faults
@@ -71,13 +71,13 @@ def read_train(folder: str | Path, progress: bool = True) -> Dataset:
 
 
 def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -> SiimTest:
-    """Read the test images below `folder`/test, and the ids in files and sample submission that need a submission row.
+    """Read the test images below `folder`/test, and the ids, from files and sample submission, that need a submission row.
 
     With `headers=False` no file is opened, which is fast: each study is then treated as a patient, and sizes are 0. The
     files and the sample submission need not agree (the public and the hidden test set differ, and either may have no study
     or no image): an id that is in only one of them is a fault, but still part of the result. An image with an unreadable
-    header gets a row, with the study from its path also as its patient. Raises DatasetError if both the sample submission
-    and the folder test are missing.
+    header gets a row; its study is that in its path, which is also used as its patient. Raises DatasetError if both the
+    sample submission and the folder test are missing.
     """
     folder = Path(folder)
     sample, test = folder / SAMPLE, folder / "test"
@@ -114,7 +114,7 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
 
 
 def read_label_tables(folder: Path, faults: Faults) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Read the two label CSV files; returns a `labels` table (id is the study_id), a `boxes` table and a table of images.
+    """Read the two CSV files of labels; returns a `labels` table (id is the study_id), a `boxes` table, a table of images.
 
     Boxes are in original pixels, with negative coordinates cut to zero; they cannot be cut at the other edges, because image
     sizes are in the DICOM files. The table of images has the columns image_id, study_id and false_none. Invalid rows are
@@ -159,7 +159,7 @@ def _read_study_labels(path: Path, faults: Faults) -> pd.DataFrame:
 
 
 def _bare_ids(ids: pd.Series, suffix: str, file: str, faults: Faults) -> pd.Series:
-    """Return the ids without suffix, or "" (with a fault) for an id that lacks the suffix or repeats an earlier row."""
+    """Return each id without `suffix`; "", with a fault, for an id that lacks the suffix or repeats an earlier one."""
     bare = ids.str.removesuffix(suffix)
     is_wrong = ~ids.str.endswith(suffix) | (bare == "")
     is_repeated = ~is_wrong & ids.duplicated()
@@ -171,7 +171,7 @@ def _bare_ids(ids: pd.Series, suffix: str, file: str, faults: Faults) -> pd.Seri
 
 
 def _parse_boxes(cell: str) -> list[tuple[float, float, float, float]]:
-    """Return the boxes (xmin, ymin, xmax, ymax) in a cell such as [{'x': 1.0, 'y': 2.0, 'width': 3.0, 'height': 4.0}].
+    """Return the boxes (xmin, ymin, xmax, ymax) in a table's cell, such as [{'x': 1, 'y': 2, 'width': 3, 'height': 4}].
 
     An empty cell has no boxes. Raises ValueError if the cell is not a Python literal in this form.
     """
@@ -198,7 +198,7 @@ def _box_corners(entry: Any) -> tuple[float, float, float, float]:
 
 
 def _read_sample_ids(path: Path, faults: Faults) -> tuple[str, ...]:
-    """Return the sample submission's ids that end in _study or _image, each once, in the file's order."""
+    """Return the ids in the sample submission `path` that end in _study or _image, each once, in the file's order."""
     if not path.is_file():
         faults.add(SAMPLE, "", "the file is missing; ids are taken from the files below test")
         return ()
@@ -213,7 +213,10 @@ def _read_sample_ids(path: Path, faults: Faults) -> tuple[str, ...]:
 
 
 def _find_dicom_files(root: Path, faults: Faults) -> pd.DataFrame:
-    """Return a table of image_id, study_id and path of all <study>/<series>/<image>.dcm below `root`, sorted by image_id."""
+    """Return a table of the files <study>/<series>/<image>.dcm below `root`, sorted by image_id.
+
+    The columns are image_id, study_id and path. Other files are faults.
+    """
     files: dict[str, tuple[str, str, str]] = {}
     for folder, _, names in sorted(os.walk(root)):
         parts = Path(folder).relative_to(root).parts
@@ -234,9 +237,10 @@ def _find_dicom_files(root: Path, faults: Faults) -> pd.DataFrame:
 
 
 def _with_headers(images: pd.DataFrame, folder: Path, faults: Faults, outcome: str, progress: bool) -> pd.DataFrame:
-    """Return `images` with the columns patient_id, rows, columns, view, source and readable, from the DICOM headers.
+    """Return `images` with additional columns from the DICOM headers: patient_id, rows, columns, view, source and readable.
 
-    An unreadable header is a fault, which ends with `outcome`: how the image is handled.
+    `readable` says whether the header could be read. If not, this is a fault, whose text ends with `outcome`, which says how
+    the image is handled.
     """
     records = []
     for row, header in zip(images.itertuples(), read_headers(images.path, progress), strict=True):

@@ -47,13 +47,13 @@ SHENZHEN = _Cohort(
 def read_montgomery(folder: str | Path, progress: bool = True) -> Dataset:
     """Read the images `MCUCXR_0001_0.png` and so on below `folder`, with lung masks and clinical readings.
 
-    Masks are the files in a folder with "mask" in its name, and the files whose names end in "_mask": the left and the right
-    lung separately in `ManualMask/leftMask` and `rightMask`, or both in one file in re-packed copies. image_id and study_id
-    are the file name; the patient is its number, unless a reading states that two images show the same patient. Labels have
-    the columns normal and tuberculosis; images have the columns sex (M, F, O or "") and age (years, NaN if unknown), from
-    ClinicalReadings. Images without a mask, or with a mask of one lung only, are included without a mask, with a fault. Left
-    out, with a fault: unreadable headers, further files with the same name. Raises DatasetError if there is no image or no
-    mask.
+    Masks are the files in a folder with "mask" in its name, and the files whose names end in "_mask". Each shows one lung
+    (in `ManualMask/leftMask` and `rightMask`) or, in re-packed copies, both lungs. image_id and study_id are the file name
+    without suffix; the patient is the number in it, unless a reading states that two images show the same patient. Labels
+    have the columns normal and tuberculosis; images have the columns sex (M, F, O or "") and age (years, NaN if unknown),
+    from ClinicalReadings. Images without a mask, or with a mask of one lung only, are included without a mask, with a fault.
+    Left out, with a fault: images with an unreadable header, further images with the same name. Raises DatasetError if there
+    is no image or no mask.
     """
     return _read(Path(folder), MONTGOMERY, progress)
 
@@ -97,9 +97,9 @@ def _read(folder: Path, cohort: _Cohort, progress: bool) -> Dataset:
 def _find_files(
     folder: Path, cohort: _Cohort, faults: Faults
 ) -> tuple[dict[str, Path], list[tuple[str, str, Path]], dict[str, Path]]:
-    """Return images (name -> path), masks (name, side, path) and readings (name -> path).
+    """Return the files of images (name -> path), of masks (name, side, path) and of readings (name -> path).
 
-    The side of a mask is "left", "right", or "" for both lungs.
+    The name is that of the image, without suffix; the side of a mask is "left", "right", or "" for both lungs.
     """
     name_pattern = re.compile(rf"({cohort.prefix}_\d+_[01])(_mask)?", re.IGNORECASE)
     images: dict[str, Path] = {}
@@ -136,7 +136,10 @@ def _find_masks(mask_files: list[tuple[str, str, Path]], images: pd.DataFrame, f
 
 
 def _find_patients(names: Iterable[str], texts: dict[str, str]) -> dict[str, str]:
-    """Return image name -> patient number; two images get the same number if a reading says that they show one patient."""
+    """Return image name -> patient number.
+
+    Images get the same number if a reading in `texts` (image name -> text) says that they show the same patient.
+    """
     patients = {name: name.split("_")[1] for name in names}
     for name, text in texts.items():
         if name not in patients:

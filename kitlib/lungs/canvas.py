@@ -1,4 +1,4 @@
-"""How an X-ray is drawn on the model's input: grey levels, lung masking, the central square, the border probe.
+"""Makes a model's input from an X-ray: adjusts grey levels, masks the lungs, places the image, cuts the central square.
 
 Training and prediction share this code, so that a model gets the same kind of input in both.
 """
@@ -32,7 +32,7 @@ class Canvas:
 
     @property
     def whole(self) -> int:
-        """Side of the square on which the image is placed; the model's input is a square of `image_size` cut from it."""
+        """Side of the square canvas on which the image is placed; the model's input, `image_size` a side, is cut from it."""
         return self.canvas or self.image_size
 
     @property
@@ -41,10 +41,10 @@ class Canvas:
         return self.masked or self.probe == "outside_lungs"
 
     def grey(self, pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        """Adjust the grey levels of `pixels`, then blacken what is outside (or inside, for a probe) of the lungs.
+        """Return `pixels` with adjusted grey levels, and black outside the lungs (inside for the probe "outside_lungs").
 
-        Returns uint8 of the same shape, (height, width). `mask` is a bool mask of that shape; None (the lungs were not
-        found) leaves all pixels visible.
+        The result is uint8 (height, width), like `pixels`. `mask`, bool (height, width), is True in the lungs; if it is
+        None, because the lungs were not found, nothing is blackened.
         """
         # Grey levels are adjusted before masking, so that the histogram includes the masked pixels, as in Patched FLANNEL.
         pixels = adjust_grey(pixels, self.equalise, self.gamma) if self.equalise or self.gamma != 1 else pixels
@@ -53,11 +53,11 @@ class Canvas:
         return blacken_outside(pixels, mask)
 
     def lay(self, grey: np.ndarray, place: Placement) -> np.ndarray:
-        """Place `grey` on the canvas and return the canvas; for the probe "border" everything but the border is black."""
+        """Return a canvas on which `grey` is placed by `place`; for the probe "border", all but its border is black."""
         return keep_border(place.image(grey)) if self.probe == "border" else place.image(grey)
 
     def middle(self, place: Placement) -> Placement:
-        """Convert a placement on the whole square to one on its central square of `image_size`, which prediction uses."""
+        """Convert a placement on the whole canvas to one on its central square (`image_size`), which prediction uses."""
         edge = (self.whole - self.image_size) // 2
         if not edge and self.whole == self.image_size:
             return place
@@ -70,13 +70,16 @@ class Canvas:
         )
 
     def crop_middle(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the central square of `image_size` of a canvas (whole, whole), as a view."""
+        """Return the central square, `image_size` a side, of the canvas `pixels` (whole, whole), as a view."""
         edge = (self.whole - self.image_size) // 2
         return pixels[edge : edge + self.image_size, edge : edge + self.image_size]
 
 
 def read_canvas(recipe: TrainingRecipe | Mapping[str, Any], image_size: int = 0) -> Canvas:
-    """Return the Canvas of a recipe, or of the recipe in a bundle's record; a nonzero `image_size` replaces the recipe's."""
+    """Return the Canvas of a recipe, given as an object or as in a bundle's record.
+
+    `image_size` replaces the recipe's `image_size`, unless it is 0.
+    """
     names = [field.name for field in dataclasses.fields(Canvas)]
     if isinstance(recipe, TrainingRecipe):
         fields = {name: getattr(recipe, name) for name in names if hasattr(recipe, name)}
@@ -86,7 +89,10 @@ def read_canvas(recipe: TrainingRecipe | Mapping[str, Any], image_size: int = 0)
 
 
 def keep_border(canvas: np.ndarray) -> np.ndarray:
-    """Return a copy of uint8 (rows, columns) that is black except for a border of a tenth of each side, at least a pixel."""
+    """Return a copy of the image `canvas`, uint8 (rows, columns), that is black except for a border.
+
+    The border is a tenth of the image's height or width, and at least one pixel.
+    """
     shown = canvas.copy()
     down, across = (max(1, round(BORDER * side)) for side in canvas.shape)
     shown[down : canvas.shape[0] - down, across : canvas.shape[1] - across] = 0

@@ -23,7 +23,7 @@ BLANK_SPREAD = 8  # grey levels; an image with a smaller range is blank, but a n
 
 @dataclass(frozen=True)
 class Segmented:
-    """The lung mask and frame of one image, and the verdict on whether they can be used."""
+    """The lung mask and the frame of the lungs in one image, and a verdict on whether the lungs can be used."""
 
     image_id: str
     verdict: str  # FOUND, BLANK, EMPTY, SMALL or NARROW
@@ -33,21 +33,22 @@ class Segmented:
 
 
 def place_image(xray: CachedXray, recipe: SegmenterRecipe) -> Placement:
-    """Return the Placement of the whole image on the recipe's canvas."""
+    """Return the Placement of the whole image on the segmenter's input, a canvas of the recipe's `image_size`."""
     return PLACEMENTS[recipe.placement](xray.rows, xray.columns, recipe.image_size)
 
 
 def make_input(xray: CachedXray, place: Placement, recipe: SegmenterRecipe) -> np.ndarray:
-    """Return the segmenter's input, uint8 (side, side): the image with adjusted grey levels on the black canvas."""
+    """Return the segmenter's input, uint8 (side, side): the image with adjusted grey levels, on a black canvas."""
     # Grey levels are adjusted first, so that the histogram does not include the canvas's padding.
     return place.image(adjust_grey(xray.pixels, recipe.equalise, recipe.gamma))
 
 
 def decode_maps(maps: np.ndarray, place: Placement, shape: tuple[int, int], recipe: SegmenterRecipe) -> np.ndarray:
-    """Convert maps from `LungSegmenter.maps` to a label image for the decoded copy: uint8 of `shape`, codes of MASK_CODES.
+    """Convert the maps of one image to a label image, uint8 of `shape`, that has a code of MASK_CODES at each pixel.
 
-    Probabilities are interpolated linearly from the canvas of `place`; each pixel gets the most probable of background and
-    structures.
+    `maps`, from `LungSegmenter.maps`, has one map of probabilities (0..255) per structure of the recipe, on the canvas of
+    `place`. They are interpolated linearly to `shape`, that of the decoded copy. A pixel gets the code of its most probable
+    structure, or 0 if the background is more probable.
     """
     codes, is_single = np.zeros(shape, np.uint8), len(maps) == 1
     # With a single structure, a pixel belongs to it above one half, so the background's map is not needed.
@@ -60,10 +61,11 @@ def decode_maps(maps: np.ndarray, place: Placement, shape: tuple[int, int], reci
 
 
 def clean_up_maps(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: SegmenterRecipe) -> Segmented:
-    """Clean up the maps of one image, which are on the canvas of `place`, and decide whether its lungs can be used.
+    """Return the cleaned lung mask of one image, the frame of the lungs, and whether they can be used, as a Segmented.
 
-    Small islands are removed, then the lungs are dilated and closed by 3 x 3 pixels on a canvas of 512 pixels a side. They
-    are rejected below a minimum area (UNet + HRNet paper, section 3.2) or if their frame is too narrow for two lungs.
+    `maps` (see `decode_maps`) are on the canvas of `place`. Small islands are removed, then the lungs are dilated and closed
+    by 3 x 3 pixels on a canvas of 512 pixels a side. The lungs are rejected if the image is blank, if no lung is found, if
+    their area is below a minimum (UNet + HRNet paper, section 3.2), or if their frame is too narrow for two lungs.
     """
     shape, whole = xray.pixels.shape, np.array([0.0, 0.0, xray.columns, xray.rows])
     if int(xray.pixels.max()) - int(xray.pixels.min()) < BLANK_SPREAD:
@@ -88,7 +90,7 @@ def clean_up_maps(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: 
 
 
 def remove_islands(lungs: np.ndarray, least: float) -> np.ndarray:
-    """Remove the connected parts of a bool mask (rows, columns) that cover less than a share `least` of the array."""
+    """Return a bool mask (rows, columns) without its connected parts that cover less than a share `least` of the image."""
     count, places, stats, _ = cv2.connectedComponentsWithStats(lungs.astype(np.uint8), connectivity=8)
     large = stats[:, cv2.CC_STAT_AREA] >= least * lungs.size
     large[0] = False  # the background
@@ -96,7 +98,10 @@ def remove_islands(lungs: np.ndarray, least: float) -> np.ndarray:
 
 
 def dilate_and_close(lungs: np.ndarray, dilations: int, closings: int) -> np.ndarray:
-    """Apply `dilations` and then `closings`, both by 3 x 3 pixels, to a bool mask (rows, columns); returns the new mask."""
+    """Return a bool mask (rows, columns) that is dilated `dilations` times, then closed, each time by 3 x 3 pixels.
+
+    A closing is `closings` dilations, then as many erosions.
+    """
     square = np.ones((3, 3), np.uint8)
     clean: np.ndarray = lungs.astype(np.uint8)
     if dilations:
@@ -107,9 +112,9 @@ def dilate_and_close(lungs: np.ndarray, dilations: int, closings: int) -> np.nda
 
 
 def lung_frame(lungs: np.ndarray, margin: float) -> np.ndarray | None:
-    """Return the box xmin, ymin, xmax, ymax around a bool mask (rows, columns), in whole pixels; None if the mask is empty.
+    """Return the frame around a bool mask (rows, columns): xmin, ymin, xmax, ymax in whole pixels; None for an empty mask.
 
-    On each side, the box is extended by a share `margin` of its width or height, but not beyond the image.
+    On each side, the frame is extended by a share `margin` of its width or height, but not beyond the image.
     """
     across, down = np.flatnonzero(lungs.any(axis=0)), np.flatnonzero(lungs.any(axis=1))
     if not len(across):

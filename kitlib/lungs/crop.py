@@ -18,14 +18,14 @@ class NoLungs:
     """A finder that never finds lungs, so that every image is used whole."""
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
-        """Return Lungs without a frame or mask for each image."""
+        """Return one Lungs per image, with neither a frame nor a mask."""
         return [Lungs(None)] * len(xrays)
 
 
 def choose_finder(recipe_lungs: str, finder: LungFinder | None) -> LungFinder:
-    """Return the finder that a recipe's field `lungs` requires: DarkLungs for "darkness", otherwise `finder`.
+    """Return the finder for a recipe whose field `lungs` is `recipe_lungs`.
 
-    If `finder` is None, returns NoLungs instead.
+    The result is DarkLungs if the field is "darkness"; otherwise `finder`, or NoLungs if `finder` is None.
     """
     if recipe_lungs == "darkness":
         return DarkLungs()
@@ -33,9 +33,9 @@ def choose_finder(recipe_lungs: str, finder: LungFinder | None) -> LungFinder:
 
 
 def needs_lungs(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
-    """Return whether a model needs to know where the lungs are, because it masks the image or crops a view to them.
+    """Return whether a model needs the position of the lungs, to mask the image with them or to crop a view to them.
 
-    `recipe` is the recipe in a bundle's record; if `views` is not empty, it replaces the recipe's views.
+    `recipe` is the recipe in the model's bundle; if `views` is not empty, it replaces the recipe's views.
     """
     shown = views or recipe.get("views") or ("full",)
     by_mask = recipe.get("masked", False) or recipe.get("probe") == "outside_lungs"
@@ -43,15 +43,14 @@ def needs_lungs(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
 
 
 def needs_masks(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
-    """Return whether a model needs lung masks from a segmenter; the arguments are those of `needs_lungs`."""
+    """Return whether a model needs a segmenter to find the lungs; the arguments are those of `needs_lungs`."""
     return recipe.get("lungs", "darkness") == "masks" and needs_lungs(recipe, views)
 
 
 def check_finder(recipe: WithBackbone, finder: LungFinder | None, model: str) -> None:
-    """Check that a training of `recipe` gets a finder if, and only if, it uses lung masks.
+    """Raise ValueError if a training with `recipe` has no finder, but needs one, or has a finder that it would ignore.
 
-    Raises ValueError, which starts with `model`, if a recipe with masks has no finder, or if a recipe would ignore its
-    finder.
+    A recipe needs a finder if its field `lungs` is "masks". The message starts with `model`, the name of the model.
     """
     if recipe.lungs == "masks" and finder is None:
         raise ValueError(
@@ -66,9 +65,9 @@ def check_finder(recipe: WithBackbone, finder: LungFinder | None, model: str) ->
 
 
 def find_lungs(finder: LungFinder, xrays: Sequence[CachedXray], masked: bool) -> list[Lungs]:
-    """Find the lungs of each image, reduced to what the model uses: the frame, and the mask if the model is `masked`.
+    """Return the lungs of each image, found by `finder`: with a frame and a mask if `masked`, otherwise with a frame only.
 
-    For a masked model, lungs without a mask count as not found.
+    If `masked`, lungs without a mask count as not found.
     """
     all_lungs = finder.find(xrays)
     if not masked:
@@ -77,23 +76,25 @@ def find_lungs(finder: LungFinder, xrays: Sequence[CachedXray], masked: bool) ->
 
 
 def crop(place: Callable[..., Placement], frame: np.ndarray | None, rows: int, columns: int, side: int) -> Placement:
-    """Return the Placement of a frame, or of the whole image if `frame` is None, on a square canvas of `side` pixels.
+    """Return the Placement of a part of an image, or of the whole image, on a square canvas of `side` pixels.
 
-    `frame` (4,) is xmin, ymin, xmax, ymax in original pixels; `place` is a value of kitlib.letterbox.PLACEMENTS.
+    `frame`, float (4,), is the part: xmin, ymin, xmax, ymax in original pixels; None stands for the whole image of `rows` x
+    `columns` pixels. `place` is one of the functions in kitlib.letterbox.PLACEMENTS.
     """
     return place(rows, columns, side) if frame is None else within(place, frame, rows, columns, side)
 
 
 def blacken_outside(pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """Set uint8 pixels (height, width) to 0 where the bool `mask` is False; returns them unchanged if there is no mask."""
+    """Return `pixels`, uint8 (height, width), with 0 where the bool `mask` is False; unchanged if `mask` is None."""
     return pixels if mask is None else pixels * mask
 
 
 def clip_boxes_to_canvas(place: Placement, boxes: np.ndarray) -> np.ndarray:
-    """Convert boxes (n, 4) from original pixels to pixels of the canvas of `place`; returns float (k, 4).
+    """Convert boxes from original pixels to pixels of the canvas of `place`, cut at its edges, without those outside of it.
 
-    Boxes are cut at the edges of the frame, then at those of the canvas; a box with less than a pixel a side after either
-    cut is removed.
+    `boxes` (n, 4) and the result, float (k, 4), have one row per box: xmin, ymin, xmax, ymax. Boxes are cut at the edges of
+    the frame that is placed, then at those of the canvas. A box that either cut leaves narrower or lower than a pixel is
+    removed.
     """
     xmin, ymin, xmax, ymax = place.frame or (0.0, 0.0, float(place.columns), float(place.rows))
     corner = np.array([xmin, ymin] * 2)

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def adjust_grey(pixels: np.ndarray, equalise: bool, gamma: float) -> np.ndarray:
-    """Equalise uint8 pixels of any shape (if `equalise`), then map each x to 255 (x / 255)^gamma, rounded.
+    """Return uint8 pixels, of any shape, equalised if `equalise`, then with each grey x mapped to 255 (x / 255)^gamma.
 
     This is Patched FLANNEL, section 2.1. The equalised grey level is the cumulative histogram, minus the number of pixels
     with the darkest level in the image, rescaled to 0..255 and truncated to integers; an image with a single grey level

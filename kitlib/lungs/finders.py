@@ -1,4 +1,4 @@
-"""Finders, which locate the lungs in images: by their darkness, or in the masks of a finished run."""
+"""Finders, which tell where the lungs are in an image: from their darkness, or from the masks of a finished run."""
 
 import hashlib
 import json
@@ -21,24 +21,24 @@ FOUND = "found"
 
 @dataclass(frozen=True)
 class Lungs:
-    """The frame and the mask of the lungs in one image, if they were found."""
+    """The frame and the mask of the lungs in one image; both are None if the lungs were not found."""
 
     frame: np.ndarray | None  # (4,) xmin, ymin, xmax, ymax in original pixels; None if not found: the whole image is used
     mask: np.ndarray | None = None  # bool, of the same shape as the cached pixels; None if there is no mask
 
 
 class LungFinder(Protocol):
-    """Interface of the classes that find the lungs in a batch of images."""
+    """Interface of finders: classes that return where the lungs are in each of several images."""
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
-        """Return the lungs of each image, in the same order."""
+        """Return one Lungs per image, in the order of the images."""
 
 
 class DarkLungs:
     """A finder that uses the lungs' darkness alone (see kitlib.lungs.darkness); it finds frames, but no masks."""
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
-        """Return Lungs with a frame for each image, or without one if the lungs are uncertain."""
+        """Return one Lungs per image, with a frame, or without one if the lungs are uncertain."""
         lungs = []
         for xray in xrays:
             box = lung_box(xray.pixels)
@@ -54,7 +54,7 @@ def in_original(box: np.ndarray, xray: CachedXray) -> np.ndarray:
 
 
 def segmenter_digest(record: dict[str, Any]) -> str:
-    """Return a SHA-256 (hex) that identifies a segmenter by what determines its masks: its weights and its recipe.
+    """Return a SHA-256 (hex) of a segmenter's weights and recipe, which together determine its masks.
 
     `record` is the record of the segmenter's bundle.
     """
@@ -65,8 +65,8 @@ def segmenter_digest(record: dict[str, Any]) -> str:
 class StoredLungs:
     """A finder that reads the lungs from a finished run of notebook 14: its `lungs` table and its masks.
 
-    `fingerprint` (hex) identifies the lungs of the run, `segmenter` the segmenter that found them (see `segmenter_digest`),
-    `image_ids` the images that it has segmented.
+    `fingerprint` (hex) changes if a frame or a mask changes. `segmenter` is the digest of the segmenter that found the lungs
+    (see `segmenter_digest`). `image_ids` are the ids of the images that it has segmented.
     """
 
     def __init__(self, run_folder: str | Path) -> None:
@@ -80,11 +80,14 @@ class StoredLungs:
         self.fingerprint = hashlib.sha256(f"{file_digest(table_path)} {self.masks.fingerprint()}".encode()).hexdigest()
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
-        """Return the lungs of each image. Raises ValueError if the run has not segmented one of them at this size."""
+        """Return the lungs of each image. Raises ValueError if the run has not segmented one of the images at its size."""
         return [self.find_one(xray) for xray in xrays]
 
     def find_one(self, xray: CachedXray) -> Lungs:
-        """Return the lungs of one image. Raises ValueError if the run has not segmented the image at this size."""
+        """Return the lungs of one image.
+
+        Raises ValueError if the run has not segmented the image, or if the stored mask has another size than `xray`.
+        """
         if xray.image_id not in self.image_ids:
             raise ValueError(
                 f"{self.run} has segmented {len(self.image_ids)} images, but not image {xray.image_id!r}: apply the "

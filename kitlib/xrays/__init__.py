@@ -1,4 +1,4 @@
-"""From X-ray files to display-ready pixels: DICOM, PNG and JPEG, decoding processes, the cache of decoded images, masks.
+"""Decodes X-ray files (DICOM, PNG, JPEG, GIF) to pixels for display, in several processes; stores decoded images and masks.
 
 Does not belong here: data sets, labels and models.
 """

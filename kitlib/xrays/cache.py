@@ -1,4 +1,4 @@
-"""Cache that decodes every X-ray once, in parallel, and stores a reduced copy together with the original size."""
+"""Cache that decodes every X-ray once, in parallel, and stores a reduced copy of it, with its original size."""
 
 import errno
 import hashlib
@@ -60,7 +60,7 @@ class CachedXray:
 
 
 class DecodedXrays(Protocol):
-    """Interface for sources of decoded X-rays, which are read by image id and have at most `longest_side` pixels a side."""
+    """Interface of classes that return decoded X-rays by image id, each with at most `longest_side` pixels a side."""
 
     longest_side: int
 
@@ -69,7 +69,7 @@ class DecodedXrays(Protocol):
 
 
 class XrayCache:
-    """Cache of decoded X-rays in `folder`, at most `longest_side` pixels a side.
+    """Cache of decoded X-rays, each with at most `longest_side` pixels a side, in a subfolder of `folder`.
 
     Each image is one safetensors file, written atomically. `pack` turns all entries into one archive, which this class reads
     as well. Entries with another `longest_side` or decoder version are in another subfolder and are ignored. An entry is
@@ -127,7 +127,7 @@ class XrayCache:
         """Decode all of `images` (columns image_id and path) with a progress bar.
 
         Returns a table with one row per image, in the order of `images`, and the fields of Outcome as columns. Raises the
-        errors of `decode`.
+        same errors as `decode`.
         """
         outcomes = tqdm(self.decode(images, workers, timeout_s), total=len(images), desc="decoding", unit="image")
         rows = [asdict(outcome) for outcome in outcomes]
@@ -135,7 +135,10 @@ class XrayCache:
         return table.set_index("image_id").reindex(images["image_id"].astype(str)).reset_index()
 
     def read(self, image_id: str) -> CachedXray:
-        """Return one decoded copy. Raises KeyError if the image was not decoded, CacheError if its entry is damaged."""
+        """Return an image's decoded copy.
+
+        Raises KeyError if the image was not decoded, CacheError if its entry is damaged.
+        """
         entry = self._entry_path(image_id)
         if not entry.is_file():
             other_versions = ", ".join(sorted(path.name for path in self.folder.parent.glob("*px_*") if path != self.folder))
@@ -155,7 +158,7 @@ class XrayCache:
             raise CacheError(f"{entry} is damaged ({error}); delete it and decode the image again") from error
 
     def put(self, xray: CachedXray) -> None:
-        """Write `xray`, for example a modified copy, as an entry without a source file; replaces an existing entry."""
+        """Write `xray`, such as a modified copy, as an entry that has no source file; replaces an existing entry."""
         entry = self._entry_path(xray.image_id)
         metadata = {"rows": str(xray.rows), "columns": str(xray.columns), "warnings": "[]"}
         with replacing(entry) as temporary_path:
@@ -187,7 +190,7 @@ class XrayCache:
         return self.folder / f"{image_id}.safetensors"
 
     def _cached_outcome(self, image_id: str, path: str) -> Outcome | None:
-        """Return the outcome if the image was already decoded from the same file content, else None."""
+        """Return an Outcome with status "cached" if the entry was decoded from the content of the file `path`, else None."""
         try:
             with safe_open(self._entry_path(image_id), framework="numpy") as opened:
                 metadata = opened.metadata() or {}
@@ -200,7 +203,11 @@ class XrayCache:
         )
 
     def _collect_finished(self, running: dict[Future, tuple[str, float]]) -> Iterator[Outcome]:
-        """Wait for at least one task, remove the finished ones from `running` and yield their outcomes."""
+        """Wait until at least one task has finished, remove all finished tasks from `running` and yield their outcomes.
+
+        `running` maps each task to the image id and the time limit in seconds. Raises CacheError if an entry cannot be
+        written.
+        """
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             image_id, timeout_s = running.pop(future)
             try:
@@ -217,7 +224,7 @@ class XrayCache:
                 raise CacheError(f"{image_id} cannot be written to {self.folder}: {error}; {advice}") from error
 
     def _check_images(self, images: pd.DataFrame) -> tuple[list[str], list[str]]:
-        """Return the image ids and paths. Raises ValueError for missing columns or an id that occurs twice."""
+        """Return the image ids and the paths in `images`. Raises ValueError if a column is missing or an id occurs twice."""
         missing = {"image_id", "path"} - set(images.columns)
         if missing:
             raise ValueError(
@@ -229,7 +236,7 @@ class XrayCache:
         return ids.tolist(), images["path"].astype(str).tolist()
 
     def _remove_abandoned(self) -> None:
-        """Delete temporary files of killed workers, but not those newer than STALE_SECONDS, which another run may use."""
+        """Delete temporary files of killed workers, but not newer ones (STALE_SECONDS), which another run may be writing."""
         for temporary_path in self.folder.glob(".*.safetensors"):
             try:
                 if time.time() - temporary_path.stat().st_mtime > STALE_SECONDS:
@@ -239,7 +246,10 @@ class XrayCache:
 
 
 def _unpack(packed: Path) -> Path:
-    """Unpack a packed cache into a scratch folder, once per machine and version of the archive, and return that folder."""
+    """Return the scratch folder with the entries of the archive `packed`; unpacks the archive if this was not yet done.
+
+    A changed archive is unpacked again. Raises CacheError if it cannot be unpacked.
+    """
     status = packed.stat()
     digest = hashlib.sha256(f"{packed.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = scratch_root() / "xrays" / digest

@@ -47,9 +47,9 @@ FAMILIES = {
 
 
 def find_syntax(frame: bytes, stated: str) -> str:
-    """Return a transfer syntax that decodes the frame: `stated` unless the frame's bytes are of another family.
+    """Return the transfer syntax with which to decode a frame: `stated`, or another one if the frame's bytes contradict it.
 
-    Returns `stated` as well if the bytes are not recognised.
+    `stated` is the transfer syntax in the DICOM file; it is also returned if the bytes are not recognised.
     """
     if frame[:2] == b"\xff\xd8":
         family = next((FAMILIES[kind] for kind in _frame_kinds(frame) if kind in FAMILIES), (stated,))
@@ -61,7 +61,7 @@ def find_syntax(frame: bytes, stated: str) -> str:
 
 
 def _frame_kinds(frame: bytes) -> Iterator[int]:
-    """Yield the low byte of each marker of a JPEG's header."""
+    """Yield the low byte of each marker in the header of a JPEG frame, such as 0xC3 for lossless JPEG."""
     position = 2
     while frame[position : position + 1] == b"\xff" and len(frame) >= position + 4:
         marker, length = struct.unpack_from(">HH", frame, position)
@@ -134,9 +134,10 @@ def _jpeg_2000(frame: bytes) -> FrameHeader:
 
 
 def _check_blocks(frame: bytes, position: int, rows: int, columns: int) -> None:
-    """Raise ValueError if the image has more than MAX_BLOCKS code-blocks or precincts.
+    """Raise ValueError if a JPEG 2000 frame has more than MAX_BLOCKS code-blocks or precincts.
 
-    A decoder allocates a hundred bytes or more for each block, and a block may be as small as 4 x 4 pixels.
+    `position` is the first byte after the size segment; `rows` and `columns` are the image's size. A decoder allocates a
+    hundred bytes or more for each block, and a block may be as small as 4 x 4 pixels.
     """
     position = frame.find(b"\xff\x52", position, position + 4096)
     if position < 0:
@@ -151,7 +152,7 @@ def _check_blocks(frame: bytes, position: int, rows: int, columns: int) -> None:
 
 
 def _read_bytes(frame: bytes, position: int, length: int) -> bytes:
-    """Return `length` bytes of the frame. Raises ValueError if it ends earlier."""
+    """Return the `length` bytes from `position` on. Raises ValueError if the frame ends before that."""
     part = frame[position : position + length]
     if len(part) < length:
         raise ValueError(f"the frame ends at byte {len(frame)}, inside its own header")

@@ -1,4 +1,4 @@
-"""Chooses the decoder for each transfer syntax: imagecodecs, as a pydicom plug-in, if it is faster and the pixels are equal.
+"""Chooses a decoder for each transfer syntax: imagecodecs (as a pydicom plug-in) where it is faster and gives equal pixels.
 
 Exactly one decoder is used for each syntax, so that training and test images are decoded in the same way. If imagecodecs is
 not installed, pydicom's usual plug-ins are the fallback.
@@ -42,7 +42,10 @@ def is_available(uid: str) -> bool:
 
 
 def decode_frame(frame: bytes, runner: DecodeRunner) -> np.ndarray:
-    """Decode one frame to uint8 or uint16 (rows, columns) or (rows, columns, 3). pydicom prescribes the signature."""
+    """Return the pixels of one compressed frame. pydicom prescribes the function's parameters.
+
+    The pixels are uint8 or uint16, with shape (rows, columns) for grey images and (rows, columns, 3) for colour images.
+    """
     import imagecodecs
 
     syntax = runner.transfer_syntax

@@ -1,4 +1,4 @@
-"""Reads a chest X-ray from a DICOM file, as pixels for display, stored values or header. Errors become UnreadableXray."""
+"""Reads the DICOM file of an X-ray: pixels for display, stored values, or header. Every error becomes UnreadableXray."""
 
 import logging
 from collections.abc import Callable
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def _raises_unreadable_xray(read: Callable[[str | Path], T]) -> Callable[[str | Path], T]:
-    """Decorate a function that reads a file, so that every error in pydicom or a decoder becomes UnreadableXray."""
+    """Return a version of `read`, a function that reads a file, that raises UnreadableXray for any error in it."""
 
     @wraps(read)
     def wrapper(path: str | Path) -> T:
@@ -48,9 +48,10 @@ class Xray:
 
 
 def read_xray(path: str | Path) -> np.ndarray:
-    """Decode a DICOM file to uint8 pixels (rows, columns) for display, where 255 is white, and log its warnings.
+    """Decode a DICOM file to uint8 pixels (rows, columns) for display, where 255 is white, and log warnings.
 
-    See `decode_xray`, which returns the warnings instead. Raises UnreadableXray if the file cannot be read as an X-ray.
+    `decode_xray` describes the decoding and returns the warnings instead of logging them. Raises UnreadableXray if the file
+    cannot be read as an X-ray.
     """
     xray = decode_xray(path)
     if xray.warnings:
@@ -60,13 +61,13 @@ def read_xray(path: str | Path) -> np.ndarray:
 
 @_raises_unreadable_xray
 def decode_xray(path: str | Path) -> Xray:
-    """Decode a DICOM file to pixels for display and a list of warnings.
+    """Decode a DICOM file; returns an Xray with pixels for display, and warnings about the file.
 
-    Applies the modality LUT, the VOI LUT and an inversion for MONOCHROME1, then maps minimum..maximum to 0..255. If there
-    are several VOI LUTs or windows, the first is used, and a LUT is preferred to a window; if there are several frames, the
-    first is used. PresentationLUTShape INVERSE belongs to MONOCHROME1 and is ignored. Pixels with PixelPaddingValue are
-    black and do not affect the range. Colour images are converted to luma. A constant image becomes black. Invalid header
-    elements are ignored, with a warning. Raises UnreadableXray if the file cannot be read as an X-ray.
+    Applies the modality LUT and the VOI LUT, inverts MONOCHROME1 images, then maps minimum..maximum to 0..255. Only the
+    first frame, the first VOI LUT and the first window are used; a VOI LUT is preferred to a window. PresentationLUTShape
+    INVERSE belongs to MONOCHROME1 and is ignored. Pixels with PixelPaddingValue are black and do not affect the minimum or
+    maximum. Colour images are converted to luma. A constant image becomes black. Invalid header elements are ignored, with a
+    warning. Raises UnreadableXray if the file cannot be read as an X-ray.
     """
     elements, syntax = read_elements(path)
     stored = read_stored(elements, syntax)
@@ -82,7 +83,7 @@ def decode_xray(path: str | Path) -> Xray:
 
 @_raises_unreadable_xray
 def read_stored_values(path: str | Path) -> np.ndarray:
-    """Return the first frame's stored values, before any LUT.
+    """Return the stored values of a DICOM file's first frame, before any LUT is applied.
 
     The array is uint8, int8, uint16 or int16 with shape (rows, columns) or (rows, columns, 3). Bits above BitsStored are
     cleared or, for signed images, set to the sign bit. Raises UnreadableXray if the file cannot be read as an X-ray.
@@ -94,7 +95,7 @@ def read_stored_values(path: str | Path) -> np.ndarray:
 
 @_raises_unreadable_xray
 def read_header(path: str | Path) -> XrayHeader:
-    """Read ids, size, view and other header fields of a DICOM file without its pixels.
+    """Return the ids, size, view and other header fields of a DICOM file, without reading its pixels.
 
     Raises UnreadableXray if the file cannot be read or has none of an X-ray's elements.
     """
@@ -106,9 +107,10 @@ def _luma(patterns: np.ndarray) -> np.ndarray:
 
 
 def _to_pixels(stored: StoredFrame, display: Display) -> tuple[np.ndarray, list[str]]:
-    """Return uint8 pixels (rows, columns) and warnings, mapping each bit pattern through a table of 256 or 65,536 greys.
+    """Return the pixels for display, uint8 (rows, columns), and a list of warnings.
 
-    The table is computed only for patterns that occur, so the result equals that of applying the formulas to all pixels.
+    The grey of each bit pattern is looked up in a table, which is faster than applying the display transforms to every pixel
+    and has the same result. Greys are computed only for the patterns that occur in the image.
     """
     size = 256**stored.patterns.itemsize
     histogram = cv2.calcHist([stored.patterns], [0], None, [size], [0, size]).ravel()

@@ -1,4 +1,4 @@
-"""Finds the first frame in encapsulated (compressed) pixel data, also if its offset table or its end is damaged."""
+"""Finds the first frame in encapsulated (compressed) pixel data, even if its offset table or its end is damaged."""
 
 from pydicom.encaps import get_frame
 
@@ -8,10 +8,10 @@ UNDEFINED_LENGTH = b"\xe0\x7f\x10\x00OB\x00\x00\xff\xff\xff\xff"
 
 
 def read_first_frame(data: bytes, frames: int) -> bytes:
-    """Return the first of `frames` frames in `data`, the items of encapsulated pixel data.
+    """Return the first frame in encapsulated pixel data; `data` is their content, and `frames` is their number of frames.
 
-    If there is only one frame, all fragments belong to it, whatever the Basic Offset Table says. Raises ValueError if
-    there are no items, or if the data end inside an item.
+    If there is only one frame, all fragments belong to it, whatever the Basic Offset Table says. Raises ValueError if `data`
+    contains no frame, or ends inside a fragment.
     """
     if frames > 1:
         return get_frame(data, 0, number_of_frames=frames)
@@ -37,7 +37,7 @@ def encapsulate_frame(frame: bytes) -> bytes:
 
 
 def is_unterminated(source: bytes) -> bool:
-    """Return whether a file's encapsulated pixel data lack the delimiter that ends them."""
+    """Return whether `source`, a file's content, has encapsulated pixel data without the delimiter that should end them."""
     start = source.rfind(UNDEFINED_LENGTH)
     return start >= 0 and source.find(DELIMITER[:4], start) < 0
 

@@ -67,10 +67,10 @@ class XrayHeader:
 
 
 class Elements:
-    """Access to the elements of one pydicom dataset by keyword; values are converted on access."""
+    """The elements of one pydicom dataset, by keyword; a value is converted only when one of the methods reads it."""
 
     def __init__(self, dataset: Dataset, source: bytes = b""):
-        """Wrap `dataset`; `source` is the content of its file, into which the offsets of deferred elements point."""
+        """Wrap `dataset`; `source` is the content of its file, from which values are read that pydicom has not loaded."""
         self.dataset, self.source = dataset, memoryview(source)
         self.unterminated = False  # whether the pixel data lacked their end
         self._elements = dict(dataset.items())
@@ -79,7 +79,10 @@ class Elements:
         return Tag(keyword) in self._elements
 
     def raw(self, keyword: str) -> bytes | memoryview:
-        """Return the value's bytes, b"" if the element is absent, or a view of the file if the element is deferred."""
+        """Return the bytes of an element's value, b"" if the element is absent.
+
+        If pydicom has not loaded the value, the result is a view of the file's content.
+        """
         element = self._elements.get(Tag(keyword))
         if isinstance(element, RawDataElement) and element.value is None and element.length:
             length = len(self.source) if self.is_encapsulated(keyword) else element.length
@@ -87,7 +90,7 @@ class Elements:
         return element.value if element is not None and isinstance(element.value, bytes) else b""
 
     def text(self, keyword: str) -> str:
-        """Return the first value as stripped text, "" if the element is absent.
+        """Return an element's first value as text without surrounding spaces, "" if the element is absent.
 
         Decodes UTF-8, or Latin-1 if the bytes are not valid UTF-8, so that different ids stay different.
         """
@@ -99,7 +102,10 @@ class Elements:
         return text.split("\\")[0].strip(" \0")
 
     def numbers(self, keyword: str) -> list[float]:
-        """Return all values as numbers, [] if absent or empty. Raises InvalidElement if a value is not a number."""
+        """Return all values of an element as numbers, [] if it is absent or empty.
+
+        Raises InvalidElement if a value is not a number.
+        """
         value = bytes(self.raw(keyword))
         if not value:
             return []
@@ -117,12 +123,18 @@ class Elements:
             raise InvalidElement(f"{keyword} is {value[:40]!r}, not a number") from error
 
     def number(self, keyword: str) -> float | None:
-        """Return the first value as a number, None if absent or empty. Raises InvalidElement if it is not a number."""
+        """Return an element's first value as a number, None if the element is absent or empty.
+
+        Raises InvalidElement if a value is not a number.
+        """
         values = self.numbers(keyword)
         return values[0] if values else None
 
     def whole(self, keyword: str, default: int) -> int:
-        """Return the first value as an integer, or `default`. Raises InvalidElement if it is not a whole number."""
+        """Return an element's first value as an integer, `default` if the element is absent or empty.
+
+        Raises InvalidElement if the value is not a whole number.
+        """
         value = self.number(keyword)
         if value is None:
             return default
@@ -131,11 +143,11 @@ class Elements:
         return int(value)
 
     def items(self, keyword: str) -> list["Elements"]:
-        """Return the items of a sequence, [] if the sequence is absent."""
+        """Return the items of a sequence element, each as Elements; [] if the sequence is absent."""
         return [Elements(item) for item in (self.dataset[keyword].value or [])] if keyword in self else []
 
     def vr(self, keyword: str) -> str:
-        """Return the element's value representation, such as "US", or "" if the file does not contain it."""
+        """Return the element's value representation, such as "US", or "" if the file does not state it."""
         return self._elements[Tag(keyword)].VR or ""
 
     def is_little_endian(self, keyword: str) -> bool:
@@ -143,7 +155,7 @@ class Elements:
         return getattr(self._elements[Tag(keyword)], "is_little_endian", True)
 
     def is_encapsulated(self, keyword: str) -> bool:
-        """Return whether the element has an undefined length, as compressed pixel data has."""
+        """Return whether the element has an undefined length, as compressed pixel data do."""
         element = self._elements[Tag(keyword)]
         return bool(getattr(element, "is_undefined_length", False)) or getattr(element, "length", 0) == 0xFFFFFFFF
 
@@ -151,9 +163,9 @@ class Elements:
 def read_elements(path: str | Path, with_pixels: bool = True) -> tuple[Elements, str]:
     """Read a DICOM file; return its elements and its transfer syntax.
 
-    A file without a transfer syntax is read as uncompressed, with VR and byte order derived from its first element. Raises
-    ValueError for a file that is not regular or too large, OSError for one that cannot be opened, or any exception of
-    pydicom for a damaged one.
+    A file without a transfer syntax is read as uncompressed, with VR and byte order derived from its first element. Pixel
+    data are read only if `with_pixels`. Raises ValueError if the file is not regular or too large, OSError if it cannot be
+    opened, or any exception of pydicom if it is damaged.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
@@ -176,7 +188,7 @@ def read_elements(path: str | Path, with_pixels: bool = True) -> tuple[Elements,
 
 
 def header_of(elements: Elements, transfer_syntax: str) -> XrayHeader:
-    """Return the header fields in `elements`. Raises ValueError if none of an X-ray's elements is present.
+    """Return the XrayHeader of a file from its elements. Raises ValueError if none of an X-ray's elements is present.
 
     The check is needed because pydicom reads arbitrary bytes as an empty dataset.
     """
@@ -200,7 +212,7 @@ def header_of(elements: Elements, transfer_syntax: str) -> XrayHeader:
 
 
 def _parse(file: BinaryIO, source: bytes = b"") -> tuple[Elements, str]:
-    """Parse a DICOM file; return its elements and transfer syntax.
+    """Parse an open DICOM file; return its elements and its transfer syntax.
 
     The pixel data are included only if `source`, the file's content, is passed; large elements are then views of `source`.
     """
@@ -219,10 +231,10 @@ def _parse(file: BinaryIO, source: bytes = b"") -> tuple[Elements, str]:
 
 
 def _inflate(raw: bytes) -> bytes:
-    """Return `raw` or, if the file is deflated, its inflated dataset without the meta group.
+    """Return `raw`, a file's content, unchanged, or, if the file is deflated, its inflated dataset without the meta group.
 
-    In the DICOM standard, that dataset is Explicit VR Little Endian. pydicom would inflate without a limit, to up to a
-    thousand times the file's size. Raises ValueError if the result exceeds MAX_FILE_BYTES or the meta group has no length.
+    In the DICOM standard, the inflated dataset is Explicit VR Little Endian. pydicom would inflate without a limit, to up to
+    a thousand times the file's size. Raises ValueError if the result exceeds MAX_FILE_BYTES or the meta group has no length.
     """
     if DeflatedExplicitVRLittleEndian.encode() not in raw[:2048]:
         return raw

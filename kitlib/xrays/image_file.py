@@ -26,9 +26,9 @@ JSRT_BYTES = 2 * JSRT_SIDE**2
 
 
 def image_format(path: str | Path) -> str:
-    """Return "PNG", "JPEG", "GIF" or "JSRT", or "" for any other file. Raises OSError if the file cannot be opened.
+    """Return a file's format: "PNG", "JPEG", "GIF" or "JSRT", "" for any other. Raises OSError if it cannot be opened.
 
-    The format is recognised by the first bytes, not by the name, except for JSRT's raw files (suffix and size).
+    The format is recognised by the first bytes, not by the name; only JSRT's raw files are recognised by suffix and size.
     """
     with open(path, "rb") as file:
         start = file.read(8)
@@ -37,7 +37,7 @@ def image_format(path: str | Path) -> str:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Return rows and columns from the file's header, without decoding. Raises UnreadableXray if it cannot be opened."""
+    """Return an image file's numbers of rows and columns, without decoding. Raises UnreadableXray if it cannot be opened."""
     if _is_jsrt(path):
         return JSRT_SIDE, JSRT_SIDE
     with open_image(path) as image:
@@ -46,11 +46,12 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def decode_image(path: str | Path) -> Xray:
-    """Decode a PNG, JPEG, GIF or raw JSRT file to 8-bit grey. Raises UnreadableXray for a damaged or truncated file.
+    """Decode a PNG, JPEG, GIF or raw JSRT file; returns an Xray with 8-bit grey pixels, and warnings about the file.
 
     8-bit values are unchanged, 16-bit values are reduced to the upper eight of the 8, 10, 12, 14 or 16 bits in use, colour
     is converted to luma, and alpha is ignored. JSRT's raw values are reduced to the upper eight of their twelve bits and
     inverted, so that air is dark. The grey range is not stretched, because the data set's authors have already chosen it.
+    Raises UnreadableXray if the file is damaged or truncated.
     """
     if _is_jsrt(path):
         return Xray(_decode_jsrt(path), ())
@@ -81,7 +82,7 @@ def decode_image(path: str | Path) -> Xray:
 def open_image(path: str | Path) -> Image.Image:
     """Open a PNG, JPEG or GIF file as a Pillow image whose pixels are not loaded yet.
 
-    Raises UnreadableXray if the file cannot be opened or has no pixels or more than MAX_SAMPLES.
+    Raises UnreadableXray if the file cannot be opened, or if its header states no pixels or more than MAX_SAMPLES pixels.
     """
     try:
         name = image_format(path)

@@ -17,12 +17,12 @@ SCHEMA = pa.schema({"image_id": pa.string(), "png": pa.binary()})
 
 
 class MaskStore:
-    """Store of label images, keyed by image_id: uint8 (height, width) of MASK_CODES, the size of the image's decoded copy.
+    """Store of masks by image_id. A mask is a label image, uint8 (height, width), with a code of MASK_CODES at each pixel.
 
-    Reads the masks in `folder`, to which `add` writes, and in any `others`, such as the folders of a model's other folds.
-    Each `add` writes one new file atomically, so that an interrupted stage can continue after the last file. Many masks
-    share a file, because Kaggle handles outputs of thousands of files badly; files are memory-mapped, so memory use stays
-    low. Raises MaskError if a file is damaged.
+    Its size is that of the image's decoded copy. Masks are read from `folder`, to which `add` writes, and from the folders
+    `others`, such as those of a model's other folds. Each `add` writes one new file atomically, so that an interrupted stage
+    can continue after the last file. Many masks share a file, because Kaggle handles outputs of thousands of files badly;
+    files are memory-mapped, so memory use stays low. Raises MaskError if a file is damaged.
     """
 
     def __init__(self, folder: str | Path, *others: str | Path) -> None:
@@ -38,7 +38,7 @@ class MaskStore:
 
     @classmethod
     def create_empty(cls, folder: str | Path) -> "MaskStore":
-        """Delete the content of `folder` and return an empty store in it."""
+        """Delete `folder` with its content and return an empty store that writes to it."""
         shutil.rmtree(folder, ignore_errors=True)
         return cls(folder)
 
@@ -54,7 +54,7 @@ class MaskStore:
         return len(self._locations)
 
     def read(self, image_id: str) -> np.ndarray:
-        """Return the label image of one image. Raises KeyError if the image has no mask, MaskError if it is damaged."""
+        """Return the mask of one image. Raises KeyError if the image has no mask, MaskError if the mask is damaged."""
         if image_id not in self._locations:
             raise KeyError(f"no mask for image {image_id!r} in {self.folder}, which has {len(self)} masks")
         part, column, row = self._locations[image_id]
@@ -67,9 +67,9 @@ class MaskStore:
         return codes
 
     def add(self, masks: Mapping[str, np.ndarray]) -> None:
-        """Write label images, keyed by image_id, into one new file. Nothing is written if one of them is refused.
+        """Write the masks in `masks` (image_id -> label image) to one new file.
 
-        Raises ValueError if an image already has a mask, or if an array is not a label image (rows, columns) of MASK_CODES.
+        Raises ValueError, and writes none of the masks, if an image already has a mask or if an array is not a label image.
         """
         existing = [image_id for image_id in masks if image_id in self]
         if existing:
@@ -94,7 +94,7 @@ class MaskStore:
         self._open(part)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 (hex) of all image ids and masks, which does not depend on their distribution over files."""
+        """Return a SHA-256 (hex) of all image ids and masks; it does not depend on which file contains which mask."""
         digest = hashlib.sha256()
         for image_id in sorted(self.ids):
             _, column, row = self._locations[image_id]

@@ -1,4 +1,4 @@
-"""Decodes the pixel data of a DICOM file to bit patterns, after checking that header and codestream have the same size."""
+"""Decodes the pixel data of a DICOM file to bit patterns, after checking that header and codestream state the same size."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ MAX_EXTRA = 0.1
 
 @dataclass(frozen=True)
 class StoredFrame:
-    """Bit patterns of the first frame, and how to interpret them."""
+    """The bit patterns of a DICOM file's first frame, and how to interpret them."""
 
     patterns: np.ndarray  # uint8 or uint16 (rows, columns) or (rows, columns, 3)
     bits: int  # number of low bits of a pattern that contain the value
@@ -44,7 +44,10 @@ class StoredFrame:
 
 
 def read_stored(elements: Elements, syntax: str) -> StoredFrame:
-    """Decode the first frame. Raises ValueError for invalid pixel data, or any exception that the decoder raises."""
+    """Return the first frame of a DICOM file from its elements and the transfer syntax that it states.
+
+    Raises ValueError if the pixel data are invalid, or any exception that the decoder raises.
+    """
     if "PixelData" not in elements:
         other = [name for name in ("FloatPixelData", "DoubleFloatPixelData") if name in elements]
         raise ValueError(
@@ -151,16 +154,21 @@ def read_stored(elements: Elements, syntax: str) -> StoredFrame:
 
 
 def _plain_syntax(elements: Elements, syntax: str, values: int) -> str:
-    """Return `syntax`, or Explicit VR Little Endian if it is a compressed one and the plain data have the needed length."""
+    """Return the transfer syntax of pixel data that are not encapsulated: `syntax`, the stated one, unless it is wrong.
+
+    If the stated one is for compressed data, but the data are as long as `values` uncompressed values, the result is
+    Explicit VR Little Endian.
+    """
     allocated, length = elements.whole("BitsAllocated", 16), len(elements.raw("PixelData"))
     is_plain = syntax in COMPRESSED and 0 <= length - values * allocated // 8 <= 1
     return str(ExplicitVRLittleEndian) if is_plain else syntax
 
 
 def _check_length(length: int, expected: int) -> list[str]:
-    """Return a warning for uncompressed pixel data that are a little too long. Raises ValueError if they are much too long.
+    """Return a list with a warning if uncompressed pixel data are a little too long, otherwise an empty list.
 
-    Then the header does not describe the image: its rows, columns, samples or bits are wrong.
+    `length` and `expected` are in bytes. Raises ValueError if the data are too long by more than a share of MAX_EXTRA,
+    because the rows, columns, samples or bits in the header are then wrong.
     """
     extra = length - expected
     if extra <= 1:  # data of odd length are padded
@@ -173,7 +181,11 @@ def _check_length(length: int, expected: int) -> list[str]:
 
 
 def _read_padding(elements: Elements, allocated: int, signed: bool, warnings: list[str]) -> tuple[int, int] | None:
-    """Return the lowest and highest number of PixelPaddingValue and PixelPaddingRangeLimit, None if absent or invalid."""
+    """Return the lowest and the highest value that mean padding, or None if PixelPaddingValue is absent or invalid.
+
+    They are PixelPaddingValue and PixelPaddingRangeLimit; without a limit, both are PixelPaddingValue. `allocated` is the
+    number of bits per value. Invalid padding adds an entry to `warnings`.
+    """
     try:
         value = elements.number("PixelPaddingValue")
         limit = elements.number("PixelPaddingRangeLimit")
@@ -191,14 +203,21 @@ def _read_padding(elements: Elements, allocated: int, signed: bool, warnings: li
 
 
 def is_padding(patterns: np.ndarray, frame_bits: int, bits: int, signed: bool, padding: tuple[int, int]) -> np.ndarray:
-    """Return a bool mask of the bit patterns (n,) that mean padding, by their value or by all of their `frame_bits`."""
+    """Return a bool array (n,) that says which of the bit patterns (n,) mean padding.
+
+    A pattern means padding if its value, read from its low `bits` or from all of its `frame_bits`, is in the range `padding`
+    (lowest and highest value).
+    """
     lowest, highest = padding
     values, whole = values_of(patterns, bits, signed), values_of(patterns, frame_bits, signed)
     return ((values >= lowest) & (values <= highest)) | ((whole >= lowest) & (whole <= highest))
 
 
 def _exceeds(elements: Elements, patterns: np.ndarray, bits_stored: int, padding: tuple[int, int] | None) -> bool:
-    """Return whether patterns that are neither padding nor overlays have bits above BitsStored."""
+    """Return whether any bit pattern other than padding needs more than `bits_stored` bits.
+
+    Always False if the file has overlays, which may use the other bits.
+    """
     if not int(patterns.max()) >> bits_stored or any(tag in elements for tag in OVERLAYS):
         return False
     above = patterns[patterns >= 2**bits_stored]
@@ -215,9 +234,10 @@ def _find_shift(
     padding: tuple[int, int] | None,
     warnings: list[str],
 ) -> int:
-    """Return by how many bits the values of uncompressed or RLE patterns are above the lowest bits, according to HighBit.
+    """Return by how many bits to shift uncompressed or RLE bit patterns to the right, according to HighBit; usually 0.
 
-    A HighBit that contradicts the patterns, which occupy the low bits, is ignored with a warning.
+    A HighBit that is invalid, or that the patterns contradict because they occupy the low bits, is ignored: the shift is 0,
+    and a warning is added to `warnings`.
     """
     allocated, high_bit = 8 * patterns.itemsize, elements.whole("HighBit", bits_stored - 1)
     shift = high_bit + 1 - bits_stored
@@ -239,7 +259,10 @@ def _find_shift(
 
 
 def _read_checked_frame_header(frame: bytes, syntax: str, rows: int, columns: int, samples: int) -> FrameHeader | None:
-    """Return the frame's own header, None for RLE. Raises ValueError if its size differs from that in the DICOM header."""
+    """Return a compressed frame's own header, None for RLE.
+
+    Raises ValueError if it is damaged, or if it states another size than the DICOM header (`rows`, `columns`, `samples`).
+    """
     frame_header = read_frame_header(frame, syntax)
     if frame_header and (frame_header.rows, frame_header.columns, frame_header.samples) != (rows, columns, samples):
         raise ValueError(
@@ -252,7 +275,7 @@ def _read_checked_frame_header(frame: bytes, syntax: str, rows: int, columns: in
 def _read_uncompressed(
     elements: Elements, data: bytes | memoryview, syntax: str, rows: int, columns: int, allocated: int
 ) -> np.ndarray:
-    """Return the patterns (rows, columns) of uncompressed pixel data, as a view if its byte order is the machine's.
+    """Return the bit patterns of uncompressed pixel data, uint8 or uint16 (rows, columns); a view of `data` if possible.
 
     Trailing bytes are ignored as padding. Raises ValueError if the data are too short.
     """
@@ -268,6 +291,6 @@ def _read_uncompressed(
 
 
 def values_of(patterns: np.ndarray, bits: int, signed: bool) -> np.ndarray:
-    """Convert bit patterns to int64 values from their low `bits`, the highest of which is the sign bit if `signed`."""
+    """Return the values, int64, in the low `bits` of bit patterns; if `signed`, the highest of these bits is the sign."""
     values = patterns.astype(np.int64) & ((1 << bits) - 1)
     return values - ((values >> (bits - 1)) << bits) if signed else values

@@ -66,7 +66,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Display:
-    """The display transforms of a DICOM file, in order of application. `warnings` lists its invalid elements."""
+    """The display transforms of a DICOM file, in order of application, and warnings about the file's invalid elements."""
 
     modality: Lut | Rescale | None = None
     voi: Lut | Window | None = None
@@ -75,9 +75,10 @@ class Display:
 
 
 def read_display(elements: Elements, bits_stored: int, signed: bool, inverted: bool) -> Display:
-    """Read the first modality LUT or rescale, and the first VOI LUT or window; a LUT sequence is preferred.
+    """Return a DICOM file's display transforms: its first modality LUT or rescale, and its first VOI LUT or window.
 
-    `inverted` says whether to invert the greys, as for MONOCHROME1. Invalid elements are ignored, with a warning.
+    If a file has both, the LUT is used. `inverted` says whether to invert the greys, as for MONOCHROME1. Invalid elements
+    are ignored, with a warning.
     """
     warnings: list[str] = []
     modality, voi = None, None
@@ -98,9 +99,10 @@ def to_grey(values: np.ndarray, display: Display, counts: np.ndarray | None = No
     """Return the uint8 grey of each stored value (n,), and warnings about transforms that were ignored.
 
     `values` are the distinct integers that occur in the image. After the transforms, their minimum becomes 0, their maximum
-    255, and fractions are truncated (as in `(255 * x).astype(uint8)`). A VOI LUT or modality LUT that maps all values to one
-    grey is ignored, and so is a window that maps more than ONE_END of the pixels to its ends, of which most have other
-    values; `counts` (n,) says how many pixels have each value. If the image has only one stored value, its grey is 0.
+    255, and fractions are truncated (as in `(255 * x).astype(uint8)`). A transform that maps all values to one grey is
+    ignored, and so is a VOI LUT or window that makes more than a share ONE_END of the pixels black, or white, although their
+    stored values differ. `counts` (n,) is the number of pixels with each value. If there is only one stored value, its grey
+    is 0.
     """
     stored = values.astype(np.float64)
     if len(values) < 2:
@@ -127,7 +129,10 @@ def to_grey(values: np.ndarray, display: Display, counts: np.ndarray | None = No
 
 
 def _shows_one_end(shown: np.ndarray, counts: np.ndarray | None) -> bool:
-    """Return whether more than ONE_END of the pixels have the lowest or the highest grey, but different stored values."""
+    """Return whether more than a share ONE_END of the pixels, with different stored values, are all black or all white.
+
+    `shown` (n,) is the grey of each stored value, `counts` (n,) the number of pixels with this value.
+    """
     if counts is None:
         return False
     for end in (shown.min(), shown.max()):
@@ -170,7 +175,7 @@ def _window(elements: Elements, modality: Lut | Rescale | None, bits_stored: int
 
 
 def _output_range(modality: Lut | Rescale | None, bits_stored: int, signed: bool) -> list[float]:
-    """Return the lowest and highest value that the modality transform can produce."""
+    """Return the lowest and the highest value that `modality` can produce from stored values of `bits_stored` bits."""
     if isinstance(modality, Lut):
         return [0, 2**modality.bits - 1]
     ends: list[float] = [-(2 ** (bits_stored - 1)), 2 ** (bits_stored - 1) - 1] if signed else [0, 2**bits_stored - 1]

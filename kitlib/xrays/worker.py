@@ -36,7 +36,7 @@ SAMPLE_BYTES = 2**16
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of decoding one image. `rows` and `columns` are the original size, 0 if decoding failed."""
+    """Result of decoding one image. `rows` and `columns` are the image's original size, 0 if decoding failed."""
 
     image_id: str
     status: str  # "decoded", "cached" (decoded earlier) or "failed"
@@ -66,7 +66,7 @@ def decode_into(entry: Path, image_id: str, path: str, longest_side: int) -> Out
 
 
 def shrink(pixels: np.ndarray, longest_side: int) -> np.ndarray:
-    """Return uint8 (rows, columns) with a longest side of at most `longest_side`, averaged by area.
+    """Return an image, uint8 (rows, columns), reduced by area averaging to at most `longest_side` pixels a side.
 
     Smaller images are returned unchanged.
     """
@@ -78,11 +78,11 @@ def shrink(pixels: np.ndarray, longest_side: int) -> np.ndarray:
 
 
 def source_of(path: str) -> dict[str, str]:
-    """Identify a file's content by size, modification time and a digest of its first, middle and last 64 KiB.
+    """Return what identifies a file's content: size, modification time, and a digest of its first, middle and last 64 KiB.
 
-    Returns entry metadata with the keys source_bytes, source_mtime_ns and source_samples. Size and time alone can be equal
-    for images unpacked from one archive; the sampled bytes contain the header with its ids, and pixels. Hashing the whole
-    file would take as long as decoding it. Raises OSError if the file cannot be read or is not a regular file.
+    The keys are source_bytes, source_mtime_ns and source_samples, as in the metadata of a cache entry. Size and time alone
+    can be equal for images unpacked from one archive; the sampled bytes contain the header with its ids, and pixels. Hashing
+    the whole file would take as long as decoding it. Raises OSError if the file cannot be read or is not a regular file.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise OSError("not a regular file")
@@ -120,6 +120,6 @@ class _LightProcess(multiprocessing.context.SpawnProcess):
 
 
 class LightContext(multiprocessing.context.SpawnContext):
-    """Context for new processes that import only what their task needs; safe in a process with threads or CUDA."""
+    """Multiprocessing context whose new processes import only what their task needs; safe with threads and CUDA."""
 
     Process = _LightProcess

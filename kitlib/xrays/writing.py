@@ -59,13 +59,14 @@ def write_xray(
     image_id: str = "1.1.1",
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write one DICOM X-ray of the stored values (rows, columns), uint8, int8, uint16 or int16, atomically.
+    """Write a DICOM X-ray file with the pixel values `stored`, atomically.
 
-    `transfer_syntax` is one of WRITABLE; baseline JPEG supports only uint8 and, like JPEG 2000 (.91), is lossy.
-    `bits_stored` defaults to all bits of the dtype. `window` is (centre, width) after the modality LUT; `voi_function` is
-    LINEAR, LINEAR_EXACT or SIGMOID. The ids are written unchanged to StudyInstanceUID, SeriesInstanceUID and SOPInstanceUID,
-    because SIIM's ids are short hex strings and not UIDs. `extra` maps DICOM keywords to values and overrides all other
-    elements; the value None omits an element. Raises ValueError for an unsupported transfer syntax, shape or dtype.
+    `stored` has the shape (rows, columns) and the dtype uint8, int8, uint16 or int16. `transfer_syntax` is one of WRITABLE;
+    baseline JPEG supports only uint8 and, like JPEG 2000 (.91), is lossy. `bits_stored` defaults to all bits of the dtype.
+    `window` is (centre, width) after the modality LUT; `voi_function` is LINEAR, LINEAR_EXACT or SIGMOID. The ids are
+    written unchanged to StudyInstanceUID, SeriesInstanceUID and SOPInstanceUID, because SIIM's ids are short hex strings and
+    not UIDs. `extra` maps DICOM keywords to values, which replace those of the other arguments; the value None omits an
+    element. Raises ValueError for an unsupported transfer syntax, shape or dtype.
     """
     if transfer_syntax not in WRITABLE:
         raise ValueError(f"cannot write transfer syntax {transfer_syntax!r}; valid: {', '.join(WRITABLE)}")
