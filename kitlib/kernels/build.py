@@ -1,7 +1,7 @@
-"""Build the folders that are uploaded to Kaggle from a kernel's YAML: the kernel, its wheels and, for a submission, weights.
+"""Build the folders that are uploaded to Kaggle for a kernel: the kernel, its wheels and, for a submission, its weights.
 
-Builds are deterministic: the same sources produce the same bytes, because names are sorted, dates are fixed and nothing is
-random.
+The kernel is described by a YAML file. Builds are deterministic: the same sources produce the same bytes, because names are
+sorted, dates are fixed and nothing is random.
 """
 
 import inspect
@@ -42,12 +42,12 @@ DATASET_BYTES = 200 * 10**9
 
 
 def build_kernel(spec: KernelSpec, out: str | Path, wheels: Iterable[Path]) -> dict[str, Path]:
-    """Write `out`/kernel, `out`/wheels and, for a submission, `out`/weights; return the folders, keyed by part name.
+    """Write `out`/kernel, `out`/wheels and, for a submission, `out`/weights; return these folders, keyed by their names.
 
     `wheels` are the wheel files to copy. The folders of an earlier build are replaced or removed; if anything fails, they
-    stay as they were. Raises KernelError for an unknown notebook parameter, runs without a bundle, a model that needs a
-    segmenter other than the one in the kernel's `lungs`, wheels that the image cannot install, and a notebook or dataset
-    above Kaggle's size limit; BundleError for a damaged bundle.
+    stay as they were. Raises KernelError for a parameter that the notebook does not have, a run without a bundle, a model
+    trained with another segmenter than the kernel's `lungs`, a wheel that the image cannot install, and a notebook or
+    dataset above Kaggle's size limit. Raises BundleError for a damaged bundle.
     """
     out, wheels = Path(out), sorted(wheels)
     check_wheels(wheels, image_pins())
@@ -75,7 +75,7 @@ def sum_file_sizes(folder: str | Path) -> int:
 
 
 def make_notebook(spec: KernelSpec) -> nbformat.NotebookNode:
-    """Return the kernel's notebook: the start cell with the packed library, then the notebook's cells without their outputs.
+    """Return the kernel's notebook: a start cell with the packed library, then the source notebook's cells without outputs.
 
     Parameters are injected in papermill's way, into a cell after the one tagged `parameters`. Cell ids are numbered, so that
     builds are reproducible.
@@ -150,9 +150,10 @@ def _write_wheels(spec: KernelSpec, folder: Path, wheels: list[Path]) -> None:
 
 
 def _write_weights(spec: KernelSpec, folder: Path) -> None:
-    """Write the weights dataset: a subfolder for each bundle, ensemble, lungs and fusion.json if any, and weights.json.
+    """Write the weights dataset: one subfolder per bundle, the list of bundles weights.json, and optional parts.
 
-    weights.json lists the bundles, the most valuable first.
+    The optional parts are the subfolders `ensemble` and `lungs` and the file fusion.json, written if the kernel has these
+    keys. weights.json lists the bundles in the kernel's order, the most valuable first.
     """
     folder.mkdir()
     manifest: list[dict[str, Any]] = []
@@ -196,7 +197,7 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
 
 
 def _write_ensemble(spec: KernelSpec, folder: Path, study_models: set[str]) -> str:
-    """Copy the bundle of the kernel's `ensemble`; return its subfolder's name, or "" if the kernel has no ensemble.
+    """Copy the bundle of the kernel's `ensemble`; return the subfolder's name, or "" if the kernel has no ensemble.
 
     Raises KernelError unless the ensemble combines exactly `study_models`, the kernel's models that predict study classes.
     """
@@ -222,7 +223,7 @@ def _write_ensemble(spec: KernelSpec, folder: Path, study_models: set[str]) -> s
 
 
 def _write_lungs(spec: KernelSpec, folder: Path) -> str:
-    """Copy the segmenter's bundle into the subfolder `lungs`; return its digest, or "" if the kernel has no segmenter."""
+    """Copy the bundle of the kernel's `lungs`; return the segmenter's digest, or "" if the kernel has no segmenter."""
     bundle = spec.named_bundle("lungs")
     if bundle is None:
         return ""
@@ -235,7 +236,10 @@ def _write_lungs(spec: KernelSpec, folder: Path) -> str:
 
 
 def _copy_bundle(bundle: Path, folder: Path) -> dict[str, Any]:
-    """Copy a bundle into a new folder; return its record. Reading the record from the copy verifies the copied weights."""
+    """Copy a bundle into the new folder `folder`; return the bundle's record.
+
+    The record is read from the copy, which verifies the copied weights.
+    """
     folder.mkdir()
     for file in (WEIGHTS, RECORD):
         if (bundle / file).is_file():

@@ -1,6 +1,6 @@
-"""Stand-in for Kaggle's image: a folder with the installed packages that the image also has, at the image's versions.
+"""Stand-in for Kaggle's image: a folder with those installed packages that the image has at the same version.
 
-If neither the image nor the wheels dataset has a package that a kernel needs, it is missing in a rehearsal too.
+If a package that a kernel needs is neither in the image nor in the wheels dataset, it is missing in a rehearsal too.
 """
 
 import fcntl
@@ -30,9 +30,9 @@ KEY = "key.json"
 def link_kaggle_packages(folder: str | Path | None = None, image: Mapping[str, str] | None = None) -> Path:
     """Fill `folder` (default `build/stand-in`) with hard links to the installed packages that the image has; return it.
 
-    An existing folder is reused if Python, the packages and this file are unchanged. `image` maps canonical package names to
-    versions (default: Kaggle's image). Raises KernelError for a package that kernels may import whose installed version
-    differs from the image's, and if a package that rehearsals need is not installed.
+    An existing folder is reused if Python, the packages and this module are unchanged. `image` maps canonical package names
+    to versions (default: Kaggle's image). Raises KernelError if a package that kernels may import is installed at another
+    version than the image's, or if a package that rehearsals need is not installed.
     """
     folder = Path(folder or project_root() / "build" / "stand-in")
     image = image_pins() if image is None else image
@@ -76,10 +76,11 @@ def _site_packages() -> Path:
 
 
 def _matching_distributions(image: Mapping[str, str]) -> list[importlib.metadata.Distribution]:
-    """Return the packages that are installed at the image's version, and the dependencies of the installed torch.
+    """Return the packages that are installed at the image's version, plus torch's dependencies that the image's list lacks.
 
-    Raises KernelError if a package that kernels may import (requirements.txt and its dependencies) has another version than
-    in the image, or if a package that rehearsals need is missing. Tools at another version are ignored.
+    Raises KernelError if a package that kernels may import (requirements.txt and its dependencies) is installed at another
+    version than the image's, or if a package that rehearsals need is not installed. Other packages at another version are
+    left out.
     """
     distributions = importlib.metadata.distributions()
     installed: dict[str, importlib.metadata.Distribution] = {canonicalize_name(dist.name): dist for dist in distributions}
@@ -101,7 +102,10 @@ def _matching_distributions(image: Mapping[str, str]) -> list[importlib.metadata
 
 
 def find_dependencies(names: Iterable[str], installed: Mapping[str, importlib.metadata.Distribution]) -> set[str]:
-    """Return the installed packages among `names` (canonical) and, recursively, their installed requirements."""
+    """Return the names of the installed packages among `names` and, recursively, of the installed packages they require.
+
+    All names are canonical. `installed` maps the names of all installed packages to their distributions.
+    """
     dependencies, waiting = set(), list(names)
     while waiting:
         name = waiting.pop()
@@ -132,9 +136,9 @@ def _link_distributions(distributions: list[importlib.metadata.Distribution], fo
 
 
 def _link_compiled(folder: Path) -> None:
-    """Link the .pyc files that were compiled since the folder was made.
+    """Add links to the .pyc files that Python has compiled since `folder` was filled.
 
-    A kernel cannot write them, because the folder is read-only, and without them torch takes half a minute to import.
+    A kernel cannot write .pyc files, because the folder is read-only, and without them torch takes half a minute to import.
     """
     site, ending = str(_site_packages()), f".{sys.implementation.cache_tag}.pyc"
     for parent, _, files in os.walk(folder):

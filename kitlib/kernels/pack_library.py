@@ -16,9 +16,9 @@ ROOT = Path(kitlib.__file__).parent.parent
 def find_needed_files(sources: Iterable[str]) -> list[str]:
     """Return the sorted paths of the kitlib files that these Python sources import, directly or indirectly.
 
-    Paths are relative to the project's root, such as "kitlib/tables.py". A YAML file that has the same name as a module and
-    is next to it is included. Imports inside functions and under TYPE_CHECKING count too. Raises SyntaxError for a source
-    that is not Python, ImportError for a kitlib module that does not exist.
+    `sources` are source texts. Paths are relative to the project's root, such as "kitlib/tables.py". If a YAML file next to
+    a needed module has the same name, it is included. Imports inside functions and under TYPE_CHECKING count too. Raises
+    SyntaxError if a source is not Python, and ImportError if it imports a kitlib module that does not exist.
     """
     files: set[str] = set()
     waiting = [name for source in sources for name in _imported_names(source)]
@@ -34,10 +34,10 @@ def find_needed_files(sources: Iterable[str]) -> list[str]:
 
 
 def pack_library(sources: Iterable[str]) -> str:
-    """Return a base64 tar.bz2 of the files that these sources need (`find_needed_files`) and of kitlib's digest.
+    """Return, as base64 text, a tar.bz2 of the kitlib files that `sources` need, and of a file with kitlib's digest.
 
-    The same library always produces the same bytes. The compression is bzip2, because zlib's output differs between
-    implementations.
+    `find_needed_files` finds the files. The same library always produces the same bytes. The compression is bzip2, because
+    zlib's output differs between implementations.
     """
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:bz2", compresslevel=9) as archive:
@@ -63,9 +63,9 @@ def _imported_names(source: str) -> Iterator[str]:
 
 
 def _find_module_file(name: str) -> str:
-    """Return the file of the module `name` or, if `name` is not a module, of the module that defines it.
+    """Return the path of the module `name` or, if that is no module but "module.attribute", of the module before the dot.
 
-    Raises ImportError if neither exists.
+    Raises ImportError if there is neither.
     """
     for module in (name, name.rpartition(".")[0]):
         for path in (f"{module.replace('.', '/')}.py", f"{module.replace('.', '/')}/__init__.py"):

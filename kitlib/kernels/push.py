@@ -1,4 +1,4 @@
-"""Push a built kernel and its datasets with Kaggle's client; raise an error for problems that the client only prints."""
+"""Push a built kernel and its datasets with Kaggle's client; problems that the client only prints raise an error here."""
 
 import contextlib
 import io
@@ -53,9 +53,9 @@ class Pushed:
 def push(out: str | Path, wait_s: float = 3600.0, poll_s: float = 5.0) -> Pushed:
     """Push `out`/wheels and `out`/weights, wait until both are ready, then push `out`/kernel, which starts the kernel.
 
-    An existing dataset gets a new version; a wheels dataset with the same file names and sizes is left unchanged. The status
-    of a dataset is checked every `poll_s` seconds, for at most `wait_s` seconds. Raises KernelError if the kernel is not
-    built, if signing in fails, if Kaggle refuses a dataset or the kernel, or if a dataset is not ready in time.
+    An existing dataset gets a new version; a wheels dataset is left as it is if its files have the same names and sizes.
+    Each dataset's status is checked every `poll_s` seconds, for at most `wait_s` seconds. Raises KernelError if the kernel
+    is not built, if signing in fails, if Kaggle refuses a dataset or the kernel, or if a dataset is not ready in time.
     """
     out = Path(out)
     metadata_path = out / "kernel" / "kernel-metadata.json"
@@ -78,7 +78,7 @@ def push(out: str | Path, wait_s: float = 3600.0, poll_s: float = 5.0) -> Pushed
 
 
 def _sign_in() -> Any:
-    """Return Kaggle's client, signed in; it is changed to raise KernelError if a file of a dataset is not uploaded."""
+    """Return Kaggle's client, signed in, and changed to raise KernelError if a file of a dataset cannot be uploaded."""
     output = io.StringIO()
     with _calling_client("signing in", output):
         # Importing this module signs in, and exits the program if there is no token.
@@ -104,7 +104,10 @@ def _sign_in() -> Any:
 
 @contextlib.contextmanager
 def _calling_client(action: str, output: io.StringIO) -> Iterator[None]:
-    """Empty `output`, collect in it what the client prints inside the block, and turn its errors into KernelError."""
+    """Collect what the client prints inside the `with` block in `output`, emptied first; turn its errors into KernelError.
+
+    `action` names what the client is doing, for the error message.
+    """
     output.seek(0)
     output.truncate()
     try:
@@ -131,7 +134,7 @@ def _quote_output(output: io.StringIO) -> str:
 
 
 def _push_dataset(client: Any, name: str, folder: Path, wait_s: float, poll_s: float) -> str:
-    """Upload a dataset and wait until it is ready; return "created", "new version" or "unchanged"."""
+    """Upload `folder` as the dataset `name` and wait until it is ready; return "created", "new version" or "unchanged"."""
     action = f"pushing the dataset {name}"
     status = _dataset_status(client, name)
     previous_version = _dataset_version(client, name) if status else 0
@@ -187,9 +190,10 @@ def _has_same_files(client: Any, name: str, folder: Path) -> bool:
 
 
 def _wait_until_ready(client: Any, name: str, previous_version: int, wait_s: float, poll_s: float) -> None:
-    """Wait until a version later than `previous_version` is ready, because a pushed kernel takes the current version.
+    """Wait until a version of the dataset `name` later than `previous_version` is ready.
 
-    Raises KernelError if Kaggle reports a failure, or after `wait_s` seconds.
+    Otherwise the pushed kernel would get the previous version. The status is checked every `poll_s` seconds. Raises
+    KernelError if Kaggle reports a failure, or after `wait_s` seconds.
     """
     started = time.monotonic()
     while True:
@@ -211,9 +215,10 @@ def _wait_until_ready(client: Any, name: str, previous_version: int, wait_s: flo
 
 
 def _push_kernel(client: Any, metadata: dict[str, Any], folder: Path) -> tuple[str, int]:
-    """Push the kernel and return its URL and version.
+    """Push the kernel and return its URL and version number.
 
-    Raises KernelError if Kaggle refuses the kernel, or starts it although a source is missing.
+    Raises KernelError if Kaggle refuses the kernel, or if Kaggle's answer reports a problem, such as an input that does not
+    exist.
     """
     name = metadata["id"]
     logger.info("pushing the kernel %s", name)

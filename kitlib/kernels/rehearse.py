@@ -1,4 +1,4 @@
-"""Run a built kernel as on Kaggle: with the image's packages, Kaggle's folders, no network and a time limit."""
+"""Run a built kernel as Kaggle would: with the image's packages, Kaggle's folders, no network and a time limit."""
 
 import base64
 import json
@@ -86,18 +86,17 @@ def rehearse(
     layout: str = "plain",
     allow_placeholders: bool = False,
 ) -> Rehearsal:
-    """Run `out`/kernel, built from `spec`, with the parameters of its rehearsal; return the result.
+    """Run `out`/kernel, built from `spec`, with the parameters for rehearsals; return how the run ended, as a Rehearsal.
 
-    It is a fault if a bundle in `out`/weights has not predicted every readable file, unless `allow_placeholders`: a valid
-    file of placeholder predictions would pass otherwise. The submission notebook writes usage.json for this check.
-
-
-    The kernel is killed after `time_limit_s` seconds. Only the inputs in its metadata are attached: `out`/wheels,
-    `out`/weights, and for each other input the folder in `inputs` with its slug. `layout`, a key of LAYOUTS, decides where
-    they are mounted. Replaces `out`/working, `out`/rehearsal.log and `out`/rehearsal.ipynb. `on_line` is called with each
-    line that the kernel prints. `truth`, only for a submission, is a folder with train_study_level.csv and
-    train_image_level.csv. Symbolic links in inputs that lead into the project's folder or below /tmp are broken inside the
-    kernel, where both are hidden. Raises KernelError if the rehearsal cannot start, for example if an input is missing.
+    `inputs` is a folder with one subfolder per input, named by the input's slug. Only the inputs in the kernel's metadata
+    are attached: `out`/wheels, `out`/weights, and the others from `inputs`. `layout`, a key of LAYOUTS, decides where they
+    are mounted. The kernel is killed after `time_limit_s` seconds. `on_line` is called with each line that the kernel
+    prints. `truth`, only for a submission, is a folder with train_study_level.csv and train_image_level.csv, against which
+    the submission is scored. It is a fault if a bundle in `out`/weights has not predicted every readable file, because a
+    valid file of placeholder predictions would pass otherwise; `allow_placeholders` turns this check off. The submission
+    notebook writes usage.json for the check. Replaces `out`/working, `out`/rehearsal.log and `out`/rehearsal.ipynb. The
+    project's folder and /tmp are hidden from the kernel, so links in inputs that lead there are broken. Raises KernelError
+    if the rehearsal cannot start, for example if an input is missing.
     """
     out, inputs = Path(out).resolve(), Path(inputs).resolve()
     metadata = _read_metadata(spec, out)
@@ -154,7 +153,7 @@ def _read_metadata(spec: KernelSpec, out: Path) -> dict[str, Any]:
 
 
 def _find_built_datasets(out: Path) -> dict[str, Path]:
-    """Return the folders of the datasets that were built with the kernel, keyed by OWNER/SLUG."""
+    """Return the folders of the datasets in `out`, which were built with the kernel, keyed by OWNER/SLUG."""
     metadata_paths = {folder: folder / "dataset-metadata.json" for folder in (out / "wheels", out / "weights")}
     return {
         json.loads(file.read_text(encoding="utf-8"))["id"]: folder
@@ -166,10 +165,10 @@ def _find_built_datasets(out: Path) -> dict[str, Path]:
 def _find_inputs(
     metadata: dict[str, Any], built_datasets: dict[str, Path], inputs: Path, layout: dict[str, str]
 ) -> dict[str, Path]:
-    """Return the inputs' folders, keyed by their paths below /kaggle/input.
+    """Return the folders of the kernel's inputs, keyed by the path, below /kaggle/input, at which each is mounted.
 
-    Raises KernelError if inputs are missing, all of which the message lists, or if a dataset exists both in the build and in
-    `inputs`.
+    Raises KernelError if inputs are missing, with a message that lists all of them, or if a dataset exists both in the build
+    and in `inputs`.
     """
     folders, missing = {}, []
     for kind, pattern in layout.items():
@@ -190,9 +189,10 @@ def _find_inputs(
 
 
 def _installable_wheels(wheels: Path, replacement_folder: Path) -> Path:
-    """Return a folder of wheels that this Python can install.
+    """Return a folder of wheels that this Python can install: `wheels` or else `replacement_folder`.
 
-    This is `wheels` or, if its wheels are for another Python, `replacement_folder`, which is filled with the same versions.
+    If the wheels in `wheels` are for another Python, `replacement_folder` is filled with wheels of the same versions for
+    this one.
     """
     wheel_files = sorted(wheels.glob("*.whl"))
     if are_installable(wheel_files):
@@ -207,7 +207,11 @@ def _installable_wheels(wheels: Path, replacement_folder: Path) -> Path:
 
 
 def _check_result(spec: KernelSpec, working: Path, sample: Path) -> tuple[str, bool, tuple[str, ...]]:
-    """Return the path of the result below `working`, whether the run can be resumed, and the result's faults."""
+    """Return the path of the result below `working`, whether the run can be resumed, and a tuple of the result's faults.
+
+    The result is submission.csv of a submission, metrics.json of another run, or "" for a notebook that makes no run.
+    `sample` is the sample submission to which a submission is compared.
+    """
     if spec.is_submission:
         result = working / "submission.csv"
         faults = (
@@ -228,7 +232,7 @@ def _check_result(spec: KernelSpec, working: Path, sample: Path) -> tuple[str, b
 
 
 def _find_unused_bundles(manifest: Path, usage: Path) -> tuple[str, ...]:
-    """Return a fault for each bundle of the manifest that has not predicted every readable file."""
+    """Return a fault for each bundle listed in `manifest` that has not predicted every readable file."""
     names = [entry["folder"] for entry in json.loads(manifest.read_text(encoding="utf-8"))["bundles"]]
     if not usage.is_file():
         return (f"{usage.name} does not exist in {usage.parent}, so it is unknown which of {', '.join(names)} were used",)
@@ -250,9 +254,9 @@ def _isolated_command(
     executed: Path,
     options: list[str],
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the command that runs the notebook in a sandbox, and its environment.
+    """Return the command that runs the notebook in a sandbox, and the environment variables for the command.
 
-    `temporary_folder` contains the sandbox's root, environment and /tmp; the caller deletes it.
+    `temporary_folder` contains the sandbox's root, virtual environment and /tmp; the caller deletes it.
     """
     for name in ("root", "tmp/home"):
         (temporary_folder / name).mkdir(parents=True)
@@ -288,9 +292,9 @@ def _unisolated_command(
     executed: Path,
     options: list[str],
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the command that runs the notebook without a sandbox, with links instead of mounts, and its environment.
+    """Return the command that runs the notebook without a sandbox, and the environment variables for the command.
 
-    This is the fallback for systems without private namespaces.
+    The inputs are linked instead of mounted. This is the fallback for systems without private namespaces.
     """
     logger.warning(
         "The rehearsal is not isolated, because this system has no private namespaces (%s): the kernel could reach the "
@@ -311,7 +315,7 @@ def _unisolated_command(
 
 
 def _environment(python: Path, home: str) -> dict[str, str]:
-    """Return the environment variables that Kaggle sets, without this machine's settings for pip, Python or libraries."""
+    """Return environment variables like Kaggle's, without this machine's settings for pip, Python or libraries."""
     path = f"{python.parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     return {
         **{name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ},
@@ -325,9 +329,9 @@ def _environment(python: Path, home: str) -> dict[str, str]:
 
 
 def _papermill_options(spec: KernelSpec) -> list[str]:
-    """Return papermill's options for the rehearsal's parameters, [] if the kernel has no such parameters.
+    """Return papermill's options for the rehearsal's parameters, or [] if the kernel has no parameters for rehearsals.
 
-    All parameters are passed, because papermill replaces the cell of injected parameters.
+    All parameters are passed, because papermill replaces the whole cell of injected parameters.
     """
     if not spec.rehearsal:
         return []
@@ -348,9 +352,10 @@ def run_with_limit(
     log: Path,
     on_line: Callable[[str], None] | None,
 ) -> tuple[int, float]:
-    """Run a command in the folder `working`, copying its output to `log`; return its exit code and duration in seconds.
+    """Run a command in the folder `working`, copying its output to the file `log`; return its exit code and its seconds.
 
-    After `time_limit_s` seconds all its processes are killed. `on_line` is called with each line of output.
+    After `time_limit_s` seconds the command and all its child processes are killed. `on_line` is called with each line of
+    output.
     """
     started = time.monotonic()
     process = subprocess.Popen(

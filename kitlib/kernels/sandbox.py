@@ -1,7 +1,7 @@
-"""Runs a command in a sandbox: private mounts, processes and network, with chosen folders mounted at chosen paths.
+"""Runs a command in a sandbox: private mounts, processes and network, and chosen folders at chosen paths.
 
 It uses Linux namespaces through util-linux's `unshare` and needs no image, no daemon and, on systems where users may create
-namespaces, no root rights. This file is also the program that sets up the sandbox from inside, so it imports only the
+namespaces, no root rights. This file is also the program that sets up the sandbox from inside. It therefore imports only the
 standard library.
 """
 
@@ -58,13 +58,13 @@ def sandbox_command(
 
 
 def no_sandbox_reason() -> str:
-    """Return the reason why this system cannot run a sandbox, "" if it can."""
+    """Return the reason why this system cannot run a sandbox, or "" if it can."""
     return _find_unshare()[1]
 
 
 @functools.cache
 def _find_unshare() -> tuple[list[str] | None, str]:
-    """Return the `unshare` command that works on this system and "", or None and the reason why none works."""
+    """Return two values: the `unshare` command that works on this system, or None; and the reason if it is None, else ""."""
     if not shutil.which("unshare"):
         return None, "the program `unshare` (package util-linux) is not installed"
     reason = ""

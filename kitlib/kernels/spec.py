@@ -32,7 +32,8 @@ SLUG_LETTERS = re.compile(r"[A-Za-z0-9_-]+")
 class KernelSpec(Settings):
     """One Kaggle kernel, as its YAML file describes it.
 
-    Paths are relative to the project's root. A source without a `/` belongs to the owner.
+    Paths are relative to the project's root. An entry of `dataset_sources` or `kernel_sources` without a `/` belongs to
+    `owner`.
     """
 
     title: str = ""  # Kaggle derives the slug from the title; the result must be `slug`
@@ -75,7 +76,7 @@ class KernelSpec(Settings):
 
     @property
     def is_submission(self) -> bool:
-        """Whether the notebook has a parameter `weights`: it then runs trained models, which go into a dataset."""
+        """Whether the notebook has a parameter `weights`; it then runs trained models, which are uploaded as a dataset."""
         return "weights" in self.notebook_parameters()
 
     def notebook_parameters(self) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class KernelSpec(Settings):
             raise KernelError(f"notebook: {self.notebook_path} is not a notebook ({type(error).__name__})") from error
 
     def injected_parameters(self, rehearsed: bool = False) -> dict[str, Any]:
-        """Return all parameters that are passed to the notebook, including those of the rehearsal if `rehearsed`.
+        """Return all parameters that are passed to the notebook, if `rehearsed` including those for rehearsals.
 
         The parameters `competition`, `weights`, `wheels` and `time_limit_s` are set from the kernel's own keys if the
         notebook has them. Raises KernelError if `parameters` or `rehearsal` contains one of these four, or a parameter that
@@ -116,9 +117,10 @@ class KernelSpec(Settings):
         return kernel_values | self.parameters | (self.rehearsal if rehearsed else {})
 
     def run_folder(self, rehearsed: bool = False) -> str | None:
-        """Return the path, below Kaggle's working folder, of the run that the notebook makes; None if it makes no run.
+        """Return the path of the run that the notebook makes, below Kaggle's working folder; None if it makes no run.
 
-        Raises KernelError for a path outside of the working folder, because Kaggle keeps only files in it.
+        If `rehearsed`, the parameters for rehearsals apply. Raises KernelError for a path outside of the working folder,
+        because Kaggle keeps only the files in that folder.
         """
         valid = self.notebook_parameters()
         if "run_folder" not in valid or self.is_submission:
@@ -131,13 +133,13 @@ class KernelSpec(Settings):
         return folder
 
     def sources(self, entries: tuple[str, ...]) -> list[str]:
-        """Return `entries` as OWNER/SLUG."""
+        """Return `entries` with `owner`/ put before each entry that has no owner yet."""
         return [entry if "/" in entry else f"{self.owner}/{entry}" for entry in entries]
 
     def named_bundle(self, key: str) -> Path | None:
-        """Return the bundle folder of the run in `key`, one of BUNDLE_KEYS; None if the kernel's value is empty.
+        """Return the bundle folder of the run that the kernel's `key` names, or None if `key` is empty in the YAML file.
 
-        Raises KernelError if the run has no bundle.
+        `key` is one of BUNDLE_KEYS, such as "lungs". Raises KernelError if that run has no bundle.
         """
         if not getattr(self, key):
             return None
@@ -148,9 +150,9 @@ class KernelSpec(Settings):
         return bundle
 
     def bundles(self) -> list[Path]:
-        """Return the bundle folders of `runs`, in order and without duplicates.
+        """Return the bundle folders of the kernel's `runs`, in order and without duplicates.
 
-        Raises KernelError for an entry without a bundle.
+        Raises KernelError if an entry of `runs` has no bundle.
         """
         folders: dict[Path, None] = {}
         for entry in self.runs:
@@ -165,8 +167,9 @@ class KernelSpec(Settings):
 def read_spec(path: str | Path, owner: str | None = None) -> KernelSpec:
     """Return the kernel that the YAML file at `path` describes.
 
-    Its owner is `owner`, else the environment variable KAGGLE_USERNAME, else the owner in the file. Raises KernelError for a
-    missing file, unknown keys, missing values, values of the wrong type, and names that Kaggle does not accept.
+    The kernel's owner is the argument `owner`, or else the environment variable KAGGLE_USERNAME, or else the owner in the
+    file. Raises KernelError for a missing file, unknown keys, missing values, values of the wrong type, and names that
+    Kaggle does not accept.
     """
     path = Path(path)
     if not path.is_file():
@@ -231,7 +234,10 @@ def _find_slug_faults(slug: str, characters: tuple[int, int]) -> list[str]:
 
 
 def _find_source_faults(spec: KernelSpec, is_submission: bool) -> list[str]:
-    """Return faults of the attached inputs. Equal slugs are a fault, because Kaggle would mount them at the same path."""
+    """Return messages about faults of the inputs to attach, [] if there are none.
+
+    Two inputs with equal slugs are a fault, because Kaggle would mount them at the same path.
+    """
     faults, slugs = [], [spec.competition, spec.wheels_slug, *([spec.weights_slug] if is_submission else [])]
     for key, characters in (("dataset_sources", SLUG), ("kernel_sources", KERNEL_SOURCE)):
         for entry in getattr(spec, key):

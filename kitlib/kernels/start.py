@@ -14,11 +14,12 @@ from pathlib import Path
 
 
 def start_kernel(packed: str, wheels: str = "") -> Path:
-    """Unpack the embedded library (base64 of a tar.bz2) into a new folder and return the folder.
+    """Unpack the embedded library into a new folder and return the folder; install the kernel's wheels.
 
-    Puts the folder first on the import path of this process and of its child processes. Then installs the wheels dataset
-    with the slug `wheels`; if it is empty, the notebook installs its wheels itself. Sets KIT_STARTED, the start of all
-    deadlines in seconds of time.monotonic(), unless a rehearsal has set it already. Raises the errors of `install_wheels`.
+    `packed` is the library, as base64 of a tar.bz2. The folder comes first on the import path of this process and of its
+    child processes. `wheels` is the slug of the wheels dataset to install; if it is empty, the notebook installs its wheels
+    itself. Sets KIT_STARTED, the time from which all deadlines count, in seconds of time.monotonic(), unless a rehearsal has
+    set it. Raises the errors of `install_wheels`.
     """
     os.environ.setdefault("KIT_STARTED", str(time.monotonic()))
     folder = Path(tempfile.mkdtemp(prefix="kit-"))

@@ -1,4 +1,4 @@
-"""The wheels dataset: packages that notebooks import and Kaggle's image lacks, at the versions in requirements.txt."""
+"""The wheels dataset: packages that notebooks import and that Kaggle's image lacks, at the versions in requirements.txt."""
 
 import logging
 import os
@@ -54,9 +54,10 @@ def image_pins() -> dict[str, str]:
 
 
 def inference_pins(requirements: str | Path | None = None) -> dict[str, str]:
-    """Return the versions of the packages in INFERENCE from requirements.txt, keyed by canonical name.
+    """Return the version in requirements.txt of each package in INFERENCE, keyed by canonical name.
 
-    Raises KernelError for a package that is not pinned, or that Kaggle's image already has.
+    `requirements` is another file to read instead. Raises KernelError for a package that the file does not pin, or that
+    Kaggle's image already has.
     """
     requirements = Path(requirements or project_root() / "requirements.txt")
     pins, image = read_pins(requirements), image_pins()
@@ -69,7 +70,7 @@ def inference_pins(requirements: str | Path | None = None) -> dict[str, str]:
 
 
 def read_pins(path: str | Path) -> dict[str, str]:
-    """Return the versions in the `name==version` lines of a requirements file, keyed by canonical name.
+    """Return the versions in the `name==version` lines of a requirements file, keyed by canonical package name.
 
     Comments and options are skipped.
     """
@@ -79,7 +80,7 @@ def read_pins(path: str | Path) -> dict[str, str]:
 
 
 def kaggle_wheels(pins: Mapping[str, str], cache: str | Path | None = None) -> list[Path]:
-    """Return the sorted paths of the wheels for Kaggle's image of the packages and versions in `pins`.
+    """Return the sorted paths of wheels that Kaggle's image can install, for the package versions in `pins`.
 
     Wheels that are not in the folder `cache` (default `build/wheels`) are downloaded into it. Raises KernelError if pip does
     not find a wheel.
@@ -93,23 +94,23 @@ def kaggle_wheels(pins: Mapping[str, str], cache: str | Path | None = None) -> l
 
 
 def local_wheels(pins: Mapping[str, str], cache: str | Path | None = None) -> list[Path]:
-    """Return the sorted paths of the wheels for the running Python of the packages and versions in `pins`.
+    """Return the sorted paths of wheels that the running Python can install, for the package versions in `pins`.
 
-    Wheels that are not in the folder `cache` (by default, for example, `build/wheels-cp311`) are downloaded into it. Raises
-    KernelError if pip does not find a wheel.
+    Wheels that are not in the folder `cache` are downloaded into it; its default is named after the Python, such as
+    `build/wheels-cp311`. Raises KernelError if pip does not find a wheel.
     """
     name = f"wheels-cp{sys.version_info.major}{sys.version_info.minor}"
     return _fetch_wheels(pins, Path(cache or project_root() / "build" / name), frozenset(sys_tags()), [])
 
 
 def image_tags() -> frozenset[Tag]:
-    """Return the wheel tags that Kaggle's image can install."""
+    """Return the tags (Python, ABI and platform) of the wheels that Kaggle's image can install."""
     compiled = cpython_tags(IMAGE_PYTHON, platforms=IMAGE_PLATFORMS)
     return frozenset([*compiled, *compatible_tags(IMAGE_PYTHON, "cp312", IMAGE_PLATFORMS)])
 
 
 def parse_pins(wheels: Iterable[Path]) -> dict[str, str]:
-    """Return the versions in the file names of wheels, keyed by canonical name.
+    """Return the versions that the file names of `wheels` state, keyed by canonical package name.
 
     Raises KernelError for a file that is not a wheel.
     """
@@ -123,10 +124,10 @@ def are_installable(wheels: Iterable[Path]) -> bool:
 
 
 def check_wheels(wheels: Iterable[Path], image: Mapping[str, str]) -> None:
-    """Raise KernelError if the image cannot install a wheel or if a wheel's requirement is not met; list all of these.
+    """Raise KernelError if the image cannot install a wheel, or if nothing meets one of a wheel's requirements.
 
-    `image` maps canonical names to versions. Requirements are met by the image or by another wheel; markers are evaluated
-    for the image, and requirements of extras are ignored.
+    The message lists all such faults. `image` maps canonical package names to versions. A requirement is met by the image or
+    by another wheel; markers are evaluated for the image, and requirements of extras are ignored.
     """
     wheels = sorted(wheels)
     attached = parse_pins(wheels)
@@ -192,7 +193,10 @@ def _parse_filename(wheel: Path) -> tuple[str, str, frozenset[Tag]]:
 
 
 def _fetch_wheels(pins: Mapping[str, str], cache: Path, tags: frozenset[Tag], options: list[str]) -> list[Path]:
-    """Return the wheels of `pins` that match `tags`, downloading missing ones into `cache` with pip's `options`."""
+    """Return the paths of wheels in `cache`, one per package in `pins`, each with one of the `tags`.
+
+    Missing wheels are downloaded with pip and its `options`.
+    """
     wheels = _find_cached(pins, cache, tags)
     missing = [f"{name}=={version}" for name, version in pins.items() if name not in wheels]
     if missing:

@@ -1,4 +1,4 @@
-"""The leaderboard: lists, checks and ranks all runs below a folder.
+"""The leaderboard: lists all runs below some folders, checks them and ranks their models.
 
 Does not belong here: training and prediction.
 """

@@ -20,11 +20,11 @@ from kitlib.tables import concatenate, read_table
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's out-of-fold predictions for `images`; kinds of prediction that the model does not make are None.
+    """A model's out-of-fold predictions for `images`; a table is None if the model does not make this kind of prediction.
 
     `images` is an `images` table, sorted by image_id. `studies`, `nones` and `detections` are the tables of
-    `kitlib.fusion.model_fusion.Fused`, `masks` is a `mask_scores` table. `findings` and `classes` are `class_scores` tables:
-    `findings` for findings that may occur together, `classes` for exclusive classes.
+    `kitlib.fusion.model_fusion.Fused`, and `masks` is a `mask_scores` table. `findings` and `classes` are `class_scores`
+    tables: `findings` for findings that may occur together, `classes` for classes that exclude each other.
     """
 
     images: pd.DataFrame
@@ -37,17 +37,18 @@ class Predictions:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the kinds of prediction that are not None, such as ("studies", "nones")."""
+        """Names of the tables of predictions that are not None, such as ("studies", "nones")."""
         names = ("studies", "nones", "detections", "findings", "classes", "masks")
         return tuple(name for name in names if getattr(self, name) is not None)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the leaderboard: a run, several runs that hold the folds of one model, or one ensemble `model` of a run.
+    """One row of the leaderboard: a run, or several runs with the folds of one model, or one of a run's ensembles.
 
-    `predictions` is None if the entry has no score; if a score was expected, `remark` says why it is missing. `tables` holds
-    the tables of the prepared run that the model was trained on; it is empty if `predictions` is None.
+    `model` is the ensemble's name, or empty. `predictions` is None if the entry has no score; if a score was expected,
+    `remark` says why it is missing. `tables` holds the tables of the prepared run that the model was trained on; it is empty
+    if `predictions` is None.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Entry:
 
 
 def read_entries(runs: Iterable[ListedRun], folds: Iterable[int] = ()) -> list[Entry]:
-    """Return the leaderboard entries of listed runs, with predictions for the images in `folds` (default: all folds).
+    """Return the leaderboard entries of listed runs, with predictions for images in `folds` (if empty, for all images).
 
     Runs in one folder that hold different folds of the same model become one entry. A run of notebook 65 becomes one entry
     per ensemble; its learners get entries from their own runs.
@@ -76,7 +77,7 @@ def read_entries(runs: Iterable[ListedRun], folds: Iterable[int] = ()) -> list[E
 
 
 def _ensemble_names(run: ListedRun) -> list[str]:
-    """Return the names of the ensembles with scores in a run of notebook 65, or [""] for any other run."""
+    """Return the names of the ensembles that have scores in a run of notebook 65, or [""] for any other run."""
     path = run.folder / "tables" / "class_scores.parquet"
     if run.kind != "ensemble" or run.state != "finished" or not path.is_file():
         return [""]
@@ -88,7 +89,10 @@ def _ensemble_names(run: ListedRun) -> list[str]:
 
 
 def _group_by_model(runs: list[ListedRun]) -> list[tuple[ListedRun, ...]]:
-    """Group runs of the same folder that differ only in their folds, keeping the order; any other run is its own group."""
+    """Return the runs in groups: runs in the same folder that differ only in their folds are one group.
+
+    Any other run is a group of its own. The order is kept.
+    """
     groups: dict[Any, list[ListedRun]] = {}
     for index, run in enumerate(runs):
         shared = [{key: value for key, value in fold.items() if key in SHARED_METRICS} for fold in run.folds.values()]
@@ -173,7 +177,11 @@ def _read_entry(
 def _read_predictions(
     runs: tuple[ListedRun, ...], tables: dict[str, pd.DataFrame], folds: frozenset[int], model: str = ""
 ) -> Predictions:
-    """Read one model's out-of-fold predictions for images in `folds`. Raises RunError if a prediction is not out of fold."""
+    """Return one model's out-of-fold predictions for the images in `folds`, read from the model's `runs`.
+
+    `tables` are those of the prepared run that the model was trained on; `model` is the name of an ensemble, or empty.
+    Raises RunError if a prediction is not out of fold.
+    """
     fold_of = tables["folds"].set_index("id")["fold"]
     images = tables["images"][tables["images"]["image_id"].isin(fold_of.index)].sort_values("image_id")
     if folds:
@@ -218,7 +226,10 @@ def _read_predictions(
 
 
 def _add_folds_fingerprint(entry: Entry, run: ListedRun) -> Entry:
-    """Return the entry of a prepared run with its folds' fingerprint, or with a remark if the folds cannot be read."""
+    """Return the entry of a prepared run with the fingerprint of its folds added.
+
+    If the folds cannot be read, a remark that says so is added instead.
+    """
     fingerprint = run.metrics.get("folds_fingerprint")
     if not fingerprint:
         try:
@@ -229,7 +240,10 @@ def _add_folds_fingerprint(entry: Entry, run: ListedRun) -> Entry:
 
 
 def _find_source(name: Any, run: ListedRun, runs: list[ListedRun]) -> ListedRun | None:
-    """Return the run that the fusion `run` refers to as `name`: from `runs`, or read from disk; None if it is not found."""
+    """Return the run that the fusion `run` refers to as `name`, or None if it does not exist.
+
+    It is taken from `runs` or, if it is not among them, read from disk.
+    """
     folder = named_folder(name, run)
     if folder is None:
         return None
@@ -238,7 +252,7 @@ def _find_source(name: Any, run: ListedRun, runs: list[ListedRun]) -> ListedRun 
 
 
 def _join_names(names: list[str]) -> str:
-    """Return one name for several runs: `study-[0,1]` for study-0 and study-1."""
+    """Return one name for several runs, such as `study-[0,1]` for study-0 and study-1."""
     prefix = os.path.commonprefix(names)
     endings = [name.removeprefix(prefix) for name in names]
     return names[0] if len(names) == 1 else f"{prefix}[{','.join(endings)}]" if all(endings) else " + ".join(names)

@@ -38,9 +38,9 @@ class ListedRun:
     """One run folder: its name, kind, state and the contents of its JSON files.
 
     `kind` is a key of KINDS, "command" or "other". `state` is "finished", "unfinished", "failed" or "damaged"; `remark`
-    explains it. `record`, `metrics` and `plan` are the contents of the folder's JSON files, empty if a file is missing or
-    damaged. `folds` maps each trained fold to its metrics; the key is the fold's number or, for nested folds, "outer/inner",
-    such as "2/0".
+    explains it. `record`, `metrics` and `plan` are the contents of the folder's JSON files; each is empty if its file is
+    missing or damaged. `folds` maps each trained fold to its metrics; the key is the fold's number or, for nested folds,
+    "outer/inner", such as "2/0".
     """
 
     name: str
@@ -65,10 +65,10 @@ class ListedRun:
 
 
 def list_runs(roots: Iterable[str | Path], skip: Iterable[str | Path] = ()) -> list[ListedRun]:
-    """List all runs in and below the folders `roots`, except those whose folder is in `skip`.
+    """Return all runs in and below the folders `roots`, except those whose folder is in `skip`.
 
-    A run's name is its path relative to the root, or its full path if there are several roots. Raises FileNotFoundError if a
-    root is not a folder.
+    A run's name is its path relative to the root, or its full path if there are several roots. Raises FileNotFoundError if
+    one of `roots` is not a folder.
     """
     skipped, root_folders = {Path(folder).resolve() for folder in skip}, [Path(root) for root in roots]
     runs: dict[Path, ListedRun] = {}
@@ -96,7 +96,7 @@ def is_run(folder: Path) -> bool:
 
 
 def list_run(folder: Path, name: str) -> ListedRun:
-    """Read one run folder and return it as a ListedRun; its state and remark report missing and damaged files."""
+    """Return the run in `folder` as a ListedRun called `name`; its state and remark report missing and damaged files."""
     remarks: list[str] = []
     record, metrics, planned = (_read_json(folder / file, remarks) for file in (RECORD, METRICS, PLANNED))
     plan = planned.get("run", {})
@@ -117,12 +117,12 @@ def list_run(folder: Path, name: str) -> ListedRun:
 
 
 def describe(runs: Sequence[ListedRun]) -> dict[str, Any]:
-    """Summarise how one model was trained, from its runs: recipe, folds, time, memory (MB of 10^6 bytes), GPU and commit.
+    """Return how one model was trained, from its runs, as a dictionary for one row of the leaderboard.
 
-    Returns a dict with kind, model, state, recipe, `changes` (settings that differ from the recipe, and parameters that
-    differ from their defaults), folds, `cross_fitted` (a fusion's score under settings tuned on the other folds), started,
-    wall_s, `training_s` (seconds of all epochs in all sessions), memory_mb, gpu, gpu_memory_mb, host and commit. A value
-    that is not recorded is None or "".
+    The keys are kind, model, state, recipe, `changes` (settings that differ from the recipe, and parameters that differ from
+    their defaults), folds, `cross_fitted` (the score of a fusion with settings tuned on the other folds), started, wall_s,
+    `training_s` (seconds of all epochs in all sessions), memory_mb (in MB of 10^6 bytes, like gpu_memory_mb), gpu,
+    gpu_memory_mb, host and commit. A value that is not recorded is None or "".
     """
     first, trained = runs[0], {fold: metrics for run in runs for fold, metrics in run.folds.items()}
     records, folds = [run.record for run in runs], list(trained.values())
@@ -157,7 +157,10 @@ def describe(runs: Sequence[ListedRun]) -> dict[str, Any]:
 
 
 def _read_json(path: Path, remarks: list[str]) -> dict[str, Any]:
-    """Return a file's JSON object, or {} if the file is missing or damaged; a damaged file adds a remark to `remarks`."""
+    """Return the JSON object in a file, or {} if the file is missing or damaged.
+
+    If it is damaged, a message about it is appended to the list `remarks`.
+    """
     if not path.is_file():
         return {}
     try:
@@ -172,7 +175,7 @@ def _read_json(path: Path, remarks: list[str]) -> dict[str, Any]:
 
 
 def _read_plan_state(folder: Path, name: str) -> tuple[str, str]:
-    """Return the state and remark of a run without results, as recorded by the plan that started it last."""
+    """Return the state and the remark of a run without results, as the plan that started the run last has recorded them."""
     states = []
     for described in folder.parent.glob(".*/runs.json") if name else ():
         state = _read_json(state_file(described, name), [])
@@ -201,7 +204,7 @@ def _fold_sort_key(fold: int | str) -> list[int]:
 
 
 def _requested_folds(run: ListedRun) -> list[Any]:
-    """Return the folds that the run's parameters request; for nested folds, pairs (outer fold, inner fold)."""
+    """Return the folds that the run's parameters request, which are numbers or, for nested folds, pairs (outer, inner)."""
     folds, outer_folds = (run.parameters.get(name) or [] for name in ("folds", "outer_folds"))
     return [(outer, fold) for outer in outer_folds for fold in folds if fold != outer] if outer_folds else folds
 
@@ -214,10 +217,10 @@ def _find_kind(folder: Path, plan: dict[str, Any]) -> str:
 
 
 def _recipe_and_changes(run: ListedRun, folds: list[dict[str, Any]]) -> tuple[str, str]:
-    """Return the recipe's name, and as text the settings that differ from it, such as "epochs=3, seed=2".
+    """Return two texts: the name of the run's recipe, and the settings that differ from it, such as "epochs=3, seed=2".
 
-    If the run's parameters do not include a recipe name, it is the name of the recipe whose fields are equal to those used,
-    or "not stated".
+    If the run's parameters do not include a recipe name, the name is that of the recipe whose fields are equal to those
+    used, or "not stated".
     """
     used = next((fold["recipe"] for fold in folds if isinstance(fold.get("recipe"), dict)), None)
     name = run.parameters.get("recipe", "")
@@ -236,14 +239,14 @@ def _recipe_and_changes(run: ListedRun, folds: list[dict[str, Any]]) -> tuple[st
 
 
 def _as_json(value: Any) -> Any:
-    """Return `value` as it would be read back from JSON, with lists for tuples."""
+    """Return `value` as it would be after writing it to JSON and reading it back, with lists instead of tuples."""
     if isinstance(value, dict):
         return {key: _as_json(inner) for key, inner in value.items()}
     return [_as_json(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _short_commit(record: dict[str, Any]) -> str:
-    """Return the shortened git commit, or kitlib's digest if the run was not made in a git clone."""
+    """Return the shortened git commit in a run's record, or kitlib's digest if the run was not made in a git clone."""
     commit, _, changes = str(record.get("git_commit") or "").partition("+")
     if commit:
         return commit[:SHORT] + (f"+{changes}" if changes else "")

@@ -1,4 +1,4 @@
-"""Search for the prepared run that a listed run's models were trained on, confirmed by fingerprints."""
+"""Search for the prepared run that the models of a listed run were trained on; fingerprints confirm the match."""
 
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,20 @@ from kitlib.runs.finished_run import read_prepared
 
 
 class PreparedRuns:
-    """Finds, among listed runs, the prepared run that a model was trained on. Reads each prepared run at most once."""
+    """Finds, among listed runs and where a run's parameters point, the prepared run that a model was trained on.
+
+    Each prepared run is read at most once by `find`.
+    """
 
     def __init__(self, runs: list[ListedRun]) -> None:
         self._unread = [run.folder for run in runs if run.kind == "prepared" and run.state == "finished"]
         self._by_fingerprint: dict[str, tuple[str, dict[str, pd.DataFrame]]] = {}
 
     def find(self, fingerprint: str, run: ListedRun) -> tuple[str, dict[str, pd.DataFrame]] | None:
-        """Return the folds' fingerprint and the tables of the prepared run with this data fingerprint, or None.
+        """Return the folds' fingerprint and the tables of the prepared run whose data have `fingerprint`, or None.
 
-        Searches the listed runs, and the run in the `prepare_run` parameter of `run` even if that is not listed.
+        Searches the listed runs, and the run that the parameter `prepare_run` of `run` names, even if that run is not
+        listed.
         """
         named = named_folder(run.parameters.get("prepare_run"), run)
         # The run in the parameter is read first, because it most likely matches and computing a fingerprint takes seconds.
@@ -40,9 +44,9 @@ class PreparedRuns:
     def find_for_nested(self, runs: tuple[ListedRun, ...]) -> tuple[str, dict[str, pd.DataFrame]]:
         """Return the folds' fingerprint and the tables of the prepared run of an ensemble, or of learners with nested folds.
 
-        Their models were trained on parts of the prepared run, so it is found by the parameter `prepare_run` of the first of
-        `runs`. Raises RunError if the prepared run does not exist, if its folds do not have the fingerprint in the metrics
-        of all `runs`, or if its data without a model's outer fold are not the data that the model was trained on.
+        The models were trained on parts of the prepared run only, so it is found by the parameter `prepare_run` of the first
+        of `runs`. Raises RunError if that run does not exist, if its folds do not have the fingerprint in the metrics of
+        each of `runs`, or if a model was not trained on its data without the model's outer fold.
         """
         run = runs[0]
         folder = named_folder(run.parameters.get("prepare_run"), run)
@@ -66,7 +70,10 @@ class PreparedRuns:
 
 
 def named_folder(name: Any, run: ListedRun) -> Path | None:
-    """Return the folder of the run that `run` refers to as `name`, or None; also works if both runs were moved together."""
+    """Return the folder of the run that `run` refers to as `name`, or None if it does not exist.
+
+    The folder is found even if both runs were moved together.
+    """
     if not name or not isinstance(name, str):
         return None
     for folder in (run.folder.parent / name, run.folder.parent / Path(name).name):

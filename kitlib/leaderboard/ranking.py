@@ -44,23 +44,23 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """Ranked entries, and the differences between their scores and the best score.
+    """The ranked entries, and how far each entry's score is from the best score of its ranking.
 
     `table` has one row per entry, with the columns COLUMNS, ordered by ranking and score; entries without a score come last.
-    `differences` has one row per entry except the best of each ranking, with the columns ranking, name, best (the best
-    entry's name), difference (the entry's score minus the best score, at most 0), and low and high (its paired 95 %
-    interval).
+    `differences` has one row per entry except the best of each ranking. Its columns are ranking, name, best (the name of the
+    best entry), difference (the entry's score minus the best score, at most 0), and low and high (the paired 95 % interval
+    of the difference).
     """
 
     table: pd.DataFrame
     differences: pd.DataFrame
 
     def rankings(self) -> dict[int, pd.DataFrame]:
-        """Return the rows of `table` in each ranking, keyed by the ranking's number, from 1."""
+        """Return the rows of `table` that belong to each ranking, keyed by the ranking's number, which starts at 1."""
         return {int(number): rows for number, rows in self.table.dropna(subset="ranking").groupby("ranking")}
 
     def summary(self) -> str:
-        """Return a text with the numbers of models, rankings and unscored runs, and which scores are not comparable."""
+        """Return a text that says how many models, rankings and unscored runs there are, and which scores not to compare."""
         ranked = self.table.dropna(subset="ranking")
         unranked = self.table[self.table["ranking"].isna()]
         groups = ranked["folds_fingerprint"].unique()
@@ -83,9 +83,10 @@ class Leaderboard:
 
 
 def rank(entries: Iterable[Entry], samples: int = 200, seed: int = 0) -> Leaderboard:
-    """Score and rank entries, with 95 % bootstrap intervals over patients and paired differences within each ranking.
+    """Return the leaderboard of `entries`, with 95 % bootstrap intervals over patients for scores and differences.
 
-    `samples` is the number of bootstrap draws. Raises LeaderboardError if `samples` is below 1.
+    The differences within each ranking are paired. `samples` is the number of bootstrap draws. Raises LeaderboardError if
+    `samples` is below 1.
     """
     if samples < 1:
         raise LeaderboardError(f"samples is {samples}; intervals need at least 1 draw, and a few hundred to be stable")
@@ -117,13 +118,14 @@ def rank(entries: Iterable[Entry], samples: int = 200, seed: int = 0) -> Leaderb
 def compare(
     entries: Iterable[Entry], first: str, second: str, across_folds: bool = False, samples: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Compare two models on the images that both have predicted, with paired 95 % bootstrap intervals over patients.
+    """Compare two models on the images that both have predicted; return a table of their scores and differences.
 
-    `first` and `second` are names of entries, or of runs in entries. Returns a table with one row for the score and one for
-    each of its parts, with the columns figure (name of the score or part), first, second, difference (second minus first),
-    low and high (its interval), and images (their number). Raises LeaderboardError if a name is unknown, if a model has no
-    score, if the models share no images or no kind of prediction, or, unless `across_folds` is set, if they were trained
-    with different folds, because training on other patients changes the score too.
+    `first` and `second` are names of entries, or of runs in entries. The table has one row for the score and one for each of
+    its parts, with the columns figure (name of the score or part), first, second, difference (second minus first), low and
+    high (the paired 95 % bootstrap interval of the difference, over patients), and images (the number of images). Raises
+    LeaderboardError if a name is unknown, if a model has no score, if the models share no images or no kind of prediction,
+    or, unless `across_folds` is set, if they were trained with different folds, because training on other patients changes
+    the score too.
     """
     entries = list(entries)
     (entry, predictions), (other_entry, other_predictions) = _find_entry(entries, first), _find_entry(entries, second)
@@ -157,7 +159,7 @@ def compare(
 
 
 def _draw_scores(predictions: Predictions, tables: dict[str, pd.DataFrame], samples: int, seed: int) -> pd.DataFrame:
-    """Return `score` and its parts as columns of a table: one row for all patients, then one row per bootstrap draw."""
+    """Return a table with columns for `score` and its parts: first a row for all patients, then a row per bootstrap draw."""
     if predictions.findings is not None:
         scores = predictions.findings.set_index("image_id").loc[predictions.images["image_id"]].reset_index()
         drawn = auc_draws(answers(scores, predictions.images, tables["labels"]), samples, seed)
@@ -217,7 +219,7 @@ def _digest(image_ids: pd.Series) -> str:
 
 
 def _truth_digest(entry: Entry, predictions: Predictions) -> str:
-    """Return a digest of the ground truth for the predicted images, independent of paths and of other images."""
+    """Return a digest of the ground truth for the predicted images; file paths and other images do not change it."""
     if predictions.masks is not None:
         fingerprints = {str(fold.get("masks_fingerprint")) for run in entry.runs for fold in run.folds.values()}
         return " ".join(sorted(fingerprints))

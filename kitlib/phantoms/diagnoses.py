@@ -1,7 +1,7 @@
 """Write phantoms in the layouts of data sets with one diagnosis per image: Kermany's and ieee8023's covid-chestxray-dataset.
 
-In each layout, one file is damaged, one image is a near-duplicate of another patient's image, and some patients have two or
-four images.
+In each layout, one image file is damaged, one image is a near-duplicate of another patient's image, and some patients have
+two or four images.
 """
 
 from collections.abc import Callable
@@ -80,12 +80,13 @@ def write_diagnoses(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write `images` files, one of them damaged, in one of LAYOUTS, and return their folder, FOLDER/LAYOUT.
+    """Write `images` image files, one of them damaged, in the layout of a data set; return their folder, FOLDER/LAYOUT.
 
-    The layout "kermany" has `chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg`; "covid_chestxray" has `images/*.png` and
-    `metadata.csv`, which also has rows without a file for a lateral image, a CT slice and an unlabelled image. The longer
-    side of an image has `side` pixels, at least 32; `images` is at least LEAST_IMAGES. For the other parameters and errors
-    see `write_phantoms`. Raises ValueError for an unknown layout.
+    `layout` is one of LAYOUTS. "kermany" has `chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg`. "covid_chestxray" has
+    `images/*.png` and `metadata.csv`, which also has rows for a lateral image, a CT slice and an unlabelled image, whose
+    files do not exist. The longer side of each image has `side` pixels, at least 32; `images` is at least LEAST_IMAGES. The
+    same `seed` gives the same images. For `workers`, `progress` and the errors see `write_phantoms`. Raises ValueError for
+    an unknown layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")

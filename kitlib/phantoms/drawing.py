@@ -1,7 +1,7 @@
 """Render a synthetic frontal chest radiograph, with boxes and masks, from a patient, an exposure and opacities.
 
 Anatomy is drawn with a longer side of at most `WORK_SIDE` pixels and enlarged; noise and markers are drawn at full
-resolution. The image is built like an X-ray: soft tissue and bone add attenuation, aerated lung removes it, and an opacity
+resolution. Grey values add up as in an X-ray: soft tissue and bone add attenuation, aerated lung removes it, and an opacity
 is lung without air.
 """
 
@@ -21,9 +21,10 @@ MEDIASTINUM_TOP = [(0.17, -0.45), (0.2, -0.85)]
 
 
 def render(patient: Patient, exposure: Exposure, opacities: tuple[Opacity, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
-    """Return the radiograph (rows, columns), float32 grey in 0..1, 1 = white, and boxes (n, 4) in its pixels.
+    """Return two arrays: the radiograph, and the boxes of its opacities.
 
-    There is one box for each opacity with `boxed`, in their order. The same arguments give the same pixels.
+    The radiograph is float32 (rows, columns), from 0 (black) to 1 (white). The boxes are (n, 4), one row per opacity with
+    `boxed`, in order: xmin, ymin, xmax, ymax in the radiograph's pixels. The same arguments give the same pixels.
     """
     view = _View(patient, exposure)
     rng = np.random.default_rng([patient.seed, 1])
@@ -40,10 +41,10 @@ def render(patient: Patient, exposure: Exposure, opacities: tuple[Opacity, ...] 
 
 
 def draw_masks(patient: Patient, exposure: Exposure) -> dict[str, np.ndarray]:
-    """Return masks of left_lung, right_lung and heart as `render` draws them, keyed by name: bool (rows, columns).
+    """Return the masks "left_lung", "right_lung" and "heart" of the image that `render` draws, each bool (rows, columns).
 
-    Left and right are the patient's. Lungs include opacities. The heart is the region between the lungs from the hila to the
-    diaphragm, without the lungs, because nothing else in the image shows where the heart ends.
+    Left and right are the patient's. The lungs include opacities. The heart is the region between the lungs from the hila to
+    the diaphragm, without the lungs, because nothing else in the image shows where the heart ends.
     """
     view = _View(patient, exposure)
     right, left = _lung_outlines(patient, np.random.default_rng([patient.seed, 1]))
@@ -60,9 +61,10 @@ def draw_masks(patient: Patient, exposure: Exposure) -> dict[str, np.ndarray]:
 
 
 class _View:
-    """Converts thorax units to pixels of the canvas: the image at `WORK_SIDE`, or at its own size if that is smaller.
+    """Converts thorax units to pixels of the canvas, an image with at most `WORK_SIDE` pixels on its longer side.
 
-    Canvases are uint8 with 255 for 1, because OpenCV draws smooth edges in 8-bit images only.
+    The final image is the canvas, enlarged if it is larger than `WORK_SIDE`. Canvases are uint8 and 255 stands for 1,
+    because OpenCV draws smooth edges in 8-bit images only.
     """
 
     def __init__(self, patient: Patient, exposure: Exposure) -> None:
@@ -81,25 +83,28 @@ class _View:
         return np.zeros((self.rows, self.columns), np.uint8)
 
     def pixels(self, points: np.ndarray) -> np.ndarray:
-        """Return points (..., 2) in thorax units (u, v) as pixels (x, y)."""
+        """Convert points from thorax units (u, v) to canvas pixels (x, y); both arrays have shape (..., 2)."""
         return np.asarray(points, dtype=float) @ self.matrix.T + self.origin
 
     def fill(self, canvas: np.ndarray, outlines: np.ndarray, value: float = 1.0) -> None:
-        """Fill closed outlines (areas, points, 2) on the canvas."""
+        """Fill closed outlines on the canvas with `value`, 0..1; `outlines` is (areas, points, 2) in thorax units."""
         for outline in self._fixed_point(outlines):
             cv2.fillPoly(canvas, [outline], round(255 * value), cv2.LINE_AA, SHIFT)
 
     def lines(self, canvas: np.ndarray, curves: np.ndarray, width: float, value: float) -> None:
-        """Draw curves (curves, points, 2), `width` thorax units wide and at least one pixel."""
+        """Draw curves on the canvas with `value`, 0..1; `curves` is (curves, points, 2) in thorax units.
+
+        The lines are `width` thorax units wide, and at least one pixel.
+        """
         thickness = max(1, round(width * self.unit))
         # Broad lines are blurred later; smoothing their edges too would take four times as long.
         kind = cv2.LINE_AA if thickness == 1 else cv2.LINE_8
         cv2.polylines(canvas, self._fixed_point(curves), False, round(255 * value), thickness, kind, SHIFT)
 
     def blur(self, canvas: np.ndarray, sigma: float) -> np.ndarray:
-        """Return the canvas blurred with a Gaussian of `sigma` thorax units.
+        """Return a copy of the canvas, blurred with a Gaussian whose standard deviation is `sigma` thorax units.
 
-        Wide blurs are computed on a reduced copy, which makes no visible difference.
+        Wide blurs are computed on a reduced image, which makes no visible difference.
         """
         pixels = sigma * self.unit
         if pixels <= 3:
@@ -120,7 +125,7 @@ def _lungs(patient: Patient, view: _View, rng: np.random.Generator) -> np.ndarra
 
 
 def _lung_outlines(patient: Patient, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return the closed outlines (points, 2) of the right and the left lung, in thorax units."""
+    """Return the closed outlines of the right lung and of the left lung, each an array (points, 2) in thorax units."""
     low = patient.diaphragm
     right_base = [(0.85, 0.78 + low), (0.6, 0.64 + low), (0.36, 0.68 + low), (0.24, 0.8 + low)]
     left_base = [(0.9, 0.88 + low), (0.76, 0.76 + low), (0.68, 0.77 + low)]
@@ -133,28 +138,38 @@ def _lung_outlines(patient: Patient, rng: np.random.Generator) -> tuple[np.ndarr
 
 
 def _right_heart(patient: Patient) -> list[tuple[float, float]]:
-    """Return the right lung's edge along the heart, from the base upwards; u counts from the midline outwards."""
+    """Return points along the right lung's border with the heart, from the base upwards, in thorax units.
+
+    Here u is the distance from the midline.
+    """
     return [(0.3 * patient.heart, 0.55), (0.29 * patient.heart, 0.25), (0.2, 0.0)]
 
 
 def _left_heart(patient: Patient) -> list[tuple[float, float]]:
-    """Return the left lung's edge along the heart, from the base upwards; u counts from the midline outwards.
+    """Return points along the left lung's border with the heart, from the base upwards, in thorax units.
 
-    The last two points are along the aorta.
+    Here u is the distance from the midline. The last two points are along the aorta.
     """
     heart = patient.heart
     return [(0.66 * heart, 0.7), (0.56 * heart, 0.4), (0.36, 0.12), (0.25, -0.05), (0.29, -0.2), (0.22, -0.32)]
 
 
 def _heart_outline(patient: Patient) -> np.ndarray:
-    """Return the heart's closed outline (points, 2). It overlaps both lungs a little, so that no gap is left."""
+    """Return the heart's closed outline, an array (points, 2) in thorax units.
+
+    It overlaps both lungs a little, so that no gap is left between them and the heart.
+    """
     right, left = np.array(_right_heart(patient)) * (-1, 1), np.array(_left_heart(patient)[3::-1])
     base = np.array([(0.5 * patient.heart, 0.82 + patient.diaphragm), (-0.24, 0.8 + patient.diaphragm)])
     return _rounded(np.concatenate([right, left, base]) * (1.07, 1))
 
 
 def _replace_air(air: np.ndarray, inside: np.ndarray, opacity: Opacity, view: _View) -> np.ndarray:
-    """Remove the opacity's share of `air` in place; return the opacity's box (4,) in canvas pixels."""
+    """Reduce the array `air` in place where the opacity is; return the opacity's box.
+
+    The box is an array (4,): xmin, ymin, xmax, ymax in canvas pixels. `inside` is True in the lungs, outside of which
+    nothing is changed. An opacity outside the lungs gets a box of one pixel.
+    """
     rng = np.random.default_rng([opacity.seed, 2])
     radius = np.array([opacity.radius_u, opacity.radius_v])
     centre = np.array([opacity.u, opacity.v])
@@ -182,7 +197,7 @@ def _replace_air(air: np.ndarray, inside: np.ndarray, opacity: Opacity, view: _V
 
 
 def _soft_tissue(patient: Patient, view: _View) -> np.ndarray:
-    """Return the attenuation of trunk, neck and arms as grey, higher in the mediastinum and below the diaphragm."""
+    """Return the grey that trunk, neck and arms give each canvas pixel, more in the mediastinum and below the diaphragm."""
     low = patient.diaphragm
     outline = [(-0.3, -4), (0.3, -4), (0.34, -1.4), (0.5, -1.22), (1.05, -1.16), (1.5, -1.0), (1.75, -0.5), (1.8, 0.3)]
     outline += [(2.0, 4.0), (1.75, 4.0), (1.5, 0.75), (1.28, 0.15), (1.2, 0.6), (1.22, 1.3), (1.25, 4.0), (-0.3, 4.0)]
@@ -203,7 +218,7 @@ def _soft_tissue(patient: Patient, view: _View) -> np.ndarray:
 
 
 def _bones(view: _View, rng: np.random.Generator) -> np.ndarray:
-    """Return the attenuation of ribs, clavicles, shoulders and spine as grey to add; crossing bones add up."""
+    """Return the grey that ribs, clavicles, shoulders and spine add to each canvas pixel; crossing bones add up."""
     t = np.linspace(0, 1, 14)
     rib = np.arange(10)[:, None]
     start = -1.02 + 0.19 * rib * rng.uniform(0.95, 1.05)
@@ -230,13 +245,16 @@ def _bones(view: _View, rng: np.random.Generator) -> np.ndarray:
 
 
 def _bars(view: _View, canvas: np.ndarray, curves: np.ndarray, width: float, value: float) -> None:
-    """Draw long bones, whose rims are brighter than their middles because their dense wall is seen edge-on."""
+    """Draw long bones, as `_View.lines` draws curves, but with rims brighter than the middles.
+
+    The dense wall of a long bone is seen edge-on at its rims.
+    """
     view.lines(canvas, curves, width, value)
     view.lines(canvas, curves, 0.65 * width, 0.6 * value)
 
 
 def _vessels(view: _View, rng: np.random.Generator) -> np.ndarray:
-    """Return pulmonary vessels that thin out from the hila, 0..1."""
+    """Return an image of the pulmonary vessels, 0..1 for each canvas pixel; vessels get thinner away from the hila."""
     branches, hila = view.canvas(), view.canvas()
     t = np.linspace(0, 1, 8)
     for side in (-1, 1):
@@ -254,7 +272,7 @@ def _vessels(view: _View, rng: np.random.Generator) -> np.ndarray:
 
 
 def _expose(grey: np.ndarray, exposure: Exposure) -> np.ndarray:
-    """Return the image at full resolution, with contrast, noise, the unexposed border and the marker."""
+    """Return the canvas `grey` as the final image: at full resolution, with contrast, noise, unexposed border and marker."""
     grey = np.power(np.clip(grey * np.float32(exposure.gain), 0, 1), np.float32(exposure.gamma))
     if grey.shape != (exposure.rows, exposure.columns):
         grey = cv2.resize(grey, (exposure.columns, exposure.rows), interpolation=cv2.INTER_CUBIC)
@@ -276,18 +294,18 @@ def _expose(grey: np.ndarray, exposure: Exposure) -> np.ndarray:
 
 
 def _mirrored(points: np.ndarray, side: int) -> np.ndarray:
-    """Return points (points, 2) on the given side (-1 right, 1 left) as an array (1, points, 2)."""
+    """Return points with u counted from the midline as an array (1, points, 2), on the side -1 (right) or 1 (left)."""
     return (np.asarray(points) * (side, 1))[None]
 
 
 def _ellipse(u: float, v: float, radius_u: float, radius_v: float) -> np.ndarray:
-    """Return the outline of an ellipse as an array (1, 24, 2)."""
+    """Return the outline of an ellipse with the centre (u, v) as an array (1, 24, 2)."""
     angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     return np.stack([u + radius_u * np.cos(angle), v + radius_v * np.sin(angle)], axis=-1)[None]
 
 
 def _rounded(points: list[tuple[float, float]] | np.ndarray) -> np.ndarray:
-    """Return a closed outline with its corners cut twice (Chaikin 1974)."""
+    """Return a closed outline, an array (4 * points, 2), which is `points` with the corners cut twice (Chaikin 1974)."""
     points = np.asarray(points, dtype=float)
     for _ in range(2):
         following = np.roll(points, -1, axis=0)

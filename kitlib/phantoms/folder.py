@@ -1,4 +1,4 @@
-"""Write a folder of phantoms atomically, reuse it if its parameters are the same, and never replace other data."""
+"""Write a folder of phantoms atomically; reuse it if its parameters are the same; never replace other data."""
 
 import hashlib
 import importlib
@@ -30,10 +30,10 @@ Written = TypeVar("Written")
 
 @dataclass(frozen=True)
 class PhantomFolder:
-    """A folder of phantoms and its marker, a JSON file next to it with the parameters with which they were made.
+    """A folder of phantoms, and a marker: a JSON file that records the parameters that the phantoms were made with.
 
-    `folder` contains only files of the data set's layout. `tables` are the names of files in it whose digest, which is
-    recorded in the marker, distinguishes phantoms from a real data set.
+    `folder` contains only files of the data set's layout; `marker` is outside of it. `tables` are the names of files in
+    `folder` whose digest is recorded in the marker. The digest distinguishes phantoms from a real data set.
     """
 
     folder: Path
@@ -57,9 +57,9 @@ class PhantomFolder:
 
     @contextmanager
     def replacing(self, parameters: dict[str, Any]) -> Iterator[Path]:
-        """Yield a temporary folder to fill, which replaces `folder` if the block ends without an error.
+        """Yield an empty temporary folder to fill; it replaces `folder` if the `with` block ends without an error.
 
-        The marker is written with `parameters` and the digest of the tables.
+        The marker is then written, with `parameters` and the digest of the tables.
         """
         partial, replaced = (self.folder.with_name(f".{self.folder.name}.{suffix}") for suffix in ("partial", "replaced"))
         for leftover in (partial, replaced):
@@ -94,16 +94,17 @@ def write_phantoms(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write a set of phantoms to `folder`, unless it exists and was made with the same parameters; return `folder`.
+    """Write a set of phantoms to `folder`, unless it exists and was made with the same parameters and code; return `folder`.
 
-    `plan` returns the items to write. `write` writes one item below a folder, possibly in another process. `finish` then
-    gets the folder, the items and the results of `write` for them. `parameters` contains `side` in pixels and, for most
-    sets, `images`, their number; ValueError is raised if they are less than `least` (images, side). The same parameters and
-    code (the modules in `code` and the drawing modules) give the same bytes, for any number of `workers` (default: one per
-    core, fewer for a small set). `tables` are as in PhantomFolder; `marker` is the name of the marker file next to the
-    folder, by default `.NAME.json`. The folder appears only when it is complete; after an interruption, call again. It is
-    written again if it was made with other parameters or code, or if one of `other_files` is missing. `unit` names an item
-    in the progress bar. Raises FileExistsError if the folder contains anything but phantoms.
+    `plan` returns the items to write. `write` gets a temporary folder and an item, and writes the item, possibly in another
+    process. `finish` then gets the temporary folder, all items, and what `write` returned for them. `parameters` contains
+    `side` in pixels and, for most sets, `images`, the number of images. `least` is their smallest values, (images, side).
+    The same parameters and code (the modules in `code` and the drawing modules) give the same bytes, for any number of
+    `workers` (default: one per core, fewer for a small set). `tables` are as in PhantomFolder; `marker` is the name of the
+    marker file next to the folder, by default `.NAME.json`. The folder appears only when it is complete; after an
+    interruption, call again. If one of `other_files` is missing, the set is written again. `unit` names an item in the
+    progress bar. Raises ValueError if `parameters` are below `least`, and FileExistsError if the folder contains anything
+    but phantoms.
     """
     images, side = parameters.get("images", 0), parameters["side"]
     if images < least[0] or side < least[1]:
@@ -123,23 +124,27 @@ def write_phantoms(
 
 
 def hash_code(*code: str) -> str:
-    """Return a hash, 16 hexadecimal digits, of the code of these modules and the drawing modules.
+    """Return a hash, 16 hexadecimal digits, of the source code of the modules named in `code` and of the drawing modules.
 
-    Phantoms that were made with another version of the code are drawn again.
+    Phantoms that were made with another version of this code are drawn again.
     """
     files = [Path(inspect.getfile(importlib.import_module(name))) for name in (*DRAWING, *code)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def choose_workers(images: int) -> int:
-    """Return one worker per hundred images, at most one per core, because starting one takes as long as many images."""
+    """Return how many processes to use for this number of images: one for each hundred, but at most one per core.
+
+    Starting a process takes as long as drawing many images.
+    """
     return min(usable_cores(), 1 + images // 100)
 
 
 def map_in_order(write: Callable[[Item], Written], items: Sequence[Item], workers: int, side: int) -> Iterator[Written]:
-    """Yield the result of `write` for each item, in order, whatever the number of `workers`.
+    """Yield the result of `write` for each item, in the order of `items`, from `workers` processes or from this one.
 
-    `write` and the items are pickled for other processes; `side`, in pixels, sets the number of items per chunk.
+    With several processes, `write` and the items are pickled. `side`, the images' longer side in pixels, sets how many items
+    a process gets at once.
     """
     if workers <= 1:
         yield from map(write, items)

@@ -1,6 +1,6 @@
 """Write phantoms in the layouts of data sets with lung masks: JSRT with SCR, Montgomery, Shenzhen, and V7's (Darwin).
 
-Masks come from the drawing, with each data set's own definition of the lungs.
+The masks come from the drawing and follow each data set's own definition of the lungs.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,10 @@ class _Planned:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """One phantom: `pixels` uint8 (rows, columns), masks keyed by structure (see `draw_masks`), sex and age."""
+    """One drawn phantom: its image, its masks keyed by structure (see `draw_masks`), and the patient's sex and age.
+
+    `pixels` is uint8 (rows, columns).
+    """
 
     pixels: np.ndarray
     masks: dict[str, np.ndarray]
@@ -48,7 +51,10 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class _Layout:
-    """One data set's layout. `classes` maps a class to its share of the images and to the findings that show it."""
+    """One data set's layout.
+
+    `classes` maps each class to two values: its share of the images, and the findings of which one is drawn.
+    """
 
     classes: dict[str, tuple[float, tuple[str, ...]]]
     identifying_file: str  # a file whose content distinguishes phantoms from the real data set
@@ -65,15 +71,15 @@ def write_lungs(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write `images` images and their masks in one of LAYOUTS; return their folder, FOLDER/LAYOUT.
+    """Write `images` images and their masks in the layout of a data set; return their folder, FOLDER/LAYOUT.
 
-    "jsrt" has `All247images/*.IMG`, 2048 x 2048 pixels and 8 MB each, whatever `side` is, and `scratch/fold1` and `fold2`
-    with masks of heart, left and right lung, 1024 x 1024, as GIF files. "montgomery" has PNG files, a mask of each lung, and
-    clinical readings. "shenzhen" has PNG files, one mask for six images in seven, and clinical readings. "darwin" has
-    images, and annotations with two polygons called Lung, which include the heart; one image in fifty, and at least one, is
-    tagged as lateral and has no polygons. Images in the last three layouts have `side` pixels on their longer side and are
-    not square. `images` is at least the number of classes. For the other parameters and errors see `write_phantoms`. Raises
-    ValueError for an unknown layout.
+    `layout` is one of LAYOUTS. "jsrt" has `All247images/*.IMG`, 2048 x 2048 pixels and 8 MB each, whatever `side` is, and
+    `scratch/fold1` and `fold2` with masks of heart, left and right lung as GIF files of 1024 x 1024 pixels. "montgomery" has
+    PNG files, a mask of each lung, and clinical readings. "shenzhen" has PNG files, one mask for six images in seven, and
+    clinical readings. "darwin" has images, and annotations with two polygons called Lung, which include the heart; one image
+    in fifty, and at least one, is tagged as lateral and has no polygons. Images in the last three layouts have `side` pixels
+    on their longer side and are not square. `images` is at least the number of classes. For the other parameters and errors
+    see `write_phantoms`. Raises ValueError for an unknown layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")
@@ -94,7 +100,7 @@ def write_lungs(
 
 
 def _plan(layout: str, images: int, seed: int) -> list[_Planned]:
-    """Return the planned images, ordered by class, as JSRT and the two tuberculosis sets are numbered."""
+    """Return the planned images of a layout, ordered by class, because JSRT and the two tuberculosis sets number them so."""
     rng = np.random.default_rng([seed, 40, list(LAYOUTS).index(layout)])
     shown = apportion(images, {name: share for name, (share, _) in LAYOUTS[layout].classes.items()})
     seeds = rng.integers(2**31, size=(images, 2))
@@ -174,7 +180,10 @@ def _write_darwin(root: Path, image: _Planned, drawn: _Drawn) -> None:
 
 
 def _polygon(mask: np.ndarray) -> dict[str, Any]:
-    """Return Darwin's annotation of a lung, with paths a quarter of a pixel inside of the outermost pixels' edges."""
+    """Return a lung mask as an annotation in Darwin's format, with one closed path per contour of the mask.
+
+    A path runs a quarter of a pixel inside of the outer edges of the mask's outermost pixels.
+    """
     doubled = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     contours, _ = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     paths = [[{"x": x / 2 + 0.25, "y": y / 2 + 0.25} for x, y in contour[:, 0].tolist()] for contour in contours]

@@ -45,11 +45,11 @@ def write_nih(
 ) -> Path:
     """Write `images` images and the tables to FOLDER/nih-chest-xrays, and return that folder.
 
-    The folder has `images_001/images/*.png` to `images_012` (`side` x `side` pixels, where the real images have 1024; one in
-    200, and at least one, is RGBA), `Data_Entry_2017_v2020.csv`, `train_val_list.txt`, `test_list.txt` and, for test images,
-    `BBox_List_2017.csv`. Patients have up to four images, all in the same list. An image shows one of
-    `kitlib.phantoms.patients.DRAWN_FINDINGS`, sometimes with Cardiomegaly; NIH's other findings do not occur. `images` is at
-    least 16 and `side` at least 32; for the other parameters and errors see `write_phantoms`.
+    The folder has `images_001/images/*.png` to `images_012/images/*.png` (`side` x `side` pixels, where the real images have
+    1024; one in 200, and at least one, is RGBA), `Data_Entry_2017_v2020.csv`, `train_val_list.txt`, `test_list.txt` and, for
+    test images, `BBox_List_2017.csv`. Patients have up to four images, all in the same one of the two lists. An image shows
+    one of `kitlib.phantoms.patients.DRAWN_FINDINGS`, sometimes with Cardiomegaly; NIH's other findings do not occur.
+    `images` is at least 16 and `side` at least 32; for the other parameters and errors see `write_phantoms`.
     """
     return write_phantoms(
         Path(folder) / NAME,
@@ -97,14 +97,20 @@ def _plan(images: int, seed: int) -> list[_Planned]:
 
 
 def _test_patients(numbers: list[int], rng: np.random.Generator) -> set[int]:
-    """Return the numbers of the test patients, drawn at random until they have TEST_SHARE of the images."""
+    """Return the numbers of the patients in the test set, drawn at random until they have TEST_SHARE of the images.
+
+    `numbers` has the patient's number of each image.
+    """
     images = pd.Series(numbers).value_counts(sort=False)
     drawn = images.loc[rng.permutation(images.index)].cumsum()
     return set(drawn.index[: 1 + int((drawn < TEST_SHARE * len(numbers)).sum())])
 
 
 def _write_image(root: Path, image: _Planned, side: int) -> np.ndarray:
-    """Write one image; return the boxes (n, 4) of its opacities, in pixels."""
+    """Draw and write one image; return the boxes of its opacities.
+
+    The boxes are (n, 4): xmin, ymin, xmax, ymax in pixels.
+    """
     rng = np.random.default_rng(image.seed)
     patient = draw_patient(np.random.default_rng(image.patient_seed))
     opacities: tuple[Opacity, ...] = ()

@@ -1,4 +1,4 @@
-"""Draw random contents of a phantom radiograph: a patient, an exposure, and opacities of a study class or finding.
+"""Draw the contents of a phantom radiograph at random: a patient, an exposure, and opacities for a study class or finding.
 
 Positions are in thorax units: u points to the image's right, v downwards, and the lungs are within about -1..1 on both axes.
 The patient's right lung is at negative u.
@@ -15,7 +15,7 @@ LUNG_ASPECT = 1.17  # width over height of the pair of lungs, the median of SIIM
 
 @dataclass(frozen=True)
 class Opacity:
-    """One opacity: an ellipse with a wavy rim, in thorax units."""
+    """One opacity: an ellipse with a wavy rim. Centre (u, v) and radii are in thorax units."""
 
     u: float
     v: float
@@ -29,7 +29,7 @@ class Opacity:
 
 @dataclass(frozen=True)
 class Patient:
-    """Anatomy that is the same in all of a patient's images."""
+    """The anatomy of one patient, which is the same in all of the patient's images."""
 
     width: float  # relative to the mean, like `height`
     height: float
@@ -43,7 +43,7 @@ class Patient:
 
 @dataclass(frozen=True)
 class Exposure:
-    """One image of a patient: its size, the patient's position in it, and the machine's settings."""
+    """How one image of a patient is taken: its size, the patient's position in it, and the machine's settings."""
 
     rows: int
     columns: int
@@ -61,7 +61,7 @@ class Exposure:
 
 
 def draw_patient(rng: np.random.Generator) -> Patient:
-    """Draw a random patient."""
+    """Return a random patient."""
     return Patient(
         width=rng.uniform(0.92, 1.08),
         height=rng.uniform(0.9, 1.08),
@@ -75,7 +75,7 @@ def draw_patient(rng: np.random.Generator) -> Patient:
 
 
 def draw_exposure(rng: np.random.Generator, side: int) -> Exposure:
-    """Draw a random exposure whose longer side has `side` pixels. Three in five are landscape, and none is square."""
+    """Return a random exposure whose longer side has `side` pixels. Three in five are landscape, and none is square."""
     other = min(side - 1, round(side * rng.uniform(0.8, 0.97)))
     rows, columns = (other, side) if rng.random() < 0.6 else (side, other)
     return Exposure(
@@ -96,7 +96,7 @@ def draw_exposure(rng: np.random.Generator, side: int) -> Exposure:
 
 
 def draw_near_duplicate(rng: np.random.Generator, exposure: Exposure) -> Exposure:
-    """Return the exposure cropped by up to 4 per cent along each axis, with different contrast and noise."""
+    """Return `exposure` with up to 4 per cent fewer rows and columns, another contrast and other noise."""
     rows = round(exposure.rows * rng.uniform(0.96, 1.0))
     columns = round(exposure.columns * rng.uniform(0.96, 1.0))
     # The zoom compensates for the smaller image, so that the patient's size in pixels stays the same.
@@ -113,10 +113,10 @@ def draw_near_duplicate(rng: np.random.Generator, exposure: Exposure) -> Exposur
 
 
 def draw_opacities(rng: np.random.Generator, study_class: str) -> tuple[Opacity, ...]:
-    """Draw random opacities of a study class, following the definitions of the classes for reporting.
+    """Return random opacities for a study class, following the definitions of the classes for reporting.
 
     negative: no opacities. typical: two or more of ground glass, peripheral and low, in both lungs. indeterminate: diffuse
-    and perihilar ones, in one lung or both. atypical: one sharp lobar consolidation or two nodules in the upper zones, or a
+    and perihilar ones, in one lung or both. atypical: one sharp lobar consolidation, or two nodules in the upper zones, or a
     pleural effusion, which has no box. Source: Litmanovich et al., Journal of Thoracic Imaging 2020. Raises ValueError for
     an unknown class.
     """
@@ -151,12 +151,12 @@ DRAWN_FINDINGS = ("Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", 
 
 
 def draw_finding(rng: np.random.Generator, finding: str, patient: Patient) -> tuple[Patient, tuple[Opacity, ...]]:
-    """Draw one of DRAWN_FINDINGS; return the patient, whose heart may be changed, and the opacities.
+    """Return the patient, with a heart to fit the finding, and random opacities that show the finding.
 
-    Cardiomegaly is a heart larger than that of patients without it. Infiltration is ground glass in the middle zones, in
-    both lungs in half of the images. Pneumonia is a half-dense, half-sharp patch low in one lung, Consolidation a dense,
-    sharp patch high in one lung. Mass (large) and Nodule (small) are round, dense and sharp. Effusion is fluid in the lower
-    corner of one lung, without a box. Raises ValueError for another finding.
+    `finding` is one of DRAWN_FINDINGS. Cardiomegaly is a heart larger than that of patients without it. Infiltration is
+    ground glass in the middle zones, in both lungs in half of the images. Pneumonia is a half-dense, half-sharp patch low in
+    one lung, Consolidation a dense, sharp patch high in one lung. Mass (large) and Nodule (small) are round, dense and
+    sharp. Effusion is fluid in the lower corner of one lung, without a box. Raises ValueError for another finding.
     """
     if finding not in DRAWN_FINDINGS:
         raise ValueError(f"phantoms cannot show {finding!r}; valid: {', '.join(DRAWN_FINDINGS)}")
@@ -191,7 +191,10 @@ def _patch(
     density: tuple[float, float],
     softness: float,
 ) -> Opacity:
-    """Draw an opacity with values in the given ranges; u counts from the midline towards `side` (-1 or 1)."""
+    """Return a random opacity, each of whose values is drawn from the range (low, high) that is passed for it.
+
+    `side` is -1 for the image's left and 1 for its right; `u` is the distance from the midline.
+    """
     u_drawn, v_drawn, radius_u_drawn, radius_v_drawn, density_drawn = (
         float(rng.uniform(*bounds)) for bounds in (u, v, radius_u, radius_v, density)
     )

@@ -39,7 +39,7 @@ class PlannedStudy:
 
 
 def plan_split(split: str, studies: int, seed: int, damaged: int) -> list[PlannedStudy]:
-    """Return the planned studies of a split, "train" or "test". No patient is in both splits.
+    """Return the planned studies of a split, which is "train" or "test". No patient is in both splits.
 
     `damaged` is the number of images that cannot be read. Raises ValueError if it is more than half of the images.
     """
@@ -96,7 +96,11 @@ def _with_oddities(planned: list[PlannedStudy], damaged: int, rng: np.random.Gen
 
 
 def apportion(count: int, shares: dict[str, float]) -> list[str]:
-    """Return `count` names in the order of `shares`, which sum to 1, by largest remainder; each name at least once."""
+    """Return a list of `count` names, in which each name is repeated in proportion to its share, at least once.
+
+    `shares` maps names to shares, which sum to 1. Rounding is by largest remainder. Equal names are adjacent, in the order
+    of `shares`.
+    """
     exact = {name: share * count for name, share in shares.items()}
     counts = {name: max(1, int(value)) for name, value in exact.items()}
     for name in sorted(exact, key=lambda name: int(exact[name]) - exact[name]):
@@ -108,7 +112,10 @@ def apportion(count: int, shares: dict[str, float]) -> list[str]:
 
 
 def draw_patient_numbers(studies: int, rng: np.random.Generator) -> list[int]:
-    """Return each study's patient number, ascending from 0; six patients in ten have one study, the others up to four."""
+    """Return the number of each study's patient, at random, ascending from 0.
+
+    Six patients in ten have one study, the others up to four.
+    """
     numbers: list[int] = []
     patient = 0
     while len(numbers) < studies:
@@ -118,5 +125,5 @@ def draw_patient_numbers(studies: int, rng: np.random.Generator) -> list[int]:
 
 
 def _hex_id(*parts: object) -> str:
-    """Return twelve hexadecimal digits, like the competition's ids."""
+    """Return a hash of `parts`, twelve hexadecimal digits like the competition's ids."""
     return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:12]

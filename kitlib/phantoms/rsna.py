@@ -45,9 +45,9 @@ def write_rsna(
     """Write `images` images and the tables to FOLDER/rsna-pneumonia-detection-challenge, and return that folder.
 
     The folder has `stage_2_train_images/<patientId>.dcm` (8-bit baseline JPEG, `side` x `side` pixels, where the real images
-    have 1024), the two label tables, with the real set's class shares and boxes in whole pixels, and RSNA's mapping to NIH's
-    images, in which patients have up to four images. `images` is at least 3 and `side` at least 32; for the other parameters
-    and errors see `write_phantoms`.
+    have 1024), the two label tables, and RSNA's mapping to NIH's images. The labels have the real set's class shares, and
+    boxes in whole pixels. In the mapping, patients have up to four images. `images` is at least 3 and `side` at least 32;
+    for the other parameters and errors see `write_phantoms`.
     """
     return write_phantoms(
         Path(folder) / SLUG,
@@ -85,7 +85,10 @@ def _plan(images: int, seed: int) -> list[_Planned]:
 
 
 def _write_image(root: Path, image: _Planned, side: int) -> np.ndarray:
-    """Write one image; return its boxes (n, 4) in whole pixels."""
+    """Draw and write one image; return the boxes of its opacities.
+
+    The boxes are (n, 4): xmin, ymin, xmax, ymax in whole pixels. Only images of the class Lung Opacity have boxes.
+    """
     rng = np.random.default_rng(image.seed)
     finding = str(rng.choice(SHOWN[image.shown_class]))
     patient, opacities = draw_finding(rng, finding, draw_patient(np.random.default_rng(image.patient_seed)))

@@ -1,4 +1,4 @@
-"""Write a phantom competition: the SIIM folder with DICOM files and tables, and separately the test set's ground truth."""
+"""Write a phantom competition: SIIM's folder with DICOM files and tables and, separately, the test set's ground truth."""
 
 import shutil
 from functools import partial
@@ -66,15 +66,15 @@ def write_competition(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write FOLDER/siim-covid19-detection, and the test set's two label tables to `truth`; return the first folder.
+    """Write FOLDER/siim-covid19-detection and return it; write the test set's two label tables to the folder `truth`.
 
-    The folder contains only the competition's files: `train/` and `test/` with <study>/<series>/<image>.dcm,
+    The competition's folder contains only the competition's files: `train/` and `test/` with <study>/<series>/<image>.dcm,
     `train_study_level.csv`, `train_image_level.csv` and `sample_submission.csv`. `side` is the longer side of an image in
     pixels. As in the real set, a near-duplicate image of a positive study has no box in the training table; it has boxes in
     the test set's ground truth, because the hidden labels were corrected. `damaged_test_files` is the number of test images
-    that cannot be read completely; they keep their rows. The marker is FOLDER/.phantom.json. For the other parameters and
-    errors see `write_phantoms`. Raises ValueError if a split has fewer than four studies, `side` is less than 32, or more
-    than half of the test images are damaged.
+    that cannot be read completely; the tables keep their rows. The marker is FOLDER/.phantom.json. For the other parameters
+    and errors see `write_phantoms`. Raises ValueError if a split has fewer than four studies, if `side` is less than 32, or
+    if more than half of the test images are damaged.
     """
     if min(train_studies, test_studies) < len(STUDY_CLASSES):
         raise ValueError(
@@ -105,7 +105,11 @@ def write_competition(
 
 
 def _write_study(root: Path, study: PlannedStudy, side: int) -> list[dict[str, Any]]:
-    """Write one study's files; return one dict per image with split, ids, class and boxes (n, 4) in its pixels."""
+    """Draw and write the files of one study; return one dictionary per image.
+
+    Its keys are split, study_id, image_id, study_class, and boxes: an array (n, 4) of xmin, ymin, xmax, ymax in the image's
+    pixels.
+    """
     patient = draw_patient(np.random.default_rng(study.patient_seed))
     rng = np.random.default_rng(study.seed)
     opacities = draw_opacities(rng, study.study_class)
@@ -135,7 +139,10 @@ def _write_study(root: Path, study: PlannedStudy, side: int) -> list[dict[str, A
 
 
 def _write_dicom(path: Path, grey: np.ndarray, study: PlannedStudy, image: PlannedImage, rng: np.random.Generator) -> None:
-    """Write grey 0..1 as DICOM, with bit depth, photometric interpretation, window and transfer syntax drawn from `rng`."""
+    """Write the image `grey`, 0..1, as a DICOM file.
+
+    Bit depth, photometric interpretation, window and transfer syntax are drawn from `rng`.
+    """
     syntax = ExplicitVRLittleEndian if image.oddity == "padding" else _draw(rng, SYNTAX_SHARES)
     bits = 8 if syntax == JPEGBaseline8Bit else _draw(rng, BITS_SHARES)
     photometric = "MONOCHROME1" if rng.random() < MONOCHROME1_SHARE else "MONOCHROME2"

@@ -1,4 +1,4 @@
-"""Plans of many notebook runs, executed by Snakemake, and the demo, which is such a plan.
+"""Plans: descriptions of many notebook runs, which Snakemake executes. The demo is such a plan.
 
 Does not belong here: anything that a notebook imports.
 """

@@ -20,19 +20,20 @@ TRAININGS = 3  # training steps of the plan that can run at the same time
 
 
 def demo_plan(whole: bool = False) -> Plan:
-    """Return the plan of `make demo`.
+    """Return the plan of `make demo`, read from submissions/plans.
 
-    If `whole`, the plan also segments lungs, pre-trains on phantoms of NIH and RSNA, and trains on pseudo-labels for the
-    test set.
+    If `whole`, the plan also segments lungs, pre-trains on phantoms in the layouts of NIH and RSNA, and trains on
+    pseudo-labels for the test set.
     """
     return read_plan(project_root() / "submissions" / "plans" / ("demo_whole.yaml" if whole else "demo.yaml"))
 
 
 def run_demo(plan: Plan, console: Console, times_the_floor: float = 3.0) -> dict[str, float]:
-    """Run the demo's plan from scratch, write `submission.csv` into its runs folder, and return the scores.
+    """Run the demo's plan from scratch, copy its submission.csv into the runs folder, and return the submission's scores.
 
-    Raises PlanError if a run fails, or unless the score is more than `times_the_floor` times that of the all-negative sample
-    submission, which a model that ignores its images does not reach.
+    Scores are keyed by the name of the class or figure. Raises PlanError if a run fails, or if the submission's score is not
+    more than `times_the_floor` times that of the all-negative sample submission; a model that ignores its images does not
+    reach that.
     """
     started = time.monotonic()
     # The trainings run at the same time with one thread each, because small models gain little from a second thread. The
@@ -51,9 +52,10 @@ def run_demo(plan: Plan, console: Console, times_the_floor: float = 3.0) -> dict
 def _compare_with_floor(
     truth: Path, submission: Path, sample: Path, times_the_floor: float, console: Console, seconds: float
 ) -> dict[str, float]:
-    """Print the scores of the submission and of the sample; return the submission's.
+    """Print the scores of `submission` and of `sample` as a table; return the scores of `submission`, keyed by name.
 
-    Raises PlanError if the submission's score is not above `times_the_floor` times the sample's.
+    `seconds` is the demo's duration, for the table's title. Raises PlanError if the submission's score is not above
+    `times_the_floor` times the sample's.
     """
     scores, floor = score_files(truth, submission), score_files(truth, sample)
     table = Table("", "submission", "all-negative floor", title=f"{submission}, after {seconds:.0f} s")

@@ -1,4 +1,4 @@
-"""Run a plan with Snakemake, which schedules the runs; show the plan's progress and report failures."""
+"""Run a plan with Snakemake, which schedules the runs; show the plan's progress and report the runs that fail."""
 
 import fcntl
 import json
@@ -44,15 +44,16 @@ def run_plan(
     engine: Sequence[str] = (),
     afresh: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Execute the runs of a plan that are not done yet; return each run's state record, keyed by run name.
+    """Execute the runs of a plan that are not done yet; return the state records of all its runs, keyed by run name.
 
-    The keys of a record are described at `state_file`; it is empty for a run that was not started. `only` limits the plan to
-    these steps and the steps that they need. `engine` has further arguments for Snakemake, such as --executor slurm --jobs
-    8. Without an executor, runs share this machine's `cores` (default: all) and `gpus` (default: all visible ones). With an
-    executor, `gpus` is the largest number of GPUs that one run requests. If it is 0, all runs use the CPU. A run that fails
-    is tried again `retries` times, and stops only the runs that need it. `afresh` empties the plan's folder first. SIGTERM
-    and SIGHUP also end the runs, and raise SystemExit. Raises PlanError if the plan is already being run, if its folder
-    contains files that no plan has made, if there are fewer GPUs than `gpus`, or at the end if a run has failed.
+    `state_file` describes the keys of a record; the record of a run that was not started is empty. `only` limits the plan to
+    the named steps and the steps that they need. `engine` has further arguments for Snakemake, such as --executor slurm
+    --jobs 8. Without an executor, the runs share this machine's `cores` (default: all) and `gpus` (default: all visible
+    ones). With an executor, `gpus` is the largest number of GPUs that one run requests. If `gpus` is 0, all runs use the
+    CPU. A run that fails is tried again `retries` times; if it still fails, only the runs that need it are not executed.
+    `afresh` empties the plan's folder first. SIGTERM and SIGHUP end the runs and raise SystemExit. Raises PlanError if the
+    plan is already being run, if its folder contains files that no plan has made, if there are fewer GPUs than `gpus`, or,
+    after all other runs have ended, if a run has failed.
     """
     folder = plan.runs / f".{plan.path.stem}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,7 @@ def run_plan(
 
 
 def _lock(path: Path, plan: Plan, stack: ExitStack) -> None:
-    """Lock `path` until `stack` is closed. Raises PlanError if another process has locked it."""
+    """Lock the file `path` until `stack` is closed. Raises PlanError if another process has locked it."""
     lock = stack.enter_context(open(path, "w"))  # noqa: SIM115  `stack` closes it
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,7 +104,7 @@ def _lock(path: Path, plan: Plan, stack: ExitStack) -> None:
 
 
 def _remove_runs(plan: Plan, own_lock: Path, stack: ExitStack) -> None:
-    """Empty the plan's folder except for lock files; a deleted lock file would no longer keep other processes out."""
+    """Empty the plan's folder, except for lock files: a deleted lock file would no longer keep out other processes."""
     locks = sorted(plan.runs.glob(".*/lock"))
     for lock in locks:
         if lock != own_lock:  # the lock of another plan that uses the same folder
@@ -118,7 +119,7 @@ def _remove_runs(plan: Plan, own_lock: Path, stack: ExitStack) -> None:
 
 
 def describe_plan(plan: Plan) -> Table:
-    """Return a table of the plan's steps: the states of their runs, the notebook or command, and the resources per run."""
+    """Return a table with one row per step: the states of its runs, its notebook or command, and the resources per run."""
     table = Table("step", "runs", "does", "asks for", title=str(plan.path), box=SIMPLE)
     for column in (table.columns[0], table.columns[2], table.columns[3]):
         column.no_wrap = True
@@ -140,9 +141,10 @@ def describe_plan(plan: Plan) -> Table:
 def make_configuration(
     plan: Plan, runs_file: Path, targets: list[str], limits: dict[str, int], retries: int
 ) -> dict[str, Any]:
-    """Return the configuration that plan.smk reads: a rule for each run with its inputs, command and resources.
+    """Return the configuration that plan.smk reads, which has a Snakemake rule for each run of the plan.
 
-    `targets` has the names of the runs to execute. `limits` maps resources to the largest amount that a run may request.
+    A rule has the run's inputs, command and resources. `targets` has the names of the runs to execute. `limits` maps the
+    names of resources to the largest amount that one run may request. `retries` is how often a failed run is tried again.
     """
     runs = []
     for number, (name, run) in enumerate(plan.planned.items()):
@@ -166,7 +168,10 @@ def make_configuration(
 
 
 def _select_gpus(count: int | None) -> list[str]:
-    """Return the indices of the first `count` GPUs, or of all if None. Raises PlanError if there are fewer than `count`."""
+    """Return the indices of the first `count` GPUs, or of all GPUs if `count` is None.
+
+    Raises PlanError if there are fewer than `count`.
+    """
     available = _find_gpus() if count != 0 else []
     if count is not None and len(available) < count:
         raise PlanError(f"{count} GPUs were requested; available: {', '.join(available) or 'none'}")
@@ -174,9 +179,9 @@ def _select_gpus(count: int | None) -> list[str]:
 
 
 def _find_gpus() -> list[str]:
-    """Return the indices of the GPUs that a child process may use.
+    """Return the indices, as text, of the GPUs that a child process may use.
 
-    nvidia-smi lists the GPUs, because importing torch takes seconds and memory on the GPU.
+    They come from CUDA_VISIBLE_DEVICES or else from nvidia-smi, because importing torch takes seconds and memory on the GPU.
     """
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [index for index in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if index and index != "-1"]
@@ -195,9 +200,10 @@ def _run_engine(
     environment: dict[str, str],
     console: Console,
 ) -> int:
-    """Run Snakemake to its end while showing the plan's progress; return its exit code.
+    """Run Snakemake's `command` to its end while showing the plan's progress; return Snakemake's exit code.
 
-    An interruption of this process is passed on to Snakemake, which then has ENDING_S seconds before it is killed.
+    `states` has the state of each run before the start. If this process is interrupted, Snakemake is interrupted too, and
+    killed if it has not ended after ENDING_S seconds.
     """
     with (
         (runs_file.parent / ENGINE_LOG).open("w", encoding="utf-8") as log,
@@ -230,7 +236,11 @@ def _run_engine(
 
 
 class _ProgressDisplay:
-    """Display of a plan's progress: on a terminal, bars for the plan and each started run; otherwise a line per change."""
+    """Display of a plan's progress.
+
+    On a terminal, it shows a bar for the plan and one for each started run; elsewhere it prints a line when a run's state
+    changes.
+    """
 
     def __init__(self, plan: Plan, states: dict[str, str], console: Console) -> None:
         self.waiting = [name for name, state in states.items() if state != "done"]
@@ -253,7 +263,10 @@ class _ProgressDisplay:
         self.progress.stop()
 
     def show(self, name: str, record: dict[str, Any]) -> None:
-        """Update the display with a run's state record, which is empty before the run starts."""
+        """Update the display from the state record of the run `name`; an empty record changes nothing.
+
+        A run that has not started has an empty record.
+        """
         if not record:
             return
         if name not in self.bars:
@@ -278,7 +291,7 @@ class _ProgressDisplay:
 
 
 def _read_record(runs_file: Path, name: str) -> dict[str, Any]:
-    """Return a run's state record, {} if the run was not started."""
+    """Return the state record of the run `name`, or {} if the run was not started."""
     path = state_file(runs_file, name)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -295,7 +308,10 @@ def _add_needs(plan: Plan, targets: Iterable[str]) -> list[str]:
 
 
 def _failure_message(plan: Plan, records: dict[str, dict[str, Any]], done: int, unfinished: list[str], log: Path) -> str:
-    """Return the message for a plan that ended with `done` runs done and the `unfinished` ones not."""
+    """Return the error message for a plan that has ended with `done` runs done and the runs `unfinished` not done.
+
+    `records` are the state records of all runs, and `log` is Snakemake's log file.
+    """
     failed = [name for name in unfinished if records[name].get("state") == "failed"]
     # The record of a killed process still has the state "running".
     killed = [name for name in unfinished if records[name].get("state") == "running"]

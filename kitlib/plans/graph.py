@@ -9,9 +9,10 @@ COLOURS = {"changed": "#ffb38a", "resumes": "#ffe08a", "new": "#e6e6e6", "done":
 
 
 def draw_plan(plan: Plan) -> Figure:
-    """Return a figure of the plan's steps with arrows from each step to the steps that need it.
+    """Return a figure of the plan's steps, with an arrow from each step to every step that needs it.
 
-    A step is drawn one column to the right of the last step that it needs. Arrows implied by other arrows are left out.
+    A step is drawn one column to the right of the rightmost step that it needs. An arrow implied by other arrows is left
+    out.
     """
     states, runs = (
         plan.states(),

@@ -30,26 +30,27 @@ SHARED_GPUS = "KIT_SHARED_GPUS"
 
 
 def read_planned_runs(runs_file: str | Path) -> dict[str, PlannedRun]:
-    """Read the runs, keyed by name, from the file runs.json that `kitlib.plans.engine` writes."""
+    """Return the runs in the file runs.json, which `kitlib.plans.engine` writes, keyed by run name."""
     runs = json.loads(Path(runs_file).read_text(encoding="utf-8"))
     return {name: PlannedRun.from_json(run) for name, run in runs.items()}
 
 
 def state_file(runs_file: str | Path, name: str) -> Path:
-    """Return the path of the JSON file with a run's state.
+    """Return the path of the JSON file that holds the state record of the run `name`.
 
-    Its keys are state (running, done or failed), cell (the current cell's number), cells (their total), host, started and
-    ended (Unix times), and problem.
+    The record's keys are state (running, done or failed), cell (the number of the notebook cell being executed), cells (how
+    many there are), host, started and ended (Unix times), and problem (an error message).
     """
     return Path(runs_file).parent / "states" / f"{name}.json"
 
 
 def run_planned(runs_file: str | Path, name: str) -> None:
-    """Execute one run of a plan and write its done file, unless the run is already done.
+    """Execute the run `name` of a plan and write its done file, unless the run is already done.
 
-    `runs_file` is the file runs.json. A run that was started with the same key is resumed, otherwise it starts over. The
-    folder of a run that was done with another key is renamed to NAME.old-KEY, replacing an earlier folder of that name, with
-    a warning. Raises PlanError if the run fails, or if the folder was not made by a plan.
+    `runs_file` is the file runs.json. A run's key is a hash of its parameters and inputs. If the run's folder was started
+    with the same key, the run is resumed; otherwise it starts over. A folder that was completed with another key is renamed
+    to NAME.old-KEY, with a warning, replacing an earlier folder of that name. Raises PlanError if the run fails, or if no
+    plan has made the folder.
     """
     run, record_path = read_planned_runs(runs_file)[name], state_file(runs_file, name)
     state: dict[str, Any] = {"state": "running", "host": platform.node(), "started": time.time()}
@@ -82,7 +83,10 @@ def run_planned(runs_file: str | Path, name: str) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lock a run's folder for this process, waiting until the folder is free. The lock ends with the process in any case."""
+    """Lock a run's folder for this process, waiting until no other process has locked it.
+
+    The lock ends with the `with` block or, if the process is killed, with the process.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f".{folder.name}.lock", "w") as lock:
         try:
@@ -94,7 +98,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _prepare_folder(run: PlannedRun) -> None:
-    """Rename or delete the run's folder if it was started with another key, and record this run's key in the folder."""
+    """Make the run's folder ready: write the run's key into it, after removing what was made with another key.
+
+    A folder that was completed with another key is renamed; one that was only started with it is deleted.
+    """
     previous_key = run.read_key()
     if previous_key not in (None, run.key):
         if run.done_file_of(previous_key).is_file():
@@ -111,9 +118,9 @@ def _prepare_folder(run: PlannedRun) -> None:
 
 @contextmanager
 def claim_gpus(count: int) -> Iterator[dict[str, str]]:
-    """Reserve `count` of the shared GPUs, or all if there are fewer; yield the environment variables that select them.
+    """Reserve `count` of the GPUs that runs share, or all if there are fewer; yield environment variables that select them.
 
-    Waits until enough GPUs are free. On a cluster, which assigns the GPUs, yields an empty dictionary.
+    Waits until enough GPUs are free. On a cluster, which assigns the GPUs itself, yields an empty dictionary at once.
     """
     if SHARED_GPUS not in os.environ:
         yield {}

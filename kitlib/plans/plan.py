@@ -1,4 +1,4 @@
-"""Read plans from YAML: runs of notebooks and commands, with their dependencies, and whether they are done."""
+"""Read plans from YAML files: runs of notebooks and commands, the runs that each needs, and whether they are done."""
 
 import ast
 import hashlib
@@ -28,11 +28,11 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 class Step(Settings):
     """One step of a plan, with exactly one of `notebook` and `command`.
 
-    A step with a matrix has one run for each combination of the matrix's values. In any string, `{name}` is replaced by the
-    value of a variable, by a value of the step's own matrix, by the run's own folder (`{run}`), or by the folder of another
-    step's run, which is then executed first. If both steps have a matrix with the same names, the run with the same values
-    is taken. If the other step's matrix has additional names, `{name}` is replaced by a list of the folders of all matching
-    runs; inside a list, the items are inserted into that list.
+    A step with a matrix has one run for each combination of the matrix's values. In any text, `{name}` is replaced by the
+    value of the plan's variable `name`, or of the step's own matrix. `{run}` is replaced by the run's own folder. If `name`
+    is another step, it is replaced by the folder of that step's run, which is then executed first. If both steps have a
+    matrix with the same names, it is the run with the same values. If the other step's matrix has additional names, `{name}`
+    is replaced by a list of the folders of all matching runs; inside a list, the folders are inserted into that list.
     """
 
     notebook: str = ""  # the notebook's name in notebooks/, such as 30_train_study
@@ -58,7 +58,7 @@ class _PlanFile(Settings):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a plan. Apart from paths, its fields do not depend on where the plan runs."""
+    """One run of a plan. Except for paths, its fields are the same on every machine."""
 
     name: str  # the step's name, followed by its values: study-0
     step: str
@@ -77,15 +77,19 @@ class PlannedRun:
 
     @property
     def done_file(self) -> Path:
-        """The file that marks this run as done with these parameters and inputs."""
+        """The path of the file that marks this run as done with its current parameters and inputs."""
         return self.done_file_of(self.key)
 
     def done_file_of(self, key: str) -> Path:
-        """Return the path of the done file for any `key`, such as one with which the folder was started earlier."""
+        """Return the path of the file that marks the run as done with `key`, which may be an earlier key of the run."""
         return self.folder / f"done-{key}.json"
 
     def state(self) -> str:
-        """Return "done", "new", "resumes" (started with this key) or "changed" (started or done with another key)."""
+        """Return the run's state: "done", "new", "resumes" or "changed".
+
+        "resumes" means that the folder was started with the run's key, but not completed; "changed", that it was started or
+        completed with another key.
+        """
         if self.done_file.is_file():
             return "done"
         key = self.read_key()
@@ -106,12 +110,12 @@ class PlannedRun:
         return None
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values; the inverse of `from_json`."""
+        """Return a dictionary of the run's fields in JSON types, which `from_json` turns back into the run."""
         return json.loads(json.dumps(asdict(self), default=str))
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "PlannedRun":
-        """Return the run with these fields; the inverse of `as_json`."""
+        """Return the run whose `as_json` is `values`."""
         paths = {name: Path(values[name]) for name in ("folder", "result")}
         notebook = Path(values["notebook"]) if values["notebook"] else None
         lists = {name: tuple(values[name]) for name in ("command", "needs")}
@@ -120,14 +124,21 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan. `planned` maps names to runs, each after the runs that it needs; `runs` is the parent folder."""
+    """A plan of runs, read from the file `path`.
+
+    `planned` maps names to runs, and each run comes after the runs that it needs. `runs` is the folder that contains the
+    runs' folders.
+    """
 
     path: Path
     runs: Path
     planned: dict[str, PlannedRun]
 
     def states(self) -> dict[str, str]:
-        """Return the states of all runs, keyed by name; a done run has "resumes" if a run that it needs is not done."""
+        """Return the state of each run (see `PlannedRun.state`), keyed by run name.
+
+        A run that is done counts as "resumes" if a run that it needs is not done.
+        """
         states: dict[str, str] = {}
         for name, run in self.planned.items():
             state = run.state()
@@ -136,7 +147,7 @@ class Plan:
         return states
 
     def runs_of_steps(self, steps: Iterable[str]) -> list[str]:
-        """Return the names of all runs of `steps`. Raises PlanError for a step that does not exist."""
+        """Return the names of all runs of `steps`. Raises PlanError if one of `steps` does not exist."""
         selected, valid = set(steps), {run.step for run in self.planned.values()}
         if selected - valid:
             raise PlanError(
@@ -146,15 +157,15 @@ class Plan:
 
 
 class _FolderList(list):
-    """A list of the folders of several runs; inside another list, its items are inserted into that list."""
+    """A list of the folders of several runs. If it is an item of another list, its folders take the item's place."""
 
 
 def read_plan(path: str | Path, runs: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Plan:
     """Return the plan that the file at `path` describes.
 
-    `changes` replaces values of the plan's variables, and `runs` the folder of its runs. Raises PlanError, which mentions
-    the file and the step, for a missing file, unknown keys or placeholders, unknown parameters of a notebook, and steps that
-    need each other.
+    `changes` maps variables of the plan to new values. `runs` is the folder for the runs, instead of the one in the file.
+    Raises PlanError, which mentions the file and mostly the step, for a missing file, unknown keys, placeholders or
+    variables, parameters that a notebook does not have, and steps that need each other.
     """
     path = Path(path)
     plan_file = _read_file(path)
@@ -217,7 +228,7 @@ def _parse_step(path: Path, name: str, values: Any, defaults: dict[str, Any]) ->
 
 
 def _check_names(path: Path, steps: dict[str, Step], variables: dict[str, Any]) -> None:
-    """Raise PlanError if a name is used twice, so that a placeholder would be ambiguous."""
+    """Raise PlanError if a name is used twice among steps, variables and matrix keys; a placeholder would be ambiguous."""
     names = [*steps, *variables, "run"]
     names += sorted({name for step in steps.values() for name in step.matrix})
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -226,7 +237,7 @@ def _check_names(path: Path, steps: dict[str, Step], variables: dict[str, Any]) 
 
 
 def _find_names(step: Step, variables: dict[str, Any]) -> set[str]:
-    """Return the names in a step's `needs`, in its placeholders, and in the placeholders of variables that it uses."""
+    """Return the names that a step refers to: in `needs`, in placeholders, and in placeholders of the variables it uses."""
     names, texts = set(step.needs), [json.dumps([step.parameters, step.command, step.result])]
     while texts:
         new = set(PLACEHOLDER.findall(texts.pop())) - names
@@ -236,7 +247,10 @@ def _find_names(step: Step, variables: dict[str, Any]) -> set[str]:
 
 
 def _sort_steps(path: Path, steps: dict[str, Step], variables: dict[str, Any]) -> list[str]:
-    """Return the names of the steps, each after the steps that it needs. Raises PlanError for unknown names or cycles."""
+    """Return the names of the steps, each after the steps that it needs.
+
+    Raises PlanError if a name is unknown or if steps need each other.
+    """
     graph = {}
     for name, step in steps.items():
         missing = sorted(set(step.needs) - set(steps))
@@ -253,7 +267,10 @@ def _sort_steps(path: Path, steps: dict[str, Step], variables: dict[str, Any]) -
 
 
 def _expand_matrix(path: Path, name: str, matrix: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return all combinations of a matrix's values, each a dictionary by name. Raises PlanError for invalid values."""
+    """Return all combinations of a matrix's values, each as a dictionary from the matrix's names to one value per name.
+
+    Raises PlanError if a name's values are not a list of different numbers or words.
+    """
     for key, values in matrix.items():
         texts = [str(value) for value in values] if isinstance(values, list) else []
         if not texts or len(set(texts)) < len(texts) or not all(re.fullmatch(r"[\w.]+", text) for text in texts):
@@ -271,7 +288,11 @@ def _plan_run(
     folder: Path,
     planned: dict[str, PlannedRun],
 ) -> PlannedRun:
-    """Return the run of a step for one combination of its matrix's values; `planned` has the runs planned so far."""
+    """Return the run of the step `name` for one combination of its matrix's values, which is `values`.
+
+    `folder` is the parent folder of the runs. `planned` has the runs planned so far, among them all runs of the steps that
+    `name` needs.
+    """
     step, run_name = steps[name], "-".join([name, *map(str, values.values())])
     runs_by_step = {
         other: _matching_runs(planned.values(), other, steps[other].matrix, values) for other in steps if other != name
@@ -283,7 +304,10 @@ def _plan_run(
             raise PlanError(f"{run_name} needs a run of {other} with the same values; available: {available}")
 
     def fill_texts(folders: Mapping[str, str]) -> Any:
-        """Return the step's parameters, command and result with placeholders replaced; `folders` is keyed by run name."""
+        """Return a list of the step's parameters, command and result, with placeholders replaced.
+
+        `folders` maps the names of runs to what replaces their placeholders.
+        """
         runs = {
             other: _FolderList(folders[run.name] for run in matching)
             if set(steps[other].matrix) - set(values)
@@ -328,14 +352,21 @@ def _plan_run(
 def _matching_runs(
     planned: Iterable[PlannedRun], step: str, matrix: dict[str, Any], values: dict[str, Any]
 ) -> list[PlannedRun]:
-    """Return the runs of `step` whose values equal `values` for all names that both matrices have."""
+    """Return the runs of `step` that have the same values as `values` for all names in both.
+
+    `matrix` is the step's matrix.
+    """
     shared = set(matrix) & set(values)
     candidates = [run for run in planned if run.step == step]
     return [run for run in candidates if all(run.values[key] == values[key] for key in shared)]
 
 
 def _fill(value: Any, names: Mapping[str, Any]) -> Any:
-    """Return `value` with every placeholder replaced; a string that is only a placeholder becomes the value itself."""
+    """Return `value` with every placeholder `{name}` replaced by `names[name]`, also inside lists and dictionaries.
+
+    A text that is only a placeholder becomes the named value itself, such as a number. A text that mentions a list of
+    folders becomes one text per folder.
+    """
     if isinstance(value, dict):
         return {key: _fill(inner, names) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -353,7 +384,11 @@ def _fill(value: Any, names: Mapping[str, Any]) -> Any:
 
 
 def _make_key(step: Step, texts: list[Any], needs: list[str]) -> str:
-    """Return the run's key, 12 hexadecimal digits: a hash of parameters, command, result and `needs`, the needed keys."""
+    """Return the run's key, 12 hexadecimal digits.
+
+    It is a hash of the step's notebook, of `texts` (the parameters, including the notebook's defaults, the command and the
+    result), and of `needs`, the keys of the runs that the run needs.
+    """
     parameters, command, result = texts
     if step.notebook:
         import papermill  # imported here because it is slow and not needed for a command

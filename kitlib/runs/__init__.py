@@ -1,4 +1,4 @@
-"""Run folders: what they record, what later stages read from them, and export to COCO and YOLO.
+"""Run folders: what a run records, what later runs read from its folder, and export to COCO and YOLO.
 
 Does not belong here: training and prediction.
 """

@@ -23,12 +23,13 @@ _RESERVED = {"id", "file_name", "width", "height", "fold"}
 
 
 def write_coco(path: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, folds: pd.DataFrame | None = None) -> None:
-    """Write images, boxes and folds as one COCO JSON file, atomically.
+    """Write the three tables as one COCO JSON file, atomically.
 
-    Every row of `images`, with or without boxes, becomes an image entry with all its columns and, if `folds` is given, its
-    fold. `file_name` is `<image_id>.png`. Categories are the values of the boxes' column `finding` in alphabetical order, or
-    only `opacity` if there is no such column. Raises DatasetError if an image's size is unknown, if a box or a fold belongs
-    to none of the images, or if a column of `images` has a name that COCO reserves or a value that JSON cannot hold.
+    Every row of `images`, with or without boxes, becomes an image entry with all the row's columns and, if `folds` is given,
+    the image's fold. `file_name` is `<image_id>.png`. Categories are the values of the boxes' column `finding` in
+    alphabetical order, or only `opacity` if there is no such column. Raises DatasetError if an image's size is unknown, if a
+    box or a fold belongs to none of the images, or if a column of `images` has a name that COCO reserves or a value that
+    JSON cannot hold.
     """
     images, boxes, categories = check_images_and_boxes(images, boxes)
     reserved = _RESERVED & set(images.columns)
@@ -64,12 +65,12 @@ def write_coco(path: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fold
 
 
 def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
-    """Read a COCO file and return the tables `images` and `boxes`, and `folds` if the file contains folds.
+    """Return the tables in a COCO file, keyed by name: "images", "boxes" and, if the file contains folds, "folds".
 
-    Coordinates are bit for bit those passed to `write_coco`, and images keep the columns that it wrote. For a file from
-    another program, image_id is the file name without suffix, and each image is its own study and patient. `boxes` has the
-    column `finding` unless the only category is `opacity`. Raises DatasetError, with the file and the entry, if the file is
-    missing or invalid.
+    Coordinates are bit for bit those passed to `write_coco`, and `images` has all columns that `write_coco` wrote. If
+    another program wrote the file, image_id is the file name without suffix, and each image is its own study and patient.
+    `boxes` has the column `finding` unless the only category is `opacity`. Raises DatasetError, which mentions the file and
+    the entry, if the file is missing or invalid.
     """
     content = _read_json(Path(path))
     where = {name: f"{path}, {name}" for name in ("images", "annotations", "categories")}
@@ -100,7 +101,7 @@ def read_coco_boxes(path: str | Path, images: pd.DataFrame) -> pd.DataFrame:
     """Return the `boxes` table of a COCO file that an annotation tool wrote for `images`.
 
     Raises DatasetError if the file is invalid (see `read_coco`), if it does not list exactly the images in `images`, or if
-    it states another size for an image, because the image's boxes are then in pixels of a resized image.
+    it states another size for an image than `images` does, because the boxes are then in pixels of a resized image.
     """
     tables = read_coco(path)
     sizes = images[["image_id", "rows", "columns"]].merge(
@@ -127,9 +128,9 @@ def read_coco_boxes(path: str | Path, images: pd.DataFrame) -> pd.DataFrame:
 
 
 def annotated_images(images: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `images` that are fully annotated, so that an image without a box is a true negative.
+    """Return the rows of `images` whose images are fully annotated, so that an image without a box shows no opacity.
 
-    Excludes images that no annotator looked at (SIIM's `false_none`), and NIH's images without a box, because in NIH only a
+    Excludes SIIM's images that no annotator looked at (`false_none`), and NIH's images without a box, because in NIH only a
     few of the images with a finding have boxes.
     """
     unannotated = images["false_none"].astype(bool) if "false_none" in images else pd.Series(False, images.index)
@@ -138,7 +139,7 @@ def annotated_images(images: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
 
 
 def check_images_and_boxes(images: pd.DataFrame, boxes: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """Check the `images` and `boxes` tables; return both, and the sorted category names of the boxes.
+    """Return the tables `images` and `boxes`, checked, and the sorted category names of the boxes.
 
     Raises DatasetError if an image's size is unknown, or if a box belongs to none of the images or has no finding.
     """
@@ -166,7 +167,7 @@ def check_images_and_boxes(images: pd.DataFrame, boxes: pd.DataFrame) -> tuple[p
 
 
 def category_indices(boxes: pd.DataFrame, categories: list[str]) -> list[int]:
-    """Return the index of each box's finding in `categories`, or 0 for every box if `boxes` has no column `finding`."""
+    """Return, for each row of `boxes`, the index in `categories` of its finding; 0 if `boxes` has no column `finding`."""
     if "finding" not in boxes:
         return [0] * len(boxes)
     return boxes["finding"].map({name: index for index, name in enumerate(categories)}).tolist()
@@ -183,7 +184,10 @@ def _add_folds(entries: list[dict[str, Any]], folds: pd.DataFrame) -> None:
 
 
 def _annotation(number: int, image: int, category: int, box: list[float]) -> str:
-    """Return an annotation as JSON text, formatted here because a float cannot hold all digits of the width and height."""
+    """Return one COCO annotation as JSON text.
+
+    The text is formatted here, because a float cannot hold all digits of the box's width and height.
+    """
     x, y, xmax, ymax = (Decimal(repr(edge)) for edge in box)
     width, height = EXACT.subtract(xmax, x), EXACT.subtract(ymax, y)
     return (
@@ -214,7 +218,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _entries(content: dict[str, Any], name: str, keys: tuple[str, ...], where: dict[str, str]) -> list[dict[str, Any]]:
-    """Return the list `name` of a COCO file. Raises DatasetError if an entry lacks one of `keys` or has no unique id."""
+    """Return the list of entries under the key `name` of a COCO file, whose JSON is `content`.
+
+    `where` maps `name` to the text with which an error message starts. Raises DatasetError if there is no such list, or if
+    an entry lacks one of `keys` or has no unique id.
+    """
     entries = content.get(name)
     if not isinstance(entries, list):
         raise DatasetError(f"{where[name]}: the list is missing; the file has: {', '.join(content)}")

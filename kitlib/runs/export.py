@@ -28,13 +28,13 @@ FORMATS: dict[str, Callable[..., None]] = {
 def export_run(
     run: str | Path, folder: str | Path, file_format: str, with_images: bool = False, progress: bool = True
 ) -> list[str]:
-    """Write a prepared run as FOLDER/annotations.json (coco) or FOLDER/labels (yolo); return a line per undecodable image.
+    """Write a prepared run as FOLDER/annotations.json or FOLDER/labels; return a message per image that cannot be decoded.
 
-    Images that are not fully annotated (see `annotated_images`) are left out without a message, because other programs would
-    take them for images without an opacity. `with_images` also writes every image to FOLDER/images as an 8-bit grey PNG at
-    its original size; an image that cannot be decoded is then left out of the labels too. Raises ValueError if the format
-    is unknown; RunError if `run` is not finished; DatasetError if no image can be exported or the tables do not fit the
-    format; FileExistsError if FOLDER/labels exists already.
+    `file_format` is "coco" or "yolo". Images that are not fully annotated (see `annotated_images`) are left out without a
+    message, because other programs would take them for images without an opacity. `with_images` also writes every image to
+    FOLDER/images as an 8-bit grey PNG at its original size; an image that cannot be decoded is then left out of the labels
+    too. Raises ValueError if the format is unknown; RunError if `run` is not finished; DatasetError if no image can be
+    exported or the tables do not fit the format; FileExistsError if FOLDER/labels exists already.
     """
     if file_format not in FORMATS:
         raise ValueError(f"unknown format {file_format!r}; available: {', '.join(FORMATS)}")
@@ -60,13 +60,13 @@ def export_run(
 
 
 def import_tables(source: str | Path, out: str | Path, file_format: str, run: str | Path | None = None) -> dict[str, int]:
-    """Write the boxes of a COCO or YOLO data set as OUT/boxes.parquet; return the number of rows of each table written.
+    """Write the boxes of a COCO or YOLO data set as OUT/boxes.parquet; return the numbers of rows written, keyed by table.
 
-    `source` is the COCO JSON file, or the folder that contains YOLO's `labels`. If `run` is given, a COCO file must list
-    exactly the images that `export_run` writes for that run. YOLO requires `run`, because its labels are fractions of the
-    image size. Without `run`, a COCO file's images and folds, if it has folds, are written too. Raises ValueError if the
-    format is unknown, or for YOLO without `run`; RunError if `run` is not a prepared run; DatasetError if the annotations
-    are invalid.
+    `file_format` is "coco" or "yolo". `source` is the COCO JSON file, or the folder that contains YOLO's `labels`. If the
+    prepared run `run` is given, a COCO file must list exactly the images that `export_run` writes for it. YOLO requires
+    `run`, because its labels are fractions of the image size. Without `run`, a COCO file's images, and its folds if it has
+    any, are written too. Raises ValueError if the format is unknown, or for YOLO without `run`; RunError if `run` is not a
+    prepared run; DatasetError if the annotations are invalid.
     """
     if file_format not in FORMATS:
         raise ValueError(f"unknown format {file_format!r}; available: {', '.join(FORMATS)}")
@@ -84,7 +84,10 @@ def import_tables(source: str | Path, out: str | Path, file_format: str, run: st
 
 
 def _write_png(folder: Path, image_id: str, path: str) -> str:
-    """Write one image as PNG; return "", or the reason if it cannot be decoded. Raises OSError if it cannot be written."""
+    """Decode the file `path` and write it to `folder` as PNG; return "", or a message if it cannot be decoded.
+
+    Raises OSError if the PNG cannot be written.
+    """
     try:
         pixels = (decode_image(path) if image_format(path) else decode_xray(path)).pixels
     except (UnreadableXray, OSError) as error:

@@ -1,4 +1,4 @@
-"""Reads tables, metrics, models and predictions from finished run folders, and checks them for the stages that follow."""
+"""Reads tables, metrics, models and predictions from the folders of finished runs, and checks them for later runs."""
 
 import json
 from collections.abc import Iterable
@@ -27,8 +27,8 @@ PREDICTED_TABLES = ("study_scores", "image_scores", "detections", "coverage")
 class ExtraImages:
     """Additional training images, such as pseudo-labelled images or another data set's; no model is validated on them.
 
-    `images`, `labels` and `boxes` are tables of these names (see `kitlib.tables`). An optional column `none` of `images` is
-    a soft target (see XrayDataset). `cache` reads the decoded images.
+    `images`, `labels` and `boxes` are tables of these names (see `kitlib.tables`). The optional column `none` of `images` is
+    the probability of `none` (no opacity), a soft target (see XrayDataset). `cache` reads the decoded images.
     """
 
     images: pd.DataFrame
@@ -37,7 +37,10 @@ class ExtraImages:
     cache: DecodedXrays
 
     def identity(self) -> dict[str, Any]:
-        """Return a dict that identifies these images, in JSON types: number, longest side in pixels, and fingerprints."""
+        """Return a dictionary that identifies these images: their number, longest side in pixels, and fingerprints.
+
+        Its values are of JSON types.
+        """
         # data_fingerprint reads only the ids of `images`, so the soft targets are passed as labels.
         none = self.images.set_index("image_id").reindex(columns=["none"]).rename_axis("id").reset_index()
         return {
@@ -52,8 +55,8 @@ class ExtraImages:
 class OutOfFold:
     """Out-of-fold predictions, gathered from several runs: each model predicts the images in its held-out fold.
 
-    Tables may be empty. `coverage` (image_id, model, fold) has a row for each image that a detector has predicted, even if
-    the image has no predicted box.
+    Tables may be empty. `coverage` has the columns image_id, model and fold, and one row for each image and each detector
+    that has looked at it, so that images without a predicted box are listed too.
     """
 
     study_scores: pd.DataFrame
@@ -63,7 +66,7 @@ class OutOfFold:
 
 
 def read_metrics(run: str | Path) -> dict[str, Any]:
-    """Return a run's metrics.json, which its notebook writes last. Raises RunError if it is missing."""
+    """Return the content of a run's metrics.json, which its notebook writes last. Raises RunError if the file is missing."""
     path = Path(run) / "metrics.json"
     if not path.is_file():
         available = sorted(entry.name for entry in Path(run).glob("*")) if Path(run).is_dir() else "no such folder"
@@ -72,18 +75,18 @@ def read_metrics(run: str | Path) -> dict[str, Any]:
 
 
 def read_prepared(run: str | Path) -> dict[str, pd.DataFrame]:
-    """Return the tables of a prepared run by name: images, labels, boxes, folds.
+    """Return the tables of a prepared run, keyed by name: "images", "labels", "boxes" and "folds".
 
-    Raises RunError if the run is not finished, or TableError if a table is missing or invalid.
+    Raises RunError if the run is not finished, and TableError if a table is missing or invalid.
     """
     read_metrics(run)
     return {name: read_table(name, Path(run) / "tables" / f"{name}.parquet") for name in PREPARED_TABLES}
 
 
 def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
-    """Gather the out-of-fold predictions of trained runs; a model's folds may come from several runs.
+    """Return the out-of-fold predictions of trained runs, gathered; a model's folds may come from several runs.
 
-    Raises RunError if a run has no predictions or has detections without coverage, or if two runs have the same fold of the
+    Raises RunError if a run has no predictions, or detections without coverage, or if two runs have the same fold of the
     same model.
     """
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in PREDICTED_TABLES}
@@ -109,10 +112,10 @@ def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
 
 
 def check_out_of_fold(table: pd.DataFrame, key: str, fold_of: pd.Series) -> None:
-    """Raise RunError unless every prediction in `table` is out of fold: its `fold` must be the fold of its image or study.
+    """Raise RunError if a prediction in `table` is not out of fold: its `fold` must be the fold of its image or study.
 
-    `fold_of` is a series of folds indexed by id; `key` is the column of `table` with these ids. A fold's model was trained
-    on all other folds, so its predictions for images in those folds are not out of fold.
+    `fold_of` is a series of folds, indexed by image or study id; `key` is the column of `table` with these ids. The model of
+    a fold was trained on all other folds, so its predictions for images in those folds are not out of fold.
     """
     wrong = table[table[key].map(fold_of) != table["fold"]]
     if len(wrong):
@@ -125,10 +128,11 @@ def check_out_of_fold(table: pd.DataFrame, key: str, fold_of: pd.Series) -> None
 
 
 def read_learners(runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame]) -> LearnerScores:
-    """Read the scores to stack from trained runs of image classifiers (notebooks 25 and 20) or study models (30).
+    """Return the scores of the models to stack, from runs of image classifiers (notebooks 25 and 20) or study models (30).
 
-    `prepared` holds the tables of the prepared run that all learners were trained on. A learner's folds and outer folds may
-    come from several runs. Raises RunError if a run has no scores, or FusionError if the scores cannot be stacked together.
+    These models are called learners. `prepared` holds the tables of the prepared run that all learners were trained on. A
+    learner's folds and outer folds may come from several runs. Raises RunError if a run has no scores, and FusionError if
+    the scores cannot be stacked together.
     """
     tables = []
     for run in map(Path, runs):
@@ -143,10 +147,10 @@ def read_learners(runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame])
 def read_test_split(
     runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame], out_of_fold: LearnerScores
 ) -> TestSplitScores | None:
-    """Read the learners' scores for the prepared run's test images (tables/test_scores.parquet); None if no run has any.
+    """Return the learners' scores for the prepared run's test images, or None if no run has any.
 
-    `out_of_fold` is the result of `read_learners` for the same `runs` and `prepared`. Raises FusionError if the test scores
-    do not match these learners (see `gather_test_split`).
+    They are read from tables/test_scores.parquet in `runs`. `out_of_fold` is the result of `read_learners` for the same
+    `runs` and `prepared`. Raises FusionError if the test scores do not match these learners (see `gather_test_split`).
     """
     paths = [Path(run) / "tables" / "test_scores.parquet" for run in runs]
     tables = [read_table("class_scores", path) for path in paths if path.is_file()]
@@ -154,10 +158,11 @@ def read_test_split(
 
 
 def read_study_ensemble(run: str | Path, study_scores: pd.DataFrame) -> pd.DataFrame:
-    """Return an ensemble's cross-fitted `study_scores` table from its run (notebook 65), to use instead of its learners'.
+    """Return the cross-fitted `study_scores` table of an ensemble, to use instead of the table of its learners.
 
-    `study_scores` is the learners' table. Raises RunError if the run is not an ensemble of study models, or if the models in
-    `study_scores` are not exactly its learners, because fusion must be tuned on the models that the submission will use.
+    `run` is the ensemble's run (notebook 65) and `study_scores` the learners' table. Raises RunError if the run is not an
+    ensemble of study models, or if its learners are not exactly the models in `study_scores`, because fusion must be tuned
+    on the models that the submission will use.
     """
     ensemble = read_ensemble(Path(run) / "ensemble")
     path = Path(run) / "tables" / "study_scores.parquet"
@@ -178,12 +183,12 @@ def read_models(
     folds: Iterable[int] = (),
     extra: Iterable[ExtraImages] = (),
 ) -> pd.DataFrame:
-    """List the trained models of `runs` in a table with the columns model, fold and bundle (the bundle's folder).
+    """Return a table of the trained models of `runs`, with the columns model, fold and bundle (the bundle's folder).
 
-    `folds` limits the list to models of these folds; default: all. `prepared` holds the tables of the prepared run that all
-    models were trained on, `extra` the additional images that some models were trained on. Raises RunError if a run has no
-    bundle, if no model remains, or if a model was trained on other data, because the images that it has seen are then
-    unknown.
+    `folds` limits the table to the models of these folds; if it is empty, all are listed. `prepared` holds the tables of the
+    prepared run that all models were trained on, `extra` the additional images that some models were trained on. Raises
+    RunError if a run has no bundle, if no model remains, or if a model was trained on other data, because it is then unknown
+    which images it has seen.
     """
     expected, known_extra = data_fingerprint(**prepared), [images.identity() for images in extra]
     chosen, rows = set(folds), []
@@ -211,11 +216,11 @@ def read_models(
 
 
 def read_extra(run: str | Path, for_boxes: bool = False) -> ExtraImages:
-    """Read additional training images from a pseudo-labelled run (notebook 50) or any prepared run (notebook 10).
+    """Return additional training images from a pseudo-labelled run (notebook 50) or from any prepared run (notebook 10).
 
     From a prepared run, only images in its folds are used, which excludes official test images and images that no annotator
     looked at. `for_boxes` excludes images whose boxes must not train a detector: images with unsure pseudo-labels, and all
-    NIH images. Raises RunError if the run is of another kind or its decoded images are missing.
+    NIH images. Raises RunError if the run is of another kind, or if its decoded images are missing.
     """
     run, metrics = Path(run), read_metrics(run)
     if "longest_side" not in metrics:
@@ -243,10 +248,11 @@ def read_extra(run: str | Path, for_boxes: bool = False) -> ExtraImages:
 
 
 def read_answer(runs: str | Path | Iterable[str | Path], images: pd.DataFrame) -> Fused:
-    """Return one model's out-of-fold predictions for `images`, from its run or runs, fused with the default settings.
+    """Return one model's out-of-fold predictions for `images`, fused with the default settings.
 
-    Images and studies that the model has not predicted get placeholder predictions (the class frequencies), marked `prior`,
-    and are not `seen`. Raises RunError as `read_out_of_fold` does.
+    `runs` is the model's run, or the runs with its folds. Images and studies that the model has not predicted get
+    placeholder predictions (the class frequencies), which are marked `prior` and not `seen`. Raises RunError in the same
+    cases as `read_out_of_fold`.
     """
     predictions = read_out_of_fold([runs] if isinstance(runs, str | Path) else runs)
     detections, coverage = (
@@ -256,7 +262,10 @@ def read_answer(runs: str | Path | Iterable[str | Path], images: pd.DataFrame) -
 
 
 def read_answers(runs: Iterable[str | Path], images: pd.DataFrame) -> dict[str, Fused]:
-    """Return each model's out-of-fold predictions (see `read_answer`), keyed by model; runs with folds of one are joined."""
+    """Return the out-of-fold predictions of each model in `runs`, keyed by model; see `read_answer`.
+
+    Runs that hold folds of the same model are joined.
+    """
     runs_of: dict[str, list[str | Path]] = {}
     for run in runs:
         runs_of.setdefault(read_metrics(run)["model"], []).append(run)
@@ -264,7 +273,7 @@ def read_answers(runs: Iterable[str | Path], images: pd.DataFrame) -> dict[str, 
 
 
 def read_fused(run: str | Path) -> Fused:
-    """Return the fused out-of-fold predictions from a run of notebook 60, without placeholder predictions (`prior`).
+    """Return the fused out-of-fold predictions from the run `run` of notebook 60, without placeholder predictions (`prior`).
 
     Raises RunError if the run is not finished, or if an older kitlib wrote it.
     """
@@ -278,9 +287,9 @@ def read_fused(run: str | Path) -> Fused:
 
 
 def judged_images(images: pd.DataFrame, fused: Fused) -> pd.DataFrame:
-    """Return the rows of `images` that can be scored, for which a model has predicted both `none` and the study's classes.
+    """Return the rows of `images` that can be scored: those with predictions for both `none` and the study's classes.
 
-    Placeholder predictions (`prior`) do not count. Raises RunError if no image remains.
+    `fused` has the predictions. Placeholder predictions (`prior`) do not count. Raises RunError if no image remains.
     """
     studies, nones = fused.studies, fused.nones
     has_none = images["image_id"].isin(nones.loc[~nones["prior"], "image_id"])

@@ -58,10 +58,10 @@ HISTORY = ("In", "Out")
 
 
 def start_run(name: str | Path, values: Mapping[str, Any]) -> Path:
-    """Start the run `name`: create its folder, write a new record.json, delete metrics.json, and return the folder.
+    """Create the folder of the run `name` and return it; write a new record.json into it and delete an old metrics.json.
 
     `values` is a notebook's `globals()` before it computes anything. Values that JSON can represent are recorded as the
-    run's parameters, except those with private names or names in capitals.
+    run's parameters, except those whose names are private or in capitals.
     """
     folder = run_path(name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,12 +101,12 @@ def finish_run(run: str | Path, metrics: Mapping[str, Any]) -> None:
 
 
 def process_record() -> dict[str, Any]:
-    """Return the package versions, peak memory and GPU of this process so far, in JSON types; memory in MB of 10^6 bytes.
+    """Return a dictionary of this process's package versions, and its peak memory and GPU so far, in JSON types.
 
-    `peak_memory_mb` is the peak of this process. `peak_child_memory_mb` is the peak of its largest child process that has
-    ended, or None if no child had a higher peak than this process, because a child inherits its parent's peak when it
-    starts. `gpu` is the names of the GPUs that torch has used, `peak_gpu_memory_mb` the peak memory of torch tensors on the
-    GPU with the highest peak; both are None if torch has not used a GPU.
+    Memory is in MB of 10^6 bytes. `peak_memory_mb` is the peak of this process. `peak_child_memory_mb` is the peak of the
+    largest child process that has ended; it is None if no child had a higher peak than this process, because a child
+    inherits its parent's peak when it starts. `gpu` has the names of the GPUs that torch has used, `peak_gpu_memory_mb` the
+    peak memory of torch tensors on the GPU with the highest peak; both are None if torch has not used a GPU.
     """
     peak, child_peak = _peak_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * MAXRSS_BYTES
     return {
@@ -128,7 +128,7 @@ def _peak_bytes() -> int:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of kitlib and of the installed packages among PACKAGES, keyed by package name."""
+    """Return the version of kitlib, and of each package in PACKAGES that is installed, keyed by package name."""
     versions = {"kitlib": kitlib.__version__}
     for name in PACKAGES:
         try:
@@ -145,10 +145,10 @@ def _version(name: str) -> str:
 
 
 def kitlib_digest() -> str:
-    """Return the SHA-256 digest (hex) of kitlib's Python and YAML files.
+    """Return the SHA-256 digest, in hexadecimal digits, of kitlib's Python and YAML files.
 
-    A kernel contains only the files that it imports, so there the digest of the library that the kernel was built from is
-    read from DIGEST_FILE.
+    A kernel contains only the kitlib files that it imports. There, the digest is read from DIGEST_FILE, which holds the
+    digest of the whole library that the kernel was built from.
     """
     digest, folder = hashlib.sha256(), Path(kitlib.__file__).parent
     if (folder / DIGEST_FILE).is_file():
@@ -159,7 +159,7 @@ def kitlib_digest() -> str:
 
 
 def git_commit(folder: str | Path) -> str | None:
-    """Return the commit of the git clone `folder`, plus "+changes" if tracked files were modified; None if git fails.
+    """Return the commit of the git clone `folder`, with "+changes" added if tracked files are modified; None if git fails.
 
     Also returns None if `folder` is not the root of a clone.
     """
@@ -217,7 +217,7 @@ def _is_json(value: Any) -> bool:
 
 
 def _without_nan(value: Any) -> Any:
-    """Return `value` with None for NaN and infinity, which JSON cannot represent, and lists for tuples."""
+    """Return `value` with NaN and infinity, which JSON cannot represent, replaced by None, and tuples by lists."""
     if isinstance(value, dict):
         return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

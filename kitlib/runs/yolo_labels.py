@@ -1,7 +1,7 @@
-"""Writes and reads `boxes` and `folds` tables as YOLO label files: one file per image, one line per box.
+"""Writes and reads the tables `boxes` and `folds` as YOLO label files: one file per image, one line per box.
 
-Format: https://docs.ultralytics.com/datasets/detect. A line is `class cx cy width height`, as fractions of the image size;
-an image without a box has an empty file.
+Format: https://docs.ultralytics.com/datasets/detect. A line is `class cx cy width height`, where the box's centre and size
+are fractions of the image size; an image without a box has an empty file.
 """
 
 import shutil
@@ -26,13 +26,14 @@ DECIMALS = 20
 
 
 def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, folds: pd.DataFrame | None = None) -> None:
-    """Write FOLDER/labels with one file per image, FOLDER/classes.txt and FOLDER/data.yaml, which expects FOLDER/images.
+    """Write FOLDER/labels with one file per image, FOLDER/classes.txt, and FOLDER/data.yaml for training.
 
-    With `folds`, also writes fold0.yaml and so on, each of which validates on its fold and trains on all others. Classes are
-    the values of the column `finding` of `boxes` in alphabetical order, or only `opacity` if there is no such column.
-    FOLDER/labels is renamed into place when complete. Raises FileExistsError if FOLDER/labels exists; DatasetError if an
-    image's size is unknown, if a box belongs to none of the images, if an image_id cannot be used as a file name, or if a
-    box exceeds its image, because ultralytics would drop the whole image.
+    data.yaml expects the images in FOLDER/images. If `folds` is given, also writes fold0.yaml and so on, each of which
+    validates on its fold and trains on all others. Classes are the values of the column `finding` of `boxes` in alphabetical
+    order, or only `opacity` if there is no such column. FOLDER/labels is renamed into place when complete. Raises
+    FileExistsError if FOLDER/labels exists; DatasetError if an image's size is unknown, if a box belongs to none of the
+    images, if an image_id cannot be used as a file name, or if a box exceeds its image, because ultralytics would drop the
+    whole image.
     """
     folder = Path(folder)
     labels, temporary_folder = folder / LABELS, folder / f".{LABELS}.partial"
@@ -60,12 +61,12 @@ def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fo
 
 
 def read_yolo(folder: str | Path, images: pd.DataFrame) -> pd.DataFrame:
-    """Read FOLDER/labels and return the `boxes` table, in original pixels and in the order of `images`.
+    """Return the boxes in FOLDER/labels as a `boxes` table, in pixels of the original images and in the order of `images`.
 
-    The columns `rows` and `columns` of `images` convert fractions to pixels. Coordinates that are 0 or at least a
-    thousandth of a pixel are bit for bit those passed to `write_yolo`. The table has the column `finding` unless the only
-    class is `opacity`. Raises DatasetError if a label is invalid (with the file and line), or if an image has no label file
-    or a label file has no image.
+    The columns `rows` and `columns` of `images` convert fractions to pixels. Coordinates that are 0 or at least a thousandth
+    of a pixel are bit for bit those passed to `write_yolo`. The table has the column `finding` unless the only class is
+    `opacity`. Raises DatasetError if a label is invalid (the message has the file and line), if an image has no label file,
+    or if a label file has no image.
     """
     folder = Path(folder)
     images, _, _ = check_images_and_boxes(images, pd.DataFrame(columns=["image_id", *BOX]))
@@ -94,7 +95,10 @@ def read_yolo(folder: str | Path, images: pd.DataFrame) -> pd.DataFrame:
 
 
 def _label_lines(images: pd.DataFrame, boxes: pd.DataFrame, numbers: list[int]) -> dict[str, list[str]]:
-    """Return the label lines of each image, keyed by image_id; `numbers` are the class numbers of the boxes."""
+    """Return the label lines of each image that has boxes, one line per box, as lists keyed by image_id.
+
+    `numbers` has the class number of each row of `boxes`. Raises DatasetError if a box reaches beyond its image.
+    """
     sizes = images.set_index("image_id")[["columns", "rows"]].loc[boxes["image_id"]].to_numpy(float)
     low, high = boxes[["xmin", "ymin"]].to_numpy(), boxes[["xmax", "ymax"]].to_numpy()
     exceeds = ((low < 0) | (high > sizes)).any(axis=1)
@@ -117,7 +121,11 @@ def _read_classes(path: Path) -> list[str]:
 
 
 def _parse_line(line: str, size: tuple[int, int], classes: list[str], place: str) -> tuple[float, float, float, float, str]:
-    """Return xmin, ymin, xmax, ymax in pixels, and the class name, from a label line; `size` is (columns, rows)."""
+    """Return the values in a label line: xmin, ymin, xmax and ymax in pixels, and the class name.
+
+    `size` is the image's size, (columns, rows). `classes` has the class names in order of their numbers. `place` is the file
+    and line, for the error message.
+    """
     words = line.split()
     try:
         number, fractions = int(words[0]), [Decimal(word) for word in words[1:]]
