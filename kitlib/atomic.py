@@ -1,4 +1,4 @@
-"""Atomic writes: a file is written under a temporary name in the same folder, then renamed, so it is never half-written."""
+"""Atomic writes: a file is written under a temporary name and renamed when complete, so it is never half-written."""
 
 import json
 import os
@@ -14,10 +14,10 @@ if TYPE_CHECKING:  # decode workers start without pandas
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; when the block ends without an error, it is renamed to `path`.
+    """Yield a temporary path next to `path`; the file written there replaces `path` if the block ends without an error.
 
-    A killed process or a full disk leaves the previous file unchanged. The temporary name keeps the suffix, because several
-    writers choose their format by it.
+    A killed process or a full disk leaves the previous file unchanged. The temporary name ends in the suffix of `path`, by
+    which several libraries choose the format.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,5 +49,5 @@ def write_csv(path: str | Path, table: "pd.DataFrame") -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically, keys in their own order. Raises ValueError for NaN, which JSON lacks."""
+    """Write `value` as indented JSON, atomically, without sorting its keys. Raises ValueError for NaN, which JSON lacks."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -41,10 +41,11 @@ ADDED: dict[str, type | tuple[type, ...]] = {"tied": dict, "weights_sha256": str
 
 
 def save_bundle(folder: str | Path, state_dict: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
-    """Write a bundle: the weights, then the record with their SHA-256. An interrupted write leaves no readable bundle.
+    """Write a bundle: first the weights, then the record. An interrupted write leaves no readable bundle.
 
-    `record` holds exactly the keys of `STATED`, as JSON types (tuples are written as lists). Tensors may be on any device
-    and may be tied: a tensor that appears under several names is stored once, and the other names are listed in `tied`.
+    The SHA-256 of the weights is added to the record. `record` must have exactly the keys of `STATED`, with values of JSON
+    types (tuples are written as lists). Tensors may be on any device and may be tied: a tensor that appears under several
+    names is stored once, and the other names are listed in `tied`.
     """
     folder = Path(folder)
     record = {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
@@ -59,9 +60,9 @@ def save_bundle(folder: str | Path, state_dict: dict[str, torch.Tensor], record:
 
 
 def read_bundle(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return a bundle's record (the content of model.json) and its weights by tensor name, on the CPU.
+    """Return a bundle's record (the content of model.json) and its weights (on the CPU, keyed by tensor name).
 
-    Raises BundleError for a missing file, a wrong hash, missing or unknown keys, and weights that are NaN or infinite.
+    Raises BundleError if a file is missing, a hash is wrong, keys are missing or unknown, or weights are NaN or infinite.
     """
     record = read_record(folder)
     record_path, weights_path = Path(folder) / RECORD, Path(folder) / WEIGHTS
@@ -83,9 +84,9 @@ def read_bundle(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Ten
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
-    """Return a bundle's record without reading its weights.
+    """Return a bundle's record (the content of model.json) without reading its weights.
 
-    Raises BundleError for a missing file, missing or unknown keys, and a record that was changed after it was written.
+    Raises BundleError if a file is missing, keys are missing or unknown, or the record was changed after it was written.
     """
     folder = Path(folder)
     for path in (folder / RECORD, folder / WEIGHTS):
@@ -115,13 +116,13 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def record_digest(record: dict[str, Any]) -> str:
-    """Return the SHA-256 (hex) of a record's content, whatever the order of its keys; `record_sha256` itself is left out."""
+    """Return the SHA-256 (hex) of a record without its `record_sha256`. The order of the keys does not matter."""
     content = json.loads(json.dumps({key: value for key, value in record.items() if key != "record_sha256"}))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a .safetensors file, on the CPU. Raises BundleError for anything else, including pickles."""
+    """Return the tensors of a .safetensors file, on the CPU. Raises BundleError for any other file, such as a pickle."""
     path = Path(path)
     if not path.is_file():
         raise BundleError(f"the weights file {path} does not exist; give a local .safetensors file, nothing is downloaded")
@@ -135,10 +136,10 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def data_fingerprint(**tables: pd.DataFrame) -> str:
-    """Return the SHA-256 (hex) of the training data: ids, labels, boxes and folds, whatever the order of rows or columns.
+    """Return the SHA-256 (hex) of training data: ids, labels, boxes and folds, in any order of rows and columns.
 
-    Tables are passed by their name in `kitlib.tables`. Of `images` only the ids count, because paths, sizes and views may
-    differ between machines.
+    Pass each table as a keyword argument under its name in `kitlib.tables`. Of the table `images` only the columns with ids
+    are used, because paths, sizes and views may differ between machines.
     """
     digest = hashlib.sha256()
     for name in sorted(tables):
@@ -151,7 +152,7 @@ def data_fingerprint(**tables: pd.DataFrame) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a model's numbers depend on."""
+    """Return the versions of the packages that a model's predictions depend on, keyed by package."""
     return {"kitlib": kitlib.__version__, **{name: version(name) for name in ("torch", "torchvision", "timm")}}
 
 
@@ -168,7 +169,7 @@ def _check_record(record: dict[str, Any], kinds: dict[str, type | tuple[type, ..
 
 
 def _untied(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tensors without shared memory, and alias -> name for names that refer to one tensor."""
+    """Return each distinct tensor once, under its first name, and a dict that maps its other names to that first name."""
     stored, tied = {}, {}
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in state_dict.items():

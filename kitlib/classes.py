@@ -1,4 +1,4 @@
-"""Class names of each data set, as written in the kit's tables."""
+"""The class names of each data set, as they are written in the kit's tables."""
 
 STUDY_CLASSES = ("negative", "typical", "indeterminate", "atypical")
 IMAGE_CLASSES = ("none", "opacity")
@@ -61,7 +61,7 @@ CLASS_SCHEMES: dict[str, dict[str, str]] = {
 
 
 def scheme_classes(scheme: str) -> tuple[str, ...]:
-    """Return the classes of a scheme of CLASS_SCHEMES, in order. Raises ValueError for an unknown scheme."""
+    """Return the class names of `scheme`, in order. Raises ValueError if `scheme` is not a key of CLASS_SCHEMES."""
     if scheme not in CLASS_SCHEMES:
         raise ValueError(f"unknown class scheme {scheme!r}; available: {', '.join(CLASS_SCHEMES)}")
     return tuple(dict.fromkeys(CLASS_SCHEMES[scheme].values()))

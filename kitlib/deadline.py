@@ -17,7 +17,7 @@ class OutOfTime(BaseException):
 
 
 class Deadline:
-    """A point in time, `seconds` after now or after `started`, a time.monotonic() value."""
+    """A point in time: `seconds` after `started` (a time.monotonic() value), or after now if `started` is None."""
 
     def __init__(self, seconds: float, started: float | None = None) -> None:
         if not seconds > 0:
@@ -32,8 +32,8 @@ class Deadline:
     def enforced(self) -> Iterator[None]:
         """Raise OutOfTime inside the block when the deadline passes, even during an import or a wait.
 
-        This uses a signal, so it works only in the main thread, where notebooks run; in other threads it does nothing, and
-        the caller has to check `left()`.
+        It uses a signal, so it works only in the main thread, where notebooks run. In other threads it does nothing, and the
+        block has to check `left()` itself.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -52,17 +52,17 @@ class Deadline:
 
 
 def session_limit(seconds: float) -> float:
-    """Return `seconds`, or the value of KIT_TIME_LIMIT_S if that is lower (a rehearsal sets it)."""
+    """Return `seconds`, or the environment variable KIT_TIME_LIMIT_S if it is lower; a rehearsal sets it."""
     return min(seconds, float(os.environ.get("KIT_TIME_LIMIT_S", seconds)))
 
 
 def session_start() -> float | None:
-    """Return when the session began, a time.monotonic() value, or None outside a kernel."""
+    """Return the time.monotonic() value at which the Kaggle session began, or None outside a Kaggle kernel."""
     return float(os.environ["KIT_STARTED"]) if "KIT_STARTED" in os.environ else None
 
 
 def session_deadline(hours: float) -> Deadline | None:
-    """Return the end of a session of `hours`, counted from its start; None if the session has no limit (0 hours)."""
+    """Return the deadline of a session, `hours` after its start, or None if `hours` is 0, which means no limit."""
     if hours < 0:
         raise ValueError(f"invalid session length: {hours} hours; use a positive number, or 0 for no limit")
     limit = session_limit(hours * 3600 or math.inf)
@@ -70,7 +70,7 @@ def session_deadline(hours: float) -> Deadline | None:
 
 
 class SessionOver(RuntimeError):
-    """Raised between two epochs when the session ends. Training resumes from the checkpoint in the run folder."""
+    """Raised between two epochs when no time is left in the session. The checkpoint in the run folder allows resuming."""
 
     def __init__(self, run_folder: Path, done: int, epochs: int) -> None:
         super().__init__(f"{run_folder}: the session ends after {done} of {epochs} epochs")
@@ -81,5 +81,5 @@ class SessionOver(RuntimeError):
 
 
 def epoch_fits(deadline: Deadline | None, seconds: list[float]) -> bool:
-    """Return True if another epoch fits before the deadline, allowing 1.5 times the longest of the past `seconds`."""
+    """Return True if 1.5 times the longest epoch so far fits before the deadline; `seconds` has the time of each epoch."""
     return deadline is None or deadline.left() > 1.5 * max(seconds, default=0.0)

@@ -24,10 +24,11 @@ BACKENDS = ("gloo", "nccl")
 
 
 def pick_device() -> torch.device:
-    """Return a GPU if this build of torch can compute on it, otherwise the CPU, with the reason logged as a warning.
+    """Return a GPU if this build of torch can compute on it, otherwise the CPU; a warning in the log says why.
 
-    The GPU is the first one, or this process's own when several processes train together. `torch.cuda.is_available()` is
-    not enough: for a P100 it returns True even if the build lacks its architecture, and the first operation fails.
+    The GPU is the first one, or, if several processes train one model together, the one that belongs to this process.
+    `torch.cuda.is_available()` is not enough: for a P100 it returns True even if the build lacks its architecture, and the
+    first operation fails.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -39,9 +40,9 @@ def pick_device() -> torch.device:
 
 
 def training_device() -> torch.device:
-    """Return the device to train on, as `pick_device`, but raise DeviceError if a GPU is present and torch cannot use it.
+    """Return the same device as `pick_device`, but raise DeviceError if there is a GPU that torch cannot use.
 
-    Training on the CPU instead would take days, which nobody should find out from a warning in a log.
+    Training on the CPU instead would take days, so a warning in a log is not enough.
     """
     if torch.cuda.is_available() and (reason := _unusable_reason(_own_gpu())):
         raise DeviceError(
@@ -57,15 +58,16 @@ def _own_gpu() -> torch.device:
 
 
 def gpu_of(process: int) -> torch.device:
-    """Return the GPU of a process, by its number (from 0) among the processes that train one model on this machine."""
+    """Return the GPU for one of the processes that train one model on this machine; `process` is its number, from 0."""
     # gloo lets several processes share a GPU, NCCL does not.
     return torch.device("cuda", process % torch.cuda.device_count() if process_group_backend() == "gloo" else process)
 
 
 def process_group_backend() -> str:
-    """Return the backend by which processes exchange gradients: KIT_BACKEND ("gloo" or "nccl"), "" for torch's default.
+    """Return the backend for exchanging gradients between processes: "gloo", "nccl", or "" for torch's default.
 
-    With "gloo" there may be more processes than GPUs. Raises ValueError for any other value of the environment variable.
+    It is the value of the environment variable KIT_BACKEND. With "gloo" there may be more processes than GPUs. Raises
+    ValueError for any other value.
     """
     chosen = os.environ.get(BACKEND, "")
     if chosen not in ("", *BACKENDS):
@@ -74,7 +76,7 @@ def process_group_backend() -> str:
 
 
 def _unusable_reason(device: torch.device) -> str:
-    """Return why nothing can be computed on a GPU, or "" if it works."""
+    """Return the reason why torch cannot compute on this GPU, or "" if it can."""
     name = torch.cuda.get_device_name(device)
     capability, built_for = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
     if not supports(capability, built_for):
@@ -90,8 +92,8 @@ def _unusable_reason(device: torch.device) -> str:
 def supports(capability: tuple[int, int], built_for: list[str]) -> bool:
     """Return True if code for one of the architectures `built_for` runs on a GPU of this compute capability.
 
-    Machine code ("sm_75") runs on GPUs of the same major version and at least its minor version, intermediate code
-    ("compute_90") on all GPUs of at least its version (CUDA C++ programming guide, binary and PTX compatibility).
+    Machine code ("sm_75") runs on GPUs with the same major version and the same or a higher minor version. Intermediate code
+    ("compute_90") runs on GPUs with the same or a higher version (CUDA C++ programming guide, binary and PTX compatibility).
     """
     for arch in built_for:
         kind, _, digits = arch.partition("_")
@@ -103,10 +105,10 @@ def supports(capability: tuple[int, int], built_for: list[str]) -> bool:
 
 
 def precision(device: torch.device) -> Precision:
-    """Return Lightning's name of the fastest safe precision: "bf16-mixed", "16-mixed" (T4s emulate bf16), "32-true" on CPU.
+    """Return Lightning's name of the fastest safe precision: "bf16-mixed", "16-mixed", or on the CPU "32-true".
 
-    On a GPU, the environment variable KIT_PRECISION overrides the choice. Raises ValueError if it is set to anything else
-    than one of PRECISIONS, also on a CPU.
+    GPUs that only emulate bf16, such as the T4, get "16-mixed". On a GPU, the environment variable KIT_PRECISION overrides
+    the choice. Raises ValueError, even for a CPU, if KIT_PRECISION is not one of PRECISIONS.
     """
     chosen = os.environ.get(PRECISION, "")
     if chosen and chosen not in PRECISIONS:
@@ -119,7 +121,7 @@ def precision(device: torch.device) -> Precision:
 
 
 def autocast(device: torch.device) -> AbstractContextManager:
-    """Return the autocast context for prediction on `device`: the precision of training; full precision on a CPU."""
+    """Return the autocast context for predictions: on a GPU with the precision of training, on a CPU with float32."""
     dtype = DTYPES.get(precision(device))
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
@@ -127,19 +129,22 @@ def autocast(device: torch.device) -> AbstractContextManager:
 def memory_format(device: torch.device) -> torch.memory_format:
     """Return the memory format of images and convolutions on `device`.
 
-    Channels last on GPUs, where convolutions are up to a third faster with it. Contiguous on the CPU: with channels last,
-    oneDNN 3.7's convolutions of some narrow layers write outside their memory and crash the process.
+    On a GPU it is channels last, with which convolutions are up to a third faster. On a CPU it is contiguous: with channels
+    last, oneDNN 3.7's convolutions of some narrow layers write outside their memory and crash the process.
     """
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch on every device."""
+    """Seed the random generators of Python, NumPy and torch, on the CPU and all GPUs."""
     random.seed(seed)
     np.random.seed(derived_seed(seed))  # noqa: NPY002  libraries draw from the global state
     torch.manual_seed(seed)
 
 
 def derived_seed(*parts: int) -> int:
-    """Combine several seeds, such as a run's seed and an epoch, into one (0..2^32 - 1); near inputs give unrelated seeds."""
+    """Return a seed (0..2^32 - 1) made from several numbers, such as a run's seed and an epoch.
+
+    Numbers that are close give unrelated seeds.
+    """
     return int(np.random.SeedSequence(parts).generate_state(1)[0])

@@ -11,11 +11,11 @@ class KitError(Exception):
 
 
 class SettingsError(KitError, ValueError):
-    """Raised when a recipe, setting or published table is unknown, or its value invalid. The message lists valid ones."""
+    """Raised for an unknown recipe, setting or published table, or an invalid value. The message lists what is valid."""
 
 
 class InputNotFound(KitError, FileNotFoundError):
-    """Raised when the folder of an input does not exist. The message lists the inputs that do."""
+    """Raised when the folder of an input does not exist. The message lists the inputs that exist."""
 
 
 class DeviceError(KitError, RuntimeError):
@@ -62,11 +62,11 @@ class SubmissionError(KitError, ValueError):
 
 
 class FusionError(KitError, ValueError):
-    """Raised when predictions cannot be stacked or tuned on, for example because they are not out-of-fold."""
+    """Raised when predictions do not fit together or cannot be learned from, for example if they are not out-of-fold."""
 
 
 class TrainingError(KitError, RuntimeError):
-    """Raised when a training fails, or when its run folder holds a training with other settings."""
+    """Raised when training fails, or when the run folder already contains a training with other settings."""
 
 
 class RunError(KitError, ValueError):
@@ -90,4 +90,4 @@ class PlanError(KitError, ValueError):
 
 
 class PageError(KitError, ValueError):
-    """Raised for anything the page cannot show. The message is plain text for the page's reader, in whole sentences."""
+    """Raised when the page cannot do what a visitor asks. The message tells the visitor why, in plain text."""

@@ -1,7 +1,7 @@
-"""Letterbox, stretch and centre crop: exact mapping between original pixels and a model's canvas, both ways.
+"""Letterbox, stretch and centre crop: map original pixels to a model's canvas and back, exactly.
 
-Boxes are float arrays (n, 4) of xmin, ymin, xmax, ymax in pixels. A pixel's left edge is its index, so an image of W
-columns spans 0..W.
+Boxes are float arrays (n, 4) of xmin, ymin, xmax, ymax in pixels. A pixel's left edge is its index, so an image of W columns
+spans 0..W.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ CROPPED_FROM = 256 / 224
 
 @dataclass(frozen=True)
 class Placement:
-    """How an image of `rows` x `columns`, or the part of it in `frame`, is drawn on a canvas.
+    """How an image of `rows` x `columns` pixels, or the part of it inside `frame`, is drawn on a canvas.
 
-    The frame is resized to `inner_rows` x `inner_columns`, then padded, or cropped where `top` or `left` is negative. The
-    scale of each axis is inner size / frame size *after* rounding to whole pixels, which makes the inverse exact (one common
-    scale would be off by up to half a canvas pixel at the far edge).
+    The frame is resized to `inner_rows` x `inner_columns`, then padded, or cropped where `top` or `left` is negative. Each
+    axis has its own scale, inner size / frame size, with the inner size rounded to whole pixels. This makes the inverse
+    exact; one common scale would be off by up to half a canvas pixel at the far edge.
     """
 
     rows: float
@@ -35,14 +35,14 @@ class Placement:
 
     @property
     def scale(self) -> np.ndarray:
-        """Canvas pixels per original pixel, (4,): x, y, x, y."""
+        """Canvas pixels per original pixel, as an array (4,): x, y, x, y, to multiply boxes by."""
         xmin, ymin, xmax, ymax = self._frame
         x, y = self.inner_columns / (xmax - xmin), self.inner_rows / (ymax - ymin)
         return np.array([x, y, x, y])
 
     @property
     def offset(self) -> np.ndarray:
-        """Position of the original's top left corner on the canvas, possibly outside it, (4,): x, y, x, y."""
+        """Position of the original's top left corner in canvas pixels, possibly negative, as an array (4,): x, y, x, y."""
         padding = np.array([self.left, self.top, self.left, self.top], dtype=float)
         return padding - self.scale * (self._frame[:2] * 2)
 
@@ -51,10 +51,10 @@ class Placement:
         return self.frame or (0.0, 0.0, float(self.columns), float(self.rows))
 
     def image(self, pixels: np.ndarray, fill: int = 0) -> np.ndarray:
-        """Draw uint8 `pixels`, a copy of the original at any size, on the canvas.
+        """Return the canvas (uint8) with `pixels` drawn on it, which is a uint8 copy of the original at any size.
 
-        The copy may be smaller than `rows` x `columns`: the cache of decoded X-rays stores reduced copies, while boxes stay
-        in original pixels.
+        The copy may be smaller than `rows` x `columns`, because the cache of decoded X-rays stores reduced copies. `fill` is
+        the grey level of the padding.
         """
         if self.frame:
             xmin, ymin, xmax, ymax = self.frame
@@ -73,9 +73,9 @@ class Placement:
         return canvas
 
     def back(self, canvas: np.ndarray, rows: int, columns: int) -> np.ndarray:
-        """Map the canvas (uint8) back to a copy of the original of `rows` x `columns`; 0 where the canvas does not reach.
+        """Return the canvas (uint8) mapped back to an image of `rows` x `columns`, a copy of the original at any size.
 
-        The inverse of `image`, with linear interpolation.
+        This is the inverse of `image`, with linear interpolation. Pixels outside the canvas are 0.
         """
         x, y = self.scale[:2] * [self.columns / columns, self.rows / rows]
         # OpenCV places the centre of the first pixel at 0; here its left edge is at 0.
@@ -94,12 +94,12 @@ class Placement:
         return np.asarray(boxes, dtype=float).reshape(-1, 4) * self.scale + self.offset
 
     def boxes_to_original(self, boxes: np.ndarray) -> np.ndarray:
-        """Convert boxes from canvas pixels to original pixels, without clipping."""
+        """Convert boxes from canvas pixels to original pixels, without clipping at the edges of the image."""
         return (np.asarray(boxes, dtype=float).reshape(-1, 4) - self.offset) / self.scale
 
 
 def letterbox(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
-    """Fit the whole image, centred and padded, at its aspect ratio. `size` is the canvas's side, or (rows, columns)."""
+    """Place the whole image centred and padded, with its aspect ratio. `size` is the canvas's side or (rows, columns)."""
     _check_size(rows, columns)
     canvas_rows, canvas_columns = (size, size) if isinstance(size, int) else size
     scale = min(canvas_rows / rows, canvas_columns / columns)
@@ -110,16 +110,16 @@ def letterbox(rows: float, columns: float, size: int | tuple[int, int]) -> Place
 
 
 def stretch(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
-    """Fill the canvas, ignoring the aspect ratio. `size` is the canvas's side, or (rows, columns)."""
+    """Stretch the image to fill the canvas, ignoring its aspect ratio. `size` is the canvas's side or (rows, columns)."""
     _check_size(rows, columns)
     canvas_rows, canvas_columns = (size, size) if isinstance(size, int) else size
     return Placement(rows, columns, canvas_rows, canvas_columns, canvas_rows, canvas_columns, 0, 0)
 
 
 def centre_crop(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
-    """Keep the aspect ratio and the centre: the shorter side is resized to 256/224 of the canvas, and the edges are cropped.
+    """Place the image with its aspect ratio, the shorter side at 256/224 of the canvas, and crop the edges.
 
-    Heidelberg SIIM report, section 3.1 (256 and 224 pixels). `size` is the canvas's side, or (rows, columns).
+    From the Heidelberg SIIM report, section 3.1 (256 and 224 pixels). `size` is the canvas's side or (rows, columns).
     """
     _check_size(rows, columns)
     canvas_rows, canvas_columns = (size, size) if isinstance(size, int) else size
@@ -134,10 +134,11 @@ PLACEMENTS: dict[str, Place] = {"letterbox": letterbox, "stretch": stretch, "cen
 
 
 def within(place: Place, frame: np.ndarray, rows: int, columns: int, size: int | tuple[int, int]) -> Placement:
-    """Return the placement of one part of an image: `frame` (4,) is xmin, ymin, xmax, ymax in original pixels.
+    """Return the placement of one part of an image: `place` is applied to the part inside `frame`.
 
-    On a reduced copy, a frame whose edges lie on the copy's own pixel grid is cut exactly. Raises ValueError if the frame
-    has no area or exceeds the image.
+    `frame` is an array (4,): xmin, ymin, xmax, ymax in original pixels. If the frame is cut from a reduced copy, the cut is
+    exact only where the frame's edges are edges of the copy's pixels. Raises ValueError if the frame has no area or extends
+    beyond the image.
     """
     xmin, ymin, xmax, ymax = map(float, frame)
     if not (0 <= xmin < xmax <= columns and 0 <= ymin < ymax <= rows):
@@ -146,7 +147,7 @@ def within(place: Place, frame: np.ndarray, rows: int, columns: int, size: int |
 
 
 def clip_boxes(boxes: np.ndarray, rows: float, columns: float) -> tuple[np.ndarray, np.ndarray]:
-    """Clip boxes (n, 4) to the image; also return a mask (n,) of those that remain at least one pixel wide and high."""
+    """Return all boxes (n, 4) clipped to the image, and a bool array (n,), True where width and height are at least 1."""
     clipped = np.asarray(boxes, dtype=float).reshape(-1, 4).copy()
     clipped[:, 0::2] = clipped[:, 0::2].clip(0, columns)
     clipped[:, 1::2] = clipped[:, 1::2].clip(0, rows)
@@ -154,7 +155,7 @@ def clip_boxes(boxes: np.ndarray, rows: float, columns: float) -> tuple[np.ndarr
 
 
 def flip_boxes(boxes: np.ndarray, columns: int) -> np.ndarray:
-    """Mirror boxes (n, 4) horizontally in an image of `columns` columns; its own inverse."""
+    """Return boxes (n, 4) mirrored left to right in an image of `columns` columns. Doing it twice restores the boxes."""
     boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
     return np.stack([columns - boxes[:, 2], boxes[:, 1], columns - boxes[:, 0], boxes[:, 3]], axis=1)
 

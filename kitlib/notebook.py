@@ -27,7 +27,7 @@ WITHOUT = "(a training stops like this when its session ends: run it again to re
 
 
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
-    """Raise ValueError, listing the valid names, if the notebook has no parameter of one of these names."""
+    """Raise ValueError if a name in `parameters` is not a parameter of the notebook; the message lists the valid names."""
     import papermill  # slow, and not needed by a plan's commands
 
     valid = papermill.inspect_notebook(str(notebook))
@@ -46,12 +46,12 @@ def run_notebook(
     time_limit_s: float | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> None:
-    """Execute `notebook` with `parameters`; write the executed copy to `output` and the log next to it.
+    """Execute `notebook` with `parameters`; write the executed copy to `output` and a log next to it.
 
-    `result` is a file that the notebook's last cell writes. An existing one is removed first, and a run that does not write
-    it has failed. `on_cell(done, total)` is called when a cell starts. `threads` limits the CPU threads of the notebook's
-    libraries, `variables` are added to its environment, and after `time_limit_s` seconds it is killed. Raises ValueError for
-    an unknown parameter, NotebookError for every other failure.
+    `result` is the file that the notebook's last cell writes. It is removed before the run if it exists, and the run counts
+    as failed if it is not written. `on_cell(done, total)` is called when a cell starts. `threads` limits the CPU threads of
+    the notebook's libraries, `variables` are added to the environment of the notebook, which is killed after `time_limit_s`
+    seconds. Raises ValueError for an unknown parameter, NotebookError for every other failure.
     """
     notebook, output, result = Path(notebook), Path(output), Path(result)
     check_parameters(notebook, parameters)
@@ -104,7 +104,7 @@ def _keep_log(lines: Iterable[str], log: Path, cells: int, on_cell: Callable[[in
 
 
 def first_problem(executed: Path) -> str:
-    """Describe the first cell that failed or did not run, or return "" if all cells completed."""
+    """Return a description of the first cell that failed or did not run, or "" if all cells completed."""
     cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
     # papermill inserts cells into a failed notebook, which would shift the numbers.
     tags_of = [cell["metadata"].get("tags", []) for cell in cells]
@@ -120,5 +120,5 @@ def first_problem(executed: Path) -> str:
 
 
 def log_tail(log: Path, lines: int = 15) -> str:
-    """Return the last lines of a log, each marked as a quotation."""
+    """Return the last `lines` lines of a log, each marked as a quotation."""
     return "\n".join("  | " + line for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

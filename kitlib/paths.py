@@ -8,7 +8,7 @@ from kitlib.errors import InputNotFound
 
 
 def kaggle_root() -> Path:
-    """Return `/kaggle`, or the folder in KIT_KAGGLE_ROOT, which a rehearsal sets if it cannot create /kaggle."""
+    """Return /kaggle, or the environment variable KIT_KAGGLE_ROOT, which a rehearsal sets if it cannot create /kaggle."""
     return Path(os.environ.get("KIT_KAGGLE_ROOT", "/kaggle"))
 
 
@@ -18,22 +18,22 @@ def on_kaggle() -> bool:
 
 
 def project_root() -> Path:
-    """Return the folder that contains `kitlib`: the project's clone, or the value of KIT_ROOT inside a Kaggle kernel."""
+    """Return the project's root folder: the clone that contains `kitlib`, or in a Kaggle kernel the variable KIT_ROOT."""
     return Path(os.environ.get("KIT_ROOT", Path(__file__).resolve().parent.parent))
 
 
 def inputs_root() -> Path:
-    """Return the folder of all inputs: /kaggle/input on Kaggle, `inputs/` of the project elsewhere."""
+    """Return the folder of all inputs: /kaggle/input on Kaggle, elsewhere `inputs/` in the project's root."""
     return kaggle_root() / "input" if on_kaggle() else project_root() / "inputs"
 
 
 def runs_root() -> Path:
-    """Return the folder of all runs: /kaggle/working, which Kaggle keeps as output, or `runs/` of the project."""
+    """Return the folder of all runs: /kaggle/working (kept as output) on Kaggle, elsewhere `runs/` in the project's root."""
     return kaggle_root() / "working" if on_kaggle() else project_root() / "runs"
 
 
 def scratch_root() -> Path:
-    """Return the folder for temporary data such as decoded images; on Kaggle it is outside the 20 GB output folder."""
+    """Return the folder for temporary data such as decoded images. On Kaggle it is outside the 20 GB output folder."""
     return Path(tempfile.gettempdir()) / "kit" if on_kaggle() else project_root() / "runs" / "scratch"
 
 
@@ -43,7 +43,7 @@ def run_path(name: str | Path) -> Path:
 
 
 def find_run(name: str | Path) -> Path:
-    """Return the folder of the run `name`, from `runs_root()` or an attached input. Raises InputNotFound."""
+    """Return the folder of the run `name`, in `runs_root()` or an input. Raises InputNotFound if it does not exist."""
     if run_path(name).is_dir():
         return run_path(name)
     try:
@@ -59,10 +59,10 @@ def find_run(name: str | Path) -> Path:
 def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
     """Return the folder of the input `slug` below `root` (default: `inputs_root()`), in any of Kaggle's mount layouts.
 
-    A path to an existing folder (with a `/`) is returned unchanged. Searched are `<root>/<slug>`,
-    `<root>/competitions/<slug>`, `<root>/datasets/<owner>/<slug>`, and for a run saved by a kernel `<root>/<kernel>/<slug>`
-    and `<root>/notebooks/<owner>/<kernel>/<slug>`. If several kernels have a run of that name, `<kernel>/<run>` selects one.
-    Raises InputNotFound, which lists the inputs that exist.
+    If `slug` contains a `/` and is the path of an existing folder, it is returned unchanged. Otherwise these are searched:
+    `<root>/<slug>`, `<root>/competitions/<slug>`, `<root>/datasets/<owner>/<slug>`, and for a run saved by a kernel
+    `<root>/<kernel>/<slug>` and `<root>/notebooks/<owner>/<kernel>/<slug>`. If several kernels have saved a run called
+    `slug`, `<kernel>/<slug>` selects one. Raises InputNotFound if nothing is found; the message lists the inputs that exist.
     """
     root, slug = Path(root) if root else inputs_root(), str(slug)
     if "/" in slug and Path(slug).is_dir():

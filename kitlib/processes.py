@@ -10,7 +10,7 @@ import psutil
 
 
 def kill_family(process: int) -> None:
-    """Kill the process with the id `process` and all its descendants, even in other process groups (notebook kernels)."""
+    """Kill the process with the id `process` and all its descendants, even in other groups, such as notebook kernels."""
     try:
         first = psutil.Process(process)
         first.suspend()  # it must not start another child while its family is listed
@@ -26,7 +26,7 @@ def kill_family(process: int) -> None:
 
 @contextmanager
 def handling(handlers: Mapping[int, Callable]) -> Iterator[None]:
-    """Install signal handlers for the length of the block. Does nothing outside the main thread, where Python forbids it."""
+    """Install signal handlers, keyed by signal, until the block ends. Does nothing in other threads than the main one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -39,9 +39,9 @@ def handling(handlers: Mapping[int, Callable]) -> Iterator[None]:
 
 
 def exiting_on_signals() -> AbstractContextManager[None]:
-    """Raise SystemExit on SIGTERM and when the terminal closes (SIGHUP), so that files are closed and children terminated.
+    """Raise SystemExit inside the block on SIGTERM or SIGHUP, so that files are closed and child processes terminated.
 
-    A signal that is ignored stays ignored, because nohup relies on that.
+    SIGHUP is sent when the terminal closes. A signal that the process already ignores stays ignored, as nohup requires.
     """
     active = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     return handling({number: lambda number, _: sys.exit(128 + number) for number in active})

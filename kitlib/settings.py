@@ -23,7 +23,7 @@ NAMES = {int: "a whole number", float: "a finite number", str: "a string", bool:
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number: `at_least` and `at_most` are inclusive, `above` and `below` exclusive."""
+    """Rule for a number: its bounds, of which `at_least` and `at_most` are inclusive, `above` and `below` exclusive."""
 
     at_least: float = -math.inf
     above: float = -math.inf
@@ -47,7 +47,7 @@ AtLeastOne = Annotated[int, Range(at_least=1)]
 
 
 class ZeroOrOdd:
-    """Rule for the side of a filter in pixels: odd, or 0 where 0 selects another filter."""
+    """Rule for the side of a filter in pixels: odd, or 0, which selects another filter."""
 
     def allows(self, value: int) -> bool:
         return value == 0 or (value > 0 and value % 2 == 1)
@@ -124,7 +124,7 @@ def from_dict(kind: type[R], values: dict[str, Any]) -> R:
 
 
 def describe(kind: Any) -> str:
-    """Describe in words which values an annotation allows."""
+    """Return a text that says which values the annotation `kind` allows."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         base, *rules = parts
@@ -158,7 +158,7 @@ def field_kinds(kind: type) -> dict[str, Any]:
 
 
 def checked(value: Any, kind: Any) -> Any:
-    """Return `value` converted to its annotation `kind`. Raises ValueError or OverflowError if it is not allowed."""
+    """Return `value` converted as the annotation `kind` demands. Raises ValueError or OverflowError if it is not allowed."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value

@@ -79,10 +79,10 @@ KEYS: dict[str, tuple[str, ...]] = {
 
 
 def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame:
-    """Return `table` with the columns of schema `name` first, converted to their dtypes.
+    """Check `table` against the schema `name`; return it with the schema's columns first, converted to their dtypes.
 
-    Raises TableError for missing columns, wrong types or ranges, repeated keys, and boxes without area. `where` (a file or a
-    stage) is added to the message.
+    Raises TableError for missing columns, wrong types, values out of range, repeated keys, and boxes without area. `where`
+    says where the table is from, such as a file, and is added to the message.
     """
     if name not in SCHEMAS:
         raise TableError(f"unknown table {name!r}; available: {', '.join(SCHEMAS)}")
@@ -115,12 +115,12 @@ def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame
 
 
 def class_columns(table: pd.DataFrame, name: str) -> list[str]:
-    """Return the class columns of `table`, in order. `name` is the table's schema, one of OPEN."""
+    """Return the names of the columns that are classes, in order. `name` is the table's schema, one of OPEN."""
     return [column for column in table.columns if column not in SCHEMAS[name]]
 
 
 def study_labels(labels: pd.DataFrame, where: str = "") -> pd.DataFrame:
-    """Return the columns `id` and SIIM's four study classes of a `labels` table. Raises TableError if a class is missing."""
+    """Return a `labels` table with only the id and SIIM's four study classes. Raises TableError if a class is missing."""
     labels = check_table(labels, "labels", where)
     missing = [name for name in STUDY_CLASSES if name not in labels.columns]
     if missing:
@@ -157,7 +157,7 @@ def read_table(name: str, path: str | Path) -> pd.DataFrame:
 
 
 def concatenate(tables: Iterable[pd.DataFrame], name: str) -> pd.DataFrame:
-    """Concatenate tables of schema `name` under a new index and check the result; without rows, return an empty table."""
+    """Return the rows of all `tables`, which have the schema `name`, as one checked table with a new index."""
     nonempty = [table for table in tables if len(table)]
     return check_table(pd.concat(nonempty, ignore_index=True), name) if nonempty else empty_table(name)
 

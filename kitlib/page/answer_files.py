@@ -19,14 +19,14 @@ NOT_FOR_DIAGNOSIS = "Not for diagnosis: these are research models from a competi
 
 
 def with_image_names(fused: Fused, study: OpenedStudy) -> Fused:
-    """Return the predictions with the images' names as image_id, instead of their keys."""
+    """Return the predictions with each image's own image_id instead of its internal key in the column image_id."""
     names = {image.key: image.image_id for image in study.images}
     tables = (table.assign(image_id=table["image_id"].map(names)) for table in (fused.nones, fused.detections))
     return Fused(fused.studies, *tables)
 
 
 def write_rows(path: str | Path, answer: Answer, study: OpenedStudy) -> None:
-    """Write the CSV rows that a submission with these models would have for the study and its images.
+    """Write as CSV the rows that a submission with these models would contain for the study and its images.
 
     Rows that no model has predicted get the placeholder prediction (the class frequencies).
     """

@@ -1,4 +1,4 @@
-"""The layout and the events of the page, in Gradio."""
+"""The layout and the event handlers of the page, in Gradio."""
 
 import logging
 import threading
@@ -43,7 +43,7 @@ footer { display: none !important }
 
 
 def build_page(viewer: Viewer) -> gr.Blocks:
-    """Build the Gradio blocks of the page. Predictions, and heat maps that are not cached, run one at a time."""
+    """Return the page as Gradio blocks. Predictions run one at a time, and so do heat maps that are not cached."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, KEEP_S), fill_width=True) as blocks:
         gr.Markdown(f"# {TITLE}\n**{NOT_FOR_DIAGNOSIS}**", elem_id="title")
         _Page(viewer).lay_out()
@@ -51,10 +51,10 @@ def build_page(viewer: Viewer) -> gr.Blocks:
 
 
 def open_page(runs: Path | None, folder: Path, port: int, host: str, ready: Callable[[str], None]) -> None:
-    """Serve a page with the models below `runs` (runs/demo by default) until it is stopped; calls `ready` with its address.
+    """Serve a page with the models below `runs` (runs/demo by default) until it is stopped; call `ready` with its address.
 
-    Files are written to `folder`; `port` and `host` are passed to kitlib.page.server.serve. Raises PageError if there are no
-    trained models or the port is not available; FileNotFoundError if a folder does not exist.
+    Downloadable files are written to `folder`; `port` and `host` are passed to kitlib.page.server.serve. Raises PageError if
+    there are no trained models or the port is not available, and FileNotFoundError if a folder does not exist.
     """
     listed = list_runs([runs or project_root() / "runs" / "demo"])
     systems, copies, models = find_systems(listed), DecodedCopies(folder / "copies"), WarmModels()
@@ -75,7 +75,7 @@ def open_page(runs: Path | None, folder: Path, port: int, host: str, ready: Call
 
 
 class _NoInterfaceFile(ComponentMeta):
-    """Creates a component class without the interface file (.pyi) that Gradio writes next to the source file."""
+    """Creates a component class without the interface file (.pyi) that Gradio would write next to its source."""
 
     def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> type:
         return ABCMeta.__new__(cls, name, bases, attributes)
@@ -95,7 +95,7 @@ class LenientSlider(gr.Slider, metaclass=_NoInterfaceFile):
 
 
 class _Visit:
-    """Identifies a visitor's latest request, so that earlier results are dropped. Gradio copies it for each visitor."""
+    """Holds a visitor's latest request, so that results of earlier ones are dropped. Gradio copies it for each visitor."""
 
     turn: object = None
 
@@ -224,7 +224,7 @@ class _Page:
         gr.on([control.input for control in moves], self._draw, drawing_inputs, self.picture, **quiet)
 
     def _handler(self, predict: Callable[..., View], render: Callable[[View], dict]) -> Callable[..., dict]:
-        """Return an event handler that calls `predict` and shows its result with `render`, or shows an error message."""
+        """Return an event handler that calls `predict` and shows its result with `render`, or shows its error."""
 
         def handler(visit: _Visit, *inputs: Any) -> dict:
             turn = visit.turn = object()
@@ -246,7 +246,7 @@ class _Page:
         return self._handler(self.viewer.pick, self._open)(visit, image_id, system)
 
     def _switch_models(self, visit: _Visit, view: View | str, system: str) -> dict:
-        """Predict the open study with the selected models, if the selection has changed."""
+        """Return the updates that show the open study as predicted by `system`, or none if it is shown already."""
         if isinstance(view, str) or view.system.name == system:
             return {self.view: gr.skip()}
         return self._handler(self.viewer.switch, self._answer)(visit, view, system)
@@ -279,7 +279,7 @@ class _Page:
         }
 
     def _clear(self, status: str) -> dict:
-        """Show the status and hide everything else, which would look like the result for the new study."""
+        """Return the updates that show `status` and hide the earlier result, which could be taken for the new study's."""
         hidden = (self.images, self.threshold, self.layers, self.heat_class, self.own_window, self.center, self.width)
         return {
             **{self.view: status, self.windowed: None, self.status: status},

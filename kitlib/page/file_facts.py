@@ -44,7 +44,7 @@ FOREIGN_FORMATS = {  # start of the file (a regular expression) -> what the file
 
 @dataclass(frozen=True)
 class FileFacts:
-    """The format of a file, and what its header states about the image; texts are empty if the header does not state them.
+    """The format of a file, and what its header states about the image; a text is empty if the header does not state it.
 
     The ids only serve to tell studies and patients apart and must not be shown.
     """
@@ -60,7 +60,7 @@ class FileFacts:
 
 
 def recognise_foreign(path: str | Path) -> tuple[str, str] | None:
-    """Return (what the file is, what to do) if it cannot be an X-ray, or None if it may be an image.
+    """Return two texts, what the file is and what to do, if it cannot be an X-ray; or None if it may be one.
 
     Raises OSError if the file cannot be opened.
     """
@@ -75,7 +75,7 @@ def recognise_foreign(path: str | Path) -> tuple[str, str] | None:
 
 
 def kind_by_signature(path: str | Path) -> str:
-    """Return the kind of file (see FileFacts) that its first bytes identify, or "" if it is unknown.
+    """Return the kind of file (see FileFacts) that the first bytes show, or "" if they are unknown.
 
     Raises OSError if the file cannot be opened.
     """
@@ -135,9 +135,9 @@ def printable(text: str, longest: int) -> str:
 
 
 def _clean_code(text: str) -> str:
-    """Return the text if it can be a header code, otherwise ILLEGIBLE.
+    """Return `text` if it has the form of a code in a DICOM header, otherwise ILLEGIBLE.
 
-    If an element has a damaged length, its value contains the next elements, possibly the patient's name.
+    If the length of a header element is damaged, its value contains the next elements, possibly the patient's name.
     """
     return text if len(text) <= 32 and re.fullmatch(r"[\w ,./()+-]*", text) else ILLEGIBLE
 
@@ -178,7 +178,7 @@ def _dicom_is_coloured(path: str | Path, photometric: str, bits_stored: int) -> 
 
 
 def _channels_differ(channels: np.ndarray, bits: int) -> bool:
-    """Return whether the channels (rows, columns, 3) of any pixel differ by more than compression artefacts."""
+    """Return True if the 3 values of any pixel in `channels` (rows, columns, 3) differ by more than compression causes."""
     first, second, third = cv2.split(np.ascontiguousarray(channels))
     pairs = ((first, second), (second, third), (third, first))
     return max(cv2.norm(channel, other, cv2.NORM_INF) for channel, other in pairs) > COLOURED_SHARE * 2**bits

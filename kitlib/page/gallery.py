@@ -1,4 +1,4 @@
-"""The gallery of a prepared run: pages of thumbnails, and the study of a chosen image with its annotations."""
+"""The gallery of a prepared run shows pages of thumbnails, and opens the study of a chosen image with its annotations."""
 
 import logging
 import os
@@ -35,10 +35,11 @@ MARKED = ("siim", "rsna")
 
 
 class Gallery:
-    """The images of one prepared run (notebook 10). Opening the gallery decodes nothing; it may be shared between threads.
+    """The images of one prepared run (notebook 10). Creating a gallery decodes nothing; it may be shared between threads.
 
-    `fingerprint` is the data_fingerprint that is recorded by models trained on this run. `longest_side` is the longest side
-    of the run's decoded copies, in pixels. Raises RunError or TableError if `run` is not a finished prepared run.
+    `fingerprint` is the data_fingerprint in the records of models that were trained on this run. `longest_side` is the
+    longest side of the run's decoded copies, in pixels. Raises RunError or TableError if `run` is not a finished prepared
+    run.
     """
 
     def __init__(self, run: str | Path, copies: DecodedCopies, page_size: int = 12) -> None:
@@ -58,14 +59,14 @@ class Gallery:
         self._thumbnail = lru_cache(CACHED_THUMBNAILS)(lambda key: shrink(self._xrays.read(key).pixels, THUMBNAIL))
 
     def choices(self) -> list[str]:
-        """Return the available choices: "all", the study classes that occur, and "test" if there are test images."""
+        """Return what can be chosen: "all", the study classes that occur, and "test" if there are test images."""
         return list(self._choices)
 
     def page(self, choice: str, number: int) -> tuple[list[tuple[np.ndarray, str]], int]:
-        """Return the tiles on page `number` (from 1) of `choice`, and the number of pages.
+        """Return the tiles on page `number` (from 1) of the images in `choice`, and the number of pages of `choice`.
 
-        A tile is a uint8 image (h, w) with at most THUMBNAIL pixels a side, and its caption in plain text. The tile is grey
-        if the image has no decoded copy. Raises ValueError if the choice or the page does not exist.
+        A tile is a thumbnail, uint8 (h, w) with at most THUMBNAIL pixels a side, and a caption in plain text. The thumbnail
+        is plain grey if the image has no decoded copy. Raises ValueError if the choice or the page does not exist.
         """
         if choice not in self._choices:
             raise ValueError(f"choice {choice!r} does not exist; choices: {', '.join(self._choices)}")
@@ -77,10 +78,10 @@ class Gallery:
         return [self._tile(row) for row in rows_of_page.itertuples()], pages
 
     def open(self, image_id: str) -> OpenedStudy:
-        """Return the whole study of an image, with this image first.
+        """Return the whole study that the image `image_id` belongs to, with this image first.
 
         Other images of the study that cannot be read are left out, with a remark. Raises UnreadableXray if the chosen image
-        cannot be read; ValueError if it does not exist.
+        cannot be read, and ValueError if it does not exist.
         """
         chosen = self._images[self._images["image_id"] == image_id]
         if chosen.empty:
@@ -113,7 +114,7 @@ class Gallery:
         )
 
     def _tile(self, row: Any) -> tuple[np.ndarray, str]:
-        """Return the thumbnail and the caption of `row`, a row of `_describe_images` from itertuples (untyped in pandas)."""
+        """Return the thumbnail and the caption of one image; `row` is one of `_describe_images`, from itertuples."""
         caption = [row.true_class] if row.true_class else []
         if row.marked:
             caption.append("no box" if not row.boxes else "1 box" if row.boxes == 1 else f"{row.boxes} boxes")
@@ -157,9 +158,9 @@ class Gallery:
             raise UnreadableXray(path, str(error)) from error
 
     def _is_decoded(self, path: Path, key: str) -> bool:
-        """Return whether the decoded copy was made from the file `path`, as far as is known.
+        """Return False if the decoded copy called `key` was certainly not made from the file `path` as it is now.
 
-        Paths are not compared, because the file may have been moved since.
+        Size and samples of the content are compared, but not the path, because the file may have been moved since.
         """
         try:
             with safe_open(self._xrays.folder / f"{key}.safetensors", framework="numpy") as copy:
@@ -173,7 +174,8 @@ class Gallery:
 def find_gallery(listed: Sequence[ListedRun], fingerprint: str, copies: DecodedCopies) -> Gallery | None:
     """Return the gallery of the prepared run with this data fingerprint, or None if no such run can be found and read.
 
-    Looks at the prepared runs in `listed`, and at the prepared runs of models with this fingerprint. Failures are logged.
+    It is searched among the prepared runs in `listed`, and among those that models with this fingerprint were trained on.
+    Prepared runs that cannot be read are logged.
     """
     trained = [run for run in listed if fingerprint in [fold.get("data_fingerprint") for fold in run.folds.values()]]
     folders = [named_folder(run.parameters.get("prepare_run"), run) for run in trained]
@@ -190,7 +192,7 @@ def find_gallery(listed: Sequence[ListedRun], fingerprint: str, copies: DecodedC
 
 
 def _describe_images(tables: dict[str, pd.DataFrame], marked: bool) -> pd.DataFrame:
-    """Return the `images` table with true_class ("" if unknown), fold (NaN if none), marked, and the number of boxes.
+    """Return the `images` table with true_class ("" if unknown), fold (NaN if none), marked, and number of boxes added.
 
     `marked` says whether opacities were annotated. Rows are sorted by hashed id, so that the order is always the same, and
     mixed even if ids are sorted by class or patient.

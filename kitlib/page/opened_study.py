@@ -1,4 +1,4 @@
-"""A study that is open on the page: its images, their decoded copies, and what is known about them."""
+"""A study that is open on the page: its images, their decoded copies, and what is known about the images."""
 
 import os
 import threading
@@ -35,7 +35,7 @@ class DecodedCopies:
         self._tidying = threading.Lock()
 
     def read(self, key: str, path: str | Path, longest_side: int) -> CachedXray:
-        """Return the decoded copy of `path` with at most `longest_side` pixels a side.
+        """Return the decoded copy, called `key`, of the file `path`, with at most `longest_side` pixels a side.
 
         Raises UnreadableXray if the file cannot be decoded.
         """
@@ -45,7 +45,7 @@ class DecodedCopies:
         return cache.read(key)
 
     def decode(self, key: str, path: str | Path, longest_side: int) -> Outcome:
-        """Decode `path` into a copy called `key`, and return the outcome.
+        """Decode the file `path` into a copy called `key` with at most `longest_side` pixels a side; return the outcome.
 
         Raises CacheError if the copy cannot be written, for example because the disk is full.
         """
@@ -59,9 +59,10 @@ class DecodedCopies:
         return outcome
 
     def run(self, question: Callable[[str], T], path: str | Path) -> T:
-        """Call `question`, a module-level function, with `path` in one of the processes, and return its result.
+        """Return the result of `question(path)`, called in one of the processes. `question` must be a module-level function.
 
-        Raises UnreadableXray if the process takes too long, crashes or runs out of memory, and the errors of `question`.
+        Raises UnreadableXray if the process takes too long, crashes or runs out of memory. Errors that `question` raises are
+        passed on.
         """
         try:
             return self._pool.schedule(question, args=(str(path),), timeout=TIMEOUT_S).result()
@@ -73,7 +74,7 @@ class DecodedCopies:
             raise UnreadableXray(path, "out of memory") from None
 
     def close(self) -> None:
-        """Terminate the processes."""
+        """Terminate the decoding processes."""
         self._pool.stop()
         self._pool.join()
 
@@ -82,7 +83,8 @@ class DecodedCopies:
 class OpenedImage:
     """One image of an open study.
 
-    `rows` and `columns` are the size of the original image; `truth` (xmin, ymin, xmax, ymax) is in its pixels.
+    `rows` and `columns` are the size of the original image; `truth` has the annotated boxes (xmin, ymin, xmax, ymax) in
+    pixels of the original image.
     """
 
     image_id: str  # name of the image in a submission
@@ -98,9 +100,9 @@ class OpenedImage:
 
 @dataclass(frozen=True)
 class OpenedStudy:
-    """Images that are predicted together.
+    """Images of one study, which are predicted together.
 
-    Decoded copies are read from `run_cache`, the cache of a run, if they are in it, otherwise from `copies`.
+    A decoded copy is read from `run_cache`, the cache of a prepared run, if it is in there, otherwise from `copies`.
     """
 
     study_id: str

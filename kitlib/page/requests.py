@@ -1,4 +1,4 @@
-"""Request filter of the page's server: only this computer may ask, only for uploaded files, and nothing leaves it."""
+"""Filters requests to the page's server, so that only this computer's pages are served and nothing is sent elsewhere."""
 
 import json
 import os
@@ -38,16 +38,16 @@ MAX_EVENT_BYTES = 1_000_000
 
 
 class Guarded:
-    """ASGI middleware that passes on only requests from pages of this server, opened under a name of this computer.
+    """ASGI middleware that rejects requests unless they come from this server's page, opened under a name of this computer.
 
-    Another site's page can send requests from its own address (visible in the Origin header) or under a name of its own that
-    points to 127.0.0.1 (visible in the Host header). Both get status 403 and a sentence. The headers of each response keep
-    the browser from contacting other servers, and tags that name other servers are removed from HTML.
+    A page of another site can send requests from its own address (visible in the Origin header), or under a name of its own
+    that points to 127.0.0.1 (visible in the Host header). Both get status 403 and a sentence that says why. The headers of
+    each response keep the browser from contacting other servers, and tags that name other servers are removed from HTML.
 
     Gradio opens any file whose path an event contains, and fetches URLs, because its own check is off in a mounted app. So
-    events may contain only paths of files below `upload_folder`, and no request may name a file of another server; others
-    get status 403. Uploads that would make the folder that contains `upload_folder` larger than `max_total_bytes` get
-    status 413.
+    events may contain only paths of files below `upload_folder`, and no request may name a file of another server; other
+    requests get status 403. Uploads that would make the folder that contains `upload_folder` larger than `max_total_bytes`
+    get status 413.
     """
 
     def __init__(self, app: ASGIApp, upload_folder: Path, max_total_bytes: int) -> None:
@@ -116,7 +116,7 @@ class Guarded:
 
 
 def _paths(value: Any) -> Iterator[Any]:
-    """Yield every value under a key `path` in parsed JSON: Gradio takes any such object for a file."""
+    """Yield every value under a key `path` in parsed JSON, because Gradio takes an object with such a key for a file."""
     if isinstance(value, dict):
         yield from (item for key, item in value.items() if key == "path" and item is not None)
     if isinstance(value, dict | list):
@@ -137,7 +137,7 @@ async def _read_body(receive: Receive) -> bytes | None:
 
 
 class _Replay:
-    """Gives a body that has been read to the app once more, then what the server receives: the client's disconnection."""
+    """Gives the app the body that was already read from the request, then the messages that follow (the disconnection)."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:
         self.body: bytes | None = body

@@ -69,8 +69,8 @@ def page_app(
 ) -> Guarded:
     """Return an app with `blocks` at / and the text "ok" at /healthz.
 
-    An uploaded file above `max_upload_bytes`, or above `max_total_bytes` with all earlier ones, gets status 413. Call this
-    within `quiet_gradio`, which sets the folder of uploads.
+    An uploaded file gets status 413 if it is larger than `max_upload_bytes`, or if all uploads together would exceed
+    `max_total_bytes`. Call this within `quiet_gradio`, which sets the folder of uploads.
     """
     import gradio
     from gradio.utils import get_upload_folder
@@ -103,10 +103,10 @@ def serve(
     theme: "gradio.Theme | None" = None,
     css: str | None = None,
 ) -> None:
-    """Serve `blocks` until SIGINT or SIGTERM; `ready` is called with the address. Port 0 chooses a free port.
+    """Serve `blocks` until SIGINT or SIGTERM; call `ready` with the address. Port 0 chooses a free port.
 
-    Call this within `quiet_gradio`. Ctrl-C returns normally; for SIGTERM see `quiet_gradio`. Raises PageError if the port is
-    not available, and ValueError for a host that is not in HOSTS.
+    Call this within `quiet_gradio`. After Ctrl-C (SIGINT), the function returns normally; for SIGTERM see `quiet_gradio`.
+    Raises PageError if the port is not available, and ValueError for a host that is not in HOSTS.
     """
     if host not in HOSTS:
         raise ValueError(f"--host must be one of {', '.join(HOSTS)}, not {host!r}: the page serves only this computer")
@@ -150,14 +150,14 @@ def serve(
 
 
 def address_to_open(host: str) -> str:
-    """Return the host as it is written in a URL that this computer's browser can open."""
+    """Return `host` as it must be written in a URL that a browser on this computer can open."""
     if host in ("0.0.0.0", "::"):  # all addresses of this computer, not an address that can be opened
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host
 
 
 class _Server(uvicorn.Server):
-    """A server that does not log an error for the streams that it closes at shutdown."""
+    """A web server that, at shutdown, does not log an error for each open stream that it closes."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # Each open page has a stream that must be cut off, which uvicorn would log as an error.

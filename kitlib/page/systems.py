@@ -1,4 +1,4 @@
-"""Systems of models that predict together: found in a folder of runs, and combined in the same way as by its fusion runs."""
+"""Systems of models that predict together, found among runs, and combined as the fusion runs combine them."""
 
 import logging
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class System:
 
     @property
     def longest_side(self) -> int:
-        """Longest side of the decoded copies that the models read, in pixels, as in a submission of these models."""
+        """Longest side in pixels of the decoded copies that the models read, the same as in a submission of these models."""
         return max(model.longest_side for model in self.models)
 
     @property
@@ -43,15 +43,16 @@ class System:
         return tuple(dict.fromkeys(model.model for model in self.models if "boxes" in model.answers))
 
     def with_detector(self, name: str) -> "System":
-        """Return a system with this detector as its only detector, and with all other models."""
+        """Return a system with `name` as its only detector, together with all models that are not detectors."""
         models = tuple(model for model in self.models if "boxes" not in model.answers or model.model == name)
         return replace(self, name=name, models=models)
 
 
 def find_systems(listed: Sequence[ListedRun]) -> list[System]:
-    """Return the system of each finished fusion in `listed`, each followed by variants with a single detector.
+    """Return a system for each finished fusion in `listed`, followed by its variants with a single detector.
 
-    If there is no fusion, all trained models form one system with equal weights. Raises PageError if there are no models.
+    If there is no usable fusion, all trained models form one system with equal weights. Raises PageError if there are no
+    models.
     """
     segmenters = _find_segmenters(listed)
     base_systems = []
@@ -91,10 +92,10 @@ def _read_fusion(run: ListedRun, segmenters: dict[str, Path]) -> System:
 
 
 def _find_named_run(name: object, run: ListedRun) -> Path | None:
-    """Return the folder of the run called `name` in the parameters of `run`, or None.
+    """Return the folder of the run that the parameters of `run` call `name`, or None if there is no such folder.
 
-    If the name is an absolute path, a folder of that name next to `run` comes first, because runs may have been moved
-    together.
+    If `name` is an absolute path, a folder next to `run` with the same last part is preferred, because the runs may have
+    been moved together.
     """
     sibling = run.folder.parent / Path(name).name if isinstance(name, str) and Path(name).is_absolute() else None
     return sibling if sibling is not None and sibling.is_dir() else named_folder(name, run)
@@ -129,7 +130,7 @@ def _build_system(
 
 
 def _find_segmenters(listed: Sequence[ListedRun]) -> dict[str, Path]:
-    """Return segmenter digest -> bundle; bundles of runs that applied a segmenter come before those of single folds."""
+    """Return a dict that maps each segmenter's digest to its bundle, with the bundles of runs that applied one first."""
     bundles = [run.folder / "bundle" for run in listed if run.kind == "applied lungs"]
     bundles += [bundle for run in listed if run.kind == "lungs" for bundle in sorted(run.folder.glob("fold*/bundle"))]
     by_digest: dict[str, Path] = {}

@@ -57,9 +57,9 @@ class _Accepted:
 def open_uploads(paths: Sequence[str | Path], copies: DecodedCopies, longest_side: int) -> OpenedStudy:
     """Open the files in `paths` as one study, decoded to at most `longest_side` pixels a side in the processes of `copies`.
 
-    The image_id is made from the file name. The study_id is the StudyInstanceUID if the DICOM files have one and agree on
-    it, otherwise the image_id of the first image. Both consist of letters, digits, `.`, `_` and `-`. A file that cannot be
-    shown is left out, and the study's remarks say why. Raises PageError if no file can be shown.
+    The image_id is made from the file name. The study_id is the StudyInstanceUID if the DICOM files state one and it is the
+    same in all of them, otherwise the image_id of the first image. Both ids consist of letters, digits, `.`, `_` and `-`. A
+    file that cannot be shown is left out, and the study's remarks say why. Raises PageError if no file can be shown.
     """
     if not paths:
         raise PageError(f"No file was chosen. {CHOOSE_IMAGE}")
@@ -176,7 +176,7 @@ def _unreadable_message(path: Path, kind: str, reason: str) -> str:
 
 
 def _without_quotations(message: str) -> str:
-    """Remove quotations from the file in an error text, because they may contain the patient's name."""
+    """Return an error text without the parts that quote the file, because they may contain the patient's name."""
     return printable(re.sub(r"""(?<![A-Za-z])b?(['"]).*\1(?![A-Za-z])""", "…", message), 160)
 
 
@@ -207,7 +207,7 @@ def _remarks(upload: _Accepted) -> Iterator[str]:
 
 
 def _study_id(files: list[FileFacts], first_image: str) -> tuple[str, list[str]]:
-    """Return the study's id, and remarks if the headers disagree.
+    """Return the study's id, and remarks if the headers state different studies or patients.
 
     The remarks do not contain the differing values, because they identify patients.
     """
@@ -237,7 +237,7 @@ def _free_id(path: Path, used_ids: set[str]) -> str:
 
 
 def _plain_id(text: str) -> str:
-    """Return at most 100 characters that are safe in CSV files and HTML, or "" if no letter or digit remains.
+    """Return `text` as an id of at most 100 characters that is safe in CSV and HTML, or "" if no letter or digit remains.
 
     Accents are removed, other characters are replaced with `_`.
     """

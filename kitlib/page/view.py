@@ -30,7 +30,7 @@ WINDOWED_SIDE = 1024  # pixels of the longest side while window and level are se
 
 @dataclass(frozen=True, eq=False, repr=False)
 class View:
-    """A study with a system's predictions. Has no comparison and no repr, because Gradio compares and prints its state."""
+    """A study with a system's predictions. It has no == and no repr, because Gradio compares and prints states."""
 
     study: OpenedStudy
     system: System
@@ -42,7 +42,7 @@ class View:
 
     @property
     def most_probable(self) -> str:
-        """The study class with the highest probability."""
+        """Name of the study class with the highest probability."""
         return max(STUDY_CLASSES, key=lambda name: self.answer.fused.studies.iloc[0][name])
 
 
@@ -63,7 +63,7 @@ class Viewer:
         return self._answer(open_uploads(paths, self.copies, system.longest_side), system)
 
     def pick(self, image_id: str, system_name: str) -> View:
-        """Open the study of an image in the gallery and predict it.
+        """Open the study that an image of the gallery belongs to, and predict it.
 
         Raises PageError if there is no gallery, or if the image cannot be opened.
         """
@@ -76,14 +76,14 @@ class Viewer:
         return self._answer(study, self._system(system_name))
 
     def switch(self, view: View, system_name: str) -> View:
-        """Predict the study of `view` with another system.
+        """Return a view of the same study, predicted with the system called `system_name`.
 
         Raises PageError if the system does not exist, or if an image cannot be decoded.
         """
         return self._answer(view.study, self._system(system_name))
 
     def window(self, view: View, image: OpenedImage) -> Windowed:
-        """Return the image's values for window and level. Raises PageError if the file is missing or not a DICOM file."""
+        """Return the image's values for other windows. Raises PageError if the file is missing or not a DICOM file."""
         try:
             if not image.is_dicom:
                 raise PageError(f"{image.image_id} is not a DICOM file, so window and level cannot be set.")
@@ -101,9 +101,10 @@ class Viewer:
         windowed: Windowed | None = None,
         window: tuple[float, float] | None = None,
     ) -> str:
-        """Return HTML with the image and the available `layers` as SVG; `windowed` at `window` replaces its grey levels.
+        """Return HTML with the image as SVG and those of `layers` that are available, drawn on it.
 
-        The caption says which layers could not be drawn, and why.
+        Boxes are drawn if their score is at least `threshold`, the heat map for the class `heat_class`. With `windowed`, the
+        grey levels are its values in `window`. The caption says which layers could not be drawn, and why.
         """
         system, captions, mask, heat = view.system, [], None, None
         pixels = view.study.read(image, system.longest_side).pixels
@@ -146,7 +147,7 @@ class Viewer:
         )
 
     def bars(self, view: View, image: OpenedImage) -> str:
-        """Return the study's four probabilities and the image's `none` as HTML bars."""
+        """Return HTML bars for the study's four class probabilities and the image's probability of `none`."""
         fused = view.answer.fused
         study = fused.studies.iloc[0]
         none = fused.nones.set_index("image_id").loc[image.key]
@@ -159,7 +160,7 @@ class Viewer:
         )
 
     def details(self, view: View, image: OpenedImage) -> str:
-        """Return facts and remarks about the image, the study and the predictions as HTML."""
+        """Return, as HTML, facts and remarks about the image, the study and the predictions."""
         folds = view.answer.models.groupby("model", sort=False)["fold"].agg(
             lambda fold_series: ", ".join(map(str, fold_series))
         )
@@ -178,7 +179,7 @@ class Viewer:
         return f'<table class="facts">{rows}</table><ul class="remarks">{points}</ul>'
 
     def summary(self, view: View) -> str:
-        """Return the text of the status line: the study, the number of images, and the number and time of the models."""
+        """Return the text of the status line: the study, its number of images, the number of models and their time."""
         images, models = len(view.study.images), view.answer.models
         several = f" of {images} images" if images > 1 else ""
         return f"Study {view.study.study_id}{several}: {len(models)} models answered in {models.seconds.sum():.2f} s."

@@ -49,7 +49,7 @@ class WarmModels:
         self._one_at_a_time = threading.RLock()
 
     def load(self, system: System) -> None:
-        """Load all models of the system now. A failure is logged, and reported when the model has to predict."""
+        """Load all models of the system now. A failure is logged now, and reported when the model has to predict."""
         with self._one_at_a_time:
             for model in system.models:
                 try:
@@ -58,10 +58,10 @@ class WarmModels:
                     logger.error("%s cannot be loaded", model.folder, exc_info=error)
 
     def answer(self, system: System, study: OpenedStudy) -> Answer:
-        """Predict the study as a submission of `system` would, without models that were trained on it (see `choose_models`).
+        """Predict the study as a submission with `system` would, without models that were trained on the study if possible.
 
-        A model that fails is left out, with a remark. If all models fail, the error of the last one is raised. Raises
-        UnreadableXray if an image cannot be decoded.
+        `choose_models` decides which models predict. A model that fails is left out, with a remark. If all models fail, the
+        error of the last one is raised. Raises UnreadableXray if an image cannot be decoded.
         """
         key = (system.name, study.study_id, study.trained_on, tuple(image.key for image in study.images))
         with self._one_at_a_time:
@@ -71,7 +71,7 @@ class WarmModels:
             return answer
 
     def lungs(self, system: System, study: OpenedStudy, image: OpenedImage) -> tuple[np.ndarray | None, str]:
-        """Return the lung mask of an image and "", or None and a sentence that says why there is no mask.
+        """Return (mask, "") with the lung mask of an image, or (None, a sentence that says why there is no mask).
 
         The mask is a bool array of the same shape as the decoded copy.
         """
@@ -82,10 +82,11 @@ class WarmModels:
         return mask, "" if mask is not None else f"The segmenter {segmenter.fault or 'finds no lungs'}."
 
     def heat(self, system: System, study: OpenedStudy, image: OpenedImage, class_name: str) -> tuple[str, np.ndarray]:
-        """Return the name of a study model and its heat map for a class, on the decoded copy (see kitlib.reports.heat_maps).
+        """Return the name of a study model, and its heat map for `class_name` in the size of the decoded copy.
 
-        The model is the first one that predicts both the study and the class. Raises ValueError if no model predicts the
-        class; ImportError if the package grad-cam is missing.
+        The model is the first one that predicts both this study and this class; for the heat map see
+        kitlib.reports.heat_maps. Raises ValueError if no model predicts the class, and ImportError if the package grad-cam
+        is missing.
         """
         from kitlib.reports.heat_maps import compute_heat
 
@@ -150,7 +151,7 @@ class WarmModels:
         return self._predictors[model.folder, lungs]
 
     def _segmenter(self, system: System) -> CachedLungs:
-        """Return the segmenter for the system's size of decoded copies, because a mask has the size of the image's copy."""
+        """Return the system's segmenter, for decoded copies of the size that the system's models read."""
         key = system.lungs, system.longest_side
         return self._lungs.setdefault(key, CachedLungs(system.lungs, True, SUBMISSION_BATCH, most=CACHED_ANSWERS))
 
@@ -163,7 +164,7 @@ class WarmModels:
 
 
 def choose_models(system: System, study: OpenedStudy) -> tuple[list[AnsweringModel], list[str]]:
-    """Return the models of `system` that predict `study`, and sentences about which of them were trained on it.
+    """Return the models of `system` that predict `study`, and sentences that say which models were trained on the study.
 
     A model that was trained on the study predicts it only if all models of the study's prepared run were trained on it.
     """
@@ -186,7 +187,7 @@ def choose_models(system: System, study: OpenedStudy) -> tuple[list[AnsweringMod
 
 
 def _remember(cache: OrderedDict, key: tuple, value: Any, limit: int) -> None:
-    """Store a value in the cache as the latest one, and drop the oldest value if there are more than `limit`."""
+    """Store a value in the cache as the newest one, and drop the oldest one if there are then more than `limit`."""
     cache[key] = value
     cache.move_to_end(key)
     if len(cache) > limit:

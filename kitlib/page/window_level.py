@@ -1,4 +1,4 @@
-"""Window and level: shows the values of a DICOM file with other windows than the window of its decoded copy."""
+"""Window and level: shows the values of a DICOM file with another window than that of its decoded copy."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ from kitlib.xrays.worker import shrink
 class Windowed:
     """A reduced X-ray with its full range of values, after the modality LUT or rescale and before any window.
 
-    The values of a chest X-ray have no physical unit, so windows of two files cannot be compared. Centres and widths refer
-    to DICOM's function LINEAR.
+    The values of a chest X-ray have no physical unit, so the windows of two files cannot be compared. The centre and the
+    width of a window are those of DICOM's function LINEAR.
     """
 
     values: np.ndarray  # float32 (h, w), area averages of the original pixels
@@ -28,7 +28,7 @@ class Windowed:
 
     @property
     def full_range(self) -> tuple[float, float]:
-        """Centre and width of the window from the lowest to the highest value."""
+        """Centre and width of the window that reaches from the lowest to the highest value."""
         return (self.lowest + self.highest + 1) / 2, self.highest - self.lowest + 1
 
     @property
@@ -37,11 +37,11 @@ class Windowed:
         return self.file_window or self.full_range
 
     def render(self, center: float, width: float) -> np.ndarray:
-        """Return the X-ray in this window, uint8 (h, w), 255 = white as a radiologist sees it.
+        """Return the X-ray in this window as a uint8 array (h, w), in which 255 is what a radiologist sees as white.
 
-        DICOM PS3.3 C.11.2.1.2.1 with the output range 0..255, inverted for MONOCHROME1, rounded to the nearest grey level
-        (decoded copies round down). A window outside the range of values makes the image all black or all white. Raises
-        ValueError if the width is below 1, or if the centre or the width is not finite.
+        Follows DICOM PS3.3 C.11.2.1.2.1 with the output range 0..255, inverted for MONOCHROME1. Values are rounded to the
+        nearest grey level, while decoded copies round down. A window outside the range of values makes the image all black
+        or all white. Raises ValueError if the width is below 1, or if the centre or the width is not finite.
         """
         if not (np.isfinite(center) and np.isfinite(width) and width >= 1):
             raise ValueError(f"The window's width must be 1 or more and its centre a number, not {width} and {center}.")
@@ -50,7 +50,7 @@ class Windowed:
 
 
 def read_windowed(path: str | Path, longest_side: int) -> Windowed:
-    """Read the values of a DICOM file, at most `longest_side` pixels a side, at exactly the size of its decoded copy.
+    """Return the values of a DICOM file, in exactly the size of its decoded copy with at most `longest_side` pixels a side.
 
     Decodes in this process, so it must be used only for a file that a decoding process has read before. For a colour file,
     the values are its luma as in `decode_xray`, without a window. Raises UnreadableXray if the file cannot be decoded.
@@ -74,9 +74,9 @@ def read_windowed(path: str | Path, longest_side: int) -> Windowed:
 
 
 def _as_linear(voi: Lut | Window | None) -> tuple[float, float] | None:
-    """Return the centre and width with which LINEAR has the same effect as `voi`; None if `voi` is not a window.
+    """Return the centre and width with which LINEAR has the effect of `voi`, or None if `voi` is not a window.
 
-    For a SIGMOID they are those of the tangent at its centre.
+    For a SIGMOID window, they are those of the tangent at its centre.
     """
     if not isinstance(voi, Window):
         return None

@@ -22,7 +22,7 @@ BAR = "#3b82f6"  # contrast above 3 on white and on Gradio's dark background
 
 @dataclass(frozen=True)
 class Mark:
-    """The style of one kind of line: colours by Okabe and Ito for colour-blind people, dashes for black and white print."""
+    """The style of one kind of line: colours of Okabe and Ito for colour-blind people, dashes for black and white print."""
 
     colour: str
     width: float  # pixels of the screen
@@ -49,7 +49,7 @@ def draw_picture(
     heat: np.ndarray | None = None,
     caption: str = "",
 ) -> str:
-    """Return HTML with a legend and one `<svg>`, in the coordinates of the original image of `rows` x `columns`.
+    """Return HTML with a legend and one `<svg>`, whose coordinates are pixels of the original image of `rows` x `columns`.
 
     `pixels`, uint8 (h, w), `mask`, bool (h, w), and `heat`, float 0..1 (h, w), are copies of the image at any size; an
     all-zero mask or heat map is not drawn. `boxes` (score, xmin, ymin, xmax, ymax) are drawn if their score is at least
@@ -95,9 +95,9 @@ def draw_picture(
 
 
 def draw_bars(studies: Mapping[str, float], none: float | None, priors: bool, true_class: str = "") -> str:
-    """Return HTML with one bar per class of STUDY_CLASSES and, unless it is None, one for `none`, with three decimals.
+    """Return HTML with one bar for each of STUDY_CLASSES and, unless `none` is None, one for `none`, with three decimals.
 
-    Values are 0..1. With `priors`, no model has predicted the study, and `studies` holds the class frequencies of the
+    Values are 0..1. If `priors` is True, no model has predicted the study, and `studies` holds the class frequencies of the
     training set, which are drawn in grey. `true_class` (of STUDY_CLASSES, "" if unknown) is marked as annotated. Raises
     ValueError if a class is missing or unknown, or a value is outside 0..1.
     """
@@ -146,7 +146,7 @@ def _image(name: str, kind: str, encoded: np.ndarray, rows: int, columns: int) -
 
 
 def _heat_png(heat: np.ndarray) -> np.ndarray:
-    """Return a PNG with one colour per pixel, more transparent where the heat is lower."""
+    """Return the heat map as an encoded PNG, more transparent where the heat is lower."""
     if heat.ndim != 2 or not (np.isfinite(heat).all() and heat.min() >= 0 and heat.max() <= 1):
         raise ValueError(f"expected heat (h, w) with values in 0..1; its shape is {heat.shape}")
     levels = np.rint(shrink(heat.astype(np.float32), HEAT_SIDE) * 255).astype(np.uint8)
@@ -156,7 +156,7 @@ def _heat_png(heat: np.ndarray) -> np.ndarray:
 
 
 def _outline_path(mask: np.ndarray, rows: int, columns: int) -> str:
-    """Return an SVG path in original pixels through the centres of the mask's outermost pixels, around holes too."""
+    """Return an SVG path, in original pixels, through the centres of the pixels at the mask's edges, including holes."""
     if mask.ndim != 2 or mask.dtype != bool:
         raise ValueError(f"expected a bool mask (h, w), got {mask.dtype} {mask.shape}")
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
@@ -167,7 +167,7 @@ def _outline_path(mask: np.ndarray, rows: int, columns: int) -> str:
 
 
 def _line_with_halo(element: str, geometry: str, name: str) -> list[str]:
-    """Return the SVG of a line in the style MARKS[name] on a wider dark line, to be visible on both white and black."""
+    """Return the SVG of a line in the style MARKS[name], on a wider dark line to be visible on white and black."""
     mark, drawn = (
         MARKS[name],
         'fill="none" vector-effect="non-scaling-stroke" stroke-linecap="round" stroke-linejoin="round"',
@@ -185,7 +185,7 @@ def _rectangle(name: str, xmin: float, ymin: float, xmax: float, ymax: float) ->
 
 
 def _score(score: float, xmin: float, ymin: float, columns: int, font_size: float) -> str:
-    """Return the SVG text of a score above its box, or inside it at the top of the image, always within the right edge."""
+    """Return the SVG text of a score: above its box, or inside the box if that is at the top edge of the image."""
     x = min(max(xmin, 0), columns - 2.2 * font_size)
     y = ymin - font_size / 3 if ymin > 1.3 * font_size else max(ymin, 0) + 1.1 * font_size
     return (

@@ -1,4 +1,4 @@
-"""Tables, figures, confidence intervals, probes and heat maps of finished runs.
+"""Tables, figures, confidence intervals and heat maps that describe finished runs.
 
 Does not belong here: anything that changes a run.
 """

@@ -1,7 +1,7 @@
 """Bootstrap of classification metrics: intervals over patients, paired differences, comparison with published results.
 
-Whole patients are drawn with replacement because the images of one patient are not independent. Predictions for the same
-patients get the same draws with the same seed, so the difference between the draws of two models is a paired comparison.
+Whole patients are drawn with replacement because the images of one patient are not independent. Two models' predictions for
+the same patients get the same draws if the seed is the same, so the differences between their draws are a paired comparison.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,10 +18,11 @@ DRAWS_PER_BATCH = 64
 
 
 def draws(predictions: Judged, samples: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Return all metrics as columns: in the first row for all patients, then one row for each of `samples` bootstrap draws.
+    """Return a table with one column per metric: the first row is for all patients, each later row for one bootstrap draw.
 
     The columns are those of `overall`, then those of `class_table`, for example "f1 COVID-19" and "f1 macro". A class that
-    does not occur in a draw is left out of the means of that draw. Raises ValueError if `samples` is below 1.
+    does not occur in a draw is left out of the means of that draw. `samples` is the number of draws. Raises ValueError if it
+    is below 1.
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; it must be at least 1, and a few hundred for stable intervals")
@@ -32,7 +33,7 @@ def draws(predictions: Judged, samples: int = 1000, seed: int = 0) -> pd.DataFra
 
 
 def intervals(drawn: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
-    """Return the percentile interval of each column of `draws`: name, value, low and high, NaN for an undefined metric."""
+    """Return one row per metric in `drawn`, a result of `draws`, with the columns name, value, low and high."""
     return pd.DataFrame([{"name": name, **_interval_or_nan(drawn[name].to_numpy(), level)} for name in drawn.columns])
 
 
@@ -44,13 +45,14 @@ def paired_differences(
     seed: int = 0,
     drawn: Mapping[str, pd.DataFrame] | None = None,
 ) -> pd.DataFrame:
-    """Return the difference between each model's metrics and those of `reference`, on the images that all models predicted.
+    """Return the differences of each model's metrics from those of `reference`, on the images that all models predicted.
 
     Both models of a pair get the same draws of patients. The columns are model, reference, name (of the metric), value, low,
-    high, sides and images. `sides` is twice the smaller share of draws on either side of zero: about 1 if nothing separates
-    the two models. `drawn` holds the result of `draws` for each of `models`, computed with one seed, and replaces `samples`
-    and `seed`; `models` must then already be reduced to their shared images. Raises ValueError for an unknown reference, if
-    `drawn` was computed for other models or images, and in the cases described at `on_shared_images`.
+    high, sides and images. `sides` is twice the share of draws below zero or above zero, whichever is smaller: about 1 if
+    the models do not differ, about 0 if they clearly do. If `drawn` maps each model to its result of `draws`, all computed
+    with one seed, it is used instead of new draws; `models` must then already be reduced to their shared images. Raises
+    ValueError for an unknown reference, if `drawn` was computed for other models or images, and in the cases described at
+    `on_shared_images`.
     """
     if reference not in models:
         raise ValueError(f"reference model {reference!r} does not exist; available models: {', '.join(models)}")
@@ -80,7 +82,7 @@ def paired_differences(
 
 
 def append_to_published(table: PublishedTable, drawn: Mapping[str, pd.DataFrame], level: float = 0.95) -> pd.DataFrame:
-    """Return a table of text: the published rows, and below them one row with intervals for each of our models.
+    """Return a table of text: the published rows, then one row for each model in `drawn`, with intervals.
 
     `drawn` maps model names to the results of `draws`. The columns are the published ones; the index levels are `from`
     ("published" or "here") and `model`. A missing value is "-".
@@ -99,9 +101,10 @@ def append_to_published(table: PublishedTable, drawn: Mapping[str, pd.DataFrame]
 
 
 def what_differs(table: PublishedTable, predictions: Judged, protocol: str) -> pd.DataFrame:
-    """Describe why published and own results cannot be ranked: rows data, protocol and faults, columns published and here.
+    """Return a table of text that shows how a published table and our results differ, and so cannot be ranked.
 
-    `protocol` describes how our predictions were made, for example "3 patient-grouped folds, nested".
+    The rows are data, protocol and faults, the columns published and here. `protocol` says how our predictions were made,
+    for example "3 patient-grouped folds, nested".
     """
     counts = np.bincount(predictions.truth, minlength=len(predictions.classes))
     classes = ", ".join(f"{count:,} {name}" for name, count in zip(predictions.classes, counts, strict=True))
@@ -119,16 +122,20 @@ def what_differs(table: PublishedTable, predictions: Judged, protocol: str) -> p
 
 
 def _interval_or_nan(values: np.ndarray, level: float) -> dict[str, float]:
-    """Return value, low and high of one column of `draws`; low and high are NaN if the metric is undefined in all draws."""
+    """Return value, low and high of one metric from its column in `draws`; low and high may be NaN.
+
+    They are NaN if the metric is undefined in all draws.
+    """
     if np.isfinite(values[1:]).any():
         return interval(values, level)
     return {"value": float(values[0]), "low": float("nan"), "high": float("nan")}
 
 
 def _draw_counts(patients: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield batches of draw counts: how often each patient is drawn, (at most DRAWS_PER_BATCH, patients).
+    """Yield arrays (draws, patients) that say how often each draw contains each patient.
 
-    The first batch has one row in which each patient counts once; the `samples` draws follow.
+    The first array has a single row, in which each patient counts once. The `samples` draws follow, at most DRAWS_PER_BATCH
+    per array.
     """
     rng = np.random.default_rng(seed)
     yield np.ones((1, patients))

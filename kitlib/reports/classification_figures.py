@@ -16,7 +16,7 @@ RELIABILITY_BINS = 10
 
 
 def confusion_figure(models: Mapping[str, Judged]) -> Figure:
-    """Draw one confusion matrix per model, with image counts and shares of the true class.
+    """Draw one confusion matrix per model. Each cell shows the number of images and their share of the row.
 
     Rows are the true class, columns the predicted class.
     """
@@ -49,7 +49,7 @@ def reliability(predictions: Judged, bins: int = RELIABILITY_BINS) -> pd.DataFra
     """Return one row per confidence bin that contains images, with the columns predicted, observed and count.
 
     `predicted` is the mean confidence, `observed` the share of correctly classified images and `count` the number of images.
-    `bins` is the number of equal bins over 0..1 (see `confidence_bins`).
+    `bins` is the number of bins, which divide 0..1 equally (see `confidence_bins`).
     """
     bin_of, confidence = confidence_bins(predictions.probabilities, bins), predictions.probabilities.max(axis=1)
     counts = np.bincount(bin_of, minlength=bins)
@@ -61,10 +61,10 @@ def reliability(predictions: Judged, bins: int = RELIABILITY_BINS) -> pd.DataFra
 
 
 def reliability_figure(models: Mapping[str, Judged]) -> Figure:
-    """Draw one panel per model: the share of correctly classified images in each bin against the mean confidence.
+    """Draw one panel per model: the share of correctly classified images against the mean confidence, bin by bin.
 
-    The area of a dot shows the number of images in the bin. The keys of `models` are the titles; they can also be, for
-    example, one model before and after temperature scaling.
+    The area of a dot shows the number of images in the bin. The keys of `models` become the titles. The entries can also be
+    the same model before and after temperature scaling.
     """
     figure = Figure(figsize=(0.6 + 3.4 * len(models), 3.6), layout="constrained")
     for axis, (name, predictions) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
@@ -78,7 +78,7 @@ def reliability_figure(models: Mapping[str, Judged]) -> Figure:
 
 
 def intervals_figure(intervals: pd.DataFrame, line: float | None = None) -> Figure:
-    """Draw values as dots with their intervals: one panel per metric, one line per model.
+    """Draw one panel per metric and in it one line per model: a dot for the value and a bar for its interval.
 
     `intervals` has the columns model, name (of the metric), value, low and high. `line` is a reference value drawn across
     each panel, such as 0 for differences or 0.5 for ROC AUC.
@@ -104,8 +104,9 @@ def intervals_figure(intervals: pd.DataFrame, line: float | None = None) -> Figu
 def examples(predictions: Judged, cache: XrayCache, count: int = 4) -> Figure:
     """Draw `count` correctly classified images in the first row and `count` misclassified ones in the second.
 
-    Each row takes the most confident image of each true class in turn. Above each image is the true class, below it are the
-    predicted probabilities. Raises KeyError if an image has no decoded copy.
+    Each row starts with the most confident image of each true class, followed by the second most confident ones, and so on.
+    Above each image are its id and true class, below it are the predicted probabilities. Raises KeyError if an image has no
+    decoded copy.
     """
     right = predictions.predicted == predictions.truth
     rows = [_surest(predictions, np.flatnonzero(chosen), count) for chosen in (right, ~right)]
@@ -129,14 +130,14 @@ def examples(predictions: Judged, cache: XrayCache, count: int = 4) -> Figure:
 
 
 def _surest(predictions: Judged, indices: np.ndarray, count: int) -> list[int]:
-    """Return the most confident of `indices`, alternating between true classes so that no class dominates."""
+    """Return up to `count` of the image `indices`, the most confident first, alternating between the true classes."""
     order = indices[np.argsort(-predictions.probabilities.max(axis=1)[indices], kind="stable")]
     turns = pd.Series(predictions.truth[order]).groupby(predictions.truth[order]).cumcount().to_numpy()
     return order[np.lexsort((np.arange(len(order)), turns))][:count].tolist()
 
 
 def _curves(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Draw the ROC and precision-recall curve of each entry of `lines`, which maps names to scores and truth (bool).
+    """Draw the ROC and precision-recall curves of each entry of `lines`, which maps a name to (scores, truth as bool).
 
     Entries without positives or without negatives are omitted.
     """

@@ -1,7 +1,7 @@
 """Metrics of single-label classification: confusion, metrics per class and their means, calibration, failures by class.
 
 All functions take the predictions of one model, one row per image, for images with exactly one true class. The predicted
-class is the most probable one, the first one in case of a tie. "Sensitivity" is recall and "ppv" is precision.
+class is the most probable class, in case of a tie the first one. "Sensitivity" is recall and "ppv" is precision.
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,26 +35,26 @@ class Judged:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes."""
+        """Names of the classes, in the order of the columns of `probabilities`."""
         return self.answers.classes
 
     @property
     def probabilities(self) -> np.ndarray:
-        """Probabilities (n, classes), 0..1."""
+        """Predicted probabilities, 0..1, as an array (n, classes)."""
         return self.answers.probabilities
 
     @property
     def predicted(self) -> np.ndarray:
-        """Index of the most probable class (n,)."""
+        """Index of the predicted (most probable) class of each image, as an array (n,)."""
         return self.probabilities.argmax(axis=1)
 
     def rows(self, chosen: np.ndarray) -> "Judged":
-        """Return the images selected by a boolean mask (n,) or by indices, in that order."""
+        """Return the predictions for only some images, `chosen` by a bool array (n,) or by indices in the order wanted."""
         return Judged(self.answers.rows(chosen), self.image_id[chosen], self.source[chosen], self.truth[chosen])
 
 
 def judged(scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, source: str = "") -> Judged:
-    """Match the predictions of one model (a `class_scores` table) with their true classes.
+    """Return the predictions of one model (a `class_scores` table), matched with the true class of each image.
 
     `source` restricts the result to images from one source. If the models of several folds have predicted an image, their
     probabilities are averaged. Raises ValueError if the table has several models or no rows, if no image is from `source`,
@@ -99,7 +99,7 @@ def by_model(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def on_shared_images(models: Mapping[str, Judged]) -> dict[str, Judged]:
-    """Reduce each model's predictions to the images that all models have predicted, in the same order.
+    """Return each model's predictions for only the images that all models have predicted, in the same order for all models.
 
     Raises ValueError if no image is shared or if the models have different classes.
     """
@@ -113,7 +113,7 @@ def on_shared_images(models: Mapping[str, Judged]) -> dict[str, Judged]:
 
 
 def confusion(predictions: Judged) -> pd.DataFrame:
-    """Count images by true class (rows) and predicted class (columns)."""
+    """Return the confusion matrix: numbers of images by true class (rows) and predicted class (columns)."""
     size = len(predictions.classes)
     counts = np.bincount(predictions.truth * size + predictions.predicted, minlength=size * size).reshape(size, size)
     classes = predictions.classes
@@ -121,10 +121,11 @@ def confusion(predictions: Judged) -> pd.DataFrame:
 
 
 def count_metrics(matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """Compute COUNT_METRICS (..., classes), each class against the others, from confusion matrices (..., truth, predicted).
+    """Return each of COUNT_METRICS as an array (..., classes), for each class against the others.
 
-    For a class without images, all metrics except accuracy are NaN; specificity is also NaN if all images are of one class.
-    The ppv of a class that is never predicted is 0, and so is the npv of a class that is always predicted.
+    `matrix` is an array (..., classes, classes) of confusion matrices, with the true classes as rows. For a class without
+    images, all metrics except accuracy are NaN. If all images are of one class, its specificity is NaN. The ppv of a class
+    that is never predicted is 0, and so is the npv of a class that is always predicted.
     """
     matrix = np.asarray(matrix, dtype=float)
     hits, of_class, calls = np.diagonal(matrix, axis1=-2, axis2=-1), matrix.sum(axis=-1), matrix.sum(axis=-2)
@@ -142,9 +143,9 @@ def count_metrics(matrix: np.ndarray) -> dict[str, np.ndarray]:
 
 
 class Metrics:
-    """Computes OVERALL_METRICS and CLASS_METRICS of one model for any weighting of its images.
+    """Computes OVERALL_METRICS and CLASS_METRICS of one model with any weights of its images, as bootstrap draws need.
 
-    The parts that do not depend on the weights are computed once.
+    What does not depend on the weights is computed only once.
     """
 
     def __init__(self, predictions: Judged) -> None:
@@ -160,10 +161,10 @@ class Metrics:
         self.ranked = [_ranked(column, positive) for column, positive in zip(probabilities.T, true.T, strict=True)]
 
     def for_weights(self, weight: np.ndarray) -> pd.DataFrame:
-        """Return one row per draw, with OVERALL_METRICS and then the metrics of each class and their mean as columns.
+        """Return one row per draw; the columns are OVERALL_METRICS, then CLASS_METRICS for each class and their macro means.
 
-        The class columns are, for example, "f1 COVID-19" and "f1 macro". `weight` (draws, n) says how often each draw
-        contains each image.
+        Column names are, for example, "f1 COVID-19" and "f1 macro". `weight` is an array (draws, n) that says how often each
+        draw contains each image.
         """
         size, total = len(self.classes), weight.sum(axis=1)
         matrix = (weight @ self.cells).reshape(-1, size, size)
@@ -190,10 +191,10 @@ class Metrics:
 
 
 def class_table(predictions: Judged) -> pd.DataFrame:
-    """Return one row per class with support and CLASS_METRICS, each class against the others, then a row `macro`.
+    """Return one row per class, against the others, then a row `macro`; the columns are class, support and CLASS_METRICS.
 
-    The column `class` comes first. `macro` is the mean over the classes that occur. pr_auc is average precision; brier is
-    the mean squared error of the probability of that class.
+    `support` is the number of images of the class. `macro` is the mean over the classes that occur. pr_auc is average
+    precision; brier is the mean squared error of the probability of that class.
     """
     row = Metrics(predictions).for_weights(np.ones((1, len(predictions.truth)))).iloc[0]
     class_names = [*predictions.classes, "macro"]
@@ -203,7 +204,7 @@ def class_table(predictions: Judged) -> pd.DataFrame:
 
 
 def overall(predictions: Judged) -> dict[str, float]:
-    """Return OVERALL_METRICS of one model, keyed by name.
+    """Return OVERALL_METRICS of one model, keyed by the metric's name.
 
     For single labels, micro_f1 equals accuracy. papers_micro_f1 is the harmonic mean of macro precision and macro recall,
     which the FLANNEL papers call micro-F1. brier is the squared error summed over the classes (0..2, Brier 1950). log_loss
@@ -213,34 +214,39 @@ def overall(predictions: Judged) -> dict[str, float]:
 
 
 def log_losses(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return the negative log of the true class's probability (n,), in nats.
+    """Return an array (n,): for each image the negative natural logarithm of the true class's probability.
 
-    Takes probabilities (n, classes) and the indices of the true classes (n,). Probabilities are raised to at least LEAST, as
-    in the temperature fit, so a probability of 0, which a vote can result in, costs 16 nats.
+    `probabilities` is an array (n, classes), `truth` (n,) holds the indices of the true classes. Probabilities below LEAST
+    are raised to it, as in the temperature fit, so a probability of 0, which a vote can result in, gives a loss of about 16.
     """
     return -np.log(np.maximum(probabilities[np.arange(len(truth)), truth], LEAST))
 
 
 def confidence_bins(probabilities: np.ndarray, bins: int = ECE_BINS) -> np.ndarray:
-    """Return the bin (n,) of each image's highest probability: `bins` equal bins over 0..1, upper edges included."""
+    """Return an array (n,): the index of the bin of each image's highest probability.
+
+    `bins` is the number of bins, which divide 0..1 equally; a bin includes its upper edge.
+    """
     return np.clip(np.ceil(probabilities.max(axis=1) * bins).astype(int) - 1, 0, bins - 1)
 
 
 def ece(probabilities: np.ndarray, truth: np.ndarray, bins: int = ECE_BINS) -> float:
-    """Compute the expected calibration error of the predicted class, 0..1.
+    """Return the expected calibration error of the predicted class, 0..1.
 
-    This is the mean over bins of |accuracy - mean confidence|, weighted by the number of images (Guo et al. 2017, eq. 3).
+    This is the mean of |accuracy - mean confidence| over the `bins` bins of `confidence_bins`, weighted by their numbers of
+    images (Guo et al. 2017, eq. 3).
     """
     gaps = (probabilities.argmax(axis=1) == truth) - probabilities.max(axis=1)
     return float(np.abs(np.bincount(confidence_bins(probabilities, bins), gaps)).sum() / len(truth))
 
 
 def at_prevalence(predictions: Judged, prevalences: Iterable[float]) -> pd.DataFrame:
-    """Compute each class's ppv and npv for populations in which the class has a given prevalence.
+    """Return the ppv and npv that each class would have in populations in which the class has a given prevalence.
 
-    Returns the columns class, prevalence, ppv and npv. Uses Bayes' rule with the sensitivity and specificity of
-    `predictions`; the other classes keep their proportions. The predictive values on a data set that is half COVID-19 do not
-    hold in any other population. Raises ValueError for a prevalence that is not strictly between 0 and 1.
+    The columns are class, prevalence, ppv and npv, with one row per class and prevalence. Uses Bayes' rule with the
+    sensitivity and specificity of `predictions`; the other classes keep their proportions. The predictive values on a data
+    set that is half COVID-19 do not hold in any other population. Raises ValueError for a prevalence that is not strictly
+    between 0 and 1.
     """
     metrics, rows = count_metrics(confusion(predictions).to_numpy()), []
     for prevalence in prevalences:
@@ -256,7 +262,7 @@ def at_prevalence(predictions: Judged, prevalences: Iterable[float]) -> pd.DataF
 
 
 def source_table(predictions: Judged) -> pd.DataFrame:
-    """Return `class_table` for all sources pooled, then for each source alone, without the macro rows.
+    """Return the rows of `class_table` except `macro`, first for all sources pooled, then for each source alone.
 
     The columns are source, class, support, of (the number of images from the source) and CLASS_METRICS. Within one source, a
     model gains nothing from recognising the source. If a source has a single class, specificity and the areas under curves
@@ -276,12 +282,13 @@ def failures(
     folds: pd.DataFrame,
     lungs: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """Return one row per class with its number of images and how many of them were not predicted.
+    """Return one row per class: how many of its images were predicted, and how many were not, for which reason.
 
     `outside_folds` counts images that were excluded or set aside for testing, `unanswered` images in folds without a
-    prediction, and `answered` images in folds with one. If a `lungs` table is passed, `lungs_not_found` counts images in
-    folds whose lungs were not found. The last columns are shares of the images in folds. If one class fails more often than
-    another, the metrics on the remaining images look better than they are.
+    prediction, and `answered` images in folds with one. If a `lungs` table is passed, `lungs_not_found` counts images that
+    are in folds but whose lungs were not found. The last columns are unanswered and lungs_not_found as shares of the class's
+    images in folds. If one class fails more often than another, the metrics on the remaining images look better than they
+    are.
     """
     classes = class_columns(labels, "labels")
     truth = labels.set_index("id")[classes].reindex(images.study_id).to_numpy() >= 0.5
@@ -297,15 +304,16 @@ def failures(
 
 
 def _ratio(above: np.ndarray, below: np.ndarray, where_none: float = np.nan) -> np.ndarray:
-    """Return above / below, or `where_none` where below is 0."""
+    """Return `above` / `below` element by element, and `where_none` where `below` is 0."""
     above, below = np.broadcast_arrays(np.asarray(above, dtype=float), np.asarray(below, dtype=float))
     return np.divide(above, below, out=np.full(above.shape, where_none), where=below > 0)
 
 
 def calibrated(predictions: Judged) -> tuple[Judged, pd.Series]:
-    """Scale each fold's probabilities by the temperature fitted on the other folds; return the result and the temperatures.
+    """Return predictions with each fold's probabilities scaled by the temperature fitted on the other folds.
 
-    The predicted classes do not change. Raises ValueError if all images are in one fold.
+    The second result has the temperature of each fold. The predicted classes do not change. Raises ValueError if all images
+    are in one fold.
     """
     scores = pd.DataFrame(predictions.probabilities, columns=list(predictions.classes)).assign(fold=predictions.answers.fold)
     scaled_scores, temperatures = cross_scaled(scores, predictions.classes, predictions.truth)
@@ -328,16 +336,21 @@ def calibration_table(models: Mapping[str, Judged]) -> pd.DataFrame:
 
 
 def _ranked(values: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the order by descending score, which images are positive in that order, and the last index of each tie."""
+    """Return what `_areas` needs: order, positive and ends.
+
+    `order` has the indices that sort the scores `values` in descending order, `positive` is 1.0 for positives and 0.0 for
+    negatives in that order, and `ends` has the last position of each group of equal scores.
+    """
     order = np.argsort(-values, kind="stable")
     scores = values[order]
     return order, positive[order].astype(float), np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
 
 
 def _areas(weight: np.ndarray, order: np.ndarray, positive: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ROC AUC and the average precision, each (draws,), of images sorted by `_ranked` with `weight` (draws, n).
+    """Return the ROC AUC and the average precision of each draw, as two arrays (draws,).
 
-    ROC AUC is NaN without positives or without negatives, average precision is NaN without positives.
+    `weight` is an array (draws, n) that says how often each draw contains each image; the other arguments are the results of
+    `_ranked`. ROC AUC is NaN without positives or without negatives, average precision is NaN without positives.
     """
     weight = weight[:, order]
     hits, calls = (np.cumsum(values, axis=1)[:, ends] for values in (weight * positive, weight))
@@ -355,7 +368,7 @@ def _areas(weight: np.ndarray, order: np.ndarray, positive: np.ndarray, ends: np
 
 
 def _mean_where(values: np.ndarray, occurring: np.ndarray) -> np.ndarray:
-    """Return means (draws,) of `values` (draws, classes) over the classes that occur and have a finite value."""
+    """Return an array (draws,): the mean of each row of `values` over the classes that occur and whose value is finite."""
     counts = occurring & np.isfinite(values)
     sums = np.where(counts, values, 0.0).sum(axis=1)
     return np.divide(sums, counts.sum(axis=1), out=np.full(len(sums), np.nan), where=counts.any(axis=1))

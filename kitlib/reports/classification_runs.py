@@ -1,4 +1,4 @@
-"""Predictions of finished single-label classification runs, and bundles with images that they were not trained on."""
+"""Reads the predictions of finished single-label classification runs, and finds images that a bundle was not trained on."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,14 +17,15 @@ SAME_SCORE = 1e-6  # an ensemble's run repeats its learners' scores, which may d
 
 
 def read_class_scores(runs: Iterable[str | Path], folds: pd.DataFrame, split: str = "folds") -> dict[str, pd.DataFrame]:
-    """Read the predictions of training and ensemble runs; return one `class_scores` table per model, in order of appearance.
+    """Return the predictions of training and ensemble runs: one `class_scores` table per model, keyed by the model's name.
 
     With split "folds" these are out-of-fold predictions. With "test" they are predictions for the test images that were set
-    aside, averaged over the models of all folds, with the fold ALL_FOLDS. Runs with different folds of one model are merged,
-    and rows that an ensemble run repeats count once. If two runs have different scores for an image under the same model
-    name, they are kept as separate models called "run: model". `folds` is the table of the prepared run. Raises RunError for
-    an unknown split; for a run without such predictions; with split "folds", for predictions that are not out-of-fold with
-    respect to `folds`; and with "test", for predictions for images in `folds`.
+    aside, averaged over the models of all folds, with the fold ALL_FOLDS. Models are in the order in which they appear in
+    `runs`. Runs that contain different folds of one model are merged; rows that an ensemble run repeats are dropped. If two
+    runs have different scores for an image under the same model name, they are kept as separate models called "run: model".
+    `folds` is the table of the prepared run. Raises RunError for an unknown split; for a run without such predictions; with
+    split "folds", for predictions that are not out-of-fold with respect to `folds`; and with "test", for predictions for
+    images in `folds`.
     """
     if split not in SPLITS:
         raise RunError(f"split is {split!r}; valid splits: {', '.join(SPLITS)}")
@@ -60,12 +61,12 @@ def read_class_scores(runs: Iterable[str | Path], folds: pd.DataFrame, split: st
 
 
 def unseen_bundle(run: str | Path, tables: dict[str, pd.DataFrame]) -> tuple[Path, list[str]]:
-    """Return the run's first bundle and the ids of images in the prepared run's folds that it was not trained on.
+    """Return the folder of the run's first bundle, and the ids of images that the bundle was not trained on.
 
-    `tables` are the tables of the prepared run. For a nested run (run/outer<k>/fold<n>/bundle), the images are those in the
-    outer fold that was held out, otherwise those in the bundle's validation fold, on which its epoch was chosen. Raises
-    RunError for a run without a bundle, and for a bundle that was trained on other data or folds; a nested bundle must have
-    been trained on the prepared run without its outer fold.
+    `tables` are the tables of the prepared run, keyed by name. For a nested run (run/outer<k>/fold<n>/bundle), these are the
+    images in the outer fold that was held out; for any other run, they are those in the bundle's validation fold, on which
+    its epoch was chosen. Raises RunError for a run without a bundle, and for a bundle that was trained on other data or
+    folds; a nested bundle must have been trained on the prepared run without its outer fold.
     """
     run = Path(run)
     records = sorted([*run.glob("outer*/fold*/bundle/model.json"), *run.glob("fold*/bundle/model.json")])
@@ -86,10 +87,10 @@ def unseen_bundle(run: str | Path, tables: dict[str, pd.DataFrame]) -> tuple[Pat
 
 
 def choose_models(models: Iterable[str], reference: str, pictured: Iterable[str]) -> tuple[str, list[str]]:
-    """Return the reference model and the models to draw; empty values of `reference` and `pictured` get a default.
+    """Return the name of the reference model and the names of the models to draw, with defaults for empty arguments.
 
-    The default reference is the mean of an ensemble's learners, or else the first model; by default the reference and the
-    last model are drawn. Raises ValueError for a name that is not in `models`.
+    If `reference` is empty, it is the model `mean` of an ensemble, or the first model if there is none. If `pictured` is
+    empty, the reference and the last model are drawn. Raises ValueError for a name that is not in `models`.
     """
     models, pictured = list(models), list(pictured)
     for parameter, names in (("reference", [reference] if reference else []), ("pictured", pictured)):
@@ -101,9 +102,10 @@ def choose_models(models: Iterable[str], reference: str, pictured: Iterable[str]
 
 
 def protocol_of(folds: pd.DataFrame, folds_by: str) -> str:
-    """Describe in words how the out-of-fold predictions for `folds` were made.
+    """Return a text that says how the out-of-fold predictions for `folds` were made.
 
-    `folds_by` is the value in the prepared run's metrics.json. Raises RunError if it is neither "patient" nor "source".
+    `folds_by` is the value of that name in the prepared run's metrics.json. Raises RunError if it is neither "patient" nor
+    "source".
     """
     count = folds.fold.nunique()
     if folds_by == "patient":
@@ -129,7 +131,7 @@ def _check_unseen(run: Path, table: pd.DataFrame, folds: pd.DataFrame, split: st
 
 
 def _merge_parts(parts: list[pd.DataFrame]) -> pd.DataFrame | None:
-    """Merge tables and drop repeated rows; return None if their classes or their scores for an image and fold differ."""
+    """Return the distinct rows of all tables, or None if their classes, or their scores for an image and fold, differ."""
     classes = class_columns(parts[0], "class_scores")
     if any(set(class_columns(part, "class_scores")) != set(classes) for part in parts):
         return None

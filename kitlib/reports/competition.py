@@ -1,7 +1,7 @@
 """Report tables for the competition score: confusion, calibration, curves, bootstrap intervals of the score and of AP.
 
-Functions that take a `Truth` also take fused tables: `studies` (study_id, four classes), `nones` (image_id, none) and
-`detections` (image_id, score, box in original pixels), as in `kitlib.fusion.model_fusion.Fused`.
+Functions that take a `Truth` also take a fusion's tables of predictions: `studies` (study_id, four classes), `nones`
+(image_id, none) and `detections` (image_id, score, box in original pixels), as in `kitlib.fusion.model_fusion.Fused`.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from kitlib.scoring.score import SCORE_KEYS, Truth, class_precision, competition
 
 
 def confusion(truth: Truth, studies: pd.DataFrame) -> pd.DataFrame:
-    """Count the studies of each true class (rows) and most probable class (columns), 4 x 4."""
+    """Return the confusion matrix (4 x 4): numbers of studies by true class (rows) and most probable class (columns)."""
     probabilities = _in_order(studies, "study_id", truth.labels["id"], list(STUDY_CLASSES))
     actual = truth.labels[list(STUDY_CLASSES)].to_numpy().argmax(axis=1)
     counts = confusion_matrix(actual, probabilities.argmax(axis=1), labels=range(len(STUDY_CLASSES)))
@@ -22,11 +22,12 @@ def confusion(truth: Truth, studies: pd.DataFrame) -> pd.DataFrame:
 
 
 def class_report(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins: int = 10) -> pd.DataFrame:
-    """Return one row of metrics for each study class and for `none`.
+    """Return a table of metrics with one row for each study class and one for `none`.
 
-    The columns are class, positives, of (studies or images), average_precision, roc_auc, brier and calibration_error. Brier
-    score and expected calibration error (`bins` equal bins, weighted by their counts) are for one class against the others.
-    Metrics that are undefined because all or none of the rows are positive are NaN.
+    The columns are class, positives, of (the number of studies or images), average_precision, roc_auc, brier and
+    calibration_error. `brier` is the Brier score and `calibration_error` the expected calibration error (`bins` equal bins,
+    weighted by their counts), both for one class against the others. Metrics that are undefined because all or none of the
+    rows are positive are NaN.
     """
     calibration = reliability(truth, studies, nones, bins)
     rows = []
@@ -48,9 +49,11 @@ def class_report(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins:
 
 
 def reliability(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins: int = 10) -> pd.DataFrame:
-    """Return how often each class is true in each probability bin: class, predicted (mean), observed (share), count.
+    """Return one row per class and probability bin, with the columns class, predicted, observed and count.
 
-    There are `bins` equal bins over 0..1; empty ones are omitted. Study classes count studies, `none` counts images.
+    `predicted` is the mean probability in the bin, `observed` the share in which the class is true, and `count` the number
+    of studies, or of images for the class `none`. `bins` is the number of bins, which divide 0..1 equally; empty ones are
+    omitted.
     """
     tables = []
     for name, (positive, predicted) in _answers(truth, studies, nones).items():
@@ -63,7 +66,7 @@ def reliability(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins: 
 def precision_recall_curves(
     truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, detections: pd.DataFrame
 ) -> dict[str, pd.DataFrame]:
-    """Return recall and precision (VOC's envelope) of each class that occurs, keyed by titles such as `class (AP 0.123)`."""
+    """Return a table of recall and precision (VOC's envelope) for each class that occurs, keyed by `class (AP 0.123)`."""
     of_ids = _answers(truth, studies, nones).items()
     answers = {name: (predicted, positive, positive.sum()) for name, (positive, predicted) in of_ids}
     detections_of_truth = detections[detections["image_id"].isin(truth.image_ids)]
@@ -89,10 +92,10 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return percentile intervals of the score, the six APs and opacity_boxed: name, value, low and high.
+    """Return percentile intervals of the score, the six APs and opacity_boxed, with the columns name, value, low and high.
 
-    Whole patients are drawn with replacement (`images` has image_id, study_id, patient_id) because images of one patient are
-    not independent. A class that does not occur in a sample is left out of the mean of that sample.
+    Whole patients are drawn with replacement because images of one patient are not independent. `images` has the columns
+    image_id, study_id and patient_id. A class that does not occur in a draw is left out of the mean of that draw.
     """
     draws = score_draws(truth, studies, nones, detections, images, samples, seed)
     low, high = np.nanquantile(draws.iloc[1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
@@ -108,11 +111,11 @@ def score_draws(
     samples: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return SCORE_KEYS as columns: in the first row for all patients, then one row per bootstrap draw (see `bootstrap`).
+    """Return a table with SCORE_KEYS as columns: the first row is for all patients, each later row for one bootstrap draw.
 
-    If a table of predictions is None, its columns are NaN and the score is the mean of the others. Predictions for the same
-    truth and seed get the same draws, so the difference of two such tables is a paired comparison. Raises ValueError for an
-    image or study of `truth` that `images` lacks.
+    Whole patients are drawn, as in `bootstrap`. If a table of predictions is None, its columns are NaN and the score is the
+    mean of the others. Predictions for the same truth and seed get the same draws, so the difference of two such tables is a
+    paired comparison. Raises ValueError for an image or study of `truth` that `images` lacks.
     """
     patient = images.set_index("image_id")["patient_id"].reindex(list(truth.image_ids))
     patient_of_study = images.drop_duplicates("study_id").set_index("study_id")["patient_id"].reindex(truth.labels["id"])
@@ -155,7 +158,7 @@ def score_draws(
 def _answers(
     truth: Truth, studies: pd.DataFrame | None, nones: pd.DataFrame | None
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Map each class to its truth (n,), bool, and probability (n,): per study, and per image for `none`.
+    """Return for each class two arrays (n,): the truth (bool) and the probability of each study (class `none`: each image).
 
     Classes of a table that is None are omitted.
     """
@@ -171,7 +174,7 @@ def _answers(
 
 
 def _in_order(table: pd.DataFrame, key: str, ids: pd.Series | tuple[str, ...], columns: list[str]) -> np.ndarray:
-    """Return the values of `columns` in the order of `ids`. Raises ValueError if an id has no value."""
+    """Return the values of `columns` with one row per id, in the order of `ids`. Raises ValueError if a value is missing."""
     values = table.set_index(key)[columns].reindex(list(ids))
     if values.isna().any(axis=None):
         missing = values.index[values.isna().any(axis=1)][0]
@@ -187,10 +190,10 @@ def detection_draws(
     samples: int = 500,
     seed: int = 0,
 ) -> np.ndarray:
-    """Bootstrap the opacity AP (VOC 2010) over patients, on the images in `coverage`.
+    """Return bootstrap draws of the opacity AP (VOC 2010) on the images in `coverage`.
 
-    Returns an array (1 + samples,): first the AP for all patients, then one per bootstrap draw. Whole patients are drawn
-    with replacement. Two detectors with the same images and seed get the same draws, so the difference of their arrays is a
+    The result is an array (1 + samples,): first the AP for all patients, then one per draw. Whole patients are drawn with
+    replacement. Two detectors with the same images and seed get the same draws, so the difference of their arrays is a
     paired comparison. Folds are pooled, so the scores of a model must be comparable across folds. Raises ValueError if an
     image in `coverage` is not in `images` or occurs twice.
     """
@@ -213,6 +216,6 @@ def detection_draws(
 
 
 def interval(draws: np.ndarray, level: float = 0.95) -> dict[str, float]:
-    """Return value, low and high (percentile interval) of a result of `detection_draws` or of the difference of two."""
+    """Return the value and its percentile interval (low, high) for a result of `detection_draws`, or a difference of two."""
     low, high = np.nanquantile(draws[1:], [(1 - level) / 2, (1 + level) / 2])
     return {"value": float(draws[0]), "low": float(low), "high": float(high)}

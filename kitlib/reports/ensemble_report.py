@@ -17,8 +17,8 @@ from kitlib.tables import concatenate
 def comparison(judged: Judged, learners: LearnerScores) -> pd.DataFrame:
     """Return one row per learner and ensemble, the best macro F1 last.
 
-    The columns are learns (the protocol), rows, macro_f1, accuracy, log_loss, ece and the F1 of each class. Rows are images
-    or studies, depending on what the learners predict.
+    The columns are learns (the kind of predictions that weights were fitted on), rows, macro_f1, accuracy, log_loss, ece and
+    the F1 of each class. `rows` is the number of images or studies, whichever the learners predict.
     """
     lines = []
     for model, rows in judged.scores.groupby("model", sort=False):
@@ -37,10 +37,10 @@ def comparison(judged: Judged, learners: LearnerScores) -> pd.DataFrame:
 
 
 def cross_scaled_scores(judged: Judged, learners: LearnerScores, model: str, name: str) -> tuple[pd.DataFrame, pd.Series]:
-    """Scale the scores of `model` in each fold by the temperature fitted on the other folds.
+    """Return the scores of `model`, scaled in each fold by the temperature fitted on the other folds, and the temperatures.
 
-    Returns the scaled rows, with the model name `name`, and the temperatures keyed by fold; the entry "all" is the
-    temperature fitted on all rows. Raises ValueError if there is only one fold.
+    The scaled rows get the model name `name`. The temperatures are keyed by fold; the entry "all" is the temperature fitted
+    on all rows. Raises ValueError if there is only one fold.
     """
     rows = judged.scores[judged.scores["model"] == model].reset_index(drop=True)
     truth = learners.answers["truth"].loc[rows[learners.key]].to_numpy()
@@ -50,17 +50,17 @@ def cross_scaled_scores(judged: Judged, learners: LearnerScores, model: str, nam
 
 
 def out_of_fold_temperature(ensemble: Ensemble, learners: LearnerScores) -> float:
-    """Fit the temperature of `ensemble` on the out-of-fold scores of all its learners' images.
+    """Return the temperature of `ensemble`, fitted on its predictions from the learners' out-of-fold scores.
 
-    The ensemble's weights were fitted on the same images, which this ignores. With several folds, prefer
-    `cross_scaled_scores`.
+    It ignores that the ensemble's weights were fitted on the same images, so it may be too optimistic. With several folds,
+    prefer `cross_scaled_scores`.
     """
     examples = learners.full_stack()
     return fit_temperature(combine(ensemble.method, ensemble.weights, examples.probabilities), examples.truth)
 
 
 def collect_test_scores(judged: Judged, test: TestSplitScores, model: str, temperature: float, name: str) -> pd.DataFrame:
-    """Return the `class_scores` table of the test images: learners and their folds, ensembles, and the scaled `model`.
+    """Return the test images' `class_scores` table: each learner with its folds, the ensembles, and `model` after scaling.
 
     The rows of `model` scaled by `temperature` have the model name `name`; they are omitted if the temperature is 1.
     """
@@ -72,7 +72,7 @@ def collect_test_scores(judged: Judged, test: TestSplitScores, model: str, tempe
 
 
 def weights_figure(weights: pd.DataFrame, learners: tuple[str, ...]) -> Figure:
-    """Draw one panel per ensemble: the mean weight of each learner for each true class, with the standard deviation."""
+    """Draw one panel per ensemble, with bars for each learner's mean weight by true class, and their standard deviations."""
     names = list(dict.fromkeys(weights["model"]))
     figure = Figure(figsize=(max(4, 1 + 1.2 * len(learners)), 2.6 * len(names)), layout="constrained")
     for axis, name in zip(figure.subplots(len(names), 1, squeeze=False, sharex=True)[:, 0], names, strict=True):

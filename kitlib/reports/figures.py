@@ -23,14 +23,14 @@ SHOWN_SCORE = 0.2
 
 
 def save_figure(figure: Figure, path: str | Path) -> Figure:
-    """Write the figure atomically (temporary file, then rename) and return it, so that a notebook displays it."""
+    """Write the figure to `path` atomically (temporary file, then rename) and return it, so that a notebook displays it."""
     with replacing(path) as temporary_path:
         figure.savefig(temporary_path, dpi=110, bbox_inches="tight")
     return figure
 
 
 def image_grid(count: int, per_row: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """Return a figure with `per_row` images side by side, and its flat array of at least `count` axes.
+    """Return a figure for `count` images, `per_row` side by side, and its axes as a flat array of at least `count`.
 
     `width` and `height` are the size of each image in inches.
     """
@@ -58,10 +58,10 @@ def example_images(
     shown_score: float = SHOWN_SCORE,
     masks: MaskStore | None = None,
 ) -> Figure:
-    """Draw the rows of `images` with annotated boxes (green) and predicted boxes (orange, with their score).
+    """Draw the X-rays in the table `images` with annotated boxes (green) and predicted boxes (orange, with their scores).
 
     The tables are as in `kitlib.tables`, with boxes in original pixels. Detections with a score below `shown_score` are not
-    drawn. If `masks` has an image, the outline of each structure is drawn in green.
+    drawn. If `masks` contains an image's mask, the outline of each structure in it is drawn in green.
     """
     figure, axes = image_grid(len(images), per_row, 3.2, 3.5)
     classes = {} if labels is None else _true_classes(labels[labels["id"].isin(images.study_id)])
@@ -79,7 +79,10 @@ def example_images(
 
 
 def draw_outlines(axis: Axes, codes: np.ndarray, colour: str) -> None:
-    """Draw the outline of each structure of a label image, which must have the size of the picture in `axis`."""
+    """Draw the outline of each structure in the mask `codes`, which must have the size of the picture in `axis`.
+
+    The mask contains a value of MASK_CODES for each pixel of a structure.
+    """
     for code in MASK_CODES.values():
         if (codes == code).any():
             axis.contour(codes == code, levels=[0.5], colors=colour, linewidths=1)
@@ -99,9 +102,10 @@ def fold_shares(folds: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame)
 
 
 def confusion_figure(matrices: Mapping[str, pd.DataFrame], shares_too: bool = False) -> Figure:
-    """Draw one panel per confusion matrix with its counts, coloured by their share of the row.
+    """Draw one panel per confusion matrix; each cell shows its count, coloured by the count's share of the row.
 
-    Rows are the true class, columns the most probable class. If `shares_too`, the shares are printed too.
+    Rows are the true class, columns the most probable class. The keys of `matrices` become the titles. If `shares_too`, the
+    shares are printed below the counts.
     """
     figure = Figure(figsize=(0.6 + 3.9 * len(matrices), 3.9), layout="constrained")
     for axis, (name, matrix) in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items(), strict=True):
@@ -119,7 +123,7 @@ def confusion_figure(matrices: Mapping[str, pd.DataFrame], shares_too: bool = Fa
 
 
 def precision_recall_figure(curves: dict[str, pd.DataFrame]) -> Figure:
-    """Draw one line per table of recall and precision (the VOC envelope); the keys of `curves` become the legend."""
+    """Draw one curve per table with the columns recall and precision (VOC's envelope); the keys become the legend."""
     figure = Figure(figsize=(5.5, 4), layout="constrained")
     axis = figure.subplots()
     for name, curve in curves.items():
@@ -130,7 +134,7 @@ def precision_recall_figure(curves: dict[str, pd.DataFrame]) -> Figure:
 
 
 def reliability_figure(bins: pd.DataFrame) -> Figure:
-    """Draw the observed against the predicted frequency, with one line per class in `bins`.
+    """Draw how often classes are observed against how often they are predicted, with one line per class in `bins`.
 
     `bins` has the columns class, predicted, observed and count; the area of a dot shows the count.
     """
@@ -161,7 +165,7 @@ def fusion_steps(steps: pd.DataFrame) -> Figure:
 
 
 def rankings_figure(table: pd.DataFrame) -> Figure:
-    """Draw one panel per ranking, the best model on top; each model has its score with interval, recipe and changes.
+    """Draw one panel per ranking, with one line per model, the best on top: its score with interval, recipe and changes.
 
     `table` has one row per model with the columns ranking, name, figure, score, low, high, images, recipe, changes and
     folds_fingerprint.
@@ -204,7 +208,7 @@ def _draw_boxes(axis: Axes, xray: CachedXray, boxes: pd.DataFrame, colour: str) 
 
 
 def _true_classes(labels: pd.DataFrame) -> dict[str, str]:
-    """Map each id to its true classes, joined by commas."""
+    """Return a dict that maps each id in `labels` to the names of its true classes, joined by commas."""
     classes = class_columns(labels, "labels")
     true = labels[classes].to_numpy() > 0.5
     return {

@@ -13,7 +13,7 @@ LINES = ("-", "--", ":")  # line style, changed after every ten lines because ma
 
 
 def roc_figure(curves: dict[str, pd.DataFrame]) -> Figure:
-    """Draw one ROC curve per table of false_positives and recall; the keys of `curves` become the legend."""
+    """Draw one ROC curve per table with the columns false_positives and recall; the keys of `curves` become the legend."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
@@ -26,7 +26,7 @@ def roc_figure(curves: dict[str, pd.DataFrame]) -> Figure:
 
 
 def auc_figure(intervals: pd.DataFrame) -> Figure:
-    """Draw the ROC AUC of each class and the mean with intervals; `intervals` has the columns name, value, low and high."""
+    """Draw the ROC AUC of each class and their mean as in `intervals`, which has the columns name, value, low and high."""
     named = intervals.assign(model=intervals["name"], name="ROC AUC with its interval over patients")
     return intervals_figure(named, line=0.5)
 
@@ -34,7 +34,7 @@ def auc_figure(intervals: pd.DataFrame) -> Figure:
 def findings_images(
     cache: XrayCache, scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, per_row: int = 4
 ) -> Figure:
-    """Draw the images in `scores` (a `class_scores` table) with the true classes above and the most probable ones below."""
+    """Draw the images in the `class_scores` table `scores`, with true classes above and the most probable classes below."""
     figure, axes = image_grid(len(scores), per_row, 3.2, 4)
     classes = class_columns(scores, "class_scores")
     truth = labels.set_index("id").loc[images.set_index("image_id").study_id.reindex(scores.image_id), classes]

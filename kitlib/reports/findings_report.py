@@ -19,9 +19,9 @@ DEFAULT_THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class Answers:
-    """True labels and predicted probabilities of n images, both (n, classes).
+    """True labels and predicted probabilities of n images, both as arrays (n, classes).
 
-    `truth` is NaN if unknown, 1 for labels of at least 0.5, and 0 otherwise.
+    `truth` is NaN where the label is unknown, 1 where it is at least 0.5, and 0 otherwise.
     """
 
     classes: tuple[str, ...]
@@ -31,15 +31,15 @@ class Answers:
     patient: np.ndarray  # (n,)
 
     def rows(self, chosen: np.ndarray) -> "Answers":
-        """Return the images selected by a boolean mask (n,) or by indices, in that order."""
+        """Return the answers for only some images, `chosen` by a bool array (n,) or by indices in the order wanted."""
         truth, probabilities = self.truth[chosen], self.probabilities[chosen]
         return Answers(self.classes, truth, probabilities, self.fold[chosen], self.patient[chosen])
 
 
 def answers(scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> Answers:
-    """Match the rows of `scores` (a `class_scores` table) with their true labels.
+    """Return the predictions in `scores` (a `class_scores` table), matched with the true labels of each image.
 
-    Raises ValueError if an image has several rows, no label or a score that is NaN, or if the labels lack a class.
+    Raises ValueError if an image has several rows, has no label, or has a score that is NaN, or if `labels` lacks a class.
     """
     scores, labels = check_table(scores, "class_scores"), check_table(labels, "labels")
     classes = class_columns(scores, "class_scores")
@@ -68,7 +68,10 @@ def answers(scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) ->
 
 
 def mean_over_folds(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per image with the mean over the models that predicted it; `model` and `fold` are the first model's."""
+    """Return one row per image, with the mean scores of the models that predicted it.
+
+    The columns `model` and `fold` are those of the first of these models.
+    """
     scores = check_table(scores, "class_scores")
     grouped = scores.groupby("image_id", sort=False, as_index=False)
     classes = class_columns(scores, "class_scores")
@@ -76,7 +79,7 @@ def mean_over_folds(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_thresholds(predictions: Answers) -> np.ndarray:
-    """Return the threshold with the highest F1 on these images for each class, shape (classes,).
+    """Return an array (classes,): for each class, the threshold with the highest F1 on these images.
 
     An image is called positive if its probability is at least the threshold. A class without positives gets a threshold of
     0.5.
@@ -91,9 +94,10 @@ def best_thresholds(predictions: Answers) -> np.ndarray:
 
 
 def cross_fitted_thresholds(predictions: Answers, seed: int = 0) -> np.ndarray:
-    """Return a threshold for each image and class (n, classes), chosen by `best_thresholds` on the other folds.
+    """Return an array (n, classes): each image's thresholds, chosen by `best_thresholds` on the folds without the image.
 
-    If there is only one fold, its patients are split into two random halves, and each half gets the thresholds of the other.
+    If there is only one fold, its patients are split into two random halves, and each half gets the thresholds that were
+    chosen on the other half.
     """
     part = predictions.fold
     if len(np.unique(part)) < 2:
@@ -106,12 +110,12 @@ def cross_fitted_thresholds(predictions: Answers, seed: int = 0) -> np.ndarray:
 
 
 def class_report(predictions: Answers, thresholds: np.ndarray) -> pd.DataFrame:
-    """Return one row per class with its ROC AUC, average precision, and precision, recall and F1 at the thresholds.
+    """Return one row per class, with ROC AUC, average precision, and precision, recall and F1 at `thresholds`.
 
     The columns are class, positives, of (number of images with a known label), roc_auc, average_precision, threshold,
-    precision, recall and f1. `thresholds` is (n, classes) or (classes,), for example from `cross_fitted_thresholds`; the
-    `threshold` column is the mean over images. ROC AUC is NaN without positives or negatives, the other metrics are NaN
-    without positives. Precision is 0 if nothing is predicted positive.
+    precision, recall and f1. `thresholds` is an array (n, classes), for example from `cross_fitted_thresholds`, or
+    (classes,); the column `threshold` is its mean over the images. ROC AUC is NaN without positives or negatives, the other
+    metrics are NaN without positives. Precision is 0 if nothing is predicted positive.
     """
     thresholds = np.broadcast_to(thresholds, predictions.probabilities.shape)
     rows = []
@@ -136,7 +140,7 @@ def class_report(predictions: Answers, thresholds: np.ndarray) -> pd.DataFrame:
 
 
 def precision_recall_f1(truth: np.ndarray, called: np.ndarray) -> tuple[float, float, float]:
-    """Compute precision, recall and F1 from the truth and the predictions `called`, both bool (n,).
+    """Return precision, recall and F1. `truth` and `called` (predicted positive) are bool arrays (n,).
 
     All three are NaN without positives. Precision is 0 if nothing is predicted positive.
     """
@@ -147,10 +151,10 @@ def precision_recall_f1(truth: np.ndarray, called: np.ndarray) -> tuple[float, f
 
 
 def bootstrap_auc(predictions: Answers, samples: int = 200, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """Return percentile intervals of the mean ROC AUC and of each class's: name, value, low and high.
+    """Return percentile intervals of each class's ROC AUC and of their mean, with the columns name, value, low and high.
 
-    Whole patients are drawn with replacement. A class without positives or negatives in a sample is left out of the sample's
-    mean.
+    Whole patients are drawn with replacement. A class that has no positives or no negatives in a draw is left out of the
+    mean of that draw.
     """
     draws = auc_draws(predictions, samples, seed)
     # A class that is undefined in all samples keeps NaN, because np.nanquantile would warn about it.
@@ -163,10 +167,10 @@ def bootstrap_auc(predictions: Answers, samples: int = 200, level: float = 0.95,
 
 
 def auc_draws(predictions: Answers, samples: int = 200, seed: int = 0) -> pd.DataFrame:
-    """Return the mean ROC AUC and each class's as columns: in the first row for all patients, then one row per draw.
+    """Return the mean ROC AUC and each class's ROC AUC as columns: first a row for all patients, then one per draw.
 
-    Predictions for the same patients with one seed get the same draws, so the difference of two tables is a paired
-    comparison.
+    Whole patients are drawn. Predictions for the same patients get the same draws if the seed is the same, so the difference
+    of two tables is a paired comparison.
     """
     patients, codes = np.unique(predictions.patient, return_inverse=True)
     is_known = [~np.isnan(column) for column in predictions.truth.T]
@@ -188,7 +192,7 @@ def auc_draws(predictions: Answers, samples: int = 200, seed: int = 0) -> pd.Dat
 
 
 def roc_curves(predictions: Answers) -> dict[str, pd.DataFrame]:
-    """Return the ROC curve of each class, keyed by a title such as `class (AUC 0.123)`, the largest area first.
+    """Return the ROC curve of each class as a table, keyed by titles such as `class (AUC 0.123)`, the largest AUC first.
 
     The columns are false_positives and recall (rates, 0..1). Classes without positives or without negatives are omitted.
     """
@@ -203,7 +207,7 @@ def roc_curves(predictions: Answers) -> dict[str, pd.DataFrame]:
 
 
 def uncertainty(scores: pd.DataFrame) -> pd.Series:
-    """Compute each row's entropy in bits, summed over classes; it is 0 if every probability is 0 or 1."""
+    """Return the entropy of each row of `scores` in bits, summed over classes; it is 0 if every probability is 0 or 1."""
     probability = scores[class_columns(scores, "class_scores")].to_numpy(float)
     with np.errstate(divide="ignore", invalid="ignore"):
         present, absent = (np.where(share > 0, -share * np.log2(share), 0) for share in (probability, 1 - probability))
@@ -211,7 +215,7 @@ def uncertainty(scores: pd.DataFrame) -> pd.Series:
 
 
 def _known_labels(predictions: Answers) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Yield the truth (bool) and the probability of the images with a known label, class by class."""
+    """Yield two arrays per class: the truth (bool) and the probability of the images whose label is known."""
     for truth, scores in zip(predictions.truth.T, predictions.probabilities.T, strict=True):
         is_known = ~np.isnan(truth)
         yield truth[is_known] == 1, scores[is_known]

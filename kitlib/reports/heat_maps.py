@@ -1,7 +1,8 @@
 """Grad-CAM heat maps of classifiers, and the share of the heat that is inside the lungs.
 
-Uses Selvaraju et al. 2017 as implemented in the grad-cam package, on the last convolutional stage. Heat does not prove why a
-model decides; it shows which cells of the last feature maps raise the output of a class. A cell is 1/32 of the canvas wide.
+The method is that of Selvaraju et al. 2017, as implemented in the package grad-cam, applied to the last convolutional stage.
+Heat does not prove why a model decides; it shows which cells of the last feature maps raise the output of a class. A cell is
+1/32 of the canvas wide.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +36,7 @@ COLUMNS = ["image_id", "class", "heat_inside", "area_inside", "concentration"]
 
 @dataclass(frozen=True)
 class Heat:
-    """Heat map of one image for one class on its decoded copy: float32, 0..1, all 0 if nothing raises the output."""
+    """Heat map of an image for one class, in the size of the decoded copy: float32, 0..1, all 0 if there is no heat."""
 
     xray: CachedXray
     class_name: str
@@ -43,10 +44,11 @@ class Heat:
 
 
 def heat_maps(network: Classifier, pixels: torch.Tensor, outputs: Sequence[int]) -> np.ndarray:
-    """Return heat maps (n, side, side), 0..1, of grey canvases `pixels` (n, side, side), 0..255.
+    """Return an array (n, side, side), 0..1: one heat map for each canvas in `pixels`.
 
-    `outputs` has the index of the network output for each canvas. The maximum of a heat map is 1, or 0 if nothing raises the
-    output. Raises ValueError for a network without feature maps, such as a transformer.
+    `pixels` is a tensor (n, side, side) of grey canvases, 0..255. `outputs` has, for each canvas, the index of the network's
+    output to explain. The maximum of a heat map is 1, or 0 if nothing raises the output. Raises ValueError for a network
+    without feature maps, such as a transformer.
     """
     wrapped = _FeatureMapsFirst(network).eval()
     device = next(network.parameters()).device
@@ -60,11 +62,10 @@ def heat_maps(network: Classifier, pixels: torch.Tensor, outputs: Sequence[int])
 
 
 def compute_heat(predictor: Predictor, xrays: Iterable[CachedXray], class_names: Sequence[str]) -> list[Heat]:
-    """Return the heat map of each X-ray for its class, mapped back from the model's canvas to the decoded copy.
+    """Return one heat map per X-ray, for its entry in `class_names`, mapped from the model's canvas to the decoded copy.
 
-    `class_names` has one class per X-ray. Pixels that the model does not see, such as those outside a crop, have no heat. If
-    the model has several views, only the first, unmirrored one is used. Raises ValueError if the model is not a classifier
-    of whole images or lacks a class.
+    Pixels that the model does not see, such as those outside a crop, have no heat. If the model has several views, only the
+    first, unmirrored one is used. Raises ValueError if the model is not a classifier of whole images or lacks a class.
     """
     if not isinstance(predictor.network, Classifier) or predictor.family.sees_patches:
         raise ValueError(
@@ -88,7 +89,7 @@ def compute_heat(predictor: Predictor, xrays: Iterable[CachedXray], class_names:
 
 
 def inside_lungs(heats: Iterable[Heat], lungs: LungFinder) -> pd.DataFrame:
-    """Return one row per image with the share of the heat inside the lung mask.
+    """Return one row per heat map, with the share of its heat that is inside the lung mask.
 
     The columns are image_id, class, heat_inside (the share), area_inside (the mask's share of the image) and concentration
     (their ratio, 1 if the heat is spread evenly). The last three are NaN if there is no mask or no heat.
@@ -105,9 +106,9 @@ def inside_lungs(heats: Iterable[Heat], lungs: LungFinder) -> pd.DataFrame:
 
 
 def heat_summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Summarise each model's table of `inside_lungs` in one row: means over images, images, and not_judged.
+    """Return one row per model, with the means of its result of `inside_lungs`, and the columns images and not_judged.
 
-    `not_judged` counts the images without a value.
+    `images` counts all images in the result, `not_judged` those of them without a value.
     """
     rows = {name: {**table[COLUMNS[2:]].mean(), "images": len(table)} for name, table in tables.items()}
     summary = pd.DataFrame.from_dict(rows, orient="index")
@@ -115,7 +116,7 @@ def heat_summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def heat_figure(heats_by_model: Mapping[str, Sequence[Heat]], lungs: LungFinder | None = None) -> Figure:
-    """Draw a column per image: the image in the first row, then one row of heat maps per model.
+    """Draw one column per image: the first row shows the images, each further row the heat maps of one model.
 
     The models can be, for example, one trained with and one without lung masks. The outline of the lungs is drawn if `lungs`
     finds a mask. Raises ValueError if the models' heat maps are of different images.
@@ -144,7 +145,7 @@ def heat_figure(heats_by_model: Mapping[str, Sequence[Heat]], lungs: LungFinder 
 
 
 class _FeatureMapsFirst(nn.Module):
-    """A classifier that passes its last feature maps through the layer `maps`, to which Grad-CAM attaches its hooks.
+    """Wraps a classifier so that its last feature maps pass through the layer `maps`, to which Grad-CAM attaches its hooks.
 
     The layers before `maps` compute no gradients.
     """

@@ -1,7 +1,7 @@
 """Compares predictions with the Heidelberg project's published metrics, on the project's scale and on the competition's.
 
-The project's 859 held-out images all have a box, so no healthy image can produce a false positive (see facts). Box metrics
-are therefore computed on images with a box and, to show a detector's value in the competition, on all images.
+The project's 859 held-out images all have a box, so no healthy image can produce a false positive. Box metrics are therefore
+computed on images with a box and, to show a detector's value in the competition, on all images.
 """
 
 import math
@@ -31,7 +31,7 @@ def heidelberg_table(
     folds: pd.DataFrame | None = None,
     confidences: dict[str, float] | None = None,
 ) -> pd.DataFrame:
-    """Return one row for each entry of `answers`, then the published rows, with COLUMNS; missing values are NaN.
+    """Return one row for each entry of `answers`, then the published rows; the columns are COLUMNS, missing values NaN.
 
     The box metrics are computed on those of `images` that the detectors have predicted, the study metrics on the studies
     that have predictions; placeholder predictions (the class frequencies) do not count. Before comparing metrics, compare
@@ -39,9 +39,9 @@ def heidelberg_table(
     `ap_boxed` the AP on images with a box. `f1`, `recall` and `precision` are computed on images with a box from the boxes
     whose confidence is at least `confidence`, `precision_all` on all images.
 
-    The confidence limit is never chosen on the images that it is evaluated on. It is the entry in `confidences` or, without
-    an entry, in each fold of `folds` the limit with the highest F1 on the other folds; the table then shows the mean over
-    images, NaN with a single fold.
+    The confidence limit is never chosen on the images that it is evaluated on. If `confidences` has an entry for the key in
+    `answers`, that is the limit. Otherwise the limit for each fold of `folds` is the one with the highest F1 on the other
+    folds; the table then shows the mean limit over images, which is NaN if there is a single fold.
 
     Study recall, precision and F1 are means over the classes. `study_map` is the mean AP of the probabilities.
     `study_map_hard` is, as in the report, the mean AP with a probability of 1 for the most probable class and 0 for the
@@ -65,13 +65,13 @@ def heidelberg_table(
 
 
 def heidelberg_figures(predictions: Answers, thresholds: np.ndarray, exclusive: bool = False) -> pd.DataFrame:
-    """Return precision, recall, accuracy and F1: the published row, then rows at the threshold 0.5 and at `thresholds`.
+    """Return precision, recall, accuracy and F1 in three rows: as published, at the threshold 0.5, and at `thresholds`.
 
-    `thresholds` is (n, classes) or (classes,). Precision, recall and F1 are unweighted means over the classes that occur.
-    Accuracy is the share of images for which all classes are right, among images whose labels are all known. If `exclusive`,
-    the published row is followed by a single row, in which the most probable class is predicted. The published row is for
-    another split of the whole NIH set, so it shows the scale and is not a ranking. The report does not say how it averages;
-    this function follows scikit-learn's convention for several labels per image.
+    `thresholds` is an array (n, classes) or (classes,). Precision, recall and F1 are unweighted means over the classes that
+    occur. Accuracy is the share of images for which all classes are right, among images whose labels are all known. If
+    `exclusive`, the published row is followed by a single row, in which the most probable class is predicted. The published
+    row is for another split of the whole NIH set, so it shows the scale and is not a ranking. The report does not say how it
+    averages; this function follows scikit-learn's convention for several labels per image.
     """
     calls = {
         f"here, from {DEFAULT_THRESHOLD} on": predictions.probabilities >= DEFAULT_THRESHOLD,
@@ -100,7 +100,7 @@ def heidelberg_figures(predictions: Answers, thresholds: np.ndarray, exclusive: 
 
 
 def best_confidence(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame) -> float:
-    """Return the confidence limit with the highest F1 on images with a box; NaN without predicted or ground-truth boxes."""
+    """Return the confidence limit with the highest F1 on images with a box, or NaN if no box is predicted or annotated."""
     detections, true_boxes = _on_boxed(answer, _predicted_images(answer, images), boxes)
     if detections.empty or true_boxes.empty:
         return float("nan")
@@ -112,7 +112,7 @@ def best_confidence(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame) ->
 
 
 def _confidence_by_fold(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame, folds: pd.DataFrame) -> dict[str, float]:
-    """Map each image_id to the confidence limit chosen on the images in the other folds."""
+    """Return a dict that maps each image_id to the confidence limit chosen on the folds that do not contain the image."""
     predicted_images = _predicted_images(answer, images)
     fold = predicted_images["image_id"].map(folds.set_index("id")["fold"])
     if fold.isna().any():

@@ -16,7 +16,7 @@ from kitlib.xrays.mask_store import MaskStore
 
 
 def overlap_figure(scores: pd.DataFrame) -> Figure:
-    """Draw the cumulative share of images over Dice, one line per structure; dotted is the agreement between two readers."""
+    """Draw the cumulative share of images over Dice, one line per structure; dotted is the agreement of two readers."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
     for structure, part in scores.groupby("structure", sort=False):
@@ -41,7 +41,7 @@ def mask_images(
 
 
 def lungs_montage(cache: XrayCache, masks: MaskStore, lungs: pd.DataFrame) -> Figure:
-    """Draw the images in a `lungs` table, dimmed outside the mask, with an orange frame if the lungs were found."""
+    """Draw the images in a `lungs` table, dimmed outside the lung mask, with an orange frame where the lungs were found."""
     figure, axes = image_grid(len(lungs), 6, 2.1, 2.3)
     for axis, row in zip(axes, lungs.itertuples(), strict=False):
         xray = cache.read(row.image_id)

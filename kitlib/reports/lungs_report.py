@@ -1,4 +1,4 @@
-"""Lung segmentation for each class: overlap with annotated masks, with intervals, and images without usable lungs."""
+"""Reports on lung segmentation, by class: overlap with annotated masks, with intervals, and images without usable lungs."""
 
 import numpy as np
 import pandas as pd
@@ -15,13 +15,13 @@ ALL = "all"
 def overlap_report(
     scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, samples: int = 500, seed: int = 0
 ) -> pd.DataFrame:
-    """Return the mean, interval, median and minimum of Dice and Jaccard, with one row per structure and class.
+    """Return one row per structure and class, with the mean, interval, median and minimum of Dice and of Jaccard.
 
-    The class `all` comes first. `scores` is a `mask_scores` table with one row per image and structure; `images` and
-    `labels` are as in kitlib.tables. The columns are structure, class, images and patients (counts), then for example dice
-    (the mean), dice_low, dice_high, dice_median and dice_min. The 95 % intervals are percentiles of means over whole
-    patients drawn with replacement; all rows of a class get the same draws. Raises ValueError for images that are not in
-    `images` or that have several rows, for example from several models.
+    The class `all`, with all images, comes first. `scores` is a `mask_scores` table with one row per image and structure;
+    `images` and `labels` are as in kitlib.tables. The columns are structure, class, images and patients (counts), then for
+    example dice (the mean), dice_low, dice_high, dice_median and dice_min. The 95 % intervals are percentiles of means over
+    whole patients drawn with replacement; all rows of a class get the same draws. Raises ValueError for images that are not
+    in `images` or that have several rows, for example from several models.
     """
     scores = check_table(scores, "mask_scores")
     repeated = scores.image_id[scores.duplicated(["image_id", "structure"])]
@@ -47,16 +47,19 @@ def overlap_report(
 def clustered_interval(
     values: np.ndarray, patients: np.ndarray, samples: int = 500, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Return the percentile interval of the mean of `values` (n,), with whole `patients` (n,) drawn with replacement."""
+    """Return the percentile interval (low, high) of the mean of `values`, with whole patients drawn with replacement.
+
+    `values` and `patients` are arrays (n,): a value and the patient it belongs to.
+    """
     low, high = np.quantile(_means(values, patients, samples, seed), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def dice_draws(scores: pd.DataFrame, images: pd.DataFrame, samples: int = 200, seed: int = 0) -> pd.DataFrame:
-    """Return the mean Dice in the column `score`: in the first row for all `images`, then one row per draw of patients.
+    """Return a table with the mean Dice as `score`: the first row is for all images, each later row for one bootstrap draw.
 
-    Whole patients are drawn. `scores` has one row per image. The same images and seed get the same draws, so the difference
-    of two such tables is a paired comparison.
+    Whole patients are drawn with replacement. `scores` has one row per image. The same images and seed get the same draws,
+    so the difference of two such tables is a paired comparison.
     """
     dice = scores.set_index("image_id").dice.loc[images.image_id].to_numpy()
     drawn = _means(dice, images.patient_id.to_numpy(), samples, seed)
@@ -71,11 +74,11 @@ def _means(values: np.ndarray, patients: np.ndarray, samples: int, seed: int) ->
 
 
 def verdicts(lungs: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
-    """Return the number of images with each verdict, with one row per class, the class `all` first.
+    """Return one row per class with its number of images by verdict; the class `all`, with all images, comes first.
 
     `lungs` is the table of a run that applied a segmenter. The columns are class, images, one count per verdict, and
-    not_found, the share of images without lungs. If the shares differ between classes, excluding these images favours a
-    class.
+    not_found, the share of images without lungs. If the shares differ between classes, excluding the images without lungs
+    favours a class.
     """
     joined = _with_classes(check_table(lungs, "lungs"), images, labels)
     counts = pd.crosstab(joined["class"], joined.verdict).reindex(joined["class"].unique())
@@ -86,7 +89,7 @@ def verdicts(lungs: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) ->
 
 
 def _with_classes(table: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
-    """Return the table's rows with the class `all`, then repeated for each true class of their image.
+    """Return the rows of `table` several times: first with the class `all`, then with each true class of their image.
 
     Raises ValueError for an image that is not in `images`.
     """

@@ -1,6 +1,6 @@
 """Published tables of metrics, read from `published_tables.yaml`, and a check whether their metrics are possible at all.
 
-A published value that cannot be the metric that it is called is kept as printed; the table's `faults` mention it.
+A published value that cannot be the metric in its heading is kept as printed, and the table's `faults` mention it.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ UNITS = {"percent": 100.0, "share": 1.0}
 
 @dataclass(frozen=True)
 class PublishedTable:
-    """One published table.
+    """One published table of metrics, with facts about how they were measured.
 
-    `rows` has one row per model and values in 0..1, NaN where nothing is printed. `spread` has the standard deviations, None
-    if they are not printed.
+    `rows` has one row per model and one column per metric, with values in 0..1, NaN where nothing is printed. `spread` has
+    the standard deviations in the same layout, or is None if they are not printed.
     """
 
     title: str  # document and table number
@@ -44,11 +44,11 @@ def find_published(name: str) -> PublishedTable:
 
 
 def check_counts(table: PublishedTable) -> pd.DataFrame:
-    """Check whether the metrics in each row can result from any counts of true and false positives and negatives.
+    """Return a check of each row: can its metrics result from any counts of true and false positives and negatives?
 
     The columns are the metrics in percent, COUNTS (the first possible counts, NA if there are none), consistent (bool),
-    renamed (metrics that must have another name) and says (the result in words). Rows of means are not checked. Returns an
-    empty table if the number of positives and negatives is unknown.
+    renamed (printed metrics that can only be another metric) and says (the result in words). Rows of means are not checked.
+    Returns an empty table if the number of positives and negatives is unknown.
     """
     if table.counts is None:
         return pd.DataFrame()
@@ -60,14 +60,15 @@ def check_counts(table: PublishedTable) -> pd.DataFrame:
 def possible_counts(
     positives: int, negatives: int, printed: dict[str, float], decimals: int = 2
 ) -> tuple[pd.DataFrame, dict[str, tuple[str, ...]]]:
-    """Return the counts from which `printed` metrics can result, and the printed names that must mean another metric.
+    """Return the counts from which the `printed` metrics can result, and the printed names that must mean another metric.
 
-    `printed` maps metric names to percentages of a test with `positives` and `negatives`. The first result is a table with
-    the columns COUNTS, the second maps a printed name to the metrics that it can be. All integer counts are tried, so the
-    result is a proof within the printed `decimals`. A printed value may be rounded or truncated, because papers do both. If
-    no counts fit all metrics under their printed names, as few names as possible are read as other metrics, no two as the
-    same one, and sensitivity keeps its name if possible. Metrics are those of `count_metrics` and "balanced accuracy".
-    Raises ValueError for another metric, a value outside 0..100, or a test without positives or negatives.
+    `printed` maps metric names to percentages, for a test with that many `positives` and `negatives`. The first result is a
+    table with the columns COUNTS, the second maps a printed name to the metrics that it can be. All integer counts are
+    tried, so the result is a proof within the printed `decimals`. A printed value may be rounded or truncated, because
+    papers do both. If no counts fit all metrics under their printed names, as few names as possible are read as other
+    metrics, no two as the same one, and sensitivity keeps its name if possible. Metrics are those of `count_metrics` and
+    "balanced accuracy". Raises ValueError for another metric, a value outside 0..100, or a test without positives or
+    negatives.
     """
     tp, tn = (grid.ravel() for grid in np.meshgrid(np.arange(positives + 1), np.arange(negatives + 1), indexing="ij"))
     counts = np.stack([tp, positives - tp, tn, negatives - tn])

@@ -18,7 +18,7 @@ def study_examples(
     image_scores: pd.DataFrame,
     count: int = 4,
 ) -> Figure:
-    """Draw one image per study: first those whose true class got the highest probability, then those with the lowest.
+    """Draw one image per study: in the first row studies whose true class got the highest probability, then the lowest.
 
     Each row has up to `count` images. An image shows its annotated boxes and, above it, the true class, the three most
     probable classes and `none`. If `study_scores` or `image_scores` is empty, its values are omitted. Studies without a
@@ -40,7 +40,7 @@ def _answers(
     study_scores: pd.DataFrame,
     image_scores: pd.DataFrame,
 ) -> pd.DataFrame:
-    """Return image_id, title and truth_found, the probability that the model assigned to the true class."""
+    """Return a table with image_id, title and truth_found, the probability that the model assigned to the true class."""
     classes = list(STUDY_CLASSES)
     studies = study_scores.groupby("study_id")[classes].mean()
     nones = image_scores.groupby("image_id").none.mean()
