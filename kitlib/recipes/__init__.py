@@ -1,4 +1,4 @@
-"""Training recipes: the fields of each kind with defaults and valid ranges, and the published recipes by name.
+"""Training recipes: their fields with defaults and valid values, and the published recipes, each with a name.
 
 Does not belong here: code that trains or predicts.
 """

@@ -55,8 +55,8 @@ OF_ONE_FAMILY = {
 class TrainingRecipe(Settings):
     """Fields of every recipe: starting weights, canvas, optimiser, schedule and common augmentation.
 
-    Defaults: Heidelberg SIIM project, report section 3, with the kit's corrections. A field whose name ends in `_p` is the
-    probability per image of an augmentation.
+    The defaults are those of the Heidelberg SIIM project (report, section 3), with the kit's corrections. A field whose name
+    ends in `_p` is the probability that an augmentation is applied to an image.
     """
 
     starting_weights: str = ""  # a bundle folder, or a .safetensors or .npz file; empty: random weights
@@ -103,7 +103,7 @@ class TrainingRecipe(Settings):
 
 @dataclass(frozen=True)
 class WithBackbone(TrainingRecipe):
-    """Fields of a recipe for a model with a backbone, on whole images or lung crops."""
+    """Recipe fields of a model that has a backbone: which backbone, and whether it is shown whole images or lung crops."""
 
     backbone: str = "resnext101_32x8d"  # name of a timm model; the default is Heidelberg's NIH backbone
     channels: Literal[1, 3] = 1  # 1: grey; 3: grey repeated three times, for weights trained on RGB
@@ -163,7 +163,10 @@ class WithDistortions(TrainingRecipe):
 
 @dataclass(frozen=True)
 class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
-    """Recipe fields of a classifier: a backbone with Heidelberg's head, 2048-1024-ReLU-dropout-classes."""
+    """Recipe fields of a classifier: a backbone and a head with one hidden layer, as in the Heidelberg SIIM project.
+
+    Heidelberg's head has 2048 inputs from the backbone, a layer of 1024 units, ReLU, dropout, and one output per class.
+    """
 
     # Side of a larger canvas, from which training crops a random square of image_size and prediction crops the middle;
     # 0: no larger canvas.
@@ -214,7 +217,10 @@ class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
 
 @dataclass(frozen=True)
 class StudyRecipe(ClassifierRecipe):
-    """Recipe of a study-level classifier with an image-level `none`. Defaults: Heidelberg report, section 3.4."""
+    """Recipe of a classifier of the four study classes and of `none`, the probability that an image has no opacity.
+
+    The defaults are those of the Heidelberg report, section 3.4.
+    """
 
     outputs: Literal["study", "none", "both"] = "both"  # outputs of the model; 15th place trains a model for each
     none_weight: NotNegative = 0.5  # weight of the image-level `none` loss, relative to the study's cross entropy
@@ -227,9 +233,9 @@ class StudyRecipe(ClassifierRecipe):
 
 @dataclass(frozen=True)
 class FindingsRecipe(ClassifierRecipe):
-    """Recipe of a classifier of single images, whose classes are those of the `labels` table.
+    """Recipe of a classifier of single images. Its classes are the columns of the `labels` table.
 
-    Defaults: Heidelberg report, section 3.1, the NIH backbone.
+    The defaults are those of the NIH backbone in the Heidelberg report, section 3.1.
     """
 
     multi_label: bool = True  # True: independent classes (BCE); False: exactly one class is true (cross entropy)
@@ -265,10 +271,10 @@ class FindingsRecipe(ClassifierRecipe):
 
 @dataclass(frozen=True)
 class PatchRecipe(FindingsRecipe):
-    """Recipe of a classifier of lung patches, whose outputs are pooled per image. Defaults: Patched FLANNEL, section 2.2.
+    """Recipe of a classifier of lung patches, which pools its outputs for the patches of an image.
 
-    The image and its lung mask are stretched to `canvas`, pixels outside the lungs are blackened, and patches of
-    `image_size` are cut around lung pixels, without scaling.
+    The image and its lung mask are stretched to `canvas` pixels a side, pixels outside the lungs are blackened, and patches
+    of `image_size` pixels a side are cut around lung pixels. The defaults are those of Patched FLANNEL, section 2.2.
     """
 
     patches: AtLeastOne = 100  # per image, at prediction
@@ -303,7 +309,10 @@ class PatchRecipe(FindingsRecipe):
 
 @dataclass(frozen=True)
 class DetectorRecipe(WithBackbone, WithOcclusions):
-    """Recipe of an opacity detector, a Faster R-CNN or a YOLO. Defaults: Heidelberg report, section 3.1, Faster R-CNN."""
+    """Recipe of an opacity detector, which is a Faster R-CNN or a YOLO.
+
+    The defaults are those of the Faster R-CNN in the Heidelberg report, section 3.1.
+    """
 
     family: Literal["faster_rcnn", "yolo"] = "faster_rcnn"  # for yolo, `backbone` is an ultralytics name such as "yolov5lu"
     inference_size: Count = 0  # side of the canvas at prediction, a multiple of 32; 0: as in training
@@ -348,9 +357,10 @@ class DetectorRecipe(WithBackbone, WithOcclusions):
 
 @dataclass(frozen=True)
 class SegmenterRecipe(WithDistortions):
-    """Recipe of a lung segmenter and of the clean-up of its masks. Defaults: UNet + HRNet paper, sections 3.2, 3.3 and 4.
+    """Recipe of a lung segmenter, with the settings for cleaning up its masks.
 
-    The paper does not state the schedule or the patience; those defaults are the kit's.
+    The defaults are those of the UNet + HRNet paper, sections 3.2, 3.3 and 4, except for `schedule` and `patience`, which
+    the paper does not state; their defaults are the kit's.
     """
 
     network: Literal["unet", "resunet", "fc_densenet103"] = "unet"

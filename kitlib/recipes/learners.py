@@ -1,4 +1,7 @@
-"""Recipes of published classifiers of exclusive classes: FLANNEL, Patched FLANNEL, UNet + HRNet, ResUNet + ensembles."""
+"""Recipes of published classifiers for labels with exactly one true class per image.
+
+The publications are FLANNEL, Patched FLANNEL, UNet + HRNet, and ResUNet + ensembles.
+"""
 
 from kitlib.recipes.fields import FindingsRecipe, PatchRecipe
 from kitlib.settings import override

@@ -272,8 +272,8 @@ RECIPES: dict[str, TrainingRecipe] = {
 def recipe(name: str, kind: type[R], **overrides: Any) -> R:
     """Return the recipe called `name`, with the fields in `overrides` replaced.
 
-    Raises SettingsError, with the valid names, if the recipe does not exist or is not an instance of `kind`; also if an
-    override is not a valid field or value.
+    Raises SettingsError if the recipe does not exist or is not an instance of `kind` (the message lists the valid names), or
+    if `overrides` contains an invalid field or value.
     """
     if name not in RECIPES:
         raise SettingsError(f"no recipe is called {name!r}; valid names: {', '.join(RECIPES)}")

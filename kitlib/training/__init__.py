@@ -1,4 +1,4 @@
-"""Training: data sets and augmentation, the training loop, one driver for all model families, and pseudo-labels.
+"""Training: data sets, augmentation, the training loop, a driver that trains any model family, and pseudo-labels.
 
-Does not belong here: networks and reports.
+Does not belong here: code of networks or reports.
 """

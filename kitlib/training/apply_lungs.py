@@ -1,4 +1,7 @@
-"""Segments the lungs of a whole data set: masks, crop frames and, optionally, images that are black outside the lungs."""
+"""Segments the lungs in all images of a data set.
+
+Writes masks, the frames to crop to and, optionally, copies of the images that are black outside the lungs.
+"""
 
 import dataclasses
 from collections.abc import Iterable
@@ -47,11 +50,12 @@ def apply_lungs(
 ) -> pd.DataFrame:
     """Segment the lungs of every image and return the `lungs` table, one row per image in the order of `images`.
 
-    Writes to `run_folder`: the table, `masks/`, `bundle/` (the segmenter with the clean-up that was applied, which a
-    submission needs to crop in the same way) and, with `masked_images`, `masked/`, a cache of the images with black outside
-    the lungs (unchanged if no lungs were found). `clean_up` overrides recipe fields in CLEAN_UP_FIELDS. With `resume` an
-    interrupted run continues. Raises TrainingError if the folder contains a run with other images or another segmenter;
-    SettingsError if `clean_up` has a field that is not in CLEAN_UP_FIELDS.
+    `bundle` is the folder of the segmenter's bundle. `clean_up` overrides fields of the segmenter's recipe; only those in
+    CLEAN_UP_FIELDS are allowed. Writes to `run_folder`: the `lungs` table; `masks/`; `bundle/`, the segmenter with the
+    clean-up fields that were applied, so that a submission crops in the same way; and, with `masked_images`, `masked/`, a
+    cache of copies that are black outside the lungs (an image without detected lungs is copied unchanged). With `resume`, an
+    interrupted run continues. Raises TrainingError if the folder contains a run with other images, settings or another
+    segmenter; SettingsError if `clean_up` has a field that is not in CLEAN_UP_FIELDS.
     """
     run_folder, changes = Path(run_folder), clean_up or {}
     unknown = [name for name in changes if name not in CLEAN_UP_FIELDS]
@@ -92,7 +96,7 @@ def apply_lungs(
 
 
 def _read_finished_parts(run_folder: Path, resume: bool) -> tuple[MaskStore, list[pd.DataFrame]]:
-    """Return the masks that an interrupted run has stored, and `lungs` tables with the rows of the same images."""
+    """Return the masks that an interrupted run has stored, and a list of `lungs` tables with the rows of these images."""
     store = MaskStore(run_folder / "masks") if resume else MaskStore.create_empty(run_folder / "masks")
     parts = [read_table("lungs", part) for part in sorted((run_folder / "checkpoints").glob("lungs-*.parquet"))]
     return store, [part[part.image_id.isin(store.ids)] for part in parts]
@@ -101,7 +105,11 @@ def _read_finished_parts(run_folder: Path, resume: bool) -> tuple[MaskStore, lis
 def _clean_up_image(
     segmentation: tuple[CachedXray, np.ndarray, Placement], recipe: SegmenterRecipe, masked: XrayCache | None
 ) -> Segmented:
-    """Clean up the segmentation of one image; if `masked` is given, store the image in it with black outside the lungs."""
+    """Clean up the segmentation of one image and return its lung mask, frame and verdict.
+
+    If `masked` is given, also stores in this cache a copy of the image that is black outside the lungs, or unchanged if no
+    usable lungs were found.
+    """
     xray, maps, place = segmentation
     result = clean_up_maps(xray, maps, place, recipe)
     if masked is not None:

@@ -1,4 +1,4 @@
-"""Augmentation of a training canvas: geometric transforms of the image with its boxes or mask, then pixel transforms."""
+"""Augmentation of a training canvas: geometric transforms of the canvas and its boxes or mask, then pixel transforms."""
 
 import os
 
@@ -18,12 +18,12 @@ BLUR_SIGMA = 0.5
 
 
 class Augmentation:
-    """Augments a canvas with its boxes: geometric transforms of both, then pixel transforms of the canvas.
+    """Augments a canvas and its boxes: geometric transforms of both, then pixel transforms of the canvas alone.
 
     Areas outside a rotated or shifted image are black. A rotated box becomes the bounding box of its inscribed ellipse
     (Kalra et al., Towards Rotation Invariance in Object Detection, 2021), since the bounding box of its rotated corners is
-    too large for round findings. If the recipe's `canvas` is larger than image_size, a random square of image_size is
-    cropped. Cut-outs and erased rectangles are black; boxes that they cover stay in the ground truth.
+    too large for round findings. If the recipe's `canvas` is larger than its `image_size`, a random square of `image_size`
+    pixels a side is cropped. Cut-outs and erased rectangles are black; boxes that they cover stay in the ground truth.
     """
 
     def __init__(self, recipe: TrainingRecipe) -> None:
@@ -39,9 +39,10 @@ class Augmentation:
         self.pixels = albumentations.Compose(_pixel_transforms(recipe))
 
     def __call__(self, pixels: np.ndarray, boxes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return augmented copies of a uint8 canvas (side, side) and its boxes (k, 4) in canvas pixels.
+        """Return augmented copies of the canvas `pixels` and of its `boxes`.
 
-        The augmentation depends on `seed` alone.
+        `pixels` is uint8 (side, side); `boxes` is (k, 4): xmin, ymin, xmax, ymax in canvas pixels. Boxes that are
+        less than a pixel wide or high after clipping are removed. The same seed always gives the same augmentation.
         """
         self.geometry.set_random_seed(seed)
         self.pixels.set_random_seed(derived_seed(seed, 1))
@@ -50,10 +51,10 @@ class Augmentation:
 
 
 class MaskAugmentation:
-    """Augments a canvas with its mask: the same geometric transforms of both, then pixel transforms of the canvas.
+    """Augments a canvas and its mask: the same geometric transforms of both, then pixel transforms of the canvas alone.
 
-    Areas outside a rotated or shrunk image are black in the canvas and background in the mask. The recipe `unet_lungs` uses
-    the settings of the UNet + HRNet paper, Table 3, `resunet_lungs` those of ResUNet + ensembles, section 4.1.
+    Areas outside a rotated or shrunk image are black in the canvas and background in the mask. The recipe `unet_lungs` has
+    the settings of the UNet + HRNet paper, Table 3; `resunet_lungs` has those of ResUNet + ensembles, section 4.1.
     """
 
     def __init__(self, recipe: TrainingRecipe) -> None:
@@ -61,7 +62,10 @@ class MaskAugmentation:
         self.pixels = albumentations.Compose(_pixel_transforms(recipe))
 
     def __call__(self, pixels: np.ndarray, truth: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return augmented copies of a canvas and its mask, both uint8 (side, side); depends on `seed` alone."""
+        """Return augmented copies of the canvas `pixels` and of its mask `truth`, both uint8 (side, side).
+
+        The same seed always gives the same augmentation.
+        """
         self.geometry.set_random_seed(seed)
         self.pixels.set_random_seed(derived_seed(seed, 1))
         moved = self.geometry(image=pixels, mask=truth)

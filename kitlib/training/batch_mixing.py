@@ -1,4 +1,4 @@
-"""MixUp and CutMix: mix pairs of images in a batch, and their targets in the same proportion."""
+"""MixUp and CutMix, which mix each image of a batch with another one, and their targets in the same proportion."""
 
 import math
 from typing import Any
@@ -7,17 +7,18 @@ import torch
 
 
 def mix_batch(batch: dict[str, Any], mixup: float, cutmix: float) -> dict[str, Any]:
-    """Return a copy of a batch (see `kitlib.training.xray_dataset.collate`) with mixed images and targets, without boxes.
+    """Return a copy of a batch in which each image is mixed with another image of the batch, and so are their targets.
 
-    `mixup` and `cutmix` are the alpha of Beta(alpha, alpha), from which one share per batch is drawn; 0 switches the method
-    off, and if both are 0 the batch is returned unchanged. If both are used, each batch uses either, with probability 1/2.
-    Partners are a permutation of the batch, so that the sum of each target over the batch does not change. MixUp blends
-    pixels, which become float32 0..255 (Zhang et al. 2018, section 2). CutMix pastes a rectangle of the partner; the share
-    is the area of the image that stays (Yun et al. 2019, section 3.1).
+    `batch` is a result of `kitlib.training.xray_dataset.collate`. For each batch one share is drawn from Beta(alpha, alpha);
+    `mixup` is MixUp's alpha, `cutmix` is CutMix's alpha. An alpha of 0 switches its method off. If both are 0, the batch is
+    returned unchanged; if neither is 0, one of the methods is drawn for each batch, each with probability 1/2. MixUp adds
+    share times the image to (1 - share) times the partner; the pixels become float32 0..255 (Zhang et al. 2018, section 2).
+    CutMix pastes a rectangle of the partner into the image; the share becomes the part of the image's area that is not
+    covered (Yun et al. 2019, section 3.1). Partners are a permutation of the batch.
 
-    `label` and `none` are blended by the share; a target that is NaN in either image becomes NaN. `mask` (n, cells, cells),
-    if the batch has it, is mixed like the pixels, and the edges of the rectangle are then between cells. All random numbers
-    come from torch's CPU generator, on any device. Boxes are dropped, because neither image's boxes fit the mixture.
+    `label` and `none` are blended as share * image + (1 - share) * partner; a target that is NaN for either image becomes
+    NaN. If the batch has `mask` (n, cells, cells), it is mixed like the pixels, and the rectangle's edges are placed between
+    cells. Boxes are removed, because neither image's boxes fit the mixture. Random numbers come from torch's CPU generator.
     """
     if not mixup and not cutmix:
         return batch
@@ -42,7 +43,11 @@ def mix_batch(batch: dict[str, Any], mixup: float, cutmix: float) -> dict[str, A
 
 
 def _draw_rectangle(cells: int, share: float) -> tuple[int, int, int, int]:
-    """Draw a square of area (1 - share) around a random centre; return top, bottom, left, right, clipped to the canvas."""
+    """Draw a random rectangle and return its edges in cells: top, bottom, left, right.
+
+    It is a square that covers the part (1 - share) of a canvas of `cells` x `cells`, has a random centre, and is clipped to
+    the canvas.
+    """
     half = cells * math.sqrt(1 - share) / 2
     edges = []
     for centre in (torch.rand(2) * cells).tolist():

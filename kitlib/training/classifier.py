@@ -1,4 +1,4 @@
-"""Training shared by all classifiers: mixed batches, unfreezing, validation probabilities, starting weights."""
+"""Training code that all classifiers share: loading starting weights, mixing batches, unfreezing stages, validation."""
 
 from abc import abstractmethod
 from functools import reduce
@@ -21,7 +21,7 @@ MAX_RANDOM_SHARE = 0.1
 
 
 def check_frozen(recipe: ClassifierRecipe, model_name: str) -> None:
-    """Raise ValueError if the recipe freezes a backbone without starting weights, because its features would stay random."""
+    """Raise ValueError if the recipe freezes its backbone but has no starting weights: the backbone would stay random."""
     if recipe.frozen_backbone and not recipe.starting_weights:
         raise ValueError(
             f"{model_name}: frozen_backbone is true, but starting_weights is empty, so {recipe.backbone} would stay random; "
@@ -31,7 +31,7 @@ def check_frozen(recipe: ClassifierRecipe, model_name: str) -> None:
 
 
 def start_from_weights(model: Classifier) -> str:
-    """Load the recipe's starting weights into `model` and return a text with the numbers of loaded and random tensors.
+    """Load the starting weights of the model's recipe, and return a text that says how many tensors were loaded.
 
     Returns "from scratch" if the recipe has no starting weights. Raises ValueError if the weights lack a tensor of a frozen
     backbone; BundleError if they lack more than MAX_RANDOM_SHARE of the parameters of a trainable backbone.
@@ -57,11 +57,11 @@ def start_from_weights(model: Classifier) -> str:
 
 
 class ClassifierTraining(RecipeTraining):
-    """Lightning module that trains a classifier by its recipe on batches from an `XrayDataset`.
+    """Lightning module that trains a classifier with its recipe on batches from an `XrayDataset`.
 
-    A subclass implements `loss` and `scores`, and may override `targets` and `training_loss`. After each validation
-    `validation_probabilities`, float64 (validation images, outputs), holds the predictions of `evaluated_model` in the
-    order of the data set.
+    A subclass implements `loss` and `scores`, and may override `targets` and `training_loss`. The attribute
+    `validation_probabilities`, float64 (images, outputs), holds the latest predictions of `evaluated_model` for the
+    validation images, in the order of the data set.
     """
 
     model: StudyClassifier | FindingsClassifier
@@ -74,18 +74,27 @@ class ClassifierTraining(RecipeTraining):
 
     @abstractmethod
     def loss(self, batch: dict[str, Any], logits: torch.Tensor, smoothing: float) -> torch.Tensor:
-        """Return the scalar loss of logits (n, outputs). `smoothing` is the share of label smoothing, 0 in validation."""
+        """Return the scalar loss of a batch; `logits` is the model's output for it, (n, outputs).
+
+        `smoothing` is the share of each target that is spread evenly over the classes; it is 0 in validation.
+        """
 
     @abstractmethod
     def scores(self) -> dict[str, float]:
-        """Return the metrics to log for `validation_probabilities`; the best epoch is the one with the highest `score`."""
+        """Compute metrics from `validation_probabilities` and return them in a dict from their names to their values.
+
+        The dict must contain `score`, because the best epoch is the epoch with the highest `score`.
+        """
 
     def targets(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return the training batch, before mixing, with any additional targets of the subclass, such as `mask`."""
+        """Return a training batch with the additional targets that a subclass needs, such as `mask`; here it is unchanged.
+
+        Called before the batch is mixed by MixUp or CutMix.
+        """
         return batch
 
     def training_loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Return the scalar training loss of a batch after mixing; a subclass adds its auxiliary losses here."""
+        """Run the model on a training batch and return the scalar loss. A subclass may add auxiliary losses."""
         return self.loss(batch, self.model(self.model.normalise(batch["pixels"])), self.recipe.label_smoothing)
 
     def on_train_epoch_start(self) -> None:
@@ -93,7 +102,10 @@ class ClassifierTraining(RecipeTraining):
         self.model.unfreeze(self.current_epoch)
 
     def penalty(self) -> torch.Tensor:
-        """Return the L1 penalty (Oh et al. 2020): `l1` times the sum of the absolute values of all trainable parameters."""
+        """Return the L1 penalty (Oh et al. 2020), a scalar that is added to the training loss.
+
+        It is the recipe's `l1` times the sum of the absolute values of all trainable parameters.
+        """
         sums = [parameter.abs().sum() for parameter in self.model.parameters() if parameter.requires_grad]
         return self.recipe.l1 * reduce(torch.add, sums)
 

@@ -1,6 +1,6 @@
-"""Trains one model with several processes, each on its own GPU: starts them, shares batches and gathers results.
+"""Trains one model with several processes, each on its own GPU: starts them, splits batches and gathers results.
 
-The recipe's batch size is the total over all processes, so that a recipe means the same with any number of processes.
+A recipe's `batch_size` is the total over all processes, so that the same recipe can be used with any number of processes.
 """
 
 import dataclasses
@@ -27,26 +27,30 @@ from kitlib.training.task import Task
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Return this process's rank (from 0) and the number of processes that train together; (0, 1) for a single process."""
+    """Return this process's rank (from 0) and the number of processes that train together.
+
+    Returns (0, 1) if this process trains alone.
+    """
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_first_process() -> bool:
-    """Return whether this process has rank 0, that is, whether it writes files."""
+    """Return whether this process has rank 0. Of the processes that train together, only that one writes files."""
     return rank_and_world_size()[0] == 0
 
 
 class Keys(Protocol):
-    """Protocol of a sampler with a length, which iterates over the keys of an epoch's examples."""
+    """Protocol of a sampler: has a length, and iterates over the keys of the examples of one epoch."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
 
 
 class SharedBatches(Sampler[list[Any]]):
-    """Batch sampler that splits every batch among the processes: rank r of n gets the keys r, r + n, r + 2n, ...
+    """Batch sampler that splits every batch among the processes that train together.
 
-    `sampler` must yield the same order in every process. An incomplete last batch is dropped, also with one process.
+    Of n processes, the process with rank r gets the keys at positions r, r + n, r + 2n, ... of each batch. `sampler` must
+    yield the same keys in the same order in every process. If the last batch is incomplete, it is dropped.
     """
 
     def __init__(self, sampler: Keys, batch_size: int) -> None:
@@ -66,7 +70,10 @@ class SharedBatches(Sampler[list[Any]]):
 
 
 def gather_rows(rows: np.ndarray) -> np.ndarray:
-    """Gather rows that the processes computed in turn: return `rows` with row i from process i modulo their number."""
+    """Return `rows` completed with the rows that the other processes have computed.
+
+    `rows` has the same shape in all n processes; row i is taken from the process with rank i modulo n.
+    """
     rank, processes = rank_and_world_size()
     if processes == 1:
         return rows
@@ -76,7 +83,7 @@ def gather_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def gather_list(items: Sequence[Any]) -> list[Any]:
-    """Return the items of all n processes in the order of the data: item i comes from process i modulo n."""
+    """Join the lists of all n processes into one list, whose item i comes from the process with rank i modulo n."""
     parts = _all_gather(list(items))
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
@@ -93,9 +100,10 @@ def _all_gather(value: Any) -> list[Any]:
 def train_together(train: Callable[[Task, int, Path], Any], task: Task, fold: int, run_folder: Path, processes: int) -> Any:
     """Run `train(task, fold, run_folder)` in several processes that share each batch, and return its result.
 
-    The output of the processes is written to run_folder/processes. If the task does not resume, an earlier run in the folder
-    is deleted once, before the processes start. Raises ValueError if several processes cannot train this recipe; SessionOver
-    if `train` raises it; TrainingError, with the first message and the log folder, for any other error in a process.
+    The console output of the processes is written to run_folder/processes. If the task's `resume` is False, an earlier run
+    in the folder is deleted before the processes start. Raises ValueError if several processes cannot train this recipe;
+    SessionOver if `train` raises it; TrainingError if a process fails in another way (the message contains the error of the
+    first process that failed, and the log folder).
     """
     _check_can_share(task.recipe, processes)
     if not task.resume:

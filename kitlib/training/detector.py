@@ -18,10 +18,12 @@ from kitlib.training.xray_dataset import XrayDataset
 
 
 class DetectorStrategy(Strategy):
-    """Trains a detector; writes the tables `detections` (original pixels) and `coverage` (a row per predicted image).
+    """Trains a detector, and writes its predictions for the validation fold to the tables `detections` and `coverage`.
 
-    The best epoch has the highest opacity AP on the validation fold, including images without boxes. For a model trained on
-    lung crops, this score counts only the parts of boxes that the crops show; scores of the tables count whole boxes.
+    `detections` has one row per box, in original pixels; `coverage` has one row per image, even if no box was predicted. The
+    best epoch is the epoch with the highest average precision (AP) for opacities on all images of the validation fold. If
+    images are cropped to the lungs, this AP uses ground-truth boxes clipped to the crop, whereas scores computed from the
+    tables use whole boxes.
     """
 
     uses = ("extra", "lungs")
@@ -75,7 +77,10 @@ class DetectorStrategy(Strategy):
 
 
 def sample_negatives(images: pd.DataFrame, boxes: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
-    """Return the images with a box and a random sample, at most `share` times as many, of those without; keeps the order."""
+    """Return the rows of all images that have a box, and of a random sample of the images without a box.
+
+    The sample has at most `share` times as many images as there are images with a box. The order of `images` is kept.
+    """
     has_boxes = images.image_id.isin(boxes.image_id).to_numpy()
     others = np.random.default_rng(seed).permutation(np.flatnonzero(~has_boxes))
     indices = np.concatenate([np.flatnonzero(has_boxes), others[: round(share * has_boxes.sum())]])
@@ -83,10 +88,10 @@ def sample_negatives(images: pd.DataFrame, boxes: pd.DataFrame, share: float, se
 
 
 def canvas_precision(predictions: list[np.ndarray], ground_truth: list[np.ndarray]) -> float:
-    """Return the opacity AP (VOC 2010) over all images, for boxes in canvas pixels.
+    """Return the average precision (VOC 2010) of predicted opacity boxes over all images.
 
-    Both lists have one array per image: `predictions` an array (k, 5) of boxes with their score, `ground_truth` an array
-    (m, 4) of boxes.
+    Both lists have one array per image, with one row per box: xmin, ymin, xmax, ymax in canvas pixels. Rows of `predictions`
+    have the score as a fifth column.
     """
     image, true_image = (
         np.repeat(np.arange(len(arrays)), [len(boxes) for boxes in arrays]) for arrays in (predictions, ground_truth)

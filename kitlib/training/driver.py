@@ -1,4 +1,4 @@
-"""Trains one model on one fold: the steps from a task to a finished run folder, the same for all model families."""
+"""Trains one model of any family on one fold: performs the steps from a task to a finished run folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +12,13 @@ from kitlib.training.task import Task, TrainedFold, read_trained
 
 
 def train_fold(task: Task, fold: int, run_folder: str | Path) -> TrainedFold | None:
-    """Train on all folds but `fold`, write bundle and out-of-fold predictions to `run_folder`, and return the results.
+    """Train a model on all folds but `fold`, predict the images in `fold`, and return the results.
 
-    Writes the bundle of the kept epoch, tables, figures and, last, metrics.json. An interrupted run is resumed and has the
-    same result as an uninterrupted run; a finished run is only read. If several processes train together, all but the first
-    return None. Raises TrainingError if the folder contains a run with other data or settings; SessionOver at the task's
-    deadline; ValueError, before anything is written, if the task cannot be trained.
+    Writes to `run_folder`: the bundle with the weights of the kept epoch, tables (among them the predictions), figures and,
+    last, metrics.json. An interrupted run is resumed, with the same result as an uninterrupted run; a finished run is only
+    read. If several processes train together, only the first returns the results, the others return None. Raises
+    TrainingError if the folder contains a run with other data or settings; SessionOver at the task's deadline; ValueError,
+    before anything is written, if the task cannot be trained.
     """
     run_folder, task = Path(run_folder), task.checked()
     family = family_of(task.recipe)

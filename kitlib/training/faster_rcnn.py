@@ -14,9 +14,10 @@ from kitlib.training.loop import RecipeTraining
 
 
 class FasterRCNNTraining(RecipeTraining):
-    """Lightning module with the losses and the validation of a Faster R-CNN on batches from an `XrayDataset`.
+    """Lightning module that trains and validates a Faster R-CNN on batches from an `XrayDataset`.
 
-    The validation score is `score(predictions, ground_truth)`; both are lists with one array of boxes per image.
+    The validation score is `score(predictions, ground_truth)`. Both arguments are lists with one array per image: predicted
+    boxes with their scores (k, 5), ground-truth boxes (m, 4).
     """
 
     model: FasterRCNNDetector
@@ -47,7 +48,7 @@ class FasterRCNNTraining(RecipeTraining):
 
 
 class FasterRCNNStrategy(DetectorStrategy):
-    """Trains a Faster R-CNN with Lightning."""
+    """Strategy that trains a Faster R-CNN on one fold with Lightning."""
 
     def module(self, model: FasterRCNNDetector) -> FasterRCNNTraining:
         return FasterRCNNTraining(model, canvas_precision)

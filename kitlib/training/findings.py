@@ -1,4 +1,4 @@
-"""Trains a findings classifier on images or patches, and predicts the validation fold and the test images."""
+"""Trains a findings classifier on whole images or on lung patches, and predicts the validation fold and the test images."""
 
 import logging
 from pathlib import Path
@@ -29,10 +29,11 @@ Labelled = XrayDataset | PatchDataset
 def check_findings(
     images: pd.DataFrame, labels: pd.DataFrame, folds: pd.DataFrame, recipe: FindingsRecipe, model_name: str
 ) -> None:
-    """Raise ValueError if the labels, folds and recipe do not fit together.
+    """Raise ValueError if a findings classifier cannot be trained with these tables and this recipe.
 
-    Checks that a frozen backbone has starting weights, that the recipe fits the classes, that no test image is in a fold,
-    and that exclusive labels sum to 1.
+    Checks that a frozen backbone has starting weights, that the recipe fits the classes, that no image in the split "test"
+    is in a fold, and, unless the recipe is `multi_label`, that each image's labels sum to 1. `model_name` is used in
+    messages.
     """
     check_frozen(recipe, model_name)
     check_classes(recipe, class_columns(labels, "labels"))
@@ -56,9 +57,10 @@ def check_findings(
 
 
 def unseen_test_images(images: pd.DataFrame, train_images: pd.DataFrame, limit: int | None = None) -> pd.DataFrame:
-    """Return at most `limit` images in the split "test", without images of patients that the model is trained on.
+    """Return the rows of at most `limit` images in the split "test", without patients that the model is trained on.
 
-    Logs a warning if images are dropped because of their patient. Returns no rows if `images` has no column `split`.
+    Logs a warning if test images are dropped because their patient has an image in `train_images`. Returns no rows if
+    `images` has no column `split`.
     """
     if "split" not in images:
         return images.iloc[:0]
@@ -75,10 +77,10 @@ def unseen_test_images(images: pd.DataFrame, train_images: pd.DataFrame, limit: 
 
 
 class FindingsTraining(ClassifierTraining):
-    """Lightning module with the loss and the validation of a findings classifier on batches from an `XrayDataset`.
+    """Lightning module that trains and validates a findings classifier on batches from an `XrayDataset`.
 
-    The validation score is the recipe's `judged_by`. `weights` (classes,), such as the result of `class_weights`, multiply
-    the loss of each image by the weight of its class.
+    The validation score is the metric in the recipe's `judged_by`. `weights`, shape (classes,), has one factor per class, as
+    returned by `class_weights`: the loss of each image is multiplied by the factor of its class.
     """
 
     model: FindingsClassifier
@@ -113,9 +115,9 @@ class FindingsTraining(ClassifierTraining):
 
 
 class PatchTraining(FindingsTraining):
-    """Lightning module that trains on patches, and validates on images by pooling predictions for several of their patches.
+    """Lightning module that trains a classifier on single lung patches, and validates it on whole images.
 
-    Batches come from a `PatchDataset`.
+    In validation, an image's prediction is pooled from several of its patches. Batches come from a `PatchDataset`.
     """
 
     evaluated_model: PatchClassifier
@@ -138,11 +140,11 @@ def findings_loss(
 ) -> torch.Tensor:
     """Return the scalar loss of a batch: binary cross entropy with `multi_label`, else cross entropy.
 
-    `logits` and `label` are (n, classes); labels are 0..1, soft labels allowed, or NaN if unknown. Binary cross entropy is
-    averaged over all known labels, cross entropy over the images whose labels are all known; if there are no such labels or
-    images, the loss is 0. `smoothing` is the share of each target that is spread evenly: over true and false with
-    `multi_label`, else over all classes. `weights` (classes,) multiply the cross entropy of an image by the weight of its
-    class; the mean is still over the number of images, as in Keras.
+    `logits` and `label` have the shape (n, classes). Labels are 0..1 (soft labels are allowed), or NaN if unknown. Binary
+    cross entropy is averaged over all known labels; cross entropy is averaged over the images whose labels are all known. If
+    there are no such labels or images, the loss is 0. `smoothing` is the share of each target that is spread evenly: over
+    true and false with `multi_label`, else over all classes. `weights`, shape (classes,), is used only for cross entropy:
+    each image's loss is multiplied by the weight of its class, and the sum is divided by the number of images, as in Keras.
     """
     logits, is_known, truth = logits.float(), ~label.isnan(), label.nan_to_num()
     if multi_label:
@@ -155,12 +157,12 @@ def findings_loss(
 
 
 class FindingsStrategy(Strategy):
-    """Trains a classifier of single images, whose classes are the columns of the `labels` table, in their order.
+    """Strategy that trains a classifier of single images on one fold. Its classes are the columns of the `labels` table.
 
-    Writes the tables `class_scores` (validation fold), `test_scores` (images in the split "test", limited by
-    `limit_validation`) and, with the task's `in_sample`, `training_scores` (the model's training images without
-    augmentation, which FLANNEL's published ensemble is trained on). A study classifier or a detector may start from its
-    bundle.
+    Writes tables of predictions: `class_scores` for the validation fold; `test_scores` for images in the split "test", at
+    most `limit_validation`; and, with the task's `in_sample`, `training_scores` for the model's training images without
+    augmentation, as needed by FLANNEL's published ensemble. The bundle can be the starting weights of a study classifier or
+    a detector.
     """
 
     uses = ("lungs", "in_sample")
@@ -191,7 +193,7 @@ class FindingsStrategy(Strategy):
         self.validation = self.examples(self.validation_images)
 
     def examples(self, images: pd.DataFrame, **options: Any) -> Labelled:
-        """Return a data set of `images`; `options` are passed to its constructor, such as `augment`."""
+        """Return a data set with one example per row of `images`; `options`, such as `augment`, go to its constructor."""
         tables = images, self.labels, self.boxes
         return XrayDataset(*tables, self.task.cache, self.recipe, lungs=self.task.lungs, **options)
 
@@ -214,7 +216,11 @@ class FindingsStrategy(Strategy):
         }
 
     def complete(self, device: torch.device) -> int:
-        """Write the requested tables that are missing; return the number of predicted images in which lungs were missed."""
+        """Write the tables of predictions that the task requests and the run folder lacks.
+
+        Returns the number of images that were predicted for these tables without usable lungs, although the model uses
+        lungs.
+        """
         missing = [name for name in self.images_to_predict if not self._table_path(name).is_file()]
         if not missing:
             return 0
@@ -231,7 +237,10 @@ class FindingsStrategy(Strategy):
 
 
 class PatchStrategy(FindingsStrategy):
-    """Trains a classifier of patches: on one patch per image and epoch; validation and prediction pool several per image."""
+    """Strategy that trains a classifier of lung patches on one fold.
+
+    Training uses one patch per image and epoch. Validation and prediction pool the outputs for several patches of an image.
+    """
 
     recipe: PatchRecipe
     training_module, collate_fns = PatchTraining, (None, collate_canvases)

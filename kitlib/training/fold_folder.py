@@ -1,4 +1,4 @@
-"""The run folder of one fold: checks its identity, copies it from an earlier session, and writes its results."""
+"""Run folder of one fold: checks that it belongs to the requested run, copies earlier sessions' folds, writes results."""
 
 import json
 import logging
@@ -31,23 +31,26 @@ LEARNING_RATE_FLOOR = 0.05
 
 @dataclass(frozen=True)
 class FitResult:
-    """History and kept epoch of a finished training.
+    """History of a finished training, and the epoch whose weights are kept.
 
-    `history` has one row per epoch, with the columns epoch (from 1), seconds (including validation), images_per_s (training
-    only), learning_rate (at the end of the epoch), and the metrics that the module logged. `best_epoch` is the epoch whose
-    weights are kept (from 1).
+    `history` has one row per epoch, with the columns epoch (from 1), seconds (including validation), images_per_s (without
+    validation), learning_rate (at the end of the epoch), and one column for each metric that was logged. `best_epoch` is the
+    number (from 1) of the epoch whose weights are kept.
     """
 
     history: pd.DataFrame
     best_epoch: int
 
     def best(self) -> dict[str, float]:
-        """Return the finite metrics of the kept epoch."""
+        """Return the metrics of the kept epoch as a dict from name to value, without NaN and infinite values."""
         row = self.history.loc[self.history.epoch == self.best_epoch].iloc[0]
         return {name: float(value) for name, value in row.items() if math.isfinite(value) and name not in NOT_METRICS}
 
     def metrics(self, device: torch.device) -> dict[str, Any]:
-        """Return the fields that every metrics.json contains, in JSON types; images_per_s is the median over epochs."""
+        """Return the fields of metrics.json that describe this training, in JSON types.
+
+        `seconds` is the sum over all epochs, `images_per_s` is the median.
+        """
         return {
             "best_epoch": self.best_epoch,
             "epochs": len(self.history),
@@ -60,11 +63,12 @@ class FitResult:
 
 
 def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> bool:
-    """Prepare a run folder for the run described by `identity` (JSON types); return True if the folder has it finished.
+    """Prepare a folder for a run, and return whether the folder already contains this run, finished.
 
-    With `resume`, the checkpoints of an interrupted run stay; raises TrainingError if the folder contains checkpoints or
-    results of a run with another identity. Without `resume`, checkpoints and metrics.json, which marks a finished run, are
-    deleted. A folder without checkpoints and results can be used by any run.
+    `identity` is a dict in JSON types that describes the run's settings and data; it is recorded in the folder. With
+    `resume`, the checkpoints of an interrupted run are left in place; raises TrainingError if the folder contains
+    checkpoints or results of a run with another identity. Without `resume`, the checkpoints and metrics.json (which marks a
+    finished run) are deleted. A folder without checkpoints and results can be used for any run.
     """
     run_folder = Path(run_folder)
     record_path = run_folder / "checkpoints" / "run.json"
@@ -103,16 +107,16 @@ def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> 
 
 
 def start_over(run_folder: Path) -> None:
-    """Delete metrics.json, which marks a finished run, and then the checkpoints."""
+    """Delete a run's metrics.json (which marks a finished run) and its checkpoints, so that training starts anew."""
     (run_folder / "metrics.json").unlink(missing_ok=True)
     shutil.rmtree(run_folder / "checkpoints", ignore_errors=True)
 
 
 def continue_from(earlier: Path, run: Path) -> list[str]:
-    """Copy the folds of an earlier session's run into `run`, to resume them; return one message per fold.
+    """Copy the folds of an earlier session's run to the folder `run`, to resume them; return one message per fold.
 
-    `earlier` may be read-only. Copies are atomic. A fold that has as many epochs or more in `run` is not copied. Raises
-    TrainingError if `earlier` has no fold to resume.
+    `earlier` is the run folder of the earlier session and may be read-only. Copies are atomic. A fold is not copied if `run`
+    already contains it with at least as many epochs. Raises TrainingError if `earlier` has no fold to resume.
     """
     folds = sorted(path.parent.parent for path in earlier.glob("fold*/checkpoints/run.json"))
     if not folds:
@@ -139,7 +143,7 @@ def continue_from(earlier: Path, run: Path) -> list[str]:
 
 
 def _read_progress(fold: Path) -> tuple[bool, int]:
-    """Return whether a fold is finished, and its last completed epoch (from 0), or -1 if no epoch is complete."""
+    """Return whether a fold is finished, and the number (from 0) of its last complete epoch, or -1 if there is none."""
     checkpoint = fold / "checkpoints" / "last.ckpt"
     last = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["epoch"] if checkpoint.is_file() else -1
     return (fold / "metrics.json").is_file(), last
@@ -148,7 +152,11 @@ def _read_progress(fold: Path) -> tuple[bool, int]:
 def save_trained(
     run_folder: Path, model: Any, family: str, classes: Iterable[str], identity: dict[str, Any], fitted: FitResult
 ) -> None:
-    """Write the run's bundle. `model` has the kept weights, a `recipe`, and the `mean` and `std` to normalise its input."""
+    """Write the trained model to run_folder/bundle.
+
+    `model` has the weights of the kept epoch, a `recipe`, and the `mean` and `std` that normalise its input. `family` is the
+    name of its model family; `identity` describes the run, as in `open_run`.
+    """
     recipe, best = model.recipe, fitted.best()
     record = {key: identity[key] for key in ("model", "fold", "recipe", "longest_side", "data_fingerprint")} | {
         "family": family,
@@ -169,7 +177,7 @@ def finish_fold(
 ) -> None:
     """Write tables/history.csv, figures/curves.png and, last, metrics.json, which marks a finished run.
 
-    metrics.json holds `identity`, `counts`, the metrics of `result` and the process's record (see kitlib.runs.record).
+    metrics.json contains `identity`, `counts`, the metrics of `result`, and `process_record()` (see kitlib.runs.record).
     """
     write_text(run_folder / "tables" / "history.csv", result.history.to_csv(index=False))
     draw_curves(result, run_folder / "figures" / "curves.png")
@@ -177,7 +185,7 @@ def finish_fold(
 
 
 def draw_curves(result: FitResult, path: str | Path) -> None:
-    """Write a plot of losses (left) and validation scores (right) against epochs to the image file `path`.
+    """Plot losses (left) and validation scores (right) against epochs, and write the plot to the image file `path`.
 
     A dotted line marks the kept epoch.
     """
@@ -199,7 +207,7 @@ def draw_curves(result: FitResult, path: str | Path) -> None:
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as one dict; its keys are the nested keys joined by dots."""
+    """Return a nested dict as a flat dict, whose keys are the nested keys joined by dots, each preceded by `prefix`."""
     flat: dict[str, Any] = {}
     for key, inner in value.items():
         flat |= _flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
@@ -207,14 +215,21 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find_kept_epoch(history: list[dict[str, float]], recipe: TrainingRecipe) -> int:
-    """Return the index (from 0) of the epoch that the recipe keeps: the first with the highest score, or the last."""
+    """Return the index (from 0) of the epoch whose weights are kept.
+
+    It is the last epoch if the recipe's `keep` is "last", otherwise the epoch with the highest score (the first, if several
+    are equal). `history` has one dict of metrics per epoch.
+    """
     if recipe.keep == "last":
         return len(history) - 1
     return max(range(len(history)), key=lambda row: (history[row]["score"], -row))
 
 
 def is_over(history: list[dict[str, float]], recipe: TrainingRecipe) -> bool:
-    """Return whether training is over: all epochs are done, or `patience` epochs have passed since the kept epoch."""
+    """Return whether training is over, because all epochs are done or the score has not risen for `patience` epochs.
+
+    `history` has one dict of metrics per completed epoch. With the recipe's `keep` "last", only the number of epochs counts.
+    """
     if not history:
         return False
     return len(history) >= recipe.epochs or len(history) - 1 - find_kept_epoch(history, recipe) >= recipe.patience

@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 
 
 class RecipeTraining(pl.LightningModule):
-    """Lightning module that trains a network with a recipe's optimiser and schedule; a subclass adds the steps.
+    """Base class of Lightning modules that train a network with the optimiser and the schedule of a recipe.
 
-    `training_step` must run `model`. Validation must run `evaluated_model`, in evaluation mode, and log `score` (greater is
-    better), which decides the best epoch and early stopping. Metrics logged once per epoch become columns of the history.
-    The kept weights are those of `evaluated_model`.
+    A subclass implements `training_step`, which must run `model`, and `validation_step`, which must run `evaluated_model`.
+    Validation must log `score` (greater is better), which decides the best epoch and early stopping. Metrics that are logged
+    once per epoch become columns of the history. The weights that are kept are those of `evaluated_model`.
     """
 
     def __init__(self, model: torch.nn.Module, recipe: TrainingRecipe) -> None:
@@ -66,10 +66,11 @@ class RecipeTraining(pl.LightningModule):
 
 
 def moving_average(model: torch.nn.Module, decay: float) -> ModelEmaV3:
-    """Return an exponential moving average of a network's weights and running statistics, without gradients.
+    """Return a copy of a network that holds the exponential moving average of its weights and running statistics.
 
-    Step n multiplies the previous average by min(decay, 1 - n^-3/4), so that the random initialisation is soon forgotten. A
-    decay of 0.998 is reached after 4,000 steps; after only 100 steps, the average covers about the last 30.
+    The average is updated after each optimiser step: step n multiplies the previous average by min(decay, 1 - n^(-3/4)), so
+    that the random initialisation is soon forgotten. A decay of 0.998 is reached after 4,000 steps; after 100 steps, the
+    average covers about the last 30 steps.
     """
     average = ModelEmaV3(model, decay, use_warmup=True, warmup_power=0.75)
     average.requires_grad_(False)
@@ -77,12 +78,13 @@ def moving_average(model: torch.nn.Module, decay: float) -> ModelEmaV3:
 
 
 def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimiser: SGD with Nesterov momentum, Adam or AdamW, without weight decay for biases and norms.
+    """Return the optimiser of a recipe (SGD with Nesterov momentum, Adam or AdamW) for the parameters of `model`.
 
-    The optimiser gets the parameters that require gradients. A network may have a method `rates()`, which returns a dict
-    from prefixes of parameter names to factors of the recipe's learning rate; the longest matching prefix is used.
-    Parameters with such a prefix are included even while frozen, so that they can be unfrozen later. Raises ValueError if a
-    prefix matches no parameter, or if the network has no parameter to train.
+    The optimiser gets the parameters that require gradients; biases and normalisation layers get no weight decay. A network
+    may have a method `rates()`, which returns a dict from prefixes of parameter names to factors of the recipe's learning
+    rate; the longest matching prefix is used. Parameters with such a prefix are included even while they are frozen, so that
+    they can be unfrozen later. Raises ValueError if a prefix matches no parameter, or if the network has no parameter to
+    train.
     """
     rates: dict[str, float] = getattr(model, "rates", dict)()
     unmatched_prefixes = set(rates)
@@ -107,15 +109,15 @@ def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.opti
 
 
 def learning_rate_factor(step: int, steps: int, recipe: TrainingRecipe) -> float:
-    """Return the factor (0..1) of the recipe's learning rate at `step` (from 0); `steps` is their number in all epochs.
+    """Return the factor (0..1) by which the recipe's learning rate is multiplied at optimiser step `step` (from 0).
 
-    Schedule "cosine": a linear rise over `warmup_epochs`, then half a cosine down, 0.5 (1 + cos(pi t / T)) 0.95 + 0.05
-    (Heidelberg report, eq. 1). With schedule_every 0, t and T count steps after the warm-up, and the last value is the
-    floor, 0.05. With schedule_every e > 0, t increases by one every e epochs from the start of training, and T is the
-    number of epochs: the published e = 2 ends half-way, at t of about T / 2 and a factor of about 0.525; e = 1 ends one
-    step above the floor.
+    `steps` is the number of optimiser steps in all epochs. The schedule "cosine" rises linearly over `warmup_epochs`, then
+    falls as 0.5 (1 + cos(pi t / T)) 0.95 + 0.05 (Heidelberg report, eq. 1). If schedule_every is 0, t is the number of steps
+    since the warm-up and T the number of all steps after it, so that the factor falls to 0.05. If schedule_every is e > 0, t
+    is the number of epochs since the start of training, divided by e and rounded down, and T is the number of epochs: with
+    the published e = 2, training ends at t of about T / 2 and a factor of about 0.525; with e = 1, it ends at t = T - 1.
 
-    Schedule "step": step_factor to the power of the number of milestones (in epochs) that have passed.
+    With the schedule "step", the factor is step_factor to the power of the number of milestones (in epochs) passed.
     """
     if recipe.schedule == "step":
         # Computed in integers, so that exactly the first step after a milestone gets the new rate.
@@ -131,10 +133,11 @@ def learning_rate_factor(step: int, steps: int, recipe: TrainingRecipe) -> float
 
 
 def plateau_factor(scores: Sequence[float], recipe: TrainingRecipe) -> float:
-    """Return the factor of the recipe's learning rate after epochs with these scores: 0.1 to the power of the plateaus.
+    """Return the factor by which the schedule "plateau" multiplies the recipe's learning rate in the next epoch.
 
-    Plateaus are counted as in torch's ReduceLROnPlateau. The factor depends on the scores alone, so that resumed training
-    uses the same rate as uninterrupted training.
+    `scores` has the validation score of each epoch so far. The factor is 0.1 to the power of the number of plateaus, counted
+    as in torch's ReduceLROnPlateau. It depends on the scores alone, so that resumed training uses the same rate as
+    uninterrupted training.
     """
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.1, patience=recipe.plateau_epochs)
@@ -144,7 +147,10 @@ def plateau_factor(scores: Sequence[float], recipe: TrainingRecipe) -> float:
 
 
 def batches_per_step(recipe: TrainingRecipe) -> int:
-    """Return the batches per optimiser step, nominal_batch / batch_size, rounded as in ultralytics and at least 1."""
+    """Return the number of batches whose gradients are accumulated for one optimiser step.
+
+    It is nominal_batch / batch_size, rounded as in ultralytics, and at least 1.
+    """
     return max(1, round(recipe.nominal_batch / recipe.batch_size))
 
 
@@ -160,19 +166,21 @@ def fit(
     title: str = "training",
     deadline: Deadline | None = None,
 ) -> FitResult:
-    """Train a module by its recipe, load the kept epoch's weights into `module.model` on the CPU, and return the history.
+    """Train a module with a recipe, and return the history and the kept epoch.
 
-    Training ends after the recipe's epochs, or earlier by its patience. The kept weights are those of
-    `module.evaluated_model`, the moving average if the recipe uses one.
+    Afterwards `module.model` is on the CPU and has the weights of the kept epoch, which are those of the moving average if
+    the recipe uses one. Training ends after the recipe's `epochs`, or earlier if the score has not risen for `patience`
+    epochs.
 
-    After each epoch `run_folder/checkpoints` contains last.ckpt, from which a later call resumes, and best.safetensors. An
-    epoch's random numbers depend on `seed` and the epoch number alone: on a CPU, with the same number of threads, resumed
-    training equals uninterrupted training bit for bit. The optimiser steps after every `batches_per_step` batches and at the
-    end of an epoch, where an incomplete group of batches has a proportionally smaller gradient. Raises SessionOver, after
-    writing the checkpoint, if another epoch would not end before `deadline`.
+    After each epoch `run_folder/checkpoints` contains last.ckpt, from which a later call resumes, and best.safetensors, the
+    weights of the epoch to keep. An epoch's random numbers depend on `seed` and the epoch number alone: on a CPU, with
+    the same number of threads, resumed training equals uninterrupted training bit for bit. The optimiser steps after every
+    `batches_per_step(recipe)` batches, and at the end of an epoch even after fewer batches; the gradient is then
+    proportionally smaller. Raises SessionOver, after writing the checkpoint, if another epoch would not end before
+    `deadline`.
 
     If several processes train together (kitlib.training.data_parallel), each calls this function with its share of the
-    batches; only the first process writes files and gets the kept weights.
+    batches; only the first process writes files and loads the kept weights.
     """
     folder = Path(run_folder) / "checkpoints"
     last = folder / "last.ckpt"
@@ -212,7 +220,7 @@ def fit(
 
 
 def _device_arguments(device: torch.device, processes: int) -> dict[str, Any]:
-    """Return Lightning's arguments `devices` and `strategy` for training with this number of processes."""
+    """Return the arguments `devices` and `strategy` of Lightning's Trainer for training with `processes` processes."""
     if processes == 1:
         return {"devices": [device.index or 0] if device.type == "cuda" else 1, "strategy": "auto"}
     backend = process_group_backend()
@@ -224,7 +232,7 @@ def _device_arguments(device: torch.device, processes: int) -> dict[str, Any]:
 
 
 class _EpochKeeper(pl.Callback):
-    """Seeds each epoch, records the history, writes the best weights and the checkpoint, and stops the training."""
+    """Callback that seeds each epoch, records the history, writes checkpoint and best weights, and stops the training."""
 
     def __init__(
         self, folder: Path, module: RecipeTraining, recipe: TrainingRecipe, seed: int, deadline: Deadline | None
@@ -297,7 +305,7 @@ class _EpochKeeper(pl.Callback):
 
 
 class _Progress(pl.Callback):
-    """Shows one progress bar over all batches of a training, with the last epoch's loss and score."""
+    """Callback that shows one progress bar for all epochs, with the loss and the score of the last complete epoch."""
 
     def __init__(self, title: str, epochs: int) -> None:
         self.title, self.epochs = title, epochs
@@ -338,7 +346,10 @@ def _read_history(checkpoint: Path) -> list[dict[str, float]]:
 
 @contextmanager
 def _silence_lightning() -> Iterator[None]:
-    """Silence Lightning's messages about devices, tips and numbers of workers in a with block; other warnings still show."""
+    """Context manager that hides Lightning's messages about devices, tips and numbers of workers.
+
+    Other warnings are still shown.
+    """
     names = ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero")
     loggers = [logging.getLogger(name) for name in names]
     levels = [library_logger.level for library_logger in loggers]

@@ -1,4 +1,4 @@
-"""Trains a lung segmenter, and scores its out-of-fold masks."""
+"""Trains a lung segmenter on one fold, and scores the masks that it predicts for the held-out images."""
 
 from typing import Any
 
@@ -26,9 +26,10 @@ MASKS_PER_FILE = 256
 
 
 def with_masks(images: pd.DataFrame, folds: pd.DataFrame, masks: MaskStore) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the rows of `images` and of `folds` whose image has a mask.
+    """Return the tables `images` and `folds` with only the rows of images that have a mask in `masks`.
 
-    Raises MaskError if no image has a mask, or if the images' column `convention` has several values.
+    Raises MaskError if no image has a mask, or if these images have several values in the column `convention`, because
+    conventions define lungs differently.
     """
     with_mask = images[images.image_id.isin(masks.ids)]
     if with_mask.empty:
@@ -43,7 +44,10 @@ def with_masks(images: pd.DataFrame, folds: pd.DataFrame, masks: MaskStore) -> t
 
 
 def check_other_source(home: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
-    """Raise ValueError if any of the images `other`, from the run `name`, shares an image_id or patient_id with `home`."""
+    """Raise ValueError if an image in `other` has the same image_id or patient_id as an image in `home`.
+
+    Both are `images` tables: `home` of the training set, `other` of another data set to evaluate on, whose run is `name`.
+    """
     for column in ("image_id", "patient_id"):
         shared = other.loc[other[column].isin(home[column]), column]
         if len(shared):
@@ -60,10 +64,11 @@ def score_masks(
     image_ids: pd.Series,
     predicted_masks: MaskStore | None = None,
 ) -> pd.DataFrame:
-    """Segment images that have a ground-truth mask, and return the `mask_scores` table with fold -1.
+    """Segment images, compare the result with their ground-truth masks in `masks`, and return a `mask_scores` table.
 
-    Masks are scored as predicted, without clean-up. The table has a row per image for each of the recipe's structures and
-    for "lungs", both sides together. The predicted label images are added to `predicted_masks`, if it is given.
+    For each image, the table has one row for each of the recipe's structures and one for "lungs" (both sides together), with
+    the columns image_id, model, fold (always -1), structure, dice and jaccard. Masks are scored as predicted, without
+    clean-up. If `predicted_masks` is given, the predicted masks are added to this store.
     """
     rows, pending = [], {}
     for xray, maps, place in segmenter.maps(cache.read(image_id) for image_id in image_ids):
@@ -83,9 +88,10 @@ def score_masks(
 
 
 class LungsTraining(RecipeTraining):
-    """Lightning module with the loss and the validation of a segmenter on batches from a `MaskDataset`.
+    """Lightning module that trains and validates a lung segmenter on batches from a `MaskDataset`.
 
-    The validation score is the Dice coefficient on the canvas, averaged over images and structures.
+    The validation score is the Dice coefficient of the predicted and the ground-truth mask on the canvas, averaged over
+    images and structures.
     """
 
     model: Segmenter
@@ -121,9 +127,10 @@ class LungsTraining(RecipeTraining):
 
 
 class SegmenterStrategy(Strategy):
-    """Trains a lung segmenter on the images that have a mask; writes the `mask_scores` table and `masks/` for its fold.
+    """Strategy that trains a lung segmenter on one fold, using only images that have a ground-truth mask.
 
-    Raises MaskError if no image has a mask, or if the masks follow several conventions.
+    Writes the predicted masks for the validation fold to `masks/`, and their scores to the `mask_scores` table. The
+    constructor raises MaskError if no image has a mask, or if the masks follow several conventions.
     """
 
     uses = ("masks",)
@@ -144,9 +151,10 @@ class SegmenterStrategy(Strategy):
         return self.recipe.structures
 
     def start(self, model: Segmenter) -> str:
-        """Load the bundle in the recipe's `starting_weights` and return a sentence that says what was loaded.
+        """Load the weights of the bundle `starting_weights` into `model`, and return a text that says what was loaded.
 
-        Raises BundleError if the bundle is of another network.
+        Returns "from scratch" if the recipe has no `starting_weights`. Raises BundleError if the bundle contains another
+        network.
         """
         name = self.recipe.starting_weights
         if not name:

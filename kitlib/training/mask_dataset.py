@@ -1,4 +1,4 @@
-"""Cached X-rays and their masks as training examples, on the same canvas and with the same augmentation."""
+"""Data set of cached X-rays and their masks, which are placed on a canvas and augmented together."""
 
 from typing import Any
 
@@ -19,12 +19,12 @@ from kitlib.xrays.mask_store import MaskStore
 
 
 class MaskDataset(Examples):
-    """Data set of images with their masks: one example per row of `images`, in order.
+    """Data set of X-rays with their masks: one example per row of `images`, in the same order.
 
-    An example is a dict: `pixels`, uint8 (side, side), the image on the recipe's canvas with its grey levels adjusted;
-    `truth`, uint8 (side, side), 0 for background and k for the recipe's k-th structure (from 1); `index`, the row in
-    `images`. A key is an index, or (epoch, index) from `EpochSampler`; augmentation depends on `seed` and the key alone.
-    Raises MaskError if an image has no mask.
+    An example is a dict: `pixels`, uint8 (side, side), is the image on the recipe's canvas, with its grey levels adjusted;
+    `truth`, uint8 (side, side), is 0 for background and k for the recipe's k-th structure (from 1); `index` is the row in
+    `images`. The key of an example is its index, or (epoch, index) from `EpochSampler`; its augmentation depends on `seed`
+    and the key alone. The constructor raises MaskError if an image has no mask.
     """
 
     def __init__(
@@ -70,12 +70,13 @@ class MaskDataset(Examples):
 
 
 def truth_on_canvas(codes: np.ndarray, place: Placement, recipe: SegmenterRecipe, xray: CachedXray) -> np.ndarray:
-    """Draw the label image `codes` of a cached X-ray on the canvas; return uint8 (side, side), k for the k-th structure.
+    """Return the mask of a cached X-ray on the recipe's canvas, uint8 (side, side): 0 for background, k for structure k.
 
-    Structures are numbered from 1 in the recipe's order; 0 is background. Each structure is resized as a mask 0..255, with
-    area interpolation if it shrinks, and thresholded at one half; later structures overwrite earlier ones. The structure
-    "lungs" includes both sides. Raises MaskError if the mask has another size than the cached image, or if the mask does not
-    distinguish left and right but the recipe does.
+    `codes` is the mask of the cached image, with values of MASK_CODES; `place` is the image's placement on the canvas.
+    Structures are numbered from 1 in the recipe's order. Each structure is resized as a mask 0..255, with area interpolation
+    if it shrinks, and thresholded at one half; where structures overlap, the later one is used. The structure "lungs"
+    includes both sides. Raises MaskError if `codes` and the cached image differ in size, or if the recipe distinguishes the
+    left and right lung but the mask does not.
     """
     if codes.shape != xray.pixels.shape:
         raise MaskError(
@@ -95,6 +96,6 @@ def truth_on_canvas(codes: np.ndarray, place: Placement, recipe: SegmenterRecipe
 
 
 def collate_masks(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a batch of examples: stacked `pixels` and `truth` (n, side, side), and `index` (n,)."""
+    """Return a batch of n examples of a `MaskDataset`, a dict: `pixels` and `truth` (n, side, side), and `index` (n,)."""
     batch = {name: torch.stack([example[name] for example in examples]) for name in ("pixels", "truth")}
     return batch | {"index": torch.tensor([example["index"] for example in examples])}

@@ -1,7 +1,7 @@
-"""Nested cross-validation: trains the learners of a stacked ensemble, so that ensemble and learners have an unused fold.
+"""Nested cross-validation of a stacked ensemble: trains the models whose predictions the ensemble combines.
 
-For each outer fold, models are trained on the other folds, each without one inner fold. The ensemble is trained on the
-models' predictions for the inner folds and evaluated on the outer fold.
+For each outer fold, one model is trained for each other fold (the inner fold), on all images outside of these two folds. The
+ensemble is trained on the models' predictions for the inner folds, and evaluated on their predictions for the outer fold.
 """
 
 import dataclasses
@@ -22,12 +22,13 @@ NOT_NESTED = -1  # value of the column `outer` if no outer fold was held out
 
 @dataclass(frozen=True)
 class NestedScores:
-    """Predictions of all models of one learner.
+    """Predictions of all models that a nested cross-validation has trained with one recipe, in three tables.
 
     `nested` is a `nested_scores` table with the predictions of every model. `judged`, for evaluation, is a `class_scores`
-    table with one row per image: the mean over the models that were trained without the image's outer fold (which is in the
-    column `fold`) or, if no outer fold was held out, the out-of-fold prediction. `test` is a `class_scores` table for the
-    images in the split "test", with one row per image and fold: the mean over outer folds.
+    table with one row per image: the mean prediction of the models that were trained without the image's outer fold, with
+    the outer fold in the column `fold`; if no outer fold was held out, the out-of-fold prediction. `test` is a
+    `class_scores` table for the images in the split "test", with one row per image and fold: the mean prediction of the
+    fold's models over all outer folds.
     """
 
     nested: pd.DataFrame
@@ -36,9 +37,10 @@ class NestedScores:
 
 
 def hold_out(tables: Mapping[str, pd.DataFrame], outer: int) -> dict[str, pd.DataFrame]:
-    """Return the tables of a prepared run with fold `outer` removed from the folds and its images in the split "test".
+    """Return the tables of a prepared run in which the images of fold `outer` are moved to the split "test".
 
-    Raises ValueError if `outer` is not one of the folds, or if it is the only fold.
+    Their rows are removed from the `folds` table, and their `split` in the `images` table is "test". Raises ValueError if
+    `outer` is not one of the folds, or if it is the only fold.
     """
     images, folds = tables["images"], tables["folds"]
     held_out_ids = folds.id[folds.fold == outer]
@@ -58,12 +60,13 @@ def train_nested(
     processes: int = 1,
     train: Train = train_fold,
 ) -> dict[int, list[Any]]:
-    """Train all models of a nested cross-validation; return the results of `train_folds`, keyed by outer fold.
+    """Train all models of a nested cross-validation; return a dict from each outer fold to the results of its models.
 
-    For each outer fold k and each other fold n in `folds`, a model is trained without both, in `run`/outer<k>/fold<n>. If
-    `outer_folds` is empty, the models are in `run`/fold<n> and the results under the key NOT_NESTED. If the end of the
-    session stops a fold, no further outer fold is started. Raises ValueError, before any training, if a fold is not in the
-    tables, or if an outer fold leaves no other fold.
+    For each outer fold k and each other fold n in `folds`, one model is trained on the images outside of both folds, in the
+    folder `run`/outer<k>/fold<n>. If `outer_folds` is empty, the folders are `run`/fold<n>, and the dict's only key is
+    NOT_NESTED. For `at_once`, `processes` and the results see `train_folds`. If the end of the session stops a fold, no
+    further outer fold is started. Raises ValueError, before any training, if a fold is not in the tables, or if an outer
+    fold leaves no other fold.
     """
     folds, outer_folds = list(folds), list(outer_folds)
     available = set(task.tables["folds"].fold)
@@ -86,16 +89,17 @@ def train_nested(
 
 
 def is_complete(trained: dict[int, list[Any]], folds: Iterable[int], outer_folds: Iterable[int]) -> bool:
-    """Return whether `trained`, the results of `train_nested` for these folds, includes all models."""
+    """Return whether `trained`, which `train_nested` returned for these folds, contains the results of all models."""
     folds = list(folds)
     expected = {outer: len([fold for fold in folds if fold != outer]) for outer in list(outer_folds) or [NOT_NESTED]}
     return expected == {outer: len(models) for outer, models in trained.items()}
 
 
 def gather_scores(trained: dict[int, list[TrainedFold]], folds: pd.DataFrame) -> NestedScores:
-    """Collect the predictions of finished models into NestedScores; `folds` is the `folds` table of the prepared run.
+    """Collect the predictions of the models that `train_nested` has trained, and return them as NestedScores.
 
-    `nested` includes the models' predictions for their own training images if the runs have `training_scores`.
+    `folds` is the `folds` table of the prepared run. If the runs have `training_scores`, `nested` also includes the models'
+    predictions for their own training images.
     """
     nested, judged, test = [], [], []
     for outer, models in trained.items():

@@ -1,4 +1,4 @@
-"""Lung patches of cached X-rays as examples: one patch for training, a canvas with patch centres for validation."""
+"""Data set of lung patches of cached X-rays: one patch per image for training, several per image for validation."""
 
 import mmap
 from typing import Any
@@ -19,12 +19,14 @@ from kitlib.xrays.cache import CachedXray, DecodedXrays
 
 
 class PatchDataset(Examples):
-    """Data set of lung patches: one example per row of `images`, in order.
+    """Data set of lung patches: one example per row of `images`, in the same order.
 
-    A training example (`augment` True) is a dict as from `XrayDataset`, with no boxes and an unknown `none`; `pixels`,
-    uint8 (side, side), is one lung patch, whose centre and augmentation depend on `seed` and the key (epoch, index) alone.
-    A validation example has, instead of `pixels`, `canvas`, uint8 (canvas, canvas), and `centres`, int64 (k, 2), the rows
-    and columns of k patch centres, which depend on the image_id alone; k is the recipe's `validation_patches`.
+    With `augment`, examples are for training: dicts with the same keys as those of `XrayDataset`, without boxes and with an
+    unknown (NaN) `none`. `pixels`, uint8 (side, side), is one lung patch; its centre and its augmentation depend on `seed`
+    and the key (epoch, index) alone. Without `augment`, examples are for validation: dicts with `label`, `index`, `canvas`,
+    uint8 (side, side), the image on the recipe's canvas, black outside the lungs, and `centres`, int64 (k, 2), one row per
+    patch: the row and the column of its centre on the canvas. Centres depend on the image_id alone; k is the recipe's
+    `validation_patches`.
 
     The argument `boxes` is ignored; it exists for compatibility with `XrayDataset`. An image without usable lungs is used as
     a single patch (see `kitlib.models.patches.patch_canvas`); `lungs_missed` counts such images.
@@ -65,7 +67,10 @@ class PatchDataset(Examples):
         return example | unknown | {"pixels": torch.from_numpy(patch)}
 
     def lungs_missed(self) -> int:
-        """Return the number of images used as a single patch. Reads all images that were not read before."""
+        """Return the number of images that are used as a single patch, because they have no usable lungs.
+
+        Reads all images that have not been read yet.
+        """
         for index in np.flatnonzero(self.frame_cache.status == 0).tolist():
             self._read_canvas(index)
         return int((self.frame_cache.status == FrameCache.MISSED).sum())
@@ -83,7 +88,10 @@ class PatchDataset(Examples):
 
 
 class PatchCanvasCache:
-    """In-memory cache of canvases and masks (a bit per pixel), shared by forked workers; stores the first that fit."""
+    """In-memory cache of patch canvases and their lung masks, shared by forked workers.
+
+    Masks are stored with one bit per pixel. If memory does not suffice for `count` images, only the first images are cached.
+    """
 
     def __init__(self, count: int, recipe: PatchRecipe) -> None:
         self.side, self.patch = recipe.canvas, recipe.image_size
@@ -95,7 +103,7 @@ class PatchCanvasCache:
         )
 
     def get(self, index: int) -> PatchCanvas | None:
-        """Return the cached canvas, whose pixels must not be changed, or None if it is not cached."""
+        """Return the canvas of image `index`, whose pixels must not be changed, or None if it is not cached."""
         cached = self.canvases.get(index) if index < len(self.masks) else None
         if cached is None:
             return None
@@ -103,7 +111,7 @@ class PatchCanvasCache:
         return PatchCanvas(cached[0], mask if mask.any() else None, self.patch)
 
     def put(self, index: int, canvas: PatchCanvas, xray: CachedXray) -> None:
-        """Cache the canvas of an X-ray; does nothing if there is no space for this index."""
+        """Store the canvas of image `index`, made from `xray`. Does nothing if the cache has no space for this index."""
         if index >= len(self.masks):
             return
         if canvas.mask is not None:
@@ -114,10 +122,11 @@ class PatchCanvasCache:
 
 
 def collate_canvases(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a batch of validation examples: `canvases` (n, canvas, canvas), `label` (n, classes), `index` (n,), `where`.
+    """Return a batch of n validation examples of a `PatchDataset`, as a dict of tensors.
 
-    `where` (m, 3) holds the centres of all patches, see `kitlib.models.patches.join_centres`. Training examples are collated
-    by `kitlib.training.xray_dataset.collate`.
+    `canvases` is uint8 (n, side, side), `label` float32 (n, classes), `index` (n,). `where` is int64 (m, 3), one row per
+    patch: index of the canvas in the batch, row and column of the patch's centre on the canvas. For training examples use
+    `kitlib.training.xray_dataset.collate`.
     """
     return {
         "canvases": torch.stack([example["canvas"] for example in examples]),

@@ -1,4 +1,4 @@
-"""Pseudo-labels: soft labels for unlabelled images, from models that were not trained on these or on similar images.
+"""Pseudo-labels: soft labels for unlabelled images, made from the predictions of trained models.
 
 An image is predicted only by models that were not trained on it, on another image of its patient or study, or on a
 near-duplicate of one of these, because a model may have memorised its training images.
@@ -29,10 +29,11 @@ MODEL = ["model", "fold"]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of several models, which may be of several folds.
+    """Predictions of several study classifiers and detectors, in three tables.
 
-    `probabilities` has the columns image_id, model, fold, the four study classes and none (NaN for outputs that a model does
-    not have). `detections` and `coverage` are tables of these names (see `kitlib.tables`).
+    `probabilities` has one row per image and classifier, with the columns image_id, model, fold, the four study classes and
+    none (NaN if the classifier lacks the output). `detections` has one row per predicted box; `coverage` has one row per
+    image and detector, even if no box was predicted (see `kitlib.tables` for their columns).
     """
 
     probabilities: pd.DataFrame
@@ -42,11 +43,12 @@ class Predictions:
 
 @dataclass(frozen=True)
 class PseudoLabels:
-    """Pseudo-labels as tables to train on, and the images that were left out.
+    """Pseudo-labels as tables to train on, and a table of the images that got no pseudo-label.
 
-    `images` has two additional columns: `none`, the probability of "no opacity" as a soft target, and `unsure`, True if a
-    detector should not be trained on the image. `labels` has the four study classes, which sum to 1, for each study that a
-    classifier has predicted. `boxes` has an additional column `score`. `left_out` has the columns image_id and reason.
+    `images` is an `images` table with two additional columns: `none`, the probability of "no opacity" as a soft target, and
+    `unsure`, True if a detector should not be trained on the image. `labels` has one row per study that a classifier has
+    predicted, with probabilities of the four study classes, which sum to 1. `boxes` is a `boxes` table with an additional
+    column `score`. `left_out` lists the images without a pseudo-label in the columns image_id and reason.
     """
 
     images: pd.DataFrame
@@ -56,10 +58,11 @@ class PseudoLabels:
 
 
 def duplicate_groups(sources: Iterable[tuple[pd.DataFrame, XrayCache]], max_distance: int = MAX_DISTANCE) -> pd.DataFrame:
-    """Group near-duplicates among the images of several sources; return a table with the columns image_id and group.
+    """Find near-duplicates among the images of several data sets; return a table with the columns image_id and group.
 
-    A source is a pair of an `images` table and its cache. Raises ValueError if an image is not in its cache, because its
-    duplicates would not be detected.
+    Near-duplicates have the same value in `group`; `max_distance` is the largest distance between their perceptual hashes.
+    Each of `sources` is a pair of an `images` table and the cache with its images. Raises ValueError if an image is not in
+    its cache, because duplicates of this image would not be detected.
     """
     caches = {image_id: cache for images, cache in sources for image_id in images["image_id"]}
     missing = [image_id for image_id, cache in caches.items() if image_id not in cache]
@@ -82,12 +85,13 @@ def seen_by(
     groups: pd.DataFrame | None = None,
     extra: Iterable[pd.DataFrame] = (),
 ) -> pd.DataFrame:
-    """Return a table (image_id, model, fold) with each pair of an image and a model that must not predict the image.
+    """Return a table of the images in `images` that a model must not predict, with the columns image_id, model and fold.
 
-    `models` has the columns model and fold. A fold's model was trained on the images in `trained` that are in other folds
-    according to `folds`, and on all images in the tables `extra`. It must not predict an image of `images` that is one of
-    its training images, that shares the study, patient or near-duplicate group (column `group` of `groups`) of a training
-    image, or that shares the study or patient of another image that it must not predict.
+    The table has one row for each image and each model that must not predict it. `models` has one row per model, with the
+    columns model and fold. A model was trained on the images in `trained` whose fold in the `folds` table is not the model's
+    fold, and on all images in the `images` tables `extra`. It must not predict its training images, images with the study,
+    patient or near-duplicate group of a training image (`groups` has the columns image_id and group), or images with the
+    study or patient of another image that it must not predict.
     """
     fold_of = trained["image_id"].map(folds.set_index("id")["fold"])
     group = None if groups is None else groups.set_index("image_id")["group"]
@@ -116,12 +120,12 @@ def predict_unseen(
     batch_size: int | None = None,
     lungs: StoredLungs | LungSegmenter | None = None,
 ) -> Predictions:
-    """Predict `images` with each of `models` (columns model, fold, bundle), except for the pairs in `seen`.
+    """Predict each image with all models, except for the pairs of image and model in `seen`, a result of `seen_by`.
 
-    `seen` is the result of `seen_by`; `bundle` is a bundle's folder. `lungs` finds the lungs for models that use lung masks;
-    the number of images in which no lungs were found is logged. Raises ValueError if a model uses lung masks and `lungs` is
-    missing or from another segmenter, or if a model is a findings classifier, which does not predict study classes; raises
-    BundleError as `load_predictor` does.
+    `models` has one row per model, with the columns model, fold and bundle (the folder of its bundle). `lungs` finds the
+    lungs for models that use lung masks; the number of images in which no lungs were found is logged. Raises ValueError if a
+    model uses lung masks and `lungs` is missing or from another segmenter, or if a model is a findings classifier, which
+    does not predict study classes; BundleError if a bundle is damaged or contains a segmenter.
     """
     probabilities, detections, coverage = [], [], []
     for row in models.itertuples():
@@ -168,11 +172,12 @@ def pseudo_labels(
     high: float = 0.5,
     workers: int = 1,
 ) -> PseudoLabels:
-    """Fuse predictions for `images` into pseudo-labels, without predictions for the pairs in `seen` (see `seen_by`).
+    """Fuse the predictions of several models for `images` into pseudo-labels, with the fusion settings `settings`.
 
-    Images without a remaining prediction are left out. Boxes with a score of at least `kept` become boxes of the image. An
-    image is `unsure`, which excludes it from training a detector, if no detector has predicted it or if its highest box
-    score is at least `low` and less than `high`. Scores are those of fused boxes, calibrated if `settings` calibrate them.
+    Predictions for the pairs of image and model in `seen` (see `seen_by`) are ignored, and images without other predictions
+    get no pseudo-label. Fused boxes with a score of at least `kept` become boxes of the image. An image is `unsure`, which
+    excludes it from training a detector, if no detector has predicted it, or if its highest box score is at least `low` and
+    less than `high`. Scores are compared after fusion, which includes calibration if `settings` calibrates the detectors.
 
     Raises ValueError unless 0 <= low <= kept <= high <= 1.
     """
@@ -207,7 +212,7 @@ def pseudo_labels(
 
 
 def _drop_seen(table: pd.DataFrame, seen: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
-    """Return a table's predictions for `images`, without those for the pairs of image and model in `seen`."""
+    """Return the rows of a table of predictions that are for `images` and not for a pair of image and model in `seen`."""
     key = ["image_id", *MODEL]
     is_seen = pd.MultiIndex.from_frame(table[key]).isin(pd.MultiIndex.from_frame(seen[key]))
     return table[~is_seen & table["image_id"].isin(images["image_id"])].reset_index(drop=True)

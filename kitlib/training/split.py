@@ -1,4 +1,4 @@
-"""Selects the training and validation images for a fold, and adds extra training images from another run."""
+"""Selects the training and the validation images of a fold, and adds extra training images from another prepared run."""
 
 import logging
 
@@ -22,9 +22,9 @@ def split(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return two `images` tables: the training images (all folds but `fold`) and the validation images (`fold`).
 
-    Images without a fold or marked `false_none` are in neither table. With a limit, a table has at most this number of
-    images, of patients drawn by `seed`, each with all of their images. Raises ValueError if the folds contain images that
-    are not in `images`, or if either table is empty.
+    Neither table has images without a fold or images marked `false_none`. `limit_train` and `limit_validation` cap the
+    number of images in the tables: patients are drawn at random with `seed`, each with all of their images. Raises
+    ValueError if the folds contain images that are not in `images`, or if either table is empty.
     """
     images_by_id = images.set_index("image_id", drop=False)
     missing = folds.loc[~folds.id.isin(images_by_id.index), "id"]
@@ -53,12 +53,13 @@ def with_extra(
     extra: ExtraImages | None,
     validation_images: pd.DataFrame,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, DecodedXrays]:
-    """Append extra images to the training images; return images, labels, boxes, and a cache that reads both kinds of image.
+    """Add the images in `extra` to the training images; return tables of images, labels and boxes, and a cache.
 
-    Extra images marked `false_none` are left out. The classes are the columns of `labels`; an extra image's label is NaN
-    (unknown) for a class that the extra labels lack. Without `extra`, returns its arguments. Raises ValueError if no extra
-    image remains, or if extra images share an image_id, study_id or patient_id with validation images, or an image_id or
-    study_id with training images.
+    The tables contain the rows of both kinds of image, and the cache reads both. Extra images marked `false_none` are left
+    out. The classes are the columns of `labels`; if the extra labels lack a class, it is NaN (unknown) for the extra images.
+    If `extra` is None, returns `train_images`, `labels`, `boxes` and `cache` unchanged. Raises ValueError if no extra image
+    remains, or if extra images share an image_id, study_id or patient_id with validation images, or an image_id or study_id
+    with training images.
     """
     if extra is None:
         return train_images, labels, boxes, cache
@@ -98,7 +99,7 @@ def with_extra(
 
 
 class _CombinedCache:
-    """Cache that reads extra images from the extra run's cache, and all other images from the task's."""
+    """Cache that reads extra images from the extra run's cache, and all other images from the task's cache."""
 
     def __init__(self, cache: DecodedXrays, extra: ExtraImages) -> None:
         self.cache, self.extra = cache, extra.cache
@@ -110,7 +111,7 @@ class _CombinedCache:
 
 
 def _sample_patients(images: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
-    """Return at most `limit` images, of patients drawn at random by `seed`, each with all of their images."""
+    """Return the rows of at most `limit` images: patients are drawn at random with `seed`, each with all of their images."""
     patients = np.random.default_rng(seed).permutation(images.patient_id.unique())
     sizes = images.patient_id.value_counts()
     selected, remaining = set(), limit

@@ -1,4 +1,4 @@
-"""Base class for training a model family: checks, data sets, fitting and out-of-fold predictions."""
+"""Base class of the strategies that train a model family: checks, data sets, fitting and out-of-fold predictions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -24,9 +24,10 @@ OPTIONAL_INPUTS = ("extra", "lungs", "masks", "in_sample")
 
 
 class Strategy(ABC):
-    """Base class that trains one model family on one fold; kitlib.training.driver calls its methods in order of definition.
+    """Base class of strategies. A strategy trains a model of one family on one fold.
 
-    The constructor checks the task and raises ValueError if it cannot be trained, before anything is written.
+    kitlib.training.driver calls the methods in the order in which they are defined. The constructor raises ValueError if the
+    task cannot be trained; nothing has been written then.
     """
 
     uses: ClassVar[tuple[str, ...]]  # the OPTIONAL_INPUTS that the family uses
@@ -55,7 +56,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise ValueError if the tables do not fit the recipe; may replace the training tables, such as `self.images`."""
+        """Raise ValueError if the task's tables do not fit the recipe.
+
+        May also replace `self.images`, `self.labels`, `self.boxes` or `self.folds`, for example by a selection of rows.
+        """
 
     @property
     @abstractmethod
@@ -64,20 +68,21 @@ class Strategy(ABC):
 
     @abstractmethod
     def start(self, model: Any) -> str:
-        """Load the recipe's starting weights into `model` and return a sentence that says what was loaded."""
+        """Load the recipe's starting weights into `model`, and return a text that says what was loaded."""
 
     @abstractmethod
     def make_examples(self) -> None:
-        """Create the data sets `self.train` and `self.validation`."""
+        """Create the training and the validation data set, and store them in `self.train` and `self.validation`."""
 
     @abstractmethod
     def module(self, model: Any) -> RecipeTraining:
         """Return the Lightning module that trains and validates `model`."""
 
     def fit(self, model: Any, device: torch.device) -> FitResult:
-        """Train the model, load the kept epoch's weights into it on the CPU, and return the history.
+        """Train `model`, and return the history and the kept epoch.
 
-        Raises SessionOver at the task's deadline.
+        Afterwards `model` is on the CPU and has the weights of the kept epoch. Raises SessionOver if another epoch would not
+        end before the task's deadline.
         """
         task, train, validation = self.task, self.training_batches(), self.validation_batches()
         options = self.run_folder, device, task.seed, task.progress, self.title, task.deadline
@@ -99,30 +104,33 @@ class Strategy(ABC):
 
     @abstractmethod
     def predict(self, device: torch.device) -> dict[str, Any]:
-        """Predict with the trained bundle, write the tables of predictions, and return counts for metrics.json."""
+        """Predict the held-out images with the run's bundle, write the predictions, and return counts for metrics.json."""
 
     def complete(self, device: torch.device) -> int:
-        """Write requested predictions that a finished run lacks; return the number of images in which lungs were missed."""
+        """Write predictions that the task requests and a finished run lacks; here there are none.
+
+        Returns the number of images that were predicted without usable lungs, although the model uses lungs.
+        """
         return 0
 
     def predictor(self, device: torch.device) -> Predictor:
-        """Return a predictor for the run's bundle."""
+        """Return a predictor that uses the model in the run's bundle."""
         return load_predictor(self.run_folder / "bundle", device, self.validation_batch, lungs=self.task.lungs)
 
     def write(self, name: str, table: Any, kind: str = "") -> None:
-        """Write one of the run's tables to tables/`name`.parquet; `kind` is the name of its schema, by default `name`."""
+        """Write `table` to tables/<name>.parquet in the run folder. `kind` is the name of its schema (default: `name`)."""
         write_table(table, kind or name, self.run_folder / "tables" / f"{name}.parquet")
 
     @property
     def title(self) -> str:
-        """Title of the progress bar."""
+        """Title of the progress bar: the name of the model, and the fold."""
         return f"{self.task.model_name} fold {self.fold}"
 
 
 def without_images(label: np.ndarray, classes: Sequence[str]) -> list[str]:
-    """Return the classes for which no image has a label of at least 0.5.
+    """Return the names of the classes for which no image has a label of at least 0.5.
 
-    `label` (images, classes) has a column for each of `classes`; unknown labels are NaN.
+    `label` is an array (images, classes), with columns in the order of `classes`; unknown labels are NaN.
     """
     present = (np.nan_to_num(label) >= 0.5).any(axis=0)
     return [name for name, is_present in zip(classes, present, strict=True) if not is_present]

@@ -1,4 +1,4 @@
-"""Trains a study classifier on all folds but one, and predicts the held-out fold."""
+"""Trains a study classifier on all folds but one, and predicts the images of the held-out fold."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from kitlib.training.xray_dataset import XrayDataset
 
 
 class StudyTraining(ClassifierTraining):
-    """Lightning module with the loss and the validation of a study classifier; the score comes from `validation_scores`."""
+    """Lightning module that trains and validates a study classifier; `validation_scores` computes the validation score."""
 
     model: StudyClassifier
     recipe: StudyRecipe
@@ -57,12 +57,13 @@ class StudyTraining(ClassifierTraining):
 def validation_scores(
     probabilities: np.ndarray, study_ids: np.ndarray, study: np.ndarray, none: np.ndarray, outputs: str = "both"
 ) -> dict[str, float]:
-    """Return the average precision (VOC 2010, as in the competition) of each of the five outputs, and `score`, their mean.
+    """Return a dict with the average precision (AP) of each of a study classifier's outputs, and `score`, the mean AP.
 
-    `probabilities` (n, 5) are the outputs for n images, `study` (n, 4) and `none` (n,) their labels, NaN if unknown. Study
-    classes are scored over studies, by the mean over a study's images; `none` is scored over images. With `outputs` "study"
-    or "none", only these outputs are scored. The average precision of a class without positives is NaN and left out of the
-    mean; if all are NaN, `score` is NaN.
+    `probabilities` is an array (n, 5), one row per image: the four study classes, then `none`. `study_ids` (n,) has each
+    image's study, `study` (n, 4) and `none` (n,) have the labels, NaN if unknown. AP (VOC 2010, as in the competition) of a
+    study class is computed over studies, with the mean probability of a study's images; AP of `none` is computed over
+    images. If `outputs` is "study" or "none" instead of "both", only the study classes or only `none` are scored. The AP of
+    a class without positives is NaN and left out of the mean; if all are NaN, `score` is NaN.
     """
     scores = {}
     if outputs != "none":
@@ -85,9 +86,10 @@ def _average_precision(probabilities: np.ndarray, truth: np.ndarray) -> float:
 
 
 class StudyStrategy(Strategy):
-    """Trains a study classifier with an image-level `none`; writes the tables `study_scores` and `image_scores`.
+    """Strategy that trains a classifier of the study classes and of `none` (no opacity in the image) on one fold.
 
-    If the recipe's `outputs` is "study", `image_scores` is empty; if it is "none", `study_scores` is empty.
+    Writes its predictions for the validation fold to the tables `study_scores` and `image_scores`. If the recipe's `outputs`
+    is "study", `image_scores` is empty; if it is "none", `study_scores` is empty.
     """
 
     uses = ("extra", "lungs")
@@ -103,7 +105,7 @@ class StudyStrategy(Strategy):
         )
 
     def check(self) -> None:
-        """Raise ValueError if the recipe freezes random weights, or if the labels are not those of the study classes."""
+        """Raise ValueError if a frozen backbone has no starting weights, or if `labels` lacks a study class."""
         check_frozen(self.recipe, self.task.model_name)
         self.labels = study_labels(self.labels)
 

@@ -26,14 +26,15 @@ KINDS = {"test_scores": "class_scores", "training_scores": "class_scores"}
 
 @dataclass(frozen=True)
 class Task:
-    """One model to train on every fold: data, recipe, seed, limits and deadline.
+    """Everything that is needed to train one model on any fold: data, recipe, seed, limits and deadline.
 
-    `tables` holds the tables images, labels, boxes and folds of a prepared run; `cache` reads its decoded images.
-    `limit_train` and `limit_validation` cap the number of images, keeping or dropping whole patients; they do not apply to
-    the `extra` images, which are used for training and never for validation. `lungs` are the stored lungs that are used if
-    `recipe.lungs` is "masks"; `masks` are the ground truth for a segmenter. With `in_sample`, a classifier also predicts its
-    own training images. Training raises ValueError if the model family cannot use one of these inputs. With `resume`, an
-    interrupted run continues; without it, the run starts over.
+    `tables` contains the tables images, labels, boxes and folds of a prepared run; `cache` reads the run's decoded images.
+    `limit_train` and `limit_validation` cap the number of training and validation images, keeping or dropping whole
+    patients. `extra` has additional images, which are used only for training and to which the limits do not apply. `lungs`
+    are stored lungs, for a recipe whose field `lungs` is "masks"; `masks` are the ground truth for a segmenter. With
+    `in_sample`, a findings classifier also predicts its own training images. Training raises ValueError if the model family
+    cannot use `extra`, `lungs`, `masks` or `in_sample`. With `resume`, an interrupted run continues; without it, the run
+    starts over.
     """
 
     tables: Mapping[str, pd.DataFrame]
@@ -53,13 +54,16 @@ class Task:
     progress: bool = True
 
     def checked(self) -> "Task":
-        """Return a copy of the task with checked tables (see kitlib.tables). Raises ValueError if a table is missing."""
+        """Return a copy of the task whose tables have been checked and converted by `kitlib.tables.check_table`.
+
+        Raises ValueError unless the tables are exactly images, labels, boxes and folds; TableError if a table is invalid.
+        """
         if set(self.tables) != set(TABLES):
             raise ValueError(f"tables are {', '.join(self.tables)}; expected {', '.join(TABLES)}")
         return dataclasses.replace(self, tables={name: check_table(self.tables[name], name) for name in TABLES})
 
     def identity(self, fold: int) -> dict[str, Any]:
-        """Return a dict, in JSON types, with everything that determines the weights of this fold's model."""
+        """Return a dict in JSON types that describes everything that determines the weights of the model for `fold`."""
         start = self.recipe.starting_weights
         return {
             "model": self.model_name,
@@ -86,9 +90,10 @@ class Task:
 class TrainedFold:
     """Results of one finished fold, as read from its run folder.
 
-    `tables` holds the model's predictions, keyed by file name: study_scores and image_scores; class_scores and test_scores;
-    detections and coverage; or mask_scores. These are for images that the model was not trained on; only training_scores,
-    if requested, is for its training images.
+    `tables` contains the model's predictions, keyed by file name without extension: study_scores and image_scores of a study
+    classifier; class_scores and test_scores of a findings classifier; detections and coverage of a detector; mask_scores of
+    a segmenter. They are for images that the model was not trained on. Only training_scores, which a findings classifier
+    writes on request, is for its training images. `metrics` is the content of metrics.json, `history` has one row per epoch.
     """
 
     run_folder: Path
@@ -98,12 +103,15 @@ class TrainedFold:
 
     @property
     def masks(self) -> MaskStore:
-        """Label images that a segmenter has predicted for its fold."""
+        """Store of the masks that a segmenter has predicted for the images of the held-out fold."""
         return MaskStore(self.run_folder / "masks")
 
 
 def read_trained(run_folder: str | Path) -> TrainedFold:
-    """Read the results of a finished run. Raises FileNotFoundError if it has no metrics.json, which marks a finished run."""
+    """Read the results of one finished fold from its run folder.
+
+    Raises FileNotFoundError if the folder has no metrics.json, which marks a finished run.
+    """
     run_folder = Path(run_folder)
     metrics = json.loads((run_folder / "metrics.json").read_text(encoding="utf-8"))
     history = pd.read_csv(run_folder / "tables" / "history.csv")

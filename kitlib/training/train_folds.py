@@ -1,4 +1,4 @@
-"""Trains a model's folds: one after the other, side by side with one GPU per fold, or each fold on several GPUs."""
+"""Trains a model on several folds: one after the other, side by side with one GPU per fold, or each on several GPUs."""
 
 import dataclasses
 import logging
@@ -31,10 +31,11 @@ FAILED, SESSION_OVER = 1, 75  # exit codes of a fold's process; 75: try again la
 
 
 def begin_session(run: Path, hours: float = 0, resume_from: str | Path = "") -> Deadline | None:
-    """Return this session's deadline (see `session_deadline`), and copy the folds of an earlier session into `run`.
+    """Return this session's deadline, and copy the folds of an earlier session to the folder `run`, to resume them.
 
-    `resume_from` is the run folder of the earlier session: a path or the name of an attached input; if it is empty, nothing
-    is copied. Prints for each fold whether it was copied.
+    `hours` is the length of the session; returns None if it has no limit (see `session_deadline`). `resume_from` is the run
+    folder of the earlier session, as a path or as the name of an attached input; if it is empty, nothing is copied. Prints
+    for each fold whether it was copied.
     """
     deadline = session_deadline(hours)
     if resume_from:
@@ -57,14 +58,15 @@ def train_folds(
 ) -> list[Any]:
     """Run `train(task, fold, run / "fold<n>")` for each fold and return the results of the finished folds.
 
-    `at_once` folds train side by side, each in its own process with its own GPU, an equal share of the CPU threads and the
-    log fold<n>/train.log; 0: as many folds as GPUs; 1: one after the other in this process. `processes` is the number of
-    processes that train each fold together (see kitlib.training.data_parallel).
+    `at_once` is the number of folds that train side by side, each in its own process with its own GPU, an equal share of the
+    CPU threads and the log fold<n>/train.log. If it is 0, as many folds as there are GPUs train side by side; if it is 1,
+    the folds train one after the other in this process. `processes` is the number of processes that train each fold together
+    (see kitlib.training.data_parallel).
 
     If the end of the session stops a fold, no further fold is started, and a message is printed that says how to continue;
-    it gives `resume_name` (default: the name of `run`) as the run to resume from. Raises ValueError if `at_once` and
-    `processes` are not valid together. Raises TrainingError, which lists all failed folds, if folds that train side by side
-    fail; the other folds finish first.
+    the message gives `resume_name` (default: the name of `run`) as the run to resume from. Raises ValueError if `at_once`
+    and `processes` are not valid together. Raises TrainingError, which lists all failed folds, if folds that train side by
+    side fail; the other folds finish first.
     """
     folds, gpus = list(folds), torch.cuda.device_count()
     if processes > 1 and at_once > 1:
@@ -105,7 +107,10 @@ def _is_finished(run: Path, fold: int) -> bool:
 
 
 def _train_side_by_side(train: Train, task: Task, folds: list[int], run: Path, at_once: int) -> None:
-    """Train until every fold is finished, stopped by the deadline, or failed. Raises TrainingError if any fold failed."""
+    """Train the folds in processes, `at_once` at a time, until every fold is finished, stopped by the deadline, or failed.
+
+    Raises TrainingError, after all processes have ended, if any fold failed.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     threads = max(1, torch.get_num_threads() // at_once)
     # Spawned, because a forked process cannot use a GPU if its parent has initialised CUDA.
@@ -155,9 +160,10 @@ def _train_side_by_side(train: Train, task: Task, folds: list[int], run: Path, a
 def _train_in_process(
     train: Train, task: Task, fold: int, run_folder: Path, gpu: str, threads: int, parent: int, log_queue: Any
 ) -> None:
-    """Train one fold in this new process, on one GPU, with output to a log file.
+    """Train one fold on one GPU in this process, which was started for it. Console output goes to run_folder/train.log.
 
-    Exits with code SESSION_OVER if the session's end stops the fold, FAILED if an error is raised.
+    Ends the process with exit code SESSION_OVER if the end of the session stops the fold, or FAILED if `train` raises an
+    error.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     _die_with_parent(parent)
@@ -184,7 +190,10 @@ def _train_in_process(
 
 
 def _die_with_parent(parent: int) -> None:
-    """Let Linux kill this process when its parent ends, so that the folds of a killed notebook do not continue to train."""
+    """Let Linux kill this process when its parent, with process id `parent`, ends.
+
+    Otherwise folds would continue to train after their notebook was killed.
+    """
     import ctypes
     import signal
 
@@ -194,7 +203,7 @@ def _die_with_parent(parent: int) -> None:
 
 
 class _Printer(logging.Handler):
-    """Log handler that prints records, because a notebook does not show logs."""
+    """Log handler that prints each record, because a notebook does not show logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(record.getMessage(), flush=True)

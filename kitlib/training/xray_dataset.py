@@ -1,4 +1,4 @@
-"""Data set of cached X-rays with targets and reproducible augmentation, and data loaders for its batches."""
+"""Data set of cached X-rays with targets and reproducible augmentation, and a data loader that makes batches of it."""
 
 import mmap
 from collections.abc import Callable, Iterator
@@ -29,9 +29,9 @@ CANVAS_KINDS = {"full": ("full",), "lungs": ("lungs",), "either": ("full", "lung
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """Base class of data sets with one example per image in `image_ids`, in order.
+    """Base class of data sets with one example per image in `image_ids`, in the same order.
 
-    A key is an index, or (epoch, index) from `EpochSampler`.
+    The key of an example is its index, or (epoch, index) from `EpochSampler`.
     """
 
     image_ids: list[str]
@@ -41,25 +41,27 @@ class Examples(Dataset[dict[str, Any]]):
 
 
 class XrayDataset(Examples):
-    """Data set of X-rays: one example per row of `images`, in order.
+    """Data set of X-rays with their targets: one example per row of `images`, in the same order.
 
-    An example is a dict: `pixels`, uint8 (side, side), the grey image on the recipe's canvas; `label`, float32 (classes,) in
-    the order of the `labels` table, NaN if unknown; `none`, float32, the probability that the image has no opacity; `boxes`,
-    float32 (k, 4) in canvas pixels, transformed with the image; `index`, the row in `images`. `none` comes from the column
-    `none` of `images` if it exists and is not NaN; otherwise it is NaN if the column `boxes_known` is False (opacities are
-    not annotated), else 1 for an image without boxes and 0 for an image with boxes.
+    An example is a dict. `pixels`, uint8 (side, side), is the grey image on the recipe's canvas. `label`, float32
+    (classes,), has the labels of the image's study in the order of the `labels` table, NaN if unknown. `boxes` is float32
+    (k, 4), one row per box: xmin, ymin, xmax, ymax in canvas pixels. `index` is the row in `images`. `none`, float32, is the
+    probability that the image has no opacity. It comes from the column `none` of `images` if the column exists and is not
+    NaN. Otherwise it is NaN if the column `boxes_known` is False (opacities are not annotated), else 1 for an image without
+    boxes and 0 for an image with boxes.
 
-    A key is an index, or (epoch, index) from `EpochSampler`. Augmentation depends on `seed` and the key alone, in any
-    process, so that resumed training uses the same examples as uninterrupted training.
+    The key of an example is its index, or (epoch, index) from `EpochSampler`. Its augmentation depends on `seed` and the key
+    alone, in any process, so that resumed training uses the same examples as uninterrupted training.
 
-    With `trained_on` "lungs", images are cropped to the frame of the lungs. With "either", `seed` and the key decide whether
-    an image is cropped; it is never cropped for a plain index, as in validation. A `masked` recipe blackens everything
-    outside the lungs' mask, the probe "outside_lungs" everything inside (see kitlib.lungs.canvas). `lungs` finds the lungs
-    if the recipe's `lungs` is "masks" (see kitlib.lungs.crop). An image without a frame or, if required, a mask is used
-    whole and unmasked; `lungs_missed` counts such images.
+    If the recipe's `trained_on` is "lungs", images are cropped to the frame of the lungs. If it is "either", `seed` and the
+    key (epoch, index) decide whether an image is cropped; with a plain index, as in validation, it is never cropped. A
+    `masked` recipe blackens everything outside the lungs' mask; the probe "outside_lungs" blackens everything inside (see
+    kitlib.lungs.canvas). The argument `lungs` is a finder, which is used only by recipes whose field `lungs` is "masks" (see
+    kitlib.lungs.crop). If no lungs or no required mask are found, an image is used whole and unmasked; `lungs_missed` counts
+    such images.
 
-    If the recipe's `canvas` is larger than image_size, augmentation crops a random square of image_size, and without
-    augmentation the middle is cropped. The larger canvas is kept in memory.
+    If the recipe's `canvas` is larger than its `image_size`, a square of `image_size` pixels a side is cropped from the
+    larger canvas: with `augment` a random square, otherwise the middle. The larger canvas is kept in memory.
     """
 
     def __init__(
@@ -116,7 +118,10 @@ class XrayDataset(Examples):
         }
 
     def lungs_missed(self) -> int:
-        """Return the number of images used whole because no lungs were found. Searches images not yet processed first."""
+        """Return the number of images that are used whole, because no usable lungs were found.
+
+        Looks for the lungs in all images that have not been read yet. Returns 0 if the recipe does not use lungs.
+        """
         if not self.canvas.needs_mask and "lungs" not in self.canvas_kinds:
             return 0
         for index in np.flatnonzero(self.frame_cache.status == 0).tolist():
@@ -124,11 +129,14 @@ class XrayDataset(Examples):
         return int((self.frame_cache.status == FrameCache.MISSED).sum())
 
     def _choose_kind(self, key: int | tuple[int, int]) -> str:
-        """Return the kind of canvas for a key, one of `canvas_kinds`."""
+        """Return the kind of canvas for an example's key: "full" for the whole image, "lungs" for the lung crop."""
         return self.canvas_kinds[derived_seed(self.seed, *key, 2) % len(self.canvas_kinds) if isinstance(key, tuple) else 0]
 
     def _read_canvas(self, index: int, kind: str) -> tuple[np.ndarray, Placement]:
-        """Return an image's whole canvas, from the cache or newly drawn, and the image's placement on it."""
+        """Return the canvas of an image, before cropping to `image_size`, and the image's placement on it.
+
+        The canvas comes from the cache, or is drawn and then cached. `kind` is "full" or "lungs", as in `_choose_kind`.
+        """
         slot = self.canvas_kinds.index(kind) * len(self) + index
         has_slot = slot < len(self.canvas_cache.pixels)
         cached = self.canvas_cache.get(slot) if has_slot else None
@@ -145,11 +153,14 @@ class XrayDataset(Examples):
         return pixels, place
 
     def _placement(self, kind: str, lungs: Lungs, rows: int, columns: int) -> Placement:
-        """Return the placement of an image, or of its lungs' frame, on the whole canvas."""
+        """Return the placement on the canvas of an image or, if `kind` is "lungs", of its lungs' frame."""
         return crop(self.make_placement, lungs.frame if kind == "lungs" else None, rows, columns, self.canvas.whole)
 
     def _find_lungs(self, index: int, xray: CachedXray) -> Lungs:
-        """Return an image's lungs as the recipe uses them. Frames are cached; masks are not, because they are large."""
+        """Return the frame of an image's lungs and, if the recipe requires it, their mask.
+
+        Frames are cached. Masks are not, because they are large.
+        """
         if not self.canvas.needs_mask and self.frame_cache.status[index]:
             return self.frame_cache.get(index)
         (lungs,) = find_lungs(self.finder, [xray], self.canvas.needs_mask)
@@ -160,7 +171,7 @@ class XrayDataset(Examples):
 class FrameCache:
     """In-memory cache of lung frames in original pixels, shared by forked workers.
 
-    `status` (n,) is FOUND, MISSED (no lungs), or 0 for an image that was not processed yet.
+    `status` (n,) has one value per image: FOUND, MISSED if no usable lungs were found, or 0 if nothing is stored yet.
     """
 
     FOUND, MISSED = 1, 2
@@ -170,20 +181,20 @@ class FrameCache:
         self.status = np.frombuffer(mmap.mmap(-1, max(1, count)), np.uint8)[:count]
 
     def get(self, index: int) -> Lungs:
-        """Return the lungs of an image, without a frame if no lungs were found or the image was not processed."""
+        """Return the lungs of image `index`. Their frame is None if no lungs were found or nothing is stored at `index`."""
         return Lungs(self.frames[index].copy() if self.status[index] == self.FOUND else None)
 
     def put(self, index: int, frame: np.ndarray | None) -> None:
-        """Store the frame (4,) of an image, or None if no lungs were found."""
+        """Store the lungs' frame of image `index`: xmin, ymin, xmax, ymax, or None if no lungs were found."""
         if frame is not None:
             self.frames[index] = frame
         self.status[index] = self.MISSED if frame is None else self.FOUND  # last, as in CanvasCache
 
 
 class CanvasCache:
-    """In-memory cache of canvases, uint8 (side, side), and their images' original sizes, shared by forked workers.
+    """In-memory cache of canvases, uint8 (side, side), and of the original sizes of their images.
 
-    Each canvas is stored once for all workers; the system allocates memory as the cache is filled.
+    Forked workers share the cache, so that each canvas is stored only once. Memory is allocated as the cache is filled.
     """
 
     def __init__(self, count: int, side: int) -> None:
@@ -193,22 +204,25 @@ class CanvasCache:
         self.sizes = np.frombuffer(mmap.mmap(-1, max(8, count * 8)), np.int32)[: count * 2].reshape(count, 2)
 
     def get(self, index: int) -> tuple[np.ndarray, int, int] | None:
-        """Return a canvas, which must not be changed, and its image's original rows and columns; None if not stored."""
+        """Return the canvas stored at `index`, and the numbers of rows and columns of its original image.
+
+        Returns None if nothing is stored at `index`. The canvas must not be changed.
+        """
         columns, rows = self.sizes[index].tolist()
         return (self.pixels[index], rows, columns) if rows else None
 
     def put(self, index: int, pixels: np.ndarray, rows: int, columns: int) -> None:
-        """Store the canvas of an image with an original size of `rows` x `columns` pixels."""
+        """Store the canvas `pixels` of an image whose original size is `rows` x `columns` pixels."""
         self.pixels[index] = pixels
         self.sizes[index, 0] = columns
         self.sizes[index, 1] = rows  # last, because it tells other workers that the canvas is complete
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Sampler of keys (epoch, index) in a random order that depends on the seed and the epoch alone.
+    """Sampler that yields the keys (epoch, index) of all examples in an order that depends on `seed` and the epoch alone.
 
-    The key includes the epoch, because persistent workers have their own copies of the data set, which a change of epoch
-    would not reach. Lightning calls `set_epoch` before each epoch.
+    The epoch is part of the key, because persistent workers have copies of the data set in which it cannot be changed later.
+    Lightning calls `set_epoch` before each epoch.
     """
 
     def __init__(self, length: int, seed: int) -> None:
@@ -233,10 +247,11 @@ def batches(
     seed: int = 0,
     collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> DataLoader:
-    """Return a data loader whose batches `collate_fn` (default: `collate`) makes from examples.
+    """Return a data loader for a data set. Batches are made by `collate_fn` (default: `collate`).
 
-    With `shuffle`, each epoch has a new order, and an incomplete last batch is dropped. If several processes train together,
-    process r of n gets the examples r, r + n, ... of each batch with `shuffle`, otherwise of the data set.
+    With `shuffle`, each epoch has a new random order, and an incomplete last batch is dropped. If n processes train
+    together, the process with rank r gets every n-th example, starting at r: with `shuffle` of each batch, otherwise of the
+    data set.
     """
     (rank, processes), batch_size = data_parallel.rank_and_world_size(), min(batch_size, len(dataset))
     if shuffle:
@@ -262,9 +277,10 @@ def batches(
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a batch of examples: `pixels` (n, side, side), `label` (n, classes), `none` (n,), `index` (n,), `boxes`.
+    """Return a batch of n examples of an `XrayDataset`, as a dict.
 
-    `boxes` is a list of n tensors (k, 4).
+    `pixels` (n, side, side), `label` (n, classes), `none` (n,) and `index` (n,) are tensors. `boxes` is a list with one
+    tensor (k, 4) per example.
     """
     stacked = {name: torch.stack([example[name] for example in examples]) for name in ("pixels", "label", "none")}
     index = torch.tensor([example["index"] for example in examples])
@@ -272,6 +288,6 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _limit_threads(_: int) -> None:
-    """Limit a worker to one thread, because there is one worker per core and more threads would be slower."""
+    """Limit a data loader's worker to one thread, because there is one worker per core and more threads would be slower."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

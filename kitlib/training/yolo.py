@@ -1,8 +1,8 @@
 """Trains a YOLO with ultralytics' trainer, on the kit's data set and with the kit's validation score.
 
-Network, losses, optimiser, schedule, moving average and augmentation are those of ultralytics. The kit replaces image files
-(canvases come from the cache, so that nothing is written or resized again), validation (the same score as for other
-detectors), checkpoints (tensors instead of pickled modules) and the console output.
+Network, losses, optimiser, schedule, moving average and augmentation are those of ultralytics. Four parts are the kit's:
+images (canvases from the cache instead of image files), validation (the same score as for other detectors), checkpoints
+(tensors instead of pickled modules) and console output.
 """
 
 import logging
@@ -39,10 +39,10 @@ MOSAIC_OFF = 10  # number of last epochs without mosaic, as in ultralytics; at m
 
 
 class Canvases(YOLODataset):
-    """Adapter that makes the canvases (as three equal channels) and boxes of an `XrayDataset` a data set of ultralytics.
+    """Data set of ultralytics that takes its images and boxes from an `XrayDataset`.
 
-    With `augment`, examples are those of `epoch`, which the trainer sets, because a recipe may crop differently in each
-    epoch.
+    An image is the canvas, repeated in three equal channels. With `augment`, examples are those for the attribute `epoch`,
+    which the trainer sets before each epoch, because a recipe may crop images differently in each epoch.
     """
 
     buffer: list[int]
@@ -62,11 +62,14 @@ class Canvases(YOLODataset):
         return list(self.examples.image_ids)
 
     def get_labels(self) -> list[dict[str, Any]]:
-        """Return the labels of all examples (see `label`)."""
+        """Return the boxes of all examples in ultralytics' format: a list with one dict per example (see `label`)."""
         return [self.label(index) for index in range(len(self.examples))]
 
     def label(self, index: int) -> dict[str, Any]:
-        """Return an example's boxes in ultralytics' format: x centre, y centre, width, height, as shares of the canvas."""
+        """Return an example's boxes in ultralytics' format, a dict.
+
+        Its `bboxes` is an array (k, 4): x centre, y centre, width and height of each box, as shares of the canvas's side.
+        """
         side = self.examples.side
         xmin, ymin, xmax, ymax = (self.example(index)["boxes"].numpy() / side).T
         return {
@@ -81,19 +84,22 @@ class Canvases(YOLODataset):
         }
 
     def example(self, index: int) -> dict[str, Any]:
-        """Return an example of the `XrayDataset`, for the epoch `epoch` if this data set augments."""
+        """Return an example of the `XrayDataset`: with `augment`, the one for the current epoch."""
         key = (self.epoch, index) if self.augment else index
         if self.latest[0] != key:
             self.latest = key, self.examples[key]
         return self.latest[1]
 
     def get_image_and_label(self, index: int) -> dict[str, Any]:
-        """Return an example in ultralytics' format, with the boxes of the current epoch."""
+        """Return the image and the boxes of an example in ultralytics' format, for the current epoch."""
         self.labels[index] = self.label(index)
         return super().get_image_and_label(index)
 
     def load_image(self, i: int, *_: Any, **__: Any) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
-        """Return the canvas (side, side, 3), and its size twice: ultralytics expects the sizes before and after resizing."""
+        """Return the canvas (side, side, 3) of example `i`, its size, and its size again.
+
+        ultralytics expects the sizes before and after resizing; here they are equal.
+        """
         canvas = self.example(i)["pixels"].numpy()
         if self.augment:  # mosaic draws its other images from this buffer
             self.buffer = [*self.buffer, i][-max(1, self.max_buffer_length) :]
@@ -101,9 +107,10 @@ class Canvases(YOLODataset):
 
 
 class Trainer(DetectionTrainer):
-    """Trainer of ultralytics with exact resume: an epoch's random numbers depend on the seed and the epoch number alone.
+    """Trainer of ultralytics that can resume an interrupted training with the same result as uninterrupted training.
 
-    Unlike Lightning, ultralytics accumulates gradients across the end of an epoch, so the checkpoint contains gradients.
+    Random numbers of an epoch depend on the seed and the epoch number alone. Unlike Lightning, ultralytics accumulates
+    gradients across the end of an epoch, so the checkpoint contains gradients.
     """
 
     # Batches since the last optimiser step, and the error in ultralytics' count of these from a resume to the next step.
@@ -144,15 +151,18 @@ class Trainer(DetectionTrainer):
         self.add_callback("on_train_epoch_end", lambda _: self._note_batches_end())
 
     def get_dataset(self) -> dict[str, Any]:
-        """Return ultralytics' description of the data, without files."""
+        """Return the description of the data that ultralytics expects: class names and channels, without image files."""
         return {**DATA, "train": "", "val": ""}
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Canvases:
-        """Return the training data set ("train") or the validation data set ("val")."""
+        """Return the training data set if `mode` is "train", the validation data set if it is "val"."""
         return Canvases(self.examples[mode], mode == "train", self.args)
 
     def validate(self) -> tuple[dict[str, float], float]:
-        """Return no metrics and, as fitness, the moving average's score on the validation images."""
+        """Validate the moving average; return an empty dict and the score on the validation images.
+
+        ultralytics expects a dict of metrics and the fitness, a number that decides the best epoch.
+        """
         average = YoloDetector(self.detector.recipe, self.ema.ema)
         predictions, ground_truth = [], []
         for batch in self.validation_batches:
@@ -161,7 +171,10 @@ class Trainer(DetectionTrainer):
         return {}, self.score_function(predictions, ground_truth)
 
     def save_metrics(self, metrics: dict[str, float]) -> None:
-        """Add the epoch to the history, and stop if training is over or another epoch does not fit before the deadline."""
+        """Add the current epoch to the history, and decide whether to stop the training.
+
+        The training stops if `is_over` returns True, or if another epoch would not end before the deadline.
+        """
         losses = {name.removeprefix("train/"): value for name, value in metrics.items() if name.startswith("train/")}
         self.session_seconds.append(time.perf_counter() - self.epoch_start)
         self.history.append(
@@ -181,7 +194,10 @@ class Trainer(DetectionTrainer):
         self.bar.set_postfix({"epoch": self.epoch + 1, **shown}, refresh=False)
 
     def save_model(self) -> bool:
-        """Write best.safetensors, if this is the best epoch, and last.ckpt, from which a later run resumes."""
+        """Write last.ckpt, from which a later run resumes, and best.safetensors if the current epoch is to be kept.
+
+        Always returns True, which tells ultralytics that the model was saved.
+        """
         if find_kept_epoch(self.history, self.detector.recipe) == len(self.history) - 1:
             with replacing(self.folder / "best.safetensors") as temporary_path:
                 save_file({name: value.contiguous() for name, value in self.ema.ema.state_dict().items()}, temporary_path)
@@ -203,7 +219,7 @@ class Trainer(DetectionTrainer):
         return True
 
     def resume_training(self, ckpt: None) -> None:
-        """Resume from last.ckpt if it exists."""
+        """Resume training from last.ckpt if the file exists; the argument `ckpt` is ignored."""
         if self.last.is_file():
             self.resume = True
             super().resume_training(torch.load(self.last, map_location=self.device, weights_only=True))
@@ -219,7 +235,7 @@ class Trainer(DetectionTrainer):
 
     @property
     def accumulate(self) -> int:
-        """Batches per optimiser step, corrected for the error in ultralytics' count after a resume."""
+        """Number of batches per optimiser step, corrected for the error in ultralytics' count of batches after a resume."""
         return self.batches_per_step + self.count_offset
 
     @accumulate.setter
@@ -227,7 +243,7 @@ class Trainer(DetectionTrainer):
         self.batches_per_step = batches
 
     def optimizer_step(self) -> None:
-        """Step the optimiser, and reset the count of batches since the last step."""
+        """Step the optimiser, and set the number of batches since the last step to 0."""
         super().optimizer_step()
         self.pending_batches = self.count_offset = 0
 
@@ -240,7 +256,7 @@ class Trainer(DetectionTrainer):
         return False
 
     def final_eval(self) -> None:
-        """Do nothing, because the strategy predicts with the bundle."""
+        """Do nothing: ultralytics would evaluate the model here, but the strategy predicts with the bundle afterwards."""
 
     def _enable_float16(self, device: torch.device) -> None:
         # Not with ultralytics' own switch for float16, which would first download a pickled model for a test.
@@ -272,7 +288,10 @@ class Trainer(DetectionTrainer):
 
 
 def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: int, workers: int) -> dict[str, Any]:
-    """Return ultralytics' training arguments for a recipe; all others, such as `translate`, keep their defaults."""
+    """Return a dict with the arguments of ultralytics' trainer for a recipe.
+
+    Arguments that are not in the dict, such as `translate`, keep ultralytics' defaults. `folder` is for ultralytics' files.
+    """
     return {
         "task": "detect",
         "model": f"{recipe.backbone}.yaml",
@@ -317,7 +336,7 @@ def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: i
 
 
 class YoloStrategy(DetectorStrategy):
-    """Trains a YOLO with ultralytics, which does its own augmentation and moving average."""
+    """Strategy that trains a YOLO on one fold with ultralytics, which does the augmentation and the moving average."""
 
     augments = False
 
