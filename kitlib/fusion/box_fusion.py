@@ -1,4 +1,4 @@
-"""Merges one image's lists of boxes with ensemble-boxes, and calibrates box scores with Platt's sigmoid.
+"""Merges an image's lists of boxes with the package ensemble-boxes, and calibrates box scores with Platt's sigmoid.
 
 Platt, Probabilistic outputs for support vector machines, 1999: p = 1 / (1 + exp(-(slope * logit(score) + offset))), fitted
 by maximum likelihood to smoothed targets. Calibration makes the scores of different detector families comparable and
@@ -28,12 +28,14 @@ def merge_boxes(
     confidence: str = "avg",
     min_score: float = 0.001,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Merge one image's lists of boxes (k, 4) and scores (k,), all in 0..1, and return boxes (n, 4) and scores (n,).
+    """Merge one image's lists of boxes; return the merged boxes (n, 4) and their scores (n,).
 
-    `weights` has one entry per list; additional entries stand for empty lists. If there is only one weight, its list is
-    returned unchanged. Boxes are merged if their IoU is above `iou`. `method` is one of METHODS. `confidence`, one of
-    CONFIDENCES, applies only to wbf. `min_score` applies only to soft_nms, which drops boxes whose score has decayed below
-    it. Raises ValueError for boxes or scores that ensemble-boxes would reorder or clamp, or that would make it exit.
+    `boxes` contains one array (k, 4) per list: xmin, ymin, xmax and ymax as shares of the image's sides, 0..1; `scores`
+    contains one array (k,) per list, 0..1. `weights` has one entry per list; additional entries stand for lists without
+    boxes. If there is only one weight, its list is returned unchanged. Boxes are merged if their IoU is above `iou`.
+    `method` is one of METHODS. `confidence`, one of CONFIDENCES, applies only to wbf. `min_score` applies only to soft_nms,
+    which drops boxes whose score has decayed below it. Raises ValueError for boxes or scores that ensemble-boxes would
+    reorder or clamp, or that would make it exit.
     """
     weights = np.asarray(weights, dtype=float)
     if len(boxes) != len(scores) or len(weights) < len(boxes) or not (weights > 0).all():
@@ -77,15 +79,15 @@ def merge_boxes(
 
 
 def calibrate_scores(score: np.ndarray, slope: float, offset: float) -> np.ndarray:
-    """Return calibrated probabilities (n,), strictly between 0 and 1, for scores (n,) in 0..1."""
+    """Return calibrated probabilities (n,), strictly between 0 and 1, for box scores (n,) in 0..1, by Platt's sigmoid."""
     return expit(slope * _logit(score) + offset).clip(np.finfo(float).tiny, 1 - np.finfo(float).epsneg)
 
 
 def fit_calibration(score: np.ndarray, hit: np.ndarray) -> tuple[float, float] | None:
-    """Fit Platt's sigmoid to out-of-fold box scores (n,) in 0..1; return its slope and offset.
+    """Fit Platt's sigmoid to out-of-fold scores of n boxes, 0..1; return its slope and offset.
 
-    `hit` (n,) says whether each box matches a ground-truth box. Returns None if there are no hits or only hits, or if a
-    higher score does not make a hit more likely.
+    `hit` (n,) is a boolean mask of the boxes that match a ground-truth box. Returns None if there are no hits or only hits,
+    or if a higher score does not make a hit more likely.
     """
     # Imported here because the import takes a second and a submission never fits a calibration.
     from sklearn.linear_model import LogisticRegression

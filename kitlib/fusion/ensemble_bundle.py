@@ -72,7 +72,7 @@ def write_ensemble(folder: str | Path, ensemble: Ensemble) -> None:
 
 
 def read_ensemble(folder: str | Path) -> Ensemble:
-    """Read and check an ensemble bundle.
+    """Return the ensemble in the bundle at `folder`, checked.
 
     Raises BundleError for a missing file, a wrong hash, missing or unknown keys, values of the wrong type, or weights of
     the wrong shape.
@@ -115,7 +115,10 @@ def read_ensemble(folder: str | Path) -> Ensemble:
 def learnt_ensemble(
     learner_scores: "LearnerScores", name: str, settings: "EnsembleSettings", temperature: float = 1.0
 ) -> Ensemble:
-    """Train the final ensemble on the out-of-fold predictions for all ids, or on in-sample ones if `settings` says so."""
+    """Return the final ensemble, trained on the learners' predictions for all ids.
+
+    These are out-of-fold predictions, or in-sample ones if `settings.stack_on` says so; means and votes are not trained.
+    """
     stack = learner_scores.full_stack(settings.stack_on if settings.learns else "out_of_fold")
     weights = learn(stack, settings) if settings.learns else {}
     protocol = IN_SAMPLE if settings.learns and settings.stack_on == "in_sample" else learner_scores.protocol
@@ -127,12 +130,13 @@ def learnt_ensemble(
 
 
 def apply_ensemble(ensemble: Ensemble, scores: pd.DataFrame) -> pd.DataFrame:
-    """Predict with an ensemble; return one row per id: the key, the classes, and `answered`, the number of learners used.
+    """Return the ensemble's prediction for each image or study: a table with the id, the classes and `answered`.
 
-    `scores` is a `study_scores` or `class_scores` table. Each learner's folds are averaged first; rows of other models and
-    rows with a NaN are ignored. If a learner has no score for an id, the prediction is the plain mean of the other learners,
-    without temperature, because trained weights are valid only for all learners together. Raises BundleError if `scores`
-    lacks the key, the model column or a class.
+    `answered` is the number of learners whose scores are used. `scores` is a `study_scores` or `class_scores` table. Each
+    learner's folds are averaged first; rows of other models and rows with a NaN are ignored. If a learner has no score for
+    an id, the prediction is the plain mean of the other learners, without temperature, because trained weights are valid
+    only for all learners together. Raises BundleError if `scores` lacks the id column (`ensemble.key`), the column model or
+    a class.
     """
     classes = list(ensemble.classes)
     missing = [name for name in (ensemble.key, "model", *classes) if name not in scores.columns]

@@ -32,10 +32,10 @@ class Judged:
     """Test predictions of every learner and ensemble.
 
     `scores` has the columns image_id or study_id, model, fold and the classes. `weights` has one row per id and trained
-    ensemble: image_id or study_id, model, fold, truth (the class name), and each learner's weight in a column of its name.
-    `protocols` maps each model to the kind of predictions it was trained on: nested or cross-fitted (see
-    kitlib.fusion.stacking), out-of-fold (all folds, evaluated on test images) or in-sample. Learners, means and votes are
-    not trained; they get the protocol of the out-of-fold ensembles.
+    ensemble: image_id or study_id, model, fold, truth (name of the true class), and one column per learner with its weight.
+    `protocols` maps each name in the column model to the kind of predictions its weights were trained on: nested or
+    cross-fitted (see kitlib.fusion.stacking), out-of-fold (all folds, evaluated on test images) or in-sample. Learners,
+    means and votes have no such weights; they get the protocol of ensembles that are not in-sample.
     """
 
     scores: pd.DataFrame
@@ -44,10 +44,10 @@ class Judged:
 
 
 def combine(method: str, weights: Weights, probabilities: np.ndarray) -> np.ndarray:
-    """Combine the probabilities (n, K, C) of K learners into (n, C), each row summing to 1.
+    """Return an ensemble's probabilities (n, C) for those of its K learners, (n, K, C); each row sums to 1.
 
-    `method` is a value of EnsembleSettings.method; `weights` holds its trained arrays. Raises ValueError for an unknown
-    method.
+    `method` is a value of EnsembleSettings.method; `weights` holds the method's trained arrays. Raises ValueError for an
+    unknown method.
     """
     if method == "mean":
         return probabilities.mean(axis=1)
@@ -64,18 +64,18 @@ def combine(method: str, weights: Weights, probabilities: np.ndarray) -> np.ndar
 
 
 def vote_shares(probabilities: np.ndarray) -> np.ndarray:
-    """Return the share of learners that rank each class first, (n, C), for probabilities (n, K, C).
+    """Return the share of the K learners that vote for each class, (n, C), for probabilities (n, K, C).
 
-    A learner that ranks several classes equally votes for the first of them.
+    A learner votes for its most probable class; among equally probable classes, for the first.
     """
     return np.eye(probabilities.shape[2])[probabilities.argmax(axis=2)].mean(axis=1)
 
 
 def majority_vote(probabilities: np.ndarray) -> np.ndarray:
-    """Return vote shares (n, C) for probabilities (n, K, C), with ties broken by the mean probability.
+    """Return the vote shares (n, C) of K learners for probabilities (n, K, C), with ties broken.
 
-    The winner of a tie gets TIE more than its share, taken from the other tied classes, so that the largest entry of a row
-    is the prediction and rows still sum to 1.
+    Of the classes that share the most votes, the one with the highest mean probability wins: it gets TIE more than its
+    share, taken from the other tied classes. So the largest entry of a row is the prediction, and rows still sum to 1.
     """
     shares = vote_shares(probabilities)
     tied = shares > shares.max(axis=1, keepdims=True) - 0.5 / probabilities.shape[1]
@@ -86,9 +86,10 @@ def majority_vote(probabilities: np.ndarray) -> np.ndarray:
 
 
 def flannel_weights(weights: Weights, probabilities: np.ndarray) -> np.ndarray:
-    """Return FLANNEL's weight of each learner, (n, K) in -1..1, for probabilities (n, K, C).
+    """Return FLANNEL's weight of each learner for each row, (n, K) in -1..1, for probabilities (n, K, C).
 
-    The weights are the tanh of a linear map of all pairwise products of a row's K * C probabilities.
+    The weights are the tanh of a linear map, whose arrays `weights` holds, of all pairwise products of a row's K * C
+    probabilities.
     """
     features = probabilities.reshape(len(probabilities), -1)
     pairs = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)
@@ -98,7 +99,8 @@ def flannel_weights(weights: Weights, probabilities: np.ndarray) -> np.ndarray:
 def simplex_weights(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Return the learner weights (K,), at least 0 and with sum 1, whose weighted mean has the smallest log loss.
 
-    `probabilities` is (n, K, C) and `truth` (n,) holds class indices. Raises FusionError if the optimiser does not converge.
+    `probabilities` (n, K, C) are those of the learners, and `truth` (n,) holds the true class indices. Raises FusionError if
+    the optimiser does not converge.
     """
     from scipy.optimize import minimize
 
@@ -124,7 +126,7 @@ def simplex_weights(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def learn(stack: Stack, settings: "EnsembleSettings") -> Weights:
-    """Train the method of `settings` on `stack` and return its weights, {} for a mean or vote.
+    """Train the method of `settings` on `stack`; return its trained arrays, keyed by name; {} for a mean or vote.
 
     For early stopping, FLANNEL holds out the rows that `choose_held_out` selects.
     """
@@ -141,10 +143,10 @@ def learn(stack: Stack, settings: "EnsembleSettings") -> Weights:
 
 
 def choose_held_out(stack: Stack, seed: int) -> np.ndarray:
-    """Return a boolean mask (n,) of the rows to hold out for early stopping.
+    """Return a boolean mask (n,) of the rows of `stack` to hold out for early stopping.
 
-    The rows are those of one fold, drawn with `seed`. If the stack has only one fold, they are those of a fifth of its
-    patients, and if it has only one patient, none. Folds are preferred because they also keep near-duplicates together.
+    They are the rows of one fold, drawn with `seed`. If the stack has only one fold, they are the rows of a fifth of its
+    patients; if it has only one patient, no row is held out. Folds are preferred because they keep near-duplicates together.
     """
     folds, rng = np.unique(stack.fold), np.random.default_rng(seed)
     if len(folds) > 1:
@@ -155,9 +157,10 @@ def choose_held_out(stack: Stack, seed: int) -> np.ndarray:
 
 
 def judge_ensembles(learner_scores: LearnerScores, ensembles: Mapping[str, "EnsembleSettings"]) -> Judged:
-    """Predict each fold with the learners and with `ensembles` (name -> settings) that are trained without that fold.
+    """Return the predictions for each fold by the learners and by `ensembles` that are trained without that fold.
 
-    Raises FusionError if an ensemble has the name of a learner, or if there are no scores to train an ensemble on.
+    `ensembles` maps names to settings. Raises FusionError if an ensemble has the name of a learner, or if there are no
+    scores to train an ensemble on.
     """
     parts = [
         _judge(
@@ -171,10 +174,11 @@ def judge_ensembles(learner_scores: LearnerScores, ensembles: Mapping[str, "Ense
 def judge_test_split(
     learner_scores: LearnerScores, test: LearnerScores, ensembles: Mapping[str, "EnsembleSettings"]
 ) -> Judged:
-    """Predict the test images with the learners' means in `test` and with `ensembles` trained on all out-of-fold scores.
+    """Return the predictions for the test images by the learners and by `ensembles` that are trained on all folds.
 
-    The training rows are those of LearnerScores.full_stack, as for the final ensemble. Raises FusionError if an ensemble has
-    the name of a learner, or if there are no scores to train an ensemble on.
+    `test` holds the learners' predictions for the test images, each the mean over a learner's models. `ensembles` maps names
+    to settings. The training rows are those of LearnerScores.full_stack, as for the final ensemble. Raises FusionError if an
+    ensemble has the name of a learner, or if there are no scores to train an ensemble on.
     """
     return _join(
         learner_scores,
@@ -191,9 +195,10 @@ def _judge(
     training_stack: Callable[[str], Stack],
     ensembles: Mapping[str, "EnsembleSettings"],
 ) -> tuple[list[pd.DataFrame], list[pd.DataFrame]]:
-    """Return the scores (one table per model) and the weights (one table per trained ensemble) on `test`.
+    """Return two lists of tables for the rows of `test`: scores, one table per learner and ensemble, and weights.
 
-    `training_stack` returns the training rows for a value of `stack_on`.
+    There is one table of weights per trained ensemble. `training_stack` is a function that returns the training rows for a
+    value of EnsembleSettings.stack_on. Raises FusionError if an ensemble has the name of a learner.
     """
     shared_names = sorted(set(ensembles) & set(learner_scores.learners))
     if shared_names:

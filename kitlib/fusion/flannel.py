@@ -20,11 +20,11 @@ from kitlib.settings import AtLeastOne, Count, NotNegative, Positive, Settings, 
 
 
 class FlannelWeights(nn.Module):
-    """Network that weights each learner for each image from all pairwise products of the learners' probabilities.
+    """Network that computes the weight of each learner for an image from all pairwise products of their probabilities.
 
-    f is the concatenation of the K learners' C probabilities, W = tanh(linear(f f^T, row by row)), and the logits are the
-    sum over learners of W_k P_k. It has (K C)^2 K + K parameters. If the probabilities of each learner sum to 1, the softmax
-    of the logits is at most e^K / (e^K + C - 1).
+    f is the concatenation of the K learners' C probabilities P_k, W = tanh(linear(f f^T, row by row)), and the logits are
+    the sum over the learners of W_k P_k. The network has (K C)^2 K + K parameters. If the probabilities of each learner sum
+    to 1, the softmax of the logits is at most e^K / (e^K + C - 1).
     """
 
     def __init__(self, learners: int, classes: int) -> None:
@@ -32,21 +32,22 @@ class FlannelWeights(nn.Module):
         self.linear = nn.Linear((learners * classes) ** 2, learners)
 
     def weights(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """Return the weight of each learner, (n, K) in -1..1, for probabilities (n, K, C)."""
+        """Return the weight of each learner for each image, (n, K) in -1..1, for probabilities (n, K, C)."""
         features = probabilities.flatten(1)
         pairs = features[:, :, None] * features[:, None, :]
         return torch.tanh(self.linear(pairs.flatten(1)))
 
     def forward(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """Return logits (n, C) for probabilities (n, K, C)."""
+        """Return the ensemble's logits (n, C) for the learners' probabilities (n, K, C)."""
         return (self.weights(probabilities)[:, :, None] * probabilities).sum(dim=1)
 
 
 def focal_loss(logits: torch.Tensor, target: torch.Tensor, alpha: torch.Tensor, gamma: float) -> torch.Tensor:
     """Return the focal loss of each image, (n,): -alpha_y (1 - p_y)^gamma log p_y, with p the softmax of the logits.
 
-    `logits` (n, C), `target` (n,) class indices, `alpha` (C,) class weights. Lin et al. 2017 (ICCV), equation 5. It is the
-    weighted cross entropy if gamma is 0. The loss and its gradient stay finite even if p_y rounds to 0 or 1.
+    `logits` is (n, C), `target` (n,) holds the index y of each true class, and `alpha` (C,) the weight of each class. If
+    gamma is 0, it is the weighted cross entropy. The loss and its gradient stay finite even if p_y rounds to 0 or 1. Source:
+    Lin et al. 2017 (ICCV), equation 5.
     """
     log_p = logits.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
     # The clamp keeps the gradient of the power finite at p = 1 if gamma is below 1.
@@ -55,10 +56,10 @@ def focal_loss(logits: torch.Tensor, target: torch.Tensor, alpha: torch.Tensor, 
 
 
 def class_weights(target: torch.Tensor, classes: int, kind: str) -> torch.Tensor:
-    """Return the loss weight alpha of each class, (C,), from its frequency in `target` (N,), the class indices.
+    """Return the loss weight of each class, (classes,), from its frequency in `target` (N,), the true class indices.
 
-    For a class that occurs n_c times, "balanced" gives N / (C n_c), where C counts the classes that occur, and "published"
-    gives 1000 / n_c. Classes that do not occur get 0.
+    If `kind` is "balanced", a class that occurs n_c times gets N / (C n_c), where C counts the classes that occur; if it is
+    "published", 1000 / n_c. Classes that do not occur get 0.
     """
     counts = torch.bincount(target, minlength=classes).to(torch.get_default_dtype())
     occurs = counts > 0
@@ -128,11 +129,12 @@ def train_flannel(
 ) -> tuple[dict[str, np.ndarray], list[float]]:
     """Train FLANNEL; return its weights and the held-out loss after each epoch.
 
-    The weights are `weight` (K, (K C)^2) and `bias` (K,), float32. `probabilities` is (n, K, C), `truth` (n,) holds class
-    indices and `held_out` (n,) is a boolean mask. Held-out rows are not trained on: their loss is computed after each epoch,
-    training stops once it has not fallen for more than `patience` epochs, and the weights of the best epoch are returned. If
-    patience is 0 or no row is held out, training uses all rows and epochs, and the list of losses is empty. Raises
-    ValueError if all rows are held out. Runs on the CPU; the same rows and settings give the same weights.
+    The weights are float32 arrays, `weight` (K, (K C)^2) and `bias` (K,). `probabilities` (n, K, C) are those of K learners,
+    `truth` (n,) holds class indices, and `held_out` (n,) is a boolean mask of rows that are not trained on. Their loss is
+    computed after each epoch: training stops once it has not fallen for more than `patience` epochs, and the weights of the
+    best epoch are returned. If `patience` is 0 or no row is held out, training uses all rows and epochs, and the list of
+    losses is empty. Raises ValueError if all rows are held out. Runs on the CPU; the same rows and settings give the same
+    weights.
     """
     held_out = np.zeros(len(truth), bool) if held_out is None or not settings.patience else np.asarray(held_out, bool)
     if held_out.all():

@@ -60,12 +60,12 @@ NONE_PARTS = ("none_classifier", "none_negative", "none_no_box", "none_product")
 
 @dataclass(frozen=True)
 class Fused:
-    """Fused predictions for every study and image of the images table.
+    """Fused predictions for every study and image of a table of images.
 
     `studies` has the columns study_id, the four classes and prior; `nones` has image_id, none, prior and seen; `detections`
-    has image_id, score and the box in original pixels. `prior` marks rows that no model has predicted, which get a
-    placeholder prediction (the class frequencies). `seen` marks images that a detector with a nonzero weight has predicted.
-    If `negative_share` is below 1, the four classes need not sum to 1.
+    has image_id, score, xmin, ymin, xmax and ymax in original pixels. `prior` is true in rows that no model has predicted;
+    they get a placeholder prediction (the class frequencies). `seen` is true for images that a detector with a nonzero
+    weight has predicted. If `negative_share` is below 1, the four classes need not sum to 1.
     """
 
     studies: pd.DataFrame
@@ -95,11 +95,11 @@ def fuse(
 
 
 def fuse_scores(scores: pd.DataFrame | None, table: str, settings: FusionSettings) -> pd.DataFrame:
-    """Average `scores` over each model's folds, then over the models with their weights.
+    """Return the mean of `scores` over each model's folds, then over the models with their weights.
 
-    `table` is the schema of `scores`, "study_scores" or "image_scores". Models without a score for an id, or with NaN, do
-    not count for that id. Returns study_id and the four classes, or image_id and none, with one row per id that at least one
-    model with a nonzero weight has predicted.
+    `table` is the schema of `scores`, "study_scores" or "image_scores". A model whose score for an id is missing or NaN does
+    not count for that id. The result has the columns study_id and the four classes, or image_id and none, and one row per id
+    that at least one model with a nonzero weight has predicted.
     """
     key, columns = ("study_id", list(STUDY_CLASSES)) if table == "study_scores" else ("image_id", ["none"])
     scores = empty_table(table) if scores is None else check_table(scores, table)
@@ -117,7 +117,7 @@ def fuse_boxes(
     coverage: pd.DataFrame | None = None,
     workers: int = 1,
 ) -> pd.DataFrame:
-    """Fuse the boxes of all models and folds; return a table with image_id, score and the box in original pixels.
+    """Fuse the boxes of all models and folds; return a table: image_id, score, xmin, ymin, xmax and ymax in original pixels.
 
     Each model and fold has one list of boxes per image. A box that only some of an image's lists contain gets a lower score,
     so the number of lists matters, including empty ones. `coverage` records which detector has predicted which image, so
@@ -183,11 +183,11 @@ def combine(
     images: pd.DataFrame,
     settings: FusionSettings,
 ) -> Fused:
-    """Compute `none` from its parts, rescore boxes and `negative` with it, and fill gaps with PRIORS.
+    """Return fused predictions: compute each image's `none` from its parts, then rescore boxes and `negative` with it.
 
-    `seen` (n,) bool marks the rows of `images` that a detector has predicted. If none of an image's available parts has a
-    nonzero weight, `none` is the first available part in the order of NONE_PARTS. Studies and images without any prediction
-    get the class frequencies PRIORS.
+    `seen` (n,) is a boolean mask of the rows of `images` that a detector has predicted. If all available parts of an image
+    have weight 0, its `none` is the first available part in the order of NONE_PARTS. Studies and images without any
+    prediction get the class frequencies PRIORS.
     """
     image_ids, study_ids = pd.Index(images["image_id"]), pd.Index(images["study_id"].unique())
     studies = study_probabilities.set_index("study_id").reindex(study_ids)[list(STUDY_CLASSES)]
@@ -221,7 +221,8 @@ def seen_images(
 ) -> np.ndarray:
     """Return a boolean mask (n,) of the rows of `images` that at least one detector with a nonzero weight has predicted.
 
-    Without `coverage`, all images count as predicted if such a detector has at least one detection; otherwise no image does.
+    Without `coverage`, all images count as predicted if such a detector has at least one detection in any image; otherwise
+    no image counts.
     """
     detections = empty_table("detections") if detections is None else detections
     predicted = pd.concat([table for table in (detections, coverage) if table is not None])[["image_id", "model"]]
@@ -246,7 +247,10 @@ def read_settings(path: str | Path) -> FusionSettings:
 
 
 def _clip_detections(detections: pd.DataFrame | None, images: pd.DataFrame) -> pd.DataFrame:
-    """Return the detections clipped to their images, with the images' `rows` and `columns`; boxes outside are dropped."""
+    """Return the detections clipped to their images, with the images' `rows` and `columns`; boxes outside are dropped.
+
+    Raises ValueError for an image whose size is unknown or that is not in `images`, and for a score that is NaN.
+    """
     boxes = empty_table("detections") if detections is None else check_table(detections, "detections")
     if boxes["score"].isna().any():
         raise ValueError(f"a detection in image {boxes.loc[boxes['score'].isna(), 'image_id'].iloc[0]} has no score (NaN)")
@@ -266,9 +270,10 @@ def _clip_detections(detections: pd.DataFrame | None, images: pd.DataFrame) -> p
 def _count_lists(
     coverage: pd.DataFrame | None, image_ids: pd.Index, models: pd.Index, list_counts: np.ndarray
 ) -> np.ndarray:
-    """Return the number of lists of boxes, including empty ones, per image and model: (images, models).
+    """Return an int array (images, models): how many lists of boxes, including empty ones, each model has for each image.
 
-    `list_counts` (images, models) counts the lists that are not empty; it is used if `coverage` is None.
+    `list_counts` (images, models) counts only the lists that are not empty. If `coverage` is None, a model's number for
+    every image is its largest in `list_counts`.
     """
     if coverage is None:
         return np.broadcast_to(list_counts.max(axis=0), list_counts.shape)
@@ -281,9 +286,9 @@ def _count_lists(
 
 
 def _weighted_mean(parts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the weighted mean (n,) over the parts (4, n) that are not NaN.
+    """Return the weighted mean (n,) of `parts` (4, n) over those that are not NaN; `weights` is (4,).
 
-    If none of these has a nonzero weight, the result is the first part that is not NaN; it is NaN if all parts are.
+    If the weights of these parts are all 0, the result is the first part that is not NaN; it is NaN if all parts are NaN.
     """
     is_available = ~np.isnan(parts)
     weight = weights[:, None] * is_available
@@ -303,6 +308,6 @@ def _run_starts(*keys: np.ndarray) -> np.ndarray:
 
 
 def _run_ranges(key: np.ndarray) -> list[tuple[int, int]]:
-    """Return the half-open index range of each run of equal values."""
+    """Return (start, end) of each run of equal values in the sorted `key`; `end` is the index after the run's last value."""
     starts = _run_starts(key)
     return list(zip(starts, np.append(starts[1:], len(key)), strict=True))

@@ -25,9 +25,10 @@ MODEL_KEY = ("model", "outer", "fold")
 
 @dataclass(frozen=True)
 class Stack:
-    """Probabilities (n, K, C) by K learners for n ids and C classes, and the truth, fold and patient of each id, (n,).
+    """Predictions of K learners for n images or studies (`ids`) and C classes, and the ground truth.
 
-    `truth` holds class indices, `patient` is an integer code.
+    `probabilities` is (n, K, C). The other arrays are (n,): `truth` holds class indices, `fold` the fold that each id
+    belongs to, and `patient` an integer per patient.
     """
 
     ids: np.ndarray
@@ -41,9 +42,10 @@ class Stack:
 class LearnerScores:
     """Checked scores of all learners, as `gather` returns them.
 
-    `rows` has the columns id, model, outer, fold, own (the fold that the id belongs to) and the classes. `answers` is
-    indexed by id and has the columns truth (class index), fold and patient. `key` is image_id or study_id. `unanswered`
-    counts the ids in the folds that no learner has predicted.
+    `rows` has the columns id, model, outer and fold (the model's folds; outer is -1 if it is not nested), own (the fold that
+    the id belongs to) and the classes. `answers`, the ground truth, is indexed by id and has the columns truth (class
+    index), fold and patient. `key` says whether ids are image_id or study_id. `unanswered` is the number of ids in the
+    folds that no learner has predicted.
     """
 
     rows: pd.DataFrame
@@ -74,7 +76,7 @@ class LearnerScores:
     def test_stack(self, fold: int) -> Stack:
         """Return the predictions for evaluating on `fold`: those for its images, by models that were not trained on it.
 
-        The inner models of each learner are averaged.
+        If the learners are nested, the inner models of each learner are averaged.
         """
         fold_column = "outer" if self.protocol == NESTED else "fold"
         return self._stack(
@@ -84,9 +86,9 @@ class LearnerScores:
     def training_stack(self, fold: int, stack_on: str = "out_of_fold") -> Stack:
         """Return the predictions for training an ensemble that is evaluated on `fold`: those for the other folds.
 
-        `stack_on` "out_of_fold" selects predictions by models that were not trained on the image; "in_sample", a fault of
-        the published method, selects the learners' predictions for their own training images. Raises FusionError if no
-        prediction is selected.
+        If `stack_on` is "out_of_fold", these are predictions by models that were not trained on the image; if it is
+        "in_sample", a fault of the published method, the learners' predictions for their own training images. Raises
+        FusionError if there are no such predictions.
         """
         rows = self.rows[self.rows["own"] != fold]
         if stack_on == "in_sample":
@@ -116,9 +118,9 @@ class LearnerScores:
     def full_stack(self, stack_on: str = "out_of_fold") -> Stack:
         """Return one prediction per id and learner for training the final ensemble, by models not trained on that id.
 
-        For each id, models without an outer fold are preferred, then those whose outer fold contains the id (test
-        predictions), then, if not every outer fold was trained, those whose inner fold contains it. With `stack_on`
-        "in_sample", the predictions are by models that were trained on the id instead.
+        For each id, models without an outer fold are preferred; then models whose outer fold contains the id (their test
+        predictions); then, if not every outer fold was trained, models whose inner fold contains the id. If `stack_on` is
+        "in_sample", the predictions are instead by models that were trained on the id.
         """
         rows = self.rows
         if stack_on == "in_sample":
@@ -133,13 +135,13 @@ class LearnerScores:
         return self._stack(rows[(rank == best) & (rank < 3)], "out-of-fold scores of all folds")
 
     def _trained_on(self) -> pd.Series:
-        """Return a boolean mask of the rows whose model was trained on the id."""
+        """Return a boolean mask of the `rows` whose model was trained on their id."""
         return (self.rows["own"] != self.rows["outer"]) & (self.rows["own"] != self.rows["fold"])
 
     def _stack(self, rows: pd.DataFrame, purpose: str) -> Stack:
-        """Average the rows of each id and learner into a Stack. Raises FusionError if a learner lacks an id.
+        """Return a Stack of the means over the `rows` of each id and learner.
 
-        `purpose` describes the rows in the error message.
+        Raises FusionError if a learner lacks an id that others have; `purpose` describes the rows in its message.
         """
         classes = list(self.classes)
         mean = rows.groupby(["id", "model"])[classes].mean()
@@ -161,7 +163,7 @@ class LearnerScores:
 
 
 def gather(tables: Iterable[pd.DataFrame], images: pd.DataFrame, labels: pd.DataFrame, folds: pd.DataFrame) -> LearnerScores:
-    """Join the learners' tables (all `nested_scores`, all `class_scores` or all `study_scores`) and check them.
+    """Return the learners' scores, joined and checked; `tables` are all `nested_scores`, `class_scores` or `study_scores`.
 
     Learners keep the order of the tables. Raises FusionError if there are no scores; if the learners differ in classes or
     folds; for ids without a fold, duplicate scores, NaN and rows that do not sum to 1; if an out-of-fold table has scores
@@ -192,10 +194,10 @@ def gather(tables: Iterable[pd.DataFrame], images: pd.DataFrame, labels: pd.Data
 
 
 def _check_kind(table: pd.DataFrame, key: str) -> tuple[pd.DataFrame, list[str]]:
-    """Check one table; return it and its classes.
+    """Check one table of scores; return it, with columns added, and the names of its classes.
 
-    In the returned table, the key column is renamed to `id`, a missing `outer` is added as -1, and `plain` is true if all
-    scores should be out-of-fold.
+    In the returned table, the column `key` is renamed to `id`, a missing column outer is added as -1, and the column plain
+    says whether all scores should be out-of-fold. Raises FusionError if the table lacks the column `key`.
     """
     if key not in table.columns:
         raise FusionError("scores of images and scores of studies cannot be stacked together; give runs of only one kind")
@@ -243,9 +245,9 @@ def _is_not_one(sums: pd.Series) -> pd.Series:
 def _ground_truth(
     key: str, classes: list[str], images: pd.DataFrame, labels: pd.DataFrame, folds: pd.DataFrame
 ) -> pd.DataFrame:
-    """Return truth (class index), fold and patient of each image or study in the folds, indexed by id.
+    """Return a table indexed by the id of each image or study in the folds: truth (class index), fold and patient.
 
-    Raises FusionError if an id does not have exactly one class.
+    `key` is image_id or study_id. Raises FusionError if `labels` lacks a class, or an id does not have exactly one class.
     """
     missing = [name for name in classes if name not in labels.columns]
     if missing:
@@ -269,7 +271,10 @@ def _ground_truth(
 
 
 def _check_folds(rows: pd.DataFrame, learners: tuple[str, ...]) -> None:
-    """Raise FusionError unless all learners have the same folds and out-of-fold scores are not for training images."""
+    """Raise FusionError if learners differ in their folds, or if scores were predicted by models that must not predict them.
+
+    These are nested scores whose outer and inner fold are the same, and plain scores for a model's own training images.
+    """
     folds_of = {name: set(map(tuple, rows.loc[rows["model"] == name, ["outer", "fold"]].to_numpy())) for name in learners}
     for name, model_folds in folds_of.items():
         differ = model_folds ^ folds_of[learners[0]]

@@ -16,8 +16,9 @@ ALL_FOLDS = -1  # value of the `fold` column for predictions that combine the mo
 class TestSplitScores:
     """Checked scores of test images, as `gather_test_split` returns them.
 
-    `rows` is a `class_scores` table, one row per image, learner and fold. `means` holds the mean over each learner's models,
-    with the fold ALL_FOLDS. `left_out` counts the images that are excluded because their patient also has images in a fold.
+    `rows` is a `class_scores` table with one row per image, learner and fold. `means` holds one prediction per image and
+    learner, the mean over the learner's folds; its fold is ALL_FOLDS. `left_out` is the number of test images that are
+    excluded because their patient also has images in a fold.
     """
 
     rows: pd.DataFrame
@@ -32,12 +33,13 @@ def gather_test_split(
     labels: pd.DataFrame,
     folds: pd.DataFrame,
 ) -> TestSplitScores | None:
-    """Join the learners' test scores (`class_scores` tables) and check them against the out-of-fold scores.
+    """Return the learners' test scores, joined and checked against their out-of-fold scores, or None without test scores.
 
-    Returns None if there are no test scores. Images of patients who also have images in a fold are excluded, because models
-    were trained or chosen on these patients. Raises FusionError if a learner or one of its folds has no test scores, if the
-    models have predicted different images, images outside of the "test" split or other classes than in the out-of-fold
-    scores, and for all scores that kitlib.fusion.stacking.gather refuses.
+    `tables` are the test scores, as `class_scores` tables; `learner_scores` are the out-of-fold scores. Images of patients
+    who also have images in a fold are excluded, because models were trained or chosen on these patients. Raises FusionError
+    if a learner or one of its folds has no test scores; if the models have predicted different images, images outside of
+    the "test" split, or other classes than in the out-of-fold scores; and for scores that kitlib.fusion.stacking.gather
+    refuses.
     """
     tables = [check_table(table, "class_scores") for table in tables if len(table)]
     if not tables:
@@ -69,9 +71,9 @@ def gather_test_split(
 
 
 def _check_models(rows: pd.DataFrame, learner_scores: LearnerScores) -> None:
-    """Raise FusionError unless test and out-of-fold scores have the same learners and folds.
+    """Raise FusionError unless the test scores have the same learners and folds as the out-of-fold scores.
 
-    An ensemble's weights were trained for exactly these models.
+    The weights of an ensemble are trained for exactly these models.
     """
     test_models, fold_models = (
         set(zip(table["model"], table["fold"], strict=True)) for table in (rows, learner_scores.rows)
@@ -90,8 +92,8 @@ def _exclude_fold_patients(
 ) -> tuple[int, pd.DataFrame, set[str]]:
     """Exclude test images of patients who have images in a fold.
 
-    Returns the number of excluded images, the remaining rows, and the ids of all test images that are not excluded. Raises
-    FusionError for scores of images that are not in the "test" split.
+    Returns the number of excluded images that have scores, the remaining rows, and the ids of all test images that are not
+    excluded. Raises FusionError for scores of images that are not in the "test" split.
     """
     test = images[images["split"] == "test"] if "split" in images else images.iloc[:0]
     unknown = rows.loc[~rows["image_id"].isin(test["image_id"]) | rows["image_id"].isin(folds["id"]), "image_id"]

@@ -47,7 +47,7 @@ Grid = tuple[str, Change, tuple[Any, ...]]  # name of the step, function that se
 
 
 def tune(judge: "Judge", rounds: int = 2) -> tuple[FusionSettings, pd.DataFrame]:
-    """Find the best FusionSettings; return them and a table of steps: step, setting (the chosen value), score, gain.
+    """Find good FusionSettings; return them and a table of steps with the columns step, setting (chosen value), score, gain.
 
     The first row is the default. Each step tries a grid of values for one setting and keeps the best value if it raises the
     score by at least LEAST_GAIN; the calibration of box scores is fitted to the same images and kept on the same condition.
@@ -59,13 +59,14 @@ def tune(judge: "Judge", rounds: int = 2) -> tuple[FusionSettings, pd.DataFrame]
 
 
 def cross_fit(judge: "Judge", rounds: int = 2) -> pd.DataFrame:
-    """Estimate the score of tuned settings on new images; return one row per fold: fold, images, default, cross_fitted.
+    """Estimate the score of tuned settings on new images; return a table, one row per fold.
 
-    `cross_fitted` is the score (0..1) on the fold's images with settings tuned on the other folds, `default` the score with
-    the untuned settings. The table is empty if there are fewer than two folds. Each fold is scored alone, because settings
-    of different folds put scores on different scales, which cannot be ranked together. Boxes are fused once for each
-    combination of box settings that `tune` or any fold tries: if the folds choose the same settings, this takes as long as
-    `tune`, otherwise up to as many times longer as there are folds.
+    Its columns are fold, images (their number), default and cross_fitted. `cross_fitted` is the score (0..1) on the fold's
+    images with settings tuned on the other folds, `default` the score with untuned settings. The table is empty if there are
+    fewer than two folds. Each fold is scored alone, because settings of different folds put scores on different scales,
+    which cannot be ranked together. Boxes are fused once for each combination of box settings that `tune` or any fold tries:
+    if the folds choose the same settings, this takes as long as `tune`, otherwise up to as many times longer as there are
+    folds.
     """
     numbers, rows = sorted(set(judge.images["fold"])), []
     for fold in numbers if len(numbers) > 1 else []:
@@ -101,9 +102,9 @@ def _hill_climb(judge: "Judge", truth: Truth, rounds: int) -> tuple[FusionSettin
 
 
 class Judge:
-    """Computes the competition score of FusionSettings, and caches the fused and matched boxes of each box setting.
+    """Computes the competition score of FusionSettings; fused boxes and their matches are cached for each box setting.
 
-    The score is computed on the images in `folds` that every classifier and every detector has predicted, without those
+    The score is computed on the images in `folds` that every classifier and every detector has predicted, without images
     marked `false_none`. Raises FusionError for predictions that are not out-of-fold, for detections in images that
     `coverage` lacks, and if no image remains.
     """
@@ -145,12 +146,15 @@ class Judge:
         return score_tables(truth, fused.studies, fused.nones, fused.detections, matches)["score"]
 
     def fuse(self, settings: FusionSettings) -> tuple[Fused, np.ndarray]:
-        """Return the fused predictions for all images, and the row of each detection's ground-truth box, -1 for no match."""
+        """Return the fused predictions for all images, and an int array with the match of each fused detection.
+
+        The match is the row of a ground-truth box in `truth.boxes`, or -1.
+        """
         boxes, matches = self._boxes(settings)
         return combine(*self._probabilities(settings), boxes, self.seen, self.images, settings), matches
 
     def calibration(self, truth: Truth) -> dict[str, tuple[float, float]]:
-        """Fit each detector's calibration on the images of `truth`; return detector -> (slope, offset).
+        """Fit each detector's calibration on the images of `truth`; return slope and offset, keyed by detector.
 
         Detectors that cannot be calibrated are omitted.
         """
@@ -183,17 +187,17 @@ class Judge:
         return self.merged[key]
 
     def _match(self, boxes: pd.DataFrame) -> np.ndarray:
-        """Return the row of the ground-truth box that each detection matches, (n,), or -1."""
+        """Return an int array (n,): the row in `truth.boxes` of the box that each of the `boxes` matches, or -1."""
         images, true = pd.Index(self.truth.image_ids), self.truth.boxes
         box_image, true_box_image = images.get_indexer(boxes["image_id"]), images.get_indexer(true["image_id"])
         return match_boxes(box_image, boxes[list(BOX)], true_box_image, true[list(BOX)])
 
 
 def _box_grids(detectors: list[str], calibration: dict[str, tuple[float, float]]) -> list[Grid]:
-    """Return the grids of box fusion, whose values each need a fusion of all boxes, ten times the cost of other steps.
+    """Return the grids of the box settings; each value needs a new fusion of all boxes, at ten times the cost of others.
 
-    For a single detector the only grid is its calibration, because rescoring boxes by `none`, and computing `none` from box
-    scores, also benefit from calibrated scores.
+    For a single detector the only grid is its calibration, which helps even without box fusion: when boxes are rescored by
+    `none`, and when `none` is computed from box scores.
     """
     first: list[Grid] = [("calibration", _calibrate(calibration), ("fitted",))] if calibration else []
     if len(detectors) < 2:
@@ -248,7 +252,7 @@ def _scored_images(
     images: pd.DataFrame,
     folds: pd.DataFrame,
 ) -> pd.DataFrame:
-    """Return the images that every model has predicted, with their fold. Raises FusionError as described at Judge."""
+    """Return the rows of `images` that every model has predicted, with a column fold. Raises FusionError as Judge does."""
     runs = ["image_id", "model", "fold"]
     uncovered = detections[~pd.MultiIndex.from_frame(detections[runs]).isin(pd.MultiIndex.from_frame(coverage[runs]))]
     if len(uncovered):

@@ -1,4 +1,4 @@
-"""Reads what each bundle of a submission predicts and fuses all predictions; used by submissions and the page."""
+"""Reads which predictions each bundle makes, and fuses the predictions of all bundles; used by submissions and the page."""
 
 import logging
 import time
@@ -41,7 +41,11 @@ class AnsweringModel:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Report on applying the ensemble: number of studies predicted by all learners, run time, and a note on the others."""
+    """Report on applying the ensemble to a submission's studies.
+
+    `studies` is the number of studies that all learners have predicted, `seconds` the run time, and `note` says how many
+    other studies there are or why the ensemble was not applied; "" if neither is the case.
+    """
 
     studies: int
     seconds: float
@@ -49,10 +53,10 @@ class Stacked:
 
 
 def read_answering_model(folder: Path, record_sha256: str = "") -> AnsweringModel:
-    """Read a bundle's record.
+    """Return what the record of the bundle `folder` says about its model.
 
-    Raises BundleError if it cannot be read or its digest is not `record_sha256` ("": any digest), SettingsError for an
-    invalid recipe, and ValueError for a model whose predictions a submission does not contain.
+    Raises BundleError if the record cannot be read or its digest is not `record_sha256` ("": any digest), SettingsError for
+    an invalid recipe, and ValueError for a model whose predictions a submission does not contain.
     """
     record = read_record(folder)
     if record_sha256 not in ("", record["record_sha256"]):
@@ -81,12 +85,13 @@ def fused_answer(
     fusion: FusionSettings,
     ensemble: Ensemble | None = None,
 ) -> tuple[Fused, Stacked | None]:
-    """Fuse predictions for `images` (image_id, study_id, rows, columns); return the result and a report on the ensemble.
+    """Fuse the predictions of all models; return the fused predictions and a report on the ensemble.
 
-    `probabilities` and `detections` are the tables that the Predictors of classifiers and detectors yield; `coverage` tables
-    (image_id, model, fold) list the images that each detector has predicted. The ensemble's prediction replaces those of its
-    learners; for studies that lack a learner, it is the plain mean of the other learners. If the ensemble fails, its
-    learners are fused without it. The report notes both cases; it is None without an ensemble or study models' predictions.
+    `probabilities` are the tables that the Predictors of classifiers yield, `detections` those of detectors. `coverage`
+    tables (image_id, model, fold) list the images that each detector has predicted. `images` has image_id, study_id, rows
+    and columns. The ensemble's prediction replaces those of its learners; for studies that lack a learner, it is the plain
+    mean of the other learners. If the ensemble fails, its learners are fused without it. The report notes both cases; it is
+    None if there is no ensemble or no prediction by a study model.
     """
     study_scores, image_scores = study_and_image_scores(probabilities, images)
     study_scores, stacked = _apply_ensemble(study_scores, ensemble)

@@ -1,4 +1,4 @@
-"""Finds the lungs in a submission's images: once per image for all models, and failures never stop a prediction."""
+"""Finds the lungs in a submission's images, once per image for all models; a failure never stops a prediction."""
 
 import logging
 import threading
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 class CachedLungs:
     """A `LungFinder` that runs the segmenter of `bundle` once per image and caches the results.
 
-    If the segmenter fails on an image, the image is treated as one without lungs. If the bundle cannot be loaded, or every
-    image of a batch of several fails, segmentation is given up, and `fault`, "" until then, contains the reason. `segmented`
-    is the number of cached images, `missed` the number of segmented images without plausible lungs, and `seconds` the time
-    spent. The cache contains frames and, if `masked`, masks as PNG: for all images, or for the last `most`. Thread-safe.
+    If the segmenter fails on an image, the image is treated as one without lungs. If the bundle cannot be loaded, or all
+    images of a batch of several fail, segmentation is given up, and `fault`, "" until then, contains the reason. `missed` is
+    the number of segmented images without plausible lungs, and `seconds` the time spent. The cache contains the frames of
+    the last `most` images (None: of all images) and, if `masked` is True, also their masks as PNG. Thread-safe.
     """
 
     def __init__(self, bundle: Path | None, masked: bool, batch_size: int | None = None, most: int | None = None) -> None:
@@ -39,7 +39,7 @@ class CachedLungs:
         return len(self._cache)
 
     def begin(self) -> None:
-        """Load the segmenter, unless it is loaded already or `fault` is set. An error sets `fault`."""
+        """Load the segmenter, unless it is loaded already or `fault` is set. If loading fails, set `fault` to the reason."""
         if self._segmenter is not None or self.fault:
             return
         began = time.monotonic()
@@ -52,7 +52,7 @@ class CachedLungs:
         self.seconds += time.monotonic() - began
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
-        """Return the lungs of each X-ray; segment the X-rays that are not in the cache."""
+        """Return the lungs of each X-ray; X-rays that are not in the cache are segmented first."""
         with self._one_at_a_time:
             self.begin()
             began, uncached = time.monotonic(), [xray for xray in xrays if xray.image_id not in self._cache]
@@ -65,7 +65,10 @@ class CachedLungs:
             return lungs
 
     def _segment(self, segmenter: LungFinder, xrays: list[CachedXray]) -> None:
-        """Segment a batch. If that fails, segment its images one by one, and give up if all of several images fail."""
+        """Segment a batch and cache the results.
+
+        If the batch fails, its images are segmented one by one; if it has several and all fail, segmentation is given up.
+        """
         try:
             self._store(xrays, segmenter.find(xrays))
             return

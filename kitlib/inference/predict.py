@@ -32,10 +32,11 @@ VIEWS_IOU = 0.6
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of images on canvases: `placements` and `pixels` (n, side, side), keyed by name of the canvas, see VIEWS.
+    """A model's input for a batch of n images.
 
-    For a patch model, `pixels` contains only the canvas "full", `where` contains the patch centres, and `placements` is
-    empty. `lungs_missed` counts the images that are used uncropped because no lungs were found.
+    `pixels` (n, side, side) and `placements`, one per image, are keyed by what the canvas shows: "full" or "lungs". For a
+    patch model, `pixels` contains only "full", `placements` is empty, and `where` contains the patch centres. `lungs_missed`
+    is the number of images that are used uncropped because no lungs were found.
     """
 
     image_ids: list[str]
@@ -49,12 +50,13 @@ class Predictor:
     """A trained classifier or detector with its input preparation; predicts probabilities, or boxes in original pixels.
 
     Predictions for several `views` (keys of VIEWS; by default those of the recipe) are combined: probabilities by their
-    mean, boxes by weighted box fusion. `lungs` finds the lungs, batch by batch, if the recipe's `lungs` is "masks" (see
-    kitlib.lungs.crop). An image without a lung frame (or lung mask, if the recipe uses masks) is used uncropped and
-    unmasked, or as a single patch by a patch model; `lungs_missed` counts such images in `seen`. Patch centres are derived
-    from the image's id, so that predictions are reproducible. A batch of a classifier that overflows in half precision is
-    predicted again in float32; `overflowed` counts its images. Raises ValueError for unknown or repeated views, and for
-    views other than "full" of a patch model.
+    mean, boxes by weighted box fusion. The argument `lungs` is a finder, called for each batch if the recipe requires masks
+    to find the lungs (see kitlib.lungs.crop). An image without a lung frame (or lung mask, if the recipe uses masks) is used
+    uncropped and unmasked, or as a single patch by a patch model. Patch centres are derived from the image's id, so that
+    predictions are reproducible. If a classifier's batch overflows in half precision, it is predicted again in float32.
+
+    `seen` lists the predicted images, `lungs_missed` counts those without lungs, and `overflowed` those in batches that
+    overflowed. Raises ValueError for unknown or repeated views, and for a patch model with views other than "full".
     """
 
     def __init__(
@@ -93,10 +95,10 @@ class Predictor:
     def predict(self, stream: Iterable[CachedXray]) -> Generator[pd.DataFrame, None, None]:
         """Yield one table of predictions per batch, while a thread prefetches X-rays from `stream`.
 
-        Study models yield image_id, model, fold, the four classes and none, with one row per image and NaN for outputs that
-        were not trained; findings and patch models yield `class_scores` tables; detectors yield `detections` tables, in
-        which images without boxes have no row. An error in the stream is raised here. Closing the generator ends the thread.
-        Resets `seen`, `lungs_missed` and `overflowed`.
+        Study models yield one row per image with the columns image_id, model, fold, the four classes and none, NaN for
+        outputs that were not trained; findings and patch models yield `class_scores` tables; detectors yield `detections`
+        tables, in which images without boxes have no row. `seen`, `lungs_missed` and `overflowed` start anew. An error in
+        the stream is raised here. Closing the generator ends the thread.
         """
         self.seen, self.lungs_missed, self.overflowed = [], 0, 0
         for batch in ahead(self._batches(stream)):
@@ -143,7 +145,7 @@ class Predictor:
         return Batch(image_ids, {}, {"full": pixels}, sum(canvas.mask is None for canvas in canvases), where)
 
     def _placement(self, xray: CachedXray, frame: np.ndarray | None) -> Placement:
-        """Return the placement of the image, or of its lung frame, on the model's square canvas."""
+        """Return the placement of the lung frame, or of the whole image if `frame` is None, on the model's square canvas."""
         return self._canvas.middle(crop(self._make_placement, frame, xray.rows, xray.columns, self._canvas.whole))
 
     def _probabilities(self, batch: Batch) -> pd.DataFrame:
@@ -175,7 +177,7 @@ class Predictor:
         return list(probabilities.double().cpu().numpy())
 
     def _view_inputs(self, batch: Batch) -> Iterator[tuple[torch.Tensor, list[Placement]]]:
-        """Yield the pixels (flipped for mirrored views) and placements for each view, in the order of `views`."""
+        """Yield the batch's pixels and placements for each view, in the order of `views`; mirrored views flip the pixels."""
         for canvas, mirrored in (VIEWS[view] for view in self.views):
             pixels = batch.pixels[canvas]
             yield pixels.flip(-1) if mirrored else pixels, batch.placements[canvas]
@@ -200,9 +202,10 @@ class Predictor:
     def _to_original(
         self, placement: Placement, boxes_on_canvas: np.ndarray, mirrored: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Convert boxes with scores (k, 5) on a canvas to boxes (m, 4) in original pixels, clipped to the image, and scores.
+        """Convert an image's boxes from a canvas; return boxes (m, 4) in original pixels, and their scores (m,).
 
-        Boxes with less than a pixel inside the image are dropped.
+        Boxes are clipped to the image. The columns of `boxes_on_canvas` (k, 5) are xmin, ymin, xmax, ymax and score. Boxes
+        with less than a pixel inside the image are dropped.
         """
         boxes = flip_boxes(boxes_on_canvas[:, :4], placement.canvas_columns) if mirrored else boxes_on_canvas[:, :4]
         boxes, inside = clip_boxes(placement.boxes_to_original(boxes), placement.rows, placement.columns)
@@ -211,7 +214,10 @@ class Predictor:
     def _merge_views(
         self, lists: list[tuple[np.ndarray, np.ndarray]], placement: Placement
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Fuse an image's boxes and scores from all views; return boxes (k, 4) in original pixels and scores (k,)."""
+        """Fuse an image's boxes from all views; return boxes (k, 4) in original pixels and scores (k,).
+
+        `lists` contains the boxes (m, 4) in original pixels and the scores (m,) of each view.
+        """
         if len(lists) == 1:
             return lists[0]
         # Imported here because it takes a second and needs ensemble-boxes, which kernels without a detector do not install.
@@ -233,7 +239,7 @@ def load_predictor(
     views: Sequence[str] | None = None,
     lungs: LungFinder | None = None,
 ) -> Predictor:
-    """Load a bundle's model on `device` (default: `pick_device`). For the other parameters see Predictor.
+    """Return a Predictor with a bundle's model on `device` (default: `pick_device`). For other parameters see Predictor.
 
     Raises BundleError if the bundle is damaged or contains a segmenter.
     """
@@ -247,10 +253,10 @@ def load_predictor(
 
 
 def study_and_image_scores(chunks: Iterable[pd.DataFrame], images: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Convert predictions of study models to the tables `study_scores` (mean over a study's images) and `image_scores`.
+    """Convert predictions of study models; return a `study_scores` table (means over a study's images) and `image_scores`.
 
-    `chunks` are the tables that Predictors yield, `images` has image_id and study_id. Outputs that were not trained, NaN in
-    `chunks`, get no row. Raises ValueError for predictions for images that are not in `images`.
+    `chunks` are the tables that Predictors yield, `images` has image_id and study_id. Outputs that were not trained, which
+    are NaN in `chunks`, get no row. Raises ValueError if `chunks` contains an image that is not in `images`.
     """
     chunks = [chunk for chunk in chunks if len(chunk)]
     if not chunks:

@@ -13,7 +13,7 @@ BATCHES_AHEAD = 3
 def ahead(items: Iterator[Item], most: int = BATCHES_AHEAD) -> Generator[Item, None, None]:
     """Yield `items` unchanged while a thread prefetches up to `most` of them.
 
-    An error in `items` is raised after the preceding items. Closing the generator ends the thread.
+    If `items` raises an error, it is raised here after the preceding items. Closing the generator ends the thread.
     """
     end, stopped = object(), threading.Event()
     prefetched: queue.Queue = queue.Queue(most)

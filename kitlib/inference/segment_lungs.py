@@ -50,9 +50,10 @@ class LungSegmenter:
         ]
 
     def maps(self, stream: Iterable[CachedXray]) -> Iterator[tuple[CachedXray, np.ndarray, Placement]]:
-        """Yield each X-ray with the probability maps of its structures on the network's canvas and its placement there.
+        """Yield for each X-ray: itself, the probability maps of its structures, and its placement on the network's canvas.
 
-        Maps are uint8 (structures, side, side); 255 is a probability of 1. A thread prefetches X-rays and canvases.
+        The maps show that canvas and are uint8 (structures, side, side); 255 is a probability of 1. A thread prefetches
+        X-rays and canvases.
         """
         for xrays, placements, pixels in ahead(self._batches(stream)):
             yield from zip(xrays, self.fitted(self._compute, pixels), placements, strict=True)
@@ -87,7 +88,10 @@ class LungSegmenter:
 def load_segmenter(
     bundle_folder: str | Path, device: torch.device | None = None, batch_size: int | None = None
 ) -> LungSegmenter:
-    """Load a bundle's segmenter on `device` (default: `pick_device`). Raises BundleError if it is another kind of model."""
+    """Return a bundle's segmenter on `device` (default: `pick_device`).
+
+    Raises BundleError if the bundle is damaged or contains another kind of model.
+    """
     record, state_dict = read_bundle(bundle_folder)
     if recorded_family(record, bundle_folder).answers != LUNGS:
         raise BundleError(f"{bundle_folder} contains a {record['family']} model; choose the bundle of a segmenter's run")

@@ -76,7 +76,7 @@ class Model:
         return self.record.answers
 
     def drop(self) -> None:
-        """Discard all predictions."""
+        """Discard all predictions of this model, and their counts."""
         self.chunks, self.seen, self.lungs_missed, self.overflowed, self.stopped = [], [], 0, 0, False
 
     def count_predicted(self) -> int:
@@ -93,15 +93,15 @@ class Model:
 class SubmissionRun:
     """Writes one submission file for one test set; call `install`, `predict` and `finish` in this order.
 
-    The constructor already writes a valid file of placeholder predictions (the class frequencies). `ledger` has one row per
-    stage, with its number of files, its seconds, and a note on what was dropped and why.
+    The constructor already writes a valid file of placeholder predictions (the class frequencies). `ledger` is a table with
+    one row per stage: its number of files, its seconds, and a note on what was dropped and why.
     """
 
     def __init__(self, competition: str | Path, output: str | Path, settings: SubmitSettings) -> None:
         """Write the placeholder predictions to `output`.
 
-        `competition` contains `test/` and `sample_submission.csv`. The submission gets the rows of the sample or, if the
-        sample is missing, rows for the test files.
+        `competition` is the folder that contains `test/` and `sample_submission.csv`. The submission gets the rows of the
+        sample or, if the sample is missing, one row per study and image in `test/`.
         """
         began = time.monotonic()
         self.settings, self.output, self.sample = settings, Path(output), Path(competition) / "sample_submission.csv"
@@ -126,11 +126,11 @@ class SubmissionRun:
 
     @property
     def ledger(self) -> pd.DataFrame:
-        """One row per stage so far: stage, files, seconds, note."""
+        """Table with one row per stage so far; its columns are stage, files, seconds and note."""
         return pd.DataFrame(self.rows, columns=["stage", "files", "seconds", "note"])
 
     def install(self, wheels: str) -> None:
-        """Install the wheels in the attached dataset `wheels`; "" for none. A failure becomes a row of the ledger."""
+        """Install the wheels in the attached dataset `wheels`, if it is not "". A failure becomes a row of the ledger."""
         if not wheels:
             return
         began = time.monotonic()
@@ -141,10 +141,11 @@ class SubmissionRun:
             self._note("wheels", 0, began, _failure(error))
 
     def predict(self, weights: str, scratch: str | Path) -> None:
-        """Predict with the bundles in the input `weights`, in order, while time remains; update the file after each bundle.
+        """Predict with the bundles in the attached dataset `weights`, in order, while time remains.
 
-        If a bundle fails or is too slow, the ledger gets a row, no error is raised, and the previous file remains.
-        Decoded images are written to a new folder below `scratch`, which is removed at the end.
+        The submission is updated after each bundle. If a bundle fails or is too slow, the ledger gets a row, no error is
+        raised, and the previous submission remains. Decoded images are written to a new folder below `scratch`, which is
+        removed at the end.
         """
         began = time.monotonic()
         Path(scratch).mkdir(parents=True, exist_ok=True)
@@ -170,12 +171,18 @@ class SubmissionRun:
                     self._note("ensemble", self.stacked.studies, time.monotonic() - self.stacked.seconds, self.stacked.note)
 
     def usage(self) -> list[dict[str, Any]]:
-        """Return one entry per bundle in weights.json: `bundle`, and how many of the `readable` files it has `predicted`."""
+        """Return one dictionary per bundle in weights.json: its name `bundle`, and the numbers `predicted` and `readable`.
+
+        `predicted` is the number of test images that it has predicted, `readable` that of test files that could be read.
+        """
         predicted = {model.folder.name: model.count_predicted() for model in self.models}
         return [{"bundle": name, "predicted": predicted.get(name, 0), "readable": self.readable} for name in self.listed]
 
     def finish(self) -> pd.DataFrame:
-        """Validate the file against the sample and return the ledger. Raises ValueError if Kaggle would reject the file."""
+        """Validate the submission and return the ledger. Raises ValueError if Kaggle would reject the submission.
+
+        Without sample_submission.csv, nothing is validated.
+        """
         began = time.monotonic()
         if not self.sample.is_file():
             self._note("validate", len(self.ids), began, "not validated: sample_submission.csv does not exist")
@@ -240,7 +247,11 @@ class SubmissionRun:
                 return
 
     def _run(self, model: Model, xrays: "DecodedOnce", fusion: "FusionSettings", budget: float, may_stop: bool) -> bool:
-        """Predict with one model and update the file; return False once the planned time is up."""
+        """Predict with one model and update the submission; return whether the planned time is not up yet.
+
+        If `may_stop`, the model is stopped after `budget` seconds and keeps its predictions; otherwise it is dropped as soon
+        as it is expected to take longer than `budget`.
+        """
         began, seen_before, in_time = time.monotonic(), len(model.seen), True
         try:
             with self.deadline.enforced():
@@ -261,7 +272,7 @@ class SubmissionRun:
         return in_time
 
     def _predict_with(self, model: Model, xrays: "DecodedOnce", budget: float, may_stop: bool) -> str:
-        """Predict the images that the model has not predicted yet; return why it was stopped, or "" if it finished."""
+        """Predict the images that the model has not predicted yet; return why it did not finish, or "" if it finished."""
         from kitlib.inference.predict import load_predictor
 
         began, total, model.stopped = time.monotonic(), len(self.images), False
@@ -290,7 +301,10 @@ class SubmissionRun:
         return ""
 
     def _fuse(self, xrays: "DecodedOnce", fusion: "FusionSettings", newest: Model) -> None:
-        """Fuse all predictions so far and replace the file. If that fails, drop the model `newest`; the file stays."""
+        """Fuse all predictions so far and replace the submission.
+
+        If fusion fails, the model `newest` is dropped, and the previous submission remains.
+        """
         from kitlib.inference.answer import fused_answer
 
         began = time.monotonic()
@@ -345,10 +359,11 @@ class SubmissionRun:
 
 
 class DecodedOnce:
-    """All readable images of a test set, for any number of passes; the first pass decodes them while the model predicts.
+    """The readable images of a test set, for any number of passes; the first pass decodes them while the model predicts.
 
-    `outcomes` contains the results for the files decoded so far. If decoding itself fails, all passes end, and `error` says
-    why. Passes may overlap, because the thread of a stopped model may still be reading ahead when the next model begins.
+    `outcomes` contains one result per file decoded so far, including files that failed. If decoding as a whole fails, all
+    passes end, and `error` says why. Passes may overlap, because the thread of a stopped model may still be reading ahead
+    when the next model begins.
     """
 
     def __init__(self, cache: "XrayCache", images: pd.DataFrame, settings: SubmitSettings) -> None:
@@ -358,7 +373,7 @@ class DecodedOnce:
         self._one_at_a_time = threading.Lock()
 
     def without(self, image_ids: set[str]) -> Iterator["CachedXray"]:
-        """Yield all readable images except `image_ids`, decoding them if necessary."""
+        """Yield all readable images except those in `image_ids`; images that no pass has decoded yet are decoded."""
         index = 0
         while self._decode_up_to(index):
             outcome = self.outcomes[index]
@@ -367,7 +382,7 @@ class DecodedOnce:
                 yield self.cache.read(outcome.image_id)
 
     def sized(self, images: pd.DataFrame) -> pd.DataFrame:
-        """Return the rows of `images` that have been decoded so far, with their original rows and columns."""
+        """Return the rows of `images` that are decoded so far; `rows` and `columns` are added, the image's original size."""
         sizes = {done.image_id: (done.rows, done.columns) for done in list(self.outcomes) if done.status != "failed"}
         images = images[images.image_id.isin(sizes)].copy()
         images[["rows", "columns"]] = [sizes[name] for name in images.image_id]
@@ -380,7 +395,7 @@ class DecodedOnce:
             self._one_at_a_time.release()
 
     def _decode_up_to(self, index: int) -> bool:
-        """Decode the next file if `outcomes` ends before `index`; return whether `outcomes[index]` exists."""
+        """Decode the next file if `outcomes` has no element `index` yet; return whether it has one now."""
         with self._one_at_a_time:
             if index == len(self.outcomes):
                 try:

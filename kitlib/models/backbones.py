@@ -1,4 +1,4 @@
-"""Looks up backbones by name: timm's, and custom ones registered by the modules listed in KIT_BACKBONES."""
+"""Looks up backbones by name: timm's, and those registered by the modules in the environment variable KIT_BACKBONES."""
 
 import difflib
 import importlib
@@ -22,11 +22,11 @@ def check_backbone(name: str) -> None:
 
 
 def import_own_backbones() -> None:
-    """Import the modules listed in KIT_BACKBONES. Raises ValueError if one cannot be imported.
+    """Import the modules listed in the environment variable KIT_BACKBONES. Raises ValueError if one cannot be imported.
 
     Such a module registers networks with timm's `register_model`, and adds YOLOs to `kitlib.models.yolo.ARCHITECTURES`. Only
-    this environment variable, which new processes inherit, decides what is imported; recipes and bundles cannot, because
-    they only contain the names of backbones.
+    this variable, which new processes inherit, decides what is imported; recipes and bundles cannot, because they contain
+    only the names of backbones.
     """
     for module in filter(None, map(str.strip, os.environ.get(MODULES, "").split(","))):
         try:

@@ -1,4 +1,4 @@
-"""Auxiliary segmentation task of classifiers: draws an image's boxes as a mask; the mask's decoder and loss."""
+"""Auxiliary task of study classifiers, the prediction of a mask of the boxes: the true mask, the decoder, and the loss."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +13,11 @@ FINEST = 8  # smallest stride of a feature map that the decoder uses, pixels
 
 
 def box_mask(boxes: torch.Tensor, cells: int, stride: int) -> torch.Tensor:
-    """Draw boxes (k, 4), corners in canvas pixels, as a mask (cells, cells) whose cells are squares of `stride` pixels.
+    """Return a mask (cells, cells) of an image's boxes; each cell is a square of `stride` x `stride` canvas pixels.
 
-    A cell's value is the share of its area that a box covers, 0..1, or the largest share if there are several boxes. So for
-    a single box, the sum of the mask times stride^2 is exactly the box's area on the canvas. Without boxes the mask is 0.
+    `boxes` is (k, 4): xmin, ymin, xmax and ymax in canvas pixels. The value of a cell is the share of its area that a box
+    covers, 0..1; if several boxes cover the cell, it is the largest of their shares. So for a single box, the sum of the
+    mask times stride^2 is exactly the box's area on the canvas. Without boxes the mask is 0.
     """
     if not len(boxes):
         return boxes.new_zeros((cells, cells))
@@ -29,11 +30,11 @@ def box_mask(boxes: torch.Tensor, cells: int, stride: int) -> torch.Tensor:
 
 
 def mask_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return 0.6 x binary cross entropy + 0.4 x Dice loss for logits (n, cells, cells) and a mask of the same shape, 0..1.
+    """Return 0.6 x binary cross entropy + 0.4 x Dice loss, for logits and true masks 0..1, both (n, cells, cells).
 
-    The weights are those of the 1st place. The Dice loss over the whole batch is 1 - 2 sum(p m) / (sum(p) + sum(m)), with 1
-    added to numerator and denominator, so that the loss is 0 if the batch contains no boxes and the predicted mask is empty
-    (Milletari et al. 2016, section 3, without the squares).
+    The weights are those of the competition's 1st place. With p the predicted and m the true values, the Dice loss over the
+    whole batch is 1 - 2 sum(p m) / (sum(p) + sum(m)), with 1 added to numerator and denominator, so that it is 0 if the
+    batch contains no boxes and the predicted mask is empty (Milletari et al. 2016, section 3, without the squares).
     """
     logits = logits.float()
     predicted = logits.sigmoid()
@@ -42,9 +43,10 @@ def mask_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class MaskDecoder(nn.Module):
-    """A feature pyramid (Lin et al. 2017) over a backbone's maps of stride 8 and above, summed at the finest resolution.
+    """Predicts the mask of boxes by a feature pyramid (Lin et al. 2017) over a backbone's maps of stride 8 and above.
 
-    `indices` are the numbers of the maps that are used, in timm's `forward_intermediates`; `stride` is that of the finest.
+    The pyramid's maps are resized to the mask's size and summed. `indices` number the backbone's maps that are used, as
+    timm's `forward_intermediates` counts them; `stride` is the stride of the finest of these maps.
     """
 
     def __init__(self, channels: Sequence[int], indices: Sequence[int], stride: int) -> None:
@@ -54,7 +56,7 @@ class MaskDecoder(nn.Module):
         self.last = nn.Conv2d(WIDTH, 1, kernel_size=1)
 
     def forward(self, maps: Sequence[torch.Tensor], cells: int) -> torch.Tensor:
-        """Return mask logits (n, cells, cells) for feature maps (n, channels, rows, columns), finest first."""
+        """Return mask logits (n, cells, cells) for a list of feature maps (n, channels, rows, columns), finest map first."""
         levels = self.pyramid({str(level): feature_map for level, feature_map in enumerate(maps)}).values()
         # The finest map is resized too, because the maps of a network without padding can be smaller than `cells`.
         resized = [functional.interpolate(level, (cells, cells), mode="bilinear", align_corners=False) for level in levels]

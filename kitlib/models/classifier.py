@@ -1,4 +1,4 @@
-"""Classifiers: any timm backbone with a head that predicts the study classes and `none`, or findings, or one class."""
+"""Classifiers: a timm backbone with a head that predicts either the study classes and `none`, or any other classes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,10 +24,11 @@ TRAINED_OUTPUTS = {"study": slice(0, 4), "none": slice(4, 5), "both": slice(0, 5
 class Classifier(nn.Module):
     """A timm backbone with pooled features and a head (see `make_head`), with random weights.
 
-    `answers` is the number of predicted probabilities, by default one per output. A frozen backbone gets no gradients and,
-    if the recipe also freezes its statistics, stays in evaluation mode. `stages` lists the names of the backbone's
-    parameters, grouped into stages by timm, starting at the input. `unfreeze` makes the last stages trainable; their batch
-    norm stays in evaluation mode if the recipe sets `thawed_statistics`.
+    `outputs` is the number of logits, `answers` the number of predicted probabilities, which a subclass may change. A frozen
+    backbone gets no gradients and, if the recipe also freezes its statistics, stays in evaluation mode. `stages` lists the
+    names of the backbone's parameters, one list per stage (as timm groups them), starting at the input. `unfreeze` makes the
+    last stages trainable; if statistics are frozen, their batch norm stays in evaluation mode unless the recipe sets
+    `thawed_statistics`.
     """
 
     backbone: Any  # timm's networks have no common type that declares their common attributes
@@ -59,7 +60,7 @@ class Classifier(nn.Module):
         return x.contiguous(memory_format=memory_format(x.device))
 
     def unfreeze(self, epoch: int) -> None:
-        """Make the last stages of a frozen backbone trainable, as many as the recipe unfreezes by this epoch (from 0)."""
+        """Make the last stages of a frozen backbone trainable: as many as the recipe unfreezes up to `epoch`, from 0."""
         if not (self.recipe.frozen_backbone and self.recipe.unfreeze_every):
             return
         count = min(epoch // self.recipe.unfreeze_every, len(self.stages))
@@ -69,12 +70,12 @@ class Classifier(nn.Module):
         self.train(self.training)
 
     def rates(self) -> dict[str, float]:
-        """Return factors for the learning rate, keyed by parameter name prefix, for `make_optimizer`; {} if all are 1."""
+        """Return learning-rate factors for `make_optimizer`, keyed by prefix of parameter names; {} if all factors are 1."""
         unfreezes = self.recipe.frozen_backbone and self.recipe.unfreeze_every
         return {"backbone.": self.recipe.unfrozen_rate} if unfreezes else {}
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Set training or evaluation mode; parts with frozen statistics stay in evaluation mode."""
+        """Set training or evaluation mode and return the model; parts with frozen statistics stay in evaluation mode."""
         super().train(mode)
         if self.recipe.frozen_backbone and self.recipe.frozen_statistics:
             is_trainable: dict[str, bool] = {}
@@ -90,7 +91,8 @@ class Classifier(nn.Module):
 class StudyClassifier(Classifier):
     """Classifier of the four study classes and the image-level `none`: five outputs in the order of OUTPUTS.
 
-    With `recipe.segmentation` it also has a decoder that predicts a mask of the boxes. Only `with_mask` runs the decoder.
+    If `recipe.segmentation` is above 0, a decoder also predicts a mask of the boxes; only `with_mask` runs it. Raises
+    ValueError if `recipe.image_size` is then not a multiple of the decoder's stride.
     """
 
     recipe: StudyRecipe
@@ -109,7 +111,10 @@ class StudyClassifier(Classifier):
             self.mask_cells = recipe.image_size // stride
 
     def with_mask(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits of `forward`, and logits (n, cells, cells) of the mask of `kitlib.models.box_mask.box_mask`."""
+        """Return the class logits (n, 5), as `forward` does, and the logits (n, cells, cells) of the mask of boxes.
+
+        The mask is that of `kitlib.models.box_mask.box_mask`; `x` are normalised images (n, channels, side, side).
+        """
         last, maps = self.backbone.forward_intermediates(x, indices=self.mask_decoder.indices)
         return self.head(self.backbone.forward_head(last)), self.mask_decoder(maps, self.mask_cells)
 
@@ -127,9 +132,9 @@ class StudyClassifier(Classifier):
 class FindingsClassifier(Classifier):
     """Classifier with one output per class, in the order of `classes`, or a single output for two classes.
 
-    The single output, with `recipe.one_logit`, is the logit of the first class. With `recipe.auxiliary` an inception_v3 also
-    has its auxiliary head, which only `with_auxiliary` runs. Raises ValueError if `one_logit` is set for other than two
-    classes.
+    If the recipe sets `one_logit`, the single output is the logit of the first class. If it sets `auxiliary`, the backbone
+    keeps the auxiliary head of inception_v3, which only `with_auxiliary` runs. Raises ValueError if the recipe sets
+    `one_logit` and there are not exactly two classes.
     """
 
     recipe: FindingsRecipe
@@ -146,12 +151,12 @@ class FindingsClassifier(Classifier):
         return self.head(self.backbone.forward_head(self.backbone.forward_postaux(self.backbone.forward_preaux(x))))
 
     def with_auxiliary(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits of `forward` and those of the auxiliary head, both (n, outputs)."""
+        """Return the logits of the main head, as `forward` does, and those of the auxiliary head, both (n, outputs)."""
         features, auxiliary = self.backbone(x)
         return self.head(features), auxiliary
 
     def class_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits (n, classes) for outputs (n, outputs).
+        """Return float32 logits (n, classes), one per class, for the network's logits (n, outputs).
 
         The single output z of `one_logit` becomes (z, 0), whose softmax is (sigmoid(z), 1 - sigmoid(z)).
         """
@@ -159,9 +164,9 @@ class FindingsClassifier(Classifier):
         return torch.cat([logits, torch.zeros_like(logits)], dim=1) if self.recipe.one_logit else logits
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return float32 probabilities (n, classes) for outputs (n, outputs).
+        """Return float32 probabilities (n, classes) for the network's logits (n, outputs).
 
-        The probabilities are independent of each other if the recipe is `multi_label`; otherwise they sum to 1.
+        The probabilities are independent of each other if the recipe sets `multi_label`; otherwise each row sums to 1.
         """
         logits = self.class_logits(logits)
         return logits.sigmoid() if self.recipe.multi_label else logits.softmax(dim=1)
@@ -176,10 +181,10 @@ def check_classes(recipe: FindingsRecipe, classes: Sequence[str]) -> None:
 
 
 def make_head(features: int, hidden: int, dropout: float, outputs: int = len(OUTPUTS)) -> nn.Sequential:
-    """Build the head of a classifier: linear-ReLU-dropout-linear with Xavier weights.
+    """Return the head of a classifier: linear-ReLU-dropout-linear with Xavier weights.
 
-    This is the head of the Heidelberg report (section 3.4), 2048-1024-ReLU-dropout-outputs, for any number of `features`. If
-    `hidden` is 0, the head is dropout and one linear layer, as in ImageNet networks.
+    This is the head of the Heidelberg report (section 3.4), which has 2048 `features` and 1024 `hidden` units. If `hidden`
+    is 0, the head is dropout and one linear layer, as in ImageNet networks.
     """
     last = [nn.Dropout(dropout), nn.Linear(hidden or features, outputs)]
     layers = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), *last) if hidden else nn.Sequential(*last)
@@ -191,7 +196,7 @@ def make_head(features: int, hidden: int, dropout: float, outputs: int = len(OUT
 
 
 def probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """Return float32 probabilities (n, 5) for logits (n, 5): the four study classes sum to 1, `none` is independent."""
+    """Return float32 probabilities (n, 5) for logits (n, 5): four study classes, which sum to 1, and `none`, independent."""
     logits = logits.float()
     return torch.cat([logits[:, :4].softmax(dim=1), logits[:, 4:].sigmoid()], dim=1)
 
@@ -206,9 +211,10 @@ def study_loss(
 ) -> torch.Tensor:
     """Return the cross entropy of the study classes + `none_weight` x the binary cross entropy of `none`, for logits (n, 5).
 
-    Each part is the mean over the rows with a known label. `study` (n, 4) are the true class probabilities; a row with a NaN
-    is unknown. `none` (n,) is 0..1, or NaN if unknown. With `outputs` "study" or "none" the loss is that part alone,
-    unweighted. `smoothing` is the share of label smoothing: over the four classes, and over `none` and its opposite.
+    Each part is the mean over the rows whose label is known. `study` (n, 4) holds the true class probabilities; a row with a
+    NaN is unknown. `none` (n,) holds the true probability of `none`, NaN if unknown. If `outputs` is "study" or "none", the
+    loss is only that part, unweighted. `smoothing` is the share of label smoothing: over the four classes for the study
+    part, and over `none` and its opposite for the other part.
     """
     logits, loss = logits.float(), logits.new_zeros((), dtype=torch.float32)
     if outputs != "none":
@@ -228,7 +234,7 @@ def mean_of_known(losses: torch.Tensor, is_known: torch.Tensor) -> torch.Tensor:
 
 
 def smooth_labels(truth: torch.Tensor, share: float, classes: int) -> torch.Tensor:
-    """Apply label smoothing: spread `share` of the probabilities evenly over `classes` (2 for a binary label).
+    """Return smoothed labels: `share` of the true probability is spread evenly over `classes` (2 for a binary label).
 
     Szegedy et al. 2016, section 7.
     """
@@ -250,7 +256,10 @@ def _backbone(recipe: ClassifierRecipe, outputs: int) -> Any:
 
 
 def _stages(backbone: Any) -> list[list[str]]:
-    """Return parameter names per stage (timm's coarse groups), input first; a group of norms alone joins the one before."""
+    """Return lists of parameter names, one per stage (timm's coarse groups), input first.
+
+    A group without weight matrices, such as a final norm, joins the stage before it.
+    """
     stages: list[list[str]] = []
     for names in group_parameters(backbone, backbone.group_matcher(coarse=True)).values():
         if stages and all(backbone.get_parameter(name).ndim < 2 for name in names):
@@ -261,10 +270,10 @@ def _stages(backbone: Any) -> list[list[str]]:
 
 
 def _normalisation(backbone: Any, recipe: ClassifierRecipe) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation per channel, with which pixels 0..1 are normalised.
+    """Return two lists, mean and standard deviation of each channel, by which pixels 0..1 are normalised.
 
-    Both are 0.5 if `recipe.normalisation` is "half"; otherwise those of the backbone's weights, averaged over the colours
-    for grey input.
+    All values are 0.5 if `recipe.normalisation` is "half". Otherwise they are those that timm records for the backbone's
+    weights, averaged over the colours for grey input.
     """
     if recipe.normalisation == "half":
         return [0.5] * recipe.channels, [0.5] * recipe.channels

@@ -1,6 +1,6 @@
-"""The model families: recipe, network and kind of prediction of each; and loading a model from a bundle.
+"""The model families: the recipe, network and kind of prediction of each family; and loading a network from a bundle.
 
-No other file compares the names of families; kitlib.training.driver adds how each is trained. A network's module is
+No other file compares the names of families; kitlib.training.driver adds how each family is trained. A network's module is
 imported only when a network is built, because ultralytics takes seconds to import and kernels without a YOLO lack it.
 """
 
@@ -31,10 +31,10 @@ class Family:
     """A model family: its recipe, its network and what it predicts.
 
     `answers` is what the family predicts: STUDIES (the four study classes and `none`), CLASSES (the classes of its training
-    labels), BOXES or LUNGS (label images). `network` builds the network, with random or starting weights, from a recipe and
-    the class names. `sees_patches` is True if the input is patches of an image, `one_process` if several processes cannot
-    train a model together. `no_submission` is empty if the family predicts rows of a submission; otherwise it is the end of
-    an error message that says what to submit instead.
+    labels), BOXES, or LUNGS (masks of lungs). `network` is a function that builds the network, with random or starting
+    weights, from a recipe and the class names. `sees_patches` is True if the network's input is patches of an image.
+    `one_process` is True if several processes cannot train one model together. `no_submission` is empty if the family
+    predicts rows of a submission; otherwise it is the end of an error message that says what to submit instead.
     """
 
     name: str
@@ -107,7 +107,7 @@ def family_of(recipe: TrainingRecipe) -> Family:
 
 
 def recorded_family(record: Mapping[str, Any], bundle: str | Path = "this bundle") -> Family:
-    """Return the family in a bundle's record. Raises BundleError if it is unknown; the message contains `bundle`."""
+    """Return the family that a bundle's `record` names. Raises BundleError, which names `bundle`, for an unknown family."""
     if record["family"] not in FAMILIES:
         raise BundleError(f"{bundle}: unknown family {record['family']!r}; the families are: {', '.join(FAMILIES)}")
     return FAMILIES[record["family"]]
@@ -116,7 +116,7 @@ def recorded_family(record: Mapping[str, Any], bundle: str | Path = "this bundle
 def load_network(record: Mapping[str, Any], weights: dict[str, torch.Tensor], device: torch.device) -> Any:
     """Build the network that a bundle's record describes, with `weights`; return it on `device` in evaluation mode.
 
-    Raises BundleError for an unknown family; RuntimeError if names or shapes of the weights do not fit the network.
+    Raises BundleError for an unknown family, and RuntimeError if names or shapes of the weights do not fit the network.
     """
     family = recorded_family(record)
     # The bundle's weights replace the starting weights, which may no longer exist.

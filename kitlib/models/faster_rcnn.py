@@ -33,10 +33,10 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
 
 
 class Pyramid(nn.Module):
-    """A timm backbone and a feature pyramid over its features, with `out_channels` channels in each map.
+    """A timm backbone and a feature pyramid over its features; each map of the pyramid has `out_channels` channels.
 
-    `strides` are those of the returned maps: from 4 up, as long as the largest anchor is at most half of the canvas; always
-    at least 4. The pyramid uses all of the backbone's features even if fewer maps are returned.
+    `strides` lists the strides of the returned maps: 4, and each further stride whose largest anchor is at most half of the
+    canvas. The pyramid uses the backbone's features at all of BACKBONE_STRIDES, even if fewer maps are returned.
     """
 
     body: Any  # timm's networks have no common type that declares their common attributes
@@ -54,7 +54,10 @@ class Pyramid(nn.Module):
         self.fpn.layer_blocks[len(self.strides) :].requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
-        """Return float32 maps (n, out_channels, rows, columns) by level, finest first, for images (n, channels, h, w)."""
+        """Return the pyramid's maps for images (n, channels, height, width): a dictionary keyed by level, finest first.
+
+        Each map is float32 (n, out_channels, rows, columns).
+        """
         with autocast(images.device):
             features = self.body(images)
             maps = self.fpn(OrderedDict((str(index), features[level]) for index, level in enumerate(self.levels)))
@@ -101,10 +104,10 @@ class FasterRCNNDetector(nn.Module):
         self.starting_weights = _load_weights(self, recipe)
 
     def losses(self, pixels: torch.Tensor, boxes: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return torchvision's four losses, keyed by name, for `pixels` uint8 (n, side, side) and their boxes.
+        """Return torchvision's four losses, keyed by name, for canvases `pixels` uint8 (n, side, side) and their boxes.
 
-        `boxes` are n float tensors (k, 4) in canvas pixels; shape (0, 4) marks an image that is all background. Requires
-        training mode. Raises ValueError unless the side is `image_size`.
+        `boxes` contains one float tensor (k, 4) per canvas: xmin, ymin, xmax and ymax in canvas pixels; its shape is (0, 4)
+        if the image has no box. Requires training mode. Raises ValueError unless the side is the recipe's `image_size`.
         """
         targets = [
             {"boxes": image_boxes, "labels": torch.ones(len(image_boxes), dtype=torch.int64, device=image_boxes.device)}
@@ -115,10 +118,10 @@ class FasterRCNNDetector(nn.Module):
 
     @torch.inference_mode()
     def predict(self, pixels: torch.Tensor) -> list[np.ndarray]:
-        """Detect boxes on canvases uint8 (n, side, side); return n float arrays (k, 5), best first.
+        """Detect boxes on canvases uint8 (n, side, side); return one float array (k, 5) per canvas, highest score first.
 
-        Columns are xmin, ymin, xmax, ymax in canvas pixels and the score 0..1; k is at most `max_detections`. The side is
-        the recipe's `inference_size`, or `image_size` if that is 0. Raises ValueError for other canvases.
+        Columns are xmin, ymin, xmax, ymax in canvas pixels and the score 0..1; k is at most `max_detections`. The side must
+        be the recipe's `inference_size`, or its `image_size` if that is 0. Raises ValueError for other sides or types.
         """
         self.model.eval()
         with torch.autocast(pixels.device.type, enabled=False):
@@ -140,7 +143,7 @@ class _NormaliseOnly(GeneralizedRCNNTransform):
 
 
 class _CompleteIoU(RoIHeads):
-    """torchvision's second stage with the CIoU loss on decoded boxes (Zheng et al. 2020) instead of smooth L1 on offsets."""
+    """torchvision's second stage, trained with the CIoU loss of boxes (Zheng et al. 2020), not with smooth L1 of offsets."""
 
     @classmethod
     def like(cls, heads: RoIHeads) -> "_CompleteIoU":
@@ -187,9 +190,10 @@ def _backbone(recipe: DetectorRecipe) -> Any:
 
 
 def _load_weights(detector: FasterRCNNDetector, recipe: DetectorRecipe) -> str:
-    """Load the recipe's starting weights, from a Faster R-CNN or a classifier's backbone; return a summary for the log.
+    """Load the recipe's starting weights into `detector` and return a summary, "from scratch" if there are none.
 
-    Raises BundleError if tensors of the backbone are missing.
+    The weights are those of a Faster R-CNN or of a classifier's backbone. Raises BundleError if a classifier's weights lack
+    tensors of the backbone, or no tensor of a Faster R-CNN's fits.
     """
     if not recipe.starting_weights:
         return "from scratch"
@@ -228,9 +232,9 @@ def _load_weights(detector: FasterRCNNDetector, recipe: DetectorRecipe) -> str:
 
 
 def _feature_indices(backbone: str, strides: list[int]) -> list[int]:
-    """Return the indices of the backbone's features that the pyramid uses, one per stride.
+    """Return the positions in `strides` of the backbone's features that the pyramid uses: 4, 8, 16 and, if it exists, 32.
 
-    Raises ValueError if the strides 4, 8 and 16 are not all available.
+    `strides` lists the strides of all features of `backbone`. Raises ValueError if 4, 8 or 16 is missing.
     """
     if not set(BACKBONE_STRIDES[:3]) <= set(strides):
         raise ValueError(f"backbone {backbone!r} has features at strides {strides}, but Faster R-CNN needs 4, 8 and 16")
@@ -238,7 +242,10 @@ def _feature_indices(backbone: str, strides: list[int]) -> list[int]:
 
 
 def _normalisation(body: Any, channels: int) -> tuple[list[float], list[float]]:
-    """Return the backbone's mean and standard deviation per channel for pixels 0..1, averaged over the colours if grey."""
+    """Return the mean and standard deviation of each channel, by which pixels 0..1 are normalised.
+
+    They are those that timm records for the backbone `body`, averaged over the colours for grey input.
+    """
     mean, std = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
     if channels == len(mean):
         return list(mean), list(std)

@@ -55,7 +55,7 @@ class FCDenseNet103(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """BN-ReLU-conv 3 x 3-dropout layers; the input of each is the block's input and the outputs of all previous layers."""
+    """Layers of batch norm, ReLU, 3 x 3 convolution and dropout; each gets the block's input and all previous outputs."""
 
     def __init__(self, channels: int, growth: int, layers: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class DenseBlock(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the new features alone, (n, growth x layers, rows, columns), for x (n, channels, rows, columns)."""
+        """Return the features (n, growth x layers, rows, columns) that the layers add to x (n, channels, rows, columns)."""
         features = [x]
         for layer in self.layers:
             features.append(layer(torch.cat(features, dim=1)))

@@ -16,9 +16,9 @@ class HalvingBatches:
         self.model, self.device, self.size = model, device, size
 
     def __call__(self, compute: Callable[[torch.Tensor], list[Any]], pixels: torch.Tensor) -> list[Any]:
-        """Call `compute` on pieces of `pixels` (n, ...), moved to the device; return the n results in one list.
+        """Call `compute` on pieces of `pixels` (n, ...), moved to the device; return all results in one list.
 
-        Raises torch.cuda.OutOfMemoryError if even a single image does not fit.
+        `compute` returns a list of results for its piece. Raises torch.cuda.OutOfMemoryError if even one image does not fit.
         """
         results: list[Any] = []
         start = 0

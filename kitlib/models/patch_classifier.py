@@ -19,7 +19,7 @@ class PatchClassifier(FindingsClassifier):
 
     An image's prediction is the share of its patches that vote for each class, or the mean softmax of its patches, depending
     on the recipe's `patch_score`. Patches are cut from the canvases of `kitlib.models.patches.patch_canvas`. The argument
-    `where` of the methods holds their centres, int64 (m, 3), see `kitlib.models.patches.join_centres`.
+    `where` of the methods is int64 (m, 3), one row per patch: index of the image, row and column of the patch's centre.
     """
 
     recipe: PatchRecipe
@@ -29,17 +29,17 @@ class PatchClassifier(FindingsClassifier):
         self.chunk = 0  # number of patches that fit into memory together; 0 until the first batch
 
     def image_probabilities(self, canvases: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        """Return float64 probabilities (n, classes) on the CPU; rows sum to 1.
+        """Return each image's class probabilities, float64 (n, classes) on the CPU; rows sum to 1.
 
-        `canvases` is uint8 (n, side, side). `where` is int64 (m, 3), one row per patch: index of the image, row and column
-        of the patch's centre, see `join_centres`. The patches of all images are cut on the model's device and predicted
-        together, in chunks as large as the device's memory allows. Call this in evaluation mode, without gradients, under
+        `canvases` is uint8 (n, side, side), one per image. `where` is int64 (m, 3), one row per patch: index of the image,
+        row and column of the patch's centre. The patches of all images are cut on the model's device and predicted together,
+        in chunks as large as the device's memory allows. Call this in evaluation mode, without gradients, under
         `kitlib.device.autocast`.
         """
         return self.scored(self.probabilities(self.patch_logits(canvases, where)), where, len(canvases))
 
     def patch_logits(self, canvases: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        """Return the logits (m, outputs) of the individual patches, on the model's device; see `image_probabilities`."""
+        """Return each patch's logits, (m, outputs), on the model's device; for the arguments see `image_probabilities`."""
         device, side = next(self.parameters()).device, self.recipe.image_size
         patches = windows(canvases.to(device, non_blocking=True), side)
         batches = HalvingBatches("patches", device, self.chunk or max(1, CHUNKS[device.type] // side**2))
@@ -48,5 +48,8 @@ class PatchClassifier(FindingsClassifier):
         return torch.cat(logits)
 
     def scored(self, probabilities: torch.Tensor, where: torch.Tensor, images: int) -> torch.Tensor:
-        """Combine patch probabilities (m, classes) into image probabilities, float64 (images, classes) on the CPU."""
+        """Combine patch probabilities (m, classes) into image probabilities, float64 (images, classes) on the CPU.
+
+        Column 0 of `where` (m, 3) is the index of each patch's image; `images` is the number of images.
+        """
         return SCORES[self.recipe.patch_score](probabilities.cpu(), where[:, 0].cpu(), images)

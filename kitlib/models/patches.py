@@ -17,11 +17,11 @@ from kitlib.xrays.cache import CachedXray
 
 @dataclass(frozen=True)
 class PatchCanvas:
-    """The canvas of one image from which patches are cut.
+    """The canvas from which the patches of one image are cut.
 
-    `pixels` uint8 (canvas, canvas) are black outside of the lung `mask`, bool of the same shape, which contains the patch
-    centres. If `mask` is None, the only patch is the whole image, unmasked, in the canvas's top left corner; the rest of the
-    canvas is black.
+    `pixels` is uint8 (canvas, canvas). `mask` is bool of the same shape and True inside the lungs: patch centres are drawn
+    there, and pixels outside are black. If `mask` is None, the only patch is the whole image, unmasked, in the canvas's top
+    left corner; the rest of the canvas is black.
     """
 
     pixels: np.ndarray
@@ -29,14 +29,14 @@ class PatchCanvas:
     side: int  # side of a patch, pixels
 
     def centres(self, patches: int, seed: int) -> np.ndarray:
-        """Draw the row and column of each patch's centre, int64 (patches, 2), or (1, 2) if the image is a single patch."""
+        """Draw patch centres; return int64 (patches, 2): row and column of each; (1, 2) if the image is a single patch."""
         if self.mask is None:
             return np.array([[self.side // 2, self.side // 2]])
         return centres(self.mask, patches, seed)
 
 
 def patch_canvas(xray: CachedXray, lungs: Lungs, recipe: PatchRecipe) -> PatchCanvas:
-    """Adjust an image's grey levels and place image and lung mask on the recipe's canvas (Patched FLANNEL, section 2.2).
+    """Return an image's PatchCanvas, with its grey levels adjusted by the recipe (Patched FLANNEL, section 2.2).
 
     The whole image becomes a single patch if it has no lung mask, if the lungs cover less than the share `least_lungs` of
     the canvas, or if a side of the original image is shorter than a patch.
@@ -54,9 +54,9 @@ def patch_canvas(xray: CachedXray, lungs: Lungs, recipe: PatchRecipe) -> PatchCa
 
 
 def centres(mask: np.ndarray, patches: int, seed: int) -> np.ndarray:
-    """Draw the row and column of patch centres, int64 (patches, 2), uniformly with replacement from a mask's True pixels.
+    """Draw patch centres uniformly, with replacement, from the True pixels of `mask`; return int64 (patches, 2).
 
-    Raises ValueError if no pixel is True.
+    The columns are the centre's row and column in the mask. Raises ValueError if no pixel is True.
     """
     inside = np.flatnonzero(mask)
     if not len(inside):
@@ -71,13 +71,17 @@ def image_seed(image_id: str) -> int:
 
 
 def join_centres(centre_arrays: Sequence[np.ndarray]) -> torch.Tensor:
-    """Join the centres for several canvases, one array (k, 2) each, as int64 rows (m, 3): canvas index, row, column."""
+    """Join the patch centres of several canvases into one tensor, int64 (m, 3).
+
+    Each array in `centre_arrays` is (k, 2): rows and columns of the centres on one canvas. The result has one row per patch:
+    index of the canvas, row and column of the centre.
+    """
     canvas_index = np.repeat(np.arange(len(centre_arrays)), [len(array) for array in centre_arrays])
     return torch.from_numpy(np.column_stack([canvas_index, np.concatenate(centre_arrays)]).astype(np.int64))
 
 
 def windows(canvases: torch.Tensor, side: int) -> torch.Tensor:
-    """Return the patches around all pixels of canvases (n, rows, columns), as a view (n, rows, columns, side, side).
+    """Return the patch around every pixel of canvases (n, rows, columns), as a view (n, rows, columns, side, side).
 
     Element [i, r, c] is the patch around row r and column c of canvas i. Patches that cross the canvas's border are padded
     with 0. If the side is even, the centre is the pixel to the right of and below the middle.
@@ -88,9 +92,10 @@ def windows(canvases: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def cut_patches(canvases: torch.Tensor, where: torch.Tensor, side: int) -> torch.Tensor:
-    """Cut the patches (m, side, side) around the centres `where` (m, 3) out of canvases (n, rows, columns).
+    """Cut patches out of canvases (n, rows, columns); return them as (m, side, side), on the device of the canvases.
 
-    The result is on the device of the canvases. Raises IndexError for a centre outside of them.
+    `where` is int64 (m, 3), one row per patch: index of the canvas, row and column of the patch's centre. Raises IndexError
+    for a centre outside of the canvases.
     """
     return windows(canvases, side)[tuple(where.T)]
 
@@ -99,8 +104,8 @@ def votes(probabilities: torch.Tensor, image_index: torch.Tensor, images: int) -
     """Return the share of each image's patches that vote for each class, float64 (images, classes).
 
     `probabilities` (m, classes) are those of the patches, `image_index` (m,) is the index of each patch's image. A patch
-    votes for its most probable class, the first of several equal ones. Rows sum to 1; a row is NaN if the image has no
-    patches, or a patch with a NaN. Source: Patched FLANNEL, section 2.2.
+    votes for its most probable class; among equally probable classes, for the first. Rows sum to 1; the row of an image
+    without patches, or with a patch that has a NaN, is NaN. Source: Patched FLANNEL, section 2.2.
     """
     one_hot = functional.one_hot(probabilities.argmax(dim=1), probabilities.shape[1]).double()
     one_hot[probabilities.isnan().any(dim=1)] = torch.nan

@@ -1,4 +1,4 @@
-"""ResUNet (Zhang et al. 2018, Road Extraction by Deep Residual U-Net, table I), as in "ResUNet + ensembles", table 5."""
+"""ResUNet (Zhang et al. 2018, Road Extraction by Deep Residual U-Net, table I); see paper "ResUNet + ensembles", table 5."""
 
 from itertools import pairwise
 
@@ -12,8 +12,8 @@ CHANNELS = (64, 128, 256, 512)
 class ResUNet(nn.Module):
     """ResUNet: three residual units and a bridge, with strides 1, 2, 2, 2, then three residual units on the way up.
 
-    On the way up, bilinear up-sampling and concatenation with the skipped map precede each unit. The sides of images must be
-    multiples of `multiple` pixels.
+    On the way up, each unit's input is up-sampled bilinearly and concatenated with the map of the same size from the way
+    down. The sides of images must be multiples of `multiple` pixels.
     """
 
     multiple = 8
@@ -43,7 +43,10 @@ class ResUNet(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """Two BN-ReLU-conv 3 x 3 plus a 1 x 1 convolution of the input; the network's first unit has no leading BN-ReLU."""
+    """Sum of a 1 x 1 convolution and a path of two layers, each batch norm, ReLU and 3 x 3 convolution.
+
+    The path of the network's `first` unit begins with its convolution, without batch norm and ReLU.
+    """
 
     def __init__(self, before: int, after: int, stride: int = 1, first: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Lung segmenters: three published networks, their losses, and their probabilities for each pixel."""
+"""Lung segmenters: a common wrapper of three published networks, which predicts each pixel's probabilities; and the loss."""
 
 import torch
 from torch import nn
@@ -15,7 +15,11 @@ NETWORKS: dict[str, type[Published]] = {"unet": UNet, "resunet": ResUNet, "fc_de
 
 
 class Segmenter(nn.Module):
-    """A published segmentation network: one output for a single structure, or one for background and one per structure."""
+    """A published segmentation network, chosen by the recipe.
+
+    For a single structure it has one output; for several structures it has one for the background, which is the first, and
+    one per structure.
+    """
 
     network: Published
 
@@ -29,7 +33,7 @@ class Segmenter(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (n, outputs, rows, columns) for normalised images (n, 1, rows, columns) of any size.
 
-        If the network does not accept these sides, x is padded with its edge pixels and the logits are cropped again.
+        If the network does not accept these sides, `x` is padded with its edge pixels, and the logits are cropped again.
         """
         rows, columns = x.shape[-2:]
         down, right = (_padding(side, self.network) for side in (rows, columns))
@@ -43,7 +47,10 @@ class Segmenter(nn.Module):
         return x.contiguous(memory_format=memory_format(x.device))
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return float32 probabilities (n, 1 + structures, rows, columns) for logits, background first, summing to 1."""
+        """Return float32 probabilities (n, 1 + structures, rows, columns) for logits (n, outputs, rows, columns).
+
+        The background is first; the probabilities of each pixel sum to 1.
+        """
         logits = logits.float()
         if logits.shape[1] > 1:
             return logits.softmax(dim=1)
@@ -55,9 +62,9 @@ def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, recipe: Segment
     """Return the recipe's loss for logits (n, outputs, rows, columns) and label images (n, rows, columns).
 
     Labels are 0 for background and k for the k-th structure. The loss "dice" is the mean over images and structures of
-    1 - 2 sum(p g) / (sum(p^2) + sum(g^2)), equation 1 of the UNet + HRNet paper, with 1 added to numerator and denominator,
-    so that it is 0 if a mask is empty and nothing is predicted. "cross_entropy" is the mean over pixels, with the background
-    weighted by `background_weight`.
+    1 - 2 sum(p g) / (sum(p^2) + sum(g^2)), with p the probability and g the true mask (equation 1 of the UNet + HRNet
+    paper). 1 is added to numerator and denominator, so that it is 0 if a mask is empty and nothing is predicted. The loss
+    "cross_entropy" is the mean over pixels, with the background weighted by `background_weight`.
     """
     logits = logits.float()
     if recipe.loss == "cross_entropy":
@@ -74,6 +81,6 @@ def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, recipe: Segment
 
 
 def _padding(side: int, network: Published) -> int:
-    """Return the number of pixels that must be added to a side so that the network accepts it."""
+    """Return the smallest number of pixels that must be added to a side of an image so that `network` accepts it."""
     minimum = max(side, getattr(network, "least", network.multiple))
     return -(-minimum // network.multiple) * network.multiple - side

@@ -1,4 +1,4 @@
-"""Starting weights: finds the weights of a finished run or a file, and copies the tensors that fit into a network."""
+"""Starting weights: finds them in a finished run or a file, and copies the tensors that fit into a network."""
 
 import json
 import logging
@@ -19,10 +19,10 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
 def find_starting_weights(path: str | Path) -> Path:
-    """Return the path of a weights file or bundle folder; for a run folder, that of the bundle inside.
+    """Return the path of a weights file or a bundle folder; for a run folder, return the path of the bundle inside it.
 
-    `path` is an existing path, or the name of a run or its bundle, which `find_run` looks up. Raises BundleError if it is
-    neither.
+    `path` is an existing path, or the name of a run or bundle that `find_run` looks up. Raises BundleError if nothing is
+    found.
     """
     source = Path(path)
     if not source.exists():
@@ -40,10 +40,10 @@ def find_starting_weights(path: str | Path) -> Path:
 
 
 def read_starting_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read starting weights; return tensors on the CPU, keyed by name. `path` is that of `find_starting_weights`.
+    """Read starting weights; return tensors on the CPU, keyed by name. For `path` see `find_starting_weights`.
 
-    Raises BundleError if the file is missing, cannot be read, or does not match the hash in its bundle. Pickles are never
-    loaded.
+    Raises BundleError if the weights are missing, cannot be read, or do not match the hash in their bundle's record. Pickles
+    are never loaded.
     """
     source = find_starting_weights(path)
     if source.is_dir():
@@ -52,7 +52,7 @@ def read_starting_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def starting_weights_digest(path: str | Path) -> str:
-    """Return the SHA-256 (hex) of the weights at `path`; for a bundle, the hash in its record is returned unchecked."""
+    """Return the SHA-256 (hex) of the weights file at `path`; for a bundle, return the hash in its record, unchecked."""
     source = find_starting_weights(path)
     if not source.is_dir():
         return file_digest(source)
@@ -62,12 +62,12 @@ def starting_weights_digest(path: str | Path) -> str:
 def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "backbone.") -> dict[str, list[str]]:
     """Copy the tensors at `path` that fit into `model`; return lists of tensor names: `loaded`, `random` and `unused`.
 
-    `random` are tensors of the model that keep their random weights, `unused` are tensors of the file; the counts are
-    logged. Names in the file may be those of the whole model or, as in a plain timm checkpoint, those of its part `prefix`,
-    whichever fits more tensors. A `head` is loaded only if all of it fits, because part of a head for other classes is
-    useless. If the model is grey and the file is for 3 colours, the first convolution is summed over the colours (timm's
-    rule); conversely it is spread evenly over them, which assumes that grey input is normalised like the colours. Raises
-    BundleError if no tensor fits.
+    `random` lists the model's tensors that keep their random values, `unused` the file's tensors that do not fit. Names in
+    the file are either those of the whole model or, as in a plain timm checkpoint, those of the model's part `prefix`;
+    whichever fits more tensors is assumed. A `head` is loaded only if all of it fits, because part of a head for other
+    classes is useless. If the model has grey input and the file's has 3 colours, the first convolution is summed over the
+    colours (timm's rule); in the reverse case it is spread evenly over them, which assumes that grey input is normalised
+    like the colours. Raises BundleError if no tensor fits.
     """
     tensors, target = read_starting_weights(path), model.state_dict()
     prefix = max(("", prefix), key=lambda start: sum(start + name in target for name in tensors))

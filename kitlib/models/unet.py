@@ -9,7 +9,7 @@ CHANNELS = (32, 64, 128, 256, 512)
 
 
 class UNet(nn.Module):
-    """UNet: two 3 x 3 convolutions with ReLU per level, max-pooling down, 2 x 2 transposed convolutions up, concatenation.
+    """UNet: each level has two 3 x 3 convolutions with ReLU; levels are joined by max-pooling and transposed convolutions.
 
     With one output it has 7,759,521 parameters, as in the paper. The sides of images must be multiples of `multiple` pixels.
     """

@@ -43,7 +43,7 @@ class GeneralisedIoU(BboxLoss):
     """ultralytics' box loss with GIoU (Rezatofighi et al. 2019) instead of CIoU (Heidelberg report, section 3.2)."""
 
     def forward(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the box loss and the distribution loss; the arguments are those of ultralytics' BboxLoss."""
+        """Return the box loss and the distribution loss; the arguments are those of ultralytics' BboxLoss.forward."""
         _, distribution = super().forward(*arguments)
         _, predicted, _, true, scores, scores_sum, is_box, *_ = arguments
         loss = generalized_box_iou_loss(predicted[is_box].float(), true[is_box].float()) * scores[is_box].sum(-1)
@@ -56,7 +56,7 @@ class Network(DetectionModel):
     box_loss = BOX_LOSSES["yolo"][0]
 
     def init_criterion(self) -> Any:
-        """Return ultralytics' criterion; its box loss is replaced if the recipe's is "giou"."""
+        """Return ultralytics' criterion; if `box_loss` is "giou", its box loss is replaced by GeneralisedIoU."""
         criterion = super().init_criterion()
         if self.box_loss == "giou":
             parts = [criterion.one2many, criterion.one2one] if isinstance(criterion, E2ELoss) else [criterion]
@@ -66,15 +66,16 @@ class Network(DetectionModel):
 
 
 class YoloDetector(nn.Module):
-    """YOLO for grey uint8 canvases of the recipe's size, which it repeats over three channels and scales to 0..1 itself."""
+    """YOLO for grey uint8 canvases of the recipe's size; it repeats them over three channels and scales them to 0..1."""
 
     family = "yolo"
     mean, std = [0.0] * 3, [1.0] * 3
 
     def __init__(self, recipe: DetectorRecipe, model: DetectionModel | None = None):
-        """Build the recipe's network, or wrap `model`, an existing network such as the moving average of a trained one.
+        """Build the recipe's network, or wrap `model`, an existing network such as a moving average of weights.
 
-        Raises ValueError if a size in the recipe is not a multiple of the network's stride.
+        Raises ValueError if the recipe's `image_size` or `inference_size` is not a multiple of the built network's stride,
+        and BundleError if its starting weights lack tensors of the backbone.
         """
         super().__init__()
         self.recipe = recipe
@@ -95,10 +96,10 @@ class YoloDetector(nn.Module):
 
     @torch.inference_mode()
     def predict(self, pixels: torch.Tensor) -> list[np.ndarray]:
-        """Detect boxes on canvases uint8 (n, side, side); return n float arrays (k, 5), best first.
+        """Detect boxes on canvases uint8 (n, side, side); return one float array (k, 5) per canvas, highest score first.
 
-        Columns are xmin, ymin, xmax, ymax in canvas pixels and the score 0..1; k is at most `max_detections`. The side is
-        the recipe's `inference_size`, or `image_size` if that is 0. Raises ValueError for other canvases.
+        Columns are xmin, ymin, xmax, ymax in canvas pixels and the score 0..1; k is at most `max_detections`. The side must
+        be the recipe's `inference_size`, or its `image_size` if that is 0. Raises ValueError for other sides or types.
         """
         side = self.recipe.inference_size or self.recipe.image_size
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (side, side):
@@ -112,7 +113,10 @@ class YoloDetector(nn.Module):
         return [self._suppress(boxes).cpu().numpy() for boxes in self._candidates(output)]
 
     def _load_weights(self) -> str:
-        """Load the recipe's starting weights; return a summary. Raises BundleError if backbone tensors are missing."""
+        """Load the recipe's starting weights and return a summary, "from scratch" if there are none.
+
+        Raises BundleError if the weights lack tensors of the backbone.
+        """
         source = self.recipe.starting_weights
         if not source:
             return "from scratch"
@@ -127,7 +131,7 @@ class YoloDetector(nn.Module):
         return f"{source}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
 
     def _candidates(self, output: tuple | torch.Tensor) -> list[torch.Tensor]:
-        """Convert the head's raw output to n tensors (any, 5): box corners in canvas pixels, and score."""
+        """Convert the head's raw output; return one tensor (boxes, 5) per image: xmin, ymin, xmax, ymax in pixels, score."""
         output = output[0] if isinstance(output, tuple) else output
         if self.model.end2end:  # (n, boxes, 6): corners, score, class
             return list(output[..., :5])
@@ -135,7 +139,11 @@ class YoloDetector(nn.Module):
         return list(torch.cat([box_convert(output[..., :4], "cxcywh", "xyxy"), output[..., 4:5]], dim=-1))
 
     def _suppress(self, boxes: torch.Tensor) -> torch.Tensor:
-        """Return one image's boxes (k, 5), best first, after score threshold, clipping and non-maximum suppression."""
+        """Reduce one image's candidates (boxes, 5) to its detections (k, 5), highest score first.
+
+        The columns of both are xmin, ymin, xmax, ymax and score. Boxes below the recipe's `min_score` are dropped; others
+        are clipped to the canvas, and non-maximum suppression with `nms_iou` keeps at most `max_detections`.
+        """
         # ultralytics' own suppression is not used: it stops at a time limit and silently loses boxes on slow machines.
         boxes = boxes.float()
         boxes = boxes[boxes[:, 4] >= self.recipe.min_score]
@@ -146,7 +154,10 @@ class YoloDetector(nn.Module):
 
 
 def _architecture(recipe: DetectorRecipe) -> dict[str, Any]:
-    """Return ultralytics' description (YAML content) of the recipe's model, with channels multiplied by `recipe.width`."""
+    """Return ultralytics' description (YAML content) of the recipe's model, with channels multiplied by `recipe.width`.
+
+    Raises ValueError for an unknown model, and for another width than 1 if the model has a fixed width.
+    """
     import_own_backbones()
     name = recipe.backbone
     architecture = deepcopy(ARCHITECTURES[name]) if name in ARCHITECTURES else read_architecture(name)
@@ -159,10 +170,10 @@ def _architecture(recipe: DetectorRecipe) -> dict[str, Any]:
 
 
 def read_architecture(name: str) -> dict[str, Any]:
-    """Return ultralytics' own configuration of the model `name`, as its `yaml_model_load` does for a plain name.
+    """Return the configuration of the model `name` from ultralytics' package, as its function `yaml_model_load` does.
 
-    That function prefers a file in the current folder, parts of which ultralytics then evaluates. Here only names of files
-    in its package count, because `name` may come from a stranger's bundle. Raises ValueError for any other name.
+    But that function prefers a file in the current folder, parts of which ultralytics then evaluates as code. Here only the
+    files in the package count, because `name` may come from a stranger's bundle. Raises ValueError for any other name.
     """
     configurations = {path.stem: path for path in (ROOT / "cfg" / "models").rglob("*.yaml")}
     stem = re.sub(r"(yolov[58][nsmlx])6", r"\1-p6", name)

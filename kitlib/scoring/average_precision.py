@@ -1,4 +1,4 @@
-"""PASCAL VOC 2010 average precision: matches boxes and integrates the monotone envelope of the precision-recall curve.
+"""PASCAL VOC 2010 average precision: matches boxes, and integrates the monotone envelope of the precision-recall curve.
 
 Everingham et al., The PASCAL VOC Challenge, IJCV 2010, section 4.2; development kit of 2010 (VOCevaldet.m): a detection
 is matched to the ground-truth box in its image with the largest IoU. It is a hit if that IoU is above 0.5 and no more
@@ -15,10 +15,11 @@ OVERLAP = 0.5  # the IoU of a hit with its ground-truth box is larger than this
 
 
 def average_precision(score: np.ndarray, hit: np.ndarray, positives: float, weight: np.ndarray | None = None) -> float:
-    """Return the average precision, 0..1, of detections with the given scores (n,) and hits (n,), a boolean mask.
+    """Return the average precision, 0..1, of n detections.
 
-    `positives` is the number of ground-truth boxes; the result is NaN if it is 0. `weight` (n,) is how often each detection
-    counts in a bootstrap sample; `positives` is then the weighted count.
+    `score` (n,) holds their scores, `hit` (n,) is a boolean mask of the detections that are hits, and `positives` is the
+    number of ground-truth boxes; the result is NaN if it is 0. `weight` (n,) is how often each detection counts in a
+    bootstrap sample; `positives` must then be weighted too.
     """
     if positives <= 0:
         return float("nan")
@@ -30,7 +31,11 @@ def average_precision(score: np.ndarray, hit: np.ndarray, positives: float, weig
 def precision_recall(
     score: np.ndarray, hit: np.ndarray, positives: float, weight: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return precision and recall, 0..1, (k,) each, after each of k blocks of equal scores, highest first; no envelope."""
+    """Return the precision-recall curve: two arrays (k,), precision and recall, both 0..1.
+
+    There is one entry for each of the k different scores, highest first: the values for all detections with at least this
+    score. Precision is not replaced by its envelope. The arguments are those of `average_precision`.
+    """
     score, hit = np.asarray(score, dtype=float), np.asarray(hit, dtype=bool)
     order = np.argsort(-score, kind="stable")
     block_ends = np.flatnonzero(np.append(np.diff(score[order]) != 0, True)) if len(order) else order
@@ -40,10 +45,11 @@ def precision_recall(
 
 
 def match_boxes(image: np.ndarray, boxes: np.ndarray, true_image: np.ndarray, true_boxes: np.ndarray) -> np.ndarray:
-    """Return the row in `true_boxes` that each detection matches, shape (n,); -1 if no IoU is above 0.5.
+    """Return an int array (n,): the row of `true_boxes` that each detection matches, or -1 if no IoU is above 0.5.
 
-    `image` (n,) and `true_image` (m,) are ids of any comparable type; `boxes` (n, 4) and `true_boxes` (m, 4) share one
-    coordinate space. Several detections can match the same ground-truth box, whatever their scores.
+    `boxes` (n, 4) are the detections and `true_boxes` (m, 4) the ground truth, as xmin, ymin, xmax and ymax in the same
+    coordinates. `image` (n,) and `true_image` (m,) are the ids of their images, of any type that can be compared. Several
+    detections can match the same ground-truth box, whatever their scores.
     """
     boxes, true_boxes = np.asarray(boxes, float).reshape(-1, 4), np.asarray(true_boxes, float).reshape(-1, 4)
     best, match = np.full(len(boxes), OVERLAP), np.full(len(boxes), -1)
@@ -65,7 +71,10 @@ def match_boxes(image: np.ndarray, boxes: np.ndarray, true_image: np.ndarray, tr
 
 
 def first_hits(score: np.ndarray, match: np.ndarray) -> np.ndarray:
-    """Return a boolean mask (n,) of the hits: the most confident detection for each ground-truth box in `match` (n,)."""
+    """Return a boolean mask (n,) of the hits: for each ground-truth box, the detection with the highest score.
+
+    `score` (n,) holds the detections' scores, and `match` (n,) the ground-truth box that each matches, or -1.
+    """
     score, match = np.asarray(score, dtype=float), np.asarray(match)
     order = np.argsort(-score, kind="stable")
     hit = np.zeros(len(order), dtype=bool)
@@ -76,12 +85,12 @@ def first_hits(score: np.ndarray, match: np.ndarray) -> np.ndarray:
 def box_hits(
     image: np.ndarray, score: np.ndarray, boxes: np.ndarray, true_image: np.ndarray, true_boxes: np.ndarray
 ) -> np.ndarray:
-    """Return a boolean mask (n,) of the detections that are hits; see `match_boxes` and `first_hits`."""
+    """Return a boolean mask (n,) of the detections that are hits; for the arguments see `match_boxes` and `first_hits`."""
     return first_hits(score, match_boxes(image, boxes, true_image, true_boxes))
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the IoU of boxes (..., 4) with broadcasting; 0 if a box has no area."""
+    """Return the IoU of each box in `a` (..., 4) with that in `b` (..., 4), shape (...); 0 if a box has no area."""
     sides = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(0)
     intersection = sides.prod(axis=-1)
     union = (a[..., 2:] - a[..., :2]).clip(0).prod(axis=-1) + (b[..., 2:] - b[..., :2]).clip(0).prod(axis=-1) - intersection

@@ -10,21 +10,24 @@ from sklearn.metrics import f1_score, recall_score
 
 
 def roc_auc(scores: np.ndarray, positive: np.ndarray, weight: np.ndarray | None = None) -> float:
-    """Return the ROC AUC: the probability that a positive scores higher than a negative, where ties count half.
+    """Return the ROC AUC: the probability that a positive has a higher score than a negative; equal scores count half.
 
-    `scores` and `positive`, a boolean mask, are (n,); `weight` (n,) is how often each row counts. Returns NaN without
-    positives or without negatives.
+    `scores` is (n,), `positive` (n,) is a boolean mask, and `weight` (n,) is how often each row counts. The result is NaN
+    if there are no positives or no negatives.
     """
     return roc_auc_of_ranks(dense_ranks(scores), positive, weight)
 
 
 def dense_ranks(scores: np.ndarray) -> np.ndarray:
-    """Return the dense ranks (n,) of `scores`, from 0; equal scores share a rank. A bootstrap computes them only once."""
+    """Return the rank of each of the `scores` (n,), from 0; equal scores share a rank, and no rank is skipped.
+
+    A bootstrap computes the ranks once and passes them to `roc_auc_of_ranks`.
+    """
     return np.unique(scores, return_inverse=True)[1]
 
 
 def roc_auc_of_ranks(ranks: np.ndarray, positive: np.ndarray, weight: np.ndarray | None = None) -> float:
-    """Return the ROC AUC like `roc_auc`, for `dense_ranks` of the scores, which is faster if many weights are tried."""
+    """Return the same as `roc_auc`, from the `dense_ranks` of the scores; this is faster if many weights are tried."""
     positive = np.asarray(positive, dtype=float)
     weight = np.ones(len(positive)) if weight is None else weight
     positives = np.bincount(ranks, positive * weight)
@@ -36,10 +39,11 @@ def roc_auc_of_ranks(ranks: np.ndarray, positive: np.ndarray, weight: np.ndarray
 
 
 def mean_auc(truth: np.ndarray, probabilities: np.ndarray, classes: Iterable[str]) -> dict[str, float]:
-    """Return the ROC AUC of each class, keyed by name, and their mean as `score`, for arrays (n, classes).
+    """Return the ROC AUC of each class, keyed by name, and their mean as `score`.
 
-    `truth` is 0..1, and positive from 0.5 up; NaN is ignored. A class without positives or without negatives gets NaN and is
-    ignored in the mean, which is NaN if all classes are NaN.
+    `truth` and `probabilities` are (n, classes). An image is positive for a class if its `truth` is at least 0.5; it is
+    ignored if its `truth` is NaN. A class without positives or without negatives gets NaN and is ignored in the mean, which
+    is NaN if all classes are NaN.
     """
     scores = {}
     for name, actual, probability in zip(classes, truth.T, probabilities.T, strict=True):
@@ -52,8 +56,8 @@ def mean_auc(truth: np.ndarray, probabilities: np.ndarray, classes: Iterable[str
 def class_weights(label: np.ndarray) -> np.ndarray:
     """Return the weight N / (C n) of each class, shape (classes,), for labels (images, classes) whose rows sum to 1.
 
-    N is the number of images, n the number in the class, and C the number of classes that occur, so that images' mean weight
-    is 1. Classes that do not occur get 0. Rows with a NaN are ignored.
+    N is the number of images, n the number of images in the class, and C the number of classes that occur; so the mean
+    weight over all images is 1. Classes that do not occur get 0. Rows with a NaN are ignored.
     """
     counts = label[~np.isnan(label).any(axis=1)].astype(float).sum(axis=0)
     occurs = counts > 0
@@ -63,11 +67,11 @@ def class_weights(label: np.ndarray) -> np.ndarray:
 def exclusive_scores(
     truth: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], judged_by: str
 ) -> dict[str, float]:
-    """Return macro F1 or accuracy of the most probable class as `score`, and F1 or recall of each class, keyed by name.
+    """Return metrics of the most probable class, for classes that exclude each other: `score`, and one value per class name.
 
-    `truth` and `probabilities` are (n, classes); rows with NaN in the truth are ignored. If `judged_by` is "macro_f1",
-    `score` is the mean F1 over the classes that occur in the truth, and classes get their F1; otherwise it is the accuracy,
-    and classes get their recall. Classes that do not occur are NaN; if no row is left, all values are NaN.
+    `truth` and `probabilities` are (n, classes); rows with NaN in `truth` are ignored. If `judged_by` is "macro_f1", `score`
+    is the mean F1 over the classes that occur in `truth`, and each class gets its F1; otherwise `score` is the accuracy, and
+    each class gets its recall. Classes that do not occur get NaN; if no row is left, all values are NaN.
     """
     is_known = ~np.isnan(truth).any(axis=1)
     actual, predicted = truth[is_known].argmax(axis=1), probabilities[is_known].argmax(axis=1)

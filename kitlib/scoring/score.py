@@ -27,8 +27,8 @@ SCORE_KEYS = ("score", *SCORED_CLASSES, "opacity_boxed")
 class Truth:
     """Ground truth for a set of images and their studies.
 
-    `labels` has the study's id and the four study classes, 0 or 1; `boxes` has image_id, xmin, ymin, xmax and ymax in
-    original pixels. The class of an image without boxes is `none`.
+    `labels` has one row per study: id and the four study classes, each 0 or 1. `boxes` has one row per box: image_id, xmin,
+    ymin, xmax and ymax in original pixels. `image_ids` lists all images; one without a box has the class `none`.
     """
 
     labels: pd.DataFrame
@@ -37,12 +37,12 @@ class Truth:
 
     @property
     def is_none(self) -> np.ndarray:
-        """Boolean mask (n,) of the `image_ids` without a box."""
+        """Boolean mask, one entry per id in `image_ids`: whether the image has no box."""
         return ~pd.Index(self.image_ids).isin(self.boxes["image_id"])
 
 
 def read_truth(folder: str | Path) -> Truth:
-    """Read the competition's ground truth: train_study_level.csv and train_image_level.csv in `folder`.
+    """Return the competition's ground truth, read from train_study_level.csv and train_image_level.csv in `folder`.
 
     As in Kaggle's scoring, all images count, including the 217 train images that no annotator looked at, and boxes are not
     changed. Raises ScoringError if a file cannot be read, lacks a column, or contains an invalid value.
@@ -74,7 +74,7 @@ def read_truth(folder: str | Path) -> Truth:
 
 
 def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> Truth:
-    """Return the ground truth for `images` and their studies, from the tables of a prepared run."""
+    """Return the ground truth for `images` and their studies; the arguments are tables of a prepared run."""
     is_included = boxes["image_id"].isin(images["image_id"])
     return Truth(labels[labels["id"].isin(images["study_id"])], tuple(images["image_id"]), boxes[is_included])
 
@@ -82,8 +82,8 @@ def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) ->
 def score_files(truth_folder: str | Path, submission: str | Path) -> dict[str, float]:
     """Score a submission.csv against the ground truth in `truth_folder`; return values 0..1, keyed by SCORE_KEYS.
 
-    For the values see `score`. Raises SubmissionError if the submission cannot be read; ScoringError if the ground truth
-    cannot be read or the ids differ.
+    The values are explained at `score`. Raises SubmissionError if the submission cannot be read, and ScoringError if the
+    ground truth cannot be read or the submission has other ids.
     """
     return score(read_truth(truth_folder), read_submission(submission))
 
@@ -91,8 +91,8 @@ def score_files(truth_folder: str | Path, submission: str | Path) -> dict[str, f
 def score(truth: Truth, submission: Submission) -> dict[str, float]:
     """Score a submission; return values 0..1, keyed by SCORE_KEYS, NaN for classes that are absent from the truth.
 
-    `opacity_boxed` is the AP of opacity on the images that have boxes. Raises ScoringError if the submission's ids are not
-    exactly those of the truth, because Kaggle would reject it.
+    `score` is the mean of the six APs, and `opacity_boxed` the AP of opacity on the images that have boxes. Raises
+    ScoringError if the submission's ids are not exactly those of the truth, because Kaggle would reject it.
     """
     expected, submitted = set(submission_ids(truth.labels["id"], truth.image_ids)), set(submission.ids)
     if expected != submitted:
@@ -126,9 +126,9 @@ def score_tables(
     """Score predictions in tables; return values 0..1, keyed by SCORE_KEYS, NaN for classes that are absent from the truth.
 
     `study_probabilities` has study_id and the four classes, `none_probabilities` image_id and none, `detections` image_id,
-    score, xmin, ymin, xmax and ymax. `matches` is the result of `average_precision.match_boxes` for the detections, for
-    callers that change only their scores. Rows for other ids are ignored. Raises ScoringError unless every study and image
-    of the truth has a probability.
+    score, xmin, ymin, xmax and ymax. `matches` is the result of `average_precision.match_boxes` for the detections, which
+    saves time if only their scores change; it is computed if None. Rows for ids that are not in the truth are ignored.
+    Raises ScoringError unless every study and image of the truth has a probability.
     """
     studies = study_probabilities.set_index("study_id").reindex(truth.labels["id"])[list(STUDY_CLASSES)]
     nones = none_probabilities.set_index("image_id")["none"].reindex(list(truth.image_ids))
@@ -148,18 +148,20 @@ def score_tables(
 
 
 def class_precision(scores: np.ndarray, positive: np.ndarray, weight: np.ndarray | None = None) -> float:
-    """Return the AP of a class, 0..1, from one score per study or image, (n,); NaN if none is positive.
+    """Return the AP of a class, 0..1, for n studies or images; NaN if the class occurs in none of them.
 
-    `positive` (n,) is a boolean mask; `weight` (n,) is how often each study or image counts.
+    `scores` (n,) are their predicted probabilities of the class, `positive` (n,) is a boolean mask of those that have the
+    class, and `weight` (n,) is how often each of them counts.
     """
     positive = np.asarray(positive, dtype=bool)
     return average_precision(scores, positive, positive.sum() if weight is None else weight[positive].sum(), weight)
 
 
 def opacity_precisions(detections: pd.DataFrame, hits: np.ndarray, boxes: pd.DataFrame) -> tuple[float, float]:
-    """Return the AP of detections on all images, and their AP on the images in `boxes` alone.
+    """Return two APs of `opacity`: that on all images, and that on only the images that have a box in `boxes`.
 
-    The latter ignores false positives on images without boxes. `hits` (n,) is a boolean mask of the detections.
+    The second ignores false positives on images without a box. `boxes` is the ground truth, and `hits` is a boolean mask of
+    the rows of `detections` that are hits.
     """
     scores = detections["score"].to_numpy()
     boxed = detections["image_id"].isin(boxes["image_id"].unique()).to_numpy()
@@ -167,9 +169,9 @@ def opacity_precisions(detections: pd.DataFrame, hits: np.ndarray, boxes: pd.Dat
 
 
 def table_hits(rows: pd.DataFrame, key: str, truth: pd.DataFrame) -> np.ndarray:
-    """Return a boolean mask (n,) of the scored boxes in `rows` that are hits on the boxes in `truth`.
+    """Return a boolean mask of the predicted boxes in `rows` that are hits on the ground-truth boxes in `truth`.
 
-    The column `key` of both tables contains the id of the image or study.
+    In both tables, the column `key` contains the id of the image or study that a box belongs to.
     """
     # Ids are replaced by numbers, because comparing strings would take most of the time.
     names = pd.Index(truth[key].unique())

@@ -38,10 +38,11 @@ PRIORS = {
 
 @dataclass(frozen=True)
 class Submission:
-    """Contents of a submission file: its `ids` in order, and tables with one row per group and ids without suffix.
+    """Contents of a submission file: its `ids` in the file's order, and two tables of its predictions.
 
-    `studies` has study_id, label, score, xmin, ymin, xmax and ymax; `images` has image_id instead of study_id. Ids and
-    labels are categorical.
+    Each row of a table is one group (label, confidence and box) of a prediction string. `studies` has the columns study_id,
+    label, score, xmin, ymin, xmax and ymax; `images` has image_id instead of study_id. In the tables, ids lack their suffix
+    `_study` or `_image`; ids and labels are categorical.
     """
 
     ids: tuple[str, ...]
@@ -50,7 +51,10 @@ class Submission:
 
 
 def split_id(submission_id: str) -> tuple[str, str]:
-    """Split an id such as `00188a671292_study` into (`00188a671292`, `study`). Raises SubmissionError for other endings."""
+    """Split an id such as `00188a671292_study` into `00188a671292` and `study`.
+
+    Raises SubmissionError if the id does not end in `_study` or `_image`.
+    """
     bare, _, level = submission_id.rpartition("_")
     if not bare or level not in LABELS:
         raise SubmissionError(f"id {submission_id!r} must end in _study or _image")
@@ -58,12 +62,12 @@ def split_id(submission_id: str) -> tuple[str, str]:
 
 
 def submission_ids(study_ids: Iterable[str], image_ids: Iterable[str]) -> list[str]:
-    """Return the ids of a submission's rows, studies first as in sample_submission.csv."""
+    """Return the ids of a submission's rows, `<id>_study` and `<id>_image`, studies first as in sample_submission.csv."""
     return [f"{study}_study" for study in study_ids] + [f"{image}_image" for image in image_ids]
 
 
 def read_cells(path: str | Path) -> list[tuple[int, list[str]]]:
-    """Read a CSV file; return the line number (from 1) and cells of every line that is not blank, including the header.
+    """Read a CSV file; return the line number (from 1) and the cells of each line that is not blank, including the header.
 
     Raises SubmissionError if the file cannot be read.
     """
@@ -78,7 +82,7 @@ def read_cells(path: str | Path) -> list[tuple[int, list[str]]]:
 
 
 def read_ids(path: str | Path) -> list[str]:
-    """Read the ids in sample_submission.csv, in the file's order.
+    """Return the ids in sample_submission.csv, or any file with such ids in its first column, in the file's order.
 
     Raises SubmissionError for a wrong header, an invalid id or a duplicate id.
     """
@@ -94,9 +98,10 @@ def read_ids(path: str | Path) -> list[str]:
 
 
 def parse_prediction(text: str) -> tuple[list[str], np.ndarray]:
-    """Parse a prediction string into labels and an array (n, 5): confidence, xmin, ymin, xmax, ymax.
+    """Parse a prediction string of n groups; return its n labels, and an array (n, 5) of its numbers.
 
-    Raises ValueError if the string is not groups of a label and five numbers; the values are not checked.
+    The columns of the array are confidence, xmin, ymin, xmax and ymax. Raises ValueError if the string does not consist of
+    groups of a label and five numbers; the values of labels and numbers are not checked.
     """
     tokens = text.split()
     if not tokens or len(tokens) % 6:
@@ -150,10 +155,11 @@ def _group_table(key: str, parts: list[tuple[str, list[int], np.ndarray]]) -> pd
 
 
 def as_tables(submission: Submission) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Convert a submission to the tables studies (study_id, four classes), nones (image_id, none) and detections.
+    """Convert a submission to three tables: probabilities of studies, probabilities of `none`, and detections.
 
-    Detections have image_id, score, xmin, ymin, xmax and ymax. If a row repeats a label, the highest confidence counts;
-    study classes that are missing from a row get 0.
+    The first has the columns study_id and the four classes, the second image_id and none, the third image_id, score, xmin,
+    ymin, xmax and ymax. If a prediction string repeats a study class or `none`, the highest confidence counts; study
+    classes that are missing from a prediction string get 0.
     """
     studies = submission.studies.astype({"study_id": object, "label": object})
     studies = studies.pivot_table("score", "study_id", "label", "max", fill_value=0.0)
@@ -173,11 +179,11 @@ def write_submission(
 ) -> tuple[str, ...]:
     """Write a submission with one row per id, in the given order; return the ids whose rows are placeholder predictions.
 
-    `ids` are those of sample_submission.csv. `study_probabilities` has study_id and the four classes, `none_probabilities`
-    image_id and none, `detections` image_id, score, xmin, ymin, xmax and ymax in original pixels. If a probability is
-    missing or NaN, the row gets the class frequencies PRIORS. Predictions for other ids are ignored, because Kaggle rejects
-    additional rows. The file is replaced atomically. Raises ValueError for duplicate ids, probabilities or scores outside
-    0..1, and boxes that are not finite.
+    `ids` are those of sample_submission.csv. `study_probabilities` has the columns study_id and the four classes,
+    `none_probabilities` image_id and none, `detections` image_id, score, xmin, ymin, xmax and ymax in original pixels. A row
+    whose probabilities are missing or NaN gets the class frequencies PRIORS instead. Predictions for other ids are ignored,
+    because Kaggle rejects additional rows. The file is replaced atomically. Raises ValueError for duplicate ids, for
+    probabilities or scores outside 0..1, and for boxes that are not finite.
     """
     ids = list(ids)
     studies = _probabilities(study_probabilities, "study_id", STUDY_CLASSES)
@@ -230,7 +236,10 @@ def _probabilities(table: pd.DataFrame | None, key: str, classes: tuple[str, ...
 
 
 def _box_strings(detections: pd.DataFrame | None) -> dict[str, list[str]]:
-    """Return the `opacity` groups, highest score first, keyed by image_id. Raises ValueError for invalid values."""
+    """Return each image's `opacity` groups for its prediction string, highest score first, keyed by image_id.
+
+    Raises ValueError for scores outside 0..1 and boxes that are not finite.
+    """
     if detections is None or detections.empty:
         return {}
     values = detections[["score", *BOX]].to_numpy(dtype=float)

@@ -14,9 +14,10 @@ BOUNDS = (0.02, 50.0)  # limits of the temperature; beyond them, probabilities a
 
 
 def scaled(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Return probabilities (n, C) scaled by a temperature T: p^(1/T), with rows normalised to sum to 1.
+    """Return probabilities (n, C) scaled by a temperature T: each p becomes p^(1/T), and rows are divided by their sum.
 
-    This is the softmax of logits divided by T. T above 1 softens, T below 1 sharpens. Raises ValueError if T is not above 0.
+    This is the softmax of logits divided by T. T above 1 makes the probabilities of a row more equal, T below 1 less equal.
+    Raises ValueError if T is not above 0.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, expected a number above 0")
@@ -31,9 +32,9 @@ def log_loss(probabilities: np.ndarray, truth: np.ndarray) -> float:
 
 
 def fit_temperature(probabilities: np.ndarray, truth: np.ndarray) -> float:
-    """Return the temperature within BOUNDS that minimises the log loss, for `probabilities` (n, C) and `truth` (n,).
+    """Return the temperature within BOUNDS by which scaling `probabilities` (n, C) minimises their log loss.
 
-    Raises ValueError if there are no rows.
+    `truth` (n,) holds the true class indices. Raises ValueError if there are no rows.
     """
     if not len(truth):
         raise ValueError("a temperature cannot be fitted, because there are no rows")
@@ -47,10 +48,11 @@ def fit_temperature(probabilities: np.ndarray, truth: np.ndarray) -> float:
 
 
 def cross_scaled(scores: pd.DataFrame, classes: Sequence[str], truth: np.ndarray) -> tuple[pd.DataFrame, pd.Series]:
-    """Scale each fold of a model's out-of-fold scores by the temperature fitted on its other folds.
+    """Scale each fold of a model's out-of-fold scores by the temperature that is fitted on the model's other folds.
 
-    Returns `scores` with scaled classes, and a Series of temperatures indexed by fold. `scores` has the columns fold and
-    `classes`; `truth` (n,) contains class indices. Raises ValueError if there is only one fold.
+    Returns a copy of `scores` with scaled probabilities, and a Series of the temperatures, indexed by fold. `scores` has the
+    column fold and one column of probabilities for each of `classes`; `truth` (n,) holds the true class index of each row.
+    Raises ValueError if there is only one fold.
     """
     folds, probabilities = scores["fold"].to_numpy(), scores[list(classes)].to_numpy(dtype=float)
     numbers = np.unique(folds)

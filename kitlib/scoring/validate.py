@@ -32,10 +32,11 @@ class Fault:
 
 
 def validate(sample: str | Path, submission: str | Path) -> list[Fault]:
-    """Return all faults of `submission`, ordered by row, missing ids last; empty if Kaggle would accept the file.
+    """Return all faults of a submission file, ordered by row, missing ids last; [] if Kaggle would accept the file.
 
-    `sample` is sample_submission.csv, which lists the valid ids. Rows and groups may have any order, and classes may be
-    missing. Raises SubmissionError if the sample cannot be read; a submission that cannot be read is a fault.
+    `sample` is the path of sample_submission.csv, which lists the valid ids. Rows, and the groups in a prediction string,
+    may have any order, and classes may be missing. Raises SubmissionError if the sample cannot be read; a submission that
+    cannot be read is a fault.
     """
     expected = read_ids(sample)
     try:
@@ -65,7 +66,7 @@ def validate(sample: str | Path, submission: str | Path) -> list[Fault]:
 
 
 def prediction_faults(text: str, level: str) -> list[str]:
-    """Return all faults of a prediction string; `level` is "study" or "image"."""
+    """Return a description of each fault of a prediction string; `level`, "study" or "image", is the kind of its row."""
     if text.strip() in READ_AS_NAN:
         return [f"empty prediction string ({text!r} is read as NaN)"]
     try:
