@@ -51,10 +51,10 @@ class Placement:
         return self.frame or (0.0, 0.0, float(self.columns), float(self.rows))
 
     def image(self, pixels: np.ndarray, fill: int = 0) -> np.ndarray:
-        """Return the canvas (uint8) with `pixels` drawn on it, which is a uint8 copy of the original at any size.
+        """Draw `pixels` on a new canvas and return the canvas (uint8).
 
-        The copy may be smaller than `rows` x `columns`, because the cache of decoded X-rays stores reduced copies. `fill` is
-        the grey level of the padding.
+        `pixels` is a uint8 copy of the original; it may be smaller than `rows` x `columns`, because the cache of decoded
+        X-rays stores reduced copies. `fill` is the grey level of the padding.
         """
         if self.frame:
             xmin, ymin, xmax, ymax = self.frame

@@ -83,7 +83,10 @@ class Viewer:
         return self._answer(view.study, self._system(system_name))
 
     def window(self, view: View, image: OpenedImage) -> Windowed:
-        """Return the image's values for other windows. Raises PageError if the file is missing or not a DICOM file."""
+        """Read a DICOM image's grey levels before windowing, so that the page can show it with any window centre and width.
+
+        Raises PageError if the file is missing or not a DICOM file.
+        """
         try:
             if not image.is_dicom:
                 raise PageError(f"{image.image_id} is not a DICOM file, so window and level cannot be set.")

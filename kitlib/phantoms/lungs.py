@@ -53,7 +53,7 @@ class _Drawn:
 class _Layout:
     """One data set's layout.
 
-    `classes` maps each class to two values: its share of the images, and the findings of which one is drawn.
+    `classes` maps each class to its share of the images and a tuple of findings, one of which is chosen for each image.
     """
 
     classes: dict[str, tuple[float, tuple[str, ...]]]
