@@ -23,6 +23,7 @@ from kitlib.paths import project_root
 from kitlib.processes import kill_family
 
 logger = logging.getLogger(__name__)
+NO_KERNEL = "Kernel died before replying to kernel_info"  # in the log of a notebook whose kernel did not start
 WITHOUT = "(a training stops like this when its session ends: run it again to resume)"
 
 
@@ -62,6 +63,27 @@ def run_notebook(
     command = [sys.executable, "-m", "papermill", str(notebook), str(output), "-f", str(settings)]
     command += ["--cwd", str(project_root()), "--no-progress-bar", "--log-output", "-k", "python3"]
     environment = {**os.environ, **(variables or {}), **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    # papermill adds a cell with the parameters.
+    cells = len(json.loads(notebook.read_text(encoding="utf-8"))["cells"]) + 1
+    code, timeout = _execute(command, environment, log, cells, on_cell, time_limit_s)
+    if code and NO_KERNEL in log_tail(log):
+        # Kernels that start at the same moment may choose the same port. No cell has run, so a second start is safe.
+        code, timeout = _execute(command, environment, log, cells, on_cell, time_limit_s)
+    problem = timeout or (first_problem(output) if output.is_file() else "papermill wrote no notebook")
+    if code or problem or not result.is_file():
+        problem = problem or (f"papermill's exit code is {code}" if code else f"it ended without writing {result} {WITHOUT}")
+        raise NotebookError(f"{notebook.name}: {problem}\n  executed copy: {output}\n  log: {log}\n{log_tail(log)}")
+
+
+def _execute(
+    command: list[str],
+    environment: Mapping[str, str],
+    log: Path,
+    cells: int,
+    on_cell: Callable[[int, int], None] | None,
+    time_limit_s: float | None,
+) -> tuple[int, str]:
+    """Run papermill; return its exit code and, if it reached the time limit, a message that says so (otherwise "")."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -71,22 +93,17 @@ def run_notebook(
         cwd=project_root(),
         env=environment,
     )
-    cells = len(json.loads(notebook.read_text(encoding="utf-8"))["cells"]) + 1  # papermill adds a cell with the parameters
     reader = threading.Thread(target=_keep_log, args=(process.stdout, log, cells, on_cell))
     reader.start()
     try:
-        code, timeout = process.wait(time_limit_s), ""
+        return process.wait(time_limit_s), ""
     except subprocess.TimeoutExpired as expired:
-        code, timeout = -1, f"stopped at its time limit of {expired.timeout / 60:g} minutes"
+        return -1, f"stopped at its time limit of {expired.timeout / 60:g} minutes"
     finally:
         # Also if this process is told to exit: the notebook's kernel would keep running.
         kill_family(process.pid)
         process.wait()
-    reader.join()
-    problem = timeout or (first_problem(output) if output.is_file() else "papermill wrote no notebook")
-    if code or problem or not result.is_file():
-        problem = problem or (f"papermill's exit code is {code}" if code else f"it ended without writing {result} {WITHOUT}")
-        raise NotebookError(f"{notebook.name}: {problem}\n  executed copy: {output}\n  log: {log}\n{log_tail(log)}")
+        reader.join()
 
 
 def _keep_log(lines: Iterable[str], log: Path, cells: int, on_cell: Callable[[int, int], None] | None) -> None:

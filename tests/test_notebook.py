@@ -63,3 +63,31 @@ def test_an_unknown_parameter_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(ValueError, match=r"n\.ipynb has no parameter epoch; it has: result"):
         run_notebook(tmp_path / "n.ipynb", tmp_path / "out.ipynb", {"epoch": 1}, tmp_path / "r")
     assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_a_kernel_that_dies_at_its_start_is_started_once_more(tmp_path):
+    """A papermill of the test's: its first `deaths` calls end as if two kernels had chosen one port."""
+    program = """
+import pathlib, sys
+calls = pathlib.Path(__file__).with_name("calls")
+calls.write_text(calls.read_text() + "x" if calls.exists() else "x")
+if len(calls.read_text()) <= DEATHS:
+    sys.exit("RuntimeError: Kernel died before replying to kernel_info")
+pathlib.Path(sys.argv[2]).write_text('{"cells": []}')
+pathlib.Path(RESULT).write_text("done")
+"""
+    for deaths in (1, 2):
+        folder, result = tmp_path / str(deaths), tmp_path / f"result{deaths}"
+        (folder / "papermill").mkdir(parents=True)
+        (folder / "papermill" / "__init__.py").touch()
+        script = program.replace("DEATHS", str(deaths)).replace("RESULT", repr(str(result)))
+        (folder / "papermill" / "__main__.py").write_text(script)
+        write_notebook(folder / "n.ipynb", WRITE)
+        arguments = folder / "n.ipynb", folder / "out.ipynb", {"result": str(result)}, result
+        if deaths == 1:
+            run_notebook(*arguments, variables={"PYTHONPATH": str(folder)})
+            assert result.read_text() == "done"
+        else:
+            with pytest.raises(NotebookError, match="papermill wrote no notebook"):
+                run_notebook(*arguments, variables={"PYTHONPATH": str(folder)})
+        assert len((folder / "papermill" / "calls").read_text()) == 2
