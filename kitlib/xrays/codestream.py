@@ -52,7 +52,7 @@ def find_syntax(frame: bytes, stated: str) -> str:
     `stated` is the transfer syntax in the DICOM file; it is also returned if the bytes are not recognised.
     """
     if frame[:2] == b"\xff\xd8":
-        family = next((FAMILIES[kind] for kind in _frame_kinds(frame) if kind in FAMILIES), (stated,))
+        family = next((FAMILIES[kind] for kind, _ in _jpeg_segments(frame) if kind in FAMILIES), (stated,))
     elif b"\xff\x4f\xff\x51" in frame[:4096]:
         family = (JPEG2000, *JPEG2000TransferSyntaxes)
     else:
@@ -60,15 +60,21 @@ def find_syntax(frame: bytes, stated: str) -> str:
     return stated if stated in family else family[0]
 
 
-def _frame_kinds(frame: bytes) -> Iterator[int]:
-    """Yield the low byte of each marker in the header of a JPEG frame, such as 0xC3 for lossless JPEG."""
+def _jpeg_segments(frame: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the low byte of the marker and the position of each segment of a JPEG before its scan.
+
+    Raises ValueError where a segment should start and there is none.
+    """
     position = 2
-    while frame[position : position + 1] == b"\xff" and len(frame) >= position + 4:
-        marker, length = struct.unpack_from(">HH", frame, position)
-        if marker == 0xFFFF:  # fill byte
+    while True:
+        while frame[position : position + 2] == b"\xff\xff":  # fill bytes
             position += 1
-            continue
-        yield marker & 0xFF
+        marker, length = struct.unpack_from(">HH", _read_bytes(frame, position, 4), 0)
+        if marker >> 8 != 0xFF or length < 2:
+            raise ValueError(f"no JPEG marker at byte {position} of the frame")
+        if marker == 0xFFDA:  # start of scan: only coded pixels follow
+            return
+        yield marker & 0xFF, position
         position += 2 + length
 
 
@@ -92,23 +98,14 @@ def read_frame_header(frame: bytes, transfer_syntax: str) -> FrameHeader | None:
 def _jpeg(frame: bytes, allowed_kinds: tuple[int, ...]) -> FrameHeader:
     if frame[:2] != b"\xff\xd8":
         raise ValueError(f"the frame starts with {frame[:4].hex()}; a JPEG starts with ffd8")
-    position, header = 2, None
-    while True:
-        while frame[position : position + 2] == b"\xff\xff":  # fill bytes
-            position += 1
-        marker, length = struct.unpack_from(">HH", _read_bytes(frame, position, 4), 0)
-        kind = marker & 0xFF
-        if marker >> 8 != 0xFF or length < 2:
-            raise ValueError(f"no JPEG marker at byte {position} of the frame")
-        if kind == 0xDA:  # start of scan: only coded pixels follow
-            break
+    header = None
+    for kind, position in _jpeg_segments(frame):
         if (kind in range(0xC0, 0xD0) and kind not in (0xC4, 0xC8, 0xCC)) or kind == 0xF7:
             if kind not in allowed_kinds or header:
                 allowed = ", ".join(map(hex, allowed_kinds))
                 raise ValueError(f"JPEG frame of kind {kind:#x}; expected exactly one frame, of kind {allowed}")
             precision, rows, columns, samples = struct.unpack_from(">BHHB", _read_bytes(frame, position + 4, 6), 0)
             header = FrameHeader(rows, columns, samples, precision, has_end_marker=END in frame[-64:])
-        position += 2 + length
     if not header:
         raise ValueError("the JPEG's scan starts before the frame states its size")
     return header
