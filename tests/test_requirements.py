@@ -80,7 +80,7 @@ def test_packages_that_kernels_import_have_the_versions_of_the_image(installed, 
 
 
 def test_lines_with_a_star_are_the_packages_that_the_image_lacks():
-    """The README's command for a notebook on Kaggle installs these."""
+    """The command for a notebook on Kaggle in docs/kaggle.md installs these."""
     lines = KERNELS.read_text(encoding="utf-8").splitlines()
     starred = {canonicalize_name(line.split("==")[0]) for line in lines if "# *" in line and "==" in line}
     assert starred == set(read_pins(KERNELS)) - set(image_pins())

@@ -185,9 +185,9 @@ def test_shipped_plans_pass_masks_to_exactly_the_recipes_that_use_them(path):
             check_finder(settings, run.parameters.get("lungs_run") or None, name)
 
 
-def test_the_plan_in_the_readme_can_be_read(tmp_path):
-    readme = (project_root() / "README.md").read_text(encoding="utf-8")
-    (tmp_path / "mine.yaml").write_text(readme.partition("```yaml\n")[2].partition("```")[0])
+def test_the_plan_in_the_docs_can_be_read(tmp_path):
+    page = (project_root() / "docs/plans.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
     planned = read_plan(tmp_path / "mine.yaml").planned
     assert list(planned) == ["prepare", *(f"study-{fold}" for fold in range(5)), "fuse"]
     assert len(planned["fuse"].parameters["runs"]) == 5
