@@ -158,9 +158,8 @@ class SubmissionRun:
 
                     fusion = self._read_weights(find_input(weights))
                     longest_side = self.settings.longest_side or max(model.record.longest_side for model in self.models)
-                    xrays = DecodedOnce(
-                        XrayCache(folder, longest_side, self.settings.only_projections), self.images, self.settings
-                    )
+                    cache = XrayCache(folder, longest_side, self.settings.only_projections)
+                    xrays = DecodedOnce(cache, self.images, self.settings)
                 self._predict_all(xrays, fusion)
             except (Exception, OutOfTime) as error:  # a valid file exists, whatever happens to the models
                 self._note("predict", 0, began, _failure(error))

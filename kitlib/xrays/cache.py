@@ -76,8 +76,8 @@ class XrayCache:
     as well. Entries with another `longest_side` or decoder version are in another subfolder and are ignored. An entry is
     reused for a file at any path if the file's size, modification time and sampled bytes (see `source_of`) equal those of
     the file that was decoded; otherwise the image is decoded again. With `only_projections`, files of other modalities, such
-    as CT, result in failed outcomes; otherwise they have a warning (see kitlib.xrays.modality). Raises ValueError if `longest_side` is below 1,
-    CacheError if an archive cannot be unpacked.
+    as CT, result in failed outcomes; otherwise they have a warning (see kitlib.xrays.modality). Raises ValueError if
+    `longest_side` is below 1, CacheError if an archive cannot be unpacked.
     """
 
     def __init__(self, folder: str | Path, longest_side: int = 1024, only_projections: bool = False):
