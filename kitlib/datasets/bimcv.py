@@ -8,6 +8,7 @@ import pandas as pd
 from kitlib.datasets.base import Dataset, Faults
 from kitlib.datasets.diagnoses import SUFFIXES, diagnosis_dataset, parse_ages
 from kitlib.errors import DatasetError
+from kitlib.xrays.json_header import json_header_path, read_json_header
 
 NAME = re.compile(r"sub-(S\d+)_ses-(E\d+)_.*?(?:vp-([a-z]+)_)?(?:cr|dx)", re.IGNORECASE)
 # Folder names of the two sets: covid19_posi or BIMCV-COVID19+, covid19_neg or BIMCV-COVID19-.
@@ -33,8 +34,9 @@ def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
     end). Patients of the positive set were also X-rayed before and after the disease, so only images with a report of COVID
     19 are used from it. In the negative set such a report contradicts the test, and the image is left out. Also left out,
     with faults: images without a report, images with another view than `vp-ap` and `vp-pa`, and unreadable images. Sex and
-    age come from `participants.tsv`, if present. Raises DatasetError if there is no image, no table of labels, or an image
-    whose folders do not tell its set.
+    age come from `participants.tsv`, if present. A 16-bit PNG holds a DICOM file's stored values, which are decoded as the
+    header in the JSON file of the same name says; an invalid header is a fault and is ignored. Raises DatasetError if there
+    is no image, no table of labels, or an image whose folders do not tell its set.
     """
     folder, faults = Path(folder), Faults()
     rows = []
@@ -57,6 +59,8 @@ def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
     table = _drop_rows(table, has_other_report, "are from the positive set without a report of COVID 19; left out", faults)
     is_contradicted = ~table.positive & (table.diagnosis == "COVID-19")
     table = _drop_rows(table, is_contradicted, "are from the negative set with a report of COVID 19; left out", faults)
+    has_broken_header = [_has_broken_header(path) for path in table.path]
+    faults.add_summary("mod-rx", table.image_id[has_broken_header], "have an invalid JSON header; decoded without it")
     people = _read_participants(folder, faults)
     return diagnosis_dataset(
         pd.DataFrame(
@@ -92,6 +96,15 @@ def _is_positive(path: Path, folder: Path) -> bool:
         f"{path}: none of its folders tells whether it is from the positive or the negative set; rename the sets' folders "
         "to covid19_posi or BIMCV-COVID19+, and to covid19_neg or BIMCV-COVID19-"
     )
+
+
+def _has_broken_header(path: str) -> bool:
+    try:
+        if header := json_header_path(path):
+            read_json_header(header)
+    except ValueError:
+        return True
+    return False
 
 
 def _drop_rows(table: pd.DataFrame, wrong: pd.Series, problem: str, faults: Faults) -> pd.DataFrame:

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kitlib.tables import check_table, class_columns
+from kitlib.xrays.modality import NOT_AN_XRAY
 
 AGE_GROUPS = {"0-17": 18, "18-39": 40, "40-64": 65, "65+": np.inf}  # name -> upper bound in years, exclusive
 UNKNOWN = "unknown"
@@ -20,7 +21,7 @@ class DataSheet:
 
     `tables` has a table of image counts for each of "source", "view", "sex" and "age", with one row per class and one column
     per value. `flags` has one row per warning and the columns kind, which (the class, fold or test set that it concerns, ""
-    if none) and problem. Warnings about sources come first, then ages, then folds.
+    if none) and problem. Warnings about sources come first, then ages, modalities and folds.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -38,13 +39,15 @@ def make_data_sheet(
     labels: pd.DataFrame,
     folds: pd.DataFrame | None = None,
     near_duplicates: pd.DataFrame | None = None,
+    decoding: pd.DataFrame | None = None,
 ) -> DataSheet:
     """Count the images of each class by source, view, sex and age, and warn of what can invalidate results on these images.
 
     Ages are grouped by AGE_GROUPS, or "unknown"; an image without an age counts as 0-17 if its `age_group` is CHILD. There
     is a warning for: a class without images; a class with nearly all of its images from one of several sources; a class of
     children if another class shows adults; a class that is missing from a fold; patients, and groups of `near_duplicates`
-    (columns image_id, group), that are in several folds, or in a fold and in the official test set. Raises ValueError if the
+    (columns image_id, group), that are in several folds, or in a fold and in the official test set; images of a class that
+    are not projection X-rays, according to `decoding`, the table that XrayCache.fill returns. Raises ValueError if the
     labels are not mutually exclusive.
     """
     images, labels = check_table(images, "images"), check_table(labels, "labels")
@@ -68,6 +71,8 @@ def make_data_sheet(
     groups = [name for name in (*AGE_GROUPS, UNKNOWN) if name in tables["age"]]
     tables["age"] = tables["age"][groups]
     flags = _flag_sources(tables["source"]) + _flag_ages(tables["age"])
+    if decoding is not None:
+        flags += _flag_modalities(images.assign(true_class=image_classes.astype(object)), decoding)
     if folds is not None:
         flags += _flag_folds(images.assign(true_class=image_classes.astype(object)), classes, folds, near_duplicates)
     return DataSheet(tables, pd.DataFrame(flags, columns=["kind", "which", "problem"], dtype=object))
@@ -140,6 +145,16 @@ def _flag_ages(table: pd.DataFrame) -> list[tuple[str, str, str]]:
         )
         for name, share in children[children >= NEARLY_ALL].items()
         if len(adult)
+    ]
+
+
+def _flag_modalities(images: pd.DataFrame, decoding: pd.DataFrame) -> list[tuple[str, str, str]]:
+    warnings = decoding.set_index("image_id").warnings.explode().dropna()
+    others = warnings[warnings.str.startswith(NOT_AN_XRAY)]
+    classes = others.index.map(images.set_index("image_id").true_class)
+    return [
+        ("not an X-ray", name, f"{count} images of this class: {warning}")
+        for (name, warning), count in others.groupby([classes, others]).size().items()
     ]
 
 

@@ -51,6 +51,7 @@ class SubmitSettings:
     file_timeout_s: float = 20.0  # files that take longer to decode are skipped
     workers: int = 0  # number of decoding processes; 0: one per core
     batch_size: int = 16
+    only_projections: bool = False  # skip files of other modalities, such as CT, instead of predicting them with a warning
 
 
 @dataclass
@@ -157,7 +158,8 @@ class SubmissionRun:
 
                     fusion = self._read_weights(find_input(weights))
                     longest_side = self.settings.longest_side or max(model.record.longest_side for model in self.models)
-                    xrays = DecodedOnce(XrayCache(folder, longest_side), self.images, self.settings)
+                    cache = XrayCache(folder, longest_side, self.settings.only_projections)
+                    xrays = DecodedOnce(cache, self.images, self.settings)
                 self._predict_all(xrays, fusion)
             except (Exception, OutOfTime) as error:  # a valid file exists, whatever happens to the models
                 self._note("predict", 0, began, _failure(error))

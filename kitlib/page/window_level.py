@@ -52,16 +52,16 @@ class Windowed:
 def read_windowed(path: str | Path, longest_side: int) -> Windowed:
     """Return the values of a DICOM file, in exactly the size of its decoded copy with at most `longest_side` pixels a side.
 
-    Decodes in this process, so it must be used only for a file that a decoding process has read before. For a colour file,
-    the values are its luma as in `decode_xray`, without a window. Raises UnreadableXray if the file cannot be decoded.
+    Decodes in this process, so it must be used only for a file that a decoding process has read before. For a file with
+    colours, a palette or float values, the values are its greys as in `decode_xray`, without a window. Raises UnreadableXray
+    if the file cannot be decoded.
     """
-    stored = read_stored_values(path)
-    if stored.ndim == 3:
+    stored, photometric = read_stored_values(path), read_header(path).photometric.upper()
+    if stored.ndim == 3 or stored.dtype.kind == "f" or photometric == "PALETTE COLOR":
         stored, display = decode_xray(path).pixels, Display()
     else:
-        inverted = read_header(path).photometric.upper() == "MONOCHROME1"
         elements, _ = read_elements(path, with_pixels=False)  # readable, because read_header has read them
-        display = read_display(elements, 8 * stored.itemsize, stored.dtype.kind == "i", inverted)
+        display = read_display(elements, 8 * stored.itemsize, stored.dtype.kind == "i", photometric == "MONOCHROME1")
     modality = display.modality
     if isinstance(modality, Lut):
         # A lookup table is applied before shrinking, because it is not linear. A rescale is linear, and cheaper afterwards.

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from kitlib.atomic import replacing
 from kitlib.errors import CacheError
 from kitlib.paths import scratch_root
+from kitlib.xrays.modality import NOT_AN_XRAY
 from kitlib.xrays.worker import LightContext, Outcome, decode_into, source_of, start_worker
 
 # A worker process is replaced after this many files, so that a decoder's memory leaks stay small.
@@ -46,7 +47,7 @@ def decoding_pool(workers: int) -> ProcessPool:
 
 # Version of the decoder, part of the cache folder's name. Raise it whenever the same file may decode to other pixels, so
 # that older entries are not used. tests/xrays/test_cache.py holds the pixels of this version.
-DECODING = 2
+DECODING = 3
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,15 @@ class XrayCache:
     Each image is one safetensors file, written atomically. `pack` turns all entries into one archive, which this class reads
     as well. Entries with another `longest_side` or decoder version are in another subfolder and are ignored. An entry is
     reused for a file at any path if the file's size, modification time and sampled bytes (see `source_of`) equal those of
-    the file that was decoded; otherwise the image is decoded again. Raises ValueError if `longest_side` is below 1,
-    CacheError if an archive cannot be unpacked.
+    the file that was decoded; otherwise the image is decoded again. With `only_projections`, files of other modalities, such
+    as CT, result in failed outcomes; otherwise they have a warning (see kitlib.xrays.modality). Raises ValueError if
+    `longest_side` is below 1, CacheError if an archive cannot be unpacked.
     """
 
-    def __init__(self, folder: str | Path, longest_side: int = 1024):
+    def __init__(self, folder: str | Path, longest_side: int = 1024, only_projections: bool = False):
         if longest_side < 1:
             raise ValueError(f"longest_side is {longest_side}; expected at least 1 pixel")
-        self.longest_side = longest_side
+        self.longest_side, self.only_projections = longest_side, only_projections
         self.folder = Path(folder) / f"{longest_side}px_v{DECODING}"
         self.packed = self.folder.with_suffix(".tar")
         if self.packed.is_file() and not self.folder.is_dir():
@@ -110,7 +112,7 @@ class XrayCache:
                 except CacheError as error:
                     outcome = Outcome(image_id, "failed", str(error))
                 if outcome:
-                    yield outcome
+                    yield self._checked(outcome)
                     continue
                 task = (self._entry_path(image_id), image_id, path, self.longest_side)
                 running[pool.schedule(decode_into, args=task, timeout=timeout_s)] = (image_id, timeout_s)
@@ -211,7 +213,7 @@ class XrayCache:
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             image_id, timeout_s = running.pop(future)
             try:
-                yield future.result()
+                yield self._checked(future.result())
             except TimeoutError:  # a subclass of OSError, so it must come first
                 yield Outcome(image_id, "failed", f"not decoded in {timeout_s:g} s", seconds=timeout_s)
             except ProcessExpired as error:
@@ -222,6 +224,11 @@ class XrayCache:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 advice = "free some space or choose another folder" if full else "choose a writable folder"
                 raise CacheError(f"{image_id} cannot be written to {self.folder}: {error}; {advice}") from error
+
+    def _checked(self, outcome: Outcome) -> Outcome:
+        """Return `outcome`, or a failed one for an image of another modality if the cache takes only projection X-rays."""
+        other = next((warning for warning in outcome.warnings if warning.startswith(NOT_AN_XRAY)), "")
+        return Outcome(outcome.image_id, "failed", other) if self.only_projections and other else outcome
 
     def _check_images(self, images: pd.DataFrame) -> tuple[list[str], list[str]]:
         """Return the image ids and the paths in `images`. Raises ValueError if a column is missing or an id occurs twice."""

@@ -5,7 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pydicom.uid import (
+    HTJ2K,
     JPEG2000,
+    UID,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
     JPEG2000TransferSyntaxes,
     JPEGBaseline8Bit,
     JPEGExtended12Bit,
@@ -38,12 +42,16 @@ class FrameHeader:
 
 # The transfer syntaxes of each kind of frame; the first decodes any of them.
 LOSSY_JPEG = (JPEGBaseline8Bit, JPEGExtended12Bit)
+LOSSLESS_JPEG = (JPEGLossless, JPEGLosslessSV1)
+JPEG_2000_SYNTAXES = (JPEG2000, *JPEG2000TransferSyntaxes, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K)
 FAMILIES = {
     0xC0: LOSSY_JPEG,
     0xC1: LOSSY_JPEG,
-    0xC3: (JPEGLossless, JPEGLosslessSV1),
+    0xC3: LOSSLESS_JPEG,
     0xF7: (JPEGLSNearLossless, *JPEGLSTransferSyntaxes),
 }
+# pydicom does not know the names of these transfer syntaxes.
+JPEG_XL = {f"1.2.840.10008.1.2.4.{number}": "JPEG XL" for number in (110, 111, 112)}
 
 
 def find_syntax(frame: bytes, stated: str) -> str:
@@ -52,15 +60,15 @@ def find_syntax(frame: bytes, stated: str) -> str:
     `stated` is the transfer syntax in the DICOM file; it is also returned if the bytes are not recognised.
     """
     if frame[:2] == b"\xff\xd8":
-        family = next((FAMILIES[kind] for kind, _ in _jpeg_segments(frame) if kind in FAMILIES), (stated,))
+        family = next((FAMILIES[kind] for kind, _ in jpeg_segments(frame) if kind in FAMILIES), (stated,))
     elif b"\xff\x4f\xff\x51" in frame[:4096]:
-        family = (JPEG2000, *JPEG2000TransferSyntaxes)
+        family = JPEG_2000_SYNTAXES
     else:
         family = (stated,)
     return stated if stated in family else family[0]
 
 
-def _jpeg_segments(frame: bytes) -> Iterator[tuple[int, int]]:
+def jpeg_segments(frame: bytes) -> Iterator[tuple[int, int]]:
     """Yield the low byte of the marker and the position of each segment of a JPEG before its scan.
 
     Raises ValueError where a segment should start and there is none.
@@ -86,20 +94,24 @@ def read_frame_header(frame: bytes, transfer_syntax: str) -> FrameHeader | None:
     """
     if transfer_syntax == RLELossless:
         return None
-    if transfer_syntax in JPEG2000TransferSyntaxes:
+    if transfer_syntax in JPEG_2000_SYNTAXES:
         return _jpeg_2000(frame)
     if transfer_syntax in JPEGLSTransferSyntaxes:
         return _jpeg(frame, JPEG_LS_FRAMES)
     if transfer_syntax in JPEGTransferSyntaxes:
         return _jpeg(frame, JPEG_FRAMES)
-    raise ValueError(f"transfer syntax {transfer_syntax} is not supported for X-rays")
+    name = JPEG_XL.get(transfer_syntax, UID(transfer_syntax).name)
+    raise ValueError(
+        f"transfer syntax {transfer_syntax} ({name}) is not supported; convert the file to JPEG 2000, JPEG-LS, JPEG, RLE or "
+        "uncompressed pixels"
+    )
 
 
 def _jpeg(frame: bytes, allowed_kinds: tuple[int, ...]) -> FrameHeader:
     if frame[:2] != b"\xff\xd8":
         raise ValueError(f"the frame starts with {frame[:4].hex()}; a JPEG starts with ffd8")
     header = None
-    for kind, position in _jpeg_segments(frame):
+    for kind, position in jpeg_segments(frame):
         if (kind in range(0xC0, 0xD0) and kind not in (0xC4, 0xC8, 0xCC)) or kind == 0xF7:
             if kind not in allowed_kinds or header:
                 allowed = ", ".join(map(hex, allowed_kinds))
@@ -128,6 +140,12 @@ def _jpeg_2000(frame: bytes) -> FrameHeader:
     _check_blocks(frame, start + 42 + 3 * samples, bottom - top, right - left)
     precision = 1 + max(components[3 * n] & 0x7F for n in range(samples))
     return FrameHeader(bottom - top, right - left, samples, precision, has_end_marker=END in frame[-64:])
+
+
+def has_component_transform(frame: bytes) -> bool:
+    """Return whether a JPEG 2000 frame states a multiple component transform (RCT or ICT), which its decoder undoes."""
+    position = frame.find(b"\xff\x52", max(0, frame.find(b"\xff\x4f\xff\x51")))
+    return position >= 0 and frame[position + 8 : position + 9] == b"\x01"
 
 
 def _check_blocks(frame: bytes, position: int, rows: int, columns: int) -> None:

@@ -8,7 +8,6 @@ import importlib.util
 
 import numpy as np
 from pydicom.pixels import get_decoder
-from pydicom.pixels.common import PhotometricInterpretation
 from pydicom.pixels.decoders.base import DecodeRunner
 from pydicom.uid import (
     JPEG2000,
@@ -58,8 +57,6 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> np.ndarray:
         pixels = imagecodecs.jpeg2k_decode(frame, numthreads=1)
     if pixels.ndim == 3:
         runner.set_option("planar_configuration", 0)
-        if syntax not in _JPEG_LS:  # the other decoders undo the colour transform themselves
-            runner.set_option("photometric_interpretation", PhotometricInterpretation.RGB)
     runner.set_option("bits_allocated", 8 * pixels.itemsize)
     return np.ascontiguousarray(pixels)
 

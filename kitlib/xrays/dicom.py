@@ -9,10 +9,12 @@ from typing import TypeVar
 
 import cv2
 import numpy as np
+from pydicom.pixels import apply_color_lut
 
 from kitlib.errors import UnreadableXray
-from kitlib.xrays.header import InvalidElement, XrayHeader, header_of, read_elements
-from kitlib.xrays.stored_values import StoredFrame, is_padding, read_stored, values_of
+from kitlib.xrays.header import Elements, InvalidElement, XrayHeader, header_of, read_elements
+from kitlib.xrays.modality import modality_warnings
+from kitlib.xrays.stored_values import StoredFrame, is_padding, read_stored, read_stored_array, values_of
 from kitlib.xrays.voi_lut import Display, read_display, to_grey
 
 T = TypeVar("T")
@@ -67,28 +69,25 @@ def decode_xray(path: str | Path) -> Xray:
     first frame, the first VOI LUT and the first window are used; a VOI LUT is preferred to a window. PresentationLUTShape
     INVERSE belongs to MONOCHROME1 and is ignored. Pixels with PixelPaddingValue are black and do not affect the minimum or
     maximum. Colour images are converted to luma. A constant image becomes black. Invalid header elements are ignored, with a
-    warning. Raises UnreadableXray if the file cannot be read as an X-ray.
+    warning. Of float values, those that are not finite are black. A PALETTE COLOR image is read if
+    its palette is grey. Images of other modalities, such as CT, are read, with a warning (see kitlib.xrays.modality). Raises
+    UnreadableXray if the file cannot be read as an X-ray.
     """
     elements, syntax = read_elements(path)
-    stored = read_stored(elements, syntax)
-    if stored.patterns.ndim == 3:
-        luma = stored.patterns[..., 0] if stored.photometric.startswith("YBR") else _luma(stored.patterns)
-        stored = replace(stored, patterns=np.ascontiguousarray(luma))
-        display = Display()
-    else:
-        display = read_display(elements, stored.bits_stored, stored.signed, stored.photometric == "MONOCHROME1")
-    pixels, warnings = _to_pixels(stored, display)
-    return Xray(pixels, tuple([*stored.warnings, *display.warnings, *warnings]))
+    return _show(elements, read_stored(elements, syntax))
 
 
 @_raises_unreadable_xray
 def read_stored_values(path: str | Path) -> np.ndarray:
     """Return the stored values of a DICOM file's first frame, before any LUT is applied.
 
-    The array is uint8, int8, uint16 or int16 with shape (rows, columns) or (rows, columns, 3). Bits above BitsStored are
-    cleared or, for signed images, set to the sign bit. Raises UnreadableXray if the file cannot be read as an X-ray.
+    The array has integers of 8, 16 or 32 bits or, for float pixel data, float32 or float64; its shape is (rows, columns) or
+    (rows, columns, 3). Bits above BitsStored are cleared or, for signed images, set to the sign bit. Raises UnreadableXray
+    if the file cannot be read as an X-ray.
     """
     stored = read_stored(*read_elements(path))
+    if stored.patterns.dtype.kind == "f":
+        return stored.patterns
     kind = np.dtype(f"{'i' if stored.signed else 'u'}{stored.patterns.itemsize}")
     return values_of(stored.patterns, stored.bits, stored.signed).astype(kind)
 
@@ -102,8 +101,44 @@ def read_header(path: str | Path) -> XrayHeader:
     return header_of(*read_elements(path, with_pixels=False))
 
 
+def show_stored(patterns: np.ndarray, elements: Elements) -> Xray:
+    """Return the Xray of stored grey values, uint16 (rows, columns), that were taken out of the DICOM file of `elements`.
+
+    Raises ValueError if `elements` are invalid, or if they have a palette of colours.
+    """
+    return _show(elements, read_stored_array(elements, patterns))
+
+
+def _show(elements: Elements, stored: StoredFrame) -> Xray:
+    """Return the Xray that `stored` shows with the display transforms in `elements`; `decode_xray` describes them.
+
+    Raises ValueError for a palette in colour, and if no value is finite.
+    """
+    display = Display()
+    if stored.patterns.ndim == 3:
+        luma = stored.patterns[..., 0] if stored.photometric.startswith("YBR") else _luma(stored.patterns)
+        stored = replace(stored, patterns=np.ascontiguousarray(luma))
+    elif stored.photometric == "PALETTE COLOR":
+        stored = _through_palette(elements, stored)
+    else:
+        display = read_display(elements, stored.bits_stored, stored.signed, stored.photometric == "MONOCHROME1")
+    pixels, warnings = _to_pixels(stored, display)
+    return Xray(pixels, (*modality_warnings(elements), *stored.warnings, *display.warnings, *warnings))
+
+
 def _luma(patterns: np.ndarray) -> np.ndarray:
+    if patterns.itemsize > 2:  # not supported by OpenCV
+        return patterns @ np.array([0.299, 0.587, 0.114])
     return cv2.cvtColor(np.ascontiguousarray(patterns), cv2.COLOR_RGB2GRAY)
+
+
+def _through_palette(elements: Elements, stored: StoredFrame) -> StoredFrame:
+    """Return a PALETTE COLOR frame with its indices replaced by the palette's greys. Raises ValueError if it has colours."""
+    colours = apply_color_lut(values_of(stored.patterns, stored.bits, stored.signed), elements.dataset)
+    if (colours != colours[..., :1]).any():
+        raise ValueError("PALETTE COLOR with a palette of colours; expected grey values, or a palette of greys")
+    greys = np.ascontiguousarray(colours[..., 0])
+    return replace(stored, patterns=greys, bits=8 * greys.itemsize, signed=False, padding=None)
 
 
 def _to_pixels(stored: StoredFrame, display: Display) -> tuple[np.ndarray, list[str]]:
@@ -112,15 +147,34 @@ def _to_pixels(stored: StoredFrame, display: Display) -> tuple[np.ndarray, list[
     The grey of each bit pattern is looked up in a table, which is faster than applying the display transforms to every pixel
     and has the same result. Greys are computed only for the patterns that occur in the image.
     """
-    size = 256**stored.patterns.itemsize
-    histogram = cv2.calcHist([stored.patterns], [0], None, [size], [0, size]).ravel()
-    if stored.padding:
-        frame_bits = 8 * stored.patterns.itemsize
-        outside = is_padding(np.arange(size), frame_bits, stored.bits, stored.signed, stored.padding)
-        if histogram[~outside].any():  # otherwise the padding is the image
-            histogram[outside] = 0
+    patterns = stored.patterns
+    if patterns.itemsize > 2:  # too many patterns for a table
+        occurring, places, counts = np.unique(patterns, return_inverse=True, return_counts=True)
+        greys, warnings = _find_greys(occurring, counts, stored, display)
+        return greys[places].reshape(patterns.shape), warnings
+    size = 256**patterns.itemsize
+    histogram = cv2.calcHist([patterns], [0], None, [size], [0, size]).ravel()
     occurring = np.flatnonzero(histogram)
     table = np.zeros(size, dtype=np.uint8)
+    table[occurring], warnings = _find_greys(occurring, histogram[occurring], stored, display)
+    return cv2.LUT(patterns, table), warnings
+
+
+def _find_greys(
+    occurring: np.ndarray, counts: np.ndarray, stored: StoredFrame, display: Display
+) -> tuple[np.ndarray, list[str]]:
+    """Return the uint8 grey of each pattern (n,) that occurs, and a list of warnings; `counts` (n,) is how often it occurs.
+
+    Padding and values that are not finite are black. Raises ValueError if no value is finite.
+    """
     values = values_of(occurring, stored.bits, stored.signed)
-    table[occurring], warnings = to_grey(values, display, histogram[occurring])
-    return cv2.LUT(stored.patterns, table), warnings
+    shown = np.isfinite(2.0 * values)  # a span of finite values might be infinite
+    if not shown.any():
+        raise ValueError("no pixel has a finite value")
+    warnings = [] if shown.all() else ["values that are not finite numbers are black"]
+    if stored.padding:
+        inside = shown & ~is_padding(occurring, 8 * stored.patterns.itemsize, stored.bits, stored.signed, stored.padding)
+        shown = inside if inside.any() else shown  # otherwise the padding is the image
+    greys = np.zeros(len(occurring), dtype=np.uint8)
+    greys[shown], ignored = to_grey(values[shown], display, counts[shown])
+    return greys, warnings + ignored

@@ -30,14 +30,21 @@ MAX_SAMPLES = 2**26
 DEFER_BYTES = 2**18  # elements that are longer are read as views of the file; no LUT is that long
 
 IDS = ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID")
-TEXTS = ("Modality", "BodyPartExamined", "ViewPosition", "PhotometricInterpretation", "VOILUTFunction")
+TEXTS = ("Modality", "SOPClassUID", "BodyPartExamined", "ViewPosition", "PhotometricInterpretation", "VOILUTFunction")
 NUMBERS = (
     *("SamplesPerPixel", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *(f"{kind}PixelPadding{name}" for kind in ("Float", "DoubleFloat") for name in ("Value", "RangeLimit")),
     *("WindowCenter", "WindowWidth", "RescaleIntercept", "RescaleSlope"),
 )
 LUTS = ("ModalityLUTSequence", "VOILUTSequence")
-KEYWORDS = (*IDS, *TEXTS, *NUMBERS, *LUTS, "PixelData", "FloatPixelData", "DoubleFloatPixelData")
+PALETTES = tuple(
+    f"{part}PaletteColorLookupTable{name}"
+    for part in ("Red", "Green", "Blue", "SegmentedRed", "SegmentedGreen", "SegmentedBlue")
+    for name in (("Data",) if part.startswith("Segmented") else ("Descriptor", "Data"))
+)
+PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+KEYWORDS = (*IDS, *TEXTS, *NUMBERS, *LUTS, *PALETTES, *PIXELS)
 # Overlay Bit Position of the 16 overlay groups: bits of the pixel data that contain drawings.
 OVERLAYS = tuple(0x60000102 + (group << 17) for group in range(16))
 
@@ -176,13 +183,13 @@ def read_elements(path: str | Path, with_pixels: bool = True) -> tuple[Elements,
         with open(path, "rb") as file:
             if DeflatedExplicitVRLittleEndian.encode() not in file.read(2048):
                 file.seek(0)
-                return _parse(file)
+                return parse(file)
     # A damaged element may state a huge length. Reading from memory stops at the end of the data, but reading from a file
     # first allocates the stated length.
     source = _inflate(Path(path).read_bytes())
     if unterminated := is_unterminated(source):
         source += DELIMITER  # without it, pydicom reads no pixel data at all
-    elements, syntax = _parse(BytesIO(source), source)
+    elements, syntax = parse(BytesIO(source), source)
     elements.unterminated = unterminated
     return elements, syntax
 
@@ -211,7 +218,7 @@ def header_of(elements: Elements, transfer_syntax: str) -> XrayHeader:
     )
 
 
-def _parse(file: BinaryIO, source: bytes = b"") -> tuple[Elements, str]:
+def parse(file: BinaryIO, source: bytes = b"") -> tuple[Elements, str]:
     """Parse an open DICOM file; return its elements and its transfer syntax.
 
     The pixel data are included only if `source`, the file's content, is passed; large elements are then views of `source`.

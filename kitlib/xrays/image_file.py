@@ -15,8 +15,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from kitlib.errors import UnreadableXray
-from kitlib.xrays.dicom import Xray
+from kitlib.xrays.dicom import Xray, show_stored
 from kitlib.xrays.header import MAX_SAMPLES
+from kitlib.xrays.json_header import json_header_path, read_json_header
 
 SIGNATURES = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF87a": "GIF", b"GIF89a": "GIF"}
 # PIL.Image.open is not used, because ultralytics replaces it with a version that hides why a file cannot be opened.
@@ -49,7 +50,9 @@ def decode_image(path: str | Path) -> Xray:
     """Decode a PNG, JPEG, GIF or raw JSRT file; returns an Xray with 8-bit grey pixels, and warnings about the file.
 
     8-bit values are unchanged, 16-bit values are reduced to the upper eight of the 8, 10, 12, 14 or 16 bits in use, colour
-    is converted to luma, and alpha is ignored. JSRT's raw values are reduced to the upper eight of their twelve bits and
+    is converted to luma, and alpha is ignored. A 16-bit grey PNG beside a JSON file of its DICOM header (see
+    kitlib.xrays.json_header) is shown as this header says, like a DICOM file; an invalid header is ignored, with a warning.
+    JSRT's raw values are reduced to the upper eight of their twelve bits and
     inverted, so that air is dark. The grey range is not stretched, because the data set's authors have already chosen it.
     Raises UnreadableXray if the file is damaged or truncated.
     """
@@ -67,12 +70,18 @@ def decode_image(path: str | Path) -> Xray:
     if pixels is None:
         raise UnreadableXray(path, "damaged image: nothing could be decoded")
     warnings: list[str] = []
+    if pixels.dtype == np.uint16 and pixels.ndim == 2 and (header := json_header_path(path)):
+        try:
+            return show_stored(pixels, read_json_header(header))
+        except ValueError as error:
+            warnings.append(f"the DICOM header in the JSON file is ignored: {error}")
     if pixels.ndim == 3:  # alpha is not shown, and would count as the brightest pixel
         pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0]
     if pixels.dtype == np.uint16:
         # Converted DICOM files keep their 12 bits or so in 16; the upper eight would be nearly black.
         bits = next(bits for bits in (8, 10, 12, 14, 16) if int(pixels.max()) < 2**bits)
-        warnings = [f"the 16-bit image uses only {bits} bits, of which the upper eight are shown"] if bits < 16 else []
+        if bits < 16:
+            warnings.append(f"the 16-bit image uses only {bits} bits, of which the upper eight are shown")
         pixels = (pixels // 2 ** (bits - 8)).astype(np.uint8)
     if pixels.ndim == 3:
         pixels = cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_BGR2GRAY)

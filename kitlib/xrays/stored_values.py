@@ -11,21 +11,22 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
-    JPEG2000TransferSyntaxes,
     JPEGLSTransferSyntaxes,
     JPEGTransferSyntaxes,
     RLELossless,
 )
 
-from kitlib.xrays.codestream import FrameHeader, find_syntax, read_frame_header
+from kitlib.xrays.codestream import JPEG_2000_SYNTAXES, FrameHeader, find_syntax, read_frame_header
+from kitlib.xrays.colour_space import find_colour_space, without_transform
 from kitlib.xrays.decoders import plugin_for
 from kitlib.xrays.encapsulation import encapsulate_frame, read_first_frame
-from kitlib.xrays.header import MAX_SAMPLES, OVERLAYS, Elements, InvalidElement
+from kitlib.xrays.header import MAX_SAMPLES, OVERLAYS, PIXELS, Elements, InvalidElement
 
 NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
-
-
-COMPRESSED = (RLELossless, *JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG2000TransferSyntaxes)
+COMPRESSED = (RLELossless, *JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG_2000_SYNTAXES)
+GREY = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")
+COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+FLOATS = {"FloatPixelData": "f4", "DoubleFloatPixelData": "f8"}
 # Share of bytes after the image that is tolerated. A readable file of SIIM's has 216,296 bytes there, 1.6 % of its pixels.
 MAX_EXTRA = 0.1
 
@@ -34,13 +35,13 @@ MAX_EXTRA = 0.1
 class StoredFrame:
     """The bit patterns of a DICOM file's first frame, and how to interpret them."""
 
-    patterns: np.ndarray  # uint8 or uint16 (rows, columns) or (rows, columns, 3)
+    patterns: np.ndarray  # uint8, uint16 or uint32, or the values as float32 or float64; (rows, columns[, 3])
     bits: int  # number of low bits of a pattern that contain the value
     signed: bool
     bits_stored: int
     photometric: str
     warnings: list[str]
-    padding: tuple[int, int] | None = None  # lowest and highest value of pixels outside the image
+    padding: tuple[float, float] | None = None  # lowest and highest value of pixels outside the image
 
 
 def read_stored(elements: Elements, syntax: str) -> StoredFrame:
@@ -48,11 +49,9 @@ def read_stored(elements: Elements, syntax: str) -> StoredFrame:
 
     Raises ValueError if the pixel data are invalid, or any exception that the decoder raises.
     """
-    if "PixelData" not in elements:
-        other = [name for name in ("FloatPixelData", "DoubleFloatPixelData") if name in elements]
-        raise ValueError(
-            f"{other[0]} instead of PixelData is not supported" if other else "no PixelData; not an image, or truncated"
-        )
+    keyword = next((name for name in PIXELS if name in elements), None)
+    if keyword is None:
+        raise ValueError("no PixelData; not an image, or truncated")
     rows, columns, samples = elements.whole("Rows", 0), elements.whole("Columns", 0), elements.whole("SamplesPerPixel", 1)
     frames = max(1, elements.whole("NumberOfFrames", 1))
     if not (0 < rows <= 65535 and 0 < columns <= 65535 and samples in (1, 3)):
@@ -61,14 +60,11 @@ def read_stored(elements: Elements, syntax: str) -> StoredFrame:
         raise ValueError(f"the header states {rows} x {columns} x {samples} values, more than the limit of {MAX_SAMPLES}")
 
     warnings = [f"the file has {frames} frames; only the first is used"] if frames > 1 else []
-    photometric = elements.text("PhotometricInterpretation").upper()
-    if photometric == "PALETTE COLOR":
-        raise ValueError("PhotometricInterpretation PALETTE COLOR is not supported for X-rays")
-    expected = ("MONOCHROME1", "MONOCHROME2") if samples == 1 else ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-    if photometric not in expected:
-        fallback = "MONOCHROME2" if samples == 1 else "RGB"
-        warnings.append(f"PhotometricInterpretation {photometric!r} is treated as {fallback}")
-        photometric = fallback
+    photometric = _read_photometric(elements, samples, warnings)
+    if keyword in FLOATS:
+        patterns = _read_float(elements, keyword, syntax, rows, columns, samples)
+        padding = _read_float_padding(elements, keyword.removesuffix("Data"))
+        return StoredFrame(patterns, 8 * patterns.itemsize, True, 16, photometric, warnings, padding)
 
     native = not elements.is_encapsulated("PixelData")
     data: bytes | memoryview = elements.raw("PixelData")
@@ -84,26 +80,20 @@ def read_stored(elements: Elements, syntax: str) -> StoredFrame:
     if elements.unterminated:
         warnings.append("the compressed pixel data have no end and may be truncated")
     frame_header = None if native else _read_checked_frame_header(frame, syntax, rows, columns, samples)
-    if frame_header:
-        allocated = elements.whole("BitsAllocated", 8 if frame_header.precision <= 8 else 16)
-    else:
-        allocated = elements.whole(
-            "BitsAllocated", 16 if native and len(data) >= 2 * rows * columns * samples * frames else 8
-        )
-    if allocated not in (8, 16) or (frame_header and frame_header.precision > allocated):
-        raise ValueError(
-            f"invalid BitsAllocated {allocated}"
-            + (f" for {frame_header.precision} bits in the frame" if frame_header else "")
-        )
-    bits_stored = elements.whole("BitsStored", allocated)
-    if not 1 <= bits_stored <= allocated:
-        warnings.append(f"BitsStored is {bits_stored}, but BitsAllocated is {allocated}; all allocated bits are used")
-        bits_stored = allocated
+    values = rows * columns * samples * frames
+    allocated = _read_bits_allocated(elements, frame_header, len(data) // values if native else 1)
+    bits_stored = _read_bits_stored(elements, allocated, warnings)
     if frame_header and not frame_header.has_end_marker:
         warnings.append("the compressed frame has no end marker and may be truncated")
 
     if native:
-        warnings += _check_length(len(data), rows * columns * samples * frames * allocated // 8)
+        warnings += _check_length(len(data), values * allocated // 8)
+    if samples == 3 and not native:
+        colour_space = find_colour_space(frame, syntax, photometric)
+        if colour_space[:3] != photometric[:3] and photometric not in ("YBR_ICT", "YBR_RCT"):  # these become RGB
+            warnings.append(f"PhotometricInterpretation is {photometric}, but the frame's samples are {colour_space}")
+        photometric = colour_space
+        frame = without_transform(frame) if syntax in JPEGTransferSyntaxes else frame
     signed = elements.whole("PixelRepresentation", 0) == 1
     layout: dict[str, Any] = {
         "rows": rows,
@@ -123,34 +113,118 @@ def read_stored(elements: Elements, syntax: str) -> StoredFrame:
         patterns = _read_uncompressed(elements, data, syntax, rows, columns, allocated)
     else:
         decoder = get_decoder(UID(syntax))
-        patterns, properties = decoder.as_array(
+        patterns, _ = decoder.as_array(
             bytes(data) if native else encapsulate_frame(frame),
             index=0,
             raw=True,
             decoding_plugin="" if native else plugin_for(syntax),
             **layout,
         )
-        photometric = str(properties["photometric_interpretation"])
+    if samples == 3:
+        return StoredFrame(patterns, bits_stored, signed, bits_stored, photometric, warnings)
+    return _find_bits(elements, patterns, bits_stored, signed, photometric, warnings, frame_header, syntax)
+
+
+def read_stored_array(elements: Elements, patterns: np.ndarray) -> StoredFrame:
+    """Return the StoredFrame of bit patterns, uint16 (rows, columns), that were taken out of the DICOM file of `elements`.
+
+    Raises InvalidElement if an element that says what the patterns mean is not a number.
+    """
+    warnings: list[str] = []
+    photometric = _read_photometric(elements, 1, warnings)
+    bits_stored = _read_bits_stored(elements, 8 * patterns.itemsize, warnings)
+    signed = elements.whole("PixelRepresentation", 0) == 1
+    return _find_bits(elements, patterns, bits_stored, signed, photometric, warnings)
+
+
+def _read_photometric(elements: Elements, samples: int, warnings: list[str]) -> str:
+    """Return PhotometricInterpretation; if it is invalid, MONOCHROME2 or RGB, and an entry is added to `warnings`."""
+    photometric = elements.text("PhotometricInterpretation").upper()
+    if photometric in (GREY if samples == 1 else COLOUR):
+        return photometric
+    fallback = "MONOCHROME2" if samples == 1 else "RGB"
+    warnings.append(f"PhotometricInterpretation {photometric!r} is treated as {fallback}")
+    return fallback
+
+
+def _read_bits_stored(elements: Elements, allocated: int, warnings: list[str]) -> int:
+    """Return BitsStored; if it is absent or impossible, `allocated`, the latter with an entry in `warnings`."""
+    bits_stored = elements.whole("BitsStored", allocated)
+    if 1 <= bits_stored <= allocated:
+        return bits_stored
+    warnings.append(f"BitsStored is {bits_stored}, but BitsAllocated is {allocated}; all allocated bits are used")
+    return allocated
+
+
+def _find_bits(
+    elements: Elements,
+    patterns: np.ndarray,
+    bits_stored: int,
+    signed: bool,
+    photometric: str,
+    warnings: list[str],
+    frame_header: FrameHeader | None = None,
+    syntax: str = "",
+) -> StoredFrame:
+    """Return the StoredFrame of grey bit patterns (rows, columns), after checking which of their bits contain the value.
+
+    `frame_header` is that of a compressed frame, decoded with the transfer syntax `syntax`. What contradicts the header adds
+    an entry to `warnings`.
+    """
     bits = bits_stored
-    padding = None if samples == 3 else _read_padding(elements, 8 * patterns.itemsize, signed, warnings)
+    padding = _read_padding(elements, 8 * patterns.itemsize, signed, warnings)
     if frame_header:
         # For these syntaxes the codestream's precision, not BitsStored, determines the sign bit, as in pydicom.
-        trusts_frame = syntax in JPEG2000TransferSyntaxes or (syntax in JPEGLSTransferSyntaxes and signed)
+        trusts_frame = syntax in JPEG_2000_SYNTAXES or (syntax in JPEGLSTransferSyntaxes and signed)
         # Lossy JPEG stores 10 bits in 12; only values that do not fit show that BitsStored is wrong.
-        if samples == 1 and frame_header.precision > bits_stored and _exceeds(elements, patterns, bits_stored, padding):
+        if frame_header.precision > bits_stored and _exceeds(elements, patterns, bits_stored, padding):
             warnings.append(f"BitsStored is {bits_stored}, but the frame has {frame_header.precision} bits, which are used")
             bits = bits_stored = frame_header.precision
         bits = frame_header.precision if trusts_frame else bits
-    elif samples == 1:
-        shift = _find_shift(elements, patterns, bits_stored, signed, padding, warnings)
-        if shift:
-            patterns = patterns >> shift
-            padding = (padding[0] >> shift, padding[1] >> shift) if padding else None
-        elif not signed and _exceeds(elements, patterns, bits_stored, padding):
-            bits = 8 * patterns.itemsize
-            warnings.append(f"BitsStored is {bits_stored}, but values reach {patterns.max()}; all {bits} bits are used")
-            bits_stored = bits
+    elif shift := _find_shift(elements, patterns, bits_stored, signed, padding, warnings):
+        patterns = patterns >> shift
+        padding = (padding[0] >> shift, padding[1] >> shift) if padding else None
+    elif not signed and _exceeds(elements, patterns, bits_stored, padding):
+        bits = 8 * patterns.itemsize
+        warnings.append(f"BitsStored is {bits_stored}, but values reach {patterns.max()}; all {bits} bits are used")
+        bits_stored = bits
     return StoredFrame(patterns, bits, signed, bits_stored, photometric, warnings, padding)
+
+
+def _read_bits_allocated(elements: Elements, frame_header: FrameHeader | None, bytes_per_value: int) -> int:
+    """Return BitsAllocated; if it is absent, 8 or 16, as the frame's precision or the `bytes_per_value` of the data require.
+
+    Raises ValueError if values of this size are not read: not 8, 16 or, without a codestream's precision, 32 bits.
+    """
+    wide = frame_header.precision > 8 if frame_header else bytes_per_value >= 2
+    allocated = elements.whole("BitsAllocated", 16 if wide else 8)
+    if allocated == 1:
+        raise ValueError("BitsAllocated is 1, a mask of two values; an X-ray has grey values of 8, 16 or 32 bits")
+    allowed = (8, 16) if frame_header else (8, 16, 32)
+    if allocated not in allowed or (frame_header and frame_header.precision > allocated):
+        raise ValueError(
+            f"invalid BitsAllocated {allocated}"
+            + (f" for {frame_header.precision} bits in the frame" if frame_header else "")
+            + f"; expected {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}"
+        )
+    return allocated
+
+
+def _read_float(elements: Elements, keyword: str, syntax: str, rows: int, columns: int, samples: int) -> np.ndarray:
+    """Return the values of float pixel data, float32 or float64 (rows, columns). Raises ValueError if they are invalid."""
+    if samples != 1 or syntax not in NATIVE:
+        raise ValueError(
+            f"{keyword} with SamplesPerPixel {samples} and transfer syntax {syntax}; expected one uncompressed sample"
+        )
+    return _read_values(elements.raw(keyword), FLOATS[keyword], syntax, rows, columns)
+
+
+def _read_float_padding(elements: Elements, prefix: str) -> tuple[float, float] | None:
+    """Return the lowest and the highest value that mean padding in float pixel data, or None if there is no such value."""
+    value, limit = elements.number(f"{prefix}PaddingValue"), elements.number(f"{prefix}PaddingRangeLimit")
+    if value is None:
+        return None
+    return min(value, value if limit is None else limit), max(value, value if limit is None else limit)
 
 
 def _plain_syntax(elements: Elements, syntax: str, values: int) -> str:
@@ -202,8 +276,8 @@ def _read_padding(elements: Elements, allocated: int, signed: bool, warnings: li
     return int(min(numbers)), int(max(numbers))
 
 
-def is_padding(patterns: np.ndarray, frame_bits: int, bits: int, signed: bool, padding: tuple[int, int]) -> np.ndarray:
-    """Return a bool array (n,) that says which of the bit patterns (n,) mean padding.
+def is_padding(patterns: np.ndarray, frame_bits: int, bits: int, signed: bool, padding: tuple[float, float]) -> np.ndarray:
+    """Return a bool array (n,) that says which of the bit patterns or float values (n,) mean padding.
 
     A pattern means padding if its value, read from its low `bits` or from all of its `frame_bits`, is in the range `padding`
     (lowest and highest value).
@@ -275,22 +349,31 @@ def _read_checked_frame_header(frame: bytes, syntax: str, rows: int, columns: in
 def _read_uncompressed(
     elements: Elements, data: bytes | memoryview, syntax: str, rows: int, columns: int, allocated: int
 ) -> np.ndarray:
-    """Return the bit patterns of uncompressed pixel data, uint8 or uint16 (rows, columns); a view of `data` if possible.
+    """Return the bit patterns of uncompressed grey pixel data, uint8, uint16 or uint32 (rows, columns)."""
+    if syntax == ExplicitVRBigEndian and allocated == 8 and elements.vr("PixelData") == "OW":
+        data = np.frombuffer(data[: len(data) // 2 * 2], dtype="u2").byteswap().tobytes()
+    return _read_values(data, f"u{allocated // 8}", syntax, rows, columns)
+
+
+def _read_values(data: bytes | memoryview, kind: str, syntax: str, rows: int, columns: int) -> np.ndarray:
+    """Return the values (rows, columns) of uncompressed pixel data in NumPy's type `kind`; a view of `data` if possible.
 
     Trailing bytes are ignored as padding. Raises ValueError if the data are too short.
     """
-    size = rows * columns * allocated // 8
+    dtype = np.dtype(kind).newbyteorder(">" if syntax == ExplicitVRBigEndian else "<")
+    size = rows * columns * dtype.itemsize
     if len(data) < size:
         raise ValueError(f"the pixel data end after {len(data)} of {size} bytes")
-    if syntax == ExplicitVRBigEndian and allocated == 8 and elements.vr("PixelData") == "OW":
-        swapped = np.frombuffer(data[: len(data) // 2 * 2], dtype="u2").byteswap().view(np.uint8)
-        return swapped[:size].reshape(rows, columns)
-    kind = np.dtype(f"u{allocated // 8}").newbyteorder(">" if syntax == ExplicitVRBigEndian else "<")
-    patterns = np.frombuffer(data, dtype=kind, count=rows * columns).reshape(rows, columns)
-    return patterns.astype(kind.newbyteorder("="), copy=False)
+    values = np.frombuffer(data, dtype=dtype, count=rows * columns).reshape(rows, columns)
+    return values.astype(dtype.newbyteorder("="), copy=False)
 
 
 def values_of(patterns: np.ndarray, bits: int, signed: bool) -> np.ndarray:
-    """Return the values, int64, in the low `bits` of bit patterns; if `signed`, the highest of these bits is the sign."""
+    """Return the values, int64, in the low `bits` of bit patterns; if `signed`, the highest of these bits is the sign.
+
+    Float pixel data are values already and are returned as float64.
+    """
+    if patterns.dtype.kind == "f":
+        return patterns.astype(np.float64)
     values = patterns.astype(np.int64) & ((1 << bits) - 1)
     return values - ((values >> (bits - 1)) << bits) if signed else values

@@ -28,6 +28,7 @@ from kitlib.errors import UnreadableXray
 from kitlib.letterbox import letterbox
 from kitlib.xrays.dicom import decode_xray
 from kitlib.xrays.image_file import decode_image, image_format
+from kitlib.xrays.json_header import MAX_JSON_BYTES, json_header_path
 
 # Memory limit of a worker: enough to decode the largest X-ray, and low enough that a damaged file fails early.
 WORKER_DATA_BYTES = 3 * 2**30
@@ -80,6 +81,7 @@ def shrink(pixels: np.ndarray, longest_side: int) -> np.ndarray:
 def source_of(path: str) -> dict[str, str]:
     """Return what identifies a file's content: size, modification time, and a digest of its first, middle and last 64 KiB.
 
+    A JSON file of a PNG's DICOM header is included in the digest.
     The keys are source_bytes, source_mtime_ns and source_samples, as in the metadata of a cache entry. Size and time alone
     can be equal for images unpacked from one archive; the sampled bytes contain the header with its ids, and pixels. Hashing
     the whole file would take as long as decoding it. Raises OSError if the file cannot be read or is not a regular file.
@@ -93,6 +95,8 @@ def source_of(path: str) -> dict[str, str]:
         for start in (0, end // 2, end):
             file.seek(start)
             digest.update(file.read(SAMPLE_BYTES))
+    if header := json_header_path(path):
+        digest.update(header.read_bytes()[:MAX_JSON_BYTES])
     facts = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "samples": digest.hexdigest()}
     return {f"source_{name}": str(value) for name, value in facts.items()}
 

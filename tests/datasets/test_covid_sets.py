@@ -1,5 +1,6 @@
 """COVIDx, COVIDGR-1.0, MIDRC-RICORD-1C and BIMCV-COVID19, on small layouts written by the tests."""
 
+import base64
 import json
 
 import cv2
@@ -14,6 +15,8 @@ from kitlib.datasets.pool import read_pool
 from kitlib.datasets.ricord import read_ricord
 from kitlib.datasets.rsna import MAPPING
 from kitlib.errors import DatasetError
+from kitlib.xrays.cache import XrayCache
+from kitlib.xrays.image_file import decode_image
 from kitlib.xrays.writing import write_xray
 
 
@@ -185,3 +188,87 @@ def test_bimcv_sets_are_recognised_by_folder_names_and_sexes_by_words(tmp_path, 
         DatasetError, match=r"others.* none of its folders tells whether .* BIMCV-COVID19\+, and to covid19_neg"
     ):
         read_bimcv(tmp_path / "in", progress=False)
+
+
+HEADER = {
+    "00080060": {"vr": "CS", "Value": ["CR"]},
+    "00280004": {"vr": "CS", "Value": ["MONOCHROME1"]},
+    "00280101": {"vr": "US", "Value": [12]},
+    "00281050": {"vr": "DS", "Value": [1800]},
+    "00281051": {"vr": "DS", "Value": ["2500"]},
+}
+CURVE = (np.linspace(0, 1, 4096) ** 0.5 * 65535).astype(np.uint16)
+LUT = {
+    "00283002": {"vr": "US", "Value": [4096, 0, 16]},
+    "00283006": {"vr": "OW", "InlineBinary": base64.b64encode(CURVE.tobytes()).decode()},
+}
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("lut", [None, LUT, LUT | {"00283006": {"vr": "US", "Value": CURVE.tolist()}}])
+def test_a_16_bit_png_is_shown_as_its_json_header_says(tmp_path, photometric, lut):
+    stored = np.random.default_rng(5).integers(0, 4096, (40, 30)).astype(np.uint16)
+    header = HEADER | {"00280004": {"vr": "CS", "Value": [photometric]}}
+    header |= {"00283010": {"vr": "SQ", "Value": [lut]}} if lut else {}
+    cv2.imwrite(str(tmp_path / "x.png"), stored)
+    (tmp_path / "x.json").write_text(json.dumps(header))
+    # PS3.3 C.11.2.1.2.1 for centre 1800 and width 2500; a LUT goes before a window.
+    shown = CURVE[stored].astype(float) if lut else ((stored - 1799.5) / 2499 + 0.5).clip(0, 1) * 4095
+    shown = shown.max() - shown if photometric == "MONOCHROME1" else shown
+    expected = (shown - shown.min()) / (shown.max() - shown.min()) * 255
+    xray = decode_image(tmp_path / "x.png")
+    assert np.abs(xray.pixels - (expected - 0.5)).max() <= 0.6 and xray.warnings == ()
+    # An 8-bit PNG has been converted for display, and is shown as it is.
+    eight = (stored >> 4).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "x.png"), eight)
+    np.testing.assert_array_equal(decode_image(tmp_path / "x.png").pixels, eight)
+
+
+def test_bits_range_and_modality_of_a_json_header(tmp_path):
+    stored = np.random.default_rng(6).integers(100, 2**14, (40, 30)).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / "x.png"), stored)
+    header = HEADER | {"00281051": {"vr": "DS"}, "00080060": {"vr": "CS", "Value": ["CT"]}}  # no width, so no window
+    (tmp_path / "x.json").write_text(json.dumps(header))
+    xray = decode_image(tmp_path / "x.png")
+    span = stored.max() - stored.min()
+    np.testing.assert_array_equal(xray.pixels, ((stored.max() - stored) / span * 255).astype(np.uint8))
+    assert xray.warnings == (
+        "not a projection X-ray: Modality CT",
+        f"BitsStored is 12, but values reach {stored.max()}; all 16 bits are used",
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"00280004": 5}', '{"00280101": {"vr": "US", "Value": ["x"]}}', '{"a": 1}', "[" * 100_000, "\udcff"],
+)
+def test_an_invalid_json_header_is_a_fault_and_is_ignored(tmp_path, text):
+    stored = np.random.default_rng(7).integers(0, 4096, (40, 30)).astype(np.uint16)
+    folder = tmp_path / "covid19_neg" / "sub-S1" / "ses-E1" / "mod-rx"
+    save(folder / "sub-S1_ses-E1_vp-pa_dx.png")
+    path = folder / "sub-S2_ses-E1_vp-pa_dx.png"
+    cv2.imwrite(str(path), stored)
+    without = decode_image(path)
+    (tmp_path / "covid19_neg" / "derivatives" / "labels").mkdir(parents=True)
+    labels = pd.DataFrame({"ReportID": ["E1"], "Labels": ["['normal']"]})
+    labels.to_csv(tmp_path / "covid19_neg" / "derivatives" / "labels" / "labels.tsv", sep="\t", index=False)
+    assert read_bimcv(tmp_path, progress=False).faults.empty
+    cache = XrayCache(tmp_path / "c", 64)
+    images = pd.DataFrame({"image_id": ["x"], "path": [str(path)]})
+    cache.fill(images, workers=1)
+    path.with_suffix(".json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    xray = decode_image(path)
+    np.testing.assert_array_equal(xray.pixels, without.pixels)
+    assert (
+        xray.warnings[0].startswith("the DICOM header in the JSON file is ignored: ")
+        and xray.warnings[1:] == without.warnings
+    )
+    faults = read_bimcv(tmp_path, progress=False).faults
+    assert faults["row"].tolist() == [path.stem]
+    assert faults.problem.tolist() == ["and 0 others have an invalid JSON header; decoded without it"]
+    # The JSON file counts as part of the image: the cache notices that it was added or changed.
+    if text == "{":
+        assert cache.fill(images, workers=1).status.tolist() == ["decoded"]
+        assert cache.fill(images, workers=1).status.tolist() == ["cached"]
+        path.with_suffix(".json").write_text(json.dumps(HEADER))
+        assert cache.fill(images, workers=1).status.tolist() == ["decoded"]

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from kitlib.datasets.data_sheet import are_exclusive, data_sheet_figure, group_ages, make_data_sheet
+from kitlib.xrays.modality import NOT_AN_XRAY
 
 CLASSES = ["COVID-19", "normal"]
 
@@ -71,6 +72,17 @@ def test_children_among_adults_are_flagged():
     assert make_data_sheet(images.assign(age=40.0), labels).flags.empty
     # Unknown ages are not flagged.
     assert make_data_sheet(images.assign(age=np.nan, age_group=""), labels).flags.empty
+
+
+def test_images_of_other_modalities_are_counted_by_class():
+    images, labels = tables(["COVID-19"] * 3 + ["normal"] * 2)
+    of_ct, of_mr = (f"{NOT_AN_XRAY}: Modality {name}" for name in ("CT", "MR"))
+    warnings = [("another", of_ct), (of_ct,), (), (of_mr,), ("another",)]
+    decoding = pd.DataFrame({"image_id": [*images.image_id, "failed"], "warnings": [*warnings, ()]})
+    sheet = make_data_sheet(images, labels, decoding=decoding)
+    assert kinds(sheet) == [("not an X-ray", "COVID-19"), ("not an X-ray", "normal")]
+    assert sheet.flags.problem[0] == "2 images of this class: not a projection X-ray: Modality CT"
+    assert make_data_sheet(images, labels, decoding=decoding.assign(warnings=[()] * 6)).flags.empty
 
 
 def test_leaks_and_missing_classes_are_flagged():

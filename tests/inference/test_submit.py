@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pydicom import dcmread
 
 from kitlib.bundle import save_bundle
 from kitlib.classes import STUDY_CLASSES
-from kitlib.errors import CacheError
+from kitlib.errors import CacheError, UnreadableXray
 from kitlib.fusion.ensemble_bundle import Ensemble, read_ensemble, write_ensemble
 from kitlib.fusion.ensembles import combine
 from kitlib.fusion.model_fusion import FusionSettings, write_settings
@@ -33,6 +34,7 @@ from kitlib.scoring.submission_csv import PRIORS, read_submission
 from kitlib.scoring.temperature import scaled
 from kitlib.scoring.validate import validate
 from kitlib.xrays.cache import XrayCache
+from kitlib.xrays.dicom import decode_xray
 from tests.small_bundles import edit_record
 
 DAMAGED = 2
@@ -111,6 +113,27 @@ def test_a_broken_model_does_not_affect_the_others(competition, weights, tmp_pat
     assert "failed: BundleError" in ledger.set_index("stage").note["small-fold0"]
     assert ledger.set_index("stage").note["small-fold1"] == ""
     assert len(on_priors(path)) <= DAMAGED
+
+
+@pytest.mark.parametrize("only_projections", [False, True])
+def test_a_ct_image_is_a_row_of_the_ledger_and_predicted_unless_refused(competition, weights, tmp_path, only_projections):
+    copy = shutil.copytree(competition, tmp_path / "competition")
+    readable = (path for path in sorted(copy.glob("test/*/*/*.dcm")) if _is_readable(path))
+    dataset = dcmread(path := next(readable))
+    dataset.Modality = "CT"
+    dataset.save_as(path)
+    path, ledger = submit(copy, weights, tmp_path, replace(SETTINGS, only_projections=only_projections))
+    (row,) = ledger[ledger.note.str.contains("not a projection X-ray: Modality CT")].itertuples()
+    outcome = "keeps its placeholder prediction" if only_projections else "decoded with a warning"
+    assert (row.stage, row.files) == ("decode", 1) and outcome in row.note
+    assert len(on_priors(path)) <= DAMAGED + only_projections
+
+
+def _is_readable(path):
+    try:
+        return decode_xray(path) is not None
+    except UnreadableXray:
+        return False
 
 
 def test_without_any_weights_the_placeholder_predictions_remain(competition, tmp_path):

@@ -163,6 +163,21 @@ def test_colour_is_its_luma(tmp_path):
     np.testing.assert_array_equal(windowed.render(*windowed.full_range), decode_xray(tmp_path / "x.dcm").pixels)
 
 
+def test_palettes_and_float_values_are_their_greys(tmp_path):
+    path = write(tmp_path / "x.dcm", RAMP, extra={"PhotometricInterpretation": "PALETTE COLOR"})
+    dataset = dcmread(path)
+    for part in ("Red", "Green", "Blue"):
+        dataset.add_new(f"{part}PaletteColorLookupTableDescriptor", "US", [256, 0, 8])
+        dataset.add_new(f"{part}PaletteColorLookupTableData", "OW", RAMP.ravel()[::-1].tobytes())
+    dataset.save_as(path)
+    np.testing.assert_array_equal(read_windowed(path, 32).values, 255 - RAMP)
+    del dataset.PixelData
+    dataset.PhotometricInterpretation, dataset.BitsAllocated = "MONOCHROME1", 32
+    dataset.add_new("FloatPixelData", "OF", (RAMP / 1000).astype("<f4").tobytes())
+    dataset.save_as(path)
+    np.testing.assert_allclose(read_windowed(path, 32).values, 255 - RAMP, atol=1)
+
+
 def test_unreadable_files_raise_unreadable_xray(tmp_path):
     (tmp_path / "text.dcm").write_text("no image")
     whole = write(tmp_path / "whole.dcm", RAMP).read_bytes()

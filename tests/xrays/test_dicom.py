@@ -398,6 +398,7 @@ def test_every_real_file_has_the_pixels_of_its_index(real_data):
         assert stored.mean() == pytest.approx(float(row["px_mean"]), abs=1e-3)
         assert "x".join(map(str, stored.shape)) == row["shape"]
         xray = decode_xray(path)
-        assert xray.warnings == ()
+        modality = path.name[:2]
+        assert xray.warnings == ((f"not a projection X-ray: Modality {modality}",) if modality in ("CT", "MR") else ())
         if row["ts_uid"] != JPEGBaseline8Bit:  # lossy: some pixels of pydicom's pylibjpeg differ by one
             np.testing.assert_array_equal(xray.pixels, recipe(path))
