@@ -7,10 +7,8 @@ imported inside functions, so that the first file is written before any of them 
 import json
 import logging
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +28,7 @@ if TYPE_CHECKING:
     from kitlib.fusion.model_fusion import FusionSettings
     from kitlib.inference.answer import AnsweringModel, Stacked
     from kitlib.inference.cached_lungs import CachedLungs
-    from kitlib.xrays.cache import CachedXray, XrayCache
-    from kitlib.xrays.worker import Outcome
+    from kitlib.inference.decoded_once import DecodedOnce
 
 logger = logging.getLogger(__name__)
 
@@ -154,12 +151,13 @@ class SubmissionRun:
             xrays = None
             try:
                 with self.deadline.enforced():
+                    from kitlib.inference.decoded_once import DecodedOnce
                     from kitlib.xrays.cache import XrayCache
 
                     fusion = self._read_weights(find_input(weights))
                     longest_side = self.settings.longest_side or max(model.record.longest_side for model in self.models)
                     cache = XrayCache(folder, longest_side, self.settings.only_projections)
-                    xrays = DecodedOnce(cache, self.images, self.settings)
+                    xrays = DecodedOnce(cache, self.images, self.settings.workers, self.settings.file_timeout_s)
                 self._predict_all(xrays, fusion)
             except (Exception, OutOfTime) as error:  # a valid file exists, whatever happens to the models
                 self._note("predict", 0, began, _failure(error))
@@ -355,59 +353,8 @@ class SubmissionRun:
         for warning, count in Counter(warning for outcome in outcomes for warning in outcome.warnings).most_common():
             self._note("decode", count, now, f"decoded with a warning: {warning}")
         if len(outcomes) < len(self.images):
-            self._note(
-                "decode", len(self.images) - len(outcomes), now, f"never decoded; {xrays.error or 'no model read them'}"
-            )
-
-
-class DecodedOnce:
-    """The readable images of a test set, for any number of passes; the first pass decodes them while the model predicts.
-
-    `outcomes` contains one result per file decoded so far, including files that failed. If decoding as a whole fails, all
-    passes end, and `error` says why. Passes may overlap, because the thread of a stopped model may still be reading ahead
-    when the next model begins.
-    """
-
-    def __init__(self, cache: "XrayCache", images: pd.DataFrame, settings: SubmitSettings) -> None:
-        self.cache, self.error = cache, ""
-        self.outcomes: list[Outcome] = []
-        self._decoding = cache.decode(images, workers=settings.workers or None, timeout_s=settings.file_timeout_s)
-        self._one_at_a_time = threading.Lock()
-
-    def without(self, image_ids: set[str]) -> Iterator["CachedXray"]:
-        """Yield all readable images except those in `image_ids`; images that no pass has decoded yet are decoded."""
-        index = 0
-        while self._decode_up_to(index):
-            outcome = self.outcomes[index]
-            index += 1
-            if outcome.status != "failed" and outcome.image_id not in image_ids:
-                yield self.cache.read(outcome.image_id)
-
-    def sized(self, images: pd.DataFrame) -> pd.DataFrame:
-        """Return the rows of `images` that are decoded so far; `rows` and `columns` are added, the image's original size."""
-        sizes = {done.image_id: (done.rows, done.columns) for done in list(self.outcomes) if done.status != "failed"}
-        images = images[images.image_id.isin(sizes)].copy()
-        images[["rows", "columns"]] = [sizes[name] for name in images.image_id]
-        return images
-
-    def close(self) -> None:
-        """Stop decoding, unless the thread of a stopped model still waits for a file after two seconds."""
-        if self._one_at_a_time.acquire(timeout=2):
-            self._decoding.close()
-            self._one_at_a_time.release()
-
-    def _decode_up_to(self, index: int) -> bool:
-        """Decode the next file if `outcomes` has no element `index` yet; return whether it has one now."""
-        with self._one_at_a_time:
-            if index == len(self.outcomes):
-                try:
-                    self.outcomes.append(next(self._decoding))
-                except StopIteration:
-                    return False
-                except Exception as error:
-                    self.error = _failure(error)
-                    return False
-            return True
+            reason = _failure(xrays.error) if xrays.error else "no model read them"
+            self._note("decode", len(self.images) - len(outcomes), now, f"never decoded; {reason}")
 
 
 def _failure(error: BaseException) -> str:

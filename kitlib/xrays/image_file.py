@@ -52,9 +52,9 @@ def decode_image(path: str | Path) -> Xray:
     8-bit values are unchanged, 16-bit values are reduced to the upper eight of the 8, 10, 12, 14 or 16 bits in use, colour
     is converted to luma, and alpha is ignored. A 16-bit grey PNG beside a JSON file of its DICOM header (see
     kitlib.xrays.json_header) is shown as this header says, like a DICOM file; an invalid header is ignored, with a warning.
-    JSRT's raw values are reduced to the upper eight of their twelve bits and
-    inverted, so that air is dark. The grey range is not stretched, because the data set's authors have already chosen it.
-    Raises UnreadableXray if the file is damaged or truncated.
+    JSRT's raw values are reduced to the upper eight of their twelve bits and inverted, so that air is dark. The grey range
+    is not stretched, because the data set's authors have already chosen it. Raises UnreadableXray if the file is damaged or
+    truncated.
     """
     if _is_jsrt(path):
         return Xray(_decode_jsrt(path), ())

@@ -81,10 +81,10 @@ def shrink(pixels: np.ndarray, longest_side: int) -> np.ndarray:
 def source_of(path: str) -> dict[str, str]:
     """Return what identifies a file's content: size, modification time, and a digest of its first, middle and last 64 KiB.
 
-    A JSON file of a PNG's DICOM header is included in the digest.
     The keys are source_bytes, source_mtime_ns and source_samples, as in the metadata of a cache entry. Size and time alone
-    can be equal for images unpacked from one archive; the sampled bytes contain the header with its ids, and pixels. Hashing
-    the whole file would take as long as decoding it. Raises OSError if the file cannot be read or is not a regular file.
+    can be equal for images unpacked from one archive; the sampled bytes contain the header with its ids, and pixels, and the
+    digest includes the JSON file of a PNG's DICOM header. Hashing the whole file would take as long as decoding it. Raises
+    OSError if the file cannot be read or is not a regular file.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise OSError("not a regular file")

@@ -3,10 +3,7 @@
 import imagecodecs
 import numpy as np
 import pytest
-from pydicom import dcmread
-from pydicom.encaps import encapsulate
 from pydicom.uid import (
-    UID,
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
@@ -17,6 +14,7 @@ from pydicom.uid import (
 from kitlib.xrays.codestream import jpeg_segments
 from kitlib.xrays.dicom import decode_xray
 from kitlib.xrays.writing import write_xray
+from tests.small_frames import replace_pixels
 
 Y, X = np.mgrid[0:1:48j, 0:1:40j]
 # Red to the right, green downwards, little blue: the luma differs from each sample and from any wrong transform.
@@ -53,12 +51,7 @@ def jpeg(samples, marker=b"", ids=(1, 2, 3), **options):
 def write(path, frame, syntax, photometric="RGB"):
     extra = {"SamplesPerPixel": 3, "PlanarConfiguration": 1}  # has no meaning for these frames, so any value may occur
     write_xray(path, RGB[..., 0], transfer_syntax=ExplicitVRLittleEndian, photometric=photometric, extra=extra)
-    dataset = dcmread(path)
-    dataset.file_meta.TransferSyntaxUID = UID(syntax)
-    dataset.PixelData = encapsulate([bytes(frame)])
-    dataset["PixelData"].is_undefined_length = True
-    dataset.save_as(path)
-    return path
+    return replace_pixels(path, frame, syntax)
 
 
 @pytest.mark.parametrize("plugin", ["imagecodecs", "pillow"])

@@ -4,12 +4,12 @@ import imagecodecs
 import numpy as np
 import pytest
 from pydicom import dcmread
-from pydicom.encaps import encapsulate
-from pydicom.uid import HTJ2K, MPEG4HP41, UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, HTJ2KLossless
+from pydicom.uid import HTJ2K, MPEG4HP41, ExplicitVRBigEndian, ExplicitVRLittleEndian, HTJ2KLossless
 
 from kitlib.errors import UnreadableXray
 from kitlib.xrays.dicom import decode_xray, read_stored_values
 from kitlib.xrays.writing import write_xray
+from tests.small_frames import replace_pixels
 
 RNG = np.random.default_rng(11)
 INDICES = RNG.integers(0, 256, (24, 20), dtype=np.uint8)
@@ -147,12 +147,7 @@ def test_float_pixels_that_are_too_short_or_in_colour_are_refused(tmp_path):
 
 def write_frame(path, frame, syntax, stored):
     path = write(path, stored, BitsStored=12, HighBit=11)
-    dataset = dcmread(path)
-    dataset.file_meta.TransferSyntaxUID = UID(syntax)
-    dataset.PixelData = encapsulate([bytes(frame)])
-    dataset["PixelData"].is_undefined_length = True
-    dataset.save_as(path)
-    return path
+    return replace_pixels(path, frame, syntax)
 
 
 @pytest.mark.parametrize("syntax", [HTJ2KLossless, HTJ2K])
