@@ -55,8 +55,6 @@ def decode_frame(frame: bytes, runner: DecodeRunner) -> np.ndarray:
         pixels = imagecodecs.jpegls_decode(frame + END)
     else:
         pixels = imagecodecs.jpeg2k_decode(frame, numthreads=1)
-    if pixels.ndim == 3:
-        runner.set_option("planar_configuration", 0)
     runner.set_option("bits_allocated", 8 * pixels.itemsize)
     return np.ascontiguousarray(pixels)
 

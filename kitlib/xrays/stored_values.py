@@ -101,7 +101,8 @@ def read_stored(elements: Elements, syntax: str) -> StoredFrame:
         "samples_per_pixel": samples,
         "number_of_frames": frames if native else 1,
         "photometric_interpretation": photometric,
-        "planar_configuration": elements.whole("PlanarConfiguration", 0) & 1,
+        # Decoders return the samples of a pixel together; the one for RLE, which does not, tells pydicom so.
+        "planar_configuration": elements.whole("PlanarConfiguration", 0) & 1 if native else 0,
         "bits_allocated": allocated,
         "bits_stored": bits_stored,
         "pixel_representation": 0,  # decode to bit patterns; `values_of` applies the sign later
@@ -224,7 +225,8 @@ def _read_float_padding(elements: Elements, prefix: str) -> tuple[float, float] 
     value, limit = elements.number(f"{prefix}PaddingValue"), elements.number(f"{prefix}PaddingRangeLimit")
     if value is None:
         return None
-    return min(value, value if limit is None else limit), max(value, value if limit is None else limit)
+    limit = value if limit is None else limit
+    return min(value, limit), max(value, limit)
 
 
 def _plain_syntax(elements: Elements, syntax: str, values: int) -> str:

@@ -12,8 +12,8 @@ from kitlib.errors import UnreadableXray
 from kitlib.xrays.dicom import decode_xray
 
 FILES = Path(pydicom.data.__file__).parent / "test_files"
-# Outcome -> the files of pydicom 3.0.2 that have it, as one pattern for the path below FILES. A file that matches no pattern,
-# as another version may ship, is ignored.
+# Outcome -> the files of pydicom 3.0.2 that have it, as one pattern for the path below FILES. Files that match no pattern,
+# as another version may ship, are ignored.
 KINDS = {
     "read": r"SC_(rgb|ybr|jpeg).*|GDCMJ2K_TextGBR\.dcm|JPEGLSNearLossless_.*|image_dfl\.dcm|dicomdirtests/77654033/CR.*",
     "not a projection X-ray": (
