@@ -74,7 +74,7 @@ def decode_image(path: str | Path) -> Xray:
     if pixels.dtype == np.uint16 and pixels.ndim == 2 and (header := json_header_path(path)):
         try:
             return show_stored(pixels, read_json_header(header))
-        except ValueError as error:
+        except Exception as error:  # of any class, because a damaged header may state anything
             warnings.append(f"the DICOM header in the JSON file is ignored: {error}")
     if pixels.ndim == 3:  # alpha is not shown, and would count as the brightest pixel
         pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0]
