@@ -104,7 +104,7 @@ def read_header(path: str | Path) -> XrayHeader:
 def show_stored(patterns: np.ndarray, elements: Elements) -> Xray:
     """Return the Xray of stored grey values, uint16 (rows, columns), that were taken out of the DICOM file of `elements`.
 
-    Raises ValueError if `elements` are invalid, or if they have a palette of colours.
+    Raises ValueError, or any exception of pydicom, if `elements` are invalid or have a palette of colours.
     """
     return _show(elements, read_stored_array(elements, patterns))
 

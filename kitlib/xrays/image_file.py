@@ -5,6 +5,7 @@ are used; larger values are darker. The file is recognised by its suffix and its
 """
 
 import os
+from io import BytesIO
 from pathlib import Path
 
 import cv2
@@ -41,7 +42,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
     """Return an image file's numbers of rows and columns, without decoding. Raises UnreadableXray if it cannot be opened."""
     if _is_jsrt(path):
         return JSRT_SIDE, JSRT_SIDE
-    with open_image(path) as image:
+    with open_image(path, with_pixels=False) as image:
         columns, rows = image.size
     return rows, columns
 
@@ -73,7 +74,7 @@ def decode_image(path: str | Path) -> Xray:
     if pixels.dtype == np.uint16 and pixels.ndim == 2 and (header := json_header_path(path)):
         try:
             return show_stored(pixels, read_json_header(header))
-        except ValueError as error:
+        except Exception as error:  # of any class, because a damaged header may state anything
             warnings.append(f"the DICOM header in the JSON file is ignored: {error}")
     if pixels.ndim == 3:  # alpha is not shown, and would count as the brightest pixel
         pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0]
@@ -88,8 +89,8 @@ def decode_image(path: str | Path) -> Xray:
     return Xray(np.ascontiguousarray(pixels), tuple(warnings))
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Open a PNG, JPEG or GIF file as a Pillow image whose pixels are not loaded yet.
+def open_image(path: str | Path, with_pixels: bool = True) -> Image.Image:
+    """Open a PNG, JPEG or GIF file as a Pillow image whose pixels are not loaded yet, and can be loaded if `with_pixels`.
 
     Raises UnreadableXray if the file cannot be opened, or if its header states no pixels or more than MAX_SAMPLES pixels.
     """
@@ -97,7 +98,9 @@ def open_image(path: str | Path) -> Image.Image:
         name = image_format(path)
         if name not in OPENERS:
             raise ValueError("not a PNG, JPEG or GIF image")
-        image = OPENERS[name](path)
+        # A damaged PNG may state a huge length. Reading from memory stops at the end of the data, but reading from a file
+        # first allocates the stated length.
+        image = OPENERS[name](BytesIO(Path(path).read_bytes()) if with_pixels else path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableXray(path, f"cannot be opened: {' '.join(str(error).split())}") from None
     columns, rows = image.size

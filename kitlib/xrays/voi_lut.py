@@ -187,6 +187,8 @@ def _lut(elements: Elements, keyword: str, signed: bool) -> Lut | None:
     if not items or (not items[0].raw("LUTDescriptor") and not items[0].raw("LUTData")):
         return None
     item = items[0]
+    if "LUTDescriptor" not in item:
+        raise InvalidElement(f"invalid {keyword} without LUTDescriptor")
     order = "<" if item.is_little_endian("LUTDescriptor") else ">"
     described = np.frombuffer(bytes(item.raw("LUTDescriptor")[:6]).ljust(6, b"\0"), dtype=f"{order}u2")
     length, first, bits = int(described[0]) or 2**16, int(described[1]), int(described[2])

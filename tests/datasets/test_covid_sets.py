@@ -2,6 +2,7 @@
 
 import base64
 import json
+import random
 
 import cv2
 import numpy as np
@@ -236,6 +237,25 @@ def test_bits_range_and_modality_of_a_json_header(tmp_path):
         "not a projection X-ray: Modality CT",
         f"BitsStored is 12, but values reach {stored.max()}; all 16 bits are used",
     )
+
+
+def test_damaged_json_headers_cost_no_image(tmp_path):
+    """Whatever a damaged header states, the image is decoded, as it says or without it."""
+    chance = random.Random(0)
+    stored = np.random.default_rng(8).integers(0, 4096, (12, 10)).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / "x.png"), stored)
+    lut = {"00283002": {"vr": "US", "Value": [4, 0, 16]}, "00283006": {"vr": "US", "Value": [1, 2, 3, 4]}}
+    whole = json.dumps(HEADER | {"00283010": {"vr": "SQ", "Value": [lut]}, "00280120": {"vr": "US", "Value": [0]}}).encode()
+    ignored = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(chance.choice([1, 1, 2, 4])):
+            damaged[chance.randrange(len(damaged))] = chance.choice(b'0123456789"[]{}:,xUSQ-e.\xff')
+        (tmp_path / "x.json").write_bytes(damaged)
+        xray = decode_image(tmp_path / "x.png")
+        ignored += any("is ignored" in warning for warning in xray.warnings)
+        assert xray.pixels.shape == (12, 10) and xray.pixels.max() > 200
+    assert 50 < ignored < 290
 
 
 @pytest.mark.parametrize(

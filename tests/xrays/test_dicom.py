@@ -54,9 +54,10 @@ def write(path, stored, syntax=ExplicitVRLittleEndian, **options):
     return path
 
 
-def lut(first: int, entries: np.ndarray, bits: int) -> list[Dataset]:
+def lut(first: int | None, entries: np.ndarray, bits: int) -> list[Dataset]:
     item = Dataset()
-    item.add_new("LUTDescriptor", "US", [len(entries) % 65536, first, bits])
+    if first is not None:
+        item.add_new("LUTDescriptor", "US", [len(entries) % 65536, first, bits])
     item.add_new("LUTData", "OW", entries.astype("<u2").tobytes())
     return [item]
 
@@ -180,6 +181,8 @@ def test_a_negative_slope_inverts_the_grey_once(tmp_path):
         ({"RescaleSlope": "0", "RescaleIntercept": "5"}, "RescaleSlope 0.0"),
         ({"VOILUTSequence": lut(0, np.arange(5), 33)}, "33 bits"),
         ({"VOILUTSequence": lut(0, np.full(4096, 7), 12)}, "one grey"),
+        ({"VOILUTSequence": lut(None, np.arange(5), 12)}, "without LUTDescriptor"),
+        ({"ModalityLUTSequence": lut(None, np.arange(5), 12)}, "without LUTDescriptor"),
         ({"ModalityLUTSequence": lut(0, np.full(4096, 7), 12)}, "one value"),
     ],
 )

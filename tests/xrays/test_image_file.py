@@ -1,6 +1,7 @@
 """PNG, JPEG, GIF and raw JSRT files: grey as stored, and one error, which names the file, for everything that is wrong."""
 
 import struct
+import tracemalloc
 import zlib
 
 import cv2
@@ -108,6 +109,22 @@ def test_damaged_bytes_give_pixels_or_unreadable_xray(tmp_path):
             except UnreadableXray:
                 continue
             assert pixels.dtype == np.uint8 and pixels.ndim == 2
+
+
+def test_a_huge_length_in_a_png_takes_no_memory(tmp_path):
+    """Pillow reads the rest of a chunk in one go; as much as its length says, if it reads from a file."""
+    Image.fromarray(np.random.default_rng(3).integers(0, 256, (64, 64), dtype=np.uint8)).save(tmp_path / "a.png")
+    damaged = bytearray((tmp_path / "a.png").read_bytes())
+    position = damaged.index(b"IDAT") - 4
+    damaged[position : position + 4] = (2**31 - 1).to_bytes(4, "big")
+    (tmp_path / "a.png").write_bytes(damaged)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UnreadableXray):
+            decode_image(tmp_path / "a.png")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_cache_decodes_image_files(tmp_path):
