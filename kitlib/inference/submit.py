@@ -7,10 +7,8 @@ imported inside functions, so that the first file is written before any of them 
 import json
 import logging
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,20 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from kitlib.datasets.siim import read_test
+from kitlib.datasets.siim import read_test, studies_from_headers
 from kitlib.deadline import Deadline, OutOfTime, session_limit, session_start
 from kitlib.inference.install_wheels import install_wheels
 from kitlib.paths import find_input
-from kitlib.scoring.submission_csv import submission_ids, write_submission
-from kitlib.scoring.validate import validate
+from kitlib.scoring.submission_csv import write_submission
+from kitlib.scoring.validate import validate_rows
 
 if TYPE_CHECKING:
     from kitlib.fusion.ensemble_bundle import Ensemble
     from kitlib.fusion.model_fusion import FusionSettings
     from kitlib.inference.answer import AnsweringModel, Stacked
     from kitlib.inference.cached_lungs import CachedLungs
-    from kitlib.xrays.cache import CachedXray, XrayCache
-    from kitlib.xrays.worker import Outcome
+    from kitlib.inference.decoded_once import DecodedOnce
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +98,10 @@ class SubmissionRun:
         """Write the placeholder predictions to `output`.
 
         `competition` is the folder that contains `test/` and `sample_submission.csv`. The submission gets the rows of the
-        sample or, if the sample is missing, one row per study and image in `test/`.
+        sample or, if the sample is missing or cannot be read, one row per study and image in `test/`.
         """
         began = time.monotonic()
-        self.settings, self.output, self.sample = settings, Path(output), Path(competition) / "sample_submission.csv"
+        self.settings, self.output = settings, Path(output)
         limit, start = session_limit(settings.time_limit_s), session_start()
         self.deadline, self.last_deadline = Deadline(limit * settings.share, start), Deadline(limit * LAST_SHARE, start)
         self.rows: list[dict[str, Any]] = []
@@ -115,14 +112,13 @@ class SubmissionRun:
         self.ensemble: Ensemble | None = None
         self.stacked: Stacked | None = None  # result of the ensemble in the latest fusion
         test = read_test(competition, headers=False)
-        self.images = test.images
+        self.images, self.study_ids, self.ids = test.images, test.study_ids, test.submission_ids
         self.readable = len(self.images)  # number of files that were not found unreadable
-        # Kaggle requires exactly the sample's rows; the test files are used only if there is no sample.
-        self.ids = test.sample_ids or submission_ids(test.study_ids, test.image_ids)
         write_submission(self.output, self.ids)
         self._note("priors", len(self.ids), began, f"time limit {limit:.0f} s, planned {limit * settings.share:.0f} s")
-        for fault in test.faults.itertuples():
-            self._note("listing", 1, began, f"{fault.file} {fault.row}: {fault.problem}")
+        for problem, faults in test.faults.groupby("problem", sort=False):
+            first, others = faults.iloc[0], f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+            self._note("listing", len(faults), began, f"{first.file} {first.row}{others}: {problem}")
 
     @property
     def ledger(self) -> pd.DataFrame:
@@ -153,11 +149,14 @@ class SubmissionRun:
             xrays = None
             try:
                 with self.deadline.enforced():
+                    from kitlib.inference.decoded_once import DecodedOnce
                     from kitlib.xrays.cache import XrayCache
 
                     fusion = self._read_weights(find_input(weights))
+                    self._find_studies()
                     longest_side = self.settings.longest_side or max(model.record.longest_side for model in self.models)
-                    xrays = DecodedOnce(XrayCache(folder, longest_side), self.images, self.settings)
+                    cache, workers = XrayCache(folder, longest_side), self.settings.workers or None
+                    xrays = DecodedOnce(cache, self.images, workers, self.settings.file_timeout_s)
                 self._predict_all(xrays, fusion)
             except (Exception, OutOfTime) as error:  # a valid file exists, whatever happens to the models
                 self._note("predict", 0, began, _failure(error))
@@ -179,20 +178,22 @@ class SubmissionRun:
         return [{"bundle": name, "predicted": predicted.get(name, 0), "readable": self.readable} for name in self.listed]
 
     def finish(self) -> pd.DataFrame:
-        """Validate the submission and return the ledger. Raises ValueError if Kaggle would reject the submission.
-
-        Without sample_submission.csv, nothing is validated.
-        """
+        """Validate the submission and return the ledger; faults for which Kaggle would reject the submission get a row."""
         began = time.monotonic()
-        if not self.sample.is_file():
-            self._note("validate", len(self.ids), began, "not validated: sample_submission.csv does not exist")
-            return self.ledger
-        faults = validate(self.sample, self.output)
-        note = f"{len(faults)} faults; the first is: {faults[0]}" if faults else "valid"
-        self._note("validate", len(self.ids), began, note)
+        faults = validate_rows(self.ids, self.output)
+        note = f"Kaggle would reject {self.output}: {len(faults)} faults; the first is: {faults[0]}" if faults else "valid"
         if faults:
-            raise ValueError(f"Kaggle would reject {self.output}: {note}")
+            logger.error(note)
+        self._note("validate", len(self.ids), began, note)
         return self.ledger
+
+    def _find_studies(self) -> None:
+        """Find the studies of images whose paths do not contain them, in their headers."""
+        began, count = time.monotonic(), int((self.images.study_id == self.images.image_id).sum())
+        if count:
+            self.images = studies_from_headers(self.images, self.study_ids)
+            unknown = int((self.images.study_id == self.images.image_id).sum())
+            self._note("studies", count, began, f"read from the headers, {unknown} without one that needs a row")
 
     def _read_weights(self, weights: Path) -> "FusionSettings":
         from kitlib.fusion.model_fusion import FusionSettings, read_settings
@@ -354,58 +355,11 @@ class SubmissionRun:
             self._note("decode", count, now, f"decoded with a warning: {warning}")
         if len(outcomes) < len(self.images):
             self._note(
-                "decode", len(self.images) - len(outcomes), now, f"never decoded; {xrays.error or 'no model read them'}"
+                "decode",
+                len(self.images) - len(outcomes),
+                now,
+                f"never decoded; {_failure(xrays.error) if xrays.error else 'no model read them'}",
             )
-
-
-class DecodedOnce:
-    """The readable images of a test set, for any number of passes; the first pass decodes them while the model predicts.
-
-    `outcomes` contains one result per file decoded so far, including files that failed. If decoding as a whole fails, all
-    passes end, and `error` says why. Passes may overlap, because the thread of a stopped model may still be reading ahead
-    when the next model begins.
-    """
-
-    def __init__(self, cache: "XrayCache", images: pd.DataFrame, settings: SubmitSettings) -> None:
-        self.cache, self.error = cache, ""
-        self.outcomes: list[Outcome] = []
-        self._decoding = cache.decode(images, workers=settings.workers or None, timeout_s=settings.file_timeout_s)
-        self._one_at_a_time = threading.Lock()
-
-    def without(self, image_ids: set[str]) -> Iterator["CachedXray"]:
-        """Yield all readable images except those in `image_ids`; images that no pass has decoded yet are decoded."""
-        index = 0
-        while self._decode_up_to(index):
-            outcome = self.outcomes[index]
-            index += 1
-            if outcome.status != "failed" and outcome.image_id not in image_ids:
-                yield self.cache.read(outcome.image_id)
-
-    def sized(self, images: pd.DataFrame) -> pd.DataFrame:
-        """Return the rows of `images` that are decoded so far; `rows` and `columns` are added, the image's original size."""
-        sizes = {done.image_id: (done.rows, done.columns) for done in list(self.outcomes) if done.status != "failed"}
-        images = images[images.image_id.isin(sizes)].copy()
-        images[["rows", "columns"]] = [sizes[name] for name in images.image_id]
-        return images
-
-    def close(self) -> None:
-        """Stop decoding, unless the thread of a stopped model still waits for a file after two seconds."""
-        if self._one_at_a_time.acquire(timeout=2):
-            self._decoding.close()
-            self._one_at_a_time.release()
-
-    def _decode_up_to(self, index: int) -> bool:
-        """Decode the next file if `outcomes` has no element `index` yet; return whether it has one now."""
-        with self._one_at_a_time:
-            if index == len(self.outcomes):
-                try:
-                    self.outcomes.append(next(self._decoding))
-                except StopIteration:
-                    return False
-                except Exception as error:
-                    self.error = _failure(error)
-                    return False
-            return True
 
 
 def _failure(error: BaseException) -> str:
