@@ -46,7 +46,7 @@ def read_entry(path: Path, verify: bool = True) -> tuple[np.ndarray, dict[str, s
 
 def _checksum(pixels: np.ndarray, facts: dict[str, str]) -> str:
     described = json.dumps([pixels.dtype.str, pixels.shape, sorted(facts.items())])
-    return f"{zlib.crc32(pixels, zlib.crc32(described.encode())):08x}"
+    return f"{zlib.crc32(pixels.data, zlib.crc32(described.encode())):08x}"
 
 
 def _damaged(path: Path, reason: str) -> CacheError:

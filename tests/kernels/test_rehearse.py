@@ -431,7 +431,7 @@ def test_a_chain_of_shipped_kernels_is_rehearsed(tmp_path):
     stated |= {"classes": ["a"], "mean": [0.0], "std": [1.0], "fold": 0, "recipe": {}, "architecture": {}}
     weights = {f"backbone.{name}": tensor for name, tensor in network.state_dict().items()}
     bundle = inputs / "chest-nih-backbone" / "backbone" / "fold0" / "bundle"
-    save_bundle(bundle, weights, stated | {"data_fingerprint": "", "validation": {}})
+    save_bundle(bundle, weights, stated | {"data_fingerprint": "", "precision": "float32", "validation": {}})
     for name in ("siim_prepare", "siim_study"):
         spec = read_spec(KERNELS / f"{name}.yaml", owner="somebody")
         build_kernel(spec, tmp_path / name, wheels)
