@@ -55,7 +55,14 @@ def bundle(folder: Path, name: str) -> Path:
     record = {
         **{"family": "segmenter", "model": name, "classes": ["lungs"], "recipe": dataclasses.asdict(model.recipe)},
         **{"architecture": {}, "longest_side": SIDE, "image_size": model.recipe.image_size, "placement": "letterbox"},
-        **{"mean": model.mean, "std": model.std, "fold": 0, "data_fingerprint": "", "validation": {}},
+        **{
+            "mean": model.mean,
+            "std": model.std,
+            "fold": 0,
+            "data_fingerprint": "",
+            "precision": "float32",
+            "validation": {},
+        },
     }
     save_bundle(folder, model.state_dict(), record)
     return folder

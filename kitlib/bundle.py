@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import kitlib
 from kitlib.atomic import replacing, write_json
+from kitlib.device import RECORDED
 from kitlib.errors import BundleError
 from kitlib.tables import OPEN, SCHEMAS
 
@@ -34,6 +35,7 @@ STATED: dict[str, type | tuple[type, ...]] = {
     "mean": list,  # per channel, of pixels scaled to 0..1
     "std": list,
     "fold": int,  # the fold that was left out of training
+    "precision": str,  # in which the model was trained: "float32", "bfloat16" or "float16"
     "data_fingerprint": str,  # see data_fingerprint
     "validation": dict,  # scores on that fold
 }
@@ -158,6 +160,8 @@ def versions() -> dict[str, str]:
 
 def _check_record(record: dict[str, Any], kinds: dict[str, type | tuple[type, ...]], where: str) -> None:
     missing, unknown = [key for key in kinds if key not in record], [key for key in record if key not in kinds]
+    if missing == ["precision"] and not unknown:
+        raise BundleError(f"{where}: the key precision is missing: an older kitlib wrote it; train the model again")
     if missing or unknown:
         raise BundleError(
             f"{where}: missing keys {missing}, unknown keys {unknown}; read it with the kitlib version that wrote it "
@@ -166,6 +170,8 @@ def _check_record(record: dict[str, Any], kinds: dict[str, type | tuple[type, ..
     for key, kind in kinds.items():
         if type(record[key]) is not kind:
             raise BundleError(f"{where}: {key} is {record[key]!r}, expected type {getattr(kind, '__name__', kind)}")
+    if record["precision"] not in RECORDED.values():
+        raise BundleError(f"{where}: precision is {record['precision']!r}; valid: {', '.join(RECORDED.values())}")
 
 
 def _untied(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 Precision = Literal["16-mixed", "bf16-mixed", "32-true"]
 DTYPES: dict[Precision, torch.dtype] = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+# Names of the precisions in a bundle's record.
+RECORDED: dict[Precision, str] = {"16-mixed": "float16", "bf16-mixed": "bfloat16", "32-true": "float32"}
 
 # Environment variable that sets a GPU's precision: lets a newer GPU try "16-mixed", in which Kaggle's T4s compute.
 PRECISION = "KIT_PRECISION"
@@ -120,9 +122,16 @@ def precision(device: torch.device) -> Precision:
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
-def autocast(device: torch.device) -> AbstractContextManager:
-    """Return the autocast context for predictions: on a GPU with the precision of training, on a CPU with float32."""
+def autocast(device: torch.device, trained: str = "") -> AbstractContextManager:
+    """Return the autocast context for predictions of a model trained in `trained`, a value of RECORDED, "" if unknown.
+
+    On a GPU a model trained in float16 predicts in float16, in which its scores were measured. Any other model predicts in
+    the GPU's own precision, so one trained in bfloat16, whose range is larger than float16's, does so in float16 only on a
+    GPU without bfloat16. KIT_PRECISION overrides both. On a CPU all models predict in float32.
+    """
     dtype = DTYPES.get(precision(device))
+    if dtype is not None and trained == RECORDED["16-mixed"] and not os.environ.get(PRECISION):
+        dtype = torch.float16
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 

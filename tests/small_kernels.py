@@ -62,6 +62,7 @@ def make_run(folder, model="effnet", fold=0, family="study", architecture=None, 
         "std": [1.0],
         "fold": fold,
         "data_fingerprint": "",
+        "precision": "float32",
         "validation": {},
     }
     save_bundle(Path(folder) / "bundle", {"weight": torch.full((2, 3), float(fold))}, stated)

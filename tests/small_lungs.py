@@ -54,7 +54,7 @@ def bright_segmenter(folder: Path, **clean_up) -> Path:
     record = {
         **{"family": "segmenter", "model": "bright", "classes": ["lungs"], "recipe": dataclasses.asdict(recipe)},
         **{"architecture": {}, "longest_side": 50, "image_size": 64, "placement": "letterbox", "mean": network.mean},
-        **{"std": network.std, "fold": 0, "data_fingerprint": "", "validation": {}},
+        **{"std": network.std, "fold": 0, "data_fingerprint": "", "precision": "float32", "validation": {}},
     }
     save_bundle(folder, network.state_dict(), record)
     return folder

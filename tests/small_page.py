@@ -125,6 +125,6 @@ def _save(folder: Path, model: str, network: torch.nn.Module, fold: int, fingerp
         **{"family": "study" if model == "study" else recipe.family, "model": model, "recipe": asdict(recipe)},
         **{"classes": OUTPUTS if model == "study" else ["opacity"], "architecture": {}, "longest_side": COPY},
         **{"image_size": recipe.image_size, "placement": recipe.placement, "mean": network.mean, "std": network.std},
-        **{"fold": fold, "data_fingerprint": fingerprint, "validation": {}},
+        **{"fold": fold, "data_fingerprint": fingerprint, "precision": "float32", "validation": {}},
     }
     save_bundle(folder, network.state_dict(), record)

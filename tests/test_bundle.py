@@ -1,15 +1,17 @@
 """Bundles return from disk unchanged, and damaged ones are refused; starting weights; fingerprints."""
 
+import hashlib
 import json
 import pickle
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kitlib.bundle import data_fingerprint, read_bundle, read_record, read_weights, save_bundle
+from kitlib.bundle import data_fingerprint, read_bundle, read_record, read_weights, record_digest, save_bundle
 from kitlib.errors import BundleError
 from tests.small_bundles import edit_record
 from tests.small_xrays import SmallXrays
@@ -27,6 +29,7 @@ RECORD = {
     "std": [0.25],
     "fold": 1,
     "data_fingerprint": "f",
+    "precision": "float32",
     "validation": {"score": 0.5},
 }
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3)}
@@ -143,6 +146,7 @@ def test_a_record_nested_too_deep_is_refused(tmp_path):
     [
         ({"fold": None}, r"model\.json: missing keys \['fold'\]"),
         ({"colour": 1}, r"unknown keys \['colour'\]"),
+        ({"precision": "half"}, "precision is 'half'; valid: float16, bfloat16, float32"),
         ({"fold": "one"}, r"fold is 'one', expected type int"),
         ({"tied": {"b": "c"}}, r"ties 'b' to 'c'"),
     ],
@@ -167,6 +171,23 @@ def test_a_missing_folder_and_invalid_json_are_named(tmp_path):
     (tmp_path / "model.json").write_text("{")
     with pytest.raises(BundleError, match="is not valid JSON"):
         read_bundle(tmp_path)
+
+
+def test_a_bundle_of_an_older_kitlib_without_a_precision_is_refused(tmp_path):
+    save_bundle(tmp_path, WEIGHTS, RECORD | {"precision": "bfloat16"})
+    assert read_record(tmp_path)["precision"] == "bfloat16"
+    edit_record(tmp_path, precision=None)
+    with pytest.raises(BundleError, match="precision is missing: an older kitlib wrote it; train the model again"):
+        read_record(tmp_path)
+
+
+def test_digests_stay_the_same_from_version_to_version():
+    record = {"b": 1, "record_sha256": "x", "a": [1, 2]}
+    assert record_digest(record) == hashlib.sha256(b'{"a": [1, 2], "b": 1}').hexdigest()
+    folds = pd.DataFrame({"id": ["b", "a"], "fold": [1, 0]})
+    boxes = pd.DataFrame({"image_id": ["i"], "xmin": [1.0], "ymin": [2.0], "xmax": [3.0], "ymax": [4.5]})
+    text = b"boxes\nimage_id,xmax,xmin,ymax,ymin\ni,3.000000,1.000000,4.500000,2.000000\nfolds\nfold,id\n0,a\n1,b\n"
+    assert data_fingerprint(folds=folds, boxes=boxes) == hashlib.sha256(text).hexdigest()
 
 
 class Bomb:

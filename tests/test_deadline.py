@@ -3,10 +3,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from kitlib.deadline import Deadline, OutOfTime, session_deadline, session_limit
+from kitlib.deadline import Deadline, OutOfTime, SessionOver, session_deadline, session_limit
 
 
 def test_the_deadline_interrupts_a_wait():
@@ -55,6 +56,16 @@ def test_a_session_counts_from_its_start_and_ends_only_if_a_limit_is_set(monkeyp
     assert [session_deadline(hours).left() for hours in (2, 0)] == pytest.approx([400, 400], abs=60)
     with pytest.raises(ValueError, match="invalid session length: -1 hours"):
         session_deadline(-1)
+
+
+def test_the_end_of_a_session_is_pickled_whole():
+    over = pickle.loads(pickle.dumps(SessionOver(Path("run"), 3, 9)))
+    assert (over.run_folder, over.done, over.epochs, str(over)) == (
+        Path("run"),
+        3,
+        9,
+        "run: the session ends after 3 of 9 epochs",
+    )
 
 
 def test_a_deadline_is_the_same_in_another_process():

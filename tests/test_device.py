@@ -98,6 +98,26 @@ def test_emulated_bf16_does_not_count(monkeypatch, real_bf16, name, dtype):
     assert device.DTYPES[name] == dtype
 
 
+@pytest.mark.parametrize(
+    ("trained", "real_bf16", "chosen", "dtype"),
+    [
+        ("float16", True, "", torch.float16),
+        ("float16", False, "", torch.float16),
+        ("bfloat16", True, "", torch.bfloat16),
+        ("bfloat16", False, "", torch.float16),  # a T4 has nothing better; overflows are predicted in float32
+        ("float32", True, "", torch.bfloat16),
+        ("float16", True, "bf16-mixed", torch.bfloat16),
+        ("float16", True, "32-true", None),
+    ],
+)
+def test_a_model_predicts_in_the_precision_of_its_training_if_the_gpu_has_it(monkeypatch, trained, real_bf16, chosen, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: real_bf16)
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: dtype if enabled else None)
+    monkeypatch.setenv("KIT_PRECISION", chosen)
+    assert device.autocast(torch.device("cuda"), trained) == dtype
+    assert device.RECORDED.keys() == set(device.PRECISIONS)
+
+
 @pytest.mark.parametrize("name", device.PRECISIONS)
 def test_a_gpu_computes_in_the_precision_that_the_environment_names(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)

@@ -79,6 +79,8 @@ class Faults:
 
     def add(self, file: str, row: str, problem: str) -> None:
         """Add one fault: its file, its row (an id or a path), and the problem, with how it was handled."""
+        # A file name that is not UTF-8 has surrogates, which no table can store.
+        file, row = (text.encode("utf-8", "backslashreplace").decode() for text in (file, row))
         self.rows.append((file, row, problem))
 
     def add_summary(self, file: str, rows: Iterable[str], problem: str, others: str = "others") -> None:
@@ -140,6 +142,7 @@ class ImageHeader:
     patient_id: str = ""  # DICOM only
     view: str = ""  # DICOM only
     problem: str = ""  # why the header cannot be used, "" if it can
+    study_id: str = ""  # DICOM only
 
 
 def read_headers(paths: Sequence[str], progress: bool) -> list[ImageHeader]:
@@ -224,4 +227,4 @@ def _read_header(path: str) -> ImageHeader:
     except OSError as error:
         return ImageHeader(problem=str(error))
     problem = "" if header.rows and header.columns else "the header states no image size"
-    return ImageHeader(header.rows, header.columns, header.patient_id, header.view, problem)
+    return ImageHeader(header.rows, header.columns, header.patient_id, header.view, problem, header.study_id)

@@ -7,7 +7,7 @@ and `problem`, which also says how the fault was handled.
 import ast
 import math
 import os
-import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ import pandas as pd
 
 from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
 from kitlib.datasets.base import Dataset, Faults, cut_at_edges, read_csv, read_headers
-from kitlib.errors import DatasetError
+from kitlib.datasets.sample_submission import read_sample
+from kitlib.errors import DatasetError, SubmissionError
 from kitlib.tables import BOX, check_table
 
 STUDY_TABLE, IMAGE_TABLE, SAMPLE = "train_study_level.csv", "train_image_level.csv", "sample_submission.csv"
 # For the training set; counted in the competition's tables and DICOM headers.
 PUBLISHED = {"images": 6334, "studies": 6054, "patients": 3261, "boxes": 7853, "false_none": 217}
+MAX_DEPTH = 4  # folders below `train` or `test` in which files are searched; the competition's files are below two
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,15 @@ class SiimTest:
     faults: pd.DataFrame  # see Dataset.faults
     study_ids: tuple[str, ...]  # studies that need a row: those of the sample in its order, then others that have files
     image_ids: tuple[str, ...]  # images that need a row: those of the sample in its order, then others that have files
-    sample_ids: tuple[str, ...]  # the sample submission's ids (..._study, ..._image), each once; empty without a sample
+    sample_ids: tuple[str, ...]  # the sample submission's ids (..._study, ..._image), each once; empty if it has none
+
+    @property
+    def submission_ids(self) -> tuple[str, ...]:
+        """Ids of a submission's rows: exactly the sample's, as Kaggle requires, or those of the files below test."""
+        return self.sample_ids or (
+            *(f"{name}_study" for name in self.study_ids),
+            *(f"{name}_image" for name in self.image_ids),
+        )
 
 
 def read_train(folder: str | Path, progress: bool = True) -> Dataset:
@@ -50,7 +60,7 @@ def read_train(folder: str | Path, progress: bool = True) -> Dataset:
     train = folder / "train"
     if not train.is_dir():
         raise DatasetError(f"{train} is missing: unpack the competition's training files there, see inputs/README.md")
-    files = _find_dicom_files(train, faults)
+    files, _ = _find_dicom_files(train, faults)
     for image_id in sorted(set(rows.image_id) - set(files.image_id)):
         faults.add(IMAGE_TABLE, f"{image_id}_image", "has no file below train; left out")
     for file in files[~files.image_id.isin(rows.image_id)].itertuples():
@@ -73,26 +83,30 @@ def read_train(folder: str | Path, progress: bool = True) -> Dataset:
 def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -> SiimTest:
     """Read the test images below `folder`/test, and the ids, from files and sample submission, that need a submission row.
 
-    With `headers=False` no file is opened, which is fast: each study is then treated as a patient, and sizes are 0. The
-    files and the sample submission need not agree (the public and the hidden test set differ, and either may have no study
-    or no image): an id that is in only one of them is a fault, but still part of the result. An image with an unreadable
-    header gets a row; its study is that in its path, which is also used as its patient. Raises DatasetError if both the
-    sample submission and the folder test are missing.
+    The files are <study>/<series>/<image>.dcm, or in other places and with other suffixes if the sample has their image;
+    such a file belongs to the study of the sample that is in its path, otherwise to the one in its header. With
+    `headers=False` no file is opened, which is fast: each study is then treated as a patient, sizes are 0, and an image
+    whose path has no study has its own id as study_id, see `studies_from_headers`. The files and the sample submission need
+    not agree (the public and the hidden test set differ, and either may have no study or no image): an id that is in only
+    one of them is a fault, but still part of the result. An image with an unreadable header gets a row; its study is that in
+    its path, which is also used as its patient. Raises DatasetError if the folder test is missing and no sample submission
+    can be read.
     """
     folder = Path(folder)
-    sample, test = folder / SAMPLE, folder / "test"
-    if not sample.is_file() and not test.is_dir():
-        raise DatasetError(f"{folder} has neither {SAMPLE} nor a folder test; see inputs/README.md for its layout")
-    faults = Faults()
-    sample_ids = _read_sample_ids(sample, faults)
+    test, faults = folder / "test", Faults()
+    sample_ids = _read_sample_ids(folder / SAMPLE, faults)
+    if not sample_ids and not test.is_dir():
+        problems = "".join(f"; {file}: {problem}" for file, _, problem in faults.rows)
+        raise DatasetError(
+            f"{folder} has neither {SAMPLE} with ids nor a folder test; see inputs/README.md for its layout{problems}"
+        )
     listed: dict[str, list[str]] = {"study": [], "image": []}
     for name in sample_ids:
         bare, _, kind = name.rpartition("_")
         listed[kind].append(bare)
     if not test.is_dir():
         faults.add("test", "", "the folder is missing; only the sample submission's ids are used")
-    files = _find_dicom_files(test, faults)  # empty if the folder is missing
-    studies = sorted(entry.name for entry in test.iterdir() if entry.is_dir()) if test.is_dir() else []
+    files, studies = _find_dicom_files(test, faults, set(listed["study"]), set(listed["image"]))
     ids: dict[str, tuple[str, ...]] = {}
     for kind, names in (("study", studies), ("image", files.image_id.tolist())):
         sample_names, file_names = set(listed[kind]), set(names)
@@ -100,17 +114,31 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
             if name not in file_names:
                 faults.add(SAMPLE, f"{name}_{kind}", "has no file below test; it still gets a row")
         additional = [name for name in names if name not in sample_names]
-        for name in additional:
-            faults.add("test", name, f"the {kind} is not in {SAMPLE}; it still gets a row")
+        if sample_ids:
+            for name in additional:
+                faults.add("test", name, f"the {kind} is not in {SAMPLE}")
         ids[kind] = (*listed[kind], *additional)
     if headers:
-        images = _with_headers(files, folder, faults, "included, with the study from its path", progress).drop(
-            columns="readable"
-        )
+        images = studies_from_headers(files, ids["study"])
+        images = _with_headers(images, folder, faults, "included, with the study from its path", progress)
+        images = images.drop(columns="readable")
     else:
         images = files.assign(patient_id=files.study_id, rows=0, columns=0, view="", source="siim")
     images = check_table(images, "images", str(folder))
     return SiimTest(images, faults.table(), ids["study"], ids["image"], sample_ids)
+
+
+def studies_from_headers(images: pd.DataFrame, study_ids: Collection[str]) -> pd.DataFrame:
+    """Return `images` with the study that the DICOM header states for each image that has its own id as study_id.
+
+    Only studies in `study_ids` are used; other images, and files that cannot be read, keep their own id as study_id.
+    """
+    unknown = [row for row in images.itertuples() if row.study_id == row.image_id and os.path.isfile(row.path)]
+    headers = read_headers([row.path for row in unknown], progress=False)
+    studies = {
+        row.Index: header.study_id for row, header in zip(unknown, headers, strict=True) if header.study_id in set(study_ids)
+    }
+    return images.assign(study_id=[studies.get(index, study) for index, study in images.study_id.items()])
 
 
 def read_label_tables(folder: Path, faults: Faults) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -198,42 +226,92 @@ def _box_corners(entry: Any) -> tuple[float, float, float, float]:
 
 
 def _read_sample_ids(path: Path, faults: Faults) -> tuple[str, ...]:
-    """Return the ids in the sample submission `path` that end in _study or _image, each once, in the file's order."""
-    if not path.is_file():
-        faults.add(SAMPLE, "", "the file is missing; ids are taken from the files below test")
+    """Return the ids in the sample submission `path`, () if it cannot be read; every repair is a fault."""
+    try:
+        sample = read_sample(path)
+    except SubmissionError as error:
+        faults.add(SAMPLE, "", f"{error}; ids are taken from the files below test")
         return ()
-    ids = read_csv(path, ("id",)).id
-    for name in ids[ids.duplicated()]:
-        faults.add(SAMPLE, name, "the id occurs again; it gets one row")
-    ids = ids.drop_duplicates()
-    is_usable = ids.str.fullmatch(r".+_(?:study|image)", flags=re.DOTALL)
-    for name in ids[~is_usable]:
-        faults.add(SAMPLE, name, "the id ends neither in _study nor in _image; left out")
-    return tuple(ids[is_usable])
+    for name, problem in sample.repairs:
+        faults.add(SAMPLE, name, problem)
+    return sample.ids
 
 
-def _find_dicom_files(root: Path, faults: Faults) -> pd.DataFrame:
-    """Return a table of the files <study>/<series>/<image>.dcm below `root`, sorted by image_id.
+def _find_dicom_files(
+    root: Path, faults: Faults, study_ids: Collection[str] = (), image_ids: Collection[str] = ()
+) -> tuple[pd.DataFrame, list[str]]:
+    """Return a table of the files <study>/<series>/<image>.dcm below `root`, sorted by image_id, and all folders in `root`.
 
-    The columns are image_id, study_id and path. Other files are faults.
+    The columns are image_id, study_id and path. Files of `image_ids` may also lie elsewhere and have another suffix or none;
+    one without a study in its path has its image_id as study_id. If several files have the same image_id, the best placed is
+    used: below a study of `study_ids`, in the usual form, first in the order of paths. Other files are faults.
     """
-    files: dict[str, tuple[str, str, str]] = {}
-    for folder, _, names in sorted(os.walk(root)):
-        parts = Path(folder).relative_to(root).parts
-        for name in sorted(names):
-            path = Path(folder, name)
-            problem = ""
+    candidates, studies = [], []
+    for parts, names in _walk(root, faults):
+        if len(parts) == 1 and _can_be_id(parts[0]):
+            studies.append(parts[0])
+        for name in names:
             if name.startswith("."):
                 continue  # hidden files, created by desktops and interrupted downloads
-            if path.suffix.lower() != ".dcm" or len(parts) != 2:
+            path = root.joinpath(*parts, name)
+            has_suffix = path.suffix.lower() == ".dcm"
+            image_id = name if name in image_ids and not has_suffix else path.stem
+            is_usual, is_named = has_suffix and len(parts) == 2, image_id in image_ids
+            study = next((part for part in parts if part in study_ids), parts[0] if is_usual else "")
+            problem = ""
+            if not all(map(_can_be_id, (study, image_id))):
+                problem = "has characters in its path that an id in a CSV file cannot have; left out"
+            elif not is_usual and not is_named:
                 problem = "is not in the form <study>/<series>/<image>.dcm; left out"
-            elif path.stem in files:
-                problem = f"has the same name as {files[path.stem][2]}; left out"
+            elif not is_usual:
+                problem = f"is not in the form <study>/<series>/<image>.dcm; used, because {SAMPLE} has its image"
             if problem:
                 faults.add(_relative_path(path, root.parent), path.stem, problem)
-            else:
-                files[path.stem] = (path.stem, parts[0], str(path))
-    return pd.DataFrame([files[name] for name in sorted(files)], columns=["image_id", "study_id", "path"], dtype=object)
+            if not problem.endswith("left out"):
+                candidates.append((study not in study_ids, not is_usual, str(path), image_id, study or image_id))
+    files: dict[str, tuple[str, str, str]] = {}
+    for _, _, candidate, image_id, study in sorted(candidates):
+        if image_id in files:
+            problem = f"has the same name as {files[image_id][2]}; left out"
+            faults.add(_relative_path(candidate, root.parent), image_id, problem)
+        else:
+            files[image_id] = (image_id, study, candidate)
+    columns = ["image_id", "study_id", "path"]
+    return pd.DataFrame([files[name] for name in sorted(files)], columns=columns, dtype=object), sorted(studies)
+
+
+def _walk(root: Path, faults: Faults) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """Yield the path below `root`, as its parts, and the names of the files of each folder, at most MAX_DEPTH deep.
+
+    Links to folders are followed after all other folders. Every folder is read once, so links cannot lead in a circle.
+    """
+    starts, read = [str(root)] if root.is_dir() else [], set()
+
+    def cannot_be_read(error: OSError) -> None:
+        faults.add(
+            _relative_path(error.filename, root.parent), "", f"the folder cannot be read ({error.strerror}); left out"
+        )
+
+    for start in starts:  # grows in the loop
+        for folder, folders, names in os.walk(start, onerror=cannot_be_read):
+            status, parts = os.stat(folder), Path(folder).relative_to(root).parts
+            place = (status.st_dev, status.st_ino)
+            if place in read or len(parts) > MAX_DEPTH:
+                reason = (
+                    "is a link to a folder that is read already" if place in read else f"is over {MAX_DEPTH} folders deep"
+                )
+                faults.add(_relative_path(folder, root.parent), "", f"{reason}; left out")
+                folders.clear()
+                continue
+            read.add(place)
+            folders.sort()
+            starts += [os.path.join(folder, name) for name in folders if os.path.islink(os.path.join(folder, name))]
+            yield parts, sorted(names)
+
+
+def _can_be_id(name: str) -> bool:
+    """Return whether an id can be written to a CSV file as it is."""
+    return name.isprintable() and not set(name) & {",", '"'}
 
 
 def _with_headers(images: pd.DataFrame, folder: Path, faults: Faults, outcome: str, progress: bool) -> pd.DataFrame:

@@ -1,12 +1,16 @@
 """Decodes a test set once, while the first model predicts it, for all models of a submission."""
 
+import logging
 import threading
 from collections.abc import Iterator
 
 import pandas as pd
 
+from kitlib.errors import CacheError
 from kitlib.xrays.cache import CachedXray, XrayCache
 from kitlib.xrays.worker import Outcome
+
+logger = logging.getLogger(__name__)
 
 
 class DecodedOnce:
@@ -19,7 +23,7 @@ class DecodedOnce:
 
     def __init__(self, cache: XrayCache, images: pd.DataFrame, workers: int, timeout_s: float) -> None:
         """Decode no file yet. `workers` is the number of decoding processes, 0 for one per core; `timeout_s` is per file."""
-        self.cache = cache
+        self.cache, self.images, self.timeout_s = cache, images, timeout_s
         self.error: Exception | None = None
         self.outcomes: list[Outcome] = []
         self._decoding = cache.decode(images, workers=workers or None, timeout_s=timeout_s)
@@ -31,8 +35,8 @@ class DecodedOnce:
         while self._decode_up_to(index):
             outcome = self.outcomes[index]
             index += 1
-            if outcome.status != "failed" and outcome.image_id not in image_ids:
-                yield self.cache.read(outcome.image_id)
+            if outcome.status != "failed" and outcome.image_id not in image_ids and (xray := self._read(index - 1)):
+                yield xray
 
     def sized(self, images: pd.DataFrame) -> pd.DataFrame:
         """Return the rows of `images` that are decoded so far; `rows` and `columns` are added, the image's original size."""
@@ -46,6 +50,17 @@ class DecodedOnce:
         if self._one_at_a_time.acquire(timeout=2):
             self._decoding.close()
             self._one_at_a_time.release()
+
+    def _read(self, index: int) -> CachedXray | None:
+        """Return the image of `outcomes[index]`, decoded again if its entry is damaged or gone; None if that fails."""
+        image_id = self.outcomes[index].image_id
+        try:
+            return self.cache.read(image_id)
+        except (CacheError, KeyError) as error:
+            logger.warning("decoding %s again: %s", image_id, error)
+        image = self.images[self.images.image_id == image_id]
+        self.outcomes[index] = next(self.cache.decode(image, workers=1, timeout_s=self.timeout_s))
+        return None if self.outcomes[index].status == "failed" else self.cache.read(image_id)
 
     def _decode_up_to(self, index: int) -> bool:
         """Decode the next file if `outcomes` has no element `index` yet; return whether it has one now."""

@@ -75,6 +75,7 @@ class Predictor:
         self.seen: list[str] = []  # image_ids whose predictions have been yielded, including those without boxes
         self.overflowed, self._batch_overflowed = 0, False
         self.lungs_missed = 0
+        self.trained = record["precision"]
         recipe = record["recipe"]
         self.views = tuple(views or recipe.get("views") or ("full",))
         unknown = [view for view in self.views if view not in VIEWS]
@@ -150,7 +151,7 @@ class Predictor:
 
     def _probabilities(self, batch: Batch) -> pd.DataFrame:
         if self.family.sees_patches:
-            with torch.inference_mode(), autocast(self.device):
+            with torch.inference_mode(), autocast(self.device, self.trained):
                 probabilities = self.network.image_probabilities(batch.pixels["full"], batch.where).numpy()
         else:
             self._batch_overflowed = False
@@ -165,7 +166,7 @@ class Predictor:
         return table
 
     def _classify(self, pixels: torch.Tensor) -> list[np.ndarray]:
-        with torch.inference_mode(), autocast(self.device):
+        with torch.inference_mode(), autocast(self.device, self.trained):
             logits = self.network(self.network.normalise(pixels))
             if not logits.isfinite().all():  # float16 ends at 65,504
                 self._batch_overflowed = True

@@ -34,6 +34,7 @@ class LungSegmenter:
     ) -> None:
         self.model, self.recipe, self.network, self.device = record["model"], network.recipe, network, device
         self.segmenter = segmenter_digest(record) if "weights_sha256" in record else ""
+        self.trained = record["precision"]
         self.fitted = HalvingBatches(self.model, device, batch_size or BATCH_SIZES[device.type])
         self.missed = 0
 
@@ -80,8 +81,12 @@ class LungSegmenter:
         return self.fitted(self._compute, pixels), placements
 
     def _compute(self, pixels: torch.Tensor) -> list[np.ndarray]:
-        with torch.inference_mode(), autocast(self.device):
-            probabilities = self.network.probabilities(self.network(self.network.normalise(pixels)))
+        with torch.inference_mode(), autocast(self.device, self.trained):
+            logits = self.network(self.network.normalise(pixels))
+            if not logits.isfinite().all():  # float16 ends at 65,504
+                with torch.autocast(self.device.type, enabled=False):
+                    logits = self.network(self.network.normalise(pixels))
+            probabilities = self.network.probabilities(logits)
         return list((255 * probabilities[:, 1:]).round().to(torch.uint8).cpu().numpy())
 
 

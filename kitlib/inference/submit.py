@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from kitlib.datasets.siim import read_test
+from kitlib.datasets.siim import read_test, studies_from_headers
 from kitlib.deadline import Deadline, OutOfTime, session_limit, session_start
 from kitlib.inference.install_wheels import install_wheels
 from kitlib.paths import find_input
-from kitlib.scoring.submission_csv import submission_ids, write_submission
-from kitlib.scoring.validate import validate
+from kitlib.scoring.submission_csv import write_submission
+from kitlib.scoring.validate import validate_rows
 
 if TYPE_CHECKING:
     from kitlib.fusion.ensemble_bundle import Ensemble
@@ -99,10 +99,10 @@ class SubmissionRun:
         """Write the placeholder predictions to `output`.
 
         `competition` is the folder that contains `test/` and `sample_submission.csv`. The submission gets the rows of the
-        sample or, if the sample is missing, one row per study and image in `test/`.
+        sample or, if the sample is missing or cannot be read, one row per study and image in `test/`.
         """
         began = time.monotonic()
-        self.settings, self.output, self.sample = settings, Path(output), Path(competition) / "sample_submission.csv"
+        self.settings, self.output = settings, Path(output)
         limit, start = session_limit(settings.time_limit_s), session_start()
         self.deadline, self.last_deadline = Deadline(limit * settings.share, start), Deadline(limit * LAST_SHARE, start)
         self.rows: list[dict[str, Any]] = []
@@ -113,14 +113,13 @@ class SubmissionRun:
         self.ensemble: Ensemble | None = None
         self.stacked: Stacked | None = None  # result of the ensemble in the latest fusion
         test = read_test(competition, headers=False)
-        self.images = test.images
+        self.images, self.study_ids, self.ids = test.images, test.study_ids, test.submission_ids
         self.readable = len(self.images)  # number of files that were not found unreadable
-        # Kaggle requires exactly the sample's rows; the test files are used only if there is no sample.
-        self.ids = test.sample_ids or submission_ids(test.study_ids, test.image_ids)
         write_submission(self.output, self.ids)
         self._note("priors", len(self.ids), began, f"time limit {limit:.0f} s, planned {limit * settings.share:.0f} s")
-        for fault in test.faults.itertuples():
-            self._note("listing", 1, began, f"{fault.file} {fault.row}: {fault.problem}")
+        for problem, faults in test.faults.groupby("problem", sort=False):
+            first, others = faults.iloc[0], f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+            self._note("listing", len(faults), began, f"{first.file} {first.row}{others}: {problem}")
 
     @property
     def ledger(self) -> pd.DataFrame:
@@ -155,6 +154,7 @@ class SubmissionRun:
                     from kitlib.xrays.cache import XrayCache
 
                     fusion = self._read_weights(find_input(weights))
+                    self._find_studies()
                     longest_side = self.settings.longest_side or max(model.record.longest_side for model in self.models)
                     cache = XrayCache(folder, longest_side, self.settings.only_projections)
                     xrays = DecodedOnce(cache, self.images, self.settings.workers, self.settings.file_timeout_s)
@@ -179,20 +179,22 @@ class SubmissionRun:
         return [{"bundle": name, "predicted": predicted.get(name, 0), "readable": self.readable} for name in self.listed]
 
     def finish(self) -> pd.DataFrame:
-        """Validate the submission and return the ledger. Raises ValueError if Kaggle would reject the submission.
-
-        Without sample_submission.csv, nothing is validated.
-        """
+        """Validate the submission and return the ledger; faults for which Kaggle would reject the submission get a row."""
         began = time.monotonic()
-        if not self.sample.is_file():
-            self._note("validate", len(self.ids), began, "not validated: sample_submission.csv does not exist")
-            return self.ledger
-        faults = validate(self.sample, self.output)
-        note = f"{len(faults)} faults; the first is: {faults[0]}" if faults else "valid"
-        self._note("validate", len(self.ids), began, note)
+        faults = validate_rows(self.ids, self.output)
+        note = f"Kaggle would reject {self.output}: {len(faults)} faults; the first is: {faults[0]}" if faults else "valid"
         if faults:
-            raise ValueError(f"Kaggle would reject {self.output}: {note}")
+            logger.error(note)
+        self._note("validate", len(self.ids), began, note)
         return self.ledger
+
+    def _find_studies(self) -> None:
+        """Find the studies of images whose paths do not contain them, in their headers."""
+        began, count = time.monotonic(), int((self.images.study_id == self.images.image_id).sum())
+        if count:
+            self.images = studies_from_headers(self.images, self.study_ids)
+            unknown = int((self.images.study_id == self.images.image_id).sum())
+            self._note("studies", count, began, f"read from the headers, {unknown} without one that needs a row")
 
     def _read_weights(self, weights: Path) -> "FusionSettings":
         from kitlib.fusion.model_fusion import FusionSettings, read_settings

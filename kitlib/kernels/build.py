@@ -180,7 +180,7 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
         kind = "study" if family.answers == STUDIES else "detector"
         if family.answers == STUDIES and record["recipe"].get("outputs") != "none":
             study_models.add(record["model"])
-        recorded = ("family", "model", "fold", "weights_sha256", "record_sha256")
+        recorded = ("family", "model", "fold", "precision", "weights_sha256", "record_sha256")
         manifest.append({"folder": name, "kind": kind} | {key: record[key] for key in recorded})
     if spec.fusion:
         fusion = project_root() / spec.fusion

@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from kitlib.errors import KernelError
+from kitlib.datasets.siim import read_test
+from kitlib.errors import DatasetError, KernelError
 from kitlib.kernels.kaggle_environment import create_environment, link_kaggle_packages
 from kitlib.kernels.sandbox import no_sandbox_reason, sandbox_command
 from kitlib.kernels.spec import KernelSpec
@@ -25,7 +26,7 @@ from kitlib.notebook import first_problem
 from kitlib.paths import project_root
 from kitlib.processes import kill_family
 from kitlib.scoring.score import score_files
-from kitlib.scoring.validate import validate
+from kitlib.scoring.validate import validate_rows
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +105,7 @@ def rehearse(
     folders = _find_inputs(metadata, built_datasets, inputs, LAYOUTS[layout])
     if truth and not spec.is_submission:
         raise KernelError(f"{spec.slug} makes no submission to score with the ground truth; leave the ground truth out")
-    sample = inputs / spec.competition / "sample_submission.csv"
-    if spec.is_submission and not sample.is_file():
-        raise KernelError(f"{sample} does not exist; the folder of inputs must contain {spec.competition}/")
+    ids = _find_submission_ids(inputs / spec.competition) if spec.is_submission else ()
     packages = link_kaggle_packages()
     working, log, executed = out / "working", out / "rehearsal.log", out / "rehearsal.ipynb"
     shutil.rmtree(working, ignore_errors=True)
@@ -121,7 +120,7 @@ def rehearse(
         environment["KIT_TIME_LIMIT_S"] = f"{time_limit_s:g}"
         exit_code, seconds = run_with_limit(command, environment, working, time_limit_s, log, on_line)
     problem = _find_problem(exit_code, seconds > time_limit_s, executed)
-    result, unfinished, faults = _check_result(spec, working, sample)
+    result, unfinished, faults = _check_result(spec, working, ids)
     scores = score_files(truth, working / result) if truth and not faults else None
     if spec.is_submission and not allow_placeholders:
         faults += _find_unused_bundles(out / "weights" / "weights.json", working / USAGE)
@@ -206,16 +205,24 @@ def _installable_wheels(wheels: Path, replacement_folder: Path) -> Path:
     return replacement_folder
 
 
-def _check_result(spec: KernelSpec, working: Path, sample: Path) -> tuple[str, bool, tuple[str, ...]]:
+def _find_submission_ids(competition: Path) -> tuple[str, ...]:
+    """Return the ids that a submission for `competition` must have. Raises KernelError if nothing names them."""
+    try:
+        return read_test(competition, headers=False).submission_ids
+    except DatasetError as error:
+        raise KernelError(f"the rows of a submission are unknown: {error}") from error
+
+
+def _check_result(spec: KernelSpec, working: Path, ids: tuple[str, ...]) -> tuple[str, bool, tuple[str, ...]]:
     """Return the path of the result below `working`, whether the run can be resumed, and a tuple of the result's faults.
 
     The result is submission.csv of a submission, metrics.json of another run, or "" for a notebook that makes no run.
-    `sample` is the sample submission to which a submission is compared.
+    `ids` are those that a submission must have.
     """
     if spec.is_submission:
         result = working / "submission.csv"
         faults = (
-            tuple(map(str, validate(sample, result)))
+            tuple(map(str, validate_rows(ids, result)))
             if result.is_file()
             else (f"{result.name} does not exist in {working}",)
         )

@@ -59,10 +59,16 @@ class Pyramid(nn.Module):
         Each map is float32 (n, out_channels, rows, columns).
         """
         with autocast(images.device):
-            features = self.body(images)
-            maps = self.fpn(OrderedDict((str(index), features[level]) for index, level in enumerate(self.levels)))
+            maps = self._maps(images)
+        # float16 ends at 65,504. In training, the gradient scaler skips such a batch.
+        if not self.training and not all(level.isfinite().all() for level in maps.values()):
+            maps = self._maps(images)
         # The remaining layers run in full precision, because bfloat16 coordinates would be off by four pixels.
         return OrderedDict((name, maps[name].float()) for name in list(maps)[: len(self.strides)])
+
+    def _maps(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+        features = self.body(images)
+        return self.fpn(OrderedDict((str(index), features[level]) for index, level in enumerate(self.levels)))
 
 
 class FasterRCNNDetector(nn.Module):

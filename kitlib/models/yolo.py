@@ -109,8 +109,10 @@ class YoloDetector(nn.Module):
         images = pixels.to(device)[:, None].expand(-1, 3, -1, -1).float() / 255
         # float16 coordinates are precise to a quarter of a pixel; bfloat16 would be off by two pixels.
         with torch.autocast(device.type, torch.float16, enabled=precision(device) != "32-true"):
-            output = self.model(images)
-        return [self._suppress(boxes).cpu().numpy() for boxes in self._candidates(output)]
+            candidates = self._candidates(self.model(images))
+        if not all(boxes.isfinite().all() for boxes in candidates):  # float16 ends at 65,504
+            candidates = self._candidates(self.model(images))
+        return [self._suppress(boxes).cpu().numpy() for boxes in candidates]
 
     def _load_weights(self) -> str:
         """Load the recipe's starting weights and return a summary, "from scratch" if there are none.

@@ -16,12 +16,12 @@ import pandas as pd
 
 from kitlib.atomic import write_text
 from kitlib.classes import IMAGE_CLASSES, SCORED_CLASSES, STUDY_CLASSES
+from kitlib.datasets.sample_submission import HEADER
 from kitlib.errors import SubmissionError
 from kitlib.tables import BOX
 
 logger = logging.getLogger(__name__)
 
-HEADER = ["id", "PredictionString"]
 ONE_PIXEL = (0.0, 0.0, 1.0, 1.0)
 LABELS = {"study": STUDY_CLASSES, "image": IMAGE_CLASSES}
 _LABEL_CODE = {label: code for code, label in enumerate(SCORED_CLASSES)}
@@ -79,22 +79,6 @@ def read_cells(path: str | Path) -> list[tuple[int, list[str]]]:
             return [(reader.line_num, cells) for cells in reader if cells]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SubmissionError(f"{path} cannot be read as a CSV file in UTF-8: {error}") from error
-
-
-def read_ids(path: str | Path) -> list[str]:
-    """Return the ids in sample_submission.csv, or any file with such ids in its first column, in the file's order.
-
-    Raises SubmissionError for a wrong header, an invalid id or a duplicate id.
-    """
-    cells = read_cells(path)
-    if not cells or cells[0][1][:1] != HEADER[:1]:
-        raise SubmissionError(f"{path} must begin with the header {','.join(HEADER)}")
-    ids = [row[0] for _, row in cells[1:]]
-    for submission_id in ids:
-        split_id(submission_id)
-    if len(set(ids)) < len(ids):
-        raise SubmissionError(f"{path} has a duplicate id: {pd.Series(ids)[pd.Series(ids).duplicated()].iloc[0]}")
-    return ids
 
 
 def parse_prediction(text: str) -> tuple[list[str], np.ndarray]:

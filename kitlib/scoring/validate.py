@@ -1,13 +1,15 @@
 """Checks whether Kaggle would accept a submission.csv and lists every fault with its row."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from kitlib.datasets.sample_submission import HEADER, read_sample
 from kitlib.errors import SubmissionError
-from kitlib.scoring.submission_csv import HEADER, LABELS, ONE_PIXEL, parse_prediction, read_cells, read_ids, split_id
+from kitlib.scoring.submission_csv import LABELS, ONE_PIXEL, parse_prediction, read_cells, split_id
 
 # Texts that pandas, and so Kaggle's scorer, reads as NaN.
 READ_AS_NAN = frozenset(
@@ -32,13 +34,19 @@ class Fault:
 
 
 def validate(sample: str | Path, submission: str | Path) -> list[Fault]:
+    """Return all faults of a submission file, see `validate_rows`; `sample` is the path of sample_submission.csv.
+
+    Raises SubmissionError if the sample cannot be read.
+    """
+    return validate_rows(read_sample(sample).ids, submission)
+
+
+def validate_rows(ids: Sequence[str], submission: str | Path) -> list[Fault]:
     """Return all faults of a submission file, ordered by row, missing ids last; [] if Kaggle would accept the file.
 
-    `sample` is the path of sample_submission.csv, which lists the valid ids. Rows, and the groups in a prediction string,
-    may have any order, and classes may be missing. Raises SubmissionError if the sample cannot be read; a submission that
-    cannot be read is a fault.
+    `ids` are the ids that the file must have, those of the sample submission. Rows, and the groups in a prediction string,
+    may have any order, and classes may be missing. A submission that cannot be read is a fault.
     """
-    expected = read_ids(sample)
     try:
         cells = read_cells(submission)
     except SubmissionError as error:
@@ -46,7 +54,7 @@ def validate(sample: str | Path, submission: str | Path) -> list[Fault]:
     if not cells:
         return [Fault(None, None, f"{submission} is empty")]
     first_row: dict[str, int] = {}
-    faults, valid_ids = [], set(expected)
+    faults, valid_ids = [], set(ids)
     line, header = cells[0]
     if header != HEADER:
         faults.append(Fault(line, None, f"the header is {','.join(header)!r}, but must be {','.join(HEADER)!r}"))
@@ -61,7 +69,7 @@ def validate(sample: str | Path, submission: str | Path) -> list[Fault]:
             faults.append(Fault(line, name, "extra id: it is not in the sample submission"))
         elif len(row) >= 2:
             faults += [Fault(line, name, problem) for problem in prediction_faults(row[1], split_id(name)[1])]
-    missing = (name for name in expected if name not in first_row)
+    missing = (name for name in ids if name not in first_row)
     return faults + [Fault(None, name, "missing id: it is in the sample submission") for name in missing]
 
 

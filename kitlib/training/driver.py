@@ -35,7 +35,7 @@ def train_fold(task: Task, fold: int, run_folder: str | Path) -> TrainedFold | N
     result = strategy.fit(model, device)
     if not data_parallel.is_first_process():
         return None
-    save_trained(run_folder, model, family.name, strategy.classes, identity, result)
+    save_trained(run_folder, model, family.name, strategy.classes, identity, result, device)
     counts = {
         "starting_weights": starting_weights,
         "train_images": len(strategy.train),

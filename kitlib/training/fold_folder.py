@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from kitlib.atomic import replacing, write_json, write_text
 from kitlib.bundle import save_bundle
-from kitlib.device import precision
+from kitlib.device import RECORDED, precision
 from kitlib.errors import TrainingError
 from kitlib.recipes.fields import TrainingRecipe
 from kitlib.runs.record import process_record
@@ -150,12 +150,18 @@ def _read_progress(fold: Path) -> tuple[bool, int]:
 
 
 def save_trained(
-    run_folder: Path, model: Any, family: str, classes: Iterable[str], identity: dict[str, Any], fitted: FitResult
+    run_folder: Path,
+    model: Any,
+    family: str,
+    classes: Iterable[str],
+    identity: dict[str, Any],
+    fitted: FitResult,
+    device: torch.device,
 ) -> None:
     """Write the trained model to run_folder/bundle.
 
     `model` has the weights of the kept epoch, a `recipe`, and the `mean` and `std` that normalise its input. `family` is the
-    name of its model family; `identity` describes the run, as in `open_run`.
+    name of its model family; `identity` describes the run, as in `open_run`; `device` is that of the training.
     """
     recipe, best = model.recipe, fitted.best()
     record = {key: identity[key] for key in ("model", "fold", "recipe", "longest_side", "data_fingerprint")} | {
@@ -167,6 +173,7 @@ def save_trained(
         "placement": recipe.placement,
         "mean": list(model.mean),
         "std": list(model.std),
+        "precision": RECORDED[precision(device)],
         "validation": {name: best[name] for name in ("score", *classes) if name in best},
     }
     save_bundle(run_folder / "bundle", model.state_dict(), record)

@@ -17,13 +17,12 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 from pebble import ProcessExpired, ProcessPool
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from tqdm import tqdm
 
 from kitlib.atomic import replacing
 from kitlib.errors import CacheError
 from kitlib.paths import scratch_root
+from kitlib.xrays.entry import read_entry, write_entry
 from kitlib.xrays.modality import NOT_AN_XRAY
 from kitlib.xrays.worker import LightContext, Outcome, decode_into, source_of, start_worker
 
@@ -75,9 +74,10 @@ class XrayCache:
     Each image is one safetensors file, written atomically. `pack` turns all entries into one archive, which this class reads
     as well. Entries with another `longest_side` or decoder version are in another subfolder and are ignored. An entry is
     reused for a file at any path if the file's size, modification time and sampled bytes (see `source_of`) equal those of
-    the file that was decoded; otherwise the image is decoded again. With `only_projections`, files of other modalities, such
-    as CT, result in failed outcomes; otherwise they have a warning (see kitlib.xrays.modality). Raises ValueError if
-    `longest_side` is below 1, CacheError if an archive cannot be unpacked.
+    the file that was decoded, and if its checksum is right; otherwise the image is decoded again. The checksum is compared
+    once per object and image. With `only_projections`, files of other modalities, such as CT, result in failed outcomes;
+    otherwise they have a warning (see kitlib.xrays.modality). Raises ValueError if `longest_side` is below 1, CacheError if
+    an archive cannot be unpacked.
     """
 
     def __init__(self, folder: str | Path, longest_side: int = 1024, only_projections: bool = False):
@@ -86,6 +86,7 @@ class XrayCache:
         self.longest_side, self.only_projections = longest_side, only_projections
         self.folder = Path(folder) / f"{longest_side}px_v{DECODING}"
         self.packed = self.folder.with_suffix(".tar")
+        self._verified: set[str] = set()  # image_ids whose checksum was right
         if self.packed.is_file() and not self.folder.is_dir():
             self.folder = _unpack(self.packed)
 
@@ -152,19 +153,14 @@ class XrayCache:
             raise KeyError(
                 f"no image {image_id!r} in {self.folder}; decode it first, and if decoding failed, see its Outcome{hint}"
             )
-        try:
-            with safe_open(entry, framework="numpy") as opened:
-                metadata = opened.metadata()
-                return CachedXray(image_id, opened.get_tensor("pixels"), int(metadata["rows"]), int(metadata["columns"]))
-        except (SafetensorError, KeyError, TypeError) as error:
-            raise CacheError(f"{entry} is damaged ({error}); delete it and decode the image again") from error
+        pixels, facts = read_entry(entry, verify=image_id not in self._verified)
+        self._verified.add(image_id)
+        return CachedXray(image_id, pixels, int(facts["rows"]), int(facts["columns"]))
 
     def put(self, xray: CachedXray) -> None:
         """Write `xray`, such as a modified copy, as an entry that has no source file; replaces an existing entry."""
-        entry = self._entry_path(xray.image_id)
-        metadata = {"rows": str(xray.rows), "columns": str(xray.columns), "warnings": "[]"}
-        with replacing(entry) as temporary_path:
-            temporary_path.write_bytes(save({"pixels": np.ascontiguousarray(xray.pixels)}, metadata=metadata))
+        facts = {"rows": str(xray.rows), "columns": str(xray.columns), "warnings": "[]"}
+        write_entry(self._entry_path(xray.image_id), xray.pixels, facts)
 
     def pack(self) -> Path:
         """Replace the folder of entries with one tar archive and return its path.
@@ -193,15 +189,15 @@ class XrayCache:
 
     def _cached_outcome(self, image_id: str, path: str) -> Outcome | None:
         """Return an Outcome with status "cached" if the entry was decoded from the content of the file `path`, else None."""
+        entry = self._entry_path(image_id)
         try:
-            with safe_open(self._entry_path(image_id), framework="numpy") as opened:
-                metadata = opened.metadata() or {}
-            if not source_of(path).items() <= metadata.items():
+            _, facts = read_entry(entry)
+            if not source_of(path).items() <= facts.items():
                 return None
-        except (OSError, SafetensorError):  # entry missing or damaged, or source file missing: the worker reports it
+        except (OSError, CacheError):  # entry missing or damaged, or source file missing: the worker reports it
             return None
         return Outcome(
-            image_id, "cached", "", tuple(json.loads(metadata["warnings"])), int(metadata["rows"]), int(metadata["columns"])
+            image_id, "cached", "", tuple(json.loads(facts["warnings"])), int(facts["rows"]), int(facts["columns"])
         )
 
     def _collect_finished(self, running: dict[Future, tuple[str, float]]) -> Iterator[Outcome]:

@@ -21,12 +21,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-from safetensors.numpy import save
 
-from kitlib.atomic import replacing
 from kitlib.errors import UnreadableXray
 from kitlib.letterbox import letterbox
 from kitlib.xrays.dicom import decode_xray
+from kitlib.xrays.entry import write_entry
 from kitlib.xrays.image_file import decode_image, image_format
 from kitlib.xrays.json_header import MAX_JSON_BYTES, json_header_path
 
@@ -61,8 +60,7 @@ def decode_into(entry: Path, image_id: str, path: str, longest_side: int) -> Out
         return Outcome(image_id, "failed", getattr(error, "reason", str(error)), seconds=time.perf_counter() - start)
     rows, columns = xray.pixels.shape
     metadata = {**source, "rows": str(rows), "columns": str(columns), "warnings": json.dumps(xray.warnings)}
-    with replacing(entry) as temporary_path:
-        temporary_path.write_bytes(save({"pixels": shrink(xray.pixels, longest_side)}, metadata=metadata))
+    write_entry(entry, shrink(xray.pixels, longest_side), metadata)
     return Outcome(image_id, "decoded", "", xray.warnings, rows, columns, time.perf_counter() - start)
 
 

@@ -1,5 +1,8 @@
 """The SIIM layout becomes tables, and everything broken in it is told."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +11,7 @@ from hypothesis import strategies as st
 from pydicom.uid import ExplicitVRLittleEndian
 
 from kitlib.datasets.base import Faults
-from kitlib.datasets.siim import read_label_tables, read_test, read_train
+from kitlib.datasets.siim import read_label_tables, read_test, read_train, studies_from_headers
 from kitlib.errors import DatasetError
 from kitlib.xrays.writing import write_xray
 
@@ -44,8 +47,8 @@ def layout(tmp_path):
     return tmp_path
 
 
-def xray(path, patient: str) -> None:
-    write_xray(path, np.zeros((16, 20), np.uint8), transfer_syntax=ExplicitVRLittleEndian, patient_id=patient)
+def xray(path, patient: str, **ids: str) -> None:
+    write_xray(path, np.zeros((16, 20), np.uint8), transfer_syntax=ExplicitVRLittleEndian, patient_id=patient, **ids)
 
 
 def sample(folder, ids) -> None:
@@ -184,7 +187,7 @@ def test_a_test_set_of_another_size_than_the_sample_keeps_both(layout):
     assert sorted(test.faults.row) == ["e_image", "f", "g", "odd", "s0_study", "s5", "z_image"]
 
 
-@pytest.mark.parametrize("odd", ["", "_study", "_image", "s4", "s4_study ", "s4_patient"])
+@pytest.mark.parametrize("odd", ["", "_study", "_image", "s4", "s4_patient"])
 def test_the_samples_own_ids_are_as_written_in_its_order_without_odd_ones(layout, odd):
     sample(layout, ["g_image", odd, "s4_study", "a_b_study", "g_image"])
     test = read_test(layout, progress=False)
@@ -229,6 +232,72 @@ def test_missing_parts_of_a_test_set(layout):
     (layout / "sample_submission.csv").unlink()
     with pytest.raises(DatasetError, match="neither sample_submission"):
         read_test(layout, progress=False)
+
+
+def move(layout, target, source="test/s4/series-e/e.dcm") -> None:
+    (layout / target).parent.mkdir(parents=True, exist_ok=True)
+    (layout / source).rename(layout / target)
+
+
+def link(layout, path, target) -> None:
+    (layout / path).symlink_to(target)
+
+
+LAYOUTS = {
+    "flat in the study": lambda layout: move(layout, "test/s4/e.dcm"),
+    "one folder deeper": lambda layout: move(layout, "test/s4/series-e/more/e.dcm"),
+    "study one folder deeper": lambda layout: move(layout, "test/archive/s4/series-e/e.dcm"),
+    "study two folders deep": lambda layout: move(layout, "test/archive/s4/e.dcm"),
+    "no suffix": lambda layout: move(layout, "test/s4/series-e/e"),
+    "another suffix": lambda layout: move(layout, "test/s4/series-e/e.dicom"),
+    "linked study": lambda layout: (move(layout, "elsewhere", "test/s4"), link(layout, "test/s4", layout / "elsewhere")),
+    "linked series": lambda layout: (
+        move(layout, "elsewhere", "test/s4/series-e"),
+        link(layout, "test/s4/series-e", layout / "elsewhere"),
+    ),
+    "circle of links": lambda layout: (link(layout, "test/s4/up", ".."), link(layout, "test/s4/series-e/up", "../..")),
+    "link to a study": lambda layout: link(layout, "test/a0", "s4"),
+    "copy elsewhere": lambda layout: shutil.copytree(layout / "test/s4/series-e", layout / "test/a0/series-e"),
+    "copy beside": lambda layout: shutil.copy(layout / "test/s4/series-e/e.dcm", layout / "test/s4/e.dcm"),
+}
+TOLD = {"study two folders deep": 0, "linked study": 0, "linked series": 0, "circle of links": 2, "copy beside": 2}
+
+
+@pytest.mark.parametrize("headers", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_an_image_of_the_sample_is_found_wherever_it_lies(layout, name, headers):
+    LAYOUTS[name](layout)
+    test = read_test(layout, progress=False, headers=headers)
+    assert test.images[["image_id", "study_id"]].to_numpy().tolist() == [["e", "s4"], ["f", "s4"], ["g", "s5"]]
+    assert all(Path(path).is_file() for path in test.images.path)
+    assert "a0" not in test.images.path[0]  # of two files, the one below the sample's study
+    faults = test.faults[~test.faults.problem.str.startswith("the study is not in")]
+    assert len(faults) == TOLD.get(name, 1)
+    assert read_test(layout, progress=False, headers=headers).faults.equals(test.faults)
+
+
+def test_the_study_of_a_file_without_a_folder_is_in_its_header(layout):
+    (layout / "test/s4/series-e/e.dcm").unlink()
+    (layout / "test/s4/series-f/f.dcm").unlink()
+    xray(layout / "test/e.dcm", "p4", study_id="s4")
+    xray(layout / "test/f", "p4", study_id="of no row")
+    test = read_test(layout, progress=False, headers=False)
+    assert test.images.study_id.tolist() == ["e", "f", "s5"]
+    assert studies_from_headers(test.images, test.study_ids).study_id.tolist() == ["s4", "f", "s5"]
+    assert read_test(layout, progress=False).images.study_id.tolist() == ["s4", "f", "s5"]
+
+
+def test_without_a_sample_only_files_in_the_usual_form_are_test_images(layout):
+    (layout / "sample_submission.csv").write_bytes(b"")
+    move(layout, "test/s4/series-e/Thumbs.db")
+    move(layout, "test/flat.dcm", "test/s4/series-f/f.dcm")
+    move(layout, "test/s5/series-g/g,h.dcm", "test/s5/series-g/g.dcm")
+    xray(layout / "test/s5/series-i/i.dcm", "p5")
+    test = read_test(layout, progress=False)
+    assert test.submission_ids == ("s4_study", "s5_study", "i_image")
+    assert test.faults.problem.str.endswith("left out").tolist() == [False, True, True, True]
+    assert "no id that ends in _study" in told(test.faults, "") and "form <study>" in told(test.faults, "Thumbs")
+    assert "characters" in told(test.faults, "g,h")
 
 
 boxes_drawn = st.lists(

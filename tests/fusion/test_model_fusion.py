@@ -286,6 +286,13 @@ def test_settings_survive_json(tmp_path):
     assert from_dict(FusionSettings, json.loads(json.dumps(asdict(PLAIN)))) == PLAIN
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b'{"colour": 1}', b"[" * 100_000])
+def test_a_file_without_settings_is_refused(tmp_path, content):
+    (tmp_path / "fusion.json").write_bytes(content)
+    with pytest.raises(SettingsError):
+        read_settings(tmp_path / "fusion.json")
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

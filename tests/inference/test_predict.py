@@ -41,6 +41,7 @@ RECORD = {
     "std": [0.5],
     "fold": 2,
     "data_fingerprint": "",
+    "precision": "float32",
     "validation": {},
 }
 
@@ -128,6 +129,18 @@ def test_boxes_of_every_view_are_in_original_pixels(placement, views, monkeypatc
     for side in ("xmin", "ymin", "xmax", "ymax"):
         # a canvas pixel is at most 0.625 original pixels and a cached pixel is two, so edges are blurred by that much
         assert (merged[side] - merged[f"{side}_true"]).abs().max() < 1.3
+
+
+def test_a_box_of_score_zero_has_no_part_in_the_fusion_of_views(monkeypatch):
+    small, found = SmallXrays(8), Detector.found
+
+    def with_zero(canvas):
+        boxes = found(canvas)
+        return np.concatenate([boxes, boxes - [5, 5, 5, 5, 0.5]])
+
+    expected = pd.concat(detecting(views=("full", "flip")).predict(small.stream()))
+    monkeypatch.setattr(Detector, "found", staticmethod(with_zero))
+    pd.testing.assert_frame_equal(pd.concat(detecting(views=("full", "flip")).predict(small.stream())), expected)
 
 
 def test_without_lungs_the_lungs_view_is_the_whole_image_and_counted(monkeypatch):
@@ -409,7 +422,7 @@ class Overflowing(torch.nn.Module):
 
 def test_a_batch_that_overflows_in_half_precision_is_predicted_in_float32(monkeypatch):
     half = functools.partial(torch.autocast, "cpu", dtype=torch.float16)
-    monkeypatch.setattr("kitlib.inference.predict.autocast", lambda device: half())
+    monkeypatch.setattr("kitlib.inference.predict.autocast", lambda *_: half())
     images = {"dark": 1, "bright": 200, "broken": 9}
     xrays = [CachedXray(name, np.full((32, 32), value, np.uint8), 32, 32) for name, value in images.items()]
     predictor = Predictor(RECORD, Overflowing(), CPU, batch_size=1)

@@ -52,7 +52,14 @@ def bundle(network, tmp_path_factory):
     record = {
         **{"family": "patches", "model": "small", "classes": STUDY_CLASSES, "recipe": dataclasses.asdict(RECIPE)},
         **{"architecture": {"segmenter": "ab"}, "longest_side": 50, "image_size": 32, "placement": "stretch"},
-        **{"mean": network.mean, "std": network.std, "fold": 2, "data_fingerprint": "", "validation": {}},
+        **{
+            "mean": network.mean,
+            "std": network.std,
+            "fold": 2,
+            "data_fingerprint": "",
+            "precision": "float32",
+            "validation": {},
+        },
     }
     record["recipe"]["views"] = list(record["recipe"]["views"])
     folder = tmp_path_factory.mktemp("bundle")

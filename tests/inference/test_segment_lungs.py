@@ -187,7 +187,7 @@ def test_pixels_added_by_the_clean_up_are_lungs_and_other_structures_keep_their_
 @pytest.fixture(scope="module")
 def segmenter():
     torch.manual_seed(1)
-    return LungSegmenter({"model": "m"}, Segmenter(RECIPE).eval(), CPU, batch_size=4)
+    return LungSegmenter({"model": "m", "precision": "float32"}, Segmenter(RECIPE).eval(), CPU, batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def small(tmp_path_factory):
 
 
 def test_batches_give_the_same_result_as_single_images(segmenter, small):
-    one_by_one = LungSegmenter({"model": "m"}, segmenter.network, CPU, batch_size=1)
+    one_by_one = LungSegmenter({"model": "m", "precision": "float32"}, segmenter.network, CPU, batch_size=1)
     for (image, maps, place), (alone, other, _) in zip(
         segmenter.maps(small.stream()), one_by_one.maps(small.stream()), strict=True
     ):
@@ -221,7 +221,7 @@ def test_a_finder_returns_frames_and_masks_and_counts_missed_images(small):
             inside[1:2] = 0
             return torch.cat([1 - inside, inside], dim=1)
 
-    segmenter = LungSegmenter({"model": "m"}, Says(), CPU, batch_size=16)
+    segmenter = LungSegmenter({"model": "m", "precision": "float32"}, Says(), CPU, batch_size=16)
     xrays = list(small.stream())
     found = segmenter.find(xrays)
     assert segmenter.missed == 1 and found[1].frame is None and found[1].mask is None
@@ -249,7 +249,7 @@ def test_equalisation_ignores_the_padding_of_the_canvas(small):
         def probabilities(self, x):
             return torch.cat([torch.ones_like(x), torch.zeros_like(x)], dim=1)
 
-    LungSegmenter({"model": "m"}, Looks(), CPU).find(list(small.stream()))
+    LungSegmenter({"model": "m", "precision": "float32"}, Looks(), CPU).find(list(small.stream()))
     canvas = seen[0].numpy()
     # 60 x 50 pixels on 64: black padding of 5 or 6 columns on either side; the image's darkest grey is black, too.
     assert (canvas[:, :, :5] == 0).all() and (canvas[:, :, -5:] == 0).all()
@@ -261,7 +261,7 @@ def test_a_bundle_of_another_kind_is_refused(tmp_path):
     record = {
         **{"family": "study", "model": "m", "classes": ["a"], "recipe": {}, "architecture": {}, "longest_side": 64},
         **{"image_size": 64, "placement": "letterbox", "mean": [0.5], "std": [0.25], "fold": 0},
-        **{"data_fingerprint": "", "validation": {}},
+        **{"data_fingerprint": "", "precision": "float32", "validation": {}},
     }
     save_bundle(tmp_path / "bundle", {"a": torch.zeros(1)}, record)
     with pytest.raises(BundleError, match="contains a study model; choose the bundle of a segmenter's run"):

@@ -296,7 +296,7 @@ def test_inputs_without_the_competition_are_refused(tmp_path, wheel):
     with pytest.raises(KernelError, match=r"inputs .* are missing: .*siim-covid19-detection, for .* in competition_sources"):
         rehearse(*kernel, tmp_path / "inputs", 60)
     (tmp_path / "inputs" / "siim-covid19-detection").mkdir()
-    with pytest.raises(KernelError, match=r"siim-covid19-detection/sample_submission\.csv does not exist"):
+    with pytest.raises(KernelError, match=r"siim-covid19-detection has neither sample_submission\.csv"):
         rehearse(*kernel, tmp_path / "inputs", 60)
 
 
@@ -431,7 +431,7 @@ def test_a_chain_of_shipped_kernels_is_rehearsed(tmp_path):
     stated |= {"classes": ["a"], "mean": [0.0], "std": [1.0], "fold": 0, "recipe": {}, "architecture": {}}
     weights = {f"backbone.{name}": tensor for name, tensor in network.state_dict().items()}
     bundle = inputs / "chest-nih-backbone" / "backbone" / "fold0" / "bundle"
-    save_bundle(bundle, weights, stated | {"data_fingerprint": "", "validation": {}})
+    save_bundle(bundle, weights, stated | {"data_fingerprint": "", "precision": "float32", "validation": {}})
     for name in ("siim_prepare", "siim_study"):
         spec = read_spec(KERNELS / f"{name}.yaml", owner="somebody")
         build_kernel(spec, tmp_path / name, wheels)

@@ -1,5 +1,7 @@
 """Faster R-CNN: its input, its predictions, its losses and its starting weights."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import timm
@@ -62,6 +64,22 @@ def test_predictions_are_boxes_of_the_canvas_best_first_and_limited(detector):
         assert boxes.shape == (7, 5)  # in an untrained network every proposal has a score above 0.001
         assert (boxes[:, :4] >= 0).all() and (boxes[:, :4] <= 64).all() and (boxes[:, :2] < boxes[:, 2:4]).all()
         assert (np.diff(boxes[:, 4]) <= 0).all() and (boxes[:, 4] >= 0.001).all() and (boxes[:, 4] <= 1).all()
+
+
+def test_a_batch_that_overflows_in_float16_is_predicted_in_float32(detector, monkeypatch):
+    expected = detector.predict(NOISE)
+    overflow = detector.model.backbone.fpn.register_forward_hook(
+        lambda module, inputs, maps: {
+            name: level * torch.inf if torch.is_autocast_enabled("cpu") else level for name, level in maps.items()
+        }
+    )
+    half = partial(torch.autocast, "cpu", torch.float16)
+    monkeypatch.setattr("kitlib.models.faster_rcnn.autocast", lambda _: half())
+    found = detector.predict(NOISE)
+    overflow.remove()
+    assert sum(map(len, expected)) > 0
+    for boxes, same in zip(found, expected, strict=True):
+        np.testing.assert_allclose(boxes, same, atol=1e-4)
 
 
 def test_boxes_below_the_score_threshold_are_dropped(detector):

@@ -79,6 +79,18 @@ def test_boxes_are_those_of_ultralytics_own_suppression(iou):
         np.testing.assert_allclose(found, expected[:, :5], atol=1e-4)
 
 
+def test_a_batch_that_overflows_in_float16_is_predicted_in_float32(monkeypatch):
+    class Overflowing(Fixed):
+        def forward(self, _):
+            # In float16, a confidence that passed infinity is not a number.
+            return (self.output * torch.nan if torch.is_autocast_enabled("cpu") else self.output), None
+
+    monkeypatch.setattr("kitlib.models.yolo.precision", lambda _: "16-mixed")
+    raw = torch.tensor([[20.0, 20, 10, 10, 0.5]]).T.expand(3, 5, 1)
+    found = YoloDetector(RECIPE, Overflowing(raw)).predict(NOISE)
+    np.testing.assert_allclose(np.concatenate(found), [[15, 15, 25, 25, 0.5]] * 3)
+
+
 @pytest.mark.parametrize("backbone", ["yolov5nu", "yolo11n", "yolov10n", "yolo26n"])  # the last two need no suppression
 def test_every_generation_returns_boxes_of_the_canvas_best_first_and_limited(backbone):
     detector = YoloDetector(override(RECIPE, backbone=backbone, min_score=1e-9)).eval()

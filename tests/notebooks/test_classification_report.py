@@ -63,7 +63,7 @@ def learner(folder, tables, scores):
         stated = {"family": "findings", "model": folder.name, "classes": CLASSES, "recipe": dataclasses.asdict(RECIPE)}
         stated |= {"architecture": {}, "longest_side": 50, "image_size": 64, "placement": "letterbox", "fold": fold}
         stated |= {"mean": list(network.mean), "std": list(network.std), "data_fingerprint": data_fingerprint(**tables)}
-        stated |= {"validation": {}}
+        stated |= {"precision": "float32", "validation": {}}
         save_bundle(folder / f"fold{fold}" / "bundle", network.state_dict(), stated)
     return str(folder)
 

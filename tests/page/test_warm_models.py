@@ -5,7 +5,6 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +16,7 @@ from kitlib.errors import PageError
 from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
 from kitlib.fusion.model_fusion import fuse
 from kitlib.inference.predict import load_predictor, study_and_image_scores
+from kitlib.inference.segment_lungs import LungSegmenter
 from kitlib.inference.submit import SubmissionRun, SubmitSettings
 from kitlib.leaderboard.listing import list_runs
 from kitlib.page.answer_files import with_image_names, write_answer, write_rows
@@ -200,12 +200,8 @@ def test_lungs_are_as_large_as_the_copy_that_a_system_reads(fused, gallery, mode
 
 
 def test_a_segmenter_that_fails_on_one_image_is_used_for_the_next(fused, gallery, monkeypatch):
-    warm, places = WarmModels(), iter((True, True))
-    segmenter = warm._segmenter(fused)
-    segmenter.begin()
-    real = segmenter._segmenter
-    failing = SimpleNamespace(find=lambda xrays: _fails(places) or real.find(xrays))
-    monkeypatch.setattr(segmenter, "_segmenter", failing)
+    warm, places, find = WarmModels(), iter((True, True)), LungSegmenter.find
+    monkeypatch.setattr(LungSegmenter, "find", lambda self, xrays: _fails(places) or find(self, xrays))
     study = opened(gallery, 0)
     assert warm.lungs(fused, study, study.images[0]) == (None, "The segmenter finds no lungs.")
     other = opened(gallery, 1)

@@ -87,7 +87,7 @@ def save(folder, network, family, classes, recipe):
     save_bundle(
         folder,
         network.state_dict(),
-        {**stated, "std": list(network.std), "fold": 0, "data_fingerprint": "", "validation": {}},
+        {**stated, "std": list(network.std), "fold": 0, "data_fingerprint": "", "precision": "float32", "validation": {}},
     )
 
 

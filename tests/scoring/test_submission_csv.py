@@ -9,7 +9,6 @@ from kitlib.errors import SubmissionError
 from kitlib.scoring.submission_csv import (
     PRIORS,
     as_tables,
-    read_ids,
     read_submission,
     split_id,
     submission_ids,
@@ -155,13 +154,8 @@ def test_unreadable_submissions_name_the_row(tmp_path, text, words):
         read_submission(tmp_path / "s.csv")
 
 
-def test_ids_keep_the_samples_order(tmp_path):
-    (tmp_path / "sample.csv").write_text("id,PredictionString\nb_study,x\na_image,\na_study,negative 1 0 0 1 1\n")
-    assert read_ids(tmp_path / "sample.csv") == ["b_study", "a_image", "a_study"]
+def test_an_id_ends_in_its_level():
     assert split_id("a_b_image") == ("a_b", "image")
-    (tmp_path / "sample.csv").write_text("id,PredictionString\na_study,\na_study,\n")
-    with pytest.raises(SubmissionError, match="a_study"):
-        read_ids(tmp_path / "sample.csv")
 
 
 def test_a_row_of_many_thousand_boxes_is_read(tmp_path):

@@ -130,6 +130,12 @@ def test_a_sample_that_cannot_be_read_is_an_error(sample):
         validate(sample.parent / "absent.csv", sample)
 
 
+def test_oddities_of_the_sample_are_no_faults_of_a_submission(sample):
+    sample.write_text("PredictionString;ID\n" + "".join(f"x; {name}\n" for name in [*GOOD, "s1_study", "total"]))
+    assert faults_of(sample, GOOD.items()) == []
+    assert [fault[1] for fault in faults_of(sample, list(GOOD.items())[1:])] == ["s1_study"]
+
+
 word = st.sampled_from(["opacity", "none", "0.5", "0", "1", "2", "-1", "nan", "1e3", "x", "negative", "1_0", "é"])
 
 

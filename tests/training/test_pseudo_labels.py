@@ -196,7 +196,15 @@ def test_an_image_that_was_not_predicted_is_left_out():
 def test_models_of_a_segmenters_lungs_require_them_and_others_do_not(tmp_path, caplog):
     small, network = SmallXrays(8), StudyClassifier(RECIPE)
     record = {"family": "study", "classes": OUTPUTS, "architecture": {}, "longest_side": 50, "image_size": 32}
-    record |= {"placement": "letterbox", "mean": [0.5], "std": [0.5], "data_fingerprint": "", "validation": {}, "fold": 0}
+    record |= {
+        "placement": "letterbox",
+        "mean": [0.5],
+        "std": [0.5],
+        "data_fingerprint": "",
+        "precision": "float32",
+        "validation": {},
+        "fold": 0,
+    }
     of_lungs = override(RECIPE, lungs="masks", trained_on="lungs", views=["lungs"], masked=True)
     lungs = stored_lungs(tmp_path / "lungs", small, missed=["image001", "image004"])
     for name, recipe, segmenter in (

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,13 @@ from pydicom.uid import (
     JPEGLSLossless,
     RLELossless,
 )
+from safetensors.numpy import save_file
 
 import kitlib.xrays.cache
 from kitlib.errors import CacheError
-from kitlib.xrays.cache import DECODING, XrayCache
+from kitlib.xrays.cache import DECODING, STALE_SECONDS, CachedXray, XrayCache
 from kitlib.xrays.dicom import read_xray
+from kitlib.xrays.entry import read_entry
 from kitlib.xrays.worker import decode_into, shrink
 from kitlib.xrays.writing import write_xray
 from tests import PROJECT
@@ -251,16 +254,63 @@ def test_killed_in_the_middle_it_resumes_from_whole_entries(tmp_path):
     assert counts.sum() == 60
 
 
-def test_a_damaged_entry_is_reported_and_decoded_again(tmp_path):
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_damaged_entry_is_reported_and_decoded_again(tmp_path, monkeypatch, packed):
+    monkeypatch.setattr(kitlib.xrays.cache, "scratch_root", lambda: tmp_path / "scratch")
+    images = write_images(tmp_path, 2, 9, 6)
+    cache = XrayCache(tmp_path / "c")
+    cache.fill(images, workers=1)
+    expected = cache.read("image0")
+    entry = cache.folder / "image0.safetensors"
+    whole = entry.read_bytes()
+    # Every single byte: pixels, sizes and the names of the facts.
+    for damaged in (whole[:50], b"", *(bytes([*whole[:at], whole[at] ^ 4, *whole[at + 1 :]]) for at in range(len(whole)))):
+        entry.write_bytes(damaged)
+        with pytest.raises(CacheError, match=r"image0\.safetensors is damaged .*prepare the run again"):
+            XrayCache(tmp_path / "c").read("image0")
+    if packed:
+        cache.pack()
+        cache = XrayCache(tmp_path / "c")
+        with pytest.raises(CacheError, match="is damaged"):
+            cache.read("image0")
+    assert cache.fill(images, workers=1).status.tolist() == ["decoded", "cached"]
+    np.testing.assert_array_equal(cache.read("image0").pixels, expected.pixels)
+    assert cache.read("image0").rows == 9
+
+
+def test_a_checksum_is_compared_once_by_each_object(tmp_path, monkeypatch):
+    compared, checksum = [], zlib.crc32
+    cache = XrayCache(tmp_path)
+    cache.put(CachedXray("a", np.arange(12, dtype=np.uint8).reshape(3, 4).T, 40, 30))
+    monkeypatch.setattr(zlib, "crc32", lambda *arguments: compared.append(1) or checksum(*arguments))
+    assert [cache.read("a").pixels.shape for _ in range(3)] == [(4, 3)] * 3
+    once = len(compared)
+    XrayCache(tmp_path).read("a")
+    assert once and len(compared) == 2 * once
+
+
+def test_an_entry_without_a_checksum_is_damaged(tmp_path):
     images = write_images(tmp_path, 1)
     cache = XrayCache(tmp_path / "c")
     cache.fill(images, workers=1)
-    entry = next(cache.folder.glob("*.safetensors"))
-    entry.write_bytes(entry.read_bytes()[:50])
-    with pytest.raises(CacheError, match="delete it and decode the image again"):
-        cache.read("image0")
+    entry = cache.folder / "image0.safetensors"
+    pixels, facts = read_entry(entry)
+    save_file({"pixels": pixels}, entry, metadata=facts)
+    with pytest.raises(CacheError, match="checksum is wrong or missing"):
+        XrayCache(tmp_path / "c").read("image0")
     assert cache.fill(images, workers=1).status.tolist() == ["decoded"]
-    assert cache.read("image0").rows == 90
+
+
+def test_partial_files_are_removed_only_when_their_writer_must_be_dead(tmp_path):
+    images = write_images(tmp_path, 1)
+    cache = XrayCache(tmp_path / "c")
+    cache.folder.mkdir(parents=True)
+    young, old = cache.folder / ".x.young.safetensors", cache.folder / ".x.old.safetensors"
+    for partial, age in ((young, STALE_SECONDS / 2), (old, 2 * STALE_SECONDS)):
+        partial.write_bytes(b"partial")
+        os.utime(partial, (time.time() - age,) * 2)
+    cache.fill(images, workers=1)
+    assert young.is_file() and not old.is_file()
 
 
 def test_a_full_disk_raises_and_leaves_no_file(tmp_path, monkeypatch):

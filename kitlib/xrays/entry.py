@@ -1,0 +1,50 @@
+"""An entry of the cache of decoded X-rays: a safetensors file with pixels, facts about them, and a checksum of both."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from kitlib.atomic import replacing
+from kitlib.errors import CacheError
+
+CHECKSUM = "crc32"
+
+
+def write_entry(path: Path, pixels: np.ndarray, facts: dict[str, str]) -> None:
+    """Write an entry atomically, with its checksum. `pixels` is uint8 (height, width)."""
+    pixels = np.ascontiguousarray(pixels)
+    content = save({"pixels": pixels}, metadata={**facts, CHECKSUM: _checksum(pixels, facts)})
+    with replacing(path) as temporary_path:
+        temporary_path.write_bytes(content)
+
+
+def read_entry(path: Path, verify: bool = True) -> tuple[np.ndarray, dict[str, str]]:
+    """Return an entry's pixels, uint8 (height, width), and its facts.
+
+    Without `verify`, the checksum is not compared. Raises CacheError if the entry is damaged, OSError if it cannot be
+    opened.
+    """
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            pixels, facts = opened.get_tensor("pixels"), opened.metadata() or {}
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from error
+    checksum = facts.pop(CHECKSUM, "")
+    if not checksum or (verify and checksum != _checksum(pixels, facts)):
+        raise _damaged(path, "its checksum is wrong or missing")
+    return pixels, facts
+
+
+def _checksum(pixels: np.ndarray, facts: dict[str, str]) -> str:
+    described = json.dumps([pixels.dtype.str, pixels.shape, sorted(facts.items())])
+    return f"{zlib.crc32(pixels.data, zlib.crc32(described.encode())):08x}"
+
+
+def _damaged(path: Path, reason: str) -> CacheError:
+    return CacheError(
+        f"{path} is damaged ({reason}); prepare the run again where the image's file is, which decodes this entry again"
+    )
