@@ -6,6 +6,7 @@ imported inside functions, so that the first file is written before any of them 
 
 import json
 import logging
+import math
 import tempfile
 import threading
 import time
@@ -39,6 +40,9 @@ logger = logging.getLogger(__name__)
 IMAGES_BEFORE_JUDGING = 32
 # Share of the time limit at which fusion must end; it is larger than the share that is planned for prediction.
 LAST_SHARE = 0.9
+# Validating and ending the processes gets as many seconds as starting them has taken, because both depend on the machine in
+# the same way, but at most this many. Only limits of seconds need it; of longer ones, LAST_SHARE leaves enough.
+ENDING_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,11 @@ class SubmissionRun:
         began = time.monotonic()
         self.settings, self.output, self.sample = settings, Path(output), Path(competition) / "sample_submission.csv"
         limit, start = session_limit(settings.time_limit_s), session_start()
-        self.deadline, self.last_deadline = Deadline(limit * settings.share, start), Deadline(limit * LAST_SHARE, start)
+        starting = 0.0 if start is None else began - start
+        latest = max(limit - min(starting, ENDING_S), 1e-3)
+        planned = min(limit * settings.share, latest)
+        self.deadline = Deadline(planned, start)
+        self.last_deadline = Deadline(min(limit * LAST_SHARE, latest), start)
         self.rows: list[dict[str, Any]] = []
         self.models: list[Model] = []
         self.listed: list[str] = []  # folders of the bundles in weights.json
@@ -120,7 +128,11 @@ class SubmissionRun:
         # Kaggle requires exactly the sample's rows; the test files are used only if there is no sample.
         self.ids = test.sample_ids or submission_ids(test.study_ids, test.image_ids)
         write_submission(self.output, self.ids)
-        self._note("priors", len(self.ids), began, f"time limit {limit:.0f} s, planned {limit * settings.share:.0f} s")
+        self._note("priors", len(self.ids), began, f"time limit {limit:.0f} s, planned {planned:.0f} s")
+        if self.last_deadline.left() <= 0:
+            smallest = math.ceil(2 * starting)
+            note = f"no time for any model: starting took {starting:.1f} s; the smallest limit with time for one is {smallest} s"
+            self._note("priors", 0, began, note)
         for fault in test.faults.itertuples():
             self._note("listing", 1, began, f"{fault.file} {fault.row}: {fault.problem}")
 
@@ -157,7 +169,7 @@ class SubmissionRun:
 
                     fusion = self._read_weights(find_input(weights))
                     longest_side = self.settings.longest_side or max(model.record.longest_side for model in self.models)
-                    xrays = DecodedOnce(XrayCache(folder, longest_side), self.images, self.settings)
+                    xrays = DecodedOnce(XrayCache(folder, longest_side), self.images, self.settings, self.deadline.left())
                 self._predict_all(xrays, fusion)
             except (Exception, OutOfTime) as error:  # a valid file exists, whatever happens to the models
                 self._note("predict", 0, began, _failure(error))
@@ -352,6 +364,8 @@ class SubmissionRun:
             self._note("decode", 1, now, f"{failed.image_id} keeps its placeholder prediction: {failed.reason}")
         for warning, count in Counter(warning for outcome in outcomes for warning in outcome.warnings).most_common():
             self._note("decode", count, now, f"decoded with a warning: {warning}")
+        if xrays.limits.note:
+            self._note("decode", xrays.limits.slow, now, xrays.limits.note)
         if len(outcomes) < len(self.images):
             self._note(
                 "decode", len(self.images) - len(outcomes), now, f"never decoded; {xrays.error or 'no model read them'}"
@@ -363,13 +377,20 @@ class DecodedOnce:
 
     `outcomes` contains one result per file decoded so far, including files that failed. If decoding as a whole fails, all
     passes end, and `error` says why. Passes may overlap, because the thread of a stopped model may still be reading ahead
-    when the next model begins.
+    when the next model begins. `seconds` is the time for decoding and prediction, from which `limits`, the time limits of
+    single files, are derived.
     """
 
-    def __init__(self, cache: "XrayCache", images: pd.DataFrame, settings: SubmitSettings) -> None:
+    def __init__(self, cache: "XrayCache", images: pd.DataFrame, settings: SubmitSettings, seconds: float) -> None:
+        from kitlib.xrays.cache import decoding_pool, usable_cores
+        from kitlib.xrays.file_limits import FileLimits
+
         self.cache, self.error = cache, ""
         self.outcomes: list[Outcome] = []
-        self._decoding = cache.decode(images, workers=settings.workers or None, timeout_s=settings.file_timeout_s)
+        workers = settings.workers or usable_cores()
+        self.limits = FileLimits(settings.file_timeout_s, seconds, workers, len(images))
+        self._pool = decoding_pool(workers)
+        self._decoding = cache.decode(images, workers, self.limits.next_limit, self._pool)
         self._one_at_a_time = threading.Lock()
 
     def without(self, image_ids: set[str]) -> Iterator["CachedXray"]:
@@ -389,17 +410,18 @@ class DecodedOnce:
         return images
 
     def close(self) -> None:
-        """Stop decoding, unless the thread of a stopped model still waits for a file after two seconds."""
-        if self._one_at_a_time.acquire(timeout=2):
-            self._decoding.close()
-            self._one_at_a_time.release()
+        """Stop decoding at once, even if the thread of a stopped model still waits for a file."""
+        self._pool.stop()
+        self._pool.join()
 
     def _decode_up_to(self, index: int) -> bool:
         """Decode the next file if `outcomes` has no element `index` yet; return whether it has one now."""
         with self._one_at_a_time:
             if index == len(self.outcomes):
                 try:
-                    self.outcomes.append(next(self._decoding))
+                    outcome = next(self._decoding)
+                    self.limits.count(outcome)
+                    self.outcomes.append(outcome)
                 except StopIteration:
                     return False
                 except Exception as error:

@@ -8,7 +8,7 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,13 +88,18 @@ class XrayCache:
             self.folder = _unpack(self.packed)
 
     def decode(
-        self, images: pd.DataFrame, workers: int | None = None, timeout_s: float = 20.0, pool: ProcessPool | None = None
+        self,
+        images: pd.DataFrame,
+        workers: int | None = None,
+        timeout_s: float | Callable[[], float] = 20.0,
+        pool: ProcessPool | None = None,
     ) -> Generator[Outcome, None, None]:
         """Decode `images` (columns image_id and path) and yield one Outcome per image, in order of completion.
 
         Files are decoded in `workers` processes (default: all usable cores), only a few files ahead of the consumer. A file
-        that takes longer than `timeout_s` seconds, crashes its worker or needs gigabytes of memory results in a failed
-        Outcome without affecting the other files, and so does an image_id that cannot be a file name. Stopping the iteration
+        that takes longer than `timeout_s` seconds (a number, or a function called for each file), crashes its worker or
+        needs gigabytes of memory results in a failed Outcome without affecting the other files, and so does an image_id that
+        cannot be a file name. Stopping the iteration
         stops the workers, unless they belong to a `pool` (see `decoding_pool`), which stays open for the next call. Raises
         CacheError if the cache cannot be written; ValueError for missing columns or an image_id that occurs twice.
         """
@@ -102,7 +107,7 @@ class XrayCache:
         self._remove_abandoned()
         workers = workers or usable_cores()
         is_shared, pool = pool is not None, pool or decoding_pool(workers)
-        running: dict[Future, tuple[str, float]] = {}
+        running: dict[Future, tuple[str, float, float]] = {}
         try:
             for image_id, path in zip(ids, paths, strict=True):
                 try:
@@ -113,7 +118,8 @@ class XrayCache:
                     yield outcome
                     continue
                 task = (self._entry_path(image_id), image_id, path, self.longest_side)
-                running[pool.schedule(decode_into, args=task, timeout=timeout_s)] = (image_id, timeout_s)
+                limit_s = timeout_s() if callable(timeout_s) else timeout_s
+                running[pool.schedule(decode_into, args=task, timeout=limit_s)] = (image_id, limit_s, time.monotonic())
                 if len(running) >= 2 * workers:
                     yield from self._collect_finished(running)
             while running:
@@ -202,22 +208,24 @@ class XrayCache:
             image_id, "cached", "", tuple(json.loads(metadata["warnings"])), int(metadata["rows"]), int(metadata["columns"])
         )
 
-    def _collect_finished(self, running: dict[Future, tuple[str, float]]) -> Iterator[Outcome]:
+    def _collect_finished(self, running: dict[Future, tuple[str, float, float]]) -> Iterator[Outcome]:
         """Wait until at least one task has finished, remove all finished tasks from `running` and yield their outcomes.
 
-        `running` maps each task to the image id and the time limit in seconds. Raises CacheError if an entry cannot be
-        written.
+        `running` maps each task to the image id, the time limit in seconds and the time.monotonic() at which it was
+        scheduled. Raises CacheError if an entry cannot be written.
         """
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            image_id, timeout_s = running.pop(future)
+            image_id, timeout_s, scheduled = running.pop(future)
+            seconds = min(timeout_s, time.monotonic() - scheduled)  # of a task that did not return; an upper bound
             try:
                 yield future.result()
             except TimeoutError:  # a subclass of OSError, so it must come first
                 yield Outcome(image_id, "failed", f"not decoded in {timeout_s:g} s", seconds=timeout_s)
             except ProcessExpired as error:
-                yield Outcome(image_id, "failed", f"the decoder crashed its process (exit code {error.exitcode})")
+                reason = f"the decoder crashed its process (exit code {error.exitcode})"
+                yield Outcome(image_id, "failed", reason, seconds=seconds)
             except MemoryError:
-                yield Outcome(image_id, "failed", "out of memory")
+                yield Outcome(image_id, "failed", "out of memory", seconds=seconds)
             except OSError as error:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 advice = "free some space or choose another folder" if full else "choose a writable folder"
