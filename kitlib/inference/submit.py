@@ -131,7 +131,7 @@ class SubmissionRun:
         self._note("priors", len(self.ids), began, f"time limit {limit:.0f} s, planned {planned:.0f} s")
         if self.last_deadline.left() <= 0:
             smallest = math.ceil(2 * starting)
-            note = f"no time for any model: starting took {starting:.1f} s; the smallest limit with time for one is {smallest} s"
+            note = f"no time for models: starting took {starting:.1f} s; the smallest limit that allows any is {smallest} s"
             self._note("priors", 0, began, note)
         for fault in test.faults.itertuples():
             self._note("listing", 1, began, f"{fault.file} {fault.row}: {fault.problem}")

@@ -242,5 +242,6 @@ def _box_strings(detections: pd.DataFrame | None) -> dict[str, list[str]]:
     order = np.argsort(-values[:, 0], kind="stable")
     strings: dict[str, list[str]] = {}
     for name, (score, xmin, ymin, xmax, ymax) in zip(ids[order], values[order].tolist(), strict=True):
-        strings.setdefault(name, []).append(f"opacity {format_confidence(score)} {xmin:.1f} {ymin:.1f} {xmax:.1f} {ymax:.1f}")
+        corners = f"{xmin:.1f} {ymin:.1f} {xmax:.1f} {ymax:.1f}"
+        strings.setdefault(name, []).append(f"opacity {format_confidence(score)} {corners}")
     return strings

@@ -107,7 +107,7 @@ class XrayCache:
         self._remove_abandoned()
         workers = workers or usable_cores()
         is_shared, pool = pool is not None, pool or decoding_pool(workers)
-        running: dict[Future, tuple[str, float, float]] = {}
+        running: dict[Future, tuple[str, float]] = {}
         try:
             for image_id, path in zip(ids, paths, strict=True):
                 try:
@@ -119,7 +119,7 @@ class XrayCache:
                     continue
                 task = (self._entry_path(image_id), image_id, path, self.longest_side)
                 limit_s = timeout_s() if callable(timeout_s) else timeout_s
-                running[pool.schedule(decode_into, args=task, timeout=limit_s)] = (image_id, limit_s, time.monotonic())
+                running[pool.schedule(decode_into, args=task, timeout=limit_s)] = (image_id, limit_s)
                 if len(running) >= 2 * workers:
                     yield from self._collect_finished(running)
             while running:
@@ -208,24 +208,22 @@ class XrayCache:
             image_id, "cached", "", tuple(json.loads(metadata["warnings"])), int(metadata["rows"]), int(metadata["columns"])
         )
 
-    def _collect_finished(self, running: dict[Future, tuple[str, float, float]]) -> Iterator[Outcome]:
+    def _collect_finished(self, running: dict[Future, tuple[str, float]]) -> Iterator[Outcome]:
         """Wait until at least one task has finished, remove all finished tasks from `running` and yield their outcomes.
 
-        `running` maps each task to the image id, the time limit in seconds and the time.monotonic() at which it was
-        scheduled. Raises CacheError if an entry cannot be written.
+        `running` maps each task to the image id and the time limit in seconds. Raises CacheError if an entry cannot be
+        written.
         """
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            image_id, timeout_s, scheduled = running.pop(future)
-            seconds = min(timeout_s, time.monotonic() - scheduled)  # of a task that did not return; an upper bound
+            image_id, timeout_s = running.pop(future)
             try:
                 yield future.result()
             except TimeoutError:  # a subclass of OSError, so it must come first
                 yield Outcome(image_id, "failed", f"not decoded in {timeout_s:g} s", seconds=timeout_s)
             except ProcessExpired as error:
-                reason = f"the decoder crashed its process (exit code {error.exitcode})"
-                yield Outcome(image_id, "failed", reason, seconds=seconds)
+                yield Outcome(image_id, "failed", f"the decoder crashed its process (exit code {error.exitcode})")
             except MemoryError:
-                yield Outcome(image_id, "failed", "out of memory", seconds=seconds)
+                yield Outcome(image_id, "failed", "out of memory")
             except OSError as error:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 advice = "free some space or choose another folder" if full else "choose a writable folder"
