@@ -1,5 +1,6 @@
 """A synthetic data set in memory: grey images whose brightness encodes their study's class, with a white block per box."""
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,3 +71,8 @@ class SmallXrays:
 
     def stream(self):
         return (self.read(image_id) for image_id in self.image_ids)
+
+
+def wait_for_a_minute(*_):
+    """Stand in for a worker's task with a file that takes long; at module level, so that a new process can import it."""
+    time.sleep(60)

@@ -73,3 +73,9 @@ def test_a_deadline_is_the_same_in_another_process():
     pickled = pickle.dumps(Deadline(500))
     done = subprocess.run([sys.executable, "-c", script], input=pickled, capture_output=True, timeout=60, check=True)
     assert float(done.stdout) == pytest.approx(500, abs=60)
+
+
+def test_the_end_of_a_session_passes_between_processes():
+    error = pickle.loads(pickle.dumps(SessionOver(Path("runs/study/fold0"), 3, 20)))
+    assert (error.run_folder, error.done, error.epochs) == (Path("runs/study/fold0"), 3, 20)
+    assert str(error) == "runs/study/fold0: the session ends after 3 of 20 epochs"

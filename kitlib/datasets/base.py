@@ -14,8 +14,6 @@ from tqdm.auto import tqdm
 from kitlib.classes import MASK_CONVENTIONS
 from kitlib.errors import DatasetError, UnreadableXray
 from kitlib.tables import BOX, check_table, empty_table
-from kitlib.xrays.dicom import read_header
-from kitlib.xrays.image_file import image_format, image_size
 
 HEADER_THREADS = 16  # more than there are cores, because the threads mostly wait for the disk
 
@@ -218,6 +216,10 @@ def cut_at_edges(
 
 
 def _read_header(path: str) -> ImageHeader:
+    # Imported here because pydicom takes a second, and a submission lists its files without reading their headers.
+    from kitlib.xrays.dicom import read_header
+    from kitlib.xrays.image_file import image_format, image_size
+
     try:
         if image_format(path):
             return ImageHeader(*image_size(path))

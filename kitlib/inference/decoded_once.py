@@ -1,13 +1,15 @@
 """Decodes a test set once, while the first model predicts it, for all models of a submission."""
 
 import logging
+import math
 import threading
 from collections.abc import Iterator
 
 import pandas as pd
 
 from kitlib.errors import CacheError
-from kitlib.xrays.cache import CachedXray, XrayCache
+from kitlib.xrays.cache import CachedXray, XrayCache, decoding_pool, usable_cores
+from kitlib.xrays.file_limits import FileLimits
 from kitlib.xrays.worker import Outcome
 
 logger = logging.getLogger(__name__)
@@ -18,15 +20,24 @@ class DecodedOnce:
 
     `outcomes` contains one result per file decoded so far, including files that failed. If decoding as a whole fails, all
     passes end, and `error` is the reason. Passes may overlap, because the thread of a stopped model may still be reading
-    ahead when the next model begins.
+    ahead when the next model begins. `limits` are the time limits of single files.
     """
 
-    def __init__(self, cache: XrayCache, images: pd.DataFrame, workers: int, timeout_s: float) -> None:
-        """Decode no file yet. `workers` is the number of decoding processes, 0 for one per core; `timeout_s` is per file."""
-        self.cache, self.images, self.timeout_s = cache, images, timeout_s
+    def __init__(
+        self, cache: XrayCache, images: pd.DataFrame, workers: int, longest_s: float, seconds: float = math.inf
+    ) -> None:
+        """Decode no file yet. `workers` is the number of decoding processes, 0 for one per core.
+
+        A file may take `longest_s`, or less once slow files have used up their share of `seconds`, the time for decoding
+        and prediction.
+        """
+        self.cache, self.images = cache, images
         self.error: Exception | None = None
         self.outcomes: list[Outcome] = []
-        self._decoding = cache.decode(images, workers=workers or None, timeout_s=timeout_s)
+        workers = workers or usable_cores()
+        self.limits = FileLimits(longest_s, seconds, workers, len(images))
+        self._pool = decoding_pool(workers)
+        self._decoding = cache.decode(images, workers, self.limits.next_limit, self._pool)
         self._one_at_a_time = threading.Lock()
 
     def without(self, image_ids: set[str]) -> Iterator[CachedXray]:
@@ -46,10 +57,9 @@ class DecodedOnce:
         return images
 
     def close(self) -> None:
-        """Stop decoding, unless the thread of a stopped model still waits for a file after two seconds."""
-        if self._one_at_a_time.acquire(timeout=2):
-            self._decoding.close()
-            self._one_at_a_time.release()
+        """Stop decoding at once, even if the thread of a stopped model still waits for a file."""
+        self._pool.stop()
+        self._pool.join()
 
     def _read(self, index: int) -> CachedXray | None:
         """Return the image of `outcomes[index]`, decoded again if its entry is damaged or gone; None if that fails."""
@@ -59,7 +69,7 @@ class DecodedOnce:
         except (CacheError, KeyError) as error:
             logger.warning("decoding %s again: %s", image_id, error)
         image = self.images[self.images.image_id == image_id]
-        self.outcomes[index] = next(self.cache.decode(image, workers=1, timeout_s=self.timeout_s))
+        self.outcomes[index] = next(self.cache.decode(image, workers=1, timeout_s=self.limits.longest_s))
         return None if self.outcomes[index].status == "failed" else self.cache.read(image_id)
 
     def _decode_up_to(self, index: int) -> bool:
@@ -67,7 +77,9 @@ class DecodedOnce:
         with self._one_at_a_time:
             if index == len(self.outcomes):
                 try:
-                    self.outcomes.append(next(self._decoding))
+                    outcome = next(self._decoding)
+                    self.limits.count(outcome)
+                    self.outcomes.append(outcome)
                 except StopIteration:
                     return False
                 except Exception as error:

@@ -6,6 +6,7 @@ imported inside functions, so that the first file is written before any of them 
 
 import json
 import logging
+import math
 import tempfile
 import time
 from collections import Counter
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 IMAGES_BEFORE_JUDGING = 32
 # Share of the time limit at which fusion must end; it is larger than the share that is planned for prediction.
 LAST_SHARE = 0.9
+# Validating and ending the processes gets as many seconds as starting them has taken, because both depend on the machine in
+# the same way, but at most this many. Only limits of seconds need it; of longer ones, LAST_SHARE leaves enough.
+ENDING_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,11 @@ class SubmissionRun:
         began = time.monotonic()
         self.settings, self.output = settings, Path(output)
         limit, start = session_limit(settings.time_limit_s), session_start()
-        self.deadline, self.last_deadline = Deadline(limit * settings.share, start), Deadline(limit * LAST_SHARE, start)
+        starting = 0.0 if start is None else began - start
+        latest = max(limit - min(starting, ENDING_S), 1e-3)
+        planned = min(limit * settings.share, latest)
+        self.deadline = Deadline(planned, start)
+        self.last_deadline = Deadline(min(limit * LAST_SHARE, latest), start)
         self.rows: list[dict[str, Any]] = []
         self.models: list[Model] = []
         self.listed: list[str] = []  # folders of the bundles in weights.json
@@ -116,7 +124,11 @@ class SubmissionRun:
         self.images, self.study_ids, self.ids = test.images, test.study_ids, test.submission_ids
         self.readable = len(self.images)  # number of files that were not found unreadable
         write_submission(self.output, self.ids)
-        self._note("priors", len(self.ids), began, f"time limit {limit:.0f} s, planned {limit * settings.share:.0f} s")
+        self._note("priors", len(self.ids), began, f"time limit {limit:.0f} s, planned {planned:.0f} s")
+        if self.last_deadline.left() <= 0:
+            smallest = math.ceil(2 * starting)
+            note = f"no time for models: starting took {starting:.1f} s; the smallest limit that allows any is {smallest} s"
+            self._note("priors", 0, began, note)
         for problem, faults in test.faults.groupby("problem", sort=False):
             first, others = faults.iloc[0], f" and {len(faults) - 1} more" if len(faults) > 1 else ""
             self._note("listing", len(faults), began, f"{first.file} {first.row}{others}: {problem}")
@@ -157,7 +169,8 @@ class SubmissionRun:
                     self._find_studies()
                     longest_side = self.settings.longest_side or max(model.record.longest_side for model in self.models)
                     cache = XrayCache(folder, longest_side, self.settings.only_projections)
-                    xrays = DecodedOnce(cache, self.images, self.settings.workers, self.settings.file_timeout_s)
+                    workers, longest_s = self.settings.workers, self.settings.file_timeout_s
+                    xrays = DecodedOnce(cache, self.images, workers, longest_s, self.deadline.left())
                 self._predict_all(xrays, fusion)
             except (Exception, OutOfTime) as error:  # a valid file exists, whatever happens to the models
                 self._note("predict", 0, began, _failure(error))
@@ -354,6 +367,8 @@ class SubmissionRun:
             self._note("decode", 1, now, f"{failed.image_id} keeps its placeholder prediction: {failed.reason}")
         for warning, count in Counter(warning for outcome in outcomes for warning in outcome.warnings).most_common():
             self._note("decode", count, now, f"decoded with a warning: {warning}")
+        if xrays.limits.note:
+            self._note("decode", xrays.limits.slow, now, xrays.limits.note)
         if len(outcomes) < len(self.images):
             reason = _failure(xrays.error) if xrays.error else "no model read them"
             self._note("decode", len(self.images) - len(outcomes), now, f"never decoded; {reason}")

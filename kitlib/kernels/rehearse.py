@@ -3,9 +3,11 @@
 import base64
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -43,6 +45,10 @@ LAYOUTS = {
     },
 }
 
+
+# What every kernel imports before its first stage; a kernel needs STARTS times as long to start, write a file and end.
+IMPORTS, STARTS = "import papermill.cli, ipykernel.kernelapp, pandas", 1.5
+LONGEST_START_S = 120.0  # a start may take so long, with a cold disk
 
 USAGE = "usage.json"  # in the kernel's output: how many files each bundle has predicted, see SubmissionRun.usage
 
@@ -119,7 +125,7 @@ def rehearse(
         command, environment = make_command(Path(temporary_folder), packages, attached, notebook, working, executed, options)
         environment["KIT_TIME_LIMIT_S"] = f"{time_limit_s:g}"
         exit_code, seconds = run_with_limit(command, environment, working, time_limit_s, log, on_line)
-    problem = _find_problem(exit_code, seconds > time_limit_s, executed)
+    problem = _find_problem(exit_code, time_limit_s if seconds > time_limit_s else None, executed)
     result, unfinished, faults = _check_result(spec, working, ids)
     scores = score_files(truth, working / result) if truth and not faults else None
     if spec.is_submission and not allow_placeholders:
@@ -393,10 +399,26 @@ def run_with_limit(
         process.wait()
 
 
-def _find_problem(exit_code: int, is_over_limit: bool, executed: Path) -> str:
-    if is_over_limit:
-        return "the time limit was reached"
+def _find_problem(exit_code: int, exceeded_limit_s: float | None, executed: Path) -> str:
+    if exceeded_limit_s is not None:
+        return f"the time limit was reached{_explain_short_limit(exceeded_limit_s)}"
     text = executed.read_text(encoding="utf-8")
     cell = first_problem(executed) if text else "papermill wrote no notebook"
     # The notebook of a killed kernel may look as if all cells were completed.
     return cell or (f"papermill's exit code is {exit_code}" if exit_code else "")
+
+
+def _explain_short_limit(limit_s: float) -> str:
+    """Return a clause that names the smallest limit that can hold here, or "" if `limit_s` is longer."""
+    if limit_s > LONGEST_START_S:
+        return ""
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, check=True)
+    imports_s = time.monotonic() - started
+    smallest_s = math.ceil(STARTS * imports_s)
+    if limit_s >= smallest_s:
+        return ""
+    return (
+        f"; no limit below about {smallest_s} s can hold on this machine, because importing papermill, the notebook's "
+        f"kernel and pandas alone takes {imports_s:.1f} s"
+    )

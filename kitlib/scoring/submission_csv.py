@@ -18,6 +18,7 @@ from kitlib.atomic import write_text
 from kitlib.classes import IMAGE_CLASSES, SCORED_CLASSES, STUDY_CLASSES
 from kitlib.datasets.sample_submission import HEADER
 from kitlib.errors import SubmissionError
+from kitlib.scoring.placeholders import PRIORS, format_confidence, one_pixel_groups
 from kitlib.tables import BOX
 
 logger = logging.getLogger(__name__)
@@ -25,15 +26,6 @@ logger = logging.getLogger(__name__)
 ONE_PIXEL = (0.0, 0.0, 1.0, 1.0)
 LABELS = {"study": STUDY_CLASSES, "image": IMAGE_CLASSES}
 _LABEL_CODE = {label: code for code, label in enumerate(SCORED_CLASSES)}
-
-# Class frequencies in SIIM's train tables (6,054 studies, 6,334 images): placeholders for rows without a prediction.
-PRIORS = {
-    "negative": 1676 / 6054,
-    "typical": 2855 / 6054,
-    "indeterminate": 1049 / 6054,
-    "atypical": 474 / 6054,
-    "none": 2040 / 6334,
-}
 
 
 @dataclass(frozen=True)
@@ -183,8 +175,7 @@ def write_submission(
             placeholder_ids.append(submission_id)
             probabilities = np.array([PRIORS[label] for label in classes])
         groups = boxes.get(name, []) if level == "image" else []
-        groups = groups + [f"{label} {_confidence(p)} 0 0 1 1" for label, p in zip(classes, probabilities, strict=True)]
-        lines.append(f"{submission_id},{' '.join(groups)}")
+        lines.append(f"{submission_id},{' '.join([*groups, *one_pixel_groups(classes, probabilities)])}")
     if len(set(ids)) < len(ids):
         raise ValueError(f"the ids for {path} must be unique, but {len(ids) - len(set(ids))} are duplicates")
     if known_count < len(studies) + len(nones):
@@ -236,11 +227,6 @@ def _box_strings(detections: pd.DataFrame | None) -> dict[str, list[str]]:
     order = np.argsort(-values[:, 0], kind="stable")
     strings: dict[str, list[str]] = {}
     for name, (score, xmin, ymin, xmax, ymax) in zip(ids[order], values[order].tolist(), strict=True):
-        strings.setdefault(name, []).append(f"opacity {_confidence(score)} {xmin:.1f} {ymin:.1f} {xmax:.1f} {ymax:.1f}")
+        corners = f"{xmin:.1f} {ymin:.1f} {xmax:.1f} {ymax:.1f}"
+        strings.setdefault(name, []).append(f"opacity {format_confidence(score)} {corners}")
     return strings
-
-
-def _confidence(p: float) -> str:
-    """Format a confidence with seven significant digits (float32's) and without an exponent, which some readers reject."""
-    text = f"{p:.7g}"
-    return text if "e" not in text else f"{p:.15f}".rstrip("0").rstrip(".")

@@ -7,6 +7,7 @@ from kitlib.device import memory_format, seed_everything, training_device
 from kitlib.models.families import family_of
 from kitlib.training import data_parallel
 from kitlib.training.fold_folder import finish_fold, open_run, save_trained
+from kitlib.training.shared_memory import explaining_timeouts
 from kitlib.training.strategy import Strategy
 from kitlib.training.task import Task, TrainedFold, read_trained
 
@@ -32,7 +33,8 @@ def train_fold(task: Task, fold: int, run_folder: str | Path) -> TrainedFold | N
     model = family.network(task.recipe, strategy.classes).to(memory_format=memory_format(device))
     starting_weights = strategy.start(model)
     strategy.make_examples()
-    result = strategy.fit(model, device)
+    with explaining_timeouts():
+        result = strategy.fit(model, device)
     if not data_parallel.is_first_process():
         return None
     save_trained(run_folder, model, family.name, strategy.classes, identity, result, device)

@@ -38,6 +38,7 @@ class MaskDataset(Examples):
     ) -> None:
         self.cache, self.masks, self.recipe, self.seed = cache, masks, recipe, seed
         self.image_ids, self.side = images.image_id.tolist(), recipe.image_size
+        self.example_bytes = 2 * self.side**2
         missing = [image_id for image_id in self.image_ids if image_id not in masks]
         if missing:
             raise MaskError(

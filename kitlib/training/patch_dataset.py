@@ -44,7 +44,8 @@ class PatchDataset(Examples):
         lungs: LungFinder | None = None,
     ) -> None:
         self.cache, self.recipe, self.seed = cache, recipe, seed
-        self.image_ids = images.image_id.tolist()
+        self.image_ids, side = images.image_id.tolist(), recipe.image_size if augment else recipe.canvas
+        self.example_bytes = side**2
         self.label = labels.set_index("id").reindex(images.study_id).to_numpy(np.float32)
         # canvas=image_size, because patches must not be cropped again.
         self.augmentation = Augmentation(override(recipe, canvas=recipe.image_size)) if augment else None

@@ -19,6 +19,7 @@ from kitlib.recipes.fields import WithBackbone
 from kitlib.tables import BOX
 from kitlib.training import data_parallel
 from kitlib.training.augmentation import Augmentation
+from kitlib.training.shared_memory import BATCH_TIMEOUT_S, workers_that_fit
 from kitlib.xrays.cache import CachedXray, DecodedXrays
 
 # Canvases of a data set stay in memory if they fit, because reading and resizing an image takes longer than augmentation.
@@ -35,6 +36,7 @@ class Examples(Dataset[dict[str, Any]]):
     """
 
     image_ids: list[str]
+    example_bytes: int  # size of an example's pixels, beside which the rest of it is small
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -76,7 +78,7 @@ class XrayDataset(Examples):
         lungs: LungFinder | None = None,
     ) -> None:
         self.cache, self.side, self.seed, self.canvas = cache, recipe.image_size, seed, read_canvas(recipe)
-        self.image_ids = images.image_id.tolist()
+        self.image_ids, self.example_bytes = images.image_id.tolist(), recipe.image_size**2
         self.make_placement = PLACEMENTS[recipe.placement]
         self.label = labels.set_index("id").reindex(images.study_id).to_numpy(np.float32)
         corners = {image_id: rows[list(BOX)].to_numpy(float) for image_id, rows in boxes.groupby("image_id")}
@@ -251,8 +253,10 @@ def batches(
 
     With `shuffle`, each epoch has a new random order, and an incomplete last batch is dropped. If n processes train
     together, the process with rank r gets every n-th example, starting at r: with `shuffle` of each batch, otherwise of the
-    data set.
+    data set. If the batches of `workers` do not fit into /dev/shm, none are started, with a warning. A batch that does not
+    arrive within BATCH_TIMEOUT_S seconds raises RuntimeError.
     """
+    workers = workers_that_fit(workers, dataset.example_bytes * min(batch_size, len(dataset)))
     (rank, processes), batch_size = data_parallel.rank_and_world_size(), min(batch_size, len(dataset))
     if shuffle:
         # An incomplete last batch is dropped, because batch norm fails on a single image.
@@ -266,6 +270,7 @@ def batches(
         **sampling,
         collate_fn=collate_fn or collate,
         num_workers=workers,
+        timeout=BATCH_TIMEOUT_S if workers else 0,
         persistent_workers=workers > 0,
         # Only forked processes share the canvases in memory.
         multiprocessing_context="fork" if workers else None,

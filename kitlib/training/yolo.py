@@ -26,6 +26,7 @@ from kitlib.models.yolo import YoloDetector  # before ultralytics, whose import 
 from kitlib.recipes.fields import DetectorRecipe
 from kitlib.training.detector import DetectorStrategy, canvas_precision
 from kitlib.training.fold_folder import LEARNING_RATE_FLOOR, FitResult, find_kept_epoch, is_over
+from kitlib.training.shared_memory import BATCH_TIMEOUT_S, workers_that_fit
 from kitlib.training.xray_dataset import XrayDataset
 
 from ultralytics.data.dataset import YOLODataset  # isort: skip
@@ -157,6 +158,12 @@ class Trainer(DetectionTrainer):
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Canvases:
         """Return the training data set if `mode` is "train", the validation data set if it is "val"."""
         return Canvases(self.examples[mode], mode == "train", self.args)
+
+    def get_dataloader(self, *arguments: Any, **options: Any) -> DataLoader:
+        """Return ultralytics' loader, whose workers must not be waited for without end."""
+        loader = super().get_dataloader(*arguments, **options)
+        loader.timeout = BATCH_TIMEOUT_S if loader.num_workers else 0
+        return loader
 
     def validate(self) -> tuple[dict[str, float], float]:
         """Validate the moving average; return an empty dict and the score on the validation images.
@@ -354,7 +361,9 @@ class YoloStrategy(DetectorStrategy):
             maxinterval=60,
             disable=not task.progress,
         ) as bar:
-            environment = self.run_folder, device, task.seed, task.workers
+            # ultralytics prefetches four batches of three-channel canvases per worker.
+            workers = workers_that_fit(task.workers, recipe.batch_size * 3 * recipe.image_size**2, prefetched=4)
+            environment = self.run_folder, device, task.seed, workers
             examples = {"train": self.train, "val": self.validation}
             trainer = Trainer(model, examples, self.validation_batches(), canvas_precision, *environment, bar, task.deadline)
             trainer.history = history = _read_history(trainer.last)

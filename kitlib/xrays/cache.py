@@ -8,7 +8,7 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,13 +91,18 @@ class XrayCache:
             self.folder = _unpack(self.packed)
 
     def decode(
-        self, images: pd.DataFrame, workers: int | None = None, timeout_s: float = 20.0, pool: ProcessPool | None = None
+        self,
+        images: pd.DataFrame,
+        workers: int | None = None,
+        timeout_s: float | Callable[[], float] = 20.0,
+        pool: ProcessPool | None = None,
     ) -> Generator[Outcome, None, None]:
         """Decode `images` (columns image_id and path) and yield one Outcome per image, in order of completion.
 
         Files are decoded in `workers` processes (default: all usable cores), only a few files ahead of the consumer. A file
-        that takes longer than `timeout_s` seconds, crashes its worker or needs gigabytes of memory results in a failed
-        Outcome without affecting the other files, and so does an image_id that cannot be a file name. Stopping the iteration
+        that takes longer than `timeout_s` seconds (a number, or a function called for each file), crashes its worker or
+        needs gigabytes of memory results in a failed Outcome without affecting the other files, and so does an image_id that
+        cannot be a file name. Stopping the iteration
         stops the workers, unless they belong to a `pool` (see `decoding_pool`), which stays open for the next call. Raises
         CacheError if the cache cannot be written; ValueError for missing columns or an image_id that occurs twice.
         """
@@ -116,7 +121,8 @@ class XrayCache:
                     yield self._checked(outcome)
                     continue
                 task = (self._entry_path(image_id), image_id, path, self.longest_side)
-                running[pool.schedule(decode_into, args=task, timeout=timeout_s)] = (image_id, timeout_s)
+                limit_s = timeout_s() if callable(timeout_s) else timeout_s
+                running[pool.schedule(decode_into, args=task, timeout=limit_s)] = (image_id, limit_s)
                 if len(running) >= 2 * workers:
                     yield from self._collect_finished(running)
             while running:

@@ -56,8 +56,9 @@ def decode_into(entry: Path, image_id: str, path: str, longest_side: int) -> Out
     try:
         source = source_of(path)
         xray = decode_image(path) if image_format(path) else decode_xray(path)
-    except (UnreadableXray, OSError) as error:
-        return Outcome(image_id, "failed", getattr(error, "reason", str(error)), seconds=time.perf_counter() - start)
+    except (UnreadableXray, OSError, MemoryError) as error:
+        reason = "out of memory" if isinstance(error, MemoryError) else getattr(error, "reason", str(error))
+        return Outcome(image_id, "failed", reason, seconds=time.perf_counter() - start)
     rows, columns = xray.pixels.shape
     metadata = {**source, "rows": str(rows), "columns": str(columns), "warnings": json.dumps(xray.warnings)}
     write_entry(entry, shrink(xray.pixels, longest_side), metadata)

@@ -15,7 +15,7 @@ def test_a_lost_or_damaged_copy_is_decoded_again_and_costs_at_most_its_image(tmp
         write_xray(path, np.full((8, 6), 20 * number, np.uint8), transfer_syntax=ExplicitVRLittleEndian)
     images = pd.DataFrame({"image_id": [path.stem for path in paths], "path": list(map(str, paths))})
     cache = XrayCache(tmp_path / "cache", 8)
-    xrays = DecodedOnce(cache, images, workers=1, timeout_s=60)
+    xrays = DecodedOnce(cache, images, workers=1, longest_s=60)
     first = {xray.image_id: xray.pixels for xray in xrays.without(set())}
     assert sorted(first) == ["a", "b", "c", "d"]
     (cache.folder / "a.safetensors").write_bytes(b"damaged")

@@ -37,6 +37,7 @@ from kitlib.scoring.validate import validate
 from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.dicom import decode_xray
 from tests.small_bundles import edit_record
+from tests.small_xrays import wait_for_a_minute
 
 DAMAGED = 2
 SETTINGS = SubmitSettings(time_limit_s=600, longest_side=64, workers=1, batch_size=4)
@@ -144,6 +145,49 @@ def test_a_submission_ends_in_time_even_if_models_hang(competition, weights, tmp
     assert validate(competition / "sample_submission.csv", path) == []
 
 
+@pytest.mark.parametrize(
+    ("limit_s", "started_s_ago", "planned_s"),
+    # The share of the limit, but as much time remains for the end as the start has taken.
+    [(100, 4, 65), (10, 2, 6.5), (10, 4, 6), (10, 6, 4), (4, 6, 0)],
+)
+def test_a_submission_leaves_time_to_end(competition, tmp_path, monkeypatch, limit_s, started_s_ago, planned_s):
+    monkeypatch.setenv("KIT_TIME_LIMIT_S", str(limit_s))
+    monkeypatch.setenv("KIT_STARTED", str(time.monotonic() - started_s_ago))
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    assert run.deadline.left() + started_s_ago == pytest.approx(planned_s, abs=1)
+    latest_s = min(0.9 * limit_s, max(0, limit_s - started_s_ago))
+    assert run.last_deadline.left() + started_s_ago == pytest.approx(latest_s, abs=1)
+    too_short = run.ledger.note.str.contains(r"no time for models.*the smallest limit that allows any is \d+ s")
+    assert too_short.any() == (planned_s < started_s_ago)
+    assert validate(competition / "sample_submission.csv", run.output) == []
+
+
+def test_slow_files_are_told_in_the_ledger(competition, weights, tmp_path, monkeypatch):
+    decode = XrayCache.decode
+
+    def slow(self, images, workers, limit, pool):
+        for outcome in decode(self, images, workers, limit, pool):
+            limit()
+            yield replace(outcome, seconds=19.9)
+
+    monkeypatch.setattr(XrayCache, "decode", slow)
+    # A tenth of 0.65 x 60 s is soon used up, and then a file gets less than the usual 20 s.
+    _, ledger = submit(competition, weights, tmp_path, replace(SETTINGS, time_limit_s=60))
+    row = ledger[ledger.note.str.contains("the time limit of a file was lowered from 20 s to")].iloc[0]
+    files = len(list(competition.glob("test/*/*/*.dcm")))
+    assert (row.stage, row.files) == ("decode", files) and f"{files * 19.9:.0f} s in all" in row.note
+
+
+def test_a_submission_ends_even_if_a_file_is_still_being_decoded(competition, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("kitlib.xrays.cache.decode_into", wait_for_a_minute)
+    began = time.monotonic()
+    settings = replace(SETTINGS, time_limit_s=30, share=0.1)
+    path, ledger = submit(competition, weights, tmp_path, settings)
+    assert time.monotonic() - began < 30
+    assert ledger.set_index("stage").note["small-fold0"] == "time was up"
+    assert validate(competition / "sample_submission.csv", path) == []
+
+
 def test_the_first_model_keeps_its_predictions_when_time_is_up(competition, weights, tmp_path, monkeypatch):
     batches, forward = [], StudyClassifier.forward
 
@@ -162,10 +206,10 @@ def test_the_first_model_keeps_its_predictions_when_time_is_up(competition, weig
 
 
 class Remaining:
-    """A deadline that is never enforced; `seconds` remain, one value for each model that runs."""
+    """A deadline that is never enforced; `seconds` remain, one value for each model that runs, and an hour before."""
 
     def __init__(self, *seconds):
-        self.seconds = iter(seconds)
+        self.seconds = iter((3600.0, *seconds))
 
     def left(self):
         return next(self.seconds)
@@ -532,7 +576,7 @@ def test_faults_of_the_written_file_are_noted(competition, tmp_path):
 
 
 def test_placeholder_predictions_need_no_package_that_kaggles_image_lacks():
-    absent = ["pebble", "imagecodecs", "ensemble_boxes", "ultralytics", "pylibjpeg", "torch"]
+    absent = ["pebble", "imagecodecs", "ensemble_boxes", "ultralytics", "pylibjpeg", "torch", "pydicom"]
     script = f"import sys; sys.modules |= dict.fromkeys({absent}); import kitlib.inference.submit"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=project_root())
 

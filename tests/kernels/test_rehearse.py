@@ -264,6 +264,16 @@ def test_how_a_rehearsal_is_judged(
     assert result.scores is None if fault else result.scores["score"] == 1.0
 
 
+@pytest.mark.parametrize(("limit_s", "explained"), [(0.01, True), (100.0, False), (1000.0, False)])
+def test_a_limit_shorter_than_the_start_is_explained(tmp_path, competition, wheel, monkeypatch, limit_s, explained):
+    monkeypatch.setattr(rehearsals, "IMPORTS", "import json")
+    monkeypatch.setattr(rehearsals, "run_with_limit", lambda *_: (137, limit_s + 0.1))
+    monkeypatch.setattr(rehearsals, "link_kaggle_packages", lambda: tmp_path)
+    problem = rehearse(*built(tmp_path, wheel), competition / "inputs", limit_s).problem
+    assert problem.startswith("the time limit was reached")
+    assert bool(re.search(r"; no limit below about \d+ s can hold on this machine", problem)) is explained
+
+
 @pytest.mark.parametrize(
     ("usage", "fault"),
     [

@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from kitlib.atomic import write_json
+from kitlib.errors import PlanError
 from kitlib.plans.one_run import SHARED_GPUS, claim_gpus, run_planned
 from kitlib.plans.plan import RECORD, PlannedRun
 
@@ -19,7 +20,7 @@ def restored_sigterm_handler():
     signal.signal(signal.SIGTERM, before)
 
 
-def planned(folder, key, script='echo ok > "{}/metrics.json"'):
+def planned(folder, key, script='echo ok > "{}/metrics.json"', minutes=1.0):
     """Write a file with one run, `train`, that executes `script` in its folder; return the file."""
     run = PlannedRun(
         name="train",
@@ -34,7 +35,7 @@ def planned(folder, key, script='echo ok > "{}/metrics.json"'):
         threads=1,
         gpus=0,
         memory_gb=1.0,
-        minutes=1.0,
+        minutes=minutes,
         key=key,
     )
     write_json(folder / f"{key}.runs.json", {"train": run.as_json()})
@@ -90,3 +91,46 @@ def test_a_run_that_waits_for_a_gpu_releases_the_others(tmp_path, monkeypatch):
             pass
     with claim_gpus(2) as variables:
         assert variables == {"CUDA_VISIBLE_DEVICES": "0,1"}
+
+
+@pytest.mark.parametrize(
+    ("shared", "count", "claimed"),
+    [
+        ("0,1,2", 1, "0"),
+        ("0,1,2", 2, "0,1"),
+        ("0,1", 2, "0,1"),
+        ("0", 2, "0"),  # more than there are: all of them
+        ("", 1, ""),
+        ("0,1", 0, ""),
+    ],
+)
+def test_a_run_claims_as_many_gpus_as_it_requests_or_all(tmp_path, monkeypatch, shared, count, claimed):
+    def waiting(_):
+        raise AssertionError("all GPUs are free, so nothing is waited for")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("time.sleep", waiting)
+    monkeypatch.setenv(SHARED_GPUS, shared)
+    with claim_gpus(count) as variables:
+        assert variables == {"CUDA_VISIBLE_DEVICES": claimed}
+        taken = set(filter(None, claimed.split(",")))
+        for gpu in filter(None, shared.split(",")):  # exactly the claimed GPUs are locked
+            with open(tmp_path / f"kit-gpus-{os.getuid()}" / gpu, "a") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    assert gpu in taken
+                else:
+                    assert gpu not in taken
+
+
+@pytest.mark.parametrize(("minutes", "stopped"), [(0.01, True), (1.0, False), (0.0, False)])  # 0: no limit
+def test_a_run_is_stopped_at_its_time_limit(tmp_path, minutes, stopped):
+    script = "exec sleep 60" if stopped else 'sleep 0.1; echo ok > "{}/metrics.json"'
+    file = planned(tmp_path, "first", script, minutes)
+    if stopped:
+        with pytest.raises(PlanError, match=r"stopped at its time limit of 0\.01 minutes"):
+            run_planned(file, "train")
+    else:
+        run_planned(file, "train")
+        assert (tmp_path / "train" / "done-first.json").is_file()

@@ -216,6 +216,14 @@ def test_a_bad_file_costs_one_file(tmp_path, monkeypatch):
     assert [outcomes[f"image{number}"].status for number in (0, 4, 5, 6)] == ["decoded"] * 4
 
 
+def test_the_time_limit_is_asked_for_each_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(kitlib.xrays.cache, "decode_into", misbehave)
+    limits = iter([60.0, 60.0, 0.5, 60.0, 60.0])
+    outcomes = XrayCache(tmp_path / "c").decode(write_images(tmp_path, 5), 1, lambda: next(limits))
+    reasons = {outcome.image_id: outcome.reason for outcome in outcomes}
+    assert reasons["image2"] == "not decoded in 0.5 s" and next(limits, None) is None
+
+
 def test_only_a_few_files_are_ahead_of_the_consumer(tmp_path):
     images = write_images(tmp_path, 40, 8, 8)
     cache = XrayCache(tmp_path / "c")
