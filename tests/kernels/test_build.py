@@ -26,7 +26,7 @@ from kitlib.kernels import build as kernel
 from kitlib.kernels import start as kernel_start
 from kitlib.kernels.build import build_kernel
 from kitlib.kernels.pack_library import find_needed_files
-from kitlib.kernels.spec import make_slug, read_spec
+from kitlib.kernels.spec import read_spec
 from kitlib.lungs.finders import segmenter_digest
 from kitlib.recipes.named import RECIPES, recipe
 from kitlib.runs.record import kitlib_digest
