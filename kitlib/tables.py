@@ -138,13 +138,11 @@ def cut_boxes(boxes: pd.DataFrame, images: pd.DataFrame) -> tuple[pd.DataFrame, 
     cut[list(BOX)] = np.hstack([low.clip(min=0), np.minimum(high, sizes)])
     beyond = np.maximum(-low, high - sizes).clip(min=0)
     problems = pd.Series("", index=boxes.index, dtype=object)
+    thickness = np.minimum(high, sizes) - low.clip(min=0)
     for is_wrong, problem in (
-        (
-            (np.minimum(high, sizes) - low.clip(min=0) < LEAST_SIDE),
-            f"a box is thinner than {LEAST_SIDE:g} pixel in the image",
-        ),
-        ((beyond > MOST_OVERHANG * sizes), f"a box reaches beyond the image by more than {MOST_OVERHANG:g} of its side"),
-        (((high <= 0) | (low >= sizes)), "a box lies outside the image"),
+        (thickness < LEAST_SIDE, f"a box is thinner than {LEAST_SIDE:g} pixel within the image"),
+        (beyond > MOST_OVERHANG * sizes, f"a box reaches beyond the image by more than {MOST_OVERHANG:g} of its side"),
+        ((high <= 0) | (low >= sizes), "a box lies outside the image"),
     ):
         problems[is_wrong.any(axis=1)] = problem
     return cut, pd.Series(beyond.max(axis=1, initial=0), index=boxes.index), problems

@@ -137,8 +137,8 @@ def index_files(root: Path) -> dict[str, Path]:
 def find_files(root: Path, suffixes: Sequence[str], faults: Faults) -> dict[str, Path]:
     """Return image id -> path for the files below `root` that have one of `suffixes`.
 
-    The id is the file name without suffix (see `listed_id`). If several files have the same id, the first one is used and each of the others
-    becomes a fault. Hidden files are ignored.
+    The id is the file name without suffix (see `listed_id`). If several files have the same id, the first one is used and
+    each of the others becomes a fault. Hidden files are ignored.
     """
     paths: dict[str, Path] = {}
     for folder, folders, names in os.walk(root):

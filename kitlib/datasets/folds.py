@@ -105,8 +105,8 @@ def _find_patient_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | N
     studies = images.drop_duplicates("study_id").patient_id.value_counts()
     if len(studies) and studies.iloc[0] >= PLACEHOLDER_STUDIES and studies.iloc[0] > PLACEHOLDER_SHARE * studies.sum():
         raise DatasetError(
-            f"{studies.iloc[0]} of {studies.sum()} studies have the patient id {studies.index[0]!r}, so they would all be in "
-            'one fold. If it is a placeholder of anonymisation, set folds_by to "study" in notebook 10, which takes every '
+            f"{studies.iloc[0]} of {studies.sum()} studies have the patient id {studies.index[0]!r}, so all would be in one "
+            'fold. If it is a placeholder of anonymisation, set folds_by to "study" in notebook 10, which takes every '
             "study for a patient of its own, or correct the column patient_id of the `images` table"
         )
     return find_leak_groups(images, near_duplicates)

@@ -51,9 +51,10 @@ def read_rsna(folder: str | Path, progress: bool = True) -> Dataset:
         raise DatasetError(f"{folder / IMAGES} is missing: unpack the challenge's training images there, {HOW_TO_GET}")
     files = find_files(folder / IMAGES, (".dcm", ".png", ".jpg", ".jpeg"), faults)
     if not labels.id.isin(list(files)).any():
+        first, wanted = next(iter(files.values()), "none"), next(iter(labels.id), "none")
         raise DatasetError(
-            f"{folder / IMAGES} holds {len(files)} images, the first is {next(iter(files.values()), 'none')}; none of them is "
-            f"one of the {len(labels)} images in {LABELS}, such as {labels.id.iloc[0] if len(labels) else 'none'}: {HOW_TO_GET}"
+            f"{folder / IMAGES} holds {len(files)} images, the first is {first}; none of them is one of the {len(labels)} "
+            f"images in {LABELS}, such as {wanted}: {HOW_TO_GET}"
         )
     faults.add_summary(LABELS, set(labels.id) - set(files), "have no file; left out", "other images")
     for image_id in sorted(set(files) - set(labels.id)):

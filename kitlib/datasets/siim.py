@@ -54,12 +54,10 @@ def read_train(folder: str | Path, progress: bool = True) -> Dataset:
     if not rows.image_id.isin(files.image_id).any():
         found = [path for path in sorted(train.rglob("*")) if path.is_file()]
         first = f", the first is {_relative_path(found[0], folder)}" if found else ""
-        wanted = (
-            f"train/{rows.study_id[0]}/<series>/{rows.image_id[0]}.dcm" if len(rows) else f"no usable row in {IMAGE_TABLE}"
-        )
+        wanted = f", such as train/{rows.study_id[0]}/<series>/{rows.image_id[0]}.dcm" if len(rows) else ""
         raise DatasetError(
             f"{train} holds {len(found)} files{first}; none of them is a <study>/<series>/<image>.dcm of the "
-            f"{len(rows)} images in {IMAGE_TABLE}, such as {wanted}: unpack the competition's training files there"
+            f"{len(rows)} images in {IMAGE_TABLE}{wanted}: unpack the competition's training files there"
         )
     for image_id in sorted(set(rows.image_id) - set(files.image_id)):
         faults.add(IMAGE_TABLE, f"{image_id}_image", "has no file below train; left out")

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from kitlib.atomic import write_text
+from kitlib.datasets.base import listed_id
 from kitlib.errors import DatasetError
-from kitlib.tables import BOX, check_table, cut_boxes, listed_name
+from kitlib.tables import BOX, check_table, cut_boxes
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +72,11 @@ def write_coco(path: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fold
 def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
     """Return the tables in a COCO file, keyed by name: "images", "boxes" and, if the file contains folds, "folds".
 
-    Coordinates are bit for bit those passed to `write_coco` if the boxes lie in their images (see `cut_annotated_boxes`), and `images` has all columns that `write_coco` wrote. If
-    another program wrote the file, image_id is the file name without suffix, and each image is its own study and patient.
-    `boxes` has the column `finding` unless the only category is `opacity`. Raises DatasetError, which mentions the file and
-    the entry, if the file is missing or invalid.
+    Boxes are cut to their images (see `cut_annotated_boxes`); the coordinates of the others are bit for bit those passed to
+    `write_coco`, and `images` has all columns that `write_coco` wrote. If another program wrote the file, image_id is the
+    file name without folders and suffix, and each image is its own study and patient. `boxes` has the column `finding`
+    unless the only category is `opacity`. Raises DatasetError, which mentions the file and the entry, if the file is missing
+    or invalid.
     """
     content = _read_json(Path(path))
     where = {name: f"{path}, {name}" for name in ("images", "annotations", "categories")}
@@ -82,9 +84,7 @@ def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
     entries = _entries(content, "images", ("id", "file_name", "width", "height"), where)
     if not entries:
         raise DatasetError(f"{where['images']}: the list is empty, so there is nothing to read")
-    image_of = {
-        entry["id"]: str(entry.get("image_id", Path(listed_name(str(entry["file_name"]))).stem)) for entry in entries
-    }
+    image_of = {entry["id"]: str(entry.get("image_id", listed_id(str(entry["file_name"])))) for entry in entries}
     boxes, places = [], []
     for entry in _entries(content, "annotations", ("id", "image_id", "category_id", "bbox"), where):
         place = f"{where['annotations']}, id {entry['id']!r}"
@@ -98,11 +98,11 @@ def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
     if list(names.values()) == [CATEGORY]:
         table = table.drop(columns="finding")
     images = pd.DataFrame([_image_row(entry, image_of[entry["id"]], where["images"]) for entry in entries])
-    table = cut_annotated_boxes(table, images, places, str(path))
     tables = {"images": images.drop(columns="fold", errors="ignore"), "boxes": table}
     if "fold" in images:
         tables["folds"] = images.loc[images["fold"].notna(), ["image_id", "fold"]].rename(columns={"image_id": "id"})
-    return {name: check_table(table, name, str(path)) for name, table in tables.items()}
+    tables = {name: check_table(table, name, str(path)) for name, table in tables.items()}
+    return tables | {"boxes": cut_annotated_boxes(tables["boxes"], tables["images"], places, str(path))}
 
 
 def read_coco_boxes(path: str | Path, images: pd.DataFrame) -> pd.DataFrame:
@@ -146,8 +146,8 @@ def cut_annotated_boxes(boxes: pd.DataFrame, images: pd.DataFrame, places: list[
     if len(wrong):
         corners = ", ".join(f"{name} {boxes[name].iloc[wrong[0]]:g}" for name in BOX)
         raise DatasetError(
-            f"{places[wrong[0]]}: {problems.iloc[wrong[0]]} ({corners} pixels); {len(wrong)} of {len(boxes)} boxes cannot be "
-            "used. Correct or remove them; if they are many, they are of images of another size"
+            f"{places[wrong[0]]}: {problems.iloc[wrong[0]]} ({corners} pixels); {len(wrong)} of {len(boxes)} boxes cannot "
+            "be used. Correct or remove them; if they are many, they are of images of another size"
         )
     if (overhang > 0).any():
         logger.warning(
