@@ -56,11 +56,12 @@ def read_covid_chestxray(folder: str | Path, progress: bool = True) -> Dataset:
     table["path"] = [find_listed(files, relative_path) for relative_path in subfolders + "/" + table.filename]
     has_file = table.path.notna()
     faults.add_summary(METADATA, table.filename[~has_file], "have no file; left out")
+    if table.empty:
+        raise DatasetError(f"{folder} has no frontal X-ray with a finding in {METADATA}: {HOW_TO_GET}")
     if not has_file.any():
-        first = f", such as {table.filename.iloc[0]}" if len(table) else ""
         raise DatasetError(
-            f"{folder} holds {len(files)} files, none of which is one of the {len(table)} frontal X-rays with a finding in "
-            f"{METADATA}{first}: {HOW_TO_GET}"
+            f"{folder} holds {len(files)} files; none of them is one of the {len(table)} frontal X-rays in {METADATA}, such as "
+            f"{table.filename.iloc[0]}: {HOW_TO_GET}"
         )
     table = table[has_file].assign(path=table.path[has_file].map(str)).reset_index(drop=True)
     stems = table.filename.map(listed_id)

@@ -83,7 +83,7 @@ def test_boxes_beyond_the_edge_by_rounding_are_clipped(tmp_path):
         ("0 0.5 0.5 0 0.1", "has no area"),
         ("0 0.5 0.5 0.1 0.0001", "thinner than 1 pixel"),
         ("0 0.5 0.5 1e999999 0.1", "not fractions of the image"),
-        ("0 0.1 0.5 30 0.1", r"by more than 0\.5 of its side .*; 1 of 4 boxes"),
+        ("0 0.1 0.5 30 0.1", r"by more than 0\.1 of its side .*; 1 of 4 boxes"),
     ],
 )
 def test_an_error_names_the_invalid_line(tmp_path, line, message):
