@@ -18,8 +18,8 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import TableError
 
 BOX = ("xmin", "ymin", "xmax", "ymax")
-# A box that reaches further beyond its image, as a share of the image's side, is of an image of another size. In the tables of
-# SIIM, RSNA and NIH a single one of 18,392 boxes reaches beyond, by 0.0008.
+# A box that reaches further beyond its image, as a share of the image's side, is of an image of another size. In the tables
+# of SIIM, RSNA and NIH a single one of 18,392 boxes reaches beyond, by 0.0008.
 MOST_OVERHANG = 0.1
 LEAST_SIDE = 1.0  # pixels of a box after the cut; a thinner one shows nothing
 

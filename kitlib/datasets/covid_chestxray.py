@@ -60,8 +60,8 @@ def read_covid_chestxray(folder: str | Path, progress: bool = True) -> Dataset:
         raise DatasetError(f"{folder} has no frontal X-ray with a finding in {METADATA}: {HOW_TO_GET}")
     if not has_file.any():
         raise DatasetError(
-            f"{folder} holds {len(files)} files; none of them is one of the {len(table)} frontal X-rays in {METADATA}, such as "
-            f"{table.filename.iloc[0]}: {HOW_TO_GET}"
+            f"{folder} holds {len(files)} files; none of them is one of the {len(table)} frontal X-rays in {METADATA}, such "
+            f"as {table.filename.iloc[0]}: {HOW_TO_GET}"
         )
     table = table[has_file].assign(path=table.path[has_file].map(str)).reset_index(drop=True)
     stems = table.filename.map(listed_id)
