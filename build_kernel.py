@@ -1,6 +1,7 @@
 """Build a Kaggle kernel from a YAML file, rehearse it as Kaggle would run it, and push it."""
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -106,9 +107,10 @@ def _push_instructions(spec: KernelSpec, parts: dict[str, Path]) -> str:
     if spec.kernel_sources:
         lines.append("These kernels must have run on Kaggle before: " + ", ".join(spec.sources(spec.kernel_sources)))
     lines.append("To push by hand (datasets first; `version -m NOTE` instead of `create` for an existing dataset):")
+    quoted = {part: shlex.quote(str(folder)) for part, folder in parts.items()}
     # Without -r the client skips the bundles' folders.
-    lines += [f"  kaggle datasets create -p {folder} -r zip" for part, folder in parts.items() if part != "kernel"]
-    return "\n".join([*lines, f"  kaggle kernels push -p {parts['kernel']}"])
+    lines += [f"  kaggle datasets create -p {folder} -r zip" for part, folder in quoted.items() if part != "kernel"]
+    return "\n".join([*lines, f"  kaggle kernels push -p {quoted['kernel']}"])
 
 
 def _print_pushed(result: Pushed) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from kitlib.errors import PlanError, ScoringError, SubmissionError
+from kitlib.errors import PlanError, ScoringError, SettingsError, SubmissionError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -219,20 +219,20 @@ def run(
     graph: Annotated[Path | None, typer.Option(help="Only draw the plan to this .png or .svg file.")] = None,
 ) -> None:
     """Carry out PLAN: the runs of notebooks and commands that are not finished yet, on this machine or a cluster."""
-    import yaml
     from rich.console import Console
 
     from kitlib.atomic import replacing
     from kitlib.plans.engine import describe_plan, run_plan
     from kitlib.plans.graph import draw_plan
     from kitlib.plans.plan import read_plan
+    from kitlib.yaml_reader import parse_yaml
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
     pairs = [change.partition("=") for change in changes or []]
     if not all(separator for _, separator, _ in pairs):
         raise typer.BadParameter("--set requires NAME=VALUE")
     try:
-        parsed_plan = read_plan(plan, runs, {name: yaml.safe_load(value) for name, _, value in pairs})
+        parsed_plan = read_plan(plan, runs, {name: parse_yaml(value, f"--set {name}") for name, _, value in pairs})
         if graph:
             with replacing(graph) as temporary_path:
                 draw_plan(parsed_plan).savefig(temporary_path, dpi=110)
@@ -240,7 +240,7 @@ def run(
             Console().print(describe_plan(parsed_plan))
         if not (graph or dry_run):
             run_plan(parsed_plan, Console(), only or (), cores, gpus, retries, engine or ())
-    except PlanError as error:
+    except (PlanError, SettingsError) as error:
         _fail(error)
 
 

@@ -106,7 +106,7 @@ class Settings:
             object.__setattr__(self, name, valid)
 
 
-def override(settings: R, **overrides: Any) -> R:
+def override(settings: R, /, **overrides: Any) -> R:
     """Return a copy of `settings` with some fields replaced. Raises SettingsError for an unknown name or invalid value."""
     _check_names(type(settings), overrides)
     return dataclasses.replace(settings, **overrides)

@@ -1,10 +1,13 @@
-"""The tables that pass between stages: their columns and types, validation, and reading and writing as Parquet.
+"""The tables that pass between stages: their columns and types, validation, reading and writing; text files of others.
 
 Identifiers are bare (`5776db0cec75`, not `5776db0cec75_study`); only the submission file adds suffixes. Boxes are `xmin,
 ymin, xmax, ymax` in pixels of the original DICOM image, x along columns. Additional columns are allowed and kept.
 """
 
-from collections.abc import Iterable
+import codecs
+import io
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,10 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import TableError
 
 BOX = ("xmin", "ymin", "xmax", "ymax")
+# A box that reaches further beyond its image, as a share of the image's side, is of an image of another size. In the tables
+# of SIIM, RSNA and NIH a single one of 18,392 boxes reaches beyond, by 0.0008.
+MOST_OVERHANG = 0.1
+LEAST_SIDE = 1.0  # pixels of a box after the cut; a thinner one shows nothing
 
 # Column -> kind. "probability" is a float in 0..1, NaN if unknown; "pixel" is a finite float.
 SCHEMAS: dict[str, dict[str, str]] = {
@@ -117,6 +124,72 @@ def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame
 def class_columns(table: pd.DataFrame, name: str) -> list[str]:
     """Return the names of the columns that are classes, in order. `name` is the table's schema, one of OPEN."""
     return [column for column in table.columns if column not in SCHEMAS[name]]
+
+
+def cut_boxes(boxes: pd.DataFrame, images: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series, pd.Series]:
+    """Cut `boxes` to their images, whose sizes `images` has; the one rule for boxes that come from outside.
+
+    Returns the cut boxes, the pixels by which each reached beyond its image (0: it lay inside), and for each a text that
+    says why it cannot be used ("": it can): it lies outside the image, reaches beyond it by more than MOST_OVERHANG of a
+    side, or is thinner than LEAST_SIDE after the cut. All three have the index of `boxes`.
+    """
+    sizes = images.set_index("image_id")[["columns", "rows"]].reindex(boxes["image_id"]).to_numpy(float)
+    low, high = boxes[["xmin", "ymin"]].to_numpy(float), boxes[["xmax", "ymax"]].to_numpy(float)
+    cut = boxes.copy()
+    cut[list(BOX)] = np.hstack([low.clip(min=0), np.minimum(high, sizes)])
+    beyond = np.maximum(-low, high - sizes).clip(min=0)
+    problems = pd.Series("", index=boxes.index, dtype=object)
+    thickness = np.minimum(high, sizes) - low.clip(min=0)
+    for is_wrong, problem in (
+        (thickness < LEAST_SIDE, f"a box is thinner than {LEAST_SIDE:g} pixel within the image"),
+        (beyond > MOST_OVERHANG * sizes, f"a box reaches beyond the image by more than {MOST_OVERHANG:g} of its side"),
+        ((high <= 0) | (low >= sizes), "a box lies outside the image"),
+    ):
+        problems[is_wrong.any(axis=1)] = problem
+    return cut, pd.Series(beyond.max(axis=1, initial=0), index=boxes.index), problems
+
+
+def read_text(path: str | Path) -> str:
+    """Return the text of a file in UTF-8 or, with a byte order mark, UTF-16, without the mark.
+
+    Raises TableError, which names the file and the line, for another encoding; OSError if the file cannot be read.
+    """
+    content = Path(path).read_bytes()
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise TableError(
+            f"{path}, line {line}: the byte {content[error.start : error.start + 1]!r} is not UTF-8; save the file as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise TableError(f"{path}: the text has a NUL character; save the file as UTF-8")
+    return text
+
+
+def read_text_table(path: str | Path, columns: Sequence[str] = (), separator: str = ",") -> pd.DataFrame:
+    """Return the table in a CSV file (a TSV file: `separator` is a tab) of another program; all cells are text.
+
+    Empty cells are "". Raises TableError, which names the file, if it cannot be read or lacks one of `columns`.
+    """
+    try:
+        table = pd.read_csv(io.StringIO(read_text(path)), sep=separator, dtype=str, keep_default_na=False, index_col=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, TableError, OSError) as error:
+        raise TableError(f"{path} is not a CSV file ({error})") from error
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise TableError(f"{path} lacks the columns {missing}; it has {list(table.columns)}")
+    return table
+
+
+def listed_name(cell: str) -> str:
+    """Return the name of the file that a cell or line of a table names, without folders, in Unicode's composed form.
+
+    Folders may be written as on Windows (`C:\\xrays\\a.png`). The composed form is needed because macOS writes file names
+    in the decomposed form, in which the same letters are other characters.
+    """
+    return unicodedata.normalize("NFC", cell.strip().replace("\\", "/").rpartition("/")[2])
 
 
 def study_labels(labels: pd.DataFrame, where: str = "") -> pd.DataFrame:

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kitlib.errors import SettingsError
+from kitlib.fusion.flannel import ENSEMBLES, ensemble_settings
 from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe, PatchRecipe, SegmenterRecipe, StudyRecipe
-from kitlib.recipes.named import RECIPES
+from kitlib.recipes.named import RECIPES, recipe
 from kitlib.settings import Distinct, Increasing, Ordered, Range, Settings, ZeroOrOdd, field_kinds, from_dict, override
+from kitlib.yaml_reader import read_yaml
 
 
 @dataclass(frozen=True)
@@ -176,3 +178,58 @@ def test_every_number_of_a_recipe_has_a_range():
 def test_a_named_recipe_returns_from_json_unchanged(name):
     recipe = RECIPES[name]
     assert from_dict(type(recipe), json.loads(json.dumps(asdict(recipe)))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected a mapping, lines of the form `key: value`, got an empty file"),
+        (b"- a\n", "got a list"),
+        (b"word", "got 'word'"),
+        (b"a: 1\n\tb: 2\n", "line 2: .*; indent with blanks instead of tabs"),
+        (b"a: [1\n", "line 2: expected"),
+        (b"a: 1\n---\nb: 2\n", "line 2: but found another document"),
+        (b"a: 1\nb: {c: 1, c: 2}\n", "line 2: the key 'c' is given twice"),
+        (b"a: 1\non: 2\n", 'line 2: the key on is not text; write it in quotes, such as "on"'),
+        (b"{[1, 2]: a}\n", "the key of several values is not text"),
+        (b"a: [.nan]\n", r"line 1: \.nan is not a finite number"),
+        (b"a: 1.0e+999\n", r"line 1: 1\.0e\+999 is not a finite number"),
+        (b"a: !!python/object/apply:os.getcwd []\n", "line 1: .*os.getcwd is not allowed"),
+        (b"a: !!binary aGk=\n", "binary is not allowed"),
+        (b"a: &x [*x]\n", "line 1: an alias stands inside of its own anchor"),
+        (
+            b"a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + b"".join(b"%c: &%c [%s]\n" % (name, name, b", ".join([b"*%c" % (name - 1)] * 10)) for name in b"bcdefghij"),
+            "more than 50 levels or 100,000 values",
+        ),
+        (b"a: " + b"[" * 60 + b"]" * 60, "more than 50 levels"),
+        (b"a: " + b"[" * 5000 + b"]" * 5000, "nested more than 50 levels deep"),
+        (b"a: " + b"9" * 5000, "limit"),
+        (b"a: 1\nb: \xe9t\xe9\n", r"line 2: the byte b'\\xe9' is not UTF-8; save the file as UTF-8"),
+        ("a: 1".encode("utf-16-le"), "has a NUL character; save the file as UTF-8"),
+        (b"a: \x07\n", "special characters are not allowed"),
+    ],
+)
+def test_a_yaml_file_that_cannot_be_used_names_the_line(tmp_path, content, message):
+    (tmp_path / "x.yaml").write_bytes(content)
+    with pytest.raises(SettingsError, match=rf"x\.yaml.*{message}"):
+        read_yaml(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_yaml_file_may_be_of_windows(tmp_path, encoding):
+    text = "a: &x [1, ä]\r\nb: *x\r\nc: {<<: {d: 1}, e: 2026-01-01}\r\n"
+    (tmp_path / "x.yaml").write_bytes(text.encode(encoding))
+    assert read_yaml(tmp_path / "x.yaml") == {"a": [1, "ä"], "b": [1, "ä"], "c": {"d": 1, "e": "2026-01-01"}}
+
+
+@pytest.mark.parametrize("name", ["settings", "name", "kind"])
+def test_a_field_with_the_name_of_an_argument_is_an_unknown_field(name):
+    """Parameters of a YAML file are passed on by name."""
+    for make in (
+        lambda **fields: override(StudyRecipe(), **fields),
+        lambda **fields: recipe("small_study", StudyRecipe, **fields),
+        lambda **fields: ensemble_settings(next(iter(ENSEMBLES)), **fields),
+    ):
+        with pytest.raises(SettingsError, match=f"has no field '{name}'; it has: "):
+            make(**{name: 1})

@@ -1,7 +1,7 @@
 """The Dataset that a reader returns, and what readers share: CSV files, faults, image headers, and making of tables."""
 
-import math
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from kitlib.classes import MASK_CONVENTIONS
-from kitlib.errors import DatasetError, UnreadableXray
-from kitlib.tables import BOX, check_table, empty_table
+from kitlib.errors import DatasetError, TableError, UnreadableXray
+from kitlib.tables import BOX, check_table, cut_boxes, empty_table, listed_name, read_text, read_text_table
 
 HEADER_THREADS = 16  # more than there are cores, because the threads mostly wait for the disk
 
@@ -56,9 +56,16 @@ class Dataset:
     ) -> "Dataset":
         """Return a Dataset of these tables, after checking `images` and `labels`; `boxes` defaults to an empty table.
 
-        A study whose images have different patient ids is added to `faults`. Raises TableError, which names `folder`, if
-        `images` or `labels` is not valid (see kitlib.tables).
+        A study whose images have different patient ids is added to `faults`. Raises DatasetError, which quotes the first
+        faults, if there is no image; TableError, which names `folder`, if `images` or `labels` is not valid (see
+        kitlib.tables).
         """
+        if images.empty:
+            told = pd.Series([f"{problem} ({file} {row})" for file, row, problem in faults.rows], dtype=object)
+            raise DatasetError(
+                f"{folder}: no image can be used; there are {len(told)} faults, "
+                f"the first: {'; '.join(told.head(3)) or 'none, so the tables are empty'}"
+            )
         images, labels = check_table(images, "images", str(folder)), check_table(labels, "labels", str(folder))
         boxes = empty_table("boxes") if boxes is None else boxes
         counts = images.groupby("study_id")["patient_id"].nunique()
@@ -91,8 +98,10 @@ class Faults:
         return pd.DataFrame(self.rows, columns=["file", "row", "problem"], dtype=object)
 
 
-def read_csv(path: Path, columns: Sequence[str], how_to_get: str = "see inputs/README.md") -> pd.DataFrame:
-    """Return the table in a CSV file; all cells are text, and empty cells are "".
+def read_csv(
+    path: Path, columns: Sequence[str], how_to_get: str = "see inputs/README.md", separator: str = ","
+) -> pd.DataFrame:
+    """Return the table in a CSV file; all cells are text, and empty cells are "" (see kitlib.tables.read_text_table).
 
     Raises DatasetError if the file is missing (the message ends with `how_to_get`), is not a CSV file, or lacks one of
     `columns`.
@@ -100,22 +109,36 @@ def read_csv(path: Path, columns: Sequence[str], how_to_get: str = "see inputs/R
     if not path.is_file():
         raise DatasetError(f"{path} is missing: copy the data set's file there, {how_to_get}")
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} is not a CSV file ({error}): fetch the data set's file again") from error
-    missing = [column for column in columns if column not in table.columns]
-    if missing:
-        raise DatasetError(
-            f"{path} lacks the columns {missing}; it has {list(table.columns)}: check that it is the right file"
-        )
-    return table
+        return read_text_table(path, columns, separator)
+    except TableError as error:
+        raise DatasetError(f"{error}: check that it is the right file, or fetch it again") from error
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file (see kitlib.tables.read_text). Raises DatasetError if its encoding is unknown."""
+    try:
+        return read_text(path).splitlines()
+    except TableError as error:
+        raise DatasetError(str(error)) from error
+
+
+def find_listed(files: dict[str, Path], cell: str) -> Path | None:
+    """Return the one of `files` (see `index_files`) that a table's cell names, with or without folders; None if none is."""
+    path = unicodedata.normalize("NFC", cell.strip().replace("\\", "/"))
+    return files.get(path) or files.get(listed_name(cell))
+
+
+def index_files(root: Path) -> dict[str, Path]:
+    """Return the files below `root`, keyed by their path relative to `root` with slashes, in Unicode's composed form."""
+    paths = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+    return {unicodedata.normalize("NFC", path.relative_to(root).as_posix()): path for path in paths}
 
 
 def find_files(root: Path, suffixes: Sequence[str], faults: Faults) -> dict[str, Path]:
     """Return image id -> path for the files below `root` that have one of `suffixes`.
 
-    The id is the file name without suffix. If several files have the same id, the first one is used and each of the others
-    becomes a fault. Hidden files are ignored.
+    The id is the file name without suffix (see `listed_id`). If several files have the same id, the first one is used and
+    each of the others becomes a fault. Hidden files are ignored.
     """
     paths: dict[str, Path] = {}
     for folder, folders, names in os.walk(root):
@@ -124,11 +147,17 @@ def find_files(root: Path, suffixes: Sequence[str], faults: Faults) -> dict[str,
             path = Path(folder, name)
             if name.startswith(".") or path.suffix.lower() not in suffixes:
                 continue
-            if path.stem in paths:
-                faults.add(str(path.relative_to(root)), path.stem, f"has the same name as {paths[path.stem]}; left out")
+            image_id = listed_id(name)
+            if image_id in paths:
+                faults.add(str(path.relative_to(root)), image_id, f"has the same name as {paths[image_id]}; left out")
             else:
-                paths[path.stem] = path
+                paths[image_id] = path
     return paths
+
+
+def listed_id(name: str) -> str:
+    """Return the image id of a file: its name, as written in a table or on the disk, without folders and suffix."""
+    return Path(listed_name(name)).stem
 
 
 @dataclass(frozen=True)
@@ -190,29 +219,21 @@ def make_boxes(image_ids: pd.Series, cells: pd.DataFrame) -> tuple[pd.DataFrame,
 def cut_at_edges(
     images: pd.DataFrame, boxes: pd.DataFrame, faults: Faults, file: str, suffix: str = ""
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Cut boxes at the edges of their images; returns the `images` and `boxes` tables, without images that have a wrong box.
+    """Cut boxes to their images (see kitlib.tables.cut_boxes); returns the `images` and `boxes` tables.
 
-    Boxes are cut at the right and bottom edges only if `images` has the columns rows and columns. An image is removed, with
-    all of its boxes, if what remains of one of them is less than a pixel wide or high. Each cut and each removed image is a
-    fault, with the `file` that the boxes come from, and with the image id followed by `suffix`.
+    An image with a box that cannot be used is removed with all of its boxes. Each cut and each removed image is a fault,
+    with the `file` that the boxes come from, and with the image id followed by `suffix`.
     """
-    sizes = {"xmin": 0, "ymin": 0, "xmax": math.inf, "ymax": math.inf}
     boxes = check_table(boxes, "boxes", file)
-    box_images = boxes[["image_id"]].merge(images, on="image_id", how="left")
-    if "columns" in images:
-        sizes |= {"xmax": box_images["columns"].to_numpy(), "ymax": box_images["rows"].to_numpy()}
-    cut = boxes.copy()
-    for low, high in (("xmin", "xmax"), ("ymin", "ymax")):
-        cut[low], cut[high] = boxes[low].clip(lower=sizes[low]), np.minimum(boxes[high], sizes[high])
-    overhang = (boxes[list(BOX)] - cut[list(BOX)]).abs().max(axis=1)
-    is_empty = (cut.xmax - cut.xmin < 1) | (cut.ymax - cut.ymin < 1)
-    for index in np.flatnonzero((overhang > 0) & ~is_empty):
+    cut, overhang, problems = cut_boxes(boxes, images)
+    for index in np.flatnonzero((overhang > 0) & (problems == "")):
         name = f"{boxes.image_id[index]}{suffix}"
         faults.add(file, name, f"a box reaches {overhang[index]:.1f} pixels beyond the image; cut at its edge")
-    removed = set(boxes.image_id[is_empty])
-    for image_id in sorted(removed):
-        faults.add(file, f"{image_id}{suffix}", "a box lies outside the image or is thinner than a pixel; left out")
-    return images[~images.image_id.isin(removed)], cut[~cut.image_id.isin(removed)].reset_index(drop=True)
+    unusable = problems[problems != ""].groupby(boxes.image_id).first()
+    for image_id, problem in unusable.items():
+        faults.add(file, f"{image_id}{suffix}", f"{problem}; the image is left out")
+    kept = cut[~cut.image_id.isin(unusable.index)].reset_index(drop=True)
+    return images[~images.image_id.isin(unusable.index)], kept
 
 
 def _read_header(path: str) -> ImageHeader:

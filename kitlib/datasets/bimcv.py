@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults
+from kitlib.datasets.base import Dataset, Faults, read_csv
 from kitlib.datasets.diagnoses import SUFFIXES, diagnosis_dataset, parse_ages
 from kitlib.errors import DatasetError
 from kitlib.xrays.json_header import json_header_path, read_json_header
@@ -116,7 +116,7 @@ def _read_reports(folder: Path, faults: Faults) -> dict[str, str]:
     """Return session -> diagnosis, from all label tables below `folder`. Raises DatasetError if no diagnosis can be read."""
     diagnoses = {}
     for path in sorted(folder.rglob(LABELS)):
-        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+        table = read_csv(path, (), HOW_TO_GET, separator="\t")
         if not set(COLUMNS) <= set(table):
             continue
         for report, cell in zip(table.ReportID, table.Labels, strict=True):
@@ -149,7 +149,7 @@ def _read_participants(folder: Path, faults: Faults) -> pd.DataFrame:
     """
     tables = [pd.DataFrame({"sex": [], "age": []})]
     for path in sorted(folder.rglob(PARTICIPANTS)):
-        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+        table = read_csv(path, (), HOW_TO_GET, separator="\t")
         if {"participant", "age", "gender"} <= set(table):
             # A participant with several sessions has a list of ages, which differ by a year at most.
             first_age = table.age.str.extract(r"(\d+)", expand=False).fillna("")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from kitlib.classes import DIAGNOSES
-from kitlib.datasets.base import Dataset, Faults, read_csv
+from kitlib.datasets.base import Dataset, Faults, find_listed, index_files, listed_id, read_csv
 from kitlib.datasets.diagnoses import diagnosis_dataset, parse_ages, parse_sexes
 from kitlib.errors import DatasetError
 
@@ -52,13 +52,19 @@ def read_covid_chestxray(folder: str | Path, progress: bool = True) -> Dataset:
     table = table[~is_repeated].assign(diagnosis=lambda rows: _find_diagnoses(rows, faults))
     table = table[table.diagnosis != ""]
     subfolders = table["folder"].where(table["folder"] != "", "images") if "folder" in table else "images"
-    table["path"] = [str(folder / relative_path) for relative_path in subfolders + "/" + table.filename]
-    has_file = table.path.map(lambda path: Path(path).is_file()).astype(bool)
+    files = index_files(folder)
+    table["path"] = [find_listed(files, relative_path) for relative_path in subfolders + "/" + table.filename]
+    has_file = table.path.notna()
     faults.add_summary(METADATA, table.filename[~has_file], "have no file; left out")
-    table = table[has_file].reset_index(drop=True)
     if table.empty:
         raise DatasetError(f"{folder} has no frontal X-ray with a finding in {METADATA}: {HOW_TO_GET}")
-    stems = table.filename.map(lambda name: Path(name).stem)
+    if not has_file.any():
+        raise DatasetError(
+            f"{folder} holds {len(files)} files; none of them is one of the {len(table)} frontal X-rays in {METADATA}, such "
+            f"as {table.filename.iloc[0]}: {HOW_TO_GET}"
+        )
+    table = table[has_file].assign(path=table.path[has_file].map(str)).reset_index(drop=True)
+    stems = table.filename.map(listed_id)
     image_ids = stems.mask(stems.duplicated(keep=False), table.filename)
     faults.add_summary(
         METADATA, image_ids[table.patientid == ""], "have no patient id; each is treated as a patient of its own"

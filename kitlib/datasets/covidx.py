@@ -1,11 +1,12 @@
 """Reads COVIDx (Wang, Lin and Wong 2020): images from several data sets, with lists of each image's class and source."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults
+from kitlib.datasets.base import Dataset, Faults, find_listed, index_files, read_lines
 from kitlib.datasets.diagnoses import diagnosis_dataset
 from kitlib.datasets.rsna import MAPPING, read_nih_patients
 from kitlib.errors import DatasetError
@@ -22,6 +23,8 @@ SOURCES = {
     "bimcv": ("bimcv", "bimcv"),
 }
 RSNA = "rsna"
+# Patient and file, class, and in later lists source. Read from the right, because only the first two contain blanks.
+LINE = re.compile(rf"\s*(\S+\s+\S.*?)\s+({'|'.join(map(re.escape, CLASSES))})(?:\s+(\S+))?\s*", re.IGNORECASE)
 UNKNOWN_SOURCE = "covidx"  # for lists with three columns, which do not state a source
 HOW_TO_GET = "`kaggle datasets download andyczhao/covidx-cxr2`, see inputs/README.md"
 
@@ -30,7 +33,8 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
     """Read the images in the folders train, test and (if present) val, each of which has a list of its images.
 
     A list is called `train.txt`, `train_COVIDx5.txt` or similar. A line has an image's patient, file, class and, except in
-    older lists, source, separated by blanks, which a file name may also contain. image_id is the file name without suffix,
+    older lists, source, separated by blanks. A patient and a file name may also contain blanks: if they can be divided in
+    several ways, the first one that names a file is used. image_id is the file name without suffix,
     or with the suffix if two files share a name. `split` is "test" for the official test set, otherwise "train". Patients
     from data sets that the kit can also read directly get the same ids as there. RSNA's patientIds identify images, most of
     which come from an NIH patient with several images: if RSNA's MAPPING is in the folder, patients are NIH's; otherwise a
@@ -44,15 +48,16 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
         list_path = _find_list(folder, part)
         if list_path is None:
             continue
-        for number, cells in _read_lines(list_path):
+        files = index_files(folder / part)
+        for number, cells in _read_lines(list_path, files):
             if cells is None:
                 faults.add(
                     list_path.name, str(number), "the line does not have the form patient, file, class, source; left out"
                 )
                 continue
             patient, name, class_name, source = cells
-            path = folder / part / name
-            if not path.is_file():
+            path = find_listed(files, name)
+            if path is None:
                 missing.append(f"{part}/{name}")
             elif str(path) in entries:
                 faults.add(list_path.name, name, "an earlier line lists the same file; left out")
@@ -60,7 +65,10 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
                 entries[str(path)] = (patient, CLASSES[class_name], source, "test" if part == "test" else "train")
     faults.add_summary("train, val, test", missing, "have no file; left out")
     if not entries:
-        raise DatasetError(f"{folder / 'train'} and {folder / 'test'} contain none of the listed images: {HOW_TO_GET}")
+        raise DatasetError(
+            f"{folder / 'train'} and {folder / 'test'} contain none of the {len(missing)} listed images"
+            f"{f', such as {missing[0]}' if missing else ''}: {HOW_TO_GET}"
+        )
     maybe_rsna = any(source in (RSNA, UNKNOWN_SOURCE) for _, _, source, _ in entries.values())
     nih_patient_ids = read_nih_patients(folder / MAPPING, faults) if maybe_rsna else {}
     names = pd.Series([Path(path).name for path in entries], dtype=object)
@@ -96,20 +104,23 @@ def _find_list(folder: Path, part: str) -> Path | None:
     return lists[0] if lists else None
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, tuple[str, str, str, str] | None]]:
+def _read_lines(path: Path, files: dict[str, Path]) -> Iterator[tuple[int, tuple[str, str, str, str] | None]]:
     """Yield, for each line of a list, its number (from 1) and its cells: patient, file, class and source.
 
     Class and source are in lower case. If a line is invalid, None stands for the cells. Empty lines and a first line with
-    column names are skipped.
+    column names are skipped. `files` are those of the list's part (see `index_files`).
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        cells = line.split()
-        if not cells or (number == 1 and "filename" in line.lower()):
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip() or (number == 1 and "filename" in line.lower()):
             continue
-        # If the last column is a class, the list has three columns and does not state a source.
-        source = UNKNOWN_SOURCE if cells[-1].lower() in CLASSES else cells.pop().lower()
-        is_valid = len(cells) >= 3 and cells[-1].lower() in CLASSES
-        yield number, (cells[0], " ".join(cells[1:-1]), cells[-1].lower(), source) if is_valid else None
+        match = LINE.fullmatch(line)
+        if not match:
+            yield number, None
+            continue
+        start, class_name, source = match.groups()
+        divisions = [(start[: blank.start()], start[blank.end() :]) for blank in re.finditer(r"\s+", start)]
+        patient, name = next((pair for pair in divisions if find_listed(files, pair[1])), divisions[0])
+        yield number, (patient, name, class_name.lower(), (source or UNKNOWN_SOURCE).lower())
 
 
 def _patient_id(patient: str, source: str, nih_patient_ids: dict[str, str]) -> str:

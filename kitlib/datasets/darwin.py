@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from kitlib.datasets.base import Dataset, Faults, find_files, read_csv, read_headers
+from kitlib.datasets.base import Dataset, Faults, find_files, listed_id, read_csv, read_headers
 from kitlib.datasets.darwin_json import DarwinAnnotation, read_darwin_json
 from kitlib.errors import DatasetError, MaskError
 
@@ -101,7 +101,7 @@ def _read_annotations(
         except MaskError as error:
             faults.add(path.name, path.stem, f"{error}; left out")
             continue
-        names = (*(Path(name).stem for name in annotation.names), path.stem)
+        names = (*map(listed_id, annotation.names), listed_id(path.name))
         image_id = next((name for name in names if name in files), None)
         if image_id is None:
             without_image.append(path.stem)
@@ -153,7 +153,7 @@ def _find_patients(
     if metadata.is_file():
         table = read_csv(metadata, ("patientid", "filename"))
         ieee_patients = {
-            Path(name).stem: f"ieee8023-{patient}" for name, patient in zip(table.filename, table.patientid, strict=True)
+            listed_id(name): f"ieee8023-{patient}" for name, patient in zip(table.filename, table.patientid, strict=True)
         }
     else:
         faults.add(metadata.name, "", "the file is missing; images of one patient with COVID-19 may fall into several folds")
@@ -161,7 +161,7 @@ def _find_patients(
     for image_id in image_ids:
         names = [
             image_id,
-            *(Path(name).stem for name in (annotations[image_id][1].names if image_id in annotations else ())),
+            *map(listed_id, annotations[image_id][1].names if image_id in annotations else ()),
         ]
         matches = (KERMANY_PATIENT.match(name) for name in names)
         fallback = next((f"kermany-{(match[1] or match[2]).lower()}" for match in matches if match), f"darwin-{image_id}")

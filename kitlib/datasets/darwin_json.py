@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kitlib.errors import MaskError
+from kitlib.tables import listed_name
 from kitlib.xrays.header import MAX_SAMPLES
 
 LUNG_NAMES = ("lung", "lungs", "left lung", "right lung")  # in lower case
@@ -43,8 +44,8 @@ def read_darwin_json(path: str | Path) -> DarwinAnnotation:
     Raises MaskError if the file has another format, annotates a video, or lacks a valid image size.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise MaskError(f"{path} cannot be read as JSON ({error}): fetch it again") from error
     try:
         names, rows, columns = _image(content)
@@ -93,7 +94,7 @@ def _image(content: dict[str, Any]) -> tuple[tuple[str, ...], int, int]:
     else:
         size = content["image"]
         names = [size["filename"], size.get("original_filename") or size["filename"]]
-    return tuple(dict.fromkeys(Path(str(name)).name for name in names)), int(size["height"]), int(size["width"])
+    return tuple(dict.fromkeys(listed_name(str(name)) for name in names)), int(size["height"]), int(size["width"])
 
 
 def _paths(annotation: dict[str, Any]) -> tuple[np.ndarray, ...]:

@@ -8,6 +8,9 @@ from scipy.sparse.csgraph import connected_components
 from kitlib.errors import DatasetError
 from kitlib.tables import check_table, empty_table
 
+# A patient id with as many studies, and more than this share of all studies, is not one patient's.
+PLACEHOLDER_STUDIES, PLACEHOLDER_SHARE = 10, 0.5
+
 
 def make_folds(
     images: pd.DataFrame,
@@ -23,17 +26,16 @@ def make_folds(
     `near_duplicates` (columns image_id, group), directly or through others, share a fold. The proportions of classes (an
     image counts for its rarest class) and of images with boxes are as similar across folds as whole groups allow. The result
     depends on `seed` and on the rows, but not on their order. Raises ValueError if there are fewer groups than folds, an
-    image's study has no label, or `n_folds` is below 2.
+    image's study has no label, or `n_folds` is below 2; DatasetError if most studies have one patient id.
     """
     included = _annotated_images(images)
     if "split" in included:
         included = included[included.split != "test"].reset_index(drop=True)
-    groups = find_leak_groups(included, near_duplicates)
+    groups = _find_patient_groups(included, near_duplicates)
     n_groups = len(np.unique(groups))
     if not 2 <= n_folds <= n_groups:
-        raise ValueError(
-            f"{n_groups} groups of patients cannot be divided into {n_folds} folds: choose from 2 to {n_groups} folds"
-        )
+        choice = f"choose from 2 to {n_groups} folds" if n_groups > 1 else "at least two groups are needed"
+        raise ValueError(f"{n_groups} groups of patients cannot be divided into {n_folds} folds: {choice}")
     strata = _strata(included, labels, boxes)
     counts = pd.crosstab(groups, strata).to_numpy()
     fold = _assign_groups(counts, np.full(n_folds, n_folds), np.random.default_rng(seed))[groups]
@@ -54,18 +56,22 @@ def hold_out_test(
     Replaces an existing split. Images that share a patient or a group of near-duplicates get the same split, and the
     proportions of classes are as similar as whole groups allow; `false_none` images are "train". With a share of 0.1 and
     nine folds of the rest, 80 % of the images train a model, 10 % validate it and 10 % test it. The result depends on `seed`
-    and on the rows, but not on their order. Raises ValueError if the share is not between 0 and 1, or if one side would be
-    empty.
+    and on the rows, but not on their order. Raises ValueError if the share is not between 0 and 1, or if all
+    images belong to one group; DatasetError if most studies have one patient id.
     """
     if not 0 < share < 1:
         raise ValueError(f"the share of test images is {share}; expected more than 0 and less than 1")
     included = _annotated_images(images)
-    groups = find_leak_groups(included, near_duplicates)
+    groups = _find_patient_groups(included, near_duplicates)
     counts = pd.crosstab(groups, _strata(included, labels, empty_table("boxes"))).to_numpy()
     parts = np.array([1 / (1 - share), 1 / share])
-    side = _assign_groups(counts, parts, np.random.default_rng([seed, 1]))[groups]
-    if len(set(side)) < 2:
-        raise ValueError(f"{len(counts)} groups of patients cannot be split with a share of {share}: one side is empty")
+    if len(counts) < 2:
+        raise ValueError(f"{len(counts)} groups of patients cannot be split: a test set needs at least two")
+    side_of_group = _assign_groups(counts, parts, np.random.default_rng([seed, 1]))
+    if len(set(side_of_group)) < 2:
+        # Every group was nearer to the target on one side; the smallest one moves, so that neither side is empty.
+        side_of_group[counts.sum(axis=1).argmin()] ^= 1
+    side = side_of_group[groups]
     check_no_leak(pd.DataFrame({"id": included.image_id, "fold": side}), included, near_duplicates)
     return images.assign(split=np.where(images.image_id.isin(included.image_id[side == 1]), "test", "train"))
 
@@ -75,7 +81,7 @@ def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None
 
     Images that are `false_none` or in the split "test" get no fold. Images whose patient, study or near-duplicate also
     occurs in another source get no fold either, because they would leak. Raises ValueError if there is only one source, or
-    if a source loses all its images.
+    if a source loses all its images; DatasetError if most studies have one patient id.
     """
     included = _annotated_images(images)
     if "split" in included:
@@ -83,7 +89,7 @@ def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None
     sources = sorted(set(included.source))
     if len(sources) < 2:
         raise ValueError(f"all images are from the source {', '.join(sources)}: folds by source require two or more")
-    in_one_source = included.source.groupby(find_leak_groups(included, near_duplicates)).transform("nunique") == 1
+    in_one_source = included.source.groupby(_find_patient_groups(included, near_duplicates)).transform("nunique") == 1
     emptied = sorted(set(sources) - set(included.source[in_one_source]))
     if emptied:
         raise ValueError(f"every image of {', '.join(emptied)} shares a patient or a near-duplicate with another source")
@@ -92,6 +98,18 @@ def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None
     folds = check_table(folds, "folds")
     check_no_leak(folds, included, near_duplicates)
     return folds
+
+
+def _find_patient_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None) -> np.ndarray:
+    """Return `find_leak_groups`. Raises DatasetError if one patient id has most of the images, as after anonymisation."""
+    studies = images.drop_duplicates("study_id").patient_id.value_counts()
+    if len(studies) and studies.iloc[0] >= PLACEHOLDER_STUDIES and studies.iloc[0] > PLACEHOLDER_SHARE * studies.sum():
+        raise DatasetError(
+            f"{studies.iloc[0]} of {studies.sum()} studies have the patient id {studies.index[0]!r}, so all would be in one "
+            'fold. If it is a placeholder of anonymisation, set folds_by to "study" in notebook 10, which takes every '
+            "study for a patient of its own, or correct the column patient_id of the `images` table"
+        )
+    return find_leak_groups(images, near_duplicates)
 
 
 def find_leak_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> np.ndarray:

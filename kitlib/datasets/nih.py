@@ -6,7 +6,17 @@ import numpy as np
 import pandas as pd
 
 from kitlib.classes import NIH_FINDINGS
-from kitlib.datasets.base import Dataset, Faults, add_headers, cut_at_edges, find_files, make_boxes, read_csv
+from kitlib.datasets.base import (
+    Dataset,
+    Faults,
+    add_headers,
+    cut_at_edges,
+    find_files,
+    listed_id,
+    make_boxes,
+    read_csv,
+    read_lines,
+)
 from kitlib.errors import DatasetError
 from kitlib.tables import BOX
 
@@ -44,18 +54,23 @@ def read_nih(folder: str | Path, progress: bool = True) -> Dataset:
     NIH_FINDINGS, 0 or 1. `boxes` has an additional column `finding`. If the official lists are present, `split` is "train"
     or "test". Left out, with a fault: rows without a file, files without a row, invalid boxes, images with an unreadable
     header or an unknown finding, images in neither official list. Raises DatasetError if the table of entries is missing or
-    lacks a column, or if there is no image.
+    lacks a column, or if there is no image of the table.
     """
     folder, faults = Path(folder), Faults()
     name = next((candidate for candidate in ENTRIES if (folder / candidate).is_file()), ENTRIES[-1])
     table = read_csv(folder / name, ("Image Index", "Finding Labels", "Patient ID", "View Position"), HOW_TO_GET)
-    for index in table["Image Index"][table["Image Index"].duplicated()]:
-        faults.add(name, index, "the image occurs again; the first row is used")
-    table = table.drop_duplicates("Image Index")
+    table["image_id"] = table["Image Index"].map(listed_id)
+    for image_id in table.image_id[table.image_id.duplicated()]:
+        faults.add(name, image_id, "the image occurs again; the first row is used")
+    table = table.drop_duplicates("image_id")
     files = find_files(folder, (".png", ".jpg", ".jpeg"), faults)
     if not files:
         raise DatasetError(f"{folder} contains no PNG or JPEG image: unpack images_001 to images_012 there, {HOW_TO_GET}")
-    table["image_id"] = table["Image Index"].map(lambda index: Path(index).stem)
+    if not table.image_id.isin(list(files)).any():
+        raise DatasetError(
+            f"{folder} holds {len(files)} images, the first is {next(iter(files.values()))}; none of them is one of the "
+            f"{len(table)} images in {name}, such as {table['Image Index'].iloc[0] if len(table) else 'none'}: {HOW_TO_GET}"
+        )
     table = _match_files(table, files, name, faults)
     labels = _read_labels(table, name, faults)
     table = table[table.image_id.isin(labels.id)]
@@ -112,7 +127,7 @@ def read_boxes(path: Path, faults: Faults) -> pd.DataFrame:
         raise DatasetError(
             f"{path} has the columns {list(table.columns)}; expected x, y, w, h after image and finding: {HOW_TO_GET}"
         )
-    boxes, is_valid = make_boxes(table["Image Index"].map(lambda index: Path(index).stem), table.iloc[:, 2:6])
+    boxes, is_valid = make_boxes(table["Image Index"].map(listed_id), table.iloc[:, 2:6])
     for image_id in boxes.image_id[~is_valid]:
         faults.add(path.name, image_id, "the box has no area, or one of its cells is not a number; the box is left out")
     # The list calls Infiltration "Infiltrate".
@@ -127,7 +142,7 @@ def _add_split(images: pd.DataFrame, folder: Path, faults: Faults) -> pd.DataFra
         if not path.is_file():
             faults.add(name, "", "the official list is missing; all images may be used for training")
             return images
-        split_of |= {Path(line).stem: split for line in path.read_text(encoding="utf-8").split()}
+        split_of |= {listed_id(line): split for line in read_lines(path) if line.strip()}
     split = images.image_id.map(split_of)
     for image_id in images.image_id[split.isna()]:
         faults.add(", ".join(LISTS.values()), image_id, "is in neither of the official lists; left out")

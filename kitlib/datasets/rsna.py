@@ -6,7 +6,17 @@ from pathlib import Path
 import pandas as pd
 
 from kitlib.classes import RSNA_CLASSES
-from kitlib.datasets.base import Dataset, Faults, add_headers, cut_at_edges, find_files, make_boxes, one_hot, read_csv
+from kitlib.datasets.base import (
+    Dataset,
+    Faults,
+    add_headers,
+    cut_at_edges,
+    find_files,
+    listed_id,
+    make_boxes,
+    one_hot,
+    read_csv,
+)
 from kitlib.errors import DatasetError
 
 LABELS, CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
@@ -32,13 +42,20 @@ def read_rsna(folder: str | Path, progress: bool = True) -> Dataset:
     patient has several. If MAPPING is in the folder, `patient_id` is NIH's patient, so that folds do not leak; otherwise it
     is the patientId, with a fault. Labels have the columns RSNA_CLASSES, exactly one of which is 1. Left out, with a fault:
     rows without a file, files without a row, and images with an unreadable header, an invalid box, or a class that
-    contradicts their boxes. Raises DatasetError if a table or the image folder is missing.
+    contradicts their boxes. Raises DatasetError if a table or the image folder is missing, or if no file is an image of the
+    tables.
     """
     folder, faults = Path(folder), Faults()
     labels, boxes = read_label_tables(folder, faults)
     if not (folder / IMAGES).is_dir():
         raise DatasetError(f"{folder / IMAGES} is missing: unpack the challenge's training images there, {HOW_TO_GET}")
     files = find_files(folder / IMAGES, (".dcm", ".png", ".jpg", ".jpeg"), faults)
+    if not labels.id.isin(list(files)).any():
+        first, wanted = next(iter(files.values()), "none"), next(iter(labels.id), "none")
+        raise DatasetError(
+            f"{folder / IMAGES} holds {len(files)} images, the first is {first}; none of them is one of the {len(labels)} "
+            f"images in {LABELS}, such as {wanted}: {HOW_TO_GET}"
+        )
     faults.add_summary(LABELS, set(labels.id) - set(files), "have no file; left out", "other images")
     for image_id in sorted(set(files) - set(labels.id)):
         faults.add(files[image_id].name, image_id, f"has no usable row in {LABELS}; left out")
@@ -94,9 +111,11 @@ def read_nih_patients(path: Path, faults: Faults) -> dict[str, str]:
         faults.add(path.name, "", "the file is missing; images of one NIH patient may fall into several folds")
         return {}
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_bytes())
         return {
-            entry["subset_img_id"]: f"nih-{entry['img_id'].partition('_')[0]}" for entry in entries if entry["subset_img_id"]
+            entry["subset_img_id"]: f"nih-{listed_id(entry['img_id']).partition('_')[0]}"
+            for entry in entries
+            if entry["subset_img_id"]
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(

@@ -53,7 +53,7 @@ def read_train(folder: str | Path, progress: bool = True) -> Dataset:
 
     Left out, with a fault: rows without a file, files without a row, images without a study label, images with an unreadable
     header (because their patient is unknown) or an invalid box (because the image would be taken for healthy). Raises
-    DatasetError if the train folder, a CSV file or a column is missing.
+    DatasetError if the train folder, a CSV file or a column is missing, or if no file below train is an image of the table.
     """
     folder, faults = Path(folder), Faults()
     labels, boxes, rows = read_label_tables(folder, faults)
@@ -61,6 +61,14 @@ def read_train(folder: str | Path, progress: bool = True) -> Dataset:
     if not train.is_dir():
         raise DatasetError(f"{train} is missing: unpack the competition's training files there, see inputs/README.md")
     files, _ = _find_dicom_files(train, faults)
+    if not rows.image_id.isin(files.image_id).any():
+        found = [path for path in sorted(train.rglob("*")) if path.is_file()]
+        first = f", the first is {_relative_path(found[0], folder)}" if found else ""
+        wanted = f", such as train/{rows.study_id[0]}/<series>/{rows.image_id[0]}.dcm" if len(rows) else ""
+        raise DatasetError(
+            f"{train} holds {len(found)} files{first}; none of them is a <study>/<series>/<image>.dcm of the "
+            f"{len(rows)} images in {IMAGE_TABLE}{wanted}: unpack the competition's training files there"
+        )
     for image_id in sorted(set(rows.image_id) - set(files.image_id)):
         faults.add(IMAGE_TABLE, f"{image_id}_image", "has no file below train; left out")
     for file in files[~files.image_id.isin(rows.image_id)].itertuples():
@@ -144,8 +152,8 @@ def studies_from_headers(images: pd.DataFrame, study_ids: Collection[str]) -> pd
 def read_label_tables(folder: Path, faults: Faults) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Read the two CSV files of labels; returns a `labels` table (id is the study_id), a `boxes` table, a table of images.
 
-    Boxes are in original pixels, with negative coordinates cut to zero; they cannot be cut at the other edges, because image
-    sizes are in the DICOM files. The table of images has the columns image_id, study_id and false_none. Invalid rows are
+    Boxes are in original pixels and may reach beyond their images, whose sizes are in the DICOM files. The table of images
+    has the columns image_id, study_id and false_none. Invalid rows are
     left out, with a fault. Raises DatasetError if a file or a column is missing.
     """
     labels = _read_study_labels(folder / STUDY_TABLE, faults)
@@ -170,8 +178,8 @@ def read_label_tables(folder: Path, faults: Faults) -> tuple[pd.DataFrame, pd.Da
         boxes += [(row.image_id, *box) for box in image_boxes]
     images = pd.DataFrame(rows, columns=["image_id", "study_id", "false_none"], dtype=object)
     images["false_none"] = images.false_none.astype(bool) & images.study_id.isin(studies_with_boxes)
-    images, boxes = cut_at_edges(images, pd.DataFrame(boxes, columns=["image_id", *BOX]), faults, IMAGE_TABLE, "_image")
-    return labels, boxes, images.sort_values("image_id", ignore_index=True)
+    table = check_table(pd.DataFrame(boxes, columns=["image_id", *BOX]), "boxes", IMAGE_TABLE)
+    return labels, table, images.sort_values("image_id", ignore_index=True)
 
 
 def _read_study_labels(path: Path, faults: Faults) -> pd.DataFrame:

@@ -114,7 +114,7 @@ ENSEMBLES = {
 }
 
 
-def ensemble_settings(name: str, **overrides: object) -> EnsembleSettings:
+def ensemble_settings(name: str, /, **overrides: object) -> EnsembleSettings:
     """Return the settings `ENSEMBLES[name]` with `overrides` applied.
 
     Raises SettingsError for an unknown name or field, or an invalid value.

@@ -9,22 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import papermill
-import yaml
+from slugify import slugify
 
 from kitlib.errors import KernelError, SettingsError
 from kitlib.notebook import check_parameters
 from kitlib.paths import project_root
 from kitlib.settings import Settings, from_dict
+from kitlib.yaml_reader import read_yaml
 
 ACCELERATORS = ("NvidiaTeslaT4", "none")
 # Kaggle's minimum and maximum lengths; Kaggle's client requires longer slugs for new datasets and for attached kernels.
 TITLE, SLUG = (6, 50), (3, 50)
-NEW_DATASET, KERNEL_SOURCE = (6, 50), (5, 50)
+NEW_DATASET, KERNEL_SOURCE, COMPETITION = (6, 50), (5, 50), (1, 100)
 # Key of a run -> the subfolder of the bundle in that run, and which runs have such a bundle.
 BUNDLE_KEYS = {
     "lungs": ("bundle", "a run of notebook 14, or a fold of notebook 12"),
     "ensemble": ("ensemble", "a run of notebook 65 on study models"),
 }
+URL_PARTS = ("www.kaggle.com", "kaggle.com", "c", "competitions", "datasets", "code", "kaggle", "input")
 SLUG_LETTERS = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -176,7 +178,10 @@ def read_spec(path: str | Path, owner: str | None = None) -> KernelSpec:
         available = ", ".join(map(str, sorted(path.parent.glob("*.yaml")))) or "none"
         raise KernelError(f"{path} does not exist; available: {available}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
+    except SettingsError as error:
+        raise KernelError(str(error)) from error
+    try:
         spec = from_dict(KernelSpec, values)
         spec = dataclasses.replace(spec, owner=owner or os.environ.get("KAGGLE_USERNAME") or spec.owner)
         # The YAML file may be a stranger's, and a push uploads what it names. Runs and fusion settings are read before they
@@ -185,16 +190,11 @@ def read_spec(path: str | Path, owner: str | None = None) -> KernelSpec:
         if not any(Path(notebook).is_relative_to(os.path.abspath(root)) for root in (project_root(), path.parent)):
             raise KernelError(f"notebook: {notebook} is outside the project and the folder of this YAML file")
         faults = _find_faults(spec)
-    except (yaml.YAMLError, SettingsError, KernelError) as error:
+    except (SettingsError, KernelError) as error:
         raise KernelError(f"{path}: {error}") from error
     if faults:
         raise KernelError(f"{path}: " + "; ".join(faults))
     return spec
-
-
-def make_slug(title: str) -> str:
-    """Return the slug that Kaggle derives from a title."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def _find_faults(spec: KernelSpec) -> list[str]:
@@ -206,8 +206,9 @@ def _find_faults(spec: KernelSpec) -> list[str]:
             f"runs, fusion, ensemble and lungs need a notebook with a parameter `weights`, which {spec.notebook_path.name} "
             "does not have; to use a run that another kernel made, add that kernel to kernel_sources"
         )
-    if spec.title and make_slug(spec.title) != spec.slug:
-        faults.append(f"slug is {spec.slug!r}, but Kaggle makes {make_slug(spec.title)!r} of the title {spec.title!r}")
+    # Kaggle's client makes slugs of titles with this function too.
+    if spec.title and slugify(spec.title) != spec.slug:
+        faults.append(f"slug is {spec.slug!r}, but Kaggle makes {slugify(spec.title)!r} of the title {spec.title!r}")
     built_datasets = (["weights"] if is_submission else []) + ([] if spec.wheels else ["wheels"])
     for title in (spec.title, *(f"{spec.title} {word}" for word in built_datasets)):
         if spec.title and not TITLE[0] <= len(title) <= TITLE[1]:
@@ -216,6 +217,11 @@ def _find_faults(spec: KernelSpec) -> list[str]:
         faults += _find_slug_faults(spec.slug, SLUG)
         faults += _find_slug_faults(spec.wheels_slug, NEW_DATASET)
         faults += _find_slug_faults(spec.weights_slug, NEW_DATASET) if is_submission else []
+    if "/" in spec.competition:
+        name = next(iter(_address_parts(spec.competition)), "siim-covid19-detection")
+        faults.append(f"competition is {spec.competition!r}; write only its name, such as {name}")
+    elif spec.competition:
+        faults += [f"competition: {fault}" for fault in _find_slug_faults(spec.competition, COMPETITION)]
     if spec.owner and not re.fullmatch(r"[a-z0-9-]+", spec.owner):
         faults.append(f"owner {spec.owner!r} is not a Kaggle user name; use lower-case letters, digits and hyphens")
     if spec.accelerator not in ACCELERATORS:
@@ -223,6 +229,12 @@ def _find_faults(spec: KernelSpec) -> list[str]:
     if not 0 < spec.time_limit_hours <= 12:
         faults.append(f"time_limit_hours is {spec.time_limit_hours}; it must be above 0 and at most 12, Kaggle's limit")
     return faults + _find_source_faults(spec, is_submission)
+
+
+def _address_parts(address: str) -> list[str]:
+    """Return the parts of the path of a page on Kaggle, or of a mount, without the parts that only say what it is."""
+    parts = address.partition("?")[0].partition("#")[0].removeprefix("https:").removeprefix("http:").split("/")
+    return [part for part in parts if part and part not in URL_PARTS]
 
 
 def _find_slug_faults(slug: str, characters: tuple[int, int]) -> list[str]:
@@ -241,8 +253,11 @@ def _find_source_faults(spec: KernelSpec, is_submission: bool) -> list[str]:
     faults, slugs = [], [spec.competition, spec.wheels_slug, *([spec.weights_slug] if is_submission else [])]
     for key, characters in (("dataset_sources", SLUG), ("kernel_sources", KERNEL_SOURCE)):
         for entry in getattr(spec, key):
-            if entry.count("/") > 1 or not all(entry.split("/")):
-                faults.append(f"{key}: {entry!r} is neither SLUG, an input of the owner, nor OWNER/SLUG")
+            if entry.count("/") > 1 or not all(entry.split("/")) or entry.split("/")[0] in URL_PARTS:
+                faults.append(
+                    f"{key}: {entry!r} is neither SLUG, an input of the owner, nor OWNER/SLUG; write "
+                    f"{'/'.join(_address_parts(entry)[:2]) or 'OWNER/SLUG'}"
+                )
                 continue
             faults += [f"{key}: {fault}" for fault in _find_slug_faults(entry.split("/")[-1], characters)]
             slugs.append(entry.split("/")[-1])

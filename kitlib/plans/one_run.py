@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -185,4 +186,4 @@ def _run_command(run: PlannedRun, environment: dict[str, str]) -> None:
             kill_family(process.pid)
             process.wait()
     if problem:
-        raise PlanError(f"{' '.join(run.command)}: {problem}\n  log: {log}\n{log_tail(log)}")
+        raise PlanError(f"{shlex.join(run.command)}: {problem}\n  log: {log}\n{log_tail(log)}")

@@ -11,12 +11,11 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kitlib.errors import PlanError, SettingsError
 from kitlib.notebook import check_parameters
 from kitlib.paths import project_root
-from kitlib.settings import Settings, from_dict
+from kitlib.settings import AtLeastOne, Count, NotNegative, Positive, Settings, from_dict
+from kitlib.yaml_reader import read_yaml
 
 # Notebook parameters that change a run's duration or where it resumes, but not its result.
 WITHOUT_EFFECT = frozenset({"workers", "at_once", "session_hours", "resume_from", "packed"})
@@ -41,10 +40,10 @@ class Step(Settings):
     result: str = "{run}/metrics.json"  # a file that only a successful run writes
     matrix: dict[str, Any] = field(default_factory=dict)  # name -> list of values
     needs: tuple[str, ...] = ()  # further steps to run first, which no placeholder mentions
-    threads: int = 1  # CPU threads
-    gpus: int = 0
-    memory_gb: float = 4.0
-    minutes: float = 0.0  # time limit of a run; 0: no limit
+    threads: AtLeastOne = 1  # CPU threads
+    gpus: Count = 0
+    memory_gb: Positive = 4.0
+    minutes: NotNegative = 0.0  # time limit of a run; 0: no limit
 
 
 @dataclass(frozen=True)
@@ -191,24 +190,38 @@ def read_plan(path: str | Path, runs: str | Path | None = None, changes: Mapping
     return Plan(path, folder, planned)
 
 
-def _read_file(path: Path) -> _PlanFile:
+def _read_file(path: Path, extending: tuple[Path, ...] = ()) -> _PlanFile:
+    """Read a plan's file and those that it extends. `extending` are the files that led here, each extending the next."""
     if not path.is_file():
         available = ", ".join(sorted(other.name for other in path.parent.glob("*.yaml"))) or "none"
         raise PlanError(f"{path} does not exist; plans in its folder: {available}")
+    if path in extending:
+        chain = " -> ".join(other.name for other in (*extending, path))
+        raise PlanError(f"{path}: the plans extend each other: {chain}; remove the key `extends` from one of them")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        plan_file = from_dict(_PlanFile, values)
-    except (yaml.YAMLError, SettingsError) as error:
-        raise PlanError(f"{path}: {str(error).replace('_PlanFile', 'a plan')}") from error
+        values = read_yaml(path)
+    except SettingsError as error:
+        raise PlanError(str(error)) from error
+    plan_file = _make_plan_file(path, values)
     if not plan_file.extends:
         return plan_file
-    base = asdict(_read_file(path.parent / plan_file.extends))
-    return from_dict(_PlanFile, _merge(base, {key: value for key, value in values.items() if key != "extends"}))
+    if Path(plan_file.extends).name != plan_file.extends:
+        raise PlanError(f"{path}: extends is {plan_file.extends!r}; give the file name of a plan in the same folder")
+    base = asdict(_read_file(path.parent / plan_file.extends, (*extending, path)))
+    return _make_plan_file(path, _merge(base, {key: value for key, value in values.items() if key != "extends"}))
+
+
+def _make_plan_file(path: Path, values: dict[str, Any]) -> _PlanFile:
+    try:
+        return from_dict(_PlanFile, values)
+    except SettingsError as error:
+        raise PlanError(f"{path}: {str(error).replace('_PlanFile', 'a plan')}") from error
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    nested = {key: _merge(base[key], changes[key]) for key in base if isinstance(base[key], dict) and key in changes}
-    return base | changes | nested
+    """Return `base` with `changes`; where both have a mapping under the same key, the two mappings are merged too."""
+    both = [key for key in base if isinstance(base[key], dict) and isinstance(changes.get(key), dict)]
+    return base | changes | {key: _merge(base[key], changes[key]) for key in both}
 
 
 def _parse_step(path: Path, name: str, values: Any, defaults: dict[str, Any]) -> Step:
@@ -217,6 +230,8 @@ def _parse_step(path: Path, name: str, values: Any, defaults: dict[str, Any]) ->
     try:
         notebook = values.get("notebook") if isinstance(values, dict) else None
         step_defaults = defaults.get(notebook, {}) if isinstance(notebook, str) else {}
+        if not isinstance(step_defaults, dict):
+            raise PlanError(f"{path}, defaults of {notebook}: expected a mapping of a step's fields, got {step_defaults!r}")
         step = from_dict(Step, _merge(step_defaults, values) if step_defaults else values)
     except SettingsError as error:
         raise PlanError(f"{path}, step {name}: {error}") from error

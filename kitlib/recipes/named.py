@@ -269,7 +269,7 @@ RECIPES: dict[str, TrainingRecipe] = {
 }
 
 
-def recipe(name: str, kind: type[R], **overrides: Any) -> R:
+def recipe(name: str, kind: type[R], /, **overrides: Any) -> R:
     """Return the recipe called `name`, with the fields in `overrides` replaced.
 
     Raises SettingsError if the recipe does not exist or is not an instance of `kind` (the message lists the valid names), or

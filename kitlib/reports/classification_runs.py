@@ -104,15 +104,15 @@ def choose_models(models: Iterable[str], reference: str, pictured: Iterable[str]
 def protocol_of(folds: pd.DataFrame, folds_by: str) -> str:
     """Return a text that says how the out-of-fold predictions for `folds` were made.
 
-    `folds_by` is the value of that name in the prepared run's metrics.json. Raises RunError if it is neither "patient" nor
-    "source".
+    `folds_by` is the value of that name in the prepared run's metrics.json. Raises RunError if it is not "patient",
+    "study" or "source".
     """
     count = folds.fold.nunique()
-    if folds_by == "patient":
-        return f"{count} folds by patient and near-duplicate; each image is predicted by models not trained on it"
+    if folds_by in ("patient", "study"):
+        return f"{count} folds by {folds_by} and near-duplicate; each image is predicted by models not trained on it"
     if folds_by == "source":
         return f"{count} folds, one per source; each image is predicted by models not trained on its source"
-    raise RunError(f"the prepared run has folds by {folds_by!r}; expected folds by patient or by source")
+    raise RunError(f"the prepared run has folds by {folds_by!r}; expected folds by patient, study or source")
 
 
 def _check_unseen(run: Path, table: pd.DataFrame, folds: pd.DataFrame, split: str) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from kitlib.errors import SettingsError
 from kitlib.reports.classification_report import count_metrics
+from kitlib.yaml_reader import read_yaml
 
 COUNTS = ("true_positives", "false_negatives", "true_negatives", "false_positives")
 UNITS = {"percent": 100.0, "share": 1.0}
@@ -125,7 +125,7 @@ def _verdict(positives: int, negatives: int, printed: dict[str, float]) -> dict[
 
 def _read_tables(path: Path) -> dict[str, PublishedTable]:
     tables = {}
-    for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+    for name, entry in read_yaml(path).items():
         figures, scale = entry.pop("figures"), UNITS[entry.pop("unit")]
         counts = (entry.pop("positives"), entry.pop("negatives")) if "positives" in entry else None
         parts = {

@@ -4,15 +4,20 @@ COCO: https://cocodataset.org/#format-data. Its boxes are x, y, width, height in
 """
 
 import json
+import logging
 from decimal import Context, Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from kitlib.atomic import write_text
+from kitlib.datasets.base import listed_id
 from kitlib.errors import DatasetError
-from kitlib.tables import BOX, check_table
+from kitlib.tables import BOX, check_table, cut_boxes
+
+logger = logging.getLogger(__name__)
 
 CATEGORY = "opacity"  # category of boxes without a `finding` column
 # Enough digits for the exact sum or difference of any two coordinates in the file; floats would lose the last digit.
@@ -67,10 +72,11 @@ def write_coco(path: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fold
 def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
     """Return the tables in a COCO file, keyed by name: "images", "boxes" and, if the file contains folds, "folds".
 
-    Coordinates are bit for bit those passed to `write_coco`, and `images` has all columns that `write_coco` wrote. If
-    another program wrote the file, image_id is the file name without suffix, and each image is its own study and patient.
-    `boxes` has the column `finding` unless the only category is `opacity`. Raises DatasetError, which mentions the file and
-    the entry, if the file is missing or invalid.
+    Boxes are cut to their images (see `cut_annotated_boxes`); the coordinates of the others are bit for bit those passed to
+    `write_coco`, and `images` has all columns that `write_coco` wrote. If another program wrote the file, image_id is the
+    file name without folders and suffix, and each image is its own study and patient. `boxes` has the column `finding`
+    unless the only category is `opacity`. Raises DatasetError, which mentions the file and the entry, if the file is missing
+    or invalid.
     """
     content = _read_json(Path(path))
     where = {name: f"{path}, {name}" for name in ("images", "annotations", "categories")}
@@ -78,8 +84,8 @@ def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
     entries = _entries(content, "images", ("id", "file_name", "width", "height"), where)
     if not entries:
         raise DatasetError(f"{where['images']}: the list is empty, so there is nothing to read")
-    image_of = {entry["id"]: str(entry.get("image_id", Path(str(entry["file_name"])).stem)) for entry in entries}
-    boxes = []
+    image_of = {entry["id"]: str(entry.get("image_id", listed_id(str(entry["file_name"])))) for entry in entries}
+    boxes, places = [], []
     for entry in _entries(content, "annotations", ("id", "image_id", "category_id", "bbox"), where):
         place = f"{where['annotations']}, id {entry['id']!r}"
         if not _is_listed(entry["image_id"], image_of) or not _is_listed(entry["category_id"], names):
@@ -87,6 +93,7 @@ def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
                 f"{place}: the file does not list image {entry['image_id']!r} or category {entry['category_id']!r}"
             )
         boxes.append((image_of[entry["image_id"]], *_corners(entry["bbox"], place), names[entry["category_id"]]))
+        places.append(place)
     table = pd.DataFrame(boxes, columns=["image_id", *BOX, "finding"])
     if list(names.values()) == [CATEGORY]:
         table = table.drop(columns="finding")
@@ -94,7 +101,8 @@ def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
     tables = {"images": images.drop(columns="fold", errors="ignore"), "boxes": table}
     if "fold" in images:
         tables["folds"] = images.loc[images["fold"].notna(), ["image_id", "fold"]].rename(columns={"image_id": "id"})
-    return {name: check_table(table, name, str(path)) for name, table in tables.items()}
+    tables = {name: check_table(table, name, str(path)) for name, table in tables.items()}
+    return tables | {"boxes": cut_annotated_boxes(tables["boxes"], tables["images"], places, str(path))}
 
 
 def read_coco_boxes(path: str | Path, images: pd.DataFrame) -> pd.DataFrame:
@@ -125,6 +133,28 @@ def read_coco_boxes(path: str | Path, images: pd.DataFrame) -> pd.DataFrame:
             f"{resized['columns'].iloc[0]} x {resized['rows'].iloc[0]} pixels. Annotate images at full resolution"
         )
     return tables["boxes"]
+
+
+def cut_annotated_boxes(boxes: pd.DataFrame, images: pd.DataFrame, places: list[str], file: str) -> pd.DataFrame:
+    """Return `boxes`, cut to their images (see kitlib.tables.cut_boxes), with a warning that counts the cut ones.
+
+    `places` says for each box where it stands in `file`. Raises DatasetError, which counts the boxes that cannot be used and
+    says where the first one stands.
+    """
+    cut, overhang, problems = cut_boxes(boxes, images)
+    wrong = np.flatnonzero(problems != "")
+    if len(wrong):
+        corners = ", ".join(f"{name} {boxes[name].iloc[wrong[0]]:g}" for name in BOX)
+        raise DatasetError(
+            f"{places[wrong[0]]}: {problems.iloc[wrong[0]]} ({corners} pixels); {len(wrong)} of {len(boxes)} boxes cannot "
+            "be used. Correct or remove them; if they are many, they are of images of another size"
+        )
+    if (overhang > 0).any():
+        logger.warning(
+            "%s: %d of %d boxes reach beyond their image, the first at %s, by %.2f pixels at most; cut at its edge",
+            *(file, (overhang > 0).sum(), len(boxes), places[int((overhang > 0).argmax())], overhang.max()),
+        )
+    return cut
 
 
 def annotated_images(images: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
@@ -209,8 +239,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DatasetError(f"{path} is missing; give the path of a COCO JSON file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_bytes(), parse_float=Decimal)
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path} is not valid JSON ({error}); export it again") from error
     if not isinstance(content, dict):
         raise DatasetError(f"{path} is not a COCO file; expected an object with images, annotations and categories")

@@ -12,14 +12,13 @@ import pandas as pd
 import yaml
 
 from kitlib.atomic import write_text
+from kitlib.datasets.base import read_lines
 from kitlib.errors import DatasetError
-from kitlib.runs.coco import CATEGORY, category_indices, check_images_and_boxes
+from kitlib.runs.coco import CATEGORY, category_indices, check_images_and_boxes, cut_annotated_boxes
 from kitlib.tables import BOX, check_table
 
 LABELS, CLASSES = "labels", "classes.txt"
-# Tolerance, as a fraction of a side, for boxes beyond the image: most programs round to six decimals, which can move a box
-# at the edge.
-OVERHANG = Decimal("1e-5")
+MOST_FRACTION = 1000  # larger fractions are mistakes, such as 1e999, which no float can hold
 # Coordinates are rounded to this number of decimals of a pixel. Fractions are written with the 28 digits of Python's
 # decimals, so these decimals are correct, and a float of at least a thousandth of a pixel cannot hold more.
 DECIMALS = 20
@@ -83,14 +82,14 @@ def read_yolo(folder: str | Path, images: pd.DataFrame) -> pd.DataFrame:
         raise DatasetError(
             f"{len(unmatched)} files belong to none of the images; the first is {files[unmatched[0]]}. Remove them"
         )
-    rows = []
+    rows, places = [], []
     for image in images.itertuples(index=False):
         path = files[image.image_id]
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_lines(path), 1):
             if line.strip():
-                place = f"{path}, line {number}"
-                rows.append((image.image_id, *_parse_line(line, (image.columns, image.rows), classes, place)))
-    table = pd.DataFrame(rows, columns=["image_id", *BOX, "finding"])
+                places.append(f"{path}, line {number}")
+                rows.append((image.image_id, *_parse_line(line, (image.columns, image.rows), classes, places[-1])))
+    table = cut_annotated_boxes(pd.DataFrame(rows, columns=["image_id", *BOX, "finding"]), images, places, str(folder))
     return check_table(table.drop(columns="finding") if classes == [CATEGORY] else table, "boxes", str(folder))
 
 
@@ -117,7 +116,7 @@ def _label_lines(images: pd.DataFrame, boxes: pd.DataFrame, numbers: list[int]) 
 def _read_classes(path: Path) -> list[str]:
     if not path.is_file():
         raise DatasetError(f"{path} is missing; write a text file with one class name per line, starting with class 0")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_lines(path) if line.strip()]
 
 
 def _parse_line(line: str, size: tuple[int, int], classes: list[str], place: str) -> tuple[float, float, float, float, str]:
@@ -135,15 +134,14 @@ def _parse_line(line: str, size: tuple[int, int], classes: list[str], place: str
         raise DatasetError(f"{place}: {line.strip()!r} is not `class cx cy width height`")
     if not 0 <= number < len(classes):
         raise DatasetError(f"{place}: class {number} does not exist; {CLASSES} lists {len(classes)} classes, counted from 0")
-    problem = f"{place}: the box {' '.join(words[1:])} reaches beyond the image or has no area; expected fractions 0..1"
-    if not all(0 <= fraction <= 1 + OVERHANG for fraction in fractions) or not all(fractions[2:]):
-        raise DatasetError(problem)
-    corners = []
-    for sign in (-1, 1):
-        for centre, extent, side in zip(fractions[:2], fractions[2:], size, strict=True):
-            edge = centre + sign * extent / 2
-            if not -OVERHANG <= edge <= 1 + OVERHANG:
-                raise DatasetError(problem)
-            corners.append(float(round(min(max(edge, Decimal(0)), Decimal(1)) * side, DECIMALS)))
+    if not all(abs(fraction) < MOST_FRACTION for fraction in fractions) or min(fractions[2:]) <= 0:
+        raise DatasetError(
+            f"{place}: the box {' '.join(words[1:])} has no area, or numbers that are not fractions of the image in 0..1"
+        )
+    corners = [
+        float(round((centre + sign * extent / 2) * side, DECIMALS))
+        for sign in (-1, 1)
+        for centre, extent, side in zip(fractions[:2], fractions[2:], size, strict=True)
+    ]
     xmin, ymin, xmax, ymax = corners
     return xmin, ymin, xmax, ymax, classes[number]

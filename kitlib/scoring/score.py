@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 
 from kitlib.classes import SCORED_CLASSES, STUDY_CLASSES, STUDY_LABEL_COLUMNS
-from kitlib.errors import ScoringError
+from kitlib.errors import ScoringError, TableError
 from kitlib.scoring.average_precision import average_precision, box_hits, first_hits
 from kitlib.scoring.submission_csv import ONE_PIXEL, Submission, read_submission, submission_ids
-from kitlib.tables import BOX
+from kitlib.tables import BOX, read_text_table
 
 logger = logging.getLogger(__name__)
 
@@ -198,9 +198,9 @@ def _one_pixel_precision(rows: pd.DataFrame, key: str, positive: np.ndarray | pd
 
 def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise ScoringError(f"{path} cannot be read: {error}") from error
+        table = read_text_table(path)
+    except TableError as error:
+        raise ScoringError(str(error)) from error
     missing = [column for column in columns if column not in table.columns]
     if missing or table["id"].duplicated().any():
         raise ScoringError(

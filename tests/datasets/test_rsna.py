@@ -24,7 +24,7 @@ SHARED = REAL_DATA
 
 @pytest.fixture
 def layout(tmp_path):
-    rows = ["patientId,x,y,width,height,Target", "a,10,5,20,10,1", "a,35,5,20,10,1", "b,,,,,0", "c,,,,,0", "d,1,1,5,5,1"]
+    rows = ["patientId,x,y,width,height,Target", "a,10,5,20,10,1", "a,35,5,8,10,1", "b,,,,,0", "c,,,,,0", "d,1,1,5,5,1"]
     (tmp_path / LABELS).write_text("\n".join(rows))
     names = ["Lung Opacity", "Lung Opacity", "Normal", "No Lung Opacity / Not Normal", "Normal"]
     classes = ["patientId,class", *map(",".join, zip("aabcd", names, strict=True))]
@@ -48,14 +48,14 @@ def test_images_classes_boxes_and_patients(layout):
         "Normal",
         "No Lung Opacity / Not Normal",
     ]
-    # The second box reaches 15 pixels beyond the image.
+    # The second box reaches 3 pixels beyond the image.
     assert data.boxes[["xmin", "ymin", "xmax", "ymax"]].to_numpy().tolist() == [[10, 5, 30, 15], [35, 5, 40, 15]]
 
 
 def test_what_is_broken_is_listed(layout):
     told = read_rsna(layout, progress=False).faults
     assert told.problem[told.row == "d"].str.contains("'Normal' is invalid or contradicts").any()
-    assert told.problem[told.row == "a"].str.contains("15.0 pixels beyond").any()
+    assert told.problem[told.row == "a"].str.contains("3.0 pixels beyond").any()
     (layout / MAPPING).unlink()
     assert "may fall into several folds" in " ".join(read_rsna(layout, progress=False).faults.problem)
 

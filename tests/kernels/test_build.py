@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -26,7 +27,7 @@ from kitlib.kernels import build as kernel
 from kitlib.kernels import start as kernel_start
 from kitlib.kernels.build import build_kernel
 from kitlib.kernels.pack_library import find_needed_files
-from kitlib.kernels.spec import make_slug, read_spec
+from kitlib.kernels.spec import read_spec
 from kitlib.lungs.finders import segmenter_digest
 from kitlib.recipes.named import RECIPES, recipe
 from kitlib.runs.record import kitlib_digest
@@ -400,8 +401,36 @@ def test_the_owner_comes_from_the_call_the_environment_or_the_file(tmp_path, mon
     assert read_spec(path, owner="from-call").owner == "from-call"
 
 
-def test_slugs_are_made_as_kaggle_makes_them():
-    assert make_slug("SIIM COVID-19: Detection (v2)") == "siim-covid-19-detection-v2"
+@pytest.mark.parametrize(
+    ("title", "slug"),
+    [
+        ("SIIM COVID-19: Detection (v2)", "siim-covid-19-detection-v2"),
+        ("Größe der Lunge", "grosse-der-lunge"),
+        ("Chest's 1,000 X-rays", "chest-s-1000-x-rays"),
+        ("Étude_pulmonaire", "etude-pulmonaire"),
+    ],
+)
+def test_slugs_are_made_as_kaggle_makes_them(tmp_path, title, slug):
+    """Kaggle's client compares the id with python-slugify's slug of the title."""
+    assert read_spec(make_submission(tmp_path, title=title, slug=slug)).slug == slug
+    with pytest.raises(KernelError, match=f"but Kaggle makes '{slug}' of the title"):
+        read_spec(make_submission(tmp_path / "other", title=title, slug="something-else"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"competition": "c/some-data"}, "competition is 'c/some-data'; write only its name, such as some-data"),
+        ({"competition": "https://www.kaggle.com/competitions/some-data/overview?x=1"}, "such as some-data"),
+        ({"competition": "some data"}, "competition: the slug 'some data' has other characters"),
+        ({"dataset_sources": ["https://www.kaggle.com/datasets/a/data-set"]}, "nor OWNER/SLUG; write a/data-set"),
+        ({"dataset_sources": ["datasets/data-set"]}, "nor OWNER/SLUG; write data-set"),
+        ({"kernel_sources": ["https://www.kaggle.com/code/a/some-kernel"]}, "nor OWNER/SLUG; write a/some-kernel"),
+    ],
+)
+def test_an_address_is_refused_with_the_name_in_it(tmp_path, keys, message):
+    with pytest.raises(KernelError, match=re.escape(message)):
+        read_spec(make_submission(tmp_path, **keys))
 
 
 def test_a_missing_wheels_dataset_is_an_error_that_lists_the_inputs(tmp_path, monkeypatch):

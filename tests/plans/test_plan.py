@@ -147,12 +147,41 @@ def test_a_folder_that_no_plan_has_made_is_not_touched(tmp_path):
             "step x: x-2 needs a run of study with the same values; available: study-0, study-1",
         ),
         ({"variables": {"data": "{data}"}}, "step prepare: a variable refers to itself"),
+        ({"steps": {"x": {"command": ["true"], "threads": 0}}}, "Step.threads is 0; expected a whole number of at least 1"),
+        ({"steps": {"x": {"command": ["true"], "gpus": -1}}}, "Step.gpus is -1; expected a whole number of at least 0"),
+        ({"steps": {"x": {"command": ["true"], "memory_gb": 0}}}, "Step.memory_gb is 0; expected a finite number above 0"),
+        (
+            {"steps": {"x": {"command": ["true"], "minutes": -1}}},
+            "Step.minutes is -1; expected a finite number of at least 0",
+        ),
+        ({"steps": {"x": [1]}}, "step x: Step must be a mapping of its fields, got [1]"),
+        ({"defaults": {"10_prepare": [1]}}, "defaults of 10_prepare: expected a mapping of a step's fields, got [1]"),
         ({"steps": {"x": {"notebook": ["10_prepare"]}}}, "step x: Step.notebook is ['10_prepare']; expected a string"),
     ],
 )
 def test_a_faulty_plan_is_refused_with_what_is_valid(tmp_path, changes, message):
     with pytest.raises(PlanError) as refused:
         read_plan(write_plan(tmp_path, **changes))
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ("extends: a.yaml", "", "the plans extend each other: a.yaml -> a.yaml; remove the key"),
+        ("extends: b.yaml", "extends: a.yaml", "the plans extend each other: a.yaml -> b.yaml -> a.yaml"),
+        ("extends: ../b.yaml", "", "extends is '../b.yaml'; give the file name of a plan in the same folder"),
+        ("steps: [x]", "", "a plan.steps is ['x']; expected a mapping"),
+        ("extends: c.yaml", "", "c.yaml does not exist; plans in its folder: a.yaml, b.yaml"),
+        ("extends: b.yaml\nsteps: {x: [1]}", "steps: {x: {command: ['true']}}\nruns: r", "step x: Step must be a mapping"),
+        ("extends: b.yaml", "steps: {x: {command: ['true'], gpus: .nan}}", "b.yaml, line 1: .nan is not a finite number"),
+    ],
+)
+def test_plans_that_extend_others_badly_are_refused(tmp_path, first, second, message):
+    (tmp_path / "a.yaml").write_text(first)
+    (tmp_path / "b.yaml").write_text(second)
+    with pytest.raises(PlanError) as refused:
+        read_plan(tmp_path / "a.yaml")
     assert message in str(refused.value)
 
 

@@ -1,0 +1,96 @@
+"""Reads the YAML files of plans, kernels and tables: plain values only, with errors that name the file, line and key."""
+
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from kitlib.errors import SettingsError, TableError
+from kitlib.tables import read_text
+
+# Limits after aliases (*name) are replaced by what they stand for: nine lines of nested aliases can stand for 10**9 values.
+MOST_VALUES, DEEPEST = 100_000, 50
+PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader; a date is text, because no setting is a date and JSON has none."""
+
+    yaml_implicit_resolvers: ClassVar = {  # type: ignore[misc]  # PyYAML's stubs call it an instance variable
+        first: [(tag, pattern) for tag, pattern in resolvers if tag in PLAIN]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file. Raises SettingsError, which names the file, for anything `parse_yaml` refuses,
+    another encoding than UTF-8 or UTF-16, and a file that is not a mapping.
+    """
+    try:
+        values = parse_yaml(read_text(path), str(path))
+    except TableError as error:
+        raise SettingsError(str(error)) from error
+    if not isinstance(values, dict):
+        found = {type(None): "an empty file", list: "a list"}.get(type(values), repr(values)[:60])
+        raise SettingsError(f"{path}: expected a mapping, lines of the form `key: value`, got {found}")
+    return values
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return the value of a YAML text: text, finite numbers, booleans, null, lists, and mappings with different text keys.
+
+    Raises SettingsError, which starts with `where` and names the line, for invalid YAML, anything else than these values, an
+    alias inside of its own anchor, and more than MOST_VALUES values or DEEPEST levels.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_node(loader, node, where, [0], ())
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        hint = "; indent with blanks instead of tabs" if "\\t" in (error.problem or "") else ""
+        raise SettingsError(f"{where}, line {line}: {error.problem or error.context}{hint}") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{where}: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise SettingsError(f"{where}: the values are nested more than {DEEPEST} levels deep") from error
+    except ValueError as error:  # of int(), for thousands of digits; SettingsError is a ValueError too
+        raise error if isinstance(error, SettingsError) else SettingsError(f"{where}: {error}") from error
+
+
+def _check_node(loader: _Loader, node: yaml.Node, where: str, count: list[int], parents: tuple[yaml.Node, ...]) -> None:
+    """Raise SettingsError for a node that `parse_yaml` refuses; `count` holds the number of nodes checked so far."""
+    place = f"{where}, line {node.start_mark.line + 1}"
+    count[0] += 1
+    if any(node is parent for parent in parents):
+        raise SettingsError(f"{place}: an alias stands inside of its own anchor; write the value out")
+    if len(parents) > DEEPEST or count[0] > MOST_VALUES:
+        raise SettingsError(
+            f"{place}: more than {DEEPEST} levels or {MOST_VALUES:,} values; an alias counts with all that it stands for"
+        )
+    if node.tag not in PLAIN:
+        raise SettingsError(f"{place}: {node.tag} is not allowed; use text, numbers, true, false, null, lists and mappings")
+    if (
+        isinstance(node, yaml.ScalarNode)
+        and node.tag.endswith(":float")
+        and not math.isfinite(loader.construct_yaml_float(node))
+    ):
+        raise SettingsError(f"{place}: {node.value} is not a finite number")
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_node(loader, item, where, count, (*parents, node))
+    elif isinstance(node, yaml.MappingNode):
+        keys = set()
+        for key, value in node.value:
+            line = f"{where}, line {key.start_mark.line + 1}"
+            if key.tag.rpartition(":")[2] not in ("str", "merge"):
+                shown = key.value if isinstance(key, yaml.ScalarNode) else "of several values"
+                raise SettingsError(f'{line}: the key {shown} is not text; write it in quotes, such as "{shown}"')
+            if key.value in keys:
+                raise SettingsError(f"{line}: the key {key.value!r} is given twice; remove one")
+            keys.add(key.value)
+            _check_node(loader, value, where, count, (*parents, node))
