@@ -52,11 +52,14 @@ def _answers(
         if image.study_id not in truth.index or (probabilities is None and none is None):
             continue
         name, is_none = truth[image.study_id], image.image_id not in set(boxes.image_id)
-        lines = [f"{image.image_id}: {name}, {'no box' if is_none else 'boxes'}"]
+        lines = [image.image_id, f"ground truth: {name}, {'no box' if is_none else 'boxes'}"]
         if probabilities is not None:
-            lines.append("  ".join(f"{class_name} {value:.2f}" for class_name, value in probabilities.nlargest(3).items()))
+            lines.append(
+                "predicted: "
+                + "  ".join(f"{class_name} {value:.2f}" for class_name, value in probabilities.nlargest(3).items())
+            )
         if none is not None:
-            lines.append(f"none {none:.2f}")
+            lines.append(f"predicted: none {none:.2f}")
         truth_probability = probabilities[name] if probabilities is not None else (none if is_none else 1 - none)
         rows.append({"image_id": image.image_id, "title": "\n".join(lines), "truth_found": truth_probability})
     return pd.DataFrame(rows, columns=["image_id", "title", "truth_found"])
