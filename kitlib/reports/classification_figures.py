@@ -71,7 +71,9 @@ def reliability_figure(models: Mapping[str, Judged]) -> Figure:
         bins = reliability(predictions)
         axis.plot([0, 1], [0, 1], color="grey", linestyle=":")
         axis.plot(bins.predicted, bins.observed, color="steelblue")
-        axis.scatter(bins.predicted, bins.observed, s=6 + 200 * bins["count"] / bins["count"].sum(), color="steelblue")
+        axis.scatter(
+            bins.predicted, bins.observed, s=6 + 200 * bins["count"] / bins["count"].sum(), color="steelblue", clip_on=False
+        )
         axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="share correct", aspect="equal")
         axis.set_title(f"{name}\nECE {ece(predictions.probabilities, predictions.truth):.3f}", fontsize=9)
     return figure
@@ -97,7 +99,7 @@ def intervals_figure(intervals: pd.DataFrame, line: float | None = None) -> Figu
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=8)
     axes[0].set_yticks(range(len(models)), models)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(models) - 0.5, -0.5)
     return figure
 
 

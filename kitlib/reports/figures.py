@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from textwrap import shorten
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from kitlib.xrays.mask_store import MaskStore
 TRUTH, PREDICTION = "limegreen", "orange"
 # Boxes with a lower confidence add to average precision but would cover the picture.
 SHOWN_SCORE = 0.2
-LINE = 0.04  # height of a printed score, as a share of the image
 # Position of a legend that hides nothing: right of the axes.
 BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
 
@@ -72,17 +71,19 @@ def example_images(
     per_row: int = 4,
     shown_score: float = SHOWN_SCORE,
     masks: MaskStore | None = None,
+    labels_are: str = "ground truth",
 ) -> Figure:
     """Draw the X-rays in the table `images` with annotated boxes (green) and predicted boxes (orange, with their scores).
 
     The tables are as in `kitlib.tables`, with boxes in original pixels. Detections with a score below `shown_score` are not
-    drawn. If `masks` contains an image's mask, the outline of each structure in it is drawn in green.
+    drawn. If `masks` contains an image's mask, the outline of each structure in it is drawn in green. `labels_are`
+    says in the titles what the labels are.
     """
     figure, axes = image_grid(len(images), per_row, 3.2, 3.5)
     classes = {} if labels is None else _true_classes(labels[labels["id"].isin(images.study_id)])
     for axis, image in zip(axes, images.itertuples(), strict=False):
         xray = cache.read(image.image_id)
-        truth = f"\nground truth: {classes[image.study_id]}" if image.study_id in classes else ""
+        truth = f"\n{labels_are}: {classes[image.study_id]}" if classes.get(image.study_id) else ""
         show_xray(axis, xray, image.image_id + truth)
         if masks is not None and image.image_id in masks:
             draw_outlines(axis, masks.read(image.image_id), TRUTH)
@@ -206,9 +207,9 @@ def rankings_figure(table: pd.DataFrame) -> Figure:
         axis.hlines(positions, rows.low, rows.high, color=f"C{groups.index(first.folds_fingerprint) % 10}", linewidth=2)
         axis.plot(rows.score, positions, "o", color="black", markersize=4)
         for position, row in enumerate(rows.itertuples()):
-            description = shorten("; ".join(filter(None, (row.recipe, row.changes))), 70)
-            text = f"{row.score:.3f}  {description}"
-            axis.text(1.01, position, text, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
+            description = wrap("; ".join(filter(None, (row.recipe, row.changes))), 75, max_lines=2, placeholder=" ...")
+            text = "\n".join([f"{row.score:.3f}  {''.join(description[:1])}", *description[1:]])
+            axis.text(1.01, position, text, transform=axis.get_yaxis_transform(), va="center", fontsize=6)
         axis.set_yticks(positions, rows.name, fontsize=8)
         low, high = axis.get_xlim()
         axis.set(xlim=(max(low, 0.0), min(high, 1.0)), ylim=(len(rows) - 0.4, -0.6))
@@ -223,13 +224,15 @@ def _draw_boxes(axis: Axes, xray: CachedXray, boxes: pd.DataFrame, colour: str) 
     height, width = xray.pixels.shape
     scale = np.array([width / xray.columns, height / xray.rows] * 2)
     printed: list[tuple[float, float]] = []
+    if "score" in boxes:
+        boxes = boxes.sort_values("score", ascending=False, kind="stable")
     for row in boxes.itertuples():
         xmin, ymin, xmax, ymax = np.array([getattr(row, side) for side in BOX]) * scale
         axis.add_patch(Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, edgecolor=colour, linewidth=1.3))
         if hasattr(row, "score"):
-            # Below the scores that would be covered.
-            while any(abs(xmin - x) < 0.14 * width and abs(ymin - y) < LINE * height for x, y in printed):
-                ymin += LINE * height
+            # A score that would cover a higher one is not printed.
+            if any(abs(xmin - x) < 0.14 * width and abs(ymin - y) < 0.05 * height for x, y in printed):
+                continue
             printed.append((xmin, ymin))
             axis.text(xmin, ymin - 1, f"{row.score:.2f}", color=colour, fontsize=6, va="bottom")
 

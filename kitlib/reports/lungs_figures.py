@@ -54,4 +54,5 @@ def lungs_montage(cache: XrayCache, masks: MaskStore, lungs: pd.DataFrame) -> Fi
             # matplotlib's origin is the centre of the first pixel, not its corner.
             corner, size = (row.xmin * x - 0.5, row.ymin * y - 0.5), ((row.xmax - row.xmin) * x, (row.ymax - row.ymin) * y)
             axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=PREDICTION, linewidth=1.5))
+    show_legend(figure, **{PREDICTION: "frame that models crop to; above: the mask's share of the image"})
     return figure

@@ -20,7 +20,7 @@ def study_examples(
 ) -> Figure:
     """Draw one image per study: in the first row studies whose true class got the highest probability, then the lowest.
 
-    Each row has up to `count` images. An image shows its annotated boxes and, above it, the true class, the three most
+    Each row has up to `count` images. An image shows its annotated boxes and, above it, the true class, the two most
     probable classes and `none`. If `study_scores` or `image_scores` is empty, its values are omitted. Studies without a
     known class are left out. The tables are as in `kitlib.tables`.
     """
@@ -56,7 +56,7 @@ def _answers(
         if probabilities is not None:
             lines.append(
                 "predicted: "
-                + "  ".join(f"{class_name} {value:.2f}" for class_name, value in probabilities.nlargest(3).items())
+                + "  ".join(f"{class_name} {value:.2f}" for class_name, value in probabilities.nlargest(2).items())
             )
         if none is not None:
             lines.append(f"predicted: none {none:.2f}")

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from kitlib.atomic import replacing, write_json, write_text
 from kitlib.bundle import save_bundle
@@ -201,6 +202,7 @@ def draw_curves(result: FitResult, path: str | Path) -> None:
     for axes, label in ((left, "loss"), (right, "validation")):
         axes.axvline(result.best_epoch, color="grey", linestyle=":", label="kept epoch")
         axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # inside it would hide lines
     with replacing(path) as temporary_path:
         figure.savefig(temporary_path, dpi=110)
