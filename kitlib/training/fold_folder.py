@@ -201,7 +201,7 @@ def draw_curves(result: FitResult, path: str | Path) -> None:
         )
     for axes, label in ((left, "loss"), (right, "validation")):
         axes.axvline(result.best_epoch, color="grey", linestyle=":", label="kept epoch")
-        axes.set(xlabel="epoch", ylabel=label)
+        axes.set(xlabel="epoch", ylabel=label, xlim=(0.5, history.epoch.max() + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # inside it would hide lines
     with replacing(path) as temporary_path:
