@@ -39,7 +39,7 @@ def test_the_most_confident_studies_come_first_and_the_least_confident_below():
     studies, images = scores({"study000": 0.9, "study001": 0.2, "study002": 0.7, "study003": 0.4})
     shown = titles(draw(studies, images, count=2))
     assert [title.splitlines()[0] for title in shown] == ["image000", "image004", "image002", "image006"]
-    assert shown[0].splitlines()[0] == "image000: negative, no box" and shown[0].endswith("none 0.80")
+    assert shown[0].splitlines()[1] == "ground truth: negative, no box" and shown[0].endswith("none 0.80")
     assert shown[2].splitlines()[:2] == ["image002: typical, boxes", "indeterminate 0.80  typical 0.20  negative 0.00"]
 
 
