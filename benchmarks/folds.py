@@ -39,7 +39,7 @@ def task(xrays: NoisyXrays, settings: StudyRecipe, workers: int) -> Task:
     images = xrays.images.assign(path="", rows=xrays.longest_side, columns=xrays.longest_side, source="noise", view="")
     folds = pd.DataFrame({"id": xrays.ids, "fold": np.arange(xrays.count) // 4 % 2})
     tables = {"images": images, "labels": xrays.labels, "boxes": xrays.boxes, "folds": folds}
-    return Task(tables, xrays, settings, "noise", workers=workers, progress=False)
+    return Task(tables, xrays, settings, "noise", workers=workers)
 
 
 def main(

@@ -155,7 +155,7 @@ def measure(name: str, settings: TrainingRecipe, xrays: NoisyXrays, workers: int
         module = watched(FasterRCNNTraining)(network(settings, device), lambda *_: 0.5)
     with tempfile.TemporaryDirectory() as scratch:
         loaders = batches(train, settings.batch_size, workers, shuffle=True), batches(validation, settings.batch_size)
-        fitted = fit(module, settings, *loaders, scratch, device, seed=0, progress=False)
+        fitted = fit(module, settings, *loaders, scratch, device, seed=0)
     # The best speed of each, because the machine is shared. The kit's first epoch includes the start of the workers.
     kit = max(fitted.history.images_per_s[1:])
     bare = max(before, bare_rate(settings, xrays, device, steps))

@@ -18,6 +18,10 @@ class InputNotFound(KitError, FileNotFoundError):
     """Raised when the folder of an input does not exist. The message lists the inputs that exist."""
 
 
+class RunNotFound(InputNotFound):
+    """Raised when a run does not exist. The message lists the runs that exist and the notebook that makes the run."""
+
+
 class DeviceError(KitError, RuntimeError):
     """Raised when a GPU cannot be used for training. The message gives the reason and an alternative."""
 

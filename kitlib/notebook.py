@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,14 @@ import yaml
 
 from kitlib.atomic import write_text
 from kitlib.errors import NotebookError
+from kitlib.parameters import check_parameters
 from kitlib.paths import project_root
 from kitlib.processes import kill_family
 
 logger = logging.getLogger(__name__)
 NO_KERNEL = "Kernel died before replying to kernel_info"  # in the log of a notebook whose kernel did not start
+EPOCH = re.compile(r"epoch \d+ of \d+, ")  # in a line of kitlib.training.progress
 WITHOUT = "(a training stops like this when its session ends: run it again to resume)"
-
-
-def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
-    """Raise ValueError if a name in `parameters` is not a parameter of the notebook; the message lists the valid names."""
-    import papermill  # slow, and not needed by a plan's commands
-
-    valid = papermill.inspect_notebook(str(notebook))
-    unknown = sorted(set(parameters) - set(valid))
-    if unknown:
-        raise ValueError(f"{notebook.name} has no parameter {', '.join(unknown)}; it has: {', '.join(valid)}")
 
 
 def run_notebook(
@@ -43,6 +36,7 @@ def run_notebook(
     parameters: dict[str, Any],
     result: str | Path,
     on_cell: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[str], None] | None = None,
     threads: int | None = None,
     time_limit_s: float | None = None,
     variables: Mapping[str, str] | None = None,
@@ -50,9 +44,10 @@ def run_notebook(
     """Execute `notebook` with `parameters`; write the executed copy to `output` and a log next to it.
 
     `result` is the file that the notebook's last cell writes. It is removed before the run if it exists, and the run counts
-    as failed if it is not written. `on_cell(done, total)` is called when a cell starts. `threads` limits the CPU threads of
-    the notebook's libraries, `variables` are added to the environment of the notebook, which is killed after `time_limit_s`
-    seconds. Raises ValueError for an unknown parameter, NotebookError for every other failure.
+    as failed if it is not written. `on_cell(done, total)` is called when a cell starts, `on_epoch` with each line that a
+    training logs about its epochs. `threads` limits the CPU threads of the notebook's libraries, `variables` are added to
+    the environment of the notebook, which is killed after `time_limit_s` seconds. Raises SettingsError for an unknown
+    parameter or a value of a wrong type, NotebookError for every other failure.
     """
     notebook, output, result = Path(notebook), Path(output), Path(result)
     check_parameters(notebook, parameters)
@@ -65,10 +60,11 @@ def run_notebook(
     environment = {**os.environ, **(variables or {}), **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     # papermill adds a cell with the parameters.
     cells = len(json.loads(notebook.read_text(encoding="utf-8"))["cells"]) + 1
-    code, timeout = _execute(command, environment, log, cells, on_cell, time_limit_s)
+    read_log = partial(_keep_log, log, cells, on_cell, on_epoch)
+    code, timeout = _execute(command, environment, read_log, time_limit_s)
     if code and NO_KERNEL in log_tail(log):
         # Kernels that start at the same moment may choose the same port. No cell has run, so a second start is safe.
-        code, timeout = _execute(command, environment, log, cells, on_cell, time_limit_s)
+        code, timeout = _execute(command, environment, read_log, time_limit_s)
     problem = timeout or (first_problem(output) if output.is_file() else "papermill wrote no notebook")
     if code or problem or not result.is_file():
         problem = problem or (f"papermill's exit code is {code}" if code else f"it ended without writing {result} {WITHOUT}")
@@ -78,9 +74,7 @@ def run_notebook(
 def _execute(
     command: list[str],
     environment: Mapping[str, str],
-    log: Path,
-    cells: int,
-    on_cell: Callable[[int, int], None] | None,
+    read_log: Callable[[Iterable[str]], None],
     time_limit_s: float | None,
 ) -> tuple[int, str]:
     """Run papermill; return its exit code and, if it reached the time limit, a message that says so (otherwise "")."""
@@ -93,7 +87,7 @@ def _execute(
         cwd=project_root(),
         env=environment,
     )
-    reader = threading.Thread(target=_keep_log, args=(process.stdout, log, cells, on_cell))
+    reader = threading.Thread(target=read_log, args=(process.stdout,))
     reader.start()
     try:
         return process.wait(time_limit_s), ""
@@ -106,7 +100,13 @@ def _execute(
         reader.join()
 
 
-def _keep_log(lines: Iterable[str], log: Path, cells: int, on_cell: Callable[[int, int], None] | None) -> None:
+def _keep_log(
+    log: Path,
+    cells: int,
+    on_cell: Callable[[int, int], None] | None,
+    on_epoch: Callable[[str], None] | None,
+    lines: Iterable[str],
+) -> None:
     with log.open("w", encoding="utf-8") as opened:
         for line in lines:
             started = re.search(r"Executing Cell (\d+)", line)
@@ -116,8 +116,10 @@ def _keep_log(lines: Iterable[str], log: Path, cells: int, on_cell: Callable[[in
                 opened.flush()
                 if started and on_cell:
                     on_cell(int(started[1]), cells)
+                elif EPOCH.search(line) and on_epoch:
+                    on_epoch(line.strip())
             except Exception:
-                logger.exception("could not write a line to %s, or report the started cell", log)
+                logger.exception("could not write a line to %s, or report the progress", log)
 
 
 def first_problem(executed: Path) -> str:

@@ -1,10 +1,16 @@
 """Where inputs are read from and results are written to, on Kaggle and elsewhere."""
 
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from kitlib.errors import InputNotFound
+from kitlib.errors import InputNotFound, RunNotFound
+from kitlib.phantom_marker import holds_phantoms
+
+logger = logging.getLogger(__name__)
+RUN_RECORD = "record.json"  # in the folder of every run, see kitlib.runs.record
 
 
 def kaggle_root() -> Path:
@@ -42,18 +48,27 @@ def run_path(name: str | Path) -> Path:
     return runs_root() / name
 
 
-def find_run(name: str | Path) -> Path:
-    """Return the folder of the run `name`, in `runs_root()` or an input. Raises InputNotFound if it does not exist."""
+def find_run(name: str | Path, made_by: str = "the notebook that makes it") -> Path:
+    """Return the folder of the run `name`, in `runs_root()` or an input.
+
+    `made_by` names the notebook that makes such runs. Raises RunNotFound if the run does not exist.
+    """
+    folder = next(_find_folders(name, inputs_root()), None)
     if run_path(name).is_dir():
-        return run_path(name)
-    try:
-        return find_input(name)
-    except InputNotFound:
-        folders = sorted(path.name for path in runs_root().glob("*") if path.is_dir())
-        raise InputNotFound(
-            f"no run {str(name)!r} below {runs_root()} or among the inputs in {inputs_root()}; run the notebook that makes "
-            f"it first, or correct the name. Folders in {runs_root().name}: {', '.join(folders[:50]) or 'none'}"
-        ) from None
+        folder = run_path(name)
+    if folder is None:
+        # Not at any depth: data sets and decoded copies have many thousand folders.
+        runs, attached = (
+            sorted(
+                path.parent for pattern in ("*", "*/*", "notebooks/*/*/*") for path in root.glob(f"{pattern}/{RUN_RECORD}")
+            )
+            for root in (runs_root(), inputs_root())
+        )
+        names = [str(path.relative_to(runs_root())) for path in runs] + list(map(str, attached))
+        listing = "\n  ".join(names[:50]) or f"none below {runs_root()} or {inputs_root()}"
+        raise RunNotFound(f"no run {str(name)!r}; run {made_by} first, or correct the name. Runs:\n  {listing}")
+    logger.info("reads the run %s", folder)
+    return folder
 
 
 def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
@@ -62,18 +77,32 @@ def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
     If `slug` contains a `/` and is the path of an existing folder, it is returned unchanged. Otherwise these are searched:
     `<root>/<slug>`, `<root>/competitions/<slug>`, `<root>/datasets/<owner>/<slug>`, and for a run saved by a kernel
     `<root>/<kernel>/<slug>` and `<root>/notebooks/<owner>/<kernel>/<slug>`. If several kernels have saved a run called
-    `slug`, `<kernel>/<slug>` selects one. Raises InputNotFound if nothing is found; the message lists the inputs that exist.
+    `slug`, `<kernel>/<slug>` selects one. Phantoms are only returned if `slug` contains a `/`, so that nobody trains on them
+    for want of the real data. Raises InputNotFound if nothing is found; the message lists the inputs that exist.
     """
-    root, slug = Path(root) if root else inputs_root(), str(slug)
-    if "/" in slug and Path(slug).is_dir():
-        return Path(slug)
-    layouts: tuple[str, ...] = (slug, f"competitions/{slug}", f"datasets/*/{slug}", f"notebooks/*/{slug}", f"*/{slug}")
-    layouts += (f"datasets/*/*/{slug}", f"notebooks/*/*/{slug}")
-    if Path(slug).is_absolute():
-        layouts = ()
-    for folder in (match for layout in layouts for match in sorted(root.glob(layout))):
-        if folder.is_dir():
+    root, slug, phantoms = Path(root) if root else inputs_root(), str(slug), []
+    for folder in _find_folders(slug, root):
+        if "/" in slug or not holds_phantoms(folder):
+            logger.info("reads the input %s", folder)
             return folder
+        phantoms.append(folder)
+    if phantoms:
+        raise InputNotFound(
+            f"no input {slug!r} below {root}, only phantoms (synthetic X-rays) of that name in {phantoms[0]}; "
+            "inputs/README.md says how to get the real data. To read the phantoms, give their path instead of the name"
+        )
     available = sorted(str(entry.relative_to(root)) for pattern in ("*", "*/*") for entry in root.glob(pattern))
     listing = "\n  ".join(available[:50]) if available else "nothing (the folder is missing or empty)"
     raise InputNotFound(f"no input {slug!r} below {root}; inputs/README.md says how to get it. Available:\n  {listing}")
+
+
+def _find_folders(slug: str | Path, root: Path) -> Iterator[Path]:
+    """Yield the folders that `slug` may mean: the path itself or, below `root`, the places that `find_input` lists."""
+    slug = str(slug)
+    if "/" in slug and Path(slug).is_dir():
+        yield Path(slug)
+    if Path(slug).is_absolute():
+        return
+    layouts: tuple[str, ...] = (slug, f"competitions/{slug}", f"datasets/*/{slug}", f"notebooks/*/{slug}", f"*/{slug}")
+    layouts += (f"datasets/*/*/{slug}", f"notebooks/*/*/{slug}")
+    yield from (match for layout in layouts for match in sorted(root.glob(layout)) if match.is_dir())

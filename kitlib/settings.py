@@ -135,11 +135,11 @@ def describe(kind: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(map(describe, parts))
     if origin is tuple and parts[-1] is Ellipsis:
-        return f"a list, each item {describe(parts[0])}"
+        return "a list" + (f", each item {describe(parts[0])}" if parts[0] is not Any else "")
     if origin is tuple:
         return f"a list of {len(parts)} items: {'; '.join(map(describe, parts))}"
     if origin is dict:
-        return f"a mapping, each value {describe(parts[1])}"
+        return "a mapping" + (f", each value {describe(parts[1])}" if parts[1] is not Any else "")
     return NAMES.get(kind, "anything")
 
 
@@ -186,3 +186,12 @@ def checked(value: Any, kind: Any) -> Any:
     elif kind is not float and type(value) is kind:
         return value
     raise ValueError(value)
+
+
+def changed_fields(settings: Settings) -> dict[str, tuple[Any, Any]]:
+    """Return the value and the default of each field whose value is not its default, keyed by the field's name."""
+    defaults = type(settings)()
+    pairs = {
+        field.name: (getattr(settings, field.name), getattr(defaults, field.name)) for field in dataclasses.fields(settings)
+    }
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -5,8 +5,8 @@ from kitlib.training.task import Task
 
 
 def small_task(small, recipe, model_name="small", **options):
-    """Return a task on all tables of `small`, without a progress bar."""
-    return Task(small.tables(), small, recipe, model_name, **{"progress": False} | options)
+    """Return a task on all tables of `small`."""
+    return Task(small.tables(), small, recipe, model_name, **options)
 
 
 def train_small(folder, small, recipe, fold=1, **options):

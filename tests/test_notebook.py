@@ -6,12 +6,13 @@ from kitlib.errors import NotebookError
 from kitlib.notebook import run_notebook
 
 
-def write_notebook(path, *cells):
-    parameters = new_code_cell("result = ''", metadata={"tags": ["parameters"]})
+def write_notebook(path, *cells, result="''"):
+    parameters = new_code_cell(f"result = {result}", metadata={"tags": ["parameters"]})
     kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
     nbformat.write(new_notebook(cells=[parameters, *map(new_code_cell, cells)], metadata={"kernelspec": kernel}), path)
 
 
+EPOCHS = "print('no epoch'); print('study fold 0: epoch 1 of 2, loss 0.500')"
 WRITE = "import pathlib; pathlib.Path(result).write_text('done')"
 
 
@@ -31,14 +32,15 @@ def test_a_run_that_only_looks_finished_is_an_error(tmp_path, cell, message):
 
 
 def test_a_run_reports_its_cells_and_keeps_the_types_of_its_parameters(tmp_path):
-    write_notebook(tmp_path / "n.ipynb", "assert result['fold'] == '007'", "result = result['path']", WRITE)
-    cells = []
+    sources = "assert result['fold'] == '007'", "result = result['path']", EPOCHS, WRITE
+    write_notebook(tmp_path / "n.ipynb", *sources, result={})
+    cells, epochs = [], []
     parameters = {"result": {"fold": "007", "path": str(tmp_path / "r")}}
-    run_notebook(
-        tmp_path / "n.ipynb", tmp_path / "out.ipynb", parameters, tmp_path / "r", on_cell=lambda *cell: cells.append(cell)
-    )
+    callbacks = {"on_cell": lambda *cell: cells.append(cell), "on_epoch": epochs.append}
+    run_notebook(tmp_path / "n.ipynb", tmp_path / "out.ipynb", parameters, tmp_path / "r", **callbacks)
     assert (tmp_path / "r").read_text() == "done"
-    assert cells == [(number, 5) for number in range(1, 6)]
+    assert cells == [(number, 6) for number in range(1, 7)]
+    assert epochs == ["study fold 0: epoch 1 of 2, loss 0.500"]
 
 
 def test_a_run_ends_with_any_output_and_if_its_callback_fails(tmp_path):

@@ -1,8 +1,11 @@
 import pytest
 
 from kitlib import paths
-from kitlib.errors import InputNotFound
+from kitlib.errors import InputNotFound, RunNotFound
 from kitlib.paths import find_input, find_run
+from kitlib.phantom_marker import holds_phantoms
+from kitlib.phantoms.lungs import write_lungs
+from kitlib.phantoms.siim import write_competition
 
 
 @pytest.mark.parametrize(
@@ -46,8 +49,33 @@ def test_a_run_is_read_from_the_runs_folder_or_else_from_an_input(tmp_path, monk
 def test_a_missing_run_is_named_with_the_runs_that_exist(tmp_path, monkeypatch):
     monkeypatch.setenv("KIT_ROOT", str(tmp_path))
     monkeypatch.setenv("KIT_KAGGLE_ROOT", str(tmp_path / "kaggle"))
-    (tmp_path / "runs" / "prepare").mkdir(parents=True)
-    with pytest.raises(
-        InputNotFound, match=r"no run 'prepair' below .*runs or among the inputs in .*Folders in runs: prepare"
-    ):
+    with pytest.raises(RunNotFound, match=r"no run 'prepair'; .*\n  none below"):
         find_run("prepair")
+    for folder in ("runs/prepare", "runs/demo/study", "inputs/kernel/fuse"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "record.json").write_text("{}")
+    message = (
+        rf"no run 'prepair'; run notebook 10_prepare first, .*\n  demo/study\n  prepare\n  {tmp_path}/inputs/kernel/fuse$"
+    )
+    with pytest.raises(RunNotFound, match=message):
+        find_run("prepair", "notebook 10_prepare")
+
+
+def test_phantoms_are_read_by_their_path_and_never_for_want_of_the_real_data(tmp_path):
+    phantoms = write_lungs(tmp_path / "demo", "montgomery", images=4, side=64, seed=1, workers=1, progress=False)
+    with pytest.raises(InputNotFound, match=rf"no input 'montgomery' .*, only phantoms .* in {phantoms}"):
+        find_input("montgomery", tmp_path)
+    assert find_input("demo/montgomery", tmp_path) == find_input(phantoms) == phantoms
+    # Real data that comes later in the search, and real data next to phantoms of another set.
+    for folder in ("datasets/someone/montgomery", "demo/jsrt"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert find_input("montgomery", tmp_path) == tmp_path / "datasets" / "someone" / "montgomery"
+    assert find_input("jsrt", tmp_path) == tmp_path / "demo" / "jsrt"
+
+
+def test_real_data_unpacked_over_phantoms_is_real(tmp_path):
+    sizes = {"train_studies": 4, "test_studies": 4, "side": 32, "seed": 1, "damaged_test_files": 0}
+    folder = write_competition(tmp_path, tmp_path / "truth", **sizes, workers=1, progress=False)
+    assert holds_phantoms(folder)
+    (folder / "train_image_level.csv").write_text("id,boxes,label,StudyInstanceUID\n")
+    assert not holds_phantoms(folder)

@@ -14,7 +14,18 @@ from kitlib.errors import SettingsError
 from kitlib.fusion.flannel import ENSEMBLES, ensemble_settings
 from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe, PatchRecipe, SegmenterRecipe, StudyRecipe
 from kitlib.recipes.named import RECIPES, recipe
-from kitlib.settings import Distinct, Increasing, Ordered, Range, Settings, ZeroOrOdd, field_kinds, from_dict, override
+from kitlib.settings import (
+    Distinct,
+    Increasing,
+    Ordered,
+    Range,
+    Settings,
+    ZeroOrOdd,
+    changed_fields,
+    field_kinds,
+    from_dict,
+    override,
+)
 from kitlib.yaml_reader import read_yaml
 
 
@@ -172,6 +183,14 @@ def test_a_field_of_a_recipe_accepts_exactly_the_values_in_its_range(ranged, val
 def test_every_number_of_a_recipe_has_a_range():
     bare = [(kind.__name__, name) for kind in KINDS for name, type_ in field_kinds(kind).items() if type_ in (int, float)]
     assert bare == [] and len(RANGES) > 200  # 5 kinds with 30 to 50 numbers each
+
+
+def test_only_changed_fields_are_listed():
+    assert changed_fields(StudyRecipe()) == {}
+    assert changed_fields(StudyRecipe(image_size=64, views=("full", "flip"))) == {
+        "image_size": (64, StudyRecipe().image_size),
+        "views": (("full", "flip"), ("full",)),
+    }
 
 
 @pytest.mark.parametrize("name", RECIPES)

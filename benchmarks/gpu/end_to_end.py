@@ -75,7 +75,7 @@ def train_all(competition: Path, folder: Path, small: bool) -> Path:
         recipe, run, start = RECIPES[name], folder / f"{model}{fold}", time.perf_counter()
         recipe = override(recipe, epochs=1) if small else recipe
         with computing_in(trained_in):
-            trained = train_fold(Task(tables, cache, recipe, model, progress=False), fold, run)
+            trained = train_fold(Task(tables, cache, recipe, model), fold, run)
         best, seconds = trained.metrics["best"]["score"], time.perf_counter() - start
         print(f"{model}, fold {fold}, {trained.metrics['precision']}: score {best:.3f} after {seconds:.1f} s", flush=True)
         shutil.copytree(run / "bundle", weights / run.name)

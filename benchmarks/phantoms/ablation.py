@@ -106,7 +106,7 @@ def _study_table(
         draws = []
         for seed in range(seeds):
             run_folder = folder / "runs" / "study" / f"{name.replace(' ', '_')}_seed{seed}"
-            task = Task(tables, cache, settings, "study", seed=seed, progress=False)
+            task = Task(tables, cache, settings, "study", seed=seed)
             runs = [train_fold(task, fold, run_folder / f"fold{fold}") for fold in (0, 1)]
             study_scores = concatenate([run.tables["study_scores"] for run in runs], "study_scores")
             image_scores = concatenate([run.tables["image_scores"] for run in runs], "image_scores")
@@ -161,7 +161,7 @@ def _detector_table(
         draws = []
         for seed in range(seeds):
             run_folder = folder / "runs" / model / f"{name.replace(' ', '_')}_seed{seed}"
-            task = Task(tables, cache, settings, model, seed=seed, progress=False)
+            task = Task(tables, cache, settings, model, seed=seed)
             runs = [train_fold(task, fold, run_folder / f"fold{fold}") for fold in (0, 1)]
             detections = concatenate([run.tables["detections"] for run in runs], "detections")
             coverage = concatenate([run.tables["coverage"] for run in runs], "coverage")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from kitlib.classes import MASK_CONVENTIONS
 from kitlib.errors import DatasetError, TableError, UnreadableXray

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from kitlib.datasets.base import Dataset, Faults, find_files, listed_id, read_csv, read_headers
 from kitlib.datasets.darwin_json import DarwinAnnotation, read_darwin_json

@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.datasets.base import Faults

@@ -19,8 +19,9 @@ import pandas as pd
 
 from kitlib.datasets.siim import read_test, studies_from_headers
 from kitlib.deadline import Deadline, OutOfTime, session_limit, session_start
+from kitlib.errors import SubmissionError
 from kitlib.inference.install_wheels import install_wheels
-from kitlib.paths import find_input
+from kitlib.paths import find_input, on_kaggle
 from kitlib.scoring.submission_csv import write_submission
 from kitlib.scoring.validate import validate_rows
 
@@ -190,6 +191,17 @@ class SubmissionRun:
         """
         predicted = {model.folder.name: model.count_predicted() for model in self.models}
         return [{"bundle": name, "predicted": predicted.get(name, 0), "readable": self.readable} for name in self.listed]
+
+    def check_predicted(self, allow_placeholders: bool) -> None:
+        """Raise SubmissionError if no bundle has predicted any file, because the submission then only has placeholders.
+
+        Not on Kaggle, where a valid file is worth more than an error, and not if `allow_placeholders`.
+        """
+        if not (allow_placeholders or on_kaggle() or any(bundle["predicted"] for bundle in self.usage())):
+            raise SubmissionError(
+                f"{self.output} contains only placeholder predictions, because no model has predicted any file; the ledger "
+                "says why. If that is intended, set allow_placeholders to true"
+            )
 
     def finish(self) -> pd.DataFrame:
         """Validate the submission and return the ledger; faults for which Kaggle would reject the submission get a row."""

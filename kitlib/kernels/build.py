@@ -83,8 +83,7 @@ def make_notebook(spec: KernelSpec) -> nbformat.NotebookNode:
     parameters = spec.injected_parameters()
     spec.run_folder(rehearsed=True)  # raises KernelError for a folder outside of /kaggle/working
     notebook = nbformat.read(spec.notebook_path, as_version=4)
-    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    cells = [_make_start_cell(spec, sources)]
+    cells = [_make_start_cell(spec, notebook.cells)]
     for cell in notebook.cells:
         cells.append(cell)
         if parameters and "parameters" in cell.metadata.get("tags", []):
@@ -97,9 +96,14 @@ def make_notebook(spec: KernelSpec) -> nbformat.NotebookNode:
     return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernelspec, "language_info": {"name": "python"}})
 
 
-def _make_start_cell(spec: KernelSpec, sources: list[str]) -> nbformat.NotebookNode:
+def _make_start_cell(spec: KernelSpec, cells: list[nbformat.NotebookNode]) -> nbformat.NotebookNode:
     start, to_python = inspect.getsource(kernel_start), TransformerManager().transform_cell
-    packed = "\n".join(textwrap.wrap(pack_library([start, *map(to_python, sources)]), 120))
+    sources = [start, *(to_python(cell.source) for cell in cells if cell.cell_type == "code")]
+    # The running notebook compares its parameters with their defaults (kitlib.parameters.begin_notebook).
+    defaults = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    notebook = {"cells": [{"metadata": {"tags": ["parameters"]}, "source": cell.source} for cell in defaults]}
+    files = {f"notebooks/{spec.notebook_path.name}": json.dumps(notebook).encode()}
+    packed = "\n".join(textwrap.wrap(pack_library(sources, files), 120))
     # A notebook with the parameter `wheels` installs them itself, after the steps that must not depend on them.
     wheels = "" if "wheels" in spec.notebook_parameters() else spec.wheels_slug
     return _make_code_cell(f'{start}\n\nstart_kernel("""\n{packed}\n""", {wheels!r});')

@@ -4,7 +4,7 @@ import ast
 import base64
 import io
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import kitlib
@@ -33,16 +33,18 @@ def find_needed_files(sources: Iterable[str]) -> list[str]:
     return sorted(files | packages | {path for path in data if (ROOT / path).is_file()})
 
 
-def pack_library(sources: Iterable[str]) -> str:
-    """Return, as base64 text, a tar.bz2 of the kitlib files that `sources` need, and of a file with kitlib's digest.
+def pack_library(sources: Iterable[str], files: Mapping[str, bytes]) -> str:
+    """Return, as base64 text, a tar.bz2 of `files`, the kitlib files that `sources` need, and kitlib's digest.
 
-    `find_needed_files` finds the files. The same library always produces the same bytes. The compression is bzip2, because
-    zlib's output differs between implementations.
+    `find_needed_files` finds kitlib's files; `files` maps further paths to contents. The same library and files always
+    produce the same bytes. The compression is bzip2, because zlib's output differs between implementations.
     """
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:bz2", compresslevel=9) as archive:
         for path in find_needed_files(sources):
             _add_file(archive, path, (ROOT / path).read_bytes())
+        for path, content in files.items():
+            _add_file(archive, path, content)
         _add_file(archive, f"kitlib/{DIGEST_FILE}", kitlib_digest().encode())
     return base64.b64encode(packed.getvalue()).decode("ascii")
 

@@ -1,6 +1,5 @@
 """Read and check a kernel's YAML file: its notebook, parameters and inputs, and the names that it gets on Kaggle."""
 
-import ast
 import dataclasses
 import os
 import re
@@ -8,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import papermill
 from slugify import slugify
 
-from kitlib.errors import KernelError, SettingsError
-from kitlib.notebook import check_parameters
+from kitlib.errors import KernelError, NotebookError, SettingsError
+from kitlib.parameters import check_parameters, read_parameters
 from kitlib.paths import project_root
+from kitlib.recipes.named import check_recipe
 from kitlib.settings import Settings, from_dict
 from kitlib.yaml_reader import read_yaml
 
@@ -82,23 +81,21 @@ class KernelSpec(Settings):
         return "weights" in self.notebook_parameters()
 
     def notebook_parameters(self) -> dict[str, Any]:
-        """Return the notebook's parameters, keyed by name, as papermill describes them.
+        """Return the notebook's parameters and their defaults, as `read_parameters` does.
 
         Raises KernelError if the notebook does not exist or is not a notebook.
         """
-        if not self.notebook_path.is_file():
-            raise KernelError(f"notebook: {self.notebook_path} does not exist")
         try:
-            return papermill.inspect_notebook(str(self.notebook_path))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise KernelError(f"notebook: {self.notebook_path} is not a notebook ({type(error).__name__})") from error
+            return read_parameters(self.notebook_path)
+        except NotebookError as error:
+            raise KernelError(f"notebook: {error}") from error
 
     def injected_parameters(self, rehearsed: bool = False) -> dict[str, Any]:
         """Return all parameters that are passed to the notebook, if `rehearsed` including those for rehearsals.
 
         The parameters `competition`, `weights`, `wheels` and `time_limit_s` are set from the kernel's own keys if the
-        notebook has them. Raises KernelError if `parameters` or `rehearsal` contains one of these four, or a parameter that
-        the notebook does not have.
+        notebook has them. Raises KernelError if `parameters` or `rehearsal` contains one of these four, a parameter that the
+        notebook does not have, a value of a wrong type, or an invalid recipe.
         """
         kernel_values = {"weights": self.weights_slug, "wheels": self.wheels_slug, "time_limit_s": self.time_limit_s}
         # If the kernel has no competition, the file may set the parameter `competition` to an attached dataset.
@@ -114,7 +111,8 @@ class KernelSpec(Settings):
                 )
             try:
                 check_parameters(self.notebook_path, parameters)
-            except ValueError as error:
+                check_recipe(valid, self.parameters | parameters)
+            except SettingsError as error:
                 raise KernelError(f"{key}: {error}") from error
         return kernel_values | self.parameters | (self.rehearsal if rehearsed else {})
 
@@ -127,7 +125,7 @@ class KernelSpec(Settings):
         valid = self.notebook_parameters()
         if "run_folder" not in valid or self.is_submission:
             return None
-        folder = self.injected_parameters(rehearsed).get("run_folder", ast.literal_eval(valid["run_folder"]["default"]))
+        folder = self.injected_parameters(rehearsed).get("run_folder", valid["run_folder"])
         if not folder or Path(folder).is_absolute() or ".." in Path(folder).parts:
             raise KernelError(
                 f"run_folder is {folder!r}, but Kaggle keeps only files below /kaggle/working; use a relative path"

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from kitlib.atomic import write_json
+from kitlib.phantom_marker import digest_tables
 from kitlib.xrays.cache import usable_cores
 from kitlib.xrays.worker import LightContext
 
@@ -49,11 +50,11 @@ class PhantomFolder:
             return False
         recorded = json.loads(self.marker.read_text(encoding="utf-8")) if self.marker.is_file() else {}
         # The digest detects a real data set that was unpacked where phantoms had been.
-        if recorded.get("tables") != self._digest(self.folder):
+        if recorded.get("tables") != digest_tables(self.folder, self.tables):
             raise FileExistsError(
                 f"{self.folder} contains files that are not phantoms; choose another folder or move this one"
             )
-        return parameters.items() <= recorded.items()
+        return (parameters | self._identity()).items() <= recorded.items()
 
     @contextmanager
     def replacing(self, parameters: dict[str, Any]) -> Iterator[Path]:
@@ -69,13 +70,13 @@ class PhantomFolder:
         # If the process is killed between two of these steps, the next call finds phantoms that fit the marker, or none.
         if self.folder.exists():
             self.folder.rename(replaced)
-        write_json(self.marker, parameters | {"tables": self._digest(partial)})
+        write_json(self.marker, parameters | self._identity() | {"tables": digest_tables(partial, self.tables)})
         partial.rename(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
 
-    def _digest(self, folder: Path) -> str:
-        tables = [folder / name for name in self.tables]
-        return hashlib.sha256(b"".join(table.read_bytes() for table in tables if table.is_file())).hexdigest()[:16]
+    def _identity(self) -> dict[str, Any]:
+        # Without these, kitlib.phantom_marker.holds_phantoms could not relate the marker to the folder.
+        return {"folder": self.folder.name, "table_names": list(self.tables)}
 
 
 def write_phantoms(

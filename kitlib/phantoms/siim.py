@@ -23,6 +23,7 @@ from pydicom.uid import (
 
 from kitlib.atomic import write_csv
 from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
+from kitlib.phantom_marker import SHARED_MARKER
 from kitlib.phantoms.drawing import render
 from kitlib.phantoms.folder import LEAST_SIDE, write_phantoms
 from kitlib.phantoms.patients import draw_exposure, draw_near_duplicate, draw_opacities, draw_patient
@@ -32,7 +33,6 @@ from kitlib.xrays.writing import write_xray
 
 COMPETITION = "siim-covid19-detection"
 LABEL_TABLES = ("train_study_level.csv", "train_image_level.csv")
-MARKER = ".phantom.json"
 MARKER_INSIDE = "phantom.json"  # earlier versions wrote the marker inside the folder, under this name
 
 # Shares in SIIM's training set.
@@ -96,7 +96,7 @@ def write_competition(
         partial(_write_tables, truth),
         least=(0, LEAST_SIDE),
         code=("kitlib.xrays.writing", __name__),
-        marker=MARKER,
+        marker=SHARED_MARKER,
         other_files=[truth / name for name in LABEL_TABLES],
         unit="study",
         workers=workers,

@@ -239,12 +239,12 @@ class _ProgressDisplay:
     """Display of a plan's progress.
 
     On a terminal, it shows a bar for the plan and one for each started run; elsewhere it prints a line when a run's state
-    changes.
+    changes. Trainings add a line per epoch to both.
     """
 
     def __init__(self, plan: Plan, states: dict[str, str], console: Console) -> None:
         self.waiting = [name for name, state in states.items() if state != "done"]
-        self.runs, self.shown = len(states), dict.fromkeys(states, "")
+        self.runs, self.shown, self.shown_epoch = len(states), dict.fromkeys(states, ""), dict.fromkeys(states, "")
         self.bars: dict[str, TaskID] = {}
         columns = (
             TextColumn("{task.description:32}"),
@@ -280,6 +280,9 @@ class _ProgressDisplay:
             cell = f"cell {record['cell']}/{record['cells']}"
             self.progress.update(self.bars[name], total=record["cells"], completed=record["cell"] - 1, cell=cell)
         self.progress.update(self.overall, completed=self.runs - len(self.waiting), cell=self._done())
+        if record.get("epoch", "") != self.shown_epoch[name]:
+            self.shown_epoch[name] = record["epoch"]
+            self.progress.console.print(f"{time.strftime('%H:%M:%S')} {name}: {record['epoch']}", highlight=False)
         if record["state"] != self.shown[name] and self.progress.disable:
             self.progress.console.print(
                 f"{time.strftime('%H:%M:%S')} {name} {record['state']}, {self._done()}", highlight=False

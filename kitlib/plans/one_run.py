@@ -40,7 +40,7 @@ def state_file(runs_file: str | Path, name: str) -> Path:
     """Return the path of the JSON file that holds the state record of the run `name`.
 
     The record's keys are state (running, done or failed), cell (the number of the notebook cell being executed), cells (how
-    many there are), host, started and ended (Unix times), and problem (an error message).
+    many there are), epoch (a training's latest line), host, started and ended (Unix times), and problem (an error message).
     """
     return Path(runs_file).parent / "states" / f"{name}.json"
 
@@ -72,7 +72,7 @@ def run_planned(runs_file: str | Path, name: str) -> None:
         try:
             with claim_gpus(run.gpus) as environment:
                 if run.notebook:
-                    _run_notebook(run, run.notebook, environment, lambda cell, cells: save_state(cell=cell, cells=cells))
+                    _run_notebook(run, run.notebook, environment, save_state)
                 else:
                     _run_command(run, environment)
         except BaseException as error:
@@ -161,10 +161,20 @@ def _try_lock(path: Path) -> IO | None:
     return lock
 
 
-def _run_notebook(run: PlannedRun, notebook: Path, environment: dict[str, str], on_cell: Callable[[int, int], None]) -> None:
+def _run_notebook(run: PlannedRun, notebook: Path, environment: dict[str, str], save_state: Callable[..., None]) -> None:
     output, limit = run.folder / "notebook.ipynb", run.minutes * 60 or None
     try:
-        run_notebook(notebook, output, run.parameters, run.result, on_cell, run.threads, limit, environment)
+        run_notebook(
+            notebook,
+            output,
+            run.parameters,
+            run.result,
+            on_cell=lambda cell, cells: save_state(cell=cell, cells=cells),
+            on_epoch=lambda line: save_state(epoch=line),
+            threads=run.threads,
+            time_limit_s=limit,
+            variables=environment,
+        )
     except NotebookError as error:
         raise PlanError(str(error)) from error
 

@@ -1,6 +1,5 @@
 """Read plans from YAML files: runs of notebooks and commands, the runs that each needs, and whether they are done."""
 
-import ast
 import hashlib
 import itertools
 import json
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kitlib.errors import PlanError, SettingsError
-from kitlib.notebook import check_parameters
+from kitlib.parameters import check_parameters, read_parameters
 from kitlib.paths import project_root
+from kitlib.recipes.named import check_recipe
 from kitlib.settings import AtLeastOne, Count, NotNegative, Positive, Settings, from_dict
 from kitlib.yaml_reader import read_yaml
 
@@ -164,7 +164,7 @@ def read_plan(path: str | Path, runs: str | Path | None = None, changes: Mapping
 
     `changes` maps variables of the plan to new values. `runs` is the folder for the runs, instead of the one in the file.
     Raises PlanError, which mentions the file and mostly the step, for a missing file, unknown keys, placeholders or
-    variables, parameters that a notebook does not have, and steps that need each other.
+    variables, parameters that a notebook does not have or of a wrong type, invalid recipes, and steps that need each other.
     """
     path = Path(path)
     plan_file = _read_file(path)
@@ -344,6 +344,7 @@ def _plan_run(
             raise PlanError(f"the notebook {step.notebook!r} does not exist; available: {available}")
         parameters = {**parameters, "run_folder": folders[run_name]}
         check_parameters(notebook, parameters)
+        check_recipe(read_parameters(notebook), parameters)
     # The key contains names instead of folders, so that runs stay done if the plan's folder is moved.
     named_texts = fill_texts({other: f"run {other}" for other in folders})
     return PlannedRun(
@@ -406,11 +407,7 @@ def _make_key(step: Step, texts: list[Any], needs: list[str]) -> str:
     """
     parameters, command, result = texts
     if step.notebook:
-        import papermill  # imported here because it is slow and not needed for a command
-
-        path = project_root() / "notebooks" / f"{step.notebook}.ipynb"
-        notebook_parameters = papermill.inspect_notebook(str(path)).items()
-        parameters = {name: ast.literal_eval(parameter["default"]) for name, parameter in notebook_parameters} | parameters
+        parameters = read_parameters(project_root() / "notebooks" / f"{step.notebook}.ipynb") | parameters
         parameters = {name: value for name, value in parameters.items() if name not in WITHOUT_EFFECT}
     description = json.dumps([step.notebook, parameters, command, result, sorted(needs)], sort_keys=True)
     return hashlib.sha256(description.encode()).hexdigest()[:12]

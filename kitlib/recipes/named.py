@@ -4,6 +4,7 @@ A notebook chooses a recipe by name and may override its fields.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from kitlib.errors import SettingsError
@@ -284,3 +285,16 @@ def recipe(name: str, kind: type[R], /, **overrides: Any) -> R:
             f"recipe {name!r} is a {type(published).__name__}; expected a {kind.__name__}, such as {', '.join(fitting)}"
         )
     return override(published, **overrides)
+
+
+def check_recipe(defaults: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+    """Raise SettingsError unless a training notebook's parameters `recipe`, `overrides` and `epochs` make a valid recipe.
+
+    `defaults` has the notebook's parameters with their defaults, `parameters` replaces some of them. The default recipe
+    tells which kind of recipe the notebook trains; other notebooks have no recipe to check.
+    """
+    if defaults.get("recipe") not in RECIPES:
+        return
+    values = {**defaults, **parameters}
+    changes = {**values.get("overrides", {}), **({"epochs": values["epochs"]} if values.get("epochs") else {})}
+    recipe(values["recipe"], type(RECIPES[defaults["recipe"]]), **changes)

@@ -71,8 +71,10 @@ def reliability_figure(models: Mapping[str, Judged]) -> Figure:
         bins = reliability(predictions)
         axis.plot([0, 1], [0, 1], color="grey", linestyle=":")
         axis.plot(bins.predicted, bins.observed, color="steelblue")
-        axis.scatter(bins.predicted, bins.observed, s=6 + 200 * bins["count"] / bins["count"].sum(), color="steelblue")
-        axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="share right", aspect="equal")
+        axis.scatter(
+            bins.predicted, bins.observed, s=6 + 200 * bins["count"] / bins["count"].sum(), color="steelblue", clip_on=False
+        )
+        axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="share correct", aspect="equal")
         axis.set_title(f"{name}\nECE {ece(predictions.probabilities, predictions.truth):.3f}", fontsize=9)
     return figure
 
@@ -97,7 +99,7 @@ def intervals_figure(intervals: pd.DataFrame, line: float | None = None) -> Figu
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=8)
     axes[0].set_yticks(range(len(models)), models)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(models) - 0.5, -0.5)
     return figure
 
 
@@ -111,14 +113,15 @@ def examples(predictions: Judged, cache: XrayCache, count: int = 4) -> Figure:
     right = predictions.predicted == predictions.truth
     rows = [_surest(predictions, np.flatnonzero(chosen), count) for chosen in (right, ~right)]
     figure = Figure(figsize=(3 * count, 7.6), layout="constrained")
-    for axes, indices, verdict in zip(figure.subplots(2, count, squeeze=False), rows, ("right", "wrong"), strict=True):
+    for axes, indices, verdict in zip(figure.subplots(2, count, squeeze=False), rows, ("correct", "wrong"), strict=True):
         for axis in axes:
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         for axis, index in zip(axes, indices, strict=False):
             axis.imshow(cache.read(predictions.image_id[index]).pixels, cmap="gray", vmin=0, vmax=255)
             axis.set_title(
-                f"{predictions.image_id[index]}\n{predictions.classes[predictions.truth[index]]}: {verdict}", fontsize=8
+                f"{predictions.image_id[index]}\nground truth: {predictions.classes[predictions.truth[index]]} ({verdict})",
+                fontsize=8,
             )
             order = np.argsort(-predictions.probabilities[index], kind="stable")
             below = "\n".join(
@@ -155,5 +158,5 @@ def _curves(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     right.set(xlabel="sensitivity", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
     for axis in (left, right):
         if len(axis.get_legend_handles_labels()[0]):
-            axis.legend(fontsize=7, loc="best")
+            axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     return figure

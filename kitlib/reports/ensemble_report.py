@@ -9,6 +9,7 @@ from kitlib.fusion.ensembles import Judged, combine
 from kitlib.fusion.stacking import LearnerScores
 from kitlib.fusion.test_split import TestSplitScores
 from kitlib.reports import classification_report as report
+from kitlib.reports.figures import BESIDE
 from kitlib.reports.findings_report import Answers
 from kitlib.scoring.temperature import cross_scaled, fit_temperature, scaled
 from kitlib.tables import concatenate
@@ -82,7 +83,7 @@ def weights_figure(weights: pd.DataFrame, learners: tuple[str, ...]) -> Figure:
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.set_title(name, fontsize=9)
         axis.set_ylabel("weight")
-        axis.legend(fontsize=7)
+        axis.legend(title="ground truth", fontsize=7, **BESIDE)
     return figure
 
 

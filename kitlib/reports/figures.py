@@ -3,12 +3,15 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from textwrap import shorten
+from textwrap import wrap
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from kitlib.atomic import replacing
@@ -20,13 +23,18 @@ from kitlib.xrays.mask_store import MaskStore
 TRUTH, PREDICTION = "limegreen", "orange"
 # Boxes with a lower confidence add to average precision but would cover the picture.
 SHOWN_SCORE = 0.2
+# Position of a legend that hides nothing: right of the axes.
+BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
 
 
-def save_figure(figure: Figure, path: str | Path) -> Figure:
-    """Write the figure to `path` atomically (temporary file, then rename) and return it, so that a notebook displays it."""
+def save_figure(figure: Figure, path: str | Path) -> Image:
+    """Write the figure to the PNG file `path` atomically (temporary file, then rename); return the picture for display.
+
+    A notebook shows a figure itself only if matplotlib's inline backend is active, but an Image always.
+    """
     with replacing(path) as temporary_path:
         figure.savefig(temporary_path, dpi=110, bbox_inches="tight")
-    return figure
+    return Image(path)
 
 
 def image_grid(count: int, per_row: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
@@ -40,6 +48,12 @@ def image_grid(count: int, per_row: int, width: float, height: float) -> tuple[F
     for axis in axes:
         axis.axis("off")
     return figure, axes
+
+
+def show_legend(figure: Figure, **names: str) -> None:
+    """Add a legend below the images: each of `names` is a colour, and what is drawn in it."""
+    handles = [Line2D([], [], color=colour, label=name) for colour, name in names.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
 
 
 def show_xray(axis: Axes, xray: CachedXray, title: str) -> None:
@@ -57,17 +71,20 @@ def example_images(
     per_row: int = 4,
     shown_score: float = SHOWN_SCORE,
     masks: MaskStore | None = None,
+    labels_are: str = "ground truth",
 ) -> Figure:
     """Draw the X-rays in the table `images` with annotated boxes (green) and predicted boxes (orange, with their scores).
 
     The tables are as in `kitlib.tables`, with boxes in original pixels. Detections with a score below `shown_score` are not
-    drawn. If `masks` contains an image's mask, the outline of each structure in it is drawn in green.
+    drawn. If `masks` contains an image's mask, the outline of each structure in it is drawn in green. `labels_are`
+    says in the titles what the labels are.
     """
     figure, axes = image_grid(len(images), per_row, 3.2, 3.5)
     classes = {} if labels is None else _true_classes(labels[labels["id"].isin(images.study_id)])
     for axis, image in zip(axes, images.itertuples(), strict=False):
         xray = cache.read(image.image_id)
-        show_xray(axis, xray, f"{image.image_id}\n{classes.get(image.study_id, '')}")
+        truth = f"\n{labels_are}: {classes[image.study_id]}" if classes.get(image.study_id) else ""
+        show_xray(axis, xray, image.image_id + truth)
         if masks is not None and image.image_id in masks:
             draw_outlines(axis, masks.read(image.image_id), TRUTH)
         if boxes is not None:
@@ -75,6 +92,11 @@ def example_images(
         if detections is not None:
             shown = detections[(detections.image_id == image.image_id) & (detections.score >= shown_score)]
             _draw_boxes(axis, xray, shown, PREDICTION)
+    drawn = {TRUTH: "annotated"} if boxes is not None or masks is not None else {}
+    if detections is not None:
+        drawn |= {PREDICTION: f"predicted, with confidence ({shown_score:g} or more)"}
+    if drawn:
+        show_legend(figure, **drawn)
     return figure
 
 
@@ -97,7 +119,7 @@ def fold_shares(folds: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame)
     axis = figure.subplots()
     shares.T.plot.bar(ax=axis, rot=0 if len(classes) < 6 else 30, width=0.8)
     axis.set_ylabel("share of the fold's images")
-    axis.legend(title="fold", fontsize=7, ncols=len(shares))
+    axis.legend(title="fold", fontsize=7, **BESIDE)
     return figure
 
 
@@ -118,18 +140,18 @@ def confusion_figure(matrices: Mapping[str, pd.DataFrame], shares_too: bool = Fa
             axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
         axis.set_xticks(range(len(matrix.columns)), matrix.columns, rotation=30, ha="right")
         axis.set_yticks(range(len(matrix.index)), matrix.index)
-        axis.set(xlabel="called", ylabel="truth", title=name)
+        axis.set(xlabel="most probable class", ylabel="ground truth", title=name)
     return figure
 
 
 def precision_recall_figure(curves: dict[str, pd.DataFrame]) -> Figure:
     """Draw one curve per table with the columns recall and precision (VOC's envelope); the keys become the legend."""
-    figure = Figure(figsize=(5.5, 4), layout="constrained")
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
     axis = figure.subplots()
     for name, curve in curves.items():
         axis.step(curve.recall, curve.precision, where="pre", label=name)
     axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, **BESIDE)
     return figure
 
 
@@ -138,14 +160,14 @@ def reliability_figure(bins: pd.DataFrame) -> Figure:
 
     `bins` has the columns class, predicted, observed and count; the area of a dot shows the count.
     """
-    figure = Figure(figsize=(4.5, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
     for name, rows in bins.groupby("class", sort=False):
         line = axis.plot(rows.predicted, rows.observed, label=name)[0]
         axis.scatter(rows.predicted, rows.observed, s=4 + 200 * rows["count"] / bins["count"].sum(), color=line.get_color())
     axis.set(xlabel="predicted probability", ylabel="observed share", xlim=(0, 1), ylim=(0, 1))
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, **BESIDE)
     return figure
 
 
@@ -153,12 +175,13 @@ def fusion_steps(steps: pd.DataFrame) -> Figure:
     """Draw the competition score after each tuning step; `steps` has the columns step, score and gain."""
     figure = Figure(figsize=(6.5, 0.5 + 0.35 * len(steps)), layout="constrained")
     axis = figure.subplots()
-    axis.barh(steps.step, steps.score, color="steelblue")
+    # Dots and not bars: bars that do not start at 0 would exaggerate the gains.
+    axis.plot(steps.score, steps.step, "o-", color="steelblue", markersize=4, linewidth=1)
     axis.invert_yaxis()
-    low = steps.score.min()
-    axis.set_xlim(max(0, low - 0.3 * max(steps.score.max() - low, 0.01)), None)
+    axis.grid(axis="y", linewidth=0.4)
     for position, row in enumerate(steps.itertuples()):
-        axis.text(row.score, position, f" {row.score:.4f} ({row.gain:+.4f})", va="center", fontsize=7)
+        text = f"{row.score:.4f} ({row.gain:+.4f})"
+        axis.text(1.01, position, text, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
     axis.set_xlabel("score, out of fold")
     axis.spines[["top", "right"]].set_visible(False)
     return figure
@@ -184,9 +207,9 @@ def rankings_figure(table: pd.DataFrame) -> Figure:
         axis.hlines(positions, rows.low, rows.high, color=f"C{groups.index(first.folds_fingerprint) % 10}", linewidth=2)
         axis.plot(rows.score, positions, "o", color="black", markersize=4)
         for position, row in enumerate(rows.itertuples()):
-            description = shorten("; ".join(filter(None, (row.recipe, row.changes))), 70)
-            text = f"{row.score:.3f}  {description}"
-            axis.text(1.01, position, text, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
+            description = wrap("; ".join(filter(None, (row.recipe, row.changes))), 75, max_lines=2, placeholder=" ...")
+            text = "\n".join([f"{row.score:.3f}  {''.join(description[:1])}", *description[1:]])
+            axis.text(1.01, position, text, transform=axis.get_yaxis_transform(), va="center", fontsize=6)
         axis.set_yticks(positions, rows.name, fontsize=8)
         low, high = axis.get_xlim()
         axis.set(xlim=(max(low, 0.0), min(high, 1.0)), ylim=(len(rows) - 0.4, -0.6))
@@ -200,10 +223,17 @@ def rankings_figure(table: pd.DataFrame) -> Figure:
 def _draw_boxes(axis: Axes, xray: CachedXray, boxes: pd.DataFrame, colour: str) -> None:
     height, width = xray.pixels.shape
     scale = np.array([width / xray.columns, height / xray.rows] * 2)
+    printed: list[tuple[float, float]] = []
+    if "score" in boxes:
+        boxes = boxes.sort_values("score", ascending=False, kind="stable")
     for row in boxes.itertuples():
         xmin, ymin, xmax, ymax = np.array([getattr(row, side) for side in BOX]) * scale
         axis.add_patch(Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, edgecolor=colour, linewidth=1.3))
         if hasattr(row, "score"):
+            # A score that would cover a higher one is not printed.
+            if any(abs(xmin - x) < 0.14 * width and abs(ymin - y) < 0.05 * height for x, y in printed):
+                continue
+            printed.append((xmin, ymin))
             axis.text(xmin, ymin - 1, f"{row.score:.2f}", color=colour, fontsize=6, va="bottom")
 
 

@@ -43,7 +43,7 @@ def findings_images(
     ):
         true = [name for name, value in zip(classes, actual, strict=True) if value >= 0.5]
         most_probable = sorted(zip(row, classes, strict=True), reverse=True)[:SHOWN_CLASSES]
-        show_xray(axis, cache.read(image_id), f"{image_id}\n{', '.join(true) or 'none of the classes'}")
+        show_xray(axis, cache.read(image_id), f"{image_id}\nground truth: {', '.join(true) or 'none of the classes'}")
         text = "\n".join(f"{name} {value:.2f}" for value, name in most_probable)
         axis.text(0.5, -0.02, text, transform=axis.transAxes, ha="center", va="top", fontsize=8)
     return figure

@@ -7,6 +7,8 @@ Heat does not prove why a model decides; it shows which cells of the last featur
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import cv2
@@ -30,7 +32,7 @@ except ImportError as error:  # for example on Kaggle, where no wheel is availab
         "leave heat_runs empty"
     ) from error
 
-LONGEST_NAME = 28  # number of characters of a model's name that fit next to its row
+LONGEST_NAME = 28  # number of characters of a model's name that fit in a line next to its row
 COLUMNS = ["image_id", "class", "heat_inside", "area_inside", "concentration"]
 
 
@@ -130,9 +132,12 @@ def heat_figure(heats_by_model: Mapping[str, Sequence[Heat]], lungs: LungFinder 
     axes = figure.subplots(1 + len(heats_by_model), max(len(ids), 1), squeeze=False)
     for axis in axes.ravel():
         axis.set(xticks=[], yticks=[])
+    # A name may be a run's full path, of which only the last part fits next to a row.
+    labels = {name: Path(name).name for name in heats_by_model}
+    if len(set(labels.values())) < len(labels):
+        labels = {name: fill(name[-2 * LONGEST_NAME :], LONGEST_NAME) for name in heats_by_model}
     for row, (name, heats) in enumerate({"image": first, **heats_by_model}.items()):
-        # A name may be a run's full path, whose end identifies the run.
-        axes[row, 0].set_ylabel(name[-LONGEST_NAME:], fontsize=9)
+        axes[row, 0].set_ylabel(labels.get(name, name), fontsize=9)
         for axis, heat in zip(axes[row], heats, strict=False):
             axis.imshow(heat.xray.pixels, cmap="gray", vmin=0, vmax=255)
             if row:
@@ -140,7 +145,7 @@ def heat_figure(heats_by_model: Mapping[str, Sequence[Heat]], lungs: LungFinder 
             mask = lungs.find([heat.xray])[0].mask if lungs is not None else None
             if mask is not None and mask.any() and not mask.all():
                 axis.contour(mask, levels=[0.5], colors="limegreen", linewidths=0.8)
-            axis.set_title(heat.class_name if row else heat.xray.image_id, fontsize=8)
+            axis.set_title(f"heat for {heat.class_name}" if row else heat.xray.image_id, fontsize=8)
     return figure
 
 

@@ -21,6 +21,7 @@ COLUMNS = (
     *("images", "boxed_images", "ap", "ap_boxed", "confidence", "f1", "recall", "precision", "precision_all"),
     *("studies", "study_accuracy", "study_recall", "study_precision", "study_f1", "study_map", "study_map_hard"),
 )
+COUNTS = ("images", "boxed_images", "studies")
 
 
 def heidelberg_table(
@@ -62,6 +63,17 @@ def heidelberg_table(
         columns=list(COLUMNS)
     )
     return table.rename_axis("answer").astype(float)
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the result of `heidelberg_table` as texts, one column per answer; only the counts have no decimals."""
+    texts = {
+        name: table[name].map(
+            lambda value, form=",.0f" if name in COUNTS else ".3f": "" if math.isnan(value) else f"{value:{form}}"
+        )
+        for name in table
+    }
+    return pd.DataFrame(texts).T
 
 
 def heidelberg_figures(predictions: Answers, thresholds: np.ndarray, exclusive: bool = False) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 
 from kitlib.classes import LUNG_CODES
 from kitlib.lungs.finders import FOUND
-from kitlib.reports.figures import PREDICTION, TRUTH, draw_outlines, image_grid, show_xray
+from kitlib.reports.figures import BESIDE, PREDICTION, TRUTH, draw_outlines, image_grid, show_legend, show_xray
 from kitlib.reports.lungs_report import HUMAN_AGREEMENT
 from kitlib.xrays.cache import CachedXray, XrayCache
 from kitlib.xrays.mask_store import MaskStore
@@ -17,13 +17,13 @@ from kitlib.xrays.mask_store import MaskStore
 
 def overlap_figure(scores: pd.DataFrame) -> Figure:
     """Draw the cumulative share of images over Dice, one line per structure; dotted is the agreement of two readers."""
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axis = figure.subplots()
     for structure, part in scores.groupby("structure", sort=False):
         axis.plot(np.sort(part.dice), np.arange(1, len(part) + 1) / len(part), drawstyle="steps-post", label=structure)
     axis.axvline(HUMAN_AGREEMENT, color="grey", linestyle=":", label="two readers, median")
     axis.set(xlabel="Dice, out of fold", ylabel="share of images", xlim=(min(0.7, scores.dice.min()), 1), ylim=(0, 1))
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, **BESIDE)
     return figure
 
 
@@ -37,6 +37,7 @@ def mask_images(
         for store, colour in ((drawn, TRUTH), (masks, PREDICTION)):
             if store is not None and image_id in store:
                 draw_outlines(axis, store.read(image_id), colour)
+    show_legend(figure, **({} if drawn is None else {TRUTH: "annotated"}), **{PREDICTION: "predicted"})
     return figure
 
 
@@ -53,4 +54,5 @@ def lungs_montage(cache: XrayCache, masks: MaskStore, lungs: pd.DataFrame) -> Fi
             # matplotlib's origin is the centre of the first pixel, not its corner.
             corner, size = (row.xmin * x - 0.5, row.ymin * y - 0.5), ((row.xmax - row.xmin) * x, (row.ymax - row.ymin) * y)
             axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=PREDICTION, linewidth=1.5))
+    show_legend(figure, **{PREDICTION: "frame that models crop to; above: the mask's share of the image"})
     return figure

@@ -20,7 +20,7 @@ def study_examples(
 ) -> Figure:
     """Draw one image per study: in the first row studies whose true class got the highest probability, then the lowest.
 
-    Each row has up to `count` images. An image shows its annotated boxes and, above it, the true class, the three most
+    Each row has up to `count` images. An image shows its annotated boxes and, above it, the true class, the two most
     probable classes and `none`. If `study_scores` or `image_scores` is empty, its values are omitted. Studies without a
     known class are left out. The tables are as in `kitlib.tables`.
     """
@@ -52,11 +52,14 @@ def _answers(
         if image.study_id not in truth.index or (probabilities is None and none is None):
             continue
         name, is_none = truth[image.study_id], image.image_id not in set(boxes.image_id)
-        lines = [f"{image.image_id}: {name}, {'no box' if is_none else 'boxes'}"]
+        lines = [image.image_id, f"ground truth: {name}, {'no box' if is_none else 'boxes'}"]
         if probabilities is not None:
-            lines.append("  ".join(f"{class_name} {value:.2f}" for class_name, value in probabilities.nlargest(3).items()))
+            lines.append(
+                "predicted: "
+                + "  ".join(f"{class_name} {value:.2f}" for class_name, value in probabilities.nlargest(2).items())
+            )
         if none is not None:
-            lines.append(f"none {none:.2f}")
+            lines.append(f"predicted: none {none:.2f}")
         truth_probability = probabilities[name] if probabilities is not None else (none if is_none else 1 - none)
         rows.append({"image_id": image.image_id, "title": "\n".join(lines), "truth_found": truth_probability})
     return pd.DataFrame(rows, columns=["image_id", "title", "truth_found"])

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import cv2
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from kitlib.atomic import replacing
 from kitlib.errors import DatasetError, UnreadableXray

@@ -19,9 +19,9 @@ from typing import Any
 import kitlib
 from kitlib.atomic import write_json
 from kitlib.errors import RunError
-from kitlib.paths import project_root, run_path
+from kitlib.paths import RUN_RECORD, project_root, run_path
 
-RECORD, METRICS = "record.json", "metrics.json"
+RECORD, METRICS = RUN_RECORD, "metrics.json"
 DIGEST_FILE = "whole_library.sha256"  # digest of the whole library, stored in the part of kitlib that a kernel contains
 
 # Packages whose versions can change pixels, weights or figures.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from kitlib.bundle import ADDED, data_fingerprint, read_bundle, save_bundle
 from kitlib.classes import LUNG_CODES

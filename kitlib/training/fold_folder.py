@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from kitlib.atomic import replacing, write_json, write_text
 from kitlib.bundle import save_bundle
@@ -196,7 +197,7 @@ def draw_curves(result: FitResult, path: str | Path) -> None:
 
     A dotted line marks the kept epoch.
     """
-    history, figure = result.history, Figure(figsize=(10, 4))
+    history, figure = result.history, Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     parts = history.columns.difference(NOT_METRICS, sort=False)
     for name in parts:
@@ -207,8 +208,9 @@ def draw_curves(result: FitResult, path: str | Path) -> None:
         )
     for axes, label in ((left, "loss"), (right, "validation")):
         axes.axvline(result.best_epoch, color="grey", linestyle=":", label="kept epoch")
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.legend(fontsize="small")
+        axes.set(xlabel="epoch", ylabel=label, xlim=(0.5, history.epoch.max() + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # inside it would hide lines
     with replacing(path) as temporary_path:
         figure.savefig(temporary_path, dpi=110)
 

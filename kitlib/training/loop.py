@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +17,6 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
-from tqdm import tqdm
 
 from kitlib.atomic import replacing
 from kitlib.deadline import Deadline, SessionOver, epoch_fits
@@ -26,8 +24,7 @@ from kitlib.device import derived_seed, gpu_of, precision, process_group_backend
 from kitlib.recipes.fields import TrainingRecipe
 from kitlib.training import data_parallel
 from kitlib.training.fold_folder import LEARNING_RATE_FLOOR, FitResult, find_kept_epoch, is_over
-
-logger = logging.getLogger(__name__)
+from kitlib.training.progress import Progress
 
 
 class RecipeTraining(pl.LightningModule):
@@ -162,7 +159,6 @@ def fit(
     run_folder: str | Path,
     device: torch.device,
     seed: int,
-    progress: bool = True,
     title: str = "training",
     deadline: Deadline | None = None,
 ) -> FitResult:
@@ -185,7 +181,7 @@ def fit(
     folder = Path(run_folder) / "checkpoints"
     last = folder / "last.ckpt"
     processes = data_parallel.rank_and_world_size()[1]
-    keeper = _EpochKeeper(folder, module, recipe, seed, deadline)
+    keeper = _EpochKeeper(folder, module, recipe, seed, Progress(title, recipe.epochs), deadline)
     with _silence_lightning():
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -193,7 +189,7 @@ def fit(
             precision=precision(device),
             max_epochs=recipe.epochs,
             accumulate_grad_batches=batches_per_step(recipe),
-            callbacks=[keeper, *([_Progress(title, recipe.epochs)] if progress else [])],
+            callbacks=[keeper],
             benchmark=device.type == "cuda",
             logger=False,
             enable_checkpointing=False,
@@ -235,9 +231,16 @@ class _EpochKeeper(pl.Callback):
     """Callback that seeds each epoch, records the history, writes checkpoint and best weights, and stops the training."""
 
     def __init__(
-        self, folder: Path, module: RecipeTraining, recipe: TrainingRecipe, seed: int, deadline: Deadline | None
+        self,
+        folder: Path,
+        module: RecipeTraining,
+        recipe: TrainingRecipe,
+        seed: int,
+        progress: Progress,
+        deadline: Deadline | None,
     ) -> None:
         self.folder, self.module, self.recipe, self.seed, self.deadline = folder, module, recipe, seed, deadline
+        self.progress = progress
         self.history: list[dict[str, float]] = []
         self.session_seconds: list[float] = []  # seconds of this session's epochs
         self.epoch_start = self.training_end = 0.0
@@ -257,6 +260,11 @@ class _EpochKeeper(pl.Callback):
             for group in trainer.optimizers[0].param_groups:
                 group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
         self.epoch_start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.progress.log_batch(trainer.current_epoch + 1, batch_idx + 1, int(trainer.num_training_batches))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.device.type == "cuda":
@@ -292,7 +300,7 @@ class _EpochKeeper(pl.Callback):
         # The first process decides for all of them, because their clocks differ.
         should_stop = is_over(self.history, self.recipe) or not epoch_fits(self.deadline, self.session_seconds)
         trainer.should_stop = trainer.strategy.broadcast(should_stop)
-        logger.info("epoch %d of %d: score %.4f", len(self.history), self.recipe.epochs, self.history[-1]["score"])
+        self.progress.log_epoch(self.history, self.session_seconds)
 
     def _write(self, trainer: pl.Trainer) -> None:
         if find_kept_epoch(self.history, self.recipe) == len(self.history) - 1:
@@ -302,40 +310,6 @@ class _EpochKeeper(pl.Callback):
                 save_file(weights, temporary_path)
         with replacing(self.folder / "last.ckpt") as temporary_path:
             trainer.save_checkpoint(temporary_path)
-
-
-class _Progress(pl.Callback):
-    """Callback that shows one progress bar for all epochs, with the loss and the score of the last complete epoch."""
-
-    def __init__(self, title: str, epochs: int) -> None:
-        self.title, self.epochs = title, epochs
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        steps = trainer.num_training_batches
-        self.bar = tqdm(
-            desc=self.title,
-            total=steps * self.epochs,
-            initial=steps * trainer.current_epoch,
-            unit="batch",
-            # In a log file each refresh is a new line, so refresh rarely there.
-            mininterval=0.5 if sys.stderr.isatty() else 10,
-            maxinterval=60,
-        )
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.bar.update()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        shown: dict[str, str] = {
-            name: f"{float(trainer.callback_metrics[name]):.3f}"
-            for name in ("train_loss", "score")
-            if name in trainer.callback_metrics
-        }
-        self.bar.set_postfix({"epoch": str(trainer.current_epoch + 1), **shown}, refresh=False)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if hasattr(self, "bar"):
-            self.bar.close()
 
 
 def _read_history(checkpoint: Path) -> list[dict[str, float]]:

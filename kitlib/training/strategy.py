@@ -85,7 +85,7 @@ class Strategy(ABC):
         end before the task's deadline.
         """
         task, train, validation = self.task, self.training_batches(), self.validation_batches()
-        options = self.run_folder, device, task.seed, task.progress, self.title, task.deadline
+        options = self.run_folder, device, task.seed, self.title, task.deadline
         return fit(self.module(model), self.recipe, train, validation, *options)
 
     def training_batches(self) -> DataLoader:
@@ -123,7 +123,7 @@ class Strategy(ABC):
 
     @property
     def title(self) -> str:
-        """Title of the progress bar: the name of the model, and the fold."""
+        """Title of the log lines: the name of the model, and the fold."""
         return f"{self.task.model_name} fold {self.fold}"
 
 

@@ -51,7 +51,6 @@ class Task:
     in_sample: bool = False
     deadline: Deadline | None = None
     resume: bool = True
-    progress: bool = True
 
     def checked(self) -> "Task":
         """Return a copy of the task whose tables have been checked and converted by `kitlib.tables.check_table`.

@@ -5,8 +5,6 @@ images (canvases from the cache instead of image files), validation (the same sc
 (tensors instead of pickled modules) and console output.
 """
 
-import logging
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,6 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from kitlib.atomic import replacing
 from kitlib.deadline import Deadline, SessionOver, epoch_fits
@@ -26,13 +23,12 @@ from kitlib.models.yolo import YoloDetector  # before ultralytics, whose import 
 from kitlib.recipes.fields import DetectorRecipe
 from kitlib.training.detector import DetectorStrategy, canvas_precision
 from kitlib.training.fold_folder import LEARNING_RATE_FLOOR, FitResult, find_kept_epoch, is_over
+from kitlib.training.progress import Progress
 from kitlib.training.shared_memory import BATCH_TIMEOUT_S, workers_that_fit
 from kitlib.training.xray_dataset import XrayDataset
 
 from ultralytics.data.dataset import YOLODataset  # isort: skip
 from ultralytics.models.yolo.detect import DetectionTrainer  # isort: skip
-
-logger = logging.getLogger(__name__)
 
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 DATA = {"names": {0: "opacity"}, "nc": 1, "channels": 3}
@@ -127,10 +123,10 @@ class Trainer(DetectionTrainer):
         device: torch.device,
         seed: int,
         workers: int,
-        bar: tqdm,
+        progress: Progress,
         deadline: Deadline | None,
     ) -> None:
-        self.detector, self.validation_batches, self.score_function, self.bar = detector, validation, score, bar
+        self.detector, self.validation_batches, self.score_function, self.progress = detector, validation, score, progress
         self.examples = examples
         self.folder, self.kit_seed = run_folder / "checkpoints", seed
         self.history: list[dict[str, float]] = []
@@ -148,7 +144,7 @@ class Trainer(DetectionTrainer):
         self.add_callback("on_train_start", lambda _: self._correct_batch_count())
         self.add_callback("on_train_epoch_start", lambda _: self._begin_epoch())
         self.add_callback("on_train_batch_start", lambda _: self._count_batch())
-        self.add_callback("on_train_batch_end", lambda _: self.bar.update())
+        self.add_callback("on_train_batch_end", lambda _: self._log_batch())
         self.add_callback("on_train_epoch_end", lambda _: self._note_batches_end())
 
     def get_dataset(self) -> dict[str, Any]:
@@ -196,9 +192,7 @@ class Trainer(DetectionTrainer):
             }
         )
         self.stop |= is_over(self.history, self.detector.recipe) or not epoch_fits(self.deadline, self.session_seconds)
-        logger.info("epoch %d of %d: score %.4f", self.epoch + 1, self.epochs, self.fitness)
-        shown = {name: f"{self.history[-1][name]:.3f}" for name in ("train_loss", "score")}
-        self.bar.set_postfix({"epoch": self.epoch + 1, **shown}, refresh=False)
+        self.progress.log_epoch(self.history, self.session_seconds)
 
     def save_model(self) -> bool:
         """Write last.ckpt, from which a later run resumes, and best.safetensors if the current epoch is to be kept.
@@ -230,7 +224,6 @@ class Trainer(DetectionTrainer):
         if self.last.is_file():
             self.resume = True
             super().resume_training(torch.load(self.last, map_location=self.device, weights_only=True))
-            self.bar.update(self.start_epoch * len(self.train_loader))
 
     def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
         self.history = ckpt["history"]
@@ -278,13 +271,17 @@ class Trainer(DetectionTrainer):
 
     def _count_batch(self) -> None:
         self.pending_batches += 1
+        self.epoch_batches += 1
+
+    def _log_batch(self) -> None:
+        self.progress.log_batch(self.epoch + 1, self.epoch_batches, len(self.train_loader))
 
     def _begin_epoch(self) -> None:
         # Gradients are restored here, because ultralytics zeroes them before the first epoch.
         for name, gradient in self.gradients.items():
             self.model.get_parameter(name).grad = gradient
         self.gradients = {}
-        self.epoch_start = time.perf_counter()
+        self.epoch_start, self.epoch_batches = time.perf_counter(), 0
         self.train_loader.generator.manual_seed(derived_seed(self.kit_seed, self.epoch))
         self.train_loader.dataset.buffer, self.train_loader.dataset.epoch = [], self.epoch
         self.train_loader.reset()
@@ -352,26 +349,19 @@ class YoloStrategy(DetectorStrategy):
 
     def fit(self, model: YoloDetector, device: torch.device) -> FitResult:
         task, recipe = self.task, self.recipe
-        with tqdm(
-            desc=self.title,
-            total=-(-len(self.train) // recipe.batch_size) * recipe.epochs,
-            unit="batch",
-            # In a log file each refresh is a new line, so refresh rarely there.
-            mininterval=0.5 if sys.stderr.isatty() else 10,
-            maxinterval=60,
-            disable=not task.progress,
-        ) as bar:
-            # ultralytics prefetches four batches of three-channel canvases per worker.
-            workers = workers_that_fit(task.workers, recipe.batch_size * 3 * recipe.image_size**2, prefetched=4)
-            environment = self.run_folder, device, task.seed, workers
-            examples = {"train": self.train, "val": self.validation}
-            trainer = Trainer(model, examples, self.validation_batches(), canvas_precision, *environment, bar, task.deadline)
-            trainer.history = history = _read_history(trainer.last)
-            if not history or not is_over(history, recipe):
-                if epoch_fits(task.deadline, [row["seconds"] for row in history]):
-                    trainer.train()
-                if not is_over(trainer.history, recipe):
-                    raise SessionOver(self.run_folder, len(trainer.history), recipe.epochs)
+        # ultralytics prefetches four batches of three-channel canvases per worker.
+        workers = workers_that_fit(task.workers, recipe.batch_size * 3 * recipe.image_size**2, prefetched=4)
+        environment, progress = (self.run_folder, device, task.seed, workers), Progress(self.title, recipe.epochs)
+        examples = {"train": self.train, "val": self.validation}
+        trainer = Trainer(
+            model, examples, self.validation_batches(), canvas_precision, *environment, progress, task.deadline
+        )
+        trainer.history = history = _read_history(trainer.last)
+        if not history or not is_over(history, recipe):
+            if epoch_fits(task.deadline, [row["seconds"] for row in history]):
+                trainer.train()
+            if not is_over(trainer.history, recipe):
+                raise SessionOver(self.run_folder, len(trainer.history), recipe.epochs)
         model.to("cpu")
         model.model.load_state_dict(load_file(trainer.folder / "best.safetensors"))
         return FitResult(pd.DataFrame(trainer.history), find_kept_epoch(trainer.history, recipe) + 1)

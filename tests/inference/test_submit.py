@@ -19,7 +19,7 @@ from pydicom import dcmread
 
 from kitlib.bundle import STATED, save_bundle
 from kitlib.classes import STUDY_CLASSES
-from kitlib.errors import CacheError, UnreadableXray
+from kitlib.errors import CacheError, SubmissionError, UnreadableXray
 from kitlib.fusion.ensemble_bundle import Ensemble, read_ensemble, write_ensemble
 from kitlib.fusion.ensembles import combine
 from kitlib.fusion.model_fusion import FusionSettings, write_settings
@@ -133,6 +133,19 @@ def test_without_any_weights_the_placeholder_predictions_remain(competition, tmp
     path, ledger = submit(competition, tmp_path / "nothing", tmp_path)
     assert "failed: InputNotFound" in ledger.set_index("stage").note["predict"]
     assert validate(competition / "sample_submission.csv", path) == []
+
+
+def test_placeholders_alone_are_an_error_unless_asked_for_or_on_kaggle(competition, weights, tmp_path, monkeypatch):
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    run.predict(str(tmp_path / "nothing"), tmp_path / "scratch")
+    with pytest.raises(SubmissionError, match=r"submission\.csv contains only placeholder predictions.*allow_placeholders"):
+        run.check_predicted(allow_placeholders=False)
+    run.check_predicted(allow_placeholders=True)
+    run.predict(str(weights), tmp_path / "scratch")
+    run.check_predicted(allow_placeholders=False)
+    (tmp_path / "kaggle" / "working").mkdir(parents=True)
+    monkeypatch.setenv("KIT_KAGGLE_ROOT", str(tmp_path / "kaggle"))
+    SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS).check_predicted(allow_placeholders=False)
 
 
 def test_a_submission_ends_in_time_even_if_models_hang(competition, weights, tmp_path, monkeypatch):

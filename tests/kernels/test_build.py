@@ -29,6 +29,7 @@ from kitlib.kernels.build import build_kernel
 from kitlib.kernels.pack_library import find_needed_files
 from kitlib.kernels.spec import read_spec
 from kitlib.lungs.finders import segmenter_digest
+from kitlib.parameters import read_parameters
 from kitlib.recipes.named import RECIPES, recipe
 from kitlib.runs.record import kitlib_digest
 from tests import PROJECT
@@ -144,6 +145,9 @@ def test_the_modules_that_the_notebook_imports_are_packed_and_unpacked(tmp_path,
         "kitlib/xrays/header.py",
     }
     expected |= {"kitlib/__init__.py", "kitlib/scoring/__init__.py", "kitlib/inference/install_wheels.py"}
+    # The running notebook compares its parameters with those of the notebook that the kernel was built from.
+    packed_notebook = next(name for name in names if name.startswith("notebooks/"))
+    names.remove(packed_notebook)
     assert expected <= set(names) and names[-1] == "kitlib/whole_library.sha256"
     assert not [name for name in names if name.startswith(("kitlib/training/", "kitlib/page/", "kitlib/phantoms/"))]
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -154,6 +158,13 @@ def test_the_modules_that_the_notebook_imports_are_packed_and_unpacked(tmp_path,
     assert all((folder / name).read_bytes() == (sources / name).read_bytes() for name in names[:-1])
     assert (folder / names[-1]).read_text() == kitlib_digest()
     assert [sys.path[0], os.environ["KIT_ROOT"], os.environ["PYTHONPATH"]] == [str(folder)] * 3
+    assert set(read_parameters(folder / packed_notebook)) == {
+        "competition",
+        "weights",
+        "wheels",
+        "time_limit_s",
+        "batch_size",
+    }
 
 
 @pytest.mark.parametrize("notebook", sorted((PROJECT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
@@ -316,7 +327,7 @@ def test_two_bundles_of_one_name_are_refused(tmp_path, wheel):
 
 def test_an_unknown_parameter_is_refused_with_the_valid_ones(tmp_path, wheel):
     spec = read_spec(make_submission(tmp_path, parameters={"batchsize": 4}))
-    valid = "competition, weights, wheels, time_limit_s, batch_size"
+    valid = "batch_size, competition, weights, wheels, time_limit_s"
     with pytest.raises(KernelError, match=f"no parameter batchsize; it has: {valid}"):
         build_kernel(spec, tmp_path / "out", [wheel])
 
@@ -512,8 +523,19 @@ def test_the_competition_is_injected_if_the_notebook_has_the_parameter(tmp_path,
 
 @pytest.mark.parametrize("key", ["parameters", "rehearsal"])
 def test_parameters_of_a_rehearsal_are_checked_like_the_others(tmp_path, wheel, key):
-    with pytest.raises(KernelError, match=f"{key}: train.ipynb has no parameter epoch; it has: prepare_run, run_folder"):
+    with pytest.raises(
+        KernelError, match=f"{key}: train.ipynb has no parameter epoch; it has: epochs, prepare_run, run_folder"
+    ):
         training(tmp_path, wheel, **{key: {"epoch": 1}})
+    with pytest.raises(KernelError, match=rf"{key}: train.ipynb: epochs wants a whole number, got 'ten'"):
+        training(tmp_path, wheel, **{key: {"epochs": "ten"}})
+
+
+def test_a_recipe_is_checked_when_the_kernel_is_built(tmp_path, wheel):
+    notebook = "run_folder = 'study'\nrecipe = 'small_study'\noverrides = {}"
+    keys = {"parameters": {"recipe": "lean_study"}, "rehearsal": {"overrides": {"image_sise": 64}}}
+    with pytest.raises(KernelError, match="rehearsal: StudyRecipe has no field 'image_sise'"):
+        training(tmp_path, wheel, notebook_parameters=notebook, **keys)
 
 
 def test_rehearsal_parameters_are_not_built_into_the_kernel(tmp_path, wheel):

@@ -14,6 +14,7 @@ from kitlib.phantoms.siim import COMPETITION
 from kitlib.plans.demo import run_demo
 from kitlib.plans.plan import Plan, read_plan
 from kitlib.scoring.validate import validate
+from tests.executed_notebook import check_shown
 
 ROOT = project_root()
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -85,6 +86,13 @@ def test_every_stage_shows_pictures(ended):
         "report/figures/submission_confusion.png",
     }
     assert len(list(plan.runs.glob("*/fold?/figures/curves.png"))) == 6 + 4
+    for run in plan.planned.values():
+        if run.notebook:
+            # The executed copy shows all of them.
+            check_shown(run.folder / "notebook.ipynb", len(list(run.folder.rglob("figures/*.png"))))
+    check_shown(plan.runs / "kernel" / "rehearsal.ipynb", pictures=0)
+    epochs = [line for line in (plan.runs / "study" / "notebook.log").read_text().splitlines() if "epoch 1 of 1, " in line]
+    assert len(epochs) == 2 and epochs[0].startswith("study fold 0: epoch 1 of 1, loss ")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

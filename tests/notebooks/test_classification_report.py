@@ -15,6 +15,7 @@ from kitlib.paths import project_root
 from kitlib.recipes.fields import FindingsRecipe
 from kitlib.tables import write_table
 from kitlib.xrays.cache import XrayCache
+from tests.executed_notebook import check_shown
 from tests.small_lungs import lungs_run
 from tests.small_runs import prepare, tables_of
 from tests.small_xrays import SmallXrays
@@ -129,6 +130,7 @@ def test_calibration_sources_probes_failures_and_heat_are_told(report):
     pictures = {path.stem for path in (report / "figures").glob("*.png")}
     curves = {"class_curves", "model_curves", "confusion", "reliability"}
     assert pictures == {*curves, "intervals", "differences", "examples", "heat_maps"}
+    check_shown(report.parent / "executed.ipynb", pictures=8)
 
 
 def test_images_put_aside_are_judged_where_the_split_says_so(tmp_path, quick_kernels):

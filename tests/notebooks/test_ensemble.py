@@ -12,6 +12,7 @@ from kitlib.notebook import run_notebook
 from kitlib.paths import project_root
 from kitlib.scoring.temperature import fit_temperature
 from kitlib.tables import class_columns, empty_table, read_table, write_table
+from tests.executed_notebook import check_shown
 from tests.small_runs import prepare
 
 NOTEBOOK = project_root() / "notebooks" / "65_ensemble.ipynb"
@@ -71,6 +72,7 @@ def test_every_learner_and_ensemble_is_judged_and_one_is_kept(made):
     one, other = (scores[scores.model == name].set_index("image_id")[CLASSES] for name in ("both", "flannel"))
     pd.testing.assert_frame_equal(one, other)
     assert (run / "figures" / "weights.png").stat().st_size > 10_000
+    check_shown(run / "executed.ipynb")
 
 
 def test_the_bundle_applies_to_the_learners_scores(made):

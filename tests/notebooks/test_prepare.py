@@ -11,6 +11,7 @@ from kitlib.runs.finished_run import read_metrics, read_prepared
 from kitlib.training.lungs import with_masks
 from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.mask_store import MaskStore
+from tests.executed_notebook import check_shown
 
 NOTEBOOK = project_root() / "notebooks" / "10_prepare.ipynb"
 
@@ -65,6 +66,7 @@ def test_two_sets_as_one_with_a_test_set_put_aside_and_folds_by_source(tmp_path,
     assert ("one source", "COVID-19") in set(zip(flags.kind, flags.which, strict=True))
     assert pd.read_csv(run / "data_sheet" / "source.csv").drop(columns="class").to_numpy().sum() == len(images)
     assert (run / "figures" / "data_sheet.png").is_file()
+    check_shown(tmp_path / "10.ipynb", pictures=3)
     # What the scheme has no class for, and what could not be read.
     faults = pd.read_csv(run / "faults.csv")
     assert faults.problem.str.contains("no class in").sum() == 2 and faults.file.str.startswith("kermany: ").sum() == 1

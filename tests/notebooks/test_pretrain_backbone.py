@@ -19,6 +19,7 @@ from kitlib.training.driver import train_fold
 from kitlib.training.task import Task
 from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.writing import write_xray
+from tests.executed_notebook import check_shown
 from tests.small_lungs import lungs_run
 from tests.training.test_findings import SmallFindings
 
@@ -50,7 +51,7 @@ def run(tmp_path_factory, quick_kernels):
         "lungs_run": str(folder / "lungs"),
     }
     begun = find_recipe("small_backbone", FindingsRecipe, **changes, epochs=1)
-    task = Task(tables, XrayCache(prepared / "xrays", 64), begun, "backbone", progress=False, lungs=lungs)
+    task = Task(tables, XrayCache(prepared / "xrays", 64), begun, "backbone", lungs=lungs)
     train_fold(task, 0, folder / "first" / "fold0")
 
     def session(name, **more):
@@ -103,4 +104,5 @@ def test_the_notebook_leaves_what_later_stages_read(run):
 def test_the_notebook_shows_tables_and_pictures(run):
     assert {path.name for path in (run / "figures").iterdir()} >= {"intervals.png", "roc.png", "examples.png"}
     by_class = pd.read_csv(run / "findings.csv")
+    check_shown(run.parent / "backbone.ipynb", pictures=6)
     assert by_class["class"].tolist() == ["Mass", "No Finding"] and by_class.of.tolist() == [28, 28]

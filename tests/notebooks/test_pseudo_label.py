@@ -17,6 +17,7 @@ from kitlib.training.apply_lungs import apply_lungs
 from kitlib.training.driver import train_fold
 from kitlib.training.task import Task
 from kitlib.xrays.cache import XrayCache
+from tests.executed_notebook import check_shown
 from tests.runs.test_finished_run import prepared_run
 from tests.small_lungs import bright_segmenter
 from tests.small_xrays import RECIPE, SmallXrays
@@ -69,8 +70,8 @@ def ended(tmp_path_factory, quick_kernels):
     tables = read_prepared(prepare)
     common = tables, XrayCache(prepare / "xrays", 50)
     for fold in (0, 1):
-        train_fold(Task(*common, OF_LUNGS, "study", lungs=lungs, progress=False), fold, folder / f"study/fold{fold}")
-    train_fold(Task(*common, DETECTOR, "rcnn", progress=False), 0, folder / "rcnn/fold0")
+        train_fold(Task(*common, OF_LUNGS, "study", lungs=lungs), fold, folder / f"study/fold{fold}")
+    train_fold(Task(*common, DETECTOR, "rcnn"), 0, folder / "rcnn/fold0")
     done = folder / "done"
     parameters = {
         "prepare_run": str(prepare),
@@ -90,6 +91,7 @@ def test_what_one_folds_models_have_seen_is_left_to_the_other_folds(ended):
     metrics = read_metrics(folder / "done")
     assert metrics["images"] == 8 and metrics["left_out"] == 0 and metrics["judged_by_folds"] == [0, 1]
     assert (folder / "done" / "figures" / "examples.png").is_file()
+    check_shown(folder / "executed.ipynb")
     images = read_table("images", folder / "done" / "tables" / "images.parquet").set_index("image_id")
     assert images["none"].between(0, 1).all()
     # A copy of image010 and an image of patient003, both in fold 1: the only detector, of fold 0, has seen them.
@@ -107,5 +109,5 @@ def test_the_labelled_images_are_trained_on(ended, tmp_path):
     # One is of a patient of the training data, whom another fold would validate on.
     keep = ~extra.images["patient_id"].isin(small.images["patient_id"])
     extra = type(extra)(extra.images[keep], extra.labels, extra.boxes, extra.cache)
-    study = train_fold(Task(tables, small, QUICK, "study", extra=extra, progress=False), 0, tmp_path)
+    study = train_fold(Task(tables, small, QUICK, "study", extra=extra), 0, tmp_path)
     assert study.metrics["extra"]["images"] == 7

@@ -9,6 +9,7 @@ from kitlib.notebook import run_notebook
 from kitlib.paths import project_root
 from kitlib.tables import read_table
 from kitlib.xrays.cache import XrayCache
+from tests.executed_notebook import check_shown
 from tests.small_runs import prepare, tables_of
 from tests.training.test_findings import SmallFindings
 
@@ -71,3 +72,4 @@ def test_it_is_finished_and_shown(run):
     )
     pictures = {path.stem for path in (folder / "figures").glob("*.png")}
     assert pictures == {"confusion", "curves", "examples", "test_confusion"}
+    check_shown(folder.parent / "executed.ipynb", pictures=4 + 4)  # the curves of each of four models

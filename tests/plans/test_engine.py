@@ -225,6 +225,7 @@ def test_a_failed_notebook_is_reported_with_its_cell_and_log(tmp_path, monkeypat
     cells = [
         parameters,
         new_code_cell("assert fold, 'no fold zero'"),
+        new_code_cell("print('fold 1: epoch 3 of 9, loss 0.5')"),
         new_code_cell("from pathlib import Path\nPath(run_folder, 'metrics.json').write_text('{}')"),
     ]
     (tmp_path / "notebooks").mkdir()
@@ -233,9 +234,11 @@ def test_a_failed_notebook_is_reported_with_its_cell_and_log(tmp_path, monkeypat
     path = write_plan(
         tmp_path, {"train": {"notebook": "train", "matrix": {"fold": [0, 1]}, "parameters": {"fold": "{fold}"}}}
     )
+    printed = io.StringIO()
     with pytest.raises(PlanError) as failed:
-        carry_out(path)
+        carry_out(path, Console(file=printed, width=200))
     message = str(failed.value)
+    assert "train-1: fold 1: epoch 3 of 9, loss 0.5" in printed.getvalue()
     assert "train-0 failed on" in message
     assert "train.ipynb: cell 3 raised AssertionError: no fold zero" in message
     assert f"{tmp_path}/runs/train-0/notebook.log" in message

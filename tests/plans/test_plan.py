@@ -8,6 +8,7 @@ import yaml
 
 from kitlib.errors import PlanError
 from kitlib.lungs.crop import check_finder
+from kitlib.parameters import read_parameters
 from kitlib.paths import project_root
 from kitlib.plans.plan import RECORD, WITHOUT_EFFECT, read_plan
 from kitlib.recipes.fields import TrainingRecipe
@@ -124,7 +125,15 @@ def test_a_folder_that_no_plan_has_made_is_not_touched(tmp_path):
         ({"steps": {"x": {}}}, "step x: expected exactly one of notebook and command"),
         ({"steps": {"x": {"command": ["true"], "parameters": {"a": 1}}}}, "step x: a command has no parameters"),
         ({"steps": {"x": {"notebook": "11_prepare"}}}, "notebook '11_prepare' does not exist; available: 10_prepare, 1"),
-        ({"steps": {"x": {"notebook": "10_prepare", "parameters": {"fold": 1}}}}, "no parameter fold; it has: dataset"),
+        (
+            {"steps": {"x": {"notebook": "10_prepare", "parameters": {"fold": 1}}}},
+            "no parameter fold; it has: n_folds, dataset",
+        ),
+        ({"steps": {"x": {"notebook": "10_prepare", "parameters": {"seed": "x"}}}}, "seed wants a whole number, got 'x'"),
+        (
+            {"steps": {"x": {"notebook": "30_train_study", "parameters": {"overrides": {"image_sise": 64}}}}},
+            "StudyRecipe has no field 'image_sise'",
+        ),
         (
             {"steps": {"x": {"command": ["{nothing}"]}}},
             "unknown placeholder {nothing}; valid: data, prepare, study",
@@ -223,9 +232,5 @@ def test_the_plan_in_the_docs_can_be_read(tmp_path):
 
 
 def test_parameters_without_effect_exist_in_notebooks():
-    import papermill
-
-    names = {
-        name for path in (project_root() / "notebooks").glob("*.ipynb") for name in papermill.inspect_notebook(str(path))
-    }
+    names = {name for path in (project_root() / "notebooks").glob("*.ipynb") for name in read_parameters(path)}
     assert names >= WITHOUT_EFFECT

@@ -68,9 +68,9 @@ def test_examples_show_each_class_right_and_wrong_with_its_probabilities():
     figure = examples(predictions, small, count=3)
     upper, lower = figure.axes[:3], figure.axes[3:]
     assert [axis.get_title().split("\n")[1] for axis in upper] == [
-        f"{predictions.classes[p]}: right" for p in _order(predictions, True)
+        f"ground truth: {predictions.classes[p]} (correct)" for p in _order(predictions, True)
     ]
-    assert all(axis.get_title().endswith(": wrong") for axis in lower if axis.images)
+    assert all(axis.get_title().endswith(" (wrong)") for axis in lower if axis.images)
     shown = predictions.image_id.tolist().index(upper[0].get_title().split("\n")[0])
     assert (
         upper[0].get_xlabel().split("\n")[0]

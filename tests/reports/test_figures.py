@@ -42,7 +42,24 @@ def test_boxes_are_scaled_from_original_pixels():
     colours = [patch.get_edgecolor() for patch in ill.patches]
     assert colours[0] != colours[1]
     assert [text.get_text() for text in ill.texts] == ["0.70"]
-    assert "typical" in ill.get_title()
+    assert ill.get_title() == "i1\nground truth: typical"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "annotated",
+        "predicted, with confidence (0.2 or more)",
+    ]
+
+
+def test_a_score_is_not_printed_over_a_higher_one():
+    detections = boxes(("i1", 150.0, 250.0, 350.0, 650.0), ("i1", 160.0, 250.0, 350.0, 640.0), score=[0.3, 0.7])
+    _, ill = figures.example_images(Cache(), IMAGES, detections=detections, per_row=2).axes
+    assert len(ill.patches) == 2 and [text.get_text() for text in ill.texts] == ["0.70"]
+
+
+def test_the_axis_of_the_fusion_steps_exaggerates_nothing():
+    steps = pd.DataFrame({"step": ["0 default", "1 x"], "score": [0.61, 0.62], "gain": [0.0, 0.01]})
+    (axis,) = figures.fusion_steps(steps).axes
+    # A bar's length would stand for the score, so the axis would have to begin at 0.
+    assert not axis.patches and axis.lines[0].get_xdata().tolist() == [0.61, 0.62]
 
 
 def test_masks_are_outlined(tmp_path):
@@ -87,6 +104,6 @@ def test_figures_are_written_without_leftover_files(tmp_path):
     steps = pd.DataFrame({"step": ["0 default", "1 x"], "score": [0.5, 0.6], "gain": [0.0, 0.1]})
     for number, figure in enumerate((figures.reliability_figure(bins), figures.fusion_steps(steps))):
         path = tmp_path / f"{number}.png"
-        assert figures.save_figure(figure, path) is figure
+        assert figures.save_figure(figure, path).data == path.read_bytes()
         assert cv2.imread(str(path)).std() > 1
     assert len(list(tmp_path.iterdir())) == 2

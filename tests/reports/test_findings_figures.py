@@ -29,6 +29,7 @@ def test_pictures_name_the_truth_and_the_most_probable_classes():
     scores[classes] = [0.1, 0.7, 0.3, 0.2]
     figure = findings_images(small, scores, small.images, small.labels, per_row=2)
     axes = figure.axes
-    assert [axis.get_title() for axis in axes] == ["image002\ntypical", "image003\ntypical", "image004\nindeterminate", ""]
+    truth = {"image002": "typical", "image003": "typical", "image004": "indeterminate"}
+    assert [axis.get_title() for axis in axes] == [*(f"{image}\nground truth: {name}" for image, name in truth.items()), ""]
     assert axes[0].texts[0].get_text() == "typical 0.70\nindeterminate 0.30\natypical 0.20"
     assert axes[0].images[0].get_array().shape == small.pixels["image002"].shape

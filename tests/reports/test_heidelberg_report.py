@@ -7,7 +7,7 @@ from sklearn.metrics import accuracy_score, average_precision_score, f1_score
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.fusion.model_fusion import Fused, FusionSettings, fuse
-from kitlib.reports.heidelberg_report import COLUMNS, best_confidence, heidelberg_table
+from kitlib.reports.heidelberg_report import COLUMNS, best_confidence, heidelberg_table, readable
 from kitlib.reports.published_tables import find_published
 from kitlib.scoring.score import score_tables, truth_of
 from kitlib.tables import BOX
@@ -144,3 +144,8 @@ def test_an_image_outside_the_folds_or_a_study_without_a_label_is_named(small):
     studies = images[["study_id"]].assign(**dict.fromkeys(STUDY_CLASSES, 0.25), prior=False)
     with pytest.raises(ValueError, match="study v has a prediction but no label"):
         heidelberg_table({"mine": answer(detections, images, studies)}, images, labels.head(3), boxes, folds)
+
+
+def test_counts_are_shown_without_decimals():
+    table = pd.DataFrame({"images": [1189.0], "ap": [0.12345], "f1": [np.nan]}, index=["fused"])
+    assert readable(table).fused.to_dict() == {"images": "1,189", "ap": "0.123", "f1": ""}

@@ -57,7 +57,8 @@ def test_predicted_masks_are_orange_and_annotated_masks_are_green(small, tmp_pat
         assert np.array_equal(axis.images[0].get_array(), small.pixels[image_id]) and not axis.axison
     (alone, *_) = mask_images(small, predicted, ids[:1], ["one"]).axes
     assert outlines(alone) == [orange] * 2
-    assert save_figure(figure, tmp_path / "figure.png") is figure and (tmp_path / "figure.png").stat().st_size > 1000
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["annotated", "predicted"]
+    assert len(save_figure(figure, tmp_path / "figure.png").data) == (tmp_path / "figure.png").stat().st_size > 1000
 
 
 def test_an_outline_goes_around_its_mask(small, tmp_path):

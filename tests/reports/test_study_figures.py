@@ -38,8 +38,8 @@ def test_the_most_confident_studies_come_first_and_the_least_confident_below():
     # Studies 0, 1, 2, 3 are negative, typical, indeterminate, atypical, with two images each.
     studies, images = scores({"study000": 0.9, "study001": 0.2, "study002": 0.7, "study003": 0.4})
     shown = titles(draw(studies, images, count=2))
-    assert [title.split(":")[0] for title in shown] == ["image000", "image004", "image002", "image006"]
-    assert shown[0].splitlines()[0] == "image000: negative, no box" and shown[0].endswith("none 0.80")
+    assert [title.splitlines()[0] for title in shown] == ["image000", "image004", "image002", "image006"]
+    assert shown[0].splitlines()[1] == "ground truth: negative, no box" and shown[0].endswith("none 0.80")
     assert shown[2].splitlines()[:2] == ["image002: typical, boxes", "indeterminate 0.80  typical 0.20  negative 0.00"]
 
 
@@ -47,5 +47,5 @@ def test_a_model_with_one_output_and_a_few_studies_can_be_shown():
     studies, images = scores({"study000": 0.9, "study001": 0.2})
     nothing = studies.iloc[:0], images.iloc[:0]
     assert len(titles(draw(studies, nothing[1]))) == 2
-    assert titles(draw(nothing[0], images))[0] == "image000: negative, no box\nnone 0.80"
+    assert titles(draw(nothing[0], images))[0] == "image000\nground truth: negative, no box\npredicted: none 0.80"
     assert titles(draw(*nothing)) == []

@@ -72,7 +72,7 @@ def test_folds_side_by_side_equal_folds_one_after_the_other(tmp_path, capfd):
     # Log lines of each fold are printed here, and all output is in its log file.
     output = capfd.readouterr().out
     for fold in (0, 1):
-        assert f"fold {fold}: epoch 2 of 2: score" in output
+        assert f"fold {fold}: epoch 2 of 2, loss" in output
         assert "epoch 1 of 2" in (tmp_path / "together" / f"fold{fold}" / "train.log").read_text()
 
 

@@ -1,0 +1,120 @@
+"""Parameters of notebooks: reads a notebook's `parameters` cell, and checks names and types of the values given for it."""
+
+import ast
+import difflib
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from kitlib.errors import NotebookError, SettingsError
+from kitlib.paths import project_root
+from kitlib.settings import checked, describe
+
+INJECTED = "# Parameters"  # first line of the cell in which papermill, or the build of a kernel, sets parameters
+
+
+def read_parameters(notebook: str | Path) -> dict[str, Any]:
+    """Return the parameters of a notebook with their defaults, in the order of its cell tagged `parameters`.
+
+    The default is None if it is not a literal. A notebook without such a cell has no parameters. Raises NotebookError if the
+    file is missing or is not a notebook.
+    """
+    try:
+        cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+        tagged = [cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+        return _assignments("".join(tagged[0])) if tagged else {}
+    except FileNotFoundError:
+        raise NotebookError(f"{notebook} does not exist") from None
+    except (ValueError, KeyError, AttributeError, TypeError, SyntaxError) as error:
+        raise NotebookError(f"{notebook} is not a notebook ({type(error).__name__}: {error})") from error
+
+
+def check_parameters(notebook: str | Path, parameters: Mapping[str, Any], as_option: bool = False) -> None:
+    """Raise SettingsError unless the notebook has all of `parameters`, and each has the type of its default.
+
+    The message lists the notebook's parameters, the closest one first, or gives a valid value, as YAML or `as_option` of the
+    papermill command. An int is valid for a float. Any value is valid if the default is None, and a list of any
+    values if the default is an empty list.
+    """
+    defaults, name_of_notebook = read_parameters(notebook), Path(notebook).name
+    for name in parameters:
+        if name not in defaults:
+            closest = difflib.get_close_matches(str(name), defaults, 1, cutoff=0.0)
+            listing = ", ".join([*closest, *(other for other in defaults if other not in closest)])
+            raise SettingsError(f"{name_of_notebook} has no parameter {name}; it has: {listing or 'none'}")
+    for name, value in parameters.items():
+        kind = _kind(defaults[name])
+        if not _is_valid(value, kind):
+            # JSON, because its strings need no escaping in a shell.
+            valid = f"{{{name}: {json.dumps(_closest_valid(value, kind, defaults[name]))}}}"
+            advice = f"give -y {shlex.quote(valid)}" if as_option else f"write {valid}"
+            raise SettingsError(f"{name_of_notebook}: {name} wants {describe(kind)}, got {value!r}: {advice}")
+
+
+def begin_notebook(name: str, values: Mapping[str, Any]) -> None:
+    """Check a running notebook's parameters, and let it show kitlib's log and uncut tables. Each notebook calls this first.
+
+    `name` is the notebook's file name in notebooks/ without extension, `values` are its `globals()`. Their types are checked
+    whether they were set by papermill, in a Kaggle kernel or by hand. Unknown names are found in injected cells. Raises
+    SettingsError as `check_parameters` does.
+    """
+    notebook = project_root() / "notebooks" / f"{name}.ipynb"
+    # IPython keeps the source of all executed cells in `In`.
+    cells = [source for source in values.get("In", []) if source.startswith(INJECTED)]
+    names = [*read_parameters(notebook), *(name for source in cells for name in _assignments(source))]
+    check_parameters(notebook, {name: values[name] for name in names if name in values}, as_option=True)
+    pd.set_option("display.max_colwidth", None, "display.max_columns", None)
+    logger = logging.getLogger("kitlib")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = [logging.StreamHandler(sys.stdout)]  # also if the cell is run again
+
+
+def _assignments(source: str) -> dict[str, Any]:
+    """Return the names that Python code assigns at its top level, with their literal values (None for others)."""
+    found: dict[str, Any] = {}
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        for target in targets:
+            if isinstance(target, ast.Name):
+                try:
+                    found[target.id] = ast.literal_eval(node.value)  # type: ignore[attr-defined]
+                except (ValueError, TypeError):
+                    found[target.id] = None
+    return found
+
+
+def _kind(default: Any) -> Any:
+    """Return the annotation, as in kitlib.settings, of the values that can replace a default."""
+    if isinstance(default, list):
+        kinds = {type(item) for item in default}
+        return tuple[kinds.pop() if len(kinds) == 1 else Any, ...]  # type: ignore[misc]
+    return Any if default is None else dict[str, Any] if isinstance(default, dict) else type(default)
+
+
+def _is_valid(value: Any, kind: Any) -> bool:
+    try:
+        checked(value, kind)
+    except (ValueError, OverflowError):
+        return False
+    return True
+
+
+def _closest_valid(value: Any, kind: Any, default: Any) -> Any:
+    """Return what was probably meant by an invalid value: the value that its text describes, a list of it, or its text."""
+    candidates: Iterable[Any] = [[value], str(value)]
+    if isinstance(value, str):
+        try:
+            meant = yaml.safe_load(value)
+            json.dumps(meant)  # YAML can also describe dates
+            candidates = [meant, [meant], *candidates]
+        except (yaml.YAMLError, TypeError):
+            pass
+    return next((candidate for candidate in candidates if _is_valid(candidate, kind)), default)

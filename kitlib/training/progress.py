@@ -1,0 +1,42 @@
+"""Log lines that show how far a training is: one for each epoch and, within long epochs, one a minute."""
+
+import logging
+import time
+from collections.abc import Sequence
+
+logger = logging.getLogger(__name__)
+
+BETWEEN_LINES_S = 60.0
+
+
+class Progress:
+    """Logs the progress of one training. `title` names the model and the fold, `epochs` is the recipe's number of epochs."""
+
+    def __init__(self, title: str, epochs: int) -> None:
+        self.title, self.epochs, self.latest = title, epochs, time.monotonic()
+
+    def log_batch(self, epoch: int, batch: int, batches: int) -> None:
+        """Log that `batch` of an epoch's `batches` is done (both numbers from 1), unless another line is recent."""
+        if time.monotonic() - self.latest >= BETWEEN_LINES_S:
+            self.latest = time.monotonic()
+            logger.info("%s: epoch %d of %d, batch %d of %d", self.title, epoch, self.epochs, batch, batches)
+
+    def log_epoch(self, history: Sequence[dict[str, float]], seconds: Sequence[float]) -> None:
+        """Log loss, score and seconds of the last epoch in `history`, and how long the remaining epochs take at most.
+
+        `seconds` has the duration of each of this session's epochs; training may end earlier, because of the recipe's
+        `patience`.
+        """
+        row, remaining = history[-1], self.epochs - len(history)
+        self.latest = time.monotonic()
+        loss = f"loss {row['train_loss']:.3f}, " if "train_loss" in row else ""
+        left = f"at most {duration(remaining * sum(seconds) / len(seconds))} left" if remaining else "the last epoch"
+        figures = f"{loss}score {row['score']:.4f}, {duration(row['seconds'])}, {left}"
+        logger.info("%s: epoch %d of %d, %s", self.title, len(history), self.epochs, figures)
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as text, in seconds, minutes or hours."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
