@@ -179,8 +179,10 @@ class Judge:
     def _boxes(self, settings: FusionSettings) -> tuple[pd.DataFrame, np.ndarray]:
         weights = [settings.weight(model) for model in self.detectors]
         key: tuple[Any, ...] = tuple(weight / max(weights) for weight in weights), tuple(settings.calibration.items())
+        key += (settings.box_min_score,)
         if np.count_nonzero(weights) > 1:  # a single detector's boxes are not merged, so these settings do not matter
             key += settings.box_method, settings.box_iou, settings.box_confidence if settings.box_method == "wbf" else ""
+            key += (settings.box_limit,)
         if key not in self.merged:
             boxes = fuse_boxes(self.detections, self.images, settings, self.coverage, self.workers)
             self.merged[key] = boxes, self._match(boxes)

@@ -4,7 +4,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit, logit
 
-from kitlib.fusion.box_fusion import calibrate_scores, fit_calibration
+from kitlib.fusion.box_fusion import CONFIDENCES, METHODS, calibrate_scores, fit_calibration, merge_boxes
+
+# Two lists: a box that both have (IoU 0.9), one that only the first has, and one that only the second has.
+LISTS = (
+    np.array([[0.1, 0.1, 0.3, 0.3], [0.5, 0.1, 0.7, 0.3]]),
+    np.array([[0.1, 0.1, 0.3, 0.28], [0.5, 0.6, 0.7, 0.9]]),
+)
+SCORES = (np.array([0.9, 0.4]), np.array([0.6, 0.8]))
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "expected"),
+    [
+        # nms: score * weight / the largest weight; the box with the highest such score is kept.
+        ("nms", (2, 5), [0.8, 0.6, 0.4 * 2 / 5]),
+        ("nms", (0.5, 0.25), [0.9, 0.4, 0.8 / 2]),
+        # soft_nms: the other box of the pair decays by its IoU, to a tenth.
+        ("soft_nms", (2, 5), [0.8, 0.6, 0.4 * 2 / 5, 0.9 * 2 / 5 / 10]),
+        # wbf: the sum of score * weight over the boxes of a cluster / the sum of all weights
+        ("wbf", (2, 5), [(0.9 * 2 + 0.6 * 5) / 7, 0.8 * 5 / 7, 0.4 * 2 / 7]),
+        ("wbf", (0.5, 0.25), [(0.9 * 0.5 + 0.6 * 0.25) / 0.75, 0.4 * 0.5 / 0.75, 0.8 * 0.25 / 0.75]),
+    ],
+)
+def test_scores_of_weighted_lists_in_closed_form(method, weights, expected):
+    _, score = merge_boxes(list(LISTS), list(SCORES), weights, method)
+    assert sorted(score, reverse=True) == pytest.approx(sorted(expected, reverse=True), abs=1e-6)
+
+
+@pytest.mark.parametrize(("method", "confidence"), [("wbf", name) for name in CONFIDENCES] + [(m, "avg") for m in METHODS])
+@given(st.tuples(*[st.floats(0.1, 10)] * 3), st.floats(0.05, 20))
+def test_only_the_ratios_of_the_weights_matter(method, confidence, weights, factor):
+    """`weights` has an entry for a third, empty list."""
+    one = merge_boxes(list(LISTS), list(SCORES), np.array(weights), method, confidence=confidence)
+    other = merge_boxes(list(LISTS), list(SCORES), np.array(weights) * factor, method, confidence=confidence)
+    for left, right in zip(one, other, strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-7)
 
 
 def test_fit_recovers_a_known_slope_and_offset():

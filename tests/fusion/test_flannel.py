@@ -4,6 +4,7 @@ test_ensembles compares the numpy version of its forward pass with loops.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -140,6 +141,27 @@ def test_training_stops_early_and_returns_the_best_epoch(lesson):
     whole = ensemble_settings("flannel", epochs=2, batch_size=50, patience=0)
     one, none = train_flannel(probabilities, contrary, whole, held_out), train_flannel(probabilities, contrary, whole)
     assert one[1] == [] and np.array_equal(one[0]["weight"], none[0]["weight"])
+
+
+@pytest.mark.parametrize("patience", [1, 3, 6])
+def test_patience_counts_the_epochs_since_the_lowest_loss(lesson, patience):
+    """The held-out loss falls for several epochs, because the second learner knows something, and then rises."""
+    probabilities, truth = lesson
+    rng = np.random.default_rng(1)
+    held_out = np.arange(300) % 3 == 0
+    # The second learner is right about all training rows, but only about two thirds of the held-out rows.
+    informed = 0.1 * probabilities[:, 1] + 0.9 * np.eye(3)[truth]
+    probabilities = np.stack([probabilities[:, 0], informed, probabilities[:, 2]], axis=1)
+    mixed = np.where(held_out & (rng.random(300) < 0.5), rng.integers(0, 3, 300), truth)
+    settings = ensemble_settings("flannel", epochs=40, batch_size=50, patience=40)
+    _, losses = train_flannel(probabilities, mixed, settings, held_out)
+    best = int(np.argmin(losses))
+    assert 3 < best < 30 and losses[: best + 1] == sorted(losses[: best + 1], reverse=True)
+    learned, until = train_flannel(probabilities, mixed, replace(settings, patience=patience), held_out)
+    assert until == losses[: best + patience + 2]  # the best epoch, `patience` worse ones, and the one that is too many
+    until_best = replace(settings, epochs=best + 1, patience=0)
+    expected, _ = train_flannel(probabilities[~held_out], mixed[~held_out], until_best)
+    np.testing.assert_array_equal(learned["weight"], expected["weight"])
 
 
 def test_training_works_if_a_class_does_not_occur(lesson):

@@ -1,3 +1,5 @@
+from dataclasses import fields, replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -135,6 +137,53 @@ def test_the_calibration_for_a_fold_is_fitted_to_the_other_folds(two_scales, few
         for fold in (0, 1)
         for model in ("loud", "quiet")
     ]
+
+
+# Every field of FusionSettings, with a value that changes the fused tables of `oof`.
+OTHER_VALUES = {
+    "model_weights": ({"good": 0.5}, {"blind": 0.0}),
+    "calibration": ({"blind": (2.0, -1.0)}, {"blind": (2.0, 1.0)}),
+    "box_method": ("nms",),
+    "box_iou": (0.2,),
+    "box_min_score": (0.7,),
+    "box_limit": (1,),
+    "box_confidence": ("max", "box_and_model_avg"),
+    "none_classifier": (0.5,),
+    "none_negative": (3.0,),
+    "none_no_box": (3.0,),
+    "none_product": (3.0,),
+    "opacity_power": (0.5,),
+    "negative_share": (0.6,),
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(FusionSettings)])
+def test_a_judge_that_has_fused_other_settings_gives_what_a_new_one_gives(oof, field):
+    start = FusionSettings(none_negative=1.0)
+    judge = Judge(**oof)
+    before = judge.fuse(start)
+    for value in OTHER_VALUES[field]:
+        settings = replace(start, **{field: value})
+        fused, matches = judge.fuse(settings)
+        expected, expected_matches = Judge(**oof).fuse(settings)
+        for name in ("studies", "nones", "detections"):
+            pd.testing.assert_frame_equal(getattr(fused, name), getattr(expected, name))
+        np.testing.assert_array_equal(matches, expected_matches)
+        assert any(not getattr(fused, name).equals(getattr(before[0], name)) for name in ("studies", "nones", "detections"))
+    assert judge.fuse(start)[0].detections.equals(before[0].detections)
+
+
+def test_several_detectors_may_be_dropped_but_not_the_last(oof, monkeypatch):
+    monkeypatch.setattr("kitlib.fusion.tuning.MODEL_WEIGHTS", (0.0, 1.0, 2.0))
+    blind = [oof[name][oof[name]["model"] == "blind"].assign(model="blind too") for name in ("detections", "coverage")]
+    # Confident boxes that match nothing.
+    blind[0] = blind[0].assign(**dict(zip(BOX, (0.0, 0.0, 5.0, 5.0), strict=True)), score=0.95)
+    three = {name: pd.concat([oof[name], more]) for name, more in zip(("detections", "coverage"), blind, strict=True)}
+    settings, _ = tune(Judge(**{**oof, **three}), rounds=1)
+    assert settings.weight("blind") == settings.weight("blind too") == 0 < settings.weight("good")
+    only_blind = {name: table[table["model"] != "good"] for name, table in three.items()}
+    settings, steps = tune(Judge(**{**oof, **only_blind}), rounds=1)
+    assert settings.weight("blind") + settings.weight("blind too") > 0 and np.isfinite(steps["score"]).all()
 
 
 def test_tuned_settings_do_not_depend_on_the_order_of_rows(oof, tuned):
