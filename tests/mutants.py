@@ -49,6 +49,8 @@ class Tests:
     def __init__(self, root: Path) -> None:
         self.root, self.folder, self.files = root, root / "build" / "mutants", {}
         self.imports = cache(lambda path: frozenset(_imported(root, path)))
+        modules = sorted((root / "kitlib").rglob("*.py"))
+        self.code = hashlib.sha256(b"".join(path.read_bytes() for path in modules)).hexdigest()
 
     def closure(self, path: str) -> set[str]:
         """Return the path and those of all files that it imports, also through others."""
@@ -80,12 +82,20 @@ class Tests:
             if self.files.get(path, {}).get("digest") != self.digest(path):
                 stale.append(path)
         self.folder.mkdir(parents=True, exist_ok=True)
+        for path in stale:
+            self._kept(path).unlink(missing_ok=True)
         jobs = [(path, None, [path], None, str(self._kept(path)), MAP_LIMIT_S) for path in stale]
         for path, _ in tqdm(run(jobs), "measuring test files", len(jobs), disable=not jobs):
             self.files[path] = {"tests": [], "ran": {}}  # also if it timed out or its process died
             with suppress(FileNotFoundError):
                 self.files[path] = json.loads(self._kept(path).read_text())
-            self._kept(path).write_text(json.dumps(self.files[path] | {"digest": self.digest(path)}))
+            self.files[path]["digest"] = self.digest(path)
+            self.passed(path)
+
+    def passed(self, path: str) -> None:
+        """Remember that the recorded tests of a file pass with the present code of kitlib."""
+        self.files[path]["code"] = self.code
+        self._kept(path).write_text(json.dumps(self.files[path]))
 
     def _kept(self, path: str) -> Path:
         return self.folder / f"{path.replace('/', '.')}.json"
@@ -367,20 +377,26 @@ def _judge(root: Path, chosen: dict[str, list[Mutation]], tests: Tests, copies: 
         limit = 30 + 6 * sum(seconds[name] for name in names)  # generous, because machines are shared
         return key, change, list(dict.fromkeys(name.split("::")[0] for name in names)), names, None, limit
 
-    needed, jobs, ran, survivors = {}, [], {}, []
+    needed, jobs, ran, survivors = set(), [], {}, []
     for module, found in chosen.items():
         source = (root / module).read_text(encoding="utf-8")
         for mutation in found:
             text = source.splitlines()[mutation.line - 1].strip()
             ran[module, mutation], names = tests.judging(module, mutation, text)
-            for name in names:
-                needed.setdefault(name.split("::")[0], {})[name] = None
+            needed |= {name.split("::")[0] for name in names}
             if names:
                 jobs.append(job((module, mutation), (module, mutation.apply(source)), names))
             else:
                 survivors.append((module, mutation))
-    unchanged = [job(path, None, list(names)) for path, names in needed.items()]
-    bad = [path for path, outcome in tqdm(copies.run(unchanged), "unchanged code", len(unchanged)) if outcome != "passed"]
+    # Tests that fail anyway would notice everything.
+    unchanged = [path for path in sorted(needed) if tests.files[path]["code"] != tests.code]
+    checks = [job(path, None, [name for name, _ in tests.files[path]["tests"]]) for path in unchanged]
+    bad = []
+    for path, outcome in tqdm(copies.run(checks), "unchanged code", len(checks), disable=not checks):
+        if outcome == "passed":
+            tests.passed(path)
+        else:
+            bad.append(path)
     if bad:
         print(f"Tests of unchanged code fail or were renamed: {', '.join(bad)}. Mend them, or remove {tests.folder}.")
         return 2
