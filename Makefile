@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # The folder of runs that `make page` shows.
 RUNS := $(or $(RUNS:/=),runs/demo)
 
-.PHONY: demo page test properties lint bench clean
+.PHONY: demo page test properties mutants lint bench clean
 demo: $(READY)
 	.venv/bin/python -m kitlib demo
 
@@ -28,6 +28,11 @@ test: $(READY)
 ROUNDS ?= 5
 properties: $(READY)
 	for round in $$(seq $(ROUNDS)); do .venv/bin/python -m pytest -m hypothesis --hypothesis-profile=anew $(PYTEST) || exit 1; done
+
+# Changes kitlib at random points and lists the changes that no test notices. `make mutants CHANGED=origin/main` changes only
+# lines that differ from that revision; `make mutants MUTANTS="kitlib/fusion --seed 1"` passes arguments (--help lists them).
+mutants: $(READY)
+	.venv/bin/python -m tests.mutants $(CHANGED:%=--changed %) $(MUTANTS)
 
 lint: $(READY)
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

@@ -173,6 +173,19 @@ def test_a_judge_that_has_fused_other_settings_gives_what_a_new_one_gives(oof, f
     assert judge.fuse(start)[0].detections.equals(before[0].detections)
 
 
+def test_several_detectors_may_be_dropped_but_not_the_last(oof, monkeypatch):
+    monkeypatch.setattr("kitlib.fusion.tuning.MODEL_WEIGHTS", (0.0, 1.0, 2.0))
+    blind = [oof[name][oof[name]["model"] == "blind"].assign(model="blind too") for name in ("detections", "coverage")]
+    # Confident boxes that match nothing.
+    blind[0] = blind[0].assign(**dict(zip(BOX, (0.0, 0.0, 5.0, 5.0), strict=True)), score=0.95)
+    three = {name: pd.concat([oof[name], more]) for name, more in zip(("detections", "coverage"), blind, strict=True)}
+    settings, _ = tune(Judge(**{**oof, **three}), rounds=1)
+    assert settings.weight("blind") == settings.weight("blind too") == 0 < settings.weight("good")
+    only_blind = {name: table[table["model"] != "good"] for name, table in three.items()}
+    settings, steps = tune(Judge(**{**oof, **only_blind}), rounds=1)
+    assert settings.weight("blind") + settings.weight("blind too") > 0 and np.isfinite(steps["score"]).all()
+
+
 def test_tuned_settings_do_not_depend_on_the_order_of_rows(oof, tuned):
     shuffled = {name: table.sample(frac=1, random_state=3) for name, table in oof.items()}
     assert tune(Judge(**shuffled))[0] == tuned[0]

@@ -125,6 +125,10 @@ def test_a_segmenter_is_identified_by_weights_and_clean_up(tmp_path):
         for name, clean_up in (("plain", {}), ("again", {}), ("wider", {"margin": 0.2}))
     )
     assert plain == again != wider and len(plain) == 64
+    # hashlib.sha256(b'["weights", {"a": 1, "b": [2.5, null]}]'): stored runs contain such digests, so they must not change.
+    golden = "ea2b4fbca734762195310d96baacd40b3d4ce9b6e48a00ed384bc4958bf7a795"
+    for recipe in ({"a": 1, "b": [2.5, None]}, {"b": [2.5, None], "a": 1}):
+        assert segmenter_digest({"weights_sha256": "weights", "recipe": recipe}) == golden
     record = read_record(tmp_path / "plain")
     assert segmenter_digest(record | {"model": "another name"}) == plain
     assert segmenter_digest(record | {"weights_sha256": "0" * 64}) != plain

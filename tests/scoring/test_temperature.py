@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kitlib.scoring.temperature import cross_scaled, fit_temperature, log_loss, scaled
+from kitlib.scoring.temperature import BOUNDS, cross_scaled, fit_temperature, log_loss, scaled
 
 
 @given(st.floats(0.1, 10), st.integers(2, 5), st.integers(0, 99))
@@ -16,6 +16,15 @@ def test_scaling_is_the_softmax_of_divided_logits_and_keeps_the_ranking(temperat
     np.testing.assert_allclose(found, divided / divided.sum(axis=1, keepdims=True), atol=1e-9)
     assert (found.argmax(axis=1) == probabilities.argmax(axis=1)).all()
     np.testing.assert_allclose(scaled(probabilities, 1.0), probabilities, atol=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, *BOUNDS, 1e6])
+def test_no_temperature_makes_small_or_equal_probabilities_overflow(temperature):
+    """Rows need not sum to 1: all four classes of a study may be improbable."""
+    found = scaled(np.array([[1e-7, 2e-7], [1e-7, 1.0], [0.5, 0.5], [0.0, 0.0]]), temperature)
+    # p^(1/T) / sum: the ratio of the first row is 2^(1/T), that of the second 10^(7/T).
+    odds = np.exp2(-np.array([1, 7 * np.log2(10), 0, 0]) / temperature)
+    np.testing.assert_allclose(found, np.stack([odds, np.ones(4)], axis=1) / (1 + odds)[:, None], rtol=1e-9, atol=1e-300)
 
 
 def calibrated(n, seed=0) -> tuple[np.ndarray, np.ndarray]:

@@ -200,6 +200,48 @@ def test_a_network_may_set_rates_and_include_frozen_parameters():
         make_optimizer(torch.nn.Linear(2, 1).requires_grad_(False), RECIPE)
 
 
+class Recorded(Exception):
+    """Raised instead of training."""
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "backend", "expected"),
+    [
+        ("cpu", 1, "", {"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true", "benchmark": False}),
+        ("cuda:0", 1, "", {"accelerator": "gpu", "devices": [0], "strategy": "auto", "precision": "bf16-mixed"}),
+        ("cuda:3", 1, "", {"accelerator": "gpu", "devices": [3], "strategy": "auto", "benchmark": True}),
+        ("cuda", 1, "gloo", {"accelerator": "gpu", "devices": [0], "strategy": "auto"}),
+        ("cpu", 2, "gloo", {"accelerator": "cpu", "devices": 2, "backend": "gloo", "gpus": None}),
+        ("cuda:1", 2, "", {"accelerator": "gpu", "devices": 2, "backend": None, "gpus": None}),
+        ("cuda:1", 2, "nccl", {"accelerator": "gpu", "devices": 2, "backend": "nccl", "gpus": None}),
+        # With gloo, four processes share two GPUs.
+        ("cuda:1", 4, "gloo", {"accelerator": "gpu", "devices": 1, "backend": "gloo", "gpus": ["cuda:0", "cuda:1"] * 2}),
+    ],
+)
+def test_lightning_gets_device_precision_and_strategy(tmp_path, monkeypatch, device, processes, backend, expected):
+    """Records the arguments of Lightning's Trainer, so that no GPU is needed."""
+    recorded = {}
+
+    def record(**arguments):
+        recorded.update(arguments)
+        raise Recorded
+
+    monkeypatch.setattr(training.pl, "Trainer", record)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("KIT_PRECISION", "bf16-mixed"), ("KIT_BACKEND", backend), ("WORLD_SIZE", str(processes))):
+        monkeypatch.setenv(name, value)
+    chosen = override(FLAT, epochs=5, batch_size=2, nominal_batch=8)
+    with pytest.raises(Recorded):
+        fit(Slope(chosen), chosen, [], [], tmp_path, torch.device(device), seed=1)
+    if processes > 1:
+        strategy = recorded["strategy"]
+        gpus = strategy.parallel_devices and [str(gpu) for gpu in strategy.parallel_devices]
+        recorded |= {"backend": strategy.process_group_backend, "gpus": gpus}
+    assert {name: recorded[name] for name in expected} == expected
+    assert (recorded["max_epochs"], recorded["accumulate_grad_batches"]) == (5, 4)
+    assert recorded["default_root_dir"] == tmp_path and len(recorded["callbacks"]) == 1
+
+
 @pytest.mark.parametrize(("batch", "nominal", "gathered"), [(16, 64, 4), (10, 0, 1), (16, 8, 1), (24, 64, 3), (8, 32, 4)])
 def test_the_nominal_batch_is_rounded_to_whole_batches(batch, nominal, gathered):
     assert batches_per_step(override(RECIPE, batch_size=batch, nominal_batch=nominal)) == gathered

@@ -97,6 +97,23 @@ def test_a_truncated_frame_is_refused_or_warned_about(tmp_path, syntax):
             assert error.reason
 
 
+@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEG2000Lossless])
+def test_a_frame_and_pixel_data_without_an_end_have_their_own_warnings(tmp_path, syntax):
+    path = written(tmp_path, syntax)
+    whole, delimiter, end = path.read_bytes(), b"\xfe\xff\xdd\xe0\0\0\0\0", b"\xff\xd9"
+    padding = whole.removesuffix(delimiter).rpartition(end)[2]
+    assert padding in (b"", b"\0")
+    frame_without_end = whole.removesuffix(end + padding + delimiter) + b"\0\0" + padding + delimiter  # of the same length
+    for damaged, warning in (
+        (whole, ()),
+        (whole.removesuffix(delimiter), ("the compressed pixel data have no end and may be truncated",)),
+        (frame_without_end, ("the compressed frame has no end marker and may be truncated",)),
+    ):
+        path.write_bytes(damaged)
+        xray = decode_xray(path)
+        assert xray.warnings == warning and np.array_equal(read_stored_values(path), STORED)
+
+
 def test_codestream_headers(tmp_path):
     for syntax in LOSSLESS:
         frame = get_frame(dcmread(written(tmp_path, syntax)).PixelData, 0, number_of_frames=1)

@@ -1,5 +1,6 @@
 """The mask store: label images of any size, several files and folders, interruptions, damage, other processes."""
 
+import hashlib
 import pickle
 import tracemalloc
 
@@ -178,6 +179,14 @@ def test_the_fingerprint_depends_on_masks_and_ids_and_not_on_files(tmp_path):
         other.add(masks)
         fingerprints.append(other.fingerprint())
     assert len({expected, *fingerprints}) == 5
+
+
+def test_the_fingerprint_is_the_digest_of_ids_and_files_in_the_order_of_the_ids(tmp_path):
+    png = {name: cv2.imencode(".png", label_image(number))[1].tobytes() for number, name in enumerate(("b", "c", "a"))}
+    store = MaskStore(tmp_path)
+    store.add({name: label_image(number) for number, name in enumerate(png)})
+    content = b"".join(name.encode() + hashlib.sha256(png[name]).digest() for name in ("a", "b", "c"))
+    assert store.fingerprint() == hashlib.sha256(content).hexdigest()
 
 
 class Sums:
