@@ -3,7 +3,18 @@ import pandas as pd
 import pytest
 
 from kitlib.errors import TableError
-from kitlib.tables import SCHEMAS, check_table, class_columns, concatenate, read_table, write_table
+from kitlib.tables import (
+    BOX,
+    SCHEMAS,
+    check_table,
+    class_columns,
+    concatenate,
+    cut_boxes,
+    listed_name,
+    read_table,
+    read_text_table,
+    write_table,
+)
 
 DETECTIONS = pd.DataFrame(
     {
@@ -116,3 +127,66 @@ def test_nested_scores_are_unique_per_outer_and_inner_fold_and_have_any_classes(
     assert class_columns(back, "nested_scores") == ["sick", "well"] and back.outer.tolist() == [-1, 2]
     with pytest.raises(TableError, match=message):
         check_table(NESTED.assign(**change), "nested_scores")
+
+
+@pytest.mark.parametrize(
+    ("box", "cut", "overhang", "problem"),
+    [
+        # An image of 100 columns and 50 rows; a box may reach beyond by a tenth of a side, and must keep one pixel.
+        ((0, 0, 100, 50), (0, 0, 100, 50), 0, ""),
+        ((-10, 0, 100, 50), (0, 0, 100, 50), 10, ""),
+        ((-10.1, 0, 100, 50), None, 10.1, "by more than 0.1 of its side"),
+        ((0, 0, 110, 55), (0, 0, 100, 50), 10, ""),
+        ((0, 0, 50, 55.1), None, 5.1, "by more than 0.1 of its side"),
+        ((99, 0, 105, 50), (99, 0, 100, 50), 5, ""),
+        ((99.1, 0, 105, 50), None, 5, "thinner than 1 pixel"),
+        ((5, 5, 5.9, 20), None, 0, "thinner than 1 pixel"),
+        ((100, 0, 105, 50), None, 5, "lies outside the image"),
+        ((-5, 0, 0, 50), None, 5, "lies outside the image"),
+    ],
+)
+def test_boxes_from_outside_are_cut_or_refused_by_one_rule(box, cut, overhang, problem):
+    images = pd.DataFrame({"image_id": ["other", "a"], "rows": [9, 50], "columns": [9, 100]})
+    boxes = pd.DataFrame([("a", *box)], columns=["image_id", *BOX], index=[7])
+    found, beyond, problems = cut_boxes(boxes, images)
+    assert beyond[7] == pytest.approx(overhang) and problem in problems[7] and bool(problem) == bool(problems[7])
+    if cut:
+        assert tuple(found.loc[7, list(BOX)]) == cut
+    assert cut_boxes(boxes[:0], images)[2].empty
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_text_table_keeps_its_cells_in_any_unicode(tmp_path, encoding):
+    (tmp_path / "x.csv").write_text("id,name\r\n007,NA\r\n8,\u00e4\r\n,\r\n", encoding=encoding, newline="")
+    assert read_text_table(tmp_path / "x.csv", ["id"]).to_numpy().tolist() == [["007", "NA"], ["8", "\u00e4"], ["", ""]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"id\n\xe4\n", r"x\.csv, line 2: the byte b'\\xe4' is not UTF-8"),
+        (b"id\n\0\n", "NUL"),
+        (b"", "is not a CSV file"),
+        (b"name\na\n", r"lacks the columns \['id'\]; it has \['name'\]"),
+        (None, "is not a CSV file"),
+    ],
+)
+def test_a_text_table_that_cannot_be_used_names_the_file(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(TableError, match=message):
+        read_text_table(tmp_path / "x.csv", ["id"])
+
+
+@pytest.mark.parametrize(
+    ("cell", "name"),
+    [
+        ("a.png", "a.png"),
+        (" images/a.png ", "a.png"),
+        ("C:\\x\\a b.png", "a b.png"),
+        ("e\u0301.png", "\u00e9.png"),
+        ("", ""),
+    ],
+)
+def test_the_name_of_a_listed_file_has_no_folders(cell, name):
+    assert listed_name(cell) == name

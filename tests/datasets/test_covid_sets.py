@@ -69,6 +69,28 @@ def test_covidx_older_lists_and_several(tmp_path):
         read_covidx(tmp_path, progress=False)
 
 
+def test_covidx_names_with_blanks_folders_and_letters_of_other_systems(tmp_path):
+    lines = [
+        "sub one and two a b.png COVID-19 cohen",  # the patient and the file may both contain blanks
+        "p normal c.png normal actmed",  # a class's name within a file's
+        "q images\\d.png pneumonia fig1",  # a path of Windows
+        "r E\u0301t\u00e9.png normal fig1",  # one letter decomposed, as macOS writes names, the other composed
+    ]
+    (tmp_path / "train.txt").write_text("\ufeff" + "\r\n".join(lines) + "\r\n", newline="")
+    (tmp_path / "test.txt").write_text("")
+    for name in ("a b.png", "normal c.png", "images/d.png", "\u00c9t\u00e9.png"):
+        save(tmp_path / "train" / name)
+    data = read_covidx(tmp_path, progress=False)
+    assert data.faults.empty
+    assert dict(zip(data.images.image_id, data.images.diagnosis, strict=True)) == {
+        "a b": "COVID-19",
+        "normal c": "normal",
+        "d": "pneumonia",
+        "\u00c9t\u00e9": "normal",
+    }
+    assert "ieee-sub one and two" in set(data.images.patient_id)
+
+
 @pytest.mark.parametrize("source", [" rsna", ""])
 def test_covidx_images_of_rsna_are_of_nih_patients(tmp_path, source):
     (tmp_path / "train.txt").write_text("".join(f"{name} {name}.png normal{source}\n" for name in ("a1", "b2", "c3")))

@@ -186,6 +186,32 @@ def test_an_impossible_share_is_refused(share):
         hold_out_test(images.assign(patient_id="p"), labels, 0.5)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=8), st.sampled_from([0.01, 0.1, 0.5, 0.99]), st.integers(0, 9))
+def test_a_test_set_can_be_held_out_of_any_two_groups(sizes, share, seed):
+    patients = np.repeat(range(len(sizes)), sizes).tolist()
+    images, labels, _ = tables(patients, [0] * len(patients), [False] * len(patients))
+    split = hold_out_test(images, labels, share, seed).groupby("patient_id").split.agg(set)
+    assert set(map(len, split)) == {1} and set().union(*split) == {"train", "test"}
+
+
+@pytest.mark.parametrize(("others", "refused"), [(9, True), (10, False), (11, False)])
+def test_an_id_that_most_studies_share_is_no_patient(others, refused):
+    """Ten of 19 studies are most of them; ten of 20 are not."""
+    images, labels, boxes = tables([0] * 10 + list(range(1, others + 1)), [0] * (10 + others), [False] * (10 + others))
+    for make in (
+        lambda table: make_folds(table, labels, boxes, 2),
+        lambda table: hold_out_test(table, labels, 0.3),
+        lambda table: make_source_folds(table.assign(source=["a"] * 10 + ["b"] * others)),
+    ):
+        if refused:
+            with pytest.raises(DatasetError, match=r"10 of 19 studies have the patient id 'p0'.*set folds_by to \"study\""):
+                make(images)
+        else:
+            make(images)
+        make(images.assign(patient_id=images.study_id))  # what folds_by: study does
+
+
 def test_a_source_is_a_fold_and_shared_patients_are_in_none():
     images, *_ = tables([0, 1, 2, 2, 3, 4, 5], [0] * 7, [False] * 7)
     images["source"] = ["b", "a", "a", "b", "c", "c", "b"]

@@ -67,6 +67,15 @@ def test_images_findings_patients_boxes_and_lists(layout):
     ]
 
 
+def test_tables_saved_on_windows_are_read_alike(layout):
+    expected = read_nih(layout, progress=False)
+    for name in ("Data_Entry_2017.csv", "BBox_List_2017.csv", "train_val_list.txt", "test_list.txt"):
+        text = (layout / name).read_text().replace("0000000", "images\\0000000").replace("\n", "\r\n")
+        (layout / name).write_text(text, encoding="utf-8-sig" if name.endswith("csv") else "utf-16", newline="")
+    data = read_nih(layout, progress=False)
+    assert data.images.equals(expected.images) and data.boxes.equals(expected.boxes) and data.labels.equals(expected.labels)
+
+
 def test_what_is_broken_is_listed(layout):
     told = read_nih(layout, progress=False).faults.set_index("row").problem
     assert "the findings 'Cold' are not valid" in told["00000003_000"]

@@ -111,6 +111,38 @@ def test_an_image_with_a_broken_box_is_left_out_and_told(layout, cell, problem):
     assert train.images.set_index("image_id").false_none["d"]
 
 
+def rename_all(train, new) -> None:
+    for path in list(train.rglob("*.dcm")):
+        path.rename(new(path))
+
+
+def move_deeper(train) -> None:
+    train.rename(train.with_name("moved"))
+    train.mkdir()
+    train.with_name("moved").rename(train / "train")
+
+
+MISPLACED = {
+    "one folder too deep": move_deeper,
+    "flat": lambda train: rename_all(train, lambda path: train / path.name),
+    "without suffix": lambda train: rename_all(train, lambda path: path.with_suffix("")),
+    "PNG files": lambda train: rename_all(train, lambda path: path.with_suffix(".png")),
+    "empty": lambda train: shutil.rmtree(train) or train.mkdir(),
+}
+
+
+@pytest.mark.parametrize("name", MISPLACED)
+def test_training_files_in_wrong_places_are_an_error_that_shows_one_and_the_right_place(layout, name):
+    count = len(list((layout / "train").rglob("*.dcm")))
+    MISPLACED[name](layout / "train")
+    with pytest.raises(
+        DatasetError, match=r"none of them is a <study>/<series>/<image>\.dcm.*such as train/s\d/<series>/"
+    ) as error:
+        read_train(layout, progress=False)
+    assert f"train holds {0 if name == 'empty' else count} files" in str(error.value)
+    assert name == "empty" or "the first is train/" in str(error.value)
+
+
 def test_boxes_beyond_the_edges_are_cut_and_told(layout):
     xray(layout / "train/s3/series/x.dcm", "p3")
     add_image_row(
