@@ -78,6 +78,8 @@ class TrainingRecipe(Settings):
     schedule_every: Count = 0
     keep: Literal["best", "last"] = "best"  # epoch whose weights are kept; "last" uses no validation score to choose
     patience: AtLeastOne = 10  # epochs without a better score before training stops; unused with keep="last"
+    # Program for which each epoch's figures are also written, into the fold's folder `curves`; W&B sends nothing.
+    curves: Literal["", "tensorboard", "wandb", "mlflow"] = ""
     ema_decay: Share = 0.0  # decay of the weights' moving average, which is then validated and kept; 0: no average
     horizontal_flip: Probability = 0.5
     vertical_flip: Probability = 0.0

@@ -23,6 +23,7 @@ from kitlib.deadline import Deadline, SessionOver, epoch_fits
 from kitlib.device import derived_seed, gpu_of, precision, process_group_backend
 from kitlib.recipes.fields import TrainingRecipe
 from kitlib.training import data_parallel
+from kitlib.training.curves import open_curves
 from kitlib.training.fold_folder import LEARNING_RATE_FLOOR, FitResult, find_kept_epoch, is_over
 from kitlib.training.progress import Progress
 
@@ -181,7 +182,9 @@ def fit(
     folder = Path(run_folder) / "checkpoints"
     last = folder / "last.ckpt"
     processes = data_parallel.rank_and_world_size()[1]
-    keeper = _EpochKeeper(folder, module, recipe, seed, Progress(title, recipe.epochs), deadline)
+    has_curves = recipe.curves and data_parallel.is_first_process()
+    curves = open_curves(recipe.curves, Path(run_folder) / "curves", title) if has_curves else None
+    keeper = _EpochKeeper(folder, module, recipe, seed, Progress(title, recipe.epochs, curves), deadline)
     with _silence_lightning():
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",

@@ -1,8 +1,10 @@
-"""Log lines that show how far a training is: one for each epoch and, within long epochs, one a minute."""
+"""How far a training is: a log line for each epoch and, within long epochs, one a minute; curves for other programs."""
 
 import logging
 import time
 from collections.abc import Sequence
+
+from pytorch_lightning.loggers import Logger
 
 logger = logging.getLogger(__name__)
 
@@ -10,10 +12,13 @@ BETWEEN_LINES_S = 60.0
 
 
 class Progress:
-    """Logs the progress of one training. `title` names the model and the fold, `epochs` is the recipe's number of epochs."""
+    """Logs the progress of one training. `title` names the model and the fold, `epochs` is the recipe's number of epochs.
 
-    def __init__(self, title: str, epochs: int) -> None:
-        self.title, self.epochs, self.latest = title, epochs, time.monotonic()
+    Each epoch's figures are also passed to `curves`, a logger of Lightning's, if there is one.
+    """
+
+    def __init__(self, title: str, epochs: int, curves: Logger | None = None) -> None:
+        self.title, self.epochs, self.curves, self.latest = title, epochs, curves, time.monotonic()
 
     def log_batch(self, epoch: int, batch: int, batches: int) -> None:
         """Log that `batch` of an epoch's `batches` is done (both numbers from 1), unless another line is recent."""
@@ -33,6 +38,9 @@ class Progress:
         left = f"at most {duration(remaining * sum(seconds) / len(seconds))} left" if remaining else "the last epoch"
         figures = f"{loss}score {row['score']:.4f}, {duration(row['seconds'])}, {left}"
         logger.info("%s: epoch %d of %d, %s", self.title, len(history), self.epochs, figures)
+        if self.curves:
+            self.curves.log_metrics(row, step=len(history))
+            self.curves.save()
 
 
 def duration(seconds: float) -> str:

@@ -21,6 +21,7 @@ from kitlib.deadline import Deadline, SessionOver, epoch_fits
 from kitlib.device import derived_seed, precision, seed_everything
 from kitlib.models.yolo import YoloDetector  # before ultralytics, whose import it makes silent and offline
 from kitlib.recipes.fields import DetectorRecipe
+from kitlib.training.curves import open_curves
 from kitlib.training.detector import DetectorStrategy, canvas_precision
 from kitlib.training.fold_folder import LEARNING_RATE_FLOOR, FitResult, find_kept_epoch, is_over
 from kitlib.training.progress import Progress
@@ -351,7 +352,8 @@ class YoloStrategy(DetectorStrategy):
         task, recipe = self.task, self.recipe
         # ultralytics prefetches four batches of three-channel canvases per worker.
         workers = workers_that_fit(task.workers, recipe.batch_size * 3 * recipe.image_size**2, prefetched=4)
-        environment, progress = (self.run_folder, device, task.seed, workers), Progress(self.title, recipe.epochs)
+        curves = open_curves(recipe.curves, self.run_folder / "curves", self.title) if recipe.curves else None
+        environment, progress = (self.run_folder, device, task.seed, workers), Progress(self.title, recipe.epochs, curves)
         examples = {"train": self.train, "val": self.validation}
         trainer = Trainer(
             model, examples, self.validation_batches(), canvas_precision, *environment, progress, task.deadline
