@@ -6,6 +6,7 @@ import json
 import logging
 import shlex
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def begin_notebook(name: str, values: Mapping[str, Any]) -> None:
     cells = [source for source in values.get("In", []) if source.startswith(INJECTED)]
     names = [*read_parameters(notebook), *(name for source in cells for name in _assignments(source))]
     check_parameters(notebook, {name: values[name] for name in names if name in values}, as_option=True)
+    warnings.filterwarnings("ignore", "IProgress not found")  # of packages whose progress bars want widgets
     pd.set_option("display.max_colwidth", None, "display.max_columns", None)
     logger = logging.getLogger("kitlib")
     logger.setLevel(logging.INFO)

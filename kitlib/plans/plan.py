@@ -195,7 +195,7 @@ def _read_file(path: Path, extending: tuple[Path, ...] = ()) -> _PlanFile:
     if not path.is_file():
         available = ", ".join(sorted(other.name for other in path.parent.glob("*.yaml"))) or "none"
         raise PlanError(f"{path} does not exist; plans in its folder: {available}")
-    if path in extending:
+    if path.resolve() in extending:
         chain = " -> ".join(other.name for other in (*extending, path))
         raise PlanError(f"{path}: the plans extend each other: {chain}; remove the key `extends` from one of them")
     try:
@@ -205,9 +205,7 @@ def _read_file(path: Path, extending: tuple[Path, ...] = ()) -> _PlanFile:
     plan_file = _make_plan_file(path, values)
     if not plan_file.extends:
         return plan_file
-    if Path(plan_file.extends).name != plan_file.extends:
-        raise PlanError(f"{path}: extends is {plan_file.extends!r}; give the file name of a plan in the same folder")
-    base = asdict(_read_file(path.parent / plan_file.extends, (*extending, path)))
+    base = asdict(_read_file((path.parent / plan_file.extends).resolve(), (*extending, path.resolve())))
     return _make_plan_file(path, _merge(base, {key: value for key, value in values.items() if key != "extends"}))
 
 

@@ -50,8 +50,8 @@ class FileLimits:
 
     @property
     def note(self) -> str:
-        """What slow files have cost, or "" if no limit was lowered."""
-        if self.lowest_s == self.longest_s:
+        """What slow files have cost, or "" if there were none or no limit was lowered."""
+        if not self.slow or self.lowest_s == self.longest_s:
             return ""
         return (
             f"took {SHORTEST_S:g} s or more each, {self.slow_s:.0f} s in all; the time limit of a file was lowered from "

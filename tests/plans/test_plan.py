@@ -179,7 +179,8 @@ def test_a_faulty_plan_is_refused_with_what_is_valid(tmp_path, changes, message)
     [
         ("extends: a.yaml", "", "the plans extend each other: a.yaml -> a.yaml; remove the key"),
         ("extends: b.yaml", "extends: a.yaml", "the plans extend each other: a.yaml -> b.yaml -> a.yaml"),
-        ("extends: ../b.yaml", "", "extends is '../b.yaml'; give the file name of a plan in the same folder"),
+        ("extends: ../there/a.yaml", "", "the plans extend each other: a.yaml -> a.yaml; remove the key"),
+        ("extends: ../b.yaml", "", "b.yaml does not exist; plans in its folder: none"),
         ("steps: [x]", "", "a plan.steps is ['x']; expected a mapping"),
         ("extends: c.yaml", "", "c.yaml does not exist; plans in its folder: a.yaml, b.yaml"),
         ("extends: b.yaml\nsteps: {x: [1]}", "steps: {x: {command: ['true']}}\nruns: r", "step x: Step must be a mapping"),
@@ -187,10 +188,11 @@ def test_a_faulty_plan_is_refused_with_what_is_valid(tmp_path, changes, message)
     ],
 )
 def test_plans_that_extend_others_badly_are_refused(tmp_path, first, second, message):
-    (tmp_path / "a.yaml").write_text(first)
-    (tmp_path / "b.yaml").write_text(second)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a.yaml").write_text(first)
+    (tmp_path / "there" / "b.yaml").write_text(second)
     with pytest.raises(PlanError) as refused:
-        read_plan(tmp_path / "a.yaml")
+        read_plan(tmp_path / "there" / "a.yaml")
     assert message in str(refused.value)
 
 

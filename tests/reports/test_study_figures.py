@@ -40,7 +40,7 @@ def test_the_most_confident_studies_come_first_and_the_least_confident_below():
     shown = titles(draw(studies, images, count=2))
     assert [title.splitlines()[0] for title in shown] == ["image000", "image004", "image002", "image006"]
     assert shown[0].splitlines()[1] == "ground truth: negative, no box" and shown[0].endswith("none 0.80")
-    assert shown[2].splitlines()[:2] == ["image002: typical, boxes", "indeterminate 0.80  typical 0.20  negative 0.00"]
+    assert shown[2].splitlines()[1:3] == ["ground truth: typical, boxes", "predicted: indeterminate 0.80  typical 0.20"]
 
 
 def test_a_model_with_one_output_and_a_few_studies_can_be_shown():
