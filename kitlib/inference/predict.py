@@ -53,7 +53,7 @@ class Predictor:
     mean, boxes by weighted box fusion. The argument `lungs` is a finder, called for each batch if the recipe requires masks
     to find the lungs (see kitlib.lungs.crop). An image without a lung frame (or lung mask, if the recipe uses masks) is used
     uncropped and unmasked, or as a single patch by a patch model. Patch centres are derived from the image's id, so that
-    predictions are reproducible. If a classifier's batch overflows in half precision, it is predicted again in float32.
+    predictions are reproducible. If a batch overflows in half precision, it is predicted again in float32.
 
     `seen` lists the predicted images, `lungs_missed` counts those without lungs, and `overflowed` those in batches that
     overflowed. Raises ValueError for unknown or repeated views, and for a patch model with views other than "full".
@@ -73,7 +73,7 @@ class Predictor:
         self.network, self.device = network, device
         self.fitted = HalvingBatches(self.model, device, batch_size or BATCH_SIZES[device.type])
         self.seen: list[str] = []  # image_ids whose predictions have been yielded, including those without boxes
-        self.overflowed, self._batch_overflowed = 0, False
+        self.overflowed = self._overflowed_batches = 0
         self.lungs_missed = 0
         self.trained = record["precision"]
         recipe = record["recipe"]
@@ -103,7 +103,9 @@ class Predictor:
         """
         self.seen, self.lungs_missed, self.overflowed = [], 0, 0
         for batch in ahead(self._batches(stream)):
+            before = self._overflows()
             table = self._boxes(batch) if self.family.answers == BOXES else self._probabilities(batch)
+            self.overflowed += len(batch.image_ids) * (self._overflows() > before)
             self.seen += batch.image_ids
             self.lungs_missed += batch.lungs_missed
             yield table
@@ -154,9 +156,7 @@ class Predictor:
             with torch.inference_mode(), autocast(self.device, self.trained):
                 probabilities = self.network.image_probabilities(batch.pixels["full"], batch.where).numpy()
         else:
-            self._batch_overflowed = False
             probabilities = np.mean([self.fitted(self._classify, pixels) for pixels, _ in self._view_inputs(batch)], axis=0)
-            self.overflowed += len(batch.image_ids) * self._batch_overflowed
         table = pd.DataFrame(probabilities, columns=self.classes)
         if self.family.answers == STUDIES and self._outputs != "both":
             table[[name for name in self.classes if (name == "none") != (self._outputs == "none")]] = np.nan
@@ -169,13 +169,17 @@ class Predictor:
         with torch.inference_mode(), autocast(self.device, self.trained):
             logits = self.network(self.network.normalise(pixels))
             if not logits.isfinite().all():  # float16 ends at 65,504
-                self._batch_overflowed = True
+                self._overflowed_batches += 1
                 with torch.autocast(self.device.type, enabled=False):
                     logits = self.network(self.network.normalise(pixels))
             probabilities = self.network.probabilities(logits)
             # A `none` that is computed from NaN by comparison would be a number.
             probabilities[~logits.isfinite().flatten(1).all(dim=1)] = torch.nan
         return list(probabilities.double().cpu().numpy())
+
+    def _overflows(self) -> int:
+        """Return the number of batches that overflowed so far; detectors count their own."""
+        return self.network.overflows if self.family.answers == BOXES else self._overflowed_batches
 
     def _view_inputs(self, batch: Batch) -> Iterator[tuple[torch.Tensor, list[Placement]]]:
         """Yield the batch's pixels and placements for each view, in the order of `views`; mirrored views flip the pixels."""

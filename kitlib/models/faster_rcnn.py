@@ -43,6 +43,7 @@ class Pyramid(nn.Module):
 
     def __init__(self, recipe: DetectorRecipe):
         super().__init__()
+        self.overflows = 0
         self.body = _backbone(recipe)
         self.levels = _feature_indices(recipe.backbone, self.body.feature_info.reduction())
         strides = STRIDES[: len(self.levels) + 1]
@@ -62,6 +63,7 @@ class Pyramid(nn.Module):
             maps = self._maps(images)
         # float16 ends at 65,504. In training, the gradient scaler skips such a batch.
         if not self.training and not all(level.isfinite().all() for level in maps.values()):
+            self.overflows += 1
             maps = self._maps(images)
         # The remaining layers run in full precision, because bfloat16 coordinates would be off by four pixels.
         return OrderedDict((name, maps[name].float()) for name in list(maps)[: len(self.strides)])
@@ -108,6 +110,11 @@ class FasterRCNNDetector(nn.Module):
         if recipe.box_loss == "ciou":
             self.model.roi_heads = _CompleteIoU.like(self.model.roi_heads)
         self.starting_weights = _load_weights(self, recipe)
+
+    @property
+    def overflows(self) -> int:
+        """Number of batches that overflowed in half precision and were predicted again in float32."""
+        return self.model.backbone.overflows
 
     def losses(self, pixels: torch.Tensor, boxes: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return torchvision's four losses, keyed by name, for canvases `pixels` uint8 (n, side, side) and their boxes.

@@ -79,6 +79,7 @@ class YoloDetector(nn.Module):
         """
         super().__init__()
         self.recipe = recipe
+        self.overflows = 0  # number of batches that overflowed in half precision and were predicted again in float32
         if model is not None:
             self.model = model
             return
@@ -111,6 +112,7 @@ class YoloDetector(nn.Module):
         with torch.autocast(device.type, torch.float16, enabled=precision(device) != "32-true"):
             candidates = self._candidates(self.model(images))
         if not all(boxes.isfinite().all() for boxes in candidates):  # float16 ends at 65,504
+            self.overflows += 1
             candidates = self._candidates(self.model(images))
         return [self._suppress(boxes).cpu().numpy() for boxes in candidates]
 

@@ -94,7 +94,7 @@ class Detector:
     """Detects the white blocks of SmallXrays in canvas pixels; has memory for `room` images at a time."""
 
     def __init__(self, room=100):
-        self.room, self.calls = room, []
+        self.room, self.calls, self.overflows = room, [], 0
 
     def predict(self, pixels):
         self.calls.append(len(pixels))
@@ -178,6 +178,8 @@ def test_boxes_of_a_crop_convert_back_exactly(placement, low, high, mirrored):
     place = within(PLACEMENTS[placement], frame, rows, columns, 512)
 
     class Exact:
+        overflows = 0
+
         def predict(self, pixels):
             boxes = place.boxes_to_canvas(truth)
             return [np.c_[flip_boxes(boxes, 512) if mirrored else boxes, [0.25]]]
@@ -222,6 +224,8 @@ def test_the_finder_is_not_called_if_no_view_uses_the_lungs():
 @pytest.mark.parametrize("views", [("full",), ("lungs",)])
 def test_a_masked_model_gets_black_outside_of_the_mask_and_counts_images_without_one(views):
     class Network:
+        overflows = 0
+
         def __init__(self):
             self.seen = []
 
@@ -270,6 +274,8 @@ def test_a_detector_can_predict_on_a_larger_canvas():
     seen = []
 
     class Network:
+        overflows = 0
+
         def predict(self, pixels):
             seen.append(tuple(pixels.shape))
             return [np.zeros((0, 5))] * len(pixels)
@@ -301,6 +307,8 @@ def test_exact_boxes_convert_back_exactly_and_are_clipped_to_the_image():
     truth = np.array([[100.25, 200.5, 1800.75, 2900.125]])
 
     class Exact:
+        overflows = 0
+
         def predict(self, pixels):
             inside = np.c_[placement.boxes_to_canvas(truth), [0.25]]
             beyond = [[0.0, 0.0, 512.0, 512.0, 1.0], [0.0, 0.0, float(placement.left), 512.0, 0.9]]
@@ -431,3 +439,15 @@ def test_a_batch_that_overflows_in_half_precision_is_predicted_in_float32(monkey
     assert predictor.overflowed == 2
     assert table.loc[["dark", "bright"], list(OUTPUTS)].notna().all(axis=None)
     assert table.loc["broken", list(OUTPUTS)].isna().all()
+
+
+def test_images_of_a_detectors_overflowed_batches_are_counted(monkeypatch):
+    predict = Detector.predict
+
+    def overflowing(self, pixels):
+        self.overflows += int(len(self.calls) == 1)  # the second batch
+        return predict(self, pixels)
+
+    monkeypatch.setattr(Detector, "predict", overflowing)
+    predictor = detecting(batch_size=3)
+    assert sum(1 for _ in predictor.predict(SmallXrays(8).stream())) == 3 and predictor.overflowed == 3

@@ -87,7 +87,9 @@ def test_a_batch_that_overflows_in_float16_is_predicted_in_float32(monkeypatch):
 
     monkeypatch.setattr("kitlib.models.yolo.precision", lambda _: "16-mixed")
     raw = torch.tensor([[20.0, 20, 10, 10, 0.5]]).T.expand(3, 5, 1)
-    found = YoloDetector(RECIPE, Overflowing(raw)).predict(NOISE)
+    detector = YoloDetector(RECIPE, Overflowing(raw))
+    found = detector.predict(NOISE)
+    assert detector.overflows == 1
     np.testing.assert_allclose(np.concatenate(found), [[15, 15, 25, 25, 0.5]] * 3)
 
 
