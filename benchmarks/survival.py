@@ -160,7 +160,7 @@ def decode_damaged(folder: Path, count: int, rng: random.Random, table: Table) -
     statuses = Counter(outcome.status for outcome in outcomes)
     warned = sum(bool(outcome.warnings) for outcome in outcomes)
     slow = sum("not decoded in" in outcome.reason for outcome in outcomes)
-    died = sum("process" in outcome.reason for outcome in outcomes)
+    died = sum("crashed its process" in outcome.reason for outcome in outcomes)
     table.add_row(
         f"{count} damaged files in {len(originals)} formats, {seconds:.0f} s",
         f"{statuses['decoded']} decoded, {warned} with a warning; {statuses['failed']} failed with a reason, {slow} of them "

@@ -84,9 +84,12 @@ def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame,
     rows = read_csv(Path(folder) / LABELS, ("patientId", "x", "y", "width", "height", "Target"), HOW_TO_GET)
     detailed = read_csv(Path(folder) / CLASSES, ("patientId", "class"), HOW_TO_GET).drop_duplicates()
     boxes, is_valid = make_boxes(rows.patientId, rows[["x", "y", "width", "height"]])
-    excluded = set(rows.patientId[~rows.Target.isin(["0", "1"]) | (is_valid != (rows.Target == "1"))])
+    has_both = rows.groupby("patientId").Target.transform("nunique") > 1
+    excluded = set(rows.patientId[~rows.Target.isin(["0", "1"]) | (is_valid != (rows.Target == "1")) | has_both])
     for patient in sorted(excluded):
-        faults.add(LABELS, patient, "Target is neither 1 with a valid box nor 0 without a box; the image is left out")
+        faults.add(
+            LABELS, patient, "Target is not always 1 with a valid box, or always 0 without one; the image is left out"
+        )
     for patient in sorted(set(detailed.patientId[detailed.patientId.duplicated(keep=False)])):
         faults.add(CLASSES, patient, "has two different classes; the image is left out")
         excluded.add(patient)

@@ -46,6 +46,14 @@ def test_copies_are_found_and_other_patients_are_not():
     assert groups.nunique() == 40
 
 
+@pytest.mark.parametrize("shape", [(3000, 90), (90, 3000), (2000, 600), (1, 700)])
+def test_a_long_narrow_image_and_its_small_copy_have_nearly_the_same_hash(shape):
+    noise = np.random.default_rng(0).uniform(0, 255, (24, 20))
+    pixels = cv2.resize(noise, shape[::-1], interpolation=cv2.INTER_LINEAR).astype(np.uint8)
+    small = cv2.resize(pixels, (64, 64), interpolation=cv2.INTER_AREA)
+    assert (perceptual_hash(pixels) != perceptual_hash(small)).sum() <= MAX_DISTANCE
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(0.5, 1.0), st.integers(0, 60))
 def test_the_hash_does_not_see_brightness(seed, contrast, brightness):

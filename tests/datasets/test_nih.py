@@ -83,6 +83,30 @@ def test_what_is_broken_is_listed(layout):
     assert "not a number" in told["00000001_000"]
 
 
+def test_an_image_in_neither_list_is_left_out(layout):
+    (layout / "train_val_list.txt").write_text("00000001_000.png\n")
+    data = read_nih(layout, progress=False)
+    assert data.images.image_id.tolist() == ["00000001_000", "00000002_000"]
+    assert set(data.labels.id) == set(data.images.image_id)
+    assert data.faults.problem[data.faults.row == "00000001_001"].tolist() == [
+        "is in neither of the official lists; left out"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("findings", "valid"),
+    [("Mass", True), ("Mass|Hernia", True), ("No Finding", True), ("", False), ("No Finding|Mass", False), ("mass", False)],
+)
+def test_findings_are_of_the_list_and_no_finding_stands_alone(layout, findings, valid):
+    table = (layout / "Data_Entry_2017.csv").read_text().replace("Cardiomegaly|Emphysema", findings)
+    (layout / "Data_Entry_2017.csv").write_text(table)
+    data = read_nih(layout, progress=False)
+    assert ("00000001_000" in set(data.images.image_id)) == valid
+    if valid:
+        row = data.labels.set_index("id").loc["00000001_000"]
+        assert set(row[row == 1].index) == set(findings.split("|"))
+
+
 def test_test_images_are_in_no_fold(layout):
     for name in ("00000005_000", "00000006_000"):
         Image.fromarray(np.zeros((30, 40), np.uint8)).save(layout / "images_001" / "images" / f"{name}.png")

@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -58,6 +59,38 @@ def test_what_is_broken_is_listed(layout):
     assert told.problem[told.row == "a"].str.contains("3.0 pixels beyond").any()
     (layout / MAPPING).unlink()
     assert "may fall into several folds" in " ".join(read_rsna(layout, progress=False).faults.problem)
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "problem"),
+    [
+        ("x,,,,,0", "x,Normal", ""),
+        ("x,1,1,5,5,1", "x,Lung Opacity", ""),
+        ("x,,,,,1", "x,Lung Opacity", "Target is not always"),
+        ("x,1,1,5,5,0", "x,Normal", "Target is not always"),
+        ("x,1,1,0,5,1", "x,Lung Opacity", "Target is not always"),
+        ("x,1,1,a,5,1", "x,Lung Opacity", "Target is not always"),
+        ("x,,,,,2", "x,Normal", "Target is not always"),
+        ("x,1,1,5,5,1\nx,,,,,0", "x,Lung Opacity", "Target is not always"),
+        ("x,,,,,0", "x,Normal\nx,Lung Opacity", "two different classes"),
+        ("x,,,,,0", "x,Normal\nx,Normal", ""),
+        ("x,,,,,0", "x,Pneumonia", "the class 'Pneumonia' is invalid"),
+        ("x,,,,,0", "y,Normal", "the class '' is invalid"),
+        ("x,,,,,0", "x,Lung Opacity", "contradicts the boxes"),
+        ("x,1,1,5,5,1", "x,Normal", "contradicts the boxes"),
+    ],
+)
+def test_each_kind_of_broken_label_costs_its_image_alone(tmp_path, rows, classes, problem):
+    good = "good,2,2,5,5,1"
+    (tmp_path / LABELS).write_text(f"patientId,x,y,width,height,Target\n{good}\n{rows}\n")
+    (tmp_path / CLASSES).write_text(f"patientId,class\ngood,Lung Opacity\n{classes}\n")
+    faults = Faults()
+    labels, boxes = read_label_tables(tmp_path, faults)
+    kept = {"good"} if problem else {"good", "x"}
+    assert set(labels.id) == kept and set(boxes.image_id) <= kept
+    assert [row for _, row, _ in faults.rows] == (["x"] if problem else [])
+    if problem:
+        assert re.search(problem, faults.rows[0][2])
 
 
 @pytest.mark.parametrize("name", [LABELS, CLASSES, IMAGES])

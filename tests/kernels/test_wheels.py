@@ -167,6 +167,13 @@ def test_only_missing_wheels_are_downloaded_and_other_versions_ignored(tmp_path,
     assert "one==1.0" not in pip.calls[0]
 
 
+@pytest.mark.parametrize("fitting", ["cp312-cp312-manylinux_2_28_x86_64", "cp312-abi3-manylinux2014_x86_64", "py3-none-any"])
+def test_of_two_wheels_of_one_version_the_one_for_kaggles_platform_is_taken(tmp_path, fitting):
+    for tag in ("cp311-cp311-manylinux_2_28_x86_64", "cp312-cp312-win_amd64", fitting, "cp313-cp313-macosx_11_0_arm64"):
+        make_wheel(tmp_path, "one", "1.0", tag=tag)
+    assert [path.name for path in kaggle_wheels({"one": "1.0"}, tmp_path)] == [f"one-1.0-{fitting}.whl"]
+
+
 def test_another_version_than_the_pin_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(wheels.subprocess, "run", FakePip({"one": "0.9"}))
     with pytest.raises(KernelError, match=r"other versions than one==1\.0; .* contains: .*one-0\.9"):
