@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -125,14 +126,26 @@ def precision(device: torch.device) -> Precision:
 def autocast(device: torch.device, trained: str = "") -> AbstractContextManager:
     """Return the autocast context for predictions of a model trained in `trained`, a value of RECORDED, "" if unknown.
 
-    On a GPU a model trained in float16 predicts in float16, in which its scores were measured. Any other model predicts in
-    the GPU's own precision, so one trained in bfloat16, whose range is larger than float16's, does so in float16 only on a
-    GPU without bfloat16. KIT_PRECISION overrides both. On a CPU all models predict in float32.
+    On a GPU a classifier or segmenter trained in float16 predicts in float16, in which its scores were measured. Any other
+    predicts in the GPU's own precision, so one trained in bfloat16, whose range is larger than float16's, does so in float16
+    only on a GPU without bfloat16. KIT_PRECISION overrides both. On a CPU all models predict in float32.
     """
     dtype = DTYPES.get(precision(device))
     if dtype is not None and trained == RECORDED["16-mixed"] and not os.environ.get(PRECISION):
         dtype = torch.float16
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def finite_or_float32(compute: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, bool]:
+    """Return what `compute` returns, computed again in float32 if autocast has made a number infinite or NaN.
+
+    float16 ends at 65,504. The second value is True if it was computed again.
+    """
+    result = compute()
+    if not torch.is_autocast_enabled(device.type) or result.isfinite().all():
+        return result, False
+    with torch.autocast(device.type, enabled=False):
+        return compute(), True
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

@@ -8,15 +8,16 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from kitlib.errors import NotebookError, SettingsError
 from kitlib.paths import project_root
 from kitlib.settings import checked, describe
+from kitlib.yaml_reader import parse_yaml
 
 INJECTED = "# Parameters"  # first line of the cell in which papermill, or the build of a kernel, sets parameters
 
@@ -24,13 +25,14 @@ INJECTED = "# Parameters"  # first line of the cell in which papermill, or the b
 def read_parameters(notebook: str | Path) -> dict[str, Any]:
     """Return the parameters of a notebook with their defaults, in the order of its cell tagged `parameters`.
 
-    The default is None if it is not a literal. A notebook without such a cell has no parameters. Raises NotebookError if the
-    file is missing or is not a notebook.
+    A notebook without such a cell has no parameters. Raises NotebookError if the file is missing or is not a notebook, or if
+    a default is not a literal such as 1, "text" or [1, 2].
     """
     try:
         cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
         tagged = [cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-        return _assignments("".join(tagged[0])) if tagged else {}
+        nodes = _assignments("".join(tagged[0])) if tagged else {}
+        return {name: ast.literal_eval(node) for name, node in nodes.items()}
     except FileNotFoundError:
         raise NotebookError(f"{notebook} does not exist") from None
     except (ValueError, KeyError, AttributeError, TypeError, SyntaxError) as error:
@@ -79,23 +81,20 @@ def begin_notebook(name: str, values: Mapping[str, Any]) -> None:
     logger.handlers = [logging.StreamHandler(sys.stdout)]  # also if the cell is run again
 
 
-def _assignments(source: str) -> dict[str, Any]:
-    """Return the names that Python code assigns at its top level, with their literal values (None for others)."""
-    found: dict[str, Any] = {}
+def _assignments(source: str) -> dict[str, ast.expr]:
+    """Return the names that Python code assigns at its top level, with the expressions of their values."""
+    found: dict[str, ast.expr] = {}
     for node in ast.parse(source).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        for target in targets:
-            if isinstance(target, ast.Name):
-                try:
-                    found[target.id] = ast.literal_eval(node.value)  # type: ignore[attr-defined]
-                except (ValueError, TypeError):
-                    found[target.id] = None
+        if isinstance(node, ast.Assign):
+            found |= {target.id: node.value for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+            found[node.target.id] = node.value
     return found
 
 
 def _kind(default: Any) -> Any:
     """Return the annotation, as in kitlib.settings, of the values that can replace a default."""
-    if isinstance(default, list):
+    if isinstance(default, list | tuple):
         kinds = {type(item) for item in default}
         return tuple[kinds.pop() if len(kinds) == 1 else Any, ...]  # type: ignore[misc]
     return Any if default is None else dict[str, Any] if isinstance(default, dict) else type(default)
@@ -113,10 +112,7 @@ def _closest_valid(value: Any, kind: Any, default: Any) -> Any:
     """Return what was probably meant by an invalid value: the value that its text describes, a list of it, or its text."""
     candidates: Iterable[Any] = [[value], str(value)]
     if isinstance(value, str):
-        try:
-            meant = yaml.safe_load(value)
-            json.dumps(meant)  # YAML can also describe dates
+        with suppress(SettingsError):
+            meant = parse_yaml(value, "")
             candidates = [meant, [meant], *candidates]
-        except (yaml.YAMLError, TypeError):
-            pass
     return next((candidate for candidate in candidates if _is_valid(candidate, kind)), default)

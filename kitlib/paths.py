@@ -53,9 +53,7 @@ def find_run(name: str | Path, made_by: str = "the notebook that makes it") -> P
 
     `made_by` names the notebook that makes such runs. Raises RunNotFound if the run does not exist.
     """
-    folder = next(_find_folders(name, inputs_root()), None)
-    if run_path(name).is_dir():
-        folder = run_path(name)
+    folder = run_path(name) if run_path(name).is_dir() else next(_find_folders(name, inputs_root()), None)
     if folder is None:
         # Not at any depth: data sets and decoded copies have many thousand folders.
         runs, attached = (
@@ -65,7 +63,8 @@ def find_run(name: str | Path, made_by: str = "the notebook that makes it") -> P
             for root in (runs_root(), inputs_root())
         )
         names = [str(path.relative_to(runs_root())) for path in runs] + list(map(str, attached))
-        listing = "\n  ".join(names[:50]) or f"none below {runs_root()} or {inputs_root()}"
+        names = [*names[:50], f"and {len(names) - 50} more"] if len(names) > 50 else names
+        listing = "\n  ".join(names) or f"none below {runs_root()} or {inputs_root()}"
         raise RunNotFound(f"no run {str(name)!r}; run {made_by} first, or correct the name. Runs:\n  {listing}")
     logger.info("reads the run %s", folder)
     return folder

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
 SHARED_MARKER = ".phantom.json"  # name of the phantom competition's marker; those of other sets have their folder's name
 
 
@@ -22,8 +24,12 @@ def holds_phantoms(folder: Path) -> bool:
     """
     for marker in (folder.with_name(SHARED_MARKER), folder.with_name(f".{folder.name}.json")):
         if marker.is_file():
-            recorded = json.loads(marker.read_text(encoding="utf-8"))
-            names = recorded.get("table_names")
+            try:
+                recorded = json.loads(marker.read_bytes())
+                names = recorded.get("table_names")
+            except (ValueError, AttributeError, OSError) as error:
+                logger.warning("%s is damaged (%s); %s is taken for real data", marker, error, folder)
+                continue
             if recorded.get("folder") == folder.name and names is not None:
                 return digest_tables(folder, names) == recorded.get("tables")
     return False

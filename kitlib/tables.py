@@ -7,6 +7,7 @@ ymin, xmax, ymax` in pixels of the original DICOM image, x along columns. Additi
 import codecs
 import io
 import unicodedata
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -131,9 +132,13 @@ def cut_boxes(boxes: pd.DataFrame, images: pd.DataFrame) -> tuple[pd.DataFrame, 
 
     Returns the cut boxes, the pixels by which each reached beyond its image (0: it lay inside), and for each a text that
     says why it cannot be used ("": it can): it lies outside the image, reaches beyond it by more than MOST_OVERHANG of a
-    side, or is thinner than LEAST_SIDE after the cut. All three have the index of `boxes`.
+    side, or is thinner than LEAST_SIDE after the cut. All three have the index of `boxes`. Raises TableError if `images` has
+    no size for a box.
     """
     sizes = images.set_index("image_id")[["columns", "rows"]].reindex(boxes["image_id"]).to_numpy(float)
+    if np.isnan(sizes).any():
+        unknown = boxes["image_id"].to_numpy()[np.isnan(sizes).any(axis=1)][0]
+        raise TableError(f"a box belongs to {unknown!r}, which is not in the `images` table, or has no size there")
     low, high = boxes[["xmin", "ymin"]].to_numpy(float), boxes[["xmax", "ymax"]].to_numpy(float)
     cut = boxes.copy()
     cut[list(BOX)] = np.hstack([low.clip(min=0), np.minimum(high, sizes)])
@@ -171,16 +176,31 @@ def read_text(path: str | Path) -> str:
 def read_text_table(path: str | Path, columns: Sequence[str] = (), separator: str = ",") -> pd.DataFrame:
     """Return the table in a CSV file (a TSV file: `separator` is a tab) of another program; all cells are text.
 
-    Empty cells are "". Raises TableError, which names the file, if it cannot be read or lacks one of `columns`.
+    Empty cells are "". Raises TableError, which names the file, if it cannot be read, if a line has more cells than the
+    first, or if one of `columns` is missing.
     """
     try:
-        table = pd.read_csv(io.StringIO(read_text(path)), sep=separator, dtype=str, keep_default_na=False, index_col=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, TableError, OSError) as error:
+        text = read_text(path)
+    except OSError as error:
+        raise TableError(f"{path} cannot be read: {error}") from error
+    try:
+        with warnings.catch_warnings():
+            # pandas drops additional cells with a warning.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise TableError(f"{path} is not a CSV file ({error})") from error
+    except pd.errors.ParserWarning as error:
+        raise TableError(f"{path}: a line has more cells than the first; correct the file, or fetch it again") from error
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise TableError(f"{path} lacks the columns {missing}; it has {list(table.columns)}")
     return table
+
+
+def storable(text: str) -> str:
+    """Return `text` as any file can store it: the bytes of a file name that is not UTF-8 are written out, as in \\xff."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def listed_name(cell: str) -> str:

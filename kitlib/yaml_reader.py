@@ -58,8 +58,6 @@ def parse_yaml(text: str, where: str) -> Any:
         raise SettingsError(f"{where}: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise SettingsError(f"{where}: the values are nested more than {DEEPEST} levels deep") from error
-    except ValueError as error:  # of int(), for thousands of digits; SettingsError is a ValueError too
-        raise error if isinstance(error, SettingsError) else SettingsError(f"{where}: {error}") from error
 
 
 def _check_node(loader: _Loader, node: yaml.Node, where: str, count: list[int], parents: tuple[yaml.Node, ...]) -> None:
@@ -74,12 +72,16 @@ def _check_node(loader: _Loader, node: yaml.Node, where: str, count: list[int], 
         )
     if node.tag not in PLAIN:
         raise SettingsError(f"{place}: {node.tag} is not allowed; use text, numbers, true, false, null, lists and mappings")
-    if (
-        isinstance(node, yaml.ScalarNode)
-        and node.tag.endswith(":float")
-        and not math.isfinite(loader.construct_yaml_float(node))
-    ):
-        raise SettingsError(f"{place}: {node.value} is not a finite number")
+    if isinstance(node, yaml.ScalarNode):
+        kind = node.tag.rpartition(":")[2]
+        try:
+            value = loader.construct_object(node)
+        except (ValueError, KeyError, IndexError) as error:  # !!int abc, !!bool x, thousands of digits
+            raise SettingsError(f"{place}: {node.value[:60]!r} cannot be read as {kind} ({error})") from error
+        if kind in ("int", "float") and ":" in node.value:
+            raise SettingsError(f"{place}: {node.value} would be read as {value}, in base 60; write it in quotes")
+        if kind == "float" and not math.isfinite(value):
+            raise SettingsError(f"{place}: {node.value} is not a finite number")
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _check_node(loader, item, where, count, (*parents, node))

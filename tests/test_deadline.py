@@ -58,16 +58,6 @@ def test_a_session_counts_from_its_start_and_ends_only_if_a_limit_is_set(monkeyp
         session_deadline(-1)
 
 
-def test_the_end_of_a_session_is_pickled_whole():
-    over = pickle.loads(pickle.dumps(SessionOver(Path("run"), 3, 9)))
-    assert (over.run_folder, over.done, over.epochs, str(over)) == (
-        Path("run"),
-        3,
-        9,
-        "run: the session ends after 3 of 9 epochs",
-    )
-
-
 def test_a_deadline_is_the_same_in_another_process():
     script = "import pickle, sys; print(pickle.load(sys.stdin.buffer).left())"
     pickled = pickle.dumps(Deadline(500))

@@ -153,6 +153,8 @@ def test_boxes_from_outside_are_cut_or_refused_by_one_rule(box, cut, overhang, p
     if cut:
         assert tuple(found.loc[7, list(BOX)]) == cut
     assert cut_boxes(boxes[:0], images)[2].empty
+    with pytest.raises(TableError, match="a box belongs to 'a', which is not in the `images` table"):
+        cut_boxes(boxes, images[:1])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -167,8 +169,9 @@ def test_a_text_table_keeps_its_cells_in_any_unicode(tmp_path, encoding):
         (b"id\n\xe4\n", r"x\.csv, line 2: the byte b'\\xe4' is not UTF-8"),
         (b"id\n\0\n", "NUL"),
         (b"", "is not a CSV file"),
+        (b"id,name\na,b,c\n", "a line has more cells than the first"),
         (b"name\na\n", r"lacks the columns \['id'\]; it has \['name'\]"),
-        (None, "is not a CSV file"),
+        (None, "cannot be read"),
     ],
 )
 def test_a_text_table_that_cannot_be_used_names_the_file(tmp_path, content, message):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from kitlib.classes import MASK_CONVENTIONS
 from kitlib.errors import DatasetError, TableError, UnreadableXray
-from kitlib.tables import BOX, check_table, cut_boxes, empty_table, listed_name, read_text, read_text_table
+from kitlib.tables import BOX, check_table, cut_boxes, empty_table, listed_name, read_text, read_text_table, storable
 
 HEADER_THREADS = 16  # more than there are cores, because the threads mostly wait for the disk
 
@@ -84,9 +84,7 @@ class Faults:
 
     def add(self, file: str, row: str, problem: str) -> None:
         """Add one fault: its file, its row (an id or a path), and the problem, with how it was handled."""
-        # A file name that is not UTF-8 has surrogates, which no table can store.
-        file, row = (text.encode("utf-8", "backslashreplace").decode() for text in (file, row))
-        self.rows.append((file, row, problem))
+        self.rows.append((storable(file), storable(row), storable(problem)))
 
     def add_summary(self, file: str, rows: Iterable[str], problem: str, others: str = "others") -> None:
         """Add one fault for all `rows` together, which names the first and counts the others; no fault if there are none."""

@@ -23,8 +23,6 @@ SOURCES = {
     "bimcv": ("bimcv", "bimcv"),
 }
 RSNA = "rsna"
-# Patient and file, class, and in later lists source. Read from the right, because only the first two contain blanks.
-LINE = re.compile(rf"\s*(\S+\s+\S.*?)\s+({'|'.join(map(re.escape, CLASSES))})(?:\s+(\S+))?\s*", re.IGNORECASE)
 UNKNOWN_SOURCE = "covidx"  # for lists with three columns, which do not state a source
 HOW_TO_GET = "`kaggle datasets download andyczhao/covidx-cxr2`, see inputs/README.md"
 
@@ -33,9 +31,9 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
     """Read the images in the folders train, test and (if present) val, each of which has a list of its images.
 
     A list is called `train.txt`, `train_COVIDx5.txt` or similar. A line has an image's patient, file, class and, except in
-    older lists, source, separated by blanks. A patient and a file name may also contain blanks: if they can be divided in
-    several ways, the first one that names a file is used. image_id is the file name without suffix,
-    or with the suffix if two files share a name. `split` is "test" for the official test set, otherwise "train". Patients
+    older lists, source, separated by blanks. A patient and a file name may also contain blanks: if a line can be divided in
+    several ways, the first one that names a file is used. image_id is the file name without suffix, or with the suffix if
+    two files share a name. `split` is "test" for the official test set, otherwise "train". Patients
     from data sets that the kit can also read directly get the same ids as there. RSNA's patientIds identify images, most of
     which come from an NIH patient with several images: if RSNA's MAPPING is in the folder, patients are NIH's; otherwise a
     fault warns of leaks. Left out, with a fault: invalid lines, repeated files, and missing or damaged files. Raises
@@ -113,14 +111,28 @@ def _read_lines(path: Path, files: dict[str, Path]) -> Iterator[tuple[int, tuple
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip() or (number == 1 and "filename" in line.lower()):
             continue
-        match = LINE.fullmatch(line)
-        if not match:
+        readings = list(_readings(line))
+        if not readings:
             yield number, None
             continue
-        start, class_name, source = match.groups()
-        divisions = [(start[: blank.start()], start[blank.end() :]) for blank in re.finditer(r"\s+", start)]
-        patient, name = next((pair for pair in divisions if find_listed(files, pair[1])), divisions[0])
-        yield number, (patient, name, class_name.lower(), (source or UNKNOWN_SOURCE).lower())
+        yield number, next((reading for reading in readings if find_listed(files, reading[1])), readings[0])
+
+
+def _readings(line: str) -> Iterator[tuple[str, str, str, str]]:
+    """Yield each way to divide a line into patient, file, class and source; in lists with three columns, without a source.
+
+    Only patient and file contain blanks, so the last or the last but one word is the class. The patient is the first word,
+    or more words in later readings.
+    """
+    words = line.split()
+    for tail in (2, 1):
+        if len(words) > tail + 1 and words[-tail].lower() in CLASSES:
+            source = words[-1].lower() if tail == 2 else UNKNOWN_SOURCE
+            start = line.rstrip()
+            for word in reversed(words[-tail:]):
+                start = start.removesuffix(word).rstrip()
+            for blank in re.finditer(r"\s+", start := start.lstrip()):
+                yield start[: blank.start()], start[blank.end() :], words[-tail].lower(), source
 
 
 def _patient_id(patient: str, source: str, nih_patient_ids: dict[str, str]) -> str:

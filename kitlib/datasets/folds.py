@@ -56,8 +56,8 @@ def hold_out_test(
     Replaces an existing split. Images that share a patient or a group of near-duplicates get the same split, and the
     proportions of classes are as similar as whole groups allow; `false_none` images are "train". With a share of 0.1 and
     nine folds of the rest, 80 % of the images train a model, 10 % validate it and 10 % test it. The result depends on `seed`
-    and on the rows, but not on their order. Raises ValueError if the share is not between 0 and 1, or if all
-    images belong to one group; DatasetError if most studies have one patient id.
+    and on the rows, but not on their order. Raises ValueError if the share is not between 0 and 1, or if all images belong
+    to one group; DatasetError if most studies have one patient id.
     """
     if not 0 < share < 1:
         raise ValueError(f"the share of test images is {share}; expected more than 0 and less than 1")
@@ -101,7 +101,7 @@ def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None
 
 
 def _find_patient_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None) -> np.ndarray:
-    """Return `find_leak_groups`. Raises DatasetError if one patient id has most of the images, as after anonymisation."""
+    """Return `find_leak_groups`. Raises DatasetError if most studies have one patient id, as after anonymisation."""
     studies = images.drop_duplicates("study_id").patient_id.value_counts()
     if len(studies) and studies.iloc[0] >= PLACEHOLDER_STUDIES and studies.iloc[0] > PLACEHOLDER_SHARE * studies.sum():
         raise DatasetError(

@@ -23,6 +23,10 @@ from kitlib.tables import BOX, check_table
 STUDY_TABLE, IMAGE_TABLE, SAMPLE = "train_study_level.csv", "train_image_level.csv", "sample_submission.csv"
 # For the training set; counted in the competition's tables and DICOM headers.
 PUBLISHED = {"images": 6334, "studies": 6054, "patients": 3261, "boxes": 7853, "false_none": 217}
+# Suffixes of files that hold no image, although they may be named like one, such as the JSON header beside a PNG.
+NOT_IMAGES = (".json", ".csv", ".txt", ".xml", ".md", ".html", ".pdf", ".yaml")
+# Of several files with one name, the first of these suffixes is used, then any other.
+PREFERRED = (".dcm", ".png", ".jpg", ".jpeg")
 MAX_DEPTH = 4  # folders below `train` or `test` in which files are searched; the competition's files are below two
 
 
@@ -142,10 +146,8 @@ def studies_from_headers(images: pd.DataFrame, study_ids: Collection[str]) -> pd
     Only studies in `study_ids` are used; other images, and files that cannot be read, keep their own id as study_id.
     """
     unknown = [row for row in images.itertuples() if row.study_id == row.image_id and os.path.isfile(row.path)]
-    headers = read_headers([row.path for row in unknown], progress=False)
-    studies = {
-        row.Index: header.study_id for row, header in zip(unknown, headers, strict=True) if header.study_id in set(study_ids)
-    }
+    headers, known = read_headers([row.path for row in unknown], progress=False), set(study_ids)
+    studies = {row.Index: header.study_id for row, header in zip(unknown, headers, strict=True) if header.study_id in known}
     return images.assign(study_id=[studies.get(index, study) for index, study in images.study_id.items()])
 
 
@@ -153,8 +155,8 @@ def read_label_tables(folder: Path, faults: Faults) -> tuple[pd.DataFrame, pd.Da
     """Read the two CSV files of labels; returns a `labels` table (id is the study_id), a `boxes` table, a table of images.
 
     Boxes are in original pixels and may reach beyond their images, whose sizes are in the DICOM files. The table of images
-    has the columns image_id, study_id and false_none. Invalid rows are
-    left out, with a fault. Raises DatasetError if a file or a column is missing.
+    has the columns image_id, study_id and false_none. Invalid rows are left out, with a fault. Raises DatasetError if a file
+    or a column is missing.
     """
     labels = _read_study_labels(folder / STUDY_TABLE, faults)
     table = read_csv(folder / IMAGE_TABLE, ("id", "boxes", "label", "StudyInstanceUID"))
@@ -262,28 +264,30 @@ def _find_dicom_files(
             if name.startswith("."):
                 continue  # hidden files, created by desktops and interrupted downloads
             path = root.joinpath(*parts, name)
-            has_suffix = path.suffix.lower() == ".dcm"
+            suffix = path.suffix.lower()
+            has_suffix = suffix == ".dcm"
             image_id = name if name in image_ids and not has_suffix else path.stem
-            is_usual, is_named = has_suffix and len(parts) == 2, image_id in image_ids
+            is_usual, is_named = has_suffix and len(parts) == 2, image_id in image_ids and suffix not in NOT_IMAGES
             study = next((part for part in parts if part in study_ids), parts[0] if is_usual else "")
-            problem = ""
             if not all(map(_can_be_id, (study, image_id))):
                 problem = "has characters in its path that an id in a CSV file cannot have; left out"
+                faults.add(_relative_path(path, root.parent), path.stem, problem)
             elif not is_usual and not is_named:
                 problem = "is not in the form <study>/<series>/<image>.dcm; left out"
-            elif not is_usual:
-                problem = f"is not in the form <study>/<series>/<image>.dcm; used, because {SAMPLE} has its image"
-            if problem:
                 faults.add(_relative_path(path, root.parent), path.stem, problem)
-            if not problem.endswith("left out"):
-                candidates.append((study not in study_ids, not is_usual, str(path), image_id, study or image_id))
+            else:
+                rank = (study not in study_ids, not is_usual, [*PREFERRED, suffix].index(suffix))
+                candidates.append((rank, str(path), image_id, study or image_id))
     files: dict[str, tuple[str, str, str]] = {}
-    for _, _, candidate, image_id, study in sorted(candidates):
+    for (_, is_unusual, _), candidate, image_id, study in sorted(candidates):
         if image_id in files:
             problem = f"has the same name as {files[image_id][2]}; left out"
             faults.add(_relative_path(candidate, root.parent), image_id, problem)
-        else:
-            files[image_id] = (image_id, study, candidate)
+            continue
+        files[image_id] = (image_id, study, candidate)
+        if is_unusual:
+            problem = f"is not in the form <study>/<series>/<image>.dcm; used, because {SAMPLE} has its image"
+            faults.add(_relative_path(candidate, root.parent), image_id, problem)
     columns = ["image_id", "study_id", "path"]
     return pd.DataFrame([files[name] for name in sorted(files)], columns=columns, dtype=object), sorted(studies)
 
@@ -291,7 +295,8 @@ def _find_dicom_files(
 def _walk(root: Path, faults: Faults) -> Iterator[tuple[tuple[str, ...], list[str]]]:
     """Yield the path below `root`, as its parts, and the names of the files of each folder, at most MAX_DEPTH deep.
 
-    Links to folders are followed after all other folders. Every folder is read once, so links cannot lead in a circle.
+    Links to folders are followed after all other folders, unless they lead to a folder that contains `root`. Every folder is
+    read once, so links cannot lead in a circle.
     """
     starts, read = [str(root)] if root.is_dir() else [], set()
 
@@ -313,7 +318,9 @@ def _walk(root: Path, faults: Faults) -> Iterator[tuple[tuple[str, ...], list[st
                 continue
             read.add(place)
             folders.sort()
-            starts += [os.path.join(folder, name) for name in folders if os.path.islink(os.path.join(folder, name))]
+            links = [os.path.join(folder, name) for name in folders if os.path.islink(os.path.join(folder, name))]
+            # A link to a folder above would add all other data sets.
+            starts += [link for link in links if not root.resolve().is_relative_to(os.path.realpath(link))]
             yield parts, sorted(names)
 
 

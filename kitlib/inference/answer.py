@@ -10,19 +10,18 @@ from typing import Any
 import pandas as pd
 
 from kitlib.bundle import read_record
-from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import BundleError
 from kitlib.fusion.ensemble_bundle import Ensemble, apply_ensemble
 from kitlib.fusion.model_fusion import Fused, FusionSettings, fuse
 from kitlib.inference.predict import study_and_image_scores
 from kitlib.lungs.crop import needs_masks
+from kitlib.models.classifier import OUTPUTS
 from kitlib.models.families import BOXES, STUDIES, recorded_family
 from kitlib.settings import from_dict
 from kitlib.tables import concatenate
 
 logger = logging.getLogger(__name__)
 
-OUTPUTS = [*STUDY_CLASSES, "none"]  # of a study model, in the order of its network
 MAX_SIDE = 65_535  # pixels; DICOM's rows and columns have 16 bits
 
 
@@ -131,8 +130,8 @@ def _predicted_outputs(record: dict[str, Any]) -> frozenset[str]:
         classes = ", ".join(map(str, record["classes"][:3]))
         raise ValueError(f"{record['model']} {family.no_submission} (its classes: {classes}, ...)")
     from_dict(family.recipe, record["recipe"])
-    if family.answers == STUDIES and record["classes"] != OUTPUTS:
-        raise BundleError(f"its classes are {record['classes']}; expected {OUTPUTS}; copy the bundle again")
+    if family.answers == STUDIES and record["classes"] != list(OUTPUTS):
+        raise BundleError(f"its classes are {record['classes']}; expected {list(OUTPUTS)}; train it again, or leave it out")
     if family.answers == BOXES:
         return frozenset({"boxes"})
     outputs = record["recipe"].get("outputs", "both")

@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from kitlib.inference.segment_lungs import load_segmenter
+from kitlib.inference.segment_lungs import LungSegmenter, load_segmenter
 from kitlib.lungs.finders import LungFinder, Lungs
 from kitlib.xrays.cache import CachedXray
 
@@ -37,6 +37,11 @@ class CachedLungs:
     def segmented(self) -> int:
         """Number of images in the cache."""
         return len(self._cache)
+
+    @property
+    def overflowed(self) -> int:
+        """Number of images in batches that overflowed in half precision and were segmented again in float32."""
+        return self._segmenter.overflowed if isinstance(self._segmenter, LungSegmenter) else 0
 
     def begin(self) -> None:
         """Load the segmenter, unless it is loaded already or `fault` is set. If loading fails, set `fault` to the reason."""

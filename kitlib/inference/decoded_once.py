@@ -38,7 +38,7 @@ class DecodedOnce:
         self.limits = FileLimits(longest_s, seconds, workers, len(images))
         self._pool = decoding_pool(workers)
         self._decoding = cache.decode(images, workers, self.limits.next_limit, self._pool)
-        self._one_at_a_time = threading.Lock()
+        self._one_at_a_time, self._closed = threading.Lock(), False
 
     def without(self, image_ids: set[str]) -> Iterator[CachedXray]:
         """Yield all readable images except those in `image_ids`; images that no pass has decoded yet are decoded."""
@@ -57,7 +57,8 @@ class DecodedOnce:
         return images
 
     def close(self) -> None:
-        """Stop decoding at once, even if the thread of a stopped model still waits for a file."""
+        """Stop decoding at once, even if the thread of a stopped model still waits for a file; all passes end."""
+        self._closed = True
         self._pool.stop()
         self._pool.join()
 
@@ -66,16 +67,23 @@ class DecodedOnce:
         image_id = self.outcomes[index].image_id
         try:
             return self.cache.read(image_id)
-        except (CacheError, KeyError) as error:
+        except (CacheError, KeyError, OSError) as error:
             logger.warning("decoding %s again: %s", image_id, error)
-        image = self.images[self.images.image_id == image_id]
-        self.outcomes[index] = next(self.cache.decode(image, workers=1, timeout_s=self.limits.longest_s))
-        return None if self.outcomes[index].status == "failed" else self.cache.read(image_id)
+        with self._one_at_a_time:
+            if self._closed:
+                return None
+            image = self.images[self.images.image_id == image_id]
+            try:
+                self.outcomes[index] = next(self.cache.decode(image, 1, self.limits.next_limit, self._pool))
+                return None if self.outcomes[index].status == "failed" else self.cache.read(image_id)
+            except Exception as error:
+                self.outcomes[index] = Outcome(image_id, "failed", f"its decoded copy was lost: {error}")
+                return None
 
     def _decode_up_to(self, index: int) -> bool:
         """Decode the next file if `outcomes` has no element `index` yet; return whether it has one now."""
         with self._one_at_a_time:
-            if index == len(self.outcomes):
+            if index == len(self.outcomes) and not self._closed:
                 try:
                     outcome = next(self._decoding)
                     self.limits.count(outcome)
@@ -83,6 +91,5 @@ class DecodedOnce:
                 except StopIteration:
                     return False
                 except Exception as error:
-                    self.error = error
-                    return False
-            return True
+                    self.error = None if self._closed else error
+            return index < len(self.outcomes)

@@ -11,7 +11,7 @@ import torch
 
 from kitlib.bundle import read_bundle
 from kitlib.classes import STUDY_CLASSES
-from kitlib.device import autocast, pick_device
+from kitlib.device import autocast, finite_or_float32, pick_device
 from kitlib.errors import BundleError
 from kitlib.inference.read_ahead import ahead
 from kitlib.letterbox import PLACEMENTS, Placement, clip_boxes, flip_boxes
@@ -167,11 +167,8 @@ class Predictor:
 
     def _classify(self, pixels: torch.Tensor) -> list[np.ndarray]:
         with torch.inference_mode(), autocast(self.device, self.trained):
-            logits = self.network(self.network.normalise(pixels))
-            if not logits.isfinite().all():  # float16 ends at 65,504
-                self._overflowed_batches += 1
-                with torch.autocast(self.device.type, enabled=False):
-                    logits = self.network(self.network.normalise(pixels))
+            logits, overflowed = finite_or_float32(lambda: self.network(self.network.normalise(pixels)), self.device)
+            self._overflowed_batches += overflowed
             probabilities = self.network.probabilities(logits)
             # A `none` that is computed from NaN by comparison would be a number.
             probabilities[~logits.isfinite().flatten(1).all(dim=1)] = torch.nan

@@ -12,7 +12,7 @@ import torch
 
 from kitlib.bundle import read_bundle
 from kitlib.classes import LUNG_CODES
-from kitlib.device import autocast, pick_device
+from kitlib.device import autocast, finite_or_float32, pick_device
 from kitlib.errors import BundleError
 from kitlib.inference.read_ahead import ahead
 from kitlib.letterbox import Placement
@@ -27,7 +27,11 @@ BATCH_SIZES = {"cuda": 64, "cpu": 8}
 
 
 class LungSegmenter:
-    """A `LungFinder` that runs a trained segmenter. `missed` counts the images in which no plausible lungs were found."""
+    """A `LungFinder` that runs a trained segmenter.
+
+    `missed` counts the images in which no plausible lungs were found, `overflowed` those in batches that overflowed in half
+    precision and were segmented again in float32.
+    """
 
     def __init__(
         self, record: dict[str, Any], network: Segmenter, device: torch.device, batch_size: int | None = None
@@ -36,7 +40,7 @@ class LungSegmenter:
         self.segmenter = segmenter_digest(record) if "weights_sha256" in record else ""
         self.trained = record["precision"]
         self.fitted = HalvingBatches(self.model, device, batch_size or BATCH_SIZES[device.type])
-        self.missed = 0
+        self.missed = self.overflowed = 0
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
         """Return the lung frame and mask of each X-ray; both are None if the mask is not plausible."""
@@ -82,10 +86,8 @@ class LungSegmenter:
 
     def _compute(self, pixels: torch.Tensor) -> list[np.ndarray]:
         with torch.inference_mode(), autocast(self.device, self.trained):
-            logits = self.network(self.network.normalise(pixels))
-            if not logits.isfinite().all():  # float16 ends at 65,504
-                with torch.autocast(self.device.type, enabled=False):
-                    logits = self.network(self.network.normalise(pixels))
+            logits, overflowed = finite_or_float32(lambda: self.network(self.network.normalise(pixels)), self.device)
+            self.overflowed += len(pixels) * overflowed
             probabilities = self.network.probabilities(logits)
         return list((255 * probabilities[:, 1:]).round().to(torch.uint8).cpu().numpy())
 

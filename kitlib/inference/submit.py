@@ -23,7 +23,8 @@ from kitlib.errors import SubmissionError
 from kitlib.inference.install_wheels import install_wheels
 from kitlib.paths import find_input, on_kaggle
 from kitlib.scoring.submission_csv import write_submission
-from kitlib.scoring.validate import validate_rows
+from kitlib.scoring.validate import Fault, validate_rows
+from kitlib.tables import storable
 
 if TYPE_CHECKING:
     from kitlib.fusion.ensemble_bundle import Ensemble
@@ -110,11 +111,13 @@ class SubmissionRun:
         self.settings, self.output = settings, Path(output)
         limit, start = session_limit(settings.time_limit_s), session_start()
         starting = 0.0 if start is None else began - start
-        latest = max(limit - min(starting, ENDING_S), 1e-3)
-        planned = min(limit * settings.share, latest)
+        ending = min(starting, ENDING_S)
+        latest = max(limit - ending, 1e-3)
+        planned = max(min(limit * settings.share, latest), 1e-3)
         self.deadline = Deadline(planned, start)
-        self.last_deadline = Deadline(min(limit * LAST_SHARE, latest), start)
+        self.last_deadline = Deadline(max(min(limit * LAST_SHARE, latest), 1e-3), start)
         self.rows: list[dict[str, Any]] = []
+        self.faults: list[Fault] = []  # of the submission, found by `finish`
         self.models: list[Model] = []
         self.listed: list[str] = []  # folders of the bundles in weights.json
 
@@ -126,8 +129,8 @@ class SubmissionRun:
         self.readable = len(self.images)  # number of files that were not found unreadable
         write_submission(self.output, self.ids)
         self._note("priors", len(self.ids), began, f"time limit {limit:.0f} s, planned {planned:.0f} s")
-        if self.last_deadline.left() <= 0:
-            smallest = math.ceil(2 * starting)
+        if self.deadline.left() <= 0:
+            smallest = math.ceil(max(starting / settings.share, starting + ending))
             note = f"no time for models: starting took {starting:.1f} s; the smallest limit that allows any is {smallest} s"
             self._note("priors", 0, began, note)
         for problem, faults in test.faults.groupby("problem", sort=False):
@@ -158,31 +161,34 @@ class SubmissionRun:
         removed at the end.
         """
         began = time.monotonic()
-        Path(scratch).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder:
-            xrays = None
-            try:
-                with self.deadline.enforced():
-                    from kitlib.inference.decoded_once import DecodedOnce
-                    from kitlib.xrays.cache import XrayCache
+        try:
+            Path(scratch).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder:
+                self._predict_in(folder, weights)
+        except (Exception, OutOfTime) as error:  # a valid file exists, whatever happens to the models
+            self._note("predict", 0, began, _failure(error))
+        self._note_lungs()
+        if self.stacked:
+            self._note("ensemble", self.stacked.studies, time.monotonic() - self.stacked.seconds, self.stacked.note)
 
-                    fusion = self._read_weights(find_input(weights))
-                    self._find_studies()
-                    longest_side = self.settings.longest_side or max(model.record.longest_side for model in self.models)
-                    cache = XrayCache(folder, longest_side, self.settings.only_projections)
-                    workers, longest_s = self.settings.workers, self.settings.file_timeout_s
-                    xrays = DecodedOnce(cache, self.images, workers, longest_s, self.deadline.left())
-                self._predict_all(xrays, fusion)
-            except (Exception, OutOfTime) as error:  # a valid file exists, whatever happens to the models
-                self._note("predict", 0, began, _failure(error))
-            finally:
-                if xrays:
-                    xrays.close()
-                    self._note_decoding(xrays)
-                    self.readable -= sum(outcome.status == "failed" for outcome in list(xrays.outcomes))
-                self._note_lungs()
-                if self.stacked:
-                    self._note("ensemble", self.stacked.studies, time.monotonic() - self.stacked.seconds, self.stacked.note)
+    def _predict_in(self, folder: str, weights: str) -> None:
+        """Predict with the bundles in the input `weights`; decoded images are written to `folder`."""
+        with self.deadline.enforced():
+            from kitlib.inference.decoded_once import DecodedOnce
+            from kitlib.xrays.cache import XrayCache
+
+            fusion = self._read_weights(find_input(weights))
+            self._find_studies()
+            longest_side = self.settings.longest_side or max(model.record.longest_side for model in self.models)
+            cache = XrayCache(folder, longest_side, self.settings.only_projections)
+            workers, longest_s = self.settings.workers, self.settings.file_timeout_s
+            xrays = DecodedOnce(cache, self.images, workers, longest_s, self.deadline.left())
+        try:
+            self._predict_all(xrays, fusion)
+        finally:
+            with closing(xrays):
+                self._note_decoding(xrays)
+                self.readable -= sum(outcome.status == "failed" for outcome in list(xrays.outcomes))
 
     def usage(self) -> list[dict[str, Any]]:
         """Return one dictionary per bundle in weights.json: its name `bundle`, and the numbers `predicted` and `readable`.
@@ -192,34 +198,42 @@ class SubmissionRun:
         predicted = {model.folder.name: model.count_predicted() for model in self.models}
         return [{"bundle": name, "predicted": predicted.get(name, 0), "readable": self.readable} for name in self.listed]
 
-    def check_predicted(self, allow_placeholders: bool) -> None:
-        """Raise SubmissionError if no bundle has predicted any file, because the submission then only has placeholders.
+    def finish(self) -> pd.DataFrame:
+        """Validate the submission and return the ledger; faults for which Kaggle would reject the submission get a row."""
+        began, self.faults = time.monotonic(), validate_rows(self.ids, self.output)
+        note = f"{len(self.faults)} faults; the first is: {self.faults[0]}" if self.faults else "valid"
+        if self.faults:
+            logger.error("Kaggle would reject %s: %s", self.output, note)
+        self._note("validate", len(self.ids), began, note)
+        return self.ledger
 
-        Not on Kaggle, where a valid file is worth more than an error, and not if `allow_placeholders`.
+    def check(self, allow_placeholders: bool) -> None:
+        """Raise SubmissionError if `finish` has found a fault, or if no bundle has predicted any file.
+
+        A submission without predictions is accepted with `allow_placeholders`. Nothing is raised on Kaggle, where any file
+        is worth more than an error.
         """
-        if not (allow_placeholders or on_kaggle() or any(bundle["predicted"] for bundle in self.usage())):
+        if on_kaggle():
+            return
+        if self.faults:
+            raise SubmissionError(f"Kaggle would reject {self.output}: {len(self.faults)} faults, first {self.faults[0]}")
+        if not (allow_placeholders or any(bundle["predicted"] for bundle in self.usage())):
             raise SubmissionError(
                 f"{self.output} contains only placeholder predictions, because no model has predicted any file; the ledger "
                 "says why. If that is intended, set allow_placeholders to true"
             )
 
-    def finish(self) -> pd.DataFrame:
-        """Validate the submission and return the ledger; faults for which Kaggle would reject the submission get a row."""
-        began = time.monotonic()
-        faults = validate_rows(self.ids, self.output)
-        note = f"Kaggle would reject {self.output}: {len(faults)} faults; the first is: {faults[0]}" if faults else "valid"
-        if faults:
-            logger.error(note)
-        self._note("validate", len(self.ids), began, note)
-        return self.ledger
-
     def _find_studies(self) -> None:
         """Find the studies of images whose paths do not contain them, in their headers."""
         began, count = time.monotonic(), int((self.images.study_id == self.images.image_id).sum())
-        if count:
+        if not count:
+            return
+        try:
             self.images = studies_from_headers(self.images, self.study_ids)
             unknown = int((self.images.study_id == self.images.image_id).sum())
             self._note("studies", count, began, f"read from the headers, {unknown} without one that needs a row")
+        except Exception as error:  # only these images' studies need it
+            self._note("studies", 0, began, _failure(error))
 
     def _read_weights(self, weights: Path) -> "FusionSettings":
         from kitlib.fusion.model_fusion import FusionSettings, read_settings
@@ -359,7 +373,7 @@ class SubmissionRun:
             newest.drop()
 
     def _note(self, stage: str, files: int, began: float, note: str = "") -> None:
-        seconds = time.monotonic() - began
+        seconds, note = time.monotonic() - began, storable(note)
         self.rows.append({"stage": stage, "files": files, "seconds": round(seconds, 1), "note": note})
         logger.info("%s: %d files in %.1f s. %s", stage, files, seconds, note)
 
@@ -370,8 +384,10 @@ class SubmissionRun:
         if lungs.fault:
             self._note("lungs", 0, now, lungs.fault)
         if lungs.segmented:
-            note = f"{lungs.missed} images without plausible lungs are used uncropped" if lungs.missed else ""
-            self._note("lungs", lungs.segmented, now - lungs.seconds, note)
+            notes = [f"{lungs.missed} images without plausible lungs are used uncropped"] if lungs.missed else []
+            if lungs.overflowed:
+                notes.append(f"{lungs.overflowed} overflowed in half precision; segmented in float32")
+            self._note("lungs", lungs.segmented, now - lungs.seconds, "; ".join(notes))
 
     def _note_decoding(self, xrays: "DecodedOnce") -> None:
         now, outcomes = time.monotonic(), list(xrays.outcomes)
@@ -382,7 +398,7 @@ class SubmissionRun:
         if xrays.limits.note:
             self._note("decode", xrays.limits.slow, now, xrays.limits.note)
         if len(outcomes) < len(self.images):
-            reason = _failure(xrays.error) if xrays.error else "no model read them"
+            reason = _failure(xrays.error) if xrays.error else "time was up" if outcomes else "no model read them"
             self._note("decode", len(self.images) - len(outcomes), now, f"never decoded; {reason}")
 
 

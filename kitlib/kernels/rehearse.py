@@ -413,7 +413,8 @@ def _explain_short_limit(limit_s: float) -> str:
     if limit_s > LONGEST_START_S:
         return ""
     started = time.monotonic()
-    subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, check=True)
+    if subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True).returncode:
+        return ""
     imports_s = time.monotonic() - started
     smallest_s = math.ceil(STARTS * imports_s)
     if limit_s >= smallest_s:

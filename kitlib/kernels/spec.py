@@ -25,7 +25,8 @@ BUNDLE_KEYS = {
     "lungs": ("bundle", "a run of notebook 14, or a fold of notebook 12"),
     "ensemble": ("ensemble", "a run of notebook 65 on study models"),
 }
-URL_PARTS = ("www.kaggle.com", "kaggle.com", "c", "competitions", "datasets", "code", "kaggle", "input")
+# What precedes the name in the address of a page on Kaggle, or in the path at which Kaggle mounts an input.
+ADDRESS = re.compile(r"((https?:)?/*(www\.)?kaggle\.com/|/kaggle/input/|/)*((c|competitions|datasets|code)/)?(?=.)")
 SLUG_LETTERS = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -216,7 +217,7 @@ def _find_faults(spec: KernelSpec) -> list[str]:
         faults += _find_slug_faults(spec.wheels_slug, NEW_DATASET)
         faults += _find_slug_faults(spec.weights_slug, NEW_DATASET) if is_submission else []
     if "/" in spec.competition:
-        name = next(iter(_address_parts(spec.competition)), "siim-covid19-detection")
+        name = next(iter(_without_address(spec.competition)), "siim-covid19-detection")
         faults.append(f"competition is {spec.competition!r}; write only its name, such as {name}")
     elif spec.competition:
         faults += [f"competition: {fault}" for fault in _find_slug_faults(spec.competition, COMPETITION)]
@@ -229,10 +230,11 @@ def _find_faults(spec: KernelSpec) -> list[str]:
     return faults + _find_source_faults(spec, is_submission)
 
 
-def _address_parts(address: str) -> list[str]:
-    """Return the parts of the path of a page on Kaggle, or of a mount, without the parts that only say what it is."""
-    parts = address.partition("?")[0].partition("#")[0].removeprefix("https:").removeprefix("http:").split("/")
-    return [part for part in parts if part and part not in URL_PARTS]
+def _without_address(entry: str) -> list[str]:
+    """Return the parts of the name in a page's address or a mount's path; of a plain name, its own parts."""
+    name = entry.partition("?")[0].partition("#")[0]
+    prefix = ADDRESS.match(name)
+    return [part for part in name[prefix.end() if prefix else 0 :].split("/") if part]
 
 
 def _find_slug_faults(slug: str, characters: tuple[int, int]) -> list[str]:
@@ -251,10 +253,11 @@ def _find_source_faults(spec: KernelSpec, is_submission: bool) -> list[str]:
     faults, slugs = [], [spec.competition, spec.wheels_slug, *([spec.weights_slug] if is_submission else [])]
     for key, characters in (("dataset_sources", SLUG), ("kernel_sources", KERNEL_SOURCE)):
         for entry in getattr(spec, key):
-            if entry.count("/") > 1 or not all(entry.split("/")) or entry.split("/")[0] in URL_PARTS:
+            name = _without_address(entry)
+            if entry != "/".join(name) or len(name) > 2:
                 faults.append(
                     f"{key}: {entry!r} is neither SLUG, an input of the owner, nor OWNER/SLUG; write "
-                    f"{'/'.join(_address_parts(entry)[:2]) or 'OWNER/SLUG'}"
+                    f"{'/'.join(name[:2]) or 'OWNER/SLUG'}"
                 )
                 continue
             faults += [f"{key}: {fault}" for fault in _find_slug_faults(entry.split("/")[-1], characters)]

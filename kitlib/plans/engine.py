@@ -280,9 +280,11 @@ class _ProgressDisplay:
             cell = f"cell {record['cell']}/{record['cells']}"
             self.progress.update(self.bars[name], total=record["cells"], completed=record["cell"] - 1, cell=cell)
         self.progress.update(self.overall, completed=self.runs - len(self.waiting), cell=self._done())
-        if record.get("epoch", "") != self.shown_epoch[name]:
-            self.shown_epoch[name] = record["epoch"]
-            self.progress.console.print(f"{time.strftime('%H:%M:%S')} {name}: {record['epoch']}", highlight=False)
+        epoch = record.get("epoch", "")  # "" again after a retry has begun
+        if epoch and epoch != self.shown_epoch[name]:
+            line = f"{time.strftime('%H:%M:%S')} {name}: {epoch}"
+            self.progress.console.print(line, highlight=False, markup=False)
+        self.shown_epoch[name] = epoch
         if record["state"] != self.shown[name] and self.progress.disable:
             self.progress.console.print(
                 f"{time.strftime('%H:%M:%S')} {name} {record['state']}, {self._done()}", highlight=False

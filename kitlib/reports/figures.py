@@ -76,8 +76,8 @@ def example_images(
     """Draw the X-rays in the table `images` with annotated boxes (green) and predicted boxes (orange, with their scores).
 
     The tables are as in `kitlib.tables`, with boxes in original pixels. Detections with a score below `shown_score` are not
-    drawn. If `masks` contains an image's mask, the outline of each structure in it is drawn in green. `labels_are`
-    says in the titles what the labels are.
+    drawn. If `masks` contains an image's mask, the outline of each structure in it is drawn in green. `labels_are` says in
+    the titles what the labels are.
     """
     figure, axes = image_grid(len(images), per_row, 3.2, 3.5)
     classes = {} if labels is None else _true_classes(labels[labels["id"].isin(images.study_id)])

@@ -72,11 +72,11 @@ def write_coco(path: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fold
 def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
     """Return the tables in a COCO file, keyed by name: "images", "boxes" and, if the file contains folds, "folds".
 
-    Boxes are cut to their images (see `cut_annotated_boxes`); the coordinates of the others are bit for bit those passed to
-    `write_coco`, and `images` has all columns that `write_coco` wrote. If another program wrote the file, image_id is the
-    file name without folders and suffix, and each image is its own study and patient. `boxes` has the column `finding`
-    unless the only category is `opacity`. Raises DatasetError, which mentions the file and the entry, if the file is missing
-    or invalid.
+    Boxes are cut to their images, and boxes thinner than a pixel are an error (see `cut_annotated_boxes`); all other
+    coordinates are bit for bit those passed to `write_coco`, and `images` has all columns that `write_coco` wrote. If
+    another program wrote the file, image_id is the file name without folders and suffix, and each image is its own study and
+    patient. `boxes` has the column `finding` unless the only category is `opacity`. Raises DatasetError, which mentions the
+    file and the entry, if the file is missing or invalid.
     """
     content = _read_json(Path(path))
     where = {name: f"{path}, {name}" for name in ("images", "annotations", "categories")}
@@ -147,7 +147,7 @@ def cut_annotated_boxes(boxes: pd.DataFrame, images: pd.DataFrame, places: list[
         corners = ", ".join(f"{name} {boxes[name].iloc[wrong[0]]:g}" for name in BOX)
         raise DatasetError(
             f"{places[wrong[0]]}: {problems.iloc[wrong[0]]} ({corners} pixels); {len(wrong)} of {len(boxes)} boxes cannot "
-            "be used. Correct or remove them; if they are many, they are of images of another size"
+            "be used. Correct or remove them; if many reach beyond their images, they are of images of another size"
         )
     if (overhang > 0).any():
         logger.warning(

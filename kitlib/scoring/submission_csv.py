@@ -18,7 +18,7 @@ from kitlib.atomic import write_text
 from kitlib.classes import IMAGE_CLASSES, SCORED_CLASSES, STUDY_CLASSES
 from kitlib.datasets.sample_submission import HEADER
 from kitlib.errors import SubmissionError
-from kitlib.scoring.placeholders import PRIORS, format_confidence, one_pixel_groups
+from kitlib.scoring.placeholders import ONE_PIXEL_LABELS, PRIORS, format_confidence, one_pixel_groups
 from kitlib.tables import BOX
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def write_submission(
     for submission_id in ids:
         name, level = split_id(submission_id)
         probabilities = (studies if level == "study" else nones).get(name)
-        classes = STUDY_CLASSES if level == "study" else ("none",)
+        classes = ONE_PIXEL_LABELS[level]
         known_count += probabilities is not None
         if probabilities is None or np.isnan(probabilities).any():
             placeholder_ids.append(submission_id)

@@ -87,6 +87,7 @@ def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> 
     for fields in (recorded, requested):
         # Weights are compared by their digest, because the same file may have another path in another session.
         fields.pop("recipe.starting_weights", None)
+        fields.pop("recipe.curves", None)  # changes no weight
     differing = [name for name in sorted(recorded | requested) if recorded.get(name, "-") != requested.get(name, "-")]
     is_finished = (run_folder / "metrics.json").is_file()
     has_results = any(path.name == "last.ckpt" or path.suffix == ".parquet" for path in record_path.parent.iterdir())
@@ -108,9 +109,10 @@ def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> 
 
 
 def start_over(run_folder: Path) -> None:
-    """Delete a run's metrics.json (which marks a finished run) and its checkpoints, so that training starts anew."""
+    """Delete a run's metrics.json (which marks a finished run), checkpoints and curves, so that training starts anew."""
     (run_folder / "metrics.json").unlink(missing_ok=True)
-    shutil.rmtree(run_folder / "checkpoints", ignore_errors=True)
+    for name in ("checkpoints", "curves"):
+        shutil.rmtree(run_folder / name, ignore_errors=True)
 
 
 def continue_from(earlier: Path, run: Path) -> list[str]:

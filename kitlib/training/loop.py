@@ -182,10 +182,9 @@ def fit(
     folder = Path(run_folder) / "checkpoints"
     last = folder / "last.ckpt"
     processes = data_parallel.rank_and_world_size()[1]
-    has_curves = recipe.curves and data_parallel.is_first_process()
-    curves = open_curves(recipe.curves, Path(run_folder) / "curves", title) if has_curves else None
-    keeper = _EpochKeeper(folder, module, recipe, seed, Progress(title, recipe.epochs, curves), deadline)
-    with _silence_lightning():
+    kind = recipe.curves if data_parallel.is_first_process() else ""
+    with _silence_lightning(), open_curves(kind, Path(run_folder) / "curves", title) as curves:
+        keeper = _EpochKeeper(folder, module, recipe, seed, Progress(title, recipe.epochs, curves), deadline)
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             **_device_arguments(device, processes),

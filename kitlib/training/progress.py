@@ -27,7 +27,7 @@ class Progress:
             logger.info("%s: epoch %d of %d, batch %d of %d", self.title, epoch, self.epochs, batch, batches)
 
     def log_epoch(self, history: Sequence[dict[str, float]], seconds: Sequence[float]) -> None:
-        """Log loss, score and seconds of the last epoch in `history`, and how long the remaining epochs take at most.
+        """Log loss, score and seconds of the last epoch in `history`, and about how long the others will take.
 
         `seconds` has the duration of each of this session's epochs; training may end earlier, because of the recipe's
         `patience`.
@@ -35,7 +35,7 @@ class Progress:
         row, remaining = history[-1], self.epochs - len(history)
         self.latest = time.monotonic()
         loss = f"loss {row['train_loss']:.3f}, " if "train_loss" in row else ""
-        left = f"at most {duration(remaining * sum(seconds) / len(seconds))} left" if remaining else "the last epoch"
+        left = f"about {duration(remaining * sum(seconds) / len(seconds))} left" if remaining else "the last epoch"
         figures = f"{loss}score {row['score']:.4f}, {duration(row['seconds'])}, {left}"
         logger.info("%s: epoch %d of %d, %s", self.title, len(history), self.epochs, figures)
         if self.curves:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from kitlib.recipes.fields import WithBackbone
 from kitlib.tables import write_table
 from kitlib.training.fold_folder import FitResult
 from kitlib.training.loop import RecipeTraining, fit
+from kitlib.training.shared_memory import PREFETCHED, workers_that_fit
 from kitlib.training.split import split
 from kitlib.training.task import Task
 from kitlib.training.xray_dataset import Examples, batches
@@ -35,6 +37,8 @@ class Strategy(ABC):
     collate_fns: ClassVar[tuple[Callable[[list[dict[str, Any]]], dict[str, Any]] | None, ...]] = (None, None)
     # Size of a validation batch relative to a training batch; without gradients, twice as many images fit into memory.
     validation_batch_ratio: float = 2.0
+    # Training canvases of one channel that each worker has ready, in batches.
+    prefetched: ClassVar[int] = PREFETCHED
     train: Examples
     validation: Examples
 
@@ -88,14 +92,21 @@ class Strategy(ABC):
         options = self.run_folder, device, task.seed, self.title, task.deadline
         return fit(self.module(model), self.recipe, train, validation, *options)
 
+    @cached_property
+    def workers(self) -> int:
+        """Number of processes that load batches: the task's, or 0 if /dev/shm has no room for their batches."""
+        training = self.train.example_bytes * min(self.recipe.batch_size, len(self.train))
+        validation = self.validation.example_bytes * min(self.validation_batch, len(self.validation))
+        return workers_that_fit(self.task.workers, self.prefetched * training + PREFETCHED * validation)
+
     def training_batches(self) -> DataLoader:
         """Return a loader of shuffled training batches."""
         task, size = self.task, self.recipe.batch_size
-        return batches(self.train, size, task.workers, shuffle=True, seed=task.seed, collate_fn=type(self).collate_fns[0])
+        return batches(self.train, size, self.workers, shuffle=True, seed=task.seed, collate_fn=type(self).collate_fns[0])
 
     def validation_batches(self) -> DataLoader:
         """Return a loader of validation batches, in the order of the images."""
-        return batches(self.validation, self.validation_batch, self.task.workers, collate_fn=type(self).collate_fns[1])
+        return batches(self.validation, self.validation_batch, self.workers, collate_fn=type(self).collate_fns[1])
 
     @property
     def validation_batch(self) -> int:

@@ -19,7 +19,7 @@ from kitlib.recipes.fields import WithBackbone
 from kitlib.tables import BOX
 from kitlib.training import data_parallel
 from kitlib.training.augmentation import Augmentation
-from kitlib.training.shared_memory import BATCH_TIMEOUT_S, workers_that_fit
+from kitlib.training.shared_memory import BATCH_TIMEOUT_S
 from kitlib.xrays.cache import CachedXray, DecodedXrays
 
 # Canvases of a data set stay in memory if they fit, because reading and resizing an image takes longer than augmentation.
@@ -253,10 +253,8 @@ def batches(
 
     With `shuffle`, each epoch has a new random order, and an incomplete last batch is dropped. If n processes train
     together, the process with rank r gets every n-th example, starting at r: with `shuffle` of each batch, otherwise of the
-    data set. If the batches of `workers` do not fit into /dev/shm, none are started, with a warning. A batch that does not
-    arrive within BATCH_TIMEOUT_S seconds raises RuntimeError.
+    data set. A batch that does not arrive from the `workers` within BATCH_TIMEOUT_S seconds raises RuntimeError.
     """
-    workers = workers_that_fit(workers, dataset.example_bytes * min(batch_size, len(dataset)))
     (rank, processes), batch_size = data_parallel.rank_and_world_size(), min(batch_size, len(dataset))
     if shuffle:
         # An incomplete last batch is dropped, because batch norm fails on a single image.

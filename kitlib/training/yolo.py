@@ -25,7 +25,7 @@ from kitlib.training.curves import open_curves
 from kitlib.training.detector import DetectorStrategy, canvas_precision
 from kitlib.training.fold_folder import LEARNING_RATE_FLOOR, FitResult, find_kept_epoch, is_over
 from kitlib.training.progress import Progress
-from kitlib.training.shared_memory import BATCH_TIMEOUT_S, workers_that_fit
+from kitlib.training.shared_memory import BATCH_TIMEOUT_S
 from kitlib.training.xray_dataset import XrayDataset
 
 from ultralytics.data.dataset import YOLODataset  # isort: skip
@@ -344,26 +344,26 @@ class YoloStrategy(DetectorStrategy):
     """Strategy that trains a YOLO on one fold with ultralytics, which does the augmentation and the moving average."""
 
     augments = False
+    prefetched = 4 * 3  # ultralytics prefetches four batches, of three channels
 
     def module(self, model: YoloDetector) -> NoReturn:
         raise TypeError("ultralytics trains a YOLO, not Lightning")
 
     def fit(self, model: YoloDetector, device: torch.device) -> FitResult:
         task, recipe = self.task, self.recipe
-        # ultralytics prefetches four batches of three-channel canvases per worker.
-        workers = workers_that_fit(task.workers, recipe.batch_size * 3 * recipe.image_size**2, prefetched=4)
-        curves = open_curves(recipe.curves, self.run_folder / "curves", self.title) if recipe.curves else None
-        environment, progress = (self.run_folder, device, task.seed, workers), Progress(self.title, recipe.epochs, curves)
-        examples = {"train": self.train, "val": self.validation}
-        trainer = Trainer(
-            model, examples, self.validation_batches(), canvas_precision, *environment, progress, task.deadline
-        )
-        trainer.history = history = _read_history(trainer.last)
-        if not history or not is_over(history, recipe):
-            if epoch_fits(task.deadline, [row["seconds"] for row in history]):
-                trainer.train()
-            if not is_over(trainer.history, recipe):
-                raise SessionOver(self.run_folder, len(trainer.history), recipe.epochs)
+        with open_curves(recipe.curves, self.run_folder / "curves", self.title) as curves:
+            progress = Progress(self.title, recipe.epochs, curves)
+            environment = self.run_folder, device, task.seed, self.workers
+            examples = {"train": self.train, "val": self.validation}
+            trainer = Trainer(
+                model, examples, self.validation_batches(), canvas_precision, *environment, progress, task.deadline
+            )
+            trainer.history = history = _read_history(trainer.last)
+            if not history or not is_over(history, recipe):
+                if epoch_fits(task.deadline, [row["seconds"] for row in history]):
+                    trainer.train()
+                if not is_over(trainer.history, recipe):
+                    raise SessionOver(self.run_folder, len(trainer.history), recipe.epochs)
         model.to("cpu")
         model.model.load_state_dict(load_file(trainer.folder / "best.safetensors"))
         return FitResult(pd.DataFrame(trainer.history), find_kept_epoch(trainer.history, recipe) + 1)

@@ -44,9 +44,9 @@ def decoding_pool(workers: int) -> ProcessPool:
     return ProcessPool(workers, max_tasks=FILES_PER_WORKER, initializer=start_worker, context=LightContext())
 
 
-# Version of the decoder, part of the cache folder's name. Raise it whenever the same file may decode to other pixels, so
-# that older entries are not used. tests/xrays/test_cache.py holds the pixels of this version.
-DECODING = 3
+# Version of the decoder, part of the cache folder's name. Raise it whenever the same file may decode to other pixels, or an
+# entry gets another format, so that older entries are not used. tests/xrays/test_cache.py holds the pixels of this version.
+DECODING = 4
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ class XrayCache:
         Files are decoded in `workers` processes (default: all usable cores), only a few files ahead of the consumer. A file
         that takes longer than `timeout_s` seconds (a number, or a function called for each file), crashes its worker or
         needs gigabytes of memory results in a failed Outcome without affecting the other files, and so does an image_id that
-        cannot be a file name. Stopping the iteration
-        stops the workers, unless they belong to a `pool` (see `decoding_pool`), which stays open for the next call. Raises
-        CacheError if the cache cannot be written; ValueError for missing columns or an image_id that occurs twice.
+        cannot be a file name. Stopping the iteration stops the workers, unless they belong to a `pool` (`decoding_pool`),
+        which stays open for the next call. Raises CacheError if the cache cannot be written; RuntimeError if the pool is
+        stopped; ValueError for missing columns or an image_id that occurs twice.
         """
         ids, paths = self._check_images(images)
         self._remove_abandoned()
@@ -124,9 +124,9 @@ class XrayCache:
                 limit_s = timeout_s() if callable(timeout_s) else timeout_s
                 running[pool.schedule(decode_into, args=task, timeout=limit_s)] = (image_id, limit_s)
                 if len(running) >= 2 * workers:
-                    yield from self._collect_finished(running)
+                    yield from self._collect_finished(running, pool)
             while running:
-                yield from self._collect_finished(running)
+                yield from self._collect_finished(running, pool)
         finally:
             if not is_shared:
                 pool.stop()
@@ -206,13 +206,16 @@ class XrayCache:
             image_id, "cached", "", tuple(json.loads(facts["warnings"])), int(facts["rows"]), int(facts["columns"])
         )
 
-    def _collect_finished(self, running: dict[Future, tuple[str, float]]) -> Iterator[Outcome]:
+    def _collect_finished(self, running: dict[Future, tuple[str, float]], pool: ProcessPool) -> Iterator[Outcome]:
         """Wait until at least one task has finished, remove all finished tasks from `running` and yield their outcomes.
 
         `running` maps each task to the image id and the time limit in seconds. Raises CacheError if an entry cannot be
-        written.
+        written; RuntimeError if `pool` is stopped, because its tasks then never finish.
         """
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
+        while not (finished := wait(running, timeout=1, return_when=FIRST_COMPLETED).done):
+            if not pool.active:
+                raise RuntimeError("the decoding processes were stopped")
+        for future in finished:
             image_id, timeout_s = running.pop(future)
             try:
                 yield self._checked(future.result())

@@ -291,9 +291,28 @@ LAYOUTS = {
     "circle of links": lambda layout: (link(layout, "test/s4/up", ".."), link(layout, "test/s4/series-e/up", "../..")),
     "link to a study": lambda layout: link(layout, "test/a0", "s4"),
     "copy elsewhere": lambda layout: shutil.copytree(layout / "test/s4/series-e", layout / "test/a0/series-e"),
+    "header beside a PNG": lambda layout: (
+        move(layout, "test/s4/e.png"),
+        (layout / "test/s4/e.json").write_text("{}"),
+    ),
+    "table beside": lambda layout: (layout / "test/s4/series-e/e.csv").write_text("x"),
+    "PNG beside": lambda layout: (move(layout, "test/e.dcm"), (layout / "test/e.png").write_bytes(b"")),
+    "link upwards": lambda layout: link(layout, "test/up", ".."),
     "copy beside": lambda layout: shutil.copy(layout / "test/s4/series-e/e.dcm", layout / "test/s4/e.dcm"),
 }
-TOLD = {"study two folders deep": 0, "linked study": 0, "linked series": 0, "circle of links": 2, "copy beside": 2}
+TOLD = {
+    **{"study two folders deep": 0, "linked study": 0, "linked series": 0, "circle of links": 0, "copy beside": 1},
+    **{"header beside a PNG": 2, "PNG beside": 2, "link upwards": 0},
+}
+    "study two folders deep": 0,
+    "linked study": 0,
+    "linked series": 0,
+    "circle of links": 0,
+    "copy beside": 1,
+    "header beside a PNG": 2,
+    "PNG beside": 2,
+    "link upwards": 0,
+}
 
 
 @pytest.mark.parametrize("headers", [False, True])
@@ -304,6 +323,8 @@ def test_an_image_of_the_sample_is_found_wherever_it_lies(layout, name, headers)
     assert test.images[["image_id", "study_id"]].to_numpy().tolist() == [["e", "s4"], ["f", "s4"], ["g", "s5"]]
     assert all(Path(path).is_file() for path in test.images.path)
     assert "a0" not in test.images.path[0]  # of two files, the one below the sample's study
+    assert Path(test.images.path[0]).suffix in ("", ".dcm", ".dicom", ".png")
+    assert name != "PNG beside" or test.images.path[0].endswith("e.dcm")
     faults = test.faults[~test.faults.problem.str.startswith("the study is not in")]
     assert len(faults) == TOLD.get(name, 1)
     assert read_test(layout, progress=False, headers=headers).faults.equals(test.faults)

@@ -139,13 +139,13 @@ def test_placeholders_alone_are_an_error_unless_asked_for_or_on_kaggle(competiti
     run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
     run.predict(str(tmp_path / "nothing"), tmp_path / "scratch")
     with pytest.raises(SubmissionError, match=r"submission\.csv contains only placeholder predictions.*allow_placeholders"):
-        run.check_predicted(allow_placeholders=False)
-    run.check_predicted(allow_placeholders=True)
+        run.check(allow_placeholders=False)
+    run.check(allow_placeholders=True)
     run.predict(str(weights), tmp_path / "scratch")
-    run.check_predicted(allow_placeholders=False)
+    run.check(allow_placeholders=False)
     (tmp_path / "kaggle" / "working").mkdir(parents=True)
     monkeypatch.setenv("KIT_KAGGLE_ROOT", str(tmp_path / "kaggle"))
-    SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS).check_predicted(allow_placeholders=False)
+    SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS).check(allow_placeholders=False)
 
 
 def test_a_submission_ends_in_time_even_if_models_hang(competition, weights, tmp_path, monkeypatch):

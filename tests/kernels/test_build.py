@@ -436,12 +436,19 @@ def test_slugs_are_made_as_kaggle_makes_them(tmp_path, title, slug):
         ({"competition": "some data"}, "competition: the slug 'some data' has other characters"),
         ({"dataset_sources": ["https://www.kaggle.com/datasets/a/data-set"]}, "nor OWNER/SLUG; write a/data-set"),
         ({"dataset_sources": ["datasets/data-set"]}, "nor OWNER/SLUG; write data-set"),
+        ({"dataset_sources": ["/kaggle/input/data-set"]}, "nor OWNER/SLUG; write data-set"),
+        ({"dataset_sources": ["a/b/c"]}, "nor OWNER/SLUG; write a/b"),
         ({"kernel_sources": ["https://www.kaggle.com/code/a/some-kernel"]}, "nor OWNER/SLUG; write a/some-kernel"),
     ],
 )
 def test_an_address_is_refused_with_the_name_in_it(tmp_path, keys, message):
     with pytest.raises(KernelError, match=re.escape(message)):
         read_spec(make_submission(tmp_path, **keys))
+
+
+@pytest.mark.parametrize("source", ["kaggle/meta-kaggle", "input", "datasets", "code"])
+def test_names_that_are_also_parts_of_addresses_are_valid(tmp_path, source):
+    assert read_spec(make_submission(tmp_path, dataset_sources=[source])).dataset_sources == (source,)
 
 
 def test_a_missing_wheels_dataset_is_an_error_that_lists_the_inputs(tmp_path, monkeypatch):

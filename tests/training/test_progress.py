@@ -14,7 +14,7 @@ def test_an_epoch_is_one_line_with_what_is_left(caplog):
     lines = Progress("study fold 0", 6)
     lines.log_epoch(history, [40.0, 60.0])
     # Four epochs of 50 s, the mean of this session.
-    assert caplog.messages == ["study fold 0: epoch 2 of 6, loss 0.500, score 0.3123, 60 s, at most 3 min left"]
+    assert caplog.messages == ["study fold 0: epoch 2 of 6, loss 0.500, score 0.3123, 60 s, about 3 min left"]
     lines.log_epoch(history * 3, [60.0])
     assert caplog.messages[1].endswith("60 s, the last epoch")
 

@@ -1,25 +1,25 @@
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from kitlib.errors import TrainingError
+from kitlib.recipes.fields import StudyRecipe
 from kitlib.training.shared_memory import explaining_timeouts, workers_that_fit
+from kitlib.training.study import StudyStrategy
+from tests.small_tasks import small_task
+from tests.small_xrays import SmallXrays
 
 
 @pytest.mark.parametrize(
-    ("workers", "prefetched", "free", "fitting"),
-    [
-        (2, 2, 5000, 2),  # 2 workers x 2 batches, and the batch in use
-        (2, 2, 4999, 0),
-        (2, 4, 8999, 0),
-        (2, 4, 9000, 2),
-        (0, 2, 0, 0),
-    ],
+    ("workers", "free", "fitting"),
+    [(2, 2000, 2), (2, 1999, 0), (1, 1000, 1), (0, 0, 0)],
 )
-def test_workers_need_room_for_the_batches_they_prefetch(caplog, workers, prefetched, free, fitting):
-    assert workers_that_fit(workers, 1000, prefetched, lambda: free) == fitting
+def test_workers_need_room_for_the_batches_they_prefetch(caplog, workers, free, fitting):
+    assert workers_that_fit(workers, 1000, lambda: free) == fitting
     assert bool(caplog.text) is (fitting < workers)
 
 
@@ -40,3 +40,15 @@ def test_a_batch_that_does_not_arrive_is_an_error_that_says_what_to_do():
 def test_other_errors_are_not_changed():
     with pytest.raises(RuntimeError, match=r"^out of memory$"), explaining_timeouts():
         raise RuntimeError("out of memory")
+
+
+def test_training_and_validation_batches_are_counted_together(tmp_path, monkeypatch, caplog):
+    """Two workers; each has two training batches of four canvases and two validation batches of eight: 24 of 32 x 32."""
+    recipe = StudyRecipe(backbone="resnet10t", image_size=32, batch_size=4, frozen_backbone=False)
+    needed = 2 * (2 * 4 + 2 * 8) * 32 * 32
+    for free, workers in ((needed, 2), (needed - 1, 0)):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        strategy = StudyStrategy(replace(small_task(SmallXrays(40), recipe), workers=2), 0, tmp_path)
+        strategy.make_examples()
+        assert strategy.training_batches().num_workers == strategy.validation_batches().num_workers == workers
+    assert caplog.text.count("--shm-size=1m") == 1

@@ -1,7 +1,5 @@
 """Examples: canvases, targets, boxes that move with the image, and reproducible augmentation."""
 
-from types import SimpleNamespace
-
 import cv2
 import numpy as np
 import pandas as pd
@@ -270,15 +268,6 @@ def test_workers_change_nothing():
     for epoch in (0, 1):
         for one, other in zip(read(alone, epoch), read(helped, epoch), strict=True):
             assert torch.equal(one["pixels"], other["pixels"]) and torch.equal(one["index"], other["index"])
-
-
-def test_without_shared_memory_the_main_process_loads_the_same_batches(monkeypatch, caplog):
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=4096))
-    loader = batches(dataset(SmallXrays(8)), 4, workers=2)
-    assert loader.num_workers == 0
-    assert "/dev/shm has 0.0 MB free, but the batches of 2 workers need" in caplog.text and "--shm-size=" in caplog.text
-    expected = list(batches(dataset(SmallXrays(8)), 4))
-    assert all(torch.equal(one["pixels"], other["pixels"]) for one, other in zip(loader, expected, strict=True))
 
 
 @given(st.integers(1, 50), st.integers(0, 5), st.integers(0, 5))
