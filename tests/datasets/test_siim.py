@@ -296,7 +296,7 @@ LAYOUTS = {
         (layout / "test/s4/e.json").write_text("{}"),
     ),
     "table beside": lambda layout: (layout / "test/s4/series-e/e.csv").write_text("x"),
-    "PNG beside": lambda layout: (move(layout, "test/e.dcm"), (layout / "test/e.png").write_bytes(b"")),
+    "PNG beside": lambda layout: (move(layout, "test/s4/e.dcm"), (layout / "test/s4/e.png").write_bytes(b"")),
     "link upwards": lambda layout: link(layout, "test/up", ".."),
     "copy beside": lambda layout: shutil.copy(layout / "test/s4/series-e/e.dcm", layout / "test/s4/e.dcm"),
 }
