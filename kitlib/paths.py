@@ -98,8 +98,9 @@ def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
 def _find_folders(slug: str | Path, root: Path) -> Iterator[Path]:
     """Yield the folders that `slug` may mean: the path itself or, below `root`, the places that `find_input` lists."""
     slug = str(slug)
-    if "/" in slug and Path(slug).is_dir():
-        yield Path(slug)
+    if "/" in slug:
+        # Jupyter starts a notebook in its own folder, so a relative path may also be one from the project's root.
+        yield from (path for path in (Path(slug), project_root() / slug) if path.is_dir())
     if Path(slug).is_absolute():
         return
     layouts: tuple[str, ...] = (slug, f"competitions/{slug}", f"datasets/*/{slug}", f"notebooks/*/{slug}", f"*/{slug}")

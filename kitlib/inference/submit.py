@@ -9,7 +9,6 @@ import logging
 import math
 import tempfile
 import time
-from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -393,8 +392,13 @@ class SubmissionRun:
         now, outcomes = time.monotonic(), list(xrays.outcomes)
         for failed in (outcome for outcome in outcomes if outcome.status == "failed"):
             self._note("decode", 1, now, f"{failed.image_id} keeps its placeholder prediction: {failed.reason}")
-        for warning, count in Counter(warning for outcome in outcomes for warning in outcome.warnings).most_common():
-            self._note("decode", count, now, f"decoded with a warning: {warning}")
+        warned: dict[str, list[str]] = {}
+        for outcome in outcomes:
+            for warning in outcome.warnings:
+                warned.setdefault(warning, []).append(outcome.image_id)
+        for warning, names in sorted(warned.items(), key=lambda item: -len(item[1])):
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            self._note("decode", len(names), now, f"{names[0]}{others} decoded with a warning: {warning}")
         if xrays.limits.note:
             self._note("decode", xrays.limits.slow, now, xrays.limits.note)
         if len(outcomes) < len(self.images):

@@ -58,10 +58,11 @@ def _compare_with_floor(
     `times_the_floor` times the sample's.
     """
     scores, floor = score_files(truth, submission), score_files(truth, sample)
-    table = Table("", "submission", "all-negative floor", title=f"{submission}, after {seconds:.0f} s")
+    table = Table("", "submission", "all-negative floor", title=f"after {seconds:.0f} s")
     for name in (*SCORED_CLASSES, "opacity_boxed", "score"):
         table.add_row(name, f"{scores[name]:.4f}", f"{floor[name]:.4f}")
     console.print(table)
+    console.print(f"{submission}\nNotebooks, tables and pictures: {submission.parent}/STAGE/", soft_wrap=True)
     if not scores["score"] > times_the_floor * floor["score"]:
         raise PlanError(
             f"{submission}: the score {scores['score']:.4f} is not above {times_the_floor:g} times the score of the "

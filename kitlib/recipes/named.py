@@ -4,6 +4,7 @@ A notebook chooses a recipe by name and may override its fields.
 """
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -277,7 +278,10 @@ def recipe(name: str, kind: type[R], /, **overrides: Any) -> R:
     if `overrides` contains an invalid field or value.
     """
     if name not in RECIPES:
-        raise SettingsError(f"no recipe is called {name!r}; valid names: {', '.join(RECIPES)}")
+        fitting = [other for other, value in RECIPES.items() if isinstance(value, kind)]
+        closest = difflib.get_close_matches(name, fitting, 1, cutoff=0.0)
+        names = ", ".join([*closest, *(other for other in fitting if other not in closest)])
+        raise SettingsError(f"no recipe is called {name!r}; names of a {kind.__name__}, the closest one first: {names}")
     published = RECIPES[name]
     if not isinstance(published, kind):
         fitting = [other for other, value in RECIPES.items() if isinstance(value, kind)]

@@ -64,8 +64,8 @@ def train_folds(
     (see kitlib.training.data_parallel).
 
     If the end of the session stops a fold, no further fold is started, and a message is printed that says how to continue;
-    the message gives `resume_name` (default: the name of `run`) as the run to resume from. Raises ValueError if `at_once`
-    and `processes` are not valid together. Raises TrainingError, which lists all failed folds, if folds that train side by
+    the message gives `resume_name` (default: the name of `run`) as the run to resume from. Raises ValueError, before any
+    training, if a fold does not exist, or if `at_once` and `processes` are not valid together. Raises TrainingError, which lists all failed folds, if folds that train side by
     side fail; the other folds finish first.
     """
     folds, gpus = list(folds), torch.cuda.device_count()
@@ -73,6 +73,11 @@ def train_folds(
         raise ValueError(f"at_once is {at_once} and processes is {processes}: use only one of them and set the other to 1")
     if processes < 1 or at_once < 0:
         raise ValueError(f"expected at_once of at least 0 and processes of at least 1, got {at_once} and {processes}")
+    available = sorted(set(task.tables["folds"]["fold"].tolist()))
+    if unknown := sorted(set(folds) - set(available)):
+        raise ValueError(
+            f"the prepared run has no fold {', '.join(map(str, unknown))}; set folds to {available} or some of them"
+        )
     side_by_side = min(len(folds), at_once or (max(1, gpus) if processes == 1 else 1))
     if not task.resume:
         for fold in folds:

@@ -1,13 +1,21 @@
 """Curves for TensorBoard, W&B and MLflow: one point an epoch, from either training loop."""
 
+import importlib.util
+
+import pandas as pd
 import pytest
 from pytorch_lightning.loggers import CSVLogger
 
 from kitlib.errors import TrainingError
-from kitlib.recipes.fields import TrainingRecipe
-from kitlib.settings import field_kinds
+from kitlib.recipes.fields import DetectorRecipe, StudyRecipe, TrainingRecipe
+from kitlib.settings import field_kinds, override
 from kitlib.training.curves import LOGGERS, open_curves
 from kitlib.training.progress import Progress
+from tests.small_tasks import train_small
+from tests.small_xrays import SmallXrays
+
+SMALL_STUDY = StudyRecipe(backbone="resnet10t", image_size=32, batch_size=4, epochs=2, frozen_backbone=False)
+SMALL_YOLO = DetectorRecipe(family="yolo", backbone="yolov8n", width=0.25, image_size=64, batch_size=4, epochs=2)
 
 
 def test_each_epoch_is_a_point(tmp_path):
@@ -28,9 +36,30 @@ def written(folder) -> list[str]:
 @pytest.mark.parametrize("kind", LOGGERS)
 def test_a_missing_package_is_an_error_that_names_it(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(TrainingError, match=rf'curves is "{kind}".*pip install {kind}\), or leave curves empty'):
-        open_curves(kind, tmp_path / "curves", "title")
+    message = rf'curves is "{kind}".*pip install {kind}\), or leave curves empty'
+    with pytest.raises(TrainingError, match=message), open_curves(kind, tmp_path / "curves", "title"):
+        pass
     assert not (tmp_path / "curves").exists()
+
+
+class Closing(CSVLogger):
+    closed = 0
+
+    def finalize(self, status):
+        Closing.closed += status == "success"
+
+
+@pytest.mark.parametrize("recipe", [SMALL_STUDY, SMALL_YOLO], ids=["lightning", "ultralytics"])
+def test_either_training_loop_writes_its_epochs_and_closes_the_logger(tmp_path, monkeypatch, recipe):
+    monkeypatch.setattr(Closing, "closed", 0)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *package: name == "tensorboard" or find(name, *package))
+    monkeypatch.setitem(LOGGERS, "tensorboard", lambda folder, title: Closing(folder, name="", version=""))
+    train_small(tmp_path, SmallXrays(16), override(recipe, curves="tensorboard"))
+    scores = pd.read_csv(tmp_path / "tables" / "history.csv").score
+    points = pd.read_csv(tmp_path / "curves" / "metrics.csv")
+    assert points.step.tolist() == [1, 2] and points.score.tolist() == pytest.approx(scores.tolist())
+    assert Closing.closed == 1
 
 
 def test_the_recipe_offers_what_can_be_written():
