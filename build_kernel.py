@@ -104,6 +104,8 @@ def _size_table(parts: dict[str, Path]) -> Table:
 
 def _push_instructions(spec: KernelSpec, parts: dict[str, Path]) -> str:
     lines = ["To push the kernel with its datasets, add --push."]
+    if spec.owner == "your-kaggle-name":
+        lines.insert(0, "Build it again with --owner and your Kaggle user name first; the file has only a stand-in.")
     if spec.kernel_sources:
         lines.append("These kernels must have run on Kaggle before: " + ", ".join(spec.sources(spec.kernel_sources)))
     lines.append("To push by hand (datasets first; `version -m NOTE` instead of `create` for an existing dataset):")

@@ -71,8 +71,8 @@ def read_metrics(run: str | Path) -> dict[str, Any]:
     if not path.is_file():
         available = sorted(entry.name for entry in Path(run).glob("*")) if Path(run).is_dir() else "no such folder"
         raise RunError(
-            f"{path} is missing: the run is not finished (repeat its notebook's command, which continues it), or this is not its "
-            f"folder; {run} contains: {available}"
+            f"{path} is missing: the run is not finished (its notebook's command continues it), or this is not its folder; "
+            f"{run} contains: {available}"
         )
     return json.loads(path.read_text(encoding="utf-8"))
 

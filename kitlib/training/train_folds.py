@@ -65,8 +65,8 @@ def train_folds(
 
     If the end of the session stops a fold, no further fold is started, and a message is printed that says how to continue;
     the message gives `resume_name` (default: the name of `run`) as the run to resume from. Raises ValueError, before any
-    training, if a fold does not exist, or if `at_once` and `processes` are not valid together. Raises TrainingError, which lists all failed folds, if folds that train side by
-    side fail; the other folds finish first.
+    training, if a fold does not exist, or if `at_once` and `processes` are not valid together. Raises TrainingError, which
+    lists all failed folds, if folds that train side by side fail; the other folds finish first.
     """
     folds, gpus = list(folds), torch.cuda.device_count()
     if processes > 1 and at_once > 1:
