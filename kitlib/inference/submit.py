@@ -200,9 +200,10 @@ class SubmissionRun:
     def finish(self) -> pd.DataFrame:
         """Validate the submission and return the ledger; faults for which Kaggle would reject the submission get a row."""
         began, self.faults = time.monotonic(), validate_rows(self.ids, self.output)
-        note = f"{len(self.faults)} faults; the first is: {self.faults[0]}" if self.faults else "valid"
+        note = "valid"
         if self.faults:
-            logger.error("Kaggle would reject %s: %s", self.output, note)
+            note = f"Kaggle would reject the file: {len(self.faults)} faults; the first is: {self.faults[0]}"
+            logger.error(note)
         self._note("validate", len(self.ids), began, note)
         return self.ledger
 

@@ -1,5 +1,6 @@
 """Folds trained side by side, and one model trained by two processes, give the results of a single process."""
 
+import dataclasses
 import logging
 import math
 import multiprocessing
@@ -79,16 +80,30 @@ def test_folds_side_by_side_equal_folds_one_after_the_other(tmp_path, capfd):
 def deadly(task, fold, run_folder):
     if fold == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    if fold == 2:
+        raise ValueError("out of luck")
     return train_fold(task, fold, run_folder)
+
+
+def with_a_third_fold(task):
+    folds = task.tables["folds"]
+    return dataclasses.replace(task, tables={**task.tables, "folds": folds.assign(fold=[*folds.fold[:-1], 2])})
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_fold_that_does_not_exist_is_refused_before_any_training(tmp_path, at_once):
+    with pytest.raises(ValueError, match=r"the prepared run has no fold 7, 9; set folds to some of \[0, 1\]"):
+        train_folds(task(), [0, 9, 7], tmp_path, at_once=at_once)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("forked")
 def test_folds_that_fail_or_are_killed_are_named_and_stop_no_other(tmp_path):
     with pytest.raises(TrainingError) as failed:
-        train_folds(task(), [7, 1, 0], tmp_path, at_once=2, train=deadly)
+        train_folds(with_a_third_fold(task()), [2, 1, 0], tmp_path, at_once=2, train=deadly)
     message = str(failed.value)
     assert "2 of 3 folds failed, the others are finished" in message
-    assert "fold 7: ValueError: fold 7 leaves no images to train or to validate on" in message
+    assert "fold 2: ValueError: out of luck" in message
     assert f"fold 1: killed, without output\n  log: {tmp_path}/fold1/train.log" in message
     assert (tmp_path / "fold0" / "metrics.json").is_file()
 
