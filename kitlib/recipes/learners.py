@@ -9,9 +9,9 @@ from kitlib.settings import override
 # In the order in which FLANNEL's ensemble concatenates their predictions.
 FLANNEL_NETWORKS = ("densenet161", "inception_v3", "resnet152", "resnext101_32x8d", "vgg19_bn")
 
-# As in FLANNEL's code, the image is stretched to 336 pixels a side (bicubic); training crops a random square of 224, validation crops
-# the middle. The best of all 200 epochs is kept, in FLANNEL's code by accuracy, here by macro F1, in which rare classes
-# count as much as frequent classes.
+# As in FLANNEL's code, the image is stretched to 336 pixels a side (bicubic); training crops a random square of 224,
+# validation crops the middle. The best of all 200 epochs is kept, in FLANNEL's code by accuracy, here by macro F1, in which
+# rare classes count as much as frequent classes.
 _FLANNEL = FindingsRecipe(
     multi_label=False,
     judged_by="macro_f1",
@@ -96,8 +96,8 @@ _ENSEMBLE = FindingsRecipe(
     schedule="step",
     milestones=(5,),
     step_factor=0.01,
-    # The paper's "15 %" of rotation and shear are ranges of Keras' ImageDataGenerator, which takes both in degrees; its shift
-    # and zoom are shares.
+    # The paper's "15 %" of rotation and shear are ranges of Keras' ImageDataGenerator, which takes both in degrees; its
+    # shift and zoom are shares.
     rotate_degrees=15.0,
     shift=0.15,
     scale_x=(0.85, 1.15),

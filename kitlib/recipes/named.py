@@ -122,8 +122,8 @@ RECIPES: dict[str, TrainingRecipe] = {
         views=("full", "flip"),
     ),
     "unet_lungs": SegmenterRecipe(),
-    # ResUNet + ensembles, section 3.3; the optimiser's settings are the kit's. As in `ensemble_*`, the paper's shear of "20 %"
-    # is in the degrees of Keras' ImageDataGenerator.
+    # ResUNet + ensembles, section 3.3; the optimiser's settings are the kit's. As in `ensemble_*`, the paper's shear of
+    # "20 %" is in the degrees of Keras' ImageDataGenerator.
     "resunet_lungs": SegmenterRecipe(
         network="resunet",
         image_size=256,

@@ -185,7 +185,7 @@ def test_a_tenth_held_out_and_nine_folds_are_80_10_10():
 
 
 def test_a_source_is_held_out_with_all_that_is_linked_to_it():
-    images, labels, boxes = tables([0, 0, 1, 2, 3], [0, 0, 0, 1, 1], [False] * 5)
+    images = tables([0, 0, 1, 2, 3], [0, 0, 0, 1, 1], [False] * 5)[0]
     images = images.assign(source=["b", "a", "b", "a", "a"])
     # Image 1 is of image 0's patient, image 3 a near-duplicate of image 2.
     near = pd.DataFrame({"image_id": images.image_id, "group": [0, 1, 2, 2, 3]})
