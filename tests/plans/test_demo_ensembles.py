@@ -19,7 +19,7 @@ CLASSES = ["COVID-19", "not COVID-19"]
 
 
 def write_learner(run, tables, sure):
-    """Write the run of a learner of fold 0 that gives each true class the probability `sure`, but not for one image in four."""
+    """Write the run of a learner of fold 0 that gives true classes the probability `sure`, but not for one image in four."""
     images = tables["images"].merge(tables["folds"], left_on="image_id", right_on="id", how="left")
     truth = tables["labels"].set_index("id").loc[images.study_id, CLASSES].to_numpy()
     wrong = np.arange(len(images)) % 4 == 0
