@@ -45,6 +45,7 @@ def planned(tmp_path_factory, quick_kernels):
         # Training, lungs and heat maps have their own tests.
         run = planned[name]
         parameters = {key: value for key, value in run.parameters.items() if key != "lungs_run"}
+        parameters |= {"samples": 10} if "samples" in parameters else {}
         run_notebook(run.notebook, run.folder / "executed.ipynb", parameters, run.result, threads=1)
         if name == "prepare_two":
             tables = read_prepared(run.folder)
