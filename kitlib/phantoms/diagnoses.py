@@ -146,7 +146,6 @@ def plan_diagnoses(layout: str, images: int, seed: int) -> list[Planned]:
 
 def _write_image(root: Path, image: Planned, layout: str, side: int) -> None:
     path = root / LAYOUTS[layout].make_path(image)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if image.damaged:
         with replacing(path) as temporary_path:
             temporary_path.write_bytes(b"\xff\xd8\xff\xe0 cut off")
