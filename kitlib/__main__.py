@@ -84,6 +84,10 @@ class Layout(StrEnum):
     DARWIN = "darwin"
     KERMANY = "kermany"
     COVID_CHESTXRAY = "covid_chestxray"
+    COVIDX = "covidx"
+    COVIDGR = "covidgr"
+    RICORD = "ricord"
+    BIMCV = "bimcv"
 
 
 @app.command()
@@ -128,14 +132,14 @@ def phantom(
             from kitlib.phantoms.nih import write_nih as write
         elif layout is Layout.RSNA:
             from kitlib.phantoms.rsna import write_rsna as write
-        elif layout in (Layout.KERMANY, Layout.COVID_CHESTXRAY):
-            from kitlib.phantoms.diagnoses import write_diagnoses
-
-            write = partial(write_diagnoses, layout=layout.value)
-        else:
+        elif layout in (Layout.JSRT, Layout.MONTGOMERY, Layout.SHENZHEN, Layout.DARWIN):
             from kitlib.phantoms.lungs import write_lungs
 
             write = partial(write_lungs, layout=layout.value)
+        else:
+            from kitlib.phantoms.diagnoses import write_diagnoses
+
+            write = partial(write_diagnoses, layout=layout.value)
 
         typer.echo(str(write(folder, **sizes, seed=seed)))
     except (ValueError, FileExistsError) as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
+from PIL import Image
 
 # `centre_crop` resizes the shorter side to 256 pixels for a canvas of 224, as is usual for ImageNet and as Heidelberg did.
 CROPPED_FROM = 256 / 224
@@ -50,11 +51,12 @@ class Placement:
     def _frame(self) -> tuple[float, float, float, float]:
         return self.frame or (0.0, 0.0, float(self.columns), float(self.rows))
 
-    def image(self, pixels: np.ndarray, fill: int = 0) -> np.ndarray:
+    def image(self, pixels: np.ndarray, fill: int = 0, bicubic: bool = False) -> np.ndarray:
         """Draw `pixels` on a new canvas and return the canvas (uint8).
 
         `pixels` is a uint8 copy of the original; it may be smaller than `rows` x `columns`, because the cache of decoded
-        X-rays stores reduced copies. `fill` is the grey level of the padding.
+        X-rays stores reduced copies. `fill` is the grey level of the padding. Pixels are resized by area, or linearly if
+        the image grows; or, with `bicubic`, by Pillow's bicubic filter.
         """
         if self.frame:
             xmin, ymin, xmax, ymax = self.frame
@@ -62,10 +64,12 @@ class Placement:
             top, left = round(ymin * y), round(xmin * x)
             top, left = min(top, pixels.shape[0] - 1), min(left, pixels.shape[1] - 1)
             pixels = pixels[top : max(top + 1, round(ymax * y)), left : max(left + 1, round(xmax * x))]
-        shrinks = pixels.shape[0] >= self.inner_rows
-        resized = cv2.resize(
-            pixels, (self.inner_columns, self.inner_rows), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        )
+        size = (self.inner_columns, self.inner_rows)
+        if bicubic:
+            resized = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+        else:
+            shrinks = pixels.shape[0] >= self.inner_rows
+            resized = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
         canvas = np.full((self.canvas_rows, self.canvas_columns, *pixels.shape[2:]), fill, dtype=pixels.dtype)
         shown = resized[max(0, -self.top) :, max(0, -self.left) :][: self.canvas_rows, : self.canvas_columns]
         top, left = max(0, self.top), max(0, self.left)

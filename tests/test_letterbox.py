@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from kitlib.letterbox import PLACEMENTS, centre_crop, clip_boxes, flip_boxes, letterbox, stretch, within
 
@@ -184,3 +185,13 @@ def test_a_mask_returns_to_its_position_on_a_smaller_copy(placement, shape):
     edges = [ys.min(), ys.max() + 1, xs.min(), xs.max() + 1]
     # A pixel of the canvas covers up to 1.6 pixels of the copy: an edge moves by at most half of that.
     assert np.abs(np.array(edges) - [rows // 4, rows // 2, columns // 5, columns // 2]).max() <= 1
+
+
+def test_bicubic_resizing_is_pillows():
+    # Unlike the mean over areas, a bicubic filter has negative weights, so it overshoots beside an edge.
+    pixels = np.repeat(np.array([100, 200], np.uint8), 32)[None].repeat(64, axis=0)
+    place = stretch(64, 64, 16)
+    assert set(place.image(pixels)[0]) == {100, 200}
+    resized = place.image(pixels, bicubic=True)
+    np.testing.assert_array_equal(resized, np.asarray(Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC)))
+    assert resized.min() < 100 and resized.max() > 200

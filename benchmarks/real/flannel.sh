@@ -46,7 +46,7 @@ wait -n
 wait
 notebook 65_ensemble ensemble "{prepare_run: $runs/prepare, run_folder: $runs/ensemble, \
 runs: [$runs/squeezenet, $runs/lcnet, $runs/efficientnet, $runs/vit, $runs/squeezenet_frozen]}"
-report="prepare_run: $runs/prepare, published: flannel, lungs_run: $runs/lungs"
+report="prepare_run: $runs/prepare, published: [flannel], lungs_run: $runs/lungs"
 notebook 85_classification_report report "{$report, run_folder: $runs/report, runs: [$runs/ensemble], \
 probes: [$runs/border, $runs/outside_lungs], heat_runs: [$runs/squeezenet]}"
 # The patches were only predicted for the first outer fold; this report judges all models on these images.

@@ -1,5 +1,7 @@
 """Makes folds and test splits that keep a patient's images and near-duplicates together; checks folds for leaks."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from scipy.sparse import coo_array
@@ -74,6 +76,26 @@ def hold_out_test(
     side = side_of_group[groups]
     check_no_leak(pd.DataFrame({"id": included.image_id, "fold": side}), included, near_duplicates)
     return images.assign(split=np.where(images.image_id.isin(included.image_id[side == 1]), "test", "train"))
+
+
+def hold_out_sources(
+    images: pd.DataFrame, sources: Sequence[str], near_duplicates: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Return `images` with the split "test" for all images of `sources`, such as an external test set in a pool.
+
+    Images that share a patient, a study or a group of near-duplicates with them become "test" too; others keep their split,
+    which is "train" if there is none. Raises ValueError for a source without images, or if no image remains to train on.
+    """
+    if missing := sorted(set(sources) - set(images.source)):
+        available = ", ".join(sorted(set(images.source)))
+        raise ValueError(f"test_sources: no image is from {', '.join(missing)}; available sources: {available}")
+    groups = find_leak_groups(images, near_duplicates)
+    held_out = np.isin(groups, groups[images.source.isin(sources)])
+    split = images["split"] if "split" in images else pd.Series("train", images.index)
+    split = split.fillna("train").mask(held_out, "test")
+    if (split == "test").all():
+        raise ValueError(f"test_sources: without {', '.join(sources)} no image remains to train on; leave a source out")
+    return images.assign(split=split)
 
 
 def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> pd.DataFrame:

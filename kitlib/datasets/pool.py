@@ -59,6 +59,22 @@ def read_pool(parts: Mapping[str, str | Path], scheme: str, progress: bool = Tru
     )
 
 
+def limit_diagnoses(images: pd.DataFrame, at_most: Mapping[str, int], seed: int = 0) -> pd.DataFrame:
+    """Return `images`, the table of a pool, with at most `at_most[name]` random images of the diagnosis `name`; 0: all.
+
+    The order is preserved. The choice depends on `seed` and on the image ids, but not on their order. Raises ValueError for
+    a diagnosis that no image has, or a number that is not a whole number of at least 0.
+    """
+    available = ", ".join(sorted(set(images.diagnosis)))
+    for name, count in at_most.items():
+        if name not in set(images.diagnosis) or type(count) is not int or count < 0:
+            raise ValueError(f"at_most: {name!r}: {count!r}; expected a whole number of images of one of: {available}")
+    shuffled = images.sort_values("image_id").sample(frac=1, random_state=np.random.default_rng(seed))
+    limit = shuffled.diagnosis.map(lambda name: at_most.get(name) or len(images))
+    kept = shuffled.groupby("diagnosis").cumcount() < limit
+    return images[images.index.isin(kept.index[kept])]
+
+
 def sample_images(images: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
     """Return a random sample of at most `count` rows of `images`, with about the same share of each source and diagnosis.
 

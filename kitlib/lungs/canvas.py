@@ -29,6 +29,7 @@ class Canvas:
     gamma: float = 1.0
     masked: bool = False
     probe: str = ""
+    resize: str = "area"
 
     @property
     def whole(self) -> int:
@@ -54,7 +55,8 @@ class Canvas:
 
     def lay(self, grey: np.ndarray, place: Placement) -> np.ndarray:
         """Return a canvas on which `grey` is placed by `place`; for the probe "border", all but its border is black."""
-        return keep_border(place.image(grey)) if self.probe == "border" else place.image(grey)
+        canvas = place.image(grey, bicubic=self.resize == "bicubic")
+        return keep_border(canvas) if self.probe == "border" else canvas
 
     def middle(self, place: Placement) -> Placement:
         """Convert a placement on the whole canvas to one on its central square (`image_size`), which prediction uses."""

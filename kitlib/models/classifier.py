@@ -17,6 +17,7 @@ from kitlib.models.box_mask import MaskDecoder, make_mask_decoder
 from kitlib.recipes.fields import ClassifierRecipe, FindingsRecipe, StudyRecipe
 
 OUTPUTS = (*STUDY_CLASSES, "none")
+BLANK = 1e-3  # smallest standard deviation, of grey levels 0..1, by which a batch is divided
 # The slice of OUTPUTS that is trained, for each value of a study recipe's `outputs`.
 TRAINED_OUTPUTS = {"study": slice(0, 4), "none": slice(4, 5), "both": slice(0, 5)}
 
@@ -52,11 +53,17 @@ class Classifier(nn.Module):
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the network's input for grey canvases (n, side, side), 0..255, uint8 or (after mixup) float.
 
-        The result is (n, channels, side, side) on the device of the canvases.
+        The result is (n, channels, side, side) on the device of the canvases. With the recipe's normalisation "batch", its
+        mean is 0 and its standard deviation 1, except for blank batches.
         """
-        shape = (1, self.recipe.channels, 1, 1)
-        mean, std = (pixels.new_tensor(values, dtype=torch.float32).view(shape) for values in (self.mean, self.std))
-        x = (pixels[:, None].float() / 255 - mean) / std
+        x = pixels[:, None].float() / 255
+        if self.recipe.normalisation == "batch":
+            std, mean = torch.std_mean(x, correction=0)
+            x = ((x - mean) / std.clamp(min=BLANK)).expand(-1, self.recipe.channels, -1, -1)
+        else:
+            shape = (1, self.recipe.channels, 1, 1)
+            mean, std = (x.new_tensor(values).view(shape) for values in (self.mean, self.std))
+            x = (x - mean) / std
         return x.contiguous(memory_format=memory_format(x.device))
 
     def unfreeze(self, epoch: int) -> None:
@@ -272,9 +279,11 @@ def _stages(backbone: Any) -> list[list[str]]:
 def _normalisation(backbone: Any, recipe: ClassifierRecipe) -> tuple[list[float], list[float]]:
     """Return two lists, mean and standard deviation of each channel, by which pixels 0..1 are normalised.
 
-    All values are 0.5 if `recipe.normalisation` is "half". Otherwise they are those that timm records for the backbone's
-    weights, averaged over the colours for grey input.
+    All values are 0.5 if `recipe.normalisation` is "half"; 0 and 1 if it is "batch", which `Classifier.normalise` computes.
+    Otherwise they are those that timm records for the backbone's weights, averaged over the colours for grey input.
     """
+    if recipe.normalisation == "batch":
+        return [0.0] * recipe.channels, [1.0] * recipe.channels
     if recipe.normalisation == "half":
         return [0.5] * recipe.channels, [0.5] * recipe.channels
     mean, std = backbone.pretrained_cfg["mean"], backbone.pretrained_cfg["std"]

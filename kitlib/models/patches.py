@@ -42,14 +42,14 @@ def patch_canvas(xray: CachedXray, lungs: Lungs, recipe: PatchRecipe) -> PatchCa
     the canvas, or if a side of the original image is shorter than a patch.
     """
     grey, side = adjust_grey(xray.pixels, recipe.equalise, recipe.gamma), recipe.image_size
-    make_placement = PLACEMENTS[recipe.placement]
+    make_placement, bicubic = PLACEMENTS[recipe.placement], recipe.resize == "bicubic"
     if lungs.mask is not None and min(xray.rows, xray.columns) >= side:
         placement = make_placement(xray.rows, xray.columns, recipe.canvas)
         mask = placement.image(lungs.mask.astype(np.uint8) * 255) > 127
         if mask.any() and mask.mean() >= recipe.least_lungs:
-            return PatchCanvas(placement.image(grey) * mask, mask, side)
+            return PatchCanvas(placement.image(grey, bicubic=bicubic) * mask, mask, side)
     pixels = np.zeros((recipe.canvas, recipe.canvas), np.uint8)
-    pixels[:side, :side] = make_placement(xray.rows, xray.columns, side).image(grey)
+    pixels[:side, :side] = make_placement(xray.rows, xray.columns, side).image(grey, bicubic=bicubic)
     return PatchCanvas(pixels, None, side)
 
 

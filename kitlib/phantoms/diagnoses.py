@@ -1,4 +1,4 @@
-"""Write phantoms in the layouts of data sets with one diagnosis per image: Kermany's and ieee8023's covid-chestxray-dataset.
+"""Write phantoms in the layouts of data sets with one diagnosis per image: Kermany's, ieee8023's, COVIDx and others.
 
 In each layout, one image file is damaged, one image is a near-duplicate of another patient's image, and some patients have
 two or four images.
@@ -12,12 +12,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
+from pydicom.uid import ExplicitVRLittleEndian
 
-from kitlib.atomic import replacing, write_csv
+from kitlib.atomic import replacing, write_csv, write_text
 from kitlib.phantoms.drawing import render
 from kitlib.phantoms.folder import LEAST_SIDE, write_phantoms
 from kitlib.phantoms.patients import draw_exposure, draw_finding, draw_near_duplicate, draw_opacities, draw_patient
 from kitlib.phantoms.plan import apportion
+from kitlib.xrays.writing import write_xray
 
 LEAST_IMAGES = 24
 # Diagnosis -> the finding that is drawn. Each looks different, so that a network can tell the diagnoses apart.
@@ -84,9 +86,11 @@ def write_diagnoses(
 
     `layout` is one of LAYOUTS. "kermany" has `chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg`. "covid_chestxray" has
     `images/*.png` and `metadata.csv`, which also has rows for a lateral image, a CT slice and an unlabelled image, whose
-    files do not exist. The longer side of each image has `side` pixels, at least 32; `images` is at least LEAST_IMAGES. The
-    same `seed` gives the same images. For `workers`, `progress` and the errors see `write_phantoms`. Raises ValueError for
-    an unknown layout.
+    files do not exist. "covidx" has `{train,test}/*.png` with lists of each image's class and source. "covidgr" has
+    `{P,N}/*.jpg`. "ricord" has DICOM files, all of them COVID-19. "bimcv" has a positive and a negative set of PNG files,
+    with tables of report labels. The longer side of each image has `side` pixels, at least 32; `images` is at least
+    LEAST_IMAGES. The same `seed` gives the same images. For `workers`, `progress` and the errors see `write_phantoms`.
+    Raises ValueError for an unknown layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")
@@ -160,7 +164,10 @@ def _write_image(root: Path, image: Planned, layout: str, side: int) -> None:
         exposure = draw_near_duplicate(rng, exposure)
     grey, _ = render(patient, exposure, opacities)
     pixels = np.rint(grey * np.float32(255)).astype(np.uint8)
-    options = [cv2.IMWRITE_JPEG_QUALITY, 90] if path.suffix == ".jpeg" else []
+    if path.suffix == ".dcm":
+        write_xray(path, pixels, transfer_syntax=ExplicitVRLittleEndian, patient_id=str(image.patient))
+        return
+    options = [cv2.IMWRITE_JPEG_QUALITY, 90] if path.suffix in (".jpg", ".jpeg") else []
     with replacing(path) as temporary_path:
         cv2.imwrite(str(temporary_path), pixels, options)
 
@@ -205,6 +212,50 @@ def _covid_chestxray_table(root: Path, planned: list[Planned], written: list[Non
     write_csv(root / "metadata.csv", pd.DataFrame(rows))
 
 
+def _covidx_path(image: Planned) -> str:
+    return f"{'test' if image.test else 'train'}/phantom-{image.patient:04d}-{image.follow_up}.png"
+
+
+def _covidx_lists(root: Path, planned: list[Planned], written: list[None]) -> None:
+    for part in ("train", "test"):
+        lines = []
+        for image in planned:
+            if image.test == (part == "test"):
+                source = "cohen" if image.diagnosis == "COVID-19" else "rsna"
+                name = Path(_covidx_path(image)).name
+                lines.append(f"phantom{image.patient} {name} {image.diagnosis.lower()} {source}\n")
+        write_text(root / f"{part}_COVIDx5.txt", "".join(lines))
+
+
+def _covidgr_path(image: Planned) -> str:
+    return f"{'P' if image.diagnosis == 'COVID-19' else 'N'}/{image.number:04d}.jpg"
+
+
+def _ricord_path(image: Planned) -> str:
+    return f"MIDRC-RICORD-1C-{image.patient:06d}/study-{image.follow_up + 1}/series/1-1.dcm"
+
+
+def _bimcv_set(image: Planned) -> str:
+    return "posi" if image.diagnosis == "COVID-19" else "neg"
+
+
+def _bimcv_path(image: Planned) -> str:
+    patient, session = f"sub-S{image.patient:05d}", f"ses-E{image.number:05d}"
+    name = f"{patient}_{session}_run-1_bp-chest_vp-{('ap', 'pa')[image.patient % 2]}_cr.png"
+    return f"covid19_{_bimcv_set(image)}/{patient}/{session}/mod-rx/{name}"
+
+
+def _bimcv_tables(root: Path, planned: list[Planned], written: list[None]) -> None:
+    for name in ("posi", "neg"):
+        images = [image for image in planned if _bimcv_set(image) == name]
+        labels = [f"E{image.number:05d}\t['{BIMCV_LABELS[image.diagnosis]}']\n" for image in images]
+        table = f"labels_covid19_{name}.tsv"
+        write_text(root / f"covid19_{name}" / "derivatives" / "labels" / table, "".join(["ReportID\tLabels\n", *labels]))
+        people = {f"sub-S{image.patient:05d}\t[{image.age}]\t{image.sex}\n": None for image in images}
+        write_text(root / f"covid19_{name}" / "participants.tsv", "".join(["participant\tage\tgender\n", *people]))
+
+
+BIMCV_LABELS = {"COVID-19": "COVID 19", "normal": "normal", "pneumonia": "pneumonia"}
 LAYOUTS = {
     # The shares are those of Kermany's images in each class (Cell 2018).
     "kermany": _Layout(
@@ -219,5 +270,29 @@ LAYOUTS = {
         make_path=_covid_chestxray_path,
         identifying_file="metadata.csv",
         tables=_covid_chestxray_table,
+    ),
+    # The shares are those of COVIDx5's images in each class (ResUNet + ensembles, section 3.2).
+    "covidx": _Layout(
+        {"normal": 8066 / 14258, "pneumonia": 5575 / 14258, "COVID-19": 617 / 14258},
+        adults=True,
+        make_path=_covidx_path,
+        identifying_file="train_COVIDx5.txt",
+        tables=_covidx_lists,
+    ),
+    "covidgr": _Layout(
+        {"COVID-19": 0.5, "normal": 0.5}, adults=True, make_path=_covidgr_path, identifying_file="P/0001.jpg"
+    ),
+    "ricord": _Layout(
+        {"COVID-19": 1.0},
+        adults=True,
+        make_path=_ricord_path,
+        identifying_file="MIDRC-RICORD-1C-000001/study-1/series/1-1.dcm",
+    ),
+    "bimcv": _Layout(
+        {"COVID-19": 0.6, "normal": 0.2, "pneumonia": 0.2},
+        adults=True,
+        make_path=_bimcv_path,
+        identifying_file="covid19_posi/derivatives/labels/labels_covid19_posi.tsv",
+        tables=_bimcv_tables,
     ),
 }

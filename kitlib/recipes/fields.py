@@ -173,11 +173,14 @@ class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
     # Side of a larger canvas, from which training crops a random square of image_size and prediction crops the middle;
     # 0: no larger canvas.
     canvas: Count = 0
+    resize: Literal["area", "bicubic"] = "area"  # how images are reduced to the canvas; bicubic: as Pillow does, in FLANNEL
     probe: Literal["", "border", "outside_lungs"] = ""  # tests for shortcuts by showing the model only this region
     l1: NotNegative = 0.0  # factor of the sum of absolute weights in the loss, as in Oh et al.
     hidden: Count = 1024  # units of the head's hidden layer; 0: the head is dropout and one linear layer
     dropout: Share = 0.5
-    normalisation: Literal["backbone", "half"] = "backbone"  # the backbone's mean and standard deviation, or 0.5 for both
+    # Mean and standard deviation that are normalised to 0 and 1: the backbone's, 0.5 for both, or those of the batch, as in
+    # ResUNet + ensembles; a prediction then depends on the other images of its batch.
+    normalisation: Literal["backbone", "half", "batch"] = "backbone"
     frozen_backbone: bool = False
     frozen_statistics: bool = True  # whether a frozen backbone's batch norm statistics stay; Heidelberg's code updates them
     thawed_statistics: bool = True  # whether unfrozen stages update batch norm statistics; not in ResUNet + ensembles

@@ -9,13 +9,14 @@ from kitlib.settings import override
 # In the order in which FLANNEL's ensemble concatenates their predictions.
 FLANNEL_NETWORKS = ("densenet161", "inception_v3", "resnet152", "resnext101_32x8d", "vgg19_bn")
 
-# As in FLANNEL's code, the image is stretched to 336 pixels a side; training crops a random square of 224, validation crops
-# the middle. The best of all 200 epochs is kept, in FLANNEL's code by accuracy, here by macro F1, in which rare classes
-# count as much as frequent classes.
+# As in FLANNEL's code, the image is stretched to 336 pixels a side (bicubic); training crops a random square of 224,
+# validation crops the middle. The best of all 200 epochs is kept, in FLANNEL's code by accuracy, here by macro F1, in which
+# rare classes count as much as frequent classes.
 _FLANNEL = FindingsRecipe(
     multi_label=False,
     judged_by="macro_f1",
     placement="stretch",
+    resize="bicubic",
     canvas=336,
     image_size=224,
     normalisation="half",
@@ -95,11 +96,13 @@ _ENSEMBLE = FindingsRecipe(
     schedule="step",
     milestones=(5,),
     step_factor=0.01,
-    rotate_degrees=15.0,  # the paper says "15 %", but its Keras generator takes degrees
+    # The paper's "15 %" of rotation and shear are ranges of Keras' ImageDataGenerator, which takes both in degrees; its
+    # shift and zoom are shares.
+    rotate_degrees=15.0,
     shift=0.15,
     scale_x=(0.85, 1.15),
     scale_y=(0.85, 1.15),
-    shear_degrees=8.53,  # tan(8.53 degrees) is 15 %
+    shear_degrees=15.0,
     shear_p=1.0,
     blur_p=0.0,
     erase_p=0.0,

@@ -81,11 +81,28 @@ def paired_differences(
     return pd.DataFrame(rows, columns=["model", "reference", "name", "value", "low", "high", "sides", "images"])
 
 
-def append_to_published(table: PublishedTable, drawn: Mapping[str, pd.DataFrame], level: float = 0.95) -> pd.DataFrame:
+def fold_means(predictions: Judged) -> pd.DataFrame:
+    """Return the mean of each metric over the folds and its standard deviation, in the rows "mean" and "sd".
+
+    The columns are those of `draws`. This is how most papers report cross-validation. A fold in which a metric is undefined
+    is left out of its mean. The standard deviation is that of a sample (n - 1); it is NaN if there is one fold.
+    """
+    folds = predictions.answers.fold
+    in_fold = (np.unique(folds)[:, None] == folds).astype(float)
+    return Metrics(predictions).for_weights(in_fold).agg(["mean", "std"]).rename(index={"std": "sd"})
+
+
+def append_to_published(
+    table: PublishedTable,
+    drawn: Mapping[str, pd.DataFrame],
+    by_fold: Mapping[str, pd.DataFrame] | None = None,
+    level: float = 0.95,
+) -> pd.DataFrame:
     """Return a table of text: the published rows, then one row for each model in `drawn`, with intervals.
 
-    `drawn` maps model names to the results of `draws`. The columns are the published ones; the index levels are `from`
-    ("published" or "here") and `model`. A missing value is "-".
+    `drawn` maps model names to the results of `draws`. If `by_fold` maps them to the results of `fold_means`, a row with the
+    mean and standard deviation over the folds follows each row. The columns are the published ones; the index levels are
+    `from` ("published", "here" or "here, mean of folds") and `model`. A missing value is "-".
     """
     rows = {}
     for name, row in table.rows.iterrows():
@@ -95,6 +112,9 @@ def append_to_published(table: PublishedTable, drawn: Mapping[str, pd.DataFrame]
         own = intervals(draws[[column for column in table.rows.columns if column in draws]], level)
         cells = own[["value", "low", "high"]].itertuples(index=False)
         rows["here", name] = {metric: _interval_cell(*cell) for metric, cell in zip(own["name"], cells, strict=True)}
+        if by_fold:
+            means = by_fold[name][own["name"]]
+            rows["here, mean of folds", name] = {metric: _cell(*means[metric]) for metric in means}
     text = pd.DataFrame.from_dict(rows, orient="index", columns=list(table.rows.columns)).fillna("-")
     text.index = pd.MultiIndex.from_tuples(list(rows), names=["from", "model"])
     return text

@@ -23,12 +23,14 @@ def confusion_figure(models: Mapping[str, Judged]) -> Figure:
     return figures.confusion_figure({name: confusion(predictions) for name, predictions in models.items()}, shares_too=True)
 
 
-def class_curves(predictions: Judged) -> Figure:
-    """Draw the ROC and precision-recall curves of each class against the others, for one model."""
-    truth = np.arange(len(predictions.classes)) == predictions.truth[:, None]
-    return _curves(
-        {name: (predictions.probabilities[:, index], truth[:, index]) for index, name in enumerate(predictions.classes)}
-    )
+def class_curves(models: Mapping[str, Judged]) -> Figure:
+    """Draw the ROC and precision-recall curves of each class against the others, in a row for each model."""
+    rows = {}
+    for model, predictions in models.items():
+        truth = np.arange(len(predictions.classes)) == predictions.truth[:, None]
+        columns = zip(predictions.classes, predictions.probabilities.T, truth.T, strict=True)
+        rows[model] = {name: (scores, true) for name, scores, true in columns}
+    return _curves(rows)
 
 
 def model_curves(models: Mapping[str, Judged], class_name: str) -> Figure:
@@ -42,7 +44,7 @@ def model_curves(models: Mapping[str, Judged], class_name: str) -> Figure:
             raise ValueError(f"{name} has no class {class_name!r}; its classes: {', '.join(predictions.classes)}")
         index = predictions.classes.index(class_name)
         lines[name] = predictions.probabilities[:, index], predictions.truth == index
-    return _curves(lines)
+    return _curves({f"{class_name} against the others": lines})
 
 
 def reliability(predictions: Judged, bins: int = RELIABILITY_BINS) -> pd.DataFrame:
@@ -66,8 +68,8 @@ def reliability_figure(models: Mapping[str, Judged]) -> Figure:
     The area of a dot shows the number of images in the bin. The keys of `models` become the titles. The entries can also be
     the same model before and after temperature scaling.
     """
-    figure = Figure(figsize=(0.6 + 3.4 * len(models), 3.6), layout="constrained")
-    for axis, (name, predictions) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
+    figure, axes = figures.panels(len(models), 3.4, 3.6)
+    for axis, (name, predictions) in zip(axes, models.items(), strict=True):
         bins = reliability(predictions)
         axis.plot([0, 1], [0, 1], color="grey", linestyle=":")
         axis.plot(bins.predicted, bins.observed, color="steelblue")
@@ -139,24 +141,26 @@ def _surest(predictions: Judged, indices: np.ndarray, count: int) -> list[int]:
     return order[np.lexsort((np.arange(len(order)), turns))][:count].tolist()
 
 
-def _curves(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Draw the ROC and precision-recall curves of each entry of `lines`, which maps a name to (scores, truth as bool).
+def _curves(rows: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> Figure:
+    """Draw a row of axes for each entry of `rows`: its title, and lines, each a name with (scores, truth as bool).
 
-    Entries without positives or without negatives are omitted.
+    On the left are ROC curves, on the right precision-recall curves. Lines without positives or without negatives are
+    omitted.
     """
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=0.8)
-    for name, (scores, true) in lines.items():
-        if true.any() and not true.all():
-            false_positives, recall, _ = roc_curve(true, scores)
-            left.plot(false_positives, recall, label=f"{name} (AUC {roc_auc(scores, true):.3f})", linewidth=1.2)
-            precision, recall, _ = precision_recall_curve(true, scores)
-            area = average_precision_score(true, scores)
-            right.plot(recall, precision, label=f"{name} (AP {area:.3f})", linewidth=1.2, drawstyle="steps-post")
-    left.set(xlabel="false positive rate", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
-    right.set(xlabel="sensitivity", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
-    for axis in (left, right):
-        if len(axis.get_legend_handles_labels()[0]):
-            axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    figure = Figure(figsize=(9, 4.4 * len(rows)), layout="constrained")
+    for (left, right), (title, lines) in zip(figure.subplots(len(rows), 2, squeeze=False), rows.items(), strict=True):
+        left.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=0.8)
+        for name, (scores, true) in lines.items():
+            if true.any() and not true.all():
+                false_positives, recall, _ = roc_curve(true, scores)
+                left.plot(false_positives, recall, label=f"{name} (AUC {roc_auc(scores, true):.3f})", linewidth=1.2)
+                precision, recall, _ = precision_recall_curve(true, scores)
+                area = average_precision_score(true, scores)
+                right.plot(recall, precision, label=f"{name} (AP {area:.3f})", linewidth=1.2, drawstyle="steps-post")
+        left.set(xlabel="false positive rate", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
+        right.set(xlabel="sensitivity", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
+        for axis in (left, right):
+            axis.set_title(title, fontsize=9)
+            if len(axis.get_legend_handles_labels()[0]):
+                axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     return figure

@@ -56,10 +56,10 @@ class Judged:
 def judged(scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, source: str = "") -> Judged:
     """Return the predictions of one model (a `class_scores` table), matched with the true class of each image.
 
-    `source` restricts the result to images from one source. If the models of several folds have predicted an image, their
-    probabilities are averaged. Raises ValueError if the table has several models or no rows, if no image is from `source`,
-    if a class of the labels is not predicted, if an image does not have exactly one true class, or if probabilities do not
-    sum to 1.
+    `source` restricts the result to images from one source or, if it is "not NAME", from all sources but NAME. If the models
+    of several folds have predicted an image, their probabilities are averaged. Raises ValueError if the table has several
+    models or no rows, if no image is from `source`, if a class of the labels is not predicted, if an image does not have
+    exactly one true class, or if probabilities do not sum to 1.
     """
     scores, labels = check_table(scores, "class_scores"), check_table(labels, "labels")
     if scores.empty:
@@ -74,9 +74,9 @@ def judged(scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, sou
         scores = mean_over_folds(scores)
     image_table = images.set_index("image_id")
     if source:
-        sources = sorted(set(image_table.source))
-        scores = scores[scores.image_id.map(image_table.source) == source]
-        if scores.empty:
+        sources, name = sorted(set(image_table.source)), source.removeprefix("not ")
+        scores = scores[(scores.image_id.map(image_table.source) == name) == (name == source)]
+        if scores.empty or name not in sources:
             raise ValueError(f"no predicted image is from source {source!r}; available sources: {', '.join(sources)}")
     labelled = answers(scores, images, labels)
     ids = scores.image_id.to_numpy()

@@ -86,11 +86,26 @@ def unseen_bundle(run: str | Path, tables: dict[str, pd.DataFrame]) -> tuple[Pat
     return folder, folds.id[folds.fold == fold].tolist()
 
 
-def choose_models(models: Iterable[str], reference: str, pictured: Iterable[str]) -> tuple[str, list[str]]:
+def kept_models(runs: Iterable[str | Path], models: Iterable[str]) -> list[str]:
+    """Return the models that `runs` have saved, by their names in `models` (see `read_class_scores`).
+
+    A run of notebook 65 has saved one ensemble, a run that trains a learner this learner.
+    """
+    kept, models = [], set(models)
+    for run in map(Path, runs):
+        name = str(read_metrics(run).get("model", ""))
+        kept += [each for each in (f"{run.name}: {name}", name) if each in models][:1]
+    return list(dict.fromkeys(kept))
+
+
+def choose_models(
+    models: Iterable[str], reference: str, pictured: Iterable[str], kept: Iterable[str]
+) -> tuple[str, list[str]]:
     """Return the name of the reference model and the names of the models to draw, with defaults for empty arguments.
 
     If `reference` is empty, it is the model `mean` of an ensemble, or the first model if there is none. If `pictured` is
-    empty, the reference and the last model are drawn. Raises ValueError for a name that is not in `models`.
+    empty, the models in `kept` are drawn (see `kept_models`), or the reference if there are none. Raises ValueError for a
+    name that is not in `models`.
     """
     models, pictured = list(models), list(pictured)
     for parameter, names in (("reference", [reference] if reference else []), ("pictured", pictured)):
@@ -98,7 +113,7 @@ def choose_models(models: Iterable[str], reference: str, pictured: Iterable[str]
             raise ValueError(f"{parameter}: model {absent[0]!r} does not exist; available models: {', '.join(models)}")
     means = [name for name in models if name.split(": ")[-1] == "mean"]
     reference = reference or [*means, *models][0]
-    return reference, pictured or list(dict.fromkeys([reference, models[-1]]))
+    return reference, pictured or list(kept) or [reference]
 
 
 def protocol_of(folds: pd.DataFrame, folds_by: str) -> str:

@@ -50,6 +50,14 @@ def image_grid(count: int, per_row: int, width: float, height: float) -> tuple[F
     return figure, axes
 
 
+def panels(count: int, width: float, height: float, per_row: int = 4) -> tuple[Figure, list[Axes]]:
+    """Return a figure and the axes of its `count` panels, each `width` x `height` inches, at most `per_row` side by side."""
+    columns = min(count, per_row)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(0.6 + width * columns, height * rows), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
+
+
 def show_legend(figure: Figure, **names: str) -> None:
     """Add a legend below the images: each of `names` is a colour, and what is drawn in it."""
     handles = [Line2D([], [], color=colour, label=name) for colour, name in names.items()]
@@ -129,8 +137,8 @@ def confusion_figure(matrices: Mapping[str, pd.DataFrame], shares_too: bool = Fa
     Rows are the true class, columns the most probable class. The keys of `matrices` become the titles. If `shares_too`, the
     shares are printed below the counts.
     """
-    figure = Figure(figsize=(0.6 + 3.9 * len(matrices), 3.9), layout="constrained")
-    for axis, (name, matrix) in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items(), strict=True):
+    figure, axes = panels(len(matrices), 3.9, 3.9)
+    for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
         counts = matrix.to_numpy()
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)

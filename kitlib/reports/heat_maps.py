@@ -38,11 +38,15 @@ COLUMNS = ["image_id", "class", "heat_inside", "area_inside", "concentration"]
 
 @dataclass(frozen=True)
 class Heat:
-    """Heat map of an image for one class, in the size of the decoded copy: float32, 0..1, all 0 if there is no heat."""
+    """Heat map of an image for one class, in the size of the decoded copy: float32, 0..1, all 0 if there is no heat.
+
+    `seen`, uint8 of the same size, is the image as the model sees it, for example black outside the lungs.
+    """
 
     xray: CachedXray
     class_name: str
     heat: np.ndarray
+    seen: np.ndarray
 
 
 def heat_maps(network: Classifier, pixels: torch.Tensor, outputs: Sequence[int]) -> np.ndarray:
@@ -84,9 +88,13 @@ def compute_heat(predictor: Predictor, xrays: Iterable[CachedXray], class_names:
         )
         batch = predictor.canvases(batch_xrays)
         canvas = next(iter(batch.pixels))
-        heat = heat_maps(predictor.network, batch.pixels[canvas], [predictor.classes.index(name) for name in batch_names])
-        for xray, name, placement, canvas_heat in zip(batch_xrays, batch_names, batch.placements[canvas], heat, strict=True):
-            heats.append(Heat(xray, name, placement.back(canvas_heat, *xray.pixels.shape).clip(0, 1)))
+        pixels, placements = batch.pixels[canvas], batch.placements[canvas]
+        heat = heat_maps(predictor.network, pixels, [predictor.classes.index(name) for name in batch_names])
+        for xray, name, place, canvas_heat, seen in zip(
+            batch_xrays, batch_names, placements, heat, pixels.numpy(), strict=True
+        ):
+            heat_back, seen_back = (place.back(each, *xray.pixels.shape) for each in (canvas_heat, seen))
+            heats.append(Heat(xray, name, heat_back.clip(0, 1), seen_back))
     return heats
 
 
@@ -120,7 +128,8 @@ def heat_summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def heat_figure(heats_by_model: Mapping[str, Sequence[Heat]], lungs: LungFinder | None = None) -> Figure:
     """Draw one column per image: the first row shows the images, each further row the heat maps of one model.
 
-    The models can be, for example, one trained with and one without lung masks. The outline of the lungs is drawn if `lungs`
+    Heat is drawn over the image as the model sees it. The models can be, for example, one trained with and one without lung
+    masks. The outline of the lungs is drawn if `lungs`
     finds a mask. Raises ValueError if the models' heat maps are of different images.
     """
     first = next(iter(heats_by_model.values()))
@@ -139,7 +148,7 @@ def heat_figure(heats_by_model: Mapping[str, Sequence[Heat]], lungs: LungFinder 
     for row, (name, heats) in enumerate({"image": first, **heats_by_model}.items()):
         axes[row, 0].set_ylabel(labels.get(name, name), fontsize=9)
         for axis, heat in zip(axes[row], heats, strict=False):
-            axis.imshow(heat.xray.pixels, cmap="gray", vmin=0, vmax=255)
+            axis.imshow(heat.seen if row else heat.xray.pixels, cmap="gray", vmin=0, vmax=255)
             if row:
                 axis.imshow(heat.heat, cmap="jet", vmin=0, vmax=1, alpha=0.4)
             mask = lungs.find([heat.xray])[0].mask if lungs is not None else None

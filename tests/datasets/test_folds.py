@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.datasets.base import Dataset, Faults
-from kitlib.datasets.folds import check_no_leak, find_leak_groups, hold_out_test, make_folds, make_source_folds
+from kitlib.datasets.folds import (
+    check_no_leak,
+    find_leak_groups,
+    hold_out_sources,
+    hold_out_test,
+    make_folds,
+    make_source_folds,
+)
 from kitlib.datasets.siim import read_label_tables
 from kitlib.errors import DatasetError
 
@@ -175,6 +182,20 @@ def test_a_tenth_held_out_and_nine_folds_are_80_10_10():
     assert set(folds.id) == set(images.image_id[~test])
     counts = pd.crosstab(folds.id.str[1:].astype(int).map(dict(enumerate(classes))), folds.fold).to_numpy()
     assert counts.tolist() == [[32] * 9, [10] * 9, [6] * 9, [2] * 9]
+
+
+def test_a_source_is_held_out_with_all_that_is_linked_to_it():
+    images = tables([0, 0, 1, 2, 3], [0, 0, 0, 1, 1], [False] * 5)[0]
+    images = images.assign(source=["b", "a", "b", "a", "a"])
+    # Image 1 is of image 0's patient, image 3 a near-duplicate of image 2.
+    near = pd.DataFrame({"image_id": images.image_id, "group": [0, 1, 2, 2, 3]})
+    assert hold_out_sources(images, ["b"], near)["split"].tolist() == ["test"] * 4 + ["train"]
+    kept = hold_out_sources(images.assign(split=["train"] * 4 + ["test"]), ["b"])["split"].tolist()
+    assert kept == ["test", "test", "test", "train", "test"]
+    with pytest.raises(ValueError, match="no image is from c; available sources: a, b"):
+        hold_out_sources(images, ["c"])
+    with pytest.raises(ValueError, match="no image remains to train on"):
+        hold_out_sources(images, ["a", "b"])
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1])

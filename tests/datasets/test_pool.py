@@ -7,7 +7,7 @@ import pytest
 
 from kitlib.classes import CLASS_SCHEMES, DIAGNOSES, scheme_classes
 from kitlib.datasets.folds import find_leak_groups
-from kitlib.datasets.pool import read_pool, sample_images
+from kitlib.datasets.pool import limit_diagnoses, read_pool, sample_images
 from kitlib.phantoms.diagnoses import plan_diagnoses, write_diagnoses
 from kitlib.phantoms.lungs import write_lungs
 from kitlib.phantoms.nih import write_nih
@@ -114,3 +114,14 @@ def test_a_shortened_pool_has_a_share_of_every_source_and_diagnosis():
     again = sample_images(images[::-1].reset_index(drop=True), 20, seed=1)
     assert set(again.image_id) == set(some.image_id) != set(sample_images(images, 20, seed=2).image_id)
     pd.testing.assert_frame_equal(sample_images(images, 100), images)
+
+
+def test_a_diagnosis_can_be_limited():
+    images = pd.DataFrame({"image_id": [f"i{n:02d}" for n in range(30)], "diagnosis": ["COVID-19"] * 20 + ["normal"] * 10})
+    few = limit_diagnoses(images, {"COVID-19": 5, "normal": 0}, seed=1)
+    assert few.diagnosis.value_counts().to_dict() == {"normal": 10, "COVID-19": 5} and few.image_id.is_monotonic_increasing
+    again = limit_diagnoses(images[::-1].reset_index(drop=True), {"COVID-19": 5}, seed=1)
+    assert set(again.image_id) == set(few.image_id) != set(limit_diagnoses(images, {"COVID-19": 5}, seed=2).image_id)
+    for wrong in ({"viral": 5}, {"COVID-19": -1}, {"COVID-19": 2.5}):
+        with pytest.raises(ValueError, match="expected a whole number of images of one of: COVID-19, normal"):
+            limit_diagnoses(images, wrong)

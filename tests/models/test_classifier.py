@@ -97,6 +97,14 @@ def test_normalisation_half_subtracts_and_divides_by_a_half():
     assert torch.allclose(x[0, :, 5], torch.tensor([-1.0, -0.6, 1.0]).expand(3, 3))
 
 
+def test_normalisation_by_batch_gives_each_batch_a_mean_of_0_and_a_standard_deviation_of_1():
+    model = StudyClassifier(override(RECIPE, normalisation="batch", channels=3))
+    # Grey levels 0, 0, 0 and 4/255: mean 1/255, standard deviation sqrt(3)/255.
+    x = model.normalise(torch.tensor([0, 0, 0, 4], dtype=torch.uint8).view(2, 1, 2))
+    assert torch.allclose(x, torch.tensor([-1.0, -1, -1, 3]).div(3**0.5).view(2, 1, 1, 2).expand(2, 3, 1, 2))
+    assert model.normalise(torch.full((2, 8, 8), 7, dtype=torch.uint8)).abs().max() == 0
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_frozen_backbone_keeps_its_batch_norm_statistics(frozen):
     assert parts_changed_by_a_step(override(RECIPE, frozen_backbone=frozen)) == (

@@ -6,8 +6,10 @@ import pandas as pd
 import pytest
 
 from kitlib.datasets.near_duplicates import MAX_DISTANCE, group_hashes, perceptual_hash
+from kitlib.datasets.registry import read_dataset
 from kitlib.errors import UnreadableXray
 from kitlib.phantoms.diagnoses import LAYOUTS, plan_diagnoses, write_diagnoses
+from kitlib.xrays.dicom import decode_xray
 from kitlib.xrays.image_file import decode_image
 
 SMALL = {"images": 48, "side": 64, "seed": 3, "progress": False}
@@ -20,7 +22,11 @@ def written(tmp_path_factory):
 
 
 def image_files(folder):
-    return sorted(path for path in folder.rglob("*") if path.suffix in (".png", ".jpeg"))
+    return sorted(path for path in folder.rglob("*") if path.suffix in (".png", ".jpg", ".jpeg", ".dcm"))
+
+
+def decode(path):
+    return (decode_xray if path.suffix == ".dcm" else decode_image)(path).pixels
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -30,7 +36,7 @@ def test_every_image_is_there_and_one_is_damaged(layout, written):
     damaged = []
     for path in files:
         try:
-            assert max(decode_image(path).pixels.shape) in range(61, 65)
+            assert max(decode(path).shape) in range(61, 65)
         except UnreadableXray:
             damaged.append(path.name)
     assert len(damaged) == 1
@@ -48,10 +54,29 @@ def test_the_plan_has_several_images_of_a_patient_and_one_image_twice(layout, wr
     copy = int(table.is_copy.to_numpy().argmax())
     assert table.patient[copy] != table.patient[copy - 1]
     one, other = (
-        perceptual_hash(decode_image(written[layout] / LAYOUTS[layout].make_path(planned[index])).pixels)
-        for index in (copy - 1, copy)
+        perceptual_hash(decode(written[layout] / LAYOUTS[layout].make_path(planned[index]))) for index in (copy - 1, copy)
     )
     assert group_hashes([one, other], MAX_DISTANCE).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("layout", "counts"),
+    [
+        # 48 images by the published shares; COVIDGR's negatives are "other".
+        ("covidx", {"normal": 27, "pneumonia": 19, "COVID-19": 2}),
+        ("covidgr", {"COVID-19": 24, "other": 24}),
+        ("ricord", {"COVID-19": 48}),
+        ("bimcv", {"COVID-19": 29, "normal": 10, "pneumonia": 9}),
+    ],
+)
+def test_every_diagnosis_is_read_and_only_the_damaged_image_is_left_out(layout, counts, written):
+    images = read_dataset(layout, written[layout], progress=False).images
+    # The damaged image is one of the first diagnosis.
+    first = next(iter(LAYOUTS[layout].shares))
+    assert images.diagnosis.value_counts().to_dict() == counts | {first: counts[first] - 1}
+    patients = {image.patient for image in plan_diagnoses(layout, 48, seed=3) if not image.damaged}
+    assert images.patient_id.nunique() == (47 if layout == "covidgr" else len(patients))
+    assert layout != "covidx" or set(images["split"]) == {"train", "test"}
 
 
 def digest(folder):

@@ -82,6 +82,7 @@ VALUES = (
         "step",
         "letterbox",
         "stretch",
+        "bicubic",
         "best",
         "last",
         "darkness",

@@ -42,6 +42,7 @@ def test_flannel_has_five_networks_whole_and_patched():
         assert whole.backbone == patched.backbone == name and isinstance(patched, PatchRecipe)
         # systems.md sections 1 and 2: 224 of 336, inception 299; Adam 1e-3, 1e-4, batches of 10, a tenth at 150 of 200.
         assert (whole.image_size, whole.canvas) == ((299, 448) if name == "inception_v3" else (224, 336))
+        assert (whole.resize, whole.placement) == ("bicubic", "stretch")
         assert patched.image_size == whole.image_size and (patched.canvas, patched.patches) == (1024, 100)
         assert (whole.optimizer, whole.learning_rate, whole.weight_decay, whole.batch_size) == ("adam", 1e-3, 1e-4, 10)
         assert [learning_rate_factor(epoch, 200, whole) for epoch in (0, 149, 150, 199)] == pytest.approx([1, 1, 0.1, 0.1])
@@ -66,6 +67,9 @@ def test_the_ensembles_learners_begin_with_the_head_alone():
     for name, hidden in (("densenet201", 128), ("resnet152", 1024), ("vgg19", 4096)):
         recipe = LEARNERS[f"ensemble_{name}"]
         assert (recipe.hidden, recipe.dropout, recipe.batch_size) == (hidden, 0.1, 32)
+        # "15 %": Keras' ImageDataGenerator takes rotation and shear in degrees, shift and zoom as shares.
+        assert (recipe.rotate_degrees, recipe.shear_degrees, recipe.shift) == (15, 15, 0.15)
+        assert recipe.scale_x == recipe.scale_y == (0.85, 1.15)
         steps = [recipe.learning_rate * learning_rate_factor(epoch, 60, recipe) for epoch in (0, 4, 5, 59)]
         assert steps == pytest.approx([1e-3, 1e-3, 1e-5, 1e-5])
         with torch.device("meta"):

@@ -29,7 +29,8 @@ def test_confusion_shows_counts_and_shares_of_rows():
 def test_curves_name_their_areas_and_omit_undefined_ones():
     predictions = judged(*tables())
     table = class_table(predictions).set_index("class")
-    roc, pr = class_curves(predictions).axes
+    *_, roc, pr = class_curves({"other": predictions, "m": predictions}).axes
+    assert roc.get_title() == "m"
     labels = [text.get_text() for axis in (roc, pr) for text in axis.get_legend().texts]
     expected = [f"{name} (AUC {table.roc_auc[name]:.3f})" for name in CLASSES]
     assert labels == expected + [f"{name} (AP {table.pr_auc[name]:.3f})" for name in CLASSES]

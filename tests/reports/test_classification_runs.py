@@ -8,7 +8,7 @@ import pytest
 
 from kitlib.bundle import data_fingerprint
 from kitlib.errors import RunError
-from kitlib.reports.classification_runs import choose_models, protocol_of, read_class_scores, unseen_bundle
+from kitlib.reports.classification_runs import choose_models, kept_models, protocol_of, read_class_scores, unseen_bundle
 from kitlib.tables import empty_table, write_table
 from tests.reports.test_classification_report import CLASSES, tables
 
@@ -111,18 +111,24 @@ def test_a_nested_models_unseen_images_are_the_outer_folds(tmp_path, monkeypatch
                 unseen_bundle(tmp_path / run, prepared | changed)
 
 
-def test_unknown_models_are_refused_and_the_mean_is_the_default_reference():
+def test_what_runs_keep_is_pictured_and_the_mean_is_the_default_reference(tmp_path):
+    for run, model in (("whole", "flannel"), ("patched", "flannel"), ("alone", "vgg19")):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "metrics.json").write_text(json.dumps({"model": model}))
+    models = ["vgg19", "whole: mean", "whole: flannel", "patched: mean", "patched: flannel", "patched_vgg19"]
+    runs = [tmp_path / name for name in ("whole", "patched", "alone")]
+    kept = ["whole: flannel", "patched: flannel", "vgg19"]
+    assert kept_models(runs, models) == kept and kept_models(runs[:1], ["flannel"]) == ["flannel"]
+    assert choose_models(models, "", [], kept) == ("whole: mean", kept)
     models = ["resnet152", "ensemble: mean", "flannel"]
-    assert choose_models(models, "", []) == ("ensemble: mean", ["ensemble: mean", "flannel"])
-    assert choose_models(models[::2], "", []) == ("resnet152", ["resnet152", "flannel"])
-    assert choose_models(models[:1], "", []) == ("resnet152", ["resnet152"])
-    assert choose_models(models, "flannel", ["resnet152"]) == ("flannel", ["resnet152"])
+    assert choose_models(models[::2], "", [], []) == ("resnet152", ["resnet152"])
+    assert choose_models(models, "flannel", ["resnet152"], ["flannel"]) == ("flannel", ["resnet152"])
     with pytest.raises(
         ValueError, match="reference: model 'mean' does not exist; available models: resnet152, ensemble: mean, fl"
     ):
-        choose_models(models, "mean", [])
+        choose_models(models, "mean", [], [])
     with pytest.raises(ValueError, match="pictured: model 'flanel' does not exist; available models: resnet152"):
-        choose_models(models, "", ["flannel", "flanel"])
+        choose_models(models, "", ["flannel", "flanel"], [])
 
 
 def test_the_protocol_says_how_folds_were_made():

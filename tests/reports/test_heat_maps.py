@@ -107,6 +107,8 @@ def test_heat_of_a_bundle_has_the_pixels_of_the_decoded_copy(tmp_path, family):
     heats = compute_heat(predictor, xrays, [classes[n % 2] for n in range(6)])
     assert [each.xray.image_id for each in heats] == small.image_ids
     assert all(each.heat.shape == each.xray.pixels.shape and 0 <= each.heat.min() <= each.heat.max() <= 1 for each in heats)
+    # A letterboxed model sees the whole image, resized.
+    assert np.corrcoef(heats[0].seen.ravel(), xrays[0].pixels.ravel())[0, 1] > 0.9
     lungs = stored_lungs(tmp_path / "lungs", small, missed=["image001"])
     table = inside_lungs(heats, lungs)
     assert table.heat_inside.isna().tolist()[1]
@@ -130,7 +132,7 @@ def test_the_share_of_heat_inside_the_lungs():
     even = np.ones((10, 20), np.float32)
     inside = np.zeros((10, 20), np.float32)
     inside[2, 3], inside[8, 15] = 0.9, 0.3
-    table = inside_lungs([Heat(xray, "a", even), Heat(xray, "a", inside), Heat(xray, "a", 0 * even)], Finder())
+    table = inside_lungs([Heat(xray, "a", each, xray.pixels) for each in (even, inside, 0 * even)], Finder())
     assert table.heat_inside.tolist()[:2] == pytest.approx([0.25, 0.75])
     assert table.concentration.tolist()[:2] == pytest.approx([1, 3]) and np.isnan(table.heat_inside[2])
     summary = heat_summary({"whole": table})

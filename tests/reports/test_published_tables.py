@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from kitlib.errors import SettingsError
 from kitlib.paths import project_root
-from kitlib.reports.classification_bootstrap import append_to_published, draws, what_differs
-from kitlib.reports.classification_report import count_metrics, judged
+from kitlib.reports.classification_bootstrap import append_to_published, draws, fold_means, what_differs
+from kitlib.reports.classification_report import class_table, count_metrics, judged
 from kitlib.reports.published_tables import COUNTS, TABLES, check_counts, find_published, possible_counts
 from tests.reports.test_classification_report import tables
 
@@ -99,11 +99,15 @@ def test_impossible_values_are_reported_and_invalid_input_is_refused():
 def test_own_results_are_listed_under_the_published_rows():
     predictions = judged(*tables())
     drawn = draws(predictions, samples=20)
-    text = append_to_published(find_published("flannel"), {"FLANNEL, out of fold": drawn})
+    by_fold = {"FLANNEL, out of fold": fold_means(predictions)}
+    text = append_to_published(find_published("flannel"), {"FLANNEL, out of fold": drawn}, by_fold)
     assert text.loc[("published", "FLANNEL"), "f1 macro"] == "0.8385 (sd 0.01)"
     assert text.loc[("here", "FLANNEL, out of fold"), "f1 viral"].startswith(f"{drawn['f1 viral'].iloc[0]:.4f} [")
     assert text.loc[("here", "FLANNEL, out of fold"), "f1 bacterial"] == "-"  # not among our classes
-    assert text.index[-1] == ("here", "FLANNEL, out of fold")
+    assert text.index[-2] == ("here", "FLANNEL, out of fold")
+    folds = [class_table(predictions.rows(predictions.answers.fold == fold)).f1.iloc[-1] for fold in (0, 1)]
+    assert text.index[-1] == ("here, mean of folds", "FLANNEL, out of fold")
+    assert text["f1 macro"].iloc[-1] == f"{np.mean(folds):.4f} (sd {np.std(folds, ddof=1):.2f})"
     differences = what_differs(find_published("flannel"), predictions, "2 folds by patient")
     assert differences.loc["protocol", "here"] == "2 folds by patient"
     assert (
@@ -125,5 +129,6 @@ def test_every_table_prints_and_an_unknown_name_lists_them():
 
 def test_plans_name_existing_tables():
     plans = [path.read_text() for path in (project_root() / "submissions" / "plans").glob("*.yaml")]
-    named = [name for plan in plans for name in re.findall(r"\bpublished: *(\w+)", plan)]
-    assert len(named) >= 4 and set(named) <= set(TABLES)
+    lists = [names for plan in plans for names in re.findall(r"\bpublished: *\[([\w, ]+)\]", plan)]
+    named = {name.strip() for names in lists for name in names.split(",")}
+    assert len(named) >= 4 and named <= set(TABLES)
