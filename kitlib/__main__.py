@@ -224,7 +224,9 @@ def run(
     from kitlib.atomic import replacing
     from kitlib.plans.engine import describe_plan, run_plan
     from kitlib.plans.graph import draw_plan
+    from kitlib.plans.inputs import check_inputs
     from kitlib.plans.plan import read_plan
+    from kitlib.plans.trainings import describe_trainings
     from kitlib.yaml_reader import parse_yaml
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
@@ -238,6 +240,9 @@ def run(
                 draw_plan(parsed_plan).savefig(temporary_path, dpi=110)
         if dry_run:
             Console().print(describe_plan(parsed_plan))
+            names = parsed_plan.with_needs(only or ())
+            Console().print(describe_trainings(parsed_plan, names), highlight=False)
+            check_inputs(parsed_plan, names)
         if not (graph or dry_run):
             run_plan(parsed_plan, Console(), only or (), cores, gpus, retries, engine or ())
     except (PlanError, SettingsError) as error:

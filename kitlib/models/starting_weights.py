@@ -10,33 +10,10 @@ import torch
 from torch import nn
 
 from kitlib.bundle import RECORD, file_digest, read_bundle, read_weights
-from kitlib.errors import BundleError, InputNotFound
-from kitlib.paths import find_run
+from kitlib.errors import BundleError
+from kitlib.paths import find_starting_weights
 
 logger = logging.getLogger(__name__)
-
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-
-
-def find_starting_weights(path: str | Path) -> Path:
-    """Return the path of a weights file or a bundle folder; for a run folder, return the path of the bundle inside it.
-
-    `path` is an existing path, or the name of a run or bundle that `find_run` looks up. Raises BundleError if nothing is
-    found.
-    """
-    source = Path(path)
-    if not source.exists():
-        if source.suffix in (".safetensors", ".npz", *PICKLES):
-            raise BundleError(
-                f"weights file {source} does not exist; give a local .safetensors or .npz file; nothing is downloaded"
-            )
-        try:
-            source = find_run(path)
-        except InputNotFound as error:
-            raise BundleError(
-                f"starting weights {str(path)!r} are neither a file, a folder nor a finished run: {error}"
-            ) from error
-    return source / "bundle" if (source / "bundle").is_dir() else source
 
 
 def read_starting_weights(path: str | Path) -> dict[str, torch.Tensor]:
