@@ -204,7 +204,8 @@ def run(
     plan: Annotated[Path, typer.Argument(help="The plan's YAML file, such as submissions/plans/demo.yaml.")],
     engine: Annotated[list[str] | None, typer.Argument(help="Arguments for Snakemake, after --.")] = None,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=VALUE: set a variable of the plan to a YAML value; repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE: set a variable of the plan to a YAML value, or to nothing; repeatable."),
     ] = None,
     runs: Annotated[Path | None, typer.Option(help="The folder for the run folders (default: the plan's).")] = None,
     only: Annotated[
@@ -234,7 +235,8 @@ def run(
     if not all(separator for _, separator, _ in pairs):
         raise typer.BadParameter("--set requires NAME=VALUE")
     try:
-        parsed_plan = read_plan(plan, runs, {name: parse_yaml(value, f"--set {name}") for name, _, value in pairs})
+        variables = {name: parse_yaml(value, f"--set {name}") if value else "" for name, _, value in pairs}
+        parsed_plan = read_plan(plan, runs, variables)
         if graph:
             with replacing(graph) as temporary_path:
                 draw_plan(parsed_plan).savefig(temporary_path, dpi=110)

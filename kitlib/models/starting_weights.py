@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kitlib.bundle import RECORD, file_digest, read_bundle, read_weights
+from kitlib.bundle import RECORD, file_digest, read_bundle, read_record, read_weights
 from kitlib.errors import BundleError
 from kitlib.paths import find_starting_weights
 
@@ -80,6 +80,23 @@ def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "bac
         _shorten(report["unused"]),
     )
     return report
+
+
+def input_differences(path: str | Path, image_size: int, placement: str, mean: list[float], std: list[float]) -> list[str]:
+    """Return how the input of a model differs from the one that the weights at `path` were trained on, one text per field.
+
+    `mean` and `std` have a value per channel. A frozen backbone cannot adapt to another input. The list is empty for a plain
+    weights file, which does not say what its input was.
+    """
+    source = find_starting_weights(path)
+    if not source.is_dir():
+        return []
+    record = read_record(source)
+    here = {"image_size": image_size, "placement": placement, "channels": len(mean), "mean": list(mean), "std": list(std)}
+    there = {name: record[name] for name in ("image_size", "placement", "mean", "std")} | {"channels": len(record["mean"])}
+    if here["channels"] != there["channels"]:  # then mean and std differ as well
+        del here["mean"], here["std"]
+    return [f"{name} {value} instead of {there[name]}" for name, value in here.items() if value != there[name]]
 
 
 def _read_arrays(path: Path) -> dict[str, torch.Tensor]:

@@ -108,6 +108,29 @@ def test_starting_weights_that_lack_tensors_of_a_frozen_backbone_are_refused(tmp
         train(tmp_path / "run", recipe)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, ""),
+        (
+            {"image_size": 64, "placement": "stretch"},
+            "another input: image_size 64 instead of 32, placement stretch instead of",
+        ),
+        ({"channels": 3}, "another input: channels 3 instead of 1"),
+        ({"normalisation": "half"}, "another input: mean [0.5] instead of"),
+        ({"image_size": 64, "frozen_backbone": False}, ""),
+    ],
+)
+def test_a_frozen_backbone_that_gets_another_input_than_it_was_trained_on_is_told(tmp_path, caplog, changes, told):
+    first = override(RECIPE, image_size=32, epochs=1)
+    train(tmp_path / "first", first)
+    recipe = override(first, **{"frozen_backbone": True, "starting_weights": str(tmp_path / "first" / "bundle"), **changes})
+    text = start_from_weights(StudyClassifier(recipe))
+    assert (told in text if told else "another input" not in text) and text.count("another input") == caplog.text.count(
+        "another"
+    )
+
+
 def test_weights_of_another_backbone_are_refused_and_the_number_of_random_tensors_is_reported(tmp_path):
     whole = StudyClassifier(RECIPE).backbone.state_dict()
     # test_resnet has 372,688 parameters, of which layer4 has 267,840 and layer1's first convolution 9,216.
