@@ -82,6 +82,7 @@ def test_every_stage_shows_pictures(ended):
         "report/figures/out_of_fold.png",
         "report/figures/precision_recall.png",
         "report/figures/reliability.png",
+        "report/figures/side_by_side.png",
         "report/figures/submission.png",
         "report/figures/submission_confusion.png",
     }
