@@ -171,7 +171,7 @@ def fuse_boxes(
     merge_count = sum(len(task[2]) > 1 for task in tasks)
     merged = Parallel(workers if merge_count > FEW_IMAGES else 1)(delayed(merge_boxes)(*task) for task in tasks)
     if settings.final_nms_iou < 1:
-        merged = [suppress_overlaps(*boxes_and_scores, settings.final_nms_iou) for boxes_and_scores in merged]
+        merged = [suppress_overlaps(box, score, settings.final_nms_iou) for box, score in merged]
     parts = [box * side for (_, side), (box, _) in zip(images_with_boxes, merged, strict=True)]
     table = pd.DataFrame(np.concatenate(parts), columns=list(BOX))
     image_index = np.repeat([index for index, _ in images_with_boxes], [len(part) for part in parts])

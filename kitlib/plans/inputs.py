@@ -11,8 +11,10 @@ from kitlib.paths import PICKLES, find_input, find_run, find_starting_weights, p
 from kitlib.plans.plan import Plan, PlannedRun
 
 # Parameters of notebooks that name a run, or several.
-RUNS = ("prepare_run", "runs", "study_ensemble", "extra_run", "extra_runs", "lungs_run", "fuse_run", "source_run")
-RUNS += ("published_fuse_run", "segmenter", "also_on", "probes", "heat_runs", "resume_from")
+RUNS = (
+    *("prepare_run", "runs", "study_ensemble", "extra_run", "extra_runs", "lungs_run", "fuse_run", "published_fuse_run"),
+    *("source_run", "segmenter", "also_on", "probes", "heat_runs", "resume_from"),
+)
 
 
 def check_inputs(plan: Plan, names: Iterable[str]) -> None:
