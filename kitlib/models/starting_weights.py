@@ -3,7 +3,10 @@
 import json
 import logging
 import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,18 +85,23 @@ def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "bac
     return report
 
 
-def input_differences(path: str | Path, image_size: int, placement: str, mean: list[float], std: list[float]) -> list[str]:
-    """Return how the input of a model differs from the one that the weights at `path` were trained on, one text per field.
+def input_differences(model: Any) -> list[str]:
+    """Return how a model's input differs from the one that its starting weights were trained on, one text per field.
 
-    `mean` and `std` have a value per channel. A frozen backbone cannot adapt to another input. The list is empty for a plain
-    weights file, which does not say what its input was.
+    `model` has a `recipe`, and `mean` and `std` with a value per channel. The list is empty for a plain weights file, which
+    does not say what its input was.
     """
-    source = find_starting_weights(path)
+    source = find_starting_weights(model.recipe.starting_weights)
     if not source.is_dir():
         return []
     record = read_record(source)
-    here = {"image_size": image_size, "placement": placement, "channels": len(mean), "mean": list(mean), "std": list(std)}
-    there = {name: record[name] for name in ("image_size", "placement", "mean", "std")} | {"channels": len(record["mean"])}
+
+    def describe(recipe: Mapping[str, Any], mean: list[float], std: list[float]) -> dict[str, Any]:
+        fields = {name: recipe.get(name, 0) for name in ("image_size", "canvas", "placement")}
+        return {**fields, "channels": len(mean), "mean": list(mean), "std": list(std)}
+
+    here = describe(asdict(model.recipe), model.mean, model.std)
+    there = describe(record["recipe"], record["mean"], record["std"])
     if here["channels"] != there["channels"]:  # then mean and std differ as well
         del here["mean"], here["std"]
     return [f"{name} {value} instead of {there[name]}" for name, value in here.items() if value != there[name]]

@@ -29,11 +29,6 @@ COUNTS = ("images", "boxed_images", "studies")
 TABLE_1, TABLE_2 = COLUMNS[:9], COLUMNS[9:]
 # Published row -> how the names of our answers begin that belong under it.
 UNDER = {"ensemble": "fused", "Faster R-CNN": "faster_rcnn", "YOLO": "yolo", "study model": "study"}
-ONE_FOLD = (
-    "All images are of one fold, so there is no other fold to choose the confidence on. Its patients were divided into two "
-    "halves; each half was judged at the confidence with the highest F1 on the other half."
-)
-OTHER_FOLDS = "Each fold was judged at the confidence with the highest F1 on the other folds."
 
 
 def heidelberg_table(
@@ -115,9 +110,18 @@ def document_tables(table: pd.DataFrame) -> list[pd.DataFrame]:
     return [readable(table, TABLE_1), readable(table, TABLE_2)]
 
 
-def confidence_note(images: pd.DataFrame, folds: pd.DataFrame) -> str:
-    """Return a sentence for under the table: which images the confidence limits of `images` were chosen on."""
-    return OTHER_FOLDS if len(set(folds.loc[folds["id"].isin(images["image_id"]), "fold"])) > 1 else ONE_FOLD
+def confidence_note(answers: dict[str, Fused], images: pd.DataFrame, folds: pd.DataFrame) -> str:
+    """Return text for under the table: which images the confidence of each of `answers` was chosen on."""
+    fold = images["image_id"].map(folds.set_index("id")["fold"])
+    seen = {name: images["image_id"].isin(_predicted_images(answer, images)["image_id"]) for name, answer in answers.items()}
+    alone = [name for name, is_seen in seen.items() if len(set(fold[is_seen])) == 1]
+    text = "Each fold is judged at the confidence with the highest F1 on the other folds."
+    if alone:
+        text += (
+            f" These have predicted one fold alone: {'; '.join(alone)}. Its patients are divided into two halves, and each half "
+            "is judged at the confidence with the highest F1 on the other half."
+        )
+    return text
 
 
 def seen_by_all(answers: dict[str, Fused], images: pd.DataFrame, boxes: pd.DataFrame) -> list[str]:

@@ -58,12 +58,7 @@ def start_from_weights(model: Classifier) -> str:
             f"is {random_names[0]}. Use weights of exactly this backbone"
         )
     text = f"{recipe.starting_weights}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
-    differences = (
-        input_differences(recipe.starting_weights, recipe.image_size, recipe.placement, model.mean, model.std)
-        if recipe.frozen_backbone
-        else []
-    )
-    if differences:
+    if recipe.frozen_backbone and (differences := input_differences(model)):
         text += f"; the frozen backbone was trained on another input: {', '.join(differences)}"
         logger.warning("%s. Give it the input it was trained on, or unfreeze it", text)
     return text

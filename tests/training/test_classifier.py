@@ -122,6 +122,7 @@ def test_starting_weights_that_lack_tensors_of_a_frozen_backbone_are_refused(tmp
     [
         ({}, ""),
         ({"image_size": 32, "placement": "stretch"}, "image_size 32 instead of 64, placement stretch instead of letterbox"),
+        ({"canvas": 80}, "canvas 80 instead of 0"),
         ({"channels": 3}, "channels 3 instead of 1"),
         ({"image_size": 32, "frozen_backbone": False}, ""),
     ],
@@ -129,10 +130,18 @@ def test_starting_weights_that_lack_tensors_of_a_frozen_backbone_are_refused(tmp
 def test_a_frozen_backbone_that_gets_another_input_than_it_was_trained_on_is_told(one_epoch, caplog, changes, told):
     recipe, bundle = one_epoch
     recipe = override(recipe, **{"frozen_backbone": True, "starting_weights": bundle, **changes})
-    text = start_from_weights(StudyClassifier(recipe))
+    model = StudyClassifier(recipe)
+    text = start_from_weights(model)
     warned = "trained on another input" in text
     assert warned == bool(told) == ("trained on another input" in caplog.text) and told in text
-    assert input_differences(bundle, 64, "letterbox", [0.4], [0.5]) == ["mean [0.4] instead of [0.5]"]
+
+
+def test_another_normalisation_of_a_single_channel_is_a_difference(one_epoch):
+    recipe, bundle = one_epoch
+    model = StudyClassifier(override(recipe, starting_weights=bundle))
+    assert input_differences(model) == []
+    model.mean = [0.25]
+    assert input_differences(model) == ["mean [0.25] instead of [0.5]"]
 
 
 def test_weights_of_another_backbone_are_refused_and_the_number_of_random_tensors_is_reported(tmp_path):
