@@ -118,8 +118,8 @@ def confidence_note(answers: dict[str, Fused], images: pd.DataFrame, folds: pd.D
     text = "Each fold is judged at the confidence with the highest F1 on the other folds."
     if alone:
         text += (
-            f" These have predicted one fold alone: {'; '.join(alone)}. Its patients are divided into two halves, and each half "
-            "is judged at the confidence with the highest F1 on the other half."
+            f" These have predicted one fold alone: {'; '.join(alone)}. Its patients are divided into two halves, and each "
+            "half is judged at the confidence with the highest F1 on the other half."
         )
     return text
 
