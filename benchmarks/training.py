@@ -176,7 +176,7 @@ def main(
     shortened = {"epochs": epochs, "patience": epochs}
     if full:
         cases = {
-            "resnext101_32x8d study": recipe("heidelberg_study", StudyRecipe, frozen_backbone=False, **shortened),
+            "resnext101_32x8d study": recipe("heidelberg_study_letterbox", StudyRecipe, frozen_backbone=False, **shortened),
             "resnext101_32x8d, EMA": override(StudyRecipe(**shortened), ema_decay=0.998),
             "Faster R-CNN, its backbone": recipe("heidelberg_faster_rcnn", DetectorRecipe, inference_size=0, **shortened),
         }

@@ -208,7 +208,8 @@ def run(
     plan: Annotated[Path, typer.Argument(help="The plan's YAML file, such as submissions/plans/demo.yaml.")],
     engine: Annotated[list[str] | None, typer.Argument(help="Arguments for Snakemake, after --.")] = None,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=VALUE: set a variable of the plan to a YAML value; repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE: set a variable of the plan to a YAML value, or to nothing; repeatable."),
     ] = None,
     runs: Annotated[Path | None, typer.Option(help="The folder for the run folders (default: the plan's).")] = None,
     only: Annotated[
@@ -228,7 +229,9 @@ def run(
     from kitlib.atomic import replacing
     from kitlib.plans.engine import describe_plan, run_plan
     from kitlib.plans.graph import draw_plan
+    from kitlib.plans.inputs import check_inputs
     from kitlib.plans.plan import read_plan
+    from kitlib.plans.trainings import describe_trainings
     from kitlib.yaml_reader import parse_yaml
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
@@ -236,12 +239,16 @@ def run(
     if not all(separator for _, separator, _ in pairs):
         raise typer.BadParameter("--set requires NAME=VALUE")
     try:
-        parsed_plan = read_plan(plan, runs, {name: parse_yaml(value, f"--set {name}") for name, _, value in pairs})
+        variables = {name: parse_yaml(value, f"--set {name}") if value else "" for name, _, value in pairs}
+        parsed_plan = read_plan(plan, runs, variables)
         if graph:
             with replacing(graph) as temporary_path:
                 draw_plan(parsed_plan).savefig(temporary_path, dpi=110)
         if dry_run:
             Console().print(describe_plan(parsed_plan))
+            names = parsed_plan.with_needs(only or ())
+            Console().print(describe_trainings(parsed_plan, names), highlight=False)
+            check_inputs(parsed_plan, names)
         if not (graph or dry_run):
             run_plan(parsed_plan, Console(), only or (), cores, gpus, retries, engine or ())
     except (PlanError, SettingsError) as error:

@@ -6,10 +6,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from kitlib.errors import InputNotFound, RunNotFound
+from kitlib.errors import BundleError, InputNotFound, RunNotFound
 from kitlib.phantom_marker import holds_phantoms
 
 logger = logging.getLogger(__name__)
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 RUN_RECORD = "record.json"  # in the folder of every run, see kitlib.runs.record
 
 
@@ -93,6 +94,27 @@ def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
     available = sorted(str(entry.relative_to(root)) for pattern in ("*", "*/*") for entry in root.glob(pattern))
     listing = "\n  ".join(available[:50]) if available else "nothing (the folder is missing or empty)"
     raise InputNotFound(f"no input {slug!r} below {root}; inputs/README.md says how to get it. Available:\n  {listing}")
+
+
+def find_starting_weights(path: str | Path) -> Path:
+    """Return the path of a weights file or a bundle folder; for a run folder, return the path of the bundle inside it.
+
+    `path` is an existing path, or the name of a run or bundle that `find_run` looks up. Raises BundleError if nothing is
+    found.
+    """
+    source = Path(path)
+    if not source.exists():
+        if source.suffix in (".safetensors", ".npz", *PICKLES):
+            raise BundleError(
+                f"weights file {source} does not exist; inputs/README.md says how to get it; nothing is downloaded"
+            )
+        try:
+            source = find_run(path)
+        except InputNotFound as error:
+            raise BundleError(
+                f"starting weights {str(path)!r} are neither a file, a folder nor a finished run: {error}"
+            ) from error
+    return source / "bundle" if (source / "bundle").is_dir() else source
 
 
 def _find_folders(slug: str | Path, root: Path) -> Iterator[Path]:

@@ -34,7 +34,7 @@ def measure_training(small: bool) -> str:
         cases, xrays, workers = {"study": recipe("small_study", StudyRecipe, **epochs)}, training.NoisyXrays(16, 128), 0
     else:
         cases = {
-            "study": recipe("heidelberg_study", StudyRecipe, frozen_backbone=False, ema_decay=0.998, **epochs),
+            "study": recipe("heidelberg_study_letterbox", StudyRecipe, frozen_backbone=False, ema_decay=0.998, **epochs),
             "Faster R-CNN": recipe("heidelberg_faster_rcnn", DetectorRecipe, inference_size=0, **epochs),
         }
         xrays, workers = training.NoisyXrays(300, 1024), min(12, (os.cpu_count() or 1) - 1)

@@ -78,6 +78,17 @@ def merge_boxes(
     return merged[has_area].astype(float), score[has_area].astype(float)
 
 
+def suppress_overlaps(boxes: np.ndarray, scores: np.ndarray, iou: float) -> tuple[np.ndarray, np.ndarray]:
+    """Drop those of one image's boxes (n, 4) whose IoU with a more confident kept box is above `iou`; return the others.
+
+    Boxes are xmin, ymin, xmax and ymax as shares of the image's sides, 0..1; the result has the highest score first.
+    """
+    if not len(boxes):
+        return boxes, scores
+    kept, score, _ = nms([boxes], [scores], [np.zeros(len(scores))], iou_thr=iou)
+    return kept.astype(float), score.astype(float)
+
+
 def calibrate_scores(score: np.ndarray, slope: float, offset: float) -> np.ndarray:
     """Return calibrated probabilities (n,), strictly between 0 and 1, for box scores (n,) in 0..1, by Platt's sigmoid."""
     return expit(slope * _logit(score) + offset).clip(np.finfo(float).tiny, 1 - np.finfo(float).epsneg)

@@ -15,7 +15,7 @@ from joblib import Parallel, delayed
 from kitlib.atomic import write_json
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import SettingsError
-from kitlib.fusion.box_fusion import Confidence, Method, calibrate_scores, merge_boxes
+from kitlib.fusion.box_fusion import Confidence, Method, calibrate_scores, merge_boxes, suppress_overlaps
 from kitlib.letterbox import clip_boxes
 from kitlib.scoring.submission_csv import PRIORS
 from kitlib.settings import AtLeastOne, NotNegative, Positive, Probability, Settings, from_dict
@@ -37,6 +37,8 @@ class FusionSettings(Settings):
     box_min_score: Probability = 0.001
     box_limit: AtLeastOne = 50  # number of boxes merged per list, the most confident; time grows with its square
     box_confidence: Confidence = "avg"  # applies only to wbf
+    # IoU above which the less confident of two fused boxes is dropped; 1: none is. Heidelberg's code: 0.1
+    final_nms_iou: Probability = 1.0
     # An image's `none` is the mean of those of the following four parts that are available, with these weights:
     none_classifier: NotNegative = 1.0  # `none` as the classifier predicts it
     none_negative: NotNegative = 0.0  # `negative` of the image's study
@@ -123,7 +125,8 @@ def fuse_boxes(
     so the number of lists matters, including empty ones. `coverage` records which detector has predicted which image, so
     that a model that was stopped early does not lower the scores on images it never predicted. Without it, each model counts
     as having predicted every image, with the largest number of folds that it has on any image. A model's folds share its
-    weight. A single list is returned unchanged, except for its scores if the model is calibrated.
+    weight. A single list is returned unchanged, except for its scores if the model is calibrated. Last, boxes that overlap a
+    more confident one are dropped if `final_nms_iou` is below 1.
 
     Boxes are clipped to the image. More than FEW_IMAGES images are merged in `workers` processes. Raises ValueError for an
     image whose size is unknown or that is not in `images`, and for a score that is NaN.
@@ -167,6 +170,8 @@ def fuse_boxes(
         tasks.append(([corners[rows] / size[rows] for rows in lists], [score[rows] for rows in lists], weights, *options))
     merge_count = sum(len(task[2]) > 1 for task in tasks)
     merged = Parallel(workers if merge_count > FEW_IMAGES else 1)(delayed(merge_boxes)(*task) for task in tasks)
+    if settings.final_nms_iou < 1:
+        merged = [suppress_overlaps(box, score, settings.final_nms_iou) for box, score in merged]
     parts = [box * side for (_, side), (box, _) in zip(images_with_boxes, merged, strict=True)]
     table = pd.DataFrame(np.concatenate(parts), columns=list(BOX))
     image_index = np.repeat([index for index, _ in images_with_boxes], [len(part) for part in parts])

@@ -58,6 +58,13 @@ def tune(judge: "Judge", rounds: int = 2) -> tuple[FusionSettings, pd.DataFrame]
     return _hill_climb(judge, judge.truth, rounds)
 
 
+def judge_fixed(judge: "Judge", settings: FusionSettings) -> pd.DataFrame:
+    """Return the score of `settings` as they are, in the columns of `tune`'s table: one row, without a gain."""
+    return pd.DataFrame(
+        [("fixed", "as given", judge.score(settings, judge.truth), 0.0)], columns=["step", "setting", "score", "gain"]
+    )
+
+
 def cross_fit(judge: "Judge", rounds: int = 2) -> pd.DataFrame:
     """Estimate the score of tuned settings on new images; return a table, one row per fold.
 
@@ -179,7 +186,7 @@ class Judge:
     def _boxes(self, settings: FusionSettings) -> tuple[pd.DataFrame, np.ndarray]:
         weights = [settings.weight(model) for model in self.detectors]
         shares = tuple(weight / max(weights) for weight in weights)
-        key: tuple[Any, ...] = shares, tuple(settings.calibration.items()), settings.box_min_score
+        key: tuple[Any, ...] = shares, tuple(settings.calibration.items()), settings.box_min_score, settings.final_nms_iou
         if np.count_nonzero(weights) > 1:  # a single detector's boxes are not merged, so these settings do not matter
             confidence = settings.box_confidence if settings.box_method == "wbf" else ""
             key += settings.box_method, settings.box_iou, settings.box_limit, confidence

@@ -3,40 +3,20 @@
 import json
 import logging
 import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from kitlib.bundle import RECORD, file_digest, read_bundle, read_weights
-from kitlib.errors import BundleError, InputNotFound
-from kitlib.paths import find_run
+from kitlib.bundle import RECORD, file_digest, read_bundle, read_record, read_weights
+from kitlib.errors import BundleError
+from kitlib.paths import find_starting_weights
 
 logger = logging.getLogger(__name__)
-
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-
-
-def find_starting_weights(path: str | Path) -> Path:
-    """Return the path of a weights file or a bundle folder; for a run folder, return the path of the bundle inside it.
-
-    `path` is an existing path, or the name of a run or bundle that `find_run` looks up. Raises BundleError if nothing is
-    found.
-    """
-    source = Path(path)
-    if not source.exists():
-        if source.suffix in (".safetensors", ".npz", *PICKLES):
-            raise BundleError(
-                f"weights file {source} does not exist; give a local .safetensors or .npz file; nothing is downloaded"
-            )
-        try:
-            source = find_run(path)
-        except InputNotFound as error:
-            raise BundleError(
-                f"starting weights {str(path)!r} are neither a file, a folder nor a finished run: {error}"
-            ) from error
-    return source / "bundle" if (source / "bundle").is_dir() else source
 
 
 def read_starting_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -103,6 +83,28 @@ def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "bac
         _shorten(report["unused"]),
     )
     return report
+
+
+def input_differences(model: Any) -> list[str]:
+    """Return how a model's input differs from the one that its starting weights were trained on, one text per field.
+
+    `model` has a `recipe`, and `mean` and `std` with a value per channel. The list is empty for a plain weights file, which
+    does not say what its input was.
+    """
+    source = find_starting_weights(model.recipe.starting_weights)
+    if not source.is_dir():
+        return []
+    record = read_record(source)
+
+    def describe(recipe: Mapping[str, Any], mean: list[float], std: list[float]) -> dict[str, Any]:
+        fields = {name: recipe.get(name, 0) for name in ("image_size", "canvas", "placement")}
+        return {**fields, "channels": len(mean), "mean": list(mean), "std": list(std)}
+
+    here = describe(asdict(model.recipe), model.mean, model.std)
+    there = describe(record["recipe"], record["mean"], record["std"])
+    if here["channels"] != there["channels"]:  # then mean and std differ as well
+        del here["mean"], here["std"]
+    return [f"{name} {value} instead of {there[name]}" for name, value in here.items() if value != there[name]]
 
 
 def _read_arrays(path: Path) -> dict[str, torch.Tensor]:

@@ -25,8 +25,10 @@ from kitlib.atomic import write_json
 from kitlib.errors import PlanError
 from kitlib.notebook import log_tail
 from kitlib.paths import project_root
+from kitlib.plans.inputs import check_inputs
 from kitlib.plans.one_run import SHARED_GPUS, state_file
 from kitlib.plans.plan import Plan
+from kitlib.plans.trainings import describe_trainings
 from kitlib.processes import exiting_on_signals, handling, kill_family
 
 ENGINE_LOG = "engine.log"
@@ -52,8 +54,8 @@ def run_plan(
     ones). With an executor, `gpus` is the largest number of GPUs that one run requests. If `gpus` is 0, all runs use the
     CPU. A run that fails is tried again `retries` times; if it still fails, only the runs that need it are not executed.
     `afresh` empties the plan's folder first. SIGTERM and SIGHUP end the runs and raise SystemExit. Raises PlanError if the
-    plan is already being run, if its folder contains files that no plan has made, if there are fewer GPUs than `gpus`, or,
-    after all other runs have ended, if a run has failed.
+    plan is already being run, if its folder contains files that no plan has made, if an input is missing, if there are fewer
+    GPUs than `gpus`, or, after all other runs have ended, if a run has failed.
     """
     folder = plan.runs / f".{plan.path.stem}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +66,9 @@ def run_plan(
         if afresh:
             _remove_runs(plan, folder / "lock", stack)
         states = plan.states()  # raises PlanError for folders that no plan has made, before anything starts
-        targets = plan.runs_of_steps(only) if only else list(plan.planned)
+        targets = plan.with_needs(only)
+        check_inputs(plan, targets)
+        console.print(describe_trainings(plan, targets), highlight=False)
         write_json(runs_file, {name: run.as_json() for name, run in plan.planned.items()})
         for name, state in states.items():
             if state != "done":
@@ -87,7 +91,7 @@ def run_plan(
         code = _run_engine(plan, runs_file, states, [*command, *engine], environment, console)
     records = {name: _read_record(runs_file, name) for name in plan.planned}
     final_states = plan.states()
-    unfinished = [name for name in _add_needs(plan, targets) if final_states[name] != "done"]
+    unfinished = [name for name in targets if final_states[name] != "done"]
     if code or unfinished:
         done = sum(state == "done" for state in final_states.values())
         raise PlanError(_failure_message(plan, records, done, unfinished, folder / ENGINE_LOG))
@@ -299,17 +303,6 @@ def _read_record(runs_file: Path, name: str) -> dict[str, Any]:
     """Return the state record of the run `name`, or {} if the run was not started."""
     path = state_file(runs_file, name)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _add_needs(plan: Plan, targets: Iterable[str]) -> list[str]:
-    """Return the names of `targets` and of all runs that they need, in the plan's order."""
-    names, waiting = set(), list(targets)
-    while waiting:
-        name = waiting.pop()
-        if name not in names:
-            names.add(name)
-            waiting += plan.planned[name].needs
-    return [name for name in plan.planned if name in names]
 
 
 def _failure_message(plan: Plan, records: dict[str, dict[str, Any]], done: int, unfinished: list[str], log: Path) -> str:

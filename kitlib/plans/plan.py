@@ -50,6 +50,7 @@ class Step(Settings):
 class _PlanFile(Settings):
     extends: str = ""  # file name of a plan in the same folder; this file adds to its values or replaces them
     runs: str = ""  # the folder that contains the runs' folders; relative to the project's root
+    published_time: str = ""  # how long the published system took to train, told before the plan starts
     variables: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)  # notebook -> default values for steps with this notebook
     steps: dict[str, Any] = field(default_factory=dict)
@@ -132,6 +133,7 @@ class Plan:
     path: Path
     runs: Path
     planned: dict[str, PlannedRun]
+    published_time: str = ""  # how long the published system took to train; empty: not stated
 
     def states(self) -> dict[str, str]:
         """Return the state of each run (see `PlannedRun.state`), keyed by run name.
@@ -153,6 +155,19 @@ class Plan:
                 f"{self.path} has no step {', '.join(sorted(selected - valid))}; it has: {', '.join(sorted(valid))}"
             )
         return [name for name, run in self.planned.items() if run.step in selected]
+
+    def with_needs(self, only: Iterable[str] = ()) -> list[str]:
+        """Return the names of the runs of the steps `only` (default: all) and of all runs that they need, in plan order.
+
+        Raises PlanError if one of the steps does not exist.
+        """
+        names, waiting = set(), self.runs_of_steps(only) if only else list(self.planned)
+        while waiting:
+            name = waiting.pop()
+            if name not in names:
+                names.add(name)
+                waiting += self.planned[name].needs
+        return [name for name in self.planned if name in names]
 
 
 class _FolderList(list):
@@ -187,7 +202,7 @@ def read_plan(path: str | Path, runs: str | Path | None = None, changes: Mapping
             except (ValueError, FileNotFoundError) as error:
                 raise PlanError(f"{path}, step {name}: {error}") from error
             planned[run.name] = run
-    return Plan(path, folder, planned)
+    return Plan(path, folder, planned, plan_file.published_time)
 
 
 def _read_file(path: Path, extending: tuple[Path, ...] = ()) -> _PlanFile:

@@ -77,7 +77,8 @@ class TrainingRecipe(Settings):
     # cosine only: epochs between changes of the rate; 0: changes every batch. Heidelberg's 2 never reaches the lowest rate.
     schedule_every: Count = 0
     keep: Literal["best", "last"] = "best"  # epoch whose weights are kept; "last" uses no validation score to choose
-    patience: AtLeastOne = 10  # epochs without a better score before training stops; unused with keep="last"
+    # Epochs without a better score before training stops; unused with keep="last". At least `epochs`: never stops early.
+    patience: AtLeastOne = 10
     # Program for which each epoch's figures are also written, into the fold's folder `curves`; W&B sends nothing.
     curves: Literal["", "tensorboard", "wandb", "mlflow"] = ""
     ema_decay: Share = 0.0  # decay of the weights' moving average, which is then validated and kept; 0: no average
@@ -224,7 +225,8 @@ class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
 class StudyRecipe(ClassifierRecipe):
     """Recipe of a classifier of the four study classes and of `none`, the probability that an image has no opacity.
 
-    The defaults are those of the Heidelberg report, section 3.4.
+    Epochs, batch size, learning rate and head are those of the Heidelberg report, section 3.4. Its input and augmentation
+    are those of the recipe `heidelberg_study`.
     """
 
     outputs: Literal["study", "none", "both"] = "both"  # outputs of the model; 15th place trains a model for each

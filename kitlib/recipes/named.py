@@ -13,6 +13,10 @@ from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe, PatchRecipe, S
 from kitlib.recipes.learners import LEARNERS
 from kitlib.settings import R, override
 
+# The Heidelberg report trains for fixed numbers of epochs. It keeps the detectors' best epoch, and the last epoch of the NIH
+# backbone and the study model. Early stopping is a deviation: override `patience`, and `keep` with "best".
+_ALL_EPOCHS: dict[str, Any] = {"patience": 1000}
+
 # Augmentation of Heidelberg's Faster R-CNN, report section 3.1.
 _HEIDELBERG_BOXES: dict[str, Any] = {
     "rotate_degrees": 20.0,
@@ -36,16 +40,34 @@ _HEIDELBERG_YOLO = DetectorRecipe(
     warmup_epochs=3.0,
     horizontal_flip=0.5,
     vertical_flip=0.1,
-    mosaic=1.0,
     mixup=0.5,
     box_loss="giou",
+    **_ALL_EPOCHS,
 )
 
 # Published recipes first, then small recipes.
 RECIPES: dict[str, TrainingRecipe] = {
-    "heidelberg_backbone": FindingsRecipe(),
-    "heidelberg_study": StudyRecipe(frozen_backbone=True, schedule_every=1),
-    "heidelberg_faster_rcnn": DetectorRecipe(inference_size=1024, **_HEIDELBERG_BOXES),
+    "heidelberg_backbone": FindingsRecipe(keep="last"),
+    # The input and the augmentation of the backbone, report section 3.4, and the four study classes alone.
+    "heidelberg_study": StudyRecipe(
+        outputs="study",
+        frozen_backbone=True,
+        schedule_every=1,
+        channels=3,
+        image_size=224,
+        placement="centre_crop",
+        keep="last",
+        rotate_degrees=20.0,
+        turn_p=1.0,
+        brightness_contrast=0.0,
+        blur_p=0.3,
+        erase_p=0.3,
+    ),
+    # Not published: larger images without cropped edges, other augmentation, and `none` as a further output.
+    "heidelberg_study_letterbox": StudyRecipe(frozen_backbone=True, schedule_every=1),
+    "heidelberg_faster_rcnn": DetectorRecipe(channels=3, inference_size=1024, **_HEIDELBERG_BOXES, **_ALL_EPOCHS),
+    # YOLO's first stage, on RSNA's images with a box.
+    "heidelberg_yolo_rsna": dataclasses.replace(_HEIDELBERG_YOLO, epochs=30, negatives=0.0),
     # Uses ultralytics' loss gains. The gains in the report's equation 2 are for YOLOv5's anchor-based losses, which have
     # another scale; here they would divide box gradients by 100, too small for SGD at the published learning rate.
     "heidelberg_yolo": _HEIDELBERG_YOLO,
@@ -119,7 +141,9 @@ RECIPES: dict[str, TrainingRecipe] = {
         image_size=768,
         epochs=40,
         vertical_flip=0.0,
+        mosaic=1.0,
         box_loss="",
+        patience=10,
         views=("full", "flip"),
     ),
     "unet_lungs": SegmenterRecipe(),

@@ -1,5 +1,6 @@
 """Figures for notebooks. Each function returns a matplotlib figure; `save_figure` writes it as PNG."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,6 +106,24 @@ def example_images(
         drawn |= {PREDICTION: f"predicted, with confidence ({shown_score:g} or more)"}
     if drawn:
         show_legend(figure, **drawn)
+    return figure
+
+
+def compare_detections(
+    cache: XrayCache, images: pd.DataFrame, boxes: pd.DataFrame, answers: Mapping[str, pd.DataFrame]
+) -> Figure:
+    """Draw a row of X-rays for each of `images`: the same one with the detections of each of `answers`, keyed by name.
+
+    Annotated boxes are green, predicted boxes orange. All detections are drawn: pass those that a reader would be shown.
+    """
+    figure, axes = image_grid(len(images) * len(answers), len(answers), 2.8, 3.1)
+    pairs = itertools.product(images.itertuples(), answers.items())
+    for axis, (image, (name, detections)) in zip(axes, pairs, strict=True):
+        xray = cache.read(image.image_id)
+        show_xray(axis, xray, f"{name}\n{image.image_id}")
+        _draw_boxes(axis, xray, boxes[boxes.image_id == image.image_id], TRUTH)
+        _draw_boxes(axis, xray, detections[detections.image_id == image.image_id], PREDICTION)
+    show_legend(figure, **{TRUTH: "annotated", PREDICTION: "predicted, with confidence"})
     return figure
 
 

@@ -5,12 +5,14 @@ computed on images with a box and, to show a detector's value in the competition
 """
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 from sklearn.metrics import precision_recall_fscore_support
 
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import RunError
 from kitlib.fusion.model_fusion import Fused
 from kitlib.reports.findings_report import DEFAULT_THRESHOLD, Answers, precision_recall_f1
 from kitlib.reports.published_tables import find_published
@@ -21,7 +23,12 @@ COLUMNS = (
     *("images", "boxed_images", "ap", "ap_boxed", "confidence", "f1", "recall", "precision", "precision_all"),
     *("studies", "study_accuracy", "study_recall", "study_precision", "study_f1", "study_map", "study_map_hard"),
 )
+PUBLISHED = "Heidelberg, published: {}"
 COUNTS = ("images", "boxed_images", "studies")
+# The report's table 1 and table 2, with the counts to compare first.
+TABLE_1, TABLE_2 = COLUMNS[:9], COLUMNS[9:]
+# Published row -> how the names of our answers begin that belong under it.
+UNDER = {"ensemble": "fused", "Faster R-CNN": "faster_rcnn", "YOLO": "yolo", "study model": "study"}
 
 
 def heidelberg_table(
@@ -32,7 +39,9 @@ def heidelberg_table(
     folds: pd.DataFrame | None = None,
     confidences: dict[str, float] | None = None,
 ) -> pd.DataFrame:
-    """Return one row for each entry of `answers`, then the published rows; the columns are COLUMNS, missing values NaN.
+    """Return the published rows, each followed by the `answers` of its kind (see UNDER), and then the other answers.
+
+    The columns are COLUMNS, missing values are NaN.
 
     The box metrics are computed on those of `images` that the detectors have predicted, the study metrics on the studies
     that have predictions; placeholder predictions (the class frequencies) do not count. Before comparing metrics, compare
@@ -42,7 +51,8 @@ def heidelberg_table(
 
     The confidence limit is never chosen on the images that it is evaluated on. If `confidences` has an entry for the key in
     `answers`, that is the limit. Otherwise the limit for each fold of `folds` is the one with the highest F1 on the other
-    folds; the table then shows the mean limit over images, which is NaN if there is a single fold.
+    folds; the table then shows the mean limit over images. If all predicted images are of a single fold, the two halves of
+    its patients take the place of folds.
 
     Study recall, precision and F1 are means over the classes. `study_map` is the mean AP of the probabilities.
     `study_map_hard` is, as in the report, the mean AP with a probability of 1 for the most probable class and 0 for the
@@ -59,21 +69,68 @@ def heidelberg_table(
         chosen = _confidence_by_fold(answer, images, boxes, folds) if name not in confidences else confidences[name]
         rows[name] = _box_figures(answer, images, boxes, chosen) | _study_figures(answer, images, labels)
     published_rows = find_published("heidelberg").rows
-    table = pd.concat([pd.DataFrame(rows).T, published_rows.rename("Heidelberg, published: {}".format)]).reindex(
-        columns=list(COLUMNS)
-    )
-    return table.rename_axis("answer").astype(float)
+    table = pd.concat([pd.DataFrame(rows).T, published_rows.rename(PUBLISHED.format)]).reindex(columns=list(COLUMNS))
+    order = []
+    for name in published_rows.index:
+        order += [PUBLISHED.format(name), *(ours for ours in rows if ours.startswith(UNDER[name]))]
+    order += [name for name in rows if name not in order]
+    return table.loc[order].rename_axis("answer").astype(float)
 
 
-def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the result of `heidelberg_table` as texts, one column per answer; only the counts have no decimals."""
+def check_filled(table: pd.DataFrame) -> None:
+    """Raise RunError if the result of `heidelberg_table` lacks a value in a row of ours that the document prints."""
+    ours = table[~table.index.str.startswith(PUBLISHED.format(""))]
+    gaps = []
+    for count, columns in (("images", TABLE_1), ("studies", TABLE_2)):
+        for name, row in ours[ours[count] > 0].iterrows():
+            if empty := [column for column in columns if math.isnan(row[column])]:
+                gaps.append(f"{name}: {', '.join(empty)}")
+    if gaps:
+        raise RunError(
+            f"the published table has gaps, {'; '.join(gaps)}: on the images that the confidence is chosen on, no box is "
+            "predicted or none is annotated; train longer, or judge more images"
+        )
+
+
+def readable(table: pd.DataFrame, columns: Iterable[str] = COLUMNS) -> pd.DataFrame:
+    """Return `columns` of the result of `heidelberg_table` as texts, without empty rows; counts have no decimals."""
+    table = table[[name for name in columns if name in table]]
+    table = table[table.drop(columns=[*COUNTS, "confidence"], errors="ignore").notna().any(axis=1)]
     texts = {
         name: table[name].map(
             lambda value, form=",.0f" if name in COUNTS else ".3f": "" if math.isnan(value) else f"{value:{form}}"
         )
         for name in table
     }
-    return pd.DataFrame(texts).T
+    return pd.DataFrame(texts)
+
+
+def document_tables(table: pd.DataFrame) -> list[pd.DataFrame]:
+    """Return the result of `heidelberg_table` as the report's table 1 (boxes) and table 2 (studies), readable."""
+    return [readable(table, TABLE_1), readable(table, TABLE_2)]
+
+
+def confidence_note(answers: dict[str, Fused], images: pd.DataFrame, folds: pd.DataFrame) -> str:
+    """Return text for under the table: which images the confidence of each of `answers` was chosen on."""
+    fold = images["image_id"].map(folds.set_index("id")["fold"])
+    seen = {name: images["image_id"].isin(_predicted_images(answer, images)["image_id"]) for name, answer in answers.items()}
+    alone = [name for name, is_seen in seen.items() if len(set(fold[is_seen])) == 1]
+    text = "Each fold is judged at the confidence with the highest F1 on the other folds."
+    if alone:
+        text += (
+            f" These have predicted one fold alone: {'; '.join(alone)}. Its patients are divided into two halves, and each "
+            "half is judged at the confidence with the highest F1 on the other half."
+        )
+    return text
+
+
+def seen_by_all(answers: dict[str, Fused], images: pd.DataFrame, boxes: pd.DataFrame) -> list[str]:
+    """Return the image_ids of `images` with a box that all answers with boxes have predicted; [] if only one has boxes."""
+    detectors = [set(answer.nones.loc[answer.nones["seen"], "image_id"]) for answer in answers.values()]
+    detectors = [seen for seen in detectors if seen]
+    if len(detectors) < 2:
+        return []
+    return sorted(set(images["image_id"]).intersection(boxes["image_id"], *detectors))
 
 
 def heidelberg_figures(predictions: Answers, thresholds: np.ndarray, exclusive: bool = False) -> pd.DataFrame:
@@ -124,18 +181,30 @@ def best_confidence(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame) ->
 
 
 def _confidence_by_fold(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame, folds: pd.DataFrame) -> dict[str, float]:
-    """Return a dict that maps each image_id to the confidence limit chosen on the folds that do not contain the image."""
+    """Return a dict that maps each image_id to the confidence limit chosen on the folds that do not contain the image.
+
+    If there is one fold alone, the halves of its patients are used instead.
+    """
     predicted_images = _predicted_images(answer, images)
     fold = predicted_images["image_id"].map(folds.set_index("id")["fold"])
     if fold.isna().any():
         raise ValueError(
             f"image {predicted_images['image_id'][fold.isna()].iloc[0]} is in no fold; pass only images that are in folds"
         )
+    if len(set(fold)) == 1:
+        fold = _half_of_patients(predicted_images, boxes)
     chosen: dict[str, float] = {}
     for number in fold.unique():
         best = best_confidence(answer, predicted_images[fold != number], boxes)
         chosen |= dict.fromkeys(predicted_images.loc[fold == number, "image_id"], best)
     return chosen
+
+
+def _half_of_patients(images: pd.DataFrame, boxes: pd.DataFrame) -> pd.Series:
+    """Return 0 or 1 for each of `images`: random halves of the patients, with equally many who have a box."""
+    has_box = images["image_id"].isin(boxes["image_id"]).groupby(images["patient_id"]).any()
+    shuffled = has_box.sort_index().sample(frac=1, random_state=0).sort_values(kind="stable")
+    return images["patient_id"].map(pd.Series(np.arange(len(shuffled)) % 2, shuffled.index))
 
 
 def _box_figures(

@@ -1,5 +1,6 @@
 """Training code that all classifiers share: loading starting weights, mixing batches, unfreezing stages, validation."""
 
+import logging
 from abc import abstractmethod
 from functools import reduce
 from typing import Any
@@ -9,11 +10,13 @@ import torch
 
 from kitlib.errors import BundleError
 from kitlib.models.classifier import Classifier, FindingsClassifier, StudyClassifier
-from kitlib.models.starting_weights import load_starting_weights
+from kitlib.models.starting_weights import input_differences, load_starting_weights
 from kitlib.recipes.fields import ClassifierRecipe
 from kitlib.training import data_parallel
 from kitlib.training.batch_mixing import mix_batch
 from kitlib.training.loop import RecipeTraining
+
+logger = logging.getLogger(__name__)
 
 # Largest share of the backbone's parameters that starting weights may lack. This allows a first convolution with another
 # number of channels, but not another backbone that has a few parameter names in common.
@@ -33,8 +36,9 @@ def check_frozen(recipe: ClassifierRecipe, model_name: str) -> None:
 def start_from_weights(model: Classifier) -> str:
     """Load the starting weights of the model's recipe, and return a text that says how many tensors were loaded.
 
-    Returns "from scratch" if the recipe has no starting weights. Raises ValueError if the weights lack a tensor of a frozen
-    backbone; BundleError if they lack more than MAX_RANDOM_SHARE of the parameters of a trainable backbone.
+    Returns "from scratch" if the recipe has no starting weights. If a frozen backbone was trained on another size, placement
+    or normalisation of images, logs a warning, and the text says so. Raises ValueError if the weights lack a tensor of a
+    frozen backbone; BundleError if they lack more than MAX_RANDOM_SHARE of the parameters of a trainable backbone.
     """
     recipe = model.recipe
     if not recipe.starting_weights:
@@ -53,7 +57,11 @@ def start_from_weights(model: Classifier) -> str:
             f"{recipe.starting_weights} lacks {share:.0%} of the parameters of {recipe.backbone}; the first missing tensor "
             f"is {random_names[0]}. Use weights of exactly this backbone"
         )
-    return f"{recipe.starting_weights}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
+    text = f"{recipe.starting_weights}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
+    if recipe.frozen_backbone and (differences := input_differences(model)):
+        text += f"; the frozen backbone was trained on another input: {', '.join(differences)}"
+        logger.warning("%s. Give it the input it was trained on, or unfreeze it", text)
+    return text
 
 
 class ClassifierTraining(RecipeTraining):

@@ -104,6 +104,15 @@ def test_folds_share_their_models_weight():
     assert fused == pytest.approx([0.3, 0.4])
 
 
+def test_a_last_suppression_drops_the_less_confident_of_two_fused_boxes():
+    near = (200.0, 100.0, 600.0, 500.0)  # IoU with (100, 100, 500, 500): 300 / 500 = 0.6 of the width
+    table = detections(("a", "m", 0, 0.8, 100, 100, 500, 500), ("a", "n", 0, 0.6, *near))
+    count = {iou: len(fuse_boxes(table, IMAGES, replace(PLAIN, box_iou=0.7, final_nms_iou=iou))) for iou in (1.0, 0.7, 0.5)}
+    assert count == {1.0: 2, 0.7: 2, 0.5: 1}
+    kept = fuse_boxes(table, IMAGES, replace(PLAIN, box_iou=0.7, final_nms_iou=0.5))
+    assert kept["score"].tolist() == pytest.approx([0.4]) and kept["xmin"].tolist() == pytest.approx([100])
+
+
 def test_boxes_are_clipped_to_the_image_and_tiny_scores_dropped():
     table = detections(
         ("a", "m", 0, 0.5, -50, -50, 3000, 500), ("a", "m", 0, 0.5, 2100, 0, 2200, 50), ("a", "m", 0, 1e-5, *ONE)

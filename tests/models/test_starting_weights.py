@@ -11,7 +11,8 @@ from torch import nn
 from kitlib.bundle import save_bundle
 from kitlib.errors import BundleError
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
-from kitlib.models.starting_weights import find_starting_weights, load_starting_weights, read_starting_weights
+from kitlib.models.starting_weights import load_starting_weights, read_starting_weights
+from kitlib.paths import find_starting_weights
 from kitlib.recipes.fields import FindingsRecipe, StudyRecipe
 from tests.test_bundle import RECORD, WEIGHTS
 

@@ -6,8 +6,16 @@ import pytest
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score
 
 from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import RunError
 from kitlib.fusion.model_fusion import Fused, FusionSettings, fuse
-from kitlib.reports.heidelberg_report import COLUMNS, best_confidence, heidelberg_table, readable
+from kitlib.reports.heidelberg_report import (
+    COLUMNS,
+    best_confidence,
+    check_filled,
+    confidence_note,
+    heidelberg_table,
+    readable,
+)
 from kitlib.reports.published_tables import find_published
 from kitlib.scoring.score import score_tables, truth_of
 from kitlib.tables import BOX
@@ -30,7 +38,7 @@ def answer(detections, images, studies=None):
 @pytest.fixture(scope="module")
 def small():
     """Images a to d with c and d in fold 1; b has no box, d has two."""
-    images = pd.DataFrame({"image_id": list("abcd"), "study_id": list("stuv")})
+    images = pd.DataFrame({"image_id": list("abcd"), "study_id": list("stuv"), "patient_id": list("pqrs")})
     labels = pd.DataFrame(np.eye(4)[[1, 0, 1, 2]], columns=list(STUDY_CLASSES)).assign(id=list("stuv"))
     boxes = pd.DataFrame([("a", *ONE), ("c", *ONE), ("d", *ONE), ("d", *FAR)], columns=["image_id", *BOX])
     folds = pd.DataFrame({"id": list("abcd"), "fold": [0, 0, 1, 1]})
@@ -74,10 +82,20 @@ def test_a_passed_confidence_is_used(small):
         heidelberg_table({"mine": mine}, images, labels, boxes)
 
 
-def test_one_fold_alone_has_no_operating_point(small):
+def test_the_halves_of_a_single_folds_patients_choose_for_each_other(small):
     images, labels, boxes, folds, detections = small
-    row = heidelberg_table({"mine": answer(detections, images)}, images, labels, boxes, folds.assign(fold=0)).loc["mine"]
-    assert row[["confidence", "f1", "recall"]].isna().all() and row["ap"] > 0
+    images, mine = images.assign(patient_id=list("ppqq")), answer(detections, images)
+    crossed = heidelberg_table({"mine": mine}, images, labels, boxes, folds.assign(fold=3))
+    # Both patients have a box, so each is a half: the same as with two folds.
+    assert crossed.equals(heidelberg_table({"mine": mine}, images, labels, boxes, folds))
+    check_filled(crossed)
+    note = confidence_note({"mine": mine}, images, folds.assign(fold=3))
+    assert "one fold alone: mine. Its patients are divided" in note
+    assert "alone" not in confidence_note({"mine": mine}, images, folds)
+    # Images of one patient are in the same half, so that a single patient leaves none to choose on.
+    table = heidelberg_table({"mine": mine}, images.head(2), labels, boxes, folds)
+    with pytest.raises(RunError, match="has gaps, mine: confidence, f1, recall, precision, precision_all: on the images"):
+        check_filled(table)
 
 
 def test_study_metrics_equal_those_of_scikit_learn():
@@ -122,7 +140,10 @@ def test_the_published_rows_are_the_reports_tables(small):
     images, labels, boxes, folds, detections = small
     table = heidelberg_table({"mine": answer(detections, images)}, images, labels, boxes, folds)
     names = [f"Heidelberg, published: {name}" for name in find_published("heidelberg").rows.index]
-    assert list(table.index) == ["mine", *names] and list(table.columns) == list(COLUMNS)
+    assert list(table.index) == [*names, "mine"] and list(table.columns) == list(COLUMNS)
+    ours = {name: answer(detections, images) for name in ("yolo", "fused, tuned", "fused as published")}
+    under = list(heidelberg_table(ours, images, labels, boxes, folds).index)
+    assert under == [names[0], "fused, tuned", "fused as published", *names[1:3], "yolo", names[3]]
     assert table.loc["Heidelberg, published: ensemble", ["ap_boxed", "f1", "recall", "precision"]].tolist() == [
         0.451,
         0.560,
@@ -148,4 +169,4 @@ def test_an_image_outside_the_folds_or_a_study_without_a_label_is_named(small):
 
 def test_counts_are_shown_without_decimals():
     table = pd.DataFrame({"images": [1189.0], "ap": [0.12345], "f1": [np.nan]}, index=["fused"])
-    assert readable(table).fused.to_dict() == {"images": "1,189", "ap": "0.123", "f1": ""}
+    assert readable(table).loc["fused"].to_dict() == {"images": "1,189", "ap": "0.123", "f1": ""}

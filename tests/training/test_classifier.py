@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from kitlib.bundle import read_bundle
 from kitlib.errors import BundleError
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
+from kitlib.models.starting_weights import input_differences
 from kitlib.recipes.fields import FindingsRecipe
 from kitlib.settings import override
 from kitlib.training.classifier import start_from_weights
@@ -34,6 +35,14 @@ def starting_weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "start.safetensors"
     save_file(StudyClassifier(RECIPE).backbone.state_dict(), path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory):
+    """A recipe with 64 pixels a side, and the bundle that it has trained."""
+    folder, recipe = tmp_path_factory.mktemp("first"), override(RECIPE, image_size=64, epochs=1)
+    train(folder, recipe)
+    return recipe, str(folder / "bundle")
 
 
 # Four balanced classes, and a quarter of the images without a box: a constant prediction scores 0.25.
@@ -106,6 +115,33 @@ def test_starting_weights_that_lack_tensors_of_a_frozen_backbone_are_refused(tmp
         ValueError, match=r"half\.safetensors lacks \d+ tensors of the frozen test_resnet; the first is backbone\.layer4"
     ):
         train(tmp_path / "run", recipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, ""),
+        ({"image_size": 32, "placement": "stretch"}, "image_size 32 instead of 64, placement stretch instead of letterbox"),
+        ({"canvas": 80}, "canvas 80 instead of 0"),
+        ({"channels": 3}, "channels 3 instead of 1"),
+        ({"image_size": 32, "frozen_backbone": False}, ""),
+    ],
+)
+def test_a_frozen_backbone_that_gets_another_input_than_it_was_trained_on_is_told(one_epoch, caplog, changes, told):
+    recipe, bundle = one_epoch
+    recipe = override(recipe, **{"frozen_backbone": True, "starting_weights": bundle, **changes})
+    model = StudyClassifier(recipe)
+    text = start_from_weights(model)
+    warned = "trained on another input" in text
+    assert warned == bool(told) == ("trained on another input" in caplog.text) and told in text
+
+
+def test_another_normalisation_of_a_single_channel_is_a_difference(one_epoch):
+    recipe, bundle = one_epoch
+    model = StudyClassifier(override(recipe, starting_weights=bundle))
+    assert input_differences(model) == []
+    model.mean = [0.25]
+    assert input_differences(model) == ["mean [0.25] instead of [0.5]"]
 
 
 def test_weights_of_another_backbone_are_refused_and_the_number_of_random_tensors_is_reported(tmp_path):

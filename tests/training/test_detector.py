@@ -376,6 +376,7 @@ def test_the_published_settings_reach_ultralytics(tmp_path):
     # Heidelberg report, section 3.2: flips, learning rate, decay, nominal batch.
     given = settings(find_recipe("heidelberg_yolo", DetectorRecipe), tmp_path, torch.device("cpu"), 0, 0)
     expected = {"flipud": 0.1, "fliplr": 0.5, "lr0": 0.01, "momentum": 0.937, "weight_decay": 5e-4, "nbs": 64, "mixup": 0.5}
+    expected["mosaic"] = 0.0
     assert {name: given[name] for name in expected} == expected and given["imgsz"] == 512
     published = settings(find_recipe("heidelberg_yolo_published", DetectorRecipe), tmp_path, torch.device("cpu"), 0, 0)
     assert (published["box"], published["cls"]) == (0.075, 0.8)

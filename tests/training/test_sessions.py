@@ -17,7 +17,7 @@ import torch
 from kitlib.bundle import STATED, read_bundle, save_bundle
 from kitlib.deadline import Deadline, SessionOver, epoch_fits
 from kitlib.errors import TrainingError
-from kitlib.models.starting_weights import find_starting_weights
+from kitlib.paths import find_starting_weights
 from kitlib.settings import override
 from kitlib.training import yolo as train_yolo
 from kitlib.training.fold_folder import continue_from

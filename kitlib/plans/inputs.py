@@ -1,0 +1,91 @@
+"""What a plan reads but does not make: data folders, weights files and runs, which must exist before its first run."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kitlib.errors import BundleError, InputNotFound, PlanError
+from kitlib.parameters import read_parameters
+from kitlib.paths import PICKLES, find_input, find_run, find_starting_weights, project_root
+from kitlib.plans.plan import Plan, PlannedRun
+
+# Parameters of notebooks that name a run, or several.
+RUNS = (
+    *("prepare_run", "runs", "study_ensemble", "extra_run", "extra_runs", "lungs_run", "fuse_run", "published_fuse_run"),
+    *("source_run", "segmenter", "also_on", "probes", "heat_runs", "resume_from"),
+)
+
+
+def check_inputs(plan: Plan, names: Iterable[str]) -> None:
+    """Raise PlanError if runs among `names` that are not done read inputs that do not exist; the message lists them all."""
+    states = plan.states()
+    if missing := missing_inputs(plan, [name for name in names if states[name] != "done"]):
+        raise PlanError("\n  ".join([f"{plan.path}: inputs are missing, so nothing was started:", *missing]))
+
+
+def missing_inputs(plan: Plan, names: Iterable[str]) -> list[str]:
+    """Return a line for each input that the runs `names` read and that neither exists nor is made by another run.
+
+    An input is made by another run if it lies in the folder of an earlier run, or in a folder that is an argument of an
+    earlier command, such as the folder of phantoms. Pickled weights count as missing, because they are never loaded.
+    """
+    readers: dict[str, list[str]] = {}
+    for name in names:
+        run = plan.planned[name]
+        made = [folder for other in _all_needs(plan, run) for folder in _made_by(other)]
+        for parameter, value in _inputs(run):
+            path = project_root() / value
+            if not any(path.is_relative_to(folder) for folder in made) and (problem := _problem(parameter, value)):
+                readers.setdefault(problem, []).append(run.step)
+    return [f"{', '.join(dict.fromkeys(steps))}: {problem}" for problem, steps in readers.items()]
+
+
+def _inputs(run: PlannedRun) -> Iterator[tuple[str, str]]:
+    """Yield the inputs of a notebook's run: "competition", "starting_weights" or "run", and the input's name or path."""
+    if not run.notebook:
+        return
+    values = read_parameters(run.notebook) | run.parameters
+    # Notebooks 80 and 50 read the competition only with a ground truth, or without images of another run.
+    if "competition" in values and values.get("truth", "read") and not values.get("source_run"):
+        yield "competition", values["competition"]
+    yield from (("competition", folder) for folder in values.get("pool", {}).values())
+    if weights := values["overrides"].get("starting_weights") if "recipe" in values else "":
+        yield "starting_weights", weights
+    if run.notebook.stem != "90_leaderboard":  # whose `runs` are folders in which runs are searched
+        for parameter in RUNS:
+            value: Any = values.get(parameter) or []
+            yield from (("run", name) for name in ([value] if isinstance(value, str) else value))
+
+
+def _all_needs(plan: Plan, run: PlannedRun) -> list[PlannedRun]:
+    """Return all runs that `run` needs, directly or through other runs."""
+    needs: dict[str, None] = {}
+    waiting = list(run.needs)
+    while waiting:
+        name = waiting.pop()
+        if name not in needs:
+            needs[name] = None
+            waiting += plan.planned[name].needs
+    return [plan.planned[name] for name in needs]
+
+
+def _made_by(run: PlannedRun) -> list[Path]:
+    return [run.folder, *(project_root() / word for word in run.command if "/" in word)]
+
+
+def _problem(parameter: str, value: str) -> str:
+    """Return why the input does not exist, or "" if it does. Paths are relative to the project's folder, as in a run."""
+    path = project_root() / value
+    try:
+        if parameter == "competition":
+            find_input(path if "/" in value and path.is_dir() else value)
+        elif parameter == "run":
+            find_run(path if path.is_dir() and "/" in value else value)
+        elif find_starting_weights(path if path.exists() else value).suffix in PICKLES:
+            return (
+                f"weights file {value} is a pickle, which is never loaded; convert it to .safetensors, see inputs/README.md"
+            )
+    except (InputNotFound, BundleError) as error:
+        return re.sub(r"[.;:]? (Available|Runs)?:?$", "", str(error).splitlines()[0])
+    return ""

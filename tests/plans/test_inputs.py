@@ -1,0 +1,90 @@
+"""What a plan tells before its first run: inputs that are missing, and how many networks it trains."""
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from kitlib.__main__ import app
+from kitlib.errors import PlanError
+from kitlib.paths import project_root
+from kitlib.plans.inputs import check_inputs
+from kitlib.plans.plan import read_plan
+from kitlib.plans.trainings import count_trainings, describe_trainings
+
+
+def write_plan(folder, steps, **more):
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump({"runs": str(folder / "runs"), "steps": steps} | more, sort_keys=False))
+    return path
+
+
+def prepare(data):
+    return {"notebook": "10_prepare", "parameters": {"competition": data}}
+
+
+def study(weights="", prepared="{prepare}"):
+    overrides = {"starting_weights": weights} if weights else {}
+    return {
+        "notebook": "30_train_study",
+        "parameters": {"prepare_run": prepared, "recipe": "small_study", "overrides": overrides},
+    }
+
+
+def test_missing_data_weights_and_runs_are_listed_before_anything_starts(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "yolov5lu.pt").touch()
+    steps = {
+        "good": prepare(str(tmp_path / "data")),
+        "first": study(prepared="{good}"),
+        "second": study("{first}/fold0/bundle", "{good}"),  # made by the plan itself
+        "absent": prepare("no-such-data"),
+        "also_absent": prepare("no-such-data"),
+        "weights": study(str(tmp_path / "none.safetensors"), "{good}"),
+        "pickle": study(str(tmp_path / "yolov5lu.pt"), "{good}"),
+        "stranger": study(prepared="no-such-run"),
+        "phantoms": {"command": ["make", "--folder", str(tmp_path / "made")], "result": "{run}/done"},
+        "of_phantoms": {**prepare(str(tmp_path / "made" / "nih")), "needs": ["phantoms"]},
+        "too_early": prepare(str(tmp_path / "made" / "nih")),  # does not wait for the phantoms
+    }
+    path = write_plan(tmp_path, steps)
+    done = CliRunner().invoke(app, ["run", str(path)])
+    assert done.exit_code == 1 and not list((tmp_path / "runs").glob("[!.]*"))
+    lines = [line.strip() for line in done.output.splitlines()]
+    for step, text in {
+        "absent, also_absent": "no input 'no-such-data' below",
+        "weights": "none.safetensors does not exist",
+        "pickle": "is a pickle, which is never loaded; convert it to .safetensors",
+        "stranger": "no run 'no-such-run'",
+        "too_early": "no input",
+    }.items():
+        assert any(line.startswith(f"{step}: ") and text in line for line in lines), (step, done.output)
+    assert len([line for line in lines if ": " in line]) == 1 + 5  # the headline and five problems
+    # A dry run lists the plan and the same problems; a plan whose selected steps lack nothing has none.
+    assert "no-such-run" in CliRunner().invoke(app, ["run", str(path), "--dry-run"]).output
+    listed = CliRunner().invoke(app, ["run", str(path), "--dry-run", "--only", "second"])
+    assert (
+        listed.exit_code == 0 and "10 trainings in 2 of 3 runs\nfrom scratch, with random weights: first\n" in listed.output
+    )
+
+
+def test_inputs_of_runs_that_are_done_may_be_gone(tmp_path):
+    plan = read_plan(write_plan(tmp_path, {"prepare": prepare("no-such-data")}))
+    with pytest.raises(PlanError, match="no input 'no-such-data'"):
+        check_inputs(plan, plan.planned)
+    run = plan.planned["prepare"]
+    run.folder.mkdir(parents=True)
+    run.done_file.write_text("{}")
+    check_inputs(plan, plan.planned)
+
+
+def test_nested_folds_train_one_network_per_pair_of_folds(tmp_path):
+    nested = {"notebook": "25_train_classifier", "parameters": {"folds": [0, 1, 2], "outer_folds": [0, 1]}}
+    plan = read_plan(write_plan(tmp_path, {"nested": nested}, published_time="3 days on a V100"))
+    assert count_trainings(plan.planned["nested"]) == 4  # (0; 1, 2) and (1; 0, 2)
+    assert "4 trainings in 1 of 1 runs; published duration: 3 days on a V100" in describe_trainings(plan, plan.planned)
+
+
+def test_the_demos_need_nothing_from_outside():
+    for path in (project_root() / "submissions" / "plans").glob("demo*.yaml"):
+        plan = read_plan(path, runs="runs/of-a-test")
+        check_inputs(plan, plan.planned)
