@@ -8,7 +8,8 @@ import pandas as pd
 
 from kitlib.bundle import save_bundle
 from kitlib.classes import MASK_CODES
-from kitlib.lungs.finders import FOUND, StoredLungs
+from kitlib.lungs.clean_up import FOUND
+from kitlib.lungs.finders import StoredLungs
 from kitlib.models.segmenter import Segmenter
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.tables import BOX, write_table

@@ -5,7 +5,7 @@ uses. The published recipes are in kitlib.recipes.named.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from kitlib.errors import SettingsError
 from kitlib.settings import (
@@ -34,6 +34,9 @@ Schedule = Literal["cosine", "plateau", "step"]
 Placing = Literal["letterbox", "stretch", "centre_crop"]
 View = Literal["full", "flip", "lungs", "lungs_flip"]
 Structure = Literal["lungs", "heart", "left_lung", "right_lung"]
+
+# The clean-up of masks in the UNet + HRNet paper, section 3.2; no other publication has one.
+PUBLISHED_CLEAN_UP: dict[str, Any] = {"dilations": 8, "closings": 2, "least_area": 50_000 / 512**2}
 
 # For each view: whether the canvas shows the full image or the lungs, and whether it is mirrored.
 VIEWS = {"full": ("full", False), "flip": ("full", True), "lungs": ("lungs", False), "lungs_flip": ("lungs", True)}
@@ -361,8 +364,8 @@ class DetectorRecipe(WithBackbone, WithOcclusions):
 class SegmenterRecipe(WithDistortions):
     """Recipe of a lung segmenter, with the settings for cleaning up its masks.
 
-    The defaults are those of the UNet + HRNet paper, sections 3.2, 3.3 and 4, except for `schedule` and `patience`, which
-    the paper does not state; their defaults are the kit's.
+    The defaults are those of the UNet + HRNet paper, sections 3.3 and 4, except for `schedule` and `patience`, which the
+    paper does not state; their defaults are the kit's. The clean-up of masks is off, because only that paper has one.
     """
 
     network: Literal["unet", "resunet", "fc_densenet103"] = "unet"
@@ -390,12 +393,12 @@ class SegmenterRecipe(WithDistortions):
     blur_pixels: Annotated[int, ZeroOrOdd()] = 11
     noise: Probability = 0.05  # the paper states 0.5, without a unit
     noise_p: Probability = 0.3
-    # Clean-up of a mask before images are cropped to it. The values are published for 512 pixels a side and applied at that
-    # size.
+    # Clean-up of a mask, at 512 pixels a side. It decides the lungs' frame and whether they can be used; the mask is the one
+    # that the network drew unless it is dilated or closed.
     least_island: Share = 0.01  # smaller components, as a share of the canvas, are removed first (not in the paper)
-    dilations: Count = 8  # number of dilations by 3 x 3 pixels
-    closings: Count = 2  # number of closings by 3 x 3 pixels, after the dilations
-    least_area: Share = 50_000 / 512**2  # after closing, masks with a smaller share of the canvas are rejected
+    dilations: Count = 0  # number of dilations by 3 x 3 pixels
+    closings: Count = 0  # number of closings by 3 x 3 pixels, after the dilations
+    least_area: Share = 0.0  # after closing, masks with a smaller share of the canvas are rejected
     least_width: NotNegative = 0.65  # smallest width / height of the lungs' frame; a narrower frame holds only one lung
     margin: NotNegative = 0.05  # added on each side of the frame, as a share of its width or height
 

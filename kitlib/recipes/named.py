@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from kitlib.errors import SettingsError
-from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe, PatchRecipe, SegmenterRecipe, StudyRecipe, TrainingRecipe
+from kitlib.recipes.fields import (
+    PUBLISHED_CLEAN_UP,
+    DetectorRecipe,
+    FindingsRecipe,
+    PatchRecipe,
+    SegmenterRecipe,
+    StudyRecipe,
+    TrainingRecipe,
+)
 from kitlib.recipes.learners import LEARNERS
 from kitlib.settings import R, override
 
@@ -121,7 +129,7 @@ RECIPES: dict[str, TrainingRecipe] = {
         box_loss="",
         views=("full", "flip"),
     ),
-    "unet_lungs": SegmenterRecipe(),
+    "unet_lungs": SegmenterRecipe(**PUBLISHED_CLEAN_UP),
     # ResUNet + ensembles, sections 4.1 and 4.2; the optimiser's settings are the kit's.
     "resunet_lungs": SegmenterRecipe(
         network="resunet",
@@ -171,7 +179,6 @@ RECIPES: dict[str, TrainingRecipe] = {
         rotate_degrees=10.0,
         gamma_drawn=(0.7, 1.5),
         noise_p=0.0,
-        least_area=0.1,  # the published value rejects correct masks of small chests
     ),
     "small_backbone": FindingsRecipe(
         backbone="test_efficientnet",

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from kitlib.classes import LUNG_CODES
-from kitlib.lungs.finders import FOUND
+from kitlib.lungs.clean_up import FOUND
 from kitlib.reports.figures import BESIDE, PREDICTION, TRUTH, draw_outlines, image_grid, show_legend, show_xray
 from kitlib.reports.lungs_report import HUMAN_AGREEMENT
 from kitlib.xrays.cache import CachedXray, XrayCache

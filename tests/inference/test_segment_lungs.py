@@ -15,6 +15,7 @@ from kitlib.letterbox import letterbox
 from kitlib.lungs.clean_up import (
     BLANK,
     EMPTY,
+    FOUND,
     NARROW,
     SMALL,
     clean_up_maps,
@@ -23,7 +24,6 @@ from kitlib.lungs.clean_up import (
     lung_frame,
     remove_islands,
 )
-from kitlib.lungs.finders import FOUND
 from kitlib.models.segmenter import Segmenter
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.recipes.named import RECIPES

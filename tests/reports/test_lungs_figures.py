@@ -7,8 +7,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from kitlib.classes import LUNG_CODES
-from kitlib.lungs.clean_up import SMALL
-from kitlib.lungs.finders import FOUND
+from kitlib.lungs.clean_up import FOUND, SMALL
 from kitlib.reports.figures import PREDICTION, TRUTH, save_figure
 from kitlib.reports.lungs_figures import lungs_montage, mask_images, overlap_figure
 from kitlib.tables import BOX

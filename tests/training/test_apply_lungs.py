@@ -7,8 +7,8 @@ import pytest
 from kitlib.classes import LUNG_CODES
 from kitlib.errors import SettingsError, TrainingError
 from kitlib.inference.segment_lungs import load_segmenter
-from kitlib.lungs.clean_up import BLANK, EMPTY
-from kitlib.lungs.finders import FOUND, StoredLungs
+from kitlib.lungs.clean_up import BLANK, EMPTY, FOUND
+from kitlib.lungs.finders import StoredLungs
 from kitlib.settings import override
 from kitlib.tables import BOX, read_table
 from kitlib.training import apply_lungs as module
