@@ -7,6 +7,7 @@ import pandas as pd
 
 from kitlib.datasets.base import Dataset
 from kitlib.datasets.bimcv import read_bimcv
+from kitlib.datasets.chexpert import read_chexpert
 from kitlib.datasets.covid_chestxray import read_covid_chestxray
 from kitlib.datasets.covidgr import read_covidgr
 from kitlib.datasets.covidx import read_covidx
@@ -23,6 +24,7 @@ from kitlib.tables import class_columns
 READERS: dict[str, Callable[..., Dataset]] = {
     "siim": read_train,
     "nih": read_nih,
+    "chexpert": read_chexpert,
     "rsna": read_rsna,
     "jsrt": read_jsrt,
     "montgomery": read_montgomery,

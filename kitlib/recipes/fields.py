@@ -168,9 +168,10 @@ class WithDistortions(TrainingRecipe):
 
 @dataclass(frozen=True)
 class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
-    """Recipe fields of a classifier: a backbone and a head with one hidden layer, as in the Heidelberg SIIM project.
+    """Recipe fields of a classifier: a backbone and a head with hidden layers.
 
-    Heidelberg's head has 2048 inputs from the backbone, a layer of 1024 units, ReLU, dropout, and one output per class.
+    The default is the head of the Heidelberg SIIM project: 2048 inputs from the backbone, a layer of 1024 units, ReLU,
+    dropout, and one output per class.
     """
 
     # Side of a larger canvas, from which training crops a random square of image_size and prediction crops the middle;
@@ -178,7 +179,8 @@ class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
     canvas: Count = 0
     probe: Literal["", "border", "outside_lungs"] = ""  # tests for shortcuts by showing the model only this region
     l1: NotNegative = 0.0  # factor of the sum of absolute weights in the loss, as in Oh et al.
-    hidden: Count = 1024  # units of the head's hidden layer; 0: the head is dropout and one linear layer
+    # Units of the head's hidden layer, or of several, each with ReLU and dropout; 0: the head is dropout and a linear layer.
+    hidden: Count | tuple[AtLeastOne, ...] = 1024
     dropout: Share = 0.5
     normalisation: Literal["backbone", "half"] = "backbone"  # the backbone's mean and standard deviation, or 0.5 for both
     frozen_backbone: bool = False
