@@ -24,7 +24,6 @@ from kitlib.tables import class_columns
 READERS: dict[str, Callable[..., Dataset]] = {
     "siim": read_train,
     "nih": read_nih,
-    "chexpert": read_chexpert,
     "rsna": read_rsna,
     "jsrt": read_jsrt,
     "montgomery": read_montgomery,
@@ -36,6 +35,7 @@ READERS: dict[str, Callable[..., Dataset]] = {
     "covidgr": read_covidgr,
     "ricord": read_ricord,
     "bimcv": read_bimcv,
+    "chexpert": read_chexpert,
 }
 
 

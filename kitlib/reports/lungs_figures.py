@@ -55,8 +55,8 @@ def clean_up_figure(cache: XrayCache, lungs: StoredLungs, image_ids: Iterable[st
     for row, name in enumerate(("image", "as drawn", "cleaned", "masked image")):
         axes[row, 0].set_ylabel(name)
     for column, xray in enumerate(xrays):
-        drawn, mask = np.isin(lungs.masks.read(xray.image_id), LUNG_CODES), lungs.find_one(xray).mask
-        rows = (xray.pixels, 255 * drawn, 255 * np.asarray(mask), np.where(mask, xray.pixels, 0))
+        drawn, mask = np.isin(lungs.masks.read(xray.image_id), LUNG_CODES), np.asarray(lungs.find_one(xray).mask)
+        rows = (xray.pixels, 255 * drawn, 255 * mask, np.where(mask, xray.pixels, 0))
         for axis, pixels in zip(axes[:, column], rows, strict=True):
             axis.imshow(pixels, cmap="gray", vmin=0, vmax=255)
         axes[0, column].set_title(xray.image_id[:24], fontsize=8)
