@@ -114,7 +114,7 @@ def _check_clean_up(recipe: SegmenterRecipe, bundle: str | Path) -> None:
     if recipe.network != "unet" and all(published.values()):
         logger.warning(
             "%s states the clean-up of UNet + HRNet (8 dilations, 2 closings, a minimal area), which a %s has not published "
-            "and which adds a fifth to masks; for masks as drawn, set clean_up to {dilations: 0, closings: 0, least_area: 0}",
+            "and which adds a fifth to masks; for masks as drawn, clean_up is {dilations: 0, closings: 0, least_area: 0}",
             bundle,
             recipe.network,
         )
