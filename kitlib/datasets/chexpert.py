@@ -74,7 +74,7 @@ def _unusable(rows: pd.DataFrame, name: str, faults: Faults) -> pd.Index:
     cells, is_left = rows["Path"], pd.Series(True, index=rows.index)
     values = rows[list(CHEXPERT_OBSERVATIONS)].apply(lambda column: column.map(_value).isin(list(VALUES)))
     for is_faulty, problem in (
-        (~cells.str.contains(PLACE), "do not have a path with patient, study and file; left out"),
+        (cells.map(PLACE.search).isna(), "do not have a path with patient, study and file; left out"),
         (rows["Frontal/Lateral"] == "Lateral", "are lateral; left out"),
         (rows["Frontal/Lateral"] != "Frontal", "are neither Frontal nor Lateral; left out"),
         (~values.all(axis=1), "have an observation that is not 1, 0, -1 or blank; left out"),
