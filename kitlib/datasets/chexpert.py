@@ -18,7 +18,7 @@ PLACE = re.compile(r"(patient\d+)/(study\d+)/([^/]+)\.\w+$")
 # an uncertain one (-1) is unknown, which is the paper's policy U-Ignore.
 VALUES = {"1": 1.0, "0": 0.0, "": 0.0, "-1": np.nan}
 HOW_TO_GET = "CheXpert-v1.0-small or CheXpert-v1.0, see inputs/README.md"
-# Irvin et al. 2019: the abstract and table 1 (the training set with its lateral images has other counts of observations).
+# The abstract of Irvin et al. 2019; its other counts include lateral images.
 PUBLISHED = {"patients": 65240}
 
 
@@ -43,6 +43,7 @@ def read_chexpert(folder: str | Path, progress: bool = True) -> Dataset:
         ignore_index=True,
     )
     table = table.apply(lambda column: column.str.strip())
+    table["Path"] = table["Path"].str.replace("\\", "/", regex=False)  # as saved on Windows
     table["path"] = [_find(files, cell) for cell in table["Path"]]
     for name, rows in table.groupby("table", sort=False):
         table = table.drop(index=_unusable(rows, str(name), faults))
@@ -91,13 +92,13 @@ def _find(files: dict[str, Path], cell: str) -> str:
 
     The table's paths begin with the archive's name, which the folder may lack: parts are dropped from the front.
     """
-    parts = cell.replace("\\", "/").split("/")
+    parts = cell.split("/")
     names = ("/".join(parts[start:]) for start in range(max(len(parts) - 2, 0)))
     return next((name for name in names if name in files), "")
 
 
 def _image_id(cell: str) -> str:
-    match = PLACE.search(cell.replace("\\", "/"))
+    match = PLACE.search(cell)
     return "-".join(match.groups()) if match else cell
 
 
