@@ -1,12 +1,9 @@
 """Reports on lung segmentation, by class: overlap with annotated masks, with intervals, and images without usable lungs."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 
 from kitlib.lungs.clean_up import FOUND
-from kitlib.lungs.finders import StoredLungs
 from kitlib.tables import check_table, class_columns
 
 # Median Dice of two annotators who drew lungs and heart in the same 62 COVID images (annotations of V7 Labs and of
@@ -74,23 +71,6 @@ def _means(values: np.ndarray, patients: np.ndarray, samples: int, seed: int) ->
     sums, counts = np.bincount(codes, values), np.bincount(codes)
     counts_of_draws = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=samples)
     return counts_of_draws @ sums / (counts_of_draws @ counts)
-
-
-def drop_rejected(tables: Mapping[str, pd.DataFrame], lungs: StoredLungs | None) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the `folds` of a prepared run's `tables` without images whose lungs were rejected, and counts by class.
-
-    Unmasked images among masked ones would give their class away, if one class has more of them. The counts have the columns
-    class, images and dropped. Raises ValueError if `lungs` is None.
-    """
-    if lungs is None:
-        raise ValueError("drop_rejected requires lungs_run, the run of notebook 14 that judged the lungs")
-    folds, images = tables["folds"], tables["images"]
-    in_folds = images[images.image_id.isin(folds.id)]
-    dropped = in_folds[~in_folds.image_id.isin(list(lungs.frames))]
-    labels = tables["labels"].set_index("id")
-    counts = pd.DataFrame({"images": labels.loc[in_folds.study_id].sum(), "dropped": labels.loc[dropped.study_id].sum()})
-    counts.loc["all"] = [len(in_folds), len(dropped)]
-    return folds[~folds.id.isin(dropped.image_id)].reset_index(drop=True), counts.rename_axis("class").reset_index()
 
 
 def verdicts(lungs: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:

@@ -7,10 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitlib.lungs.clean_up import FOUND
-from kitlib.reports.lungs_report import clustered_interval, dice_draws, drop_rejected, overlap_report, verdicts
+from kitlib.reports.lungs_report import clustered_interval, dice_draws, overlap_report, verdicts
 from kitlib.tables import BOX
-from tests.small_lungs import stored_lungs
-from tests.small_xrays import SmallXrays
 
 # Six images of four patients; p1 has three of them. Study s5 has no label.
 IMAGES = pd.DataFrame(
@@ -144,18 +142,3 @@ def test_one_verdict_for_all_is_counted_too(verdict, share):
     counts = verdicts(lungs([verdict] * 6), IMAGES, LABELS)
     assert counts[verdict].tolist() == [6, 3, 2] and counts.not_found.tolist() == [share] * 3
     assert counts[FOUND].tolist() == ([6, 3, 2] if verdict == FOUND else [0, 0, 0])
-
-
-def test_images_without_lungs_leave_the_folds_and_are_counted_by_class(tmp_path):
-    small = SmallXrays(8)
-    tables = {"images": small.images, "labels": small.labels, "folds": small.fold_table}
-    ill = small.labels.columns[1]
-    missed = small.images.image_id[:3].tolist()
-    folds, counts = drop_rejected(tables, stored_lungs(tmp_path, small, missed=missed))
-    assert folds.id.tolist() == [name for name in small.fold_table.id if name not in missed]
-    counts = counts.set_index("class")
-    assert counts.loc["all"].tolist() == [8, 3]
-    expected = small.labels.set_index("id").loc[small.images.study_id[:3], ill].sum()
-    assert counts.loc[ill, "dropped"] == expected
-    with pytest.raises(ValueError, match="drop_rejected requires lungs_run"):
-        drop_rejected(tables, None)
