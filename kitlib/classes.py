@@ -31,6 +31,24 @@ NIH_FINDINGS = (
     "No Finding",
 )
 
+# CheXpert: the observations in the order of its tables.
+CHEXPERT_OBSERVATIONS = (
+    "No Finding",
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Opacity",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+)
+
 # Pixel values of a label image; 0 is background. Left and right are the patient's. "lungs" is both lungs as one structure.
 MASK_CODES = {"lungs": 1, "heart": 2, "left_lung": 3, "right_lung": 4}
 LUNG_CODES = tuple(code for name, code in MASK_CODES.items() if "lung" in name)
@@ -47,6 +65,7 @@ DIAGNOSES = ("COVID-19", "viral", "bacterial", "pneumonia", "normal", "other")
 
 # Scheme -> diagnosis -> class. Images whose diagnosis a scheme lacks are left out. A scheme's classes are ordered by first
 # occurrence. flannel: Qiao et al., JAMIA 2021. three: normal, other pneumonia, COVID-19. covid: COVID-19 or not.
+# covid_normal: COVID-19 or normal, as in UNet + HRNet.
 CLASS_SCHEMES: dict[str, dict[str, str]] = {
     "flannel": {"COVID-19": "COVID-19", "viral": "viral", "bacterial": "bacterial", "normal": "normal"},
     "three": {
@@ -57,6 +76,7 @@ CLASS_SCHEMES: dict[str, dict[str, str]] = {
         "COVID-19": "COVID-19",
     },
     "covid": {"COVID-19": "COVID-19"} | dict.fromkeys(DIAGNOSES[1:], "not COVID-19"),
+    "covid_normal": {"COVID-19": "COVID-19", "normal": "normal"},
 }
 
 

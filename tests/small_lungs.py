@@ -8,7 +8,8 @@ import pandas as pd
 
 from kitlib.bundle import save_bundle
 from kitlib.classes import MASK_CODES
-from kitlib.lungs.finders import FOUND, StoredLungs
+from kitlib.lungs.clean_up import CLEAN_UP, FOUND
+from kitlib.lungs.finders import StoredLungs
 from kitlib.models.segmenter import Segmenter
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.tables import BOX, write_table
@@ -53,7 +54,13 @@ def bright_segmenter(folder: Path, **clean_up) -> Path:
     last.weight.data.fill_(10), last.bias.data.fill_(-1)
     record = {
         **{"family": "segmenter", "model": "bright", "classes": ["lungs"], "recipe": dataclasses.asdict(recipe)},
-        **{"architecture": {}, "longest_side": 50, "image_size": 64, "placement": "letterbox", "mean": network.mean},
+        **{
+            "architecture": {"clean_up": CLEAN_UP},
+            "longest_side": 50,
+            "image_size": 64,
+            "placement": "letterbox",
+            "mean": network.mean,
+        },
         **{"std": network.std, "fold": 0, "data_fingerprint": "", "precision": "float32", "validation": {}},
     }
     save_bundle(folder, network.state_dict(), record)

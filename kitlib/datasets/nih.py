@@ -17,6 +17,7 @@ from kitlib.datasets.base import (
     read_csv,
     read_lines,
 )
+from kitlib.datasets.diagnoses import parse_ages, parse_sexes
 from kitlib.errors import DatasetError
 from kitlib.tables import BOX
 
@@ -51,10 +52,11 @@ def read_nih(folder: str | Path, progress: bool = True) -> Dataset:
     """Read the images below `folder` (`images_001/images` to `images_012/images`, or other folders) with their labels.
 
     image_id and study_id are the file name without suffix; patient ids have the form `nih-00000001`. Labels have the columns
-    NIH_FINDINGS, 0 or 1. `boxes` has an additional column `finding`. If the official lists are present, `split` is "train"
-    or "test". Left out, with a fault: rows without a file, files without a row, invalid boxes, images with an unreadable
-    header or an unknown finding, images in neither official list. Raises DatasetError if the table of entries is missing or
-    lacks a column, or if there is no image of the table.
+    NIH_FINDINGS, 0 or 1. `images` has sex and age, as far as the table states them (`058Y` or 58; above 130 is unknown).
+    `boxes` has an additional column `finding`. If the official lists are present, `split` is "train" or "test". Left out,
+    with a fault: rows without a file, files without a row, invalid boxes, images with an unreadable header or an unknown
+    finding, images in neither official list. Raises DatasetError if the table of entries is missing or lacks a column, or
+    if there is no image of the table.
     """
     folder, faults = Path(folder), Faults()
     name = next((candidate for candidate in ENTRIES if (folder / candidate).is_file()), ENTRIES[-1])
@@ -81,6 +83,8 @@ def read_nih(folder: str | Path, progress: bool = True) -> Dataset:
             "path": table.path,
             "source": "nih",
             "view": table["View Position"],
+            "sex": parse_sexes(table.get("Patient Gender", pd.Series("", index=table.index))),
+            "age": parse_ages(_ages(table), table.image_id, faults, name),
         }
     )
     images = add_headers(rows, folder, faults, progress)
@@ -88,6 +92,12 @@ def read_nih(folder: str | Path, progress: bool = True) -> Dataset:
     images, boxes = cut_at_edges(images, boxes[boxes.image_id.isin(images.image_id)], faults, BOXES)
     images = _add_split(images, folder, faults)
     return Dataset.from_tables(folder, images, labels[labels.id.isin(images.image_id)], faults, PUBLISHED, boxes=boxes)
+
+
+def _ages(table: pd.DataFrame) -> pd.Series:
+    """Return the ages as texts of years; the first release of the table has a unit: Y, M (months) or D (days)."""
+    cells = table.get("Patient Age", pd.Series("", index=table.index)).str.strip()
+    return cells.mask(cells.str.match(r"\d+[MD]$"), "0").str.removesuffix("Y")
 
 
 def _match_files(table: pd.DataFrame, files: dict[str, Path], name: str, faults: Faults) -> pd.DataFrame:

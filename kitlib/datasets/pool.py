@@ -1,5 +1,6 @@
 """Reads several data sets as one, with the classes of one scheme; leaves out images that fit none of them, with a fault."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,40 @@ def limit_diagnoses(images: pd.DataFrame, at_most: Mapping[str, int], seed: int 
     limit = shuffled.diagnosis.map(lambda name: at_most.get(name) or len(images))
     kept = shuffled.groupby("diagnosis").cumcount() < limit
     return images[images.index.isin(kept.index[kept])]
+
+
+def read_mask_pool(parts: Mapping[str, str | Path], progress: bool = True) -> Dataset:
+    """Read the data sets with lung masks in `parts` (key of READERS -> folder) as one Dataset, with their own labels.
+
+    The masks must follow one convention (of MASK_CONVENTIONS), because conventions define lungs differently: Montgomery and
+    Shenzhen, as in UNet + HRNet, but not Darwin with either. Ids that occur in two sets are prefixed as in `read_pool`; a
+    label that a set lacks is unknown (NaN). Raises ValueError if a set has no masks, or if the conventions differ.
+    """
+    sets = {name: read_dataset(name, folder, progress) for name, folder in parts.items()}
+    without = [name for name, data in sets.items() if data.masks is None]
+    if without:
+        raise ValueError(f"the data set {without[0]} has no masks; without classes, pool joins only sets with lung masks")
+    conventions = {name: ", ".join(sorted(set(data.images.convention))) for name, data in sets.items()}
+    if len(set(conventions.values())) > 1:
+        told = ", ".join(f"{name} {convention}" for name, convention in conventions.items())
+        raise ValueError(f"the masks follow several conventions, which define lungs differently: {told}; pool only one")
+    ids = pd.Series([image_id for data in sets.values() for image_id in data.images.image_id], dtype=object)
+    clashing, images, labels, masks, faults, published = set(ids[ids.duplicated()]), [], [], [], [], Counter[str]()
+    for name, data in sets.items():
+        image_ids = _prefix_clashing(data.images.image_id, clashing, name)
+        images.append(data.images.assign(image_id=image_ids, study_id=image_ids))
+        labels.append(data.labels.assign(id=_prefix_clashing(data.labels.id, clashing, name)))
+        masks.append(data.masks.assign(image_id=_prefix_clashing(data.masks.image_id, clashing, name)))  # type: ignore[union-attr]
+        faults.append(data.faults.assign(file=f"{name}: " + data.faults.file))
+        published.update(data.published)
+    return Dataset(
+        check_table(_fill_missing(pd.concat(images, ignore_index=True)), "images"),
+        check_table(pd.concat(labels, ignore_index=True), "labels"),
+        empty_table("boxes"),
+        _join_faults(faults),
+        dict(published),
+        pd.concat(masks, ignore_index=True),
+    )
 
 
 def sample_images(images: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:

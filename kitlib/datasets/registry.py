@@ -7,6 +7,7 @@ import pandas as pd
 
 from kitlib.datasets.base import Dataset
 from kitlib.datasets.bimcv import read_bimcv
+from kitlib.datasets.chexpert import read_chexpert
 from kitlib.datasets.covid_chestxray import read_covid_chestxray
 from kitlib.datasets.covidgr import read_covidgr
 from kitlib.datasets.covidx import read_covidx
@@ -34,6 +35,7 @@ READERS: dict[str, Callable[..., Dataset]] = {
     "covidgr": read_covidgr,
     "ricord": read_ricord,
     "bimcv": read_bimcv,
+    "chexpert": read_chexpert,
 }
 
 

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 
 from kitlib.bundle import read_bundle
-from kitlib.classes import LUNG_CODES
 from kitlib.device import autocast, finite_or_float32, pick_device
 from kitlib.errors import BundleError
 from kitlib.inference.read_ahead import ahead
 from kitlib.letterbox import Placement
-from kitlib.lungs.clean_up import clean_up_maps, make_input, place_image
-from kitlib.lungs.finders import FOUND, Lungs, segmenter_digest
+from kitlib.lungs.clean_up import FOUND, clean_up_mask, decode_maps, make_input, place_image
+from kitlib.lungs.finders import Lungs, segmenter_digest
 from kitlib.models.families import LUNGS, load_network, recorded_family
 from kitlib.models.halving_batches import HalvingBatches
 from kitlib.models.segmenter import Segmenter
@@ -45,14 +44,11 @@ class LungSegmenter:
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
         """Return the lung frame and mask of each X-ray; both are None if the mask is not plausible."""
         results = [
-            clean_up_maps(xray, maps, xray_placement, self.recipe)
-            for xray, maps, xray_placement in zip(xrays, *self._segment(xrays), strict=True)
+            clean_up_mask(xray, decode_maps(maps, place, xray.pixels.shape, self.recipe), self.recipe)
+            for xray, maps, place in zip(xrays, *self._segment(xrays), strict=True)
         ]
         self.missed += sum(result.verdict != FOUND for result in results)
-        return [
-            Lungs(result.frame, np.isin(result.codes, LUNG_CODES)) if result.verdict == FOUND else Lungs(None)
-            for result in results
-        ]
+        return [Lungs(result.frame, result.mask) if result.verdict == FOUND else Lungs(None) for result in results]
 
     def maps(self, stream: Iterable[CachedXray]) -> Iterator[tuple[CachedXray, np.ndarray, Placement]]:
         """Yield for each X-ray: itself, the probability maps of its structures, and its placement on the network's canvas.

@@ -178,8 +178,8 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
         if needs_masks(record["recipe"]) and record["architecture"].get("segmenter") != segmenter:
             raise KernelError(
                 f"runs: {bundle} was trained with a segmenter's lung masks, but the key `lungs` is "
-                f"{'another segmenter' if segmenter else 'empty'}; set it to the run of notebook 14 that was the model's "
-                "lungs_run"
+                f"{'another segmenter or clean-up' if segmenter else 'empty'}; set it to the run of notebook 14 that was "
+                "the model's lungs_run"
             )
         kind = "study" if family.answers == STUDIES else "detector"
         if family.answers == STUDIES and record["recipe"].get("outputs") != "none":

@@ -1,4 +1,4 @@
-"""Turns a segmenter's maps of an image into a lung mask: removes islands, dilates, closes, and checks plausibility."""
+"""Draws a lung mask from a segmenter's maps of an image, and cleans it up: islands, dilations, closings, plausibility."""
 
 from dataclasses import dataclass
 
@@ -8,28 +8,28 @@ import numpy as np
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.letterbox import PLACEMENTS, Placement
 from kitlib.lungs.equalise import adjust_grey
-from kitlib.lungs.finders import FOUND, in_original
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.xrays.cache import CachedXray
 
-# Version of the clean-up. Increase it whenever the result for the same maps may change: stored masks are then computed
-# again, because a submission would crop with the new version.
-CLEAN_UP = 1
+# Version of the masks. Increase it whenever the lungs that models see may change for the same maps: runs and models of
+# another version are then refused, because a submission would show a model other lungs than those it was trained on.
+CLEAN_UP = 2
 CLEAN_SIDE = 512  # canvas side in pixels during the clean-up; the published dilations and closings refer to this size
-# Verdicts on images whose lungs cannot be used.
+# Verdicts: the lungs can be used, or the reason why not.
+FOUND = "found"
 BLANK, EMPTY, SMALL, NARROW = "blank image", "no lung found", "too small", "too narrow for two lungs"
 BLANK_SPREAD = 8  # grey levels; an image with a smaller range is blank, but a network would still find lungs in it
 
 
 @dataclass(frozen=True)
-class Segmented:
-    """The lung mask and the frame of the lungs in one image, and a verdict on whether the lungs can be used."""
+class Cleaned:
+    """The lungs of one image that models see: their mask, their frame, and a verdict on whether they can be used."""
 
     image_id: str
     verdict: str  # FOUND, BLANK, EMPTY, SMALL or NARROW
     area: float  # of the cleaned lungs, as a share of the canvas
     frame: np.ndarray  # (4,) xmin, ymin, xmax, ymax in original pixels; the whole image unless the verdict is FOUND
-    codes: np.ndarray  # uint8 of MASK_CODES, of the shape of the cached pixels; "lungs" marks pixels added by the clean-up
+    mask: np.ndarray  # bool, of the shape of the cached pixels
 
 
 def place_image(xray: CachedXray, recipe: SegmenterRecipe) -> Placement:
@@ -60,33 +60,41 @@ def decode_maps(maps: np.ndarray, place: Placement, shape: tuple[int, int], reci
     return codes
 
 
-def clean_up_maps(xray: CachedXray, maps: np.ndarray, place: Placement, recipe: SegmenterRecipe) -> Segmented:
-    """Return the cleaned lung mask of one image, the frame of the lungs, and whether they can be used, as a Segmented.
+def clean_up_mask(xray: CachedXray, codes: np.ndarray, recipe: SegmenterRecipe) -> Cleaned:
+    """Return the lungs that models see in one image, given the label image `codes` that the network drew (`decode_maps`).
 
-    `maps` (see `decode_maps`) are on the canvas of `place`. Small islands are removed, then the lungs are dilated and closed
-    by 3 x 3 pixels on a canvas of 512 pixels a side. The lungs are rejected if the image is blank, if no lung is found, if
-    their area is below a minimum (UNet + HRNet paper, section 3.2), or if their frame is too narrow for two lungs.
+    On a canvas of 512 pixels a side, small islands are removed, then the lungs are dilated and closed by 3 x 3 pixels. What
+    remains decides the frame and the verdict: the lungs are rejected if the image is blank, if no lung is found, if their
+    area is below a minimum (UNet + HRNet paper, section 3.2), or if their frame is too narrow for two lungs. It is also the
+    mask; but a recipe without dilations and closings has the mask that the network drew. Depends on `codes` and the recipe
+    alone, so that stored masks give the same lungs as the network.
     """
-    shape, whole = xray.pixels.shape, np.array([0.0, 0.0, xray.columns, xray.rows])
-    if int(xray.pixels.max()) - int(xray.pixels.min()) < BLANK_SPREAD:
-        return Segmented(xray.image_id, BLANK, 0.0, whole, np.zeros(shape, np.uint8))
-    sides = [number for number, name in enumerate(recipe.structures) if MASK_CODES[name] in LUNG_CODES]
-    # The map goes via the decoded copy, because the two canvases round the width of their padding differently.
-    likely = place.back(maps[sides].sum(axis=0, dtype=np.uint16).clip(max=255).astype(np.uint8), *shape)
-    large = PLACEMENTS[recipe.placement](xray.rows, xray.columns, CLEAN_SIDE)
-    clean = remove_islands(large.image(likely) > 127, recipe.least_island)
+    shape, drawn = xray.pixels.shape, np.isin(codes, LUNG_CODES)
+    canvas = PLACEMENTS[recipe.placement](xray.rows, xray.columns, CLEAN_SIDE)
+    clean = remove_islands(canvas.image(drawn.astype(np.uint8) * 255) > 127, recipe.least_island)
     clean = dilate_and_close(clean, recipe.dilations, recipe.closings)
-    area = float(clean.mean())
-    raw, inside = decode_maps(maps, place, shape, recipe), large.back(clean.astype(np.uint8) * 255, *shape) > 127
-    lung_codes = np.where(np.isin(raw, LUNG_CODES), raw, MASK_CODES["lungs"])
-    codes = np.where(inside, lung_codes, np.where(raw == MASK_CODES["heart"], raw, 0)).astype(np.uint8)
+    inside, area = canvas.back(clean.astype(np.uint8) * 255, *shape) > 127, float(clean.mean())
+    mask = inside if recipe.dilations or recipe.closings else drawn
+    frame, verdict = np.array([0.0, 0.0, xray.columns, xray.rows]), FOUND
     tight, wide = (lung_frame(inside, margin) for margin in (0.0, recipe.margin))
-    if tight is None or wide is None:
-        return Segmented(xray.image_id, EMPTY, area, whole, codes)
-    width, height = np.diff(in_original(tight, xray).reshape(2, 2), axis=0)[0]
-    verdict = SMALL if area < recipe.least_area else NARROW if width < recipe.least_width * height else FOUND
-    frame = in_original(wide, xray) if verdict == FOUND else whole
-    return Segmented(xray.image_id, verdict, area, frame, codes)
+    if int(xray.pixels.max()) - int(xray.pixels.min()) < BLANK_SPREAD:
+        verdict = BLANK
+    elif tight is None or wide is None:
+        verdict = EMPTY
+    elif area < recipe.least_area:
+        verdict = SMALL
+    else:
+        width, height = np.diff(in_original(tight, xray).reshape(2, 2), axis=0)[0]
+        verdict = NARROW if width < recipe.least_width * height else FOUND
+        frame = in_original(wide, xray) if verdict == FOUND else frame
+    return Cleaned(xray.image_id, verdict, area, frame, mask)
+
+
+def in_original(box: np.ndarray, xray: CachedXray) -> np.ndarray:
+    """Convert a box xmin, ymin, xmax, ymax (4,) from pixels of the decoded copy to pixels of the original image."""
+    height, width = xray.pixels.shape
+    # The division comes first, so that a rounding error never moves a frame beyond the right or bottom edge.
+    return box / [width, height, width, height] * np.array([xray.columns, xray.rows] * 2)
 
 
 def remove_islands(lungs: np.ndarray, least: float) -> np.ndarray:

@@ -10,13 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from kitlib.bundle import file_digest, read_record
-from kitlib.classes import LUNG_CODES
+from kitlib.errors import BundleError
+from kitlib.lungs.clean_up import CLEAN_UP, FOUND, clean_up_mask, in_original
 from kitlib.lungs.darkness import lung_box
+from kitlib.recipes.fields import SegmenterRecipe
+from kitlib.settings import from_dict
 from kitlib.tables import BOX, read_table
 from kitlib.xrays.cache import CachedXray
 from kitlib.xrays.mask_store import MaskStore
-
-FOUND = "found"
 
 
 @dataclass(frozen=True)
@@ -46,33 +47,34 @@ class DarkLungs:
         return lungs
 
 
-def in_original(box: np.ndarray, xray: CachedXray) -> np.ndarray:
-    """Convert a box xmin, ymin, xmax, ymax (4,) from pixels of the decoded copy to pixels of the original image."""
-    height, width = xray.pixels.shape
-    # The division comes first, so that a rounding error never moves a frame beyond the right or bottom edge.
-    return box / [width, height, width, height] * np.array([xray.columns, xray.rows] * 2)
-
-
 def segmenter_digest(record: dict[str, Any]) -> str:
-    """Return a SHA-256 (hex) of a segmenter's weights and recipe, which together determine its masks.
+    """Return a SHA-256 (hex) of a segmenter's weights, its recipe and the clean-up's version, which determine its lungs.
 
     `record` is the record of the segmenter's bundle.
     """
-    content = json.dumps([record["weights_sha256"], record["recipe"]], sort_keys=True)
+    content = json.dumps([record["weights_sha256"], record["recipe"], CLEAN_UP], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 class StoredLungs:
     """A finder that reads the lungs from a finished run of notebook 14: its `lungs` table and its masks.
 
+    The stored masks are those that the network drew; they are cleaned up when they are read, as a submission does it.
     `fingerprint` (hex) changes if a frame or a mask changes. `segmenter` is the digest of the segmenter that found the lungs
-    (see `segmenter_digest`). `image_ids` are the ids of the images that it has segmented.
+    (see `segmenter_digest`). `image_ids` are the ids of the images that it has segmented. Raises BundleError if the run is
+    from a version of the kit with another clean-up.
     """
 
     def __init__(self, run_folder: str | Path) -> None:
         table_path = Path(run_folder) / "tables" / "lungs.parquet"
         table = read_table("lungs", table_path)
-        self.segmenter = segmenter_digest(read_record(Path(run_folder) / "bundle"))
+        record = read_record(Path(run_folder) / "bundle")
+        if record["architecture"].get("clean_up") != CLEAN_UP:
+            raise BundleError(
+                f"{run_folder} is from a version of the kit with another clean-up of masks (the first one stored cleaned "
+                "masks instead of those that the network drew); apply the segmenter again with notebook 14"
+            )
+        self.recipe, self.segmenter = from_dict(SegmenterRecipe, record["recipe"]), segmenter_digest(record)
         self.run, self.image_ids = Path(run_folder), frozenset(table.image_id)
         found_rows = table[table.verdict == FOUND]
         self.frames = dict(zip(found_rows.image_id, found_rows[list(BOX)].to_numpy(float), strict=True))
@@ -103,4 +105,4 @@ class StoredLungs:
                 f"{self.masks.folder}: the mask of {xray.image_id} has {codes.shape} pixels, but the decoded copy has "
                 f"{xray.pixels.shape}; apply the segmenter to the prepared run that has this copy"
             )
-        return Lungs(frame, np.isin(codes, LUNG_CODES))
+        return Lungs(frame, clean_up_mask(xray, codes, self.recipe).mask)

@@ -1,6 +1,7 @@
 """Classifiers: a timm backbone with a head that predicts either the study classes and `none`, or any other classes."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import timm
@@ -187,19 +188,23 @@ def check_classes(recipe: FindingsRecipe, classes: Sequence[str]) -> None:
         )
 
 
-def make_head(features: int, hidden: int, dropout: float, outputs: int = len(OUTPUTS)) -> nn.Sequential:
-    """Return the head of a classifier: linear-ReLU-dropout-linear with Xavier weights.
+def make_head(features: int, hidden: int | Sequence[int], dropout: float, outputs: int = len(OUTPUTS)) -> nn.Sequential:
+    """Return the head of a classifier: linear-ReLU-dropout for each hidden layer, then linear, with Xavier weights.
 
-    This is the head of the Heidelberg report (section 3.4), which has 2048 `features` and 1024 `hidden` units. If `hidden`
-    is 0, the head is dropout and one linear layer, as in ImageNet networks.
+    `hidden` is the number of units of the only hidden layer, or of each of several. The head of the Heidelberg report
+    (section 3.4) has 2048 `features` and 1024 `hidden` units. If `hidden` is 0, the head is dropout and one linear layer, as
+    in ImageNet networks.
     """
-    last = [nn.Dropout(dropout), nn.Linear(hidden or features, outputs)]
-    layers = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), *last) if hidden else nn.Sequential(*last)
+    units = [hidden] * bool(hidden) if isinstance(hidden, int) else list(hidden)
+    layers: list[nn.Module] = [] if units else [nn.Dropout(dropout)]
+    for before, after in pairwise([features, *units]):
+        layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(dropout)]
+    layers.append(nn.Linear([features, *units][-1], outputs))
     for layer in layers:
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
-    return layers
+    return nn.Sequential(*layers)
 
 
 def probabilities(logits: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ uses. The published recipes are in kitlib.recipes.named.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from kitlib.errors import SettingsError
 from kitlib.settings import (
@@ -34,6 +34,9 @@ Schedule = Literal["cosine", "plateau", "step"]
 Placing = Literal["letterbox", "stretch", "centre_crop"]
 View = Literal["full", "flip", "lungs", "lungs_flip"]
 Structure = Literal["lungs", "heart", "left_lung", "right_lung"]
+
+# The clean-up of masks in the UNet + HRNet paper, section 3.2; no other publication has one.
+PUBLISHED_CLEAN_UP: dict[str, Any] = {"dilations": 8, "closings": 2, "least_area": 50_000 / 512**2}
 
 # For each view: whether the canvas shows the full image or the lungs, and whether it is mirrored.
 VIEWS = {"full": ("full", False), "flip": ("full", True), "lungs": ("lungs", False), "lungs_flip": ("lungs", True)}
@@ -166,9 +169,10 @@ class WithDistortions(TrainingRecipe):
 
 @dataclass(frozen=True)
 class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
-    """Recipe fields of a classifier: a backbone and a head with one hidden layer, as in the Heidelberg SIIM project.
+    """Recipe fields of a classifier: a backbone and a head with hidden layers.
 
-    Heidelberg's head has 2048 inputs from the backbone, a layer of 1024 units, ReLU, dropout, and one output per class.
+    The default is the head of the Heidelberg SIIM project: 2048 inputs from the backbone, a layer of 1024 units, ReLU,
+    dropout, and one output per class.
     """
 
     # Side of a larger canvas, from which training crops a random square of image_size and prediction crops the middle;
@@ -177,7 +181,8 @@ class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
     resize: Literal["area", "bicubic"] = "area"  # how images are reduced to the canvas; bicubic: as Pillow does, in FLANNEL
     probe: Literal["", "border", "outside_lungs"] = ""  # tests for shortcuts by showing the model only this region
     l1: NotNegative = 0.0  # factor of the sum of absolute weights in the loss, as in Oh et al.
-    hidden: Count = 1024  # units of the head's hidden layer; 0: the head is dropout and one linear layer
+    # Units of the head's hidden layer, or of several, each with ReLU and dropout; 0: the head is dropout and a linear layer.
+    hidden: Count | tuple[AtLeastOne, ...] = 1024
     dropout: Share = 0.5
     # Mean and standard deviation that are normalised to 0 and 1: the backbone's, 0.5 for both, or those of the batch, as in
     # ResUNet + ensembles; a prediction then depends on the other images of its batch.
@@ -366,8 +371,8 @@ class DetectorRecipe(WithBackbone, WithOcclusions):
 class SegmenterRecipe(WithDistortions):
     """Recipe of a lung segmenter, with the settings for cleaning up its masks.
 
-    The defaults are those of the UNet + HRNet paper, sections 3.2, 3.3 and 4, except for `schedule` and `patience`, which
-    the paper does not state; their defaults are the kit's.
+    The defaults are those of the UNet + HRNet paper, sections 3.3 and 4, except for `schedule` and `patience`, which the
+    paper does not state; their defaults are the kit's. The clean-up of masks is off, because only that paper has one.
     """
 
     network: Literal["unet", "resunet", "fc_densenet103"] = "unet"
@@ -395,12 +400,12 @@ class SegmenterRecipe(WithDistortions):
     blur_pixels: Annotated[int, ZeroOrOdd()] = 11
     noise: Probability = 0.05  # the paper states 0.5, without a unit
     noise_p: Probability = 0.3
-    # Clean-up of a mask before images are cropped to it. The values are published for 512 pixels a side and applied at that
-    # size.
+    # Clean-up of a mask, at 512 pixels a side. It decides the lungs' frame and whether they can be used; the mask is the one
+    # that the network drew unless it is dilated or closed.
     least_island: Share = 0.01  # smaller components, as a share of the canvas, are removed first (not in the paper)
-    dilations: Count = 8  # number of dilations by 3 x 3 pixels
-    closings: Count = 2  # number of closings by 3 x 3 pixels, after the dilations
-    least_area: Share = 50_000 / 512**2  # after closing, masks with a smaller share of the canvas are rejected
+    dilations: Count = 0  # number of dilations by 3 x 3 pixels
+    closings: Count = 0  # number of closings by 3 x 3 pixels, after the dilations
+    least_area: Share = 0.0  # after closing, masks with a smaller share of the canvas are rejected
     least_width: NotNegative = 0.65  # smallest width / height of the lungs' frame; a narrower frame holds only one lung
     margin: NotNegative = 0.05  # added on each side of the frame, as a share of its width or height
 

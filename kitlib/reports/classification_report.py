@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from kitlib.lungs.finders import FOUND
+from kitlib.lungs.clean_up import FOUND
 from kitlib.reports.findings_report import Answers, answers, mean_over_folds
 from kitlib.scoring.temperature import LEAST, cross_scaled
 from kitlib.tables import check_table, class_columns

@@ -1,6 +1,6 @@
 """Figures of lung segmentation: Dice distribution, mask outlines on their images, accepted and rejected lungs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from kitlib.classes import LUNG_CODES
-from kitlib.lungs.finders import FOUND
+from kitlib.lungs.clean_up import FOUND
+from kitlib.lungs.finders import StoredLungs
 from kitlib.reports.figures import BESIDE, PREDICTION, TRUTH, draw_outlines, image_grid, show_legend, show_xray
 from kitlib.reports.lungs_report import HUMAN_AGREEMENT
 from kitlib.xrays.cache import CachedXray, XrayCache
@@ -38,6 +39,27 @@ def mask_images(
             if store is not None and image_id in store:
                 draw_outlines(axis, store.read(image_id), colour)
     show_legend(figure, **({} if drawn is None else {TRUTH: "annotated"}), **{PREDICTION: "predicted"})
+    return figure
+
+
+def clean_up_figure(cache: XrayCache, lungs: StoredLungs, image_ids: Iterable[str]) -> Figure:
+    """Draw one column per image with usable lungs: the image, the mask as drawn, the cleaned mask, and the masked image.
+
+    As in figure 6 of the UNet + HRNet paper.
+    """
+    xrays = [cache.read(image_id) for image_id in image_ids]
+    figure = Figure(figsize=(2 * max(len(xrays), 1), 8.4), layout="constrained")
+    axes = figure.subplots(4, max(len(xrays), 1), squeeze=False)
+    for axis in axes.ravel():
+        axis.set(xticks=[], yticks=[])
+    for row, name in enumerate(("image", "as drawn", "cleaned", "masked image")):
+        axes[row, 0].set_ylabel(name)
+    for column, xray in enumerate(xrays):
+        drawn, mask = np.isin(lungs.masks.read(xray.image_id), LUNG_CODES), np.asarray(lungs.find_one(xray).mask)
+        rows = (xray.pixels, 255 * drawn, 255 * mask, np.where(mask, xray.pixels, 0))
+        for axis, pixels in zip(axes[:, column], rows, strict=True):
+            axis.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+        axes[0, column].set_title(xray.image_id[:24], fontsize=8)
     return figure
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from kitlib.lungs.finders import FOUND
+from kitlib.lungs.clean_up import FOUND
 from kitlib.tables import check_table, class_columns
 
 # Median Dice of two annotators who drew lungs and heart in the same 62 COVID images (annotations of V7 Labs and of

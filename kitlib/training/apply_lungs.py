@@ -1,9 +1,11 @@
 """Segments the lungs in all images of a data set.
 
-Writes masks, the frames to crop to and, optionally, copies of the images that are black outside the lungs.
+Writes the masks that the network drew, the frames to crop to and, optionally, copies of the images that are black outside
+the cleaned lungs.
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,18 +17,18 @@ import torch
 from tqdm import tqdm
 
 from kitlib.bundle import ADDED, data_fingerprint, read_bundle, save_bundle
-from kitlib.classes import LUNG_CODES
 from kitlib.errors import SettingsError
 from kitlib.inference.segment_lungs import load_segmenter
 from kitlib.letterbox import Placement
-from kitlib.lungs.clean_up import CLEAN_UP, Segmented, clean_up_maps
-from kitlib.lungs.finders import FOUND
-from kitlib.recipes.fields import SegmenterRecipe
+from kitlib.lungs.clean_up import CLEAN_UP, FOUND, Cleaned, clean_up_mask, decode_maps
+from kitlib.recipes.fields import PUBLISHED_CLEAN_UP, SegmenterRecipe
 from kitlib.settings import override
 from kitlib.tables import BOX, check_table, concatenate, read_table, write_table
 from kitlib.training.fold_folder import open_run
 from kitlib.xrays.cache import DECODING, CachedXray, DecodedXrays, XrayCache, usable_cores
 from kitlib.xrays.mask_store import MaskStore
+
+logger = logging.getLogger(__name__)
 
 # Part of a run's identity, so that masks from another version of the kit are not reused, with which a submission would crop
 # differently.
@@ -51,11 +53,12 @@ def apply_lungs(
     """Segment the lungs of every image and return the `lungs` table, one row per image in the order of `images`.
 
     `bundle` is the folder of the segmenter's bundle. `clean_up` overrides fields of the segmenter's recipe; only those in
-    CLEAN_UP_FIELDS are allowed. Writes to `run_folder`: the `lungs` table; `masks/`; `bundle/`, the segmenter with the
-    clean-up fields that were applied, so that a submission crops in the same way; and, with `masked_images`, `masked/`, a
-    cache of copies that are black outside the lungs (an image without detected lungs is copied unchanged). With `resume`, an
-    interrupted run continues. Raises TrainingError if the folder contains a run with other images, settings or another
-    segmenter; SettingsError if `clean_up` has a field that is not in CLEAN_UP_FIELDS.
+    CLEAN_UP_FIELDS are allowed. Writes to `run_folder`: the `lungs` table; `masks/`, as the network drew them; `bundle/`,
+    the segmenter with the clean-up fields that were applied, so that a submission shows models the same lungs; and, with
+    `masked_images`, `masked/`, a cache of copies that are black outside the cleaned lungs (an image without detected lungs
+    is copied unchanged). With `resume`, an interrupted run continues. Raises TrainingError if the folder contains a run with
+    other images, settings or another segmenter; SettingsError if `clean_up` has a field that is not in CLEAN_UP_FIELDS, or
+    if the published minimal area, which is that of grown masks, would judge others.
     """
     run_folder, changes = Path(run_folder), clean_up or {}
     unknown = [name for name in changes if name not in CLEAN_UP_FIELDS]
@@ -64,6 +67,7 @@ def apply_lungs(
     record, weights = read_bundle(bundle)
     model = load_segmenter(bundle, device, batch_size)
     recipe = model.recipe = override(model.recipe, **changes)
+    _check_clean_up(recipe, bundle)
     identity = {
         "segmenter": record["weights_sha256"],
         "recipe": dataclasses.asdict(recipe),
@@ -81,18 +85,39 @@ def apply_lungs(
         for start in range(0, len(remaining), IMAGES_PER_FILE):
             stream = (cache.read(image_id) for image_id in remaining[start : start + IMAGES_PER_FILE])
             # Threads clean up the masks while the network segments the next images.
-            results = list(pool.map(lambda segmentation: _clean_up_image(segmentation, recipe, masked), model.maps(stream)))
+            results = list(pool.map(lambda segmentation: _segment_image(segmentation, recipe, masked), model.maps(stream)))
             # Masks are written last: an image counts as done if its mask is stored.
             part = run_folder / "checkpoints" / f"lungs-{len(masks):06d}.parquet"
-            rows.append(_lungs_table(results))
+            rows.append(_lungs_table(cleaned for cleaned, _ in results))
             write_table(rows[-1], "lungs", part)
-            masks.add({result.image_id: result.codes for result in results})
+            masks.add({cleaned.image_id: codes for cleaned, codes in results})
             bar.update(len(results))
     lungs = concatenate(rows, "lungs").set_index("image_id").loc[images.image_id].reset_index()
     write_table(lungs, "lungs", run_folder / "tables" / "lungs.parquet")
     fields = {name: value for name, value in record.items() if name not in ADDED}
-    save_bundle(run_folder / "bundle", weights, fields | {"recipe": dataclasses.asdict(recipe)})
+    applied = {"recipe": dataclasses.asdict(recipe), "architecture": {"clean_up": CLEAN_UP}}
+    save_bundle(run_folder / "bundle", weights, fields | applied)
     return lungs
+
+
+def _check_clean_up(recipe: SegmenterRecipe, bundle: str | Path) -> None:
+    """Raise SettingsError if masks that are not grown as published are judged by the published area; log inherited growth.
+
+    Until clean-up 2, all recipes of segmenters had the clean-up of UNet + HRNet, and their bundles still state it.
+    """
+    published = {name: getattr(recipe, name) == value for name, value in PUBLISHED_CLEAN_UP.items()}
+    if published["least_area"] and not all(published.values()):
+        raise SettingsError(
+            f"least_area is {recipe.least_area:.4f}, published for masks grown by 8 dilations and 2 closings, but here are "
+            f"{recipe.dilations} dilations and {recipe.closings} closings; also set least_area in clean_up, to 0 for no rule"
+        )
+    if recipe.network != "unet" and all(published.values()):
+        logger.warning(
+            "%s states the clean-up of UNet + HRNet (8 dilations, 2 closings, a minimal area), which a %s has not published "
+            "and which adds a fifth to masks; for masks as drawn, clean_up is {dilations: 0, closings: 0, least_area: 0}",
+            bundle,
+            recipe.network,
+        )
 
 
 def _read_finished_parts(run_folder: Path, resume: bool) -> tuple[MaskStore, list[pd.DataFrame]]:
@@ -102,22 +127,23 @@ def _read_finished_parts(run_folder: Path, resume: bool) -> tuple[MaskStore, lis
     return store, [part[part.image_id.isin(store.ids)] for part in parts]
 
 
-def _clean_up_image(
+def _segment_image(
     segmentation: tuple[CachedXray, np.ndarray, Placement], recipe: SegmenterRecipe, masked: XrayCache | None
-) -> Segmented:
-    """Clean up the segmentation of one image and return its lung mask, frame and verdict.
+) -> tuple[Cleaned, np.ndarray]:
+    """Return the cleaned lungs of one image, and the label image that the network drew.
 
-    If `masked` is given, also stores in this cache a copy of the image that is black outside the lungs, or unchanged if no
-    usable lungs were found.
+    If `masked` is given, also stores in this cache a copy of the image that is black outside the cleaned lungs, or unchanged
+    if no usable lungs were found.
     """
     xray, maps, place = segmentation
-    result = clean_up_maps(xray, maps, place, recipe)
+    codes = decode_maps(maps, place, xray.pixels.shape, recipe)
+    cleaned = clean_up_mask(xray, codes, recipe)
     if masked is not None:
-        inside = np.isin(result.codes, LUNG_CODES) if result.verdict == FOUND else True
+        inside = cleaned.mask if cleaned.verdict == FOUND else True
         masked.put(dataclasses.replace(xray, pixels=np.where(inside, xray.pixels, 0).astype(np.uint8)))
-    return result
+    return cleaned, codes
 
 
-def _lungs_table(results: Iterable[Segmented]) -> pd.DataFrame:
+def _lungs_table(results: Iterable[Cleaned]) -> pd.DataFrame:
     rows = [(result.image_id, result.verdict, result.area, *result.frame) for result in results]
     return check_table(pd.DataFrame(rows, columns=["image_id", "verdict", "area", *BOX]), "lungs")

@@ -134,8 +134,8 @@ def predict_unseen(
             raise ValueError(f"{row.bundle} is a findings classifier; give only runs of study classifiers and detectors")
         if predictor.wants_masks and (lungs is None or lungs.segmenter != predictor.segmenter):
             raise ValueError(
-                f"{row.bundle} needs the lungs of {'another' if lungs else 'a'} segmenter; set lungs_run to the run of "
-                "notebook 14 that it was trained with"
+                f"{row.bundle} needs the lungs of {'another segmenter or clean-up' if lungs else 'a segmenter'}; set "
+                "lungs_run to the run of notebook 14 that it was trained with"
             )
         seen_ids = set(seen.loc[(seen["model"] == row.model) & (seen["fold"] == row.fold), "image_id"])
         unseen = [image_id for image_id in images["image_id"] if image_id not in seen_ids]

@@ -1,15 +1,34 @@
-"""Selects the training and the validation images of a fold, and adds extra training images from another prepared run."""
+"""Selects the training and the validation images of a fold; drops images without lungs, adds images of another run."""
 
 import logging
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
+from kitlib.lungs.finders import StoredLungs
 from kitlib.runs.finished_run import ExtraImages
 from kitlib.tables import check_table, class_columns, concatenate
 from kitlib.xrays.cache import CachedXray, DecodedXrays
 
 logger = logging.getLogger(__name__)
+
+
+def leave_out_rejected(tables: Mapping[str, pd.DataFrame], lungs: StoredLungs | None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the `folds` of a prepared run's `tables` without images whose lungs were rejected, and counts by class.
+
+    Unmasked images among masked ones would give their class away, if one class has more of them. The counts have the columns
+    class, images and dropped. Raises ValueError if `lungs` is None.
+    """
+    if lungs is None:
+        raise ValueError("drop_rejected requires lungs_run, the run of notebook 14 that judged the lungs")
+    folds, images = tables["folds"], tables["images"]
+    in_folds = images[images.image_id.isin(folds.id)]
+    dropped = in_folds[~in_folds.image_id.isin(list(lungs.frames))]
+    labels = tables["labels"].set_index("id")
+    counts = pd.DataFrame({"images": labels.loc[in_folds.study_id].sum(), "dropped": labels.loc[dropped.study_id].sum()})
+    counts.loc["all"] = [len(in_folds), len(dropped)]
+    return folds[~folds.id.isin(dropped.image_id)].reset_index(drop=True), counts.rename_axis("class").reset_index()
 
 
 def split(

@@ -75,9 +75,7 @@ def train_folds(
         raise ValueError(f"expected at_once of at least 0 and processes of at least 1, got {at_once} and {processes}")
     available = sorted(set(task.tables["folds"]["fold"].tolist()))
     if unknown := sorted(set(folds) - set(available)):
-        raise ValueError(
-            f"the prepared run has no fold {', '.join(map(str, unknown))}; set folds to some of {available}"
-        )
+        raise ValueError(f"the prepared run has no fold {', '.join(map(str, unknown))}; set folds to some of {available}")
     side_by_side = min(len(folds), at_once or (max(1, gpus) if processes == 1 else 1))
     if not task.resume:
         for fold in folds:

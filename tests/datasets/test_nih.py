@@ -140,7 +140,7 @@ def test_counts_stand_beside_the_published_ones(layout):
     assert table.here["images"] == 3 and table.published["images"] == 112120 and table.published["patients"] == 30805
     assert table.here["Hernia"] == 1 and table.published["Hernia"] == 227
     with pytest.raises(ValueError, match="available: siim, nih, rsna"):
-        read_dataset("chexpert", layout)
+        read_dataset("padchest", layout)
 
 
 @pytest.mark.real_data

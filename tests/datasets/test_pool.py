@@ -7,7 +7,8 @@ import pytest
 
 from kitlib.classes import CLASS_SCHEMES, DIAGNOSES, scheme_classes
 from kitlib.datasets.folds import find_leak_groups
-from kitlib.datasets.pool import limit_diagnoses, read_pool, sample_images
+from kitlib.datasets.pool import limit_diagnoses, read_mask_pool, read_pool, sample_images
+from kitlib.datasets.registry import read_dataset
 from kitlib.phantoms.diagnoses import plan_diagnoses, write_diagnoses
 from kitlib.phantoms.lungs import write_lungs
 from kitlib.phantoms.nih import write_nih
@@ -44,11 +45,30 @@ def test_labels_are_the_schemes_classes_and_the_rest_is_counted(scheme, parts):
     assert labels.sum().astype(int).to_dict() == {name: int((classes == name).sum()) for name in scheme_classes(scheme)}
     assert data.images.study_id.equals(data.images.image_id) and set(data.images.source) == {"kermany", "ieee8023"}
     lost = data.faults[data.faults.problem.str.contains("has no class in")]
-    assert lost["row"].tolist() == sorted(set(expected[classes.isna()])) and set(lost.file) <= {"covid_chestxray"}
+    left = [(layout, name) for layout in parts for name in sorted(set(planned(layout)) - set(CLASS_SCHEMES[scheme]))]
+    assert list(zip(lost.file, lost["row"], strict=True)) == left
     assert sum(int(problem.split()[0]) for problem in lost.problem) == classes.isna().sum()
     # The readers' own faults: one damaged file in each, and what ieee8023's table has besides.
     assert data.faults.file.str.startswith(("kermany: ", "covid_chestxray: ")).sum() == 1 + 4
     assert len(set(find_leak_groups(data.images))) == data.images.patient_id.nunique()
+
+
+def test_mask_sets_of_one_convention_are_pooled_and_others_refused(parts, tmp_path):
+    sets = {layout: write_lungs(tmp_path, layout, **SMALL) for layout in ("montgomery", "shenzhen")}
+    sets["darwin"] = write_lungs(tmp_path, "darwin", **SMALL | {"images": 4, "side": 320})
+    data = read_mask_pool({name: sets[name] for name in ("montgomery", "shenzhen")}, progress=False)
+    single = [read_dataset(name, sets[name], progress=False) for name in ("montgomery", "shenzhen")]
+    assert len(data.images) == sum(len(each.images) for each in single) and set(data.images.source) == {
+        "montgomery",
+        "shenzhen",
+    }
+    assert set(data.masks.image_id) == {image_id for each in single for image_id in each.masks.image_id}
+    assert data.labels.id.tolist() == data.images.study_id.tolist() and data.labels.notna().all(axis=None)
+    assert (data.published["images"], data.published["masks"]) == (138 + 662, 138 + 566)
+    with pytest.raises(ValueError, match=r"several conventions, .*: montgomery lung_fields, darwin with_heart; pool"):
+        read_mask_pool({name: sets[name] for name in ("montgomery", "darwin")}, progress=False)
+    with pytest.raises(ValueError, match="kermany has no masks; without classes, pool joins only sets with lung masks"):
+        read_mask_pool({"kermany": parts["kermany"]}, progress=False)
 
 
 def test_published_counts_are_those_that_all_sets_have(parts):

@@ -301,7 +301,10 @@ def test_a_model_trained_on_masks_requires_its_segmenter(tmp_path, wheel):
             {"runs": [crops]},
             r"crops/bundle was trained with a segmenter's lung masks, but the key `lungs` is empty; set it to the run",
         ),
-        ({"runs": [crops], "lungs": other}, r"but the key `lungs` is another segmenter; set it to the run of notebook 14"),
+        (
+            {"runs": [crops], "lungs": other},
+            r"but the key `lungs` is another segmenter or clean-up; set it to the run of notebook 14",
+        ),
         (
             {"runs": [segmenter]},
             r"unet/bundle predicts lung masks, which a submission does not contain; give its run in the",

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kitlib.bundle import read_record
+from kitlib.bundle import ADDED, read_bundle, read_record, save_bundle
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.errors import BundleError, TableError
 from kitlib.lungs.darkness import lung_box
@@ -102,6 +102,15 @@ def test_a_run_that_is_none_is_named(small, tmp_path):
         StoredLungs(folder)
 
 
+def test_a_run_with_cleaned_masks_of_an_earlier_version_is_refused(small, tmp_path):
+    folder = lungs_run(tmp_path, small)
+    record, weights = read_bundle(folder / "bundle")
+    stated = {name: value for name, value in record.items() if name not in ADDED}
+    save_bundle(folder / "bundle", weights, stated | {"architecture": {}})  # as clean-up 1 wrote it
+    with pytest.raises(BundleError, match=r"another clean-up of masks .* apply the segmenter again with notebook 14"):
+        StoredLungs(folder)
+
+
 def test_the_fingerprint_changes_with_frames_masks_and_nothing_else(small, tmp_path):
     one = stored_lungs(tmp_path / "one", small)
     assert stored_lungs(tmp_path / "two", small).fingerprint == one.fingerprint
@@ -125,8 +134,9 @@ def test_a_segmenter_is_identified_by_weights_and_clean_up(tmp_path):
         for name, clean_up in (("plain", {}), ("again", {}), ("wider", {"margin": 0.2}))
     )
     assert plain == again != wider and len(plain) == 64
-    # hashlib.sha256(b'["weights", {"a": 1, "b": [2.5, null]}]'): stored runs contain such digests, so they must not change.
-    golden = "ea2b4fbca734762195310d96baacd40b3d4ce9b6e48a00ed384bc4958bf7a795"
+    # hashlib.sha256(b'["weights", {"a": 1, "b": [2.5, null]}, 2]'), where 2 is the version of the clean-up: stored runs
+    # contain such digests, so they must change with this version alone.
+    golden = "e3201fde82386afc6c8d60f0bb1570ab7d1c62d89fe76f6ca4659182dca0be7c"
     for recipe in ({"a": 1, "b": [2.5, None]}, {"b": [2.5, None], "a": 1}):
         assert segmenter_digest({"weights_sha256": "weights", "recipe": recipe}) == golden
     record = read_record(tmp_path / "plain")

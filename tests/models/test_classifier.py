@@ -30,6 +30,9 @@ def size(module):
 def test_the_heads_have_the_published_sizes():
     # Published by the Heidelberg project: 2048-1024-ReLU-15 for the NIH backbone, 2048-1024-ReLU-4 for the study model
     assert size(make_head(2048, 1024, 0.5, outputs=15)) == 2_113_551
+    several = make_head(2048, (1024, 256), 0.5, outputs=1)
+    assert [type(layer).__name__ for layer in several] == ["Linear", "ReLU", "Dropout"] * 2 + ["Linear"]
+    assert size(several) == (2048 + 1) * 1024 + (1024 + 1) * 256 + 256 + 1
     assert size(make_head(2048, 1024, 0.5, outputs=4)) == 2_102_276
     # The kit's fifth output, none, adds a row of weights and a bias.
     assert size(make_head(2048, 1024, 0.5)) == 2_102_276 + 1025

@@ -117,6 +117,7 @@ def test_the_published_segmenters_are_those_of_their_papers():
     # UNet + HRNet paper, sections 3.2 and 4: 512 x 512, Dice, 0.005, 25 epochs; 8 dilations, 2 closings, 50,000 pixels.
     assert (unet.network, unet.loss, unet.image_size, unet.learning_rate, unet.epochs) == ("unet", "dice", 512, 0.005, 25)
     assert (unet.dilations, unet.closings, unet.least_area * 512**2) == (8, 2, pytest.approx(50_000))
+    assert {(each.dilations, each.closings, each.least_area) for each in (resunet, tiramisu)} == {(0, 0, 0.0)}
     assert (unet.scale_x, unet.gamma_drawn, unet.rotate_degrees) == ((0.8, 1.1), (0.5, 3.0), 45.0)
     # ResUNet + ensembles, section 4.1: 256 x 256, 45 epochs; turns of 180 degrees, shifts of 30 %, zoom of 20 %.
     assert (resunet.network, resunet.image_size, resunet.epochs) == ("resunet", 256, 45)

@@ -7,13 +7,14 @@ import pytest
 from matplotlib.colors import to_hex
 
 from kitlib.classes import LUNG_CODES
-from kitlib.lungs.clean_up import SMALL
-from kitlib.lungs.finders import FOUND
+from kitlib.lungs.clean_up import FOUND, SMALL
 from kitlib.reports.figures import PREDICTION, TRUTH, save_figure
-from kitlib.reports.lungs_figures import lungs_montage, mask_images, overlap_figure
+from kitlib.reports.lungs_figures import clean_up_figure, lungs_montage, mask_images, overlap_figure
 from kitlib.tables import BOX
 from kitlib.xrays.mask_store import MaskStore
+from tests.small_lungs import stored_lungs
 from tests.small_masks import COLUMNS, ROWS, SmallMasks
+from tests.small_xrays import SmallXrays
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +95,15 @@ def test_nothing_to_show_is_an_empty_picture(small):
     nothing = pd.DataFrame(columns=["image_id", "verdict", "area", *BOX])
     for figure in (lungs_montage(small, small.masks, nothing), mask_images(small, small.masks, [], [])):
         assert not any(axis.images for axis in figure.axes)
+
+
+def test_the_clean_up_is_shown_from_the_image_to_the_masked_image(tmp_path):
+    small = SmallXrays(8)
+    stored, ids = stored_lungs(tmp_path, small), small.image_ids[:2]
+    figure = clean_up_figure(small, stored, ids)
+    for column, image_id in enumerate(ids):
+        image, drawn, cleaned, masked = (figure.axes[2 * row + column].images[0].get_array() for row in range(4))
+        xray = small.read(image_id)
+        assert np.array_equal(image, xray.pixels) and np.array_equal(drawn > 0, stored.masks.read(image_id) > 0)
+        assert np.array_equal(cleaned > 0, stored.find_one(xray).mask)
+        assert np.array_equal(masked, np.where(cleaned > 0, xray.pixels, 0))

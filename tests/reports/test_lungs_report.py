@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kitlib.lungs.finders import FOUND
+from kitlib.lungs.clean_up import FOUND
 from kitlib.reports.lungs_report import clustered_interval, dice_draws, overlap_report, verdicts
 from kitlib.tables import BOX
 

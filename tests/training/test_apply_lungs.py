@@ -3,12 +3,14 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import ndimage
 
 from kitlib.classes import LUNG_CODES
 from kitlib.errors import SettingsError, TrainingError
 from kitlib.inference.segment_lungs import load_segmenter
-from kitlib.lungs.clean_up import BLANK, EMPTY
-from kitlib.lungs.finders import FOUND, StoredLungs
+from kitlib.lungs.clean_up import BLANK, EMPTY, FOUND
+from kitlib.lungs.finders import StoredLungs
+from kitlib.recipes.fields import PUBLISHED_CLEAN_UP
 from kitlib.settings import override
 from kitlib.tables import BOX, read_table
 from kitlib.training import apply_lungs as module
@@ -31,7 +33,7 @@ def small(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bundle(small, tmp_path_factory):
     healthy = SmallMasks(tmp_path_factory.mktemp("healthy"))
-    recipe = override(RECIPE, epochs=12, least_width=0.5, least_area=0.05, dilations=2)
+    recipe = override(RECIPE, epochs=12, least_width=0.5, least_area=0.05, dilations=9)
     run = train_small(tmp_path_factory.mktemp("trained"), healthy, recipe, fold=0, masks=healthy.masks)
     return run.run_folder / "bundle"
 
@@ -75,14 +77,21 @@ def test_later_stages_find_what_the_segmenter_would_find(run, small, bundle):
             assert kept.frame.tolist() == found.frame.tolist() and np.array_equal(kept.mask, found.mask)
 
 
-def test_masked_images_are_black_outside_of_the_lungs_and_whole_where_none_were_found(run, small):
+def test_masks_are_stored_as_drawn_and_models_see_the_cleaned_ones(run, small):
     folder, lungs = run
-    copies, masks = XrayCache(folder / "masked", small.longest_side), MaskStore(folder / "masks")
+    copies, masks, stored = (
+        XrayCache(folder / "masked", small.longest_side),
+        MaskStore(folder / "masks"),
+        StoredLungs(folder),
+    )
     for row in lungs.itertuples():
         copy, image = copies.read(row.image_id), small.read(row.image_id)
-        inside = np.isin(masks.read(row.image_id), LUNG_CODES) | (row.verdict != FOUND)
-        assert np.array_equal(copy.pixels, np.where(inside, image.pixels, 0))
-        assert (copy.rows, copy.columns) == (ROWS, COLUMNS)
+        seen, drawn = stored.find_one(image).mask, masks.read(row.image_id) > 0
+        assert np.array_equal(copy.pixels, image.pixels if seen is None else np.where(seen, image.pixels, 0))
+        assert (copy.rows, copy.columns) == (ROWS, COLUMNS) and (seen is None) == (row.verdict != FOUND)
+        if seen is not None:  # 9 pixels of the canvas of 512 are one pixel of a copy of 60
+            grown = ndimage.binary_dilation(drawn, np.ones((3, 3)))
+            assert seen.sum() > drawn.sum() and (seen == grown).mean() > 0.9
 
 
 class Counting:
@@ -123,8 +132,10 @@ def test_rows_without_their_masks_are_made_again(run, small, bundle, tmp_path, m
     assert len(counting.reads) == 4
 
 
-def test_a_changed_clean_up_is_kept_in_the_bundle_and_is_another_run(small, bundle, tmp_path):
+def test_a_changed_clean_up_is_kept_in_the_bundle_and_is_another_run(run, small, bundle, tmp_path):
     plain = applied(small, bundle, tmp_path / "plain", clean_up={"dilations": 0, "margin": 0.0})
+    for name in small.image_ids:  # whatever the clean-up, the stored masks are those that were drawn
+        assert np.array_equal(MaskStore(tmp_path / "plain" / "masks").read(name), MaskStore(run[0] / "masks").read(name))
     wide = applied(small, bundle, tmp_path / "wide", clean_up={"dilations": 0, "margin": 0.2})
     found = plain.verdict == FOUND
     assert ((wide.xmax - wide.xmin) >= (plain.xmax - plain.xmin))[found].all() and found.sum() == 15
@@ -133,6 +144,13 @@ def test_a_changed_clean_up_is_kept_in_the_bundle_and_is_another_run(small, bund
         applied(small, bundle, tmp_path / "wide", clean_up={"dilations": 0, "margin": 0.0})
     with pytest.raises(SettingsError, match="no field 'width'; valid fields: least_island, dilations"):
         applied(small, bundle, tmp_path / "other", clean_up={"width": 2.0})
+
+
+def test_the_area_of_grown_masks_judges_no_others(small, bundle, tmp_path, caplog):
+    with pytest.raises(SettingsError, match=r"least_area is 0\.1907, .* but here are 0 dilations .* also set least_area"):
+        applied(small, bundle, tmp_path, clean_up=PUBLISHED_CLEAN_UP | {"dilations": 0})
+    applied(small, bundle, tmp_path / "old", clean_up=PUBLISHED_CLEAN_UP)  # as in the bundles of a resunet until clean-up 2
+    assert "which a resunet has not published" in caplog.text
 
 
 def test_a_rule_that_nothing_meets_leaves_whole_images(small, bundle, tmp_path):

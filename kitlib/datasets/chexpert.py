@@ -1,0 +1,112 @@
+"""Reads CheXpert (Irvin et al. 2019): frontal X-rays with 14 observations, each positive, negative, uncertain or blank."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kitlib.classes import CHEXPERT_OBSERVATIONS
+from kitlib.datasets.base import Dataset, Faults, add_headers, index_files, read_csv
+from kitlib.datasets.diagnoses import parse_ages, parse_sexes
+from kitlib.errors import DatasetError
+
+TABLES = ("train.csv", "valid.csv")
+COLUMNS = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *CHEXPERT_OBSERVATIONS)
+PLACE = re.compile(r"(patient\d+)/(study\d+)/([^/]+)\.\w+$")
+# A blank cell is an observation that the report does not mention. It counts as negative, as in most work on CheXpert;
+# an uncertain one (-1) is unknown, which is the paper's policy U-Ignore.
+VALUES = {"1": 1.0, "0": 0.0, "": 0.0, "-1": np.nan}
+HOW_TO_GET = "CheXpert-v1.0-small or CheXpert-v1.0, see inputs/README.md"
+# The abstract of Irvin et al. 2019; its other counts include lateral images.
+PUBLISHED = {"patients": 65240}
+
+
+def read_chexpert(folder: str | Path, progress: bool = True) -> Dataset:
+    """Read the frontal X-rays listed in `train.csv` and `valid.csv` (either may be missing), at any depth below `folder`.
+
+    The column Path (`CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg`) gives patient, study and image:
+    `patient00001-study1-view1_frontal` is both image_id and study_id. The labels are CHEXPERT_OBSERVATIONS: 1 positive; 0
+    negative or not mentioned; NaN uncertain. `diagnosis` is "normal" if No Finding is positive and Support Devices is
+    negative or not mentioned, because UNet + HRNet leaves out images with equipment; "pneumonia" if Pneumonia is positive;
+    else "other". Ages of 0 are unknown. Left out, with a fault: lateral images, rows whose path, projection or observations
+    are not valid, repeated rows, rows without a file, images with an unreadable header. Raises DatasetError if there is no
+    table or it lacks a column, or if no image remains.
+    """
+    folder, faults = Path(folder), Faults()
+    files = index_files(folder)
+    tables = {name: folder / name for name in sorted(files) if Path(name).name in TABLES}
+    if not tables:
+        raise DatasetError(f"{folder} contains neither of {' and '.join(TABLES)}: {HOW_TO_GET}")
+    table = pd.concat(
+        [read_csv(path, COLUMNS, HOW_TO_GET)[list(COLUMNS)].assign(table=name) for name, path in tables.items()],
+        ignore_index=True,
+    )
+    table = table.apply(lambda column: column.str.strip())
+    table["Path"] = table["Path"].str.replace("\\", "/", regex=False)  # as saved on Windows
+    table["path"] = [_find(files, cell) for cell in table["Path"]]
+    for name, rows in table.groupby("table", sort=False):
+        table = table.drop(index=_unusable(rows, str(name), faults))
+    if table.empty:
+        raise DatasetError(f"{folder} has no frontal X-ray of its tables {', '.join(tables)}: {HOW_TO_GET}")
+    image_ids = table["Path"].map(_image_id)
+    observations = table[list(CHEXPERT_OBSERVATIONS)].apply(lambda column: column.map(_value).map(VALUES).astype(float))
+    ages = parse_ages(table["Age"], image_ids, faults, ", ".join(tables))
+    rows = pd.DataFrame(
+        {
+            "image_id": image_ids,
+            "patient_id": "chexpert-" + table["Path"].str.extract(PLACE)[0],
+            "path": table["path"].map(lambda name: str(files[name])),
+            "source": "chexpert",
+            "view": table["AP/PA"],
+            "diagnosis": _diagnoses(observations),
+            "sex": parse_sexes(table["Sex"]),
+            "age": ages.where(ages > 0),
+        }
+    ).reset_index(drop=True)
+    labels = observations.assign(id=image_ids)[["id", *CHEXPERT_OBSERVATIONS]]
+    images = add_headers(rows, folder, faults, progress).sort_values("image_id", ignore_index=True)
+    labels = labels.set_index("id").reindex(images.image_id).rename_axis("id").reset_index()
+    return Dataset.from_tables(folder, images, labels, faults, PUBLISHED)
+
+
+def _unusable(rows: pd.DataFrame, name: str, faults: Faults) -> pd.Index:
+    """Return the index of the rows of the table `name` that are left out; each row has one fault, the first that applies."""
+    cells, is_left = rows["Path"], pd.Series(True, index=rows.index)
+    values = rows[list(CHEXPERT_OBSERVATIONS)].apply(lambda column: column.map(_value).isin(list(VALUES)))
+    for is_faulty, problem in (
+        (cells.map(PLACE.search).isna(), "do not have a path with patient, study and file; left out"),
+        (rows["Frontal/Lateral"] == "Lateral", "are lateral; left out"),
+        (rows["Frontal/Lateral"] != "Frontal", "are neither Frontal nor Lateral; left out"),
+        (~values.all(axis=1), "have an observation that is not 1, 0, -1 or blank; left out"),
+        (cells.map(_image_id).duplicated(), "repeat an earlier row; the first row is used"),
+        (rows["path"] == "", "have no file; left out"),
+    ):
+        faults.add_summary(name, cells[is_faulty & is_left], problem)
+        is_left &= ~is_faulty
+    return rows.index[~is_left]
+
+
+def _find(files: dict[str, Path], cell: str) -> str:
+    """Return the key in `files` of the file that a path of the table names; "" if there is none.
+
+    The table's paths begin with the archive's name, which the folder may lack: parts are dropped from the front.
+    """
+    parts = cell.split("/")
+    names = ("/".join(parts[start:]) for start in range(max(len(parts) - 2, 0)))
+    return next((name for name in names if name in files), "")
+
+
+def _image_id(cell: str) -> str:
+    match = PLACE.search(cell)
+    return "-".join(match.groups()) if match else cell
+
+
+def _value(cell: str) -> str:
+    """Return the cell of an observation as a key of VALUES, if it is one of these numbers in any notation."""
+    return cell[:-2] if cell.endswith(".0") else cell
+
+
+def _diagnoses(observations: pd.DataFrame) -> np.ndarray:
+    is_normal = (observations["No Finding"] == 1) & (observations["Support Devices"] == 0)
+    return np.select([is_normal, observations["Pneumonia"] == 1], ["normal", "pneumonia"], "other")

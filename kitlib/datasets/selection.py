@@ -1,0 +1,39 @@
+"""Selects images of a data set before folds are made: by the patient's age, and by source; counts what is left out."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+
+def leave_out_young(images: pd.DataFrame, least_age: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return `images` without those of patients younger than `least_age` years, and a table of counts.
+
+    Images of patients of unknown age are kept, because data sets of adults often omit the age, and one class more often
+    than another. The counts have one row per source and, where `images` has it, diagnosis: images, younger (left out),
+    unknown_age (kept). Raises ValueError if `images` has no column `age`, or if no image remains.
+    """
+    if "age" not in images:
+        raise ValueError("least_age is set, but the data set states no ages; set it to 0")
+    is_younger, is_unknown = images["age"] < least_age, images["age"].isna()
+    if is_younger.all():
+        raise ValueError(f"all {len(images)} images are of patients younger than {least_age:g} years; lower least_age")
+    groups = [name for name in ("source", "diagnosis") if name in images]
+    counted = images[groups].assign(images=1, younger=is_younger.astype(int), unknown_age=is_unknown.astype(int))
+    return images[~is_younger].reset_index(drop=True), counted.groupby(groups, as_index=False).sum()
+
+
+def limit_sources(images: pd.DataFrame, most: Mapping[str, int], seed: int) -> pd.DataFrame:
+    """Return `images` with at most `most[source]` images of each source that `most` names, whole patients at random.
+
+    The choice depends on `seed` and on the ids, not on their order. Raises ValueError for a source without images.
+    """
+    unknown = sorted(set(most) - set(images["source"]))
+    if unknown:
+        raise ValueError(f"most_of names the source {unknown[0]!r}; there are {', '.join(sorted(set(images['source'])))}")
+    kept = ~images["source"].isin(list(most))
+    for source, count in sorted(most.items()):
+        sizes = images[images["source"] == source].groupby("patient_id").size()
+        drawn = sizes.loc[np.random.default_rng(seed).permutation(sizes.index)].cumsum()
+        kept |= (images["source"] == source) & images["patient_id"].isin(drawn.index[drawn <= count])
+    return images[kept].reset_index(drop=True)
