@@ -155,8 +155,8 @@ RECIPES: dict[str, TrainingRecipe] = {
         views=("full", "flip"),
     ),
     "unet_lungs": SegmenterRecipe(**PUBLISHED_CLEAN_UP),
-    # ResUNet + ensembles, sections 4.1 and 4.2; the optimiser's settings are the kit's. As in `ensemble_*`, the paper's shear
-    # of "20 %" is in the degrees of Keras' ImageDataGenerator.
+    # ResUNet + ensembles, sections 4.1 and 4.2; the optimiser's settings are the kit's. As in `ensemble_*`, the paper's
+    # shear of "20 %" is in the degrees of Keras' ImageDataGenerator.
     "resunet_lungs": SegmenterRecipe(
         network="resunet",
         image_size=256,
