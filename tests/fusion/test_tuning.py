@@ -148,6 +148,7 @@ OTHER_VALUES = {
     "box_min_score": (0.7,),
     "box_limit": (1,),
     "box_confidence": ("max", "box_and_model_avg"),
+    "final_nms_iou": (0.05,),
     "none_classifier": (0.5,),
     "none_negative": (3.0,),
     "none_no_box": (3.0,),

@@ -63,7 +63,9 @@ def test_the_kernel_builds_from_its_runs(path, tmp_path, monkeypatch):
 def test_its_plan_trains_and_fuses_its_models(path):
     plan, spec, models = plan_of(path), read_spec(path, owner="someone"), trained(path)
     assert len({(name, fold) for name, fold, _ in models.values()}) == len(spec.runs)
-    (fuse,) = (run for run in plan.planned.values() if run.notebook.stem == "60_fuse")
+    fusions = [run for run in plan.planned.values() if run.notebook.stem == "60_fuse"]
+    # A submission uses the tuned fusion, not the published one beside it.
+    (fuse,) = (run for run in fusions if not run.parameters.get("fixed"))
     assert fuse.folder == (ROOT / spec.fusion).parent
     assert set(fuse.parameters["runs"]) == {str((ROOT / run).parent) for run in spec.runs}
     # The test images are cropped by the segmenter that cropped the training images.
