@@ -74,7 +74,6 @@ def test_covidx_names_with_blanks_folders_and_letters_of_other_systems(tmp_path)
         "sub one and two a b.png COVID-19 cohen",  # the patient and the file may both contain blanks
         "p normal c.png normal actmed",  # a class's name within a file's
         "q images\\d.png pneumonia fig1",  # a path of Windows
-        "s a covid-19 normal",  # a class, but of the file's name
         "r E\u0301t\u00e9.png normal fig1",  # one letter decomposed, as macOS writes names, the other composed
     ]
     (tmp_path / "train.txt").write_text("\ufeff" + "\r\n".join(lines) + "\r\n", newline="")

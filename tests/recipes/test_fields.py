@@ -46,7 +46,10 @@ def test_heidelbergs_frozen_backbone_gets_the_input_that_it_was_trained_on():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: recipe("heidelberg", StudyRecipe), "no recipe is called 'heidelberg'; valid names: heidelberg_backbone"),
+        (
+            lambda: recipe("heidelberg", StudyRecipe),
+            "names of a StudyRecipe, the closest one first: heidelberg_study, ",
+        ),
         (lambda: recipe("heidelberg_yolo", StudyRecipe), "is a DetectorRecipe; expected a StudyRecipe, such as heidelberg"),
         (lambda: override(StudyRecipe(), epoch=3), "no field 'epoch'; it has: starting_weights, image_size"),
         (lambda: from_dict(DetectorRecipe, ["a"]), "must be a mapping"),

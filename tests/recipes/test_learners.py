@@ -1,5 +1,7 @@
 """The papers' classifiers have their networks' published sizes, with their heads, and their papers' settings."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -27,8 +29,9 @@ def test_a_learner_is_its_network_with_another_last_layer(name):
     with torch.device("meta"):
         model = FindingsClassifier(recipe, classes)
     whole, width = SIZES[recipe.backbone]
-    outputs, hidden = 1 if recipe.one_logit else len(classes), recipe.hidden
-    head = (width + 1) * hidden + (hidden + 1) * outputs if hidden else (width + 1) * outputs
+    outputs = 1 if recipe.one_logit else len(classes)
+    hidden = recipe.hidden if isinstance(recipe.hidden, tuple) else filter(None, (recipe.hidden,))
+    head = sum((units + 1) * following for units, following in pairwise((width, *hidden, outputs)))
     # Inception's auxiliary head has the same classes, from 768 features.
     auxiliary = 769 * (1000 - outputs) if recipe.auxiliary else 0
     assert sum(each.numel() for each in model.parameters()) == whole - (width + 1) * 1000 - auxiliary + head

@@ -11,6 +11,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -85,9 +86,9 @@ def deadly(task, fold, run_folder):
     return train_fold(task, fold, run_folder)
 
 
-def with_a_third_fold(task):
+def with_folds(task, count):
     folds = task.tables["folds"]
-    return dataclasses.replace(task, tables={**task.tables, "folds": folds.assign(fold=[*folds.fold[:-1], 2])})
+    return dataclasses.replace(task, tables={**task.tables, "folds": folds.assign(fold=np.arange(len(folds)) % count)})
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
@@ -100,7 +101,7 @@ def test_a_fold_that_does_not_exist_is_refused_before_any_training(tmp_path, at_
 @pytest.mark.usefixtures("forked")
 def test_folds_that_fail_or_are_killed_are_named_and_stop_no_other(tmp_path):
     with pytest.raises(TrainingError) as failed:
-        train_folds(with_a_third_fold(task()), [2, 1, 0], tmp_path, at_once=2, train=deadly)
+        train_folds(with_folds(task(), 3), [2, 1, 0], tmp_path, at_once=2, train=deadly)
     message = str(failed.value)
     assert "2 of 3 folds failed, the others are finished" in message
     assert "fold 2: ValueError: out of luck" in message
@@ -144,7 +145,7 @@ def test_after_a_fold_that_the_session_stops_no_other_is_begun(tmp_path, at_once
     (tmp_path / "fold5").mkdir()
     (tmp_path / "fold5" / "metrics.json").write_text("{}")
     folds = [0, 3, 5, 4] if at_once == 1 else [0, 0, 3, 5, 4]
-    found = train_folds(task(deadline=Deadline(600)), folds, tmp_path, at_once=at_once, train=noted)
+    found = train_folds(with_folds(task(deadline=Deadline(600)), 6), folds, tmp_path, at_once=at_once, train=noted)
     # A finished fold is read.
     assert found == [5]
     assert {line.split()[0] for line in begun(tmp_path)} == {"0", "5"}
@@ -163,7 +164,7 @@ def test_folds_side_by_side_share_the_threads_and_are_started_over_once(tmp_path
     for fold in (2, 3):
         (tmp_path / f"fold{fold}" / "checkpoints").mkdir(parents=True)
         (tmp_path / f"fold{fold}" / "metrics.json").write_text("{}")
-    assert train_folds(task(resume=False), [2, 3], tmp_path, at_once=2, train=noted) == [2, 3]
+    assert train_folds(with_folds(task(resume=False), 4), [2, 3], tmp_path, at_once=2, train=noted) == [2, 3]
     # Each fold is trained in a process with half of the threads, and then read in this process.
     assert sorted(begun(tmp_path)) == ["2 2 True", "2 5 True", "3 2 True", "3 5 True"]
     assert list(tmp_path.glob("*/checkpoints")) == []
