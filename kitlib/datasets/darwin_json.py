@@ -26,11 +26,11 @@ class DarwinAnnotation:
     polygons: tuple[tuple[str, tuple[np.ndarray, ...]], ...]  # (name, closed paths (n, 2) of x, y in image pixels)
 
     def has_polygon(self, names: Sequence[str] = LUNG_NAMES) -> bool:
-        """Return whether any polygon has one of `names` (in lower case)."""
+        """Return whether any polygon's name, in lower case, is one of `names`, which must be in lower case."""
         return any(name.lower() in names for name, _ in self.polygons)
 
     def mask(self, names: Sequence[str] = LUNG_NAMES) -> np.ndarray:
-        """Return the union of all polygons that have one of `names` (in lower case), as a bool mask (rows, columns)."""
+        """Return the union of the polygons whose name, in lower case, is one of `names`, as a bool mask (rows, columns)."""
         inside = np.zeros((self.rows, self.columns), bool)
         for name, paths in self.polygons:
             if name.lower() in names:

@@ -49,8 +49,8 @@ def read_kermany(folder: str | Path, progress: bool = True) -> Dataset:
             files[part, path.stem] = file
     if not files:
         raise DatasetError(
-            f"{folder} contains no image in train, test or val with the folders {' and '.join(KINDS)}: "
-            f"unpack the data set there, {HOW_TO_GET}"
+            f"{folder} contains no image in the folders {' and '.join(KINDS)} of train, test or val; unpack the data set in "
+            f"{folder}: {HOW_TO_GET}"
         )
     stems = pd.Series([stem for _, stem in files])
     shared = set(stems[stems.duplicated()])

@@ -30,7 +30,8 @@ def limit_sources(images: pd.DataFrame, most: Mapping[str, int], seed: int) -> p
     """
     unknown = sorted(set(most) - set(images["source"]))
     if unknown:
-        raise ValueError(f"most_of names the source {unknown[0]!r}; there are {', '.join(sorted(set(images['source'])))}")
+        available = ", ".join(sorted(set(images["source"])))
+        raise ValueError(f"most_of: no image is from {', '.join(unknown)}; available sources: {available}")
     kept = ~images["source"].isin(list(most))
     for source, count in sorted(most.items()):
         sizes = images[images["source"] == source].groupby("patient_id").size()

@@ -118,7 +118,7 @@ class KernelSpec(Settings):
         return kernel_values | self.parameters | (self.rehearsal if rehearsed else {})
 
     def run_folder(self, rehearsed: bool = False) -> str | None:
-        """Return the path of the run that the notebook makes, below Kaggle's working folder; None if it makes no run.
+        """Return the path, relative to /kaggle/working, of the run that the notebook makes; None if it makes no run.
 
         If `rehearsed`, the parameters for rehearsals apply. Raises KernelError for a path outside of the working folder,
         because Kaggle keeps only the files in that folder.

@@ -42,16 +42,18 @@ class PreparedRuns:
         return self._by_fingerprint.get(fingerprint)
 
     def find_for_nested(self, runs: tuple[ListedRun, ...]) -> tuple[str, dict[str, pd.DataFrame]]:
-        """Return the folds' fingerprint and the tables of the prepared run of an ensemble, or of learners with nested folds.
+        """Find the prepared run that `runs` were made from; return the fingerprint of its folds, and its tables.
 
-        The models were trained on parts of the prepared run only, so it is found by the parameter `prepare_run` of the first
-        of `runs`. Raises RunError if that run does not exist, if its folds do not have the fingerprint in the metrics of
-        each of `runs`, or if a model was not trained on its data without the model's outer fold.
+        `runs` are an ensemble, or learners with nested folds, whose models were trained on parts of the prepared run only.
+        So it is found by the parameter `prepare_run` of the first of `runs`. Raises RunError if the prepared run does not
+        exist, if the metrics of one of `runs` record another fingerprint of the folds, or if the training data of a model
+        are not the prepared run's data minus the model's outer fold.
         """
         run = runs[0]
         folder = named_folder(run.parameters.get("prepare_run"), run)
         if folder is None:
-            raise RunError(f"its prepared run {run.parameters.get('prepare_run')!r} does not exist")
+            name = run.parameters.get("prepare_run")
+            raise RunError(f"the prepared run {name!r}, which the run's parameter prepare_run names, does not exist")
         tables = read_prepared(folder)
         fingerprint = data_fingerprint(folds=tables["folds"])
         folds = tables["folds"]

@@ -19,9 +19,9 @@ from kitlib.xrays.cache import CachedXray
 class PatchCanvas:
     """The canvas from which the patches of one image are cut.
 
-    `pixels` is uint8 (canvas, canvas). `mask` is bool of the same shape and True inside the lungs: patch centres are drawn
-    there, and pixels outside are black. If `mask` is None, the only patch is the whole image, unmasked, in the canvas's top
-    left corner; the rest of the canvas is black.
+    `pixels` is uint8 (canvas, canvas). `mask`, bool of the same shape, is True inside the lungs. Patch centres are chosen at
+    random inside it, and pixels outside it are black. If `mask` is None, there is one patch: the whole image, resized to
+    `side` pixels and not masked, in the top left corner of an otherwise black canvas.
     """
 
     pixels: np.ndarray

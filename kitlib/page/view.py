@@ -30,7 +30,10 @@ WINDOWED_SIDE = 1024  # pixels of the longest side while window and level are se
 
 @dataclass(frozen=True, eq=False, repr=False)
 class View:
-    """A study with a system's predictions. It has no == and no repr, because Gradio compares and prints states."""
+    """A study with a system's predictions, kept by Gradio between requests.
+
+    Gradio compares and prints what it keeps, so == and repr are the short defaults and do not visit images and tables.
+    """
 
     study: OpenedStudy
     system: System

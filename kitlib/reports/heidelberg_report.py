@@ -169,7 +169,10 @@ def heidelberg_figures(predictions: Answers, thresholds: np.ndarray, exclusive: 
 
 
 def best_confidence(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame) -> float:
-    """Return the confidence limit with the highest F1 on images with a box, or NaN if no box is predicted or annotated."""
+    """Return the confidence limit at which predicted boxes have the highest F1, on images with an annotated box only.
+
+    Returns NaN if there is no such image, or if no box is predicted on any of them.
+    """
     detections, true_boxes = _on_boxed(answer, _predicted_images(answer, images), boxes)
     if detections.empty or true_boxes.empty:
         return float("nan")
