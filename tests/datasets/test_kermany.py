@@ -81,7 +81,9 @@ def test_what_cannot_be_told_is_listed_and_left_out(kaggle):
 
 def test_another_folder_is_told(tmp_path):
     save(tmp_path / "NORMAL" / "IM-0001-0001.jpeg")
-    with pytest.raises(DatasetError, match=r"no image in train, test or val.*chest-xray-pneumonia"):
+    with pytest.raises(
+        DatasetError, match=r"no image in the folders NORMAL and PNEUMONIA of train, test or val.*chest-xray-pneumonia"
+    ):
         read_kermany(tmp_path, progress=False)
     (tmp_path / "train" / "NORMAL").mkdir(parents=True)
     (tmp_path / "train" / "NORMAL" / "IM-0001-0001.jpeg").write_bytes(b"no image")
