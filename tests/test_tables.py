@@ -193,3 +193,20 @@ def test_a_text_table_that_cannot_be_used_names_the_file(tmp_path, content, mess
 )
 def test_the_name_of_a_listed_file_has_no_folders(cell, name):
     assert listed_name(cell) == name
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("fold", [0, 2.5], "fold"),
+        ("fold", [0, np.nan], "fold"),
+        ("xmax", [1.5, 20], "box|xmax"),  # flat
+        ("ymax", [10, 2], "box|ymax"),
+        ("score", [0.5, 1.5], "score"),
+        ("xmin", [0, np.inf], "xmin"),
+    ],
+)
+def test_each_broken_value_of_a_table_is_refused(column, values, message):
+    check_table(DETECTIONS, "detections")
+    with pytest.raises(TableError, match=message):
+        check_table(DETECTIONS.assign(**{column: values}), "detections")

@@ -250,6 +250,7 @@ def test_a_backbone_in_a_submission_is_refused(tmp_path, wheel):
 def test_an_ensemble_requires_exactly_its_learners(tmp_path, wheel):
     runs = [str(make_run(tmp_path / name, name)) for name in ("one", "two")]
     runs.append(str(make_run(tmp_path / "none", "none", outputs="none")))  # predicts images only
+    runs.append(str(make_run(tmp_path / "boxes", "boxes", family="yolo")))  # a detector is no learner of studies
     fields = {"method": "mean", "learners": ("one", "two"), "classes": STUDY_CLASSES, "key": "study_id"}
     write_ensemble(tmp_path / "stack" / "ensemble", Ensemble("mean", **fields))
     write_ensemble(tmp_path / "images" / "ensemble", Ensemble("mean", **fields | {"key": "image_id"}))
