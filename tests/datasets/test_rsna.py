@@ -93,6 +93,17 @@ def test_each_kind_of_broken_label_costs_its_image_alone(tmp_path, rows, classes
         assert re.search(problem, faults.rows[0][2])
 
 
+def test_a_file_without_a_row_is_a_fault_and_no_file_with_one_an_error(layout):
+    files = sorted(path for path in (layout / IMAGES).iterdir() if path.suffix == ".dcm")
+    shutil.copy(files[0], layout / IMAGES / "z.dcm")
+    faults = read_rsna(layout, progress=False).faults
+    assert faults.problem[faults.row == "z"].tolist() == [f"has no usable row in {LABELS}; left out"]
+    for path in (layout / IMAGES).iterdir():
+        path.unlink() if path.name != "z.dcm" else None
+    with pytest.raises(DatasetError, match=r"holds 1 images, the first is .*z\.dcm; none of them is one of the \d images"):
+        read_rsna(layout, progress=False)
+
+
 @pytest.mark.parametrize("name", [LABELS, CLASSES, IMAGES])
 def test_a_missing_piece_names_itself_and_where_it_is_got(layout, name):
     shutil.move(layout / name, layout / "elsewhere")

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit, logit
 
-from kitlib.fusion.box_fusion import CONFIDENCES, METHODS, calibrate_scores, fit_calibration, merge_boxes
+from kitlib.fusion.box_fusion import CONFIDENCES, METHODS, calibrate_scores, fit_calibration, merge_boxes, suppress_overlaps
 
 # Two lists: a box that both have (IoU 0.9), one that only the first has, and one that only the second has.
 LISTS = (
@@ -79,3 +79,13 @@ def test_calibration_keeps_the_ranking_and_stays_between_0_and_1(scores, slope, 
         calibrated = calibrate_scores(scores, slope, value)
         assert ((calibrated > 0) & (calibrated < 1)).all() and (np.diff(calibrated) >= 0).all()
     assert calibrate_scores(scores, 1.0, 0.0) == pytest.approx(scores, abs=1e-6)
+
+
+def test_overlapping_boxes_are_suppressed_best_first_and_none_stay_none():
+    boxes = np.array([[0.0, 0.0, 0.5, 0.5], [0.1, 0.0, 0.6, 0.5], [0.6, 0.6, 0.9, 0.9]])
+    # The first two share 0.4 of 0.6 in width: IoU 2/3.
+    for iou, expected in ((0.6, [0.9, 0.7]), (0.7, [0.9, 0.8, 0.7])):
+        kept, scores = suppress_overlaps(boxes, np.array([0.8, 0.9, 0.7]), iou)
+        assert scores.tolist() == pytest.approx(expected) and kept[0].tolist() == pytest.approx(boxes[1].tolist())
+    kept, scores = suppress_overlaps(boxes[:0], np.zeros(0), 0.5)
+    assert kept.shape == (0, 4) and scores.shape == (0,)
