@@ -61,10 +61,10 @@ class Dataset:
         kitlib.tables).
         """
         if images.empty:
-            told = pd.Series([f"{problem} ({file} {row})" for file, row, problem in faults.rows], dtype=object)
+            problems = pd.Series([f"{problem} ({file} {row})" for file, row, problem in faults.rows], dtype=object)
             raise DatasetError(
-                f"{folder}: no image can be used; there are {len(told)} faults, "
-                f"the first: {'; '.join(told.head(3)) or 'none, so the tables are empty'}"
+                f"{folder}: no image can be used; there are {len(problems)} faults, "
+                f"the first: {'; '.join(problems.head(3)) or 'none, so the tables are empty'}"
             )
         images, labels = check_table(images, "images", str(folder)), check_table(labels, "labels", str(folder))
         boxes = empty_table("boxes") if boxes is None else boxes

@@ -60,22 +60,6 @@ def read_pool(parts: Mapping[str, str | Path], scheme: str, progress: bool = Tru
     )
 
 
-def limit_diagnoses(images: pd.DataFrame, at_most: Mapping[str, int], seed: int = 0) -> pd.DataFrame:
-    """Return `images`, the table of a pool, with at most `at_most[name]` random images of the diagnosis `name`; 0: all.
-
-    The order is preserved. The choice depends on `seed` and on the image ids, but not on their order. Raises ValueError for
-    a diagnosis that no image has, or a number that is not a whole number of at least 0.
-    """
-    available = ", ".join(sorted(set(images.diagnosis)))
-    for name, count in at_most.items():
-        if name not in set(images.diagnosis) or type(count) is not int or count < 0:
-            raise ValueError(f"at_most: {name!r}: {count!r}; expected a whole number of images of one of: {available}")
-    shuffled = images.sort_values("image_id").sample(frac=1, random_state=np.random.default_rng(seed))
-    limit = shuffled.diagnosis.map(lambda name: at_most.get(name) or len(images))
-    kept = shuffled.groupby("diagnosis").cumcount() < limit
-    return images[images.index.isin(kept.index[kept])]
-
-
 def read_mask_pool(parts: Mapping[str, str | Path], progress: bool = True) -> Dataset:
     """Read the data sets with lung masks in `parts` (key of READERS -> folder) as one Dataset, with their own labels.
 
@@ -89,8 +73,8 @@ def read_mask_pool(parts: Mapping[str, str | Path], progress: bool = True) -> Da
         raise ValueError(f"the data set {without[0]} has no masks; without classes, pool joins only sets with lung masks")
     conventions = {name: ", ".join(sorted(set(data.images.convention))) for name, data in sets.items()}
     if len(set(conventions.values())) > 1:
-        told = ", ".join(f"{name} {convention}" for name, convention in conventions.items())
-        raise ValueError(f"the masks follow several conventions, which define lungs differently: {told}; pool only one")
+        listing = ", ".join(f"{name} {convention}" for name, convention in conventions.items())
+        raise ValueError(f"the masks follow several conventions, which define lungs differently: {listing}; pool only one")
     ids = pd.Series([image_id for data in sets.values() for image_id in data.images.image_id], dtype=object)
     clashing, images, labels, masks, faults, published = set(ids[ids.duplicated()]), [], [], [], [], Counter[str]()
     for name, data in sets.items():

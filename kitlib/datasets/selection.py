@@ -1,4 +1,4 @@
-"""Selects images of a data set before folds are made: by the patient's age, and by source; counts what is left out."""
+"""Selects images of a data set before folds are made: by the patient's age, by source, and by diagnosis."""
 
 from collections.abc import Mapping
 
@@ -38,3 +38,19 @@ def limit_sources(images: pd.DataFrame, most: Mapping[str, int], seed: int) -> p
         drawn = sizes.loc[np.random.default_rng(seed).permutation(sizes.index)].cumsum()
         kept |= (images["source"] == source) & images["patient_id"].isin(drawn.index[drawn <= count])
     return images[kept].reset_index(drop=True)
+
+
+def limit_diagnoses(images: pd.DataFrame, at_most: Mapping[str, int], seed: int = 0) -> pd.DataFrame:
+    """Return `images`, the table of a pool, with at most `at_most[name]` random images of the diagnosis `name`; 0: all.
+
+    The order is preserved. The choice depends on `seed` and on the image ids, but not on their order. Raises ValueError for
+    a diagnosis that no image has, or a number that is not a whole number of at least 0.
+    """
+    available = ", ".join(sorted(set(images.diagnosis)))
+    for name, count in at_most.items():
+        if name not in set(images.diagnosis) or type(count) is not int or count < 0:
+            raise ValueError(f"at_most: {name!r}: {count!r}; expected a whole number of images of one of: {available}")
+    shuffled = images.sort_values("image_id").sample(frac=1, random_state=np.random.default_rng(seed))
+    limit = shuffled.diagnosis.map(lambda name: at_most.get(name) or len(images))
+    kept = shuffled.groupby("diagnosis").cumcount() < limit
+    return images[images.index.isin(kept.index[kept])]

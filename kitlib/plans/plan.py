@@ -50,7 +50,7 @@ class Step(Settings):
 class _PlanFile(Settings):
     extends: str = ""  # file name of a plan in the same folder; this file adds to its values or replaces them
     runs: str = ""  # the folder that contains the runs' folders; relative to the project's root
-    published_time: str = ""  # how long the published system took to train, told before the plan starts
+    published_time: str = ""  # how long the published system took to train; shown before the plan starts
     variables: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)  # notebook -> default values for steps with this notebook
     steps: dict[str, Any] = field(default_factory=dict)

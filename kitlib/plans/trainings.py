@@ -1,4 +1,4 @@
-"""How many trainings a plan has, and which of them start from random weights: told before the plan's first run."""
+"""Counts a plan's trainings, and those that start from random weights; shown before the plan's first run."""
 
 from collections.abc import Iterable
 

@@ -7,8 +7,9 @@ import pytest
 
 from kitlib.classes import CLASS_SCHEMES, DIAGNOSES, scheme_classes
 from kitlib.datasets.folds import find_leak_groups
-from kitlib.datasets.pool import limit_diagnoses, read_mask_pool, read_pool, sample_images
+from kitlib.datasets.pool import read_mask_pool, read_pool, sample_images
 from kitlib.datasets.registry import read_dataset
+from kitlib.datasets.selection import limit_diagnoses
 from kitlib.phantoms.diagnoses import plan_diagnoses, write_diagnoses
 from kitlib.phantoms.lungs import write_lungs
 from kitlib.phantoms.nih import write_nih
