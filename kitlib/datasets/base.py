@@ -1,8 +1,6 @@
-"""The Dataset that a reader returns, and what readers share: CSV files, faults, image headers, and making of tables."""
+"""The Dataset that a reader returns, and what readers share: image headers, and the making and checking of tables."""
 
-import os
-import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +10,14 @@ import pandas as pd
 from tqdm import tqdm
 
 from kitlib.classes import MASK_CONVENTIONS
-from kitlib.errors import DatasetError, TableError, UnreadableXray
-from kitlib.tables import BOX, check_table, cut_boxes, empty_table, listed_name, read_text, read_text_table, storable
+from kitlib.datasets.data_folder import DataFolder
+from kitlib.errors import DatasetError, UnreadableXray
+from kitlib.tables import BOX, check_table, cut_boxes, empty_table
 
 HEADER_THREADS = 16  # more than there are cores, because the threads mostly wait for the disk
+# Where a random part of the data set would have this many images of a class, none is no chance but a misread layout.
+LEAST_EXPECTED = 20
+MOST_UNUSABLE = 0.1  # share of the images with boxes whose boxes may lie outside, before the boxes are of another image size
 
 
 @dataclass(frozen=True)
@@ -45,117 +47,61 @@ class Dataset:
     @classmethod
     def from_tables(
         cls,
-        folder: Path,
+        source: DataFolder,
         images: pd.DataFrame,
         labels: pd.DataFrame,
-        faults: "Faults",
-        published: dict[str, int] | None = None,
+        published: Mapping[str, int] | None = None,
         *,
         boxes: pd.DataFrame | None = None,
         masks: pd.DataFrame | None = None,
     ) -> "Dataset":
-        """Return a Dataset of these tables, after checking `images` and `labels`; `boxes` defaults to an empty table.
+        """Return a Dataset of these tables with the faults of `source`; `boxes` defaults to an empty table.
 
-        A study whose images have different patient ids is added to `faults`. Raises DatasetError, which quotes the first
-        faults, if there is no image; TableError, which names `folder`, if `images` or `labels` is not valid (see
-        kitlib.tables).
+        Checks `images` and `labels`, and compares them with the `published` counts. Image files that are in no table are
+        counted in a fault (see DataFolder.count_unread), and a study whose images have different patient ids is one. Raises
+        DatasetError, which quotes the first faults, if there is no image, if a class is empty or if all images show one
+        patient although the published counts let LEAST_EXPECTED of them be expected; TableError if a table is not valid
+        (see kitlib.tables).
         """
+        faults = source.faults
+        source.mark_read(images.path)
+        source.mark_read(() if masks is None else masks.path)
+        source.count_unread()
         if images.empty:
-            problems = pd.Series([f"{problem} ({file} {row})" for file, row, problem in faults.rows], dtype=object)
-            raise DatasetError(
-                f"{folder}: no image can be used; there are {len(problems)} faults, "
-                f"the first: {'; '.join(problems.head(3)) or 'none, so the tables are empty'}"
-            )
-        images, labels = check_table(images, "images", str(folder)), check_table(labels, "labels", str(folder))
+            raise DatasetError(f"{source.folder}: no image can be used; {_first_faults(source)}")
+        images, labels = check_table(images, "images", str(source.folder)), check_table(labels, "labels", str(source.folder))
         boxes = empty_table("boxes") if boxes is None else boxes
         counts = images.groupby("study_id")["patient_id"].nunique()
         mixed = images[images["study_id"].isin(counts.index[counts > 1])]
         for study_id, several in mixed.groupby("study_id")["patient_id"].unique().items():
             problem = f"the study's images have the patient ids {', '.join(sorted(several))}; these patients share a fold"
-            faults.add(folder.name, str(study_id), problem)
+            faults.add(source.folder.name, str(study_id), problem)
+        _compare_with_published(source, images, labels, published or {})
         return cls(images, labels, boxes, faults.table(), dict(published or {}), masks)
 
 
-class Faults:
-    """Collects the faults of a data set: a row for everything that a reader leaves out or changes."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, str, str]] = []
-
-    def add(self, file: str, row: str, problem: str) -> None:
-        """Add one fault: its file, its row (an id or a path), and the problem, with how it was handled."""
-        self.rows.append((storable(file), storable(row), storable(problem)))
-
-    def add_summary(self, file: str, rows: Iterable[str], problem: str, others: str = "others") -> None:
-        """Add one fault for all `rows` together, which names the first and counts the others; no fault if there are none."""
-        if rows := sorted(rows):
-            self.add(file, rows[0], f"and {len(rows) - 1} {others} {problem}")
-
-    def table(self) -> pd.DataFrame:
-        """Return the faults as a table with the columns file, row and problem."""
-        return pd.DataFrame(self.rows, columns=["file", "row", "problem"], dtype=object)
+def _first_faults(source: DataFolder) -> str:
+    problems = [f"{problem} ({file} {row})" for file, row, problem in source.faults.rows]
+    return f"there are {len(problems)} faults, the first: {'; '.join(problems[:3]) or 'none, so the tables are empty'}"
 
 
-def read_csv(
-    path: Path, columns: Sequence[str], how_to_get: str = "see inputs/README.md", separator: str = ","
-) -> pd.DataFrame:
-    """Return the table in a CSV file; all cells are text, and empty cells are "" (see kitlib.tables.read_text_table).
-
-    Raises DatasetError if the file is missing (the message ends with `how_to_get`), is not a CSV file, or lacks one of
-    `columns`.
-    """
-    if not path.is_file():
-        raise DatasetError(f"{path} is missing: copy the data set's file there, {how_to_get}")
-    try:
-        return read_text_table(path, columns, separator)
-    except TableError as error:
-        raise DatasetError(f"{error}: check that it is the right file, or fetch it again") from error
-
-
-def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file (see kitlib.tables.read_text). Raises DatasetError if its encoding is unknown."""
-    try:
-        return read_text(path).splitlines()
-    except TableError as error:
-        raise DatasetError(str(error)) from error
-
-
-def find_listed(files: dict[str, Path], cell: str) -> Path | None:
-    """Return the one of `files` (see `index_files`) that a table's cell names, with or without folders; None if none is."""
-    path = unicodedata.normalize("NFC", cell.strip().replace("\\", "/"))
-    return files.get(path) or files.get(listed_name(cell))
-
-
-def index_files(root: Path) -> dict[str, Path]:
-    """Return the files below `root`, keyed by their path relative to `root` with slashes, in Unicode's composed form."""
-    paths = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
-    return {unicodedata.normalize("NFC", path.relative_to(root).as_posix()): path for path in paths}
-
-
-def find_files(root: Path, suffixes: Sequence[str], faults: Faults) -> dict[str, Path]:
-    """Return image id -> path for the files below `root` that have one of `suffixes`.
-
-    The id is the file name without suffix (see `listed_id`). If several files have the same id, the first one is used and
-    each of the others becomes a fault. Hidden files are ignored.
-    """
-    paths: dict[str, Path] = {}
-    for folder, folders, names in os.walk(root):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(folder, name)
-            if name.startswith(".") or path.suffix.lower() not in suffixes:
-                continue
-            image_id = listed_id(name)
-            if image_id in paths:
-                faults.add(str(path.relative_to(root)), image_id, f"has the same name as {paths[image_id]}; left out")
-            else:
-                paths[image_id] = path
-    return paths
-
-
-def listed_id(name: str) -> str:
-    """Return the image id of a file: its name, as written in a table or on the disk, without folders and suffix."""
-    return Path(listed_name(name)).stem
+def _compare_with_published(
+    source: DataFolder, images: pd.DataFrame, labels: pd.DataFrame, published: Mapping[str, int]
+) -> None:
+    """Raise DatasetError if the layout has evidently been misread, according to the `published` counts."""
+    share = len(images) / published["images"] if "images" in published else 0.0
+    for name in labels.columns.intersection(list(published)):
+        if published[name] * share >= LEAST_EXPECTED and not (labels[name] > 0).any():
+            raise DatasetError(
+                f"{source.folder}: none of the {len(images)} images read has the class {name!r}, which {published[name]} of "
+                f"the published {published['images']} images have. Its images are missing, or the folder has another layout "
+                f"(see inputs/README.md); {_first_faults(source)}"
+            )
+    if published.get("patients", 0) * share >= LEAST_EXPECTED and images.patient_id.nunique() == 1:
+        raise DatasetError(
+            f"{source.folder}: all {len(images)} images have the patient {images.patient_id.iloc[0]!r}, although "
+            f"{published['patients']} patients are published. The folder has another layout, see inputs/README.md"
+        )
 
 
 @dataclass(frozen=True)
@@ -176,20 +122,21 @@ def read_headers(paths: Sequence[str], progress: bool) -> list[ImageHeader]:
         return list(tqdm(pool.map(_read_header, paths), total=len(paths), desc="headers", unit="file", disable=not progress))
 
 
-def add_headers(rows: pd.DataFrame, folder: Path, faults: Faults, progress: bool) -> pd.DataFrame:
+def add_headers(rows: pd.DataFrame, source: DataFolder, progress: bool) -> pd.DataFrame:
     """Return an `images` table: `rows`, with the sizes from the files' headers; every image is a study of its own.
 
     `rows` has the columns image_id, patient_id, path, source and view; an empty view is filled in from the header. An image
-    whose header cannot be read is left out, with a fault that names the file relative to `folder`.
+    whose header cannot be read is left out, with a fault of `source` that names the file.
     """
+    source.mark_read(rows.path)
     headers = read_headers(rows.path.tolist(), progress)
     for path, image_id, header in zip(rows.path, rows.image_id, headers, strict=True):
         if header.problem:
-            faults.add(str(Path(path).relative_to(folder)), image_id, f"{header.problem}; left out")
+            source.faults.add(source.name(path), image_id, f"{header.problem}; left out")
     images = rows.assign(
         study_id=rows.image_id,
-        rows=[header.rows for header in headers],
-        columns=[header.columns for header in headers],
+        rows=np.array([header.rows for header in headers], dtype=int),
+        columns=np.array([header.columns for header in headers], dtype=int),
         view=[view or header.view for view, header in zip(rows["view"], headers, strict=True)],
     )
     return images[[not header.problem for header in headers]].reset_index(drop=True)
@@ -214,22 +161,53 @@ def make_boxes(image_ids: pd.Series, cells: pd.DataFrame) -> tuple[pd.DataFrame,
     return boxes, np.isfinite(boxes[list(BOX)]).all(axis=1) & (width > 0) & (height > 0)
 
 
+def scale_boxes(
+    boxes: pd.DataFrame, images: pd.DataFrame, originals: pd.DataFrame, source: DataFolder, file: str
+) -> pd.DataFrame:
+    """Return `boxes`, given in pixels of the original images, in pixels of the image files, which may be resized copies.
+
+    `originals` has the columns image_id, rows and columns: the original size of each image with a box. Images whose file
+    has another size are counted in one fault, which names `file`, the file that the boxes come from.
+    """
+    sizes = images.merge(originals, on="image_id", suffixes=("", "_original")).set_index("image_id")
+    scale = pd.DataFrame(
+        {"x": sizes["columns"] / sizes["columns_original"], "y": sizes["rows"] / sizes["rows_original"]}
+    ).reindex(boxes.image_id)
+    resized = sizes[(sizes["columns"] != sizes["columns_original"]) | (sizes["rows"] != sizes["rows_original"])]
+    resized = resized[resized.index.isin(boxes.image_id)]
+    if len(resized):
+        row = resized.iloc[0]
+        example = f"{row.columns_original} x {row.rows_original} to {row['columns']} x {row['rows']} pixels"
+        problem = f"with boxes are resized, such as the first from {example}; the boxes are scaled"
+        source.faults.add_summary(file, resized.index, problem, "other images")
+    factors = scale[["x", "y", "x", "y"]].to_numpy()
+    return boxes.assign(**dict(zip(BOX, (boxes[list(BOX)].to_numpy() * factors).T, strict=True)))
+
+
 def cut_at_edges(
-    images: pd.DataFrame, boxes: pd.DataFrame, faults: Faults, file: str, suffix: str = ""
+    images: pd.DataFrame, boxes: pd.DataFrame, source: DataFolder, file: str, suffix: str = ""
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Cut boxes to their images (see kitlib.tables.cut_boxes); returns the `images` and `boxes` tables.
 
     An image with a box that cannot be used is removed with all of its boxes. Each cut and each removed image is a fault,
-    with the `file` that the boxes come from, and with the image id followed by `suffix`.
+    with the `file` that the boxes come from, and with the image id followed by `suffix`. Raises DatasetError if LEAST_EXPECTED
+    images and a share of MOST_UNUSABLE of all images with boxes would be removed, because the boxes then belong to images
+    of another size.
     """
     boxes = check_table(boxes, "boxes", file)
     cut, overhang, problems = cut_boxes(boxes, images)
+    unusable = problems[problems != ""].groupby(boxes.image_id).first()
+    if len(unusable) >= max(LEAST_EXPECTED, MOST_UNUSABLE * boxes.image_id.nunique()):
+        raise DatasetError(
+            f"{source.folder}: {len(unusable)} of {boxes.image_id.nunique()} images have boxes of {file} that do not fit them, "
+            f"such as {unusable.index[0]} ({unusable.iloc[0]}): the image files have another size than those that the boxes "
+            "were drawn on"
+        )
     for index in np.flatnonzero((overhang > 0) & (problems == "")):
         name = f"{boxes.image_id[index]}{suffix}"
-        faults.add(file, name, f"a box reaches {overhang[index]:.1f} pixels beyond the image; cut at its edge")
-    unusable = problems[problems != ""].groupby(boxes.image_id).first()
+        source.faults.add(file, name, f"a box reaches {overhang[index]:.1f} pixels beyond the image; cut at its edge")
     for image_id, problem in unusable.items():
-        faults.add(file, f"{image_id}{suffix}", f"{problem}; the image is left out")
+        source.faults.add(file, f"{image_id}{suffix}", f"{problem}; the image is left out")
     kept = cut[~cut.image_id.isin(unusable.index)].reset_index(drop=True)
     return images[~images.image_id.isin(unusable.index)], kept
 

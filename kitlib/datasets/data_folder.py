@@ -1,0 +1,206 @@
+"""The files of a data set, found in one walk through its folder and the folders beside it."""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from kitlib.datasets.faults import Faults
+from kitlib.datasets.walk import walk
+from kitlib.errors import DatasetError, TableError
+from kitlib.tables import listed_name, read_text, read_text_table
+
+PICTURES = (".png", ".jpg", ".jpeg")
+DICOM = (".dcm", ".dicom")
+IMAGES = (*PICTURES, *DICOM, ".img", ".gif", ".bmp", ".tif", ".tiff")
+
+
+class DataFolder:
+    """The files of a data set: those below its folder, and those below further folders beside it; collects the faults.
+
+    On Kaggle, inputs are read-only, and masks or tables often lie in another input than the images: they are found beside.
+    Each folder is walked once (see kitlib.datasets.walk). Nothing is lost silently: `count_unread` lists the image files
+    that no reader asked for.
+
+    `folder` is the data set's folder, `beside` further ones, `faults` collects the faults, and `paths` are all files: those
+    of `folder` first, and in each folder those fewest folders deep first, then sorted. Raises DatasetError if one of the
+    folders is missing.
+    """
+
+    def __init__(self, folder: str | Path, beside: Sequence[str | Path] = ()) -> None:
+        self.folder, self.beside, self.faults = Path(folder), tuple(map(Path, beside)), Faults()
+        self._roots: dict[Path, Path] = {}
+        for root in (self.folder, *self.beside):
+            if not root.is_dir():
+                raise DatasetError(f"{root} is not a folder; give the folder that holds the data set, see inputs/README.md")
+            found = [Path(folder, name) for folder, names in walk(root, self._leave_out) for name in names]
+            for path in sorted(found, key=lambda path: (len(path.parts), path)):
+                self._roots.setdefault(path, root)
+        self.paths = list(self._roots)
+        self._read: set[Path] = set()
+
+    @classmethod
+    def of(cls, folder: "str | Path | DataFolder") -> "DataFolder":
+        """Return `folder` itself if it is a DataFolder, otherwise the DataFolder of this path."""
+        return folder if isinstance(folder, DataFolder) else cls(folder)
+
+    def name(self, path: str | Path) -> str:
+        """Return the path of a file relative to the folder in which it was found, with slashes."""
+        return Path(path).relative_to(self._roots.get(Path(path), self.folder)).as_posix()
+
+    def folders(self, path: Path) -> tuple[str, ...]:
+        """Return the names, in lower case, of the folders between the data set's folder and a file."""
+        return tuple(part.lower() for part in path.relative_to(self._roots[path]).parts[:-1])
+
+    def find(self, suffixes: Collection[str], is_wanted: Callable[[Path], bool] = lambda path: True) -> list[Path]:
+        """Return the files that have one of `suffixes` (lower case) and are wanted, and mark them as read."""
+        found = [path for path in self.paths if path.suffix.lower() in suffixes and is_wanted(path)]
+        self._read.update(found)
+        return found
+
+    def find_images(
+        self, suffixes: Collection[str] = PICTURES, is_wanted: Callable[[Path], bool] = lambda path: True
+    ) -> dict[str, Path]:
+        """Return image id -> path for the files that `find` returns, sorted by id, which is the file name without suffix.
+
+        If several files have the same id, the first is used. The others are counted in one fault if they are copies, judged
+        by their sizes in bytes, as in archives that contain everything twice, and in another fault if they differ.
+        """
+        paths: dict[str, Path] = {}
+        copies, others = [], []
+        for path in self.find(suffixes, is_wanted):
+            first = paths.setdefault(listed_id(path.name), path)
+            if first is not path:
+                is_copy = first.suffix == path.suffix and first.stat().st_size == path.stat().st_size
+                (copies if is_copy else others).append(self.name(path))
+        self.faults.add_summary("the folder", copies, "are copies of files with the same name; left out", "others")
+        self.faults.add_summary("the folder", others, "have the name of another file, but differ; left out", "others")
+        return dict(sorted(paths.items()))
+
+    def find_table(self, *patterns: str) -> Path | None:
+        """Return the file that matches the first of `patterns` that matches any, or None.
+
+        Patterns are those of file names, such as `train_val_list*.txt`; case does not matter. A file directly in the data
+        set's folder is preferred, then those below, then those beside. Identical copies count once. Raises DatasetError,
+        which lists the files, if several remain.
+        """
+        for pattern in patterns:
+            for root in (self.folder, *self.beside):
+                if found := [path for path in self._matching(pattern) if self._roots[path] == root]:
+                    top = [path for path in found if path.parent == root]
+                    return self._the_only(pattern, top or found)
+        return None
+
+    def need_table(self, *patterns: str, how_to_get: str) -> Path:
+        """Return what `find_table` returns. Raises DatasetError, whose message ends with `how_to_get`, if it is None."""
+        if path := self.find_table(*patterns):
+            return path
+        tables = [self.name(path) for path in self.paths if path.suffix.lower() in (".csv", ".txt", ".tsv", ".json")]
+        there = f"its tables are {', '.join(tables[:5])}" if tables else f"it holds {len(self.paths)} files and no table"
+        raise DatasetError(f"{self.folder / patterns[0]} is missing, also in the folders below and beside; {there}: {how_to_get}")
+
+    def find_listed(self, cell: str, base: Path, below: str = "") -> Path | None:
+        """Return the image file that a table's cell names, as a path from the folder `base` (or `below`, a folder in it).
+
+        Leading folders of the cell that do not exist are ignored. Case and suffix need not agree, because copies are often
+        converted; a file whose suffix agrees is preferred. The file is marked as read. Returns None if there is no such file.
+        """
+        parts = _folded(f"{cell.strip()}".replace("\\", "/")).strip("/").split("/")
+        start = _folded(f"{base.as_posix()}/{below}").rstrip("/")
+        for number in range(len(parts)):
+            name = f"{start}/{'/'.join(parts[number:])}"
+            if path := self._by_name.get(name) or self._by_stem.get(name) or self._by_stem.get(_without_suffix(name)):
+                self._read.add(path)
+                return path
+        return None
+
+    def mark_read(self, paths: Iterable[str | Path]) -> None:
+        """Mark files as read, so that `count_unread` does not count them."""
+        self._read.update(map(Path, paths))
+
+    def count_unread(self) -> None:
+        """Add one fault that counts the image files in the data set's folder that were not read, by their folders."""
+        unread = [
+            path for path in self.paths if path.suffix.lower() in IMAGES and path not in self._read and self._is_own(path)
+        ]
+        if unread:
+            counts = Counter(path.parent.relative_to(self.folder).as_posix() for path in unread).most_common()
+            listing = ", ".join(f"{folder} {count}" for folder, count in counts[:5])
+            more = f" and {len(counts) - 5} more folders" if len(counts) > 5 else ""
+            self.faults.add_summary(
+                "the folder",
+                [self.name(path) for path in unread],
+                f"are not read, because no table lists them or the layout has no such folder; by folder: {listing}{more}",
+                "other image files",
+            )
+
+    @cached_property
+    def _by_name(self) -> dict[str, Path]:
+        return {_folded(path.as_posix()): path for path in reversed(self.paths) if path.suffix.lower() in IMAGES}
+
+    @cached_property
+    def _by_stem(self) -> dict[str, Path]:
+        return {_without_suffix(name): path for name, path in self._by_name.items()}
+
+    def _is_own(self, path: Path) -> bool:
+        return self._roots[path] == self.folder
+
+    def _matching(self, pattern: str) -> list[Path]:
+        return [path for path in self.paths if fnmatchcase(path.name.lower(), pattern.lower())]
+
+    def _the_only(self, pattern: str, found: list[Path]) -> Path:
+        contents = {path.read_bytes(): path for path in reversed(found)} if len(found) > 1 else {b"": found[0]}
+        if len(contents) > 1:
+            listing = ", ".join(sorted(map(self.name, contents.values())))
+            inner = self.folder.name + "/" + next(iter(contents.values())).parent.relative_to(self._roots[found[0]]).as_posix()
+            raise DatasetError(
+                f"{self.folder} has several files {pattern} that differ: {listing}. Give the folder of one of them in place of "
+                f"{self.folder.name}, such as {inner}"
+            )
+        return next(iter(contents.values()))
+
+    def _leave_out(self, folder: str, reason: str) -> None:
+        self.faults.add("the folder", folder, f"{reason}; left out")
+
+
+def read_csv(
+    path: Path, columns: Sequence[str], how_to_get: str = "see inputs/README.md", separator: str = ","
+) -> pd.DataFrame:
+    """Return the table in a CSV file; all cells are text, and empty cells are "" (see kitlib.tables.read_text_table).
+
+    Raises DatasetError if the file is missing (the message ends with `how_to_get`), is not a CSV file, or lacks one of
+    `columns`.
+    """
+    if not path.is_file():
+        raise DatasetError(f"{path} is missing: copy the data set's file there, {how_to_get}")
+    try:
+        return read_text_table(path, columns, separator)
+    except TableError as error:
+        raise DatasetError(f"{error}: check that it is the right file, or fetch it again") from error
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file (see kitlib.tables.read_text). Raises DatasetError if its encoding is unknown."""
+    try:
+        return read_text(path).splitlines()
+    except TableError as error:
+        raise DatasetError(str(error)) from error
+
+
+def listed_id(name: str) -> str:
+    """Return the image id of a file: its name, as written in a table or on the disk, without folders and suffix."""
+    return Path(listed_name(name)).stem
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _without_suffix(name: str) -> str:
+    """Return `name` without the suffix of an image; other dots are part of the name, as in the UIDs of DICOM."""
+    suffix = Path(name).suffix
+    return name.removesuffix(suffix) if suffix in IMAGES else name

@@ -1,0 +1,27 @@
+"""Collects the faults of a data set: what a reader leaves out or changes, and why."""
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from kitlib.tables import storable
+
+
+class Faults:
+    """Collects the faults of a data set: a row for everything that a reader leaves out or changes."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, str, str]] = []
+
+    def add(self, file: str, row: str, problem: str) -> None:
+        """Add one fault: its file, its row (an id or a path), and the problem, with how it was handled."""
+        self.rows.append((storable(file), storable(row), storable(problem)))
+
+    def add_summary(self, file: str, rows: Iterable[str], problem: str, others: str = "others") -> None:
+        """Add one fault for all `rows` together, which names the first and counts the others; no fault if there are none."""
+        if rows := sorted(rows):
+            self.add(file, rows[0], f"and {len(rows) - 1} {others} {problem}")
+
+    def table(self) -> pd.DataFrame:
+        """Return the faults as a table with the columns file, row and problem."""
+        return pd.DataFrame(self.rows, columns=["file", "row", "problem"], dtype=object)

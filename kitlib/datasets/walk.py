@@ -1,0 +1,44 @@
+"""Walks through a folder, follows its links once, and ignores what desktops and archive programs add."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ADDED = ("__macosx", "thumbs.db", "desktop.ini")  # by macOS's archives and by Windows
+
+
+def walk(
+    root: Path, leave_out: Callable[[str, str], object] = lambda folder, reason: None, max_depth: int | None = None
+) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each folder below `root`, beginning with `root`, and the sorted names of its files.
+
+    Hidden files and folders, and those in ADDED, are ignored. Links to folders are followed after all other folders, unless
+    they lead to a folder that contains `root`. Every folder is read once, so links cannot lead in a circle. `leave_out` is
+    called with the path of each folder that is left out and the reason: it cannot be read, it is a link to a folder that is
+    read already, or it lies more than `max_depth` folders below `root`.
+    """
+    starts, read = [str(root)] if root.is_dir() else [], set()
+
+    def cannot_be_read(error: OSError) -> None:
+        leave_out(error.filename, f"the folder cannot be read ({error.strerror})")
+
+    for start in starts:  # grows in the loop
+        for folder, folders, names in os.walk(start, onerror=cannot_be_read):
+            status = os.stat(folder)
+            place = (status.st_dev, status.st_ino)
+            is_too_deep = max_depth is not None and len(Path(folder).relative_to(root).parts) > max_depth
+            if place in read or is_too_deep:
+                folders.clear()
+                is_link = place in read
+                leave_out(folder, "is a link to a folder that is read already" if is_link else f"is over {max_depth} folders deep")
+                continue
+            read.add(place)
+            folders[:] = sorted(filter(_is_shown, folders))
+            yield Path(folder), sorted(filter(_is_shown, names))
+            links = [os.path.join(folder, name) for name in folders if os.path.islink(os.path.join(folder, name))]
+            # A link to a folder above would add all other data sets.
+            starts += [link for link in links if not root.resolve().is_relative_to(os.path.realpath(link))]
+
+
+def _is_shown(name: str) -> bool:
+    return not name.startswith(".") and name.lower() not in ADDED
