@@ -71,7 +71,8 @@ class DataFolder:
         by their sizes in bytes, as in archives that contain everything twice, and in another fault if they differ.
         """
         paths: dict[str, Path] = {}
-        copies, others = [], []
+        copies: list[str] = []
+        others: list[str] = []
         for path in self.find(suffixes, is_wanted):
             first = paths.setdefault(listed_id(path.name), path)
             if first is not path:
@@ -101,13 +102,16 @@ class DataFolder:
             return path
         tables = [self.name(path) for path in self.paths if path.suffix.lower() in (".csv", ".txt", ".tsv", ".json")]
         there = f"its tables are {', '.join(tables[:5])}" if tables else f"it holds {len(self.paths)} files and no table"
-        raise DatasetError(f"{self.folder / patterns[0]} is missing, also in the folders below and beside; {there}: {how_to_get}")
+        raise DatasetError(
+            f"{self.folder / patterns[0]} is missing, also in the folders below and beside; {there}: {how_to_get}"
+        )
 
     def find_listed(self, cell: str, base: Path, below: str = "") -> Path | None:
         """Return the image file that a table's cell names, as a path from the folder `base` (or `below`, a folder in it).
 
         Leading folders of the cell that do not exist are ignored. Case and suffix need not agree, because copies are often
-        converted; a file whose suffix agrees is preferred. The file is marked as read. Returns None if there is no such file.
+        converted; a file whose suffix agrees is preferred. The file is marked as read. Returns None if there is no such
+        file.
         """
         parts = _folded(f"{cell.strip()}".replace("\\", "/")).strip("/").split("/")
         start = _folded(f"{base.as_posix()}/{below}").rstrip("/")
@@ -156,10 +160,12 @@ class DataFolder:
         contents = {path.read_bytes(): path for path in reversed(found)} if len(found) > 1 else {b"": found[0]}
         if len(contents) > 1:
             listing = ", ".join(sorted(map(self.name, contents.values())))
-            inner = self.folder.name + "/" + next(iter(contents.values())).parent.relative_to(self._roots[found[0]]).as_posix()
+            inner = (
+                self.folder.name + "/" + next(iter(contents.values())).parent.relative_to(self._roots[found[0]]).as_posix()
+            )
             raise DatasetError(
-                f"{self.folder} has several files {pattern} that differ: {listing}. Give the folder of one of them in place of "
-                f"{self.folder.name}, such as {inner}"
+                f"{self.folder} has several files {pattern} that differ: {listing}. Give the folder of one of them in place "
+                f"of {self.folder.name}, such as {inner}"
             )
         return next(iter(contents.values()))
 
@@ -189,6 +195,13 @@ def read_lines(path: Path) -> list[str]:
         return read_text(path).splitlines()
     except TableError as error:
         raise DatasetError(str(error)) from error
+
+
+def or_renamed(name: str) -> str:
+    """Return the pattern of a file's name and of its renamed copies, such as train_val_list_NIH.txt for "
+    "train_val_list.txt."""
+    path = Path(name)
+    return f"{path.stem}*{path.suffix}"
 
 
 def listed_id(name: str) -> str:
