@@ -101,7 +101,9 @@ class DataFolder:
             return path
         tables = [self.name(path) for path in self.paths if path.suffix.lower() in (".csv", ".txt", ".tsv", ".json")]
         there = f"its tables are {', '.join(tables[:5])}" if tables else f"it holds {len(self.paths)} files and no table"
-        raise DatasetError(f"{self.folder / patterns[0]} is missing, also in the folders below and beside; {there}: {how_to_get}")
+        raise DatasetError(
+            f"{self.folder / patterns[0]} is missing, also in the folders below and beside; {there}: {how_to_get}"
+        )
 
     def find_listed(self, cell: str, base: Path, below: str = "") -> Path | None:
         """Return the image file that a table's cell names, as a path from the folder `base` (or `below`, a folder in it).
@@ -109,11 +111,11 @@ class DataFolder:
         Leading folders of the cell that do not exist are ignored. Case and suffix need not agree, because copies are often
         converted; a file whose suffix agrees is preferred. The file is marked as read. Returns None if there is no such file.
         """
-        parts = _folded(f"{cell.strip()}".replace("\\", "/")).strip("/").split("/")
-        start = _folded(f"{base.as_posix()}/{below}").rstrip("/")
+        parts = folded(f"{cell.strip()}".replace("\\", "/")).strip("/").split("/")
+        start = folded(f"{base.as_posix()}/{below}").rstrip("/")
         for number in range(len(parts)):
             name = f"{start}/{'/'.join(parts[number:])}"
-            if path := self._by_name.get(name) or self._by_stem.get(name) or self._by_stem.get(_without_suffix(name)):
+            if path := self._by_name.get(name) or self._by_stem.get(name) or self._by_stem.get(without_suffix(name)):
                 self._read.add(path)
                 return path
         return None
@@ -140,11 +142,11 @@ class DataFolder:
 
     @cached_property
     def _by_name(self) -> dict[str, Path]:
-        return {_folded(path.as_posix()): path for path in reversed(self.paths) if path.suffix.lower() in IMAGES}
+        return {folded(path.as_posix()): path for path in reversed(self.paths) if path.suffix.lower() in IMAGES}
 
     @cached_property
     def _by_stem(self) -> dict[str, Path]:
-        return {_without_suffix(name): path for name, path in self._by_name.items()}
+        return {without_suffix(name): path for name, path in self._by_name.items()}
 
     def _is_own(self, path: Path) -> bool:
         return self._roots[path] == self.folder
@@ -156,7 +158,9 @@ class DataFolder:
         contents = {path.read_bytes(): path for path in reversed(found)} if len(found) > 1 else {b"": found[0]}
         if len(contents) > 1:
             listing = ", ".join(sorted(map(self.name, contents.values())))
-            inner = self.folder.name + "/" + next(iter(contents.values())).parent.relative_to(self._roots[found[0]]).as_posix()
+            inner = (
+                self.folder.name + "/" + next(iter(contents.values())).parent.relative_to(self._roots[found[0]]).as_posix()
+            )
             raise DatasetError(
                 f"{self.folder} has several files {pattern} that differ: {listing}. Give the folder of one of them in place of "
                 f"{self.folder.name}, such as {inner}"
@@ -196,11 +200,12 @@ def listed_id(name: str) -> str:
     return Path(listed_name(name)).stem
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
+    """Return a name in the form in which names are compared: without case, and in Unicode's composed form."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _without_suffix(name: str) -> str:
+def without_suffix(name: str) -> str:
     """Return `name` without the suffix of an image; other dots are part of the name, as in the UIDs of DICOM."""
     suffix = Path(name).suffix
-    return name.removesuffix(suffix) if suffix in IMAGES else name
+    return name.removesuffix(suffix) if suffix.lower() in IMAGES else name
