@@ -22,7 +22,7 @@ class ImageNames:
         self._by_name: defaultdict[str, list[Path]] = defaultdict(list)
         self._by_stem: defaultdict[str, list[Path]] = defaultdict(list)
         self.paths = [
-            path for path in source.paths if path not in set(masks) and (path.suffix.lower() in IMAGES or _is_bare(path))
+            path for path in source.paths if path not in masks and (path.suffix.lower() in IMAGES or _is_bare(path))
         ]
         for path in self.paths:
             self._by_name[folded(path.name)].append(path)
