@@ -49,7 +49,7 @@ def read_dataset(name: str, folder: str | Path | DataFolder, progress: bool = Tr
     """Return the data set `name` (a key of READERS), read from `folder`; of SIIM, only the training set.
 
     `own` are the parameters of own images (see `read_own`); empty ones are ignored. Raises ValueError if the name is
-    unknown, SettingsError if another data set than "table" gets such parameters, DatasetError if a file or folder is missing.
+    unknown, SettingsError if another data set than "table" gets such parameters, DatasetError if a file is missing.
     """
     if name not in READERS:
         raise ValueError(f"unknown data set {name!r}; available: {', '.join(READERS)}")
