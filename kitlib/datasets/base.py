@@ -97,7 +97,7 @@ def _compare_with_published(
                 f"the published {published['images']} images have. Its images are missing, or the folder has another layout "
                 f"(see inputs/README.md); {first_faults(source)}"
             )
-    if published.get("patients", 0) * share >= LEAST_EXPECTED and images.patient_id.nunique() == 1:
+    if published.get("patients", 0) * share >= LEAST_EXPECTED and len(set(images.patient_id)) == 1:
         raise DatasetError(
             f"{source.folder}: all {len(images)} images have the patient {images.patient_id.iloc[0]!r}, although "
             f"{published['patients']} patients are published. The folder has another layout, see inputs/README.md"
@@ -191,18 +191,18 @@ def cut_at_edges(
     """Cut boxes to their images (see kitlib.tables.cut_boxes); returns the `images` and `boxes` tables.
 
     An image with a box that cannot be used is removed with all of its boxes. Each cut and each removed image is a fault,
-    with the `file` that the boxes come from, and with the image id followed by `suffix`. Raises DatasetError if LEAST_EXPECTED
-    images and a share of MOST_UNUSABLE of all images with boxes would be removed, because the boxes then belong to images
-    of another size.
+    with the `file` that the boxes come from, and with the image id followed by `suffix`. Raises DatasetError if
+    LEAST_EXPECTED images and a share of MOST_UNUSABLE of all images with boxes would be removed, because the boxes then
+    belong to images of another size.
     """
     boxes = check_table(boxes, "boxes", file)
     cut, overhang, problems = cut_boxes(boxes, images)
     unusable = problems[problems != ""].groupby(boxes.image_id).first()
     if len(unusable) >= max(LEAST_EXPECTED, MOST_UNUSABLE * boxes.image_id.nunique()):
         raise DatasetError(
-            f"{source.folder}: {len(unusable)} of {boxes.image_id.nunique()} images have boxes of {file} that do not fit them, "
-            f"such as {unusable.index[0]} ({unusable.iloc[0]}): the image files have another size than those that the boxes "
-            "were drawn on"
+            f"{source.folder}: {len(unusable)} of {boxes.image_id.nunique()} images have boxes of {file} that do not fit "
+            f"them, such as {unusable.index[0]} ({unusable.iloc[0]}): the image files have another size than those that the "
+            "boxes were drawn on"
         )
     for index in np.flatnonzero((overhang > 0) & (problems == "")):
         name = f"{boxes.image_id[index]}{suffix}"

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults, read_csv
-from kitlib.datasets.diagnoses import SUFFIXES, diagnosis_dataset, parse_ages
+from kitlib.datasets.base import Dataset
+from kitlib.datasets.data_folder import DataFolder, read_csv
+from kitlib.datasets.diagnoses import diagnosis_dataset, parse_ages
+from kitlib.datasets.faults import Faults
 from kitlib.errors import DatasetError
 from kitlib.xrays.json_header import json_header_path, read_json_header
 
@@ -20,38 +22,44 @@ FRONTAL = ("ap", "pa")
 QUOTED = re.compile("'([^']*)'" + '|"([^"]*)"')  # a label in single or double quotes
 KNOWN_DIAGNOSES = ("COVID-19", "pneumonia", "normal", "other")
 LABELS, PARTICIPANTS = "derivatives/labels/*.tsv", "participants.tsv"
+TABLES = (".tsv", ".csv", ".json", ".jsonl")
 COLUMNS = ("ReportID", "Labels")
 HOW_TO_GET = "https://bimcv.cipf.es/bimcv-projects/bimcv-covid19, see inputs/README.md"
 
 
-def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the frontal images sub-*/ses-*/mod-rx/*.png below `folder`, which has the positive set, the negative set or both.
+def read_bimcv(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
+    """Read the frontal images sub-*_ses-*_cr.png (or dx) below `folder`, of the positive set, the negative set or both.
 
     An image's diagnosis comes from the report of its session, a row of `derivatives/labels/*.tsv` with the columns ReportID
     (the session) and Labels (a list): COVID-19 if the list contains "COVID 19", normal if "normal" is the only label,
     pneumonia if the list contains "pneumonia", otherwise other. The nearest folder whose name tells the set decides whether
     an image is of the positive set (`posi` or `+` in the name) or of the negative set (`neg` in the name, or `-` at its
-    end). Patients of the positive set were also X-rayed before and after the disease, so only images with a report of COVID
-    19 are used from it. In the negative set such a report contradicts the test, and the image is left out. Also left out,
-    with faults: images without a report, images with another view than `vp-ap` and `vp-pa`, and unreadable images. Sex and
-    age come from `participants.tsv`, if present. A 16-bit PNG holds a DICOM file's stored values, which are decoded as the
-    header in the JSON file of the same name says; an invalid header is a fault and is ignored. Raises DatasetError if there
-    is no image, no table of labels, or an image whose folders do not tell its set.
+    end); if there is none, the names of all tables decide, if they tell one set. Patients of the positive set were also
+    X-rayed before and after the disease, so only images with a report of COVID 19 are used from it. In the negative set such
+    a report contradicts the test, and the image is left out. Also left out, with faults: images without a report, images
+    with another view than `vp-ap` and `vp-pa`, and unreadable images. Sex and age come from `participants.tsv`, if present.
+    A 16-bit PNG holds a DICOM file's stored values, which are decoded as the header in the JSON file of the same name says;
+    an invalid header is a fault and is ignored. Raises DatasetError if there is no image, no table of labels, or an image
+    whose folders and tables do not tell its set.
     """
-    folder, faults = Path(folder), Faults()
-    rows = []
-    for path in sorted(folder.rglob("mod-rx/*")):
-        match = NAME.match(path.stem)
-        if path.suffix.lower() in SUFFIXES and match:
-            positive = _is_positive(path, folder)
-            rows.append((path.stem, match[1].upper(), match[2].upper(), (match[3] or "").lower(), str(path), positive))
-        elif path.suffix.lower() in SUFFIXES:
-            faults.add(str(path.relative_to(folder)), path.stem, "has no name such as sub-S1_ses-E1_..._cr or _dx; left out")
+    source = DataFolder.of(folder)
+    folder, faults = source.folder, source.faults
+    rows, unnamed = [], []
+    for stem, path in source.find_images().items():
+        match = NAME.match(stem)
+        if match:
+            positive = _is_positive(path, source)
+            rows.append((stem, match[1].upper(), match[2].upper(), (match[3] or "").lower(), str(path), positive))
+        else:
+            unnamed.append(source.name(path))
+    faults.add_summary("the folder", unnamed, "have no name such as sub-S1_ses-E1_..._cr or _dx; left out", "other images")
     if not rows:
-        raise DatasetError(f"{folder} contains no image sub-*/ses-*/mod-rx/*.png: unpack the archives there, {HOW_TO_GET}")
+        raise DatasetError(
+            f"{folder} contains no image such as sub-S1/ses-E1/mod-rx/sub-S1_ses-E1_..._cr.png, among {len(source.paths)} "
+            f"files: unpack the archives there, {HOW_TO_GET}"
+        )
     table = pd.DataFrame(rows, columns=["image_id", "subject", "session", "view", "path", "positive"])
-    reports = _read_reports(folder, faults)
-    table = _drop_rows(table, table.image_id.duplicated(), "occur again; the first one is used", faults)
+    reports = _read_reports(source)
     table = _drop_rows(table, ~table["view"].isin(FRONTAL), "are named neither vp-ap nor vp-pa; left out", faults)
     table = _drop_rows(table, ~table.session.isin(reports), "have no report; left out", faults)
     table = table.assign(diagnosis=table.session.map(reports))
@@ -61,7 +69,7 @@ def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
     table = _drop_rows(table, is_contradicted, "are from the negative set with a report of COVID 19; left out", faults)
     has_broken_header = [_has_broken_header(path) for path in table.path]
     faults.add_summary("mod-rx", table.image_id[has_broken_header], "have an invalid JSON header; decoded without it")
-    people = _read_participants(folder, faults)
+    people = _read_participants(source)
     return diagnosis_dataset(
         pd.DataFrame(
             {
@@ -75,27 +83,36 @@ def read_bimcv(folder: str | Path, progress: bool = True) -> Dataset:
                 "age": table.subject.map(people.age),
             }
         ),
-        folder,
-        faults,
+        source,
         KNOWN_DIAGNOSES,
         HOW_TO_GET,
         progress=progress,
     )
 
 
-def _is_positive(path: Path, folder: Path) -> bool:
+def _is_positive(path: Path, source: DataFolder) -> bool:
     """Return whether an image is of the positive set, according to the nearest of its folders whose name tells the set.
 
-    Raises DatasetError if no folder has such a name.
+    If no folder does, the names of the tables decide, if all that tell a set tell the same one. Raises DatasetError
+    otherwise.
     """
-    for name in reversed(path.relative_to(folder.parent).parts[:-1]):
-        positive, negative = bool(POSITIVE.search(name)), bool(NEGATIVE.search(name))
-        if positive != negative:
-            return positive
+    for name in (*reversed(source.folders(path)), source.folder.name):
+        if (told := _told_set(name)) is not None:
+            return told
+    told_by_tables = {_told_set(table.stem) for table in source.paths if table.suffix.lower() in TABLES} - {None}
+    if len(told_by_tables) == 1:
+        return bool(told_by_tables.pop())
     raise DatasetError(
-        f"{path}: none of its folders tells whether it is from the positive or the negative set; rename the sets' folders "
-        "to covid19_posi or BIMCV-COVID19+, and to covid19_neg or BIMCV-COVID19-"
+        f"{path}: neither its folders nor the names of the tables tell whether it is from the positive or the negative set; "
+        "a folder of the positive set is named like covid19_posi or BIMCV-COVID19+, one of the negative set like "
+        "covid19_neg or BIMCV-COVID19-"
     )
+
+
+def _told_set(name: str) -> bool | None:
+    """Return whether a name tells the positive set (True) or the negative set (False), or None if it tells none or both."""
+    positive, negative = bool(POSITIVE.search(name)), bool(NEGATIVE.search(name))
+    return positive if positive != negative else None
 
 
 def _has_broken_header(path: str) -> bool:
@@ -112,10 +129,10 @@ def _drop_rows(table: pd.DataFrame, wrong: pd.Series, problem: str, faults: Faul
     return table[~wrong]
 
 
-def _read_reports(folder: Path, faults: Faults) -> dict[str, str]:
-    """Return session -> diagnosis, from all label tables below `folder`. Raises DatasetError if no diagnosis can be read."""
+def _read_reports(source: DataFolder) -> dict[str, str]:
+    """Return session -> diagnosis, from all label tables of `source`. Raises DatasetError if no diagnosis can be read."""
     diagnoses = {}
-    for path in sorted(folder.rglob(LABELS)):
+    for path in source.find((".tsv",)):
         table = read_csv(path, (), HOW_TO_GET, separator="\t")
         if not set(COLUMNS) <= set(table):
             continue
@@ -123,13 +140,13 @@ def _read_reports(folder: Path, faults: Faults) -> dict[str, str]:
             # Separated by commas, tabs (cxr_covid) or blanks (NumPy); Python would join the strings 'a'\t'b' into one.
             labels = {(single or double).strip().lower() for single, double in QUOTED.findall(cell)}
             if not re.fullmatch(r"\s*\[.*\]\s*", cell, re.DOTALL) or QUOTED.sub("", cell).strip("[], \t\n"):
-                faults.add(path.name, report, "the labels are not a list; the report is not used")
+                source.faults.add(path.name, report, "the labels are not a list; the report is not used")
                 continue
             diagnoses[report.removeprefix("ses-").upper()] = _diagnosis(labels)
     if not diagnoses:
         raise DatasetError(
-            f"{folder}/{LABELS} is missing, lacks one of the columns {', '.join(COLUMNS)}, or has no valid labels; fetch "
-            f"the metadata, {HOW_TO_GET}"
+            f"{source.folder}/{LABELS} is missing, lacks one of the columns {', '.join(COLUMNS)}, or has no valid labels; "
+            f"fetch the metadata, {HOW_TO_GET}"
         )
     return diagnoses
 
@@ -142,13 +159,14 @@ def _diagnosis(labels: set[str]) -> str:
     return "pneumonia" if "pneumonia" in labels else "other"
 
 
-def _read_participants(folder: Path, faults: Faults) -> pd.DataFrame:
+def _read_participants(source: DataFolder) -> pd.DataFrame:
     """Return a table with one row per subject, which is the index, and the columns sex and age.
 
-    The table is empty if there is no participants.tsv below `folder`.
+    The table is empty if there is no participants.tsv.
     """
+    faults = source.faults
     tables = [pd.DataFrame({"sex": [], "age": []})]
-    for path in sorted(folder.rglob(PARTICIPANTS)):
+    for path in source.find((".tsv",), lambda path: path.name.lower() == PARTICIPANTS):
         table = read_csv(path, (), HOW_TO_GET, separator="\t")
         if {"participant", "age", "gender"} <= set(table):
             # A participant with several sessions has a list of ages, which differ by a year at most.

@@ -7,8 +7,10 @@ import numpy as np
 import pandas as pd
 
 from kitlib.classes import CHEXPERT_OBSERVATIONS
-from kitlib.datasets.base import Dataset, Faults, add_headers, index_files, read_csv
+from kitlib.datasets.base import Dataset, add_headers
+from kitlib.datasets.data_folder import DataFolder, read_csv
 from kitlib.datasets.diagnoses import parse_ages, parse_sexes
+from kitlib.datasets.faults import Faults
 from kitlib.errors import DatasetError
 
 TABLES = ("train.csv", "valid.csv")
@@ -22,7 +24,7 @@ HOW_TO_GET = "CheXpert-v1.0-small or CheXpert-v1.0, see inputs/README.md"
 PUBLISHED = {"patients": 65240}
 
 
-def read_chexpert(folder: str | Path, progress: bool = True) -> Dataset:
+def read_chexpert(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the frontal X-rays listed in `train.csv` and `valid.csv` (either may be missing), at any depth below `folder`.
 
     The column Path (`CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg`) gives patient, study and image:
@@ -33,30 +35,36 @@ def read_chexpert(folder: str | Path, progress: bool = True) -> Dataset:
     are not valid, repeated rows, rows without a file, images with an unreadable header. Raises DatasetError if there is no
     table or it lacks a column, or if no image remains.
     """
-    folder, faults = Path(folder), Faults()
-    files = index_files(folder)
-    tables = {name: folder / name for name in sorted(files) if Path(name).name in TABLES}
+    source = DataFolder.of(folder)
+    folder, faults = source.folder, source.faults
+    tables = [path for path in map(source.find_table, TABLES) if path]
     if not tables:
         raise DatasetError(f"{folder} contains neither of {' and '.join(TABLES)}: {HOW_TO_GET}")
+    names = ", ".join(map(source.name, tables))
     table = pd.concat(
-        [read_csv(path, COLUMNS, HOW_TO_GET)[list(COLUMNS)].assign(table=name) for name, path in tables.items()],
+        [
+            read_csv(path, COLUMNS, HOW_TO_GET)[list(COLUMNS)].assign(table=source.name(path), base=path.parent)
+            for path in tables
+        ],
         ignore_index=True,
     )
-    table = table.apply(lambda column: column.str.strip())
+    table = table.assign(**{name: table[name].str.strip() for name in COLUMNS})
     table["Path"] = table["Path"].str.replace("\\", "/", regex=False)  # as saved on Windows
-    table["path"] = [_find(files, cell) for cell in table["Path"]]
+    table["path"] = [
+        str(source.find_listed(cell, base) or "") for cell, base in zip(table["Path"], table["base"], strict=True)
+    ]
     for name, rows in table.groupby("table", sort=False):
         table = table.drop(index=_unusable(rows, str(name), faults))
     if table.empty:
-        raise DatasetError(f"{folder} has no frontal X-ray of its tables {', '.join(tables)}: {HOW_TO_GET}")
+        raise DatasetError(f"{folder} has no frontal X-ray of its tables {names}: {HOW_TO_GET}")
     image_ids = table["Path"].map(_image_id)
     observations = table[list(CHEXPERT_OBSERVATIONS)].apply(lambda column: column.map(_value).map(VALUES).astype(float))
-    ages = parse_ages(table["Age"], image_ids, faults, ", ".join(tables))
+    ages = parse_ages(table["Age"], image_ids, faults, names)
     rows = pd.DataFrame(
         {
             "image_id": image_ids,
             "patient_id": "chexpert-" + table["Path"].str.extract(PLACE)[0],
-            "path": table["path"].map(lambda name: str(files[name])),
+            "path": table["path"],
             "source": "chexpert",
             "view": table["AP/PA"],
             "diagnosis": _diagnoses(observations),
@@ -65,9 +73,9 @@ def read_chexpert(folder: str | Path, progress: bool = True) -> Dataset:
         }
     ).reset_index(drop=True)
     labels = observations.assign(id=image_ids)[["id", *CHEXPERT_OBSERVATIONS]]
-    images = add_headers(rows, folder, faults, progress).sort_values("image_id", ignore_index=True)
+    images = add_headers(rows, source, progress).sort_values("image_id", ignore_index=True)
     labels = labels.set_index("id").reindex(images.image_id).rename_axis("id").reset_index()
-    return Dataset.from_tables(folder, images, labels, faults, PUBLISHED)
+    return Dataset.from_tables(source, images, labels, PUBLISHED)
 
 
 def _unusable(rows: pd.DataFrame, name: str, faults: Faults) -> pd.Index:
@@ -85,16 +93,6 @@ def _unusable(rows: pd.DataFrame, name: str, faults: Faults) -> pd.Index:
         faults.add_summary(name, cells[is_faulty & is_left], problem)
         is_left &= ~is_faulty
     return rows.index[~is_left]
-
-
-def _find(files: dict[str, Path], cell: str) -> str:
-    """Return the key in `files` of the file that a path of the table names; "" if there is none.
-
-    The table's paths begin with the archive's name, which the folder may lack: parts are dropped from the front.
-    """
-    parts = cell.split("/")
-    names = ("/".join(parts[start:]) for start in range(max(len(parts) - 2, 0)))
-    return next((name for name in names if name in files), "")
 
 
 def _image_id(cell: str) -> str:

@@ -1,18 +1,22 @@
 """Reads ieee8023's covid-chestxray-dataset (Cohen et al. 2020): frontal X-rays of COVID-19 and other pneumonias."""
 
+import re
 from pathlib import Path
 
 import pandas as pd
 
 from kitlib.classes import DIAGNOSES
-from kitlib.datasets.base import Dataset, Faults, find_listed, index_files, listed_id, read_csv
+from kitlib.datasets.base import Dataset
+from kitlib.datasets.data_folder import DataFolder, listed_id, read_csv
 from kitlib.datasets.diagnoses import diagnosis_dataset, parse_ages, parse_sexes
+from kitlib.datasets.faults import Faults
 from kitlib.errors import DatasetError
 
 METADATA = "metadata.csv"
 # Columns that every release has; offset, sex, age, folder and license are read if present.
 COLUMNS = ("patientid", "finding", "view", "modality", "filename")
-VIEWS = ("PA", "AP", "AP Supine", "APS")
+RENAMED = {"imagename": "filename"}  # columns of copies -> the columns above
+FRONTAL = re.compile(r"(PA|AP|APS)\b", re.IGNORECASE)  # also "AP Supine" and "AP erect"
 UNKNOWN = ("", "todo", "unknown")
 # Part of a finding's path, or a finding in releases without paths -> diagnosis. If several parts are listed, the last one
 # decides.
@@ -29,7 +33,7 @@ BY_NAME = {name.lower(): diagnosis for name, diagnosis in FINDINGS.items()}
 HOW_TO_GET = "`git clone https://github.com/ieee8023/covid-chestxray-dataset`, see inputs/README.md"
 
 
-def read_covid_chestxray(folder: str | Path, progress: bool = True) -> Dataset:
+def read_covid_chestxray(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the frontal X-rays listed in `metadata.csv`, each from the subfolder that its row names (images/ by default).
 
     image_id is the file name without suffix, or with the suffix if two files share a name. A finding is a path such as
@@ -39,29 +43,32 @@ def read_covid_chestxray(folder: str | Path, progress: bool = True) -> Dataset:
     findings that are unknown, not in FINDINGS, or mutually exclusive; repeated rows for one file; missing and damaged files.
     Raises DatasetError if the table is missing or lacks a column, or if no image remains.
     """
-    folder, faults = Path(folder), Faults()
+    source = DataFolder.of(folder)
+    folder, faults = source.folder, source.faults
+    path = source.need_table(METADATA, how_to_get=HOW_TO_GET)
     # The case and the spaces of the column names differ between releases.
-    table = read_csv(folder / METADATA, (), HOW_TO_GET).rename(columns=lambda name: name.strip().lower())
+    table = read_csv(path, (), HOW_TO_GET).rename(columns=lambda name: name.strip().lower())
+    if "filename" not in table:
+        table = table.rename(columns=RENAMED)
     missing = [name for name in COLUMNS if name not in table]
     if missing:
-        raise DatasetError(f"{folder / METADATA} lacks the columns {missing}; it has {list(table.columns)}: {HOW_TO_GET}")
+        raise DatasetError(f"{path} lacks the columns {missing}; it has {list(table.columns)}: {HOW_TO_GET}")
     table = table.apply(lambda column: column.str.strip())
+    subfolders = table["folder"].where(table["folder"] != "", "images") if "folder" in table else "images"
+    table["path"] = [source.find_listed(relative_path, path.parent) for relative_path in subfolders + "/" + table.filename]
     table = _select_frontal(table, faults)
-    is_repeated = table.filename.duplicated()
+    is_repeated = table.filename.duplicated() | (table.path.notna() & table.path.duplicated())
     faults.add_summary(METADATA, table.filename[is_repeated], "repeat the file of an earlier row; the first row is used")
     table = table[~is_repeated].assign(diagnosis=lambda rows: _find_diagnoses(rows, faults))
     table = table[table.diagnosis != ""]
-    subfolders = table["folder"].where(table["folder"] != "", "images") if "folder" in table else "images"
-    files = index_files(folder)
-    table["path"] = [find_listed(files, relative_path) for relative_path in subfolders + "/" + table.filename]
     has_file = table.path.notna()
     faults.add_summary(METADATA, table.filename[~has_file], "have no file; left out")
     if table.empty:
         raise DatasetError(f"{folder} has no frontal X-ray with a finding in {METADATA}: {HOW_TO_GET}")
     if not has_file.any():
         raise DatasetError(
-            f"{folder} holds {len(files)} files; none of them is one of the {len(table)} frontal X-rays in {METADATA}, such "
-            f"as {table.filename.iloc[0]}: {HOW_TO_GET}"
+            f"{folder} holds {len(source.paths)} files; none of them is one of the {len(table)} frontal X-rays in "
+            f"{METADATA}, such as {table.filename.iloc[0]}: {HOW_TO_GET}"
         )
     table = table[has_file].assign(path=table.path[has_file].map(str)).reset_index(drop=True)
     stems = table.filename.map(listed_id)
@@ -84,7 +91,7 @@ def read_covid_chestxray(folder: str | Path, progress: bool = True) -> Dataset:
             "offset": pd.to_numeric(_column(table, "offset"), errors="coerce").astype(float),
         }
     )
-    return diagnosis_dataset(rows, folder, faults, DIAGNOSES, HOW_TO_GET, progress=progress)
+    return diagnosis_dataset(rows, source, DIAGNOSES, HOW_TO_GET, progress=progress)
 
 
 def diagnosis_of(finding: str) -> str:
@@ -115,9 +122,9 @@ def _select_frontal(table: pd.DataFrame, faults: Faults) -> pd.DataFrame:
     is_xray = table.modality.str.lower() == "x-ray"
     faults.add_summary(METADATA, table.filename[~is_xray], "are not X-rays; left out")
     table = table[is_xray]
-    is_frontal = table["view"].str.lower().isin([view.lower() for view in VIEWS])
+    is_frontal = table["view"].str.match(FRONTAL)
     for view, rows in table[~is_frontal].groupby("view"):
-        faults.add_summary(METADATA, rows.filename, f"have the view {view!r}, not one of {', '.join(VIEWS)}; left out")
+        faults.add_summary(METADATA, rows.filename, f"have the view {view!r}, which is neither PA nor AP; left out")
     return table[is_frontal]
 
 

@@ -1,14 +1,15 @@
 """Reads COVIDx (Wang, Lin and Wong 2020): images from several data sets, with lists of each image's class and source."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults, find_listed, index_files, read_lines
+from kitlib.datasets.base import Dataset
+from kitlib.datasets.data_folder import DataFolder, read_lines
 from kitlib.datasets.diagnoses import diagnosis_dataset
-from kitlib.datasets.rsna import MAPPING, read_nih_patients
+from kitlib.datasets.rsna import read_nih_patients
 from kitlib.errors import DatasetError
 
 PARTS = ("train", "val", "test")
@@ -27,48 +28,52 @@ UNKNOWN_SOURCE = "covidx"  # for lists with three columns, which do not state a 
 HOW_TO_GET = "`kaggle datasets download andyczhao/covidx-cxr2`, see inputs/README.md"
 
 
-def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
+def read_covidx(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the images in the folders train, test and (if present) val, each of which has a list of its images.
 
-    A list is called `train.txt`, `train_COVIDx5.txt` or similar. A line has an image's patient, file, class and, except in
+    A list is called `train.txt`, `train_COVIDx5.txt` or similar, and lies beside the folder train, or competition_train. Of
+    the lists of several releases, `train.txt` is used, or else the last release of which train and test have a list; the
+    others are a fault. A line has an image's patient, file, class and, except in
     older lists, source, separated by blanks. A patient and a file name may also contain blanks: if a line can be divided in
     several ways, the first one that names a file is used. image_id is the file name without suffix, or with the suffix if
     two files share a name. `split` is "test" for the official test set, otherwise "train". Patients
     from data sets that the kit can also read directly get the same ids as there. RSNA's patientIds identify images, most of
     which come from an NIH patient with several images: if RSNA's MAPPING is in the folder, patients are NIH's; otherwise a
     fault warns of leaks. Left out, with a fault: invalid lines, repeated files, and missing or damaged files. Raises
-    DatasetError if the list of train or test is missing, a part has several lists, or no image is found.
+    DatasetError if the list of train or test is missing, or no image is found.
     """
-    folder, faults = Path(folder), Faults()
+    source = DataFolder.of(folder)
+    folder, faults = source.folder, source.faults
     entries: dict[str, tuple[str, ...]] = {}
     missing: list[str] = []
-    for part in PARTS:
-        list_path = _find_list(folder, part)
-        if list_path is None:
-            continue
-        files = index_files(folder / part)
-        for number, cells in _read_lines(list_path, files):
+    for part, list_path in _find_lists(source).items():
+        base = list_path.parent
+
+        def find(name: str, base: Path = base, part: str = part) -> Path | None:
+            return source.find_listed(name, base, part) or source.find_listed(name, base, f"competition_{part}")
+
+        for number, cells in _read_lines(list_path, find):
             if cells is None:
                 faults.add(
                     list_path.name, str(number), "the line does not have the form patient, file, class, source; left out"
                 )
                 continue
-            patient, name, class_name, source = cells
-            path = find_listed(files, name)
+            patient, name, class_name, origin = cells
+            path = find(name)
             if path is None:
                 missing.append(f"{part}/{name}")
             elif str(path) in entries:
                 faults.add(list_path.name, name, "an earlier line lists the same file; left out")
             else:
-                entries[str(path)] = (patient, CLASSES[class_name], source, "test" if part == "test" else "train")
+                entries[str(path)] = (patient, CLASSES[class_name], origin, "test" if part == "test" else "train")
     faults.add_summary("train, val, test", missing, "have no file; left out")
     if not entries:
         raise DatasetError(
             f"{folder / 'train'} and {folder / 'test'} contain none of the {len(missing)} listed images"
             f"{f', such as {missing[0]}' if missing else ''}: {HOW_TO_GET}"
         )
-    maybe_rsna = any(source in (RSNA, UNKNOWN_SOURCE) for _, _, source, _ in entries.values())
-    nih_patient_ids = read_nih_patients(folder / MAPPING, faults) if maybe_rsna else {}
+    maybe_rsna = any(origin in (RSNA, UNKNOWN_SOURCE) for _, _, origin, _ in entries.values())
+    nih_patient_ids = read_nih_patients(source) if maybe_rsna else {}
     names = pd.Series([Path(path).name for path in entries], dtype=object)
     stems = names.map(lambda name: Path(name).stem)
     ids = stems.mask(stems.duplicated(keep=False), names)
@@ -76,37 +81,46 @@ def read_covidx(folder: str | Path, progress: bool = True) -> Dataset:
     rows = pd.DataFrame(
         {
             "image_id": ids.mask(ids.duplicated(keep=False), prefixes + ids),
-            "patient_id": [_patient_id(patient, source, nih_patient_ids) for patient, _, source, _ in entries.values()],
+            "patient_id": [_patient_id(patient, origin, nih_patient_ids) for patient, _, origin, _ in entries.values()],
             "path": list(entries),
-            "source": [SOURCES.get(source, (source,))[0] for _, _, source, _ in entries.values()],
+            "source": [SOURCES.get(origin, (origin,))[0] for _, _, origin, _ in entries.values()],
             "view": "",
             "diagnosis": [diagnosis for _, diagnosis, _, _ in entries.values()],
             "split": [split for *_, split in entries.values()],
         }
     )
-    return diagnosis_dataset(rows, folder, faults, KNOWN_DIAGNOSES, HOW_TO_GET, progress=progress)
+    return diagnosis_dataset(rows, source, KNOWN_DIAGNOSES, HOW_TO_GET, progress=progress)
 
 
-def _find_list(folder: Path, part: str) -> Path | None:
-    """Return the path of the list of `part` (train, val or test), or None if val has no list.
+def _find_lists(source: DataFolder) -> dict[str, Path]:
+    """Return the list of each part (train, val, test) of one release; val may have none.
 
-    Raises DatasetError if there are several lists, or if the list of train or test is missing.
+    Raises DatasetError if no release has both train and test, or if several folders have lists.
     """
-    lists = sorted(path for path in folder.glob(f"{part}*.txt"))
-    if len(lists) > 1:
+    releases: dict[str, dict[str, Path]] = {}
+    for part in PARTS:
+        for name in {path.name for path in source.paths if re.fullmatch(rf"{part}.*\.txt", path.name, re.IGNORECASE)}:
+            if path := source.find_table(name):
+                releases.setdefault(name[len(part) :].lower(), {})[part] = path
+    whole = [release for release, lists in releases.items() if {"train", "test"} <= set(lists)]
+    if not whole:
+        found = sorted(path.name for lists in releases.values() for path in lists.values())
         raise DatasetError(
-            f"{folder} has several lists, {', '.join(path.name for path in lists)}: keep one list for each part"
+            f"{source.folder} has no list train.txt with a list test.txt, or train_COVIDx5.txt with test_COVIDx5.txt, or "
+            f"similar; it has {', '.join(found) or 'no such list'}: {HOW_TO_GET}"
         )
-    if not lists and part != "val":
-        raise DatasetError(f"{folder} has no list {part}.txt, {part}_COVIDx5.txt or similar: {HOW_TO_GET}")
-    return lists[0] if lists else None
+    # train.txt first, otherwise the highest number: COVIDx10 is later than COVIDx9A.
+    chosen = max(whole, key=lambda name: (name == ".txt", [int(digits) for digits in re.findall(r"\d+", name)], name))
+    others = [path.name for name, lists in releases.items() if name != chosen for path in lists.values()]
+    source.faults.add_summary(source.folder.name, others, f"are lists of other releases than train{chosen}; not read")
+    return releases[chosen]
 
 
-def _read_lines(path: Path, files: dict[str, Path]) -> Iterator[tuple[int, tuple[str, str, str, str] | None]]:
+def _read_lines(path: Path, find: Callable[[str], Path | None]) -> Iterator[tuple[int, tuple[str, str, str, str] | None]]:
     """Yield, for each line of a list, its number (from 1) and its cells: patient, file, class and source.
 
     Class and source are in lower case. If a line is invalid, None stands for the cells. Empty lines and a first line with
-    column names are skipped. `files` are those of the list's part (see `index_files`).
+    column names are skipped. `find` returns the path of a file that a line names.
     """
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip() or (number == 1 and "filename" in line.lower()):
@@ -115,7 +129,7 @@ def _read_lines(path: Path, files: dict[str, Path]) -> Iterator[tuple[int, tuple
         if not readings:
             yield number, None
             continue
-        yield number, next((reading for reading in readings if find_listed(files, reading[1])), readings[0])
+        yield number, next((reading for reading in readings if find(reading[1])), readings[0])
 
 
 def _readings(line: str) -> Iterator[tuple[str, str, str, str]]:

@@ -7,11 +7,12 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from kitlib.datasets.base import Dataset, Faults, find_files, listed_id, read_csv, read_headers
+from kitlib.datasets.base import Dataset, read_headers
 from kitlib.datasets.darwin_json import DarwinAnnotation, read_darwin_json
+from kitlib.datasets.data_folder import DataFolder, listed_id, read_csv
+from kitlib.datasets.faults import Faults
 from kitlib.errors import DatasetError, MaskError
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
 # The classes have the same names as the tags. For an image without any of these tags, all classes are unknown.
 CLASSES = ("No Pneumonia (healthy)", "Bacterial Pneumonia", "Viral Pneumonia", "COVID-19")
 # Matches tags of images that are not frontal X-rays; some are CT slices.
@@ -26,8 +27,8 @@ HOW_TO_GET = "`darwin dataset pull v7-labs/covid-19-chest-x-ray-dataset:all-imag
 PUBLISHED = {"images": 6504}
 
 
-def read_darwin(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the frontal X-rays below `folder`/images with their labels, views, patients and lung masks.
+def read_darwin(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
+    """Read the frontal X-rays below `folder` with their labels, views, patients and lung masks.
 
     Annotations are Darwin's JSON files anywhere below `folder`. An annotation is matched to its image by the image's name in
     Darwin, its name in the original source, or the annotation's file name. Masks are the polygons named lung. If an
@@ -38,14 +39,19 @@ def read_darwin(folder: str | Path, progress: bool = True) -> Dataset:
     that matches NOT_FRONTAL, a side shorter than LEAST_SIDE or an unreadable header, and annotations without an image.
     Raises DatasetError if there is no image or no mask, or METADATA lacks a column.
     """
-    folder, faults = Path(folder), Faults()
-    if not (folder / "images").is_dir():
-        raise DatasetError(f"{folder / 'images'} is missing: copy the images there, {HOW_TO_GET}")
-    files = find_files(folder / "images", SUFFIXES, faults)
-    mask_files: dict[str, Path] = {}
-    for mask_folder in sorted(path for path in folder.rglob("*") if "mask" in path.name.lower() and path.is_dir()):
-        mask_files |= {name.removesuffix("_mask"): path for name, path in find_files(mask_folder, SUFFIXES, faults).items()}
-    annotations = _read_annotations(folder, files, faults, progress)
+    source = DataFolder.of(folder)
+    folder, faults = source.folder, source.faults
+
+    def is_mask(path: Path) -> bool:
+        return any("mask" in name for name in source.folders(path))
+
+    files = source.find_images(is_wanted=lambda path: not is_mask(path))
+    mask_files = {name.removesuffix("_mask"): path for name, path in source.find_images(is_wanted=is_mask).items()}
+    if not files:
+        raise DatasetError(
+            f"{folder} holds {len(source.paths)} files, but no PNG or JPEG image that is no mask: {HOW_TO_GET}"
+        )
+    annotations = _read_annotations(source, files, progress)
     headers = dict(zip(files, read_headers([str(path) for path in files.values()], progress), strict=True))
     image_ids, too_small, not_frontal = [], [], []
     for image_id in sorted(files):
@@ -66,11 +72,9 @@ def read_darwin(folder: str | Path, progress: bool = True) -> Dataset:
         "have no annotation; their view and class are unknown",
     )
     if not image_ids:
-        raise DatasetError(
-            f"{folder / 'images'} contains no frontal X-ray with at least {LEAST_SIDE} pixels a side: {HOW_TO_GET}"
-        )
+        raise DatasetError(f"{folder} contains no frontal X-ray with at least {LEAST_SIDE} pixels a side: {HOW_TO_GET}")
     tags = {image_id: annotations[image_id][1].tags if image_id in annotations else () for image_id in image_ids}
-    patients = _find_patients(folder / METADATA, image_ids, annotations, faults)
+    patients = _find_patients(source.find_table(METADATA), image_ids, annotations, faults)
     images = pd.DataFrame(
         {
             "image_id": image_ids,
@@ -85,16 +89,17 @@ def read_darwin(folder: str | Path, progress: bool = True) -> Dataset:
         }
     )
     masks = _find_masks(folder, image_ids, annotations, mask_files, faults)
-    return Dataset.from_tables(folder, images, _labels(tags), faults, PUBLISHED, masks=masks)
+    return Dataset.from_tables(source, images, _labels(tags), PUBLISHED, masks=masks)
 
 
 def _read_annotations(
-    folder: Path, files: dict[str, Path], faults: Faults, progress: bool
+    source: DataFolder, files: dict[str, Path], progress: bool
 ) -> dict[str, tuple[Path, DarwinAnnotation]]:
     """Return image id -> (path of the annotation file, its content); if an image has several, the first one is used."""
     annotations: dict[str, tuple[Path, DarwinAnnotation]] = {}
     without_image, repeated = [], []
-    paths = sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
+    faults = source.faults
+    paths = source.find((".json",))
     for path in tqdm(paths, desc="annotations", unit="file", disable=not progress):
         try:
             annotation = read_darwin_json(path)
@@ -146,17 +151,17 @@ def _labels(tags: dict[str, tuple[str, ...]]) -> pd.DataFrame:
 
 
 def _find_patients(
-    metadata: Path, image_ids: list[str], annotations: dict[str, tuple[Path, DarwinAnnotation]], faults: Faults
+    metadata: Path | None, image_ids: list[str], annotations: dict[str, tuple[Path, DarwinAnnotation]], faults: Faults
 ) -> dict[str, str]:
     """Return image id -> patient id, from the file `metadata`, from Kermany's file names, or a patient per image."""
     ieee_patients: dict[str, str] = {}
-    if metadata.is_file():
+    if metadata:
         table = read_csv(metadata, ("patientid", "filename"))
         ieee_patients = {
             listed_id(name): f"ieee8023-{patient}" for name, patient in zip(table.filename, table.patientid, strict=True)
         }
     else:
-        faults.add(metadata.name, "", "the file is missing; images of one patient with COVID-19 may fall into several folds")
+        faults.add(METADATA, "", "the file is missing; images of one patient with COVID-19 may fall into several folds")
     patients = {}
     for image_id in image_ids:
         names = [

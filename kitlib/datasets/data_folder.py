@@ -71,7 +71,8 @@ class DataFolder:
         by their sizes in bytes, as in archives that contain everything twice, and in another fault if they differ.
         """
         paths: dict[str, Path] = {}
-        copies, others = [], []
+        copies: list[str] = []
+        others: list[str] = []
         for path in self.find(suffixes, is_wanted):
             first = paths.setdefault(listed_id(path.name), path)
             if first is not path:
@@ -109,7 +110,8 @@ class DataFolder:
         """Return the image file that a table's cell names, as a path from the folder `base` (or `below`, a folder in it).
 
         Leading folders of the cell that do not exist are ignored. Case and suffix need not agree, because copies are often
-        converted; a file whose suffix agrees is preferred. The file is marked as read. Returns None if there is no such file.
+        converted; a file whose suffix agrees is preferred. The file is marked as read. Returns None if there is no such
+        file.
         """
         parts = folded(f"{cell.strip()}".replace("\\", "/")).strip("/").split("/")
         start = folded(f"{base.as_posix()}/{below}").rstrip("/")
@@ -162,8 +164,8 @@ class DataFolder:
                 self.folder.name + "/" + next(iter(contents.values())).parent.relative_to(self._roots[found[0]]).as_posix()
             )
             raise DatasetError(
-                f"{self.folder} has several files {pattern} that differ: {listing}. Give the folder of one of them in place of "
-                f"{self.folder.name}, such as {inner}"
+                f"{self.folder} has several files {pattern} that differ: {listing}. Give the folder of one of them in place "
+                f"of {self.folder.name}, such as {inner}"
             )
         return next(iter(contents.values()))
 
@@ -193,6 +195,13 @@ def read_lines(path: Path) -> list[str]:
         return read_text(path).splitlines()
     except TableError as error:
         raise DatasetError(str(error)) from error
+
+
+def or_renamed(name: str) -> str:
+    """Return the pattern of a file's name and of its renamed copies, such as train_val_list_NIH.txt for "
+    "train_val_list.txt."""
+    path = Path(name)
+    return f"{path.stem}*{path.suffix}"
 
 
 def listed_id(name: str) -> str:

@@ -1,22 +1,20 @@
 """Makes a Dataset from images that have one diagnosis each; used by several readers."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from kitlib.classes import DIAGNOSES
-from kitlib.datasets.base import Dataset, Faults, add_headers, one_hot
+from kitlib.datasets.base import Dataset, add_headers, one_hot
+from kitlib.datasets.data_folder import DataFolder
+from kitlib.datasets.faults import Faults
 from kitlib.errors import DatasetError
-
-SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def diagnosis_dataset(
     rows: pd.DataFrame,
-    folder: Path,
-    faults: Faults,
+    source: DataFolder,
     diagnoses: Sequence[str],
     how_to_get: str,
     published: dict[str, int] | None = None,
@@ -36,10 +34,10 @@ def diagnosis_dataset(
     rows = rows.sort_values("image_id", ignore_index=True)
     defaults = {"sex": "", "licence": "", "age": np.nan}
     rows = rows.assign(**{name: value for name, value in defaults.items() if name not in rows})
-    images = add_headers(rows, folder, faults, progress)
+    images = add_headers(rows, source, progress)
     if images.empty:
-        raise DatasetError(f"{folder} contains no X-ray that can be read: {how_to_get}")
-    return Dataset.from_tables(folder, images, one_hot(images.image_id, images.diagnosis, diagnoses), faults, published)
+        raise DatasetError(f"{source.folder} contains no X-ray that can be read: {how_to_get}")
+    return Dataset.from_tables(source, images, one_hot(images.image_id, images.diagnosis, diagnoses), published)
 
 
 def parse_sexes(cells: pd.Series) -> list[str]:

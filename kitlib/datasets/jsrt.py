@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults, find_files, one_hot
+from kitlib.datasets.base import Dataset, add_headers, one_hot
+from kitlib.datasets.data_folder import PICTURES, DataFolder
 from kitlib.errors import DatasetError
 from kitlib.xrays.image_file import JSRT_BYTES, JSRT_SIDE
 
 NAME = re.compile(r"JPC(LN|NN)\d{3}")
 LABELS = {"LN": "nodule", "NN": "no nodule"}
-# Folder in SCR -> structure; left and right are the patient's. SCR's clavicles are not read.
-STRUCTURES = {"heart": "heart", "left lung": "left_lung", "right lung": "right_lung"}
+# Folder in SCR or a copy -> structure; left and right are the patient's. SCR's clavicles are not read.
+STRUCTURES = {"heart": "heart", "left lung": "left_lung", "right lung": "right_lung", "mask": "lungs", "lung": "lungs"}
 MASK_SUFFIXES = (".gif", ".png")
 HOW_TO_GET_IMAGES = "from db.jsrt.or.jp, see inputs/README.md"
 HOW_TO_GET_MASKS = "from www.isi.uu.nl/Research/Databases/SCR, see inputs/README.md"
@@ -20,60 +21,73 @@ HOW_TO_GET_MASKS = "from www.isi.uu.nl/Research/Databases/SCR, see inputs/README
 PUBLISHED = {"images": 247, "nodule": 154, "no nodule": 93, "masks": 247}
 
 
-def read_jsrt(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the raw `.IMG` files below `folder`, as in JSRT's `All247images`, and the masks in SCR's folder `scratch`.
+def read_jsrt(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
+    """Read the images below `folder` (raw `.IMG` files as in JSRT's `All247images`, or PNG or JPEG) and their masks.
 
-    image_id and study_id are the file name without suffix, which also identifies the patient and states the label (nodule or
-    no nodule). Left out, with a fault: files with another name or size. Images without masks are included. An image that
-    lacks some of the structures that other images have is included without any mask. Raises DatasetError if there is no
-    image or no mask.
+    Masks are the files in folders named heart, left lung and right lung, as in SCR's folder `scratch`, or mask (both lungs),
+    with or without `_`, `-` and a plural s. image_id and study_id are the file name without suffix, which also identifies
+    the patient and states the label (nodule or no nodule). Left out, with a fault: files with another name or, if they are
+    raw, size. Images without masks are included. An image that lacks some of the structures that other images have is
+    included without any mask. If there is no mask, this is a fault, and the Dataset has no masks. Raises DatasetError if
+    there is no image, or if there are masks but none of a lung.
     """
-    folder, faults = Path(folder), Faults()
-    candidates = find_files(folder, (".img",), faults)
-    files = {}
-    for name, path in sorted(candidates.items()):
+    source = DataFolder.of(folder)
+    folder, faults = source.folder, source.faults
+    candidates = source.find_images((".img",)) or source.find_images(PICTURES, lambda path: not _structure(path))
+    files, misnamed = {}, []
+    for name, path in candidates.items():
         size = path.stat().st_size
         if not NAME.fullmatch(name.upper()):
-            faults.add(path.name, name, "has no name such as JPCLN001; left out")
-        elif size != JSRT_BYTES:
+            misnamed.append(path.name)
+        elif path.suffix.lower() == ".img" and size != JSRT_BYTES:
             faults.add(path.name, name, f"has {size} bytes instead of {JSRT_BYTES}; left out. Fetch the file again")
         else:
             files[name.upper()] = path
+    faults.add_summary("the folder", misnamed, "have no name such as JPCLN001; left out", "other files")
     if not files:
-        raise DatasetError(f"{folder} contains no .IMG file of JSRT: unpack All247images there, {HOW_TO_GET_IMAGES}")
-    images = pd.DataFrame(
+        raise DatasetError(
+            f"{folder} contains no image of JSRT, such as JPCLN001.IMG, among {len(source.paths)} files: unpack "
+            f"All247images there, {HOW_TO_GET_IMAGES}"
+        )
+    rows = pd.DataFrame(
         {
             "image_id": list(files),
-            "study_id": list(files),
             "patient_id": [f"jsrt-{name}" for name in files],
             "path": [str(path) for path in files.values()],
-            "rows": JSRT_SIDE,
-            "columns": JSRT_SIDE,
             "source": "jsrt",
             "view": "PA",
             "convention": "lung_fields",
         }
     )
+    if candidates and next(iter(files.values())).suffix.lower() == ".img":  # has no header
+        images = rows.assign(study_id=rows.image_id, rows=JSRT_SIDE, columns=JSRT_SIDE)
+    else:
+        images = add_headers(rows, source, progress)
     labels = one_hot(images.image_id, images.image_id.str.slice(3, 5).map(LABELS), LABELS.values())
-    masks = _find_masks(folder, images, faults)
-    return Dataset.from_tables(folder, images, labels, faults, PUBLISHED, masks=masks)
+    masks = _find_masks(source, images)
+    return Dataset.from_tables(source, images, labels, PUBLISHED, masks=masks)
 
 
-def _find_masks(folder: Path, images: pd.DataFrame, faults: Faults) -> pd.DataFrame:
-    """Return the mask files below `folder`, as a table like Dataset.masks.
+def _structure(path: Path) -> str:
+    """Return the structure that the masks in the folder of `path` show, or ""."""
+    return STRUCTURES.get(re.sub("[ _-]+", " ", path.parent.name.lower()).removesuffix("s"), "")
 
-    An image gets masks only if it has one of every structure that occurs; others are faults. Raises DatasetError if there is
-    no mask.
+
+def _find_masks(source: DataFolder, images: pd.DataFrame) -> pd.DataFrame | None:
+    """Return the mask files, as a table like Dataset.masks, or None if there are none, which is a fault.
+
+    An image gets masks only if it has one of every structure that occurs; others are faults. Raises DatasetError if no mask
+    shows a lung.
     """
-    rows = []
+    faults = source.faults
+    source.find(MASK_SUFFIXES, lambda path: "clavicle" in path.parent.name.lower())  # known, but not used
     # SCR has two folds, each with a folder per structure.
-    for mask_folder in sorted(path for path in folder.rglob("*") if path.name.lower() in STRUCTURES and path.is_dir()):
-        structure = STRUCTURES[mask_folder.name.lower()]
-        for name, path in find_files(mask_folder, MASK_SUFFIXES, faults).items():
-            rows.append((name.upper(), structure, str(path)))
+    found = source.find(MASK_SUFFIXES, lambda path: bool(_structure(path)) and NAME.fullmatch(path.stem.upper()) is not None)
+    rows = [(path.stem.upper(), _structure(path), str(path)) for path in found]
+    if not rows:
+        faults.add("the folder", "", f"there are no masks; unpack SCR's folder scratch there, {HOW_TO_GET_MASKS}")
+        return None
     masks = pd.DataFrame(rows, columns=["image_id", "structure", "path"], dtype=object)
-    if masks.empty:
-        raise DatasetError(f"{folder} contains no mask: unpack SCR's folder scratch there, {HOW_TO_GET_MASKS}")
     is_repeated = masks.duplicated(["image_id", "structure"])
     for row in masks[is_repeated].itertuples():
         faults.add(row.path, row.image_id, f"is a second mask of the {row.structure.replace('_', ' ')}; left out")
@@ -81,6 +95,11 @@ def _find_masks(folder: Path, images: pd.DataFrame, faults: Faults) -> pd.DataFr
     faults.add_summary("scratch", set(masks.image_id) - set(images.image_id), "have masks but no image; left out")
     masks = masks[masks.image_id.isin(images.image_id)]
     structures = set(masks.structure)
+    if structures <= {"heart"}:
+        raise DatasetError(
+            f"{source.folder} contains masks of the heart, but none in a folder left lung or right lung: unpack SCR's "
+            f"folder scratch there, {HOW_TO_GET_MASKS}"
+        )
     missing = {image_id: structures - set(part) for image_id, part in masks.groupby("image_id").structure}
     missing = {image_id: names for image_id, names in missing.items() if names}
     for image_id, names in missing.items():

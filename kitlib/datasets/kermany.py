@@ -1,18 +1,20 @@
 """Reads Kermany's X-rays of children (Cell 2018), from Kaggle or Mendeley: bacterial or viral pneumonia, or normal."""
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults
-from kitlib.datasets.diagnoses import SUFFIXES, diagnosis_dataset
+from kitlib.datasets.base import Dataset
+from kitlib.datasets.data_folder import PICTURES, DataFolder
+from kitlib.datasets.diagnoses import diagnosis_dataset
 from kitlib.errors import DatasetError
 
 PARTS = ("train", "test", "val")
-KINDS = ("NORMAL", "PNEUMONIA")
+KINDS = {"normal": True, "pneumonia": False, "opacity": False}  # folder -> whether its images are normal
+# Folders of retinas in Mendeley's archive, which has them in the same way, also with a folder NORMAL.
+RETINAS = ("cnv", "dme", "drusen")
 KNOWN_DIAGNOSES = ("viral", "bacterial", "normal")
 GERMS = {"bacteria": "bacterial", "virus": "viral", "normal": "normal"}
 # File names in Kaggle's version and in Mendeley's third version. A third number counts further images of the same series.
@@ -24,8 +26,10 @@ HOW_TO_GET = "`kaggle datasets download paultimothymooney/chest-xray-pneumonia`,
 PUBLISHED = {"images": 5856, "bacterial": 2780, "viral": 1493, "normal": 1583}
 
 
-def read_kermany(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the images in train, test and val, each with the folders NORMAL and PNEUMONIA, anywhere below `folder`.
+def read_kermany(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
+    """Read the images in train, test and val, anywhere below `folder`.
+
+    Each part has the folders NORMAL and PNEUMONIA (in some copies OPACITY), or, as in coronahack, its images lie flat in it.
 
     image_id is the file name without suffix, prefixed with `PART-` if two parts share the name. The file name states the
     diagnosis and the patient. The same number is treated as the same patient in all parts and for both germs, because it is
@@ -35,21 +39,27 @@ def read_kermany(folder: str | Path, progress: bool = True) -> Dataset:
     `age` unknown. Left out, with a fault: further copies of a part, names that state no diagnosis, or not that of their
     folder, and unreadable files. Raises DatasetError if there is no such folder or no image.
     """
-    folder, faults = Path(folder), Faults()
+    source = DataFolder.of(folder)
+    folder, faults = source.folder, source.faults
     files: dict[tuple[str, str], _NamedFile] = {}
-    for path, part, kind in _find_files(folder):
-        file, name = _parse_name(path), str(path.relative_to(folder))
+    unnamed, misplaced, copies = [], [], []
+    for path, part, kind in _find_files(source):
+        file = _parse_name(path)
         if file is None:
-            faults.add(name, path.stem, "the name states no diagnosis; left out")
-        elif (file.diagnosis == "normal") != (kind == "NORMAL"):
-            faults.add(name, path.stem, f"has a name that states {file.diagnosis}, but is in the folder {kind}; left out")
+            unnamed.append(source.name(path))
+        elif kind in KINDS and (file.diagnosis == "normal") != KINDS[kind]:
+            misplaced.append(source.name(path))
         elif (part, path.stem) in files:
-            faults.add(name, path.stem, f"has the same name as {files[part, path.stem].path}; left out")
+            copies.append(source.name(path))
         else:
             files[part, path.stem] = file
+    faults.add_summary("the folder", unnamed, "have a name that states no diagnosis; left out", "other files")
+    faults.add_summary("the folder", misplaced, "have a name that contradicts their folder; left out", "other files")
+    faults.add_summary("the folder", copies, "have the name of another file of their part; left out", "other files")
     if not files:
         raise DatasetError(
-            f"{folder} contains no image in the folders {' and '.join(KINDS)} of train, test or val; unpack the data set in "
+            f"{folder} contains no image with a name such as person1_virus_6.jpeg or IM-0115-0001.jpeg in folders "
+            f"{', '.join(KINDS)} of train, test or val, among {len(source.paths)} files; unpack the data set in "
             f"{folder}: {HOW_TO_GET}"
         )
     stems = pd.Series([stem for _, stem in files])
@@ -67,7 +77,7 @@ def read_kermany(folder: str | Path, progress: bool = True) -> Dataset:
             "licence": "CC BY 4.0",
         }
     )
-    return diagnosis_dataset(rows, folder, faults, KNOWN_DIAGNOSES, HOW_TO_GET, PUBLISHED, progress)
+    return diagnosis_dataset(rows, source, KNOWN_DIAGNOSES, HOW_TO_GET, PUBLISHED, progress)
 
 
 @dataclass(frozen=True)
@@ -77,17 +87,20 @@ class _NamedFile:
     patient: str
 
 
-def _find_files(folder: Path) -> list[tuple[Path, str, str]]:
-    """Return (path, part, kind) for each image file in a folder PART/KIND, sorted by depth of the folder, then by path."""
-    files = []
-    # Kaggle's archive contains a second copy of all files, one folder deeper, and hidden macOS files.
-    for root, folders, names in os.walk(folder):
-        folders.sort()
-        part, kind = Path(root).parent.name.lower(), Path(root).name.upper()
-        if part in PARTS and kind in KINDS and "__MACOSX" not in Path(root).parts:
-            paths = [Path(root, name) for name in sorted(names) if not name.startswith(".")]
-            files += [(path, part, kind) for path in paths if path.suffix.lower() in SUFFIXES]
-    return sorted(files, key=lambda file: (len(file[0].parts), file[0]))
+def _find_files(source: DataFolder) -> list[tuple[Path, str, str]]:
+    """Return (path, part, kind) for each image file in a folder PART/KIND or PART, in lower case.
+
+    In a folder PART, the kind is "". Parts that contain a folder of RETINAS are left out.
+    """
+    retinas = {path.parent.parent for path in source.paths if path.parent.name.lower() in RETINAS}
+    places = {}
+    for path in source.paths:
+        part, kind = ("", "", *source.folders(path))[-2:]
+        if kind in PARTS:
+            places[path] = (path, kind, "")
+        elif part in PARTS and kind in KINDS and path.parent.parent not in retinas:
+            places[path] = (path, part, kind)
+    return [places[path] for path in source.find(PICTURES, places.__contains__)]
 
 
 def _parse_name(path: Path) -> _NamedFile | None:

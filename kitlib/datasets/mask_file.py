@@ -10,8 +10,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from kitlib.classes import LUNG_CODES, MASK_CODES
-from kitlib.datasets.base import Faults
 from kitlib.datasets.darwin_json import read_darwin_json
+from kitlib.datasets.faults import Faults
 from kitlib.errors import MaskError, UnreadableXray
 from kitlib.xrays.cache import XrayCache, usable_cores
 from kitlib.xrays.image_file import open_image

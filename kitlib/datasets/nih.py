@@ -6,24 +6,19 @@ import numpy as np
 import pandas as pd
 
 from kitlib.classes import NIH_FINDINGS
-from kitlib.datasets.base import (
-    Dataset,
-    Faults,
-    add_headers,
-    cut_at_edges,
-    find_files,
-    listed_id,
-    make_boxes,
-    read_csv,
-    read_lines,
-)
+from kitlib.datasets.base import Dataset, add_headers, cut_at_edges, make_boxes, scale_boxes
+from kitlib.datasets.data_folder import DataFolder, listed_id, or_renamed, read_csv, read_lines
 from kitlib.datasets.diagnoses import parse_ages, parse_sexes
+from kitlib.datasets.faults import Faults
 from kitlib.errors import DatasetError
 from kitlib.tables import BOX
 
-ENTRIES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")  # the later one corrects ages and sexes
+# The first name is the organisers', and the later of their tables corrects ages and sexes. Copies on Kaggle rename the
+# files, for example to train_val_list_NIH.txt; nih-chest-xrays/sample has sample_labels.csv.
+ENTRIES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "sample_labels.csv")
 BOXES = "BBox_List_2017.csv"
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
+SIDE = 1024  # of all published images, pixels; the boxes are in these pixels, also in resized copies
 HOW_TO_GET = "`kaggle datasets download nih-chest-xrays/data`, see inputs/README.md"
 # Images and patients are from Wang et al. 2017 and the data set's FAQ; rows per finding are counted in Data_Entry_2017.csv.
 PUBLISHED = {
@@ -48,24 +43,27 @@ PUBLISHED = {
 }
 
 
-def read_nih(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the images below `folder` (`images_001/images` to `images_012/images`, or other folders) with their labels.
+def read_nih(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
+    """Read the images in any folders below `folder`, with their labels; also resized copies, and copies with renamed tables.
 
     image_id and study_id are the file name without suffix; patient ids have the form `nih-00000001`. Labels have the columns
     NIH_FINDINGS, 0 or 1. `images` has sex and age, as far as the table states them (`058Y` or 58; above 130 is unknown).
-    `boxes` has an additional column `finding`. If the official lists are present, `split` is "train" or "test". Left out,
-    with a fault: rows without a file, files without a row, invalid boxes, images with an unreadable header or an unknown
-    finding, images in neither official list. Raises DatasetError if the table of entries is missing or lacks a column, or
-    if there is no image of the table.
+    `boxes` has an additional column `finding`; boxes of resized images are scaled. If the official lists are present,
+    `split` is "train" or "test". Left out, with a fault: rows without a file, files without a row, invalid boxes, images
+    with an unreadable header or an unknown finding, images in neither official list. Raises DatasetError if the table of
+    entries is missing or lacks a column, if one official list is present without the other, or if there is no image of the
+    table.
     """
-    folder, faults = Path(folder), Faults()
-    name = next((candidate for candidate in ENTRIES if (folder / candidate).is_file()), ENTRIES[-1])
-    table = read_csv(folder / name, ("Image Index", "Finding Labels", "Patient ID", "View Position"), HOW_TO_GET)
+    source = DataFolder.of(folder)
+    folder, faults = source.folder, source.faults
+    path = source.need_table(*map(or_renamed, ENTRIES), how_to_get=HOW_TO_GET)
+    name = path.name
+    table = read_csv(path, ("Image Index", "Finding Labels", "Patient ID", "View Position"), HOW_TO_GET)
     table["image_id"] = table["Image Index"].map(listed_id)
     for image_id in table.image_id[table.image_id.duplicated()]:
         faults.add(name, image_id, "the image occurs again; the first row is used")
     table = table.drop_duplicates("image_id")
-    files = find_files(folder, (".png", ".jpg", ".jpeg"), faults)
+    files = source.find_images()
     if not files:
         raise DatasetError(f"{folder} contains no PNG or JPEG image: unpack images_001 to images_012 there, {HOW_TO_GET}")
     if not table.image_id.isin(list(files)).any():
@@ -87,11 +85,15 @@ def read_nih(folder: str | Path, progress: bool = True) -> Dataset:
             "age": parse_ages(_ages(table), table.image_id, faults, name),
         }
     )
-    images = add_headers(rows, folder, faults, progress)
-    boxes = read_boxes(folder / BOXES, faults)
-    images, boxes = cut_at_edges(images, boxes[boxes.image_id.isin(images.image_id)], faults, BOXES)
-    images = _add_split(images, folder, faults)
-    return Dataset.from_tables(folder, images, labels[labels.id.isin(images.image_id)], faults, PUBLISHED, boxes=boxes)
+    images = add_headers(rows, source, progress)
+    boxes = read_boxes(source.find_table(or_renamed(BOXES)), faults)
+    boxes = boxes[boxes.image_id.isin(images.image_id)]
+    originals = images[["image_id"]].assign(rows=SIDE, columns=SIDE)
+    boxes = scale_boxes(boxes, images, originals, source, BOXES)
+    images, boxes = cut_at_edges(images, boxes, source, BOXES)
+    images = _add_split(images, source)
+    labels, boxes = labels[labels.id.isin(images.image_id)], boxes[boxes.image_id.isin(images.image_id)]
+    return Dataset.from_tables(source, images, labels, PUBLISHED, boxes=boxes.reset_index(drop=True))
 
 
 def _ages(table: pd.DataFrame) -> pd.Series:
@@ -104,8 +106,7 @@ def _match_files(table: pd.DataFrame, files: dict[str, Path], name: str, faults:
     table["path"] = table.image_id.map({image_id: str(path) for image_id, path in files.items()})
     # A single fault, because a hundred thousand rows have no file if only one archive is unpacked.
     faults.add_summary(name, table.image_id[table.path.isna()], "have no file; left out", "other rows")
-    for image_id in sorted(set(files) - set(table.image_id)):
-        faults.add(str(files[image_id].name), image_id, f"has no row in {name}; left out")
+    faults.add_summary("the folder", set(files) - set(table.image_id), f"have no row in {name}; left out", "other files")
     return table[table.path.notna()].sort_values("image_id", ignore_index=True)
 
 
@@ -121,16 +122,16 @@ def _read_labels(table: pd.DataFrame, name: str, faults: Faults) -> pd.DataFrame
     return labels[~np.array(is_invalid, dtype=bool)].reset_index(drop=True)
 
 
-def read_boxes(path: Path, faults: Faults) -> pd.DataFrame:
+def read_boxes(path: Path | None, faults: Faults) -> pd.DataFrame:
     """Return the boxes in the file `path`, as a table with the columns image_id, xmin, ymin, xmax, ymax and finding.
 
     The file has the columns `Image Index` and `Finding Label`, followed by x, y, width and height, whatever their names.
-    Invalid boxes are left out, with a fault. If the file is missing, this is a fault and the table is empty. Raises
-    DatasetError if the file lacks columns.
+    Invalid boxes are left out, with a fault. If `path` is None, this is a fault and the table is empty. Raises DatasetError
+    if the file lacks columns.
     """
     columns = ["image_id", *BOX, "finding"]
-    if not path.is_file():
-        faults.add(path.name, "", "the file is missing; there are no boxes")
+    if path is None:
+        faults.add(BOXES, "", "the file is missing; there are no boxes")
         return pd.DataFrame(columns=columns)
     table = read_csv(path, ("Image Index", "Finding Label"), HOW_TO_GET)
     if len(table.columns) < 6:
@@ -145,15 +146,19 @@ def read_boxes(path: Path, faults: Faults) -> pd.DataFrame:
     return boxes.assign(finding=finding)[is_valid][columns].reset_index(drop=True)
 
 
-def _add_split(images: pd.DataFrame, folder: Path, faults: Faults) -> pd.DataFrame:
-    split_of: dict[str, str] = {}
-    for split, name in LISTS.items():
-        path = folder / name
-        if not path.is_file():
-            faults.add(name, "", "the official list is missing; all images may be used for training")
-            return images
-        split_of |= {listed_id(line): split for line in read_lines(path) if line.strip()}
+def _add_split(images: pd.DataFrame, source: DataFolder) -> pd.DataFrame:
+    paths = {split: source.find_table(or_renamed(name)) for split, name in LISTS.items()}
+    missing = [LISTS[split] for split, path in paths.items() if path is None]
+    if len(missing) == 1:
+        raise DatasetError(
+            f"{source.folder} has one of the official lists {' and '.join(LISTS.values())}, but not {missing[0]}, so the "
+            "test images are unknown. Attach the other list (parameter beside), or give a copy without lists"
+        )
+    if missing:
+        source.faults.add(", ".join(missing), "", "the official lists are missing; all images may be used for training")
+        return images
+    split_of = {listed_id(line): split for split, path in paths.items() if path for line in read_lines(path) if line.strip()}
     split = images.image_id.map(split_of)
-    for image_id in images.image_id[split.isna()]:
-        faults.add(", ".join(LISTS.values()), image_id, "is in neither of the official lists; left out")
+    problem = "are in neither of the official lists; left out"
+    source.faults.add_summary(", ".join(LISTS.values()), images.image_id[split.isna()], problem, "other images")
     return images.assign(split=split)[split.notna()].reset_index(drop=True)

@@ -3,24 +3,22 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from kitlib.classes import RSNA_CLASSES
-from kitlib.datasets.base import (
-    Dataset,
-    Faults,
-    add_headers,
-    cut_at_edges,
-    find_files,
-    listed_id,
-    make_boxes,
-    one_hot,
-    read_csv,
-)
+from kitlib.datasets.base import Dataset, add_headers, cut_at_edges, make_boxes, one_hot, scale_boxes
+from kitlib.datasets.data_folder import DICOM, PICTURES, DataFolder, listed_id, or_renamed, read_csv
 from kitlib.errors import DatasetError
 
+# The second name of each is that of copies on Kaggle. In stage2_train_metadata.csv, labels and classes are in one table.
 LABELS, CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
-IMAGES = "stage_2_train_images"
+LABEL_TABLES, CLASS_TABLES = (
+    (or_renamed(LABELS), "stage2_train_metadata*.csv"),
+    (or_renamed(CLASSES), "stage2_train_metadata*.csv"),
+)
+IMAGES = "stage_2_train_images"  # the challenge's folder; copies have others
+SIDE = 1024  # of all published images, pixels; the boxes are in these pixels, also in resized copies
 # RSNA's list of its images and the NIH images that they come from; published separately from the challenge's files.
 MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
 HOW_TO_GET = "`kaggle competitions download -c rsna-pneumonia-detection-challenge`, see inputs/README.md"
@@ -35,32 +33,35 @@ PUBLISHED = {
 }
 
 
-def read_rsna(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the training images below `folder` (DICOM, or PNG or JPEG if re-packed), with their classes and opacity boxes.
+def read_rsna(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
+    """Read the training images below `folder` (DICOM, or PNG or JPEG in copies), with their classes and opacity boxes.
+
+    The images may be in any folder that has no "test" in its name. Boxes of resized images are scaled. If there is no table
+    of classes, an image without an opacity may be normal or not: these two classes are unknown (NaN).
 
     image_id and study_id are RSNA's patientId. RSNA has one image per patientId, but the images come from NIH, where a
     patient has several. If MAPPING is in the folder, `patient_id` is NIH's patient, so that folds do not leak; otherwise it
-    is the patientId, with a fault. Labels have the columns RSNA_CLASSES, exactly one of which is 1. Left out, with a fault:
-    rows without a file, files without a row, and images with an unreadable header, an invalid box, or a class that
-    contradicts their boxes. Raises DatasetError if a table or the image folder is missing, or if no file is an image of the
-    tables.
+    is the patientId, with a fault. Labels have the columns RSNA_CLASSES, exactly one of which is 1 if classes are known.
+    Left out, with a fault: rows without a file, files without a row, and images with an unreadable header, an invalid box,
+    or a class that contradicts their boxes. Raises DatasetError if the table of boxes is missing, or if no file is an image
+    of it.
     """
-    folder, faults = Path(folder), Faults()
-    labels, boxes = read_label_tables(folder, faults)
-    if not (folder / IMAGES).is_dir():
-        raise DatasetError(f"{folder / IMAGES} is missing: unpack the challenge's training images there, {HOW_TO_GET}")
-    files = find_files(folder / IMAGES, (".dcm", ".png", ".jpg", ".jpeg"), faults)
+    source = DataFolder.of(folder)
+    folder, faults = source.folder, source.faults
+    labels, boxes = read_label_tables(source)
+    source.find((*DICOM, *PICTURES), lambda path: any("test" in name for name in source.folders(path)))  # without labels
+    files = source.find_images((*DICOM, *PICTURES), lambda path: not any("test" in name for name in source.folders(path)))
     if not labels.id.isin(list(files)).any():
         first, wanted = next(iter(files.values()), "none"), next(iter(labels.id), "none")
         raise DatasetError(
-            f"{folder / IMAGES} holds {len(files)} images, the first is {first}; none of them is one of the {len(labels)} "
-            f"images in {LABELS}, such as {wanted}: {HOW_TO_GET}"
+            f"{folder} holds {len(files)} images in {IMAGES} or other folders without test in their names, the first is "
+            f"{first}; none of them is one of the {len(labels)} images in {LABELS}, such as {wanted}: {HOW_TO_GET}"
         )
     faults.add_summary(LABELS, set(labels.id) - set(files), "have no file; left out", "other images")
-    for image_id in sorted(set(files) - set(labels.id)):
-        faults.add(files[image_id].name, image_id, f"has no usable row in {LABELS}; left out")
+    problem = f"have no usable row in {LABELS}; left out"
+    faults.add_summary("the folder", set(files) - set(labels.id), problem, "other files")
     image_ids = sorted(set(files) & set(labels.id))
-    patients = read_nih_patients(folder / MAPPING, faults)
+    patients = read_nih_patients(source)
     rows = pd.DataFrame(
         {
             "image_id": image_ids,
@@ -70,19 +71,24 @@ def read_rsna(folder: str | Path, progress: bool = True) -> Dataset:
             "view": "",
         }
     )
-    images = add_headers(rows, folder, faults, progress)
-    images, boxes = cut_at_edges(images, boxes[boxes.image_id.isin(images.image_id)], faults, LABELS)
-    return Dataset.from_tables(folder, images, labels[labels.id.isin(images.image_id)], faults, PUBLISHED, boxes=boxes)
+    images = add_headers(rows, source, progress)
+    boxes = boxes[boxes.image_id.isin(images.image_id)]
+    originals = images[["image_id"]].assign(rows=SIDE, columns=SIDE)
+    images, boxes = cut_at_edges(images, scale_boxes(boxes, images, originals, source, LABELS), source, LABELS)
+    return Dataset.from_tables(source, images, labels[labels.id.isin(images.image_id)], PUBLISHED, boxes=boxes)
 
 
-def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read the two CSV files in `folder`; returns a `labels` table (id is the patientId) and a `boxes` table of opacities.
+def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Read the tables below `folder`; returns a `labels` table (id is the patientId) and a `boxes` table of opacities.
 
-    An image with an invalid or contradictory row is left out of both, with a fault. Raises DatasetError if a file is missing
-    or lacks a column.
+    Boxes are in pixels of the published images. An image with an invalid or contradictory row is left out of both, with a
+    fault. Without a table of classes, which is a fault, the two classes without opacity are NaN where there is no box.
+    Raises DatasetError if the table of boxes is missing, or if a table lacks a column.
     """
-    rows = read_csv(Path(folder) / LABELS, ("patientId", "x", "y", "width", "height", "Target"), HOW_TO_GET)
-    detailed = read_csv(Path(folder) / CLASSES, ("patientId", "class"), HOW_TO_GET).drop_duplicates()
+    source = DataFolder.of(folder)
+    faults = source.faults
+    path = source.need_table(*LABEL_TABLES, how_to_get=HOW_TO_GET)
+    rows = read_csv(path, ("patientId", "x", "y", "width", "height", "Target"), HOW_TO_GET)
     boxes, is_valid = make_boxes(rows.patientId, rows[["x", "y", "width", "height"]])
     has_both = rows.groupby("patientId").Target.transform("nunique") > 1
     excluded = set(rows.patientId[~rows.Target.isin(["0", "1"]) | (is_valid != (rows.Target == "1")) | has_both])
@@ -90,11 +96,20 @@ def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame,
         faults.add(
             LABELS, patient, "Target is not always 1 with a valid box, or always 0 without one; the image is left out"
         )
+    boxed = set(boxes.image_id[is_valid])
+    class_path = source.find_table(*CLASS_TABLES)
+    if class_path is None:
+        faults.add(CLASSES, "", "the file is missing; whether an image without an opacity is normal is unknown")
+        patients = sorted(set(rows.patientId) - excluded)
+        classes = pd.Series(["Lung Opacity" if patient in boxed else "" for patient in patients], dtype=object)
+        labels = one_hot(pd.Series(patients, dtype=object), classes, RSNA_CLASSES)
+        labels.loc[(classes == "").to_numpy(), [name for name in RSNA_CLASSES if name != "Lung Opacity"]] = np.nan
+        return labels, boxes[is_valid & ~boxes.image_id.isin(excluded)].reset_index(drop=True)
+    detailed = read_csv(class_path, ("patientId", "class"), HOW_TO_GET)[["patientId", "class"]].drop_duplicates()
     for patient in sorted(set(detailed.patientId[detailed.patientId.duplicated(keep=False)])):
         faults.add(CLASSES, patient, "has two different classes; the image is left out")
         excluded.add(patient)
     class_of = detailed.drop_duplicates("patientId").set_index("patientId")["class"]
-    boxed = set(boxes.image_id[is_valid])
     for patient in sorted(set(rows.patientId) - excluded):
         name = class_of.get(patient, "")
         if name not in RSNA_CLASSES or (name == "Lung Opacity") != (patient in boxed):
@@ -105,13 +120,14 @@ def read_label_tables(folder: str | Path, faults: Faults) -> tuple[pd.DataFrame,
     return labels, boxes[is_valid & ~boxes.image_id.isin(excluded)].reset_index(drop=True)
 
 
-def read_nih_patients(path: Path, faults: Faults) -> dict[str, str]:
-    """Read RSNA's mapping file `path`; returns RSNA's patientId -> NIH's patient id, written as in kitlib.datasets.nih.
+def read_nih_patients(source: DataFolder) -> dict[str, str]:
+    """Read RSNA's mapping file MAPPING; returns RSNA's patientId -> NIH's patient id, written as in kitlib.datasets.nih.
 
     If the file is missing, this is a fault and the mapping is empty. Raises DatasetError if the file has another format.
     """
-    if not path.is_file():
-        faults.add(path.name, "", "the file is missing; images of one NIH patient may fall into several folds")
+    path = source.find_table(MAPPING)
+    if path is None:
+        source.faults.add(MAPPING, "", "the file is missing; images of one NIH patient may fall into several folds")
         return {}
     try:
         entries = json.loads(path.read_bytes())

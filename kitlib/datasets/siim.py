@@ -7,7 +7,7 @@ and `problem`, which also says how the fault was handled.
 import ast
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,15 @@ from typing import Any
 import pandas as pd
 
 from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
-from kitlib.datasets.base import Dataset, Faults, cut_at_edges, read_csv, read_headers
+from kitlib.datasets.base import Dataset, cut_at_edges, read_headers, scale_boxes
+from kitlib.datasets.data_folder import PICTURES, DataFolder, read_csv
+from kitlib.datasets.faults import Faults
 from kitlib.datasets.sample_submission import read_sample
+from kitlib.datasets.walk import walk
 from kitlib.errors import DatasetError, SubmissionError
 from kitlib.tables import BOX, check_table
 
+SIZES = "meta.csv"  # of resized copies: image_id, and the rows (dim0) and columns (dim1) of the original image
 STUDY_TABLE, IMAGE_TABLE, SAMPLE = "train_study_level.csv", "train_image_level.csv", "sample_submission.csv"
 # For the training set; counted in the competition's tables and DICOM headers.
 PUBLISHED = {"images": 6334, "studies": 6054, "patients": 3261, "boxes": 7853, "false_none": 217}
@@ -49,8 +53,12 @@ class SiimTest:
         )
 
 
-def read_train(folder: str | Path, progress: bool = True) -> Dataset:
-    """Read the competition's training images, study labels and boxes (in original pixels, cut at the image's edges).
+def read_train(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
+    """Read the competition's training images, study labels and boxes (in the files' pixels, cut at the image's edges).
+
+    The images are the DICOM files train/<study>/<series>/<image>.dcm, or, in resized copies, PNG or JPEG files with the
+    images' ids below a folder train, with SIZES. Copies have no headers, so a study counts as a patient. The label tables
+    may lie in another folder beside.
 
     `false_none` is True if an image has no box but another image of its study has one: annotators looked at one image per
     study, so the missing box means nothing. Such images are in the tables, but in no fold.
@@ -59,37 +67,77 @@ def read_train(folder: str | Path, progress: bool = True) -> Dataset:
     header (because their patient is unknown) or an invalid box (because the image would be taken for healthy). Raises
     DatasetError if the train folder, a CSV file or a column is missing, or if no file below train is an image of the table.
     """
-    folder, faults = Path(folder), Faults()
-    labels, boxes, rows = read_label_tables(folder, faults)
-    train = folder / "train"
-    if not train.is_dir():
-        raise DatasetError(f"{train} is missing: unpack the competition's training files there, see inputs/README.md")
-    files, _ = _find_dicom_files(train, faults)
-    if not rows.image_id.isin(files.image_id).any():
-        found = [path for path in sorted(train.rglob("*")) if path.is_file()]
-        first = f", the first is {_relative_path(found[0], folder)}" if found else ""
-        wanted = f", such as train/{rows.study_id[0]}/<series>/{rows.image_id[0]}.dcm" if len(rows) else ""
-        raise DatasetError(
-            f"{train} holds {len(found)} files{first}; none of them is a <study>/<series>/<image>.dcm of the "
-            f"{len(rows)} images in {IMAGE_TABLE}{wanted}: unpack the competition's training files there"
-        )
-    for image_id in sorted(set(rows.image_id) - set(files.image_id)):
-        faults.add(IMAGE_TABLE, f"{image_id}_image", "has no file below train; left out")
-    for file in files[~files.image_id.isin(rows.image_id)].itertuples():
-        faults.add(_relative_path(file.path, folder), file.image_id, f"has no usable row in {IMAGE_TABLE}; left out")
+    source = DataFolder.of(folder)
+    folder, faults = source.folder, source.faults
+    labels, boxes, rows = read_label_tables(source)
+    files = _find_train_files(source, rows)
+    faults.add_summary(IMAGE_TABLE, set(rows.image_id) - set(files.image_id), "have no file below train; left out")
+    unlisted = files.path[~files.image_id.isin(rows.image_id)].map(source.name)
+    faults.add_summary("train", unlisted, f"have no usable row in {IMAGE_TABLE}; left out", "other files")
+    source.mark_read(files.path)
     images = rows.merge(files, on="image_id", suffixes=("", "_of_file"))
-    for row in images[images.study_id != images.study_id_of_file].itertuples():
-        faults.add(
-            IMAGE_TABLE,
-            f"{row.image_id}_image",
-            f"the file is below the study {row.study_id_of_file}; the table's study is used",
-        )
+    is_elsewhere = (images.study_id != images.study_id_of_file) & (images.study_id_of_file != images.image_id)
+    for row in images[is_elsewhere].itertuples():
+        problem = f"the file is below the study {row.study_id_of_file}; the table's study is used"
+        faults.add(IMAGE_TABLE, f"{row.image_id}_image", problem)
+    source.mark_read(path for path in source.paths if "test" in source.folders(path))
     images = _with_headers(images, folder, faults, "left out", progress)
     images = images[images.readable].drop(columns=["readable", "study_id_of_file"])
-    images, boxes = cut_at_edges(images, boxes[boxes.image_id.isin(images.image_id)], faults, IMAGE_TABLE, "_image")
-    for study_id in sorted(set(labels.id) - set(images.study_id)):
-        faults.add(STUDY_TABLE, f"{study_id}_study", "has no usable image")
-    return Dataset.from_tables(folder, images, labels, faults, PUBLISHED, boxes=boxes)
+    boxes = boxes[boxes.image_id.isin(images.image_id)]
+    is_copy = images.path.str.lower().str.endswith(PICTURES)
+    originals = pd.concat([images.loc[~is_copy, ["image_id", "rows", "columns"]], _original_sizes(images[is_copy], source)])
+    images = images[images.image_id.isin(originals.image_id)]
+    boxes = scale_boxes(boxes[boxes.image_id.isin(images.image_id)], images, originals, source, IMAGE_TABLE)
+    images, boxes = cut_at_edges(images, boxes, source, IMAGE_TABLE, "_image")
+    unused = set(labels.id) - set(images.study_id)
+    faults.add_summary(STUDY_TABLE, {f"{study_id}_study" for study_id in unused}, "have no usable image", "other studies")
+    return Dataset.from_tables(source, images, labels, PUBLISHED, boxes=boxes)
+
+
+def _find_train_files(source: DataFolder, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of the training files with the columns image_id, path and study_id (as in `_find_files`).
+
+    Raises DatasetError if there is no folder train, or none of its files is an image of `rows`.
+    """
+    trains = {
+        path.parents[len(names) - 1 - names.index("train")]
+        for path, names in ((path, source.folders(path)) for path in source.paths)
+        if "train" in names
+    }
+    tables = [_find_files(train, source.faults, image_ids=set(rows.image_id))[0] for train in sorted(trains)]
+    files = pd.concat([pd.DataFrame(columns=["image_id", "study_id", "path"], dtype=object), *tables])
+    if not files.image_id.isin(rows.image_id).any():
+        found = [path for path in source.paths if "train" in source.folders(path)]
+        first = f", the first is {source.name(found[0])}" if found else ""
+        wanted = f", such as train/{rows.study_id[0]}/<series>/{rows.image_id[0]}.dcm" if len(rows) else ""
+        raise DatasetError(
+            f"{source.folder / 'train'} holds {len(found)} files{first}; none of them is a <study>/<series>/<image>.dcm, or "
+            f"a PNG or JPEG copy, of the {len(rows)} images in {IMAGE_TABLE}{wanted}: unpack the competition's training "
+            "files there, see inputs/README.md"
+        )
+    return files
+
+
+def _original_sizes(copies: pd.DataFrame, source: DataFolder) -> pd.DataFrame:
+    """Return the columns image_id, rows and columns: the sizes of the original images of `copies`, from the table SIZES.
+
+    Copies without a row, or with an invalid one, are a fault. Raises DatasetError if there are copies but no table.
+    """
+    if copies.empty:
+        return pd.DataFrame({"image_id": [], "rows": [], "columns": []})
+    how_to_get = (
+        "the boxes are in pixels of the original images, whose sizes this table states for resized copies (columns "
+        "image_id, dim0 and dim1). Attach a copy that has it, or the table beside"
+    )
+    table = read_csv(source.need_table(SIZES, how_to_get=how_to_get), ("image_id", "dim0", "dim1"), how_to_get)
+    sizes = table[["dim0", "dim1"]].apply(pd.to_numeric, errors="coerce")
+    sizes = pd.DataFrame({"image_id": table.image_id.str.strip(), "rows": sizes.dim0, "columns": sizes.dim1})
+    sizes = sizes[(sizes[["rows", "columns"]] >= 1).all(axis=1)].drop_duplicates("image_id")
+    without = set(copies.image_id) - set(sizes.image_id)
+    source.faults.add_summary(SIZES, without, "have no valid size; left out", "other images")
+    problem = "are copies without a header; their study is used as their patient"
+    source.faults.add_summary("train", copies.image_id, problem, "other images")
+    return sizes[sizes.image_id.isin(copies.image_id)]
 
 
 def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -> SiimTest:
@@ -118,7 +166,7 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
         listed[kind].append(bare)
     if not test.is_dir():
         faults.add("test", "", "the folder is missing; only the sample submission's ids are used")
-    files, studies = _find_dicom_files(test, faults, set(listed["study"]), set(listed["image"]))
+    files, studies = _find_files(test, faults, set(listed["study"]), set(listed["image"]))
     ids: dict[str, tuple[str, ...]] = {}
     for kind, names in (("study", studies), ("image", files.image_id.tolist())):
         sample_names, file_names = set(listed[kind]), set(names)
@@ -151,15 +199,20 @@ def studies_from_headers(images: pd.DataFrame, study_ids: Collection[str]) -> pd
     return images.assign(study_id=[studies.get(index, study) for index, study in images.study_id.items()])
 
 
-def read_label_tables(folder: Path, faults: Faults) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Read the two CSV files of labels; returns a `labels` table (id is the study_id), a `boxes` table, a table of images.
+
+    The files may lie anywhere below `folder`, or beside.
 
     Boxes are in original pixels and may reach beyond their images, whose sizes are in the DICOM files. The table of images
     has the columns image_id, study_id and false_none. Invalid rows are left out, with a fault. Raises DatasetError if a file
     or a column is missing.
     """
-    labels = _read_study_labels(folder / STUDY_TABLE, faults)
-    table = read_csv(folder / IMAGE_TABLE, ("id", "boxes", "label", "StudyInstanceUID"))
+    source = DataFolder.of(folder)
+    faults, how_to_get = source.faults, "copy the competition's file there, see inputs/README.md"
+    labels = _read_study_labels(source.need_table(STUDY_TABLE, how_to_get=how_to_get), faults)
+    path = source.need_table(IMAGE_TABLE, how_to_get=how_to_get)
+    table = read_csv(path, ("id", "boxes", "label", "StudyInstanceUID"))
     table["image_id"] = _bare_ids(table.id, "_image", IMAGE_TABLE, faults)
     labelled = set(labels.id)
     rows, boxes, studies_with_boxes = [], [], set()
@@ -247,7 +300,7 @@ def _read_sample_ids(path: Path, faults: Faults) -> tuple[str, ...]:
     return sample.ids
 
 
-def _find_dicom_files(
+def _find_files(
     root: Path, faults: Faults, study_ids: Collection[str] = (), image_ids: Collection[str] = ()
 ) -> tuple[pd.DataFrame, list[str]]:
     """Return a table of the files <study>/<series>/<image>.dcm below `root`, sorted by image_id, and all folders in `root`.
@@ -257,12 +310,15 @@ def _find_dicom_files(
     used: below a study of `study_ids`, in the usual form, first in the order of paths. Other files are faults.
     """
     candidates, studies = [], []
-    for parts, names in _walk(root, faults):
+
+    def leave_out(folder: str, reason: str) -> None:
+        faults.add(_relative_path(folder, root.parent), "", f"{reason}; left out")
+
+    for folder, names in walk(root, leave_out, MAX_DEPTH):
+        parts = folder.relative_to(root).parts
         if len(parts) == 1 and _can_be_id(parts[0]):
             studies.append(parts[0])
         for name in names:
-            if name.startswith("."):
-                continue  # hidden files, created by desktops and interrupted downloads
             path = root.joinpath(*parts, name)
             suffix = path.suffix.lower()
             has_suffix = suffix == ".dcm"
@@ -279,6 +335,7 @@ def _find_dicom_files(
                 rank = (study not in study_ids, not is_usual, [*PREFERRED, suffix].index(suffix))
                 candidates.append((rank, str(path), image_id, study or image_id))
     files: dict[str, tuple[str, str, str]] = {}
+    unusual = []
     for (_, is_unusual, _), candidate, image_id, study in sorted(candidates):
         if image_id in files:
             problem = f"has the same name as {files[image_id][2]}; left out"
@@ -286,42 +343,11 @@ def _find_dicom_files(
             continue
         files[image_id] = (image_id, study, candidate)
         if is_unusual:
-            problem = f"is not in the form <study>/<series>/<image>.dcm; used, because {SAMPLE} has its image"
-            faults.add(_relative_path(candidate, root.parent), image_id, problem)
+            unusual.append(_relative_path(candidate, root.parent))
+    problem = "are not in the form <study>/<series>/<image>.dcm; used, because a table lists their images"
+    faults.add_summary(root.name, unusual, problem, "other files")
     columns = ["image_id", "study_id", "path"]
     return pd.DataFrame([files[name] for name in sorted(files)], columns=columns, dtype=object), sorted(studies)
-
-
-def _walk(root: Path, faults: Faults) -> Iterator[tuple[tuple[str, ...], list[str]]]:
-    """Yield the path below `root`, as its parts, and the names of the files of each folder, at most MAX_DEPTH deep.
-
-    Links to folders are followed after all other folders, unless they lead to a folder that contains `root`. Every folder is
-    read once, so links cannot lead in a circle.
-    """
-    starts, read = [str(root)] if root.is_dir() else [], set()
-
-    def cannot_be_read(error: OSError) -> None:
-        faults.add(
-            _relative_path(error.filename, root.parent), "", f"the folder cannot be read ({error.strerror}); left out"
-        )
-
-    for start in starts:  # grows in the loop
-        for folder, folders, names in os.walk(start, onerror=cannot_be_read):
-            status, parts = os.stat(folder), Path(folder).relative_to(root).parts
-            place = (status.st_dev, status.st_ino)
-            if place in read or len(parts) > MAX_DEPTH:
-                reason = (
-                    "is a link to a folder that is read already" if place in read else f"is over {MAX_DEPTH} folders deep"
-                )
-                faults.add(_relative_path(folder, root.parent), "", f"{reason}; left out")
-                folders.clear()
-                continue
-            read.add(place)
-            folders.sort()
-            links = [os.path.join(folder, name) for name in folders if os.path.islink(os.path.join(folder, name))]
-            # A link to a folder above would add all other data sets.
-            starts += [link for link in links if not root.resolve().is_relative_to(os.path.realpath(link))]
-            yield parts, sorted(names)
 
 
 def _can_be_id(name: str) -> bool:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.base import Dataset, Faults, add_headers, one_hot
+from kitlib.datasets.base import Dataset, add_headers, one_hot
+from kitlib.datasets.data_folder import DataFolder
+from kitlib.datasets.faults import Faults
 from kitlib.errors import DatasetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif")
@@ -44,35 +46,39 @@ SHENZHEN = _Cohort(
 )
 
 
-def read_montgomery(folder: str | Path, progress: bool = True) -> Dataset:
+def read_montgomery(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the images `MCUCXR_0001_0.png` and so on below `folder`, with lung masks and clinical readings.
 
     Masks are the files in a folder with "mask" in its name, and the files whose names end in "_mask". Each shows one lung
     (in `ManualMask/leftMask` and `rightMask`) or, in re-packed copies, both lungs. image_id and study_id are the file name
     without suffix; the patient is the number in it, unless a reading states that two images show the same patient. Labels
     have the columns normal and tuberculosis; images have the columns sex (M, F, O or "") and age (years, NaN if unknown),
-    from ClinicalReadings. Images without a mask, or with a mask of one lung only, are included without a mask, with a fault.
-    Left out, with a fault: images with an unreadable header, further images with the same name. Raises DatasetError if there
-    is no image or no mask.
+    from ClinicalReadings. Images without a mask, or with a mask of one lung only, are included without a mask, with a fault;
+    if there are no masks, the Dataset has none. Left out, with a fault: images with an unreadable header, further images
+    with the same name. Raises DatasetError if there is no image.
     """
-    return _read(Path(folder), MONTGOMERY, progress)
+    return _read(DataFolder.of(folder), MONTGOMERY, progress)
 
 
-def read_shenzhen(folder: str | Path, progress: bool = True) -> Dataset:
+def read_shenzhen(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the images `CHNCXR_0001_0.png` and so on below `folder`, with lung masks and clinical readings.
 
     Most images have one mask of both lungs, `CHNCXR_0001_0_mask.png`. Tables, faults and errors are as in `read_montgomery`.
     """
-    return _read(Path(folder), SHENZHEN, progress)
+    return _read(DataFolder.of(folder), SHENZHEN, progress)
 
 
-def _read(folder: Path, cohort: _Cohort, progress: bool) -> Dataset:
-    faults = Faults()
-    files, mask_files, readings = _find_files(folder, cohort, faults)
+def _read(source: DataFolder, cohort: _Cohort, progress: bool) -> Dataset:
+    faults = source.faults
+    files, mask_files, readings = _find_files(source, cohort)
     if not files:
-        raise DatasetError(f"{folder} contains no image with a name such as {cohort.prefix}_0001_0.png: {cohort.how_to_get}")
+        raise DatasetError(
+            f"{source.folder} contains no image with a name such as {cohort.prefix}_0001_0.png, among {len(source.paths)} "
+            f"files: {cohort.how_to_get}"
+        )
     if not mask_files:
-        raise DatasetError(f"{folder} contains no mask (a file in a folder with mask in its name): {cohort.how_to_get}")
+        problem = "there are no masks (files in a folder with mask in its name); to add them from another input, use beside"
+        faults.add("masks", "", problem)
     texts = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in readings.items()}
     faults.add_summary(READINGS, set(files) - set(texts), "have no reading; sex and age are unknown", "other images")
     patients = _find_patients(files, texts)
@@ -88,15 +94,13 @@ def _read(folder: Path, cohort: _Cohort, progress: bool) -> Dataset:
             "age": [_age(texts.get(name, "")) for name in files],
         }
     )
-    images = add_headers(rows, folder, faults, progress)
+    images = add_headers(rows, source, progress)
     labels = one_hot(images.image_id, images.image_id.str[-1].map(LABELS), LABELS.values())
-    masks = _find_masks(mask_files, images, faults)
-    return Dataset.from_tables(folder, images, labels, faults, cohort.published, masks=masks)
+    masks = _find_masks(mask_files, images, faults) if mask_files else None
+    return Dataset.from_tables(source, images, labels, cohort.published, masks=masks)
 
 
-def _find_files(
-    folder: Path, cohort: _Cohort, faults: Faults
-) -> tuple[dict[str, Path], list[tuple[str, str, Path]], dict[str, Path]]:
+def _find_files(source: DataFolder, cohort: _Cohort) -> tuple[dict[str, Path], list[tuple[str, str, Path]], dict[str, Path]]:
     """Return the files of images (name -> path), of masks (name, side, path) and of readings (name -> path).
 
     The name is that of the image, without suffix; the side of a mask is "left", "right", or "" for both lungs.
@@ -104,22 +108,25 @@ def _find_files(
     name_pattern = re.compile(rf"({cohort.prefix}_\d+_[01])(_mask)?", re.IGNORECASE)
     images: dict[str, Path] = {}
     readings: dict[str, Path] = {}
-    masks = []
-    for path in sorted(folder.rglob("*")):
+    masks: dict[tuple[str, str], Path] = {}
+    copies: list[str] = []
+    for path in source.find((*SUFFIXES, ".txt"), lambda path: name_pattern.fullmatch(path.stem) is not None):
         match, suffix = name_pattern.fullmatch(path.stem), path.suffix.lower()
-        if not match or suffix not in (*SUFFIXES, ".txt") or not path.is_file():
-            continue
-        name, parent_name = match[1].upper(), path.parent.name.lower() if path.parent != folder else ""
+        assert match
+        name, parent_name = match[1].upper(), ("", *source.folders(path))[-1]
         if suffix == ".txt":
             readings[name] = path
         elif match[2] or "mask" in parent_name:
             side = next((side for side in ("left", "right") if side in parent_name), "")
-            masks.append((name, side, path))
+            if (name, side) in masks:
+                copies.append(source.name(path))
+            masks.setdefault((name, side), path)
         elif name in images:
-            faults.add(str(path.relative_to(folder)), name, f"has the same name as {images[name]}; left out")
+            copies.append(source.name(path))
         else:
             images[name] = path
-    return images, masks, readings
+    source.faults.add_summary("the folder", copies, "have the name of another file; left out", "others")
+    return dict(sorted(images.items())), [(*key, path) for key, path in masks.items()], readings
 
 
 def _find_masks(mask_files: list[tuple[str, str, Path]], images: pd.DataFrame, faults: Faults) -> pd.DataFrame:

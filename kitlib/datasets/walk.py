@@ -30,7 +30,9 @@ def walk(
             if place in read or is_too_deep:
                 folders.clear()
                 is_link = place in read
-                leave_out(folder, "is a link to a folder that is read already" if is_link else f"is over {max_depth} folders deep")
+                leave_out(
+                    folder, "is a link to a folder that is read already" if is_link else f"is over {max_depth} folders deep"
+                )
                 continue
             read.add(place)
             folders[:] = sorted(filter(_is_shown, folders))

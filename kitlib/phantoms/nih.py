@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from kitlib.atomic import replacing, write_csv, write_text
-from kitlib.datasets.nih import BOXES, ENTRIES, LISTS
+from kitlib.datasets.nih import BOXES, ENTRIES, LISTS, SIDE
 from kitlib.phantoms.drawing import Opacity, render
 from kitlib.phantoms.folder import LEAST_SIDE, write_phantoms
 from kitlib.phantoms.patients import DRAWN_FINDINGS, draw_exposure, draw_finding, draw_patient
@@ -155,8 +155,9 @@ def _write_tables(root: Path, planned: list[_Planned], boxes: list[np.ndarray], 
     lines = ["Image Index,Finding Label,Bbox [x,y,w,h],,,\n"]
     for image, image_boxes in zip(planned, boxes, strict=True):
         for finding in BOXED.keys() & set(image.findings) if image.test else ():
+            # The list's boxes are in pixels of the published size, whatever that of the files.
             lines += [
                 f"{image.name},{BOXED[finding]},{x1:.6f},{y1:.6f},{x2 - x1:.6f},{y2 - y1:.6f}\n"
-                for x1, y1, x2, y2 in image_boxes
+                for x1, y1, x2, y2 in image_boxes * SIDE / side
             ]
     write_text(root / BOXES, "".join(lines))

@@ -12,7 +12,7 @@ from pydicom.uid import JPEGBaseline8Bit
 
 from kitlib.atomic import write_csv, write_json
 from kitlib.classes import RSNA_CLASSES
-from kitlib.datasets.rsna import CLASSES, IMAGES, LABELS, MAPPING, PUBLISHED
+from kitlib.datasets.rsna import CLASSES, IMAGES, LABELS, MAPPING, PUBLISHED, SIDE
 from kitlib.phantoms.drawing import render
 from kitlib.phantoms.folder import LEAST_SIDE, write_phantoms
 from kitlib.phantoms.patients import draw_exposure, draw_finding, draw_patient
@@ -55,7 +55,7 @@ def write_rsna(
         {"images": images, "side": side, "seed": seed},
         partial(_plan, images, seed),
         partial(_write_image, side=side),
-        _write_tables,
+        partial(_write_tables, side=side),
         least=(len(RSNA_CLASSES), LEAST_SIDE),
         code=("kitlib.xrays.writing", __name__),
         workers=workers,
@@ -112,11 +112,12 @@ def _write_image(root: Path, image: _Planned, side: int) -> np.ndarray:
     return np.rint(boxes) if image.shown_class == "Lung Opacity" else np.zeros((0, 4))
 
 
-def _write_tables(root: Path, planned: list[_Planned], boxes: list[np.ndarray]) -> None:
+def _write_tables(root: Path, planned: list[_Planned], boxes: list[np.ndarray], side: int) -> None:
     rows: list[dict[str, Any]] = []
     classes = []
     for image, image_boxes in zip(planned, boxes, strict=True):
-        for box in image_boxes if len(image_boxes) else [None]:
+        # The table's boxes are in pixels of the published size, whatever that of the files.
+        for box in image_boxes * SIDE / side if len(image_boxes) else [None]:
             # As in the real set, both tables have one row for each box.
             cells = (*box[:2], *(box[2:] - box[:2])) if box is not None else (None,) * 4
             rows.append(

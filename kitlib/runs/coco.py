@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from kitlib.atomic import write_text
-from kitlib.datasets.base import listed_id
+from kitlib.datasets.data_folder import listed_id
 from kitlib.errors import DatasetError
 from kitlib.tables import BOX, check_table, cut_boxes
 

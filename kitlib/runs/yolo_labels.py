@@ -12,7 +12,7 @@ import pandas as pd
 import yaml
 
 from kitlib.atomic import write_text
-from kitlib.datasets.base import read_lines
+from kitlib.datasets.data_folder import read_lines
 from kitlib.errors import DatasetError
 from kitlib.runs.coco import CATEGORY, category_indices, check_images_and_boxes, cut_annotated_boxes
 from kitlib.tables import BOX, check_table

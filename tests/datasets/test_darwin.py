@@ -161,11 +161,15 @@ def test_a_missing_piece_names_itself_and_where_it_is_got(darwin):
     (darwin.root / "metadata.csv").write_text("a,b\n1,2\n")
     with pytest.raises(DatasetError, match=r"metadata\.csv lacks"):
         darwin.read()
-    (darwin.root / "images").rename(darwin.root / "pictures")
-    with pytest.raises(DatasetError, match=r"images is missing.*darwin dataset pull"):
-        darwin.read()
-    (darwin.root / "images").mkdir()
+    (darwin.root / "metadata.csv").unlink()
+    images = [path for path in (darwin.root / "images").rglob("*") if path.is_file()]
+    for path in images:
+        path.write_bytes(b"no image")
     with pytest.raises(DatasetError, match="no frontal X-ray with at least 256 pixels"):
+        darwin.read()
+    for path in images:
+        path.unlink()
+    with pytest.raises(DatasetError, match=r"no PNG or JPEG image that is no mask.*darwin dataset pull"):
         darwin.read()
 
 

@@ -1,7 +1,5 @@
 """Folds never separate a patient's images, and are as similar as whole patients allow."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
-from kitlib.datasets.base import Dataset, Faults
+from kitlib.datasets.base import Dataset
+from kitlib.datasets.data_folder import DataFolder
 from kitlib.datasets.folds import (
     check_no_leak,
     find_leak_groups,
@@ -108,12 +107,12 @@ def test_a_study_whose_files_state_two_patients_is_in_one_fold(drawn, n_folds, s
         check_no_leak(torn, images.assign(patient_id=images.image_id))
 
 
-def test_a_study_of_two_patients_is_a_fault():
+def test_a_study_of_two_patients_is_a_fault(tmp_path):
     images, labels, _ = tables([0, 1, 2, 3], [0, 1, 2, 3], [False] * 4)
     images["study_id"] = ["s0", "s0", "s2", "s3"]
-    data = Dataset.from_tables(Path("set"), images, labels, Faults())
+    data = Dataset.from_tables(DataFolder(tmp_path), images, labels)
     assert data.faults.to_numpy().tolist() == [
-        ["set", "s0", "the study's images have the patient ids p0, p1; these patients share a fold"]
+        [tmp_path.name, "s0", "the study's images have the patient ids p0, p1; these patients share a fold"]
     ]
 
 
@@ -257,7 +256,7 @@ def test_a_source_is_a_fold_and_shared_patients_are_in_none():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_on_the_real_tables_shares_are_within_two_points(real_data, seed):
     """6,334 images less 217 false `none`; 3,261 patients (shared/facts/siim-competition.md)."""
-    labels, boxes, rows = read_label_tables(real_data / "siim_csv", Faults())
+    labels, boxes, rows = read_label_tables(real_data / "siim_csv")
     known = pd.read_csv(real_data / "siim_csv" / "train_images_ext.csv")
     known = known.rename(columns={"width": "columns", "height": "rows"})[["image_id", "patient_id", "rows", "columns"]]
     images = rows.merge(known, on="image_id").assign(path="x.dcm", source="siim", view="")

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from kitlib.classes import NIH_FINDINGS
-from kitlib.datasets.base import Faults
+from kitlib.datasets.faults import Faults
 from kitlib.datasets.folds import make_folds
 from kitlib.datasets.nih import read_boxes, read_nih
 from kitlib.datasets.registry import compare_with_published, read_dataset
@@ -37,7 +37,7 @@ def layout(tmp_path):
             Image.fromarray(np.zeros((30, 40), np.uint8)).save(folder / f"{number:08d}_{follow_up:03d}.png")
     (tmp_path / "BBox_List_2017.csv").write_text(
         "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"
-        "00000002_000.png,Infiltrate,10.5,5,20,10,,,\n"
+        "00000002_000.png,Infiltrate,256,512,512,256,,,\n"
         "00000001_000.png,Mass,a,1,2,3,,,\n"
     )
     (tmp_path / "train_val_list.txt").write_text("00000001_000.png\n00000001_001.png\n")
@@ -56,14 +56,15 @@ def test_images_findings_patients_boxes_and_lists(layout):
     assert list(labels.columns) == list(NIH_FINDINGS)
     assert labels.loc["00000001_000"][labels.loc["00000001_000"] == 1].index.tolist() == ["Cardiomegaly", "Emphysema"]
     assert labels.loc["00000001_001"].sum() == labels.loc["00000001_001", "No Finding"] == 1
+    # The list is of images of 1024 x 1024 pixels, this one has 40 x 30.
     box = data.boxes.iloc[0]
     assert [box.image_id, box.finding, box.xmin, box.ymin, box.xmax, box.ymax] == [
         "00000002_000",
         "Infiltration",
-        10.5,
-        5,
-        30.5,
+        10,
         15,
+        30,
+        22.5,
     ]
 
 
@@ -89,7 +90,7 @@ def test_an_image_in_neither_list_is_left_out(layout):
     assert data.images.image_id.tolist() == ["00000001_000", "00000002_000"]
     assert set(data.labels.id) == set(data.images.image_id)
     assert data.faults.problem[data.faults.row == "00000001_001"].tolist() == [
-        "is in neither of the official lists; left out"
+        "and 0 other images are in neither of the official lists; left out"
     ]
 
 
@@ -121,6 +122,9 @@ def test_test_images_are_in_no_fold(layout):
 
 def test_without_lists_all_images_may_be_trained_on(layout):
     (layout / "test_list.txt").unlink()
+    with pytest.raises(DatasetError, match=r"has one of the official lists .*, but not test_list\.txt"):
+        read_nih(layout, progress=False)
+    (layout / "train_val_list.txt").unlink()
     data = read_nih(layout, progress=False)
     assert "split" not in data.images and "all images may be used for training" in " ".join(data.faults.problem)
 
@@ -131,7 +135,7 @@ def test_a_missing_piece_names_itself_and_where_it_is_got(tmp_path, layout, name
     if name == "images_001":
         for image in layout.glob("images_*/images/*.png"):
             image.unlink()
-    with pytest.raises(DatasetError, match=f"{name}.*nih-chest-xrays/data"):
+    with pytest.raises(DatasetError, match=f"{name.removesuffix('.csv')}.*nih-chest-xrays/data"):
         read_nih(layout, progress=False)
 
 

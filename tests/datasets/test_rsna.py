@@ -14,7 +14,7 @@ from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian
 
 from kitlib.classes import RSNA_CLASSES
-from kitlib.datasets.base import Faults
+from kitlib.datasets.data_folder import DataFolder
 from kitlib.datasets.rsna import CLASSES, IMAGES, LABELS, MAPPING, read_label_tables, read_rsna
 from kitlib.errors import DatasetError
 from kitlib.xrays.writing import write_xray
@@ -25,7 +25,14 @@ SHARED = REAL_DATA
 
 @pytest.fixture
 def layout(tmp_path):
-    rows = ["patientId,x,y,width,height,Target", "a,10,5,20,10,1", "a,35,5,8,10,1", "b,,,,,0", "c,,,,,0", "d,1,1,5,5,1"]
+    rows = [
+        "patientId,x,y,width,height,Target",
+        "a,256,512,512,256,1",
+        "a,896,512,160,256,1",
+        "b,,,,,0",
+        "c,,,,,0",
+        "d,1,1,5,5,1",
+    ]
     (tmp_path / LABELS).write_text("\n".join(rows))
     names = ["Lung Opacity", "Lung Opacity", "Normal", "No Lung Opacity / Not Normal", "Normal"]
     classes = ["patientId,class", *map(",".join, zip("aabcd", names, strict=True))]
@@ -49,14 +56,14 @@ def test_images_classes_boxes_and_patients(layout):
         "Normal",
         "No Lung Opacity / Not Normal",
     ]
-    # The second box reaches 3 pixels beyond the image.
-    assert data.boxes[["xmin", "ymin", "xmax", "ymax"]].to_numpy().tolist() == [[10, 5, 30, 15], [35, 5, 40, 15]]
+    # The table is of images of 1024 x 1024 pixels, these have 40 x 30. The second box reaches 1.25 pixels beyond the image.
+    assert data.boxes[["xmin", "ymin", "xmax", "ymax"]].to_numpy().tolist() == [[10, 15, 30, 22.5], [35, 15, 40, 22.5]]
 
 
 def test_what_is_broken_is_listed(layout):
     told = read_rsna(layout, progress=False).faults
     assert told.problem[told.row == "d"].str.contains("'Normal' is invalid or contradicts").any()
-    assert told.problem[told.row == "a"].str.contains("3.0 pixels beyond").any()
+    assert told.problem[told.row == "a"].str.contains("1.2 pixels beyond").any()
     (layout / MAPPING).unlink()
     assert "may fall into several folds" in " ".join(read_rsna(layout, progress=False).faults.problem)
 
@@ -84,8 +91,9 @@ def test_each_kind_of_broken_label_costs_its_image_alone(tmp_path, rows, classes
     good = "good,2,2,5,5,1"
     (tmp_path / LABELS).write_text(f"patientId,x,y,width,height,Target\n{good}\n{rows}\n")
     (tmp_path / CLASSES).write_text(f"patientId,class\ngood,Lung Opacity\n{classes}\n")
-    faults = Faults()
-    labels, boxes = read_label_tables(tmp_path, faults)
+    source = DataFolder(tmp_path)
+    labels, boxes = read_label_tables(source)
+    faults = source.faults
     kept = {"good"} if problem else {"good", "x"}
     assert set(labels.id) == kept and set(boxes.image_id) <= kept
     assert [row for _, row, _ in faults.rows] == (["x"] if problem else [])
@@ -97,18 +105,36 @@ def test_a_file_without_a_row_is_a_fault_and_no_file_with_one_an_error(layout):
     files = sorted(path for path in (layout / IMAGES).iterdir() if path.suffix == ".dcm")
     shutil.copy(files[0], layout / IMAGES / "z.dcm")
     faults = read_rsna(layout, progress=False).faults
-    assert faults.problem[faults.row == "z"].tolist() == [f"has no usable row in {LABELS}; left out"]
+    # One is the image d, whose row is not valid.
+    assert faults.problem[faults.row == "d"].tolist()[1:] == [f"and 1 other files have no usable row in {LABELS}; left out"]
     for path in (layout / IMAGES).iterdir():
         path.unlink() if path.name != "z.dcm" else None
-    with pytest.raises(DatasetError, match=r"holds 1 images, the first is .*z\.dcm; none of them is one of the \d images"):
+    with pytest.raises(
+        DatasetError, match=r"holds 1 images in .*, the first is .*z\.dcm; none of them is one of the \d images"
+    ):
         read_rsna(layout, progress=False)
 
 
-@pytest.mark.parametrize("name", [LABELS, CLASSES, IMAGES])
-def test_a_missing_piece_names_itself_and_where_it_is_got(layout, name):
-    shutil.move(layout / name, layout / "elsewhere")
-    with pytest.raises(DatasetError, match=f"{name} is missing.*rsna-pneumonia-detection-challenge"):
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        (LABELS, "stage_2_train_labels.* is missing"),
+        (IMAGES, "holds 0 images in stage_2_train_images or other folders"),
+    ],
+)
+def test_a_missing_piece_names_itself_and_where_it_is_got(layout, tmp_path_factory, name, problem):
+    shutil.move(layout / name, tmp_path_factory.mktemp("away"))
+    with pytest.raises(DatasetError, match=f"{problem}.*rsna-pneumonia-detection-challenge"):
         read_rsna(layout, progress=False)
+
+
+def test_without_a_table_of_classes_only_opacities_are_known(layout):
+    (layout / CLASSES).unlink()
+    data = read_rsna(layout, progress=False)
+    labels = data.labels.set_index("id")
+    assert labels.loc["a"].tolist() == [0, 0, 1] and labels["Lung Opacity"].to_dict() == {"a": 1, "b": 0, "c": 0}
+    assert labels.loc[["b", "c"], ["Normal", "No Lung Opacity / Not Normal"]].isna().all(axis=None)
+    assert "whether an image without an opacity is normal is unknown" in " ".join(data.faults.problem)
 
 
 def test_a_mapping_of_another_kind_is_refused(layout):
@@ -126,11 +152,11 @@ def test_the_real_label_table(tmp_path):
         (tmp_path / LABELS).write_bytes(packed.read())
     mapped = pd.read_csv(tables / "rsna_to_nih.csv.gz", dtype=str)
     mapped.rename(columns={"rsna_patientId": "patientId", "rsna_class": "class"}).to_csv(tmp_path / CLASSES, index=False)
-    faults = Faults()
-    labels, boxes = read_label_tables(tmp_path, faults)
+    source = DataFolder(tmp_path)
+    labels, boxes = read_label_tables(source)
     # Shih et al. 2019; 30,227 rows of which 9,555 are boxes.
     assert len(pd.read_csv(tmp_path / LABELS)) == 30227
-    assert len(labels) == 26684 and len(boxes) == 9555 and not faults.rows
+    assert len(labels) == 26684 and len(boxes) == 9555 and not source.faults.rows
     assert labels[list(RSNA_CLASSES)].sum().tolist() == [8851, 11821, 6012]
 
 

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.uid import ExplicitVRLittleEndian
 
-from kitlib.datasets.base import Faults
+from kitlib.datasets.data_folder import DataFolder
 from kitlib.datasets.siim import read_label_tables, read_test, read_train, studies_from_headers
 from kitlib.errors import DatasetError
 from kitlib.xrays.writing import write_xray
@@ -126,21 +127,52 @@ MISPLACED = {
     "one folder too deep": move_deeper,
     "flat": lambda train: rename_all(train, lambda path: train / path.name),
     "without suffix": lambda train: rename_all(train, lambda path: path.with_suffix("")),
-    "PNG files": lambda train: rename_all(train, lambda path: path.with_suffix(".png")),
-    "empty": lambda train: shutil.rmtree(train) or train.mkdir(),
 }
 
 
 @pytest.mark.parametrize("name", MISPLACED)
-def test_training_files_in_wrong_places_are_an_error_that_shows_one_and_the_right_place(layout, name):
-    count = len(list((layout / "train").rglob("*.dcm")))
+def test_training_files_of_the_table_are_found_wherever_they_lie_below_train(layout, name):
+    expected = read_train(layout, progress=False)
     MISPLACED[name](layout / "train")
-    with pytest.raises(
-        DatasetError, match=r"none of them is a <study>/<series>/<image>\.dcm.*such as train/s\d/<series>/"
-    ) as error:
+    train = read_train(layout, progress=False)
+    assert train.images.drop(columns="path").equals(expected.images.drop(columns="path"))
+    assert train.faults.problem.tolist() == [
+        "and 3 other files are not in the form <study>/<series>/<image>.dcm; used, because a table lists their images"
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_no_training_file_of_the_table_is_an_error_that_shows_one_and_the_right_place(layout, count):
+    train = layout / "train"
+    rename_all(train, lambda path: path.with_stem(f"{path.stem}2")) if count else shutil.rmtree(train)
+    message = rf"train holds {count} files.*none of them is a <study>/<series>/<image>\.dcm.*such as train/s\d/<series>/"
+    with pytest.raises(DatasetError, match=message) as error:
         read_train(layout, progress=False)
-    assert f"train holds {0 if name == 'empty' else count} files" in str(error.value)
-    assert name == "empty" or "the first is train/" in str(error.value)
+    assert not count or "the first is train/s1/series-a/a2.dcm" in str(error.value)
+
+
+def test_boxes_of_resized_copies_are_scaled_by_the_original_sizes(layout, tmp_path_factory):
+    """As in the copies with train/<image>.png and meta.csv, with the competition's tables in another input."""
+    tables = tmp_path_factory.mktemp("tables")
+    for name in ("train_study_level.csv", "train_image_level.csv"):
+        (layout / name).rename(tables / name)
+    shutil.rmtree(layout / "train")
+    (layout / "train").mkdir()
+    for name in "abc":
+        cv2.imwrite(str(layout / "train" / f"{name}.png"), np.zeros((8, 8), np.uint8))
+    with pytest.raises(DatasetError, match=r"train_study_level\.csv is missing, also in the folders below and beside"):
+        read_train(layout, progress=False)
+    with pytest.raises(DatasetError, match=r"meta\.csv is missing.*dim0 and dim1"):
+        read_train(DataFolder(layout, [tables]), progress=False)
+    rows = ["image_id,dim0,dim1,split", "a,16,20,train", "b,16,20,train", "c,0,20,train", "e,16,20,test"]
+    (layout / "meta.csv").write_text("\n".join(rows))
+    train = read_train(DataFolder(layout, [tables]), progress=False)
+    # The box 2, 3, 12.5, 7 of an image of 20 x 16 pixels, which became 8 x 8.
+    assert train.boxes.to_numpy().tolist() == [["a", 0.8, 1.5, 5.0, 3.5]]
+    assert train.images.image_id.tolist() == ["a", "b"] and train.images.patient_id.tolist() == ["s1", "s1"]
+    problems = " | ".join(train.faults["row"] + " " + train.faults.problem)
+    assert "c and 0 other images have no valid size; left out" in problems
+    assert "with boxes are resized, such as the first from 20 x 16 to 8 x 8 pixels; the boxes are scaled" in problems
 
 
 def test_boxes_beyond_the_edges_are_cut_and_told(layout):
@@ -169,9 +201,9 @@ def test_rows_files_and_studies_that_do_not_match_are_told(layout):
     assert train.images.image_id.tolist() == ["a", "b", "c", "d"]
     assert train.labels.id.tolist() == ["s1", "s2", "s3", "s6"]
     for row, problem in {
-        "extra": "no usable row",
+        "train/s9/series/extra.dcm": "no usable row",
         "notes": "is not in the form <study>/<series>/<image>.dcm",
-        "gone_image": "no file",
+        "gone": "no file",
         "orphan_image": "study 's8' has no usable row",
         "wrong": "does not end in _image",
         "c_image": "occurs again",
@@ -341,8 +373,8 @@ def test_without_a_sample_only_files_in_the_usual_form_are_test_images(layout):
     xray(layout / "test/s5/series-i/i.dcm", "p5")
     test = read_test(layout, progress=False)
     assert test.submission_ids == ("s4_study", "s5_study", "i_image")
-    assert test.faults.problem.str.endswith("left out").tolist() == [False, True, True, True]
-    assert "no id that ends in _study" in told(test.faults, "") and "form <study>" in told(test.faults, "Thumbs")
+    assert test.faults.problem.str.endswith("left out").tolist() == [False, True, True]
+    assert "no id that ends in _study" in told(test.faults, "") and "form <study>" in told(test.faults, "flat")
     assert "characters" in told(test.faults, "g,h")
 
 
@@ -360,7 +392,7 @@ def test_boxes_come_back_as_they_were_written(tmp_path_factory, boxes):
     pd.DataFrame([["i_image", cell, opacity(0, 0, 1, 1), "s"]], columns=["id", "boxes", "label", "StudyInstanceUID"]).to_csv(
         folder / "train_image_level.csv", index=False
     )
-    _, read, images = read_label_tables(folder, Faults())
+    _, read, images = read_label_tables(folder)
     expected = [[x, y, x + width, y + height] for x, y, width, height in boxes]
     np.testing.assert_allclose(read[["xmin", "ymin", "xmax", "ymax"]], expected)
     assert images.to_numpy().tolist() == [["i", "s", False]]
@@ -369,7 +401,7 @@ def test_boxes_come_back_as_they_were_written(tmp_path_factory, boxes):
 @pytest.mark.real_data
 def test_the_real_tables(real_data):
     """Counts of shared/facts/siim-competition.md, sections 3 and 4."""
-    labels, boxes, images = read_label_tables(real_data / "siim_csv", Faults())
+    labels, boxes, images = read_label_tables(real_data / "siim_csv")
     assert (len(labels), len(images), len(boxes)) == (6054, 6334, 7853)
     assert labels[["typical", "negative", "indeterminate", "atypical"]].sum().tolist() == [2855, 1676, 1049, 474]
     assert images.false_none.sum() == 217 and images[images.false_none].study_id.nunique() == 177
