@@ -37,7 +37,8 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "source": "text",
         "view": "text",
     },
-    # One row per study; every further column is a class of the data set: 0, 1, or NaN if unknown.
+    # One row per study; every further column is a class of the data set: 0, 1, or NaN if unknown. Unlabelled images have
+    # no class.
     "labels": {"id": "id"},
     "boxes": {"image_id": "id", **dict.fromkeys(BOX, "pixel")},
     # One row per image (id is an image_id).
@@ -68,7 +69,7 @@ SCHEMAS: dict[str, dict[str, str]] = {
     "coverage": {"image_id": "id", "model": "text", "fold": "integer"},
 }
 
-# Tables whose further columns are all classes (probabilities); at least one is required.
+# Tables whose further columns are all classes (probabilities); at least one is required, except in `labels`.
 OPEN = ("labels", "class_scores", "nested_scores")
 
 # Columns that identify a row of a table.
@@ -104,7 +105,7 @@ def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame
         table[column] = _typed(table[column], kind, f"{place}, column {column}")
     if name in OPEN:
         classes = class_columns(table, name)
-        if len(table) and not classes:
+        if len(table) and not classes and name != "labels":
             raise TableError(f"{place}: no class column, only {', '.join(schema)}")
         for column in classes:
             table[column] = _typed(table[column], "probability", f"{place}, column {column}")
@@ -183,19 +184,27 @@ def read_text_table(path: str | Path, columns: Sequence[str] = (), separator: st
         text = read_text(path)
     except OSError as error:
         raise TableError(f"{path} cannot be read: {error}") from error
-    try:
-        with warnings.catch_warnings():
-            # pandas drops additional cells with a warning.
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise TableError(f"{path} is not a CSV file ({error})") from error
-    except pd.errors.ParserWarning as error:
-        raise TableError(f"{path}: a line has more cells than the first; correct the file, or fetch it again") from error
+    table = parse_text_table(text, str(path), separator)
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise TableError(f"{path} lacks the columns {missing}; it has {list(table.columns)}")
     return table
+
+
+def parse_text_table(text: str, where: str, separator: str = ",") -> pd.DataFrame:
+    """Return the table that CSV text holds; all cells are text, and empty cells are "".
+
+    Raises TableError, which begins with `where`, if it is not CSV text, or if a line has more cells than the first.
+    """
+    try:
+        with warnings.catch_warnings():
+            # pandas drops additional cells with a warning.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise TableError(f"{where} is not a CSV file ({error})") from error
+    except pd.errors.ParserWarning as error:
+        raise TableError(f"{where}: a line has more cells than the first; correct the file, or fetch it again") from error
 
 
 def storable(text: str) -> str:

@@ -67,7 +67,7 @@ class Dataset:
         source.mark_read(() if masks is None else masks.path)
         source.count_unread()
         if images.empty:
-            raise DatasetError(f"{source.folder}: no image can be used; {_first_faults(source)}")
+            raise DatasetError(f"{source.folder}: no image can be used; {first_faults(source)}")
         images, labels = check_table(images, "images", str(source.folder)), check_table(labels, "labels", str(source.folder))
         boxes = empty_table("boxes") if boxes is None else boxes
         counts = images.groupby("study_id")["patient_id"].nunique()
@@ -79,7 +79,8 @@ class Dataset:
         return cls(images, labels, boxes, faults.table(), dict(published or {}), masks)
 
 
-def _first_faults(source: DataFolder) -> str:
+def first_faults(source: DataFolder) -> str:
+    """Return a text for messages that counts the faults of `source` and quotes the first three."""
     problems = [f"{problem} ({file} {row})" for file, row, problem in source.faults.rows]
     return f"there are {len(problems)} faults, the first: {'; '.join(problems[:3]) or 'none, so the tables are empty'}"
 
@@ -94,7 +95,7 @@ def _compare_with_published(
             raise DatasetError(
                 f"{source.folder}: none of the {len(images)} images read has the class {name!r}, which {published[name]} of "
                 f"the published {published['images']} images have. Its images are missing, or the folder has another layout "
-                f"(see inputs/README.md); {_first_faults(source)}"
+                f"(see inputs/README.md); {first_faults(source)}"
             )
     if published.get("patients", 0) * share >= LEAST_EXPECTED and len(set(images.patient_id)) == 1:
         raise DatasetError(
@@ -124,8 +125,8 @@ def read_headers(paths: Sequence[str], progress: bool) -> list[ImageHeader]:
 def add_headers(rows: pd.DataFrame, source: DataFolder, progress: bool) -> pd.DataFrame:
     """Return an `images` table: `rows`, with the sizes from the files' headers; every image is a study of its own.
 
-    `rows` has the columns image_id, patient_id, path, source and view; an empty view is filled in from the header. An image
-    whose header cannot be read is left out, with a fault of `source` that names the file.
+    `rows` has the columns image_id, patient_id, path, source and view; an empty patient_id or view is filled in from the
+    header, if it has one. An image whose header cannot be read is left out, with a fault of `source` that names the file.
     """
     source.mark_read(rows.path)
     headers = read_headers(rows.path.tolist(), progress)
@@ -136,6 +137,7 @@ def add_headers(rows: pd.DataFrame, source: DataFolder, progress: bool) -> pd.Da
         study_id=rows.image_id,
         rows=np.array([header.rows for header in headers], dtype=int),
         columns=np.array([header.columns for header in headers], dtype=int),
+        patient_id=[patient or header.patient_id for patient, header in zip(rows.patient_id, headers, strict=True)],
         view=[view or header.view for view, header in zip(rows["view"], headers, strict=True)],
     )
     return images[[not header.problem for header in headers]].reset_index(drop=True)

@@ -113,11 +113,11 @@ class DataFolder:
         converted; a file whose suffix agrees is preferred. The file is marked as read. Returns None if there is no such
         file.
         """
-        parts = _folded(f"{cell.strip()}".replace("\\", "/")).strip("/").split("/")
-        start = _folded(f"{base.as_posix()}/{below}").rstrip("/")
+        parts = folded(f"{cell.strip()}".replace("\\", "/")).strip("/").split("/")
+        start = folded(f"{base.as_posix()}/{below}").rstrip("/")
         for number in range(len(parts)):
             name = f"{start}/{'/'.join(parts[number:])}"
-            if path := self._by_name.get(name) or self._by_stem.get(name) or self._by_stem.get(_without_suffix(name)):
+            if path := self._by_name.get(name) or self._by_stem.get(name) or self._by_stem.get(without_suffix(name)):
                 self._read.add(path)
                 return path
         return None
@@ -144,11 +144,11 @@ class DataFolder:
 
     @cached_property
     def _by_name(self) -> dict[str, Path]:
-        return {_folded(path.as_posix()): path for path in reversed(self.paths) if path.suffix.lower() in IMAGES}
+        return {folded(path.as_posix()): path for path in reversed(self.paths) if path.suffix.lower() in IMAGES}
 
     @cached_property
     def _by_stem(self) -> dict[str, Path]:
-        return {_without_suffix(name): path for name, path in self._by_name.items()}
+        return {without_suffix(name): path for name, path in self._by_name.items()}
 
     def _is_own(self, path: Path) -> bool:
         return self._roots[path] == self.folder
@@ -209,11 +209,12 @@ def listed_id(name: str) -> str:
     return Path(listed_name(name)).stem
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
+    """Return a name in the form in which names are compared: without case, and in Unicode's composed form."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _without_suffix(name: str) -> str:
+def without_suffix(name: str) -> str:
     """Return `name` without the suffix of an image; other dots are part of the name, as in the UIDs of DICOM."""
     suffix = Path(name).suffix
-    return name.removesuffix(suffix) if suffix in IMAGES else name
+    return name.removesuffix(suffix) if suffix.lower() in IMAGES else name

@@ -224,6 +224,7 @@ def _strata(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> 
     if missing:
         raise ValueError(f"{len(missing)} studies have images but no label; the first is {missing[0]}: remove or label them")
     true = classes.loc[images.study_id].fillna(0).to_numpy() > 0.5
-    rarest_first = true[:, np.argsort(true.sum(axis=0), kind="stable")]
-    rarest = np.where(rarest_first.any(axis=1), rarest_first.argmax(axis=1), true.shape[1])
+    # A last class that all have, because images may have no class, and an unlabelled data set has none.
+    rarest_first = np.column_stack([true[:, np.argsort(true.sum(axis=0), kind="stable")], np.ones(len(true), bool)])
+    rarest = rarest_first.argmax(axis=1)
     return 2 * rarest + images.image_id.isin(boxes.image_id).to_numpy()

@@ -4,13 +4,15 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from kitlib.classes import CLASS_SCHEMES, scheme_classes
+from kitlib.classes import CLASS_SCHEMES, DIAGNOSES, scheme_classes
 from kitlib.datasets.base import Dataset, one_hot
-from kitlib.datasets.registry import read_dataset
+from kitlib.datasets.data_folder import DataFolder
+from kitlib.datasets.registry import OWN, read_parts
 from kitlib.tables import check_table, empty_table
 
 # Data set without diagnoses -> label -> diagnosis. The first label that is true decides; if none is, it is "other".
@@ -21,17 +23,18 @@ DIAGNOSED = {
 }
 
 
-def read_pool(parts: Mapping[str, str | Path], scheme: str, progress: bool = True) -> Dataset:
+def read_pool(parts: Mapping[str, str | Path | DataFolder], scheme: str, progress: bool = True, **own: Any) -> Dataset:
     """Read the data sets in `parts` (key of READERS -> folder of the data set) as one Dataset.
 
     Labels have one column for each class of `scheme`, a key of CLASS_SCHEMES, exactly one of which is 1. Images whose
     diagnosis has no class in the scheme are left out, with one fault per data set and diagnosis. An image_id that occurs in
     two data sets is prefixed with the data set's name in both. Every image is a study of its own; the columns `diagnosis`
     and `source` tell where an image comes from. Official splits are retained; images from data sets without one are "train".
-    There are no boxes. Raises ValueError if the scheme is unknown, a data set has no diagnoses, or no image remains.
+    There are no boxes. `own` are the parameters of the part "table". Raises ValueError if the scheme is unknown, a data set
+    has no diagnoses, or no image remains.
     """
     classes = scheme_classes(scheme)
-    sets = {name: _with_diagnosis(read_dataset(name, folder, progress), name) for name, folder in parts.items()}
+    sets = {name: _with_diagnosis(data, name) for name, data in read_parts(parts, progress, **own).items()}
     ids = pd.Series([image_id for data in sets.values() for image_id in data.images.image_id], dtype=object)
     clashing = set(ids[ids.duplicated()])
     images, masks, faults = [], [], []
@@ -60,14 +63,15 @@ def read_pool(parts: Mapping[str, str | Path], scheme: str, progress: bool = Tru
     )
 
 
-def read_mask_pool(parts: Mapping[str, str | Path], progress: bool = True) -> Dataset:
+def read_mask_pool(parts: Mapping[str, str | Path | DataFolder], progress: bool = True, **own: Any) -> Dataset:
     """Read the data sets with lung masks in `parts` (key of READERS -> folder) as one Dataset, with their own labels.
 
     The masks must follow one convention (of MASK_CONVENTIONS), because conventions define lungs differently: Montgomery and
     Shenzhen, as in UNet + HRNet, but not Darwin with either. Ids that occur in two sets are prefixed as in `read_pool`; a
-    label that a set lacks is unknown (NaN). Raises ValueError if a set has no masks, or if the conventions differ.
+    label that a set lacks is unknown (NaN). `own` are the parameters of the part "table". Raises ValueError if a set has no
+    masks, or if the conventions differ.
     """
-    sets = {name: read_dataset(name, folder, progress) for name, folder in parts.items()}
+    sets = read_parts(parts, progress, **own)
     without = [name for name, data in sets.items() if data.masks is None]
     if without:
         raise ValueError(f"the data set {without[0]} has no masks; without classes, pool joins only sets with lung masks")
@@ -118,6 +122,11 @@ def _with_diagnosis(data: Dataset, name: str) -> Dataset:
     """
     if "diagnosis" in data.images:
         return data
+    if name == OWN:
+        raise ValueError(
+            f"the own images have no diagnoses, so they fit no scheme of classes: their classes must be among "
+            f"{', '.join(DIAGNOSES)}; rename them by class_names, such as {{COVID: COVID-19}}"
+        )
     if name not in DIAGNOSED:
         raise ValueError(
             f"the data set {name} has no diagnoses, so its images fit no scheme of classes. Only the labels of these data "

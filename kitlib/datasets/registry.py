@@ -1,7 +1,8 @@
 """Lists the data sets that the kit can read, reads them by name, and compares their counts with the published ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -12,15 +13,19 @@ from kitlib.datasets.covid_chestxray import read_covid_chestxray
 from kitlib.datasets.covidgr import read_covidgr
 from kitlib.datasets.covidx import read_covidx
 from kitlib.datasets.darwin import read_darwin
+from kitlib.datasets.data_folder import DataFolder
 from kitlib.datasets.jsrt import read_jsrt
 from kitlib.datasets.kermany import read_kermany
 from kitlib.datasets.nih import read_nih
 from kitlib.datasets.ricord import read_ricord
 from kitlib.datasets.rsna import read_rsna
 from kitlib.datasets.siim import read_train
+from kitlib.datasets.table_reader import read_own
 from kitlib.datasets.tb_lungs import read_montgomery, read_shenzhen
+from kitlib.errors import SettingsError
 from kitlib.tables import class_columns
 
+OWN = "table"  # own images, see kitlib.datasets.table_reader
 READERS: dict[str, Callable[..., Dataset]] = {
     "siim": read_train,
     "nih": read_nih,
@@ -36,17 +41,35 @@ READERS: dict[str, Callable[..., Dataset]] = {
     "ricord": read_ricord,
     "bimcv": read_bimcv,
     "chexpert": read_chexpert,
+    OWN: read_own,
 }
 
 
-def read_dataset(name: str, folder: str | Path, progress: bool = True) -> Dataset:
+def read_dataset(name: str, folder: str | Path | DataFolder, progress: bool = True, **own: Any) -> Dataset:
     """Return the data set `name` (a key of READERS), read from `folder`; of SIIM, only the training set.
 
-    Raises ValueError if the name is unknown, DatasetError if a file or folder is missing.
+    `own` are the parameters of own images (see `read_own`); empty ones are ignored. Raises ValueError if the name is
+    unknown, SettingsError if another data set than "table" gets such parameters, DatasetError if a file is missing.
     """
     if name not in READERS:
         raise ValueError(f"unknown data set {name!r}; available: {', '.join(READERS)}")
-    return READERS[name](folder, progress=progress)
+    given = {parameter: value for parameter, value in own.items() if value}
+    if given and name != OWN:
+        raise SettingsError(
+            f"{', '.join(given)}: for own images only; to read them, set dataset to {OWN!r}; to read {name}, leave these out"
+        )
+    return READERS[name](folder, progress=progress, **given)
+
+
+def read_parts(parts: Mapping[str, str | Path | DataFolder], progress: bool = True, **own: Any) -> dict[str, Dataset]:
+    """Return the data sets in `parts` (key of READERS -> folder); the parameters `own` are for the part "table".
+
+    Raises what `read_dataset` raises, also if there are such parameters but no such part.
+    """
+    return {
+        name: read_dataset(name, folder, progress, **(own if name == OWN or OWN not in parts else {}))
+        for name, folder in parts.items()
+    }
 
 
 def compare_with_published(dataset: Dataset) -> pd.DataFrame:

@@ -138,14 +138,18 @@ def draw_outlines(axis: Axes, codes: np.ndarray, colour: str) -> None:
 
 
 def fold_shares(folds: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> Figure:
-    """Draw the share of each class in each fold; in good folds, the bars of a class have about the same height."""
+    """Draw the share of each class in each fold; in good folds, the bars of a class have about the same height.
+
+    Without classes, the bars are the number of images in each fold.
+    """
     classes = class_columns(labels, "labels")
     joined = folds.merge(images, left_on="id", right_on="image_id").merge(labels, left_on="study_id", right_on="id")
-    shares = joined.groupby("fold")[classes].mean()
+    by_fold = joined.groupby("fold")
+    shares = by_fold[classes].mean() if classes else by_fold.size().to_frame("images")
     figure = Figure(figsize=(max(7, len(classes)), 3), layout="constrained")
     axis = figure.subplots()
     shares.T.plot.bar(ax=axis, rot=0 if len(classes) < 6 else 30, width=0.8)
-    axis.set_ylabel("share of the fold's images")
+    axis.set_ylabel("share of the fold's images" if classes else "images")
     axis.legend(title="fold", fontsize=7, **BESIDE)
     return figure
 

@@ -1,0 +1,51 @@
+"""The boxes of own images: four columns of a table, in pixels of the image files."""
+
+import pandas as pd
+
+from kitlib.datasets.base import cut_at_edges, make_boxes
+from kitlib.datasets.data_folder import DataFolder
+from kitlib.datasets.table_columns import BOX_KEYS
+from kitlib.errors import DatasetError
+from kitlib.tables import empty_table
+
+
+def add_boxes(
+    rows: pd.DataFrame, images: pd.DataFrame, source: DataFolder, file: str, is_own_file: bool
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return `images` and their boxes, cut at the edges (see `cut_at_edges`).
+
+    `rows` have the `path` of an image and the cells of a box: blank ones say that the image has no box. An image with a box
+    that is not four numbers with an area, or does not fit, is left out with a fault, because it would be taken for healthy.
+    `is_own_file` says that `file` lists only boxes: images without a row in it have no box. Raises DatasetError if no image
+    has a box.
+    """
+    image_ids = rows.path.map(str).map(images.set_index("path").image_id)
+    if is_own_file:
+        unknown = rows.file[image_ids.isna()]
+        source.faults.add_summary(file, unknown, "are boxes of images that are not listed, or left out", "other rows")
+        without = set(images.image_id) - set(image_ids)
+        source.faults.add_summary(file, without, "have no row; they count as images without a box", "other images")
+    rows, image_ids = rows[image_ids.notna()], image_ids.dropna()
+    cells = rows[[key for key in BOX_KEYS if key in rows]]
+    has_box = (cells != "").any(axis=1)
+    if len(images) and not has_box.any():
+        raise DatasetError(
+            f"{file}: no usable image has a box, all cells are blank; take xmin and the others out of columns"
+        )
+    rows, image_ids, cells = rows[has_box].reset_index(drop=True), image_ids[has_box].reset_index(drop=True), cells[has_box]
+    cells = cells.reset_index(drop=True)
+    sides = cells.apply(pd.to_numeric, errors="coerce").astype(float)
+    if "xmax" in sides:
+        sides = sides.assign(xmax=sides.xmax - sides.xmin, ymax=sides.ymax - sides.ymin)
+    boxes, is_valid = make_boxes(image_ids, sides)
+    for image_id, row in zip(image_ids[~is_valid], cells[~is_valid].itertuples(index=False), strict=True):
+        problem = f"the box {', '.join(row)} ({', '.join(cells)}) is not four numbers with an area; the image is left out"
+        source.faults.add(file, image_id, problem)
+    if "finding" in rows:
+        boxes["finding"] = rows.finding
+    images = images[~images.image_id.isin(image_ids[~is_valid])]
+    boxes = boxes[boxes.image_id.isin(images.image_id)].reset_index(drop=True)
+    if boxes.empty:
+        return images.reset_index(drop=True), empty_table("boxes")
+    images, boxes = cut_at_edges(images, boxes, source, file)
+    return images.reset_index(drop=True), boxes.reset_index(drop=True)

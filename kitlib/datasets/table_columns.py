@@ -1,0 +1,88 @@
+"""The parameter `columns` of notebook 10: which columns of an own table mean what, and the checks of a table against it."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from kitlib.errors import DatasetError, SettingsError
+from kitlib.settings import Settings, field_kinds
+
+BOX_KEYS = ("xmin", "ymin", "xmax", "ymax", "width", "height")
+
+
+@dataclass(frozen=True)
+class Columns(Settings):
+    """The names that a table gives to what the kit reads from it; "" is a column that the table does not have.
+
+    Either `label` names one column of class names, or `labels` lists columns of 0, 1 and blank (unknown), one per class.
+    Boxes are in pixels of the image files: `xmin`, `ymin` and either `xmax`, `ymax` or `width`, `height`. Raises
+    SettingsError if keys contradict one another, or if a column is named twice.
+    """
+
+    file: str = ""  # the image file: a name or path; its suffix and the folders before it may be missing
+    patient: str = ""
+    study: str = ""
+    view: str = ""
+    source: str = ""  # hospital, device or collection of each image
+    split: str = ""  # train or test
+    label: str = ""
+    labels: tuple[str, ...] = ()
+    sex: str = ""
+    age: str = ""  # years
+    xmin: str = ""
+    ymin: str = ""
+    xmax: str = ""
+    ymax: str = ""
+    width: str = ""
+    height: str = ""
+    finding: str = ""  # what a box shows
+    box_file: str = ""  # the image file in `boxes_table`, if its column is not called as in the table
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [*self.single().values(), *self.labels]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise SettingsError(f"columns names {repeated[0]!r} twice; each key has a column of its own")
+        if self.label and self.labels:
+            raise SettingsError(
+                f"columns has label: {self.label!r} and labels: {list(self.labels)}; keep `label` if one column names the "
+                "class of each image, `labels` if each class has a column of 0 and 1"
+            )
+        given = {key for key in BOX_KEYS if getattr(self, key)}
+        if given not in (set(), {"xmin", "ymin", "xmax", "ymax"}, {"xmin", "ymin", "width", "height"}):
+            raise SettingsError(
+                f"columns has {', '.join(sorted(given))}; boxes need xmin, ymin, xmax, ymax or xmin, ymin, width, height"
+            )
+        if self.finding and not given:
+            raise SettingsError("columns has `finding`, but no box: `finding` is what a box shows; a class is `label`")
+
+    @property
+    def box(self) -> tuple[str, ...]:
+        """The names of the four columns of a box, those in use of BOX_KEYS; empty if there are no boxes."""
+        return tuple(name for key in BOX_KEYS if (name := getattr(self, key)))
+
+    def single(self) -> dict[str, str]:
+        """Return key -> name of the column, for all keys of one column that are given, except `box_file`."""
+        keys = [key for key, kind in field_kinds(type(self)).items() if kind is str and key != "box_file"]
+        return {key: name for key in keys if (name := getattr(self, key))}
+
+
+def check_columns(table: pd.DataFrame, path: Path, wanted: Sequence[tuple[str, str]]) -> None:
+    """Raise DatasetError unless `table`, from the file `path`, has each of the `wanted` columns (key of Columns, name)."""
+    there = list(table.columns)
+    for key, name in wanted:
+        if name not in there:
+            folded = {column.casefold(): column for column in there}
+            close = difflib.get_close_matches(name.casefold(), folded, 1)
+            hint = f"; the closest is {folded[close[0]]!r}" if close else ""
+            raise DatasetError(
+                f"{path.name} has no column {name!r}, which the parameter columns names for {key}{hint}. It has: "
+                f"{', '.join(map(repr, there))}"
+            )
+        if there.count(name) > 1:
+            raise DatasetError(
+                f"{path.name} has {there.count(name)} columns {name!r}, so it is unclear which is {key}: rename one"
+            )

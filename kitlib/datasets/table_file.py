@@ -1,0 +1,126 @@
+"""Reads a table that somebody else saved: CSV as Excel and other programs write it, TSV, or Parquet."""
+
+import csv
+import glob
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kitlib.datasets.data_folder import DataFolder
+from kitlib.datasets.faults import Faults
+from kitlib.errors import DatasetError, TableError
+from kitlib.paths import project_root
+from kitlib.tables import parse_text_table, read_text
+
+TABLES = (".csv", ".tsv", ".txt", ".parquet")
+WORKBOOKS = (".xlsx", ".xls", ".ods", ".numbers")
+SEPARATORS = (",", ";", "\t")
+
+
+def find_table_file(source: DataFolder, name: str, parameter: str) -> Path:
+    """Return the file `name` of a data set: a path from one of its folders, a file name anywhere in them, or another path.
+
+    `parameter` is the notebook's parameter that holds `name`. Raises DatasetError, which lists the tables there are.
+    """
+    for root in (source.folder, *source.beside, project_root()):  # an absolute path stays what it is
+        if (root / name).is_file():
+            return root / name
+    if path := source.find_table(glob.escape(Path(name).name)):
+        return path
+    there = [source.name(path) for path in source.paths if path.suffix.lower() in (*TABLES, *WORKBOOKS)]
+    listing = ", ".join(there[:10]) or "no table"
+    raise DatasetError(f"{source.folder} has no file {name!r}, which the parameter {parameter} names; it has: {listing}")
+
+
+def read_table_file(path: Path, wanted: Iterable[str], faults: Faults) -> pd.DataFrame:
+    """Return the table in a CSV, TSV or Parquet file; all cells are stripped text, and missing ones are "".
+
+    A CSV file is UTF-8 (with or without byte order mark), UTF-16 with such a mark or, as a fault that counts its lines,
+    Windows-1252 or Latin-1, as older versions of Excel save it. Its separator is that of SEPARATORS by which the first line
+    contains most of the `wanted` columns, otherwise most columns, unless there is a first line `sep=;`. Whole numbers in
+    a Parquet file have no ".0". Raises DatasetError, which names the file, if it cannot be read or has no row.
+    """
+    suffix = path.suffix.lower()
+    if suffix in WORKBOOKS:
+        raise DatasetError(f"{path} is a workbook: in Excel, save its sheet as `CSV UTF-8`, and give that file's name")
+    table = _read_parquet(path) if suffix == ".parquet" else _read_csv(path, set(wanted), faults)
+    if table.empty:
+        raise DatasetError(f"{path} has no row below its first line, which names the columns {', '.join(table.columns)}")
+    # The composed form, because macOS writes accents in the decomposed form.
+    names = [unicodedata.normalize("NFC", name).strip() for name in table.columns]
+    return table.apply(lambda column: column.str.strip()).set_axis(names, axis=1)
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_parquet(path)
+        if not isinstance(table.index, pd.RangeIndex):  # such as file names
+            table = table.reset_index()
+    # pyarrow's own errors derive from these; OverflowError is that of a date which pandas cannot represent.
+    except (OSError, ValueError, KeyError, NotImplementedError, OverflowError) as error:
+        raise DatasetError(f"{path} cannot be read as Parquet ({error}): write it again, or give a CSV file") from error
+    return table.astype(object).map(_as_text).rename(columns=str)
+
+
+def _as_text(cell: object) -> str:
+    if pd.api.types.is_scalar(cell) and pd.isna(cell):
+        return ""
+    # A column of whole numbers with a missing one is stored as floats.
+    return str(int(cell)) if isinstance(cell, float | np.floating) and cell.is_integer() else str(cell)
+
+
+def _read_csv(path: Path, wanted: set[str], faults: Faults) -> pd.DataFrame:
+    try:
+        text = read_text(path)
+    except TableError:
+        text = _read_single_bytes(path, faults)
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error}") from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip("\n")
+    head, _, rest = text.partition("\n")
+    if stated := re.fullmatch(r"\"?sep=([,;|\t])\"?", head.strip(" ")):
+        separator, text = stated[1], rest
+    else:
+        columns = {separator: _split_line(head, separator) for separator in SEPARATORS}
+        separator = max(SEPARATORS, key=lambda separator: (len(wanted & set(columns[separator])), len(columns[separator])))
+    try:
+        table = parse_text_table(text, str(path), separator)
+    except TableError as error:
+        raise DatasetError(f"{error}; the separator is taken to be {separator!r}") from error
+    # pandas numbers repeated names, which would hide that they are repeated.
+    names = _split_line(text.partition("\n")[0], separator)
+    return table.set_axis(names, axis=1) if len(names) == len(table.columns) else table
+
+
+def _read_single_bytes(path: Path, faults: Faults) -> str:
+    """Return the text of a file that is not UTF-8. Raises DatasetError if it is not text."""
+    content = path.read_bytes()
+    if b"\0" in content:
+        raise DatasetError(f"{path} is not a text file: save the table as `CSV UTF-8` or Parquet")
+    lines = content.splitlines()
+    others = [number for number, line in enumerate(lines, start=1) if not _is_utf8(line)]
+    problem = f"and {len(others) - 1} other lines are not UTF-8; the file is read as Windows-1252: check names with accents"
+    faults.add(path.name, f"line {others[0]}", problem)
+    try:
+        return content.decode("cp1252")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")  # which has a character for every byte
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _split_line(line: str, separator: str) -> list[str]:
+    try:
+        return [name.strip() for name in next(csv.reader([line], delimiter=separator), [])]
+    except csv.Error:  # over 128 KB without a separator
+        return [line]

@@ -1,0 +1,113 @@
+"""Which image file a cell of an own table names, which image ids the files get, and which class their folder is."""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from kitlib.datasets.data_folder import DICOM, IMAGES, PICTURES, DataFolder, folded, without_suffix
+from kitlib.errors import DatasetError
+
+
+class ImageNames:
+    """Finds the image files of a data set by the names that a table gives them; `masks` are files that are no images.
+
+    A cell may have fewer folders than the file's path, or more, such as those of another computer; those that both have must
+    agree. Case, Unicode form and suffix need not, but a file whose suffix agrees is preferred. DICOM files may have none.
+    """
+
+    def __init__(self, source: DataFolder, masks: Collection[Path] = ()) -> None:
+        self.source = source
+        self._by_name: defaultdict[str, list[Path]] = defaultdict(list)
+        self._by_stem: defaultdict[str, list[Path]] = defaultdict(list)
+        self.paths = [
+            path for path in source.paths if path not in masks and (path.suffix.lower() in IMAGES or _is_bare(path))
+        ]
+        for path in self.paths:
+            self._by_name[folded(path.name)].append(path)
+            self._by_stem[without_suffix(folded(path.name))].append(path)
+
+    def find(self, cell: str, folder: Path) -> list[Path]:
+        """Return the files that `cell` may name; one if it is clear, because a path from `folder` comes first."""
+        parts = [part for part in folded(cell.replace("\\", "/")).split("/") if part not in ("", ".", "..")]
+        if not parts:
+            return []
+        named = self._by_name.get(parts[-1]) or self._by_stem.get(without_suffix(parts[-1])) or []
+        folders = parts[:-1]
+        agreeing = [path for path in named if _agree(folders, self._folders(path))]
+        exact = [
+            path
+            for start in (folder, self.source.folder)
+            for path in agreeing
+            if folded(path.parent.as_posix()) == "/".join([folded(start.as_posix()), *folders])
+        ]
+        return exact[:1] if len(agreeing) > 1 and exact else agreeing
+
+    def all_images(self) -> list[Path]:
+        """Return every PNG, JPEG and DICOM file; one without a suffix counts if it begins as DICOM files do."""
+        return [
+            path for path in self.paths if path.suffix.lower() in (*PICTURES, *DICOM) or (_is_bare(path) and _is_dicom(path))
+        ]
+
+    def _folders(self, path: Path) -> list[str]:
+        return folded(self.source.name(path)).split("/")[:-1]
+
+
+def make_image_ids(names: pd.Series) -> pd.Series:
+    """Return an id for each of `names`, which are paths with slashes and all differ.
+
+    The id is the file name without suffix; where several files share it, the path without suffix, joined by "-", then the
+    path with suffix, and if that is not enough, with a number.
+    """
+    ids = names.map(lambda name: without_suffix(name.rpartition("/")[2]))
+    wider: Sequence[Callable[[str], str]] = (
+        lambda name: without_suffix(name).replace("/", "-"),
+        lambda name: name.replace("/", "-"),
+    )
+    for make_id in wider:
+        ids = ids.mask(ids.duplicated(keep=False), names.map(make_id))
+    while ids.duplicated().any():
+        ids = ids.mask(ids.duplicated(), ids + "-" + ids.groupby(ids).cumcount().astype(str))
+    return ids
+
+
+def find_class_folders(names: pd.Series) -> pd.Series:
+    """Return the class of each of `names`, paths with slashes: the nearest folder that differs; "" if it has none.
+
+    `CLASS/images/x.png` has the class CLASS if all files lie in a folder `images`. Raises DatasetError if no folder differs,
+    or if these folders hold masks.
+    """
+    folders = [name.split("/")[-2::-1] for name in names]  # the nearest first
+    for level in range(max(map(len, folders), default=0)):
+        classes = [parts[level] if level < len(parts) else "" for parts in folders]
+        there = sorted(set(classes) - {""})
+        if len(there) > 1:
+            if masks := [name for name in there if "mask" in name.lower()]:
+                raise DatasetError(
+                    f"the folders {', '.join(there)} are no classes: set the parameter mask_folder to {masks[0]!r}"
+                )
+            return pd.Series(classes, index=names.index, dtype=object)
+    there = sorted({"/".join(parts[::-1]) for parts in folders})
+    raise DatasetError(
+        f"class_folders is set, but all {len(names)} images lie in the folder {there[0] or '.'!r}: put each class into a "
+        "folder of its own, or give a table with a column of classes"
+    )
+
+
+def _agree(folders: Sequence[str], others: Sequence[str]) -> bool:
+    common = min(len(folders), len(others))
+    return list(folders[len(folders) - common :]) == list(others[len(others) - common :])
+
+
+def _is_bare(path: Path) -> bool:
+    """Return whether a file has no suffix; the last part of a UID is none."""
+    return not path.suffix or path.suffix[1:].isdigit()
+
+
+def _is_dicom(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False

@@ -1,0 +1,77 @@
+"""Lung masks that lie in a folder of an own data set: which files they are, and which image each is of."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pandas as pd
+
+from kitlib.datasets.data_folder import PICTURES, DataFolder, folded, without_suffix
+from kitlib.errors import DatasetError
+
+MASK_SUFFIXES = (*PICTURES, ".gif")
+# What a mask's name has more than its image's: x_mask, x-mask, mask_x, x_lung_mask.
+AFFIX = re.compile(r"(?:[ _-]?lungs?)?[ _-]?(?:mask|seg|segmentation|label)s?$|^(?:mask|seg)s?[ _-]", re.IGNORECASE)
+
+
+def find_mask_files(source: DataFolder, mask_folder: str) -> dict[Path, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Return the mask files: path -> the folders above the folder `mask_folder` (case is ignored), and those below it.
+
+    `mask_folder` is a folder's name or several, such as `annotations/masks`; it may occur several times, as in CLASS/masks.
+    Raises DatasetError if there is no such folder with a file of MASK_SUFFIXES.
+    """
+    wanted = tuple(folded(mask_folder).strip("/").split("/"))
+    found = {}
+    for path in source.paths:
+        folders = tuple(folded(source.name(path)).split("/")[:-1])
+        starts = [start for start in range(len(folders)) if folders[start : start + len(wanted)] == wanted]
+        if starts and path.suffix.lower() in MASK_SUFFIXES:
+            found[path] = (folders[: starts[-1]], folders[starts[-1] + len(wanted) :])
+    if not found:
+        there = sorted(
+            {source.name(path).rpartition("/")[0] for path in source.paths if path.suffix.lower() in MASK_SUFFIXES}
+        )
+        raise DatasetError(
+            f"{source.folder} has no folder {mask_folder!r}, which the parameter mask_folder names, with files of the types "
+            f"{', '.join(MASK_SUFFIXES)}; such files lie in: {', '.join(there[:10]) or 'no folder'}"
+        )
+    return found
+
+
+def match_masks(
+    source: DataFolder, images: pd.DataFrame, files: dict[Path, tuple[tuple[str, ...], tuple[str, ...]]]
+) -> pd.DataFrame:
+    """Return a table of masks (see Dataset) of lungs; `files` is the result of `find_mask_files`.
+
+    A mask has the name of its image, which may be followed or preceded by "mask" (see AFFIX). If several images have it, the
+    folders decide: those above the mask folder are above the image too, or those below it are the image's last. Masks of no
+    image, or of several, are left out, and images without a mask counted, as faults.
+    """
+    images_of: defaultdict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
+    for image_id, path in zip(images.image_id, images.path, strict=True):
+        *folders, name = folded(source.name(path)).split("/")
+        images_of[without_suffix(name)].append((image_id, tuple(folders)))
+    rows, orphans, unclear = [], [], []
+    for path, (above, below) in files.items():
+        name = without_suffix(folded(path.name))
+        named = images_of.get(name) or images_of.get(AFFIX.sub("", name)) or []
+        if len(named) > 1:
+            beside = [image for image in named if above and image[1][: len(above)] == above]
+            below_it = [image for image in named if below and image[1][-len(below) :] == below]
+            named = beside if len(beside) == 1 else below_it if len(below_it) == 1 else named
+        if len(named) == 1:
+            rows.append((named[0][0], "lungs", str(path)))
+        else:
+            (unclear if named else orphans).append(source.name(path))
+    source.mark_read(files)
+    masks = pd.DataFrame(rows, columns=["image_id", "structure", "path"], dtype=object)
+    source.faults.add_summary("the folder", orphans, "are masks without an image of their name; left out", "other files")
+    source.faults.add_summary("the folder", unclear, "are masks whose name several images have; left out", "other files")
+    source.faults.add_summary("the folder", set(images.image_id) - set(masks.image_id), "have no mask", "other images")
+    if masks.empty:
+        raise DatasetError(
+            f"{source.folder}: none of the {len(files)} masks, such as {source.name(next(iter(files)))}, has the name of "
+            f"one of the {len(images)} images, such as {source.name(images.path.iloc[0])}: rename the "
+            "masks, or leave mask_folder empty"
+        )
+    return masks.sort_values(["image_id", "path"], ignore_index=True)

@@ -1,0 +1,223 @@
+"""Reads own images: a folder of DICOM, PNG or JPEG files with a table that lists them, or without one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kitlib.classes import DIAGNOSES, MASK_CONVENTIONS
+from kitlib.datasets.base import Dataset, add_headers
+from kitlib.datasets.data_folder import DataFolder
+from kitlib.datasets.diagnoses import parse_ages, parse_sexes
+from kitlib.datasets.table_boxes import add_boxes
+from kitlib.datasets.table_columns import BOX_KEYS, Columns
+from kitlib.datasets.table_file import TABLES, WORKBOOKS, find_table_file
+from kitlib.datasets.table_images import ImageNames, find_class_folders, make_image_ids
+from kitlib.datasets.table_labels import (
+    check_no_class_lost,
+    class_labels,
+    column_labels,
+    label_column,
+    name_classes,
+    parse_label_columns,
+)
+from kitlib.datasets.table_masks import find_mask_files, match_masks
+from kitlib.datasets.table_rows import join_repeats, read_rows
+from kitlib.errors import DatasetError, SettingsError
+from kitlib.settings import from_dict
+
+# What a table may call the parts of a split. Validation images are for training, because the kit validates on folds.
+SPLITS = {
+    **dict.fromkeys(("train", "training", "val", "valid", "validation", "dev"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+def read_own(
+    folder: str | Path | DataFolder,
+    progress: bool = True,
+    *,
+    table: str = "",
+    columns: Mapping[str, Any] | None = None,
+    boxes_table: str = "",
+    class_folders: bool = False,
+    class_names: Mapping[str, str] | None = None,
+    mask_folder: str = "",
+    mask_convention: str = "",
+) -> Dataset:
+    """Read the images in a folder as the parameters say, which are those of notebook 10.
+
+    `table` is a file (see `read_table_file`), and `columns` says what its columns are called (see Columns); without a table,
+    every image file is read. Boxes are in the table, one row per box, or in the file `boxes_table`. With `class_folders`,
+    the class of an image is the nearest folder that differs. `class_names` renames classes, also several to one.
+    `mask_folder` is the folder of lung masks (see `find_mask_files`), and `mask_convention` one of MASK_CONVENTIONS. Without
+    labels, the table of labels has no class.
+
+    image_id is the file name without suffix, or the path where names repeat. The name of the folder is the source of images
+    without one, and the prefix of all patient ids, which otherwise could be those of another data set. Without a patient,
+    the DICOM header's is used, else the study is a patient of its own; without a study, the image is one. If all
+    classes are in DIAGNOSES, images have the column `diagnosis`, so that they can be pooled.
+
+    Left out, with a fault: rows without a file or a class, or with an unknown split; images whose rows disagree, whose
+    header cannot be read, or that have a box which cannot be used. Raises SettingsError if the parameters contradict one
+    another; DatasetError if a file or column is missing, if no image remains, or if a class loses all of its images.
+    """
+    source, spec = DataFolder.of(folder), from_dict(Columns, dict(columns or {}))
+    _check_parameters(spec, table, boxes_table, class_folders, class_names or {}, mask_folder, mask_convention)
+    masks = find_mask_files(source, mask_folder) if mask_folder else {}
+    names = ImageNames(source, masks)
+    if table:
+        rows, file = _read_listed(source, spec, table, names, with_boxes=not boxes_table)
+    else:
+        rows, file = _read_found(source, names), "the folder"
+    if class_folders:
+        rows["label"] = find_class_folders(rows.path.map(source.name))
+    ids = make_image_ids(rows.path.drop_duplicates().map(source.name))
+    rows["image_id"] = rows.path.map(dict(zip(rows.path.drop_duplicates(), ids, strict=True)))
+
+    listed = _select_split(rows.drop_duplicates("path", ignore_index=True), source, file)
+    has_classes = "label" in listed
+    if has_classes:
+        listed = name_classes(listed, class_names or {}, source, file)
+        classes = set(listed.label)
+    else:
+        listed = parse_label_columns(listed, spec.labels, source, file)
+        classes = {name for name in spec.labels if (listed[label_column(name)] > 0).any()}
+    images = _make_images(listed, source, file, progress)
+    boxes = None
+    if spec.box:
+        box_rows, box_file = _read_boxes(source, spec, boxes_table, names) if boxes_table else (rows, file)
+        images, boxes = add_boxes(box_rows, images, source, box_file, is_own_file=bool(boxes_table))
+    if has_classes:
+        images, labels = class_labels(images, classes, source, file)
+        images = images.rename(columns={"label": "diagnosis"}) if classes <= set(DIAGNOSES) else images.drop(columns="label")
+    else:
+        labels = column_labels(images, spec.labels, source, file)
+        images = images.drop(columns=list(map(label_column, spec.labels)))
+    if len(images):  # otherwise from_tables says why not
+        check_no_class_lost(labels, classes, source)
+    found_masks = match_masks(source, images, masks) if masks and len(images) else None
+    images = images.assign(convention=mask_convention) if masks else images
+    return Dataset.from_tables(source, images, labels, boxes=boxes, masks=found_masks)
+
+
+def _check_parameters(
+    spec: Columns,
+    table: str,
+    boxes_table: str,
+    class_folders: bool,
+    class_names: Mapping[str, str],
+    mask_folder: str,
+    mask_convention: str,
+) -> None:
+    """Raise SettingsError, which names the parameter to change, if parameters contradict one another."""
+    of_boxes = ("file", "finding", *BOX_KEYS) if boxes_table else ()
+    if not table and (unused := [key for key in (*spec.single(), *(["labels"] * bool(spec.labels))) if key not in of_boxes]):
+        raise SettingsError(
+            f"columns names {', '.join(unused)}, but the parameter table is empty: name the file with the columns"
+        )
+    if boxes_table and not spec.box:
+        raise SettingsError("boxes_table is set, but columns has no box: give xmin, ymin and xmax, ymax or width, height")
+    if spec.box_file and not boxes_table:
+        raise SettingsError("columns has box_file, but boxes_table is empty: boxes in the table have the table's `file`")
+    if class_folders and (spec.label or spec.labels):
+        raise SettingsError("class_folders is set, and columns has labels: use only one of them")
+    if class_names and not (class_folders or spec.label):
+        raise SettingsError(
+            "class_names is set, but there are no classes to rename: set class_folders, or `label` in columns"
+        )
+    if bad := [name for name in class_names.values() if not (isinstance(name, str) and name.strip())]:
+        raise SettingsError(f"class_names renames a class to {bad[0]!r}; expected a name, in quotes")
+    if bool(mask_folder) != bool(mask_convention) or (mask_folder and mask_convention not in MASK_CONVENTIONS):
+        raise SettingsError(
+            f"mask_folder is {mask_folder!r} and mask_convention {mask_convention!r}: give a folder and one of "
+            f"{', '.join(MASK_CONVENTIONS)} (with_heart: the lungs' masks include the part behind the heart), or neither"
+        )
+
+
+def _read_listed(
+    source: DataFolder, spec: Columns, table: str, names: ImageNames, with_boxes: bool
+) -> tuple[pd.DataFrame, str]:
+    """Return the rows of the table, with their `path`, and the table's name."""
+    path = find_table_file(source, table, "table")
+    left_to_boxes = () if with_boxes else (*BOX_KEYS, "finding")
+    wanted = {key: name for key, name in spec.single().items() if key not in left_to_boxes}
+    wanted |= {label_column(name): name for name in spec.labels}
+    rows = read_rows(path, wanted, source, names, "file")
+    return join_repeats(rows, source, path.name), path.name
+
+
+def _read_boxes(source: DataFolder, spec: Columns, boxes_table: str, names: ImageNames) -> tuple[pd.DataFrame, str]:
+    """Return the rows of `boxes_table`, with their `path`, and the file's name."""
+    path = find_table_file(source, boxes_table, "boxes_table")
+    wanted = {key: name for key, name in spec.single().items() if key in (*BOX_KEYS, "finding")}
+    file = spec.box_file or spec.file
+    return read_rows(path, ({"file": file} if file else {}) | wanted, source, names, "box_file"), path.name
+
+
+def _read_found(source: DataFolder, names: ImageNames) -> pd.DataFrame:
+    """Return a row for each image file. Tables that are not read are a fault. Raises DatasetError if there is no image."""
+    tables = [source.name(path) for path in source.paths if path.suffix.lower() in (*TABLES, *WORKBOOKS)]
+    source.faults.add_summary("the folder", tables, "are not read, because the parameter table is empty", "other files")
+    paths = names.all_images()
+    if not paths:
+        raise DatasetError(f"{source.folder} has no PNG, JPEG or DICOM file among its {len(source.paths)} files")
+    return pd.DataFrame({"file": [source.name(path) for path in paths], "path": paths})
+
+
+def _select_split(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataFrame:
+    """Return `rows` with "train" or "test" in the column `split`, if there is one; rows with another value are left out."""
+    if "split" not in rows:
+        return rows
+    cells = rows["split"].str.lower()
+    is_blank, is_unknown = cells == "", ~cells.isin(["", *SPLITS])
+    source.faults.add_summary(file, rows.file[is_blank], "have no split; they are for training", "other images")
+    for value, part in rows[is_unknown].groupby("split"):
+        problem = f"have the split {value!r}, which is none of {', '.join(SPLITS)}; left out"
+        source.faults.add_summary(file, part.file, problem, "other images")
+    validation = rows.file[cells.map(SPLITS).eq("train") & ~cells.str.startswith("train")]
+    source.faults.add_summary(
+        file, validation, "are a validation set; they are for training, and folds validate", "other images"
+    )
+    rows = rows.assign(split=cells.map(SPLITS).fillna("train"))[~is_unknown].reset_index(drop=True)
+    if (rows["split"] == "test").all():
+        raise DatasetError(
+            f"{file}: no image is for training, by the column that columns names for split; leave `split` out"
+        )
+    return rows
+
+
+def _make_images(rows: pd.DataFrame, source: DataFolder, file: str, progress: bool) -> pd.DataFrame:
+    """Return the `images` table of `rows`, with their labels in further columns; a fault counts what is unknown."""
+    name = source.folder.resolve().name
+    text = {key: rows.get(key, pd.Series("", rows.index, dtype=object)) for key in ("patient", "study", "source", "view")}
+    images = rows.drop(columns=["patient", "study", "file", *BOX_KEYS, "finding"], errors="ignore").assign(
+        path=rows.path.map(str),
+        patient_id=text["patient"],
+        stated_study=text["study"],
+        source=text["source"].mask(text["source"] == "", name),
+        view=text["view"],
+    )
+    if "sex" in rows:
+        images["sex"] = parse_sexes(rows.sex)
+        unknown = rows.image_id[(images.sex == "") & (rows.sex != "")]
+        source.faults.add_summary(file, unknown, "have a sex that begins neither with M nor with F; it is unknown")
+    if "age" in rows:
+        images["age"] = parse_ages(rows.age, rows.image_id, source.faults, file)
+    images = add_headers(images, source, progress)
+    alone = images.patient_id == ""
+    problem = (
+        "have no patient, neither in a column that columns names for patient nor in a DICOM header; each study is a "
+        "patient of its own, so folds leak if several show one patient"
+    )
+    source.faults.add_summary(file, images.image_id[alone], problem, "other images")
+    source.faults.add_summary(
+        file,
+        images.image_id[("study" in rows) & (images.stated_study == "")],
+        "have no study; each is a study of its own",
+        "other images",
+    )
+    studies = images.stated_study.mask(images.stated_study == "", images.image_id)
+    patients = name + "-" + images.patient_id.mask(alone, studies)
+    return images.assign(patient_id=patients, study_id=studies).drop(columns="stated_study")

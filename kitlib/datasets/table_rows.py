@@ -1,0 +1,81 @@
+"""The rows of an own table: which image file each row is about, and which rows repeat or contradict one another."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from kitlib.datasets.data_folder import DataFolder
+from kitlib.datasets.table_columns import BOX_KEYS, check_columns
+from kitlib.datasets.table_file import read_table_file
+from kitlib.datasets.table_images import ImageNames
+from kitlib.errors import DatasetError
+from kitlib.tables import storable
+
+TRIED = 50  # rows in which a column of file names is looked for
+
+
+def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: ImageNames, file_key: str) -> pd.DataFrame:
+    """Return the rows of the table `path` whose image is there: the `wanted` columns (key -> name) and `path`.
+
+    All cells are text. `file_key` is the key of Columns for the column of files, for messages. Rows without a file, and
+    those whose name several files have, are left out, with a fault. Raises DatasetError if the table cannot be read, lacks a
+    column, or names no file that is there.
+    """
+    table = read_table_file(path, wanted.values(), source.faults)
+    if "file" not in wanted:
+        raise DatasetError(f"{path.name}: the parameter columns has no file; {_suggest_file(table, path, names, file_key)}")
+    check_columns(table, path, list(wanted.items()))
+    rows = pd.DataFrame({key: table[name] for key, name in wanted.items()})
+    found = [names.find(cell, path.parent) for cell in rows.file]
+    counts = pd.Series([len(paths) for paths in found], rows.index)
+    is_blank = rows.file == ""
+    lines = "row " + (rows.index[is_blank] + 1).astype(str)
+    source.faults.add_summary(path.name, lines, f"have no file name in {wanted['file']}; left out", "other rows")
+    source.faults.add_summary(path.name, rows.file[(counts == 0) & ~is_blank], "have no file; left out", "other rows")
+    for cell in sorted(set(rows.file[counts > 1])):
+        several = ", ".join(sorted(source.name(path) for path in found[rows.index[rows.file == cell][0]]))
+        source.faults.add(path.name, cell, f"several files have this name ({several}); left out. Write its folder before it")
+    if not (counts == 1).any():
+        raise DatasetError(
+            f"{path.name}: none of the {len(rows)} files in the column {wanted['file']!r}, such as {rows.file.iloc[0]!r}, "
+            f"is one of the {len(names.paths)} image files in {source.folder}"
+            + (f", such as {source.name(names.paths[0])!r}" if names.paths else "")
+            + f". Set competition to the folder of the images; {_suggest_file(table, path, names, file_key)}"
+        )
+    source.mark_read(path for paths in found for path in paths)
+    rows = rows.assign(path=[paths[0] if len(paths) == 1 else None for paths in found])[counts == 1].reset_index(drop=True)
+    is_text = rows.path.map(lambda path: storable(str(path)) == str(path))
+    source.faults.add_summary(
+        path.name, rows.file[~is_text], "have a file name that is not UTF-8; left out: rename the file"
+    )
+    return rows[is_text].reset_index(drop=True)
+
+
+def join_repeats(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataFrame:
+    """Return `rows` without repeated ones, and without those of images whose rows disagree; both are faults.
+
+    The rows of an image may differ in the columns of a box, because there is one row per box. `file` is the table's name.
+    """
+    of_boxes = [key for key in (*BOX_KEYS, "finding") if key in rows]
+    facts = rows.drop(columns=["file", "path", *of_boxes])
+    counts = facts.groupby(rows.path).nunique()
+    for path in counts.index[(counts > 1).any(axis=1)]:
+        column = counts.columns[counts.loc[path] > 1][0]
+        values = ", ".join(map(repr, sorted(set(facts.loc[rows.path == path, column]))[:5]))
+        problem = f"the rows of this image differ in {column}: {values}; the image is left out"
+        source.faults.add(file, rows.file[rows.path == path].iloc[0], problem)
+    rows = rows[~rows.path.isin(counts.index[(counts > 1).any(axis=1)])]
+    is_repeated = rows.duplicated([column for column in rows if column != "file"])
+    source.faults.add_summary(file, rows.file[is_repeated], "repeat an earlier row; left out", "other rows")
+    return rows[~is_repeated].reset_index(drop=True)
+
+
+def _suggest_file(table: pd.DataFrame, path: Path, names: ImageNames, file_key: str) -> str:
+    """Return a text that says which column names most image files, or which columns there are."""
+    head = table.head(TRIED)
+    hits = [sum(len(names.find(cell, path.parent)) == 1 for cell in head.iloc[:, index]) for index in range(head.shape[1])]
+    if best := max(hits, default=0):
+        column = table.columns[hits.index(best)]
+        return f"the column {column!r} names {best} files in the first {len(head)} rows: columns: {{{file_key}: {column!r}}}"
+    return f"the table's columns are {', '.join(map(repr, table.columns))}"
