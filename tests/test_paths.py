@@ -23,10 +23,17 @@ from kitlib.phantoms.siim import write_competition
 def test_an_input_is_found_in_all_of_kaggles_mount_layouts(tmp_path, layout):
     (tmp_path / layout).mkdir(parents=True)
     assert find_input("weights", tmp_path) == tmp_path / layout
-    if layout.count("/") == 2 + layout.startswith("datasets/org") or layout == "weights":
-        assert find_input("somebody/weights", tmp_path) == tmp_path / layout
-        (tmp_path / layout / "inner").mkdir()
-        assert find_input("weights/inner", tmp_path) == find_input("somebody/weights/inner", tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["weights", "datasets/somebody/weights", "datasets/organizations/somebody/weights"])
+def test_the_owner_may_precede_and_a_folder_may_follow_the_slug_in_every_mount_layout(tmp_path, layout):
+    (tmp_path / layout / "inner").mkdir(parents=True)
+    assert find_input("somebody/weights", tmp_path) == tmp_path / layout
+    assert (
+        find_input("weights/inner", tmp_path)
+        == find_input("somebody/weights/inner", tmp_path)
+        == tmp_path / layout / "inner"
+    )
 
 
 def test_an_input_of_that_name_comes_before_a_folder_in_another_input(tmp_path):
