@@ -74,13 +74,12 @@ def read_train(folder: str | Path | DataFolder, progress: bool = True) -> Datase
     faults.add_summary(IMAGE_TABLE, set(rows.image_id) - set(files.image_id), "have no file below train; left out")
     unlisted = files.path[~files.image_id.isin(rows.image_id)].map(source.name)
     faults.add_summary("train", unlisted, f"have no usable row in {IMAGE_TABLE}; left out", "other files")
-    source.mark_read(files.path)
     images = rows.merge(files, on="image_id", suffixes=("", "_of_file"))
     is_elsewhere = (images.study_id != images.study_id_of_file) & (images.study_id_of_file != images.image_id)
     for row in images[is_elsewhere].itertuples():
         problem = f"the file is below the study {row.study_id_of_file}; the table's study is used"
         faults.add(IMAGE_TABLE, f"{row.image_id}_image", problem)
-    source.mark_read(path for path in source.paths if "test" in source.folders(path))
+    source.mark_read(path for path in source.paths if {"train", "test"} & set(source.folders(path)))  # train: see the faults
     images = _with_headers(images, folder, faults, "left out", progress)
     images = images[images.readable].drop(columns=["readable", "study_id_of_file"])
     boxes = boxes[boxes.image_id.isin(images.image_id)]
@@ -106,6 +105,10 @@ def _find_train_files(source: DataFolder, rows: pd.DataFrame) -> pd.DataFrame:
     }
     tables = [_find_files(train, source.faults, image_ids=set(rows.image_id))[0] for train in sorted(trains)]
     files = pd.concat([pd.DataFrame(columns=["image_id", "study_id", "path"], dtype=object), *tables])
+    # Several folders train are copies of one another, as in an archive that contains everything twice.
+    copies = files.path[files.image_id.duplicated()].map(source.name)
+    source.faults.add_summary("train", copies, "have the name of a file in another folder train; left out", "other files")
+    files = files.drop_duplicates("image_id")
     if not files.image_id.isin(rows.image_id).any():
         found = [path for path in source.paths if "train" in source.folders(path)]
         first = f", the first is {source.name(found[0])}" if found else ""

@@ -106,16 +106,12 @@ LAYOUTS = {
     "links": link,
     "tables beside": split,
 }
-# Sets whose tables name the folder of the images, from the table's own.
-NAME_FOLDERS = ("covid_chestxray", "covidx")
 
 
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_copy_in_another_layout_is_the_same_data_set(sets, tmp_path, name, layout):
     folder, expected = sets[name]
-    if layout == "tables beside" and name in NAME_FOLDERS:
-        pytest.skip("its tables give the images' paths from their own folder")
     data = read_dataset(name, LAYOUTS[layout](folder, tmp_path), progress=False)
     for table in ("images", "labels", "boxes"):
         found, wanted = getattr(data, table), getattr(expected, table)
@@ -125,8 +121,8 @@ def test_a_copy_in_another_layout_is_the_same_data_set(sets, tmp_path, name, lay
     if expected.masks is not None:
         keys = ["image_id", "structure"]
         assert data.masks[keys].to_numpy().tolist() == expected.masks[keys].to_numpy().tolist()
-    # A copy of the whole is told in a line or two, not in a line for each file.
-    assert len(expected.faults) <= len(data.faults) <= len(expected.faults) + 3
+    # A copy of the whole is told in a few lines, not in a line for each file.
+    assert len(expected.faults) <= len(data.faults) <= len(expected.faults) + 4
 
 
 @pytest.mark.parametrize("name", ["nih", "rsna", "siim"])
@@ -143,10 +139,12 @@ def test_boxes_follow_resized_images(sets, tmp_path, name):
     (copied / "meta.csv").write_text("\n".join(sizes))
     data = read_dataset(name, copied, progress=False)
     assert data.images.image_id.tolist() == expected.images.image_id.tolist()
-    heights = expected.boxes.image_id.map(expected.images.set_index("image_id")["rows"])
-    assert len(expected.boxes) > 2
-    np.testing.assert_allclose(data.boxes.ymax, expected.boxes.ymax * (heights // 2) / heights)
-    np.testing.assert_allclose(data.boxes.xmin, expected.boxes.xmin / 4, rtol=0.1)
+    assert len(expected.boxes) >= 2
+    original = expected.images.set_index("image_id").loc[expected.boxes.image_id]
+    for side, size, divisor in (("x", "columns", 4), ("y", "rows", 2)):
+        scale = (original[size] // divisor / original[size]).to_numpy()
+        for end in ("min", "max"):
+            np.testing.assert_allclose(data.boxes[side + end], expected.boxes[side + end] * scale)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -185,8 +183,11 @@ def test_of_a_damaged_copy_nothing_is_misread_or_lost_silently(sets, tmp_path_fa
         left = files(copied, (*DICOM, *PICTURES, ".img"))
         masks = {path for path in left if "mask" in str(path.relative_to(copied)).lower() or "lung" in path.parent.name}
         shutil.rmtree(copied)
-    known = data.labels[data.labels.id.isin(expected.labels.id)].set_index("id")
-    pd.testing.assert_frame_equal(known, expected.labels.set_index("id").loc[known.index, known.columns], check_freq=False)
+    wanted = expected.labels.set_index("id")
+    labels = data.labels[data.labels.id.isin(wanted.index)].set_index("id")  # a renamed file is another image
+    wanted = wanted.loc[labels.index, list(labels)]
+    # A lost table may make a label unknown (NaN), but never another one.
+    assert ((labels == wanted) | labels.isna()).all(axis=None)
     used = set(data.images.path) | set(() if data.masks is None else data.masks.path)
     unused = [path for path in left if str(path) not in used and path not in masks and "test" not in path.parts]
     assert not unused or len(data.faults), unused[:3]
