@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kitlib.datasets.base import read_headers
 from kitlib.datasets.data_folder import DICOM, IMAGES, PICTURES, DataFolder
 from kitlib.datasets.registry import read_dataset
 from kitlib.errors import KitError
@@ -191,3 +192,174 @@ def test_of_a_damaged_copy_nothing_is_misread_or_lost_silently(sets, tmp_path_fa
     used = set(data.images.path) | set(() if data.masks is None else data.masks.path)
     unused = [path for path in left if str(path) not in used and path not in masks and "test" not in path.parts]
     assert not unused or len(data.faults), unused[:3]
+
+
+def move(folder: Path, pattern: str, name) -> None:
+    for path in sorted(folder.glob(pattern)):
+        target = folder / (name(path) if callable(name) else name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+
+
+def as_picture(folder: Path, suffix: str, place, width: int = 0) -> None:
+    """Replace every image file by a picture, at `place` of its path, `width` pixels wide."""
+    for path in files(folder):
+        if "mask" not in str(path.relative_to(folder)) and "scratch" not in path.parts:
+            target = folder / place(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not read_headers([str(path)], progress=False)[0].problem or path.suffix == ".IMG":
+                cv2.imwrite(str(target.with_suffix(suffix)), np.full((width or 40, width or 40), 90, np.uint8))
+            path.unlink()
+
+
+def nih_224(folder: Path) -> None:
+    as_picture(folder, ".png", lambda path: f"images-224/images-224/{path.name}", 224)
+    move(folder, "train_val_list.txt", "train_val_list_NIH.txt")
+    move(folder, "test_list.txt", "test_list_NIH.txt")
+    move(folder, "BBox_List_2017.csv", "BBox_List_2017_Official_NIH.csv")
+
+
+def nih_sample(folder: Path) -> None:
+    move(folder, "images_*/images/*", lambda path: f"sample/images/{path.name}")
+    copy(folder / "sample", folder / "sample" / "sample")
+    move(folder, "Data_Entry*", "sample_labels.csv")
+    for path in folder.glob("*list*.txt"):
+        path.unlink()
+
+
+def rsna_processed(folder: Path) -> None:
+    as_picture(folder, ".png", lambda path: f"Training/Images/{path.name}", 256)
+    rows, classes = (
+        pd.read_csv(folder / f"stage_2_{name}.csv", dtype=str) for name in ("train_labels", "detailed_class_info")
+    )
+    rows.merge(classes.drop_duplicates(), on="patientId").to_csv(folder / "stage2_train_metadata.csv", index=False)
+    for path in folder.glob("stage_2_*.csv"):
+        path.unlink()
+
+
+def kermany_zhang(folder: Path) -> None:
+    move(folder, "chest_xray", "ZhangLabData/CellData/chest_xray")
+    for kind in ("NORMAL", "CNV", "DME", "DRUSEN"):
+        place = folder / "ZhangLabData" / "CellData" / "OCT" / "train" / kind
+        place.mkdir(parents=True)
+        for number in range(20):
+            cv2.imwrite(str(place / f"{kind}-1234567-{number}.jpeg"), np.zeros((8, 8), np.uint8))
+
+
+def ricord_pictures(folder: Path) -> None:
+    def place(path: Path) -> str:
+        patient = next(part for part in path.parts if part.startswith("MIDRC-RICORD-1C-"))
+        return f"MIDRC-RICORD/MIDRC-RICORD/{patient}-{'-'.join(path.parts[-3:])}"
+
+    as_picture(folder, ".jpg", place)
+
+
+def covidx_two_releases(folder: Path) -> None:
+    move(folder, "train*.txt", "train_COVIDx9A.txt")
+    move(folder, "test*.txt", "test_COVIDx9A.txt")
+    for part in ("train", "test"):
+        (folder / f"{part}_COVIDx8B.txt").write_text("1 none.png normal rsna\n")
+    move(folder, "test", "competition_test")
+
+
+COPIES = {
+    "nih: khanfashee/nih-chest-x-ray-14-224x224-resized": nih_224,
+    "nih: nih-chest-xrays/sample": nih_sample,
+    "rsna: kaggle-pneumonia-jpg": lambda folder: as_picture(
+        folder, ".jpg", lambda path: f"kaggle-pneumonia-jpg/stage_2_train_images_jpg/{path.name}", 512
+    ),
+    "rsna: rsna-pneumonia-processed-dataset": rsna_processed,
+    "jsrt: raddar/nodules-in-chest-xrays-jsrt": lambda folder: (
+        shutil.rmtree(folder / "scratch"),
+        as_picture(folder, ".png", lambda path: f"images/images/{path.name}", 64),
+    ),
+    "jsrt: abduzzami/jsrt-247": lambda folder: (
+        move(folder, "scratch/*/masks/left lung/*", lambda path: f"content/jsrt/masks/{path.name}"),
+        shutil.rmtree(folder / "scratch"),
+        as_picture(folder, ".png", lambda path: f"content/jsrt/cxr/{path.name}", 64),
+    ),
+    "jsrt: left_lungs and right_lungs": lambda folder: move(
+        folder, "scratch/*/masks/*/*", lambda path: f"masks/{path.parent.name.replace(' ', '_')}s/{path.name}"
+    ),
+    "montgomery: raddar": lambda folder: (
+        move(folder, "**/CXR_png/*", lambda path: f"images/images/{path.name}"),
+        shutil.rmtree(folder / "MontgomerySet"),
+    ),
+    "darwin: images in data": lambda folder: move(folder, "images", "data"),
+    "covid_chestxray: imagename and AP erect": lambda folder: (folder / "metadata.csv").write_text(
+        (folder / "metadata.csv").read_text().replace("filename", "imagename").replace(",AP Supine,", ",AP erect,")
+    ),
+    "kermany: pcbreviglieri/pneumonia-xray-images": lambda folder: (
+        move(folder, "chest_xray/*/PNEUMONIA", lambda path: f"{path.parent.name}/opacity"),
+        move(folder, "chest_xray/*/NORMAL", lambda path: f"{path.parent.name}/normal"),
+    ),
+    "kermany: ZhangLabData": kermany_zhang,
+    "kermany: coronahack": lambda folder: move(
+        folder, "chest_xray/*/*/*", lambda path: f"Coronahack-Chest-XRay-Dataset/{path.parts[-3]}/{path.name}"
+    ),
+    "covidx: two releases, competition_test": covidx_two_releases,
+    "ricord: MIDRC-RICORD-1c-manifest-Jan-2021": lambda folder: move(
+        folder, "*", lambda path: f"MIDRC-RICORD-1c-manifest-Jan-2021/midrc_ricord_1c/{path.name}"
+    ),
+    "ricord: raddar/ricord-covid19-xray-positive-tests": ricord_pictures,
+    "bimcv: covid19_posi_dump": lambda folder: (
+        shutil.rmtree(folder / "covid19_neg"),
+        move(folder, "covid19_posi/**/mod-rx/*", lambda path: f"covid19_posi_dump/{path.name}"),
+    ),
+}
+# Copies that lack a part of the data set: what is then missing.
+WITHOUT = {"nih: nih-chest-xrays/sample": "split", "jsrt: raddar": "masks", "montgomery: raddar": "masks"}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_popular_copies_on_kaggle_are_read(sets, tmp_path, name):
+    """Their layouts are those of the data sets that the names give; the images are ours."""
+    layout = name.partition(":")[0]
+    folder, expected = sets[layout]
+    copied = copy(folder, tmp_path / "copy")
+    COPIES[name](copied)
+    data = read_dataset(layout, copied, progress=False)
+    lacks = next((part for copied_name, part in WITHOUT.items() if name.startswith(copied_name)), "")
+    is_wanted = expected.images.image_id.map(lambda image_id: True)
+    if name.endswith("posi_dump"):
+        is_wanted = expected.images.diagnosis == "COVID-19"
+    wanted = expected.images[is_wanted].reset_index(drop=True)
+    for column in ("patient_id", "diagnosis", "split"):
+        if column in wanted and column != lacks:
+            assert data.images[column].tolist() == wanted[column].tolist()
+    assert len(data.images) == len(wanted) and len(data.boxes) == len(expected.boxes)
+    pd.testing.assert_frame_equal(
+        data.labels.drop(columns="id"), expected.labels.drop(columns="id")[is_wanted.to_numpy()].reset_index(drop=True)
+    )
+    assert (data.masks is None) == (expected.masks is None or lacks == "masks")
+    if data.masks is not None:
+        assert set(data.masks.image_id) == set(expected.masks.image_id)
+
+
+def test_masks_of_another_input_are_found_beside(sets, tmp_path):
+    """As Shenzhen's images, in one data set on Kaggle, and its masks, in another."""
+    folder, expected = sets["shenzhen"]
+    images, masks = copy(folder, tmp_path / "images"), tmp_path / "shcxr-lung-mask"
+    for path in images.rglob("*_mask.png"):
+        (masks / "mask" / "mask").mkdir(parents=True, exist_ok=True)
+        path.rename(masks / "mask" / "mask" / path.name)
+    assert read_dataset("shenzhen", images, progress=False).masks is None
+    data = read_dataset("shenzhen", DataFolder(images, [masks]), progress=False)
+    assert data.masks.image_id.tolist() == expected.masks.image_id.tolist()
+
+
+def test_a_class_that_is_published_and_lost_is_an_error(tmp_path):
+    """A part of the data set as large as this would have hundreds of pneumonias; alone, its normal images teach nothing."""
+    for number in range(60):
+        path = tmp_path / "train" / "NORMAL" / f"IM-{number:04d}-0001.jpeg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), np.zeros((8, 8), np.uint8))
+    with pytest.raises(KitError, match="none of the 60 images read has the class 'bacterial', which 2780 of"):
+        read_dataset("kermany", tmp_path, progress=False)
+
+
+def test_a_set_in_a_published_layout_keeps_its_own_name_and_patients(sets):
+    folder, expected = sets["nih"]
+    data = read_dataset("nih", folder, progress=False, source="hospital")
+    assert set(data.images.source) == {"hospital"} and data.published == {}
+    assert data.images.patient_id.tolist() == ("hospital-" + expected.images.patient_id).tolist()
