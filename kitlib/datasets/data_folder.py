@@ -128,6 +128,13 @@ class DataFolder:
         """Mark files as read, so that `count_unread` does not count them."""
         self._read.update(map(Path, paths))
 
+    def count_images(self) -> int:
+        """Return the number of image files in the data set's folder, without those in folders that hold masks."""
+        return sum(
+            path.suffix.lower() in IMAGES and self._is_own(path) and not any("mask" in name for name in self.folders(path))
+            for path in self.paths
+        )
+
     def count_unread(self) -> None:
         """Add one fault that counts the image files in the data set's folder that were not read, by their folders."""
         unread = [
