@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kitlib.errors import BundleError, InputNotFound, RunNotFound
@@ -52,10 +52,16 @@ def run_path(name: str | Path) -> Path:
 def find_run(name: str | Path, made_by: str = "the notebook that makes it") -> Path:
     """Return the folder of the run `name`, in `runs_root()` or an input.
 
-    `made_by` names the notebook that makes such runs. Raises RunNotFound if the run does not exist.
+    `made_by` names the notebook that makes such runs. Raises RunNotFound if the run does not exist, or if several inputs
+    have one of this name.
     """
-    folder = run_path(name) if run_path(name).is_dir() else next(_find_folders(name, inputs_root()), None)
-    if folder is None:
+    found = [run_path(name)] if run_path(name).is_dir() else next(filter(None, _find_folders(str(name), inputs_root())), [])
+    if len(found) > 1:
+        listing = "\n  ".join(map(str, found))
+        raise RunNotFound(
+            f"{len(found)} inputs have a run {str(name)!r}; give KERNEL/{name}, or the path of one:\n  {listing}"
+        )
+    if not found:
         # Not at any depth: data sets and decoded copies have many thousand folders.
         runs, attached = (
             sorted(
@@ -67,31 +73,37 @@ def find_run(name: str | Path, made_by: str = "the notebook that makes it") -> P
         names = [*names[:50], f"and {len(names) - 50} more"] if len(names) > 50 else names
         listing = "\n  ".join(names) or f"none below {runs_root()} or {inputs_root()}"
         raise RunNotFound(f"no run {str(name)!r}; run {made_by} first, or correct the name. Runs:\n  {listing}")
-    logger.info("reads the run %s", folder)
-    return folder
+    logger.info("reads the run %s", found[0])
+    return found[0]
 
 
 def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
     """Return the folder of the input `slug` below `root` (default: `inputs_root()`), in any of Kaggle's mount layouts.
 
-    If `slug` contains a `/` and is the path of an existing folder, it is returned unchanged. Otherwise these are searched:
-    `<root>/<slug>`, `<root>/competitions/<slug>`, `<root>/datasets/<owner>/<slug>`, and for a run saved by a kernel
-    `<root>/<kernel>/<slug>` and `<root>/notebooks/<owner>/<kernel>/<slug>`. If several kernels have saved a run called
-    `slug`, `<kernel>/<slug>` selects one. Phantoms are only returned if `slug` contains a `/`, so that nobody trains on them
-    for want of the real data. Raises InputNotFound if nothing is found; the message lists the inputs that exist.
+    If `slug` contains a `/` and is the path of an existing folder, it is returned unchanged. Otherwise the inputs are
+    searched for one named SLUG or OWNER/SLUG, or a folder SLUG/FOLDER in one; Kaggle mounts inputs at <root>/SLUG, or at
+    <root>/competitions/SLUG, datasets/OWNER/SLUG, datasets/organizations/OWNER/SLUG and notebooks/OWNER/SLUG. If no input
+    has that name, it may be a folder directly inside one, such as a run in a kernel's output. Phantoms are only returned if
+    `slug` contains a `/`, so that nobody trains on them for want of the real data. Raises InputNotFound if nothing is found
+    or if several inputs have the name; the message lists those that exist.
     """
     root, slug, phantoms = Path(root) if root else inputs_root(), str(slug), []
-    for folder in _find_folders(slug, root):
-        if "/" in slug or not holds_phantoms(folder):
-            logger.info("reads the input %s", folder)
-            return folder
-        phantoms.append(folder)
+    for folders in _find_folders(slug, root):
+        phantoms += [folder for folder in folders if "/" not in slug and holds_phantoms(folder)]
+        if real := [folder for folder in folders if folder not in phantoms]:
+            if len(real) > 1:
+                listing = "\n  ".join(str(folder.relative_to(root)) for folder in real)
+                raise InputNotFound(
+                    f"{len(real)} inputs are called {slug!r} below {root}; give OWNER/SLUG, or the path of one:\n  {listing}"
+                )
+            logger.info("reads the input %s", real[0])
+            return real[0]
     if phantoms:
         raise InputNotFound(
             f"no input {slug!r} below {root}, only phantoms (synthetic X-rays) of that name in {phantoms[0]}; "
             "inputs/README.md says how to get the real data. To read the phantoms, give their path instead of the name"
         )
-    available = sorted(str(entry.relative_to(root)) for pattern in ("*", "*/*") for entry in root.glob(pattern))
+    available = sorted(str(folder.relative_to(root)) for _, folder in _mounted(root))
     listing = "\n  ".join(available[:50]) if available else "nothing (the folder is missing or empty)"
     raise InputNotFound(f"no input {slug!r} below {root}; inputs/README.md says how to get it. Available:\n  {listing}")
 
@@ -117,14 +129,30 @@ def find_starting_weights(path: str | Path) -> Path:
     return source / "bundle" if (source / "bundle").is_dir() else source
 
 
-def _find_folders(slug: str | Path, root: Path) -> Iterator[Path]:
-    """Yield the folders that `slug` may mean: the path itself or, below `root`, the places that `find_input` lists."""
-    slug = str(slug)
-    if "/" in slug:
+def _find_folders(name: str, root: Path) -> Iterator[list[Path]]:
+    """Yield the folders that `name` may mean: as a path, as an input below `root`, and as a folder inside an input."""
+    if "/" in name:
         # Jupyter starts a notebook in its own folder, so a relative path may also be one from the project's root.
-        yield from (path for path in (Path(slug), project_root() / slug) if path.is_dir())
-    if Path(slug).is_absolute():
+        yield [path for path in (Path(name), project_root() / name) if path.is_dir()][:1]
+    if Path(name).is_absolute():
         return
-    layouts: tuple[str, ...] = (slug, f"competitions/{slug}", f"datasets/*/{slug}", f"notebooks/*/{slug}", f"*/{slug}")
-    layouts += (f"datasets/*/*/{slug}", f"notebooks/*/*/{slug}")
-    yield from (match for layout in layouts for match in sorted(root.glob(layout)) if match.is_dir())
+    mounted, parts = _mounted(root), name.split("/")
+    yield _existing(folder.joinpath(*parts[1:]) for _, folder in mounted if folder.name == parts[0])
+    if len(parts) > 1:
+        # An input that is mounted without its owner may be anybody's.
+        owned = [folder for owner, folder in mounted if owner in (parts[0], "") and folder.name == parts[1]]
+        yield _existing(folder.joinpath(*parts[2:]) for folder in owned)
+    yield _existing(folder / name for _, folder in mounted)
+
+
+def _mounted(root: Path) -> list[tuple[str, Path]]:
+    """Return the owner ("" if the mount does not tell) and the folder of each input below `root`."""
+    patterns = ("competitions/*", "datasets/*/*", "datasets/organizations/*/*", "notebooks/*/*", "*")
+    groups = [root / name for name in ("competitions", "datasets", "notebooks", "datasets/organizations")]
+    folders = [folder for pattern in patterns for folder in sorted(root.glob(pattern)) if folder.is_dir()]
+    inputs = [folder for folder in folders if folder not in groups and folder.parent != groups[-1]]
+    return [("" if folder.parent in (root, groups[0]) else folder.parent.name, folder) for folder in inputs]
+
+
+def _existing(folders: Iterable[Path]) -> list[Path]:
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]

@@ -14,6 +14,7 @@ from kitlib.phantoms.siim import write_competition
         "weights",
         "competitions/weights",
         "datasets/somebody/weights",
+        "datasets/organizations/somebody/weights",
         "datasets/somebody/saved/weights",
         "kernel/weights",
         "notebooks/somebody/kernel/weights",
@@ -22,6 +23,34 @@ from kitlib.phantoms.siim import write_competition
 def test_an_input_is_found_in_all_of_kaggles_mount_layouts(tmp_path, layout):
     (tmp_path / layout).mkdir(parents=True)
     assert find_input("weights", tmp_path) == tmp_path / layout
+
+
+@pytest.mark.parametrize("layout", ["weights", "datasets/somebody/weights", "datasets/organizations/somebody/weights"])
+def test_the_owner_may_precede_and_a_folder_may_follow_the_slug_in_every_mount_layout(tmp_path, layout):
+    (tmp_path / layout / "inner").mkdir(parents=True)
+    assert find_input("somebody/weights", tmp_path) == tmp_path / layout
+    assert (
+        find_input("weights/inner", tmp_path)
+        == find_input("somebody/weights/inner", tmp_path)
+        == tmp_path / layout / "inner"
+    )
+
+
+def test_an_input_of_that_name_comes_before_a_folder_in_another_input(tmp_path):
+    """The set nikhilpandey360/chest-xray-masks-and-labels has a folder data, like the slug of NIH's set."""
+    for layout in ("datasets/nikhil/chest-xray-masks/data", "datasets/organizations/nih-chest-xrays/data"):
+        (tmp_path / layout).mkdir(parents=True)
+    assert find_input("data", tmp_path) == tmp_path / "datasets/organizations/nih-chest-xrays/data"
+    assert find_input("nih-chest-xrays/data", tmp_path) == find_input("data", tmp_path)
+    assert find_input("chest-xray-masks/data", tmp_path) == tmp_path / "datasets/nikhil/chest-xray-masks/data"
+
+
+def test_two_inputs_of_one_name_are_an_error_that_lists_them(tmp_path):
+    for owner in ("a", "b"):
+        (tmp_path / "datasets" / owner / "weights").mkdir(parents=True)
+    with pytest.raises(InputNotFound, match=r"2 inputs are called 'weights'.*OWNER/SLUG.*\n  datasets/a/weights\n"):
+        find_input("weights", tmp_path)
+    assert find_input("b/weights", tmp_path) == tmp_path / "datasets/b/weights"
 
 
 @pytest.mark.parametrize("layout", ["", "notebooks/somebody/"])
@@ -33,7 +62,7 @@ def test_a_kernels_name_selects_between_runs_of_the_same_name(tmp_path, layout):
 
 def test_a_missing_input_is_an_error_that_lists_the_available_ones(tmp_path):
     (tmp_path / "competitions" / "other").mkdir(parents=True)
-    with pytest.raises(InputNotFound, match=r"no input 'weights'.*\n.*competitions\n.*competitions/other"):
+    with pytest.raises(InputNotFound, match=r"no input 'weights'.*Available:\n  competitions/other$"):
         find_input("weights", tmp_path)
 
 

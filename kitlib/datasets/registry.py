@@ -1,6 +1,7 @@
 """Lists the data sets that the kit can read, reads them by name, and compares their counts with the published ones."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,11 @@ READERS: dict[str, Callable[..., Dataset]] = {
 }
 
 
-def read_dataset(name: str, folder: str | Path | DataFolder, progress: bool = True, **own: Any) -> Dataset:
+def read_dataset(name: str, folder: str | Path | DataFolder, progress: bool = True, source: str = "", **own: Any) -> Dataset:
     """Return the data set `name` (a key of READERS), read from `folder`; of SIIM, only the training set.
 
+    `source` names another set that has this layout, such as a hospital's own: its images get this source, and its patient
+    ids this prefix, so that neither is taken for one of the published set.
     `own` are the parameters of own images (see `read_own`); empty ones are ignored. Raises ValueError if the name is
     unknown, SettingsError if another data set than "table" gets such parameters, DatasetError if a file is missing.
     """
@@ -58,16 +61,26 @@ def read_dataset(name: str, folder: str | Path | DataFolder, progress: bool = Tr
         raise SettingsError(
             f"{', '.join(given)}: for own images only; to read them, set dataset to {OWN!r}; to read {name}, leave these out"
         )
-    return READERS[name](folder, progress=progress, **given)
+    data = READERS[name](folder, progress=progress, **given)
+    if source:
+        images = data.images.assign(source=source, patient_id=f"{source}-" + data.images.patient_id)
+        data = replace(data, images=images, published={})
+    return data
 
 
-def read_parts(parts: Mapping[str, str | Path | DataFolder], progress: bool = True, **own: Any) -> dict[str, Dataset]:
+def read_parts(
+    parts: Mapping[str, str | Path | DataFolder], progress: bool = True, sources: Mapping[str, str] | None = None, **own: Any
+) -> dict[str, Dataset]:
     """Return the data sets in `parts` (key of READERS -> folder); the parameters `own` are for the part "table".
 
-    Raises what `read_dataset` raises, also if there are such parameters but no such part.
+    `sources` has the `source` of some of them. Raises what `read_dataset` raises, also if there are parameters or sources
+    of parts that do not exist.
     """
+    sources = sources or {}
+    if unknown := set(sources) - set(parts):
+        raise SettingsError(f"sources names {', '.join(sorted(unknown))}, but the data sets read are {', '.join(parts)}")
     return {
-        name: read_dataset(name, folder, progress, **(own if name == OWN or OWN not in parts else {}))
+        name: read_dataset(name, folder, progress, sources.get(name, ""), **(own if name == OWN or OWN not in parts else {}))
         for name, folder in parts.items()
     }
 

@@ -49,7 +49,7 @@ def _inputs(run: PlannedRun) -> Iterator[tuple[str, str]]:
     # Notebooks 80 and 50 read the competition only with a ground truth, or without images of another run.
     if "competition" in values and values.get("truth", "read") and not values.get("source_run"):
         yield "competition", values["competition"]
-    yield from (("competition", folder) for folder in values.get("pool", {}).values())
+    yield from (("competition", folder) for folder in (*values.get("pool", {}).values(), *values.get("beside", [])))
     if weights := values["overrides"].get("starting_weights") if "recipe" in values else "":
         yield "starting_weights", weights
     if run.notebook.stem != "90_leaderboard":  # whose `runs` are folders in which runs are searched

@@ -108,7 +108,8 @@ def test_the_pack_of_both_sets_is_told_apart(tmp_path):
         data = read(tmp_path, progress=False)
         assert data.images.image_id.tolist() == data.masks.image_id.tolist() == [name]
         assert data.masks.path[0].endswith(f"{name}{'_mask' if name.startswith('C') else ''}.png")
-        assert data.faults.problem.str.contains("have the name of another file|other image files are not read").tolist() == [
+        problems = data.faults.problem.str.contains("have the name of another file|other image files are not read")
+        assert problems.tolist() == [
             True,
             True,
         ]
