@@ -228,7 +228,8 @@ def study_labels(labels: pd.DataFrame, where: str = "") -> pd.DataFrame:
     if missing:
         raise TableError(
             f"labels{' from ' + where if where else ''} lack the study class(es) {', '.join(missing)}; they have: "
-            f"{', '.join(class_columns(labels, 'labels')) or 'no class'}. Do they belong to a run of another data set?"
+            f"{', '.join(class_columns(labels, 'labels')) or 'no class'}. Do they belong to a run of another data set? "
+            "Notebook 25 trains a classifier of any classes"
         )
     return labels[["id", *STUDY_CLASSES]]
 

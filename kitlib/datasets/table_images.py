@@ -45,10 +45,9 @@ class ImageNames:
         return exact[:1] if len(agreeing) > 1 and exact else agreeing
 
     def all_images(self) -> list[Path]:
-        """Return every PNG, JPEG and DICOM file; one without a suffix counts if it begins as DICOM files do."""
-        return [
-            path for path in self.paths if path.suffix.lower() in (*PICTURES, *DICOM) or (_is_bare(path) and _is_dicom(path))
-        ]
+        """Return the PNG, JPEG and DICOM files of the data set's own folder; DICOM without suffix begins with its mark."""
+        own = [path for path in self.paths if self.source.folder in path.parents]
+        return [path for path in own if path.suffix.lower() in (*PICTURES, *DICOM) or (_is_bare(path) and _is_dicom(path))]
 
     def _folders(self, path: Path) -> list[str]:
         return folded(self.source.name(path)).split("/")[:-1]

@@ -9,21 +9,23 @@ import pandas as pd
 from kitlib.datasets.data_folder import PICTURES, DataFolder, folded, without_suffix
 from kitlib.errors import DatasetError
 
+MaskFiles = dict[Path, tuple[tuple[str, ...], tuple[str, ...]]]  # path -> folders above and below the mask folder
 MASK_SUFFIXES = (*PICTURES, ".gif")
 # What a mask's name has more than its image's: x_mask, x-mask, mask_x, x_lung_mask.
 AFFIX = re.compile(r"(?:[ _-]?lungs?)?[ _-]?(?:mask|seg|segmentation|label)s?$|^(?:mask|seg)s?[ _-]", re.IGNORECASE)
 
 
-def find_mask_files(source: DataFolder, mask_folder: str) -> dict[Path, tuple[tuple[str, ...], tuple[str, ...]]]:
+def find_mask_files(source: DataFolder, mask_folder: str) -> MaskFiles:
     """Return the mask files: path -> the folders above the folder `mask_folder` (case is ignored), and those below it.
 
-    `mask_folder` is a folder's name or several, such as `annotations/masks`; it may occur several times, as in CLASS/masks.
-    Raises DatasetError if there is no such folder with a file of MASK_SUFFIXES.
+    `mask_folder` is a folder's name or several, such as `annotations/masks`; it may occur several times, as in CLASS/masks,
+    and be one of the folders beside. Raises DatasetError if there is no such folder with a file of MASK_SUFFIXES.
     """
     wanted = tuple(folded(mask_folder).strip("/").split("/"))
     found = {}
     for path in source.paths:
-        folders = tuple(folded(source.name(path)).split("/")[:-1])
+        beside = [root.name for root in source.beside if root in path.parents and source.folder not in path.parents]
+        folders = tuple(folded(name) for name in (*beside[:1], *source.name(path).split("/")[:-1]))
         starts = [start for start in range(len(folders)) if folders[start : start + len(wanted)] == wanted]
         if starts and path.suffix.lower() in MASK_SUFFIXES:
             found[path] = (folders[: starts[-1]], folders[starts[-1] + len(wanted) :])
@@ -39,7 +41,7 @@ def find_mask_files(source: DataFolder, mask_folder: str) -> dict[Path, tuple[tu
 
 
 def match_masks(
-    source: DataFolder, images: pd.DataFrame, files: dict[Path, tuple[tuple[str, ...], tuple[str, ...]]]
+    source: DataFolder, images: pd.DataFrame, files: MaskFiles
 ) -> pd.DataFrame:
     """Return a table of masks (see Dataset) of lungs; `files` is the result of `find_mask_files`.
 

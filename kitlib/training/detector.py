@@ -43,9 +43,9 @@ class DetectorStrategy(Strategy):
             (self.validation_images, f"validation fold {fold}"),
         ):
             if not part_images.image_id.isin(boxes.image_id).any():
-                raise ValueError(
-                    f"{task.model_name}: none of the {len(part_images)} images in the {name} has a box; raise its limit"
-                )
+                advice = "raise its limit" if len(boxes) else "the prepared run has none; own boxes are named in columns"
+                problem = f"none of the {len(part_images)} images in the {name} has a box"
+                raise ValueError(f"{task.model_name}: {problem}; {advice}")
         # Validation uses the canvas size of prediction; if that is larger, fewer images fit a batch.
         self.validation_side = self.recipe.inference_size or self.recipe.image_size
         self.validation_batch_ratio *= (self.recipe.image_size / self.validation_side) ** 2

@@ -17,7 +17,7 @@ from kitlib.scoring.metrics import class_weights, exclusive_scores, mean_auc
 from kitlib.tables import class_columns, concatenate
 from kitlib.training.classifier import ClassifierTraining, check_frozen, start_from_weights
 from kitlib.training.patch_dataset import PatchDataset, collate_canvases
-from kitlib.training.strategy import Strategy, without_images
+from kitlib.training.strategy import Strategy, check_classes_differ, without_images
 from kitlib.training.task import Task
 from kitlib.training.xray_dataset import XrayDataset
 
@@ -173,6 +173,7 @@ class FindingsStrategy(Strategy):
 
     def __init__(self, task: Task, fold: int, run_folder: Path) -> None:
         super().__init__(task, fold, run_folder)
+        check_classes_differ(task, self.train_images, self.labels)
         test_images = unseen_test_images(self.images, self.train_images, task.limit_validation)
         self.images_to_predict = {"class_scores": self.validation_images, "test_scores": test_images}
         if task.in_sample:

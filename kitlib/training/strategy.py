@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.data import DataLoader
 
+from kitlib.errors import DatasetError
 from kitlib.inference.predict import Predictor, load_predictor
 from kitlib.lungs.crop import check_finder
 from kitlib.recipes.fields import WithBackbone
@@ -136,6 +138,26 @@ class Strategy(ABC):
     def title(self) -> str:
         """Title of the log lines: the name of the model, and the fold."""
         return f"{self.task.model_name} fold {self.fold}"
+
+
+def check_classes_differ(task: Task, images: pd.DataFrame, labels: pd.DataFrame) -> None:
+    """Raise DatasetError if the studies of the training `images` have the same known labels, which any model predicts.
+
+    A model of one class would be right for every image. Whatever the cause, the message names the parameter to change.
+    """
+    label = labels.set_index("id").reindex(images.study_id)
+    if (label.min() < label.max()).any():  # which ignore NaN
+        return
+    if label.columns.empty:
+        problem = "the prepared run has no labels; in notebook 10, give `label` or `labels` in columns, or set class_folders"
+    else:
+        always = [name for name in label if (label[name] > 0).any()]
+        problem = (
+            f"all {len(images)} training images have the same labels ({', '.join(always) or 'none of the classes'}), so "
+            "there is nothing to learn, and any accuracy would be 1.0; in notebook 10, add images of another class (pool)"
+        )
+    limit = f", or raise limit_train, which is {task.limit_train}" if task.limit_train is not None else ""
+    raise DatasetError(f"{task.model_name}: {problem}{limit}")
 
 
 def without_images(label: np.ndarray, classes: Sequence[str]) -> list[str]:

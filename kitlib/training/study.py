@@ -16,7 +16,7 @@ from kitlib.scoring.average_precision import average_precision
 from kitlib.tables import study_labels
 from kitlib.training.classifier import ClassifierTraining, check_frozen, start_from_weights
 from kitlib.training.split import with_extra
-from kitlib.training.strategy import Strategy
+from kitlib.training.strategy import Strategy, check_classes_differ
 from kitlib.training.task import Task
 from kitlib.training.xray_dataset import XrayDataset
 
@@ -103,6 +103,9 @@ class StudyStrategy(Strategy):
         self.training_data = with_extra(
             self.train_images, self.labels, self.boxes, task.cache, task.extra, self.validation_images
         )
+        images, labels, *_ = self.training_data
+        if self.recipe.outputs != "none" and labels[list(STUDY_CLASSES)].notna().any(axis=None):
+            check_classes_differ(task, images, labels)
 
     def check(self) -> None:
         """Raise ValueError if a frozen backbone has no starting weights, or if `labels` lacks a study class."""

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from kitlib.bundle import read_bundle
 from kitlib.classes import STUDY_CLASSES
-from kitlib.errors import TrainingError
+from kitlib.errors import DatasetError, TrainingError
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
 from kitlib.models.starting_weights import load_starting_weights
 from kitlib.recipes.fields import FindingsRecipe, StudyRecipe
@@ -129,7 +129,7 @@ def test_the_backbone_learns_at_the_published_rates(tmp_path):
     published = RECIPES["heidelberg_backbone"]
     assert (published.learning_rate, published.optimizer, published.schedule_every) == (1e-3, "sgd", 1)
     rates = {"learning_rate": published.learning_rate, "optimizer": published.optimizer, "schedule_every": 1}
-    history = train(tmp_path, recipe=override(RECIPE, **rates), limit_train=8).history
+    history = train(tmp_path, recipe=override(RECIPE, **rates), limit_train=12).history
     assert history.learning_rate.tolist() == pytest.approx([0.7625e-3, 0.2875e-3, 0.05e-3])
     # 35 epochs, the last one at t = 34: 0.5 (1 + cos(34 pi / 35)) = 0.00201
     assert learning_rate_factor(0, 35 * 10, published) == 1
@@ -299,7 +299,7 @@ def test_an_untrainable_task_is_refused_before_anything_is_written(tmp_path):
 def test_a_data_set_without_test_images_has_no_test_scores(tmp_path):
     small = SmallFindings(32)
     small.images = small.images.drop(columns="split")
-    run = train(tmp_path, small, recipe=override(RECIPE, epochs=1), limit_train=8, limit_validation=13)
+    run = train(tmp_path, small, recipe=override(RECIPE, epochs=1), limit_train=8, limit_validation=13, seed=1)
     # whole patients of four images
     assert run.metrics["train_images"] == 8 and len(run.tables["class_scores"]) == 12
     assert run.tables["test_scores"].empty and run.metrics["test_images"] == 0
@@ -350,3 +350,19 @@ def test_a_backbone_of_lung_crops_scores_validation_and_test_images_on_theirs(tm
         train(tmp_path / "refused", small, recipe)
     with pytest.raises(TrainingError, match="lungs_fingerprint"):
         train(tmp_path / "run", small, recipe, lungs=stored_lungs(tmp_path / "other", small))
+
+
+@pytest.mark.parametrize("multi_label", [True, False])
+def test_a_single_class_teaches_nothing(tmp_path, multi_label):
+    """Any model would be right for every image, so that the figures would be perfect."""
+    small, recipe = SmallFindings(), override(RECIPE, multi_label=multi_label)
+    small.labels = small.labels.assign(**{"Mass": 1.0, "No Finding": 0.0})
+    # The fold that is validated on has the other half of the images; the limit leaves a patient of one class.
+    with pytest.raises(DatasetError, match=r"all 16 training images have the same labels \(Mass\).* in notebook 10"):
+        train(tmp_path, small, recipe)
+    with pytest.raises(DatasetError, match=r"all 4 training images .* raise limit_train, which is 4"):
+        train(tmp_path, SmallFindings(), recipe, limit_train=4)
+    small.labels = small.labels[["id"]]
+    with pytest.raises(DatasetError, match="the prepared run has no labels; in notebook 10, give `label`"):
+        train(tmp_path, small, recipe)
+    assert not list(tmp_path.iterdir())
