@@ -152,8 +152,8 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
     whose path has no study has its own id as study_id, see `studies_from_headers`. The files and the sample submission need
     not agree (the public and the hidden test set differ, and either may have no study or no image): an id that is in only
     one of them is a fault, but still part of the result. An image with an unreadable header gets a row; its study is that in
-    its path, which is also used as its patient. Raises DatasetError if the folder test is missing and no sample submission
-    can be read.
+    its path, which is also used as its patient. Raises DatasetError if there is no id, because
+    neither a sample submission nor a test file can be used.
     """
     folder = Path(folder)
     test, faults = folder / "test", Faults()
@@ -170,6 +170,12 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
     if not test.is_dir():
         faults.add("test", "", "the folder is missing; only the sample submission's ids are used")
     files, studies = _find_files(test, faults, set(listed["study"]), set(listed["image"]))
+    if not sample_ids and files.empty:
+        problems = "; ".join(f"{file} {row}: {problem}" for file, row, problem in faults.rows[:3])
+        raise DatasetError(
+            f"{test} has no file of the form <study>/<series>/<image>.dcm, and {SAMPLE} no ids, so a submission would have "
+            f"no row; there are {len(faults.rows)} faults, the first: {problems or 'none, because the folder is empty'}"
+        )
     ids: dict[str, tuple[str, ...]] = {}
     for kind, names in (("study", studies), ("image", files.image_id.tolist())):
         sample_names, file_names = set(listed[kind]), set(names)
