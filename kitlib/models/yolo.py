@@ -13,9 +13,8 @@ from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, nms
 
 from kitlib.device import precision
-from kitlib.errors import BundleError
 from kitlib.models.backbones import import_own_backbones
-from kitlib.models.starting_weights import load_starting_weights
+from kitlib.models.starting_weights import check_random, load_starting_weights
 from kitlib.recipes.fields import BOX_LOSSES, DetectorRecipe
 
 # ultralytics reads these variables when it is imported. Without them it tries to connect, for up to 20 seconds if offline.
@@ -126,12 +125,7 @@ class YoloDetector(nn.Module):
             return "from scratch"
         report = load_starting_weights(self, source, prefix="model.")
         backbone = tuple(f"model.model.{layer}." for layer in range(len(self.model.yaml["backbone"])))
-        missing = [name for name in report["random"] if name.startswith(backbone)]
-        if missing:
-            raise BundleError(
-                f"{source} lacks {len(missing)} tensors of {self.recipe.backbone!r}, such as {missing[0]}; choose weights "
-                "of exactly that model or of its whole backbone"
-            )
+        check_random([name for name in report["random"] if name.startswith(backbone)], self, self.recipe)
         return f"{source}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
 
     def _candidates(self, output: tuple | torch.Tensor) -> list[torch.Tensor]:

@@ -32,7 +32,6 @@ def study(weights="", prepared="{prepare}"):
 
 def test_missing_data_weights_and_runs_are_listed_before_anything_starts(tmp_path):
     (tmp_path / "data").mkdir()
-    (tmp_path / "yolov5lu.pt").touch()
     steps = {
         "good": prepare(str(tmp_path / "data")),
         "first": study(prepared="{good}"),
@@ -40,7 +39,6 @@ def test_missing_data_weights_and_runs_are_listed_before_anything_starts(tmp_pat
         "absent": prepare("no-such-data"),
         "also_absent": prepare("no-such-data"),
         "weights": study(str(tmp_path / "none.safetensors"), "{good}"),
-        "pickle": study(str(tmp_path / "yolov5lu.pt"), "{good}"),
         "stranger": study(prepared="no-such-run"),
         "phantoms": {"command": ["make", "--folder", str(tmp_path / "made")], "result": "{run}/done"},
         "of_phantoms": {**prepare(str(tmp_path / "made" / "nih")), "needs": ["phantoms"]},
@@ -53,12 +51,11 @@ def test_missing_data_weights_and_runs_are_listed_before_anything_starts(tmp_pat
     for step, text in {
         "absent, also_absent": "no input 'no-such-data' below",
         "weights": "none.safetensors does not exist",
-        "pickle": "is a pickle, which is never loaded; convert it to .safetensors",
         "stranger": "no run 'no-such-run'",
         "too_early": "no input",
     }.items():
         assert any(line.startswith(f"{step}: ") and text in line for line in lines), (step, done.output)
-    assert len([line for line in lines if ": " in line]) == 1 + 5  # the headline and five problems
+    assert len([line for line in lines if ": " in line]) == 1 + 4  # the headline and four problems
     # A dry run lists the plan and the same problems; a plan whose selected steps lack nothing has none.
     assert "no-such-run" in CliRunner().invoke(app, ["run", str(path), "--dry-run"]).output
     listed = CliRunner().invoke(app, ["run", str(path), "--dry-run", "--only", "second"])
