@@ -31,6 +31,7 @@ from ultralytics.utils.loss import BboxLoss, E2ELoss  # noqa: E402
 
 SETTINGS["sync"] = False  # telemetry
 
+HEADS = ("Detect", "v10Detect")  # the last layers that predict boxes in pixels, and nothing else
 CANDIDATES = 3000  # number of the best boxes per image that enter non-maximum suppression
 
 # Custom networks, keyed by name; values are dictionaries in the format of ultralytics' YAML files. The modules that
@@ -154,11 +155,18 @@ class YoloDetector(nn.Module):
 def _architecture(recipe: DetectorRecipe) -> dict[str, Any]:
     """Return ultralytics' description (YAML content) of the recipe's model, with channels multiplied by `recipe.width`.
 
-    Raises ValueError for an unknown model, and for another width than 1 if the model has a fixed width.
+    Raises ValueError for an unknown model, a model whose last layer is not one of HEADS, and for another width than 1 if the
+    model has a fixed width.
     """
     import_own_backbones()
     name = recipe.backbone
     architecture = deepcopy(ARCHITECTURES[name]) if name in ARCHITECTURES else read_architecture(name)
+    head = architecture["head"][-1][2]
+    if head not in HEADS:
+        raise ValueError(
+            f"{name!r} ends in {head}, but the kit reads the boxes of {' and '.join(HEADS)} alone (RT-DETR's, for example, "
+            "are in shares of the image and need another training); choose a model such as yolov5lu, yolov8x or yolo11n"
+        )
     if recipe.width == 1:
         return architecture
     if "scales" not in architecture:

@@ -269,3 +269,16 @@ def test_a_file_in_the_current_folder_is_not_read(name, tmp_path, monkeypatch):
     assert "activation" not in read_architecture(name)
     YoloDetector(DetectorRecipe(family="yolo", backbone=name))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["rtdetr-l", "yolov8-rtdetr", "yolo11n-seg", "yolov8n-cls", "yoloe-11s"])
+def test_a_model_whose_output_is_not_boxes_in_pixels_is_refused(name):
+    with pytest.raises(
+        ValueError, match=rf"'{name}' ends in \w+, but the kit reads the boxes of Detect and v10Detect alone"
+    ):
+        YoloDetector(override(RECIPE, backbone=name))
+
+
+@pytest.mark.parametrize("name", ["yolov5n6u", "yolov5n-p6u", "yolov5n6", "yolov8n6", "yolov10n"])
+def test_ultralytics_names_of_larger_inputs_are_known(name):
+    assert YoloDetector(override(RECIPE, backbone=name)).predict(torch.zeros(1, *[RECIPE.image_size] * 2, dtype=torch.uint8))
