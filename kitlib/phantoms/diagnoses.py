@@ -1,4 +1,4 @@
-"""Write phantoms in the layouts of data sets with one diagnosis per image: Kermany's, ieee8023's, COVIDx, CheXpert and others.
+"""Write phantoms in the layouts of data sets with one diagnosis per image: Kermany's, ieee8023's, COVIDx and others.
 
 In each layout, one image file is damaged, one image is a near-duplicate of another patient's image, and some patients have
 two or four images.
@@ -89,9 +89,10 @@ def write_diagnoses(
     `images/*.png` and `metadata.csv`, which also has rows for a lateral image, a CT slice and an unlabelled image, whose
     files do not exist. "covidx" has `{train,test}/*.png` with lists of each image's class and source. "covidgr" has
     `{P,N}/*.jpg`. "ricord" has DICOM files, all of them COVID-19. "bimcv" has a positive and a negative set of PNG files,
-    with tables of report labels. "chexpert" has `train` and `valid` folders of JPEG files with tables of observations, some of
-    them uncertain or blank; the tables also list lateral images, whose files do not exist. The longer side of each image has `side` pixels, at least 32; `images` is at least
-    LEAST_IMAGES. The same `seed` gives the same images. For `workers`, `progress` and the errors see `write_phantoms`.
+    with tables of report labels. "chexpert" has JPEG files in `train` and `valid`, with tables of observations, some of them
+    uncertain or blank, and rows for lateral images, whose files do not exist. The longer side of each image has `side`
+    pixels, at least 32; `images` is at least LEAST_IMAGES. The same `seed` gives the same images. For `workers`, `progress`
+    and the errors see `write_phantoms`.
     Raises ValueError for an unknown layout.
     """
     if layout not in LAYOUTS:

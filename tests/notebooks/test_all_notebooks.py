@@ -97,6 +97,7 @@ def test_every_stage_shows_pictures(ended):
         *(f"{run}/figures/examples.png" for run in ("study", "yolo", "faster_rcnn", "rsna_yolo", "pseudo", "student")),
         *(f"{run}/figures/steps.png" for run in ("fuse", "fuse_published")),
         "leaderboard/figures/rankings.png",
+        "report/figures/boxes.png",
         "report/figures/confusion.png",
         "report/figures/out_of_fold.png",
         "report/figures/precision_recall.png",
