@@ -210,6 +210,7 @@ def draw_curves(result: FitResult, path: str | Path) -> None:
             history.epoch, history[name], marker=".", label=name, linewidth=2 if is_main else 1, alpha=1 if is_main else 0.6
         )
     rate.plot(history.epoch, history.learning_rate, marker=".", color="black", label="at the epoch's end")
+    rate.set_ylim(0, 1.05 * history.learning_rate.max())
     for axes, label in ((left, "loss"), (right, "validation"), (rate, "learning rate")):
         axes.axvline(result.best_epoch, color="grey", linestyle=":", label="kept epoch")
         axes.set(xlabel="epoch", ylabel=label, xlim=(0.5, history.epoch.max() + 0.5))
