@@ -267,10 +267,10 @@ def _chexpert_tables(root: Path, planned: list[Planned], written: list[None]) ->
     rows = []
     for image in planned:
         path, observations = _chexpert_path(image), CHEXPERT_CELLS[image.diagnosis]
-        row = {
+        row: dict[str, str] = {
             "Path": path,
             "Sex": {"F": "Female", "M": "Male"}[image.sex],
-            "Age": 0 if image.number % 10 == 0 else image.age,  # 0: unknown, as in the real tables
+            "Age": "0" if image.number % 10 == 0 else str(image.age),  # 0: unknown, as in the real tables
             "Frontal/Lateral": "Frontal",
             "AP/PA": ("PA", "AP")[image.patient % 2],
             **{name: observations[image.number % len(observations)].get(name, "") for name in CHEXPERT_OBSERVATIONS},
