@@ -81,6 +81,24 @@ def test_nested_folds_train_one_network_per_pair_of_folds(tmp_path):
     assert "4 trainings in 1 of 1 runs; published duration: 3 days on a V100" in describe_trainings(plan, plan.planned)
 
 
+@pytest.mark.parametrize(
+    ("name", "trainings", "stated"),
+    [
+        # 2 kinds x 5 networks x 5 x 4 pairs of folds, 2 probes in 5 folds, 2 networks for heat maps and the segmenter.
+        ("flannel", 213, "3 to 4 days on a Tesla V100"),
+        ("siim_heidelberg", 5, "not stated"),
+        # The segmenter, 3 widths, 3 baselines, whole images and 2 probes, in 10 folds.
+        ("hrnet", 100, "not stated; on one RTX 2070 Super"),
+        # 3 networks on each of 3 sets of data, 1 without masks and 2 segmenters.
+        ("covid_ensembles", 12, "not stated; on one Tesla P100"),
+    ],
+)
+def test_plans_of_the_documents_say_what_they_train_and_what_it_took(name, trainings, stated):
+    path = project_root() / "submissions" / "plans" / f"{name}.yaml"
+    shown = CliRunner().invoke(app, ["run", str(path), "--dry-run"]).output
+    assert f"{trainings} trainings in " in shown and f"; published duration: {stated}" in " ".join(shown.split())
+
+
 def test_the_demos_need_nothing_from_outside():
     for path in (project_root() / "submissions" / "plans").glob("demo*.yaml"):
         plan = read_plan(path, runs="runs/of-a-test")
