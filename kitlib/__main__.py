@@ -269,6 +269,28 @@ def run_planned(runs_file: Annotated[Path, typer.Argument(exists=True)], name: s
 
 
 @app.command()
+def convert_weights(
+    source: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A pickled model, such as yolov5lu.pt.")],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+) -> None:
+    """Take the tensors out of SOURCE, a pickled PyTorch model such as ultralytics' .pt, and write them to TARGET.
+
+    No code of the file is run: every class that it names is replaced by an empty shell. Prints these classes. Files with a
+    state dictionary alone need no conversion.
+    """
+    from kitlib.errors import BundleError
+    from kitlib.models.convert_weights import convert_weights as convert
+
+    if target.suffix != ".safetensors":
+        raise typer.BadParameter(f"{target} must end in .safetensors")
+    try:
+        names = convert(source, target)
+    except BundleError as error:
+        _fail(error)
+    typer.echo(f"{target} has the tensors of {source}, which names {len(names)} classes: {', '.join(names)}")
+
+
+@app.command()
 def demo(
     whole: Annotated[
         bool, typer.Option("--whole", help="Also segment lungs, pre-train on phantoms of NIH and RSNA, and pseudo-label.")

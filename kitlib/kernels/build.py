@@ -139,7 +139,7 @@ def _write_kernel(spec: KernelSpec, folder: Path) -> None:
         "dataset_sources": spec.sources((*built_datasets, *spec.dataset_sources)),
         "competition_sources": [spec.competition] if spec.competition else [],
         "kernel_sources": spec.sources(spec.kernel_sources),
-        "model_sources": [],
+        "model_sources": list(spec.model_sources),
     }
     write_json(folder / "kernel-metadata.json", metadata)
 

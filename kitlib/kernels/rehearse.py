@@ -37,10 +37,11 @@ PASSED_VARIABLES = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_D
 WORKING, REHEARSAL, ENVIRONMENT = Path("/kaggle/working"), Path("/rehearsal"), Path("/environment")
 # Kaggle mounts inputs below /kaggle/input either at their slug or at their kind, owner and slug; both layouts occur.
 LAYOUTS = {
-    "plain": {"competition_sources": "{slug}", "dataset_sources": "{slug}", "kernel_sources": "{slug}"},
+    "plain": dict.fromkeys(("competition_sources", "dataset_sources", "model_sources", "kernel_sources"), "{slug}"),
     "nested": {
         "competition_sources": "competitions/{slug}",
         "dataset_sources": "datasets/{owner}/{slug}",
+        "model_sources": "models/{owner}/{slug}",
         "kernel_sources": "notebooks/{owner}/{slug}",
     },
 }
@@ -178,7 +179,8 @@ def _find_inputs(
     folders, missing = {}, []
     for kind, pattern in layout.items():
         for source in metadata[kind]:
-            owner, _, slug = source.rpartition("/")
+            # Of a Model, the slug is MODEL/FRAMEWORK/VARIATION/VERSION.
+            owner, _, slug = source.partition("/") if "/" in source else ("", "", source)
             folder = inputs / slug
             if source in built_datasets and folder.is_dir():
                 raise KernelError(f"{source} was built and is also in {inputs}; remove one of the two")

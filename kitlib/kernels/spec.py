@@ -43,6 +43,7 @@ class KernelSpec(Settings):
     owner: str = ""  # Kaggle user name
     competition: str = "siim-covid19-detection"  # the competition whose data are attached; empty: no competition
     dataset_sources: tuple[str, ...] = ()  # datasets to attach
+    model_sources: tuple[str, ...] = ()  # Kaggle Models to attach, as OWNER/MODEL/FRAMEWORK/VARIATION/VERSION
     kernel_sources: tuple[str, ...] = ()  # kernels whose output (their runs) to attach
     wheels: str = ""  # slug of the wheels dataset, which several kernels may share; empty: SLUG-wheels
     accelerator: str = "NvidiaTeslaT4"  # two T4 GPUs, or "none" for a CPU kernel
@@ -262,5 +263,14 @@ def _find_source_faults(spec: KernelSpec, is_submission: bool) -> list[str]:
                 continue
             faults += [f"{key}: {fault}" for fault in _find_slug_faults(entry.split("/")[-1], characters)]
             slugs.append(entry.split("/")[-1])
+    for entry in spec.model_sources:
+        parts = entry.split("/")
+        if len(parts) != 5 or not all(parts) or not parts[-1].isdecimal():
+            faults.append(
+                f"model_sources: {entry!r} is not OWNER/MODEL/FRAMEWORK/VARIATION/VERSION, such as "
+                "timm/resnext/pytorch/resnext101-32x8d/1"
+            )
+        else:
+            slugs.append(parts[1])
     repeated = sorted({slug for slug in slugs if slug and slugs.count(slug) > 1})
     return faults + [f"two inputs have the slug {slug}" for slug in repeated]

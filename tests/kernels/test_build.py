@@ -373,7 +373,7 @@ def test_wheels_that_the_image_cannot_install_are_refused(tmp_path):
     [
         (
             {"titel": "x"},
-            "no field 'titel'; it has: title, slug, owner, competition, dataset_sources, kernel_sources, wheels",
+            "no field 'titel'; it has: title, slug, owner, competition, dataset_sources, model_sources, kernel_sources, wheels",
         ),
         ({"title": None}, "title is missing"),
         ({"owner": None}, "owner is missing"),
@@ -479,10 +479,11 @@ def training(folder, wheel, *cells, **keys):
 
 def test_a_training_notebook_becomes_a_kernel_with_attached_runs(tmp_path, wheel):
     sources = {"kernel_sources": ["prepared-runs", "other/their-runs"], "dataset_sources": ["other/weights-file"]}
+    sources["model_sources"] = ["timm/resnext/pytorch/resnext101-32x8d/1"]
     metadata, notebook = training(tmp_path, wheel, "print(epochs)", parameters={"prepare_run": "siim"}, **sources)
     assert metadata["kernel_sources"] == ["somebody/prepared-runs", "other/their-runs"]
     assert metadata["dataset_sources"] == ["somebody/small-test-kernel-wheels", "other/weights-file"]
-    assert [metadata["competition_sources"], metadata["model_sources"]] == [[], []]
+    assert metadata["competition_sources"] == [] and metadata["model_sources"] == sources["model_sources"]
     assert [metadata["enable_gpu"], metadata["enable_internet"]] == [True, False]
     # The notebook has no parameter that a kernel key sets, so none of these is injected.
     assert notebook.cells[3].source == '# Parameters\nprepare_run = "siim"\n'
@@ -584,6 +585,10 @@ def test_every_shipped_notebook_can_be_built_as_a_kernel(tmp_path, wheel):
         ({"lungs": "runs/lungs/fold0"}, "runs, fusion, ensemble and lungs need a notebook with a parameter `weights`"),
         ({"notebook": "notebooks/99_nothing.ipynb"}, r"small\.yaml: notebook: .*99_nothing\.ipynb does not exist"),
         ({"kernel_sources": ["one"]}, "kernel_sources: the slug 'one' has 3 characters, but Kaggle allows 5 to 50"),
+        (
+            {"model_sources": ["timm/resnext"]},
+            "model_sources: 'timm/resnext' is not OWNER/MODEL/FRAMEWORK/VARIATION/VERSION",
+        ),
         ({"kernel_sources": ["a/b/c"]}, "kernel_sources: 'a/b/c' is neither SLUG, an input of the owner, nor OWNER/SLUG"),
         ({"dataset_sources": [7]}, r"dataset_sources is \[7\]; expected a list, each item a string"),
         ({"dataset_sources": ["some body/data"], "kernel_sources": ["one/data-set", "two/data-set"]}, "the slug data-set"),
