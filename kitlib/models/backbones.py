@@ -3,11 +3,36 @@
 import difflib
 import importlib
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import timm
 
 # Environment variable: comma-separated modules to import before a backbone is looked up by name.
 MODULES = "KIT_BACKBONES"
+# Arguments of timm's networks that a recipe may set: dropout and the like, and variants of the architecture. Others, such as
+# `checkpoint_path`, would read files or change what the kit sets itself.
+OPTIONS = (
+    *(
+        "drop_rate",
+        "drop_path_rate",
+        "drop_block_rate",
+        "proj_drop_rate",
+        "attn_drop_rate",
+        "pos_drop_rate",
+        "patch_drop_rate",
+    ),
+    *(
+        "global_pool",
+        "output_stride",
+        "init_values",
+        "window_size",
+        "dynamic_img_size",
+        "class_token",
+        "qk_norm",
+        "reg_tokens",
+    ),
+)
 
 
 def check_backbone(name: str) -> None:
@@ -19,6 +44,13 @@ def check_backbone(name: str) -> None:
             f"timm {timm.__version__} has no backbone {name!r}; similar names: {', '.join(near) or 'none'}. If it is a "
             f"custom backbone, set {MODULES} to the module that registers it"
         )
+
+
+def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments for a timm network. Raises ValueError, which lists the valid names, if one is not in OPTIONS."""
+    if unknown := sorted(set(options) - set(OPTIONS)):
+        raise ValueError(f"backbone_options has no {', '.join(unknown)}; it may have: {', '.join(OPTIONS)}")
+    return dict(options)
 
 
 def import_own_backbones() -> None:

@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.device import memory_format
-from kitlib.models.backbones import check_backbone
+from kitlib.models.backbones import check_backbone, check_options
 from kitlib.models.box_mask import MaskDecoder, make_mask_decoder
+from kitlib.models.gem import with_gem
 from kitlib.recipes.fields import ClassifierRecipe, FindingsRecipe, StudyRecipe
 
 OUTPUTS = (*STUDY_CLASSES, "none")
@@ -79,8 +80,16 @@ class Classifier(nn.Module):
 
     def rates(self) -> dict[str, float]:
         """Return learning-rate factors for `make_optimizer`, keyed by prefix of parameter names; {} if all factors are 1."""
-        unfreezes = self.recipe.frozen_backbone and self.recipe.unfreeze_every
-        return {"backbone.": self.recipe.unfrozen_rate} if unfreezes else {}
+        recipe = self.recipe
+        unfreezes = recipe.frozen_backbone and recipe.unfreeze_every
+        rate = recipe.unfrozen_rate if unfreezes else 1.0
+        if recipe.layer_decay == 1:
+            return {"backbone.": rate} if unfreezes else {}
+        return {
+            f"backbone.{name}": rate * recipe.layer_decay ** (len(self.stages) - index)
+            for index, names in enumerate(self.stages)
+            for name in names
+        }
 
     def train(self, mode: bool = True) -> "Classifier":
         """Set training or evaluation mode and return the model; parts with frozen statistics stay in evaluation mode."""
@@ -256,13 +265,18 @@ def smooth_labels(truth: torch.Tensor, share: float, classes: int) -> torch.Tens
 def _backbone(recipe: ClassifierRecipe, outputs: int) -> Any:
     check_backbone(recipe.backbone)
     options: dict[str, Any] = {"pretrained": False, "in_chans": recipe.channels, "num_classes": 0}
+    options |= check_options(recipe.backbone_options)
     # Transformers with learnt position embeddings are built for one image size; other networks accept any size.
     if getattr(timm.get_pretrained_cfg(recipe.backbone), "fixed_input_size", False):
         options["img_size"] = recipe.image_size
     if not getattr(recipe, "auxiliary", 0):
-        return timm.create_model(recipe.backbone, **options)
+        try:
+            backbone: Any = timm.create_model(recipe.backbone, **options)
+        except TypeError as error:  # of an argument that only other networks have
+            raise ValueError(f"backbone_options {recipe.backbone_options} do not fit {recipe.backbone}: {error}") from error
+        return with_gem(backbone) if recipe.pooling == "gem" else backbone
     # The auxiliary head gets `outputs` classes. The main head is removed, because the kit adds its own.
-    backbone: Any = timm.create_model(recipe.backbone, **options | {"num_classes": outputs, "aux_logits": True})
+    backbone = timm.create_model(recipe.backbone, **options | {"num_classes": outputs, "aux_logits": True})
     backbone.reset_classifier(0)
     return backbone
 

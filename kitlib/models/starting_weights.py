@@ -19,6 +19,7 @@ from kitlib.paths import find_starting_weights
 from kitlib.recipes.fields import WithBackbone
 
 logger = logging.getLogger(__name__)
+FIXED = ("num_batches_tracked", "gem_power")  # tensors that start with a fixed value, not a random one
 
 
 def read_starting_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -79,7 +80,7 @@ def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "bac
     model.load_state_dict(loaded, strict=False)
     report = {
         "loaded": sorted(loaded),
-        "random": sorted(name for name in set(target) - set(loaded) if not name.endswith("num_batches_tracked")),
+        "random": sorted(name for name in set(target) - set(loaded) if not name.endswith(FIXED)),
         "unused": sorted(set(tensors) - set(loaded)),
     }
     logger.info(

@@ -4,7 +4,7 @@ A field's annotation defines its valid values (see kitlib.settings). Each class 
 uses. The published recipes are in kitlib.recipes.named.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from kitlib.errors import SettingsError
@@ -48,7 +48,7 @@ OF_ONE_FAMILY = {
     "faster_rcnn": (
         *("fpn_channels", "box_hidden", "box_samples", "proposals", "channels", "ema_decay", "schedule", "step_factor"),
         *("plateau_epochs", "schedule_every", "shift", "turn_p", "sharpen_p", "blur_p", "cutouts", "cutouts_p", "erase_p"),
-        "brightness_contrast_p",
+        *("brightness_contrast_p", "gradient_clip"),
     ),
     "yolo": ("box_gain", "class_gain", "dfl_gain", "mosaic", "mixup", "zoom", "width", "norm_momentum"),
 }
@@ -71,6 +71,7 @@ class TrainingRecipe(Settings):
     optimizer: Optimizer = "sgd"
     momentum: Share = 0.9  # SGD only; with Nesterov's correction
     learning_rate: Positive = 1e-3
+    gradient_clip: NotNegative = 0.0  # longer gradients are scaled to this norm; 0: no limit. ultralytics' is always 10
     weight_decay: NotNegative = 0.0
     warmup_epochs: NotNegative = 0.0  # cosine only: epochs during which the rate rises to learning_rate
     schedule: Schedule = "cosine"  # "plateau" divides the rate by 10 whenever the validation score stops rising
@@ -191,6 +192,11 @@ class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
     # Units of the head's hidden layer, or of several, each with ReLU and dropout; 0: the head is dropout and a linear layer.
     hidden: Count | tuple[AtLeastOne, ...] = 1024
     dropout: Share = 0.5
+    # Arguments of timm's network, such as {"drop_path_rate": 0.1}; see kitlib.models.backbones.OPTIONS.
+    backbone_options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    pooling: Literal["backbone", "gem"] = (
+        "backbone"  # "gem": generalised mean (Radenovic et al. 2018), for convolutional networks
+    )
     # Mean and standard deviation that are normalised to 0 and 1: the backbone's, 0.5 for both, or those of the batch, as in
     # ResUNet + ensembles; a prediction then depends on the other images of its batch.
     normalisation: Literal["backbone", "half", "batch"] = "backbone"
@@ -199,12 +205,17 @@ class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
     thawed_statistics: bool = True  # whether unfrozen stages update batch norm statistics; not in ResUNet + ensembles
     unfreeze_every: Count = 0  # epochs after which one more stage of a frozen backbone is unfrozen, last first; 0: never
     unfrozen_rate: NotNegative = 0.1  # learning rate of unfrozen stages, relative to the head's
+    layer_decay: Positive = 1.0  # factor of the learning rate from each stage of the backbone to the one before it; 1: equal
     label_smoothing: Share = 0.0  # share of the target that is spread evenly over the classes
     mixup: NotNegative = 0.0  # alpha of MixUp's beta distribution (Zhang et al. 2018); 0: no MixUp
     cutmix: NotNegative = 0.0  # alpha of CutMix's beta distribution (Yun et al. 2019); 0: no CutMix
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.layer_decay != 1 and self.frozen_backbone and not self.unfreeze_every:
+            raise SettingsError(
+                f"layer_decay is {self.layer_decay}, but the backbone stays frozen; set layer_decay=1 or unfreeze_every"
+            )
         if self.canvas and self.canvas < self.image_size:
             raise SettingsError(
                 f"canvas is {self.canvas}, smaller than the image_size of {self.image_size} that is cropped from it; set a "

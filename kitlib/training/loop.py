@@ -191,6 +191,7 @@ def fit(
             precision=precision(device),
             max_epochs=recipe.epochs,
             accumulate_grad_batches=batches_per_step(recipe),
+            gradient_clip_val=recipe.gradient_clip or None,
             callbacks=[keeper],
             benchmark=device.type == "cuda",
             logger=False,

@@ -373,7 +373,7 @@ def test_wheels_that_the_image_cannot_install_are_refused(tmp_path):
     [
         (
             {"titel": "x"},
-            "no field 'titel'; it has: title, slug, owner, competition, dataset_sources, model_sources, kernel_sources, wheels",
+            "no field 'titel'; it has: title, slug, owner, competition, dataset_sources, model_sources, kernel_sources",
         ),
         ({"title": None}, "title is missing"),
         ({"owner": None}, "owner is missing"),
