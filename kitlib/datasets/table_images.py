@@ -71,13 +71,13 @@ def make_image_ids(names: pd.Series) -> pd.Series:
     return ids
 
 
-def find_class_folders(names: pd.Series) -> pd.Series:
-    """Return the class of each of `names`, paths with slashes: the nearest folder that differs; "" if it has none.
+def find_class_folders(rows: pd.DataFrame, source: DataFolder) -> pd.Series:
+    """Return the class of each row: the nearest folder of its `path` that differs from others; "" if it has none.
 
     `CLASS/images/x.png` has the class CLASS if all files lie in a folder `images`. Raises DatasetError if no folder differs,
     or if these folders hold masks.
     """
-    folders = [name.split("/")[-2::-1] for name in names]  # the nearest first
+    folders = [source.name(path).split("/")[-2::-1] if path else [] for path in rows.path]  # the nearest first
     for level in range(max(map(len, folders), default=0)):
         classes = [parts[level] if level < len(parts) else "" for parts in folders]
         there = sorted(set(classes) - {""})
@@ -86,10 +86,10 @@ def find_class_folders(names: pd.Series) -> pd.Series:
                 raise DatasetError(
                     f"the folders {', '.join(there)} are no classes: set the parameter mask_folder to {masks[0]!r}"
                 )
-            return pd.Series(classes, index=names.index, dtype=object)
+            return pd.Series(classes, index=rows.index, dtype=object)
     there = sorted({"/".join(parts[::-1]) for parts in folders})
     raise DatasetError(
-        f"class_folders is set, but all {len(names)} images lie in the folder {there[0] or '.'!r}: put each class into a "
+        f"class_folders is set, but all {len(rows)} images lie in the folder {there[0] or '.'!r}: put each class into a "
         "folder of its own, or give a table with a column of classes"
     )
 

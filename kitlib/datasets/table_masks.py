@@ -40,9 +40,7 @@ def find_mask_files(source: DataFolder, mask_folder: str) -> MaskFiles:
     return found
 
 
-def match_masks(
-    source: DataFolder, images: pd.DataFrame, files: MaskFiles
-) -> pd.DataFrame:
+def match_masks(source: DataFolder, images: pd.DataFrame, files: MaskFiles) -> pd.DataFrame:
     """Return a table of masks (see Dataset) of lungs; `files` is the result of `find_mask_files`.
 
     A mask has the name of its image, which may be followed or preceded by "mask" (see AFFIX). If several images have it, the

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from kitlib.datasets.data_folder import DataFolder
@@ -16,11 +17,11 @@ TRIED = 50  # rows in which a column of file names is looked for
 
 
 def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: ImageNames, file_key: str) -> pd.DataFrame:
-    """Return the rows of the table `path` whose image is there: the `wanted` columns (key -> name) and `path`.
+    """Return the rows of the table `path`: the `wanted` columns (key -> name), and `path`, the image file.
 
-    All cells are text. `file_key` is the key of Columns for the column of files, for messages. Rows without a file, and
-    those whose name several files have, are left out, with a fault. Raises DatasetError if the table cannot be read, lacks a
-    column, or names no file that is there.
+    All cells are text. `file_key` is the key of Columns for the column of files, for messages. `path` is None, with a fault,
+    for rows without a file, and for those whose name several files have. Raises DatasetError if the table cannot be read,
+    lacks a column, or names no file that is there.
     """
     table = read_table_file(path, wanted.values(), source.faults)
     if "file" not in wanted:
@@ -44,12 +45,12 @@ def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: 
             + f". Set competition to the folder of the images; {_suggest_file(table, path, names, file_key)}"
         )
     source.mark_read(path for paths in found for path in paths)
-    rows = rows.assign(path=[paths[0] if len(paths) == 1 else None for paths in found])[counts == 1].reset_index(drop=True)
-    is_text = rows.path.map(lambda path: storable(str(path)) == str(path))
-    source.faults.add_summary(
-        path.name, rows.file[~is_text], "have a file name that is not UTF-8; left out: rename the file"
-    )
-    return rows[is_text].reset_index(drop=True)
+    # A name that is not UTF-8 cannot be stored in a table.
+    is_text = [storable(str(paths[0])) == str(paths[0]) if len(paths) == 1 else True for paths in found]
+    problem = "have a file name that is not UTF-8; left out: rename the file"
+    source.faults.add_summary(path.name, rows.file[~np.array(is_text, bool)], problem)
+    usable = [len(paths) == 1 and text for paths, text in zip(found, is_text, strict=True)]
+    return rows.assign(path=[paths[0] if use else None for paths, use in zip(found, usable, strict=True)])
 
 
 def join_repeats(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataFrame:
