@@ -16,6 +16,7 @@ from kitlib.tables import BOX, check_table, cut_boxes, empty_table
 HEADER_THREADS = 16  # more than there are cores, because the threads mostly wait for the disk
 # Where a random part of the data set would have this many images of a class, none is no chance but a misread layout.
 LEAST_EXPECTED = 20
+MOST_LOST = 0.1  # share of the image files that may be unused
 MOST_UNUSABLE = 0.1  # share of the images with boxes whose boxes may lie outside, before the boxes are of another image size
 
 
@@ -59,9 +60,8 @@ class Dataset:
 
         Checks `images` and `labels`, and compares them with the `published` counts. Image files that are in no table are
         counted in a fault (see DataFolder.count_unread), and a study whose images have different patient ids is one. Raises
-        DatasetError, which quotes the first faults, if there is no image, if a class is empty or if all images show one
-        patient although the published counts let LEAST_EXPECTED of them be expected; TableError if a table is not valid
-        (see kitlib.tables).
+        DatasetError if there is no image, or if the layout has evidently been misread (see `_compare_with_published`);
+        TableError if a table is not valid (see kitlib.tables).
         """
         faults = source.faults
         source.mark_read(images.path)
@@ -89,19 +89,27 @@ def first_faults(source: DataFolder) -> str:
 def _compare_with_published(
     source: DataFolder, images: pd.DataFrame, labels: pd.DataFrame, published: Mapping[str, int]
 ) -> None:
-    """Raise DatasetError if the layout has evidently been misread, according to the `published` counts."""
+    """Compare the tables with the `published` counts; a class without an image is a fault.
+
+    Raises DatasetError if the layout has evidently been misread: a class is empty that should have LEAST_EXPECTED images,
+    and a share of MOST_LOST of the image files is not used, or all images have one patient.
+    """
     share = len(images) / published["images"] if "images" in published else 0.0
+    unused = 1 - len(images) / max(len(images), source.count_images())
     for name in labels.columns.intersection(list(published)):
-        if published[name] * share >= LEAST_EXPECTED and not (labels[name] > 0).any():
+        if published[name] * share < LEAST_EXPECTED or (labels[name] > 0).any():
+            continue
+        problem = f"none of the {len(images)} images has this class, which {published[name]} of {published['images']} have"
+        if unused > MOST_LOST:
             raise DatasetError(
-                f"{source.folder}: none of the {len(images)} images read has the class {name!r}, which {published[name]} of "
-                f"the published {published['images']} images have. Its images are missing, or the folder has another layout "
-                f"(see inputs/README.md); {first_faults(source)}"
+                f"{source.folder}: class {name!r}: {problem}, and {unused:.0%} of the image files are not used: the folder "
+                f"has another layout, see inputs/README.md; {first_faults(source)}"
             )
+        source.faults.add(source.folder.name, name, problem)
     if published.get("patients", 0) * share >= LEAST_EXPECTED and len(set(images.patient_id)) == 1:
         raise DatasetError(
             f"{source.folder}: all {len(images)} images have the patient {images.patient_id.iloc[0]!r}, although "
-            f"{published['patients']} patients are published. The folder has another layout, see inputs/README.md"
+            f"{published['patients']} patients are published: the folder has another layout, see inputs/README.md"
         )
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -109,13 +110,14 @@ class DataFolder:
     def find_listed(self, cell: str, base: Path, below: str = "") -> Path | None:
         """Return the image file that a table's cell names, as a path from the folder `base` (or `below`, a folder in it).
 
-        Leading folders of the cell that do not exist are ignored. Case and suffix need not agree, because copies are often
+        If there is no such file, the path is tried from the data set's folder, because the table may lie beside it. Leading
+        folders of the cell that do not exist are ignored. Case and suffix need not agree, because copies are often
         converted; a file whose suffix agrees is preferred. The file is marked as read. Returns None if there is no such
         file.
         """
         parts = folded(f"{cell.strip()}".replace("\\", "/")).strip("/").split("/")
-        start = folded(f"{base.as_posix()}/{below}").rstrip("/")
-        for number in range(len(parts)):
+        starts = [folded(f"{folder.as_posix()}/{below}").rstrip("/") for folder in dict.fromkeys((base, self.folder))]
+        for start, number in product(starts, range(len(parts))):
             name = f"{start}/{'/'.join(parts[number:])}"
             if path := self._by_name.get(name) or self._by_stem.get(name) or self._by_stem.get(without_suffix(name)):
                 self._read.add(path)
@@ -125,6 +127,13 @@ class DataFolder:
     def mark_read(self, paths: Iterable[str | Path]) -> None:
         """Mark files as read, so that `count_unread` does not count them."""
         self._read.update(map(Path, paths))
+
+    def count_images(self) -> int:
+        """Return the number of image files in the data set's folder, without those in folders that hold masks."""
+        return sum(
+            path.suffix.lower() in IMAGES and self._is_own(path) and not any("mask" in name for name in self.folders(path))
+            for path in self.paths
+        )
 
     def count_unread(self) -> None:
         """Add one fault that counts the image files in the data set's folder that were not read, by their folders."""

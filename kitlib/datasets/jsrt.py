@@ -89,8 +89,9 @@ def _find_masks(source: DataFolder, images: pd.DataFrame) -> pd.DataFrame | None
         return None
     masks = pd.DataFrame(rows, columns=["image_id", "structure", "path"], dtype=object)
     is_repeated = masks.duplicated(["image_id", "structure"])
-    for row in masks[is_repeated].itertuples():
-        faults.add(row.path, row.image_id, f"is a second mask of the {row.structure.replace('_', ' ')}; left out")
+    for structure, repeated in masks[is_repeated].groupby("structure").image_id:
+        problem = f"have a second mask of the {structure.replace('_', ' ')}; left out"
+        faults.add_summary("scratch", repeated, problem, "other images")
     masks = masks[~is_repeated]
     faults.add_summary("scratch", set(masks.image_id) - set(images.image_id), "have masks but no image; left out")
     masks = masks[masks.image_id.isin(images.image_id)]

@@ -74,13 +74,12 @@ def read_train(folder: str | Path | DataFolder, progress: bool = True) -> Datase
     faults.add_summary(IMAGE_TABLE, set(rows.image_id) - set(files.image_id), "have no file below train; left out")
     unlisted = files.path[~files.image_id.isin(rows.image_id)].map(source.name)
     faults.add_summary("train", unlisted, f"have no usable row in {IMAGE_TABLE}; left out", "other files")
-    source.mark_read(files.path)
     images = rows.merge(files, on="image_id", suffixes=("", "_of_file"))
     is_elsewhere = (images.study_id != images.study_id_of_file) & (images.study_id_of_file != images.image_id)
     for row in images[is_elsewhere].itertuples():
         problem = f"the file is below the study {row.study_id_of_file}; the table's study is used"
         faults.add(IMAGE_TABLE, f"{row.image_id}_image", problem)
-    source.mark_read(path for path in source.paths if "test" in source.folders(path))
+    source.mark_read(path for path in source.paths if {"train", "test"} & set(source.folders(path)))  # train: see the faults
     images = _with_headers(images, folder, faults, "left out", progress)
     images = images[images.readable].drop(columns=["readable", "study_id_of_file"])
     boxes = boxes[boxes.image_id.isin(images.image_id)]
@@ -106,6 +105,10 @@ def _find_train_files(source: DataFolder, rows: pd.DataFrame) -> pd.DataFrame:
     }
     tables = [_find_files(train, source.faults, image_ids=set(rows.image_id))[0] for train in sorted(trains)]
     files = pd.concat([pd.DataFrame(columns=["image_id", "study_id", "path"], dtype=object), *tables])
+    # Several folders train are copies of one another, as in an archive that contains everything twice.
+    copies = files.path[files.image_id.duplicated()].map(source.name)
+    source.faults.add_summary("train", copies, "have the name of a file in another folder train; left out", "other files")
+    files = files.drop_duplicates("image_id")
     if not files.image_id.isin(rows.image_id).any():
         found = [path for path in source.paths if "train" in source.folders(path)]
         first = f", the first is {source.name(found[0])}" if found else ""
@@ -149,8 +152,8 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
     whose path has no study has its own id as study_id, see `studies_from_headers`. The files and the sample submission need
     not agree (the public and the hidden test set differ, and either may have no study or no image): an id that is in only
     one of them is a fault, but still part of the result. An image with an unreadable header gets a row; its study is that in
-    its path, which is also used as its patient. Raises DatasetError if the folder test is missing and no sample submission
-    can be read.
+    its path, which is also used as its patient. Raises DatasetError if there is no id, because
+    neither a sample submission nor a test file can be used.
     """
     folder = Path(folder)
     test, faults = folder / "test", Faults()
@@ -167,6 +170,12 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
     if not test.is_dir():
         faults.add("test", "", "the folder is missing; only the sample submission's ids are used")
     files, studies = _find_files(test, faults, set(listed["study"]), set(listed["image"]))
+    if not sample_ids and files.empty:
+        problems = "; ".join(f"{file} {row}: {problem}" for file, row, problem in faults.rows[:3])
+        raise DatasetError(
+            f"{test} has no file of the form <study>/<series>/<image>.dcm, and {SAMPLE} no ids, so a submission would have "
+            f"no row; there are {len(faults.rows)} faults, the first: {problems or 'none, because the folder is empty'}"
+        )
     ids: dict[str, tuple[str, ...]] = {}
     for kind, names in (("study", studies), ("image", files.image_id.tolist())):
         sample_names, file_names = set(listed[kind]), set(names)

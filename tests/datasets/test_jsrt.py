@@ -73,7 +73,7 @@ def test_what_is_broken_is_listed(layout):
     data = read_jsrt(layout, progress=False)
     assert data.images.image_id.tolist() == ["JPCLN001", "JPCLN002"] and set(data.masks.image_id) == {"JPCLN001"}
     told = data.faults.groupby("row").problem.agg(" ".join)
-    assert "no name such as JPCLN001" in told["holiday.img"] and "second mask of the heart" in told.JPCLN001
+    assert "no name such as JPCLN001" in told["holiday.img"] and "have a second mask of the heart" in told.JPCLN001
     assert "8388606 bytes" in told.JPCNN003 and "and 0 others have masks but no image" in told.JPCNN003
     assert "no mask of the heart; its other masks are left out" in told.JPCLN002
 

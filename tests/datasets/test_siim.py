@@ -354,6 +354,16 @@ def test_an_image_of_the_sample_is_found_wherever_it_lies(layout, name, headers)
     assert read_test(layout, progress=False, headers=headers).faults.equals(test.faults)
 
 
+def test_no_sample_and_no_usable_test_file_are_an_error_that_shows_one(layout):
+    rename_all(layout / "test", lambda path: layout / "test" / path.name)
+    (layout / "sample_submission.csv").unlink()
+    message = (
+        r"no file of the form <study>/<series>/<image>\.dcm.*no row; there are 4 faults.*test/e\.dcm e: is not in the form"
+    )
+    with pytest.raises(DatasetError, match=message):
+        read_test(layout, progress=False)
+
+
 def test_the_study_of_a_file_without_a_folder_is_in_its_header(layout):
     (layout / "test/s4/series-e/e.dcm").unlink()
     (layout / "test/s4/series-f/f.dcm").unlink()
