@@ -1,5 +1,6 @@
 """Which image file a cell of an own table names, which image ids the files get, and which class their folder is."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -9,9 +10,14 @@ import pandas as pd
 from kitlib.datasets.data_folder import DICOM, IMAGES, PICTURES, DataFolder, folded, without_suffix
 from kitlib.errors import DatasetError
 
+# The name of a folder of masks, such as masks, leftMask and lung_masks, but not masked.
+OF_MASKS = re.compile(r"(^|[ _-])masks?([ _-]|$)|masks?$", re.IGNORECASE)
+
 
 class ImageNames:
     """Finds the image files of a data set by the names that a table gives them; `masks` are files that are no images.
+
+    Other files in a folder called mask are no images either, and counted in a fault.
 
     A cell may have fewer folders than the file's path, or more, such as those of another computer; those that both have must
     agree. Case, Unicode form and suffix need not, but a file whose suffix agrees is preferred. DICOM files may have none.
@@ -21,9 +27,12 @@ class ImageNames:
         self.source = source
         self._by_name: defaultdict[str, list[Path]] = defaultdict(list)
         self._by_stem: defaultdict[str, list[Path]] = defaultdict(list)
-        self.paths = [
-            path for path in source.paths if path not in masks and (path.suffix.lower() in IMAGES or _is_bare(path))
-        ]
+        paths = [path for path in source.paths if path not in masks and (path.suffix.lower() in IMAGES or _is_bare(path))]
+        unused = {path for path in paths if any(map(OF_MASKS.search, source.name(path).split("/")[:-1]))}
+        source.mark_read(unused)
+        problem = "lie in a folder of masks; left out. To use them, set the parameter mask_folder"
+        source.faults.add_summary("the folder", map(source.name, unused), problem, "other image files")
+        self.paths = [path for path in paths if path not in unused]
         for path in self.paths:
             self._by_name[folded(path.name)].append(path)
             self._by_stem[without_suffix(folded(path.name))].append(path)
@@ -74,18 +83,13 @@ def make_image_ids(names: pd.Series) -> pd.Series:
 def find_class_folders(rows: pd.DataFrame, source: DataFolder) -> pd.Series:
     """Return the class of each row: the nearest folder of its `path` that differs from others; "" if it has none.
 
-    `CLASS/images/x.png` has the class CLASS if all files lie in a folder `images`. Raises DatasetError if no folder differs,
-    or if these folders hold masks.
+    `CLASS/images/x.png` has the class CLASS if all files lie in a folder `images`. Raises DatasetError if no folder differs.
     """
     folders = [source.name(path).split("/")[-2::-1] if path else [] for path in rows.path]  # the nearest first
     for level in range(max(map(len, folders), default=0)):
         classes = [parts[level] if level < len(parts) else "" for parts in folders]
         there = sorted(set(classes) - {""})
         if len(there) > 1:
-            if masks := [name for name in there if "mask" in name.lower()]:
-                raise DatasetError(
-                    f"the folders {', '.join(there)} are no classes: set the parameter mask_folder to {masks[0]!r}"
-                )
             return pd.Series(classes, index=rows.index, dtype=object)
     there = sorted({"/".join(parts[::-1]) for parts in folders})
     raise DatasetError(

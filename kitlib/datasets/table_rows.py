@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from kitlib.datasets.base import first_faults
 from kitlib.datasets.data_folder import DataFolder
 from kitlib.datasets.table_columns import BOX_KEYS, check_columns
 from kitlib.datasets.table_file import read_table_file
@@ -38,11 +39,11 @@ def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: 
         several = ", ".join(sorted(source.name(path) for path in found[rows.index[rows.file == cell][0]]))
         source.faults.add(path.name, cell, f"several files have this name ({several}); left out. Write its folder before it")
     if not (counts == 1).any():
+        example = f", such as {source.name(names.paths[0])!r}" if names.paths else ""
         raise DatasetError(
             f"{path.name}: none of the {len(rows)} files in the column {wanted['file']!r}, such as {rows.file.iloc[0]!r}, "
-            f"is one of the {len(names.paths)} image files in {source.folder}"
-            + (f", such as {source.name(names.paths[0])!r}" if names.paths else "")
-            + f". Set competition to the folder of the images; {_suggest_file(table, path, names, file_key)}"
+            f"is clearly one of the {len(names.paths)} image files in {source.folder}{example}; {first_faults(source)}. Set "
+            f"competition to the folder of the images; {_suggest_file(table, path, names, file_key)}"
         )
     source.mark_read(path for paths in found for path in paths)
     # A name that is not UTF-8 cannot be stored in a table.
