@@ -88,6 +88,7 @@ class Layout(StrEnum):
     COVIDGR = "covidgr"
     RICORD = "ricord"
     BIMCV = "bimcv"
+    CHEXPERT = "chexpert"
 
 
 @app.command()

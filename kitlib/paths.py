@@ -10,7 +10,8 @@ from kitlib.errors import BundleError, InputNotFound, RunNotFound
 from kitlib.phantom_marker import holds_phantoms
 
 logger = logging.getLogger(__name__)
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")  # suffixes of PyTorch's files
+WEIGHTS = (".safetensors", ".npz", *PICKLES)
 RUN_RECORD = "record.json"  # in the folder of every run, see kitlib.runs.record
 
 
@@ -82,10 +83,10 @@ def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
 
     If `slug` contains a `/` and is the path of an existing folder, it is returned unchanged. Otherwise the inputs are
     searched for one named SLUG or OWNER/SLUG, or a folder SLUG/FOLDER in one; Kaggle mounts inputs at <root>/SLUG, or at
-    <root>/competitions/SLUG, datasets/OWNER/SLUG, datasets/organizations/OWNER/SLUG and notebooks/OWNER/SLUG. If no input
-    has that name, it may be a folder directly inside one, such as a run in a kernel's output. Phantoms are only returned if
-    `slug` contains a `/`, so that nobody trains on them for want of the real data. Raises InputNotFound if nothing is found
-    or if several inputs have the name; the message lists those that exist.
+    <root>/competitions/SLUG, datasets/OWNER/SLUG, datasets/organizations/OWNER/SLUG, models/OWNER/SLUG and
+    notebooks/OWNER/SLUG. If no input has that name, it may be a folder directly inside one, such as a run in a kernel's
+    output. Phantoms are only returned if `slug` contains a `/`, so that nobody trains on them for want of the real data.
+    Raises InputNotFound if nothing is found or if several inputs have the name; the message lists those that exist.
     """
     root, slug, phantoms = Path(root) if root else inputs_root(), str(slug), []
     for folders in _find_folders(slug, root):
@@ -109,24 +110,55 @@ def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
 
 
 def find_starting_weights(path: str | Path) -> Path:
-    """Return the path of a weights file or a bundle folder; for a run folder, return the path of the bundle inside it.
+    """Return the path of a weights file or a bundle folder; for a run's folder, return the bundle inside it.
 
-    `path` is an existing path, or the name of a run or bundle that `find_run` looks up. Raises BundleError if nothing is
-    found.
+    `path` is an existing path; the name of a run or bundle (see `find_run`); or an input or a file in it, SLUG or SLUG/FILE
+    (see `find_input`), among them a Kaggle Model, OWNER/MODEL/FRAMEWORK/VARIATION/VERSION. Of a folder without a bundle,
+    such as one of the Hugging Face hub, its only weights file is used, or its only .safetensors file. Raises BundleError if
+    nothing is found, or if a folder has several weights files.
     """
     source = Path(path)
     if not source.exists():
-        if source.suffix in (".safetensors", ".npz", *PICKLES):
-            raise BundleError(
-                f"weights file {source} does not exist; inputs/README.md says how to get it; nothing is downloaded"
-            )
-        try:
-            source = find_run(path)
-        except InputNotFound as error:
-            raise BundleError(
-                f"starting weights {str(path)!r} are neither a file, a folder nor a finished run: {error}"
-            ) from error
-    return source / "bundle" if (source / "bundle").is_dir() else source
+        source = _find_file(str(path)) if source.suffix in WEIGHTS else _find_weights_folder(path)
+    if source.is_file() or (source / "model.json").is_file():
+        return source
+    if (source / "bundle").is_dir():
+        return source / "bundle"
+    files = sorted(file for file in source.iterdir() if file.suffix in WEIGHTS)
+    files = [file for file in files if file.suffix == ".safetensors"] or files
+    if len(files) == 1:
+        return files[0]
+    listing = ", ".join(file.name for file in files[:10]) or "none"
+    raise BundleError(
+        f"{source} holds no bundle (its model.json is missing), so it must hold one weights file, but it has {len(files)}: "
+        f"{listing}; give FOLDER/FILE, or another folder"
+    )
+
+
+def _find_file(name: str) -> Path:
+    """Return the weights file RUN/FILE or SLUG/FILE. Raises BundleError, which lists the files there are, if none exists."""
+    folder, _, file = name.rpartition("/")
+    if run_path(name).is_file():
+        return run_path(name)
+    for folders in _find_folders(folder, inputs_root()) if folder else ():
+        if found := [parent / file for parent in folders if (parent / file).is_file()]:
+            if len(found) > 1:
+                raise BundleError(f"{len(found)} inputs have {name}: {', '.join(map(str, found))}; give OWNER/SLUG/FILE")
+            return found[0]
+    available = [str(path.relative_to(inputs_root())) for path in inputs_root().glob("*/*") if path.suffix in WEIGHTS]
+    raise BundleError(
+        f"weights file {name} does not exist; inputs/README.md says how to get it; nothing is downloaded. Weights files in "
+        f"inputs: {', '.join(sorted(available)[:20]) or 'none'}"
+    )
+
+
+def _find_weights_folder(path: str | Path) -> Path:
+    try:
+        return find_run(path)
+    except InputNotFound as error:
+        raise BundleError(
+            f"starting weights {str(path)!r} are neither a file, a folder nor a finished run: {error}"
+        ) from error
 
 
 def _find_folders(name: str, root: Path) -> Iterator[list[Path]]:
@@ -147,8 +179,8 @@ def _find_folders(name: str, root: Path) -> Iterator[list[Path]]:
 
 def _mounted(root: Path) -> list[tuple[str, Path]]:
     """Return the owner ("" if the mount does not tell) and the folder of each input below `root`."""
-    patterns = ("competitions/*", "datasets/*/*", "datasets/organizations/*/*", "notebooks/*/*", "*")
-    groups = [root / name for name in ("competitions", "datasets", "notebooks", "datasets/organizations")]
+    patterns = ("competitions/*", "datasets/*/*", "datasets/organizations/*/*", "models/*/*", "notebooks/*/*", "*")
+    groups = [root / name for name in ("competitions", "datasets", "models", "notebooks", "datasets/organizations")]
     folders = [folder for pattern in patterns for folder in sorted(root.glob(pattern)) if folder.is_dir()]
     inputs = [folder for folder in folders if folder not in groups and folder.parent != groups[-1]]
     return [("" if folder.parent in (root, groups[0]) else folder.parent.name, folder) for folder in inputs]

@@ -113,7 +113,7 @@ def test_phantoms_of_every_layout_can_be_read(tmp_path):
 
 
 def test_phantoms_refuse_invalid_options(tmp_path):
-    for words in (("--layout", "chexpert"), ("--layout", "nih", "--truth", "x"), ("--images", 4, "--truth", "x"), ()):
+    for words in (("--layout", "padchest"), ("--layout", "nih", "--truth", "x"), ("--images", 4, "--truth", "x"), ()):
         assert run("phantom", "--folder", tmp_path, *words).exit_code == 2
     assert run("phantom", "--folder", tmp_path, "--layout", "jsrt", "--side", 512).exit_code == 2
     few = run("phantom", "--folder", tmp_path, "--layout", "rsna", "--images", 0)

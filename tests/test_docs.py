@@ -10,12 +10,15 @@ import typer
 import yaml
 
 from kitlib.__main__ import app
+from kitlib.fusion.flannel import ENSEMBLES
 from kitlib.paths import project_root
+from kitlib.plans.plan import read_plan
 from kitlib.recipes.fields import TrainingRecipe
 from kitlib.recipes.named import RECIPES, recipe
+from kitlib.reports.published_tables import TABLES
 
 ROOT = project_root()
-OWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [*OWN, ROOT / "inputs/README.md", ROOT / "benchmarks/README.md"]
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -79,6 +82,20 @@ def test_commands_of_the_kit_exist_and_have_these_options(page):
                 assert not argument.startswith("submissions/") or (ROOT / argument).is_file(), line
         if "build_kernel.py" in line:
             assert (ROOT / shlex.split(line.partition("build_kernel.py")[2], comments=True)[0]).is_file(), line
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "documents").glob("*.md")), ids=lambda page: page.stem)
+def test_the_documents_pages_name_existing_tests_steps_recipes_and_tables(page):
+    text = page.read_text(encoding="utf-8")
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
+        assert not name or f"\ndef {name}(" in (ROOT / path).read_text(encoding="utf-8"), name
+    (plan,) = set(re.findall(r"Plan `(\w+)`", text))
+    steps = {run.step for run in read_plan(ROOT / "submissions" / "plans" / f"{plan}.yaml").planned.values()}
+    named = re.findall(r"steps? ((?:`\w+`(?: \([^)]*\))?(?:, | and )?)+)", text)
+    assert named and set(re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", " ".join(named)))) <= steps
+    recipes = set(re.findall(r"`((?:heidelberg|flannel|patched|hrnet|ensemble)_\w+|\w+_lungs)`", text))
+    known = {*RECIPES, *ENSEMBLES, *TABLES, *steps}
+    assert {name for name in recipes if "NETWORK" not in name} <= known
 
 
 def test_make_targets_exist():

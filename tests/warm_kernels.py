@@ -1,19 +1,21 @@
 """Notebook kernels that are forks of a process that has loaded torch, because loading takes most of a small notebook's time.
 
-Papermill starts them like any other kernel. tests/test_notebook.py and the rehearsals do not use them, and so test real
-kernels.
+Papermill starts them like any other kernel; `run_script` runs a Python script in such a fork instead. tests/test_notebook.py
+and the rehearsals do not use them, and so test real kernels.
 """
 
 import gc
 import importlib
 import json
 import os
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -90,9 +92,14 @@ def run_kernel(client):
         # Loaded libraries do not read the environment again.
         if "OMP_NUM_THREADS" in os.environ:
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        launch_new_instance()
+        if request["arguments"][0] == "script":
+            runpy.run_path(request["arguments"][1], run_name="__main__")
+        else:
+            launch_new_instance()
         code = 0
         client.sendall(b"0")
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -105,13 +112,25 @@ def end_with(client):
     os._exit(1)
 
 
-def ask(address, *arguments):
+def run_script(path):
+    """Run the Python script `path` with one thread, and write its output to a .log file beside it.
+
+    Raises AssertionError, with the end of the log, if the script fails.
+    """
+    address, log = os.environ["JUPYTER_PATH"] + "/socket", path.with_suffix(".log")
+    with open(os.devnull) as nothing, log.open("w") as output:
+        streams = [nothing.fileno(), output.fileno(), output.fileno()]
+        code = ask(address, "script", str(path), streams=streams, variables={"OMP_NUM_THREADS": "1"})
+    assert code == 0, f"{path}\n{log.read_text()[-3000:]}"
+
+
+def ask(address, *arguments, streams=(0, 1, 2), variables=()):
     """Request a kernel from the socket `address` and wait for its end; return its exit code."""
-    request = {"environment": dict(os.environ), "folder": os.getcwd(), "arguments": arguments}
+    request = {"environment": dict(os.environ) | dict(variables), "folder": os.getcwd(), "arguments": arguments}
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(address)
         message = json.dumps(request).encode() + b"\n"
-        sent = socket.send_fds(client, [message], [0, 1, 2])
+        sent = socket.send_fds(client, [message], list(streams))
         client.sendall(message[sent:])
         # The kernel sends one byte when it ends normally, and nothing if it is killed.
         return 0 if client.recv(1) else 1

@@ -21,7 +21,7 @@ from kitlib.recipes.fields import (
     StudyRecipe,
     TrainingRecipe,
 )
-from kitlib.settings import from_dict, override
+from kitlib.settings import from_dict
 
 STUDIES, CLASSES, BOXES, LUNGS = "studies", "classes", "boxes", "lungs"
 
@@ -120,7 +120,8 @@ def load_network(record: Mapping[str, Any], weights: dict[str, torch.Tensor], de
     """
     family = recorded_family(record)
     # The bundle's weights replace the starting weights, which may no longer exist.
-    recipe = override(from_dict(family.recipe, record["recipe"]), starting_weights="")
+    fields = {name: value for name, value in record["recipe"].items() if name not in ("starting_weights", "random_parts")}
+    recipe = from_dict(family.recipe, fields)
     network = family.network(recipe, record["classes"])
     network.load_state_dict(weights, strict=True)
     return network.eval().to(device, memory_format=memory_format(device))

@@ -20,7 +20,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from kitlib.device import autocast
 from kitlib.errors import BundleError
 from kitlib.models.backbones import check_backbone
-from kitlib.models.starting_weights import load_starting_weights, read_starting_weights
+from kitlib.models.starting_weights import check_random, load_starting_weights, read_starting_weights
 from kitlib.recipes.fields import DetectorRecipe
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 STRIDES = (4, 8, 16, 32, 64)  # strides of the pyramid's maps; the last map may be pooled from the one before
 BACKBONE_STRIDES = (4, 8, 16, 32)
 # Sides of anchors, in strides of their map: torchvision's (8), and two smaller ones for small canvases, which use few maps.
+# The layers that depend on the number of classes or of anchors, and may stay random if the starting weights have others.
+CLASS_LAYERS = ("model.roi_heads.box_predictor.", "model.rpn.head.cls_logits.", "model.rpn.head.bbox_pred.")
 ANCHOR_SIDES = (8 / 2, 8 / 2**0.5, 8)
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
 
@@ -205,14 +207,15 @@ def _backbone(recipe: DetectorRecipe) -> Any:
 def _load_weights(detector: FasterRCNNDetector, recipe: DetectorRecipe) -> str:
     """Load the recipe's starting weights into `detector` and return a summary, "from scratch" if there are none.
 
-    The weights are those of a Faster R-CNN or of a classifier's backbone. Raises BundleError if a classifier's weights lack
-    tensors of the backbone, or no tensor of a Faster R-CNN's fits.
+    The weights are those of a Faster R-CNN, such as torchvision's of COCO, or of a classifier's backbone. Raises BundleError
+    if a classifier's weights lack tensors of the backbone, or a Faster R-CNN's more than those of CLASS_LAYERS.
     """
     if not recipe.starting_weights:
         return "from scratch"
     weights = read_starting_weights(recipe.starting_weights)
-    if any(name.startswith("model.roi_heads.") for name in weights):
-        report = load_starting_weights(detector, recipe.starting_weights, prefix="")
+    if any("roi_heads." in name for name in weights):
+        report = load_starting_weights(detector, recipe.starting_weights, prefix="model.")
+        check_random([name for name in report["random"] if not name.startswith(CLASS_LAYERS)], detector, recipe)
         return f"{recipe.starting_weights}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
     body = detector.model.backbone.body
     backbone_weights = {name: tensor for name, tensor in weights.items() if name.startswith("backbone.")}

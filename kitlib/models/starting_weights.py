@@ -2,19 +2,21 @@
 
 import json
 import logging
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from kitlib.bundle import RECORD, file_digest, read_bundle, read_record, read_weights
+from kitlib.bundle import RECORD, file_digest, read_bundle, read_record
 from kitlib.errors import BundleError
+from kitlib.models.published_names import count_fitting, timm_names, without_prefixes
+from kitlib.models.weights_file import read_weights_file
 from kitlib.paths import find_starting_weights
+from kitlib.recipes.fields import WithBackbone
 
 logger = logging.getLogger(__name__)
 
@@ -22,13 +24,11 @@ logger = logging.getLogger(__name__)
 def read_starting_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """Read starting weights; return tensors on the CPU, keyed by name. For `path` see `find_starting_weights`.
 
-    Raises BundleError if the weights are missing, cannot be read, or do not match the hash in their bundle's record. Pickles
-    are never loaded.
+    Raises BundleError if the weights are missing, cannot be read (see `read_weights_file`), or do not match the hash in
+    their bundle's record.
     """
     source = find_starting_weights(path)
-    if source.is_dir():
-        return read_bundle(source)[1]
-    return _read_arrays(source) if source.suffix == ".npz" else read_weights(source)
+    return read_bundle(source)[1] if source.is_dir() else read_weights_file(source)
 
 
 def starting_weights_digest(path: str | Path) -> str:
@@ -42,37 +42,45 @@ def starting_weights_digest(path: str | Path) -> str:
 def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "backbone.") -> dict[str, list[str]]:
     """Copy the tensors at `path` that fit into `model`; return lists of tensor names: `loaded`, `random` and `unused`.
 
-    `random` lists the model's tensors that keep their random values, `unused` the file's tensors that do not fit. Names in
-    the file are either those of the whole model or, as in a plain timm checkpoint, those of the model's part `prefix`;
-    whichever fits more tensors is assumed. A `head` is loaded only if all of it fits, because part of a head for other
-    classes is useless. If the model has grey input and the file's has 3 colours, the first convolution is summed over the
-    colours (timm's rule); in the reverse case it is spread evenly over them, which assumes that grey input is normalised
-    like the colours. Raises BundleError if no tensor fits.
+    `random` lists the model's tensors that keep their random values, without counters of batch norm; `unused` lists the
+    file's tensors that do not fit. Names in the file are those of the whole model or, as in published weights, those of its
+    part `prefix`, with or without the prefixes that scripts add; whichever fits most tensors is assumed. Weights of a timm
+    backbone are converted as timm does (see kitlib.models.published_names). A `head` is loaded only if all of it fits,
+    because part of a head for other classes is useless. If the model has grey input and the file's has 3 colours, the first
+    convolution is summed over the colours (timm's rule); in the reverse case it is spread evenly over them, which assumes
+    that grey input is normalised like the colours. Raises BundleError if no tensor fits.
     """
-    tensors, target = read_starting_weights(path), model.state_dict()
-    prefix = max(("", prefix), key=lambda start: sum(start + name in target for name in tensors))
+    published, target = read_starting_weights(path), model.state_dict()
+    variants = [
+        *without_prefixes(published),
+        *({prefix + name: tensor for name, tensor in names.items()} for names in without_prefixes(published)),
+    ]
+    if prefix == "backbone.":
+        named = timm_names(published, model.backbone)
+        variants.append({prefix + name: tensor for name, tensor in named.items()})
+    tensors = max(variants, key=partial(count_fitting, target=target))
     loaded = {}
     for name, tensor in tensors.items():
-        model_tensor = target.get(prefix + name)
+        model_tensor = target.get(name)
         if model_tensor is None:
             continue
         if tensor.ndim == 4 and model_tensor.ndim == 4 and (tensor.shape[1], model_tensor.shape[1]) in ((3, 1), (1, 3)):
             colours = model_tensor.shape[1]
             tensor = tensor.sum(dim=1, keepdim=True).expand(-1, colours, -1, -1) / colours
         if tensor.shape == model_tensor.shape:
-            loaded[prefix + name] = tensor
+            loaded[name] = tensor
     if any(name.startswith("head.") and name not in loaded for name in target):
         loaded = {name: tensor for name, tensor in loaded.items() if not name.startswith("head.")}
     if not loaded:
         raise BundleError(
-            f"no tensor of {path} fits the model: the file's names begin with {sorted(tensors)[:3]}, the model's with "
+            f"no tensor of {path} fits the model: the file's names begin with {sorted(published)[:3]}, the model's with "
             f"{sorted(target)[:3]}; choose the backbone that these weights belong to"
         )
     model.load_state_dict(loaded, strict=False)
     report = {
         "loaded": sorted(loaded),
-        "random": sorted(set(target) - set(loaded)),
-        "unused": sorted(name for name in tensors if prefix + name not in loaded),
+        "random": sorted(name for name in set(target) - set(loaded) if not name.endswith("num_batches_tracked")),
+        "unused": sorted(set(tensors) - set(loaded)),
     }
     logger.info(
         "starting weights %s: %d of the model's %d tensors loaded; left random: %s; unused: %s",
@@ -83,6 +91,25 @@ def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "bac
         _shorten(report["unused"]),
     )
     return report
+
+
+def check_random(random_names: Iterable[str], model: nn.Module, recipe: WithBackbone) -> None:
+    """Raise BundleError, which lists the parts, if tensors of `model` stay random that the recipe does not allow to.
+
+    `random_names` are the tensors that have to be loaded but were not. The recipe allows those whose names begin with one of
+    its `random_parts`.
+    """
+    missing = [name for name in random_names if not name.startswith(recipe.random_parts or ("\0",))]
+    if not missing:
+        return
+    sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    share = sum(sizes[name] for name in missing) / sum(sizes.values())
+    parts = sorted({".".join(name.split(".")[:3]) for name in missing})
+    raise BundleError(
+        f"{recipe.starting_weights} lacks {len(missing)} tensors of {recipe.backbone}, {share:.0%} of the model's values, "
+        f"which would stay random: {_shorten(parts)}. Use weights of exactly this network, or allow it with overrides "
+        f'{{"random_parts": ["{parts[0]}"]}}'
+    )
 
 
 def input_differences(model: Any) -> list[str]:
@@ -105,16 +132,6 @@ def input_differences(model: Any) -> list[str]:
     if here["channels"] != there["channels"]:  # then mean and std differ as well
         del here["mean"], here["std"]
     return [f"{name} {value} instead of {there[name]}" for name, value in here.items() if value != there[name]]
-
-
-def _read_arrays(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise BundleError(
-            f"{path} cannot be read as .npz ({error}); it must contain plain numeric arrays; pickles are never loaded"
-        ) from error
 
 
 def _shorten(names: list[str], limit: int = 6) -> str:

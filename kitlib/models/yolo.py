@@ -13,9 +13,8 @@ from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, nms
 
 from kitlib.device import precision
-from kitlib.errors import BundleError
 from kitlib.models.backbones import import_own_backbones
-from kitlib.models.starting_weights import load_starting_weights
+from kitlib.models.starting_weights import check_random, load_starting_weights
 from kitlib.recipes.fields import BOX_LOSSES, DetectorRecipe
 
 # ultralytics reads these variables when it is imported. Without them it tries to connect, for up to 20 seconds if offline.
@@ -32,6 +31,7 @@ from ultralytics.utils.loss import BboxLoss, E2ELoss  # noqa: E402
 
 SETTINGS["sync"] = False  # telemetry
 
+HEADS = ("Detect", "v10Detect")  # the last layers that predict boxes in pixels, and nothing else
 CANDIDATES = 3000  # number of the best boxes per image that enter non-maximum suppression
 
 # Custom networks, keyed by name; values are dictionaries in the format of ultralytics' YAML files. The modules that
@@ -126,12 +126,7 @@ class YoloDetector(nn.Module):
             return "from scratch"
         report = load_starting_weights(self, source, prefix="model.")
         backbone = tuple(f"model.model.{layer}." for layer in range(len(self.model.yaml["backbone"])))
-        missing = [name for name in report["random"] if name.startswith(backbone)]
-        if missing:
-            raise BundleError(
-                f"{source} lacks {len(missing)} tensors of {self.recipe.backbone!r}, such as {missing[0]}; choose weights "
-                "of exactly that model or of its whole backbone"
-            )
+        check_random([name for name in report["random"] if name.startswith(backbone)], self, self.recipe)
         return f"{source}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
 
     def _candidates(self, output: tuple | torch.Tensor) -> list[torch.Tensor]:
@@ -160,11 +155,18 @@ class YoloDetector(nn.Module):
 def _architecture(recipe: DetectorRecipe) -> dict[str, Any]:
     """Return ultralytics' description (YAML content) of the recipe's model, with channels multiplied by `recipe.width`.
 
-    Raises ValueError for an unknown model, and for another width than 1 if the model has a fixed width.
+    Raises ValueError for an unknown model, a model whose last layer is not one of HEADS, and for another width than 1 if the
+    model has a fixed width.
     """
     import_own_backbones()
     name = recipe.backbone
     architecture = deepcopy(ARCHITECTURES[name]) if name in ARCHITECTURES else read_architecture(name)
+    head = architecture["head"][-1][2]
+    if head not in HEADS:
+        raise ValueError(
+            f"{name!r} ends in {head}, but the kit reads the boxes of {' and '.join(HEADS)} alone (RT-DETR's, for example, "
+            "are in shares of the image and need another training); choose a model such as yolov5lu, yolov8x or yolo11n"
+        )
     if recipe.width == 1:
         return architecture
     if "scales" not in architecture:

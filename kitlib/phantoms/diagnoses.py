@@ -15,6 +15,7 @@ import pandas as pd
 from pydicom.uid import ExplicitVRLittleEndian
 
 from kitlib.atomic import replacing, write_csv, write_text
+from kitlib.classes import CHEXPERT_OBSERVATIONS
 from kitlib.phantoms.drawing import render
 from kitlib.phantoms.folder import LEAST_SIDE, write_phantoms
 from kitlib.phantoms.patients import draw_exposure, draw_finding, draw_near_duplicate, draw_opacities, draw_patient
@@ -88,8 +89,10 @@ def write_diagnoses(
     `images/*.png` and `metadata.csv`, which also has rows for a lateral image, a CT slice and an unlabelled image, whose
     files do not exist. "covidx" has `{train,test}/*.png` with lists of each image's class and source. "covidgr" has
     `{P,N}/*.jpg`. "ricord" has DICOM files, all of them COVID-19. "bimcv" has a positive and a negative set of PNG files,
-    with tables of report labels. The longer side of each image has `side` pixels, at least 32; `images` is at least
-    LEAST_IMAGES. The same `seed` gives the same images. For `workers`, `progress` and the errors see `write_phantoms`.
+    with tables of report labels. "chexpert" has JPEG files in `train` and `valid`, with tables of observations, some of them
+    uncertain or blank, and rows for lateral images, whose files do not exist. The longer side of each image has `side`
+    pixels, at least 32; `images` is at least LEAST_IMAGES. The same `seed` gives the same images. For `workers`, `progress`
+    and the errors see `write_phantoms`.
     Raises ValueError for an unknown layout.
     """
     if layout not in LAYOUTS:
@@ -255,6 +258,39 @@ def _bimcv_tables(root: Path, planned: list[Planned], written: list[None]) -> No
         write_text(root / f"covid19_{name}" / "participants.tsv", "".join(["participant\tage\tgender\n", *people]))
 
 
+def _chexpert_path(image: Planned) -> str:
+    part = "valid" if image.test else "train"
+    return f"{CHEXPERT}/{part}/patient{image.patient:05d}/study{image.follow_up + 1}/view1_frontal.jpg"
+
+
+def _chexpert_tables(root: Path, planned: list[Planned], written: list[None]) -> None:
+    rows = []
+    for image in planned:
+        path, observations = _chexpert_path(image), CHEXPERT_CELLS[image.diagnosis]
+        row: dict[str, str] = {
+            "Path": path,
+            "Sex": {"F": "Female", "M": "Male"}[image.sex],
+            "Age": "0" if image.number % 10 == 0 else str(image.age),  # 0: unknown, as in the real tables
+            "Frontal/Lateral": "Frontal",
+            "AP/PA": ("PA", "AP")[image.patient % 2],
+            **{name: observations[image.number % len(observations)].get(name, "") for name in CHEXPERT_OBSERVATIONS},
+        }
+        rows.append(row)
+        if image.number % 3 == 0:
+            lateral = {"Path": path.replace("view1_frontal", "view2_lateral"), "Frontal/Lateral": "Lateral", "AP/PA": ""}
+            rows.append(row | lateral)
+    for name in ("train", "valid"):
+        table = pd.DataFrame([row for row in rows if row["Path"].startswith(f"{CHEXPERT}/{name}/")])
+        write_csv(root / CHEXPERT / f"{name}.csv", table)
+
+
+CHEXPERT = "CheXpert-v1.0-small"  # the archive's folder, with which the paths in its tables begin
+# Diagnosis -> cells of its images' observations, in turn: "1.0" positive, "0.0" negative, "-1.0" uncertain, others blank.
+CHEXPERT_CELLS = {
+    "normal": ({"No Finding": "1.0"}, {"No Finding": "1.0", "Support Devices": "0.0"}),
+    "pneumonia": ({"Pneumonia": "1.0"}, {"Pneumonia": "1.0", "Consolidation": "-1.0"}),
+    "other": ({"Lung Lesion": "1.0"}, {"Lung Lesion": "1.0", "Pneumonia": "-1.0", "Support Devices": "1.0"}),
+}
 BIMCV_LABELS = {"COVID-19": "COVID 19", "normal": "normal", "pneumonia": "pneumonia"}
 LAYOUTS = {
     # The shares are those of Kermany's images in each class (Cell 2018).
@@ -294,5 +330,13 @@ LAYOUTS = {
         make_path=_bimcv_path,
         identifying_file="covid19_posi/derivatives/labels/labels_covid19_posi.tsv",
         tables=_bimcv_tables,
+    ),
+    # More of the images are normal than in CheXpert, so that few phantoms suffice as normals for another set's patients.
+    "chexpert": _Layout(
+        {"normal": 0.6, "pneumonia": 0.2, "other": 0.2},
+        adults=True,
+        make_path=_chexpert_path,
+        identifying_file=f"{CHEXPERT}/train.csv",
+        tables=_chexpert_tables,
     ),
 }

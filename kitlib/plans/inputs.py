@@ -7,7 +7,7 @@ from typing import Any
 
 from kitlib.errors import BundleError, InputNotFound, PlanError
 from kitlib.parameters import read_parameters
-from kitlib.paths import PICKLES, find_input, find_run, find_starting_weights, project_root
+from kitlib.paths import find_input, find_run, find_starting_weights, project_root
 from kitlib.plans.plan import Plan, PlannedRun
 
 # Parameters of notebooks that name a run, or several.
@@ -82,10 +82,8 @@ def _problem(parameter: str, value: str) -> str:
             find_input(path if "/" in value and path.is_dir() else value)
         elif parameter == "run":
             find_run(path if path.is_dir() and "/" in value else value)
-        elif find_starting_weights(path if path.exists() else value).suffix in PICKLES:
-            return (
-                f"weights file {value} is a pickle, which is never loaded; convert it to .safetensors, see inputs/README.md"
-            )
+        else:
+            find_starting_weights(path if path.exists() else value)
     except (InputNotFound, BundleError) as error:
         return re.sub(r"[.;:]? (Available|Runs)?:?$", "", str(error).splitlines()[0])
     return ""

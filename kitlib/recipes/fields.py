@@ -62,7 +62,7 @@ class TrainingRecipe(Settings):
     ends in `_p` is the probability that an augmentation is applied to an image.
     """
 
-    starting_weights: str = ""  # a bundle folder, or a .safetensors or .npz file; empty: random weights
+    starting_weights: str = ""  # a run, an input SLUG or SLUG/FILE, a bundle folder or a weights file; empty: random weights
     image_size: Side = 512  # side of the model's square input canvas, pixels
     placement: Placing = "letterbox"  # how the image is fitted to the canvas; most public solutions stretch it
     epochs: AtLeastOne = 50
@@ -112,6 +112,8 @@ class WithBackbone(TrainingRecipe):
     """Recipe fields of a model that has a backbone: which backbone, and whether it is shown whole images or lung crops."""
 
     backbone: str = "resnext101_32x8d"  # name of a timm model; the default is Heidelberg's NIH backbone
+    # Parts that starting weights may lack, besides the head: the beginnings of their names, such as "backbone.pos_embed".
+    random_parts: tuple[str, ...] = ()
     channels: Literal[1, 3] = 1  # 1: grey; 3: grey repeated three times, for weights trained on RGB
     views: Annotated[tuple[View, ...], Distinct()] = ("full",)  # views whose predictions are averaged
     lungs: Literal["darkness", "masks"] = "darkness"  # how lungs are found: kitlib.lungs.darkness, or a segmenter's masks
@@ -120,6 +122,11 @@ class WithBackbone(TrainingRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.random_parts and not self.starting_weights:
+            raise SettingsError(
+                f"random_parts are {list(self.random_parts)}, but starting_weights is empty, so all parts are random; set "
+                "random_parts=()"
+            )
         if self.masked and self.lungs != "masks":
             raise SettingsError(
                 f'masked is true, but lungs is {self.lungs!r}, which finds a frame but no mask; set lungs="masks"'

@@ -81,15 +81,17 @@ def paired_differences(
     return pd.DataFrame(rows, columns=["model", "reference", "name", "value", "low", "high", "sides", "images"])
 
 
-def fold_means(predictions: Judged) -> pd.DataFrame:
-    """Return the mean of each metric over the folds and its standard deviation, in the rows "mean" and "sd".
+def fold_table(predictions: Judged) -> pd.DataFrame:
+    """Return each metric in each fold, then its mean over the folds and its standard deviation, in the rows "mean" and "sd".
 
-    The columns are those of `draws`. This is how most papers report cross-validation. A fold in which a metric is undefined
-    is left out of its mean. The standard deviation is that of a sample (n - 1); it is NaN if there is one fold.
+    The columns are those of `draws`; the rows before these two are the folds, by number. This is how most papers report
+    cross-validation. A fold in which a metric is undefined is left out of its mean. The standard deviation is that of a
+    sample (n - 1); it is NaN if there is one fold.
     """
     folds = predictions.answers.fold
-    in_fold = (np.unique(folds)[:, None] == folds).astype(float)
-    return Metrics(predictions).for_weights(in_fold).agg(["mean", "std"]).rename(index={"std": "sd"})
+    numbers = np.unique(folds)
+    table = Metrics(predictions).for_weights((numbers[:, None] == folds).astype(float)).set_axis(numbers)
+    return pd.concat([table, table.agg(["mean", "std"]).rename(index={"std": "sd"})]).rename_axis("fold")
 
 
 def append_to_published(
@@ -100,9 +102,10 @@ def append_to_published(
 ) -> pd.DataFrame:
     """Return a table of text: the published rows, then one row for each model in `drawn`, with intervals.
 
-    `drawn` maps model names to the results of `draws`. If `by_fold` maps them to the results of `fold_means`, a row with the
-    mean and standard deviation over the folds follows each row. The columns are the published ones; the index levels are
-    `from` ("published", "here" or "here, mean of folds") and `model`. A missing value is "-".
+    `drawn` maps model names to the results of `draws`. If `by_fold` maps them to the results of `fold_table`, a row with the
+    mean and standard deviation over the folds follows each row, and before these a row for each fold if the published table
+    has such rows. The columns are the published ones; the index levels are `from` ("published", "here", "here, fold 0" or
+    "here, mean of folds") and `model`. A missing value is "-".
     """
     rows = {}
     for name, row in table.rows.iterrows():
@@ -113,7 +116,10 @@ def append_to_published(
         cells = own[["value", "low", "high"]].itertuples(index=False)
         rows["here", name] = {metric: _interval_cell(*cell) for metric, cell in zip(own["name"], cells, strict=True)}
         if by_fold:
-            means = by_fold[name][own["name"]]
+            folds = by_fold[name][own["name"]]
+            for fold in folds.index.drop(["mean", "sd"]) if table.has_folds else []:
+                rows[f"here, fold {fold}", name] = {metric: _cell(folds.loc[fold, metric], None) for metric in folds}
+            means = folds.loc[["mean", "sd"]]
             rows["here, mean of folds", name] = {metric: _cell(*means[metric]) for metric in means}
     text = pd.DataFrame.from_dict(rows, orient="index", columns=list(table.rows.columns)).fillna("-")
     text.index = pd.MultiIndex.from_tuples(list(rows), names=["from", "model"])

@@ -23,6 +23,22 @@ def confusion_figure(models: Mapping[str, Judged]) -> Figure:
     return figures.confusion_figure({name: confusion(predictions) for name, predictions in models.items()}, shares_too=True)
 
 
+def extreme_folds(models: Mapping[str, Judged]) -> dict[str, Judged]:
+    """Return the predictions of each model for the fold in which it is least accurate and for the one in which it is most.
+
+    Of several equal folds, it is the first. The keys say model, fold and accuracy. These are the confusion matrices in
+    figures 13 and 14 of the UNet + HRNet paper.
+    """
+    chosen = {}
+    for model, predictions in models.items():
+        folds = predictions.answers.fold
+        accuracy = pd.Series(predictions.predicted == predictions.truth).groupby(folds).mean()
+        for which, fold in (("worst", accuracy.idxmin()), ("best", accuracy.idxmax())):
+            name = f"{model}\n{which} fold, {fold}: accuracy {accuracy[fold]:.1%}"
+            chosen[name] = predictions.rows(folds == fold)
+    return chosen
+
+
 def class_curves(models: Mapping[str, Judged]) -> Figure:
     """Draw the ROC and precision-recall curves of each class against the others, in a row for each model."""
     rows = {}

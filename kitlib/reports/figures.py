@@ -154,6 +154,24 @@ def fold_shares(folds: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame)
     return figure
 
 
+def boxes_figure(images: pd.DataFrame, boxes: pd.DataFrame) -> Figure:
+    """Draw how many of `images` have how many boxes, and how large boxes are: figures 5 and 6 of the Heidelberg report.
+
+    The size of a box is its area as a share of the image's area.
+    """
+    counts = boxes.groupby("image_id").size().reindex(images["image_id"], fill_value=0).value_counts().sort_index()
+    sized = boxes.merge(images[["image_id", "rows", "columns"]], on="image_id")
+    shares = (sized.xmax - sized.xmin) * (sized.ymax - sized.ymin) / (sized["rows"] * sized["columns"])
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.bar(counts.index.astype(str), counts)
+    left.bar_label(left.containers[0], fontsize=7)
+    left.set(xlabel="boxes per image", ylabel="images")
+    right.hist(shares, bins=40)
+    right.set(xlabel="area of the box, as a share of the image", ylabel="boxes")
+    return figure
+
+
 def confusion_figure(matrices: Mapping[str, pd.DataFrame], shares_too: bool = False) -> Figure:
     """Draw one panel per confusion matrix; each cell shows its count, coloured by the count's share of the row.
 

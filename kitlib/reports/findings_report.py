@@ -11,10 +11,8 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
-from kitlib.scoring.metrics import dense_ranks, roc_auc, roc_auc_of_ranks
+from kitlib.scoring.metrics import DEFAULT_THRESHOLD, dense_ranks, precision_recall_f1, roc_auc, roc_auc_of_ranks
 from kitlib.tables import check_table, class_columns
-
-DEFAULT_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
@@ -137,17 +135,6 @@ def class_report(predictions: Answers, thresholds: np.ndarray) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-def precision_recall_f1(truth: np.ndarray, called: np.ndarray) -> tuple[float, float, float]:
-    """Return precision, recall and F1. `truth` and `called` (predicted positive) are bool arrays (n,).
-
-    All three are NaN without positives. Precision is 0 if nothing is predicted positive.
-    """
-    positives, calls, hits = truth.sum(), called.sum(), (truth & called).sum()
-    if not positives:
-        return (float("nan"),) * 3
-    return float(hits / max(calls, 1)), float(hits / positives), float(2 * hits / (positives + calls))
 
 
 def bootstrap_auc(predictions: Answers, samples: int = 200, level: float = 0.95, seed: int = 0) -> pd.DataFrame:

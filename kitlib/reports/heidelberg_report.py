@@ -14,9 +14,10 @@ from sklearn.metrics import precision_recall_fscore_support
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import RunError
 from kitlib.fusion.model_fusion import Fused
-from kitlib.reports.findings_report import DEFAULT_THRESHOLD, Answers, precision_recall_f1
+from kitlib.reports.findings_report import Answers
 from kitlib.reports.published_tables import find_published
 from kitlib.scoring.average_precision import precision_recall
+from kitlib.scoring.metrics import DEFAULT_THRESHOLD, call_metrics, most_probable
 from kitlib.scoring.score import class_precision, opacity_precisions, table_hits
 
 COLUMNS = (
@@ -147,24 +148,10 @@ def heidelberg_figures(predictions: Answers, thresholds: np.ndarray, exclusive: 
         "here, from thresholds of other images on": predictions.probabilities >= thresholds,
     }
     if exclusive:
-        calls = {
-            "here, most probable class": predictions.probabilities.argmax(axis=1)[:, None]
-            == np.arange(len(predictions.classes))
-        }
+        calls = {"here, most probable class": most_probable(predictions.probabilities)}
     table = find_published("heidelberg_nih").rows
     rows = {"published (NIH, Heidelberg report 4.1)": table.loc["backbone"].to_dict()}
-    whole = ~np.isnan(predictions.truth).any(axis=1)
-    for name, called in calls.items():
-        is_known = [~np.isnan(column) for column in predictions.truth.T]
-        class_figures = [
-            precision_recall_f1(truth[known] == 1, call[known])
-            for truth, call, known in zip(predictions.truth.T, called.T, is_known, strict=True)
-            if (truth[known] == 1).any()
-        ]
-        precision, recall, f1 = np.mean(class_figures, axis=0) if class_figures else (float("nan"),) * 3
-        right = (called[whole] == (predictions.truth[whole] == 1)).all(axis=1)
-        accuracy = right.mean() if len(right) else float("nan")
-        rows[name] = {"precision": precision, "recall": recall, "accuracy": accuracy, "f1": f1}
+    rows |= {name: call_metrics(predictions.truth, called) for name, called in calls.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(table.columns))
 
 

@@ -35,6 +35,11 @@ class PublishedTable:
     spread: pd.DataFrame | None = None
     counts: tuple[int, int] | None = None  # positives and negatives of each row, if the rows are single tests
 
+    @property
+    def has_folds(self) -> bool:
+        """Whether the rows are the folds of one model, such as "fold 1"."""
+        return any(str(name).startswith("fold ") for name in self.rows.index)
+
 
 def find_published(name: str) -> PublishedTable:
     """Return the published table called `name`, a key of TABLES. Raises SettingsError if it does not exist."""

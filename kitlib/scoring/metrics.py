@@ -8,6 +8,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from sklearn.metrics import f1_score, recall_score
 
+CALL_METRICS = ("accuracy", "precision", "recall", "f1")
+DEFAULT_THRESHOLD = 0.5  # probability from which a class counts as called, if no better threshold is known
+
 
 def roc_auc(scores: np.ndarray, positive: np.ndarray, weight: np.ndarray | None = None) -> float:
     """Return the ROC AUC: the probability that a positive has a higher score than a negative; equal scores count half.
@@ -82,6 +85,42 @@ def exclusive_scores(
     class_scores[occurring] = score(actual, predicted, labels=occurring, average=None, zero_division=0)
     total = np.nanmean(class_scores) if judged_by == "macro_f1" else (actual == predicted).mean()
     return {"score": float(total), **{name: float(part) for name, part in zip(classes, class_scores, strict=True)}}
+
+
+def precision_recall_f1(truth: np.ndarray, called: np.ndarray) -> tuple[float, float, float]:
+    """Return precision, recall and F1. `truth` and `called` (predicted positive) are bool arrays (n,).
+
+    All three are NaN without positives. Precision is 0 if nothing is predicted positive.
+    """
+    positives, calls, hits = truth.sum(), called.sum(), (truth & called).sum()
+    if not positives:
+        return (float("nan"),) * 3
+    return float(hits / max(calls, 1)), float(hits / positives), float(2 * hits / (positives + calls))
+
+
+def most_probable(probabilities: np.ndarray) -> np.ndarray:
+    """Return a boolean mask (n, classes) of the most probable class of each row, the first of several that are equal."""
+    return np.arange(probabilities.shape[1]) == probabilities.argmax(axis=1)[:, None]
+
+
+def call_metrics(truth: np.ndarray, called: np.ndarray) -> dict[str, float]:
+    """Return CALL_METRICS, keyed by name, of the classes that a model calls.
+
+    `truth` is (n, classes), 1 or 0, NaN if unknown; `called` (n, classes) is a boolean mask. Accuracy is the share of rows
+    with all classes right, among the rows whose truth is fully known. The others are unweighted means over the classes that
+    occur, each computed on the rows in which it is known. NaN if there are no such rows or classes.
+    """
+    is_known = ~np.isnan(truth)
+    parts = [
+        precision_recall_f1(actual[known] == 1, call[known])
+        for actual, call, known in zip(truth.T, called.T, is_known.T, strict=True)
+        if (actual == 1).any()
+    ]
+    means = np.mean(parts, axis=0) if parts else (float("nan"),) * 3
+    whole = is_known.all(axis=1)
+    right = (called[whole] == (truth[whole] == 1)).all(axis=1)
+    values = (right.mean() if len(right) else float("nan"), *means)
+    return dict(zip(CALL_METRICS, map(float, values), strict=True))
 
 
 def overlap(predicted: np.ndarray, truth: np.ndarray) -> tuple[float, float]:

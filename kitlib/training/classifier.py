@@ -8,19 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from kitlib.errors import BundleError
 from kitlib.models.classifier import Classifier, FindingsClassifier, StudyClassifier
-from kitlib.models.starting_weights import input_differences, load_starting_weights
+from kitlib.models.starting_weights import check_random, input_differences, load_starting_weights
 from kitlib.recipes.fields import ClassifierRecipe
 from kitlib.training import data_parallel
 from kitlib.training.batch_mixing import mix_batch
 from kitlib.training.loop import RecipeTraining
 
 logger = logging.getLogger(__name__)
-
-# Largest share of the backbone's parameters that starting weights may lack. This allows a first convolution with another
-# number of channels, but not another backbone that has a few parameter names in common.
-MAX_RANDOM_SHARE = 0.1
 
 
 def check_frozen(recipe: ClassifierRecipe, model_name: str) -> None:
@@ -37,26 +32,20 @@ def start_from_weights(model: Classifier) -> str:
     """Load the starting weights of the model's recipe, and return a text that says how many tensors were loaded.
 
     Returns "from scratch" if the recipe has no starting weights. If a frozen backbone was trained on another size, placement
-    or normalisation of images, logs a warning, and the text says so. Raises ValueError if the weights lack a tensor of a
-    frozen backbone; BundleError if they lack more than MAX_RANDOM_SHARE of the parameters of a trainable backbone.
+    or normalisation of images, logs a warning, and the text says so. Raises BundleError if a part of the backbone would
+    stay random that the recipe's `random_parts` does not allow; ValueError if a part of a frozen backbone would.
     """
     recipe = model.recipe
     if not recipe.starting_weights:
         return "from scratch"
     report = load_starting_weights(model, recipe.starting_weights)
-    sizes = {name: parameter.numel() for name, parameter in model.backbone.named_parameters(prefix="backbone")}
-    random_names = [name for name in report["random"] if name in sizes]
+    random_names = [name for name in report["random"] if name.startswith("backbone.")]
     if random_names and recipe.frozen_backbone:
         raise ValueError(
             f"{recipe.starting_weights} lacks {len(random_names)} tensors of the frozen {recipe.backbone}; the first is "
             f'{random_names[0]}. Use weights of this backbone, or set overrides {{"frozen_backbone": false}}'
         )
-    share = sum(sizes[name] for name in random_names) / sum(sizes.values())
-    if share > MAX_RANDOM_SHARE:
-        raise BundleError(
-            f"{recipe.starting_weights} lacks {share:.0%} of the parameters of {recipe.backbone}; the first missing tensor "
-            f"is {random_names[0]}. Use weights of exactly this backbone"
-        )
+    check_random(random_names, model, recipe)
     text = f"{recipe.starting_weights}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
     if recipe.frozen_backbone and (differences := input_differences(model)):
         text += f"; the frozen backbone was trained on another input: {', '.join(differences)}"

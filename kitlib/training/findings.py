@@ -14,7 +14,7 @@ from kitlib.inference.predict import load_predictor
 from kitlib.models.classifier import FindingsClassifier, check_classes, mean_of_known, smooth_labels
 from kitlib.models.patch_classifier import PatchClassifier
 from kitlib.recipes.fields import FindingsRecipe, PatchRecipe
-from kitlib.scoring.metrics import class_weights, exclusive_scores, mean_auc
+from kitlib.scoring.metrics import DEFAULT_THRESHOLD, call_metrics, class_weights, exclusive_scores, mean_auc, most_probable
 from kitlib.tables import class_columns, concatenate
 from kitlib.training.classifier import ClassifierTraining, check_frozen, start_from_weights
 from kitlib.training.patch_dataset import PatchDataset, collate_canvases
@@ -115,9 +115,13 @@ class FindingsTraining(ClassifierTraining):
         if np.isnan(self.validation_probabilities).any():
             # argmax would count NaN predictions as the first class; with a NaN score, `fit` raises an error.
             return {"score": float("nan")}
-        if self.recipe.judged_by == "auc":
-            return mean_auc(self.truth, self.validation_probabilities, self.model.classes)
-        return exclusive_scores(self.truth, self.validation_probabilities, self.model.classes, self.recipe.judged_by)
+        truth, probabilities, judged_by = self.truth, self.validation_probabilities, self.recipe.judged_by
+        if judged_by == "auc":
+            scores = mean_auc(truth, probabilities, self.model.classes)
+        else:
+            scores = exclusive_scores(truth, probabilities, self.model.classes, judged_by)
+        called = probabilities >= DEFAULT_THRESHOLD if self.recipe.multi_label else most_probable(probabilities)
+        return scores | call_metrics(truth, called)
 
 
 class PatchTraining(FindingsTraining):

@@ -20,6 +20,7 @@ from kitlib.device import RECORDED, precision
 from kitlib.errors import TrainingError
 from kitlib.recipes.fields import TrainingRecipe
 from kitlib.runs.record import process_record
+from kitlib.scoring.metrics import CALL_METRICS
 
 logger = logging.getLogger(__name__)
 
@@ -195,26 +196,51 @@ def finish_fold(
 
 
 def draw_curves(result: FitResult, path: str | Path) -> None:
-    """Plot losses (left) and validation scores (right) against epochs, and write the plot to the image file `path`.
+    """Plot losses, validation scores and the learning rate against epochs, and write the plot to the image file `path`.
 
     A dotted line marks the kept epoch.
     """
-    history, figure = result.history, Figure(figsize=(12, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    history, figure = result.history, Figure(figsize=(15, 4), layout="constrained")
+    left, right, rate = figure.subplots(1, 3, width_ratios=(3, 3, 2))
     parts = history.columns.difference(NOT_METRICS, sort=False)
     for name in parts:
         axes = left if "loss" in name else right
-        is_main = "loss" in name or name == "score"
+        is_main = "loss" in name or name in ("score", *CALL_METRICS)
         axes.plot(
             history.epoch, history[name], marker=".", label=name, linewidth=2 if is_main else 1, alpha=1 if is_main else 0.6
         )
-    for axes, label in ((left, "loss"), (right, "validation")):
+    rate.plot(history.epoch, history.learning_rate, marker=".", color="black", label="at the epoch's end")
+    rate.set_ylim(0, 1.05 * history.learning_rate.max())
+    for axes, label in ((left, "loss"), (right, "validation"), (rate, "learning rate")):
         axes.axvline(result.best_epoch, color="grey", linestyle=":", label="kept epoch")
         axes.set(xlabel="epoch", ylabel=label, xlim=(0.5, history.epoch.max() + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # inside it would hide lines
     with replacing(path) as temporary_path:
         figure.savefig(temporary_path, dpi=110)
+
+
+def mean_curves(histories: Iterable[pd.DataFrame]) -> Figure:
+    """Draw losses (left) and validation scores (right) by epoch: their mean over folds, in a band of one standard deviation.
+
+    Each of `histories` is that of a fold (see `FitResult`). A fold that ended earlier is left out of later epochs. As in
+    figure 10 of the UNet + HRNet paper.
+    """
+    joined = pd.concat(histories)
+    by_epoch = joined.groupby("epoch")[list(joined.columns.difference(NOT_METRICS, sort=False))]
+    mean, spread = by_epoch.mean(), by_epoch.std().fillna(0)
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in mean:
+        axes = left if "loss" in name else right
+        (line,) = axes.plot(mean.index, mean[name], marker=".", label=name)
+        low, high = mean[name] - spread[name], mean[name] + spread[name]
+        axes.fill_between(mean.index, low, high, alpha=0.2, color=line.get_color())
+    for axes, label in ((left, "loss"), (right, "validation")):
+        axes.set(xlabel="epoch", ylabel=f"{label}, mean of {by_epoch.size().max()} folds")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from kitlib.models.box_mask import box_mask, mask_loss
 from kitlib.models.classifier import OUTPUTS, StudyClassifier, study_loss
 from kitlib.recipes.fields import StudyRecipe
 from kitlib.scoring.average_precision import average_precision
+from kitlib.scoring.metrics import call_metrics, most_probable
 from kitlib.tables import study_labels
 from kitlib.training.classifier import ClassifierTraining, check_frozen, start_from_weights
 from kitlib.training.split import with_extra
@@ -63,9 +64,10 @@ def validation_scores(
     image's study, `study` (n, 4) and `none` (n,) have the labels, NaN if unknown. AP (VOC 2010, as in the competition) of a
     study class is computed over studies, with the mean probability of a study's images; AP of `none` is computed over
     images. If `outputs` is "study" or "none" instead of "both", only the study classes or only `none` are scored. The AP of
-    a class without positives is NaN and left out of the mean; if all are NaN, `score` is NaN.
+    a class without positives is NaN and left out of the mean; if all are NaN, `score` is NaN. The last entries are
+    CALL_METRICS of each study's most probable class, as in figure 17 of the Heidelberg report.
     """
-    scores = {}
+    scores, calls = {}, {}
     if outputs != "none":
         names = list(STUDY_CLASSES)
         truth = pd.DataFrame(study, columns=names).groupby(study_ids).first()
@@ -73,11 +75,12 @@ def validation_scores(
         for name in names:
             has_label = truth[name].notna().to_numpy()
             scores[name] = _average_precision(mean[name].to_numpy()[has_label], truth[name].to_numpy()[has_label])
+        calls = call_metrics(truth.to_numpy(float), most_probable(mean.to_numpy()))
     if outputs != "study":
         is_known = ~np.isnan(none)
         scores["none"] = _average_precision(probabilities[is_known, 4], none[is_known])
     finite = [value for value in scores.values() if np.isfinite(value)]
-    return {"score": float(np.mean(finite)) if finite else float("nan"), **scores}
+    return {"score": float(np.mean(finite)) if finite else float("nan"), **scores, **calls}
 
 
 def _average_precision(probabilities: np.ndarray, truth: np.ndarray) -> float:

@@ -1,19 +1,25 @@
 """Starting weights: which files are found and read, and which tensors are loaded."""
 
 import pickle
+import re
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from kitlib.bundle import save_bundle
 from kitlib.errors import BundleError
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
+from kitlib.models.faster_rcnn import FasterRCNNDetector
 from kitlib.models.starting_weights import load_starting_weights, read_starting_weights
 from kitlib.paths import find_starting_weights
-from kitlib.recipes.fields import FindingsRecipe, StudyRecipe
+from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe, StudyRecipe
+from kitlib.settings import override
 from tests.test_bundle import RECORD, WEIGHTS
 
 
@@ -77,7 +83,7 @@ def test_missing_weights_are_named(tmp_path, monkeypatch):
     with pytest.raises(BundleError, match="'nih/fold0/bundle' are neither a file, a folder nor a finished run"):
         read_starting_weights("nih/fold0/bundle")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BundleError, match=r"model\.json is missing"):
+    with pytest.raises(BundleError, match=r"model\.json is missing.*it has 0: none"):
         read_starting_weights("empty")
 
 
@@ -89,7 +95,7 @@ def test_a_backbone_is_summed_for_grey_and_spread_for_colours(tmp_path):
     report = load_starting_weights(grey, tmp_path / "timm.safetensors")
     assert report["loaded"] == [f"backbone.{name}" for name in ("0.bias", "0.weight", "1.bias", "1.weight")]
     assert report["random"] == [f"head.{name}" for name in ("0.bias", "0.weight", "1.bias", "1.weight")]
-    assert report["unused"] == ["fc.weight"]
+    assert report["unused"] == ["backbone.fc.weight"]
     assert all(torch.equal(each.weight, old) for each, old in zip(grey.head, before, strict=True))
     # a grey image in all three colours gives the same features as a single grey channel
     picture = torch.rand(1, 1, 5, 5)
@@ -128,3 +134,119 @@ def test_weights_that_fit_nowhere_are_an_error(tmp_path):
     save_file({"0.weight": torch.zeros(7, 7)}, tmp_path / "other.safetensors")
     with pytest.raises(BundleError, match=r"no tensor of .* fits the model"):
         load_starting_weights(Model(1), tmp_path / "other.safetensors")
+
+
+def published_forms(folder, network, tensors):
+    """Write `tensors`, those of `network`, in the forms in which others publish weights; return name -> path."""
+    hub = folder / "hub"
+    hub.mkdir()
+    save_file(tensors, hub / "model.safetensors")
+    (hub / "config.json").write_text("{}")
+    torch.save(tensors, hub / "pytorch_model.bin")
+    torch.save(tensors, folder / "plain.pth")
+    torch.save(
+        {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in tensors.items()}}, folder / "dp.pth.tar.pt"
+    )
+    lightning = {"state_dict": {f"model.{name}": value for name, value in tensors.items()}, "hyper_parameters": {"lr": 0.1}}
+    torch.save(lightning, folder / "lightning.ckpt")
+    torch.save({"model": tensors, "model_ema": {name: value + 0 for name, value in tensors.items()}}, folder / "script.pt")
+    np.savez(folder / "arrays.npz", **{name: value.numpy() for name, value in tensors.items()})
+    return {path.name: path for path in (hub, *folder.glob("*.*"))}
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
+def test_every_published_form_of_a_backbone_loads_wholly(tmp_path, backbone):
+    torch.manual_seed(0)
+    published = timm.create_model(backbone, num_classes=1000)
+    forms = published_forms(tmp_path, published, published.state_dict())
+    assert len(forms) == 6
+    for name, path in forms.items():
+        model = FindingsClassifier(FindingsRecipe(backbone=backbone, channels=3, hidden=8, image_size=160), ["Mass"])
+        assert all(part.startswith("head.") for part in load_starting_weights(model, path)["random"]), name
+        for key, value in model.backbone.state_dict().items():
+            assert torch.equal(value, published.state_dict()[key]) or key.endswith("num_batches_tracked"), (name, key)
+
+
+def test_a_position_embedding_of_another_size_is_resized_and_never_left_random(tmp_path):
+    torch.manual_seed(0)
+    published = timm.create_model("test_vit", num_classes=10, img_size=160)  # patches of 16 pixels: 10 x 10 of them
+    torch.nn.init.normal_(published.pos_embed)
+    torch.save(published.state_dict(), tmp_path / "vit.pth")
+    model = FindingsClassifier(FindingsRecipe(backbone="test_vit", channels=3, hidden=8, image_size=224), ["Mass"])
+    report = load_starting_weights(model, tmp_path / "vit.pth")
+    assert "backbone.pos_embed" in report["loaded"] and {name.split(".")[0] for name in report["random"]} == {"head"}
+    expected = resample_abs_pos_embed(published.pos_embed.detach(), [14, 14], num_prefix_tokens=1, interpolation="bicubic")
+    torch.testing.assert_close(model.backbone.pos_embed.detach(), expected)
+
+
+def test_chexnets_names_and_torchvisions_are_timms(tmp_path):
+    """CheXNet's published checkpoint: `module.densenet121.features...denselayer1.norm.1.weight`, a classifier of 14."""
+    torch.manual_seed(0)
+    published = torchvision.models.densenet121(num_classes=14)
+    old = {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): value
+        for name, value in published.state_dict().items()
+    }
+    torch.save(
+        {"state_dict": {f"module.densenet121.{name}": value for name, value in old.items()}}, tmp_path / "chexnet.pth.tar.pt"
+    )
+    torch.save(published.state_dict(), tmp_path / "torchvision.pth")
+    for name in ("chexnet.pth.tar.pt", "torchvision.pth"):
+        model = FindingsClassifier(FindingsRecipe(backbone="densenet121", channels=1, hidden=0), ["Mass"])
+        report = load_starting_weights(model, tmp_path / name)
+        assert all(part.startswith("head.") for part in report["random"])
+        weight = model.backbone.features.denseblock4.denselayer16.conv2.weight
+        assert torch.equal(weight, published.features.denseblock4.denselayer16.conv2.weight)
+
+
+def test_torchvisions_coco_faster_rcnn_starts_a_detector_but_for_its_class_layers(tmp_path):
+    torch.manual_seed(0)
+    pyramid = torchvision.models.detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    published = torchvision.models.detection.FasterRCNN(pyramid, num_classes=91)  # as fasterrcnn_resnet50_fpn, but smaller
+    torch.save(published.state_dict(), tmp_path / "coco.pth")
+    recipe = DetectorRecipe(family="faster_rcnn", backbone="resnet18", channels=3, image_size=512)
+    detector = FasterRCNNDetector(override(recipe, starting_weights=str(tmp_path / "coco.pth")))
+    assert torch.equal(detector.model.roi_heads.box_head.fc6.weight, published.roi_heads.box_head.fc6.weight)
+    assert torch.equal(
+        detector.model.backbone.fpn.inner_blocks[0][0].weight, published.backbone.fpn.inner_blocks[0][0].weight
+    )
+    # Scores and boxes of 2 classes in place of 91, and of 9 anchors a cell in place of 3.
+    assert detector.starting_weights.endswith("8 left random")
+    with pytest.raises(BundleError, match=r"would stay random: model\.backbone\.fpn, model\.roi_heads\.box_head"):
+        FasterRCNNDetector(override(detector.recipe, fpn_channels=128))
+
+
+def test_weights_that_are_not_finite_or_not_weights_are_refused(tmp_path):
+    torch.save({"a": torch.tensor([1.0, torch.nan])}, tmp_path / "nan.pth")
+    torch.save({"epoch": 3, "optimizer": [1]}, tmp_path / "none.pth")
+    torch.save(nn.Linear(2, 2), tmp_path / "object.pth")
+    for name, message in {
+        "nan.pth": r"1 tensors with values that are infinite or not a number, such as a: ",
+        "none.pth": r"no dictionary of tensors \(epoch, optimizer\)",
+        "object.pth": r"cannot be read as weights alone .* pickles are never loaded",
+    }.items():
+        with pytest.raises(BundleError, match=message):
+            read_starting_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("mount", ["weights", "datasets/me/weights", "models/me/weights/pytorch/small/1"])
+def test_weights_are_attached_by_name(tmp_path, monkeypatch, mount):
+    monkeypatch.setattr("kitlib.paths.runs_root", lambda: tmp_path / "runs")
+    monkeypatch.setattr("kitlib.paths.inputs_root", lambda: tmp_path)
+    (tmp_path / mount).mkdir(parents=True)
+    save_file(WEIGHTS, tmp_path / mount / "a.safetensors")
+    inner = mount.partition("weights")[2]
+    for name in (
+        f"weights{inner}",
+        f"weights{inner}/a.safetensors",
+        f"me/weights{inner}",
+        f"me/weights{inner}/a.safetensors",
+    ):
+        assert find_starting_weights(name) == tmp_path / mount / "a.safetensors"
+    torch.save(WEIGHTS, tmp_path / mount / "b.pth")
+    assert find_starting_weights(f"weights{inner}") == tmp_path / mount / "a.safetensors"
+    save_file(WEIGHTS, tmp_path / mount / "c.safetensors")
+    with pytest.raises(BundleError, match=r"must hold one weights file, but it has 2: a\.safetensors, c\.safetensors"):
+        find_starting_weights(f"weights{inner}")
+    with pytest.raises(BundleError, match=r"weights/d\.pth does not exist"):
+        find_starting_weights("weights/d.pth")

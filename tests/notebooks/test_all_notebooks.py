@@ -1,7 +1,6 @@
 """Every notebook at the smallest size that has all of its parts: DICOM files to a rehearsed and reported submission."""
 
 import io
-import json
 import math
 
 import nbformat
@@ -40,14 +39,6 @@ def ended(tmp_path_factory, quick_kernels) -> tuple[Plan, dict[str, float]]:
         "steps": {
             **dict.fromkeys(("backbone", "rsna_yolo", "study", "yolo", "faster_rcnn", "student"), QUICK),
             "segment_lungs": {"parameters": {"epochs": 6}},
-            "fuse_published": {
-                "notebook": "60_fuse",
-                "parameters": {
-                    **{"prepare_run": "{prepare}", "runs": ["{study}", "{yolo}", "{faster_rcnn}"]},
-                    "fixed": {"box_iou": 0.55, "final_nms_iou": 0.1},
-                },
-            },
-            "report": {"parameters": {"published_fuse_run": "{fuse_published}"}},
         },
     }
     (folder / "small.yaml").write_text(yaml.safe_dump(plan))
@@ -75,16 +66,6 @@ def test_the_rehearsed_kernel_used_every_model(ended):
     assert {model: ledger.files[model] for model in models} == dict.fromkeys(models, readable)
 
 
-def test_the_published_fusion_stands_beside_the_tuned_one_under_the_published_figures(ended):
-    plan, _ = ended
-    settings = json.loads((plan.runs / "fuse_published" / "fusion.json").read_text())
-    assert (settings["box_iou"], settings["final_nms_iou"], settings["model_weights"]) == (0.55, 0.1, {})
-    table = pd.read_csv(plan.runs / "report" / "comparison.csv").set_index("answer")
-    rows = ["Heidelberg, published: ensemble", "fused as published", "fused, tuned", "Heidelberg, published: Faster R-CNN"]
-    assert list(table.index[:5]) == [*rows, "faster_rcnn"]
-    assert table.loc[rows[1:3], ["f1", "recall", "precision", "study_f1"]].notna().all(axis=None)
-
-
 def test_every_stage_shows_pictures(ended):
     plan, _ = ended
     pictures = {path.relative_to(plan.runs).as_posix() for path in plan.runs.glob("*/figures/*.png")}
@@ -95,8 +76,9 @@ def test_every_stage_shows_pictures(ended):
         *(f"lungs/figures/{name}.png" for name in ("doubtful", "found")),
         *(f"backbone/figures/{name}.png" for name in ("examples", "intervals", "roc", "test_roc")),
         *(f"{run}/figures/examples.png" for run in ("study", "yolo", "faster_rcnn", "rsna_yolo", "pseudo", "student")),
-        *(f"{run}/figures/steps.png" for run in ("fuse", "fuse_published")),
+        "fuse/figures/steps.png",
         "leaderboard/figures/rankings.png",
+        "report/figures/boxes.png",
         "report/figures/confusion.png",
         "report/figures/out_of_fold.png",
         "report/figures/precision_recall.png",

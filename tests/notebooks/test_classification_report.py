@@ -134,8 +134,8 @@ def test_calibration_sources_probes_failures_and_heat_are_told(report):
     assert len(heat) == 8 and heat.heat_inside.dropna().between(0, 1).all()
     pictures = {path.stem for path in (report / "figures").glob("*.png")}
     curves = {"class_curves", "model_curves", "confusion", "reliability"}
-    assert pictures == {*curves, "intervals", "differences", "examples", "heat_maps"}
-    check_shown(report.parent / "executed.ipynb", pictures=8)
+    assert pictures == {*curves, "extreme_folds", "intervals", "differences", "examples", "heat_maps"}
+    check_shown(report.parent / "executed.ipynb", pictures=9)
 
 
 def test_images_put_aside_are_judged_where_the_split_says_so(tmp_path, quick_kernels):

@@ -8,7 +8,7 @@ import pytest
 from kitlib.datasets.near_duplicates import MAX_DISTANCE, group_hashes, perceptual_hash
 from kitlib.datasets.registry import read_dataset
 from kitlib.errors import UnreadableXray
-from kitlib.phantoms.diagnoses import LAYOUTS, plan_diagnoses, write_diagnoses
+from kitlib.phantoms.diagnoses import CHEXPERT, LAYOUTS, plan_diagnoses, write_diagnoses
 from kitlib.xrays.dicom import decode_xray
 from kitlib.xrays.image_file import decode_image
 
@@ -67,6 +67,7 @@ def test_the_plan_has_several_images_of_a_patient_and_one_image_twice(layout, wr
         ("covidgr", {"COVID-19": 24, "other": 24}),
         ("ricord", {"COVID-19": 48}),
         ("bimcv", {"COVID-19": 29, "normal": 10, "pneumonia": 9}),
+        ("chexpert", {"normal": 29, "pneumonia": 10, "other": 9}),
     ],
 )
 def test_every_diagnosis_is_read_and_only_the_damaged_image_is_left_out(layout, counts, written):
@@ -77,6 +78,19 @@ def test_every_diagnosis_is_read_and_only_the_damaged_image_is_left_out(layout, 
     patients = {image.patient for image in plan_diagnoses(layout, 48, seed=3) if not image.damaged}
     assert images.patient_id.nunique() == (47 if layout == "covidgr" else len(patients))
     assert layout != "covidx" or set(images["split"]) == {"train", "test"}
+
+
+def test_chexperts_tables_have_uncertain_and_blank_cells_laterals_and_ages_of_0(written):
+    data = read_dataset("chexpert", written["chexpert"], progress=False)
+    planned = plan_diagnoses("chexpert", 48, seed=3)
+    archive = written["chexpert"] / CHEXPERT
+    rows = pd.concat([pd.read_csv(archive / name, dtype=str) for name in ("train.csv", "valid.csv")])
+    assert len(rows) == 48 + 48 // 3 and (rows["Frontal/Lateral"] == "Lateral").sum() == 16
+    assert data.faults.problem.str.contains("are lateral; left out").any()
+    # Every tenth image has the age 0; the damaged image is not one of them.
+    assert data.images.age.isna().sum() == 4 == (rows[rows["Frontal/Lateral"] == "Frontal"].Age == "0").sum()
+    assert data.labels.isna().sum()["Pneumonia"] == sum(each.diagnosis == "other" and each.number % 2 for each in planned)
+    assert set(rows.Path.str.split("/").str[1]) == {"train", "valid"}
 
 
 def digest(folder):

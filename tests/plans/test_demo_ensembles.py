@@ -5,14 +5,12 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
-from kitlib.__main__ import app
-from kitlib.notebook import run_notebook
 from kitlib.paths import project_root
 from kitlib.plans.plan import read_plan
 from kitlib.runs.finished_run import read_prepared
 from kitlib.tables import write_table
+from tests.small_plans import carry_out
 
 PLAN = project_root() / "submissions" / "plans" / "demo_ensembles.yaml"
 CLASSES = ["COVID-19", "not COVID-19"]
@@ -38,17 +36,12 @@ def planned(tmp_path_factory, quick_kernels):
     smallest = {"inputs": str(folder / "inputs"), "images": 40, "fewer": 24, "side": 32}
     planned = read_plan(PLAN, folder / "runs", smallest).planned
     for name in ("covidx", "ricord", "bimcv", "covidgr"):
-        run = planned[f"{name}_phantoms"]
-        finished = CliRunner().invoke(app, list(run.command[run.command.index("phantom") :]))
-        assert finished.exit_code == 0 and run.result.is_file(), finished.output
+        carry_out(planned[f"{name}_phantoms"])
     for name in ("prepare_two", "ensemble_two", "report_two"):
         # Training, lungs and heat maps have their own tests.
-        run = planned[name]
-        parameters = {key: value for key, value in run.parameters.items() if key != "lungs_run"}
-        parameters |= {"samples": 10} if "samples" in parameters else {}
-        run_notebook(run.notebook, run.folder / "executed.ipynb", parameters, run.result, threads=1)
+        carry_out(planned[name], **({"lungs_run": None, "samples": 10} if name == "report_two" else {}))
         if name == "prepare_two":
-            tables = read_prepared(run.folder)
+            tables = read_prepared(planned[name].folder)
             learners = [each for each in planned.values() if each.step == "learner_two"]
             for learner, sure in zip(learners, (0.9, 0.8, 0.7), strict=True):
                 write_learner(learner, tables, sure)

@@ -32,7 +32,6 @@ def study(weights="", prepared="{prepare}"):
 
 def test_missing_data_weights_and_runs_are_listed_before_anything_starts(tmp_path):
     (tmp_path / "data").mkdir()
-    (tmp_path / "yolov5lu.pt").touch()
     steps = {
         "good": prepare(str(tmp_path / "data")),
         "first": study(prepared="{good}"),
@@ -40,7 +39,6 @@ def test_missing_data_weights_and_runs_are_listed_before_anything_starts(tmp_pat
         "absent": prepare("no-such-data"),
         "also_absent": prepare("no-such-data"),
         "weights": study(str(tmp_path / "none.safetensors"), "{good}"),
-        "pickle": study(str(tmp_path / "yolov5lu.pt"), "{good}"),
         "stranger": study(prepared="no-such-run"),
         "phantoms": {"command": ["make", "--folder", str(tmp_path / "made")], "result": "{run}/done"},
         "of_phantoms": {**prepare(str(tmp_path / "made" / "nih")), "needs": ["phantoms"]},
@@ -53,12 +51,11 @@ def test_missing_data_weights_and_runs_are_listed_before_anything_starts(tmp_pat
     for step, text in {
         "absent, also_absent": "no input 'no-such-data' below",
         "weights": "none.safetensors does not exist",
-        "pickle": "is a pickle, which is never loaded; convert it to .safetensors",
         "stranger": "no run 'no-such-run'",
         "too_early": "no input",
     }.items():
         assert any(line.startswith(f"{step}: ") and text in line for line in lines), (step, done.output)
-    assert len([line for line in lines if ": " in line]) == 1 + 5  # the headline and five problems
+    assert len([line for line in lines if ": " in line]) == 1 + 4  # the headline and four problems
     # A dry run lists the plan and the same problems; a plan whose selected steps lack nothing has none.
     assert "no-such-run" in CliRunner().invoke(app, ["run", str(path), "--dry-run"]).output
     listed = CliRunner().invoke(app, ["run", str(path), "--dry-run", "--only", "second"])
@@ -82,6 +79,24 @@ def test_nested_folds_train_one_network_per_pair_of_folds(tmp_path):
     plan = read_plan(write_plan(tmp_path, {"nested": nested}, published_time="3 days on a V100"))
     assert count_trainings(plan.planned["nested"]) == 4  # (0; 1, 2) and (1; 0, 2)
     assert "4 trainings in 1 of 1 runs; published duration: 3 days on a V100" in describe_trainings(plan, plan.planned)
+
+
+@pytest.mark.parametrize(
+    ("name", "trainings", "stated"),
+    [
+        # 2 kinds x 5 networks x 5 x 4 pairs of folds, 2 probes in 5 folds, 2 networks for heat maps and the segmenter.
+        ("flannel", 213, "3 to 4 days on a Tesla V100"),
+        ("siim_heidelberg", 5, "not stated"),
+        # The segmenter, 3 widths, 3 baselines, whole images and 2 probes, in 10 folds.
+        ("hrnet", 100, "not stated; on one RTX 2070 Super"),
+        # 3 networks on each of 3 sets of data, 1 without masks and 2 segmenters.
+        ("covid_ensembles", 12, "not stated; on one Tesla P100"),
+    ],
+)
+def test_plans_of_the_documents_say_what_they_train_and_what_it_took(name, trainings, stated):
+    path = project_root() / "submissions" / "plans" / f"{name}.yaml"
+    shown = CliRunner().invoke(app, ["run", str(path), "--dry-run"]).output
+    assert f"{trainings} trainings in " in shown and f"; published duration: {stated}" in " ".join(shown.split())
 
 
 def test_the_demos_need_nothing_from_outside():

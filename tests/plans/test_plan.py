@@ -120,6 +120,7 @@ def test_a_folder_that_no_plan_has_made_is_not_touched(tmp_path):
     [
         ({"stages": {}}, "a plan has no field 'stages'; it has: extends, runs"),
         ({"runs": ""}, "the key `runs` is missing"),
+        ({"published_time": 72}, "a plan.published_time is 72; expected a string"),
         ({"steps": {"x": {"notebook": "10_prepare", "gpu": 1}}}, "step x: Step has no field 'gpu'; it has: notebook"),
         ({"steps": {"x": {"notebook": "10_prepare", "gpus": "two"}}}, "Step.gpus is 'two'; expected a whole number"),
         ({"steps": {"x": {}}}, "step x: expected exactly one of notebook and command"),

@@ -8,6 +8,7 @@ from kitlib.reports.classification_figures import (
     class_curves,
     confusion_figure,
     examples,
+    extreme_folds,
     intervals_figure,
     model_curves,
     reliability,
@@ -24,6 +25,18 @@ def test_confusion_shows_counts_and_shares_of_rows():
     texts = [text.get_text() for text in figure.axes[1].texts]
     matrix = confusion(predictions).to_numpy()
     assert texts[1] == f"{matrix[0, 1]:,}\n{matrix[0, 1] / matrix[0].sum():.1%}" and len(texts) == 9
+
+
+def test_extreme_folds_are_the_least_and_the_most_accurate():
+    predictions = judged(*tables())
+    right, folds = predictions.predicted == predictions.truth, predictions.answers.fold
+    accuracy = {fold: right[folds == fold].mean() for fold in (0, 1)}
+    worst, best = sorted(accuracy, key=accuracy.get)
+    chosen = extreme_folds({"m": predictions})
+    assert list(chosen) == [
+        f"m\n{which} fold, {fold}: accuracy {accuracy[fold]:.1%}" for which, fold in (("worst", worst), ("best", best))
+    ]
+    assert [len(part.truth) for part in chosen.values()] == [(folds == fold).sum() for fold in (worst, best)]
 
 
 def test_curves_name_their_areas_and_omit_undefined_ones():

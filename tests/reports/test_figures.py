@@ -107,3 +107,13 @@ def test_figures_are_written_without_leftover_files(tmp_path):
         assert figures.save_figure(figure, path).data == path.read_bytes()
         assert cv2.imread(str(path)).std() > 1
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_boxes_are_counted_per_image_and_sized_by_its_area():
+    images = IMAGES.assign(rows=800, columns=600)
+    counts, sizes = figures.boxes_figure(images, boxes(("i1", 0, 0, 300, 800), ("i1", 300, 0, 600, 400))).axes
+    assert [label.get_text() for label in counts.get_xticklabels()] == ["0", "2"]
+    assert [bar.get_height() for bar in counts.patches] == [1, 1]
+    # Half of the image and a quarter of it.
+    edges = [bar.get_x() for bar in sizes.patches if bar.get_height()]
+    assert len(edges) == 2 and edges[0] == pytest.approx(0.25)

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given as drawn_by_hypothesis
 from hypothesis import settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from kitlib.errors import SettingsError
 from kitlib.paths import project_root
-from kitlib.reports.classification_bootstrap import append_to_published, draws, fold_means, what_differs
+from kitlib.reports.classification_bootstrap import append_to_published, draws, fold_table, what_differs
 from kitlib.reports.classification_report import class_table, count_metrics, judged
 from kitlib.reports.published_tables import COUNTS, TABLES, check_counts, find_published, possible_counts
 from tests.reports.test_classification_report import tables
@@ -99,7 +100,7 @@ def test_impossible_values_are_reported_and_invalid_input_is_refused():
 def test_own_results_are_listed_under_the_published_rows():
     predictions = judged(*tables())
     drawn = draws(predictions, samples=20)
-    by_fold = {"FLANNEL, out of fold": fold_means(predictions)}
+    by_fold = {"FLANNEL, out of fold": fold_table(predictions)}
     text = append_to_published(find_published("flannel"), {"FLANNEL, out of fold": drawn}, by_fold)
     assert text.loc[("published", "FLANNEL"), "f1 macro"] == "0.8385 (sd 0.01)"
     assert text.loc[("here", "FLANNEL, out of fold"), "f1 viral"].startswith(f"{drawn['f1 viral'].iloc[0]:.4f} [")
@@ -115,6 +116,21 @@ def test_own_results_are_listed_under_the_published_rows():
         and "from one, two" in differences.loc["data", "here"]
     )
     assert "comparable to f1 bacterial" in differences.loc["data", "here"]
+
+
+def test_a_published_table_of_folds_is_followed_by_our_folds():
+    classes = ["COVID-19", "normal"]
+    scores, images, labels = tables()
+    labels = pd.DataFrame({"id": labels.id, "COVID-19": labels["COVID-19"], "normal": 1 - labels["COVID-19"]})
+    scores = scores.assign(normal=1 - scores["COVID-19"])[["image_id", "model", "fold", *classes]]
+    predictions = judged(scores, images, labels)
+    folds = fold_table(predictions)
+    text = append_to_published(find_published("hrnet_folds"), {"hrnet": draws(predictions, samples=5)}, {"hrnet": folds})
+    ours = ["here", "here, fold 0", "here, fold 1", "here, mean of folds"]
+    assert list(text.index)[-4:] == [(name, "hrnet") for name in ours] and len(text) == 11 + 4
+    second = class_table(predictions.rows(predictions.answers.fold == 1)).set_index("class")
+    assert text.loc[("here, fold 1", "hrnet"), "specificity COVID-19"] == f"{second.specificity['COVID-19']:.4f}"
+    assert not find_published("hrnet").has_folds
 
 
 def test_every_table_prints_and_an_unknown_name_lists_them():

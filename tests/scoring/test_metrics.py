@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, jaccard_score, roc_auc_score
 
-from kitlib.scoring.metrics import class_weights, exclusive_scores, mean_auc, overlap, roc_auc
+from kitlib.scoring.metrics import call_metrics, class_weights, exclusive_scores, mean_auc, most_probable, overlap, roc_auc
 
 rows = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 3)), min_size=2, max_size=40)
 
@@ -109,3 +109,13 @@ def test_overlap_in_closed_form():
 def test_masks_of_different_sizes_are_refused():
     with pytest.raises(ValueError, match=r"masks of shape \(10, 9\) and \(9, 10\) cannot be compared"):
         overlap(np.ones((10, 9), bool), np.ones((9, 10), bool))
+
+
+def test_called_classes_are_scored_where_they_are_known_and_occur():
+    truth = np.array([[1, 0, 0], [1, 1, 0], [0, np.nan, 0], [0, 1, 0]], dtype=float)
+    called = np.array([[1, 0, 1], [0, 1, 0], [1, 1, 0], [0, 1, 0]], dtype=bool)
+    # First class: one of two calls right, one of two found. Second: two of two known. The third does not occur.
+    expected = {"accuracy": 1 / 3, "precision": (0.5 + 1) / 2, "recall": (0.5 + 1) / 2, "f1": (0.5 + 1) / 2}
+    assert call_metrics(truth, called) == pytest.approx(expected)
+    assert np.isnan(list(call_metrics(truth * np.nan, called).values())).all()
+    assert most_probable(np.array([[0.4, 0.4, 0.2], [0, 0.1, 0.9]])).tolist() == [[True, False, False], [False, False, True]]

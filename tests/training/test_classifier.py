@@ -1,5 +1,7 @@
 """Every option of a classifier's training learns, frozen weights stay, and a run with all options resumes exactly."""
 
+from functools import partial
+
 import pandas as pd
 import pytest
 import torch
@@ -155,16 +157,22 @@ def test_weights_of_another_backbone_are_refused_and_the_number_of_random_tensor
         return start_from_weights(make(f"{tmp_path / name}.safetensors"))
 
     for make in (
-        lambda path: StudyClassifier(override(RECIPE, starting_weights=path)),
-        lambda path: FindingsClassifier(FindingsRecipe(backbone="test_resnet", hidden=8, starting_weights=path), ["Mass"]),
+        lambda path, **more: StudyClassifier(override(RECIPE, starting_weights=path, **more)),
+        lambda path, **more: FindingsClassifier(
+            FindingsRecipe(backbone="test_resnet", hidden=8, starting_weights=path, **more), ["Mass"]
+        ),
     ):
         with pytest.raises(
-            BundleError,
-            match=r"little\.safetensors lacks 72% of the parameters of test_resnet; the first .* is backbone\.layer4",
+            BundleError, match=r"little\.safetensors lacks 15 tensors of test_resnet, 7\d% .* random: backbone\.layer4"
         ):
             started(make, "little")
+        with pytest.raises(
+            BundleError, match=r"most\.safetensors lacks 1 tensors of test_resnet, .* random: backbone\.layer1\.0"
+        ):
+            started(make, "most")
+        allowed = partial(make, random_parts=["backbone.layer1.0.conv1"])
         # Random are the convolution and the head's two layers.
-        assert started(make, "most").endswith(f"most.safetensors: {len(whole) - 1} tensors, 5 left random")
+        assert started(allowed, "most").endswith(f"most.safetensors: {len(whole) - 1} tensors, 5 left random")
 
 
 ALL_ON = {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import TrainingError
 from kitlib.runs.finished_run import ExtraImages
-from kitlib.training.fold_folder import FitResult, draw_curves, open_run
+from kitlib.training.fold_folder import FitResult, draw_curves, mean_curves, open_run
 from kitlib.training.split import split, with_extra
 from kitlib.training.xray_dataset import XrayDataset
 from tests.small_tasks import small_task
@@ -89,6 +89,17 @@ def test_curves_show_what_was_logged(tmp_path):
     history = pd.DataFrame(columns | {"train_loss": [2.0, 1.0], "score": [0.4, 0.5], "typical": [math.nan, 0.5]})
     draw_curves(FitResult(history, 2), tmp_path / "figures" / "curves.png")
     assert (tmp_path / "figures" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_mean_over_folds_has_a_band_and_ends_with_the_longest_fold():
+    columns = {"seconds": 1.0, "images_per_s": 9.0, "learning_rate": 0.1}
+    long = pd.DataFrame({"epoch": [1, 2], "train_loss": [2.0, 1.0], "score": [0.4, 0.6]}).assign(**columns)
+    short = pd.DataFrame({"epoch": [1], "train_loss": [4.0], "score": [0.2]}).assign(**columns)
+    losses, scores = mean_curves([long, short]).axes
+    assert [line.get_ydata().tolist() for line in (*losses.lines, *scores.lines)] == [[3.0, 1.0], pytest.approx([0.3, 0.6])]
+    # The standard deviation of 2 and 4 is sqrt(2); one fold alone has no spread.
+    band = losses.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (1.0, pytest.approx(3 + 2**0.5))
 
 
 def renamed(small, columns=("image_id", "study_id", "patient_id"), prefix="x"):

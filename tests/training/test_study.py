@@ -13,6 +13,7 @@ from kitlib.bundle import data_fingerprint, read_bundle
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import TrainingError
 from kitlib.runs.finished_run import ExtraImages
+from kitlib.scoring.metrics import CALL_METRICS
 from kitlib.settings import override
 from kitlib.tables import read_table
 from kitlib.training.study import StudyTraining, validation_scores
@@ -270,7 +271,7 @@ def test_only_trained_outputs_are_scored():
     alone = validation_scores(found, np.arange(4), study, none, "none")
     assert alone == {"score": 1, "none": 1}
     classes = validation_scores(np.c_[study, [np.nan] * 4], np.arange(4), study, none, "study")
-    assert classes == dict.fromkeys(["score", *STUDY_CLASSES], 1)
+    assert classes == dict.fromkeys(["score", *STUDY_CLASSES, *CALL_METRICS], 1)
 
 
 def test_classes_are_scored_over_studies():

@@ -1,0 +1,87 @@
+"""Reads files of weights as others publish them: .safetensors, .npz, and PyTorch's checkpoints, without unpickling "
+"objects."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kitlib.bundle import read_weights
+from kitlib.errors import BundleError
+from kitlib.paths import PICKLES
+
+# Where checkpoints of training scripts keep the weights, the moving average first; timm and Lightning use these names, too.
+STATE_KEYS = (
+    "state_dict_ema",
+    "ema_state_dict",
+    "model_ema",
+    "ema",
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "weights",
+)
+
+
+def read_weights_file(path: str | Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a weights file, keyed by name, on the CPU.
+
+    A .safetensors or .npz file contains tensors alone. A PyTorch file (.pth, .pt, .bin, .ckpt or .pkl) is read with
+    `weights_only`, which refuses everything but tensors and plain containers, so no code of the file is run; its weights are
+    the file's dictionary itself or, in a checkpoint, one of its entries STATE_KEYS. Raises BundleError if the file cannot be
+    read so, contains no tensor, or a tensor has values that are not finite.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        tensors = _read_arrays(path)
+    elif path.suffix in PICKLES and path.is_file():
+        tensors = _find_state(_read_checkpoint(path), path)
+    else:
+        tensors = read_weights(path)
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise BundleError(
+            f"{path} has {len(broken)} tensors with values that are infinite or not a number, such as {broken[0]}: the "
+            "training that wrote them diverged, or the file is damaged; fetch it again or use others"
+        )
+    return tensors
+
+
+def _read_checkpoint(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise BundleError(
+            f"{path} cannot be read as weights alone ({type(error).__name__}): it is damaged, or contains other objects "
+            "than tensors; these pickles are never loaded, because they may run code. Where it was made, save its state "
+            "dictionary: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors'); for ultralytics' files, "
+            "see `python -m kitlib convert-weights --help`"
+        ) from error
+
+
+def _find_state(content: Any, path: Path) -> dict[str, torch.Tensor]:
+    """Return the dictionary of tensors in a checkpoint. Raises BundleError, which lists the keys, if there is none."""
+    if isinstance(content, Mapping):
+        for key in STATE_KEYS:
+            if isinstance(content.get(key), Mapping):
+                return _find_state(content[key], path)
+        tensors = {str(name): value.detach() for name, value in content.items() if isinstance(value, torch.Tensor)}
+        if tensors:
+            return tensors
+    keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
+    raise BundleError(f"{path} contains no dictionary of tensors ({keys}); its weights may be under {', '.join(STATE_KEYS)}")
+
+
+def _read_arrays(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise BundleError(
+            f"{path} cannot be read as .npz ({error}); it must contain plain numeric arrays; pickles are never loaded"
+        ) from error
